@@ -1,0 +1,199 @@
+"""Every setting of a run, in one place: frozen dataclasses with units, checked on construction.
+
+Fields carry their own help text in `metadata["help"]`. Layers are put together by `ris_fast.settings`.
+Only the standard library is imported here, so that anything may import this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Mapping
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message says which, what was given and what would do. Exit code 2."""
+
+    exit_code = 2
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None,
+           high: float | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+
+
+class Section:
+    """Checks choices and ranges of every field once, when the section is built."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):  # type: ignore[arg-type]
+            self._check(item.name, getattr(self, item.name), item.metadata)
+
+    def _check(self, name: str, value: Any, rule: Mapping[str, Any]) -> None:
+        where = f"{type(self).__name__.lower()}.{name}"
+        if rule["choices"] and value not in rule["choices"]:
+            raise ConfigError(f"{where} is {value!r}; it must be one of: {', '.join(rule['choices'])}.")
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return
+        if value != value:
+            raise ConfigError(f"{where} is not a number. Give a finite value.")
+        if rule["low"] is not None and value < rule["low"]:
+            raise ConfigError(f"{where} = {value} is too small; it must be at least {rule['low']}.")
+        if rule["high"] is not None and value > rule["high"]:
+            raise ConfigError(f"{where} = {value} is too large; it must be at most {rule['high']}.")
+
+
+@dataclass(frozen=True)
+class Task(Section):
+    """The scenes: array, channel, codes and the ranges they are drawn from. Defaults are RIS-12x12."""
+
+    bs_antennas: int = option(16, "antennas of the base station, M", low=1)
+    ris_horizontal: int = option(12, "RIS elements in a row, N_H", low=2)
+    ris_vertical: int = option(12, "RIS elements in a column, N_V", low=2)
+    snapshots: int = option(16, "codes shown one after the other, L", low=1, high=64)
+    max_sources: int = option(5, "largest number of sources, K_max", low=1, high=16)
+    wavelength_m: float = option(0.3, "carrier wavelength in metres", low=1e-6)
+    spacing_wavelengths: float = option(0.5, "element spacing in wavelengths", low=1e-3)
+    wavefront: str = option("fresnel", "steering vector of a near-field source", choices=("fresnel", "spherical"))
+    azimuth_deg: float = option(60.0, "azimuth is uniform in +- this many degrees", low=0.0, high=90.0)
+    elevation_deg: float = option(30.0, "elevation is uniform in +- this many degrees", low=0.0, high=90.0)
+    range_min_m: float = option(0.5, "nearest source in metres", low=1e-3)
+    range_max_m: float = option(10.0, "farthest source in metres", low=1e-3)
+    snr_min_db: float = option(-5.0, "lowest signal-to-noise ratio in dB")
+    snr_max_db: float = option(20.0, "highest signal-to-noise ratio in dB")
+    rician_min: float = option(0.5, "lowest Rician factor of the BS-RIS channel, linear", low=0.0)
+    rician_max: float = option(10.0, "highest Rician factor of the BS-RIS channel, linear", low=0.0)
+    code_bits: int = option(3, "bits of a RIS phase", low=1, high=16)
+    symbols: str = option("static", "source symbols: drawn once a scene or once a snapshot",
+                          choices=("static", "per_snapshot"))
+    power: str = option("path_loss", "source powers: by free-space path loss or all equal",
+                        choices=("path_loss", "equal"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for low, high in (("range_min_m", "range_max_m"), ("snr_min_db", "snr_max_db"), ("rician_min", "rician_max")):
+            if getattr(self, low) > getattr(self, high):
+                raise ConfigError(f"task.{low} = {getattr(self, low)} is above task.{high} = {getattr(self, high)}.")
+
+    @property
+    def elements(self) -> int:
+        return self.ris_horizontal * self.ris_vertical
+
+    @property
+    def spacing_m(self) -> float:
+        return self.spacing_wavelengths * self.wavelength_m
+
+
+@dataclass(frozen=True)
+class Data(Section):
+    """Where scenes come from and how many."""
+
+    source: str = option("auto", "simulate on the device, or read files from data.path; auto: files if a path is given",
+                         choices=("auto", "simulate", "npz", "shards"))
+    path: str = option("", "folder of shards (ours, or the original pipeline's .npz)")
+    train_scenes: int = option(160_000, "training scenes an epoch", low=1)
+    val_scenes: int = option(40_000, "validation scenes in the split", low=1)
+    test_scenes: int = option(8_000, "test scenes in the split", low=1)
+    val_limit: int = option(4_000, "validate on the first this many validation scenes during training", low=1)
+    fixed: bool = option(False, "simulate the same training scenes in every epoch instead of fresh ones")
+
+
+@dataclass(frozen=True)
+class Model(Section):
+    """The network. Options that a model does not have are refused when it is built."""
+
+    name: str = option("backprojection", "network", choices=("backprojection", "hybrid"))
+    options: Mapping[str, Any] = field(default_factory=dict, metadata={
+        "help": "options of this network, such as width or depth", "choices": (), "low": None, "high": None})
+
+
+@dataclass(frozen=True)
+class Loss(Section):
+    """Weight of every term, and how the effective covariance is built."""
+
+    cov: float = option(1.0, "weight: NMSE of the effective covariance (with blend)", low=0.0)
+    cov_pred: float = option(0.05, "weight: NMSE of the predicted covariance alone (no blend)", low=0.0)
+    orthogonality: float = option(0.0, "weight: orthogonality of the factor columns", low=0.0)
+    cross: float = option(0.0, "weight: agreement of the two factors' column Gram matrices", low=0.0)
+    angle: float = option(0.0, "weight: Huber on wrapped angles of matched sources, delta 0.25 deg", low=0.0)
+    range: float = option(0.0, "weight: Huber on log-range of matched sources, delta 0.2", low=0.0)
+    chamfer: float = option(0.0, "weight: Chamfer distance on (azimuth, elevation)", low=0.0)
+    subspace: float = option(0.0, "weight: power of the prediction outside the true steering vectors", low=0.0)
+    contrast: float = option(0.0, "weight: peak contrast around the true sources", low=0.0)
+    count: float = option(0.0, "weight: cross-entropy of the number of sources", low=0.0)
+    beta: float = option(0.0, "blend of a sample covariance into the prediction", low=0.0, high=0.95)
+    loading: float = option(0.0, "diagonal loading eps, on both sides", low=0.0)
+    shrink: float = option(0.0, "shrinkage alpha_0, on both sides", low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class Optimizer(Section):
+    """AdamW with a backbone and a head group, clipping, warm-up, cosine and EMA, counted in applied steps."""
+
+    backbone_lr: float = option(1e-3, "peak learning rate of the backbone", low=0.0)
+    head_lr: float = option(1e-3, "peak learning rate of the heads", low=0.0)
+    beta1: float = option(0.9, "AdamW beta 1", low=0.0, high=0.9999)
+    beta2: float = option(0.999, "AdamW beta 2", low=0.0, high=0.99999)
+    eps: float = option(1e-8, "AdamW epsilon", low=0.0)
+    weight_decay: float = option(1e-4, "decoupled weight decay; never on norms and biases", low=0.0)
+    max_grad_norm: float = option(1.0, "clip the global gradient norm to this; 0: never clip", low=0.0)
+    warmup: float = option(0.02, "share of the planned steps spent warming up", low=0.0, high=1.0)
+    final_lr: float = option(0.01, "learning rate at the end, as a share of the peak", low=0.0, high=1.0)
+    ema_decay: float = option(0.999, "decay of the averaged weights; 0: none", low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class Training(Section):
+    """The loop."""
+
+    epochs: int = option(30, "epochs", low=1)
+    batch_size: int = option(256, "scenes a micro-batch", low=1)
+    accumulate: int = option(1, "micro-batches an optimizer step", low=1)
+    precision: str = option("fp32", "arithmetic of the network; the loss is always fp32",
+                            choices=("fp32", "bf16", "fp16"))
+    max_seconds: float = option(0.0, "stop after this many seconds and anneal towards it; 0: no limit", low=0.0)
+    seed: int = option(0, "seed of the weights and of the scenes", low=0)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    compile: bool = option(True, "compile forward and backward with torch.compile")
+    backend: str = option("auto", "kernels: best available, or the plain torch references",
+                          choices=("auto", "reference"))
+    patience: int = option(0, "stop after this many epochs without a better validation NMSE; 0: never", low=0)
+    max_skipped: int = option(10, "stop after this many non-finite steps in a row", low=1)
+
+
+@dataclass(frozen=True)
+class Health(Section):
+    """How the run is watched."""
+
+    min_applied: float = option(0.9, "an epoch in which a smaller share of the steps is applied ends the run",
+                                low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class Report(Section):
+    """What a run writes."""
+
+    every_steps: int = option(50, "write a row to metrics.jsonl every this many optimizer steps", low=1)
+    checkpoint_epochs: int = option(1, "write checkpoints every this many epochs", low=1)
+    plots: bool = option(True, "draw loss curves into the run folder")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. `provenance` maps 'section.key' to where its value came from."""
+
+    preset: str = "laptop"
+    task: Task = field(default_factory=Task)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    loss: Loss = field(default_factory=Loss)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    training: Training = field(default_factory=Training)
+    health: Health = field(default_factory=Health)
+    report: Report = field(default_factory=Report)
+    provenance: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+
+SECTIONS: dict[str, type] = {
+    "task": Task, "data": Data, "model": Model, "loss": Loss, "optimizer": Optimizer, "training": Training,
+    "health": Health, "report": Report,
+}

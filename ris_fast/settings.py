@@ -1,0 +1,162 @@
+"""Puts a configuration together from defaults, a preset, a TOML file, `--set` and flags, and remembers who said what."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from dataclasses import fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Iterable, Mapping
+
+from ris_fast.config import SECTIONS, Config, ConfigError
+
+PRESETS = ("laptop", "full", "seed")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?' with the closest known spelling, or the list of what there is."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else f" There are: {', '.join(known)}."
+
+
+def load_config(path: str | Path | None = None, preset: str | None = None, overrides: Iterable[str] = (),
+                flags: Mapping[str, Any] | None = None) -> Config:
+    """The resolved configuration; later layers win: defaults < preset < file < --set < flags.
+
+    `overrides` are 'section.key=value' strings, `flags` maps 'section.key' to a value (None: not given).
+    Raises ConfigError for an unknown preset, section, key or value.
+    """
+    table = _read_toml(Path(path)) if path else {}
+    named = preset or table.pop("preset", None)
+    table.pop("preset", None)
+    name = named or default_preset((flags or {}).get("training.device"))
+    layers = [(f"preset {name}", _flatten(read_preset(name), f"preset {name}")), (str(path), _flatten(table, str(path))),
+              ("--set", dict(_parse_override(text) for text in overrides)),
+              ("flag", {key: value for key, value in (flags or {}).items() if value is not None})]
+    values: dict[str, Any] = {}
+    provenance: dict[str, str] = {}
+    for origin, layer in layers:
+        for key, value in layer.items():
+            _merge(values, _known(key, origin), value, origin)
+            provenance[key] = origin
+    return _build(name, values, provenance)
+
+
+def default_preset(device: str | None) -> str:
+    """`full` where a GPU will be used, else `laptop`."""
+    if device is not None and device != "auto":
+        return "full" if device.startswith("cuda") else "laptop"
+    import torch
+
+    return "full" if torch.cuda.is_available() else "laptop"
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    if name not in PRESETS:
+        raise ConfigError(f"There is no preset '{name}'.{nearest(name, PRESETS)}")
+    return tomllib.loads(resources.files("ris_fast").joinpath("presets", f"{name}.toml").read_text())
+
+
+def render_toml(config: Config) -> str:
+    """The configuration as TOML that `load_config` reads back, each line with where its value came from."""
+    lines = [f'preset = "{config.preset}"']
+    for section in SECTIONS:
+        lines += ["", f"[{section}]"]
+        values = getattr(config, section)
+        for item in fields(values):
+            value = getattr(values, item.name)
+            if item.name == "options":
+                lines += [_line(f"options.{key}", each, _origin(config, f"model.options.{key}", "model.options"))
+                          for key, each in value.items()]
+            else:
+                lines.append(_line(item.name, value, _origin(config, f"{section}.{item.name}")))
+    return "\n".join(lines) + "\n"
+
+
+def _origin(config: Config, *keys: str) -> str:
+    return next((config.provenance[key] for key in keys if key in config.provenance), "default")
+
+
+def _line(key: str, value: Any, origin: str) -> str:
+    return f"{key} = {_toml(value)}".ljust(40) + f"  # {origin}"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml(each) for each in value) + "]"
+    return repr(value)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"There is no configuration file '{path}'. Give a TOML file, or a preset with --preset.")
+    try:
+        return tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}. Mend that line.") from error
+
+
+def _flatten(table: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for section, values in table.items():
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{origin}: '{section}' stands outside a section.{nearest(section, SECTIONS)}")
+        for key, value in values.items():
+            if section == "model" and key == "options" and isinstance(value, Mapping):
+                flat.update({f"model.options.{name}": each for name, each in value.items()})
+            else:
+                flat[f"{section}.{key}"] = value
+    return flat
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, raw = text.partition("=")
+    if not equals or "." not in key:
+        raise ConfigError(f"--set {text}: expected section.key=value, such as training.batch_size=64.")
+    try:
+        return key.strip(), tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), raw
+
+
+def _known(key: str, origin: str) -> str:
+    section, _, name = key.partition(".")
+    if section not in SECTIONS:
+        raise ConfigError(f"{origin}: there is no section '{section}'.{nearest(section, SECTIONS)}")
+    names = [item.name for item in fields(SECTIONS[section])]
+    if name.partition(".")[0] not in names or ("." in name and not key.startswith("model.options.")):
+        raise ConfigError(f"{origin}: [{section}] has no key '{name}'.{nearest(name, names)}")
+    return key
+
+
+def _merge(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
+    section, _, name = key.partition(".")
+    if key.startswith("model.options."):
+        options = values.setdefault("model", {}).setdefault("options", {})
+        options[name.partition(".")[2]] = value
+        return
+    table = values.setdefault(section, {})
+    if key == "model.name" and table.get("name", value) != value:
+        table.pop("options", None)  # another network: the options of the first one do not apply
+    table[name] = _typed(SECTIONS[section], name, value, f"{origin}: {key}")
+
+
+def _typed(section: type, name: str, value: Any, where: str) -> Any:
+    kind = {item.name: item.type for item in fields(section)}[name]
+    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    expected = {"int": int, "float": float, "bool": bool, "str": str}.get(str(kind), Mapping)
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise ConfigError(f"{where} = {value!r}: expected {kind}, got {type(value).__name__}.")
+    return value
+
+
+def _build(name: str, values: Mapping[str, Mapping[str, Any]], provenance: Mapping[str, str]) -> Config:
+    sections = {key: SECTIONS[key](**entries) for key, entries in values.items()}
+    return Config(preset=name, provenance=provenance, **sections)
