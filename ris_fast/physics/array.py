@@ -1,0 +1,85 @@
+"""The surface: element positions and near-field steering vectors.
+
+Legend: N elements, K sources. Lengths in metres, angles in radians.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ris_fast.config import Task
+from ris_fast.physics.pairs import expi
+
+
+@dataclass(frozen=True)
+class RISArray:
+    """A centred planar array; element n = j * horizontal + i, horizontal index fastest."""
+
+    horizontal: int = 12
+    vertical: int = 12
+    wavelength_m: float = 0.3
+    spacing_m: float = 0.15
+    wavefront: str = "fresnel"
+
+    def __post_init__(self) -> None:
+        if self.wavefront not in ("fresnel", "spherical"):
+            raise ValueError(f"RISArray: wavefront is {self.wavefront!r}; it must be 'fresnel' or 'spherical'.")
+        if min(self.horizontal, self.vertical) < 1 or min(self.wavelength_m, self.spacing_m) <= 0:
+            raise ValueError(f"RISArray: sizes and lengths must be positive, got {self}.")
+
+    @classmethod
+    def of(cls, task: Task) -> "RISArray":
+        return cls(task.ris_horizontal, task.ris_vertical, task.wavelength_m, task.spacing_m, task.wavefront)
+
+    @property
+    def elements(self) -> int:
+        return self.horizontal * self.vertical
+
+    @property
+    def wavenumber(self) -> float:
+        """2 pi / wavelength, rad/m."""
+        return 2.0 * math.pi / self.wavelength_m
+
+    def positions(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """x_N and y_N in metres, the array centred on the origin."""
+        x = (torch.arange(self.horizontal, device=device, dtype=dtype) - (self.horizontal - 1) / 2) * self.spacing_m
+        y = (torch.arange(self.vertical, device=device, dtype=dtype) - (self.vertical - 1) / 2) * self.spacing_m
+        return x.repeat(self.vertical), y.repeat_interleave(self.horizontal)
+
+
+def direction_cosines(azimuth: Tensor, elevation: Tensor) -> tuple[Tensor, Tensor]:
+    """u = sin(azimuth) cos(elevation), v = sin(elevation)."""
+    return azimuth.sin() * elevation.cos(), elevation.sin()
+
+
+def steering(array: RISArray, azimuth: Tensor, elevation: Tensor, range_m: Tensor) -> Tensor:
+    """Unit-norm near-field steering vectors a(azimuth, elevation, range).
+
+    Model: exp(j psi_n)/sqrt(N); fresnel: psi = k (u x + v y - (x^2 + y^2)/(2 r));
+        spherical: psi = k (r - sqrt(r^2 - 2 r (u x + v y) + x^2 + y^2)).
+    Args: azimuth, elevation (...) rad and range_m (...) m, one shape, float32 or float64.
+    Returns: (..., N, 2), the dtype of `azimuth`.
+    Numerics: the spherical path difference is formed as -d/(r + sqrt(r^2 + d)), which does not cancel for large r.
+    """
+    if not azimuth.shape == elevation.shape == range_m.shape:
+        raise ValueError(f"steering: azimuth {tuple(azimuth.shape)}, elevation {tuple(elevation.shape)} and range_m "
+                         f"{tuple(range_m.shape)} must have one shape.")
+    x, y = array.positions(azimuth.device, azimuth.dtype)
+    u, v = (each[..., None] for each in direction_cosines(azimuth, elevation))
+    r = range_m[..., None]
+    if array.wavefront == "fresnel":
+        path = u * x + v * y - (x * x + y * y) / (2.0 * r)
+    else:
+        excess = x * x + y * y - 2.0 * r * (u * x + v * y)
+        path = -excess / (r + (r * r + excess).sqrt())
+    return expi(array.wavenumber * path) / math.sqrt(array.elements)
+
+
+def linear_steering(antennas: int, sine: Tensor) -> Tensor:
+    """Unit-norm far-field vectors of a half-wavelength uniform linear array: (...) direction cosine -> (..., M, 2)."""
+    place = torch.arange(antennas, device=sine.device, dtype=sine.dtype) - (antennas - 1) / 2
+    return expi(math.pi * place * sine[..., None]) / math.sqrt(antennas)

@@ -1,0 +1,61 @@
+"""The Rician BS-RIS channel, and the sensing operator that it makes with the codes.
+
+Legend: B batch, L snapshots, M base-station antennas, N RIS elements, P right-hand sides.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ris_fast.physics.array import RISArray, direction_cosines, linear_steering, steering
+from ris_fast.physics.pairs import adjoint_matmul, conj, matmul, multiply
+
+FAR_RANGE_M = 100.0
+
+
+def rician_channel(array: RISArray, antennas: int, rician: Tensor, azimuth: Tensor, elevation: Tensor,
+                   normals: Tensor) -> Tensor:
+    """H = sqrt(k/(k+1)) a_BS a_RIS^H + sqrt(1/(k+1)) W, W entries CN(0, 1/M).
+
+    Args: rician (B,) linear; azimuth, elevation (B,) rad of the line of sight; normals (B, M*N*2) standard normal,
+        overwritten.
+    Returns: (B, M, N, 2).
+    """
+    shape = (rician.numel(), antennas, array.elements, 2)
+    u, _ = direction_cosines(azimuth, elevation)
+    bs = linear_steering(antennas, u) * (rician / (rician + 1.0)).sqrt()[:, None, None]
+    ris = steering(array, azimuth, elevation, torch.full_like(azimuth, FAR_RANGE_M))
+    scatter = (1.0 / (2.0 * antennas * (rician + 1.0))).sqrt()
+    return normals.view(shape).mul_(scatter[:, None, None, None]).add_(multiply(bs[:, :, None], conj(ris)[:, None]))
+
+
+def sense(channel: Tensor, codes: Tensor, field: Tensor) -> Tensor:
+    """G x: the noise-free snapshots of a static field, y_l = H (c_l o x).
+
+    Args: channel (B, M, N, 2), codes (L, N, 2), field (B, N, 2). Returns: (B, L, M, 2).
+    """
+    coded = multiply(codes.transpose(0, 1), field[:, :, None])
+    return matmul(channel, coded).transpose(1, 2)
+
+
+def backproject(channel: Tensor, codes: Tensor, snapshots: Tensor) -> Tensor:
+    """G^H y, one snapshot at a time: conj(c_l) o (H^H y_l); the sum over l is the matched filter.
+
+    Args: channel (B, M, N, 2), codes (L, N, 2), snapshots (B, L, M, 2). Returns: (B, L, N, 2).
+    """
+    field = adjoint_matmul(channel, snapshots.transpose(1, 2))
+    return multiply(conj(codes), field.transpose(1, 2))
+
+
+def collapsed_channel(channel: Tensor, codes: Tensor) -> Tensor:
+    """H c_l, all that the original pipeline's network was shown: (B, M, N, 2), (L, N, 2) -> (B, L, M, 2)."""
+    right = codes.transpose(0, 1)[None].expand(channel.shape[0], -1, -1, -1)
+    return matmul(channel, right).transpose(1, 2)
+
+
+def free_space_amplitude(range_m: Tensor, wavelength_m: float) -> Tensor:
+    """wavelength / (4 pi r): the amplitude of a source of unit power at range r metres."""
+    return wavelength_m / (4.0 * math.pi * range_m)

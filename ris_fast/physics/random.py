@@ -1,0 +1,43 @@
+"""The random numbers of a scene: counter-based, so that scene i of a split is the same scene everywhere.
+
+Every number is a pure function of (seed, split, scene index, quantity, position). Splits use different streams of
+Philox4x32-10, so train, validation and test can never share a scene.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ris_fast.kernels.philox.op import philox_normal, philox_uniform
+
+SPLITS = ("train", "val", "test")
+QUANTITIES = ("scene", "symbols", "channel", "noise")
+
+
+@dataclass(frozen=True)
+class SceneGenerator:
+    """Draws for the scenes of one split. `seed` picks the world, `split` the stream."""
+
+    seed: int = 0
+    split: str = "train"
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ValueError(f"SceneGenerator: split is {self.split!r}; it must be one of {', '.join(SPLITS)}.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"SceneGenerator: seed is {self.seed}; it must be in 0 .. 2^63 - 1.")
+
+    def stream(self, quantity: str) -> int:
+        return SPLITS.index(self.split) * 256 + QUANTITIES.index(quantity)
+
+    def uniform(self, index: Tensor, quantity: str, count: int) -> Tensor:
+        """(B,) int64 scene indices -> (B, count) float32 in (0, 1]."""
+        return philox_uniform(index, self.seed, self.stream(quantity), count)
+
+    def normal(self, index: Tensor, quantity: str, count: int) -> Tensor:
+        """(B,) int64 scene indices -> (B, count) float32 standard normal."""
+        return philox_normal(index, self.seed, self.stream(quantity), count)

@@ -1,0 +1,145 @@
+"""Scenes and their simulation, batched and on the device.
+
+Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K sources (padded to K_max).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from ris_fast.config import Task
+from ris_fast.physics.array import RISArray, steering
+from ris_fast.physics.channel import free_space_amplitude, rician_channel
+from ris_fast.physics.codes import dft_codes
+from ris_fast.physics.pairs import matmul, multiply, power
+from ris_fast.physics.random import SceneGenerator
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """A batch of scenes on one device; complex arrays are real pairs, float32.
+
+    A field is None where its source of data does not carry it: files may lack the channel (then `collapsed` is there)
+    or the geometry (then `covariance`, the dense target, is there).
+    """
+
+    snapshots: Tensor                      # (B, L, M, 2)  y
+    codes: Tensor                          # (L, N, 2)     c_l, one set for all scenes
+    snr_db: Tensor                         # (B,)          dB
+    count: Tensor                          # (B,) int64    sources in the scene
+    index: Tensor                          # (B,) int64    number of the scene in its split
+    channel: Tensor | None = None          # (B, M, N, 2)  H
+    factor: Tensor | None = None           # (B, N, K, 2)  target: columns sqrt(p_k) a_k, zero where no source
+    azimuth: Tensor | None = None          # (B, K)        rad
+    elevation: Tensor | None = None        # (B, K)        rad
+    range_m: Tensor | None = None          # (B, K)        m
+    power: Tensor | None = None            # (B, K)        linear, 0 where no source
+    collapsed: Tensor | None = None        # (B, L, M, 2)  H c_l
+    covariance: Tensor | None = None       # (B, N, N, 2)  dense target, trace N
+
+    @property
+    def batch(self) -> int:
+        return self.snapshots.shape[0]
+
+    def apply(self, change: Callable[[Tensor], Tensor], *, codes: bool = False) -> "Scenes":
+        """The same scenes with `change` applied to every per-scene tensor (and to the shared codes if asked)."""
+        changed = {item.name: change(value) for item in fields(self)
+                   if (value := getattr(self, item.name)) is not None and (codes or item.name != "codes")}
+        return replace(self, **changed)
+
+    def __getitem__(self, rows: slice | Tensor) -> "Scenes":
+        return self.apply(lambda value: value[rows])
+
+    def to(self, device: torch.device | str) -> "Scenes":
+        return self.apply(lambda value: value.to(device), codes=True)
+
+    @staticmethod
+    def concatenate(parts: list["Scenes"]) -> "Scenes":
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        joined = {item.name: torch.cat([getattr(part, item.name) for part in parts]) for item in fields(first)
+                  if item.name != "codes" and getattr(first, item.name) is not None}
+        return replace(first, **joined)
+
+
+@lru_cache(maxsize=16)
+def task_codes(task: Task, device: str) -> Tensor:
+    return dft_codes(task, device)
+
+
+def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator) -> Scenes:
+    """Scenes of a split, by number: the same scene whatever the batch, order or device.
+
+    Model: y_l = H diag(c_l) x_l + n_l, x_l = sum_k g_k s_kl a_k; n white, its power set by the scene's SNR.
+    Args: scenes: how many (0, 1, ...), or (B,) int64 indices; generator: seed, split and device.
+    Returns: `Scenes` with every field but `collapsed` and `covariance`.
+    Source: the measurement model of RIS-12x12, README.
+    """
+    device = torch.device(generator.device)
+    index = torch.arange(scenes, device=device) if isinstance(scenes, int) else scenes.to(device, torch.int64)
+    draw = _draw_scene(task, generator.uniform(index, "scene", 3 * task.max_sources + 5))
+    array = RISArray.of(task)
+    amplitude, snapshot_power = _amplitudes(task, draw, generator.normal(index, "symbols", _symbol_count(task)))
+    steer_BKN = steering(array, draw["azimuth"], draw["elevation"], draw["range_m"])
+    channel = rician_channel(array, task.bs_antennas, draw["rician"], draw["los_azimuth"], draw["los_elevation"],
+                             generator.normal(index, "channel", task.bs_antennas * task.elements * 2))
+    codes = task_codes(task, str(device))
+    clean = _snapshots(channel, codes, amplitude, steer_BKN)
+    snapshots = _add_noise(clean, draw["snr_db"], generator.normal(index, "noise", clean[0].numel()))
+    factor = (steer_BKN * snapshot_power.sqrt()[..., None, None]).transpose(1, 2).contiguous()
+    active = snapshot_power > 0
+    return Scenes(snapshots=snapshots, codes=codes, snr_db=draw["snr_db"], count=draw["count"], index=index,
+                  channel=channel, factor=factor, power=snapshot_power,
+                  **{key: draw[key] * active for key in ("azimuth", "elevation", "range_m")})
+
+
+def _symbol_count(task: Task) -> int:
+    return 2 * task.max_sources * (task.snapshots if task.symbols == "per_snapshot" else 1)
+
+
+def _draw_scene(task: Task, uniform: Tensor) -> dict[str, Tensor]:
+    """The geometry and the scalars of each scene from (B, 3 K_max + 5) uniforms in (0, 1]."""
+    def between(u: Tensor, low: float, high: float) -> Tensor:
+        return low + (high - low) * u
+
+    k = task.max_sources
+    azimuth, elevation = math.radians(task.azimuth_deg), math.radians(task.elevation_deg)
+    los = math.radians(60.0)
+    scalars = uniform[:, 3 * k:].unbind(1)
+    return {"azimuth": between(uniform[:, :k], -azimuth, azimuth),
+            "elevation": between(uniform[:, k:2 * k], -elevation, elevation),
+            "range_m": between(uniform[:, 2 * k:3 * k], task.range_min_m, task.range_max_m),
+            "count": (scalars[0] * k).ceil().clamp(1, k).to(torch.int64),
+            "snr_db": between(scalars[1], task.snr_min_db, task.snr_max_db),
+            "rician": between(scalars[2], task.rician_min, task.rician_max),
+            "los_azimuth": between(scalars[3], -los, los), "los_elevation": between(scalars[4], -los, los)}
+
+
+def _amplitudes(task: Task, draw: dict[str, Tensor], normals: Tensor) -> tuple[Tensor, Tensor]:
+    """Complex source amplitudes g_k s_kl (B, S, K, 2), S = 1 or L, and powers p_k (B, K); both zero beyond the count."""
+    range_m = draw["range_m"]
+    gain = free_space_amplitude(range_m, task.wavelength_m) if task.power == "path_loss" else torch.ones_like(range_m)
+    active = torch.arange(task.max_sources, device=range_m.device) < draw["count"][:, None]
+    symbols = normals.view(normals.shape[0], -1, task.max_sources, 2) * math.sqrt(0.5)
+    amplitude = symbols * (gain * active)[:, None, :, None]
+    return amplitude, power(amplitude).mean(1)
+
+
+def _snapshots(channel: Tensor, codes: Tensor, amplitude: Tensor, steer_BKN: Tensor) -> Tensor:
+    """y_l = H (c_l o x_l) without noise: (B, L, M, 2)."""
+    field_BSN = matmul(amplitude, steer_BKN)
+    coded = multiply(codes, field_BSN).transpose(1, 2)
+    return matmul(channel, coded).transpose(1, 2).contiguous()
+
+
+def _add_noise(clean: Tensor, snr_db: Tensor, normals: Tensor) -> Tensor:
+    """Adds CN(0, sigma^2) with sigma^2 = mean |clean|^2 / SNR, scene by scene."""
+    variance = power(clean).mean((1, 2)) / 10.0 ** (snr_db / 10.0)
+    return clean.addcmul_((0.5 * variance).sqrt()[:, None, None, None], normals.view_as(clean))
