@@ -1,0 +1,81 @@
+"""Checkpoints: safetensors with a JSON manifest beside each, written whole or not at all. No pickle anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Mapping
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and what to do. Exit code 3."""
+
+    exit_code = 3
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes to a temporary name in the same folder, flushes it to disk, then renames."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(folder: Path, name: str, groups: Mapping[str, Mapping[str, Tensor]],
+                    manifest: Mapping[str, Any]) -> Path:
+    """Writes NAME.safetensors and NAME.json into `folder`.
+
+    `groups` maps a prefix ('model', 'ema', 'optimizer') to its tensors. The model's stand under their own names, the
+    others under 'prefix/name', so that any reader of safetensors finds the weights. The manifest is written last and
+    carries the number of tensors.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {(key if prefix == "model" else f"{prefix}/{key}"): value.detach().cpu().contiguous().clone()
+               for prefix, group in groups.items() for key, value in group.items()}
+    path = folder / f"{name}.safetensors"
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path)
+    text = json.dumps({**manifest, "tensors": len(tensors)}, indent=1, sort_keys=True)
+    write_atomically(folder / f"{name}.json", text.encode())
+    return path
+
+
+def load_checkpoint(folder: Path, name: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The groups and the manifest that `save_checkpoint` wrote. Raises CheckpointError if either is not whole."""
+    path, described = folder / f"{name}.safetensors", folder / f"{name}.json"
+    for file in (path, described):
+        if not file.is_file():
+            raise CheckpointError(f"There is no checkpoint '{file}'. Give the folder of a run that has saved one.")
+    try:
+        tensors, manifest = load_file(path), json.loads(described.read_text())
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Use another checkpoint of this run.") from error
+    if manifest.get("tensors") != len(tensors):
+        raise CheckpointError(f"{path} holds {len(tensors)} tensors, its manifest says {manifest.get('tensors')}. "
+                              "They are not from the same save; use another checkpoint of this run.")
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        prefix, slash, rest = key.partition("/")
+        groups.setdefault(prefix if slash else "model", {})[rest if slash else key] = value
+    return groups, manifest
+
+
+def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+    """Loads weights strictly; a mismatch names the tensors."""
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [f"{key}: {tuple(weights[key].shape)} in the file, {tuple(own[key].shape)} in the network"
+              for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
+    if missing or extra or shapes:
+        raise CheckpointError(f"{where} does not fit this network. Missing: {missing[:5]}; not known: {extra[:5]}; "
+                              f"other shapes: {shapes[:5]}. Use the configuration that the checkpoint was made with.")
+    model.load_state_dict(dict(weights))
