@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Mapping
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -31,37 +31,34 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def save_checkpoint(folder: Path, name: str, groups: Mapping[str, Mapping[str, Tensor]],
                     manifest: Mapping[str, Any]) -> Path:
-    """Writes NAME.safetensors and NAME.json into `folder`.
+    """Writes NAME.safetensors, with the manifest in its header, and the manifest again as NAME.json for people.
 
     `groups` maps a prefix ('model', 'ema', 'optimizer') to its tensors. The model's stand under their own names, the
-    others under 'prefix/name', so that any reader of safetensors finds the weights. The manifest is written last and
-    carries the number of tensors.
+    others under 'prefix/name', so that any reader of safetensors finds the weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {(key if prefix == "model" else f"{prefix}/{key}"): value.detach().cpu().contiguous().clone()
                for prefix, group in groups.items() for key, value in group.items()}
+    text = json.dumps(manifest, indent=1, sort_keys=True)
     path = folder / f"{name}.safetensors"
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    save_file(tensors, temporary, metadata={"format": "pt", "manifest": text})
     os.replace(temporary, path)
-    text = json.dumps({**manifest, "tensors": len(tensors)}, indent=1, sort_keys=True)
     write_atomically(folder / f"{name}.json", text.encode())
     return path
 
 
 def load_checkpoint(folder: Path, name: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The groups and the manifest that `save_checkpoint` wrote. Raises CheckpointError if either is not whole."""
-    path, described = folder / f"{name}.safetensors", folder / f"{name}.json"
-    for file in (path, described):
-        if not file.is_file():
-            raise CheckpointError(f"There is no checkpoint '{file}'. Give the folder of a run that has saved one.")
+    """The groups and the manifest that `save_checkpoint` wrote. Raises CheckpointError for a file that is not whole."""
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint '{path}'. Give the folder of a run that has saved one.")
     try:
-        tensors, manifest = load_file(path), json.loads(described.read_text())
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        with safe_open(path, framework="pt") as file:
+            manifest = json.loads((file.metadata() or {})["manifest"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Use another checkpoint of this run.") from error
-    if manifest.get("tensors") != len(tensors):
-        raise CheckpointError(f"{path} holds {len(tensors)} tensors, its manifest says {manifest.get('tensors')}. "
-                              "They are not from the same save; use another checkpoint of this run.")
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         prefix, slash, rest = key.partition("/")
