@@ -1,0 +1,1 @@
+"""GPU and CPU kernels behind torch operators; knows torch, triton and nothing else of the project."""
