@@ -1,0 +1,134 @@
+"""What a person sees while a run trains: the floors, a line an epoch, a live bar on a terminal, the outcome."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from typing import Any, Mapping, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ris_fast.report.floors import floor_lines, judge, milestone_line
+
+
+class ConsoleReport:
+    """Observer that prints. On a terminal with a bar, time left and colours; plain lines in a file or a pipe.
+
+    Args:
+        stream: where to print; standard output by default.
+        standard_task: whether the milestones, which hold for RIS-12x12 only, are shown.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, standard_task: bool = True) -> None:
+        stream = stream or sys.stdout
+        live = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.console = Console(file=stream, force_terminal=live, highlight=False, markup=False, soft_wrap=True,
+                               no_color=True if not live else None)
+        self.standard_task = standard_task
+        self.floors: Mapping[str, float] = {}
+        self.info: Mapping[str, Any] = {}
+        self.best = math.inf
+        self.bar = _progress(self.console) if live else None
+        self.task: TaskID | None = None
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        self.info, self.floors = info, info.get("floors", {})
+        for line in run_lines(info):
+            self._print(line)
+        if self.floors:
+            self._print("Validation NMSE: lower is better, and a network that has learned nothing stays at the floors.")
+            self._print("\n".join(floor_lines(self.floors)))
+        if self.floors and self.standard_task:
+            self._print(milestone_line(), "dim")
+        if self.bar is not None:
+            self.task = self.bar.add_task("starting", total=1.0, loss="")
+            self.bar.start()
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=share_done(row, self.info), loss=f"loss {row['train_loss']:.3f}",
+                            description=f"epoch {row['epoch']}/{row['epochs']}")
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        score = validation(row)
+        better = score < self.best
+        self.best = min(self.best, score)
+        self._print(epoch_line(row), "bold green" if better and score < self.floors.get("mean", 1.0) else None)
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=share_done(row, self.info))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self.close()
+        for line in outcome_lines(summary, milestones=self.standard_task):
+            self._print(line)
+
+    def close(self) -> None:
+        """Takes the bar away; safe to call at any time, also after an interrupt."""
+        if self.bar is not None:
+            self.bar.stop()
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style)
+
+
+def epoch_line(row: Mapping[str, Any]) -> str:
+    """`Epoch 001/030: train 0.806  val 1.921 ...`; `val` is the better of the raw and the averaged weights."""
+    parts = [f"Epoch {row['epoch']:03d}/{row['epochs']:03d}: train {row['train_loss']:.3f}",
+             f"val {validation(row):.3f}", " ".join(f"{name} {row[key]:.3f}" for name, key in _WEIGHTS if _known(row, key)),
+             f"|g| {row['grad_norm']:.3g}", f"clipped {row['clipped']:.0%}", f"skipped {row['skipped']:.0%}",
+             f"{row['scenes_per_s']:.0f} scenes/s"]
+    return "  ".join(part for part in parts if part)
+
+
+def validation(row: Mapping[str, Any]) -> float:
+    """The better of the raw and the averaged weights' NMSE; not-a-number only when neither is a number."""
+    scores = [row[key] for _, key in _WEIGHTS if _known(row, key) and not math.isnan(row[key])]
+    return min(scores, default=math.nan)
+
+
+def share_done(row: Mapping[str, Any], info: Mapping[str, Any]) -> float:
+    """How much of the run is over: the larger share of the planned steps and of the allowed seconds."""
+    steps, seconds = info.get("planned_steps") or math.inf, info.get("max_seconds") or math.inf
+    return min(1.0, max(row["step"] / steps, row["seconds"] / seconds))
+
+
+def run_lines(info: Mapping[str, Any]) -> list[str]:
+    """The run in two lines, from whichever of the facts are there."""
+    what = [info.get("preset"), _phrase(info, "parameters", "{}, {:,} parameters", "model"),
+            " ".join(str(info[key]) for key in ("device", "precision") if info.get(key))]
+    how = [_phrase(info, "train_scenes", "{:,} scenes an epoch"), _phrase(info, "batch_size", "batch {}"),
+           _phrase(info, "accumulate", "accumulated {}") if info.get("accumulate", 1) > 1 else None,
+           _phrase(info, "epochs", "up to {} epochs"), _phrase(info, "max_seconds", "at most {:.0f} s")]
+    return [line for line in ("  ".join(filter(None, what)), ", ".join(filter(None, how))) if line]
+
+
+def outcome_lines(summary: Mapping[str, Any], *, milestones: bool = True) -> list[str]:
+    """The verdict, the best figure beside its floor, the size of the run, and what the watch found."""
+    best = judge(summary.get("best_val_nmse"), summary.get("floors", {}), milestones=milestones)
+    lines = [f"{summary['verdict']}: best validation NMSE {best}",
+             f"{summary['optimizer_steps']:,} steps, {summary['scenes_seen']:,} scenes in {summary['seconds']:.0f} s, "
+             f"{summary['scenes_per_s']:.0f} scenes/s"]
+    if summary.get("findings"):
+        lines.append("findings, most certain first: " + ", ".join(map(str, summary["findings"])))
+    return lines
+
+
+_WEIGHTS = (("raw", "val_nmse_raw"), ("ema", "val_nmse_ema"))
+
+
+def _known(row: Mapping[str, Any], key: str) -> bool:
+    return row.get(key) is not None
+
+
+def _phrase(info: Mapping[str, Any], key: str, pattern: str, before: str | None = None) -> str | None:
+    if not info.get(key):
+        return None
+    return pattern.format(info.get(before, ""), info[key]) if before else pattern.format(info[key])
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+                    TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"),
+                    console=console, transient=True, refresh_per_second=2)

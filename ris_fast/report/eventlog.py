@@ -1,0 +1,130 @@
+"""Run files that survive a kill: metrics.jsonl, one valid JSON row a report, and JSON files replaced in one move."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Iterable, Mapping
+
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+NONFINITE = "nonfinite"
+
+
+class JsonlReport:
+    """Observer that appends every event to `metrics.jsonl` and leaves `summary.json` at the end.
+
+    The file is opened for each row, so nothing is lost in a buffer when the process dies.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _drop_torn_tail(self.folder / METRICS)
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        self._append({"event": "start", **info})
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        self._append({"event": "step", **row})
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        self._append({"event": "epoch", **row})
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        write_json(self.folder / SUMMARY, summary)
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(dumps(row) + "\n")
+
+
+def dumps(value: Mapping[str, Any], indent: int | None = None) -> str:
+    """Strict JSON. A number that is not finite becomes null, and `nonfinite` says which one it was."""
+    notes: dict[str, str] = {}
+    plain = _plain(value, "", notes)
+    if notes:
+        plain[NONFINITE] = notes
+    return json.dumps(plain, indent=indent, allow_nan=False)
+
+
+def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
+    """Writes `value` so that a reader sees the old file or the new one, never half of either."""
+    path = Path(path)
+    write_text(path, dumps(value, indent=2) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_events(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl (or of the run folder that holds one), numbers that were not finite put back.
+
+    A torn last line (a killed run) is left out. Rows that a resumed run went over again count once: the later ones.
+    Raises FileNotFoundError where there is no such file, ValueError with the line number for any other bad line.
+    """
+    path = Path(path)
+    path = path / METRICS if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no '{path}'. Give a run folder, or the metrics.jsonl of one.")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = [_parse(line, number, path) for number, line in enumerate(lines[:-1], start=1) if line.strip()]
+    return _without_superseded(rows)
+
+
+def _parse(line: str, number: int, path: Path) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error.msg}). Remove that line.") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, line {number}: expected an object with an event, got {type(row).__name__}.")
+    for where, text in row.pop(NONFINITE, {}).items():
+        _put(row, where.split("/"), float(text))
+    return row
+
+
+def _put(row: Any, keys: list[str], value: float) -> None:
+    for key in keys[:-1]:
+        row = row[int(key)] if isinstance(row, list) else row[key]
+    row[int(keys[-1]) if isinstance(row, list) else keys[-1]] = value
+
+
+def _without_superseded(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    kept: list[dict[str, Any]] = []
+    for row in rows:
+        step = row.get("step")
+        if step is not None:
+            while kept and kept[-1].get("step", -1) > step:
+                kept.pop()
+        kept.append(row)
+    return kept
+
+
+def _plain(value: Any, where: str, notes: dict[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each, f"{where}/{key}".lstrip("/"), notes) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each, f"{where}/{i}".lstrip("/"), notes) for i, each in enumerate(value)]
+    if hasattr(value, "tolist"):  # numpy and torch, scalars and arrays, without importing either
+        return _plain(value.tolist(), where, notes)
+    if isinstance(value, float) and not math.isfinite(value):
+        notes[where] = str(value)
+        return None
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _drop_torn_tail(path: Path) -> None:
+    """A run that was killed while writing leaves half a row; the next row must not be glued to it."""
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole != len(content):
+        os.truncate(path, whole)

@@ -1,0 +1,102 @@
+"""What is printed: the epoch line to the letter, floors with their meaning, plain text in a file, a bar on a terminal."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+
+from ris_fast.report.console import ConsoleReport, epoch_line, share_done, validation
+
+INFO = {"preset": "laptop", "model": "backprojection", "parameters": 10_812_345, "device": "cpu", "precision": "fp32",
+        "train_scenes": 16_000, "batch_size": 256, "accumulate": 2, "epochs": 30, "max_seconds": 270.0,
+        "planned_steps": 100, "floors": {"zero": 1.0, "identity": 0.987, "mean": 0.978}}
+ROW = {"event": "epoch", "epoch": 1, "epochs": 30, "step": 50, "scenes_seen": 16_000, "seconds": 10.5,
+       "train_loss": 0.806, "val_nmse_raw": 1.921, "val_nmse_ema": 1.95, "grad_norm": 0.83, "clipped": 0.03,
+       "skipped": 0.0, "scenes_per_s": 1520.0, "lr": {"backbone": 1e-3, "head": 1e-3}, "loss_scale": None}
+SUMMARY = {"verdict": "learned", "best_val_nmse": 0.3, "floors": INFO["floors"], "optimizer_steps": 100,
+           "scenes_seen": 32_000, "seconds": 21.0, "scenes_per_s": 1520.0, "findings": ["warm-up-too-long"]}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def transcript(stream: io.StringIO) -> str:
+    report = ConsoleReport(stream)
+    report.start(INFO)
+    report.step(ROW)
+    report.epoch(ROW)
+    report.epoch({**ROW, "epoch": 2, "step": 100, "val_nmse_raw": 0.3})
+    report.finish(SUMMARY)
+    return stream.getvalue()
+
+
+def test_the_epoch_line_is_the_one_that_a_user_of_the_original_can_compare() -> None:
+    assert epoch_line(ROW) == ("Epoch 001/030: train 0.806  val 1.921  raw 1.921 ema 1.950  |g| 0.83  clipped 3%  "
+                               "skipped 0%  1520 scenes/s")
+
+
+@pytest.mark.parametrize("raw, ema, expected", [(1.0, 0.5, 0.5), (0.4, None, 0.4), (math.nan, 0.7, 0.7), (0.6, math.inf, 0.6)])
+def test_val_is_the_better_of_the_two_sets_of_weights(raw, ema, expected) -> None:
+    assert validation({"val_nmse_raw": raw, "val_nmse_ema": ema}) == expected
+
+
+def test_val_is_not_a_number_only_when_neither_is_and_the_line_says_so() -> None:
+    line = epoch_line({**ROW, "val_nmse_raw": math.nan, "val_nmse_ema": math.nan})
+    assert "val nan  raw nan ema nan" in line
+
+
+def test_a_file_gets_plain_whole_lines() -> None:
+    text = transcript(io.StringIO())
+    assert "\x1b" not in text and "\r" not in text
+    assert epoch_line(ROW) in text.splitlines()
+    assert "10,812,345 parameters" in text and "accumulated 2" in text and "at most 270 s" in text
+
+
+def test_floors_stand_beside_what_they_mean_and_the_outcome_beside_its_floor() -> None:
+    text = transcript(io.StringIO())
+    assert "  mean      0.978  the mean training covariance, the best answer that ignores the input" in text
+    assert "learned: best validation NMSE 0.300, below the constant answer (0.978); passed: several sources are seen" in text
+    assert "warm-up-too-long" in text
+
+
+def test_milestones_of_the_standard_task_are_not_shown_for_another_one() -> None:
+    stream = io.StringIO()
+    report = ConsoleReport(stream, standard_task=False)
+    report.start(INFO)
+    report.finish(SUMMARY)
+    assert "Bayes" not in stream.getvalue() and "passed" not in stream.getvalue()
+
+
+def test_a_terminal_gets_a_bar_with_time_left_and_colours(monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    text = transcript(Terminal())
+    assert "epoch 1/30" in text and "left" in text and "\x1b[1;32m" in text
+
+
+def test_no_color_is_respected_on_a_terminal(monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = transcript(Terminal())
+    assert "epoch 1/30" in text and "\x1b[1;32m" not in text and "\x1b[32m" not in text and "[38;" not in text
+
+
+def test_forced_colour_does_not_reach_a_file(monkeypatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b" not in transcript(io.StringIO())
+
+
+def test_a_best_epoch_without_a_number_is_reported_not_crashed_on() -> None:
+    stream = io.StringIO()
+    ConsoleReport(stream).finish({**SUMMARY, "verdict": "stopped", "best_val_nmse": None})
+    assert "stopped: best validation NMSE not measured" in stream.getvalue()
+
+
+def test_the_bar_follows_whichever_limit_comes_first() -> None:
+    assert share_done({"step": 50, "seconds": 10.0}, {"planned_steps": 100, "max_seconds": 12.5}) == 0.8
+    assert share_done({"step": 50, "seconds": 10.0}, {"planned_steps": 100, "max_seconds": 0}) == 0.5
+    assert share_done({"step": 50, "seconds": 10.0}, {}) == 0.0

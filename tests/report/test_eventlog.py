@@ -1,0 +1,92 @@
+"""The event log: strict JSON whatever the numbers, nothing lost to a kill, nothing counted twice after a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ris_fast.report.eventlog import JsonlReport, dumps, read_events, write_json
+
+
+def row(step: int, **more: object) -> dict[str, object]:
+    return {"step": step, "scenes_seen": 16 * step, "train_loss": 0.5, **more}
+
+
+def strict(text: str) -> dict[str, object]:
+    def refuse(name: str) -> float:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_a_row_is_on_disk_as_soon_as_it_is_reported(tmp_path) -> None:
+    log = JsonlReport(tmp_path)
+    for step in (1, 2):
+        log.step(row(step))
+        assert [each["step"] for each in read_events(tmp_path)] == list(range(1, step + 1))
+
+
+def test_numbers_that_are_not_finite_are_valid_json_and_come_back(tmp_path) -> None:
+    log = JsonlReport(tmp_path)
+    log.step(row(1, train_loss=math.nan, grad_norm=torch.tensor(math.inf), terms={"cov": {"raw": np.float32("-inf")}},
+                 series=[1.0, math.nan]))
+    written = strict((tmp_path / "metrics.jsonl").read_text())
+    assert written["train_loss"] is None and written["nonfinite"]["terms/cov/raw"] == "-inf"
+    back = read_events(tmp_path)[0]
+    assert math.isnan(back["train_loss"]) and back["grad_norm"] == math.inf
+    assert back["terms"]["cov"]["raw"] == -math.inf and math.isnan(back["series"][1]) and "nonfinite" not in back
+
+
+def test_tensors_arrays_and_paths_become_plain_values(tmp_path) -> None:
+    plain = strict(dumps({"a": torch.arange(3), "b": np.float32(0.5), "c": tmp_path, "d": True, "e": None}))
+    assert plain == {"a": [0, 1, 2], "b": 0.5, "c": str(tmp_path), "d": True, "e": None}
+
+
+def test_a_torn_row_is_left_out_and_the_next_one_starts_on_its_own_line(tmp_path) -> None:
+    JsonlReport(tmp_path).step(row(1))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "step", "st')
+    assert [each["step"] for each in read_events(tmp_path)] == [1]
+    JsonlReport(tmp_path).step(row(2))
+    assert [each["step"] for each in read_events(tmp_path)] == [1, 2]
+
+
+def test_rows_that_a_resumed_run_repeats_count_once_and_the_later_ones_win(tmp_path) -> None:
+    log = JsonlReport(tmp_path)
+    for step, loss in ((1, 0.9), (2, 0.8), (3, 0.7)):
+        log.step(row(step, train_loss=loss))
+    log.start({"step": 1})
+    log.step(row(2, train_loss=0.6))
+    rows = [each for each in read_events(tmp_path) if each["event"] == "step"]
+    assert [(each["step"], each["train_loss"]) for each in rows] == [(1, 0.9), (2, 0.6)]
+
+
+@pytest.mark.parametrize("line", ["not json", "[1, 2]"])
+def test_a_bad_line_is_named_by_its_number(tmp_path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row(1)) + f"\n{line}\n" + json.dumps(row(2)) + "\n")
+    with pytest.raises(ValueError, match="line 2"):
+        read_events(tmp_path)
+
+
+def test_a_missing_log_is_a_clear_error(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="Give a run folder"):
+        read_events(tmp_path)
+
+
+def test_the_summary_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path) -> None:
+    JsonlReport(tmp_path).finish({"verdict": "learned", "best_val_nmse": 0.3})
+    write_json(tmp_path / "summary.json", {"verdict": "stopped", "best_val_nmse": math.inf})
+    assert strict((tmp_path / "summary.json").read_text())["verdict"] == "stopped"
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_failing_write_keeps_the_old_file(tmp_path, monkeypatch) -> None:
+    write_json(tmp_path / "summary.json", {"verdict": "learned"})
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_json(tmp_path / "summary.json", {"verdict": "stopped"})
+    assert strict((tmp_path / "summary.json").read_text()) == {"verdict": "learned"}

@@ -1,0 +1,69 @@
+"""Figures hold what they claim: every series, every floor at its height, and survive numbers that are not finite."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from matplotlib.image import imread
+
+from ris_fast.report.plots import PlotReport, evaluation_figure, loss_figure
+
+FLOORS = {"zero": 1.0, "identity": 0.987, "mean": 0.978}
+
+
+def rows(epochs: int = 3) -> list[dict[str, object]]:
+    out: list[dict[str, object]] = []
+    for epoch in range(1, epochs + 1):
+        common = {"step": 10 * epoch, "scenes_seen": 160 * epoch, "train_loss": 1.0 / epoch, "grad_norm": 0.5}
+        out += [{"event": "step", **common}, {"event": "epoch", "epoch": epoch, "val_nmse_raw": 1.1 / epoch,
+                                              "val_nmse_ema": 1.2 / epoch, **common}]
+    return out
+
+
+def lines(figure) -> dict[str, object]:
+    return {line.get_label(): line for line in figure.axes[0].get_lines()}
+
+
+def test_every_series_is_drawn_against_the_scenes_seen_with_floors_at_their_height() -> None:
+    drawn = lines(loss_figure(rows(), FLOORS))
+    assert list(drawn["validation, averaged weights"].get_xdata()) == [160, 320, 480]
+    assert list(drawn["validation, raw weights"].get_ydata()) == pytest.approx([1.1, 0.55, 1.1 / 3])
+    assert set(drawn["floor mean, 0.978"].get_ydata()) == {0.978}
+    assert loss_figure(rows(), FLOORS).axes[0].get_yscale() == "log"
+
+
+def test_values_that_cannot_be_drawn_are_left_out_not_invented() -> None:
+    broken = rows()
+    broken[1]["val_nmse_raw"] = math.nan
+    broken[3]["val_nmse_raw"] = None
+    assert list(lines(loss_figure(broken, FLOORS))["validation, raw weights"].get_xdata()) == [480]
+
+
+def test_the_report_leaves_a_picture_in_the_run_folder_and_continues_the_one_of_a_resumed_run(tmp_path) -> None:
+    from ris_fast.report.eventlog import JsonlReport
+
+    log = JsonlReport(tmp_path)
+    for row in rows():
+        (log.step if row["event"] == "step" else log.epoch)(row)
+    report = PlotReport(tmp_path)
+    report.start({"floors": FLOORS, "step": 20})
+    assert [row["step"] for row in report.rows] == [10, 10, 20, 20]
+    report.finish({})
+    assert imread(tmp_path / "plots" / "loss.png").shape[:2] == (840, 1200)
+
+
+def test_an_empty_run_still_draws(tmp_path) -> None:
+    report = PlotReport(tmp_path)
+    report.start({"floors": FLOORS})
+    report.finish({})
+    assert (tmp_path / "plots" / "loss.png").stat().st_size > 1000
+
+
+def test_the_evaluation_shows_network_floors_and_bayes_line() -> None:
+    group = {"mean": 0.3, "median": 0.2, "floors": FLOORS, "bayes": 0.02}
+    result = {"model": "backprojection", "scenes": 8, "nmse": {"mean": 0.3, "median": 0.2},
+              "by_snr": [{"snr_db": (-5.0, 0.0), **group}], "by_count": [{"sources": 2, **group}]}
+    labels = lines(evaluation_figure(result))
+    assert {"zero", "mean", "network, mean", "network, median", "Bayes, best possible"} <= set(labels)
+    assert list(labels["Bayes, best possible"].get_ydata()) == [0.02]
