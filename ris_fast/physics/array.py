@@ -68,9 +68,16 @@ def steering(array: RISArray, azimuth: Tensor, elevation: Tensor, range_m: Tenso
     if not azimuth.shape == elevation.shape == range_m.shape:
         raise ValueError(f"steering: azimuth {tuple(azimuth.shape)}, elevation {tuple(elevation.shape)} and range_m "
                          f"{tuple(range_m.shape)} must have one shape.")
-    x, y = array.positions(azimuth.device, azimuth.dtype)
-    u, v = (each[..., None] for each in direction_cosines(azimuth, elevation))
-    r = range_m[..., None]
+    return cosine_steering(array, *direction_cosines(azimuth, elevation), range_m)
+
+
+def cosine_steering(array: RISArray, u: Tensor, v: Tensor, range_m: Tensor) -> Tensor:
+    """`steering` from direction cosines: u, v, range_m (...) -> (..., N, 2).
+
+    The Fresnel form is defined for any u and v; a reader of an off-centre array shifts them past the unit circle.
+    """
+    x, y = array.positions(u.device, u.dtype)
+    u, v, r = (each[..., None] for each in (u, v, range_m))
     if array.wavefront == "fresnel":
         path = u * x + v * y - (x * x + y * y) / (2.0 * r)
     else:
