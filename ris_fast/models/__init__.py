@@ -1,0 +1,34 @@
+"""The networks by name. A network is imported when it is built, so that naming one costs nothing."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from ris_fast.config import ConfigError, Task
+from ris_fast.models.prediction import Prediction
+from ris_fast.settings import nearest
+
+MODELS = {"backprojection": ("ris_fast.models.backprojection", "Backprojection"),
+          "hybrid": ("ris_fast.models.hybrid", "Hybrid")}
+
+__all__ = ["MODELS", "Prediction", "build_model"]
+
+
+def build_model(name: str, task: Task | None = None, **options: Any) -> nn.Module:
+    """The network `name` for this task (RIS-12x12 if none is given), fresh weights from torch's generator.
+
+    Raises: ConfigError naming the nearest valid name, for a model or an option that does not exist.
+    """
+    if name not in MODELS:
+        raise ConfigError(f"build_model: there is no model '{name}'.{nearest(name, MODELS)}")
+    module, kind = MODELS[name]
+    model = getattr(import_module(module), kind)
+    known = [key for key in inspect.signature(model).parameters if key != "task"]
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"build_model: model '{name}' has no option '{key}'.{nearest(key, known)}")
+    return model(task or Task(), **options)

@@ -1,0 +1,20 @@
+"""What every network returns, and the only thing that the loss and the localiser read.
+
+Legend: B batch, N RIS elements, Q factor columns, K sources (padded to K_max).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Prediction(NamedTuple):
+    """A covariance as its factor (R = F F^H), and what else a network says; None for what it does not say."""
+
+    factor: Tensor                       # (B, N, Q, 2)  F
+    azimuth: Tensor | None = None        # (B, K)        rad, a set: the order carries no meaning
+    elevation: Tensor | None = None      # (B, K)        rad
+    range_m: Tensor | None = None        # (B, K)        m, positive
+    count_logits: Tensor | None = None   # (B, K)        entry k speaks for k + 1 sources
