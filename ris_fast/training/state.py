@@ -1,0 +1,74 @@
+"""Where a run stands: what a checkpoint must remember to continue it, and the meters of an epoch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Mapping
+
+import torch
+from torch import Tensor
+
+from ris_fast.training.step import StepResult
+
+
+class RunStopped(RuntimeError):
+    """The run cannot go on; the message says what was seen, why it matters and what to do. Exit code 4."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, finding: str) -> None:
+        super().__init__(message)
+        self.finding = finding
+
+
+@dataclass
+class RunState:
+    """Counts since the start of the run, over all resumptions."""
+
+    epoch: int = 0                        # epochs completed
+    epoch_step: int = 0                   # optimizer steps made in the epoch under way
+    step: int = 0                         # optimizer steps attempted
+    scenes_seen: int = 0
+    seconds: float = 0.0                  # training and validation, not start-up
+    initial_nmse: float = math.nan        # validation before the first step
+    best_nmse: float = math.inf
+    best_weights: str = ""                # "raw" or "ema"
+    epochs_since_best: int = 0
+    train_loss: float = math.nan
+    val_nmse_raw: float = math.nan
+    val_nmse_ema: float = math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: (str(value) if isinstance(value, float) and not math.isfinite(value) else value)
+                for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "RunState":
+        return cls(**{key: (float(value) if isinstance(getattr(cls, key), float) else value)
+                      for key, value in values.items()})
+
+
+@dataclass
+class Meter:
+    """Means over scenes, summed on the device and read once."""
+
+    scenes: int = 0
+    steps: int = 0
+    loss: Tensor | float = 0.0
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, result: StepResult) -> None:
+        self.steps += 1
+        self.scenes += result.scenes
+        self.loss = self.loss + result.loss.double() * result.scenes
+        for name, value in result.terms.items():
+            self.terms[name] = self.terms.get(name, torch.zeros((), device=value.device)) + value * result.scenes
+
+    def mean_loss(self) -> float:
+        return float(self.loss) / self.scenes if self.scenes else math.nan
+
+    def mean_terms(self, weights: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """name -> raw and weighted mean."""
+        means = {name: float(value) / self.scenes for name, value in self.terms.items()}
+        return {name: {"raw": mean, "weighted": mean * weights[name]} for name, mean in means.items()}

@@ -1,0 +1,107 @@
+"""The optimizer step as one object: clear -> micro-batches -> unscale -> measure -> clip -> update -> average -> schedule.
+
+Nothing else in the project touches gradients or learning rates.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ris_fast.config import Config
+from ris_fast.config import Optimizer as OptimizerConfig
+from ris_fast.models.prediction import Prediction
+from ris_fast.physics.scenes import Scenes
+from ris_fast.training.loss import CovarianceLoss
+from ris_fast.training.optimizer import FusedAdamW
+from ris_fast.training.schedule import learning_rate_factor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step saw; tensors stay on the device until somebody reads them."""
+
+    scenes: int
+    loss: Tensor                   # (), mean over the step's scenes
+    terms: dict[str, Tensor]       # name -> (), raw, mean over the step's scenes
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
+    """Backbone and head groups, each split into weights (decayed) and norms and biases (not decayed).
+
+    Every trainable parameter is in exactly one group; empty groups are left out.
+    """
+    heads = {id(parameter) for parameter in model.head_parameters()}
+    groups = [{"name": f"{part}{'' if decay else '_no_decay'}", "params": [], "peak_lr": peak, "lr": peak,
+               "weight_decay": config.weight_decay if decay else 0.0}
+              for part, peak in (("backbone", config.backbone_lr), ("head", config.head_lr)) for decay in (True, False)]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[2 * (id(parameter) in heads) + (parameter.ndim < 2)]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: Config) -> FusedAdamW:
+    settings = config.optimizer
+    return FusedAdamW(parameter_groups(model, settings), lr=settings.backbone_lr, betas=(settings.beta1, settings.beta2),
+                      eps=settings.eps, weight_decay=settings.weight_decay,
+                      max_grad_norm=settings.max_grad_norm or None, ema_decay=settings.ema_decay or None,
+                      ema_warmup=True, clear_grads=True,
+                      loss_scale="dynamic" if config.training.precision == "fp16" else None,
+                      backend=config.training.backend)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Low precision for the network; the loss stays outside of it."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+class Step:
+    """Calls the network, the loss and the optimizer in the one right order.
+
+    Args: network: (snapshots, channel, codes, snr_db) -> Prediction, compiled or not, sharing `optimizer`'s parameters.
+    """
+
+    def __init__(self, network: Callable[..., Prediction], loss: CovarianceLoss, optimizer: FusedAdamW,
+                 config: Config, device: torch.device) -> None:
+        self.network, self.loss, self.optimizer = network, loss, optimizer
+        self.config, self.device = config, device
+
+    def predict(self, scenes: Scenes) -> Prediction:
+        """The network's answer in the run's precision. Scenes without a channel are shown with H c_l in its place."""
+        channel = scenes.collapsed if scenes.channel is None else scenes.channel
+        with autocast(self.device, self.config.training.precision):
+            return self.network(scenes.snapshots, channel, scenes.codes, scenes.snr_db)
+
+    def __call__(self, group: Sequence[Scenes], planned: int) -> StepResult:
+        """One optimizer step over the micro-batches of `group`; `planned` is the length of the schedule in steps."""
+        total = sum(scenes.batch for scenes in group)
+        self.optimizer.zero_grad()
+        losses, terms = zip(*(self._accumulate(scenes, scenes.batch / total) for scenes in group))
+        self._schedule(planned)
+        self.optimizer.step()
+        return StepResult(total, torch.stack(losses).sum(),
+                          {name: torch.stack([each[name] for each in terms]).sum() for name in terms[0]})
+
+    def _accumulate(self, scenes: Scenes, share: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward of one micro-batch, weighted by its share of the step's scenes."""
+        loss, terms = self.loss(self.predict(scenes), scenes)
+        self.optimizer.scale(loss * share).backward()
+        return loss.detach() * share, {name: value.detach() * share for name, value in terms.items()}
+
+    def _schedule(self, planned: int) -> None:
+        """Sets every group's learning rate for the next update, counted in applied steps."""
+        settings = self.config.optimizer
+        factor = learning_rate_factor(self.optimizer.applied_steps(), planned, settings.warmup, settings.final_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+    def learning_rates(self) -> dict[str, float]:
+        """Name of each group -> learning rate of the last update."""
+        return {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
