@@ -1,0 +1,50 @@
+"""Defines the covariance NMSE in plain torch: dense, complex, any device, never optimised; the only reference.
+
+Letters: B batch, N elements, Q factor columns, K target columns, X sample columns; a last axis of 2 is (re, im).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def trace_normalised(cov_BNN: Tensor) -> Tensor:
+    """Scale to trace N; a matrix of trace zero stays zero."""
+    trace_B = cov_BNN.diagonal(dim1=-2, dim2=-1).real.sum(-1)
+    scale_B = torch.where(trace_B == 0, 0, cov_BNN.shape[-1] / torch.where(trace_B == 0, 1, trace_B))
+    return scale_B[:, None, None] * cov_BNN
+
+
+def covariance(factor_BNQ2: Tensor) -> Tensor:
+    """F F^H normalised to trace N, complex (B, N, N)."""
+    factor_BNQ = torch.view_as_complex(factor_BNQ2.contiguous())
+    return trace_normalised(factor_BNQ @ factor_BNQ.mH)
+
+
+def shrink_weight(snr_db_B: Tensor | None, shrink: float) -> Tensor | float:
+    """alpha = clamp(alpha_0 10^(-SNR_dB/20), 1e-4, 5e-2) per scene; 0 where shrinkage is off."""
+    return 0.0 if shrink == 0 else (shrink * 10 ** (-snr_db_B / 20)).clamp(1e-4, 5e-2)[:, None, None]
+
+
+def cov_nmse(
+    factor: Tensor, target_factor: Tensor | None, target_cov: Tensor | None, sample_factor: Tensor | None, snr_db: Tensor | None,
+    blend: float, loading: float, target_loading: float, shrink: float, diag_weight: float, offdiag_weight: float, gradients: int = 0,
+) -> Tensor:  # fmt: skip
+    """NMSE per scene, (B,): |R_eff - T_eff|^2 / |T_eff|^2 with weights for the diagonal and the rest of both.
+
+    Args as the operator `ris_fast::cov_nmse` (see op.py); `gradients` is ignored: autograd supplies them.
+    Source: design formulas (normalise, blend, load, shrink), each step written as it reads.
+    """
+    eye_NN = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
+    alpha = shrink_weight(snr_db, shrink)
+    pred_BNN = covariance(factor)
+    if sample_factor is not None:
+        pred_BNN = (1 - blend) * pred_BNN + blend * covariance(sample_factor)
+    dense = None if target_cov is None else trace_normalised(torch.view_as_complex(target_cov.contiguous()))
+    target_BNN = covariance(target_factor) if dense is None else dense
+    pred_BNN = (1 - alpha) * (pred_BNN + loading * eye_NN) / (1 + loading) + alpha * eye_NN
+    target_BNN = (1 - alpha) * (target_BNN + target_loading * eye_NN) / (1 + target_loading) + alpha * eye_NN
+    weight_NN = offdiag_weight + (diag_weight - offdiag_weight) * eye_NN
+    error_B = (weight_NN * torch.view_as_real(pred_BNN - target_BNN).square().sum(-1)).sum((-2, -1))
+    return error_B / (weight_NN * torch.view_as_real(target_BNN).square().sum(-1)).sum((-2, -1))
