@@ -1,0 +1,134 @@
+"""The training objective: covariance NMSE through the factors, and the auxiliary terms by name.
+
+Legend: B batch, N RIS elements, Q factor columns, K sources (padded).
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ris_fast.config import ConfigError, Loss, Task
+from ris_fast.kernels.cov_nmse.op import cov_nmse
+from ris_fast.models.prediction import Prediction
+from ris_fast.physics.scenes import Scenes
+from ris_fast.training import terms
+from ris_fast.training.sample import sample_factor
+
+TERMS = ("cov", "cov_pred", "orthogonality", "cross", "angle", "range", "chamfer", "subspace", "contrast", "count")
+TRUTH_TERMS = ("cov", "cov_pred", "subspace", "contrast")   # the ones that tell the factors what the truth is
+MODEL_NEEDS = {"angle": ("azimuth", "elevation"), "range": ("range_m",), "chamfer": ("azimuth", "elevation"),
+               "count": ("count_logits",)}
+SCENE_NEEDS = {"angle": ("azimuth", "elevation"), "range": ("range_m",), "chamfer": ("azimuth", "elevation"),
+               "subspace": ("factor",), "contrast": ("factor",)}
+MOST_MATCHED = 7
+
+
+class CovarianceLoss(nn.Module):
+    """Weighted sum of named terms; a term of weight zero is not computed.
+
+    Model: lam_cov NMSE(R_blend) + lam_cov_pred NMSE(R_pred) + auxiliary terms, every term a mean over the scenes.
+    Raises: ConfigError (a ValueError) if no weight tells the covariance factors what the truth is.
+    Numerics: always float32 or wider, whatever autocast says.
+    """
+
+    def __init__(self, weights: Loss | None = None, task: Task | None = None) -> None:
+        super().__init__()
+        self.settings, task = weights or Loss(), task or Task()
+        self.sources = task.max_sources
+        self.weights = {name: getattr(self.settings, name) for name in TERMS if getattr(self.settings, name) > 0.0}
+        _check(self.weights, task)
+        if {"angle", "range"} & self.weights.keys():
+            slots, table = terms.assignments(task.max_sources)
+            self.register_buffer("slots", slots, persistent=False)
+            self.register_buffer("table", table, persistent=False)
+        self.register_buffer("ramp", terms.stencil(task.ris_horizontal, task.ris_vertical), persistent=False)
+
+    def forward(self, prediction: Prediction, scenes: Scenes) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted total (0-d) and every enabled term before its weight (0-d each).
+
+        Raises: ValueError naming the term and the output, where the model or the scenes lack what a term needs.
+        """
+        self._check_inputs(prediction, scenes)
+        prediction = Prediction(*(None if each is None else _wide(each) for each in prediction))
+        with torch.autocast(prediction.factor.device.type, enabled=False):
+            raw = self._covariance(prediction.factor, scenes) | self._located(prediction, scenes)
+            raw |= self._factor_terms(prediction.factor, scenes)
+            if "count" in self.weights:
+                raw["count"] = terms.count_entropy(prediction.count_logits, scenes.count).mean()
+            total = torch.stack([self.weights[name] * raw[name] for name in self.weights]).sum()
+        return total, {name: raw[name] for name in self.weights}
+
+    def _covariance(self, factor: Tensor, scenes: Scenes) -> dict[str, Tensor]:
+        """The NMSE with and without the blend; one number where there is no blend."""
+        names = [name for name in ("cov", "cov_pred") if name in self.weights]
+        blended = {name: name == "cov" and self.settings.beta > 0.0 for name in names}
+        values = {blend: self.nmse(factor, scenes, blend=blend).mean() for blend in set(blended.values())}
+        return {name: values[blended[name]] for name in names}
+
+    def nmse(self, factor: Tensor, scenes: Scenes, *, blend: bool) -> Tensor:
+        """NMSE of the effective covariance, scene by scene: (B,). Training, validation and inference all call this."""
+        known = {"target_cov": scenes.covariance} if scenes.factor is None else {"target_factor": scenes.factor}
+        sample = {"sample_factor": sample_factor(scenes), "blend": self.settings.beta} if blend else {}
+        return cov_nmse(factor, **known, **sample, loading=self.settings.loading, shrink=self.settings.shrink,
+                        snr_db=scenes.snr_db, reduction="none")
+
+    def _located(self, prediction: Prediction, scenes: Scenes) -> dict[str, Tensor]:
+        """The terms on angles and ranges; matching and distances are shared."""
+        wanted = self.weights.keys() & {"angle", "range", "chamfer"}
+        if not wanted:
+            return {}
+        active, angles, ranges = self._active(scenes), None, None
+        if wanted & {"angle", "chamfer"}:
+            angles = terms.angle_gaps(prediction.azimuth, prediction.elevation, scenes.azimuth, scenes.elevation)
+        if "range" in wanted:
+            ranges = terms.log_range_gaps(prediction.range_m, scenes.range_m, active)
+        raw: dict[str, Tensor] = {}
+        if wanted & {"angle", "range"}:
+            slots = terms.match(terms.assignment_cost(angles, ranges), active, self.slots, self.table)
+            for name, gaps, delta in (("angle", angles, terms.ANGLE_DELTA), ("range", ranges, terms.RANGE_DELTA)):
+                if name in wanted:
+                    raw[name] = terms.matched_huber(gaps, slots, active, delta).mean()
+        if "chamfer" in wanted:
+            raw["chamfer"] = terms.chamfer(angles, active).mean()
+        return raw
+
+    def _factor_terms(self, factor: Tensor, scenes: Scenes) -> dict[str, Tensor]:
+        """The terms that act on the factors alone."""
+        wanted: dict[str, Callable[[], Tensor]] = {
+            "orthogonality": lambda: terms.orthogonality(factor),
+            "cross": lambda: terms.cross(factor),
+            "subspace": lambda: terms.subspace(factor, terms.unit_columns(scenes.factor)),
+            "contrast": lambda: terms.contrast(factor, terms.unit_columns(scenes.factor), self.ramp,
+                                               self._active(scenes))}
+        return {name: term().mean() for name, term in wanted.items() if name in self.weights}
+
+    def _active(self, scenes: Scenes) -> Tensor:
+        return terms.active_sources(scenes.count, self.sources)
+
+    def _check_inputs(self, prediction: Prediction, scenes: Scenes) -> None:
+        for name in self.weights:
+            for owner, thing, needs in (("the model", prediction, MODEL_NEEDS), ("the scenes", scenes, SCENE_NEEDS)):
+                missing = [key for key in needs.get(name, ()) if getattr(thing, key) is None]
+                if missing:
+                    raise ValueError(f"CovarianceLoss: loss.{name} = {self.weights[name]} needs {', '.join(missing)}, "
+                                     f"which {owner} did not give. Set loss.{name} = 0, or use one that has it.")
+        if "cross" in self.weights and prediction.factor.shape[2] % 2:
+            raise ValueError(f"CovarianceLoss: loss.cross compares two halves of the factor, which has "
+                             f"{prediction.factor.shape[2]} columns. Set loss.cross = 0, or return an even number.")
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def _check(weights: dict[str, float], task: Task) -> None:
+    if not set(TRUTH_TERMS) & set(weights):
+        raise ConfigError(f"CovarianceLoss: {', '.join(f'loss.{name} = 0' for name in TRUTH_TERMS)}: no term tells the "
+                          f"covariance factors what the truth is, so they would not learn. Set loss.cov above zero.")
+    matched = [f"loss.{name}" for name in ("angle", "range") if name in weights]
+    if matched and task.max_sources > MOST_MATCHED:
+        raise ConfigError(f"CovarianceLoss: {' and '.join(matched)} tries all K! assignments, so task.max_sources = "
+                          f"{task.max_sources} is too many; at most {MOST_MATCHED}. Use loss.chamfer instead.")

@@ -1,0 +1,208 @@
+"""The auxiliary terms of the objective, each a number per scene: pure functions of a prediction and the truth.
+
+None of them differentiates an eigen, singular value or QR decomposition, forms an N x N array or divides by the norm
+of a single column, so all are finite, with finite gradients, for rank-deficient, repeated and zero factors.
+Legend: B batch, N RIS elements, Q factor columns, K sources (padded), P predicted slots, S points of a stencil.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import permutations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as fn
+
+from ris_fast.physics.pairs import adjoint_matmul, expi, matmul, multiply, power
+
+ANGLE_DELTA = math.radians(0.25)
+RANGE_DELTA = 0.2
+ANGLE_SCALE = math.radians(5.0)    # how far apart in angle, and in log-range, counts the same in the assignment
+RANGE_SCALE = 0.2
+RIDGE = 1e-4                       # of the true steering vectors' Gram matrix, whose diagonal is 1
+LOADING = 1e-3                     # of the spectrum, as a share of the prediction's trace
+FLOOR = 1e-6                       # relative floor of a denominator that may vanish
+TINY = 1e-30
+
+
+def orthogonality(factor_BNQ: Tensor) -> Tensor:
+    """Mean squared coherence of the factor's columns, weighted by their powers: (B,) in [0, 1].
+
+    Model: sum_{i != j} |C_ij|^2 / sum_{i != j} C_ii C_jj with C = F^H F; 0 for orthogonal columns, 1 for parallel ones.
+    """
+    gram = adjoint_matmul(factor_BNQ, factor_BNQ)
+    own = gram.diagonal(dim1=1, dim2=2)[:, 0]
+    trace_squared, own_squared = own.sum(-1).square(), own.square().sum(-1)
+    return (power(gram).sum((1, 2)) - own_squared) / ((1.0 + FLOOR) * trace_squared - own_squared + TINY)
+
+
+def cross(factor_BNQ: Tensor) -> Tensor:
+    """How far the two halves [A_angle, A_range] of a factor disagree on which columns overlap: (B,).
+
+    Model: sum_{i != j} |C_ij - D_ij|^2, C and D the trace-normalised Gram matrices of the halves; 0 for equal halves.
+    """
+    half = factor_BNQ.shape[2] // 2
+    first, second = (_unit_gram(part) for part in (factor_BNQ[:, :, :half], factor_BNQ[:, :, half:]))
+    gap = power(first - second)
+    return gap.sum((1, 2)) - gap.diagonal(dim1=1, dim2=2).sum(-1)
+
+
+def _unit_gram(factor: Tensor) -> Tensor:
+    gram = adjoint_matmul(factor, factor)
+    return gram / (gram.diagonal(dim1=1, dim2=2)[:, 0].sum(-1) + TINY)[:, None, None, None]
+
+
+def wrapped(angle: Tensor) -> Tensor:
+    """The same angle in [-pi, pi)."""
+    return torch.remainder(angle + math.pi, 2.0 * math.pi) - math.pi
+
+
+def active_sources(count: Tensor, sources: int) -> Tensor:
+    """(B, K) bool: which of the padded sources are there."""
+    return torch.arange(sources, device=count.device) < count[:, None]
+
+
+def source_mean(values_BK: Tensor, active_BK: Tensor) -> Tensor:
+    """Mean over the sources that are there: (B,)."""
+    return torch.where(active_BK, values_BK, 0.0).sum(-1) / active_BK.sum(-1).clamp_min(1)
+
+
+def assignments(sources: int) -> tuple[Tensor, Tensor]:
+    """All K! assignments as (K!, K) slots by source, and as a (K K, K!) table of zeros and ones over (slot, source)."""
+    slots = torch.tensor(list(permutations(range(sources))))
+    table = fn.one_hot(slots, sources).transpose(1, 2).flatten(1).T
+    return slots, table.float()
+
+
+@torch.no_grad()
+def match(cost_BPK: Tensor, active_BK: Tensor, slots: Tensor, table: Tensor) -> Tensor:
+    """For each source the slot that the cheapest assignment gives it, exactly: (B, K) int64.
+
+    `slots`, `table`: from `assignments(K)`. Sources that are not there cost nothing.
+    """
+    cost = torch.where(active_BK[:, None], cost_BPK, 0.0)
+    return slots[(cost.flatten(1) @ table.to(cost.dtype)).argmin(-1)]
+
+
+def angle_gaps(azimuth_BP: Tensor, elevation_BP: Tensor, true_azimuth_BK: Tensor, true_elevation_BK: Tensor) -> Tensor:
+    """Wrapped differences of every slot to every source: (B, P, K, 2) rad."""
+    gaps = torch.stack((azimuth_BP[..., None] - true_azimuth_BK[:, None],
+                        elevation_BP[..., None] - true_elevation_BK[:, None]), dim=-1)
+    return wrapped(gaps)
+
+
+def log_range_gaps(range_BP: Tensor, true_range_BK: Tensor, active_BK: Tensor) -> Tensor:
+    """Differences of log-range of every slot to every source: (B, P, K); a source that is not there sits at 1 m."""
+    return range_BP.log()[..., None] - torch.where(active_BK, true_range_BK, 1.0).log()[:, None]
+
+
+def assignment_cost(angles_BPK2: Tensor | None, log_ranges_BPK: Tensor | None) -> Tensor:
+    """The cost that pairs slots with sources: the Huber distances, 5 degrees worth as much as 0.2 in log-range."""
+    cost: Tensor | float = 0.0
+    if angles_BPK2 is not None:
+        cost = cost + huber(angles_BPK2, ANGLE_DELTA).sum(-1) / (ANGLE_DELTA * ANGLE_SCALE)
+    if log_ranges_BPK is not None:
+        cost = cost + huber(log_ranges_BPK, RANGE_DELTA) / (RANGE_DELTA * RANGE_SCALE)
+    return cost
+
+
+def huber(gap: Tensor, delta: float) -> Tensor:
+    """g^2/2 up to delta, delta (|g| - delta/2) beyond."""
+    return fn.huber_loss(gap, torch.zeros_like(gap), reduction="none", delta=delta)
+
+
+def matched_huber(gaps_BPK: Tensor, slots_BK: Tensor, active_BK: Tensor, delta: float) -> Tensor:
+    """Mean Huber loss over matched sources: (B,). `gaps_BPK`: (B, P, K) or (B, P, K, C), summed over C."""
+    losses = huber(gaps_BPK, delta)
+    losses = losses if losses.dim() == 3 else losses.sum(-1)
+    return source_mean(losses.gather(1, slots_BK[:, None]).squeeze(1), active_BK)
+
+
+def chamfer(angles_BPK2: Tensor, active_BK: Tensor) -> Tensor:
+    """Two-way Chamfer distance on (azimuth, elevation), rad^2: (B,).
+
+    Model: the mean over sources of the nearest slot's squared distance, plus the mean over slots of the nearest
+        source's. A slot without a source of its own does best on top of another slot's.
+    """
+    distance = angles_BPK2.square().sum(-1)
+    far = (2.0 * math.pi) ** 2
+    to_source = torch.where(active_BK[:, None], distance, far).amin(2).mean(1)
+    return source_mean(distance.amin(1), active_BK) + to_source
+
+
+def unit_columns(factor_BNK: Tensor) -> Tensor:
+    """The true steering vectors: columns of the target factor at unit norm, zero columns left zero. No gradient."""
+    norm = power(factor_BNK.detach()).sum(1, keepdim=True)
+    return factor_BNK.detach() * norm.clamp_min(TINY).rsqrt()[..., None]
+
+
+def subspace(factor_BNQ: Tensor, steer_BNK: Tensor) -> Tensor:
+    """The share of the predicted covariance that lies outside the true steering vectors: (B,) in [0, 1].
+
+    Model: |P R P|_F^2 / |R|_F^2 with R = F F^H and P = I - A (A^H A + ridge I)^-1 A^H; with W = P F that is
+        |W^H W|_F^2 / |F^H F|_F^2. Only the true side is inverted, and it carries no gradient.
+    """
+    steer_BNK = steer_BNK.detach()
+    with torch.no_grad():
+        inverse = hermitian_inverse(_load(adjoint_matmul(steer_BNK, steer_BNK), RIDGE))
+    inside = matmul(steer_BNK, matmul(inverse, adjoint_matmul(steer_BNK, factor_BNQ)))
+    outside = factor_BNQ - inside
+    total = power(adjoint_matmul(factor_BNQ, factor_BNQ)).sum((1, 2))
+    return power(adjoint_matmul(outside, outside)).sum((1, 2)) / (total + TINY)
+
+
+def stencil(horizontal: int, vertical: int) -> Tensor:
+    """Phase ramps that tilt a steering vector by -1, 0, 1 quarter beamwidths in either axis: (N, 9, 2), centre first.
+
+    A beamwidth is the distance 1/(N_H d/lambda) in u to the first zero of the array's pattern, so the ramp depends on
+    the number of elements alone; a tilt in (u, v) keeps the curvature of the wavefront and with it the range.
+    """
+    x = (torch.arange(horizontal) - (horizontal - 1) / 2).repeat(vertical) / horizontal
+    y = (torch.arange(vertical) - (vertical - 1) / 2).repeat_interleave(horizontal) / vertical
+    tilts = sorted(((p, q) for p in (-1, 0, 1) for q in (-1, 0, 1)), key=lambda tilt: tilt != (0, 0))
+    return expi(torch.stack([0.5 * math.pi * (p * x + q * y) for p, q in tilts], dim=-1))
+
+
+def contrast(factor_BNQ: Tensor, steer_BNK: Tensor, ramp_NS: Tensor, active_BK: Tensor) -> Tensor:
+    """Cross-entropy of the minimum-variance spectrum's peak against its neighbourhood, mean over sources: (B,).
+
+    Model: spectrum 1/(a^H R^-1 a) with R = F F^H/|F|^2 + loading I; the term is -log of the true direction's share of
+        the nine values of a 3 x 3 stencil around it: log 9 for a flat spectrum.
+    Numerics: a^H R^-1 a = max_v 2 Re(a^H v) - v^H R v. The maximiser v = R^-1 a (by Woodbury, Q x Q) is taken without
+        gradient; by the envelope theorem the gradient through R alone is exact, so no inverse is differentiated.
+    """
+    around = multiply(steer_BNK.detach()[:, :, :, None], ramp_NS.to(steer_BNK.dtype)[:, None]).flatten(2, 3)
+    unit = factor_BNQ * (power(factor_BNQ).sum((1, 2)) + TINY).rsqrt()[:, None, None, None]
+    with torch.no_grad():
+        inverse = hermitian_inverse(_load(adjoint_matmul(unit, unit), LOADING))
+        best = (around - matmul(unit, matmul(inverse, adjoint_matmul(unit, around)))) / LOADING
+        linear = 2.0 * (around * best).sum((1, 3)) - LOADING * power(best).sum(1)
+    inverse_spectrum = linear - power(adjoint_matmul(unit, best)).sum(1)
+    log_spectrum = -inverse_spectrum.clamp_min(FLOOR).log().unflatten(1, (steer_BNK.shape[2], -1))
+    return source_mean(log_spectrum.logsumexp(-1) - log_spectrum[..., 0], active_BK)
+
+
+def count_entropy(logits_BK: Tensor, count: Tensor) -> Tensor:
+    """Cross-entropy of the number of sources, 1 .. K: (B,)."""
+    return fn.cross_entropy(logits_BK, count - 1, reduction="none")
+
+
+def _load(gram_BKK: Tensor, amount: float) -> Tensor:
+    eye = torch.eye(gram_BKK.shape[1], dtype=gram_BKK.dtype, device=gram_BKK.device)
+    return torch.stack((gram_BKK[..., 0] + amount * eye, gram_BKK[..., 1]), dim=-1)
+
+
+def hermitian_inverse(matrix_BKK: Tensor) -> Tensor:
+    """Inverse of small Hermitian positive definite matrices by Gauss-Jordan elimination, K fixed steps: (B, K, K, 2).
+
+    No pivoting is needed for such matrices, and nothing here waits for the device as a library solver does.
+    """
+    size = matrix_BKK.shape[1]
+    eye = torch.eye(size, dtype=matrix_BKK.dtype, device=matrix_BKK.device)
+    eye = torch.stack((eye, torch.zeros_like(eye)), dim=-1)
+    table = torch.cat((matrix_BKK, eye.expand_as(matrix_BKK)), dim=2)
+    for k in range(size):
+        row = table[:, k] / table[:, k, k, 0][:, None, None]
+        table = table - multiply((table[:, :, k] - eye[:, k])[:, :, None], row[:, None])
+    return table[:, :, size:]
