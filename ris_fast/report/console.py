@@ -90,18 +90,20 @@ def validation(row: Mapping[str, Any]) -> float:
 
 def share_done(row: Mapping[str, Any], info: Mapping[str, Any]) -> float:
     """How much of the run is over: the larger share of the planned steps and of the allowed seconds."""
-    steps, seconds = info.get("planned_steps") or math.inf, info.get("max_seconds") or math.inf
+    steps = row.get("planned_steps") or info.get("planned_steps") or math.inf
+    seconds = info.get("max_seconds") or math.inf
     return min(1.0, max(row["step"] / steps, row["seconds"] / seconds))
 
 
 def run_lines(info: Mapping[str, Any]) -> list[str]:
-    """The run in two lines, from whichever of the facts are there."""
+    """The run in a few lines, from whichever of the facts are there."""
     what = [info.get("preset"), _phrase(info, "parameters", "{}, {:,} parameters", "model"),
             " ".join(str(info[key]) for key in ("device", "precision") if info.get(key))]
     how = [_phrase(info, "train_scenes", "{:,} scenes an epoch"), _phrase(info, "batch_size", "batch {}"),
            _phrase(info, "accumulate", "accumulated {}") if info.get("accumulate", 1) > 1 else None,
            _phrase(info, "epochs", "up to {} epochs"), _phrase(info, "max_seconds", "at most {:.0f} s")]
-    return [line for line in ("  ".join(filter(None, what)), ", ".join(filter(None, how))) if line]
+    lines = ("  ".join(filter(None, what)), info.get("source"), ", ".join(filter(None, how)), info.get("compile"))
+    return [line for line in lines if line]
 
 
 def outcome_lines(summary: Mapping[str, Any], *, milestones: bool = True) -> list[str]:

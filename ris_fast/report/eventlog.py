@@ -21,7 +21,6 @@ class JsonlReport:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         _drop_torn_tail(self.folder / METRICS)
 
     def start(self, info: Mapping[str, Any]) -> None:
@@ -37,6 +36,7 @@ class JsonlReport:
         write_json(self.folder / SUMMARY, summary)
 
     def _append(self, row: Mapping[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(dumps(row) + "\n")
 
@@ -52,12 +52,12 @@ def dumps(value: Mapping[str, Any], indent: int | None = None) -> str:
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     """Writes `value` so that a reader sees the old file or the new one, never half of either."""
-    path = Path(path)
     write_text(path, dumps(value, indent=2) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
@@ -75,7 +75,25 @@ def read_events(path: str | Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"There is no '{path}'. Give a run folder, or the metrics.jsonl of one.")
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = [_parse(line, number, path) for number, line in enumerate(lines[:-1], start=1) if line.strip()]
-    return _without_superseded(rows)
+    return current_rows(rows)
+
+
+def current_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without those that a resumed run went over again: a row replaces all that are not behind it."""
+    kept: list[dict[str, Any]] = []
+    last = (-1, False)
+    for row in rows:
+        place = _place(row)
+        if place is not None and place <= last:
+            kept = [each for each in kept if (_place(each) or (-1, False)) < place]
+        last = last if place is None else place
+        kept.append(row)
+    return kept
+
+
+def _place(row: Mapping[str, Any]) -> tuple[int, bool] | None:
+    """Order of a row in its run: by step, an epoch's own row after the step's. None for rows without a step."""
+    return (row["step"], row.get("event") == "epoch") if "step" in row else None
 
 
 def _parse(line: str, number: int, path: Path) -> dict[str, Any]:
@@ -94,17 +112,6 @@ def _put(row: Any, keys: list[str], value: float) -> None:
     for key in keys[:-1]:
         row = row[int(key)] if isinstance(row, list) else row[key]
     row[int(keys[-1]) if isinstance(row, list) else keys[-1]] = value
-
-
-def _without_superseded(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    kept: list[dict[str, Any]] = []
-    for row in rows:
-        step = row.get("step")
-        if step is not None:
-            while kept and kept[-1].get("step", -1) > step:
-                kept.pop()
-        kept.append(row)
-    return kept
 
 
 def _plain(value: Any, where: str, notes: dict[str, str]) -> Any:

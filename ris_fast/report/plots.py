@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ris_fast.report.eventlog import METRICS, read_events
+from ris_fast.report.eventlog import METRICS, current_rows, read_events
 
 LOSS_PLOT = "loss.png"
 INK, GRID = "#222222", "#dddddd"
@@ -39,8 +39,6 @@ class PlotReport:
 
     def start(self, info: Mapping[str, Any]) -> None:
         self.floors = info.get("floors", {})
-        reached = info.get("step", 0)
-        self.rows = [row for row in self.rows if row.get("step", 0) <= reached]
 
     def step(self, row: Mapping[str, Any]) -> None:
         self.rows.append({"event": "step", **row})
@@ -54,7 +52,7 @@ class PlotReport:
         self._draw()
 
     def _draw(self) -> None:
-        save(loss_figure(self.rows, self.floors), self.path)
+        save(loss_figure(current_rows(self.rows), self.floors), self.path)
         self.drawn = time.monotonic()
 
 

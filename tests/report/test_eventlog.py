@@ -57,12 +57,16 @@ def test_a_torn_row_is_left_out_and_the_next_one_starts_on_its_own_line(tmp_path
 
 def test_rows_that_a_resumed_run_repeats_count_once_and_the_later_ones_win(tmp_path) -> None:
     log = JsonlReport(tmp_path)
+    log.start({})
     for step, loss in ((1, 0.9), (2, 0.8), (3, 0.7)):
         log.step(row(step, train_loss=loss))
-    log.start({"step": 1})
+    log.epoch(row(3, train_loss=0.8))
+    for _ in range(2):
+        log.start({})
     log.step(row(2, train_loss=0.6))
-    rows = [each for each in read_events(tmp_path) if each["event"] == "step"]
-    assert [(each["step"], each["train_loss"]) for each in rows] == [(1, 0.9), (2, 0.6)]
+    log.epoch(row(2, train_loss=0.5))
+    rows = [each for each in read_events(tmp_path) if each["event"] != "start"]
+    assert [(each["step"], each["train_loss"]) for each in rows] == [(1, 0.9), (2, 0.6), (2, 0.5)]
 
 
 @pytest.mark.parametrize("line", ["not json", "[1, 2]"])

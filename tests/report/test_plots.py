@@ -7,6 +7,7 @@ import math
 import pytest
 from matplotlib.image import imread
 
+from ris_fast.report.eventlog import JsonlReport, current_rows
 from ris_fast.report.plots import PlotReport, evaluation_figure, loss_figure
 
 FLOORS = {"zero": 1.0, "identity": 0.987, "mean": 0.978}
@@ -41,14 +42,14 @@ def test_values_that_cannot_be_drawn_are_left_out_not_invented() -> None:
 
 
 def test_the_report_leaves_a_picture_in_the_run_folder_and_continues_the_one_of_a_resumed_run(tmp_path) -> None:
-    from ris_fast.report.eventlog import JsonlReport
-
     log = JsonlReport(tmp_path)
     for row in rows():
         (log.step if row["event"] == "step" else log.epoch)(row)
     report = PlotReport(tmp_path)
-    report.start({"floors": FLOORS, "step": 20})
-    assert [row["step"] for row in report.rows] == [10, 10, 20, 20]
+    report.start({"floors": FLOORS})
+    report.step({**rows()[2], "train_loss": 0.1})
+    drawn = lines(loss_figure(current_rows(report.rows), FLOORS))["training loss"]
+    assert list(drawn.get_xdata()) == [160, 320] and list(drawn.get_ydata()) == [1.0, 0.1]
     report.finish({})
     assert imread(tmp_path / "plots" / "loss.png").shape[:2] == (840, 1200)
 

@@ -1,0 +1,161 @@
+"""The command line: commands to functions, no logic. Torch and matplotlib are imported by the commands that need them.
+
+Exit codes: 0 done, 2 bad usage or configuration, 3 data problem, 4 stopped by health, 5 out of memory, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Sequence
+
+from cyclopts import App, CycloptsError, Parameter
+
+from ris_fast import __version__
+from ris_fast.settings import load_config, render_toml
+
+Overrides = Annotated[list[str] | None, Parameter(name="--set")]
+
+app = App(name="ris-fast", version=__version__, default_parameter=Parameter(negative=(), show_default=False),
+          help="Covariance networks behind a reconfigurable intelligent surface, trained fast and watched closely.")
+
+
+@app.command
+def train(config: Path | None = None, /, *, preset: str | None = None, device: str | None = None,
+          data: Path | None = None, epochs: int | None = None, batch_size: int | None = None,
+          accumulate: int | None = None, seed: int | None = None, max_seconds: float | None = None,
+          precision: str | None = None, no_compile: bool = False, backend: str | None = None,
+          set_: Overrides = None, out: Path | None = None, resume: Path | None = None,
+          print_config: bool = False) -> int:
+    """Train a network; without arguments on scenes simulated on this machine's best device.
+
+    Parameters
+    ----------
+    config
+        TOML file with settings.
+    preset
+        laptop (default on a CPU), full (default on a GPU) or seed.
+    device
+        auto, cpu, cuda or cuda:N.
+    data
+        Folder of shards, ours or the original pipeline's .npz; without it scenes are simulated.
+    epochs
+        Epochs to train.
+    batch_size
+        Scenes in a micro-batch.
+    accumulate
+        Micro-batches in an optimizer step.
+    seed
+        Seed of weights and scenes.
+    max_seconds
+        Anneal towards this many seconds and stop; 0: no limit.
+    precision
+        fp32, bf16 or fp16; the loss is always fp32.
+    no_compile
+        Run without torch.compile.
+    backend
+        Kernels: auto (best available) or reference (plain torch).
+    set_
+        Any other setting, section.key=value; may be given again.
+    out
+        Run folder; runs/DATE-TIME-PRESET by default.
+    resume
+        Continue the run in this folder with its own settings; flags and --set still win.
+    print_config
+        Print every value and where it came from, then stop.
+    """
+    flags = {"training.device": device, "data.path": _text(data), "training.epochs": epochs,
+             "training.batch_size": batch_size, "training.accumulate": accumulate, "training.seed": seed,
+             "training.max_seconds": max_seconds, "training.precision": precision,
+             "training.compile": False if no_compile else None, "training.backend": backend}
+    from ris_fast.launch import resumed_config, run_training
+
+    if resume is not None:
+        resolved = resumed_config(resume, {"CONFIG": config, "--preset": preset, "--out": out}, set_ or (), flags)
+    else:
+        resolved = load_config(config, preset, set_ or (), flags)
+    if print_config:
+        print(render_toml(resolved), end="")
+        return 0
+    return run_training(resolved, resume or out, resume=resume is not None)
+
+
+@app.command
+def evaluate(run: Path, /, *, scenes: int | None = None, device: str = "auto", json: bool = False) -> int:
+    """NMSE of a trained run on the test scenes, by SNR and number of sources, beside the floors and the Bayes line.
+
+    Parameters
+    ----------
+    run
+        Run folder, or its checkpoints folder.
+    scenes
+        Test scenes to use; all of the run's by default.
+    device
+        auto, cpu, cuda or cuda:N.
+    json
+        Print JSON instead of tables.
+    """
+    from ris_fast.evaluation import evaluate as measure
+    from ris_fast.report.evaluation import evaluation_text, save_evaluation
+    from ris_fast.report.eventlog import dumps
+
+    result = measure(run, scenes, device)
+    picture = save_evaluation(result)
+    print(dumps(result, indent=2) if json else f"{evaluation_text(result)}\n\nfigure: {picture}")
+    return 0
+
+
+@app.command
+def env(*, json: bool = False) -> int:
+    """Versions, devices, and the backend that each kernel uses here, with the reason.
+
+    Parameters
+    ----------
+    json
+        Print JSON instead of a table.
+    """
+    from ris_fast.environment import environment, environment_rows
+    from ris_fast.report.eventlog import dumps
+    from ris_fast.report.tables import text_table
+
+    found = environment()
+    print(dumps(found, indent=2) if json else text_table(("what", "found"), environment_rows(found)))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; every expected error ends as a message on standard error and its exit code."""
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
+        return command(*bound.args, **bound.kwargs) or 0
+    except CycloptsError as error:
+        return _complain(_usage(error), 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except BrokenPipeError:  # `ris-fast ... | head`
+        sys.stderr.close()
+        return 141
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        return _complain(str(error), code)
+
+
+def _usage(error: CycloptsError) -> str:
+    """The parser's message; where it has no near miss to offer, what the command takes."""
+    text = str(error)
+    if "Did you mean" in text or "Available commands" in text or error.app is None:
+        return text
+    where = " ".join(error.command_chain or ())
+    return f"{text} Try: ris-fast {where + ' ' if where else ''}--help"
+
+
+def _complain(text: str, code: int) -> int:
+    print(f"ris-fast: {text}", file=sys.stderr)
+    return code
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

@@ -1,0 +1,98 @@
+"""What this machine is and which kernels will run on it, and why: `ris-fast env`, and env.json of a run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("ris-fast", "torch", "triton", "numpy", "safetensors", "cyclopts", "rich", "matplotlib")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor, memory, GPUs, and the backend of each kernel on each device with the reason.
+
+    Plain texts and numbers only, so that it can be written as JSON.
+    """
+    return {"python": sys.version.split()[0], "platform": platform.platform(),
+            "versions": {name: _version(name) for name in PACKAGES},
+            "cpu": _cpu(), "gpus": _gpus(), "kernels": _kernels()}
+
+
+def environment_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The environment as (what, value) lines of a table."""
+    cpu = found["cpu"]
+    rows = [("python", found["python"]), ("platform", found["platform"])]
+    rows += [(name, version or "not installed") for name, version in found["versions"].items()]
+    rows.append(("cpu", f"{cpu['name']}, {cpu['cores']} cores usable, {cpu['torch_threads']} torch threads, "
+                        f"{cpu['memory_gib']:.1f} GiB"))
+    rows += [(f"gpu {gpu['index']}", f"{gpu['name']}, {gpu['memory_gib']:.0f} GiB, sm_{gpu['capability']}, "
+                                     f"CUDA {gpu['cuda']}") for gpu in found["gpus"]]
+    rows += [] if found["gpus"] else [("gpu", "none that torch can use")]
+    return rows + [(f"{kernel['kernel']} on {kernel['device']}", f"{kernel['backend']}: {kernel['reason']}")
+                   for kernel in found["kernels"]]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"name": _cpu_name(), "cores": cores, "torch_threads": torch.get_num_threads(),
+            "vector": torch.backends.cpu.get_cpu_capability(), "memory_gib": _memory_gib()}
+
+
+def _cpu_name() -> str:
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        for line in listing.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (ValueError, OSError, AttributeError):  # not on every system
+        return float("nan")
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = [(index, torch.cuda.get_device_properties(index)) for index in range(torch.cuda.device_count())]
+    return [{"index": index, "name": gpu.name, "memory_gib": gpu.total_memory / 2**30,
+             "capability": f"{gpu.major}{gpu.minor}", "cuda": torch.version.cuda or torch.version.hip}
+            for index, gpu in found]
+
+
+def _kernels() -> list[dict[str, str]]:
+    import torch
+
+    from ris_fast.kernels.native import loader
+    from ris_fast.kernels.registry import operators
+
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    cpu = ("C++", loader.describe()) if loader.available() else ("plain torch", loader.why_not())
+    gpu = ("Triton", f"triton {_version('triton')}") if _version("triton") else ("plain torch", "triton is not installed")
+    chosen = {"cpu": ("cpp", cpu), "cuda": ("triton", gpu)}
+    return [_kernel(operator, device, *chosen[device]) for operator in operators() for device in devices]
+
+
+def _kernel(operator: Any, device: str, wanted: str, choice: tuple[str, str]) -> dict[str, str]:
+    backend, reason = choice
+    if wanted not in operator.backends:
+        backend, reason = "plain torch", f"{operator.name} has no {wanted} kernel"
+    return {"kernel": operator.name, "device": device, "backend": backend, "reason": reason}
