@@ -1,0 +1,1 @@
+"""Training: the loss, the fused optimizer, the step, the schedule, the loop and checkpoints."""

@@ -1,0 +1,92 @@
+"""Reads and checks what a user gives FusedAdamW: arguments, groups, names, backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ris_fast.kernels.fused_step.layout import Group, Hyper
+from ris_fast.kernels.fused_step.op import BACKENDS
+
+GROWTH_INTERVAL = 2000.0
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(f"FusedAdamW: {message}")
+
+
+def check_arguments(group: Mapping[str, Any], max_grad_norm: float | None, ema_decay: float | None, loss_scale: Any, backend: str) -> None:
+    """Raises ValueError on anything outside its range, naming it."""
+    if group["amsgrad"]:
+        _refuse("amsgrad=True is not supported. Leave it out, or use torch.optim.AdamW.")
+    if group["differentiable"]:
+        _refuse("differentiable=True is not supported: the step is in place. Use torch.optim.AdamW.")
+    if group["foreach"] and group["fused"]:
+        _refuse("foreach=True and fused=True exclude each other, as in torch. Leave both out: there is one implementation.")
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        _refuse(f"lr is a tensor of shape {tuple(lr.shape)}. Give one element.")
+    if not (isinstance(lr, Tensor) and lr.is_cuda) and not float(lr) >= 0:
+        _refuse(f"lr is {lr}. Give a number >= 0.")
+    if len(group["betas"]) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in group["betas"]):
+        _refuse(f"betas are {group['betas']}. Give two numbers in [0, 1).")
+    if not group["eps"] >= torch.finfo(torch.float32).tiny:
+        _refuse(f"eps is {group['eps']}. Give at least 1.2e-38: without it a gradient that is always zero divides by zero.")
+    if not group["weight_decay"] >= 0:
+        _refuse(f"weight_decay is {group['weight_decay']}. Give a number >= 0.")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        _refuse(f"max_grad_norm is {max_grad_norm}. Give a number > 0, or None for no clipping.")
+    if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
+        _refuse(f"ema_decay is {ema_decay}. Give a number in [0, 1); with 1 the average never moves.")
+    if not (loss_scale is None or loss_scale == "dynamic" or (not isinstance(loss_scale, str) and 0 < loss_scale < math.inf)):
+        _refuse(f"loss_scale is {loss_scale!r}. Give None, 'dynamic' or a number > 0.")
+    if backend != "auto" and backend not in ("native", "triton", "reference"):
+        _refuse(f"backend is {backend!r}. Give 'auto', 'native', 'triton' or 'reference'.")
+
+
+def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the implementation for one kind of parameters; only float32 has kernels of its own."""
+    best = {"cpu": "native", "cuda": "triton"}.get(device.type, "reference")
+    if dtype != torch.float32 or wanted == "reference":
+        return "reference"
+    if wanted == "auto":
+        return best if best in BACKENDS else "reference"
+    if wanted != best or wanted not in BACKENDS:
+        _refuse(f"backend={wanted!r} cannot serve float32 parameters on {device} here (available: {', '.join(BACKENDS)}). Use 'auto'.")
+    return wanted
+
+
+def tensor_names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name per tensor: those given with the parameters, else group.index."""
+    names = [
+        group["param_names"][i] if "param_names" in group else f"group{g}.{i}" for g, group in enumerate(groups) for i in range(len(group["params"]))
+    ]
+    if len(set(names)) != len(names):
+        raise ValueError("FusedAdamW: two parameters have the same name. Give each group's parameters names of their own.")
+    return names
+
+
+def host_values(optimizer: Any) -> tuple[tuple[float, ...], list[tuple[int, Tensor]]]:
+    """The hyperparameter vector, and (slot, tensor) for learning rates that live on a device."""
+    values = [0.0] * Hyper.GROUPS
+    values[Hyper.MAX_NORM] = math.inf if optimizer.max_grad_norm is None else float(optimizer.max_grad_norm)
+    values[Hyper.EMA_DECAY] = optimizer.ema_decay or 0.0
+    values[Hyper.EMA_WARMUP] = float(optimizer.ema_warmup)
+    values[Hyper.TELEMETRY] = float(optimizer.measure_telemetry)
+    values[Hyper.DYNAMIC] = float(optimizer.loss_scale == "dynamic")
+    values[Hyper.GROWTH_INTERVAL] = GROWTH_INTERVAL
+    on_device: list[tuple[int, Tensor]] = []
+    for group in optimizer.param_groups:
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.is_cuda:
+            on_device.append((len(values) + Group.LR, lr))
+            lr = 0.0
+        beta1, beta2 = group["betas"]
+        sign = -1.0 if group["maximize"] else 1.0
+        decoupled = float(group["decoupled_weight_decay"])
+        values += [float(lr), float(beta1), float(beta2), group["eps"], group["weight_decay"], sign, decoupled, 0.0]
+    return tuple(values), on_device

@@ -1,0 +1,135 @@
+"""Parameters of one device and dtype in flat buffers, and the passes of the fused step over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ris_fast.kernels.fused_step.layout import Coefficient, Group, Hyper, State, Telemetry, padded, tables
+from ris_fast.kernels.fused_step.op import BACKENDS
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def real_dtype(tensor: Tensor) -> torch.dtype:
+    """dtype of the real numbers in a real or complex tensor."""
+    return tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
+
+
+def real_numel(tensor: Tensor) -> int:
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
+def view_like(flat: Tensor, start: int, like: Tensor) -> Tensor:
+    """View into `flat` from element `start` with the shape and, where dense, the strides of `like`."""
+    strides = torch.empty_like(like, device="meta").stride()
+    if like.is_complex():
+        return flat.view(torch.complex(flat[:0], flat[:0]).dtype).as_strided(like.shape, strides, start // 2)
+    return flat.as_strided(like.shape, strides, start)
+
+
+class Bucket:
+    """Flat buffers for T tensors of one device and dtype.
+
+    The buffers of P elements: `param`, `grad`, `exp_avg`, `exp_avg_sq`, and `ema` (float32 where the parameters are
+    half precision) or None. `state`, `hyper`: see layout.py. Nothing here reads from the device.
+    """
+
+    def __init__(self, like: Sequence[Tensor], groups: Sequence[int], group_count: int, backend: str, with_ema: bool) -> None:
+        device, dtype = like[0].device, real_dtype(like[0])
+        self.backend, self._kernels = backend, BACKENDS[backend]
+        self._groups = list(groups)
+        self.numels = [real_numel(tensor) for tensor in like]
+        self._live: tuple[bool, ...] = ()
+        self._tables: dict[tuple[bool, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self.starts = self._starts()
+        elements = sum(padded(n) for n in self.numels)
+
+        def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(*shape, dtype=kind, device=device)
+
+        self.param, self.grad, self.exp_avg, self.exp_avg_sq = (zeros(elements) for _ in range(4))
+        self.ema = zeros(elements, kind=torch.float32 if dtype in _HALF else dtype) if with_ema else None
+        self.params, self.grads, self.moments1, self.moments2 = (
+            [view_like(flat, start, tensor) for start, tensor in zip(self.starts, like, strict=True)]
+            for flat in (self.param, self.grad, self.exp_avg, self.exp_avg_sq)
+        )
+        self.averages = [] if self.ema is None else [view_like(self.ema, s, t) for s, t in zip(self.starts, like, strict=True)]
+
+        tensors = len(self.numels)
+        self.steps = zeros(tensors, kind=torch.float32)
+        self.sums = zeros(tensors, 2, kind=torch.float64)
+        self.telemetry = zeros(tensors, Telemetry.COUNT, kind=torch.float32)
+        self.coefficients = zeros(tensors, Coefficient.COUNT, kind=torch.float64 if dtype == torch.float64 else torch.float32)
+        self.hyper = zeros(Hyper.GROUPS + Group.COUNT * group_count, kind=torch.float64)
+        fresh = [0.0] * State.COUNT
+        fresh[State.CLIP] = fresh[State.SCALE] = fresh[State.EXTERNAL_SCALE] = 1.0
+        fresh[State.FIRST_BAD] = -1.0
+        self.state = torch.tensor(fresh, dtype=torch.float64, device=device)
+
+    def _starts(self) -> list[int]:
+        starts, position = [], 0
+        for numel in self.numels:
+            starts.append(position)
+            position += padded(numel)
+        return starts
+
+    @property
+    def device(self) -> torch.device:
+        return self.param.device
+
+    def set_live(self, live: Sequence[bool]) -> None:
+        """Names the tensors that have a gradient; tables of earlier choices are kept, so alternating is cheap."""
+        self._live = tuple(live)
+        if self._live not in self._tables:
+            segments, chunks = tables(self.numels, self._groups, live, self._kernels.chunk)
+            partial = torch.zeros(chunks.shape[0], 2, dtype=torch.float64)
+            tickets = torch.zeros(len(self.numels) + 1, dtype=torch.int32)
+            self._tables[self._live] = tuple(t.to(self.device) for t in (segments, chunks, partial, tickets))  # type: ignore[assignment]
+        self.segments, self.chunks, self.partial, self.tickets = self._tables[self._live]
+
+    def write_hyper(self, values: Sequence[float]) -> None:
+        """Copies the host's values to the device without waiting for it."""
+        host = torch.tensor(values, dtype=torch.float64)
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        self.hyper.copy_(host, non_blocking=True)
+
+    def measure(self, finish: bool) -> None:
+        """Pass one; with `finish` also the decision, else only the totals in `state`."""
+        self._kernels.measure(
+            self.grad, self.chunks, self.segments, self.hyper, self.partial, self.sums, self.telemetry,
+            self.steps, self.coefficients, self.state, self.tickets, finish,
+        )  # fmt: skip
+
+    def decide(self) -> None:
+        """Norm, skip, clip, counters and coefficients from the totals in `state`."""
+        self._kernels.decide(self.segments, self.hyper, self.sums, self.telemetry, self.steps, self.coefficients, self.state)
+
+    def apply(self, clear: bool) -> None:
+        """Pass two."""
+        self._kernels.apply(
+            self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.ema, self.chunks, self.segments, self.hyper,
+            self.partial, self.telemetry, self.coefficients, self.state, self.tickets, clear,
+        )  # fmt: skip
+
+
+def run_step(buckets: Sequence[Bucket], clear: bool) -> None:
+    """One step over all buckets, with one norm and one decision for all of them, and no host read."""
+    alone = len(buckets) == 1
+    for bucket in buckets:
+        bucket.measure(finish=alone)
+    if not alone:
+        totals = slice(State.SUMSQ, State.BAD + 1)
+        first = buckets[0].device
+        total = torch.stack([bucket.state[totals].to(first, non_blocking=True) for bucket in buckets]).sum(0)
+        for bucket in buckets:
+            bucket.state[totals].copy_(total, non_blocking=True)
+            bucket.decide()
+    for bucket in buckets:
+        bucket.apply(clear)
+
+
+
