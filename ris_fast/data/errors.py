@@ -1,0 +1,20 @@
+"""The one error of the data layer: which file, which key, what was found, what was expected, what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class DataError(Exception):
+    """A data set that cannot be used. Exit code 3.
+
+    Args: where: file or folder. key: the array in it, or "" for the file as a whole. found, expected: noun
+        phrases. todo: one imperative sentence.
+    """
+
+    exit_code = 3
+
+    def __init__(self, where: str | Path, key: str, found: str, expected: str, todo: str) -> None:
+        self.where, self.key, self.found, self.expected, self.todo = str(where), key, found, expected, todo
+        place = f"{where}, key '{key}'" if key else f"{where}"
+        super().__init__(f"{place}: found {found}; expected {expected}. {todo}")

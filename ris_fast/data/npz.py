@@ -1,0 +1,199 @@
+"""Scenes from the original pipeline's .npz shards.
+
+What it does about the original's habits: the off-centre array is shifted to the centred one; the dense R is replaced
+by its exact factors where there are any; scenes shared between splits are counted; a missing H_full is said aloud.
+Legend: B batch, L snapshots, M base-station antennas, N RIS elements.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Mapping
+
+import torch
+from torch import Tensor
+
+from ris_fast.config import Config
+from ris_fast.data.errors import DataError
+from ris_fast.data.fingerprints import Overlap, find_copies, find_overlap
+from ris_fast.data.geometry import target_factor
+from ris_fast.data.npz_format import NpzShard, open_shard
+from ris_fast.data.npz_load import EXACT, LoadedSplit, hash_snapshots, load_split
+from ris_fast.physics.array import RISArray
+from ris_fast.physics.random import SPLITS
+from ris_fast.physics.scenes import Scenes
+
+ONE_POOL = "all"
+
+
+class NpzSource:
+    """Scenes of a folder with train/, val/ and test/, of a flat folder, or of one file.
+
+    train and val are read when the source is opened, test when first asked for. `notes` are lines that a person
+    should read before training. Raises: DataError on opening, or on first use of test.
+    """
+
+    name = "npz"
+    endless = False
+
+    def __init__(self, config: Config, device: torch.device | str) -> None:
+        self.task, self.path, self.device = config.task, Path(config.data.path), torch.device(device)
+        self.array = RISArray.of(config.task)
+        wanted = {split: getattr(config.data, f"{split}_scenes") for split in SPLITS}
+        self._shards = {part: [open_shard(f, config.task) for f in files] for part, files in find_npz(self.path).items()}
+        self.channel = self._same_channel()
+        self._found = {part: sum(s.scenes for s in shards) for part, shards in self._shards.items()}
+        self._rows: dict[str, Tensor] = {}
+        if ONE_POOL in self._shards:
+            self._rows = split_rows(self.path, self._found[ONE_POOL], wanted)
+            self._sizes = {split: rows.numel() for split, rows in self._rows.items()}
+        else:
+            self._sizes = {split: min(self._found.get(split, 0), wanted[split]) for split in SPLITS}
+        self._loaded: dict[str, LoadedSplit] = {}
+        for split in SPLITS[:2]:
+            self._load(split)
+        self.overlaps = self._find_overlaps()
+        self.notes = self._notes()
+
+    @property
+    def index_device(self) -> torch.device:
+        """Where row numbers are cheapest to look up."""
+        return self._load("train").table.device
+
+    def size(self, split: str) -> int:
+        return self._sizes[split]
+
+    def batch(self, split: str, index: Tensor) -> Scenes:
+        """Scenes by their number in the split, any order: on the source's device."""
+        if not self._sizes[split]:
+            raise DataError(self.path, "", f"no {split} scenes", f"a folder {split}/ with shards",
+                            "Add it, or put all shards into one flat folder to have them split by number.")
+        loaded = self._load(split)
+        index = index.to(loaded.table.device, torch.int64)
+        rows = self._rows[split].to(index.device)[index] if self._rows else index
+        taken = {name: value.to(self.device) for name in _COLUMNS
+                 if (value := loaded.table.take(name, rows)) is not None}
+        if loaded.facts.exact:
+            taken["factor"] = target_factor(self.array, taken.pop("u"), taken.pop("v"), taken["range_m"], taken["power"])
+        return Scenes(codes=loaded.codes.to(self.device), index=index.to(self.device), **taken)
+
+    def describe(self) -> str:
+        """One line: how many scenes, what the inputs carry, what the target is, where it all lives."""
+        sizes = ", ".join(f"{self._sizes[split]} {split}" for split in SPLITS)
+        carries = ("with the channel H_full" if self.channel else
+                   "WITHOUT the channel (no H_full, only H c_l): these inputs cannot carry the answer")
+        loaded = self._load("train")
+        target = "exact factors of R" if loaded.facts.exact else "the dense R"
+        return f"{self.path} (.npz): {sizes} scenes, {carries}; target: {target}; {loaded.placement}"
+
+    def _same_channel(self) -> bool:
+        """Whether the shards carry H_full. All of them must agree."""
+        shards = [shard for part in self._shards.values() for shard in part]
+        for shard in shards:
+            if shard.channel != shards[0].channel:
+                have, lack = (shard, shards[0]) if shard.channel else (shards[0], shard)
+                raise DataError(lack.path, "H_full", "no such key", f"it, because {have.path.name} has it",
+                                "Keep shards with and without H_full in different folders.")
+        return shards[0].channel
+
+    def _load(self, split: str) -> LoadedSplit:
+        part = ONE_POOL if self._rows else split
+        if part not in self._loaded:
+            rows = sum(self._sizes.values()) if self._rows else self._sizes[split]
+            self._loaded[part] = load_split(self.path, self._shards[part], rows, self.task, self.device)
+        return self._loaded[part]
+
+    def hashes(self, split: str) -> list[bytes]:
+        """16 bytes for each scene of a split, in order."""
+        if split == "test" and not self._rows and split not in self._loaded:
+            return hash_snapshots(self._shards.get(split, ()), self._sizes[split])
+        all_rows = self._load(split).facts.hashes
+        return [all_rows[int(i)] for i in self._rows[split]] if self._rows else all_rows
+
+    def _find_overlaps(self) -> list[Overlap]:
+        train, val, test = (self.hashes(split) for split in SPLITS)
+        found = (find_overlap("train", train, "val", val), find_overlap("train", train, "test", test),
+                 find_overlap("val", val, "test", test))
+        return [overlap for overlap in found if overlap.count]
+
+    def _notes(self) -> list[str]:
+        facts = self._load("train").facts
+        notes = [str(overlap) for overlap in self.overlaps]
+        if copies := find_copies(self.hashes("train")):
+            notes.append(f"{copies} of {self._sizes['train']} train scenes repeat an earlier train scene")
+        if not self.channel:
+            notes.append("no H_full in the files: the map from measurement to aperture is lost, and the validation NMSE "
+                         "will stay near 0.97 however well the optimizer works; generate the shards with H_full")
+        if facts.offset:
+            notes.append("the files' array is off-centre by half an element in both axes: source positions are "
+                         "re-expressed for the centred array, which leaves every covariance as it is")
+        if facts.clamped:
+            notes.append(f"{facts.clamped} sources lie so near the edge that their shifted direction does not exist: "
+                         "their angle labels are the nearest that do, their covariances are exact")
+        if not facts.exact:
+            notes.append(f"R is not a sum over the file's own sources (NMSE above {EXACT:g}): "
+                         "element jitter, or another geometry; the dense R is used as the target")
+        if facts.wrong_collapsed:
+            notes.append(f"in {facts.wrong_collapsed} scenes H is not H_full c_l: one of the two is wrong")
+        return notes + self._size_notes() + self._snr_note()
+
+    def _size_notes(self) -> list[str]:
+        if self._rows:
+            return [f"no train/ folder: the {sum(self._sizes.values())} of {self._found[ONE_POOL]} scenes in use are split "
+                    "by number, validation and test at even distances, train the rest"]
+        return [f"{self._sizes[split]} of {found} {split} scenes in use (data.{split}_scenes)"
+                for split, found in self._found.items() if found > self._sizes[split]]
+
+    def _snr_note(self) -> list[str]:
+        snr = self._load("train").table.columns["snr_db"]
+        ends = {float(end): int((snr == end).sum()) for end in torch.aminmax(snr)}
+        clipped = [f"{count} at {end:g} dB" for end, count in ends.items() if count > max(2, 0.001 * snr.numel())]
+        return [f"snr labels pile up at an end ({', '.join(clipped)}): they were clipped there"] if clipped else []
+
+
+_COLUMNS = ("snapshots", "channel", "collapsed", "covariance", "azimuth", "elevation", "range_m", "power", "u", "v",
+            "count", "snr_db")
+
+
+def find_npz(path: Path) -> dict[str, list[Path]]:
+    """Shard files by split, or all under one name where there is no train/ folder. Raises: DataError."""
+    if path.is_file():
+        return {ONE_POOL: [path]}
+    if not path.is_dir():
+        raise DataError(path, "", "no such file or folder", "a folder of .npz shards", "Give the right data.path.")
+    folders = {split: sorted((path / split).glob("*.npz")) for split in SPLITS if (path / split).is_dir()}
+    if not folders:
+        files = sorted(path.glob("*.npz"))
+        if not files:
+            raise DataError(path, "", "no .npz file and no train/ folder", "shards, flat or in train/, val/, test/",
+                            "Give the right data.path, or generate the data.")
+        return {ONE_POOL: files}
+    for split in ("train", "val"):
+        if not folders.get(split):
+            what = "an empty folder" if split in folders else "no such folder"
+            raise DataError(path / split, "", what, f"at least one {split} shard (.npz)",
+                            "Add it, or put all shards into one flat folder to have them split by number.")
+    return {split: files for split, files in folders.items() if files}
+
+
+def split_rows(path: Path, total: int, wanted: Mapping[str, int]) -> dict[str, Tensor]:
+    """Disjoint row numbers for each split out of one pool, the same on every call.
+
+    The first sum(wanted) rows are used, or all of them in the same proportions. Validation and test are spread
+    evenly, so that a file sorted by anything still gives fair splits.
+    """
+    asked = sum(wanted.values())
+    if total < len(SPLITS):
+        raise DataError(path, "", f"{total} scenes to split", f"at least {len(SPLITS)}", "Give more scenes, or train/ and val/.")
+    used = min(total, asked)
+    val, test = (max(1, wanted[split] * used // asked) for split in ("val", "test"))
+    held = val + test
+    if held >= used:
+        val, test, held = 1, 1, 2
+    positions = (2 * torch.arange(held) + 1) * used // (2 * held)
+    chosen = (2 * torch.arange(test) + 1) * held // (2 * test)
+    is_test = torch.zeros(held, dtype=torch.bool)
+    is_test[chosen] = True
+    is_train = torch.ones(used, dtype=torch.bool)
+    is_train[positions] = False
+    return {"train": is_train.nonzero()[:, 0], "val": positions[~is_test], "test": positions[is_test]}

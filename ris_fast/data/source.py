@@ -1,0 +1,120 @@
+"""The one interface through which training sees scenes, whether simulated or read, and the order of an epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Iterator, Protocol
+
+import torch
+from torch import Tensor
+
+from ris_fast.config import Config
+from ris_fast.data.errors import DataError
+from ris_fast.physics.random import SceneGenerator
+from ris_fast.physics.scenes import Scenes, simulate
+
+
+class SceneSource(Protocol):
+    """Scenes of three splits by number.
+
+    `channel`: whether the scenes carry H; without it the inputs cannot carry the answer. `endless`: whether training
+    scenes beyond size("train") exist. `index_device`: where indices are cheapest. `notes`: lines that a person should
+    read before training, empty where all is well.
+    """
+
+    name: str
+    channel: bool
+    endless: bool
+    device: torch.device
+    notes: list[str]
+
+    @property
+    def index_device(self) -> torch.device: ...
+
+    def size(self, split: str) -> int: ...
+
+    def batch(self, split: str, index: Tensor) -> Scenes: ...
+
+    def describe(self) -> str: ...
+
+
+class SimulatedSource:
+    """Scenes made on the device when asked for. The seed is training.seed."""
+
+    name = "simulate"
+    channel = True
+    endless = True
+
+    def __init__(self, config: Config, device: torch.device | str) -> None:
+        self.task, self.data, self.seed = config.task, config.data, config.training.seed
+        self.device = torch.device(device)
+        self.notes: list[str] = []
+
+    @property
+    def index_device(self) -> torch.device:
+        return self.device
+
+    def size(self, split: str) -> int:
+        return int(getattr(self.data, f"{split}_scenes"))
+
+    def batch(self, split: str, index: Tensor) -> Scenes:
+        return simulate(self.task, index, SceneGenerator(self.seed, split, self.device))
+
+    def describe(self) -> str:
+        kind = "the same in every epoch" if self.data.fixed else "fresh in every epoch"
+        return (f"simulated on {self.device}, seed {self.seed}: {self.data.train_scenes} train ({kind}), "
+                f"{self.data.val_scenes} val, {self.data.test_scenes} test scenes, with the channel")
+
+
+def open_source(config: Config, device: torch.device | str) -> SceneSource:
+    """The source that config.data asks for. Raises: DataError (exit code 3) where its files cannot be used."""
+    kind = config.data.source
+    if kind == "auto":
+        kind = guess_source(config.data.path)
+    if kind != "simulate" and not config.data.path:
+        raise DataError("data.path", "", "nothing", f"a folder, because data.source is '{kind}'", "Give --data DIR.")
+    if kind == "npz":
+        from ris_fast.data.npz import NpzSource
+
+        return NpzSource(config, device)
+    if kind == "shards":
+        from ris_fast.data.shards import ShardSource
+
+        return ShardSource(config, device)
+    return SimulatedSource(config, device)
+
+
+def guess_source(path: str) -> str:
+    """simulate without a path, shards where a manifest lies, else npz. Raises: DataError where neither can be."""
+    if not path:
+        return "simulate"
+    place = Path(path)
+    if (place / "manifest.json").is_file():
+        return "shards"
+    if place.is_dir() and any(place.rglob("*.safetensors")):
+        raise DataError(place, "", "safetensors shards without a manifest.json", "both, as `ris-fast simulate` writes them",
+                        "Copy the whole folder, or run `ris-fast simulate` again.")
+    return "npz"
+
+
+def epoch_batches(source: SceneSource, split: str, epoch: int, batch_size: int, seed: int, fixed: bool,
+                  drop_last: bool = False) -> Iterator[Tensor]:
+    """Index tensors of one epoch: every scene exactly once, the ragged last batch included unless `drop_last`.
+
+    Training scenes come in a random order that (seed, epoch) determines; validation and test in their own. From an
+    endless source, unless `fixed`, epoch e has the fresh scenes e * size + i.
+    Args: epoch counts from 0. Yields: (<= batch_size,) int64 on the source's index device.
+    """
+    if batch_size < 1 or epoch < 0:
+        raise ValueError(f"epoch_batches: batch_size is {batch_size} and epoch {epoch}; at least 1 and 0 are needed.")
+    scenes = source.size(split)
+    order = torch.arange(scenes)
+    if split == "train":
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        order = torch.randperm(scenes, generator=generator)
+        if source.endless and not fixed:
+            order += epoch * scenes
+    order = order.to(source.index_device)
+    last = scenes - scenes % batch_size if drop_last else scenes
+    for start in range(0, last, batch_size):
+        yield order[start:min(start + batch_size, last)]
