@@ -92,7 +92,7 @@ def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator) -> Sce
                              generator.normal(index, "channel", task.bs_antennas * task.elements * 2))
     codes = task_codes(task, str(device))
     clean = _snapshots(channel, codes, amplitude, steer_BKN)
-    snapshots = _add_noise(clean, draw["snr_db"], generator.normal(index, "noise", clean[0].numel()))
+    snapshots = _add_noise(clean, draw["snr_db"], generator.normal(index, "noise", clean.shape[1:].numel()))
     factor = (steer_BKN * snapshot_power.sqrt()[..., None, None]).transpose(1, 2).contiguous()
     active = snapshot_power > 0
     return Scenes(snapshots=snapshots, codes=codes, snr_db=draw["snr_db"], count=draw["count"], index=index,
@@ -127,7 +127,7 @@ def _amplitudes(task: Task, draw: dict[str, Tensor], normals: Tensor) -> tuple[T
     range_m = draw["range_m"]
     gain = free_space_amplitude(range_m, task.wavelength_m) if task.power == "path_loss" else torch.ones_like(range_m)
     active = torch.arange(task.max_sources, device=range_m.device) < draw["count"][:, None]
-    symbols = normals.view(normals.shape[0], -1, task.max_sources, 2) * math.sqrt(0.5)
+    symbols = normals.unflatten(1, (-1, task.max_sources, 2)) * math.sqrt(0.5)
     amplitude = symbols * (gain * active)[:, None, :, None]
     return amplitude, power(amplitude).mean(1)
 
