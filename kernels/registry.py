@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("cov_nmse",)
+FAMILIES = ("cov_nmse", "philox")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def philox_uniform(index_B: Tensor, seed: int, stream: int, count: int) -> Tenso
         index_B: (B,) int64 scene numbers; any bits.
         seed: the key, 0 <= seed < 2^64.
         stream: which of the independent sequences, 0 <= stream < 2^32.
-        count: values a scene, 0 <= count <= 2^34.
+        count: values a scene, 0 <= count <= 2^32.
     Returns: (B, count) float32 on the device of `index_B`, the same bits on every device.
     Raises: ValueError: an argument out of range.
     Cost: 4 bytes a value written; ten rounds of two 32 x 32 bit products a block of four.
@@ -53,7 +53,7 @@ def philox_normal(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor
 def _check(name: str, index_B: Tensor, seed: int, stream: int, count: int) -> None:
     if index_B.ndim != 1 or index_B.dtype != torch.int64:
         raise ValueError(f"{name}: index is {tuple(index_B.shape)} {index_B.dtype}; pass scene numbers as (B,) torch.int64.")
-    for what, value, end in (("seed", seed, 2**64), ("stream", stream, 2**32), ("count", count, 2**34 + 1)):
+    for what, value, end in (("seed", seed, 2**64), ("stream", stream, 2**32), ("count", count, 2**32 + 1)):
         if not 0 <= value < end:
             raise ValueError(f"{name}: {what} is {value}; it must be in 0 .. {end - 1}.")
 
@@ -63,9 +63,12 @@ def _signed(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
+ARGUMENTS = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64]  # out, index, rows, count, seed, stream
+
+
 @cache
 def _native(name: str) -> Any:
-    return loader.function(name, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64])
+    return loader.function(name, ARGUMENTS)
 
 
 def _cpp(name: str, index_B: Tensor, seed: int, stream: int, count: int) -> Tensor:
@@ -90,13 +93,13 @@ def _cpu_normal(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor:
 def _triton_uniform(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor:
     from .triton_kernels import launch
 
-    return launch(index_B.contiguous(), seed, stream, count, normal=False)
+    return launch(index_B, seed, stream, count, normal=False)
 
 
 def _triton_normal(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor:
     from .triton_kernels import launch
 
-    return launch(index_B.contiguous(), seed, stream, count, normal=True)
+    return launch(index_B, seed, stream, count, normal=True)
 
 
 def _fake(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor:
@@ -108,3 +111,51 @@ for _name, _cpu, _cuda in (("philox_uniform", _cpu_uniform, _triton_uniform), ("
     LIBRARY.impl(_name, _cpu, "CPU")
     LIBRARY.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"ris_fast::{_name}", _fake, lib=LIBRARY)
+
+
+def _cost_of(flops_a_value: int) -> Any:
+    """Bytes: indices read, values written. FLOPs: operations a value, integer ones included."""
+    def cost(index_B: Tensor, seed: int, stream: int, count: int) -> Cost:
+        values = index_B.numel() * count
+        return Cost(4 * values + 8 * index_B.numel(), flops_a_value * values)
+
+    return cost
+
+
+def _sample(name: str, rows: int, count: int, seed: int, small: bool = False, stride: int = 1) -> Sample:
+    """Scene numbers of every size, negative ones and numbers beyond 32 bits among them; no gradient anywhere."""
+    def make(device: torch.device | str, dtype: torch.dtype) -> tuple[Any, ...]:
+        index = torch.arange(rows * stride, device=device) * 0x2545F4914F6CDD1D
+        return index[::stride], seed, 7, count
+
+    return Sample(name, make, small=small)
+
+
+_SAMPLES = (_sample("standard", 64, 4608, 20260101), _sample("few", 300, 20, 3), _sample("odd", 5, 1023, -1),
+            _sample("one-scene", 1, 20001, 2**62), _sample("empty-batch", 0, 8, 1), _sample("no-values", 3, 0, 1),
+            _sample("strided", 6, 33, 5, stride=3), _sample("small", 3, 37, 11, small=True),
+            _sample("small-whole", 2, 64, 11, small=True))
+
+
+def _operator(name: str, call: Any, flops: int, error_ratio: float) -> Operator:
+    defined = reference.normal if name == "philox_normal" else reference.uniform
+    backends = {"cpp": lambda *args: _cpp(name, *args), "triton": _triton_normal if name == "philox_normal" else _triton_uniform}
+    return Operator(name, call, defined, _SAMPLES, _cost_of(flops), backends, error_ratio=error_ratio, dtypes=(torch.float32,))
+
+
+def _aot() -> list[AotCase]:
+    """Both laws, with and without 128-bit stores, at the tuned size."""
+    from . import triton_kernels as kernels
+
+    types = {"out_ptr": "*fp32", "index_ptr": "*i64", "rows": "i32", "count": "i32", "blocks": "i32", "seed": "i64",
+             "stream": "i64", "NORMAL": "constexpr", "WHOLE": "constexpr", "BLOCKS": "constexpr"}
+    return [AotCase(f"{'normal' if normal else 'uniform'}-{'whole' if whole else 'ragged'}", kernels.philox_kernel, types,
+                    {"NORMAL": normal, "WHOLE": whole, "BLOCKS": kernels.BLOCKS},
+                    ("out_ptr", "index_ptr", *(("count",) if whole else ())), kernels.WARPS, max_registers=48)
+            for normal in (True, False) for whole in (True, False)]
+
+
+FAMILY = Family("philox", (
+    _operator("philox_uniform", torch.ops.ris_fast.philox_uniform.default, WORD_FLOPS, 0.0),
+    _operator("philox_normal", torch.ops.ris_fast.philox_normal.default, WORD_FLOPS + NORMAL_FLOPS, 2.0),
+), _aot)

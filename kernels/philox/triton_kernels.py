@@ -40,6 +40,12 @@ def ticks(word):
 
 
 @triton.jit
+def uniform(word):
+    """Uniform in (0, 1], exact."""
+    return ticks(word).to(tl.float32) * 5.960464477539063e-08
+
+
+@triton.jit
 def radius(tick):
     """sqrt(-2 ln(tick / 2^24)): mantissa in [sqrt(1/2), sqrt(2)), ln(1 + f) = f - f^2/2 + f^3 q(f)."""
     bits = tick.to(tl.float32).to(tl.int32, bitcast=True)
@@ -83,8 +89,12 @@ def normal_pair(first, second):
 @triton.jit(do_not_specialize=["seed", "stream"])
 def philox_kernel(out_ptr, index_ptr, rows, count, blocks, seed, stream,
                   NORMAL: tl.constexpr, WHOLE: tl.constexpr, BLOCKS: tl.constexpr):
-    """Fills out (rows, count) from index (rows); blocks = ceil(count / 4); WHOLE: count is a multiple of four."""
-    flat = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    """Fills out (rows, count) from index (rows).
+
+    blocks = ceil(count / 4); rows * blocks < 2^31 - BLOCKS, so that the division stays in 32 bits; WHOLE: count is a
+    multiple of four, and then a program's values are one run of memory, stored 128 bits at a time.
+    """
+    flat = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     row, block = flat // blocks, flat % blocks
     index = tl.load(index_ptr + row, mask=row < rows, other=0)
     w0, w1, w2, w3 = philox_words(block, stream.to(tl.int64), index, seed.to(tl.int64))
@@ -92,24 +102,28 @@ def philox_kernel(out_ptr, index_ptr, rows, count, blocks, seed, stream,
         z0, z1 = normal_pair(w0, w1)
         z2, z3 = normal_pair(w2, w3)
     else:
-        z0, z1 = ticks(w0).to(tl.float32) * 5.960464477539063e-08, ticks(w1).to(tl.float32) * 5.960464477539063e-08
-        z2, z3 = ticks(w2).to(tl.float32) * 5.960464477539063e-08, ticks(w3).to(tl.float32) * 5.960464477539063e-08
-    z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
-    value = tl.program_id(0).to(tl.int64) * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
+        z0, z1, z2, z3 = uniform(w0), uniform(w1), uniform(w2), uniform(w3)
     if WHOLE:
+        z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+        value = tl.program_id(0).to(tl.int64) * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
         tl.store(out_ptr + value, z, mask=value < rows * count.to(tl.int64))
     else:
-        row = value // (4 * blocks)
-        place = value % (4 * blocks)
-        tl.store(out_ptr + row * count + place, z, mask=(row < rows) & (place < count))
+        place, start = 4 * block, out_ptr + row.to(tl.int64) * count
+        tl.store(start + place, z0, mask=(row < rows) & (place < count))
+        tl.store(start + place + 1, z1, mask=(row < rows) & (place + 1 < count))
+        tl.store(start + place + 2, z2, mask=(row < rows) & (place + 2 < count))
+        tl.store(start + place + 3, z3, mask=(row < rows) & (place + 3 < count))
 
 
 def launch(index_B: Tensor, seed: int, stream: int, count: int, normal: bool) -> Tensor:
-    """(B, count) float32 on the device of `index_B`; one launch."""
-    rows, blocks = index_B.numel(), (count + 3) // 4
-    out = torch.empty((rows, count), dtype=torch.float32, device=index_B.device)
-    if out.numel():
-        grid = (triton.cdiv(rows * blocks, BLOCKS),)
-        philox_kernel[grid](out, index_B, rows, count, blocks, seed, stream, NORMAL=normal, WHOLE=count % 4 == 0,
-                            BLOCKS=BLOCKS, num_warps=WARPS)
+    """(B, count) float32 on the device of `index_B`; one launch for every 2^31 blocks of four values."""
+    blocks, index_B = (count + 3) // 4, index_B.contiguous()
+    out = torch.empty((index_B.numel(), count), dtype=torch.float32, device=index_B.device)
+    if out.numel() == 0:
+        return out
+    step = max(1, (2**31 - 2 * BLOCKS) // blocks)
+    for part, index in zip(out.split(step), index_B.split(step)):
+        grid = (triton.cdiv(index.numel() * blocks, BLOCKS),)
+        philox_kernel[grid](part, index, index.numel(), count, blocks, seed, stream, NORMAL=normal,
+                            WHOLE=count % 4 == 0, BLOCKS=BLOCKS, num_warps=WARPS)
     return out
