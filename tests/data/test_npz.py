@@ -1,0 +1,247 @@
+"""The reader of the original's .npz shards against files written from the original's own formulas."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from make_npz import (SMALL, all_scenes, as_complex, original_arrays, original_steering, write_folders, write_npz)
+
+from ris_fast.config import Config, Data, Task
+from ris_fast.data import table
+from ris_fast.data.arrays import StoredArray, npz_arrays
+from ris_fast.data.errors import DataError
+from ris_fast.data.geometry import ORIGINAL_OFFSET, centre, recover_powers
+from ris_fast.data.npz import NpzSource, split_rows
+from ris_fast.physics.array import RISArray, cosine_steering, steering
+
+
+def open_npz(path: Path, task: Task = SMALL, **data: Any) -> NpzSource:
+    return NpzSource(Config(task=task, data=Data(path=str(path), **data)), "cpu")
+
+
+def outer(factor: torch.Tensor) -> np.ndarray:
+    f = as_complex(factor)
+    return f @ f.conj().transpose(0, 2, 1)
+
+
+def test_scenes_are_the_files_rows(tmp_path: Path) -> None:
+    source = open_npz(write_folders(tmp_path))
+    arrays = original_arrays(40)
+    rows = torch.tensor([39, 0, 13, 12, 0])
+    scenes = source.batch("train", rows)
+    assert torch.equal(scenes.index, rows) and source.channel and scenes.collapsed is None
+    for key, found in (("y", scenes.snapshots), ("H_full", scenes.channel), ("K", scenes.count), ("snr", scenes.snr_db)):
+        assert found is not None and np.array_equal(found.numpy(), arrays[key][rows.numpy()]), key
+    assert np.array_equal(scenes.codes.numpy(), arrays["codes"][0])
+
+
+def test_factor_reproduces_the_dense_target(tmp_path: Path) -> None:
+    scenes = all_scenes(open_npz(write_folders(tmp_path)), "train")
+    assert scenes.factor is not None and scenes.covariance is None
+    target = as_complex(original_arrays(40)["R"])
+    error = np.linalg.norm(outer(scenes.factor) - target, axis=(1, 2)) / np.linalg.norm(target, axis=(1, 2))
+    assert error.max() < 1e-5
+    assert bool(((scenes.power > 0).sum(1) <= scenes.count).all())
+
+
+@pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
+def test_off_centre_sources_are_re_expressed_exactly(wavefront: str) -> None:
+    """Our centred steering vector at the shifted position is the original's, up to a common phase."""
+    task = replace(Task(), wavefront=wavefront)
+    array, rng = RISArray.of(task), np.random.default_rng(1)
+    position = [rng.uniform(-1.0, 1.0, (200, 3)), rng.uniform(-0.5, 0.5, (200, 3)), rng.uniform(0.5, 10, (200, 3))]
+    theirs = original_steering(task, *position)
+    moved = centre(array, ORIGINAL_OFFSET, *map(torch.from_numpy, position), torch.ones(200, 3, dtype=torch.bool))
+    ours = as_complex(cosine_steering(array, moved.u, moved.v, moved.range_m))
+    overlap = np.abs((ours.conj() * theirs).sum(-1))
+    assert np.abs(overlap - 1).max() < 1e-12
+    by_angle = as_complex(steering(array, moved.azimuth, moved.elevation, moved.range_m))
+    exists = ~moved.clamped.numpy()
+    assert np.abs(np.abs((by_angle.conj() * theirs).sum(-1)) - 1)[exists].max() < 1e-12
+    unshifted = as_complex(steering(array, *map(torch.from_numpy, position)))
+    assert np.abs((unshifted.conj() * theirs).sum(-1)).min() < 0.9
+
+
+def test_a_direction_that_does_not_exist_is_marked(tmp_path: Path) -> None:
+    array, one = RISArray.of(Task()), torch.ones(1, 1, dtype=torch.float64)
+    moved = centre(array, ORIGINAL_OFFSET, 1.047 * one, 0.5 * one, 0.5 * one, one > 0)
+    assert bool(moved.clamped) and float(moved.u**2 + moved.v**2) > 1 and float(moved.azimuth) == pytest.approx(np.pi / 2)
+
+
+def test_powers_survive_coincident_sources() -> None:
+    """Two sources in one place: their powers are not unique, the covariance still is."""
+    array = RISArray.of(SMALL)
+    place = [torch.tensor([[0.3, 0.3, -0.2]]).double(), torch.zeros(1, 3).double(), torch.full((1, 3), 2.0).double()]
+    active = torch.tensor([[True, True, True]])
+    sources = centre(array, 0.0, *place, active)
+    a = as_complex(cosine_steering(array, sources.u, sources.v, sources.range_m))[0].T
+    dense = (a * [3.0, 4.0, 5.0]) @ a.conj().T
+    target = torch.from_numpy(np.stack((dense.real, dense.imag), -1).astype(np.float32))[None]
+    power, misfit = recover_powers(array, sources, active, target)
+    assert float(misfit) < 1e-10 and float(power.min()) >= 0 and float(power.sum()) == pytest.approx(12, rel=1e-5)
+
+
+def test_files_of_a_centred_array_are_recognised(tmp_path: Path) -> None:
+    source = open_npz(write_folders(tmp_path, offset=0.0))
+    assert source._load("train").facts.offset == 0.0
+    assert not any("off-centre" in note for note in source.notes)
+    scenes = all_scenes(source, "val")
+    assert torch.allclose(scenes.azimuth, torch.from_numpy(original_arrays(12, split="val")["ptr"][:, :3]), atol=1e-6)
+
+
+def test_off_centre_is_said(tmp_path: Path) -> None:
+    assert any("off-centre by half an element" in note for note in open_npz(write_folders(tmp_path)).notes)
+
+
+def test_element_jitter_keeps_the_dense_target(tmp_path: Path) -> None:
+    source = open_npz(write_folders(tmp_path, jitter=0.02))
+    scenes = all_scenes(source, "val")
+    assert scenes.factor is None and scenes.power is None
+    assert np.array_equal(scenes.covariance.numpy(), original_arrays(12, split="val", jitter=0.02)["R"])
+    assert "dense R" in source.describe() and any("jitter" in note for note in source.notes)
+
+
+def test_without_the_channel_it_says_so(tmp_path: Path) -> None:
+    source = open_npz(write_folders(tmp_path, drop=("H_full",)))
+    scenes = all_scenes(source, "train")
+    assert source.channel is False and scenes.channel is None
+    assert np.array_equal(scenes.collapsed.numpy(), original_arrays(40)["H"])
+    assert "cannot carry the answer" in source.describe() and any("no H_full" in note for note in source.notes)
+
+
+def test_collapsed_channel_may_be_absent_where_the_channel_is_there(tmp_path: Path) -> None:
+    assert open_npz(write_folders(tmp_path, drop=("H",))).channel
+
+
+def test_a_wrong_collapsed_channel_is_said(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    arrays = original_arrays(40)
+    arrays["H"] = np.roll(arrays["H"], 1, 0)
+    write_npz(tmp_path / "train" / "shard_000.npz", arrays)
+    (tmp_path / "train" / "shard_001.npz").unlink()
+    assert any(note.startswith("in 40 scenes H is not H_full c_l") for note in open_npz(tmp_path).notes)
+
+
+def test_copies_between_splits_are_counted(tmp_path: Path) -> None:
+    """The original's own leak: val[i] == train[i + shift]."""
+    write_folders(tmp_path)
+    leak = {key: value[5:17] for key, value in original_arrays(40).items()}
+    write_npz(tmp_path / "val" / "shard_000.npz", leak)
+    source = open_npz(tmp_path)
+    assert [(o.first, o.second, o.count, o.total, o.shift) for o in source.overlaps] == [("train", "val", 12, 12, 5)]
+    assert "12 of 12 val scenes are copies of train scenes (val[i] == train[i+5])" in source.notes[0]
+
+
+def test_copies_within_a_split_and_in_test_are_counted(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    write_npz(tmp_path / "train" / "shard_002.npz", {k: v[:3] for k, v in original_arrays(40).items()})
+    write_npz(tmp_path / "test" / "shard_000.npz", {k: v[::-1][:4] for k, v in original_arrays(12, split="val").items()})
+    notes = "\n".join(open_npz(tmp_path).notes)
+    assert "3 of 43 train scenes repeat" in notes and "4 of 4 test scenes are copies of val scenes" in notes
+
+
+def test_healthy_splits_have_no_copies(tmp_path: Path) -> None:
+    assert open_npz(write_folders(tmp_path)).overlaps == []
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_one_pool_is_split_by_number(tmp_path: Path, single: bool) -> None:
+    arrays = original_arrays(60)
+    path = write_npz(tmp_path / "a.npz", arrays if single else {k: v[:20] for k, v in arrays.items()})
+    if not single:
+        write_npz(tmp_path / "b.npz", {k: v[20:] for k, v in arrays.items()})
+    source = open_npz(path if single else tmp_path)
+    seen = torch.cat([all_scenes(source, split).snapshots for split in ("train", "val", "test")])
+    assert sorted(seen.sum((1, 2, 3)).tolist()) == sorted(torch.from_numpy(arrays["y"]).sum((1, 2, 3)).tolist())
+    assert (source.size("train"), source.size("val"), source.size("test")) == (47, 11, 2)
+    assert any("split by number" in note for note in source.notes) and source.overlaps == []
+
+
+@pytest.mark.parametrize("total", [3, 4, 7, 208, 1000])
+def test_split_rows_are_disjoint_and_repeatable(total: int) -> None:
+    wanted = {"train": 160, "val": 40, "test": 8}
+    rows = split_rows(Path("x"), total, wanted)
+    everything = torch.cat(list(rows.values())).sort().values
+    assert torch.equal(everything, torch.arange(min(total, 208))) and min(r.numel() for r in rows.values()) >= 1
+    assert all(torch.equal(rows[s], again) for s, again in split_rows(Path("x"), total, wanted).items())
+
+
+def test_configured_sizes_limit_the_splits(tmp_path: Path) -> None:
+    source = open_npz(write_folders(tmp_path), train_scenes=20, val_scenes=5)
+    assert (source.size("train"), source.size("val"), source.size("test")) == (20, 5, 8)
+    assert "20 of 40 train scenes in use (data.train_scenes)" in source.notes
+    assert all_scenes(source, "train").batch == 20
+
+
+def test_compressed_files_give_the_same_scenes(tmp_path: Path) -> None:
+    arrays = original_arrays(30)
+    plain = open_npz(write_npz(tmp_path / "plain.npz", arrays))
+    packed = open_npz(write_npz(tmp_path / "packed.npz", arrays, compressed=True))
+    assert npz_arrays(tmp_path / "packed.npz")["y"].offset is None
+    a, b = all_scenes(plain, "train"), all_scenes(packed, "train")
+    assert torch.equal(a.snapshots, b.snapshots) and torch.equal(a.factor, b.factor) and torch.equal(a.channel, b.channel)
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.02])
+def test_shards_larger_than_memory_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jitter: float) -> None:
+    resident = open_npz(write_folders(tmp_path, jitter=jitter))
+    monkeypatch.setattr(table, "free_host_bytes", lambda: 1000)
+    mapped = open_npz(tmp_path)
+    assert "memory-mapped" in mapped.describe() and "host memory" in resident.describe()
+    rows = torch.tensor([39, 12, 13, 0, 39])
+    a, b = resident.batch("train", rows), mapped.batch("train", rows)
+    for name in ("snapshots", "channel", "factor", "covariance", "power", "azimuth", "snr_db", "count"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert (x is None and y is None) or torch.equal(x, y), name
+
+
+def test_compressed_and_larger_than_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_npz(tmp_path / "packed.npz", original_arrays(30), compressed=True)
+    monkeypatch.setattr(table, "free_host_bytes", lambda: 1000)
+    with pytest.raises(DataError, match="numpy.savez .uncompressed"):
+        open_npz(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["host", "mapped"])
+def test_every_array_is_streamed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """The original decoded the whole array for each key and each sample."""
+    calls: list[tuple[str, str]] = []
+    read = StoredArray.chunks
+
+    def counted(self: StoredArray, rows: int, limit: int) -> Any:
+        calls.append((str(self.file), self.key))
+        return read(self, rows, limit)
+
+    monkeypatch.setattr(StoredArray, "chunks", counted)
+    if place == "mapped":
+        monkeypatch.setattr(table, "free_host_bytes", lambda: 1000)
+    source = open_npz(write_folders(tmp_path, test=0))
+    for _ in range(3):
+        source.batch("train", torch.arange(40))
+    assert len(calls) == len(set(calls)) == 3 * 8
+
+
+def test_mapped_bytes_are_numpys(tmp_path: Path) -> None:
+    arrays = original_arrays(5)
+    path = write_npz(tmp_path / "a.npz", arrays)
+    for key, stored in npz_arrays(path).items():
+        assert np.array_equal(stored.map(), arrays[key]), key
+
+
+def test_clipped_snr_labels_are_said(tmp_path: Path) -> None:
+    arrays = original_arrays(60)
+    arrays["snr"] = arrays["snr"].clip(0.0, 15.0)
+    notes = open_npz(write_npz(tmp_path / "a.npz", arrays)).notes
+    assert any("at 0 dB" in note and "at 15 dB" in note for note in notes)
+
+
+def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:
+    source = open_npz(write_folders(tmp_path, test=0))
+    assert source.size("test") == 0
+    with pytest.raises(DataError, match="no test scenes"):
+        source.batch("test", torch.arange(1))
