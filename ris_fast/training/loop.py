@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Iterator, Mapping, Protocol
 
 import torch
 
@@ -27,17 +27,39 @@ LEARNED = 0.95        # a network has learned when it is below this share of the
 VALIDATION_CHUNK = 1000
 
 
-class Loop:
-    """One training run, from configuration to summary.
+class Observer(Protocol):
+    """Told about a run. Every argument is one mapping of plain numbers and texts, and further mappings."""
+
+    def start(self, info: Mapping[str, Any]) -> None: ...
+
+    def step(self, row: Mapping[str, Any]) -> None: ...
+
+    def epoch(self, row: Mapping[str, Any]) -> None: ...
+
+    def finish(self, summary: Mapping[str, Any]) -> None: ...
+
+
+class Silent:
+    """The observer that does nothing."""
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    step = epoch = finish = start
+
+
+class Trainer:
+    """One training run, from configuration to summary: `Trainer(config).fit()`.
 
     Args:
-        observer: told about the run: start, step, epoch, finish, each with one mapping.
         folder: where checkpoints go; None writes nothing.
+        observer: told about the run as it goes.
         resume: continue from `folder`'s last checkpoint.
     """
 
-    def __init__(self, config: Config, observer: Any, folder: Path | None = None, resume: bool = False) -> None:
-        self.config, self.observer, self.folder = config, observer, folder
+    def __init__(self, config: Config, folder: Path | None = None, observer: Observer | None = None, *,
+                 resume: bool = False) -> None:
+        self.config, self.folder, self.observer = config, folder, observer or Silent()
         self.device = choose_device(config.training.device)
         torch.manual_seed(config.training.seed)
         self.source: SceneSource = open_source(config, self.device)

@@ -39,9 +39,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
     groups = [{"name": f"{part}{'' if decay else '_no_decay'}", "params": [], "peak_lr": peak, "lr": peak,
                "weight_decay": config.weight_decay if decay else 0.0}
               for part, peak in (("backbone", config.backbone_lr), ("head", config.head_lr)) for decay in (True, False)]
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[2 * (id(parameter) in heads) + (parameter.ndim < 2)]["params"].append(parameter)
+            groups[2 * (id(parameter) in heads) + (parameter.ndim < 2)]["params"].append((name, parameter))
     return [group for group in groups if group["params"]]
 
 
