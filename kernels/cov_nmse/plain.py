@@ -20,6 +20,11 @@ def _complex(pair: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.view_as_complex(pair.to(dtype).contiguous())
 
 
+def _adjoint(x: Tensor) -> Tensor:
+    """X^H with a physical conjugate: inside an operator that a compiled graph calls, torch's lazy one is ignored."""
+    return x.conj_physical().transpose(-2, -1)
+
+
 def cov_nmse(
     factor: Tensor, target_factor: Tensor | None, target_cov: Tensor | None, sample_factor: Tensor | None, snr_db: Tensor | None,
     blend: float, loading: float, target_loading: float, shrink: float, diag_weight: float, offdiag_weight: float, gradients: int,
@@ -50,7 +55,7 @@ def cov_nmse(
     z_BNP = torch.cat(parts, 2)
     w_BP = torch.cat([w[:, None].expand(-1, p.shape[2]) for w, p in zip(weights, parts, strict=True)], 1)
     if target_factor is not None:
-        gram_BPP = z_BNP.mH @ z_BNP
+        gram_BPP = _adjoint(z_BNP) @ z_BNP
         size = target_factor.shape[2]
         power_B = w_BP[:, -1].square() * gram_BPP[:, -size:, -size:].abs().square().sum((1, 2))
         target_diag_BN = -(w_BP[:, None, -size:] * z_BNP[:, :, -size:].abs().square()).sum(-1)
@@ -64,7 +69,7 @@ def cov_nmse(
         target_BNN = (true_B * _normaliser(trace_B, elements))[:, None, None] * target_BNN
         power_B = torch.view_as_real(target_BNN).square().sum((1, 2, 3))
         target_diag_BN = target_BNN.diagonal(dim1=1, dim2=2).real
-        d_BNN = (z_BNP * w_BP[:, None]) @ z_BNP.mH - target_BNN
+        d_BNN = (z_BNP * w_BP[:, None]) @ _adjoint(z_BNP) - target_BNN
         d_BNN.diagonal(dim1=1, dim2=2).add_(eye_B[:, None])
         error_B = torch.view_as_real(d_BNN).square().sum((1, 2, 3))
         times_D = lambda f, start: d_BNN @ f  # noqa: E731
@@ -77,7 +82,7 @@ def cov_nmse(
         f, start = parts[which], sum(p.shape[2] for p in parts[:which])
         pull = offdiag_weight * times_D(f, start) + extra * diag_BN[:, :, None] * f
         norm_B = f.abs().square().sum((1, 2))
-        along_B = torch.where(norm_B == 0, 0, (f.conj() * pull).real.sum((1, 2)) / torch.where(norm_B == 0, 1, norm_B))
+        along_B = torch.where(norm_B == 0, 0, (torch.view_as_real(f) * torch.view_as_real(pull)).sum((1, 2, 3)) / torch.where(norm_B == 0, 1, norm_B))
         out = (4 * weights[which] / power_B)[:, None, None] * (pull - along_B[:, None, None] * f)
         return torch.view_as_real(out).to(out_dtype).contiguous()
 

@@ -36,10 +36,50 @@ template <class T> inline Vec<T> load(const T* p) {
 }
 template <class T> inline void store(T* p, Vec<T> v) { std::memcpy(p, &v, sizeof(v)); }
 template <class T> inline Vec<T> splat(T x) { return x - Vec<T>{}; }
-template <class T> inline T sum(Vec<T> v) {  // fixed order: the same bits everywhere at one level
-    T s = 0;
-    for (int i = 0; i < lanes<T>; ++i) s += v[i];
-    return s;
+// Sum of the lanes by halving: a fixed order, the same bits everywhere at one level.
+template <class T, int width> struct Halves {
+    typedef T type __attribute__((vector_size(width * sizeof(T))));
+    static inline T sum(const type& v) {
+        typename Halves<T, width / 2>::type low, high;
+        std::memcpy(&low, &v, sizeof(low));
+        std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+        return Halves<T, width / 2>::sum(low + high);
+    }
+};
+template <class T> struct Halves<T, 1> {
+    typedef T type;
+    static inline T sum(const type& v) { return v; }
+};
+template <class T> inline T sum(const Vec<T>& v) {
+    typename Halves<T, lanes<T>>::type whole;
+    std::memcpy(&whole, &v, sizeof(v));
+    return Halves<T, lanes<T>>::sum(whole);
 }
+
+// Splits interleaved pairs (re, im, re, im, ...) of two vectors into a vector of re and one of im.
+#if defined(__clang__)
+template <int... I> struct Ints {};
+template <int n, int... I> struct Count : Count<n - 1, n - 1, I...> {};
+template <int... I> struct Count<0, I...> { typedef Ints<I...> type; };
+template <class T, int... I> inline void split(const Vec<T>& a, const Vec<T>& b, Vec<T>& re, Vec<T>& im, Ints<I...>) {
+    re = __builtin_shufflevector(a, b, (2 * I)...);
+    im = __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+template <class T> inline void split(const Vec<T>& a, const Vec<T>& b, Vec<T>& re, Vec<T>& im) {
+    split<T>(a, b, re, im, typename Count<lanes<T>>::type());
+}
+#else
+template <int bytes> struct IntOf;
+template <> struct IntOf<4> { typedef int32_t type; };
+template <> struct IntOf<8> { typedef int64_t type; };
+template <class T> inline void split(const Vec<T>& a, const Vec<T>& b, Vec<T>& re, Vec<T>& im) {
+    typedef typename IntOf<sizeof(T)>::type Index;
+    typedef Index Mask __attribute__((vector_size(RIS_VECTOR_BYTES)));
+    Mask even, odd;
+    for (int i = 0; i < lanes<T>; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;  // folded to constants
+    re = __builtin_shuffle(a, b, even);
+    im = __builtin_shuffle(a, b, odd);
+}
+#endif
 
 }  // namespace RIS_NS
