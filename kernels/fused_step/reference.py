@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ris_fast.kernels.fused_step.layout import ROW, Coefficient, Group, Hyper, Segment, State, Telemetry
+from .layout import ROW, Coefficient, Group, Hyper, Segment, State, Telemetry
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -30,15 +30,33 @@ def _row_owner(segments: Tensor, rows: int) -> Tensor:
     return torch.repeat_interleave(owners, segments[:, Segment.PADDED] // ROW, output_size=rows)
 
 
-def accumulate(gradients: list[Tensor], grad: Tensor, segments: Tensor, starts: list[int], scale: float, overwrite: bool) -> None:
-    """grad <- (0 if overwrite else grad) + scale * gradients, tensor by tensor; starts[i] is the first element of the i-th."""
+def accumulate(
+    gradients: list[Tensor], starts: list[int], grad: Tensor, chunks: Tensor, segments: Tensor, partial: Tensor, sums: Tensor,
+    state: Tensor, tickets: Tensor, scale: float, overwrite: bool, norm: bool,
+) -> None:  # fmt: skip
+    """grad <- (0 if overwrite else grad) + scale * gradients; the i-th gradient begins at element starts[i].
+
+    A tensor without gradient is given as an empty one. With `norm` also writes what `measure` writes.
+    """
     for gradient, start in zip(gradients, starts, strict=True):
         view = grad[start : start + gradient.numel()]
         scaled = gradient.reshape(-1).to(grad.dtype) * scale
         view.copy_(scaled if overwrite else view + scaled)
+    if norm:
+        _totals(grad, segments, sums, state)
 
 
-def measure(grad: Tensor, segments: Tensor, sums: Tensor, state: Tensor) -> None:
+def measure(
+    grad: Tensor, chunks: Tensor, segments: Tensor, hyper: Tensor, partial: Tensor, sums: Tensor, telemetry: Tensor,
+    steps: Tensor, coefficients: Tensor, state: Tensor, tickets: Tensor, finish: bool,
+) -> None:  # fmt: skip
+    """Pass one. `chunks`, `partial` and `tickets` are for the kernels and not used here."""
+    _totals(grad, segments, sums, state)
+    if finish:
+        decide(segments, hyper, sums, telemetry, steps, coefficients, state)
+
+
+def _totals(grad: Tensor, segments: Tensor, sums: Tensor, state: Tensor) -> None:
     """Writes sums (T, 2): sum of squares and non-finite count of every tensor with a gradient, and their totals."""
     rows = grad.view(-1, ROW)
     owner = _row_owner(segments, rows.shape[0])
@@ -106,18 +124,9 @@ def _count(hyper: Tensor, sums: Tensor, state: Tensor, norm: Tensor, skip: Tenso
 
 
 def apply(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    ema: Tensor | None,
-    segments: Tensor,
-    hyper: Tensor,
-    telemetry: Tensor,
-    coefficients: Tensor,
-    state: Tensor,
-    clear: bool,
-) -> None:
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor | None, chunks: Tensor, segments: Tensor,
+    hyper: Tensor, partial: Tensor, telemetry: Tensor, coefficients: Tensor, state: Tensor, tickets: Tensor, clear: bool,
+) -> None:  # fmt: skip
     """Pass two. A skipped step and a tensor without gradient leave everything bit-identical (a cleared gradient apart).
 
     Numerics: bfloat16 and float16 buffers are updated in float32 and rounded once.

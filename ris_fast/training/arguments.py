@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.kernels.fused_step.layout import Group, Hyper
-from ris_fast.kernels.fused_step.op import BACKENDS
+from ris_fast.kernels.fused_step.op import backends
 
 GROWTH_INTERVAL = 2000.0
 
@@ -54,9 +54,9 @@ def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str
     if dtype != torch.float32 or wanted == "reference":
         return "reference"
     if wanted == "auto":
-        return best if best in BACKENDS else "reference"
-    if wanted != best or wanted not in BACKENDS:
-        _refuse(f"backend={wanted!r} cannot serve float32 parameters on {device} here (available: {', '.join(BACKENDS)}). Use 'auto'.")
+        return best if best in backends() else "reference"
+    if wanted != best or wanted not in backends():
+        _refuse(f"backend={wanted!r} cannot serve float32 parameters on {device} here (available: {', '.join(backends())}). Use 'auto'.")
     return wanted
 
 

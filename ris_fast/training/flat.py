@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.kernels.fused_step.layout import Coefficient, Group, Hyper, State, Telemetry, padded, tables
-from ris_fast.kernels.fused_step.op import BACKENDS
+from ris_fast.kernels.fused_step.op import backends
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -39,7 +39,7 @@ class Bucket:
 
     def __init__(self, like: Sequence[Tensor], groups: Sequence[int], group_count: int, backend: str, with_ema: bool) -> None:
         device, dtype = like[0].device, real_dtype(like[0])
-        self.backend, self._kernels = backend, BACKENDS[backend]
+        self.backend, self._kernels = backend, backends()[backend]
         self._groups = list(groups)
         self.numels = [real_numel(tensor) for tensor in like]
         self._live: tuple[bool, ...] = ()

@@ -1,0 +1,79 @@
+"""Calls the C++ fused step on CPU tensors: float32 and contiguous, tables as layout.py makes them."""
+
+from __future__ import annotations
+
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..native import loader
+
+CHUNK = 16384  # 64 kB of each buffer: long enough to stream, short enough to share out evenly
+
+_P, _N = c_void_p, c_int64
+_ARGUMENTS = {
+    "measure": [_P, _N, _P, _N, _P, _N, _P, _P, _P],
+    "decide": [_P, _N, _P, _P, _P, _P, _P, _P],
+    "apply": [_P, _P, _P, _P, _P, _N, _P, _N, _P, _N, _P, _P, _P, _P, _P, c_int],
+    "accumulate": [_P, _P, _P, _P, _N, _P, _N, _P, _N, _P, _P, _P, c_float, c_int, c_int],
+}
+
+
+@cache
+def call(name: str, simd: str | None = None) -> Any:
+    """The C function fused_step_NAME of the instruction set in use, or of `simd`."""
+    return loader.function(f"fused_step_{name}", _ARGUMENTS[name], simd)
+
+
+def _at(tensor: Tensor) -> int:
+    if not tensor.is_contiguous():
+        raise ValueError(f"fused_step: a tensor of shape {tuple(tensor.shape)} has strides {tensor.stride()}. Pass contiguous flat buffers.")
+    return tensor.data_ptr()
+
+
+def measure(
+    grad: Tensor, chunks: Tensor, segments: Tensor, hyper: Tensor, partial: Tensor, sums: Tensor, telemetry: Tensor,
+    steps: Tensor, coefficients: Tensor, state: Tensor, tickets: Tensor, finish: bool, simd: str | None = None,
+) -> None:  # fmt: skip
+    call("measure", simd)(
+        _at(grad), grad.numel(), _at(chunks), chunks.shape[0], _at(segments), segments.shape[0], _at(partial), _at(sums), _at(state)
+    )
+    if finish:
+        decide(segments, hyper, sums, telemetry, steps, coefficients, state, simd)
+
+
+def decide(
+    segments: Tensor, hyper: Tensor, sums: Tensor, telemetry: Tensor, steps: Tensor, coefficients: Tensor, state: Tensor,
+    simd: str | None = None,
+) -> None:  # fmt: skip
+    call("decide", simd)(
+        _at(segments), segments.shape[0], _at(hyper), _at(sums), _at(telemetry), _at(steps), _at(coefficients), _at(state)
+    )
+
+
+def apply(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor | None, chunks: Tensor, segments: Tensor,
+    hyper: Tensor, partial: Tensor, telemetry: Tensor, coefficients: Tensor, state: Tensor, tickets: Tensor, clear: bool,
+    simd: str | None = None,
+) -> None:  # fmt: skip
+    call("apply", simd)(
+        _at(param), _at(grad), _at(exp_avg), _at(exp_avg_sq), 0 if ema is None else _at(ema), param.numel(), _at(chunks),
+        chunks.shape[0], _at(segments), segments.shape[0], _at(hyper), _at(partial), _at(telemetry), _at(coefficients),
+        _at(state), clear,
+    )  # fmt: skip
+
+
+def accumulate(
+    gradients: list[Tensor], starts: list[int], grad: Tensor, chunks: Tensor, segments: Tensor, partial: Tensor, sums: Tensor,
+    state: Tensor, tickets: Tensor, scale: float, overwrite: bool, norm: bool, simd: str | None = None,
+) -> None:  # fmt: skip
+    pointers = torch.tensor([_at(g) for g in gradients], dtype=torch.int64)
+    numels = torch.tensor([g.numel() for g in gradients], dtype=torch.int64)
+    half = torch.tensor([g.dtype == torch.bfloat16 for g in gradients], dtype=torch.int32)
+    call("accumulate", simd)(
+        _at(pointers), _at(numels), _at(half), _at(grad), grad.numel(), _at(chunks), chunks.shape[0], _at(segments),
+        segments.shape[0], _at(partial), _at(sums), _at(state), scale, overwrite, norm,
+    )  # fmt: skip
