@@ -9,11 +9,21 @@ import sys
 from pathlib import Path
 from typing import Annotated, Sequence
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, Token
 
 from ris_fast import __version__
 from ris_fast.settings import load_config, render_toml
 
+
+def whole_number(_: type, tokens: Sequence[Token]) -> int:
+    """1000 and 1e3 are whole numbers, 1.5 is not; the parser's own rule would round it."""
+    value = float(tokens[0].value)
+    if not value.is_integer():
+        raise ValueError(f"{tokens[0].value} is not a whole number")
+    return int(value)
+
+
+Whole = Annotated[int | None, Parameter(converter=whole_number, accepts_keys=False)]
 Overrides = Annotated[list[str] | None, Parameter(name="--set")]
 
 app = App(name="ris-fast", version=__version__, default_parameter=Parameter(negative=(), show_default=False),
@@ -22,8 +32,8 @@ app = App(name="ris-fast", version=__version__, default_parameter=Parameter(nega
 
 @app.command
 def train(config: Path | None = None, /, *, preset: str | None = None, device: str | None = None,
-          data: Path | None = None, epochs: int | None = None, batch_size: int | None = None,
-          accumulate: int | None = None, seed: int | None = None, max_seconds: float | None = None,
+          data: Path | None = None, epochs: Whole = None, batch_size: Whole = None,
+          accumulate: Whole = None, seed: Whole = None, max_seconds: float | None = None,
           precision: str | None = None, no_compile: bool = False, backend: str | None = None,
           set_: Overrides = None, out: Path | None = None, resume: Path | None = None,
           print_config: bool = False) -> int:
@@ -81,7 +91,7 @@ def train(config: Path | None = None, /, *, preset: str | None = None, device: s
 
 
 @app.command
-def evaluate(run: Path, /, *, scenes: int | None = None, device: str = "auto", json: bool = False) -> int:
+def evaluate(run: Path, /, *, scenes: Whole = None, device: str = "auto", json: bool = False) -> int:
     """NMSE of a trained run on the test scenes, by SNR and number of sources, beside the floors and the Bayes line.
 
     Parameters
@@ -158,4 +168,4 @@ def _complain(text: str, code: int) -> int:
 
 
 def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+    return None if path is None else str(path.expanduser().resolve())

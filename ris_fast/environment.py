@@ -85,7 +85,7 @@ def _kernels() -> list[dict[str, str]]:
     from ris_fast.kernels.registry import operators
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    cpu = ("C++", loader.describe()) if loader.available() else ("plain torch", loader.why_not())
+    cpu = ("C++", loader.describe().removeprefix("C++ ")) if loader.available() else ("plain torch", loader.why_not())
     gpu = ("Triton", f"triton {_version('triton')}") if _version("triton") else ("plain torch", "triton is not installed")
     chosen = {"cpu": ("cpp", cpu), "cuda": ("triton", gpu)}
     return [_kernel(operator, device, *chosen[device]) for operator in operators() for device in devices]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Iterable, Mapping
 
 from ris_fast.config import Config, ConfigError, Task
 from ris_fast.report.eventlog import METRICS, JsonlReport, write_json, write_text
-from ris_fast.report.observers import Observer, Observers
+from ris_fast.report.observers import Observers
 from ris_fast.settings import load_config, render_toml
+
+if TYPE_CHECKING:
+    from ris_fast.training.loop import Observer
 
 CONFIG = "config.toml"
 STOPPED_BY_HEALTH = 4
@@ -75,7 +80,21 @@ def resumed_config(run: Path, refused: Mapping[str, Any], overrides: Iterable[st
         raise ConfigError(f"--resume continues {run} with its own settings and folder. Leave {', '.join(extra)} away.")
     if not (run / CONFIG).is_file():
         raise ConfigError(f"--resume {run}: not a run folder, it has no {CONFIG}. Give the folder that train printed.")
-    return load_config(run / CONFIG, None, overrides, flags)
+    config = load_config(run / CONFIG, None, overrides, flags)
+    recorded = recorded_provenance((run / CONFIG).read_text())
+    return replace(config, provenance={key: recorded.get(key, origin) if origin == str(run / CONFIG) else origin
+                                       for key, origin in config.provenance.items()})
+
+
+def recorded_provenance(text: str) -> dict[str, str]:
+    """'section.key' -> where its value came from, as the comments of a run's config.toml say."""
+    found, section = {}, ""
+    for line in text.splitlines():
+        if line.startswith("["):
+            section = line.strip("[]")
+        elif " = " in line and "  # " in line:
+            found[f"{section}.{line.partition(' = ')[0]}"] = line.rpartition("  # ")[2]
+    return found
 
 
 def new_folder(config: Config, out: Path | None) -> Path:
@@ -99,9 +118,41 @@ def _fit(config: Config, folder: Path, observer: Observer, resume: bool) -> dict
     except (MemoryError, RuntimeError) as error:
         if not _is_memory(error):
             raise
-        problem = str(error).splitlines()[0]
-    raise OutOfMemory(f"out of memory with {config.training.batch_size} scenes a micro-batch: {problem}\n"
-                      f"{_smaller_batch(config)}")
+        problem = (str(error) or type(error).__name__).splitlines()[0]
+    raise OutOfMemory(f"out of memory with {config.training.batch_size} scenes in a micro-batch ({problem}).\n"
+                      f"{advice(config)}")
+
+
+def advice(config: Config) -> str:
+    """What to run instead: the largest halved micro-batch whose step goes through here, same scenes an update."""
+    training = config.training
+    size, parts = training.batch_size // 2, 2
+    while size >= 1:
+        smaller = replace(config, training=replace(training, batch_size=size, accumulate=parts * training.accumulate))
+        if one_step_fits(smaller):
+            return (f"--batch-size {size} --accumulate {smaller.training.accumulate} fits (tried just now) and makes "
+                    f"updates of as many scenes.")
+        size, parts = size // 2, 2 * parts
+    return "Not even one scene fits. Use a smaller network, or a device with more memory."
+
+
+def one_step_fits(config: Config) -> bool:
+    """Whether one micro-batch goes forward, backward and through the optimizer in this machine's memory."""
+    import torch
+
+    from ris_fast.training.loop import Trainer
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        trainer = Trainer(config)
+        trainer.step([trainer.source.batch("train", torch.arange(config.training.batch_size))], 1)
+        return True
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        return False
 
 
 def _is_memory(error: BaseException) -> bool:

@@ -14,10 +14,10 @@ MEANINGS = {
 }
 
 MILESTONES = {
-    0.52: "rank-1 LMMSE at its best scale",
+    0.52: "rank-1 LMMSE",
     0.35: "several sources are seen",
-    0.187: "what the original pipeline hoped for",
-    0.10: "useful for localisation",
+    0.187: "the original's hope",
+    0.10: "good enough to localise",
     0.04: "near blind maximum likelihood",
     0.02: "Bayes, the best possible",
 }
@@ -50,7 +50,7 @@ def floor_lines(floors: Mapping[str, float]) -> list[str]:
 
 
 def milestone_line() -> str:
-    return "  then " + ", ".join(f"{value:g} {meaning}" for value, meaning in MILESTONES.items())
+    return "  then: " + ", ".join(f"{value:g} {meaning}" for value, meaning in MILESTONES.items())
 
 
 def judge(nmse: float | None, floors: Mapping[str, float], *, milestones: bool = True) -> str:

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Protocol
+from typing import TYPE_CHECKING, Any, Mapping
 
-
-class Observer(Protocol):
-    """What a trainer tells about a run. Every argument is a plain mapping of numbers, texts and further mappings."""
-
-    def start(self, info: Mapping[str, Any]) -> None: ...
-
-    def step(self, row: Mapping[str, Any]) -> None: ...
-
-    def epoch(self, row: Mapping[str, Any]) -> None: ...
-
-    def finish(self, summary: Mapping[str, Any]) -> None: ...
+if TYPE_CHECKING:
+    from ris_fast.training.loop import Observer
 
 
 class Observers:

@@ -104,8 +104,8 @@ def _groups(axes: Axes, groups: Sequence[Mapping[str, Any]], names: Sequence[str
     at = range(len(groups))
     for (floor, shade) in zip(groups[0]["floors"] if groups else (), FLOOR_SHADES):
         axes.plot(at, [group["floors"][floor] for group in groups], color=shade, lw=1.0, ls="--", label=floor)
-    axes.plot(at, [group["mean"] for group in groups], color=EMA, lw=2.0, marker="o", ms=4, label="network, mean")
-    axes.plot(at, [group["median"] for group in groups], color=RAW, lw=1.4, marker="s", ms=3.5, label="network, median")
+    axes.plot(at, [group["nmse"]["mean"] for group in groups], color=EMA, lw=2.0, marker="o", ms=4, label="network, mean")
+    axes.plot(at, [group["nmse"]["median"] for group in groups], color=RAW, lw=1.4, marker="s", ms=3.5, label="network, median")
     if all(group.get("bayes") is not None for group in groups):
         axes.plot(at, [group["bayes"] for group in groups], color=BAYES, lw=1.4, ls=":", label="Bayes, best possible")
     axes.set_xticks(list(at), names)

@@ -62,7 +62,7 @@ def test_an_empty_run_still_draws(tmp_path) -> None:
 
 
 def test_the_evaluation_shows_network_floors_and_bayes_line() -> None:
-    group = {"mean": 0.3, "median": 0.2, "floors": FLOORS, "bayes": 0.02}
+    group = {"nmse": {"mean": 0.3, "median": 0.2}, "floors": FLOORS, "bayes": 0.02}
     result = {"model": "backprojection", "scenes": 8, "nmse": {"mean": 0.3, "median": 0.2},
               "by_snr": [{"snr_db": (-5.0, 0.0), **group}], "by_count": [{"sources": 2, **group}]}
     labels = lines(evaluation_figure(result))

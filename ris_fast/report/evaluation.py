@@ -1,0 +1,43 @@
+"""An evaluation for a person: tables beside floors and the Bayes line, a figure and a JSON file in the run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Mapping
+
+from ris_fast.report.eventlog import write_json
+from ris_fast.report.floors import judge
+from ris_fast.report.tables import text_table
+
+FIGURE = "evaluate.png"
+RECORD = "evaluation.json"
+
+
+def evaluation_text(result: Mapping[str, Any]) -> str:
+    """The whole evaluation in plain text; `result` is what `evaluate` returns."""
+    bayes = result["bayes"]
+    head = [f"{result['model']}, {result['weights']} weights of epoch {result['epoch']}, {result['parameters']:,} "
+            f"parameters, on {result['device']}", result["source"],
+            f"mean NMSE {judge(result['nmse']['mean'], result['floors'], milestones=bayes is not None)}"]
+    tables = [_table("SNR in dB", [(f"{low:g} .. {high:g}", group) for group in result["by_snr"]
+                                   for low, high in [group["snr_db"]]], result),
+              _table("sources", [(str(group["sources"]), group) for group in result["by_count"]], result)]
+    note = [] if bayes is None else ["Bayes: posterior mean, Monte Carlo, interpolated in SNR; nothing can be better."]
+    return "\n".join(head) + "\n\n" + "\n\n".join(tables + note)
+
+
+def save_evaluation(result: Mapping[str, Any]) -> Path:
+    """Writes evaluation.json and plots/evaluate.png into the run folder. Returns the figure's path."""
+    from ris_fast.report.plots import evaluation_figure, save
+
+    run = Path(result["run"])
+    write_json(run / RECORD, result)
+    save(evaluation_figure(result), run / "plots" / FIGURE)
+    return run / "plots" / FIGURE
+
+
+def _table(label: str, groups: list[tuple[str, Mapping[str, Any]]], whole: Mapping[str, Any]) -> str:
+    floors = list(whole["floors"])
+    rows = [(name, group["scenes"], group["nmse"]["mean"], group["nmse"]["median"], group["bayes"],
+             *(group["floors"][floor] for floor in floors)) for name, group in [*groups, ("all", whole)]]
+    return text_table((label, "scenes", "NMSE mean", "median", "Bayes", *floors), rows)

@@ -1,0 +1,122 @@
+"""Runs through the real command line, end to end: train, its files, resume, evaluate, interrupt, env."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ris_fast.cli import main
+from ris_fast.report.eventlog import read_events
+
+SMALL = ["--preset", "seed", "--device", "cpu", "--no-compile", "--batch-size", "16",
+         *(part for text in ("task.ris_horizontal=4", "task.ris_vertical=4", "task.bs_antennas=4", "task.snapshots=4",
+                             "data.train_scenes=64", "data.val_scenes=32", "data.test_scenes=60", "report.every_steps=2",
+                             "model.options.width=32", "model.options.layers=1", "model.options.heads=2",
+                             "model.options.feedforward=32", "model.options.grid=9") for part in ("--set", text))]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", *SMALL, "--epochs", "2", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_a_run_folder_holds_what_it_promises(trained: Path) -> None:
+    files = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
+    assert {"config.toml", "env.json", "metrics.jsonl", "summary.json", "plots/loss.png", "checkpoints/last.safetensors",
+            "checkpoints/best.safetensors", "checkpoints/best.json"} <= files
+    summary = json.loads((trained / "summary.json").read_text())
+    assert {"parameters", "optimizer_steps", "scenes_seen", "scenes_per_s", "seconds", "train_loss", "val_nmse_raw",
+            "val_nmse_ema", "best_val_nmse", "floors", "verdict", "findings"} <= summary.keys()
+    assert (summary["optimizer_steps"], summary["scenes_seen"]) == (8, 128)
+    assert summary["floors"]["zero"] == 1.0 and json.loads((trained / "env.json").read_text())["versions"]["torch"]
+
+
+def test_metrics_have_a_row_per_report_with_terms_raw_and_weighted(trained: Path) -> None:
+    rows = read_events(trained)
+    assert [row["event"] for row in rows][:4] == ["start", "step", "step", "epoch"]
+    epoch = next(row for row in rows if row["event"] == "epoch")
+    assert {"cov", "cov_pred", "angle", "count"} <= epoch["terms"].keys()
+    assert epoch["train_loss"] == pytest.approx(sum(term["weighted"] for term in epoch["terms"].values()), rel=1e-4)
+
+
+def test_evaluate_prints_tables_beside_floors_and_leaves_figure_and_record(trained: Path, capsys) -> None:
+    assert main(["evaluate", str(trained), "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("SNR in dB", "-5 .. 0", "15 .. 20", "sources", "identity", "all"))
+    assert (trained / "plots" / "evaluate.png").is_file() and (trained / "evaluation.json").is_file()
+
+
+def test_evaluate_as_json_is_consistent_with_itself(trained: Path, capsys) -> None:
+    assert main(["evaluate", str(trained / "checkpoints"), "--json", "--scenes", "50", "--device", "cpu"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["scenes"] == 50 and result["floors"]["zero"] == 1.0 and result["bayes"] is None
+    for groups in (result["by_snr"], result["by_count"]):
+        assert sum(group["scenes"] for group in groups) == 50
+        mean = sum(group["scenes"] * group["nmse"]["mean"] for group in groups) / 50
+        assert mean == pytest.approx(result["nmse"]["mean"])
+
+
+def test_evaluate_refuses_more_test_scenes_than_there_are(trained: Path, capsys) -> None:
+    assert main(["evaluate", str(trained), "--scenes", "61", "--device", "cpu"]) == 2
+    assert "this run has 60" in capsys.readouterr().err
+
+
+def test_a_run_without_a_best_checkpoint_is_a_clear_error(trained: Path, tmp_path, capsys) -> None:
+    (tmp_path / "config.toml").write_text((trained / "config.toml").read_text())
+    assert main(["evaluate", str(tmp_path), "--device", "cpu"]) == 3
+    assert "best.safetensors" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_saves_names_the_resume_command_and_continues(tmp_path) -> None:
+    folder = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-m", "ris_fast", "train", *SMALL, "--epochs", "100000", "--out", str(folder)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    _wait_for_an_epoch(folder, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"ris-fast train --resume {folder}" in said and "Traceback" not in said
+    reached = json.loads((folder / "summary.json").read_text())["epochs"]
+    assert main(["train", "--resume", str(folder), "--epochs", str(reached + 1)]) == 0
+    epochs = [row["epoch"] for row in read_events(folder) if row["event"] == "epoch"]
+    assert epochs == list(range(1, reached + 2))
+
+
+def _wait_for_an_epoch(folder: Path, process: subprocess.Popen) -> None:
+    while not ((folder / "metrics.jsonl").exists() and any(row["event"] == "epoch" for row in read_events(folder))):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+
+
+def test_env_names_versions_and_the_backend_of_every_kernel_with_the_reason(capsys) -> None:
+    from ris_fast.kernels.registry import operators
+
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] and found["cpu"]["cores"] >= 1
+    on_cpu = {kernel["kernel"]: kernel for kernel in found["kernels"] if kernel["device"] == "cpu"}
+    assert set(on_cpu) == {operator.name for operator in operators()}
+    assert all(kernel["backend"] in ("C++", "plain torch") and kernel["reason"] for kernel in on_cpu.values())
+
+
+def test_env_as_a_table(capsys) -> None:
+    assert main(["env"]) == 0
+    assert "cov_nmse on cpu" in capsys.readouterr().out
+
+
+def test_env_says_why_a_kernel_falls_back(monkeypatch, capsys) -> None:
+    from ris_fast.kernels.native import loader
+
+    monkeypatch.setattr(loader, "available", lambda: False)
+    monkeypatch.setattr(loader, "why_not", lambda: "the library was not built")
+    assert main(["env"]) == 0
+    assert "plain torch: the library was not built" in capsys.readouterr().out
