@@ -12,8 +12,13 @@ from torch import Tensor
 
 from ris_fast.physics.array import RISArray, cosine_steering, direction_cosines
 
-ORIGINAL_OFFSET = -0.5   # elements, both axes: the original places element i at (i - N_H // 2) d
 SWEEPS = 200
+CENTRED = (0.0, 0.0)
+
+
+def original_offset(array: RISArray) -> tuple[float, float]:
+    """How far off its centre, in elements along x and y, the original places an array: element i at (i - N_H // 2) d."""
+    return (-0.5 if array.horizontal % 2 == 0 else 0.0, -0.5 if array.vertical % 2 == 0 else 0.0)
 
 
 class Geometry(NamedTuple):
@@ -27,24 +32,25 @@ class Geometry(NamedTuple):
     clamped: Tensor
 
 
-def centre(array: RISArray, offset: float, azimuth: Tensor, elevation: Tensor, range_m: Tensor, active: Tensor) -> Geometry:
-    """Re-express sources given relative to an array whose elements sit `offset` spacings off the origin in both axes.
+def centre(array: RISArray, offset: tuple[float, float], azimuth: Tensor, elevation: Tensor, range_m: Tensor,
+           active: Tensor) -> Geometry:
+    """Re-express sources given relative to an array whose elements sit `offset` spacings off the origin in x and y.
 
-    Model: with s = offset * d, an element at x + s, y + s. Fresnel: u (x+s) - (x+s)^2/(2r) = (u - s/r) x - x^2/(2r)
-        + const, so u' = u - s/r, v' = v - s/r, r' = r. Spherical: the source itself moves by (-s, -s). Both are exact
-        up to a phase common to all elements, which no covariance sees.
+    Model: an element is at (x + s, y + t). Fresnel: u (x+s) - (x+s)^2/(2r) = (u - s/r) x - x^2/(2r) + const, so
+        u' = u - s/r, v' = v - t/r, r' = r. Spherical: the source itself moves by (-s, -t). Both are exact up to a
+        phase common to all elements, which no covariance sees.
     Returns: `Geometry`; where u'^2 + v'^2 > 1 the steering vector (from u', v') stays exact and the angle is the
         nearest that exists.
     """
     away = torch.ones_like(range_m)
     r = torch.where(active, range_m, away)
     u, v = direction_cosines(azimuth * active, elevation * active)
-    shift = offset * array.spacing_m
+    s, t = (each * array.spacing_m for each in offset)
     if array.wavefront == "fresnel":
-        u, v, moved = u - shift / r, v - shift / r, r
+        u, v, moved = u - s / r, v - t / r, r
     else:
-        moved = (r * r - 2.0 * shift * r * (u + v) + 2.0 * shift * shift).sqrt()
-        u, v = (r * u - shift) / moved, (r * v - shift) / moved
+        moved = (r * r - 2.0 * r * (s * u + t * v) + s * s + t * t).sqrt()
+        u, v = (r * u - s) / moved, (r * v - t) / moved
     new_elevation = v.clamp(-1.0, 1.0).asin()
     sine = u / new_elevation.cos().clamp_min(1e-12)
     clamped = (u * u + v * v > 1.0) & active
@@ -64,7 +70,7 @@ def recover_powers(array: RISArray, sources: Geometry, active: Tensor, covarianc
     Model: min_p |R - sum_k p_k a_k a_k^H|^2, p >= 0: normal matrix |a_i^H a_j|^2, right side a_k^H R a_k.
     Args: active (B, K) bool; covariance (B, N, N, 2).
     Returns: powers (B, K) float64, zero where not active, and the NMSE of the fit (B,) float64.
-    Numerics: steering vectors in float64, products with R in complex64: an exact R leaves about 1e-12.
+    Numerics: steering vectors in float64, products with R in complex64: an exact R leaves about 1e-13.
     """
     steer = cosine_steering(array, sources.u, sources.v, sources.range_m)
     a_BNK = (torch.view_as_complex(steer) * active[..., None]).transpose(1, 2)
@@ -72,9 +78,9 @@ def recover_powers(array: RISArray, sources: Geometry, active: Tensor, covarianc
     gram = (a_BNK.mH @ a_BNK).abs().square()
     right = (a32.conj() * (r32 @ a32)).sum(1).real.double()
     power = _non_negative(gram, right)
-    residual = r32 - (a32 * power.float()[:, None]) @ a32.mH
-    size = torch.view_as_real(r32).double().square().sum((1, 2, 3))
-    return power, torch.view_as_real(residual).double().square().sum((1, 2, 3)) / size
+    residual = torch.baddbmm(r32, a32 * power.float()[:, None], a32.mH, alpha=-1)
+    misfit, size = (torch.view_as_real(each).flatten(1).norm(dim=1).double() for each in (residual, r32))
+    return power, (misfit / size).square()
 
 
 def _non_negative(gram_BKK: Tensor, right_BK: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ris_fast.config import Config
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import Overlap, find_copies, find_overlap
-from ris_fast.data.geometry import target_factor
+from ris_fast.data.geometry import CENTRED, target_factor
 from ris_fast.data.npz_format import NpzShard, open_shard
 from ris_fast.data.npz_load import EXACT, LoadedSplit, hash_snapshots, load_split
 from ris_fast.physics.array import RISArray
@@ -75,6 +75,9 @@ class NpzSource:
                  if (value := loaded.table.take(name, rows)) is not None}
         if loaded.facts.exact:
             taken["factor"] = target_factor(self.array, taken.pop("u"), taken.pop("v"), taken["range_m"], taken["power"])
+        else:
+            trace = taken["covariance"][..., 0].diagonal(dim1=1, dim2=2).sum(1)
+            taken["covariance"] = taken["covariance"] * (self.array.elements / trace)[:, None, None, None]
         return Scenes(codes=loaded.codes.to(self.device), index=index.to(self.device), **taken)
 
     def describe(self) -> str:
@@ -124,8 +127,9 @@ class NpzSource:
         if not self.channel:
             notes.append("no H_full in the files: the map from measurement to aperture is lost, and the validation NMSE "
                          "will stay near 0.97 however well the optimizer works; generate the shards with H_full")
-        if facts.offset:
-            notes.append("the files' array is off-centre by half an element in both axes: source positions are "
+        if facts.offset != CENTRED:
+            axes = {(-0.5, -0.5): "both axes", (-0.5, 0.0): "x", (0.0, -0.5): "y"}[facts.offset]
+            notes.append(f"the files' array is off-centre by half an element in {axes}: source positions are "
                          "re-expressed for the centred array, which leaves every covariance as it is")
         if facts.clamped:
             notes.append(f"{facts.clamped} sources lie so near the edge that their shifted direction does not exist: "
@@ -147,7 +151,7 @@ class NpzSource:
     def _snr_note(self) -> list[str]:
         snr = self._load("train").table.columns["snr_db"]
         ends = {float(end): int((snr == end).sum()) for end in torch.aminmax(snr)}
-        clipped = [f"{count} at {end:g} dB" for end, count in ends.items() if count > max(2, 0.001 * snr.numel())]
+        clipped = [f"{count} at {end:g} dB" for end, count in ends.items() if count > max(3, 0.002 * snr.numel())]
         return [f"snr labels pile up at an end ({', '.join(clipped)}): they were clipped there"] if clipped else []
 
 

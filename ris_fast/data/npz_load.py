@@ -17,14 +17,14 @@ from torch import Tensor
 from ris_fast.config import Task
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import scene_hashes
-from ris_fast.data.geometry import ORIGINAL_OFFSET, centre, recover_powers
+from ris_fast.data.geometry import CENTRED, centre, original_offset, recover_powers
 from ris_fast.data.npz_format import NpzShard, check_values, split_ptr
 from ris_fast.data.table import Placement, Table, place_table
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.channel import collapsed_channel
 
 CHUNK = 256
-EXACT = 1e-8             # NMSE of R against its own factors: float32 leaves 1e-12, any real mismatch far more
+EXACT = 1e-6             # NMSE of R against its own factors: float32 phases leave up to 1e-9, element jitter 1e-2
 BIG = {"y": "snapshots", "H_full": "channel", "H": "collapsed", "R": "covariance"}
 
 
@@ -33,7 +33,7 @@ class Facts:
     """What one pass over a split found out."""
 
     exact: bool
-    offset: float = 0.0
+    offset: tuple[float, float] = CENTRED
     worst_fit: float = 0.0
     clamped: int = 0
     wrong_collapsed: int = 0
@@ -125,17 +125,19 @@ class _Loader:
             self.facts.worst_fit = max(self.facts.worst_fit, float(fit.max()))
             if self.facts.worst_fit > EXACT:
                 raise _NotExact
+            power = power * (self.task.elements / power.sum(1, keepdim=True))
             columns |= {"power": power, "u": sources.u, "v": sources.v}
         for name, values in columns.items():
             self.table.write(start, name, values.float())
 
-    def _find_offset(self, azimuth: Tensor, elevation: Tensor, range_m: Tensor, active: Tensor, target: Tensor) -> float:
+    def _find_offset(self, azimuth: Tensor, elevation: Tensor, range_m: Tensor, active: Tensor,
+                     target: Tensor) -> tuple[float, float]:
         """The original's half element, or none: whichever explains the first scenes' R better."""
-        def misfit(offset: float) -> float:
+        def misfit(offset: tuple[float, float]) -> float:
             few = [t[:32] for t in (azimuth, elevation, range_m, active)]
             return float(recover_powers(self.array, centre(self.array, offset, *few), few[3], target[:32])[1].median())
 
-        return min((ORIGINAL_OFFSET, 0.0), key=misfit)
+        return min((original_offset(self.array), CENTRED), key=misfit)
 
     def _note(self, chunk: dict[str, Tensor]) -> None:
         """H against H_full, and the hashes."""

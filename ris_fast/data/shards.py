@@ -95,6 +95,9 @@ class ShardSource:
         codes = torch.from_numpy(np.array(shards[0]["codes"].map()))
         start = 0
         for shard in shards:
+            if not np.array_equal(shard["codes"].map(), codes):
+                raise DataError(shard["codes"].file, "codes", "other codes than in the first shard", "one set for all scenes",
+                                WRITE_AGAIN)
             take = min(shard["snapshots"].shape[0], rows - start)
             for name in COLUMNS if take > 0 else ():
                 on_disk = placement.place == "mapped" and name in BIG

@@ -29,7 +29,8 @@ class Placement:
 
     def __str__(self) -> str:
         where = {"device": "device memory", "host": "host memory", "mapped": "files, memory-mapped"}[self.place]
-        return f"{self.bytes / GIB:.3f} GiB in {where} ({self.free / GIB:.1f} GiB free)"
+        size = f"{self.bytes / GIB:.1f} GiB" if self.bytes > 0.1 * GIB else f"{self.bytes / 2**20:.1f} MiB"
+        return f"{size} in {where} ({self.free / GIB:.1f} GiB free)"
 
 
 def free_host_bytes() -> int:

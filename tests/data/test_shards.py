@@ -1,0 +1,249 @@
+"""Our own data sets: what is read is what was simulated, bit for bit; damage and half-written sets are named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import pytest
+import torch
+from make_npz import SMALL, all_scenes
+from safetensors.torch import load_file, save_file
+
+from ris_fast.config import Config, Data, Task, Training
+from ris_fast.data import table, write
+from ris_fast.data.errors import DataError
+from ris_fast.data.shards import ShardSource, verify_manifest
+from ris_fast.data.source import SimulatedSource, open_source
+from ris_fast.data.statistics import measure
+from ris_fast.data.write import split_sizes, write_shards
+
+SIZES = {"train": 50, "val": 12, "test": 8}
+
+
+def config(path: Path | str = "", seed: int = 5, task: Task = SMALL, **data: Any) -> Config:
+    return Config(task=task, data=Data(path=str(path), **data), training=Training(seed=seed))
+
+
+@pytest.fixture()
+def written(tmp_path: Path) -> Path:
+    write_shards(config(), tmp_path / "set", SIZES, shard_scenes=16)
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_shards_are_the_simulators_scenes(written: Path, monkeypatch: pytest.MonkeyPatch, split: str, mapped: bool) -> None:
+    if mapped:
+        monkeypatch.setattr(table, "free_host_bytes", lambda: 1000)
+    source = ShardSource(config(written), "cpu")
+    assert ("memory-mapped" in source.describe()) == mapped
+    index = torch.randperm(SIZES[split], generator=torch.Generator().manual_seed(0))
+    found, made = source.batch(split, index), SimulatedSource(config(), "cpu").batch(split, index)
+    for item in fields(made):
+        a, b = getattr(found, item.name), getattr(made, item.name)
+        assert (a is None and b is None) or torch.equal(a, b), item.name
+
+
+def test_the_set_does_not_depend_on_the_shard_size(written: Path, tmp_path: Path) -> None:
+    write_shards(config(), tmp_path / "one", SIZES, shard_scenes=4096)
+    one, many = (ShardSource(config(path), "cpu") for path in (tmp_path / "one", written))
+    assert torch.equal(all_scenes(one, "train").snapshots, all_scenes(many, "train").snapshots)
+    assert len(list(written.glob("train-*.safetensors"))) == 4
+
+
+def test_no_dense_matrix_is_stored(written: Path) -> None:
+    tensors = load_file(written / "train-00000.safetensors")
+    n = SMALL.elements
+    assert not any(t.shape[-3:-1] == (n, n) for t in tensors.values())
+    assert all(t.dtype == (torch.int64 if name == "count" else torch.float32) for name, t in tensors.items())
+
+
+def test_manifest_describes_the_set(written: Path) -> None:
+    manifest = json.loads((written / "manifest.json").read_text())
+    assert manifest["seed"] == 5 and manifest["task"]["bs_antennas"] == 4 and manifest["scenes"] == SIZES
+    scenes = all_scenes(ShardSource(config(written), "cpu"), "train")
+    expected, found = measure(scenes, 3), manifest["splits"]["train"]["statistics"]
+    for key in ("snapshots_rms", "channel_rms", "snr_db_mean"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-6), key
+    assert found["count_histogram"] == expected["count_histogram"] and sum(found["count_histogram"]) == 50
+    assert expected["channel_rms"] == pytest.approx(float(scenes.channel.square().sum(-1).mean().sqrt()), rel=1e-5)
+
+
+def test_verify_accepts_what_was_written(written: Path) -> None:
+    assert verify_manifest(ShardSource(config(written), "cpu")) == []
+    assert verify_manifest(SimulatedSource(config(), "cpu")) == []
+
+
+def test_verify_finds_a_changed_byte(written: Path) -> None:
+    path = written / "train-00002.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-40] ^= 1
+    path.write_bytes(raw)
+    problems = verify_manifest(ShardSource(config(written), "cpu"))
+    assert len(problems) == 1 and "train-00002" in problems[0] and "SHA-256" in problems[0]
+    assert verify_manifest(ShardSource(config(written), "cpu"), contents=False) == []
+
+
+def test_verify_finds_inputs_that_do_not_reach_the_network_as_written(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ShardSource(config(written), "cpu")
+    batch = source.batch
+    monkeypatch.setattr(source, "batch", lambda split, index: batch(split, index).apply(lambda t: t * 2))
+    problems = verify_manifest(source)
+    assert {word for p in problems for word in ("snapshots_rms", "channel_rms", "snr_db_mean") if word in p} \
+        == {"snapshots_rms", "channel_rms", "snr_db_mean"}
+
+
+def test_an_interrupted_write_leaves_nothing_and_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop_after(done: int, total: int) -> None:
+        if done >= 32:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "set"
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(config(), out, SIZES, shard_scenes=16, progress=stop_after)
+    assert not out.exists() and len(list((tmp_path / "set.partial").glob("train-*"))) == 2
+    (tmp_path / "set.partial" / "train-00001.safetensors").write_bytes(b"half")
+    made: list[int] = []
+    simulate = write._simulate
+    monkeypatch.setattr(write, "_simulate", lambda *a: (made.append(a[2]), simulate(*a))[1])
+    seen: list[tuple[int, int]] = []
+    write_shards(config(), out, SIZES, shard_scenes=16, progress=lambda done, total: seen.append((done, total)))
+    assert made == [16, 32, 48, 0, 0] and seen[-1] == (70, 70) and not (tmp_path / "set.partial").exists()
+    assert verify_manifest(ShardSource(config(out), "cpu")) == []
+    straight = write_shards(config(), tmp_path / "straight", SIZES, shard_scenes=16)
+    assert straight.read_text() == (out / "manifest.json").read_text()
+
+
+def test_unfinished_work_of_another_set_is_kept(tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(config(), tmp_path / "set", SIZES, progress=stop)
+    with pytest.raises(DataError, match="unfinished work of another data set"):
+        write_shards(config(seed=6), tmp_path / "set", SIZES)
+    assert list((tmp_path / "set.partial").glob("train-*"))
+
+
+def test_a_folder_with_something_in_it_is_refused(written: Path, tmp_path: Path) -> None:
+    before = (written / "manifest.json").read_bytes()
+    with pytest.raises(DataError, match="choose another --out"):
+        write_shards(config(), written, SIZES)
+    assert (written / "manifest.json").read_bytes() == before
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="something there already"):
+        write_shards(config(), tmp_path / "file", SIZES)
+
+
+def test_an_empty_folder_is_filled_and_parents_are_made(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert write_shards(config(), tmp_path / "empty", SIZES).exists()
+    assert write_shards(config(), tmp_path / "a" / "b", 8).exists()
+
+
+def test_sizes_of_the_other_splits() -> None:
+    assert split_sizes(160_000) == {"train": 160_000, "val": 40_000, "test": 8_000}
+    assert split_sizes(1) == {"train": 1, "val": 1, "test": 1}
+
+
+@pytest.mark.parametrize("sizes", [0, {"train": 5}, {"train": 5, "val": 0, "test": 1}])
+def test_empty_splits_are_refused(tmp_path: Path, sizes: Any) -> None:
+    with pytest.raises(DataError, match="at least one scene"):
+        write_shards(config(), tmp_path / "set", sizes)
+
+
+def test_configured_sizes_limit_the_splits(written: Path) -> None:
+    source = ShardSource(config(written, train_scenes=20), "cpu")
+    assert source.size("train") == 20 and source.notes == ["20 of 50 train scenes in use (data.train_scenes)"]
+    assert all_scenes(source, "train").batch == 20 and verify_manifest(source) == []
+
+
+def test_copies_between_splits_are_counted(written: Path) -> None:
+    replace_shard(written, "val-00000", lambda t: t.update({k: v[:12] for k, v in load_file(
+        written / "train-00000.safetensors").items() if k != "codes"}))
+    source = ShardSource(config(written), "cpu")
+    assert [(o.count, o.total, o.shift) for o in source.overlaps] == [(12, 12, 0)] and "copies" in source.notes[0]
+
+
+def replace_shard(folder: Path, name: str, damage: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change tensors of a shard, and let the manifest agree about its length, so that only the damage is wrong."""
+    path = folder / f"{name}.safetensors"
+    tensors = load_file(path)
+    damage(tensors)
+    path.unlink()
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path)
+    edit_manifest(folder, lambda m: [e.update(bytes=path.stat().st_size) for s in m["splits"].values()
+                                     for e in s["shards"] if e["file"] == path.name])
+
+
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def cut(share: float) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "train-00001.safetensors"
+        path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
+    return damage
+
+
+def garble(start: int, raw: bytes) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "train-00001.safetensors"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:start] + raw + whole[start + len(raw):])
+    return damage
+
+
+def tensor(name: str, how: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    return lambda folder: replace_shard(folder, "train-00001", lambda t: t.update({name: how(t[name])}))
+
+
+def with_nan(values: torch.Tensor) -> torch.Tensor:
+    values[3] = np.nan
+    return values
+
+
+DAMAGE = {
+    "cut short": (cut(0.7), "train-00001", "", "bytes"),
+    "emptied": (cut(0.0), "train-00001", "", "0 bytes"),
+    "removed": (lambda f: (f / "train-00001.safetensors").unlink(), "train-00001", "", "no such file"),
+    "header length": (garble(0, b"\xff" * 8), "train-00001", "", "no readable safetensors header"),
+    "header text": (garble(8, b"}}}}"), "train-00001", "", "no readable safetensors header"),
+    "nan in snapshots": (tensor("snapshots", with_nan), "train-00001", "snapshots", "the first in scene 3"),
+    "nan in channel": (tensor("channel", with_nan), "train-00001", "channel", "the first in scene 3"),
+    "inf in power": (tensor("power", lambda t: t * np.inf), "train-00001", "power", "NaN or infinite"),
+    "mis-shaped": (tensor("channel", lambda t: t[:, :2]), "train-00001", "channel", "shape (16, 2, 24, 2)"),
+    "mistyped": (tensor("snr_db", lambda t: t.double()), "train-00001", "snr_db", "float64"),
+    "no such tensor": (lambda f: replace_shard(f, "train-00001", lambda t: t.pop("power")), "train-00001", "power", "no such"),
+    "other codes": (tensor("codes", lambda t: -t), "train-00001", "codes", "other codes"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "set", "", "no manifest.json"),
+    "manifest cut": (lambda f: (f / "manifest.json").write_text("{"), "manifest", "", "no readable JSON"),
+    "manifest of another tool": (lambda f: (f / "manifest.json").write_text("{}"), "manifest", "format", "None"),
+    "manifest is a list": (lambda f: (f / "manifest.json").write_text("[]"), "manifest", "format", "[]"),
+    "no seed": (lambda f: edit_manifest(f, lambda m: m.pop("seed")), "manifest", "seed", "no such entry"),
+    "no val": (lambda f: edit_manifest(f, lambda m: m["splits"].pop("val")), "manifest", "val", "no such entry"),
+    "other task": (lambda f: edit_manifest(f, lambda m: m["task"].update(snr_min_db=-9.0)), "manifest", "task.snr_min_db", "-9.0"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named(written: Path, name: str) -> None:
+    damage, where, key, found = DAMAGE[name]
+    damage(written)
+    with pytest.raises(DataError) as caught:
+        open_source(config(written, source="shards"), "cpu")
+    error = caught.value
+    assert error.exit_code == 3 and where in error.where and error.key == key and found in error.found, str(error)
+    assert error.expected in str(error) and error.todo.endswith(".")
+
+
+def test_a_set_of_another_task_says_how_to_use_it(written: Path) -> None:
+    with pytest.raises(DataError, match="--set task.bs_antennas=4"):
+        ShardSource(config(written, task=Task()), "cpu")
