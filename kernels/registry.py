@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("cov_nmse", "philox")
+FAMILIES = ("cov_nmse", "philox", "scenes")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def philox_uniform(index_B: Tensor, seed: int, stream: int, count: int) -> Tenso
     Cost: 4 bytes a value written; ten rounds of two 32 x 32 bit products a block of four.
     """
     _check("philox_uniform", index_B, seed, stream, count)
-    return torch.ops.ris_fast.philox_uniform(index_B, _signed(seed), stream, count)
+    return torch.ops.ris_fast.philox_uniform(index_B, signed(seed), stream, count)
 
 
 def philox_normal(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor:
@@ -47,7 +47,7 @@ def philox_normal(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor
         normal law puts 8e-9 beyond that).
     """
     _check("philox_normal", index_B, seed, stream, count)
-    return torch.ops.ris_fast.philox_normal(index_B, _signed(seed), stream, count)
+    return torch.ops.ris_fast.philox_normal(index_B, signed(seed), stream, count)
 
 
 def _check(name: str, index_B: Tensor, seed: int, stream: int, count: int) -> None:
@@ -58,7 +58,7 @@ def _check(name: str, index_B: Tensor, seed: int, stream: int, count: int) -> No
             raise ValueError(f"{name}: {what} is {value}; it must be in 0 .. {end - 1}.")
 
 
-def _signed(seed: int) -> int:
+def signed(seed: int) -> int:
     """The same 64 bits as an int64, all that an operator's schema can carry."""
     return seed - 2**64 if seed >= 2**63 else seed
 

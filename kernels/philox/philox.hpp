@@ -72,10 +72,9 @@ inline float radius(int tick) {
     return __builtin_sqrtf(-2.0f * madd(e, 0.693145751953125f, small + f));
 }
 
-// cos and sin of 2 pi ticks / 2^24. The quarter turn is split off in integers, so nothing is lost by the reduction.
-inline Pair turn(int tick) {
-    const int quarter = (tick + (1 << 21)) >> 22;
-    const float t = float(tick - (quarter << 22)) * 0x1p-22f, t2 = t * t;
+// cos and sin of (quarter + t) quarter turns, |t| <= 1/2.
+inline __attribute__((always_inline)) Pair direction(int quarter, float t) {
+    const float t2 = t * t;
     float s = madd(-0.004601658182648317f, t2, 0.07968003282320685f);
     s = madd(madd(s, t2, -0.6459634602305683f), t2, 1.5707963217079541f) * t;
     float c = madd(0.0009034159658328494f, t2, -0.020860000074886056f);
@@ -86,11 +85,44 @@ inline Pair turn(int tick) {
     return {float_of(cosine), float_of(sine)};
 }
 
+// cos and sin of 2 pi ticks / 2^24. The quarter turn is split off in integers, so nothing is lost by the reduction.
+inline Pair turn(int tick) {
+    const int quarter = (tick + (1 << 21)) >> 22;
+    return direction(quarter, float(tick - (quarter << 22)) * 0x1p-22f);
+}
+
 // Box-Muller: two words to two normals.
 inline Pair normals(uint32_t first, uint32_t second) {
     const float r = radius(ticks(first));
-    const Pair direction = turn(ticks(second));
-    return {r * direction.first, r * direction.second};
+    const Pair unit = turn(ticks(second));
+    return {r * unit.first, r * unit.second};
+}
+
+inline __attribute__((always_inline)) void uniform_block(float* out, const Words& w) {
+    out[0] = float(ticks(w.w0)) * 0x1p-24f;
+    out[1] = float(ticks(w.w1)) * 0x1p-24f;
+    out[2] = float(ticks(w.w2)) * 0x1p-24f;
+    out[3] = float(ticks(w.w3)) * 0x1p-24f;
+}
+
+inline __attribute__((always_inline)) void normal_block(float* out, const Words& w) {
+    const Pair a = normals(w.w0, w.w1), b = normals(w.w2, w.w3);
+    out[0] = a.first;
+    out[1] = a.second;
+    out[2] = b.first;
+    out[3] = b.second;
+}
+
+// Blocks [begin, end) of one row of `count` values; a last block wanted only in part goes through a small buffer.
+template <void (*block)(float*, const Words&)>
+void fill_row(float* out, int64_t begin, int64_t end, int64_t count, uint32_t stream, uint64_t index, uint64_t seed) {
+    const int64_t whole = end * 4 <= count ? end : end - 1;
+    for (int64_t j = begin; j < whole; ++j) block(out + 4 * j, words(uint32_t(j), stream, index, seed));
+    if (whole < end) {
+        float last[4];
+        block(last, words(uint32_t(whole), stream, index, seed));
+        for (int64_t i = 4 * whole; i < count; ++i) out[i] = last[i - 4 * whole];
+    }
 }
 
 }  // namespace philox

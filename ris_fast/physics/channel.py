@@ -1,4 +1,4 @@
-"""The Rician BS-RIS channel, and the sensing operator that it makes with the codes.
+"""The sensing operator that the BS-RIS channel makes with the codes, and free-space loss.
 
 Legend: B batch, L snapshots, M base-station antennas, N RIS elements, P right-hand sides.
 """
@@ -10,26 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from ris_fast.physics.array import RISArray, direction_cosines, linear_steering, steering
 from ris_fast.physics.pairs import adjoint_matmul, conj, matmul, multiply
 
-FAR_RANGE_M = 100.0
-
-
-def rician_channel(array: RISArray, antennas: int, rician: Tensor, azimuth: Tensor, elevation: Tensor,
-                   normals: Tensor) -> Tensor:
-    """H = sqrt(k/(k+1)) a_BS a_RIS^H + sqrt(1/(k+1)) W, W entries CN(0, 1/M).
-
-    Args: rician (B,) linear; azimuth, elevation (B,) rad of the line of sight; normals (B, M*N*2) standard normal,
-        overwritten.
-    Returns: (B, M, N, 2).
-    """
-    shape = (rician.numel(), antennas, array.elements, 2)
-    u, _ = direction_cosines(azimuth, elevation)
-    bs = linear_steering(antennas, u) * (rician / (rician + 1.0)).sqrt()[:, None, None]
-    ris = steering(array, azimuth, elevation, torch.full_like(azimuth, FAR_RANGE_M))
-    scatter = (1.0 / (2.0 * antennas * (rician + 1.0))).sqrt()
-    return normals.view(shape).mul_(scatter[:, None, None, None]).add_(multiply(bs[:, :, None], conj(ris)[:, None]))
+FAR_RANGE_M = 100.0  # of the base station, as the surface sees it
 
 
 def sense(channel: Tensor, codes: Tensor, field: Tensor) -> Tensor:

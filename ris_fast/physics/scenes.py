@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ris_fast.config import Task
-from ris_fast.physics.array import RISArray, steering
-from ris_fast.physics.channel import free_space_amplitude, rician_channel
+from ris_fast.kernels.scenes.op import make_scenes
+from ris_fast.physics.array import RISArray, direction_cosines, linear_steering
+from ris_fast.physics.channel import FAR_RANGE_M, free_space_amplitude
 from ris_fast.physics.codes import dft_codes
-from ris_fast.physics.pairs import matmul, multiply, power
+from ris_fast.physics.pairs import power
 from ris_fast.physics.random import SceneGenerator
 
 
@@ -74,10 +75,18 @@ def task_codes(task: Task, device: str) -> Tensor:
     return dft_codes(task, device)
 
 
+@lru_cache(maxsize=16)
+def task_positions(task: Task, device: str) -> Tensor:
+    """Element positions in wavelengths, (2, N); formed in float64, so that half a wavelength stays exact."""
+    positions_m = torch.stack(RISArray.of(task).positions(device, torch.float64))
+    return (positions_m / task.wavelength_m).float()
+
+
 def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator) -> Scenes:
     """Scenes of a split, by number: the same scene whatever the batch, order or device.
 
-    Model: y_l = H diag(c_l) x_l + n_l, x_l = sum_k g_k s_kl a_k; n white, its power set by the scene's SNR.
+    Model: H = sqrt(k/(k+1)) a_BS a_RIS^H + sqrt(1/(k+1)) W, W entries CN(0, 1/M), k the Rician factor, a_RIS from 100 m;
+        y_l = H diag(c_l) x_l + n_l, x_l = sum_k g_k s_kl a_k; n white, its power set by the scene's SNR.
     Args: scenes: how many (0, 1, ...), or (B,) int64 indices; generator: seed, split and device.
     Returns: `Scenes` with every field but `collapsed` and `covariance`.
     Source: the measurement model of RIS-12x12, README.
@@ -85,18 +94,15 @@ def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator) -> Sce
     device = torch.device(generator.device)
     index = torch.arange(scenes, device=device) if isinstance(scenes, int) else scenes.to(device, torch.int64)
     draw = _draw_scene(task, generator.uniform(index, "scene", 3 * task.max_sources + 5))
-    array = RISArray.of(task)
-    amplitude, snapshot_power = _amplitudes(task, draw, generator.normal(index, "symbols", _symbol_count(task)))
-    steer_BKN = steering(array, draw["azimuth"], draw["elevation"], draw["range_m"])
-    channel = rician_channel(array, task.bs_antennas, draw["rician"], draw["los_azimuth"], draw["los_elevation"],
-                             generator.normal(index, "channel", task.bs_antennas * task.elements * 2))
+    amplitude, source_power = _amplitudes(task, draw, generator.normal(index, "symbols", _symbol_count(task)))
     codes = task_codes(task, str(device))
-    clean = _snapshots(channel, codes, amplitude, steer_BKN)
-    snapshots = _add_noise(clean, draw["snr_db"], generator.normal(index, "noise", clean.shape[1:].numel()))
-    factor = (steer_BKN * snapshot_power.sqrt()[..., None, None]).transpose(1, 2).contiguous()
-    active = snapshot_power > 0
+    channel, snapshots, factor = make_scenes(
+        index, seed=generator.seed, channel_stream=generator.stream("channel"), noise_stream=generator.stream("noise"),
+        positions=task_positions(task, str(device)), codes=codes, amplitude=amplitude, power=source_power,
+        snr=10.0 ** (draw["snr_db"] / 10.0), spherical=task.wavefront == "spherical", **_geometry(task, draw))
+    active = source_power > 0
     return Scenes(snapshots=snapshots, codes=codes, snr_db=draw["snr_db"], count=draw["count"], index=index,
-                  channel=channel, factor=factor, power=snapshot_power,
+                  channel=channel, factor=factor, power=source_power,
                   **{key: draw[key] * active for key in ("azimuth", "elevation", "range_m")})
 
 
@@ -132,14 +138,14 @@ def _amplitudes(task: Task, draw: dict[str, Tensor], normals: Tensor) -> tuple[T
     return amplitude, power(amplitude).mean(1)
 
 
-def _snapshots(channel: Tensor, codes: Tensor, amplitude: Tensor, steer_BKN: Tensor) -> Tensor:
-    """y_l = H (c_l o x_l) without noise: (B, L, M, 2)."""
-    field_BSN = matmul(amplitude, steer_BKN)
-    coded = multiply(codes, field_BSN).transpose(1, 2)
-    return matmul(channel, coded).transpose(1, 2).contiguous()
+def _geometry(task: Task, draw: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sources and line of sight as direction cosines and ranges in wavelengths; the Rician weights of the channel."""
+    def place(azimuth: Tensor, elevation: Tensor, range_m: Tensor) -> Tensor:
+        return torch.stack((*direction_cosines(azimuth, elevation), range_m / task.wavelength_m), dim=-1)
 
-
-def _add_noise(clean: Tensor, snr_db: Tensor, normals: Tensor) -> Tensor:
-    """Adds CN(0, sigma^2) with sigma^2 = mean |clean|^2 / SNR, scene by scene."""
-    variance = power(clean).mean((1, 2)) / 10.0 ** (snr_db / 10.0)
-    return clean.addcmul_((0.5 * variance).sqrt()[:, None, None, None], normals.view_as(clean))
+    rician, antennas = draw["rician"], task.bs_antennas
+    sight = place(draw["los_azimuth"], draw["los_elevation"], torch.full_like(rician, FAR_RANGE_M))
+    line_weight = (rician / (rician + 1.0)).sqrt()[:, None, None]
+    return {"source": place(draw["azimuth"], draw["elevation"], draw["range_m"]), "sight": sight,
+            "antenna": linear_steering(antennas, sight[:, 0]) * line_weight,
+            "scatter": (1.0 / (2.0 * antennas * (rician + 1.0))).sqrt()}

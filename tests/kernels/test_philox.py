@@ -55,7 +55,7 @@ def test_every_instruction_set_agrees_with_the_definition(simd: str, rows: int, 
     for law in ("uniform", "normal"):
         out = torch.full((rows, count), math.nan)
         call = loader.function(f"philox_{law}", op.ARGUMENTS, simd)
-        call(out.data_ptr(), index.data_ptr(), rows, count, op._signed(2**64 - 3), 2**32 - 1)
+        call(out.data_ptr(), index.data_ptr(), rows, count, op.signed(2**64 - 3), 2**32 - 1)
         exact = getattr(reference, law)(index, 2**64 - 3, 2**32 - 1, count)
         if out.numel():
             assert torch.equal(out.double(), exact) if law == "uniform" else ulps(out, exact) <= ULP

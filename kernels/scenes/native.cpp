@@ -1,0 +1,211 @@
+// Makes scenes one at a time, everything but the results in the first-level cache; the model is that of reference.py.
+//
+// Complex arrays are interleaved (re, im) in memory and planar in scratch. Every scene goes through the same
+// operations in the same order whatever the batch and the number of threads, so its bits are its own.
+#include <cstdlib>
+
+#include "philox/philox.hpp"
+
+namespace RIS_NS {
+namespace scenes {
+
+typedef Vec<float> V;
+constexpr int W = lanes<float>;
+
+struct Sizes {
+    int64_t antennas, elements, snapshots, sources, symbols;
+    int64_t padded() const { return (snapshots + W - 1) / W * W; }
+};
+
+// One thread's scratch, cut from one allocation.
+struct Scratch {
+    float *steer_re, *steer_im, *field, *code_re, *code_im, *coded_re, *coded_im, *even, *odd, *clean, *noise, *block;
+
+    explicit Scratch(const Sizes& z) {
+        const int64_t lp = z.padded(), n = z.elements, wide = n * lp;
+        const int64_t sizes[] = {n, n, 2 * z.symbols * n, wide, wide, wide, wide, 2 * n, 2 * n, 2 * lp * z.antennas,
+                                 2 * z.snapshots * z.antennas};
+        float** parts[] = {&steer_re, &steer_im, &field, &code_re, &code_im, &coded_re, &coded_im, &even, &odd, &clean, &noise};
+        int64_t total = 0;
+        for (const int64_t size : sizes) total += (size + 15) / 16 * 16;
+        block = static_cast<float*>(std::aligned_alloc(64, size_t(total) * sizeof(float)));
+        float* next = block;
+        for (int i = 0; block && i < 11; ++i) {
+            *parts[i] = next;
+            next += (sizes[i] + 15) / 16 * 16;
+        }
+    }
+    ~Scratch() { std::free(block); }
+};
+
+// Unit-norm near-field vector of source q = (u, v, range); x and y in wavelengths.
+template <bool spherical> void steer(float* re, float* im, const float* x, const float* y, const float* q, int64_t n) {
+    const float u = q[0], v = q[1], r = q[2], scale = 1.0f / __builtin_sqrtf(float(n)), half = 0.5f / r;
+    for (int64_t i = 0; i < n; ++i) {
+        const float bow = x[i] * x[i] + y[i] * y[i], plane = u * x[i] + v * y[i];
+        const float excess = bow - 2.0f * r * plane;
+        const float turns = spherical ? -excess / (r + __builtin_sqrtf(r * r + excess)) : plane - bow * half;
+        const float quarters = 4.0f * turns, whole = (quarters + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: to the nearest
+        const philox::Pair unit = philox::direction(int(whole), quarters - whole);
+        re[i] = unit.first * scale;
+        im[i] = unit.second * scale;
+    }
+}
+
+// Codes (L, N, 2) to planar (N, L), padded with zeros, once a thread.
+inline void transpose_codes(const Scratch& s, const float* codes, const Sizes& z) {
+    const int64_t lp = z.padded();
+    for (int64_t i = 0; i < z.elements; ++i)
+        for (int64_t l = 0; l < lp; ++l) {
+            const float* c = codes + 2 * (l * z.elements + i);
+            s.code_re[i * lp + l] = l < z.snapshots ? c[0] : 0.0f;
+            s.code_im[i * lp + l] = l < z.snapshots ? c[1] : 0.0f;
+        }
+}
+
+// Field of every symbol, planar (S, 2, N), and the factor (N, K, 2).
+template <bool spherical>
+void sources(const Scratch& s, float* factor, const float* x, const float* y, const float* source, const float* amplitude,
+             const float* power, const Sizes& z) {
+    const int64_t n = z.elements, k_max = z.sources;
+    std::memset(s.field, 0, size_t(2 * z.symbols * n) * sizeof(float));
+    for (int64_t k = 0; k < k_max; ++k) {
+        const float root = __builtin_sqrtf(power[k]);
+        if (root == 0.0f) {
+            for (int64_t i = 0; i < n; ++i) factor[2 * (i * k_max + k)] = factor[2 * (i * k_max + k) + 1] = 0.0f;
+            continue;
+        }
+        steer<spherical>(s.steer_re, s.steer_im, x, y, source + 3 * k, n);
+        for (int64_t t = 0; t < z.symbols; ++t) {
+            const float ar = amplitude[2 * (t * k_max + k)], ai = amplitude[2 * (t * k_max + k) + 1];
+            float *fr = s.field + 2 * t * n, *fi = fr + n;
+            for (int64_t i = 0; i < n; ++i) {
+                fr[i] += ar * s.steer_re[i] - ai * s.steer_im[i];
+                fi[i] += ar * s.steer_im[i] + ai * s.steer_re[i];
+            }
+        }
+        for (int64_t i = 0; i < n; ++i) {
+            factor[2 * (i * k_max + k)] = root * s.steer_re[i];
+            factor[2 * (i * k_max + k) + 1] = root * s.steer_im[i];
+        }
+    }
+}
+
+// c_l o x_l, planar (N, L).
+inline void encode(const Scratch& s, const Sizes& z) {
+    const int64_t lp = z.padded(), n = z.elements;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t l = 0; l < lp; ++l) {
+            const int64_t t = z.symbols == 1 || l >= z.snapshots ? 0 : l;
+            const float fr = s.field[2 * t * n + i], fi = s.field[2 * t * n + n + i];
+            const float cr = s.code_re[i * lp + l], ci = s.code_im[i * lp + l];
+            s.coded_re[i * lp + l] = cr * fr - ci * fi;
+            s.coded_im[i * lp + l] = cr * fi + ci * fr;
+        }
+}
+
+// H = b a^H + scatter W, in place of W. Even and odd entries share one loop: even = (re, -im), odd = (im, re) of a.
+template <bool spherical>
+void line_of_sight(const Scratch& s, float* channel, const float* x, const float* y, const float* sight, const float* antenna,
+                   float scatter, const Sizes& z) {
+    steer<spherical>(s.steer_re, s.steer_im, x, y, sight, z.elements);
+    for (int64_t i = 0; i < z.elements; ++i) {
+        s.even[2 * i] = s.odd[2 * i + 1] = s.steer_re[i];
+        s.odd[2 * i] = s.steer_im[i];
+        s.even[2 * i + 1] = -s.steer_im[i];
+    }
+    for (int64_t m = 0; m < z.antennas; ++m) {
+        float* row = channel + 2 * m * z.elements;
+        const float br = antenna[2 * m], bi = antenna[2 * m + 1];
+        for (int64_t j = 0; j < 2 * z.elements; ++j) row[j] = scatter * row[j] + (br * s.even[j] + bi * s.odd[j]);
+    }
+}
+
+// R rows of H times the coded field: planar (R, 2, L).
+template <int R> void rows(float* clean, const float* channel, const float* coded_re, const float* coded_im, int64_t n, int64_t lp) {
+    for (int64_t l = 0; l < lp; l += W) {
+        V re[R] = {}, im[R] = {};
+        for (int64_t i = 0; i < n; ++i) {
+            const V xr = load(coded_re + i * lp + l), xi = load(coded_im + i * lp + l);
+            for (int r = 0; r < R; ++r) {
+                const float hr = channel[2 * (r * n + i)], hi = channel[2 * (r * n + i) + 1];
+                re[r] += hr * xr;
+                re[r] -= hi * xi;
+                im[r] += hr * xi;
+                im[r] += hi * xr;
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            store(clean + 2 * r * lp + l, re[r]);
+            store(clean + (2 * r + 1) * lp + l, im[r]);
+        }
+    }
+}
+
+inline void receive(const Scratch& s, const float* channel, const Sizes& z) {
+    constexpr int R = RIS_LEVEL_NUMBER == 2 ? 8 : 4;
+    const int64_t lp = z.padded(), n = z.elements;
+    int64_t m = 0;
+    for (; m + R <= z.antennas; m += R) rows<R>(s.clean + 2 * m * lp, channel + 2 * m * n, s.coded_re, s.coded_im, n, lp);
+    for (; m < z.antennas; ++m) rows<1>(s.clean + 2 * m * lp, channel + 2 * m * n, s.coded_re, s.coded_im, n, lp);
+}
+
+// Snapshots (L, M, 2) from the planar (M, 2, L) clean ones and the noise.
+inline void add_noise(const Scratch& s, float* snapshots, float snr, const Sizes& z) {
+    const int64_t lp = z.padded(), values = 2 * z.snapshots * z.antennas;
+    double power = 0;
+    for (int64_t m = 0; m < z.antennas; ++m)
+        for (int64_t l = 0; l < z.snapshots; ++l)
+            for (int64_t part = 0; part < 2; ++part) {
+                const float value = s.clean[(2 * m + part) * lp + l];
+                snapshots[2 * (l * z.antennas + m) + part] = value;
+                power += double(value) * value;
+            }
+    const float deviation = __builtin_sqrtf(float(power / double(values)) / snr);  // mean |y|^2 / 2 a part
+    for (int64_t i = 0; i < values; ++i) snapshots[i] += deviation * s.noise[i];
+}
+
+}  // namespace scenes
+}  // namespace RIS_NS
+
+// channel (B, M, N, 2), snapshots (B, L, M, 2), factor (B, N, K, 2) from index (B), positions (2, N), codes (L, N, 2),
+// source (B, K, 3), amplitude (B, S, K, 2), power (B, K), sight (B, 3), antenna (B, M, 2), scatter (B), snr (B).
+// Returns 0, or 1 if there was no memory for scratch.
+RIS_EXPORT(int, scenes)
+(float* channel, float* snapshots, float* factor, const int64_t* index, const float* positions, const float* codes,
+ const float* source, const float* amplitude, const float* power, const float* sight, const float* antenna, const float* scatter,
+ const float* snr, int64_t batch, int64_t antennas, int64_t elements, int64_t n_snapshots, int64_t n_sources, int64_t symbols,
+ int64_t seed, int64_t channel_stream, int64_t noise_stream, int64_t spherical) {
+    using namespace RIS_NS;
+    const scenes::Sizes z{antennas, elements, n_snapshots, n_sources, symbols};
+    const float *x = positions, *y = positions + elements;
+    const int64_t h = 2 * antennas * elements, v = 2 * n_snapshots * antennas;
+    int failed = 0;
+#pragma omp parallel if (batch > 1)
+    {
+        const scenes::Scratch s(z);
+        if (s.block) scenes::transpose_codes(s, codes, z);
+#pragma omp for schedule(static) reduction(| : failed)
+        for (int64_t b = 0; b < batch; ++b) {
+            if (!s.block) {
+                failed |= 1;
+                continue;
+            }
+            float *H = channel + b * h, *S = factor + 2 * b * elements * n_sources;
+            const float *q = source + 3 * b * n_sources, *g = amplitude + 2 * b * symbols * n_sources, *p = power + b * n_sources;
+            philox::fill_row<philox::normal_block>(H, 0, (h + 3) / 4, h, uint32_t(channel_stream), uint64_t(index[b]), uint64_t(seed));
+            philox::fill_row<philox::normal_block>(s.noise, 0, (v + 3) / 4, v, uint32_t(noise_stream), uint64_t(index[b]), uint64_t(seed));
+            if (spherical) {
+                scenes::sources<true>(s, S, x, y, q, g, p, z);
+                scenes::line_of_sight<true>(s, H, x, y, sight + 3 * b, antenna + 2 * b * antennas, scatter[b], z);
+            } else {
+                scenes::sources<false>(s, S, x, y, q, g, p, z);
+                scenes::line_of_sight<false>(s, H, x, y, sight + 3 * b, antenna + 2 * b * antennas, scatter[b], z);
+            }
+            scenes::encode(s, z);
+            scenes::receive(s, H, z);
+            scenes::add_noise(s, snapshots + b * v, snr[b], z);
+        }
+    }
+    return failed;
+}

@@ -1,0 +1,106 @@
+"""A batch of scenes from its parameters as one operator: channel, snapshots and target factor.
+
+Letters: B batch, L snapshots, M base-station antennas, N RIS elements, K sources, S symbols (1 or L). Not
+differentiable: it makes data. On CPU one pass of C++; elsewhere plain torch over the Philox kernels.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_int, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..native import loader
+from ..philox import op as philox
+from ..registry import Family, Operator
+from . import reference
+from .samples import SAMPLES, cost
+
+SCHEMA = ("scenes(Tensor index, int seed, int channel_stream, int noise_stream, Tensor positions, Tensor codes, Tensor source, "
+          "Tensor amplitude, Tensor power, Tensor sight, Tensor antenna, Tensor scatter, Tensor snr, bool spherical) "
+          "-> (Tensor, Tensor, Tensor)")
+ARGUMENTS = [c_void_p] * 13 + [c_int64] * 10
+LIBRARY = torch.library.Library("ris_fast", "FRAGMENT")
+LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def make_scenes(index: Tensor, *, seed: int, channel_stream: int, noise_stream: int, positions: Tensor, codes: Tensor,
+                source: Tensor, amplitude: Tensor, power: Tensor, sight: Tensor, antenna: Tensor, scatter: Tensor, snr: Tensor,
+                spherical: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Channel, noisy snapshots and target factor of scenes whose geometry is drawn already.
+
+    Model: H = b a(sight)^H + scatter W, y_l = H (c_l o sum_k amplitude_k a(source_k)) + n_l, factor column k =
+        sqrt(power_k) a(source_k); a unit-norm near-field steering vectors, W and n counter-based normals of `index`.
+    Args: index (B,) int64; seed, streams: as `philox_normal`; float32: positions (2, N) x and y of the elements,
+        codes (L, N, 2), source (B, K, 3) u, v, range, amplitude (B, S, K, 2), power (B, K), sight (B, 3) u, v, range,
+        antenna (B, M, 2) b with its Rician weight, scatter (B,), snr (B,) linear; lengths in wavelengths;
+        spherical: exact wavefront instead of the Fresnel one.
+    Returns: channel (B, M, N, 2), snapshots (B, L, M, 2), factor (B, N, K, 2), float32.
+    Raises: ValueError: shapes or dtypes that do not fit together.
+    Numerics: scene b depends on its own parameters alone, bit for bit, whatever the batch and the number of threads.
+    """
+    tensors = {"positions": positions, "codes": codes, "source": source, "amplitude": amplitude, "power": power, "sight": sight,
+               "antenna": antenna, "scatter": scatter, "snr": snr}
+    _check(index, tensors)
+    return torch.ops.ris_fast.scenes(index, philox.signed(seed), channel_stream, noise_stream, *tensors.values(), spherical)
+
+
+def _check(index: Tensor, tensors: dict[str, Tensor]) -> None:
+    batch, elements, sources = index.numel(), tensors["positions"].shape[-1], tensors["source"].shape[1]
+    snapshots, symbols = tensors["codes"].shape[0], tensors["amplitude"].shape[1]
+    expected = {"positions": (2, elements), "codes": (snapshots, elements, 2), "source": (batch, sources, 3),
+                "amplitude": (batch, snapshots if symbols != 1 else 1, sources, 2), "power": (batch, sources), "sight": (batch, 3),
+                "antenna": (batch, tensors["antenna"].shape[1], 2), "scatter": (batch,), "snr": (batch,)}
+    for name, shape in expected.items():
+        if tensors[name].shape != shape or tensors[name].dtype != torch.float32:
+            raise ValueError(f"make_scenes: {name} is {tuple(tensors[name].shape)} {tensors[name].dtype}, expected {shape} "
+                             f"torch.float32 for {batch} scenes. Pass the {name} of these scenes.")
+
+
+def _shapes(positions: Tensor, codes: Tensor, source: Tensor, antenna: Tensor) -> tuple[tuple[int, ...], ...]:
+    batch, sources, _ = source.shape
+    (snapshots, elements, _), antennas = codes.shape, antenna.shape[1]
+    return (batch, antennas, elements, 2), (batch, snapshots, antennas, 2), (batch, elements, sources, 2)
+
+
+@cache
+def _native() -> Any:
+    return loader.function("scenes", ARGUMENTS, restype=c_int)
+
+
+def _cpp(index: Tensor, seed: int, channel_stream: int, noise_stream: int, *rest: Any) -> tuple[Tensor, ...]:
+    inputs, spherical = [each.contiguous() for each in (index, *rest[:-1])], rest[-1]
+    _, positions, codes, source, amplitude, _, _, antenna, _, _ = inputs
+    out = tuple(torch.empty(shape) for shape in _shapes(positions, codes, source, antenna))
+    sizes = (len(source), antenna.shape[1], codes.shape[1], codes.shape[0], source.shape[1], amplitude.shape[1])
+    if _native()(*(each.data_ptr() for each in (*out, *inputs)), *sizes, seed, channel_stream, noise_stream, spherical):
+        raise MemoryError("scenes: no memory for the scratch of a thread. Lower the number of threads or the size of the array.")
+    return out
+
+
+def _plain(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition with the fast random numbers."""
+    return reference.scenes(*args, normal=torch.ops.ris_fast.philox_normal)
+
+
+def _cpu(*args: Any) -> tuple[Tensor, ...]:
+    return _cpp(*args) if loader.available() else _plain(*args)
+
+
+def _fake(index: Tensor, seed: int, channel_stream: int, noise_stream: int, *rest: Any) -> tuple[Tensor, ...]:
+    positions, codes, source, antenna = rest[0], rest[1], rest[2], rest[6]
+    return tuple(source.new_empty(shape) for shape in _shapes(positions, codes, source, antenna))
+
+
+LIBRARY.impl("scenes", _cpu, "CPU")
+LIBRARY.impl("scenes", _plain, "CUDA")
+torch.library.register_fake("ris_fast::scenes", _fake, lib=LIBRARY)
+
+FAMILY = Family("scenes", (
+    # normals of 4 ulp go in where the reference in float32 has correctly rounded ones: hence 4 and not 2
+    Operator("scenes", torch.ops.ris_fast.scenes.default, reference.scenes, SAMPLES, cost, {"cpp": _cpp}, results=3,
+             error_ratio=4.0, dtypes=(torch.float32,)),
+))

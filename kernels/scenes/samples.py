@@ -1,0 +1,66 @@
+"""Inputs on which the scene kernel is tested and measured, and what a call must cost at least.
+
+Letters: B batch, L snapshots, M base-station antennas, N RIS elements, K sources, S symbols (1 or L).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..registry import Cost, Sample
+
+NORMAL_FLOPS = 44  # a counter-based normal, integer operations included
+
+
+def _sample(name: str, batch: int, side: int, antennas: int, snapshots: int, sources: int, *, moving: bool = False,
+            spherical: bool = False, strided: bool = False) -> Sample:
+    """Random geometry on a square array, 1 .. K sources a scene, values that float32 holds exactly."""
+    def make(device: torch.device | str, dtype: torch.dtype) -> tuple[Any, ...]:
+        generator = torch.Generator().manual_seed(0)
+
+        def uniform(low: float, high: float, *shape: int) -> Tensor:
+            values = low + (high - low) * torch.rand(*shape, generator=generator)
+            return (values.mT.contiguous().mT if strided and len(shape) > 1 else values).to(device, dtype)
+
+        line = (torch.arange(side, dtype=dtype) - (side - 1) / 2) / 2
+        positions = torch.stack((line.repeat(side), line.repeat_interleave(side))).to(device)
+        active = torch.arange(sources) < torch.arange(batch)[:, None] % sources + 1
+        amplitude = uniform(-1, 1, batch, snapshots if moving else 1, sources, 2) * active[:, None, :, None].to(device)
+        turns = torch.randint(8, (snapshots, side * side), generator=generator) * (2 * math.pi / 8)
+        codes = torch.stack((turns.cos(), turns.sin()), -1).to(device, dtype)
+        source = torch.stack((uniform(-0.9, 0.9, batch, sources), uniform(-0.5, 0.5, batch, sources), uniform(1.7, 33, batch, sources)), -1)
+        sight = torch.stack((uniform(-0.9, 0.9, batch), uniform(-0.9, 0.9, batch), uniform(333, 334, batch)), -1)
+        power = (uniform(0.1, 1, batch, sources) * active.to(device))
+        return (torch.arange(batch, device=device) * 7 + 2**33, 3, 2, 1, positions, codes, source, amplitude, power, sight,
+                uniform(-0.25, 0.25, batch, antennas, 2), uniform(0.05, 0.15, batch), uniform(0.3, 100, batch), spherical)
+
+    return Sample(name, make)
+
+
+SAMPLES = (
+    _sample("standard", 8, 12, 16, 16, 5),
+    _sample("spherical", 4, 12, 16, 16, 5, spherical=True),
+    _sample("moving", 3, 12, 16, 16, 5, moving=True),
+    _sample("odd", 60, 7, 5, 3, 2, moving=True),
+    _sample("wide", 2, 32, 24, 40, 16),
+    _sample("one-of-each", 300, 2, 1, 1, 1),
+    _sample("one-scene", 1, 12, 16, 16, 5),
+    _sample("strided", 2, 8, 9, 17, 3, strided=True),
+    _sample("empty-batch", 0, 4, 2, 2, 2),
+)
+
+
+def cost(index: Tensor, seed: int, channel_stream: int, noise_stream: int, positions: Tensor, codes: Tensor, source: Tensor,
+         amplitude: Tensor, power: Tensor, sight: Tensor, antenna: Tensor, *rest: Any) -> Cost:
+    """Least bytes (parameters read, results written) and FLOPs (normals, and 8 per complex multiply-add)."""
+    batch, sources, _ = source.shape
+    (snapshots, elements, _), antennas, symbols = codes.shape, antenna.shape[1], amplitude.shape[1]
+    results = 2 * batch * (antennas * elements + snapshots * antennas + elements * sources)
+    inputs = sum(each.numel() for each in (positions, codes, source, amplitude, power, sight, antenna, *rest[:2]))
+    products = snapshots * antennas * elements + antennas * elements + snapshots * elements + symbols * sources * elements
+    normals = 2 * antennas * (elements + snapshots)
+    return Cost(4 * (results + inputs) + 8 * batch, batch * (8 * products + NORMAL_FLOPS * normals))
