@@ -1,0 +1,239 @@
+"""Unrolled weighted pursuit: finds the sources of a scene through the sensing operator, with static shapes.
+
+It is maximum likelihood made greedy: each stage adds the dictionary atom that best explains what is left of G^H y,
+then takes one joint Gauss-Newton step on the amplitudes and places of all atoms so far, on the true cost |y - G A s|^2.
+No gradient passes through it; a network reads its outcome.
+
+Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, T = 4 tangents of an atom, G grid points.
+Complex arrays are planar here, (..., 2C) = [real C | imaginary C]: one real matrix product then does a complex one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ris_fast.config import Task
+from ris_fast.models.solve import spd_solve
+from ris_fast.physics.array import RISArray
+from ris_fast.physics.pairs import adjoint_matmul, conj, multiply, power
+
+TANGENTS = 4                     # a, and its normalised derivatives along u, v and w = 1/range
+CELL_RAD = 1.36                  # standard deviation of phase over the aperture that a grid cell may add at most
+RANGE_CELLS = 6                  # grid values of 1/range
+
+
+class Normal(NamedTuple):
+    """The normal equations of one batch, in units where y has mean power 1 and G^H G has mean diagonal 1."""
+
+    gram: Tensor                 # (B, N, 2N)  [Re P | -Im P], P = G^H G
+    moment: Tensor               # (B, N, 2)   b = G^H y, planar
+    noise: Tensor                # (B,)        sigma^2
+    signal: Tensor               # (B,)        expected |x|^2
+    energy: Tensor               # (B,)        |y|^2
+
+
+class Atoms(NamedTuple):
+    """What the pursuit found; atoms in the order of their discovery."""
+
+    place: Tensor                # (B, K, 3)       u, v, w = 1/range
+    amplitude: Tensor            # (B, 2, K)       s, real and imaginary parts
+    tangents: Tensor             # (B, N, 2KT)     a and its scaled derivatives, planar
+    gram: Tensor                 # (B, 2, K, T, K, T)  tangents^H P tangents, real and imaginary parts
+    left: Tensor                 # (B, 2, K, T)    tangents^H (b - P A s)
+    gains: Tensor                # (B, K)          fall of the cost |y - G A s|^2 at each stage
+    residual: Tensor             # (B, N, 2)       b - P A s
+
+
+def normal_equations(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Normal:
+    """P = sum_l diag(c_l)^H H^H H diag(c_l) = (H^H H) o (C^H C) and b = sum_l conj(c_l) o (H^H y_l), normalised.
+
+    Args: snapshots (B, L, M, 2), channel (B, M, N, 2), codes (L, N, 2), snr_db (B,), all float32.
+    Cost: 8 M N^2 FLOPs a scene; P is 8 N^2 bytes.
+    """
+    batch, length, antennas, _ = snapshots.shape
+    elements = channel.shape[2]
+    column = power(channel).sum((1, 2)) * (length / elements)
+    level = power(snapshots).mean((1, 2))
+    planes = channel.permute(0, 3, 1, 2)
+    stacked = planes.reshape(batch, 2 * antennas, elements)
+    turned = torch.stack((planes[:, 1], -planes[:, 0]), dim=1).reshape(batch, 2 * antennas, elements)
+    adjoint = (stacked / column[:, None, None]).transpose(1, 2)
+    overlap = adjoint_matmul(codes[None], codes[None])[0]
+    gram = _times(adjoint @ stacked, adjoint @ turned, overlap[..., 0], overlap[..., 1])
+    back = adjoint_matmul(channel, snapshots.transpose(1, 2))
+    moment = multiply(conj(codes).transpose(0, 1), back).sum(2) * (column * level).rsqrt()[:, None, None]
+    snr = 10.0 ** (snr_db / 10.0)
+    size = float(length * antennas)
+    return Normal(gram, moment, 1.0 / (1.0 + snr), size * snr / (1.0 + snr), torch.full_like(snr, size))
+
+
+def _times(real: Tensor, imag: Tensor, other_real: Tensor, other_imag: Tensor) -> Tensor:
+    """[Re | -Im] of an elementwise complex product."""
+    return torch.cat((real * other_real - imag * other_imag, -real * other_imag - imag * other_real), dim=-1)
+
+
+def turn(planar: Tensor) -> Tensor:
+    """[re | im] -> [im | -re]: -j times a planar array."""
+    real, imag = planar.chunk(2, dim=-1)
+    return torch.cat((imag, -real), dim=-1)
+
+
+class Pursuit(nn.Module):
+    """`stages` atoms found one after the other, each stage ending in a joint Gauss-Newton step.
+
+    Args: task: array and the ranges the sources are drawn from; stages: atoms to find, K_max by default.
+    """
+
+    def __init__(self, task: Task, stages: int | None = None) -> None:
+        super().__init__()
+        self.array = RISArray.of(task)
+        self.stages = task.max_sources if stages is None else stages
+        x, y = (self.array.wavenumber * each for each in self.array.positions())
+        curvature = (x * x + y * y) / (2 * self.array.wavenumber)
+        scale = torch.stack([each.std(unbiased=False) for each in (x, y, curvature)]).clamp_min(1e-6)
+        high = torch.tensor([math.sin(math.radians(task.azimuth_deg)), math.sin(math.radians(task.elevation_deg)),
+                             1.0 / task.range_min_m])
+        low = torch.cat((-high[:2], torch.tensor([1.0 / task.range_max_m])))
+        cells = torch.ceil((high - low) * scale / CELL_RAD)
+        cells = torch.stack((cells[0], cells[1], torch.tensor(float(RANGE_CELLS)))).clamp_min(1)
+        constants = {"x": x, "y": y, "curvature": curvature, "scale": scale, "low": low, "high": high,
+                     "trust": (0.6 * (high - low) * scale / cells).clamp_min(1e-3),
+                     "grid": _cell_centres(low, high, cells)}
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
+        self.register_buffer("dictionary", self._correlator(), persistent=False)
+
+    def _correlator(self) -> Tensor:
+        """(2N, 2G): from a planar residual (N, 2), flattened, to the real and the imaginary part of a^H r."""
+        count = self.grid.shape[0]
+        real, imag = self.tangents(self.grid[None])[0].reshape(-1, 2, count, TANGENTS)[..., 0].unbind(1)
+        return torch.stack((torch.cat((real, -imag), 1), torch.cat((imag, real), 1)), dim=1).flatten(0, 1)
+
+    def phase_slopes(self, place: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """psi and its derivatives by u, v and w at (B, K, 3) places, each broadcast to (B, N, K)."""
+        u, v, w = place.transpose(1, 2)[:, :, None].unbind(1)
+        x, y, bend = self.x[:, None], self.y[:, None], self.curvature[:, None]
+        line = u * x + v * y
+        if self.array.wavefront == "fresnel":
+            zero = torch.zeros_like(line)
+            return line - bend * w, x + zero, y + zero, zero - bend
+        k = self.array.wavenumber
+        q = (1.0 + 2.0 / k * w * (w * bend - line)).clamp_min(1e-12).sqrt()
+        psi = 2.0 * (line - w * bend) / (1.0 + q)
+        slope_q = (2.0 * w * bend - line) / (k * q)
+        return psi, x / q, y / q, -(2.0 * bend + psi * slope_q) / (1.0 + q)
+
+    def tangents(self, place: Tensor) -> Tensor:
+        """Unit-norm a and j (psi' - mean psi') a / scale for u, v, w: (B, K, 3) -> (B, N, 2KT) planar."""
+        psi, *slopes = self.phase_slopes(place)
+        norm = 1.0 / math.sqrt(self.array.elements)
+        cosine, sine = psi.cos() * norm, psi.sin() * norm
+        weights = [(slope - slope.mean(1, keepdim=True)) / scale for slope, scale in zip(slopes, self.scale)]
+        real = torch.stack([cosine, *(-weight * sine for weight in weights)], dim=-1)
+        imag = torch.stack([sine, *(weight * cosine for weight in weights)], dim=-1)
+        return torch.stack((real, imag), dim=2).flatten(2)
+
+    def forward(self, normal: Normal) -> Atoms:
+        """Runs all stages: static shapes, no host synchronisation, no gradient."""
+        place = normal.moment.new_zeros(normal.moment.shape[0], 0, 3)
+        residual, explained, gains = normal.moment, torch.zeros_like(normal.noise), []
+        for _ in range(self.stages):
+            place = torch.cat((place, self.strongest(residual)[:, None]), dim=1)
+            place, residual, reached = self.step(normal, place)
+            gains.append(reached - explained)
+            explained = reached
+        tangents, image, gram, moment = self.project(normal, place)
+        amplitude = amplitudes(gram, moment, normal)
+        residual = normal.moment - combine(image, embed_first(amplitude))
+        left = moment - apply_gram(gram[..., :1], amplitude[..., None])
+        return Atoms(place, amplitude, tangents, gram, left, torch.stack(gains, dim=1), residual)
+
+    def strongest(self, residual: Tensor) -> Tensor:
+        """The grid place with the largest |a^H r|: (B, N, 2) -> (B, 3)."""
+        real, imag = (residual.flatten(1) @ self.dictionary).chunk(2, dim=1)
+        return self.grid[(real.square() + imag.square()).argmax(1)]
+
+    def project(self, normal: Normal, place: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tangents D, image P D (both planar), D^H P D (B, 2, K, T, K, T) and D^H b (B, 2, K, T)."""
+        tangents = self.tangents(place)
+        image = normal.gram @ torch.cat((tangents, turn(tangents)), dim=1)
+        batch, atoms, size = place.shape[0], place.shape[1], place.shape[1] * TANGENTS
+        both = tangents.transpose(1, 2) @ torch.cat((image, normal.moment), dim=2)
+        left, right = both[:, :size], both[:, size:]
+        real = left[..., :size] + right[..., size:2 * size]
+        imag = left[..., size:2 * size] - right[..., :size]
+        moment = torch.stack((left[..., -2] + right[..., -1], left[..., -1] - right[..., -2]), dim=1)
+        gram = torch.stack((real, imag), dim=1).reshape(batch, 2, atoms, TANGENTS, atoms, TANGENTS)
+        return tangents, image, gram, moment.reshape(batch, 2, atoms, TANGENTS)
+
+    def step(self, normal: Normal, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One joint Gauss-Newton step: new places, the linearised residual b - P x, and the cost it explains."""
+        _, image, gram, moment = self.project(normal, place)
+        s = amplitudes(gram, moment, normal)
+        change = newton(gram, moment, s, self.trust, normal)
+        move = torch.clamp(change[..., 2:], -2 * self.trust, 2 * self.trust)
+        first = s + change[..., :2].transpose(1, 2)
+        coefficient = torch.cat((first[..., None], s[..., None] * move[:, None]), dim=3)
+        explained = (coefficient * (2 * moment - apply_gram(gram, coefficient))).sum((1, 2, 3))
+        place = torch.clamp(place + move / self.scale, self.low, self.high)
+        return place, normal.moment - combine(image, coefficient), explained
+
+
+def _cell_centres(low: Tensor, high: Tensor, cells: Tensor) -> Tensor:
+    """Centres of a box cut into cells[i] equal parts along axis i: (G, 3)."""
+    axes = [low[i] + (high[i] - low[i]) * (torch.arange(int(n)) + 0.5) / n for i, n in enumerate(cells)]
+    return torch.cartesian_prod(*axes)
+
+
+def embed_first(amplitude: Tensor) -> Tensor:
+    """Amplitudes (B, 2, K) as tangent coefficients (B, 2, K, T) that use the atoms alone."""
+    return torch.cat((amplitude[..., None], amplitude.new_zeros(*amplitude.shape, TANGENTS - 1)), dim=-1)
+
+
+def combine(planar: Tensor, coefficient: Tensor) -> Tensor:
+    """Complex product of a planar (B, N, 2KT) with (B, 2, K, T): (B, N, 2)."""
+    real, imag = coefficient.flatten(2).unbind(1)
+    return planar @ torch.stack((torch.cat((real, -imag), 1), torch.cat((imag, real), 1)), dim=2)
+
+
+def apply_gram(gram: Tensor, s: Tensor) -> Tensor:
+    """gram (B, 2, K, T, K, T') times s (B, 2, K, T'): (B, 2, K, T)."""
+    size = gram.shape[2] * gram.shape[3]
+    flat = gram.reshape(gram.shape[0], 2, size, -1)
+    real, imag = s.reshape(s.shape[0], 2, 1, -1).unbind(1)
+    out = torch.stack(((flat[:, 0] * real - flat[:, 1] * imag).sum(-1),
+                       (flat[:, 0] * imag + flat[:, 1] * real).sum(-1)), dim=1)
+    return out.reshape(gram.shape[:4])
+
+
+def amplitudes(gram: Tensor, moment: Tensor, normal: Normal) -> Tensor:
+    """Ridge least squares over the amplitudes alone: (B, 2, K)."""
+    batch, _, atoms, _ = moment.shape
+    real, imag = gram[:, :, :, 0, :, 0].permute(1, 2, 3, 0).unbind(0)
+    matrix = torch.cat((torch.cat((real, -imag), 1), torch.cat((imag, real), 1)), 0)
+    ridge = (normal.noise / normal.signal).expand(2 * atoms, batch)
+    solved = spd_solve(matrix, moment[..., 0].flatten(1).T, ridge)
+    return solved.reshape(2, atoms, batch).permute(2, 0, 1)
+
+
+def newton(gram: Tensor, moment: Tensor, s: Tensor, trust: Tensor, normal: Normal) -> Tensor:
+    """The joint real system in (re s, im s, u, v, w) of every atom, damped by the grid's cell: (B, K, 5)."""
+    batch, _, atoms = s.shape
+    left = moment - apply_gram(gram[..., :1], s[..., None])
+    pick = [0, 0, 1, 2, 3]
+    unit = torch.eye(2, device=s.device, dtype=s.dtype)[:, None].expand(batch, 2, atoms, 2)
+    turn_re, turn_im = torch.cat((unit, s[..., None].expand(batch, 2, atoms, 3)), dim=3).unbind(1)  # (B, K, 5)
+    rhs = left[:, 0][..., pick] * turn_re + left[:, 1][..., pick] * turn_im
+    real, imag = gram[:, :, :, pick][..., pick].unbind(1)
+    right_re = real * turn_re[:, None, None] - imag * turn_im[:, None, None]
+    right_im = real * turn_im[:, None, None] + imag * turn_re[:, None, None]
+    full = right_re * turn_re[:, :, :, None, None] + right_im * turn_im[:, :, :, None, None]
+    size = 5 * atoms
+    ridge = torch.cat(((normal.noise / normal.signal)[:, None].expand(batch, 2),
+                       normal.noise[:, None] / trust.square()), dim=1).T.repeat(atoms, 1)
+    matrix = full.reshape(batch, size, size).permute(1, 2, 0).contiguous()
+    return spd_solve(matrix, rhs.reshape(batch, size).T, ridge).T.reshape(batch, atoms, 5)

@@ -1,0 +1,38 @@
+"""Small symmetric positive definite systems for a whole batch at once, in plain tensor operations.
+
+LAPACK and cuSOLVER take small systems one by one; here every operation runs over the batch, which is the last axis,
+so that the same few lines serve a CPU, a GPU and a captured graph.
+
+Legend: B batch, n unknowns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def spd_solve(matrix_nnB: Tensor, rhs_nB: Tensor, ridge_nB: Tensor) -> Tensor:
+    """Solves (A + diag(ridge)) x = r for every scene: (n, n, B), (n, B), (n, B) -> (n, B).
+
+    Numerics: elimination without pivoting, stable for symmetric positive definite A; a pivot below 1e-6 of its
+        diagonal entry is raised to that, so that two equal atoms share a weight instead of giving infinities.
+    Cost: n^3/3 multiply-adds a scene. Source: Golub and Van Loan, Matrix Computations, 4.2.
+    """
+    size = matrix_nnB.shape[0]
+    diagonal = torch.diagonal(matrix_nnB, dim1=0, dim2=1).T + ridge_nB
+    rest = torch.cat((matrix_nnB + torch.diag_embed(ridge_nB.T).permute(1, 2, 0), rhs_nB[:, None]), dim=1)
+    rows, pivots = [], []
+    for k in range(size):
+        pivot = torch.maximum(rest[0, 0], 1e-6 * diagonal[k])
+        row = rest[0, 1:] / pivot
+        rows.append(row)
+        if k + 1 < size:
+            rest = rest[1:, 1:] - rest[1:, :1] * row
+    solution: list[Tensor] = []
+    for row in reversed(rows):
+        value = row[-1]
+        if solution:
+            value = value - (row[:-1] * torch.stack(solution[::-1])).sum(0)
+        solution.append(value)
+    return torch.stack(solution[::-1])

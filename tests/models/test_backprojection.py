@@ -1,0 +1,153 @@
+"""The default network: its solver, its pursuit and its features obey their laws, and every parameter learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ris_fast.config import ConfigError, Task
+from ris_fast.kernels.cov_nmse.op import cov_nmse
+from ris_fast.models import build_model
+from ris_fast.models.pursuit import TANGENTS, Pursuit, normal_equations
+from ris_fast.models.solve import spd_solve
+from ris_fast.physics.array import RISArray, cosine_steering
+from ris_fast.physics.random import SceneGenerator
+from ris_fast.physics.scenes import Scenes, simulate
+
+SMALL = Task(bs_antennas=8, ris_horizontal=8, ris_vertical=6, snapshots=12, max_sources=3)
+
+
+def scenes_of(task: Task, count: int, split: str = "test") -> Scenes:
+    return simulate(task, count, SceneGenerator(3, split))
+
+
+def inputs_of(scenes: Scenes) -> tuple[torch.Tensor, ...]:
+    return scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db
+
+
+def atoms_alone(model: torch.nn.Module, scenes: Scenes) -> torch.Tensor:
+    """The factor of the pursuit without the network: s_k a_k."""
+    basis = model.features(*inputs_of(scenes)).basis
+    columns = basis.unflatten(2, (2, model.extract.atoms, TANGENTS))[..., 0]
+    return columns.transpose(2, 3).contiguous()
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 25])
+def test_solver_equals_dense_solution(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    root = torch.randn(4, size, size + 3, generator=generator, dtype=torch.float64)
+    matrix, rhs = root @ root.mT, torch.randn(4, size, generator=generator, dtype=torch.float64)
+    ridge = torch.rand(4, size, generator=generator, dtype=torch.float64)
+    expected = torch.linalg.solve(matrix + torch.diag_embed(ridge), rhs)
+    torch.testing.assert_close(spd_solve(matrix.permute(1, 2, 0), rhs.T, ridge.T).T, expected)
+
+
+def test_solver_stays_finite_for_equal_atoms() -> None:
+    ones = torch.ones(3, 3, 1)
+    assert spd_solve(ones, torch.ones(3, 1), torch.zeros(3, 1)).isfinite().all()
+
+
+def test_normal_equations_equal_the_stacked_operator() -> None:
+    scenes = scenes_of(SMALL, 3)
+    y, h, c = (torch.view_as_complex(each.double()) for each in (scenes.snapshots, scenes.channel, scenes.codes))
+    stacked = (h[:, None] * c[None, :, None]).flatten(1, 2)
+    gram, moment = stacked.mH @ stacked, (stacked.mH @ y.flatten(1)[..., None])[..., 0]
+    normal = normal_equations(*inputs_of(scenes.apply(lambda t: t.double() if t.is_floating_point() else t, codes=True)))
+    real, imag = normal.gram.chunk(2, dim=2)
+    ours = torch.complex(real, -imag)
+    scale = torch.diagonal(gram, dim1=1, dim2=2).real.mean(1)
+    torch.testing.assert_close(ours, gram / scale[:, None, None])
+    level = y.abs().square().mean((1, 2))
+    torch.testing.assert_close(torch.view_as_complex(normal.moment), moment / (scale * level).sqrt()[:, None])
+
+
+@pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
+def test_tangents_are_the_derivatives_of_the_steering_vector(wavefront: str) -> None:
+    task = Task(wavefront=wavefront)
+    pursuit, array = Pursuit(task).double(), RISArray.of(task)
+    place = torch.tensor([[[0.3, -0.2, 0.7], [-0.8, 0.4, 1.9], [0.1, 0.1, 0.1]]], dtype=torch.float64)
+    planes = pursuit.tangents(place).unflatten(2, (2, 3, TANGENTS))[0]
+    ours = torch.complex(planes[:, 0], planes[:, 1])
+
+    def steer(at: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_complex(cosine_steering(array, at[0, :, 0], at[0, :, 1], 1 / at[0, :, 2])).T
+
+    torch.testing.assert_close(ours[..., 0], steer(place), rtol=0, atol=1e-6)   # positions are kept in float32
+    for axis in range(3):
+        nudge = 1e-6 * torch.nn.functional.one_hot(torch.tensor(axis), 3)
+        slope = (steer(place + nudge) - steer(place - nudge)) / 2e-6 / pursuit.scale[axis]
+        slope = slope - steer(place) * (steer(place).conj() * slope).sum(0)      # the phase common to all elements
+        torch.testing.assert_close(ours[..., axis + 1], slope, rtol=0, atol=1e-5)
+
+
+def test_pursuit_finds_a_single_source_without_noise() -> None:
+    task = Task(max_sources=1, snr_min_db=60.0, snr_max_db=60.0)
+    scenes = scenes_of(task, 64)
+    found = Pursuit(task, stages=2)(normal_equations(*inputs_of(scenes)))
+    u = scenes.azimuth[:, 0].sin() * scenes.elevation[:, 0].cos()
+    truth = torch.stack((u, scenes.elevation[:, 0].sin(), 1 / scenes.range_m[:, 0]), dim=1)
+    strongest = found.amplitude.square().sum(1).argmax(1)
+    gap = (found.place[torch.arange(64), strongest] - truth).abs().median(0).values
+    assert gap.max() < 0.01
+
+
+def test_pursuit_alone_beats_every_floor() -> None:
+    scenes = scenes_of(Task(), 256)
+    assert cov_nmse(atoms_alone(build_model("backprojection", Task()), scenes), target_factor=scenes.factor) < 0.06
+
+
+def test_scale_and_phase_of_a_scene_carry_no_meaning() -> None:
+    model, scenes = build_model("backprojection", SMALL, width=16), scenes_of(SMALL, 8)
+    y, h, c, snr = inputs_of(scenes)
+    turned = torch.stack((-y[..., 1], y[..., 0]), dim=-1) * 1e-3
+    first, second = model(y, h, c, snr).factor, model(turned, h, c, snr).factor
+    torch.testing.assert_close(cov_nmse(first, target_factor=second.detach(), reduction="none"), torch.zeros(8),
+                               rtol=0, atol=1e-3)
+
+
+def test_scenes_of_a_batch_do_not_mix() -> None:
+    model, scenes = build_model("backprojection", SMALL, width=16), scenes_of(SMALL, 6)
+    whole, part = model(*inputs_of(scenes)).factor, model(*inputs_of(scenes[2:4])).factor
+    torch.testing.assert_close(whole[2:4], part, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", [Task(), SMALL, Task(wavefront="spherical", max_sources=2)])
+def test_every_parameter_gets_a_gradient_from_the_covariance_alone(task: Task) -> None:
+    model, scenes = build_model("backprojection", task, width=32), scenes_of(task, 8)
+    factor = model(*inputs_of(scenes)).factor
+    assert factor.shape == (8, task.elements, 2 * task.max_sources, 2)
+    cov_nmse(factor, target_factor=scenes.factor).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_untrained_network_knows_little_and_learns_soon() -> None:
+    torch.manual_seed(0)
+    model = build_model("backprojection", SMALL, width=64)
+    train, held = scenes_of(SMALL, 512, "train"), scenes_of(SMALL, 256, "val")
+    features, held_features = model.features(*inputs_of(train)), model.features(*inputs_of(held))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    start = cov_nmse(model.trunk(held_features).factor, target_factor=held.factor)
+    for _ in range(40):
+        optimizer.zero_grad()
+        cov_nmse(model.trunk(features).factor, target_factor=train.factor).backward()
+        optimizer.step()
+    end = cov_nmse(model.trunk(held_features).factor, target_factor=held.factor)
+    assert start > 0.7 and end < 0.5 * start
+
+
+def test_graph_has_no_break() -> None:
+    model, scenes = build_model("backprojection", SMALL, width=16), scenes_of(SMALL, 4)
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(*inputs_of(scenes)).factor, model(*inputs_of(scenes)).factor)
+
+
+def test_products_of_channel_and_code_are_refused() -> None:
+    scenes = scenes_of(SMALL, 2)
+    with pytest.raises(ValueError, match="cannot carry the answer"):
+        build_model("backprojection", SMALL)(scenes.snapshots, scenes.snapshots, scenes.codes, scenes.snr_db)
+
+
+def test_impossible_sizes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="width 0"):
+        build_model("backprojection", SMALL, width=0)
