@@ -94,9 +94,10 @@ class Trainer:
         except RunStopped as stop:
             finding, verdict = stop.finding, "stopped"
             raise
-        except KeyboardInterrupt:
+        except BaseException as error:
             verdict = "stopped"
-            self._save("last")
+            if isinstance(error, KeyboardInterrupt):
+                self._save("last")
             raise
         finally:
             summary = self._summary(verdict, [finding] if finding else [])
@@ -264,6 +265,7 @@ class Trainer:
         training = self.config.training
         return {"preset": self.config.preset, "model": self.config.model.name, "parameters": self.parameters,
                 "device": str(self.device), "precision": training.precision, "source": self.source.describe(),
+                "notes": self.source.notes,
                 "train_scenes": self.source.size("train"), "batch_size": training.batch_size,
                 "accumulate": training.accumulate, "epochs": training.epochs, "max_seconds": training.max_seconds,
                 "planned_steps": self.plan.planned, "floors": self.floors, "compile": self.compile_note,
