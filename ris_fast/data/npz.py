@@ -8,7 +8,7 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Mapping
+from typing import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -36,9 +36,10 @@ class NpzSource:
     name = "npz"
     endless = False
 
-    def __init__(self, config: Config, device: torch.device | str) -> None:
+    def __init__(self, config: Config, device: torch.device | str,
+                 progress: Callable[[int, int], None] | None = None) -> None:
         self.task, self.path, self.device = config.task, Path(config.data.path), torch.device(device)
-        self.array = RISArray.of(config.task)
+        self.array, self._progress = RISArray.of(config.task), progress
         wanted = {split: getattr(config.data, f"{split}_scenes") for split in SPLITS}
         self._shards = {part: [open_shard(f, config.task) for f in files] for part, files in find_npz(self.path).items()}
         self.channel = self._same_channel()
@@ -103,7 +104,7 @@ class NpzSource:
         part = ONE_POOL if self._rows else split
         if part not in self._loaded:
             rows = sum(self._sizes.values()) if self._rows else self._sizes[split]
-            self._loaded[part] = load_split(self.path, self._shards[part], rows, self.task, self.device)
+            self._loaded[part] = load_split(self.path, self._shards[part], rows, self.task, self.device, self._progress)
         return self._loaded[part]
 
     def hashes(self, split: str) -> list[bytes]:

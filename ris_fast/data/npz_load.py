@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -52,16 +52,17 @@ class LoadedSplit:
     placement: Placement
 
 
-def load_split(where: Path, shards: Sequence[NpzShard], rows: int, task: Task, device: torch.device) -> LoadedSplit:
+def load_split(where: Path, shards: Sequence[NpzShard], rows: int, task: Task, device: torch.device,
+               progress: Callable[[int, int], None] | None = None) -> LoadedSplit:
     """Read the first `rows` scenes of the shards once, check every value, keep what training needs.
 
     Raises: DataError for any file that cannot be used, and where the scenes fit nowhere; nothing large is allocated
         before that is known.
     """
     try:
-        return _Loader(where, shards, rows, task, device, exact=True).run()
+        return _Loader(where, shards, rows, task, device, exact=True).run(progress)
     except _NotExact:
-        return _Loader(where, shards, rows, task, device, exact=False).run()
+        return _Loader(where, shards, rows, task, device, exact=False).run(progress)
 
 
 class _Loader:
@@ -78,7 +79,7 @@ class _Loader:
         self.table = Table(rows, device if self.placement.place == "device" else torch.device("cpu"))
         self.codes: Tensor | None = None
 
-    def run(self) -> LoadedSplit:
+    def run(self, progress: Callable[[int, int], None] | None) -> LoadedSplit:
         start = 0
         for shard in self.shards:
             take = min(shard.scenes, self.rows - start)
@@ -88,6 +89,8 @@ class _Loader:
                 check_values(shard.path, chunk, at, self.task)
                 self._check_codes(shard.path, chunk["codes"], at)
                 self._keep(chunk, start + at)
+                if progress is not None:
+                    progress(start + at + chunk["K"].numel(), self.rows)
             if self.placement.place == "mapped":
                 for key, column in self.keep.items():
                     self.table.attach(column, shard.arrays[key].map())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Iterator, Protocol
+from typing import Callable, Iterator, Protocol
 
 import torch
 from torch import Tensor
@@ -66,8 +66,13 @@ class SimulatedSource:
                 f"{self.data.val_scenes} val, {self.data.test_scenes} test scenes, with the channel")
 
 
-def open_source(config: Config, device: torch.device | str) -> SceneSource:
-    """The source that config.data asks for. Raises: DataError (exit code 3) where its files cannot be used."""
+def open_source(config: Config, device: torch.device | str,
+                progress: Callable[[int, int], None] | None = None) -> SceneSource:
+    """The source that config.data asks for.
+
+    Args: progress: called with (scenes read, scenes in all) while .npz shards are read and checked, which for
+        100,000 scenes takes a minute or two. Raises: DataError (exit code 3) where the files cannot be used.
+    """
     kind = config.data.source
     if kind == "auto":
         kind = guess_source(config.data.path)
@@ -76,7 +81,7 @@ def open_source(config: Config, device: torch.device | str) -> SceneSource:
     if kind == "npz":
         from ris_fast.data.npz import NpzSource
 
-        return NpzSource(config, device)
+        return NpzSource(config, device, progress)
     if kind == "shards":
         from ris_fast.data.shards import ShardSource
 

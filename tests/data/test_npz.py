@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from make_npz import (SMALL, all_scenes, as_complex, original_arrays, original_steering, write_folders, write_npz)
+from make_npz import (SMALL, all_scenes, as_complex, as_pairs, original_arrays, original_steering, write_folders, write_npz)
 
 from ris_fast.config import Config, Data, Task
 from ris_fast.data import table
@@ -17,6 +17,7 @@ from ris_fast.data.arrays import StoredArray, npz_arrays
 from ris_fast.data.errors import DataError
 from ris_fast.data.geometry import CENTRED, centre, original_offset, recover_powers
 from ris_fast.data.npz import NpzSource, split_rows
+from ris_fast.data.source import open_source
 from ris_fast.physics.array import RISArray, cosine_steering, steering
 
 
@@ -85,6 +86,22 @@ def test_powers_survive_coincident_sources() -> None:
     target = torch.from_numpy(np.stack((dense.real, dense.imag), -1).astype(np.float32))[None]
     power, misfit = recover_powers(array, sources, active, target)
     assert float(misfit) < 1e-10 and float(power.min()) >= 0 and float(power.sum()) == pytest.approx(12, rel=1e-5)
+
+
+def test_powers_are_the_non_negative_optimum() -> None:
+    """Karush-Kuhn-Tucker: p >= 0, the slope is >= 0 everywhere and 0 where p > 0, also where R does not fit."""
+    array, rng = RISArray.of(SMALL), np.random.default_rng(2)
+    azimuth = torch.from_numpy(0.3 + 0.05 * rng.normal(size=(64, 3)))
+    active = torch.ones(64, 3, dtype=torch.bool)
+    sources = centre(array, CENTRED, azimuth, 0 * azimuth, 2 + 0 * azimuth, active)
+    noise = rng.normal(size=(64, 24, 24)) + 1j * rng.normal(size=(64, 24, 24))
+    target = noise + noise.conj().transpose(0, 2, 1)
+    a = as_complex(cosine_steering(array, sources.u, sources.v, sources.range_m)).transpose(0, 2, 1)
+    power = recover_powers(array, sources, active, torch.from_numpy(as_pairs(target)))[0].numpy()
+    fitted = (a * power[:, None]) @ a.conj().transpose(0, 2, 1)
+    slope = np.einsum("bnk,bnm,bmk->bk", a.conj(), fitted - target, a).real
+    assert (power >= 0).all() and ((power == 0).any(1) & (power > 0).any(1)).sum() > 20
+    assert slope.min() > -1e-4 and np.abs(slope * (power > 0)).max() < 1e-4
 
 
 def test_files_of_a_centred_array_are_recognised(tmp_path: Path) -> None:
@@ -235,6 +252,13 @@ def test_every_array_is_streamed_once(tmp_path: Path, monkeypatch: pytest.Monkey
     for _ in range(3):
         source.batch("train", torch.arange(40))
     assert len(calls) == len(set(calls)) == 3 * 8
+
+
+def test_progress_counts_scenes(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    config = Config(task=SMALL, data=Data(path=str(write_folders(tmp_path))))
+    open_source(config, "cpu", progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(13, 40), (40, 40), (12, 12)]
 
 
 def test_mapped_bytes_are_numpys(tmp_path: Path) -> None:
