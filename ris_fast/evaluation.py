@@ -1,6 +1,6 @@
 """How good a trained run is: NMSE on its test scenes, by SNR and number of sources, beside floors and the Bayes line.
 
-Legend: B batch, N RIS elements.
+Legend: B batch, N RIS elements, K atoms.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from ris_fast.config import Config, ConfigError, Task
 from ris_fast.data.source import SceneSource, open_source
-from ris_fast.models import build_model
+from ris_fast.models import Prediction, build_model
+from ris_fast.models.features import PursuitFeatures
+from ris_fast.models.pursuit import TANGENTS
 from ris_fast.physics.floors import constant_nmse, mean_covariance, target_energy
 from ris_fast.physics.scenes import Scenes
 from ris_fast.report.floors import bayes_nmse
@@ -26,6 +28,7 @@ from ris_fast.training.devices import choose_device
 from ris_fast.training.validation import scene_nmse
 
 CHUNK = 500                # scenes at a time
+FACTS = ("count", "snr_db", "network")
 MEAN_SCENES = 4000         # training scenes behind the floor `mean`
 SNR_BIN_DB = 5.0
 
@@ -56,7 +59,7 @@ def evaluate(run: str | Path, scenes: int | None = None, device: str = "auto") -
     model = build_model(opened.config.model.name, opened.config.task, **opened.config.model.options)
     load_weights(model, opened.weights, str(opened.folder))
     began = time.monotonic()
-    figures = scene_figures(model.to(place).eval(), source, size)
+    figures = scene_figures(model.to(place).eval(), opened.config.task, source, size)
     seconds = time.monotonic() - began
     standard = opened.config.task == Task()
     return {"run": str(opened.folder), "model": opened.config.model.name, "weights": opened.kind,
@@ -78,20 +81,30 @@ def open_run(path: str | Path) -> Run:
 
 
 @torch.no_grad()
-def scene_figures(model: nn.Module, source: SceneSource, size: int) -> dict[str, Tensor]:
+def scene_figures(model: nn.Module, task: Task, source: SceneSource, size: int) -> dict[str, Tensor]:
     """Per test scene: `count`, `snr_db`, `network` (its NMSE) and the NMSE of each floor; (B,) on the CPU."""
     constant = mean_covariance(_batches(source, "train", min(MEAN_SCENES, source.size("train"))))
-    parts = [_batch_figures(model, scenes, constant) for scenes in _batches(source, "test", size)]
+    usable = source.channel and task.symbols == "static"
+    classical = PursuitFeatures(task, task.max_sources).to(source.device) if usable else None
+    parts = [_batch_figures(model, classical, scenes, constant) for scenes in _batches(source, "test", size)]
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
 
-def _batch_figures(model: nn.Module, scenes: Scenes, constant: Tensor) -> dict[str, Tensor]:
+def _batch_figures(model: nn.Module, classical: PursuitFeatures | None, scenes: Scenes,
+                   constant: Tensor) -> dict[str, Tensor]:
     channel = scenes.collapsed if scenes.channel is None else scenes.channel
-    prediction = model(scenes.snapshots, channel, scenes.codes, scenes.snr_db)
+    inputs = (scenes.snapshots, channel, scenes.codes, scenes.snr_db)
     energy = target_energy(scenes)
-    return {"count": scenes.count, "snr_db": scenes.snr_db.double(), "network": scene_nmse(prediction, scenes).double(),
+    pursuit = {} if classical is None else {"pursuit": scene_nmse(found_sources(classical, *inputs), scenes).double()}
+    return {"count": scenes.count, "snr_db": scenes.snr_db.double(), "network": scene_nmse(model(*inputs), scenes).double(),
             "zero": torch.ones_like(energy), "identity": 1.0 - scenes.codes.shape[1] / energy,
-            "mean": constant_nmse(constant, scenes)}
+            "mean": constant_nmse(constant, scenes), **pursuit}
+
+
+def found_sources(classical: PursuitFeatures, *inputs: Tensor) -> Prediction:
+    """The pursuit's own answer: columns s_k a_k of the atoms it found, (B, N, K, 2), without any network."""
+    real, imag = classical(*inputs).basis.chunk(2, dim=2)
+    return Prediction(torch.stack((real[..., ::TANGENTS], imag[..., ::TANGENTS]), dim=-1))
 
 
 def group_figures(figures: dict[str, Tensor], standard: bool) -> dict[str, Any]:
@@ -99,7 +112,7 @@ def group_figures(figures: dict[str, Tensor], standard: bool) -> dict[str, Any]:
     network = figures["network"]
     bayes = [bayes_nmse(k, snr) for k, snr in zip(figures["count"].tolist(), figures["snr_db"].tolist())] if standard else []
     return {"scenes": network.numel(), "nmse": {"mean": network.mean().item(), "median": network.quantile(0.5).item()},
-            "floors": {name: figures[name].mean().item() for name in ("zero", "identity", "mean")},
+            "floors": {name: values.mean().item() for name, values in figures.items() if name not in FACTS},
             "bayes": math.fsum(bayes) / len(bayes) if bayes else None}
 
 
@@ -129,6 +142,8 @@ def _batches(source: SceneSource, split: str, size: int) -> Iterator[Scenes]:
 
 def _test_size(source: SceneSource, scenes: int | None) -> int:
     have = source.size("test")
+    if have == 0:
+        raise ConfigError(f"evaluate: there are no test scenes ({source.describe()}). Add a test split to the data.")
     wanted = have if scenes is None else scenes
     if not 1 <= wanted <= have:
         raise ConfigError(f"evaluate: {wanted} test scenes asked for; this run has {have}. Give --scenes 1 to {have}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from typing import Any, Mapping, TextIO
+from typing import Any, Callable, Mapping, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -37,6 +37,8 @@ class ConsoleReport:
         self.info, self.floors = info, info.get("floors", {})
         for line in run_lines(info):
             self._print(line)
+        for note in info.get("notes", ()):
+            self._print(f"note: {note}", "bold yellow")
         if self.floors:
             self._print("Validation NMSE: lower is better, and a network that has learned nothing stays at the floors.")
             self._print("\n".join(floor_lines(self.floors)))
@@ -71,6 +73,17 @@ class ConsoleReport:
 
     def _print(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style)
+
+
+def counter(what: str, stream: TextIO | None = None) -> Callable[[int, int], None]:
+    """Shows `what done of total` in place on a terminal; silent in a file."""
+    stream = stream or sys.stderr
+
+    def show(done: int, total: int) -> None:
+        if stream.isatty():
+            print(f"\r{what} {done:,} of {total:,}", end="\n" if done == total else "", file=stream, flush=True)
+
+    return show
 
 
 def epoch_line(row: Mapping[str, Any]) -> str:

@@ -9,8 +9,7 @@ MEANINGS = {
     "zero": "predicts nothing",
     "identity": "power from everywhere alike",
     "mean": "the mean training covariance, the best answer that ignores the input",
-    "ridge": "regularised least squares of the aperture field, no network",
-    "pursuit": "orthogonal matching pursuit over a grid of steering vectors, no network",
+    "pursuit": "matching pursuit through the known channel, refined jointly; no network",
 }
 
 MILESTONES = {

@@ -15,6 +15,7 @@ from ris_fast.data.errors import DataError
 from ris_fast.settings import load_config, render_toml
 from ris_fast.training import loop
 from ris_fast.training.state import RunStopped
+from ris_fast.training.step import Step
 
 TINY = ["train", "--preset", "laptop", "--device", "cpu", "--set", "report.plots=false", "--batch-size", "64"]
 
@@ -70,6 +71,18 @@ def test_a_network_of_which_not_one_scene_fits_is_said_to_be_too_large(monkeypat
     monkeypatch.setattr(launch, "one_step_fits", lambda config: False)
     assert run(MemoryError(), monkeypatch, tmp_path) == 5
     assert "Not even one scene fits" in capsys.readouterr().err
+
+
+def test_a_step_that_fits_is_found_to_fit_and_one_that_does_not_is_not(monkeypatch) -> None:
+    config = load_config(None, "laptop", ["training.compile=false", "data.train_scenes=8"],
+                         {"training.device": "cpu", "training.batch_size": 4})
+    assert launch.one_step_fits(config)
+
+    def too_much(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    monkeypatch.setattr(Step, "__call__", too_much)
+    assert not launch.one_step_fits(config)
 
 
 def test_an_error_that_is_a_bug_is_not_hidden(monkeypatch, tmp_path) -> None:

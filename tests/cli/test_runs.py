@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 
 from ris_fast.cli import main
+from ris_fast.data.source import SimulatedSource
+from ris_fast.evaluation import evaluate, scene_figures
+from ris_fast.models.backprojection import Backprojection
 from ris_fast.report.eventlog import read_events
+from ris_fast.settings import load_config
 
 SMALL = ["--preset", "seed", "--device", "cpu", "--no-compile", "--batch-size", "16",
          *(part for text in ("task.ris_horizontal=4", "task.ris_vertical=4", "task.bs_antennas=4", "task.snapshots=4",
@@ -63,6 +67,39 @@ def test_evaluate_as_json_is_consistent_with_itself(trained: Path, capsys) -> No
         assert sum(group["scenes"] for group in groups) == 50
         mean = sum(group["scenes"] * group["nmse"]["mean"] for group in groups) / 50
         assert mean == pytest.approx(result["nmse"]["mean"])
+
+
+def test_evaluate_agrees_with_the_trainer_on_what_the_network_is_worth(trained: Path) -> None:
+    """The same weights on fresh scenes of the same law: validation and test differ by their sampling error only."""
+    result = evaluate(trained, device="cpu")
+    summary = json.loads((trained / "summary.json").read_text())
+    assert result["nmse"]["mean"] == pytest.approx(summary["best_val_nmse"], rel=0.15)
+    assert result["weights"] == summary["best_weights"]
+
+
+def test_a_simulated_data_set_can_be_trained_on_and_evaluated(tmp_path, capsys) -> None:
+    data, folder = tmp_path / "scenes", tmp_path / "run"
+    task = [part for text in SMALL if text.startswith("task.") for part in ("--set", text)]
+    assert main(["simulate", "--out", str(data), "--scenes", "48", "--preset", "seed", "--device", "cpu", *task]) == 0
+    assert f"--data {data}" in capsys.readouterr().out
+    assert main(["train", *SMALL, "--epochs", "1", "--data", str(data), "--out", str(folder)]) == 0
+    assert json.loads((folder / "summary.json").read_text())["scenes_seen"] == 48
+    assert evaluate(folder, device="cpu")["scenes"] == 2
+
+
+def test_simulate_does_not_write_over_anything(tmp_path, capsys) -> None:
+    (tmp_path / "precious.txt").touch()
+    assert main(["simulate", "--out", str(tmp_path), "--scenes", "4", "--preset", "seed", "--device", "cpu"]) == 3
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_the_pursuit_beside_the_network_is_good_where_the_task_is_easy() -> None:
+    """Without any network a single source at high SNR is found: what a network must beat is not zero but this."""
+    config = load_config(None, "laptop", ["task.max_sources=1", "task.snr_min_db=15.0"], {"training.device": "cpu"})
+    source = SimulatedSource(config, "cpu")
+    figures = scene_figures(Backprojection(config.task, width=8, depth=0), config.task, source, 64)
+    assert figures["pursuit"].quantile(0.5) < 0.05
+    assert figures["zero"].eq(1.0).all() and figures["network"].mean() > figures["pursuit"].mean()
 
 
 def test_evaluate_refuses_more_test_scenes_than_there_are(trained: Path, capsys) -> None:

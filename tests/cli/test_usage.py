@@ -28,6 +28,8 @@ from ris_fast.settings import load_config
     (["train", "a.toml", "b.toml"], "b.toml"),
     (["train", "--nothing-like-it"], "ris-fast train --help"),
     (["evaluate"], "RUN"),
+    (["simulate", "--scenes", "4"], "--out"),
+    (["simulate", "--out", "x", "--scenes", "4", "--preset", "seed", "--device", "gpu"], "auto, cpu, cuda"),
     (["evaluate", "no-such-run"], "not a run folder"),
     (["train", "--resume", "no-such-run"], "not a run folder"),
 ])

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from ris_fast.report.console import ConsoleReport, epoch_line, share_done, validation
+from ris_fast.report.console import ConsoleReport, counter, epoch_line, share_done, validation
 
 INFO = {"preset": "laptop", "model": "backprojection", "parameters": 10_812_345, "device": "cpu", "precision": "fp32",
         "train_scenes": 16_000, "batch_size": 256, "accumulate": 2, "epochs": 30, "max_seconds": 270.0,
@@ -88,6 +88,19 @@ def test_no_color_is_respected_on_a_terminal(monkeypatch) -> None:
 def test_forced_colour_does_not_reach_a_file(monkeypatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert "\x1b" not in transcript(io.StringIO())
+
+
+def test_what_the_data_have_to_say_is_said_before_training() -> None:
+    stream = io.StringIO()
+    ConsoleReport(stream).start({**INFO, "notes": ["no H_full in the files"]})
+    assert "note: no H_full in the files" in stream.getvalue().splitlines()
+
+
+def test_a_counter_counts_on_a_terminal_and_is_silent_in_a_file() -> None:
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        counter("scenes", stream)(1000, 2000)
+    assert terminal.getvalue() == "\rscenes 1,000 of 2,000" and file.getvalue() == ""
 
 
 def test_a_best_epoch_without_a_number_is_reported_not_crashed_on() -> None:
