@@ -151,7 +151,7 @@ inline void receive(const Scratch& s, const float* channel, const Sizes& z) {
 }
 
 // Snapshots (L, M, 2) from the planar (M, 2, L) clean ones and the noise.
-inline void add_noise(const Scratch& s, float* snapshots, float snr, const Sizes& z) {
+inline void add_noise(const Scratch& s, float* snapshots, float snr_db, const Sizes& z) {
     const int64_t lp = z.padded(), values = 2 * z.snapshots * z.antennas;
     double power = 0;
     for (int64_t m = 0; m < z.antennas; ++m)
@@ -161,7 +161,8 @@ inline void add_noise(const Scratch& s, float* snapshots, float snr, const Sizes
                 snapshots[2 * (l * z.antennas + m) + part] = value;
                 power += double(value) * value;
             }
-    const float deviation = __builtin_sqrtf(float(power / double(values)) / snr);  // mean |y|^2 / 2 a part
+    const double variance = power / double(values) * __builtin_pow(10.0, -0.1 * double(snr_db));  // of one part
+    const float deviation = __builtin_sqrtf(float(variance));
     for (int64_t i = 0; i < values; ++i) snapshots[i] += deviation * s.noise[i];
 }
 
@@ -169,12 +170,12 @@ inline void add_noise(const Scratch& s, float* snapshots, float snr, const Sizes
 }  // namespace RIS_NS
 
 // channel (B, M, N, 2), snapshots (B, L, M, 2), factor (B, N, K, 2) from index (B), positions (2, N), codes (L, N, 2),
-// source (B, K, 3), amplitude (B, S, K, 2), power (B, K), sight (B, 3), antenna (B, M, 2), scatter (B), snr (B).
+// source (B, K, 3), amplitude (B, S, K, 2), power (B, K), sight (B, 3), antenna (B, M, 2), scatter (B), snr in dB (B).
 // Returns 0, or 1 if there was no memory for scratch.
 RIS_EXPORT(int, scenes)
 (float* channel, float* snapshots, float* factor, const int64_t* index, const float* positions, const float* codes,
  const float* source, const float* amplitude, const float* power, const float* sight, const float* antenna, const float* scatter,
- const float* snr, int64_t batch, int64_t antennas, int64_t elements, int64_t n_snapshots, int64_t n_sources, int64_t symbols,
+ const float* snr_db, int64_t batch, int64_t antennas, int64_t elements, int64_t n_snapshots, int64_t n_sources, int64_t symbols,
  int64_t seed, int64_t channel_stream, int64_t noise_stream, int64_t spherical) {
     using namespace RIS_NS;
     const scenes::Sizes z{antennas, elements, n_snapshots, n_sources, symbols};
@@ -204,7 +205,7 @@ RIS_EXPORT(int, scenes)
             }
             scenes::encode(s, z);
             scenes::receive(s, H, z);
-            scenes::add_noise(s, snapshots + b * v, snr[b], z);
+            scenes::add_noise(s, snapshots + b * v, snr_db[b], z);
         }
     }
     return failed;

@@ -20,7 +20,7 @@ from . import reference
 from .samples import SAMPLES, cost
 
 SCHEMA = ("scenes(Tensor index, int seed, int channel_stream, int noise_stream, Tensor positions, Tensor codes, Tensor source, "
-          "Tensor amplitude, Tensor power, Tensor sight, Tensor antenna, Tensor scatter, Tensor snr, bool spherical) "
+          "Tensor amplitude, Tensor power, Tensor sight, Tensor antenna, Tensor scatter, Tensor snr_db, bool spherical) "
           "-> (Tensor, Tensor, Tensor)")
 ARGUMENTS = [c_void_p] * 13 + [c_int64] * 10
 LIBRARY = torch.library.Library("ris_fast", "FRAGMENT")
@@ -28,7 +28,7 @@ LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def make_scenes(index: Tensor, *, seed: int, channel_stream: int, noise_stream: int, positions: Tensor, codes: Tensor,
-                source: Tensor, amplitude: Tensor, power: Tensor, sight: Tensor, antenna: Tensor, scatter: Tensor, snr: Tensor,
+                source: Tensor, amplitude: Tensor, power: Tensor, sight: Tensor, antenna: Tensor, scatter: Tensor, snr_db: Tensor,
                 spherical: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Channel, noisy snapshots and target factor of scenes whose geometry is drawn already.
 
@@ -36,14 +36,14 @@ def make_scenes(index: Tensor, *, seed: int, channel_stream: int, noise_stream: 
         sqrt(power_k) a(source_k); a unit-norm near-field steering vectors, W and n counter-based normals of `index`.
     Args: index (B,) int64; seed, streams: as `philox_normal`; float32: positions (2, N) x and y of the elements,
         codes (L, N, 2), source (B, K, 3) u, v, range, amplitude (B, S, K, 2), power (B, K), sight (B, 3) u, v, range,
-        antenna (B, M, 2) b with its Rician weight, scatter (B,), snr (B,) linear; lengths in wavelengths;
+        antenna (B, M, 2) b with its Rician weight, scatter (B,), snr_db (B,); lengths in wavelengths;
         spherical: exact wavefront instead of the Fresnel one.
     Returns: channel (B, M, N, 2), snapshots (B, L, M, 2), factor (B, N, K, 2), float32.
     Raises: ValueError: shapes or dtypes that do not fit together.
     Numerics: scene b depends on its own parameters alone, bit for bit, whatever the batch and the number of threads.
     """
     tensors = {"positions": positions, "codes": codes, "source": source, "amplitude": amplitude, "power": power, "sight": sight,
-               "antenna": antenna, "scatter": scatter, "snr": snr}
+               "antenna": antenna, "scatter": scatter, "snr_db": snr_db}
     _check(index, tensors)
     return torch.ops.ris_fast.scenes(index, philox.signed(seed), channel_stream, noise_stream, *tensors.values(), spherical)
 
@@ -53,7 +53,7 @@ def _check(index: Tensor, tensors: dict[str, Tensor]) -> None:
     snapshots, symbols = tensors["codes"].shape[0], tensors["amplitude"].shape[1]
     expected = {"positions": (2, elements), "codes": (snapshots, elements, 2), "source": (batch, sources, 3),
                 "amplitude": (batch, snapshots if symbols != 1 else 1, sources, 2), "power": (batch, sources), "sight": (batch, 3),
-                "antenna": (batch, tensors["antenna"].shape[1], 2), "scatter": (batch,), "snr": (batch,)}
+                "antenna": (batch, tensors["antenna"].shape[1], 2), "scatter": (batch,), "snr_db": (batch,)}
     for name, shape in expected.items():
         if tensors[name].shape != shape or tensors[name].dtype != torch.float32:
             raise ValueError(f"make_scenes: {name} is {tuple(tensors[name].shape)} {tensors[name].dtype}, expected {shape} "

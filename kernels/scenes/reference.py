@@ -30,13 +30,13 @@ def steering(positions_2N: Tensor, source: Tensor, spherical: bool) -> Tensor:
 
 def scenes(index_B: Tensor, seed: int, channel_stream: int, noise_stream: int, positions_2N: Tensor, codes_LN2: Tensor,
            source_BK3: Tensor, amplitude_BSK2: Tensor, power_BK: Tensor, sight_B3: Tensor, antenna_BM2: Tensor,
-           scatter_B: Tensor, snr_B: Tensor, spherical: bool,
+           scatter_B: Tensor, snr_db_B: Tensor, spherical: bool,
            normal: Callable[..., Tensor] = philox.normal) -> tuple[Tensor, Tensor, Tensor]:
     """Channel H (B, M, N, 2), noisy snapshots y (B, L, M, 2), target factor (B, N, K, 2).
 
     Model: H = b a^H + scatter W with b `antenna_BM2` (its Rician weight included), a the steering vector of `sight_B3`
         and W standard normal in both parts; y_l = H (c_l o sum_k amplitude_k a_k) + n_l, n_l complex white with
-        E|n|^2 = mean |y|^2 / snr; column k of the factor is sqrt(power_k) a_k.
+        E|n|^2 = mean |y|^2 / 10^(snr_db / 10); column k of the factor is sqrt(power_k) a_k.
     Numbers: element e of W and of n, counted row by row with (re, im) innermost, is normal e of its stream.
     """
     dtype, (m, n), count = source_BK3.dtype, (antenna_BM2.shape[1], positions_2N.shape[1]), index_B.numel()
@@ -47,7 +47,7 @@ def scenes(index_B: Tensor, seed: int, channel_stream: int, noise_stream: int, p
     steer_BKN = steering(positions_2N, source_BK3, spherical)
     clean_BLM = (codes_LN * (amplitude_BSK @ steer_BKN)) @ channel_BMN.transpose(1, 2)
     noise_BLM2 = normal(index_B, seed, noise_stream, 2 * clean_BLM[:1].numel()).to(dtype).view(*clean_BLM.shape, 2)
-    deviation_B = (clean_BLM.abs().square().mean((1, 2)) / snr_B / 2.0).sqrt()
+    deviation_B = (clean_BLM.abs().square().mean((1, 2)) * 10.0 ** (-snr_db_B / 10.0) / 2.0).sqrt()
     snapshots_BLM2 = torch.view_as_real(clean_BLM) + deviation_B[:, None, None, None] * noise_BLM2
     factor_BNK = (steer_BKN * power_BK.sqrt()[..., None]).transpose(1, 2)
     return torch.view_as_real(channel_BMN), snapshots_BLM2, torch.view_as_real(factor_BNK.contiguous())

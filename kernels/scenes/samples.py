@@ -36,7 +36,7 @@ def _sample(name: str, batch: int, side: int, antennas: int, snapshots: int, sou
         sight = torch.stack((uniform(-0.9, 0.9, batch), uniform(-0.9, 0.9, batch), uniform(333, 334, batch)), -1)
         power = (uniform(0.1, 1, batch, sources) * active.to(device))
         return (torch.arange(batch, device=device) * 7 + 2**33, 3, 2, 1, positions, codes, source, amplitude, power, sight,
-                uniform(-0.25, 0.25, batch, antennas, 2), uniform(0.05, 0.15, batch), uniform(0.3, 100, batch), spherical)
+                uniform(-0.25, 0.25, batch, antennas, 2), uniform(0.05, 0.15, batch), uniform(-5, 20, batch), spherical)
 
     return Sample(name, make)
 

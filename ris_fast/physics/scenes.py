@@ -99,7 +99,7 @@ def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator) -> Sce
     channel, snapshots, factor = make_scenes(
         index, seed=generator.seed, channel_stream=generator.stream("channel"), noise_stream=generator.stream("noise"),
         positions=task_positions(task, str(device)), codes=codes, amplitude=amplitude, power=source_power,
-        snr=10.0 ** (draw["snr_db"] / 10.0), spherical=task.wavefront == "spherical", **_geometry(task, draw))
+        snr_db=draw["snr_db"], spherical=task.wavefront == "spherical", **_geometry(task, draw))
     active = source_power > 0
     return Scenes(snapshots=snapshots, codes=codes, snr_db=draw["snr_db"], count=draw["count"], index=index,
                   channel=channel, factor=factor, power=source_power,

@@ -1,0 +1,98 @@
+"""Laws of the scene kernel: every instruction set against float64, one scene one set of bits, memory left alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ris_fast.kernels.native import loader
+from ris_fast.kernels.scenes import op
+from ris_fast.kernels.scenes.samples import SAMPLES
+
+OPERATOR = op.FAMILY.operators[0]
+NAMED = {sample.name: sample for sample in SAMPLES}
+needs_cpp = pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built")
+
+
+def arguments(name: str, dtype: torch.dtype = torch.float32) -> list:
+    return list(NAMED[name].make("cpu", dtype))
+
+
+def rows(args: list, chosen: Tensor) -> list:
+    """The same call for some of its scenes."""
+    shared = (4, 5)  # positions and codes
+    return [each[chosen] if isinstance(each, Tensor) and i not in shared else each for i, each in enumerate(args)]
+
+
+@needs_cpp
+@pytest.mark.parametrize("simd", loader.supported_levels())
+@pytest.mark.parametrize("name", list(NAMED))
+def test_every_instruction_set_is_as_exact_as_eager(name: str, simd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 4 times the error that plain torch makes in float32: the normals that go in are within 4 ulp, torch's within 1/2."""
+    monkeypatch.setattr(op, "_native", lambda: loader.function("scenes", op.ARGUMENTS, simd, op.c_int))
+    single, exact = arguments(name), OPERATOR.reference(*arguments(name, torch.float64))
+    for fast, eager, true in zip(op._cpp(*single), OPERATOR.reference(*single), exact):
+        assert fast.shape == true.shape and fast.dtype == torch.float32
+        if true.numel():
+            assert (fast - true).abs().max() <= 4 * (eager - true).abs().max()
+
+
+@pytest.mark.parametrize("name", ["standard", "moving", "spherical", "odd"])
+def test_a_scene_has_its_own_bits(name: str) -> None:
+    """Order, batch size and number of threads change nothing."""
+    args = arguments(name)
+    together, threads = OPERATOR.call(*args), torch.get_num_threads()
+    order = torch.arange(len(args[0])).flip(0)[: 1 + len(args[0]) // 2]
+    try:
+        torch.set_num_threads(2 if threads == 1 else 1)
+        for part, whole in zip(OPERATOR.call(*rows(args, order)), together):
+            assert torch.equal(part, whole[order])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_numbers_come_from_the_index_and_their_stream() -> None:
+    """Another index, seed or channel stream changes the channel; the noise stream changes the snapshots alone."""
+    args = arguments("standard")
+    channel, snapshots, factor = OPERATOR.call(*args)
+    for position, changes in ((0, (True, True)), (1, (True, True)), (2, (True, True)), (3, (False, True))):
+        other = list(args)
+        other[position] = args[position] + 1
+        found = OPERATOR.call(*other)
+        differs = [bool((a != b).flatten(1).any(1).all()) for a, b in zip(found, (channel, snapshots, factor))]
+        assert differs == [*changes, False]
+
+
+def test_noise_has_the_power_of_the_snr() -> None:
+    """Noise at 10 dB over many seeds: a tenth of the clean power of the same scene, part by part."""
+    args = arguments("standard")
+    ratios = []
+    for seed in range(200):
+        args[1] = seed
+        args[-2] = torch.full_like(args[-2], 300.0)
+        clean = OPERATOR.call(*args)[1]
+        args[-2] = torch.full_like(args[-2], 10.0)
+        noise = OPERATOR.call(*args)[1] - clean
+        ratios.append(noise.square().mean((1, 2, 3)) / clean.square().mean((1, 2, 3)))
+    ratio = torch.cat(ratios).double()
+    assert abs(float(ratio.mean()) - 0.1) < 5 * float(ratio.std()) / math.sqrt(ratio.numel())
+
+
+def test_wrong_shapes_are_named() -> None:
+    names = ("index", "seed", "channel_stream", "noise_stream", "positions", "codes", "source", "amplitude", "power", "sight",
+             "antenna", "scatter", "snr_db", "spherical")
+    call = dict(zip(names, arguments("standard"), strict=True))
+    index = call.pop("index")
+    with pytest.raises(ValueError, match=r"make_scenes: sight is \(8, 2\) torch.float32, expected \(8, 3\)"):
+        op.make_scenes(index, **call | {"sight": call["sight"][:, :2]})
+    with pytest.raises(ValueError, match="snr_db is .* torch.float64, expected"):
+        op.make_scenes(index, **call | {"snr_db": call["snr_db"].double()})
+
+
+def test_under_compile_without_a_graph_break() -> None:
+    args = arguments("one-scene")
+    compiled = torch.compile(lambda *a: OPERATOR.call(*a)[1] * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*args), OPERATOR.call(*args)[1] * 2)
