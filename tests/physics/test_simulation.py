@@ -42,8 +42,8 @@ def test_factor_is_the_steering_of_its_sources(wavefront: str) -> None:
 
 
 def test_channel_without_scatter_is_the_line_of_sight() -> None:
-    """At a Rician factor of 1e12 H is a_BS a_RIS^H, its angles the last two uniforms of the scene."""
-    task, generator = Task(rician_min=1e12, rician_max=1e12), SceneGenerator(seed=2)
+    """At a Rician factor of 1e20 H is a_BS a_RIS^H, its angles the last two uniforms of the scene."""
+    task, generator = Task(rician_min=1e20, rician_max=1e20), SceneGenerator(seed=2)
     index = torch.arange(50)
     azimuth, elevation = ((2 * u.double() - 1) * math.radians(60) for u in generator.uniform(index, "scene", 20)[:, 18:].unbind(1))
     bs = linear_steering(16, azimuth.sin() * elevation.cos())
