@@ -48,7 +48,9 @@ class StoredArray:
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
     def chunks(self, rows: int, limit: int) -> Iterator[np.ndarray]:
-        """The first `limit` rows in order, `rows` at a time, each byte read once; a zip's checksum is checked at its end.
+        """The first `limit` rows in order, `rows` at a time, each byte read once.
+
+        A zip's checksum is checked at the array's end.
 
         Raises: DataError where the bytes end early, do not decompress, or do not match the checksum.
         """
@@ -108,13 +110,14 @@ def _npz_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> S
                         "Write it again from numpy.ascontiguousarray(array).")
     announced = header + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
     if announced != info.file_size and not dtype.hasobject:
-        raise DataError(path, key, f"{info.file_size} bytes", f"{announced} bytes for shape {shape} of {dtype}", COPY_AGAIN)
+        raise DataError(path, key, f"{info.file_size} bytes", f"{announced} bytes for shape {shape} of {dtype}",
+                        COPY_AGAIN)
     offset = _data_offset(path, key, info, header) if info.compress_type == zipfile.ZIP_STORED else None
     return StoredArray(path, key, dtype, tuple(shape), offset, info.filename, header)
 
 
 def _data_offset(path: Path, key: str, info: zipfile.ZipInfo, header: int) -> int:
-    """Where the array's bytes start: the zip's local header is 30 bytes, a name and an extra field, then numpy's header."""
+    """Where the array's bytes start: after the zip's local header (30 bytes, a name, an extra field) and numpy's."""
     with open(path, "rb") as file:
         file.seek(info.header_offset + 26)
         lengths = np.frombuffer(file.read(4), "<u2")

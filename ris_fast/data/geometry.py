@@ -17,7 +17,7 @@ CENTRED = (0.0, 0.0)
 
 
 def original_offset(array: RISArray) -> tuple[float, float]:
-    """How far off its centre, in elements along x and y, the original places an array: element i at (i - N_H // 2) d."""
+    """How many elements along x and y the original's array is off-centre: it places element i at (i - N_H // 2) d."""
     return (-0.5 if array.horizontal % 2 == 0 else 0.0, -0.5 if array.vertical % 2 == 0 else 0.0)
 
 

@@ -41,7 +41,8 @@ class NpzSource:
         self.task, self.path, self.device = config.task, Path(config.data.path), torch.device(device)
         self.array, self._progress = RISArray.of(config.task), progress
         wanted = {split: getattr(config.data, f"{split}_scenes") for split in SPLITS}
-        self._shards = {part: [open_shard(f, config.task) for f in files] for part, files in find_npz(self.path).items()}
+        self._shards = {part: [open_shard(file, config.task) for file in files]
+                        for part, files in find_npz(self.path).items()}
         self.channel = self._same_channel()
         self._found = {part: sum(s.scenes for s in shards) for part, shards in self._shards.items()}
         self._rows: dict[str, Tensor] = {}
@@ -75,7 +76,8 @@ class NpzSource:
         taken = {name: value.to(self.device) for name in _COLUMNS
                  if (value := loaded.table.take(name, rows)) is not None}
         if loaded.facts.exact:
-            taken["factor"] = target_factor(self.array, taken.pop("u"), taken.pop("v"), taken["range_m"], taken["power"])
+            u, v = taken.pop("u"), taken.pop("v")
+            taken["factor"] = target_factor(self.array, u, v, taken["range_m"], taken["power"])
         else:
             trace = taken["covariance"][..., 0].diagonal(dim1=1, dim2=2).sum(1)
             taken["covariance"] = taken["covariance"] * (self.array.elements / trace)[:, None, None, None]
@@ -126,14 +128,14 @@ class NpzSource:
         if copies := find_copies(self.hashes("train")):
             notes.append(f"{copies} of {self._sizes['train']} train scenes repeat an earlier train scene")
         if not self.channel:
-            notes.append("no H_full in the files: the map from measurement to aperture is lost, and the validation NMSE "
-                         "will stay near 0.97 however well the optimizer works; generate the shards with H_full")
+            notes.append("no H_full in the files: the map from measurement to aperture is lost, and the validation "
+                         "NMSE will stay near 0.97 however well the optimizer works; generate the shards with H_full")
         if facts.offset != CENTRED:
             axes = {(-0.5, -0.5): "both axes", (-0.5, 0.0): "x", (0.0, -0.5): "y"}[facts.offset]
             notes.append(f"the files' array is off-centre by half an element in {axes}: source positions are "
                          "re-expressed for the centred array, which leaves every covariance as it is")
         if facts.clamped:
-            notes.append(f"{facts.clamped} sources lie so near the edge that their shifted direction does not exist: "
+            notes.append(f"sources so near the edge that their shifted direction does not exist: {facts.clamped}; "
                          "their angle labels are the nearest that do, their covariances are exact")
         if not facts.exact:
             notes.append(f"R is not a sum over the file's own sources (NMSE above {EXACT:g}): "
@@ -144,8 +146,8 @@ class NpzSource:
 
     def _size_notes(self) -> list[str]:
         if self._rows:
-            return [f"no train/ folder: the {sum(self._sizes.values())} of {self._found[ONE_POOL]} scenes in use are split "
-                    "by number, validation and test at even distances, train the rest"]
+            return [f"no train/ folder: the {sum(self._sizes.values())} of {self._found[ONE_POOL]} scenes in use are "
+                    "split by number, validation and test at even distances, train the rest"]
         return [f"{self._sizes[split]} of {found} {split} scenes in use (data.{split}_scenes)"
                 for split, found in self._found.items() if found > self._sizes[split]]
 
@@ -189,7 +191,8 @@ def split_rows(path: Path, total: int, wanted: Mapping[str, int]) -> dict[str, T
     """
     asked = sum(wanted.values())
     if total < len(SPLITS):
-        raise DataError(path, "", f"{total} scenes to split", f"at least {len(SPLITS)}", "Give more scenes, or train/ and val/.")
+        raise DataError(path, "", f"{total} scenes to split", f"at least {len(SPLITS)}",
+                        "Give more scenes, or train/ and val/.")
     used = min(total, asked)
     val, test = (max(1, wanted[split] * used // asked) for split in ("val", "test"))
     held = val + test

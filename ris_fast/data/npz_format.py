@@ -75,7 +75,8 @@ def _check_header(array: StoredArray, row: tuple[int, ...]) -> None:
         if array.dtype.kind not in "iu":
             raise DataError(array.file, "K", f"type {array.dtype}", "an integer type", "Write it as int32.")
     elif array.dtype != np.float32:
-        raise DataError(array.file, array.key, f"type {array.dtype}", "float32, complex numbers as a last axis (re, im)",
+        raise DataError(array.file, array.key, f"type {array.dtype}",
+                        "float32, complex numbers as a last axis (re, im)",
                         "Convert the array and write the shard again.")
     if len(array.shape) != len(row) + 1 or array.shape[1:] != row:
         expected = "(scenes, " + ", ".join(map(str, row)) + ")" if row else "(scenes,)"
@@ -133,8 +134,8 @@ def check_target(path: Path, covariance: Tensor, start: int) -> None:
 def _refuse(path: Path, key: str, bad: Tensor, start: int, values: Tensor, expected: str) -> None:
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
-        raise DataError(path, key, f"{values[row].item():.4g} in scene {start + row} ({int(bad.sum())} such scenes here)",
-                        expected, CLEAN)
+        found = f"{values[row].item():.4g} in scene {start + row} ({int(bad.sum())} such scenes here)"
+        raise DataError(path, key, found, expected, CLEAN)
 
 
 def split_ptr(ptr: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

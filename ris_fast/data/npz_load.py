@@ -103,8 +103,9 @@ class _Loader:
         away = (codes - self.codes).abs().flatten(1).amax(1)
         if float(away.max()) > 1e-5:
             row = int(away.argmax())
-            raise DataError(path, "codes", f"other codes in scene {at + row} than in the first scene (by {float(away.max()):.3g})",
-                            "one set of codes for all scenes", "Generate the data without domain randomisation of the codes.")
+            found = f"other codes in scene {at + row} than in the first scene (by {float(away.max()):.3g})"
+            raise DataError(path, "codes", found, "one set of codes for all scenes",
+                            "Generate the data without domain randomisation of the codes.")
 
     def _keep(self, chunk: dict[str, Tensor], start: int) -> None:
         self._target(chunk, start)

@@ -44,7 +44,8 @@ class ShardSource:
         self.array = RISArray.of(config.task)
         self.manifest = read_manifest(self.path, config.task)
         self._found = {split: self.manifest["splits"][split]["scenes"] for split in SPLITS}
-        self._sizes = {split: min(found, getattr(config.data, f"{split}_scenes")) for split, found in self._found.items()}
+        self._sizes = {split: min(found, getattr(config.data, f"{split}_scenes"))
+                       for split, found in self._found.items()}
         self._loaded: dict[str, tuple[Table, Tensor, Placement]] = {}
         self._hashes: dict[str, list[bytes]] = {}
         for split in SPLITS[:2]:
@@ -86,7 +87,8 @@ class ShardSource:
             self._loaded[split], self._hashes[split] = self._read(shards, self._sizes[split])
         return self._loaded[split]
 
-    def _read(self, shards: list[dict[str, StoredArray]], rows: int) -> tuple[tuple[Table, Tensor, Placement], list[bytes]]:
+    def _read(self, shards: list[dict[str, StoredArray]],
+              rows: int) -> tuple[tuple[Table, Tensor, Placement], list[bytes]]:
         """One pass in order: finite values, hashes, and the columns where they will stay."""
         row_bytes = sum(shards[0][name].row_bytes for name in COLUMNS)
         placement = place_table(self.path, rows * row_bytes, self.device, mappable=True)
@@ -96,8 +98,8 @@ class ShardSource:
         start = 0
         for shard in shards:
             if not np.array_equal(shard["codes"].map(), codes):
-                raise DataError(shard["codes"].file, "codes", "other codes than in the first shard", "one set for all scenes",
-                                WRITE_AGAIN)
+                raise DataError(shard["codes"].file, "codes", "other codes than in the first shard",
+                                "one set for all scenes", WRITE_AGAIN)
             take = min(shard["snapshots"].shape[0], rows - start)
             for name in COLUMNS if take > 0 else ():
                 on_disk = placement.place == "mapped" and name in BIG
@@ -136,7 +138,8 @@ def read_manifest(path: Path, task: Task) -> dict[str, Any]:
         raise DataError(file, sorted(missing)[0], "no such entry", "it", COPY_AGAIN)
     for key, value in asdict(task).items():
         if manifest["task"].get(key) != value:
-            raise DataError(file, f"task.{key}", f"{manifest['task'].get(key)!r} in the data", f"{value!r}, as configured",
+            raise DataError(file, f"task.{key}", f"{manifest['task'].get(key)!r} in the data",
+                            f"{value!r}, as configured",
                             f"Use --set task.{key}={manifest['task'].get(key)}, or write a data set of this task.")
     return manifest
 
@@ -150,8 +153,8 @@ def open_own_shard(path: Path, entry: dict[str, Any], task: Task) -> dict[str, S
         raise DataError(path, "", f"{size} bytes", f"{entry['bytes']} bytes, as the manifest says", COPY_AGAIN)
     arrays = safetensors_arrays(path)
     l, m, n, k, rows = task.snapshots, task.bs_antennas, task.elements, task.max_sources, entry["scenes"]
-    shapes = {"codes": (l, n, 2), "snapshots": (rows, l, m, 2), "channel": (rows, m, n, 2), "snr_db": (rows,), "count": (rows,),
-              **{name: (rows, k) for name in ("azimuth", "elevation", "range_m", "power")}}
+    shapes = {"codes": (l, n, 2), "snapshots": (rows, l, m, 2), "channel": (rows, m, n, 2), "snr_db": (rows,),
+              "count": (rows,), **{name: (rows, k) for name in ("azimuth", "elevation", "range_m", "power")}}
     for name, shape in shapes.items():
         dtype = np.dtype(np.int64 if name == "count" else np.float32)
         found = arrays.get(name)

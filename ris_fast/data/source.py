@@ -81,12 +81,23 @@ def open_source(config: Config, device: torch.device | str,
     if kind == "npz":
         from ris_fast.data.npz import NpzSource
 
-        return NpzSource(config, device, progress)
+        source = NpzSource(config, device, progress)
+        _refuse_lost_channel(source, config)
+        return source
     if kind == "shards":
         from ris_fast.data.shards import ShardSource
 
         return ShardSource(config, device)
     return SimulatedSource(config, device)
+
+
+def _refuse_lost_channel(source: SceneSource, config: Config) -> None:
+    """A network that needs H cannot be trained on H c_l; one that asks for H c_l may be, with a note."""
+    if not source.channel and config.model.options.get("inputs") != "collapsed":
+        raise DataError(config.data.path, "H_full", "no such key, only H = H c_l",
+                        f"the channel, which model '{config.model.name}' needs: H c_l cannot carry the answer",
+                        "Generate the shards with H_full. To train on H c_l all the same, as the original did, use "
+                        "--preset seed --set model.options.inputs=collapsed and expect a validation NMSE near 0.97.")
 
 
 def guess_source(path: str) -> str:
@@ -97,7 +108,8 @@ def guess_source(path: str) -> str:
     if (place / "manifest.json").is_file():
         return "shards"
     if place.is_dir() and any(place.rglob("*.safetensors")):
-        raise DataError(place, "", "safetensors shards without a manifest.json", "both, as `ris-fast simulate` writes them",
+        raise DataError(place, "", "safetensors shards without a manifest.json",
+                        "both, as `ris-fast simulate` writes them",
                         "Copy the whole folder, or run `ris-fast simulate` again.")
     return "npz"
 

@@ -48,21 +48,21 @@ def free_host_bytes() -> int:
         return free
 
 
-def place_table(where: Path, bytes_needed: int, device: torch.device, *, mappable: bool, share: float = SHARE) -> Placement:
+def place_table(where: Path, bytes_needed: int, device: torch.device, *, mappable: bool) -> Placement:
     """Device memory if half of what is free holds the table, else host memory, else mapped files.
 
     Raises: DataError where nothing fits and the files are compressed, so that they cannot be mapped.
     """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-        if bytes_needed <= share * free:
+        if bytes_needed <= SHARE * free:
             return Placement("device", bytes_needed, free)
     free = free_host_bytes()
-    if bytes_needed <= share * free:
+    if bytes_needed <= SHARE * free:
         return Placement("host", bytes_needed, free)
     if not mappable:
         raise DataError(where, "", f"compressed arrays that need {bytes_needed / GIB:.2f} GiB in memory",
-                        f"at most {share * free / GIB:.2f} GiB (half of what is free)",
+                        f"at most {SHARE * free / GIB:.2f} GiB (half of what is free)",
                         "Write the shards with numpy.savez (uncompressed, so that they can be streamed), or lower "
                         "data.train_scenes.")
     return Placement("mapped", bytes_needed, free)

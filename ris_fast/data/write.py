@@ -39,8 +39,9 @@ def split_sizes(train: int) -> dict[str, int]:
     return {"train": train, "val": max(1, train // 4), "test": max(1, train // 20)}
 
 
-def write_shards(config: Config, out_dir: str | Path, scenes: int | Mapping[str, int], *, device: torch.device | str = "cpu",
-                 shard_scenes: int = SHARD_SCENES, progress: Callable[[int, int], None] | None = None) -> Path:
+def write_shards(config: Config, out_dir: str | Path, scenes: int | Mapping[str, int], *,
+                 device: torch.device | str = "cpu", shard_scenes: int = SHARD_SCENES,
+                 progress: Callable[[int, int], None] | None = None) -> Path:
     """Simulate and write a data set; OUT appears under its name only when it is whole.
 
     Work in progress lies in OUT.partial; the same call again continues it shard by shard.
@@ -85,7 +86,8 @@ def _plan(config: Config, sizes: Mapping[str, int], shard_scenes: int) -> dict[s
 
 def _open_partial(out: Path, plan: Mapping[str, Any]) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(out, "", "something there already", "a new or empty folder", "Remove it or choose another --out.")
+        raise DataError(out, "", "something there already", "a new or empty folder",
+                        "Remove it or choose another --out.")
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
         try:

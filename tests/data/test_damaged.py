@@ -58,7 +58,8 @@ VALUES = {
     "zero range": (put("ptr", 0.0, 2, slice(6, 9)), "ptr", "0 in scene 2"),
     "no trace": (put("R", 0.0, 10), "R", "0 in scene 10"),
     "not Hermitian": (put("R", 7.0, 0, 0, 1), "R", "in scene 0"),
-    "codes that differ": (change("codes", lambda a: a * (1 + 0.1 * np.arange(len(a), dtype=np.float32))[:, None, None, None]),
+    "codes that differ": (change("codes", lambda a: a
+                                 * np.linspace(1, 2, len(a), dtype=np.float32)[:, None, None, None]),
                           "codes", "other codes in scene"),
 }
 HEADERS = {

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from make_npz import (SMALL, all_scenes, as_complex, as_pairs, original_arrays, original_steering, write_folders, write_npz)
+from make_npz import (SMALL, all_scenes, as_complex, as_pairs, original_arrays, original_steering, write_folders,
+                      write_npz)
 
 from ris_fast.config import Config, Data, Task
 from ris_fast.data import table
@@ -36,7 +37,8 @@ def test_scenes_are_the_files_rows(tmp_path: Path) -> None:
     rows = torch.tensor([39, 0, 13, 12, 0])
     scenes = source.batch("train", rows)
     assert torch.equal(scenes.index, rows) and source.channel and scenes.collapsed is None
-    for key, found in (("y", scenes.snapshots), ("H_full", scenes.channel), ("K", scenes.count), ("snr", scenes.snr_db)):
+    for key, found in (("y", scenes.snapshots), ("H_full", scenes.channel), ("K", scenes.count),
+                       ("snr", scenes.snr_db)):
         assert found is not None and np.array_equal(found.numpy(), arrays[key][rows.numpy()]), key
     assert np.array_equal(scenes.codes.numpy(), arrays["codes"][0])
 
@@ -58,7 +60,8 @@ def test_off_centre_sources_are_re_expressed_exactly(wavefront: str, size: tuple
     array, rng = RISArray.of(task), np.random.default_rng(1)
     position = [rng.uniform(-1.0, 1.0, (200, 3)), rng.uniform(-0.5, 0.5, (200, 3)), rng.uniform(0.5, 10, (200, 3))]
     theirs = original_steering(task, *position)
-    moved = centre(array, original_offset(array), *map(torch.from_numpy, position), torch.ones(200, 3, dtype=torch.bool))
+    active = torch.ones(200, 3, dtype=torch.bool)
+    moved = centre(array, original_offset(array), *map(torch.from_numpy, position), active)
     ours = as_complex(cosine_steering(array, moved.u, moved.v, moved.range_m))
     overlap = np.abs((ours.conj() * theirs).sum(-1))
     assert np.abs(overlap - 1).max() < 1e-12
@@ -72,7 +75,8 @@ def test_off_centre_sources_are_re_expressed_exactly(wavefront: str, size: tuple
 def test_a_direction_that_does_not_exist_is_marked(tmp_path: Path) -> None:
     array, one = RISArray.of(Task()), torch.ones(1, 1, dtype=torch.float64)
     moved = centre(array, original_offset(array), 1.047 * one, 0.5 * one, 0.5 * one, one > 0)
-    assert bool(moved.clamped) and float(moved.u**2 + moved.v**2) > 1 and float(moved.azimuth) == pytest.approx(np.pi / 2)
+    assert bool(moved.clamped) and float(moved.u**2 + moved.v**2) > 1
+    assert float(moved.azimuth) == pytest.approx(np.pi / 2)
 
 
 def test_powers_survive_coincident_sources() -> None:
@@ -168,7 +172,8 @@ def test_copies_between_splits_are_counted(tmp_path: Path) -> None:
 def test_copies_within_a_split_and_in_test_are_counted(tmp_path: Path) -> None:
     write_folders(tmp_path)
     write_npz(tmp_path / "train" / "shard_002.npz", {k: v[:3] for k, v in original_arrays(40).items()})
-    write_npz(tmp_path / "test" / "shard_000.npz", {k: v[::-1][:4] for k, v in original_arrays(12, split="val").items()})
+    again = {k: v[::-1][:4] for k, v in original_arrays(12, split="val").items()}
+    write_npz(tmp_path / "test" / "shard_000.npz", again)
     notes = "\n".join(open_npz(tmp_path).notes)
     assert "3 of 43 train scenes repeat" in notes and "4 of 4 test scenes are copies of val scenes" in notes
 
@@ -212,7 +217,7 @@ def test_compressed_files_give_the_same_scenes(tmp_path: Path) -> None:
     packed = open_npz(write_npz(tmp_path / "packed.npz", arrays, compressed=True))
     assert npz_arrays(tmp_path / "packed.npz")["y"].offset is None
     a, b = all_scenes(plain, "train"), all_scenes(packed, "train")
-    assert torch.equal(a.snapshots, b.snapshots) and torch.equal(a.factor, b.factor) and torch.equal(a.channel, b.channel)
+    assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("snapshots", "factor", "channel"))
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.02])

@@ -36,7 +36,8 @@ def written(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 @pytest.mark.parametrize("mapped", [False, True])
-def test_shards_are_the_simulators_scenes(written: Path, monkeypatch: pytest.MonkeyPatch, split: str, mapped: bool) -> None:
+def test_shards_are_the_simulators_scenes(written: Path, monkeypatch: pytest.MonkeyPatch, split: str,
+                                          mapped: bool) -> None:
     if mapped:
         monkeypatch.setattr(table, "free_host_bytes", lambda: 1000)
     source = ShardSource(config(written), "cpu")
@@ -91,7 +92,7 @@ def test_verify_finds_a_changed_byte(written: Path) -> None:
     assert verify_manifest(ShardSource(config(written), "cpu"), contents=False) == []
 
 
-def test_verify_finds_inputs_that_do_not_reach_the_network_as_written(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_finds_inputs_changed_on_their_way(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = ShardSource(config(written), "cpu")
     batch = source.batch
     monkeypatch.setattr(source, "batch", lambda split, index: batch(split, index).apply(lambda t: t * 2))
@@ -224,7 +225,8 @@ DAMAGE = {
     "inf in power": (tensor("power", lambda t: t * np.inf), "train-00001", "power", "NaN or infinite"),
     "mis-shaped": (tensor("channel", lambda t: t[:, :2]), "train-00001", "channel", "shape (16, 2, 24, 2)"),
     "mistyped": (tensor("snr_db", lambda t: t.double()), "train-00001", "snr_db", "float64"),
-    "no such tensor": (lambda f: replace_shard(f, "train-00001", lambda t: t.pop("power")), "train-00001", "power", "no such"),
+    "no such tensor": (lambda f: replace_shard(f, "train-00001", lambda t: t.pop("power")), "train-00001", "power",
+                       "no such"),
     "other codes": (tensor("codes", lambda t: -t), "train-00001", "codes", "other codes"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "set", "", "no manifest.json"),
     "manifest cut": (lambda f: (f / "manifest.json").write_text("{"), "manifest", "", "no readable JSON"),
@@ -232,7 +234,8 @@ DAMAGE = {
     "manifest is a list": (lambda f: (f / "manifest.json").write_text("[]"), "manifest", "format", "[]"),
     "no seed": (lambda f: edit_manifest(f, lambda m: m.pop("seed")), "manifest", "seed", "no such entry"),
     "no val": (lambda f: edit_manifest(f, lambda m: m["splits"].pop("val")), "manifest", "val", "no such entry"),
-    "other task": (lambda f: edit_manifest(f, lambda m: m["task"].update(snr_min_db=-9.0)), "manifest", "task.snr_min_db", "-9.0"),
+    "other task": (lambda f: edit_manifest(f, lambda m: m["task"].update(snr_min_db=-9.0)), "manifest",
+                   "task.snr_min_db", "-9.0"),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from make_npz import SMALL, all_scenes, write_folders
 
-from ris_fast.config import Config, Data, Training
+from ris_fast.config import Config, Data, Model, Training
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import scene_hashes
 from ris_fast.data.source import epoch_batches, guess_source, open_source
@@ -16,7 +16,8 @@ from ris_fast.data.write import write_shards
 
 
 def simulated(**data: object) -> Config:
-    return Config(task=SMALL, data=Data(train_scenes=50, val_scenes=20, test_scenes=10, **data))  # type: ignore[arg-type]
+    sizes: dict[str, object] = {"train_scenes": 50, "val_scenes": 20, "test_scenes": 10}
+    return Config(task=SMALL, data=Data(**sizes, **data))  # type: ignore[arg-type]
 
 
 def files(root: Path) -> dict[str, Config]:
@@ -78,6 +79,18 @@ def test_a_scene_is_the_same_in_any_batch(tmp_path: Path, kind: str) -> None:
     assert "\n" not in source.describe()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["npz", "shards"])
+def test_files_live_on_the_device(tmp_path: Path, kind: str) -> None:
+    config = files(tmp_path)[kind]
+    here, there = open_source(config, "cpu"), open_source(config, "cuda")
+    assert "device memory" in there.describe() and there.index_device.type == "cuda"
+    index = next(epoch_batches(there, "train", 0, 16, 0, False))
+    a, b = here.batch("train", index.cpu()), there.batch("train", index)
+    assert b.factor.is_cuda and torch.equal(a.snapshots, b.snapshots.cpu())
+    assert torch.allclose(a.factor, b.factor.cpu(), atol=1e-5)
+
+
 def test_simulated_splits_and_epochs_share_no_scene() -> None:
     source = open_source(simulated(), "cpu")
     parts = [source.batch(split, torch.arange(150)) for split in ("train", "val", "test")]
@@ -87,7 +100,8 @@ def test_simulated_splits_and_epochs_share_no_scene() -> None:
 
 def test_the_seed_makes_the_scenes() -> None:
     def first(seed: int) -> torch.Tensor:
-        return open_source(Config(task=SMALL, training=Training(seed=seed)), "cpu").batch("train", torch.arange(4)).snapshots
+        source = open_source(Config(task=SMALL, training=Training(seed=seed)), "cpu")
+        return source.batch("train", torch.arange(4)).snapshots
 
     assert torch.equal(first(3), first(3)) and not torch.equal(first(3), first(4))
 
@@ -99,6 +113,16 @@ def test_auto_looks_into_the_path(tmp_path: Path) -> None:
     (tmp_path / "shards" / "manifest.json").unlink()
     with pytest.raises(DataError, match="without a manifest.json"):
         guess_source(str(tmp_path / "shards"))
+
+
+def test_a_lost_channel_is_refused_unless_asked_for(tmp_path: Path) -> None:
+    """Before training: a network that needs H must not start on H c_l and sit at the floor."""
+    write_folders(tmp_path, drop=("H_full",))
+    data = Data(path=str(tmp_path))
+    with pytest.raises(DataError, match="model.options.inputs=collapsed"):
+        open_source(Config(task=SMALL, data=data), "cpu")
+    asked = Config(task=SMALL, data=data, model=Model(name="hybrid", options={"inputs": "collapsed"}))
+    assert open_source(asked, "cpu").channel is False
 
 
 def test_files_without_a_path_are_refused() -> None:
