@@ -4,12 +4,12 @@
 namespace RIS_NS {
 namespace philox {
 
-constexpr int64_t CHUNK = 1024;  // blocks a thread takes at a time
+constexpr int64_t CHUNK = 1024;  // blocks a thread takes at a time; below sixteen of them threads cost more than they give
 
 template <void (*block)(float*, const Words&)>
 void fill(float* out, const int64_t* index, int64_t rows, int64_t count, uint64_t seed, uint32_t stream) {
     const int64_t blocks = (count + 3) / 4, chunks = (blocks + CHUNK - 1) / CHUNK;
-#pragma omp parallel for schedule(static) if (rows * blocks > CHUNK)
+#pragma omp parallel for schedule(static) if (rows * blocks > 16 * CHUNK)
     for (int64_t task = 0; task < rows * chunks; ++task) {
         const int64_t row = task / chunks, begin = task % chunks * CHUNK;
         const int64_t end = begin + CHUNK < blocks ? begin + CHUNK : blocks;

@@ -182,7 +182,7 @@ RIS_EXPORT(int, scenes)
     const float *x = positions, *y = positions + elements;
     const int64_t h = 2 * antennas * elements, v = 2 * n_snapshots * antennas;
     int failed = 0;
-#pragma omp parallel if (batch > 1)
+#pragma omp parallel if (batch > 4)
     {
         const scenes::Scratch s(z);
         if (s.block) scenes::transpose_codes(s, codes, z);

@@ -1,0 +1,123 @@
+"""How fast scenes and random numbers are made: scenes per second and per CPU-second, by batch, threads and phase.
+
+Run: pytest bench/test_simulation.py --benchmark-json=bench/results/simulation.json
+Figures are in extra_info of every benchmark: medians with 20/80 percentiles; a repetition in which the process waited
+for a core is set aside, and how many were is recorded.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ris_fast.config import Task
+from ris_fast.kernels.native import loader
+from ris_fast.kernels.philox import op as philox
+from ris_fast.kernels.scenes import op as scenes
+from ris_fast.physics import scenes as physics
+from ris_fast.physics.random import SceneGenerator
+
+TASK, GENERATOR = Task(), SceneGenerator(seed=1)
+REPETITIONS, SECONDS, WAIT_SHARE = 25, 1.5, 0.02
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def waited_ns() -> int:
+    """Time that the threads of this process were ready but had no core, so far; 0 where the system does not say."""
+    return sum(int(path.read_text().split()[1]) for path in Path("/proc/self/task").glob("*/schedstat"))
+
+
+def repetitions(call: Callable[[], Any]) -> dict[str, Any]:
+    """Wall and CPU seconds of a call over undisturbed repetitions; where there was none, over all, and the record says 0."""
+    call()
+    quiet, disturbed, end = [], [], time.perf_counter() + SECONDS
+    while len(quiet) < REPETITIONS and (time.perf_counter() < end or not quiet + disturbed):
+        wait, wall, cpu = waited_ns(), time.perf_counter(), time.process_time()
+        call()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        (quiet if (waited_ns() - wait) * 1e-9 <= WAIT_SHARE * wall else disturbed).append((wall, cpu))
+    kept = quiet or disturbed
+    wall, cpu = sorted(run[0] for run in kept), sorted(run[1] for run in kept)
+    return {"wall_s": statistics.median(wall), "wall_p20_s": wall[len(wall) // 5], "wall_p80_s": wall[len(wall) * 4 // 5],
+            "cpu_s": statistics.median(cpu), "undisturbed": len(quiet), "disturbed": len(disturbed)}
+
+
+def rates(measured: dict[str, Any], items: int, unit: str) -> dict[str, Any]:
+    return measured | {f"{unit}_per_s": items / measured["wall_s"], f"{unit}_per_cpu_s": items / measured["cpu_s"]}
+
+
+def record(benchmark: Any, call: Callable[[], Any], items: int, unit: str, **facts: Any) -> None:
+    benchmark.extra_info.update(rates(repetitions(call), items, unit), backend=loader.describe(), torch=torch.__version__, **facts)
+    benchmark.pedantic(call, rounds=5, warmup_rounds=1)
+
+
+@pytest.mark.benchmark(group="simulate")
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("batch", [64, 256, 1024, 4096])
+def test_simulate(benchmark: Any, batch: int, count: int) -> None:
+    """Whole scenes of the standard task, from their numbers."""
+    with threads(count):
+        record(benchmark, lambda: physics.simulate(TASK, batch, GENERATOR), batch, "scenes", threads=count)
+
+
+def kernel_arguments(batch: int) -> tuple[Any, ...]:
+    """What `simulate` hands to the kernel."""
+    seen: list[tuple[Any, ...]] = []
+
+    def spy(index: torch.Tensor, **call: Any) -> tuple[torch.Tensor, ...]:
+        order = ("seed", "channel_stream", "noise_stream", "positions", "codes", "source", "amplitude", "power", "sight", "antenna",
+                 "scatter", "snr_db", "spherical")
+        seen.append((index, *(call[name] for name in order)))
+        return scenes.make_scenes(index, **call)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(physics, "make_scenes", spy)
+        physics.simulate(TASK, batch, GENERATOR)
+    return seen[0]
+
+
+PHASES: dict[str, Callable[[torch.Tensor, tuple[Any, ...]], Any]] = {
+    "geometry and symbols": lambda index, _: physics.simulate(Task(ris_horizontal=2, ris_vertical=2, bs_antennas=16), index, GENERATOR),
+    "random numbers": lambda index, _: (GENERATOR.normal(index, "channel", 4608), GENERATOR.normal(index, "noise", 512)),
+    "fused kernel": lambda _, args: torch.ops.ris_fast.scenes(*args),
+    "plain torch instead": lambda _, args: scenes._plain(*args),
+}
+
+
+@pytest.mark.benchmark(group="phases of simulate, 256 scenes, one thread")
+@pytest.mark.parametrize("phase", PHASES)
+def test_phase(benchmark: Any, phase: str) -> None:
+    """Time of one phase; "plain torch instead" is the losing form of the kernel, with the same random numbers."""
+    args = kernel_arguments(256)
+    with threads(1):
+        record(benchmark, lambda: PHASES[phase](args[0], args), 256, "scenes", phase=phase)
+
+
+@pytest.mark.benchmark(group="normals, 256 x 5120")
+@pytest.mark.parametrize("source", [*loader.supported_levels(), "torch.randn"])
+def test_normals(benchmark: Any, source: str) -> None:
+    """Counter-based normals by instruction set, into memory that is there already, against torch's own."""
+    index, out = torch.arange(256), torch.empty(256, 5120)
+    if source == "torch.randn":
+        call = lambda: out.normal_()  # noqa: E731
+    else:
+        fill = loader.function("philox_normal", philox.ARGUMENTS, source)
+        call = lambda: fill(out.data_ptr(), index.data_ptr(), 256, 5120, 1, 2)  # noqa: E731
+    with threads(1):
+        record(benchmark, call, out.numel(), "normals", source=source)
