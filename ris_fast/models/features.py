@@ -7,15 +7,17 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ris_fast.config import Task
-from ris_fast.models.pursuit import TANGENTS, Atoms, Normal, Pursuit, normal_equations
+from ris_fast.models.pursuit import TANGENTS, Atoms, Geometry, Normal, Pursuit, geometry_of, normal_equations
 
 TINY = 1e-12
+CPU_CHUNK = 128        # scenes: 21 MB of normal equations
 
 
 class Features(NamedTuple):
@@ -33,41 +35,77 @@ class PursuitFeatures(nn.Module):
 
     def __init__(self, task: Task, stages: int) -> None:
         super().__init__()
-        self.pursuit = Pursuit(task, stages)
-        self.atoms = stages
-        self.width = stages * (3 + 1 + 1 + 3 * TANGENTS + 2 * stages) + 2
+        geometry, self.wavenumber = geometry_of(task)
+        for name, value in geometry._asdict().items():
+            self.register_buffer(name, value, persistent=False)
+        self.atoms, self.width = stages, _width(stages)
 
     @torch.no_grad()
     def forward(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Features:
-        with torch.autocast(snapshots.device.type, enabled=False):
-            normal = normal_equations(snapshots.float(), channel.float(), codes.float(), snr_db.float())
-            found = self.pursuit(normal)
-            return Features(self._inputs(normal, found, snr_db), self._basis(found))
+        constants = [getattr(self, name) for name in Geometry._fields]
+        return Features(*pursuit_features(snapshots, channel, codes, snr_db, constants, self.wavenumber, self.atoms))
 
-    def _inputs(self, normal: Normal, found: Atoms, snr_db: Tensor) -> Tensor:
-        """(B, F): per atom its place, share of power, evidence, Fisher information, scores and couplings; the scene."""
-        batch, noise = normal.noise.shape[0], normal.noise[:, None]
-        s, power = found.amplitude, found.amplitude.square().sum(1).clamp_min(TINY)
-        middle, half = (self.pursuit.high + self.pursuit.low) / 2, (self.pursuit.high - self.pursuit.low) / 2
-        place = (found.place - middle) / half.clamp_min(TINY)
-        share = (power / power.sum(1, keepdim=True)).clamp_min(1e-6).log() / 4
-        evidence = (found.gains.clamp_min(0) / noise).log1p() / 4 - 1
-        information = power[..., None] * torch.diagonal(found.gram[:, 0].flatten(1, 2).flatten(2), dim1=1, dim2=2) \
-            .unflatten(1, (self.atoms, TANGENTS)).clamp_min(TINY) / noise[..., None]
-        scores = _conj_times(s[..., None], found.left) / (noise[:, None, :, None] * information[:, None].sqrt())
-        phase = s / power.sqrt()[:, None]
-        overlap = _conj_times(phase[..., None], _times(found.gram[:, :, :, 0, :, 0], phase[:, :, None]))
-        left_over = (normal.energy - found.gains.sum(1)).clamp_min(TINY) / (normal.energy * normal.noise)
-        parts = [place, share, evidence, information.log1p() / 4 - 1, scores.clamp(-4, 4) / 2, overlap,
-                 snr_db.float() / 10 - 1, left_over.log().clamp(-4, 4)]
-        return torch.cat([part.reshape(batch, -1) for part in parts], dim=1)
 
-    def _basis(self, found: Atoms) -> Tensor:
-        """Tangents times amplitude, scaled so that the amplitudes of a scene have norm one."""
-        s = found.amplitude / found.amplitude.square().sum((1, 2), keepdim=True).clamp_min(TINY).sqrt()
-        real, imag = s.repeat_interleave(TANGENTS, dim=2)[:, None].unbind(2)
-        left, right = found.tangents.chunk(2, dim=2)
-        return torch.cat((left * real - right * imag, left * imag + right * real), dim=2)
+@torch.library.custom_op("ris_fast::pursuit_features", mutates_args=())
+def pursuit_features(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constants: list[Tensor],
+                     wavenumber: float, stages: int) -> tuple[Tensor, Tensor]:
+    """`Features` of a batch, as one operator: a thousand small operations that no compiler need look into.
+
+    Numerics: float32; scenes are worked on in chunks that stay in a CPU's cache, with the same result.
+    """
+    pursuit = Pursuit(Geometry(*constants), wavenumber, stages)
+    chunk = CPU_CHUNK if snapshots.device.type == "cpu" else max(snapshots.shape[0], 1)
+    with torch.autocast(snapshots.device.type, enabled=False):
+        codes = codes.float()
+        parts = [_features(pursuit, y.float(), h.float(), codes, snr.float()) for y, h, snr in
+                 zip(snapshots.split(chunk), channel.split(chunk), snr_db.split(chunk), strict=True)]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+@pursuit_features.register_fake
+def _(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constants: list[Tensor],
+      wavenumber: float, stages: int) -> tuple[Tensor, Tensor]:
+    batch, _, elements, _ = channel.shape
+    new = partial(torch.empty, device=snapshots.device, dtype=torch.float32)
+    return new((batch, _width(stages))), new((batch, elements, 2 * stages * TANGENTS))
+
+
+def _width(stages: int) -> int:
+    """Features of a scene with this many atoms."""
+    return stages * (3 + 1 + 1 + 3 * TANGENTS + 2 * stages) + 2
+
+
+def _features(pursuit: Pursuit, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Features:
+    normal = normal_equations(snapshots, channel, codes, snr_db)
+    found = pursuit(normal)
+    return Features(_inputs(pursuit, normal, found, snr_db), _basis(pursuit, found))
+
+
+def _inputs(pursuit: Pursuit, normal: Normal, found: Atoms, snr_db: Tensor) -> Tensor:
+    """(B, F): per atom its place, share of power, evidence, Fisher information, scores and couplings; the scene."""
+    noise = normal.noise[:, None]
+    s, power = found.amplitude, found.amplitude.square().sum(1).clamp_min(TINY)
+    middle, half = (pursuit.high + pursuit.low) / 2, (pursuit.high - pursuit.low) / 2
+    place = (found.place - middle) / half.clamp_min(TINY)
+    share = (power / power.sum(1, keepdim=True)).clamp_min(1e-6).log() / 4
+    evidence = (found.gains.clamp_min(0) / noise).log1p() / 4 - 1
+    curvature = torch.diagonal(found.gram[:, 0].flatten(3).flatten(1, 2), dim1=1, dim2=2)
+    information = (power[..., None] * curvature.unflatten(1, (-1, TANGENTS)) / noise[..., None]).clamp_min(TINY)
+    scores = _conj_times(s[..., None], found.left) / (noise[:, None, :, None] * information[:, None].sqrt())
+    phase = s / power.sqrt()[:, None]
+    overlap = _conj_times(phase[..., None], _times(found.gram[:, :, :, 0, :, 0], phase[:, :, None]))
+    left_over = (normal.energy - found.gains.sum(1)).clamp_min(TINY) / (normal.energy * normal.noise)
+    parts = [place, share, evidence, information.log1p() / 4 - 1, scores.clamp(-4, 4) / 2, overlap,
+             snr_db / 10 - 1, left_over.log().clamp(-4, 4)]
+    return torch.cat([part.reshape(snr_db.shape[0], -1) for part in parts], dim=1)
+
+
+def _basis(pursuit: Pursuit, found: Atoms) -> Tensor:
+    """Tangents at the final places times amplitude, scaled so that the amplitudes of a scene have norm one."""
+    s = found.amplitude / found.amplitude.square().sum((1, 2), keepdim=True).clamp_min(TINY).sqrt()
+    real, imag = s.repeat_interleave(TANGENTS, dim=2)[:, None].unbind(2)
+    left, right = pursuit.tangents(found.place).chunk(2, dim=2)
+    return torch.cat((left * real - right * imag, left * imag + right * real), dim=2)
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ris_fast.config import Task
 from ris_fast.models.solve import spd_solve
@@ -37,15 +37,27 @@ class Normal(NamedTuple):
 
 
 class Atoms(NamedTuple):
-    """What the pursuit found; atoms in the order of their discovery."""
+    """What the pursuit found, atoms in the order of their discovery; D are the tangents before the last step."""
 
     place: Tensor                # (B, K, 3)       u, v, w = 1/range
     amplitude: Tensor            # (B, 2, K)       s, real and imaginary parts
-    tangents: Tensor             # (B, N, 2KT)     a and its scaled derivatives, planar
-    gram: Tensor                 # (B, 2, K, T, K, T)  tangents^H P tangents, real and imaginary parts
-    left: Tensor                 # (B, 2, K, T)    tangents^H (b - P A s)
-    gains: Tensor                # (B, K)          fall of the cost |y - G A s|^2 at each stage
-    residual: Tensor             # (B, N, 2)       b - P A s
+    gram: Tensor                 # (B, 2, K, T, K, T)  D^H P D, real and imaginary parts
+    left: Tensor                 # (B, 2, K, T)    D^H (b - P x), x the linearised fit
+    gains: Tensor                # (B, K)          fall of the cost |y - G x|^2 at each stage
+
+
+class Geometry(NamedTuple):
+    """The constants of a task: the array in radians of phase, the box of places and the grid of the first guess."""
+
+    x: Tensor                    # (N,)       k x
+    y: Tensor                    # (N,)       k y
+    curvature: Tensor            # (N,)       k (x^2 + y^2) / 2
+    scale: Tensor                # (3,)       spread of psi over the aperture by u, v, w
+    low: Tensor                  # (3,)       least u, v, w
+    high: Tensor                 # (3,)       largest u, v, w
+    trust: Tensor                # (3,)       step that a Gauss-Newton step is damped to, times scale
+    grid: Tensor                 # (G, 3)     places
+    dictionary: Tensor           # (2N, 2G)   residual (N, 2), flattened, to the two parts of a^H r
 
 
 def normal_equations(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Normal:
@@ -72,8 +84,14 @@ def normal_equations(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: 
 
 
 def _times(real: Tensor, imag: Tensor, other_real: Tensor, other_imag: Tensor) -> Tensor:
-    """[Re | -Im] of an elementwise complex product."""
-    return torch.cat((real * other_real - imag * other_imag, -real * other_imag - imag * other_real), dim=-1)
+    """[Re | -Im] of an elementwise complex product, written in place: at 8 N^2 bytes a scene every copy is felt."""
+    size = real.shape[-1]
+    out = real.new_empty(*real.shape[:-1], 2 * size)
+    out[..., :size] = real
+    out[..., :size].mul_(other_real).addcmul_(imag, other_imag, value=-1)
+    out[..., size:] = real
+    out[..., size:].mul_(-other_imag).addcmul_(imag, other_real, value=-1)
+    return out
 
 
 def turn(planar: Tensor) -> Tensor:
@@ -82,46 +100,55 @@ def turn(planar: Tensor) -> Tensor:
     return torch.cat((imag, -real), dim=-1)
 
 
-class Pursuit(nn.Module):
+def geometry_of(task: Task) -> tuple[Geometry, float]:
+    """The constants of a task, and the wavenumber where the wavefront is spherical (0 where it is Fresnel)."""
+    array = RISArray.of(task)
+    x, y = (array.wavenumber * each for each in array.positions())
+    curvature = (x * x + y * y) / (2 * array.wavenumber)
+    scale = torch.stack([each.std(unbiased=False) for each in (x, y, curvature)]).clamp_min(1e-6)
+    high = torch.tensor([math.sin(math.radians(task.azimuth_deg)), math.sin(math.radians(task.elevation_deg)),
+                         1.0 / task.range_min_m])
+    low = torch.cat((-high[:2], torch.tensor([1.0 / task.range_max_m])))
+    cells = torch.ceil((high - low) * scale / CELL_RAD)
+    cells = torch.stack((cells[0], cells[1], torch.tensor(float(RANGE_CELLS)))).clamp_min(1)
+    trust = (0.6 * (high - low) * scale / cells).clamp_min(1e-3)
+    spherical = array.wavenumber if array.wavefront == "spherical" else 0.0
+    geometry = Geometry(x, y, curvature, scale, low, high, trust, _cell_centres(low, high, cells), x)
+    return geometry._replace(dictionary=_correlator(Pursuit(geometry, spherical, 0))), spherical
+
+
+def _cell_centres(low: Tensor, high: Tensor, cells: Tensor) -> Tensor:
+    """Centres of a box cut into cells[i] equal parts along axis i: (G, 3)."""
+    axes = [low[i] + (high[i] - low[i]) * (torch.arange(int(n)) + 0.5) / n for i, n in enumerate(cells)]
+    return torch.cartesian_prod(*axes)
+
+
+def _correlator(pursuit: "Pursuit") -> Tensor:
+    """The dictionary as one real matrix (2N, 2G)."""
+    grid = pursuit.grid
+    real, imag = pursuit.tangents(grid[None])[0].unflatten(1, (2, grid.shape[0], TANGENTS))[..., 0].unbind(1)
+    return torch.stack((torch.cat((real, -imag), 1), torch.cat((imag, real), 1)), dim=1).flatten(0, 1)
+
+
+class Pursuit:
     """`stages` atoms found one after the other, each stage ending in a joint Gauss-Newton step.
 
-    Args: task: array and the ranges the sources are drawn from; stages: atoms to find, K_max by default.
+    Args: geometry: constants of the task; wavenumber: rad/m where the wavefront is spherical, 0 where it is Fresnel.
     """
 
-    def __init__(self, task: Task, stages: int | None = None) -> None:
-        super().__init__()
-        self.array = RISArray.of(task)
-        self.stages = task.max_sources if stages is None else stages
-        x, y = (self.array.wavenumber * each for each in self.array.positions())
-        curvature = (x * x + y * y) / (2 * self.array.wavenumber)
-        scale = torch.stack([each.std(unbiased=False) for each in (x, y, curvature)]).clamp_min(1e-6)
-        high = torch.tensor([math.sin(math.radians(task.azimuth_deg)), math.sin(math.radians(task.elevation_deg)),
-                             1.0 / task.range_min_m])
-        low = torch.cat((-high[:2], torch.tensor([1.0 / task.range_max_m])))
-        cells = torch.ceil((high - low) * scale / CELL_RAD)
-        cells = torch.stack((cells[0], cells[1], torch.tensor(float(RANGE_CELLS)))).clamp_min(1)
-        constants = {"x": x, "y": y, "curvature": curvature, "scale": scale, "low": low, "high": high,
-                     "trust": (0.6 * (high - low) * scale / cells).clamp_min(1e-3),
-                     "grid": _cell_centres(low, high, cells)}
-        for name, value in constants.items():
-            self.register_buffer(name, value, persistent=False)
-        self.register_buffer("dictionary", self._correlator(), persistent=False)
-
-    def _correlator(self) -> Tensor:
-        """(2N, 2G): from a planar residual (N, 2), flattened, to the real and the imaginary part of a^H r."""
-        count = self.grid.shape[0]
-        real, imag = self.tangents(self.grid[None])[0].reshape(-1, 2, count, TANGENTS)[..., 0].unbind(1)
-        return torch.stack((torch.cat((real, -imag), 1), torch.cat((imag, real), 1)), dim=1).flatten(0, 1)
+    def __init__(self, geometry: Geometry, wavenumber: float, stages: int) -> None:
+        self.x, self.y, self.curvature, self.scale, self.low, self.high, self.trust, self.grid, self.dictionary = geometry
+        self.wavenumber, self.stages = wavenumber, stages
 
     def phase_slopes(self, place: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """psi and its derivatives by u, v and w at (B, K, 3) places, each broadcast to (B, N, K)."""
         u, v, w = place.transpose(1, 2)[:, :, None].unbind(1)
         x, y, bend = self.x[:, None], self.y[:, None], self.curvature[:, None]
         line = u * x + v * y
-        if self.array.wavefront == "fresnel":
+        if not self.wavenumber:
             zero = torch.zeros_like(line)
             return line - bend * w, x + zero, y + zero, zero - bend
-        k = self.array.wavenumber
+        k = self.wavenumber
         q = (1.0 + 2.0 / k * w * (w * bend - line)).clamp_min(1e-12).sqrt()
         psi = 2.0 * (line - w * bend) / (1.0 + q)
         slope_q = (2.0 * w * bend - line) / (k * q)
@@ -130,35 +157,36 @@ class Pursuit(nn.Module):
     def tangents(self, place: Tensor) -> Tensor:
         """Unit-norm a and j (psi' - mean psi') a / scale for u, v, w: (B, K, 3) -> (B, N, 2KT) planar."""
         psi, *slopes = self.phase_slopes(place)
-        norm = 1.0 / math.sqrt(self.array.elements)
+        norm = 1.0 / math.sqrt(self.x.numel())
         cosine, sine = psi.cos() * norm, psi.sin() * norm
         weights = [(slope - slope.mean(1, keepdim=True)) / scale for slope, scale in zip(slopes, self.scale)]
         real = torch.stack([cosine, *(-weight * sine for weight in weights)], dim=-1)
         imag = torch.stack([sine, *(weight * cosine for weight in weights)], dim=-1)
         return torch.stack((real, imag), dim=2).flatten(2)
 
-    def forward(self, normal: Normal) -> Atoms:
+    def __call__(self, normal: Normal) -> Atoms:
         """Runs all stages: static shapes, no host synchronisation, no gradient."""
         place = normal.moment.new_zeros(normal.moment.shape[0], 0, 3)
         residual, explained, gains = normal.moment, torch.zeros_like(normal.noise), []
         for _ in range(self.stages):
             place = torch.cat((place, self.strongest(residual)[:, None]), dim=1)
-            place, residual, reached = self.step(normal, place)
+            image, gram, moment = self.project(normal, place)
+            move, fit = self.step(gram, moment, normal)
+            place = torch.clamp(place + move / self.scale, self.low, self.high)
+            residual = normal.moment - combine(image, fit)
+            left = moment - apply_gram(gram, fit)
+            reached = (fit * (moment + left)).sum((1, 2, 3))
             gains.append(reached - explained)
             explained = reached
-        tangents, image, gram, moment = self.project(normal, place)
-        amplitude = amplitudes(gram, moment, normal)
-        residual = normal.moment - combine(image, embed_first(amplitude))
-        left = moment - apply_gram(gram[..., :1], amplitude[..., None])
-        return Atoms(place, amplitude, tangents, gram, left, torch.stack(gains, dim=1), residual)
+        return Atoms(place, fit[..., 0], gram, left, torch.stack(gains, dim=1))
 
     def strongest(self, residual: Tensor) -> Tensor:
         """The grid place with the largest |a^H r|: (B, N, 2) -> (B, 3)."""
         real, imag = (residual.flatten(1) @ self.dictionary).chunk(2, dim=1)
         return self.grid[(real.square() + imag.square()).argmax(1)]
 
-    def project(self, normal: Normal, place: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tangents D, image P D (both planar), D^H P D (B, 2, K, T, K, T) and D^H b (B, 2, K, T)."""
+    def project(self, normal: Normal, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image P D of the tangents D (planar), D^H P D (B, 2, K, T, K, T) and D^H b (B, 2, K, T)."""
         tangents = self.tangents(place)
         image = normal.gram @ torch.cat((tangents, turn(tangents)), dim=1)
         batch, atoms, size = place.shape[0], place.shape[1], place.shape[1] * TANGENTS
@@ -168,30 +196,15 @@ class Pursuit(nn.Module):
         imag = left[..., size:2 * size] - right[..., :size]
         moment = torch.stack((left[..., -2] + right[..., -1], left[..., -1] - right[..., -2]), dim=1)
         gram = torch.stack((real, imag), dim=1).reshape(batch, 2, atoms, TANGENTS, atoms, TANGENTS)
-        return tangents, image, gram, moment.reshape(batch, 2, atoms, TANGENTS)
+        return image, gram, moment.reshape(batch, 2, atoms, TANGENTS)
 
-    def step(self, normal: Normal, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One joint Gauss-Newton step: new places, the linearised residual b - P x, and the cost it explains."""
-        _, image, gram, moment = self.project(normal, place)
+    def step(self, gram: Tensor, moment: Tensor, normal: Normal) -> tuple[Tensor, Tensor]:
+        """One joint Gauss-Newton step: the scaled move (B, K, 3), and the fit in the tangent space (B, 2, K, T)."""
         s = amplitudes(gram, moment, normal)
         change = newton(gram, moment, s, self.trust, normal)
         move = torch.clamp(change[..., 2:], -2 * self.trust, 2 * self.trust)
         first = s + change[..., :2].transpose(1, 2)
-        coefficient = torch.cat((first[..., None], s[..., None] * move[:, None]), dim=3)
-        explained = (coefficient * (2 * moment - apply_gram(gram, coefficient))).sum((1, 2, 3))
-        place = torch.clamp(place + move / self.scale, self.low, self.high)
-        return place, normal.moment - combine(image, coefficient), explained
-
-
-def _cell_centres(low: Tensor, high: Tensor, cells: Tensor) -> Tensor:
-    """Centres of a box cut into cells[i] equal parts along axis i: (G, 3)."""
-    axes = [low[i] + (high[i] - low[i]) * (torch.arange(int(n)) + 0.5) / n for i, n in enumerate(cells)]
-    return torch.cartesian_prod(*axes)
-
-
-def embed_first(amplitude: Tensor) -> Tensor:
-    """Amplitudes (B, 2, K) as tangent coefficients (B, 2, K, T) that use the atoms alone."""
-    return torch.cat((amplitude[..., None], amplitude.new_zeros(*amplitude.shape, TANGENTS - 1)), dim=-1)
+        return move, torch.cat((first[..., None], s[..., None] * move[:, None]), dim=3)
 
 
 def combine(planar: Tensor, coefficient: Tensor) -> Tensor:

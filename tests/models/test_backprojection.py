@@ -8,7 +8,7 @@ import torch
 from ris_fast.config import ConfigError, Task
 from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.models import build_model
-from ris_fast.models.pursuit import TANGENTS, Pursuit, normal_equations
+from ris_fast.models.pursuit import TANGENTS, Geometry, Pursuit, geometry_of, normal_equations
 from ris_fast.models.solve import spd_solve
 from ris_fast.physics.array import RISArray, cosine_steering
 from ris_fast.physics.random import SceneGenerator
@@ -23,6 +23,11 @@ def scenes_of(task: Task, count: int, split: str = "test") -> Scenes:
 
 def inputs_of(scenes: Scenes) -> tuple[torch.Tensor, ...]:
     return scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db
+
+
+def pursuit_of(task: Task, stages: int, dtype: torch.dtype = torch.float32) -> Pursuit:
+    geometry, wavenumber = geometry_of(task)
+    return Pursuit(Geometry(*(each.to(dtype) for each in geometry)), wavenumber, stages)
 
 
 def atoms_alone(model: torch.nn.Module, scenes: Scenes) -> torch.Tensor:
@@ -64,7 +69,7 @@ def test_normal_equations_equal_the_stacked_operator() -> None:
 @pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
 def test_tangents_are_the_derivatives_of_the_steering_vector(wavefront: str) -> None:
     task = Task(wavefront=wavefront)
-    pursuit, array = Pursuit(task).double(), RISArray.of(task)
+    pursuit, array = pursuit_of(task, 0, torch.float64), RISArray.of(task)
     place = torch.tensor([[[0.3, -0.2, 0.7], [-0.8, 0.4, 1.9], [0.1, 0.1, 0.1]]], dtype=torch.float64)
     planes = pursuit.tangents(place).unflatten(2, (2, 3, TANGENTS))[0]
     ours = torch.complex(planes[:, 0], planes[:, 1])
@@ -83,7 +88,7 @@ def test_tangents_are_the_derivatives_of_the_steering_vector(wavefront: str) -> 
 def test_pursuit_finds_a_single_source_without_noise() -> None:
     task = Task(max_sources=1, snr_min_db=60.0, snr_max_db=60.0)
     scenes = scenes_of(task, 64)
-    found = Pursuit(task, stages=2)(normal_equations(*inputs_of(scenes)))
+    found = pursuit_of(task, 2)(normal_equations(*inputs_of(scenes)))
     u = scenes.azimuth[:, 0].sin() * scenes.elevation[:, 0].cos()
     truth = torch.stack((u, scenes.elevation[:, 0].sin(), 1 / scenes.range_m[:, 0]), dim=1)
     strongest = found.amplitude.square().sum(1).argmax(1)
