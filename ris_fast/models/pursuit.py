@@ -237,11 +237,11 @@ def newton(gram: Tensor, moment: Tensor, s: Tensor, trust: Tensor, normal: Norma
     """The joint real system in (re s, im s, u, v, w) of every atom, damped by the grid's cell: (B, K, 5)."""
     batch, _, atoms = s.shape
     left = moment - apply_gram(gram[..., :1], s[..., None])
-    pick = [0, 0, 1, 2, 3]
     unit = torch.eye(2, device=s.device, dtype=s.dtype)[:, None].expand(batch, 2, atoms, 2)
     turn_re, turn_im = torch.cat((unit, s[..., None].expand(batch, 2, atoms, 3)), dim=3).unbind(1)  # (B, K, 5)
-    rhs = left[:, 0][..., pick] * turn_re + left[:, 1][..., pick] * turn_im
-    real, imag = gram[:, :, :, pick][..., pick].unbind(1)
+    left_re, left_im = _twice_first(left).unbind(1)
+    rhs = left_re * turn_re + left_im * turn_im
+    real, imag = _twice_first(_twice_first(gram).transpose(3, 5)).transpose(3, 5).unbind(1)
     right_re = real * turn_re[:, None, None] - imag * turn_im[:, None, None]
     right_im = real * turn_im[:, None, None] + imag * turn_re[:, None, None]
     full = right_re * turn_re[:, :, :, None, None] + right_im * turn_im[:, :, :, None, None]
@@ -250,3 +250,8 @@ def newton(gram: Tensor, moment: Tensor, s: Tensor, trust: Tensor, normal: Norma
                        normal.noise[:, None] / trust.square()), dim=1).T.repeat(atoms, 1)
     matrix = full.reshape(batch, size, size).permute(1, 2, 0).contiguous()
     return spd_solve(matrix, rhs.reshape(batch, size).T, ridge).T.reshape(batch, atoms, 5)
+
+
+def _twice_first(x: Tensor) -> Tensor:
+    """Repeats the first entry of the last axis: an atom has a real and an imaginary amplitude, a move has neither."""
+    return torch.cat((x[..., :1], x), dim=-1)
