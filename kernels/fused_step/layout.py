@@ -131,3 +131,13 @@ def tables(numels: Sequence[int], groups: Sequence[int], live: Sequence[bool], c
     begin = (torch.arange(owner.numel()) - firsts[owner]) * chunk
     chunks = torch.stack([starts[owner] + begin, (lengths[owner] - begin).clamp_max(chunk), owner], dim=1)
     return segments, chunks.contiguous()
+
+
+def scratch(segments: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
+    """Work space that goes with the tables: partial sums (C, 2) float64, and tickets (T + 2) int32.
+
+    Tickets count finished chunks per tensor, then finished tensors; the last one holds how many tensors have work.
+    """
+    tickets = torch.zeros(segments.shape[0] + 2, dtype=torch.int32)
+    tickets[-1] = int((segments[:, Segment.CHUNKS] > 0).sum())
+    return torch.zeros(chunks.shape[0], 2, dtype=torch.float64), tickets

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ris_fast.kernels.fused_step.layout import Coefficient, Group, Hyper, State, Telemetry, padded, tables
+from ris_fast.kernels.fused_step.layout import Coefficient, Group, Hyper, State, Telemetry, padded, scratch, tables
 from ris_fast.kernels.fused_step.op import backends
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -85,9 +85,8 @@ class Bucket:
         self._live = tuple(live)
         if self._live not in self._tables:
             segments, chunks = tables(self.numels, self._groups, live, self._kernels.chunk)
-            partial = torch.zeros(chunks.shape[0], 2, dtype=torch.float64)
-            tickets = torch.zeros(len(self.numels) + 1, dtype=torch.int32)
-            self._tables[self._live] = tuple(t.to(self.device) for t in (segments, chunks, partial, tickets))  # type: ignore[assignment]
+            made = (segments, chunks, *scratch(segments, chunks))
+            self._tables[self._live] = tuple(t.to(self.device) for t in made)  # type: ignore[assignment]
         self.segments, self.chunks, self.partial, self.tickets = self._tables[self._live]
 
     def write_hyper(self, values: Sequence[float]) -> None:
