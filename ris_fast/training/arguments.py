@@ -19,8 +19,8 @@ def _refuse(message: str) -> None:
     raise ValueError(f"FusedAdamW: {message}")
 
 
-def check_arguments(group: Mapping[str, Any], max_grad_norm: float | None, ema_decay: float | None, loss_scale: Any, backend: str) -> None:
-    """Raises ValueError on anything outside its range, naming it."""
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raises ValueError on a parameter group's value outside its range, naming it."""
     if group["amsgrad"]:
         _refuse("amsgrad=True is not supported. Leave it out, or use torch.optim.AdamW.")
     if group["differentiable"]:
@@ -38,6 +38,10 @@ def check_arguments(group: Mapping[str, Any], max_grad_norm: float | None, ema_d
         _refuse(f"eps is {group['eps']}. Give at least 1.2e-38: without it a gradient that is always zero divides by zero.")
     if not group["weight_decay"] >= 0:
         _refuse(f"weight_decay is {group['weight_decay']}. Give a number >= 0.")
+
+
+def check_options(max_grad_norm: float | None, ema_decay: float | None, loss_scale: Any, backend: str) -> None:
+    """Raises ValueError on an option of the whole optimizer outside its range, naming it."""
     if max_grad_norm is not None and not max_grad_norm > 0:
         _refuse(f"max_grad_norm is {max_grad_norm}. Give a number > 0, or None for no clipping.")
     if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
@@ -58,6 +62,19 @@ def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str
     if wanted != best or wanted not in backends():
         _refuse(f"backend={wanted!r} cannot serve float32 parameters on {device} here (available: {', '.join(backends())}). Use 'auto'.")
     return wanted
+
+
+def refuse_shared_memory(params: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raises ValueError where two parameters overlap in memory: moving them into the buffer would untie them."""
+    spans = []
+    for name, p in zip(names, params, strict=True):
+        if p.numel():
+            last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+            spans.append((str(p.device), p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size(), name))
+    spans.sort()
+    for (device, _, end, name), (other_device, begin, _, other) in zip(spans, spans[1:], strict=False):
+        if device == other_device and begin < end:
+            _refuse(f"parameters {name} and {other} are different but share memory. Tie the Parameter itself (a.weight = b.weight), not its data.")
 
 
 def tensor_names(groups: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -30,6 +30,14 @@ def view_like(flat: Tensor, start: int, like: Tensor) -> Tensor:
     return flat.as_strided(like.shape, strides, start)
 
 
+def dense(gradient: Tensor, view: Tensor) -> Tensor:
+    """The elements of a gradient as a vector of real numbers, in the memory order of the parameter's view."""
+    if gradient.stride() != view.stride() or gradient.dtype not in (view.dtype, torch.bfloat16):
+        gradient = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype, device=view.device).copy_(gradient)
+    flat = gradient.as_strided((gradient.numel(),), (1,))
+    return torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
+
+
 class Bucket:
     """Flat buffers for T tensors of one device and dtype.
 
@@ -96,6 +104,13 @@ class Bucket:
             host = host.pin_memory()
         self.hyper.copy_(host, non_blocking=True)
 
+    def accumulate(self, gradients: list[Tensor], scale: float, overwrite: bool, norm: bool) -> None:
+        """grad <- (0 or grad) + scale * gradients, one vector a tensor, empty where there is none; `norm`: with pass one."""
+        self._kernels.accumulate(
+            gradients, self.starts, self.grad, self.chunks, self.segments, self.partial, self.sums, self.state, self.tickets,
+            scale, overwrite, norm,
+        )  # fmt: skip
+
     def measure(self, finish: bool) -> None:
         """Pass one; with `finish` also the decision, else only the totals in `state`."""
         self._kernels.measure(
@@ -115,20 +130,28 @@ class Bucket:
         )  # fmt: skip
 
 
-def run_step(buckets: Sequence[Bucket], clear: bool) -> None:
-    """One step over all buckets, with one norm and one decision for all of them, and no host read."""
+def run_step(buckets: Sequence[Bucket], clear: bool, measured: bool) -> None:
+    """One step over all buckets, with one norm and one decision for all of them, and no host read.
+
+    measured: pass one was folded into the last accumulation, so only the decision is left.
+    """
     alone = len(buckets) == 1
     for bucket in buckets:
-        bucket.measure(finish=alone)
+        if not measured:
+            bucket.measure(finish=alone)
     if not alone:
-        totals = slice(State.SUMSQ, State.BAD + 1)
-        first = buckets[0].device
-        total = torch.stack([bucket.state[totals].to(first, non_blocking=True) for bucket in buckets]).sum(0)
+        _share_totals(buckets)
+    if measured or not alone:
         for bucket in buckets:
-            bucket.state[totals].copy_(total, non_blocking=True)
             bucket.decide()
     for bucket in buckets:
         bucket.apply(clear)
 
 
-
+def _share_totals(buckets: Sequence[Bucket]) -> None:
+    """Every bucket gets the sum of squares and the non-finite count over all of them."""
+    totals = slice(State.SUMSQ, State.BAD + 1)
+    first = buckets[0].device
+    total = torch.stack([bucket.state[totals].to(first, non_blocking=True) for bucket in buckets]).sum(0)
+    for bucket in buckets:
+        bucket.state[totals].copy_(total, non_blocking=True)
