@@ -64,10 +64,8 @@ def radius(tick):
 
 
 @triton.jit
-def turn(tick):
-    """cos and sin of 2 pi tick / 2^24; the quarter turn is split off in integers."""
-    quarter = (tick + (1 << 21)) >> 22
-    t = (tick - (quarter << 22)).to(tl.float32) * 2.384185791015625e-07
+def direction(quarter, t):
+    """cos and sin of (quarter + t) quarter turns, |t| <= 1/2."""
     t2 = t * t
     s = tl.fma(-0.004601658182648317, t2, 0.07968003282320685)
     s = tl.fma(tl.fma(s, t2, -0.6459634602305683), t2, 1.5707963217079541) * t
@@ -76,6 +74,13 @@ def turn(tick):
     odd = (quarter & 1) != 0
     cosine, sine = tl.where(odd, s, c), tl.where(odd, c, s)
     return tl.where(((quarter + 1) & 2) != 0, -cosine, cosine), tl.where((quarter & 2) != 0, -sine, sine)
+
+
+@triton.jit
+def turn(tick):
+    """cos and sin of 2 pi tick / 2^24; the quarter turn is split off in integers."""
+    quarter = (tick + (1 << 21)) >> 22
+    return direction(quarter, (tick - (quarter << 22)).to(tl.float32) * 2.384185791015625e-07)
 
 
 @triton.jit
@@ -122,8 +127,9 @@ def launch(index_B: Tensor, seed: int, stream: int, count: int, normal: bool) ->
     if out.numel() == 0:
         return out
     step = max(1, (2**31 - 2 * BLOCKS) // blocks)
-    for part, index in zip(out.split(step), index_B.split(step)):
-        grid = (triton.cdiv(index.numel() * blocks, BLOCKS),)
-        philox_kernel[grid](part, index, index.numel(), count, blocks, seed, stream, NORMAL=normal,
-                            WHOLE=count % 4 == 0, BLOCKS=BLOCKS, num_warps=WARPS)
+    with torch.cuda.device_of(index_B):  # does nothing on CPU, where the interpreter runs
+        for part, index in zip(out.split(step), index_B.split(step)):
+            grid = (triton.cdiv(index.numel() * blocks, BLOCKS),)
+            philox_kernel[grid](part, index, index.numel(), count, blocks, seed, stream, NORMAL=normal,
+                                WHOLE=count % 4 == 0, BLOCKS=BLOCKS, num_warps=WARPS)
     return out

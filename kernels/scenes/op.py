@@ -1,7 +1,7 @@
 """A batch of scenes from its parameters as one operator: channel, snapshots and target factor.
 
 Letters: B batch, L snapshots, M base-station antennas, N RIS elements, K sources, S symbols (1 or L). Not
-differentiable: it makes data. On CPU one pass of C++; elsewhere plain torch over the Philox kernels.
+differentiable: it makes data. On CPU one pass of C++, on CUDA three Triton launches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..native import loader
 from ..philox import op as philox
-from ..registry import Family, Operator
+from ..registry import AotCase, Family, Operator
 from . import reference
 from .samples import SAMPLES, cost
 
@@ -90,17 +90,48 @@ def _cpu(*args: Any) -> tuple[Tensor, ...]:
     return _cpp(*args) if loader.available() else _plain(*args)
 
 
+def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from . import triton_kernels  # here, because a CPU user need not pay for triton's import
+
+    return triton_kernels.scenes(*args)
+
+
 def _fake(index: Tensor, seed: int, channel_stream: int, noise_stream: int, *rest: Any) -> tuple[Tensor, ...]:
     positions, codes, source, antenna = rest[0], rest[1], rest[2], rest[6]
     return tuple(source.new_empty(shape) for shape in _shapes(positions, codes, source, antenna))
 
 
 LIBRARY.impl("scenes", _cpu, "CPU")
-LIBRARY.impl("scenes", _plain, "CUDA")
+LIBRARY.impl("scenes", _triton, "CUDA")
 torch.library.register_fake("ris_fast::scenes", _fake, lib=LIBRARY)
+
+
+
+def _aot() -> list[AotCase]:
+    """The three kernels at the sizes of the standard task."""
+    from . import triton_kernels as kernels
+
+    def case(name: str, kernel: Any, types: str, constexprs: dict[str, Any], aligned: tuple[str, ...], registers: int) -> AotCase:
+        signature = dict(each.split(":") for each in types.split()) | dict.fromkeys(constexprs, "constexpr")
+        return AotCase(name, kernel, signature, constexprs, aligned, kernels.WARPS, max_registers=registers)
+
+    channel = ("channel_ptr:*fp32 index_ptr:*i64 positions_ptr:*fp32 sight_ptr:*fp32 antenna_ptr:*fp32 scatter_ptr:*fp32 "
+               "antennas:i32 elements:i32 scale:fp32 seed:i64 stream:i64")
+    field = ("factor_ptr:*fp32 field_ptr:*fp32 positions_ptr:*fp32 source_ptr:*fp32 amplitude_ptr:*fp32 power_ptr:*fp32 "
+             "symbols:i32 elements:i32 scale:fp32")
+    snapshot = ("snapshots_ptr:*fp32 channel_ptr:*fp32 field_ptr:*fp32 codes_ptr:*fp32 index_ptr:*i64 snr_db_ptr:*fp32 "
+                "antennas:i32 elements:i32 snapshots:i32 symbols:i32 seed:i64 stream:i64")
+    shape = ("antennas", "elements")
+    cases = [case("snapshots", kernels.snapshot_kernel, snapshot, {"L": 16, "M": 16}, ("channel_ptr", "field_ptr", "codes_ptr", *shape), 64)]
+    for name, spherical in (("fresnel", False), ("spherical", True)):
+        law = {"SPHERICAL": spherical, "BLOCK": kernels.BLOCK}
+        cases += [case(f"channel-{name}", kernels.channel_kernel, channel, law, ("channel_ptr", "positions_ptr", *shape), 40),
+                  case(f"field-{name}", kernels.field_kernel, field, {"K": 5} | law, ("factor_ptr", "field_ptr", "positions_ptr", "elements"), 64)]
+    return cases
+
 
 FAMILY = Family("scenes", (
     # normals of 4 ulp go in where the reference in float32 has correctly rounded ones: hence 4 and not 2
-    Operator("scenes", torch.ops.ris_fast.scenes.default, reference.scenes, SAMPLES, cost, {"cpp": _cpp}, results=3,
-             error_ratio=4.0, dtypes=(torch.float32,)),
-))
+    Operator("scenes", torch.ops.ris_fast.scenes.default, reference.scenes, SAMPLES, cost, {"cpp": _cpp, "triton": _triton},
+             results=3, error_ratio=4.0, dtypes=(torch.float32,)),
+), _aot)

@@ -17,7 +17,7 @@ NORMAL_FLOPS = 44  # a counter-based normal, integer operations included
 
 
 def _sample(name: str, batch: int, side: int, antennas: int, snapshots: int, sources: int, *, moving: bool = False,
-            spherical: bool = False, strided: bool = False) -> Sample:
+            spherical: bool = False, strided: bool = False, small: bool = False) -> Sample:
     """Random geometry on a square array, 1 .. K sources a scene, values that float32 holds exactly."""
     def make(device: torch.device | str, dtype: torch.dtype) -> tuple[Any, ...]:
         generator = torch.Generator().manual_seed(0)
@@ -38,7 +38,7 @@ def _sample(name: str, batch: int, side: int, antennas: int, snapshots: int, sou
         return (torch.arange(batch, device=device) * 7 + 2**33, 3, 2, 1, positions, codes, source, amplitude, power, sight,
                 uniform(-0.25, 0.25, batch, antennas, 2), uniform(0.05, 0.15, batch), uniform(-5, 20, batch), spherical)
 
-    return Sample(name, make)
+    return Sample(name, make, small=small)
 
 
 SAMPLES = (
@@ -49,6 +49,8 @@ SAMPLES = (
     _sample("wide", 2, 32, 24, 40, 16),
     _sample("one-of-each", 300, 2, 1, 1, 1),
     _sample("one-scene", 1, 12, 16, 16, 5),
+    _sample("small", 4, 5, 4, 6, 3, small=True),
+    _sample("small-spherical", 4, 4, 3, 5, 2, moving=True, spherical=True, small=True),
     _sample("strided", 2, 8, 9, 17, 3, strided=True),
     _sample("empty-batch", 0, 4, 2, 2, 2),
 )

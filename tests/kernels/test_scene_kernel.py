@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -52,6 +55,36 @@ def test_a_scene_has_its_own_bits(name: str) -> None:
             assert torch.equal(part, whole[order])
     finally:
         torch.set_num_threads(threads)
+
+
+def test_triton_bodies_are_as_exact_as_eager() -> None:
+    """Triton's interpreter in a process of its own, static and moving symbols, both wavefronts."""
+    program = """
+import torch
+from ris_fast.kernels.scenes import op
+operator = op.FAMILY.operators[0]
+for sample in operator.samples:
+    if sample.small or sample.name == "empty-batch":
+        args = sample.make("cpu", torch.float32)
+        results = operator.backends["triton"](*args), operator.reference(*args), operator.reference(*sample.make("cpu", torch.float64))
+        for fast, eager, true in zip(*results):
+            assert fast.shape == true.shape
+            assert fast.numel() == 0 or (fast - true).abs().max() <= 4 * (eager - true).abs().max(), sample.name
+print("agrees")
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], env={**os.environ, "TRITON_INTERPRET": "1"},
+                          capture_output=True, text=True)
+    assert done.stdout.strip() == "agrees", done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", list(NAMED))
+def test_gpu_is_as_exact_as_eager(name: str) -> None:
+    single, exact = arguments(name), OPERATOR.reference(*arguments(name, torch.float64))
+    fast = OPERATOR.call(*[each.cuda() if isinstance(each, Tensor) else each for each in single])
+    for found, eager, true in zip(fast, OPERATOR.reference(*single), exact):
+        if true.numel():
+            assert (found.cpu() - true).abs().max() <= 4 * (eager - true).abs().max()
 
 
 def test_numbers_come_from_the_index_and_their_stream() -> None:
