@@ -31,7 +31,10 @@ class Hybrid(nn.Module):
         only as H c_l and its inputs cannot carry the answer. Both have the same parameters.
     Model: F = [A_angle, sqrt(0.3) A_range]. Azimuth and elevation are the angle grid's soft-argmax plus the auxiliary
         head's offset in grid steps. Every complex input is divided by its rms over the scene (measurements span
-        70 dB), and measurements are then scaled by sqrt(SNR/(1 + SNR)), the share of them that is signal.
+        70 dB), and measurements are then scaled by sqrt(SNR/(1 + SNR)), the share of them that is signal. With
+        inputs='backprojection' the first column of A_angle is the matched filter, the sum of the back-projections,
+        plus what its head says: from a factor that does not depend on the scene, an odd function of the field is
+        invisible to the first-order gradient (F and -F are one covariance), and training stays on that plateau.
     Source: public repository TahmidZee/ris-localization-mvdr (layer sizes); written anew.
     """
 
@@ -76,6 +79,8 @@ class Hybrid(nn.Module):
         x_BD = self._features(snapshots, seen, pattern)
         angle_BNK, range_BNK = (head(x_BD).float().view(x_BD.shape[0], self.task.elements, -1, 2)
                                 for head in (self.angle_factor, self.range_factor))
+        if self.inputs == "backprojection":
+            angle_BNK = _add_to_first_column(angle_BNK, _unit_rms(pattern.sum(1).float()))
         factor_BNQ = torch.cat((angle_BNK, math.sqrt(RANGE_SHARE) * range_BNK), dim=2)
         with torch.autocast(x_BD.device.type, enabled=False):
             means, statistics = self.diagonal_means(angle_BNK), factor_statistics(factor_BNQ, angle_BNK.shape[2])
@@ -115,9 +120,15 @@ class Hybrid(nn.Module):
         for block in self.blocks:
             for layer in (block.out, block.narrow):
                 layer.weight.div_(math.sqrt(2 * layers))
-        for layer in (self.angle_grid.logits, self.angle_offset, self.range_head):
+        for layer in (self.angle_factor, self.range_factor, self.angle_grid.logits, self.angle_offset, self.range_head):
             nn.init.normal_(layer.weight, std=0.3 / math.sqrt(layer.in_features))
+        for layer in (self.angle_factor, self.range_factor):
+            layer.bias.zero_()
         self.range_head.bias.fill_(0.5 * (self.task.range_min_m + self.task.range_max_m))
+
+
+def _add_to_first_column(factor_BNK: Tensor, field_BN: Tensor) -> Tensor:
+    return torch.cat((factor_BNK[:, :, :1] + field_BN[:, :, None], factor_BNK[:, :, 1:]), dim=2)
 
 
 def _unit_rms(a: Tensor) -> Tensor:

@@ -16,11 +16,11 @@ STEPS = 6
 
 
 @torch.no_grad()
-def sample_factor(scenes: Scenes) -> Tensor:
+def sample_factor(scenes: Scenes, steps: int = STEPS) -> Tensor:
     """The regularised least-squares field x, all snapshots together: (B, N, 1, 2); R_samp = x x^H.
 
     Model: (G^H G + ridge I) x = G^H y with ridge = |H|_F^2 / (M SNR), the ratio of noise to field power per element;
-        six conjugate-gradient steps. One field for all snapshots: it is exact for static symbols only.
+        `steps` conjugate-gradient steps, enough for a blend. One field for all snapshots: it is exact for static symbols only.
     Raises: ValueError where the scenes carry no channel.
     Source: conjugate gradients, Golub and Van Loan, Matrix Computations, 11.3.
     """
@@ -31,7 +31,7 @@ def sample_factor(scenes: Scenes) -> Tensor:
     ridge = power(scenes.channel).sum((1, 2)) / (antennas * 10.0 ** (scenes.snr_db / 10.0))
     residual = backproject(scenes.channel, scenes.codes, scenes.snapshots).sum(1)
     field, direction, energy = torch.zeros_like(residual), residual, _inner(residual, residual)
-    for _ in range(STEPS):
+    for _ in range(steps):
         image = _normal(scenes, direction) + ridge[:, None, None] * direction
         length = energy / _inner(direction, image).clamp_min(torch.finfo(energy.dtype).tiny)
         field = field + length * direction

@@ -22,8 +22,18 @@ ANGLE_SCALE = math.radians(5.0)    # how far apart in angle, and in log-range, c
 RANGE_SCALE = 0.2
 RIDGE = 1e-4                       # of the true steering vectors' Gram matrix, whose diagonal is 1
 LOADING = 1e-3                     # of the spectrum, as a share of the prediction's trace
-FLOOR = 1e-6                       # relative floor of a denominator that may vanish
-TINY = 1e-30
+FLOOR = 1e-6                       # floor of a denominator that may vanish, where the trace is 1
+SMALLEST = 1e-24                   # squared norm below which there is no direction to speak of
+
+
+def unit_factor(factor_BNQ: Tensor) -> Tensor:
+    """F/|F|, so that F F^H has trace 1. A factor of norm below 1e-12 counts as zero and is left as it is."""
+    total = power(factor_BNQ).sum((1, 2))
+    return factor_BNQ * torch.where(total > SMALLEST, total, 1.0).rsqrt()[:, None, None, None]
+
+
+def _gram(factor_BNQ: Tensor) -> Tensor:
+    return adjoint_matmul(factor_BNQ, factor_BNQ)
 
 
 def orthogonality(factor_BNQ: Tensor) -> Tensor:
@@ -31,10 +41,9 @@ def orthogonality(factor_BNQ: Tensor) -> Tensor:
 
     Model: sum_{i != j} |C_ij|^2 / sum_{i != j} C_ii C_jj with C = F^H F; 0 for orthogonal columns, 1 for parallel ones.
     """
-    gram = adjoint_matmul(factor_BNQ, factor_BNQ)
-    own = gram.diagonal(dim1=1, dim2=2)[:, 0]
-    trace_squared, own_squared = own.sum(-1).square(), own.square().sum(-1)
-    return (power(gram).sum((1, 2)) - own_squared) / ((1.0 + FLOOR) * trace_squared - own_squared + TINY)
+    gram = _gram(unit_factor(factor_BNQ))
+    own = gram.diagonal(dim1=1, dim2=2)[:, 0].square().sum(-1)
+    return (power(gram).sum((1, 2)) - own) / (1.0 + FLOOR - own)
 
 
 def cross(factor_BNQ: Tensor) -> Tensor:
@@ -42,15 +51,9 @@ def cross(factor_BNQ: Tensor) -> Tensor:
 
     Model: sum_{i != j} |C_ij - D_ij|^2, C and D the trace-normalised Gram matrices of the halves; 0 for equal halves.
     """
-    half = factor_BNQ.shape[2] // 2
-    first, second = (_unit_gram(part) for part in (factor_BNQ[:, :, :half], factor_BNQ[:, :, half:]))
+    first, second = (_gram(unit_factor(half)) for half in factor_BNQ.chunk(2, dim=2))
     gap = power(first - second)
     return gap.sum((1, 2)) - gap.diagonal(dim1=1, dim2=2).sum(-1)
-
-
-def _unit_gram(factor: Tensor) -> Tensor:
-    gram = adjoint_matmul(factor, factor)
-    return gram / (gram.diagonal(dim1=1, dim2=2)[:, 0].sum(-1) + TINY)[:, None, None, None]
 
 
 def wrapped(angle: Tensor) -> Tensor:
@@ -134,7 +137,7 @@ def chamfer(angles_BPK2: Tensor, active_BK: Tensor) -> Tensor:
 def unit_columns(factor_BNK: Tensor) -> Tensor:
     """The true steering vectors: columns of the target factor at unit norm, zero columns left zero. No gradient."""
     norm = power(factor_BNK.detach()).sum(1, keepdim=True)
-    return factor_BNK.detach() * norm.clamp_min(TINY).rsqrt()[..., None]
+    return factor_BNK.detach() * norm.clamp_min(SMALLEST).rsqrt()[..., None]
 
 
 def subspace(factor_BNQ: Tensor, steer_BNK: Tensor) -> Tensor:
@@ -143,13 +146,10 @@ def subspace(factor_BNQ: Tensor, steer_BNK: Tensor) -> Tensor:
     Model: |P R P|_F^2 / |R|_F^2 with R = F F^H and P = I - A (A^H A + ridge I)^-1 A^H; with W = P F that is
         |W^H W|_F^2 / |F^H F|_F^2. Only the true side is inverted, and it carries no gradient.
     """
-    steer_BNK = steer_BNK.detach()
-    with torch.no_grad():
-        inverse = hermitian_inverse(_load(adjoint_matmul(steer_BNK, steer_BNK), RIDGE))
-    inside = matmul(steer_BNK, matmul(inverse, adjoint_matmul(steer_BNK, factor_BNQ)))
-    outside = factor_BNQ - inside
-    total = power(adjoint_matmul(factor_BNQ, factor_BNQ)).sum((1, 2))
-    return power(adjoint_matmul(outside, outside)).sum((1, 2)) / (total + TINY)
+    steer_BNK, unit = steer_BNK.detach(), unit_factor(factor_BNQ)
+    inverse = hermitian_inverse(_load(_gram(steer_BNK), RIDGE))
+    inside = matmul(steer_BNK, matmul(inverse, adjoint_matmul(steer_BNK, unit)))
+    return power(_gram(unit - inside)).sum((1, 2)) / power(_gram(unit)).sum((1, 2)).clamp_min(FLOOR)
 
 
 def stencil(horizontal: int, vertical: int) -> Tensor:
@@ -173,9 +173,9 @@ def contrast(factor_BNQ: Tensor, steer_BNK: Tensor, ramp_NS: Tensor, active_BK: 
         gradient; by the envelope theorem the gradient through R alone is exact, so no inverse is differentiated.
     """
     around = multiply(steer_BNK.detach()[:, :, :, None], ramp_NS.to(steer_BNK.dtype)[:, None]).flatten(2, 3)
-    unit = factor_BNQ * (power(factor_BNQ).sum((1, 2)) + TINY).rsqrt()[:, None, None, None]
+    unit = unit_factor(factor_BNQ)
     with torch.no_grad():
-        inverse = hermitian_inverse(_load(adjoint_matmul(unit, unit), LOADING))
+        inverse = hermitian_inverse(_load(_gram(unit), LOADING))
         best = (around - matmul(unit, matmul(inverse, adjoint_matmul(unit, around)))) / LOADING
         linear = 2.0 * (around * best).sum((1, 3)) - LOADING * power(best).sum(1)
     inverse_spectrum = linear - power(adjoint_matmul(unit, best)).sum(1)

@@ -1,0 +1,198 @@
+"""The hybrid network: its size, that all of it is used, its invariances, its parts against dense definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ris_fast.config import Loss, Task
+from ris_fast.models import build_model
+from ris_fast.models.hybrid_parts import DiagonalMeans, factor_statistics
+from ris_fast.models.prediction import Prediction
+from ris_fast.physics.channel import collapsed_channel
+from ris_fast.physics.pairs import to_complex
+from ris_fast.physics.random import SceneGenerator
+from ris_fast.physics.scenes import Scenes, simulate
+from ris_fast.training.loss import CovarianceLoss
+
+TASK = Task(bs_antennas=4, ris_horizontal=4, ris_vertical=3, snapshots=8, max_sources=3)
+SMALL = {"width": 32, "layers": 2, "heads": 4, "feedforward": 48, "grid": 9}
+SEED_PRESET = Loss(orthogonality=1e-3, cross=1e-3, angle=0.05, range=0.02, chamfer=0.05, subspace=0.05, count=0.1)
+
+
+@pytest.fixture(params=["backprojection", "collapsed"])
+def inputs(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def small(inputs: str = "backprojection") -> nn.Module:
+    torch.manual_seed(0)
+    return build_model("hybrid", TASK, inputs=inputs, **SMALL)
+
+
+def scenes(count: int = 6) -> Scenes:
+    return simulate(TASK, count, SceneGenerator(seed=1))
+
+
+def call(model: nn.Module, batch: Scenes) -> Prediction:
+    return model(batch.snapshots, batch.channel, batch.codes, batch.snr_db)
+
+
+def test_parameter_count_is_the_reports_in_both_modes(inputs: str) -> None:
+    sizes = [parameter.numel() for parameter in build_model("hybrid", inputs=inputs).parameters()]
+    assert sum(sizes) == 16_339_075 and len(sizes) == 93
+
+
+def test_head_group_is_the_reports_and_no_parameter_is_in_it_twice() -> None:
+    heads = build_model("hybrid").head_parameters()
+    assert sum(parameter.numel() for parameter in heads) == 9_657_133
+    assert len({id(parameter) for parameter in heads}) == len(heads)
+
+
+def test_every_parameter_receives_a_gradient_from_the_presets_terms(inputs: str) -> None:
+    model, batch = small(inputs), scenes()
+    CovarianceLoss(SEED_PRESET, TASK)(call(model, batch), batch)[0].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.norm() > 0, name
+
+
+def test_every_input_of_the_pool_receives_a_gradient() -> None:
+    """The original fed it the imaginary parts of real numbers: half of its inputs were zero."""
+    model, batch = small(), scenes()
+    CovarianceLoss(SEED_PRESET, TASK)(call(model, batch), batch)[0].backward()
+    assert (model.pool.weight.grad.abs().amax(0) > 0).all()
+
+
+def test_shapes_and_bounds_of_the_prediction(inputs: str) -> None:
+    prediction = call(small(inputs), scenes())
+    assert prediction.factor.shape == (6, TASK.elements, 2 * TASK.max_sources, 2)
+    assert all(each.shape == (6, TASK.max_sources) and each.dtype == torch.float32 for each in prediction[1:])
+    assert (prediction.range_m > 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_prediction_does_not_see_the_scale_of_snapshots_and_channel(inputs: str, scale: float) -> None:
+    model, batch = small(inputs), scenes()
+    expected = call(model, batch)
+    scaled = model(scale * batch.snapshots, batch.channel / scale, batch.codes, batch.snr_db)
+    for one, other in zip(scaled, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_zero_snapshots_give_a_finite_prediction(inputs: str) -> None:
+    model, batch = small(inputs), scenes()
+    prediction = model(torch.zeros_like(batch.snapshots), batch.channel, batch.codes, batch.snr_db)
+    sum(each.sum() for each in prediction).backward()
+    assert all(each.isfinite().all() for each in prediction)
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_scenes_of_a_batch_do_not_mix(inputs: str) -> None:
+    model, batch = small(inputs), scenes()
+    for whole, part in zip(call(model, batch), call(model, batch[2:4]), strict=True):
+        torch.testing.assert_close(whole[2:4], part, rtol=1e-4, atol=1e-5)
+
+
+def test_collapsed_mode_takes_h_or_what_the_original_stored_of_it() -> None:
+    model, batch = small("collapsed"), scenes()
+    given = model(batch.snapshots, collapsed_channel(batch.channel, batch.codes), batch.codes, batch.snr_db)
+    for one, other in zip(given, call(model, batch), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_collapsed_mode_cannot_see_what_h_c_leaves_out_and_the_default_can() -> None:
+    """Two channels with the same H c_l for every code: only the back-projection tells them apart."""
+    batch = scenes()
+    codes = torch.view_as_complex(batch.codes)
+    hidden = torch.linalg.svd(codes.conj())[2][codes.shape[0]:].conj().mean(0)
+    assert (codes.conj() @ hidden).abs().max() < 1e-5
+    other = batch.channel + torch.view_as_real(hidden.conj().resolve_conj())
+    for mode, sees in (("collapsed", False), ("backprojection", True)):
+        model = small(mode)
+        changed = model(batch.snapshots, other, batch.codes, batch.snr_db).factor - call(model, batch).factor
+        assert bool(changed.abs().max() > 1e-3) is sees
+
+
+@pytest.mark.parametrize("mode, shape", [("backprojection", (6, 8, 4, 2)), ("collapsed", (6, 4, 4, 2))])
+def test_a_channel_of_the_wrong_shape_is_refused(mode: str, shape: tuple[int, ...]) -> None:
+    batch = scenes()
+    with pytest.raises(ValueError, match="channel is .*inputs='" + mode):
+        small(mode)(batch.snapshots, torch.zeros(shape), batch.codes, batch.snr_db)
+
+
+@pytest.mark.parametrize("name, options, message", [
+    ("hybird", {}, "hybrid"), ("hybrid", {"widht": 8}, "width"), ("hybrid", {"inputs": "colapsed"}, "collapsed"),
+    ("hybrid", {"width": 30}, "multiple of 4"), ("hybrid", {"grid": 1}, "at least 2")])
+def test_unknown_names_are_answered_with_the_nearest_valid_one(name: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_model(name, TASK, **options)
+
+
+def test_diagonal_means_equal_the_dense_ones() -> None:
+    elements = 7
+    factor = torch.randn(2, elements, 3, 2, generator=torch.Generator().manual_seed(2))
+    unit = to_complex(factor.double())
+    unit = unit / unit.abs().square().sum(-1, keepdim=True).sqrt()
+    dense = unit @ unit.mH
+    lags = torch.stack([dense.diagonal(-lag, 1, 2).mean(-1) for lag in range(elements)], -1)
+    anti = torch.stack([dense.flip(2).diagonal(elements - 1 - total, 1, 2).mean(-1)
+                        for total in range(2 * elements - 1)], -1)
+    assert anti.imag.abs().max() < 1e-12
+    expected = torch.cat((lags.real, lags.imag[:, 1:], anti.real), -1)
+    torch.testing.assert_close(DiagonalMeans(elements)(factor).double(), expected, rtol=0, atol=1e-5)
+
+
+def rank_two(columns: int) -> Tensor:
+    """Equal powers on the first two of `columns` orthogonal columns, nothing on the rest."""
+    factor = torch.zeros(1, 12, columns, 2)
+    factor[0, 0, 0, 0] = factor[0, 1, 1, 1] = 1.0
+    return factor
+
+
+def test_factor_statistics_count_equal_orthogonal_directions() -> None:
+    short, long = factor_statistics(rank_two(6), 3)
+    torch.testing.assert_close(short[0], torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(long[0, 6:], torch.full((8,), math.log(2.0)), rtol=0, atol=1e-5)
+
+
+def test_factor_statistics_entropies_do_not_see_a_unitary_mix_of_the_columns() -> None:
+    factor = torch.randn(3, 12, 6, 2, generator=torch.Generator().manual_seed(3))
+    mixer = torch.linalg.qr(torch.randn(6, 6, dtype=torch.complex64, generator=torch.Generator().manual_seed(4)))[0]
+    mixed = torch.view_as_real(to_complex(factor) @ mixer)
+    torch.testing.assert_close(factor_statistics(mixed, 3)[1][:, 6:11], factor_statistics(factor, 3)[1][:, 6:11])
+
+
+@pytest.mark.parametrize("factor", [torch.zeros(1, 12, 6, 2), rank_two(6), torch.ones(1, 12, 6, 2)])
+def test_factor_statistics_are_finite_for_degenerate_factors(factor: Tensor) -> None:
+    assert all(each.isfinite().all() for each in factor_statistics(factor, 3))
+
+
+def test_it_learns_a_handful_of_scenes_by_heart() -> None:
+    torch.manual_seed(0)
+    model, batch = build_model("hybrid", TASK, **SMALL | {"width": 64}), scenes(8)
+    loss = CovarianceLoss(SEED_PRESET, TASK)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(100):
+        total, raw = loss(call(model, batch), batch)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    assert raw["cov"] < 0.05
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_it_compiles_without_a_graph_break(inputs: str) -> None:
+    model, batch = small(inputs), scenes()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for one, other in zip(call(compiled, batch), call(model, batch), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_autocast_leaves_the_factor_in_float32() -> None:
+    batch = scenes()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        prediction = call(small(), batch)
+    assert all(each.dtype == torch.float32 and each.isfinite().all() for each in prediction)
