@@ -151,7 +151,7 @@ def _aot() -> list[AotCase]:
              "stream": "i64", "NORMAL": "constexpr", "WHOLE": "constexpr", "BLOCKS": "constexpr"}
     return [AotCase(f"{'normal' if normal else 'uniform'}-{'whole' if whole else 'ragged'}", kernels.philox_kernel, types,
                     {"NORMAL": normal, "WHOLE": whole, "BLOCKS": kernels.BLOCKS},
-                    ("out_ptr", "index_ptr", *(("count",) if whole else ())), kernels.WARPS, max_registers=48)
+                    ("out_ptr", "index_ptr", *(("count",) if whole else ())), kernels.WARPS, wide=whole, max_registers=48)
             for normal in (True, False) for whole in (True, False)]
 
 

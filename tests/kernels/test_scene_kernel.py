@@ -57,6 +57,15 @@ def test_a_scene_has_its_own_bits(name: str) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("name", ["standard", "odd"])
+def test_without_a_compiler_the_same_scenes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the C++ kernels were not built, plain torch makes them."""
+    monkeypatch.setattr(loader, "available", lambda: False)
+    slow, exact = OPERATOR.call(*arguments(name)), OPERATOR.reference(*arguments(name, torch.float64))
+    for found, true in zip(slow, exact):
+        assert (found - true).abs().max() < 2e-6 * true.abs().max()
+
+
 def test_triton_bodies_are_as_exact_as_eager() -> None:
     """Triton's interpreter in a process of its own, static and moving symbols, both wavefronts."""
     program = """
