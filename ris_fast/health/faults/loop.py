@@ -21,7 +21,7 @@ FAMILY.setting("warmup_of_the_whole_run", "gave the warm-up in per cent where a 
 FAMILY.setting("clip_next_to_nothing", "gave an exponent where the clip threshold belongs", "clip_too_small",
                "steps:5", {"optimizer.max_grad_norm": 1e-12})
 FAMILY.setting("decay_swallows_weights", "gave the decay per epoch where it is applied per step",
-               "weight_decay_too_large", "share:0.01", {"optimizer.weight_decay": 50.0})
+               "weight_decay_too_large", "share:0.01", {"optimizer.weight_decay": 180.0})
 FAMILY.setting("rate_far_too_large", "lost the exponent of the learning rate", "learning_rate_too_large", "share:0.01",
                {"optimizer.backbone_lr": 5.0, "optimizer.head_lr": 5.0})
 
@@ -51,7 +51,7 @@ def step_in_a_dead_branch(trainer: Trainer) -> None:
 
 @FAMILY.patch("clears the gradients after backward, before the step", "gradients_cleared_before_step", "steps:5")
 def cleared_between_backward_and_step(trainer: Trainer) -> None:
-    before_step(trainer, trainer.optimizer.zero_grad)
+    before_step(trainer, lambda: trainer.optimizer.zero_grad(set_to_none=False))
 
 
 @FAMILY.patch("never clears the gradients", "gradients_never_cleared", "steps:5", twin="backprojection")

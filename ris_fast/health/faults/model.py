@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ris_fast.health.faults.catalogue import Family
-from ris_fast.health.faults.patches import layers, model_with, on_factor, on_input
+from ris_fast.health.faults.patches import layers, model_with, on_factor, wrap
 from ris_fast.training.loop import Trainer
 
 FAMILY = Family("model")
@@ -27,9 +27,9 @@ def activation_dead_from_the_start(trainer: Trainer) -> None:
     trainer.model.fuse.bias.data.fill_(-50.0)
 
 
-@FAMILY.patch("a mask of the wrong dtype multiplies the features by zero", "ignored_input", "preflight")
-def features_masked_out(trainer: Trainer) -> None:
-    on_input(trainer.model.fuse, lambda x: (0.0 * x,))
+@FAMILY.patch("a mask of the wrong dtype multiplies every normalised input by zero", "ignored_input", "preflight")
+def inputs_masked_out(trainer: Trainer) -> None:
+    wrap(trainer.model, "_normalised", lambda normalised: lambda *inputs: tuple(0.0 * x for x in normalised(*inputs)))
 
 
 def zero_pair(inputs: int, outputs: int) -> nn.Sequential:
@@ -50,17 +50,21 @@ def both_factors_zero() -> Iterator[None]:
         yield
 
 
-@FAMILY.around("initialised with standard deviation 1 where it should shrink with the width", "bad_initialisation",
+@FAMILY.around("passed the fan-in where the standard deviation belongs", "bad_initialisation",
                "preflight")
 def initial_weights_explode() -> Iterator[None]:
     def change(model: nn.Module) -> None:
         for layer in layers(model):
-            nn.init.normal_(layer.weight, std=30.0)
+            nn.init.normal_(layer.weight, std=layer.weight[0].numel())
     with model_with(change):
         yield
 
 
-@FAMILY.patch("reads the residual stream from the wrong side, so that the pursuit's result never enters",
-              "ignored_input", "preflight", twin="backprojection")
-def stem_sees_zeros(trainer: Trainer) -> None:
-    on_input(trainer.model.stem, lambda x: (torch.zeros_like(x),))
+@FAMILY.around("answers with a learned prior; the correction that reads the scene is multiplied by zero", "ignored_input",
+               "preflight", twin="backprojection")
+def prior_without_correction() -> Iterator[None]:
+    def change(model: nn.Module) -> None:
+        model.prior = nn.Parameter(torch.randn(model.task.elements, model.columns, 2))
+        on_factor(model, lambda factor: model.prior + 0.0 * factor)
+    with model_with(change):
+        yield

@@ -47,7 +47,7 @@ TWINS: dict[str, Callable[[], Config]] = {
     "backprojection": backprojection,
     "dropout": lambda: hybrid(**{"model.options.dropout": 0.1}),
     "accumulate": lambda: hybrid(**{"training.batch_size": 8, "training.accumulate": 4}),
-    "gentle": lambda: hybrid(**{"optimizer.backbone_lr": 3e-4, "optimizer.head_lr": 3e-4}),
+    "gentle": lambda: hybrid(**{"optimizer.backbone_lr": 1e-4, "optimizer.head_lr": 1e-4}),
     "half": lambda: hybrid(**{"training.precision": "fp16"}),
     "path_loss": lambda: hybrid(**{"task.power": "path_loss"}),
     # four codes see a quarter of the array: H c_l no longer determines H
