@@ -156,3 +156,15 @@ def test_products_of_channel_and_code_are_refused() -> None:
 def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(ConfigError, match="width 0"):
         build_model("backprojection", SMALL, width=0)
+
+
+def test_symbols_of_every_snapshot_are_refused() -> None:
+    with pytest.raises(ConfigError, match="hybrid"):
+        build_model("backprojection", Task(symbols="per_snapshot"))
+
+
+def test_features_are_a_sound_operator() -> None:
+    model, scenes = build_model("backprojection", SMALL, width=16), scenes_of(SMALL, 3)
+    constants = [getattr(model.extract, name) for name in Geometry._fields]
+    torch.library.opcheck(torch.ops.ris_fast.pursuit_features.default,
+                          (*inputs_of(scenes), constants, model.extract.wavenumber, model.extract.atoms))
