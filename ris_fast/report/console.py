@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import os
 import sys
+import time
+from datetime import timedelta
 from typing import Any, Callable, Mapping, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from ris_fast.report.floors import floor_lines, judge, milestone_line
 
@@ -45,21 +48,18 @@ class ConsoleReport:
         if self.floors and self.standard_task:
             self._print(milestone_line(), "dim")
         if self.bar is not None:
-            self.task = self.bar.add_task("starting", total=1.0, loss="")
+            self.task = self.bar.add_task("starting", total=1.0, loss="", end=None)
             self.bar.start()
 
     def step(self, row: Mapping[str, Any]) -> None:
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=share_done(row, self.info), loss=f"loss {row['train_loss']:.3f}",
-                            description=f"epoch {row['epoch']}/{row['epochs']}")
+        self._move_bar(row)
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         score = validation(row)
         better = score < self.best
         self.best = min(self.best, score)
         self._print(epoch_line(row), "bold green" if better and score < self.floors.get("mean", 1.0) else None)
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=share_done(row, self.info))
+        self._move_bar(row)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self.close()
@@ -71,8 +71,16 @@ class ConsoleReport:
         if self.bar is not None:
             self.bar.stop()
 
+    def _move_bar(self, row: Mapping[str, Any]) -> None:
+        if self.bar is None or self.task is None:
+            return
+        share = share_done(row, self.info)
+        end = time.monotonic() + row["seconds"] * (1.0 - share) / share if share > 0.0 else None
+        self.bar.update(self.task, completed=share, loss=f"loss {row['train_loss']:.3f}", end=end,
+                        description=f"epoch {row['epoch']}/{row['epochs']}", refresh=True)
+
     def _print(self, text: str, style: str | None = None) -> None:
-        self.console.print(text, style=style)
+        self.console.print(Text(text, style=style or ""))
 
 
 def counter(what: str, stream: TextIO | None = None) -> Callable[[int, int], None]:
@@ -143,7 +151,15 @@ def _phrase(info: Mapping[str, Any], key: str, pattern: str, before: str | None 
     return pattern.format(info.get(before, ""), info[key]) if before else pattern.format(info[key])
 
 
+class TimeLeft(ProgressColumn):
+    """Counts down to the end that the last report foresaw; reports are too far apart for the library's own estimate."""
+
+    def render(self, task: Task) -> Text:
+        end = task.fields["end"]
+        return Text(f"left {timedelta(seconds=max(0, round(end - time.monotonic())))}" if end is not None else "")
+
+
 def _progress(console: Console) -> Progress:
     return Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-                    TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"),
+                    TimeElapsedColumn(), TimeLeft(), TextColumn("{task.fields[loss]}"),
                     console=console, transient=True, refresh_per_second=2)

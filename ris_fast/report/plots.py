@@ -21,6 +21,7 @@ LOSS_PLOT = "loss.png"
 INK, GRID = "#222222", "#dddddd"
 TRAIN, RAW, EMA, GRADIENT, BAYES = "#9aa7b8", "#d9822b", "#1f5fa8", "#5a7d4f", "#444444"
 FLOOR_SHADES = ("#b04a5a", "#8a5fa0", "#4f8a8b", "#a08a4f", "#707070")
+MARKED = 40                       # points are marked up to this many
 SECONDS_BETWEEN_DRAWINGS = 20.0
 
 
@@ -68,8 +69,8 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], floors: Mapping[str, float]) 
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1.0))
     steps = [row for row in rows if row.get("event") == "step"]
     epochs = [row for row in rows if row.get("event") == "epoch"]
-    top.plot(*_series(steps or epochs, "train_loss"), color=TRAIN, lw=1.2, label="training loss")
-    marker = "o" if len(epochs) <= 40 else ""
+    dot, marker = ("o" if len(each) <= MARKED else "" for each in (steps or epochs, epochs))
+    top.plot(*_series(steps or epochs, "train_loss"), color=TRAIN, lw=1.2, marker=dot, ms=3, label="training loss")
     top.plot(*_series(epochs, "val_nmse_raw"), color=RAW, lw=1.4, marker=marker, ms=3, label="validation, raw weights")
     top.plot(*_series(epochs, "val_nmse_ema"), color=EMA, lw=2.0, marker=marker, ms=3,
              label="validation, averaged weights")
@@ -78,8 +79,9 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], floors: Mapping[str, float]) 
     top.set_ylim(bottom=min(top.get_ylim()[0], 0.4))
     top.legend(loc="lower left", frameon=False, fontsize=9)
     top.set_title(_headline(epochs), loc="left", fontsize=11, color=INK)
-    bottom.plot(*_series(steps or epochs, "grad_norm"), color=GRADIENT, lw=1.0)
+    bottom.plot(*_series(steps or epochs, "grad_norm"), color=GRADIENT, lw=1.0, marker=dot, ms=3)
     _axes(bottom, "gradient\nnorm", log=True)
+    bottom.set_xlim(left=0.0)
     bottom.set_xlabel("training scenes seen", color=INK)
     bottom.xaxis.set_major_formatter(FuncFormatter(_thousands))
     return figure
