@@ -19,7 +19,7 @@ from torch import Tensor
 from ..native import loader
 from ..registry import Family
 from . import native, reference
-from .samples import operators
+from .samples import aot, operators
 
 _TABLES = "Tensor chunks, Tensor segments"
 SCHEMAS = {
@@ -95,4 +95,13 @@ def backends() -> dict[str, Backend]:
     return found
 
 
-FAMILY = Family("fused_step", operators())
+def _triton(phase: str) -> Callable[..., None]:
+    def run(*args: Any) -> None:
+        from . import triton_kernels
+
+        getattr(triton_kernels, phase)(*args)
+
+    return run
+
+
+FAMILY = Family("fused_step", operators(lambda phase: {"cpp": getattr(native, phase), "triton": _triton(phase)}), aot)

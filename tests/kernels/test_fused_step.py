@@ -1,0 +1,209 @@
+"""The fused step's kernels against the float64 definition, at every instruction set, size and number of threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ris_fast.kernels.fused_step import native, op, reference
+from ris_fast.kernels.fused_step.layout import Segment, State, Telemetry, padded, tables
+from ris_fast.kernels.fused_step.samples import ARGUMENTS, FLATS, RESULTS, SIZES, buffers
+from ris_fast.kernels.native import loader
+
+needs_cpp = pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built")
+LEVELS = loader.supported_levels()
+
+
+def run(module: Any, made: dict[str, Any], phase: str, *extra: Any, **options: Any) -> None:
+    getattr(module, phase)(*(made[name] for name in ARGUMENTS[phase]), *extra, **options)
+
+
+def step(module: Any, made: dict[str, Any], clear: bool = True, **options: Any) -> None:
+    run(module, made, "measure", True, **options)
+    run(module, made, "apply", clear, **options)
+
+
+def distance(value: Tensor, exact: Tensor) -> float:
+    """Relative error over the finite values; infinite where they are not finite at the same places."""
+    value, exact = value.double(), exact.double()
+    if not torch.equal(value.isfinite(), exact.isfinite()):
+        return float("inf")
+    return float((value - exact).nan_to_num(0, 0, 0).norm() / exact.nan_to_num(0, 0, 0).norm().clamp_min(1e-30))
+
+
+def check(made: dict[str, Any], eager: dict[str, Any], exact: dict[str, Any], phases: tuple[str, ...]) -> None:
+    """At most twice the error of the definition in float32, or two roundings of float32."""
+    for name in {name for phase in phases for name in RESULTS[phase]}:
+        allowed = max(2 * distance(eager[name], exact[name]), 2**-23)
+        assert distance(made[name], exact[name]) <= allowed, name
+
+
+@needs_cpp
+@pytest.mark.parametrize("simd", LEVELS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_step_agrees_with_the_definition(simd: str, sizes: str) -> None:
+    made, eager, exact = (buffers(SIZES[sizes], dtype=dtype) for dtype in (torch.float32, torch.float32, torch.float64))
+    for clear in (False, True):
+        step(native, made, clear, simd=simd)
+        step(reference, eager, clear)
+        step(reference, exact, clear)
+    check(made, eager, exact, ("measure", "apply"))
+    assert not made["grad"].any()
+
+
+@needs_cpp
+@pytest.mark.parametrize("simd", LEVELS)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_accumulate_agrees_with_the_definition(simd: str, overwrite: bool) -> None:
+    """Float32 and bfloat16 gradients in one call, an absent one, and the norm folded in."""
+    results = []
+    for module, dtype, options in ((native, torch.float32, {"simd": simd}), (reference, torch.float32, {}), (reference, torch.float64, {})):
+        made = buffers(SIZES["few"], [True, True, True, True, True, False], dtype=dtype)
+        made["gradients"] = [g.float().bfloat16() if i % 2 else g for i, g in enumerate(made["gradients"])]
+        made["gradients"][5] = made["grad"][:0]
+        run(module, made, "accumulate", 0.3, overwrite, True, **options)
+        results.append(made)
+    check(*results, ("accumulate",))
+
+
+@needs_cpp
+@pytest.mark.parametrize("sizes", SIZES)
+def test_any_number_of_threads_gives_the_same_bits(sizes: str) -> None:
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            made = buffers(SIZES[sizes])
+            step(native, made)
+            results.append(made)
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name in (*FLATS, "sums", "telemetry", "state", "coefficients"):
+            assert torch.equal(other[name], results[0][name]), name
+
+
+@pytest.mark.parametrize("module", [reference, pytest.param(native, marks=needs_cpp)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_non_finite_gradient_changes_nothing_and_is_named(module: Any, value: float) -> None:
+    made = buffers(SIZES["few"])
+    made["grad"][int(made["segments"][3, Segment.START]) + 8999] = value  # the last element of a tensor
+    made["grad"][int(made["segments"][5, Segment.START])] = value
+    before = {name: made[name].clone() for name in (*FLATS, "steps", "state")}
+    step(module, made)
+    for name in ("param", "exp_avg", "exp_avg_sq", "ema", "steps"):
+        assert torch.equal(made[name], before[name]), name
+    assert not made["grad"].any()
+    assert made["state"][State.SKIPPED] == 1 and made["state"][State.APPLIED] == before["state"][State.APPLIED]
+    assert made["state"][State.FIRST_BAD] == 3 and made["state"][State.SCALE] == before["state"][State.SCALE] / 2
+    assert made["telemetry"][:, Telemetry.NONFINITE].tolist() == [0, 0, 0, 1, 0, 1]
+    assert not made["telemetry"][:, Telemetry.UPDATE_NORM].any()
+
+
+@pytest.mark.parametrize("module", [reference, pytest.param(native, marks=needs_cpp)])
+def test_a_gradient_whose_square_overflows_is_finite(module: Any) -> None:
+    made = buffers((100, 100))
+    made["grad"][3] = 1e30
+    step(module, made)
+    assert made["state"][State.SKIPPED] == 0 and made["state"][State.NORM] == pytest.approx(float(torch.tensor(1e30)) / 8, rel=1e-7)
+    assert made["param"].isfinite().all()
+
+
+@pytest.mark.parametrize("module", [reference, pytest.param(native, marks=needs_cpp)])
+def test_a_tensor_without_gradient_is_left_alone(module: Any) -> None:
+    made = buffers((100, 5000, 70), [True, False, True])
+    made["grad"][128 : 128 + 5000] = float("nan")  # stale
+    before = {name: made[name].clone() for name in FLATS}
+    step(module, made)
+    for name in FLATS:
+        assert torch.equal(made[name][128 : 128 + padded(5000)].nan_to_num(7), before[name][128 : 128 + padded(5000)].nan_to_num(7)), name
+    assert made["steps"].tolist() == [1 + 1, 1, 3 + 1] and made["state"][State.SKIPPED] == 0
+    assert not torch.equal(made["param"][:100], before["param"][:100])
+
+
+@pytest.mark.parametrize("module", [reference, pytest.param(native, marks=needs_cpp)])
+def test_loss_scale_grows_after_clean_steps(module: Any) -> None:
+    made = buffers((10,))
+    scales = []
+    for _ in range(7):
+        step(module, made, clear=False)
+        scales.append(float(made["state"][State.SCALE]))
+    first = float(buffers((10,))["state"][State.SCALE])
+    assert [scale / first for scale in scales] == [2, 2, 2, 2, 2, 4, 4]  # `buffers` left four clean steps of five
+
+
+def test_chunks_cover_every_live_row_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        numels = torch.randint(0, 20000, (12,), generator=generator).tolist()
+        live = (torch.rand(12, generator=generator) < 0.7).tolist()
+        segments, chunks = tables(numels, [0] * 12, live, 4096)
+        covered = torch.zeros(int(segments[:, Segment.PADDED].sum()), dtype=torch.int32)
+        for start, length, segment in chunks.tolist():
+            assert live[segment] and start % 64 == 0 and length % 64 == 0 and length <= 4096
+            covered[start : start + length] += 1
+        for (_, count, _, start, length), there in zip(segments.tolist(), live, strict=True):
+            assert (count > 0) == there and bool((covered[start : start + length] == there).all())
+
+
+@pytest.mark.parametrize("record", op.FAMILY.operators, ids=lambda record: record.name)
+def test_operators_are_well_formed(record: Any) -> None:
+    sample = record.samples[0]
+    torch.library.opcheck(record.call, sample.make("cpu", torch.float32), test_utils=("test_schema", "test_faketensor"))
+    cost = record.cost(*sample.make("cpu", torch.float32))
+    assert cost.bytes > 0 and cost.flops > 0
+
+
+INTERPRETED = """
+import torch
+from ris_fast.kernels.fused_step import reference, triton_kernels
+from test_fused_step import ARGUMENTS, SIZES, buffers, check, run, step
+def three(sizes, live=None, bad=None):
+    made = [buffers(sizes, live, triton_kernels.CHUNK, dtype) for dtype in (torch.float32, torch.float32, torch.float64)]
+    for each in made:
+        if bad is not None:
+            each["grad"][bad] = float("nan")
+    return zip(made, (triton_kernels, reference, reference)), made
+for sizes, live, bad in ((SIZES["few"], None, None), (SIZES["few"], [1, 0, 1, 1, 0, 1], None), (SIZES["few"], None, 70), ((0,), None, None), ((64,) * 300, None, None)):
+    pairs, made = three(sizes, live, bad)
+    for each, module in pairs:
+        for clear in ((True,) if len(sizes) == 300 else (False, True)):
+            step(module, each, clear)
+    check(*made, ("measure", "apply"))
+    assert not made[0]["tickets"][:-1].any()
+pairs, made = three(SIZES["few"])
+for each, module in pairs:
+    run(module, each, "measure", False); run(module, each, "decide")
+check(*made, ("decide",))
+for overwrite in (False, True):
+    pairs, made = three(SIZES["few"])
+    for each, module in pairs:
+        each["gradients"] = [g.float().bfloat16() if i % 2 else g for i, g in enumerate(each["gradients"])]
+        run(module, each, "accumulate", 0.3, overwrite, True)
+    check(*made, ("accumulate",))
+print("agrees")
+"""
+
+
+def test_triton_bodies_agree_under_the_interpreter() -> None:
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", INTERPRETED], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "agrees", done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_triton_bodies_compile_without_spills_and_with_wide_accesses(arch: int) -> None:
+    pytest.importorskip("triton")
+    from ris_fast.kernels.native.aot import compile_case
+
+    for case in op.FAMILY.aot():
+        report = compile_case(case, arch)
+        assert report.spills == 0 and report.registers <= case.max_registers, report
+        assert not case.wide or report.wide >= 8, report
