@@ -75,8 +75,12 @@ class Hybrid(nn.Module):
 
         With inputs='collapsed' the channel may be given as H c_l, (B, L, M, 2).
         """
-        snapshots, seen, pattern = self._normalised(snapshots, channel, codes, snr_db)
-        x_BD = self._features(snapshots, seen, pattern)
+        return self.trunk(self.features(snapshots, channel, codes, snr_db))
+
+    def trunk(self, features: tuple[Tensor, Tensor, Tensor]) -> Prediction:
+        """The trainable part, from what `features` returned."""
+        snapshots, seen, pattern = features
+        x_BD = self._fused(snapshots, seen, pattern)
         angle_BNK, range_BNK = (head(x_BD).float().view(x_BD.shape[0], self.task.elements, -1, 2)
                                 for head in (self.angle_factor, self.range_factor))
         if self.inputs == "backprojection":
@@ -90,8 +94,10 @@ class Hybrid(nn.Module):
         range_m = fn.softplus(self.range_head(x_BD).float()) + MIN_RANGE_M
         return Prediction(factor_BNQ, azimuth, elevation, range_m, self.count_head(x_BD, *statistics).float())
 
-    def _normalised(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> tuple[Tensor, ...]:
-        """The inputs of the three paths: (B, L, M, 2), (B, L, M, 2) and (B or 1, L, N, 2)."""
+    @torch.no_grad()
+    def features(self, snapshots: Tensor, channel: Tensor, codes: Tensor,
+                 snr_db: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The normalised inputs of the three paths: (B, L, M, 2), (B, L, M, 2) and (B or 1, L, N, 2)."""
         batch, length, antennas, _ = snapshots.shape
         full = channel.shape == (batch, antennas, self.task.elements, 2)
         if not full and (self.inputs != "collapsed" or channel.shape != snapshots.shape):
@@ -103,7 +109,7 @@ class Hybrid(nn.Module):
         pattern = codes[None] if self.inputs == "collapsed" else _unit_rms(backproject(channel, codes, snapshots)) * share
         return _unit_rms(snapshots) * share, _unit_rms(seen), pattern
 
-    def _features(self, snapshots: Tensor, seen: Tensor, pattern: Tensor) -> Tensor:
+    def _fused(self, snapshots: Tensor, seen: Tensor, pattern: Tensor) -> Tensor:
         """The fused features (B, D)."""
         y = fn.gelu(self.y_mix(snapshots.flatten(2).transpose(1, 2)))
         y = fn.gelu(self.y_widen(self.y_depth(y))).transpose(1, 2)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Callable
-
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ris_fast.config import Config, ConfigError
+from ris_fast.models.prediction import Prediction
 
 
 def choose_device(name: str) -> torch.device:
@@ -26,14 +25,28 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def compiled(model: nn.Module, config: Config, device: torch.device) -> tuple[Callable, str]:
-    """The network as the step calls it, and one line that says whether it was compiled, and if not, why."""
+class Network:
+    """A model as the step calls it: its features, which hold no parameter, then its trunk, compiled or not.
+
+    Only the trunk is compiled: features are few large operators that no compiler improves, and validation reuses them.
+    """
+
+    def __init__(self, model: nn.Module, compile: bool) -> None:
+        self.features = model.features
+        self.trunk = torch.compile(model.trunk, fullgraph=True, dynamic=False) if compile else model.trunk
+
+    def __call__(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Prediction:
+        return self.trunk(self.features(snapshots, channel, codes, snr_db))
+
+
+def compiled(model: nn.Module, config: Config, device: torch.device) -> tuple[Network, str]:
+    """The network of a run, and one line that says whether it was compiled, and if not, why."""
     if not config.training.compile:
-        return model, "eager, as asked"
+        return Network(model, False), "eager, as asked"
     missing = missing_compiler(device)
     if missing:
-        return model, f"eager: {missing}"
-    return torch.compile(model, fullgraph=True, dynamic=False), "compiled with torch.compile"
+        return Network(model, False), f"eager: {missing}"
+    return Network(model, True), "compiled with torch.compile"
 
 
 def missing_compiler(device: torch.device) -> str | None:
