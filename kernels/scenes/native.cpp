@@ -186,10 +186,11 @@ RIS_EXPORT(int, scenes)
     {
         const scenes::Scratch s(z);
         if (s.block) scenes::transpose_codes(s, codes, z);
-#pragma omp for schedule(static) reduction(| : failed)
+#pragma omp for schedule(static) nowait
         for (int64_t b = 0; b < batch; ++b) {
             if (!s.block) {
-                failed |= 1;
+#pragma omp atomic write
+                failed = 1;
                 continue;
             }
             float *H = channel + b * h, *S = factor + 2 * b * elements * n_sources;
