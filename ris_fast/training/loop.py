@@ -18,9 +18,10 @@ from ris_fast.physics.scenes import Scenes
 from ris_fast.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from ris_fast.training.devices import choose_device, compiled
 from ris_fast.training.loss import CovarianceLoss
-from ris_fast.training.schedule import Plan, steps_in_epoch
+from ris_fast.training.schedule import Plan, learning_rate_factor, steps_in_epoch
 from ris_fast.training.state import Meter, RunState, RunStopped
 from ris_fast.training.step import Step, build_optimizer
+from ris_fast.training.telemetry import Milestones
 from ris_fast.training.validation import Score, validate
 
 LEARNED = 0.95        # a network has learned when it is below this share of the lowest floor and of its own start
@@ -67,10 +68,11 @@ class Trainer:
         self.model = build_model(config.model.name, config.task, **config.model.options).to(self.device)
         self.optimizer = build_optimizer(self.model, config)
         network, self.compile_note = compiled(self.model, config, self.device)
-        self.step = Step(network, self.loss, self.optimizer, config, self.device)
+        self.step = Step(network, self.loss, self.optimizer, config, self.device, self.model)
         self.state = RunState()
         self.started = time.monotonic()
         self.counters = dict.fromkeys(("attempted", "applied", "clipped", "skipped"), 0)
+        self.skipping = self.groups_read = 0
         self.epoch_steps = steps_in_epoch(self.source.size("train"), config.training.batch_size,
                                           config.training.accumulate)
         self.plan = Plan(config.training.epochs * self.epoch_steps, config.training.max_seconds)
@@ -86,6 +88,7 @@ class Trainer:
         self.observer.start(self._info())
         finding, verdict = None, None
         self.started = time.monotonic() - self.state.seconds
+        self.milestones, self.between_epochs = Milestones(self.model), {}
         try:
             if self.state.step == 0:
                 self.state.initial_nmse = self._score().nmse
@@ -114,13 +117,14 @@ class Trainer:
     def _epoch(self) -> None:
         epoch_meter, window = Meter(), Meter()
         before, began, scenes_before = dict(self.counters), time.monotonic(), self.state.scenes_seen
+        self.groups_read, self.between_epochs = 0, self.milestones.pass_by()
         self.model.train()
         for group in self._groups():
             result = self.step(group, self.plan.planned)
             self._advance(result.scenes)
             epoch_meter.add(result)
             window.add(result)
-            if self.state.step % self.config.report.every_steps == 0:
+            if self.step.telemetry.due(self.state.step):
                 self._report_step(window, began, scenes_before)
                 window = Meter()
             if self._time_over():
@@ -146,7 +150,9 @@ class Trainer:
         batches = list(epoch_batches(self.source, "train", self.state.epoch, settings.batch_size, settings.seed,
                                      self.config.data.fixed))
         for first in range(self.state.epoch_step * settings.accumulate, len(batches), settings.accumulate):
-            yield [self.source.batch("train", index) for index in batches[first:first + settings.accumulate]]
+            group = [self.source.batch("train", index) for index in batches[first:first + settings.accumulate]]
+            self.groups_read += 1
+            yield group
 
     # ---- what must hold -----------------------------------------------------------------------------------------
 
@@ -169,12 +175,18 @@ class Trainer:
     def _report_step(self, window: Meter, began: float, scenes_before: int) -> None:
         previous = dict(self.counters)
         self._read_counters()
-        if self.counters["skipped"] - previous["skipped"] >= max(1, min(window.steps, self.config.training.max_skipped)):
-            raise RunStopped(f"Every gradient of the last {window.steps} steps was non-finite, first in "
+        all_skipped = self.counters["skipped"] - previous["skipped"] >= window.steps
+        self.skipping = self.skipping + window.steps if all_skipped else 0
+        if self.skipping >= self.config.training.max_skipped:
+            raise RunStopped(f"Every gradient of the last {self.skipping} steps was non-finite, first in "
                              f"'{self.counters.get('first_bad_tensor')}'. No step was applied; the weights are unharmed.",
                              "steps_skipped")
         rate = (self.state.scenes_seen - scenes_before) / max(time.monotonic() - began, 1e-9)
-        self.observer.step(self._row(window, previous, rate))
+        row = self._row(window, previous, rate)
+        row["health"] = self.step.telemetry.read(self.state.epoch) | {
+            "steps": window.steps, "attempted": self.counters["attempted"] - previous["attempted"],
+            "skipped": self.counters["skipped"] - previous["skipped"], "applied": self.counters["applied"]}
+        self.observer.step(row)
 
     def _read_counters(self) -> None:
         self.counters = self.optimizer.counters()
@@ -186,8 +198,16 @@ class Trainer:
                 "terms": meter.mean_terms(self.loss.weights), "grad_norm": self.counters["grad_norm"],
                 "clipped": (self.counters["clipped"] - before["clipped"]) / steps,
                 "skipped": (self.counters["skipped"] - before["skipped"]) / steps,
-                "lr": self.step.learning_rates(), "planned_steps": self.plan.planned,
+                "lr": self.step.learning_rates(), "lr_planned": self._planned_rates(), "planned_steps": self.plan.planned,
                 "scenes_per_s": rate, "loss_scale": self.counters.get("loss_scale")}
+
+    def _planned_rates(self) -> dict[str, float]:
+        """The learning rates that the last update should have had, from the count of updates that were applied."""
+        settings, counters = self.config.optimizer, self.counters
+        skipped_last = self.skipping > 0
+        factor = learning_rate_factor(counters["applied"] - (not skipped_last), self.plan.planned, settings.warmup,
+                                      settings.final_lr)
+        return {group["name"]: group["peak_lr"] * factor for group in self.optimizer.param_groups}
 
     def _epochs_planned(self) -> int:
         return max(self.state.epoch + 1, min(self.config.training.epochs, math.ceil(self.plan.planned / self.epoch_steps)))
@@ -195,6 +215,7 @@ class Trainer:
     # ---- validation, checkpoints, summary -----------------------------------------------------------------------
 
     def _close_epoch(self, meter: Meter, before: dict[str, int], rate: float) -> None:
+        self.milestones.pass_by()
         raw = self._score()
         ema = self._score(averaged=True) if self.optimizer.ema_decay else None
         state = self.state
@@ -203,7 +224,7 @@ class Trainer:
         state.seconds = time.monotonic() - self.started
         row = self._row(meter, before, rate) | {
             "val_loss": raw.loss, "val_nmse_raw": raw.nmse, "val_nmse_median": raw.median,
-            "val_nmse_ema": ema.nmse if ema else None}
+            "val_nmse_ema": ema.nmse if ema else None, "health": self._validation_reading(meter, raw, ema)}
         weights, score = ("ema", ema) if ema and ema.nmse < raw.nmse else ("raw", raw)
         better = score.nmse < state.best_nmse
         state.epochs_since_best = 0 if better else state.epochs_since_best + 1
@@ -215,6 +236,16 @@ class Trainer:
             self._save("last")
         self.plan.update(state.step, state.seconds)
         self.observer.epoch(row)
+
+    def _validation_reading(self, meter: Meter, raw: Score, ema: Score | None) -> dict[str, Any]:
+        """What the epoch and its validation say of themselves, besides the scores."""
+        scores = {"raw": raw} | ({"ema": ema} if ema else {})
+        return {"steps": meter.steps, "groups_read": self.groups_read, "epoch_steps": self.epoch_steps,
+                "between_epochs": self.between_epochs, "around_validation": self.milestones.pass_by(),
+                "scores": {name: {"answers": score.answers, "asleep": score.asleep, "loss": score.loss,
+                                  "distance": self.milestones.distance(score.weights)}
+                           for name, score in scores.items()},
+                "distance": self.milestones.distance(self.milestones.last)}
 
     def _score(self, averaged: bool = False) -> Score:
         def score() -> Score:
@@ -269,6 +300,7 @@ class Trainer:
                 "train_scenes": self.source.size("train"), "batch_size": training.batch_size,
                 "accumulate": training.accumulate, "epochs": training.epochs, "max_seconds": training.max_seconds,
                 "planned_steps": self.plan.planned, "floors": self.floors, "compile": self.compile_note,
+                "epoch_steps": self.epoch_steps, "ema_decay": self.optimizer.ema_decay,
                 "optimizer_backend": self.optimizer.backend}
 
     # ---- small things -------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from ris_fast.physics.scenes import Scenes
 from ris_fast.training.loss import CovarianceLoss
 from ris_fast.training.optimizer import FusedAdamW
 from ris_fast.training.schedule import learning_rate_factor
+from ris_fast.training.telemetry import Telemetry
 
 
 @dataclass(frozen=True)
@@ -65,27 +66,37 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 class Step:
     """Calls the network, the loss and the optimizer in the one right order.
 
-    Args: network: (snapshots, channel, codes, snr_db) -> Prediction, compiled or not, sharing `optimizer`'s parameters.
+    Args:
+        network: (snapshots, channel, codes, snr_db) -> Prediction, compiled or not, sharing `optimizer`'s parameters.
+        model: the module that holds them.
     """
 
     def __init__(self, network: Callable[..., Prediction], loss: CovarianceLoss, optimizer: FusedAdamW,
-                 config: Config, device: torch.device) -> None:
+                 config: Config, device: torch.device, model: nn.Module) -> None:
         self.network, self.loss, self.optimizer = network, loss, optimizer
         self.config, self.device = config, device
+        self.telemetry = Telemetry(model, optimizer, config.report.every_steps)
 
     def predict(self, scenes: Scenes) -> Prediction:
         """The network's answer in the run's precision. Scenes without a channel are shown with H c_l in its place."""
         channel = scenes.collapsed if scenes.channel is None else scenes.channel
         with autocast(self.device, self.config.training.precision):
-            return self.network(scenes.snapshots, channel, scenes.codes, scenes.snr_db)
+            prediction = self.network(scenes.snapshots, channel, scenes.codes, scenes.snr_db)
+        if torch.is_grad_enabled():
+            self.telemetry.shown(scenes, prediction.factor)
+        return prediction
 
     def __call__(self, group: Sequence[Scenes], planned: int) -> StepResult:
         """One optimizer step over the micro-batches of `group`; `planned` is the length of the schedule in steps."""
         total = sum(scenes.batch for scenes in group)
+        self.telemetry.begin()
         self.optimizer.zero_grad()
+        self.telemetry.cleared()
         losses, terms = zip(*(self._accumulate(scenes, scenes.batch / total) for scenes in group))
+        self.telemetry.differentiated()
         self._schedule(planned)
         self.optimizer.step()
+        self.telemetry.updated()
         return StepResult(total, torch.stack(losses).sum(),
                           {name: torch.stack([each[name] for each in terms]).sum() for name in terms[0]})
 

@@ -15,6 +15,7 @@ from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.loss import CovarianceLoss
+from ris_fast.training.telemetry import prints, weight_norms
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class Score:
     loss: float
     nmse: float
     median: float
+    asleep: bool = True           # every module was in evaluation mode
+    answers: str = ""             # hash of the factors: equal for equal answers, bit for bit
+    weights: Tensor | None = None  # (T,) norms of the weights that were scored
 
 
 def target_of(scenes: Scenes) -> dict[str, Tensor]:
@@ -43,9 +47,11 @@ def validate(model: nn.Module, predict: Callable[[Scenes], Prediction], loss: Co
     was_training = model.training
     model.eval()
     try:
-        losses, scores, sizes = [], [], []
+        losses, scores, sizes, answers, awake, weights = [], [], [], [], 0, weight_norms(model)
         for scenes in batches:
             prediction = predict(scenes)
+            awake += sum(module.training for module in model.modules())
+            answers.append(prints(prediction.factor).sum())
             losses.append(loss(prediction, scenes)[0])
             scores.append(scene_nmse(prediction, scenes))
             sizes.append(scenes.batch)
@@ -53,4 +59,5 @@ def validate(model: nn.Module, predict: Callable[[Scenes], Prediction], loss: Co
         model.train(was_training)
     nmse = torch.cat(scores).double()
     share = torch.tensor(sizes, dtype=torch.float64, device=nmse.device) / nmse.numel()
-    return Score((torch.stack(losses).double() * share).sum().item(), nmse.mean().item(), nmse.median().item())
+    return Score((torch.stack(losses).double() * share).sum().item(), nmse.mean().item(), nmse.median().item(),
+                 not awake, f"{sum(each.item() for each in answers) & (2**64 - 1):016x}", weights)

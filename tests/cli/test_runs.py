@@ -46,7 +46,7 @@ def test_a_run_folder_holds_what_it_promises(trained: Path) -> None:
 
 def test_metrics_have_a_row_per_report_with_terms_raw_and_weighted(trained: Path) -> None:
     rows = read_events(trained)
-    assert [row["event"] for row in rows][:4] == ["start", "step", "step", "epoch"]
+    assert [row["event"] for row in rows][:4] == ["start", "step", "step", "step"]
     epoch = next(row for row in rows if row["event"] == "epoch")
     assert {"cov", "cov_pred", "angle", "count"} <= epoch["terms"].keys()
     assert epoch["train_loss"] == pytest.approx(sum(term["weighted"] for term in epoch["terms"].values()), rel=1e-4)

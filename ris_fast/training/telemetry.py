@@ -1,0 +1,179 @@
+"""What the step sees of itself: gradients before anything touched them, weights before and after, the scenes as served.
+
+Taken on the first steps and then on every report, as tensors that stay on the device until `read`; nothing here waits.
+
+Legend: B batch, T tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ris_fast.physics.scenes import Scenes
+
+DENSE = 8                  # the contracts of the loop show in the first steps
+REMEMBERED = 64            # sampled steps whose scenes are kept, to see one of them again
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """(T,) float32: the norm of each tensor."""
+    if not tensors:
+        return torch.zeros(0)
+    return torch.stack([norm.float() for norm in torch._foreach_norm([tensor.detach() for tensor in tensors])])
+
+
+def weight_norms(model: nn.Module) -> Tensor:
+    """(T,) float32 norms of all parameters: weights with the same norms, bit for bit, have not moved."""
+    return norms(list(model.parameters()))
+
+
+@torch.no_grad()
+def prints(values: Tensor) -> Tensor:
+    """(B,) int64: a hash of each row's bytes, on the device; equal rows have equal hashes."""
+    bits = values.detach().float().contiguous().flatten(1).view(torch.int32).long()
+    place = torch.arange(1, bits.shape[1] + 1, device=bits.device)
+    return ((bits ^ (place * 2654435761)) * (2 * place * 40503 + 1)).sum(1)
+
+
+def asleep(model: nn.Module) -> list[str]:
+    """Names of the modules that are in evaluation mode; '' is the network itself."""
+    return [name for name, module in model.named_modules() if not module.training]
+
+
+class Telemetry:
+    """Readings of one optimizer step at a time; `Step` calls the methods in their order.
+
+    `every`: a step is read on the first eight and then each time this many steps have passed.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any, every: int) -> None:
+        self.model, self.optimizer, self.every = model, optimizer, max(1, every)
+        self.calls, self.sampled, self.enabled = 0, False, True
+        self.first: Tensor | None = None                  # weight norms before the first step
+        self.kept: tuple[int, Tensor] | None = None       # call and weight norms after the last sampled step
+        self.seen: list[tuple[int, frozenset[int]]] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        self.left_over: Tensor | None = None
+        self.raw: Tensor | None = None
+        self.before: Tensor | None = None
+        self.after: Tensor | None = None
+        self.spread: Tensor | None = None
+        self.prints: list[Tensor] = []
+        self.broken: list[Tensor] = []
+
+    def due(self, call: int) -> bool:
+        """Whether the step of this number, counted from 1, is read."""
+        return self.enabled and (call <= DENSE or call % self.every == 0)
+
+    # ---- called by the step ---------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        self.calls += 1
+        self.sampled = self.due(self.calls)
+        self._clear()
+        if self.sampled:
+            self.before = weight_norms(self.model)
+            self.first = self.before if self.first is None else self.first
+
+    def cleared(self) -> None:
+        """After the gradients were cleared."""
+        if self.sampled:
+            self.left_over = norms(self._gradients()).norm()
+
+    @torch.no_grad()
+    def shown(self, scenes: Scenes, factor: Tensor) -> None:
+        """One micro-batch as the network received it, and what it answered, (B, N, Q, 2)."""
+        if not self.sampled:
+            return
+        flat = scenes.snapshots.flatten(1)
+        self.prints.append(prints(scenes.snapshots))
+        self.broken.append(torch.stack([(flat == 0).all(1).sum(), (~flat.isfinite()).any(1).sum()]))
+        answer = factor.detach().float()
+        if len(answer) > 1:
+            self.spread = answer.var(0).mean() / answer.square().mean().clamp_min(1e-30)
+
+    def differentiated(self) -> None:
+        """After backward, before anything else has touched the gradients."""
+        if self.sampled:
+            self.raw = norms(self._gradients())
+
+    def updated(self) -> None:
+        """After the optimizer's step."""
+        if self.sampled:
+            self.after = weight_norms(self.model)
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+
+    # ---- called where the host waits anyway ------------------------------------------------------------------------
+
+    def read(self, epoch: int) -> dict[str, Any]:
+        """The last sampled step in plain numbers; empty if this one was not sampled. Reads the device."""
+        if self.after is None or self.raw is None or self.before is None:
+            return {}
+        table = self.optimizer.telemetry().cpu()
+        hashes = torch.cat(self.prints).tolist() if self.prints else []
+        broken = torch.stack(self.broken).sum(0).tolist() if self.broken else [0, 0]
+        sleeping = asleep(self.model)
+        reading = {"call": self.calls, "left_over": _number(self.left_over), "raw_norm": _number(self.raw.norm()),
+                   "raw_nonfinite": int((~self.raw.isfinite()).sum()), "tensors": len(self.after),
+                   "moved": changed(self.before, self.after), "moved_before": self._moved_before(),
+                   "back_to_first": self.calls > 1 and changed(self.before, self.first) == 0,
+                   "batch": f"{sum(hashes) & (2**64 - 1):016x}", "scenes": len(hashes),
+                   "repeated": self._repeated(hashes, epoch), "zero_scenes": broken[0], "nonfinite_scenes": broken[1],
+                   "spread": _number(self.spread), "asleep": len(sleeping), "first_asleep": (sleeping or [None])[0],
+                   "update_ratio": _median((table[:, 2] / table[:, 1].clamp_min(1e-30)).tolist()),
+                   "weight_norm": float(self.after.norm())}
+        self.kept = (self.calls, self.after)
+        return reading
+
+    def _moved_before(self) -> int:
+        """Tensors that changed between the update of the step before and this step: something else moved them."""
+        return changed(self.kept[1], self.before) if self.kept and self.kept[0] == self.calls - 1 else 0
+
+    def _repeated(self, hashes: list[int], epoch: int) -> int:
+        """Scenes of this step that it has twice, or that another sampled step of the same epoch had."""
+        here = frozenset(hashes)
+        earlier = frozenset().union(*(scenes for number, scenes in self.seen if number == epoch))
+        self.seen = [*self.seen[-REMEMBERED:], (epoch, here)]
+        return len(hashes) - len(here) + len(here & earlier)
+
+
+class Milestones:
+    """Weight norms at the seams of an epoch, where nothing may move a weight: around validation, and between epochs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.first, self.last = weight_norms(model), None
+
+    def pass_by(self) -> dict[str, Any]:
+        """Tensors that changed since the last call, and whether all are as they were at the very beginning."""
+        now, before = weight_norms(self.model), self.last
+        self.last = now
+        moved = 0 if before is None else changed(before, now)
+        return {"moved": moved, "back_to_first": moved > 0 and changed(self.first, now) == 0}
+
+    def distance(self, weights: Tensor) -> float:
+        """How far norms (T,) have come from the first ones, summed over tensors."""
+        return float((weights - self.first).abs().sum()) if len(weights) == len(self.first) else math.nan
+
+
+def changed(before: Tensor, after: Tensor) -> int:
+    """How many of two (T,) sets of norms differ; not-a-number equals itself."""
+    if len(before) != len(after):
+        return max(len(before), len(after))
+    return int(((before != after) & ~(before.isnan() & after.isnan())).sum())
+
+
+def _number(value: Tensor | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2] if values else math.nan
