@@ -18,7 +18,6 @@ from ris_fast.config import Config, ConfigError, Task
 from ris_fast.data.source import SceneSource, open_source
 from ris_fast.models import Prediction, build_model
 from ris_fast.models.features import PursuitFeatures
-from ris_fast.models.pursuit import TANGENTS
 from ris_fast.physics.floors import constant_nmse, mean_covariance, target_energy
 from ris_fast.physics.scenes import Scenes
 from ris_fast.report.floors import bayes_nmse
@@ -103,8 +102,7 @@ def _batch_figures(model: nn.Module, classical: PursuitFeatures | None, scenes: 
 
 def found_sources(classical: PursuitFeatures, *inputs: Tensor) -> Prediction:
     """The pursuit's own answer: columns s_k a_k of the atoms it found, (B, N, K, 2), without any network."""
-    real, imag = classical(*inputs).basis.chunk(2, dim=2)
-    return Prediction(torch.stack((real[..., ::TANGENTS], imag[..., ::TANGENTS]), dim=-1))
+    return Prediction(classical.sources(classical(*inputs)))
 
 
 def group_figures(figures: dict[str, Tensor], standard: bool) -> dict[str, Any]:

@@ -4,7 +4,7 @@ The features know the physics and nothing of the statistics: how many sources th
 an estimate at low SNR is to be trusted. That is what the network learns, from the covariance loss alone. It starts at
 random: its first factors mix all columns and score about 1.
 
-Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, T tangents of an atom, Q factor columns.
+Legend: B batch, L snapshots, M base-station antennas, N RIS elements, R basis columns, Q factor columns.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ris_fast.config import ConfigError, Task
 from ris_fast.models.features import Features, PursuitFeatures
 from ris_fast.models.prediction import Prediction
-from ris_fast.models.pursuit import TANGENTS
 
 
 class ResidualBlock(nn.Module):
@@ -49,7 +48,7 @@ class Backprojection(nn.Module):
                               "and scene. Set task.symbols = \"static\", or model.name = \"hybrid\".")
         self.task, self.columns = task, 2 * task.max_sources
         self.extract = PursuitFeatures(task, atoms or task.max_sources)
-        self.rank = self.extract.atoms * TANGENTS
+        self.rank = self.extract.rank
         self.stem = nn.Linear(self.extract.width, width)
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)

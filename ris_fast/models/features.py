@@ -2,7 +2,8 @@
 
 Every feature is free of units and of the arbitrary phase and scale of a scene, so that a network need learn neither.
 
-Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, T tangents of an atom, F features.
+Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, T tangents of an atom, F features,
+R = K T + K (K - 1) / 2 columns.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ CPU_CHUNK = 128        # scenes: 21 MB of normal equations
 class Features(NamedTuple):
     """What the trainable part sees, and the columns that its factors are made of."""
 
-    inputs: Tensor               # (B, F)        numbers of order one
-    basis: Tensor                # (B, N, 2KT)   s_k times atom and tangents, planar, atoms of total power 1
+    inputs: Tensor               # (B, F)      numbers of order one
+    basis: Tensor                # (B, N, 2R)  planar; atom k: s_k times its T tangents; then what earlier stages add
 
 
 class PursuitFeatures(nn.Module):
@@ -38,12 +39,17 @@ class PursuitFeatures(nn.Module):
         geometry, self.wavenumber = geometry_of(task)
         for name, value in geometry._asdict().items():
             self.register_buffer(name, value, persistent=False)
-        self.atoms, self.width = stages, _width(stages)
+        self.atoms, self.width, self.rank = stages, _width(stages), _rank(stages)
 
     @torch.no_grad()
     def forward(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Features:
         constants = [getattr(self, name) for name in Geometry._fields]
         return Features(*pursuit_features(snapshots, channel, codes, snr_db, constants, self.wavenumber, self.atoms))
+
+    def sources(self, features: Features) -> Tensor:
+        """The pursuit's own answer, without a network: columns s_k a_k, (B, N, K, 2)."""
+        planes = features.basis.unflatten(2, (2, self.rank))[..., :self.atoms * TANGENTS:TANGENTS]
+        return planes.transpose(2, 3).contiguous()
 
 
 @torch.library.custom_op("ris_fast::pursuit_features", mutates_args=())
@@ -67,12 +73,22 @@ def _(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constan
       wavenumber: float, stages: int) -> tuple[Tensor, Tensor]:
     batch, _, elements, _ = channel.shape
     new = partial(torch.empty, device=snapshots.device, dtype=torch.float32)
-    return new((batch, _width(stages))), new((batch, elements, 2 * stages * TANGENTS))
+    return new((batch, _width(stages))), new((batch, elements, 2 * _rank(stages)))
+
+
+def _early(stages: int) -> int:
+    """Atoms of all stages but the last, counted once a stage."""
+    return stages * (stages - 1) // 2
+
+
+def _rank(stages: int) -> int:
+    """Columns of the basis with this many atoms."""
+    return stages * TANGENTS + _early(stages)
 
 
 def _width(stages: int) -> int:
     """Features of a scene with this many atoms."""
-    return stages * (3 + 1 + 1 + 3 * TANGENTS + 2 * stages) + 2
+    return stages * (3 + 1 + 1 + 3 * TANGENTS + 2 * stages) + 4 * _early(stages) + 2
 
 
 def _features(pursuit: Pursuit, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Features:
@@ -95,17 +111,37 @@ def _inputs(pursuit: Pursuit, normal: Normal, found: Atoms, snr_db: Tensor) -> T
     phase = s / power.sqrt()[:, None]
     overlap = _conj_times(phase[..., None], _times(found.gram[:, :, :, 0, :, 0], phase[:, :, None]))
     left_over = (normal.energy - found.gains.sum(1)).clamp_min(TINY) / (normal.energy * normal.noise)
-    parts = [place, share, evidence, information.log1p() / 4 - 1, scores.clamp(-4, 4) / 2, overlap,
+    shift = (found.early_place - _repeat_early(found.place, 1)) * pursuit.scale
+    early_power = found.early_amplitude.square().sum(1) / power.sum(1, keepdim=True)
+    parts = [place, shift.clamp(-3, 3), share, early_power.clamp_min(1e-6).log() / 4, evidence, information.log1p() / 4 - 1, scores.clamp(-4, 4) / 2, overlap,
              snr_db / 10 - 1, left_over.log().clamp(-4, 4)]
     return torch.cat([part.reshape(snr_db.shape[0], -1) for part in parts], dim=1)
 
 
 def _basis(pursuit: Pursuit, found: Atoms) -> Tensor:
-    """Tangents at the final places times amplitude, scaled so that the amplitudes of a scene have norm one."""
-    s = found.amplitude / found.amplitude.square().sum((1, 2), keepdim=True).clamp_min(TINY).sqrt()
-    real, imag = s.repeat_interleave(TANGENTS, dim=2)[:, None].unbind(2)
-    left, right = pursuit.tangents(found.place).chunk(2, dim=2)
-    return torch.cat((left * real - right * imag, left * imag + right * real), dim=2)
+    """Tangents at the final places times amplitude; then, atom by atom, how each earlier stage's estimate differs.
+
+    The amplitudes of a scene have norm one. The differences let a network go back to a smaller model order, whose
+    estimates have not been spread over atoms that are noise.
+    """
+    level = found.amplitude.square().sum((1, 2), keepdim=True).clamp_min(TINY).sqrt()
+    now, early = found.amplitude / level, found.early_amplitude / level
+    real, imag = _planar_times(pursuit.tangents(found.place), now.repeat_interleave(TANGENTS, dim=2))
+    early_real, early_imag = _planar_times(pursuit.steer(found.early_place), early)
+    early_real = early_real - _repeat_early(real[..., ::TANGENTS], 2)
+    early_imag = early_imag - _repeat_early(imag[..., ::TANGENTS], 2)
+    return torch.cat((real, early_real, imag, early_imag), dim=2)
+
+
+def _repeat_early(per_atom: Tensor, dim: int) -> Tensor:
+    """The first atom, the first two, ... the first K - 1 of an axis: one entry for each earlier estimate."""
+    return torch.cat([per_atom.narrow(dim, 0, count) for count in range(per_atom.shape[dim])], dim=dim)
+
+
+def _planar_times(planar: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of a planar (B, N, 2C) times the complex s (B, 2, C): real and imaginary part, (B, N, C) each."""
+    (left, right), (real, imag) = planar.chunk(2, dim=2), s[:, None].unbind(2)
+    return left * real - right * imag, left * imag + right * real
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:

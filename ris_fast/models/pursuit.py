@@ -44,6 +44,8 @@ class Atoms(NamedTuple):
     gram: Tensor                 # (B, 2, K, T, K, T)  D^H P D, real and imaginary parts
     left: Tensor                 # (B, 2, K, T)    D^H (b - P x), x the linearised fit
     gains: Tensor                # (B, K)          fall of the cost |y - G x|^2 at each stage
+    early_place: Tensor          # (B, E, 3)       places after each earlier stage, E = K (K - 1) / 2
+    early_amplitude: Tensor      # (B, 2, E)       their amplitudes then
 
 
 class Geometry(NamedTuple):
@@ -164,10 +166,16 @@ class Pursuit:
         imag = torch.stack([sine, *(weight * cosine for weight in weights)], dim=-1)
         return torch.stack((real, imag), dim=2).flatten(2)
 
+    def steer(self, place: Tensor) -> Tensor:
+        """Unit-norm atoms alone: (B, K, 3) -> (B, N, 2K) planar."""
+        psi = self.phase_slopes(place)[0]
+        return torch.cat((psi.cos(), psi.sin()), dim=2) / math.sqrt(self.x.numel())
+
     def __call__(self, normal: Normal) -> Atoms:
         """Runs all stages: static shapes, no host synchronisation, no gradient."""
         place = normal.moment.new_zeros(normal.moment.shape[0], 0, 3)
         residual, explained, gains = normal.moment, torch.zeros_like(normal.noise), []
+        places, amplitudes_then = [place], [normal.moment.new_zeros(place.shape[0], 2, 0)]
         for _ in range(self.stages):
             place = torch.cat((place, self.strongest(residual)[:, None]), dim=1)
             image, gram, moment = self.project(normal, place)
@@ -178,7 +186,10 @@ class Pursuit:
             reached = (fit * (moment + left)).sum((1, 2, 3))
             gains.append(reached - explained)
             explained = reached
-        return Atoms(place, fit[..., 0], gram, left, torch.stack(gains, dim=1))
+            places.append(place)
+            amplitudes_then.append(fit[..., 0])
+        return Atoms(place, fit[..., 0], gram, left, torch.stack(gains, dim=1),
+                     torch.cat(places[:-1], dim=1), torch.cat(amplitudes_then[:-1], dim=2))
 
     def strongest(self, residual: Tensor) -> Tensor:
         """The grid place with the largest |a^H r|: (B, N, 2) -> (B, 3)."""

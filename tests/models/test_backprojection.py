@@ -32,9 +32,7 @@ def pursuit_of(task: Task, stages: int, dtype: torch.dtype = torch.float32) -> P
 
 def atoms_alone(model: torch.nn.Module, scenes: Scenes) -> torch.Tensor:
     """The factor of the pursuit without the network: s_k a_k."""
-    basis = model.features(*inputs_of(scenes)).basis
-    columns = basis.unflatten(2, (2, model.extract.atoms, TANGENTS))[..., 0]
-    return columns.transpose(2, 3).contiguous()
+    return model.extract.sources(model.features(*inputs_of(scenes)))
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 25])
