@@ -81,8 +81,8 @@ def kernel_arguments(batch: int) -> tuple[Any, ...]:
     seen: list[tuple[Any, ...]] = []
 
     def spy(index: torch.Tensor, **call: Any) -> tuple[torch.Tensor, ...]:
-        order = ("seed", "channel_stream", "noise_stream", "positions", "codes", "source", "amplitude", "power", "sight", "antenna",
-                 "scatter", "snr_db", "spherical")
+        order = ("seed", "channel_stream", "noise_stream", "antennas", "positions", "codes", "source", "amplitude", "power", "sight",
+                 "rician", "snr_db", "spherical")
         seen.append((index, *(call[name] for name in order)))
         return scenes.make_scenes(index, **call)
 

@@ -38,17 +38,30 @@ struct Scratch {
     ~Scratch() { std::free(block); }
 };
 
-// Unit-norm near-field vector of source q = (u, v, range); x and y in wavelengths.
-template <bool spherical> void steer(float* re, float* im, const float* x, const float* y, const float* q, int64_t n) {
-    const float u = q[0], v = q[1], r = q[2], scale = 1.0f / __builtin_sqrtf(float(n)), half = 0.5f / r;
+// cos and sin of any number of quarter turns.
+inline __attribute__((always_inline)) philox::Pair unit(float quarters) {
+    const float whole = (quarters + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: to the nearest integer
+    return philox::direction(int(whole), quarters - whole);
+}
+
+// Direction cosines u = sin(azimuth) cos(elevation), v = sin(elevation).
+inline philox::Pair cosines(const float* place) {
+    constexpr float quarters_a_radian = 0.636619772367581343f;
+    const philox::Pair azimuth = unit(place[0] * quarters_a_radian), elevation = unit(place[1] * quarters_a_radian);
+    return {azimuth.second * elevation.first, elevation.second};
+}
+
+// Unit-norm near-field vector of a place (azimuth, elevation, range); x, y and range in wavelengths.
+template <bool spherical> void steer(float* re, float* im, const float* x, const float* y, const float* place, int64_t n) {
+    const philox::Pair towards = cosines(place);
+    const float u = towards.first, v = towards.second, r = place[2], scale = 1.0f / __builtin_sqrtf(float(n)), half = 0.5f / r;
     for (int64_t i = 0; i < n; ++i) {
         const float bow = x[i] * x[i] + y[i] * y[i], plane = u * x[i] + v * y[i];
         const float excess = bow - 2.0f * r * plane;
         const float turns = spherical ? -excess / (r + __builtin_sqrtf(r * r + excess)) : plane - bow * half;
-        const float quarters = 4.0f * turns, whole = (quarters + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: to the nearest
-        const philox::Pair unit = philox::direction(int(whole), quarters - whole);
-        re[i] = unit.first * scale;
-        im[i] = unit.second * scale;
+        const philox::Pair entry = unit(4.0f * turns);
+        re[i] = entry.first * scale;
+        im[i] = entry.second * scale;
     }
 }
 
@@ -104,19 +117,22 @@ inline void encode(const Scratch& s, const Sizes& z) {
         }
 }
 
-// H = b a^H + scatter W, in place of W. Even and odd entries share one loop: even = (re, -im), odd = (im, re) of a.
+// H = sqrt(k/(k+1)) b a^H + W / sqrt(2 M (k+1)), in place of W, k the Rician factor, b of half a wavelength's spacing. Even and odd entries share one loop: even = (re, -im), odd = (im, re) of a.
 template <bool spherical>
-void line_of_sight(const Scratch& s, float* channel, const float* x, const float* y, const float* sight, const float* antenna,
-                   float scatter, const Sizes& z) {
+void line_of_sight(const Scratch& s, float* channel, const float* x, const float* y, const float* sight, float rician, const Sizes& z) {
     steer<spherical>(s.steer_re, s.steer_im, x, y, sight, z.elements);
     for (int64_t i = 0; i < z.elements; ++i) {
         s.even[2 * i] = s.odd[2 * i + 1] = s.steer_re[i];
         s.odd[2 * i] = s.steer_im[i];
         s.even[2 * i + 1] = -s.steer_im[i];
     }
+    const float sine = cosines(sight).first, antennas = float(z.antennas);
+    const float weight = __builtin_sqrtf(rician / (rician + 1.0f) / antennas);
+    const float scatter = __builtin_sqrtf(0.5f / (antennas * (rician + 1.0f)));
     for (int64_t m = 0; m < z.antennas; ++m) {
         float* row = channel + 2 * m * z.elements;
-        const float br = antenna[2 * m], bi = antenna[2 * m + 1];
+        const philox::Pair b = unit(2.0f * (float(m) - 0.5f * float(z.antennas - 1)) * sine);
+        const float br = weight * b.first, bi = weight * b.second;
         for (int64_t j = 0; j < 2 * z.elements; ++j) row[j] = scatter * row[j] + (br * s.even[j] + bi * s.odd[j]);
     }
 }
@@ -170,12 +186,11 @@ inline void add_noise(const Scratch& s, float* snapshots, float snr_db, const Si
 }  // namespace RIS_NS
 
 // channel (B, M, N, 2), snapshots (B, L, M, 2), factor (B, N, K, 2) from index (B), positions (2, N), codes (L, N, 2),
-// source (B, K, 3), amplitude (B, S, K, 2), power (B, K), sight (B, 3), antenna (B, M, 2), scatter (B), snr in dB (B).
+// source (B, K, 3), amplitude (B, S, K, 2), power (B, K), sight (B, 3), Rician factor (B), snr in dB (B).
 // Returns 0, or 1 if there was no memory for scratch.
 RIS_EXPORT(int, scenes)
 (float* channel, float* snapshots, float* factor, const int64_t* index, const float* positions, const float* codes,
- const float* source, const float* amplitude, const float* power, const float* sight, const float* antenna, const float* scatter,
- const float* snr_db, int64_t batch, int64_t antennas, int64_t elements, int64_t n_snapshots, int64_t n_sources, int64_t symbols,
+ const float* source, const float* amplitude, const float* power, const float* sight, const float* rician, const float* snr_db, int64_t batch, int64_t antennas, int64_t elements, int64_t n_snapshots, int64_t n_sources, int64_t symbols,
  int64_t seed, int64_t channel_stream, int64_t noise_stream, int64_t spherical) {
     using namespace RIS_NS;
     const scenes::Sizes z{antennas, elements, n_snapshots, n_sources, symbols};
@@ -199,10 +214,10 @@ RIS_EXPORT(int, scenes)
             philox::fill_row<philox::normal_block>(s.noise, 0, (v + 3) / 4, v, uint32_t(noise_stream), uint64_t(index[b]), uint64_t(seed));
             if (spherical) {
                 scenes::sources<true>(s, S, x, y, q, g, p, z);
-                scenes::line_of_sight<true>(s, H, x, y, sight + 3 * b, antenna + 2 * b * antennas, scatter[b], z);
+                scenes::line_of_sight<true>(s, H, x, y, sight + 3 * b, rician[b], z);
             } else {
                 scenes::sources<false>(s, S, x, y, q, g, p, z);
-                scenes::line_of_sight<false>(s, H, x, y, sight + 3 * b, antenna + 2 * b * antennas, scatter[b], z);
+                scenes::line_of_sight<false>(s, H, x, y, sight + 3 * b, rician[b], z);
             }
             scenes::encode(s, z);
             scenes::receive(s, H, z);

@@ -19,33 +19,33 @@ from ..registry import AotCase, Family, Operator
 from . import reference
 from .samples import SAMPLES, cost
 
-SCHEMA = ("scenes(Tensor index, int seed, int channel_stream, int noise_stream, Tensor positions, Tensor codes, Tensor source, "
-          "Tensor amplitude, Tensor power, Tensor sight, Tensor antenna, Tensor scatter, Tensor snr_db, bool spherical) "
+SCHEMA = ("scenes(Tensor index, int seed, int channel_stream, int noise_stream, int antennas, Tensor positions, Tensor codes, "
+          "Tensor source, Tensor amplitude, Tensor power, Tensor sight, Tensor rician, Tensor snr_db, bool spherical) "
           "-> (Tensor, Tensor, Tensor)")
-ARGUMENTS = [c_void_p] * 13 + [c_int64] * 10
+ARGUMENTS = [c_void_p] * 12 + [c_int64] * 10
 LIBRARY = torch.library.Library("ris_fast", "FRAGMENT")
 LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def make_scenes(index: Tensor, *, seed: int, channel_stream: int, noise_stream: int, positions: Tensor, codes: Tensor,
-                source: Tensor, amplitude: Tensor, power: Tensor, sight: Tensor, antenna: Tensor, scatter: Tensor, snr_db: Tensor,
-                spherical: bool) -> tuple[Tensor, Tensor, Tensor]:
+def make_scenes(index: Tensor, *, seed: int, channel_stream: int, noise_stream: int, antennas: int, positions: Tensor,
+                codes: Tensor, source: Tensor, amplitude: Tensor, power: Tensor, sight: Tensor, rician: Tensor,
+                snr_db: Tensor, spherical: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Channel, noisy snapshots and target factor of scenes whose geometry is drawn already.
 
-    Model: H = b a(sight)^H + scatter W, y_l = H (c_l o sum_k amplitude_k a(source_k)) + n_l, factor column k =
+    Model: H = sqrt(k/(k+1)) b a(sight)^H + W / sqrt(2 M (k+1)), k the Rician factor, b of M antennas in line, y_l = H (c_l o sum_k amplitude_k a(source_k)) + n_l, factor column k =
         sqrt(power_k) a(source_k); a unit-norm near-field steering vectors, W and n counter-based normals of `index`.
     Args: index (B,) int64; seed, streams: as `philox_normal`; float32: positions (2, N) x and y of the elements,
-        codes (L, N, 2), source (B, K, 3) u, v, range, amplitude (B, S, K, 2), power (B, K), sight (B, 3) u, v, range,
-        antenna (B, M, 2) b with its Rician weight, scatter (B,), snr_db (B,); lengths in wavelengths;
+        codes (L, N, 2), source (B, K, 3) azimuth, elevation, range, amplitude (B, S, K, 2), power (B, K), sight (B, 3)
+        azimuth, elevation, range of the base station, rician (B,), snr_db (B,); rad, and lengths in wavelengths;
         spherical: exact wavefront instead of the Fresnel one.
     Returns: channel (B, M, N, 2), snapshots (B, L, M, 2), factor (B, N, K, 2), float32.
     Raises: ValueError: shapes or dtypes that do not fit together.
     Numerics: scene b depends on its own parameters alone, bit for bit, whatever the batch and the number of threads.
     """
     tensors = {"positions": positions, "codes": codes, "source": source, "amplitude": amplitude, "power": power, "sight": sight,
-               "antenna": antenna, "scatter": scatter, "snr_db": snr_db}
+               "rician": rician, "snr_db": snr_db}
     _check(index, tensors)
-    return torch.ops.ris_fast.scenes(index, philox.signed(seed), channel_stream, noise_stream, *tensors.values(), spherical)
+    return torch.ops.ris_fast.scenes(index, philox.signed(seed), channel_stream, noise_stream, antennas, *tensors.values(), spherical)
 
 
 def _check(index: Tensor, tensors: dict[str, Tensor]) -> None:
@@ -53,16 +53,15 @@ def _check(index: Tensor, tensors: dict[str, Tensor]) -> None:
     snapshots, symbols = tensors["codes"].shape[0], tensors["amplitude"].shape[1]
     expected = {"positions": (2, elements), "codes": (snapshots, elements, 2), "source": (batch, sources, 3),
                 "amplitude": (batch, snapshots if symbols != 1 else 1, sources, 2), "power": (batch, sources), "sight": (batch, 3),
-                "antenna": (batch, tensors["antenna"].shape[1], 2), "scatter": (batch,), "snr_db": (batch,)}
+                "rician": (batch,), "snr_db": (batch,)}
     for name, shape in expected.items():
         if tensors[name].shape != shape or tensors[name].dtype != torch.float32:
             raise ValueError(f"make_scenes: {name} is {tuple(tensors[name].shape)} {tensors[name].dtype}, expected {shape} "
                              f"torch.float32 for {batch} scenes. Pass the {name} of these scenes.")
 
 
-def _shapes(positions: Tensor, codes: Tensor, source: Tensor, antenna: Tensor) -> tuple[tuple[int, ...], ...]:
-    batch, sources, _ = source.shape
-    (snapshots, elements, _), antennas = codes.shape, antenna.shape[1]
+def _shapes(antennas: int, codes: Tensor, source: Tensor) -> tuple[tuple[int, ...], ...]:
+    (batch, sources, _), (snapshots, elements, _) = source.shape, codes.shape
     return (batch, antennas, elements, 2), (batch, snapshots, antennas, 2), (batch, elements, sources, 2)
 
 
@@ -71,11 +70,11 @@ def _native() -> Any:
     return loader.function("scenes", ARGUMENTS, restype=c_int)
 
 
-def _cpp(index: Tensor, seed: int, channel_stream: int, noise_stream: int, *rest: Any) -> tuple[Tensor, ...]:
+def _cpp(index: Tensor, seed: int, channel_stream: int, noise_stream: int, antennas: int, *rest: Any) -> tuple[Tensor, ...]:
     inputs, spherical = [each.contiguous() for each in (index, *rest[:-1])], rest[-1]
-    _, positions, codes, source, amplitude, _, _, antenna, _, _ = inputs
-    out = tuple(torch.empty(shape) for shape in _shapes(positions, codes, source, antenna))
-    sizes = (len(source), antenna.shape[1], codes.shape[1], codes.shape[0], source.shape[1], amplitude.shape[1])
+    codes, source, amplitude = inputs[2:5]
+    out = tuple(torch.empty(shape) for shape in _shapes(antennas, codes, source))
+    sizes = (len(source), antennas, codes.shape[1], codes.shape[0], source.shape[1], amplitude.shape[1])
     if _native()(*(each.data_ptr() for each in (*out, *inputs)), *sizes, seed, channel_stream, noise_stream, spherical):
         raise MemoryError("scenes: no memory for the scratch of a thread. Lower the number of threads or the size of the array.")
     return out
@@ -96,9 +95,9 @@ def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return triton_kernels.scenes(*args)
 
 
-def _fake(index: Tensor, seed: int, channel_stream: int, noise_stream: int, *rest: Any) -> tuple[Tensor, ...]:
-    positions, codes, source, antenna = rest[0], rest[1], rest[2], rest[6]
-    return tuple(source.new_empty(shape) for shape in _shapes(positions, codes, source, antenna))
+def _fake(index: Tensor, seed: int, channel_stream: int, noise_stream: int, antennas: int, *rest: Any) -> tuple[Tensor, ...]:
+    codes, source = rest[1:3]
+    return tuple(source.new_empty(shape) for shape in _shapes(antennas, codes, source))
 
 
 LIBRARY.impl("scenes", _cpu, "CPU")
@@ -115,8 +114,8 @@ def _aot() -> list[AotCase]:
         signature = dict(each.split(":") for each in types.split()) | dict.fromkeys(constexprs, "constexpr")
         return AotCase(name, kernel, signature, constexprs, aligned, kernels.WARPS, max_registers=registers)
 
-    channel = ("channel_ptr:*fp32 index_ptr:*i64 positions_ptr:*fp32 sight_ptr:*fp32 antenna_ptr:*fp32 scatter_ptr:*fp32 "
-               "antennas:i32 elements:i32 scale:fp32 seed:i64 stream:i64")
+    channel = ("channel_ptr:*fp32 index_ptr:*i64 positions_ptr:*fp32 sight_ptr:*fp32 rician_ptr:*fp32 "
+               "antennas:i32 elements:i32 scale:fp32 antenna_scale:fp32 seed:i64 stream:i64")
     field = ("factor_ptr:*fp32 field_ptr:*fp32 positions_ptr:*fp32 source_ptr:*fp32 amplitude_ptr:*fp32 power_ptr:*fp32 "
              "symbols:i32 elements:i32 scale:fp32")
     snapshot = ("snapshots_ptr:*fp32 channel_ptr:*fp32 field_ptr:*fp32 codes_ptr:*fp32 index_ptr:*i64 snr_db_ptr:*fp32 "

@@ -32,11 +32,11 @@ def _sample(name: str, batch: int, side: int, antennas: int, snapshots: int, sou
         amplitude = uniform(-1, 1, batch, snapshots if moving else 1, sources, 2) * active[:, None, :, None].to(device)
         turns = torch.randint(8, (snapshots, side * side), generator=generator) * (2 * math.pi / 8)
         codes = torch.stack((turns.cos(), turns.sin()), -1).to(device, dtype)
-        source = torch.stack((uniform(-0.9, 0.9, batch, sources), uniform(-0.5, 0.5, batch, sources), uniform(1.7, 33, batch, sources)), -1)
+        source = torch.stack((uniform(-1.1, 1.1, batch, sources), uniform(-0.5, 0.5, batch, sources), uniform(1.7, 33, batch, sources)), -1)
         sight = torch.stack((uniform(-0.9, 0.9, batch), uniform(-0.9, 0.9, batch), uniform(333, 334, batch)), -1)
         power = (uniform(0.1, 1, batch, sources) * active.to(device))
-        return (torch.arange(batch, device=device) * 7 + 2**33, 3, 2, 1, positions, codes, source, amplitude, power, sight,
-                uniform(-0.25, 0.25, batch, antennas, 2), uniform(0.05, 0.15, batch), uniform(-5, 20, batch), spherical)
+        return (torch.arange(batch, device=device) * 7 + 2**33, 3, 2, 1, antennas, positions, codes, source, amplitude, power,
+                sight, uniform(0.5, 10, batch), uniform(-5, 20, batch), spherical)
 
     return Sample(name, make, small=small)
 
@@ -56,13 +56,13 @@ SAMPLES = (
 )
 
 
-def cost(index: Tensor, seed: int, channel_stream: int, noise_stream: int, positions: Tensor, codes: Tensor, source: Tensor,
-         amplitude: Tensor, power: Tensor, sight: Tensor, antenna: Tensor, *rest: Any) -> Cost:
+def cost(index: Tensor, seed: int, channel_stream: int, noise_stream: int, antennas: int, positions: Tensor, codes: Tensor,
+         source: Tensor, amplitude: Tensor, *rest: Any) -> Cost:
     """Least bytes (parameters read, results written) and FLOPs (normals, and 8 per complex multiply-add)."""
     batch, sources, _ = source.shape
-    (snapshots, elements, _), antennas, symbols = codes.shape, antenna.shape[1], amplitude.shape[1]
+    (snapshots, elements, _), symbols = codes.shape, amplitude.shape[1]
     results = 2 * batch * (antennas * elements + snapshots * antennas + elements * sources)
-    inputs = sum(each.numel() for each in (positions, codes, source, amplitude, power, sight, antenna, *rest[:2]))
+    inputs = sum(each.numel() for each in (positions, codes, source, amplitude, *rest[:-1]))
     products = snapshots * antennas * elements + antennas * elements + snapshots * elements + symbols * sources * elements
     normals = 2 * antennas * (elements + snapshots)
     return Cost(4 * (results + inputs) + 8 * batch, batch * (8 * products + NORMAL_FLOPS * normals))

@@ -1,6 +1,6 @@
 """Scenes on the GPU in three launches: channel; field and target factor; snapshots. The model is that of reference.py.
 
-channel    H[m, n] = b_m conj(a_n) + scatter W[m, n], a lane an entry; W made on the spot from its counter
+channel    H[m, n] = sqrt(k/(k+1)) b_m conj(a_n) + W[m, n] / sqrt(2 M (k+1)), a lane an entry; W made on the spot from its counter
 field      x_s[n] = sum_k amplitude[s, k] a_k[n] and factor[n, k] = sqrt(power_k) a_k[n], a lane a (symbol, element)
 snapshots  y[l, m] = sum_n H[m, n] c_l[n] x_l[n] + noise, a program a scene, a lane a (snapshot, antenna); no tl.dot: its
            default precision is TF32, and these outer products need no shared memory
@@ -21,17 +21,32 @@ WARPS = 4
 
 
 @triton.jit
-def steer(x, y, u, v, r, scale, SPHERICAL: tl.constexpr):
+def unit(quarters):
+    """cos and sin of any number of quarter turns."""
+    whole = tl.floor(quarters + 0.5)
+    return direction(whole.to(tl.int32), quarters - whole)
+
+
+@triton.jit
+def cosines(place_ptr):
+    """Direction cosines u = sin(azimuth) cos(elevation), v = sin(elevation) of the place at a pointer."""
+    _, azimuth_sine = unit(tl.load(place_ptr) * 0.636619772367581343)
+    elevation_cosine, elevation_sine = unit(tl.load(place_ptr + 1) * 0.636619772367581343)
+    return azimuth_sine * elevation_cosine, elevation_sine
+
+
+@triton.jit
+def steer(x, y, place_ptr, scale, SPHERICAL: tl.constexpr):
     """Entry of the unit-norm near-field vector: exp(2 pi j path) / sqrt(N), scale = 1 / sqrt(N)."""
+    u, v = cosines(place_ptr)
+    r = tl.load(place_ptr + 2)
     bow, plane = x * x + y * y, u * x + v * y
     if SPHERICAL:
         excess = bow - 2.0 * r * plane
         path = tl.div_rn(-excess, r + tl.sqrt_rn(r * r + excess))
     else:
         path = plane - bow * tl.div_rn(0.5, r)
-    quarters = 4.0 * path
-    whole = tl.floor(quarters + 0.5)
-    cosine, sine = direction(whole.to(tl.int32), quarters - whole)
+    cosine, sine = unit(4.0 * path)
     return cosine * scale, sine * scale
 
 
@@ -44,7 +59,7 @@ def complex_normal(entry, stream, index, seed):
 
 
 @triton.jit(do_not_specialize=["seed", "stream"])
-def channel_kernel(channel_ptr, index_ptr, positions_ptr, sight_ptr, antenna_ptr, scatter_ptr, antennas, elements, scale,
+def channel_kernel(channel_ptr, index_ptr, positions_ptr, sight_ptr, rician_ptr, antennas, elements, scale, antenna_scale,
                    seed, stream, SPHERICAL: tl.constexpr, BLOCK: tl.constexpr):
     """channel (B, M, N, 2); grid (B, ceil(M N / BLOCK))."""
     scene, entries = tl.program_id(0), antennas * elements
@@ -52,13 +67,15 @@ def channel_kernel(channel_ptr, index_ptr, positions_ptr, sight_ptr, antenna_ptr
     m, n = entry // elements, entry % elements
     x, y = tl.load(positions_ptr + n), tl.load(positions_ptr + elements + n)
     sight = sight_ptr + 3 * scene
-    cosine, sine = steer(x, y, tl.load(sight), tl.load(sight + 1), tl.load(sight + 2), scale, SPHERICAL)
-    antenna = antenna_ptr + 2 * (scene * antennas + m)
-    b_re, b_im = tl.load(antenna, mask=m < antennas, other=0.0), tl.load(antenna + 1, mask=m < antennas, other=0.0)
+    cosine, sine = steer(x, y, sight, scale, SPHERICAL)
+    rician = tl.load(rician_ptr + scene)
+    weight = tl.sqrt_rn(tl.div_rn(rician, rician + 1.0)) * antenna_scale
+    scatter = tl.sqrt_rn(tl.div_rn(0.5, rician + 1.0)) * antenna_scale
+    u, _ = cosines(sight)
+    b_re, b_im = unit((2 * m - (antennas - 1)).to(tl.float32) * u)
     w_re, w_im = complex_normal(entry, stream, tl.load(index_ptr + scene), seed)
-    scatter = tl.load(scatter_ptr + scene)
-    h_re = scatter * w_re + (b_re * cosine + b_im * sine)
-    h_im = scatter * w_im + (b_im * cosine - b_re * sine)
+    h_re = scatter * w_re + weight * (b_re * cosine + b_im * sine)
+    h_im = scatter * w_im + weight * (b_im * cosine - b_re * sine)
     place = tl.program_id(1) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
     tl.store(channel_ptr + scene.to(tl.int64) * (2 * entries) + place, tl.interleave(h_re, h_im), mask=place < 2 * entries)
 
@@ -73,8 +90,7 @@ def field_kernel(factor_ptr, field_ptr, positions_ptr, source_ptr, amplitude_ptr
     x, y = tl.load(positions_ptr + n), tl.load(positions_ptr + elements + n)
     x_re, x_im = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(K):
-        source = source_ptr + 3 * (scene * K + k)
-        cosine, sine = steer(x, y, tl.load(source), tl.load(source + 1), tl.load(source + 2), scale, SPHERICAL)
+        cosine, sine = steer(x, y, source_ptr + 3 * (scene * K + k), scale, SPHERICAL)
         amplitude = amplitude_ptr + 2 * ((scene * symbols + s) * K + k)
         g_re, g_im = tl.load(amplitude, mask=inside, other=0.0), tl.load(amplitude + 1, mask=inside, other=0.0)
         x_re += g_re * cosine - g_im * sine
@@ -120,11 +136,11 @@ def snapshot_kernel(snapshots_ptr, channel_ptr, field_ptr, codes_ptr, index_ptr,
     tl.store(out + 1, y_im + deviation * z_im, mask=inside)
 
 
-def scenes(index: Tensor, seed: int, channel_stream: int, noise_stream: int, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+def scenes(index: Tensor, seed: int, channel_stream: int, noise_stream: int, m: int, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     """The operator on the device of `index`; arguments as in reference.py, float32."""
     tensors, spherical = [each.contiguous() for each in (index, *rest[:-1])], bool(rest[-1])
-    index, positions, codes, source, amplitude, power, sight, antenna, scatter, snr_db = tensors
-    (batch, k, _), (snapshots, n, _), m, symbols = source.shape, codes.shape, antenna.shape[1], amplitude.shape[1]
+    index, positions, codes, source, amplitude, power, sight, rician, snr_db = tensors
+    (batch, k, _), (snapshots, n, _), symbols = source.shape, codes.shape, amplitude.shape[1]
     channel, received = source.new_empty((batch, m, n, 2)), source.new_empty((batch, snapshots, m, 2))
     factor, field = source.new_empty((batch, n, k, 2)), source.new_empty((batch, symbols, n, 2))
     if batch == 0:
@@ -132,7 +148,7 @@ def scenes(index: Tensor, seed: int, channel_stream: int, noise_stream: int, *re
     scale = n**-0.5
     with torch.cuda.device_of(index):  # does nothing on CPU, where the interpreter runs
         channel_kernel[(batch, triton.cdiv(m * n, BLOCK))](
-            channel, index, positions, sight, antenna, scatter, m, n, scale, seed, channel_stream, SPHERICAL=spherical,
+            channel, index, positions, sight, rician, m, n, scale, m**-0.5, seed, channel_stream, SPHERICAL=spherical,
             BLOCK=BLOCK, num_warps=WARPS)
         field_kernel[(batch, triton.cdiv(symbols * n, BLOCK))](
             factor, field, positions, source, amplitude, power, symbols, n, scale, K=k, SPHERICAL=spherical, BLOCK=BLOCK,

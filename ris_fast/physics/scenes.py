@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ris_fast.config import Task
 from ris_fast.kernels.scenes.op import make_scenes
-from ris_fast.physics.array import RISArray, direction_cosines, linear_steering
+from ris_fast.physics.array import RISArray
 from ris_fast.physics.channel import FAR_RANGE_M, free_space_amplitude
 from ris_fast.physics.codes import dft_codes
 from ris_fast.physics.pairs import power
@@ -98,8 +98,9 @@ def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator) -> Sce
     codes = task_codes(task, str(device))
     channel, snapshots, factor = make_scenes(
         index, seed=generator.seed, channel_stream=generator.stream("channel"), noise_stream=generator.stream("noise"),
-        positions=task_positions(task, str(device)), codes=codes, amplitude=amplitude, power=source_power,
-        snr_db=draw["snr_db"], spherical=task.wavefront == "spherical", **_geometry(task, draw))
+        antennas=task.bs_antennas, positions=task_positions(task, str(device)), codes=codes, amplitude=amplitude,
+        power=source_power, rician=draw["rician"], snr_db=draw["snr_db"], spherical=task.wavefront == "spherical",
+        **_places(task, draw))
     active = source_power > 0
     return Scenes(snapshots=snapshots, codes=codes, snr_db=draw["snr_db"], count=draw["count"], index=index,
                   channel=channel, factor=factor, power=source_power,
@@ -138,14 +139,8 @@ def _amplitudes(task: Task, draw: dict[str, Tensor], normals: Tensor) -> tuple[T
     return amplitude, power(amplitude).mean(1)
 
 
-def _geometry(task: Task, draw: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sources and line of sight as direction cosines and ranges in wavelengths; the Rician weights of the channel."""
-    def place(azimuth: Tensor, elevation: Tensor, range_m: Tensor) -> Tensor:
-        return torch.stack((*direction_cosines(azimuth, elevation), range_m / task.wavelength_m), dim=-1)
-
-    rician, antennas = draw["rician"], task.bs_antennas
-    sight = place(draw["los_azimuth"], draw["los_elevation"], torch.full_like(rician, FAR_RANGE_M))
-    line_weight = (rician / (rician + 1.0)).sqrt()[:, None, None]
-    return {"source": place(draw["azimuth"], draw["elevation"], draw["range_m"]), "sight": sight,
-            "antenna": linear_steering(antennas, sight[:, 0]) * line_weight,
-            "scatter": (1.0 / (2.0 * antennas * (rician + 1.0))).sqrt()}
+def _places(task: Task, draw: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sources (B, K, 3) and the base station (B, 3), each azimuth, elevation in rad and range in wavelengths."""
+    far = torch.full_like(draw["rician"], FAR_RANGE_M / task.wavelength_m)
+    return {"source": torch.stack((draw["azimuth"], draw["elevation"], draw["range_m"] / task.wavelength_m), dim=-1),
+            "sight": torch.stack((draw["los_azimuth"], draw["los_elevation"], far), dim=-1)}

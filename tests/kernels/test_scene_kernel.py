@@ -26,7 +26,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> list:
 
 def rows(args: list, chosen: Tensor) -> list:
     """The same call for some of its scenes."""
-    shared = (4, 5)  # positions and codes
+    shared = (5, 6)  # positions and codes
     return [each[chosen] if isinstance(each, Tensor) and i not in shared else each for i, each in enumerate(args)]
 
 
@@ -124,8 +124,8 @@ def test_noise_has_the_power_of_the_snr() -> None:
 
 
 def test_wrong_shapes_are_named() -> None:
-    names = ("index", "seed", "channel_stream", "noise_stream", "positions", "codes", "source", "amplitude", "power", "sight",
-             "antenna", "scatter", "snr_db", "spherical")
+    names = ("index", "seed", "channel_stream", "noise_stream", "antennas", "positions", "codes", "source", "amplitude", "power",
+             "sight", "rician", "snr_db", "spherical")
     call = dict(zip(names, arguments("standard"), strict=True))
     index = call.pop("index")
     with pytest.raises(ValueError, match=r"make_scenes: sight is \(8, 2\) torch.float32, expected \(8, 3\)"):
