@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -177,7 +177,6 @@ class FusedAdamW(SavedOptimizer):
     # ---- averages and readings -------------------------------------------------------------------------------------
 
     @contextmanager
-    @torch.no_grad()
     def ema(self) -> Iterator[None]:
         """Averaged weights inside the block; the raw weights come back bit for bit, whatever happens inside."""
         if self.ema_decay is None:
@@ -189,15 +188,16 @@ class FusedAdamW(SavedOptimizer):
         self._swapped = True
         try:
             if self._averaging:
-                for bucket in self._buckets:
-                    bucket.param.copy_(bucket.ema)
-            with torch.enable_grad():
-                yield
+                self._fill_parameters([bucket.ema for bucket in self._buckets])
+            yield
         finally:
-            with torch.no_grad():
-                for bucket, saved in zip(self._buckets, raw, strict=True):
-                    bucket.param.copy_(saved)
+            self._fill_parameters(raw)
             self._swapped = False
+
+    @torch.no_grad()
+    def _fill_parameters(self, values: Sequence[Tensor]) -> None:
+        for bucket, value in zip(self._buckets, values, strict=True):
+            bucket.param.copy_(value)
 
     def counters(self) -> dict[str, Any]:
         """Steps attempted, applied, skipped, clipped; last gradient norm; first bad tensor of the last skipped step."""

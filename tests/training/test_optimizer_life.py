@@ -1,0 +1,393 @@
+"""FusedAdamW in a user's hands: gradients that come and go, models that move, saving, averages, loss scales, errors."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ris_fast import FusedAdamW
+
+AdamW = torch.optim.AdamW
+X = torch.randn(32, 6, generator=torch.Generator().manual_seed(5))
+
+
+def make(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 6))
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    return (model(X) - X).square().mean()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5, **zero: bool) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad(**zero)
+        loss_of(model).backward()
+        optimizer.step()
+
+
+def same(a: nn.Module, b: nn.Module, exactly: bool = False) -> bool:
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return all(torch.equal(p, q) if exactly else torch.allclose(p, q, rtol=1e-5, atol=1e-7) for p, q in pairs)
+
+
+def pair(**options: Any) -> tuple[nn.Module, FusedAdamW, nn.Module, AdamW]:
+    ours, plain = make(), make()
+    return ours, FusedAdamW(ours.parameters(), lr=1e-2, **options), plain, AdamW(plain.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("clear", [False, True])
+@pytest.mark.parametrize("to_none", [False, True])
+@pytest.mark.parametrize("who", ["optimizer", "model"])
+def test_every_way_of_clearing_gradients(clear: bool, to_none: bool, who: str) -> None:
+    ours, fused, plain, adamw = pair(clear_grads=clear)
+    for _ in range(4):
+        for model, optimizer in ((ours, fused), (plain, adamw)):
+            (optimizer if who == "optimizer" else model).zero_grad(set_to_none=to_none)
+            for _ in range(2):  # two micro-batches
+                loss_of(model).backward()
+            optimizer.step()
+    assert same(ours, plain)
+
+
+def test_gradients_stay_unless_clearing_is_asked_for() -> None:
+    ours, fused, plain, adamw = pair(max_grad_norm=1e-3)
+    train(ours, fused, 1)
+    loss_of(make()).backward()
+    train(plain, adamw, 1)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours.parameters(), plain.parameters(), strict=True))
+    fused.clear_grads = True
+    fused.step()
+    assert not any(p.grad.any() for p in ours.parameters())
+    loss_of(ours).backward()
+    assert all(p.grad.any() for p in ours.parameters())
+    fused.zero_grad()
+    assert not any(p.grad.any() for p in ours.parameters())
+
+
+def test_frozen_unused_and_thawed_parameters_equal_torch() -> None:
+    ours, fused, plain, adamw = pair()
+    for model, optimizer in ((ours, fused), (plain, adamw)):
+        model[0].weight.requires_grad_(False)
+        train(model, optimizer, 3)
+        model[0].weight.requires_grad_(True)
+        train(model, optimizer, 3)
+        model.zero_grad()
+        (model[2].bias * 2).sum().backward()  # the others have no gradient now
+        optimizer.step()
+    assert same(ours, plain)
+    assert [float(fused.state[p]["step"]) for p in ours.parameters()] == [float(adamw.state[p]["step"]) for p in plain.parameters()] == [3, 6, 6, 7]
+
+
+def test_tied_parameters_and_memory_formats() -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)).to(memory_format=torch.channels_last)
+        model[2].weight = model[0].weight
+        return model
+
+    ours, plain = build(), build()
+    fused, adamw = FusedAdamW(ours.parameters()), AdamW(plain.parameters())
+    x = torch.randn(2, 3, 8, 8)
+    for _ in range(4):
+        for model, optimizer in ((ours, fused), (plain, adamw)):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    assert same(ours, plain) and ours[2].weight is ours[0].weight
+    assert ours[0].weight.is_contiguous(memory_format=torch.channels_last) and len(fused.tensor_names) == 5
+
+
+def test_memory_that_is_shared_but_not_tied_is_refused() -> None:
+    whole = torch.randn(10)
+    with pytest.raises(ValueError, match="group0.0 and group0.1 are different but share memory"):
+        FusedAdamW([nn.Parameter(whole[:6]), nn.Parameter(whole[4:])])
+
+
+def test_groups_schedulers_and_closures_equal_torch() -> None:
+    results = []
+    for kind in (FusedAdamW, AdamW):
+        model = make()
+        optimizer = kind([{"params": model[0].parameters(), "lr": 3e-2, "weight_decay": 0.3}, {"params": [model[2].weight]}], lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [3e-2, 1e-2], total_steps=12)
+        for step in range(12):
+            if step == 6:
+                optimizer.add_param_group({"params": [model[2].bias], "lr": 5e-2, "initial_lr": 5e-2, "max_lr": 5e-2, "min_lr": 0.0, "max_momentum": 0.95, "base_momentum": 0.85})
+
+            def closure() -> Tensor:
+                optimizer.zero_grad()  # noqa: B023
+                loss = loss_of(model)  # noqa: B023
+                loss.backward()
+                return loss
+
+            assert float(optimizer.step(closure).detach()) > 0
+            if step < 6:
+                scheduler.step()
+        results.append(model)
+    assert same(*results)
+
+
+def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:
+    model = make()
+    optimizer = FusedAdamW(model[0].parameters(), lr=1e-2)
+    for wrong in ({"lr": -1.0}, {"amsgrad": True}, {"eps": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            optimizer.add_param_group({"params": list(model[2].parameters()), **wrong})
+    assert len(optimizer.param_groups) == 1
+    train(model, optimizer)
+
+
+def test_state_dict_goes_both_ways_with_torch() -> None:
+    ours, fused, plain, adamw = pair(ema_decay=0.9)
+    train(ours, fused)
+    train(plain, adamw)
+    ours_2, plain_2 = copy.deepcopy(plain), copy.deepcopy(ours)
+    fused_2, adamw_2 = FusedAdamW(ours_2.parameters()), AdamW(plain_2.parameters())
+    fused_2.load_state_dict(copy.deepcopy(adamw.state_dict()))
+    adamw_2.load_state_dict(copy.deepcopy(fused.state_dict()))
+    for model, optimizer in ((ours, fused), (plain, adamw), (ours_2, fused_2), (plain_2, adamw_2)):
+        train(model, optimizer)
+    assert same(ours, plain) and same(ours_2, plain) and same(plain_2, plain)
+    assert fused_2.param_groups[0]["lr"] == 1e-2
+    with pytest.raises(ValueError, match="amsgrad"):
+        fused.load_state_dict(AdamW(plain.parameters(), amsgrad=True).state_dict())
+
+
+def through_file(saved: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("way", ["state_dict", "checkpoint_tensors", "deepcopy", "pickle"])
+def test_a_restored_optimizer_goes_on_with_the_same_bits(way: str) -> None:
+    model = make()
+    options: dict[str, Any] = {"lr": 1e-2, "ema_decay": 0.9, "ema_warmup": True, "max_grad_norm": 0.05, "loss_scale": "dynamic"}
+    optimizer = FusedAdamW(model.parameters(), **options)
+    train(model, optimizer)
+    if way in ("deepcopy", "pickle"):
+        both = (model, optimizer)
+        other, restored = copy.deepcopy(both) if way == "deepcopy" else pickle.loads(pickle.dumps(both))
+        assert restored.param_groups[0]["params"][0] is other[0].weight
+    else:
+        other = make(1)
+        restored = FusedAdamW(other.parameters(), **options)
+        other.load_state_dict(through_file(model.state_dict()))
+        if way == "state_dict":
+            restored.load_state_dict(through_file(optimizer.state_dict()))
+        else:
+            restored.load_checkpoint_tensors(through_file(optimizer.checkpoint_tensors()))
+    for each, its in ((model, optimizer), (other, restored)):
+        train(each, its)
+    assert same(model, other, exactly=True) and optimizer.counters() == restored.counters()
+    assert restored.applied_steps() == 10
+    with optimizer.ema(), restored.ema():
+        assert same(model, other, exactly=True)
+    assert not same(model, make())
+
+
+def test_checkpoint_of_another_model_is_refused() -> None:
+    saved = FusedAdamW(make().parameters(), ema_decay=0.9)
+    loss_of(make()).backward()
+    model = make()
+    saved = FusedAdamW(model.parameters())
+    train(model, saved, 1)
+    with pytest.raises(ValueError, match="belongs to no parameter here"):
+        FusedAdamW([nn.Parameter(torch.ones(3))]).load_checkpoint_tensors(saved.checkpoint_tensors())
+
+
+def test_weights_can_be_saved_with_safetensors(tmp_path: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = make()
+    train(model, FusedAdamW(model.parameters()))
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    other = make(1)
+    other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    assert same(model, other, exactly=True)
+
+
+def test_average_starts_at_the_weights_of_the_first_step() -> None:
+    model = make()
+    optimizer = FusedAdamW(model.parameters(), ema_decay=0.5, lr=0.0)
+    model.load_state_dict(make(1).state_dict())  # weights read after the optimizer was built
+    with optimizer.ema():
+        assert same(model, make(1), exactly=True)
+    train(model, optimizer)
+    with optimizer.ema():
+        assert same(model, make(1), exactly=True)
+
+
+def test_averaged_weights_never_stay() -> None:
+    model = make()
+    optimizer = FusedAdamW(model.parameters(), lr=0.1, ema_decay=0.9)
+    train(model, optimizer)
+    raw = copy.deepcopy(model)
+    with pytest.raises(KeyError), optimizer.ema():
+        assert not same(model, raw)
+        with pytest.raises(RuntimeError, match="already in"), optimizer.ema():
+            pass
+        with pytest.raises(RuntimeError, match="Step outside"):
+            optimizer.step()
+        with torch.no_grad():
+            model[0].weight.fill_(7.0)  # what happens inside is gone afterwards
+        assert torch.is_grad_enabled()
+        raise KeyError
+    with torch.no_grad(), optimizer.ema():
+        assert not torch.is_grad_enabled()
+    assert same(model, raw, exactly=True)
+    with optimizer.ema():
+        assert float(model[0].weight.detach().max()) < 7.0
+    manager = optimizer.ema()
+    manager.__enter__()
+    del manager  # never exited
+    assert same(model, raw, exactly=True)
+    optimizer.ema_decay = 0.5
+    with pytest.raises(ValueError, match="cannot change"):
+        optimizer.ema_decay = None
+    with pytest.raises(RuntimeError, match="there is no average"), FusedAdamW(model.parameters()).ema():
+        pass
+
+
+def test_moved_models() -> None:
+    """Before the first step the optimizer follows; after it, an error names the way out."""
+    ours, plain = make(), make()
+    fused, adamw = FusedAdamW(ours.parameters(), ema_decay=0.9), AdamW(plain.parameters())
+    ours.double(), plain.double()
+    x = X.double()
+    for _ in range(2):
+        for model, optimizer in ((ours, fused), (plain, adamw)):
+            optimizer.zero_grad()
+            (model(x) - x).square().mean().backward()
+            optimizer.step()
+    assert same(ours, plain) and ours[0].weight.dtype == torch.float64
+    before = copy.deepcopy(ours)
+    ours.float()
+    with pytest.raises(RuntimeError, match=r"4 of 4 parameters \(first: group0.0\) left the flat buffer.*rebind"):
+        train(ours, fused, 1)
+    ours.load_state_dict(before.state_dict())
+    fused.rebind()
+    plain.float()
+    adamw_2 = AdamW(plain.parameters())
+    adamw_2.load_state_dict(adamw.state_dict())
+    train(ours, fused)
+    train(plain, adamw_2)
+    assert same(ours, plain) and fused.counters()["applied"] == 7
+
+
+def test_a_copied_model_is_noticed() -> None:
+    model = make()
+    optimizer = FusedAdamW(model.parameters())
+    loss_of(copy.deepcopy(model)).backward()
+    with pytest.warns(RuntimeWarning, match="not of a copy"):
+        optimizer.step()
+    assert optimizer.counters()["attempted"] == 0
+
+
+def test_sparse_gradients_are_refused() -> None:
+    table = nn.Embedding(5, 3, sparse=True)
+    optimizer = FusedAdamW(table.named_parameters())
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="gradient of weight is torch.sparse_coo.*SparseAdam"):
+        optimizer.step()
+
+
+def test_names_come_from_named_parameters_and_skips_name_the_tensor() -> None:
+    model = make()
+    optimizer = FusedAdamW(model.named_parameters())
+    assert optimizer.tensor_names == [name for name, _ in model.named_parameters()]
+    assert optimizer.counters()["first_bad_tensor"] is None
+    loss_of(model).backward()
+    before = copy.deepcopy(model)
+    model[2].weight.grad[1, 1] = float("nan")
+    optimizer.step()
+    assert optimizer.counters()["first_bad_tensor"] == "2.weight" and same(model, before, exactly=True)
+    assert float(optimizer.state[model[0].weight]["step"]) == 0
+
+
+@pytest.mark.parametrize("scale", [1024.0, "dynamic"])
+def test_loss_scale_does_not_change_the_result(scale: float | str) -> None:
+    ours, fused, plain, adamw = pair(loss_scale=scale, max_grad_norm=0.01)
+    for _ in range(5):
+        fused.zero_grad(), adamw.zero_grad()
+        fused.scale(loss_of(ours)).backward()
+        loss_of(plain).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
+        fused.step(), adamw.step()
+    assert same(ours, plain)
+    ours[0].weight.grad[0, 0] = float("inf")
+    fused.step()
+    assert fused.counters()["loss_scale"] == (1024.0 if scale == 1024.0 else 32768.0)
+
+
+def test_works_with_torchs_grad_scaler() -> None:
+    ours, fused, plain, adamw = pair()
+    scalers = [torch.amp.GradScaler("cpu", init_scale=256.0) for _ in range(2)]
+    for step in range(5):
+        for model, optimizer, scaler in zip((ours, plain), (fused, adamw), scalers, strict=True):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model)).backward()
+            if step == 2:
+                model[0].bias.grad[0] = float("inf")
+            if step == 3:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+    assert same(ours, plain) and scalers[0].get_scale() == scalers[1].get_scale() == 128.0
+    counters = fused.counters()
+    assert (counters["applied"], counters["skipped"]) == (4, 1)
+    train(ours, fused, 1), train(plain, adamw, 1)  # without the scaler again
+    assert same(ours, plain)
+
+
+def test_an_in_place_step_is_seen_by_autograd() -> None:
+    model = make()
+    optimizer = FusedAdamW(model.parameters())
+    train(model, optimizer, 1)
+    loss = loss_of(model)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_hyperparameters_change_between_steps_without_the_step_reading_them() -> None:
+    """What a CUDA graph needs: the step runs on the device's values, `sync_hyperparameters` renews them."""
+    ours, fused, plain, adamw = pair(max_grad_norm=1.0)
+    train(ours, fused, 1), train(plain, adamw, 1)
+    state = fused._buckets[0].hyper
+    fused.param_groups[0]["lr"] = adamw.param_groups[0]["lr"] = 0.3
+    fused.max_grad_norm = 1e-3
+    pushed = state.clone()
+    fused.sync_hyperparameters()
+    assert not torch.equal(pushed, state)
+    loss_of(ours).backward(), loss_of(plain).backward()
+    nn.utils.clip_grad_norm_(plain.parameters(), 1e-3)
+    fused.step(), adamw.step()
+    assert same(ours, plain)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"lr": -1.0}, "lr is -1.0"), ({"betas": (0.9, 1.0)}, "betas"), ({"eps": 0.0}, "eps is 0.0"), ({"weight_decay": -0.1}, "weight_decay"),
+    ({"amsgrad": True}, "amsgrad"), ({"differentiable": True}, "differentiable"), ({"foreach": True, "fused": True}, "exclude each other"),
+    ({"max_grad_norm": 0.0}, "max_grad_norm"), ({"ema_decay": 1.0}, "ema_decay"), ({"loss_scale": "static"}, "loss_scale"),
+    ({"backend": "cuda"}, "backend is 'cuda'"), ({"backend": "triton"}, "cannot serve float32 parameters on cpu"), ({"lr": torch.ones(2)}, "one element"),
+])  # fmt: skip
+def test_wrong_arguments_are_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        FusedAdamW(make().parameters(), **options)
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"capturable": True}, {"foreach": False, "fused": False}])
+def test_torchs_choice_of_implementation_is_accepted(options: dict[str, bool]) -> None:
+    ours, plain = make(), make()
+    train(ours, FusedAdamW(ours.parameters(), lr=1e-2, **options))
+    train(plain, AdamW(plain.parameters(), lr=1e-2))
+    assert same(ours, plain)
