@@ -1,6 +1,6 @@
 """The command line: commands to functions, no logic. Torch and matplotlib are imported by the commands that need them.
 
-Exit codes: 0 done, 2 bad usage or configuration, 3 data problem, 4 stopped by health, 5 out of memory, 130 Ctrl-C.
+Exit codes: 0 done, 2 bad usage or configuration, 3 data problem, 4 stopped by health or a failed check, 5 out of memory, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -113,6 +113,32 @@ def evaluate(run: Path, /, *, scenes: Whole = None, device: str = "auto", json: 
     picture = save_evaluation(result)
     print(dumps(result, indent=2) if json else f"{evaluation_text(result)}\n\nfigure: {picture}")
     return 0
+
+
+@app.command
+def gradcheck(*, device: str = "auto", no_interpreter: bool = False, json: bool = False) -> int:
+    """Check value and gradient of every kernel in every backend of this machine; exit code 4 where one is wrong.
+
+    Parameters
+    ----------
+    device
+        auto, cpu, cuda or cuda:N.
+    no_interpreter
+        Leave out the Triton kernels under Triton's interpreter, which take about half a minute.
+    json
+        Print JSON instead of a table.
+    """
+    from dataclasses import asdict
+
+    from ris_fast.gradcheck import run_gradcheck
+    from ris_fast.report.eventlog import dumps
+    from ris_fast.report.gradcheck import gradcheck_text
+    from ris_fast.training.devices import choose_device
+
+    rows = run_gradcheck(choose_device(device), not no_interpreter)
+    passed = all(row.passed for row in rows)
+    print(dumps({"passed": passed, "rows": [asdict(row) for row in rows]}, indent=2) if json else gradcheck_text(rows))
+    return 0 if passed else 4
 
 
 @app.command
