@@ -93,7 +93,7 @@ def kernel_arguments(batch: int) -> tuple[Any, ...]:
 
 
 PHASES: dict[str, Callable[[torch.Tensor, tuple[Any, ...]], Any]] = {
-    "geometry and symbols": lambda index, _: physics.simulate(Task(ris_horizontal=2, ris_vertical=2, bs_antennas=16), index, GENERATOR),
+    "draws, and scenes of 4 elements": lambda index, _: physics.simulate(Task(ris_horizontal=2, ris_vertical=2, bs_antennas=16), index, GENERATOR),
     "random numbers": lambda index, _: (GENERATOR.normal(index, "channel", 4608), GENERATOR.normal(index, "noise", 512)),
     "fused kernel": lambda _, args: torch.ops.ris_fast.scenes(*args),
     "plain torch instead": lambda _, args: scenes._plain(*args),
