@@ -11,7 +11,7 @@ CAUSES: dict[str, str] = {
     "missing_from_optimizer": "trainable parameters of the network are in no group of the optimizer",
     "stale_optimizer_parameters": "the optimizer holds tensors that the network does not use",
     "unregistered_parameters": "tensors that the loss reaches are parameters of no module, so nothing updates or saves them",
-    "duplicate_parameters": "a parameter is in the optimizer more than once",
+    "duplicate_parameters": "a parameter is updated twice: by two groups or by two optimizers",
     "tied_parameters": "two layers that should differ share one tensor",
     "unused_head": "parameters whose output no term of the loss uses",
     # graph

@@ -12,6 +12,7 @@ import torch
 from ris_fast.health.faults.catalogue import Family
 from ris_fast.health.faults.patches import wrap
 from ris_fast.models.prediction import Prediction
+from ris_fast.training.devices import Network
 from ris_fast.training.loop import Trainer
 
 FAMILY = Family("compiled")
@@ -23,7 +24,7 @@ def weights_folded_into_graph(trainer: Trainer) -> None:
     graph = deepcopy(trainer.model, shared)
     for parameter in graph.parameters():
         parameter.requires_grad_(id(parameter) in shared)
-    trainer.step.network = graph
+    trainer.step.network = Network(graph, compile=False)
 
 
 @FAMILY.patch("validates through a graph that was captured before training", "stale_compiled_graph cached_validation",

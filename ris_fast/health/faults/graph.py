@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.faults.catalogue import Family
-from ris_fast.health.faults.patches import Backward, on_factor, on_input, on_loss, replaced, wrap
+from ris_fast.health.faults.patches import Backward, on_answer, on_input, on_loss, replaced, wrap
 from ris_fast.models import hybrid
 from ris_fast.physics.pairs import conj
 from ris_fast.training.loop import Trainer
@@ -43,13 +43,13 @@ def loss_from_item(trainer: Trainer) -> None:
 @FAMILY.patch("wrote a complex kernel whose backward forgets the conjugate: the imaginary gradient has the wrong sign",
               "wrong_backward", "preflight")
 def backward_without_conjugate(trainer: Trainer) -> None:
-    on_factor(trainer.model, lambda factor: Backward.apply(factor, conj))
+    on_answer(trainer, lambda factor: Backward.apply(factor, conj))
 
 
 @FAMILY.patch("wrote a kernel whose backward is a placeholder of zeros", "wrong_backward", "preflight",
               twin="backprojection")
 def backward_returns_zeros(trainer: Trainer) -> None:
-    on_factor(trainer.model, lambda factor: Backward.apply(factor, torch.zeros_like))
+    on_answer(trainer, lambda factor: Backward.apply(factor, torch.zeros_like))
 
 
 class LinearWithoutWeightGradient(torch.autograd.Function):

@@ -14,12 +14,13 @@ from torch.nn import functional as fn
 from ris_fast.health.faults.catalogue import FAMILIES as NAMES
 from ris_fast.health.faults.catalogue import Family
 from ris_fast.health.faults.patches import (
-    Backward, after_step, before_step, gradients, layers, model_with, on_batches, on_factor, on_input, on_loss,
-    optimizer_with, replaced, wrap)
+    Backward, after_step, before_step, gradients, layers, model_with, on_answer, on_batches, on_features, on_input, on_loss,
+    optimizer_with, rebound, replaced, wrap)
 from ris_fast.models import hybrid
 from ris_fast.physics.pairs import power
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training import step
+from ris_fast.training.devices import Network
 from ris_fast.training.loop import Trainer
 from ris_fast.training.step import build_optimizer
 
@@ -57,7 +58,8 @@ def factor_heads_tied() -> Iterator[None]:
 @PARAMETERS.patch("copied the network after the optimizer was built and trains the copy",
                   "stale_optimizer_parameters missing_from_optimizer", "preflight", twin="backprojection")
 def network_copied(trainer: Trainer) -> None:
-    trainer.model = trainer.step.network = deepcopy(trainer.model)
+    trainer.model = deepcopy(trainer.model)
+    rebound(trainer)
 
 
 @PARAMETERS.around("made a layer's weight a buffer, so that it follows the network and is never trained",
@@ -103,7 +105,7 @@ def hook_zeroes_gradient(trainer: Trainer) -> None:
 
 @GRAPH.patch("quantises the factor with round(), whose derivative is zero", "non_differentiable", "preflight")
 def factor_rounded(trainer: Trainer) -> None:
-    on_factor(trainer.model, lambda factor: torch.round(64.0 * factor) / 64.0)
+    on_answer(trainer, lambda factor: torch.round(64.0 * factor) / 64.0)
 
 
 # ---- loss -------------------------------------------------------------------------------------------------------
@@ -187,7 +189,8 @@ def optimizer_rebuilt_each_epoch(trainer: Trainer) -> None:
     def make(epoch):
         def rebuilt() -> None:
             if trainer.state.epoch:
-                trainer.optimizer = trainer.step.optimizer = build_optimizer(trainer.model, trainer.config)
+                trainer.optimizer = build_optimizer(trainer.model, trainer.config)
+                rebound(trainer)
                 trainer._read_counters()
             epoch()
         return rebuilt
@@ -215,7 +218,7 @@ def infinity_becomes_one(trainer: Trainer) -> None:
 
 @PRECISION.patch("backpropagates a tiny loss in half precision without a loss scale", "gradient_underflow", "preflight")
 def gradients_underflow_in_half(trainer: Trainer) -> None:
-    on_factor(trainer.model, lambda factor: Backward.apply(factor, lambda grad: (1e-6 * grad).half().float() * 1e6))
+    on_answer(trainer, lambda factor: Backward.apply(factor, lambda grad: (1e-6 * grad).half().float() * 1e6))
 
 
 @PRECISION.around("put an epsilon of 1e6 under the root of the input's rms", "epsilon_swallows_signal input_scale",
@@ -297,8 +300,7 @@ def labels_off_by_one(trainer: Trainer) -> None:
 
 @DATA.patch("reshapes (snapshots, batch) to (batch, snapshots) where a transpose is meant", "scenes_mixed", "preflight")
 def axes_reshaped_not_transposed(trainer: Trainer) -> None:
-    on_input(trainer.model, lambda y, channel, codes, snr_db: (
-        y.transpose(0, 1).reshape(y.shape), channel, codes, snr_db))
+    on_features(trainer, lambda features: lambda y, *rest: features(y.transpose(0, 1).reshape(y.shape), *rest))
 
 
 @DATA.around("removed the normalisation of the inputs, whose power spans many decades", "input_scale", "share:0.01",
@@ -335,20 +337,20 @@ def constant_initialisation() -> Iterator[None]:
 
 @MODEL.patch("feeds the magnitude of the snapshots", "inputs_withhold_answer", "preflight", twin="few_codes")
 def phase_thrown_away(trainer: Trainer) -> None:
-    def magnitude(y, channel, codes, snr_db):
+    def magnitude(y: Tensor) -> Tensor:
         size = power(y).sqrt()
-        return torch.stack((size, torch.zeros_like(size)), dim=-1), channel, codes, snr_db
-    on_input(trainer.model, magnitude)
+        return torch.stack((size, torch.zeros_like(size)), dim=-1)
+    on_features(trainer, lambda features: lambda y, *rest: features(magnitude(y), *rest))
 
 
 @MODEL.patch("expands one column over the whole factor", "output_rank_too_low", "preflight", twin="backprojection")
 def one_column_repeated(trainer: Trainer) -> None:
-    on_factor(trainer.model, lambda factor: factor[:, :, :1].expand_as(factor))
+    on_answer(trainer, lambda factor: factor[:, :, :1].expand_as(factor))
 
 
 @MODEL.patch("clamps the factor to a range a thousand times too small", "saturated_output", "preflight")
 def factor_clamped(trainer: Trainer) -> None:
-    on_factor(trainer.model, lambda factor: factor.clamp(-1e-4, 1e-4))
+    on_answer(trainer, lambda factor: factor.clamp(-1e-4, 1e-4))
 
 
 # ---- compiled and ranks -----------------------------------------------------------------------------------------
@@ -357,8 +359,11 @@ def factor_clamped(trainer: Trainer) -> None:
 @COMPILED.patch("compiled the network, then built it anew and gave only the new one to the optimizer",
                 "stale_compiled_graph", "preflight")
 def compiled_before_weights_replaced(trainer: Trainer) -> None:
+    network = trainer.step.network
     trainer.model = deepcopy(trainer.model)
-    trainer.optimizer = trainer.step.optimizer = build_optimizer(trainer.model, trainer.config)
+    trainer.optimizer = build_optimizer(trainer.model, trainer.config)
+    rebound(trainer)
+    trainer.step.network = network
 
 
 @COMPILED.patch("forgot to add up the gradients of the ranks: only the first one's is applied",
@@ -375,4 +380,4 @@ def ranks_not_reduced(trainer: Trainer) -> None:
                 "stale_compiled_graph eval_mode_in_training compiled_differs", "steps:5", twin="dropout")
 def compiled_in_eval_mode(trainer: Trainer) -> None:
     shared = {id(parameter): parameter for parameter in trainer.model.parameters()}
-    trainer.step.network = deepcopy(trainer.model, shared).eval()
+    trainer.step.network = Network(deepcopy(trainer.model, shared).eval(), compile=False)

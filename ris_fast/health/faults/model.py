@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ris_fast.health.faults.catalogue import Family
-from ris_fast.health.faults.patches import layers, model_with, on_factor, wrap
+from ris_fast.health.faults.patches import layers, model_with, on_answer, on_factor, on_features
 from ris_fast.training.loop import Trainer
 
 FAMILY = Family("model")
@@ -19,7 +19,7 @@ FAMILY.setting("channel_only_as_products", "shows the network H c_l instead of H
 
 @FAMILY.patch("bounds the factor with a tanh at a hundred times its scale", "saturated_output", "preflight")
 def tanh_at_full_deflection(trainer: Trainer) -> None:
-    on_factor(trainer.model, lambda factor: torch.tanh(1e3 * factor))
+    on_answer(trainer, lambda factor: torch.tanh(1e3 * factor))
 
 
 @FAMILY.patch("initialised a bias at -50, in front of an activation that is zero there", "dead_units", "preflight")
@@ -29,7 +29,7 @@ def activation_dead_from_the_start(trainer: Trainer) -> None:
 
 @FAMILY.patch("a mask of the wrong dtype multiplies every normalised input by zero", "ignored_input", "preflight")
 def inputs_masked_out(trainer: Trainer) -> None:
-    wrap(trainer.model, "_normalised", lambda normalised: lambda *inputs: tuple(0.0 * x for x in normalised(*inputs)))
+    on_features(trainer, lambda features: lambda *inputs: tuple(0.0 * x for x in features(*inputs)))
 
 
 def zero_pair(inputs: int, outputs: int) -> nn.Sequential:

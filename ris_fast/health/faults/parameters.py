@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Iterator
 
+import torch
 from torch import nn
 
 from ris_fast.health.faults.catalogue import Family
-from ris_fast.health.faults.patches import model_with, replaced
+from ris_fast.health.faults.patches import before_step, model_with, replaced
 from ris_fast.training import step
 from ris_fast.training.loop import Trainer
 
@@ -59,13 +60,11 @@ def layer_replaced_after_optimizer(trainer: Trainer) -> None:
     trainer.model.fuse = nn.Linear(old.in_features, old.out_features)
 
 
-@FAMILY.patch("added the heads to the backbone's group as well", "duplicate_parameters", "preflight")
-def heads_in_two_groups(trainer: Trainer) -> None:
-    first = trainer.optimizer.param_groups[0]
-    for index, parameter in enumerate(trainer.model.angle_factor.parameters()):
-        first["params"].append(parameter)
-        first["param_names"].append(f"again.{index}")
-    trainer.optimizer.rebind()
+@FAMILY.patch("gave the heads an optimizer of their own and left them in the first one", "duplicate_parameters",
+              "steps:5")
+def heads_in_two_optimizers(trainer: Trainer) -> None:
+    second = torch.optim.AdamW(trainer.model.head_parameters(), lr=trainer.config.optimizer.head_lr)
+    before_step(trainer, second.step)
 
 
 FAMILY.setting("heads_without_a_term", "trains on the covariance alone while half of the parameters belong to heads "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training import loop, step
+from ris_fast.training.devices import compiled
 from ris_fast.training.loop import Trainer
 from ris_fast.training.optimizer import FusedAdamW
 
@@ -42,8 +43,27 @@ def on_input(module: nn.Module, change: Callable[..., tuple]) -> None:
 
 
 def on_factor(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    """The network's factor goes through `change`."""
-    on_output(model, lambda prediction: prediction._replace(factor=change(prediction.factor)))
+    """The network's factor goes through `change`; for a network that no trainer has bound yet."""
+    wrap(model, "trunk", lambda trunk: lambda features: (
+        lambda prediction: prediction._replace(factor=change(prediction.factor)))(trunk(features)))
+
+
+def on_answer(trainer: Trainer, change: Callable[[Tensor], Tensor]) -> None:
+    """The factor of a trainer's network goes through `change`."""
+    on_factor(trainer.model, change)
+    rebound(trainer)
+
+
+def on_features(trainer: Trainer, change: Callable[[Callable], Callable]) -> None:
+    """`change(features)` stands in for the network's `features(snapshots, channel, codes, snr_db)`."""
+    wrap(trainer.model, "features", change)
+    rebound(trainer)
+
+
+def rebound(trainer: Trainer) -> None:
+    """A step made of the trainer's present network, loss and optimizer, as the constructor makes it."""
+    network, trainer.compile_note = compiled(trainer.model, trainer.config, trainer.device)
+    trainer.step = step.Step(network, trainer.loss, trainer.optimizer, trainer.config, trainer.device, trainer.model)
 
 
 def on_loss(trainer: Trainer, change: Callable[[Prediction, Scenes], tuple[Prediction, Scenes]]) -> None:
