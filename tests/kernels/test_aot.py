@@ -1,0 +1,23 @@
+"""Compiles every Triton kernel for sm_80, sm_90 and sm_100 without a GPU: no spills, registers in bounds, wide loads."""
+
+from __future__ import annotations
+
+import pytest
+
+from ris_fast.kernels.registry import AotCase, families
+
+pytest.importorskip("triton", reason="ahead-of-time compilation needs triton")
+from ris_fast.kernels.native.aot import compile_case  # noqa: E402
+
+CASES = {f"{family.name}/{case.name}": case for family in families() for case in family.aot()}
+ARCHITECTURES = (80, 90, 100)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("case", CASES)
+def test_no_spills_at_the_tuned_size(case: str, arch: int) -> None:
+    chosen: AotCase = CASES[case]
+    report = compile_case(chosen, arch)
+    assert report.spills == 0, report
+    assert report.registers <= chosen.max_registers, report
+    assert report.wide > 0 or not chosen.wide, report

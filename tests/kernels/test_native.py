@@ -1,0 +1,82 @@
+"""The C++ library: instruction sets, the override, the message where it is missing, no thread pool of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ris_fast.kernels.native import loader
+
+needs_library = pytest.mark.skipif(not loader.available(), reason=f"no C++ kernels: {loader.why_not()}")
+SHOW = "from ris_fast.kernels.native import loader; print(loader.level(), loader._open()[0].ris_threads())"
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+
+
+@needs_library
+def test_every_level_up_to_the_best_is_there_and_the_best_is_chosen() -> None:
+    levels = loader.supported_levels()
+    assert levels[0] == "baseline" and levels == loader.LEVELS[: len(levels)]
+    assert run(SHOW, RIS_FAST_SIMD="").stdout.split()[0] == levels[-1]
+
+
+@needs_library
+@pytest.mark.parametrize("level", loader.supported_levels())
+def test_override_is_obeyed(level: str) -> None:
+    assert run(SHOW, RIS_FAST_SIMD=level).stdout.split()[0] == level
+
+
+@needs_library
+def test_unknown_override_names_the_choices() -> None:
+    done = run(SHOW, RIS_FAST_SIMD="avx1024")
+    assert done.returncode != 0 and "avx1024" in done.stderr and "baseline" in done.stderr
+
+
+@needs_library
+def test_torch_rules_the_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert loader._open()[0].ris_threads() == count
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_library
+def test_library_links_no_openmp_of_its_own() -> None:
+    assert b"libgomp.so" not in loader.PATH.read_bytes() and b"libomp.so" not in loader.PATH.read_bytes()
+
+
+@needs_library
+def test_missing_function_is_an_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_kernel"):
+        loader.function("no_such_kernel", [ctypes.c_void_p])
+
+
+def test_without_the_library_the_operators_still_work(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; from ris_fast.kernels.native import loader; loader.PATH = Path('nowhere.so'); "
+        "import torch, ris_fast; f = torch.randn(2, 16, 3, 2, requires_grad=True); "
+        "ris_fast.cov_nmse(f, target_factor=torch.randn(2, 16, 2, 2)).backward(); "
+        "assert f.grad.abs().sum() > 0 and not loader.available(); print(loader.describe())"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert "plain torch" in done.stdout and "was not built" in done.stdout
+
+
+def test_install_without_a_compiler_says_what_to_install(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    code = f"import runpy, setuptools; setuptools.setup = lambda **k: None; runpy.run_path({str(root / 'setup.py')!r})['find_compiler']()"
+    done = run(code, PATH=str(tmp_path), CXX="")
+    assert done.returncode != 0
+    assert "build-essential" in done.stderr and "RIS_FAST_NO_NATIVE=1" in done.stderr
