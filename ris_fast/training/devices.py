@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from ris_fast.config import Config, ConfigError
 from ris_fast.models.prediction import Prediction
 
+REMEMBERED_BYTES = 2**30
+
 
 def choose_device(name: str) -> torch.device:
     """`auto` is the GPU where there is one. Raises ConfigError for a device that this machine does not have."""
@@ -34,9 +36,21 @@ class Network:
     def __init__(self, model: nn.Module, compile: bool) -> None:
         self.features = model.features
         self.trunk = torch.compile(model.trunk, fullgraph=True, dynamic=False) if compile else model.trunk
+        self.known: dict[int, tuple[Tensor, ...]] = {}
 
     def __call__(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Prediction:
-        return self.trunk(self.features(snapshots, channel, codes, snr_db))
+        features = self.known.get(id(snapshots))
+        return self.trunk(self.features(snapshots, channel, codes, snr_db) if features is None else features)
+
+    def remember(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> None:
+        """Keeps the features of scenes that are shown again and again, while they stay under a GiB altogether.
+
+        `snapshots` must live as long as this network: scenes are known by it.
+        """
+        features = self.features(snapshots, channel, codes, snr_db)
+        held = sum(each.nbytes for known in self.known.values() for each in known)
+        if held + sum(each.nbytes for each in features) <= REMEMBERED_BYTES:
+            self.known[id(snapshots)] = features
 
 
 def compiled(model: nn.Module, config: Config, device: torch.device) -> tuple[Network, str]:

@@ -20,7 +20,7 @@ from ris_fast.training.devices import choose_device, compiled
 from ris_fast.training.loss import CovarianceLoss
 from ris_fast.training.schedule import Plan, learning_rate_factor, steps_in_epoch
 from ris_fast.training.state import Meter, RunState, RunStopped
-from ris_fast.training.step import Step, build_optimizer
+from ris_fast.training.step import Step, build_optimizer, network_inputs
 from ris_fast.training.telemetry import Milestones
 from ris_fast.training.validation import Score, validate
 
@@ -67,8 +67,8 @@ class Trainer:
         self.loss = CovarianceLoss(config.loss, config.task).to(self.device)
         self.model = build_model(config.model.name, config.task, **config.model.options).to(self.device)
         self.optimizer = build_optimizer(self.model, config)
-        network, self.compile_note = compiled(self.model, config, self.device)
-        self.step = Step(network, self.loss, self.optimizer, config, self.device, self.model)
+        self.network, self.compile_note = compiled(self.model, config, self.device)
+        self.step = Step(self.network, self.loss, self.optimizer, config, self.device, self.model)
         self.state = RunState()
         self.started = time.monotonic()
         self.counters = dict.fromkeys(("attempted", "applied", "clipped", "skipped"), 0)
@@ -307,7 +307,10 @@ class Trainer:
 
     def _validation_scenes(self) -> list[Scenes]:
         size = min(self.config.data.val_limit, self.source.size("val"))
-        return [self.source.batch("val", index) for index in torch.arange(size).split(VALIDATION_CHUNK)]
+        batches = [self.source.batch("val", index) for index in torch.arange(size).split(VALIDATION_CHUNK)]
+        for scenes in batches:
+            self.network.remember(*network_inputs(scenes))
+        return batches
 
     def _floor_scenes(self) -> Iterator[Scenes]:
         size = min(4 * VALIDATION_CHUNK, self.source.size("train"))

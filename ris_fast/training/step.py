@@ -63,6 +63,11 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
+def network_inputs(scenes: Scenes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a network is shown. Scenes without a channel are shown with H c_l in its place."""
+    return scenes.snapshots, scenes.collapsed if scenes.channel is None else scenes.channel, scenes.codes, scenes.snr_db
+
+
 class Step:
     """Calls the network, the loss and the optimizer in the one right order.
 
@@ -78,10 +83,9 @@ class Step:
         self.telemetry = Telemetry(model, optimizer, config.report.every_steps)
 
     def predict(self, scenes: Scenes) -> Prediction:
-        """The network's answer in the run's precision. Scenes without a channel are shown with H c_l in its place."""
-        channel = scenes.collapsed if scenes.channel is None else scenes.channel
+        """The network's answer in the run's precision."""
         with autocast(self.device, self.config.training.precision):
-            prediction = self.network(scenes.snapshots, channel, scenes.codes, scenes.snr_db)
+            prediction = self.network(*network_inputs(scenes))
         if torch.is_grad_enabled():
             self.telemetry.shown(scenes, prediction.factor)
         return prediction
