@@ -66,8 +66,11 @@ def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str
 
 def refuse_shared_memory(params: Sequence[Tensor], names: Sequence[str]) -> None:
     """Raises ValueError where two parameters overlap in memory: moving them into the buffer would untie them."""
-    spans = []
+    spans, seen = [], set()
     for name, p in zip(names, params, strict=True):
+        if id(p) in seen:
+            _refuse(f"parameter {name} is given twice. Give it once.")
+        seen.add(id(p))
         if p.numel():
             last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
             spans.append((str(p.device), p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size(), name))

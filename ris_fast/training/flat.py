@@ -26,8 +26,19 @@ def view_like(flat: Tensor, start: int, like: Tensor) -> Tensor:
     """View into `flat` from element `start` with the shape and, where dense, the strides of `like`."""
     strides = torch.empty_like(like, device="meta").stride()
     if like.is_complex():
-        return flat.view(torch.complex(flat[:0], flat[:0]).dtype).as_strided(like.shape, strides, start // 2)
+        return flat.view(like.dtype).as_strided(like.shape, strides, start // 2)
     return flat.as_strided(like.shape, strides, start)
+
+
+def window_like(flat: Tensor, start: int, like: Tensor) -> Tensor:
+    """As `view_like`, but with a storage of its own over the same memory.
+
+    Savers (safetensors, Accelerate, transformers) take tensors with a common storage for tied weights and keep one.
+    """
+    item = flat.element_size()
+    storage = flat.untyped_storage()[start * item : (start + real_numel(like)) * item]
+    strides = torch.empty_like(like, device="meta").stride()
+    return torch.empty(0, dtype=like.dtype, device=flat.device).set_(storage, 0, like.shape, strides)
 
 
 def dense(gradient: Tensor, view: Tensor) -> Tensor:
@@ -60,11 +71,11 @@ class Bucket:
 
         self.param, self.grad, self.exp_avg, self.exp_avg_sq = (zeros(elements) for _ in range(4))
         self.ema = zeros(elements, kind=torch.float32 if dtype in _HALF else dtype) if with_ema else None
-        self.params, self.grads, self.moments1, self.moments2 = (
-            [view_like(flat, start, tensor) for start, tensor in zip(self.starts, like, strict=True)]
-            for flat in (self.param, self.grad, self.exp_avg, self.exp_avg_sq)
+        self.grads = [view_like(self.grad, start, tensor) for start, tensor in zip(self.starts, like, strict=True)]
+        self.params, self.moments1, self.moments2, self.averages = (
+            [] if flat is None else [window_like(flat, start, tensor) for start, tensor in zip(self.starts, like, strict=True)]
+            for flat in (self.param, self.exp_avg, self.exp_avg_sq, self.ema)
         )
-        self.averages = [] if self.ema is None else [view_like(self.ema, s, t) for s, t in zip(self.starts, like, strict=True)]
 
         tensors = len(self.numels)
         self.steps = zeros(tensors, kind=torch.float32)

@@ -205,7 +205,7 @@ def test_checkpoint_of_another_model_is_refused() -> None:
 
 
 def test_weights_can_be_saved_with_safetensors(tmp_path: Any) -> None:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, load_model, save_file, save_model
 
     model = make()
     train(model, FusedAdamW(model.parameters()))
@@ -213,6 +213,19 @@ def test_weights_can_be_saved_with_safetensors(tmp_path: Any) -> None:
     other = make(1)
     other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     assert same(model, other, exactly=True)
+    save_model(model, str(tmp_path / "model.safetensors"))  # drops tensors that share a storage
+    other = make(1)
+    FusedAdamW(other.parameters())
+    load_model(other, str(tmp_path / "model.safetensors"))
+    assert same(model, other, exactly=True)
+
+
+def test_a_saved_tensor_is_no_larger_than_itself() -> None:
+    model = make()
+    optimizer = FusedAdamW(model.parameters(), ema_decay=0.9)
+    train(model, optimizer, 1)
+    for tensor in (model[0].bias, optimizer.state[model[0].bias]["exp_avg"], optimizer.extra_state()["ema.group0.1"]):
+        assert tensor.untyped_storage().nbytes() == 4 * model[0].bias.numel()
 
 
 def test_average_starts_at_the_weights_of_the_first_step() -> None:
