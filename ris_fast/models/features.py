@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast.config import Task
+from ris_fast.models.chunks import side_by_side
 from ris_fast.models.pursuit import TANGENTS, Atoms, Geometry, Normal, Pursuit, geometry_of, normal_equations
 
 TINY = 1e-12
@@ -57,15 +58,14 @@ def pursuit_features(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: 
                      wavenumber: float, stages: int) -> tuple[Tensor, Tensor]:
     """`Features` of a batch, as one operator: a thousand small operations that no compiler need look into.
 
-    Numerics: float32; scenes are worked on in chunks that stay in a CPU's cache, with the same result.
+    Numerics: float32; a CPU works on chunks of CPU_CHUNK scenes, whatever the threads, so that the bits do not depend on them.
     """
     pursuit = Pursuit(Geometry(*constants), wavenumber, stages)
-    chunk = CPU_CHUNK if snapshots.device.type == "cpu" else max(snapshots.shape[0], 1)
-    with torch.autocast(snapshots.device.type, enabled=False):
-        codes = codes.float()
-        parts = [_features(pursuit, y.float(), h.float(), codes, snr.float()) for y, h, snr in
-                 zip(snapshots.split(chunk), channel.split(chunk), snr_db.split(chunk), strict=True)]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    inputs = (snapshots.float(), channel.float(), snr_db.float())
+    if snapshots.device.type != "cpu":
+        return tuple(_features(pursuit, codes.float(), *inputs))
+    parts = side_by_side(partial(_features, pursuit, codes.float()), zip(*(each.split(CPU_CHUNK) for each in inputs)))
+    return torch.cat([part.inputs for part in parts]), torch.cat([part.basis for part in parts])
 
 
 @pursuit_features.register_fake
@@ -91,10 +91,12 @@ def _width(stages: int) -> int:
     return stages * (3 + 1 + 1 + 3 * TANGENTS + 2 * stages) + 4 * _early(stages) + 2
 
 
-def _features(pursuit: Pursuit, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Features:
-    normal = normal_equations(snapshots, channel, codes, snr_db)
-    found = pursuit(normal)
-    return Features(_inputs(pursuit, normal, found, snr_db), _basis(pursuit, found))
+@torch.no_grad()
+def _features(pursuit: Pursuit, codes: Tensor, snapshots: Tensor, channel: Tensor, snr_db: Tensor) -> Features:
+    with torch.autocast(snapshots.device.type, enabled=False):
+        normal = normal_equations(snapshots, channel, codes, snr_db)
+        found = pursuit(normal)
+        return Features(_inputs(pursuit, normal, found, snr_db), _basis(pursuit, found))
 
 
 def _inputs(pursuit: Pursuit, normal: Normal, found: Atoms, snr_db: Tensor) -> Tensor:

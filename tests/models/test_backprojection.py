@@ -145,6 +145,18 @@ def test_graph_has_no_break() -> None:
     torch.testing.assert_close(compiled(*inputs_of(scenes)).factor, model(*inputs_of(scenes)).factor)
 
 
+def test_features_do_not_depend_on_the_number_of_threads() -> None:
+    model, scenes, threads = build_model("backprojection", SMALL, width=16), scenes_of(SMALL, 300), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        two = model.features(*inputs_of(scenes))
+        torch.set_num_threads(1)
+        one = model.features(*inputs_of(scenes))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one.inputs, two.inputs) and torch.equal(one.basis, two.basis)
+
+
 def test_products_of_channel_and_code_are_refused() -> None:
     scenes = scenes_of(SMALL, 2)
     with pytest.raises(ValueError, match="cannot carry the answer"):
