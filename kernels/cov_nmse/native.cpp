@@ -8,6 +8,9 @@
 
 #include "native/simd.hpp"
 
+// Tile loops have constant bounds and must vanish: accumulators that stay an array live on the stack, four times slower.
+#define RIS_UNROLL _Pragma("GCC unroll 16")
+
 namespace RIS_NS {
 
 constexpr int kLine = 64;       // bytes of a cache line
@@ -44,36 +47,33 @@ inline double shrink_weight(double snr_db, double shrink) {
 inline double normaliser(double power, int64_t n) { return power == 0 ? 0.0 : double(n) / power; }
 
 template <class T> inline double power_of(const T* x, int64_t count) {
-    typedef Vec<double> V;
-    constexpr int w = lanes<double>;
-    V acc[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * w <= count; i += 4 * w)
-        for (int u = 0; u < 4; ++u) {
-            V v;
-            for (int l = 0; l < w; ++l) v[l] = double(x[i + u * w + l]);
-            acc[u] += v * v;
-        }
-    double total = sum<double>((acc[0] + acc[1]) + (acc[2] + acc[3]));
-    for (; i < count; ++i) total += double(x[i]) * double(x[i]);
+    double total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < count; ++i) total += double(x[i]) * double(x[i]);
     return total;
 }
 
-// (n, columns, 2) interleaved -> planar columns times scale.
-template <class T, class W> void to_planar(const T* x, int64_t n, int64_t columns, double scale, W* re, W* im, int64_t stride) {
+// (n, columns, 2) interleaved -> planar columns.
+template <class T, class W> void to_planar(const T* x, int64_t n, int64_t columns, W* re, W* im, int64_t stride) {
     for (int64_t i = 0; i < n; ++i)
         for (int64_t c = 0; c < columns; ++c) {
-            re[c * stride + i] = W(double(x[(i * columns + c) * 2]) * scale);
-            im[c * stride + i] = W(double(x[(i * columns + c) * 2 + 1]) * scale);
+            re[c * stride + i] = W(x[(i * columns + c) * 2]);
+            im[c * stride + i] = W(x[(i * columns + c) * 2 + 1]);
         }
 }
 
-template <class T, class W> void from_planar(const W* re, const W* im, int64_t n, int64_t columns, double scale, T* x, int64_t stride) {
+template <class T, class W> void from_planar(const W* re, const W* im, int64_t n, int64_t columns, T* x, int64_t stride) {
     for (int64_t i = 0; i < n; ++i)
         for (int64_t c = 0; c < columns; ++c) {
-            x[(i * columns + c) * 2] = T(double(re[c * stride + i]) * scale);
-            x[(i * columns + c) * 2 + 1] = T(double(im[c * stride + i]) * scale);
+            x[(i * columns + c) * 2] = T(re[c * stride + i]);
+            x[(i * columns + c) * 2 + 1] = T(im[c * stride + i]);
         }
+}
+
+// In double, because the scale of a tiny or huge factor need not be a float.
+template <class T> void scale_by(T* x, int64_t count, double scale) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) x[i] = T(double(x[i]) * scale);
 }
 
 template <class T> void zero(T* x, int64_t count) {
@@ -92,13 +92,13 @@ inline void gram_tile(const double* re, const double* im, int64_t stride, int64_
     V acc_re[kTile][kTile] = {}, acc_im[kTile][kTile] = {};
     for (int64_t n = from; n < to; n += lanes<double>) {
         V jr[kTile], ji[kTile];
-        for (int j = 0; j < kTile; ++j) {
+        RIS_UNROLL for (int j = 0; j < kTile; ++j) {
             jr[j] = load(re + (j0 + j) * stride + n);
             ji[j] = load(im + (j0 + j) * stride + n);
         }
-        for (int i = 0; i < kTile; ++i) {
+        RIS_UNROLL for (int i = 0; i < kTile; ++i) {
             const V ir = load(re + (i0 + i) * stride + n), ii = load(im + (i0 + i) * stride + n);
-            for (int j = 0; j < kTile; ++j) {
+            RIS_UNROLL for (int j = 0; j < kTile; ++j) {
                 acc_re[i][j] += ir * jr[j];
                 acc_im[i][j] += ir * ji[j];
                 acc_re[i][j] += ii * ji[j];
@@ -106,8 +106,8 @@ inline void gram_tile(const double* re, const double* im, int64_t stride, int64_
             }
         }
     }
-    for (int i = 0; i < kTile; ++i)
-        for (int j = 0; j < kTile; ++j) {
+    RIS_UNROLL for (int i = 0; i < kTile; ++i)
+        RIS_UNROLL for (int j = 0; j < kTile; ++j) {
             g[((i0 + i) * ld + j0 + j) * 2] += sum<double>(acc_re[i][j]);
             g[((i0 + i) * ld + j0 + j) * 2 + 1] += sum<double>(acc_im[i][j]);
         }
@@ -138,13 +138,13 @@ template <int span> inline void apply_block(const double* re, const double* im, 
     V acc_re[kOut][span] = {}, acc_im[kOut][span] = {};
     for (int64_t p = 0; p < s.p; ++p) {
         V zr[span], zi[span];
-        for (int u = 0; u < span; ++u) {
+        RIS_UNROLL for (int u = 0; u < span; ++u) {
             zr[u] = load(re + p * s.stride + n + u * lanes<double>);
             zi[u] = load(im + p * s.stride + n + u * lanes<double>);
         }
-        for (int q = 0; q < kOut; ++q) {
+        RIS_UNROLL for (int q = 0; q < kOut; ++q) {
             const V cr = splat(c[(p * ld + q) * 2]), ci = splat(c[(p * ld + q) * 2 + 1]);
-            for (int u = 0; u < span; ++u) {
+            RIS_UNROLL for (int u = 0; u < span; ++u) {
                 acc_re[q][u] += zr[u] * cr;
                 acc_im[q][u] += zr[u] * ci;
                 acc_re[q][u] -= zi[u] * ci;
@@ -152,8 +152,8 @@ template <int span> inline void apply_block(const double* re, const double* im, 
             }
         }
     }
-    for (int q = 0; q < kOut; ++q)
-        for (int u = 0; u < span; ++u) {
+    RIS_UNROLL for (int q = 0; q < kOut; ++q)
+        RIS_UNROLL for (int u = 0; u < span; ++u) {
             store(out_re + q * s.stride + n + u * lanes<double>, acc_re[q][u]);
             store(out_im + q * s.stride + n + u * lanes<double>, acc_im[q][u]);
         }
@@ -213,9 +213,9 @@ void LowRank<T>::run(const T* f, const T* target, const T* sample, const Scene& 
     const int64_t n = s.n, q = s.q, x = s.x, k = s.k, p = s.p, first_k = q + x;
     double *re = scratch, *im = re + ld * s.stride, *out_re = im + ld * s.stride, *out_im = out_re + outs * s.stride;
     double *g = out_im + outs * s.stride, *coef = g + 2 * ld * ld, *w = coef + 2 * p * outs, *d = w + ld, *row = d + s.stride;
-    to_planar(f, n, q, 1.0, re, im, s.stride);
-    if (x) to_planar(sample, n, x, 1.0, re + q * s.stride, im + q * s.stride, s.stride);
-    to_planar(target, n, k, 1.0, re + first_k * s.stride, im + first_k * s.stride, s.stride);
+    to_planar(f, n, q, re, im, s.stride);
+    if (x) to_planar(sample, n, x, re + q * s.stride, im + q * s.stride, s.stride);
+    to_planar(target, n, k, re + first_k * s.stride, im + first_k * s.stride, s.stride);
     gram(re, im, s, g, ld);
 
     double power[3] = {0, 0, 0};
@@ -226,6 +226,7 @@ void LowRank<T>::run(const T* f, const T* target, const T* sample, const Scene& 
     double error = c.eye * c.eye * n, truth = 0, target_trace = 0;
     for (int64_t i = 0; i < p; ++i) {
         double line = 0;
+#pragma omp simd reduction(+ : line)
         for (int64_t j = 0; j < p; ++j) line += w[j] * magnitude(g, i * ld + j);
         error += w[i] * (line + 2 * c.eye * g[(i * ld + i) * 2]);
         if (i < first_k) continue;
@@ -287,7 +288,9 @@ void LowRank<T>::run(const T* f, const T* target, const T* sample, const Scene& 
                     out_re[j * s.stride + i] += extra * d[i] * re[(first + j) * s.stride + i];
                     out_im[j * s.stride + i] += extra * d[i] * im[(first + j) * s.stride + i];
                 }
-        from_planar(out_re, out_im, n, columns, 4 * weight[side] / truth, side ? grad_x : grad_f, s.stride);
+        scale_by(out_re, columns * s.stride, 4 * weight[side] / truth);
+        scale_by(out_im, columns * s.stride, 4 * weight[side] / truth);
+        from_planar(out_re, out_im, n, columns, side ? grad_x : grad_f, s.stride);
     }
 }
 
@@ -304,8 +307,29 @@ template <class T> struct Dense {
     }
     template <int span> void tile(const T* const target[kRows], int64_t ld_row, int64_t j, T tau, const T* re, const T* im, const T* rowwise, int64_t pulled,
                                   T* out_re, T* out_im, Vec<T>& error, Vec<T>& truth) const;
+    void with_diagonal(const T* re, const T* im, const T* target, double tau, const Scene& c, double extra, double off, double* d, double& error, double& truth) const;
     void run(const T* f, const T* target, const T* sample, const Scene& c, const Settings& o, char* scratch, T* loss, T* grad_f, T* grad_x) const;
 };
+
+// What the multiples of I and the weights add to |D|^2 and |T|^2; d becomes the diagonal of D.
+template <class T>
+void Dense<T>::with_diagonal(const T* re, const T* im, const T* target, double tau, const Scene& c, double extra, double off, double* d, double& error, double& truth) const {
+    double on = 0, on_truth = 0, trace_d = 0, trace_truth = 0;
+    for (int64_t i = 0; i < s.n; ++i) {
+        double r = 0;
+        for (int64_t j = 0; j < s.p; ++j) r += double(re[j * s.stride + i]) * re[j * s.stride + i] + double(im[j * s.stride + i]) * im[j * s.stride + i];
+        const double t = tau * double(target[2 * i * (s.n + 1)]);
+        trace_d += r - t;
+        trace_truth += t;
+        d[i] = r - t + c.eye;
+        on += d[i] * d[i];
+        on_truth += (t + c.eye_truth) * (t + c.eye_truth);
+    }
+    error += 2 * c.eye * trace_d + c.eye * c.eye * s.n;
+    truth += 2 * c.eye_truth * trace_truth + c.eye_truth * c.eye_truth * s.n;
+    error = off * error + extra * on;
+    truth = off * truth + extra * on_truth;
+}
 
 // One tile of kRows x (span vectors): D = A A^H - tau T, its squares, and its share of D^H A = D A.
 template <class T>
@@ -317,13 +341,13 @@ inline void Dense<T>::tile(const T* const target[kRows], int64_t, int64_t j, T t
     V dr[kRows][span] = {}, di[kRows][span] = {};
     for (int64_t p = 0; p < s.p; ++p) {
         V jr[span], ji[span];
-        for (int u = 0; u < span; ++u) {
+        RIS_UNROLL for (int u = 0; u < span; ++u) {
             jr[u] = load(re + p * s.stride + j + u * w);
             ji[u] = load(im + p * s.stride + j + u * w);
         }
-        for (int r = 0; r < kRows; ++r) {
+        RIS_UNROLL for (int r = 0; r < kRows; ++r) {
             const V ar = splat(rowwise[(p * kRows + r) * 2]), ai = splat(rowwise[(p * kRows + r) * 2 + 1]);
-            for (int u = 0; u < span; ++u) {
+            RIS_UNROLL for (int u = 0; u < span; ++u) {
                 dr[r][u] += ar * jr[u];
                 di[r][u] += ai * jr[u];
                 dr[r][u] += ai * ji[u];
@@ -332,8 +356,8 @@ inline void Dense<T>::tile(const T* const target[kRows], int64_t, int64_t j, T t
         }
     }
     const V scale = splat(tau);
-    for (int r = 0; r < kRows; ++r)
-        for (int u = 0; u < span; ++u) {
+    RIS_UNROLL for (int r = 0; r < kRows; ++r)
+        RIS_UNROLL for (int u = 0; u < span; ++u) {
             V tr, ti;
             split<T>(load(target[r] + 2 * (j + u * w)), load(target[r] + 2 * (j + u * w) + w), tr, ti);
             tr = tr * scale, ti = ti * scale;
@@ -343,20 +367,20 @@ inline void Dense<T>::tile(const T* const target[kRows], int64_t, int64_t j, T t
         }
     for (int64_t q = 0; q < pulled; ++q) {
         V accr[span], acci[span];
-        for (int u = 0; u < span; ++u) {
+        RIS_UNROLL for (int u = 0; u < span; ++u) {
             accr[u] = load(out_re + q * s.stride + j + u * w);
             acci[u] = load(out_im + q * s.stride + j + u * w);
         }
-        for (int r = 0; r < kRows; ++r) {
+        RIS_UNROLL for (int r = 0; r < kRows; ++r) {
             const V ar = splat(rowwise[(q * kRows + r) * 2]), ai = splat(rowwise[(q * kRows + r) * 2 + 1]);
-            for (int u = 0; u < span; ++u) {
+            RIS_UNROLL for (int u = 0; u < span; ++u) {
                 accr[u] += dr[r][u] * ar;
                 acci[u] += dr[r][u] * ai;
                 accr[u] += di[r][u] * ai;
                 acci[u] -= di[r][u] * ar;
             }
         }
-        for (int u = 0; u < span; ++u) {
+        RIS_UNROLL for (int u = 0; u < span; ++u) {
             store(out_re + q * s.stride + j + u * w, accr[u]);
             store(out_im + q * s.stride + j + u * w, acci[u]);
         }
@@ -370,15 +394,20 @@ void Dense<T>::run(const T* f, const T* target, const T* sample, const Scene& c,
     const int64_t n = s.n, q = s.q, x = s.x, p = s.p, pulled = o.gradients == 0 ? 0 : o.gradients == 1 ? q : p;
     double* d = reinterpret_cast<double*>(scratch);
     T *re = reinterpret_cast<T*>(d + s.stride), *im = re + p * s.stride, *out_re = im + p * s.stride, *out_im = out_re + p * s.stride;
-    T *rowwise = out_im + p * s.stride, *tail = rowwise + 2 * rows * p;
+    T* rowwise = out_im + p * s.stride;
 
     const double power[2] = {power_of(f, 2 * n * q), x ? power_of(sample, 2 * n * x) : 0};
     const double weight[2] = {c.factor * normaliser(power[0], n), c.sample * normaliser(power[1], n)};
     double trace = 0;
     for (int64_t i = 0; i < n; ++i) trace += double(target[2 * i * (n + 1)]);
     const double tau = c.truth * normaliser(trace, n);
-    to_planar(f, n, q, std::sqrt(weight[0]), re, im, s.stride);
-    if (x) to_planar(sample, n, x, std::sqrt(weight[1]), re + q * s.stride, im + q * s.stride, s.stride);
+    to_planar(f, n, q, re, im, s.stride);
+    if (x) to_planar(sample, n, x, re + q * s.stride, im + q * s.stride, s.stride);
+    for (int half = 0; half < 2; ++half) {
+        T* part = half ? im : re;
+        scale_by(part, q * s.stride, std::sqrt(weight[0]));
+        scale_by(part + q * s.stride, x * s.stride, std::sqrt(weight[1]));
+    }
     for (int64_t i = 0; i < n; ++i)
         for (int64_t j = 0; j < p; ++j) {
             T* to = rowwise + (i / kRows * kRows * p + j * kRows + i % kRows) * 2;
@@ -406,10 +435,10 @@ void Dense<T>::run(const T* f, const T* target, const T* sample, const Scene& c,
             for (; j < whole; j += w) tile<1>(rows_at, n, j, T(tau), re, im, mine, pulled, out_re, out_im, e, t);
         } else {  // last rows: the missing ones have a zero factor and read zeros as target
             for (; j < whole; j += w) {
-                for (int r = 0; r < kRows; ++r) tail_at[r] = r < present ? rows_at[r] : nothing - 2 * j;
+                RIS_UNROLL for (int r = 0; r < kRows; ++r) tail_at[r] = r < present ? rows_at[r] : nothing - 2 * j;
                 tile<1>(tail_at, n, j, T(tau), re, im, mine, pulled, out_re, out_im, e, t);
             }
-            for (int r = 0; r < kRows; ++r) tail_at[r] = (r < present ? padded[r] : nothing) - 2 * whole;
+            RIS_UNROLL for (int r = 0; r < kRows; ++r) tail_at[r] = (r < present ? padded[r] : nothing) - 2 * whole;
         }
         if (whole < n) tile<1>(tail_at, n, whole, T(tau), re, im, mine, pulled, out_re, out_im, e, t);
         error += double(sum<T>(e));
@@ -417,48 +446,37 @@ void Dense<T>::run(const T* f, const T* target, const T* sample, const Scene& c,
     }
 
     const double extra = o.diag - o.off;
-    double on = 0, on_truth = 0, trace_d = 0, trace_truth = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        double r = 0;
-        for (int64_t j = 0; j < p; ++j) r += double(re[j * s.stride + i]) * re[j * s.stride + i] + double(im[j * s.stride + i]) * im[j * s.stride + i];
-        const double t = tau * double(target[2 * i * (n + 1)]);
-        trace_d += r - t;
-        trace_truth += t;
-        d[i] = r - t + c.eye;
-        on += d[i] * d[i];
-        on_truth += (t + c.eye_truth) * (t + c.eye_truth);
-    }
-    error += 2 * c.eye * trace_d + c.eye * c.eye * n;
-    truth += 2 * c.eye_truth * trace_truth + c.eye_truth * c.eye_truth * n;
-    error = o.off * error + extra * on;
-    truth = o.off * truth + extra * on_truth;
+    if (extra != 0 || c.eye != 0 || c.eye_truth != 0) with_diagonal(re, im, target, tau, c, extra, o.off, d, error, truth);
+    else error *= o.off, truth *= o.off;
     *loss = T(error / truth);
 
     for (int side = 0; side < o.gradients; ++side) {
         const int64_t first = side ? q : 0, columns = side ? x : q;
+        const bool own_terms = o.off != 1 || extra != 0 || c.eye != 0;
         double along = 0, length = 0;
         for (int64_t j = first; j < first + columns; ++j) {
-            double column = 0;
-            for (int64_t i = 0; i < n; ++i) {
-                const int64_t at = j * s.stride + i;
-                if (o.off != 1 || extra != 0 || c.eye != 0) {
-                    const double own = o.off * c.eye + extra * d[i];
-                    out_re[at] = T(o.off * out_re[at] + own * re[at]);
-                    out_im[at] = T(o.off * out_im[at] + own * im[at]);
-                }
-                column += double(re[at]) * out_re[at] + double(im[at]) * out_im[at];
-                length += double(re[at]) * re[at] + double(im[at]) * im[at];
+            T *pull_re = out_re + j * s.stride, *pull_im = out_im + j * s.stride;
+            const T *own_re = re + j * s.stride, *own_im = im + j * s.stride;
+            for (int64_t i = 0; own_terms && i < n; ++i) {
+                const double own = o.off * c.eye + extra * d[i];
+                pull_re[i] = T(o.off * pull_re[i] + own * own_re[i]);
+                pull_im[i] = T(o.off * pull_im[i] + own * own_im[i]);
             }
-            along += column;
+#pragma omp simd reduction(+ : along, length)
+            for (int64_t i = 0; i < n; ++i) {
+                along += double(own_re[i]) * pull_re[i] + double(own_im[i]) * pull_im[i];
+                length += double(own_re[i]) * own_re[i] + double(own_im[i]) * own_im[i];
+            }
         }
         along = length == 0 ? 0 : along / length;
-        for (int64_t j = first; j < first + columns; ++j)
-            for (int64_t i = 0; i < n; ++i) {
-                const int64_t at = j * s.stride + i;
-                out_re[at] = T(double(out_re[at]) - along * re[at]);
-                out_im[at] = T(double(out_im[at]) - along * im[at]);
-            }
-        from_planar(out_re + first * s.stride, out_im + first * s.stride, n, columns, 4 * std::sqrt(weight[side]) / truth, side ? grad_x : grad_f, s.stride);
+        const double scale = 4 * std::sqrt(weight[side]) / truth;
+        for (int half = 0; half < 2; ++half) {
+            T* pull = (half ? out_im : out_re) + first * s.stride;
+            const T* own = (half ? im : re) + first * s.stride;
+#pragma omp simd
+            for (int64_t i = 0; i < columns * s.stride; ++i) pull[i] = T((double(pull[i]) - along * own[i]) * scale);
+        }
+        from_planar(out_re + first * s.stride, out_im + first * s.stride, n, columns, side ? grad_x : grad_f, s.stride);
     }
 }
 
