@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..native import loader
 
-CHUNK = 16384  # 64 kB of each buffer: long enough to stream, short enough to share out evenly
+CHUNK = 4096  # 16 kB of each buffer: as fast as longer ones on one thread, and shared out more evenly
 
 _P, _N = c_void_p, c_int64
 _ARGUMENTS = {

@@ -33,7 +33,7 @@ SIZES = {
     "one element": (1,),
     "no element": (0,),
     "many small": tuple(range(0, 300, 7)),
-    "long": (16384 * 3 + 1, 65),
+    "long": (4096 * 12 + 1, 65),
 }
 
 
