@@ -72,7 +72,7 @@ class Trainer:
         self.state = RunState()
         self.started = time.monotonic()
         self.counters = dict.fromkeys(("attempted", "applied", "clipped", "skipped"), 0)
-        self.skipping = self.groups_read = 0
+        self.skipping = self.groups_read = self.planned = 0
         self.epoch_steps = steps_in_epoch(self.source.size("train"), config.training.batch_size,
                                           config.training.accumulate)
         self.plan = Plan(config.training.epochs * self.epoch_steps, config.training.max_seconds)
@@ -120,7 +120,8 @@ class Trainer:
         self.groups_read, self.between_epochs = 0, self.milestones.pass_by()
         self.model.train()
         for group in self._groups():
-            result = self.step(group, self.plan.planned)
+            self.planned = self.plan.planned
+            result = self.step(group, self.planned)
             self._advance(result.scenes)
             epoch_meter.add(result)
             window.add(result)
@@ -205,7 +206,7 @@ class Trainer:
         """The learning rates that the last update should have had, from the count of updates that were applied."""
         settings, counters = self.config.optimizer, self.counters
         skipped_last = self.skipping > 0
-        factor = learning_rate_factor(counters["applied"] - (not skipped_last), self.plan.planned, settings.warmup,
+        factor = learning_rate_factor(counters["applied"] - (not skipped_last), self.planned, settings.warmup,
                                       settings.final_lr)
         return {group["name"]: group["peak_lr"] * factor for group in self.optimizer.param_groups}
 
@@ -241,7 +242,7 @@ class Trainer:
         """What the epoch and its validation say of themselves, besides the scores."""
         scores = {"raw": raw} | ({"ema": ema} if ema else {})
         return {"steps": meter.steps, "groups_read": self.groups_read, "epoch_steps": self.epoch_steps,
-                "between_epochs": self.between_epochs, "around_validation": self.milestones.pass_by(),
+                "cut_short": self._time_over(), "between_epochs": self.between_epochs, "around_validation": self.milestones.pass_by(),
                 "scores": {name: {"answers": score.answers, "asleep": score.asleep, "loss": score.loss,
                                   "distance": self.milestones.distance(score.weights)}
                            for name, score in scores.items()},

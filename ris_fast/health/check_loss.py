@@ -1,0 +1,193 @@
+"""Preflight of the loss: what it says of the truth, of a known error and of guesses, through the trainer's own objects.
+
+Legend: B batch, N RIS elements, Q factor columns, K sources (padded).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as fn
+
+from ris_fast.health.finding import Finding
+from ris_fast.health.subject import Subject
+from ris_fast.models.prediction import Prediction
+from ris_fast.physics.pairs import conj
+from ris_fast.physics.scenes import Scenes
+from ris_fast.training.loss import TRUTH_TERMS
+
+ZERO = 1e-3                # of the truth's loss, where the zero predictor's is 1
+SHIFT_RAD, SHIFT_LOG = 0.02, 0.05
+COVARIANCE = ("cov", "cov_pred")
+LOCATED = {"angle": "azimuth", "range": "range_m", "chamfer": "azimuth"}
+DOMINATES = 0.95
+
+
+def weights(subject: Subject) -> Iterator[Finding]:
+    """Some term above zero tells the factors what the truth is, and the main one is among them."""
+    given: Mapping[str, float] = subject.loss.weights
+    if not any(given.get(name, 0.0) > 0 for name in TRUTH_TERMS):
+        yield Finding("zero_loss_weight", f"no term tells the factors what the truth is: the weights are {_shown(given)}.")
+    elif given.get("cov", 0.0) <= 0:
+        yield Finding("zero_loss_weight", f"loss.cov, the main term, has weight zero; what remains is {_shown(given)}.")
+
+
+def _shown(given: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in given.items()) or "none"
+
+
+# ---- the oracle ----------------------------------------------------------------------------------------------------
+
+
+def oracle(scenes: Scenes, like: Prediction) -> Prediction:
+    """The answer that is right: the target's factor in as many columns as the network's, and the sources' places."""
+    columns = like.factor.shape[2]
+    factor = fn.pad(scenes.factor, (0, 0, 0, max(0, columns - scenes.factor.shape[2])))
+    active = torch.arange(scenes.power.shape[1], device=scenes.count.device) < scenes.count[:, None]
+
+    def set_of(values: Tensor | None, wanted: Tensor | None) -> Tensor | None:
+        """Places of the sources; a slot without one repeats the first."""
+        return None if wanted is None or values is None else torch.where(active, values, values[:, :1]).clone()
+
+    logits = None
+    if like.count_logits is not None:
+        logits = 50.0 * fn.one_hot(scenes.count - 1, like.count_logits.shape[1]).to(factor.dtype)
+    return Prediction(factor.clone(), set_of(scenes.azimuth, like.azimuth), set_of(scenes.elevation, like.elevation),
+                      set_of(scenes.range_m, like.range_m), logits)
+
+
+def _terms(subject: Subject, prediction: Prediction, scenes: Scenes) -> dict[str, float]:
+    with torch.no_grad():
+        return {name: float(value) for name, value in subject.loss(prediction, scenes)[1].items()}
+
+
+def truth(subject: Subject) -> Iterator[Finding]:
+    """The true factors and places score zero in every term that compares with the truth."""
+    scenes = subject.scenes
+    if scenes.factor is None:
+        return
+    with torch.no_grad():
+        guess = subject.run()[2]
+    right = oracle(scenes, guess)
+    scores = _terms(subject, right, scenes)
+    wrong = next((name for name in COVARIANCE if name in scores and not scores[name] < ZERO), None)
+    if wrong and subject.config.loss.beta == 0.0:
+        yield _misjudged(subject, wrong, right, guess, scores[wrong])
+    for name in LOCATED:
+        if name in scores and scores[name] > ZERO:
+            yield Finding("wrong_units", f"the true {LOCATED[name]} has a {name} loss of {scores[name]:.3g} instead of 0: "
+                          f"prediction and label are not in the same units or frame.")
+            return
+    yield from _shifted(subject, right, scenes)
+
+
+def _misjudged(subject: Subject, term: str, right: Prediction, guess: Prediction, score: float) -> Finding:
+    """Why the truth does not score zero."""
+    scenes = subject.scenes
+    turned = _terms(subject, right._replace(factor=conj(right.factor)), scenes)[term]
+    random = _terms(subject, guess, scenes)[term]
+    if abs(turned) < ZERO:
+        return Finding("conjugation_error", f"the true factors score {score:.3g} in {term} and their complex conjugates "
+                       f"{turned:.1e}: one side has the other sign of the exponent.")
+    if score > random:
+        return Finding("loss_sign", f"{term} is {score:.3g} for the truth and {random:.3g} for an untrained network: "
+                       f"it grows as the answer gets better.")
+    return Finding("target_scale_differs", f"the true factors score {score:.4g} in {term} instead of 0 (an untrained "
+                   f"network: {random:.3g}): prediction and target are not treated alike.")
+
+
+def _shifted(subject: Subject, right: Prediction, scenes: Scenes) -> Iterator[Finding]:
+    """A known error in angle or range has the loss that the definition says, in radians and log-metres."""
+    if right.azimuth is None:
+        return
+    moved = right._replace(azimuth=right.azimuth + SHIFT_RAD)
+    scores, delta = _terms(subject, moved, scenes), math.radians(0.25)
+    expected = {"angle": delta * (SHIFT_RAD - delta / 2), "chamfer": 2 * SHIFT_RAD**2}
+    for name, value in expected.items():
+        if name in scores and not 0.3 * value < scores[name] < 3.0 * value:
+            yield Finding("wrong_units", f"azimuths that are wrong by {SHIFT_RAD} rad have a {name} loss of "
+                          f"{scores[name]:.3g}; {value:.3g} is right.")
+            return
+    if right.range_m is not None and "range" in scores:
+        value = SHIFT_LOG**2 / 2
+        found = _terms(subject, right._replace(range_m=right.range_m * math.exp(SHIFT_LOG)), scenes)["range"]
+        if not 0.3 * value < found < 3.0 * value:
+            yield Finding("wrong_units", f"ranges that are 5 % too long have a range loss of {found:.3g}; {value:.3g} is right.")
+
+
+def labels(subject: Subject) -> Iterator[Finding]:
+    """Angles and ranges lie where the task says, and the target's columns are their steering vectors."""
+    task, scenes = subject.config.task, subject.scenes
+    if scenes.azimuth is None or scenes.factor is None:
+        return
+    high = float(scenes.azimuth.abs().max())
+    if high > 1.01 * math.radians(task.azimuth_deg) + 1e-6:
+        yield Finding("wrong_units", f"azimuths go up to {high:.3g}; the task says {math.radians(task.azimuth_deg):.3g} rad.")
+    elif float(scenes.range_m.max()) > 1.01 * task.range_max_m:
+        yield Finding("wrong_units", f"ranges go up to {float(scenes.range_m.max()):.4g}; the task says {task.range_max_m:g} m.")
+
+
+# ---- terms ---------------------------------------------------------------------------------------------------------
+
+
+def dead_terms(subject: Subject) -> Iterator[Finding]:
+    """Every enabled term changes with the prediction, and none is flat where training starts."""
+    scenes = subject.scenes
+    with torch.no_grad():
+        guess = subject.run()[2]
+    others = [guess, _jolted(guess, 0.5), _jolted(guess, 0.1)]
+    if scenes.factor is not None:
+        others.append(oracle(scenes, guess))
+    table = [_terms(subject, each, scenes) for each in others]
+    for name in table[0]:
+        values = [row[name] for row in table]
+        if len(set(values)) == 1:
+            yield Finding("dead_loss_term", f"{name} is {values[0]:g} for every prediction that was tried.")
+        elif name in COVARIANCE and len(set(values[:3])) == 1:
+            yield Finding("clamped_loss", f"{name} is {values[0]:g} for an untrained network and for others near it, and "
+                          f"{values[-1]:.3g} for the truth: it is flat where training starts.")
+
+
+def _jolted(prediction: Prediction, size: float) -> Prediction:
+    """A prediction with noise of this share of its own size in every output."""
+    generator = torch.Generator().manual_seed(5)
+
+    def noisy(value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
+        return (value + size * value.abs().mean() * noise).abs() if (value > 0).all() else value + size * value.abs().mean() * noise
+    return Prediction(*(noisy(value) for value in prediction))
+
+
+def shares(subject: Subject) -> dict[str, float]:
+    """Name of each term -> norm of its weighted gradient over the trainable parameters."""
+    live = [parameter for parameter in subject.parameters.values() if parameter.requires_grad]
+    _, terms, _ = subject.run()
+    sizes = {}
+    for name, value in terms.items():
+        if not value.requires_grad:
+            sizes[name] = 0.0
+            continue
+        parts = torch.autograd.grad(value * subject.loss.weights.get(name, 0.0), live, retain_graph=True, allow_unused=True)
+        sizes[name] = float(torch.stack([part.norm() for part in parts if part is not None] or [torch.zeros(())]).norm())
+    return sizes
+
+
+def balance(subject: Subject) -> Iterator[Finding]:
+    """No auxiliary term supplies nearly all of the gradient."""
+    sizes = shares(subject)
+    total = sum(sizes.values())
+    if not total > 0 or not math.isfinite(total) or not any(sizes.get(name) for name in COVARIANCE):
+        return
+    name, largest = max(sizes.items(), key=lambda item: item[1])
+    if name not in TRUTH_TERMS and largest > DOMINATES * total:
+        yield Finding("dominating_term", f"{name} (weight {subject.loss.weights[name]:g}) supplies {largest / total:.1%} of "
+                      f"the gradient at the start.")
+
+
+CHECKS = {"the weights of the loss": weights, "the truth scores zero": truth, "labels are in radians and metres": labels,
+          "every term of the loss is alive": dead_terms, "no auxiliary term dominates": balance}

@@ -1,0 +1,93 @@
+"""A finding, and the order in which findings are told: causes before their consequences, certain before likely."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any, Iterable
+
+from ris_fast.health.causes import CAUSES
+
+# Families of evidence, most certain first; within one, what comes first explains what comes later.
+LEVELS: dict[str, tuple[str, ...]] = {
+    "structural": (
+        "nonfinite_data", "constant_input", "empty_cache_slot", "rank_sees_other_data", "repeated_batch", "stale_cache",
+        "mismatched_channel", "wrong_layout", "shuffled_labels", "constant_targets", "split_overlap",
+        "stale_optimizer_parameters", "ranks_diverged", "stale_compiled_graph", "compiled_differs",
+        "unregistered_parameters", "tied_parameters", "duplicate_parameters", "frozen_parameters",
+        "missing_from_optimizer", "low_precision_weights", "zero_learning_rate", "zero_loss_weight", "batchnorm_statistics",
+        "eval_mode_in_training", "train_mode_in_validation", "loss_rebuilt", "detached_loss", "conjugation_error",
+        "wrong_units", "loss_sign", "target_scale_differs", "dead_loss_term", "scenes_mixed", "heavy_dropout",
+        "inputs_withhold_answer", "ignored_input", "input_scale", "epsilon_swallows_signal", "saturated_output",
+        "clamped_loss", "symmetric_init", "zero_product_init", "bad_initialisation", "dead_units",
+        "non_differentiable", "zeroed_gradients", "detached_backbone", "wrong_backward", "output_rank_too_low",
+        "unused_head"),
+    "contract": (
+        "step_never_called", "step_called_twice", "step_once_per_epoch", "batches_skipped", "scaler_skips_all",
+        "sanitised_gradients", "fp16_overflow", "gradient_underflow", "gradients_cleared_before_step",
+        "clip_before_unscale", "gradients_never_cleared", "last_micro_batch_only", "rank_gradient_missing",
+        "accumulation_not_divided", "schedule_per_epoch", "schedule_per_batch", "weights_reset", "ema_saved_over_raw",
+        "optimizer_state_lost", "ema_nonfinite", "raw_not_validated", "cached_validation", "ema_equals_raw", "ema_frozen"),
+    "gradient": ("nonfinite_gradients", "dominating_term", "clip_too_small"),
+    "movement": ("warmup_too_long", "learning_rate_too_large", "weight_decay_too_large", "learning_rate_too_small"),
+    "outcome": ("ema_cold",),
+}
+SEVERITIES = tuple(LEVELS)
+_PLACE = {cause: (level, place) for level, causes in enumerate(LEVELS.values()) for place, cause in enumerate(causes)}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One cause with what was seen.
+
+    Args: cause: a name of `causes.CAUSES`; evidence: tensors, steps and numbers in one or two sentences;
+        step: optimizer steps attempted when it was seen, 0 before the first.
+    """
+
+    cause: str
+    evidence: str
+    step: int = 0
+    severity: str = ""
+    advice: str = ""
+    certain: bool = field(default=True)
+
+    def __post_init__(self) -> None:
+        if self.cause not in _PLACE:
+            raise ValueError(f"Finding: no cause is called '{self.cause}'. Add it to causes.py and to LEVELS.")
+        object.__setattr__(self, "severity", self.severity or SEVERITIES[_PLACE[self.cause][0]])
+        object.__setattr__(self, "advice", self.advice or mend_of(self.cause))
+
+    @property
+    def meaning(self) -> str:
+        return CAUSES[self.cause]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"meaning": self.meaning}
+
+    def __str__(self) -> str:
+        when = "before the first step" if self.step == 0 else f"at step {self.step}"
+        return f"{self.cause} ({self.severity}, {when}): {self.meaning}.\n  seen: {self.evidence}\n  mend: {self.advice}"
+
+
+def ranked(findings: Iterable[Finding], muted: Iterable[str] = ()) -> list[Finding]:
+    """Most certain first, each cause once (where it was seen first), muted ones left out."""
+    first: dict[str, Finding] = {}
+    for finding in findings:
+        if finding.cause not in set(muted):
+            first.setdefault(finding.cause, finding)
+    return sorted(first.values(), key=lambda finding: (not finding.certain, *_PLACE[finding.cause]))
+
+
+def page(cause: str) -> str:
+    """The page on a cause: what it is, how it is seen, how it is mended. Raises KeyError for an unknown name."""
+    if cause not in CAUSES:
+        raise KeyError(cause)
+    return resources.files("ris_fast.health").joinpath("pages", f"{cause}.md").read_text(encoding="utf-8")
+
+
+@cache
+def mend_of(cause: str) -> str:
+    """The first paragraph under 'Mend' of the cause's page."""
+    _, _, mend = page(cause).partition("## Mend\n")
+    return " ".join(mend.strip().split("\n\n")[0].split())

@@ -1,0 +1,76 @@
+"""Runs every check before the first step, each by itself, timed, and leaves the trainer bit for bit as it was."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Callable, Iterator
+
+import torch
+
+from ris_fast.health import (check_gradient, check_loss, check_memory, check_network, check_parameters, check_scenes,
+                             check_schedule, check_step)
+from ris_fast.health.finding import Finding
+from ris_fast.health.subject import Subject
+from ris_fast.health.untouched import untouched
+from ris_fast.training.loop import Trainer
+
+Check = Callable[[Subject], Iterator[Finding]]
+SMALL_BATCH = {**check_scenes.CHECKS, **check_parameters.CHECKS, **check_loss.CHECKS, **check_network.CHECKS,
+               **check_gradient.CHECKS, **check_schedule.CHECKS}
+WHOLE_STEP = check_step.CHECKS
+LEARNING = check_memory.CHECKS
+
+
+@dataclass(frozen=True)
+class Result:
+    """One check: what it is called, what it found, how long it took, and what it measured, for people."""
+
+    name: str
+    findings: tuple[Finding, ...]
+    seconds: float
+    note: str = ""
+    failed: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return not self.findings and not self.failed
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "passed": self.passed, "seconds": self.seconds, "note": self.note, "failed": self.failed,
+                "findings": [finding.to_json() for finding in self.findings]}
+
+
+def run_checks(trainer: Trainer, *, progress: Callable[[Result], None] | None = None) -> list[Result]:
+    """Every check in turn. One that cannot run because of what another found is noted, not raised."""
+    subject, results = Subject(trainer), []
+    for name, check in {**SMALL_BATCH, **WHOLE_STEP, **LEARNING}.items():
+        if name in LEARNING and any(result.findings for result in results):
+            continue
+        result = _run(subject, name, check, small=name not in WHOLE_STEP)
+        results.append(result)
+        if progress is not None:
+            progress(result)
+    return results
+
+
+def _run(subject: Subject, name: str, check: Check, *, small: bool) -> Result:
+    began, failed = time.perf_counter(), ""
+    findings: list[Finding] = []
+    subject.note = ""
+    with untouched(subject.trainer), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        subject.model.train()
+        try:
+            if small and name != "the step calls the network itself":
+                with subject.small():
+                    findings.extend(check(subject))
+            else:
+                findings.extend(check(subject))
+        except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, AssertionError, NotImplementedError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise
+            failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return Result(name, tuple(findings), time.perf_counter() - began, subject.note, failed)

@@ -1,0 +1,69 @@
+"""The watch over one run: preflight before it, rules over its rows while it goes on, one ranked list of findings."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Iterable, Mapping
+
+from ris_fast.health.finding import Finding, ranked
+from ris_fast.health.preflight import Result, run_checks
+from ris_fast.health.rules import Run, rules_of
+from ris_fast.training.loop import Trainer
+from ris_fast.training.state import RunStopped
+
+STOPPING = ("structural", "contract")
+
+
+class Watchdog:
+    """Observer of a trainer that collects findings, most certain first.
+
+    Args:
+        muted: causes that are not told; those of `health.mute` are added.
+        stop: end the run (RunStopped, exit code 4) at a certain finding that is structural or breaks a contract.
+    """
+
+    def __init__(self, trainer: Trainer, muted: Iterable[str] = (), *, stop: bool = False) -> None:
+        self.trainer, self.stop = trainer, stop
+        self.muted = frozenset(muted) | frozenset(trainer.config.health.mute.replace(",", " ").split())
+        self.checks: list[Result] = []
+        self.run = Run()
+        self._found: list[Finding] = []
+
+    @property
+    def findings(self) -> list[Finding]:
+        return ranked(self._found, self.muted)
+
+    def preflight(self, progress: Callable[[Result], None] | None = None) -> list[Finding]:
+        """The checks before the first step; the trainer is left as it was."""
+        self.checks = run_checks(self.trainer, progress=progress)
+        self._found += [finding for check in self.checks for finding in check.findings]
+        return self.findings
+
+    def verdict(self) -> str:
+        """One line: nothing found, or the most certain cause."""
+        found = self.findings
+        return f"{found[0].cause}: {found[0].evidence}" if found else "nothing found"
+
+    # ---- observer -----------------------------------------------------------------------------------------------------
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        self.run.info = info
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        self.run.steps.append(row)
+        self._judge("step")
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        self.run.epochs.append(row)
+        self._judge("epoch")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self.run.summary = summary
+        self._judge("finish", stop=False)
+
+    def _judge(self, event: str, *, stop: bool = True) -> None:
+        new = [finding for rule in rules_of(event) for finding in rule(self.run)]
+        known = {finding.cause for finding in self._found}
+        self._found += [finding for finding in new if finding.cause not in known]
+        first = next(iter(ranked(new, self.muted)), None)
+        if stop and self.stop and first is not None and first.certain and first.severity in STOPPING:
+            raise RunStopped(str(first), first.cause)
