@@ -1,11 +1,39 @@
-"""What all benchmarks share: results that name no host, so that they can be kept with the code."""
+"""What all benchmarks share: device, CPU threads, copy bandwidth, and results that name no host."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+
+import pytest
+import torch
+from harness import copy_bandwidth
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """The GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
+def threads(request: pytest.FixtureRequest, device: str) -> Iterator[int]:
+    """CPU threads of torch and of our kernels; on a GPU one case is enough."""
+    if device != "cpu" and request.param > 1:
+        pytest.skip("threads matter on a CPU only")
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def bandwidth(device: str) -> float:
+    """Copy bandwidth in bytes per second, measured in this run."""
+    return copy_bandwidth(device)
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    """Drops the host's name; processor, cores and Python stay."""
+    """Drops the host's name, so that results can be kept with the code; processor, cores and Python stay."""
     machine_info.pop("node", None)
     machine_info.pop("release", None)
