@@ -66,6 +66,10 @@ class Backprojection(nn.Module):
                              "itself: products H c_l cannot carry the answer. Give scenes with the channel.")
         return self.extract(snapshots, channel, codes, snr_db)
 
+    def classical(self, features: Features) -> tuple[str, Tensor]:
+        """What the features say without a network: the estimator's name, and its factor (B, N, K, 2)."""
+        return "pursuit", self.extract.sources(features)
+
     def trunk(self, features: Features) -> Prediction:
         """The trainable part: inputs -> coefficients -> factor (B, N, Q, 2)."""
         hidden = self.norm(self.blocks(self.stem(features.inputs)))

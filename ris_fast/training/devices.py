@@ -39,8 +39,12 @@ class Network:
         self.known: dict[int, tuple[Tensor, ...]] = {}
 
     def __call__(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Prediction:
+        return self.trunk(self.inputs(snapshots, channel, codes, snr_db))
+
+    def inputs(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> tuple[Tensor, ...]:
+        """The features, from memory where they are remembered."""
         features = self.known.get(id(snapshots))
-        return self.trunk(self.features(snapshots, channel, codes, snr_db) if features is None else features)
+        return self.features(snapshots, channel, codes, snr_db) if features is None else features
 
     def remember(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> None:
         """Keeps the features of scenes that are shown again and again, while they stay under a GiB altogether.

@@ -13,6 +13,7 @@ import torch
 from ris_fast.config import Config
 from ris_fast.data.source import SceneSource, epoch_batches, open_source
 from ris_fast.models import build_model
+from ris_fast.models.prediction import Prediction
 from ris_fast.physics.floors import floors
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
@@ -22,7 +23,7 @@ from ris_fast.training.schedule import Plan, learning_rate_factor, steps_in_epoc
 from ris_fast.training.state import Meter, RunState, RunStopped
 from ris_fast.training.step import Step, build_optimizer, network_inputs
 from ris_fast.training.telemetry import Milestones
-from ris_fast.training.validation import Score, validate
+from ris_fast.training.validation import Score, scene_nmse, validate
 
 LEARNED = 0.95        # a network has learned when it is below this share of the lowest floor and of its own start
 VALIDATION_CHUNK = 1000
@@ -84,7 +85,7 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Trains to the end of the epochs or of the time, and returns the summary."""
         self.validation = self._validation_scenes()
-        self.floors = floors(self._floor_scenes(), self.validation)
+        self.floors = floors(self._floor_scenes(), self.validation) | self._classical_floor()
         self.observer.start(self._info())
         finding, verdict = None, None
         self.started = time.monotonic() - self.state.seconds
@@ -284,14 +285,19 @@ class Trainer:
     def _summary(self, verdict: str | None, findings: list[str]) -> dict[str, Any]:
         state, seconds = self.state, max(self.state.seconds, 1e-9)
         best = state.best_nmse if math.isfinite(state.best_nmse) else None
-        goal = LEARNED * min(state.initial_nmse, *self.floors.values())
-        return {"verdict": verdict or ("learned" if best is not None and best < goal else "stalled"),
+        return {"verdict": verdict or ("learned" if best is not None and best < self._goal() else "stalled"),
                 "parameters": self.parameters, "optimizer_steps": state.step, "scenes_seen": state.scenes_seen,
                 "scenes_per_s": state.scenes_seen / seconds, "seconds": state.seconds, "epochs": state.epoch,
                 "train_loss": state.train_loss, "initial_val_nmse": state.initial_nmse,
                 "val_nmse_raw": state.val_nmse_raw, "val_nmse_ema": state.val_nmse_ema, "best_val_nmse": best,
                 "best_weights": state.best_weights, "floors": self.floors, "findings": findings,
                 "skipped_steps": self.counters["skipped"]}
+
+    def _goal(self) -> float:
+        """Below this a network has learned: clearly under its own start and every constant answer, and better than
+        what its features say without it."""
+        constants = [self.floors[name] for name in ("zero", "identity", "mean")]
+        return min(LEARNED * min(self.state.initial_nmse, *constants), *self.floors.values())
 
     def _info(self) -> dict[str, Any]:
         training = self.config.training
@@ -316,6 +322,17 @@ class Trainer:
     def _floor_scenes(self) -> Iterator[Scenes]:
         size = min(4 * VALIDATION_CHUNK, self.source.size("train"))
         return (self.source.batch("train", index) for index in torch.arange(size).split(VALIDATION_CHUNK))
+
+    @torch.no_grad()
+    def _classical_floor(self) -> dict[str, float]:
+        """NMSE of what the network's features say without it, where they say anything."""
+        if not hasattr(self.model, "classical"):
+            return {}
+        scores = []
+        for scenes in self.validation:
+            name, factor = self.model.classical(self.network.inputs(*network_inputs(scenes)))
+            scores.append(scene_nmse(Prediction(factor), scenes).double())
+        return {name: torch.cat(scores).mean().item()}
 
     def _time_over(self) -> bool:
         limit = self.config.training.max_seconds
