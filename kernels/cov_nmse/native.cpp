@@ -334,7 +334,7 @@ void Dense<T>::with_diagonal(const T* re, const T* im, const T* target, double t
 // One tile of kRows x (span vectors): D = A A^H - tau T, its squares, and its share of D^H A = D A.
 template <class T>
 template <int span>
-inline void Dense<T>::tile(const T* const target[kRows], int64_t, int64_t j, T tau, const T* re, const T* im, const T* rowwise, int64_t pulled, T* out_re, T* out_im,
+inline void Dense<T>::tile(const T* const target[kRows], int64_t ld_row, int64_t j, T tau, const T* re, const T* im, const T* rowwise, int64_t pulled, T* out_re, T* out_im,
                            Vec<T>& error, Vec<T>& truth) const {
     typedef Vec<T> V;
     constexpr int w = lanes<T>;
@@ -359,6 +359,9 @@ inline void Dense<T>::tile(const T* const target[kRows], int64_t, int64_t j, T t
     RIS_UNROLL for (int r = 0; r < kRows; ++r)
         RIS_UNROLL for (int u = 0; u < span; ++u) {
             V tr, ti;
+            const T* next = target[r] + 2 * (kRows * ld_row + j + u * w);  // the same place, one row block on
+            __builtin_prefetch(next);
+            __builtin_prefetch(next + w);
             split<T>(load(target[r] + 2 * (j + u * w)), load(target[r] + 2 * (j + u * w) + w), tr, ti);
             tr = tr * scale, ti = ti * scale;
             truth += tr * tr + ti * ti;
