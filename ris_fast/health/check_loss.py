@@ -107,7 +107,7 @@ def _shifted(subject: Subject, right: Prediction, scenes: Scenes) -> Iterator[Fi
     scores, delta = _terms(subject, moved, scenes), math.radians(0.25)
     expected = {"angle": delta * (SHIFT_RAD - delta / 2), "chamfer": 2 * SHIFT_RAD**2}
     for name, value in expected.items():
-        if name in scores and not 0.3 * value < scores[name] < 3.0 * value:
+        if scores.get(name) and not 0.3 * value < scores[name] < 3.0 * value:
             yield Finding("wrong_units", f"azimuths that are wrong by {SHIFT_RAD} rad have a {name} loss of "
                           f"{scores[name]:.3g}; {value:.3g} is right.")
             return

@@ -19,7 +19,7 @@ SECONDS = 4.0              # at most; the note says how far it came
 def memorise(subject: Subject) -> Iterator[Finding]:
     """32 scenes again and again through the run's own step: no finding of its own, but a note that says how far it came."""
     began, taken = time.perf_counter(), 0
-    subject.step.telemetry = kept = StepProbe(subject)
+    subject.step.telemetry = StepProbe(subject)      # undone with everything else
     start = score = _nmse(subject)
     for taken in range(1, STEPS + 1):
         torch.manual_seed(taken)
@@ -29,7 +29,6 @@ def memorise(subject: Subject) -> Iterator[Finding]:
             score = _nmse(subject)
             if score < GOAL or time.perf_counter() - began > SECONDS:
                 break
-    del kept
     subject.note = (f"NMSE of {subject.scenes.batch} scenes {start:.3f} -> {score:.3f} in {taken} steps"
                     + ("" if score < GOAL else f"; the goal of {GOAL:g} in {STEPS} was not reached"))
     if not score < start:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ris_fast.health.check_parameters import listed
 from ris_fast.health.finding import Finding
-from ris_fast.health.subject import Subject, captured
+from ris_fast.health.subject import SMALL, Subject, captured
 from ris_fast.physics.pairs import adjoint_matmul, expi, multiply, to_complex, to_pairs
 from ris_fast.physics.scenes import Scenes
 
@@ -72,6 +72,9 @@ def _compare(subject: Subject, scenes: Scenes, grad: bool) -> Finding | None:
         moved, wanted = _network(subject, scenes), _eager(subject, scenes)
     later, stuck = change(wanted, moved), change(answers[0], moved)
     how = "while training" if grad else "in validation"
+    if later > max(CLOSE, 2 * now) and stuck < SAME and not grad and _follows(subject, weights, directions):
+        return Finding("cached_validation", f"{how}, the network's answers to scenes that it has seen are the same, bit for bit, after "
+                       f"its weights were changed; those to other scenes are not.")
     if later > max(CLOSE, 2 * now) and (stuck < SAME or later > 0.1 * change(wanted, _eager(subject, scenes))):
         return Finding("stale_compiled_graph", f"{how}, what the step calls does not follow the network's weights: after they "
                        f"were changed its answers are off by {later:.2g} (before: {now:.2g}).")
@@ -79,6 +82,13 @@ def _compare(subject: Subject, scenes: Scenes, grad: bool) -> Finding | None:
         return Finding("compiled_differs", f"{how}, what the step calls answers otherwise than the network as written, "
                        f"relative difference {now:.2g}.")
     return None
+
+
+def _follows(subject: Subject, weights: list[nn.Parameter], directions: list[Tensor]) -> bool:
+    """Whether scenes that were not asked for before are answered with the weights as they are."""
+    with subject.moved(weights, directions, 0.3):
+        fresh = subject.groups[1][0] if subject.by_torch else subject.groups[1][0][:SMALL]
+        return change(_eager(subject, fresh), _network(subject, fresh)) < CLOSE
 
 
 def _tolerance(subject: Subject) -> float:
@@ -138,11 +148,13 @@ def reads_scenes(subject: Subject) -> Iterator[Finding]:
     if not bool(answer.isfinite().all()):
         return
     if change(answer, answer[:1].expand_as(answer)) < SAME:
-        if seen and all(change(value, value[:1].expand_as(value)) < SAME for value in seen.values() if bool(value.any())):
-            yield Finding("ignored_input" if not any(bool(v.any()) for v in seen.values()) else "constant_input",
-                          "every scene shows the network's first layers the same numbers.")
+        same = seen and all(change(value, value[:1].expand_as(value)) < SAME for value in seen.values())
+        raw = scenes.snapshots.flatten(1)
+        if change(raw, raw[:1].expand_as(raw)) < SAME:
+            yield Finding("constant_input", f"all of {scenes.batch} scenes have the same snapshots.")
         else:
-            yield Finding("ignored_input", f"{scenes.batch} different scenes get the same factor.")
+            yield Finding("ignored_input", f"{scenes.batch} different scenes get the same factor"
+                          f"{'; the first layers see the same numbers for all of them' if same else ''}.")
         return
     alone = subject.answer(scenes[: scenes.batch // 2])
     mixed = change(answer[: scenes.batch // 2], alone)
@@ -269,7 +281,8 @@ def randomness(subject: Subject) -> Iterator[Finding]:
     answers = [_training_answer(subject, scenes, seed) for seed in (1, 2)]
     noise = change(answers[0], answers[1])
     spread = float(answers[0].std(0).norm() * len(answers[0]) ** 0.5 / answers[0].norm())
-    dropped = max((module.p for module in drops), default=0.0)
+    dropped = max([module.p for module in drops] + [value for module in subject.model.modules()
+                  for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)], default=0.0)
     if noise**2 / 2 > NOISE_SHARE * max(spread, 1e-12) ** 2 or dropped >= 0.7:
         yield Finding("heavy_dropout", f"two answers to the same scenes differ by {noise:.0%}, different scenes by {spread:.0%}"
                       f"{f'; dropout {dropped:g}' if dropped else ''}.")
@@ -321,16 +334,11 @@ def layers(subject: Subject) -> Iterator[Finding]:
             yield Finding("fp16_overflow", f"{name} answers with values that are not finite to inputs that are.")
             return
     if not bool(total.isfinite()):
-        yield Finding("fp16_overflow" if subject.config.training.precision != "fp32" or _halves(signals) else "nonfinite_gradients",
-                      f"the loss is {float(total.detach())} although every layer is finite.")
+        yield Finding("fp16_overflow", f"the loss is {float(total.detach())} although every layer is finite.")
         return
     yield from _exploding(signals)
     yield from _dead(subject, total, outputs, signals)
     yield from _equal_units(subject)
-
-
-def _halves(signals: dict) -> bool:
-    return True
 
 
 def _rms(value: Tensor) -> float:
@@ -354,7 +362,7 @@ def _dead(subject: Subject, total: Tensor, outputs: dict[str, Tensor], signals: 
     gradients = torch.autograd.grad(total, list(outputs.values()), retain_graph=True, allow_unused=True)
     silent = [name for (name, value), gradient in zip(outputs.items(), gradients) if gradient is not None and not bool(gradient.any())]
     zero = [name for name, parameter in subject.parameters.items() if parameter.dim() > 1 and not bool(parameter.any())]
-    if len(zero) > 1 and not silent == []:
+    if len(zero) > 1 and silent:
         yield Finding("zero_product_init", f"{listed(zero)} start at zero, and one stops the gradient of the other.")
         return
     for name in reversed(silent):

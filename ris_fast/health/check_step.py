@@ -21,6 +21,7 @@ from ris_fast.training.telemetry import Telemetry
 
 STEPS = 5
 SCALER_STEPS = 24          # a dynamic loss scale halves its way to one that fits in fewer
+STANDS_STILL = 1e-5        # of the raw weights' way; an average over ten thousand steps has gone more
 EXACT = 0.02               # of a norm: more than rounding and the order of sums
 
 
@@ -82,7 +83,10 @@ def one_step(subject: Subject) -> Iterator[Finding]:
     """One call steps once, on the gradient of all its micro-batches, which nothing touches on its way."""
     group = subject.groups[0]
     expected = parts_of(subject, group)
+    before = [parameter.detach().clone() for parameter in subject.model.parameters()]
     first = take_step(subject, group, subject.trainer.plan.planned)
+    if first.attempted == 1 and first.skipped == 0:
+        yield from _moved_otherwise(subject, before)
     if first.attempted != 1:
         yield Finding("step_never_called" if first.attempted < 1 else "step_called_twice",
                       f"one call of the step made {max(0, first.attempted)} optimizer steps.")
@@ -236,11 +240,29 @@ def _average(subject: Subject, first: dict[str, Tensor]) -> Iterator[Finding]:
         yield Finding("ema_saved_over_raw", "after the averaged weights were used the raw ones do not come back.")
     if any(not bool(value.isfinite().all()) for value in mean.values()) and all(bool(v.isfinite().all()) for v in raw.values()):
         yield Finding("ema_nonfinite", f"after {STEPS} steps the averaged weights are not finite; the raw ones are.")
-    elif all(torch.equal(mean[name], first[name]) for name in moved):
-        yield Finding("ema_frozen", f"after {STEPS} steps all averaged weights are the first ones, bit for bit; the raw ones have "
-                      f"moved in {len(moved)} tensors: {listed(moved)}.")
+    elif _way(mean, first) < STANDS_STILL * _way(raw, first):
+        yield Finding("ema_frozen", f"after {STEPS} steps the averaged weights have gone {_way(mean, first) / _way(raw, first):.1e} of the "
+                      f"way of the raw ones, which moved in {len(moved)} tensors: {listed(moved)}.")
     elif all(torch.equal(mean[name], raw[name]) for name in moved):
         yield Finding("ema_equals_raw", f"after {STEPS} steps all averaged weights are the raw ones, bit for bit.")
+
+
+def _way(weights: dict[str, Tensor], first: dict[str, Tensor]) -> float:
+    return _norm([weights[name] - first[name] for name in first])
+
+
+def _moved_otherwise(subject: Subject, before: list[Tensor]) -> Iterator[Finding]:
+    """Weights have moved by what the optimizer says that it moved them by."""
+    names = {id(p): name for name, p in subject.parameters.items()}
+    told = dict(zip(subject.optimizer.tensor_names, subject.optimizer.telemetry()[:, 2].tolist()))
+    wrong = []
+    for parameter, kept in zip(subject.model.parameters(), before):
+        name, way = names[id(parameter)], float((parameter.detach() - kept).double().norm())
+        if name in told and way > 1.05 * told[name] + 1e-5 * float(kept.norm()):
+            wrong.append(f"{name} by {way:.3g} instead of {told[name]:.3g}")
+    if wrong and not rounded_to_16_bits(subject.model):
+        yield Finding("duplicate_parameters", f"in one step {len(wrong)} tensors moved further than the optimizer moved them: "
+                      f"{listed(wrong)}; something else updates them too.")
 
 
 CHECKS = {"one call makes one step, on an untouched gradient": one_step, "a few steps keep their contracts": several_steps}

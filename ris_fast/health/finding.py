@@ -12,15 +12,15 @@ from ris_fast.health.causes import CAUSES
 # Families of evidence, most certain first; within one, what comes first explains what comes later.
 LEVELS: dict[str, tuple[str, ...]] = {
     "structural": (
-        "nonfinite_data", "constant_input", "empty_cache_slot", "rank_sees_other_data", "repeated_batch", "stale_cache",
-        "mismatched_channel", "wrong_layout", "shuffled_labels", "constant_targets", "split_overlap",
+        "nonfinite_data", "empty_cache_slot", "constant_input", "constant_targets", "rank_sees_other_data", "repeated_batch", "stale_cache",
+        "mismatched_channel", "wrong_layout", "shuffled_labels", "split_overlap",
         "stale_optimizer_parameters", "ranks_diverged", "stale_compiled_graph", "compiled_differs",
-        "unregistered_parameters", "tied_parameters", "duplicate_parameters", "frozen_parameters",
+        "cached_validation", "unregistered_parameters", "tied_parameters", "duplicate_parameters", "frozen_parameters",
         "missing_from_optimizer", "low_precision_weights", "zero_learning_rate", "zero_loss_weight", "batchnorm_statistics",
-        "eval_mode_in_training", "train_mode_in_validation", "loss_rebuilt", "detached_loss", "conjugation_error",
-        "wrong_units", "loss_sign", "target_scale_differs", "dead_loss_term", "scenes_mixed", "heavy_dropout",
-        "inputs_withhold_answer", "ignored_input", "input_scale", "epsilon_swallows_signal", "saturated_output",
-        "clamped_loss", "symmetric_init", "zero_product_init", "bad_initialisation", "dead_units",
+        "eval_mode_in_training", "train_mode_in_validation", "loss_rebuilt", "detached_loss", "dead_loss_term", "conjugation_error",
+        "wrong_units", "loss_sign", "target_scale_differs", "scenes_mixed", "heavy_dropout",
+        "epsilon_swallows_signal", "input_scale", "inputs_withhold_answer", "ignored_input", "saturated_output",
+        "clamped_loss", "symmetric_init", "zero_product_init", "dead_units", "bad_initialisation",
         "non_differentiable", "zeroed_gradients", "detached_backbone", "wrong_backward", "output_rank_too_low",
         "unused_head"),
     "contract": (
@@ -28,7 +28,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
         "sanitised_gradients", "fp16_overflow", "gradient_underflow", "gradients_cleared_before_step",
         "clip_before_unscale", "gradients_never_cleared", "last_micro_batch_only", "rank_gradient_missing",
         "accumulation_not_divided", "schedule_per_epoch", "schedule_per_batch", "weights_reset", "ema_saved_over_raw",
-        "optimizer_state_lost", "ema_nonfinite", "raw_not_validated", "cached_validation", "ema_equals_raw", "ema_frozen"),
+        "optimizer_state_lost", "ema_nonfinite", "raw_not_validated", "ema_equals_raw", "ema_frozen"),
     "gradient": ("nonfinite_gradients", "dominating_term", "clip_too_small"),
     "movement": ("warmup_too_long", "learning_rate_too_large", "weight_decay_too_large", "learning_rate_too_small"),
     "outcome": ("ema_cold",),

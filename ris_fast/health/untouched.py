@@ -15,7 +15,7 @@ from ris_fast.training.loop import Trainer
 def untouched(trainer: Trainer) -> Iterator[None]:
     """Whatever happens to the trainer's numbers inside the block is undone at its end, bit for bit."""
     undo = [_tensors(trainer.model), _optimizer(trainer.optimizer), _modes(trainer.model), _random(trainer.device),
-            _attributes(trainer.step.telemetry), _attributes(trainer.state)]
+            _attributes(trainer.step.telemetry), _attributes(trainer.step), _attributes(trainer.state)]
     try:
         yield
     finally:
