@@ -117,18 +117,14 @@ class FlatOptimizer(Optimizer):
 
     def _take_gradients(self) -> bool:
         """Makes every gradient a view into its buffer; False if there is none at all."""
+        if self._capturing():
+            self._check_capture()
         if not all(p.grad is seen for p, seen in zip(self._params, self._expected, strict=True)):
             self._adopt([p.grad for p in self._params])
         return any(seen is not None for seen in self._expected)
 
     def _adopt(self, grads: Sequence[Tensor | None]) -> None:
         """Copies gradients that autograd (or a user) put elsewhere into the buffers; None means not in this step."""
-        if self._capturing():
-            missing = [n for n, p, v in zip(self.tensor_names, self._params, self._grad_views, strict=True) if p.requires_grad and p.grad is not v]
-            raise RuntimeError(
-                f"FusedAdamW.step: captured while {len(missing)} gradients are not in the flat buffer (first: {(missing or ['none'])[0]}). "
-                "Step once before capturing, and clear with optimizer.zero_grad(), not with model.zero_grad()."
-            )
         for name, grad in zip(self.tensor_names, grads, strict=True):
             if grad is not None and grad.layout != torch.strided:
                 raise RuntimeError(
@@ -139,6 +135,16 @@ class FlatOptimizer(Optimizer):
         if foreign:
             torch._foreach_copy_([view for view, _ in foreign], [grad for _, grad in foreign])
         self._attach(grad is not None for grad in grads)
+
+    def _check_capture(self) -> None:
+        """A graph would go on copying from where the gradients were: refuse unless all of them are in the buffers."""
+        named = zip(self.tensor_names, self._params, self._grad_views, self._expected, strict=True)
+        missing = [name for name, p, view, seen in named if p.requires_grad and not (p.grad is view is seen)]
+        if missing:
+            raise RuntimeError(
+                f"FusedAdamW.step: captured while {len(missing)} gradients are not in the flat buffer (first: {missing[0]}). "
+                "Step once before capturing, and clear with optimizer.zero_grad(), not with model.zero_grad()."
+            )
 
     def _attach(self, live: Iterable[bool]) -> None:
         """Makes `.grad`, the state that torch shows and the tables of work agree on which tensors take part."""

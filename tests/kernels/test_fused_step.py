@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ris_fast.kernels.fused_step import native, op, reference
+from ris_fast.kernels.fused_step import native, reference
 from ris_fast.kernels.fused_step.layout import Segment, State, Telemetry, padded, tables
 from ris_fast.kernels.fused_step.samples import ARGUMENTS, FLATS, RESULTS, SIZES, buffers
 from ris_fast.kernels.native import loader
@@ -152,14 +152,6 @@ def test_chunks_cover_every_live_row_once() -> None:
             assert (count > 0) == there and bool((covered[start : start + length] == there).all())
 
 
-@pytest.mark.parametrize("record", op.FAMILY.operators, ids=lambda record: record.name)
-def test_operators_are_well_formed(record: Any) -> None:
-    sample = record.samples[0]
-    torch.library.opcheck(record.call, sample.make("cpu", torch.float32), test_utils=("test_schema", "test_faketensor"))
-    cost = record.cost(*sample.make("cpu", torch.float32))
-    assert cost.bytes > 0 and cost.flops > 0
-
-
 INTERPRETED = """
 import torch
 from ris_fast.kernels.fused_step import reference, triton_kernels
@@ -196,14 +188,3 @@ def test_triton_bodies_agree_under_the_interpreter() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", INTERPRETED], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "agrees", done.stderr[-3000:]
-
-
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_triton_bodies_compile_without_spills_and_with_wide_accesses(arch: int) -> None:
-    pytest.importorskip("triton")
-    from ris_fast.kernels.native.aot import compile_case
-
-    for case in op.FAMILY.aot():
-        report = compile_case(case, arch)
-        assert report.spills == 0 and report.registers <= case.max_registers, report
-        assert not case.wide or report.wide >= 8, report

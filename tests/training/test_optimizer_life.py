@@ -387,6 +387,22 @@ def test_hyperparameters_change_between_steps_without_the_step_reading_them() ->
     assert same(ours, plain)
 
 
+def test_capture_needs_every_gradient_in_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    optimizer = FusedAdamW(model.named_parameters())
+    monkeypatch.setattr(FusedAdamW, "_capturing", lambda self: True)
+    with pytest.raises(RuntimeError, match=r"4 gradients are not in the flat buffer \(first: 0.weight\)"):
+        optimizer.step()
+    monkeypatch.setattr(FusedAdamW, "_capturing", lambda self: False)
+    train(model, optimizer, 1)
+    monkeypatch.setattr(FusedAdamW, "_capturing", lambda self: True)
+    optimizer.step()
+    model.zero_grad()
+    (model[2].bias * 2).sum().backward()
+    with pytest.raises(RuntimeError, match="not with model.zero_grad"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("options, words", [
     ({"lr": -1.0}, "lr is -1.0"), ({"betas": (0.9, 1.0)}, "betas"), ({"eps": 0.0}, "eps is 0.0"), ({"weight_decay": -0.1}, "weight_decay"),
     ({"amsgrad": True}, "amsgrad"), ({"differentiable": True}, "differentiable"), ({"foreach": True, "fused": True}, "exclude each other"),
