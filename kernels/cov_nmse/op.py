@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..native import loader
-from ..registry import Family, Operator
+from ..registry import AotCase, Family, Operator
 from . import native, plain, reference
 from .samples import SAMPLES, cost
 
@@ -202,6 +202,12 @@ def _backends() -> dict[str, Any]:
     return {"plain": plain.cov_nmse, "cpp": native.cov_nmse, "triton": _cuda}
 
 
+def _aot() -> list[AotCase]:
+    from . import triton_kernels
+
+    return triton_kernels.aot()
+
+
 FAMILY = Family(
     "cov_nmse",
     (
@@ -214,4 +220,5 @@ FAMILY = Family(
             backends=_backends(),
         ),
     ),
+    _aot,
 )

@@ -13,6 +13,12 @@ CASES = {f"{family.name}/{case.name}": case for family in families() for case in
 ARCHITECTURES = (80, 90, 100)
 
 
+def test_every_family_with_a_triton_backend_lists_its_kernels() -> None:
+    for family in families():
+        has_triton = any("triton" in operator.backends for operator in family.operators)
+        assert bool(family.aot()) == has_triton, family.name
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("case", CASES)
 def test_no_spills_at_the_tuned_size(case: str, arch: int) -> None:
