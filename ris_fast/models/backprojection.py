@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ris_fast.config import ConfigError, Task
 from ris_fast.models.features import Features, PursuitFeatures
+from ris_fast.models.linear import Linear
 from ris_fast.models.prediction import Prediction
 
 
@@ -23,8 +24,8 @@ class ResidualBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.inner = nn.Linear(width, width)
-        self.outer = nn.Linear(width, width)
+        self.inner = Linear(width, width)
+        self.outer = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.outer(nn.functional.gelu(self.inner(self.norm(x)), approximate="tanh"))
@@ -49,10 +50,10 @@ class Backprojection(nn.Module):
         self.task, self.columns = task, 2 * task.max_sources
         self.extract = PursuitFeatures(task, atoms or task.max_sources)
         self.rank = self.extract.rank
-        self.stem = nn.Linear(self.extract.width, width)
+        self.stem = Linear(self.extract.width, width)
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 2 * self.rank * self.columns)
+        self.head = Linear(width, 2 * self.rank * self.columns)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The group with a learning rate of its own: the last layer."""

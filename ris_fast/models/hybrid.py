@@ -13,6 +13,7 @@ from torch.nn import functional as fn
 
 from ris_fast.config import ConfigError, Task
 from ris_fast.models.hybrid_parts import AngleGrid, Block, CountHead, DiagonalMeans, factor_statistics, position_code
+from ris_fast.models.linear import Linear
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.channel import backproject, collapsed_channel
 from ris_fast.physics.pairs import power
@@ -49,18 +50,18 @@ class Hybrid(nn.Module):
         self.y_widen = nn.Conv1d(half, width, 1)
         self.register_buffer("position_LD", position_code(task.snapshots, width), persistent=False)
         self.blocks = nn.Sequential(*(Block(width, heads, feedforward, dropout) for _ in range(layers)))
-        self.channel_path = nn.Linear(2 * task.snapshots * antennas, half)
+        self.channel_path = Linear(2 * task.snapshots * antennas, half)
         self.code_path = nn.Conv1d(2 * elements, half, 5, padding=2)
-        self.fuse = nn.Linear(2 * width, width)
-        self.angle_factor = nn.Linear(width, 2 * elements * sources)
-        self.range_factor = nn.Linear(width, 2 * elements * sources)
+        self.fuse = Linear(2 * width, width)
+        self.angle_factor = Linear(width, 2 * elements * sources)
+        self.range_factor = Linear(width, 2 * elements * sources)
         self.diagonal_means = DiagonalMeans(elements)
-        self.pool = nn.Linear(4 * elements - 2, width // 4)
-        self.refine = nn.Linear(width + width // 4, width)
+        self.pool = Linear(4 * elements - 2, width // 4)
+        self.refine = Linear(width + width // 4, width)
         self.angle_grid = AngleGrid(width, sources, grid, math.radians(task.azimuth_deg),
                                     math.radians(task.elevation_deg))
-        self.angle_offset = nn.Linear(width, 2 * sources)
-        self.range_head = nn.Linear(width, sources)
+        self.angle_offset = Linear(width, 2 * sources)
+        self.range_head = Linear(width, sources)
         self.count_head = CountHead(width, sources)
         self._initialise(layers)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
+from ris_fast.models.linear import Linear, linear
 from ris_fast.physics.pairs import adjoint_matmul, power
 
 TINY = 1e-12
@@ -23,8 +24,8 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.norm_attend, self.norm_feed = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.widen, self.narrow = nn.Linear(width, feedforward), nn.Linear(feedforward, width)
+        self.qkv, self.out = Linear(width, 3 * width), Linear(width, width)
+        self.widen, self.narrow = Linear(width, feedforward), Linear(feedforward, width)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         x_BLD = x_BLD + self._drop(self._attend(self.norm_attend(x_BLD)))
@@ -67,11 +68,11 @@ class DiagonalMeans(nn.Module):
     def forward(self, factor_BNK: Tensor) -> Tensor:
         unit = factor_BNK * torch.rsqrt(power(factor_BNK).sum(-1) + TINY)[..., None, None]
         columns = unit.permute(0, 2, 3, 1).flatten(2)                    # (B, K, 2N): real parts, then imaginary
-        re, im = (columns @ self.forward_DFT).chunk(2, dim=-1)           # (B, K, 2N) each
+        re, im = linear(columns, self.forward_DFT.t()).chunk(2, dim=-1)           # (B, K, 2N) each
         mirror_re, mirror_im = (each.flip(-1).roll(1, -1) for each in (re, im))
         spectra = ((re * re + im * im).sum(1),                                        # autocorrelation
                    (re * mirror_re + im * mirror_im).sum(1), (im * mirror_re - re * mirror_im).sum(1))  # convolution
-        return torch.cat(spectra, dim=-1) @ self.inverse_DFT
+        return linear(torch.cat(spectra, dim=-1), self.inverse_DFT.t())
 
 
 def _phases(rows: Tensor, columns: Tensor, period: int) -> Tensor:
@@ -141,7 +142,7 @@ class AngleGrid(nn.Module):
                  temperature: float = 0.15) -> None:
         super().__init__()
         self.sources, self.temperature = sources, temperature
-        self.logits = nn.Linear(width, sources * grid * grid)
+        self.logits = Linear(width, sources * grid * grid)
         points = torch.cartesian_prod(torch.linspace(-azimuth, azimuth, grid), torch.linspace(-elevation, elevation, grid))
         self.register_buffer("points_G2", points, persistent=False)
         self.register_buffer("step", torch.tensor((azimuth, elevation)) * (2.0 / (grid - 1)), persistent=False)
@@ -161,8 +162,8 @@ class CountHead(nn.Module):
         super().__init__()
         short, long = 2 * sources + 2, 4 * sources + 2
         self.statistics = _perceptron(long, sources)
-        self.project = nn.Sequential(nn.Linear(short, width // 4), nn.GELU(), nn.Linear(width // 4, width // 4))
-        self.fuse = nn.Linear(width + width // 4, width)
+        self.project = nn.Sequential(Linear(short, width // 4), nn.GELU(), Linear(width // 4, width // 4))
+        self.fuse = Linear(width + width // 4, width)
         self.direct = _perceptron(width, sources)
         self.scale = nn.Parameter(torch.ones(1))
 
@@ -172,4 +173,4 @@ class CountHead(nn.Module):
 
 
 def _perceptron(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(inputs), nn.Linear(inputs, 128), nn.ReLU(), nn.Linear(128, outputs))
+    return nn.Sequential(nn.LayerNorm(inputs), Linear(inputs, 128), nn.ReLU(), Linear(128, outputs))
