@@ -18,7 +18,7 @@ MILESTONES = {
     0.187: "the original's hope",
     0.10: "good enough to localise",
     0.04: "near blind maximum likelihood",
-    0.02: "Bayes, the best possible",
+    0.02: "about the Bayes line, the best that any method can do",
 }
 
 # NMSE of the posterior mean on RIS-12x12 (static symbols, path loss), Monte Carlo with 40-250 scenes a cell.
