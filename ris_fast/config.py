@@ -154,6 +154,7 @@ class Training(Section):
     seed: int = option(0, "seed of the weights and of the scenes", low=0)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     compile: bool = option(True, "compile forward and backward with torch.compile")
+    capture: bool = option(True, "on CUDA, run each step and each validation as one captured graph")
     backend: str = option("auto", "kernels: best available, or the plain torch references",
                           choices=("auto", "reference"))
     patience: int = option(0, "stop after this many epochs without a better validation NMSE; 0: never", low=0)

@@ -131,7 +131,9 @@ def epoch_batches(source: SceneSource, split: str, epoch: int, batch_size: int, 
         order = torch.randperm(scenes, generator=generator)
         if source.endless and not fixed:
             order += epoch * scenes
-    order = order.to(source.index_device)
+    if source.index_device.type == "cuda":
+        order = order.pin_memory()
+    order = order.to(source.index_device, non_blocking=True)
     last = scenes - scenes % batch_size if drop_last else scenes
     for start in range(0, last, batch_size):
         yield order[start:min(start + batch_size, last)]

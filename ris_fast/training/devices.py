@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from typing import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -31,15 +34,22 @@ class Network:
     """A model as the step calls it: its features, which hold no parameter, then its trunk, compiled or not.
 
     Only the trunk is compiled: features are few large operators that no compiler improves, and validation reuses them.
+    It is compiled once, for training steps of `batch_size` scenes (of any number where None, each anew). What is rare,
+    the ragged batch at the end of an epoch and validation, runs as written: no compilation would earn its time there.
     """
 
-    def __init__(self, model: nn.Module, compile: bool) -> None:
-        self.features = model.features
+    def __init__(self, model: nn.Module, compile: bool, batch_size: int | None = None) -> None:
+        self.features, self.as_written, self.batch_size = model.features, model.trunk, batch_size
         self.trunk = torch.compile(model.trunk, fullgraph=True, dynamic=False) if compile else model.trunk
         self.known: dict[int, tuple[Tensor, ...]] = {}
 
     def __call__(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Prediction:
-        return self.trunk(self.inputs(snapshots, channel, codes, snr_db))
+        usual = torch.is_grad_enabled() and self.batch_size in (None, snapshots.shape[0])
+        return (self.trunk if usual else self.as_written)(self.inputs(snapshots, channel, codes, snr_db))
+
+    @property
+    def compiled(self) -> bool:
+        return self.trunk is not self.as_written
 
     def inputs(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> tuple[Tensor, ...]:
         """The features, from memory where they are remembered."""
@@ -64,7 +74,26 @@ def compiled(model: nn.Module, config: Config, device: torch.device) -> tuple[Ne
     missing = missing_compiler(device)
     if missing:
         return Network(model, False), f"eager: {missing}"
-    return Network(model, True), "compiled with torch.compile"
+    return Network(model, True, config.training.batch_size), "compiled with torch.compile"
+
+
+def compile_now(network: Network, train: Callable[[], None], device: torch.device) -> str:
+    """Compiles by a first call of `train`, forward and backward of one full batch. Returns the note: how long it took.
+
+    Where compilation fails the network is left as written, and the note says why; an error that is not the compiler's
+    is raised.
+    """
+    began = time.monotonic()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            train()
+        except Exception as error:  # compilers raise anything; whose fault it is shows when the same runs without
+            network.trunk = network.as_written
+            train()
+            return f"eager: compilation failed ({(str(error) or type(error).__name__).strip().splitlines()[0]})"
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return f"compiled with torch.compile in {time.monotonic() - began:.1f} s"
 
 
 def missing_compiler(device: torch.device) -> str | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Protocol
 
 import torch
+from torch import Tensor
 
 from ris_fast.config import Config
 from ris_fast.data.source import SceneSource, epoch_batches, open_source
@@ -16,17 +17,20 @@ from ris_fast.models import build_model
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.floors import floors
 from ris_fast.physics.scenes import Scenes
+from ris_fast.training.capture import CapturedCall, CapturedStep
 from ris_fast.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from ris_fast.training.devices import choose_device, compiled
+from ris_fast.training.devices import choose_device, compile_now, compiled
+from ris_fast.training.host_copy import Clock, HostCopy, Moment, own_stream
 from ris_fast.training.loss import CovarianceLoss
 from ris_fast.training.schedule import Plan, learning_rate_factor, steps_in_epoch
 from ris_fast.training.state import Meter, RunState, RunStopped
-from ris_fast.training.step import Step, build_optimizer, network_inputs
-from ris_fast.training.telemetry import Milestones
+from ris_fast.training.step import Step, StepResult, build_optimizer, network_inputs
+from ris_fast.training.telemetry import Milestones, Sample
 from ris_fast.training.validation import Score, scene_nmse, validate
 
 LEARNED = 0.95        # a network has learned when it is below this share of the lowest floor and of its own start
 VALIDATION_CHUNK = 1000
+PACE = 50             # steps between two looks at the device's clock
 
 
 class Observer(Protocol):
@@ -50,6 +54,19 @@ class Silent:
     step = epoch = finish = start
 
 
+@dataclass(frozen=True)
+class Ordered:
+    """A report whose numbers are on their way to the host: what the host knew when it was ordered, and what it waits for."""
+
+    where: dict[str, Any]
+    planned: int               # length of the schedule that its last step used
+    window: Meter
+    scenes: int                # of the epoch, until then
+    sample: Sample | None
+    copies: HostCopy
+    moment: Moment
+
+
 class Trainer:
     """One training run, from configuration to summary: `Trainer(config).fit()`.
 
@@ -71,7 +88,11 @@ class Trainer:
         self.network, self.compile_note = compiled(self.model, config, self.device)
         self.step = Step(self.network, self.loss, self.optimizer, config, self.device, self.model)
         self.state = RunState()
-        self.started = time.monotonic()
+        self.started, self.clock = time.monotonic(), Clock(self.device)
+        self.capture: CapturedStep | None = None
+        self.score_by = lambda work: work()
+        self.ordered: Ordered | None = None
+        self.paced: tuple[int, Moment] | None = None
         self.counters = dict.fromkeys(("attempted", "applied", "clipped", "skipped"), 0)
         self.skipping = self.groups_read = self.planned = 0
         self.epoch_steps = steps_in_epoch(self.source.size("train"), config.training.batch_size,
@@ -84,8 +105,14 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end of the epochs or of the time, and returns the summary."""
+        with own_stream(self.device):
+            return self._fit()
+
+    def _fit(self) -> dict[str, Any]:
         self.validation = self._validation_scenes()
         self.floors = floors(self._floor_scenes(), self.validation) | self._classical_floor()
+        self._compile()
+        self._capture()
         self.observer.start(self._info())
         finding, verdict = None, None
         self.started = time.monotonic() - self.state.seconds
@@ -117,44 +144,68 @@ class Trainer:
 
     def _epoch(self) -> None:
         epoch_meter, window = Meter(), Meter()
-        before, began, scenes_before = dict(self.counters), time.monotonic(), self.state.scenes_seen
-        self.groups_read, self.between_epochs = 0, self.milestones.pass_by()
+        before, scenes_before = dict(self.counters), self.state.scenes_seen
+        self.groups_read, self.between_epochs, self.paced = 0, self.milestones.pass_by(), None
         self.model.train()
-        for group in self._groups():
-            self.planned = self.plan.planned
-            result = self.step(group, self.planned)
+        self.clock.start()
+        for result in self._results():
             self._advance(result.scenes)
-            epoch_meter.add(result)
             window.add(result)
             if self.step.telemetry.due(self.state.step):
-                self._report_step(window, began, scenes_before)
+                self._order_report(window, self.state.scenes_seen - scenes_before)
+                epoch_meter.join(window)
                 window = Meter()
             if self._time_over():
                 break
-        self._synchronize()
-        rate = (self.state.scenes_seen - scenes_before) / max(time.monotonic() - began, 1e-9)
+        epoch_meter.join(window)
+        self._deliver_report()
+        rate = (self.state.scenes_seen - scenes_before) / max(self.clock.mark().seconds() - self.clock.began, 1e-9)
         self._check_steps(epoch_meter.steps, before)
         self._close_epoch(epoch_meter, before, rate)
 
+    def _results(self) -> Iterator[StepResult]:
+        """Makes the epoch's steps, one at a time."""
+        if self.capture is None:
+            for group in self._groups():
+                self.planned = self.plan.planned
+                yield self.step(group, self.planned)
+            return
+        for indices in self._index_groups():
+            self.groups_read, self.planned = self.groups_read + 1, self.plan.planned
+            yield self.capture(indices, self.planned)
+
     def _advance(self, scenes: int) -> None:
-        """Counts one attempted step, and re-plans the schedule now and then where time is the limit."""
+        """Counts one attempted step."""
         state = self.state
         state.step, state.epoch_step, state.scenes_seen = state.step + 1, state.epoch_step + 1, state.scenes_seen + scenes
         state.seconds = time.monotonic() - self.started
-        if self.config.training.max_seconds and (state.step in (5, 10, 20) or state.step % 50 == 0):
-            self._synchronize()
-            state.seconds = time.monotonic() - self.started
-            self.plan.update(state.step, state.seconds)
+        if state.step in (5, 10, 20) or state.step % PACE == 0:
+            self._pace()
+
+    def _pace(self) -> None:
+        """Re-plans the schedule where time is the limit; on a GPU by the time at which it was here before.
+
+        That is long past as a rule; where it is not, waiting for it keeps the host less than 2 PACE steps ahead.
+        """
+        before, self.paced = self.paced, (self.state.step, self.clock.mark())
+        step, moment = (self.paced if self.device.type == "cpu" else before) or (0, None)
+        if moment is not None:
+            self.plan.update(step, moment.seconds() - self.started)
 
     def _groups(self) -> Iterator[list[Scenes]]:
         """The epoch's scenes in groups of `accumulate` micro-batches, from where the run stands."""
+        for indices in self._index_groups():
+            group = [self.source.batch("train", index) for index in indices]
+            self.groups_read += 1
+            yield group
+
+    def _index_groups(self) -> Iterator[list[Tensor]]:
+        """The numbers of those scenes."""
         settings = self.config.training
         batches = list(epoch_batches(self.source, "train", self.state.epoch, settings.batch_size, settings.seed,
                                      self.config.data.fixed))
         for first in range(self.state.epoch_step * settings.accumulate, len(batches), settings.accumulate):
-            group = [self.source.batch("train", index) for index in batches[first:first + settings.accumulate]]
-            self.groups_read += 1
-            yield group
+            yield batches[first:first + settings.accumulate]
 
     # ---- what must hold -----------------------------------------------------------------------------------------
 
@@ -174,40 +225,60 @@ class Trainer:
                              f"the others had a non-finite gradient, first in '{self.counters.get('first_bad_tensor')}'.",
                              "steps_skipped")
 
-    def _report_step(self, window: Meter, began: float, scenes_before: int) -> None:
-        previous = dict(self.counters)
-        self._read_counters()
+    def _order_report(self, window: Meter, scenes: int) -> None:
+        """A report of the window, `scenes` into the epoch; from a GPU it is delivered at the next one, so that nobody waits."""
+        self._deliver_report()
+        sample = self.step.telemetry.sample()
+        tensors = {"counters": self.optimizer.counter_states(), "sums": window.sums} | (sample.tensors if sample else {})
+        self.ordered = Ordered(self._where(), self.planned, replace(window), scenes, sample, HostCopy(tensors),
+                               self.clock.mark())
+        if self.device.type == "cpu":
+            self._deliver_report()
+
+    def _deliver_report(self) -> None:
+        if self.ordered is None:
+            return
+        report, self.ordered, previous = self.ordered, None, dict(self.counters)
+        copies, window, sample = report.copies.result(), report.window, report.sample
+        self._read_counters(copies["counters"])
+        window.read(copies["sums"])
         all_skipped = self.counters["skipped"] - previous["skipped"] >= window.steps
         self.skipping = self.skipping + window.steps if all_skipped else 0
         if self.skipping >= self.config.training.max_skipped:
             raise RunStopped(f"Every gradient of the last {self.skipping} steps was non-finite, first in "
                              f"'{self.counters.get('first_bad_tensor')}'. No step was applied; the weights are unharmed.",
                              "steps_skipped")
-        rate = (self.state.scenes_seen - scenes_before) / max(time.monotonic() - began, 1e-9)
-        row = self._row(window, previous, rate)
-        row["health"] = self.step.telemetry.read(self.state.epoch) | {
+        rate = report.scenes / max(report.moment.seconds() - self.clock.began, 1e-9)
+        row = report.where | self._figures(window, previous, rate, report.planned)
+        seen = sample and replace(sample, tensors={name: copies[name] for name in sample.tensors})
+        row["health"] = self.step.telemetry.read(seen, self.state.epoch) | {
             "steps": window.steps, "attempted": self.counters["attempted"] - previous["attempted"],
             "skipped": self.counters["skipped"] - previous["skipped"], "applied": self.counters["applied"]}
         self.observer.step(row)
 
-    def _read_counters(self) -> None:
-        self.counters = self.optimizer.counters()
+    def _read_counters(self, copied: Tensor | None = None) -> None:
+        self.counters = self.optimizer.counters(copied)
 
-    def _row(self, meter: Meter, before: dict[str, int], rate: float) -> dict[str, Any]:
-        steps = max(1, self.counters["attempted"] - before["attempted"])
+    def _where(self) -> dict[str, Any]:
+        """Where the run stands, as the host knows it."""
         return {"epoch": self.state.epoch + 1, "epochs": self._epochs_planned(), "step": self.state.step,
-                "scenes_seen": self.state.scenes_seen, "seconds": self.state.seconds, "train_loss": meter.mean_loss(),
+                "scenes_seen": self.state.scenes_seen, "seconds": self.state.seconds,
+                "lr": self.step.learning_rates(), "planned_steps": self.plan.planned}
+
+    def _figures(self, meter: Meter, before: dict[str, int], rate: float, planned: int) -> dict[str, Any]:
+        """What the device has told of the steps of a meter."""
+        steps = max(1, self.counters["attempted"] - before["attempted"])
+        return {"train_loss": meter.mean_loss(),
                 "terms": meter.mean_terms(self.loss.weights), "grad_norm": self.counters["grad_norm"],
                 "clipped": (self.counters["clipped"] - before["clipped"]) / steps,
                 "skipped": (self.counters["skipped"] - before["skipped"]) / steps,
-                "lr": self.step.learning_rates(), "lr_planned": self._planned_rates(), "planned_steps": self.plan.planned,
-                "scenes_per_s": rate, "loss_scale": self.counters.get("loss_scale")}
+                "lr_planned": self._planned_rates(planned), "scenes_per_s": rate, "loss_scale": self.counters.get("loss_scale")}
 
-    def _planned_rates(self) -> dict[str, float]:
+    def _planned_rates(self, planned: int) -> dict[str, float]:
         """The learning rates that the last update should have had, from the count of updates that were applied."""
         settings, counters = self.config.optimizer, self.counters
         skipped_last = self.skipping > 0
-        factor = learning_rate_factor(counters["applied"] - (not skipped_last), self.planned, settings.warmup,
+        factor = learning_rate_factor(counters["applied"] - (not skipped_last), planned, settings.warmup,
                                       settings.final_lr)
         return {group["name"]: group["peak_lr"] * factor for group in self.optimizer.param_groups}
 
@@ -218,13 +289,14 @@ class Trainer:
 
     def _close_epoch(self, meter: Meter, before: dict[str, int], rate: float) -> None:
         self.milestones.pass_by()
+        meter.read()
         raw = self._score()
         ema = self._score(averaged=True) if self.optimizer.ema_decay else None
         state = self.state
         state.train_loss, state.val_nmse_raw = meter.mean_loss(), raw.nmse
         state.val_nmse_ema = ema.nmse if ema else math.nan
         state.seconds = time.monotonic() - self.started
-        row = self._row(meter, before, rate) | {
+        row = self._where() | self._figures(meter, before, rate, self.planned) | {
             "val_loss": raw.loss, "val_nmse_raw": raw.nmse, "val_nmse_median": raw.median,
             "val_nmse_ema": ema.nmse if ema else None, "health": self._validation_reading(meter, raw, ema)}
         weights, score = ("ema", ema) if ema and ema.nmse < raw.nmse else ("raw", raw)
@@ -251,7 +323,7 @@ class Trainer:
 
     def _score(self, averaged: bool = False) -> Score:
         def score() -> Score:
-            return validate(self.model, self.step.predict, self.loss, self.validation)
+            return validate(self.model, self.step.predict, self.loss, self.validation, self.score_by)
 
         if not averaged:
             return score()
@@ -312,6 +384,32 @@ class Trainer:
 
     # ---- small things -------------------------------------------------------------------------------------------
 
+    def _compile(self) -> None:
+        """Compiles before the clock of the run starts, on a batch that trains nothing."""
+        if self.step.network is not self.network or not self.network.compiled:
+            return
+        size = self.config.training.batch_size
+        if self.source.size("train") < size:
+            self.compile_note = f"eager: no batch reaches {size} scenes, so that compiling would not pay"
+            return
+        scenes = self.source.batch("train", torch.arange(size, device=self.source.index_device))
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+        def train() -> None:
+            torch.autograd.grad(self.loss(self.step.predict(scenes), scenes)[0], trained, allow_unused=True)
+
+        self.compile_note = compile_now(self.network, train, self.device)
+
+    def _capture(self) -> None:
+        """On CUDA, steps and validation become graphs; the note says why where they do not."""
+        if self.device.type != "cuda":
+            return
+        self.capture = CapturedStep(self.step, self.source, self.config)
+        if self.config.training.capture:
+            self.score_by = CapturedCall("validation")
+        refused = self.capture.refused
+        self.compile_note += f"; steps launched kernel by kernel: {refused}" if refused else "; each step one CUDA graph"
+
     def _validation_scenes(self) -> list[Scenes]:
         size = min(self.config.data.val_limit, self.source.size("val"))
         batches = [self.source.batch("val", index) for index in torch.arange(size).split(VALIDATION_CHUNK)]
@@ -337,7 +435,3 @@ class Trainer:
     def _time_over(self) -> bool:
         limit = self.config.training.max_seconds
         return limit > 0 and time.monotonic() - self.started >= limit
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)

@@ -129,7 +129,7 @@ class FusedAdamW(SavedOptimizer):
         """What the host remembers of a step; tells autograd that the weights changed under saved tensors."""
         torch.autograd.graph.increment_version([p for p, seen in zip(self._params, self._expected, strict=True) if seen is not None])
         self._stepped = True
-        self._host_applied += 1
+        self._host_attempted += not self._capturing()
         self._measured = []
         self._clear_version = self._versions() if self.clear_grads else []
 
@@ -199,11 +199,24 @@ class FusedAdamW(SavedOptimizer):
         for bucket, value in zip(self._buckets, values, strict=True):
             bucket.param.copy_(value)
 
-    def counters(self) -> dict[str, Any]:
-        """Steps attempted, applied, skipped, clipped; last gradient norm; first bad tensor of the last skipped step."""
-        states = torch.stack([bucket.state.to(self._buckets[0].device) for bucket in self._buckets]).tolist()
+    def count_replay(self) -> None:
+        """To be called for each replay of a CUDA graph with a step in it: the graph cannot tell the host."""
+        self._host_attempted += 1
+
+    def counter_states(self) -> Tensor:
+        """What `counters` reads, still on the device: a copy that the next step does not change."""
+        return torch.stack([bucket.state.to(self._buckets[0].device) for bucket in self._buckets])
+
+    def counters(self, copied: Tensor | None = None) -> dict[str, Any]:
+        """Steps attempted, applied, skipped, clipped; last gradient norm; first bad tensor of the last skipped step.
+
+        One host read; none where `copied`, a copy of `counter_states()` that has reached the host, is given.
+        """
+        states = (self.counter_states() if copied is None else copied).tolist()
         first = states[0]
-        self._host_applied = int(first[State.APPLIED])
+        self._known_skipped = int(first[State.SKIPPED])
+        if copied is None:
+            self._host_attempted = int(first[State.ATTEMPTED])
         bad = [members[int(s[State.FIRST_BAD])] for s, members in zip(states, self._rows, strict=True) if s[State.FIRST_BAD] >= 0]
         return dict(
             attempted=int(first[State.ATTEMPTED]),
@@ -216,8 +229,8 @@ class FusedAdamW(SavedOptimizer):
         )
 
     def applied_steps(self) -> int:
-        """Applied steps without a host read: exact at the last `counters()`, since then every step counts as applied."""
-        return self._host_applied
+        """Applied steps without a host read: a step skipped since the last `counters()` counts as applied."""
+        return self._host_attempted - self._known_skipped
 
     def telemetry(self) -> Tensor:
         """(T, 4) float32, a row for each of `tensor_names`: gradient norm before clipping, weight norm, update norm, non-finite count."""

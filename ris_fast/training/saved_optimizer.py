@@ -19,7 +19,7 @@ class SavedOptimizer(FlatOptimizer):
     """What torch's AdamW does not know is the extra state: counters and averages."""
 
     _averaging = False  # True once the average has left its starting value: only then is it worth saving
-    _host_applied = 0
+    _host_attempted = _known_skipped = 0
 
     def _start_average(self) -> None:
         """The average begins as the weights are now."""
@@ -40,7 +40,7 @@ class SavedOptimizer(FlatOptimizer):
         """Restores `extra_state`; a tensor that it does not name keeps the average that it has."""
         for bucket in self._buckets:
             bucket.state.copy_(saved["counters"])
-        self._host_applied = int(saved["counters"][State.APPLIED])
+        self._host_attempted, self._known_skipped = (int(saved["counters"][slot]) for slot in (State.ATTEMPTED, State.SKIPPED))
         self._averaging = False
         if self.ema_decay is None or not any(key.startswith("ema.") for key in saved):
             return

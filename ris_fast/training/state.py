@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Mapping
 
 import torch
@@ -55,20 +55,28 @@ class Meter:
 
     scenes: int = 0
     steps: int = 0
-    loss: Tensor | float = 0.0
-    terms: dict[str, Tensor] = field(default_factory=dict)
+    names: tuple[str, ...] = ()            # of the terms
+    sums: Tensor | None = None             # (1 + terms,) float64, loss first
 
     def add(self, result: StepResult) -> None:
-        self.steps += 1
-        self.scenes += result.scenes
-        self.loss = self.loss + result.loss.double() * result.scenes
-        for name, value in result.terms.items():
-            self.terms[name] = self.terms.get(name, torch.zeros((), device=value.device)) + value * result.scenes
+        row = torch.stack([result.loss, *result.terms.values()]).double() * result.scenes
+        self.join(Meter(result.scenes, 1, tuple(result.terms), row))
+
+    def join(self, other: "Meter") -> None:
+        """Adds what another meter has seen."""
+        self.steps, self.scenes, self.names = self.steps + other.steps, self.scenes + other.scenes, other.names or self.names
+        if other.sums is not None:
+            self.sums = other.sums if self.sums is None else self.sums + other.sums
+
+    def read(self, copied: Tensor | None = None) -> None:
+        """Waits for the sums and brings them to the host; takes `copied`, a copy that is there already, where given."""
+        if self.sums is not None:
+            self.sums = self.sums.cpu() if copied is None else copied
 
     def mean_loss(self) -> float:
-        return float(self.loss) / self.scenes if self.scenes else math.nan
+        return float(self.sums[0]) / self.scenes if self.sums is not None else math.nan
 
     def mean_terms(self, weights: Mapping[str, float]) -> dict[str, dict[str, float]]:
         """name -> raw and weighted mean."""
-        means = {name: float(value) / self.scenes for name, value in self.terms.items()}
-        return {name: {"raw": mean, "weighted": mean * weights[name]} for name, mean in means.items()}
+        means = zip(self.names, [] if self.sums is None else (self.sums[1:] / self.scenes).tolist())
+        return {name: {"raw": mean, "weighted": mean * weights[name]} for name, mean in means}

@@ -92,13 +92,17 @@ class Step:
 
     def __call__(self, group: Sequence[Scenes], planned: int) -> StepResult:
         """One optimizer step over the micro-batches of `group`; `planned` is the length of the schedule in steps."""
-        total = sum(scenes.batch for scenes in group)
         self.telemetry.begin()
+        return self.update(group, planned)
+
+    def update(self, group: Sequence[Scenes], planned: int) -> StepResult:
+        """The step from clearing to averaging, without a host read: what a CUDA graph holds."""
+        total = sum(scenes.batch for scenes in group)
         self.optimizer.zero_grad()
         self.telemetry.cleared()
         losses, terms = zip(*(self._accumulate(scenes, scenes.batch / total) for scenes in group))
         self.telemetry.differentiated()
-        self._schedule(planned)
+        self.schedule(planned)
         self.optimizer.step()
         self.telemetry.updated()
         return StepResult(total, torch.stack(losses).sum(),
@@ -110,7 +114,7 @@ class Step:
         self.optimizer.scale(loss * share).backward()
         return loss.detach() * share, {name: value.detach() * share for name, value in terms.items()}
 
-    def _schedule(self, planned: int) -> None:
+    def schedule(self, planned: int) -> None:
         """Sets every group's learning rate for the next update, counted in applied steps."""
         settings = self.config.optimizer
         factor = learning_rate_factor(self.optimizer.applied_steps(), planned, settings.warmup, settings.final_lr)

@@ -8,6 +8,7 @@ Legend: B batch, T tensors.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Sequence
 
 import torch
@@ -44,6 +45,15 @@ def asleep(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if not module.training]
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One step as it was seen: its number, the modules that were in evaluation mode, and tensors by name."""
+
+    call: int
+    asleep: list[str]
+    tensors: dict[str, Tensor]
+
+
 class Telemetry:
     """Readings of one optimizer step at a time; `Step` calls the methods in their order.
 
@@ -54,7 +64,8 @@ class Telemetry:
         self.model, self.optimizer, self.every = model, optimizer, max(1, every)
         self.calls, self.sampled, self.enabled = 0, False, True
         self.first: Tensor | None = None                  # weight norms before the first step
-        self.kept: tuple[int, Tensor] | None = None       # call and weight norms after the last sampled step
+        self.kept: tuple[int, Tensor] | None = None       # call and weight norms after the last step that was read
+        self.table: Tensor | None = None                  # (T, 4) of the last reading, as FusedAdamW.telemetry
         self.seen: list[tuple[int, frozenset[int]]] = []
         self._clear()
 
@@ -111,31 +122,42 @@ class Telemetry:
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
 
-    # ---- called where the host waits anyway ------------------------------------------------------------------------
+    # ---- called at a report ----------------------------------------------------------------------------------------
 
-    def read(self, epoch: int) -> dict[str, Any]:
-        """The last sampled step in plain numbers; empty if this one was not sampled. Reads the device."""
+    def sample(self) -> "Sample | None":
+        """The last step as it was seen, still on the device; None if it was not sampled."""
         if self.after is None or self.raw is None or self.before is None:
+            return None
+        tensors = {"before": self.before, "after": self.after, "raw": self.raw, "first": self.first,
+                   "table": self.optimizer.telemetry(), "left_over": self.left_over, "spread": self.spread,
+                   "prints": torch.cat(self.prints) if self.prints else None,
+                   "broken": torch.stack(self.broken).sum(0) if self.broken else None}
+        return Sample(self.calls, asleep(self.model), {name: value for name, value in tensors.items() if value is not None})
+
+    def read(self, sample: "Sample | None", epoch: int) -> dict[str, Any]:
+        """A sampled step in plain numbers; empty for None. Waits for the device where the tensors are still there."""
+        if sample is None:
             return {}
-        table = self.optimizer.telemetry().cpu()
-        hashes = torch.cat(self.prints).tolist() if self.prints else []
-        broken = torch.stack(self.broken).sum(0).tolist() if self.broken else [0, 0]
-        sleeping = asleep(self.model)
-        reading = {"call": self.calls, "left_over": _number(self.left_over), "raw_norm": _number(self.raw.norm()),
-                   "raw_nonfinite": int((~self.raw.isfinite()).sum()), "tensors": len(self.after),
-                   "moved": changed(self.before, self.after), "moved_before": self._moved_before(),
-                   "back_to_first": self.calls > 1 and changed(self.before, self.first) == 0,
+        seen = {name: value.cpu() for name, value in sample.tensors.items()}
+        before, after, raw, table = (seen[name] for name in ("before", "after", "raw", "table"))
+        hashes = seen["prints"].tolist() if "prints" in seen else []
+        broken = seen["broken"].tolist() if "broken" in seen else [0, 0]
+        sleeping = sample.asleep
+        reading = {"call": sample.call, "left_over": _number(seen.get("left_over")), "raw_norm": _number(raw.norm()),
+                   "raw_nonfinite": int((~raw.isfinite()).sum()), "tensors": len(after),
+                   "moved": changed(before, after), "moved_before": self._moved_before(sample.call, before),
+                   "back_to_first": sample.call > 1 and changed(before, seen["first"]) == 0,
                    "batch": f"{sum(hashes) & (2**64 - 1):016x}", "scenes": len(hashes),
                    "repeated": self._repeated(hashes, epoch), "zero_scenes": broken[0], "nonfinite_scenes": broken[1],
-                   "spread": _number(self.spread), "asleep": len(sleeping), "first_asleep": (sleeping or [None])[0],
+                   "spread": _number(seen.get("spread")), "asleep": len(sleeping), "first_asleep": (sleeping or [None])[0],
                    "update_ratio": _median((table[:, 2] / table[:, 1].clamp_min(1e-30)).tolist()),
-                   "weight_norm": float(self.after.norm())}
-        self.kept = (self.calls, self.after)
+                   "weight_norm": float(after.norm())}
+        self.kept, self.table = (sample.call, after), table
         return reading
 
-    def _moved_before(self) -> int:
+    def _moved_before(self, call: int, before: Tensor) -> int:
         """Tensors that changed between the update of the step before and this step: something else moved them."""
-        return changed(self.kept[1], self.before) if self.kept and self.kept[0] == self.calls - 1 else 0
+        return changed(self.kept[1], before) if self.kept and self.kept[0] == call - 1 else 0
 
     def _repeated(self, hashes: list[int], epoch: int) -> int:
         """Scenes of this step that it has twice, or that another sampled step of the same epoch had."""

@@ -6,7 +6,7 @@ Legend: B batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Iterable
+from typing import Callable, Iterable, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,24 +40,43 @@ def scene_nmse(prediction: Prediction, scenes: Scenes) -> Tensor:
     return cov_nmse(prediction.factor.float(), **target_of(scenes), reduction="none")
 
 
+class Measured(NamedTuple):
+    """Scores on the device: loss (), NMSE (B,) float64, sum of the answers' hashes (), norms of the weights (T,)."""
+
+    loss: Tensor
+    nmse: Tensor
+    answers: Tensor
+    weights: Tensor
+    awake: int                     # modules found in training mode
+
+
 @torch.no_grad()
-def validate(model: nn.Module, predict: Callable[[Scenes], Prediction], loss: CovarianceLoss,
-             batches: Iterable[Scenes]) -> Score:
-    """Scores the model's present weights; its mode (train or eval) is put back afterwards."""
+def measure(model: nn.Module, predict: Callable[[Scenes], Prediction], loss: CovarianceLoss,
+            batches: Iterable[Scenes]) -> Measured:
+    """What `validate` scores, without a host read."""
+    losses, scores, answers, awake, weights = [], [], [], 0, weight_norms(model)
+    for scenes in batches:
+        prediction = predict(scenes)
+        awake += sum(module.training for module in model.modules())
+        answers.append(prints(prediction.factor).sum())
+        losses.append(loss(prediction, scenes)[0].double() * scenes.batch)
+        scores.append(scene_nmse(prediction, scenes))
+    nmse = torch.cat(scores).double()
+    return Measured(torch.stack(losses).sum() / nmse.numel(), nmse, torch.stack(answers).sum(), weights, awake)
+
+
+def validate(model: nn.Module, predict: Callable[[Scenes], Prediction], loss: CovarianceLoss, batches: Iterable[Scenes],
+             run: Callable[[Callable[[], Measured]], Measured] = lambda work: work()) -> Score:
+    """Scores the model's present weights; its mode (train or eval) is put back afterwards.
+
+    `run`: calls the work, or stands in for it with a captured graph of the same.
+    """
     was_training = model.training
     model.eval()
     try:
-        losses, scores, sizes, answers, awake, weights = [], [], [], [], 0, weight_norms(model)
-        for scenes in batches:
-            prediction = predict(scenes)
-            awake += sum(module.training for module in model.modules())
-            answers.append(prints(prediction.factor).sum())
-            losses.append(loss(prediction, scenes)[0])
-            scores.append(scene_nmse(prediction, scenes))
-            sizes.append(scenes.batch)
+        found = run(lambda: measure(model, predict, loss, batches))
+        awake = found.awake + sum(module.training for module in model.modules())
     finally:
         model.train(was_training)
-    nmse = torch.cat(scores).double()
-    share = torch.tensor(sizes, dtype=torch.float64, device=nmse.device) / nmse.numel()
-    return Score((torch.stack(losses).double() * share).sum().item(), nmse.mean().item(), nmse.median().item(),
-                 not awake, f"{sum(each.item() for each in answers) & (2**64 - 1):016x}", weights)
+    return Score(found.loss.item(), found.nmse.mean().item(), found.nmse.median().item(), not awake,
+                 f"{found.answers.item() & (2**64 - 1):016x}", found.weights.clone())

@@ -1,0 +1,149 @@
+"""The whole optimizer step, and validation, as CUDA graphs captured by hand; eager steps where that is impossible.
+
+One graph holds what `Step.update` does for a full group: for each micro-batch simulation (or fetching from a data set
+in device memory), features, forward, loss and backward, then both passes of the fused step. Between two replays the
+host writes scene numbers, and, where they changed, learning rates, clip threshold and decay of the average into device
+memory; it reads nothing. Bias corrections, counters, skipping and the loss scale live on the device anyhow. The seed of
+the scenes is a constant of a run: scene i is scene i, so that the numbers alone decide what a replay sees.
+
+Steps stay eager, launch by launch, with the same kernels, where a graph would not pay: the first ones, which warm up
+everything that is made on first use (kernels, tuning, optimizer state, constants of a task); the ragged group at the
+end of an epoch; and the steps that are looked at closely (`Telemetry.due`), whose readings no graph carries.
+
+Not yet run on a GPU: nothing in this file that touches torch.cuda has been executed. On a CPU it is shown that a step
+as captured is the plain step bit for bit, with the graph replaced by a second call; that it reads nothing from its
+device and copies nothing to it (on the meta device); and that every way back to eager works. tests/training/
+test_capture.py holds the proofs for a GPU too, skipped where there is none: replay equals eager bit for bit with
+changing rates, accumulation, bf16 and averages, and an epoch under torch.cuda.set_sync_debug_mode("error").
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Callable, Protocol, Sequence
+
+import torch
+from torch import Tensor
+
+from ris_fast.config import Config
+from ris_fast.data.source import SceneSource
+from ris_fast.training.step import Step, StepResult
+
+WARM_UP = 3            # eager calls before a capture
+
+
+class Recording(Protocol):
+    """A function of no arguments, captured once and run again by `replay`, which returns what the function returned."""
+
+    def replay(self) -> Any: ...
+
+
+class CudaGraph:
+    """`body` as a CUDA graph. Building it runs nothing on the device; results keep their addresses over replays."""
+
+    def __init__(self, body: Callable[[], Any]) -> None:
+        current = torch.cuda.current_stream()
+        stream = None if current == torch.cuda.default_stream() else current   # the default stream cannot be captured
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.result = body()
+
+    def replay(self) -> Any:
+        self.graph.replay()
+        return self.result
+
+
+Record = Callable[[Callable[[], Any]], Recording]
+
+
+class CapturedStep:
+    """Optimizer steps by scene numbers: `captured(indices, planned)` is `step([scenes of each], planned)`.
+
+    `refused`: why steps are launched one by one instead, empty where they are not. Args: record: what captures a function.
+    """
+
+    def __init__(self, step: Step, source: SceneSource, config: Config, record: Record = CudaGraph) -> None:
+        training = config.training
+        self.step, self.source, self.record = step, source, record
+        self.index = [torch.zeros(training.batch_size, dtype=torch.int64, device=source.index_device)
+                      for _ in range(training.accumulate)]
+        self.refused = why_not(step, source, config)
+        self.warm, self.recording = 0, None
+
+    def __call__(self, indices: Sequence[Tensor], planned: int) -> StepResult:
+        """Args: indices: scene numbers of each micro-batch, (B,) int64; planned: length of the schedule in steps."""
+        if [len(index) for index in indices] != [len(index) for index in self.index]:
+            return self.step([self.source.batch("train", index) for index in indices], planned)
+        torch._foreach_copy_(self.index, list(indices))
+        telemetry = self.step.telemetry
+        telemetry.begin()
+        if telemetry.sampled or not self._ready(planned):
+            self.warm += 1
+            return self._update(planned)
+        return self._replay(planned)
+
+    def _update(self, planned: int) -> StepResult:
+        """What is captured: the step over the scenes whose numbers stand in `index`."""
+        return self.step.update([self.source.batch("train", index) for index in self.index], planned)
+
+    def _ready(self, planned: int) -> bool:
+        """Whether there is a graph to replay; captures it when everything is warm, once."""
+        if self.recording is None and not self.refused and self.warm >= WARM_UP:
+            self.refused = self._missing_gradient()
+            if not self.refused:
+                self.recording, self.refused = attempt(self.record, lambda: self._update(planned), "the step")
+        return self.recording is not None
+
+    def _replay(self, planned: int) -> StepResult:
+        self.step.schedule(planned)
+        self.step.optimizer.sync_hyperparameters()
+        result = self.recording.replay()
+        self.step.optimizer.count_replay()
+        return result
+
+    def _missing_gradient(self) -> str:
+        """A gradient that appears later would not be in the graph, and its tensor would never move."""
+        missing = [name for name, parameter in self.step.telemetry.model.named_parameters()
+                   if parameter.requires_grad and parameter.grad is None]
+        return _told(f"no loss reaches {len(missing)} tensors, the first is '{missing[0]}'", "the step") if missing else ""
+
+
+class CapturedCall:
+    """Runs a function the first time, captures it the second time, and replays it from then on.
+
+    The function must do the same work on the same tensors each time, as validation on fixed scenes does.
+    """
+
+    def __init__(self, what: str, record: Record = CudaGraph) -> None:
+        self.what, self.record = what, record
+        self.warm, self.recording, self.refused = 0, None, ""
+
+    def __call__(self, body: Callable[[], Any]) -> Any:
+        if self.recording is None and not self.refused and self.warm:
+            self.recording, self.refused = attempt(self.record, body, self.what)
+        self.warm += 1
+        return body() if self.recording is None else self.recording.replay()
+
+
+def why_not(step: Step, source: SceneSource, config: Config) -> str:
+    """What is known beforehand to stand in the way of capturing a step; empty if nothing is."""
+    if not config.training.capture:
+        return "as asked"
+    if source.index_device.type != "cuda":
+        return "the data are not in the device's memory"
+    if step.optimizer.backend != "triton":
+        return f"the optimizer step runs as '{step.optimizer.backend}', not as a kernel"
+    return ""
+
+
+def attempt(record: Record, body: Callable[[], Any], what: str) -> tuple[Recording | None, str]:
+    """The recording, or None and why there is none, which is also said as a warning."""
+    try:
+        return record(body), ""
+    except RuntimeError as error:    # what torch raises for whatever a capture forbids, and for too little memory
+        return None, _told((str(error) or type(error).__name__).splitlines()[0], what)
+
+
+def _told(reason: str, what: str) -> str:
+    warnings.warn(f"ris-fast: {what} is not captured in a CUDA graph but launched kernel by kernel: {reason}", RuntimeWarning, stacklevel=2)
+    return reason
