@@ -1,0 +1,89 @@
+"""One optimizer step of the same network on the same scenes: ours, compiled and eager, against the peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ris_fast.benchmarks.measure import alternate, ceiling, once
+from ris_fast.benchmarks.peers.eager import EagerLoop, with_dense_target
+from ris_fast.benchmarks.peers.original import OriginalLoop
+from ris_fast.config import Config
+from ris_fast.physics.scenes import Scenes
+from ris_fast.training.loop import Trainer
+
+OURS, EAGER, COMPILED, ORIGINAL = "ours", "eager loop", "eager loop, compiled", "original's step"
+PLANNED = 10**6         # length of the schedule: the learning rate stands still while steps are measured
+
+
+def trainer_of(config: Config, batch_size: int, compile: bool) -> Trainer:
+    """A trainer without a folder; its telemetry is read as seldom as in a run."""
+    training = replace(config.training, batch_size=batch_size, compile=compile)
+    return Trainer(replace(config, training=training))
+
+
+def our_step(trainer: Trainer, scenes: Scenes) -> Callable[[], Any]:
+    """The trainer's own step, with the first, densely watched steps already behind it."""
+    trainer.model.train()
+    call = lambda: trainer.step([scenes], PLANNED)  # noqa: E731
+    for _ in range(9):
+        call()
+    return call
+
+
+def contestants(config: Config, batch_size: int, *, compile: bool = True) -> tuple[dict[str, Callable[[], Any]], dict[str, float], Trainer]:
+    """Name -> step; seconds that compiling took; our eager trainer, for phases and counts.
+
+    Peers get the dense target ready made. The original's step serves the network `hybrid` only.
+    """
+    trainer = trainer_of(config, batch_size, False)
+    device = trainer.device
+    scenes = trainer.source.batch("train", torch.arange(batch_size))
+    dense = with_dense_target(scenes)
+    calls: dict[str, Callable[[], Any]] = {f"{OURS}, eager": our_step(trainer, scenes)}
+    eager = EagerLoop(config, device)
+    calls[EAGER] = lambda: eager.step(dense)
+    if config.model.name == "hybrid":
+        original = OriginalLoop(config, device)
+        calls[ORIGINAL] = lambda: original.step(dense)
+    seconds: dict[str, float] = {}
+    if compile:
+        ours, theirs = trainer_of(config, batch_size, True), EagerLoop(config, device, compile=True)
+        first = {f"{OURS}, compiled": lambda: ours.step([scenes], PLANNED), COMPILED: lambda: theirs.step(dense)}
+        seconds = {name: once(call, device)[1] for name, call in first.items()}
+        calls |= {f"{OURS}, compiled": our_step(ours, scenes), COMPILED: first[COMPILED]}
+    return calls, seconds, trainer
+
+
+def compare_steps(config: Config, batch_size: int, *, compile: bool = True, quiet: int = 7, seconds: float = 60.0) -> dict[str, Any]:
+    """Times of every contestant, alternating; how many times slower than our best each is; share of the ceiling."""
+    calls, compile_s, trainer = contestants(config, batch_size, compile=compile)
+    found = alternate(calls, trainer.device, quiet=quiet, seconds=seconds)
+    ours = min(each["s"] for name, each in found.items() if name.startswith(OURS))
+    flops, most = step_flops(trainer, batch_size), ceiling(trainer.device, config.training.precision)
+    return {"preset": config.preset, "model": config.model.name, "parameters": trainer.parameters, "batch_size": batch_size,
+            "precision": config.training.precision, "compile_and_first_step_s": compile_s, "variants": found,
+            "times_slower_than_ours": {name: each["s"] / ours for name, each in found.items()},
+            "scenes_per_s": {name: batch_size / each["s"] for name, each in found.items()},
+            "flops_a_step": flops, "flop_per_s": flops / ours, "ceiling_flop_per_s": most, "share_of_ceiling": flops / ours / most}
+
+
+def step_flops(trainer: Trainer, batch_size: int) -> int:
+    """FLOPs of forward and backward of the trainable part, counted on a few scenes by torch's counter.
+
+    Features, loss, optimizer and simulation are not counted: a share of the ceiling is that of useful products.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ris_fast.benchmarks.peers.eager import peer_network
+    from ris_fast.training.step import network_inputs
+
+    scenes = trainer.source.batch("val", torch.arange(min(batch_size, 8)))
+    model = peer_network(trainer.config, trainer.device)
+    with FlopCounterMode(display=False) as counter:
+        prediction = model(*network_inputs(scenes))
+        sum(each.float().square().sum() for each in prediction if each is not None).backward()
+    return counter.get_total_flops() * batch_size // scenes.batch
