@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterable, Mapping
 
 from ris_fast.config import Config, ConfigError, Task
-from ris_fast.report.eventlog import METRICS, JsonlReport, write_json, write_text
+from ris_fast.report.eventlog import METRICS, SUMMARY, JsonlReport, write_json, write_text
 from ris_fast.report.observers import Observers
 from ris_fast.settings import load_config, render_toml
 
@@ -52,7 +53,7 @@ class RunFolder:
 
 
 def run_training(config: Config, out: Path | None, *, resume: bool = False) -> int:
-    """Trains, shows and records one run. Returns its exit code: 0, 4 (stopped by health) or 130 (Ctrl-C).
+    """Trains, shows and records one run. Returns its exit code: 0, 4 (stopped by health) or 130 (Ctrl-C, SIGTERM).
 
     Raises ConfigError for a folder that holds another run, DataError, and OutOfMemory with a batch size that fits.
     """
@@ -60,6 +61,7 @@ def run_training(config: Config, out: Path | None, *, resume: bool = False) -> i
 
     folder = new_folder(config, out) if not resume else Path(out or ".")
     console = ConsoleReport(standard_task=config.task == Task())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's time limit saves as Ctrl-C does
     try:
         summary = _fit(config, folder, _observers(config, folder, console), resume)
     except KeyboardInterrupt:
@@ -114,13 +116,42 @@ def _fit(config: Config, folder: Path, observer: Observer, resume: bool) -> dict
     from ris_fast.training.loop import Trainer
 
     try:
-        return Trainer(config, folder, observer, resume=resume).fit()
+        trainer = Trainer(config, folder, observer, resume=resume)
+        return guarded(trainer, folder, preflight=config.health.preflight and not resume).fit()
     except (MemoryError, RuntimeError) as error:
         if not _is_memory(error):
             raise
         problem = (str(error) or type(error).__name__).splitlines()[0]
     raise OutOfMemory(f"out of memory with {config.training.batch_size} scenes in a micro-batch ({problem}).\n"
                       f"{advice(config)}")
+
+
+def guarded(trainer: Any, folder: Path, *, preflight: bool) -> Any:
+    """The trainer under the watch of learning health; a run that preflight stops leaves its findings in the folder."""
+    from ris_fast.health.tensors import TensorLog
+    from ris_fast.health.watched import enriched, watched
+    from ris_fast.training.state import RunStopped
+
+    settings, began = trainer.config.health, time.monotonic()
+    tensors = TensorLog(trainer, folder, table=settings.log_tensors, picture=trainer.config.report.plots)
+    trainer.observer = Observers(*([trainer.observer] if trainer.observer else []), tensors)
+    try:
+        watched(trainer, stop=settings.stop, preflight=preflight)
+    except RunStopped as stop:
+        RunFolder(folder, trainer.config).start({})
+        write_json(folder / SUMMARY, enriched(trainer.observer.watchdog, {"verdict": "stopped", "optimizer_steps": 0,
+                                                                          "findings": [stop.finding]}))
+        raise
+    if preflight:
+        print(preflight_line(trainer.observer.watchdog, time.monotonic() - began))
+    return trainer
+
+
+def preflight_line(watchdog: Any, seconds: float) -> str:
+    """What preflight did, what it found and how far the network got with a few scenes."""
+    notes = "; ".join(check.note for check in watchdog.checks if check.note)
+    found = ", ".join(finding.cause for finding in watchdog.findings) or "nothing found"
+    return f"preflight: {len(watchdog.checks)} checks in {seconds:.1f} s, {found}" + (f"; {notes}" if notes else "")
 
 
 def advice(config: Config) -> str:

@@ -113,13 +113,14 @@ def test_a_run_without_a_best_checkpoint_is_a_clear_error(trained: Path, tmp_pat
     assert "best.safetensors" in capsys.readouterr().err
 
 
-def test_an_interrupted_run_saves_names_the_resume_command_and_continues(tmp_path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_names_the_resume_command_and_continues(tmp_path, sent: signal.Signals) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "-m", "ris_fast", "train", *SMALL, "--epochs", "100000", "--out", str(folder)],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     _wait_for_an_epoch(folder, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and f"ris-fast train --resume {folder}" in said and "Traceback" not in said
     reached = json.loads((folder / "summary.json").read_text())["epochs"]
