@@ -35,7 +35,7 @@ def train(config: Path | None = None, /, *, preset: str | None = None, device: s
           data: Path | None = None, epochs: Whole = None, batch_size: Whole = None,
           accumulate: Whole = None, seed: Whole = None, max_seconds: float | None = None,
           precision: str | None = None, no_compile: bool = False, backend: str | None = None,
-          set_: Overrides = None, out: Path | None = None, resume: Path | None = None,
+          set_: Overrides = None, out: Path | None = None, resume: Path | None = None, log_tensors: bool = False,
           print_config: bool = False) -> int:
     """Train a network; without arguments on scenes simulated on this machine's best device.
 
@@ -71,13 +71,16 @@ def train(config: Path | None = None, /, *, preset: str | None = None, device: s
         Run folder; runs/DATE-TIME-PRESET by default.
     resume
         Continue the run in this folder with its own settings; flags and --set still win.
+    log_tensors
+        Write every tensor's norms to tensors.csv and print a [GRAD] line at every report.
     print_config
         Print every value and where it came from, then stop.
     """
     flags = {"training.device": device, "data.path": _text(data), "training.epochs": epochs,
              "training.batch_size": batch_size, "training.accumulate": accumulate, "training.seed": seed,
              "training.max_seconds": max_seconds, "training.precision": precision,
-             "training.compile": False if no_compile else None, "training.backend": backend}
+             "training.compile": False if no_compile else None, "training.backend": backend,
+             "health.log_tensors": True if log_tensors else None}
     from ris_fast.launch import resumed_config, run_training
 
     if resume is not None:
@@ -88,6 +91,60 @@ def train(config: Path | None = None, /, *, preset: str | None = None, device: s
         print(render_toml(resolved), end="")
         return 0
     return run_training(resolved, resume or out, resume=resume is not None)
+
+
+@app.command
+def check(config: Path | None = None, /, *, preset: str | None = None, device: str | None = None,
+          data: Path | None = None, batch_size: Whole = None, seed: Whole = None, no_compile: bool = False,
+          set_: Overrides = None, json: bool = False, graph: bool = False) -> int:
+    """Check network, loss, step and scenes as `train` would use them, without training. Exit code 4: a mistake is certain.
+
+    Parameters
+    ----------
+    config
+        TOML file with settings, such as a run's config.toml.
+    preset
+        laptop, full or seed.
+    device
+        auto, cpu, cuda or cuda:N.
+    data
+        Folder of shards; without it scenes are simulated.
+    batch_size
+        Scenes in a micro-batch.
+    seed
+        Seed of weights and scenes.
+    no_compile
+        Run without torch.compile.
+    set_
+        Any other setting, section.key=value; may be given again.
+    json
+        Print JSON instead of lines.
+    graph
+        Show which parameters each term of the loss reaches, and with how much gradient.
+    """
+    from ris_fast.checkup import run_check
+
+    flags = {"training.device": device, "data.path": _text(data), "training.batch_size": batch_size, "training.seed": seed,
+             "training.compile": False if no_compile else None}
+    return run_check(load_config(config, preset, set_ or (), flags), json=json, graph=graph)
+
+
+@app.command
+def why(run: Path | None = None, /, *, explain: str | None = None, json: bool = False) -> int:
+    """Why a run did not learn: the ranked cause, from its folder or from a plain metrics.jsonl.
+
+    Parameters
+    ----------
+    run
+        Run folder, or a file of JSON rows with train_loss and val_loss.
+    explain
+        Print the page on this cause instead.
+    json
+        Print JSON instead of text.
+    """
+    from ris_fast.checkup import explain_cause, say_why
+
+    return explain_cause(explain) if explain is not None else say_why(run, json=json)
 
 
 @app.command

@@ -142,7 +142,8 @@ def dead_terms(subject: Subject) -> Iterator[Finding]:
     if scenes.factor is not None:
         others.append(oracle(scenes, guess))
     table = [_terms(subject, each, scenes) for each in others]
-    for name in table[0]:
+    alone = ("cross", "count") if subject.config.task.max_sources == 1 else ()
+    for name in table[0].keys() - set(alone):
         values = [row[name] for row in table]
         if len(set(values)) == 1:
             yield Finding("dead_loss_term", f"{name} is {values[0]:g} for every prediction that was tried.")

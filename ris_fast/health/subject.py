@@ -56,8 +56,8 @@ class Subject:
 
     @property
     def by_torch(self) -> bool:
-        """That something is torch.compile's, which compiles anew for every shape."""
-        return isinstance(self.step.network, torch._dynamo.eval_frame.OptimizedModule)
+        """That something was compiled by torch, which compiles anew for every shape."""
+        return bool(getattr(self.step.network, "compiled", False))
 
     # ---- running it --------------------------------------------------------------------------------------------
 
