@@ -94,7 +94,8 @@ class Stopwatch:
     """Time between laps of one pass over several phases; on a GPU by events, read at the end."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.names, self.marks = device, [], [self._mark()]
+        self.device, self.names = device, []
+        self.marks = [self._mark()]
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":
