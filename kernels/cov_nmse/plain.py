@@ -5,6 +5,9 @@ Letters: B batch, N elements, P columns of Z = [F, X, S]; formulas as in triton_
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -25,6 +28,32 @@ def _adjoint(x: Tensor) -> Tensor:
     return x.conj_physical().transpose(-2, -1)
 
 
+class Affine(NamedTuple):
+    """D = Z diag(w) Z^H + e I - dense target, and the identity's share of the target."""
+
+    parts: list[Tensor]          # complex (B, N, .) each: F, then X and S where they are given
+    weights: list[Tensor]        # (B,) each: what a part's outer product is multiplied by
+    eye_B: Tensor                # e
+    true_B: Tensor               # scale of the trace-N target
+    eye_true_B: Tensor
+
+    @property
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """Z (B, N, P) and w (B, P)."""
+        repeated = [w[:, None].expand(-1, p.shape[2]) for w, p in zip(self.weights, self.parts, strict=True)]
+        return torch.cat(self.parts, 2), torch.cat(repeated, 1)
+
+
+class Distance(NamedTuple):
+    """What both kinds of target lead to."""
+
+    error_B: Tensor              # |D|^2
+    power_B: Tensor              # |T|^2 without the identity's share
+    diag_BN: Tensor              # diagonal of D
+    target_diag_BN: Tensor       # diagonal of T without the identity's share
+    times: Callable[[Tensor, int], Tensor]  # (a part, its first column in Z) -> D part
+
+
 def cov_nmse(
     factor: Tensor, target_factor: Tensor | None, target_cov: Tensor | None, sample_factor: Tensor | None, snr_db: Tensor | None,
     blend: float, loading: float, target_loading: float, shrink: float, diag_weight: float, offdiag_weight: float, gradients: int,
@@ -35,56 +64,70 @@ def cov_nmse(
     """
     out_dtype = torch.float64 if factor.dtype == torch.float64 else torch.float32
     work = out_dtype if target_factor is None else torch.float64
-    elements = factor.shape[1]
+    affine = _affine(factor, sample_factor, target_factor, snr_db, blend, loading, target_loading, shrink, work)
+    if target_factor is not None:
+        distance = _to_factor(affine, target_factor.shape[2])
+    else:
+        distance = _to_dense(affine, _complex(target_cov, work))
+    extra, target_BN = diag_weight - offdiag_weight, distance.target_diag_BN + affine.eye_true_B[:, None]
+    power_B = distance.power_B + 2 * affine.eye_true_B * distance.target_diag_BN.sum(1) + affine.eye_true_B**2 * factor.shape[1]
+    power_B = offdiag_weight * power_B + extra * target_BN.square().sum(1)
+    error_B = offdiag_weight * distance.error_B + extra * distance.diag_BN.square().sum(1)
+    slopes = [_gradient(affine, distance, which, power_B, offdiag_weight, extra).to(out_dtype) for which in range(gradients)]
+    slopes += [factor.new_empty(0, dtype=out_dtype) for _ in range(2 - gradients)]
+    return (error_B / power_B).to(out_dtype), slopes[0], slopes[1]
+
+
+def _affine(
+    factor: Tensor, sample_factor: Tensor | None, target_factor: Tensor | None, snr_db: Tensor | None,
+    blend: float, loading: float, target_loading: float, shrink: float, work: torch.dtype,
+) -> Affine:  # fmt: skip
+    """The scalars that trace-normalise, blend, load and shrink both sides."""
     alpha_B = shrink_weight(None if snr_db is None else snr_db.to(work), shrink)
     alpha_B = torch.zeros(len(factor), dtype=work, device=factor.device) if shrink == 0 else alpha_B[:, 0, 0]
     pred_B, true_B = (1 - alpha_B) / (1 + loading), (1 - alpha_B) / (1 + target_loading)
     eye_true_B = true_B * target_loading + alpha_B
-    eye_B = pred_B * loading + alpha_B - eye_true_B
-    extra = diag_weight - offdiag_weight
+    given = [(factor, pred_B * ((1 - blend) if sample_factor is not None else 1)), (sample_factor, pred_B * blend), (target_factor, -true_B)]
+    parts = [_complex(part, work) for part, _ in given if part is not None]
+    scales = [scale for part, scale in given if part is not None]
+    weights = [s * _normaliser(p.abs().square().sum((1, 2)), factor.shape[1]) for p, s in zip(parts, scales, strict=True)]
+    return Affine(parts, weights, pred_B * loading + alpha_B - eye_true_B, true_B, eye_true_B)
 
-    parts = [_complex(factor, work)]
-    scales = [pred_B * ((1 - blend) if sample_factor is not None else 1)]
-    if sample_factor is not None:
-        parts.append(_complex(sample_factor, work))
-        scales.append(pred_B * blend)
-    if target_factor is not None:
-        parts.append(_complex(target_factor, work))
-        scales.append(-true_B)
-    weights = [s * _normaliser(p.abs().square().sum((1, 2)), elements) for p, s in zip(parts, scales, strict=True)]
-    z_BNP = torch.cat(parts, 2)
-    w_BP = torch.cat([w[:, None].expand(-1, p.shape[2]) for w, p in zip(weights, parts, strict=True)], 1)
-    if target_factor is not None:
-        gram_BPP = _adjoint(z_BNP) @ z_BNP
-        size = target_factor.shape[2]
-        power_B = w_BP[:, -1].square() * gram_BPP[:, -size:, -size:].abs().square().sum((1, 2))
-        target_diag_BN = -(w_BP[:, None, -size:] * z_BNP[:, :, -size:].abs().square()).sum(-1)
-        error_B = (w_BP[:, :, None] * w_BP[:, None] * gram_BPP.abs().square()).sum((1, 2))
-        error_B = error_B + 2 * eye_B * (w_BP * gram_BPP.diagonal(dim1=1, dim2=2).real).sum(1) + eye_B**2 * elements
-        times_D = lambda f, start: z_BNP @ (w_BP[:, :, None] * gram_BPP[:, :, start : start + f.shape[2]]) + eye_B[:, None, None] * f  # noqa: E731
-        diag_BN = (w_BP[:, None] * z_BNP.abs().square()).sum(-1) + eye_B[:, None]
-    else:
-        target_BNN = _complex(target_cov, work)
-        trace_B = target_BNN.diagonal(dim1=1, dim2=2).real.sum(-1)
-        target_BNN = (true_B * _normaliser(trace_B, elements))[:, None, None] * target_BNN
-        power_B = torch.view_as_real(target_BNN).square().sum((1, 2, 3))
-        target_diag_BN = target_BNN.diagonal(dim1=1, dim2=2).real
-        d_BNN = (z_BNP * w_BP[:, None]) @ _adjoint(z_BNP) - target_BNN
-        d_BNN.diagonal(dim1=1, dim2=2).add_(eye_B[:, None])
-        error_B = torch.view_as_real(d_BNN).square().sum((1, 2, 3))
-        times_D = lambda f, start: d_BNN @ f  # noqa: E731
-        diag_BN = d_BNN.diagonal(dim1=1, dim2=2).real
-    power_B = power_B + 2 * eye_true_B * target_diag_BN.sum(1) + eye_true_B**2 * elements
-    power_B = offdiag_weight * power_B + extra * (target_diag_BN + eye_true_B[:, None]).square().sum(1)
-    error_B = offdiag_weight * error_B + extra * diag_BN.square().sum(1)
 
-    def gradient(which: int) -> Tensor:
-        f, start = parts[which], sum(p.shape[2] for p in parts[:which])
-        pull = offdiag_weight * times_D(f, start) + extra * diag_BN[:, :, None] * f
-        norm_B = f.abs().square().sum((1, 2))
-        along_B = torch.where(norm_B == 0, 0, (torch.view_as_real(f) * torch.view_as_real(pull)).sum((1, 2, 3)) / torch.where(norm_B == 0, 1, norm_B))
-        out = (4 * weights[which] / power_B)[:, None, None] * (pull - along_B[:, None, None] * f)
-        return torch.view_as_real(out).to(out_dtype).contiguous()
+def _to_factor(affine: Affine, size: int) -> Distance:
+    """Against a target factor, the last `size` columns of Z: everything from the Gram matrix of Z."""
+    (z_BNP, w_BP), eye_B = affine.columns, affine.eye_B
+    gram_BPP = _adjoint(z_BNP) @ z_BNP
+    error_B = (w_BP[:, :, None] * w_BP[:, None] * gram_BPP.abs().square()).sum((1, 2))
+    error_B = error_B + 2 * eye_B * (w_BP * gram_BPP.diagonal(dim1=1, dim2=2).real).sum(1) + eye_B**2 * z_BNP.shape[1]
 
-    empty = factor.new_empty(0, dtype=out_dtype)
-    return (error_B / power_B).to(out_dtype), gradient(0) if gradients >= 1 else empty, gradient(1) if gradients >= 2 else empty.clone()
+    def times(part: Tensor, start: int) -> Tensor:
+        return z_BNP @ (w_BP[:, :, None] * gram_BPP[:, :, start : start + part.shape[2]]) + eye_B[:, None, None] * part
+
+    power_B = w_BP[:, -1].square() * gram_BPP[:, -size:, -size:].abs().square().sum((1, 2))
+    target_diag_BN = -(w_BP[:, None, -size:] * z_BNP[:, :, -size:].abs().square()).sum(-1)
+    diag_BN = (w_BP[:, None] * z_BNP.abs().square()).sum(-1) + eye_B[:, None]
+    return Distance(error_B, power_B, diag_BN, target_diag_BN, times)
+
+
+def _to_dense(affine: Affine, target_BNN: Tensor) -> Distance:
+    """Against a dense target: D itself, which is the one place here that forms an N x N array."""
+    z_BNP, w_BP = affine.columns
+    trace_B = target_BNN.diagonal(dim1=1, dim2=2).real.sum(-1)
+    target_BNN = (affine.true_B * _normaliser(trace_B, z_BNP.shape[1]))[:, None, None] * target_BNN
+    d_BNN = (z_BNP * w_BP[:, None]) @ _adjoint(z_BNP) - target_BNN
+    d_BNN.diagonal(dim1=1, dim2=2).add_(affine.eye_B[:, None])
+    error_B, power_B = (torch.view_as_real(each).square().sum((1, 2, 3)) for each in (d_BNN, target_BNN))
+    return Distance(error_B, power_B, d_BNN.diagonal(dim1=1, dim2=2).real, target_BNN.diagonal(dim1=1, dim2=2).real,
+                    lambda part, start: d_BNN @ part)
+
+
+def _gradient(affine: Affine, distance: Distance, which: int, power_B: Tensor, weight: float, extra: float) -> Tensor:
+    """dNMSE/dF as real pairs for part `which`: 4 a (D F - (tr(F^H D F)/|F|^2) F) / |T|^2."""
+    part, start = affine.parts[which], sum(each.shape[2] for each in affine.parts[:which])
+    pull = weight * distance.times(part, start) + extra * distance.diag_BN[:, :, None] * part
+    norm_B = part.abs().square().sum((1, 2))
+    inner_B = (torch.view_as_real(part) * torch.view_as_real(pull)).sum((1, 2, 3))
+    along_B = torch.where(norm_B == 0, 0, inner_B / torch.where(norm_B == 0, 1, norm_B))
+    scaled = (4 * affine.weights[which] / power_B)[:, None, None] * (pull - along_B[:, None, None] * part)
+    return torch.view_as_real(scaled).contiguous()
