@@ -40,7 +40,7 @@ class Network:
 
     def __init__(self, model: nn.Module, compile: bool, batch_size: int | None = None) -> None:
         self.features, self.as_written, self.batch_size = model.features, model.trunk, batch_size
-        self.trunk = torch.compile(model.trunk, fullgraph=True, dynamic=False) if compile else model.trunk
+        self.trunk = torch.compile(model.trunk, fullgraph=True, dynamic=False) if compile else self.as_written
         self.known: dict[int, tuple[Tensor, ...]] = {}
 
     def __call__(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Prediction:
