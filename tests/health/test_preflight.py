@@ -1,0 +1,99 @@
+"""Preflight leaves the trainer as it was, is silent about what is healthy, and names what is not before the first step."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+
+from ris_fast.health.causes import CAUSES
+from ris_fast.health.faults.catalogue import all_faults, faulty
+from ris_fast.health.faults.twins import TWINS
+from ris_fast.health.finding import LEVELS, Finding, page, ranked
+from ris_fast.health.graph import graph_table
+from ris_fast.health.subject import Subject
+from ris_fast.health.watchdog import Watchdog
+from ris_fast.health.watched import watched
+from ris_fast.training.loop import Trainer
+from ris_fast.training.state import RunStopped
+
+
+def everything(trainer: Trainer) -> dict[str, Any]:
+    """Weights, optimizer, averages, counters, modes and random numbers, as values."""
+    return {"model": {name: value.clone() for name, value in trainer.model.state_dict().items()},
+            "optimizer": {name: value.clone() for name, value in trainer.optimizer.checkpoint_tensors()["optimizer"].items()},
+            "counters": {key: value for key, value in trainer.optimizer.counters().items() if value == value},
+            "modes": [module.training for module in trainer.model.modules()], "random": torch.get_rng_state(),
+            "rates": [group["lr"] for group in trainer.optimizer.param_groups], "state": deepcopy(trainer.state.__dict__)}
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or a != a
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_the_trainer_is_left_as_it_was_and_nothing_is_said_of_a_healthy_one(twin: str) -> None:
+    trainer = Trainer(TWINS[twin]())
+    before = everything(trainer)
+    watchdog = Watchdog(trainer)
+    assert watchdog.preflight() == [], watchdog.verdict()
+    after = everything(trainer)
+    assert [key for key in before if not same(before[key], after[key])] == []
+    assert not [check.failed for check in watchdog.checks if check.failed]
+
+
+def test_a_run_after_preflight_is_the_run_without_it_bit_for_bit() -> None:
+    def weights(preflight: bool) -> dict[str, torch.Tensor]:
+        trainer = Trainer(TWINS["dropout"]())
+        if preflight:
+            Watchdog(trainer).preflight()
+        for group in list(trainer._groups())[:4]:
+            trainer.step(group, 100)
+        return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+    one, other = weights(False), weights(True)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_muted_cause_is_not_told_and_a_frozen_part_may_be_named() -> None:
+    fault = all_faults()["backbone_frozen"]
+    with faulty(fault) as trainer:
+        assert Watchdog(trainer).preflight()[0].cause == "frozen_parameters"
+        assert Watchdog(trainer, muted=["frozen_parameters"]).preflight() == []
+
+
+def test_a_certain_mistake_stops_the_run_before_its_first_step() -> None:
+    with faulty(all_faults()["rate_zero"]) as trainer:
+        with pytest.raises(RunStopped, match="zero_learning_rate") as stop:
+            watched(trainer)
+        assert stop.value.exit_code == 4 and stop.value.finding == "zero_learning_rate"
+        assert trainer.optimizer.counters()["attempted"] == 0
+        watched(trainer, stop=False)
+
+
+def test_every_cause_has_its_place_in_the_order_and_a_page() -> None:
+    placed = [cause for causes in LEVELS.values() for cause in causes]
+    assert sorted(placed) == sorted(CAUSES) and len(placed) == len(set(placed))
+    for cause in CAUSES:
+        text = page(cause)
+        assert text.startswith(f"# {cause}\n") and "## Evidence\n" in text and Finding(cause, "seen").advice
+
+
+def test_certain_comes_before_likely_and_causes_before_consequences() -> None:
+    order = [Finding("ema_cold", ""), Finding("unused_head", ""), Finding("nonfinite_data", "", certain=False),
+             Finding("step_never_called", ""), Finding("unused_head", "again")]
+    assert [finding.cause for finding in ranked(order)] == ["unused_head", "step_never_called", "ema_cold", "nonfinite_data"]
+    assert ranked(order)[0].evidence == ""
+    with pytest.raises(ValueError, match="no cause is called"):
+        Finding("nonsense", "")
+
+
+def test_the_graph_says_which_tensors_a_term_reaches() -> None:
+    table = graph_table(Subject(Trainer(TWINS["hybrid"]())))
+    rows = {row[0]: dict(zip(table["headers"][1:], row[1:])) for row in table["rows"]}
+    assert rows["range_head.weight"]["cov"] == "-" and float(rows["range_head.weight"]["range"]) > 0
+    assert rows["(requires_grad)"]["cov"] == "True" and rows["(grad_fn)"]["cov"] != "none"

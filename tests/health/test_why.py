@@ -1,0 +1,68 @@
+"""`ris-fast why` and `check` on run folders, on plain rows of another trainer, and by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ris_fast.cli import main
+from ris_fast.health.why import why
+
+SMALL = ["--preset", "seed", "--device", "cpu", "--no-compile", "--set", "task.ris_horizontal=4", "--set", "task.ris_vertical=4",
+         "--set", "task.bs_antennas=4", "--set", "task.snapshots=8", "--set", "task.max_sources=2", "--set", "data.train_scenes=64",
+         "--set", "data.val_scenes=32", "--set", "data.test_scenes=32", "--set", "model.options.width=32", "--set",
+         "model.options.heads=4", "--set", "model.options.grid=5", "--set", "model.options.feedforward=32", "--set",
+         "model.options.layers=1", "--batch-size", "16", "--set", "optimizer.backbone_lr=2e-3", "--set", "optimizer.head_lr=2e-3"]
+
+
+def test_the_original_report_is_explained_from_its_printed_losses_alone(tmp_path: Path, capsys) -> None:
+    """Training 0.217 +- 0.001, validation 1.921642 in every epoch: what the seed's log had, as plain rows."""
+    losses = [0.216999, 0.218567, 0.217593, 0.217210]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps({"epoch": i + 1, "train_loss": loss, "val_loss": 1.921642, "batches": 8}) + "\n"
+                            for i, loss in enumerate(losses)))
+    assert main(["why", str(file), "--json"]) == 0
+    causes = [finding["cause"] for finding in json.loads(capsys.readouterr().out)["findings"]]
+    assert set(causes) == {"step_once_per_epoch", "cached_validation"}
+
+
+def test_plain_rows_of_a_run_that_learns_are_left_in_peace() -> None:
+    rows = [{"epoch": i, "train_loss": 1.0 / (i + 1), "val_loss": 1.1 / (i + 1), "grad_norm": 0.3} for i in range(6)]
+    assert why("run", rows).findings == ()
+
+
+def test_a_run_that_preflight_stops_exits_4_and_says_why_afterwards(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    assert main(["train", *SMALL, "--epochs", "1", "--out", str(out), "--set", "loss.cov=0", "--set", "loss.cov_pred=0.05"]) == 4
+    assert "zero_loss_weight" in capsys.readouterr().err
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["verdict"] == "stopped" and summary["findings"][0] == "zero_loss_weight" and summary["evidence"][0]["advice"]
+    assert main(["why", str(out)]) == 0
+    assert "zero_loss_weight" in capsys.readouterr().out
+
+
+def test_a_healthy_run_leaves_no_finding_and_a_picture_and_a_table_of_tensors(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    assert main(["train", *SMALL, "--epochs", "2", "--out", str(out), "--log-tensors"]) == 0
+    text = capsys.readouterr().out
+    assert "preflight: " in text and "nothing found" in text and "[GRAD] step 1:" in text
+    assert json.loads((out / "summary.json").read_text())["findings"] == []
+    assert (out / "plots" / "tensors.png").is_file() and (out / "tensors.csv").read_text().startswith("step,tensor,grad_norm")
+    assert main(["why", str(out)]) == 0
+    assert "No rule found a mistake" in capsys.readouterr().out
+
+
+def test_check_names_each_check_and_ends_with_4_where_a_mistake_is_certain(capsys) -> None:
+    assert main(["check", *SMALL]) == 0
+    lines = capsys.readouterr().out
+    assert "the truth scores zero" in lines and "nothing found" in lines
+    assert main(["check", *SMALL, "--json", "--graph", "--set", "optimizer.head_lr=0"]) == 4
+    result = json.loads(capsys.readouterr().out)
+    assert result["findings"][0]["cause"] == "zero_learning_rate" and len(result["graph"]["rows"]) > 20
+
+
+def test_a_cause_is_explained_by_name_and_a_misspelt_one_is_corrected(capsys, tmp_path: Path) -> None:
+    assert main(["why", "--explain", "unused_head"]) == 0
+    assert "## Mend" in capsys.readouterr().out
+    assert main(["why", "--explain", "unused_heads"]) == 2 and "Did you mean 'unused_head'?" in capsys.readouterr().err
+    assert main(["why", str(tmp_path / "nothing")]) == 2
