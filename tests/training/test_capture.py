@@ -1,0 +1,199 @@
+"""Captured steps are the plain steps: bit for bit, in every setting, without a host read, with a way back to eager.
+
+On a CPU the graph is replaced by a second run of the captured function; on CUDA it is the graph itself.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from captured import Rerun, Rows, captured_trainer, change_settings, config_of, same
+
+from ris_fast.training import loop
+from ris_fast.training.capture import CapturedCall, CapturedStep, why_not
+from ris_fast.training.loop import Trainer
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+SETTINGS = [("hybrid", 1), ("hybrid", 2), ("backprojection", 1), ("backprojection", 2)]
+
+
+# ---- on a CPU, with a stand-in for the graph ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model", "accumulate"), SETTINGS)
+def test_a_run_through_captured_steps_is_the_plain_run(model: str, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(model, f"training.accumulate={accumulate}", "training.epochs=3")
+    plain, plain_rows = Trainer(config, observer=(rows := Rows())), rows
+    trainer = captured_trainer(config, monkeypatch, through := Rows())
+    for each in (plain, trainer):
+        change_settings(each)
+        each.fit()
+    assert trainer.capture.recording.replays > 5 and trainer.score_by.recording.replays > 2
+    assert through.rows == plain_rows.rows and not same(trainer, plain)
+
+
+def test_only_full_groups_that_nobody_looks_at_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = captured_trainer(config_of("backprojection"), monkeypatch)
+    replayed = []
+    count = trainer.optimizer.count_replay
+    trainer.optimizer.count_replay = lambda: (count(), replayed.append(trainer.state.step + 1))
+    trainer.fit()
+    full = [step for step in range(1, 29) if step % 14]          # 13 full batches and a ragged one, two epochs
+    assert replayed == [step for step in full if step > 8 and step % 4]
+
+
+def test_warm_up_comes_first_also_where_no_step_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = captured_trainer(config_of("backprojection", "training.epochs=1"), monkeypatch)
+    trainer.step.telemetry.enabled = False
+    trainer.fit()
+    assert trainer.capture.warm == 3 and trainer.capture.recording.replays == 10
+
+
+def test_a_report_that_arrives_late_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a report is read when the next one is ordered; nothing that it reads may have changed by then."""
+    config = config_of("hybrid")
+    Trainer(config, observer=(prompt := Rows())).fit()
+    trainer = captured_trainer(config, monkeypatch, late := Rows())
+    monkeypatch.setattr(loop, "own_stream", lambda device: nullcontext())
+    delivered = []
+    deliver = trainer._deliver_report
+    trainer._deliver_report = lambda: (delivered.append((trainer.ordered is not None, trainer.state.step)), deliver())
+    trainer.device = torch.device("cuda")     # what the loop goes by; its tensors are on the CPU
+    trainer.step.device = torch.device("cpu")
+    trainer.fit()
+    assert [step for there, step in delivered if there][:4] == [2, 3, 4, 5]      # the report of step n at step n + 1
+    assert late.rows == prompt.rows
+
+
+def test_skipped_steps_are_known_one_report_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(config_of("backprojection"))
+    group, optimizer = next(trainer._groups()), trainer.optimizer
+    poisoned = [scenes.apply(lambda value: value * float("nan") if value.is_floating_point() else value) for scenes in group]
+    trainer.step(group, 10)
+    trainer.step(poisoned, 10)
+    copied = optimizer.counter_states()
+    trainer.step(group, 10)
+    optimizer.count_replay()
+    assert optimizer.applied_steps() == 4
+    assert optimizer.counters(copied)["skipped"] == 1 and optimizer.applied_steps() == 3
+    assert optimizer.counters()["attempted"] == 3 and optimizer.applied_steps() == 2   # the replay was none
+
+
+# ---- ways back to eager -------------------------------------------------------------------------------------------
+
+
+def test_a_capture_that_fails_is_told_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(body: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    config = config_of("backprojection")
+    plain = Trainer(config)
+    plain.fit()
+    trainer = captured_trainer(config, monkeypatch, record=refuse)
+    with pytest.warns(RuntimeWarning, match="kernel by kernel: operation not permitted when stream is capturing$") as told:
+        trainer.fit()
+    assert len(told) == 2 and not same(trainer, plain)           # once for the step, once for validation
+    assert trainer.capture.refused == trainer.score_by.refused == "operation not permitted when stream is capturing"
+
+
+def test_an_error_of_the_step_itself_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(body: Any) -> Any:
+        raise ValueError("CovarianceLoss: something is missing")
+
+    with pytest.raises(ValueError, match="something is missing"):
+        captured_trainer(config_of("backprojection"), monkeypatch, record=broken).fit()
+
+
+def test_a_tensor_without_gradient_is_named_and_nothing_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = captured_trainer(config_of("backprojection", "data.train_scenes=80", "training.epochs=1"), monkeypatch)
+    trainer.model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
+    with pytest.warns(RuntimeWarning, match="no loss reaches 1 tensors, the first is 'unused'"):
+        trainer.fit()
+    assert trainer.capture.recording is None
+
+
+def test_what_stands_in_the_way_is_said_beforehand() -> None:
+    trainer = Trainer(config_of("backprojection"))
+    on_gpu = type("OnGPU", (), {"index_device": torch.device("cuda")})()
+    asked = replace(trainer.config, training=replace(trainer.config.training, capture=False))
+    assert why_not(trainer.step, on_gpu, asked) == "as asked"
+    assert "not in the device's memory" in why_not(trainer.step, trainer.source, trainer.config)
+    assert "not as a kernel" in why_not(trainer.step, on_gpu, trainer.config)
+    trainer.step.optimizer = type("Fused", (), {"backend": "triton"})()
+    assert why_not(trainer.step, on_gpu, trainer.config) == ""
+
+
+def test_without_a_graph_scene_numbers_still_make_the_plain_step() -> None:
+    config = config_of("hybrid", "training.accumulate=2")
+    plain, trainer = Trainer(config), Trainer(config)
+    by_number = CapturedStep(trainer.step, trainer.source, config)
+    for group, indices in zip(plain._groups(), trainer._index_groups()):
+        assert plain.step(group, 20).loss.equal(by_number(indices, 20).loss)
+    assert by_number.recording is None and by_number.refused and not same(plain, trainer)
+
+
+def test_a_call_is_run_then_captured_then_replayed() -> None:
+    class Optimizer:
+        """Something to pretend on."""
+
+    ran: list[int] = []
+    call = CapturedCall("a test", lambda body: Rerun(body, Optimizer()))
+    for _ in range(4):
+        call(lambda: ran.append(1))
+    assert len(ran) == 4 and call.recording.replays == 3
+
+
+# ---- on CUDA, with the graph itself -------------------------------------------------------------------------------
+
+
+@cuda
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("model", "accumulate"), SETTINGS)
+def test_replay_equals_eager_bit_for_bit(model: str, accumulate: int, precision: str, compile: bool) -> None:
+    """Weights, moments, averages, counters, every reported number and every validation, with settings that change."""
+    runs = []
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        for captured in (False, True):
+            config = config_of(model, f"training.accumulate={accumulate}", f"training.precision={precision}", "training.device=cuda",
+                               f"training.compile={str(compile).lower()}", f"training.capture={str(captured).lower()}", "training.epochs=3")
+            trainer = Trainer(config, observer=(rows := Rows()))
+            change_settings(trainer)
+            trainer.fit()
+            runs.append((trainer, rows))
+    (plain, plain_rows), (trainer, through) = runs
+    assert trainer.capture.recording is not None and trainer.score_by.recording is not None, trainer.capture.refused
+    assert plain.capture.recording is None
+    assert not same(trainer, plain)
+    assert through.rows == plain_rows.rows
+
+
+@cuda
+@pytest.mark.parametrize(("model", "accumulate"), SETTINGS)
+def test_an_epoch_makes_the_host_wait_for_nothing(model: str, accumulate: int) -> None:
+    """The second epoch, from its first scene number to its last step, reports included."""
+    trainer = Trainer(config_of(model, f"training.accumulate={accumulate}", "training.device=cuda"))
+    results = trainer._results
+
+    def watched() -> Any:
+        torch.cuda.set_sync_debug_mode("error" if trainer.state.epoch else "default")
+        try:
+            yield from results()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    trainer._results = watched
+    trainer.fit()
+    assert trainer.state.epoch == 2 and trainer.capture.recording is not None, trainer.capture.refused
+
+
+@cuda
+def test_half_precision_with_a_loss_scale_is_captured_too() -> None:
+    trainer = Trainer(config_of("hybrid", "training.precision=fp16", "training.device=cuda"))
+    trainer.fit()
+    assert trainer.capture.recording is not None, trainer.capture.refused
+    assert trainer.optimizer.counters()["applied"] > 10
