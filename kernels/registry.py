@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("cov_nmse", "philox", "scenes", "fused_step")
+FAMILIES = ("cov_nmse", "philox", "scenes", "pursuit", "fused_step")
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ import torch
 
 from ris_fast.config import ConfigError, Task
 from ris_fast.kernels.cov_nmse.op import cov_nmse
+from ris_fast.kernels.pursuit.search import TANGENTS, Geometry, Pursuit, normal_equations
+from ris_fast.kernels.pursuit.solve import spd_solve
 from ris_fast.models import build_model
-from ris_fast.models.pursuit import TANGENTS, Geometry, Pursuit, geometry_of, normal_equations
-from ris_fast.models.solve import spd_solve
+from ris_fast.models.pursuit import geometry_of
 from ris_fast.physics.array import RISArray, cosine_steering
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate

@@ -1,0 +1,93 @@
+"""Features of a batch of scenes by weighted pursuit as one operator; not differentiable, it looks at data only.
+
+Letters: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, F features, R columns, G grid points. On
+CPU one pass of C++, a scene at a time on each thread; elsewhere, and where no compiler was found, plain torch.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..native import loader
+from ..registry import Family, Operator
+from . import reference
+from .chunks import side_by_side
+from .samples import SAMPLES, cost
+
+SCHEMA = ("pursuit_features(Tensor snapshots, Tensor channel, Tensor codes, Tensor snr_db, Tensor[] constants, "
+          "float wavenumber, int stages) -> (Tensor, Tensor)")
+ARGUMENTS = [c_void_p] * 15 + [c_float] + [c_int64] * 7
+CPU_CHUNK = 128        # scenes of the plain form: 21 MB of normal equations
+CHOOSE = -1            # whether to form P = G^H G is left to the kernel; 1 and 0 force it
+LIBRARY = torch.library.Library("ris_fast", "FRAGMENT")
+LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _check(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constants: list[Tensor], stages: int) -> None:
+    batch, length, antennas, _ = snapshots.shape
+    elements, places = codes.shape[1], constants[7].shape[0]
+    expected = {"channel": (batch, antennas, elements, 2), "codes": (length, elements, 2), "snr_db": (batch,), "x": (elements,),
+                "y": (elements,), "curvature": (elements,), "scale": (3,), "low": (3,), "high": (3,), "trust": (3,),
+                "grid": (places, 3), "dictionary": (2 * elements, 2 * places)}
+    for (name, shape), given in zip(expected.items(), (channel, codes, snr_db, *constants), strict=True):
+        if given.shape != shape:
+            raise ValueError(f"pursuit_features: {name} is {tuple(given.shape)}, expected {shape} for snapshots "
+                             f"{tuple(snapshots.shape)}. Pass the {name} of this task and these scenes.")
+    if stages < 1 or places < 1:
+        raise ValueError(f"pursuit_features: {stages} stages on a grid of {places} places; it takes at least one of each.")
+
+
+@cache
+def _native() -> Any:
+    return loader.function("pursuit_features", ARGUMENTS, restype=c_int)
+
+
+def _cpp(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constants: list[Tensor], wavenumber: float,
+         stages: int, dense: int = CHOOSE) -> tuple[Tensor, Tensor]:
+    _check(snapshots, channel, codes, snr_db, constants, stages)
+    inputs = [each.float().contiguous() for each in (snapshots, channel, codes, snr_db, *constants)]
+    (batch, length, antennas, _), elements = snapshots.shape, codes.shape[1]
+    out = torch.empty(batch, reference.width(stages)), torch.empty(batch, elements, 2 * reference.rank(stages))
+    sizes = (batch, antennas, elements, length, stages, constants[7].shape[0], dense)
+    if _native()(*(each.data_ptr() for each in (*out, *inputs)), wavenumber, *sizes):
+        raise MemoryError("pursuit_features: no memory for the scratch of a thread. Lower the number of threads or the size of the array.")
+    return out
+
+
+def _plain(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constants: list[Tensor], wavenumber: float,
+           stages: int) -> tuple[Tensor, Tensor]:
+    """The definition; a CPU works on chunks of CPU_CHUNK scenes, whatever the threads, so that the bits do not depend on them."""
+    _check(snapshots, channel, codes, snr_db, constants, stages)
+    codes, rest = codes.float(), ([each.float() for each in constants], wavenumber, stages)
+    inputs = (snapshots.float(), channel.float(), snr_db.float())
+    if snapshots.device.type != "cpu":
+        return reference.pursuit_features(*inputs[:2], codes, inputs[2], *rest)
+    work = lambda y, h, snr: reference.pursuit_features(y, h, codes, snr, *rest)  # noqa: E731
+    parts = side_by_side(work, zip(*(each.split(CPU_CHUNK) for each in inputs)))
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    return _cpp(*args) if loader.available() else _plain(*args)
+
+
+def _fake(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constants: list[Tensor], wavenumber: float,
+          stages: int) -> tuple[Tensor, Tensor]:
+    batch, elements, new = snapshots.shape[0], codes.shape[1], partial(torch.empty, device=snapshots.device, dtype=torch.float32)
+    return new((batch, reference.width(stages))), new((batch, elements, 2 * reference.rank(stages)))
+
+
+LIBRARY.impl("pursuit_features", _cpu, "CPU")
+LIBRARY.impl("pursuit_features", _plain, "CUDA")
+torch.library.register_fake("ris_fast::pursuit_features", _fake, lib=LIBRARY)
+pursuit_features = torch.ops.ris_fast.pursuit_features.default
+
+FAMILY = Family("pursuit", (
+    Operator("pursuit_features", pursuit_features, reference.pursuit_features, SAMPLES, cost,
+             {"cpp": _cpp}, results=2, dtypes=(torch.float32,)),
+))

@@ -1,0 +1,105 @@
+"""The definition of the pursuit's features in plain torch: what the fused kernel must equal.
+
+Every feature is free of units and of the arbitrary phase and scale of a scene, so that a network need learn neither.
+
+Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, T tangents of an atom, F features,
+R = K T + K (K - 1) / 2 columns, G grid points.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .search import TANGENTS, Atoms, Geometry, Normal, Pursuit, normal_equations
+
+TINY = 1e-12
+
+
+@torch.no_grad()
+def pursuit_features(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constants: list[Tensor],
+                     wavenumber: float, stages: int) -> tuple[Tensor, Tensor]:
+    """What a pursuit of `stages` atoms finds in each scene: inputs (B, F) of a network, and the columns of its factors.
+
+    Args: snapshots (B, L, M, 2), channel (B, M, N, 2), codes (L, N, 2), snr_db (B,); constants: the tensors of `Geometry`
+        in order; wavenumber: rad/m where the wavefront is spherical, 0 where it is Fresnel.
+    Returns: inputs (B, F), numbers of order one; basis (B, N, 2R) planar: for atom k s_k times its T tangents, then what
+        earlier stages add. All float32 or all float64.
+    """
+    with torch.autocast(snapshots.device.type, enabled=False):
+        pursuit = Pursuit(Geometry(*constants), wavenumber, stages)
+        normal = normal_equations(snapshots, channel, codes, snr_db)
+        found = pursuit(normal)
+        return _inputs(pursuit, normal, found, snr_db), _basis(pursuit, found)
+
+
+def _early(stages: int) -> int:
+    """Atoms of all stages but the last, counted once a stage."""
+    return stages * (stages - 1) // 2
+
+
+def rank(stages: int) -> int:
+    """Columns of the basis with this many atoms."""
+    return stages * TANGENTS + _early(stages)
+
+
+def width(stages: int) -> int:
+    """Features of a scene with this many atoms."""
+    return stages * (3 + 1 + 1 + 3 * TANGENTS + 2 * stages) + 4 * _early(stages) + 2
+
+
+def _inputs(pursuit: Pursuit, normal: Normal, found: Atoms, snr_db: Tensor) -> Tensor:
+    """(B, F): per atom its place, share of power, evidence, Fisher information, scores and couplings; the scene."""
+    noise = normal.noise[:, None]
+    s, power = found.amplitude, found.amplitude.square().sum(1).clamp_min(TINY)
+    middle, half = (pursuit.high + pursuit.low) / 2, (pursuit.high - pursuit.low) / 2
+    place = (found.place - middle) / half.clamp_min(TINY)
+    share = (power / power.sum(1, keepdim=True)).clamp_min(1e-6).log() / 4
+    evidence = (found.gains.clamp_min(0) / noise).log1p() / 4 - 1
+    curvature = torch.diagonal(found.gram[:, 0].flatten(3).flatten(1, 2), dim1=1, dim2=2)
+    information = (power[..., None] * curvature.unflatten(1, (-1, TANGENTS)) / noise[..., None]).clamp_min(TINY)
+    scores = _conj_times(s[..., None], found.left) / (noise[:, None, :, None] * information[:, None].sqrt())
+    phase = s / power.sqrt()[:, None]
+    overlap = _conj_times(phase[..., None], _times(found.gram[:, :, :, 0, :, 0], phase[:, :, None]))
+    left_over = (normal.energy - found.gains.sum(1)).clamp_min(TINY) / (normal.energy * normal.noise)
+    shift = (found.early_place - _repeat_early(found.place, 1)) * pursuit.scale
+    early_power = found.early_amplitude.square().sum(1) / power.sum(1, keepdim=True)
+    parts = [place, shift.clamp(-3, 3), share, early_power.clamp_min(1e-6).log() / 4, evidence,
+             information.log1p() / 4 - 1, scores.clamp(-4, 4) / 2, overlap, snr_db / 10 - 1, left_over.log().clamp(-4, 4)]
+    return torch.cat([part.flatten(1) if part.dim() > 1 else part[:, None] for part in parts], dim=1)
+
+
+def _basis(pursuit: Pursuit, found: Atoms) -> Tensor:
+    """Tangents at the final places times amplitude; then, atom by atom, how each earlier stage's estimate differs.
+
+    The amplitudes of a scene have norm one. The differences let a network go back to a smaller model order, whose
+    estimates have not been spread over atoms that are noise.
+    """
+    level = found.amplitude.square().sum((1, 2), keepdim=True).clamp_min(TINY).sqrt()
+    now, early = found.amplitude / level, found.early_amplitude / level
+    real, imag = _planar_times(pursuit.tangents(found.place), now.repeat_interleave(TANGENTS, dim=2))
+    early_real, early_imag = _planar_times(pursuit.steer(found.early_place), early)
+    early_real = early_real - _repeat_early(real[..., ::TANGENTS], 2)
+    early_imag = early_imag - _repeat_early(imag[..., ::TANGENTS], 2)
+    return torch.cat((real, early_real, imag, early_imag), dim=2)
+
+
+def _repeat_early(per_atom: Tensor, dim: int) -> Tensor:
+    """The first atom, the first two, ... the first K - 1 of an axis: one entry for each earlier estimate."""
+    return torch.cat([per_atom.narrow(dim, 0, count) for count in range(per_atom.shape[dim])], dim=dim)
+
+
+def _planar_times(planar: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of a planar (B, N, 2C) times the complex s (B, 2, C): real and imaginary part, (B, N, C) each."""
+    (left, right), (real, imag) = planar.chunk(2, dim=2), s[:, None].unbind(2)
+    return left * real - right * imag, left * imag + right * real
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """Complex product of arrays whose axis 1 holds the real and the imaginary part."""
+    return torch.stack((a[:, 0] * b[:, 0] - a[:, 1] * b[:, 1], a[:, 0] * b[:, 1] + a[:, 1] * b[:, 0]), dim=1)
+
+
+def _conj_times(a: Tensor, b: Tensor) -> Tensor:
+    """conj(a) b, likewise."""
+    return torch.stack((a[:, 0] * b[:, 0] + a[:, 1] * b[:, 1], a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]), dim=1)

@@ -1,0 +1,246 @@
+"""Unrolled weighted pursuit: finds the sources of a scene through the sensing operator, with static shapes.
+
+It is maximum likelihood made greedy: each stage adds the dictionary atom that best explains what is left of G^H y,
+then takes one joint Gauss-Newton step on the amplitudes and places of all atoms so far, on the true cost |y - G A s|^2.
+No gradient passes through it; a network reads its outcome.
+
+Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, T = 4 tangents of an atom, G grid points.
+Complex arrays are planar here, (..., 2C) = [real C | imaginary C]: one real matrix product then does a complex one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .solve import spd_solve
+
+TANGENTS = 4                     # a, and its normalised derivatives along u, v and w = 1/range
+
+
+class Normal(NamedTuple):
+    """The normal equations of one batch, in units where y has mean power 1 and G^H G has mean diagonal 1."""
+
+    gram: Tensor                 # (B, N, 2N)  [Re P | -Im P], P = G^H G
+    moment: Tensor               # (B, N, 2)   b = G^H y, planar
+    noise: Tensor                # (B,)        sigma^2
+    signal: Tensor               # (B,)        expected |x|^2
+    energy: Tensor               # (B,)        |y|^2
+
+
+class Atoms(NamedTuple):
+    """What the pursuit found, atoms in the order of their discovery; D are the tangents before the last step."""
+
+    place: Tensor                # (B, K, 3)       u, v, w = 1/range
+    amplitude: Tensor            # (B, 2, K)       s, real and imaginary parts
+    gram: Tensor                 # (B, 2, K, T, K, T)  D^H P D, real and imaginary parts
+    left: Tensor                 # (B, 2, K, T)    D^H (b - P x), x the linearised fit
+    gains: Tensor                # (B, K)          fall of the cost |y - G x|^2 at each stage
+    early_place: Tensor          # (B, E, 3)       places after each earlier stage, E = K (K - 1) / 2
+    early_amplitude: Tensor      # (B, 2, E)       their amplitudes then
+
+
+class Geometry(NamedTuple):
+    """The constants of a task: the array in radians of phase, the box of places and the grid of the first guess."""
+
+    x: Tensor                    # (N,)       k x
+    y: Tensor                    # (N,)       k y
+    curvature: Tensor            # (N,)       k (x^2 + y^2) / 2
+    scale: Tensor                # (3,)       spread of psi over the aperture by u, v, w
+    low: Tensor                  # (3,)       least u, v, w
+    high: Tensor                 # (3,)       largest u, v, w
+    trust: Tensor                # (3,)       step that a Gauss-Newton step is damped to, times scale
+    grid: Tensor                 # (G, 3)     places
+    dictionary: Tensor           # (2N, 2G)   residual (N, 2), flattened, to the two parts of a^H r
+
+
+def normal_equations(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Normal:
+    """P = sum_l diag(c_l)^H H^H H diag(c_l) = (H^H H) o (C^H C) and b = sum_l conj(c_l) o (H^H y_l), normalised.
+
+    Args: snapshots (B, L, M, 2), channel (B, M, N, 2), codes (L, N, 2), snr_db (B,), all of one dtype.
+    Cost: 8 M N^2 FLOPs a scene; P is 8 N^2 bytes.
+    """
+    batch, length, antennas, _ = snapshots.shape
+    elements = channel.shape[2]
+    column = channel.square().sum(-1).sum((1, 2)) * (length / elements)
+    level = snapshots.square().sum(-1).mean((1, 2))
+    planes = channel.permute(0, 3, 1, 2)
+    stacked = planes.reshape(batch, 2 * antennas, elements)
+    turned = torch.stack((planes[:, 1], -planes[:, 0]), dim=1).reshape(batch, 2 * antennas, elements)
+    adjoint = (stacked / column[:, None, None]).transpose(1, 2)
+    overlap = _adjoint_matmul(codes[None], codes[None])[0]
+    gram = _times(adjoint @ stacked, adjoint @ turned, overlap[..., 0], overlap[..., 1])
+    back = _adjoint_matmul(channel, snapshots.transpose(1, 2))
+    moment = _conj_multiply(codes.transpose(0, 1), back).sum(2) * (column * level).rsqrt()[:, None, None]
+    snr = 10.0 ** (snr_db / 10.0)
+    size = float(length * antennas)
+    return Normal(gram, moment, 1.0 / (1.0 + snr), size * snr / (1.0 + snr), torch.full_like(snr, size))
+
+
+def _times(real: Tensor, imag: Tensor, other_real: Tensor, other_imag: Tensor) -> Tensor:
+    """[Re | -Im] of an elementwise complex product, written in place: at 8 N^2 bytes a scene every copy is felt."""
+    size = real.shape[-1]
+    out = real.new_empty(*real.shape[:-1], 2 * size)
+    out[..., :size] = real
+    out[..., :size].mul_(other_real).addcmul_(imag, other_imag, value=-1)
+    out[..., size:] = real
+    out[..., size:].mul_(-other_imag).addcmul_(imag, other_real, value=-1)
+    return out
+
+
+def _adjoint_matmul(a_BNM: Tensor, b_BNP: Tensor) -> Tensor:
+    """a^H b for pairs (B, N, M, 2) and (B, N, P, 2), without a transposed copy of `a`: (B, M, P, 2)."""
+    (batch, inner, rows, _), columns = a_BNM.shape, b_BNP.shape[-2]
+    both = a_BNM.reshape(batch, inner, 2 * rows).transpose(-1, -2) @ b_BNP.reshape(b_BNP.shape[0], inner, 2 * columns)
+    both = both.reshape(batch, rows, 2, columns, 2)
+    return torch.stack((both[:, :, 0, :, 0] + both[:, :, 1, :, 1], both[:, :, 0, :, 1] - both[:, :, 1, :, 0]), dim=-1)
+
+
+def _conj_multiply(a: Tensor, b: Tensor) -> Tensor:
+    """conj(a) b elementwise for pairs (..., 2), broadcast."""
+    a_re, a_im, b_re, b_im = a[..., 0], a[..., 1], b[..., 0], b[..., 1]
+    return torch.stack((a_re * b_re + a_im * b_im, a_re * b_im - a_im * b_re), dim=-1)
+
+
+def turn(planar: Tensor) -> Tensor:
+    """[re | im] -> [im | -re]: -j times a planar array."""
+    real, imag = planar.chunk(2, dim=-1)
+    return torch.cat((imag, -real), dim=-1)
+
+
+class Pursuit:
+    """`stages` atoms found one after the other, each stage ending in a joint Gauss-Newton step.
+
+    Args: geometry: constants of the task; wavenumber: rad/m where the wavefront is spherical, 0 where it is Fresnel.
+    """
+
+    def __init__(self, geometry: Geometry, wavenumber: float, stages: int) -> None:
+        self.x, self.y, self.curvature, self.scale, self.low, self.high, self.trust, self.grid, self.dictionary = geometry
+        self.wavenumber, self.stages = wavenumber, stages
+
+    def phase_slopes(self, place: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """psi and its derivatives by u, v and w at (B, K, 3) places, each broadcast to (B, N, K)."""
+        u, v, w = place.transpose(1, 2)[:, :, None].unbind(1)
+        x, y, bend = self.x[:, None], self.y[:, None], self.curvature[:, None]
+        line = u * x + v * y
+        if not self.wavenumber:
+            zero = torch.zeros_like(line)
+            return line - bend * w, x + zero, y + zero, zero - bend
+        k = self.wavenumber
+        q = (1.0 + 2.0 / k * w * (w * bend - line)).clamp_min(1e-12).sqrt()
+        psi = 2.0 * (line - w * bend) / (1.0 + q)
+        slope_q = (2.0 * w * bend - line) / (k * q)
+        return psi, x / q, y / q, -(2.0 * bend + psi * slope_q) / (1.0 + q)
+
+    def tangents(self, place: Tensor) -> Tensor:
+        """Unit-norm a and j (psi' - mean psi') a / scale for u, v, w: (B, K, 3) -> (B, N, 2KT) planar."""
+        psi, *slopes = self.phase_slopes(place)
+        norm = 1.0 / math.sqrt(self.x.numel())
+        cosine, sine = psi.cos() * norm, psi.sin() * norm
+        weights = [(slope - slope.mean(1, keepdim=True)) / scale for slope, scale in zip(slopes, self.scale)]
+        real = torch.stack([cosine, *(-weight * sine for weight in weights)], dim=-1)
+        imag = torch.stack([sine, *(weight * cosine for weight in weights)], dim=-1)
+        return torch.stack((real, imag), dim=2).flatten(2)
+
+    def steer(self, place: Tensor) -> Tensor:
+        """Unit-norm atoms alone: (B, K, 3) -> (B, N, 2K) planar."""
+        psi = self.phase_slopes(place)[0]
+        return torch.cat((psi.cos(), psi.sin()), dim=2) / math.sqrt(self.x.numel())
+
+    def __call__(self, normal: Normal) -> Atoms:
+        """Runs all stages: static shapes, no host synchronisation, no gradient."""
+        place = normal.moment.new_zeros(normal.moment.shape[0], 0, 3)
+        residual, explained, gains = normal.moment, torch.zeros_like(normal.noise), []
+        places, amplitudes_then = [place], [normal.moment.new_zeros(place.shape[0], 2, 0)]
+        for _ in range(self.stages):
+            place = torch.cat((place, self.strongest(residual)[:, None]), dim=1)
+            image, gram, moment = self.project(normal, place)
+            move, fit = self.step(gram, moment, normal)
+            place = torch.clamp(place + move / self.scale, self.low, self.high)
+            residual = normal.moment - combine(image, fit)
+            left = moment - apply_gram(gram, fit)
+            reached = (fit * (moment + left)).sum((1, 2, 3))
+            gains.append(reached - explained)
+            explained = reached
+            places.append(place)
+            amplitudes_then.append(fit[..., 0])
+        return Atoms(place, fit[..., 0], gram, left, torch.stack(gains, dim=1),
+                     torch.cat(places[:-1], dim=1), torch.cat(amplitudes_then[:-1], dim=2))
+
+    def strongest(self, residual: Tensor) -> Tensor:
+        """The grid place with the largest |a^H r|: (B, N, 2) -> (B, 3)."""
+        real, imag = (residual.flatten(1) @ self.dictionary).chunk(2, dim=1)
+        return self.grid[(real.square() + imag.square()).argmax(1)]
+
+    def project(self, normal: Normal, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image P D of the tangents D (planar), D^H P D (B, 2, K, T, K, T) and D^H b (B, 2, K, T)."""
+        tangents = self.tangents(place)
+        image = normal.gram @ torch.cat((tangents, turn(tangents)), dim=1)
+        batch, atoms, size = place.shape[0], place.shape[1], place.shape[1] * TANGENTS
+        both = tangents.transpose(1, 2) @ torch.cat((image, normal.moment), dim=2)
+        left, right = both[:, :size], both[:, size:]
+        real = left[..., :size] + right[..., size:2 * size]
+        imag = left[..., size:2 * size] - right[..., :size]
+        moment = torch.stack((left[..., -2] + right[..., -1], left[..., -1] - right[..., -2]), dim=1)
+        gram = torch.stack((real, imag), dim=1).reshape(batch, 2, atoms, TANGENTS, atoms, TANGENTS)
+        return image, gram, moment.reshape(batch, 2, atoms, TANGENTS)
+
+    def step(self, gram: Tensor, moment: Tensor, normal: Normal) -> tuple[Tensor, Tensor]:
+        """One joint Gauss-Newton step: the scaled move (B, K, 3), and the fit in the tangent space (B, 2, K, T)."""
+        s = amplitudes(gram, moment, normal)
+        change = newton(gram, moment, s, self.trust, normal)
+        move = torch.clamp(change[..., 2:], -2 * self.trust, 2 * self.trust)
+        first = s + change[..., :2].transpose(1, 2)
+        return move, torch.cat((first[..., None], s[..., None] * move[:, None]), dim=3)
+
+
+def combine(planar: Tensor, coefficient: Tensor) -> Tensor:
+    """Complex product of a planar (B, N, 2KT) with (B, 2, K, T): (B, N, 2)."""
+    real, imag = coefficient.flatten(2).unbind(1)
+    return planar @ torch.stack((torch.cat((real, -imag), 1), torch.cat((imag, real), 1)), dim=2)
+
+
+def apply_gram(gram: Tensor, s: Tensor) -> Tensor:
+    """gram (B, 2, K, T, K, T') times s (B, 2, K, T'): (B, 2, K, T)."""
+    flat = gram.flatten(4).flatten(2, 3)
+    real, imag = s.flatten(2)[:, :, None].unbind(1)
+    out = torch.stack(((flat[:, 0] * real - flat[:, 1] * imag).sum(-1),
+                       (flat[:, 0] * imag + flat[:, 1] * real).sum(-1)), dim=1)
+    return out.reshape(gram.shape[:4])
+
+
+def amplitudes(gram: Tensor, moment: Tensor, normal: Normal) -> Tensor:
+    """Ridge least squares over the amplitudes alone: (B, 2, K)."""
+    batch, _, atoms, _ = moment.shape
+    real, imag = gram[:, :, :, 0, :, 0].permute(1, 2, 3, 0).unbind(0)
+    matrix = torch.cat((torch.cat((real, -imag), 1), torch.cat((imag, real), 1)), 0)
+    ridge = (normal.noise / normal.signal).expand(2 * atoms, batch)
+    solved = spd_solve(matrix, moment[..., 0].flatten(1).T, ridge)
+    return solved.reshape(2, atoms, batch).permute(2, 0, 1)
+
+
+def newton(gram: Tensor, moment: Tensor, s: Tensor, trust: Tensor, normal: Normal) -> Tensor:
+    """The joint real system in (re s, im s, u, v, w) of every atom, damped by the grid's cell: (B, K, 5)."""
+    batch, _, atoms = s.shape
+    left = moment - apply_gram(gram[..., :1], s[..., None])
+    unit = torch.eye(2, device=s.device, dtype=s.dtype)[:, None].expand(batch, 2, atoms, 2)
+    turn_re, turn_im = torch.cat((unit, s[..., None].expand(batch, 2, atoms, 3)), dim=3).unbind(1)  # (B, K, 5)
+    left_re, left_im = _twice_first(left).unbind(1)
+    rhs = left_re * turn_re + left_im * turn_im
+    real, imag = _twice_first(_twice_first(gram).transpose(3, 5)).transpose(3, 5).unbind(1)
+    right_re = real * turn_re[:, None, None] - imag * turn_im[:, None, None]
+    right_im = real * turn_im[:, None, None] + imag * turn_re[:, None, None]
+    full = right_re * turn_re[:, :, :, None, None] + right_im * turn_im[:, :, :, None, None]
+    size = 5 * atoms
+    ridge = torch.cat(((normal.noise / normal.signal)[:, None].expand(batch, 2),
+                       normal.noise[:, None] / trust.square()), dim=1).T.repeat(atoms, 1)
+    matrix = full.reshape(batch, size, size).permute(1, 2, 0).contiguous()
+    return spd_solve(matrix, rhs.reshape(batch, size).T, ridge).T.reshape(batch, atoms, 5)
+
+
+def _twice_first(x: Tensor) -> Tensor:
+    """Repeats the first entry of the last axis: an atom has a real and an imaginary amplitude, a move has neither."""
+    return torch.cat((x[..., :1], x), dim=-1)

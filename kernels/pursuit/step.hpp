@@ -1,0 +1,111 @@
+// One joint Gauss-Newton step of the pursuit: two small symmetric systems, without pivoting, in the scratch of a thread.
+//
+// K atoms, T = 4 columns each. gram and moment are D^H P D and D^H b, row-major, real and imaginary parts apart.
+#pragma once
+#include "products.hpp"
+
+namespace RIS_NS {
+namespace pursuit {
+
+// Solves (A + diag(ridge)) x = r; a holds rows of `stride` floats (a multiple of the lanes, above n), r in column n.
+// Only the upper triangle is read; a pivot below 1e-6 of its diagonal entry is raised to that. a is destroyed.
+inline void spd_solve(float* x, float* a, const float* ridge, int64_t n, int64_t stride) {
+    for (int64_t k = 0; k < n; ++k) a[k * stride + k] += ridge[k];
+    for (int64_t k = 0; k < n; ++k) x[k] = 1e-6f * a[k * stride + k];
+    for (int64_t k = 0; k < n; ++k) {
+        float* row = a + k * stride;
+        const float pivot = row[k] > x[k] ? row[k] : x[k], inverse = 1.0f / pivot;
+        for (int64_t i = k + 1; i < n; ++i) {
+            const float factor = row[i] * inverse;
+            float* other = a + i * stride;
+            for (int64_t j = i / W * W; j <= n; j += W) store(other + j, load(other + j) - factor * load(row + j));
+        }
+        x[k] = inverse;
+    }
+    for (int64_t k = n - 1; k >= 0; --k) {
+        const float* row = a + k * stride;
+        float value = row[n];
+        for (int64_t j = k + 1; j < n; ++j) value -= row[j] * x[j];
+        x[k] = value * x[k];
+    }
+}
+
+inline float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+
+// Ridge least squares over the amplitudes alone: s (re: K, im: K).
+inline void amplitudes(float* s, float* a, float* ridge, const float* gram_re, const float* gram_im, const float* moment_re,
+                       const float* moment_im, float weight, int64_t atoms) {
+    const int64_t n = 2 * atoms, stride = padded(n + 1), full = T * atoms;
+    for (int64_t k = 0; k < atoms; ++k) {
+        float *upper = a + k * stride, *lower = upper + atoms * stride;
+        for (int64_t j = 0; j < atoms; ++j) {
+            const float re = gram_re[T * k * full + T * j], im = gram_im[T * k * full + T * j];
+            upper[j] = lower[atoms + j] = re;
+            upper[atoms + j] = -im;
+            lower[j] = im;
+        }
+        upper[n] = moment_re[T * k];
+        lower[n] = moment_im[T * k];
+        ridge[k] = ridge[atoms + k] = weight;
+    }
+    spd_solve(s, a, ridge, n, stride);
+}
+
+// What the joint step changes: (K, 5) of (re s, im s, u, v, w), moves in units of the aperture's phase spread.
+// left: scratch of 2 T K floats; trust: the move that noise is damped to.
+inline void newton(float* change, float* a, float* ridge, float* left, const float* gram_re, const float* gram_im, const float* moment_re,
+                   const float* moment_im, const float* s, const float* trust, float noise, float weight, int64_t atoms) {
+    const int64_t n = 5 * atoms, stride = padded(n + 1), full = T * atoms;
+    const float* s_im = s + atoms;
+    for (int64_t i = 0; i < full; ++i) {
+        float re = moment_re[i], im = moment_im[i];
+        for (int64_t j = 0; j < atoms; ++j) {
+            const float gr = gram_re[i * full + T * j], gi = gram_im[i * full + T * j];
+            re -= gr * s[j] - gi * s_im[j];
+            im -= gr * s_im[j] + gi * s[j];
+        }
+        left[i] = re;
+        left[full + i] = im;
+    }
+    for (int64_t k = 0; k < atoms; ++k) {
+        const float turn_re[5] = {1, 0, s[k], s[k], s[k]}, turn_im[5] = {0, 1, s_im[k], s_im[k], s_im[k]};
+        for (int i = 0; i < 5; ++i) {
+            const int64_t from = T * k + (i ? i - 1 : 0), at = 5 * k + i;
+            float* row = a + at * stride;
+            row[n] = left[from] * turn_re[i] + left[full + from] * turn_im[i];
+            ridge[at] = i < 2 ? weight : noise / (trust[i - 2] * trust[i - 2]);
+            for (int64_t j = k; j < atoms; ++j) {  // the upper triangle is all that is read
+                const float *gr = gram_re + from * full + T * j, *gi = gram_im + from * full + T * j;
+                // conj(turn) gram, then times the other turn, real part
+                float cr[T], ci[T];
+                for (int t = 0; t < T; ++t) {
+                    cr[t] = turn_re[i] * gr[t] + turn_im[i] * gi[t];
+                    ci[t] = turn_re[i] * gi[t] - turn_im[i] * gr[t];
+                }
+                row[5 * j] = cr[0];
+                row[5 * j + 1] = -ci[0];
+                for (int t = 1; t < T; ++t) row[5 * j + 1 + t] = cr[t] * s[j] - ci[t] * s_im[j];
+            }
+        }
+    }
+    spd_solve(change, a, ridge, n, stride);
+}
+
+// D^H (b - P x) = moment - gram fit: left (re: T K, im: T K).
+inline void left_over(float* left, const float* gram_re, const float* gram_im, const float* moment_re, const float* moment_im,
+                      const float* fit_re, const float* fit_im, int64_t atoms) {
+    const int64_t full = T * atoms;
+    for (int64_t i = 0; i < full; ++i) {
+        float re = 0, im = 0;
+        for (int64_t j = 0; j < full; ++j) {
+            const float gr = gram_re[i * full + j], gi = gram_im[i * full + j];
+            re += gr * fit_re[j] - gi * fit_im[j];
+            im += gr * fit_im[j] + gi * fit_re[j];
+        }
+        left[i] = moment_re[i] - re;
+        left[full + i] = moment_im[i] - im;
+    }
+}
+
+}  // namespace pursuit
+}  // namespace RIS_NS

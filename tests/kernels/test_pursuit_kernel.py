@@ -1,0 +1,139 @@
+"""Laws of the pursuit kernel: every instruction set against plain torch, one scene one set of bits, sizes of all kinds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ris_fast.config import Task
+from ris_fast.kernels.cov_nmse.op import cov_nmse
+from ris_fast.kernels.native import loader
+from ris_fast.kernels.pursuit import op, reference
+from ris_fast.kernels.pursuit.samples import SAMPLES, scenes
+from ris_fast.models.features import Features, PursuitFeatures
+from ris_fast.physics.random import SceneGenerator
+from ris_fast.physics.scenes import simulate
+
+NAMED = {sample.name: sample for sample in SAMPLES}
+needs_cpp = pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built")
+pytestmark = needs_cpp
+# (batch, N_H, N_V, M, L, K): N from 16 to 1024, lanes and tiles filled and not, fewer equations than unknowns too
+SIZES = [(3, 4, 4, 16, 16, 3), (2, 3, 1, 2, 3, 1), (2, 7, 5, 3, 5, 2), (2, 17, 1, 9, 8, 2), (2, 13, 11, 5, 33, 4), (2, 16, 16, 16, 16, 5),
+         (2, 20, 20, 16, 16, 3), (1, 32, 32, 16, 16, 5)]
+
+
+def widened(value: Any) -> Any:
+    return [widened(each) for each in value] if isinstance(value, (list, tuple)) else value.double() if isinstance(value, Tensor) else value
+
+
+def closeness(found: tuple[Tensor, ...], args: tuple[Any, ...]) -> float:
+    """Largest error against float64, in units of what plain torch in float32 allows itself."""
+    exact, eager = reference.pursuit_features(*widened(args)), reference.pursuit_features(*args)
+    worst = 0.0
+    for fast, plain, true in zip(found, eager, exact, strict=True):
+        assert fast.shape == true.shape and fast.dtype == torch.float32
+        error, allowed = (fast - true).norm(), (plain - true).norm() + 1e-6 * true.norm()
+        worst = max(worst, float(error / allowed))
+    return worst
+
+
+def force(monkeypatch: pytest.MonkeyPatch, simd: str) -> None:
+    monkeypatch.setattr(op, "_native", lambda: loader.function("pursuit_features", op.ARGUMENTS, simd, op.c_int))
+
+
+@pytest.mark.parametrize("simd", loader.supported_levels())
+@pytest.mark.parametrize("dense", [0, 1], ids=["through-H", "P"])
+@pytest.mark.parametrize("name", [name for name in NAMED if name not in ("empty-batch", "wide")])
+def test_every_instruction_set_and_both_forms_are_as_exact_as_eager(name: str, dense: int, simd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, simd)
+    args = NAMED[name].make("cpu", torch.float32)
+    assert closeness(op._cpp(*args, dense=dense), args) < 2
+
+
+@pytest.mark.parametrize("simd", loader.supported_levels())
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_any_size(sizes: tuple[int, ...], simd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, simd)
+    args = scenes(*sizes, sector=0.3 if sizes[1] > 16 else 0.8, seed=1)
+    assert closeness(op._cpp(*args), args) < 2
+
+
+@pytest.mark.parametrize("atoms", range(1, 9))
+def test_any_number_of_atoms(atoms: int) -> None:
+    args = scenes(3, 12, 12, 16, 16, atoms, seed=2)
+    assert closeness(op._cpp(*args), args) < 2
+
+
+def test_a_scene_has_its_own_bits() -> None:
+    """Order, batch size and number of threads change nothing."""
+    y, h, codes, snr_db, *rest = scenes(37, 7, 5, 13, 11, 3)
+    together, threads = op.pursuit_features(y, h, codes, snr_db, *rest), torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            for order in (torch.arange(37), torch.arange(37).flip(0)[:20], torch.tensor([11])):
+                for part, whole in zip(op.pursuit_features(y[order], h[order], codes, snr_db[order], *rest), together, strict=True):
+                    assert torch.equal(part, whole[order])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
+def test_the_task_is_solved_as_well_as_by_plain_torch(wavefront: str) -> None:
+    """512 drawn scenes, ties and near-equal atoms among them: nearly all alike, and the same error of the covariance."""
+    task = Task(wavefront=wavefront)
+    model, drawn = PursuitFeatures(task, task.max_sources), simulate(task, 512, SceneGenerator(5, "val"))
+    args = (drawn.snapshots, drawn.channel, drawn.codes, drawn.snr_db, [getattr(model, n) for n in op.reference.Geometry._fields],
+            model.wavenumber, model.atoms)
+    results = [Features(*run(*args)) for run in (op._cpp, op._plain)]
+    alike = (results[0].inputs - results[1].inputs).abs().amax(1) < 1e-2
+    assert alike.float().mean() > 0.98
+    torch.testing.assert_close(results[0].basis[alike], results[1].basis[alike], rtol=0, atol=2e-3)
+    fast, plain = (float(cov_nmse(model.sources(each), target_factor=drawn.factor)) for each in results)
+    assert fast == pytest.approx(plain, rel=1e-3)
+
+
+def test_the_factors_of_the_grid_find_what_the_dictionary_finds() -> None:
+    """A grid whose places are out of order is no box: the kernel then takes the whole dictionary."""
+    y, h, codes, snr_db, constants, wavenumber, atoms = scenes(16, 12, 12, 16, 16, 4)
+    order = torch.randperm(len(constants[7]), generator=torch.Generator().manual_seed(0))
+    shuffled = [*constants[:7], constants[7][order], constants[8].unflatten(1, (2, -1))[..., order].flatten(1)]
+    for a, b in zip(op._cpp(y, h, codes, snr_db, constants, wavenumber, atoms), op._cpp(y, h, codes, snr_db, shuffled, wavenumber, atoms)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_a_scene_without_numbers_harms_no_other() -> None:
+    y, h, *rest = NAMED["standard"].make("cpu", torch.float32)
+    whole = op._cpp(y, h, *rest)
+    y, h = y.clone(), h.clone()
+    y[3], h[5], y[7] = float("nan"), float("inf"), 0.0
+    found, others = op._cpp(y, h, *rest), [i for i in range(len(y)) if i not in (3, 5, 7)]
+    for a, b in zip(found, whole, strict=True):
+        assert torch.equal(a[others], b[others]) and not a[3].isfinite().all() and not a[5].isfinite().all()
+
+
+def test_without_a_compiler_the_same_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "available", lambda: False)
+    args = NAMED["small"].make("cpu", torch.float32)
+    for a, b in zip(op.pursuit_features(*args), reference.pursuit_features(*args), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_wrong_shapes_are_named() -> None:
+    y, h, codes, snr_db, constants, *rest = NAMED["small"].make("cpu", torch.float32)
+    with pytest.raises(ValueError, match=r"pursuit_features: codes is \(6, 20, 2\), expected \(7, 20, 2\)"):
+        op.pursuit_features(y, h, codes[:-1], snr_db, constants, *rest)
+    with pytest.raises(ValueError, match="pursuit_features: trust is"):
+        op.pursuit_features(y, h, codes, snr_db, [*constants[:6], constants[6][:2], *constants[7:]], *rest)
+    with pytest.raises(ValueError, match="0 stages"):
+        op.pursuit_features(y, h, codes, snr_db, constants, rest[0], 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_is_as_exact_as_eager() -> None:
+    args = NAMED["standard"].make("cpu", torch.float32)
+    moved = [[each.cuda() for each in a] if isinstance(a, list) else a.cuda() if isinstance(a, Tensor) else a for a in args]
+    assert closeness(tuple(each.cpu() for each in op.pursuit_features(*moved)), args) < 2
