@@ -52,7 +52,7 @@ class RunFolder:
         """The summary is the event log's."""
 
 
-def run_training(config: Config, out: Path | None, *, resume: bool = False) -> int:
+def run_training(config: Config, out: Path | None, *, resume: bool = False, profile: bool = False) -> int:
     """Trains, shows and records one run. Returns its exit code: 0, 4 (stopped by health) or 130 (Ctrl-C, SIGTERM).
 
     Raises ConfigError for a folder that holds another run, DataError, and OutOfMemory with a batch size that fits.
@@ -63,7 +63,7 @@ def run_training(config: Config, out: Path | None, *, resume: bool = False) -> i
     console = ConsoleReport(standard_task=config.task == Task())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's time limit saves as Ctrl-C does
     try:
-        summary = _fit(config, folder, _observers(config, folder, console), resume)
+        summary = _fit(config, folder, _observers(config, folder, console), resume, profile)
     except KeyboardInterrupt:
         console.close()
         print(f"\nris-fast: interrupted. {_how_to_resume(folder)}", file=sys.stderr)
@@ -112,14 +112,20 @@ def new_folder(config: Config, out: Path | None) -> Path:
     return out
 
 
-def _fit(config: Config, folder: Path, observer: Observer, resume: bool) -> dict[str, Any]:
+def _fit(config: Config, folder: Path, observer: Observer, resume: bool, profile: bool = False) -> dict[str, Any]:
+    from ris_fast.training.batch import is_memory
     from ris_fast.training.loop import Trainer
 
     try:
         trainer = Trainer(config, folder, observer, resume=resume)
-        return guarded(trainer, folder, preflight=config.health.preflight and not resume).fit()
+        trainer = guarded(trainer, folder, preflight=config.health.preflight and not resume)
+        if profile:
+            from ris_fast.training.profile import profiled
+
+            profiled(trainer, folder / "profile", print)
+        return trainer.fit()
     except (MemoryError, RuntimeError) as error:
-        if not _is_memory(error):
+        if not is_memory(error):
             raise
         problem = (str(error) or type(error).__name__).splitlines()[0]
     raise OutOfMemory(f"out of memory with {config.training.batch_size} scenes in a micro-batch ({problem}).\n"
@@ -171,24 +177,31 @@ def one_step_fits(config: Config) -> bool:
     """Whether one micro-batch goes forward, backward and through the optimizer in this machine's memory."""
     import torch
 
+    from ris_fast.training.batch import is_memory
     from ris_fast.training.loop import Trainer
 
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     try:
-        trainer = Trainer(config)
+        trainer = Trainer(replace(config, training=replace(config.training, compile=False)))  # needs more, and no compiler's time
         trainer.step([trainer.source.batch("train", torch.arange(config.training.batch_size))], 1)
         return True
     except (MemoryError, RuntimeError) as error:
-        if not _is_memory(error):
+        if not is_memory(error):
             raise
         return False
 
 
-def _is_memory(error: BaseException) -> bool:
-    """torch names it OutOfMemoryError on a GPU; its CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+def with_best_batch_size(config: Config) -> Config:
+    """The settings with the batch size that suits this device and network, told on standard output."""
+    from ris_fast.training.batch import choose_batch_size
+
+    size, trials = choose_batch_size(config)
+    rates = ", ".join(f"{trial.batch_size}: {trial.scenes_per_s:,.0f}" if trial.scenes_per_s else f"{trial.batch_size}: does not fit" for trial in trials)
+    print(f"batch size {size}, the largest that is as fast as any and leaves updates enough (scenes/s: {rates})")
+    return replace(config, training=replace(config.training, batch_size=size),
+                   provenance={**config.provenance, "training.batch_size": "--batch-size auto"})
 
 
 def _observers(config: Config, folder: Path, console: Observer) -> Observers:

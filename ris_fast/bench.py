@@ -1,0 +1,94 @@
+"""`ris-fast bench`: a short run of the benchmarks on this machine, as tables and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ris_fast.benchmarks import device as counted
+from ris_fast.benchmarks import training
+from ris_fast.benchmarks.kernels import compare_kernels
+from ris_fast.benchmarks.measure import conditions
+from ris_fast.benchmarks.train_step import compare_steps
+from ris_fast.config import Config
+from ris_fast.report.tables import text_table
+from ris_fast.settings import load_config
+
+KINDS = ("kernels", "step", "train")
+SIZES = {"cpu": (64, 256, 1024), "cuda": (64, 256, 1024, 4096, 16384)}
+STEP_BATCH = 64
+
+
+def run_bench(kinds: tuple[str, ...], device: torch.device) -> dict[str, Any]:
+    """What was asked for, by kind, with the conditions under which it was measured."""
+    measured: dict[str, Callable[[torch.device], Any]] = {"kernels": compare_kernels, "step": bench_step, "train": bench_train}
+    return {"conditions": conditions(device)} | {kind: measured[kind](device) for kind in kinds}
+
+
+def configured(preset: str, device: torch.device) -> Config:
+    config = load_config(preset=preset)
+    return replace(config, training=replace(config.training, device=str(device)))
+
+
+def bench_step(device: torch.device) -> dict[str, Any]:
+    """Preset `seed`: ours against the peers."""
+    return compare_steps(configured("seed", device), STEP_BATCH)
+
+
+def bench_train(device: torch.device) -> dict[str, Any]:
+    """The device's default preset: rate by batch size, time by phase, share of the ceiling, launches, energy."""
+    config = configured("full" if device.type == "cuda" else "laptop", device)
+    rows = training.by_batch(config, SIZES[device.type], 2**14 if device.type == "cuda" else 2**12, compile=False)
+    best = max((row for row in rows if row["scenes_per_s"]), key=lambda row: row["scenes_per_s"])["batch_size"]
+    call, trainer = training.step_call(config, best)
+    return {"preset": config.preset, "model": config.model.name, "by_batch": rows, "phases": training.phases(config, best),
+            "efficiency": training.efficiency(config, best),
+            "counts": counted.launches_and_waits(call, trainer.device), "energy": counted.energy(call, trainer.device, best)}
+
+
+# ---- tables -------------------------------------------------------------------------------------------------------
+
+
+def bench_text(result: dict[str, Any]) -> str:
+    """The result for a person."""
+    shown = {"kernels": _kernels_text, "step": _step_text, "train": _train_text}
+    where = result["conditions"]
+    parts = [f"commit {where['commit']}, torch {where['versions']['torch']}, {where['device']}, {where['threads']} threads"]
+    return "\n\n".join(parts + [show(result[kind]) for kind, show in shown.items() if kind in result])
+
+
+def _kernels_text(rows: list[dict[str, Any]]) -> str:
+    lines = [(row["operator"], row["sample"], f"{row['variants']['ours']['s'] * 1e6:,.0f} us",
+              f"{row['bytes_per_s'] * 1e-9:.1f} GB/s", f"{row['times_faster']:.1f}x") for row in rows]
+    return text_table(("operator", "largest sample", "ours", "rate", "plain torch takes"), lines)
+
+
+def _step_text(found: dict[str, Any]) -> str:
+    lines = [(name, f"{each['s'] * 1e3:.1f} ms", f"{each['p20_s'] * 1e3:.1f} .. {each['p80_s'] * 1e3:.1f}",
+              f"{found['scenes_per_s'][name]:,.0f}", f"{found['times_slower_than_ours'][name]:.2f}x",
+              f"{each['undisturbed']:.0f} of {each['undisturbed'] + each['disturbed']:.0f}")
+             for name, each in sorted(found["variants"].items(), key=lambda item: item[1]["s"])]
+    table = text_table(("step", "median", "20 .. 80 %", "scenes/s", "of ours", "undisturbed"), lines)
+    compiled = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found["compile_and_first_step_s"].items())
+    return (f"{found['model']}, {found['parameters']:,} parameters, batch {found['batch_size']}, {found['precision']}\n{table}\n"
+            f"first compiled step, apart: {compiled or 'not compiled'}\n{_ceiling(found)}")
+
+
+def _train_text(found: dict[str, Any]) -> str:
+    sizes = [(f"{row['batch_size']:,}", f"{row['scenes_per_s']:,.0f}" if row["scenes_per_s"] else row["error"],
+              f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB" if row["scenes_per_s"] else "-") for row in found["by_batch"]]
+    phases = [(name, f"{found['phases']['s'][name] * 1e3:.2f} ms", f"{share:.0%}") for name, share in found["phases"]["share"].items()]
+    joules = found["energy"]["joules_a_scene"]
+    return "\n".join((f"{found['model']}, preset {found['preset']}: the trainer's loop, simulation and features included",
+                      text_table(("batch", "scenes/s", "peak memory"), sizes), "",
+                      text_table((f"phase, batch {found['phases']['batch_size']:,}", "time", "share"), phases), "",
+                      _ceiling(found["efficiency"]), f"a step: {', '.join(f'{k} {v}' for k, v in found['counts'].items())}",
+                      f"energy: {joules * 1e3:.2f} mJ a scene" if joules else f"energy: {found['energy']['note']}"))
+
+
+def _ceiling(found: dict[str, Any]) -> str:
+    return (f"{found['flop_per_s'] * 1e-9:,.0f} GFLOP/s of useful products, {found['share_of_ceiling']:.0%} of the "
+            f"{found['ceiling_flop_per_s'] * 1e-9:,.0f} that one large matrix product reaches here")

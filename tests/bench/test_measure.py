@@ -1,0 +1,93 @@
+"""How measurements are made and told; no test here asserts a time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ris_fast import bench
+from ris_fast.benchmarks import device as counted
+from ris_fast.benchmarks import training
+from ris_fast.benchmarks.measure import Stopwatch, alternate, conditions, summary
+from ris_fast.benchmarks.train_step import compare_steps
+from ris_fast.cli import main
+from ris_fast.config import Config
+from ris_fast.settings import load_config
+
+CPU = torch.device("cpu")
+
+
+def small(preset: str, *_: object) -> Config:
+    options = ["width=32", "depth=1"] if preset == "laptop" else ["width=32", "layers=1", "grid=5"]
+    return load_config(None, preset, ["task.ris_horizontal=4", "task.ris_vertical=3", "task.bs_antennas=8", "health.preflight=false",
+                                      *(f"model.options.{each}" for each in options)], {"training.device": "cpu"})
+
+
+def test_only_undisturbed_repetitions_count_while_there_are_any() -> None:
+    quiet = summary([(1.0, 1.0, True), (9.0, 9.0, False), (3.0, 3.0, True)])
+    assert quiet["s"] == 2.0 and (quiet["undisturbed"], quiet["disturbed"]) == (2, 1)
+    busy = summary([(9.0, 9.0, False)])
+    assert busy["s"] == 9.0 and busy["undisturbed"] == 0
+
+
+def test_variants_take_turns() -> None:
+    order: list[str] = []
+    alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, quiet=1, seconds=0.0, warm=1)
+    assert order == ["a", "b", "a", "b"]
+
+
+def test_laps_are_named_in_order() -> None:
+    watch = Stopwatch(CPU)
+    watch.lap("first"), watch.lap("second")
+    laps = watch.read()
+    assert list(laps) == ["first", "second"] and min(laps.values()) >= 0.0
+
+
+def test_conditions_name_no_host() -> None:
+    import platform
+
+    found = conditions(CPU)
+    assert found["gpus"] == "no GPU" or torch.cuda.is_available()
+    assert found["versions"]["torch"] and platform.node() not in [*found.values(), *found["cpu"].values()]
+
+
+def test_operators_and_host_reads_of_a_call_are_counted() -> None:
+    found = counted.launches_and_waits(lambda: torch.ones(3).sum().item(), CPU)
+    assert found["host_reads"] == 1.0 and found["operators"] >= 2
+    assert counted.energy(lambda: None, CPU, 1) == {"joules_a_scene": None, "note": "no GPU"}
+
+
+def test_every_contestant_is_measured_and_compared() -> None:
+    found = compare_steps(small("seed"), 4, compile=False, quiet=1, seconds=0.1)
+    assert set(found["variants"]) == {"ours, eager", "eager loop", "original's step"}
+    assert found["times_slower_than_ours"]["ours, eager"] == 1.0 and found["flops_a_step"] > 0
+    assert "original's step" in bench._step_text(found)
+
+
+def test_growth_is_an_exponent_over_the_keys() -> None:
+    config = small("laptop")
+    found = training.growth({depth: training.with_depth(config, depth) for depth in (1, 4)}, 4, seconds=0.1)
+    assert set(found["s_a_scene"]) == {1, 4} and found["exponent"] == found["exponent"]
+    assert training.with_array(config, 8).task.elements == 64
+
+
+def test_time_to_target_reads_the_run_and_says_none_where_it_was_not_reached() -> None:
+    config = small("laptop")
+    config = replace(config, training=replace(config.training, batch_size=16, compile=False))
+    found = training.time_to_target(config, 0.5, every_steps=3, targets=(1e9, 0.0))
+    assert found["seconds_to"]["0.0"] is None and found["seconds_to"]["1000000000.0"] == found["curve"][0][0]
+
+
+def test_the_command_prints_tables_and_writes_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(bench, "configured", small)
+    monkeypatch.setattr(bench, "SIZES", {"cpu": (8,)})
+    assert main(["bench", "train", "--device", "cpu", "--json", str(tmp_path / "found.json")]) == 0
+    assert "scenes/s" in (out := capsys.readouterr().out) and "no GPU" in out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["train"]["by_batch"][0]["scenes_per_s"] > 0 and "commit" in found["conditions"]
+    shares = found["train"]["phases"]["share"]
+    assert set(shares) == set(training.PHASES) and sum(shares.values()) == pytest.approx(1.0)
