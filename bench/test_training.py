@@ -1,0 +1,87 @@
+"""Whole trainings of the default model: scenes a second, phases, memory, energy, growth, time to a target NMSE.
+
+Run: pytest bench/test_training.py --benchmark-json=bench/results/training.json
+Simulation and features are included everywhere. Figures are in extra_info, with versions and commit. On a GPU the same
+tests run with the preset `full`, larger batches and fewer limits; they need about four minutes there, and here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from ris_fast.benchmarks import training
+from ris_fast.benchmarks.device import energy, launches_and_waits
+from ris_fast.benchmarks.measure import conditions
+from ris_fast.config import Config
+from ris_fast.settings import load_config
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+SIZES = (64, 256, 1024, 4096, 16384)
+USUAL = 1024 if CUDA else 256
+TARGET_SECONDS = 60.0 if CUDA else 120.0
+
+
+def default(name: str | None = None) -> Config:
+    config = load_config(preset=name or ("full" if CUDA else "laptop"))
+    return replace(config, training=replace(config.training, device=str(DEVICE)))
+
+
+def keep(benchmark: Any, **found: Any) -> None:
+    benchmark.extra_info.update(found, conditions=conditions(DEVICE))
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+@pytest.mark.benchmark(group="scenes a second by batch size")
+@pytest.mark.parametrize("preset, sizes", [(None, SIZES), ("seed", SIZES if CUDA else (64, 256))])
+def test_rate_by_batch_size(benchmark: Any, preset: str | None, sizes: tuple[int, ...]) -> None:
+    """The trainer's own loop; wanted: 1,500 scenes/s of the default model on two cores, 200,000 of `seed` on a GPU."""
+    scenes = 2**17 if CUDA else (2**13 if preset is None else 2**9)
+    keep(benchmark, rows=training.by_batch(default(preset), sizes, scenes, compile=CUDA))
+
+
+@pytest.mark.benchmark(group="phases of a step")
+@pytest.mark.parametrize("batch_size", [64, USUAL, 16 * 1024 if CUDA else 2048])
+def test_phases(benchmark: Any, batch_size: int) -> None:
+    keep(benchmark, **training.phases(default(), batch_size))
+
+
+@pytest.mark.benchmark(group="share of the ceiling, launches, waits, energy")
+@pytest.mark.parametrize("preset, batch_size", [(None, USUAL), ("seed", USUAL if CUDA else 64)])
+def test_efficiency(benchmark: Any, preset: str | None, batch_size: int) -> None:
+    """Products of the trainable part over one large product's rate, measured in the same run."""
+    config = default(preset)
+    call, trainer = training.step_call(config, batch_size)
+    keep(benchmark, **training.efficiency(config, batch_size), counts=launches_and_waits(call, trainer.device),
+         energy=energy(call, trainer.device, batch_size), peak_memory_bytes=training.peak_memory(trainer.device))
+
+
+@pytest.mark.benchmark(group="growth with the array")
+def test_growth_with_elements(benchmark: Any) -> None:
+    """N = 64 to 1024; wanted: linear, an exponent of about one over the number of elements."""
+    configs = {side * side: training.with_array(default(), side) for side in training.ARRAYS}
+    keep(benchmark, **training.growth(configs, USUAL if CUDA else 64))
+
+
+@pytest.mark.benchmark(group="growth with the number of tensors")
+def test_growth_with_tensors(benchmark: Any) -> None:
+    """Perceptrons of 2 to 64 blocks, six tensors each."""
+    configs = {depth: training.with_depth(default(), depth) for depth in (2, 8, 32, 64)}
+    keep(benchmark, **training.growth(configs, 64))
+
+
+@pytest.mark.benchmark(group="growth with the data set")
+def test_growth_with_the_data_set(benchmark: Any) -> None:
+    """Seconds a scene with 10,000, 100,000 and a million scenes an epoch; wanted: flat, an exponent of zero."""
+    configs = {size: replace(default(), data=replace(default().data, train_scenes=size)) for size in (10_000, 100_000, 1_000_000)}
+    keep(benchmark, **training.growth(configs, USUAL))
+
+
+@pytest.mark.benchmark(group="time to a target NMSE")
+def test_time_to_target(benchmark: Any) -> None:
+    """One run that anneals towards its end; validation included; None where the target was not reached."""
+    keep(benchmark, **training.time_to_target(default(), TARGET_SECONDS))
