@@ -1,6 +1,6 @@
 """The command line: commands to functions, no logic. Torch and matplotlib are imported by the commands that need them.
 
-Exit codes: 0 done, 2 bad usage or configuration, 3 data problem, 4 stopped by health or a failed check, 5 out of memory, 130 Ctrl-C.
+Exit codes: 0 done, 1 a gradient check failed, 2 bad usage or configuration, 3 data problem, 4 stopped by health or a failed check, 5 out of memory, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def evaluate(run: Path, /, *, scenes: Whole = None, device: str = "auto", json: 
 
 @app.command
 def gradcheck(*, device: str = "auto", no_interpreter: bool = False, json: bool = False) -> int:
-    """Check value and gradient of every kernel in every backend of this machine; exit code 4 where one is wrong.
+    """Check value and gradient of every kernel in every backend of this machine; exit code 1 where one is wrong.
 
     Parameters
     ----------
@@ -206,7 +206,7 @@ def gradcheck(*, device: str = "auto", no_interpreter: bool = False, json: bool 
     rows = run_gradcheck(choose_device(device), not no_interpreter)
     passed = all(row.passed for row in rows)
     print(dumps({"passed": passed, "rows": [asdict(row) for row in rows]}, indent=2) if json else gradcheck_text(rows))
-    return 0 if passed else 4
+    return 0 if passed else 1
 
 
 @app.command
