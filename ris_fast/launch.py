@@ -113,12 +113,14 @@ def new_folder(config: Config, out: Path | None) -> Path:
 
 
 def _fit(config: Config, folder: Path, observer: Observer, resume: bool, profile: bool = False) -> dict[str, Any]:
+    from ris_fast.benchmarks.share import WithShare
     from ris_fast.training.batch import is_memory
     from ris_fast.training.loop import Trainer
 
     try:
         trainer = Trainer(config, folder, observer, resume=resume)
         trainer = guarded(trainer, folder, preflight=config.health.preflight and not resume)
+        trainer.observer = WithShare(trainer.observer, trainer)
         if profile:
             from ris_fast.training.profile import profiled
 

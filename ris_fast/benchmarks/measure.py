@@ -115,7 +115,7 @@ class Stopwatch:
         return {name: gap(a, b) for name, a, b in zip(self.names, self.marks, self.marks[1:])}
 
 
-def ceiling(device: torch.device, precision: str = "fp32") -> float:
+def ceiling(device: torch.device, precision: str = "fp32", seconds: float = 2.0) -> float:
     """FLOP/s of one large matrix product in this precision, the best of several calls: the most that can be hoped for.
 
     On a CPU both libraries that torch may call are tried, and the faster one counts.
@@ -126,7 +126,7 @@ def ceiling(device: torch.device, precision: str = "fp32") -> float:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     kinds = {"matmul": lambda: a @ b} | ({"linear": lambda: linear(a, b)} if device.type == "cpu" else {})
-    found = alternate(kinds, device, quiet=5, seconds=2.0, warm=1)
+    found = alternate(kinds, device, quiet=5, seconds=seconds, warm=1)
     return 2.0 * size**3 / min(each["least_s"] for each in found.values())
 
 

@@ -99,7 +99,8 @@ def epoch_line(row: Mapping[str, Any]) -> str:
     parts = [f"Epoch {row['epoch']:03d}/{row['epochs']:03d}: train {row['train_loss']:.3f}",
              f"val {validation(row):.3f}", " ".join(f"{name} {row[key]:.3f}" for name, key in _WEIGHTS if _known(row, key)),
              f"|g| {row['grad_norm']:.3g}", f"clipped {row['clipped']:.0%}", f"skipped {row['skipped']:.0%}",
-             f"{row['scenes_per_s']:.0f} scenes/s"]
+             f"{row['scenes_per_s']:.0f} scenes/s",
+             f"{row['share_of_ceiling']:.0%} of the ceiling" if _known(row, "share_of_ceiling") else ""]
     return "  ".join(part for part in parts if part)
 
 

@@ -91,3 +91,18 @@ def test_the_command_prints_tables_and_writes_figures(monkeypatch: pytest.Monkey
     assert found["train"]["by_batch"][0]["scenes_per_s"] > 0 and "commit" in found["conditions"]
     shares = found["train"]["phases"]["share"]
     assert set(shares) == set(training.PHASES) and sum(shares.values()) == pytest.approx(1.0)
+
+
+def test_a_run_is_told_its_share_of_the_ceiling() -> None:
+    from ris_fast.benchmarks.share import WithShare
+    from ris_fast.report.console import epoch_line
+    from ris_fast.training.loop import Trainer
+
+    config, rows = small("laptop"), training.Epochs()
+    config = replace(config, training=replace(config.training, batch_size=16, epochs=2, max_seconds=0.0, compile=False),
+                     data=replace(config.data, train_scenes=64, val_scenes=16))
+    trainer = Trainer(config)
+    trainer.observer = WithShare(rows, trainer)
+    trainer.fit()
+    assert len(rows.rows) == 2 and all(0.0 < row["share_of_ceiling"] < 1.0 for row in rows.rows)
+    assert epoch_line(rows.rows[0] | {"share_of_ceiling": 0.25}).endswith("25% of the ceiling")

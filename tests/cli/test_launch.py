@@ -26,7 +26,7 @@ class Ends:
     outcome: Any = None
 
     def __init__(self, config: Any, folder: Path | None = None, observer: Any = None, *, resume: bool = False) -> None:
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.observer = config, folder, observer
 
     def fit(self) -> dict[str, Any]:
         if isinstance(self.outcome, BaseException):
@@ -37,6 +37,7 @@ class Ends:
 def run(outcome: Any, monkeypatch, tmp_path: Path) -> int:
     monkeypatch.setattr(Ends, "outcome", outcome)
     monkeypatch.setattr(loop, "Trainer", Ends)
+    monkeypatch.setattr(launch, "guarded", lambda trainer, folder, *, preflight: trainer)
     return main([*TINY, "--out", str(tmp_path / "run")])
 
 
