@@ -42,6 +42,7 @@ def train(config: Path | None = None, /, *, preset: str | None = None, device: s
           accumulate: Whole = None, seed: Whole = None, max_seconds: float | None = None,
           precision: str | None = None, no_compile: bool = False, backend: str | None = None,
           set_: Overrides = None, out: Path | None = None, resume: Path | None = None, log_tensors: bool = False,
+          anomaly: bool = False,
           profile: bool = False, print_config: bool = False) -> int:
     """Train a network; without arguments on scenes simulated on this machine's best device.
 
@@ -79,6 +80,8 @@ def train(config: Path | None = None, /, *, preset: str | None = None, device: s
         Continue the run in this folder with its own settings; flags and --set still win.
     log_tensors
         Write every tensor's norms to tensors.csv and print a [GRAD] line at every report.
+    anomaly
+        Where gradients that are not finite end the run, replay its last step and name the operation and the term.
     profile
         Write a Chrome trace of a few steps into the run folder and print the ten dearest operations.
     print_config
@@ -89,7 +92,7 @@ def train(config: Path | None = None, /, *, preset: str | None = None, device: s
              "training.accumulate": accumulate, "training.seed": seed,
              "training.max_seconds": max_seconds, "training.precision": precision,
              "training.compile": False if no_compile else None, "training.backend": backend,
-             "health.log_tensors": True if log_tensors else None}
+             "health.log_tensors": True if log_tensors else None, "health.anomaly": True if anomaly else None}
     from ris_fast.launch import resumed_config, run_training, with_best_batch_size
 
     if resume is not None:

@@ -169,6 +169,7 @@ class Health(Section):
     stop: bool = option(True, "end a run in which a structural mistake is certain (exit code 4)")
     mute: str = option("", "findings that are not told, by name, with commas between them")
     frozen: str = option("", "beginnings of the names of parameters that are meant to be frozen, with commas between them")
+    anomaly: bool = option(False, "where gradients that are not finite end a run, replay its last step and name the operation")
     log_tensors: bool = option(False, "write a row per tensor to tensors.csv at every report")
     min_applied: float = option(0.9, "an epoch in which a smaller share of the steps is applied ends the run",
                                 low=0.0, high=1.0)

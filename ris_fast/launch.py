@@ -125,13 +125,27 @@ def _fit(config: Config, folder: Path, observer: Observer, resume: bool, profile
             from ris_fast.training.profile import profiled
 
             profiled(trainer, folder / "profile", print)
-        return trainer.fit()
+        return replaying(trainer)
     except (MemoryError, RuntimeError) as error:
         if not is_memory(error):
             raise
         problem = (str(error) or type(error).__name__).splitlines()[0]
     raise OutOfMemory(f"out of memory with {config.training.batch_size} scenes in a micro-batch ({problem}).\n"
                       f"{advice(config)}")
+
+
+def replaying(trainer: Any) -> dict[str, Any]:
+    """Fits; where gradients that are not finite end the run and health.anomaly is set, says which operation made them."""
+    from ris_fast.training.state import RunStopped
+
+    try:
+        return trainer.fit()
+    except RunStopped as stop:
+        if trainer.config.health.anomaly and stop.finding in ("steps_skipped", "nonfinite_gradients", "sanitised_gradients"):
+            from ris_fast.health.anomaly import replay
+
+            print("\n".join(f"anomaly: {culprit}" for culprit in replay(trainer)) or "anomaly: the replayed step is finite")
+        raise
 
 
 def guarded(trainer: Any, folder: Path, *, preflight: bool) -> Any:
