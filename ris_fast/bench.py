@@ -85,8 +85,12 @@ def _train_text(found: dict[str, Any]) -> str:
     return "\n".join((f"{found['model']}, preset {found['preset']}: the trainer's loop, simulation and features included",
                       text_table(("batch", "scenes/s", "peak memory"), sizes), "",
                       text_table((f"phase, batch {found['phases']['batch_size']:,}", "time", "share"), phases), "",
-                      _ceiling(found["efficiency"]), f"a step: {', '.join(f'{k} {v}' for k, v in found['counts'].items())}",
+                      _ceiling(found["efficiency"]), f"a step: {_counts(found['counts'])}",
                       f"energy: {joules * 1e3:.2f} mJ a scene" if joules else f"energy: {found['energy']['note']}"))
+
+
+def _counts(found: dict[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.0f}" if isinstance(value, float) else f"{value}" for name, value in found.items())
 
 
 def _ceiling(found: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from ris_fast.training.loop import Silent, Trainer
 from ris_fast.training.step import autocast, network_inputs
 
 PHASES = ("simulate", "features", "forward", "loss", "backward", "step")
-TARGETS = (0.5, 0.35, 0.187)
+TARGETS = (0.5, 0.35, 0.187, 0.03, 0.02)
 ARRAYS = (8, 12, 16, 24, 32)
 
 
@@ -141,7 +141,7 @@ def with_depth(config: Config, depth: int) -> Config:
     return replace(config, model=replace(config.model, options={"depth": depth, "width": 64}))
 
 
-def time_to_target(config: Config, max_seconds: float, every_steps: int = 50, targets: Sequence[float] = TARGETS) -> dict[str, Any]:
+def time_to_target(config: Config, max_seconds: float, every_steps: int = 5, targets: Sequence[float] = TARGETS) -> dict[str, Any]:
     """Seconds of a run, validation included, until the validation NMSE is at or below each target; None if it never was.
 
     The schedule anneals towards `max_seconds`; validation on 1,000 scenes every `every_steps` steps.
