@@ -16,6 +16,7 @@ from ris_fast.training.loop import Trainer
 
 SIZES = tuple(2**power for power in range(5, 15))
 SECONDS, SHARE = 18.0, 0.95      # a size within 5 % of the best rate counts as fast
+SLOW = 3.0                       # seconds of steps after which a size is judged by what it has done
 MEMORY_SHARE = 0.8               # of what is free now
 UPDATES = 1000                   # a run must keep this many optimizer steps
 
@@ -66,7 +67,7 @@ def _updates(config: Config, trial: Trial) -> float:
 
 
 def try_size(config: Config, size: int) -> Trial:
-    """Rate of the second and third step of this size, scenes included."""
+    """Best rate of up to three steps of this size, scenes included."""
     _clean()
     before = _resident()
     try:
@@ -74,7 +75,9 @@ def try_size(config: Config, size: int) -> Trial:
         trainer = Trainer(replace(config, data=data, training=replace(config.training, batch_size=size, compile=False)))
         trainer.model.train()
         index = torch.arange(size, device=trainer.source.index_device) % trainer.source.size("train")
-        times = [_timed(trainer, index) for _ in range(3)][1:]
+        times = [_timed(trainer, index)]
+        while len(times) < 3 and sum(times) < SLOW:
+            times.append(_timed(trainer, index))
         needed = torch.cuda.max_memory_allocated(trainer.device) if trainer.device.type == "cuda" else max(0, _resident() - before)
         return Trial(size, size / min(times), needed)
     except (MemoryError, RuntimeError) as error:
