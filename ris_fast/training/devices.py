@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Callable
 
 import torch
@@ -84,7 +85,8 @@ def compile_now(network: Network, train: Callable[[], None], device: torch.devic
     is raised.
     """
     began = time.monotonic()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # what torch's compiler says to its authors
         try:
             train()
         except Exception as error:  # compilers raise anything; whose fault it is shows when the same runs without

@@ -1,0 +1,153 @@
+"""What a CUDA graph holds must neither read its device nor copy to it: shown on the meta device, where neither is possible.
+
+Every tensor of the step lives on "meta", a device that is not the CPU and holds no values: an operation that needs a
+value raises, and one that also touches a CPU tensor is a copy between devices, which is counted. Kernels of our own are
+one operation each here; what they launch is theirs to prove. autocast does not know the device and is left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from captured import config_of
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ris_fast.config import Loss, Task
+from ris_fast.kernels.fused_step import op as fused_step
+from ris_fast.kernels.pursuit import reference as pursuit
+from ris_fast.models import build_model
+from ris_fast.models.pursuit import geometry_of
+from ris_fast.physics.random import SceneGenerator
+from ris_fast.physics.scenes import Scenes, simulate
+from ris_fast.training.loop import Trainer
+from ris_fast.training.loss import TERMS, CovarianceLoss
+from ris_fast.training.step import Step
+from ris_fast.training.validation import measure
+
+READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "nonzero_static", "masked_select", "unique_dim",
+         "_unique", "_unique2", "bincount", "repeat_interleave.Tensor", "_assert_async"}
+SOLVERS = ("linalg_", "cholesky", "svd", "eig", "qr", "inverse", "lu_", "triangular_solve", "lstsq", "geqrf", "ormqr", "logdet", "slogdet")
+HARMLESS = ("linalg_vector_norm", "linalg_cross", "linalg_vecdot")
+
+
+class Watch(TorchDispatchMode):
+    """Counts operations, and notes those that read a value, index by truth, touch the CPU or solve by a library."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device, self.names, self.waits, self.solvers = device, Counter(), [], []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, name = func(*args, **(kwargs or {})), func.name().removeprefix("aten::")
+        tensors = [each for each in tree_leaves((args, kwargs, out)) if isinstance(each, Tensor)]
+        self.names[name] += 1
+        by_truth = name.startswith(("index.", "index_put")) and any(each.dtype == torch.bool for each in tree_leaves(args[1]) if each is not None)
+        if name in READS or by_truth or any(each.device.type != self.device for each in tensors):
+            self.waits.append(name)
+        if name.lstrip("_").startswith(SOLVERS) and not name.startswith(HARMLESS):
+            self.solvers.append(name)
+        return out
+
+
+@pytest.fixture
+def no_autocast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
+    yield
+
+
+class Sums:
+    """Stands in for the optimizer, whose two kernels are tested by themselves: collects gradients, updates nothing."""
+
+    def __init__(self) -> None:
+        self.param_groups: list[dict[str, Any]] = []
+
+    def zero_grad(self) -> None:
+        """The graph's first operation is the first backward."""
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return loss
+
+    def step(self) -> None:
+        """No kernel."""
+
+    def applied_steps(self) -> int:
+        return 0
+
+
+def on_meta(model: str, *overrides: str) -> tuple[Step, Task]:
+    """A step with every term of the loss, all of its tensors on "meta"."""
+    config = config_of(model, *overrides)
+    named = {name: 0.1 for name in TERMS} if model == "hybrid" else {"cov": 1.0, "cov_pred": 0.1, "subspace": 0.1, "contrast": 0.1}
+    weights = replace(Loss(), **named, beta=0.3, shrink=0.01)
+    network = build_model(config.model.name, config.task, **config.model.options).to("meta")
+    loss = CovarianceLoss(weights, config.task).to("meta")
+    step = Step(network, loss, Sums(), config, torch.device("meta"), network)
+    step.telemetry.enabled = False
+    return step, config.task
+
+
+def scenes_on_meta(task: Task) -> Scenes:
+    return simulate(task, torch.empty(8, dtype=torch.int64, device="meta"), SceneGenerator(3, "train", "meta"))
+
+
+@pytest.mark.parametrize("overrides", [(), ("task.wavefront=spherical",), ("task.power=equal",)])
+@pytest.mark.parametrize("model", ["hybrid", "backprojection"])
+def test_scenes_features_network_loss_and_backward_wait_for_nothing(model: str, overrides: tuple[str, ...], no_autocast: None) -> None:
+    step, task = on_meta(model, *overrides)
+    step.update([scenes_on_meta(task)], 10)         # as in a warm-up: the constants of the task go to the device
+    with Watch("meta") as seen:
+        step.update([scenes_on_meta(task), scenes_on_meta(task)], 10)
+    assert seen.names["ris_fast::scenes"] == 2 and seen.names["ris_fast::cov_nmse"] >= 2 and seen.names.total() > 300
+    assert not seen.waits and not seen.solvers
+
+
+@pytest.mark.parametrize("model", ["hybrid", "backprojection"])
+def test_validation_waits_for_nothing(model: str, no_autocast: None) -> None:
+    step, task = on_meta(model)
+    scenes = scenes_on_meta(task)
+    with Watch("meta") as seen:
+        measure(step.network, step.predict, step.loss, [scenes, scenes])
+    assert seen.names["ris_fast::cov_nmse"] == 6 and not seen.waits and not seen.solvers     # blended, plain, score
+
+
+@pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
+def test_the_pursuit_as_a_gpu_runs_it_waits_for_nothing(wavefront: str, no_autocast: None) -> None:
+    task = Task(wavefront=wavefront)
+    geometry, wavenumber = geometry_of(task)
+    scenes, constants = scenes_on_meta(task), [each.to("meta") for each in geometry]
+    with Watch("meta") as seen:
+        pursuit.pursuit_features(scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db, constants, wavenumber, task.max_sources)
+    assert seen.names.total() > 500 and not seen.waits and not seen.solvers
+
+
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_a_step_reads_nothing_with_its_optimizer_and_when_it_is_looked_at(looked_at: bool) -> None:
+    """On the CPU, as it is: the optimizer is two operations, and readings stay where they are until a report."""
+    trainer = Trainer(config_of("backprojection", "training.accumulate=2"))
+    for _ in range(3):
+        trainer.step(next(trainer._groups()), 10)
+    trainer.step.telemetry.enabled = looked_at
+    group = next(trainer._groups())
+    with Watch("cpu") as seen:
+        trainer.step(group, 10)
+        trainer.step.telemetry.sample()
+        trainer.optimizer.counter_states()
+    assert not seen.waits and not seen.solvers
+    fused = {name: count for name, count in seen.names.items() if "fused_step" in name}
+    assert fused == {f"ris_fast::fused_step_{phase}": 1 for phase in ("measure", "apply")}
+    assert trainer.optimizer.backend == "native" or not fused_step.loader.available()
+
+
+def test_the_watch_sees_what_it_forbids() -> None:
+    x = torch.ones(4)
+    with Watch("cpu") as seen:
+        float(x[0]), x[x > 0], torch.linalg.inv(torch.eye(2)), x.to("meta")
+    assert {"_local_scalar_dense", "index.Tensor", "_to_copy"} <= set(seen.waits) and "linalg_inv_ex" in seen.solvers
