@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ris_fast.health.finding import Finding
-
 ZERO_DERIVATIVE = ("Round", "Floor", "Ceil", "Trunc", "Sign", "Sgn", "Heaviside")
-CLAMPS = ("Clamp",)
 OWN_OPERATORS = "ris_fast.kernels"
 
 
@@ -84,5 +81,3 @@ def _place() -> str:
             return f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
     return "an unknown line"
 
-
-__all__ = ["Exits", "Finding", "Graph", "graph_of", "ZERO_DERIVATIVE", "CLAMPS"]

@@ -1,11 +1,10 @@
-"""Preflight of the network: what it sees, whether that can carry the answer, and whether it answers with it.
+"""Preflight of the network: whether the step calls it, what comes out of it, and whether signals pass its layers.
 
 Legend: B batch, L snapshots, M base-station antennas, N RIS elements, Q factor columns.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Iterator
 
 import torch
@@ -14,13 +13,12 @@ from torch import Tensor, nn
 from ris_fast.health.check_parameters import listed
 from ris_fast.health.finding import Finding
 from ris_fast.health.subject import SMALL, Subject, captured
-from ris_fast.physics.pairs import adjoint_matmul, expi, multiply, to_complex, to_pairs
+from ris_fast.physics.pairs import adjoint_matmul, to_complex
 from ris_fast.physics.scenes import Scenes
 
 SAME = 1e-5                # relative change of a factor that rounding explains
 CLOSE = 1e-3               # between a compiled network and the same network as written
 NOISE_SHARE = 0.5          # of the answers' variance that dropout may make
-LARGE, SMALL_RMS = 1e3, 1e-3
 GAIN = 20.0                # growth of a signal in one layer
 AT_THE_ENDS = 0.9
 
@@ -122,144 +120,6 @@ def _eager(subject: Subject, scenes: Scenes) -> Tensor:
         return type(subject.step).predict(subject.step, scenes).factor.detach().float().clone()
     finally:
         subject.step.network = network
-
-
-# ---- what comes in ---------------------------------------------------------------------------------------------------
-
-
-def boundary(subject: Subject, scenes: Scenes, seed: int = 0) -> dict[str, Tensor]:
-    """Inputs of layers that depend on no weight: what the trainable part sees. Name of the layer -> (B, F)."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
-        first = next((each for each in inputs if isinstance(each, Tensor)), None)
-        if first is not None and not first.requires_grad and first.dim() > 1 and first.shape[0] == scenes.batch:
-            found.setdefault(name, first.detach().float().flatten(1))
-    with captured(subject.model, keep), torch.enable_grad():
-        subject.answer_with_grad(scenes, seed)
-    return found
-
-
-def reads_scenes(subject: Subject) -> Iterator[Finding]:
-    """The answer depends on the scene, and each scene's answer on that scene alone."""
-    scenes = subject.scenes
-    answer = subject.answer(scenes)
-    seen = boundary(subject, scenes)
-    if not bool(answer.isfinite().all()):
-        return
-    if change(answer, answer[:1].expand_as(answer)) < SAME:
-        same = seen and all(change(value, value[:1].expand_as(value)) < SAME for value in seen.values())
-        raw = scenes.snapshots.flatten(1)
-        if change(raw, raw[:1].expand_as(raw)) < SAME:
-            yield Finding("constant_input", f"all of {scenes.batch} scenes have the same snapshots.")
-        else:
-            yield Finding("ignored_input", f"{scenes.batch} different scenes get the same factor"
-                          f"{'; the first layers see the same numbers for all of them' if same else ''}.")
-        return
-    alone = subject.answer(scenes[: scenes.batch // 2])
-    mixed = change(answer[: scenes.batch // 2], alone)
-    if mixed > (CLOSE if subject.config.training.precision == "fp32" else 0.1):
-        yield Finding("scenes_mixed", f"answers change by {mixed:.2g} when other scenes of the batch are left out.")
-
-
-def scale(subject: Subject) -> Iterator[Finding]:
-    """First layers see numbers of order one, and the unit of the snapshots does not matter."""
-    scenes = subject.scenes
-    base, seen = subject.answer(scenes), boundary(subject, scenes)
-    sizes = {name: float(value.square().mean().sqrt()) for name, value in seen.items()}
-    tiny = {name: size for name, size in sizes.items() if 0 < size < SMALL_RMS}
-    larger = boundary(subject, replace(scenes, snapshots=1e4 * scenes.snapshots)) if bool(base.isfinite().all()) else {}
-    if larger and any(_swallowed(seen[name], larger.get(name)) for name in seen):
-        name = next(name for name in seen if _swallowed(seen[name], larger.get(name)))
-        yield Finding("epsilon_swallows_signal", f"the input of {name} has rms {sizes[name]:.2g}, and "
-                      f"{float(larger[name].square().mean().sqrt()):.2g} for snapshots ten thousand times larger: a constant in "
-                      f"the normalisation is larger than the signal.")
-        return
-    if tiny:
-        name = min(tiny, key=tiny.__getitem__)
-        yield Finding("input_scale", f"the input of {name} has rms {tiny[name]:.2g}; layers expect numbers of order one.")
-        return
-    for name, value in seen.items():
-        each = value.square().mean(1).sqrt()
-        if sizes[name] > LARGE or float(each.max()) > 1e3 * float(each.median().clamp_min(1e-30)):
-            yield Finding("input_scale", f"the input of {name} has rms {sizes[name]:.2g}, from {float(each.min()):.2g} to "
-                          f"{float(each.max()):.2g} between scenes.")
-            return
-    other = change(base, subject.answer(replace(scenes, snapshots=100.0 * scenes.snapshots)))
-    if other > 0.05:
-        yield Finding("input_scale", f"snapshots in another unit (a hundred times larger) change the factors by {other:.2g}: "
-                      f"nothing normalises them.")
-
-
-def _swallowed(now: Tensor, larger: Tensor | None) -> bool:
-    """Small now and of order one when the scene is louder: neither normalised nor left alone."""
-    if larger is None or not bool(now.any()):
-        return False
-    a, b = float(now.square().mean().sqrt()), float(larger.square().mean().sqrt())
-    return b > 3 * a and b < 3e3 * a
-
-
-# ---- can it carry the answer? ------------------------------------------------------------------------------------------
-
-
-def information(subject: Subject) -> Iterator[Finding]:
-    """The answer changes when something is taken away that the target cannot be known without."""
-    scenes = subject.scenes
-    base = subject.answer(scenes)
-    if change(base, base[:1].expand_as(base)) < SAME or not bool(base.isfinite().all()):
-        return
-    if scenes.channel is None:
-        yield Finding("inputs_withhold_answer", "the scenes carry no channel H, only H c_l, and the network cannot see what the "
-                      "surface did to the field.")
-        return
-    for what, other in _without(subject, scenes):
-        if other is not None and change(base, subject.answer(other)) < SAME:
-            yield Finding("inputs_withhold_answer", f"{what} and the factors stay the same to {SAME:g}: the network does not see "
-                          f"what the target is made of.")
-            return
-    yield from _pairing(subject, scenes)
-
-
-def _without(subject: Subject, scenes: Scenes) -> Iterator[tuple[str, Scenes | None]]:
-    """Scenes with one thing destroyed that the answer needs."""
-    generator = torch.Generator().manual_seed(2)
-
-    def phases(value: Tensor) -> Tensor:
-        return multiply(value, expi(6.2832 * torch.rand(value.shape[:-1], generator=generator)).to(value))
-    yield "the phases of the snapshots are drawn anew", replace(scenes, snapshots=phases(scenes.snapshots))
-    yield "the channel is that of another scene", replace(scenes, channel=scenes.channel.roll(1, 0), collapsed=None)
-    yield "the phases of the channel are drawn anew", replace(scenes, channel=phases(scenes.channel))
-    yield "the channel is changed where H c_l cannot show it", hidden_change(scenes)
-
-
-def hidden_change(scenes: Scenes) -> Scenes | None:
-    """Another channel with the same products H c_l; None where the codes span the surface and there is none."""
-    codes = to_complex(scenes.codes)
-    elements = codes.shape[1]
-    _, values, rows = torch.linalg.svd(codes.to(torch.complex128), full_matrices=True)
-    rank = int((values > 1e-6 * values.max()).sum())
-    if rank >= elements:
-        return None
-    kernel = rows[rank:].conj()                                         # (N - rank, N), each row v with C v = 0
-    generator = torch.Generator().manual_seed(4)
-    mix = torch.randn(*scenes.channel.shape[:2], kernel.shape[0], dtype=torch.complex128, generator=generator)
-    extra = mix.to(kernel.device) @ kernel
-    size = to_complex(scenes.channel).abs().square().mean().sqrt() / extra.abs().square().mean().sqrt()
-    return replace(scenes, channel=scenes.channel + to_pairs((extra * size).to(torch.complex64)), collapsed=None)
-
-
-def _pairing(subject: Subject, scenes: Scenes) -> Iterator[Finding]:
-    """What a first layer makes of snapshots and channel together is H^H y, which a common phase leaves alone, not H^T y."""
-    turn = expi(torch.linspace(0.3, 2.8, scenes.batch)).to(scenes.snapshots)[:, None, None]
-    back = turn * torch.tensor((1.0, -1.0)).to(turn)
-    seen = boundary(subject, scenes)
-    right = boundary(subject, replace(scenes, channel=multiply(scenes.channel, turn), snapshots=multiply(scenes.snapshots, turn)))
-    wrong = boundary(subject, replace(scenes, channel=multiply(scenes.channel, turn), snapshots=multiply(scenes.snapshots, back)))
-    for name, value in seen.items():
-        if change(value, wrong[name]) < CLOSE < 0.05 < change(value, right[name]):
-            yield Finding("conjugation_error", f"the input of {name} does not change when channel and snapshots turn in opposite "
-                          f"directions, and does when they turn together: it is made of H^T y where H^H y belongs.")
-            return
 
 
 # ---- what comes out ----------------------------------------------------------------------------------------------------
@@ -381,7 +241,5 @@ def _equal_units(subject: Subject) -> Iterator[Finding]:
         yield Finding("symmetric_init", f"all units of {listed(alike)} start with the same weights.")
 
 
-CHECKS = {"the step calls the network itself": same_network, "answers depend on the scene, and on no other": reads_scenes,
-          "inputs are of order one in any unit": scale, "inputs can carry the answer": information,
-          "dropout and modes": randomness, "answers are not at the ends of a range": saturation,
+CHECKS = {"the step calls the network itself": same_network, "dropout and modes": randomness, "answers are not at the ends of a range": saturation,
           "signals pass every layer": layers}

@@ -22,13 +22,14 @@ def listed(names: list[str], most: int = 3) -> str:
 
 
 def allowed_frozen(subject: Subject) -> tuple[str, ...]:
-    return tuple(name for name in subject.config.health.frozen.replace(",", " ").split())
+    """Beginnings of names that may be frozen."""
+    return tuple(subject.config.health.frozen.replace(",", " ").split())
 
 
 def frozen(subject: Subject) -> Iterator[Finding]:
     """Parameters that do not require a gradient and are not named in health.frozen."""
     names = [name for name, parameter in subject.parameters.items()
-             if not parameter.requires_grad and not name.startswith(allowed_frozen(subject) or ("\0",))]
+             if not parameter.requires_grad and not name.startswith(allowed_frozen(subject))]
     if names:
         share = sum(subject.parameters[name].numel() for name in names) / max(1, sum(p.numel() for p in subject.parameters.values()))
         yield Finding("frozen_parameters", f"{len(names)} of {len(subject.parameters)} tensors ({share:.0%} of the weights) "

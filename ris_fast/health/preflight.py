@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Callable, Iterator
 
 import torch
 
-from ris_fast.health import (check_gradient, check_loss, check_memory, check_network, check_parameters, check_scenes,
+from ris_fast.health import (check_gradient, check_inputs, check_loss, check_memory, check_network, check_parameters, check_scenes,
                              check_schedule, check_step)
 from ris_fast.health.finding import Finding
 from ris_fast.health.subject import Subject
@@ -17,7 +17,7 @@ from ris_fast.health.untouched import untouched
 from ris_fast.training.loop import Trainer
 
 Check = Callable[[Subject], Iterator[Finding]]
-SMALL_BATCH = {**check_scenes.CHECKS, **check_parameters.CHECKS, **check_loss.CHECKS, **check_network.CHECKS,
+SMALL_BATCH = {**check_scenes.CHECKS, **check_parameters.CHECKS, **check_loss.CHECKS, **check_network.CHECKS, **check_inputs.CHECKS,
                **check_gradient.CHECKS, **check_schedule.CHECKS}
 WHOLE_STEP = check_step.CHECKS
 LEARNING = check_memory.CHECKS
@@ -32,7 +32,6 @@ class Result:
     seconds: float
     note: str = ""
     failed: str = ""
-    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:

@@ -29,6 +29,7 @@ class Subject:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.model, self.loss = trainer, trainer.model, trainer.loss
         self.config, self.optimizer, self.step = trainer.config, trainer.optimizer, trainer.step
+        self.note = ""                 # of the check that runs: what it measured, for people
 
     @cached_property
     def groups(self) -> list[list[Scenes]]:
