@@ -25,6 +25,8 @@ class Answer:
 
     @property
     def text(self) -> str:
+        if not self.findings and self.verdict == "learned":
+            return f"{self.run}: learned, and no rule found a mistake. {self.figures}"
         if not self.findings:
             return (f"{self.run}: {self.verdict}. No rule found a mistake in what the run reported. {self.figures}\n"
                     f"next: ris-fast check, with the run's config.toml")

