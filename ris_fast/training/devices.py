@@ -87,6 +87,7 @@ def compile_now(network: Network, train: Callable[[], None], device: torch.devic
     began = time.monotonic()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # what torch's compiler says to its authors
+        warnings.filterwarnings("ignore", message="TensorFloat32")                 # fp32 was asked for
         try:
             train()
         except Exception as error:  # compilers raise anything; whose fault it is shows when the same runs without

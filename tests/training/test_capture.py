@@ -151,9 +151,9 @@ def test_a_call_is_run_then_captured_then_replayed() -> None:
 
 
 @cuda
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("model", "accumulate"), SETTINGS)
+@pytest.mark.parametrize(("model", "accumulate", "precision", "compile"),
+                         [(*setting, precision, False) for setting in SETTINGS for precision in ("fp32", "bf16")]
+                         + [("backprojection", 1, "bf16", True), ("backprojection", 2, "fp32", True), ("hybrid", 1, "bf16", True)])
 def test_replay_equals_eager_bit_for_bit(model: str, accumulate: int, precision: str, compile: bool) -> None:
     """Weights, moments, averages, counters, every reported number and every validation, with settings that change."""
     runs = []
