@@ -14,6 +14,11 @@ def test_the_script_is_the_tested_example() -> None:
     assert (ROOT / "examples" / "plain_loop.py").read_text() in blocks
 
 
+def test_every_snippet_runs() -> None:
+    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(compile(block, "README", "exec"), {"__name__": "readme"})
+
+
 def test_every_command_exists() -> None:
     from ris_fast.cli import app
 
