@@ -1,12 +1,12 @@
-"""The training loop: epochs of steps, validation, checkpoints and what the observers are told."""
+"""The training loop: epochs of steps, validation, checkpoints, the summary."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Protocol
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor
@@ -20,12 +20,13 @@ from ris_fast.physics.scenes import Scenes
 from ris_fast.training.capture import CapturedCall, CapturedStep
 from ris_fast.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from ris_fast.training.devices import choose_device, compile_now, compiled
-from ris_fast.training.host_copy import Clock, HostCopy, Moment, own_stream
+from ris_fast.training.host_copy import Clock, Moment, own_stream
 from ris_fast.training.loss import CovarianceLoss
-from ris_fast.training.schedule import Plan, learning_rate_factor, steps_in_epoch
+from ris_fast.training.reports import Observer, Reporting, Silent
+from ris_fast.training.schedule import Plan, steps_in_epoch
 from ris_fast.training.state import Meter, RunState, RunStopped
 from ris_fast.training.step import Step, StepResult, build_optimizer, network_inputs
-from ris_fast.training.telemetry import Milestones, Sample
+from ris_fast.training.telemetry import Milestones
 from ris_fast.training.validation import Score, scene_nmse, validate
 
 LEARNED = 0.95        # a network has learned when it is below this share of the lowest floor and of its own start
@@ -33,41 +34,7 @@ VALIDATION_CHUNK = 1000
 PACE = 50             # steps between two looks at the device's clock
 
 
-class Observer(Protocol):
-    """Told about a run. Every argument is one mapping of plain numbers and texts, and further mappings."""
-
-    def start(self, info: Mapping[str, Any]) -> None: ...
-
-    def step(self, row: Mapping[str, Any]) -> None: ...
-
-    def epoch(self, row: Mapping[str, Any]) -> None: ...
-
-    def finish(self, summary: Mapping[str, Any]) -> None: ...
-
-
-class Silent:
-    """The observer that does nothing."""
-
-    def start(self, info: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    step = epoch = finish = start
-
-
-@dataclass(frozen=True)
-class Ordered:
-    """A report whose numbers are on their way to the host: what the host knew when it was ordered, and what it waits for."""
-
-    where: dict[str, Any]
-    planned: int               # length of the schedule that its last step used
-    window: Meter
-    scenes: int                # of the epoch, until then
-    sample: Sample | None
-    copies: HostCopy
-    moment: Moment
-
-
-class Trainer:
+class Trainer(Reporting):
     """One training run, from configuration to summary: `Trainer(config).fit()`.
 
     Args:
@@ -78,6 +45,7 @@ class Trainer:
 
     def __init__(self, config: Config, folder: Path | None = None, observer: Observer | None = None, *,
                  resume: bool = False) -> None:
+        super().__init__()
         self.config, self.folder, self.observer = config, folder, observer or Silent()
         self.device = choose_device(config.training.device)
         torch.manual_seed(config.training.seed)
@@ -91,10 +59,8 @@ class Trainer:
         self.started, self.clock = time.monotonic(), Clock(self.device)
         self.capture: CapturedStep | None = None
         self.score_by = lambda work: work()
-        self.ordered: Ordered | None = None
         self.paced: tuple[int, Moment] | None = None
-        self.counters = dict.fromkeys(("attempted", "applied", "clipped", "skipped"), 0)
-        self.skipping = self.groups_read = self.planned = 0
+        self.groups_read = 0
         self.epoch_steps = steps_in_epoch(self.source.size("train"), config.training.batch_size,
                                           config.training.accumulate)
         self.plan = Plan(config.training.epochs * self.epoch_steps, config.training.max_seconds)
@@ -206,84 +172,6 @@ class Trainer:
                                      self.config.data.fixed))
         for first in range(self.state.epoch_step * settings.accumulate, len(batches), settings.accumulate):
             yield batches[first:first + settings.accumulate]
-
-    # ---- what must hold -----------------------------------------------------------------------------------------
-
-    def _check_steps(self, made: int, before: dict[str, int]) -> None:
-        """Attempted steps must be what the data imply, and most of them must have been applied."""
-        self._read_counters()
-        attempted = self.counters["attempted"] - before["attempted"]
-        if self.state.epoch_step >= self.epoch_steps or not self._time_over():
-            expected = self.epoch_steps - (self.state.epoch_step - made)
-            if attempted != expected:
-                raise RunStopped(f"Epoch {self.state.epoch + 1} made {attempted} optimizer steps; its scenes, batch size "
-                                 f"and accumulation imply {expected}. The loop does not step once a group; the run ends.",
-                                 "steps_differ_from_data")
-        applied = self.counters["applied"] - before["applied"]
-        if applied < self.config.health.min_applied * attempted:
-            raise RunStopped(f"Only {applied} of {attempted} optimizer steps of epoch {self.state.epoch + 1} were applied; "
-                             f"the others had a non-finite gradient, first in '{self.counters.get('first_bad_tensor')}'.",
-                             "steps_skipped")
-
-    def _order_report(self, window: Meter, scenes: int) -> None:
-        """A report of the window, `scenes` into the epoch; from a GPU it is delivered at the next one, so that nobody waits."""
-        self._deliver_report()
-        sample = self.step.telemetry.sample()
-        tensors = {"counters": self.optimizer.counter_states(), "sums": window.sums} | (sample.tensors if sample else {})
-        self.ordered = Ordered(self._where(), self.planned, replace(window), scenes, sample, HostCopy(tensors),
-                               self.clock.mark())
-        if self.device.type == "cpu":
-            self._deliver_report()
-
-    def _deliver_report(self) -> None:
-        if self.ordered is None:
-            return
-        report, self.ordered, previous = self.ordered, None, dict(self.counters)
-        copies, window, sample = report.copies.result(), report.window, report.sample
-        self._read_counters(copies["counters"])
-        window.read(copies["sums"])
-        all_skipped = self.counters["skipped"] - previous["skipped"] >= window.steps
-        self.skipping = self.skipping + window.steps if all_skipped else 0
-        if self.skipping >= self.config.training.max_skipped:
-            raise RunStopped(f"Every gradient of the last {self.skipping} steps was non-finite, first in "
-                             f"'{self.counters.get('first_bad_tensor')}'. No step was applied; the weights are unharmed.",
-                             "steps_skipped")
-        rate = report.scenes / max(report.moment.seconds() - self.clock.began, 1e-9)
-        row = report.where | self._figures(window, previous, rate, report.planned)
-        seen = sample and replace(sample, tensors={name: copies[name] for name in sample.tensors})
-        row["health"] = self.step.telemetry.read(seen, self.state.epoch) | {
-            "steps": window.steps, "attempted": self.counters["attempted"] - previous["attempted"],
-            "skipped": self.counters["skipped"] - previous["skipped"], "applied": self.counters["applied"]}
-        self.observer.step(row)
-
-    def _read_counters(self, copied: Tensor | None = None) -> None:
-        self.counters = self.optimizer.counters(copied)
-
-    def _where(self) -> dict[str, Any]:
-        """Where the run stands, as the host knows it."""
-        return {"epoch": self.state.epoch + 1, "epochs": self._epochs_planned(), "step": self.state.step,
-                "scenes_seen": self.state.scenes_seen, "seconds": self.state.seconds,
-                "lr": self.step.learning_rates(), "planned_steps": self.plan.planned}
-
-    def _figures(self, meter: Meter, before: dict[str, int], rate: float, planned: int) -> dict[str, Any]:
-        """What the device has told of the steps of a meter."""
-        steps = max(1, self.counters["attempted"] - before["attempted"])
-        return {"train_loss": meter.mean_loss(),
-                "terms": meter.mean_terms(self.loss.weights), "grad_norm": self.counters["grad_norm"],
-                "clipped": (self.counters["clipped"] - before["clipped"]) / steps,
-                "skipped": (self.counters["skipped"] - before["skipped"]) / steps,
-                "lr_planned": self._planned_rates(planned), "scenes_per_s": rate, "loss_scale": self.counters.get("loss_scale")}
-
-    def _planned_rates(self, planned: int) -> dict[str, float]:
-        """The learning rates that the last update should have had, from the count of updates that were applied."""
-        settings, counters = self.config.optimizer, self.counters
-        skipped_last = self.skipping > 0
-        factor = learning_rate_factor(counters["applied"] - (not skipped_last), planned, settings.warmup,
-                                      settings.final_lr)
-        return {group["name"]: group["peak_lr"] * factor for group in self.optimizer.param_groups}
-
-    def _epochs_planned(self) -> int:
-        return max(self.state.epoch + 1, min(self.config.training.epochs, math.ceil(self.plan.planned / self.epoch_steps)))
 
     # ---- validation, checkpoints, summary -----------------------------------------------------------------------
 
@@ -431,7 +319,3 @@ class Trainer:
             name, factor = self.model.classical(self.network.inputs(*network_inputs(scenes)))
             scores.append(scene_nmse(Prediction(factor), scenes).double())
         return {name: torch.cat(scores).mean().item()}
-
-    def _time_over(self) -> bool:
-        limit = self.config.training.max_seconds
-        return limit > 0 and time.monotonic() - self.started >= limit
