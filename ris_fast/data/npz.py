@@ -54,6 +54,7 @@ class NpzSource:
         self._loaded: dict[str, LoadedSplit] = {}
         for split in SPLITS[:2]:
             self._load(split)
+        self._rows = {split: rows.to(self.index_device) for split, rows in self._rows.items()}
         self.overlaps = self._find_overlaps()
         self.notes = self._notes()
 
@@ -72,7 +73,7 @@ class NpzSource:
                             "Add it, or put all shards into one flat folder to have them split by number.")
         loaded = self._load(split)
         index = index.to(loaded.table.device, torch.int64)
-        rows = self._rows[split].to(index.device)[index] if self._rows else index
+        rows = self._rows[split][index] if self._rows else index
         taken = {name: value.to(self.device) for name in _COLUMNS
                  if (value := loaded.table.take(name, rows)) is not None}
         if loaded.facts.exact:
@@ -114,7 +115,7 @@ class NpzSource:
         if split == "test" and not self._rows and split not in self._loaded:
             return hash_snapshots(self._shards.get(split, ()), self._sizes[split])
         all_rows = self._load(split).facts.hashes
-        return [all_rows[int(i)] for i in self._rows[split]] if self._rows else all_rows
+        return [all_rows[i] for i in self._rows[split].tolist()] if self._rows else all_rows
 
     def _find_overlaps(self) -> list[Overlap]:
         train, val, test = (self.hashes(split) for split in SPLITS)

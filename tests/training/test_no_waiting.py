@@ -7,7 +7,6 @@ one operation each here; what they launch is theirs to prove. autocast does not 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,8 +16,7 @@ import pytest
 import torch
 from captured import config_of
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from watch import Watch
 
 from ris_fast.config import Loss, Task
 from ris_fast.kernels.fused_step import op as fused_step
@@ -31,31 +29,6 @@ from ris_fast.training.loop import Trainer
 from ris_fast.training.loss import TERMS, CovarianceLoss
 from ris_fast.training.step import Step
 from ris_fast.training.validation import measure
-
-READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "nonzero_static", "masked_select", "unique_dim",
-         "_unique", "_unique2", "bincount", "repeat_interleave.Tensor", "_assert_async"}
-SOLVERS = ("linalg_", "cholesky", "svd", "eig", "qr", "inverse", "lu_", "triangular_solve", "lstsq", "geqrf", "ormqr", "logdet", "slogdet")
-HARMLESS = ("linalg_vector_norm", "linalg_cross", "linalg_vecdot")
-
-
-class Watch(TorchDispatchMode):
-    """Counts operations, and notes those that read a value, index by truth, touch the CPU or solve by a library."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.device, self.names, self.waits, self.solvers = device, Counter(), [], []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out, name = func(*args, **(kwargs or {})), func.name().removeprefix("aten::")
-        tensors = [each for each in tree_leaves((args, kwargs, out)) if isinstance(each, Tensor)]
-        self.names[name] += 1
-        by_truth = name.startswith(("index.", "index_put")) and any(each.dtype == torch.bool for each in tree_leaves(args[1]) if each is not None)
-        if name in READS or by_truth or any(each.device.type != self.device for each in tensors):
-            self.waits.append(name)
-        if name.lstrip("_").startswith(SOLVERS) and not name.startswith(HARMLESS):
-            self.solvers.append(name)
-        return out
-
 
 @pytest.fixture
 def no_autocast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
