@@ -163,5 +163,6 @@ for name in $stages; do
     esac
 done
 gather 2>>"$log"
+find "$out" -type f -empty -delete
 rmdir "$out/train-full" 2>/dev/null
 cat "$table"
