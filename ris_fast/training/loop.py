@@ -202,7 +202,8 @@ class Trainer(Reporting):
     def _validation_reading(self, meter: Meter, raw: Score, ema: Score | None) -> dict[str, Any]:
         """What the epoch and its validation say of themselves, besides the scores."""
         scores = {"raw": raw} | ({"ema": ema} if ema else {})
-        return {"steps": meter.steps, "groups_read": self.groups_read, "epoch_steps": self.epoch_steps,
+        resumed_after = self.state.epoch_step - meter.steps
+        return {"steps": meter.steps, "groups_read": self.groups_read, "epoch_steps": self.epoch_steps - resumed_after,
                 "cut_short": self._time_over(), "between_epochs": self.between_epochs, "around_validation": self.milestones.pass_by(),
                 "scores": {name: {"answers": score.answers, "asleep": score.asleep, "loss": score.loss,
                                   "distance": self.milestones.distance(score.weights)}
