@@ -13,7 +13,7 @@ import ris_fast
 
 ROOT = Path(__file__).parent.parent
 # A module may import modules of lower floors and of its own; siblings on one floor do not know each other.
-FLOORS = (("config",), ("settings",), ("kernels",), ("physics", "environment"), ("data", "models"), ("training",),
+FLOORS = (("config", "files"), ("settings",), ("kernels",), ("physics", "environment"), ("data", "models"), ("training",),
           ("gradcheck", "benchmarks"), ("health", "report", "localize"), ("evaluation", "checkup"), ("launch", "bench"), ("cli",), ("__main__",))
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 
@@ -72,12 +72,13 @@ def test_imports_run_one_way(name: str) -> None:
     ("physics", "from ris_fast.training.loss import CovarianceLoss"), ("models", "import ris_fast.data.shards"),
     ("kernels", "def f():\n    from ris_fast.config import Task"), ("physics", "from ris_fast import Trainer"),
     ("data", "from .training import loop"), ("report", "import ris_fast.health"), ("config", "from ris_fast import settings"),
+    ("files", "from ris_fast.config import Config"), ("kernels", "from ris_fast.files import write_text"),
 ])
 def test_the_check_sees_an_import_that_runs_the_other_way(floor: str, source: str) -> None:
     assert wrong_imports(floor, source)
 
 
-@pytest.mark.parametrize("name", ["ris_fast", "ris_fast.config", "ris_fast.settings", "ris_fast.cli",
+@pytest.mark.parametrize("name", ["ris_fast", "ris_fast.config", "ris_fast.files", "ris_fast.settings", "ris_fast.cli",
                                   "ris_fast.environment", "ris_fast.report.eventlog"])
 def test_importing_costs_neither_torch_nor_figures(name: str) -> None:
     heavy = ("torch", "matplotlib", "numpy", "triton", "safetensors", "rich.progress")

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any, Iterable, Mapping
 
+from ris_fast.files import append_text, write_text, writing
+
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 NONFINITE = "nonfinite"
@@ -36,9 +38,7 @@ class JsonlReport:
         write_json(self.folder / SUMMARY, summary)
 
     def _append(self, row: Mapping[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(dumps(row) + "\n")
+        append_text(self.folder / METRICS, dumps(row) + "\n")
 
 
 def dumps(value: Mapping[str, Any], indent: int | None = None) -> str:
@@ -51,16 +51,8 @@ def dumps(value: Mapping[str, Any], indent: int | None = None) -> str:
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
-    """Writes `value` so that a reader sees the old file or the new one, never half of either."""
+    """Writes `value` so that a reader sees the old file or the new one, never half of either. Raises StorageError."""
     write_text(path, dumps(value, indent=2) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def read_events(path: str | Path) -> list[dict[str, Any]]:
@@ -134,4 +126,5 @@ def _drop_torn_tail(path: Path) -> None:
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole != len(content):
-        os.truncate(path, whole)
+        with writing(path):
+            os.truncate(path, whole)

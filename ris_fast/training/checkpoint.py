@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from ris_fast.files import save_tensors, write_text
 
 
 class CheckpointError(ValueError):
@@ -19,32 +19,19 @@ class CheckpointError(ValueError):
     exit_code = 3
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes to a temporary name in the same folder, flushes it to disk, then renames."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def save_checkpoint(folder: Path, name: str, groups: Mapping[str, Mapping[str, Tensor]],
                     manifest: Mapping[str, Any]) -> Path:
     """Writes NAME.safetensors, with the manifest in its header, and the manifest again as NAME.json for people.
 
     `groups` maps a prefix ('model', 'ema', 'optimizer') to its tensors. The model's stand under their own names, the
-    others under 'prefix/name', so that any reader of safetensors finds the weights.
+    others under 'prefix/name', so that any reader of safetensors finds the weights. Raises StorageError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {(key if prefix == "model" else f"{prefix}/{key}"): value.detach().cpu().contiguous().clone()
                for prefix, group in groups.items() for key, value in group.items()}
     text = json.dumps(manifest, indent=1, sort_keys=True)
     path = folder / f"{name}.safetensors"
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt", "manifest": text})
-    os.replace(temporary, path)
-    write_atomically(folder / f"{name}.json", text.encode())
+    save_tensors(path, tensors, {"format": "pt", "manifest": text})
+    write_text(folder / f"{name}.json", text)
     return path
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ris_fast.files import StorageError
 from ris_fast.report.eventlog import JsonlReport, dumps, read_events, write_json
 
 
@@ -94,3 +95,9 @@ def test_a_failing_write_keeps_the_old_file(tmp_path, monkeypatch) -> None:
     with pytest.raises(OSError, match="disk full"):
         write_json(tmp_path / "summary.json", {"verdict": "stopped"})
     assert strict((tmp_path / "summary.json").read_text()) == {"verdict": "learned"}
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="metrics.jsonl|file/run"):
+        JsonlReport(tmp_path / "file" / "run").step(row(1))

@@ -1,0 +1,111 @@
+"""Files written whole or not at all, and the one error of a file system that refuses. Nothing else renames files.
+
+Only the standard library is imported here, so that anything may import this file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Iterator, Mapping
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class StorageError(OSError):
+    """A file or folder that could not be written: which, what the system said, what to do. Exit code 3."""
+
+    exit_code = 3
+
+    def __init__(self, path: str | Path, error: Exception) -> None:
+        self.path, number = Path(path), _number(error)
+        said = os.strerror(number) if number else str(error)
+        todo = ("Free space there" if number in FULL else "Get the right to write there" if number in CLOSED
+                else "Check that path")
+        super().__init__(f"{path} cannot be written: {said}. {todo}, or write elsewhere (--out).")
+        self.errno = number
+
+
+def _number(error: Exception) -> int | None:
+    """The system's number for what went wrong; safetensors has it in its text only."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return getattr(error, "errno", None) or (int(found[1]) if found else None)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turns what the file system refuses within the block into a StorageError about `path`."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(path, error) from error
+
+
+def make_folder(path: str | Path) -> Path:
+    """The folder, made with its parents where it is not there. Raises StorageError."""
+    with writing(path):
+        Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes `text` so that a reader sees the old file or the new one, never half of either. Raises StorageError."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def append_text(path: str | Path, text: str) -> None:
+    """Adds `text` at the end and closes the file, so that nothing is lost with the process. Raises StorageError."""
+    make_folder(Path(path).parent)
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a .safetensors file whole or not at all, readable as the umask says. Raises StorageError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
+        try:
+            save_file(dict(tensors), partial, metadata=None if metadata is None else dict(metadata))
+        except SafetensorError as error:
+            raise StorageError(path, error) from error
+        with suppress(PermissionError):  # a file system without modes
+            partial.chmod(mode)          # safetensors makes a file that only its owner may read
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A name beside `path` for the block to write to; flushed to disk, it takes the place of `path` in one move.
+
+    Where the block fails, the old file stays as it is and the new one is removed. Raises StorageError.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    make_folder(path.parent)
+    try:
+        with writing(path):
+            yield partial
+            _flush(partial)
+            os.replace(partial, path)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _flush(path: Path) -> None:
+    """Onto the disk: a rename that survives a power cut must not show a file whose bytes did not."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
