@@ -10,18 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ris_fast.config import Config, Task
+from ris_fast.config import Config, ConfigError, Task
 from ris_fast.data.errors import DataError
 from ris_fast.data.statistics import measure, merge
+from ris_fast.files import make_folder, save_tensors, write_text, writing
 from ris_fast.physics.random import SPLITS, SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
 
@@ -47,14 +49,16 @@ def write_shards(config: Config, out_dir: str | Path, scenes: int | Mapping[str,
     Work in progress lies in OUT.partial; the same call again continues it shard by shard.
     Args: scenes: of the training split (the others by `split_sizes`), or of each split. The seed is training.seed.
         progress: called with (scenes written, scenes in all).
-    Returns: the manifest's path. Raises: DataError where OUT is not empty or OUT.partial belongs to another data set.
+    Returns: the manifest's path. Raises: ConfigError for a split without scenes, DataError where OUT is not empty or
+        OUT.partial belongs to another data set, StorageError where the file system refuses.
     """
     sizes = split_sizes(scenes) if isinstance(scenes, int) else dict(scenes)
     _check_request(sizes, shard_scenes)
-    out = Path(out_dir)
+    out = Path(out_dir).resolve()
     plan = _plan(config, sizes, shard_scenes)
     partial = _open_partial(out, plan)
     done, total = 0, sum(sizes.values())
+    _check_room(partial, config.task, total)
     splits: dict[str, Any] = {}
     for split, size in sizes.items():
         entries = []
@@ -66,16 +70,15 @@ def write_shards(config: Config, out_dir: str | Path, scenes: int | Mapping[str,
             if progress is not None:
                 progress(done, total)
         splits[split] = {"scenes": size, "shards": entries, "statistics": merge([e["statistics"] for e in entries])}
-    _write_json(partial / MANIFEST, {**plan, "splits": splits})
-    (partial / PLAN).unlink()
-    os.replace(partial, out)
+    _finish(partial, out, {**plan, "splits": splits})
     return out / MANIFEST
 
 
 def _check_request(sizes: Mapping[str, int], shard_scenes: int) -> None:
     if set(sizes) != set(SPLITS) or min(*sizes.values(), shard_scenes) < 1:
-        raise DataError("simulate", "", f"{dict(sizes)} scenes in shards of {shard_scenes}",
-                        f"at least one scene for each of {', '.join(SPLITS)}", "Ask for at least one scene.")
+        asked = ", ".join(f"{count} {split}" for split, count in sizes.items())
+        raise ConfigError(f"simulate: {asked} scenes in shards of {shard_scenes}; expected at least one scene for each of "
+                          f"{', '.join(SPLITS)}. Ask for more (--scenes).")
 
 
 def _plan(config: Config, sizes: Mapping[str, int], shard_scenes: int) -> dict[str, Any]:
@@ -85,21 +88,46 @@ def _plan(config: Config, sizes: Mapping[str, int], shard_scenes: int) -> dict[s
 
 
 def _open_partial(out: Path, plan: Mapping[str, Any]) -> Path:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(out, "", "something there already", "a new or empty folder",
-                        "Remove it or choose another --out.")
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        try:
-            earlier = json.loads((partial / PLAN).read_text())
-        except (OSError, ValueError):
-            earlier = None
-        if earlier != plan:
+    """The folder to work in, made or found from an earlier call that was interrupted."""
+    with writing(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise DataError(out, "", "something there already", "a new or empty folder",
+                            "Remove it or choose another --out.")
+        if out.is_mount():
+            raise DataError(out, "", "a mount point, which no finished data set can take the name of",
+                            "a folder within it", f"Give --out {out / 'scenes'}.")
+        partial = out.with_name(out.name + ".partial")
+        if partial.exists() and any(partial.glob("[!.]*")) and _read_plan(partial) != plan:
             raise DataError(partial, "", "the unfinished work of another data set", "the same task, seed and sizes",
                             "Remove it, or run the earlier command again to finish it.")
-    partial.mkdir(parents=True, exist_ok=True)
-    _write_json(partial / PLAN, plan)
+    write_text(make_folder(partial) / PLAN, json.dumps(plan, indent=1) + "\n")
     return partial
+
+
+def _check_room(partial: Path, task: Task, scenes: int) -> None:
+    """Refuses a data set that the disk cannot hold before hours of simulation, not after. A disk without size passes."""
+    values = 2 * task.bs_antennas * (task.snapshots + task.elements) + 4 * task.max_sources + 1
+    there = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
+    wanted, disk = scenes * (4 * values + 8) - there, shutil.disk_usage(partial)
+    if disk.total and wanted > disk.free:
+        raise DataError(partial, "", f"{disk.free / 1e9:.1f} GB free", f"{wanted / 1e9:.1f} GB for {scenes:,} scenes",
+                        "Free space there, or write elsewhere (--out).")
+
+
+def _read_plan(partial: Path) -> Any:
+    try:
+        return json.loads((partial / PLAN).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _finish(partial: Path, out: Path, manifest: Mapping[str, Any]) -> None:
+    """Without its plan and what writers that were killed left, the folder gets its name."""
+    write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    with writing(out):
+        for left in (partial / PLAN, *partial.glob(".*")):
+            left.unlink()
+        os.replace(partial, out)
 
 
 def _write_shard(folder: Path, task: Task, generator: SceneGenerator, start: int, rows: int,
@@ -110,9 +138,7 @@ def _write_shard(folder: Path, task: Task, generator: SceneGenerator, start: int
     tensors = _finished(path)
     if tensors is None:
         tensors = _simulate(task, generator, start, rows)
-        temporary = path.with_suffix(".writing")
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
+        save_tensors(path, tensors)
     scenes = Scenes(codes=tensors["codes"], index=torch.arange(rows), **{key: tensors[key] for key in COLUMNS})
     return {"file": name, "scenes": rows, "bytes": path.stat().st_size, "sha256": file_hash(path),
             "statistics": measure(scenes, task.max_sources)}
@@ -139,9 +165,3 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)

@@ -14,12 +14,12 @@ from make_npz import SMALL, all_scenes
 from safetensors.torch import load_file, save_file
 
 from ris_fast.config import Config, Data, Task, Training
-from ris_fast.data import table, write
+from ris_fast.data import table
 from ris_fast.data.errors import DataError
 from ris_fast.data.shards import ShardSource, verify_manifest
 from ris_fast.data.source import SimulatedSource, open_source
 from ris_fast.data.statistics import measure
-from ris_fast.data.write import split_sizes, write_shards
+from ris_fast.data.write import write_shards
 
 SIZES = {"train": 50, "val": 12, "test": 8}
 
@@ -99,65 +99,6 @@ def test_verify_finds_inputs_changed_on_their_way(written: Path, monkeypatch: py
     problems = verify_manifest(source)
     assert {word for p in problems for word in ("snapshots_rms", "channel_rms", "snr_db_mean") if word in p} \
         == {"snapshots_rms", "channel_rms", "snr_db_mean"}
-
-
-def test_an_interrupted_write_leaves_nothing_and_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop_after(done: int, total: int) -> None:
-        if done >= 32:
-            raise KeyboardInterrupt
-
-    out = tmp_path / "set"
-    with pytest.raises(KeyboardInterrupt):
-        write_shards(config(), out, SIZES, shard_scenes=16, progress=stop_after)
-    assert not out.exists() and len(list((tmp_path / "set.partial").glob("train-*"))) == 2
-    (tmp_path / "set.partial" / "train-00001.safetensors").write_bytes(b"half")
-    made: list[int] = []
-    simulate = write._simulate
-    monkeypatch.setattr(write, "_simulate", lambda *a: (made.append(a[2]), simulate(*a))[1])
-    seen: list[tuple[int, int]] = []
-    write_shards(config(), out, SIZES, shard_scenes=16, progress=lambda done, total: seen.append((done, total)))
-    assert made == [16, 32, 48, 0, 0] and seen[-1] == (70, 70) and not (tmp_path / "set.partial").exists()
-    assert verify_manifest(ShardSource(config(out), "cpu")) == []
-    straight = write_shards(config(), tmp_path / "straight", SIZES, shard_scenes=16)
-    assert straight.read_text() == (out / "manifest.json").read_text()
-
-
-def test_unfinished_work_of_another_set_is_kept(tmp_path: Path) -> None:
-    def stop(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_shards(config(), tmp_path / "set", SIZES, progress=stop)
-    with pytest.raises(DataError, match="unfinished work of another data set"):
-        write_shards(config(seed=6), tmp_path / "set", SIZES)
-    assert list((tmp_path / "set.partial").glob("train-*"))
-
-
-def test_a_folder_with_something_in_it_is_refused(written: Path, tmp_path: Path) -> None:
-    before = (written / "manifest.json").read_bytes()
-    with pytest.raises(DataError, match="choose another --out"):
-        write_shards(config(), written, SIZES)
-    assert (written / "manifest.json").read_bytes() == before
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="something there already"):
-        write_shards(config(), tmp_path / "file", SIZES)
-
-
-def test_an_empty_folder_is_filled_and_parents_are_made(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    assert write_shards(config(), tmp_path / "empty", SIZES).exists()
-    assert write_shards(config(), tmp_path / "a" / "b", 8).exists()
-
-
-def test_sizes_of_the_other_splits() -> None:
-    assert split_sizes(160_000) == {"train": 160_000, "val": 40_000, "test": 8_000}
-    assert split_sizes(1) == {"train": 1, "val": 1, "test": 1}
-
-
-@pytest.mark.parametrize("sizes", [0, {"train": 5}, {"train": 5, "val": 0, "test": 1}])
-def test_empty_splits_are_refused(tmp_path: Path, sizes: Any) -> None:
-    with pytest.raises(DataError, match="at least one scene"):
-        write_shards(config(), tmp_path / "set", sizes)
 
 
 def test_configured_sizes_limit_the_splits(written: Path) -> None:
