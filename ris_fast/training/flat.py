@@ -65,10 +65,12 @@ class Bucket:
     """Flat buffers for T tensors of one device and dtype.
 
     The buffers of P elements: `param`, `grad`, `exp_avg`, `exp_avg_sq`, and `ema` (float32 where the parameters are
-    half precision) or None. `state`, `hyper`: see layout.py. Nothing here reads from the device.
+    half precision) or None. `state`, `hyper`: see layout.py. `ring` (R, T, 4): the telemetry of the last R steps, in the
+    slot (step mod R); `ring_steps` (R,) float64: the number of the step in each slot, 0 where there is none yet.
+    Nothing here reads from the device.
     """
 
-    def __init__(self, like: Sequence[Tensor], groups: Sequence[int], group_count: int, backend: str, with_ema: bool) -> None:
+    def __init__(self, like: Sequence[Tensor], groups: Sequence[int], group_count: int, backend: str, with_ema: bool, records: int) -> None:
         device, dtype = like[0].device, real_dtype(like[0])
         self.backend, self._kernels = backend, backends()[backend]
         self._groups = list(groups)
@@ -93,6 +95,7 @@ class Bucket:
         self.steps = zeros(tensors, kind=torch.float32)
         self.sums = zeros(tensors, 2, kind=torch.float64)
         self.telemetry = zeros(tensors, Telemetry.COUNT, kind=torch.float32)
+        self.ring, self.ring_steps = zeros(records, tensors, Telemetry.COUNT, kind=torch.float32), zeros(records, kind=torch.float64)
         self.coefficients = zeros(tensors, Coefficient.COUNT, kind=torch.float64 if dtype == torch.float64 else torch.float32)
         self.hyper = zeros(Hyper.GROUPS + Group.COUNT * group_count, kind=torch.float64)
         fresh = [0.0] * State.COUNT
@@ -151,6 +154,14 @@ class Bucket:
             self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.ema, self.chunks, self.segments, self.hyper,
             self.partial, self.telemetry, self.coefficients, self.state, self.tickets, clear,
         )  # fmt: skip
+
+    def record(self) -> None:
+        """Copies the telemetry of the step that was just made into the ring. Its slot comes from the device's own count of
+        steps, so that every replay of a CUDA graph finds its own."""
+        step = self.state[State.ATTEMPTED : State.ATTEMPTED + 1]
+        slot = step.remainder(len(self.ring)).long()
+        self.ring.index_copy_(0, slot, self.telemetry[None])
+        self.ring_steps.index_copy_(0, slot, step)
 
 
 def run_step(buckets: Sequence[Bucket], clear: bool, measured: bool) -> None:

@@ -14,7 +14,7 @@ from ris_fast.training.flat import Bucket, dense, real_dtype
 
 
 class FlatOptimizer(Optimizer):
-    """Holds the buffers. The subclass sets `wanted_backend` and `ema_decay`, then calls `Optimizer.__init__` and `_build`.
+    """Holds the buffers. The subclass sets `wanted_backend`, `ema_decay` and `_record_count`, then calls `Optimizer.__init__` and `_build`.
 
     For tensor i of all groups in order: `_params[i]`; its buffer and its place there `_place[i]`; its gradient view
     `_grad_views[i]`; and `_expected[i]`, which is that view while the tensor takes part in steps, else None. Fast checks
@@ -23,6 +23,7 @@ class FlatOptimizer(Optimizer):
 
     _built = False
     wanted_backend: str
+    _record_count: int
 
     def _build(self) -> None:
         """Moves every parameter, with the moments that `self.state` has for it, into new flat buffers."""
@@ -51,7 +52,7 @@ class FlatOptimizer(Optimizer):
     def _make_bucket(self, kind: tuple[torch.device, torch.dtype], members: Sequence[int], groups: Sequence[int]) -> Bucket:
         like = [self._params[i].detach() for i in members]
         backend = choose_backend(self.wanted_backend, *kind)
-        return Bucket(like, [groups[i] for i in members], len(self.param_groups), backend, self.ema_decay is not None)
+        return Bucket(like, [groups[i] for i in members], len(self.param_groups), backend, self.ema_decay is not None, self._record_count)
 
     @property
     def backend(self) -> str:

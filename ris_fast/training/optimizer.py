@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,7 @@ class FusedAdamW(SavedOptimizer):
         loss_scale: None, a number, or "dynamic" (float16): multiply the loss by it with `scale`; steps unscale.
         clear_grads: the step leaves gradients zero; otherwise they stay, as in torch.
         telemetry: measures weight and update norms per tensor (gradient norms are always there).
+        records: keeps the telemetry of this many steps on the device, for `records()`; 16 bytes a tensor and step.
         backend: "auto", "native" (C++), "triton" (CUDA) or "reference" (plain torch).
     Raises:
         ValueError, RuntimeError: on arguments or parameters that it cannot serve; says which and what to do.
@@ -69,6 +70,7 @@ class FusedAdamW(SavedOptimizer):
         loss_scale: float | str | None = None,
         clear_grads: bool = False,
         telemetry: bool = True,
+        records: int = 0,
         backend: str = "auto",
     ) -> None:
         defaults = dict(
@@ -79,7 +81,9 @@ class FusedAdamW(SavedOptimizer):
         check_options(max_grad_norm, ema_decay, loss_scale, backend)
         self.max_grad_norm, self._ema_decay, self.ema_warmup = max_grad_norm, ema_decay, ema_warmup
         self.loss_scale, self.clear_grads, self.measure_telemetry = loss_scale, clear_grads, telemetry
-        self.wanted_backend = backend
+        if records < 0 or (records and not telemetry):
+            raise ValueError(f"FusedAdamW: records is {records} with telemetry={telemetry}. Give a number >= 0, and telemetry=True where it is not 0.")
+        self.wanted_backend, self._record_count = backend, records
         self._reset()
         super().__init__(params, defaults)
         for group in self.param_groups:
@@ -122,6 +126,9 @@ class FusedAdamW(SavedOptimizer):
             self._start_average()
         self._take_scaler()
         run_step(self._buckets, self.clear_grads, measured=self._measured == self._versions())
+        if self._record_count and self.measure_telemetry:
+            for bucket in self._buckets:
+                bucket.record()
         self._note_step()
         return loss
 
@@ -236,9 +243,28 @@ class FusedAdamW(SavedOptimizer):
         """(T, 4) float32, a row for each of `tensor_names`: gradient norm before clipping, weight norm, update norm, non-finite count."""
         if not self.measure_telemetry:
             raise RuntimeError("FusedAdamW.telemetry: switched off. Set optimizer.measure_telemetry = True.")
-        if len(self._buckets) == 1:
-            return self._buckets[0].telemetry.clone()
-        table = torch.empty(len(self._params), 4, dtype=torch.float32, device=self._buckets[0].device)
-        for bucket, members in zip(self._buckets, self._rows, strict=True):
-            table[members] = bucket.telemetry.to(table.device)
-        return table
+        return self._by_tensor([bucket.telemetry for bucket in self._buckets])
+
+    def records(self) -> tuple[Tensor, Tensor]:
+        """(R, T, 4) float32, `telemetry()` as it was after each of the last R attempted steps, and (R,) float64, their numbers.
+
+        R is the option `records`. In no order; number 0: nothing there yet. Copies on the device, without a host read.
+        A skipped step has a record too: its gradients as they came, the weights as they stayed, updates of 0.
+        """
+        return self._by_tensor([bucket.ring for bucket in self._buckets]), self._buckets[0].ring_steps.clone()
+
+    def _by_tensor(self, tables: Sequence[Tensor]) -> Tensor:
+        """Tables (..., T of a buffer, 4) as one copy (..., T, 4) in the order of `tensor_names`, on the first buffer's device."""
+        if len(tables) == 1:
+            return tables[0].clone()
+        whole = tables[0].new_empty(*tables[0].shape[:-2], len(self._params), tables[0].shape[-1])
+        for table, members in zip(tables, self._rows, strict=True):
+            whole[..., members, :] = table.to(whole.device)
+        return whole
+
+    @torch.no_grad()
+    def load_extra_state(self, saved: Mapping[str, Tensor]) -> None:
+        """Restores `extra_state`. Records of the steps made until now are dropped: they are another history's."""
+        super().load_extra_state(saved)
+        for bucket in self._buckets:
+            bucket.ring_steps.zero_()

@@ -11,7 +11,7 @@ from torch import Tensor
 from ris_fast.kernels.fused_step.layout import State
 from ris_fast.training.flat_optimizer import FlatOptimizer
 
-_OPTIONS = ("max_grad_norm", "_ema_decay", "ema_warmup", "loss_scale", "clear_grads", "measure_telemetry", "wanted_backend")
+_OPTIONS = ("max_grad_norm", "_ema_decay", "ema_warmup", "loss_scale", "clear_grads", "measure_telemetry", "_record_count", "wanted_backend")
 _EXTRA = "ris_fast"  # key in state_dict that torch.optim.AdamW ignores
 
 

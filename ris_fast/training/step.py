@@ -18,6 +18,7 @@ from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.loss import CovarianceLoss
 from ris_fast.training.optimizer import FusedAdamW
+from ris_fast.training.records import ring_size
 from ris_fast.training.schedule import learning_rate_factor
 from ris_fast.training.telemetry import Telemetry
 
@@ -51,7 +52,7 @@ def build_optimizer(model: nn.Module, config: Config) -> FusedAdamW:
     return FusedAdamW(parameter_groups(model, settings), lr=settings.backbone_lr, betas=(settings.beta1, settings.beta2),
                       eps=settings.eps, weight_decay=settings.weight_decay,
                       max_grad_norm=settings.max_grad_norm or None, ema_decay=settings.ema_decay or None,
-                      ema_warmup=True, clear_grads=True,
+                      ema_warmup=True, clear_grads=True, records=ring_size(config.report.every_steps),
                       loss_scale="dynamic" if config.training.precision == "fp16" else None,
                       backend=config.training.backend)
 

@@ -1,6 +1,7 @@
 """What the step sees of itself: gradients before anything touched them, weights before and after, the scenes as served.
 
 Taken on the first steps and then on every report, as tensors that stay on the device until `read`; nothing here waits.
+Between two reports the fused step keeps its own record of every step, a norm a tensor, in a ring on the device.
 
 Legend: B batch, T tensors.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast.physics.scenes import Scenes
+from ris_fast.training.records import Window, median
 
 DENSE = 8                  # the contracts of the loop show in the first steps
 REMEMBERED = 64            # sampled steps whose scenes are kept, to see one of them again
@@ -47,7 +49,10 @@ def asleep(model: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class Sample:
-    """One step as it was seen: its number, the modules that were in evaluation mode, and tensors by name."""
+    """A step as it was seen: its number, the modules that were in evaluation mode, and tensors by name.
+
+    Of every step of a report: "records" and "record_steps" of `FusedAdamW.records`; the rest only of a step that was read.
+    """
 
     call: int
     asleep: list[str]
@@ -65,7 +70,8 @@ class Telemetry:
         self.calls, self.sampled, self.enabled = 0, False, True
         self.first: Tensor | None = None                  # weight norms before the first step
         self.kept: tuple[int, Tensor] | None = None       # call and weight norms after the last step that was read
-        self.table: Tensor | None = None                  # (T, 4) of the last reading, as FusedAdamW.telemetry
+        self.window: Window | None = None                 # what the last report brought
+        self.told, self.told_calls = 0, 0                 # number of the last step in a window; calls until then
         self.seen: list[tuple[int, frozenset[int]]] = []
         self._clear()
 
@@ -125,20 +131,36 @@ class Telemetry:
     # ---- called at a report ----------------------------------------------------------------------------------------
 
     def sample(self) -> "Sample | None":
-        """The last step as it was seen, still on the device; None if it was not sampled."""
-        if self.after is None or self.raw is None or self.before is None:
-            return None
-        tensors = {"before": self.before, "after": self.after, "raw": self.raw, "first": self.first,
-                   "table": self.optimizer.telemetry(), "left_over": self.left_over, "spread": self.spread,
-                   "prints": torch.cat(self.prints) if self.prints else None,
-                   "broken": torch.stack(self.broken).sum(0) if self.broken else None}
-        return Sample(self.calls, asleep(self.model), {name: value for name, value in tensors.items() if value is not None})
+        """What a report takes with it of the last step and of those before it, still on the device; None for nothing."""
+        tensors: dict[str, Tensor | None] = {}
+        if self.after is not None and self.raw is not None and self.before is not None:
+            tensors = {"before": self.before, "after": self.after, "raw": self.raw, "first": self.first,
+                       "table": self.optimizer.telemetry(), "left_over": self.left_over, "spread": self.spread,
+                       "prints": torch.cat(self.prints) if self.prints else None,
+                       "broken": torch.stack(self.broken).sum(0) if self.broken else None}
+        records, numbers = self.optimizer.records()
+        if len(numbers):
+            tensors |= {"records": records, "record_steps": numbers}
+        tensors = {name: value for name, value in tensors.items() if value is not None}
+        return Sample(self.calls, asleep(self.model), tensors) if tensors else None
 
     def read(self, sample: "Sample | None", epoch: int) -> dict[str, Any]:
-        """A sampled step in plain numbers; empty for None. Waits for the device where the tensors are still there."""
+        """A sample in plain numbers; empty for None. Waits for the device where the tensors are still there."""
         if sample is None:
             return {}
         seen = {name: value.cpu() for name, value in sample.tensors.items()}
+        return self._read_window(sample.call, seen) | (self._read_step(sample, seen, epoch) if "table" in seen else {})
+
+    def _read_window(self, call: int, seen: dict[str, Tensor]) -> dict[str, Any]:
+        """What the ring has kept since the last report."""
+        if "records" not in seen:
+            return {}
+        self.window = Window.after(self.told, seen["records"], seen["record_steps"], call - self.told_calls)
+        self.told_calls, self.told = call, self.window.numbers[-1] if self.window.numbers else self.told
+        return {"window": self.window.summary(self.optimizer.tensor_names)}
+
+    def _read_step(self, sample: Sample, seen: dict[str, Tensor], epoch: int) -> dict[str, Any]:
+        """The step that was looked at."""
         before, after, raw, table = (seen[name] for name in ("before", "after", "raw", "table"))
         hashes = seen["prints"].tolist() if "prints" in seen else []
         broken = seen["broken"].tolist() if "broken" in seen else [0, 0]
@@ -150,9 +172,9 @@ class Telemetry:
                    "batch": f"{sum(hashes) & (2**64 - 1):016x}", "scenes": len(hashes),
                    "repeated": self._repeated(hashes, epoch), "zero_scenes": broken[0], "nonfinite_scenes": broken[1],
                    "spread": _number(seen.get("spread")), "asleep": len(sleeping), "first_asleep": (sleeping or [None])[0],
-                   "update_ratio": _median((table[:, 2] / table[:, 1].clamp_min(1e-30)).tolist()),
+                   "update_ratio": median((table[:, 2] / table[:, 1].clamp_min(1e-30)).tolist()),
                    "weight_norm": float(after.norm())}
-        self.kept, self.table = (sample.call, after), table
+        self.kept = (sample.call, after)
         return reading
 
     def _moved_before(self, call: int, before: Tensor) -> int:
@@ -195,7 +217,3 @@ def changed(before: Tensor, after: Tensor) -> int:
 
 def _number(value: Tensor | None) -> float | None:
     return None if value is None else float(value)
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2] if values else math.nan
