@@ -141,7 +141,7 @@ def safetensors_arrays(path: Path) -> dict[str, StoredArray]:
         header.pop("__metadata__", None)
         found = [StoredArray(path, key, np.dtype(_SAFETENSORS_DTYPES[item["dtype"]]), tuple(item["shape"]),
                              8 + length + item["data_offsets"][0]) for key, item in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
         raise DataError(path, "", f"no readable safetensors header ({type(problem).__name__}: {problem})"[:200],
                         "a shard written by `ris-fast simulate`", COPY_AGAIN) from None
     for array in found:

@@ -6,9 +6,9 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K sources
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
@@ -32,20 +32,51 @@ CHUNK = 512
 WRITE_AGAIN = "Write the data set again with `ris-fast simulate`, or copy it again."
 
 
+@dataclass(frozen=True)
+class OwnShard:
+    """One file that has its size and header as the manifest and the task say."""
+
+    path: Path
+    sha256: str
+    arrays: dict[str, StoredArray]
+
+    @property
+    def scenes(self) -> int:
+        return self.arrays["snapshots"].shape[0]
+
+    def check_contents(self) -> None:
+        """Every byte is the one that was written; about a second for a gigabyte. Raises: DataError."""
+        try:
+            found = file_hash(self.path)
+        except OSError as problem:
+            raise DataError(self.path, "", f"a file that cannot be read ({problem.strerror})", "a shard",
+                            COPY_AGAIN) from None
+        if found != self.sha256:
+            raise DataError(self.path, "", f"other bytes than were written (SHA-256 {found[:12]}...)",
+                            f"SHA-256 {self.sha256[:12]}..., as the manifest says", COPY_AGAIN)
+
+
 class ShardSource:
-    """Scenes of a folder written by `ris-fast simulate`. train and val are read on opening, test on first use."""
+    """Scenes of a folder written by `ris-fast simulate`.
+
+    On opening every file must be there in its full size. train and val are read then, test when first asked for; the
+    contents of what is read must have the manifest's SHA-256. Raises: DataError on opening, or on first use of test.
+    """
 
     name = "shards"
     channel = True
     endless = False
 
-    def __init__(self, config: Config, device: torch.device | str) -> None:
+    def __init__(self, config: Config, device: torch.device | str,
+                 progress: Callable[[int, int], None] | None = None) -> None:
         self.task, self.path, self.device = config.task, Path(config.data.path), torch.device(device)
-        self.array = RISArray.of(config.task)
+        self.array, self._progress = RISArray.of(config.task), progress
         self.manifest = read_manifest(self.path, config.task)
         self._found = {split: self.manifest["splits"][split]["scenes"] for split in SPLITS}
         self._sizes = {split: min(found, getattr(config.data, f"{split}_scenes"))
                        for split, found in self._found.items()}
+        self._shards = {split: [open_own_shard(path, entry, self.task) for path, entry in self.files(split)]
+                        for split in SPLITS}
         self._loaded: dict[str, tuple[Table, Tensor, Placement]] = {}
         self._hashes: dict[str, list[bytes]] = {}
         for split in SPLITS[:2]:
@@ -83,41 +114,58 @@ class ShardSource:
 
     def _load(self, split: str) -> tuple[Table, Tensor, Placement]:
         if split not in self._loaded:
-            shards = [open_own_shard(path, entry, self.task) for path, entry in self.files(split)]
-            self._loaded[split], self._hashes[split] = self._read(shards, self._sizes[split])
+            self._loaded[split], self._hashes[split] = self._read(self._shards[split], self._sizes[split])
         return self._loaded[split]
 
-    def _read(self, shards: list[dict[str, StoredArray]],
-              rows: int) -> tuple[tuple[Table, Tensor, Placement], list[bytes]]:
-        """One pass in order: finite values, hashes, and the columns where they will stay."""
-        row_bytes = sum(shards[0][name].row_bytes for name in COLUMNS)
+    def _read(self, shards: Sequence[OwnShard], rows: int) -> tuple[tuple[Table, Tensor, Placement], list[bytes]]:
+        """One pass in order: contents, finite values, hashes of scenes, and the columns where they will stay."""
+        row_bytes = sum(shards[0].arrays[name].row_bytes for name in COLUMNS)
         placement = place_table(self.path, rows * row_bytes, self.device, mappable=True)
         table = Table(rows, self.device if placement.place == "device" else torch.device("cpu"))
         hashes: list[bytes] = []
-        codes = torch.from_numpy(np.array(shards[0]["codes"].map()))
+        codes: Tensor | None = None
         start = 0
         for shard in shards:
-            if not np.array_equal(shard["codes"].map(), codes):
-                raise DataError(shard["codes"].file, "codes", "other codes than in the first shard",
-                                "one set for all scenes", WRITE_AGAIN)
-            take = min(shard["snapshots"].shape[0], rows - start)
-            for name in COLUMNS if take > 0 else ():
-                on_disk = placement.place == "mapped" and name in BIG
-                for at, raw in zip(range(0, take, CHUNK), shard[name].chunks(CHUNK, take)):
-                    chunk = torch.from_numpy(raw)
-                    check_finite(shard[name].file, name, chunk, at)
-                    hashes += scene_hashes(chunk) if name == "snapshots" else []
-                    if not on_disk:
-                        table.write(start + at, name, chunk)
-                if on_disk:
-                    table.attach(name, shard[name].map())
-            start += max(take, 0)
-        check_finite(shards[0]["codes"].file, "codes", codes, 0)
+            take = min(shard.scenes, rows - start)
+            if take <= 0:
+                break
+            shard.check_contents()  # at once before it is read, while the system still has it in memory
+            codes = _same_codes(shard, codes)
+            hashes += _keep(shard, table, start, take, BIG if placement.place == "mapped" else ())
+            start += take
+            if self._progress is not None:
+                self._progress(start, rows)
+        assert codes is not None
         return (table, codes.to(table.device), placement), hashes
 
     def _find_overlaps(self) -> list[Overlap]:
         overlap = find_overlap("train", self._hashes["train"], "val", self._hashes["val"])
         return [overlap] if overlap.count else []
+
+
+def _same_codes(shard: OwnShard, codes: Tensor | None) -> Tensor:
+    """The codes of a shard, which must be those of the shards before it. Raises: DataError."""
+    stored = shard.arrays["codes"]
+    own = torch.from_numpy(np.array(stored.map()))
+    check_finite(shard.path, "codes", own, 0)
+    if codes is not None and not torch.equal(own, codes):
+        raise DataError(shard.path, "codes", "other codes than in the first shard", "one set for all scenes", WRITE_AGAIN)
+    return own
+
+
+def _keep(shard: OwnShard, table: Table, start: int, take: int, mapped: Sequence[str]) -> list[bytes]:
+    """Copies or maps the first `take` scenes of a shard to rows start, ...; returns their hashes. Raises: DataError."""
+    hashes: list[bytes] = []
+    for name in COLUMNS:
+        for at, raw in zip(range(0, take, CHUNK), shard.arrays[name].chunks(CHUNK, take)):
+            chunk = torch.from_numpy(raw)
+            check_finite(shard.path, name, chunk, at)
+            hashes += scene_hashes(chunk) if name == "snapshots" else []
+            if name not in mapped:
+                table.write(start + at, name, chunk)
+        if name in mapped:
+            table.attach(name, shard.arrays[name].map())
+    return hashes
 
 
 def read_manifest(path: Path, task: Task) -> dict[str, Any]:
@@ -127,15 +175,17 @@ def read_manifest(path: Path, task: Task) -> dict[str, Any]:
         manifest = json.loads(file.read_text())
     except FileNotFoundError:
         raise DataError(path, "", f"no {MANIFEST}", "a data set written by `ris-fast simulate`",
-                        "Give the right data.path, or write one.") from None
-    except ValueError as problem:
+                        "Give the right --data DIR, or write one.") from None
+    except (ValueError, OSError) as problem:
         raise DataError(file, "", f"no readable JSON ({problem})", "a manifest", COPY_AGAIN) from None
     if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise DataError(file, "format", f"{manifest.get('format') if isinstance(manifest, dict) else manifest!r}",
                         f"'{FORMAT}' version {VERSION}", WRITE_AGAIN)
-    missing = {"task", "seed", "splits"} - set(manifest) or set(SPLITS) - set(manifest["splits"])
+    missing = {key for key, kind in (("task", dict), ("seed", int), ("splits", dict))
+               if not isinstance(manifest.get(key), kind)} or set(SPLITS) - set(manifest["splits"])
     if missing:
         raise DataError(file, sorted(missing)[0], "no such entry", "it", COPY_AGAIN)
+    _check_entries(file, manifest)
     for key, value in asdict(task).items():
         if manifest["task"].get(key) != value:
             raise DataError(file, f"task.{key}", f"{manifest['task'].get(key)!r} in the data",
@@ -144,8 +194,22 @@ def read_manifest(path: Path, task: Task) -> dict[str, Any]:
     return manifest
 
 
-def open_own_shard(path: Path, entry: dict[str, Any], task: Task) -> dict[str, StoredArray]:
-    """The arrays of one shard, their size, types and shapes checked against the manifest. Raises: DataError."""
+def _check_entries(file: Path, manifest: dict[str, Any]) -> None:
+    """Every split lists its shards, and their scenes add up. Raises: DataError."""
+    for split in SPLITS:
+        entry = manifest["splits"][split]
+        try:
+            whole = all({"file", "scenes", "bytes", "sha256", "statistics"} <= set(each) for each in entry["shards"])
+            whole = whole and entry["scenes"] == sum(each["scenes"] for each in entry["shards"]) > 0
+        except (KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise DataError(file, f"splits.{split}", "no whole list of shards", "every shard with its size and SHA-256",
+                            COPY_AGAIN)
+
+
+def open_own_shard(path: Path, entry: dict[str, Any], task: Task) -> OwnShard:
+    """One shard, its size, types and shapes checked against the manifest; reads no array. Raises: DataError."""
     if not path.is_file():
         raise DataError(path, "", "no such file", "it, because the manifest lists it", COPY_AGAIN)
     size = path.stat().st_size
@@ -161,14 +225,14 @@ def open_own_shard(path: Path, entry: dict[str, Any], task: Task) -> dict[str, S
         if found is None or found.shape != shape or found.dtype != dtype:
             what = "no such array" if found is None else f"shape {found.shape} of {found.dtype}"
             raise DataError(path, name, what, f"shape {shape} of {dtype}", WRITE_AGAIN)
-    return arrays
+    return OwnShard(path, entry["sha256"], arrays)
 
 
 def verify_manifest(source: Any, *, contents: bool = True) -> list[str]:
     """Does what training reads match the manifest? One sentence for each thing that does not; empty: all is well.
 
     Reads the first shard of each split through `source.batch`, the path that training uses, and compares its
-    statistics; with `contents`, hashes every file (about 1 GB/s). A source without a manifest has nothing to check.
+    statistics; with `contents`, hashes every file anew (about 1 GB/s), also those that opening had no need to read. A source without a manifest has nothing to check.
     """
     if not isinstance(source, ShardSource):
         return []

@@ -70,8 +70,8 @@ def open_source(config: Config, device: torch.device | str,
                 progress: Callable[[int, int], None] | None = None) -> SceneSource:
     """The source that config.data asks for.
 
-    Args: progress: called with (scenes read, scenes in all) while .npz shards are read and checked, which for
-        100,000 scenes takes a minute or two. Raises: DataError (exit code 3) where the files cannot be used.
+    Args: progress: called with (scenes read, scenes in all) of one split after the other while files are read and
+        checked, which for 100,000 scenes of .npz takes a minute or two. Raises: DataError (exit code 3) where the files cannot be used.
     """
     kind = config.data.source
     if kind == "auto":
@@ -87,7 +87,7 @@ def open_source(config: Config, device: torch.device | str,
     if kind == "shards":
         from ris_fast.data.shards import ShardSource
 
-        return ShardSource(config, device)
+        return ShardSource(config, device, progress)
     return SimulatedSource(config, device)
 
 

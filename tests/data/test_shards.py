@@ -19,7 +19,7 @@ from ris_fast.data.errors import DataError
 from ris_fast.data.shards import ShardSource, verify_manifest
 from ris_fast.data.source import SimulatedSource, open_source
 from ris_fast.data.statistics import measure
-from ris_fast.data.write import write_shards
+from ris_fast.data.write import file_hash, write_shards
 
 SIZES = {"train": 50, "val": 12, "test": 8}
 
@@ -82,14 +82,61 @@ def test_verify_accepts_what_was_written(written: Path) -> None:
     assert verify_manifest(SimulatedSource(config(), "cpu")) == []
 
 
-def test_verify_finds_a_changed_byte(written: Path) -> None:
-    path = written / "train-00002.safetensors"
+def flip(path: Path, at: int = -40) -> None:
+    """Another value of one number, as finite as the one before."""
     raw = bytearray(path.read_bytes())
-    raw[-40] ^= 1
+    raw[at] ^= 1
     path.write_bytes(raw)
-    problems = verify_manifest(ShardSource(config(written), "cpu"))
+
+
+def test_verify_finds_a_byte_changed_since_the_set_was_opened(written: Path) -> None:
+    source = ShardSource(config(written), "cpu")
+    source.batch("test", torch.arange(1))
+    flip(written / "train-00002.safetensors")
+    problems = verify_manifest(source)
     assert len(problems) == 1 and "train-00002" in problems[0] and "SHA-256" in problems[0]
-    assert verify_manifest(ShardSource(config(written), "cpu"), contents=False) == []
+    assert verify_manifest(source, contents=False) == []
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("name", ["train-00003", "val-00000"])
+def test_a_changed_byte_of_what_is_read_is_refused_on_opening(written: Path, monkeypatch: pytest.MonkeyPatch, name: str,
+                                                              mapped: bool) -> None:
+    if mapped:
+        monkeypatch.setattr(table, "free_host_bytes", lambda: 1000)
+    flip(written / f"{name}.safetensors")
+    with pytest.raises(DataError, match=f"{name}.*SHA-256.*copy or generate it again") as caught:
+        ShardSource(config(written), "cpu")
+    assert caught.value.exit_code == 3
+
+
+def test_what_is_not_read_is_not_hashed(written: Path) -> None:
+    flip(written / "train-00003.safetensors")
+    assert ShardSource(config(written, train_scenes=20), "cpu").size("train") == 20
+
+
+def test_a_test_shard_is_checked_for_presence_on_opening_and_for_contents_on_first_use(written: Path) -> None:
+    path = written / "test-00000.safetensors"
+    flip(path)
+    source = ShardSource(config(written), "cpu")
+    with pytest.raises(DataError, match="test-00000.*SHA-256"):
+        source.batch("test", torch.arange(1))
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(DataError, match="test-00000.*bytes, as the manifest says"):
+        ShardSource(config(written), "cpu")
+    path.unlink()
+    with pytest.raises(DataError, match="test-00000.*no such file"):
+        ShardSource(config(written), "cpu")
+    with pytest.raises(DataError, match="test-00000.*cannot be read"):
+        source.batch("test", torch.arange(1))
+
+
+def test_progress_counts_scenes(written: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    source = open_source(config(written), "cpu", progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(16, 50), (32, 50), (48, 50), (50, 50), (12, 12)]
+    source.batch("test", torch.arange(1))
+    assert seen[-1] == (8, 8)
 
 
 def test_verify_finds_inputs_changed_on_their_way(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,13 +162,13 @@ def test_copies_between_splits_are_counted(written: Path) -> None:
 
 
 def replace_shard(folder: Path, name: str, damage: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    """Change tensors of a shard, and let the manifest agree about its length, so that only the damage is wrong."""
+    """Change tensors of a shard, and let the manifest agree about its bytes, so that only the damage is wrong."""
     path = folder / f"{name}.safetensors"
     tensors = load_file(path)
     damage(tensors)
     path.unlink()
     save_file({k: v.contiguous() for k, v in tensors.items()}, path)
-    edit_manifest(folder, lambda m: [e.update(bytes=path.stat().st_size) for s in m["splits"].values()
+    edit_manifest(folder, lambda m: [e.update(bytes=path.stat().st_size, sha256=file_hash(path)) for s in m["splits"].values()
                                      for e in s["shards"] if e["file"] == path.name])
 
 
@@ -175,6 +222,12 @@ DAMAGE = {
     "manifest is a list": (lambda f: (f / "manifest.json").write_text("[]"), "manifest", "format", "[]"),
     "no seed": (lambda f: edit_manifest(f, lambda m: m.pop("seed")), "manifest", "seed", "no such entry"),
     "no val": (lambda f: edit_manifest(f, lambda m: m["splits"].pop("val")), "manifest", "val", "no such entry"),
+    "no hashes": (lambda f: edit_manifest(f, lambda m: m["splits"]["test"]["shards"][0].pop("sha256")), "manifest",
+                  "splits.test", "no whole list"),
+    "a shard not listed": (lambda f: edit_manifest(f, lambda m: m["splits"]["train"]["shards"].pop()), "manifest",
+                           "splits.train", "no whole list"),
+    "splits are a list": (lambda f: edit_manifest(f, lambda m: m.update(splits=["train", "val", "test"])), "manifest",
+                          "splits", "no such entry"),
     "other task": (lambda f: edit_manifest(f, lambda m: m["task"].update(snr_min_db=-9.0)), "manifest",
                    "task.snr_min_db", "-9.0"),
 }
