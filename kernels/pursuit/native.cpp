@@ -13,6 +13,7 @@ namespace RIS_NS {
 namespace pursuit {
 
 constexpr float TINY = 1e-12f;
+constexpr float LEAST_DB = -40.0f, MOST_DB = 20.0f;  // WORKING_SNR_DB of reference.py, which says why
 
 struct Sizes {
     int64_t antennas, elements, snapshots, atoms, places, wide, lp;
@@ -368,7 +369,7 @@ RIS_EXPORT(int, pursuit_features)
                 failed = 1;
                 continue;
             }
-            Scene scene{snapshots + 2 * b * n_snapshots * antennas, channel + 2 * b * antennas * elements, snr_db[b], 0, 0, 0, 0};
+            Scene scene{snapshots + 2 * b * n_snapshots * antennas, channel + 2 * b * antennas * elements, clamp(snr_db[b], LEAST_DB, MOST_DB), 0, 0, 0, 0};
             normal_equations(s, shared, scene);
             pursue(s, shared, scene);
             RIS_NS::pursuit::inputs(inputs + b * z.width(), s, g, scene);

@@ -14,6 +14,10 @@ from torch import Tensor
 from .search import TANGENTS, Atoms, Geometry, Normal, Pursuit, normal_equations
 
 TINY = 1e-12
+# An SNR beyond these is taken for the nearer one. Above 20 dB a first-order step errs more than the noise does: ridges as
+# small as the noise then let near-equal atoms grow against each other, to infinity in float32 (in float64 only a worse
+# answer), and features leave what a network has seen. Below -40 dB nothing is left to weigh.
+WORKING_SNR_DB = (-40.0, 20.0)
 
 
 @torch.no_grad()
@@ -22,12 +26,13 @@ def pursuit_features(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: 
     """What a pursuit of `stages` atoms finds in each scene: inputs (B, F) of a network, and the columns of its factors.
 
     Args: snapshots (B, L, M, 2), channel (B, M, N, 2), codes (L, N, 2), snr_db (B,); constants: the tensors of `Geometry`
-        in order; wavenumber: rad/m where the wavefront is spherical, 0 where it is Fresnel.
+        in order; wavenumber: rad/m where the wavefront is spherical, 0 where it is Fresnel. `snr_db` is clamped to WORKING_SNR_DB.
     Returns: inputs (B, F), numbers of order one; basis (B, N, 2R) planar: for atom k s_k times its T tangents, then what
         earlier stages add. All float32 or all float64.
     """
     with torch.autocast(snapshots.device.type, enabled=False):
         pursuit = Pursuit(Geometry(*constants), wavenumber, stages)
+        snr_db = snr_db.clamp(*WORKING_SNR_DB)
         normal = normal_equations(snapshots, channel, codes, snr_db)
         found = pursuit(normal)
         return _inputs(pursuit, normal, found, snr_db), _basis(pursuit, found)

@@ -13,9 +13,10 @@ from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.pursuit import op, reference
 from ris_fast.kernels.pursuit.samples import SAMPLES, scenes
+from ris_fast.kernels.pursuit.search import Geometry
 from ris_fast.models.features import Features, PursuitFeatures
 from ris_fast.physics.random import SceneGenerator
-from ris_fast.physics.scenes import simulate
+from ris_fast.physics.scenes import Scenes, simulate
 
 NAMED = {sample.name: sample for sample in SAMPLES}
 needs_cpp = pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built")
@@ -81,19 +82,55 @@ def test_a_scene_has_its_own_bits() -> None:
         torch.set_num_threads(threads)
 
 
+def drawn(task: Task, count: int) -> tuple[PursuitFeatures, Scenes, tuple[Any, ...]]:
+    """Features of a task, scenes of it, and the operator's arguments for them."""
+    model, found = PursuitFeatures(task, task.max_sources), simulate(task, count, SceneGenerator(5, "val"))
+    constants = [getattr(model, name) for name in Geometry._fields]
+    return model, found, (found.snapshots, found.channel, found.codes, found.snr_db, constants, model.wavenumber, model.atoms)
+
+
+def at(snr_db: float, **settings: Any) -> Task:
+    return Task(snr_min_db=snr_db, snr_max_db=snr_db, **settings)
+
+
 @pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
 def test_the_task_is_solved_as_well_as_by_plain_torch(wavefront: str) -> None:
     """512 drawn scenes, ties and near-equal atoms among them: nearly all alike, and the same error of the covariance."""
-    task = Task(wavefront=wavefront)
-    model, drawn = PursuitFeatures(task, task.max_sources), simulate(task, 512, SceneGenerator(5, "val"))
-    args = (drawn.snapshots, drawn.channel, drawn.codes, drawn.snr_db, [getattr(model, n) for n in op.reference.Geometry._fields],
-            model.wavenumber, model.atoms)
+    model, scenes, args = drawn(Task(wavefront=wavefront), 512)
     results = [Features(*run(*args)) for run in (op._cpp, op._plain)]
     alike = (results[0].inputs - results[1].inputs).abs().amax(1) < 1e-2
     assert alike.float().mean() > 0.98
     torch.testing.assert_close(results[0].basis[alike], results[1].basis[alike], rtol=0, atol=2e-3)
-    fast, plain = (float(cov_nmse(model.sources(each), target_factor=drawn.factor)) for each in results)
+    fast, plain = (float(cov_nmse(model.sources(each), target_factor=scenes.factor)) for each in results)
     assert fast == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.parametrize("snr_db", [40, 60, 80, 100, 120])
+def test_with_next_to_no_noise_plain_torch_finds_the_same_covariance(snr_db: float) -> None:
+    """Once the sources are found rounding chooses what is left, so the atoms differ; what they add up to does not."""
+    model, _, args = drawn(at(snr_db), 256)
+    fast, plain = (model.sources(Features(*run(*args))) for run in (op._cpp, op._plain))
+    assert cov_nmse(fast, target_factor=plain, reduction="none").max() < 1e-3
+
+
+@pytest.mark.parametrize("run", [op._cpp, op._plain], ids=["cpp", "torch"])
+@pytest.mark.parametrize("snr_db", [-100, -40, 40, 60, 80, 100, 120])
+def test_features_are_sensible_at_any_snr(snr_db: float, run: Any) -> None:
+    """Sources within six degrees lie nearly in line with one another: ridges of the noise alone lose a tenth of them at 60 dB."""
+    for task, count in ((at(snr_db), 1000), (at(snr_db, range_min_m=5, azimuth_deg=3.0, elevation_deg=3.0), 300)):
+        _, _, args = drawn(task, count if run is op._cpp else count // 5)
+        inputs, basis = run(*args)
+        assert inputs.isfinite().all() and basis.isfinite().all()
+        assert inputs.abs().max() < 10 and basis.abs().max() < 3
+
+
+def test_less_noise_is_never_worse() -> None:
+    """The same scenes: those whose sources lie close together, where the ridge alone holds the amplitudes, decide the mean."""
+    errors = []
+    for snr_db in (20, 60, 120):
+        model, scenes, args = drawn(at(snr_db), 2000)
+        errors.append(float(cov_nmse(model.sources(Features(*op._cpp(*args))), target_factor=scenes.factor)))
+    assert max(errors[1:]) <= errors[0]
 
 
 def test_the_factors_of_the_grid_find_what_the_dictionary_finds() -> None:
