@@ -43,16 +43,23 @@ class TensorLog:
         if window is None or window is self.last or not window.numbers:
             return
         self.last = window
+        self._add(window)
+        if self.table:
+            print(grad_line(row, names, window))
+
+    def _add(self, window: Window) -> None:
         if self.picture:
             self.heat.add(window)
         if self.table:
-            append_table(self.folder / TABLE, names, window)
-            print(grad_line(row, names, window))
+            append_table(self.folder / TABLE, self.trainer.optimizer.tensor_names, window)
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """An epoch has no record of its own."""
 
     def finish(self, summary: Mapping[str, Any]) -> None:
+        failed = summary.get("verdict") == "stopped" and not summary.get("findings")     # a device that failed may not answer
+        if not failed and (rest := self.trainer.step.telemetry.rest()).numbers:
+            self._add(rest)
         if self.picture and len(self.heat.columns) > 1:
             draw(self.trainer.optimizer.tensor_names, self.heat, self.folder / "plots" / PICTURE)
 

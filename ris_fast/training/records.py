@@ -36,7 +36,7 @@ class Window:
     @classmethod
     def after(cls, told: int, records: Tensor, numbers: Tensor, made: int) -> "Window":
         """Records (R, T, 4) and their numbers (R,), both on the host, put in order; those up to `told` are left out."""
-        newest = int(numbers.max())
+        newest = int(numbers.max()) if len(numbers) else 0
         order = numbers.argsort()
         order = order[numbers[order] > (told if newest >= told else 0)]      # a count that fell: another optimizer's
         return cls(numbers[order].long().tolist(), records[order], made)

@@ -151,6 +151,11 @@ class Telemetry:
         seen = {name: value.cpu() for name, value in sample.tensors.items()}
         return self._read_window(sample.call, seen) | (self._read_step(sample, seen, epoch) if "table" in seen else {})
 
+    def rest(self) -> Window:
+        """The steps since the last report, at the end of a run, which comes without one. Waits for the device."""
+        records, numbers = (each.cpu() for each in self.optimizer.records())
+        return Window.after(self.told, records, numbers, self.calls - self.told_calls)
+
     def _read_window(self, call: int, seen: dict[str, Tensor]) -> dict[str, Any]:
         """What the ring has kept since the last report."""
         if "records" not in seen:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ris_fast.health import tensors
-from ris_fast.health.tensors import Heat, append_table, draw, grad_line
+from ris_fast.health.tensors import Heat, TensorLog, append_table, draw, grad_line
+from ris_fast.training.loop import Trainer
 from ris_fast.training.records import Window
 
 NAMES = ["encoder, first", "head"]
@@ -34,6 +35,22 @@ def test_the_table_has_every_step_until_it_is_long(tmp_path: Path, monkeypatch: 
     assert [(int(row["step"]), row["tensor"]) for row in rows] == [(n, name) for n in (1, 2, 3, 4, 7) for name in NAMES]
     assert [float(row["grad_norm"]) for row in rows[::2]] == [1, 2, 3, 4, 7] and rows[3]["grad_norm"] == "nan"
     assert float(rows[3]["nonfinite"]) == 5 and float(rows[0]["update_norm"]) == pytest.approx(0.2)
+
+
+def test_a_run_leaves_a_record_of_every_step_of_every_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the last ones, which no report follows, and of the one that was skipped."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "training")
+    from captured import config_of
+
+    trainer = Trainer(config_of("backprojection", "training.epochs=1"))
+    trainer.observer = log = TensorLog(trainer, tmp_path, table=True)
+    scale = trainer.optimizer.scale
+    trainer.optimizer.scale = lambda loss: scale(loss) * (math.nan if trainer.step.telemetry.calls == 13 else 1.0)
+    trainer.fit()
+    rows = list(csv.DictReader((tmp_path / "tensors.csv").read_text().splitlines()))
+    assert [(int(row["step"]), row["tensor"]) for row in rows] == [(n, name) for n in range(1, 15) for name in trainer.optimizer.tensor_names]
+    assert {int(row["step"]) for row in rows if float(row["nonfinite"])} == {13} == {n for n, seen in log.heat.columns.items() if seen.isinf().any()}
+    assert (tmp_path / "plots" / "tensors.png").is_file()
 
 
 def test_the_line_tells_of_the_steps_since_the_last_one() -> None:
