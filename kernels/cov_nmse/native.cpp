@@ -53,6 +53,15 @@ template <class T> inline double power_of(const T* x, int64_t count) {
     return total;
 }
 
+// sum += a conj(b), lane by lane.
+template <class V>
+inline __attribute__((always_inline)) void add_product(V& sum_re, V& sum_im, const V& ar, const V& ai, const V& br, const V& bi) {
+    sum_re += ar * br;
+    sum_im += ai * br;
+    sum_re += ai * bi;
+    sum_im -= ar * bi;
+}
+
 // (n, columns, 2) interleaved -> planar columns.
 template <class T, class W> void to_planar(const T* x, int64_t n, int64_t columns, W* re, W* im, int64_t stride) {
     for (int64_t i = 0; i < n; ++i)
@@ -98,12 +107,7 @@ inline void gram_tile(const double* re, const double* im, int64_t stride, int64_
         }
         RIS_UNROLL for (int i = 0; i < kTile; ++i) {
             const V ir = load(re + (i0 + i) * stride + n), ii = load(im + (i0 + i) * stride + n);
-            RIS_UNROLL for (int j = 0; j < kTile; ++j) {
-                acc_re[i][j] += ir * jr[j];
-                acc_im[i][j] += ir * ji[j];
-                acc_re[i][j] += ii * ji[j];
-                acc_im[i][j] -= ii * jr[j];
-            }
+            RIS_UNROLL for (int j = 0; j < kTile; ++j) add_product(acc_re[i][j], acc_im[i][j], jr[j], ji[j], ir, ii);
         }
     }
     RIS_UNROLL for (int i = 0; i < kTile; ++i)
@@ -347,12 +351,7 @@ inline void Dense<T>::tile(const T* const target[kRows], int64_t ld_row, int64_t
         }
         RIS_UNROLL for (int r = 0; r < kRows; ++r) {
             const V ar = splat(rowwise[(p * kRows + r) * 2]), ai = splat(rowwise[(p * kRows + r) * 2 + 1]);
-            RIS_UNROLL for (int u = 0; u < span; ++u) {
-                dr[r][u] += ar * jr[u];
-                di[r][u] += ai * jr[u];
-                dr[r][u] += ai * ji[u];
-                di[r][u] -= ar * ji[u];
-            }
+            RIS_UNROLL for (int u = 0; u < span; ++u) add_product(dr[r][u], di[r][u], ar, ai, jr[u], ji[u]);
         }
     }
     const V scale = splat(tau);
@@ -376,12 +375,7 @@ inline void Dense<T>::tile(const T* const target[kRows], int64_t ld_row, int64_t
         }
         RIS_UNROLL for (int r = 0; r < kRows; ++r) {
             const V ar = splat(rowwise[(q * kRows + r) * 2]), ai = splat(rowwise[(q * kRows + r) * 2 + 1]);
-            RIS_UNROLL for (int u = 0; u < span; ++u) {
-                accr[u] += dr[r][u] * ar;
-                acci[u] += dr[r][u] * ai;
-                accr[u] += di[r][u] * ai;
-                acci[u] -= di[r][u] * ar;
-            }
+            RIS_UNROLL for (int u = 0; u < span; ++u) add_product(accr[u], acci[u], ar, ai, dr[r][u], di[r][u]);
         }
         RIS_UNROLL for (int u = 0; u < span; ++u) {
             store(out_re + q * s.stride + j + u * w, accr[u]);
