@@ -239,6 +239,10 @@ class FusedAdamW(SavedOptimizer):
         """Applied steps without a host read: a step skipped since the last `counters()` counts as applied."""
         return self._host_attempted - self._known_skipped
 
+    def attempted_steps(self) -> int:
+        """Attempted steps without a host read, those before a checkpoint that was loaded included."""
+        return self._host_attempted
+
     def telemetry(self) -> Tensor:
         """(T, 4) float32, a row for each of `tensor_names`: gradient norm before clipping, weight norm, update norm, non-finite count."""
         if not self.measure_telemetry:

@@ -67,7 +67,7 @@ class Telemetry:
 
     def __init__(self, model: nn.Module, optimizer: Any, every: int) -> None:
         self.model, self.optimizer, self.every = model, optimizer, max(1, every)
-        self.calls, self.sampled, self.enabled = 0, False, True
+        self.calls, self.sampled, self.enabled, self.fresh = 0, False, True, True
         self.first: Tensor | None = None                  # weight norms before the first step
         self.kept: tuple[int, Tensor] | None = None       # call and weight norms after the last step that was read
         self.window: Window | None = None                 # what the last report brought
@@ -91,7 +91,9 @@ class Telemetry:
     # ---- called by the step ---------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        self.calls += 1
+        if self.fresh:                                    # a resumed run counts on, so that its reports find what they report
+            self.calls = self.told_calls = self.optimizer.attempted_steps()
+        self.calls, self.fresh = self.calls + 1, False
         self.sampled = self.due(self.calls)
         self._clear()
         if self.sampled:

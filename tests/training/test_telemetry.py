@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,6 +146,30 @@ def test_a_report_brings_every_step_since_the_last_one() -> None:
     assert (seen["steps"], seen["recorded"], seen["nonfinite_steps"], seen["first_nonfinite_step"]) == (4, 4, 1, 10)
     assert seen["first_nonfinite_tensor"] == optimizer.tensor_names[0]
     assert seen["largest_step"] in (9, 11, 12) and seen["largest_tensor"] in optimizer.tensor_names
+
+
+def test_a_resumed_run_reports_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    """Reports follow the steps of the whole run, so the steps that are looked at must do so too."""
+    config = config_of("backprojection", "data.train_scenes=80", "training.epochs=3")
+    whole = Trainer(config, observer=(kept := Kept()))
+    kept.trainer = whole
+    whole.fit()
+    begun = Trainer(config, tmp_path)
+    begun._advance = lambda scenes, advance=begun._advance: (advance(scenes), _interrupt(begun.state.step == 10))
+    with pytest.raises(KeyboardInterrupt):
+        begun.fit()
+    resumed = Trainer(config, tmp_path, observer=(rest := Kept()), resume=True)
+    rest.trainer = resumed
+    resumed.fit()
+    assert [numbers for numbers, _ in rest.windows] == [[11, 12], [13, 14, 15, 16], [17, 18, 19, 20], [21, 22, 23, 24], [25, 26, 27, 28]]
+    ours, theirs = ({row["step"]: row["health"] for row in each.rows if "grad_norm" in row and "val_loss" not in row} for each in (rest, kept))
+    assert all(ours[step]["window"] == theirs[step]["window"] for step in (16, 20, 24, 28))
+    assert all(ours[step]["raw_norm"] == theirs[step]["raw_norm"] for step in ours)
+
+
+def _interrupt(now: bool) -> None:
+    if now:
+        raise KeyboardInterrupt
 
 
 def test_captured_steps_fill_the_ring_as_eager_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
