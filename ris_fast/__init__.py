@@ -15,6 +15,7 @@ _HOMES = {
     "CovarianceLoss": "ris_fast.training.loss",
     "FusedAdamW": "ris_fast.training.optimizer",
     "Trainer": "ris_fast.training.loop",
+    "load_config": "ris_fast.settings",
     "RISArray": "ris_fast.physics.array",
     "steering": "ris_fast.physics.array",
     "Scenes": "ris_fast.physics.scenes",

@@ -17,9 +17,13 @@ from ris_fast.settings import load_config, render_toml
 
 def whole_number(_: type, tokens: Sequence[Token]) -> int:
     """1000 and 1e3 are whole numbers, 1.5 is not; the parser's own rule would round it."""
-    value = float(tokens[0].value)
+    text = tokens[0].value
+    try:
+        return int(text)  # a float would round what is beyond 2^53
+    except ValueError:
+        value = float(text)
     if not value.is_integer():
-        raise ValueError(f"{tokens[0].value} is not a whole number")
+        raise ValueError(f"{text} is not a whole number")
     return int(value)
 
 
@@ -77,7 +81,7 @@ def train(config: Path | None = None, /, *, preset: str | None = None, device: s
     out
         Run folder; runs/DATE-TIME-PRESET by default.
     resume
-        Continue the run in this folder with its own settings; flags and --set still win.
+        Continue the run in this folder, or from this checkpoint of it, with its own settings; flags and --set still win.
     log_tensors
         Write every tensor's norms to tensors.csv and print a [GRAD] line at every report.
     anomaly
@@ -93,7 +97,9 @@ def train(config: Path | None = None, /, *, preset: str | None = None, device: s
              "training.max_seconds": max_seconds, "training.precision": precision,
              "training.compile": False if no_compile else None, "training.backend": backend,
              "health.log_tensors": True if log_tensors else None, "health.anomaly": True if anomaly else None}
-    from ris_fast.launch import resumed_config, run_training, with_best_batch_size
+    from ris_fast.launch import run_training
+    from ris_fast.memory import with_best_batch_size
+    from ris_fast.run_folder import resumed_config
 
     if resume is not None:
         resolved = resumed_config(resume, {"CONFIG": config, "--preset": preset, "--out": out}, set_ or (), flags)
@@ -104,7 +110,7 @@ def train(config: Path | None = None, /, *, preset: str | None = None, device: s
     if print_config:
         print(render_toml(resolved), end="")
         return 0
-    return run_training(resolved, resume or out, resume=resume is not None, profile=profile)
+    return run_training(resolved, out, resume=resume, profile=profile)
 
 
 @app.command
@@ -238,13 +244,13 @@ def bench(what: Literal["kernels", "step", "train"] | None = None, /, *, device:
 
 @app.command
 def simulate(config: Path | None = None, /, *, out: Path, scenes: Annotated[int, Parameter(converter=whole_number)],
-             preset: str | None = None, device: str = "auto", seed: Whole = None, set_: Overrides = None) -> int:
+             preset: str | None = None, device: str | None = None, seed: Whole = None, set_: Overrides = None) -> int:
     """Write a data set of simulated scenes that `ris-fast train --data DIR` reads.
 
     Parameters
     ----------
     config
-        TOML file with settings; [task] and training.seed matter here.
+        TOML file with settings; [task], training.seed and training.device matter here.
     out
         Folder to write; it appears when the data set is whole, and the same command continues a broken one.
     scenes
@@ -262,8 +268,9 @@ def simulate(config: Path | None = None, /, *, out: Path, scenes: Annotated[int,
     from ris_fast.report.console import counter
     from ris_fast.training.devices import choose_device
 
-    resolved = load_config(config, preset, set_ or (), {"training.seed": seed})
-    manifest = write_shards(resolved, out, scenes, device=choose_device(device), progress=counter("scenes"))
+    resolved = load_config(config, preset, set_ or (), {"training.seed": seed, "training.device": device})
+    place = choose_device(resolved.training.device)
+    manifest = write_shards(resolved, out, scenes, device=place, progress=counter("scenes"))
     print(f"data set: {manifest.parent}\ntrain on it: ris-fast train --data {manifest.parent}")
     return 0
 

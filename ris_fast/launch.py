@@ -2,124 +2,65 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from ris_fast.config import Config, ConfigError, Task
-from ris_fast.report.eventlog import METRICS, SUMMARY, JsonlReport, write_json, write_text
+from ris_fast.config import Config, Task
+from ris_fast.memory import OutOfMemory, advice
+from ris_fast.report.eventlog import SUMMARY, JsonlReport, write_json
 from ris_fast.report.observers import Observers
-from ris_fast.settings import load_config, render_toml
+from ris_fast.run_folder import RunFolder, alone_in, drop_if_empty, how_to_resume, new_folder, run_and_checkpoint
 
 if TYPE_CHECKING:
     from ris_fast.training.loop import Observer
 
-CONFIG = "config.toml"
 STOPPED_BY_HEALTH = 4
 INTERRUPTED = 130
 
 
-class OutOfMemory(RuntimeError):
-    """The batch does not fit into memory; the message says which would. Exit code 5."""
+def run_training(config: Config, out: Path | None, *, resume: Path | None = None, profile: bool = False) -> int:
+    """Trains, shows and records one run. Returns its exit code: 0, 4 (stopped by health) or 130 (Ctrl-C, SIGTERM, SIGHUP).
 
-    exit_code = 5
-
-
-class RunFolder:
-    """Observer that writes what a run was started with, once it has really started: config.toml and env.json."""
-
-    def __init__(self, folder: Path, config: Config) -> None:
-        self.folder, self.config = folder, config
-
-    def start(self, info: Mapping[str, Any]) -> None:
-        from ris_fast.environment import environment
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / CONFIG, render_toml(self.config))
-        write_json(self.folder / "env.json", environment())
-
-    def step(self, row: Mapping[str, Any]) -> None:
-        """A step changes nothing here."""
-
-    def epoch(self, row: Mapping[str, Any]) -> None:
-        """An epoch changes nothing here."""
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """The summary is the event log's."""
-
-
-def run_training(config: Config, out: Path | None, *, resume: bool = False, profile: bool = False) -> int:
-    """Trains, shows and records one run. Returns its exit code: 0, 4 (stopped by health) or 130 (Ctrl-C, SIGTERM).
-
+    Args: resume: a run folder, or a checkpoint of one.
     Raises ConfigError for a folder that holds another run, DataError, and OutOfMemory with a batch size that fits.
     """
     from ris_fast.report.console import ConsoleReport
 
-    folder = new_folder(config, out) if not resume else Path(out or ".")
+    folder, checkpoint = (new_folder(config, out), None) if resume is None else run_and_checkpoint(resume)
     console = ConsoleReport(standard_task=config.task == Task())
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's time limit saves as Ctrl-C does
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # a cluster's time limit and a closed terminal save as Ctrl-C does
+        signal.signal(ending, signal.default_int_handler)
     try:
-        summary = _fit(config, folder, _observers(config, folder, console), resume, profile)
+        with alone_in(folder):
+            summary = _fit(config, folder, _observers(config, folder, console), checkpoint, profile)
     except KeyboardInterrupt:
         console.close()
-        print(f"\nris-fast: interrupted. {_how_to_resume(folder)}", file=sys.stderr)
+        print(f"\nris-fast: interrupted. {how_to_resume(folder)}", file=sys.stderr)
         return INTERRUPTED
     finally:
         console.close()
+        drop_if_empty(folder)
+    if summary is None:
+        return 0
     print(f"run folder: {folder}")
     return STOPPED_BY_HEALTH if summary["verdict"] == "stopped" else 0
 
 
-def resumed_config(run: Path, refused: Mapping[str, Any], overrides: Iterable[str],
-                   flags: Mapping[str, Any]) -> Config:
-    """The settings of the run in `run`, with --set and flags on top. Raises ConfigError for a folder without a run."""
-    extra = [name for name, value in refused.items() if value is not None]
-    if extra:
-        raise ConfigError(f"--resume continues {run} with its own settings and folder. Leave {', '.join(extra)} away.")
-    if not (run / CONFIG).is_file():
-        raise ConfigError(f"--resume {run}: not a run folder, it has no {CONFIG}. Give the folder that train printed.")
-    config = load_config(run / CONFIG, None, overrides, flags)
-    recorded = recorded_provenance((run / CONFIG).read_text())
-    return replace(config, provenance={key: recorded.get(key, origin) if origin == str(run / CONFIG) else origin
-                                       for key, origin in config.provenance.items()})
-
-
-def recorded_provenance(text: str) -> dict[str, str]:
-    """'section.key' -> where its value came from, as the comments of a run's config.toml say."""
-    found, section = {}, ""
-    for line in text.splitlines():
-        if line.startswith("["):
-            section = line.strip("[]")
-        elif " = " in line and "  # " in line:
-            found[f"{section}.{line.partition(' = ')[0]}"] = line.rpartition("  # ")[2]
-    return found
-
-
-def new_folder(config: Config, out: Path | None) -> Path:
-    """The folder of a new run; runs/DATE-TIME-PRESET by default. Raises ConfigError where a run already is."""
-    if out is None:
-        first = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.preset}"
-        others = (first.with_name(f"{first.name}-{number}") for number in range(2, 1000))
-        return next(path for path in (first, *others) if not path.exists())
-    if out.is_file():
-        raise ConfigError(f"--out {out} is a file; give the name of a folder.")
-    if (out / METRICS).exists() or (out / CONFIG).exists():
-        raise ConfigError(f"--out {out} already holds a run. Continue it with --resume {out}, or give another folder.")
-    return out
-
-
-def _fit(config: Config, folder: Path, observer: Observer, resume: bool, profile: bool = False) -> dict[str, Any]:
+def _fit(config: Config, folder: Path, observer: Observer, checkpoint: str | None, profile: bool) -> dict[str, Any] | None:
+    """The summary of the run; None for one that had nothing left to do. `checkpoint` None: a new run."""
     from ris_fast.benchmarks.share import WithShare
+    from ris_fast.report.console import counter
     from ris_fast.training.batch import is_memory
     from ris_fast.training.loop import Trainer
 
     try:
-        trainer = Trainer(config, folder, observer, resume=resume)
-        trainer = guarded(trainer, folder, preflight=config.health.preflight and not resume)
+        trainer = Trainer(config, folder, observer, resume=checkpoint or False, progress=counter("scenes read"))
+        if checkpoint is not None and nothing_left(trainer, folder, checkpoint):
+            return None
+        trainer = guarded(trainer, folder, preflight=config.health.preflight and not checkpoint)
         trainer.observer = WithShare(trainer.observer, trainer)
         if profile:
             from ris_fast.training.profile import profiled
@@ -132,6 +73,21 @@ def _fit(config: Config, folder: Path, observer: Observer, resume: bool, profile
         problem = (str(error) or type(error).__name__).splitlines()[0]
     raise OutOfMemory(f"out of memory with {config.training.batch_size} scenes in a micro-batch ({problem}).\n"
                       f"{advice(config)}")
+
+
+def nothing_left(trainer: Any, folder: Path, checkpoint: str) -> bool:
+    """Says where a resumed run goes on; true where it has come to its end."""
+    from ris_fast.training.resume import finished
+
+    done = finished(trainer)
+    if done:
+        print(f"nothing to do: {done}\nrun folder: {folder}")
+    elif not checkpoint:
+        print(f"{folder} has no checkpoint yet: the run begins anew, with its own settings")
+    else:
+        state = trainer.state
+        print(f"resumed from checkpoint '{checkpoint}': epoch {state.epoch + 1}, after {state.step:,} steps and {state.seconds:.0f} s")
+    return bool(done)
 
 
 def replaying(trainer: Any) -> dict[str, Any]:
@@ -176,50 +132,6 @@ def preflight_line(watchdog: Any, seconds: float) -> str:
     return f"preflight: {len(watchdog.checks)} checks in {seconds:.1f} s, {found}" + (f"; {notes}" if notes else "")
 
 
-def advice(config: Config) -> str:
-    """What to run instead: the largest halved micro-batch whose step goes through here, same scenes an update."""
-    training = config.training
-    size, parts = training.batch_size // 2, 2
-    while size >= 1:
-        smaller = replace(config, training=replace(training, batch_size=size, accumulate=parts * training.accumulate))
-        if one_step_fits(smaller):
-            return (f"--batch-size {size} --accumulate {smaller.training.accumulate} fits (tried just now) and makes "
-                    f"updates of as many scenes.")
-        size, parts = size // 2, 2 * parts
-    return "Not even one scene fits. Use a smaller network, or a device with more memory."
-
-
-def one_step_fits(config: Config) -> bool:
-    """Whether one micro-batch goes forward, backward and through the optimizer in this machine's memory."""
-    import torch
-
-    from ris_fast.training.batch import is_memory
-    from ris_fast.training.loop import Trainer
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    try:
-        trainer = Trainer(replace(config, training=replace(config.training, compile=False)))  # needs more, and no compiler's time
-        trainer.step([trainer.source.batch("train", torch.arange(config.training.batch_size))], 1)
-        return True
-    except (MemoryError, RuntimeError) as error:
-        if not is_memory(error):
-            raise
-        return False
-
-
-def with_best_batch_size(config: Config) -> Config:
-    """The settings with the batch size that suits this device and network, told on standard output."""
-    from ris_fast.training.batch import choose_batch_size
-
-    size, trials = choose_batch_size(config)
-    rates = ", ".join(f"{trial.batch_size}: {trial.scenes_per_s:,.0f}" if trial.scenes_per_s else f"{trial.batch_size}: does not fit" for trial in trials)
-    print(f"batch size {size}, the largest that is as fast as any and leaves updates enough (scenes/s: {rates})")
-    return replace(config, training=replace(config.training, batch_size=size),
-                   provenance={**config.provenance, "training.batch_size": "--batch-size auto"})
-
-
 def _observers(config: Config, folder: Path, console: Observer) -> Observers:
     observers: list[Observer] = [RunFolder(folder, config), JsonlReport(folder), console]
     if config.report.plots:
@@ -227,9 +139,3 @@ def _observers(config: Config, folder: Path, console: Observer) -> Observers:
 
         observers.append(PlotReport(folder))
     return Observers(*observers)
-
-
-def _how_to_resume(folder: Path) -> str:
-    if (folder / "checkpoints" / "last.safetensors").is_file():
-        return f"Continue with: ris-fast train --resume {folder}"
-    return "No checkpoint had been saved yet."

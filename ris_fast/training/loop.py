@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from ris_fast.config import Config
+from ris_fast.config import Config, ConfigError
 from ris_fast.data.source import SceneSource, epoch_batches, open_source
 from ris_fast.models import build_model
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.floors import floors
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.capture import CapturedCall, CapturedStep
-from ris_fast.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from ris_fast.training.devices import choose_device, compile_now, compiled
 from ris_fast.training.host_copy import Clock, Moment, own_stream
 from ris_fast.training.loss import CovarianceLoss
 from ris_fast.training.reports import Observer, Reporting, Silent
+from ris_fast.training.resume import restore, save
 from ris_fast.training.schedule import Plan, steps_in_epoch
 from ris_fast.training.state import Meter, RunState, RunStopped
 from ris_fast.training.step import Step, StepResult, build_optimizer, network_inputs
+from ris_fast.training.summary import info, summary
 from ris_fast.training.telemetry import Milestones
 from ris_fast.training.validation import Score, scene_nmse, validate
 
-LEARNED = 0.95        # a network has learned when it is below this share of the lowest floor and of its own start
 VALIDATION_CHUNK = 1000
 PACE = 50             # steps between two looks at the device's clock
 
@@ -40,16 +39,20 @@ class Trainer(Reporting):
     Args:
         folder: where checkpoints go; None writes nothing.
         observer: told about the run as it goes.
-        resume: continue from `folder`'s last checkpoint.
+        resume: continue from `folder`'s last checkpoint, or from the one of this name.
+        progress: called with (scenes read, scenes in all) while data files are read and checked.
     """
 
-    def __init__(self, config: Config, folder: Path | None = None, observer: Observer | None = None, *,
-                 resume: bool = False) -> None:
+    def __init__(self, config: Config, folder: str | Path | None = None, observer: Observer | None = None, *,
+                 resume: bool | str = False, progress: Callable[[int, int], None] | None = None) -> None:
         super().__init__()
-        self.config, self.folder, self.observer = config, folder, observer or Silent()
+        if not isinstance(config, Config):
+            raise ConfigError(f"Trainer: expected a Config, got {type(config).__name__}. Make one with ris_fast.load_config(...).")
+        self.config, self.observer = config, observer or Silent()
+        self.folder = None if folder is None else Path(folder)
         self.device = choose_device(config.training.device)
         torch.manual_seed(config.training.seed)
-        self.source: SceneSource = open_source(config, self.device)
+        self.source: SceneSource = open_source(config, self.device, progress)
         self.loss = CovarianceLoss(config.loss, config.task).to(self.device)
         self.model = build_model(config.model.name, config.task, **config.model.options).to(self.device)
         self.optimizer = build_optimizer(self.model, config)
@@ -65,7 +68,8 @@ class Trainer(Reporting):
                                           config.training.accumulate)
         self.plan = Plan(config.training.epochs * self.epoch_steps, config.training.max_seconds)
         if resume:
-            self._restore()
+            restore(self, resume if isinstance(resume, str) else "last")
+            self._read_counters()
 
     # ---- the run ------------------------------------------------------------------------------------------------
 
@@ -79,7 +83,7 @@ class Trainer(Reporting):
         self.floors = floors(self._floor_scenes(), self.validation) | self._classical_floor()
         self._compile()
         self._capture()
-        self.observer.start(self._info())
+        self.observer.start(info(self))
         finding, verdict = None, None
         self.started = time.monotonic() - self.state.seconds
         self.milestones, self.between_epochs = Milestones(self.model), {}
@@ -94,12 +98,12 @@ class Trainer(Reporting):
         except BaseException as error:
             verdict = "stopped"
             if isinstance(error, KeyboardInterrupt):
-                self._save("last")
+                save(self, "last")
             raise
         finally:
-            summary = self._summary(verdict, [finding] if finding else [])
-            self.observer.finish(summary)
-        return summary
+            outcome = summary(self, verdict, [finding] if finding else [])
+            self.observer.finish(outcome)
+        return outcome
 
     def _epochs(self) -> None:
         settings = self.config.training
@@ -193,9 +197,9 @@ class Trainer(Reporting):
         state.epoch, state.epoch_step = state.epoch + 1, 0
         if better:
             state.best_nmse, state.best_weights = score.nmse, weights
-            self._save("best")
+            save(self, "best")
         if state.epoch % self.config.report.checkpoint_epochs == 0 or self._time_over():
-            self._save("last")
+            save(self, "last")
         self.plan.update(state.step, state.seconds)
         self.observer.epoch(row)
 
@@ -219,57 +223,9 @@ class Trainer(Reporting):
         with self.optimizer.ema():
             return score()
 
-    def _save(self, name: str) -> None:
-        if self.folder is None:
-            return
-        groups = {"model": self.model.state_dict(), **self.optimizer.checkpoint_tensors()}
-        if self.optimizer.ema_decay:
-            with self.optimizer.ema():
-                groups["ema"] = {key: value.clone() for key, value in self.model.state_dict().items()}
-        save_checkpoint(self.folder / "checkpoints", name, groups,
-                        {"state": self.state.to_json(), "planned_steps": self.plan.planned,
-                         "model": self.config.model.name, "parameters": self.parameters})
-
-    def _restore(self) -> None:
-        groups, manifest = load_checkpoint(self.folder / "checkpoints", "last")
-        load_weights(self.model, groups.pop("model"), str(self.folder))
-        groups.pop("ema", None)
-        self.optimizer.load_checkpoint_tensors(groups)
-        self.state = RunState.from_json(manifest["state"])
-        self.plan = replace(self.plan, planned=manifest["planned_steps"] if self.config.training.max_seconds else 0)
-        self._read_counters()
-
     @property
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-
-    def _summary(self, verdict: str | None, findings: list[str]) -> dict[str, Any]:
-        state, seconds = self.state, max(self.state.seconds, 1e-9)
-        best = state.best_nmse if math.isfinite(state.best_nmse) else None
-        return {"verdict": verdict or ("learned" if best is not None and best < self._goal() else "stalled"),
-                "parameters": self.parameters, "optimizer_steps": state.step, "scenes_seen": state.scenes_seen,
-                "scenes_per_s": state.scenes_seen / seconds, "seconds": state.seconds, "epochs": state.epoch,
-                "train_loss": state.train_loss, "initial_val_nmse": state.initial_nmse,
-                "val_nmse_raw": state.val_nmse_raw, "val_nmse_ema": state.val_nmse_ema, "best_val_nmse": best,
-                "best_weights": state.best_weights, "floors": self.floors, "findings": findings,
-                "skipped_steps": self.counters["skipped"]}
-
-    def _goal(self) -> float:
-        """Below this a network has learned: clearly under its own start and every constant answer, and better than
-        what its features say without it."""
-        constants = [self.floors[name] for name in ("zero", "identity", "mean")]
-        return min(LEARNED * min(self.state.initial_nmse, *constants), *self.floors.values())
-
-    def _info(self) -> dict[str, Any]:
-        training = self.config.training
-        return {"preset": self.config.preset, "model": self.config.model.name, "parameters": self.parameters,
-                "device": str(self.device), "precision": training.precision, "source": self.source.describe(),
-                "notes": self.source.notes,
-                "train_scenes": self.source.size("train"), "batch_size": training.batch_size,
-                "accumulate": training.accumulate, "epochs": training.epochs, "max_seconds": training.max_seconds,
-                "planned_steps": self.plan.planned, "floors": self.floors, "compile": self.compile_note,
-                "epoch_steps": self.epoch_steps, "ema_decay": self.optimizer.ema_decay,
-                "optimizer_backend": self.optimizer.backend}
 
     # ---- small things -------------------------------------------------------------------------------------------
 

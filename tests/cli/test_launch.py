@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ris_fast import launch
+from ris_fast import launch, memory, run_folder
 from ris_fast.cli import main
 from ris_fast.config import ConfigError
 from ris_fast.data.errors import DataError
@@ -25,7 +25,7 @@ class Ends:
 
     outcome: Any = None
 
-    def __init__(self, config: Any, folder: Path | None = None, observer: Any = None, *, resume: bool = False) -> None:
+    def __init__(self, config: Any, folder: Path | None = None, observer: Any = None, **_: Any) -> None:
         self.config, self.folder, self.observer = config, folder, observer
 
     def fit(self) -> dict[str, Any]:
@@ -63,13 +63,13 @@ def test_an_interrupt_names_the_command_that_continues_only_where_there_is_somet
 
 @pytest.mark.parametrize("outcome", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
 def test_out_of_memory_names_the_batch_size_that_fits(outcome: BaseException, monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr(launch, "one_step_fits", lambda config: config.training.batch_size <= 10)
+    monkeypatch.setattr(memory, "one_step_fits", lambda config: config.training.batch_size <= 10)
     assert run(outcome, monkeypatch, tmp_path) == 5
     assert "--batch-size 8 --accumulate 8 fits" in capsys.readouterr().err
 
 
 def test_a_network_of_which_not_one_scene_fits_is_said_to_be_too_large(monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr(launch, "one_step_fits", lambda config: False)
+    monkeypatch.setattr(memory, "one_step_fits", lambda config: False)
     assert run(MemoryError(), monkeypatch, tmp_path) == 5
     assert "Not even one scene fits" in capsys.readouterr().err
 
@@ -77,13 +77,13 @@ def test_a_network_of_which_not_one_scene_fits_is_said_to_be_too_large(monkeypat
 def test_a_step_that_fits_is_found_to_fit_and_one_that_does_not_is_not(monkeypatch) -> None:
     config = load_config(None, "laptop", ["training.compile=false", "data.train_scenes=8"],
                          {"training.device": "cpu", "training.batch_size": 4})
-    assert launch.one_step_fits(config)
+    assert memory.one_step_fits(config)
 
     def too_much(*_: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
     monkeypatch.setattr(Step, "__call__", too_much)
-    assert not launch.one_step_fits(config)
+    assert not memory.one_step_fits(config)
 
 
 def test_an_error_that_is_a_bug_is_not_hidden(monkeypatch, tmp_path) -> None:
@@ -95,22 +95,22 @@ def test_a_new_run_gets_its_own_folder(monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
     config = load_config(preset="laptop")
     monkeypatch.setattr("time.strftime", lambda _: "20260101-000000")
-    first = launch.new_folder(config, None)
-    first.mkdir(parents=True)
-    assert [str(first), str(launch.new_folder(config, None))] == ["runs/20260101-000000-laptop", "runs/20260101-000000-laptop-2"]
+    first = run_folder.new_folder(config, None)
+    assert first.is_dir()
+    assert [str(first), str(run_folder.new_folder(config, None))] == ["runs/20260101-000000-laptop", "runs/20260101-000000-laptop-2"]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml"])
 def test_a_folder_that_holds_a_run_is_not_written_over(name: str, tmp_path) -> None:
     (tmp_path / name).touch()
     with pytest.raises(ConfigError, match="--resume"):
-        launch.new_folder(load_config(preset="laptop"), tmp_path)
+        run_folder.new_folder(load_config(preset="laptop"), tmp_path)
 
 
 def test_a_resumed_run_keeps_its_settings_and_remembers_where_they_came_from(tmp_path) -> None:
     config = load_config(None, "seed", ["task.snapshots=8", "model.options.width=64"], {"training.epochs": 3})
     (tmp_path / "config.toml").write_text(render_toml(config))
-    again = launch.resumed_config(tmp_path, {}, ["training.seed=5"], {"training.epochs": 4})
+    again = run_folder.resumed_config(tmp_path, {}, ["training.seed=5"], {"training.epochs": 4})
     expected = replace(config, training=replace(config.training, epochs=4, seed=5))
     assert again == expected
     assert again.provenance["task.snapshots"] == "--set" and again.provenance["training.epochs"] == "flag"

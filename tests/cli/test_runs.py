@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from ris_fast.data.source import SimulatedSource
 from ris_fast.evaluation import evaluate, scene_figures
 from ris_fast.models.backprojection import Backprojection
 from ris_fast.report.eventlog import read_events
+from ris_fast.run_folder import alone_in
 from ris_fast.settings import load_config
+from ris_fast.training.loop import Trainer
 
 SMALL = ["--preset", "seed", "--device", "cpu", "--no-compile", "--batch-size", "16",
          *(part for text in ("task.ris_horizontal=4", "task.ris_vertical=4", "task.bs_antennas=4", "task.snapshots=4",
@@ -113,7 +116,7 @@ def test_a_run_without_a_best_checkpoint_is_a_clear_error(trained: Path, tmp_pat
     assert "best.safetensors" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_saves_names_the_resume_command_and_continues(tmp_path, sent: signal.Signals) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "-m", "ris_fast", "train", *SMALL, "--epochs", "100000", "--out", str(folder)],
@@ -133,6 +136,56 @@ def _wait_for_an_epoch(folder: Path, process: subprocess.Popen) -> None:
     while not ((folder / "metrics.jsonl").exists() and any(row["event"] == "epoch" for row in read_events(folder))):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
+
+
+def test_a_run_that_is_interrupted_within_an_epoch_and_resumed_is_found_healthy(tmp_path, monkeypatch, capsys) -> None:
+    folder, advance = tmp_path / "run", Trainer._advance
+
+    def until_the_sixth(self: Trainer, scenes: int) -> None:
+        advance(self, scenes)
+        if self.state.step == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_advance", until_the_sixth)
+    assert main(["train", *SMALL, "--epochs", "3", "--out", str(folder)]) == 130
+    monkeypatch.undo()
+    state = json.loads((folder / "checkpoints" / "last.json").read_text())["state"]
+    assert (state["epoch"], state["epoch_step"]) == (1, 2)
+    assert main(["train", "--resume", str(folder)]) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["epochs"], summary["optimizer_steps"], summary["findings"]) == (3, 12, [])
+    assert main(["why", str(folder)]) == 0
+    assert "batches_skipped" not in capsys.readouterr().out
+
+
+def test_resuming_a_finished_run_says_so_and_touches_nothing(trained: Path, capsys) -> None:
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    assert main(["train", "--resume", str(trained)]) == 0
+    assert "nothing to do: 2 of 2 epochs are done; give a larger --epochs" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path, capsys) -> None:
+    folder = tmp_path / "run"
+    assert main(["train", *SMALL, "--epochs", "1", "--out", str(folder)]) == 0
+    shutil.rmtree(folder / "checkpoints")
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert "no checkpoint yet: the run begins anew" in capsys.readouterr().out
+    assert [row["epoch"] for row in read_events(folder) if row["event"] == "epoch"] == [1]
+
+
+def test_a_run_cannot_be_trained_by_two_processes(trained: Path, capsys) -> None:
+    with alone_in(trained):
+        assert main(["train", "--resume", str(trained), "--epochs", "3"]) == 2
+    assert "another process" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_named_and_a_run_that_never_began_leaves_none(tmp_path, capsys) -> None:
+    (tmp_path / "file").touch()
+    assert main(["train", *SMALL, "--out", str(tmp_path / "file" / "run")]) == 3
+    assert "cannot be written" in capsys.readouterr().err
+    assert main(["train", *SMALL, "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]) == 3
+    assert not (tmp_path / "run").exists()
 
 
 def test_env_names_versions_and_the_backend_of_every_kernel_with_the_reason(capsys) -> None:

@@ -1,0 +1,130 @@
+"""The folder of a run: made for one run only, held by one process, and found again to go on from."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Iterable, Iterator, Mapping
+
+from ris_fast.config import Config, ConfigError
+from ris_fast.files import StorageError, make_folder, write_text
+from ris_fast.report.eventlog import METRICS, write_json
+from ris_fast.settings import load_config, render_toml
+
+CONFIG = "config.toml"
+CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"
+
+
+class RunFolder:
+    """Observer that writes what a run was started with, once it has really started: config.toml and env.json."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder, self.config = folder, config
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        from ris_fast.environment import environment
+
+        write_text(self.folder / CONFIG, render_toml(self.config))
+        write_json(self.folder / "env.json", environment())
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """A step changes nothing here."""
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """An epoch changes nothing here."""
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """The summary is the event log's."""
+
+
+def new_folder(config: Config, out: Path | None) -> Path:
+    """Makes the folder of a new run; runs/DATE-TIME-PRESET by default. Raises ConfigError where a run already is."""
+    if out is None:
+        first = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.preset}"
+        others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+        return next(path for path in itertools.chain([first], others) if _made(path))
+    if out.is_file():
+        raise ConfigError(f"--out {out} is a file; give the name of a folder.")
+    if (out / METRICS).exists() or (out / CONFIG).exists():
+        raise ConfigError(f"--out {out} already holds a run. Continue it with --resume {out}, or give another folder.")
+    _made(out)
+    return out
+
+
+def _made(folder: Path) -> bool:
+    """Whether this call made the folder: of two runs that ask for the same one, one did."""
+    make_folder(folder.parent)
+    try:
+        folder.mkdir()
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise StorageError(folder, error) from error
+
+
+def drop_if_empty(folder: Path) -> None:
+    """A run that never began leaves no folder."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps two processes from writing one run; the system lets go of the lock however the process ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ConfigError(f"{folder}: another process is training this run. Wait for it or stop it.") from None
+    finally:
+        os.close(handle)
+
+
+def resumed_config(run: Path, refused: Mapping[str, Any], overrides: Iterable[str],
+                   flags: Mapping[str, Any]) -> Config:
+    """The settings of the run in `run`, with --set and flags on top. Raises ConfigError for a folder without a run."""
+    extra = [name for name, value in refused.items() if value is not None]
+    if extra:
+        raise ConfigError(f"--resume continues {run} with its own settings and folder. Leave {', '.join(extra)} away.")
+    file = run_and_checkpoint(run)[0] / CONFIG
+    if not file.is_file():
+        raise ConfigError(f"--resume {run}: not a run folder, it has no {CONFIG}. Give the folder that train printed.")
+    config = load_config(file, None, overrides, flags)
+    recorded = recorded_provenance(file.read_text())
+    return replace(config, provenance={key: recorded.get(key, origin) if origin == str(file) else origin
+                                       for key, origin in config.provenance.items()})
+
+
+def run_and_checkpoint(place: Path) -> tuple[Path, str]:
+    """The run folder and the name of the checkpoint that `--resume PLACE` means: the last one, or the file given.
+
+    The name is empty where the run ended before its first checkpoint: it begins anew then.
+    """
+    if place.suffix == ".safetensors":
+        return place.parent.parent, place.stem
+    there = (name for name in (LAST, BEST) if (place / CHECKPOINTS / f"{name}.safetensors").is_file())
+    return place, next(there, "")
+
+
+def recorded_provenance(text: str) -> dict[str, str]:
+    """'section.key' -> where its value came from, as the comments of a run's config.toml say."""
+    found, section = {}, ""
+    for line in text.splitlines():
+        if line.startswith("["):
+            section = line.strip("[]")
+        elif " = " in line and "  # " in line:
+            found[f"{section}.{line.partition(' = ')[0]}"] = line.rpartition("  # ")[2]
+    return found
+
+
+def how_to_resume(folder: Path) -> str:
+    if run_and_checkpoint(folder)[1]:
+        return f"Continue with: ris-fast train --resume {folder}"
+    return "No checkpoint had been saved yet."

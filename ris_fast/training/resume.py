@@ -1,0 +1,106 @@
+"""What a checkpoint remembers of its run, and how a run goes on from one: the same scenes, or a clear refusal."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Mapping
+
+from torch import Tensor
+
+from ris_fast.config import Config, ConfigError
+from ris_fast.data.source import SceneSource
+from ris_fast.training.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from ris_fast.training.state import RunState
+
+if TYPE_CHECKING:
+    from ris_fast.training.loop import Trainer
+
+CHECKPOINTS = "checkpoints"
+
+
+def identity(config: Config, source: SceneSource) -> dict[str, Any]:
+    """Settings without which a run's earlier scores and its scenes would not be its own: 'section.key' -> plain value."""
+    settings = {f"task.{key}": value for key, value in asdict(config.task).items()}
+    settings |= {"model.name": config.model.name, **{f"model.options.{key}": value for key, value in config.model.options.items()}}
+    settings |= {"training.seed": config.training.seed, "data.source": source.name, "data.fixed": config.data.fixed,
+                 "data.train_scenes": source.size("train"), "data.val_limit": min(config.data.val_limit, source.size("val"))}
+    return json.loads(json.dumps(settings))
+
+
+def save(trainer: Trainer, name: str) -> None:
+    """Writes checkpoint NAME into the trainer's folder: weights, optimizer, averaged weights, and where the run stands."""
+    if trainer.folder is None:
+        return
+    groups = {"model": trainer.model.state_dict(), **trainer.optimizer.checkpoint_tensors()}
+    if trainer.optimizer.ema_decay:
+        with trainer.optimizer.ema():
+            groups["ema"] = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    training = trainer.config.training
+    save_checkpoint(trainer.folder / CHECKPOINTS, name, groups,
+                    {"state": trainer.state.to_json(), "planned_steps": trainer.plan.planned, "parameters": trainer.parameters,
+                     "model": trainer.config.model.name, "identity": identity(trainer.config, trainer.source),
+                     "step_scenes": training.batch_size * training.accumulate})
+
+
+def restore(trainer: Trainer, name: str) -> None:
+    """Puts the trainer where checkpoint NAME of its folder was.
+
+    Raises: CheckpointError for a file that is not whole or fits no such network; ConfigError where settings changed so
+    that the run would not be the same one.
+    """
+    folder = Path(trainer.folder or ".")
+    groups, manifest = _load(folder, name)
+    _same_run(manifest, trainer)
+    load_weights(trainer.model, groups.pop("model"), str(folder))
+    groups.pop("ema", None)
+    trainer.optimizer.load_checkpoint_tensors(groups)
+    trainer.state = state = RunState.from_json(manifest["state"])
+    rest = (trainer.config.training.epochs - state.epoch) * trainer.epoch_steps - state.epoch_step
+    trainer.plan = replace(trainer.plan, epoch_steps=state.step + max(0, rest),
+                           planned=manifest["planned_steps"] if trainer.config.training.max_seconds else 0)
+
+
+def _same_run(manifest: Mapping[str, Any], trainer: Trainer) -> None:
+    now = identity(trainer.config, trainer.source)
+    before = manifest.get("identity", now)
+    changed = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in sorted(before.keys() | now.keys())
+               if before.get(key) != now.get(key)]
+    if changed:
+        raise ConfigError(f"--resume {trainer.folder}: {'; '.join(changed[:3])}. The scores and scenes so far would not be those "
+                          f"of such a run. Leave it as it was, or start a new run.")
+    size = trainer.config.training.batch_size * trainer.config.training.accumulate
+    if manifest["state"]["epoch_step"] and manifest.get("step_scenes", size) != size:
+        raise ConfigError(f"--resume {trainer.folder}: the run stands within an epoch of steps of {manifest['step_scenes']} scenes, "
+                          f"and batch size times accumulation is {size} now. Keep the product, {manifest['step_scenes']}, or resume "
+                          f"from a checkpoint at the end of an epoch.")
+
+
+def _load(folder: Path, name: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The checkpoint; where it is damaged and the best one is whole, the error says how to go on from that."""
+    try:
+        return load_checkpoint(folder / CHECKPOINTS, name)
+    except CheckpointError as error:
+        if name == "best" or not _whole(folder, "best"):
+            raise
+        raise CheckpointError(f"{error} The best one is whole: --resume {folder / CHECKPOINTS / 'best.safetensors'}") from error
+
+
+def _whole(folder: Path, name: str) -> bool:
+    try:
+        return bool(load_checkpoint(folder / CHECKPOINTS, name))
+    except CheckpointError:
+        return False
+
+
+def finished(trainer: Trainer) -> str:
+    """Why a resumed run has nothing left to do, and what would give it more; empty where it has."""
+    training, state = trainer.config.training, trainer.state
+    if state.epoch >= training.epochs:
+        return f"{state.epoch} of {training.epochs} epochs are done; give a larger --epochs to train on"
+    if 0 < training.max_seconds <= state.seconds:
+        return f"{state.seconds:.0f} of {training.max_seconds:.0f} seconds are used; give a larger --max-seconds to train on"
+    if 0 < training.patience <= state.epochs_since_best:
+        return f"{state.epochs_since_best} epochs brought nothing better; set a larger training.patience to train on"
+    return ""

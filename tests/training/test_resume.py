@@ -1,0 +1,102 @@
+"""Going on from a checkpoint: the same run, or a refusal that says what differs and what would do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ris_fast.config import Config, ConfigError
+from ris_fast.training.checkpoint import CheckpointError
+from ris_fast.training.loop import Trainer
+from ris_fast.training.resume import finished
+from tests.training.test_loop import small
+
+
+def trained(folder: Path, *overrides: str, **sizes: int) -> dict[str, Any]:
+    return Trainer(small(*overrides, **sizes), folder).fit()
+
+
+def stopped_within_an_epoch(folder: Path, config: Config) -> None:
+    """Two steps of the first epoch, then Ctrl-C."""
+    trainer = Trainer(config, folder)
+    step = trainer.step
+
+    def until_the_third(group: Any, planned: int) -> Any:
+        if trainer.state.step == 2:
+            raise KeyboardInterrupt
+        return step(group, planned)
+
+    until_the_third.telemetry, until_the_third.learning_rates = step.telemetry, step.learning_rates
+    until_the_third.network, until_the_third.predict = step.network, step.predict
+    trainer.step = until_the_third
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+
+
+def test_a_folder_may_be_given_as_text(tmp_path: Path) -> None:
+    Trainer(small(), str(tmp_path / "run")).fit()
+    assert Trainer(small(epochs=2), str(tmp_path / "run"), resume=True).state.epoch == 1
+
+
+@pytest.mark.parametrize("change, words", [
+    ("task.snr_max_db=30.0", "task.snr_max_db was 20.0 and is 30.0"), ("training.seed=7", "training.seed was"),
+    ("data.train_scenes=32", "data.train_scenes was 64 and is 32"), ("data.val_limit=20", "data.val_limit was 40 and is 20"),
+    ("model.options.width=64", "model.options.width was 32 and is 64"), ("data.fixed=true", "data.fixed was False and is True")])
+def test_another_task_other_scenes_and_another_network_are_another_run(change: str, words: str, tmp_path: Path) -> None:
+    trained(tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        Trainer(small(change, epochs=2), tmp_path, resume=True)
+
+
+def test_rates_weights_of_the_loss_and_precision_may_change(tmp_path: Path) -> None:
+    trained(tmp_path)
+    again = Trainer(small("optimizer.head_lr=1e-5", "loss.cov_pred=0.1", "training.precision=bf16", epochs=2), tmp_path, resume=True)
+    assert again.fit()["epochs"] == 2
+
+
+def test_within_an_epoch_a_step_keeps_its_scenes_and_may_be_parted_otherwise(tmp_path: Path) -> None:
+    stopped_within_an_epoch(tmp_path, small())
+    with pytest.raises(ConfigError, match="steps of 16 scenes"):
+        Trainer(small(batch=32), tmp_path, resume=True)
+    parted = Trainer(small("training.accumulate=2", batch=8), tmp_path, resume=True)
+    assert parted.state.epoch_step == 2
+    summary = parted.fit()
+    assert (summary["optimizer_steps"], summary["scenes_seen"]) == (4, 64)
+
+
+def test_at_the_end_of_an_epoch_the_batch_may_grow_and_the_schedule_is_as_long_as_what_is_left(tmp_path: Path) -> None:
+    trained(tmp_path, epochs=2)
+    larger = Trainer(small(batch=32, epochs=4), tmp_path, resume=True)
+    assert larger.plan.planned == 2 * 4 + 2 * 2
+    assert larger.fit()["optimizer_steps"] == 12
+
+
+def test_where_the_last_checkpoint_is_damaged_the_best_one_is_offered_and_works(tmp_path: Path) -> None:
+    trained(tmp_path)
+    last = tmp_path / "checkpoints" / "last.safetensors"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="best one is whole: --resume .*best.safetensors"):
+        Trainer(small(epochs=2), tmp_path, resume=True)
+    assert Trainer(small(epochs=2), tmp_path, resume="best").fit()["epochs"] == 2
+
+
+def test_a_run_that_has_come_to_its_end_says_what_would_give_it_more(tmp_path: Path) -> None:
+    trained(tmp_path, epochs=2)
+    resumed = Trainer(small(epochs=2), tmp_path, resume=True)
+    assert finished(resumed).startswith("2 of 2 epochs are done; give a larger --epochs")
+    training = replace(resumed.config.training, epochs=3)
+    resumed.config = replace(resumed.config, training=training)
+    assert finished(resumed) == ""
+    resumed.config = replace(resumed.config, training=replace(training, max_seconds=1e-3))
+    assert "larger --max-seconds" in finished(resumed)
+    resumed.config = replace(resumed.config, training=replace(training, patience=1))
+    resumed.state.epochs_since_best = 1
+    assert "larger training.patience" in finished(resumed)
+
+
+def test_something_else_than_a_configuration_is_named() -> None:
+    with pytest.raises(ConfigError, match="expected a Config, got dict.*load_config"):
+        Trainer({"preset": "laptop"})  # type: ignore[arg-type]
