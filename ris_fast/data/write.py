@@ -23,7 +23,7 @@ from torch import Tensor
 from ris_fast.config import Config, ConfigError, Task
 from ris_fast.data.errors import DataError
 from ris_fast.data.statistics import measure, merge
-from ris_fast.files import make_folder, save_tensors, write_text, writing
+from ris_fast.files import save_tensors, write_text, writing
 from ris_fast.physics.random import SPLITS, SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
 
@@ -56,9 +56,12 @@ def write_shards(config: Config, out_dir: str | Path, scenes: int | Mapping[str,
     _check_request(sizes, shard_scenes)
     out = Path(out_dir).resolve()
     plan = _plan(config, sizes, shard_scenes)
-    partial = _open_partial(out, plan)
+    partial = out.with_name(out.name + ".partial")
     done, total = 0, sum(sizes.values())
-    _check_room(partial, config.task, total)
+    with writing(out):
+        _check_place(out, partial, plan)
+        _check_room(partial, config.task, total)
+    write_text(partial / PLAN, json.dumps(plan, indent=1) + "\n")
     splits: dict[str, Any] = {}
     for split, size in sizes.items():
         entries = []
@@ -87,30 +90,27 @@ def _plan(config: Config, sizes: Mapping[str, int], shard_scenes: int) -> dict[s
             "scenes": dict(sizes), "shard_scenes": shard_scenes}
 
 
-def _open_partial(out: Path, plan: Mapping[str, Any]) -> Path:
-    """The folder to work in, made or found from an earlier call that was interrupted."""
-    with writing(out):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise DataError(out, "", "something there already", "a new or empty folder",
-                            "Remove it or choose another --out.")
-        if out.is_mount():
-            raise DataError(out, "", "a mount point, which no finished data set can take the name of",
-                            "a folder within it", f"Give --out {out / 'scenes'}.")
-        partial = out.with_name(out.name + ".partial")
-        if partial.exists() and any(partial.glob("[!.]*")) and _read_plan(partial) != plan:
-            raise DataError(partial, "", "the unfinished work of another data set", "the same task, seed and sizes",
-                            "Remove it, or run the earlier command again to finish it.")
-    write_text(make_folder(partial) / PLAN, json.dumps(plan, indent=1) + "\n")
-    return partial
+def _check_place(out: Path, partial: Path, plan: Mapping[str, Any]) -> None:
+    """Nothing stands where the data set will, and work in progress is of this very one. Raises: DataError."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(out, "", "something there already", "a new or empty folder", "Remove it or choose another --out.")
+    if out.is_mount():
+        raise DataError(out, "", "a mount point, which no finished data set can take the name of", "a folder within it",
+                        f"Give --out {out / 'scenes'}.")
+    begun = any(path.name != PLAN for path in partial.glob("[!.]*"))
+    if begun and _read_plan(partial) != plan:
+        raise DataError(partial, "", "the unfinished work of another data set", "the same task, seed and sizes",
+                        "Remove it, or run the earlier command again to finish it.")
 
 
 def _check_room(partial: Path, task: Task, scenes: int) -> None:
     """Refuses a data set that the disk cannot hold before hours of simulation, not after. A disk without size passes."""
     values = 2 * task.bs_antennas * (task.snapshots + task.elements) + 4 * task.max_sources + 1
     there = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
-    wanted, disk = scenes * (4 * values + 8) - there, shutil.disk_usage(partial)
+    wanted = scenes * (4 * values + 8) - there
+    disk = shutil.disk_usage(next(place for place in (partial, *partial.parents) if place.exists()))
     if disk.total and wanted > disk.free:
-        raise DataError(partial, "", f"{disk.free / 1e9:.1f} GB free", f"{wanted / 1e9:.1f} GB for {scenes:,} scenes",
+        raise DataError(partial, "", f"{disk.free / 1e9:,.1f} GB free", f"{wanted / 1e9:,.1f} GB for {scenes:,} scenes",
                         "Free space there, or write elsewhere (--out).")
 
 

@@ -88,6 +88,14 @@ def test_a_full_disk_is_named_and_the_same_call_finishes_later(tmp_path: Path, m
     assert write_shards(config(), tmp_path / "set", SIZES).exists()
 
 
+def test_a_set_of_which_no_scene_was_written_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(write, "_simulate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        write_shards(config(), tmp_path / "set", SIZES)
+    assert (tmp_path / "set.partial" / "plan.json").exists()
+    assert write_shards(config(seed=6), tmp_path / "set", SIZES).exists()
+
+
 def test_a_set_that_the_disk_cannot_hold_is_refused_before_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = sum(path.stat().st_size for path in write_shards(config(), tmp_path / "a", SIZES).parent.glob("*.safetensors"))
     usage = shutil.disk_usage(tmp_path)
@@ -95,6 +103,7 @@ def test_a_set_that_the_disk_cannot_hold_is_refused_before_it_is_made(tmp_path: 
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=size // 2))
     with pytest.raises(DataError, match="0.0 GB free; expected .* for 70 scenes"):
         write_shards(config(), tmp_path / "b", SIZES)
+    assert not (tmp_path / "b.partial").exists()
 
 
 def test_a_place_that_no_finished_set_can_take_is_refused_before_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
