@@ -18,6 +18,9 @@ from ris_fast.physics.pairs import expi, multiply, to_complex, to_pairs
 from ris_fast.physics.scenes import Scenes
 
 LARGE, SMALL_RMS = 1e3, 1e-3
+LOUDER = 2.0**13                 # a power of two, by which numbers change exactly: no rounding enters the comparison
+UNITS = (128.0, 8.0)             # of every second scene, and of the others
+OTHER_UNIT = 0.01                # change of the median scene's factors; where every input is normalised it is exactly zero
 
 
 def boundary(subject: Subject, scenes: Scenes, seed: int = 0) -> dict[str, Tensor]:
@@ -56,16 +59,16 @@ def reads_scenes(subject: Subject) -> Iterator[Finding]:
 
 
 def scale(subject: Subject) -> Iterator[Finding]:
-    """First layers see numbers of order one, and the unit of the snapshots does not matter."""
+    """First layers see numbers of order one, and the units of snapshots and channel do not matter."""
     scenes = subject.scenes
     base, seen = subject.answer(scenes), boundary(subject, scenes)
     sizes = {name: float(value.square().mean().sqrt()) for name, value in seen.items()}
     tiny = {name: size for name, size in sizes.items() if 0 < size < SMALL_RMS}
-    larger = boundary(subject, replace(scenes, snapshots=1e4 * scenes.snapshots)) if bool(base.isfinite().all()) else {}
+    larger = boundary(subject, replace(scenes, snapshots=LOUDER * scenes.snapshots)) if bool(base.isfinite().all()) else {}
     if larger and any(_swallowed(seen[name], larger.get(name)) for name in seen):
         name = next(name for name in seen if _swallowed(seen[name], larger.get(name)))
         yield Finding("epsilon_swallows_signal", f"the input of {name} has rms {sizes[name]:.2g}, and "
-                      f"{float(larger[name].square().mean().sqrt()):.2g} for snapshots ten thousand times larger: a constant in "
+                      f"{float(larger[name].square().mean().sqrt()):.2g} for snapshots {LOUDER:g} times larger: a constant in "
                       f"the normalisation is larger than the signal.")
         return
     if tiny:
@@ -78,10 +81,34 @@ def scale(subject: Subject) -> Iterator[Finding]:
             yield Finding("input_scale", f"the input of {name} has rms {sizes[name]:.2g}, from {float(each.min()):.2g} to "
                           f"{float(each.max()):.2g} between scenes.")
             return
-    other = change(base, subject.answer(replace(scenes, snapshots=100.0 * scenes.snapshots)))
-    if other > 0.05:
-        yield Finding("input_scale", f"snapshots in another unit (a hundred times larger) change the factors by {other:.2g}: "
-                      f"nothing normalises them.")
+    with subject.full_precision():
+        yield from _units(subject, scenes)
+
+
+def _units(subject: Subject, scenes: Scenes) -> Iterator[Finding]:
+    """In y = H (c o x) + n the units of y and of H, scene by scene, change the unit of x alone, which no covariance shows.
+
+    A power of two changes every float exactly. Another factor would round, and at high SNR a pursuit makes much of that.
+    """
+    units = torch.tensor(UNITS).repeat(scenes.batch)[:scenes.batch].to(scenes.snapshots).view(-1, 1, 1, 1)
+    base = directions(subject.answer(scenes))
+    for what, other in (("snapshots", replace(scenes, snapshots=units * scenes.snapshots)), ("channel", _channel_times(scenes, units))):
+        gap = float((directions(subject.answer(other)) - base).flatten(1).norm(dim=1).median())
+        if gap > OTHER_UNIT:
+            yield Finding("input_scale", f"{what} in other units ({UNITS[0]:g} and {UNITS[1]:g} times larger) change the factors by "
+                          f"{gap:.2g}: nothing normalises them scene by scene.")
+            return
+
+
+def directions(factor: Tensor) -> Tensor:
+    """Factors of norm 1, scene by scene: their size says nothing."""
+    return factor / factor.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+
+
+def _channel_times(scenes: Scenes, units: Tensor) -> Scenes:
+    """The channel, or where there is none the products H c_l, in other units."""
+    name = "collapsed" if scenes.channel is None else "channel"
+    return replace(scenes, **{"collapsed": None, name: units * getattr(scenes, name)})
 
 
 def _swallowed(now: Tensor, larger: Tensor | None) -> bool:
