@@ -69,6 +69,7 @@ CAUSES: dict[str, str] = {
     "eval_mode_in_training": "the network, or a part of it, trains in evaluation mode",
     "train_mode_in_validation": "dropout is active while the network is validated",
     "heavy_dropout": "dropout removes nearly all of the signal",
+    "losses_differ": "training and validation give the same scenes another loss",
     "batchnorm_statistics": "a normalisation validates with running statistics unlike those it trains with",
     # data
     "repeated_batch": "the same scenes are served again and again",
@@ -83,6 +84,7 @@ CAUSES: dict[str, str] = {
     "nonfinite_data": "scenes carry NaN or infinite values",
     "cached_validation": "validation reuses outputs computed earlier",
     "split_overlap": "validation scenes are training scenes",
+    "manifest_differs": "what is read of a data set is not what its manifest says was written",
     "constant_targets": "all scenes have the same target",
     # model
     "saturated_output": "the output sits at the ends of a saturating function",
@@ -93,9 +95,12 @@ CAUSES: dict[str, str] = {
     "bad_initialisation": "initial weights make activations explode or vanish",
     "output_rank_too_low": "the output has fewer independent columns than the scenes have sources",
     "inputs_withhold_answer": "the network's inputs do not contain what the target is made of",
+    # outcome
+    "stalled_at_floor": "the run was long enough, and it learned no more than a constant answer knows",
     # compiled and ranks
     "stale_compiled_graph": "a compiled or copied network computes with weights that are not the ones being trained",
     "compiled_differs": "the compiled network gives other numbers than the eager one",
+    "kernel_differs": "a kernel gives other numbers than its plain definition",
     "ranks_diverged": "ranks hold different weights",
     "rank_gradient_missing": "a rank's gradient is not in the sum",
     "rank_sees_other_data": "ranks train on the same scenes instead of their own",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.data.fingerprints import find_overlap, scene_hashes
+from ris_fast.data.shards import verify_manifest
 from ris_fast.health.finding import Finding
 from ris_fast.health.subject import Subject
 from ris_fast.physics.channel import sense
@@ -102,6 +103,13 @@ def splits(subject: Subject) -> Iterator[Finding]:
         yield Finding("split_overlap", f"{overlap}.")
 
 
+def manifest(subject: Subject) -> Iterator[Finding]:
+    """What training reads of a data set has the statistics that its manifest promises; nothing to compare in a simulation."""
+    wrong = verify_manifest(subject.trainer.source, contents=False)
+    if wrong:
+        yield Finding("manifest_differs", f"{wrong[0]}{f' ({len(wrong) - 1} more differences)' if len(wrong) > 1 else ''}.")
+
+
 # ---- the physics ----------------------------------------------------------------------------------------------------
 
 
@@ -190,4 +198,5 @@ def _unpaired(scenes: Scenes, static: bool) -> str:
 
 
 CHECKS = {"scenes are finite": finite, "scenes differ": distinct, "validation shares no scene with training": splits,
+          "scenes are those of their manifest": manifest,
           "snapshots, channel and target belong together": physics}

@@ -12,7 +12,7 @@ from ris_fast.health.causes import CAUSES
 # Families of evidence, most certain first; within one, what comes first explains what comes later.
 LEVELS: dict[str, tuple[str, ...]] = {
     "structural": (
-        "nonfinite_data", "empty_cache_slot", "constant_input", "constant_targets", "rank_sees_other_data", "repeated_batch", "stale_cache",
+        "nonfinite_data", "manifest_differs", "empty_cache_slot", "constant_input", "constant_targets", "rank_sees_other_data", "repeated_batch", "stale_cache",
         "mismatched_channel", "wrong_layout", "shuffled_labels", "split_overlap",
         "stale_optimizer_parameters", "ranks_diverged", "stale_compiled_graph", "compiled_differs",
         "cached_validation", "unregistered_parameters", "tied_parameters", "duplicate_parameters", "frozen_parameters",
@@ -22,7 +22,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
         "epsilon_swallows_signal", "input_scale", "inputs_withhold_answer", "ignored_input", "saturated_output",
         "clamped_loss", "symmetric_init", "zero_product_init", "dead_units", "bad_initialisation",
         "non_differentiable", "zeroed_gradients", "detached_backbone", "wrong_backward", "output_rank_too_low",
-        "unused_head"),
+        "unused_head", "kernel_differs", "losses_differ"),
     "contract": (
         "step_never_called", "step_called_twice", "step_once_per_epoch", "batches_skipped", "scaler_skips_all",
         "sanitised_gradients", "fp16_overflow", "gradient_underflow", "gradients_cleared_before_step",
@@ -31,7 +31,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
         "optimizer_state_lost", "ema_nonfinite", "raw_not_validated", "ema_equals_raw", "ema_frozen"),
     "gradient": ("nonfinite_gradients", "dominating_term", "clip_too_small"),
     "movement": ("warmup_too_long", "learning_rate_too_large", "weight_decay_too_large", "learning_rate_too_small"),
-    "outcome": ("ema_cold",),
+    "outcome": ("ema_cold", "stalled_at_floor"),
 }
 SEVERITIES = tuple(LEVELS)
 _PLACE = {cause: (level, place) for level, causes in enumerate(LEVELS.values()) for place, cause in enumerate(causes)}

@@ -1,0 +1,128 @@
+"""Checks of preflight one by one: silent about healthy trainers of every kind, and each names the mistake it is for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ris_fast.config import Config, Loss
+from ris_fast.health import check_information, check_kernels, check_scenes, check_terms, check_validation
+from ris_fast.health.faults.healthy import with_shards
+from ris_fast.health.faults.patches import Backward
+from ris_fast.health.faults.twins import TWINS, changed
+from ris_fast.health.subject import Subject
+from ris_fast.training import loss, terms
+from ris_fast.training.loop import Trainer
+from ris_fast.training.loss import CovarianceLoss
+
+
+def causes(check: Any, trainer: Trainer) -> list[str]:
+    return [finding.cause for finding in check(Subject(trainer))]
+
+
+def small(twin: str, **settings: Any) -> Config:
+    return changed(TWINS[twin](), settings)
+
+
+def at(snr_db: float) -> dict[str, float]:
+    """Every scene at this SNR; the two limits in the order in which neither passes the other."""
+    limits = {"task.snr_min_db": snr_db, "task.snr_max_db": snr_db}
+    return dict(sorted(limits.items(), reverse=snr_db < 0))
+
+
+# ---- what a classical estimator makes of the inputs --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_the_estimator_on_the_networks_inputs_is_better_than_the_constant(twin: str) -> None:
+    subject = Subject(Trainer(TWINS[twin]()))
+    assert list(check_information.worth(subject)) == []
+    shown, constant = (float(word.rstrip(",")) for word in subject.note.split() if word[0].isdigit())
+    assert shown < 0.95 * constant
+
+
+def test_inputs_without_the_channel_are_named_by_the_estimator() -> None:
+    finding, = check_information.worth(Subject(Trainer(small("few_codes", **{"model.options.inputs": "collapsed"}))))
+    assert finding.cause == "inputs_withhold_answer" and not finding.certain
+
+
+def test_noise_without_signal_is_no_reason_to_blame_the_inputs() -> None:
+    config = small("hybrid", **{"model.options.inputs": "collapsed"}, **at(-60.0))
+    assert causes(check_information.worth, Trainer(config)) == []
+
+
+# ---- kernels ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check", check_kernels.CHECKS.values())
+@pytest.mark.parametrize("config", [
+    small("backprojection"), small("hybrid", **{"loss.beta": 0.3, "loss.loading": 0.1, "loss.shrink": 1e-3}),
+    small("hybrid", **{"training.precision": "bf16", "training.backend": "reference", "optimizer.ema_decay": 0.0}),
+    small("backprojection", **at(100.0))], ids=["plain", "blend", "bf16", "loud"])
+def test_kernels_are_their_definition(config: Config, check: Any) -> None:
+    assert causes(check, Trainer(config)) == []
+
+
+def test_a_loss_kernel_with_a_wrong_value_or_gradient_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = loss.cov_nmse
+    for wrong in (lambda factor, **more: 1.01 * right(factor, **more),
+                  lambda factor, **more: right(Backward.apply(factor, lambda grad: grad.roll(1, 1)), **more)):
+        monkeypatch.setattr(loss, "cov_nmse", wrong)
+        assert causes(check_kernels.loss_kernel, Trainer(small("backprojection"))) == ["kernel_differs"]
+
+
+def test_a_feature_kernel_with_wrong_numbers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = check_kernels.pursuit_features
+    monkeypatch.setattr(check_kernels, "pursuit_features", lambda *given: tuple(1.1 * each for each in right(*given)))
+    assert causes(check_kernels.feature_kernel, Trainer(small("backprojection"))) == ["kernel_differs"]
+
+
+def test_an_optimizer_kernel_with_wrong_numbers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hasty(check_kernels.FusedAdamW):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            if self.wanted_backend != "reference":
+                self._params[0].data.mul_(1.01)
+    monkeypatch.setattr(check_kernels, "FusedAdamW", Hasty)
+    assert causes(check_kernels.step_kernel, Trainer(small("hybrid"))) == ["kernel_differs"]
+
+
+# ---- terms, the two losses, the manifest ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("twin", ["hybrid", "backprojection"])
+def test_every_term_has_its_derivative(twin: str) -> None:
+    config = small(twin, **{"loss.contrast": 0.02, "loss.beta": 0.2, "loss.shrink": 1e-3})
+    errors = check_terms.term_errors(Subject(Trainer(config)))
+    assert set(errors) == set(Trainer(config).loss.weights) and max(errors.values()) < 1e-4
+
+
+def test_a_term_with_half_of_its_gradient_is_named_however_small_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = terms.orthogonality
+    monkeypatch.setattr(terms, "orthogonality", lambda factor: 0.5 * right(factor) + 0.5 * right(factor.detach()))
+    finding, = check_terms.each_term(Subject(Trainer(small("hybrid", **{"loss.orthogonality": 1e-5}))))
+    assert finding.cause == "wrong_backward" and "orthogonality" in finding.evidence
+
+
+@pytest.mark.parametrize("settings", [{}, {"training.precision": "bf16"}, {"model.options.dropout": 0.3}])
+def test_training_and_validation_agree_on_a_batch(settings: dict[str, Any]) -> None:
+    assert causes(check_validation.same_loss, Trainer(small("hybrid", **settings))) == []
+
+
+def test_a_loss_of_its_own_for_validation_is_named() -> None:
+    trainer = Trainer(small("hybrid"))
+    trainer.loss = CovarianceLoss(Loss(cov=0.9), trainer.config.task)
+    assert causes(check_validation.same_loss, trainer) == ["losses_differ"]
+
+
+def test_scenes_that_are_not_those_of_their_manifest_are_named(tmp_path: Path) -> None:
+    config = with_shards(small("hybrid"), tmp_path)
+    assert causes(check_scenes.manifest, Trainer(config)) == []
+    file = tmp_path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["splits"]["train"]["shards"][0]["statistics"]["channel_rms"] *= 2
+    file.write_text(json.dumps(manifest))
+    assert causes(check_scenes.manifest, Trainer(config)) == ["manifest_differs"]
