@@ -6,8 +6,18 @@ Only the standard library is imported here, so that anything may import this fil
 
 from __future__ import annotations
 
+import difflib
+import os
 from dataclasses import dataclass, field, fields
-from typing import Any, Mapping
+from numbers import Integral, Real
+from typing import Any, Callable, Iterable, Mapping
+
+LARGEST_INT, LARGEST_FLOAT = 2**63 - 1, 3.4e38  # what an int64 and a float32 hold
+KINDS: dict[str, tuple[tuple[type, ...], Callable[[Any], Any], str]] = {
+    "int": ((Integral,), int, "a whole number"), "float": ((Real,), float, "a number"),
+    "bool": ((bool,), bool, "true or false"), "str": ((str, os.PathLike), os.fspath, "text"),
+    "Mapping[str, Any]": ((Mapping,), lambda table: {key: _plain(value) for key, value in table.items()},
+                          "a table of names and values")}
 
 
 class ConfigError(ValueError):
@@ -21,25 +31,69 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] = (), low: float
     return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
 
 
+def closest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known spelling nearest to `word`, whatever the case of its letters; None where none is near."""
+    folded = {each.casefold(): each for each in known}
+    found = difflib.get_close_matches(str(word).casefold(), folded, n=1, cutoff=cutoff)
+    return folded[found[0]] if found else None
+
+
+def typed(kind: str, value: Any, where: str) -> Any:
+    """The value as Python's own int, float, bool, str or dict: numpy's numbers are numbers, a path is text.
+
+    Raises: ConfigError with what was given and what a setting of this `kind` expects.
+    """
+    accepted, plain, expected = KINDS[kind]
+    if isinstance(value, accepted) and (kind == "bool" or not isinstance(value, bool)):
+        return plain(value)
+    raise ConfigError(f"{where} = {value!r} ({type(value).__name__}): expected {expected}.{_meant(kind, value)}")
+
+
+def _plain(value: Any) -> Any:
+    """An option of a network, whose kind only the network knows."""
+    number = next((kind for kind in ("int", "float") if isinstance(value, KINDS[kind][0])), None)
+    return value if number is None or isinstance(value, bool) else KINDS[number][1](value)
+
+
+def _meant(kind: str, value: Any) -> str:
+    """' Did you mean ...?' where the value says in another way what this kind of setting can hold."""
+    word = str(value).strip().lower()
+    if kind == "bool" and word in ("true", "false", "yes", "no", "on", "off", "0", "1"):
+        return f" Did you mean {'true' if word in ('true', 'yes', 'on', '1') else 'false'}?"
+    try:
+        number = float(word)
+    except ValueError:
+        return ""
+    if kind == "float" and abs(number) <= LARGEST_FLOAT:
+        return f" Did you mean {number!r}?"
+    return f" Did you mean {int(number)}?" if kind == "int" and number.is_integer() else ""
+
+
 class Section:
-    """Checks choices and ranges of every field once, when the section is built."""
+    """Checks type, choices and range of every field once, when the section is built."""
 
     def __post_init__(self) -> None:
         for item in fields(self):  # type: ignore[arg-type]
-            self._check(item.name, getattr(self, item.name), item.metadata)
+            where = f"{type(self).__name__.lower()}.{item.name}"
+            value = typed(str(item.type), getattr(self, item.name), where)
+            object.__setattr__(self, item.name, value)  # frozen: this is its construction
+            _check(where, value, item.metadata)
 
-    def _check(self, name: str, value: Any, rule: Mapping[str, Any]) -> None:
-        where = f"{type(self).__name__.lower()}.{name}"
-        if rule["choices"] and value not in rule["choices"]:
-            raise ConfigError(f"{where} is {value!r}; it must be one of: {', '.join(rule['choices'])}.")
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            return
-        if value != value:
-            raise ConfigError(f"{where} is not a number. Give a finite value.")
-        if rule["low"] is not None and value < rule["low"]:
-            raise ConfigError(f"{where} = {value} is too small; it must be at least {rule['low']}.")
-        if rule["high"] is not None and value > rule["high"]:
-            raise ConfigError(f"{where} = {value} is too large; it must be at most {rule['high']}.")
+
+def _check(where: str, value: Any, rule: Mapping[str, Any]) -> None:
+    if rule["choices"] and value not in rule["choices"]:
+        near = closest(value, rule["choices"])
+        raise ConfigError(f"{where} is {value!r}; it must be one of: {', '.join(rule['choices'])}."
+                          + (f" Did you mean '{near}'?" if near else ""))
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:  # NaN compares false
+        raise ConfigError(f"{where} = {value} is not a finite number in single precision. Give one that is.")
+    low, high = rule["low"], LARGEST_INT if rule["high"] is None else rule["high"]
+    if low is not None and value < low:
+        raise ConfigError(f"{where} = {value} is too small; it must be at least {low}.")
+    if value > high and (isinstance(value, int) or rule["high"] is not None):
+        raise ConfigError(f"{where} = {value} is too large; it must be at most {high}.")
 
 
 @dataclass(frozen=True)
@@ -51,17 +105,17 @@ class Task(Section):
     ris_vertical: int = option(12, "RIS elements in a column, N_V", low=2)
     snapshots: int = option(16, "codes shown one after the other, L", low=1, high=64)
     max_sources: int = option(5, "largest number of sources, K_max", low=1, high=16)
-    wavelength_m: float = option(0.3, "carrier wavelength in metres", low=1e-6)
-    spacing_wavelengths: float = option(0.5, "element spacing in wavelengths", low=1e-3)
+    wavelength_m: float = option(0.3, "carrier wavelength in metres", low=1e-6, high=1e3)
+    spacing_wavelengths: float = option(0.5, "element spacing in wavelengths", low=1e-3, high=1e3)
     wavefront: str = option("fresnel", "steering vector of a near-field source", choices=("fresnel", "spherical"))
     azimuth_deg: float = option(60.0, "azimuth is uniform in +- this many degrees", low=0.0, high=90.0)
     elevation_deg: float = option(30.0, "elevation is uniform in +- this many degrees", low=0.0, high=90.0)
-    range_min_m: float = option(0.5, "nearest source in metres", low=1e-3)
-    range_max_m: float = option(10.0, "farthest source in metres", low=1e-3)
-    snr_min_db: float = option(-5.0, "lowest signal-to-noise ratio in dB")
-    snr_max_db: float = option(20.0, "highest signal-to-noise ratio in dB")
-    rician_min: float = option(0.5, "lowest Rician factor of the BS-RIS channel, linear", low=0.0)
-    rician_max: float = option(10.0, "highest Rician factor of the BS-RIS channel, linear", low=0.0)
+    range_min_m: float = option(0.5, "nearest source in metres", low=1e-3, high=1e6)
+    range_max_m: float = option(10.0, "farthest source in metres", low=1e-3, high=1e6)
+    snr_min_db: float = option(-5.0, "lowest signal-to-noise ratio in dB", low=-100.0, high=120.0)
+    snr_max_db: float = option(20.0, "highest signal-to-noise ratio in dB", low=-100.0, high=120.0)
+    rician_min: float = option(0.5, "lowest Rician factor of the BS-RIS channel, linear", low=0.0, high=1e6)
+    rician_max: float = option(10.0, "highest Rician factor of the BS-RIS channel, linear", low=0.0, high=1e6)
     code_bits: int = option(3, "bits of a RIS phase", low=1, high=16)
     symbols: str = option("static", "source symbols: drawn once a scene or once a snapshot",
                           choices=("static", "per_snapshot"))
@@ -138,7 +192,7 @@ class Optimizer(Section):
     max_grad_norm: float = option(1.0, "clip the global gradient norm to this; 0: never clip", low=0.0)
     warmup: float = option(0.02, "share of the planned steps spent warming up", low=0.0, high=1.0)
     final_lr: float = option(0.01, "learning rate at the end, as a share of the peak", low=0.0, high=1.0)
-    ema_decay: float = option(0.999, "decay of the averaged weights; 0: none", low=0.0, high=1.0)
+    ema_decay: float = option(0.999, "decay of the averaged weights; 0: none", low=0.0, high=0.999999)
 
 
 @dataclass(frozen=True)
@@ -198,6 +252,12 @@ class Config:
     health: Health = field(default_factory=Health)
     report: Report = field(default_factory=Report)
     provenance: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, kind in SECTIONS.items():
+            if not isinstance(given := getattr(self, name), kind):
+                raise ConfigError(f"Config: {name} is {given!r} ({type(given).__name__}); expected ris_fast.config.{kind.__name__}. "
+                                  f"Make it with {kind.__name__}(...), or the whole with ris_fast.load_config(...).")
 
 
 SECTIONS: dict[str, type] = {

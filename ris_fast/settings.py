@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
+import json
 import tomllib
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Iterable, Mapping
 
-from ris_fast.config import SECTIONS, Config, ConfigError
+from ris_fast.config import SECTIONS, Config, ConfigError, closest, typed
 
 PRESETS = ("laptop", "full", "seed")
 
@@ -17,8 +17,8 @@ PRESETS = ("laptop", "full", "seed")
 def nearest(word: str, known: Iterable[str]) -> str:
     """' Did you mean ...?' with the closest known spelling, or the list of what there is."""
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" Did you mean '{close[0]}'?" if close else f" There are: {', '.join(known)}."
+    near = closest(word, known)
+    return f" Did you mean '{near}'?" if near else f" There are: {', '.join(known)}."
 
 
 def load_config(path: str | Path | None = None, preset: str | None = None, overrides: Iterable[str] = (),
@@ -29,12 +29,12 @@ def load_config(path: str | Path | None = None, preset: str | None = None, overr
     Raises ConfigError for an unknown preset, section, key or value.
     """
     table = _read_toml(Path(path)) if path else {}
-    named = preset or table.pop("preset", None)
-    table.pop("preset", None)
-    name = named or default_preset((flags or {}).get("training.device"))
-    layers = [(f"preset {name}", _flatten(read_preset(name), f"preset {name}")), (str(path), _flatten(table, str(path))),
-              ("--set", dict(_parse_override(text) for text in overrides)),
-              ("flag", {key: value for key, value in (flags or {}).items() if value is not None})]
+    named = table.pop("preset", None)
+    given = [(str(path), _flatten(table, str(path))), ("--set", dict(_parse_override(text) for text in overrides)),
+             ("flag", {key: value for key, value in (flags or {}).items() if value is not None})]
+    devices = [layer["training.device"] for _, layer in given if "training.device" in layer]
+    name = preset or named or default_preset(devices[-1] if devices else None)
+    layers = [(f"preset {name}", _flatten(read_preset(name), f"preset {name}")), *given]
     values: dict[str, Any] = {}
     provenance: dict[str, str] = {}
     for origin, layer in layers:
@@ -47,7 +47,7 @@ def load_config(path: str | Path | None = None, preset: str | None = None, overr
 def default_preset(device: str | None) -> str:
     """`full` where a GPU will be used, else `laptop`."""
     if device is not None and device != "auto":
-        return "full" if device.startswith("cuda") else "laptop"
+        return "full" if str(device).startswith("cuda") else "laptop"
     import torch
 
     return "full" if torch.cuda.is_available() else "laptop"
@@ -87,17 +87,21 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # otherwise TOML's escapes are JSON's
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml(each) for each in value) + "]"
     return repr(value)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise ConfigError(f"'{path}' is a folder. Give a TOML file, such as the config.toml of a run.")
     if not path.is_file():
         raise ConfigError(f"There is no configuration file '{path}'. Give a TOML file, or a preset with --preset.")
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}. Give a TOML file that can.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}. Mend that line.") from error
 
@@ -106,13 +110,26 @@ def _flatten(table: Mapping[str, Any], origin: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for section, values in table.items():
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{origin}: '{section}' stands outside a section.{nearest(section, SECTIONS)}")
+            raise ConfigError(f"{origin}: '{section} = {values}' stands outside a section.{_place(section)}")
         for key, value in values.items():
             if section == "model" and key == "options" and isinstance(value, Mapping):
                 flat.update({f"model.options.{name}": each for name, each in value.items()})
             else:
                 flat[f"{section}.{key}"] = value
     return flat
+
+
+def _place(key: str) -> str:
+    """Where a key that stands outside a section belongs."""
+    if key in SECTIONS:
+        return f" {key} is a section: write [{key}] on a line of its own, and its keys below it."
+    if homes := [section for section, names in _names().items() if key in names]:
+        return f" Write it below [{homes[0]}]."
+    return nearest(key, ("preset", *SECTIONS))
+
+
+def _names() -> dict[str, list[str]]:
+    return {section: [item.name for item in fields(kind)] for section, kind in SECTIONS.items()}
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
@@ -129,10 +146,25 @@ def _known(key: str, origin: str) -> str:
     section, _, name = key.partition(".")
     if section not in SECTIONS:
         raise ConfigError(f"{origin}: there is no section '{section}'.{nearest(section, SECTIONS)}")
-    names = [item.name for item in fields(SECTIONS[section])]
+    names = _names()[section]
     if name.partition(".")[0] not in names or ("." in name and not key.startswith("model.options.")):
-        raise ConfigError(f"{origin}: [{section}] has no key '{name}'.{nearest(name, names)}")
+        raise ConfigError(f"{origin}: [{section}] has no key '{name}'.{_elsewhere(section, name)}")
     return key
+
+
+def _elsewhere(section: str, name: str) -> str:
+    """What a key that its section lacks may mean: the same name elsewhere, a near one here, one that speaks of it."""
+    everything = {f"{home}.{key}": key for home, names in _names().items() for key in names}
+    if same := [f"'{key}'" for key, end in everything.items() if end == name]:
+        return f" Did you mean {' or '.join(same)}?"
+    if near := closest(name, _names()[section], 0.6):
+        return f" Did you mean '{near}'?"
+    told = {f"{home}.{item.name}": f"{item.name.replace('_', ' ')} {item.metadata['help']}"
+            for home, kind in SECTIONS.items() for item in fields(kind)}
+    if speak := [f"'{key}'" for key, text in told.items() if f" {name.replace('_', ' ')} " in f" {text} "]:
+        return f" Did you mean {' or '.join(speak[:4])}?"
+    near = closest(name, everything.values(), 0.75)
+    return nearest(name, _names()[section]) if near is None else _elsewhere(section, near)
 
 
 def _merge(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
@@ -144,17 +176,8 @@ def _merge(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
     table = values.setdefault(section, {})
     if key == "model.name" and table.get("name", value) != value:
         table.pop("options", None)  # another network: the options of the first one do not apply
-    table[name] = _typed(SECTIONS[section], name, value, f"{origin}: {key}")
-
-
-def _typed(section: type, name: str, value: Any, where: str) -> Any:
-    kind = {item.name: item.type for item in fields(section)}[name]
-    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    expected = {"int": int, "float": float, "bool": bool, "str": str}.get(str(kind), Mapping)
-    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise ConfigError(f"{where} = {value!r}: expected {kind}, got {type(value).__name__}.")
-    return value
+    kind = next(str(item.type) for item in fields(SECTIONS[section]) if item.name == name)
+    table[name] = typed(kind, value, f"{origin}: {key}")
 
 
 def _build(name: str, values: Mapping[str, Mapping[str, Any]], provenance: Mapping[str, str]) -> Config:
