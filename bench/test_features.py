@@ -15,6 +15,7 @@ from harness import Figure, compare, record
 from ris_fast.config import Task
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.pursuit import op
+from ris_fast.kernels.pursuit.search import with_dictionary
 from ris_fast.models.features import PursuitFeatures
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import simulate
@@ -35,7 +36,7 @@ def arguments(batch: int, side: int = 12, wavefront: str = "fresnel", atoms: int
     """Operator arguments of drawn scenes, M = L = 16 and K = 5."""
     task = Task(ris_horizontal=side, ris_vertical=side, wavefront=wavefront)
     model, scenes = PursuitFeatures(task, atoms or task.max_sources), simulate(task, batch, SceneGenerator(3, "val"))
-    constants = [getattr(model, name) for name in op.reference.Geometry._fields]
+    constants = list(with_dictionary(model.geometry(), model.wavenumber))
     return scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db, constants, model.wavenumber, model.atoms
 
 

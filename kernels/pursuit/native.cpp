@@ -344,8 +344,8 @@ inline void basis(float* out, const Scratch& s, const Shared& shared) {
 
 // inputs (B, width) and basis (B, N, 2 rank) from snapshots (B, L, M, 2), channel (B, M, N, 2), codes (L, N, 2), snr in dB
 // (B), and the constants of the geometry: x, y, curvature (N), scale, low, high, trust (3), grid (G, 3), dictionary
-// (2 N, 2 G). wavenumber 0: Fresnel. dense: 1 to form P, 0 to go through H, -1 to choose.
-// Returns 0, or 1 if there was no memory for scratch.
+// (2 N, 2 G), which may be null where the grid has factors. wavenumber 0: Fresnel. dense: 1 to form P, 0 to go through H, -1 to choose.
+// Returns 0, 1 if there was no memory for scratch, or 2 if there is neither a dictionary nor a grid with factors.
 RIS_EXPORT(int, pursuit_features)
 (float* inputs, float* basis, const float* snapshots, const float* channel, const float* codes, const float* snr_db, const float* x,
  const float* y, const float* curvature, const float* scale, const float* low, const float* high, const float* trust, const float* grid,
@@ -359,6 +359,7 @@ RIS_EXPORT(int, pursuit_features)
     const Sizes& z = shared.z;
     int failed = !shared.block;
     if (failed) return 1;
+    if (!shared.factors.nu && !dictionary) return 2;
 #pragma omp parallel if (batch > 1)
     {
         const Scratch s(z);

@@ -18,22 +18,24 @@ from ..registry import Family, Operator
 from . import reference
 from .chunks import side_by_side
 from .samples import SAMPLES, cost
+from .search import Geometry, with_dictionary
 
 SCHEMA = ("pursuit_features(Tensor snapshots, Tensor channel, Tensor codes, Tensor snr_db, Tensor[] constants, "
           "float wavenumber, int stages) -> (Tensor, Tensor)")
 ARGUMENTS = [c_void_p] * 15 + [c_float] + [c_int64] * 7
 CPU_CHUNK = 128        # scenes of the plain form: 21 MB of normal equations
 CHOOSE = -1            # whether to form P = G^H G is left to the kernel; 1 and 0 force it
+NO_FACTORS = 2         # what the C++ answers where it had to read a dictionary that is empty
 LIBRARY = torch.library.Library("ris_fast", "FRAGMENT")
 LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _check(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constants: list[Tensor], stages: int) -> None:
     batch, length, antennas, _ = snapshots.shape
-    elements, places = codes.shape[1], constants[7].shape[0]
+    elements, places, columns = codes.shape[1], constants[7].shape[0], constants[8].shape[-1]
     expected = {"channel": (batch, antennas, elements, 2), "codes": (length, elements, 2), "snr_db": (batch,), "x": (elements,),
                 "y": (elements,), "curvature": (elements,), "scale": (3,), "low": (3,), "high": (3,), "trust": (3,),
-                "grid": (places, 3), "dictionary": (2 * elements, 2 * places)}
+                "grid": (places, 3), "dictionary": (2 * elements, 2 * places if columns else 0)}
     for (name, shape), given in zip(expected.items(), (channel, codes, snr_db, *constants), strict=True):
         if given.shape != shape:
             raise ValueError(f"pursuit_features: {name} is {tuple(given.shape)}, expected {shape} for snapshots "
@@ -47,6 +49,11 @@ def _native() -> Any:
     return loader.function("pursuit_features", ARGUMENTS, restype=c_int)
 
 
+def reads_dictionary(device: torch.device, wavenumber: float) -> bool:
+    """Whether the operator reads the dictionary there: everywhere but in C++ where the wavefront is Fresnel (wavenumber 0)."""
+    return bool(wavenumber) or device.type != "cpu" or not loader.available()
+
+
 def _cpp(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constants: list[Tensor], wavenumber: float,
          stages: int, dense: int = CHOOSE) -> tuple[Tensor, Tensor]:
     _check(snapshots, channel, codes, snr_db, constants, stages)
@@ -54,7 +61,11 @@ def _cpp(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, cons
     (batch, length, antennas, _), elements = snapshots.shape, codes.shape[1]
     out = torch.empty(batch, reference.width(stages)), torch.empty(batch, elements, 2 * reference.rank(stages))
     sizes = (batch, antennas, elements, length, stages, constants[7].shape[0], dense)
-    if _native()(*(each.data_ptr() for each in (*out, *inputs)), wavenumber, *sizes):
+    failed = _native()(*(each.data_ptr() for each in (*out, *inputs)), wavenumber, *sizes)
+    if failed == NO_FACTORS:
+        raise ValueError("pursuit_features: the dictionary is empty, and without it the grid must be a box over a rectangular array, "
+                         "Fresnel. Pass constants that went through search.with_dictionary.")
+    if failed:
         raise MemoryError("pursuit_features: no memory for the scratch of a thread. Lower the number of threads or the size of the array.")
     return out
 
@@ -63,7 +74,8 @@ def _plain(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, co
            stages: int) -> tuple[Tensor, Tensor]:
     """The definition; a CPU works on chunks of CPU_CHUNK scenes, whatever the threads, so that the bits do not depend on them."""
     _check(snapshots, channel, codes, snr_db, constants, stages)
-    codes, rest = codes.float(), ([each.float() for each in constants], wavenumber, stages)
+    geometry = with_dictionary(Geometry(*(each.float() for each in constants)), wavenumber)
+    codes, rest = codes.float(), (list(geometry), wavenumber, stages)
     inputs = (snapshots.float(), channel.float(), snr_db.float())
     if snapshots.device.type != "cpu":
         return reference.pursuit_features(*inputs[:2], codes, inputs[2], *rest)

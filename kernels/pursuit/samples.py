@@ -13,7 +13,7 @@ import torch
 from ..registry import Cost, Sample
 from . import reference
 from .geometry import geometry
-from .search import Pursuit
+from .search import Pursuit, with_dictionary
 
 WAVELENGTH_M = 0.3
 
@@ -27,11 +27,11 @@ def scenes(batch: int, horizontal: int, vertical: int, antennas: int, snapshots:
     x = (torch.arange(horizontal) - (horizontal - 1) / 2).repeat(vertical) * (WAVELENGTH_M / 2)
     y = (torch.arange(vertical) - (vertical - 1) / 2).repeat_interleave(horizontal) * (WAVELENGTH_M / 2)
     low, high = torch.tensor([-sector, -sector / 2, 0.1]), torch.tensor([sector, sector / 2, 0.5])
-    constants = geometry(x, y, wavenumber, low, high, spherical)
     place = low + (high - low) * uniform(batch, atoms, 3)
     strip = (torch.arange(atoms) + 0.5 + 0.5 * (uniform(batch, atoms) - 0.5)) / atoms
     place[..., 0] = low[0] + (high[0] - low[0]) * strip
     bend = wavenumber if spherical else 0.0
+    constants = with_dictionary(geometry(x, y, wavenumber, low, high), bend)
     real, imag = Pursuit(constants, bend, atoms).steer(place).chunk(2, dim=2)
     amplitude = torch.polar(0.6 ** torch.arange(atoms) * (1 + 0.1 * uniform(batch, atoms)), 2 * math.pi * uniform(batch, atoms))
     field = (torch.complex(real, imag) @ amplitude[..., None])[..., 0]

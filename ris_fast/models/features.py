@@ -7,7 +7,7 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ris_fast.config import Task
 from ris_fast.kernels.pursuit import op as kernel
 from ris_fast.kernels.pursuit.reference import rank, width
-from ris_fast.kernels.pursuit.search import TANGENTS, Geometry
+from ris_fast.kernels.pursuit.search import TANGENTS, Geometry, with_dictionary
 from ris_fast.models.pursuit import geometry_of
 
 
@@ -38,11 +38,26 @@ class PursuitFeatures(nn.Module):
         for name, value in geometry._asdict().items():
             self.register_buffer(name, value, persistent=False)
         self.atoms, self.width, self.rank = stages, width(stages), rank(stages)
+        self._complete()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PursuitFeatures:
+        """What `.to(device)` and its like go through: on another device the dictionary may be wanted."""
+        super()._apply(fn, recurse)
+        self._complete()
+        return self
+
+    def _complete(self) -> None:
+        """Makes the dictionary where the kernel reads it, so that no call has to."""
+        if kernel.reads_dictionary(self.grid.device, self.wavenumber):
+            self.dictionary = with_dictionary(self.geometry(), self.wavenumber).dictionary
+
+    def geometry(self) -> Geometry:
+        """The constants as the kernel takes them, where this module is."""
+        return Geometry(*(getattr(self, name) for name in Geometry._fields))
 
     @torch.no_grad()
     def forward(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Features:
-        constants = [getattr(self, name) for name in Geometry._fields]
-        return Features(*kernel.pursuit_features(snapshots, channel, codes, snr_db, constants, self.wavenumber, self.atoms))
+        return Features(*kernel.pursuit_features(snapshots, channel, codes, snr_db, list(self.geometry()), self.wavenumber, self.atoms))
 
     def sources(self, features: Features) -> Tensor:
         """The pursuit's own answer, without a network: columns s_k a_k, (B, N, K, 2)."""

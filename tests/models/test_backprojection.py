@@ -176,6 +176,6 @@ def test_symbols_of_every_snapshot_are_refused() -> None:
 
 def test_features_are_a_sound_operator() -> None:
     model, scenes = build_model("backprojection", SMALL, width=16), scenes_of(SMALL, 3)
-    constants = [getattr(model.extract, name) for name in Geometry._fields]
+    constants = list(model.extract.geometry())
     torch.library.opcheck(torch.ops.ris_fast.pursuit_features.default,
                           (*inputs_of(scenes), constants, model.extract.wavenumber, model.extract.atoms))
