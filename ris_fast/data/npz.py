@@ -19,6 +19,7 @@ from ris_fast.data.fingerprints import Overlap, find_copies, find_overlap
 from ris_fast.data.geometry import CENTRED, target_factor
 from ris_fast.data.npz_format import NpzShard, open_shard
 from ris_fast.data.npz_load import EXACT, LoadedSplit, hash_snapshots, load_split
+from ris_fast.data.source import size_notes
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.random import SPLITS
 from ris_fast.physics.scenes import Scenes
@@ -39,7 +40,7 @@ class NpzSource:
     def __init__(self, config: Config, device: torch.device | str,
                  progress: Callable[[int, int], None] | None = None) -> None:
         self.task, self.path, self.device = config.task, Path(config.data.path), torch.device(device)
-        self.array, self._progress = RISArray.of(config.task), progress
+        self.array, self._config, self._progress = RISArray.of(config.task), config, progress
         wanted = {split: getattr(config.data, f"{split}_scenes") for split in SPLITS}
         self._shards = {part: [open_shard(file, config.task) for file in files]
                         for part, files in find_npz(self.path).items()}
@@ -146,11 +147,11 @@ class NpzSource:
         return notes + self._size_notes() + self._snr_note()
 
     def _size_notes(self) -> list[str]:
-        if self._rows:
-            return [f"no train/ folder: the {sum(self._sizes.values())} of {self._found[ONE_POOL]} scenes in use are "
-                    "split by number, validation and test at even distances, train the rest"]
-        return [f"{self._sizes[split]} of {found} {split} scenes in use (data.{split}_scenes)"
-                for split, found in self._found.items() if found > self._sizes[split]]
+        if not self._rows:
+            return size_notes(self._config, self._found, self._sizes)
+        return [f"no train/ folder: the {sum(self._sizes.values())} of {self._found[ONE_POOL]} scenes in use are "
+                "split by number, validation and test at even distances, train the rest",
+                *size_notes(self._config, self._sizes, self._sizes)]
 
     def _snr_note(self) -> list[str]:
         snr = self._load("train").table.columns["snr_db"]
@@ -167,14 +168,12 @@ def find_npz(path: Path) -> dict[str, list[Path]]:
     """Shard files by split, or all under one name where there is no train/ folder. Raises: DataError."""
     if path.is_file():
         return {ONE_POOL: [path]}
-    if not path.is_dir():
-        raise DataError(path, "", "no such file or folder", "a folder of .npz shards", "Give the right data.path.")
     folders = {split: sorted((path / split).glob("*.npz")) for split in SPLITS if (path / split).is_dir()}
     if not folders:
         files = sorted(path.glob("*.npz"))
         if not files:
             raise DataError(path, "", "no .npz file and no train/ folder", "shards, flat or in train/, val/, test/",
-                            "Give the right data.path, or generate the data.")
+                            "Give the right --data DIR, or generate the data.")
         return {ONE_POOL: files}
     for split in ("train", "val"):
         if not folders.get(split):

@@ -20,9 +20,11 @@ from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import Overlap, find_overlap, scene_hashes
 from ris_fast.data.geometry import target_factor
 from ris_fast.data.npz_format import check_finite
+from ris_fast.data.place import MANIFEST
+from ris_fast.data.source import size_notes
 from ris_fast.data.statistics import differences, measure
 from ris_fast.data.table import Placement, Table, place_table
-from ris_fast.data.write import COLUMNS, FORMAT, MANIFEST, VERSION, file_hash
+from ris_fast.data.write import COLUMNS, FORMAT, VERSION, file_hash
 from ris_fast.physics.array import RISArray, direction_cosines
 from ris_fast.physics.random import SPLITS
 from ris_fast.physics.scenes import Scenes
@@ -83,8 +85,7 @@ class ShardSource:
             self._load(split)
         self.overlaps = self._find_overlaps()
         self.notes = [str(overlap) for overlap in self.overlaps]
-        self.notes += [f"{self._sizes[split]} of {found} {split} scenes in use (data.{split}_scenes)"
-                       for split, found in self._found.items() if found > self._sizes[split]]
+        self.notes += size_notes(config, self._found, self._sizes)
 
     @property
     def index_device(self) -> torch.device:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Callable, Iterator, Protocol
+from typing import Callable, Iterator, Mapping, Protocol
 
 import torch
 from torch import Tensor
 
 from ris_fast.config import Config
 from ris_fast.data.errors import DataError
+from ris_fast.data.place import check_place, guess_source
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
 
@@ -76,8 +77,10 @@ def open_source(config: Config, device: torch.device | str,
     kind = config.data.source
     if kind == "auto":
         kind = guess_source(config.data.path)
-    if kind != "simulate" and not config.data.path:
-        raise DataError("data.path", "", "nothing", f"a folder, because data.source is '{kind}'", "Give --data DIR.")
+    elif kind != "simulate":
+        if not config.data.path:
+            raise DataError("data.path", "", "nothing", f"a folder, because data.source is '{kind}'", "Give --data DIR.")
+        check_place(Path(config.data.path))
     if kind == "npz":
         from ris_fast.data.npz import NpzSource
 
@@ -100,18 +103,16 @@ def _refuse_lost_channel(source: SceneSource, config: Config) -> None:
                         "--preset seed --set model.options.inputs=collapsed and expect a validation NMSE near 0.97.")
 
 
-def guess_source(path: str) -> str:
-    """simulate without a path, shards where a manifest lies, else npz. Raises: DataError where neither can be."""
-    if not path:
-        return "simulate"
-    place = Path(path)
-    if (place / "manifest.json").is_file():
-        return "shards"
-    if place.is_dir() and any(place.rglob("*.safetensors")):
-        raise DataError(place, "", "safetensors shards without a manifest.json",
-                        "both, as `ris-fast simulate` writes them",
-                        "Copy the whole folder, or run `ris-fast simulate` again.")
-    return "npz"
+def size_notes(config: Config, found: Mapping[str, int], used: Mapping[str, int]) -> list[str]:
+    """Where a split has more scenes than are used, or fewer than someone asked for: a preset and a default only limit."""
+    notes = []
+    for split, there in found.items():
+        wanted, origin = getattr(config.data, f"{split}_scenes"), config.provenance.get(f"data.{split}_scenes", "default")
+        if there > used[split]:
+            notes.append(f"{used[split]} of {there} {split} scenes in use (data.{split}_scenes)")
+        elif wanted > there and origin != "default" and not origin.startswith("preset "):
+            notes.append(f"data.{split}_scenes is {wanted} ({origin}), but there are {there} {split} scenes: all are in use")
+    return notes
 
 
 def epoch_batches(source: SceneSource, split: str, epoch: int, batch_size: int, seed: int, fixed: bool,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ris_fast.config import Config, ConfigError, Task
 from ris_fast.data.errors import DataError
+from ris_fast.data.place import MANIFEST, PLAN
 from ris_fast.data.statistics import measure, merge
 from ris_fast.files import save_tensors, write_text, writing
 from ris_fast.physics.random import SPLITS, SceneGenerator
@@ -29,8 +30,6 @@ from ris_fast.physics.scenes import Scenes, simulate
 
 FORMAT = "ris-fast scenes"
 VERSION = 1
-MANIFEST = "manifest.json"
-PLAN = "plan.json"
 COLUMNS = ("snapshots", "channel", "azimuth", "elevation", "range_m", "power", "snr_db", "count")
 SHARD_SCENES = 4096
 CHUNK = 512              # scenes simulated at a time

@@ -159,6 +159,8 @@ def test_an_npy_in_npz_clothing_is_named(tmp_path: Path) -> None:
 
 
 def test_empty_places_are_named(tmp_path: Path) -> None:
+    assert refusal(tmp_path).found == "an empty folder"
+    (tmp_path / "notes.txt").touch()
     assert "no .npz file" in refusal(tmp_path).found
     assert "no such file or folder" in refusal(tmp_path / "nowhere").found
     (tmp_path / "train").mkdir()

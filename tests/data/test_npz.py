@@ -285,3 +285,12 @@ def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert source.size("test") == 0
     with pytest.raises(DataError, match="no test scenes"):
         source.batch("test", torch.arange(1))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_split_smaller_than_was_asked_for_is_told(tmp_path: Path, flat: bool) -> None:
+    path = write_npz(tmp_path / "a.npz", original_arrays(50)) if flat else write_folders(tmp_path)
+    config = Config(task=SMALL, data=Data(path=str(path), train_scenes=160, val_scenes=40, test_scenes=8),
+                    provenance={"data.train_scenes": "flag"})
+    told = [note for note in open_source(config, "cpu").notes if "data.train_scenes is 160 (flag)" in note]
+    assert len(told) == 1 and "there are 40 train scenes" in told[0]

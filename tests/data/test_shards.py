@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -152,6 +152,14 @@ def test_configured_sizes_limit_the_splits(written: Path) -> None:
     source = ShardSource(config(written, train_scenes=20), "cpu")
     assert source.size("train") == 20 and source.notes == ["20 of 50 train scenes in use (data.train_scenes)"]
     assert all_scenes(source, "train").batch == 20 and verify_manifest(source) == []
+
+
+@pytest.mark.parametrize("origin, told", [("flag", True), ("--set", True), ("default", False), ("preset seed", False), (None, False)])
+def test_a_split_smaller_than_was_asked_for_is_told(written: Path, origin: str | None, told: bool) -> None:
+    asked = replace(config(written, train_scenes=60, val_scenes=12),
+                    provenance={"data.train_scenes": origin, "data.val_scenes": origin} if origin else {})
+    notes = ShardSource(asked, "cpu").notes
+    assert notes == ([f"data.train_scenes is 60 ({origin}), but there are 50 train scenes: all are in use"] if told else [])
 
 
 def test_copies_between_splits_are_counted(written: Path) -> None:

@@ -11,7 +11,7 @@ from make_npz import SMALL, all_scenes, write_folders
 from ris_fast.config import Config, Data, Model, Training
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import scene_hashes
-from ris_fast.data.source import epoch_batches, guess_source, open_source
+from ris_fast.data.source import epoch_batches, open_source
 from ris_fast.data.write import write_shards
 
 
@@ -104,15 +104,6 @@ def test_the_seed_makes_the_scenes() -> None:
         return source.batch("train", torch.arange(4)).snapshots
 
     assert torch.equal(first(3), first(3)) and not torch.equal(first(3), first(4))
-
-
-def test_auto_looks_into_the_path(tmp_path: Path) -> None:
-    configs = files(tmp_path)
-    assert guess_source("") == "simulate" and guess_source(str(tmp_path / "npz")) == "npz"
-    assert guess_source(str(tmp_path / "shards")) == "shards" and configs["npz"].data.source == "auto"
-    (tmp_path / "shards" / "manifest.json").unlink()
-    with pytest.raises(DataError, match="without a manifest.json"):
-        guess_source(str(tmp_path / "shards"))
 
 
 def test_a_lost_channel_is_refused_unless_asked_for(tmp_path: Path) -> None:

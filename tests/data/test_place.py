@@ -1,0 +1,68 @@
+"""What is given as --data and is no data set is told: what was found there, what was expected, what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from make_npz import SMALL, write_folders
+
+from ris_fast.config import Config, Data
+from ris_fast.data.errors import DataError
+from ris_fast.data.place import guess_source
+from ris_fast.data.source import open_source
+from ris_fast.data.write import write_shards
+
+
+@pytest.fixture()
+def root(tmp_path: Path) -> Path:
+    """sets/npz and sets/shards are data sets; what is beside them is none."""
+    write_folders(tmp_path / "sets" / "npz")
+    for name in ("sets/shards", "cut"):
+        write_shards(Config(task=SMALL), tmp_path / name, {"train": 4, "val": 1, "test": 1})
+    (tmp_path / "cut" / "manifest.json").unlink()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "later.partial").mkdir()
+    (tmp_path / "later.partial" / "plan.json").touch()
+    return tmp_path
+
+
+def test_auto_looks_into_the_path(root: Path) -> None:
+    assert guess_source("") == "simulate" and guess_source(str(root / "sets/shards")) == "shards"
+    assert guess_source(str(root / "sets/npz")) == "npz" == guess_source(str(root / "sets/npz/val"))
+    assert guess_source(str(root / "sets/npz/train/shard_000.npz")) == "npz"
+
+
+@pytest.mark.parametrize("given, found, todo", [
+    ("sets/shards/manifest.json", "one file of a data set", "--data {root}/sets/shards."),
+    ("sets/shards/train-00000.safetensors", "one file of a data set", "--data {root}/sets/shards."),
+    ("later.partial/plan.json", "a file that is no .npz", "--data DIR"),
+    ("moved", "no such file or folder", "data.path in a run's config.toml"),
+    ("later", "unfinished work in later.partial", "`ris-fast simulate` command again"),
+    ("later.partial", "unfinished work", "`ris-fast simulate` command again"),
+    ("empty", "an empty folder", "--data DIR"),
+    ("cut", "without a manifest.json", "Copy the whole folder"),
+    ("sets", "but npz, shards", "--data {root}/sets/npz."),
+    ("/dev/null", "a file that is no .npz", "--data DIR"),
+])
+def test_what_is_no_data_set_is_told(root: Path, given: str, found: str, todo: str) -> None:
+    with pytest.raises(DataError) as caught:
+        open_source(Config(task=SMALL, data=Data(path=str(root / given))), "cpu")
+    error = caught.value
+    assert error.where == str(root / given) and found in error.found and error.expected and todo.format(root=root) in error.todo
+
+
+@pytest.mark.parametrize("source", ["npz", "shards"])
+@pytest.mark.parametrize("given", ["moved", "empty", "sets/shards/manifest.json"])
+def test_it_is_told_also_where_the_kind_was_named(root: Path, source: str, given: str) -> None:
+    with pytest.raises(DataError, match="one .npz file"):
+        open_source(Config(task=SMALL, data=Data(source=source, path=str(root / given))), "cpu")
+
+
+def test_a_place_that_may_not_be_read_is_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match="cannot be read .Permission denied"):
+        guess_source(str(root / "sets"))
