@@ -16,6 +16,7 @@ from ris_fast import FusedAdamW
 from ris_fast.kernels.native import loader
 from ris_fast.training.loop import Trainer
 from ris_fast.training.records import RECORDS, Window, ring_size
+from ris_fast.training.telemetry import broken, spread
 
 BACKENDS = ["reference", pytest.param("native", marks=pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built"))]
 R, POISONED = 4, 6
@@ -120,6 +121,15 @@ def test_a_window_begins_behind_the_last_one_unless_the_count_fell() -> None:
     after = Window.after(6, records, numbers, 2)
     assert after.numbers == [7, 8] and after.table[:, 0, 0].tolist() == [3, 0]
     assert Window.after(8, records, numbers, 0).numbers == [] and Window.after(9, records, numbers, 0).numbers == [5, 6, 7, 8]
+
+
+def test_scenes_and_answers_are_measured_as_defined() -> None:
+    answer = torch.randn(5, 7, 2, generator=torch.Generator().manual_seed(0)) + 3.0
+    torch.testing.assert_close(spread(answer), answer.var(0).mean() / answer.square().mean())
+    assert spread(torch.zeros(2, 3)) == 0 == spread(answer[:1].expand(4, 7, 2))
+    scenes = torch.ones(4, 3, 2)
+    scenes[1], scenes[2, 0, 0], scenes[3, 1, 1] = 0.0, math.nan, -math.inf
+    assert broken(scenes).tolist() == [1, 2]
 
 
 class Kept(Rows):
