@@ -44,7 +44,7 @@ def append_digits(path: Path) -> None:
 @pytest.mark.parametrize("write", [write_digits, write_numbers])
 def test_a_full_disk_leaves_the_old_file_and_nothing_beside_it(write: Callable[[Path], None], tmp_path: Path, nearly_full: None) -> None:
     (tmp_path / "old").write_text("old")
-    with pytest.raises(StorageError, match="Free space there") as caught:
+    with pytest.raises(StorageError, match="Raise the limit on a file's size") as caught:
         write(tmp_path / "old")
     assert os.strerror(errno.EFBIG) in str(caught.value) and caught.value.errno == errno.EFBIG
     assert (tmp_path / "old").read_text() == "old" and os.listdir(tmp_path) == ["old"]
