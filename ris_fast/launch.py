@@ -29,6 +29,7 @@ def run_training(config: Config, out: Path | None, *, resume: Path | None = None
     """
     from ris_fast.report.console import ConsoleReport
 
+    ours = resume is None and (out is None or not out.exists())
     folder, checkpoint = (new_folder(config, out), None) if resume is None else run_and_checkpoint(resume)
     console = ConsoleReport(standard_task=config.task == Task())
     for ending in (signal.SIGTERM, signal.SIGHUP):  # a cluster's time limit and a closed terminal save as Ctrl-C does
@@ -42,7 +43,8 @@ def run_training(config: Config, out: Path | None, *, resume: Path | None = None
         return INTERRUPTED
     finally:
         console.close()
-        drop_if_empty(folder)
+        if ours:
+            drop_if_empty(folder)
     if summary is None:
         return 0
     print(f"run folder: {folder}")

@@ -17,7 +17,7 @@ from ris_fast.report.eventlog import METRICS, write_json
 from ris_fast.settings import load_config, render_toml
 
 CONFIG = "config.toml"
-CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"
+RUNS, CHECKPOINTS, LAST, BEST = "runs", "checkpoints", "last", "best"
 
 
 class RunFolder:
@@ -45,7 +45,7 @@ class RunFolder:
 def new_folder(config: Config, out: Path | None) -> Path:
     """Makes the folder of a new run; runs/DATE-TIME-PRESET by default. Raises ConfigError where a run already is."""
     if out is None:
-        first = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.preset}"
+        first = Path(RUNS) / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.preset}"
         others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
         return next(path for path in itertools.chain([first], others) if _made(path))
     if out.is_file():
@@ -69,9 +69,11 @@ def _made(folder: Path) -> bool:
 
 
 def drop_if_empty(folder: Path) -> None:
-    """A run that never began leaves no folder."""
+    """A run that never began leaves no folder of its own."""
     with contextlib.suppress(OSError):
         folder.rmdir()
+        if folder.parent == Path(RUNS):
+            folder.parent.rmdir()
 
 
 @contextlib.contextmanager
