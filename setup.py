@@ -94,7 +94,7 @@ def packages() -> list[str]:
     return [*find_packages(str(ROOT), include=["ris_fast", "ris_fast.*"]), *kernels]
 
 
-TEST = ["pytest>=8", "pytest-benchmark>=4", "scipy>=1.11"]
+TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "scipy>=1.11"]
 setup(
     name="ris-fast",
     version="0.1.0",

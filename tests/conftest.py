@@ -1,11 +1,15 @@
-"""What every test shares: one thread unless it says otherwise, and fresh compiled graphs."""
+"""What every test shares: its part of the cores where tests run side by side, and fresh compiled graphs."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 
 @pytest.fixture(autouse=True)
