@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ris_fast.benchmarks.kernels import compare_kernels
 from ris_fast.benchmarks.measure import conditions
 from ris_fast.benchmarks.train_step import compare_steps
 from ris_fast.config import Config
+from ris_fast.files import append_text
 from ris_fast.report.tables import text_table
 from ris_fast.settings import load_config
 
@@ -26,6 +28,14 @@ def run_bench(kinds: tuple[str, ...], device: torch.device) -> dict[str, Any]:
     """What was asked for, by kind, with the conditions under which it was measured."""
     measured: dict[str, Callable[[torch.device], Any]] = {"kernels": compare_kernels, "step": bench_step, "train": bench_train}
     return {"conditions": conditions(device)} | {kind: measured[kind](device) for kind in kinds}
+
+
+def check_writable(path: Path) -> None:
+    """Before minutes of measuring: raises StorageError where the figures could not be written to `path` afterwards."""
+    new = not path.exists()
+    append_text(path, "")
+    if new:
+        path.unlink()
 
 
 def configured(preset: str, device: torch.device) -> Config:

@@ -5,11 +5,12 @@ Exit codes: 0 done, 1 a gradient check failed, 2 bad usage or configuration, 3 d
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, Sequence
 
-from cyclopts import App, CycloptsError, Parameter, Token
+from cyclopts import App, CycloptsError, Parameter, Token, UnusedCliTokensError
 
 from ris_fast import __version__
 from ris_fast.settings import load_config, render_toml
@@ -21,10 +22,17 @@ def whole_number(_: type, tokens: Sequence[Token]) -> int:
     try:
         return int(text)  # a float would round what is beyond 2^53
     except ValueError:
-        value = float(text)
+        value = _float(text)
     if not value.is_integer():
-        raise ValueError(f"{text} is not a whole number")
+        raise ValueError(f"'{text}' is not a whole number")
     return int(value)
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 def whole_number_or_auto(kind: type, tokens: Sequence[Token]) -> int | str:
@@ -34,6 +42,8 @@ def whole_number_or_auto(kind: type, tokens: Sequence[Token]) -> int | str:
 
 Whole = Annotated[int | None, Parameter(converter=whole_number, accepts_keys=False)]
 WholeOrAuto = Annotated[int | str | None, Parameter(converter=whole_number_or_auto, accepts_keys=False)]
+TAKE_SETTINGS = ("train", "check", "simulate")
+SETTINGS_FILE = re.compile(r'Unknown (?:option|command):? "?(?:(?:--config|-c)(?:=[^"]*?)?|([^-"][^"]*\.toml))"?\.(?!\w)')
 Overrides = Annotated[list[str] | None, Parameter(name="--set")]
 
 app = App(name="ris-fast", version=__version__, default_parameter=Parameter(negative=(), show_default=False),
@@ -212,7 +222,7 @@ def gradcheck(*, device: str = "auto", no_interpreter: bool = False, json: bool 
     from ris_fast.report.gradcheck import gradcheck_text
     from ris_fast.training.devices import choose_device
 
-    rows = run_gradcheck(choose_device(device), not no_interpreter)
+    rows = run_gradcheck(choose_device(device, "--device"), not no_interpreter)
     passed = all(row.passed for row in rows)
     print(dumps({"passed": passed, "rows": [asdict(row) for row in rows]}, indent=2) if json else gradcheck_text(rows))
     return 0 if passed else 1
@@ -231,11 +241,14 @@ def bench(what: Literal["kernels", "step", "train"] | None = None, /, *, device:
     json
         Write the figures with versions and commit to this file.
     """
-    from ris_fast.bench import KINDS, bench_text, run_bench
+    from ris_fast.bench import KINDS, bench_text, check_writable, run_bench
     from ris_fast.report.eventlog import write_json
     from ris_fast.training.devices import choose_device
 
-    result = run_bench((what,) if what else KINDS, choose_device(device))
+    on = choose_device(device, "--device")
+    if json is not None:
+        check_writable(json)
+    result = run_bench((what,) if what else KINDS, on)
     print(bench_text(result))
     if json is not None:
         write_json(json, result)
@@ -315,11 +328,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _usage(error: CycloptsError) -> str:
     """The parser's message; where it has no near miss to offer, what the command takes."""
-    text = str(error)
+    text, chain = str(error), " ".join(error.command_chain or ())
+    if isinstance(error, UnusedCliTokensError):
+        text = f"Too many arguments: {' '.join(error.unused_tokens or ())}."
+    if chain in ("", *TAKE_SETTINGS) and (found := SETTINGS_FILE.match(text)):
+        return f"{found[0]} A file with settings is given without an option: ris-fast {chain or 'train'} {found[1] or 'FILE.toml'}"
     if "Did you mean" in text or "Available commands" in text or error.app is None:
         return text
-    where = " ".join(error.command_chain or ())
-    return f"{text} Try: ris-fast {where + ' ' if where else ''}--help"
+    return f"{text} Try: ris-fast {chain + ' ' if chain else ''}--help"
 
 
 def _complain(text: str, code: int) -> int:

@@ -15,18 +15,25 @@ from ris_fast.models.prediction import Prediction
 REMEMBERED_BYTES = 2**30
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises ConfigError for a device that this machine does not have."""
+def choose_device(name: str, setting: str = "training.device") -> torch.device:
+    """`auto` is the GPU where there is one; `setting` is what an error calls it.
+
+    Raises: ConfigError for a device that this machine does not have.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"training.device is '{name}'; expected auto, cpu, cuda or cuda:N.") from error
+        raise ConfigError(f"{setting} is '{name}'; expected auto, cpu, cuda or cuda:N.") from error
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"training.device is '{name}'; kernels exist for cpu and cuda.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"training.device is '{name}', but torch {torch.__version__} sees "
+        raise ConfigError(f"{setting} is '{name}'; kernels exist for cpu and cuda.")
+    if device.type == "cpu":
+        if device.index:
+            raise ConfigError(f"{setting} is '{name}'; there is one CPU. Write cpu.")
+        return torch.device("cpu")  # cpu:0 would not equal cpu
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"{setting} is '{name}', but torch {torch.__version__} sees "
                           f"{torch.cuda.device_count()} CUDA devices. Use --device cpu, or install a CUDA build of torch.")
     return device
 

@@ -27,6 +27,19 @@ from ris_fast.settings import load_config
     (["train", "--preset", "seed", "--device", "gpu"], "auto, cpu, cuda"),
     (["train", "a.toml", "b.toml"], "b.toml"),
     (["train", "--nothing-like-it"], "ris-fast train --help"),
+    (["train", "--config", "a.toml"], "without an option: ris-fast train FILE.toml"),
+    (["check", "--config=a.toml"], "without an option: ris-fast check FILE.toml"),
+    (["--config", "a.toml"], "without an option: ris-fast train FILE.toml"),
+    (["a.toml"], "without an option: ris-fast train a.toml"),
+    (["bench", "--config", "a.toml"], "ris-fast bench --help"),
+    (["train", "--seed", "1", "--seed", "2"], "--seed specified multiple times"),
+    (["train", "--seed", "x"], "'x' is not a whole number"),
+    (["evaluate", "a", "b", "c"], "Too many arguments: b c."),
+    (["bench", "kernel"], 'Did you mean "kernels"?'),
+    (["bench", "--device", "gpu"], "--device is 'gpu'; expected auto, cpu, cuda or cuda:N"),
+    (["gradcheck", "--device", "cpu:3"], "there is one CPU"),
+    (["gradcheck", "--device", "mps"], "kernels exist for cpu and cuda"),
+    (["env", "--device", "cpu"], "ris-fast env --help"),
     (["evaluate"], "RUN"),
     (["simulate", "--scenes", "4"], "--out"),
     (["simulate", "--out", "x", "--scenes", "4", "--preset", "seed", "--device", "gpu"], "auto, cpu, cuda"),
@@ -73,3 +86,15 @@ def test_help_is_not_an_error(arguments: list[str], capsys) -> None:
 def test_resume_refuses_what_belongs_to_a_new_run(capsys, tmp_path) -> None:
     assert main(["train", "--resume", str(tmp_path), "--preset", "seed", "--out", "x"]) == 2
     assert "Leave --preset, --out away" in capsys.readouterr().err
+
+
+def test_bench_finds_out_before_measuring_that_its_file_cannot_be_written(capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("ris_fast.bench.run_bench", lambda *_: pytest.fail("measured"))
+    assert main(["bench", "--device", "cpu", "--json", str(tmp_path)]) == 3
+    assert f"{tmp_path} cannot be written: Is a directory" in capsys.readouterr().err
+    from ris_fast.bench import check_writable
+
+    check_writable(tmp_path / "new" / "figures.json")
+    (tmp_path / "old.json").write_text("{}")
+    check_writable(tmp_path / "old.json")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["new", "old.json"] and (tmp_path / "old.json").read_text() == "{}"
