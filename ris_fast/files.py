@@ -86,6 +86,12 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
             partial.chmod(mode)          # safetensors makes a file that only its owner may read
 
 
+def save_figure(path: str | Path, figure: Any, dpi: int) -> None:
+    """Draws a matplotlib figure into a .png, whole or not at all. Raises StorageError."""
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=dpi, format="png")
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A name beside `path` for the block to write to; flushed to disk, it takes the place of `path` in one move.

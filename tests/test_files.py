@@ -10,11 +10,13 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
-from ris_fast.files import StorageError, append_text, make_folder, save_tensors, write_text
+from ris_fast.files import StorageError, append_text, make_folder, save_figure, save_tensors, write_text
 
 NUMBERS = {"numbers": torch.zeros(100_000)}
 
@@ -41,7 +43,13 @@ def append_digits(path: Path) -> None:
     append_text(path, "0" * 400_000)
 
 
-@pytest.mark.parametrize("write", [write_digits, write_numbers])
+def draw_noise(path: Path) -> None:
+    figure = Figure(figsize=(6.0, 6.0))
+    figure.figimage(np.random.default_rng(0).random((600, 600)))
+    save_figure(path, figure, 100)
+
+
+@pytest.mark.parametrize("write", [write_digits, write_numbers, draw_noise])
 def test_a_full_disk_leaves_the_old_file_and_nothing_beside_it(write: Callable[[Path], None], tmp_path: Path, nearly_full: None) -> None:
     (tmp_path / "old").write_text("old")
     with pytest.raises(StorageError, match="Raise the limit on a file's size") as caught:

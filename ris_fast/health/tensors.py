@@ -14,7 +14,7 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ris_fast.files import append_text
+from ris_fast.files import append_text, save_figure
 from ris_fast.training.loop import Trainer
 from ris_fast.training.records import Window
 
@@ -148,9 +148,8 @@ def draw(names: Sequence[str], heat: Heat, path: Path) -> None:
         axes.set_title(f"{title}, log10{pooled}{broken}", loc="left", fontsize=10)
         axes.set_xlabel("optimizer step")
     both[0].set_yticks(range(len(names)), names, fontsize=6)
-    path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=130)
+    save_figure(path, figure, 130)
 
 
 def _colours(values: Tensor) -> tuple[Any, Any, Any]:

@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from ris_fast.files import save_figure
 from ris_fast.report.eventlog import METRICS, current_rows, read_events
 
 LOSS_PLOT = "loss.png"
@@ -58,9 +59,8 @@ class PlotReport:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=150)
+    save_figure(path, figure, 150)
 
 
 def loss_figure(rows: Sequence[Mapping[str, Any]], floors: Mapping[str, float]) -> Figure:

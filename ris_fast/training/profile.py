@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ris_fast.files import replacing, write_text
 from ris_fast.training.loop import Trainer
 
 FIRST, STEPS, ROWS = 12, 5, 10       # the first steps are watched densely and warm things up
@@ -38,10 +39,10 @@ class Profile:
         return result
 
     def _write(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.profiler.export_chrome_trace(str(self.folder / "trace.json"))
+        with replacing(self.folder / "trace.json") as partial:
+            self.profiler.export_chrome_trace(str(partial))
         text = dearest(self.profiler)
-        (self.folder / "operations.txt").write_text(text + "\n")
+        write_text(self.folder / "operations.txt", text + "\n")
         self.tell(f"{text}\ntrace of {STEPS} steps, for chrome://tracing or ui.perfetto.dev: {self.folder / 'trace.json'}")
 
 
