@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..native import loader
 from ..registry import AotCase, Family, Operator
@@ -48,7 +47,10 @@ def _fake(factor: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _CovNMSE(torch.autograd.Function):
-    """Backward multiplies the unit gradients by the incoming one; neither target nor factors are read again."""
+    """Backward multiplies the unit gradients by the incoming one; neither target nor factors are read again.
+
+    The unit gradients are constants to autograd, so a second derivative would silently miss their share: it is refused.
+    """
 
     @staticmethod
     def forward(ctx: Any, factor: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,8 +62,10 @@ class _CovNMSE(torch.autograd.Function):
         return loss_B, unit_factor, unit_sample
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_B: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("cov_nmse: a second derivative is asked for (create_graph=True), but it is differentiable once only. "
+                               "Leave create_graph out, or write the NMSE of the dense covariances in torch.")
         scaled: list[Tensor | None] = []
         for unit, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, (ctx.needs_input_grad[0], ctx.needs_input_grad[3]), strict=True):
             if needed and unit.dim() != 4:
@@ -70,10 +74,17 @@ class _CovNMSE(torch.autograd.Function):
         return scaled[0], None, None, scaled[1], *(None,) * 8
 
 
+def _autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("cov_nmse: called under torch.func (grad, vjp, jacrev, jvp, ...), which torch does not support for custom "
+                           "operators with a gradient of their own. Use loss.backward() or torch.autograd.grad(loss, ...).")
+    return _CovNMSE.apply(*args)
+
+
 LIBRARY.impl("cov_nmse", plain.cov_nmse, "CompositeExplicitAutograd")
 LIBRARY.impl("cov_nmse", _cpu, "CPU")
 LIBRARY.impl("cov_nmse", _cuda, "CUDA")
-LIBRARY.impl("cov_nmse", lambda *args: _CovNMSE.apply(*args), "Autograd")
+LIBRARY.impl("cov_nmse", _autograd, "Autograd")
 torch.library.register_fake("ris_fast::cov_nmse", _fake, lib=LIBRARY)
 
 
@@ -152,17 +163,17 @@ def _check_finite(**tensors: Tensor | None) -> None:
 
 
 def cov_nmse(
-    factor: Tensor, *, target_factor: Tensor | None = None, target_cov: Tensor | None = None, sample_factor: Tensor | None = None,
+    factor: Tensor, *unnamed: Any, target_factor: Tensor | None = None, target_cov: Tensor | None = None, sample_factor: Tensor | None = None,
     blend: float = 0.0, loading: float = 0.0, shrink: float = 0.0, snr_db: Tensor | float | None = None, reduction: str = "mean",
     loading_side: str = "both", diag_weight: float = 1.0, offdiag_weight: float = 1.0, check_finite: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Covariance NMSE |R_eff - T_eff|^2 / |T_eff|^2 of R = F F^H against a target, differentiable in F.
+    """Covariance NMSE |R_eff - T_eff|^2 / |T_eff|^2 of R = F F^H against a target, differentiable in F, once.
 
     Model: R and T are normalised to trace N; R is blended with X X^H: (1 - blend) R + blend X X^H; then loaded,
     (R + loading I)/(1 + loading), and shrunk, (1 - alpha) R + alpha I, alpha = clamp(shrink 10^(-snr_db/20), 1e-4, 5e-2).
     A zero factor stays zero and scores 1 (without loading); a zero target without loading scores NaN or infinity.
     Args:
-        factor: (B, N, Q) complex or (B, N, Q, 2) real pair; float32, float64, or bfloat16/float16 (float32 arithmetic).
+        factor: (B, N, Q) complex or (B, N, Q, 2) real pair; the one argument without a name; float32, float64, or bfloat16/float16 (float32 arithmetic).
         target_factor: (B, N, K), T = S S^H; columns of zeros are allowed.  Either this or target_cov.
         target_cov: (B, N, N) Hermitian, any trace above zero.
         sample_factor: (B, N, X), differentiable where it requires grad.
@@ -172,10 +183,14 @@ def cov_nmse(
         diag_weight, offdiag_weight: weights of |D_nn|^2 and of the rest, in numerator and denominator alike.
         check_finite: raise on a NaN or infinity in any input (reads the device from the host; not under torch.compile).
     Returns: 0-d tensor, or (B,) with reduction="none".
-    Raises: ValueError or TypeError, naming the argument, what it was and what is expected.
+    Raises: ValueError or TypeError, naming the argument, what it was and what is expected; RuntimeError for a second derivative
+        and under torch.func.grad and its kin (torch.vmap works, one scene after the other: B is there for that).
     Numerics: low-rank target in float64 Gram form, dense target in the direct form, float32 (float64 for float64).
     Cost: `ris_fast.kernels.cov_nmse.samples.cost`; memory O(N Q) per scene beside the target.
     """
+    if unnamed:
+        raise TypeError(f"cov_nmse: {1 + len(unnamed)} arguments without a name, expected factor alone. Pass the target as target_factor=T "
+                        "where it is S of R = S S^H, (B, N, K), or as target_cov=T where it is R itself, (B, N, N).")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"cov_nmse: reduction is {reduction!r}, expected 'mean', 'sum' or 'none'.")
     if loading_side not in ("both", "prediction"):

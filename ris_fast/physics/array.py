@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -26,6 +27,10 @@ class RISArray:
     wavefront: str = "fresnel"
 
     def __post_init__(self) -> None:
+        for name in ("horizontal", "vertical"):
+            if not isinstance(getattr(self, name), Integral):
+                raise TypeError(f"RISArray: {name} is a {type(getattr(self, name)).__name__}, expected a whole number of "
+                                "elements. Use RISArray.of(task) for the array of a task.")
         if self.wavefront not in ("fresnel", "spherical"):
             raise ValueError(f"RISArray: wavefront is {self.wavefront!r}; it must be 'fresnel' or 'spherical'.")
         if min(self.horizontal, self.vertical) < 1 or min(self.wavelength_m, self.spacing_m) <= 0:
@@ -84,9 +89,3 @@ def cosine_steering(array: RISArray, u: Tensor, v: Tensor, range_m: Tensor) -> T
         excess = x * x + y * y - 2.0 * r * (u * x + v * y)
         path = -excess / (r + (r * r + excess).sqrt())
     return expi(array.wavenumber * path) / math.sqrt(array.elements)
-
-
-def linear_steering(antennas: int, sine: Tensor) -> Tensor:
-    """Unit-norm far-field vectors of a half-wavelength uniform linear array: (...) direction cosine -> (..., M, 2)."""
-    place = torch.arange(antennas, device=sine.device, dtype=sine.dtype) - (antennas - 1) / 2
-    return expi(math.pi * place * sine[..., None]) / math.sqrt(antennas)

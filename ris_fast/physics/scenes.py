@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from numbers import Integral
 from typing import Callable
 
 import torch
@@ -89,10 +90,11 @@ def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator) -> Sce
         y_l = H diag(c_l) x_l + n_l, x_l = sum_k g_k s_kl a_k; n white, its power set by the scene's SNR.
     Args: scenes: how many (0, 1, ...), or (B,) int64 indices; generator: seed, split and device.
     Returns: `Scenes` with every field but `collapsed` and `covariance`.
+    Raises: TypeError or ValueError, naming the argument, what it was and what is expected.
     Source: the measurement model of RIS-12x12, README.
     """
-    device = torch.device(generator.device)
-    index = torch.arange(scenes, device=device) if isinstance(scenes, int) else scenes.to(device, torch.int64)
+    index = _numbers(scenes, generator)
+    device = index.device
     draw = _draw_scene(task, generator.uniform(index, "scene", 3 * task.max_sources + 5))
     amplitude, source_power = _amplitudes(task, draw, generator.normal(index, "symbols", _symbol_count(task)))
     codes = task_codes(task, str(device))
@@ -105,6 +107,20 @@ def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator) -> Sce
     return Scenes(snapshots=snapshots, codes=codes, snr_db=draw["snr_db"], count=draw["count"], index=index,
                   channel=channel, factor=factor, power=source_power,
                   **{key: draw[key] * active for key in ("azimuth", "elevation", "range_m")})
+
+
+def _numbers(scenes: int | Tensor, generator: SceneGenerator) -> Tensor:
+    """Scene numbers (B,) int64 on the device of the generator."""
+    if not isinstance(generator, SceneGenerator):
+        raise TypeError(f"simulate: generator is {generator!r}, expected a SceneGenerator. Pass SceneGenerator(seed, \"train\").")
+    if isinstance(scenes, Tensor):
+        return scenes.to(generator.device, torch.int64)
+    if not isinstance(scenes, Integral):
+        raise TypeError(f"simulate: scenes is a {type(scenes).__name__}, expected how many or a tensor of scene numbers. "
+                        "Pass an int or torch.tensor([...]).")
+    if scenes < 0:
+        raise ValueError(f"simulate: scenes is {scenes}, expected how many to make, 0 or more.")
+    return torch.arange(scenes, device=generator.device)
 
 
 def _symbol_count(task: Task) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ris_fast.config import Task
-from ris_fast.physics.array import RISArray, linear_steering, steering
+from ris_fast.physics.array import RISArray, steering
 from ris_fast.physics.codes import dft_codes
 from ris_fast.physics.pairs import power, to_complex
 
@@ -62,10 +62,6 @@ def test_spherical_keeps_its_phase_in_float32_far_away() -> None:
     assert (exact - single).abs().max() * 12 < 1e-4
 
 
-def test_linear_array_has_unit_norm() -> None:
-    torch.testing.assert_close(power(linear_steering(16, torch.linspace(-1, 1, 9))).sum(-1), torch.ones(9))
-
-
 def test_codes_are_quantised_beams() -> None:
     task = Task()
     codes = dft_codes(task, dtype=torch.float64)
@@ -81,3 +77,12 @@ def test_wrong_wavefront_and_shapes_are_named() -> None:
         RISArray(wavefront="flat")
     with pytest.raises(ValueError, match="must have one shape"):
         steering(RISArray(), torch.zeros(2), torch.zeros(3), torch.ones(2))
+
+
+def test_a_task_is_pointed_to_its_own_array() -> None:
+    with pytest.raises(TypeError, match=r"RISArray: horizontal is a Task, expected .* RISArray.of\(task\)"):
+        RISArray(Task())
+    with pytest.raises(TypeError, match="RISArray: vertical is a float"):
+        RISArray(12, 12.0)
+    with pytest.raises(ValueError, match="must be positive"):
+        RISArray(0)

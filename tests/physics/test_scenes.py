@@ -49,7 +49,7 @@ def test_measured_snr_is_the_label(scenes: Scenes) -> None:
 
 def _noise_free(scenes: Scenes) -> torch.Tensor:
     """The clean snapshots of the same draws, from a twin task without noise."""
-    quiet = Task(snr_min_db=300.0, snr_max_db=300.0)
+    quiet = Task(snr_min_db=120.0, snr_max_db=120.0)
     return simulate(quiet, scenes.index, SceneGenerator(seed=3, split="train")).snapshots
 
 
@@ -59,8 +59,8 @@ def test_channel_power_splits_by_the_rician_factor() -> None:
     channel = to_complex(simulate(task, 2000, SceneGenerator(seed=5)).channel)
     total = channel.abs().square().sum((1, 2)).mean().item()
     assert total == pytest.approx(kappa / (kappa + 1) + 144 / (kappa + 1), rel=0.01)
-    strong = simulate(Task(rician_min=1e9, rician_max=1e9), 64, SceneGenerator(seed=5)).channel
-    torch.testing.assert_close(power(strong).sum((1, 2)), torch.ones(64), rtol=1e-3, atol=0)  # rank-one, unit norm
+    strong = simulate(Task(rician_min=1e6, rician_max=1e6), 64, SceneGenerator(seed=5)).channel
+    torch.testing.assert_close(power(strong).sum((1, 2)), torch.ones(64), rtol=2e-3, atol=0)  # rank-one, unit norm
 
 
 def test_target_factor_is_the_sources(scenes: Scenes) -> None:
@@ -125,7 +125,7 @@ def test_splits_and_seeds_never_share_a_scene() -> None:
 
 
 def test_per_snapshot_symbols_change_from_snapshot_to_snapshot() -> None:
-    quiet = {"snr_min_db": 200.0, "snr_max_db": 200.0, "max_sources": 1}
+    quiet = {"snr_min_db": 120.0, "snr_max_db": 120.0, "max_sources": 1}
     static, moving = (simulate(Task(symbols=kind, **quiet), 32, SceneGenerator(4)) for kind in ("static", "per_snapshot"))
     for scenes, still in ((static, True), (moving, False)):
         field = sense(scenes.channel, scenes.codes, scenes.factor[:, :, 0])

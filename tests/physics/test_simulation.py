@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ris_fast.config import Task
-from ris_fast.physics.array import RISArray, linear_steering, steering
+from ris_fast.physics.array import RISArray, steering
 from ris_fast.physics.channel import FAR_RANGE_M, sense
-from ris_fast.physics.pairs import conj, multiply, power
+from ris_fast.physics.pairs import conj, expi, multiply, power
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import simulate
 
@@ -42,21 +42,31 @@ def test_factor_is_the_steering_of_its_sources(wavefront: str) -> None:
 
 
 def test_channel_without_scatter_is_the_line_of_sight() -> None:
-    """At a Rician factor of 1e20 H is a_BS a_RIS^H, its angles the last two uniforms of the scene."""
-    task, generator = Task(rician_min=1e20, rician_max=1e20), SceneGenerator(seed=2)
+    """H at a Rician factor of 1e6, less a thousandth of H at 0, is a_BS a_RIS^H, its angles the last two uniforms of the scene."""
+    task, scatter, generator = Task(rician_min=1e6, rician_max=1e6), Task(rician_min=0.0, rician_max=0.0), SceneGenerator(seed=2)
     index = torch.arange(50)
     azimuth, elevation = ((2 * u.double() - 1) * math.radians(60) for u in generator.uniform(index, "scene", 20)[:, 18:].unbind(1))
-    bs = linear_steering(16, azimuth.sin() * elevation.cos())
+    bs = expi(math.pi * (torch.arange(16) - 7.5) * (azimuth.sin() * elevation.cos())[:, None]) / 4      # half a wavelength apart
     ris = steering(RISArray.of(task), azimuth, elevation, torch.full_like(azimuth, FAR_RANGE_M))
     expected = multiply(bs[:, :, None], conj(ris)[:, None])
-    assert (simulate(task, index, generator).channel - expected).abs().max() < 1e-5 * expected.abs().max()
+    found = simulate(task, index, generator).channel - 1e-3 * simulate(scatter, index, generator).channel
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_snapshots_without_noise_are_the_sensed_field() -> None:
     """One source of known symbol: y_l / (H c_l o a) is one number for the whole scene."""
-    scenes = simulate(Task(snr_min_db=200.0, snr_max_db=200.0, max_sources=1), 50, SceneGenerator(seed=4))
+    scenes = simulate(Task(snr_min_db=120.0, snr_max_db=120.0, max_sources=1), 50, SceneGenerator(seed=4))
     sensed = sense(scenes.channel, scenes.codes, scenes.factor[:, :, 0])
     ratio = multiply(scenes.snapshots, conj(sensed)).sum((1, 2)) / power(sensed).sum((1, 2))[:, None]
     torch.testing.assert_close(power(ratio), torch.ones(50), rtol=1e-4, atol=0)
     error = scenes.snapshots - multiply(ratio[:, None, None], sensed)
     assert power(error).sum() < 1e-10 * power(scenes.snapshots).sum()
+
+
+def test_a_wrong_call_is_told_what_to_do() -> None:
+    with pytest.raises(TypeError, match=r"simulate: generator is 0, expected a SceneGenerator"):
+        simulate(Task(), 8, 0)
+    with pytest.raises(TypeError, match="simulate: scenes is a list"):
+        simulate(Task(), [1, 2], SceneGenerator())
+    with pytest.raises(ValueError, match="simulate: scenes is -1"):
+        simulate(Task(), -1, SceneGenerator())
