@@ -13,6 +13,9 @@ TOUCHED = 0.02             # relative: more than rounding in a sum
 COLD = 0.2                 # of the raw weights' way, below which the averaged weights are mostly the first ones
 JUMP, STILL = 0.5, 1e-8    # of a weight in one step
 GROWN, SHRUNK = 10.0, 0.2  # of the first weights' norm
+AT_FLOOR, UNMOVED = 0.95, 0.01         # of the lowest constant answer; relative, between the first and the last third
+WHOLE_EPOCHS, ENOUGH_STEPS = 3, 100    # before which a run has not had its chance
+CONSTANTS = ("zero", "identity", "mean")
 
 
 @dataclass
@@ -104,10 +107,13 @@ def training_mode(run: Run) -> Iterator[Finding]:
 
 
 def planned_rate(run: Run) -> Iterator[Finding]:
-    """The learning rate is the one that the count of updates stands for."""
-    row = run.steps[-1]
+    """The learning rate is the one that the count of updates stands for, in the plan that the step used.
+
+    On a GPU the host hears of a skipped step one report later, and until then sets the rate of one update too many.
+    """
+    row, before = run.steps[-1], (run.steps[-2].get("health") or {}) if len(run.steps) > 1 else {}
     reading, planned = run.reading, row.get("lr_planned") or {}
-    if reading.get("steps") != 1 or reading.get("skipped") or reading.get("attempted") != 1:
+    if reading.get("steps") != 1 or reading.get("skipped") or before.get("skipped") or reading.get("attempted") != 1:
         return
     for name, rate in planned.items():
         if abs(row["lr"][name] - rate) > 1e-5 * max(rate, 1e-30):
@@ -224,10 +230,40 @@ def how_it_ended(run: Run) -> Iterator[Finding]:
                           f"steps were skipped for gradients that are not finite.", step)
 
 
+def stalled_at_floor(run: Run) -> Iterator[Finding]:
+    """A run that came to its own end knows no more than a constant answer, and neither loss moved on the way."""
+    whole = [row for row in run.epochs if not (row.get("health") or {"cut_short": True}).get("cut_short")]
+    best, floors = run.summary.get("best_val_nmse"), run.summary.get("floors") or {}
+    constants = {name: floors[name] for name in CONSTANTS if name in floors}
+    if (run.summary.get("verdict") != "stalled" or len(whole) < WHOLE_EPOCHS or run.step < ENOUGH_STEPS or not constants
+            or best is None):
+        return
+    name = min(constants, key=constants.__getitem__)
+    moved = {what: _moved([figure(row) for row in whole]) for what, figure in (("training", lambda row: float(row["train_loss"])),
+                                                                               ("validation", _validated))}
+    if best >= AT_FLOOR * constants[name] and all(share <= UNMOVED for share in moved.values()):
+        yield Finding("stalled_at_floor", f"after {run.step} steps and {len(whole)} whole epochs the best validation NMSE is {best:.4g}, "
+                      f"beside {constants[name]:.4g} for the constant answer '{name}'; between the first and the last third of the "
+                      f"epochs the training loss changed by {moved['training']:.2%} and validation by {moved['validation']:.2%}.", run.step)
+
+
+def _validated(row: Row) -> float:
+    """The better of raw and averaged weights, as far as they have a figure."""
+    figures = [float(row[key]) for key in ("val_nmse_raw", "val_nmse_ema") if row.get(key) is not None]
+    return min((value for value in figures if math.isfinite(value)), default=math.nan)
+
+
+def _moved(values: list[float]) -> float:
+    """Relative change of the mean from the first third to the last; not-a-number where a value is."""
+    third = max(1, len(values) // 3)
+    first, last = (sum(part) / third for part in (values[:third], values[-third:]))
+    return abs(last - first) / max(abs(first), 1e-30)
+
+
 STEP_RULES: tuple[Rule, ...] = (one_update_a_step, untouched_gradient, served_scenes, training_mode, planned_rate,
                                 only_the_optimizer_moves_weights, movement)
 EPOCH_RULES: tuple[Rule, ...] = (every_batch_is_a_step, weights_at_the_seams, validated_weights)
-END_RULES: tuple[Rule, ...] = (how_it_ended,)
+END_RULES: tuple[Rule, ...] = (how_it_ended, stalled_at_floor)
 
 
 def rules_of(event: str) -> tuple[Rule, ...]:

@@ -38,6 +38,11 @@ class Watchdog:
         self._found += [finding for check in self.checks for finding in check.findings]
         return self.findings
 
+    @property
+    def stalled(self) -> bool:
+        """Whether it is certain at the end that the run learned nothing: a reason for exit code 4."""
+        return any(finding.cause == "stalled_at_floor" and finding.certain for finding in self.findings)
+
     def verdict(self) -> str:
         """One line: nothing found, or the most certain cause."""
         found = self.findings

@@ -75,6 +75,16 @@ def test_a_rate_that_is_not_the_planned_one_is_named(factor: float, cause: str, 
     assert [finding.cause for finding in replay(run)] == [cause]
 
 
+def test_after_a_skipped_step_the_host_may_be_one_report_late(healthy: Run) -> None:
+    """As on a GPU: the report of the skip comes when the next step has its rate already; the one after that has the right rate."""
+    run = deepcopy(healthy)
+    run.steps[3]["health"] |= {"skipped": 1}
+    for row in run.steps[4:6]:
+        row["lr"] = {name: 1.1 * rate for name, rate in row["lr"].items()}
+    found = replay(run)
+    assert [finding.cause for finding in found] == ["schedule_per_batch"] and found[0].step == run.steps[5]["step"]
+
+
 CHANGES = {
     "step_once_per_epoch": lambda now, before: now.update(steps=1),
     "batches_skipped": lambda now, before: now.update(steps=4, groups_read=4),
@@ -93,3 +103,45 @@ def test_a_broken_contract_of_an_epoch_is_named(cause: str, healthy: Run) -> Non
     run = deepcopy(healthy)
     CHANGES[cause](run.epochs[1]["health"], run.epochs[0]["health"])
     assert [finding.cause for finding in replay(run)] == [cause]
+
+
+# ---- a certain stall --------------------------------------------------------------------------------------------------
+
+
+FLOORS = {"zero": 1.0, "identity": 0.98, "mean": 0.97}
+
+
+def flat(epochs: int = 6, *, train: float = 0.0, val: float = 0.0, steps: int = 50, cut: int = 0, **summary: Any) -> Run:
+    """A run at the floor, whose losses fall by these shares from its first epoch to its last."""
+    def row(i: int) -> dict[str, Any]:
+        share = i / max(1, epochs - 1)
+        return {"event": "epoch", "step": (i + 1) * steps, "train_loss": 0.98 * (1 - train * share), "val_nmse_raw": 0.97 * (1 - val * share),
+                "val_nmse_ema": None, "health": {"cut_short": i >= epochs - cut}}
+    return Run(epochs=[row(i) for i in range(epochs)], summary={"verdict": "stalled", "best_val_nmse": 0.968, "floors": FLOORS} | summary)
+
+
+def test_a_run_that_stays_at_the_floor_is_a_certain_stall() -> None:
+    finding, = replay(flat())
+    assert finding.cause == "stalled_at_floor" and finding.certain and finding.severity == "outcome"
+    assert "300 steps and 6 whole epochs" in finding.evidence and "0.97 for the constant answer 'mean'" in finding.evidence
+
+
+@pytest.mark.parametrize("run", [
+    flat(2), flat(4, cut=2), flat(steps=10), flat(train=0.05), flat(val=0.05), flat(best_val_nmse=0.9), flat(best_val_nmse=None),
+    flat(verdict="stopped"), flat(verdict="learned"), flat(train=float("nan")), flat(floors={})],
+    ids=["few epochs", "cut short", "few steps", "training moves", "validation moves", "below the floor", "no figure", "stopped", "learned",
+         "not a number", "no floors"])
+def test_a_run_that_has_not_had_its_chance_or_moved_is_no_certain_stall(run: Run) -> None:
+    assert replay(run) == []
+
+
+def test_a_run_that_cannot_learn_ends_with_a_certain_stall_and_is_not_stopped_before() -> None:
+    """Rates that move no weight far enough to matter: no step breaks a contract, and nothing is learned."""
+    from ris_fast.health.faults.twins import changed
+    from ris_fast.health.watched import watched
+
+    config = changed(TWINS["backprojection"](), {"training.epochs": 13, "data.fixed": True, "optimizer.backbone_lr": 1e-7,
+                                                 "optimizer.head_lr": 1e-7})
+    trainer = watched(Trainer(config), preflight=False)
+    trainer.fit()
+    assert trainer.observer.watchdog.stalled and trainer.state.step == 104
