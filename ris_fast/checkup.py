@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 from ris_fast.config import Config, ConfigError
 from ris_fast.report.eventlog import dumps, read_events
 from ris_fast.report.tables import text_table
+from ris_fast.report.verdict import stalled_because
 
 STOPPED_BY_HEALTH = 4
 
@@ -15,6 +16,7 @@ STOPPED_BY_HEALTH = 4
 def run_check(config: Config, *, json: bool = False, graph: bool = False) -> int:
     """Preflight of a configuration, a line a check. Returns 4 where a structural mistake is certain, else 0."""
     from ris_fast.health.graph import graph_table
+    from ris_fast.health.preflight import unknown
     from ris_fast.health.subject import Subject
     from ris_fast.health.watchdog import STOPPING, Watchdog
     from ris_fast.training.loop import Trainer
@@ -25,19 +27,30 @@ def run_check(config: Config, *, json: bool = False, graph: bool = False) -> int
     table = graph_table(Subject(trainer)) if graph else None
     if json:
         print(dumps({"checks": [check.to_json() for check in watchdog.checks], "graph": table,
+                     "could_not_run": [check.name for check in watchdog.checks if check.failed],
                      "findings": [finding.to_json() for finding in found]}, indent=2))
     else:
         if table is not None:
             print("\n" + text_table(table["headers"], table["rows"]))
-        print(f"\n{found[0]}" if found else "\nnothing found: this run can learn, as far as can be seen before it does")
+        print(f"\n{conclusion(found, unknown(watchdog.checks))}")
     return STOPPED_BY_HEALTH if found and found[0].certain and found[0].severity in STOPPING else 0
 
 
+def conclusion(found: Sequence[Any], unknown: str) -> str:
+    """The first finding in full, or that there is none; and what could not be looked at."""
+    if found:
+        return f"{found[0]}" + (f"\n{unknown}" if unknown else "")
+    if unknown:
+        return f"nothing found by the checks that ran; {unknown}"
+    return "nothing found: this run can learn, as far as can be seen before it does"
+
+
 def check_line(result: Any) -> str:
-    """`ok    name  0.12 s  note`."""
-    word = "ok" if result.passed else "FOUND" if result.findings else "-"
-    said = ", ".join(finding.cause for finding in result.findings) or result.note or (f"could not run: {result.failed}" if result.failed else "")
-    return f"{word:<6}{result.name:<52}{result.seconds:6.2f} s  {said}".rstrip()
+    """`ok    name  0.12 s  note`; FOUND with the causes, FAILED with what kept the check from running."""
+    word = "FOUND" if result.findings else "FAILED" if result.failed else "ok"
+    said = "; ".join(filter(None, (", ".join(finding.cause for finding in result.findings), result.note,
+                                   f"could not run: {result.failed}" if result.failed else "")))
+    return f"{word:<7}{result.name:<52}{result.seconds:6.2f} s  {said}".rstrip()
 
 
 def say_why(run: Path | None, *, json: bool = False) -> int:
@@ -56,7 +69,8 @@ def say_why(run: Path | None, *, json: bool = False) -> int:
     except ValueError as error:
         raise ConfigError(f"why: {error}") from error
     answer = why(run, rows, summary)
-    print(dumps(answer.to_json(), indent=2) if json else answer.text)
+    reason = f"stalled: best validation NMSE {stalled_because(summary)}" if answer.verdict == "stalled" else ""
+    print(dumps(answer.to_json() | ({"reason": reason} if reason else {}), indent=2) if json else "\n".join(filter(None, (answer.text, reason))))
     return 0
 
 

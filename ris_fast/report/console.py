@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from ris_fast.report.floors import floor_lines, judge, milestone_line
+from ris_fast.report.verdict import stalled_because
 
 
 class ConsoleReport:
@@ -124,13 +125,21 @@ def run_lines(info: Mapping[str, Any]) -> list[str]:
     how = [_phrase(info, "train_scenes", "{:,} scenes an epoch"), _phrase(info, "batch_size", "batch {}"),
            _phrase(info, "accumulate", "accumulated {}") if info.get("accumulate", 1) > 1 else None,
            _phrase(info, "epochs", "up to {} epochs"), _phrase(info, "max_seconds", "at most {:.0f} s")]
-    lines = ("  ".join(filter(None, what)), info.get("source"), ", ".join(filter(None, how)), info.get("compile"))
+    lines = ("  ".join(filter(None, what)), info.get("source"), ", ".join(filter(None, how)), info.get("compile"), ceiling_line(info))
     return [line for line in lines if line]
+
+
+def ceiling_line(info: Mapping[str, Any]) -> str | None:
+    """What the ceiling is that an epoch's line names a share of."""
+    rate = info.get("ceiling_flop_per_s")
+    return rate and (f"the ceiling: {rate / 1e9:,.0f} GFLOP/s, one large {info.get('precision', 'fp32')} matrix product on this machine; the "
+                     f"network's own forward and backward products are counted, features, loss and simulation are not")
 
 
 def outcome_lines(summary: Mapping[str, Any], *, milestones: bool = True) -> list[str]:
     """The verdict, the best figure beside its floor, the size of the run, and what the watch found."""
-    best = judge(summary.get("best_val_nmse"), summary.get("floors", {}), milestones=milestones)
+    best = (stalled_because(summary) if summary["verdict"] == "stalled"
+            else judge(summary.get("best_val_nmse"), summary.get("floors", {}), milestones=milestones))
     lines = [f"{summary['verdict']}: best validation NMSE {best}",
              f"{summary['optimizer_steps']:,} steps, {summary['scenes_seen']:,} scenes in {summary['seconds']:.0f} s, "
              f"{summary['scenes_per_s']:.0f} scenes/s"]

@@ -66,3 +66,12 @@ def test_a_cause_is_explained_by_name_and_a_misspelt_one_is_corrected(capsys, tm
     assert "## Mend" in capsys.readouterr().out
     assert main(["why", "--explain", "unused_heads"]) == 2 and "Did you mean 'unused_head'?" in capsys.readouterr().err
     assert main(["why", str(tmp_path / "nothing")]) == 2
+
+
+def test_a_stalled_run_says_which_line_it_did_not_pass(tmp_path: Path, capsys) -> None:
+    summary = {"verdict": "stalled", "best_val_nmse": 0.0266, "floors": {"mean": 0.79, "pursuit": 0.0256}, "optimizer_steps": 8}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert main(["why", str(tmp_path)]) == 0
+    assert "not better than pursuit, 0.0256, which feeds the network: train longer" in capsys.readouterr().out
+    assert main(["why", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["reason"].startswith("stalled: best validation NMSE 0.0266")

@@ -63,6 +63,28 @@ def test_floors_stand_beside_what_they_mean_and_the_outcome_beside_its_floor() -
     assert "warm-up-too-long" in text
 
 
+@pytest.mark.parametrize("best, floors, start, said", [
+    (0.0266, {"mean": 0.79, "pursuit": 0.0256}, 0.9,
+     "0.0266 is below every constant answer (0.79) but not better than pursuit, 0.0256, which feeds the network: train longer"),
+    (0.81, {"zero": 1.0, "mean": 0.79, "pursuit": 0.03}, 0.9, "0.81 is no better than the constant answer (0.79)"),
+    (0.78, {"mean": 0.79}, 0.9, "0.78 is not clearly below the constant answer (0.79): train longer"),
+    (0.40, {"mean": 0.79}, 0.41, "not clearly below what the network scored before its first step (0.41)"),
+    (None, {"mean": 0.79}, 0.9, "not measured")])
+def test_a_stall_is_explained_in_words(best, floors, start, said) -> None:
+    stream = io.StringIO()
+    ConsoleReport(stream).finish({**SUMMARY, "verdict": "stalled", "best_val_nmse": best, "floors": floors, "initial_val_nmse": start})
+    first = stream.getvalue().splitlines()[0]
+    assert first.startswith("stalled: best validation NMSE ") and said in first
+
+
+def test_the_ceiling_that_epochs_are_compared_with_is_explained_once() -> None:
+    stream = io.StringIO()
+    ConsoleReport(stream).start({**INFO, "ceiling_flop_per_s": 143.4e9})
+    line, = [line for line in stream.getvalue().splitlines() if "ceiling" in line]
+    assert line.startswith("the ceiling: 143 GFLOP/s, one large fp32 matrix product on this machine")
+    assert "ceiling" not in transcript(io.StringIO())
+
+
 def test_milestones_of_the_standard_task_are_not_shown_for_another_one() -> None:
     stream = io.StringIO()
     report = ConsoleReport(stream, standard_task=False)

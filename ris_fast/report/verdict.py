@@ -1,0 +1,29 @@
+"""The word that ends a run, in a sentence: which of the lines that a learner must pass it did not pass."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping
+
+CONSTANTS = ("zero", "identity", "mean")       # floors that know nothing of the scene; any other feeds the network
+
+
+def stalled_because(summary: Mapping[str, Any]) -> str:
+    """`0.0266, below every constant answer (0.79) but not better than pursuit, ...`: why a run is called stalled.
+
+    `summary` is that of the run: best_val_nmse, floors, initial_val_nmse; each may be missing.
+    """
+    best, floors, start = summary.get("best_val_nmse"), summary.get("floors") or {}, summary.get("initial_val_nmse")
+    if best is None:
+        return "not measured: no epoch was validated with a finite figure"
+    constants = [floors[name] for name in CONSTANTS if name in floors]
+    lowest = min(constants, default=1.0)
+    if best >= lowest:
+        return f"{best:.3g} is no better than the constant answer ({lowest:.3g}): the network has learned nothing of the scenes"
+    feeding = {name: value for name, value in floors.items() if name not in CONSTANTS and best >= value}
+    if feeding:
+        name, value = min(feeding.items(), key=lambda item: item[1])
+        return (f"{best:.3g} is below every constant answer ({lowest:.3g}) but not better than {name}, {value:.3g}, which feeds the "
+                f"network: train longer")
+    if isinstance(start, (int, float)) and start < lowest:
+        return f"{best:.3g} is not clearly below what the network scored before its first step ({start:.3g}): train longer"
+    return f"{best:.3g} is not clearly below the constant answer ({lowest:.3g}): train longer"
