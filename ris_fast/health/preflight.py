@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator
-
-import torch
+from pathlib import Path
+from traceback import extract_tb
+from typing import Any, Callable, Iterator, Sequence
 
 from ris_fast.health import (check_gradient, check_information, check_inputs, check_kernels, check_loss, check_memory, check_network,
                              check_parameters, check_scenes, check_schedule, check_step, check_terms, check_validation)
 from ris_fast.health.finding import Finding
 from ris_fast.health.subject import Subject
 from ris_fast.health.untouched import untouched
+from ris_fast.training.batch import is_memory
 from ris_fast.training.loop import Trainer
 
 Check = Callable[[Subject], Iterator[Finding]]
@@ -25,7 +26,7 @@ LEARNING = check_memory.CHECKS
 
 @dataclass(frozen=True)
 class Result:
-    """One check: what it is called, what it found, how long it took, and what it measured, for people."""
+    """One check: what it is called, what it found, how long it took, what it measured, and why it could not run."""
 
     name: str
     findings: tuple[Finding, ...]
@@ -40,6 +41,15 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "passed": self.passed, "seconds": self.seconds, "note": self.note, "failed": self.failed,
                 "findings": [finding.to_json() for finding in self.findings]}
+
+
+def unknown(results: Sequence[Result]) -> str:
+    """How many checks could not run and why the first could not; empty where all ran."""
+    failed = [result for result in results if result.failed]
+    if not failed:
+        return ""
+    count = "1 check" if len(failed) == 1 else f"{len(failed)} checks"
+    return f"{count} could not run, and nothing is known of what was to be seen there: '{failed[0].name}', {failed[0].failed}"
 
 
 def run_checks(trainer: Trainer, *, progress: Callable[[Result], None] | None = None) -> list[Result]:
@@ -68,8 +78,17 @@ def _run(subject: Subject, name: str, check: Check, *, small: bool) -> Result:
                     findings.extend(check(subject))
             else:
                 findings.extend(check(subject))
-        except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, AssertionError, NotImplementedError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        except Exception as error:
+            # A check calls whatever the trainer is made of, and what is wrong with it may raise anything: the check ends, not the
+            # run. Nothing is hidden by that: why and where it ended is shown, counted, and not called a pass.
+            if is_memory(error) or hasattr(error, "exit_code"):      # told to a person in their own words
                 raise
-            failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            failed = _told(error)
     return Result(name, tuple(findings), time.perf_counter() - began, subject.note, failed)
+
+
+def _told(error: Exception) -> str:
+    """Kind, first line and place of an error."""
+    place = extract_tb(error.__traceback__)[-1]
+    said = str(error).splitlines()[0] if str(error) else "no message"
+    return f"{type(error).__name__}: {said} ({Path(place.filename).name}:{place.lineno})"

@@ -52,7 +52,8 @@ def watched(trainer: Trainer, *, stop: bool = True, preflight: bool = True,
     if preflight:
         found = watchdog.preflight(progress)
         if stop and found and found[0].certain and found[0].severity in STOPPING:
-            raise RunStopped(f"preflight found {len(found)} reasons why this run would not learn; the first:\n{found[0]}\n"
+            many = f"{len(found)} reasons why this run would not learn; the first:" if len(found) > 1 else "a reason why this run would not learn:"
+            raise RunStopped(f"preflight found {many}\n{found[0]}\n"
                              f"Train all the same with --set health.stop=false, or mute the rule: --set health.mute={found[0].cause}",
                              found[0].cause)
     return trainer

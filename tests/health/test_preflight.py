@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from ris_fast.checkup import check_line, conclusion
+from ris_fast.data.errors import DataError
+from ris_fast.health import preflight
 from ris_fast.health.causes import CAUSES
 from ris_fast.health.faults.catalogue import all_faults, faulty
 from ris_fast.health.faults.twins import TWINS
@@ -64,6 +67,33 @@ def test_a_muted_cause_is_not_told_and_a_frozen_part_may_be_named() -> None:
     with faulty(fault) as trainer:
         assert Watchdog(trainer).preflight()[0].cause == "frozen_parameters"
         assert Watchdog(trainer, muted=["frozen_parameters"]).preflight() == []
+
+
+def test_a_check_that_cannot_run_is_counted_and_not_called_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(subject: Subject) -> Any:
+        subject.note = "half way"
+        return {}["nothing"]
+    monkeypatch.setitem(preflight.SMALL_BATCH, "no two layers share a tensor", mistaken)
+    results = preflight.run_checks(Trainer(TWINS["hybrid"]()))
+    broken, = [result for result in results if not result.passed]
+    assert broken.failed.startswith("KeyError: 'nothing' (test_preflight.py:") and not broken.findings
+    line, told = check_line(broken), conclusion([], preflight.unknown(results))
+    assert line.startswith("FAILED no two layers") and "half way; could not run: KeyError" in line
+    assert told.startswith("nothing found by the checks that ran; 1 check could not run")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), DataError("shard-0", "", "half of it", "all of it", "Copy it again.")])
+def test_what_ends_the_run_in_its_own_words_is_no_check_that_could_not_run(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(subject: Subject) -> Any:
+        raise error
+    monkeypatch.setitem(preflight.SMALL_BATCH, "scenes are finite", ended)
+    with pytest.raises(type(error)):
+        preflight.run_checks(Trainer(TWINS["hybrid"]()))
+
+
+def test_one_reason_is_one_reason() -> None:
+    with faulty(all_faults()["rate_zero"]) as trainer, pytest.raises(RunStopped, match="preflight found a reason why|preflight found [2-9]"):
+        watched(trainer)
 
 
 def test_a_certain_mistake_stops_the_run_before_its_first_step() -> None:
