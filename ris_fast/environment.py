@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,19 @@ def environment() -> dict[str, Any]:
     return {"python": sys.version.split()[0], "platform": platform.platform(),
             "versions": {name: _version(name) for name in PACKAGES},
             "cpu": _cpu(), "gpus": _gpus(), "kernels": _kernels()}
+
+
+def fallback_note() -> str | None:
+    """One line where the CPU's kernels cannot run and plain torch does their work; None where they can.
+
+    Cheap enough for the start of every run: it looks for the library and imports no operator.
+    """
+    from ris_fast.kernels.native import loader
+
+    if loader.available():
+        return None
+    return (f"no C++ kernels here: {loader.why_not()}. Plain torch does their work, correct and several times slower. "
+            "Reinstall ris-fast with cmake and a C++ compiler on PATH.")
 
 
 def environment_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -86,7 +100,7 @@ def _kernels() -> list[dict[str, str]]:
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     cpu = ("C++", loader.describe().removeprefix("C++ ")) if loader.available() else ("plain torch", loader.why_not())
-    gpu = ("Triton", f"triton {_version('triton')}") if _version("triton") else ("plain torch", "triton is not installed")
+    gpu = ("Triton", f"triton {_version('triton')}") if find_spec("triton") else ("nothing", "triton is not installed: use --device cpu")
     chosen = {"cpu": ("cpp", cpu), "cuda": ("triton", gpu)}
     return [_kernel(operator, device, *chosen[device]) for operator in operators() for device in devices]
 

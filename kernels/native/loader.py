@@ -18,15 +18,25 @@ LEVELS = ("baseline", "avx2", "avx512")
 PATH = Path(__file__).with_name("libris_fast.so")
 
 
+class SimdError(ValueError):
+    """RIS_FAST_SIMD names no instruction set that is here; a usage error with exit code 2."""
+
+    exit_code = 2
+
+
 @cache
 def _open() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and the reason why there is none."""
     if not PATH.exists():
         return None, f"{PATH.name} was not built (installed with RIS_FAST_NO_NATIVE=1, or the install step was skipped)"
     try:
-        return ctypes.CDLL(str(PATH)), ""
+        library = ctypes.CDLL(str(PATH))
+        library.ris_simd_level, library.ris_threads
     except OSError as error:
         return None, f"{PATH.name} does not load: {error}"
+    except AttributeError as error:
+        return None, f"{PATH.name} loads, but is not the library of this version: {error}"
+    return library, ""
 
 
 def available() -> bool:
@@ -55,7 +65,8 @@ def level() -> str:
     if not wanted:
         return supported[-1] if supported else "none"
     if wanted not in supported:
-        raise ValueError(f"RIS_FAST_SIMD is {wanted!r}, but this machine ({platform.machine()}) has {', '.join(supported)}. Unset it or name one of these.")
+        raise SimdError(f"RIS_FAST_SIMD is {wanted!r}, but this machine ({platform.machine()}) has {', '.join(supported) or 'no C++ kernels'}. "
+                        "Unset it or name what is there.")
     return wanted
 
 
@@ -71,7 +82,9 @@ def function(name: str, argtypes: list[Any], simd: str | None = None, restype: A
     library = _open()[0]
     if library is None:
         raise RuntimeError(f"{name}: no C++ kernels here: {why_not()}. Reinstall ris-fast with a C++ compiler on PATH.")
-    found = getattr(library, f"{name}_{simd or level()}")
+    found = getattr(library, f"{name}_{simd or level()}", None)
+    if found is None:
+        raise RuntimeError(f"{name}: {PATH.name} has no such function; it was built from another version. Reinstall ris-fast.")
     found.argtypes, found.restype = argtypes, restype
     return found
 
