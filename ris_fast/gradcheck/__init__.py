@@ -1,0 +1,60 @@
+"""Proves the gradients of every registered operator in every backend that this machine has: `ris-fast gradcheck`.
+
+A row is an operator in one backend and one dtype: error of value and gradient against the float64 definition beside
+the error that plain eager float32 makes, torch.autograd.gradcheck in float64, and whether the autograd graph stays
+whole. Sabotaged backwards (sign, conjugate, one missing term) are checked too: those rows pass if they are caught.
+`criteria` holds what is asked, `rows` of whom; here they are run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+
+from ris_fast.gradcheck.criteria import graph_faults, numerical, outcome, tensors_of
+from ris_fast.gradcheck.rows import WRONG, Row, backends_here, measure, network_row, operator_rows, sabotage_rows, sabotaged
+from ris_fast.kernels.registry import operators
+
+__all__ = ["WRONG", "Row", "backends_here", "graph_faults", "interpreted_rows", "measure", "numerical", "outcome", "run_gradcheck",
+           "sabotaged", "tensors_of"]
+
+
+def run_gradcheck(device: str | torch.device | None = None, interpreter: bool = True) -> list[Row]:
+    """All rows for this machine; the verdict is all(row.passed for row in rows).
+
+    Args:
+        device: "cpu" or "cuda[:i]"; the GPU where there is one by default.
+        interpreter: also run the Triton bodies under Triton's interpreter (half a minute; needs triton).
+    """
+    device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rows: list[Row] = []
+    for operator in operators():
+        rows += operator_rows(operator, device)
+        if any(s.differentiable for s in operator.samples):
+            rows += sabotage_rows(operator, device)
+    rows.append(network_row(device))
+    if interpreter and _has_triton():
+        rows += interpreted_rows()
+    return rows
+
+
+def interpreted_rows() -> list[Row]:
+    """The Triton bodies under Triton's interpreter on the CPU, in a process of their own (it must be chosen before import)."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "ris_fast.gradcheck"], env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return [Row("every", "triton (interpreter)", "float64", passed=False, note=f"the interpreter process failed: {last}")]
+    return [Row(**row) for row in json.loads(done.stdout)]
+
+
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
