@@ -23,10 +23,14 @@ REMEMBERED = 64            # sampled steps whose scenes are kept, to see one of 
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """(T,) float32: the norm of each tensor."""
+    """(T,) float32: the norm of each tensor, on the device of the first that is not on the CPU. Half precision is added in float32."""
     if not tensors:
         return torch.zeros(0)
-    return torch.stack([norm.float() for norm in torch._foreach_norm([tensor.detach() for tensor in tensors])])
+    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), tensors[0].device)
+    narrow = {tensor.dtype for tensor in tensors} - {torch.float32}
+    wide = torch.float32 if narrow and narrow <= {torch.float16, torch.bfloat16} else None
+    each = torch._foreach_norm([tensor.detach() for tensor in tensors], 2, wide)
+    return torch.stack([norm.to(device, torch.float32, non_blocking=device.type == "cuda") for norm in each])
 
 
 def weight_norms(model: nn.Module) -> Tensor:
