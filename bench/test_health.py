@@ -2,10 +2,12 @@
 
 Run: pytest bench/test_health.py --benchmark-json=bench/results/health-overhead.json
 CPU seconds are the process's own, so that a busy machine does not count; on a GPU, wall seconds between synchronisations.
+`load` is the machine's load average beside its cores: what else ran takes caches and memory bandwidth all the same.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from typing import Any, Callable
@@ -13,11 +15,11 @@ from typing import Any, Callable
 import pytest
 import torch
 
-from ris_fast.health.watch import EVERY, watch
+from ris_fast.health.watch import DENSE, EVERY, watch
 from ris_fast.settings import load_config
 from ris_fast.training.loop import Trainer
 
-PAIRS = 15
+ROUNDS = 40
 
 
 def clock(device: str) -> float:
@@ -27,20 +29,36 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def alternating(device: str, off: Callable[[], Any], on: Callable[[], Any]) -> tuple[float, float]:
-    """Median seconds of either, taken in turns."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for number in range(PAIRS + 2):
-        for which, call in enumerate((off, on)):
+def alternating(device: str, *variants: Callable[[], Any], rounds: int = ROUNDS) -> list[float]:
+    """Median seconds of the first variant, then the median of what each other one takes more in the same round."""
+    seconds: list[list[float]] = [[] for _ in variants]
+    for number in range(rounds + 2):
+        for taken, call in zip(seconds, variants):
             began = clock(device)
             call()
             if number >= 2:
-                seconds[which].append(clock(device) - began)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
+                taken.append(clock(device) - began)
+    first = seconds[0]
+    return [statistics.median(first), *(statistics.median(b - a for a, b in zip(first, other)) for other in seconds[1:])]
+
+
+def load() -> str:
+    return f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+
+
+def recording(device: str, optimizer: Any, repeats: int = 200) -> float:
+    """Seconds to put the record of one step into the ring, as every step does."""
+    def record() -> None:
+        for _ in range(repeats):
+            for bucket in optimizer._buckets:
+                bucket.record()
+
+    return alternating(device, lambda: None, record, rounds=5)[1] / repeats
 
 
 @pytest.mark.parametrize("preset, batch", [("laptop", 256), ("seed", 64)])
 def test_a_step_that_is_read(benchmark: Any, device: str, preset: str, batch: int) -> None:
+    """A report's reading, its ring of records included, spread over the steps between two reports, and each step's record."""
     config = load_config(None, preset, ["training.compile=false"], {"training.device": device, "training.batch_size": batch})
     trainer = Trainer(config)
     group, telemetry = next(trainer._groups()), trainer.step.telemetry
@@ -51,15 +69,15 @@ def test_a_step_that_is_read(benchmark: Any, device: str, preset: str, batch: in
         if read:
             telemetry.read(telemetry.sample(), 1)
 
-    off, on = alternating(device, lambda: step(False), lambda: step(True))
+    plain, reading = alternating(device, lambda: step(False), lambda: step(True), rounds=ROUNDS if preset == "laptop" else 15)
     benchmark.pedantic(lambda: step(True), rounds=3)
-    every = config.report.every_steps
-    benchmark.extra_info.update(preset=preset, batch=batch, step_s=off, read_step_s=on, every_steps=every,
-                                share_of_training=(on - off) / off / every)
+    every, record = config.report.every_steps, recording(device, trainer.optimizer)
+    benchmark.extra_info.update(preset=preset, batch=batch, step_s=plain, reading_s=reading, record_s=record, every_steps=every,
+                                load=load(), share_of_training=(reading / every + record) / plain)
 
 
-def test_a_plain_loop_under_watch(benchmark: Any, device: str) -> None:
-    """A perceptron of a million weights; with the default sampling one step in a hundred is looked at."""
+def loop(device: str, every: int | None) -> Callable[[], None]:
+    """A step of a plain loop, a perceptron of a million weights: without a watch, or with one that looks once in `every`."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(layer for _ in range(4) for layer in (torch.nn.Linear(512, 512), torch.nn.GELU()))).to(device)
     optimizer, data = torch.optim.AdamW(model.parameters(), lr=1e-4), torch.randn(256, 512, device=device)
@@ -69,19 +87,17 @@ def test_a_plain_loop_under_watch(benchmark: Any, device: str) -> None:
         model(data).square().mean().backward()
         optimizer.step()
 
-    for _ in range(3):
+    if every:
+        watch(model, optimizer, every)
+    for _ in range(DENSE + 2):
         step()
-    plain = statistics.median(_timed(device, step) for _ in range(PAIRS))
-    seen = watch(model, optimizer)
-    looked = statistics.median(_timed(device, step) for _ in range(8))
-    between = statistics.median(_timed(device, step) for _ in range(PAIRS))
-    benchmark.pedantic(step, rounds=3)
-    seen.close()
-    benchmark.extra_info.update(step_s=plain, looked_at_step_s=looked, other_step_s=between, every=EVERY,
-                                share_of_training=((looked - plain) / EVERY + max(0.0, between - plain)) / plain)
+    return step
 
 
-def _timed(device: str, call: Callable[[], None]) -> float:
-    began = clock(device)
-    call()
-    return clock(device) - began
+def test_a_plain_loop_under_watch(benchmark: Any, device: str) -> None:
+    """With the default sampling one step in a hundred is looked at; between those the hooks only count."""
+    looked_at = loop(device, 1)
+    plain, looking, counting = alternating(device, loop(device, None), looked_at, loop(device, 10**9), rounds=3 * ROUNDS)
+    benchmark.pedantic(looked_at, rounds=3)
+    benchmark.extra_info.update(step_s=plain, looking_s=looking, counting_s=counting, every=EVERY, load=load(),
+                                share_of_training=(looking / EVERY + counting) / plain)
