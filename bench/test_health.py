@@ -1,6 +1,7 @@
 """What watching costs: a step that is read against one that is not, alternating in one process, as a share of training.
 
-Run: pytest bench/test_health.py --benchmark-json=bench/results/health-overhead.json
+Run: OMP_NUM_THREADS=1 pytest bench/test_health.py --benchmark-json=bench/results/health-overhead.json
+One thread, because a second one that waits for a busy core spins, and its waiting counts as work.
 CPU seconds are the process's own, so that a busy machine does not count; on a GPU, wall seconds between synchronisations.
 `load` is the machine's load average beside its cores: what else ran takes caches and memory bandwidth all the same.
 """
@@ -42,8 +43,8 @@ def alternating(device: str, *variants: Callable[[], Any], rounds: int = ROUNDS)
     return [statistics.median(first), *(statistics.median(b - a for a, b in zip(first, other)) for other in seconds[1:])]
 
 
-def load() -> str:
-    return f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+def load() -> dict[str, Any]:
+    return {"load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", "threads": torch.get_num_threads()}
 
 
 def recording(device: str, optimizer: Any, repeats: int = 200) -> float:
@@ -73,7 +74,7 @@ def test_a_step_that_is_read(benchmark: Any, device: str, preset: str, batch: in
     benchmark.pedantic(lambda: step(True), rounds=3)
     every, record = config.report.every_steps, recording(device, trainer.optimizer)
     benchmark.extra_info.update(preset=preset, batch=batch, step_s=plain, reading_s=reading, record_s=record, every_steps=every,
-                                load=load(), share_of_training=(reading / every + record) / plain)
+                                **load(), share_of_training=(reading / every + record) / plain)
 
 
 def loop(device: str, every: int | None) -> Callable[[], None]:
@@ -99,5 +100,5 @@ def test_a_plain_loop_under_watch(benchmark: Any, device: str) -> None:
     looked_at = loop(device, 1)
     plain, looking, counting = alternating(device, loop(device, None), looked_at, loop(device, 10**9), rounds=3 * ROUNDS)
     benchmark.pedantic(looked_at, rounds=3)
-    benchmark.extra_info.update(step_s=plain, looking_s=looking, counting_s=counting, every=EVERY, load=load(),
+    benchmark.extra_info.update(step_s=plain, looking_s=looking, counting_s=counting, every=EVERY, **load(),
                                 share_of_training=(looking / EVERY + counting) / plain)
