@@ -7,30 +7,29 @@ from typing import Any
 
 import pytest
 import torch
-from harness import copy_bandwidth
+
+from ris_fast.benchmarks import measure
 
 
 @pytest.fixture(scope="session")
-def device() -> str:
+def device() -> torch.device:
     """The GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
-def threads(request: pytest.FixtureRequest, device: str) -> Iterator[int]:
+def threads(request: pytest.FixtureRequest, device: torch.device) -> Iterator[int]:
     """CPU threads of torch and of our kernels; on a GPU one case is enough."""
-    if device != "cpu" and request.param > 1:
+    if device.type != "cpu" and request.param > 1:
         pytest.skip("threads matter on a CPU only")
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with measure.threads(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="session")
-def bandwidth(device: str) -> float:
+def bandwidth(device: torch.device) -> float:
     """Copy bandwidth in bytes per second, measured in this run."""
-    return copy_bandwidth(device)
+    return measure.copy_bandwidth(device)
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:

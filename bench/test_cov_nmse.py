@@ -10,24 +10,26 @@ from typing import Any
 
 import pytest
 import torch
-from harness import compare, peak_bytes, record
+from harness import record
 from torch import Tensor
 
 import ris_fast
+from ris_fast.benchmarks.measure import alternate, peak_bytes
 from ris_fast.kernels.cov_nmse import plain, reference
 from ris_fast.kernels.cov_nmse.samples import cost, random_tensors
 
 BATCHES, ELEMENTS = (64, 512, 4096), (64, 144, 256, 576, 1024)
+ROUNDS = {"quiet": 200, "seconds": 4.0, "least": 5}
 CPU_CELLS = 64 * 1024 * 1024  # B N^2 above which a case is left to the GPU
 CHAIN_BYTES = 160  # the eager chain's memory per entry of R: about ten complex arrays, forward and backward
 PLAIN = (None, None, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0)
 
 
-def budget(device: str) -> float:
-    return 0.6 * torch.cuda.get_device_properties(device).total_memory if device != "cpu" else 3e9
+def budget(device: torch.device) -> float:
+    return 0.6 * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 3e9
 
 
-def inputs(b: int, n: int, dense: bool, device: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def inputs(b: int, n: int, dense: bool, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
     drawn = random_tensors(min(b, 64), n, 10, 5, 0, dense)
     repeated = [None if drawn[k] is None else drawn[k].float().repeat(b // min(b, 64), 1, 1, 1).to(device) for k in ("factor", "target_factor", "target_cov")]
     return repeated[0].requires_grad_(), repeated[1], repeated[2]
@@ -69,9 +71,9 @@ def both(f: Tensor, loss: Callable[[], Tensor]) -> Callable[[], None]:
 @pytest.mark.parametrize("n", ELEMENTS)
 @pytest.mark.parametrize("b", BATCHES)
 @pytest.mark.parametrize("target", ["low-rank", "dense"])
-def test_cov_nmse(benchmark: Any, device: str, threads: int, bandwidth: float, target: str, b: int, n: int) -> None:
+def test_cov_nmse(benchmark: Any, device: torch.device, threads: int, bandwidth: float, target: str, b: int, n: int) -> None:
     dense = target == "dense"
-    if device == "cpu" and b * n * n > CPU_CELLS:
+    if device.type == "cpu" and b * n * n > CPU_CELLS:
         pytest.skip("left to the GPU: too long for a CPU")
     if dense and 8 * b * n * n > budget(device):
         pytest.skip("the dense target alone does not fit")
@@ -79,15 +81,15 @@ def test_cov_nmse(benchmark: Any, device: str, threads: int, bandwidth: float, t
     rivals = CHAIN_BYTES * b * n * n <= budget(device)
     torch.compiler.reset()
     named = losses(f, s, t, rivals)
-    figures = compare({name: both(f, loss) for name, loss in named.items()}, device)
-    forward = compare({"ours": named["ours"]}, device, seconds=0.5)["ours"]
+    found = alternate({name: both(f, loss) for name, loss in named.items()}, device, **ROUNDS)
+    forward = alternate({"ours": named["ours"]}, device, **ROUNDS | {"seconds": 0.5})["ours"]["s"]
     with torch.no_grad():
-        value_only = compare({"ours": named["ours"]}, device, seconds=0.5)["ours"]
+        value_only = alternate({"ours": named["ours"]}, device, **ROUNDS | {"seconds": 0.5})["ours"]["s"]
     work = cost(f, s, t, *PLAIN, 1)
-    seconds = figures["ours"].median
+    seconds = found["ours"]["s"]
     record(
-        benchmark, figures, "ours", threads=threads, device=device, rivals_left_out="" if rivals else "their memory",
-        forward_s=forward.median, backward_s=seconds - forward.median, value_only_s=value_only.median,
+        benchmark, found, "ours", threads=threads, device=str(device), rivals_left_out="" if rivals else "their memory",
+        forward_s=forward, backward_s=seconds - forward, value_only_s=value_only,
         peak_bytes={name: peak_bytes(both(f, loss), device) for name, loss in named.items()},
         bytes=work.bytes, flops=work.flops, gbytes_per_s=work.bytes / seconds / 1e9, gflop_per_s=work.flops / seconds / 1e9,
         share_of_copy_bandwidth=work.bytes / seconds / bandwidth, scenes_per_s=b / seconds,
@@ -95,9 +97,9 @@ def test_cov_nmse(benchmark: Any, device: str, threads: int, bandwidth: float, t
     benchmark.pedantic(both(f, named["ours"]), rounds=5, warmup_rounds=1)
 
 
-def test_growth_with_elements(benchmark: Any, device: str, threads: int) -> None:
+def test_growth_with_elements(benchmark: Any, device: torch.device, threads: int) -> None:
     """Low-rank, B = 64: N = 144 and N = 1024 alternating; the ratio is the point."""
     pairs = {n: inputs(64, n, False, device) for n in (144, 1024)}
     runs = {f"N={n}": both(f, losses(f, s, t, False)["ours"]) for n, (f, s, t) in pairs.items()}
-    record(benchmark, compare(runs, device), "N=144", threads=threads, device=device)
+    record(benchmark, alternate(runs, device, **ROUNDS), "N=144", threads=threads, device=str(device))
     benchmark.pedantic(runs["N=1024"], rounds=5, warmup_rounds=1)

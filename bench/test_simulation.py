@@ -7,16 +7,13 @@ for a core is set aside, and how many were is recorded.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from ris_fast.benchmarks.measure import alternate, threads
 from ris_fast.config import Task
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.philox import op as philox
@@ -25,45 +22,15 @@ from ris_fast.physics import scenes as physics
 from ris_fast.physics.random import SceneGenerator
 
 TASK, GENERATOR = Task(), SceneGenerator(seed=1)
-REPETITIONS, SECONDS, WAIT_SHARE = 25, 1.5, 0.02
+REPETITIONS, SECONDS = 25, 1.5
+DEVICE = torch.device("cpu")
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def waited_ns() -> int:
-    """Time that the threads of this process were ready but had no core, so far; 0 where the system does not say."""
-    return sum(int(path.read_text().split()[1]) for path in Path("/proc/self/task").glob("*/schedstat"))
-
-
-def repetitions(call: Callable[[], Any]) -> dict[str, Any]:
-    """Median wall and mean CPU seconds (that clock ticks) over undisturbed repetitions; where there was none, over all, and the record says 0."""
-    call()
-    quiet, disturbed, end = [], [], time.perf_counter() + SECONDS
-    while len(quiet) < REPETITIONS and (time.perf_counter() < end or not quiet + disturbed):
-        wait, wall, cpu = waited_ns(), time.perf_counter(), time.process_time()
-        call()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        (quiet if (waited_ns() - wait) * 1e-9 <= WAIT_SHARE * wall else disturbed).append((wall, cpu))
-    kept = quiet or disturbed
-    wall, cpu = sorted(run[0] for run in kept), [run[1] for run in kept]
-    return {"wall_s": statistics.median(wall), "wall_p20_s": wall[len(wall) // 5], "wall_p80_s": wall[len(wall) * 4 // 5],
-            "cpu_s": statistics.mean(cpu), "undisturbed": len(quiet), "disturbed": len(disturbed)}
-
-
-def rates(measured: dict[str, Any], items: int, unit: str) -> dict[str, Any]:
-    return measured | {f"{unit}_per_s": items / measured["wall_s"], f"{unit}_per_cpu_s": items / measured["cpu_s"]}
-
-
-def record(benchmark: Any, call: Callable[[], Any], items: int, unit: str, **facts: Any) -> None:
-    benchmark.extra_info.update(rates(repetitions(call), items, unit), backend=loader.describe(), torch=torch.__version__, **facts)
+def rates(benchmark: Any, call: Callable[[], Any], items: int, unit: str, **facts: Any) -> None:
+    """Seconds of a call, and items a second of the clock and of a processor, into extra_info."""
+    found = alternate({"ours": call}, DEVICE, quiet=REPETITIONS, seconds=SECONDS, warm=1)["ours"]
+    by = {f"{unit}_per_s": items / found["s"]} | ({f"{unit}_per_cpu_s": items / found["processor_s"]} if found["processor_s"] else {})
+    benchmark.extra_info.update(found | by, backend=loader.describe(), torch=torch.__version__, **facts)
     benchmark.pedantic(call, rounds=5, warmup_rounds=1)
 
 
@@ -73,7 +40,7 @@ def record(benchmark: Any, call: Callable[[], Any], items: int, unit: str, **fac
 def test_simulate(benchmark: Any, batch: int, count: int) -> None:
     """Whole scenes of the standard task, from their numbers."""
     with threads(count):
-        record(benchmark, lambda: physics.simulate(TASK, batch, GENERATOR), batch, "scenes", threads=count)
+        rates(benchmark, lambda: physics.simulate(TASK, batch, GENERATOR), batch, "scenes", threads=count)
 
 
 def kernel_arguments(batch: int) -> tuple[Any, ...]:
@@ -106,7 +73,7 @@ def test_phase(benchmark: Any, phase: str) -> None:
     """Time of one phase; "plain torch instead" is the losing form of the kernel, with the same random numbers."""
     args = kernel_arguments(256)
     with threads(1):
-        record(benchmark, lambda: PHASES[phase](args[0], args), 256, "scenes", phase=phase)
+        rates(benchmark, lambda: PHASES[phase](args[0], args), 256, "scenes", phase=phase)
 
 
 @pytest.mark.benchmark(group="normals, 256 x 5120")
@@ -120,4 +87,4 @@ def test_normals(benchmark: Any, source: str) -> None:
         fill = loader.function("philox_normal", philox.ARGUMENTS, source)
         call = lambda: fill(out.data_ptr(), index.data_ptr(), 256, 5120, 1, 2)  # noqa: E731
     with threads(1):
-        record(benchmark, call, out.numel(), "normals", source=source)
+        rates(benchmark, call, out.numel(), "normals", source=source)

@@ -1,24 +1,36 @@
-"""How time is taken: variants alternate in one process, and a repetition in which a thread waited for a core is set aside.
+"""How time and memory are taken: variants alternate in one process; a repetition that waited for a core is set aside.
 
 On a GPU time is that between two CUDA events, and host time is that of the call; on a CPU both are the wall clock's.
+Processor time is that of the whole process: on a busy machine, with one thread, its ratios still mean something.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ris_fast.environment import environment
 
 QUIET, SECONDS, WAIT_SHARE = 7, 20.0, 0.02
-Run = tuple[float, float, bool]           # device seconds, host seconds, left in peace
+Found = dict[str, dict[str, float]]       # name of a variant -> its summary
+
+
+class Run(NamedTuple):
+    """One repetition: seconds on the device, on the host and of processors, and whether no thread waited for a core."""
+
+    device: float
+    host: float
+    processor: float
+    quiet: bool
 
 
 @contextmanager
@@ -38,7 +50,7 @@ def waited_ns() -> int:
     for path in Path("/proc/self/task").glob("*/schedstat"):
         try:
             total += int(path.read_text().split()[1])
-        except OSError:  # the thread ended in the meantime
+        except (OSError, IndexError):  # the thread ended in the meantime, or the system keeps no such statistics
             continue
     return total
 
@@ -51,7 +63,7 @@ def synchronize(device: torch.device) -> None:
 def once(call: Callable[[], Any], device: torch.device) -> Run:
     """One call, timed."""
     synchronize(device)
-    waited, begin = waited_ns(), time.perf_counter()
+    waited, worked, begin = waited_ns(), time.process_time(), time.perf_counter()
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -59,35 +71,57 @@ def once(call: Callable[[], Any], device: torch.device) -> Run:
         stop.record()
         host = time.perf_counter() - begin
         stop.synchronize()
-        return start.elapsed_time(stop) * 1e-3, host, True
+        return Run(start.elapsed_time(stop) * 1e-3, host, time.process_time() - worked, True)
     call()
-    seconds = time.perf_counter() - begin
-    return seconds, seconds, (waited_ns() - waited) * 1e-9 <= WAIT_SHARE * seconds
+    seconds, work = time.perf_counter() - begin, time.process_time() - worked
+    return Run(seconds, seconds, work, (waited_ns() - waited) * 1e-9 <= WAIT_SHARE * seconds)
 
 
 def summary(runs: list[Run]) -> dict[str, float]:
-    """Medians and percentiles over undisturbed repetitions; where there was none, over all, and `undisturbed` says 0."""
-    kept = [run for run in runs if run[2]] or runs
-    times = sorted(run[0] for run in kept)
+    """Medians and percentiles over undisturbed repetitions; where there was none, over all, and `undisturbed` says 0.
+
+    Processor time is a mean: its clock ticks coarsely on some systems.
+    """
+    kept = [run for run in runs if run.quiet] or runs
+    times = sorted(run.device for run in kept)
     return {"s": statistics.median(times), "p20_s": times[len(times) // 5], "p80_s": times[len(times) * 4 // 5],
-            "least_s": times[0], "host_s": statistics.median(run[1] for run in kept),
-            "undisturbed": sum(run[2] for run in runs), "disturbed": sum(not run[2] for run in runs)}
+            "least_s": times[0], "host_s": statistics.median(run.host for run in kept),
+            "processor_s": statistics.fmean(run.processor for run in kept),
+            "undisturbed": sum(run.quiet for run in runs), "disturbed": sum(not run.quiet for run in runs)}
 
 
 def alternate(calls: Mapping[str, Callable[[], Any]], device: torch.device, *, quiet: int = QUIET,
-              seconds: float = SECONDS, warm: int = 2) -> dict[str, dict[str, float]]:
-    """Rounds over all calls until every one has `quiet` undisturbed repetitions, or time is up; at least one round."""
+              seconds: float = SECONDS, warm: int = 2, least: int = 1) -> Found:
+    """Rounds over all calls until every one has `quiet` undisturbed repetitions, or time is up; `least` rounds anyhow."""
     for call in calls.values():
         for _ in range(warm):
             call()
     seen: dict[str, list[Run]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while any(sum(ok for *_, ok in runs) < quiet for runs in seen.values()):
-        for name, call in calls.items():
-            seen[name].append(once(call, device))
-        if time.perf_counter() >= end:
-            break
+    with no_garbage_collection():
+        rounds, end = 0, time.perf_counter() + seconds
+        while rounds < least or (time.perf_counter() < end and any(sum(run.quiet for run in runs) < quiet for runs in seen.values())):
+            for name, call in calls.items():
+                seen[name].append(once(call, device))
+            rounds += 1
     return {name: summary(runs) for name, runs in seen.items()}
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collects now and not within the block, where it would fall upon one variant by chance."""
+    gc.collect()
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def times_slower(found: Found, ours: float, key: str = "s") -> dict[str, float]:
+    """Each variant's time over `ours`."""
+    return {name: each[key] / ours for name, each in found.items()}
 
 
 class Stopwatch:
@@ -128,6 +162,36 @@ def ceiling(device: torch.device, precision: str = "fp32", seconds: float = 2.0)
     kinds = {"matmul": lambda: a @ b} | ({"linear": lambda: linear(a, b)} if device.type == "cpu" else {})
     found = alternate(kinds, device, quiet=5, seconds=seconds, warm=1)
     return 2.0 * size**3 / min(each["least_s"] for each in found.values())
+
+
+def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
+    """Bytes read and written per second by a plain copy of `size` bytes, which no cache holds, measured now."""
+    elements = (size or (2**30 if device.type == "cuda" else 2**27)) // 4
+    source, target = torch.ones(elements, device=device), torch.empty(elements, device=device)
+    return 8 * elements / alternate({"copy": lambda: target.copy_(source)}, device, quiet=200, seconds=1.0)["copy"]["s"]
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """Memory that a call takes at its highest, beyond what was there: allocator on a GPU, resident set on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed must not serve this one unseen
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _resident("VmRSS")
+        call()
+        return max(0, _resident("VmHWM") - before)
+    except (OSError, AttributeError):
+        return 0  # not Linux, or not permitted: nothing is claimed
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
 
 
 def conditions(device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ris_fast.benchmarks.measure import alternate, ceiling, once
+from ris_fast.benchmarks.measure import alternate, ceiling, once, times_slower
 from ris_fast.benchmarks.peers.eager import EagerLoop, with_dense_target
 from ris_fast.benchmarks.peers.original import OriginalLoop
 from ris_fast.config import Config
@@ -71,7 +71,7 @@ def contestants(config: Config, batch_size: int, *, compile: bool = True) -> tup
     if compile:
         ours, theirs = trainer_of(config, batch_size, True), EagerLoop(config, device, compile=True)
         first = {f"{OURS}, compiled": lambda: ours.step([scenes], PLANNED), COMPILED: lambda: theirs.step(dense)}
-        seconds = {name: once(call, device)[1] for name, call in first.items()}
+        seconds = {name: once(call, device).host for name, call in first.items()}
         calls |= {f"{OURS}, compiled": our_step(ours, scenes), COMPILED: first[COMPILED]}
     return calls, seconds, trainer
 
@@ -84,7 +84,7 @@ def compare_steps(config: Config, batch_size: int, *, compile: bool = True, quie
     flops, most = step_flops(trainer, batch_size), ceiling(trainer.device, config.training.precision)
     return {"preset": config.preset, "model": config.model.name, "parameters": trainer.parameters, "batch_size": batch_size,
             "precision": config.training.precision, "compile_and_first_step_s": compile_s, "variants": found,
-            "times_slower_than_ours": {name: each["s"] / ours for name, each in found.items()},
+            "times_slower_than_ours": times_slower(found, ours),
             "scenes_per_s": {name: batch_size / each["s"] for name, each in found.items()},
             "flops_a_step": flops, "flop_per_s": flops / ours, "ceiling_flop_per_s": most, "share_of_ceiling": flops / ours / most}
 

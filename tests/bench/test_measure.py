@@ -12,7 +12,7 @@ import torch
 from ris_fast import bench
 from ris_fast.benchmarks import device as counted
 from ris_fast.benchmarks import training
-from ris_fast.benchmarks.measure import Stopwatch, alternate, conditions, summary
+from ris_fast.benchmarks.measure import Run, Stopwatch, alternate, conditions, copy_bandwidth, peak_bytes, summary, times_slower
 from ris_fast.benchmarks.train_step import compare_steps
 from ris_fast.cli import main
 from ris_fast.config import Config
@@ -28,9 +28,9 @@ def small(preset: str, *_: object) -> Config:
 
 
 def test_only_undisturbed_repetitions_count_while_there_are_any() -> None:
-    quiet = summary([(1.0, 1.0, True), (9.0, 9.0, False), (3.0, 3.0, True)])
-    assert quiet["s"] == 2.0 and (quiet["undisturbed"], quiet["disturbed"]) == (2, 1)
-    busy = summary([(9.0, 9.0, False)])
+    quiet = summary([Run(1.0, 1.0, 1.0, True), Run(9.0, 9.0, 9.0, False), Run(3.0, 3.0, 2.0, True)])
+    assert quiet["s"] == 2.0 and quiet["processor_s"] == 1.5 and (quiet["undisturbed"], quiet["disturbed"]) == (2, 1)
+    busy = summary([Run(9.0, 9.0, 9.0, False)])
     assert busy["s"] == 9.0 and busy["undisturbed"] == 0
 
 
@@ -38,6 +38,29 @@ def test_variants_take_turns() -> None:
     order: list[str] = []
     alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, quiet=1, seconds=0.0, warm=1)
     assert order == ["a", "b", "a", "b"]
+    order.clear()
+    alternate({"a": lambda: order.append("a")}, CPU, quiet=1, seconds=0.0, warm=0, least=3)
+    assert order == ["a"] * 3
+
+
+def test_garbage_is_collected_before_and_not_between() -> None:
+    import gc
+
+    seen: list[bool] = []
+    alternate({"a": lambda: seen.append(gc.isenabled())}, CPU, quiet=1, seconds=0.0, warm=1)
+    assert seen == [True, False] and gc.isenabled()
+
+
+def test_ratios_are_over_ours() -> None:
+    found = {"a": {"s": 2.0, "processor_s": 3.0}, "b": {"s": 4.0, "processor_s": 9.0}}
+    assert times_slower(found, 2.0) == {"a": 1.0, "b": 2.0}
+    assert times_slower(found, 3.0, "processor_s") == {"a": 1.0, "b": 3.0}
+
+
+def test_memory_of_a_call_is_what_it_takes_at_its_highest() -> None:
+    held = peak_bytes(lambda: torch.ones(2**24).sum(), CPU)
+    assert held == 0 or 2**25 < held < 2**28       # 0: the system does not say
+    assert copy_bandwidth(CPU, 2**20) > 0
 
 
 def test_laps_are_named_in_order() -> None:
