@@ -193,10 +193,11 @@ def evaluate(run: Path, /, *, scenes: Whole = None, device: str = "auto", json: 
         Print JSON instead of tables.
     """
     from ris_fast.evaluation import evaluate as measure
+    from ris_fast.report.console import counter
     from ris_fast.report.evaluation import evaluation_text, save_evaluation
     from ris_fast.report.eventlog import dumps
 
-    result = measure(run, scenes, device)
+    result = measure(run, scenes, device, counter("scenes read"))
     picture = save_evaluation(result)
     print(dumps(result, indent=2) if json else f"{evaluation_text(result)}\n\nfigure: {picture}")
     return 0

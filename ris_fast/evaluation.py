@@ -43,17 +43,19 @@ class Run:
     epoch: int
 
 
-def evaluate(run: str | Path, scenes: int | None = None, device: str = "auto") -> dict[str, Any]:
+def evaluate(run: str | Path, scenes: int | None = None, device: str = "auto",
+             progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """NMSE of a run's best weights on its test scenes, in float32 and evaluation mode.
 
     Args: run: run folder, its checkpoints folder, or a file in it. scenes: how many test scenes; all by default.
+        progress: called with (scenes read, scenes in all) while data files are read.
     Returns: plain numbers and texts: `nmse` (mean, median), `floors`, `bayes` (None for another task than RIS-12x12),
         and the same for each group of `by_snr` and `by_count`; see `group_figures`.
     Raises: ConfigError where there is no run or too few scenes, CheckpointError, DataError.
     """
     opened = open_run(run)
     place = choose_device(device)
-    source = open_source(opened.config, place)
+    source = open_source(opened.config, place, progress)
     size = _test_size(source, scenes)
     model = build_model(opened.config.model.name, opened.config.task, **opened.config.model.options)
     load_weights(model, opened.weights, str(opened.folder))

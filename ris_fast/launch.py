@@ -15,6 +15,7 @@ from ris_fast.report.observers import Observers
 from ris_fast.run_folder import RunFolder, alone_in, drop_if_empty, how_to_resume, new_folder, run_and_checkpoint
 
 if TYPE_CHECKING:
+    from ris_fast.health import Watchdog
     from ris_fast.training.loop import Observer
 
 STOPPED_BY_HEALTH = 4
@@ -48,12 +49,13 @@ def run_training(config: Config, out: Path | None, *, resume: Path | None = None
     if summary is None:
         return 0
     print(f"run folder: {folder}")
-    return STOPPED_BY_HEALTH if summary["verdict"] == "stopped" else 0
+    return STOPPED_BY_HEALTH if summary["verdict"] == "stopped" or summary["stall"] else 0
 
 
 def _fit(config: Config, folder: Path, observer: Observer, checkpoint: str | None, profile: bool) -> dict[str, Any] | None:
     """The summary of the run; None for one that had nothing left to do. `checkpoint` None: a new run."""
     from ris_fast.benchmarks.share import WithShare
+    from ris_fast.environment import fallback_note
     from ris_fast.report.console import counter
     from ris_fast.training.batch import is_memory
     from ris_fast.training.loop import Trainer
@@ -62,13 +64,15 @@ def _fit(config: Config, folder: Path, observer: Observer, checkpoint: str | Non
         trainer = Trainer(config, folder, observer, resume=checkpoint or False, progress=counter("scenes read"))
         if checkpoint is not None and nothing_left(trainer, folder, checkpoint):
             return None
-        trainer = guarded(trainer, folder, preflight=config.health.preflight and not checkpoint)
+        if (note := fallback_note()) and trainer.device.type == "cpu":
+            print(f"note: {note}")
+        watchdog = guarded(trainer, folder, preflight=config.health.preflight and not checkpoint)
         trainer.observer = WithShare(trainer.observer, trainer)
         if profile:
             from ris_fast.training.profile import profiled
 
             profiled(trainer, folder / "profile", print)
-        return replaying(trainer)
+        return {**replaying(trainer), "stall": certain_stall(watchdog)}
     except (MemoryError, RuntimeError) as error:
         if not is_memory(error):
             raise
@@ -106,8 +110,13 @@ def replaying(trainer: Any) -> dict[str, Any]:
         raise
 
 
-def guarded(trainer: Any, folder: Path, *, preflight: bool) -> Any:
-    """The trainer under the watch of learning health; a run that preflight stops leaves its findings in the folder."""
+def certain_stall(watchdog: Watchdog) -> bool:
+    """Whether the run came to its end and certainly learned nothing; exit code 4, unless health.stop is off."""
+    return watchdog.stop and any(finding.cause == "stalled_at_floor" and finding.certain for finding in watchdog.findings)
+
+
+def guarded(trainer: Any, folder: Path, *, preflight: bool) -> Watchdog:
+    """Puts the trainer under the watch of learning health; a run that preflight stops leaves its findings in the folder."""
     from ris_fast.health.tensors import TensorLog
     from ris_fast.health.watched import enriched, watched
     from ris_fast.training.state import RunStopped
@@ -122,9 +131,10 @@ def guarded(trainer: Any, folder: Path, *, preflight: bool) -> Any:
         write_json(folder / SUMMARY, enriched(trainer.observer.watchdog, {"verdict": "stopped", "optimizer_steps": 0,
                                                                           "findings": [stop.finding]}))
         raise
+    watchdog = trainer.observer.watchdog
     if preflight:
-        print(preflight_line(trainer.observer.watchdog, time.monotonic() - began))
-    return trainer
+        print(preflight_line(watchdog, time.monotonic() - began))
+    return watchdog
 
 
 def preflight_line(watchdog: Any, seconds: float) -> str:

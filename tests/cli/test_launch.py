@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ris_fast import launch, memory, run_folder
 from ris_fast.cli import main
 from ris_fast.config import ConfigError
 from ris_fast.data.errors import DataError
+from ris_fast.health.finding import Finding
 from ris_fast.settings import load_config, render_toml
 from ris_fast.training import loop
 from ris_fast.training.state import RunStopped
@@ -26,7 +29,7 @@ class Ends:
     outcome: Any = None
 
     def __init__(self, config: Any, folder: Path | None = None, observer: Any = None, **_: Any) -> None:
-        self.config, self.folder, self.observer = config, folder, observer
+        self.config, self.folder, self.observer, self.device = config, folder, observer, torch.device("cpu")
 
     def fit(self) -> dict[str, Any]:
         if isinstance(self.outcome, BaseException):
@@ -37,12 +40,13 @@ class Ends:
 def run(outcome: Any, monkeypatch, tmp_path: Path) -> int:
     monkeypatch.setattr(Ends, "outcome", outcome)
     monkeypatch.setattr(loop, "Trainer", Ends)
-    monkeypatch.setattr(launch, "guarded", lambda trainer, folder, *, preflight: trainer)
+    watchdog = SimpleNamespace(stop=True, findings=[Finding("stalled_at_floor", "nothing moved")] if outcome == "at the floor" else [])
+    monkeypatch.setattr(launch, "guarded", lambda trainer, folder, *, preflight: watchdog)
     return main([*TINY, "--out", str(tmp_path / "run")])
 
 
 @pytest.mark.parametrize("outcome, code", [
-    ("learned", 0), ("stalled", 0), ("stopped", 4), (RunStopped("no step was applied", "steps_skipped"), 4),
+    ("learned", 0), ("stalled", 0), ("at the floor", 4), ("stopped", 4), (RunStopped("no step was applied", "steps_skipped"), 4),
     (DataError("x.npz", "y", "NaN", "finite values", "Write it again."), 3), (ConfigError("no such device"), 2),
     (KeyboardInterrupt(), 130)])
 def test_the_exit_code_says_how_the_run_ended(outcome: Any, code: int, monkeypatch, tmp_path, capsys) -> None:
