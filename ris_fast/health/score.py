@@ -1,10 +1,11 @@
 """Measures the rules: which faults they notice, whether the first thing they say is the cause, when, and what they say
 about healthy runs.
 
-    python -m ris_fast.health.score [--held-out | --all | --only NAME ...] [--healthy N] [--json FILE] [--jobs N]
+    python -m ris_fast.health.score [--held-out | --all | --only NAME ...] [--afterwards] [--healthy N] [--json FILE] [--jobs N]
 
 A fault counts as detected if anything is said by the time that its record allows, unless its healthy twin is told the
-same; as named if the first thing said is one of the causes that its record expects. Of the held-out third only totals
+same; as named if the first thing said is one of the causes that its record expects. With --afterwards nothing is checked or
+watched while a run goes on, and `why` answers from the rows that it leaves. Of the held-out third only totals
 are printed, so that a person who writes rules can run everything.
 """
 
@@ -21,16 +22,19 @@ from typing import Any
 
 import torch
 
+from ris_fast.health.afterwards import score_afterwards
 from ris_fast.health.faults.catalogue import FAMILIES, Fault, all_faults
 from ris_fast.health.faults.twins import TWINS
 from ris_fast.health.trial import Outcome, score_fault, score_healthy, twin_fault
 
 
 def run_case(case: tuple[str, str | int]) -> Outcome:
+    """`case`: "healthy", "twin" or "fault", the last two also with " afterwards"; and its number or name."""
     kind, name = case
     if kind == "healthy":
         return score_healthy(int(name))
-    return score_fault(twin_fault(str(name)) if kind == "twin" else all_faults()[str(name)])
+    score = score_afterwards if kind.endswith(" afterwards") else score_fault
+    return score(twin_fault(str(name)) if kind.startswith("twin") else all_faults()[str(name)])
 
 
 def one_thread() -> None:
@@ -81,7 +85,8 @@ def line(outcome: Outcome) -> str:
         verdict = "FALSE" if outcome.said or outcome.stopped or outcome.crashed else "silent"
     where = "-" if outcome.step is None else "preflight" if outcome.step == 0 else f"step {outcome.step}"
     said = ", ".join(outcome.said[:3]) or outcome.crashed or (f"stopped: {outcome.stopped}" if outcome.stopped else "nothing")
-    wanted = f" | wanted {' or '.join(outcome.expect)} by step {outcome.limit}" if outcome.expect and not outcome.named else ""
+    late = f" by step {outcome.limit}" if outcome.limit < 2**31 else ""
+    wanted = f" | wanted {' or '.join(outcome.expect)}{late}" if outcome.expect and not outcome.named else ""
     return f"{verdict:9}{outcome.family:11}{outcome.name:36}{where:>10} {outcome.seconds:5.1f} s  {said}{wanted}"
 
 
@@ -116,6 +121,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--held-out", action="store_true", help="the third that rules are not tuned on; prints totals only")
     group.add_argument("--all", action="store_true", help="every fault")
     group.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these faults, shown in full")
+    parse.add_argument("--afterwards", action="store_true", help="no preflight and no watch: what `why` says of the rows alone")
     parse.add_argument("--healthy", type=int, default=0, metavar="N", help="healthy runs to watch as well")
     parse.add_argument("--json", type=Path, metavar="FILE", help="write every outcome and the totals")
     parse.add_argument("--jobs", type=int, default=1, metavar="N", help="processes")
@@ -126,7 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     faults = [] if given.healthy and not (given.all or given.held_out or given.only) else chosen(given)
     used = {fault.twin for fault in faults}
-    cases = ([("twin", name) for name in TWINS if name in used] + [("fault", fault.name) for fault in faults]
+    when = " afterwards" if given.afterwards else ""
+    cases = ([(f"twin{when}", name) for name in TWINS if name in used] + [(f"fault{when}", fault.name) for fault in faults]
              + [("healthy", number) for number in range(given.healthy)])
     outcomes = []
     for outcome in run_cases(cases, given.jobs):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ris_fast.health import score, trial
+from ris_fast.health.afterwards import score_afterwards
 from ris_fast.health.faults.catalogue import HELD_OUT, all_faults
 from ris_fast.health.faults.healthy import from_shards, healthy_config
 from ris_fast.health.faults.twins import EPOCH_STEPS, changed
@@ -141,3 +142,25 @@ def test_the_command_prints_the_held_out_third_as_totals_only(monkeypatch: pytes
 def test_an_unknown_fault_names_the_known_ones() -> None:
     with pytest.raises(SystemExit, match="rate_zero"):
         score.main(["--only", "rate_zeroo"])
+
+
+# ---- what a run leaves behind ---------------------------------------------------------------------------------------------
+
+
+def test_why_names_a_fault_from_the_rows_alone_and_leaves_its_twin_in_peace() -> None:
+    outcome, twin = (score_afterwards(fault) for fault in (FAULTS["never_cleared"], trial.twin_fault("hybrid")))
+    assert outcome.named and outcome.said[0] == "gradients_never_cleared" and not outcome.crashed
+    assert twin.said == () and not twin.crashed
+
+
+def test_a_fault_that_leaves_no_trace_in_the_rows_is_missed_afterwards() -> None:
+    outcome = score_afterwards(FAULTS["backbone_frozen"])
+    assert not outcome.crashed and outcome.named == ("frozen_parameters" in outcome.said[:1])
+
+
+def test_the_command_scores_afterwards_without_preflight_or_watch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(trial.score_fault, "__defaults__", (told(None),))
+    monkeypatch.setattr(score, "chosen", lambda arguments: [FAULTS["never_cleared"]])
+    assert score.main(["--afterwards"]) == 0
+    printed = capsys.readouterr().out
+    assert "named" in printed and "gradients_never_cleared" in printed and "by step" not in printed
