@@ -58,7 +58,7 @@ def test_library_links_no_openmp_of_its_own() -> None:
 
 @needs_library
 def test_missing_function_is_an_error() -> None:
-    with pytest.raises(AttributeError, match="no_such_kernel"):
+    with pytest.raises(RuntimeError, match="no_such_kernel"):
         loader.function("no_such_kernel", [ctypes.c_void_p])
 
 
