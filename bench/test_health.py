@@ -1,7 +1,7 @@
 """What watching costs: a step that is read against one that is not, alternating in one process, as a share of training.
 
-Run: OMP_NUM_THREADS=1 pytest bench/test_health.py --benchmark-json=bench/results/health-overhead.json
-One thread, because a second one that waits for a busy core spins, and its waiting counts as work.
+Run: pytest bench/test_health.py --benchmark-json=bench/results/health-overhead.json
+With one thread, because a second one that waits for a busy core spins, and its waiting counts as work.
 CPU seconds are the process's own, so that a busy machine does not count; on a GPU, wall seconds between synchronisations.
 `load` is the machine's load average beside its cores: what else ran takes caches and memory bandwidth all the same.
 """
@@ -11,11 +11,13 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any, Callable
 
 import pytest
 import torch
 
+from ris_fast.benchmarks import measure
 from ris_fast.health.watch import DENSE, EVERY, watch
 from ris_fast.settings import load_config
 from ris_fast.training.loop import Trainer
@@ -23,17 +25,21 @@ from ris_fast.training.loop import Trainer
 ROUNDS = 40
 
 
-def clock(device: str) -> float:
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    with measure.threads(1):
+        yield
 
 
-def alternating(device: str, *variants: Callable[[], Any], rounds: int = ROUNDS) -> list[float]:
+def clock(device: torch.device) -> float:
+    measure.synchronize(device)
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
+
+
+def alternating(device: torch.device, *variants: Callable[[], Any], rounds: int = ROUNDS) -> list[float]:
     """Median seconds of the first variant, then the median of what each other one takes more in the same round."""
     seconds: list[list[float]] = [[] for _ in variants]
-    for number in range(rounds + 2):
+    for number in range(rounds + 2):        # two to warm up
         for taken, call in zip(seconds, variants):
             began = clock(device)
             call()
@@ -47,7 +53,7 @@ def load() -> dict[str, Any]:
     return {"load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", "threads": torch.get_num_threads()}
 
 
-def recording(device: str, optimizer: Any, repeats: int = 200) -> float:
+def recording(device: torch.device, optimizer: Any, repeats: int = 200) -> float:
     """Seconds to put the record of one step into the ring, as every step does."""
     def record() -> None:
         for _ in range(repeats):
@@ -58,9 +64,9 @@ def recording(device: str, optimizer: Any, repeats: int = 200) -> float:
 
 
 @pytest.mark.parametrize("preset, batch", [("laptop", 256), ("seed", 64)])
-def test_a_step_that_is_read(benchmark: Any, device: str, preset: str, batch: int) -> None:
+def test_a_step_that_is_read(benchmark: Any, device: torch.device, preset: str, batch: int) -> None:
     """A report's reading, its ring of records included, spread over the steps between two reports, and each step's record."""
-    config = load_config(None, preset, ["training.compile=false"], {"training.device": device, "training.batch_size": batch})
+    config = load_config(None, preset, ["training.compile=false"], {"training.device": device.type, "training.batch_size": batch})
     trainer = Trainer(config)
     group, telemetry = next(trainer._groups()), trainer.step.telemetry
 
@@ -77,7 +83,7 @@ def test_a_step_that_is_read(benchmark: Any, device: str, preset: str, batch: in
                                 **load(), share_of_training=(reading / every + record) / plain)
 
 
-def loop(device: str, every: int | None) -> Callable[[], None]:
+def loop(device: torch.device, every: int | None) -> Callable[[], None]:
     """A step of a plain loop, a perceptron of a million weights: without a watch, or with one that looks once in `every`."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(layer for _ in range(4) for layer in (torch.nn.Linear(512, 512), torch.nn.GELU()))).to(device)
@@ -95,7 +101,7 @@ def loop(device: str, every: int | None) -> Callable[[], None]:
     return step
 
 
-def test_a_plain_loop_under_watch(benchmark: Any, device: str) -> None:
+def test_a_plain_loop_under_watch(benchmark: Any, device: torch.device) -> None:
     """With the default sampling one step in a hundred is looked at; between those the hooks only count."""
     looked_at = loop(device, 1)
     plain, looking, counting = alternating(device, loop(device, None), looked_at, loop(device, 10**9), rounds=3 * ROUNDS)
