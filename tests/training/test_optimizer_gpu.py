@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ris_fast import FusedAdamW
+from ris_fast.training.records import Window
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SHAPES = [(64, 33), (1,), (300, 301), (0,), (4096,), (9000,)]
@@ -64,10 +65,24 @@ def test_a_step_is_two_launches_and_never_waits() -> None:
     assert sorted(kernels) == ["apply_kernel", "measure_kernel"]
 
 
+def test_a_record_waits_for_nothing() -> None:
+    params, ours = build(records=8)
+    fill(params, 0)
+    ours.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours.step()
+        records, numbers = ours.records()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert numbers.tolist() == [0, 1, 2, 0, 0, 0, 0, 0] and records[1].equal(records[2]) is False
+
+
 def test_graph_replay_equals_eager_bit_for_bit() -> None:
-    """Learning rate, clip threshold and EMA decay change between replays."""
-    params, ours = build()
-    exact, eager = build()
+    """Learning rate, clip threshold and EMA decay change between replays; records find their slots."""
+    params, ours = build(records=8)
+    exact, eager = build(records=8)
     for each, optimizer in ((params, ours), (exact, eager)):
         fill(each, 0)
         optimizer.step()
@@ -83,6 +98,9 @@ def test_graph_replay_equals_eager_bit_for_bit() -> None:
         eager.step()
     assert all(torch.equal(a, b) for a, b in zip(params, exact, strict=True))
     assert ours.counters() == eager.counters() and ours.counters()["applied"] == 20
+    kept, seen = (Window.after(0, *(each.cpu() for each in optimizer.records()), 0) for optimizer in (ours, eager))
+    assert kept.numbers == seen.numbers == list(range(13, 21)) and torch.equal(kept.table, seen.table)
+    assert torch.equal(kept.table[-1], ours.telemetry().cpu())
     with ours.ema(), eager.ema():
         assert all(torch.equal(a, b) for a, b in zip(params, exact, strict=True))
 
