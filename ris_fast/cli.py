@@ -93,7 +93,7 @@ def train(config: Path | None = None, /, *, preset: str | None = None, device: s
     resume
         Continue the run in this folder, or from this checkpoint of it, with its own settings; flags and --set still win.
     log_tensors
-        Write every tensor's norms to tensors.csv and print a [GRAD] line at every report.
+        Write every tensor's norms at every step to tensors.csv and print a [GRAD] line at every report.
     anomaly
         Where gradients that are not finite end the run, replay its last step and name the operation and the term.
     profile

@@ -224,7 +224,7 @@ class Health(Section):
     mute: str = option("", "findings that are not told, by name, with commas between them")
     frozen: str = option("", "beginnings of the names of parameters that are meant to be frozen, with commas between them")
     anomaly: bool = option(False, "where gradients that are not finite end a run, replay its last step and name the operation")
-    log_tensors: bool = option(False, "write a row per tensor to tensors.csv at every report")
+    log_tensors: bool = option(False, "write a row per tensor and step to tensors.csv; beyond 64 MB one step a report")
     min_applied: float = option(0.9, "an epoch in which a smaller share of the steps is applied ends the run",
                                 low=0.0, high=1.0)
 
