@@ -51,7 +51,8 @@ said() { case $1 in 0) echo done ;; 124 | 137) echo 'out of time' ;; *) echo "ex
 install() {
     local wheels=(${RIS_FAST_WHEELS:-.whl}/*.whl)
     if [[ -e ${wheels[0]} ]]; then
-        python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "${wheels[@]}" || return
+        python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "${wheels[@]}" ||
+            for wheel in "${wheels[@]}"; do python3 -m zipfile -e "$wheel" "$site" || return; done   # no pip: a pure wheel is a zip
     fi
     local package=(-m pip install -q --no-index --no-build-isolation --no-deps --no-cache-dir --upgrade --target "$site" .)
     python3 "${package[@]}" || RIS_FAST_NO_NATIVE=1 python3 "${package[@]}" || by_hand
@@ -64,8 +65,8 @@ by_hand() {
 
 environment() {
     python3 -m ris_fast env --json >"$work/env.json" || return
-    nvidia-smi --format=csv,noheader --query-gpu=name,driver_version,memory.total,power.limit,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,clocks_throttle_reasons.active,temperature.gpu \
-        >"$work/smi.csv" || echo "no nvidia-smi" >"$work/smi.csv"
+    local asked=name,driver_version,memory.total,power.limit,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,temperature.gpu
+    smi "$asked,clocks_event_reasons.active" || smi "$asked" || echo "no nvidia-smi" >"$work/smi.csv"   # older drivers: throttle, not event
     python3 - "$work/env.json" "$work/smi.csv" "$out/env.json" <<'PY'
 import json, sys
 found = json.load(open(sys.argv[1]))
@@ -74,20 +75,22 @@ json.dump(found, open(sys.argv[3], "w"), indent=1)
 PY
 }
 
+smi() { nvidia-smi --format=csv,noheader --query-gpu="$1" >"$work/smi.csv"; }
+
 gradcheck() { python3 -m ris_fast gradcheck --no-interpreter --json >"$out/gradcheck.json"; }
 
 # What torch and its compiler have to say to their authors is no error here, as it is in the tests elsewhere.
 quiet=(-W ignore::UserWarning -W ignore::FutureWarning -W ignore::DeprecationWarning -p no:cacheprovider -o addopts=--strict-markers)
 
 tests() {
-    local which=(tests/training/test_capture.py tests/training/test_optimizer_gpu.py tests/gradcheck tests/kernels)
+    local which=(tests/training/test_capture.py tests/training/test_optimizer_gpu.py tests/data/test_source.py tests/gradcheck tests/kernels)
     python3 -c 'import scipy' 2>>"$log" || which+=(--ignore tests/kernels/test_philox.py)
     ((smoke)) && which=(tests/training/test_capture.py -k 'replayed or equals_eager')
     python3 -m pytest -q -rfEs --durations=10 "${quiet[@]}" "${which[@]}" >"$out/tests.log" 2>&1
 }
 
 train() {
-    local run=$work/run small=()
+    local run=$work/run small=(--max-seconds $((85 * scale)))   # a schedule that ends within the stage
     ((smoke)) && small=(--device cpu --set data.train_scenes=1024 --set data.val_limit=64 --set model.options.width=64
         --set training.compile=false --set training.batch_size=256 --epochs 2 --precision fp32 --set health.preflight=false)
     python3 -m ris_fast train --preset full --set report.plots=false --out "$run" "${small[@]}"
@@ -100,8 +103,18 @@ train() {
 bench() {
     local name=$1
     shift
-    ((smoke)) && set -- -k '64-1 or one_tensor'
+    ((smoke)) && set -- -k "$(smallest "$name")"
     python3 -m pytest -q "${quiet[@]}" "bench/test_$name.py" --benchmark-json="$work/bench-$name.json" "$@"
+}
+
+smallest() {
+    case $1 in
+        train_step) echo launches ;;
+        training) echo 'phases and 64' ;;
+        simulation) echo 'test_simulate and 64-1' ;;
+        fused_step) echo 'host_time and 2]' ;;
+        cov_nmse) echo '1-thread-low-rank-64-64' ;;
+    esac
 }
 
 bench_step() { bench train_step; }
@@ -143,8 +156,8 @@ print("\n".join(lines))
 PY
 }
 
-export -f install by_hand environment gradcheck tests train bench $(declare -F | awk '{print $3}' | grep '^bench_')
-export smoke out work site log
+export -f install by_hand environment smi gradcheck tests train bench smallest $(declare -F | awk '{print $3}' | grep '^bench_')
+export smoke scale out work site log
 quiet_words=${quiet[*]}
 export quiet_words
 run() { stage "$1" "$2" bash -c "set -u; read -ra quiet <<<\"\$quiet_words\"; $3"; }
