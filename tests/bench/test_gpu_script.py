@@ -21,9 +21,8 @@ def test_every_test_that_it_names_exists() -> None:
     assert "tests/kernels" in named and all((ROOT / each).exists() for each in named)
 
 
-@pytest.mark.parametrize("name", re.findall(r"^bench_\w+\(\) \{ bench (\w+)", SCRIPT.read_text(), re.MULTILINE))
-def test_every_benchmark_is_a_stage_with_a_smallest_case(name: str) -> None:
-    text, stage = SCRIPT.read_text(), re.search(rf"^(bench_\w+)\(\) {{ bench {name}", SCRIPT.read_text(), re.MULTILINE)[1]
-    words = re.search(rf"^        {name}\) echo (.+?) ;;", text, re.MULTILINE)[1].strip("'")
-    assert stage in re.search(r"stages=.*", text)[0] and (file := ROOT / "bench" / f"test_{name}.py").is_file()
-    assert re.search(words.split(" and ")[0].split("-")[0], file.read_text()) or words.startswith("1-thread")
+@pytest.mark.parametrize("stage, name", re.findall(r"^(bench_\w+)\(\) { bench (\w+)", SCRIPT.read_text(), re.MULTILINE))
+def test_every_benchmark_is_a_stage_with_a_smallest_case(stage: str, name: str) -> None:
+    text = SCRIPT.read_text()
+    assert stage in re.search(r"stages=.*", text)[0] and re.search(rf"^        {name}\) echo .+ ;;", text, re.MULTILINE)
+    assert (ROOT / "bench" / f"test_{name}.py").is_file()
