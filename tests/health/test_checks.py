@@ -61,7 +61,9 @@ def test_noise_without_signal_is_no_reason_to_blame_the_inputs() -> None:
 @pytest.mark.parametrize("config", [
     small("backprojection"), small("hybrid", **{"loss.beta": 0.3, "loss.loading": 0.1, "loss.shrink": 1e-3}),
     small("hybrid", **{"training.precision": "bf16", "training.backend": "reference", "optimizer.ema_decay": 0.0}),
-    small("backprojection", **at(100.0)), small("backprojection", **at(120.0))], ids=["plain", "blend", "bf16", "loud", "loudest"])
+    small("backprojection", **at(100.0)), small("backprojection", **at(120.0)),
+    small("hybrid", **{"optimizer.max_grad_norm": 1e-12, "optimizer.backbone_lr": 1e-9})],
+    ids=["plain", "blend", "bf16", "loud", "loudest", "hardly a step"])
 def test_kernels_are_their_definition(config: Config, check: Any) -> None:
     assert causes(check, Trainer(config)) == []
 
