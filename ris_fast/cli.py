@@ -5,45 +5,19 @@ Exit codes: 0 done, 1 a gradient check failed, 2 bad usage or configuration, 3 d
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, Sequence
 
-from cyclopts import App, CycloptsError, Parameter, Token, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Parameter
 
 from ris_fast import __version__
 from ris_fast.settings import load_config, render_toml
-
-
-def whole_number(_: type, tokens: Sequence[Token]) -> int:
-    """1000 and 1e3 are whole numbers, 1.5 is not; the parser's own rule would round it."""
-    text = tokens[0].value
-    try:
-        return int(text)  # a float would round what is beyond 2^53
-    except ValueError:
-        value = _float(text)
-    if not value.is_integer():
-        raise ValueError(f"'{text}' is not a whole number")
-    return int(value)
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
-
-
-def whole_number_or_auto(kind: type, tokens: Sequence[Token]) -> int | str:
-    """`auto`, or a whole number."""
-    return "auto" if tokens[0].value == "auto" else whole_number(kind, tokens)
+from ris_fast.usage import usage_message, whole_number, whole_number_or_auto
 
 
 Whole = Annotated[int | None, Parameter(converter=whole_number, accepts_keys=False)]
 WholeOrAuto = Annotated[int | str | None, Parameter(converter=whole_number_or_auto, accepts_keys=False)]
-TAKE_SETTINGS = ("train", "check", "simulate")
-SETTINGS_FILE = re.compile(r'Unknown (?:option|command):? "?(?:(?:--config|-c)(?:=[^"]*?)?|([^-"][^"]*\.toml))"?\.(?!\w)')
 Overrides = Annotated[list[str] | None, Parameter(name="--set")]
 
 app = App(name="ris-fast", version=__version__, default_parameter=Parameter(negative=(), show_default=False),
@@ -314,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
         return command(*bound.args, **bound.kwargs) or 0
     except CycloptsError as error:
-        return _complain(_usage(error), 2)
+        return _complain(usage_message(error), 2)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
     except BrokenPipeError:  # `ris-fast ... | head`
@@ -325,18 +299,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code is None:
             raise
         return _complain(str(error), code)
-
-
-def _usage(error: CycloptsError) -> str:
-    """The parser's message; where it has no near miss to offer, what the command takes."""
-    text, chain = str(error), " ".join(error.command_chain or ())
-    if isinstance(error, UnusedCliTokensError):
-        text = f"Too many arguments: {' '.join(error.unused_tokens or ())}."
-    if chain in ("", *TAKE_SETTINGS) and (found := SETTINGS_FILE.match(text)):
-        return f"{found[0]} A file with settings is given without an option: ris-fast {chain or 'train'} {found[1] or 'FILE.toml'}"
-    if "Did you mean" in text or "Available commands" in text or error.app is None:
-        return text
-    return f"{text} Try: ris-fast {chain + ' ' if chain else ''}--help"
 
 
 def _complain(text: str, code: int) -> int:

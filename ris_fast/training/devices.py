@@ -32,9 +32,10 @@ def choose_device(name: str, setting: str = "training.device") -> torch.device:
         if device.index:
             raise ConfigError(f"{setting} is '{name}'; there is one CPU. Write cpu.")
         return torch.device("cpu")  # cpu:0 would not equal cpu
-    if (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"{setting} is '{name}', but torch {torch.__version__} sees "
-                          f"{torch.cuda.device_count()} CUDA devices. Use --device cpu, or install a CUDA build of torch.")
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        todo = f"There are cuda:0 to cuda:{count - 1}." if count else "Use --device cpu, or install a CUDA build of torch."
+        raise ConfigError(f"{setting} is '{name}', but torch {torch.__version__} sees {count} CUDA devices. {todo}")
     return device
 
 

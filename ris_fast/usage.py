@@ -1,0 +1,47 @@
+"""What the parser of the command line needs of us: whole numbers as people write them, and its errors in a user's words."""
+
+from __future__ import annotations
+
+import re
+from typing import Sequence
+
+from cyclopts import CycloptsError, Token, UnusedCliTokensError
+
+TAKE_SETTINGS = ("train", "check", "simulate")
+SETTINGS_FILE = re.compile(r'Unknown (?:option|command):? "?(?:(?:--config|-c)(?:=[^"]*?)?|([^-"][^"]*\.toml))"?\.(?!\w)')
+
+
+def whole_number(_: type, tokens: Sequence[Token]) -> int:
+    """1000 and 1e3 are whole numbers, 1.5 is not; the parser's own rule would round it."""
+    text = tokens[0].value
+    try:
+        return int(text)  # a float would round what is beyond 2^53
+    except ValueError:
+        value = _float(text)
+    if not value.is_integer():
+        raise ValueError(f"'{text}' is not a whole number")
+    return int(value)
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def whole_number_or_auto(kind: type, tokens: Sequence[Token]) -> int | str:
+    """`auto`, or a whole number."""
+    return "auto" if tokens[0].value == "auto" else whole_number(kind, tokens)
+
+
+def usage_message(error: CycloptsError) -> str:
+    """The parser's message; where it has no near miss to offer, what the command takes."""
+    text, chain = str(error), " ".join(error.command_chain or ())
+    if isinstance(error, UnusedCliTokensError):
+        text = f"Too many arguments: {' '.join(error.unused_tokens or ())}."
+    if chain in ("", *TAKE_SETTINGS) and (found := SETTINGS_FILE.match(text)):
+        return f"{found[0]} A file with settings is given without an option: ris-fast {chain or 'train'} {found[1] or 'FILE.toml'}"
+    if "Did you mean" in text or "Available commands" in text or error.app is None:
+        return text
+    return f"{text} Try: ris-fast {chain + ' ' if chain else ''}--help"
