@@ -87,6 +87,16 @@ def untouched_gradient(run: Run) -> Iterator[Finding]:
         yield Finding("gradients_never_cleared", f"after clearing, the gradients still have norm {reading['left_over']:.3g}.", run.step)
 
 
+def nonfinite_between_reports(run: Run) -> Iterator[Finding]:
+    """Steps that no report looked at closely were not skipped for gradients that are not finite."""
+    reading, window = run.reading, run.reading.get("window") or {}
+    scaled = (run.steps[-1].get("loss_scale") or 1.0) != 1.0        # a scaler finds its scale by overflowing
+    if window.get("nonfinite_steps") and not scaled and not reading.get("raw_nonfinite") and not reading.get("nonfinite_scenes"):
+        yield Finding("nonfinite_gradients", f"{window['nonfinite_steps']} of the last {window['recorded']} steps had gradients that are "
+                      f"not finite and were not applied, first step {window['first_nonfinite_step']} in {window['first_nonfinite_tensor']}; "
+                      f"their scenes were not looked at.", run.step, certain=False)
+
+
 def served_scenes(run: Run) -> Iterator[Finding]:
     """No step has empty or broken scenes, or scenes that it or another step of the epoch has had."""
     reading = run.reading
@@ -260,7 +270,7 @@ def _moved(values: list[float]) -> float:
     return abs(last - first) / max(abs(first), 1e-30)
 
 
-STEP_RULES: tuple[Rule, ...] = (one_update_a_step, untouched_gradient, served_scenes, training_mode, planned_rate,
+STEP_RULES: tuple[Rule, ...] = (one_update_a_step, untouched_gradient, nonfinite_between_reports, served_scenes, training_mode, planned_rate,
                                 only_the_optimizer_moves_weights, movement)
 EPOCH_RULES: tuple[Rule, ...] = (every_batch_is_a_step, weights_at_the_seams, validated_weights)
 END_RULES: tuple[Rule, ...] = (how_it_ended, stalled_at_floor)

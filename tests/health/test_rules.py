@@ -44,6 +44,18 @@ def test_a_healthy_run_is_left_in_peace(healthy: Run) -> None:
     assert replay(healthy) == []
 
 
+def test_a_step_that_is_not_finite_between_two_reports_is_told_with_its_number_and_tensor() -> None:
+    from ris_fast.health.faults.twins import changed
+
+    trainer = Trainer(changed(TWINS["hybrid"](), {"training.epochs": 3, "report.every_steps": 20, "health.min_applied": 0.5}), observer=(recorder := Recorder()))
+    scale, calls = trainer.optimizer.scale, iter(range(1000))
+    trainer.optimizer.scale = lambda loss: scale(loss) * (float("nan") if next(calls) == 12 else 1.0)
+    trainer.fit()
+    found = replay(recorder.run)
+    assert [(finding.cause, finding.certain) for finding in found] == [("nonfinite_gradients", False)]
+    assert "1 of the last" in found[0].evidence and "first step 13 in " in found[0].evidence
+
+
 STEP_FAULTS = {
     "step_never_called": {"attempted": 0}, "step_called_twice": {"attempted": 2, "steps": 1},
     "gradients_never_cleared": {"left_over": 1.0}, "nonfinite_data": {"nonfinite_scenes": 3},
