@@ -22,7 +22,7 @@ def spd_solve(matrix_nnB: Tensor, rhs_nB: Tensor, ridge_nB: Tensor) -> Tensor:
     size = matrix_nnB.shape[0]
     diagonal = torch.diagonal(matrix_nnB, dim1=0, dim2=1).T + ridge_nB
     rest = torch.cat((matrix_nnB + torch.diag_embed(ridge_nB.T).permute(1, 2, 0), rhs_nB[:, None]), dim=1)
-    rows, pivots = [], []
+    rows = []
     for k in range(size):
         pivot = torch.maximum(rest[0, 0], 1e-6 * diagonal[k])
         row = rest[0, 1:] / pivot

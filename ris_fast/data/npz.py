@@ -17,7 +17,7 @@ from ris_fast.config import Config
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import Overlap, find_copies, find_overlap
 from ris_fast.data.geometry import CENTRED, target_factor
-from ris_fast.data.npz_format import NpzShard, open_shard
+from ris_fast.data.npz_format import open_shard
 from ris_fast.data.npz_load import EXACT, LoadedSplit, hash_snapshots, load_split
 from ris_fast.data.source import size_notes
 from ris_fast.physics.array import RISArray

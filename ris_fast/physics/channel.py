@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ris_fast.physics.pairs import adjoint_matmul, conj, matmul, multiply

@@ -157,15 +157,6 @@ class FlatOptimizer(Optimizer):
         for bucket, members in zip(self._buckets, self._rows, strict=True):
             bucket.set_live([self._expected[i] is not None for i in members])
 
-    def attach_gradients(self) -> None:
-        """Gives every trainable parameter its zeroed gradient view now, so that the first backward needs no copy.
-
-        A parameter that no loss reaches then has gradient zero instead of None, and its weight decays.
-        """
-        for bucket in self._buckets:
-            bucket.grad.zero_()
-        self._attach(p.requires_grad for p in self._params)
-
     @torch.no_grad()
     def accumulate(self, gradients: Sequence[Tensor | None], scale: float = 1.0, *, overwrite: bool = False, last: bool = False) -> None:
         """`.grad` <- (0 if overwrite else .grad) + scale * gradients, in one launch a buffer: for torch.autograd.grad.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -123,8 +122,3 @@ def all_faults() -> dict[str, Fault]:
     if len(faults) != len(ordered) or {fault.name for fault in unseen} != HELD_OUT:
         raise ValueError("faults: a name is there twice, or held_out.py and HELD_OUT differ.")
     return faults
-
-
-def without_settings(fault: Fault) -> Fault:
-    """The healthy twin's record: no setting, no patch."""
-    return dataclasses.replace(fault, settings={}, patch=None, around=None)
