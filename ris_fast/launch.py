@@ -72,7 +72,7 @@ def _fit(config: Config, folder: Path, observer: Observer, checkpoint: str | Non
             from ris_fast.training.profile import profiled
 
             profiled(trainer, folder / "profile", print)
-        return {**replaying(trainer), "stall": certain_stall(watchdog)}
+        return {**replaying(trainer), "stall": watchdog.stop and watchdog.stalled}
     except (MemoryError, RuntimeError) as error:
         if not is_memory(error):
             raise
@@ -110,11 +110,6 @@ def replaying(trainer: Any) -> dict[str, Any]:
         raise
 
 
-def certain_stall(watchdog: Watchdog) -> bool:
-    """Whether the run came to its end and certainly learned nothing; exit code 4, unless health.stop is off."""
-    return watchdog.stop and any(finding.cause == "stalled_at_floor" and finding.certain for finding in watchdog.findings)
-
-
 def guarded(trainer: Any, folder: Path, *, preflight: bool) -> Watchdog:
     """Puts the trainer under the watch of learning health; a run that preflight stops leaves its findings in the folder."""
     from ris_fast.health.tensors import TensorLog
@@ -138,10 +133,13 @@ def guarded(trainer: Any, folder: Path, *, preflight: bool) -> Watchdog:
 
 
 def preflight_line(watchdog: Any, seconds: float) -> str:
-    """What preflight did, what it found and how far the network got with a few scenes."""
+    """What preflight did, what it found, how far the network got with a few scenes, and what could not be looked at."""
+    from ris_fast.health.preflight import unknown
+
     notes = "; ".join(check.note for check in watchdog.checks if check.note)
     found = ", ".join(finding.cause for finding in watchdog.findings) or "nothing found"
-    return f"preflight: {len(watchdog.checks)} checks in {seconds:.1f} s, {found}" + (f"; {notes}" if notes else "")
+    said = [f"preflight: {len(watchdog.checks)} checks in {seconds:.1f} s, {found}", notes, unknown(watchdog.checks)]
+    return "; ".join(part for part in said if part)
 
 
 def _observers(config: Config, folder: Path, console: Observer) -> Observers:

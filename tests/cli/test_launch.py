@@ -14,7 +14,6 @@ from ris_fast import launch, memory, run_folder
 from ris_fast.cli import main
 from ris_fast.config import ConfigError
 from ris_fast.data.errors import DataError
-from ris_fast.health.finding import Finding
 from ris_fast.settings import load_config, render_toml
 from ris_fast.training import loop
 from ris_fast.training.state import RunStopped
@@ -40,7 +39,7 @@ class Ends:
 def run(outcome: Any, monkeypatch, tmp_path: Path) -> int:
     monkeypatch.setattr(Ends, "outcome", outcome)
     monkeypatch.setattr(loop, "Trainer", Ends)
-    watchdog = SimpleNamespace(stop=True, findings=[Finding("stalled_at_floor", "nothing moved")] if outcome == "at the floor" else [])
+    watchdog = SimpleNamespace(stop=True, stalled=outcome == "at the floor")
     monkeypatch.setattr(launch, "guarded", lambda trainer, folder, *, preflight: watchdog)
     return main([*TINY, "--out", str(tmp_path / "run")])
 
