@@ -3,46 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Callable, Iterator, Mapping
+from typing import Iterator
 
+from ris_fast.health.end_rules import END_RULES
 from ris_fast.health.finding import Finding
+from ris_fast.health.run import Row, Rule, Run
 
-Row = Mapping[str, Any]
 TOUCHED = 0.02             # relative: more than rounding in a sum
 COLD = 0.2                 # of the raw weights' way, below which the averaged weights are mostly the first ones
 JUMP, STILL = 0.5, 1e-8    # of a weight in one step
 GROWN, SHRUNK = 10.0, 0.2  # of the first weights' norm
-AT_FLOOR, UNMOVED = 0.95, 0.01         # of the lowest constant answer; relative, between the first and the last third
-WHOLE_EPOCHS, ENOUGH_STEPS = 3, 100    # before which a run has not had its chance
-CONSTANTS = ("zero", "identity", "mean")
-
-
-@dataclass
-class Run:
-    """Everything that a run has said so far."""
-
-    info: Row = field(default_factory=dict)
-    steps: list[Row] = field(default_factory=list)
-    epochs: list[Row] = field(default_factory=list)
-    summary: Row = field(default_factory=dict)
-
-    @property
-    def reading(self) -> Row:
-        """The telemetry of the last step row; empty where there is none."""
-        return (self.steps[-1].get("health") or {}) if self.steps else {}
-
-    @property
-    def validation(self) -> Row:
-        return (self.epochs[-1].get("health") or {}) if self.epochs else {}
-
-    @property
-    def step(self) -> int:
-        rows = [*self.steps[-1:], *self.epochs[-1:]]
-        return max((int(row.get("step", 0)) for row in rows), default=0)
-
-
-Rule = Callable[[Run], Iterator[Finding]]
 
 
 # ---- contracts of a step ------------------------------------------------------------------------------------------------
@@ -218,62 +188,9 @@ def _averages(run: Run, raw: Row, mean: Row, distance: float) -> Iterator[Findin
         yield Finding("ema_nonfinite", "the averaged weights are not finite; the raw ones are.", run.step)
 
 
-# ---- at the end -----------------------------------------------------------------------------------------------------------
-
-
-def how_it_ended(run: Run) -> Iterator[Finding]:
-    """What the loop stopped for, by cause."""
-    stopped = set(run.summary.get("findings") or ())
-    step = int(run.summary.get("optimizer_steps") or run.step)
-    if "steps_differ_from_data" in stopped:
-        made, attempted = run.reading.get("steps", 1), run.reading.get("attempted", 1)
-        cause = "batches_skipped" if attempted else "step_never_called"
-        yield Finding(cause, f"the epoch ended after {step} steps, fewer than its data have; the last row's {made} calls made "
-                      f"{attempted} optimizer steps.", step)
-    if "steps_skipped" in stopped:
-        row = run.steps[-1] if run.steps else {}
-        scaled = (row.get("loss_scale") or 1.0) != 1.0
-        if run.reading.get("nonfinite_scenes"):
-            yield Finding("nonfinite_data", "the steps that were skipped had scenes that are not finite.", step)
-        else:
-            yield Finding("scaler_skips_all" if scaled else "nonfinite_gradients", f"{run.summary.get('skipped_steps')} of {step} "
-                          f"steps were skipped for gradients that are not finite.", step)
-
-
-def stalled_at_floor(run: Run) -> Iterator[Finding]:
-    """A run that came to its own end knows no more than a constant answer, and neither loss moved on the way."""
-    whole = [row for row in run.epochs if not (row.get("health") or {"cut_short": True}).get("cut_short")]
-    best, floors = run.summary.get("best_val_nmse"), run.summary.get("floors") or {}
-    constants = {name: floors[name] for name in CONSTANTS if name in floors}
-    if (run.summary.get("verdict") != "stalled" or len(whole) < WHOLE_EPOCHS or run.step < ENOUGH_STEPS or not constants
-            or best is None):
-        return
-    name = min(constants, key=constants.__getitem__)
-    moved = {what: _moved([figure(row) for row in whole]) for what, figure in (("training", lambda row: float(row["train_loss"])),
-                                                                               ("validation", _validated))}
-    if best >= AT_FLOOR * constants[name] and all(share <= UNMOVED for share in moved.values()):
-        yield Finding("stalled_at_floor", f"after {run.step} steps and {len(whole)} whole epochs the best validation NMSE is {best:.4g}, "
-                      f"beside {constants[name]:.4g} for the constant answer '{name}'; between the first and the last third of the "
-                      f"epochs the training loss changed by {moved['training']:.2%} and validation by {moved['validation']:.2%}.", run.step)
-
-
-def _validated(row: Row) -> float:
-    """The better of raw and averaged weights, as far as they have a figure."""
-    figures = [float(row[key]) for key in ("val_nmse_raw", "val_nmse_ema") if row.get(key) is not None]
-    return min((value for value in figures if math.isfinite(value)), default=math.nan)
-
-
-def _moved(values: list[float]) -> float:
-    """Relative change of the mean from the first third to the last; not-a-number where a value is."""
-    third = max(1, len(values) // 3)
-    first, last = (sum(part) / third for part in (values[:third], values[-third:]))
-    return abs(last - first) / max(abs(first), 1e-30)
-
-
 STEP_RULES: tuple[Rule, ...] = (one_update_a_step, untouched_gradient, nonfinite_between_reports, served_scenes, training_mode, planned_rate,
                                 only_the_optimizer_moves_weights, movement)
 EPOCH_RULES: tuple[Rule, ...] = (every_batch_is_a_step, weights_at_the_seams, validated_weights)
-END_RULES: tuple[Rule, ...] = (how_it_ended, stalled_at_floor)
 
 
 def rules_of(event: str) -> tuple[Rule, ...]:

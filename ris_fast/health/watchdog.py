@@ -6,7 +6,8 @@ from typing import Any, Callable, Iterable, Mapping
 
 from ris_fast.health.finding import Finding, ranked
 from ris_fast.health.preflight import Result, run_checks
-from ris_fast.health.rules import Run, rules_of
+from ris_fast.health.rules import rules_of
+from ris_fast.health.run import Run
 from ris_fast.training.loop import Trainer
 from ris_fast.training.state import RunStopped
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Iterable, Mapping
 
 from ris_fast.health.finding import Finding, ranked
-from ris_fast.health.rules import Run, replay
+from ris_fast.health.rules import replay
+from ris_fast.health.run import Run
 
 SUMMARY = "summary.json"
 

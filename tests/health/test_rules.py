@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from ris_fast.health.faults.twins import TWINS
-from ris_fast.health.rules import Run, replay
+from ris_fast.health.rules import replay
+from ris_fast.health.run import Run
 from ris_fast.training.loop import Trainer
 
 

@@ -1,0 +1,37 @@
+"""What a run has said of itself so far, as rules read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Callable, Iterator, Mapping
+
+from ris_fast.health.finding import Finding
+
+Row = Mapping[str, Any]
+
+
+@dataclass
+class Run:
+    """Everything that a run has said so far."""
+
+    info: Row = field(default_factory=dict)
+    steps: list[Row] = field(default_factory=list)
+    epochs: list[Row] = field(default_factory=list)
+    summary: Row = field(default_factory=dict)
+
+    @property
+    def reading(self) -> Row:
+        """The telemetry of the last step row; empty where there is none."""
+        return (self.steps[-1].get("health") or {}) if self.steps else {}
+
+    @property
+    def validation(self) -> Row:
+        return (self.epochs[-1].get("health") or {}) if self.epochs else {}
+
+    @property
+    def step(self) -> int:
+        rows = [*self.steps[-1:], *self.epochs[-1:]]
+        return max((int(row.get("step", 0)) for row in rows), default=0)
+
+
+Rule = Callable[[Run], Iterator[Finding]]
