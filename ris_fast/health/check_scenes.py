@@ -14,7 +14,7 @@ from torch import Tensor
 from ris_fast.data.fingerprints import find_overlap, scene_hashes
 from ris_fast.data.shards import verify_manifest
 from ris_fast.health.finding import Finding
-from ris_fast.health.subject import Subject
+from ris_fast.health.subject import FEWEST, Subject
 from ris_fast.physics.channel import sense
 from ris_fast.physics.pairs import conj, to_complex
 from ris_fast.physics.scenes import Scenes
@@ -31,8 +31,7 @@ def _all(subject: Subject) -> Scenes:
 
 def finite(subject: Subject) -> Iterator[Finding]:
     """No scene carries NaN or infinity."""
-    for split, scenes in (("train", _all(subject)), ("val", subject.trainer.source.batch("val", torch.arange(
-            min(256, subject.trainer.source.size("val")))))):
+    for split, scenes in (("train", _all(subject)), ("val", subject.validation)):
         for name in ("snapshots", "channel", "factor", "covariance", "snr_db"):
             value = getattr(scenes, name)
             if value is None:
@@ -47,18 +46,22 @@ def finite(subject: Subject) -> Iterator[Finding]:
 
 def distinct(subject: Subject) -> Iterator[Finding]:
     """No scene of the first steps is there twice, none is empty, and inputs and targets differ between scenes."""
-    scenes = _all(subject)
-    flat = scenes.snapshots.flatten(1)
-    empty = (flat == 0).all(1)
+    yield from _filled("training", _all(subject))
+    yield from _filled("validation", subject.validation)
+    yield from _repeats(subject, _all(subject))
+
+
+def _filled(what: str, scenes: Scenes) -> Iterator[Finding]:
+    """No scene is empty, and not all have one target."""
+    empty = (scenes.snapshots.flatten(1) == 0).all(1)
     if scenes.channel is not None:
         empty |= (scenes.channel.flatten(1) == 0).all(1)
     if bool(empty.any()) and not bool(empty.all()):
-        yield Finding("empty_cache_slot", f"{int(empty.sum())} of the first {scenes.batch} scenes have snapshots or a channel "
+        yield Finding("empty_cache_slot", f"{int(empty.sum())} of the first {scenes.batch} {what} scenes have snapshots or a channel "
                       f"of zeros, first scene {int(scenes.index[empty][0])}.")
     target = scenes.factor if scenes.factor is not None else scenes.covariance
     if scenes.batch > 2 and bool((target == target[:1]).all()):
-        yield Finding("constant_targets", f"all of the first {scenes.batch} scenes have the same target.")
-    yield from _repeats(subject, scenes)
+        yield Finding("constant_targets", f"all of the first {scenes.batch} {what} scenes have the same target.")
 
 
 def _repeats(subject: Subject, scenes: Scenes) -> Iterator[Finding]:
@@ -136,20 +139,29 @@ def promised(scenes: Scenes) -> Tensor:
 
 
 def physics(subject: Subject) -> Iterator[Finding]:
-    """Snapshots, channel and target of one scene belong together."""
-    whole = subject.groups[-1][0]
-    if whole.channel is None or whole.factor is None or whole.batch < 4:
-        return
+    """Snapshots, channel and target of one scene belong together, where the run trains and where it validates."""
+    last = subject.groups[-1][0]
+    finding = None
+    for what, whole in (("training", last if last.batch >= FEWEST else _all(subject)), ("validation", subject.validation)):
+        finding = finding or _together(subject, what, whole)
+    if finding is not None:
+        yield finding
+
+
+def _together(subject: Subject, what: str, whole: Scenes) -> Finding | None:
+    """What is wrong with how the parts of `whole` are paired; None where nothing is."""
+    if whole.channel is None or whole.factor is None or whole.batch < FEWEST:
+        return None
     scenes, static = whole[:COMPARED], subject.config.task.symbols == "static"
     score = _score(scenes, static)
     if not score < EXPLAINED:
-        return
-    seen = f"the sources of a scene explain {score:.0%} of what the SNR promises of its snapshots"
-    for cause, how, alternative in _alternatives(subject, whole[:COMPARED]):
-        if alternative is not None and _score(alternative, static) > max(EXPLAINED, 1.2 * score):
-            yield Finding(cause, f"{seen}, and {_score(alternative, static):.0%} {how}.")
-            return
-    yield Finding(_unpaired(scenes, static), f"{seen}: snapshots, channel and target do not belong together.")
+        return None
+    seen = (f"in the {what} scenes, the sources of a scene explain {score:.0%} of what the SNR promises of its snapshots"
+            f"{'; in the training scenes they do' if what == 'validation' else ''}")
+    for cause, how, alternative in _alternatives(scenes):
+        if _score(alternative, static) > max(EXPLAINED, 1.2 * score):
+            return Finding(cause, f"{seen}, and {_score(alternative, static):.0%} {how}.")
+    return Finding(_unpaired(scenes, static), f"{seen}: snapshots, channel and target do not belong together.")
 
 
 def _score(scenes: Scenes, static: bool) -> float:
@@ -158,7 +170,7 @@ def _score(scenes: Scenes, static: bool) -> float:
     return float(share.sum() / promised(scenes).sum())
 
 
-def _alternatives(subject: Subject, scenes: Scenes) -> Iterator[tuple[str, str, Scenes | None]]:
+def _alternatives(scenes: Scenes) -> Iterator[tuple[str, str, Scenes]]:
     """Mistakes that would explain the mismatch, each undone."""
     def snapshots(change: Callable[[Tensor], Tensor]) -> Scenes:
         return replace(scenes, snapshots=change(scenes.snapshots))

@@ -19,6 +19,8 @@ from ris_fast.physics.scenes import Scenes
 from ris_fast.training.loop import Trainer
 
 SMALL = 32                 # scenes in most probes
+FEWEST = 4                 # of a micro-batch by itself
+VALIDATED = 256            # validation scenes that are looked at
 GROUPS = 8                 # optimizer steps whose scenes are looked at
 MOST_SCENES = 2048
 
@@ -43,8 +45,17 @@ class Subject:
 
     @cached_property
     def scenes(self) -> Scenes:
-        """A few scenes of the first micro-batch."""
-        return self.groups[0][0][:SMALL]
+        """A few scenes of the first micro-batch, or of the first ones where one has too few to compare."""
+        first = self.groups[0][0]
+        if first.batch < FEWEST:
+            first = Scenes.concatenate([scenes for group in self.groups for scenes in group][:SMALL])
+        return first[:SMALL]
+
+    @cached_property
+    def validation(self) -> Scenes:
+        """The first of the scenes that the trainer validates, from where it gets them."""
+        source = self.trainer.source
+        return source.batch("val", torch.arange(min(VALIDATED, self.config.data.val_limit, source.size("val"))))
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ris_fast.config import Config, Loss
 from ris_fast.health import check_information, check_kernels, check_scenes, check_terms, check_validation
 from ris_fast.health.faults.healthy import with_shards
-from ris_fast.health.faults.patches import Backward
+from ris_fast.health.faults.patches import Backward, on_batches
 from ris_fast.health.faults.twins import TWINS, changed
 from ris_fast.health.subject import Subject
 from ris_fast.training import loss, terms
@@ -128,3 +130,18 @@ def test_scenes_that_are_not_those_of_their_manifest_are_named(tmp_path: Path) -
     manifest["splits"]["train"]["shards"][0]["statistics"]["channel_rms"] *= 2
     file.write_text(json.dumps(manifest))
     assert causes(check_scenes.manifest, Trainer(config)) == ["manifest_differs"]
+
+
+# ---- the scenes that are validated ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cause, wrong", [
+    ("mismatched_channel", lambda scenes: {"channel": scenes.channel.roll(1, 0)}),
+    ("shuffled_labels", lambda scenes: {"factor": scenes.factor.roll(1, 0)}),
+    ("conjugation_error", lambda scenes: {"factor": scenes.factor * torch.tensor((1.0, -1.0))}),
+    ("wrong_layout", lambda scenes: {"snapshots": torch.randn_like(scenes.snapshots)})])
+def test_validation_scenes_that_are_wrong_alone_are_named(cause: str, wrong: Any) -> None:
+    trainer = Trainer(small("backprojection"))
+    on_batches(trainer, lambda scenes: replace(scenes, **wrong(scenes)), "val")
+    finding, = check_scenes.physics(Subject(trainer))
+    assert finding.cause == cause and finding.certain and "validation scenes" in finding.evidence
