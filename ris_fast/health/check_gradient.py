@@ -86,10 +86,12 @@ def _source(subject: Subject, total: Tensor, terms: dict[str, Tensor]) -> str:
 
 def _silent(subject: Subject, names: list[str], gradients: dict[str, Tensor | None], graph: Graph) -> Iterator[Finding]:
     """Tensors without gradient: unused, cut off, or stopped by an operator that has no derivative."""
-    unused, cut, stopped, lost = [], [], [], []
+    unused, cut, stopped, lost, flat = [], [], [], [], []
     for name in names:
         parameter, reached = subject.parameters[name], id(subject.parameters[name]) in graph.leaves
         if not _matters(subject, parameter):
+            if reached and gradients[name] is not None:
+                flat.append(name)
             if not reached or gradients[name] is None:
                 unused.append(name)
             continue
@@ -103,10 +105,22 @@ def _silent(subject: Subject, names: list[str], gradients: dict[str, Tensor | No
         rounded = graph.named(*ZERO_DERIVATIVE)
         yield Finding("detached_backbone", f"{len(cut)} of {len(gradients)} tensors change the loss and receive no gradient: "
                       f"{listed(cut)}{_via(rounded)}.")
+    if flat and len(flat) == len(gradients):
+        yield _flat(subject, len(flat))
     if unused:
         share = sum(subject.parameters[name].numel() for name in unused) / sum(p.numel() for p in subject.parameters.values())
         yield Finding("unused_head", f"{len(unused)} tensors ({share:.0%} of the weights) reach no term of the loss: "
                       f"{listed(unused)}.")
+
+
+def _flat(subject: Subject, tensors: int) -> Finding:
+    """Why no tensor changes the loss: the loss is flat at the factors, or the network behind them is."""
+    total, _, prediction = subject.run()
+    factor = torch.autograd.grad(total, prediction.factor, allow_unused=True)[0]
+    seen = f"the loss is {float(total.detach()):.4g}, and the gradients of all {tensors} trainable tensors are exactly zero"
+    if factor is not None and bool(factor.any()):
+        return Finding("zeroed_gradients", f"{seen}; at the factors there is one of norm {float(factor.norm()):.2g}.")
+    return Finding("clamped_loss", f"{seen}, as it is at the factors: there the loss is flat.")
 
 
 def _hand(graph: Graph) -> str:

@@ -24,6 +24,7 @@ SHIFT_RAD, SHIFT_LOG = 0.02, 0.05
 COVARIANCE = ("cov", "cov_pred")
 LOCATED = {"angle": "azimuth", "range": "range_m", "chamfer": "azimuth"}
 DOMINATES = 0.95
+AGAINST = -0.5             # cosine of two gradients; what is added to a total turns it by less
 
 
 def weights(subject: Subject) -> Iterator[Finding]:
@@ -37,6 +38,35 @@ def weights(subject: Subject) -> Iterator[Finding]:
 
 def _shown(given: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in given.items()) or "none"
+
+
+def total(subject: Subject) -> Iterator[Finding]:
+    """What is differentiated leads where the weighted sum of the terms leads, by its gradient at the network's outputs."""
+    with torch.no_grad():
+        guess = subject.run()[2]
+    leaves = Prediction(*(None if value is None else value.detach().float().clone().requires_grad_() for value in guess))
+    made, terms = subject.loss(leaves, subject.scenes)
+    parts = [subject.loss.weights.get(name, 0.0) * value for name, value in terms.items() if value.requires_grad]
+    if not parts or made.grad_fn is None:
+        return
+    expected = sum(parts[1:], parts[0])
+    wanted, found = (_slope(value, leaves) for value in (expected, made))
+    along = float(wanted @ found / (wanted.norm() * found.norm()).clamp_min(1e-300))
+    seen = f"the total is {float(made.detach()):.4g} and the weighted sum of its terms {float(expected.detach()):.4g}"
+    if not bool(wanted.any()) or not bool((wanted + found).isfinite().all()):
+        return
+    if not bool(found.any()):
+        yield Finding("clamped_loss" if bool(made.detach()) else "zero_loss_weight", f"{seen}; the sum has a gradient at the factors and "
+                      f"the total, which is differentiated, has none: it is {'held at a bound' if bool(made.detach()) else 'multiplied by zero'}.")
+    elif along < AGAINST:
+        yield Finding("loss_sign", f"{seen}; the total, which is minimised, falls where the sum grows (cosine of their gradients {along:.2f}).")
+
+
+def _slope(value: Tensor, leaves: Prediction) -> Tensor:
+    """The gradient at every output, in one row of float64."""
+    live = [leaf for leaf in leaves if leaf is not None]
+    parts = torch.autograd.grad(value, live, retain_graph=True, allow_unused=True)
+    return torch.cat([(torch.zeros_like(leaf) if part is None else part).flatten() for leaf, part in zip(live, parts)]).double()
 
 
 # ---- the oracle ----------------------------------------------------------------------------------------------------
@@ -190,5 +220,5 @@ def balance(subject: Subject) -> Iterator[Finding]:
                       f"the gradient at the start.")
 
 
-CHECKS = {"the weights of the loss": weights, "the truth scores zero": truth, "labels are in radians and metres": labels,
+CHECKS = {"the weights of the loss": weights, "the total is made of its terms": total, "the truth scores zero": truth, "labels are in radians and metres": labels,
           "every term of the loss is alive": dead_terms, "no auxiliary term dominates": balance}

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ris_fast.config import Config, Loss
-from ris_fast.health import check_information, check_kernels, check_scenes, check_terms, check_validation
+from ris_fast.health import check_gradient, check_information, check_kernels, check_loss, check_scenes, check_terms, check_validation
 from ris_fast.health.faults.healthy import with_shards
-from ris_fast.health.faults.patches import Backward, on_batches
+from ris_fast.health.faults.patches import Backward, on_batches, wrap
 from ris_fast.health.faults.twins import TWINS, changed
 from ris_fast.health.subject import Subject
 from ris_fast.training import loss, terms
@@ -145,3 +145,20 @@ def test_validation_scenes_that_are_wrong_alone_are_named(cause: str, wrong: Any
     on_batches(trainer, lambda scenes: replace(scenes, **wrong(scenes)), "val")
     finding, = check_scenes.physics(Subject(trainer))
     assert finding.cause == cause and finding.certain and "validation scenes" in finding.evidence
+
+
+# ---- the total -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("twin", ["hybrid", "backprojection"])
+@pytest.mark.parametrize("cause, change", [
+    ("loss_sign", lambda total: -total), ("loss_sign", lambda total: 1 - total), ("zero_loss_weight", lambda total: 0 * total),
+    ("clamped_loss", lambda total: total.clamp(max=0.3)),
+    (None, torch.sqrt), (None, lambda total: 1e3 * total + 5), (None, torch.log)])
+def test_a_total_that_is_not_made_of_its_terms_is_named(cause: str | None, change: Any, twin: str) -> None:
+    trainer = Trainer(small(twin))
+    wrap(trainer.loss, "forward", lambda forward: lambda *given: (lambda made, terms: (change(made), terms))(*forward(*given)))
+    found = list(check_loss.total(Subject(trainer)))
+    assert [(finding.cause, finding.certain) for finding in found] == ([(cause, True)] if cause else [])
+    said = [finding.cause for finding in check_gradient.every_tensor(Subject(trainer))]
+    assert said == (["clamped_loss"] if cause in ("clamped_loss", "zero_loss_weight") else [])
