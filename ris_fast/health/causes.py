@@ -41,6 +41,7 @@ CAUSES: dict[str, str] = {
     "gradients_never_cleared": "gradients of all earlier steps are added up",
     "schedule_per_batch": "the learning rate follows micro-batches instead of optimizer steps",
     "schedule_per_epoch": "the learning rate is planned in steps and advanced once an epoch",
+    "learning_rate_off_plan": "something sets the learning rate to other values than its schedule has",
     "zero_learning_rate": "the learning rate of a group is zero",
     "learning_rate_too_small": "updates are too small beside the weights to matter within the run",
     "learning_rate_too_large": "updates are as large as the weights, and training diverges",

@@ -27,7 +27,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
         "step_never_called", "step_called_twice", "step_once_per_epoch", "batches_skipped", "scaler_skips_all",
         "sanitised_gradients", "fp16_overflow", "gradient_underflow", "gradients_cleared_before_step",
         "clip_before_unscale", "gradients_never_cleared", "last_micro_batch_only", "rank_gradient_missing",
-        "accumulation_not_divided", "schedule_per_epoch", "schedule_per_batch", "weights_reset", "ema_saved_over_raw",
+        "accumulation_not_divided", "schedule_per_epoch", "schedule_per_batch", "learning_rate_off_plan", "weights_reset", "ema_saved_over_raw",
         "optimizer_state_lost", "ema_nonfinite", "raw_not_validated", "ema_equals_raw", "ema_frozen"),
     "gradient": ("nonfinite_gradients", "dominating_term", "clip_too_small"),
     "movement": ("warmup_too_long", "learning_rate_too_large", "weight_decay_too_large", "learning_rate_too_small"),

@@ -87,20 +87,36 @@ def training_mode(run: Run) -> Iterator[Finding]:
 
 
 def planned_rate(run: Run) -> Iterator[Finding]:
-    """The learning rate is the one that the count of updates stands for, in the plan that the step used.
+    """The learning rate of a report's last step is the one that the count of updates stands for, in the plan that this step used.
 
     On a GPU the host hears of a skipped step one report later, and until then sets the rate of one update too many.
     """
     row, before = run.steps[-1], (run.steps[-2].get("health") or {}) if len(run.steps) > 1 else {}
-    reading, planned = run.reading, row.get("lr_planned") or {}
-    if reading.get("steps") != 1 or reading.get("skipped") or before.get("skipped") or reading.get("attempted") != 1:
+    reading, planned, made = run.reading, row.get("lr_planned") or {}, run.reading.get("steps")
+    if not made or reading.get("attempted") != made or reading.get("skipped") or before.get("skipped"):
         return
     for name, rate in planned.items():
-        if abs(row["lr"][name] - rate) > 1e-5 * max(rate, 1e-30):
-            ahead = row["lr"][name] > rate
-            yield Finding("schedule_per_batch" if ahead else "schedule_per_epoch", f"the learning rate of {name} is "
-                          f"{row['lr'][name]:.3g} and should be {rate:.3g} after {reading['applied']} updates.", run.step)
+        if not _same_rate(row["lr"][name], rate):
+            yield Finding(_off_plan(run, name), f"the learning rate of {name} is {row['lr'][name]:.3g} and should be {rate:.3g} "
+                          f"after {reading['applied']} updates.", run.step)
             return
+
+
+def _off_plan(run: Run, name: str) -> str:
+    """Which way a rate has left its plan, by the rates of earlier reports."""
+    row, earlier = run.steps[-1], [each for each in run.steps[:-1] if name in (each.get("lr_planned") or {})]
+    rate, plan = row["lr"][name], row["lr_planned"][name]
+    highest = max((each["lr_planned"][name] for each in earlier), default=plan)
+    held = any(_same_rate(rate, each["lr_planned"][name]) for each in earlier)
+    if rate == 0:
+        return "zero_learning_rate"
+    if held or earlier and _same_rate(rate, earlier[-1]["lr"][name]):
+        return "schedule_per_epoch"
+    return "schedule_per_batch" if rate > plan >= highest else "learning_rate_off_plan"
+
+
+def _same_rate(one: float, other: float) -> bool:
+    return abs(one - other) <= 1e-5 * max(other, 1e-30)
 
 
 def only_the_optimizer_moves_weights(run: Run) -> Iterator[Finding]:

@@ -81,11 +81,53 @@ def test_a_gradient_that_changes_on_its_way_is_named(share: float, cause: str, h
     assert [finding.cause for finding in replay(run)] == [cause]
 
 
-@pytest.mark.parametrize("factor, cause", [(2.0, "schedule_per_batch"), (0.5, "schedule_per_epoch")])
-def test_a_rate_that_is_not_the_planned_one_is_named(factor: float, cause: str, healthy: Run) -> None:
+RATES = {
+    "schedule_per_batch": lambda row, first: 2.0 * row["lr_planned"]["head"], "learning_rate_off_plan": lambda row, first: 0.6 * row["lr_planned"]["head"],
+    "schedule_per_epoch": lambda row, first: first["lr_planned"]["head"], "zero_learning_rate": lambda row, first: 0.0,
+}
+
+
+@pytest.mark.parametrize("steps", [1, 10])
+@pytest.mark.parametrize("cause", RATES)
+def test_a_rate_that_is_not_the_planned_one_is_named_also_where_a_report_is_of_many_steps(cause: str, steps: int, healthy: Run) -> None:
     run = deepcopy(healthy)
-    run.steps[3]["lr"] = {name: factor * rate for name, rate in run.steps[3]["lr"].items()}
-    assert [finding.cause for finding in replay(run)] == [cause]
+    for number, row in enumerate(run.steps):                 # a plan that still rises, so that it can be left in every direction
+        row["lr_planned"] = row["lr"] = {"head": 1e-3 * (number + 1)}
+    row = run.steps[3]
+    row["lr"] = {"head": RATES[cause](row, run.steps[0])}
+    row["health"] |= {"steps": steps, "attempted": steps}
+    found = replay(run)
+    assert [finding.cause for finding in found] == [cause] and found[0].step == row["step"]
+
+
+@pytest.mark.parametrize("factor, cause", [(0.0, "zero_learning_rate"), (0.5, "learning_rate_off_plan")])
+def test_a_rate_that_is_lost_long_after_the_first_steps_is_told(factor: float, cause: str) -> None:
+    from ris_fast.health.faults.twins import changed
+
+    trainer = Trainer(changed(TWINS["backprojection"](), {"training.epochs": 5, "report.every_steps": 4}), observer=(recorder := Recorder()))
+    schedule = trainer.step.schedule
+
+    def lost(planned: int) -> None:
+        schedule(planned)
+        for group in trainer.optimizer.param_groups:
+            group["lr"] *= factor if trainer.state.step >= 17 else 1.0
+    trainer.step.schedule = lost
+    trainer.fit()
+    found = replay(recorder.run)
+    assert [finding.cause for finding in found][0] == cause and found[0].step == 20
+
+
+def test_a_schedule_that_follows_the_clock_and_one_that_goes_on_after_an_interrupt_are_left_in_peace(tmp_path: Any) -> None:
+    """Re-planning changes the rate between two steps of one report; a resumed run counts on."""
+    from ris_fast.health.faults.twins import changed
+
+    config = changed(TWINS["backprojection"](), {"training.epochs": 400, "training.max_seconds": 1.5, "report.every_steps": 7})
+    Trainer(config, observer=(recorder := Recorder())).fit()
+    assert len({row["planned_steps"] for row in recorder.run.steps}) > 1 and replay(recorder.run) == []
+    short = changed(TWINS["backprojection"](), {"training.epochs": 2, "report.every_steps": 3})
+    Trainer(short, tmp_path).fit()
+    Trainer(changed(short, {"training.epochs": 4}), tmp_path, recorder := Recorder(), resume=True).fit()
+    assert recorder.run.steps and replay(recorder.run) == []
 
 
 def test_after_a_skipped_step_the_host_may_be_one_report_late(healthy: Run) -> None:
@@ -95,7 +137,7 @@ def test_after_a_skipped_step_the_host_may_be_one_report_late(healthy: Run) -> N
     for row in run.steps[4:6]:
         row["lr"] = {name: 1.1 * rate for name, rate in row["lr"].items()}
     found = replay(run)
-    assert [finding.cause for finding in found] == ["schedule_per_batch"] and found[0].step == run.steps[5]["step"]
+    assert [finding.cause for finding in found] == ["learning_rate_off_plan"] and found[0].step == run.steps[5]["step"]
 
 
 CHANGES = {
