@@ -41,7 +41,7 @@ def reads_scenes(subject: Subject) -> Iterator[Finding]:
     scenes = subject.scenes
     answer = subject.answer(scenes)
     seen = boundary(subject, scenes)
-    if not bool(answer.isfinite().all()):
+    if not bool(answer.isfinite().all()) or scenes.batch < 2:
         return
     if change(answer, answer[:1].expand_as(answer)) < SAME:
         same = seen and all(change(value, value[:1].expand_as(value)) < SAME for value in seen.values())

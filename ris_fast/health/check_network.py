@@ -5,6 +5,7 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, Q factor 
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Iterator
 
 import torch
@@ -21,6 +22,7 @@ CLOSE = 1e-3               # between a compiled network and the same network as 
 NOISE_SHARE = 0.5          # of the answers' variance that dropout may make
 GAIN = 20.0                # growth of a signal in one layer
 AT_THE_ENDS = 0.9
+NUDGE = 0.01               # by which tensors move that a gradient reaches
 
 
 def change(a: Tensor, b: Tensor) -> float:
@@ -221,9 +223,9 @@ def _dead(subject: Subject, total: Tensor, outputs: dict[str, Tensor], signals: 
         return
     gradients = torch.autograd.grad(total, list(outputs.values()), retain_graph=True, allow_unused=True)
     silent = [name for (name, value), gradient in zip(outputs.items(), gradients) if gradient is not None and not bool(gradient.any())]
-    zero = [name for name, parameter in subject.parameters.items() if parameter.dim() > 1 and not bool(parameter.any())]
-    if len(zero) > 1 and silent:
-        yield Finding("zero_product_init", f"{listed(zero)} start at zero, and one stops the gradient of the other.")
+    stuck = _never_reached(subject) if silent else []
+    if len(stuck) > 1:
+        yield Finding("zero_product_init", f"{listed(stuck)} start at zero, and each stops the gradient of the other.")
         return
     for name in reversed(silent):
         value = outputs[name].detach().float()
@@ -231,6 +233,28 @@ def _dead(subject: Subject, total: Tensor, outputs: dict[str, Tensor], signals: 
             yield Finding("dead_units", f"all {value.shape[-1]} units of {name} lie between {float(value.min()):.3g} and "
                           f"{float(value.max()):.3g}, where the activation behind it is flat.")
             return
+
+
+def _never_reached(subject: Subject) -> list[str]:
+    """Matrices of zeros that no gradient reaches, not even after every tensor that one reaches has moved, and those it reaches then.
+
+    One factor of a product may start at zero, as the last layer of a residual branch: it moves, and then the other one does.
+    """
+    live = {name: p for name, p in subject.parameters.items() if p.requires_grad}
+    stuck = [name for name, p in live.items() if p.dim() > 1 and not bool(p.any())]
+    generator, moved = torch.Generator().manual_seed(23), set[str]()
+    with ExitStack() as stack:
+        while len(stuck) > 1:
+            total = subject.run()[0]
+            parts = dict(zip(live, torch.autograd.grad(total, list(live.values()), allow_unused=True)))
+            reached = {name for name, part in parts.items() if part is not None and bool(part.any())} - moved
+            stuck = [name for name in stuck if name not in reached]
+            if not reached:
+                break
+            tensors, moved = [live[name] for name in reached], moved | reached
+            directions = [torch.randn(p.shape, generator=generator).to(p) for p in tensors]
+            stack.enter_context(subject.moved(tensors, directions, NUDGE))
+    return stuck
 
 
 def _equal_units(subject: Subject) -> Iterator[Finding]:

@@ -76,8 +76,7 @@ def _repeats(subject: Subject, scenes: Scenes) -> Iterator[Finding]:
         yield Finding("stale_cache", f"{seen}, and the targets of equal snapshots differ: snapshots are left from an earlier "
                       f"batch.")
         return
-    within = all(len(each.unique()) == 1 for each in batch if len(each) > 1)
-    if within:
+    if len(batch[0]) > 1 and all(len(each.unique()) == 1 for each in batch if len(each) > 1):
         yield Finding("constant_input", f"{seen}: every scene of a batch shows the same snapshots.")
     elif len(first) > 1 and all(torch.equal(each.sort()[0], batch[0].sort()[0]) for each in batch if len(each) == len(batch[0])):
         yield Finding("rank_sees_other_data" if len(torch.cat([prints(g[0].snapshots) for g in subject.groups]).unique())

@@ -16,6 +16,7 @@ from ris_fast.health.faults.healthy import with_shards
 from ris_fast.health.faults.patches import Backward, on_batches, wrap
 from ris_fast.health.faults.twins import TWINS, changed
 from ris_fast.health.subject import Subject
+from ris_fast.health.watchdog import Watchdog
 from ris_fast.training import loss, terms
 from ris_fast.training.loop import Trainer
 from ris_fast.training.loss import CovarianceLoss
@@ -23,6 +24,10 @@ from ris_fast.training.loss import CovarianceLoss
 
 def causes(check: Any, trainer: Trainer) -> list[str]:
     return [finding.cause for finding in check(Subject(trainer))]
+
+
+def preflight_of(trainer: Trainer) -> list[str]:
+    return [finding.cause for finding in Watchdog(trainer).preflight()]
 
 
 def small(twin: str, **settings: Any) -> Config:
@@ -162,3 +167,22 @@ def test_a_total_that_is_not_made_of_its_terms_is_named(cause: str | None, chang
     assert [(finding.cause, finding.certain) for finding in found] == ([(cause, True)] if cause else [])
     said = [finding.cause for finding in check_gradient.every_tensor(Subject(trainer))]
     assert said == (["clamped_loss"] if cause in ("clamped_loss", "zero_loss_weight") else [])
+
+
+# ---- what is unusual and learns ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("twin, settings", [
+    ("hybrid", {"training.batch_size": 1}), ("backprojection", {"training.batch_size": 1, "training.accumulate": 32})])
+def test_one_scene_a_batch_is_no_constant_input(twin: str, settings: dict[str, Any]) -> None:
+    assert preflight_of(Trainer(small(twin, **settings))) == []
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_residual_branches_that_start_at_zero_are_no_mistake(biases: bool) -> None:
+    trainer = Trainer(small("backprojection", **{"model.options.depth": 2}))
+    for block in trainer.model.blocks:
+        torch.nn.init.zeros_(block.outer.weight)
+        if biases:
+            torch.nn.init.zeros_(block.outer.bias)
+    assert preflight_of(trainer) == []
