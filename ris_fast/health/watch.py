@@ -8,9 +8,7 @@ Legend: T tensors, those of the model that one optimizer holds and that have a n
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,35 +18,43 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from ris_fast.health.finding import Finding, ranked
-from ris_fast.training.telemetry import changed, norms
+from ris_fast.health.finding import Finding
+from ris_fast.health.watch_rules import told
+from ris_fast.training.telemetry import norms
 
 DENSE, EVERY, KEPT = 8, 100, 64
-SCALER_STEPS = 24          # a loss scale halves its way to one that fits in fewer
+FEW = 256                  # numbers of a tensor, about, that are compared one by one
 
 
 @dataclass
 class Seen:
     """One optimizer step: names (T,) of its tensors, and norms (T,) float32 that stay where they are.
 
-    came: gradients after backward; given: as the optimizer found them; before, after: weights; previous: weights after the
-    step before, where that was looked at too. heard: tensors whose gradient was listened for; missing: those without one.
-    scaled: a loss scaler takes care of gradients that are not finite.
+    sizes: what a layer's usual initial norm is, about; rates: learning rates of the groups; came: gradients after backward;
+    given: as the optimizer found them; before, after: weights. closure: gradients came within the step. scaled: a loss scaler
+    takes care of gradients that are not finite. heard: tensors whose gradient was listened for; missing: those without one.
+    reset: (), whether the weights are bit for bit those of an earlier step, and were others in between;
+    moved: (), norm of the update over that of the weights, where there was a gradient; of a few numbers of each tensor.
     """
 
     step: int
     names: list[str]
+    sizes: list[float]
+    rates: list[float | Tensor]
     before: Tensor
-    previous: Tensor | None
+    closure: bool
     scaled: bool
+    reset: Tensor | None = None
     came: Tensor | None = None
     given: Tensor | None = None
     after: Tensor | None = None
+    moved: Tensor | None = None
     heard: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
     def on_host(self) -> "Seen":
-        return Seen(**{name: value.cpu() if isinstance(value, Tensor) else value for name, value in vars(self).items()})
+        host = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        return Seen(**host | {"rates": [float(rate) for rate in self.rates]})
 
 
 class Follower:
@@ -62,6 +68,7 @@ class Follower:
         self.listening: list[Tensor] = []
         self.hooks: list[Any] = []
         self.now: Seen | None = None
+        self.few: Few | None = None
         self.step_hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
         self.listen()
 
@@ -95,17 +102,20 @@ class Follower:
         if not self._due():
             return
         own, scaler = self.own(), getattr(self.optimizer, "found_inf", None)
-        previous = self.records[-1] if self.records and self.records[-1].step == self.steps - 1 else None
-        same = previous is not None and previous.names == list(own)
-        self.now = Seen(self.steps, list(own), _weights(own), previous.after if same else None,
+        closure = any(callable(each) and not isinstance(each, Optimizer) for each in (*args, *kwargs.values()))
+        rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate
+                 for rate in (group.get("lr", 1.0) for group in self.optimizer.param_groups)]
+        self.now = Seen(self.steps, list(own), [_usual(p) for p in own.values()], rates, _weights(own), closure,
                         scaler is not None or getattr(self.optimizer, "loss_scale", None) == "dynamic")
-        if any(callable(each) and not isinstance(each, Optimizer) for each in (*args, *kwargs.values())):
-            self.arrived.clear()              # a closure: gradients come within the step
+        self.few = Few.follow(self.few, self.steps, own)
+        self.now.reset = self.few.reset
+        if closure:
+            self.arrived.clear()
         else:
-            self._gradients(own, given=True)
+            self._gradients(own)
 
-    def _gradients(self, own: dict[str, Tensor], given: bool) -> None:
-        """What came, and what the optimizer was given; without `given` the same, since the step may have cleared it."""
+    def _gradients(self, own: dict[str, Tensor]) -> None:
+        """What came, and what the optimizer was given: with a closure what came, or what is left of it, since the step may clear it."""
         came, found = [self.arrived.get(id(p)) for p in own.values()], [p.grad for p in own.values()]
         heard = {id(p) for p in self.listening}
         self.now.heard = tuple(name for name, p in own.items() if id(p) in heard)
@@ -115,7 +125,8 @@ class Follower:
         reached = [zero if grad is None else next(present) for grad in found]
         self.now.came = _row([seen if each is None and id(p) not in heard else zero if each is None else each
                               for p, each, seen in zip(own.values(), came, reached)], zero)
-        self.now.given = _row(reached, zero) if given else self.now.came
+        reached = _row(reached, zero)
+        self.now.given = torch.maximum(self.now.came, reached) if self.now.closure else reached
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -123,10 +134,10 @@ class Follower:
         if self.now is not None:
             own = self.own()
             own = {name: own[name] for name in self.now.names if name in own}
-            if self.now.came is None:
-                self._gradients(own, given=False)
-            self.now.after = _weights(own)
-            self.records, self.now = [*self.records[-KEPT:], self.now], None
+            if self.now.closure:
+                self._gradients(own)
+            self.now.after, self.now.moved = _weights(own), self.few.finish(own)
+            self.records, self.now = [*self.records[:DENSE], *self.records[DENSE:][-KEPT:], self.now], None
         self.arrived.clear()
         self.steps += 1
         if self.listening or self._due():
@@ -136,6 +147,54 @@ class Follower:
         for hook in (*self.step_hooks, *self.hooks):
             hook.remove()
         self.listening, self.hooks = [], []
+
+
+@dataclass
+class Few:
+    """A few numbers of every tensor, one after the other (S,), around the steps that are looked at."""
+
+    names: list[str]
+    first: Tensor
+    step: int
+    before: Tensor
+    gradient: Tensor
+    after: Tensor | None = None
+    reset: Tensor | None = None
+
+    @staticmethod
+    def follow(last: "Few | None", step: int, own: dict[str, Tensor]) -> "Few":
+        """Before a step, with what was kept of the last one."""
+        now = _few(list(own.values()))
+        slopes = [torch.zeros_like(p) if p.grad is None or p.grad.layout != p.layout else p.grad for p in own.values()]
+        here = Few(list(own), now, step, now, _few(slopes))
+        if last is not None and last.after is not None and last.names == here.names and last.after.shape == now.shape:
+            here.first = last.first
+            back = (now == here.first).all()
+            if last.step == step - 1:              # further apart, weights that swing to and fro may meet
+                back = back | (now == last.before).all()
+            here.reset = back & (now != last.after).any()
+        return here
+
+    def finish(self, own: dict[str, Tensor]) -> Tensor | None:
+        """After the step: (), how far it went. None where it cannot be said: formats of 16 bits, whose weights may be copies."""
+        self.after = _few(list(own.values()))
+        if self.after.shape != self.before.shape or any(p.element_size() < 4 for p in own.values()):
+            return None
+        here = self.gradient != 0
+        return ((self.after - self.before) * here).norm() / (self.before * here).norm()
+
+
+def _few(tensors: list[Tensor]) -> Tensor:
+    """(S,) on one device."""
+    flat = [torch.view_as_real(part) if part.is_complex() else part for part in (_part(each.detach()) for each in tensors)]
+    parts = [part.reshape(-1)[::max(1, part.numel() // FEW) | 1] for part in flat]
+    device = next((part.device for part in parts if part.device.type != "cpu"), torch.device("cpu"))
+    return torch.cat([part.to(device, non_blocking=True) for part in parts]) if parts else torch.zeros(0)
+
+
+def _usual(tensor: Tensor) -> float:
+    """Norm of a layer (out, in, ...) whose outputs are as large as its inputs; of a vector of norm one."""
+    return float(tensor.shape[0]) ** 0.5 if tensor.ndim > 1 else 1.0
 
 
 def _part(tensor: Tensor) -> Tensor:
@@ -159,17 +218,21 @@ class Watch:
     """Watches a model and its optimizers from outside. `report()` returns findings, most certain first.
 
     Args: optimizer: one, or all of them, so that each parameter is looked for where it is;
-        every: after the first eight steps of an optimizer, one step in this many is looked at.
+        every: after the first eight steps of an optimizer, one step in this many is looked at;
+        frozen: beginnings of names of parameters that are not meant to be trained.
     Parameters may be frozen, freed, added and replaced on the way. With a closure it is not seen what happens to gradients
     between backward and the update. A torch.amp.GradScaler may skip steps and divide by powers of two.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], every: int = EVERY) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], every: int = EVERY,
+                 frozen: Sequence[str] = ()) -> None:
         self.model = model
+        self.frozen = (frozen,) if isinstance(frozen, str) else tuple(frozen)
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         if not self.optimizers or every < 1:
             raise ValueError(f"watch: {len(self.optimizers)} optimizers and every={every}. Give at least one optimizer, and every >= 1.")
         self.followers = [Follower(model, each, every) for each in self.optimizers]
+        self.still = {id(p) for p in model.parameters() if not p.requires_grad}      # from the beginning
 
     @property
     def steps(self) -> int:
@@ -188,72 +251,9 @@ class Watch:
 
     def report(self) -> list[Finding]:
         """What has been seen so far. Reads the device."""
-        return ranked([*self._membership(), *(found for follower in self.followers for found in _told(follower))])
-
-    def _membership(self) -> list[Finding]:
-        """The parameters as they are now, against the optimizers'."""
-        own = {id(p): name.replace("_orig_mod.", "") for name, p in self.model.named_parameters()}
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        held = Counter(id(p) for group in groups for p in group["params"])
-        trained = {id(p): p.requires_grad for p in self.model.parameters()}
-        wrong = {"frozen_parameters": [name for key, name in own.items() if not trained[key]],
-                 "missing_from_optimizer": [name for key, name in own.items() if trained[key] and key not in held],
-                 "stale_optimizer_parameters": ["a tensor of the optimizer" for key in held if key not in own],
-                 "duplicate_parameters": [own.get(key, "?") for key, count in held.items() if count > 1],
-                 "zero_learning_rate": [f"group {n}" for n, group in enumerate(groups) if self.steps > 1 and not float(group["lr"]) > 0]}
-        return [Finding(cause, f"{len(names)}: {', '.join(names[:3])}.", self.steps) for cause, names in wrong.items() if names]
+        return told(self)
 
 
-def _told(follower: Follower) -> list[Finding]:
-    """What one optimizer's steps say."""
-    if not follower.steps:
-        bad = sum(not bool(norm.isfinite()) for norm in follower.arrived.values())
-        skipped = f" {bad} of them are not finite: a loss scaler or a check may skip every step." if bad else ""
-        return [Finding("step_never_called", f"{len(follower.arrived)} tensors have received gradients and the optimizer has made no "
-                        f"step.{skipped}")] if follower.arrived else []
-    records = [record.on_host() for record in follower.records]
-    found = [finding for record in records for finding in _judge(record, next(r for r in records if r.names == record.names))]
-    heard, missing = (Counter(name for record in records for name in getattr(record, which)) for which in ("heard", "missing"))
-    if never := [name for name, count in missing.items() if count == heard[name]]:
-        found.append(Finding("unused_head", f"{len(never)} of {len(heard)} trainable tensors never received a gradient: "
-                             f"{', '.join(never[:3])}.", records[-1].step))
-    if records and records[-1].step >= SCALER_STEPS and all(record.scaled and not _finite(record.given) for record in records):
-        found.append(Finding("scaler_skips_all", f"the gradients of all {len(records)} steps that were looked at are not finite.",
-                             records[-1].step))
-    return found
-
-
-def _judge(seen: Seen, first: Seen) -> list[Finding]:
-    """One step: what arrived, what the optimizer was given, what moved; `first`: the first step of the same tensors."""
-    arrived, passed = float(seen.came.norm()), float(seen.given.norm())
-    found = []
-    if not _finite(seen.came) and _finite(seen.given):
-        found.append(("sanitised_gradients", f"{int((~seen.came.isfinite()).sum())} tensors' gradients arrive non-finite and reach the "
-                      f"optimizer finite."))
-    elif not _finite(seen.given) and not seen.scaled:
-        found.append(("nonfinite_gradients", f"{int((~seen.given.isfinite()).sum())} of {len(seen.given)} tensors."))
-    elif arrived > 0 and passed == 0:
-        found.append(("gradients_cleared_before_step", f"norm {arrived:.3g} arrives and the optimizer finds zero."))
-    elif arrived > 0 and passed < 1e-4 * arrived and not _unscaled(arrived, passed):
-        found.append(("clip_too_small", f"norm {arrived:.3g} arrives and {passed:.3g} reaches the optimizer."))
-    if seen.previous is not None and changed(seen.previous, seen.before):
-        found.append(("weights_reset", f"{changed(seen.previous, seen.before)} tensors changed between two steps."))
-    grown = float(seen.after.norm()) / max(float(first.before.norm()), 1e-30)
-    if not math.isfinite(grown) or grown > 10.0:
-        found.append(("learning_rate_too_large", f"the weights' norm has grown by a factor of {grown:.3g}."))
-    return [Finding(cause, evidence, seen.step + 1) for cause, evidence in found]
-
-
-def _finite(values: Tensor) -> bool:
-    return bool(values.isfinite().all())
-
-
-def _unscaled(arrived: float, passed: float) -> bool:
-    """Whether a loss scale was taken out on the way: these are powers of two, and dividing by one leaves no rounding."""
-    powers = math.log2(arrived / passed)
-    return abs(powers - round(powers)) < 1e-5
-
-
-def watch(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], every: int = EVERY) -> Watch:
+def watch(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], every: int = EVERY, frozen: Sequence[str] = ()) -> Watch:
     """Begins to watch a plain PyTorch loop; call before training, and `report()` when you want to know."""
-    return Watch(model, optimizer, every)
+    return Watch(model, optimizer, every, frozen)

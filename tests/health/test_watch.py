@@ -1,4 +1,4 @@
-"""A plain PyTorch loop under watch: healthy ones are left in peace, and mistakes are named."""
+"""A plain PyTorch loop under watch: its hooks, and that mistakes are named. What healthy loops may do is in test_watch_healthy.py."""
 
 from __future__ import annotations
 
