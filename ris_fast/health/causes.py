@@ -97,6 +97,9 @@ CAUSES: dict[str, str] = {
     "output_rank_too_low": "the output has fewer independent columns than the scenes have sources",
     "inputs_withhold_answer": "the network's inputs do not contain what the target is made of",
     # outcome
+    "collapsed": "the run had learned and lost it again: validation went back up towards the constant answer",
+    "validation_apart": "training has learned, and validation is no better than a constant answer",
+    "overfitting": "the network memorises its few training scenes: training falls and validation does not",
     "stalled_at_floor": "the run was long enough, and it learned no more than a constant answer knows",
     # compiled and ranks
     "stale_compiled_graph": "a compiled or copied network computes with weights that are not the ones being trained",

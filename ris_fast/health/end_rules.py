@@ -6,11 +6,11 @@ import math
 from typing import Iterator
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.run import Row, Rule, Run
+from ris_fast.health.outcome_rules import AT_ITS_END, CONSTANTS
+from ris_fast.health.run import Rule, Run, validated
 
 AT_FLOOR, UNMOVED = 0.95, 0.01         # of the lowest constant answer; relative, between the first and the last third
 WHOLE_EPOCHS, ENOUGH_STEPS = 3, 100    # before which a run has not had its chance
-CONSTANTS = ("zero", "identity", "mean")
 
 
 def how_it_ended(run: Run) -> Iterator[Finding]:
@@ -42,17 +42,11 @@ def stalled_at_floor(run: Run) -> Iterator[Finding]:
         return
     name = min(constants, key=constants.__getitem__)
     moved = {what: _moved([figure(row) for row in whole]) for what, figure in (("training", lambda row: float(row["train_loss"])),
-                                                                               ("validation", _validated))}
+                                                                               ("validation", validated))}
     if best >= AT_FLOOR * constants[name] and all(share <= UNMOVED for share in moved.values()):
         yield Finding("stalled_at_floor", f"after {run.step} steps and {len(whole)} whole epochs the best validation NMSE is {best:.4g}, "
                       f"beside {constants[name]:.4g} for the constant answer '{name}'; between the first and the last third of the "
                       f"epochs the training loss changed by {moved['training']:.2%} and validation by {moved['validation']:.2%}.", run.step)
-
-
-def _validated(row: Row) -> float:
-    """The better of raw and averaged weights, as far as they have a figure."""
-    figures = [float(row[key]) for key in ("val_nmse_raw", "val_nmse_ema") if row.get(key) is not None]
-    return min((value for value in figures if math.isfinite(value)), default=math.nan)
 
 
 def _moved(values: list[float]) -> float:
@@ -62,4 +56,4 @@ def _moved(values: list[float]) -> float:
     return abs(last - first) / max(abs(first), 1e-30)
 
 
-END_RULES: tuple[Rule, ...] = (how_it_ended, stalled_at_floor)
+END_RULES: tuple[Rule, ...] = (how_it_ended, stalled_at_floor, *AT_ITS_END)

@@ -31,7 +31,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
         "optimizer_state_lost", "ema_nonfinite", "raw_not_validated", "ema_equals_raw", "ema_frozen"),
     "gradient": ("nonfinite_gradients", "dominating_term", "clip_too_small"),
     "movement": ("warmup_too_long", "learning_rate_too_large", "weight_decay_too_large", "learning_rate_too_small"),
-    "outcome": ("ema_cold", "stalled_at_floor"),
+    "outcome": ("ema_cold", "collapsed", "validation_apart", "overfitting", "stalled_at_floor"),
 }
 SEVERITIES = tuple(LEVELS)
 _PLACE = {cause: (level, place) for level, causes in enumerate(LEVELS.values()) for place, cause in enumerate(causes)}

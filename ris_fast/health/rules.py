@@ -7,6 +7,7 @@ from typing import Iterator
 
 from ris_fast.health.end_rules import END_RULES
 from ris_fast.health.finding import Finding
+from ris_fast.health.outcome_rules import WHILE_IT_RUNS
 from ris_fast.health.run import Row, Rule, Run
 
 TOUCHED = 0.02             # relative: more than rounding in a sum
@@ -206,7 +207,7 @@ def _averages(run: Run, raw: Row, mean: Row, distance: float) -> Iterator[Findin
 
 STEP_RULES: tuple[Rule, ...] = (one_update_a_step, untouched_gradient, nonfinite_between_reports, served_scenes, training_mode, planned_rate,
                                 only_the_optimizer_moves_weights, movement)
-EPOCH_RULES: tuple[Rule, ...] = (every_batch_is_a_step, weights_at_the_seams, validated_weights)
+EPOCH_RULES: tuple[Rule, ...] = (every_batch_is_a_step, weights_at_the_seams, validated_weights, *WHILE_IT_RUNS)
 
 
 def rules_of(event: str) -> tuple[Rule, ...]:

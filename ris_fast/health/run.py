@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Mapping
 
@@ -35,3 +36,9 @@ class Run:
 
 
 Rule = Callable[[Run], Iterator[Finding]]
+
+
+def validated(row: Row) -> float:
+    """Validation NMSE of an epoch: the better of raw and averaged weights, as far as they have a figure."""
+    figures = [float(row[key]) for key in ("val_nmse_raw", "val_nmse_ema") if row.get(key) is not None]
+    return min((value for value in figures if math.isfinite(value)), default=math.nan)

@@ -160,6 +160,65 @@ def test_a_broken_contract_of_an_epoch_is_named(cause: str, healthy: Run) -> Non
     assert [finding.cause for finding in replay(run)] == [cause]
 
 
+# ---- training and validation beside each other ------------------------------------------------------------------------
+
+
+def told(train: list[float], val: list[float], **info: Any) -> Run:
+    """A run of these training and validation NMSE, epoch by epoch; fresh scenes, constants at 1."""
+    rows = [{"event": "epoch", "step": 50 * (i + 1), "train_loss": t, "terms": {"cov": {"raw": t, "weighted": t}}, "val_loss": v, "val_nmse_raw": v,
+             "val_nmse_ema": None} for i, (t, v) in enumerate(zip(train, val, strict=True))]
+    return Run(info={"floors": {"zero": 1.0}, "fresh": True, "train_scenes": 64} | info, epochs=rows)
+
+
+LEARNED_AND_LOST = [0.5, 0.06, 0.054, 2.3, 2.31, 2.3]
+STORIES = {
+    "sign flipped": (told([0.6, 0.07, 0.058, 2.2, 2.3, 2.3], LEARNED_AND_LOST), "collapsed", True, 250),
+    "validation broken on the way": (told([0.6, 0.07, 0.058, 0.057, 0.056, 0.055], LEARNED_AND_LOST), "validation_apart", True, 300),
+    "validation never right": (told([0.6, 0.3, 0.2, 0.2], [1.92] * 4), "validation_apart", True, 200),
+    "few scenes, never right": (told([0.6, 0.3, 0.2, 0.2], [1.92] * 4, fresh=False), "validation_apart", False, 200),
+    "few scenes, memorised": (told([0.6, 0.2, 0.1, 0.05, 0.02, 0.009], [0.5, 0.2, 0.13, 0.13, 0.14, 0.15], fresh=False), "overfitting", False, 300),
+}
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_training_and_validation_that_part_are_named(story: str) -> None:
+    run, cause, certain, step = STORIES[story]
+    found = replay(run)
+    assert {finding.cause for finding in found} == {cause} and found[0].certain == certain and found[0].step == step
+
+
+@pytest.mark.parametrize("run", [
+    told([0.6, 0.07, 0.058, 2.2, 0.1], [0.5, 0.06, 0.054, 2.3, 0.1]), told([0.9, 0.9, 0.9, 0.9], [1.1, 1.0, 1.1, 1.0]),
+    told([0.6, 0.3, 0.2, 0.1], [0.7, 0.35, 0.22, 0.12], fresh=False), told([0.6, 0.2, 0.1, 0.05, 0.02, 0.01], [0.5, 0.3, 0.2, 0.1, 0.09, 0.08], fresh=False),
+    told([0.2] * 4, [1.9] * 4, blend=0.3)], ids=["one bad epoch", "learns nothing", "learns", "validation still falls", "training is blended"])
+def test_training_and_validation_that_go_together_are_left_in_peace(run: Run) -> None:
+    assert replay(run) == []
+
+
+def test_a_loss_that_falls_while_the_nmse_rises_names_the_terms_it_is_made_of() -> None:
+    run = told([1.1] * 5, [1.126, 1.13, 1.15, 1.16, 1.174])
+    for row, loss in zip(run.epochs, (0.129, 0.125, 0.12, 0.118, 0.115)):
+        row |= {"val_loss": loss, "terms": {"cov": {"raw": 1.1, "weighted": 0.001}, "cross": {"raw": 0.4, "weighted": 0.1}}}
+    finding, = replay(run)
+    assert finding.cause == "dominating_term" and not finding.certain and "cross (99% of the loss)" in finding.evidence
+
+
+def test_a_loss_that_turns_on_the_way_is_a_collapse_and_does_not_end_the_run() -> None:
+    from ris_fast.health.faults.twins import changed
+    from ris_fast.health.watched import watched
+
+    trainer = watched(Trainer(changed(TWINS["backprojection"](), {"training.epochs": 12})), preflight=False)
+    forward = trainer.loss.forward
+
+    def turned(prediction: Any, scenes: Any) -> Any:
+        total, terms = forward(prediction, scenes)
+        return (-total if trainer.state.step >= 48 else total), terms
+    trainer.loss.forward = turned
+    assert trainer.fit()["verdict"] == "learned"
+    found = trainer.observer.watchdog.findings
+    assert [finding.cause for finding in found if finding.certain] == ["collapsed"] and found[0].step < trainer.state.step
+
+
 # ---- a certain stall --------------------------------------------------------------------------------------------------
 
 
