@@ -19,11 +19,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.watch_parts import Few, LeftOver, part, usual
 from ris_fast.health.watch_rules import told
 from ris_fast.training.telemetry import norms
 
 DENSE, EVERY, KEPT = 8, 100, 64
-FEW = 256                  # numbers of a tensor, about, that are compared one by one
 
 
 @dataclass
@@ -35,6 +35,8 @@ class Seen:
     takes care of gradients that are not finite. heard: tensors whose gradient was listened for; missing: those without one.
     reset: (), whether the weights are bit for bit those of an earlier step, and were others in between;
     moved: (), norm of the update over that of the weights, where there was a gradient; of a few numbers of each tensor.
+    uncleared: (), whether one gradient of the step before was added to; left: gradients after the step, of the first steps.
+    gone: tensors whose gradient is None at the step.
     """
 
     step: int
@@ -49,6 +51,9 @@ class Seen:
     given: Tensor | None = None
     after: Tensor | None = None
     moved: Tensor | None = None
+    uncleared: Tensor | None = None
+    left: Tensor | None = None
+    gone: tuple[str, ...] = ()
     heard: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
@@ -69,6 +74,7 @@ class Follower:
         self.hooks: list[Any] = []
         self.now: Seen | None = None
         self.few: Few | None = None
+        self.left: LeftOver | None = None
         self.step_hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
         self.listen()
 
@@ -92,7 +98,9 @@ class Follower:
 
         def arrived(parameter: Tensor) -> None:
             if (follower := me()) is not None and parameter.grad is not None:
-                follower.arrived[id(parameter)] = norms([_part(parameter.grad)])[0]
+                follower.arrived[id(parameter)] = norm = norms([part(parameter.grad)])[0]
+                if follower.left is not None and follower.left.parameter is parameter:
+                    follower.left.came(norm)
 
         self.listening, self.hooks = wanted, [p.register_post_accumulate_grad_hook(arrived) for p in wanted]
 
@@ -105,7 +113,7 @@ class Follower:
         closure = any(callable(each) and not isinstance(each, Optimizer) for each in (*args, *kwargs.values()))
         rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate
                  for rate in (group.get("lr", 1.0) for group in self.optimizer.param_groups)]
-        self.now = Seen(self.steps, list(own), [_usual(p) for p in own.values()], rates, _weights(own), closure,
+        self.now = Seen(self.steps, list(own), [usual(p) for p in own.values()], rates, _weights(own), closure,
                         scaler is not None or getattr(self.optimizer, "loss_scale", None) == "dynamic")
         self.few = Few.follow(self.few, self.steps, own)
         self.now.reset = self.few.reset
@@ -116,97 +124,48 @@ class Follower:
 
     def _gradients(self, own: dict[str, Tensor]) -> None:
         """What came, and what the optimizer was given: with a closure what came, or what is left of it, since the step may clear it."""
-        came, found = [self.arrived.get(id(p)) for p in own.values()], [p.grad for p in own.values()]
-        heard = {id(p) for p in self.listening}
+        came, zero = [self.arrived.get(id(p)) for p in own.values()], torch.zeros((), device=self.now.before.device)
+        heard, reached = {id(p) for p in self.listening}, self._reached(own)
         self.now.heard = tuple(name for name, p in own.items() if id(p) in heard)
         self.now.missing = tuple(name for (name, p), each in zip(own.items(), came) if each is None and id(p) in heard)
-        present = iter(norms([_part(grad) for grad in found if grad is not None]))
-        zero = torch.zeros((), device=self.now.before.device)
-        reached = [zero if grad is None else next(present) for grad in found]
-        self.now.came = _row([seen if each is None and id(p) not in heard else zero if each is None else each
-                              for p, each, seen in zip(own.values(), came, reached)], zero)
-        reached = _row(reached, zero)
+        self.now.gone = tuple(name for name, p in own.items() if p.grad is None)
+        self.now.came = _row([reached[n] if each is None and id(p) not in heard else zero if each is None else each
+                              for n, (p, each) in enumerate(zip(own.values(), came))], zero)
         self.now.given = torch.maximum(self.now.came, reached) if self.now.closure else reached
+
+    def _reached(self, own: dict[str, Tensor]) -> Tensor:
+        """(T,) norms of the gradients as they are; zero for none."""
+        zero = torch.zeros((), device=self.now.before.device)
+        present = iter(norms([part(p.grad) for p in own.values() if p.grad is not None]))
+        return _row([zero if p.grad is None else next(present) for p in own.values()], zero)
 
     @torch.compiler.disable
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
+        uncleared, self.left = self.left and self.left.close(), None
+        self.steps += 1
         if self.now is not None:
             own = self.own()
             own = {name: own[name] for name in self.now.names if name in own}
             if self.now.closure:
                 self._gradients(own)
-            self.now.after, self.now.moved = _weights(own), self.few.finish(own)
+            self.now.after, self.now.moved, self.now.uncleared = _weights(own), self.few.finish(own), uncleared
+            if self.steps < DENSE:
+                self.now.left, self.left = self._reached(own), LeftOver.among(list(own.values()))
             self.records, self.now = [*self.records[:DENSE], *self.records[DENSE:][-KEPT:], self.now], None
         self.arrived.clear()
-        self.steps += 1
         if self.listening or self._due():
             self.listen()
 
     def close(self) -> None:
-        for hook in (*self.step_hooks, *self.hooks):
+        for hook in (*self.step_hooks, *self.hooks, *([self.left.hook] if self.left else [])):
             hook.remove()
-        self.listening, self.hooks = [], []
-
-
-@dataclass
-class Few:
-    """A few numbers of every tensor, one after the other (S,), around the steps that are looked at."""
-
-    names: list[str]
-    first: Tensor
-    step: int
-    before: Tensor
-    gradient: Tensor
-    after: Tensor | None = None
-    reset: Tensor | None = None
-
-    @staticmethod
-    def follow(last: "Few | None", step: int, own: dict[str, Tensor]) -> "Few":
-        """Before a step, with what was kept of the last one."""
-        now = _few(list(own.values()))
-        slopes = [torch.zeros_like(p) if p.grad is None or p.grad.layout != p.layout else p.grad for p in own.values()]
-        here = Few(list(own), now, step, now, _few(slopes))
-        if last is not None and last.after is not None and last.names == here.names and last.after.shape == now.shape:
-            here.first = last.first
-            back = (now == here.first).all()
-            if last.step == step - 1:              # further apart, weights that swing to and fro may meet
-                back = back | (now == last.before).all()
-            here.reset = back & (now != last.after).any()
-        return here
-
-    def finish(self, own: dict[str, Tensor]) -> Tensor | None:
-        """After the step: (), how far it went. None where it cannot be said: formats of 16 bits, whose weights may be copies."""
-        self.after = _few(list(own.values()))
-        if self.after.shape != self.before.shape or any(p.element_size() < 4 for p in own.values()):
-            return None
-        here = self.gradient != 0
-        return ((self.after - self.before) * here).norm() / (self.before * here).norm()
-
-
-def _few(tensors: list[Tensor]) -> Tensor:
-    """(S,) on one device."""
-    flat = [torch.view_as_real(part) if part.is_complex() else part for part in (_part(each.detach()) for each in tensors)]
-    parts = [part.reshape(-1)[::max(1, part.numel() // FEW) | 1] for part in flat]
-    device = next((part.device for part in parts if part.device.type != "cpu"), torch.device("cpu"))
-    return torch.cat([part.to(device, non_blocking=True) for part in parts]) if parts else torch.zeros(0)
-
-
-def _usual(tensor: Tensor) -> float:
-    """Norm of a layer (out, in, ...) whose outputs are as large as its inputs; of a vector of norm one."""
-    return float(tensor.shape[0]) ** 0.5 if tensor.ndim > 1 else 1.0
-
-
-def _part(tensor: Tensor) -> Tensor:
-    """The numbers of a sparse tensor as they are stored, and of a sharded one those that lie here; any other as it is."""
-    if tensor.layout != torch.strided:
-        return tensor._values() if tensor.is_sparse else tensor.values()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor      # DTensor, whose import takes half a second
+        self.listening, self.hooks, self.left = [], [], None
 
 
 def _weights(own: dict[str, Tensor]) -> Tensor:
     """(T,) norms."""
-    return norms([_part(tensor) for tensor in own.values()])
+    return norms([part(tensor) for tensor in own.values()])
 
 
 def _row(values: Sequence[Tensor], zero: Tensor) -> Tensor:

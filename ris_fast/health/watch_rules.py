@@ -5,6 +5,7 @@ Legend: T tensors, those of the model that one optimizer holds and that have a n
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Iterator
 
@@ -12,11 +13,15 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from ris_fast.health.finding import Finding, mend_of, ranked
+from ris_fast.health.watch_parts import part
+from ris_fast.training.telemetry import norms
 
 if TYPE_CHECKING:
     from ris_fast.health.watch import Follower, Seen, Watch
 
 SCALER_STEPS = 24          # a loss scale halves its way to one that fits in fewer
+
+MEANT = "That may be meant."
 
 MENDS = {
     "weight_decay_too_large": "Lower `weight_decay`; 1e-4 to 1e-1 is usual with AdamW.",
@@ -24,7 +29,8 @@ MENDS = {
                          "`watch(..., frozen=(\"beginning of their names\",))`.",
     "zero_learning_rate": "Give the group a rate above zero, and look at what the scheduler makes of it; if it is meant to stand still, "
                           "say so: `watch(..., frozen=(\"beginning of its parameters' names\",))`.",
-    "clip_too_small": "Clip near the norms that arrive, e.g. `clip_grad_norm_(model.parameters(), 1.0)`, and after `scaler.unscale_(optimizer)`.",
+    "clip_too_small": "Clip near the norms that arrive, e.g. `clip_grad_norm_(model.parameters(), 1.0)`, after "
+                      "`scaler.unscale_(optimizer)`.",
     "sanitised_gradients": "Remove the `nan_to_num` and mend the term that the NaN comes from; until then leave such steps out.",
     "nonfinite_gradients": "Find the operation with `torch.autograd.detect_anomaly()`: roots, divisions and logarithms at zero are usual.",
     "unused_head": "Let the loss read what these parameters make, look for a `detach()` on the way, or take them out of the model.",
@@ -41,8 +47,9 @@ def told(watch: "Watch") -> list[Finding]:
     return ranked([*_membership(watch), *(found for follower in watch.followers for found in _followed(watch, follower))])
 
 
-def _found(cause: str, evidence: str, step: int = 0, certain: bool = True) -> Finding:
-    return Finding(cause, evidence + ("" if certain else " That may be as it should."), step, advice=mend(cause), certain=certain)
+def _found(cause: str, evidence: str, step: int = 0, doubt: str = "") -> Finding:
+    """`doubt`: what else it may be; with it the finding is not certain."""
+    return Finding(cause, f"{evidence} {doubt}".strip(), step, advice=mend(cause), certain=not doubt)
 
 
 def _membership(watch: "Watch") -> list[Finding]:
@@ -64,7 +71,8 @@ def _frozen(watch: "Watch", own: dict[int, str], held: Counter[int]) -> Iterator
     if keys:
         most = 2 * sum(numbers[key] for key in keys) > sum(numbers.values())
         meant = watch.still.issuperset(keys) and (most or held.keys().isdisjoint(keys))
-        yield _found("frozen_parameters", f"{len(keys)}: {', '.join(own[key] for key in keys[:3])}.", watch.steps, not meant)
+        yield _found("frozen_parameters", f"{len(keys)}: {', '.join(own[key] for key in keys[:3])}.", watch.steps,
+                     MEANT if meant else "")
 
 
 def _followed(watch: "Watch", follower: "Follower") -> list[Finding]:
@@ -73,7 +81,8 @@ def _followed(watch: "Watch", follower: "Follower") -> list[Finding]:
         return list(_never_stepped(follower))
     records = [record.on_host() for record in follower.records]
     return [*(found for record in records for found in _judge(record, next(r for r in records if r.names == record.names))),
-            *_unheard(watch, records), *_skipped(records), *_still(watch, follower, records), *_clipped(records)]
+            *_unheard(watch, records), *_skipped(records), *_still(watch, follower, records), *_clipped(records), *_uncleared(records),
+            *_twice(records), *_zeroed(watch, records), *_slow(records), *_decayed(follower, records), *_broken(follower)]
 
 
 def _never_stepped(follower: "Follower") -> Iterator[Finding]:
@@ -108,7 +117,7 @@ def _still(watch: "Watch", follower: "Follower", records: list["Seen"]) -> Itera
     zero = [n for n, seen in enumerate(rates) if len(seen) > 1 and not any(rate > 0 for rate in seen)]
     if names := [f"group {n}" for n in zero if not all(name.startswith(watch.frozen) for name in groups[n])]:
         yield _found("zero_learning_rate", f"{len(names)}: {', '.join(names[:3])}, in all {len(records)} steps that were looked at.",
-                     records[-1].step + 1, len(zero) == len(groups))
+                     records[-1].step + 1, "" if len(zero) == len(groups) else MEANT)
 
 
 def _clipped(records: list["Seen"]) -> Iterator[Finding]:
@@ -125,11 +134,75 @@ def _clipped(records: list["Seen"]) -> Iterator[Finding]:
     evidence = f"norm {arrived:.3g} arrives and {passed:.3g} reaches the optimizer."
     slow = all(given < 1e-5 * float(each.before.norm()) and each.moved is not None and float(each.moved) < 1e-5 * max(each.rates)
                for each, _, given in small)
-    norms = [given for _, _, given in small]
+    passed_on = [given for _, _, given in small]
     if slow:
         yield _found("clip_too_small", evidence, record.step + 1)
-    elif len(small) > 3 and max(norms) < 1e-3 and max(norms) < (1 + 1e-4) * min(norms):
-        yield _found("clip_too_small", f"{evidence} It is the same norm in {len(small)} steps.", record.step + 1, certain=False)
+    elif len(small) > 3 and max(passed_on) < min(1e-3, (1 + 1e-4) * min(passed_on)):
+        yield _found("clip_too_small", f"{evidence} It is the same norm in {len(small)} steps.", record.step + 1,
+                     "Adam hardly minds.")
+
+
+def _uncleared(records: list["Seen"]) -> Iterator[Finding]:
+    """What is left of a gradient after a step is still there at the next backward, and added to, in all of the first steps."""
+    seen = [bool(record.uncleared) for record in records if record.uncleared is not None]
+    if len(seen) > 1 and all(seen):
+        yield _found("gradients_never_cleared", f"in all {len(seen)} steps that were looked at, what came was added to the gradients of "
+                     f"the step before.", records[-1].step + 1)
+
+
+def _twice(records: list["Seen"]) -> Iterator[Finding]:
+    """Steps with the very gradients of the step before, and no backward between."""
+    again = [now for last, now in zip(records, records[1:]) if now.step == last.step + 1 and now.names == last.names and not now.closure
+             and now.heard and len(now.missing) == len(now.heard) and last.left is not None and torch.equal(now.given, last.left)
+             and float(now.given.norm()) > 0]
+    if len(again) > 1 and any(len(record.missing) < len(record.heard) for record in records):
+        yield _found("step_called_twice", f"{len(again)} of the {len(records)} steps that were looked at had the gradients of the step "
+                     f"before: no backward came between.", again[0].step + 1)
+
+
+def _zeroed(watch: "Watch", records: list["Seen"]) -> Iterator[Finding]:
+    """Some tensors' gradients arrive and are zero at the step, in all steps seen; those that are None there may be meant to stand still."""
+    counts, zero, gone = Counter[str](), Counter[str](), Counter[str]()
+    for record in (each for each in records if not each.closure and float(each.given.norm()) > 0):
+        for name, came, given in zip(record.names, record.came, record.given):
+            if bool(came.isfinite()) and came > 0:
+                counts[name] += 1
+                zero[name] += bool(given == 0)
+                gone[name] += name in record.gone
+    names = [name for name, count in counts.items() if count > 1 and zero[name] == count and not name.startswith(watch.frozen)]
+    if names:
+        yield _found("zeroed_gradients", f"{len(names)} of {len(counts)} tensors' gradients arrive and are zero at every step: "
+                     f"{', '.join(names[:3])}.", records[-1].step + 1, MEANT if all(gone[name] for name in names) else "")
+
+
+def _slow(records: list["Seen"]) -> Iterator[Finding]:
+    """Updates that float32 does not see, at a rate that explains them and does not rise."""
+    seen = [(max(record.rates), float(record.moved)) for record in records
+            if record.moved is not None and not bool(record.moved.isnan()) and max(record.rates) > 0]
+    if len(seen) > 1 and seen[0][0] >= seen[-1][0] and all(rate < 1e-6 and moved < 1e-8 for rate, moved in seen):
+        yield _found("learning_rate_too_small", f"a step at a rate of {seen[-1][0]:.3g} moves the weights by no more than "
+                     f"{max(moved for _, moved in seen):.2g} of their size.", records[-1].step + 1)
+
+
+def _decayed(follower: "Follower", records: list["Seen"]) -> Iterator[Finding]:
+    """Optimizers that take rate times decay of the weights off in each step: AdamW and its kin, and SGD."""
+    kinds = {kind.__name__ for kind in type(follower.optimizer).__mro__}
+    groups = [group for group in follower.optimizer.param_groups
+              if group.get("decoupled_weight_decay") or kinds & {"SGD", "AdamW", "FusedAdamW"}]
+    decay = max((float(group.get("weight_decay") or 0.0) for group in groups), default=0.0)
+    share = min(max(record.rates) for record in records) * decay if len(groups) == len(follower.optimizer.param_groups) else 0.0
+    if share >= 0.1:
+        yield _found("weight_decay_too_large", f"a decay of {decay:.3g} takes {share:.0%} off the weights in each step.",
+                     records[-1].step + 1)
+
+
+def _broken(follower: "Follower") -> Iterator[Finding]:
+    """Weights as they are now: what happens between two looks stays in them."""
+    own = follower.own()
+    names = [name for name, norm in zip(own, norms([part(tensor) for tensor in own.values()]).tolist()) if not math.isfinite(norm)]
+    if names:
+        yield _found("nonfinite_gradients", f"the weights of {len(names)} of {len(own)} tensors are not finite now: "
+                     f"{', '.join(names[:3])}.", follower.steps)
 
 
 def _judge(seen: "Seen", first: "Seen") -> list[Finding]:
@@ -138,16 +211,16 @@ def _judge(seen: "Seen", first: "Seen") -> list[Finding]:
     found = []
     if not _finite(seen.came) and _finite(seen.given):
         found.append(("sanitised_gradients", f"{int((~seen.came.isfinite()).sum())} tensors' gradients arrive non-finite and reach the "
-                      f"optimizer finite.", True))
+                      f"optimizer finite.", ""))
     elif not _finite(seen.given) and not seen.scaled:
-        found.append(("nonfinite_gradients", f"{int((~seen.given.isfinite()).sum())} of {len(seen.given)} tensors.", True))
+        found.append(("nonfinite_gradients", f"{int((~seen.given.isfinite()).sum())} of {len(seen.given)} tensors.", ""))
     elif arrived > 0 and passed == 0:
-        found.append(("gradients_cleared_before_step", f"norm {arrived:.3g} arrives and the optimizer finds zero.", True))
+        found.append(("gradients_cleared_before_step", f"norm {arrived:.3g} arrives and the optimizer finds zero.", ""))
     if seen.reset is not None and bool(seen.reset):
-        found.append(("weights_reset", "the weights are again, bit for bit, those of an earlier step; others came in between.", True))
+        found.append(("weights_reset", "the weights are again, bit for bit, those of an earlier step; others came in between.", ""))
     if (grown := _growth(seen, first)) > 10.0:
-        found.append(("learning_rate_too_large", f"the weights' norm has grown by a factor of {grown:.3g}.", False))
-    return [_found(cause, evidence, seen.step + 1, certain) for cause, evidence, certain in found]
+        found.append(("learning_rate_too_large", f"the weights' norm has grown by a factor of {grown:.3g}.", "Large targets may ask for it."))
+    return [_found(cause, evidence, seen.step + 1, doubt) for cause, evidence, doubt in found]
 
 
 def _growth(seen: "Seen", first: "Seen") -> float:

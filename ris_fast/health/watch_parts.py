@@ -1,0 +1,111 @@
+"""What `watch` keeps of tensors from one step to the next: a few of their numbers, and whether a gradient stays where it is.
+
+Legend: S numbers, a few of every tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ris_fast.training.telemetry import norms
+
+FEW = 256                  # numbers of a tensor, about, that are compared one by one
+
+
+@dataclass
+class Few:
+    """A few numbers of every tensor, one after the other (S,), around the steps that are looked at."""
+
+    names: list[str]
+    first: Tensor
+    step: int
+    before: Tensor
+    gradient: Tensor
+    after: Tensor | None = None
+    reset: Tensor | None = None
+
+    @staticmethod
+    def follow(last: "Few | None", step: int, own: dict[str, Tensor]) -> "Few":
+        """Before a step, with what was kept of the last one."""
+        now = few(list(own.values()))
+        slopes = [_zeros(p) if p.grad is None or p.grad.layout != p.layout else p.grad for p in own.values()]
+        here = Few(list(own), now, step, now, few(slopes))
+        if last is not None and last.after is not None and last.names == here.names and last.after.shape == now.shape:
+            here.first = last.first
+            back = (now == here.first).all()
+            if last.step == step - 1:              # further apart, weights that swing to and fro may meet
+                back = back | (now == last.before).all()
+            here.reset = back & (now != last.after).any()
+        return here
+
+    def finish(self, own: dict[str, Tensor]) -> Tensor | None:
+        """After the step: (), how far it went. None where it cannot be said: formats of 16 bits, whose weights may be copies."""
+        self.after = few(list(own.values()))
+        if not self.after.shape == self.before.shape == self.gradient.shape or any(p.element_size() < 4 for p in own.values()):
+            return None
+        here = self.gradient != 0
+        return ((self.after - self.before) * here).norm() / (self.before * here).norm()
+
+
+def few(tensors: list[Tensor]) -> Tensor:
+    """(S,) on one device."""
+    flat = [torch.view_as_real(each) if each.is_complex() else each for each in map(part, tensors)]
+    some = [each.reshape(-1)[::max(1, each.numel() // FEW) | 1] for each in flat]
+    device = next((each.device for each in some if each.device.type != "cpu"), torch.device("cpu"))
+    return torch.cat([each.to(device, non_blocking=True) for each in some]) if some else torch.zeros(0)
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    """As many as the tensor has numbers, in the memory of one."""
+    here = part(tensor.detach())
+    return here.new_zeros(()).expand(here.shape)
+
+
+def usual(tensor: Tensor) -> float:
+    """Norm of a layer (out, in, ...) whose outputs are as large as its inputs; of a vector of norm one."""
+    return float(tensor.shape[0]) ** 0.5 if tensor.ndim > 1 else 1.0
+
+
+class LeftOver:
+    """Whether one tensor's gradient is still there at the next backward, and all that comes is added to it.
+
+    Its norm after a step must be what backward finds, and that after one backward what the next one finds.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter, self.arrivals = parameter, 0
+        self.norm = norms([parameter.grad])[0]
+        self.same = self.norm > 0
+        self.hook: Any = parameter.register_hook(self._found)
+
+    @staticmethod
+    def among(parameters: list[Tensor]) -> "LeftOver | None":
+        """Of the first that has a gradient now."""
+        plain = (p for p in parameters if p.requires_grad and p.grad is not None and p.grad is part(p.grad))
+        return next(map(LeftOver, plain), None)
+
+    @torch.no_grad()
+    def _found(self, _: Tensor) -> None:
+        """Before backward adds what came."""
+        grad = self.parameter.grad
+        self.same = self.same & (norms([grad])[0] == self.norm) if grad is not None else torch.zeros_like(self.same)
+
+    def came(self, norm: Tensor) -> None:
+        """After backward has added what came."""
+        self.norm, self.arrivals = norm, self.arrivals + 1
+
+    def close(self) -> Tensor | None:
+        """(), or None where nothing came."""
+        self.hook.remove()
+        return self.same if self.arrivals else None
+
+
+def part(tensor: Tensor) -> Tensor:
+    """The numbers of a sparse tensor as they are stored, and of a sharded one those that lie here; any other as it is."""
+    if tensor.layout != torch.strided:
+        return tensor._values() if tensor.is_sparse else tensor.values()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor      # DTensor, whose import takes half a second

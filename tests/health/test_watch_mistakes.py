@@ -1,0 +1,120 @@
+"""A plain PyTorch loop under watch: mistakes that show between two steps, and healthy loops that look alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ris_fast import FusedAdamW
+from ris_fast.health import watch
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 12, before: Callable[[], Any] = lambda: None,
+          clear: bool = True) -> None:
+    for _ in range(steps):
+        loss = (model(torch.randn(32, 8)) - 1.0).square().mean()
+        if clear:
+            optimizer.zero_grad()
+        loss.backward()
+        before()
+        optimizer.step()
+
+
+def told(make: Callable[..., Any], steps: int = 12, **habits: Any) -> list[str]:
+    model = network()
+    optimizer = make(model.parameters())
+    seen = watch(model, optimizer)
+    habits = {name: (lambda act=act: act(model, optimizer)) if callable(act) else act for name, act in habits.items()}
+    train(model, optimizer, steps, **habits)
+    return [finding.cause for finding in seen.report() if finding.certain]
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=1e-3), torch.optim.Adam, FusedAdamW])
+def test_gradients_that_are_never_cleared(make: Callable[..., Any]) -> None:
+    assert told(make, clear=False) == ["gradients_never_cleared"]
+    clipped = lambda model, _: nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    assert told(make, clear=False, before=clipped) == ["gradients_never_cleared"]
+
+
+@pytest.mark.parametrize("clear", [lambda p: setattr(p, "grad", None), lambda p: p.grad.zero_(), lambda p: p.grad.data.zero_(),
+                                   lambda p: p.grad.mul_(0.5)])
+def test_gradients_may_be_summed_over_micro_batches_and_cleared_anyhow(clear: Callable[[Tensor], Any]) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    seen = watch(model, optimizer)
+    for number in range(48):
+        (model(torch.randn(32, 8)) - 1.0).square().mean().backward()
+        if number % 4 == 3:
+            optimizer.step()
+            for parameter in model.parameters():
+                clear(parameter)
+    assert seen.report() == []
+
+
+def test_a_backward_that_is_thrown_away_is_no_left_over() -> None:
+    """Another loss reaches the weights first, on top of the last step's gradients, and all is cleared before their own."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    seen = watch(model, optimizer)
+    for _ in range(12):
+        model(torch.randn(32, 8)).sum().backward()
+        train(model, optimizer, 1)
+    assert seen.report() == []
+
+
+def test_a_step_that_is_made_twice() -> None:
+    assert told(lambda p: torch.optim.SGD(p, lr=1e-2), before=lambda _, optimizer: optimizer.step()) == ["step_called_twice"]
+
+
+def test_one_layer_whose_gradient_is_taken_away() -> None:
+    model = network()
+    for habit, certain in ((lambda: model[0].weight.grad.zero_(), True), (lambda: setattr(model[0].weight, "grad", None), False)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        seen = watch(model, optimizer)
+        train(model, optimizer, before=habit)
+        (finding,) = seen.report()
+        assert (finding.cause, finding.certain) == ("zeroed_gradients", certain) and "0.weight" in finding.evidence
+        seen.frozen = ("0.",)
+        assert seen.report() == []
+
+
+def test_rates_and_decays_that_cannot_be_meant() -> None:
+    assert told(lambda p: torch.optim.Adam(p, lr=1e-12)) == told(lambda p: torch.optim.SGD(p, lr=1e-12)) == ["learning_rate_too_small"]
+    assert told(lambda p: torch.optim.AdamW(p, weight_decay=500.0)) == ["weight_decay_too_large"]
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    seen, plan = watch(model, optimizer), torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 + step)
+    for _ in range(6):
+        train(model, optimizer, 1)
+        plan.step()
+    assert seen.report() == []                       # a long warm-up
+
+
+def test_weights_that_break_between_two_looks_are_seen_at_the_report() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    seen = watch(model, optimizer)
+    train(model, optimizer, 20)
+    train(model, optimizer, 1, before=lambda: model[0].weight.grad.mul_(float("nan")))
+    (found,) = seen.report()
+    assert found.cause == "nonfinite_gradients" and "0.weight" in found.evidence and found.step == 21
+
+
+def test_a_graph_that_is_compiled_while_a_hook_waits_is_whole() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    seen = watch(model, optimizer)
+    train(model, optimizer, 2)
+    assert seen.followers[0].left is not None
+    torch._dynamo.utils.counters.clear()
+    train(torch.compile(model, fullgraph=True, backend="aot_eager"), optimizer, 12)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 and seen.report() == []
