@@ -152,7 +152,7 @@ def why(run: Path | None = None, /, *, explain: str | None = None, json: bool = 
 
 
 @app.command
-def evaluate(run: Path, /, *, scenes: Whole = None, device: str = "auto", json: bool = False) -> int:
+def evaluate(run: Path, /, *, scenes: Whole = None, data: Path | None = None, device: str = "auto", json: bool = False) -> int:
     """NMSE of a trained run on the test scenes, by SNR and number of sources, beside the floors and the Bayes line.
 
     Parameters
@@ -161,6 +161,8 @@ def evaluate(run: Path, /, *, scenes: Whole = None, device: str = "auto", json: 
         Run folder, or its checkpoints folder.
     scenes
         Test scenes to use; all of the run's by default.
+    data
+        Folder of another data set of the same task; the run's own by default.
     device
         auto, cpu, cuda or cuda:N.
     json
@@ -171,9 +173,10 @@ def evaluate(run: Path, /, *, scenes: Whole = None, device: str = "auto", json: 
     from ris_fast.report.evaluation import evaluation_text, save_evaluation
     from ris_fast.report.eventlog import dumps
 
-    result = measure(run, scenes, device, counter("scenes read"))
-    picture = save_evaluation(result)
-    print(dumps(result, indent=2) if json else f"{evaluation_text(result)}\n\nfigure: {picture}")
+    result = measure(run, scenes, device, _text(data), counter("scenes read"))
+    print(dumps(result, indent=2) if json else evaluation_text(result))
+    picture = save_evaluation(result)       # after printing: a folder that cannot be written costs no figure
+    print("" if json else f"\nfigure: {picture}", end="" if json else "\n")
     return 0
 
 

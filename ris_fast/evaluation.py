@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -43,17 +43,20 @@ class Run:
     epoch: int
 
 
-def evaluate(run: str | Path, scenes: int | None = None, device: str = "auto",
+def evaluate(run: str | Path, scenes: int | None = None, device: str = "auto", data: str | None = None,
              progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """NMSE of a run's best weights on its test scenes, in float32 and evaluation mode.
 
     Args: run: run folder, its checkpoints folder, or a file in it. scenes: how many test scenes; all by default.
+        data: folder of another data set of the same task, or of the run's own where it was moved.
         progress: called with (scenes read, scenes in all) while data files are read.
     Returns: plain numbers and texts: `nmse` (mean, median), `floors`, `bayes` (None for another task than RIS-12x12),
         and the same for each group of `by_snr` and `by_count`; see `group_figures`.
     Raises: ConfigError where there is no run or too few scenes, CheckpointError, DataError.
     """
     opened = open_run(run)
+    if data is not None:
+        opened = replace(opened, config=replace(opened.config, data=replace(opened.config.data, source="auto", path=data)))
     place = choose_device(device)
     source = open_source(opened.config, place, progress)
     size = _test_size(source, scenes)

@@ -49,10 +49,11 @@ def one_step_fits(config: Config) -> bool:
 
 def with_best_batch_size(config: Config) -> Config:
     """The settings with the batch size that suits this device and network, told on standard output."""
-    from ris_fast.training.batch import choose_batch_size
+    from ris_fast.training.batch import UPDATES, choose_batch_size
 
     size, trials = choose_batch_size(config)
     rates = ", ".join(f"{trial.batch_size}: {trial.scenes_per_s:,.0f}" if trial.scenes_per_s else f"{trial.batch_size}: does not fit" for trial in trials)
-    print(f"batch size {size}, the largest that is as fast as any and leaves updates enough (scenes/s: {rates})")
+    print(f"batch size {size}: of those that leave the run {UPDATES:,} updates, or the smallest, the largest that is as fast as any "
+          f"(scenes/s: {rates})")
     return replace(config, training=replace(config.training, batch_size=size),
                    provenance={**config.provenance, "training.batch_size": "--batch-size auto"})

@@ -97,7 +97,8 @@ def resumed_config(run: Path, refused: Mapping[str, Any], overrides: Iterable[st
         raise ConfigError(f"--resume continues {run} with its own settings and folder. Leave {', '.join(extra)} away.")
     file = run_and_checkpoint(run)[0] / CONFIG
     if not file.is_file():
-        raise ConfigError(f"--resume {run}: not a run folder, it has no {CONFIG}. Give the folder that train printed.")
+        raise ConfigError(f"--resume {run}: there is no {CONFIG}: not a run folder, or a run that ended before it had saved anything. "
+                          f"Give the folder that train printed, or start anew.")
     config = load_config(file, None, overrides, flags)
     recorded = recorded_provenance(file.read_text())
     return replace(config, provenance={key: recorded.get(key, origin) if origin == str(file) else origin

@@ -32,7 +32,10 @@ def _float(text: str) -> float:
 
 def whole_number_or_auto(kind: type, tokens: Sequence[Token]) -> int | str:
     """`auto`, or a whole number."""
-    return "auto" if tokens[0].value == "auto" else whole_number(kind, tokens)
+    try:
+        return "auto" if tokens[0].value == "auto" else whole_number(kind, tokens)
+    except ValueError as error:
+        raise ValueError(f"{error}, nor auto") from None
 
 
 def usage_message(error: CycloptsError) -> str:

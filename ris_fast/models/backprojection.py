@@ -46,7 +46,7 @@ class Backprojection(nn.Module):
             raise ConfigError(f"backprojection: width {width}, depth {depth} and atoms {atoms} must be positive.")
         if task.symbols != "static":
             raise ConfigError(f"backprojection: task.symbols is '{task.symbols}', but its pursuit fits one symbol a source "
-                              "and scene. Set task.symbols = \"static\", or model.name = \"hybrid\".")
+                              "and scene. Set task.symbols = \"static\", or train the other network: --preset seed.")
         self.task, self.columns = task, 2 * task.max_sources
         self.extract = PursuitFeatures(task, atoms or task.max_sources)
         self.rank = self.extract.rank

@@ -26,7 +26,7 @@ from ris_fast.training.schedule import Plan, steps_in_epoch
 from ris_fast.training.state import Meter, RunState, RunStopped
 from ris_fast.training.step import Step, StepResult, build_optimizer, network_inputs
 from ris_fast.training.summary import info, summary
-from ris_fast.training.telemetry import Milestones
+from ris_fast.training.telemetry import Milestones, weight_norms
 from ris_fast.training.validation import Score, scene_nmse, validate
 
 VALIDATION_CHUNK = 1000
@@ -67,7 +67,9 @@ class Trainer(Reporting):
         self.epoch_steps = steps_in_epoch(self.source.size("train"), config.training.batch_size,
                                           config.training.accumulate)
         self.plan = Plan(config.training.epochs * self.epoch_steps, config.training.max_seconds)
+        self.first_norms: Tensor | None = None
         if resume:
+            self.first_norms = weight_norms(self.model)      # the seed's, as when the run began
             restore(self, resume if isinstance(resume, str) else "last")
             self._read_counters()
 
@@ -84,9 +86,9 @@ class Trainer(Reporting):
         self._compile()
         self._capture()
         self.observer.start(info(self))
-        finding, verdict = None, None
+        finding, verdict, ended_by = None, None, {}
         self.started = time.monotonic() - self.state.seconds
-        self.milestones, self.between_epochs = Milestones(self.model), {}
+        self.milestones, self.between_epochs = Milestones(self.model, self.first_norms), {}
         try:
             if self.state.step == 0:
                 self.state.initial_nmse = self._score().nmse
@@ -96,12 +98,12 @@ class Trainer(Reporting):
             finding, verdict = stop.finding, "stopped"
             raise
         except BaseException as error:
-            verdict = "stopped"
+            verdict, ended_by = "stopped", {"ended_by": f"{type(error).__name__}: {error}"}
             if isinstance(error, KeyboardInterrupt):
                 save(self, "last")
             raise
         finally:
-            outcome = summary(self, verdict, [finding] if finding else [])
+            outcome = summary(self, verdict, [finding] if finding else []) | ended_by
             self.observer.finish(outcome)
         return outcome
 

@@ -148,7 +148,8 @@ class Reporting:
         return {group["name"]: group["peak_lr"] * factor for group in self.optimizer.param_groups}
 
     def _epochs_planned(self) -> int:
-        return max(self.state.epoch + 1, min(self.config.training.epochs, math.ceil(self.plan.planned / self.epoch_steps)))
+        left = self.plan.planned - (self.state.step - self.state.epoch_step)
+        return max(self.state.epoch + 1, min(self.config.training.epochs, self.state.epoch + math.ceil(left / self.epoch_steps)))
 
     def _time_over(self) -> bool:
         limit = self.config.training.max_seconds

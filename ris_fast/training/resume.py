@@ -98,9 +98,9 @@ def finished(trainer: Trainer) -> str:
     """Why a resumed run has nothing left to do, and what would give it more; empty where it has."""
     training, state = trainer.config.training, trainer.state
     if state.epoch >= training.epochs:
-        return f"{state.epoch} of {training.epochs} epochs are done; give a larger --epochs to train on"
+        return f"{state.epoch} epochs are done and {training.epochs} are asked for; give a larger --epochs to train on"
     if 0 < training.max_seconds <= state.seconds:
-        return f"{state.seconds:.0f} of {training.max_seconds:.0f} seconds are used; give a larger --max-seconds to train on"
+        return f"{state.seconds:.0f} seconds are used and {training.max_seconds:g} were given; give a larger --max-seconds to train on"
     if 0 < training.patience <= state.epochs_since_best:
         return f"{state.epochs_since_best} epochs brought nothing better; set a larger training.patience to train on"
     return ""

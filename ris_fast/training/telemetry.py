@@ -211,11 +211,14 @@ class Telemetry:
 
 
 class Milestones:
-    """Weight norms at the seams of an epoch, where nothing may move a weight: around validation, and between epochs."""
+    """Weight norms at the seams of an epoch, where nothing may move a weight: around validation, and between epochs.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args: first: the norms that the run began with, (T,); those of now by default.
+    """
+
+    def __init__(self, model: nn.Module, first: Tensor | None = None) -> None:
         self.model = model
-        self.first, self.last = weight_norms(model), None
+        self.first, self.last = weight_norms(model) if first is None else first, None
 
     def pass_by(self) -> dict[str, Any]:
         """Tensors that changed since the last call, and whether all are as they were at the very beginning."""

@@ -16,6 +16,7 @@ import pytest
 from ris_fast.cli import main
 from ris_fast.data.source import SimulatedSource
 from ris_fast.evaluation import evaluate, scene_figures
+from ris_fast.files import StorageError
 from ris_fast.models.backprojection import Backprojection
 from ris_fast.report.eventlog import read_events
 from ris_fast.run_folder import alone_in
@@ -88,6 +89,20 @@ def test_a_simulated_data_set_can_be_trained_on_and_evaluated(tmp_path, capsys) 
     assert main(["train", *SMALL, "--epochs", "1", "--data", str(data), "--out", str(folder)]) == 0
     assert json.loads((folder / "summary.json").read_text())["scenes_seen"] == 48
     assert evaluate(folder, device="cpu")["scenes"] == 2
+    data.rename(tmp_path / "moved")
+    assert main(["evaluate", str(folder), "--device", "cpu"]) == 3
+    assert "--data DIR" in capsys.readouterr().err
+    assert main(["evaluate", str(folder), "--device", "cpu", "--data", str(tmp_path / "moved")]) == 0
+
+
+def test_an_evaluation_that_cannot_be_written_is_printed_all_the_same(trained: Path, tmp_path, monkeypatch, capsys) -> None:
+    def refuse(*_: object) -> None:
+        raise StorageError(trained / "evaluation.json", OSError(30, "read-only"))
+
+    monkeypatch.setattr("ris_fast.report.evaluation.write_json", refuse)
+    assert main(["evaluate", str(trained), "--device", "cpu"]) == 3
+    said = capsys.readouterr()
+    assert "mean NMSE" in said.out and "Read-only" in said.err
 
 
 def test_simulate_does_not_write_over_anything(tmp_path, capsys) -> None:
@@ -161,7 +176,7 @@ def test_a_run_that_is_interrupted_within_an_epoch_and_resumed_is_found_healthy(
 def test_resuming_a_finished_run_says_so_and_touches_nothing(trained: Path, capsys) -> None:
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     assert main(["train", "--resume", str(trained)]) == 0
-    assert "nothing to do: 2 of 2 epochs are done; give a larger --epochs" in capsys.readouterr().out
+    assert "nothing to do: 2 epochs are done and 2 are asked for; give a larger --epochs" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from ris_fast.config import Config, ConfigError
+from ris_fast.files import StorageError
+from ris_fast.training import loop
 from ris_fast.training.checkpoint import CheckpointError
 from ris_fast.training.loop import Trainer
 from ris_fast.training.resume import finished
-from tests.training.test_loop import small
+from tests.training.test_loop import Recorder, small
 
 
 def trained(folder: Path, *overrides: str, **sizes: int) -> dict[str, Any]:
@@ -74,6 +76,27 @@ def test_at_the_end_of_an_epoch_the_batch_may_grow_and_the_schedule_is_as_long_a
     assert larger.fit()["optimizer_steps"] == 12
 
 
+def test_how_far_the_weights_have_come_is_measured_from_where_the_run_began(tmp_path: Path) -> None:
+    whole = Trainer(small(epochs=3), observer=(told := Recorder()))
+    whole.fit()
+    stopped_within_an_epoch(tmp_path, small(epochs=3))
+    Trainer(small(epochs=3), tmp_path, observer=(again := Recorder()), resume=True).fit()
+    assert again.epochs[-1]["health"]["scores"] == told.epochs[-1]["health"]["scores"]
+    assert again.epochs[-1]["health"]["distance"] == told.epochs[-1]["health"]["distance"] > 0
+    assert again.epochs[-1]["epochs"] == 3
+
+
+def test_the_summary_of_a_run_that_an_error_ended_says_which(tmp_path: Path, monkeypatch) -> None:
+    def full(*_: Any) -> None:
+        raise StorageError(tmp_path / "best.safetensors", OSError(28, "full"))
+
+    monkeypatch.setattr(loop, "save", full)
+    trainer = Trainer(small(), tmp_path, observer=(told := Recorder()))
+    with pytest.raises(StorageError):
+        trainer.fit()
+    assert told.summary["verdict"] == "stopped" and "No space left" in told.summary["ended_by"]
+
+
 def test_where_the_last_checkpoint_is_damaged_the_best_one_is_offered_and_works(tmp_path: Path) -> None:
     trained(tmp_path)
     last = tmp_path / "checkpoints" / "last.safetensors"
@@ -86,7 +109,7 @@ def test_where_the_last_checkpoint_is_damaged_the_best_one_is_offered_and_works(
 def test_a_run_that_has_come_to_its_end_says_what_would_give_it_more(tmp_path: Path) -> None:
     trained(tmp_path, epochs=2)
     resumed = Trainer(small(epochs=2), tmp_path, resume=True)
-    assert finished(resumed).startswith("2 of 2 epochs are done; give a larger --epochs")
+    assert finished(resumed).startswith("2 epochs are done and 2 are asked for; give a larger --epochs")
     training = replace(resumed.config.training, epochs=3)
     resumed.config = replace(resumed.config, training=training)
     assert finished(resumed) == ""
