@@ -8,7 +8,7 @@ from typing import Any, Sequence
 from ris_fast.config import Config, ConfigError
 from ris_fast.report.eventlog import dumps, read_events
 from ris_fast.report.tables import text_table
-from ris_fast.report.verdict import stalled_because
+from ris_fast.report.verdict import lost_again, stalled_because
 
 STOPPED_BY_HEALTH = 4
 
@@ -69,7 +69,7 @@ def say_why(run: Path | None, *, json: bool = False) -> int:
     except ValueError as error:
         raise ConfigError(f"why: {error}") from error
     answer = why(run, rows, summary)
-    reason = f"stalled: best validation NMSE {stalled_because(summary)}" if answer.verdict == "stalled" else ""
+    reason = f"stalled: best validation NMSE {stalled_because(summary)}" if answer.verdict == "stalled" else " ".join(lost_again(summary))
     print(dumps(answer.to_json() | ({"reason": reason} if reason else {}), indent=2) if json else "\n".join(filter(None, (answer.text, reason))))
     return 0
 

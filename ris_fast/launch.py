@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable
 
 from ris_fast.config import Config, Task
 from ris_fast.memory import OutOfMemory, advice
@@ -32,12 +32,12 @@ def run_training(config: Config, out: Path | None, *, resume: Path | None = None
 
     ours = resume is None and (out is None or not out.exists())
     folder, checkpoint = (new_folder(config, out), None) if resume is None else run_and_checkpoint(resume)
-    console = ConsoleReport(standard_task=config.task == Task())
+    console = ConsoleReport(standard_task=config.task == Task(), run=folder)
     for ending in (signal.SIGTERM, signal.SIGHUP):  # a cluster's time limit and a closed terminal save as Ctrl-C does
         signal.signal(ending, signal.default_int_handler)
     try:
         with alone_in(folder):
-            summary = _fit(config, folder, _observers(config, folder, console), checkpoint, profile)
+            summary = _fit(config, folder, _observers(config, folder, console), checkpoint, profile, console.found)
     except KeyboardInterrupt:
         console.close()
         print(f"\nris-fast: interrupted. {how_to_resume(folder)}", file=sys.stderr)
@@ -52,8 +52,9 @@ def run_training(config: Config, out: Path | None, *, resume: Path | None = None
     return STOPPED_BY_HEALTH if summary["verdict"] == "stopped" or summary["stall"] else 0
 
 
-def _fit(config: Config, folder: Path, observer: Observer, checkpoint: str | None, profile: bool) -> dict[str, Any] | None:
-    """The summary of the run; None for one that had nothing left to do. `checkpoint` None: a new run."""
+def _fit(config: Config, folder: Path, observer: Observer, checkpoint: str | None, profile: bool,
+         tell: Callable[[Any], None]) -> dict[str, Any] | None:
+    """The summary of the run; None for one that had nothing left to do. `checkpoint` None: a new run; `tell`: shows a finding."""
     from ris_fast.benchmarks.share import WithShare
     from ris_fast.environment import fallback_note
     from ris_fast.report.console import counter
@@ -66,7 +67,7 @@ def _fit(config: Config, folder: Path, observer: Observer, checkpoint: str | Non
             return None
         if (note := fallback_note()) and trainer.device.type == "cpu":
             print(f"note: {note}")
-        watchdog = guarded(trainer, folder, preflight=config.health.preflight and not checkpoint)
+        watchdog = guarded(trainer, folder, preflight=config.health.preflight and not checkpoint, tell=tell)
         trainer.observer = WithShare(trainer.observer, trainer)
         if profile:
             from ris_fast.training.profile import profiled
@@ -110,8 +111,8 @@ def replaying(trainer: Any) -> dict[str, Any]:
         raise
 
 
-def guarded(trainer: Any, folder: Path, *, preflight: bool) -> Watchdog:
-    """Puts the trainer under the watch of learning health; a run that preflight stops leaves its findings in the folder."""
+def guarded(trainer: Any, folder: Path, *, preflight: bool, tell: Callable[[Any], None]) -> Watchdog:
+    """Puts the trainer under the watch of learning health, which shows what it finds at once; a run that preflight stops leaves its findings in the folder."""
     from ris_fast.health.tensors import TensorLog
     from ris_fast.health.watched import enriched, watched
     from ris_fast.training.state import RunStopped
@@ -120,7 +121,7 @@ def guarded(trainer: Any, folder: Path, *, preflight: bool) -> Watchdog:
     tensors = TensorLog(trainer, folder, table=settings.log_tensors, picture=trainer.config.report.plots)
     trainer.observer = Observers(*([trainer.observer] if trainer.observer else []), tensors)
     try:
-        watched(trainer, stop=settings.stop, preflight=preflight)
+        watched(trainer, stop=settings.stop, preflight=preflight, tell=tell)
     except RunStopped as stop:
         RunFolder(folder, trainer.config).start({})
         write_json(folder / SUMMARY, enriched(trainer.observer.watchdog, {"verdict": "stopped", "optimizer_steps": 0,
@@ -128,7 +129,9 @@ def guarded(trainer: Any, folder: Path, *, preflight: bool) -> Watchdog:
         raise
     watchdog = trainer.observer.watchdog
     if preflight:
-        print(preflight_line(watchdog, time.monotonic() - began))
+        print(preflight_line(watchdog, time.monotonic() - began), flush=True)
+        for finding in watchdog.findings:
+            tell(finding)
     return watchdog
 
 

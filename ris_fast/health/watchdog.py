@@ -20,10 +20,12 @@ class Watchdog:
     Args:
         muted: causes that are not told; those of `health.mute` are added.
         stop: end the run (RunStopped, exit code 4) at a certain finding that is structural or breaks a contract.
+        tell: called with each finding when a row first shows it; not with one that ends the run, which its error tells.
     """
 
-    def __init__(self, trainer: Trainer, muted: Iterable[str] = (), *, stop: bool = False) -> None:
-        self.trainer, self.stop = trainer, stop
+    def __init__(self, trainer: Trainer, muted: Iterable[str] = (), *, stop: bool = False,
+                 tell: Callable[[Finding], None] | None = None) -> None:
+        self.trainer, self.stop, self.tell = trainer, stop, tell
         self.muted = frozenset(muted) | frozenset(trainer.config.health.mute.replace(",", " ").split())
         self.checks: list[Result] = []
         self.run = Run()
@@ -69,7 +71,11 @@ class Watchdog:
     def _judge(self, event: str, *, stop: bool = True) -> None:
         new = [finding for rule in rules_of(event) for finding in rule(self.run)]
         known = {finding.cause for finding in self._found}
-        self._found += [finding for finding in new if finding.cause not in known]
+        first_seen = [finding for finding in new if finding.cause not in known]
+        self._found += first_seen
         first = next(iter(ranked(new, self.muted)), None)
         if stop and self.stop and first is not None and first.certain and first.severity in STOPPING:
             raise RunStopped(str(first), first.cause)
+        if event != "finish" and self.tell is not None:
+            for finding in ranked(first_seen, self.muted):
+                self.tell(finding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Mapping
 
+from ris_fast.health.finding import Finding
 from ris_fast.health.preflight import Result
 from ris_fast.health.watchdog import STOPPING, Watchdog
 from ris_fast.training.loop import Observer, Trainer
@@ -42,12 +43,13 @@ def enriched(watchdog: Watchdog, summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def watched(trainer: Trainer, *, stop: bool = True, preflight: bool = True,
-            progress: Callable[[Result], None] | None = None) -> Trainer:
+            progress: Callable[[Result], None] | None = None, tell: Callable[[Finding], None] | None = None) -> Trainer:
     """The same trainer under watch: `watched(Trainer(config)).fit()`; findings at `trainer.observer.watchdog.findings`.
 
+    `tell` is called with each finding that the run shows, when it is first made.
     Raises: RunStopped (exit code 4) where preflight is certain of a structural mistake, unless `stop` is False.
     """
-    watchdog = Watchdog(trainer, stop=stop)
+    watchdog = Watchdog(trainer, stop=stop, tell=tell)
     trainer.observer = Watched(watchdog, trainer.observer)
     if preflight:
         found = watchdog.preflight(progress)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Callable, Mapping, TextIO
 
 from rich.console import Console
@@ -14,7 +16,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from ris_fast.report.floors import floor_lines, judge, milestone_line
-from ris_fast.report.verdict import stalled_because
+from ris_fast.report.verdict import lost_again, stalled_because
 
 
 class ConsoleReport:
@@ -23,14 +25,15 @@ class ConsoleReport:
     Args:
         stream: where to print; standard output by default.
         standard_task: whether the milestones, which hold for RIS-12x12 only, are shown.
+        run: folder of the run, for the command that says more of it.
     """
 
-    def __init__(self, stream: TextIO | None = None, *, standard_task: bool = True) -> None:
+    def __init__(self, stream: TextIO | None = None, *, standard_task: bool = True, run: Path | None = None) -> None:
         stream = stream or sys.stdout
         live = stream.isatty() and os.environ.get("TERM") != "dumb"
         self.console = Console(file=stream, force_terminal=live, highlight=False, markup=False, soft_wrap=True,
                                no_color=True if not live else None)
-        self.standard_task = standard_task
+        self.standard_task, self.run = standard_task, run
         self.floors: Mapping[str, float] = {}
         self.info: Mapping[str, Any] = {}
         self.best = math.inf
@@ -62,9 +65,15 @@ class ConsoleReport:
         self._print(epoch_line(row), "bold green" if better and score < self.floors.get("mean", 1.0) else None)
         self._move_bar(row)
 
+    def found(self, finding: Any) -> None:
+        """A finding of the watch, at once and in three lines, above the bar where there is one."""
+        when = "before the first step" if finding.step == 0 else f"at step {finding.step:,}"
+        self._print(f"found {when}{'' if finding.certain else ', not certain'}: {finding.cause}: {finding.evidence}", "bold yellow")
+        self._print(f"  mend: {finding.advice}\n  more: ris-fast why --explain {finding.cause}")
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         self.close()
-        for line in outcome_lines(summary, milestones=self.standard_task):
+        for line in outcome_lines(summary, milestones=self.standard_task, run=self.run):
             self._print(line)
 
     def close(self) -> None:
@@ -136,16 +145,25 @@ def ceiling_line(info: Mapping[str, Any]) -> str | None:
                      f"network's own forward and backward products are counted, features, loss and simulation are not")
 
 
-def outcome_lines(summary: Mapping[str, Any], *, milestones: bool = True) -> list[str]:
+def outcome_lines(summary: Mapping[str, Any], *, milestones: bool = True, run: Path | None = None) -> list[str]:
     """The verdict, the best figure beside its floor, the size of the run, and what the watch found."""
     best = (stalled_because(summary) if summary["verdict"] == "stalled"
             else judge(summary.get("best_val_nmse"), summary.get("floors", {}), milestones=milestones))
-    lines = [f"{summary['verdict']}: best validation NMSE {best}",
+    lines = [f"{summary['verdict']}: best validation NMSE {best}", *lost_again(summary),
              f"{summary['optimizer_steps']:,} steps, {summary['scenes_seen']:,} scenes in {summary['seconds']:.0f} s, "
              f"{summary['scenes_per_s']:.0f} scenes/s"]
     if summary.get("findings"):
         lines.append("findings, most certain first: " + ", ".join(map(str, summary["findings"])))
+        lines += first_finding(summary) + ([f"  more: ris-fast why {shlex.quote(str(run))}"] if run else [])
     return lines
+
+
+def first_finding(summary: Mapping[str, Any]) -> list[str]:
+    """What was seen of the first finding and how it is mended; nothing for a run that it stopped, whose error says so."""
+    first = next((each for each in summary.get("evidence", ()) if each["cause"] == summary["findings"][0]), None)
+    if first is None or summary["verdict"] == "stopped":
+        return []
+    return [f"  seen{'' if first['certain'] else ' (not certain)'}: {first['evidence']}", f"  mend: {first['advice']}"]
 
 
 _WEIGHTS = (("raw", "val_nmse_raw"), ("ema", "val_nmse_ema"))

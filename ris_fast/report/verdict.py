@@ -27,3 +27,11 @@ def stalled_because(summary: Mapping[str, Any]) -> str:
     if isinstance(start, (int, float)) and start < lowest:
         return f"{best:.3g} is not clearly below what the network scored before its first step ({start:.3g}): train longer"
     return f"{best:.3g} is not clearly below the constant answer ({lowest:.3g}): train longer"
+
+
+def lost_again(summary: Mapping[str, Any]) -> list[str]:
+    """A line for a run that ends far above its best, which its verdict does not show; none for others."""
+    ends = [value for key in ("val_nmse_raw", "val_nmse_ema") if isinstance(value := summary.get(key), (int, float)) and value == value]
+    if "collapsed" not in (summary.get("findings") or ()) or not ends:
+        return []
+    return [f"but it was lost again: the last validation NMSE is {min(ends):.3g}; the best checkpoint has the weights from before"]

@@ -40,7 +40,7 @@ def run(outcome: Any, monkeypatch, tmp_path: Path) -> int:
     monkeypatch.setattr(Ends, "outcome", outcome)
     monkeypatch.setattr(loop, "Trainer", Ends)
     watchdog = SimpleNamespace(stop=True, stalled=outcome == "at the floor")
-    monkeypatch.setattr(launch, "guarded", lambda trainer, folder, *, preflight: watchdog)
+    monkeypatch.setattr(launch, "guarded", lambda trainer, folder, *, preflight, tell: watchdog)
     return main([*TINY, "--out", str(tmp_path / "run")])
 
 
@@ -119,3 +119,13 @@ def test_a_resumed_run_keeps_its_settings_and_remembers_where_they_came_from(tmp
     assert again.provenance["task.snapshots"] == "--set" and again.provenance["training.epochs"] == "flag"
     assert again.provenance["optimizer.head_lr"] == "preset seed" and again.provenance["task.symbols"] == "default"
     assert again.provenance["model.options.width"] == "--set" and again.provenance["training.seed"] == "--set"
+
+
+def test_what_preflight_and_the_run_find_is_shown_at_once_with_its_mend(tmp_path, capsys) -> None:
+    small = ["--set", "task.ris_horizontal=4", "--set", "task.ris_vertical=4", "--set", "task.bs_antennas=4", "--set", "data.train_scenes=128",
+             "--set", "data.val_scenes=32", "--set", "model.options.width=16", "--set", "optimizer.backbone_lr=1e-9", "--set", "optimizer.head_lr=1e-9"]
+    assert main([*TINY, *small, "--no-compile", "--epochs", "12", "--set", "training.max_seconds=0", "--out", str(tmp_path / "a run")]) in (0, 4)
+    text = capsys.readouterr().out
+    found = text.index("found before the first step: learning_rate_too_small: the whole run can move")
+    assert found < text.index("  mend: ", found) < text.index("Epoch 001") < text.index("findings, most certain first: ")
+    assert text.rindex("  mend: ") > text.index("findings, most certain first: ") and "more: ris-fast why '" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from pathlib import Path
 
 import pytest
 
@@ -136,3 +137,28 @@ def test_the_bar_follows_whichever_limit_comes_first() -> None:
     assert share_done({"step": 50, "seconds": 10.0}, {"planned_steps": 100, "max_seconds": 12.5}) == 0.8
     assert share_done({"step": 50, "seconds": 10.0}, {"planned_steps": 100, "max_seconds": 0}) == 0.5
     assert share_done({"step": 50, "seconds": 10.0}, {}) == 0.0
+
+
+def test_a_finding_is_shown_at_once_above_the_bar_and_again_at_the_end(monkeypatch) -> None:
+    from ris_fast.health.finding import Finding
+
+    monkeypatch.setenv("TERM", "xterm")
+    finding = Finding("learning_rate_too_small", "the median tensor moves by 1e-12.", 8)
+    for stream in (Terminal(), io.StringIO()):
+        report = ConsoleReport(stream, run=Path("runs/my run"))
+        report.start(INFO)
+        report.step(ROW)
+        report.found(finding)
+        shown = stream.getvalue()
+        assert "found at step 8: learning_rate_too_small: the median tensor moves by 1e-12." in shown
+        assert f"mend: {finding.advice}" in shown and "ris-fast why --explain learning_rate_too_small" in shown
+        assert not stream.isatty() or shown.rindex("epoch 1/30") > shown.index("found at")      # the bar is drawn again below
+        report.finish({**SUMMARY, "findings": [finding.cause], "evidence": [finding.to_json()]})
+        last = stream.getvalue()[len(shown):]
+        assert "seen: the median tensor" in last and "mend: " in last and "more: ris-fast why 'runs/my run'" in last
+
+
+def test_a_run_that_lost_what_it_had_learned_says_so_below_its_verdict() -> None:
+    stream = io.StringIO()
+    ConsoleReport(stream).finish({**SUMMARY, "findings": ["collapsed"], "val_nmse_raw": 2.31, "val_nmse_ema": math.nan})
+    assert "lost again: the last validation NMSE is 2.31" in stream.getvalue().splitlines()[1]
