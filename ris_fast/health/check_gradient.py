@@ -14,11 +14,14 @@ from torch import Tensor
 from ris_fast.health.autograd import ZERO_DERIVATIVE, Exits, Graph, graph_of
 from ris_fast.health.check_loss import COVARIANCE
 from ris_fast.health.check_parameters import listed
+from ris_fast.health.check_terms import doubled
 from ris_fast.health.finding import Finding
 from ris_fast.health.subject import Subject
 from ris_fast.models.prediction import Prediction
+from ris_fast.physics.scenes import Scenes
 
-NOISE = 2e-6               # of a float32 loss of order one
+NOISE, NOISE_WIDE = 2e-6, 1e-12    # of a loss of order one in float32, and in float64
+STEPS = (1e-2, 1e-3)
 DISAGREES = 0.2            # relative error of a directional derivative; a right one is below 0.03
 UNDERFLOW = 2.0**20
 
@@ -186,34 +189,38 @@ def right_derivative(subject: Subject) -> Iterator[Finding]:
 
 
 def loss_inputs(subject: Subject) -> dict[str, float]:
-    """Relative error of the loss's derivative along a random direction of each output of the network."""
+    """Relative error of the loss's derivative along a random direction of each output of the network, in float64.
+
+    The loss is asked with gradients on, as in training: one that differs without them is another mistake.
+    """
     with torch.no_grad():
         guess = subject.run()[2]
+    guess = Prediction(*(None if value is None else value.detach().double() for value in guess))
+    scenes = doubled(subject.scenes)
     errors = {}
     for name, value in guess._asdict().items():
         if value is None:
             continue
-        leaf = value.detach().float().clone().requires_grad_()
-        total = subject.loss(guess._replace(**{name: leaf}), subject.scenes)[0]
+        leaf = value.clone().requires_grad_()
+        total = subject.loss(guess._replace(**{name: leaf}), scenes)[0]
         if not total.requires_grad:
             continue
         gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0]
         if gradient is not None and bool(gradient.any()):
-            errors[name] = _loss_error(subject, guess, name, leaf.detach(), gradient)
+            errors[name] = _loss_error(subject, guess, scenes, name, gradient)
     return errors
 
 
-def _loss_error(subject: Subject, guess: Prediction, name: str, value: Tensor, gradient: Tensor) -> float:
-    generator = torch.Generator().manual_seed(11)
+def _loss_error(subject: Subject, guess: Prediction, scenes: Scenes, name: str, gradient: Tensor) -> float:
+    generator, value = torch.Generator().manual_seed(11), getattr(guess, name)
     pairs = []
     for _ in range(3):
         direction = torch.randn(value.shape, generator=generator).to(value) * value.square().mean().sqrt()
 
         def loss(step: float, direction: Tensor = direction) -> float:
-            with torch.no_grad():
-                return float(subject.loss(guess._replace(**{name: value + step * direction}), subject.scenes)[0])
+            return float(subject.loss(guess._replace(**{name: (value + step * direction).requires_grad_()}), scenes)[0].detach())
         pairs.append((float((gradient * direction).sum()), loss, abs(loss(0.0))))
-    return _relative_error(pairs)
+    return _relative_error(pairs, (*STEPS, 1e-5, 1e-7), NOISE_WIDE)
 
 
 def parts(subject: Subject) -> dict[str, float]:
@@ -235,10 +242,10 @@ def parts(subject: Subject) -> dict[str, float]:
 
 def _part_error(subject: Subject, tensors: list[Tensor], gradients: list[Tensor], generator: torch.Generator,
                 value: float) -> float:
-    pairs = []
+    pairs, sizes = [], [float(tensor.detach().square().mean().sqrt()) for tensor in tensors]
+    first = min([0.02, *filter(None, sizes)])          # of a tensor that starts at zero
     for _ in range(2):
-        directions = [torch.randn(tensor.shape, generator=generator).to(tensor) * (float(tensor.detach().square().mean().sqrt()) or 0.02)
-                      for tensor in tensors]
+        directions = [torch.randn(tensor.shape, generator=generator).to(tensor) * (size or first) for tensor, size in zip(tensors, sizes)]
 
         def loss(step: float, directions: list[Tensor] = directions) -> float:
             with subject.moved(tensors, directions, step):
@@ -247,14 +254,14 @@ def _part_error(subject: Subject, tensors: list[Tensor], gradients: list[Tensor]
     return _relative_error(pairs)
 
 
-def _relative_error(pairs: list) -> float:
+def _relative_error(pairs: list, steps: tuple[float, ...] = STEPS, noise: float = NOISE) -> float:
     """Of derivatives against central differences, the better of several steps; 0 where all are below the rounding."""
     best = math.inf
-    for step in (1e-2, 1e-3):
+    for step in steps:
         gaps, sizes = 0.0, 0.0
         for derivative, loss, value in pairs:
             difference = (loss(step) - loss(-step)) / (2 * step)
-            gaps += max(0.0, abs(difference - derivative) - NOISE * max(value, 1e-3) / step) ** 2
+            gaps += max(0.0, abs(difference - derivative) - noise * max(value, 1e-3) / step) ** 2
             sizes += max(abs(difference), abs(derivative)) ** 2
         best = min(best, math.sqrt(gaps / sizes) if sizes > 0 else 0.0)
         if best < 0.05:

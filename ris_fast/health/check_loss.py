@@ -216,8 +216,9 @@ def balance(subject: Subject) -> Iterator[Finding]:
         return
     name, largest = max(sizes.items(), key=lambda item: item[1])
     if name not in TRUTH_TERMS and largest > DOMINATES * total:
+        truth = sum(subject.loss.weights.get(each, 0.0) for each in TRUTH_TERMS)
         yield Finding("dominating_term", f"{name} (weight {subject.loss.weights[name]:g}) supplies {largest / total:.1%} of "
-                      f"the gradient at the start.")
+                      f"the gradient at the start.", certain=subject.loss.weights[name] > truth)
 
 
 CHECKS = {"the weights of the loss": weights, "the total is made of its terms": total, "the truth scores zero": truth, "labels are in radians and metres": labels,

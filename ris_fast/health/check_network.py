@@ -22,6 +22,7 @@ CLOSE = 1e-3               # between a compiled network and the same network as 
 NOISE_SHARE = 0.5          # of the answers' variance that dropout may make
 GAIN = 20.0                # growth of a signal in one layer
 AT_THE_ENDS = 0.9
+DEPENDENT = 1e-12          # of the energy: columns that differ by more than rounding are independent, however alike at the start
 NUDGE = 0.01               # by which tensors move that a gradient reaches
 
 
@@ -170,9 +171,9 @@ def saturation(subject: Subject) -> Iterator[Finding]:
     if share > AT_THE_ENDS and reach > 1e-20:
         yield Finding("saturated_output", f"{share:.0%} of the factor's entries are at {float(low):.3g} or {float(high):.3g}.")
         return
-    gram = torch.linalg.eigvalsh(to_complex(adjoint_matmul(answer, answer)))
+    gram = torch.linalg.eigvalsh(to_complex(adjoint_matmul(answer.double(), answer.double())))
     needed = min(int(subject.scenes.count.max()), answer.shape[1])
-    rank = int((gram > 1e-6 * gram[:, -1:].clamp_min(1e-30)).sum(1).max())
+    rank = int((gram > DEPENDENT * gram[:, -1:].clamp_min(1e-30)).sum(1).max())
     if rank < needed:
         yield Finding("output_rank_too_low", f"factors have {rank} independent columns of {answer.shape[2]}; scenes have up to "
                       f"{needed} sources.")

@@ -16,7 +16,7 @@ from ris_fast.health.subject import Subject
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 
-STEPS = (1e-5, 1e-7)       # of each output's size; of two, one has no kink of a Huber, a minimum or an assignment inside
+STEPS = (1e-5, 1e-7, 1e-9) # of each output's size; one has no kink of a Huber, a minimum or an assignment inside, nor a bend
 WRONG = 1e-2               # relative; a right derivative is below 1e-6
 ROUNDING = 1e-12           # of a term of order one in float64
 FEW = 8

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ris_fast.config import Config, Loss
-from ris_fast.health import check_gradient, check_information, check_kernels, check_loss, check_scenes, check_terms, check_validation
+from ris_fast.health import check_gradient, check_information, check_kernels, check_loss, check_scenes, check_schedule, check_terms, check_validation
 from ris_fast.health.faults.healthy import with_shards
 from ris_fast.health.faults.patches import Backward, on_batches, wrap
 from ris_fast.health.faults.twins import TWINS, changed
@@ -186,3 +186,29 @@ def test_residual_branches_that_start_at_zero_are_no_mistake(biases: bool) -> No
         if biases:
             torch.nn.init.zeros_(block.outer.bias)
     assert preflight_of(trainer) == []
+
+
+def test_first_weights_of_a_ten_thousandth_are_no_certain_mistake() -> None:
+    trainer = Trainer(small("hybrid"))
+    for parameter in trainer.model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(1e-4)
+    assert not [finding for finding in Watchdog(trainer).preflight() if finding.certain]
+
+
+@pytest.mark.parametrize("check, settings, said", [
+    (check_schedule.first_gradient, {"optimizer.max_grad_norm": 1e-4}, []),
+    (check_schedule.first_gradient, {"loss.cov": 1e3}, []),
+    (check_schedule.first_gradient, {"optimizer.max_grad_norm": 1e-6}, [("clip_too_small", False)]),
+    (check_schedule.first_gradient, {"optimizer.max_grad_norm": 1e-12}, [("clip_too_small", True)]),
+    (check_schedule.first_gradient, {"optimizer.eps": 1.0}, [("epsilon_swallows_signal", True)]),
+    (check_schedule.rates, {"optimizer.head_lr": 1e-2, "optimizer.backbone_lr": 1e-7}, [("learning_rate_too_small", False)]),
+    (check_schedule.rates, {"optimizer.head_lr": 1e-8, "optimizer.backbone_lr": 1e-8}, [("learning_rate_too_small", True)]),
+    (check_schedule.rates, {"optimizer.head_lr": 1.0, "optimizer.backbone_lr": 1.0}, [("learning_rate_too_large", False)]),
+    (check_schedule.rates, {"optimizer.head_lr": 5.0, "optimizer.backbone_lr": 5.0}, [("learning_rate_too_large", True)]),
+    (check_schedule.rates, {"optimizer.weight_decay": 100.0}, [("weight_decay_too_large", False)]),
+    (check_schedule.rates, {"optimizer.weight_decay": 1000.0}, [("weight_decay_too_large", True)]),
+    (check_schedule.rates, {"optimizer.warmup": 0.8}, [("warmup_too_long", False)])])
+def test_settings_that_a_run_survives_are_not_certain_to_stop_it(check: Any, settings: dict[str, Any], said: list) -> None:
+    found = {finding.cause: finding.certain for finding in check(Subject(Trainer(small("hybrid", **settings))))}
+    assert list(found.items()) == said
