@@ -36,11 +36,18 @@ class Few:
         here = Few(list(own), now, step, now, few(slopes))
         if last is not None and last.after is not None and last.names == here.names and last.after.shape == now.shape:
             here.first = last.first
-            back = (now == here.first).all()
-            if last.step == step - 1:              # further apart, weights that swing to and fro may meet
-                back = back | (now == last.before).all()
-            here.reset = back & (now != last.after).any()
+            here.reset = here._put_back(last)
         return here
+
+    def _put_back(self, last: "Few") -> Tensor:
+        """(), whether an earlier state is here again although the last step left another.
+
+        Further apart than one step, weights at rest may come round by their rounding: there they must have been away.
+        """
+        again, away = (self.before == self.first).all(), (self.before - last.after).norm()
+        if last.step == self.step - 1:
+            return (again | (self.before == last.before).all()) & (away > 0)
+        return again & (away > 1e-4 * self.before.norm())
 
     def finish(self, own: dict[str, Tensor]) -> Tensor | None:
         """After the step: (), how far it went. None where it cannot be said: formats of 16 bits, whose weights may be copies."""

@@ -135,11 +135,11 @@ def _clipped(records: list["Seen"]) -> Iterator[Finding]:
     slow = all(given < 1e-5 * float(each.before.norm()) and each.moved is not None and float(each.moved) < 1e-5 * max(each.rates)
                for each, _, given in small)
     passed_on = [given for _, _, given in small]
+    fixed = len(small) > 1 and max(passed_on) < (1 + 1e-4) * min(passed_on)       # as a threshold makes it
     if slow:
-        yield _found("clip_too_small", evidence, record.step + 1)
-    elif len(small) > 3 and max(passed_on) < min(1e-3, (1 + 1e-4) * min(passed_on)):
-        yield _found("clip_too_small", f"{evidence} It is the same norm in {len(small)} steps.", record.step + 1,
-                     "Adam hardly minds.")
+        yield _found("clip_too_small", evidence, record.step + 1, "" if fixed else "It may be a loss scale taken out, late in a run.")
+    elif fixed and len(small) > 3 and max(passed_on) < 1e-3:
+        yield _found("clip_too_small", f"{evidence} It is the same norm in {len(small)} steps.", record.step + 1, "Adam hardly minds.")
 
 
 def _uncleared(records: list["Seen"]) -> Iterator[Finding]:
@@ -219,7 +219,7 @@ def _judge(seen: "Seen", first: "Seen") -> list[Finding]:
     if seen.reset is not None and bool(seen.reset):
         found.append(("weights_reset", "the weights are again, bit for bit, those of an earlier step; others came in between.", ""))
     if (grown := _growth(seen, first)) > 10.0:
-        found.append(("learning_rate_too_large", f"the weights' norm has grown by a factor of {grown:.3g}.", "Large targets may ask for it."))
+        found.append(("learning_rate_too_large", f"the weights' norm has grown by a factor of {grown:.3g}.", "Large targets ask for that."))
     return [_found(cause, evidence, seen.step + 1, doubt) for cause, evidence, doubt in found]
 
 

@@ -94,6 +94,16 @@ def test_clips_that_leave_nothing_are_told_where_they_matter() -> None:
     assert causes(run(torch.optim.Adam, before=clip), False) == ["clip_too_small"]
 
 
+def test_a_loss_scale_taken_out_where_nothing_is_left_to_learn_is_doubted() -> None:
+    """The factor stays and the norms fall; a threshold would keep the norm."""
+    def unscale(model: nn.Module, _: Any) -> None:
+        for parameter in model.parameters():
+            parameter.grad /= 1e9
+
+    found = run(sgd, before=unscale, scale=1e3)
+    assert causes(found) == [] and causes(found, False) == ["clip_too_small"]
+
+
 def test_frozen_layers_are_declared_or_doubted() -> None:
     model = network()
     model[0].requires_grad_(False)
@@ -125,6 +135,20 @@ def test_weights_that_something_else_moves_are_not_reset(habit: Callable[..., An
 def test_weights_put_back_now_and_then_are_seen() -> None:
     first, count = network().state_dict(), iter(range(100))
     assert causes(run(sgd, after=lambda model, _: model.load_state_dict(first) if next(count) % 10 == 9 else None)) == ["weights_reset"]
+
+
+def test_weights_at_rest_may_come_round_by_their_rounding() -> None:
+    """Two states one rounding apart, taken in turns, and looked at in every fifth step."""
+    line, count = nn.Linear(8, 4), iter(range(100))
+    states = [{name: value * (1 + odd * 1e-6) for name, value in line.state_dict().items()} for odd in (0, 1)]
+
+    def turn(model: nn.Module, _: Any) -> None:
+        model.load_state_dict(states[(next(count) + 1) % 2])
+
+    optimizer = sgd(line.parameters(), 1e-5)
+    optimizer.register_step_post_hook(lambda *_: turn(line, None))        # within the step
+    line.load_state_dict(states[0])
+    assert run(lambda _: optimizer, line, 40) == []
 
 
 def test_gradients_may_be_put_there_by_hand() -> None:
