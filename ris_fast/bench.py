@@ -24,10 +24,14 @@ SIZES = {"cpu": (64, 256, 1024), "cuda": (64, 256, 1024, 4096, 16384)}
 STEP_BATCH = 64
 
 
-def run_bench(kinds: tuple[str, ...], device: torch.device) -> dict[str, Any]:
-    """What was asked for, by kind, with the conditions under which it was measured."""
+def run_bench(kinds: tuple[str, ...], device: torch.device, progress: Callable[[str], None] = lambda kind: None) -> dict[str, Any]:
+    """What was asked for, by kind, with the conditions under which it was measured. `progress` is called with each kind first."""
     measured: dict[str, Callable[[torch.device], Any]] = {"kernels": compare_kernels, "step": bench_step, "train": bench_train}
-    return {"conditions": conditions(device)} | {kind: measured[kind](device) for kind in kinds}
+    result: dict[str, Any] = {"conditions": conditions(device)}
+    for kind in kinds:
+        progress(kind)
+        result[kind] = measured[kind](device)
+    return result
 
 
 def check_writable(path: Path) -> None:

@@ -189,7 +189,7 @@ def gradcheck(*, device: str = "auto", no_interpreter: bool = False, json: bool 
     device
         auto, cpu, cuda or cuda:N.
     no_interpreter
-        Leave out the Triton kernels under Triton's interpreter, which take about half a minute.
+        Leave out the Triton kernels under Triton's interpreter, a good part of the one to two minutes that all takes on two cores.
     json
         Print JSON instead of a table.
     """
@@ -226,7 +226,7 @@ def bench(what: Literal["kernels", "step", "train"] | None = None, /, *, device:
     on = choose_device(device, "--device")
     if json is not None:
         check_writable(json)
-    result = run_bench((what,) if what else KINDS, on)
+    result = run_bench((what,) if what else KINDS, on, lambda kind: print(f"measuring: {kind}, minutes", file=sys.stderr, flush=True))
     print(bench_text(result))
     if json is not None:
         write_json(json, result)
