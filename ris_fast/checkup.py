@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Sequence
 
 from ris_fast.config import Config, ConfigError
-from ris_fast.report.eventlog import dumps, read_events
+from ris_fast.report.eventlog import dumps
 from ris_fast.report.tables import text_table
 from ris_fast.report.verdict import lost_again, stalled_because
 
@@ -55,13 +55,16 @@ def check_line(result: Any) -> str:
 
 def say_why(run: Path | None, *, json: bool = False) -> int:
     """The ranked cause of a run. Raises ConfigError where there is no run to read."""
+    from ris_fast.health.plain import read_rows
     from ris_fast.health.why import summary_beside, why
+    from ris_fast.run_folder import how_to_resume
 
     if run is None:
         raise ConfigError("why: give a run folder or a metrics.jsonl, or --explain with the name of a cause.")
-    summary = summary_beside(run)
+    summary: dict[str, Any] = {}
     try:
-        rows = read_events(run)
+        summary = summary_beside(run)
+        rows = read_rows(run)
     except FileNotFoundError as error:
         if not summary:
             raise ConfigError(f"why: {error}") from error
@@ -70,6 +73,8 @@ def say_why(run: Path | None, *, json: bool = False) -> int:
         raise ConfigError(f"why: {error}") from error
     answer = why(run, rows, summary)
     reason = f"stalled: best validation NMSE {stalled_because(summary)}" if answer.verdict == "stalled" else " ".join(lost_again(summary))
+    if rows and not summary and not answer.plain and run.is_dir():
+        reason = f"The run has not come to its end: it was killed, or is still training. {how_to_resume(run)}"
     print(dumps(answer.to_json() | ({"reason": reason} if reason else {}), indent=2) if json else "\n".join(filter(None, (answer.text, reason))))
     return 0
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+
+import pytest
 
 from ris_fast.cli import main
 from ris_fast.health.why import why
@@ -24,6 +27,58 @@ def test_the_original_report_is_explained_from_its_printed_losses_alone(tmp_path
     assert main(["why", str(file), "--json"]) == 0
     causes = [finding["cause"] for finding in json.loads(capsys.readouterr().out)["findings"]]
     assert set(causes) == {"step_once_per_epoch", "cached_validation"}
+
+
+def test_the_step_is_accused_first_and_the_rest_with_its_evidence(tmp_path: Path, capsys) -> None:
+    (tmp_path / "metrics.jsonl").write_text((json.dumps({"train_loss": 0.217, "val_loss": 1.921642, "batches": 9}) + "\n") * 9)
+    assert main(["why", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert text.index("step_once_per_epoch (") < text.index("hardly changes") < text.index("cached_validation: the validation loss is 1.921642")
+    assert "not certain" in text and "--resume" not in text
+
+
+SHORT = [{"train_loss": 0.6931 + 0.0003 * (i % 2), "val_loss": 0.6931} for i in range(9)]
+PLAIN = {
+    "few digits": (SHORT, ["cached_validation"], "may be rounding"),
+    "nothing moves": ([{"loss": 1.3, "valid_loss": 1.921642}] * 5, ["step_never_called", "cached_validation"], "no weight seems to move"),
+    "not a number": ([{"train_loss": 1 / (i + 1) if i < 4 else math.nan, "val_loss": math.nan if i > 3 else 1.0 / (i + 1)} for i in range(8)],
+                     ["nonfinite_gradients"], "nan from row 5 of 8 on, 0.25 in the one before"),
+    "overfitting": ([{"train/loss": 2.0 * 0.8**i, "val/loss": 1.0 + 0.05 * i} for i in range(10)], ["overfitting"], "in epoch 1 of 10"),
+    "other names": ([{"loss": 0.217, "validation_loss": 1.921642}] * 4, ["step_once_per_epoch", "cached_validation"], "over 8.9"),
+    "learns": ([{"training loss": 1 / (i + 1), "eval-loss": 1.1 / (i + 1)} for i in range(6)], [], "watch(model, optimizer)"),
+}
+
+
+@pytest.mark.parametrize("kind", ["lines", "list"])
+@pytest.mark.parametrize("story", PLAIN)
+def test_plain_rows_are_understood_by_their_usual_names(story: str, kind: str, tmp_path: Path, capsys) -> None:
+    rows, causes, said = PLAIN[story]
+    file = tmp_path / "log.json"
+    file.write_text(json.dumps(rows) if kind == "list" else "\n".join(map(json.dumps, rows)))
+    assert main(["why", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert said in text and all(cause in text for cause in causes)
+    assert main(["why", str(file), "--json"]) == 0
+    assert [finding["cause"] for finding in json.loads(capsys.readouterr().out)["findings"]] == causes
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"", "is empty"), (b'{"a": 1}', "with the keys a"), (b"[1, 2]", "not of objects"), (b"\xff\xfe\x00\x81", "not text"), (b"hello\nthere\n", "not JSON"),
+    (b"hello", "not JSON"), (b"[{", "not JSON")])
+def test_a_file_that_says_nothing_of_a_run_is_refused_by_name(content: bytes, said: str, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(content)
+    assert main(["why", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and str(file) in error and "xpected" in error
+
+
+def test_a_killed_run_is_told_how_it_goes_on(tmp_path: Path, capsys) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.safetensors").touch()
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "start"}) + "\n" + json.dumps({"event": "epoch", "step": 8, "train_loss": 0.5, "val_nmse_raw": 0.4}) + "\n")
+    assert main(["why", str(tmp_path)]) == 0
+    assert f"ris-fast train --resume {tmp_path}" in capsys.readouterr().out
 
 
 def test_plain_rows_of_a_run_that_learns_are_left_in_peace() -> None:

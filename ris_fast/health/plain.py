@@ -1,0 +1,194 @@
+"""Rows that another trainer wrote: which of their keys mean what, and what their losses alone give away."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Iterable, Mapping, Sequence
+
+from ris_fast.health.finding import Finding
+from ris_fast.health.run import Run
+from ris_fast.report.eventlog import METRICS, read_events
+
+NAMES = {
+    "train_loss": ("train_loss", "loss", "training_loss", "loss_train", "train", "loss_training"),
+    "val_loss": ("val_loss", "valid_loss", "validation_loss", "loss_val", "val", "valid", "validation", "eval_loss", "dev_loss", "test_loss"),
+    "grad_norm": ("grad_norm", "gradient_norm", "train_grad_norm"),
+    "batches": ("batches", "num_batches", "steps_per_epoch"),
+}
+DIGITS = 5                    # of a figure that is the same in every epoch, before chance and rounding are out of question
+STEADY, RISEN, FALLEN = 1.02, 1.1, 0.7
+
+
+def read_rows(place: Path) -> list[dict[str, Any]]:
+    """Rows of a run folder, of a metrics.jsonl, or of another trainer's file: an object a line, or one list of objects.
+
+    Raises: FileNotFoundError; ValueError naming the file and what it should be, where nothing in it can be understood.
+    """
+    place = place / METRICS if place.is_dir() else place
+    if not place.exists():
+        return read_events(place)
+    try:
+        text = place.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is not text. {EXPECTED}") from error
+    if not text.strip():
+        raise ValueError(f"{place} is empty. {EXPECTED}")
+    rows = _listed(place, text) if text.lstrip().startswith("[") else _lines(place, text)
+    if any("event" in row for row in rows):
+        return rows
+    return understood(place, rows)
+
+
+EXPECTED = "Expected a run folder, its metrics.jsonl, or one JSON object a line (an epoch) with train_loss and val_loss."
+
+
+def _listed(place: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON ({error}). {EXPECTED}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{place}: a list, but not of objects. {EXPECTED}")
+    return rows
+
+
+def _lines(place: Path, text: str) -> list[dict[str, Any]]:
+    """Rows; a last line without its end counts where it is whole."""
+    try:
+        rows = read_events(place)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{error} {EXPECTED}") from error
+    last = "" if text.endswith("\n") else text.rpartition("\n")[2]
+    try:
+        whole = json.loads(last) if last.strip() else None
+    except json.JSONDecodeError as error:
+        if not rows:
+            raise ValueError(f"{place}: not JSON ({error.msg}). {EXPECTED}") from error
+        whole = None                                  # a torn tail of a killed run
+    return [*rows, whole] if isinstance(whole, dict) else rows
+
+
+def understood(place: Path, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows under our names. Raises ValueError with the keys that were found, where no loss is among them."""
+    rows = list(rows)
+    named = [_named(row) for row in rows]
+    if not any("train_loss" in row or "val_loss" in row or "grad_norm" in row for row in named):
+        keys = sorted({str(key) for row in rows for key in row})
+        raise ValueError(f"{place}: {len(rows)} rows with the keys {', '.join(keys[:12]) or '(none)'}; none of them is a loss. Expected "
+                         f"{' or '.join(NAMES['train_loss'][:3])} for training, {', '.join(NAMES['val_loss'][:4])} for validation.")
+    return named
+
+
+def _named(row: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {str(key).lower().replace("/", "_").replace("-", "_").replace(" ", "_").replace(".", "_"): value for key, value in row.items()}
+    kept = {key: value for key, value in row.items() if key != "step" or isinstance(value, int)}
+    for name, others in NAMES.items():
+        value = next((number for other in others if (number := _number(plain.get(other))) is not None), None)
+        kept |= {} if value is None else {name: value}
+    return kept
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+# ---- what losses and gradient norms give away by themselves -------------------------------------------------------------
+
+
+def symptoms(run: Run) -> list[Finding]:
+    """Findings over rows of another trainer, the likeliest first; none is certain."""
+    if any("health" in row for row in (*run.steps, *run.epochs)):
+        return []
+    losses = [value for row in run.epochs if (value := validation(row)) is not None]
+    broken = _not_finite(run)
+    return [*broken, *_divided(run), *_unmoved(run, losses), *_memorised(run), *([] if broken else _norms(run))]
+
+
+def _not_finite(run: Run) -> list[Finding]:
+    """A loss that is not finite from some row on."""
+    for rows, name in ((run.steps, "train_loss"), (run.epochs, "train_loss"), (run.epochs, "val_loss")):
+        values = [row[name] for row in rows if isinstance(row.get(name), (int, float))]
+        bad = next((place for place, value in enumerate(values) if not math.isfinite(value)), None)
+        if bad is not None and not any(map(math.isfinite, values[bad:])):
+            before = f", {values[bad - 1]:.4g} in the one before" if bad else ""
+            return [Finding("nonfinite_gradients", f"{name} is {values[bad]} from row {bad + 1} of {len(values)} on{before}: one step with "
+                            f"gradients that are not finite was applied, and the weights have been lost since.", run.step, certain=False)]
+    return []
+
+
+def _divided(run: Run) -> list[Finding]:
+    """A printed training loss that is the validation loss over the number of batches, epoch after epoch."""
+    pairs = _pairs(run)
+    if len(pairs) < 2 or not all(train > 0 and value > 0 for train, value in pairs):
+        return []
+    ratios, batches = [value / train for train, value in pairs], run.epochs[0].get("batches")
+    steady = max(ratios) < 1.1 * min(ratios) and min(ratios) > 3
+    if not steady or (batches is not None and abs(ratios[0] - batches) > 0.25 * batches):
+        return []
+    still = " and hardly changes" if _steady([train for train, _ in pairs]) else ""
+    return [Finding("step_once_per_epoch", f"the training loss is the validation loss over {ratios[0]:.1f} in every epoch"
+                    f"{f', which has {batches:.0f} batches' if batches else ''}{still}: one batch's loss was divided by the number of "
+                    f"batches, and the optimizer steps once an epoch or not at all.", run.step, certain=False)]
+
+
+def _unmoved(run: Run, losses: Sequence[float]) -> list[Finding]:
+    """A validation loss that is the same in every epoch."""
+    if len(losses) < 3 or len(set(losses)) > 1 or not math.isfinite(losses[0]):
+        return []
+    digits, found = _digits(losses[0]), []
+    train = [loss for loss, _ in _pairs(run)]
+    if digits >= DIGITS and _steady(train) and not _divided(run):
+        found.append(Finding("step_never_called", f"the training loss stays within {STEADY - 1:.0%} ({min(train):.6g} to {max(train):.6g}) and the validation "
+                             f"loss is {losses[0]!r} in all of {len(losses)} epochs: no weight seems to move.", run.step, certain=False))
+    said = ("to the last digit: the weights that are validated, or the answers, never change." if digits >= DIGITS else
+            f"but with {digits} digits that may be rounding: either the validated weights or answers never change, or the run learns next "
+            f"to nothing. Log more digits.")
+    return found + [Finding("cached_validation", f"the validation loss is {losses[0]!r} in all of {len(losses)} epochs, {said}", run.step, certain=False)]
+
+
+def _memorised(run: Run) -> list[Finding]:
+    """Training that goes on falling while validation rises."""
+    pairs = [pair for pair in _pairs(run) if all(map(math.isfinite, pair))]
+    if len(pairs) < 5:
+        return []
+    best = min(range(len(pairs)), key=lambda place: pairs[place][1])
+    (train, value), (train_then, value_then) = pairs[-1], pairs[best]
+    if best >= 2 * len(pairs) // 3 or not (0 < RISEN * value_then < value and 0 < train < FALLEN * train_then):
+        return []
+    return [Finding("overfitting", f"validation was best, {value_then:.4g}, in epoch {best + 1} of {len(pairs)} and rose to {value:.4g}, while training fell "
+                    f"from {train_then:.4g} to {train:.4g}: the network memorises its training scenes.", run.step, certain=False)]
+
+
+def _norms(run: Run) -> list[Finding]:
+    norms = [float(row["grad_norm"]) for row in (*run.steps, *run.epochs) if isinstance(row.get("grad_norm"), (int, float))]
+    if norms and not any(norms):
+        return [Finding("zeroed_gradients", f"the gradient norm is zero in all of {len(norms)} rows.", run.step, certain=False)]
+    if norms and not any(map(math.isfinite, norms)):
+        return [Finding("nonfinite_gradients", f"the gradient norm is not finite in any of {len(norms)} rows.", run.step, certain=False)]
+    return []
+
+
+def validation(row: Mapping[str, Any]) -> float | None:
+    values = (row.get(key) for key in ("val_loss", "val", "val_nmse_raw"))
+    return next((float(value) for value in values if isinstance(value, (int, float))), None)
+
+
+def _pairs(run: Run) -> list[tuple[float, float]]:
+    return [(float(row["train_loss"]), value) for row in run.epochs
+            if isinstance(row.get("train_loss"), (int, float)) and (value := validation(row)) is not None]
+
+
+def _steady(values: Sequence[float]) -> bool:
+    return len(values) > 2 and min(values) > 0 and max(values) <= STEADY * min(values)
+
+
+def _digits(value: float) -> int:
+    """Significant digits that a figure was written with."""
+    return len(repr(value).partition("e")[0].replace(".", "").replace("-", "").strip("0")) if math.isfinite(value) else 0
