@@ -53,7 +53,7 @@ CAUSES: dict[str, str] = {
     "weight_decay_too_large": "weight decay shrinks the weights faster than the gradient moves them",
     # precision
     "scaler_skips_all": "the loss scale overflows every gradient, so every step is skipped",
-    "nonfinite_gradients": "gradients are NaN or infinite although the data and the loss are finite",
+    "nonfinite_gradients": "gradients, or the loss that they come from, are NaN or infinite although the data are finite",
     "sanitised_gradients": "NaN or infinite gradients are replaced by numbers before the optimizer sees them",
     "fp16_overflow": "an activation or the loss leaves the range of its number format",
     "gradient_underflow": "gradients fall below the smallest number of their format and become zero",
@@ -79,6 +79,7 @@ CAUSES: dict[str, str] = {
     "shuffled_labels": "targets belong to other scenes than inputs",
     "mismatched_channel": "the channel belongs to other scenes than the snapshots",
     "scenes_mixed": "what the network answers for one scene depends on the others of its batch",
+    "scenes_altered": "the network writes into the scenes that it is given, so that the next to read them sees others",
     "input_scale": "an input reaches the network many orders of magnitude too small or too unequal",
     "constant_input": "every scene shows the network the same input",
     "wrong_layout": "real and imaginary parts, or axes, are read in another order than they were written",
@@ -103,7 +104,7 @@ CAUSES: dict[str, str] = {
     "stalled_at_floor": "the run was long enough, and it learned no more than a constant answer knows",
     # compiled and ranks
     "stale_compiled_graph": "a compiled or copied network computes with weights that are not the ones being trained",
-    "compiled_differs": "the compiled network gives other numbers than the eager one",
+    "compiled_differs": "what the step calls gives other numbers than the network as written",
     "kernel_differs": "a kernel gives other numbers than its plain definition",
     "ranks_diverged": "ranks hold different weights",
     "rank_gradient_missing": "a rank's gradient is not in the sum",

@@ -52,8 +52,8 @@ def reads_scenes(subject: Subject) -> Iterator[Finding]:
             yield Finding("ignored_input", f"{scenes.batch} different scenes get the same factor"
                           f"{'; the first layers see the same numbers for all of them' if same else ''}.")
         return
-    alone = subject.answer(scenes[: scenes.batch // 2])
-    mixed = change(answer[: scenes.batch // 2], alone)
+    half = scenes.batch // 2
+    mixed = max(change(answer[part], subject.answer(scenes[part])) for part in (slice(0, half), slice(half, scenes.batch)))
     if mixed > (CLOSE if subject.config.training.precision == "fp32" else 0.1):
         yield Finding("scenes_mixed", f"answers change by {mixed:.2g} when other scenes of the batch are left out.")
 

@@ -1,4 +1,4 @@
-"""Preflight of the network: whether the step calls it, what comes out of it, and whether signals pass its layers.
+"""Preflight of the network: what comes out of it, and whether signals pass its layers.
 
 Legend: B batch, L snapshots, M base-station antennas, N RIS elements, Q factor columns.
 """
@@ -11,14 +11,15 @@ from typing import Iterator
 import torch
 from torch import Tensor, nn
 
+from ris_fast.health.autograd import graph_of
 from ris_fast.health.check_parameters import listed
 from ris_fast.health.finding import Finding
-from ris_fast.health.subject import SMALL, Subject, captured
+from ris_fast.health.subject import Subject, captured
 from ris_fast.physics.pairs import adjoint_matmul, to_complex
 from ris_fast.physics.scenes import Scenes
 
 SAME = 1e-5                # relative change of a factor that rounding explains
-CLOSE = 1e-3               # between a compiled network and the same network as written
+CLOSE = 1e-3               # between two ways of computing the same
 NOISE_SHARE = 0.5          # of the answers' variance that dropout may make
 GAIN = 20.0                # growth of a signal in one layer
 AT_THE_ENDS = 0.9
@@ -29,100 +30,6 @@ NUDGE = 0.01               # by which tensors move that a gradient reaches
 def change(a: Tensor, b: Tensor) -> float:
     """|a - b| relative to |a|, over the batch."""
     return float((a - b).norm() / a.norm().clamp_min(1e-30))
-
-
-# ---- what was made of it: compiled graphs, replicas ----------------------------------------------------------------------
-
-
-def same_network(subject: Subject) -> Iterator[Finding]:
-    """What the step calls is the network: the same answers now, and after the weights have changed."""
-    if not subject.compiled and not _patched(subject):
-        return
-    scenes = subject.groups[0][0] if subject.by_torch else subject.scenes
-    modes = [(module, module.training) for module in subject.model.modules()]
-    for training in (False, True):
-        subject.model.train(training)
-        for grad in ((True, False) if not training else (True,)):
-            with torch.set_grad_enabled(grad):
-                finding = _compare(subject, scenes, grad)
-            if finding is not None:
-                break
-        if finding is not None or not any(isinstance(m, nn.Dropout) and m.p for m in subject.model.modules()):
-            break
-    for module, mode in modes:
-        module.training = mode
-    if finding is not None:
-        yield finding
-
-
-def _patched(subject: Subject) -> bool:
-    return "predict" in subject.step.__dict__
-
-
-def _compare(subject: Subject, scenes: Scenes, grad: bool) -> Finding | None:
-    if subject.model.training:
-        return _compare_modes(subject, scenes)
-    answers = [_network(subject, scenes) for _ in range(4)]
-    if max(change(answers[0], other) for other in answers) > CLOSE:
-        return Finding("ranks_diverged", f"four calls of the step's network on the same scenes differ by "
-                       f"{max(change(answers[0], other) for other in answers):.2g}: they do not use the same weights.")
-    now = change(_eager(subject, scenes), answers[0])
-    weights = [parameter for parameter in subject.parameters.values()]
-    directions = [torch.randn_like(weight) * (float(weight.detach().square().mean().sqrt()) or 0.1) for weight in weights]
-    with subject.moved(weights, directions, 0.3):
-        moved, wanted = _network(subject, scenes), _eager(subject, scenes)
-    later, stuck = change(wanted, moved), change(answers[0], moved)
-    how = "while training" if grad else "in validation"
-    if later > max(CLOSE, 2 * now) and stuck < SAME and not grad and _follows(subject, weights, directions):
-        return Finding("cached_validation", f"{how}, the network's answers to scenes that it has seen are the same, bit for bit, after "
-                       f"its weights were changed; those to other scenes are not.")
-    if later > max(CLOSE, 2 * now) and (stuck < SAME or later > 0.1 * change(wanted, _eager(subject, scenes))):
-        return Finding("stale_compiled_graph", f"{how}, what the step calls does not follow the network's weights: after they "
-                       f"were changed its answers are off by {later:.2g} (before: {now:.2g}).")
-    if now > _tolerance(subject):
-        return Finding("compiled_differs", f"{how}, what the step calls answers otherwise than the network as written, "
-                       f"relative difference {now:.2g}.")
-    return None
-
-
-def _follows(subject: Subject, weights: list[nn.Parameter], directions: list[Tensor]) -> bool:
-    """Whether scenes that were not asked for before are answered with the weights as they are."""
-    with subject.moved(weights, directions, 0.3):
-        fresh = subject.groups[1][0] if subject.by_torch else subject.groups[1][0][:SMALL]
-        return change(_eager(subject, fresh), _network(subject, fresh)) < CLOSE
-
-
-def _tolerance(subject: Subject) -> float:
-    return CLOSE if subject.config.training.precision == "fp32" else 0.05
-
-
-def _compare_modes(subject: Subject, scenes: Scenes) -> Finding | None:
-    """A network with dropout is random in training; what the step calls must be as well."""
-    def noise(call: object) -> float:
-        answers = []
-        for seed in (1, 2):
-            torch.manual_seed(seed)
-            answers.append(call(subject, scenes))  # type: ignore[operator]
-        return change(*answers)
-    eager, called = noise(_eager), noise(_network)
-    if eager > 10 * SAME and called < SAME:
-        return Finding("eval_mode_in_training", "in training the network's dropout is at work, and what the step calls answers "
-                       "as in evaluation mode: it was compiled or copied in evaluation mode.")
-    return None
-
-
-def _network(subject: Subject, scenes: Scenes) -> Tensor:
-    torch.manual_seed(torch.initial_seed() % 2**31)
-    return subject.step.predict(scenes).factor.detach().float().clone()
-
-
-def _eager(subject: Subject, scenes: Scenes) -> Tensor:
-    network = subject.step.network
-    subject.step.network = subject.model
-    try:
-        return type(subject.step).predict(subject.step, scenes).factor.detach().float().clone()
-    finally:
-        subject.step.network = network
 
 
 # ---- what comes out ----------------------------------------------------------------------------------------------------
@@ -194,14 +101,37 @@ def layers(subject: Subject) -> Iterator[Finding]:
         total = subject.run()[0]
     for name, (before, after, finite) in signals.items():
         if finite and not after < float("inf"):
-            yield Finding("fp16_overflow", f"{name} answers with values that are not finite to inputs that are.")
+            yield Finding("fp16_overflow" if _narrow(subject) else "bad_initialisation", f"{name} answers with values that are not finite to "
+                          f"inputs that are.")
             return
     if not bool(total.isfinite()):
-        yield Finding("fp16_overflow", f"the loss is {float(total.detach())} although every layer is finite.")
+        yield from _broken_loss(subject, float(total.detach()), [name for name, (_, _, finite) in signals.items() if not finite])
         return
     yield from _exploding(signals)
     yield from _dead(subject, total, outputs, signals)
     yield from _equal_units(subject)
+
+
+def _narrow(subject: Subject) -> bool:
+    """Numbers of 16 bits are about: by the run's setting, or in a tensor that the loss is made of."""
+    if subject.config.training.precision != "fp32":
+        return True
+    nodes = graph_of(subject.run()[0]).operators
+    return any(meta.dtype in (torch.float16, torch.bfloat16) for node in nodes for meta in getattr(node, "_input_metadata", ()))
+
+
+def _broken_loss(subject: Subject, loss: float, layers: list[str]) -> Iterator[Finding]:
+    """Why the loss is not finite, where no layer made it so; scenes that are not finite are told of elsewhere."""
+    scenes = subject.scenes
+    if not all(bool(value.isfinite().all()) for value in (scenes.snapshots, scenes.channel, scenes.factor, scenes.covariance) if value is not None):
+        return
+    if layers:
+        yield Finding("input_scale", f"the input of {layers[0]} is not finite though the scenes are: what prepares it divides by zero or "
+                      f"overflows.")
+    elif _narrow(subject):
+        yield Finding("fp16_overflow", f"the loss is {loss} although every layer is finite.")
+    else:
+        yield Finding("nonfinite_gradients", f"the loss is {loss} although every layer is finite, in float32.")
 
 
 def _rms(value: Tensor) -> float:
@@ -266,5 +196,5 @@ def _equal_units(subject: Subject) -> Iterator[Finding]:
         yield Finding("symmetric_init", f"all units of {listed(alike)} start with the same weights.")
 
 
-CHECKS = {"the step calls the network itself": same_network, "dropout and modes": randomness, "answers are not at the ends of a range": saturation,
+CHECKS = {"dropout and modes": randomness, "answers are not at the ends of a range": saturation,
           "signals pass every layer": layers}

@@ -22,6 +22,7 @@ from ris_fast.training.telemetry import Telemetry
 STEPS = 5
 SCALER_STEPS = 24          # a dynamic loss scale halves its way to one that fits in fewer
 STANDS_STILL = 1e-5        # of the raw weights' way; an average over ten thousand steps has gone more
+ROUNDING = 1e-6            # of the weights: a shorter way is lost in an average's rounding
 EXACT = 0.02               # of a norm: more than rounding and the order of sums
 
 
@@ -37,6 +38,7 @@ class Taken:
     seen_norm: float = math.nan               # of the gradient that the optimizer measured
     rates: list[float] = field(default_factory=list)
     calls: int = 0
+    reached: bool = False                     # the optimizer's own step was called
 
 
 class StepProbe(Telemetry):
@@ -65,9 +67,11 @@ def take_step(subject: Subject, group: Sequence[Scenes], planned: int, seed: int
     subject.step.telemetry = probe
     torch.manual_seed(seed)
     subject.model.train()
+    hook = subject.optimizer.register_step_pre_hook(lambda *_: setattr(probe.taken, "reached", True))
     try:
         subject.step(group, planned)
     finally:
+        hook.remove()
         subject.step.telemetry = kept
     after, taken = subject.optimizer.counters(), probe.taken
     taken.attempted, taken.skipped = after["attempted"] - before["attempted"], after["skipped"] - before["skipped"]
@@ -87,13 +91,13 @@ def one_step(subject: Subject) -> Iterator[Finding]:
     first = take_step(subject, group, subject.trainer.plan.planned)
     if first.attempted == 1 and first.skipped == 0:
         yield from _moved_otherwise(subject, before)
-    if first.attempted != 1:
-        yield Finding("step_never_called" if first.attempted < 1 else "step_called_twice",
-                      f"one call of the step made {max(0, first.attempted)} optimizer steps.")
-        if first.attempted < 1:
-            return
     own = {id(p) for g in subject.optimizer.param_groups for p in g["params"]}
     raw = [g for p, g in zip(subject.model.parameters(), first.raw) if g is not None and id(p) in own]
+    if first.attempted < 1:
+        yield from _no_step(first.reached, _norm(raw))
+        return
+    if first.attempted > 1:
+        yield Finding("step_called_twice", f"one call of the step made {first.attempted} optimizer steps.")
     if not raw:
         return
     yield from _on_the_way(subject, first, _norm(raw), expected)
@@ -103,6 +107,14 @@ def one_step(subject: Subject) -> Iterator[Finding]:
     if second.left_over > 1e-3 * max(_norm(raw), 1e-30) and math.isfinite(second.left_over):
         yield Finding("gradients_never_cleared", f"at the start of the second step the gradients still have norm "
                       f"{second.left_over:.3g} of the first one's {_norm(raw):.3g}.")
+
+
+def _no_step(reached: bool, raw: float) -> Iterator[Finding]:
+    """Nothing called the optimizer, or it found no gradient where there had been one."""
+    if not reached:
+        yield Finding("step_never_called", "one call of the step made 0 optimizer steps.")
+    elif raw > 0:
+        yield Finding("gradients_cleared_before_step", f"backward leaves a gradient of norm {raw:.3g} and the optimizer finds none.")
 
 
 def _norm(parts: Sequence[Tensor | None]) -> float:
@@ -243,7 +255,7 @@ def _average(subject: Subject, first: dict[str, Tensor]) -> Iterator[Finding]:
     elif _way(mean, first) < STANDS_STILL * _way(raw, first):
         yield Finding("ema_frozen", f"after {STEPS} steps the averaged weights have gone {_way(mean, first) / _way(raw, first):.1e} of the "
                       f"way of the raw ones, which moved in {len(moved)} tensors: {listed(moved)}.")
-    elif all(torch.equal(mean[name], raw[name]) for name in moved):
+    elif all(torch.equal(mean[name], raw[name]) for name in moved) and _way(raw, first) > ROUNDING * _norm(list(first.values())):
         yield Finding("ema_equals_raw", f"after {STEPS} steps all averaged weights are the raw ones, bit for bit.")
 
 

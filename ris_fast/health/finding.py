@@ -12,7 +12,7 @@ from ris_fast.health.causes import CAUSES
 # Families of evidence, most certain first; within one, what comes first explains what comes later.
 LEVELS: dict[str, tuple[str, ...]] = {
     "structural": (
-        "nonfinite_data", "manifest_differs", "empty_cache_slot", "constant_input", "constant_targets", "rank_sees_other_data", "repeated_batch", "stale_cache",
+        "nonfinite_data", "manifest_differs", "scenes_altered", "empty_cache_slot", "constant_input", "constant_targets", "rank_sees_other_data", "repeated_batch", "stale_cache",
         "mismatched_channel", "wrong_layout", "shuffled_labels", "split_overlap",
         "stale_optimizer_parameters", "ranks_diverged", "stale_compiled_graph", "compiled_differs",
         "cached_validation", "unregistered_parameters", "tied_parameters", "duplicate_parameters", "frozen_parameters",
@@ -21,8 +21,8 @@ LEVELS: dict[str, tuple[str, ...]] = {
         "wrong_units", "loss_sign", "target_scale_differs", "scenes_mixed", "heavy_dropout",
         "epsilon_swallows_signal", "input_scale", "inputs_withhold_answer", "ignored_input", "saturated_output",
         "clamped_loss", "symmetric_init", "zero_product_init", "dead_units", "bad_initialisation",
-        "non_differentiable", "zeroed_gradients", "detached_backbone", "wrong_backward", "output_rank_too_low",
-        "unused_head", "kernel_differs", "losses_differ"),
+        "non_differentiable", "zeroed_gradients", "detached_backbone", "losses_differ", "wrong_backward", "output_rank_too_low",
+        "unused_head", "kernel_differs"),
     "contract": (
         "step_never_called", "step_called_twice", "step_once_per_epoch", "batches_skipped", "scaler_skips_all",
         "sanitised_gradients", "fp16_overflow", "gradient_underflow", "gradients_cleared_before_step",
@@ -67,7 +67,7 @@ class Finding:
 
     def __str__(self) -> str:
         when = "before the first step" if self.step == 0 else f"at step {self.step}"
-        return f"{self.cause} ({self.severity}, {when}): {self.meaning}.\n  seen: {self.evidence}\n  mend: {self.advice}"
+        return f"{self.cause} ({self.severity}, {when}{'' if self.certain else ', not certain'}): {self.meaning}.\n  seen: {self.evidence}\n  mend: {self.advice}"
 
 
 def ranked(findings: Iterable[Finding], muted: Iterable[str] = ()) -> list[Finding]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import Any, Callable, Iterator, Sequence
 
-from ris_fast.health import (check_gradient, check_information, check_inputs, check_kernels, check_loss, check_memory, check_network,
+from ris_fast.health import (check_calls, check_gradient, check_information, check_inputs, check_kernels, check_loss, check_memory, check_network,
                              check_parameters, check_scenes, check_schedule, check_step, check_terms, check_validation)
 from ris_fast.health.finding import Finding
 from ris_fast.health.subject import Subject
@@ -18,8 +18,8 @@ from ris_fast.training.batch import is_memory
 from ris_fast.training.loop import Trainer
 
 Check = Callable[[Subject], Iterator[Finding]]
-SMALL_BATCH = {**check_scenes.CHECKS, **check_parameters.CHECKS, **check_loss.CHECKS, **check_network.CHECKS, **check_inputs.CHECKS,
-               **check_information.CHECKS, **check_gradient.CHECKS, **check_terms.CHECKS, **check_kernels.CHECKS, **check_schedule.CHECKS}
+SMALL_BATCH = {**check_scenes.CHECKS, **check_parameters.CHECKS, **check_loss.CHECKS, **check_calls.CHECKS, **check_network.CHECKS,
+               **check_inputs.CHECKS, **check_information.CHECKS, **check_gradient.CHECKS, **check_terms.CHECKS, **check_kernels.CHECKS, **check_schedule.CHECKS}
 WHOLE_STEP = {**check_validation.CHECKS, **check_step.CHECKS}
 LEARNING = check_memory.CHECKS
 

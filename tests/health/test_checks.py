@@ -13,7 +13,7 @@ import torch
 from ris_fast.config import Config, Loss
 from ris_fast.health import check_gradient, check_information, check_kernels, check_loss, check_scenes, check_schedule, check_terms, check_validation
 from ris_fast.health.faults.healthy import with_shards
-from ris_fast.health.faults.patches import Backward, on_batches, wrap
+from ris_fast.health.faults.patches import Backward, before_step, on_batches, wrap
 from ris_fast.health.faults.twins import TWINS, changed
 from ris_fast.health.subject import Subject
 from ris_fast.health.watchdog import Watchdog
@@ -212,3 +212,47 @@ def test_first_weights_of_a_ten_thousandth_are_no_certain_mistake() -> None:
 def test_settings_that_a_run_survives_are_not_certain_to_stop_it(check: Any, settings: dict[str, Any], said: list) -> None:
     found = {finding.cause: finding.certain for finding in check(Subject(Trainer(small("hybrid", **settings))))}
     assert list(found.items()) == said
+
+
+# ---- names that can be true ----------------------------------------------------------------------------------------------
+
+
+def first_of(trainer: Trainer) -> tuple[str, list[str]]:
+    said = preflight_of(trainer)
+    return said[0], said[1:]
+
+
+def test_scenes_that_the_network_overwrites_are_named_and_no_ranks() -> None:
+    trainer = Trainer(small("backprojection"))
+    wrap(trainer.network, "features", lambda features: lambda y, *rest: features(y.mul_(0.5).add_(0.05 * y.abs().mean()), *rest))
+    first, others = first_of(trainer)
+    assert first == "scenes_altered" and not {"ranks_diverged", "stale_compiled_graph"} & set(others)
+
+
+def test_scenes_mixed_between_step_and_network_are_mixed_and_not_compiled() -> None:
+    trainer = Trainer(small("backprojection"))
+    wrap(trainer.network, "features", lambda features: lambda y, *rest: features(y[:1].expand_as(y).contiguous(), *rest))
+    assert first_of(trainer)[0] == "scenes_mixed"
+
+
+def test_gradients_cleared_before_the_step_are_no_step_that_is_never_called() -> None:
+    trainer = Trainer(small("hybrid"))
+    before_step(trainer, lambda: trainer.optimizer.zero_grad(set_to_none=True))
+    assert preflight_of(trainer) == ["gradients_cleared_before_step"]
+
+
+def test_a_loss_that_differs_in_training_is_said_before_its_derivative() -> None:
+    trainer = Trainer(small("hybrid"))
+    wrap(trainer.loss, "forward", lambda forward: lambda guess, scenes: forward(
+        guess, replace(scenes, factor=guess.factor.detach()[:, :, :2]) if torch.is_grad_enabled() else scenes))
+    assert first_of(trainer)[0] == "losses_differ"
+
+
+def test_numbers_that_are_not_finite_in_32_bits_are_no_overflow_of_16() -> None:
+    trainer = Trainer(small("backprojection"))
+    wrap(trainer.network, "features", lambda features: lambda y, *rest: features(0.0 * y, *rest))
+    assert "fp16_overflow" not in preflight_of(trainer)
+
+
+def test_an_average_of_weights_that_do_not_move_is_not_accused() -> None:
+    assert "ema_equals_raw" not in preflight_of(Trainer(small("hybrid", **{"optimizer.backbone_lr": 1e-9, "optimizer.head_lr": 1e-9})))
