@@ -86,6 +86,7 @@ class Trainer(Reporting):
         self._compile()
         self._capture()
         self.observer.start(info(self))
+        self._read_counters()                 # steps that somebody made before are not the loop's
         finding, verdict, ended_by = None, None, {}
         self.started = time.monotonic() - self.state.seconds
         self.milestones, self.between_epochs = Milestones(self.model, self.first_norms), {}

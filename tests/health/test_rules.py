@@ -6,6 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
+import torch
 
 from ris_fast.health.faults.twins import TWINS
 from ris_fast.health.rules import replay
@@ -138,6 +139,14 @@ def test_after_a_skipped_step_the_host_may_be_one_report_late(healthy: Run) -> N
         row["lr"] = {name: 1.1 * rate for name, rate in row["lr"].items()}
     found = replay(run)
     assert [finding.cause for finding in found] == ["learning_rate_off_plan"] and found[0].step == run.steps[5]["step"]
+
+
+def test_steps_that_were_made_before_the_run_are_not_the_loops() -> None:
+    trainer = Trainer(TWINS["backprojection"](), observer=(recorder := Recorder()))
+    for _ in range(20):
+        trainer.step([trainer.source.batch("train", torch.arange(32))], 1000)
+    trainer.fit()
+    assert recorder.run.reading["attempted"] == recorder.run.reading["steps"] and replay(recorder.run) == []
 
 
 CHANGES = {
