@@ -46,8 +46,8 @@ def conclusion(found: Sequence[Any], unknown: str) -> str:
 
 
 def check_line(result: Any) -> str:
-    """`ok    name  0.12 s  note`; FOUND with the causes, FAILED with what kept the check from running."""
-    word = "FOUND" if result.findings else "FAILED" if result.failed else "ok"
+    """`ok    name  0.12 s  note`; FOUND with the causes, FAILED with what kept the check from running, - where it fell short of its goal."""
+    word = "FOUND" if result.findings else "FAILED" if result.failed else "ok" if result.reached else "-"
     said = "; ".join(filter(None, (", ".join(finding.cause for finding in result.findings), result.note,
                                    f"could not run: {result.failed}" if result.failed else "")))
     return f"{word:<7}{result.name:<52}{result.seconds:6.2f} s  {said}".rstrip()

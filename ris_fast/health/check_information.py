@@ -8,6 +8,7 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K columns
 
 from __future__ import annotations
 
+import math
 from typing import Iterator
 
 import torch
@@ -23,6 +24,7 @@ from ris_fast.training.step import network_inputs
 
 SCENES, FEWEST = 256, 64
 TELLING = 0.05             # gain over the constant answer from which an estimate with the channel says something of the sources
+NOTHING, INAUDIBLE = 0.01, -10.0    # gain of an estimate that knows nothing; dB of all snapshots and antennas together
 PART = 0.25                # of that gain; the inputs that RIS-12x12 is meant for keep all of it, H c_l a twentieth
 
 
@@ -85,7 +87,12 @@ def worth(subject: Subject) -> Iterator[Finding]:
     shown, alone = gains(factor, scenes, constant)
     known, _ = gains(matched(subject, backproject(scenes.channel, scenes.codes, scenes.snapshots)), scenes, constant)
     subject.note = f"{name} on the network's inputs {shown:.3f}, constant answer {alone:.3f}"
-    if known < (1 - TELLING) * alone and alone - shown < PART * (alone - known):
+    heard = float(scenes.snr_db.median()) + 10 * math.log10(scenes.snapshots[0, ..., 0].numel())
+    if heard < INAUDIBLE and known > (1 - NOTHING) * alone:
+        yield Finding("inputs_withhold_answer", f"the scenes themselves say nothing of their sources: the matched filter with the channel has an "
+                      f"NMSE of {known:.3f}, the constant answer {alone:.3f}, and at the median SNR of {float(scenes.snr_db.median()):g} dB "
+                      f"all snapshots and antennas together reach {heard:.0f} dB. Raise task.snr_min_db and task.snr_max_db.", certain=False)
+    elif known < (1 - TELLING) * alone and alone - shown < PART * (alone - known):
         yield Finding("inputs_withhold_answer", f"{name} on what the network is shown has an NMSE of {shown:.3f}, the constant answer "
                       f"{alone:.3f}, and the matched filter with the channel {known:.3f}.", certain=False)
 

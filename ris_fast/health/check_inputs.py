@@ -18,6 +18,7 @@ from ris_fast.physics.pairs import expi, multiply, to_complex, to_pairs
 from ris_fast.physics.scenes import Scenes
 
 LARGE, SMALL_RMS = 1e3, 1e-3
+AUDIBLE = 20.0                   # dB
 LOUDER = 2.0**13                 # a power of two, by which numbers change exactly: no rounding enters the comparison
 UNITS = (128.0, 8.0)             # of every second scene, and of the others
 OTHER_UNIT = 0.01                # change of the median scene's factors; where every input is normalised it is exactly zero
@@ -71,6 +72,9 @@ def scale(subject: Subject) -> Iterator[Finding]:
                       f"{float(larger[name].square().mean().sqrt()):.2g} for snapshots {LOUDER:g} times larger: a constant in "
                       f"the normalisation is larger than the signal.")
         return
+    if tiny:        # a network may weigh what it sees by the SNR that it is told; that is no matter of units
+        told = boundary(subject, replace(scenes, snr_db=torch.full_like(scenes.snr_db, AUDIBLE)))
+        tiny = {name: size for name, size in tiny.items() if float(told[name].square().mean().sqrt()) < SMALL_RMS}
     if tiny:
         name = min(tiny, key=tiny.__getitem__)
         yield Finding("input_scale", f"the input of {name} has rms {tiny[name]:.2g}; layers expect numbers of order one.")

@@ -29,6 +29,7 @@ def memorise(subject: Subject) -> Iterator[Finding]:
             score = _nmse(subject)
             if score < GOAL or time.perf_counter() - began > SECONDS:
                 break
+    subject.reached = score < GOAL
     subject.note = (f"NMSE of {subject.scenes.batch} scenes {start:.3f} -> {score:.3f} in {taken} steps"
                     + ("" if score < GOAL else f"; the goal of {GOAL:g} in {STEPS} was not reached"))
     if not score < start:

@@ -26,20 +26,22 @@ LEARNING = check_memory.CHECKS
 
 @dataclass(frozen=True)
 class Result:
-    """One check: what it is called, what it found, how long it took, what it measured, and why it could not run."""
+    """One check: what it is called, what it found, how long it took, what it measured, why it could not run, and whether it came
+    as far as it is meant to."""
 
     name: str
     findings: tuple[Finding, ...]
     seconds: float
     note: str = ""
     failed: str = ""
+    reached: bool = True
 
     @property
     def passed(self) -> bool:
         return not self.findings and not self.failed
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "passed": self.passed, "seconds": self.seconds, "note": self.note, "failed": self.failed,
+        return {"name": self.name, "passed": self.passed, "seconds": self.seconds, "note": self.note, "failed": self.failed, "reached": self.reached,
                 "findings": [finding.to_json() for finding in self.findings]}
 
 
@@ -68,7 +70,7 @@ def run_checks(trainer: Trainer, *, progress: Callable[[Result], None] | None = 
 def _run(subject: Subject, name: str, check: Check, *, small: bool) -> Result:
     began, failed = time.perf_counter(), ""
     findings: list[Finding] = []
-    subject.note = ""
+    subject.note, subject.reached = "", True
     with untouched(subject.trainer), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         subject.model.train()
@@ -84,7 +86,7 @@ def _run(subject: Subject, name: str, check: Check, *, small: bool) -> Result:
             if is_memory(error) or hasattr(error, "exit_code"):      # told to a person in their own words
                 raise
             failed = _told(error)
-    return Result(name, tuple(findings), time.perf_counter() - began, subject.note, failed)
+    return Result(name, tuple(findings), time.perf_counter() - began, subject.note, failed, subject.reached)
 
 
 def _told(error: Exception) -> str:

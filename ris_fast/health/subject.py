@@ -32,6 +32,7 @@ class Subject:
         self.trainer, self.model, self.loss = trainer, trainer.model, trainer.loss
         self.config, self.optimizer, self.step = trainer.config, trainer.optimizer, trainer.step
         self.note = ""                 # of the check that runs: what it measured, for people
+        self.reached = True            # whether it came as far as it is meant to
 
     @cached_property
     def groups(self) -> list[list[Scenes]]:

@@ -56,9 +56,17 @@ def test_inputs_without_the_channel_are_named_by_the_estimator() -> None:
     assert finding.cause == "inputs_withhold_answer" and not finding.certain
 
 
-def test_noise_without_signal_is_no_reason_to_blame_the_inputs() -> None:
-    config = small("hybrid", **{"model.options.inputs": "collapsed"}, **at(-60.0))
-    assert causes(check_information.worth, Trainer(config)) == []
+@pytest.mark.parametrize("inputs", ["full", "collapsed"])
+def test_scenes_that_are_all_noise_are_named_and_not_the_inputs(inputs: str) -> None:
+    settings = {"model.options.inputs": "collapsed"} if inputs == "collapsed" else {}
+    finding, = check_information.worth(Subject(Trainer(small("hybrid", **settings, **at(-60.0)))))
+    assert finding.cause == "inputs_withhold_answer" and not finding.certain and "scenes themselves" in finding.evidence
+
+
+@pytest.mark.parametrize("snr_db", [-20.0, -10.0, -1.0])
+@pytest.mark.parametrize("twin", ["hybrid", "backprojection"])
+def test_scenes_of_low_snr_are_not_accused(twin: str, snr_db: float) -> None:
+    assert causes(check_information.worth, Trainer(small(twin, **at(snr_db)))) == []
 
 
 # ---- kernels ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from ris_fast.checkup import check_line, conclusion
 from ris_fast.data.errors import DataError
-from ris_fast.health import preflight
+from ris_fast.health import check_memory, preflight
 from ris_fast.health.causes import CAUSES
 from ris_fast.health.faults.catalogue import all_faults, faulty
 from ris_fast.health.faults.twins import TWINS
@@ -80,6 +81,13 @@ def test_a_check_that_cannot_run_is_counted_and_not_called_a_pass(monkeypatch: p
     line, told = check_line(broken), conclusion([], preflight.unknown(results))
     assert line.startswith("FAILED no two layers") and "half way; could not run: KeyError" in line
     assert told.startswith("nothing found by the checks that ran; 1 check could not run")
+
+
+def test_a_goal_that_was_not_reached_is_not_called_ok() -> None:
+    result = preflight.Result("32 scenes can be memorised", (), 0.1, "the goal was not reached", reached=False)
+    assert check_line(result).startswith("-  ") and check_line(replace(result, reached=True)).startswith("ok ")
+    subject = Subject(Trainer(TWINS["gentle"]()))
+    assert list(check_memory.memorise(subject)) == [] and not subject.reached and "was not reached" in subject.note
 
 
 @pytest.mark.parametrize("error", [MemoryError(), DataError("shard-0", "", "half of it", "all of it", "Copy it again.")])

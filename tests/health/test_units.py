@@ -31,6 +31,10 @@ KINDS = {"backprojection": small("backprojection", **STANDARD), "hybrid": small(
          "collapsed": small("hybrid", **STANDARD, **{"model.options.inputs": "collapsed"})}
 
 
+def test_an_input_that_is_small_because_of_the_snr_is_in_no_wrong_unit() -> None:
+    assert list(check_inputs.scale(Subject(Trainer(changed(KINDS["hybrid"], at(-60.0)))))) == []
+
+
 @pytest.mark.parametrize("snr_db", [-40.0, 15.0, 70.0, 100.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_units_of_snapshots_and_channel_change_nothing_at_any_snr(kind: str, snr_db: float) -> None:
