@@ -234,8 +234,8 @@ def _rates(subject: Subject, rates: list[list[float]], applied: list[int], plann
             peak = group.get("peak_lr", 0.0)
             if peak > 0 and abs(rate / peak - factor(step)) > 1e-6:
                 fits = [k for k in range(0, 64) if abs(rate / peak - factor(k)) < 1e-6 * max(rate / peak, 1e-9)]
-                ahead = bool(fits) and min(fits) > step
-                yield Finding("schedule_per_batch" if ahead else "schedule_per_epoch",
+                cause = "learning_rate_off_plan" if not fits else "schedule_per_batch" if min(fits) > step else "schedule_per_epoch"
+                yield Finding(cause,
                               f"after {step} updates the rate of {group.get('name', 'a group')} is {rate:.3g} instead of "
                               f"{peak * factor(step):.3g}{f', that of update {min(fits)}' if fits else ''}.")
                 return

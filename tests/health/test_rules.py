@@ -118,6 +118,19 @@ def test_a_rate_that_is_lost_long_after_the_first_steps_is_told(factor: float, c
     assert [finding.cause for finding in found][0] == cause and found[0].step == 20
 
 
+def test_preflight_calls_a_rate_that_is_nowhere_in_the_plan_off_plan() -> None:
+    from ris_fast.health.preflight import run_checks
+
+    trainer, calls = Trainer(TWINS["backprojection"]()), []
+
+    def halved(planned: int) -> None:
+        calls.append(planned)
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * 0.37 ** len(calls)
+    trainer.step.schedule = halved
+    assert [finding.cause for check in run_checks(trainer) for finding in check.findings] == ["learning_rate_off_plan"]
+
+
 def test_a_schedule_that_follows_the_clock_and_one_that_goes_on_after_an_interrupt_are_left_in_peace(tmp_path: Any) -> None:
     """Re-planning changes the rate between two steps of one report; a resumed run counts on."""
     from ris_fast.health.faults.twins import changed
