@@ -14,6 +14,7 @@ TOUCHED = 0.02             # relative: more than rounding in a sum
 COLD = 0.2                 # of the raw weights' way, below which the averaged weights are mostly the first ones
 JUMP, STILL = 0.5, 1e-8    # of a weight in one step
 GROWN, SHRUNK = 10.0, 0.2  # of the first weights' norm
+USUAL = 0.2                # rms of a weight; first weights have a tenth of that
 
 
 # ---- contracts of a step ------------------------------------------------------------------------------------------------
@@ -134,8 +135,10 @@ def movement(run: Run) -> Iterator[Finding]:
     if ratio is None or not reading.get("attempted") or reading.get("skipped"):
         return
     if ratio > JUMP or reading["weight_norm"] > GROWN * first.get("weight_norm", math.inf):
+        size = reading["weight_norm"] / math.sqrt(max(1, run.info.get("parameters") or 1))
         yield Finding("learning_rate_too_large", f"the median tensor moves by {ratio:.0%} of itself in one step; the weights' norm "
-                      f"went from {first.get('weight_norm', math.nan):.3g} to {reading['weight_norm']:.3g}.", run.step)
+                      f"went from {first.get('weight_norm', math.nan):.3g} to {reading['weight_norm']:.3g}.", run.step,
+                      certain=not size < USUAL)      # weights that begin tiny grow fast and learn
     elif reading["weight_norm"] < SHRUNK * first.get("weight_norm", 0.0):
         yield Finding("weight_decay_too_large", f"the weights' norm fell from {first['weight_norm']:.3g} to "
                       f"{reading['weight_norm']:.3g}.", run.step)
