@@ -55,7 +55,7 @@ def check_line(result: Any) -> str:
 
 def say_why(run: Path | None, *, json: bool = False) -> int:
     """The ranked cause of a run. Raises ConfigError where there is no run to read."""
-    from ris_fast.health.plain import read_rows
+    from ris_fast.plain_rows import read_rows
     from ris_fast.health.why import summary_beside, why
     from ris_fast.run_folder import how_to_resume
 

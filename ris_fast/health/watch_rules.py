@@ -10,6 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Iterator
 
 import torch
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ris_fast.health.finding import Finding, mend_of, ranked

@@ -170,7 +170,7 @@ def test_impossible_sizes_are_refused() -> None:
 
 
 def test_symbols_of_every_snapshot_are_refused() -> None:
-    with pytest.raises(ConfigError, match="hybrid"):
+    with pytest.raises(ConfigError, match="--preset seed"):
         build_model("backprojection", Task(symbols="per_snapshot"))
 
 
