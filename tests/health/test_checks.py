@@ -268,7 +268,9 @@ def test_an_average_of_weights_that_do_not_move_is_not_accused() -> None:
 
 def test_outputs_that_are_equal_in_sixteen_bits_are_no_wrong_derivative() -> None:
     """The assignment of sources has its kinks where two answers are equal; this drawn run has such a scene."""
+    from ris_fast.health.check_gradient import right_derivative
     from ris_fast.health.check_terms import each_term
     from ris_fast.health.faults.healthy import healthy_config
 
     assert list(each_term(Subject(Trainer(healthy_config(86))))) == []
+    assert list(right_derivative(Subject(Trainer(healthy_config(150))))) == []
