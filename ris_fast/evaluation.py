@@ -101,7 +101,7 @@ def _batch_figures(model: nn.Module, classical: PursuitFeatures | None, scenes: 
     energy = target_energy(scenes)
     pursuit = {} if classical is None else {"pursuit": scene_nmse(found_sources(classical, *inputs), scenes).double()}
     return {"count": scenes.count, "snr_db": scenes.snr_db.double(), "network": scene_nmse(model(*inputs), scenes).double(),
-            "zero": torch.ones_like(energy), "identity": 1.0 - scenes.codes.shape[1] / energy,
+            "zero": torch.ones_like(energy), "identity": 1.0 - scenes.codes.shape[-2] / energy,
             "mean": constant_nmse(constant, scenes), **pursuit}
 
 

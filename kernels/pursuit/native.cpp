@@ -19,6 +19,7 @@ struct Sizes {
     int64_t antennas, elements, snapshots, atoms, places, wide, lp;
     bool dense;  // P in panels; else G through H and the codes
     int64_t scores;  // floats that a search of the grid takes
+    bool own_codes;  // one set of codes a scene; else one for all
     int64_t early() const { return atoms * (atoms - 1) / 2; }
     int64_t columns() const { return T * atoms; }
     int64_t rank() const { return columns() + early(); }
@@ -45,40 +46,25 @@ template <class Parts> float* allocate(Parts& parts) {
     return block;
 }
 
-// What all scenes of a call share; written once, then read by every thread.
-struct Shared {
-    Sizes z;
-    const Geometry& g;
-    Arms arms;
-    Factors factors;
-    float *code_re, *code_im, *overlap;
-    float* block;
+// One set of codes, planar (N, lp), and where P is formed sum_l conj(c_ln) c_lm in its panels.
+struct Codes {
+    float *re, *im, *overlap;
 
-    void cut(Cutter& c) {
-        float** rows[] = {&arms.x, &arms.y, &arms.curvature, &arms.level, &arms.along_u, &arms.along_v, &arms.along_w};
-        for (float** row : rows) c.part(*row, z.wide);
-        c.part(factors.along_x, factors.size_x());
-        c.part(factors.along_y, factors.size_y());
-        c.part(code_re, z.elements * z.lp);
-        c.part(code_im, z.elements * z.lp);
+    void cut(Cutter& c, const Sizes& z) {
+        c.part(re, z.elements * z.lp);
+        c.part(im, z.elements * z.lp);
         c.part(overlap, z.dense ? 2 * z.wide * z.elements : 0);
     }
-    Shared(const Sizes& sizes, const Geometry& geometry, const float* codes) : z(sizes), g(geometry), factors(factors_of(geometry)) {
-        z.scores = factors.nu ? 2 * W * factors.ny : 2 * z.places;
-        block = allocate(*this);
-        if (!block) return;
-        fill_arms(arms, g, z.wide);
-        if (factors.nu) fill_factors(factors, g);
+    void fill(const float* codes, const Sizes& z) const {
         for (int64_t i = 0; i < z.elements; ++i)
             for (int64_t l = 0; l < z.lp; ++l) {
                 const float* c = codes + 2 * (l * z.elements + i);
-                code_re[i * z.lp + l] = l < z.snapshots ? c[0] : 0.0f;
-                code_im[i * z.lp + l] = l < z.snapshots ? c[1] : 0.0f;
+                re[i * z.lp + l] = l < z.snapshots ? c[0] : 0.0f;
+                im[i * z.lp + l] = l < z.snapshots ? c[1] : 0.0f;
             }
-        if (z.dense) fill_overlap(codes);
+        if (z.dense) fill_overlap(codes, z);
     }
-    // sum_l conj(c_ln) c_lm in the panels of P
-    void fill_overlap(const float* codes) {
+    void fill_overlap(const float* codes, const Sizes& z) const {
         std::memset(overlap, 0, size_t(2 * z.wide * z.elements) * sizeof(float));
         for (int64_t i = 0; i < z.elements; ++i)
             for (int64_t l = 0; l < z.snapshots; ++l) {
@@ -90,6 +76,32 @@ struct Shared {
                 }
             }
     }
+};
+
+// What all scenes of a call share; written once, then read by every thread.
+struct Shared {
+    Sizes z;
+    const Geometry& g;
+    Arms arms;
+    Factors factors;
+    Codes codes;
+    float* block;
+
+    void cut(Cutter& c) {
+        float** rows[] = {&arms.x, &arms.y, &arms.curvature, &arms.level, &arms.along_u, &arms.along_v, &arms.along_w};
+        for (float** row : rows) c.part(*row, z.wide);
+        c.part(factors.along_x, factors.size_x());
+        c.part(factors.along_y, factors.size_y());
+        if (!z.own_codes) codes.cut(c, z);
+    }
+    Shared(const Sizes& sizes, const Geometry& geometry, const float* given) : z(sizes), g(geometry), factors(factors_of(geometry)) {
+        z.scores = factors.nu ? 2 * W * factors.ny : 2 * z.places;
+        block = allocate(*this);
+        if (!block) return;
+        fill_arms(arms, g, z.wide);
+        if (factors.nu) fill_factors(factors, g);
+        if (!z.own_codes) codes.fill(given, z);
+    }
     ~Shared() { std::free(block); }
 };
 
@@ -99,6 +111,7 @@ struct Scratch {
     float *planes, *gram, *received, *rest, *moment, *residual, *columns, *images, *slopes, *scores;
     float *gram_re, *gram_im, *moment_re, *moment_im, *fit_re, *fit_im, *left, *matrix, *ridge, *amplitude, *change;
     float *place, *early_place, *early_amplitude, *gains, *basis;
+    Codes codes;
     float* block;
 
     void cut(Cutter& c) {
@@ -127,6 +140,7 @@ struct Scratch {
         c.part(early_amplitude, 2 * z.early());
         c.part(gains, k);
         c.part(basis, 2 * z.early() * z.wide);
+        if (z.own_codes) codes.cut(c, z);
     }
     explicit Scratch(const Sizes& sizes) : z(sizes) { block = allocate(*this); }
     ~Scratch() { std::free(block); }
@@ -135,6 +149,7 @@ struct Scratch {
 // One scene's numbers beyond its arrays.
 struct Scene {
     const float *snapshots, *channel;
+    const Codes& codes;
     float snr_db, noise, weight, column;  // sigma^2; sigma^2 over the expected |x|^2; 1/sqrt of G's mean squared column
     float energy;
 };
@@ -150,7 +165,7 @@ inline float energy_of(const float* values, int64_t count) {
 }
 
 // Units where y has mean power 1 and P has mean diagonal 1; planes of H and y, P where it is wanted, b = G^H y.
-inline void normal_equations(const Scratch& s, const Shared& shared, Scene& scene) {
+inline void normal_equations(const Scratch& s, Scene& scene) {
     const Sizes& z = s.z;
     const int64_t n = z.elements, plane = z.received();
     const float column = energy_of(scene.channel, 2 * z.antennas * n) * (float(z.snapshots) / float(n));
@@ -176,8 +191,8 @@ inline void normal_equations(const Scratch& s, const Shared& shared, Scene& scen
             s.received[plane + m * z.lp + l] = inside ? y[1] / __builtin_sqrtf(level) : 0.0f;
         }
     }
-    if (z.dense) gram_of(s.gram, shared.overlap, s.planes, 1.0f / column, z.antennas, n, z.wide);
-    adjoint(s.moment, s.planes, shared.code_re, shared.code_im, s.received, scene.column, z.antennas, n, z.wide, z.lp);
+    if (z.dense) gram_of(s.gram, scene.codes.overlap, s.planes, 1.0f / column, z.antennas, n, z.wide);
+    adjoint(s.moment, s.planes, scene.codes.re, scene.codes.im, s.received, scene.column, z.antennas, n, z.wide, z.lp);
 }
 
 // D^H P D and D^H b of the first `atoms` atoms, whose places have moved.
@@ -189,7 +204,7 @@ inline void project(const Scratch& s, const Shared& shared, const Scene& scene, 
         inner_products(s.gram_re, s.gram_im, s.columns, s.images, atoms, z.wide);
     } else {
         for (int64_t c = 0; c < T * atoms; ++c)
-            apply(s.images + 2 * c * z.received(), scene.channel, shared.code_re, shared.code_im, s.columns + 2 * c * z.wide, scene.column,
+            apply(s.images + 2 * c * z.received(), scene.channel, scene.codes.re, scene.codes.im, s.columns + 2 * c * z.wide, scene.column,
                   z.antennas, z.elements, z.wide, z.lp);
         inner_products(s.gram_re, s.gram_im, s.images, s.images, atoms, z.received());
     }
@@ -197,14 +212,14 @@ inline void project(const Scratch& s, const Shared& shared, const Scene& scene, 
 }
 
 // b - P x of the linearised fit x.
-inline void residual(const Scratch& s, const Shared& shared, const Scene& scene, int64_t atoms) {
+inline void residual(const Scratch& s, const Scene& scene, int64_t atoms) {
     const Sizes& z = s.z;
     if (z.dense) {
         subtract(s.residual, s.moment, s.images, s.fit_re, s.fit_im, T * atoms, z.wide);
         return;
     }
     subtract(s.rest, s.received, s.images, s.fit_re, s.fit_im, T * atoms, z.received());
-    adjoint(s.residual, s.planes, shared.code_re, shared.code_im, s.rest, scene.column, z.antennas, z.elements, z.wide, z.lp);
+    adjoint(s.residual, s.planes, scene.codes.re, scene.codes.im, s.rest, scene.column, z.antennas, z.elements, z.wide, z.lp);
 }
 
 // Amplitudes and places of the first `atoms` atoms take one Gauss-Newton step; fit is the tangent space's.
@@ -242,7 +257,7 @@ inline void pursue(const Scratch& s, const Shared& shared, const Scene& scene) {
         s.gains[atoms - 1] = reached - explained;
         explained = reached;
         if (atoms == z.atoms) return;
-        residual(s, shared, scene, atoms);
+        residual(s, scene, atoms);
         std::memcpy(s.early_place + 3 * early, s.place, size_t(3 * atoms) * sizeof(float));
         for (int64_t k = 0; k < atoms; ++k) {
             s.early_amplitude[2 * (early + k)] = s.fit_re[T * k];
@@ -342,20 +357,20 @@ inline void basis(float* out, const Scratch& s, const Shared& shared) {
 }  // namespace pursuit
 }  // namespace RIS_NS
 
-// inputs (B, width) and basis (B, N, 2 rank) from snapshots (B, L, M, 2), channel (B, M, N, 2), codes (L, N, 2), snr in dB
-// (B), and the constants of the geometry: x, y, curvature (N), scale, low, high, trust (3), grid (G, 3), dictionary
+// inputs (B, width) and basis (B, N, 2 rank) from snapshots (B, L, M, 2), channel (B, M, N, 2), codes (L, N, 2), or
+// (B, L, N, 2) where own_codes is 1, snr in dB (B), and the constants of the geometry: x, y, curvature (N), scale, low, high, trust (3), grid (G, 3), dictionary
 // (2 N, 2 G), which may be null where the grid has factors. wavenumber 0: Fresnel. dense: 1 to form P, 0 to go through H, -1 to choose.
 // Returns 0, 1 if there was no memory for scratch, or 2 if there is neither a dictionary nor a grid with factors.
 RIS_EXPORT(int, pursuit_features)
 (float* inputs, float* basis, const float* snapshots, const float* channel, const float* codes, const float* snr_db, const float* x,
  const float* y, const float* curvature, const float* scale, const float* low, const float* high, const float* trust, const float* grid,
  const float* dictionary, float wavenumber, int64_t batch, int64_t antennas, int64_t elements, int64_t n_snapshots, int64_t atoms,
- int64_t places, int64_t dense) {
+ int64_t places, int64_t dense, int64_t own_codes) {
     using namespace RIS_NS::pursuit;
     const int64_t wide = padded(elements), lp = padded(n_snapshots), rounds = 2 * atoms * (atoms + 1);
     const bool small = elements <= 256 && elements * (antennas + rounds) <= antennas * n_snapshots * rounds;
     const Geometry g{x, y, curvature, scale, low, high, trust, grid, dictionary, elements, places, wavenumber};
-    const Shared shared({antennas, elements, n_snapshots, atoms, places, wide, lp, dense < 0 ? small : dense > 0, 0}, g, codes);
+    const Shared shared({antennas, elements, n_snapshots, atoms, places, wide, lp, dense < 0 ? small : dense > 0, 0, own_codes > 0}, g, codes);
     const Sizes& z = shared.z;
     int failed = !shared.block;
     if (failed) return 1;
@@ -370,8 +385,10 @@ RIS_EXPORT(int, pursuit_features)
                 failed = 1;
                 continue;
             }
-            Scene scene{snapshots + 2 * b * n_snapshots * antennas, channel + 2 * b * antennas * elements, clamp(snr_db[b], LEAST_DB, MOST_DB), 0, 0, 0, 0};
-            normal_equations(s, shared, scene);
+            if (own_codes) s.codes.fill(codes + 2 * b * n_snapshots * elements, z);
+            Scene scene{snapshots + 2 * b * n_snapshots * antennas, channel + 2 * b * antennas * elements, own_codes ? s.codes : shared.codes,
+                        clamp(snr_db[b], LEAST_DB, MOST_DB), 0, 0, 0, 0};
+            normal_equations(s, scene);
             pursue(s, shared, scene);
             RIS_NS::pursuit::inputs(inputs + b * z.width(), s, g, scene);
             RIS_NS::pursuit::basis(basis + 2 * b * elements * z.rank(), s, shared);

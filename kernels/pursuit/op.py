@@ -22,7 +22,7 @@ from .search import Geometry, with_dictionary
 
 SCHEMA = ("pursuit_features(Tensor snapshots, Tensor channel, Tensor codes, Tensor snr_db, Tensor[] constants, "
           "float wavenumber, int stages) -> (Tensor, Tensor)")
-ARGUMENTS = [c_void_p] * 15 + [c_float] + [c_int64] * 7
+ARGUMENTS = [c_void_p] * 15 + [c_float] + [c_int64] * 8
 CPU_CHUNK = 128        # scenes of the plain form: 21 MB of normal equations
 CHOOSE = -1            # whether to form P = G^H G is left to the kernel; 1 and 0 force it
 NO_FACTORS = 2         # what the C++ answers where it had to read a dictionary that is empty
@@ -32,8 +32,9 @@ LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
 def _check(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constants: list[Tensor], stages: int) -> None:
     batch, length, antennas, _ = snapshots.shape
-    elements, places, columns = codes.shape[1], constants[7].shape[0], constants[8].shape[-1]
-    expected = {"channel": (batch, antennas, elements, 2), "codes": (length, elements, 2), "snr_db": (batch,), "x": (elements,),
+    elements, places, columns = codes.shape[-2], constants[7].shape[0], constants[8].shape[-1]
+    own = (batch,) if codes.dim() == 4 else ()
+    expected = {"channel": (batch, antennas, elements, 2), "codes": (*own, length, elements, 2), "snr_db": (batch,), "x": (elements,),
                 "y": (elements,), "curvature": (elements,), "scale": (3,), "low": (3,), "high": (3,), "trust": (3,),
                 "grid": (places, 3), "dictionary": (2 * elements, 2 * places if columns else 0)}
     for (name, shape), given in zip(expected.items(), (channel, codes, snr_db, *constants), strict=True):
@@ -58,9 +59,9 @@ def _cpp(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, cons
          stages: int, dense: int = CHOOSE) -> tuple[Tensor, Tensor]:
     _check(snapshots, channel, codes, snr_db, constants, stages)
     inputs = [each.float().contiguous() for each in (snapshots, channel, codes, snr_db, *constants)]
-    (batch, length, antennas, _), elements = snapshots.shape, codes.shape[1]
+    (batch, length, antennas, _), elements = snapshots.shape, codes.shape[-2]
     out = torch.empty(batch, reference.width(stages)), torch.empty(batch, elements, 2 * reference.rank(stages))
-    sizes = (batch, antennas, elements, length, stages, constants[7].shape[0], dense)
+    sizes = (batch, antennas, elements, length, stages, constants[7].shape[0], dense, codes.dim() == 4)
     failed = _native()(*(each.data_ptr() for each in (*out, *inputs)), wavenumber, *sizes)
     if failed == NO_FACTORS:
         raise ValueError("pursuit_features: the dictionary is empty, and without it the grid must be a box over a rectangular array, "
@@ -75,12 +76,13 @@ def _plain(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, co
     """The definition; a CPU works on chunks of CPU_CHUNK scenes, whatever the threads, so that the bits do not depend on them."""
     _check(snapshots, channel, codes, snr_db, constants, stages)
     geometry = with_dictionary(Geometry(*(each.float() for each in constants)), wavenumber)
-    codes, rest = codes.float(), (list(geometry), wavenumber, stages)
-    inputs = (snapshots.float(), channel.float(), snr_db.float())
+    y, h, c, snr = (each.float() for each in (snapshots, channel, codes, snr_db))
+    work = partial(reference.pursuit_features, constants=list(geometry), wavenumber=wavenumber, stages=stages)
     if snapshots.device.type != "cpu":
-        return reference.pursuit_features(*inputs[:2], codes, inputs[2], *rest)
-    work = lambda y, h, snr: reference.pursuit_features(y, h, codes, snr, *rest)  # noqa: E731
-    parts = side_by_side(work, zip(*(each.split(CPU_CHUNK) for each in inputs)))
+        return work(y, h, c, snr)
+    chunks = [each.split(CPU_CHUNK) for each in (y, h, snr)]
+    chunks.insert(2, c.split(CPU_CHUNK) if c.dim() == 4 else [c] * len(chunks[0]))
+    parts = side_by_side(work, zip(*chunks))
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
@@ -90,7 +92,7 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _fake(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constants: list[Tensor], wavenumber: float,
           stages: int) -> tuple[Tensor, Tensor]:
-    batch, elements, new = snapshots.shape[0], codes.shape[1], partial(torch.empty, device=snapshots.device, dtype=torch.float32)
+    batch, elements, new = snapshots.shape[0], codes.shape[-2], partial(torch.empty, device=snapshots.device, dtype=torch.float32)
     return new((batch, reference.width(stages))), new((batch, elements, 2 * reference.rank(stages)))
 
 

@@ -25,8 +25,8 @@ def pursuit_features(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: 
                      wavenumber: float, stages: int) -> tuple[Tensor, Tensor]:
     """What a pursuit of `stages` atoms finds in each scene: inputs (B, F) of a network, and the columns of its factors.
 
-    Args: snapshots (B, L, M, 2), channel (B, M, N, 2), codes (L, N, 2), snr_db (B,); constants: the tensors of `Geometry`
-        in order; wavenumber: rad/m where the wavefront is spherical, 0 where it is Fresnel. `snr_db` is clamped to WORKING_SNR_DB.
+    Args: snapshots (B, L, M, 2), channel (B, M, N, 2), codes (L, N, 2) or a set a scene (B, L, N, 2), snr_db (B,); constants:
+        the tensors of `Geometry` in order; wavenumber: rad/m where the wavefront is spherical, 0 where it is Fresnel. `snr_db` is clamped to WORKING_SNR_DB.
     Returns: inputs (B, F), numbers of order one; basis (B, N, 2R) planar: for atom k s_k times its T tangents, then what
         earlier stages add. All float32 or all float64.
     """

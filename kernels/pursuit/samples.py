@@ -19,8 +19,11 @@ WAVELENGTH_M = 0.3
 
 
 def scenes(batch: int, horizontal: int, vertical: int, antennas: int, snapshots: int, atoms: int, *, spherical: bool = False,
-           sector: float = 0.8, snr_db: float = 15.0, seed: int = 0) -> tuple[Any, ...]:
-    """Operator arguments, float32 on CPU: as many sources as atoms, one to each strip of u, so that every pick is clear."""
+           sector: float = 0.8, snr_db: float = 15.0, seed: int = 0, own_codes: bool = False) -> tuple[Any, ...]:
+    """Operator arguments, float32 on CPU: as many sources as atoms, one to each strip of u, so that every pick is clear.
+
+    own_codes: a set of codes for each scene, (B, L, N, 2), instead of one for all.
+    """
     generator, wavenumber = torch.Generator().manual_seed(seed), 2 * math.pi / WAVELENGTH_M
     uniform = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.complex64)  # noqa: E731
@@ -35,7 +38,8 @@ def scenes(batch: int, horizontal: int, vertical: int, antennas: int, snapshots:
     real, imag = Pursuit(constants, bend, atoms).steer(place).chunk(2, dim=2)
     amplitude = torch.polar(0.6 ** torch.arange(atoms) * (1 + 0.1 * uniform(batch, atoms)), 2 * math.pi * uniform(batch, atoms))
     field = (torch.complex(real, imag) @ amplitude[..., None])[..., 0]
-    channel, turns = normal(batch, antennas, horizontal * vertical), 2 * math.pi * uniform(snapshots, horizontal * vertical)
+    sets = (batch,) if own_codes else ()
+    channel, turns = normal(batch, antennas, horizontal * vertical), 2 * math.pi * uniform(*sets, snapshots, horizontal * vertical)
     codes = torch.polar(torch.ones_like(turns), turns)
     clean = (codes * field[:, None]) @ channel.transpose(1, 2)
     level = (clean.abs().square().mean((1, 2), keepdim=True) * 10.0 ** (-snr_db / 10)).sqrt()
@@ -62,13 +66,15 @@ SAMPLES = (
     _sample("small", 3, 5, 4, 6, 7, 2, small=True),
     _sample("strided", 3, 6, 6, 9, 17, 2, strided=True),
     _sample("empty-batch", 0, 6, 4, 4, 4, 2),
+    _sample("own-codes", 5, 12, 12, 16, 16, 5, own_codes=True),
+    _sample("small-own-codes", 3, 5, 4, 6, 7, 2, own_codes=True, small=True, strided=True),
 )
 
 
 def cost(snapshots: torch.Tensor, channel: torch.Tensor, codes: torch.Tensor, snr_db: torch.Tensor, constants: list[torch.Tensor],
          wavenumber: float, stages: int) -> Cost:
     """Least bytes (scenes read, features written) and FLOPs: the cheaper of P = G^H G and its images, and G through H."""
-    (batch, length, antennas, _), elements = snapshots.shape, codes.shape[1]
+    (batch, length, antennas, _), elements = snapshots.shape, codes.shape[-2]
     written = reference.width(stages) + 2 * elements * reference.rank(stages)
     columns = 2 * stages * (stages + 1)
     read = 2 * antennas * (length + elements) + 1

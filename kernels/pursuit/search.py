@@ -60,7 +60,7 @@ class Geometry(NamedTuple):
 def normal_equations(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Normal:
     """P = sum_l diag(c_l)^H H^H H diag(c_l) = (H^H H) o (C^H C) and b = sum_l conj(c_l) o (H^H y_l), normalised.
 
-    Args: snapshots (B, L, M, 2), channel (B, M, N, 2), codes (L, N, 2), snr_db (B,), all of one dtype.
+    Args: snapshots (B, L, M, 2), channel (B, M, N, 2), codes (L, N, 2) or (B, L, N, 2), snr_db (B,), all of one dtype.
     Cost: 8 M N^2 FLOPs a scene; P is 8 N^2 bytes.
     """
     batch, length, antennas, _ = snapshots.shape
@@ -71,10 +71,11 @@ def normal_equations(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: 
     stacked = planes.reshape(batch, 2 * antennas, elements)
     turned = torch.stack((planes[:, 1], -planes[:, 0]), dim=1).reshape(batch, 2 * antennas, elements)
     adjoint = (stacked / column[:, None, None]).transpose(1, 2)
-    overlap = _adjoint_matmul(codes[None], codes[None])[0]
+    sets = codes if codes.dim() == 4 else codes[None]
+    overlap = _adjoint_matmul(sets, sets)
     gram = _times(adjoint @ stacked, adjoint @ turned, overlap[..., 0], overlap[..., 1])
     back = _adjoint_matmul(channel, snapshots.transpose(1, 2))
-    moment = _conj_multiply(codes.transpose(0, 1), back).sum(2) * (column * level).rsqrt()[:, None, None]
+    moment = _conj_multiply(codes.transpose(-3, -2), back).sum(2) * (column * level).rsqrt()[:, None, None]
     snr = 10.0 ** (snr_db / 10.0)
     size = float(length * antennas)
     return Normal(gram, moment, 1.0 / (1.0 + snr), size * snr / (1.0 + snr), torch.full_like(snr, size))

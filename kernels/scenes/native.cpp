@@ -65,7 +65,7 @@ template <bool spherical> void steer(float* re, float* im, const float* x, const
     }
 }
 
-// Codes (L, N, 2) to planar (N, L), padded with zeros, once a thread.
+// Codes (L, N, 2) to planar (N, L), padded with zeros: once a thread, or once a scene that has its own.
 inline void transpose_codes(const Scratch& s, const float* codes, const Sizes& z) {
     const int64_t lp = z.padded();
     for (int64_t i = 0; i < z.elements; ++i)
@@ -185,13 +185,13 @@ inline void add_noise(const Scratch& s, float* snapshots, float snr_db, const Si
 }  // namespace scenes
 }  // namespace RIS_NS
 
-// channel (B, M, N, 2), snapshots (B, L, M, 2), factor (B, N, K, 2) from index (B), positions (2, N), codes (L, N, 2),
-// source (B, K, 3), amplitude (B, S, K, 2), power (B, K), sight (B, 3), Rician factor (B), snr in dB (B).
+// channel (B, M, N, 2), snapshots (B, L, M, 2), factor (B, N, K, 2) from index (B), positions (2, N), codes (L, N, 2), or (B, L, N, 2)
+// where own_codes is 1, source (B, K, 3), amplitude (B, S, K, 2), power (B, K), sight (B, 3), Rician factor (B), snr in dB (B).
 // Returns 0, or 1 if there was no memory for scratch.
 RIS_EXPORT(int, scenes)
 (float* channel, float* snapshots, float* factor, const int64_t* index, const float* positions, const float* codes,
  const float* source, const float* amplitude, const float* power, const float* sight, const float* rician, const float* snr_db, int64_t batch, int64_t antennas, int64_t elements, int64_t n_snapshots, int64_t n_sources, int64_t symbols,
- int64_t seed, int64_t channel_stream, int64_t noise_stream, int64_t spherical) {
+ int64_t seed, int64_t channel_stream, int64_t noise_stream, int64_t spherical, int64_t own_codes) {
     using namespace RIS_NS;
     const scenes::Sizes z{antennas, elements, n_snapshots, n_sources, symbols};
     const float *x = positions, *y = positions + elements;
@@ -200,7 +200,7 @@ RIS_EXPORT(int, scenes)
 #pragma omp parallel if (batch > 4)
     {
         const scenes::Scratch s(z);
-        if (s.block) scenes::transpose_codes(s, codes, z);
+        if (s.block && !own_codes) scenes::transpose_codes(s, codes, z);
 #pragma omp for schedule(static) nowait
         for (int64_t b = 0; b < batch; ++b) {
             if (!s.block) {
@@ -208,6 +208,7 @@ RIS_EXPORT(int, scenes)
                 failed = 1;
                 continue;
             }
+            if (own_codes) scenes::transpose_codes(s, codes + 2 * b * n_snapshots * elements, z);
             float *H = channel + b * h, *S = factor + 2 * b * elements * n_sources;
             const float *q = source + 3 * b * n_sources, *g = amplitude + 2 * b * symbols * n_sources, *p = power + b * n_sources;
             philox::fill_row<philox::normal_block>(H, 0, (h + 3) / 4, h, uint32_t(channel_stream), uint64_t(index[b]), uint64_t(seed));

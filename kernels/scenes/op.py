@@ -22,7 +22,7 @@ from .samples import SAMPLES, cost
 SCHEMA = ("scenes(Tensor index, int seed, int channel_stream, int noise_stream, int antennas, Tensor positions, Tensor codes, "
           "Tensor source, Tensor amplitude, Tensor power, Tensor sight, Tensor rician, Tensor snr_db, bool spherical) "
           "-> (Tensor, Tensor, Tensor)")
-ARGUMENTS = [c_void_p] * 12 + [c_int64] * 10
+ARGUMENTS = [c_void_p] * 12 + [c_int64] * 11
 LIBRARY = torch.library.Library("ris_fast", "FRAGMENT")
 LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -35,7 +35,7 @@ def make_scenes(index: Tensor, *, seed: int, channel_stream: int, noise_stream: 
     Model: H = sqrt(k/(k+1)) b a(sight)^H + W / sqrt(2 M (k+1)), k the Rician factor, b of M antennas in line, y_l = H (c_l o sum_k amplitude_k a(source_k)) + n_l, factor column k =
         sqrt(power_k) a(source_k); a unit-norm near-field steering vectors, W and n counter-based normals of `index`.
     Args: index (B,) int64; seed, streams: as `philox_normal`; float32: positions (2, N) x and y of the elements,
-        codes (L, N, 2), source (B, K, 3) azimuth, elevation, range, amplitude (B, S, K, 2), power (B, K), sight (B, 3)
+        codes (L, N, 2) or a set a scene (B, L, N, 2), source (B, K, 3) azimuth, elevation, range, amplitude (B, S, K, 2), power (B, K), sight (B, 3)
         azimuth, elevation, range of the base station, rician (B,), snr_db (B,); rad, and lengths in wavelengths;
         spherical: exact wavefront instead of the Fresnel one.
     Returns: channel (B, M, N, 2), snapshots (B, L, M, 2), factor (B, N, K, 2), float32.
@@ -50,8 +50,9 @@ def make_scenes(index: Tensor, *, seed: int, channel_stream: int, noise_stream: 
 
 def _check(index: Tensor, tensors: dict[str, Tensor]) -> None:
     batch, elements, sources = index.numel(), tensors["positions"].shape[-1], tensors["source"].shape[1]
-    snapshots, symbols = tensors["codes"].shape[0], tensors["amplitude"].shape[1]
-    expected = {"positions": (2, elements), "codes": (snapshots, elements, 2), "source": (batch, sources, 3),
+    codes, symbols = tensors["codes"], tensors["amplitude"].shape[1]
+    snapshots, own = codes.shape[-3], (batch,) if codes.dim() == 4 else ()
+    expected = {"positions": (2, elements), "codes": (*own, snapshots, elements, 2), "source": (batch, sources, 3),
                 "amplitude": (batch, snapshots if symbols != 1 else 1, sources, 2), "power": (batch, sources), "sight": (batch, 3),
                 "rician": (batch,), "snr_db": (batch,)}
     for name, shape in expected.items():
@@ -61,7 +62,7 @@ def _check(index: Tensor, tensors: dict[str, Tensor]) -> None:
 
 
 def _shapes(antennas: int, codes: Tensor, source: Tensor) -> tuple[tuple[int, ...], ...]:
-    (batch, sources, _), (snapshots, elements, _) = source.shape, codes.shape
+    (batch, sources, _), (snapshots, elements, _) = source.shape, codes.shape[-3:]
     return (batch, antennas, elements, 2), (batch, snapshots, antennas, 2), (batch, elements, sources, 2)
 
 
@@ -74,8 +75,8 @@ def _cpp(index: Tensor, seed: int, channel_stream: int, noise_stream: int, anten
     inputs, spherical = [each.contiguous() for each in (index, *rest[:-1])], rest[-1]
     codes, source, amplitude = inputs[2:5]
     out = tuple(torch.empty(shape) for shape in _shapes(antennas, codes, source))
-    sizes = (len(source), antennas, codes.shape[1], codes.shape[0], source.shape[1], amplitude.shape[1])
-    if _native()(*(each.data_ptr() for each in (*out, *inputs)), *sizes, seed, channel_stream, noise_stream, spherical):
+    sizes = (len(source), antennas, codes.shape[-2], codes.shape[-3], source.shape[1], amplitude.shape[1])
+    if _native()(*(each.data_ptr() for each in (*out, *inputs)), *sizes, seed, channel_stream, noise_stream, spherical, codes.dim() == 4):
         raise MemoryError("scenes: no memory for the scratch of a thread. Lower the number of threads or the size of the array.")
     return out
 
@@ -118,7 +119,7 @@ def _aot() -> list[AotCase]:
     field = ("factor_ptr:*fp32 field_ptr:*fp32 positions_ptr:*fp32 source_ptr:*fp32 amplitude_ptr:*fp32 power_ptr:*fp32 "
              "symbols:i32 elements:i32 scale:fp32")
     snapshot = ("snapshots_ptr:*fp32 channel_ptr:*fp32 field_ptr:*fp32 codes_ptr:*fp32 index_ptr:*i64 snr_db_ptr:*fp32 "
-                "antennas:i32 elements:i32 snapshots:i32 symbols:i32 seed:i64 stream:i64")
+                "antennas:i32 elements:i32 snapshots:i32 symbols:i32 code_stride:i32 seed:i64 stream:i64")
     shape = ("antennas", "elements")
     # 80 registers are triton 3.6 for sm_100, all others take 48 to 64: six programs, one a scene, still fit a multiprocessor
     cases = [case("snapshots", kernels.snapshot_kernel, snapshot, {"L": 16, "M": 16}, ("channel_ptr", "field_ptr", "codes_ptr", *shape), 80)]

@@ -30,10 +30,10 @@ def steering(positions_2N: Tensor, place: Tensor, spherical: bool) -> Tensor:
 
 
 def scenes(index_B: Tensor, seed: int, channel_stream: int, noise_stream: int, antennas: int, positions_2N: Tensor,
-           codes_LN2: Tensor, source_BK3: Tensor, amplitude_BSK2: Tensor, power_BK: Tensor, sight_B3: Tensor, rician_B: Tensor,
+           codes: Tensor, source_BK3: Tensor, amplitude_BSK2: Tensor, power_BK: Tensor, sight_B3: Tensor, rician_B: Tensor,
            snr_db_B: Tensor, spherical: bool,
            normal: Callable[..., Tensor] = philox.normal) -> tuple[Tensor, Tensor, Tensor]:
-    """Channel H (B, M, N, 2), noisy snapshots y (B, L, M, 2), target factor (B, N, K, 2).
+    """Channel H (B, M, N, 2), noisy snapshots y (B, L, M, 2), target factor (B, N, K, 2); codes (L, N, 2) or (B, L, N, 2).
 
     Model: H = sqrt(k/(k+1)) b a^H + W / sqrt(2 M (k+1)) with k `rician_B`, a the steering vector of `sight_B3`, b the
         far-field one of a line of M antennas at half a wavelength, W standard normal in both parts; y_l = H (c_l o sum_k amplitude_k a_k) + n_l, n_l complex white with
@@ -41,7 +41,7 @@ def scenes(index_B: Tensor, seed: int, channel_stream: int, noise_stream: int, a
     Numbers: element e of W and of n, counted row by row with (re, im) innermost, is normal e of its stream.
     """
     dtype, m, n, count = source_BK3.dtype, antennas, positions_2N.shape[1], index_B.numel()
-    codes_LN, amplitude_BSK = (torch.view_as_complex(a.contiguous()) for a in (codes_LN2, amplitude_BSK2))
+    codes, amplitude_BSK = (torch.view_as_complex(a.contiguous()) for a in (codes, amplitude_BSK2))
     place_M = torch.arange(m, device=index_B.device, dtype=dtype) - (m - 1) / 2
     phase_BM = math.pi * place_M * (sight_B3[:, :1].sin() * sight_B3[:, 1:2].cos())
     b_BM = torch.polar((rician_B / (rician_B + 1) / m).sqrt()[:, None].expand(-1, m), phase_BM)
@@ -49,7 +49,7 @@ def scenes(index_B: Tensor, seed: int, channel_stream: int, noise_stream: int, a
     line_BMN = b_BM[:, :, None] * steering(positions_2N, sight_B3, spherical).conj()[:, None, :]
     channel_BMN = line_BMN + (0.5 / (m * (rician_B + 1))).sqrt()[:, None, None] * torch.view_as_complex(w_BMN2)
     steer_BKN = steering(positions_2N, source_BK3, spherical)
-    clean_BLM = (codes_LN * (amplitude_BSK @ steer_BKN)) @ channel_BMN.transpose(1, 2)
+    clean_BLM = (codes * (amplitude_BSK @ steer_BKN)) @ channel_BMN.transpose(1, 2)
     noise_BLM2 = normal(index_B, seed, noise_stream, 2 * clean_BLM[:1].numel()).to(dtype).view(*clean_BLM.shape, 2)
     deviation_B = (clean_BLM.abs().square().mean((1, 2)) * 10.0 ** (-snr_db_B / 10.0) / 2.0).sqrt()
     snapshots_BLM2 = torch.view_as_real(clean_BLM) + deviation_B[:, None, None, None] * noise_BLM2

@@ -17,7 +17,7 @@ NORMAL_FLOPS = 44  # a counter-based normal, integer operations included
 
 
 def _sample(name: str, batch: int, side: int, antennas: int, snapshots: int, sources: int, *, moving: bool = False,
-            spherical: bool = False, strided: bool = False, small: bool = False) -> Sample:
+            spherical: bool = False, strided: bool = False, small: bool = False, own_codes: bool = False) -> Sample:
     """Random geometry on a square array, 1 .. K sources a scene, values that float32 holds exactly."""
     def make(device: torch.device | str, dtype: torch.dtype) -> tuple[Any, ...]:
         generator = torch.Generator().manual_seed(0)
@@ -30,7 +30,7 @@ def _sample(name: str, batch: int, side: int, antennas: int, snapshots: int, sou
         positions = torch.stack((line.repeat(side), line.repeat_interleave(side))).to(device)
         active = torch.arange(sources) < torch.arange(batch)[:, None] % sources + 1
         amplitude = uniform(-1, 1, batch, snapshots if moving else 1, sources, 2) * active[:, None, :, None].to(device)
-        turns = torch.randint(8, (snapshots, side * side), generator=generator) * (2 * math.pi / 8)
+        turns = torch.randint(8, (*((batch,) if own_codes else ()), snapshots, side * side), generator=generator) * (2 * math.pi / 8)
         codes = torch.stack((turns.cos(), turns.sin()), -1).to(device, dtype)
         source = torch.stack((uniform(-1.1, 1.1, batch, sources), uniform(-0.5, 0.5, batch, sources), uniform(1.7, 33, batch, sources)), -1)
         sight = torch.stack((uniform(-0.9, 0.9, batch), uniform(-0.9, 0.9, batch), uniform(333, 334, batch)), -1)
@@ -53,6 +53,8 @@ SAMPLES = (
     _sample("small-spherical", 4, 4, 3, 5, 2, moving=True, spherical=True, small=True),
     _sample("strided", 2, 8, 9, 17, 3, strided=True),
     _sample("empty-batch", 0, 4, 2, 2, 2),
+    _sample("own-codes", 6, 7, 5, 11, 3, moving=True, own_codes=True),
+    _sample("small-own-codes", 4, 5, 4, 6, 3, own_codes=True, small=True),
 )
 
 
@@ -60,7 +62,7 @@ def cost(index: Tensor, seed: int, channel_stream: int, noise_stream: int, anten
          source: Tensor, amplitude: Tensor, *rest: Any) -> Cost:
     """Least bytes (parameters read, results written) and FLOPs (normals, and 8 per complex multiply-add)."""
     batch, sources, _ = source.shape
-    (snapshots, elements, _), symbols = codes.shape, amplitude.shape[1]
+    (snapshots, elements, _), symbols = codes.shape[-3:], amplitude.shape[1]
     results = 2 * batch * (antennas * elements + snapshots * antennas + elements * sources)
     inputs = sum(each.numel() for each in (positions, codes, source, amplitude, *rest[:-1]))
     products = snapshots * antennas * elements + antennas * elements + snapshots * elements + symbols * sources * elements

@@ -106,14 +106,14 @@ def field_kernel(factor_ptr, field_ptr, positions_ptr, source_ptr, amplitude_ptr
 
 @triton.jit(do_not_specialize=["seed", "stream"])
 def snapshot_kernel(snapshots_ptr, channel_ptr, field_ptr, codes_ptr, index_ptr, snr_db_ptr, antennas, elements, snapshots,
-                    symbols, seed, stream, L: tl.constexpr, M: tl.constexpr):
-    """snapshots (B, L, M, 2); grid (B,); L and M: numbers of snapshots and antennas, rounded up to powers of two."""
+                    symbols, code_stride, seed, stream, L: tl.constexpr, M: tl.constexpr):
+    """snapshots (B, L, M, 2); grid (B,); code_stride: floats from a scene's codes to the next one's, 0 where all share them; L and M: numbers of snapshots and antennas, rounded up to powers of two."""
     scene = tl.program_id(0)
     l, m = tl.arange(0, L)[:, None], tl.arange(0, M)[None, :]
     s = tl.where(symbols == 1, 0, l)
     channel = channel_ptr + scene.to(tl.int64) * (2 * antennas * elements) + 2 * m * elements
     field = field_ptr + scene.to(tl.int64) * (2 * symbols * elements) + 2 * s * elements
-    codes = codes_ptr + 2 * l * elements
+    codes = codes_ptr + scene.to(tl.int64) * code_stride + 2 * l * elements
     y_re, y_im = tl.zeros([L, M], tl.float32), tl.zeros([L, M], tl.float32)
     for n in tl.range(0, elements, loop_unroll_factor=4):  # four entries of latency at a time
         h_re = tl.load(channel + 2 * n, mask=m < antennas, other=0.0)
@@ -140,7 +140,7 @@ def scenes(index: Tensor, seed: int, channel_stream: int, noise_stream: int, m: 
     """The operator on the device of `index`; arguments as in reference.py, float32."""
     tensors, spherical = [each.contiguous() for each in (index, *rest[:-1])], bool(rest[-1])
     index, positions, codes, source, amplitude, power, sight, rician, snr_db = tensors
-    (batch, k, _), (snapshots, n, _), symbols = source.shape, codes.shape, amplitude.shape[1]
+    (batch, k, _), (snapshots, n, _), symbols = source.shape, codes.shape[-3:], amplitude.shape[1]
     channel, received = source.new_empty((batch, m, n, 2)), source.new_empty((batch, snapshots, m, 2))
     factor, field = source.new_empty((batch, n, k, 2)), source.new_empty((batch, symbols, n, 2))
     if batch == 0:
@@ -154,6 +154,6 @@ def scenes(index: Tensor, seed: int, channel_stream: int, noise_stream: int, m: 
             factor, field, positions, source, amplitude, power, symbols, n, scale, K=k, SPHERICAL=spherical, BLOCK=BLOCK,
             num_warps=WARPS)
         snapshot_kernel[(batch,)](
-            received, channel, field, codes, index, snr_db, m, n, snapshots, symbols, seed, noise_stream,
+            received, channel, field, codes, index, snr_db, m, n, snapshots, symbols, 2 * snapshots * n if codes.dim() == 4 else 0, seed, noise_stream,
             L=triton.next_power_of_2(snapshots), M=triton.next_power_of_2(m), num_warps=WARPS)
     return channel, received, factor

@@ -36,7 +36,7 @@ def estimates(subject: Subject, scenes: Scenes) -> tuple[str, Tensor] | None:
     if not isinstance(shown, tuple) or len(shown) != 3 or shown[2].dim() != 4:
         return None
     snapshots, products, pattern = shown
-    if pattern.shape[0] == 1 < scenes.batch:         # the codes: of the channel only H c_l is shown
+    if pattern.shape[0] == 1 < scenes.batch or scenes.own_codes and torch.equal(pattern, scenes.codes):  # of the channel only H c_l is shown
         pattern = backproject(least_squares_channel(products, scenes.codes), scenes.codes, snapshots)
     return "the matched filter", matched(subject, pattern)
 
@@ -47,9 +47,9 @@ def matched(subject: Subject, pattern_BLN: Tensor) -> Tensor:
     return (pattern_BLN.sum(1)[:, :, None] if static else pattern_BLN.transpose(1, 2)).float()
 
 
-def least_squares_channel(products_BLM: Tensor, codes_LN: Tensor) -> Tensor:
-    """The smallest channel with these H c_l: (B, M, N, 2)."""
-    inverse = torch.linalg.pinv(to_complex(codes_LN.double()))
+def least_squares_channel(products_BLM: Tensor, codes: Tensor) -> Tensor:
+    """The smallest channel with these H c_l, codes ([B,] L, N, 2): (B, M, N, 2)."""
+    inverse = torch.linalg.pinv(to_complex(codes.double()))
     return to_pairs((inverse @ to_complex(products_BLM.double())).transpose(1, 2).to(torch.complex64)).contiguous()
 
 

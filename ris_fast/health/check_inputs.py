@@ -159,14 +159,14 @@ def _without(subject: Subject, scenes: Scenes) -> Iterator[tuple[str, Scenes | N
 def hidden_change(scenes: Scenes) -> Scenes | None:
     """Another channel with the same products H c_l; None where the codes span the surface and there is none."""
     codes = to_complex(scenes.codes)
-    elements = codes.shape[1]
+    elements = codes.shape[-1]
     _, values, rows = torch.linalg.svd(codes.to(torch.complex128), full_matrices=True)
-    rank = int((values > 1e-6 * values.max()).sum())
+    rank = int((values > 1e-6 * values.max()).sum(-1).max())
     if rank >= elements:
         return None
-    kernel = rows[rank:].conj()                                         # (N - rank, N), each row v with C v = 0
+    kernel = rows[..., rank:, :].conj()                                 # ([B,] N - rank, N), each row v with C v = 0
     generator = torch.Generator().manual_seed(4)
-    mix = torch.randn(*scenes.channel.shape[:2], kernel.shape[0], dtype=torch.complex128, generator=generator)
+    mix = torch.randn(*scenes.channel.shape[:2], kernel.shape[-2], dtype=torch.complex128, generator=generator)
     extra = mix.to(kernel.device) @ kernel
     size = to_complex(scenes.channel).abs().square().mean().sqrt() / extra.abs().square().mean().sqrt()
     return replace(scenes, channel=scenes.channel + to_pairs((extra * size).to(torch.complex64)), collapsed=None)

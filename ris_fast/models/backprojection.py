@@ -60,7 +60,7 @@ class Backprojection(nn.Module):
         return list(self.head.parameters())
 
     def features(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Features:
-        """Everything that holds no parameter: (B, L, M, 2), (B, M, N, 2), (L, N, 2), (B,) -> `Features`."""
+        """Everything that holds no parameter: (B, L, M, 2), (B, M, N, 2), ([B,] L, N, 2), (B,) -> `Features`."""
         expected = (snapshots.shape[0], self.task.bs_antennas, self.task.elements, 2)
         if tuple(channel.shape) != expected:
             raise ValueError(f"backprojection: channel is {tuple(channel.shape)}, expected {expected}, the channel H "

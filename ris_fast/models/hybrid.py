@@ -72,7 +72,7 @@ class Hybrid(nn.Module):
         return [parameter for head in heads for parameter in head.parameters()]
 
     def forward(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Prediction:
-        """Shapes: snapshots (B, L, M, 2), channel (B, M, N, 2), codes (L, N, 2), snr_db (B,) dB.
+        """Shapes: snapshots (B, L, M, 2), channel (B, M, N, 2), codes (L, N, 2) or (B, L, N, 2), snr_db (B,) dB.
 
         With inputs='collapsed' the channel may be given as H c_l, (B, L, M, 2).
         """
@@ -107,7 +107,7 @@ class Hybrid(nn.Module):
         ratio = 10.0 ** (snr_db / 10.0)
         share = (ratio / (1.0 + ratio)).sqrt()[:, None, None, None]
         seen = collapsed_channel(channel, codes) if full else channel
-        pattern = codes[None] if self.inputs == "collapsed" else _unit_rms(backproject(channel, codes, snapshots)) * share
+        pattern = (codes if codes.dim() == 4 else codes[None]) if self.inputs == "collapsed" else _unit_rms(backproject(channel, codes, snapshots)) * share
         return _unit_rms(snapshots) * share, _unit_rms(seen), pattern
 
     def _fused(self, snapshots: Tensor, seen: Tensor, pattern: Tensor) -> Tensor:

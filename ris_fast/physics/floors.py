@@ -16,7 +16,7 @@ from ris_fast.physics.scenes import Scenes
 
 def target_energy(scenes: Scenes) -> Tensor:
     """|T|_F^2 of each trace-N target: (B,), float64."""
-    elements = scenes.codes.shape[1]
+    elements = scenes.codes.shape[-2]
     if scenes.factor is None:
         dense = scenes.covariance.double()
         return power(dense).sum((1, 2)) * (elements / dense.diagonal(dim1=1, dim2=2)[:, 0].sum(-1)).square()
@@ -37,7 +37,7 @@ def mean_covariance(batches: Iterable[Scenes]) -> Tensor:
 
 
 def _covariance_sum(scenes: Scenes) -> Tensor:
-    elements = scenes.codes.shape[1]
+    elements = scenes.codes.shape[-2]
     if scenes.factor is None:
         dense = scenes.covariance.double()
         scale = elements / dense.diagonal(dim1=1, dim2=2)[:, 0].sum(-1)
@@ -51,7 +51,7 @@ def _covariance_sum(scenes: Scenes) -> Tensor:
 
 def constant_nmse(constant: Tensor, scenes: Scenes) -> Tensor:
     """NMSE of one constant (N, N, 2) prediction on each scene: (B,) float64."""
-    elements = scenes.codes.shape[1]
+    elements = scenes.codes.shape[-2]
     energy = target_energy(scenes)
     if scenes.factor is None:
         dense = scenes.covariance.double()

@@ -19,7 +19,7 @@ from ris_fast.kernels.scenes.op import make_scenes
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.channel import FAR_RANGE_M, free_space_amplitude
 from ris_fast.physics.codes import dft_codes
-from ris_fast.physics.pairs import power
+from ris_fast.physics.pairs import power, to_pairs
 from ris_fast.physics.random import SceneGenerator
 
 
@@ -32,7 +32,7 @@ class Scenes:
     """
 
     snapshots: Tensor                      # (B, L, M, 2)  y
-    codes: Tensor                          # (L, N, 2)     c_l, one set for all scenes
+    codes: Tensor                          # (L, N, 2)     c_l, one set for all scenes; or (B, L, N, 2), one for each
     snr_db: Tensor                         # (B,)          dB
     count: Tensor                          # (B,) int64    sources in the scene
     index: Tensor                          # (B,) int64    number of the scene in its split
@@ -49,10 +49,15 @@ class Scenes:
     def batch(self) -> int:
         return self.snapshots.shape[0]
 
+    @property
+    def own_codes(self) -> bool:
+        """Whether each scene has codes of its own."""
+        return self.codes.dim() == 4
+
     def apply(self, change: Callable[[Tensor], Tensor], *, codes: bool = False) -> "Scenes":
-        """The same scenes with `change` applied to every per-scene tensor (and to the shared codes if asked)."""
+        """The same scenes with `change` applied to every per-scene tensor (and to shared codes if asked)."""
         changed = {item.name: change(value) for item in fields(self)
-                   if (value := getattr(self, item.name)) is not None and (codes or item.name != "codes")}
+                   if (value := getattr(self, item.name)) is not None and (codes or self.own_codes or item.name != "codes")}
         return replace(self, **changed)
 
     def __getitem__(self, rows: slice | Tensor) -> "Scenes":
@@ -61,13 +66,19 @@ class Scenes:
     def to(self, device: torch.device | str) -> "Scenes":
         return self.apply(lambda value: value.to(device), codes=True)
 
+    def with_own_codes(self) -> "Scenes":
+        """The same scenes with codes (B, L, N, 2); shared ones are repeated without a copy."""
+        return replace(self, codes=self.codes.expand(self.batch, -1, -1, -1))
+
     @staticmethod
     def concatenate(parts: list["Scenes"]) -> "Scenes":
         first = parts[0]
         if len(parts) == 1:
             return first
+        own = any(part.own_codes for part in parts)
+        parts = [part.with_own_codes() for part in parts] if own else parts
         joined = {item.name: torch.cat([getattr(part, item.name) for part in parts]) for item in fields(first)
-                  if item.name != "codes" and getattr(first, item.name) is not None}
+                  if (own or item.name != "codes") and getattr(first, item.name) is not None}
         return replace(first, **joined)
 
 
@@ -83,12 +94,13 @@ def task_positions(task: Task, device: str) -> Tensor:
     return (positions_m / task.wavelength_m).float()
 
 
-def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator) -> Scenes:
+def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator, codes: Tensor | None = None) -> Scenes:
     """Scenes of a split, by number: the same scene whatever the batch, order or device.
 
     Model: H = sqrt(k/(k+1)) a_BS a_RIS^H + sqrt(1/(k+1)) W, W entries CN(0, 1/M), k the Rician factor, a_RIS from 100 m;
         y_l = H diag(c_l) x_l + n_l, x_l = sum_k g_k s_kl a_k; n white, its power set by the scene's SNR.
-    Args: scenes: how many (0, 1, ...), or (B,) int64 indices; generator: seed, split and device.
+    Args: scenes: how many (0, 1, ...), or (B,) int64 indices; generator: seed, split and device;
+        codes: (L, N, 2), or (B, L, N, 2) for a set a scene; the task's own if none are given.
     Returns: `Scenes` with every field but `collapsed` and `covariance`.
     Raises: TypeError or ValueError, naming the argument, what it was and what is expected.
     Source: the measurement model of RIS-12x12, README.
@@ -97,7 +109,7 @@ def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator) -> Sce
     device = index.device
     draw = _draw_scene(task, generator.uniform(index, "scene", 3 * task.max_sources + 5))
     amplitude, source_power = _amplitudes(task, draw, generator.normal(index, "symbols", _symbol_count(task)))
-    codes = task_codes(task, str(device))
+    codes = task_codes(task, str(device)) if codes is None else _given_codes(task, codes, index)
     channel, snapshots, factor = make_scenes(
         index, seed=generator.seed, channel_stream=generator.stream("channel"), noise_stream=generator.stream("noise"),
         antennas=task.bs_antennas, positions=task_positions(task, str(device)), codes=codes, amplitude=amplitude,
@@ -121,6 +133,16 @@ def _numbers(scenes: int | Tensor, generator: SceneGenerator) -> Tensor:
     if scenes < 0:
         raise ValueError(f"simulate: scenes is {scenes}, expected how many to make, 0 or more.")
     return torch.arange(scenes, device=generator.device)
+
+
+def _given_codes(task: Task, codes: Tensor, index: Tensor) -> Tensor:
+    if not isinstance(codes, Tensor):
+        raise TypeError(f"simulate: codes is a {type(codes).__name__}, expected a tensor. Pass torch.as_tensor(codes).")
+    pairs, shared = to_pairs(codes), (task.snapshots, task.elements, 2)
+    if tuple(pairs.shape) not in (shared, (len(index), *shared)):
+        raise ValueError(f"simulate: codes is {tuple(codes.shape)}, expected {shared} for all scenes or {(len(index), *shared)} for each "
+                         "of them; complex ones without the last axis. Pass codes of this task.")
+    return pairs.to(index.device, torch.float32)
 
 
 def _symbol_count(task: Task) -> int:
