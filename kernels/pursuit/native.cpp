@@ -13,6 +13,7 @@ namespace RIS_NS {
 namespace pursuit {
 
 constexpr float TINY = 1e-12f;
+constexpr float NOTHING = 1e-18f;  // of search.py
 constexpr float LEAST_DB = -40.0f, MOST_DB = 20.0f;  // WORKING_SNR_DB of reference.py, which says why
 
 struct Sizes {
@@ -46,13 +47,14 @@ template <class Parts> float* allocate(Parts& parts) {
     return block;
 }
 
-// One set of codes, planar (N, lp), and where P is formed sum_l conj(c_ln) c_lm in its panels.
+// One set of codes, planar (N, lp); and where P is formed, in planes (L, 2, wide), and sum_l conj(c_ln) c_lm in the panels of P.
 struct Codes {
-    float *re, *im, *overlap;
+    float *re, *im, *planes, *overlap;
 
     void cut(Cutter& c, const Sizes& z) {
         c.part(re, z.elements * z.lp);
         c.part(im, z.elements * z.lp);
+        c.part(planes, z.dense ? 2 * z.snapshots * z.wide : 0);
         c.part(overlap, z.dense ? 2 * z.wide * z.elements : 0);
     }
     void fill(const float* codes, const Sizes& z) const {
@@ -62,19 +64,13 @@ struct Codes {
                 re[i * z.lp + l] = l < z.snapshots ? c[0] : 0.0f;
                 im[i * z.lp + l] = l < z.snapshots ? c[1] : 0.0f;
             }
-        if (z.dense) fill_overlap(codes, z);
-    }
-    void fill_overlap(const float* codes, const Sizes& z) const {
-        std::memset(overlap, 0, size_t(2 * z.wide * z.elements) * sizeof(float));
-        for (int64_t i = 0; i < z.elements; ++i)
-            for (int64_t l = 0; l < z.snapshots; ++l) {
-                const float *row = codes + 2 * l * z.elements, re = row[2 * i], im = row[2 * i + 1];
-                float* out = overlap + 2 * (i / W * W) * z.elements + i % W;
-                for (int64_t m = 0; m < z.elements; ++m) {
-                    out[2 * W * m] += re * row[2 * m] + im * row[2 * m + 1];
-                    out[2 * W * m + W] += re * row[2 * m + 1] - im * row[2 * m];
-                }
+        if (!z.dense) return;
+        for (int64_t l = 0; l < z.snapshots; ++l)
+            for (int64_t i = 0; i < z.wide; ++i) {
+                planes[2 * l * z.wide + i] = i < z.elements ? codes[2 * (l * z.elements + i)] : 0.0f;
+                planes[(2 * l + 1) * z.wide + i] = i < z.elements ? codes[2 * (l * z.elements + i) + 1] : 0.0f;
             }
+        gram_of<false>(overlap, overlap, planes, 1.0f, z.snapshots, z.elements, z.wide);
     }
 };
 
@@ -151,25 +147,53 @@ struct Scene {
     const float *snapshots, *channel;
     const Codes& codes;
     float snr_db, noise, weight, column;  // sigma^2; sigma^2 over the expected |x|^2; 1/sqrt of G's mean squared column
+    float scale, root, rest;              // power of two that takes the channel's largest entry into [1, 4) = root times rest, of like size
     float energy;
 };
 
-// sum of squares, in lanes, in a fixed order
-inline float energy_of(const float* values, int64_t count) {
+inline float at_least(float x, float low) { return x < low ? low : x; }
+
+// 2^k for k in -126 .. 127.
+inline float power_of_two(int32_t k) {
+    const int32_t bits = (k + 127) << 23;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// k of the 2^k that takes the largest |value| into [1, 4), as kernels/scale.py: exact, so it changes no bit of ordinary numbers.
+inline int32_t unit_exponent(const float* values, int64_t count) {
+    int32_t peak = 0, bits;
+    for (int64_t i = 0; i < count; ++i) {
+        std::memcpy(&bits, values + i, sizeof bits);
+        bits &= 0x7fffffff;  // |value|; floats above zero order as their bits
+        peak = bits > peak ? bits : peak;
+    }
+    const int32_t exponent = peak >> 23;
+    return 127 - (exponent < 1 ? 1 : exponent > 253 ? 253 : exponent);
+}
+
+// Sum of squares of scaled values, in lanes, in a fixed order; above zero, so that scenes of zeros divide by it.
+inline float energy_of(const float* values, float scale, int64_t count) {
     V total = {};
     int64_t i = 0;
-    for (; i + W <= count; i += W) total += load(values + i) * load(values + i);
+    for (; i + W <= count; i += W) total += (scale * load(values + i)) * (scale * load(values + i));
     float rest = sum<float>(total);
-    for (; i < count; ++i) rest += values[i] * values[i];
-    return rest;
+    for (; i < count; ++i) rest += (scale * values[i]) * (scale * values[i]);
+    return at_least(rest, NOTHING);
 }
 
 // Units where y has mean power 1 and P has mean diagonal 1; planes of H and y, P where it is wanted, b = G^H y.
 inline void normal_equations(const Scratch& s, Scene& scene) {
     const Sizes& z = s.z;
     const int64_t n = z.elements, plane = z.received();
-    const float column = energy_of(scene.channel, 2 * z.antennas * n) * (float(z.snapshots) / float(n));
-    const float level = energy_of(scene.snapshots, 2 * z.antennas * z.snapshots) / float(z.antennas * z.snapshots);
+    const float unit = power_of_two(unit_exponent(scene.snapshots, 2 * z.antennas * z.snapshots));
+    const int32_t exponent = unit_exponent(scene.channel, 2 * z.antennas * n);
+    scene.scale = power_of_two(exponent);
+    scene.root = power_of_two(exponent / 2);
+    scene.rest = power_of_two(exponent - exponent / 2);
+    const float column = energy_of(scene.channel, scene.scale, 2 * z.antennas * n) * (float(z.snapshots) / float(n));
+    const float level = energy_of(scene.snapshots, unit, 2 * z.antennas * z.snapshots) / float(z.antennas * z.snapshots);
     const float snr = std::pow(10.0f, scene.snr_db / 10.0f), size = float(z.snapshots * z.antennas);
     scene.energy = size;
     scene.noise = 1.0f / (1.0f + snr);
@@ -180,18 +204,18 @@ inline void normal_equations(const Scratch& s, Scene& scene) {
         const float* from = scene.channel + 2 * m * n;
 #pragma GCC ivdep
         for (int64_t i = 0; i < n; ++i) {
-            row[i] = from[2 * i];
-            row[z.wide + i] = from[2 * i + 1];
+            row[i] = scene.scale * from[2 * i];
+            row[z.wide + i] = scene.scale * from[2 * i + 1];
         }
         for (int64_t i = n; i < z.wide; ++i) row[i] = row[z.wide + i] = 0.0f;
         for (int64_t l = 0; l < z.lp; ++l) {
             const bool inside = l < z.snapshots;
             const float* y = scene.snapshots + 2 * ((inside ? l : 0) * z.antennas + m);
-            s.received[m * z.lp + l] = inside ? y[0] / __builtin_sqrtf(level) : 0.0f;
-            s.received[plane + m * z.lp + l] = inside ? y[1] / __builtin_sqrtf(level) : 0.0f;
+            s.received[m * z.lp + l] = inside ? unit * y[0] / __builtin_sqrtf(level) : 0.0f;
+            s.received[plane + m * z.lp + l] = inside ? unit * y[1] / __builtin_sqrtf(level) : 0.0f;
         }
     }
-    if (z.dense) gram_of(s.gram, scene.codes.overlap, s.planes, 1.0f / column, z.antennas, n, z.wide);
+    if (z.dense) gram_of<true>(s.gram, scene.codes.overlap, s.planes, 1.0f / column, z.antennas, n, z.wide);
     adjoint(s.moment, s.planes, scene.codes.re, scene.codes.im, s.received, scene.column, z.antennas, n, z.wide, z.lp);
 }
 
@@ -204,8 +228,8 @@ inline void project(const Scratch& s, const Shared& shared, const Scene& scene, 
         inner_products(s.gram_re, s.gram_im, s.columns, s.images, atoms, z.wide);
     } else {
         for (int64_t c = 0; c < T * atoms; ++c)
-            apply(s.images + 2 * c * z.received(), scene.channel, scene.codes.re, scene.codes.im, s.columns + 2 * c * z.wide, scene.column,
-                  z.antennas, z.elements, z.wide, z.lp);
+            apply(s.images + 2 * c * z.received(), scene.channel, scene.codes.re, scene.codes.im, s.columns + 2 * c * z.wide, scene.root,
+                  scene.rest * scene.column, z.antennas, z.elements, z.wide, z.lp);
         inner_products(s.gram_re, s.gram_im, s.images, s.images, atoms, z.received());
     }
     for (int64_t c = 0; c < T * atoms; c += T) inner_tile<T, 1>(s.moment_re + c, s.moment_im + c, s.columns + 2 * c * z.wide, s.moment, z.wide, 1);
@@ -265,8 +289,6 @@ inline void pursue(const Scratch& s, const Shared& shared, const Scene& scene) {
         }
     }
 }
-
-inline float at_least(float x, float low) { return x < low ? low : x; }
 
 // The network's numbers, in the order of the definition: (width).
 inline void inputs(float* out, const Scratch& s, const Geometry& g, const Scene& scene) {
@@ -387,7 +409,7 @@ RIS_EXPORT(int, pursuit_features)
             }
             if (own_codes) s.codes.fill(codes + 2 * b * n_snapshots * elements, z);
             Scene scene{snapshots + 2 * b * n_snapshots * antennas, channel + 2 * b * antennas * elements, own_codes ? s.codes : shared.codes,
-                        clamp(snr_db[b], LEAST_DB, MOST_DB), 0, 0, 0, 0};
+                        clamp(snr_db[b], LEAST_DB, MOST_DB), 0, 0, 0, 0, 0, 0, 0};
             normal_equations(s, scene);
             pursue(s, shared, scene);
             RIS_NS::pursuit::inputs(inputs + b * z.width(), s, g, scene);

@@ -16,8 +16,9 @@ constexpr int ROWS = RIS_LEVEL_NUMBER == 2 ? 8 : 4;    // rows of H a tile of G 
 
 inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 
-// Columns m .. m + R - 1 of the panel of P that starts at row p: weight sum_a conj(h_an) h_am times the codes' overlap.
-template <int R>
+// Columns m .. m + R - 1 of the panel of P that starts at row p: weight sum_a conj(h_an) h_am times the codes' overlap,
+// or the sum alone where there is no overlap.
+template <int R, bool CODED>
 void gram_tile(float* gram, const float* overlap, const float* planes, float weight, int64_t p, int64_t m, int64_t antennas, int64_t wide) {
     V re[R] = {}, im[R] = {};
     for (int64_t a = 0; a < antennas; ++a) {
@@ -32,22 +33,28 @@ void gram_tile(float* gram, const float* overlap, const float* planes, float wei
         }
     }
     for (int r = 0; r < R; ++r) {
+        if (!CODED) {
+            store(gram + 2 * W * r, re[r]);
+            store(gram + 2 * W * r + W, im[r]);
+            continue;
+        }
         const V cr = weight * load(overlap + 2 * W * r), ci = weight * load(overlap + 2 * W * r + W);
         store(gram + 2 * W * r, re[r] * cr - im[r] * ci);
         store(gram + 2 * W * r + W, re[r] * ci + im[r] * cr);
     }
 }
 
-// P (panels) from H in planes (M, 2, wide); overlap: sum_l conj(c_ln) c_lm in the same panels.
-inline void gram_of(float* gram, const float* overlap, const float* planes, float weight, int64_t antennas, int64_t n, int64_t wide) {
+// P (panels) from H in planes (M, 2, wide); overlap: sum_l conj(c_ln) c_lm in the same panels, which is the gram of the codes alone.
+template <bool CODED>
+void gram_of(float* gram, const float* overlap, const float* planes, float weight, int64_t antennas, int64_t n, int64_t wide) {
     constexpr int R = RIS_LEVEL_NUMBER == 2 ? 12 : 6;
     for (int64_t p = 0; p < wide; p += W) {
         int64_t m = 0;
         const int64_t panel = 2 * p * n;
         for (; m + R <= n; m += R)
-            gram_tile<R>(gram + panel + 2 * W * m, overlap + panel + 2 * W * m, planes, weight, p, m, antennas, wide);
+            gram_tile<R, CODED>(gram + panel + 2 * W * m, overlap + panel + 2 * W * m, planes, weight, p, m, antennas, wide);
         for (; m < n; ++m)
-            gram_tile<1>(gram + panel + 2 * W * m, overlap + panel + 2 * W * m, planes, weight, p, m, antennas, wide);
+            gram_tile<1, CODED>(gram + panel + 2 * W * m, overlap + panel + 2 * W * m, planes, weight, p, m, antennas, wide);
     }
 }
 
@@ -89,14 +96,14 @@ inline void image_of(float* image, const float* gram, const float* columns, int6
             image_tile<1>(image + 2 * T * k * wide + p, gram + 2 * p * n, columns + 2 * T * k * wide, n, wide);
 }
 
-// Rows of H times diag(c_l) d for one vector of codes l: out (re plane, im plane a `plane` further on; rows `lp` apart).
+// Rows of H times scale diag(c_l) d for one vector of codes l: out (re plane, im plane a `plane` further on; rows `lp` apart).
 template <int R>
-void apply_tile(float* out, const float* channel, const float* code_re, const float* code_im, const float* column, float weight,
-                int64_t n, int64_t wide, int64_t lp, int64_t plane) {
+void apply_tile(float* out, const float* channel, const float* code_re, const float* code_im, const float* column, float scale,
+                float weight, int64_t n, int64_t wide, int64_t lp, int64_t plane) {
     V re[R] = {}, im[R] = {};
     for (int64_t i = 0; i < n; ++i) {
         const V cr = load(code_re + i * lp), ci = load(code_im + i * lp);
-        const float dr = column[i], di = column[wide + i];
+        const float dr = scale * column[i], di = scale * column[wide + i];
         const V xr = cr * dr - ci * di, xi = cr * di + ci * dr;
         for (int r = 0; r < R; ++r) {
             const float hr = channel[2 * (r * n + i)], hi = channel[2 * (r * n + i) + 1];
@@ -112,16 +119,16 @@ void apply_tile(float* out, const float* channel, const float* code_re, const fl
     }
 }
 
-// G d for one column: planar (2, M, lp), y_l = H (c_l o d) times weight.
-inline void apply(float* out, const float* channel, const float* code_re, const float* code_im, const float* column, float weight,
-                  int64_t antennas, int64_t n, int64_t wide, int64_t lp) {
+// G d for one column: planar (2, M, lp), y_l = scale H (c_l o d) times weight; a scale keeps H of any unit representable.
+inline void apply(float* out, const float* channel, const float* code_re, const float* code_im, const float* column, float scale,
+                  float weight, int64_t antennas, int64_t n, int64_t wide, int64_t lp) {
     const int64_t plane = antennas * lp;
     for (int64_t l = 0; l < lp; l += W) {
         int64_t m = 0;
         for (; m + ROWS <= antennas; m += ROWS)
-            apply_tile<ROWS>(out + m * lp + l, channel + 2 * m * n, code_re + l, code_im + l, column, weight, n, wide, lp, plane);
+            apply_tile<ROWS>(out + m * lp + l, channel + 2 * m * n, code_re + l, code_im + l, column, scale, weight, n, wide, lp, plane);
         for (; m < antennas; ++m)
-            apply_tile<1>(out + m * lp + l, channel + 2 * m * n, code_re + l, code_im + l, column, weight, n, wide, lp, plane);
+            apply_tile<1>(out + m * lp + l, channel + 2 * m * n, code_re + l, code_im + l, column, scale, weight, n, wide, lp, plane);
     }
 }
 

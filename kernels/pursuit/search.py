@@ -16,9 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..scale import rescaled
 from .solve import spd_solve
 
 TANGENTS = 4                     # a, and its normalised derivatives along u, v and w = 1/range
+
+NOTHING = 1e-18                  # mean squares of rescaled numbers are far above it, unless all of them are zero
 
 
 class Normal(NamedTuple):
@@ -61,12 +64,14 @@ def normal_equations(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: 
     """P = sum_l diag(c_l)^H H^H H diag(c_l) = (H^H H) o (C^H C) and b = sum_l conj(c_l) o (H^H y_l), normalised.
 
     Args: snapshots (B, L, M, 2), channel (B, M, N, 2), codes (L, N, 2) or (B, L, N, 2), snr_db (B,), all of one dtype.
+    Numerics: snapshots and channel of any finite scale give the same; those of zeros give b = 0, and P = 0 for the channel.
     Cost: 8 M N^2 FLOPs a scene; P is 8 N^2 bytes.
     """
     batch, length, antennas, _ = snapshots.shape
     elements = channel.shape[2]
-    column = channel.square().sum(-1).sum((1, 2)) * (length / elements)
-    level = snapshots.square().sum(-1).mean((1, 2))
+    snapshots, channel = rescaled(snapshots), rescaled(channel)
+    column = (channel.square().sum(-1).sum((1, 2)) * (length / elements)).clamp_min(NOTHING)
+    level = snapshots.square().sum(-1).mean((1, 2)).clamp_min(NOTHING)
     planes = channel.permute(0, 3, 1, 2)
     stacked = planes.reshape(batch, 2 * antennas, elements)
     turned = torch.stack((planes[:, 1], -planes[:, 0]), dim=1).reshape(batch, 2 * antennas, elements)

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from ris_fast.config import ConfigError, Task
 from ris_fast.models.features import Features, PursuitFeatures
+from ris_fast.models.inputs import network_inputs
 from ris_fast.models.linear import Linear
 from ris_fast.models.prediction import Prediction
+
+NO_PRODUCTS = " (the channel H itself: products H c_l cannot carry the answer)"
 
 
 class ResidualBlock(nn.Module):
@@ -34,6 +37,7 @@ class ResidualBlock(nn.Module):
 class Backprojection(nn.Module):
     """Pursuit features -> residual perceptron -> factor F = basis x coefficients.
 
+    Snapshots of zeros have no answer: their factor is zero. Any other finite scale of snapshots and channel gives one factor.
     Args:
         task: array, codes and ranges of the scenes; symbols must be static.
         width, depth: of the perceptron; 2 width^2 parameters a block.
@@ -60,12 +64,11 @@ class Backprojection(nn.Module):
         return list(self.head.parameters())
 
     def features(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Features:
-        """Everything that holds no parameter: (B, L, M, 2), (B, M, N, 2), ([B,] L, N, 2), (B,) -> `Features`."""
-        expected = (snapshots.shape[0], self.task.bs_antennas, self.task.elements, 2)
-        if tuple(channel.shape) != expected:
-            raise ValueError(f"backprojection: channel is {tuple(channel.shape)}, expected {expected}, the channel H "
-                             "itself: products H c_l cannot carry the answer. Give scenes with the channel.")
-        return self.extract(snapshots, channel, codes, snr_db)
+        """Everything that holds no parameter: (B, L, M, 2), (B, M, N, 2), ([B,] L, N, 2), (B,) -> `Features`.
+
+        Raises: TypeError or ValueError naming the input, what was given and what is expected.
+        """
+        return self.extract(*network_inputs("backprojection", self.task, snapshots, channel, codes, snr_db, why=NO_PRODUCTS))
 
     def classical(self, features: Features) -> tuple[str, Tensor]:
         """What the features say without a network: the estimator's name, and its factor (B, N, K, 2)."""
@@ -73,7 +76,7 @@ class Backprojection(nn.Module):
 
     def trunk(self, features: Features) -> Prediction:
         """The trainable part: inputs -> coefficients -> factor (B, N, Q, 2)."""
-        hidden = self.norm(self.blocks(self.stem(features.inputs)))
+        hidden = self.norm(self.blocks(self.stem(features.inputs.to(self.stem.weight.dtype))))
         mix = self.head(hidden).float().unflatten(1, (2, self.rank, self.columns))
         with torch.autocast(mix.device.type, enabled=False):
             real, imag = mix.unbind(1)

@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import Callable, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ris_fast.config import Task
 from ris_fast.kernels.pursuit import op as kernel
 from ris_fast.kernels.pursuit.reference import rank, width
 from ris_fast.kernels.pursuit.search import TANGENTS, Geometry, with_dictionary
+from ris_fast.models.constants import Constants
 from ris_fast.models.pursuit import geometry_of
 
 
@@ -26,8 +27,11 @@ class Features(NamedTuple):
     basis: Tensor                # (B, N, 2R)  planar; atom k: s_k times its T tangents; then what earlier stages add
 
 
-class PursuitFeatures(nn.Module):
-    """Snapshots, channel and codes -> `Features`. Holds no parameter; float32 whatever the autocast.
+class PursuitFeatures(Constants):
+    """Snapshots, channel and codes -> `Features`. Holds no parameter; float32 whatever the autocast and the network's dtype.
+
+    The unit of the snapshots and that of the channel do not matter: any finite scale gives the same features. Snapshots
+    (or a channel) of zeros have no answer; their features are finite and their basis is zero. NaN stays NaN.
 
     Args: task: the array and the ranges of the scenes; stages: atoms to find.
     """

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as fn
 
 from ris_fast.config import ConfigError, Task
+from ris_fast.kernels.scale import rescaled
 from ris_fast.models.hybrid_parts import AngleGrid, Block, CountHead, DiagonalMeans, factor_statistics, position_code
+from ris_fast.models.inputs import network_inputs
 from ris_fast.models.linear import Linear
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.channel import backproject, collapsed_channel
@@ -36,6 +38,7 @@ class Hybrid(nn.Module):
         inputs='backprojection' the first column of A_angle is the matched filter, the sum of the back-projections,
         plus what its head says: from a factor that does not depend on the scene, an odd function of the field is
         invisible to the first-order gradient (F and -F are one covariance), and training stays on that plateau.
+    Numerics: the units of snapshots and channel do not matter. Snapshots of zeros have no answer: a finite factor that means nothing.
     Source: public repository TahmidZee/ris-localization-mvdr (layer sizes); written anew.
     """
 
@@ -89,29 +92,32 @@ class Hybrid(nn.Module):
         factor_BNQ = torch.cat((angle_BNK, math.sqrt(RANGE_SHARE) * range_BNK), dim=2)
         with torch.autocast(x_BD.device.type, enabled=False):
             means, statistics = self.diagonal_means(angle_BNK), factor_statistics(factor_BNQ, angle_BNK.shape[2])
-        x_BD = fn.gelu(self.refine(torch.cat((x_BD, self.pool(means)), dim=-1)))
+        x_BD = fn.gelu(self.refine(torch.cat((x_BD, self.pool(means.to(self.pool.weight.dtype))), dim=-1)))
         offset = self.angle_offset(x_BD).view(x_BD.shape[0], -1, 2)
         azimuth, elevation = self.angle_grid(x_BD, offset)
         range_m = fn.softplus(self.range_head(x_BD).float()) + MIN_RANGE_M
-        return Prediction(factor_BNQ, azimuth, elevation, range_m, self.count_head(x_BD, *statistics).float())
+        count = self.count_head(x_BD, *(each.to(self.fuse.weight.dtype) for each in statistics))
+        return Prediction(factor_BNQ, azimuth, elevation, range_m, count.float())
 
     @torch.no_grad()
     def features(self, snapshots: Tensor, channel: Tensor, codes: Tensor,
                  snr_db: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The normalised inputs of the three paths: (B, L, M, 2), (B, L, M, 2) and (B or 1, L, N, 2)."""
-        batch, length, antennas, _ = snapshots.shape
-        full = channel.shape == (batch, antennas, self.task.elements, 2)
-        if not full and (self.inputs != "collapsed" or channel.shape != snapshots.shape):
-            raise ValueError(f"hybrid: channel is {tuple(channel.shape)}; inputs='{self.inputs}' needs (B, M, N, 2) = "
-                             f"{(batch, antennas, self.task.elements, 2)}. Pass H, or H c_l with inputs='collapsed'.")
-        ratio = 10.0 ** (snr_db / 10.0)
-        share = (ratio / (1.0 + ratio)).sqrt()[:, None, None, None]
+        given = network_inputs("hybrid", self.task, snapshots, channel, codes, snr_db, products=self.inputs == "collapsed",
+                               why=f" (inputs='{self.inputs}'; H c_l needs inputs='collapsed')")
+        if given.snapshots.shape[1] != self.task.snapshots:
+            raise ValueError(f"hybrid: there are {given.snapshots.shape[1]} snapshots a scene, expected task.snapshots = "
+                             f"{self.task.snapshots}: its layers are made for that many. Build it for a task with as many as the data.")
+        snapshots, channel, codes = rescaled(given.snapshots), rescaled(given.channel), given.codes
+        full = channel.shape[1:] == (self.task.bs_antennas, self.task.elements, 2)
+        share = torch.sigmoid(given.snr_db * (math.log(10.0) / 10.0)).sqrt()[:, None, None, None]  # SNR / (1 + SNR), never inf / inf
         seen = collapsed_channel(channel, codes) if full else channel
         pattern = (codes if codes.dim() == 4 else codes[None]) if self.inputs == "collapsed" else _unit_rms(backproject(channel, codes, snapshots)) * share
         return _unit_rms(snapshots) * share, _unit_rms(seen), pattern
 
     def _fused(self, snapshots: Tensor, seen: Tensor, pattern: Tensor) -> Tensor:
         """The fused features (B, D)."""
+        snapshots, seen, pattern = (each.to(self.fuse.weight.dtype) for each in (snapshots, seen, pattern))
         y = fn.gelu(self.y_mix(snapshots.flatten(2).transpose(1, 2)))
         y = fn.gelu(self.y_widen(self.y_depth(y))).transpose(1, 2)
         y = self.blocks(y + self.position_LD).mean(1)
@@ -139,7 +145,7 @@ def _add_to_first_column(factor_BNK: Tensor, field_BN: Tensor) -> Tensor:
 
 
 def _unit_rms(a: Tensor) -> Tensor:
-    """(B, ..., 2) divided by its rms over the scene; all zeros stay zeros."""
+    """(B, ..., 2) divided by its rms over the scene, for entries whose squares are representable; all zeros stay zeros."""
     mean = power(a).flatten(1).mean(1).clamp_min(torch.finfo(a.dtype).tiny)
     return a * mean.rsqrt().view(-1, *[1] * (a.dim() - 1))
 

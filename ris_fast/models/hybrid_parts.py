@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
+from ris_fast.models.constants import Constants
 from ris_fast.models.linear import Linear, linear
 from ris_fast.physics.pairs import adjoint_matmul, power
 
@@ -48,7 +49,7 @@ def position_code(length: int, width: int) -> Tensor:
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
 
 
-class DiagonalMeans(nn.Module):
+class DiagonalMeans(Constants):
     """Means of A A^H, unit diagonal, along its diagonals and anti-diagonals, without forming it: (B, 4N - 2).
 
     Model: with rows of A scaled to unit norm, sum_{i-j=s} R_ij is the autocorrelation of A's columns and
@@ -135,7 +136,7 @@ def _entropies(gram_BQQ: Tensor, highest: int) -> Tensor:
     return -(torch.stack(moments, -1) + TINY).log() / order
 
 
-class AngleGrid(nn.Module):
+class AngleGrid(Constants):
     """Soft-argmax over a (G, G) grid of directions for each of K slots: coarse azimuth and elevation, (B, K) each."""
 
     def __init__(self, width: int, sources: int, grid: int, azimuth: float, elevation: float,

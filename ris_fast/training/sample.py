@@ -5,9 +5,12 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from ris_fast.kernels.scale import power_of_two
 from ris_fast.physics.channel import backproject, sense
 from ris_fast.physics.pairs import power
 from ris_fast.physics.scenes import Scenes
@@ -27,6 +30,8 @@ def sample_factor(scenes: Scenes, steps: int = STEPS) -> Tensor:
     if scenes.channel is None:
         raise ValueError("sample_factor: loss.beta > 0 blends a sample covariance, which needs the channel H; these "
                          "scenes carry none. Set loss.beta = 0, or use data with H_full.")
+    unit = power_of_two(scenes.channel), power_of_two(scenes.snapshots)   # squares of numbers in any unit stay finite
+    scenes = replace(scenes, channel=scenes.channel * unit[0], snapshots=scenes.snapshots * unit[1])
     antennas = scenes.channel.shape[1]
     ridge = power(scenes.channel).sum((1, 2)) / (antennas * 10.0 ** (scenes.snr_db / 10.0))
     residual = backproject(scenes.channel, scenes.codes, scenes.snapshots).sum(1)
@@ -38,7 +43,7 @@ def sample_factor(scenes: Scenes, steps: int = STEPS) -> Tensor:
         residual = residual - length * image
         energy, last = _inner(residual, residual), energy
         direction = residual + energy / last.clamp_min(torch.finfo(energy.dtype).tiny) * direction
-    return field[:, :, None]
+    return field[:, :, None] * (unit[0] / unit[1])
 
 
 def _normal(scenes: Scenes, field_BN: Tensor) -> Tensor:

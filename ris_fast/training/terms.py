@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as fn
 
+from ris_fast.kernels.scale import rescaled
 from ris_fast.physics.pairs import adjoint_matmul, expi, matmul, multiply, power
 
 ANGLE_DELTA = math.radians(0.25)
@@ -135,9 +136,13 @@ def chamfer(angles_BPK2: Tensor, active_BK: Tensor) -> Tensor:
 
 
 def unit_columns(factor_BNK: Tensor) -> Tensor:
-    """The true steering vectors: columns of the target factor at unit norm, zero columns left zero. No gradient."""
-    norm = power(factor_BNK.detach()).sum(1, keepdim=True)
-    return factor_BNK.detach() * norm.clamp_min(SMALLEST).rsqrt()[..., None]
+    """The true steering vectors: columns of the target factor at unit norm, zero columns left zero. No gradient.
+
+    A column 1e-12 times as long as a scene's longest counts as zero, whatever the unit of the powers.
+    """
+    factor_BNK = rescaled(factor_BNK.detach())
+    norm = power(factor_BNK).sum(1, keepdim=True)
+    return factor_BNK * norm.clamp_min(SMALLEST).rsqrt()[..., None]
 
 
 def subspace(factor_BNQ: Tensor, steer_BNK: Tensor) -> Tensor:
