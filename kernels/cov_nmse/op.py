@@ -14,7 +14,9 @@ from torch import Tensor
 from ..native import loader
 from ..registry import AotCase, Family, Operator
 from . import native, plain, reference
+from .checks import check_covariance, check_numbers, explain_infinite, readable
 from .samples import SAMPLES, cost
+from .transforms import ONCE, Transformable, fold, scaled_units, transformed, unfold
 
 SCHEMA = (
     "cov_nmse(Tensor factor, Tensor? target_factor, Tensor? target_cov, Tensor? sample_factor, Tensor? snr_db, "
@@ -64,20 +66,15 @@ class _CovNMSE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_B: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("cov_nmse: a second derivative is asked for (create_graph=True), but it is differentiable once only. "
-                               "Leave create_graph out, or write the NMSE of the dense covariances in torch.")
-        scaled: list[Tensor | None] = []
-        for unit, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, (ctx.needs_input_grad[0], ctx.needs_input_grad[3]), strict=True):
-            if needed and unit.dim() != 4:
-                raise RuntimeError("ris_fast::cov_nmse: a gradient is asked for that the call did not compute: pass gradients=1 (factor) or 2 (factor and sample_factor).")
-            scaled.append((grad_B[:, None, None, None] * unit).to(dtype) if needed else None)
+            raise RuntimeError(ONCE.format("create_graph=True"))
+        scaled = scaled_units(ctx, grad_B)
         return scaled[0], None, None, scaled[1], *(None,) * 8
 
 
 def _autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if torch._C._are_functorch_transforms_active():
-        raise RuntimeError("cov_nmse: called under torch.func (grad, vjp, jacrev, jvp, ...), which torch does not support for custom "
-                           "operators with a gradient of their own. Use loss.backward() or torch.autograd.grad(loss, ...).")
+        raise RuntimeError("ris_fast::cov_nmse: the bare operator is called under torch.func, which torch does not support for custom "
+                           "operators with a gradient of their own. Call ris_fast.cov_nmse, which is made for it.")
     return _CovNMSE.apply(*args)
 
 
@@ -86,6 +83,14 @@ LIBRARY.impl("cov_nmse", _cpu, "CPU")
 LIBRARY.impl("cov_nmse", _cuda, "CUDA")
 LIBRARY.impl("cov_nmse", _autograd, "Autograd")
 torch.library.register_fake("ris_fast::cov_nmse", _fake, lib=LIBRARY)
+
+
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    folded, size = fold(info, in_dims, *args)
+    return unfold(torch.ops.ris_fast.cov_nmse.default(*folded), size)
+
+
+torch.library.register_vmap("ris_fast::cov_nmse", _vmap, lib=LIBRARY)
 
 
 def _pair(name: str, x: Tensor, complex_dims: int, layout: str) -> Tensor:
@@ -147,7 +152,10 @@ def _snr(snr_db: Tensor | float | None, shrink: float, factor: Tensor) -> Tensor
         return None
     if snr_db is None:
         raise ValueError(f"cov_nmse: shrink is {shrink} but snr_db is missing; alpha = clamp(shrink * 10^(-snr_db/20), 1e-4, 5e-2). Pass snr_db (B,), in dB.")
-    snr_B = torch.as_tensor(snr_db, dtype=compute_dtype(factor.dtype), device=factor.device)
+    try:
+        snr_B = torch.as_tensor(snr_db, dtype=compute_dtype(factor.dtype), device=factor.device)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"cov_nmse: snr_db is {snr_db!r}, expected a number of dB or a tensor (B,).") from error
     if snr_B.dim() == 0:
         snr_B = snr_B.expand(len(factor))
     if snr_B.shape != factor.shape[:1]:
@@ -165,26 +173,31 @@ def _check_finite(**tensors: Tensor | None) -> None:
 def cov_nmse(
     factor: Tensor, *unnamed: Any, target_factor: Tensor | None = None, target_cov: Tensor | None = None, sample_factor: Tensor | None = None,
     blend: float = 0.0, loading: float = 0.0, shrink: float = 0.0, snr_db: Tensor | float | None = None, reduction: str = "mean",
-    loading_side: str = "both", diag_weight: float = 1.0, offdiag_weight: float = 1.0, check_finite: bool = False,
+    loading_side: str = "both", diag_weight: float = 1.0, offdiag_weight: float = 1.0, check_finite: bool = False, validate: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """Covariance NMSE |R_eff - T_eff|^2 / |T_eff|^2 of R = F F^H against a target, differentiable in F, once.
 
     Model: R and T are normalised to trace N; R is blended with X X^H: (1 - blend) R + blend X X^H; then loaded,
     (R + loading I)/(1 + loading), and shrunk, (1 - alpha) R + alpha I, alpha = clamp(shrink 10^(-snr_db/20), 1e-4, 5e-2).
-    A zero factor stays zero and scores 1 (without loading); a zero target without loading scores NaN or infinity.
+    A zero factor stays zero and scores 1 (without loading); a zero target without loading is refused, or
+    scores NaN or infinity where no value is looked at (validate).
     Args:
         factor: (B, N, Q) complex or (B, N, Q, 2) real pair; the one argument without a name; float32, float64, or bfloat16/float16 (float32 arithmetic).
         target_factor: (B, N, K), T = S S^H; columns of zeros are allowed.  Either this or target_cov.
-        target_cov: (B, N, N) Hermitian, any trace above zero.
+        target_cov: (B, N, N) Hermitian, no R_nn below zero, any trace above zero.
         sample_factor: (B, N, X), differentiable where it requires grad.
         snr_db: (B,) or a number, dB; needed where shrink is not 0.
         reduction: "mean" or "sum" over scenes, or "none" for (B,). The mean of an empty batch is NaN, as in torch.
         loading_side: "both", or "prediction" to load R alone, which cannot reach 0 (for comparison with old results).
         diag_weight, offdiag_weight: weights of |D_nn|^2 and of the rest, in numerator and denominator alike.
         check_finite: raise on a NaN or infinity in any input (reads the device from the host; not under torch.compile).
+        validate: whether to look at the target's values. None: on a CPU only, for negative power in every scene and at one row of
+            few scenes for symmetry; True: at all of it, on any device (waits for it); False: never. Never under torch.compile and
+            torch.func: there a target that is no covariance is not noticed, and one of zeros gives infinity.
     Returns: 0-d tensor, or (B,) with reduction="none".
     Raises: ValueError or TypeError, naming the argument, what it was and what is expected; RuntimeError for a second derivative
-        and under torch.func.grad and its kin (torch.vmap works, one scene after the other: B is there for that).
+        and for forward mode (torch.func.jvp, jacfwd, hessian). torch.vmap, which folds its axis into B, torch.func.grad, vjp and
+        jacrev work, one inside the other too.
     Numerics: low-rank target in float64 Gram form, dense target in the direct form, float32 (float64 for float64).
     Cost: `ris_fast.kernels.cov_nmse.samples.cost`; memory O(N Q) per scene beside the target.
     """
@@ -195,21 +208,29 @@ def cov_nmse(
         raise ValueError(f"cov_nmse: reduction is {reduction!r}, expected 'mean', 'sum' or 'none'.")
     if loading_side not in ("both", "prediction"):
         raise ValueError(f"cov_nmse: loading_side is {loading_side!r}, expected 'both' or 'prediction'.")
-    for name, value in (("loading", loading), ("shrink", shrink), ("diag_weight", diag_weight), ("offdiag_weight", offdiag_weight)):
-        if not value >= 0:
-            raise ValueError(f"cov_nmse: {name} is {value}, expected a number of 0 or more.")
+    check_numbers(blend=blend, loading=loading, shrink=shrink, diag_weight=diag_weight, offdiag_weight=offdiag_weight)
+    if diag_weight == offdiag_weight == 0:
+        raise ValueError("cov_nmse: diag_weight and offdiag_weight are both 0, so that nothing is compared. Pass one above 0.")
     factor = _pair("factor", factor, 3, "(B, N, Q)")
+    if not factor.shape[1]:
+        raise ValueError(f"cov_nmse: factor is {tuple(factor.shape)}, an array of N = 0 elements. Pass (B, N, Q) with N of 1 or more.")
     target_factor, target_cov = _target(target_factor, target_cov, factor)
     sample_factor = _sample(sample_factor, blend, factor)
     snr_B = _snr(snr_db, shrink, factor)
     if check_finite:
         _check_finite(factor=factor, target_factor=target_factor, target_cov=target_cov, sample_factor=sample_factor, snr_db=snr_B)
-    with_sample = sample_factor is not None and sample_factor.requires_grad
-    gradients = (2 if with_sample else int(factor.requires_grad)) if torch.is_grad_enabled() else 0
-    loss_B = torch.ops.ris_fast.cov_nmse.default(
+    if target_cov is not None and readable(target_cov, validate):
+        check_covariance(target_cov, whole=bool(validate))
+    inside = transformed()              # of torch.func, where requires_grad does not say what will be differentiated
+    with_sample = sample_factor is not None and (inside or sample_factor.requires_grad)
+    gradients = (2 if with_sample else int(inside or factor.requires_grad)) if torch.is_grad_enabled() else 0
+    run = Transformable.apply if inside else torch.ops.ris_fast.cov_nmse.default
+    loss_B = run(
         factor, target_factor, target_cov, sample_factor, snr_B, float(blend), float(loading),
         float(loading) if loading_side == "both" else 0.0, float(shrink), float(diag_weight), float(offdiag_weight), gradients,
     )[0]  # fmt: skip
+    if readable(loss_B, validate):
+        explain_infinite(loss_B.detach(), target_factor, target_cov)
     return loss_B if reduction == "none" else loss_B.mean() if reduction == "mean" else loss_B.sum()
 
 
