@@ -22,11 +22,13 @@ def run_check(config: Config, *, json: bool = False, graph: bool = False) -> int
     from ris_fast.training.loop import Trainer
 
     trainer = Trainer(config)
+    for note in () if json else trainer.source.notes:
+        print(f"note: {note}")
     watchdog = Watchdog(trainer)
     found = watchdog.preflight(None if json else lambda result: print(check_line(result), flush=True))
     table = graph_table(Subject(trainer)) if graph else None
     if json:
-        print(dumps({"checks": [check.to_json() for check in watchdog.checks], "graph": table,
+        print(dumps({"notes": trainer.source.notes, "checks": [check.to_json() for check in watchdog.checks], "graph": table,
                      "could_not_run": [check.name for check in watchdog.checks if check.failed],
                      "findings": [finding.to_json() for finding in found]}, indent=2))
     else:

@@ -5,6 +5,7 @@ Legend: B batch, N RIS elements, K sources (padded to K_max).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,12 +14,28 @@ from torch import Tensor
 from ris_fast.physics.array import RISArray, cosine_steering, direction_cosines
 
 SWEEPS = 200
+EXACT = 1e-6             # NMSE of R against its own factors: float32 phases leave up to 1e-9, element jitter 1e-2
+FEW, ROUNDS = 32, 4      # scenes that tell where the array sits, and looks at them
 CENTRED = (0.0, 0.0)
 
 
 def original_offset(array: RISArray) -> tuple[float, float]:
     """How many elements along x and y the original's array is off-centre: it places element i at (i - N_H // 2) d."""
     return (-0.5 if array.horizontal % 2 == 0 else 0.0, -0.5 if array.vertical % 2 == 0 else 0.0)
+
+
+@dataclass
+class Reach:
+    """The largest azimuth and elevation of sources, without sign, in rad, and the largest range in m; 0 before any."""
+
+    azimuth: float = 0.0
+    elevation: float = 0.0
+    range_m: float = 0.0
+
+    def include(self, azimuth: Tensor, elevation: Tensor, range_m: Tensor, active: Tensor) -> None:
+        """Sources, (B, K) each, of which the `active` are there."""
+        for name, values in (("azimuth", azimuth), ("elevation", elevation), ("range_m", range_m)):
+            setattr(self, name, max(getattr(self, name), float((values.abs() * active).max())))
 
 
 class Geometry(NamedTuple):
@@ -81,6 +98,55 @@ def recover_powers(array: RISArray, sources: Geometry, active: Tensor, covarianc
     residual = torch.baddbmm(r32, a32 * power.float()[:, None], a32.mH, alpha=-1)
     misfit, size = (torch.view_as_real(each).flatten(1).norm(dim=1).double() for each in (residual, r32))
     return power, (misfit / size).square()
+
+
+def find_offset(array: RISArray, azimuth: Tensor, elevation: Tensor, range_m: Tensor, active: Tensor,
+                covariance: Tensor) -> tuple[float, float]:
+    """Where the files' array sits, in spacings off the origin: the original's half element, nowhere, or where R itself
+    says, whichever explains the first scenes' R best."""
+    def misfit(offset: tuple[float, float]) -> float:
+        few = [t[:FEW] for t in (azimuth, elevation, range_m, active)]
+        return float(recover_powers(array, centre(array, offset, *few), few[3], covariance[:FEW])[1].median())
+
+    known = min((original_offset(array), CENTRED), key=misfit)
+    if misfit(known) < EXACT:
+        return known
+    own = estimate_offset(array, azimuth, elevation, range_m, active, covariance)
+    return own if own is not None and misfit(own) < min(EXACT, misfit(known)) else known
+
+
+def estimate_offset(array: RISArray, azimuth: Tensor, elevation: Tensor, range_m: Tensor, active: Tensor,
+                    covariance: Tensor) -> tuple[float, float] | None:
+    """The offset of the files' array, in spacings, from scenes of one source; None where there is no such scene.
+
+    Model: R = p a a^H has between neighbours in x the phase k (u' - x/r) d and smaller terms, with u' = u - s/r. Its
+        difference to that of the steering vector at an assumed offset, summed over all neighbours, is k d times the
+        error in u'; the least-squares slope of that error over 1/r mends s. Likewise in y.
+    Numerics: u' is known up to wavelength/spacing, so an offset of very many elements is not found.
+    """
+    alone = (active.sum(1) == 1).nonzero()[:FEW, 0]
+    if not alone.numel():
+        return None
+    place, there = [t[alone, :1] for t in (azimuth, elevation, range_m)], active[alone, :1]
+    planes = torch.view_as_complex(covariance[alone].double())
+    planes = planes.unflatten(2, (array.vertical, array.horizontal)).unflatten(1, (array.vertical, array.horizontal))
+    seen = [_neighbours(planes.diagonal(dim1=same, dim2=same + 2)) for same in (1, 2)]
+    near_B, step = 1.0 / place[2][:, 0], array.wavenumber * array.spacing_m
+    offset = list(CENTRED)
+    for _ in range(ROUNDS):
+        model = centre(array, (offset[0], offset[1]), *place, there)
+        steer = torch.view_as_complex(cosine_steering(array, model.u, model.v, model.range_m))[:, 0]
+        steer = steer.unflatten(1, (array.vertical, array.horizontal))
+        pairs = (steer[:, :, 1:] * steer[:, :, :-1].conj()).sum(1), (steer[:, 1:] * steer[:, :-1].conj()).sum(2)
+        for axis in (0, 1):
+            error_B = (seen[axis] * pairs[axis].conj()).sum(1).angle() / step
+            offset[axis] -= float((error_B * near_B).sum() / near_B.square().sum()) / array.spacing_m
+    return (offset[0], offset[1])
+
+
+def _neighbours(blocks: Tensor) -> Tensor:
+    """R between neighbours along one axis, summed over the other: (B, n, n, other) -> (B, n - 1)."""
+    return blocks.diagonal(offset=-1, dim1=1, dim2=2).sum(1)
 
 
 def _non_negative(gram_BKK: Tensor, right_BK: Tensor) -> Tensor:

@@ -16,9 +16,11 @@ from torch import Tensor
 from ris_fast.config import Config
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import Overlap, find_copies, find_overlap
-from ris_fast.data.geometry import CENTRED, target_factor
+from ris_fast.data.geometry import CENTRED, EXACT, Reach, target_factor
 from ris_fast.data.npz_format import open_shard
-from ris_fast.data.npz_load import EXACT, LoadedSplit, hash_snapshots, load_split
+from ris_fast.data.npz_load import PACKED, LoadedSplit, hash_snapshots, load_split
+from ris_fast.data.packed_codes import packed_bytes, unpack_codes
+from ris_fast.data.place import npz_files
 from ris_fast.data.source import size_notes
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.random import SPLITS
@@ -60,6 +62,18 @@ class NpzSource:
         self.notes = self._notes()
 
     @property
+    def reach(self) -> tuple[Reach, Reach]:
+        """How far the training sources go: as the files have them, and as the scenes do."""
+        facts = self._load("train").facts
+        return facts.stored, facts.served
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """The fields of `Scenes` that the scenes of training or validation do not have."""
+        exact = all(self._load(split).facts.exact for split in SPLITS[:2])
+        return (() if exact else ("factor", "power")) + (() if self.channel else ("channel",))
+
+    @property
     def index_device(self) -> torch.device:
         """Where row numbers are cheapest to look up."""
         return self._load("train").table.device
@@ -77,13 +91,23 @@ class NpzSource:
         rows = self._rows[split][index] if self._rows else index
         taken = {name: value.to(self.device) for name in _COLUMNS
                  if (value := loaded.table.take(name, rows)) is not None}
+        codes = self._codes(loaded, rows)
         if loaded.facts.exact:
             u, v = taken.pop("u"), taken.pop("v")
             taken["factor"] = target_factor(self.array, u, v, taken["range_m"], taken["power"])
         else:
             trace = taken["covariance"][..., 0].diagonal(dim1=1, dim2=2).sum(1)
             taken["covariance"] = taken["covariance"] * (self.array.elements / trace)[:, None, None, None]
-        return Scenes(codes=loaded.codes.to(self.device), index=index.to(self.device), **taken)
+        return Scenes(codes=codes, index=index.to(self.device), **taken)
+
+    def _codes(self, loaded: LoadedSplit, rows_B: Tensor) -> Tensor:
+        """(L, N, 2), or (B, L, N, 2) as soon as the scenes of any split in memory have codes of their own."""
+        if loaded.codes is None:
+            codes, unit = (loaded.table.take(name, rows_B) for name in PACKED)
+            return (codes if unit is None else unpack_codes(codes, unit)).to(self.device)
+        shared = loaded.codes.to(self.device)
+        own = any(each.codes is None for each in self._loaded.values())
+        return shared.repeat(rows_B.numel(), 1, 1, 1) if own else shared
 
     def describe(self) -> str:
         """One line: how many scenes, what the inputs carry, what the target is, where it all lives."""
@@ -133,12 +157,14 @@ class NpzSource:
             notes.append("no H_full in the files: the map from measurement to aperture is lost, and the validation "
                          "NMSE will stay near 0.97 however well the optimizer works; generate the shards with H_full")
         if facts.offset != CENTRED:
-            axes = {(-0.5, -0.5): "both axes", (-0.5, 0.0): "x", (0.0, -0.5): "y"}[facts.offset]
-            notes.append(f"the files' array is off-centre by half an element in {axes}: source positions are "
+            notes.append(f"the files' array is off-centre by {_spacings(facts.offset)}: source positions are "
                          "re-expressed for the centred array, which leaves every covariance as it is")
         if facts.clamped:
             notes.append(f"sources so near the edge that their shifted direction does not exist: {facts.clamped}; "
                          "their angle labels are the nearest that do, their covariances are exact")
+        if self._load("train").codes is None:
+            kept = packed_bytes(self.task.snapshots, self.task.elements) / 1e3
+            notes.append(f"each scene has codes of its own: they are kept in 16 bits, {kept:.1f} kB a scene")
         if not facts.exact:
             notes.append(f"R is not a sum over the file's own sources (NMSE above {EXACT:g}): "
                          "element jitter, or another geometry; the dense R is used as the target")
@@ -164,13 +190,19 @@ _COLUMNS = ("snapshots", "channel", "collapsed", "covariance", "azimuth", "eleva
             "count", "snr_db")
 
 
+def _spacings(offset: tuple[float, float]) -> str:
+    """'half an element in both axes', '1.25 elements in x and -3 in y'."""
+    named = {(-0.5, -0.5): "both axes", (-0.5, 0.0): "x", (0.0, -0.5): "y"}.get(offset)
+    return f"half an element in {named}" if named else f"{offset[0]:.4g} elements in x and {offset[1]:.4g} in y"
+
+
 def find_npz(path: Path) -> dict[str, list[Path]]:
     """Shard files by split, or all under one name where there is no train/ folder. Raises: DataError."""
     if path.is_file():
         return {ONE_POOL: [path]}
-    folders = {split: sorted((path / split).glob("*.npz")) for split in SPLITS if (path / split).is_dir()}
+    folders = {split: npz_files(path / split) for split in SPLITS if (path / split).is_dir()}
     if not folders:
-        files = sorted(path.glob("*.npz"))
+        files = npz_files(path)
         if not files:
             raise DataError(path, "", "no .npz file and no train/ folder", "shards, flat or in train/, val/, test/",
                             "Give the right --data DIR, or generate the data.")

@@ -6,28 +6,28 @@ Legend: B rows of a chunk, L snapshots, M base-station antennas, N RIS elements,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ris_fast.config import Task
-from ris_fast.data.arrays import StoredArray, npz_arrays
+from ris_fast.data.arrays import npz_arrays, npz_keys
+from ris_fast.data.column import Column, without_ones
 from ris_fast.data.errors import DataError
 
 REQUIRED = ("y", "codes", "ptr", "K", "snr", "R")
-FIT_TASK = ("Set the task to the data's sizes (task.snapshots, task.bs_antennas, task.ris_horizontal, "
-            "task.ris_vertical, task.max_sources), or point data.path elsewhere.")
+KINDS = {"K": "iu", "snr": "fiu", "ptr": "f"}      # what numpy calls their types; every other key: "fc"
+OTHER_AXES = "Write every key with the axes of this format, scenes first, or point data.path elsewhere."
 CLEAN = "Find out how it got there and generate the shard again; training on it would spoil every weight."
 
 
-def row_shapes(task: Task) -> dict[str, tuple[int, ...]]:
+def row_shapes(snapshots: int, antennas: int, elements: int, sources: int) -> dict[str, tuple[int, ...]]:
     """The shape of one scene under each key."""
-    l, m, n, k = task.snapshots, task.bs_antennas, task.elements, task.max_sources
-    return {"y": (l, m, 2), "H": (l, m, 2), "H_full": (m, n, 2), "codes": (l, n, 2), "ptr": (3 * k,), "K": (),
-            "snr": (), "R": (n, n, 2)}
+    seen, operator = (snapshots, antennas, 2), (antennas, elements, 2)
+    return {"y": seen, "H": seen, "H_full": operator, "codes": (snapshots, elements, 2), "ptr": (3 * sources,), "K": (),
+            "snr": (), "R": (elements, elements, 2)}
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,19 @@ class NpzShard:
     """One file whose headers are in order. `channel`: it has H_full."""
 
     path: Path
-    arrays: dict[str, StoredArray]
+    columns: dict[str, Column]
 
     @property
     def scenes(self) -> int:
-        return self.arrays["y"].shape[0]
+        return self.columns["y"].rows
 
     @property
     def channel(self) -> bool:
-        return "H_full" in self.arrays
+        return "H_full" in self.columns
 
     @property
     def mappable(self) -> bool:
-        return all(a.offset is not None for a in self.arrays.values())
+        return all(column.stored.offset is not None for column in self.columns.values())
 
 
 def open_shard(path: Path, task: Task) -> NpzShard:
@@ -55,41 +55,66 @@ def open_shard(path: Path, task: Task) -> NpzShard:
 
     Raises: DataError that names the key, what was found and what was expected.
     """
-    arrays = npz_arrays(path)
+    shapes = row_shapes(task.snapshots, task.bs_antennas, task.elements, task.max_sources)
+    arrays = npz_arrays(path, shapes)
     missing = [key for key in REQUIRED if key not in arrays]
     if not ("H" in arrays or "H_full" in arrays):
         missing.append("H or H_full")
     if missing:
-        raise DataError(path, ", ".join(missing), f"only the keys {', '.join(sorted(arrays)) or '(none)'}",
+        raise DataError(path, ", ".join(missing), f"only the keys {', '.join(npz_keys(path)) or '(none)'}",
                         f"{', '.join(REQUIRED)} and H or H_full", "Generate the shard with these keys.")
-    shapes = row_shapes(task)
-    wanted = {key: arrays[key] for key in shapes if key in arrays}
-    for key, array in wanted.items():
-        _check_header(array, shapes[key])
-    _check_rows(path, wanted)
-    return NpzShard(path, wanted)
+    columns = {key: Column(array, shapes[key], whole=key == "K") for key, array in arrays.items()}
+    for column in columns.values():
+        _check_type(column)
+    _check_shapes(columns, task)
+    _check_rows(path, columns)
+    return NpzShard(path, columns)
 
 
-def _check_header(array: StoredArray, row: tuple[int, ...]) -> None:
-    if array.key == "K":
-        if array.dtype.kind not in "iu":
-            raise DataError(array.file, "K", f"type {array.dtype}", "an integer type", "Write it as int32.")
-    elif array.dtype != np.float32:
-        raise DataError(array.file, array.key, f"type {array.dtype}",
-                        "float32, complex numbers as a last axis (re, im)",
-                        "Convert the array and write the shard again.")
-    if len(array.shape) != len(row) + 1 or array.shape[1:] != row:
-        expected = "(scenes, " + ", ".join(map(str, row)) + ")" if row else "(scenes,)"
-        raise DataError(array.file, array.key, f"shape {array.shape}", expected, FIT_TASK)
+def _check_type(column: Column) -> None:
+    stored, key = column.stored, column.stored.key
+    if stored.dtype.kind not in KINDS.get(key, "fc"):
+        number = "whole numbers" if key == "K" else "floats"
+        todo = "Convert the array and write the shard again."
+        expected = number if key in KINDS else f"{number}, complex numbers as such or as a last axis (re, im)"
+        raise DataError(stored.file, key, f"type {stored.dtype}", expected, "Write it as int32." if key == "K" else todo)
 
 
-def _check_rows(path: Path, arrays: dict[str, StoredArray]) -> None:
-    rows = arrays["y"].shape[0]
+def _check_shapes(columns: dict[str, Column], task: Task) -> None:
+    """Every key has rows of the task's shape. Raises: DataError with the settings that would fit the files."""
+    wrong = next((column for column in columns.values() if not column.fits), None)
+    if wrong is not None:
+        expected = f"(scenes, {', '.join(map(str, wrong.row))})" if wrong.row else "(scenes,)"
+        settings = _settings(columns, task)
+        todo = f"Set the task to the data's sizes: {settings}; or point data.path elsewhere." if settings else OTHER_AXES
+        raise DataError(wrong.stored.file, wrong.stored.key, f"shape {wrong.stored.shape}", expected, todo)
+
+
+def _settings(columns: dict[str, Column], task: Task) -> str:
+    """The settings of `task` under which every key would have its shape; empty where none would."""
+    y, codes, ptr = (columns[key].axes for key in ("y", "codes", "ptr"))
+    if len(y) != 3 or len(codes) != 3 or len(without_ones(ptr)) != 1 or max(ptr) % 3:
+        return ""
+    elements, side = codes[1], math.isqrt(codes[1])
+    found = {"snapshots": y[0], "bs_antennas": y[1], "max_sources": max(ptr) // 3}
+    shapes = row_shapes(y[0], y[1], elements, max(ptr) // 3)
+    if not all(replace(column, row=shapes[key]).fits for key, column in columns.items()):
+        return ""
+    square = side * side == elements
+    found |= {"ris_horizontal": side, "ris_vertical": side} if square and elements != task.elements else {}
+    flags = [f"--set task.{name}={value}" for name, value in found.items() if getattr(task, name) != value]
+    if elements != task.elements and not square:
+        flags.append(f"task.ris_horizontal and task.ris_vertical with the product {elements}")
+    return " ".join(flags)
+
+
+def _check_rows(path: Path, columns: dict[str, Column]) -> None:
+    rows = columns["y"].rows
     if rows == 0:
         raise DataError(path, "y", "no scene (0 rows)", "at least one", "Remove the file or generate it again.")
-    for key, array in arrays.items():
-        if array.shape[0] != rows:
-            raise DataError(path, key, f"{array.shape[0]} rows", f"{rows} rows, as y has",
+    for key, column in columns.items():
+        if column.rows != rows:
+            raise DataError(path, key, f"{column.rows} rows", f"{rows} rows, as y has",
                             "Write all keys of a shard from the same scenes.")
 
 

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from ris_fast.config import Task
-from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import scene_hashes
-from ris_fast.data.geometry import CENTRED, centre, original_offset, recover_powers
+from ris_fast.data.geometry import CENTRED, EXACT, Reach, centre, find_offset, recover_powers
 from ris_fast.data.npz_format import NpzShard, check_values, split_ptr
+from ris_fast.data.packed_codes import pack_codes, packed_bytes
 from ris_fast.data.table import Placement, Table, place_table
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.channel import collapsed_channel
 
 CHUNK = 256
-EXACT = 1e-6             # NMSE of R against its own factors: float32 phases leave up to 1e-9, element jitter 1e-2
+SAME_CODES = 1e-5
+PACKED = ("codes", "codes_unit")
 BIG = {"y": "snapshots", "H_full": "channel", "H": "collapsed", "R": "covariance"}
 
 
@@ -36,18 +37,24 @@ class Facts:
     offset: tuple[float, float] = CENTRED
     worst_fit: float = 0.0
     clamped: int = 0
+    stored: Reach = field(default_factory=Reach)      # of the sources as the files have them
+    served: Reach = field(default_factory=Reach)      # of the sources as seen from the centre of the array
     wrong_collapsed: int = 0
     hashes: list[bytes] = field(default_factory=list)
 
 
-class _NotExact(Exception):
-    """A scene whose R is not a sum over its own sources: the dense target is needed."""
+class _Otherwise(Exception):
+    """What the pass took for granted does not hold: `setting` of _Loader must be False."""
+
+    def __init__(self, setting: str) -> None:
+        super().__init__(setting)
+        self.setting = setting
 
 
 @dataclass
 class LoadedSplit:
     table: Table
-    codes: Tensor
+    codes: Tensor | None         # (L, N, 2); None where each scene has its own, which are columns of the table
     facts: Facts
     placement: Placement
 
@@ -59,23 +66,26 @@ def load_split(where: Path, shards: Sequence[NpzShard], rows: int, task: Task, d
     Raises: DataError for any file that cannot be used, and where the scenes fit nowhere; nothing large is allocated
         before that is known.
     """
-    try:
-        return _Loader(where, shards, rows, task, device, exact=True).run(progress)
-    except _NotExact:
-        return _Loader(where, shards, rows, task, device, exact=False).run(progress)
+    known: dict[str, bool] = {}
+    while True:
+        try:
+            return _Loader(where, shards, rows, task, device, **known).run(progress)
+        except _Otherwise as found:
+            known[found.setting] = False
 
 
 class _Loader:
-    """One pass. With `exact` the target is kept as source powers, else as the dense R."""
+    """One pass. With `exact` the target is kept as source powers, else as the dense R; with `shared` codes are kept once."""
 
     def __init__(self, where: Path, shards: Sequence[NpzShard], rows: int, task: Task, device: torch.device,
-                 exact: bool) -> None:
+                 exact: bool = True, shared: bool = True) -> None:
         self.shards, self.rows, self.task = shards, rows, task
-        self.array, self.facts = RISArray.of(task), Facts(exact)
+        self.array, self.facts, self.shared = RISArray.of(task), Facts(exact), shared
         self.keep = {key: BIG[key] for key in ("y", "H_full" if shards[0].channel else "H", *(() if exact else ("R",)))}
-        row_bytes = sum(shards[0].arrays[key].row_bytes for key in self.keep)
-        row_bytes += 4 * 6 * task.max_sources + 12
-        self.placement = place_table(where, rows * row_bytes, device, mappable=all(s.mappable for s in shards))
+        row_bytes = sum(shards[0].columns[key].row_bytes for key in self.keep)
+        row_bytes += 4 * 6 * task.max_sources + 12 + (0 if shared else packed_bytes(task.snapshots, task.elements))
+        decoded = max(sum(column.stored.decoded_bytes for column in shard.columns.values()) for shard in shards)
+        self.placement = place_table(where, rows * row_bytes + decoded, device, mappable=all(s.mappable for s in shards))
         self.table = Table(rows, device if self.placement.place == "device" else torch.device("cpu"))
         self.codes: Tensor | None = None
 
@@ -87,25 +97,25 @@ class _Loader:
                 break
             for at, chunk in _chunks(shard, take):
                 check_values(shard.path, chunk, at, self.task)
-                self._check_codes(shard.path, chunk["codes"], at)
+                self._compare_codes(chunk["codes"])
                 self._keep(chunk, start + at)
                 if progress is not None:
                     progress(start + at + chunk["K"].numel(), self.rows)
             if self.placement.place == "mapped":
                 for key, column in self.keep.items():
-                    self.table.attach(column, shard.arrays[key].map())
+                    self.table.attach(column, shard.columns[key].map())
+                if not self.shared:
+                    self.table.attach("codes", shard.columns["codes"].map())
             start += take
         assert self.codes is not None
-        return LoadedSplit(self.table, self.codes.to(self.table.device), self.facts, self.placement)
+        codes = self.codes.to(self.table.device) if self.shared else None
+        return LoadedSplit(self.table, codes, self.facts, self.placement)
 
-    def _check_codes(self, path: Path, codes: Tensor, at: int) -> None:
+    def _compare_codes(self, codes: Tensor) -> None:
+        """Whether all scenes have the first one's codes, to a relative 1e-5."""
         self.codes = codes[0].clone() if self.codes is None else self.codes
-        away = (codes - self.codes).abs().flatten(1).amax(1)
-        if float(away.max()) > 1e-5:
-            row = int(away.argmax())
-            found = f"other codes in scene {at + row} than in the first scene (by {float(away.max()):.3g})"
-            raise DataError(path, "codes", found, "one set of codes for all scenes",
-                            "Generate the data without domain randomisation of the codes.")
+        if self.shared and float((codes - self.codes).abs().max()) > SAME_CODES * float(self.codes.abs().max()):
+            raise _Otherwise("shared")
 
     def _keep(self, chunk: dict[str, Tensor], start: int) -> None:
         self._target(chunk, start)
@@ -113,6 +123,9 @@ class _Loader:
         if self.placement.place != "mapped":
             for key, column in self.keep.items():
                 self.table.write(start, column, chunk[key])
+            if not self.shared:
+                for column, values in zip(PACKED, pack_codes(chunk["codes"])):
+                    self.table.write(start, column, values)
         self.table.write(start, "count", chunk["K"].to(torch.int64))
         self.table.write(start, "snr_db", chunk["snr"])
 
@@ -120,40 +133,34 @@ class _Loader:
         """Source positions on the centred array, and their powers where R is exactly their sum."""
         azimuth, elevation, range_m, active = split_ptr(chunk["ptr"].double(), chunk["K"])
         if start == 0:
-            self.facts.offset = self._find_offset(azimuth, elevation, range_m, active, chunk["R"])
+            self.facts.offset = find_offset(self.array, azimuth, elevation, range_m, active, chunk["R"])
         sources = centre(self.array, self.facts.offset, azimuth, elevation, range_m, active)
         self.facts.clamped += int(sources.clamped.sum())
+        self.facts.stored.include(azimuth, elevation, range_m, active)
+        self.facts.served.include(sources.azimuth, sources.elevation, sources.range_m, active)
         columns = {"azimuth": sources.azimuth, "elevation": sources.elevation, "range_m": sources.range_m * active}
         if self.facts.exact:
             power, fit = recover_powers(self.array, sources, active, chunk["R"])
             self.facts.worst_fit = max(self.facts.worst_fit, float(fit.max()))
             if self.facts.worst_fit > EXACT:
-                raise _NotExact
+                raise _Otherwise("exact")
             power = power * (self.task.elements / power.sum(1, keepdim=True))
             columns |= {"power": power, "u": sources.u, "v": sources.v}
         for name, values in columns.items():
             self.table.write(start, name, values.float())
 
-    def _find_offset(self, azimuth: Tensor, elevation: Tensor, range_m: Tensor, active: Tensor,
-                     target: Tensor) -> tuple[float, float]:
-        """The original's half element, or none: whichever explains the first scenes' R better."""
-        def misfit(offset: tuple[float, float]) -> float:
-            few = [t[:32] for t in (azimuth, elevation, range_m, active)]
-            return float(recover_powers(self.array, centre(self.array, offset, *few), few[3], target[:32])[1].median())
-
-        return min((original_offset(self.array), CENTRED), key=misfit)
-
     def _note(self, chunk: dict[str, Tensor]) -> None:
         """H against H_full, and the hashes."""
         if "H" in chunk and "H_full" in chunk and self.codes is not None:
-            away = (collapsed_channel(chunk["H_full"], self.codes) - chunk["H"]).flatten(1).norm(dim=1)
+            codes = self.codes if self.shared else chunk["codes"]
+            away = (collapsed_channel(chunk["H_full"], codes) - chunk["H"]).flatten(1).norm(dim=1)
             self.facts.wrong_collapsed += int((away > 1e-3 * chunk["H"].flatten(1).norm(dim=1)).sum())
         self.facts.hashes += scene_hashes(chunk["y"])
 
 
 def _chunks(shard: NpzShard, limit: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """All keys of a shard in lockstep: (first row, {key: rows})."""
-    streams = {key: array.chunks(CHUNK, limit) for key, array in shard.arrays.items()}
+    streams = {key: column.chunks(CHUNK, limit) for key, column in shard.columns.items()}
     for at in range(0, limit, CHUNK):
         yield at, {key: torch.from_numpy(next(stream)) for key, stream in streams.items()}
     for stream in streams.values():
@@ -165,6 +172,6 @@ def hash_snapshots(shards: Sequence[NpzShard], rows: int) -> list[bytes]:
     hashes: list[bytes] = []
     for shard in shards:
         limit = min(shard.scenes, rows - len(hashes))
-        for chunk in shard.arrays["y"].chunks(CHUNK, limit):
+        for chunk in shard.columns["y"].chunks(CHUNK, limit):
             hashes += scene_hashes(torch.from_numpy(chunk))
     return hashes

@@ -23,7 +23,7 @@ def guess_source(path: str) -> str:
     with _readable(place):
         if (place / MANIFEST).is_file():
             return "shards"
-        if place.is_file() or any(place.glob("*.npz")) or any((place / split).is_dir() for split in SPLITS):
+        if place.is_file() or npz_files(place) or any((place / split).is_dir() for split in SPLITS):
             return "npz"
         raise _no_data(place)
 
@@ -37,6 +37,11 @@ def check_place(place: Path) -> None:
             raise _wrong_file(place)
         if place.is_dir() and not any(place.iterdir()):
             raise DataError(place, "", "an empty folder", EXPECTED, "Give the right --data DIR, or generate the data.")
+
+
+def npz_files(folder: Path) -> list[Path]:
+    """The shards in a folder, sorted. Hidden files are no shards: other systems leave `._NAME.npz` beside them."""
+    return sorted(path for path in folder.glob("*.npz") if not path.name.startswith("."))
 
 
 @contextmanager
@@ -77,7 +82,7 @@ def _no_data(place: Path) -> DataError:
                          "Copy the whole folder, or run `ris-fast simulate` again.")
     names = sorted(each.name for each in place.iterdir())
     inside = next((each for each in sorted(place.iterdir())
-                   if (each / MANIFEST).is_file() or any(each.glob("*.npz")) or (each / "train").is_dir()), None)
+                   if (each / MANIFEST).is_file() or npz_files(each) or (each / "train").is_dir()), None)
     return DataError(place, "", f"neither a {MANIFEST} nor .npz files, but {', '.join(names[:4])}"
                      + (f" and {len(names) - 4} more" if len(names) > 4 else ""), EXPECTED,
                      f"Give the folder within: --data {inside}." if inside else "Give the right --data DIR.")

@@ -68,6 +68,8 @@ class ShardSource:
     name = "shards"
     channel = True
     endless = False
+    lacks = ()
+    reach = None
 
     def __init__(self, config: Config, device: torch.device | str,
                  progress: Callable[[int, int], None] | None = None) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ris_fast.config import Config
 from ris_fast.data.errors import DataError
+from ris_fast.data.geometry import Reach
 from ris_fast.data.place import check_place, guess_source
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
@@ -20,7 +21,8 @@ class SceneSource(Protocol):
 
     `channel`: whether the scenes carry H; without it the inputs cannot carry the answer. `endless`: whether training
     scenes beyond size("train") exist. `index_device`: where indices are cheapest. `notes`: lines that a person should
-    read before training, empty where all is well.
+    read before training, empty where all is well. `lacks`: fields of `Scenes` that are None in training or validation.
+    `reach`: how far the sources of files go, as stored and as served; None where that is the task's.
     """
 
     name: str
@@ -28,6 +30,8 @@ class SceneSource(Protocol):
     endless: bool
     device: torch.device
     notes: list[str]
+    lacks: tuple[str, ...]
+    reach: tuple[Reach, Reach] | None
 
     @property
     def index_device(self) -> torch.device: ...
@@ -45,6 +49,8 @@ class SimulatedSource:
     name = "simulate"
     channel = True
     endless = True
+    lacks = ()
+    reach = None
 
     def __init__(self, config: Config, device: torch.device | str) -> None:
         self.task, self.data, self.seed = config.task, config.data, config.training.seed
@@ -100,7 +106,8 @@ def _refuse_lost_channel(source: SceneSource, config: Config) -> None:
         raise DataError(config.data.path, "H_full", "no such key, only H = H c_l",
                         f"the channel, which model '{config.model.name}' needs: H c_l cannot carry the answer",
                         "Generate the shards with H_full. To train on H c_l all the same, as the original did, use "
-                        "--preset seed --set model.options.inputs=collapsed and expect a validation NMSE near 0.97.")
+                        "--preset seed --set model.options.inputs=collapsed --set health.mute=inputs_withhold_answer and "
+                        "expect a validation NMSE near 0.97: a run that counts as stalled.")
 
 
 def size_notes(config: Config, found: Mapping[str, int], used: Mapping[str, int]) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ris_fast.data.column import MappedColumn
 from ris_fast.data.errors import DataError
 
 GIB = 2.0**30
@@ -75,7 +76,7 @@ class Table:
     rows: int
     device: torch.device
     columns: dict[str, Tensor] = field(default_factory=dict)
-    mapped: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    mapped: dict[str, list[np.ndarray | MappedColumn]] = field(default_factory=dict)
 
     def write(self, start: int, name: str, values: Tensor) -> None:
         """Rows start, start + 1, ... of a column; the first write allocates it."""
@@ -83,7 +84,7 @@ class Table:
             self.columns[name] = torch.empty((self.rows, *values.shape[1:]), dtype=values.dtype, device=self.device)
         self.columns[name][start:start + values.shape[0]] = values
 
-    def attach(self, name: str, array: np.ndarray) -> None:
+    def attach(self, name: str, array: np.ndarray | MappedColumn) -> None:
         """The next file's rows of a mapped column."""
         self.mapped.setdefault(name, []).append(array)
 
@@ -94,7 +95,7 @@ class Table:
         return self._take_mapped(self.mapped[name], rows_B.numpy()) if name in self.mapped else None
 
     @staticmethod
-    def _take_mapped(parts: list[np.ndarray], rows_B: np.ndarray) -> Tensor:
+    def _take_mapped(parts: list[np.ndarray | MappedColumn], rows_B: np.ndarray) -> Tensor:
         starts = np.cumsum([0, *(len(part) for part in parts)])
         part_B = np.searchsorted(starts, rows_B, side="right") - 1
         out = np.empty((rows_B.size, *parts[0].shape[1:]), parts[0].dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as fn
 
+from ris_fast.data.geometry import Reach
 from ris_fast.health.finding import Finding
 from ris_fast.health.subject import Subject
 from ris_fast.models.prediction import Prediction
@@ -149,15 +150,31 @@ def _shifted(subject: Subject, right: Prediction, scenes: Scenes) -> Iterator[Fi
 
 
 def labels(subject: Subject) -> Iterator[Finding]:
-    """Angles and ranges lie where the task says, and the target's columns are their steering vectors."""
+    """Angles and ranges lie where the task says.
+
+    A reader may re-express the positions of files from another origin, which moves them past the task's limits: what the
+    files have is held to the task, and the scenes to what the reader served.
+    """
     task, scenes = subject.config.task, subject.scenes
-    if scenes.azimuth is None or scenes.factor is None:
-        return
-    high = float(scenes.azimuth.abs().max())
-    if high > 1.01 * math.radians(task.azimuth_deg) + 1e-6:
-        yield Finding("wrong_units", f"azimuths go up to {high:.3g}; the task says {math.radians(task.azimuth_deg):.3g} rad.")
-    elif float(scenes.range_m.max()) > 1.01 * task.range_max_m:
-        yield Finding("wrong_units", f"ranges go up to {float(scenes.range_m.max()):.4g}; the task says {task.range_max_m:g} m.")
+    allowed = Reach(math.radians(task.azimuth_deg), math.radians(task.elevation_deg), task.range_max_m)
+    reach = getattr(subject.trainer.source, "reach", None)
+    if reach is not None:
+        stored, served = reach
+        yield from _beyond("the files' ", stored, allowed, "the task says")
+        allowed = served
+    if scenes.azimuth is not None:
+        seen = Reach()
+        seen.include(scenes.azimuth, scenes.elevation, scenes.range_m, scenes.range_m > 0)
+        yield from _beyond("", seen, allowed, "the task says" if reach is None else "the files say")
+
+
+def _beyond(whose: str, seen: Reach, allowed: Reach, says: str) -> Iterator[Finding]:
+    """The first quantity that goes further than allowed."""
+    for name, unit in (("azimuth", "rad"), ("elevation", "rad"), ("range_m", "m")):
+        high, limit = getattr(seen, name), getattr(allowed, name)
+        if high > 1.01 * limit + 1e-6:
+            yield Finding("wrong_units", f"{whose}{name.removesuffix('_m')}s go up to {high:.4g}; {says} {limit:.4g} {unit}.")
+            return
 
 
 # ---- terms ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -19,7 +20,7 @@ from ris_fast.physics.scenes import Scenes
 from ris_fast.training.capture import CapturedCall, CapturedStep
 from ris_fast.training.devices import choose_device, compile_now, compiled
 from ris_fast.training.host_copy import Clock, Moment, own_stream
-from ris_fast.training.loss import CovarianceLoss
+from ris_fast.training.loss import CovarianceLoss, served_by
 from ris_fast.training.reports import Observer, Reporting, Silent
 from ris_fast.training.resume import restore, save
 from ris_fast.training.schedule import Plan, steps_in_epoch
@@ -53,6 +54,9 @@ class Trainer(Reporting):
         self.device = choose_device(config.training.device)
         torch.manual_seed(config.training.seed)
         self.source: SceneSource = open_source(config, self.device, progress)
+        weights, notes = served_by(config.loss, self.source.lacks)
+        self.config = config = replace(config, loss=weights)
+        self.source.notes += notes
         self.loss = CovarianceLoss(config.loss, config.task).to(self.device)
         self.model = build_model(config.model.name, config.task, **config.model.options).to(self.device)
         self.optimizer = build_optimizer(self.model, config)

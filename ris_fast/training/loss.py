@@ -5,7 +5,8 @@ Legend: B batch, N RIS elements, Q factor columns, K sources (padded).
 
 from __future__ import annotations
 
-from typing import Callable
+from dataclasses import replace
+from typing import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,21 @@ class CovarianceLoss(nn.Module):
         if "cross" in self.weights and prediction.factor.shape[2] % 2:
             raise ValueError(f"CovarianceLoss: loss.cross compares two halves of the factor, which has "
                              f"{prediction.factor.shape[2]} columns. Set loss.cross = 0, or return an even number.")
+
+
+def served_by(settings: Loss, lacks: Collection[str]) -> tuple[Loss, list[str]]:
+    """The weights without the terms that scenes cannot serve which lack these fields, and a note for each.
+
+    Raises: ConfigError where the blend is asked for and the channel is missing.
+    """
+    if settings.beta > 0.0 and "channel" in lacks:
+        raise ConfigError(f"CovarianceLoss: loss.beta = {settings.beta} blends a sample covariance, which needs the channel H; the "
+                          "files carry none. Set loss.beta = 0, or use data with H_full.")
+    lost = {name: needed for name, needs in SCENE_NEEDS.items() if getattr(settings, name) > 0.0
+            and (needed := [each for each in needs if each in lacks])}
+    notes = [f"loss.{name} = {getattr(settings, name)} is left out: it needs the true {', '.join(needed)}, which the scenes do not have"
+             for name, needed in lost.items()]
+    return replace(settings, **dict.fromkeys(lost, 0.0)), notes
 
 
 def _wide(value: Tensor) -> Tensor:
