@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a gradient check failed, 2 bad usage or configuration, 3 d
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Literal, Sequence
 
@@ -287,6 +288,9 @@ def env(*, json: bool = False) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; every expected error ends as a message on standard error and its exit code."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):            # a folder's name may be text in no encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
         return command(*bound.args, **bound.kwargs) or 0

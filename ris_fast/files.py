@@ -5,6 +5,7 @@ Only the standard library is imported here, so that anything may import this fil
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import re
@@ -57,16 +58,24 @@ def make_folder(path: str | Path) -> Path:
     return Path(path)
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a file, with the names of files in it as this process writes them, whatever their encoding.
+
+    A name that is no UTF-8, or any name beyond ASCII where the locale is C, has surrogates in Python; see PEP 383.
+    """
+    return os.fsdecode(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8))
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes `text` so that a reader sees the old file or the new one, never half of either. Raises StorageError."""
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def append_text(path: str | Path, text: str) -> None:
     """Adds `text` at the end and closes the file, so that nothing is lost with the process. Raises StorageError."""
     make_folder(Path(path).parent)
-    with writing(path), open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
 
 

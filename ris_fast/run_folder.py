@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping
 
 from ris_fast.config import Config, ConfigError
-from ris_fast.files import StorageError, make_folder, write_text
+from ris_fast.files import StorageError, make_folder, read_text, write_text
 from ris_fast.report.eventlog import METRICS, write_json
 from ris_fast.settings import load_config, render_toml
 
@@ -100,7 +100,7 @@ def resumed_config(run: Path, refused: Mapping[str, Any], overrides: Iterable[st
         raise ConfigError(f"--resume {run}: there is no {CONFIG}: not a run folder, or a run that ended before it had saved anything. "
                           f"Give the folder that train printed, or start anew.")
     config = load_config(file, None, overrides, flags)
-    recorded = recorded_provenance(file.read_text())
+    recorded = recorded_provenance(read_text(file))
     return replace(config, provenance={key: recorded.get(key, origin) if origin == str(file) else origin
                                        for key, origin in config.provenance.items()})
 

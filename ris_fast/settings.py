@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Iterable, Mapping
 
 from ris_fast.config import SECTIONS, Config, ConfigError, closest, typed
+from ris_fast.files import read_text
 
 PRESETS = ("laptop", "full", "seed")
 
@@ -99,11 +100,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"There is no configuration file '{path}'. Give a TOML file, or a preset with --preset.")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(read_text(path))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}. Give a TOML file that can.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not text in UTF-8, so not TOML. Give a file like a run's config.toml.") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}. Mend that line.") from error
 
