@@ -31,6 +31,7 @@ from ris_fast.physics.scenes import Scenes
 
 BIG = ("snapshots", "channel")
 CHUNK = 512
+ENTRY = {"file": str, "scenes": int, "bytes": int, "sha256": str, "statistics": dict}
 WRITE_AGAIN = "Write the data set again with `ris-fast simulate`, or copy it again."
 
 
@@ -179,13 +180,13 @@ def read_manifest(path: Path, task: Task) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(path, "", f"no {MANIFEST}", "a data set written by `ris-fast simulate`",
                         "Give the right --data DIR, or write one.") from None
-    except (ValueError, OSError) as problem:
+    except (ValueError, OSError, RecursionError) as problem:
         raise DataError(file, "", f"no readable JSON ({problem})", "a manifest", COPY_AGAIN) from None
     if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise DataError(file, "format", f"{manifest.get('format') if isinstance(manifest, dict) else manifest!r}",
                         f"'{FORMAT}' version {VERSION}", WRITE_AGAIN)
-    missing = {key for key, kind in (("task", dict), ("seed", int), ("splits", dict))
-               if not isinstance(manifest.get(key), kind)} or set(SPLITS) - set(manifest["splits"])
+    missing = {key for key, kind in (("task", dict), ("seed", int), ("splits", dict)) if not isinstance(manifest.get(key), kind)}
+    missing = missing or {split for split in SPLITS if not isinstance(manifest["splits"].get(split), dict)}
     if missing:
         raise DataError(file, sorted(missing)[0], "no such entry", "it", COPY_AGAIN)
     _check_entries(file, manifest)
@@ -201,14 +202,17 @@ def _check_entries(file: Path, manifest: dict[str, Any]) -> None:
     """Every split lists its shards, and their scenes add up. Raises: DataError."""
     for split in SPLITS:
         entry = manifest["splits"][split]
-        try:
-            whole = all({"file", "scenes", "bytes", "sha256", "statistics"} <= set(each) for each in entry["shards"])
-            whole = whole and entry["scenes"] == sum(each["scenes"] for each in entry["shards"]) > 0
-        except (KeyError, TypeError):
-            whole = False
-        if not whole:
+        shards = entry.get("shards")
+        whole = isinstance(shards, list) and len(shards) > 0 and all(_is_entry(each) for each in shards)
+        if not whole or type(entry.get("scenes")) is not int or entry["scenes"] != sum(each["scenes"] for each in shards):
             raise DataError(file, f"splits.{split}", "no whole list of shards", "every shard with its size and SHA-256",
                             COPY_AGAIN)
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this is what a manifest says of a shard, which lies beside it."""
+    return (isinstance(entry, dict) and all(type(entry.get(key)) is kind for key, kind in ENTRY.items()) and entry["scenes"] > 0
+            and Path(entry["file"]).name == entry["file"] and entry["file"].isprintable())
 
 
 def open_own_shard(path: Path, entry: dict[str, Any], task: Task) -> OwnShard:
