@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Mapping
@@ -11,6 +12,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ris_fast.files import save_tensors, write_text
+
+NAMES = ("last", "best")
+UNHASHED = "an earlier version wrote this checkpoint, without hashes: damage to it would not be noticed"
+Contents = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 
 
 class CheckpointError(ValueError):
@@ -24,33 +29,83 @@ def save_checkpoint(folder: Path, name: str, groups: Mapping[str, Mapping[str, T
     """Writes NAME.safetensors, with the manifest in its header, and the manifest again as NAME.json for people.
 
     `groups` maps a prefix ('model', 'ema', 'optimizer') to its tensors. The model's stand under their own names, the
-    others under 'prefix/name', so that any reader of safetensors finds the weights. Raises StorageError.
+    others under 'prefix/name', so that any reader of safetensors finds the weights. The manifest gets a SHA-256 of
+    every tensor, and the header one of the manifest, so that no flipped bit is loaded. Raises StorageError.
     """
     tensors = {(key if prefix == "model" else f"{prefix}/{key}"): value.detach().cpu().contiguous().clone()
                for prefix, group in groups.items() for key, value in group.items()}
-    text = json.dumps(manifest, indent=1, sort_keys=True)
+    hashes = {key: tensor_hash(value) for key, value in tensors.items()}
+    text = json.dumps({**manifest, "sha256": hashes}, indent=1, sort_keys=True)
     path = folder / f"{name}.safetensors"
-    save_tensors(path, tensors, {"format": "pt", "manifest": text})
+    save_tensors(path, tensors, {"format": "pt", "manifest": text, "sha256": _text_hash(text)})
     write_text(folder / f"{name}.json", text)
     return path
 
 
-def load_checkpoint(folder: Path, name: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The groups and the manifest that `save_checkpoint` wrote. Raises CheckpointError for a file that is not whole."""
-    path = folder / f"{name}.safetensors"
+def load_checkpoint(folder: Path, name: str) -> Contents:
+    """The groups and the manifest that `save_checkpoint` wrote; `manifest["note"]` where there is something to say of the file.
+
+    Raises: CheckpointError for a file that is missing or not as it was written; it names the other checkpoint if that is whole.
+    """
+    try:
+        return _read(folder / f"{name}.safetensors")
+    except CheckpointError as error:
+        other = next((each for each in NAMES if each != name and read_whole(folder, each) is not None), None)
+        if other is None:
+            raise
+        raise CheckpointError(f"{error} '{other}' is whole; give {folder / f'{other}.safetensors'} in its place.") from error
+
+
+def read_whole(folder: Path, name: str) -> Contents | None:
+    """What `load_checkpoint` returns; None for a file that is missing or damaged."""
+    try:
+        return _read(folder / f"{name}.safetensors")
+    except CheckpointError:
+        return None
+
+
+def tensor_hash(value: Tensor) -> str:
+    """SHA-256 of a CPU tensor's type, shape and bytes."""
+    digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode())
+    digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _read(path: Path) -> Contents:
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint '{path}'. Give the folder of a run that has saved one.")
     try:
         with safe_open(path, framework="pt") as file:
-            manifest = json.loads((file.metadata() or {})["manifest"])
+            metadata = file.metadata() or {}
+            manifest = json.loads(metadata["manifest"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Use another checkpoint of this run.") from error
+    _verify(path, metadata, manifest, tensors)
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         prefix, slash, rest = key.partition("/")
         groups.setdefault(prefix if slash else "model", {})[rest if slash else key] = value
     return groups, manifest
+
+
+def _verify(path: Path, metadata: Mapping[str, str], manifest: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Compares the hashes; a file that has none at all, from an earlier version, gets a note in its manifest."""
+    hashes = manifest.get("sha256")
+    if hashes is None and set(metadata) == {"format", "manifest"}:
+        manifest["note"] = f"{path}: {UNHASHED}"
+        return
+    as_written = {"format": "pt", "manifest": metadata["manifest"], "sha256": _text_hash(metadata["manifest"])}
+    if not isinstance(hashes, dict) or metadata != as_written:
+        raise CheckpointError(f"{path} is damaged: its header is not the one that was written. Use another checkpoint of this run.")
+    wrong = sorted(key for key in hashes.keys() | tensors.keys() if key not in tensors or hashes.get(key) != tensor_hash(tensors[key]))
+    if wrong:
+        raise CheckpointError(f"{path} is damaged: {len(wrong)} of {len(hashes)} tensors are not what was written, first '{wrong[0]}' "
+                              f"(SHA-256). Use another checkpoint of this run.")
 
 
 def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], where: str) -> None:

@@ -34,8 +34,21 @@ VALIDATION_CHUNK = 1000
 PACE = 50             # steps between two looks at the device's clock
 
 
+# What the constructor makes parts of a run from, and what to do instead of putting another one in its place.
+HELD = {"model": "Load weights with trainer.model.load_state_dict(...); train a network of your own with cov_nmse and FusedAdamW in a "
+                 "loop of your own, as the README shows",
+        "network": "It is trainer.model, compiled", "optimizer": "Set [optimizer] in the configuration, or write a loop of your own",
+        "loss": "Set the weights of [loss] in the configuration, or write a loop of your own",
+        "source": "Set data.source and data.path in the configuration", "device": "Set training.device in the configuration",
+        "config": "Make a new Trainer with that configuration", "epoch_steps": "It follows from the configuration"}
+
+
 class Trainer(Reporting):
     """One training run, from configuration to summary: `Trainer(config).fit()`.
+
+    Its model, loss, optimizer, source, device and configuration are those it was made with: the step, the compiled network and
+    the schedule hold them, so that assigning another one would change what is reported and not what is trained. It raises
+    AttributeError.
 
     Args:
         folder: where checkpoints go; None writes nothing.
@@ -68,6 +81,7 @@ class Trainer(Reporting):
         self.score_by = lambda work: work()
         self.paced: tuple[int, Moment] | None = None
         self.groups_read = 0
+        self.notes: list[str] = []               # what a person should read before training, besides the source's
         self.epoch_steps = steps_in_epoch(self.source.size("train"), config.training.batch_size,
                                           config.training.accumulate)
         self.plan = Plan(config.training.epochs * self.epoch_steps, config.training.max_seconds)
@@ -76,6 +90,13 @@ class Trainer(Reporting):
             self.first_norms = weight_norms(self.model)      # the seed's, as when the run began
             restore(self, resume if isinstance(resume, str) else "last")
             self._read_counters()
+        self._made = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in HELD and getattr(self, "_made", False) and value is not getattr(self, name):
+            raise AttributeError(f"Trainer.{name} cannot be replaced: the run was built around the one it has, and would go on with that. "
+                                 f"{HELD[name]}.")
+        super().__setattr__(name, value)
 
     # ---- the run ------------------------------------------------------------------------------------------------
 

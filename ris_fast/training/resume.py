@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping
 
-from torch import Tensor
-
 from ris_fast.config import Config, ConfigError
 from ris_fast.data.source import SceneSource
-from ris_fast.training.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from ris_fast.training.checkpoint import CheckpointError, load_checkpoint, load_weights, read_whole, save_checkpoint
 from ris_fast.training.state import RunState
 
 if TYPE_CHECKING:
     from ris_fast.training.loop import Trainer
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, BEST = "checkpoints", "best"
 
 
 def identity(config: Config, source: SceneSource) -> dict[str, Any]:
@@ -50,16 +49,27 @@ def restore(trainer: Trainer, name: str) -> None:
     Raises: CheckpointError for a file that is not whole or fits no such network; ConfigError where settings changed so
     that the run would not be the same one.
     """
-    folder = Path(trainer.folder or ".")
-    groups, manifest = _load(folder, name)
+    folder = Path(trainer.folder or ".") / CHECKPOINTS
+    groups, manifest = load_checkpoint(folder, name)
     _same_run(manifest, trainer)
-    load_weights(trainer.model, groups.pop("model"), str(folder))
+    load_weights(trainer.model, groups.pop("model"), str(folder / f"{name}.safetensors"))
     groups.pop("ema", None)
     trainer.optimizer.load_checkpoint_tensors(groups)
-    trainer.state = state = RunState.from_json(manifest["state"])
+    trainer.state = state = _state_of(manifest, folder / f"{name}.safetensors")
+    trainer.notes += [manifest["note"]] if "note" in manifest else []
+    if name != BEST:
+        trainer.notes += _take_best(state, folder, manifest)
     rest = (trainer.config.training.epochs - state.epoch) * trainer.epoch_steps - state.epoch_step
     trainer.plan = replace(trainer.plan, epoch_steps=state.step + max(0, rest),
                            planned=manifest["planned_steps"] if trainer.config.training.max_seconds else 0)
+
+
+def _state_of(manifest: Mapping[str, Any], path: Path) -> RunState:
+    try:
+        return RunState.from_json(manifest["state"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: what it says of where the run stands cannot be read ({error}). "
+                              f"Use another checkpoint of this run.") from error
 
 
 def _same_run(manifest: Mapping[str, Any], trainer: Trainer) -> None:
@@ -77,21 +87,27 @@ def _same_run(manifest: Mapping[str, Any], trainer: Trainer) -> None:
                           f"from a checkpoint at the end of an epoch.")
 
 
-def _load(folder: Path, name: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The checkpoint; where it is damaged and the best one is whole, the error says how to go on from that."""
-    try:
-        return load_checkpoint(folder / CHECKPOINTS, name)
-    except CheckpointError as error:
-        if name == "best" or not _whole(folder, "best"):
-            raise
-        raise CheckpointError(f"{error} The best one is whole: --resume {folder / CHECKPOINTS / 'best.safetensors'}") from error
+def _take_best(state: RunState, folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Sets the best score so far to that of the best checkpoint itself, and returns what is to be said of it.
 
-
-def _whole(folder: Path, name: str) -> bool:
-    try:
-        return bool(load_checkpoint(folder / CHECKPOINTS, name))
-    except CheckpointError:
-        return False
+    What the last checkpoint remembers may be older (a kill between the two saves, a last checkpoint put back) or of weights
+    that are lost; a worse epoch must not replace the first, and nothing can stand for the second.
+    """
+    path, found = folder / f"{BEST}.safetensors", read_whole(folder, BEST)
+    if found is None:
+        if not math.isfinite(state.best_nmse):
+            return []
+        state.best_nmse, state.best_weights, state.epochs_since_best = math.inf, "", 0
+        return [f"{path} is {'damaged' if path.exists() else 'missing'}: the best weights so far are lost, and the next epoch's replace them"]
+    best = found[1]
+    if best.get("identity") != manifest.get("identity"):
+        return []
+    its = _state_of(best, path)
+    if its.best_nmse != state.best_nmse:
+        state.best_nmse, state.best_weights = its.best_nmse, its.best_weights
+        state.epochs_since_best = max(0, state.epoch - its.epoch)
+        return [f"the best checkpoint, of epoch {its.epoch}, scores {its.best_nmse:.4g}: only a better epoch replaces it"]
+    return []
 
 
 def finished(trainer: Trainer) -> str:

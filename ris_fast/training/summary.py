@@ -37,7 +37,7 @@ def info(trainer: Trainer) -> dict[str, Any]:
     training = trainer.config.training
     return {"preset": trainer.config.preset, "model": trainer.config.model.name, "parameters": trainer.parameters,
             "device": str(trainer.device), "precision": training.precision, "source": trainer.source.describe(),
-            "notes": trainer.source.notes, "blend": trainer.config.loss.beta,
+            "notes": [*trainer.source.notes, *trainer.notes], "blend": trainer.config.loss.beta,
             "fresh": trainer.source.name == "simulate" and not trainer.config.data.fixed,
             "train_scenes": trainer.source.size("train"), "batch_size": training.batch_size,
             "accumulate": training.accumulate, "epochs": training.epochs, "max_seconds": training.max_seconds,

@@ -13,7 +13,7 @@ import torch
 from ris_fast.config import Config, Loss
 from ris_fast.health import check_gradient, check_information, check_kernels, check_loss, check_scenes, check_schedule, check_terms, check_validation
 from ris_fast.health.faults.healthy import with_shards
-from ris_fast.health.faults.patches import Backward, before_step, on_batches, wrap
+from ris_fast.health.faults.patches import Backward, before_step, on_batches, put, wrap
 from ris_fast.health.faults.twins import TWINS, changed
 from ris_fast.health.subject import Subject
 from ris_fast.health.watchdog import Watchdog
@@ -131,7 +131,7 @@ def test_training_and_validation_agree_on_a_batch(settings: dict[str, Any]) -> N
 
 def test_a_loss_of_its_own_for_validation_is_named() -> None:
     trainer = Trainer(small("hybrid"))
-    trainer.loss = CovarianceLoss(Loss(cov=0.9), trainer.config.task)
+    put(trainer, "loss", CovarianceLoss(Loss(cov=0.9), trainer.config.task))
     assert causes(check_validation.same_loss, trainer) == ["losses_differ"]
 
 

@@ -62,7 +62,7 @@ def test_a_report_that_arrives_late_says_the_same(monkeypatch: pytest.MonkeyPatc
     delivered = []
     deliver = trainer._deliver_report
     trainer._deliver_report = lambda: (delivered.append((trainer.ordered is not None, trainer.state.step)), deliver())
-    trainer.device = torch.device("cuda")     # what the loop goes by; its tensors are on the CPU
+    object.__setattr__(trainer, "device", torch.device("cuda"))     # what the loop goes by; its tensors are on the CPU
     trainer.step.device = torch.device("cpu")
     trainer.fit()
     assert [step for there, step in delivered if there][:4] == [2, 3, 4, 5]      # the report of step n at step n + 1

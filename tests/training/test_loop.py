@@ -241,3 +241,19 @@ def test_low_precision_trains(precision: str) -> None:
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(ConfigError, match="training.device"):
         Trainer(small("training.device=cuda:99"))
+
+
+@pytest.mark.parametrize("part", ["model", "network", "loss", "optimizer", "source", "config", "device", "epoch_steps"])
+def test_a_part_that_the_run_was_built_around_cannot_be_replaced_in_name_only(part: str) -> None:
+    trainer = Trainer(small())
+    before = getattr(trainer, part)
+    setattr(trainer, part, before)
+    with pytest.raises(AttributeError, match=f"Trainer.{part} cannot be replaced"):
+        setattr(trainer, part, torch.nn.Linear(2, 2))
+    assert getattr(trainer, part) is before
+
+
+def test_an_observer_and_a_folder_that_are_assigned_take_effect(tmp_path: Path) -> None:
+    trainer = Trainer(small())
+    trainer.observer, trainer.folder = (told := Recorder()), tmp_path
+    assert trainer.fit() == told.summary and (tmp_path / "checkpoints" / "last.safetensors").is_file()

@@ -15,7 +15,7 @@ from ris_fast.health.faults.catalogue import FAMILIES as NAMES
 from ris_fast.health.faults.catalogue import Family
 from ris_fast.health.faults.patches import (
     Backward, after_step, before_step, gradients, layers, model_with, on_answer, on_batches, on_features, on_input, on_loss,
-    optimizer_with, rebound, replaced, wrap)
+    optimizer_with, put, rebound, replaced, wrap)
 from ris_fast.models import hybrid
 from ris_fast.physics.pairs import power
 from ris_fast.physics.scenes import Scenes
@@ -58,7 +58,7 @@ def factor_heads_tied() -> Iterator[None]:
 @PARAMETERS.patch("copied the network after the optimizer was built and trains the copy",
                   "stale_optimizer_parameters missing_from_optimizer", "preflight", twin="backprojection")
 def network_copied(trainer: Trainer) -> None:
-    trainer.model = deepcopy(trainer.model)
+    put(trainer, "model", deepcopy(trainer.model))
     rebound(trainer)
 
 
@@ -189,7 +189,7 @@ def optimizer_rebuilt_each_epoch(trainer: Trainer) -> None:
     def make(epoch):
         def rebuilt() -> None:
             if trainer.state.epoch:
-                trainer.optimizer = build_optimizer(trainer.model, trainer.config)
+                put(trainer, "optimizer", build_optimizer(trainer.model, trainer.config))
                 rebound(trainer)
                 trainer._read_counters()
             epoch()
@@ -360,8 +360,8 @@ def factor_clamped(trainer: Trainer) -> None:
                 "stale_compiled_graph", "preflight")
 def compiled_before_weights_replaced(trainer: Trainer) -> None:
     network = trainer.step.network
-    trainer.model = deepcopy(trainer.model)
-    trainer.optimizer = build_optimizer(trainer.model, trainer.config)
+    put(trainer, "model", deepcopy(trainer.model))
+    put(trainer, "optimizer", build_optimizer(trainer.model, trainer.config))
     rebound(trainer)
     trainer.step.network = network
 
