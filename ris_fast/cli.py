@@ -1,12 +1,13 @@
 """The command line: commands to functions, no logic. Torch and matplotlib are imported by the commands that need them.
 
-Exit codes: 0 done, 1 a gradient check failed, 2 bad usage or configuration, 3 data problem, 4 stopped by health or a failed check, 5 out of memory, 130 Ctrl-C.
+Exit codes: 0 done, 1 a gradient check failed, 2 bad usage or configuration, 3 data problem, 4 stopped by health or a failed check, 5 out of memory, 70 an error of this program, 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
 import sys
 from io import TextIOWrapper
+import traceback
 from pathlib import Path
 from typing import Annotated, Literal, Sequence
 
@@ -14,8 +15,9 @@ from cyclopts import App, CycloptsError, Parameter
 
 from ris_fast import __version__
 from ris_fast.settings import load_config, render_toml
-from ris_fast.usage import usage_message, whole_number, whole_number_or_auto
+from ris_fast.usage import empty_value, usage_message, whole_number, whole_number_or_auto
 
+INTERNAL_ERROR = 70        # EX_SOFTWARE of sysexits.h
 
 Whole = Annotated[int | None, Parameter(converter=whole_number, accepts_keys=False)]
 WholeOrAuto = Annotated[int | str | None, Parameter(converter=whole_number_or_auto, accepts_keys=False)]
@@ -291,6 +293,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):            # a folder's name may be text in no encoding
             stream.reconfigure(errors="backslashreplace")
+    if (empty := empty_value(tokens)) is not None:
+        return _complain(empty, 2)
     try:
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
         return command(*bound.args, **bound.kwargs) or 0
@@ -303,9 +307,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except Exception as error:
         code = getattr(error, "exit_code", None)
-        if code is None:
-            raise
-        return _complain(str(error), code)
+        if code is not None:
+            return _complain(str(error), code)
+        if isinstance(error, OSError) and error.filename is not None:
+            return _complain(f"{error.filename}: {error.strerror}. Give another path.", 3)
+        traceback.print_exc()              # a mistake of ours; 1, Python's own code for it, says that a gradient check failed
+        return INTERNAL_ERROR
 
 
 def _complain(text: str, code: int) -> int:

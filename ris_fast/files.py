@@ -120,6 +120,35 @@ def replacing(path: str | Path) -> Iterator[Path]:
             partial.unlink()
 
 
+def remove_leftovers(folder: str | Path) -> list[Path]:
+    """Removes what killed processes had begun to write below `folder` (see `replacing`), and returns it.
+
+    A file stays while the process that it names lives; one of this process's own number is from before a restart.
+    Only where nobody else of this process is writing there.
+    """
+    gone = []
+    for path in Path(folder).rglob(".*.partial"):
+        owner = re.fullmatch(r"\..*\.(\d+)\.partial", path.name)
+        if owner and path.is_file() and not _other_lives(int(owner[1])):
+            with suppress(OSError):
+                path.unlink()
+                gone.append(path)
+    return gone
+
+
+def _other_lives(process: int) -> bool:
+    """Whether a process of this number is there and is not this one."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:      # somebody else's
+        return True
+    return True
+
+
 def _flush(path: Path) -> None:
     """Onto the disk: a rename that survives a power cut must not show a file whose bytes did not."""
     with open(path, "rb") as file:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from ris_fast.config import Config, Task
 from ris_fast.memory import OutOfMemory, advice
-from ris_fast.report.eventlog import SUMMARY, JsonlReport, write_json
-from ris_fast.report.observers import Observers
+from ris_fast.report.eventlog import METRICS, SUMMARY, JsonlReport, write_json
+from ris_fast.report.observers import Observers, Record
 from ris_fast.run_folder import RunFolder, alone_in, drop_if_empty, how_to_resume, new_folder, run_and_checkpoint
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def guarded(trainer: Any, folder: Path, *, preflight: bool, tell: Callable[[Any]
 
     settings, began = trainer.config.health, time.monotonic()
     tensors = TensorLog(trainer, folder, table=settings.log_tensors, picture=trainer.config.report.plots)
-    trainer.observer = Observers(*([trainer.observer] if trainer.observer else []), tensors)
+    trainer.observer = Observers(*([trainer.observer] if trainer.observer else []), Record(tensors, "the record of the tensors", print))
     try:
         watched(trainer, stop=settings.stop, preflight=preflight, tell=tell)
     except RunStopped as stop:
@@ -146,9 +146,9 @@ def preflight_line(watchdog: Any, seconds: float) -> str:
 
 
 def _observers(config: Config, folder: Path, console: Observer) -> Observers:
-    observers: list[Observer] = [RunFolder(folder, config), JsonlReport(folder), console]
+    observers: list[Observer] = [RunFolder(folder, config), Record(JsonlReport(folder), f"{METRICS} or {SUMMARY}", print), console]
     if config.report.plots:
         from ris_fast.report.plots import PlotReport
 
-        observers.append(PlotReport(folder))
+        observers.append(Record(PlotReport(folder), "the picture of the losses", print))
     return Observers(*observers)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping
 
 from ris_fast.config import Config, ConfigError
-from ris_fast.files import StorageError, make_folder, read_text, write_text
+from ris_fast.files import StorageError, make_folder, read_text, remove_leftovers, write_text, writing
 from ris_fast.report.eventlog import METRICS, write_json
 from ris_fast.settings import load_config, render_toml
 
@@ -48,9 +48,12 @@ def new_folder(config: Config, out: Path | None) -> Path:
         first = Path(RUNS) / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.preset}"
         others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
         return next(path for path in itertools.chain([first], others) if _made(path))
-    if out.is_file():
-        raise ConfigError(f"--out {out} is a file; give the name of a folder.")
-    if (out / METRICS).exists() or (out / CONFIG).exists():
+    if os.path.lexists(out) and not os.path.isdir(out):
+        what = "a link that leads nowhere" if out.is_symlink() else "a file"
+        raise ConfigError(f"--out {out} is {what}; give the name of a folder.")
+    with writing(out):
+        held = any((out / name).exists() for name in (METRICS, CONFIG))
+    if held:
         raise ConfigError(f"--out {out} already holds a run. Continue it with --resume {out}, or give another folder.")
     _made(out)
     return out
@@ -78,10 +81,17 @@ def drop_if_empty(folder: Path) -> None:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps two processes from writing one run; the system lets go of the lock however the process ends."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Keeps two processes from writing one run; the system lets go of the lock however the process ends.
+
+    What an earlier process was killed in writing is removed.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"{folder} is no folder that can be read: {error.strerror}. Give the folder of a run.") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove_leftovers(folder)
         yield
     except BlockingIOError:
         raise ConfigError(f"{folder}: another process is training this run. Wait for it or stop it.") from None

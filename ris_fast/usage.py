@@ -38,6 +38,15 @@ def whole_number_or_auto(kind: type, tokens: Sequence[Token]) -> int | str:
         raise ValueError(f"{error}, nor auto") from None
 
 
+def empty_value(tokens: Sequence[str]) -> str | None:
+    """What is wrong with an empty argument, which as a path would be the current folder; None where there is none."""
+    for before, token in zip(("", *tokens), tokens):
+        if token == "" or re.fullmatch(r"--[\w-]+=", token):
+            name = token.rstrip("=") or (before if before.startswith("--") else "an argument")
+            return f"{name} is empty. Give a value; perhaps a shell variable is not set. The current folder is '.'."
+    return None
+
+
 def usage_message(error: CycloptsError) -> str:
     """The parser's message; where it has no near miss to offer, what the command takes."""
     text, chain = str(error), " ".join(error.command_chain or ())

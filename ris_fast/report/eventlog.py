@@ -55,19 +55,20 @@ def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     write_text(path, dumps(value, indent=2) + "\n")
 
 
-def read_events(path: str | Path) -> list[dict[str, Any]]:
+def read_events(path: str | Path, *, skip_broken: bool = False) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl (or of the run folder that holds one), numbers that were not finite put back.
 
     A torn last line (a killed run) is left out. Rows that a resumed run went over again count once: the later ones.
-    Raises FileNotFoundError where there is no such file, ValueError with the line number for any other bad line.
+    Raises FileNotFoundError where there is no such file, ValueError with the line number for any other bad line unless
+    `skip_broken`.
     """
     path = Path(path)
     path = path / METRICS if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"There is no '{path}'. Give a run folder, or the metrics.jsonl of one.")
-    lines = path.read_text(encoding="utf-8").split("\n")
-    rows = [_parse(line, number, path) for number, line in enumerate(lines[:-1], start=1) if line.strip()]
-    return current_rows(rows)
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = [_parse(line, number, path, skip_broken) for number, line in enumerate(lines[:-1], start=1) if line.strip()]
+    return current_rows(row for row in rows if row is not None)
 
 
 def current_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -85,19 +86,22 @@ def current_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _place(row: Mapping[str, Any]) -> tuple[int, bool] | None:
     """Order of a row in its run: by step, an epoch's own row after the step's. None for rows without a step."""
-    return (row["step"], row.get("event") == "epoch") if "step" in row else None
+    return (row["step"], row.get("event") == "epoch") if isinstance(row.get("step"), int) else None
 
 
-def _parse(line: str, number: int, path: Path) -> dict[str, Any]:
+def _parse(line: str, number: int, path: Path, skip_broken: bool) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error.msg}). Remove that line.") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number}: expected an object with an event, got {type(row).__name__}.")
-    for where, text in row.pop(NONFINITE, {}).items():
-        _put(row, where.split("/"), float(text))
-    return row
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected an object with an event, got {type(row).__name__}.")
+        for where, text in row.pop(NONFINITE, {}).items():
+            _put(row, where.split("/"), float(text))
+        return row
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        if skip_broken:
+            return None
+        said = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise ValueError(said if said.startswith(str(path)) else f"{path}, line {number}: {said}. Remove that line.") from error
 
 
 def _put(row: Any, keys: list[str], value: float) -> None:

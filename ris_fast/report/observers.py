@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Mapping
+from typing import TYPE_CHECKING, Any, Callable, Mapping
 
 if TYPE_CHECKING:
     from ris_fast.training.loop import Observer
@@ -29,3 +29,33 @@ class Observers:
     def finish(self, summary: Mapping[str, Any]) -> None:
         for observer in self.observers:
             observer.finish(summary)
+
+
+class Record:
+    """Passes events on to an observer that only keeps a record of the run: what it cannot write is told once and ends nothing.
+
+    Args: what: the record in a word or two; tell: shows a line to a person.
+    """
+
+    def __init__(self, observer: Observer, what: str, tell: Callable[[str], Any]) -> None:
+        self.observer, self.what, self.tell, self.failed = observer, what, tell, False
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        self._try(self.observer.start, info)
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        self._try(self.observer.step, row)
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        self._try(self.observer.epoch, row)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self._try(self.observer.finish, summary)
+
+    def _try(self, event: Callable[[Mapping[str, Any]], None], given: Mapping[str, Any]) -> None:
+        try:
+            event(given)
+        except OSError as error:
+            if not self.failed:
+                self.tell(f"note: {self.what} is not complete, training goes on: {error}")
+            self.failed = True

@@ -35,7 +35,7 @@ class PlotReport:
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / "plots" / LOSS_PLOT
-        self.rows = read_events(folder) if (Path(folder) / METRICS).is_file() else []
+        self.rows = read_events(folder, skip_broken=True) if (Path(folder) / METRICS).is_file() else []
         self.floors: Mapping[str, float] = {}
         self.drawn = -math.inf
 
@@ -109,7 +109,7 @@ def _groups(axes: Axes, groups: Sequence[Mapping[str, Any]], names: Sequence[str
     axes.plot(at, [group["nmse"]["mean"] for group in groups], color=EMA, lw=2.0, marker="o", ms=4, label="network, mean")
     axes.plot(at, [group["nmse"]["median"] for group in groups], color=RAW, lw=1.4, marker="s", ms=3.5, label="network, median")
     if all(group.get("bayes") is not None for group in groups):
-        axes.plot(at, [group["bayes"] for group in groups], color=BAYES, lw=1.4, ls=":", label="Bayes, best possible")
+        axes.plot(at, [group["bayes"] for group in groups], color=BAYES, lw=1.4, ls=":", label="Bayes, estimated")
     axes.set_xticks(list(at), names)
     axes.set_xlabel(label, color=INK)
 

@@ -89,9 +89,10 @@ def test_a_step_that_fits_is_found_to_fit_and_one_that_does_not_is_not(monkeypat
     assert not memory.one_step_fits(config)
 
 
-def test_an_error_that_is_a_bug_is_not_hidden(monkeypatch, tmp_path) -> None:
-    with pytest.raises(RuntimeError, match="a bug"):
-        run(RuntimeError("a bug"), monkeypatch, tmp_path)
+def test_an_error_that_is_a_bug_is_not_hidden_and_is_no_failed_gradient_check(monkeypatch, tmp_path, capsys) -> None:
+    assert run(RuntimeError("a bug"), monkeypatch, tmp_path) == 70
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "RuntimeError: a bug" in said
 
 
 def test_a_new_run_gets_its_own_folder(monkeypatch, tmp_path) -> None:

@@ -66,5 +66,5 @@ def test_the_evaluation_shows_network_floors_and_bayes_line() -> None:
     result = {"model": "backprojection", "scenes": 8, "nmse": {"mean": 0.3, "median": 0.2},
               "by_snr": [{"snr_db": (-5.0, 0.0), **group}], "by_count": [{"sources": 2, **group}]}
     labels = lines(evaluation_figure(result))
-    assert {"zero", "mean", "network, mean", "network, median", "Bayes, best possible"} <= set(labels)
-    assert list(labels["Bayes, best possible"].get_ydata()) == [0.02]
+    assert {"zero", "mean", "network, mean", "network, median", "Bayes, estimated"} <= set(labels)
+    assert list(labels["Bayes, estimated"].get_ydata()) == [0.02]
