@@ -95,6 +95,7 @@ train() {
         --set training.compile=false --set training.batch_size=256 --epochs 2 --precision fp32 --set health.preflight=false)
     python3 -m ris_fast train --preset full --set report.plots=false --out "$run" "${small[@]}"
     local code=$?
+    ((smoke && code == 4)) && code=0                            # two epochs teach it nothing: stalled, and run to its end
     cp "$run/summary.json" "$run/metrics.jsonl" "$out/train-full/"
     return $code
 }

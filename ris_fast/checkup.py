@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from ris_fast.config import Config, ConfigError
 from ris_fast.report.eventlog import dumps
 from ris_fast.report.tables import text_table
-from ris_fast.report.verdict import lost_again, stalled_because
+from ris_fast.report.verdict import lost_again, ruled_out, stalled_because
 
 STOPPED_BY_HEALTH = 4
 
@@ -74,11 +74,16 @@ def say_why(run: Path | None, *, json: bool = False) -> int:
     except ValueError as error:
         raise ConfigError(f"why: {error}") from error
     answer = why(run, rows, summary)
-    reason = f"stalled: best validation NMSE {stalled_because(summary)}" if answer.verdict == "stalled" else " ".join(lost_again(summary))
+    reason = stall_text(summary) if answer.verdict == "stalled" else " ".join(lost_again(summary))
     if rows and not summary and not answer.plain and run.is_dir():
         reason = f"The run has not come to its end: it was killed, or is still training. {how_to_resume(run)}"
     print(dumps(answer.to_json() | ({"reason": reason} if reason else {}), indent=2) if json else "\n".join(filter(None, (answer.text, reason))))
     return 0
+
+
+def stall_text(summary: Mapping[str, Any]) -> str:
+    """Why a run is called stalled, and, where no rule found a cause, what was looked for and not found."""
+    return "\n".join([f"stalled: best validation NMSE {stalled_because(summary)}", *([] if summary.get("findings") else ruled_out(summary))])
 
 
 def explain_cause(name: str) -> int:

@@ -161,7 +161,7 @@ def evaluate(run: Path, /, *, scenes: Whole = None, data: Path | None = None, de
     Parameters
     ----------
     run
-        Run folder, or its checkpoints folder.
+        Run folder, whose best checkpoint is meant, or one checkpoint, RUN/checkpoints/NAME.safetensors.
     scenes
         Test scenes to use; all of the run's by default.
     data

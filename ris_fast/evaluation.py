@@ -9,19 +9,20 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ris_fast.config import Config, ConfigError, Task
+from ris_fast.data.fingerprints import find_overlap, scene_hashes
 from ris_fast.data.source import SceneSource, open_source
 from ris_fast.models import Prediction, build_model
 from ris_fast.models.features import PursuitFeatures
 from ris_fast.physics.floors import constant_nmse, mean_covariance, target_energy
 from ris_fast.physics.scenes import Scenes
-from ris_fast.report.floors import bayes_nmse
-from ris_fast.settings import load_config
+from ris_fast.report.floors import FEW, bayes_nmse
+from ris_fast.run_folder import BEST, CHECKPOINTS, run_config
 from ris_fast.training.checkpoint import load_checkpoint, load_weights
 from ris_fast.training.devices import choose_device
 from ris_fast.training.validation import scene_nmse
@@ -34,25 +35,35 @@ SNR_BIN_DB = 5.0
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder opened for reading: its settings, and the better of its two sets of weights."""
+    """A run folder opened for reading: its settings, and the better of the two sets of weights of one checkpoint."""
 
     folder: Path
     config: Config
+    checkpoint: str              # its name: "best", "last"
     weights: dict[str, Tensor]
     kind: str                    # "raw" or "ema"
     epoch: int
+    notes: tuple[str, ...]
+
+
+class EvaluationError(ValueError):
+    """An evaluation without a figure; the message says where it is lost. Exit code 3."""
+
+    exit_code = 3
 
 
 def evaluate(run: str | Path, scenes: int | None = None, device: str = "auto", data: str | None = None,
              progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-    """NMSE of a run's best weights on its test scenes, in float32 and evaluation mode.
+    """NMSE of a run's weights on its test scenes, in float32 and evaluation mode.
 
-    Args: run: run folder, its checkpoints folder, or a file in it. scenes: how many test scenes; all by default.
+    Args: run: run folder or its checkpoints folder, whose best checkpoint is meant, or a checkpoint. scenes: how many test scenes;
+        all by default.
         data: folder of another data set of the same task, or of the run's own where it was moved.
         progress: called with (scenes read, scenes in all) while data files are read.
-    Returns: plain numbers and texts: `nmse` (mean, median), `floors`, `bayes` (None for another task than RIS-12x12),
-        and the same for each group of `by_snr` and `by_count`; see `group_figures`.
-    Raises: ConfigError where there is no run or too few scenes, CheckpointError, DataError.
+    Returns: plain numbers and texts: `nmse` (mean, median), `floors`, `bayes` (None for another task than RIS-12x12, and for fewer
+        than FEW scenes), and the same for each group of `by_snr` and `by_count`, see `group_figures`; `notes` for a person.
+    Raises: ConfigError where there is no run or too few scenes, CheckpointError, DataError; EvaluationError where the network's
+        answers are not finite.
     """
     opened = open_run(run)
     if data is not None:
@@ -64,24 +75,68 @@ def evaluate(run: str | Path, scenes: int | None = None, device: str = "auto", d
     load_weights(model, opened.weights, str(opened.folder))
     began = time.monotonic()
     figures = scene_figures(model.to(place).eval(), opened.config.task, source, size)
+    _refuse_nonfinite(figures["network"], opened)
     seconds = time.monotonic() - began
     standard = opened.config.task == Task()
-    return {"run": str(opened.folder), "model": opened.config.model.name, "weights": opened.kind,
+    return {"run": str(opened.folder), "model": opened.config.model.name, "checkpoint": opened.checkpoint,
+            "weights": opened.kind, "notes": [*opened.notes, *training_scenes(source, size)], "standard": standard,
             "epoch": opened.epoch, "parameters": sum(each.numel() for each in model.parameters()),
             "device": str(place), "source": source.describe(), "scenes": size, "seconds": seconds,
             **group_figures(figures, standard), "by_snr": by_snr(figures, standard), "by_count": by_count(figures, standard)}
 
 
 def open_run(path: str | Path) -> Run:
-    """Finds the run around `path` and reads its settings and its best checkpoint."""
+    """Reads the settings of a run and one checkpoint: the best one of a run folder, or the one that `path` names."""
     path = Path(path)
-    folder = next((each for each in (path, *path.parents[:2]) if (each / "config.toml").is_file()), None)
-    if folder is None or not path.exists():
+    folder, name = _run_and_checkpoint(path)
+    if not (folder / "config.toml").is_file():
         raise ConfigError(f"{path} is not a run folder: there is no config.toml. Give the folder that train printed.")
-    config = load_config(folder / "config.toml")
-    groups, manifest = load_checkpoint(folder / "checkpoints", "best")
-    kind = manifest["state"]["best_weights"]
-    return Run(folder, config, groups["ema" if kind == "ema" else "model"], kind, manifest["state"]["epoch"])
+    config = run_config(folder)
+    groups, manifest = load_checkpoint(folder / CHECKPOINTS, name)
+    state = manifest["state"]
+    kind = state["best_weights"] if name == BEST else "ema" if _ema_is_better(state) else "raw"
+    return Run(folder, config, name, groups["ema" if kind == "ema" and "ema" in groups else "model"], kind, state["epoch"],
+               (manifest["note"],) if "note" in manifest else ())
+
+
+def _run_and_checkpoint(path: Path) -> tuple[Path, str]:
+    """The run folder and the name of the checkpoint that PATH means. Raises ConfigError for another file or folder of a run."""
+    if path.is_dir():
+        inside = path.name == CHECKPOINTS and not (path / "config.toml").is_file()
+        return path.parent if inside else path, BEST
+    if path.suffix == ".safetensors" and path.parent.name == CHECKPOINTS:
+        return path.parent.parent, path.stem
+    if not path.exists():
+        raise ConfigError(f"{path} is not there. Give the folder that train printed, or a checkpoint of a run.")
+    raise ConfigError(f"{path} is no checkpoint. Give the folder of the run, which means its best checkpoint, or a file of RUN/{CHECKPOINTS} "
+                      f"whose name ends in .safetensors.")
+
+
+def _ema_is_better(state: Mapping[str, Any]) -> bool:
+    """Of the last validation; figures that are not finite are text in a checkpoint."""
+    raw, ema = float(state["val_nmse_raw"]), float(state["val_nmse_ema"])
+    return ema < raw or (math.isfinite(ema) and not math.isfinite(raw))
+
+
+def _refuse_nonfinite(nmse: Tensor, run: Run) -> None:
+    """Raises EvaluationError where the network's answer to a scene is not finite."""
+    lost = (~nmse.isfinite()).nonzero().flatten()
+    if not len(lost):
+        return
+    weights = [name for name, value in run.weights.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    why = f"its weights are not, first '{weights[0]}'" if weights else "its weights are"
+    raise EvaluationError(f"{run.folder}, checkpoint '{run.checkpoint}': the network's answer is not finite for {len(lost)} of {nmse.numel()} test "
+                          f"scenes, first scene {int(lost[0])}; {why}. There is no mean NMSE. Evaluate another checkpoint of this run.")
+
+
+def training_scenes(source: SceneSource, size: int) -> list[str]:
+    """What is to be said of test scenes that are training scenes, bit for bit; simulated splits have nothing in common."""
+    if source.name == "simulate":
+        return []
+    hashes = {split: [value for scenes in _batches(source, split, most) for value in scene_hashes(scenes.snapshots)]
+              for split, most in (("train", source.size("train")), ("test", size))}
+    found = find_overlap("train", hashes["train"], "test", hashes["test"])
+    return [f"{found.count} of {found.total} test scenes are training scenes: these figures say nothing of new scenes"] if found.count else []
 
 
 @torch.no_grad()
@@ -111,9 +166,13 @@ def found_sources(classical: PursuitFeatures, *inputs: Tensor) -> Prediction:
 
 
 def group_figures(figures: dict[str, Tensor], standard: bool) -> dict[str, Any]:
-    """`scenes`, `nmse` (mean and median), `floors` (means), `bayes` (mean of the line at each scene, or None)."""
+    """`scenes`, `nmse` (mean and median), `floors` (means), `bayes` (mean of the line at each scene, or None).
+
+    The line is an expectation: the mean over a few scenes may be on either side of it, so that fewer than FEW have none.
+    """
     network = figures["network"]
-    bayes = [bayes_nmse(k, snr) for k, snr in zip(figures["count"].tolist(), figures["snr_db"].tolist())] if standard else []
+    enough = standard and network.numel() >= FEW
+    bayes = [bayes_nmse(k, snr) for k, snr in zip(figures["count"].tolist(), figures["snr_db"].tolist())] if enough else []
     return {"scenes": network.numel(), "nmse": {"mean": network.mean().item(), "median": network.quantile(0.5).item()},
             "floors": {name: values.mean().item() for name, values in figures.items() if name not in FACTS},
             "bayes": math.fsum(bayes) / len(bayes) if bayes else None}

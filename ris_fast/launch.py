@@ -23,7 +23,7 @@ INTERRUPTED = 130
 
 
 def run_training(config: Config, out: Path | None, *, resume: Path | None = None, profile: bool = False) -> int:
-    """Trains, shows and records one run. Returns its exit code: 0, 4 (stopped by health) or 130 (Ctrl-C, SIGTERM, SIGHUP).
+    """Trains, shows and records one run. Returns its exit code: 0 (learned), 4 (stopped or stalled) or 130 (Ctrl-C, SIGTERM, SIGHUP).
 
     Args: resume: a run folder, or a checkpoint of one.
     Raises ConfigError for a folder that holds another run, DataError, and OutOfMemory with a batch size that fits.
@@ -49,7 +49,7 @@ def run_training(config: Config, out: Path | None, *, resume: Path | None = None
     if summary is None:
         return 0
     print(f"run folder: {folder}")
-    return STOPPED_BY_HEALTH if summary["verdict"] == "stopped" or summary["stall"] else 0
+    return 0 if summary["verdict"] == "learned" else STOPPED_BY_HEALTH
 
 
 def _fit(config: Config, folder: Path, observer: Observer, checkpoint: str | None, profile: bool,
@@ -67,13 +67,13 @@ def _fit(config: Config, folder: Path, observer: Observer, checkpoint: str | Non
             return None
         if (note := fallback_note()) and trainer.device.type == "cpu":
             print(f"note: {note}")
-        watchdog = guarded(trainer, folder, preflight=config.health.preflight and not checkpoint, tell=tell)
+        guarded(trainer, folder, preflight=config.health.preflight and not checkpoint, tell=tell)
         trainer.observer = WithShare(trainer.observer, trainer)
         if profile:
             from ris_fast.training.profile import profiled
 
             profiled(trainer, folder / "profile", print)
-        return {**replaying(trainer), "stall": watchdog.stop and watchdog.stalled}
+        return replaying(trainer)
     except (MemoryError, RuntimeError) as error:
         if not is_memory(error):
             raise

@@ -99,6 +99,11 @@ def alone_in(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def run_config(folder: Path, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None) -> Config:
+    """The settings in a run's config.toml, with --set and flags on top."""
+    return load_config(folder / CONFIG, None, overrides, flags)
+
+
 def resumed_config(run: Path, refused: Mapping[str, Any], overrides: Iterable[str],
                    flags: Mapping[str, Any]) -> Config:
     """The settings of the run in `run`, with --set and flags on top. Raises ConfigError for a folder without a run."""
@@ -109,7 +114,7 @@ def resumed_config(run: Path, refused: Mapping[str, Any], overrides: Iterable[st
     if not file.is_file():
         raise ConfigError(f"--resume {run}: there is no {CONFIG}: not a run folder, or a run that ended before it had saved anything. "
                           f"Give the folder that train printed, or start anew.")
-    config = load_config(file, None, overrides, flags)
+    config = run_config(file.parent, overrides, flags)
     recorded = recorded_provenance(read_text(file))
     return replace(config, provenance={key: recorded.get(key, origin) if origin == str(file) else origin
                                        for key, origin in config.provenance.items()})

@@ -3,7 +3,7 @@
 A network cannot know more than its inputs. Where the channel would say something of the sources and an estimator on the
 network's own inputs says next to nothing, it is the front end that withholds the answer, whatever the network learns.
 
-Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K columns of an estimate.
+Legend: B batch, N RIS elements, K columns of an estimate.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from ris_fast.health.finding import Finding
 from ris_fast.health.subject import Subject
 from ris_fast.physics.channel import backproject
-from ris_fast.physics.floors import mean_covariance, target_energy
-from ris_fast.physics.pairs import adjoint_matmul, matmul, power, to_complex, to_pairs
+from ris_fast.physics.floors import mean_covariance
+from ris_fast.physics.matched_filter import matched_filter, shown_matched_filter, shrunk_nmse
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.step import network_inputs
 
@@ -33,45 +33,18 @@ def estimates(subject: Subject, scenes: Scenes) -> tuple[str, Tensor] | None:
     shown = subject.model.features(*network_inputs(scenes))
     if hasattr(subject.model, "classical"):
         return subject.model.classical(shown)
-    if not isinstance(shown, tuple) or len(shown) != 3 or shown[2].dim() != 4:
-        return None
-    snapshots, products, pattern = shown
-    if pattern.shape[0] == 1 < scenes.batch or scenes.own_codes and torch.equal(pattern, scenes.codes):  # of the channel only H c_l is shown
-        pattern = backproject(least_squares_channel(products, scenes.codes), scenes.codes, snapshots)
-    return "the matched filter", matched(subject, pattern)
+    factor = shown_matched_filter(shown, scenes.codes, _static(subject))
+    return None if factor is None else ("the matched filter", factor)
 
 
-def matched(subject: Subject, pattern_BLN: Tensor) -> Tensor:
-    """Back-projections as a factor: their sum where the symbols are static, else a column for each snapshot."""
-    static = subject.config.task.symbols == "static"
-    return (pattern_BLN.sum(1)[:, :, None] if static else pattern_BLN.transpose(1, 2)).float()
-
-
-def least_squares_channel(products_BLM: Tensor, codes: Tensor) -> Tensor:
-    """The smallest channel with these H c_l, codes ([B,] L, N, 2): (B, M, N, 2)."""
-    inverse = torch.linalg.pinv(to_complex(codes.double()))
-    return to_pairs((inverse @ to_complex(products_BLM.double())).transpose(1, 2).to(torch.complex64)).contiguous()
+def _static(subject: Subject) -> bool:
+    return subject.config.task.symbols == "static"
 
 
 def gains(factor: Tensor, scenes: Scenes, constant: Tensor) -> tuple[float, float]:
-    """NMSE of the estimate, as far from the constant answer as serves all scenes best, and that of the constant answer.
-
-    Model: R = C + a (F F^H - C), both of trace N, one a for all scenes; a = 0 is the constant answer.
-    """
-    estimate, target, size = factor.double(), scenes.factor.double(), factor.shape[1]
-    own, total = power(estimate).sum((1, 2)), power(target).sum((1, 2))
-    energy, length = target_energy(scenes), power(constant).sum()
-    with_constant = [size * (matmul(constant[None].expand(len(each), -1, -1, -1), each) * each).sum((1, 2, 3)) / norm
-                     for each, norm in ((estimate, own), (target, total))]
-    both = size**2 * power(adjoint_matmul(estimate, target)).sum((1, 2)) / (own * total)
-    square = size**2 * power(adjoint_matmul(estimate, estimate)).sum((1, 2)) / own.square()
-    across = (both - with_constant[0] - with_constant[1] + length) / energy
-    away = (square - 2 * with_constant[0] + length) / energy
-    alone = (energy - 2 * with_constant[1] + length) / energy
-    known = across.isfinite() & away.isfinite()      # an estimator may find nothing in a scene
-    share = across[known].sum() / away[known].sum().clamp_min(1e-30)
-    after = torch.where(known, alone - 2 * share * across + share.square() * away, alone)
-    return float(after.mean()), float(alone.mean())
+    """Mean NMSE of the estimate, shrunk towards the constant answer as serves all scenes best, and of the constant answer."""
+    shrunk, alone = shrunk_nmse(factor, scenes, constant)
+    return float(shrunk.mean()), float(alone.mean())
 
 
 def worth(subject: Subject) -> Iterator[Finding]:
@@ -85,7 +58,7 @@ def worth(subject: Subject) -> Iterator[Finding]:
         return
     name, factor = found
     shown, alone = gains(factor, scenes, constant)
-    known, _ = gains(matched(subject, backproject(scenes.channel, scenes.codes, scenes.snapshots)), scenes, constant)
+    known, _ = gains(matched_filter(backproject(scenes.channel, scenes.codes, scenes.snapshots), _static(subject)), scenes, constant)
     subject.note = f"{name} on the network's inputs {shown:.3f}, constant answer {alone:.3f}"
     heard = float(scenes.snr_db.median()) + 10 * math.log10(scenes.snapshots[0, ..., 0].numel())
     if heard < INAUDIBLE and known > (1 - NOTHING) * alone:

@@ -30,6 +30,7 @@ class Watchdog:
         self.checks: list[Result] = []
         self.run = Run()
         self._found: list[Finding] = []
+        self._rules: dict[str, bool] = {}          # every rule that has looked, and whether it has found anything
 
     @property
     def findings(self) -> list[Finding]:
@@ -42,9 +43,10 @@ class Watchdog:
         return self.findings
 
     @property
-    def stalled(self) -> bool:
-        """Whether it is certain at the end that the run learned nothing: a reason for exit code 4."""
-        return any(finding.cause == "stalled_at_floor" and finding.certain for finding in self.findings)
+    def ruled_out(self) -> dict[str, list[str]]:
+        """Names of the checks that passed and of the rules that looked at the run and found nothing."""
+        return {"checks": [check.name for check in self.checks if check.passed],
+                "rules": [name for name, found in self._rules.items() if not found]}
 
     def verdict(self) -> str:
         """One line: nothing found, or the most certain cause."""
@@ -69,7 +71,11 @@ class Watchdog:
         self._judge("finish", stop=False)
 
     def _judge(self, event: str, *, stop: bool = True) -> None:
-        new = [finding for rule in rules_of(event) for finding in rule(self.run)]
+        new = []
+        for rule in rules_of(event):
+            found = list(rule(self.run))
+            self._rules[rule.__name__] = self._rules.get(rule.__name__, False) or bool(found)
+            new += found
         known = {finding.cause for finding in self._found}
         first_seen = [finding for finding in new if finding.cause not in known]
         self._found += first_seen

@@ -35,11 +35,12 @@ class Watched:
 
 
 def enriched(watchdog: Watchdog, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The summary with the causes that were found, most certain first, and their evidence."""
+    """The summary with the causes that were found, most certain first, their evidence, and what was ruled out."""
     found = watchdog.findings
     names = [finding.cause for finding in found]
     rest = [name for name in summary.get("findings", ()) if name not in names]
-    return {**summary, "findings": names + rest, "evidence": [finding.to_json() for finding in found]}
+    return {**summary, "findings": names + rest, "evidence": [finding.to_json() for finding in found],
+            "ruled_out": watchdog.ruled_out}
 
 
 def watched(trainer: Trainer, *, stop: bool = True, preflight: bool = True,

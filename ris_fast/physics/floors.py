@@ -65,12 +65,11 @@ def constant_nmse(constant: Tensor, scenes: Scenes) -> Tensor:
     return (energy - 2.0 * cross + power(constant).sum()) / energy
 
 
-def floors(train: Iterable[Scenes], validation: Iterable[Scenes]) -> dict[str, float]:
+def floors(constant: Tensor, validation: Iterable[Scenes]) -> dict[str, float]:
     """Mean NMSE on the validation scenes of three predictors that ignore their input.
 
-    `zero`: exactly 1. `identity`: 1 - N/|T|^2. `mean`: the mean covariance of the training scenes.
+    `zero`: exactly 1. `identity`: 1 - N/|T|^2. `mean`: `constant`, the mean covariance of the training scenes, (N, N, 2).
     """
-    constant = mean_covariance(train)
     elements = constant.shape[0]
     identity, mean = [], []
     for scenes in validation:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from ris_fast.report.floors import floor_lines, judge, milestone_line
-from ris_fast.report.verdict import lost_again, stalled_because
+from ris_fast.report.verdict import lost_again, ruled_out, stalled_because
 
 
 class ConsoleReport:
@@ -154,7 +154,10 @@ def outcome_lines(summary: Mapping[str, Any], *, milestones: bool = True, run: P
              f"{summary['scenes_per_s']:.0f} scenes/s"]
     if summary.get("findings"):
         lines.append("findings, most certain first: " + ", ".join(map(str, summary["findings"])))
-        lines += first_finding(summary) + ([f"  more: ris-fast why {shlex.quote(str(run))}"] if run else [])
+        lines += first_finding(summary)
+    lines += ([] if summary.get("findings") else ruled_out(summary, names=False))
+    if run and len(lines) > 2:
+        lines.append(f"  more: ris-fast why {shlex.quote(str(run))}")
     return lines
 
 

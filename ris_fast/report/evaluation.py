@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from ris_fast.report.eventlog import write_json
-from ris_fast.report.floors import judge
+from ris_fast.report.floors import FEW, judge
 from ris_fast.report.tables import text_table
 
 FIGURE = "evaluate.png"
@@ -16,14 +16,21 @@ RECORD = "evaluation.json"
 def evaluation_text(result: Mapping[str, Any]) -> str:
     """The whole evaluation in plain text; `result` is what `evaluate` returns."""
     bayes = result["bayes"]
-    head = [f"{result['model']}, {result['weights']} weights of epoch {result['epoch']}, {result['parameters']:,} "
-            f"parameters, on {result['device']}", result["source"],
+    head = [f"{result['model']}, {result['weights']} weights of epoch {result['epoch']} (checkpoint '{result['checkpoint']}'), "
+            f"{result['parameters']:,} parameters, on {result['device']}", result["source"], *(f"note: {note}" for note in result["notes"]),
             f"mean NMSE {judge(result['nmse']['mean'], result['floors'], milestones=bayes is not None)}"]
     tables = [_table("SNR in dB", [(f"{low:g} .. {high:g}", group) for group in result["by_snr"]
                                    for low, high in [group["snr_db"]]], result),
               _table("sources", [(str(group["sources"]), group) for group in result["by_count"]], result)]
-    note = [] if bayes is None else ["Bayes: posterior mean, Monte Carlo, interpolated in SNR; nothing can be better."]
-    return "\n".join(head) + "\n\n" + "\n\n".join(tables + note)
+    return "\n".join(head) + "\n\n" + "\n\n".join([*tables, bayes_note(result)])
+
+
+def bayes_note(result: Mapping[str, Any]) -> str:
+    """What the Bayes line is, or why there is none."""
+    if not result["standard"]:
+        return "Bayes: known for RIS-12x12 with its default ranges only."
+    return ("Bayes: what the posterior mean is expected to score, estimated by Monte Carlo (40 to 250 scenes a cell) and interpolated in "
+            f"SNR;\na guide, not a bound. None for fewer than {FEW} scenes, whose mean may be on either side of an expectation.")
 
 
 def save_evaluation(result: Mapping[str, Any]) -> Path:

@@ -8,8 +8,9 @@ from typing import Mapping
 MEANINGS = {
     "zero": "predicts nothing",
     "identity": "power from everywhere alike",
-    "mean": "the mean training covariance, the best answer that ignores the input",
+    "mean": "the mean training covariance, about the best answer that ignores the input",
     "pursuit": "matching pursuit through the known channel, refined jointly; no network",
+    "matched_filter": "the back-projections that the network is shown, shrunk towards the mean; no network",
 }
 
 MILESTONES = {
@@ -18,10 +19,12 @@ MILESTONES = {
     0.187: "the original's hope",
     0.10: "good enough to localise",
     0.04: "near blind maximum likelihood",
-    0.02: "about the Bayes line, the best that any method can do",
 }
 
-# NMSE of the posterior mean on RIS-12x12 (static symbols, path loss), Monte Carlo with 40-250 scenes a cell.
+FEW = 100          # scenes, below which a mean is no comparison with an expectation
+
+# NMSE of the posterior mean on RIS-12x12 (static symbols, path loss), Monte Carlo with 40-250 scenes a cell: an estimate of the
+# bound, not the bound.
 BAYES_SNR_DB = (-5.0, 5.0, 15.0)
 BAYES_NMSE = {1: (0.022, 0.004, 0.0004), 2: (0.072, 0.007, 0.0006), 3: (0.077, 0.010, 0.0016),
               5: (0.142, 0.021, 0.0016)}
@@ -45,7 +48,8 @@ def bayes_nmse(sources: int, snr_db: float) -> float:
 
 def floor_lines(floors: Mapping[str, float]) -> list[str]:
     """One line a floor, its figure beside what it means."""
-    return [f"  {name:<9}{value:6.3f}  {MEANINGS.get(name, '')}".rstrip() for name, value in floors.items()]
+    wide = max([8, *map(len, floors)])
+    return [f"  {name.replace('_', ' '):<{wide}} {value:6.3f}  {MEANINGS.get(name, '')}".rstrip() for name, value in floors.items()]
 
 
 def milestone_line() -> str:
@@ -53,7 +57,7 @@ def milestone_line() -> str:
 
 
 def judge(nmse: float | None, floors: Mapping[str, float], *, milestones: bool = True) -> str:
-    """A figure beside the floor that matters most, in words; None where nothing was measured."""
+    """A figure beside the constant answer, in words, and the last milestone that it has passed; None where nothing was measured."""
     mean = floors.get("mean", 1.0)
     if nmse is None:
         return f"not measured (floor {mean:.3f})"

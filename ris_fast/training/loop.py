@@ -15,7 +15,8 @@ from ris_fast.config import Config, ConfigError
 from ris_fast.data.source import SceneSource, epoch_batches, open_source
 from ris_fast.models import build_model
 from ris_fast.models.prediction import Prediction
-from ris_fast.physics.floors import floors
+from ris_fast.physics.floors import floors, mean_covariance
+from ris_fast.physics.matched_filter import shown_matched_filter, shrunk_nmse
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.capture import CapturedCall, CapturedStep
 from ris_fast.training.devices import choose_device, compile_now, compiled
@@ -107,7 +108,8 @@ class Trainer(Reporting):
 
     def _fit(self) -> dict[str, Any]:
         self.validation = self._validation_scenes()
-        self.floors = floors(self._floor_scenes(), self.validation) | self._classical_floor()
+        constant = mean_covariance(self._floor_scenes())
+        self.floors = floors(constant, self.validation) | self._classical_floor(constant)
         self._compile()
         self._capture()
         self.observer.start(info(self))
@@ -295,12 +297,14 @@ class Trainer(Reporting):
         return (self.source.batch("train", index) for index in torch.arange(size).split(VALIDATION_CHUNK))
 
     @torch.no_grad()
-    def _classical_floor(self) -> dict[str, float]:
-        """NMSE of what the network's features say without it, where they say anything."""
-        if not hasattr(self.model, "classical"):
-            return {}
-        scores = []
+    def _classical_floor(self, constant: Tensor) -> dict[str, float]:
+        """NMSE of what the network's inputs say without it: of its own estimator, else of the matched filter, where they say anything."""
+        scores, name, static = [], "matched_filter", self.config.task.symbols == "static"
         for scenes in self.validation:
-            name, factor = self.model.classical(self.network.inputs(*network_inputs(scenes)))
-            scores.append(scene_nmse(Prediction(factor), scenes).double())
-        return {name: torch.cat(scores).mean().item()}
+            shown = self.network.inputs(*network_inputs(scenes))
+            if hasattr(self.model, "classical"):
+                name, factor = self.model.classical(shown)
+                scores.append(scene_nmse(Prediction(factor), scenes).double())
+            elif (factor := shown_matched_filter(shown, scenes.codes, static)) is not None:
+                scores.append(shrunk_nmse(factor, scenes, constant)[0])
+        return {name: torch.cat(scores).mean().item()} if scores else {}

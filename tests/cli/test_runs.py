@@ -28,12 +28,13 @@ SMALL = ["--preset", "seed", "--device", "cpu", "--no-compile", "--batch-size", 
                              "data.train_scenes=64", "data.val_scenes=32", "data.test_scenes=60", "report.every_steps=2",
                              "model.options.width=32", "model.options.layers=1", "model.options.heads=2",
                              "model.options.feedforward=32", "model.options.grid=9") for part in ("--set", text))]
+STALLED = 4             # a few steps of a small network teach it nothing
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    assert main(["train", *SMALL, "--epochs", "2", "--out", str(folder)]) == 0
+    assert main(["train", *SMALL, "--epochs", "2", "--out", str(folder)]) == STALLED
     return folder
 
 
@@ -46,6 +47,16 @@ def test_a_run_folder_holds_what_it_promises(trained: Path) -> None:
             "val_nmse_ema", "best_val_nmse", "floors", "verdict", "findings"} <= summary.keys()
     assert (summary["optimizer_steps"], summary["scenes_seen"]) == (8, 128)
     assert summary["floors"]["zero"] == 1.0 and json.loads((trained / "env.json").read_text())["versions"]["torch"]
+
+
+def test_a_stalled_run_without_a_finding_says_what_was_ruled_out(trained: Path, capsys) -> None:
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["verdict"] == "stalled" and summary["findings"] == []
+    assert len(summary["ruled_out"]["checks"]) > 30 and "one_update_a_step" in summary["ruled_out"]["rules"]
+    assert main(["why", str(trained)]) == 0
+    said = capsys.readouterr().out
+    assert f"ruled out: {len(summary['ruled_out']['checks'])} preflight checks passed: " in said
+    assert all(each.replace("_", " ") in said for each in (*summary["ruled_out"]["checks"], *summary["ruled_out"]["rules"]))
 
 
 def test_metrics_have_a_row_per_report_with_terms_raw_and_weighted(trained: Path) -> None:
@@ -86,7 +97,7 @@ def test_a_simulated_data_set_can_be_trained_on_and_evaluated(tmp_path, capsys) 
     task = [part for text in SMALL if text.startswith("task.") for part in ("--set", text)]
     assert main(["simulate", "--out", str(data), "--scenes", "48", "--preset", "seed", "--device", "cpu", *task]) == 0
     assert f"--data {data}" in capsys.readouterr().out
-    assert main(["train", *SMALL, "--epochs", "1", "--data", str(data), "--out", str(folder)]) == 0
+    assert main(["train", *SMALL, "--epochs", "1", "--data", str(data), "--out", str(folder)]) == STALLED
     assert json.loads((folder / "summary.json").read_text())["scenes_seen"] == 48
     assert evaluate(folder, device="cpu")["scenes"] == 2
     data.rename(tmp_path / "moved")
@@ -142,7 +153,7 @@ def test_an_interrupted_run_saves_names_the_resume_command_and_continues(tmp_pat
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and f"ris-fast train --resume {folder}" in said and "Traceback" not in said
     reached = json.loads((folder / "summary.json").read_text())["epochs"]
-    assert main(["train", "--resume", str(folder), "--epochs", str(reached + 1)]) == 0
+    assert main(["train", "--resume", str(folder), "--epochs", str(reached + 1)]) == STALLED
     epochs = [row["epoch"] for row in read_events(folder) if row["event"] == "epoch"]
     assert epochs == list(range(1, reached + 2))
 
@@ -166,7 +177,7 @@ def test_a_run_that_is_interrupted_within_an_epoch_and_resumed_is_found_healthy(
     monkeypatch.undo()
     state = json.loads((folder / "checkpoints" / "last.json").read_text())["state"]
     assert (state["epoch"], state["epoch_step"]) == (1, 2)
-    assert main(["train", "--resume", str(folder)]) == 0
+    assert main(["train", "--resume", str(folder)]) == STALLED
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["epochs"], summary["optimizer_steps"], summary["findings"]) == (3, 12, [])
     assert main(["why", str(folder)]) == 0
@@ -182,9 +193,9 @@ def test_resuming_a_finished_run_says_so_and_touches_nothing(trained: Path, caps
 
 def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path, capsys) -> None:
     folder = tmp_path / "run"
-    assert main(["train", *SMALL, "--epochs", "1", "--out", str(folder)]) == 0
+    assert main(["train", *SMALL, "--epochs", "1", "--out", str(folder)]) == STALLED
     shutil.rmtree(folder / "checkpoints")
-    assert main(["train", "--resume", str(folder)]) == 0
+    assert main(["train", "--resume", str(folder)]) == STALLED
     assert "no checkpoint yet: the run begins anew" in capsys.readouterr().out
     assert [row["epoch"] for row in read_events(folder) if row["event"] == "epoch"] == [1]
 

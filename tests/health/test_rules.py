@@ -279,5 +279,6 @@ def test_a_run_that_cannot_learn_ends_with_a_certain_stall_and_is_not_stopped_be
     config = changed(TWINS["backprojection"](), {"training.epochs": 13, "data.fixed": True, "optimizer.backbone_lr": 1e-7,
                                                  "optimizer.head_lr": 1e-7})
     trainer = watched(Trainer(config), preflight=False)
-    trainer.fit()
-    assert trainer.observer.watchdog.stalled and trainer.state.step == 104
+    summary = trainer.fit()
+    certain = [finding.cause for finding in trainer.observer.watchdog.findings if finding.certain]
+    assert "stalled_at_floor" in certain and trainer.state.step == 104 and summary["verdict"] == "stalled"

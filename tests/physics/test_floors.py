@@ -22,7 +22,7 @@ def dense(factor: torch.Tensor) -> torch.Tensor:
 def test_floors_of_the_standard_task() -> None:
     train = simulate(Task(), 2000, SceneGenerator(split="train"))
     validation = simulate(Task(), 2000, SceneGenerator(split="val"))
-    found = floors([train], [validation[:1500], validation[1500:]])
+    found = floors(mean_covariance([train]), [validation[:1500], validation[1500:]])
     assert found["zero"] == 1.0
     assert found["identity"] == pytest.approx(0.988, abs=0.003)
     assert found["mean"] == pytest.approx(0.980, abs=0.004)
@@ -43,7 +43,7 @@ def test_a_dense_target_gives_the_same_floors() -> None:
 
     scenes = simulate(Task(ris_horizontal=4, ris_vertical=4), 30, SceneGenerator())
     files = replace(scenes, factor=None, covariance=torch.view_as_real(3.0 * dense(scenes.factor)).float())
-    assert floors([files], [files]) == pytest.approx(floors([scenes], [scenes]), rel=1e-5)
+    assert floors(mean_covariance([files]), [files]) == pytest.approx(floors(mean_covariance([scenes]), [scenes]), rel=1e-5)
 
 
 def test_no_scenes_is_an_error() -> None:

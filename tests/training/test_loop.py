@@ -14,6 +14,7 @@ from ris_fast.settings import load_config
 from ris_fast.training.checkpoint import CheckpointError
 from ris_fast.training.loop import Trainer
 from ris_fast.training.state import RunStopped
+from ris_fast.training.summary import summary
 
 SMALL = ["task.ris_horizontal=4", "task.ris_vertical=4", "task.bs_antennas=4", "task.snapshots=8", "task.max_sources=2",
          "data.val_limit=40", "data.val_scenes=40", "training.compile=false", "model.name=hybrid",
@@ -257,3 +258,12 @@ def test_an_observer_and_a_folder_that_are_assigned_take_effect(tmp_path: Path) 
     trainer = Trainer(small())
     trainer.observer, trainer.folder = (told := Recorder()), tmp_path
     assert trainer.fit() == told.summary and (tmp_path / "checkpoints" / "last.safetensors").is_file()
+
+
+@pytest.mark.parametrize("best, verdict", [(0.883, "stalled"), (0.79, "stalled"), (0.76, "learned")])
+def test_a_run_has_learned_only_when_it_is_clearly_below_every_line_that_is_shown(best: float, verdict: str) -> None:
+    trainer = Trainer(small(), observer=(told := Recorder()))
+    trainer.fit()
+    assert {"zero", "identity", "mean", "matched_filter"} == set(told.info["floors"]) and 0 < told.info["floors"]["matched_filter"] < 1
+    trainer.floors, trainer.state.initial_nmse, trainer.state.best_nmse = {"zero": 1.0, "mean": 0.986, "matched_filter": 0.803}, 0.99, best
+    assert summary(trainer, None, [])["verdict"] == verdict
