@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from typing import Any, Callable, Iterable, Mapping
 
 LARGEST_INT, LARGEST_FLOAT = 2**63 - 1, 3.4e38  # what an int64 and a float32 hold
+SMALLEST_FLOAT = 2.0**-126                      # the smallest float32 of full precision; FusedAdamW takes no epsilon below it
 KINDS: dict[str, tuple[tuple[type, ...], Callable[[Any], Any], str]] = {
     "int": ((Integral,), int, "a whole number"), "float": ((Real,), float, "a number"),
     "bool": ((bool,), bool, "true or false"), "str": ((str, os.PathLike), os.fspath, "text"),
@@ -187,7 +188,7 @@ class Optimizer(Section):
     head_lr: float = option(1e-3, "peak learning rate of the heads", low=0.0)
     beta1: float = option(0.9, "AdamW beta 1", low=0.0, high=0.9999)
     beta2: float = option(0.999, "AdamW beta 2", low=0.0, high=0.99999)
-    eps: float = option(1e-8, "AdamW epsilon", low=0.0)
+    eps: float = option(1e-8, "AdamW epsilon", low=SMALLEST_FLOAT)
     weight_decay: float = option(1e-4, "decoupled weight decay; never on norms and biases", low=0.0)
     max_grad_norm: float = option(1.0, "clip the global gradient norm to this; 0: never clip", low=0.0)
     warmup: float = option(0.02, "share of the planned steps spent warming up", low=0.0, high=1.0)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
 from ris_fast.config import Config, Task
-from ris_fast.memory import OutOfMemory, advice
+from ris_fast.memory import advice
 from ris_fast.report.eventlog import METRICS, SUMMARY, JsonlReport, write_json
 from ris_fast.report.observers import Observers, Record
 from ris_fast.run_folder import RunFolder, alone_in, drop_if_empty, how_to_resume, new_folder, run_and_checkpoint
 
 if TYPE_CHECKING:
     from ris_fast.health import Watchdog
+    from ris_fast.report.console import ConsoleReport
     from ris_fast.training.loop import Observer
 
 STOPPED_BY_HEALTH = 4
@@ -37,7 +38,7 @@ def run_training(config: Config, out: Path | None, *, resume: Path | None = None
         signal.signal(ending, signal.default_int_handler)
     try:
         with alone_in(folder):
-            summary = _fit(config, folder, _observers(config, folder, console), checkpoint, profile, console.found)
+            summary = _fit(config, folder, _observers(config, folder, console), checkpoint, profile, console)
     except KeyboardInterrupt:
         console.close()
         print(f"\nris-fast: interrupted. {how_to_resume(folder)}", file=sys.stderr)
@@ -53,21 +54,23 @@ def run_training(config: Config, out: Path | None, *, resume: Path | None = None
 
 
 def _fit(config: Config, folder: Path, observer: Observer, checkpoint: str | None, profile: bool,
-         tell: Callable[[Any], None]) -> dict[str, Any] | None:
-    """The summary of the run; None for one that had nothing left to do. `checkpoint` None: a new run; `tell`: shows a finding."""
+         console: ConsoleReport) -> dict[str, Any] | None:
+    """The summary of the run; None for one that had nothing left to do. `checkpoint` None: a new run."""
     from ris_fast.benchmarks.share import WithShare
     from ris_fast.environment import fallback_note
     from ris_fast.report.console import counter
     from ris_fast.training.batch import is_memory
+    from ris_fast.training.footprint import OutOfMemory
     from ris_fast.training.loop import Trainer
 
     try:
         trainer = Trainer(config, folder, observer, resume=checkpoint or False, progress=counter("scenes read"))
         if checkpoint is not None and nothing_left(trainer, folder, checkpoint):
             return None
+        console.tell([*trainer.source.notes, *trainer.notes])
         if (note := fallback_note()) and trainer.device.type == "cpu":
             print(f"note: {note}")
-        guarded(trainer, folder, preflight=config.health.preflight and not checkpoint, tell=tell)
+        guarded(trainer, folder, preflight=config.health.preflight and not checkpoint, tell=console.found)
         trainer.observer = WithShare(trainer.observer, trainer)
         if profile:
             from ris_fast.training.profile import profiled
@@ -75,7 +78,7 @@ def _fit(config: Config, folder: Path, observer: Observer, checkpoint: str | Non
             profiled(trainer, folder / "profile", print)
         return replaying(trainer)
     except (MemoryError, RuntimeError) as error:
-        if not is_memory(error):
+        if not is_memory(error) or isinstance(error, OutOfMemory):       # the second says what would fit
             raise
         problem = (str(error) or type(error).__name__).splitlines()[0]
     raise OutOfMemory(f"out of memory with {config.training.batch_size} scenes in a micro-batch ({problem}).\n"

@@ -8,16 +8,10 @@ from dataclasses import replace
 from ris_fast.config import Config
 
 
-class OutOfMemory(RuntimeError):
-    """The batch does not fit into memory; the message says which would. Exit code 5."""
-
-    exit_code = 5
-
-
 def advice(config: Config) -> str:
     """What to run instead: the largest halved micro-batch whose step goes through here, same scenes an update."""
     training = config.training
-    size, parts = training.batch_size // 2, 2
+    size, parts = min(training.batch_size, config.data.train_scenes) // 2, 2      # no batch is larger than an epoch
     while size >= 1:
         smaller = replace(config, training=replace(training, batch_size=size, accumulate=parts * training.accumulate))
         if one_step_fits(smaller):

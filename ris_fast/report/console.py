@@ -9,7 +9,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Mapping, TextIO
+from typing import Any, Callable, Iterable, Mapping, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
@@ -37,6 +37,7 @@ class ConsoleReport:
         self.floors: Mapping[str, float] = {}
         self.info: Mapping[str, Any] = {}
         self.best = math.inf
+        self.told: set[str] = set()
         self.bar = _progress(self.console) if live else None
         self.task: TaskID | None = None
 
@@ -44,8 +45,7 @@ class ConsoleReport:
         self.info, self.floors = info, info.get("floors", {})
         for line in run_lines(info):
             self._print(line)
-        for note in info.get("notes", ()):
-            self._print(f"note: {note}", "bold yellow")
+        self.tell(info.get("notes", ()))
         if self.floors:
             self._print("Validation NMSE: lower is better, and a network that has learned nothing stays at the floors.")
             self._print("\n".join(floor_lines(self.floors)))
@@ -64,6 +64,13 @@ class ConsoleReport:
         self.best = min(self.best, score)
         self._print(epoch_line(row), "bold green" if better and score < self.floors.get("mean", 1.0) else None)
         self._move_bar(row)
+
+    def tell(self, notes: Iterable[str]) -> None:
+        """What a person should read before training, each line once."""
+        for note in notes:
+            if note not in self.told:
+                self._print(f"note: {note}", "bold yellow")
+                self.told.add(note)
 
     def found(self, finding: Any) -> None:
         """A finding of the watch, at once and in three lines, above the bar where there is one."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import gc
-import os
 import resource
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from ris_fast.config import Config
+from ris_fast.training.footprint import OutOfMemory, free_memory
 from ris_fast.training.loop import Trainer
 
 SIZES = tuple(2**power for power in range(5, 15))
@@ -88,7 +87,7 @@ def try_size(config: Config, size: int) -> Trial:
 
 def is_memory(error: BaseException) -> bool:
     """torch names it OutOfMemoryError on a GPU; its CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    return isinstance(error, (MemoryError, OutOfMemory)) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
 
 
 def _timed(trainer: Trainer, index: torch.Tensor) -> float:
@@ -108,21 +107,6 @@ def _room(trial: Trial, config: Config) -> bool:
     if config.training.device.startswith("cuda") or (config.training.device == "auto" and torch.cuda.is_available()):
         return True
     return 2 * trial.bytes < MEMORY_SHARE * free_memory()
-
-
-def free_memory() -> float:
-    """Bytes that a process may still take here: what the machine has left, or its control group, if that is less."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    listing = Path("/proc/meminfo")
-    if listing.is_file():
-        free = next((int(line.split()[1]) * 1024 for line in listing.read_text().splitlines() if line.startswith("MemAvailable")), free)
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        try:
-            most, now = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit, used))
-            free = min(free, most - now)
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return free
 
 
 def _resident() -> int:

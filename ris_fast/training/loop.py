@@ -20,6 +20,7 @@ from ris_fast.physics.matched_filter import shown_matched_filter, shrunk_nmse
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.capture import CapturedCall, CapturedStep
 from ris_fast.training.devices import choose_device, compile_now, compiled
+from ris_fast.training.footprint import refuse_too_large
 from ris_fast.training.host_copy import Clock, Moment, own_stream
 from ris_fast.training.loss import CovarianceLoss, served_by
 from ris_fast.training.reports import Observer, Reporting, Silent
@@ -87,6 +88,10 @@ class Trainer(Reporting):
                                           config.training.accumulate)
         self.plan = Plan(config.training.epochs * self.epoch_steps, config.training.max_seconds)
         self.first_norms: Tensor | None = None
+        refuse_too_large(self)
+        if (group := config.training.batch_size * config.training.accumulate) > self.source.size("train"):
+            self.notes.append(f"training.batch_size times training.accumulate is {group:,}, and an epoch has {self.source.size('train'):,} "
+                              f"scenes: each step takes all of them")
         if resume:
             self.first_norms = weight_norms(self.model)      # the seed's, as when the run began
             restore(self, resume if isinstance(resume, str) else "last")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ class Ends:
 
     def __init__(self, config: Any, folder: Path | None = None, observer: Any = None, **_: Any) -> None:
         self.config, self.folder, self.observer, self.device = config, folder, observer, torch.device("cpu")
+        self.source, self.notes = SimpleNamespace(notes=[]), []
 
     def fit(self) -> dict[str, Any]:
         if isinstance(self.outcome, BaseException):

@@ -13,6 +13,7 @@ from ris_fast.cli import main
 from ris_fast.config import Config
 from ris_fast.settings import load_config
 from ris_fast.training import batch
+from ris_fast.training.footprint import free_memory
 from ris_fast.training.batch import Trial, choose_batch_size, pick
 from ris_fast.training.loop import Trainer
 from ris_fast.training.profile import FIRST, STEPS, profiled
@@ -71,7 +72,7 @@ def test_a_real_step_is_tried_and_one_without_memory_counts_as_too_large(monkeyp
 
 
 def test_free_memory_is_less_than_the_machine_has() -> None:
-    assert 0 < batch.free_memory() < 2**45
+    assert 0 < free_memory() < 2**45
 
 
 def test_the_flag_sets_the_size_and_says_where_it_came_from(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
