@@ -54,7 +54,7 @@ def train(config: Path | None = None, /, *, preset: str | None = None, device: s
     accumulate
         Micro-batches in an optimizer step.
     seed
-        Seed of weights and scenes.
+        Seed of the weights and of the order of the scenes; --set data.seed=N draws other scenes.
     max_seconds
         Anneal towards this many seconds and stop; 0: no limit.
     precision
@@ -119,7 +119,7 @@ def check(config: Path | None = None, /, *, preset: str | None = None, device: s
     batch_size
         Scenes in a micro-batch.
     seed
-        Seed of weights and scenes.
+        Seed of the weights and of the order of the scenes; --set data.seed=N draws other scenes.
     no_compile
         Run without torch.compile.
     set_
@@ -244,7 +244,7 @@ def simulate(config: Path | None = None, /, *, out: Path, scenes: Annotated[int,
     Parameters
     ----------
     config
-        TOML file with settings; [task], training.seed and training.device matter here.
+        TOML file with settings; [task], data.seed and training.device matter here.
     out
         Folder to write; it appears when the data set is whole, and the same command continues a broken one.
     scenes
@@ -262,7 +262,7 @@ def simulate(config: Path | None = None, /, *, out: Path, scenes: Annotated[int,
     from ris_fast.report.console import counter
     from ris_fast.training.devices import choose_device
 
-    resolved = load_config(config, preset, set_ or (), {"training.seed": seed, "training.device": device})
+    resolved = load_config(config, preset, set_ or (), {"data.seed": seed, "training.device": device})
     place = choose_device(resolved.training.device)
     manifest = write_shards(resolved, out, scenes, device=place, progress=counter("scenes"))
     print(f"data set: {manifest.parent}\ntrain on it: ris-fast train --data {manifest.parent}")

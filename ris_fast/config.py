@@ -149,6 +149,7 @@ class Data(Section):
     val_scenes: int = option(40_000, "validation scenes in the split", low=1)
     test_scenes: int = option(8_000, "test scenes in the split", low=1)
     val_limit: int = option(4_000, "validate on the first this many validation scenes during training", low=1)
+    seed: int = option(0, "seed of the simulated scenes, all splits; weights and order have training.seed", low=0)
     fixed: bool = option(False, "simulate the same training scenes in every epoch instead of fresh ones")
 
 
@@ -206,7 +207,7 @@ class Training(Section):
     precision: str = option("fp32", "arithmetic of the network; the loss is always fp32",
                             choices=("fp32", "bf16", "fp16"))
     max_seconds: float = option(0.0, "stop after this many seconds and anneal towards it; 0: no limit", low=0.0)
-    seed: int = option(0, "seed of the weights and of the scenes", low=0)
+    seed: int = option(0, "seed of the weights and of the order of the scenes; the scenes themselves have data.seed", low=0)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     compile: bool = option(True, "compile forward and backward with torch.compile")
     capture: bool = option(True, "on CUDA, run each step and each validation as one captured graph")

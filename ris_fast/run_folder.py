@@ -100,8 +100,15 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def run_config(folder: Path, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None) -> Config:
-    """The settings in a run's config.toml, with --set and flags on top."""
-    return load_config(folder / CONFIG, None, overrides, flags)
+    """The settings in a run's config.toml, with --set and flags on top.
+
+    A run of the time when one seed drew weights and scenes keeps its scenes.
+    """
+    config = load_config(folder / CONFIG, None, overrides, flags)
+    if "data.seed" in config.provenance:
+        return config
+    recorded = load_config(folder / CONFIG)
+    return replace(config, data=replace(config.data, seed=recorded.training.seed))
 
 
 def resumed_config(run: Path, refused: Mapping[str, Any], overrides: Iterable[str],

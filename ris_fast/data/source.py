@@ -44,7 +44,7 @@ class SceneSource(Protocol):
 
 
 class SimulatedSource:
-    """Scenes made on the device when asked for. The seed is training.seed."""
+    """Scenes made on the device when asked for. The seed is data.seed."""
 
     name = "simulate"
     channel = True
@@ -53,7 +53,7 @@ class SimulatedSource:
     reach = None
 
     def __init__(self, config: Config, device: torch.device | str) -> None:
-        self.task, self.data, self.seed = config.task, config.data, config.training.seed
+        self.task, self.data, self.seed = config.task, config.data, config.data.seed
         self.device = torch.device(device)
         self.notes: list[str] = []
 

@@ -46,7 +46,7 @@ def write_shards(config: Config, out_dir: str | Path, scenes: int | Mapping[str,
     """Simulate and write a data set; OUT appears under its name only when it is whole.
 
     Work in progress lies in OUT.partial; the same call again continues it shard by shard.
-    Args: scenes: of the training split (the others by `split_sizes`), or of each split. The seed is training.seed.
+    Args: scenes: of the training split (the others by `split_sizes`), or of each split. The seed is data.seed.
         progress: called with (scenes written, scenes in all).
     Returns: the manifest's path. Raises: ConfigError for a split without scenes, DataError where OUT is not empty or
         OUT.partial belongs to another data set, StorageError where the file system refuses.
@@ -64,7 +64,7 @@ def write_shards(config: Config, out_dir: str | Path, scenes: int | Mapping[str,
     splits: dict[str, Any] = {}
     for split, size in sizes.items():
         entries = []
-        generator = SceneGenerator(config.training.seed, split, device)
+        generator = SceneGenerator(config.data.seed, split, device)
         for start in range(0, size, shard_scenes):
             rows = min(shard_scenes, size - start)
             entries.append(_write_shard(partial, config.task, generator, start, rows, shard_scenes))
@@ -85,7 +85,7 @@ def _check_request(sizes: Mapping[str, int], shard_scenes: int) -> None:
 
 def _plan(config: Config, sizes: Mapping[str, int], shard_scenes: int) -> dict[str, Any]:
     """What determines every byte of the data set."""
-    return {"format": FORMAT, "version": VERSION, "task": asdict(config.task), "seed": config.training.seed,
+    return {"format": FORMAT, "version": VERSION, "task": asdict(config.task), "seed": config.data.seed,
             "scenes": dict(sizes), "shard_scenes": shard_scenes}
 
 

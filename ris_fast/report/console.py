@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ris_fast.report.floors import floor_lines, judge, milestone_line
+from ris_fast.report.floors import figure, floor_lines, judge, milestone_line
 from ris_fast.report.verdict import lost_again, ruled_out, stalled_because
 
 
@@ -113,8 +113,8 @@ def counter(what: str, stream: TextIO | None = None) -> Callable[[int, int], Non
 
 def epoch_line(row: Mapping[str, Any]) -> str:
     """`Epoch 001/030: train 0.806  val 1.921 ...`; `val` is the better of the raw and the averaged weights."""
-    parts = [f"Epoch {row['epoch']:03d}/{row['epochs']:03d}: train {row['train_loss']:.3f}",
-             f"val {validation(row):.3f}", " ".join(f"{name} {row[key]:.3f}" for name, key in _WEIGHTS if _known(row, key)),
+    parts = [f"Epoch {row['epoch']:03d}/{row['epochs']:03d}: train {figure(row['train_loss'])}",
+             f"val {figure(validation(row))}", " ".join(f"{name} {figure(row[key])}" for name, key in _WEIGHTS if _known(row, key)),
              f"|g| {row['grad_norm']:.3g}", f"clipped {row['clipped']:.0%}", f"skipped {row['skipped']:.0%}",
              f"{row['scenes_per_s']:.0f} scenes/s",
              f"{row['share_of_ceiling']:.0%} of the ceiling" if _known(row, "share_of_ceiling") else ""]

@@ -46,10 +46,15 @@ def bayes_nmse(sources: int, snr_db: float) -> float:
     return math.exp(here + share * (there - here))
 
 
+def figure(value: float) -> str:
+    """A score with three decimals, and below a tenth with three significant digits: 0.806, 0.0203."""
+    return f"{value:#.3g}" if abs(value) < 0.1 else f"{value:.3f}"
+
+
 def floor_lines(floors: Mapping[str, float]) -> list[str]:
     """One line a floor, its figure beside what it means."""
     wide = max([8, *map(len, floors)])
-    return [f"  {name.replace('_', ' '):<{wide}} {value:6.3f}  {MEANINGS.get(name, '')}".rstrip() for name, value in floors.items()]
+    return [f"  {name.replace('_', ' '):<{wide}} {figure(value):>6}  {MEANINGS.get(name, '')}".rstrip() for name, value in floors.items()]
 
 
 def milestone_line() -> str:
@@ -64,6 +69,6 @@ def judge(nmse: float | None, floors: Mapping[str, float], *, milestones: bool =
     if not math.isfinite(nmse):
         return f"not a number (floor {mean:.3f})"
     if nmse >= mean:
-        return f"{nmse:.3f}, no better than the constant answer ({mean:.3f})"
+        return f"{figure(nmse)}, no better than the constant answer ({mean:.3f})"
     passed = [meaning for value, meaning in MILESTONES.items() if milestones and nmse <= value]
-    return f"{nmse:.3f}, below the constant answer ({mean:.3f})" + (f"; passed: {passed[-1]}" if passed else "")
+    return f"{figure(nmse)}, below the constant answer ({mean:.3f})" + (f"; passed: {passed[-1]}" if passed else "")

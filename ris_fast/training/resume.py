@@ -23,7 +23,7 @@ def identity(config: Config, source: SceneSource) -> dict[str, Any]:
     """Settings without which a run's earlier scores and its scenes would not be its own: 'section.key' -> plain value."""
     settings = {f"task.{key}": value for key, value in asdict(config.task).items()}
     settings |= {"model.name": config.model.name, **{f"model.options.{key}": value for key, value in config.model.options.items()}}
-    settings |= {"training.seed": config.training.seed, "data.source": source.name, "data.fixed": config.data.fixed,
+    settings |= {"training.seed": config.training.seed, "data.seed": config.data.seed, "data.source": source.name, "data.fixed": config.data.fixed,
                  "data.train_scenes": source.size("train"), "data.val_limit": min(config.data.val_limit, source.size("val"))}
     return json.loads(json.dumps(settings))
 
@@ -74,7 +74,7 @@ def _state_of(manifest: Mapping[str, Any], path: Path) -> RunState:
 
 def _same_run(manifest: Mapping[str, Any], trainer: Trainer) -> None:
     now = identity(trainer.config, trainer.source)
-    before = manifest.get("identity", now)
+    before = _known(manifest) if "identity" in manifest else now
     changed = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in sorted(before.keys() | now.keys())
                if before.get(key) != now.get(key)]
     if changed:
@@ -85,6 +85,12 @@ def _same_run(manifest: Mapping[str, Any], trainer: Trainer) -> None:
         raise ConfigError(f"--resume {trainer.folder}: the run stands within an epoch of steps of {manifest['step_scenes']} scenes, "
                           f"and batch size times accumulation is {size} now. Keep the product, {manifest['step_scenes']}, or resume "
                           f"from a checkpoint at the end of an epoch.")
+
+
+def _known(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity in a manifest; of a run of the time when there was one seed, weights and scenes had that."""
+    known = dict(manifest.get("identity") or {})
+    return {"data.seed": known.get("training.seed"), **known}
 
 
 def _take_best(state: RunState, folder: Path, manifest: Mapping[str, Any]) -> list[str]:
@@ -100,7 +106,7 @@ def _take_best(state: RunState, folder: Path, manifest: Mapping[str, Any]) -> li
         state.best_nmse, state.best_weights, state.epochs_since_best = math.inf, "", 0
         return [f"{path} is {'damaged' if path.exists() else 'missing'}: the best weights so far are lost, and the next epoch's replace them"]
     best = found[1]
-    if best.get("identity") != manifest.get("identity"):
+    if _known(best) != _known(manifest):
         return []
     its = _state_of(best, path)
     if its.best_nmse != state.best_nmse:

@@ -13,7 +13,7 @@ import torch
 from make_npz import SMALL, all_scenes
 from safetensors.torch import load_file, save_file
 
-from ris_fast.config import Config, Data, Task, Training
+from ris_fast.config import Config, Data, Task
 from ris_fast.data import table
 from ris_fast.data.errors import DataError
 from ris_fast.data.shards import ShardSource, verify_manifest
@@ -25,7 +25,7 @@ SIZES = {"train": 50, "val": 12, "test": 8}
 
 
 def config(path: Path | str = "", seed: int = 5, task: Task = SMALL, **data: Any) -> Config:
-    return Config(task=task, data=Data(path=str(path), **data), training=Training(seed=seed))
+    return Config(task=task, data=Data(path=str(path), seed=seed, **data))
 
 
 @pytest.fixture()

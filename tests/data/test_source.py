@@ -8,7 +8,7 @@ import pytest
 import torch
 from make_npz import SMALL, all_scenes, write_folders
 
-from ris_fast.config import Config, Data, Model, Training
+from ris_fast.config import Config, Data, Model
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import scene_hashes
 from ris_fast.data.source import epoch_batches, open_source
@@ -100,7 +100,7 @@ def test_simulated_splits_and_epochs_share_no_scene() -> None:
 
 def test_the_seed_makes_the_scenes() -> None:
     def first(seed: int) -> torch.Tensor:
-        source = open_source(Config(task=SMALL, training=Training(seed=seed)), "cpu")
+        source = open_source(Config(task=SMALL, data=Data(seed=seed)), "cpu")
         return source.batch("train", torch.arange(4)).snapshots
 
     assert torch.equal(first(3), first(3)) and not torch.equal(first(3), first(4))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from make_npz import SMALL
 
-from ris_fast.config import Config, ConfigError, Data, Training
+from ris_fast.config import Config, ConfigError, Data
 from ris_fast.data import write
 from ris_fast.data.errors import DataError
 from ris_fast.data.shards import ShardSource, verify_manifest
@@ -22,7 +22,7 @@ SIZES = {"train": 50, "val": 12, "test": 8}
 
 
 def config(path: Path | str = "", seed: int = 5) -> Config:
-    return Config(task=SMALL, data=Data(path=str(path)), training=Training(seed=seed))
+    return Config(task=SMALL, data=Data(path=str(path), seed=seed))
 
 
 def test_an_interrupted_write_leaves_nothing_and_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

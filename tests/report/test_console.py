@@ -40,6 +40,11 @@ def test_the_epoch_line_is_the_one_that_a_user_of_the_original_can_compare() -> 
                                "skipped 0%  1520 scenes/s")
 
 
+def test_epochs_that_differ_in_the_third_digit_differ_in_their_lines() -> None:
+    said = [epoch_line({**ROW, "val_nmse_raw": score, "val_nmse_ema": None, "train_loss": 0.02}) for score in (0.02034, 0.02016, 0.00198)]
+    assert [line.split("  ")[1] for line in said] == ["val 0.0203", "val 0.0202", "val 0.00198"] and "train 0.0200 " in said[0]
+
+
 @pytest.mark.parametrize("raw, ema, expected", [(1.0, 0.5, 0.5), (0.4, None, 0.4), (math.nan, 0.7, 0.7), (0.6, math.inf, 0.6)])
 def test_val_is_the_better_of_the_two_sets_of_weights(raw, ema, expected) -> None:
     assert validation({"val_nmse_raw": raw, "val_nmse_ema": ema}) == expected

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ris_fast.config import Config, ConfigError
 from ris_fast.files import StorageError
+from ris_fast.run_folder import resumed_config, run_config
+from ris_fast.settings import render_toml
 from ris_fast.training import loop
-from ris_fast.training.checkpoint import CheckpointError
+from ris_fast.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ris_fast.training.loop import Trainer
 from ris_fast.training.resume import finished
 from tests.training.test_loop import Recorder, small
@@ -43,7 +47,8 @@ def test_a_folder_may_be_given_as_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change, words", [
-    ("task.snr_max_db=30.0", "task.snr_max_db was 20.0 and is 30.0"), ("training.seed=7", "training.seed was"),
+    ("task.snr_max_db=30.0", "task.snr_max_db was 20.0 and is 30.0"), ("training.seed=7", "training.seed was 0 and is 7"),
+    ("data.seed=7", "data.seed was 0 and is 7"),
     ("data.train_scenes=32", "data.train_scenes was 64 and is 32"), ("data.val_limit=20", "data.val_limit was 40 and is 20"),
     ("model.options.width=64", "model.options.width was 32 and is 64"), ("data.fixed=true", "data.fixed was False and is True")])
 def test_another_task_other_scenes_and_another_network_are_another_run(change: str, words: str, tmp_path: Path) -> None:
@@ -119,3 +124,31 @@ def test_a_run_that_has_come_to_its_end_says_what_would_give_it_more(tmp_path: P
 def test_something_else_than_a_configuration_is_named() -> None:
     with pytest.raises(ConfigError, match="expected a Config, got dict.*load_config"):
         Trainer({"preset": "laptop"})  # type: ignore[arg-type]
+
+
+def test_one_seed_draws_the_weights_and_another_the_scenes() -> None:
+    def drawn(*overrides: str) -> tuple[Any, Any, Any]:
+        trainer = Trainer(small(*overrides))
+        scenes = [trainer.source.batch(split, torch.arange(8)).snapshots for split in ("train", "val", "test")]
+        order = torch.cat([index for group in trainer._index_groups() for index in group])
+        return torch.cat([value.flatten() for value in trainer.model.state_dict().values()]), torch.cat(scenes), order
+
+    first, weights, scenes = drawn(), drawn("training.seed=1"), drawn("data.seed=1")
+    assert [torch.equal(one, other) for one, other in zip(first, weights)] == [False, True, False]
+    assert [torch.equal(one, other) for one, other in zip(first, scenes)] == [True, False, True]
+
+
+def test_a_run_of_the_time_of_one_seed_keeps_its_scenes(tmp_path: Path) -> None:
+    """Its config.toml has no data.seed, and training.seed drew its scenes."""
+    config = small("training.seed=5", "data.seed=5")
+    Trainer(config, tmp_path).fit()
+    before, data, after = render_toml(config).partition("[data]\n")
+    (tmp_path / "config.toml").write_text(before + data + re.sub(r"^seed = 5 .*\n", "", after, count=1, flags=re.M))
+    again = resumed_config(tmp_path, {}, ["training.epochs=2"], {})
+    assert (again.training.seed, again.data.seed) == (5, 5) and run_config(tmp_path).data.seed == 5
+    assert resumed_config(tmp_path, {}, ["training.epochs=2", "data.seed=3"], {}).data.seed == 3
+    path = tmp_path / "checkpoints" / "last.safetensors"
+    groups, manifest = load_checkpoint(path.parent, "last")
+    del manifest["identity"]["data.seed"]
+    save_checkpoint(path.parent, "last", groups, manifest)
+    assert Trainer(again, tmp_path, resume=True).fit()["epochs"] == 2

@@ -24,7 +24,7 @@ def healthy_config(number: int) -> Config:
     rate = draw.choice((1e-3, 2e-3, 4e-3))
     scenes = EPOCH_STEPS * batch * accumulate - draw.choice((0, 0, 1, batch // 2))
     settings: dict[str, Any] = {
-        "training.seed": number, "training.batch_size": batch, "training.accumulate": accumulate,
+        "training.seed": number, "data.seed": number, "training.batch_size": batch, "training.accumulate": accumulate,
         "training.precision": draw.choice(("fp32", "bf16")), "training.epochs": EPOCHS,
         "data.train_scenes": scenes, "data.val_scenes": 128, "data.val_limit": 128, "data.fixed": draw.random() < 0.3,
         "optimizer.backbone_lr": rate, "optimizer.head_lr": rate * draw.choice((1.0, 2.0)),
