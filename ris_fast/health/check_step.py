@@ -20,6 +20,7 @@ from ris_fast.training.schedule import learning_rate_factor
 from ris_fast.training.telemetry import Telemetry
 
 STEPS = 5
+FEW = 8                    # scenes of a micro-batch where a step matters and not what it learns
 SCALER_STEPS = 24          # a dynamic loss scale halves its way to one that fits in fewer
 STANDS_STILL = 1e-5        # of the raw weights' way; an average over ten thousand steps has gone more
 ROUNDING = 1e-6            # of the weights: a shorter way is lost in an average's rounding
@@ -49,8 +50,7 @@ class StepProbe(Telemetry):
         self.taken = Taken()
 
     def cleared(self) -> None:
-        parts = [p.grad.detach().double().norm() for p in self.model.parameters() if p.grad is not None]
-        self.taken.left_over = float(torch.stack(parts).norm()) if parts else 0.0
+        self.taken.left_over = _norm([p.grad for p in self.model.parameters()])
 
     def shown(self, scenes: Scenes, factor: Tensor) -> None:
         """Nothing: the scenes are known."""
@@ -103,7 +103,7 @@ def one_step(subject: Subject) -> Iterator[Finding]:
     yield from _on_the_way(subject, first, _norm(raw), expected)
     if first.skipped == 0 and math.isfinite(_norm(raw)) and _norm(raw) > 0:
         yield from _shares(subject, group, first, expected)
-    second = take_step(subject, group, subject.trainer.plan.planned)
+    second = take_step(subject, _few(group), subject.trainer.plan.planned)
     if second.left_over > 1e-3 * max(_norm(raw), 1e-30) and math.isfinite(second.left_over):
         yield Finding("gradients_never_cleared", f"at the start of the second step the gradients still have norm "
                       f"{second.left_over:.3g} of the first one's {_norm(raw):.3g}.")
@@ -118,7 +118,12 @@ def _no_step(reached: bool, raw: float) -> Iterator[Finding]:
 
 
 def _norm(parts: Sequence[Tensor | None]) -> float:
-    return float(torch.stack([part.double().norm() for part in parts if part is not None] or [torch.zeros(())]).norm())
+    norms = [torch.linalg.vector_norm(part.detach(), dtype=torch.float64) for part in parts if part is not None]
+    return float(torch.stack(norms or [torch.zeros(())]).norm())
+
+
+def _few(group: Sequence[Scenes]) -> list[Scenes]:
+    return [scenes[:FEW] for scenes in group]
 
 
 def _finite(parts: Sequence[Tensor | None]) -> bool:
@@ -204,7 +209,7 @@ def several_steps(subject: Subject) -> Iterator[Finding]:
     before = subject.optimizer.counters()
     for number in range(STEPS):
         applied.append(subject.optimizer.counters()["applied"])
-        taken = take_step(subject, subject.groups[number % len(subject.groups)], planned, number)
+        taken = take_step(subject, _few(subject.groups[number % len(subject.groups)]), planned, number)
         rates.append(taken.rates)
     after = subject.optimizer.counters()
     if after["attempted"] - before["attempted"] < STEPS - 1 and after["attempted"] != before["attempted"]:

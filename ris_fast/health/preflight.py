@@ -13,14 +13,14 @@ from ris_fast.health import (check_calls, check_gradient, check_information, che
                              check_parameters, check_scenes, check_schedule, check_step, check_terms, check_validation)
 from ris_fast.health.finding import Finding
 from ris_fast.health.subject import Subject
-from ris_fast.health.untouched import untouched
+from ris_fast.health.untouched import Numbers, untouched
 from ris_fast.training.batch import is_memory
 from ris_fast.training.loop import Trainer
 
 Check = Callable[[Subject], Iterator[Finding]]
-SMALL_BATCH = {**check_scenes.CHECKS, **check_parameters.CHECKS, **check_loss.CHECKS, **check_calls.CHECKS, **check_network.CHECKS,
+SMALL_BATCH = {**check_scenes.CHECKS, **check_parameters.CHECKS, **check_loss.CHECKS, **check_calls.SMALL_BATCH, **check_network.CHECKS,
                **check_inputs.CHECKS, **check_information.CHECKS, **check_gradient.CHECKS, **check_terms.CHECKS, **check_kernels.CHECKS, **check_schedule.CHECKS}
-WHOLE_STEP = {**check_validation.CHECKS, **check_step.CHECKS}
+WHOLE_STEP = {**check_calls.WHOLE_STEP, **check_validation.CHECKS, **check_step.CHECKS}
 LEARNING = check_memory.CHECKS
 
 
@@ -56,26 +56,27 @@ def unknown(results: Sequence[Result]) -> str:
 
 def run_checks(trainer: Trainer, *, progress: Callable[[Result], None] | None = None) -> list[Result]:
     """Every check in turn. One that cannot run because of what another found is noted, not raised."""
-    subject, results = Subject(trainer), []
-    for name, check in {**SMALL_BATCH, **WHOLE_STEP, **LEARNING}.items():
+    subject, numbers, results = Subject(trainer), Numbers(trainer), []
+    compiling = check_calls.COMPILING if subject.by_torch else {}
+    for name, check in {**SMALL_BATCH, **compiling, **WHOLE_STEP, **LEARNING}.items():
         if name in LEARNING and any(result.findings for result in results):
             continue
-        result = _run(subject, name, check, small=name not in WHOLE_STEP)
+        result = _run(subject, numbers, name, check, small=name in SMALL_BATCH or name in LEARNING)
         results.append(result)
         if progress is not None:
             progress(result)
     return results
 
 
-def _run(subject: Subject, name: str, check: Check, *, small: bool) -> Result:
+def _run(subject: Subject, numbers: Numbers, name: str, check: Check, *, small: bool) -> Result:
     began, failed = time.perf_counter(), ""
     findings: list[Finding] = []
     subject.note, subject.reached = "", True
-    with untouched(subject.trainer), warnings.catch_warnings():
+    with untouched(subject.trainer, numbers), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         subject.model.train()
         try:
-            if small and name != "the step calls the network itself":
+            if small:
                 with subject.small():
                     findings.extend(check(subject))
             else:

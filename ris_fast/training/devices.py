@@ -50,6 +50,7 @@ class Network:
     def __init__(self, model: nn.Module, compile: bool, batch_size: int | None = None) -> None:
         self.features, self.as_written, self.batch_size = model.features, model.trunk, batch_size
         self.trunk = torch.compile(model.trunk, fullgraph=True, dynamic=False) if compile else self.as_written
+        self.ready = False             # a first call has compiled it
         self.known: dict[int, tuple[Tensor, ...]] = {}
 
     def __call__(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Prediction:
@@ -104,6 +105,7 @@ def compile_now(network: Network, train: Callable[[], None], device: torch.devic
             return f"eager: compilation failed ({(str(error) or type(error).__name__).strip().splitlines()[0]})"
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    network.ready = True
     return f"compiled with torch.compile in {time.monotonic() - began:.1f} s"
 
 

@@ -265,8 +265,8 @@ class Trainer(Reporting):
     # ---- small things -------------------------------------------------------------------------------------------
 
     def _compile(self) -> None:
-        """Compiles before the clock of the run starts, on a batch that trains nothing."""
-        if self.step.network is not self.network or not self.network.compiled:
+        """Compiles before the clock of the run starts, on a batch that trains nothing, unless preflight has done so."""
+        if self.step.network is not self.network or not self.network.compiled or self.network.ready:
             return
         size = self.config.training.batch_size
         if self.source.size("train") < size:
