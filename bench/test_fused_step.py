@@ -58,7 +58,7 @@ def fused(sizes: list[int], telemetry: bool = True) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
 
     return step
 

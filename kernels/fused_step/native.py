@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
@@ -70,10 +70,10 @@ def accumulate(
     gradients: list[Tensor], starts: list[int], grad: Tensor, chunks: Tensor, segments: Tensor, partial: Tensor, sums: Tensor,
     state: Tensor, tickets: Tensor, scale: float, overwrite: bool, norm: bool, simd: str | None = None,
 ) -> None:  # fmt: skip
-    pointers = torch.tensor([_at(g) for g in gradients], dtype=torch.int64)
-    numels = torch.tensor([g.numel() for g in gradients], dtype=torch.int64)
-    half = torch.tensor([g.dtype == torch.bfloat16 for g in gradients], dtype=torch.int32)
+    count = len(gradients)
+    pointers, numels = (c_int64 * count)(*map(_at, gradients)), (c_int64 * count)(*map(Tensor.numel, gradients))
+    half = (c_int32 * count)(*(g.dtype == torch.bfloat16 for g in gradients))
     call("accumulate", simd)(
-        _at(pointers), _at(numels), _at(half), _at(grad), grad.numel(), _at(chunks), chunks.shape[0], _at(segments),
+        pointers, numels, half, _at(grad), grad.numel(), _at(chunks), chunks.shape[0], _at(segments),
         segments.shape[0], _at(partial), _at(sums), _at(state), scale, overwrite, norm,
     )  # fmt: skip

@@ -89,7 +89,7 @@ def _one_pass(trainer: Trainer, batch_size: int) -> dict[str, float]:
         watch.lap("features")
         prediction = trainer.model.trunk(features)
     watch.lap("forward")
-    trainer.optimizer.zero_grad()
+    trainer.optimizer.zero_grad(set_to_none=False)
     loss, _ = trainer.loss(prediction, scenes)
     watch.lap("loss")
     loss.backward()

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ris_fast.kernels.fused_step.layout import Group, Hyper
 from ris_fast.kernels.fused_step.op import backends
@@ -19,12 +21,17 @@ def _refuse(message: str) -> None:
     raise ValueError(f"FusedAdamW: {message}")
 
 
-def check_group(group: Mapping[str, Any]) -> None:
-    """Raises ValueError on a parameter group's value outside its range, naming it."""
+def check_kind(group: Mapping[str, Any]) -> None:
+    """Raises ValueError on a form of the step that there is none of."""
     if group["amsgrad"]:
         _refuse("amsgrad=True is not supported. Leave it out, or use torch.optim.AdamW.")
     if group["differentiable"]:
         _refuse("differentiable=True is not supported: the step is in place. Use torch.optim.AdamW.")
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raises ValueError on a parameter group's value outside its range, naming it."""
+    check_kind(group)
     if group["foreach"] and group["fused"]:
         _refuse("foreach=True and fused=True exclude each other, as in torch. Leave both out: there is one implementation.")
     lr = group["lr"]
@@ -64,27 +71,68 @@ def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str
     return wanted
 
 
-def refuse_shared_memory(params: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Raises ValueError where two parameters overlap in memory: moving them into the buffer would untie them."""
+def refuse_parameters(params: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raises ValueError on parameters that cannot live in a flat buffer, naming the first and what to do."""
+    for name, p in zip(names, params, strict=True):
+        _refuse_kind(name, p)
+        if p.numel() > _span(p):
+            _refuse(f"parameter {name} of shape {tuple(p.shape)} has strides {p.stride()}: several elements are one place in memory. Clone it (p.clone()).")
+        if p.device.type == "cpu" and p.is_shared():
+            _refuse(
+                f"parameter {name} is in memory shared between processes (model.share_memory(), or sent to another process), and a flat buffer is not. "
+                "Use torch.optim.AdamW for Hogwild training; send other processes a copy (copy.deepcopy(model))."
+            )
+    _refuse_overlap(params, names)
+
+
+def _refuse_kind(name: str, p: Tensor) -> None:
+    if is_lazy(p):
+        _refuse(f"parameter {name} has no shape yet. Call the model once (a dry run) before building the optimizer.")
+    if getattr(p, "_is_flat_param", False):
+        _refuse(f"parameter {name} is a FlatParameter of FSDP, whose shards move. Use torch.optim.AdamW with FSDP, or DistributedDataParallel with FusedAdamW.")
+    if is_traceable_wrapper_subclass(p):
+        kind = type(p.data).__name__
+        sharded = "FSDP2 (fully_shard) and tensor parallelism make DTensors. " if kind == "DTensor" else ""
+        _refuse(
+            f"parameter {name} is a {kind}, which has no memory of its own to move into a flat buffer. {sharded}"
+            "Use torch.optim.AdamW for it, or DistributedDataParallel with FusedAdamW."
+        )
+    if p.layout != torch.strided:
+        _refuse(f"parameter {name} is {p.layout}. Use torch.optim.AdamW for parameters that are not dense.")
+
+
+def _span(p: Tensor) -> int:
+    """Places in memory from the first element to the last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)) if p.numel() else 0
+
+
+def _refuse_overlap(params: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Moving two parameters that overlap in memory into the buffer would untie them."""
     spans, seen = [], set()
     for name, p in zip(names, params, strict=True):
         if id(p) in seen:
             _refuse(f"parameter {name} is given twice. Give it once.")
         seen.add(id(p))
-        if p.numel():
-            last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
-            spans.append((str(p.device), p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size(), name))
+        if p.numel() and p.device.type != "meta":
+            spans.append((str(p.device), p.data_ptr(), p.data_ptr() + _span(p) * p.element_size(), name))
     spans.sort()
     for (device, _, end, name), (other_device, begin, _, other) in zip(spans, spans[1:], strict=False):
         if device == other_device and begin < end:
             _refuse(f"parameters {name} and {other} are different but share memory. Tie the Parameter itself (a.weight = b.weight), not its data.")
 
 
-def tensor_names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name per tensor: those given with the parameters, else group.index."""
-    names = [
-        group["param_names"][i] if "param_names" in group else f"group{g}.{i}" for g, group in enumerate(groups) for i in range(len(group["params"]))
-    ]
+def tensor_names(groups: Sequence[Mapping[str, Any]], known: Mapping[Tensor, str] | None = None) -> list[str]:
+    """A name per tensor: the one given with it, else group.index.
+
+    known: earlier names of tensors; lists of parameters may have been edited since, and the names beside them not.
+    """
+    known, names = known or {}, []
+    kept = {known[p] for group in groups for p in group["params"] if p in known}
+    for g, group in enumerate(groups):
+        given = group.get("param_names", ())
+        for i, p in enumerate(group["params"]):
+            named = known.get(p) or (given[i] if i < len(given) and given[i] not in kept else None)
+            names.append(named if given and named else f"group{g}.{i}")
     if len(set(names)) != len(names):
         raise ValueError("FusedAdamW: two parameters have the same name. Give each group's parameters names of their own.")
     return names
@@ -101,6 +149,7 @@ def host_values(optimizer: Any) -> tuple[tuple[float, ...], list[tuple[int, Tens
     values[Hyper.GROWTH_INTERVAL] = GROWTH_INTERVAL
     on_device: list[tuple[int, Tensor]] = []
     for group in optimizer.param_groups:
+        check_kind(group)
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.is_cuda:
             on_device.append((len(values) + Group.LR, lr))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import CDLL, c_size_t, c_void_p
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ris_fast.kernels.fused_step.layout import Coefficient, Group, Hyper, State,
 from ris_fast.kernels.fused_step.op import backends
 
 PAGE, HUGE, MADV_HUGEPAGE = 4096, 1 << 22, 14  # bytes, bytes, <sys/mman.h>
+REMEMBERED = 64  # choices of tensors with a gradient, whose tables are kept
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -50,13 +52,24 @@ def window_like(flat: Tensor, start: int, like: Tensor) -> Tensor:
     item = flat.element_size()
     storage = flat.untyped_storage()[start * item : (start + real_numel(like)) * item]
     strides = torch.empty_like(like, device="meta").stride()
-    return torch.empty(0, dtype=like.dtype, device=flat.device).set_(storage, 0, like.shape, strides)
+    dtype = flat.dtype.to_complex() if like.is_complex() else flat.dtype
+    return torch.empty(0, dtype=dtype, device=flat.device).set_(storage, 0, like.shape, strides)
+
+
+def held_elsewhere(tensor: Tensor, among: Sequence[Tensor] = ()) -> bool:
+    """Whether tensors besides this one and those of `among` (and, for a window, its buffer) use its storage."""
+    storage = tensor.untyped_storage()._cdata
+    ours = sum(other.untyped_storage()._cdata == storage for other in among) if among else 1
+    return torch._C._storage_Use_Count(storage) - 1 > ours  # one more for the storage object in hand
 
 
 def dense(gradient: Tensor, view: Tensor) -> Tensor:
-    """The elements of a gradient as a vector of real numbers, in the memory order of the parameter's view."""
-    if gradient.stride() != view.stride() or gradient.dtype not in (view.dtype, torch.bfloat16):
+    """A gradient as real numbers one after the other, in the memory order of the parameter's view."""
+    lazy = gradient.is_conj() or gradient.is_neg()
+    if lazy or gradient.stride() != view.stride() or gradient.dtype not in (view.dtype, torch.bfloat16):
         gradient = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype, device=view.device).copy_(gradient)
+    if gradient.is_contiguous() and not gradient.is_complex():
+        return gradient
     flat = gradient.as_strided((gradient.numel(),), (1,))
     return torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
 
@@ -64,8 +77,8 @@ def dense(gradient: Tensor, view: Tensor) -> Tensor:
 class Bucket:
     """Flat buffers for T tensors of one device and dtype.
 
-    The buffers of P elements: `param`, `grad`, `exp_avg`, `exp_avg_sq`, and `ema` (float32 where the parameters are
-    half precision) or None. `state`, `hyper`: see layout.py. `ring` (R, T, 4): the telemetry of the last R steps, in the
+    The buffers of P elements: `param`, `grad`, `exp_avg`, `exp_avg_sq`, and `ema` or None; the last three are float32
+    where the parameters are half precision (in float16 (1 - beta2) g^2 is zero for gradients below 5e-3). `state`, `hyper`: see layout.py. `ring` (R, T, 4): the telemetry of the last R steps, in the
     slot (step mod R); `ring_steps` (R,) float64: the number of the step in each slot, 0 where there is none yet.
     Nothing here reads from the device.
     """
@@ -83,8 +96,10 @@ class Bucket:
         def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
             return torch.zeros(*shape, dtype=kind, device=device)
 
-        self.param, self.grad, self.exp_avg, self.exp_avg_sq = (flat_zeros(elements, dtype, device) for _ in range(4))
-        self.ema = flat_zeros(elements, torch.float32 if dtype in _HALF else dtype, device) if with_ema else None
+        wide = torch.float32 if dtype in _HALF else dtype
+        self.param, self.grad = (flat_zeros(elements, dtype, device) for _ in range(2))
+        self.exp_avg, self.exp_avg_sq = (flat_zeros(elements, wide, device) for _ in range(2))
+        self.ema = flat_zeros(elements, wide, device) if with_ema else None
         self.grads = [view_like(self.grad, start, tensor) for start, tensor in zip(self.starts, like, strict=True)]
         self.params, self.moments1, self.moments2, self.averages = (
             [] if flat is None else [window_like(flat, start, tensor) for start, tensor in zip(self.starts, like, strict=True)]
@@ -118,10 +133,12 @@ class Bucket:
         """Names the tensors that have a gradient; tables of earlier choices are kept, so alternating is cheap."""
         self._live = tuple(live)
         if self._live not in self._tables:
+            if len(self._tables) == REMEMBERED:
+                self._tables.clear()
             segments, chunks = tables(self.numels, self._groups, live, self._kernels.chunk)
             made = (segments, chunks, *scratch(segments, chunks))
             self._tables[self._live] = tuple(t.to(self.device) for t in made)  # type: ignore[assignment]
-        self.segments, self.chunks, self.partial, self.tickets = self._tables[self._live]
+        self.work = self.segments, self.chunks, self.partial, self.tickets = self._tables[self._live]
 
     def write_hyper(self, values: Sequence[float]) -> None:
         """Copies the host's values to the device without waiting for it."""
@@ -131,7 +148,7 @@ class Bucket:
         self.hyper.copy_(host, non_blocking=True)
 
     def accumulate(self, gradients: list[Tensor], scale: float, overwrite: bool, norm: bool) -> None:
-        """grad <- (0 or grad) + scale * gradients, one vector a tensor, empty where there is none; `norm`: with pass one."""
+        """grad <- (0 or grad) + scale * gradients, `dense` ones, empty where there is none; `norm`: with pass one."""
         self._kernels.accumulate(
             gradients, self.starts, self.grad, self.chunks, self.segments, self.partial, self.sums, self.state, self.tickets,
             scale, overwrite, norm,
@@ -154,6 +171,22 @@ class Bucket:
             self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.ema, self.chunks, self.segments, self.hyper,
             self.partial, self.telemetry, self.coefficients, self.state, self.tickets, clear,
         )  # fmt: skip
+
+    def average_rest(self) -> None:
+        """The average of tensors without a gradient, which no pass reads, goes on towards their weights."""
+        if self.ema is None or all(self._live) or not self.ema.is_floating_point():
+            return
+        weight = (self.state[State.EMA_WEIGHT] * (1 - self.state[State.SKIP])).to(self.ema.dtype)
+        for begin, end in self._rest():
+            self.ema[begin:end].lerp_(self.param[begin:end].to(self.ema.dtype), weight)
+
+    def _rest(self) -> Iterator[tuple[int, int]]:
+        """First and last element of each run of neighbours without a gradient."""
+        ends = [start + padded(numel) for start, numel in zip(self.starts, self.numels, strict=True)]
+        for live, run in groupby(range(len(ends)), key=self._live.__getitem__):
+            if not live:
+                members = list(run)
+                yield self.starts[members[0]], ends[members[-1]]
 
     def record(self) -> None:
         """Copies the telemetry of the step that was just made into the ring. Its slot comes from the device's own count of
@@ -180,6 +213,7 @@ def run_step(buckets: Sequence[Bucket], clear: bool, measured: bool) -> None:
             bucket.decide()
     for bucket in buckets:
         bucket.apply(clear)
+        bucket.average_rest()
 
 
 def _share_totals(buckets: Sequence[Bucket]) -> None:

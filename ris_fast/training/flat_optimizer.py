@@ -1,91 +1,149 @@
-"""A torch Optimizer whose parameters and gradients live in flat buffers: who is where, and which gradient is present."""
+"""A torch Optimizer whose parameters live in flat buffers: who is where, and what a user changed of it between steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ris_fast.training.arguments import check_group, choose_backend, refuse_shared_memory, tensor_names
-from ris_fast.training.flat import Bucket, dense, real_dtype
+from ris_fast.training.arguments import check_group, choose_backend, refuse_parameters, tensor_names
+from ris_fast.training.flat import Bucket, held_elsewhere, real_dtype
+
+_STATE = ("step", "exp_avg", "exp_avg_sq", "ema", "counters")  # ours in `state`; other entries are the user's
 
 
 class FlatOptimizer(Optimizer):
     """Holds the buffers. The subclass sets `wanted_backend`, `ema_decay` and `_record_count`, then calls `Optimizer.__init__` and `_build`.
 
     For tensor i of all groups in order: `_params[i]`; its buffer and its place there `_place[i]`; its gradient view
-    `_grad_views[i]`; and `_expected[i]`, which is that view while the tensor takes part in steps, else None. Fast checks
-    compare `.grad` with `_expected`; only where they differ is anything copied or laid out again.
+    `_grad_views[i]`; and whether it took part in the last step, `_live[i]`. What torch shows (`param_groups`, `.data`,
+    `state`) is compared with what was left there before each step; only where it differs is anything copied or laid out again.
     """
 
     _built = False
+    _averaging = False  # True once the average has left its starting value: only then is it worth saving
     wanted_backend: str
+    ema_decay: float | None
     _record_count: int
 
     def _build(self) -> None:
         """Moves every parameter, with the moments that `self.state` has for it, into new flat buffers."""
         groups = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
+        known = dict(zip(self._params, self.tensor_names, strict=True)) if self._built else {}
         self._params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
-        self.tensor_names = tensor_names(self.param_groups)
-        refuse_shared_memory(self._params, self.tensor_names)
+        if not self._params:
+            raise ValueError("FusedAdamW: param_groups hold no parameter any more. Leave at least one in place.")
+        self.tensor_names = tensor_names(self.param_groups, known)
+        refuse_parameters(self._params, self.tensor_names)
+        self._sizes = self._name_groups()
         kinds = list(dict.fromkeys((p.device, real_dtype(p)) for p in self._params))
         self._rows = [[i for i, p in enumerate(self._params) if (p.device, real_dtype(p)) == kind] for kind in kinds]
         self._buckets = [self._make_bucket(kind, members, groups) for kind, members in zip(kinds, self._rows, strict=True)]
         self._place = {i: (b, slot) for b, members in zip(self._buckets, self._rows, strict=True) for slot, i in enumerate(members)}
         self._grad_views = [self._place[i][0].grads[self._place[i][1]] for i in range(len(self._params))]
-        self._expected: list[Tensor | None] = [None] * len(self._params)
         self._measured: list[int] = []
         self._clear_version: list[int] = []
         self._stepped = False
         with torch.no_grad():
-            for i, p in enumerate(self._params):
-                bucket, slot = self._place[i]
-                bucket.params[slot].copy_(p)
-                p.data = bucket.params[slot]
+            for i in range(len(self._params)):
+                self._move_in(i)
             self._load_moments(dict(self.state))
-        self._pointers = [p.data_ptr() for p in self._params]
+        self._at = _where(self._params)
         self._built = True
+
+    def _name_groups(self) -> list[int]:
+        """Number of tensors of each group; names beside the tensors are put right where the lists were edited."""
+        sizes, begin = [len(group["params"]) for group in self.param_groups], 0
+        for group, size in zip(self.param_groups, sizes, strict=True):
+            if "param_names" in group:
+                group["param_names"] = self.tensor_names[begin : begin + size]
+            begin += size
+        return sizes
 
     def _make_bucket(self, kind: tuple[torch.device, torch.dtype], members: Sequence[int], groups: Sequence[int]) -> Bucket:
         like = [self._params[i].detach() for i in members]
         backend = choose_backend(self.wanted_backend, *kind)
         return Bucket(like, [groups[i] for i in members], len(self.param_groups), backend, self.ema_decay is not None, self._record_count)
 
+    def _move_in(self, i: int) -> None:
+        bucket, slot = self._place[i]
+        bucket.params[slot].copy_(self._params[i])
+        self._params[i].data = bucket.params[slot]
+
     @property
     def backend(self) -> str:
         """Implementation in use; several joined by + where the parameters are of several kinds."""
         return "+".join(dict.fromkeys(bucket.backend for bucket in self._buckets))
 
+    # ---- the state that torch shows ----------------------------------------------------------------------------------
+
     def _load_moments(self, loaded: dict[Any, Any]) -> None:
-        """Copies steps and moments into the buffers; a tensor without any starts from zero."""
-        self.state.clear()
+        """Copies steps, moments and averages into the buffers; a tensor without moments starts from zero."""
         for i, p in enumerate(self._params):
             bucket, slot = self._place[i]
             saved = loaded.get(p)
             if not saved:
                 for tensor in (bucket.moments1[slot], bucket.moments2[slot], bucket.steps[slot]):
                     tensor.zero_()
+                self.state.pop(p, None)
                 continue
             bucket.moments1[slot].copy_(saved["exp_avg"])
             bucket.moments2[slot].copy_(saved["exp_avg_sq"])
             bucket.steps[slot].copy_(torch.as_tensor(saved["step"]))
-            self._expose(i)
+            if self._averaging and "ema" in saved:
+                bucket.averages[slot].copy_(saved["ema"])
+            self.state[p] = {key: value for key, value in saved.items() if key not in _STATE} | self._views(i)
+        self._live: list[bool] = []
+        self._show_state()
 
-    def _expose(self, i: int) -> None:
-        """Puts views of step and moments where torch keeps its state."""
+    def _views(self, i: int) -> dict[str, Tensor]:
+        """Step and moments of a tensor, where they are."""
         bucket, slot = self._place[i]
-        self.state[self._params[i]] = dict(step=bucket.steps[slot], exp_avg=bucket.moments1[slot], exp_avg_sq=bucket.moments2[slot])
+        return dict(step=bucket.steps[slot], exp_avg=bucket.moments1[slot], exp_avg_sq=bucket.moments2[slot])
 
-    # ---- parameters ------------------------------------------------------------------------------------------------
+    def _show_state(self) -> None:
+        """Puts averages and, with the first tensor that has moments, the counters where savers look: in torch's state."""
+        holders = [i for i, p in enumerate(self._params) if self.state.get(p)]
+        for i in holders:
+            bucket, slot = self._place[i]
+            extra = {"ema": bucket.averages[slot]} if self._averaging else {}
+            extra |= {"counters": self._buckets[0].state} if i == holders[0] else {}
+            entry = self.state[self._params[i]]
+            for key in ("ema", "counters"):
+                entry.pop(key, None)
+            entry.update(extra)
+        self._shown = self._state_tensors()
+
+    def _state_tensors(self) -> list[Any]:
+        return list(chain.from_iterable(entry.values() for entry in self.state.values() if isinstance(entry, dict)))
+
+    # ---- what a user changes between steps ---------------------------------------------------------------------------
 
     def rebind(self) -> None:
         """Takes the parameters where they are now (after `model.to(...)`), with moments, averages and counters."""
-        extra = self.extra_state()
+        self._rebuild()
+        self._stepped = False
+
+    @torch.no_grad()
+    def _rebuild(self) -> None:
+        """Lays the buffers out again for the parameters as listed now. A tensor that has left keeps its state, as in torch."""
+        averages = {p: bucket.averages[slot] for p, (bucket, slot) in zip(self._params, self._place.values(), strict=True)} if self._averaging else {}
+        counters, stepped = self._buckets[0].state, self._stepped
+        for p in set(self._params).difference(p for group in self.param_groups for p in group["params"]):
+            if p in self.state:
+                self.state[p] = {key: value.clone() if isinstance(value, Tensor) else value for key, value in self.state[p].items()}
         self._build()
-        self.load_extra_state(extra)
+        for bucket in self._buckets:
+            bucket.state.copy_(counters)
+        self._stepped = stepped
+        for i, p in enumerate(self._params):
+            if self._averaging and (p in averages or "ema" not in self.state.get(p, {})):
+                self._place[i][0].averages[self._place[i][1]].copy_(averages.get(p, p))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch. Flat buffers are laid out again: capture CUDA graphs afterwards."""
@@ -94,103 +152,65 @@ class FlatOptimizer(Optimizer):
             return
         try:
             check_group(self.param_groups[-1])
-            refuse_shared_memory([*self._params, *self.param_groups[-1]["params"]], tensor_names(self.param_groups))
+            refuse_parameters([p for group in self.param_groups for p in group["params"]], tensor_names(self.param_groups))
         except ValueError:
             self.param_groups.pop()
             raise
-        self.rebind()
+        self._rebuild()
 
-    def _check_parameters(self) -> None:
-        """Raises if parameters have left the buffers; before the first step it follows them instead."""
-        if [p.data_ptr() for p in self._params] == self._pointers:
+    def _follow(self) -> None:
+        """Takes over, as torch would, what was changed since the last step: lists of parameters, their data, their state."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        listed = identical(params, self._params) and [len(group["params"]) for group in self.param_groups] == self._sizes
+        in_place = listed and _where(params) == self._at
+        if in_place and identical(self._state_tensors(), self._shown):
             return
-        if not self._stepped:
-            self.rebind()
-            return
-        moved = [name for name, p, at in zip(self.tensor_names, self._params, self._pointers, strict=True) if p.data_ptr() != at]
-        raise RuntimeError(
-            f"FusedAdamW.step: {len(moved)} of {len(self._params)} parameters (first: {moved[0]}) left the flat buffer: the model was moved "
-            "(.to, .cuda, .half), given to another FusedAdamW, or its .data replaced after the first step. "
-            "Move the model before the first step, or call optimizer.rebind()."
-        )
-
-    # ---- gradients -------------------------------------------------------------------------------------------------
-
-    def _take_gradients(self) -> bool:
-        """Makes every gradient a view into its buffer; False if there is none at all."""
         if self._capturing():
-            self._check_capture()
-        if not all(p.grad is seen for p, seen in zip(self._params, self._expected, strict=True)):
-            self._adopt([p.grad for p in self._params])
-        return any(seen is not None for seen in self._expected)
+            raise RuntimeError("FusedAdamW.step: captured after parameters, their data or their state were replaced. Step once before capturing.")
+        if not listed:
+            self._rebuild()
+        elif not in_place:
+            self._follow_data()
+        with torch.no_grad():
+            self._load_moments(dict(self.state))
 
-    def _adopt(self, grads: Sequence[Tensor | None]) -> None:
-        """Copies gradients that autograd (or a user) put elsewhere into the buffers; None means not in this step."""
-        for name, grad in zip(self.tensor_names, grads, strict=True):
-            if grad is not None and grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"FusedAdamW.step: the gradient of {name} is {grad.layout}; sparse gradients are not supported. "
-                    "Use Embedding(sparse=False), or torch.optim.SparseAdam for this parameter."
-                )
-        foreign = [(view, grad) for view, grad in zip(self._grad_views, grads, strict=True) if grad is not None and grad is not view]
-        if foreign:
-            torch._foreach_copy_([view for view, _ in foreign], [grad for _, grad in foreign])
-        self._attach(grad is not None for grad in grads)
+    def _follow_data(self) -> None:
+        """Moves data that was put in place of a parameter's own into the buffers; before the first step whatever it is.
 
-    def _check_capture(self) -> None:
-        """A graph would go on copying from where the gradients were: refuse unless all of them are in the buffers."""
-        named = zip(self.tensor_names, self._params, self._grad_views, self._expected, strict=True)
-        missing = [name for name, p, view, seen in named if p.requires_grad and not (p.grad is view is seen)]
-        if missing:
-            raise RuntimeError(
-                f"FusedAdamW.step: captured while {len(missing)} gradients are not in the flat buffer (first: {missing[0]}). "
-                "Step once before capturing, and clear with optimizer.zero_grad(), not with model.zero_grad()."
-            )
-
-    def _attach(self, live: Iterable[bool]) -> None:
-        """Makes `.grad`, the state that torch shows and the tables of work agree on which tensors take part."""
-        self._expected = [view if there else None for view, there in zip(self._grad_views, live, strict=True)]
-        for i, (p, seen) in enumerate(zip(self._params, self._expected, strict=True)):
-            p.grad = seen
-            if seen is not None and p not in self.state:
-                self._expose(i)
-        for bucket, members in zip(self._buckets, self._rows, strict=True):
-            bucket.set_live([self._expected[i] is not None for i in members])
-
-    @torch.no_grad()
-    def accumulate(self, gradients: Sequence[Tensor | None], scale: float = 1.0, *, overwrite: bool = False, last: bool = False) -> None:
-        """`.grad` <- (0 if overwrite else .grad) + scale * gradients, in one launch a buffer: for torch.autograd.grad.
-
-        Args:
-            gradients: one for each parameter, in order; None where there is none.
-            last: folds pass one in, so that the next step reads the gradient once less. Change no gradient in between.
+        Afterwards only what nobody else holds: another tensor over the same memory would no longer see the steps.
         """
-        present = [g is not None for g in gradients]
-        if len(present) != len(self._params):
-            raise ValueError(f"FusedAdamW.accumulate: {len(present)} gradients for {len(self._params)} parameters. Give one each, None where there is none.")
-        if not overwrite:
-            for view, seen in zip(self._grad_views, self._expected, strict=True):
-                if seen is None:
-                    view.zero_()
-            present = [there or seen is not None for there, seen in zip(present, self._expected, strict=True)]
-        self._attach(present)
-        for bucket, members in zip(self._buckets, self._rows, strict=True):
-            empty = bucket.grad[:0]
-            bucket.accumulate([empty if (g := gradients[i]) is None else dense(g, self._grad_views[i]) for i in members], scale, overwrite, last)
-        self._measured = self._versions() if last else []
+        moved = [i for i, (now, before) in enumerate(zip(zip(*_where(self._params)), zip(*self._at), strict=True)) if now != before]
+        if self._stepped:
+            windows = [self._place[i][0].params[self._place[i][1]] for i in moved]
+            kind = lambda tensor: (tensor.device, tensor.dtype, tensor.shape)  # noqa: E731
+            lost = [i for i, window in zip(moved, windows, strict=True) if kind(self._params[i]) != kind(window)]
+            self._refuse_moved(lost or [i for i in moved if held_elsewhere(self._params[i], self._params)])
+            if all(self._params[i].stride() == w.stride() and not held_elsewhere(w) for i, w in zip(moved, windows, strict=True)):
+                refuse_parameters([self._params[i] for i in moved], [self.tensor_names[i] for i in moved])
+                with torch.no_grad():
+                    for i in moved:
+                        self._move_in(i)
+                return
+        self._rebuild()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears gradients. The views stay in place either way; costs nothing right after a step with `clear_grads`."""
-        for p, view in zip(self._params, self._grad_views, strict=True):
-            if p.grad is not None and p.grad is not view:
-                p.grad = None if set_to_none else torch.zeros_like(p.grad)
-        if self._clear_version != self._versions():
-            for bucket in self._buckets:
-                bucket.grad.zero_()
-
-    def _versions(self) -> list[int]:
-        """Counts of in-place writes by torch to the gradient buffers; the fused kernels do not count."""
-        return [bucket.grad._version for bucket in self._buckets]
+    def _refuse_moved(self, moved: Sequence[int]) -> None:
+        if not moved:
+            return
+        refuse_parameters([self._params[i] for i in moved], [self.tensor_names[i] for i in moved])
+        raise RuntimeError(
+            f"FusedAdamW.step: {len(moved)} of {len(self._params)} parameters (first: {self.tensor_names[moved[0]]}) left the flat buffer: the "
+            "model was moved (.to, .cuda, .half), given to another FusedAdamW, or its .data replaced by memory that another tensor holds too. "
+            "Move the model before the first step, or call optimizer.rebind(), after which only the parameters themselves see the steps."
+        )
 
     def _capturing(self) -> bool:
         return any(bucket.device.type == "cuda" for bucket in self._buckets) and torch.cuda.is_current_stream_capturing()
+
+
+def _where(params: Sequence[Tensor]) -> tuple[list[int], list[torch.Size], list[tuple[int, ...]]]:
+    """What `.data =`, swap_tensors, share_memory and moving a model change."""
+    return [p.data_ptr() for p in params], [p.shape for p in params], [p.stride() for p in params]
+
+
+def identical(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))

@@ -21,9 +21,10 @@ FIRST_SCALE = 65536.0  # of a dynamic loss scale, as in torch.amp.GradScaler
 class FusedAdamW(SavedOptimizer):
     """AdamW on flat buffers: a drop-in for `torch.optim.AdamW` that also clips, checks, averages and reports.
 
-    Parameters are moved into one flat buffer per device and dtype (their `.data` become views); after its first
-    gradient a parameter's `.grad` is a view too. A parameter whose `.grad` is None is left alone, as in torch.
-    A step with a non-finite gradient changes no weight, moment or average, and is counted.
+    Parameters are moved into one flat buffer per device and dtype: their `.data` become views, and what shared memory with
+    them before (a detached alias, another process) sees no step. Between steps everything is as in torch, or refused by an
+    error: tests/training/test_optimizer_habits.py is the table. A parameter whose `.grad` is None is left alone; only its
+    average moves on towards it. A step with a non-finite gradient changes no weight, moment or average, and is counted.
 
     Args:
         params, lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW; eps must not be 0. `lr` may be a tensor.
@@ -36,14 +37,16 @@ class FusedAdamW(SavedOptimizer):
             are at the first step.
         ema_warmup: limits the decay to (1 + t) / (10 + t) after t applied steps, which removes the starting bias.
         loss_scale: None, a number, or "dynamic" (float16): multiply the loss by it with `scale`; steps unscale.
-        clear_grads: the step leaves gradients zero; otherwise they stay, as in torch.
+        clear_grads: the step makes `.grad` a view into the flat buffer and leaves it zero; clear with
+            `zero_grad(set_to_none=False)`, and a parameter that once had a gradient takes part in every step, as in torch
+            after that. Saves one copy of the gradients. Otherwise they stay where and as they are.
         telemetry: measures weight and update norms per tensor (gradient norms are always there).
         records: keeps the telemetry of this many steps on the device, for `records()`; 16 bytes a tensor and step.
         backend: "auto", "native" (C++), "triton" (CUDA) or "reference" (plain torch).
     Raises:
         ValueError, RuntimeError: on arguments or parameters that it cannot serve; says which and what to do.
-    Numerics: bias corrections and norms in float64; half-precision parameters are updated and averaged in float32.
-    CUDA graphs: after one eager step, `step()` can be captured. Change learning rate, `max_grad_norm` or `ema_decay`
+    Numerics: bias corrections and norms in float64; half-precision parameters have float32 moments and averages.
+    CUDA graphs: with `clear_grads`, after one eager step, `step()` can be captured. Change learning rate, `max_grad_norm` or `ema_decay`
         between replays and call `sync_hyperparameters()`. Not yet run on a GPU.
     """
 
@@ -99,6 +102,7 @@ class FusedAdamW(SavedOptimizer):
     def _build(self) -> None:
         super()._build()
         self._pushed: tuple[float, ...] = ()
+        self._captured: list[Any] = []
 
     # ---- the step ------------------------------------------------------------------------------------------------
 
@@ -112,7 +116,7 @@ class FusedAdamW(SavedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_parameters()
+        self._follow()
         if not self._take_gradients():
             warnings.warn(
                 "FusedAdamW.step: no parameter has a gradient, so nothing was updated. Was backward called, and does the "
@@ -124,6 +128,8 @@ class FusedAdamW(SavedOptimizer):
         if not self._capturing():
             self.sync_hyperparameters()
             self._start_average()
+        else:
+            self._captured.append([bucket.work for bucket in self._buckets])  # a replay reads these tables
         self._take_scaler()
         run_step(self._buckets, self.clear_grads, measured=self._measured == self._versions())
         if self._record_count and self.measure_telemetry:
@@ -134,7 +140,7 @@ class FusedAdamW(SavedOptimizer):
 
     def _note_step(self) -> None:
         """What the host remembers of a step; tells autograd that the weights changed under saved tensors."""
-        torch.autograd.graph.increment_version([p for p, seen in zip(self._params, self._expected, strict=True) if seen is not None])
+        torch.autograd.graph.increment_version([p for p, live in zip(self._params, self._live, strict=True) if live])
         self._stepped = True
         self._host_attempted += not self._capturing()
         self._measured = []
@@ -190,7 +196,7 @@ class FusedAdamW(SavedOptimizer):
             raise RuntimeError("FusedAdamW.ema: there is no average. Build the optimizer with ema_decay=0.999, say.")
         if self._swapped:
             raise RuntimeError("FusedAdamW.ema: the averaged weights are already in.")
-        self._check_parameters()
+        self._follow()
         raw = [bucket.param.clone() for bucket in self._buckets]
         self._swapped = True
         try:

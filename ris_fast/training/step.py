@@ -99,7 +99,7 @@ class Step:
     def update(self, group: Sequence[Scenes], planned: int) -> StepResult:
         """The step from clearing to averaging, without a host read: what a CUDA graph holds."""
         total = sum(scenes.batch for scenes in group)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)    # one buffer, zero already after the last step
         self.telemetry.cleared()
         losses, terms = zip(*(self._accumulate(scenes, scenes.batch / total) for scenes in group))
         self.telemetry.differentiated()

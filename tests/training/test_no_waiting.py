@@ -42,7 +42,7 @@ class Sums:
     def __init__(self) -> None:
         self.param_groups: list[dict[str, Any]] = []
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
         """The graph's first operation is the first backward."""
 
     def scale(self, loss: Tensor) -> Tensor:

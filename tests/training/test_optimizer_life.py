@@ -68,8 +68,10 @@ def test_gradients_stay_unless_clearing_is_asked_for() -> None:
     assert not any(p.grad.any() for p in ours.parameters())
     loss_of(ours).backward()
     assert all(p.grad.any() for p in ours.parameters())
-    fused.zero_grad()
+    fused.zero_grad(set_to_none=False)
     assert not any(p.grad.any() for p in ours.parameters())
+    fused.zero_grad()
+    assert all(p.grad is None for p in ours.parameters())
 
 
 def test_frozen_unused_and_thawed_parameters_equal_torch() -> None:
@@ -389,7 +391,7 @@ def test_hyperparameters_change_between_steps_without_the_step_reading_them() ->
 
 def test_capture_needs_every_gradient_in_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
-    optimizer = FusedAdamW(model.named_parameters())
+    optimizer = FusedAdamW(model.named_parameters(), clear_grads=True)
     monkeypatch.setattr(FusedAdamW, "_capturing", lambda self: True)
     with pytest.raises(RuntimeError, match=r"4 gradients are not in the flat buffer \(first: 0.weight\)"):
         optimizer.step()
@@ -399,7 +401,10 @@ def test_capture_needs_every_gradient_in_the_buffer(monkeypatch: pytest.MonkeyPa
     optimizer.step()
     model.zero_grad()
     (model[2].bias * 2).sum().backward()
-    with pytest.raises(RuntimeError, match="not with model.zero_grad"):
+    with pytest.raises(RuntimeError, match=r"clear with optimizer.zero_grad\(set_to_none=False\)"):
+        optimizer.step()
+    optimizer.state.clear()
+    with pytest.raises(RuntimeError, match="captured after parameters, their data or their state were replaced"):
         optimizer.step()
 
 

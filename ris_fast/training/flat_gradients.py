@@ -1,0 +1,113 @@
+"""Gradients of a flat optimizer: which are there in this step, and how they come into the flat buffers.
+
+A user's gradients stay where autograd or the user put them: a step copies them into the buffer (in the pass that takes
+their norm) and changes none of them. With `clear_grads`, and after `accumulate`, `.grad` is instead a view into the buffer,
+for backward to add to: no copy, but one tensor for good, as after torch's `zero_grad(set_to_none=False)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ris_fast.training.flat import dense
+from ris_fast.training.flat_optimizer import FlatOptimizer, identical
+
+
+class FlatGradients(FlatOptimizer):
+    """Adds gradients to the buffers. The subclass sets `clear_grads`."""
+
+    clear_grads: bool
+
+    def _take_gradients(self) -> bool:
+        """Brings every gradient into its buffer; False if there is none at all."""
+        if self._capturing():
+            self._check_capture()
+        grads = [p.grad for p in self._params]
+        self._take_part([grad is not None for grad in grads])
+        foreign = [i for i, (grad, view) in enumerate(zip(grads, self._grad_views, strict=True)) if grad is not None and grad is not view]
+        if foreign:
+            self._refuse_sparse([i for i in foreign if grads[i].layout != torch.strided])
+            torch._foreach_copy_([self._grad_views[i] for i in foreign], [grads[i] for i in foreign])
+            if self.clear_grads:
+                for i in foreign:
+                    self._params[i].grad = self._grad_views[i]
+        return any(self._live)
+
+    def _take_part(self, live: list[bool]) -> None:
+        """Makes the state that torch shows and the tables of work agree on which tensors have a gradient."""
+        if live == self._live:
+            return
+        new = [i for i, there in enumerate(live) if there and not self.state.get(self._params[i])]
+        for i in new:
+            self.state[self._params[i]].update(self._views(i))
+        if new:
+            self._show_state()
+        self._live = live
+        for bucket, members in zip(self._buckets, self._rows, strict=True):
+            bucket.set_live([live[i] for i in members])
+
+    def _fill(self, grads: Sequence[Tensor | None], scale: float, overwrite: bool, last: bool) -> None:
+        """buffer <- (0 if overwrite else buffer) + scale * grads, with pass one where it is the last before the step."""
+        for bucket, members in zip(self._buckets, self._rows, strict=True):
+            empty = bucket.grad[:0]
+            bucket.accumulate([empty if (g := grads[i]) is None else dense(g, self._grad_views[i]) for i in members], scale, overwrite, last)
+        self._measured = self._versions() if last else []
+
+    def _refuse_sparse(self, sparse: Sequence[int]) -> None:
+        if sparse:
+            raise RuntimeError(
+                f"FusedAdamW.step: the gradient of {self.tensor_names[sparse[0]]} is {self._params[sparse[0]].grad.layout}; sparse gradients are "
+                "not supported. Use Embedding(sparse=False), or torch.optim.SparseAdam for this parameter."
+            )
+
+    def _check_capture(self) -> None:
+        """A graph would go on copying from where the gradients were: refuse unless all of them are in the buffers."""
+        named = zip(self.tensor_names, self._params, self._grad_views, strict=True)
+        missing = [name for name, p, view in named if p.requires_grad and p.grad is not view]
+        if missing or [p.grad is not None for p in self._params] != self._live:
+            raise RuntimeError(
+                f"FusedAdamW.step: captured while {len(missing)} gradients are not in the flat buffer (first: {(missing or ['none'])[0]}). Build "
+                "the optimizer with clear_grads=True, step once before capturing, and clear with optimizer.zero_grad(set_to_none=False)."
+            )
+
+    @torch.no_grad()
+    def accumulate(self, gradients: Sequence[Tensor | None], scale: float = 1.0, *, overwrite: bool = False, last: bool = False) -> None:
+        """`.grad` <- (0 if overwrite else .grad) + scale * gradients, in one launch a buffer: for torch.autograd.grad.
+
+        `.grad` is then a view of the buffer, which later steps write to: clone what is to be kept.
+
+        Args:
+            gradients: one for each parameter, in order; None where there is none.
+            last: folds pass one in, so that the next step reads the gradient once less. Change no gradient in between.
+        """
+        present = [g is not None for g in gradients]
+        if len(present) != len(self._params):
+            raise ValueError(f"FusedAdamW.accumulate: {len(present)} gradients for {len(self._params)} parameters. Give one each, None where there is none.")
+        self._follow()
+        if not overwrite:
+            for p, view in zip(self._params, self._grad_views, strict=True):
+                if p.grad is not view:
+                    view.zero_() if p.grad is None else view.copy_(p.grad)
+            present = [there or p.grad is not None for there, p in zip(present, self._params, strict=True)]
+        self._take_part(present)
+        for p, view, there in zip(self._params, self._grad_views, present, strict=True):
+            p.grad = view if there else None
+        self._fill(gradients, scale, overwrite, last)
+
+    @torch.compiler.disable
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch. With False, gradients in the buffers are cleared at once; for nothing right after a step with `clear_grads`."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        flat = identical(params, self._params) and all(p.grad is None or p.grad is view for p, view in zip(params, self._grad_views, strict=True))
+        if set_to_none or not flat:
+            super().zero_grad(set_to_none)
+        elif self._clear_version != self._versions():
+            for bucket in self._buckets:
+                bucket.grad.zero_()
+
+    def _versions(self) -> list[int]:
+        """Counts of in-place writes by torch to the gradient buffers; the fused kernels do not count."""
+        return [bucket.grad._version for bucket in self._buckets]
