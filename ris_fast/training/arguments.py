@@ -88,8 +88,8 @@ def refuse_parameters(params: Sequence[Tensor], names: Sequence[str]) -> None:
 def _refuse_kind(name: str, p: Tensor) -> None:
     if is_lazy(p):
         _refuse(f"parameter {name} has no shape yet. Call the model once (a dry run) before building the optimizer.")
-    if getattr(p, "_is_flat_param", False):
-        _refuse(f"parameter {name} is a FlatParameter of FSDP, whose shards move. Use torch.optim.AdamW with FSDP, or DistributedDataParallel with FusedAdamW.")
+    if getattr(p, "_fsdp_flattened", False):
+        _refuse(f"parameter {name} belongs to FSDP, which moves its shards. Use torch.optim.AdamW with FSDP, or DistributedDataParallel with FusedAdamW.")
     if is_traceable_wrapper_subclass(p):
         kind = type(p.data).__name__
         sharded = "FSDP2 (fully_shard) and tensor parallelism make DTensors. " if kind == "DTensor" else ""

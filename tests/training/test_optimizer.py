@@ -126,6 +126,53 @@ def test_half_precision_is_closer_to_float64_than_torch(dtype: torch.dtype) -> N
     assert ours._buckets[0].ema.dtype == torch.float32
 
 
+def test_gradients_whose_squares_underflow_move_float16_weights_as_float32_ones() -> None:
+    """In float16 torch's AdamW ends in not-a-number here: eps = 1e-8 is zero, and so is (1 - beta2) g^2."""
+    params, exact = [nn.Parameter(torch.ones(4, dtype=kind)) for kind in (torch.float16, torch.float32)]
+    ours, plain = FusedAdamW([params], lr=1e-2, weight_decay=0.0), torch.optim.AdamW([exact], lr=1e-2, weight_decay=0.0)
+    for n in range(60):
+        exact.grad = torch.tensor([1e-3, 1e-5 * (n % 2), 3e-2, float(n == 0)]).half().float()
+        params.grad = exact.grad.half()
+        ours.step(), plain.step()
+    assert ours.counters()["skipped"] == 0
+    torch.testing.assert_close(params.float(), exact, rtol=0, atol=60 * torch.finfo(torch.float16).eps / 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_state_is_saved_without_rounding(dtype: torch.dtype) -> None:
+    runs = [(params := tensors(SHAPES, dtype), FusedAdamW(params, lr=1e-2, ema_decay=0.9)) for _ in range(2)]
+    (params, ours), (others, restored) = runs
+    train(params, ours, 3)
+    for p, other in zip(params, others, strict=True):
+        other.data.copy_(p)
+    restored.load_state_dict(copy.deepcopy(ours.state_dict()))
+    train(params, ours, 3), train(others, restored, 3)
+    with ours.ema(), restored.ema():
+        assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+    for bucket, other in zip(ours._buckets, restored._buckets, strict=True):
+        assert bucket.ema.dtype == torch.float32 and torch.equal(bucket.ema, other.ema) and torch.equal(bucket.exp_avg_sq, other.exp_avg_sq)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_the_average_of_a_tensor_without_gradient_goes_on_towards_it(dtype: torch.dtype) -> None:
+    """As that of torch.optim.swa_utils.AveragedModel, which moves all tensors in every step; not in a skipped one."""
+    params = tensors([(70,), (3,), (130,), (2, 2)], dtype)
+    ours = FusedAdamW(params, lr=0.1, ema_decay=0.9)
+    averages = [p.detach().to(torch.complex64 if dtype.is_complex else torch.float32).clone() for p in params]
+    for step in range(12):
+        ours.zero_grad()
+        for i in ((0, 1, 2, 3), (1,), (0, 3))[step % 3]:
+            params[i].grad = torch.ones_like(params[i])
+        if step == 7:
+            params[1].grad[0] = float("inf")
+        ours.step()
+        if step != 7:
+            for average, p in zip(averages, params, strict=True):
+                average.add_(p.detach() - average, alpha=0.1)
+    for average, p in zip(averages, params, strict=True):
+        torch.testing.assert_close(ours.state[p]["ema"], average, rtol=1e-5, atol=1e-6)
+
+
 def test_complex_parameters_equal_torch() -> None:
     exact, _ = torch_run([(5, 3), (7,)], torch.complex64, 20, lr=1e-2)
     params = tensors([(5, 3), (7,)], torch.complex64)

@@ -7,7 +7,6 @@ step. A row of REFUSED is something that flat buffers cannot follow: FusedAdamW 
 from __future__ import annotations
 
 import copy
-import gc
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -616,7 +615,6 @@ def another_optimizer_holds_the_same_parameters(run: Run) -> None:
 def an_optimizer_is_built_anew(run: Run) -> None:
     run.train()
     run.optimizer = run.kind(run.model.parameters(), lr=0.01)
-    gc.collect()
     run.train()
 
 
