@@ -28,6 +28,27 @@ enum Coefficient { C_GRADIENT, C_DECAY, C_L2, C_MOMENT1, C_BETA2, C_MOMENT2, C_S
 struct Segment { int64_t first, chunks, group, start, padded; };
 struct Chunk { int64_t start, length, segment; };
 struct Sums { double a, b; };
+inline Sums operator+(Sums x, Sums y) { return {x.a + y.a, x.b + y.b}; }
+
+// Where a chunk's gradient is: `whole` elements, a multiple of ROW, at `at`, and a last row, of a tensor that is not padded, in `tail`.
+struct Gradient {
+    float* at;
+    int64_t whole, rest;
+    alignas(64) float tail[ROW];
+
+    // sources: address and number of elements of each tensor's own gradient, or null for the flat buffer.
+    Gradient(float* flat, const int64_t* sources, int64_t tensors, const Chunk& chunk, const Segment* segments)
+        : at(flat + chunk.start), whole(chunk.length), rest(0) {
+        if (!sources) return;
+        const int64_t offset = chunk.start - segments[chunk.segment].start, left = sources[tensors + chunk.segment] - offset;
+        at = reinterpret_cast<float*>(sources[chunk.segment]) + offset;
+        if (left >= chunk.length) return;
+        whole = left / ROW * ROW;
+        rest = left - whole;
+        std::memset(tail, 0, sizeof(tail));
+        std::memcpy(tail, at + whole, size_t(rest) * sizeof(float));
+    }
+};
 
 inline V square_root(V x) {  // GCC has no operator for it
 #if RIS_LEVEL_NUMBER == 2
@@ -86,10 +107,14 @@ inline void add_chunks(const Segment* segments, int64_t tensors, const Sums* par
     }
 }
 
-inline void measure(const float* grad, const Chunk* chunks, int64_t count, const Segment* segments, int64_t tensors,
-                    Sums* partial, Sums* sums, double* state, bool parallel) {
+inline void measure(const float* grad, const int64_t* sources, const Chunk* chunks, int64_t count, const Segment* segments,
+                    int64_t tensors, Sums* partial, Sums* sums, double* state, bool parallel) {
 #pragma omp parallel for schedule(static) if (parallel)
-    for (int64_t c = 0; c < count; ++c) partial[c] = squares(grad + chunks[c].start, chunks[c].length);
+    for (int64_t c = 0; c < count; ++c) {
+        const Gradient g(const_cast<float*>(grad), sources, tensors, chunks[c], segments);
+        partial[c] = squares(g.at, g.whole);
+        if (g.rest) partial[c] = partial[c] + squares(g.tail, ROW);
+    }
     add_chunks(segments, tensors, partial, sums, state);
 }
 
@@ -189,16 +214,22 @@ inline Sums update(const Streams& s, int64_t length, const float* c, float avera
 }
 
 template <bool EMA, bool CLEAR, bool NORMS>
-inline void apply_chunks(Streams s, const Chunk* chunks, int64_t count, Sums* partial, const float* coefficients, float average, bool parallel) {
+inline void apply_chunks(Streams s, const int64_t* sources, const Chunk* chunks, int64_t count, const Segment* segments, int64_t tensors,
+                         Sums* partial, const float* coefficients, float average, bool parallel) {
 #pragma omp parallel for schedule(static) if (parallel)
     for (int64_t c = 0; c < count; ++c) {
-        const int64_t at = chunks[c].start;
-        const Streams here = {s.param + at, s.grad + at, s.exp_avg + at, s.exp_avg_sq + at, EMA ? s.ema + at : nullptr};
-        partial[c] = update<EMA, CLEAR, NORMS>(here, chunks[c].length, coefficients + C_SLOTS * chunks[c].segment, average);
+        Gradient g(s.grad, sources, tensors, chunks[c], segments);
+        const float* row = coefficients + C_SLOTS * chunks[c].segment;
+        const auto run = [&](float* grad, int64_t at, int64_t length) {
+            const Streams here = {s.param + at, grad, s.exp_avg + at, s.exp_avg_sq + at, EMA ? s.ema + at : nullptr};
+            return update<EMA, CLEAR, NORMS>(here, length, row, average);
+        };
+        partial[c] = run(g.at, chunks[c].start, g.whole);
+        if (g.rest) partial[c] = partial[c] + run(g.tail, chunks[c].start + g.whole, ROW);
     }
 }
 
-using Apply = void (*)(Streams, const Chunk*, int64_t, Sums*, const float*, float, bool);
+using Apply = void (*)(Streams, const int64_t*, const Chunk*, int64_t, const Segment*, int64_t, Sums*, const float*, float, bool);
 constexpr Apply APPLY[8] = {apply_chunks<0, 0, 0>, apply_chunks<0, 0, 1>, apply_chunks<0, 1, 0>, apply_chunks<0, 1, 1>,
                             apply_chunks<1, 0, 0>, apply_chunks<1, 0, 1>, apply_chunks<1, 1, 0>, apply_chunks<1, 1, 1>};
 
@@ -236,11 +267,12 @@ inline void add_gradient(const T* from, float* to, int64_t length, float scale, 
 
 using namespace RIS_NS::fused_step;
 
-// grad (P); chunks (C, 3); segments (T, 5); partial (C, 2); sums (T, 2); state (16). Writes partial, sums and totals.
-RIS_EXPORT(void, fused_step_measure)
-(const float* grad, int64_t elements, const Chunk* chunks, int64_t count, const Segment* segments, int64_t tensors,
- Sums* partial, Sums* sums, double* state) {
-    measure(grad, chunks, count, segments, tensors, partial, sums, state, elements > PARALLEL);
+// grad (P), or sources (2, T): addresses and lengths of gradients elsewhere; chunks (C, 3); segments (T, 5); partial (C, 2);
+// sums (T, 2); state (16). Writes partial, sums and totals.
+RIS_EXPORT(void, fused_step_measure_from)
+(const float* grad, const int64_t* sources, int64_t elements, const Chunk* chunks, int64_t count, const Segment* segments,
+ int64_t tensors, Sums* partial, Sums* sums, double* state) {
+    measure(grad, sources, chunks, count, segments, tensors, partial, sums, state, elements > PARALLEL);
 }
 
 // hyper (8 + 8 G); telemetry (T, 4); steps (T); coefficients (T, 12). Reads the totals in state.
@@ -250,9 +282,9 @@ RIS_EXPORT(void, fused_step_decide)
     decide(segments, tensors, hyper, sums, telemetry, steps, coefficients, state);
 }
 
-// Pass two over P elements; ema may be null.
-RIS_EXPORT(void, fused_step_apply)
-(float* param, float* grad, float* exp_avg, float* exp_avg_sq, float* ema, int64_t elements, const Chunk* chunks,
+// Pass two over P elements; ema may be null; sources as above, or null: with them `clear` must be 0.
+RIS_EXPORT(void, fused_step_apply_from)
+(float* param, float* grad, float* exp_avg, float* exp_avg_sq, float* ema, const int64_t* sources, int64_t elements, const Chunk* chunks,
  int64_t count, const Segment* segments, int64_t tensors, const double* hyper, Sums* partial, float* telemetry,
  const float* coefficients, const double* state, int clear) {
     const bool parallel = elements > PARALLEL;
@@ -264,12 +296,13 @@ RIS_EXPORT(void, fused_step_apply)
     }
     const bool norms = hyper[TELEMETRY] > 0;
     const Apply run = APPLY[4 * (ema != nullptr) + 2 * (clear != 0) + norms];
-    run({param, grad, exp_avg, exp_avg_sq, ema}, chunks, count, partial, coefficients, float(state[EMA_WEIGHT]), parallel);
+    run({param, grad, exp_avg, exp_avg_sq, ema}, sources, chunks, count, segments, tensors, partial, coefficients, float(state[EMA_WEIGHT]),
+        parallel);
     if (norms) write_norms(segments, tensors, partial, telemetry);
 }
 
 // grad <- (0 or grad) + scale * source, chunk by chunk; sources[t] float32 or bfloat16 (half[t] != 0) with numels[t]
-// elements. With `norm` also what fused_step_measure does, while the chunk is at hand.
+// elements. With `norm` also what fused_step_measure_from does, while the chunk is at hand.
 RIS_EXPORT(void, fused_step_accumulate)
 (const void* const* sources, const int64_t* numels, const int32_t* half, float* grad, int64_t elements,
  const Chunk* chunks, int64_t count, const Segment* segments, int64_t tensors, Sums* partial, Sums* sums, double* state,

@@ -15,9 +15,9 @@ CHUNK = 4096  # 16 kB of each buffer: as fast as longer ones on one thread, and 
 
 _P, _N = c_void_p, c_int64
 _ARGUMENTS = {
-    "measure": [_P, _N, _P, _N, _P, _N, _P, _P, _P],
+    "measure_from": [_P, _P, _N, _P, _N, _P, _N, _P, _P, _P],
     "decide": [_P, _N, _P, _P, _P, _P, _P, _P],
-    "apply": [_P, _P, _P, _P, _P, _N, _P, _N, _P, _N, _P, _P, _P, _P, _P, c_int],
+    "apply_from": [_P, _P, _P, _P, _P, _P, _N, _P, _N, _P, _N, _P, _P, _P, _P, _P, c_int],
     "accumulate": [_P, _P, _P, _P, _N, _P, _N, _P, _N, _P, _P, _P, c_float, c_int, c_int],
 }
 
@@ -36,10 +36,12 @@ def _at(tensor: Tensor) -> int:
 
 def measure(
     grad: Tensor, chunks: Tensor, segments: Tensor, hyper: Tensor, partial: Tensor, sums: Tensor, telemetry: Tensor,
-    steps: Tensor, coefficients: Tensor, state: Tensor, tickets: Tensor, finish: bool, simd: str | None = None,
+    steps: Tensor, coefficients: Tensor, state: Tensor, tickets: Tensor, finish: bool, sources: Tensor | None = None,
+    simd: str | None = None,
 ) -> None:  # fmt: skip
-    call("measure", simd)(
-        _at(grad), grad.numel(), _at(chunks), chunks.shape[0], _at(segments), segments.shape[0], _at(partial), _at(sums), _at(state)
+    """sources: (2, T) int64, address and number of elements of each tensor's float32 gradient; None: they are in `grad`."""
+    call("measure_from", simd)(
+        _at(grad), None if sources is None else _at(sources), grad.numel(), _at(chunks), chunks.shape[0], _at(segments), segments.shape[0], _at(partial), _at(sums), _at(state)
     )
     if finish:
         decide(segments, hyper, sums, telemetry, steps, coefficients, state, simd)
@@ -57,12 +59,13 @@ def decide(
 def apply(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor | None, chunks: Tensor, segments: Tensor,
     hyper: Tensor, partial: Tensor, telemetry: Tensor, coefficients: Tensor, state: Tensor, tickets: Tensor, clear: bool,
-    simd: str | None = None,
+    sources: Tensor | None = None, simd: str | None = None,
 ) -> None:  # fmt: skip
-    call("apply", simd)(
-        _at(param), _at(grad), _at(exp_avg), _at(exp_avg_sq), 0 if ema is None else _at(ema), param.numel(), _at(chunks),
-        chunks.shape[0], _at(segments), segments.shape[0], _at(hyper), _at(partial), _at(telemetry), _at(coefficients),
-        _at(state), clear,
+    """sources: as for `measure`; such gradients are only read, whatever `clear` says."""
+    call("apply_from", simd)(
+        _at(param), _at(grad), _at(exp_avg), _at(exp_avg_sq), None if ema is None else _at(ema),
+        None if sources is None else _at(sources), param.numel(), _at(chunks), chunks.shape[0], _at(segments), segments.shape[0], _at(hyper), _at(partial), _at(telemetry), _at(coefficients),
+        _at(state), clear and sources is None,
     )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ All of them write into their arguments and return nothing; formulas in reference
     measure     pass one, and with `finish` also `decide`
     decide      totals -> norm, skip, clip, counters, loss scale, coefficients
     apply       pass two
-Float32 has kernels; other dtypes take the plain torch definition.
+Float32 has kernels; other dtypes take the plain torch definition. `sources`, addresses of gradients that are not in the
+flat buffer, only the C++ takes: measure(..., sources) and apply(..., sources) read them where they are.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ SCHEMAS = {
     "accumulate": f"(Tensor[] gradients, int[] starts, Tensor(a!) grad, {_TABLES}, Tensor(b!) partial, Tensor(c!) sums, Tensor(d!) state, "
     "Tensor(e!) tickets, float scale, bool overwrite, bool norm) -> ()",
     "measure": f"(Tensor grad, {_TABLES}, Tensor hyper, Tensor(a!) partial, Tensor(b!) sums, Tensor(c!) telemetry, Tensor(d!) steps, "
-    "Tensor(e!) coefficients, Tensor(f!) state, Tensor(g!) tickets, bool finish) -> ()",
+    "Tensor(e!) coefficients, Tensor(f!) state, Tensor(g!) tickets, bool finish, Tensor? sources=None) -> ()",
     "decide": "(Tensor segments, Tensor hyper, Tensor sums, Tensor(a!) telemetry, Tensor(b!) steps, Tensor(c!) coefficients, Tensor(d!) state) -> ()",
     "apply": f"(Tensor(a!) param, Tensor(b!) grad, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!)? ema, {_TABLES}, Tensor hyper, "
-    "Tensor(f!) partial, Tensor(g!) telemetry, Tensor coefficients, Tensor state, Tensor(h!) tickets, bool clear) -> ()",
+    "Tensor(f!) partial, Tensor(g!) telemetry, Tensor coefficients, Tensor state, Tensor(h!) tickets, bool clear, "
+    "Tensor? sources=None) -> ()",
 }
 LIBRARY = torch.library.Library("ris_fast", "FRAGMENT")
 

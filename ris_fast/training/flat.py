@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Iterator, Sequence
 from ctypes import CDLL, c_size_t, c_void_p
 from itertools import groupby
@@ -106,6 +107,9 @@ class Bucket:
             for flat in (self.param, self.exp_avg, self.exp_avg_sq, self.ema)
         )
 
+        self._sources: tuple[Tensor, ...] = ()
+        self._readable = [view.is_contiguous() and not view.is_complex() for view in self.grads]
+        self._addresses, self._lengths = array("q", [view.data_ptr() for view in self.grads]), array("q", self.numels)
         tensors = len(self.numels)
         self.steps = zeros(tensors, kind=torch.float32)
         self.sums = zeros(tensors, 2, kind=torch.float64)
@@ -154,11 +158,35 @@ class Bucket:
             scale, overwrite, norm,
         )  # fmt: skip
 
+    def take(self, gradients: Sequence[Tensor | None], in_place: bool) -> bool:
+        """Where the next step finds the gradients, one for each tensor; with `in_place` those elsewhere are not copied. True if it reads any there.
+
+        Only the C++ reads them where they are, and only in the memory order and dtype of the buffer.
+        """
+        self._sources = ()
+        if not gradients:
+            return False
+        outside = [i for i, (g, view) in enumerate(zip(gradients, self.grads, strict=True)) if g is not None and g is not view]
+        if in_place and self.backend == "native":
+            copied = [i for i in outside if not self._readable[i] or (g := gradients[i]).dtype != torch.float32 or not g.is_contiguous() or g.is_neg()]
+        else:
+            copied = outside
+        if copied:
+            torch._foreach_copy_([self.grads[i] for i in copied], [gradients[i] for i in copied])
+        if len(copied) == len(outside):
+            return False
+        at, copied_too = self._addresses[:], set(copied)
+        for i in outside:
+            if i not in copied_too:
+                at[i] = gradients[i].data_ptr()
+        self._sources = (torch.frombuffer(at + self._lengths, dtype=torch.int64).view(2, -1),)
+        return True
+
     def measure(self, finish: bool) -> None:
         """Pass one; with `finish` also the decision, else only the totals in `state`."""
         self._kernels.measure(
             self.grad, self.chunks, self.segments, self.hyper, self.partial, self.sums, self.telemetry,
-            self.steps, self.coefficients, self.state, self.tickets, finish,
+            self.steps, self.coefficients, self.state, self.tickets, finish, *self._sources,
         )  # fmt: skip
 
     def decide(self) -> None:
@@ -169,7 +197,7 @@ class Bucket:
         """Pass two."""
         self._kernels.apply(
             self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.ema, self.chunks, self.segments, self.hyper,
-            self.partial, self.telemetry, self.coefficients, self.state, self.tickets, clear,
+            self.partial, self.telemetry, self.coefficients, self.state, self.tickets, clear, *self._sources,
         )  # fmt: skip
 
     def average_rest(self) -> None:

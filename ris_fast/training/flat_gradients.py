@@ -1,8 +1,8 @@
 """Gradients of a flat optimizer: which are there in this step, and how they come into the flat buffers.
 
-A user's gradients stay where autograd or the user put them: a step copies them into the buffer (in the pass that takes
-their norm) and changes none of them. With `clear_grads`, and after `accumulate`, `.grad` is instead a view into the buffer,
-for backward to add to: no copy, but one tensor for good, as after torch's `zero_grad(set_to_none=False)`.
+A user's gradients stay where autograd or the user put them: a step reads them there (C++) or copies them into the buffer
+(elsewhere), and changes none of them. With `clear_grads`, and after `accumulate`, `.grad` is instead a view into the buffer,
+for backward to add to: never a copy, but one tensor for good, as after torch's `zero_grad(set_to_none=False)`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ class FlatGradients(FlatOptimizer):
         if self._capturing():
             self._check_capture()
         grads = [p.grad for p in self._params]
+        if self._live and identical(grads, self._in_place):
+            return any(self._live)
         self._take_part([grad is not None for grad in grads])
         foreign = [i for i, (grad, view) in enumerate(zip(grads, self._grad_views, strict=True)) if grad is not None and grad is not view]
-        if foreign:
-            self._refuse_sparse([i for i in foreign if grads[i].layout != torch.strided])
-            torch._foreach_copy_([self._grad_views[i] for i in foreign], [grads[i] for i in foreign])
-            if self.clear_grads:
-                for i in foreign:
-                    self._params[i].grad = self._grad_views[i]
+        self._refuse_sparse([i for i in foreign if grads[i].layout != torch.strided])
+        for bucket, members in zip(self._buckets, self._rows, strict=True):
+            if bucket.take([grads[i] for i in members] if foreign else (), in_place=not self.clear_grads):
+                self._measured = []
+        for i in foreign if self.clear_grads else ():
+            self._params[i].grad = grads[i] = self._grad_views[i]
+        self._in_place = grads if self.clear_grads or not foreign else []
         return any(self._live)
 
     def _take_part(self, live: list[bool]) -> None:
@@ -93,16 +96,16 @@ class FlatGradients(FlatOptimizer):
                     view.zero_() if p.grad is None else view.copy_(p.grad)
             present = [there or p.grad is not None for there, p in zip(present, self._params, strict=True)]
         self._take_part(present)
-        for p, view, there in zip(self._params, self._grad_views, present, strict=True):
-            p.grad = view if there else None
+        self._in_place = [view if there else None for view, there in zip(self._grad_views, present, strict=True)]
+        for p, grad in zip(self._params, self._in_place, strict=True):
+            p.grad = grad
         self._fill(gradients, scale, overwrite, last)
 
     @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch. With False, gradients in the buffers are cleared at once; for nothing right after a step with `clear_grads`."""
         params = [p for group in self.param_groups for p in group["params"]]
-        flat = identical(params, self._params) and all(p.grad is None or p.grad is view for p, view in zip(params, self._grad_views, strict=True))
-        if set_to_none or not flat:
+        if set_to_none or not identical(params, self._params) or not identical([p.grad for p in params], self._in_place):
             super().zero_grad(set_to_none)
         elif self._clear_version != self._versions():
             for bucket in self._buckets:

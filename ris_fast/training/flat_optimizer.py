@@ -46,6 +46,7 @@ class FlatOptimizer(Optimizer):
         self._buckets = [self._make_bucket(kind, members, groups) for kind, members in zip(kinds, self._rows, strict=True)]
         self._place = {i: (b, slot) for b, members in zip(self._buckets, self._rows, strict=True) for slot, i in enumerate(members)}
         self._grad_views = [self._place[i][0].grads[self._place[i][1]] for i in range(len(self._params))]
+        self._in_place: list[Tensor | None] = []
         self._measured: list[int] = []
         self._clear_version: list[int] = []
         self._stepped = False
@@ -120,7 +121,10 @@ class FlatOptimizer(Optimizer):
         self._shown = self._state_tensors()
 
     def _state_tensors(self) -> list[Any]:
-        return list(chain.from_iterable(entry.values() for entry in self.state.values() if isinstance(entry, dict)))
+        try:
+            return list(chain.from_iterable(map(dict.values, self.state.values())))
+        except TypeError:  # a user's entry that belongs to no tensor may be anything
+            return [value for entry in self.state.values() if isinstance(entry, dict) for value in entry.values()]
 
     # ---- what a user changes between steps ---------------------------------------------------------------------------
 

@@ -59,6 +59,29 @@ def test_step_agrees_with_the_definition(simd: str, sizes: str) -> None:
 
 @needs_cpp
 @pytest.mark.parametrize("simd", LEVELS)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("bad", [False, True])
+def test_gradients_elsewhere_give_what_gradients_in_the_buffer_give(simd: str, sizes: str, bad: bool) -> None:
+    """At any address, without padding, and unchanged; what stands behind them is not read as theirs."""
+    made, moved = buffers(SIZES[sizes]), buffers(SIZES[sizes])
+    outside = []
+    for start, numel in zip(made["starts"], SIZES[sizes], strict=True):
+        room = torch.full((numel + 2,), float("nan"))  # the gradient begins four bytes into it
+        room[1:-1] = made["grad"][start : start + numel]
+        outside.append(room[1:-1])
+    if bad and outside[-1].numel():
+        outside[-1][-1] = made["grad"][made["starts"][-1] + SIZES[sizes][-1] - 1] = float("inf")
+    kept, moved["grad"][:] = [g.clone() for g in outside], 7.0
+    sources = torch.tensor([[g.data_ptr() for g in outside], SIZES[sizes]])
+    run(native, made, "measure", True, simd=simd), run(native, made, "apply", False, simd=simd)
+    run(native, moved, "measure", True, sources, simd=simd), run(native, moved, "apply", True, sources, simd=simd)
+    assert all(map(torch.equal, outside, kept)) and bool((moved["grad"] == 7.0).all())
+    for name in set(RESULTS["measure"] + RESULTS["apply"]) - {"grad"}:  # sums are added in another order
+        torch.testing.assert_close(moved[name], made[name], rtol=1e-6, atol=0, equal_nan=True)
+
+
+@needs_cpp
+@pytest.mark.parametrize("simd", LEVELS)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_accumulate_agrees_with_the_definition(simd: str, overwrite: bool) -> None:
     """Float32 and bfloat16 gradients in one call, an absent one, and the norm folded in."""
