@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import traceback
+import sys
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 ZERO_DERIVATIVE = ("Round", "Floor", "Ceil", "Trunc", "Sign", "Sgn", "Heaviside")
+NUMBERS = ("item", "tolist", "__float__")
 OWN_OPERATORS = "ris_fast.kernels"
 
 
@@ -70,14 +73,77 @@ class Exits(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+class StoppedValues(TorchFunctionMode):
+    """Holds what leaves the graph: the first run under it records those values, every later one gets them again.
+
+    With them a function moves as its gradient says where a gradient was stopped on purpose. What a custom
+    autograd.Function computes in its forward is not stopped: it has a backward of its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[tuple, list[Any]] | None = None      # by place in the code: a run may find in a cache what the first one made
+        self.calls: Counter[tuple] = Counter()
+
+    def __enter__(self) -> "StoppedValues":
+        self.recording, self.calls = self.values is None, Counter()
+        self.values = {} if self.values is None else self.values
+        return super().__enter__()
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = getattr(function, "__name__", str(function))
+        if not _leaves(function, name, args) or name.endswith("_") and not name.endswith("__") or name == "__setitem__":
+            return function(*args, **(kwargs or {}))      # in place: on values that are held already
+        place, call = (name, *_frame()), self.calls[(name, *_frame())]
+        self.calls[place] += 1
+        held = self.values.get(place, [])
+        if not self.recording and call < len(held):
+            return tree_map_only(Tensor, torch.clone, held[call])
+        result = function(*args, **(kwargs or {}))
+        if self.recording and (name in NUMBERS or any(isinstance(each, Tensor) for each in tree_leaves(result))):
+            self.values[place] = [*held, tree_map_only(Tensor, torch.clone, result)]
+        return result
+
+
+def _leaves(function: Any, name: str, args: tuple) -> bool:
+    """Whether what this call returns carries no history of what it was given."""
+    if not torch.is_grad_enabled():
+        return not _in_own_forward()
+    tracked = any(isinstance(each, Tensor) and each.requires_grad for each in args)
+    return tracked and (name in ("detach", *NUMBERS) or name == "__get__" and _is_data(function))
+
+
+def _in_own_forward() -> bool:
+    """Whether the forward of an autograd.Function is running."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "apply" and frame.f_code.co_filename.endswith("autograd/function.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _is_data(function: Any) -> bool:
     return getattr(function, "__self__", None) is Tensor.__dict__.get("data", Tensor.data)
 
 
 def _place() -> str:
     """The innermost line outside of torch and of this file."""
-    for frame in reversed(traceback.extract_stack()):
-        if "/torch/" not in frame.filename and not frame.filename.endswith("health/autograd.py"):
-            return f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
-    return "an unknown line"
+    file, line = _frame()
+    return f"{file.rpartition('/')[2]}:{line}" if file else "an unknown line"
 
+
+def _frame() -> tuple[str, int]:
+    frame = sys._getframe(1)
+    while frame is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
+        frame = frame.f_back
+    return (frame.f_code.co_filename, frame.f_lineno) if frame is not None else ("", 0)
+
+
+def via(places: list[str]) -> str:
+    """The first of the places that `Exits` noted, as the end of a sentence."""
+    return f", by {places[0]}" if places else ""
+
+
+def by_hand(graph: Graph) -> str:
+    return f" (written by hand: {', '.join(graph.written_by_hand)})" if graph.written_by_hand else ""

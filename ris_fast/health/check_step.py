@@ -67,7 +67,11 @@ def take_step(subject: Subject, group: Sequence[Scenes], planned: int, seed: int
     subject.step.telemetry = probe
     torch.manual_seed(seed)
     subject.model.train()
-    hook = subject.optimizer.register_step_pre_hook(lambda *_: setattr(probe.taken, "reached", True))
+
+    def reached(*_: Any) -> None:
+        """The rates of this update: a scheduler of the user's may set those of the next behind it."""
+        probe.taken.reached, probe.taken.rates = True, [float(group["lr"]) for group in subject.optimizer.param_groups]
+    hook = subject.optimizer.register_step_pre_hook(reached)
     try:
         subject.step(group, planned)
     finally:
@@ -76,7 +80,6 @@ def take_step(subject: Subject, group: Sequence[Scenes], planned: int, seed: int
     after, taken = subject.optimizer.counters(), probe.taken
     taken.attempted, taken.skipped = after["attempted"] - before["attempted"], after["skipped"] - before["skipped"]
     taken.scale, taken.seen_norm = float(before.get("loss_scale") or 1.0), float(after["grad_norm"])
-    taken.rates = [float(group["lr"]) for group in subject.optimizer.param_groups]
     return taken
 
 

@@ -40,9 +40,9 @@ def term_errors(subject: Subject) -> dict[str, float]:
     guess = Prediction(*(None if value is None else value.detach().double() for value in guess))
     if not all(bool(value.isfinite().all()) for value in guess if value is not None):
         return {}
-    guess = _moved(guess, _direction(guess, 19), ASIDE)
+    guess = moved(guess, direction_of(guess, 19), ASIDE)
     leaves = Prediction(*(None if value is None else value.clone().requires_grad_() for value in guess))
-    terms, direction = subject.loss(leaves, scenes)[1], _direction(guess, 17)
+    terms, direction = subject.loss(leaves, scenes)[1], direction_of(guess, 17)
     slopes = {name: _slope(value, leaves, direction) for name, value in terms.items() if value.requires_grad}
     return {name: min(_error(subject, scenes, guess, direction, name, slope, step) for step in STEPS)
             for name, slope in slopes.items()}
@@ -55,7 +55,7 @@ def doubled(scenes: Scenes) -> Scenes:
     return replace(scenes, **wide)
 
 
-def _direction(guess: Prediction, seed: int) -> Prediction:
+def direction_of(guess: Prediction, seed: int) -> Prediction:
     generator = torch.Generator().manual_seed(seed)
     return Prediction(*(None if value is None else value.square().mean().sqrt() *
                         torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device) for value in guess))
@@ -69,12 +69,12 @@ def _slope(value: Tensor, leaves: Prediction, direction: Prediction) -> float:
 
 @torch.no_grad()
 def _error(subject: Subject, scenes: Scenes, guess: Prediction, direction: Prediction, name: str, slope: float, step: float) -> float:
-    ahead, behind = (float(subject.loss(_moved(guess, direction, sign * step), scenes)[1][name]) for sign in (1.0, -1.0))
+    ahead, behind = (float(subject.loss(moved(guess, direction, sign * step), scenes)[1][name]) for sign in (1.0, -1.0))
     difference, rounding = (ahead - behind) / (2 * step), ROUNDING * max(abs(ahead), 1.0) / step
     return max(0.0, abs(difference - slope) - rounding) / max(abs(difference), abs(slope), rounding)
 
 
-def _moved(guess: Prediction, direction: Prediction, step: float) -> Prediction:
+def moved(guess: Prediction, direction: Prediction, step: float) -> Prediction:
     return Prediction(*(None if value is None else value + step * way for value, way in zip(guess, direction)))
 
 

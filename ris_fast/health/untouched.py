@@ -1,16 +1,22 @@
-"""Leaves a trainer exactly as it was: weights, optimizer, averages, gradients, counters, modes and random numbers."""
+"""Leaves a trainer exactly as it was: weights, optimizer, averages, gradients, counters, modes, random numbers, and what users attached."""
 
 from __future__ import annotations
 
+import random
+import sys
 from collections import defaultdict
 from contextlib import contextmanager
-from typing import Any, Iterator
+from types import CellType, FunctionType
+from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from ris_fast.health.reachable import PLAIN, SCHEDULERS, attached, contents, global_names, is_users
 from ris_fast.training.loop import Trainer
 
+Back = Callable[[], None]
 
 class Numbers:
     """A copy of every tensor that a trainer's network and optimizer hold, made once and written back as often as asked.
@@ -20,7 +26,9 @@ class Numbers:
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        held = {id(tensor): tensor for tensor in [*trainer.model.parameters(), *trainer.model.buffers(), *_held(trainer.optimizer)]}
+        own = [tensor for module in modules_of(trainer) for tensor in (*module.parameters(), *module.buffers())]
+        own += [tensor.grad for tensor in own if tensor.grad is not None]
+        held = {id(tensor): tensor for tensor in [*own, *_held(trainer.optimizer)]}
         self.kept: list[tuple[Tensor, Tensor, int]] = []      # tensor, its copy, and where it was if its owner stands before it, else 0
         for tensor in sorted(held.values(), key=lambda each: each.nbytes, reverse=True):
             owners = (_inside(tensor, owner, copy) for owner, copy, place in self.kept if not place)
@@ -50,15 +58,22 @@ def _inside(tensor: Tensor, owner: Tensor, copy: Tensor) -> Tensor | None:
     return copy[start // owner.element_size():][:tensor.numel()].view(tensor.shape)
 
 
+def modules_of(trainer: Trainer) -> list[nn.Module]:
+    """The network, and the loss where it is a module too: its weights may be learned."""
+    return [each for each in (trainer.model, trainer.loss) if isinstance(each, nn.Module)]
+
+
 @contextmanager
 def untouched(trainer: Trainer, numbers: Numbers | None = None) -> Iterator[None]:
-    """Whatever happens to the trainer's numbers inside the block is undone at its end, bit for bit.
+    """Whatever happens to the trainer's numbers inside the block is undone at its end, bit for bit; so is what happens to
+    schedulers, averages and counters that its hooks and replaced methods reach.
 
     `numbers`: a copy of them that was made before, since when nothing has changed.
     """
     numbers = numbers or Numbers(trainer)
-    undo = [_gradients(trainer.model), _optimizer(trainer.optimizer), numbers.write_back, _modes(trainer.model), _random(trainer.device),
-            _attributes(trainer.step.telemetry), _attributes(trainer.step), _attributes(trainer.state)]
+    undo = [_gradients(trainer.model), _optimizer(trainer.optimizer), numbers.write_back, _random(trainer.device),
+            *(_plain(module) for each in modules_of(trainer) for module in each.modules()),
+            *map(_attributes, (trainer.step.telemetry, trainer.step, trainer.state, trainer.plan)), _plain(trainer), *_attached(trainer)]
     try:
         yield
     finally:
@@ -66,7 +81,7 @@ def untouched(trainer: Trainer, numbers: Numbers | None = None) -> Iterator[None
             back()
 
 
-def _gradients(model: nn.Module) -> Any:
+def _gradients(model: nn.Module) -> Back:
     kept = [(value, value.grad) for value in model.parameters()]
 
     def back() -> None:
@@ -75,12 +90,12 @@ def _gradients(model: nn.Module) -> Any:
     return back
 
 
-def _optimizer(optimizer: Any) -> Any:
+def _optimizer(optimizer: Any) -> Back:
     """Everything that the optimizer holds but the numbers in its tensors."""
     kept = {name: list(value) if isinstance(value, list) else value for name, value in optimizer.__dict__.items()}
     buckets = [(bucket, dict(bucket.__dict__)) for bucket in getattr(optimizer, "_buckets", [])]
     state = {key: dict(value) for key, value in optimizer.state.items()}
-    rates = [group["lr"] for group in optimizer.param_groups]
+    groups = [(group, dict(group)) for group in optimizer.param_groups]
 
     def back() -> None:
         optimizer.__dict__.clear()
@@ -89,35 +104,101 @@ def _optimizer(optimizer: Any) -> Any:
             bucket.__dict__.clear()
             bucket.__dict__.update(attributes)
         optimizer.state = defaultdict(dict, state)
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate
+        for group, options in groups:
+            group.clear()
+            group.update(options)
     return back
 
 
-def _modes(model: nn.Module) -> Any:
-    modes = [(module, module.training) for module in model.modules()]
-
-    def back() -> None:
-        for module, mode in modes:
-            module.training = mode
-    return back
-
-
-def _random(device: torch.device) -> Any:
-    host = torch.get_rng_state()
+def _random(device: torch.device) -> Back:
+    """The generators that a network, a loss or a data set may draw from."""
+    host, python, numpy = torch.get_rng_state(), random.getstate(), sys.modules.get("numpy")
     chip = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    array = numpy.random.get_state() if numpy else None
 
     def back() -> None:
         torch.set_rng_state(host)
+        random.setstate(python)
         if chip is not None:
             torch.cuda.set_rng_state(chip, device)
+        if numpy:
+            numpy.random.set_state(array)
     return back
 
 
-def _attributes(owner: Any) -> Any:
+def _plain(owner: Any) -> Back:
+    """The numbers and texts among an object's attributes: the mode of a module, a counter."""
+    kept = {name: value for name, value in owner.__dict__.items() if isinstance(value, PLAIN)}
+    return lambda: owner.__dict__.update(kept)
+
+
+def _attributes(owner: Any) -> Back:
+    """The attributes of an object, and the elements of its lists, dictionaries and sets."""
     kept = dict(owner.__dict__)
+    inner = [_elements(value) for value in kept.values() if isinstance(value, (dict, list, set))]
 
     def back() -> None:
         owner.__dict__.clear()
         owner.__dict__.update(kept)
+        for each in inner:
+            each()
     return back
+
+
+def _elements(value: Any) -> Back:
+    kept = list(value) if isinstance(value, list) else dict(value) if isinstance(value, dict) else set(value)
+
+    def back() -> None:
+        value.clear()
+        (value.extend if isinstance(value, list) else value.update)(kept)
+    return back
+
+
+# ---- what is not the trainer's own --------------------------------------------------------------------------------------
+
+
+def _attached(trainer: Trainer) -> Iterator[Back]:
+    """Of everything that hooks and replaced methods reach. Tensors as long as they are no more than the model's parameters."""
+    room = sum(parameter.numel() for parameter in trainer.model.parameters())
+    for value in attached([trainer, trainer.step, trainer.optimizer, trainer.loss, trainer.source, trainer.model]):
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided and value.device.type != "meta" and value.numel() <= room:
+                room -= value.numel()
+                yield _numbers(value)
+        elif isinstance(value, CellType):
+            yield _cell(value)
+        elif isinstance(value, FunctionType):
+            yield _globals(value)
+        elif isinstance(value, (dict, list, set)):
+            yield _elements(value)
+        elif isinstance(value, Optimizer):
+            yield _optimizer(value)
+        elif isinstance(value, nn.Module):
+            yield _plain(value)
+        elif hasattr(value, "__dict__") and (isinstance(value, SCHEDULERS) or is_users(value)):
+            yield _attributes(value)
+
+
+def _numbers(value: Tensor) -> Back:
+    kept = value.detach().clone()
+
+    @torch.no_grad()
+    def back() -> None:
+        if value.shape == kept.shape and not torch.equal(value, kept):
+            value.copy_(kept)
+    return back
+
+
+def _cell(cell: CellType) -> Back:
+    held = contents(cell)
+
+    def back() -> None:
+        if held:
+            cell.cell_contents = held[0]
+    return back
+
+
+def _globals(function: FunctionType) -> Back:
+    """Global numbers and texts that a user's function names."""
+    kept = {name: value for name, value in global_names(function).items() if isinstance(value, PLAIN)}
+    return lambda: function.__globals__.update(kept)

@@ -96,6 +96,7 @@ class CapturedStep:
 
     def _replay(self, planned: int) -> StepResult:
         self.step.schedule(planned)
+        self.step.note_rates()
         self.step.optimizer.sync_hyperparameters()
         result = self.recording.replay()
         self.step.optimizer.count_replay()

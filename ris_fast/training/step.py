@@ -82,6 +82,7 @@ class Step:
         self.network, self.loss, self.optimizer = network, loss, optimizer
         self.config, self.device = config, device
         self.telemetry = Telemetry(model, optimizer, config.report.every_steps)
+        self.rates: list[float | Tensor] = []
 
     def predict(self, scenes: Scenes) -> Prediction:
         """The network's answer in the run's precision."""
@@ -104,6 +105,7 @@ class Step:
         losses, terms = zip(*(self._accumulate(scenes, scenes.batch / total) for scenes in group))
         self.telemetry.differentiated()
         self.schedule(planned)
+        self.note_rates()
         self.optimizer.step()
         self.telemetry.updated()
         return StepResult(total, torch.stack(losses).sum(),
@@ -122,6 +124,13 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
+    def note_rates(self) -> None:
+        """Keeps the rates of the update that comes: afterwards a scheduler of the user's may have set those of the next."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
+
     def learning_rates(self) -> dict[str, float]:
-        """Name of each group -> learning rate of the last update."""
-        return {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
+        """Name of each group -> learning rate of the last update; before the first, as it is."""
+        groups = self.optimizer.param_groups
+        rates = self.rates if len(self.rates) == len(groups) else [group["lr"] for group in groups]
+        return {group["name"]: float(rate) for group, rate in zip(groups, rates)}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,13 +16,15 @@ from ris_fast.data.errors import DataError
 from ris_fast.health import check_memory, preflight
 from ris_fast.health.causes import CAUSES
 from ris_fast.health.faults.catalogue import all_faults, faulty
-from ris_fast.health.faults.twins import TWINS
+from ris_fast.health.faults.twins import TWINS, changed
 from ris_fast.health.finding import LEVELS, Finding, page, ranked
 from ris_fast.health.graph import graph_table
 from ris_fast.health.subject import Subject
+from ris_fast.health.untouched import untouched
 from ris_fast.health.watchdog import Watchdog
 from ris_fast.health.watched import watched
 from ris_fast.training.loop import Trainer
+from ris_fast.training.schedule import learning_rate_factor
 from ris_fast.training.state import RunStopped
 
 
@@ -135,3 +139,68 @@ def test_the_graph_says_which_tensors_a_term_reaches() -> None:
     rows = {row[0]: dict(zip(table["headers"][1:], row[1:])) for row in table["rows"]}
     assert rows["range_head.weight"]["cov"] == "-" and float(rows["range_head.weight"]["range"]) > 0
     assert rows["(requires_grad)"]["cov"] == "True" and rows["(grad_fn)"]["cov"] != "none"
+
+
+# ---- what users attach -----------------------------------------------------------------------------------------------
+
+
+TICKS = 0
+
+
+def counted() -> None:
+    global TICKS
+    TICKS += 1
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["beside the trainer's own", "alone"])
+def test_a_scheduler_that_a_user_steps_once_an_update_is_on_plan_and_put_back(own: bool) -> None:
+    trainer = Trainer(changed(TWINS["backprojection"](), {"training.epochs": 2, "optimizer.warmup": 0.5}))
+    settings, planned = trainer.config.optimizer, trainer.plan.planned
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        trainer.optimizer, lambda step: learning_rate_factor(step, planned, settings.warmup, settings.final_lr))
+    trainer.optimizer.register_step_post_hook(lambda *_: scheduler.step())
+    if not own:
+        trainer.step.schedule = lambda planned: None
+    before = scheduler.state_dict()
+    watched(trainer)
+    assert trainer.observer.watchdog.findings == [] and scheduler.state_dict() == before
+    trainer.fit()
+    assert trainer.observer.watchdog.findings == [] and scheduler.last_epoch == 16
+
+
+def test_averages_counters_and_generators_of_the_users_are_put_back() -> None:
+    trainer = Trainer(TWINS["hybrid"]())
+    average = torch.optim.swa_utils.AveragedModel(trainer.model)
+    calls, other = [], torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1, momentum=0.9)
+    count, held = 0, Counted()
+
+    def after(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        counted()
+        calls.append(count)
+        held.number, held.each[count] = count, random.random() + np.random.rand()
+        average.update_parameters(trainer.model)
+        other.param_groups[0]["params"][0].grad = torch.ones(3)
+        other.step()
+        trainer.optimizer.param_groups[0]["betas"] = (0.5, 0.5)
+    trainer.optimizer.register_step_post_hook(after)
+    trainer.model.calls = 7
+    trainer.model.register_forward_pre_hook(lambda model, _: setattr(model, "calls", model.calls + 1))
+    state = random.getstate(), np.random.get_state()[1].tolist(), TICKS, trainer.optimizer.param_groups[0]["betas"]
+    first = {name: value.clone() for name, value in average.state_dict().items()}
+    with untouched(trainer):
+        for group in list(trainer._groups())[:2]:
+            trainer.step(group, 100)
+        assert count == TICKS - state[2] == held.number == len(calls) == 2 and trainer.model.calls == 9 and not other.state == {}
+    assert (count, calls, held.number, held.each, trainer.model.calls) == (0, [], 0, {}, 7) and other.state == {}
+    assert (random.getstate(), np.random.get_state()[1].tolist(), TICKS, trainer.optimizer.param_groups[0]["betas"]) == state
+    assert all(torch.equal(value, first[name]) for name, value in average.state_dict().items())
+    assert other.param_groups[0]["params"][0].tolist() == [1.0, 1.0, 1.0]
+
+
+class Counted:
+    """Somebody's own object with a state."""
+
+    def __init__(self) -> None:
+        self.number, self.each = 0, {}
