@@ -39,9 +39,11 @@ def run_check(config: Config, *, json: bool = False, graph: bool = False) -> int
 
 
 def conclusion(found: Sequence[Any], unknown: str) -> str:
-    """The first finding in full, or that there is none; and what could not be looked at."""
+    """All findings that are certain in full, or that there is none; and what could not be looked at."""
     if found:
-        return f"{found[0]}" + (f"\n{unknown}" if unknown else "")
+        from ris_fast.health.finding import explained
+
+        return explained(found) + (f"\n{unknown}" if unknown else "")
     if unknown:
         return f"nothing found by the checks that ran; {unknown}"
     return "nothing found: this run can learn, as far as can be seen before it does"

@@ -6,19 +6,24 @@ import json
 from pathlib import Path
 from typing import Any, Iterable, Mapping
 
+from ris_fast.printed_rows import printed_rows, table_rows
 from ris_fast.report.eventlog import METRICS, read_events
 
 NAMES = {
-    "train_loss": ("train_loss", "loss", "training_loss", "loss_train", "train", "loss_training"),
-    "val_loss": ("val_loss", "valid_loss", "validation_loss", "loss_val", "val", "valid", "validation", "eval_loss", "dev_loss", "test_loss"),
+    "train_loss": ("train_loss", "train_loss_epoch", "loss", "training_loss", "loss_train", "train", "loss_training", "loss_epoch", "avg_loss",
+                   "average_loss", "train_loss_step"),
+    "val_loss": ("val_loss", "valid_loss", "validation_loss", "loss_val", "val", "valid", "validation", "eval_loss", "dev_loss", "test_loss",
+                 "val_loss_epoch", "valid_loss_epoch"),
     "grad_norm": ("grad_norm", "gradient_norm", "train_grad_norm"),
     "batches": ("batches", "num_batches", "steps_per_epoch"),
 }
-EXPECTED = "Expected a run folder, its metrics.jsonl, or one JSON object a line (an epoch) with train_loss and val_loss."
+EXPECTED = ("Expected a run folder, its metrics.jsonl, one JSON object a line (an epoch) with train_loss and val_loss, a CSV with such columns, or "
+            "the text that a loop printed, like 'Epoch 1/30: train loss 0.21, val loss 0.34'.")
 
 
 def read_rows(place: Path) -> list[dict[str, Any]]:
-    """Rows of a run folder, of a metrics.jsonl, or of another trainer's file: an object a line, or one list of objects.
+    """Rows of a run folder, of a metrics.jsonl, or of another trainer's file: an object a line, one list of objects, a table with
+    a header, or a text log.
 
     Raises: FileNotFoundError; ValueError naming the file and what it should be, where nothing in it can be understood.
     """
@@ -31,10 +36,26 @@ def read_rows(place: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{place} is not text. {EXPECTED}") from error
     if not text.strip():
         raise ValueError(f"{place} is empty. {EXPECTED}")
-    rows = _listed(place, text) if text.lstrip().startswith("[") else _lines(place, text)
+    try:
+        rows = _listed(place, text) if text.lstrip().startswith("[") else _lines(place, text)
+    except ValueError:
+        rows = [] if _some_json(text) else table_rows(text) or printed_rows(text)
+        if not rows:
+            raise
     if any("event" in row for row in rows):
         return rows
     return understood(place, rows)
+
+
+def _some_json(text: str) -> bool:
+    """Whether a line is an object by itself: then the file is rows of ours with damage in them, and no printed text."""
+    for line in text.splitlines():
+        try:
+            if isinstance(json.loads(line), dict):
+                return True
+        except ValueError:
+            pass
+    return False
 
 
 def _listed(place: Path, text: str) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from ris_fast.training.telemetry import prints
 EXPLAINED = 0.8            # of the explained energy that the SNR promises; mixed-up scenes reach a few per cent
 COMPARED = 64
 HASHED = 4096
+FEW = 4                    # of the first scenes, one in so many may be copies of others in the data; a batch that comes again is more
 
 
 def _all(subject: Subject) -> Scenes:
@@ -71,6 +72,9 @@ def _repeats(subject: Subject, scenes: Scenes) -> Iterator[Finding]:
     batch = [prints(each.snapshots) for each in first]
     if len(hashes) - different < max(1, len(hashes) // 100):
         return
+    if _copies(scenes) and len(hashes) - different <= len(hashes) // FEW:
+        subject.note = f"{len(hashes) - different} of the first {len(hashes)} scenes are copies of others in the data, under numbers of their own"
+        return
     seen = f"the first {len(subject.groups)} steps serve {len(hashes)} scenes, of which {different} are different"
     if _other_labels(scenes):
         yield Finding("stale_cache", f"{seen}, and the targets of equal snapshots differ: snapshots are left from an earlier "
@@ -83,6 +87,11 @@ def _repeats(subject: Subject, scenes: Scenes) -> Iterator[Finding]:
                       > len(batch[0]) else "repeated_batch", f"{seen}: all {len(first)} parts of a step have the same scenes.")
     else:
         yield Finding("repeated_batch", f"{seen}: batches come again.")
+
+
+def _copies(scenes: Scenes) -> bool:
+    """Whether equal scenes have numbers of their own: the data hold them twice, and each number is served once."""
+    return len(scenes.index.unique()) == scenes.batch
 
 
 def _other_labels(scenes: Scenes) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import resources
-from typing import Any, Iterable
+from typing import Any, Iterable, Sequence
 
 from ris_fast.health.causes import CAUSES
 
@@ -77,6 +77,16 @@ def ranked(findings: Iterable[Finding], muted: Iterable[str] = ()) -> list[Findi
         if finding.cause not in set(muted):
             first.setdefault(finding.cause, finding)
     return sorted(first.values(), key=lambda finding: (not finding.certain, *_PLACE[finding.cause]))
+
+
+def explained(findings: Sequence[Finding], *, more: bool = False) -> str:
+    """Ranked findings in full: all that are certain, or the first where none is; what else was seen in a line each.
+
+    `more`: with the command that explains a cause.
+    """
+    whole = [finding for finding in findings if finding.certain] or list(findings[:1])
+    lines = [f"{finding}\n  more: ris-fast why --explain {finding.cause}" if more else str(finding) for finding in whole]
+    return "\n".join([*lines, *(f"also seen, less telling: {each.cause}: {each.evidence}" for each in findings if each not in whole)])
 
 
 def page(cause: str) -> str:

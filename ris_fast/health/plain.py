@@ -8,6 +8,7 @@ from typing import Any, Mapping, Sequence
 from ris_fast.health.finding import Finding
 from ris_fast.health.run import Run
 
+ROUNDING = 5e-7               # relative: sums in float32 in another order
 DIGITS = 5                    # of a figure that is the same in every epoch, before chance and rounding are out of question
 STEADY, RISEN, FALLEN = 1.02, 1.1, 0.7
 
@@ -18,7 +19,7 @@ def symptoms(run: Run) -> list[Finding]:
         return []
     losses = [value for row in run.epochs if (value := validation(row)) is not None]
     broken = _not_finite(run)
-    return [*broken, *_divided(run), *_unmoved(run, losses), *_memorised(run), *([] if broken else _norms(run))]
+    return [*broken, *(_divided(run, losses) or _unmoved(run, losses)), *_memorised(run), *([] if broken else _norms(run))]
 
 
 def _not_finite(run: Run) -> list[Finding]:
@@ -33,7 +34,7 @@ def _not_finite(run: Run) -> list[Finding]:
     return []
 
 
-def _divided(run: Run) -> list[Finding]:
+def _divided(run: Run, losses: Sequence[float]) -> list[Finding]:
     """A printed training loss that is the validation loss over the number of batches, epoch after epoch."""
     pairs = _pairs(run)
     if len(pairs) < 2 or not all(train > 0 and value > 0 for train, value in pairs):
@@ -43,24 +44,35 @@ def _divided(run: Run) -> list[Finding]:
     if not steady or (batches is not None and abs(ratios[0] - batches) > 0.25 * batches):
         return []
     still = " and hardly changes" if _steady([train for train, _ in pairs]) else ""
-    return [Finding("step_once_per_epoch", f"the training loss is the validation loss over {ratios[0]:.1f} in every epoch"
-                    f"{f', which has {batches:.0f} batches' if batches else ''}{still}: one batch's loss was divided by the number of "
-                    f"batches, and the optimizer steps once an epoch or not at all.", run.step, certain=False)]
+    counted = f", and an epoch has {batches:.0f} batches" if batches else ""
+    unapplied = (f" The validation loss is {_shown(losses)} in all {len(losses)} epochs, so not even that step is applied: it is never called, or it is skipped "
+                 f"because its gradients are not finite." if _constant(losses) and _digits(losses[0]) >= DIGITS else "")
+    return [Finding("step_once_per_epoch", f"in every epoch the training loss is the validation loss divided by {ratios[0]:.1f}{counted}{still}: that is what the "
+                    f"loss of one batch over the number of batches looks like, so forward, backward and the optimizer's step run once an epoch, behind "
+                    f"the loop over batches.{unapplied}", run.step, certain=False)]
 
 
 def _unmoved(run: Run, losses: Sequence[float]) -> list[Finding]:
     """A validation loss that is the same in every epoch."""
-    if len(losses) < 3 or len(set(losses)) > 1 or not math.isfinite(losses[0]):
+    if not _constant(losses):
         return []
-    digits, found = _digits(losses[0]), []
-    train = [loss for loss, _ in _pairs(run)]
-    if digits >= DIGITS and _steady(train) and not _divided(run):
-        found.append(Finding("step_never_called", f"the training loss stays within {STEADY - 1:.0%} ({min(train):.6g} to {max(train):.6g}) and the validation "
-                             f"loss is {losses[0]!r} in all of {len(losses)} epochs: no weight seems to move.", run.step, certain=False))
-    said = ("to the last digit: the weights that are validated, or the answers, never change." if digits >= DIGITS else
-            f"but with {digits} digits that may be rounding: either the validated weights or answers never change, or the run learns next "
-            f"to nothing. Log more digits.")
-    return found + [Finding("cached_validation", f"the validation loss is {losses[0]!r} in all of {len(losses)} epochs, {said}", run.step, certain=False)]
+    digits, train = _digits(losses[0]), [loss for loss, _ in _pairs(run)]
+    same = f"the validation loss is {_shown(losses)} in all {len(losses)} epochs"
+    if digits < DIGITS:
+        return [Finding("cached_validation", f"{same}, but with {digits} digits that may be rounding: either the validated weights or answers never change, or the "
+                        f"run learns next to nothing. Log more digits.", run.step, certain=False)]
+    if _steady(train):
+        return [Finding("step_never_called", f"{same}, and the training loss stays within {STEADY - 1:.0%} ({min(train):.6g} to {max(train):.6g}): no weight seems to "
+                        f"move, because the step is never called or never applied.", run.step, certain=False)]
+    return [Finding("cached_validation", f"{same}, to the last digit: the weights that are validated, or the answers, never change.", run.step, certain=False)]
+
+
+def _constant(losses: Sequence[float]) -> bool:
+    return len(losses) > 2 and all(map(math.isfinite, losses)) and max(losses) - min(losses) <= ROUNDING * abs(max(losses))
+
+
+def _shown(losses: Sequence[float]) -> str:
+    return repr(losses[0]) if len(set(losses)) == 1 else f"{losses[0]:.6g}, but for rounding,"
 
 
 def _memorised(run: Run) -> list[Finding]:

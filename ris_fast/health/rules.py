@@ -11,6 +11,7 @@ from ris_fast.health.outcome_rules import WHILE_IT_RUNS
 from ris_fast.health.run import Row, Rule, Run
 
 TOUCHED = 0.02             # relative: more than rounding in a sum
+ENOUGH_SCENES = 8          # of one step, or of several together, of which more than half were served before
 COLD = 0.2                 # of the raw weights' way, below which the averaged weights are mostly the first ones
 JUMP, STILL = 0.5, 1e-8    # of a weight in one step
 GROWN, SHRUNK = 10.0, 0.2  # of the first weights' norm
@@ -76,9 +77,24 @@ def served_scenes(run: Run) -> Iterator[Finding]:
         yield Finding("nonfinite_data", f"{reading['nonfinite_scenes']} of {reading['scenes']} scenes of a step are not finite.", run.step)
     if reading.get("zero_scenes"):
         yield Finding("empty_cache_slot", f"{reading['zero_scenes']} of {reading['scenes']} scenes of a step are all zeros.", run.step)
-    if reading.get("repeated", 0) > max(1, reading.get("scenes", 0) // 10):
-        yield Finding("repeated_batch", f"{reading['repeated']} of {reading['scenes']} scenes of a step were in it twice or in "
-                      f"another step of the same epoch.", run.step)
+    repeated, scenes = _repeated(run)
+    if reading.get("repeated") and repeated > max(1, scenes // 2):
+        yield Finding("repeated_batch", f"{repeated} of {scenes} scenes of {'a step' if scenes == reading['scenes'] else 'the last steps that were read'} "
+                      f"were in it twice or in another step of the same epoch.", run.step)
+
+
+def _repeated(run: Run) -> tuple[int, int]:
+    """Scenes that were served before, and all: of the last step that was read, or of the last ones where a step has few.
+
+    Data may hold copies of a scene; a batch that comes again is more than half of a step.
+    """
+    epoch, repeated, scenes = run.steps[-1].get("epoch"), 0, 0
+    for row in reversed(run.steps):
+        reading = row.get("health") or {}
+        if scenes >= ENOUGH_SCENES or row.get("epoch") != epoch:
+            break
+        repeated, scenes = repeated + (reading.get("repeated") or 0), scenes + (reading.get("scenes") or 0)
+    return repeated, scenes
 
 
 def training_mode(run: Run) -> Iterator[Finding]:

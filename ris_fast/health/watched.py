@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Mapping
 
-from ris_fast.health.finding import Finding
+from ris_fast.health.finding import Finding, explained
 from ris_fast.health.preflight import Result
 from ris_fast.health.watchdog import STOPPING, Watchdog
 from ris_fast.training.loop import Observer, Trainer
@@ -55,8 +55,9 @@ def watched(trainer: Trainer, *, stop: bool = True, preflight: bool = True,
     if preflight:
         found = watchdog.preflight(progress)
         if stop and found and found[0].certain and found[0].severity in STOPPING:
-            many = f"{len(found)} reasons why this run would not learn; the first:" if len(found) > 1 else "a reason why this run would not learn:"
-            raise RunStopped(f"preflight found {many}\n{found[0]}\n"
-                             f"Train all the same with --set health.stop=false, or mute the rule: --set health.mute={found[0].cause}",
-                             found[0].cause)
+            certain = [finding for finding in found if finding.certain]
+            many = f"{len(certain)} reasons" if len(certain) > 1 else "a reason"
+            raise RunStopped(f"preflight found {many} why this run would not learn:\n{explained(found)}\n"
+                             f"Train all the same with --set health.stop=false, or mute what is meant: --set health.mute="
+                             f"{','.join(finding.cause for finding in certain if finding.severity in STOPPING)}", found[0].cause)
     return trainer

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, Mapping
 
-from ris_fast.health.finding import Finding, ranked
+from ris_fast.health.finding import Finding, explained, ranked
 from ris_fast.health.plain import symptoms
 from ris_fast.health.rules import replay
 from ris_fast.health.run import Run
@@ -32,9 +32,7 @@ class Answer:
             return f"{self.run}: learned, and no rule found a mistake. {self.figures}"
         if not self.findings:
             return f"{self.run}: {self.verdict}. No rule found a mistake in what the run reported. {self.figures}\n{self.next_step}"
-        first, *others = self.findings
-        return (f"{self.run}: {self.verdict}. {self.figures}\n{first}\n  more: ris-fast why --explain {first.cause}"
-                + "".join(f"\nalso seen, less telling: {finding.cause}: {finding.evidence}" for finding in others))
+        return f"{self.run}: {self.verdict}. {self.figures}\n{explained(self.findings, more=True)}"
 
     @property
     def next_step(self) -> str:
@@ -85,6 +83,12 @@ def summary_beside(place: Path) -> dict[str, Any]:
 def _figures(run: Run) -> str:
     best, floors = run.summary.get("best_val_nmse"), run.summary.get("floors") or {}
     if best is None:
-        return f"{len(run.steps)} step rows and {len(run.epochs)} epochs were read."
+        counts = [_counted(len(run.steps), "step row"), _counted(len(run.epochs), "epoch")]
+        read = " and ".join(filter(None, counts)) or "no rows"
+        return f"{read} {'was' if len(run.steps) + len(run.epochs) == 1 else 'were'} read."
     return (f"Best validation NMSE {best:.3f}, beside {floors.get('mean', math.nan):.3f} for the constant answer, after "
             f"{run.summary.get('optimizer_steps')} steps.")
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}" if number else ""

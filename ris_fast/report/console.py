@@ -161,19 +161,22 @@ def outcome_lines(summary: Mapping[str, Any], *, milestones: bool = True, run: P
              f"{summary['scenes_per_s']:.0f} scenes/s"]
     if summary.get("findings"):
         lines.append("findings, most certain first: " + ", ".join(map(str, summary["findings"])))
-        lines += first_finding(summary)
+        lines += certain_findings(summary)
     lines += ([] if summary.get("findings") else ruled_out(summary, names=False))
     if run and len(lines) > 2:
         lines.append(f"  more: ris-fast why {shlex.quote(str(run))}")
     return lines
 
 
-def first_finding(summary: Mapping[str, Any]) -> list[str]:
-    """What was seen of the first finding and how it is mended; nothing for a run that it stopped, whose error says so."""
-    first = next((each for each in summary.get("evidence", ()) if each["cause"] == summary["findings"][0]), None)
-    if first is None or summary["verdict"] == "stopped":
+def certain_findings(summary: Mapping[str, Any]) -> list[str]:
+    """What was seen of every certain finding, or of the first, and how it is mended; nothing for a run that they stopped, whose error says so."""
+    if summary["verdict"] == "stopped":
         return []
-    return [f"  seen{'' if first['certain'] else ' (not certain)'}: {first['evidence']}", f"  mend: {first['advice']}"]
+    told = [each for each in summary.get("evidence", ()) if each["cause"] in summary["findings"]]
+    shown = [each for each in told if each["certain"]] or [each for each in told if each["cause"] == summary["findings"][0]]
+    named = (f"{each['cause']}: " if len(shown) > 1 else "" for each in shown)
+    return [line for name, each in zip(named, shown)
+            for line in (f"  {name}seen{'' if each['certain'] else ' (not certain)'}: {each['evidence']}", f"  mend: {each['advice']}")]
 
 
 _WEIGHTS = (("raw", "val_nmse_raw"), ("ema", "val_nmse_ema"))
