@@ -54,6 +54,7 @@ CAUSES: dict[str, str] = {
     # precision
     "scaler_skips_all": "the loss scale overflows every gradient, so every step is skipped",
     "nonfinite_gradients": "gradients, or the loss that they come from, are NaN or infinite although the data are finite",
+    "nonfinite_step": "the optimizer's step makes weights that are NaN or infinite out of gradients that are finite",
     "sanitised_gradients": "NaN or infinite gradients are replaced by numbers before the optimizer sees them",
     "fp16_overflow": "an activation or the loss leaves the range of its number format",
     "gradient_underflow": "gradients fall below the smallest number of their format and become zero",

@@ -29,7 +29,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
         "clip_before_unscale", "gradients_never_cleared", "last_micro_batch_only", "rank_gradient_missing",
         "accumulation_not_divided", "schedule_per_epoch", "schedule_per_batch", "learning_rate_off_plan", "weights_reset", "ema_saved_over_raw",
         "optimizer_state_lost", "ema_nonfinite", "raw_not_validated", "ema_equals_raw", "ema_frozen"),
-    "gradient": ("nonfinite_gradients", "dominating_term", "clip_too_small"),
+    "gradient": ("nonfinite_step", "nonfinite_gradients", "dominating_term", "clip_too_small"),
     "movement": ("warmup_too_long", "learning_rate_too_large", "weight_decay_too_large", "learning_rate_too_small"),
     "outcome": ("ema_cold", "collapsed", "validation_apart", "overfitting", "stalled_at_floor"),
 }

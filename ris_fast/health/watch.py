@@ -9,6 +9,7 @@ Legend: T tensors, those of the model that one optimizer holds and that have a n
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.watch_parts import Few, LeftOver, part, usual
+from ris_fast.health.watch_parts import Few, LeftOver, few, part, usual
 from ris_fast.health.watch_rules import told
 from ris_fast.training.telemetry import norms
 
@@ -37,6 +38,8 @@ class Seen:
     moved: (), norm of the update over that of the weights, where there was a gradient; of a few numbers of each tensor.
     uncleared: (), whether one gradient of the step before was added to; left: gradients after the step, of the first steps.
     gone: tensors whose gradient is None at the step.
+    touched: (4,), of a few numbers of each gradient, as backward left it beside what the optimizer is given: the cosine, the share of
+    negative zeros, and the spread over the size of both. None where nothing was heard.
     """
 
     step: int
@@ -53,6 +56,7 @@ class Seen:
     moved: Tensor | None = None
     uncleared: Tensor | None = None
     left: Tensor | None = None
+    touched: Tensor | None = None
     gone: tuple[str, ...] = ()
     heard: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
@@ -70,6 +74,8 @@ class Follower:
         self.steps = 0
         self.records: list[Seen] = []
         self.arrived: dict[int, Tensor] = {}
+        self.samples: dict[int, Tensor] = {}
+        self.passes: Counter[int] = Counter()          # arrivals at each tensor, before the first step
         self.listening: list[Tensor] = []
         self.hooks: list[Any] = []
         self.now: Seen | None = None
@@ -99,6 +105,8 @@ class Follower:
         def arrived(parameter: Tensor) -> None:
             if (follower := me()) is not None and parameter.grad is not None:
                 follower.arrived[id(parameter)] = norm = norms([part(parameter.grad)])[0]
+                follower.samples[id(parameter)] = few([parameter.grad])
+                follower.passes[id(parameter)] += not follower.steps
                 if follower.left is not None and follower.left.parameter is parameter:
                     follower.left.came(norm)
 
@@ -119,6 +127,7 @@ class Follower:
         self.now.reset = self.few.reset
         if closure:
             self.arrived.clear()
+            self.samples.clear()
         else:
             self._gradients(own)
 
@@ -128,10 +137,22 @@ class Follower:
         heard, reached = {id(p) for p in self.listening}, self._reached(own)
         self.now.heard = tuple(name for name, p in own.items() if id(p) in heard)
         self.now.missing = tuple(name for (name, p), each in zip(own.items(), came) if each is None and id(p) in heard)
+        self.now.touched = self._touched(own)
         self.now.gone = tuple(name for name, p in own.items() if p.grad is None)
         self.now.came = _row([reached[n] if each is None and id(p) not in heard else zero if each is None else each
                               for n, (p, each) in enumerate(zip(own.values(), came))], zero)
         self.now.given = torch.maximum(self.now.came, reached) if self.now.closure else reached
+
+    def _touched(self, own: dict[str, Tensor]) -> Tensor | None:
+        """See `Seen.touched`; of the tensors that were heard and have a gradient in the same layout."""
+        both = [(self.samples[id(p)], few([p.grad])) for p in own.values() if id(p) in self.samples and p.grad is not None]
+        both = [pair for pair in both if pair[0].shape == pair[1].shape]
+        if not both or self.now.closure:
+            return None
+        device = both[0][0].device
+        came, given = (torch.cat([each.to(device, torch.float32, non_blocking=device.type == "cuda") for each in side]) for side in zip(*both))
+        cosine = torch.nn.functional.cosine_similarity(came, given, dim=0)
+        return torch.stack([cosine, (given.signbit() & (given == 0)).float().mean(), *((each - each.mean()).norm() / each.norm() for each in (came, given))])
 
     def _reached(self, own: dict[str, Tensor]) -> Tensor:
         """(T,) norms of the gradients as they are; zero for none."""
@@ -154,6 +175,7 @@ class Follower:
                 self.now.left, self.left = self._reached(own), LeftOver.among(list(own.values()))
             self.records, self.now = [*self.records[:DENSE], *self.records[DENSE:][-KEPT:], self.now], None
         self.arrived.clear()
+        self.samples.clear()
         if self.listening or self._due():
             self.listen()
 

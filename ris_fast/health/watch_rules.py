@@ -20,6 +20,7 @@ from ris_fast.training.telemetry import norms
 if TYPE_CHECKING:
     from ris_fast.health.watch import Follower, Seen, Watch
 
+MANY_PASSES = 256          # backward passes without a step, more than anybody accumulates
 SCALER_STEPS = 24          # a loss scale halves its way to one that fits in fewer
 
 MEANT = "That may be meant."
@@ -30,10 +31,13 @@ MENDS = {
                          "`watch(..., frozen=(\"beginning of their names\",))`.",
     "zero_learning_rate": "Give the group a rate above zero, and look at what the scheduler makes of it; if it is meant to stand still, "
                           "say so: `watch(..., frozen=(\"beginning of its parameters' names\",))`.",
+    "nonfinite_step": "Keep the weights in float32 and let `torch.autocast` choose the format of the products; else an `eps` that the format "
+                      "has, such as 1e-4 in float16.",
     "clip_too_small": "Clip near the norms that arrive, e.g. `clip_grad_norm_(model.parameters(), 1.0)`, after "
                       "`scaler.unscale_(optimizer)`.",
     "sanitised_gradients": "Remove the `nan_to_num` and mend the term that the NaN comes from; until then leave such steps out.",
     "nonfinite_gradients": "Find the operation with `torch.autograd.detect_anomaly()`: roots, divisions and logarithms at zero are usual.",
+    "loss_sign": "Give the optimizer the gradients as backward leaves them, and leave `maximize` off.",
     "unused_head": "Let the loss read what these parameters make, look for a `detach()` on the way, or take them out of the model.",
 }
 
@@ -48,9 +52,9 @@ def told(watch: "Watch") -> list[Finding]:
     return ranked([*_membership(watch), *(found for follower in watch.followers for found in _followed(watch, follower))])
 
 
-def _found(cause: str, evidence: str, step: int = 0, doubt: str = "") -> Finding:
-    """`doubt`: what else it may be; with it the finding is not certain."""
-    return Finding(cause, f"{evidence} {doubt}".strip(), step, advice=mend(cause), certain=not doubt)
+def _found(cause: str, evidence: str, step: int = 0, doubt: str = "", advice: str = "") -> Finding:
+    """`doubt`: what else it may be; with it the finding is not certain. `advice`: where it is not the usual one."""
+    return Finding(cause, f"{evidence} {doubt}".strip(), step, advice=advice or mend(cause), certain=not doubt)
 
 
 def _membership(watch: "Watch") -> list[Finding]:
@@ -81,17 +85,21 @@ def _followed(watch: "Watch", follower: "Follower") -> list[Finding]:
     if not follower.steps:
         return list(_never_stepped(follower))
     records = [record.on_host() for record in follower.records]
+    if burst := list(_burst(follower, records)):
+        return burst             # whatever is said of later steps comes from that
     return [*(found for record in records for found in _judge(record, next(r for r in records if r.names == record.names))),
-            *_unheard(watch, records), *_skipped(records), *_still(watch, follower, records), *_clipped(records), *_uncleared(records),
-            *_twice(records), *_zeroed(watch, records), *_slow(records), *_decayed(follower, records), *_broken(follower)]
+            *_turned(records), *_unheard(watch, records), *_skipped(records), *_still(watch, follower, records), *_clipped(records), *_uncleared(records),
+            *_twice(records), *_zeroed(watch, records), *_slow(records), *_decayed(follower, records), *_broken(follower, records)]
 
 
 def _never_stepped(follower: "Follower") -> Iterator[Finding]:
+    """Before the first step all may be well: gradients may be added up over many passes, and a scaler may skip."""
     bad = sum(not bool(norm.isfinite()) for norm in follower.arrived.values())
     skipped = f" {bad} of them are not finite: a loss scaler or a check may skip every step." if bad else ""
+    passes = max(follower.passes.values(), default=0)
     if follower.arrived:
-        yield _found("step_never_called", f"{len(follower.arrived)} tensors have received gradients and the optimizer has made no "
-                     f"step.{skipped}")
+        yield _found("step_never_called", f"{len(follower.arrived)} tensors have received gradients in {passes} backward passes and the optimizer has made "
+                     f"no step.{skipped}", doubt="" if passes > MANY_PASSES else "If gradients are added up over several passes, the first step is still to come.")
 
 
 def _unheard(watch: "Watch", records: list["Seen"]) -> Iterator[Finding]:
@@ -101,7 +109,8 @@ def _unheard(watch: "Watch", records: list["Seen"]) -> Iterator[Finding]:
                       if name in record.missing and given == 0)
     if never := [name for name, count in missing.items() if count == heard[name] and not name.startswith(watch.frozen)]:
         yield _found("unused_head", f"{len(never)} of {len(heard)} trainable tensors never received a gradient: "
-                     f"{', '.join(never[:3])}.", records[-1].step)
+                     f"{', '.join(never[:3])}.", records[-1].step,
+                     "" if max(heard[name] for name in never) > 1 else "One step has been made so far.")
 
 
 def _skipped(records: list["Seen"]) -> Iterator[Finding]:
@@ -141,6 +150,50 @@ def _clipped(records: list["Seen"]) -> Iterator[Finding]:
         yield _found("clip_too_small", evidence, record.step + 1, "" if fixed else "It may be a loss scale taken out, late in a run.")
     elif fixed and len(small) > 3 and max(passed_on) < 1e-3:
         yield _found("clip_too_small", f"{evidence} It is the same norm in {len(small)} steps.", record.step + 1, "Adam hardly minds.")
+
+
+def _turned(records: list["Seen"]) -> Iterator[Finding]:
+    """Gradients that are turned round, or made one number, in all steps seen: what a threshold below zero does."""
+    seen = [(record, float(record.came.norm()), float(record.given.norm()), *record.touched.tolist()) for record in records
+            if record.touched is not None and float(record.given.norm()) > 0 and _finite(record.came) and _finite(record.given)]
+    if len(seen) < 2:
+        return
+    record, came, given, *_ = seen[0]
+    if all(before > 1e-3 and after < 1e-6 for *_, before, after in seen):
+        yield _found("clip_too_small", "all entries of the gradient are the same number when they reach the optimizer: a threshold below zero in "
+                     "`clip_grad_value_` does that.", record.step + 1)
+    elif all(cosine < -0.999 for *_, cosine, _, _, _ in seen):
+        if all(abs(given - came) <= 1e-3 * came for _, came, given, *_ in seen):
+            yield _found("loss_sign", f"gradients are turned round between backward and the step, at the same norm ({given:.3g}).", record.step + 1, MEANT)
+        else:
+            yield _found("clip_too_small", f"gradients of norm {came:.3g} arrive and reach the optimizer turned round, at norm {given:.3g}: a threshold "
+                         f"below zero in `clip_grad_norm_` does that.", record.step + 1)
+
+
+def _burst(follower: "Follower", records: list["Seen"]) -> Iterator[Finding]:
+    """A step that makes weights that are not finite out of weights and gradients that are."""
+    for seen in records:
+        broken = [name for name, before, after in zip(seen.names, seen.before, seen.after) if bool(before.isfinite()) and not bool(after.isfinite())]
+        if broken and _finite(seen.before) and _finite(seen.given) and not seen.closure:
+            yield _found("nonfinite_step", f"weights and gradients (norm {float(seen.given.norm()):.3g}) are finite before the step, and after it the weights of "
+                         f"{len(broken)} of {len(seen.names)} tensors are not: {', '.join(broken[:3])}. {_how(follower, seen, broken)}", seen.step + 1)
+            return
+        if not _finite(seen.before) or not _finite(seen.given):
+            return
+
+
+def _how(follower: "Follower", seen: "Seen", broken: list[str]) -> str:
+    """What of the optimizer's options makes a number that is not finite."""
+    own = follower.own()
+    formats = {own[name].dtype for name in broken if name in own}
+    for group in follower.optimizer.param_groups:
+        for kind in formats & {p.dtype for p in group["params"]}:
+            eps = group.get("eps")
+            if isinstance(eps, float) and float(torch.tensor(eps, dtype=kind)) == 0.0:
+                name, least = str(kind).removeprefix("torch."), torch.finfo(kind).tiny * torch.finfo(kind).eps
+                said = f"eps of {eps:.3g} is zero in {name}, whose smallest number is {least:.2g}" if eps else "eps is zero"
+                return f"The optimizer's {said}: where the mean square of a gradient is zero too, the step divides by zero."
+    return f"The rate is {max(seen.rates):.3g}: look at the optimizer's options and at the weights' number format."
 
 
 def _uncleared(records: list["Seen"]) -> Iterator[Finding]:
@@ -197,13 +250,17 @@ def _decayed(follower: "Follower", records: list["Seen"]) -> Iterator[Finding]:
                      records[-1].step + 1)
 
 
-def _broken(follower: "Follower") -> Iterator[Finding]:
+def _broken(follower: "Follower", records: list["Seen"]) -> Iterator[Finding]:
     """Weights as they are now: what happens between two looks stays in them."""
     own = follower.own()
     names = [name for name, norm in zip(own, norms([part(tensor) for tensor in own.values()]).tolist()) if not math.isfinite(norm)]
-    if names:
-        yield _found("nonfinite_gradients", f"the weights of {len(names)} of {len(own)} tensors are not finite now: "
-                     f"{', '.join(names[:3])}.", follower.steps)
+    if not names:
+        return
+    how, seen = _how(follower, records[-1], names), f"the weights of {len(names)} of {len(own)} tensors are not finite now: {', '.join(names[:3])}."
+    if "eps" in how:
+        yield _found("nonfinite_step", f"{seen} {how}", follower.steps, "No step that was looked at shows it.")
+    else:
+        yield _found("nonfinite_gradients", seen, follower.steps)
 
 
 def _judge(seen: "Seen", first: "Seen") -> list[Finding]:
@@ -214,14 +271,31 @@ def _judge(seen: "Seen", first: "Seen") -> list[Finding]:
         found.append(("sanitised_gradients", f"{int((~seen.came.isfinite()).sum())} tensors' gradients arrive non-finite and reach the "
                       f"optimizer finite.", ""))
     elif not _finite(seen.given) and not seen.scaled:
-        found.append(("nonfinite_gradients", f"{int((~seen.given.isfinite()).sum())} of {len(seen.given)} tensors.", ""))
+        broken = f"{int((~seen.given.isfinite()).sum())} of {len(seen.given)} tensors"
+        if _whole_at_first(seen):
+            return [_found("nonfinite_gradients", f"{broken}, which backward leaves finite: something between backward and the step breaks them.",
+                           seen.step + 1, advice="Look at what stands between `backward()` and `step()`: a clip threshold that is not a number, or a division.")]
+        found.append(("nonfinite_gradients", f"{broken}.", ""))
     elif arrived > 0 and passed == 0:
-        found.append(("gradients_cleared_before_step", f"norm {arrived:.3g} arrives and the optimizer finds zero.", ""))
+        found.append(_emptied(seen, arrived))
     if seen.reset is not None and bool(seen.reset):
         found.append(("weights_reset", "the weights are again, bit for bit, those of an earlier step; others came in between.", ""))
     if (grown := _growth(seen, first)) > 10.0:
         found.append(("learning_rate_too_large", f"the weights' norm has grown by a factor of {grown:.3g}.", "Large targets ask for that."))
     return [_found(cause, evidence, seen.step + 1, doubt) for cause, evidence, doubt in found]
+
+
+def _whole_at_first(seen: "Seen") -> bool:
+    """Whether backward was heard and left every gradient finite."""
+    return not seen.closure and len(seen.missing) < len(seen.heard) and _finite(seen.came)
+
+
+def _emptied(seen: "Seen", arrived: float) -> tuple[str, str, str]:
+    """What cleared gradients: a product with zero leaves negative zeros behind, and clearing does not."""
+    if seen.touched is not None and float(seen.touched[1]) > 0:
+        return ("clip_too_small", f"norm {arrived:.3g} arrives and the optimizer finds zeros, some of them negative, which a product with zero leaves "
+                "behind: a clip threshold of zero does that.", "")
+    return ("gradients_cleared_before_step", f"norm {arrived:.3g} arrives and the optimizer finds zero.", "")
 
 
 def _growth(seen: "Seen", first: "Seen") -> float:

@@ -274,3 +274,42 @@ def test_outputs_that_are_equal_in_sixteen_bits_are_no_wrong_derivative() -> Non
 
     assert list(each_term(Subject(Trainer(healthy_config(86))))) == []
     assert list(right_derivative(Subject(Trainer(healthy_config(150))))) == []
+
+
+# ---- copies in the data ----------------------------------------------------------------------------------------------------
+
+
+def with_copies(trainer: Trainer, every: int) -> Trainer:
+    """One training scene in so many is a copy of the one before it, under a number of its own."""
+    def copied(batch: Any) -> Any:
+        def served(split: str, index: torch.Tensor) -> Any:
+            scenes = batch(split, torch.where(index % every == every - 1, index - 1, index) if split == "train" else index)
+            return replace(scenes, index=index)
+        return served
+    wrap(trainer.source, "batch", copied)
+    return trainer
+
+
+@pytest.mark.parametrize("every, shown", [(49, "5 of the first 256"), (240, "1 of the first 256"), (5, "51 of the first 256")])
+def test_copies_in_the_data_are_a_note(every: int, shown: str) -> None:
+    subject = Subject(with_copies(Trainer(small("backprojection", **{"data.fixed": True})), every))
+    assert list(check_scenes.distinct(subject)) == [] and shown in subject.note and "copies of others in the data" in subject.note
+
+
+def test_a_number_that_is_served_again_is_no_copy() -> None:
+    trainer = Trainer(small("backprojection"))
+    wrap(trainer.source, "batch", lambda batch: lambda split, index: batch(split, torch.where(index % 20 == 19, index - 1, index)))
+    finding, = check_scenes.distinct(Subject(trainer))
+    assert finding.cause == "repeated_batch" and finding.certain
+
+
+@pytest.mark.parametrize("batch", [2, 16])
+def test_a_run_on_data_with_copies_is_left_in_peace(batch: int) -> None:
+    from ris_fast.health.watched import watched
+
+    config = small("backprojection", **{"data.fixed": True, "data.train_scenes": 64, "training.batch_size": batch, "training.epochs": 2,
+                                        "report.every_steps": 1, "task.max_sources": 1})
+    trainer = watched(with_copies(Trainer(config), 8), preflight=False)
+    trainer.fit()
+    assert "repeated_batch" not in [finding.cause for finding in trainer.observer.watchdog.findings]
+    assert any(row["health"]["repeated"] for row in trainer.observer.watchdog.run.steps)

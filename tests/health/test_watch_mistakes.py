@@ -118,3 +118,122 @@ def test_a_graph_that_is_compiled_while_a_hook_waits_is_whole() -> None:
     torch._dynamo.utils.counters.clear()
     train(torch.compile(model, fullgraph=True, backend="aot_eager"), optimizer, 12)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 and seen.report() == []
+
+
+# ---- thresholds and options that no run survives ---------------------------------------------------------------------------
+
+NORM, VALUE = nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_
+
+
+def clipped(clip: Callable[..., Any], threshold: float, make: Callable[..., Any] = torch.optim.AdamW, model: nn.Module | None = None) -> list[Any]:
+    model = model or network()
+    optimizer = make(model.parameters())
+    seen = watch(model, optimizer)
+    train(model, optimizer, before=lambda: clip(model.parameters(), threshold))
+    return seen.report()
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, FusedAdamW, lambda p: torch.optim.SGD(p, lr=1e-2)])
+@pytest.mark.parametrize("clip, threshold, said", [
+    (NORM, 0.0, "product with zero"), (VALUE, 0.0, "product with zero"), (NORM, -1.0, "turned round"), (NORM, -1e-3, "turned round"),
+    (VALUE, -1.0, "the same number")])
+def test_a_clip_threshold_of_zero_or_below_is_named(clip: Callable[..., Any], threshold: float, said: str, make: Callable[..., Any]) -> None:
+    (finding,) = clipped(clip, threshold, make)
+    assert finding.cause == "clip_too_small" and finding.certain and said in finding.evidence and "zero_grad" not in finding.advice
+
+
+@pytest.mark.parametrize("clip", [NORM, VALUE])
+def test_a_clip_threshold_that_is_not_a_number_is_no_root_or_logarithm(clip: Callable[..., Any]) -> None:
+    finding = clipped(clip, float("nan"))[0]
+    assert finding.cause == "nonfinite_gradients" and "between backward and the step" in finding.evidence and "clip threshold" in finding.advice
+
+
+@pytest.mark.parametrize("clip, threshold", [(NORM, float("inf")), (VALUE, float("inf")), (NORM, 1e-2), (VALUE, 1e-3)])
+def test_thresholds_that_a_run_survives_are_left_in_peace(clip: Callable[..., Any], threshold: float) -> None:
+    assert clipped(clip, threshold) == []
+
+
+def test_a_network_of_one_number_has_equal_gradients() -> None:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight * x
+    assert clipped(NORM, 1.0, model=One()) == clipped(VALUE, 1e-2, model=One()) == []
+
+
+def test_gradients_that_are_negated_by_hand_are_doubted() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    seen = watch(model, optimizer)
+    train(model, optimizer, before=lambda: [p.grad.neg_() for p in model.parameters()])
+    assert [(finding.cause, finding.certain) for finding in seen.report()] == [("loss_sign", False)]
+
+
+def halves(steps: int = 6, **options: Any) -> list[Any]:
+    model = network().half()
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    seen = watch(model, optimizer)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(torch.randn(32, 8).half()) - 1.0).square().mean().backward()
+        optimizer.step()
+    return seen.report()
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_a_step_that_makes_weights_not_finite_out_of_finite_gradients_is_named_by_its_eps(steps: int) -> None:
+    (finding,) = halves(steps)
+    assert finding.cause == "nonfinite_step" and finding.certain and finding.step == 1
+    assert "eps of 1e-08 is zero in float16, whose smallest number is 6e-08" in finding.evidence and "logarithm" not in finding.advice
+    assert halves(steps, eps=1e-4) == []
+
+
+def test_an_eps_of_zero_and_a_rate_that_is_not_finite_are_named() -> None:
+    model = network()
+    for options, said in (({"eps": 0.0}, "eps is zero"), ({"lr": float("inf")}, "The rate is inf")):
+        optimizer = torch.optim.AdamW(model.parameters(), **options)
+        seen = watch(model, optimizer)
+        train(model, optimizer, 3, before=lambda: model[0].weight.grad.zero_())
+        finding = seen.report()[0]
+        assert finding.cause == "nonfinite_step" and said in finding.evidence
+        model = network()
+
+
+# ---- reports at any moment -------------------------------------------------------------------------------------------------
+
+
+def test_a_report_may_be_asked_for_at_any_moment_of_an_accumulation() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    seen = watch(model, optimizer)
+    assert seen.report() == []
+    for number in range(12):
+        (model(torch.randn(32, 8)) - 1.0).square().mean().backward()
+        assert [(finding.cause, finding.certain) for finding in seen.report()] == ([] if seen.steps else [("step_never_called", False)])
+        if number % 4 == 3:
+            optimizer.step()
+            assert seen.report() == []
+            optimizer.zero_grad()
+            assert seen.report() == []
+
+
+def test_hundreds_of_passes_without_a_step_are_certain() -> None:
+    model = nn.Linear(2, 1)
+    seen = watch(model, torch.optim.SGD(model.parameters(), lr=1e-2))
+    for _ in range(300):
+        model(torch.ones(1, 2)).sum().backward()
+    (finding,) = seen.report()
+    assert finding.cause == "step_never_called" and finding.certain and "300 backward passes" in finding.evidence
+
+
+def test_a_part_that_is_trained_in_turn_is_doubted_after_one_step() -> None:
+    model = nn.ModuleDict({"one": nn.Linear(8, 4), "other": nn.Linear(8, 4)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    seen = watch(model, optimizer)
+    for number in range(6):
+        train(model[("one", "other")[number % 2]], optimizer, 1)
+        assert not [finding for finding in seen.report() if finding.certain]
+    assert seen.report() == []
