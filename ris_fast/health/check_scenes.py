@@ -70,15 +70,16 @@ def _repeats(subject: Subject, scenes: Scenes) -> Iterator[Finding]:
     different = len(hashes.unique())
     first = subject.groups[0]
     batch = [prints(each.snapshots) for each in first]
-    if len(hashes) - different < max(1, len(hashes) // 100):
+    again = len(hashes) - different
+    if 0 < again <= len(hashes) // FEW and _copies(scenes) and not _other_labels(scenes):
+        subject.note = f"{again} of the first {len(hashes)} scenes are copies of others in the data, under numbers of their own"
+        return
+    if again < max(1, len(hashes) // 100):
         return
     seen = f"the first {len(subject.groups)} steps serve {len(hashes)} scenes, of which {different} are different"
     if _other_labels(scenes):
         yield Finding("stale_cache", f"{seen}, and the targets of equal snapshots differ: snapshots are left from an earlier "
                       f"batch.")
-        return
-    if _copies(scenes) and len(hashes) - different <= len(hashes) // FEW:
-        subject.note = f"{len(hashes) - different} of the first {len(hashes)} scenes are copies of others in the data, under numbers of their own"
         return
     if len(batch[0]) > 1 and all(len(each.unique()) == 1 for each in batch if len(each) > 1):
         yield Finding("constant_input", f"{seen}: every scene of a batch shows the same snapshots.")

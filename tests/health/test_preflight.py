@@ -186,7 +186,7 @@ def test_averages_counters_and_generators_of_the_users_are_put_back() -> None:
         trainer.optimizer.param_groups[0]["betas"] = (0.5, 0.5)
     trainer.optimizer.register_step_post_hook(after)
     trainer.model.calls = 7
-    trainer.model.register_forward_pre_hook(lambda model, _: setattr(model, "calls", model.calls + 1))
+    trainer.model.fuse.register_forward_pre_hook(lambda *_: setattr(trainer.model, "calls", trainer.model.calls + 1))
     state = random.getstate(), np.random.get_state()[1].tolist(), TICKS, trainer.optimizer.param_groups[0]["betas"]
     first = {name: value.clone() for name, value in average.state_dict().items()}
     with untouched(trainer):
