@@ -1,13 +1,18 @@
 """The command line: commands to functions, no logic. Torch and matplotlib are imported by the commands that need them.
 
-Exit codes: 0 done, 1 a gradient check failed, 2 bad usage or configuration, 3 data problem, 4 stopped by health or a failed check, 5 out of memory, 70 an error of this program, 130 Ctrl-C.
+Exit codes: 0 done, 1 a gradient check failed, 2 bad usage or configuration, 3 data problem or a place that cannot be written,
+4 stopped by health or a failed check, 5 out of memory, 70 a bug of ours, 130 Ctrl-C, SIGTERM or SIGHUP.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from io import TextIOWrapper
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, Sequence
 
@@ -15,12 +20,15 @@ from cyclopts import App, CycloptsError, Parameter
 
 from ris_fast import __version__
 from ris_fast.settings import load_config, render_toml
-from ris_fast.usage import empty_value, usage_message, whole_number, whole_number_or_auto
+from ris_fast.streams import unbreakable
+from ris_fast.usage import empty_value, place, usage_message, whole_number, whole_number_or_auto, without_set
 
-INTERNAL_ERROR = 70        # EX_SOFTWARE of sysexits.h
+INTERNAL_ERROR = 70                                     # EX_SOFTWARE of sysexits.h
+LEAVES_A_RECORD = ("train", "simulate", "evaluate")     # what these print can be read in their folder
 
 Whole = Annotated[int | None, Parameter(converter=whole_number, accepts_keys=False)]
 WholeOrAuto = Annotated[int | str | None, Parameter(converter=whole_number_or_auto, accepts_keys=False)]
+Place = Annotated[Path | None, Parameter(converter=place, accepts_keys=False)]
 Overrides = Annotated[list[str] | None, Parameter(name="--set")]
 
 app = App(name="ris-fast", version=__version__, default_parameter=Parameter(negative=(), show_default=False),
@@ -28,11 +36,11 @@ app = App(name="ris-fast", version=__version__, default_parameter=Parameter(nega
 
 
 @app.command
-def train(config: Path | None = None, /, *, preset: str | None = None, device: str | None = None,
-          data: Path | None = None, epochs: Whole = None, batch_size: WholeOrAuto = None,
+def train(config: Place = None, /, *, preset: str | None = None, device: str | None = None,
+          data: Place = None, epochs: Whole = None, batch_size: WholeOrAuto = None,
           accumulate: Whole = None, seed: Whole = None, max_seconds: float | None = None,
           precision: str | None = None, no_compile: bool = False, backend: str | None = None,
-          set_: Overrides = None, out: Path | None = None, resume: Path | None = None, log_tensors: bool = False,
+          set_: Overrides = None, out: Place = None, resume: Place = None, log_tensors: bool = False,
           anomaly: bool = False,
           profile: bool = False, print_config: bool = False) -> int:
     """Train a network; without arguments on scenes simulated on this machine's best device.
@@ -101,8 +109,8 @@ def train(config: Path | None = None, /, *, preset: str | None = None, device: s
 
 
 @app.command
-def check(config: Path | None = None, /, *, preset: str | None = None, device: str | None = None,
-          data: Path | None = None, batch_size: Whole = None, seed: Whole = None, no_compile: bool = False,
+def check(config: Place = None, /, *, preset: str | None = None, device: str | None = None,
+          data: Place = None, batch_size: Whole = None, seed: Whole = None, no_compile: bool = False,
           set_: Overrides = None, json: bool = False, graph: bool = False) -> int:
     """Check network, loss, step and scenes as `train` would use them, without training. Exit code 4: a mistake is certain.
 
@@ -137,7 +145,7 @@ def check(config: Path | None = None, /, *, preset: str | None = None, device: s
 
 
 @app.command
-def why(run: Path | None = None, /, *, explain: str | None = None, json: bool = False) -> int:
+def why(run: Place = None, /, *, explain: str | None = None, json: bool = False) -> int:
     """Why a run did not learn: the ranked cause, from its folder or from a plain metrics.jsonl.
 
     Parameters
@@ -155,7 +163,7 @@ def why(run: Path | None = None, /, *, explain: str | None = None, json: bool = 
 
 
 @app.command
-def evaluate(run: Path, /, *, scenes: Whole = None, data: Path | None = None, device: str = "auto", json: bool = False) -> int:
+def evaluate(run: Annotated[Path, Parameter(converter=place)], /, *, scenes: Whole = None, data: Place = None, device: str = "auto", json: bool = False) -> int:
     """NMSE of a trained run on the test scenes, by SNR and number of sources, beside the floors and the Bayes line.
 
     Parameters
@@ -210,7 +218,7 @@ def gradcheck(*, device: str = "auto", no_interpreter: bool = False, json: bool 
 
 
 @app.command
-def bench(what: Literal["kernels", "step", "train"] | None = None, /, *, device: str = "auto", json: Path | None = None) -> int:
+def bench(what: Literal["kernels", "step", "train"] | None = None, /, *, device: str = "auto", json: Place = None) -> int:
     """Measure kernels, the optimizer step against its peers, and whole trainings on this machine; all three by default.
 
     Parameters
@@ -237,7 +245,7 @@ def bench(what: Literal["kernels", "step", "train"] | None = None, /, *, device:
 
 
 @app.command
-def simulate(config: Path | None = None, /, *, out: Path, scenes: Annotated[int, Parameter(converter=whole_number)],
+def simulate(config: Place = None, /, *, out: Annotated[Path, Parameter(converter=place)], scenes: Annotated[int, Parameter(converter=whole_number)],
              preset: str | None = None, device: str | None = None, seed: Whole = None, set_: Overrides = None) -> int:
     """Write a data set of simulated scenes that `ris-fast train --data DIR` reads.
 
@@ -288,31 +296,53 @@ def env(*, json: bool = False) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; every expected error ends as a message on standard error and its exit code."""
+    """Runs one command; every expected error ends as a message on standard error and its exit code.
+
+    Output that nobody can receive any more ends nothing. A bug prints its traceback and ends with 70, so that 1, Python's
+    own code for it, says that a gradient check failed and nothing else.
+    """
     tokens = list(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):            # a folder's name may be text in no encoding
-            stream.reconfigure(errors="backslashreplace")
-    if (empty := empty_value(tokens)) is not None:
-        return _complain(empty, 2)
+    with unbreakable() as (output, _), endings_as_interrupts():
+        code = _run(tokens)
+        output.flush()
+        if output.failed and code == 0 and tokens[:1] and tokens[0] not in LEAVES_A_RECORD:
+            return _complain(f"standard output cannot be written: {output.lost}.", 3)
+        return code
+
+
+def _run(tokens: Sequence[str]) -> int:
+    if (refused := empty_value(tokens) or without_set(tokens)) is not None:
+        return _complain(refused, 2)
     try:
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
         return command(*bound.args, **bound.kwargs) or 0
     except CycloptsError as error:
         return _complain(usage_message(error), 2)
-    except KeyboardInterrupt:
-        return _complain("interrupted", 130)
-    except BrokenPipeError:  # `ris-fast ... | head`
-        sys.stderr.close()
-        return 141
+    except KeyboardInterrupt as interrupt:
+        return _complain(str(interrupt) or "interrupted", 130)
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is not None:
             return _complain(str(error), code)
         if isinstance(error, OSError) and error.filename is not None:
             return _complain(f"{error.filename}: {error.strerror}. Give another path.", 3)
-        traceback.print_exc()              # a mistake of ours; 1, Python's own code for it, says that a gradient check failed
+        traceback.print_exc()
         return INTERNAL_ERROR
+
+
+@contextmanager
+def endings_as_interrupts() -> Iterator[None]:
+    """A cluster's time limit (SIGTERM) and a closed terminal (SIGHUP) save and say what Ctrl-C does; nohup's wish is kept."""
+    endings = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        endings = []
+    for each in endings:
+        signal.signal(each, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for each in endings:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def _complain(text: str, code: int) -> int:
@@ -321,4 +351,4 @@ def _complain(text: str, code: int) -> int:
 
 
 def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path.expanduser().resolve())
+    return None if path is None else os.path.realpath(path)    # unlike Path.resolve, it takes links that lead in a circle

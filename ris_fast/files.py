@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import fcntl
 import os
 import re
 from contextlib import contextmanager, suppress
@@ -64,6 +65,20 @@ def read_text(path: str | Path) -> str:
     A name that is no UTF-8, or any name beyond ASCII where the locale is C, has surrogates in Python; see PEP 383.
     """
     return os.fsdecode(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8))
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Holds a folder alone within the block; the system lets go of the lock however the process ends.
+
+    Raises BlockingIOError where another process holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_text(path: str | Path, text: str) -> None:

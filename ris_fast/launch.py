@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from pathlib import Path
@@ -34,8 +33,6 @@ def run_training(config: Config, out: Path | None, *, resume: Path | None = None
     ours = resume is None and (out is None or not out.exists())
     folder, checkpoint = (new_folder(config, out), None) if resume is None else run_and_checkpoint(resume)
     console = ConsoleReport(standard_task=config.task == Task(), run=folder)
-    for ending in (signal.SIGTERM, signal.SIGHUP):  # a cluster's time limit and a closed terminal save as Ctrl-C does
-        signal.signal(ending, signal.default_int_handler)
     try:
         with alone_in(folder):
             summary = _fit(config, folder, _observers(config, folder, console), checkpoint, profile, console)

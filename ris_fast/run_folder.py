@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
-import os
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping
 
 from ris_fast.config import Config, ConfigError
-from ris_fast.files import StorageError, make_folder, read_text, remove_leftovers, write_text, writing
+from ris_fast.files import StorageError, locked, make_folder, read_text, remove_leftovers, write_text, writing
 from ris_fast.report.eventlog import METRICS, write_json
 from ris_fast.settings import load_config, render_toml
 
@@ -81,22 +80,16 @@ def drop_if_empty(folder: Path) -> None:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps two processes from writing one run; the system lets go of the lock however the process ends.
-
-    What an earlier process was killed in writing is removed.
-    """
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise ConfigError(f"{folder} is no folder that can be read: {error.strerror}. Give the folder of a run.") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Keeps two processes from writing one run, and removes what an earlier one was killed in writing. Raises ConfigError."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder))
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: another process is training this run. Wait for it or stop it.") from None
+        except OSError as error:
+            raise ConfigError(f"{folder} is no folder that can be read: {error.strerror}. Give the folder of a run.") from error
         remove_leftovers(folder)
         yield
-    except BlockingIOError:
-        raise ConfigError(f"{folder}: another process is training this run. Wait for it or stop it.") from None
-    finally:
-        os.close(handle)
 
 
 def run_config(folder: Path, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None) -> Config:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+from itertools import pairwise
+from pathlib import Path
 from typing import Sequence
 
 from cyclopts import CycloptsError, Token, UnusedCliTokensError
 
 TAKE_SETTINGS = ("train", "check", "simulate")
 SETTINGS_FILE = re.compile(r'Unknown (?:option|command):? "?(?:(?:--config|-c)(?:=[^"]*?)?|([^-"][^"]*\.toml))"?\.(?!\w)')
+
+SETTING = re.compile(r"\w+\.[\w.]+=")
 
 
 def whole_number(_: type, tokens: Sequence[Token]) -> int:
@@ -47,6 +53,27 @@ def empty_value(tokens: Sequence[str]) -> str | None:
     return None
 
 
+def place(_: type, tokens: Sequence[Token]) -> Path:
+    """A path that can be looked up, whether or not a file is there."""
+    text = tokens[0].value
+    path = os.path.expanduser(text)
+    try:
+        os.stat(path)
+    except OSError as error:   # asked later, whether the file is there would raise this wherever it is asked
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise ValueError(f"{text} cannot be used as a path: {error.strerror}") from None
+    return Path(path)
+
+
+def without_set(tokens: Sequence[str]) -> str | None:
+    """What to say where settings stand without --set, as in `--set a.b=1 c.d=2`; None where none does."""
+    lonely = [word for before, word in pairwise(tokens)
+              if SETTING.match(word) and not before.startswith("-") and not os.path.lexists(word)]
+    if not lonely or tokens[0] not in TAKE_SETTINGS:
+        return None
+    return f"--set takes one setting and is repeated for each. Write: {' '.join(f'--set {word}' for word in lonely)}"
+
+
 def usage_message(error: CycloptsError) -> str:
     """The parser's message; where it has no near miss to offer, what the command takes."""
     text, chain = str(error), " ".join(error.command_chain or ())
@@ -56,4 +83,4 @@ def usage_message(error: CycloptsError) -> str:
         return f"{found[0]} A file with settings is given without an option: ris-fast {chain or 'train'} {found[1] or 'FILE.toml'}"
     if "Did you mean" in text or "Available commands" in text or error.app is None:
         return text
-    return f"{text} Try: ris-fast {chain + ' ' if chain else ''}--help"
+    return f"{text.rstrip('.')}. Try: ris-fast {chain + ' ' if chain else ''}--help"

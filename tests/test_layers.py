@@ -13,7 +13,7 @@ import ris_fast
 
 ROOT = Path(__file__).parent.parent
 # A module may import modules of lower floors and of its own; siblings on one floor do not know each other.
-FLOORS = (("config", "files", "usage"), ("settings",), ("kernels",), ("physics", "environment"), ("data", "models"), ("training",),
+FLOORS = (("config", "files", "usage", "streams", "drawing"), ("settings",), ("kernels",), ("physics", "environment"), ("data", "models"), ("training",),
           ("gradcheck", "benchmarks"), ("health", "report", "localize"), ("run_folder", "printed_rows"), ("plain_rows",), ("evaluation", "checkup", "memory"), ("launch", "bench"), ("cli",), ("__main__",))
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 

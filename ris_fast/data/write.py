@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +25,7 @@ from ris_fast.config import Config, ConfigError, Task
 from ris_fast.data.errors import DataError
 from ris_fast.data.place import MANIFEST, PLAN
 from ris_fast.data.statistics import measure, merge
-from ris_fast.files import save_tensors, write_text, writing
+from ris_fast.files import locked, make_folder, save_tensors, write_text, writing
 from ris_fast.physics.random import SPLITS, SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
 
@@ -53,27 +54,53 @@ def write_shards(config: Config, out_dir: str | Path, scenes: int | Mapping[str,
     """
     sizes = split_sizes(scenes) if isinstance(scenes, int) else dict(scenes)
     _check_request(sizes, shard_scenes)
-    out = Path(out_dir).resolve()
+    out = Path(os.path.realpath(out_dir))
     plan = _plan(config, sizes, shard_scenes)
     partial = out.with_name(out.name + ".partial")
-    done, total = 0, sum(sizes.values())
     with writing(out):
         _check_place(out, partial, plan)
-        _check_room(partial, config.task, total)
-    write_text(partial / PLAN, json.dumps(plan, indent=1) + "\n")
-    splits: dict[str, Any] = {}
-    for split, size in sizes.items():
-        entries = []
-        generator = SceneGenerator(config.data.seed, split, device)
-        for start in range(0, size, shard_scenes):
-            rows = min(shard_scenes, size - start)
-            entries.append(_write_shard(partial, config.task, generator, start, rows, shard_scenes))
-            done += rows
-            if progress is not None:
-                progress(done, total)
-        splits[split] = {"scenes": size, "shards": entries, "statistics": merge([e["statistics"] for e in entries])}
-    _finish(partial, out, {**plan, "splits": splits})
+        _check_room(partial, config.task, sum(sizes.values()))
+    make_folder(partial)
+    with _alone(partial):
+        _check_place(out, partial, plan)     # another process may have finished while this one looked
+        write_text(partial / PLAN, json.dumps(plan, indent=1) + "\n")
+        splits = _write_splits(config, partial, sizes, shard_scenes, device, progress)
+        _finish(partial, out, {**plan, "splits": splits})
     return out / MANIFEST
+
+
+def _write_splits(config: Config, partial: Path, sizes: Mapping[str, int], shard_scenes: int, device: torch.device | str,
+                  progress: Callable[[int, int], None] | None) -> dict[str, Any]:
+    """Writes all shards and returns the manifest's entries. An interrupt says what there is and how it goes on."""
+    splits: dict[str, Any] = {}
+    done, total = 0, sum(sizes.values())
+    try:
+        for split, size in sizes.items():
+            entries = []
+            generator = SceneGenerator(config.data.seed, split, device)
+            for start in range(0, size, shard_scenes):
+                rows = min(shard_scenes, size - start)
+                entries.append(_write_shard(partial, config.task, generator, start, rows, shard_scenes))
+                done += rows
+                if progress is not None:
+                    progress(done, total)
+            splits[split] = {"scenes": size, "shards": entries, "statistics": merge([e["statistics"] for e in entries])}
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted: {done:,} of {total:,} scenes are in {partial}. Run the same command again: it "
+                                "continues there.") from None
+    return splits
+
+
+@contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Keeps two processes from writing one data set. Raises: ConfigError."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(partial))
+        except BlockingIOError:
+            raise ConfigError(f"{partial}: another process is writing this data set. Wait for it or stop it, or choose another "
+                              "--out.") from None
+        yield
 
 
 def _check_request(sizes: Mapping[str, int], shard_scenes: int) -> None:
@@ -93,6 +120,8 @@ def _check_place(out: Path, partial: Path, plan: Mapping[str, Any]) -> None:
     """Nothing stands where the data set will, and work in progress is of this very one. Raises: DataError."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(out, "", "something there already", "a new or empty folder", "Remove it or choose another --out.")
+    if out.is_symlink():
+        raise DataError(out, "", "a link that leads in a circle", "a new or empty folder", "Remove it or choose another --out.")
     if out.is_mount():
         raise DataError(out, "", "a mount point, which no finished data set can take the name of", "a folder within it",
                         f"Give --out {out / 'scenes'}.")

@@ -14,6 +14,7 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ris_fast.drawing import new_figure
 from ris_fast.files import append_text, save_figure
 from ris_fast.training.loop import Trainer
 from ris_fast.training.records import Window
@@ -133,11 +134,8 @@ class Heat:
 
 def draw(names: Sequence[str], heat: Heat, path: Path) -> None:
     """Tensors down, steps across; left the ratio of update to weight, right the gradient norm, as powers of ten."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     first, grid = heat.grid()
-    figure = Figure(figsize=(11.0, 1.6 + 0.16 * len(names)), layout="constrained")
+    figure = new_figure(11.0, 1.6 + 0.16 * len(names))
     both = figure.subplots(1, 2, sharey=True)
     pooled = f", largest of {heat.width} steps" if heat.width > 1 else ""
     extent = (first * heat.width - 0.5, (first + grid.shape[1]) * heat.width - 0.5, len(names) - 0.5, -0.5)
@@ -148,7 +146,6 @@ def draw(names: Sequence[str], heat: Heat, path: Path) -> None:
         axes.set_title(f"{title}, log10{pooled}{broken}", loc="left", fontsize=10)
         axes.set_xlabel("optimizer step")
     both[0].set_yticks(range(len(names)), names, fontsize=6)
-    FigureCanvasAgg(figure)
     save_figure(path, figure, 130)
 
 

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from ris_fast.report.eventlog import JsonlReport, current_rows
-from ris_fast.report.plots import PlotReport, evaluation_figure, loss_figure
+from ris_fast.report.plots import PlotReport, alike, evaluation_figure, loss_figure
 
 FLOORS = {"zero": 1.0, "identity": 0.987, "mean": 0.978}
 
@@ -30,7 +30,7 @@ def test_every_series_is_drawn_against_the_scenes_seen_with_floors_at_their_heig
     drawn = lines(loss_figure(rows(), FLOORS))
     assert list(drawn["validation, averaged weights"].get_xdata()) == [160, 320, 480]
     assert list(drawn["validation, raw weights"].get_ydata()) == pytest.approx([1.1, 0.55, 1.1 / 3])
-    assert set(drawn["floor mean, 0.978"].get_ydata()) == {0.978}
+    assert set(drawn["floors zero 1.00, identity 0.987, mean 0.978"].get_ydata()) == {0.978}
     assert loss_figure(rows(), FLOORS).axes[0].get_yscale() == "log"
 
 
@@ -51,7 +51,7 @@ def test_the_report_leaves_a_picture_in_the_run_folder_and_continues_the_one_of_
     drawn = lines(loss_figure(current_rows(report.rows), FLOORS))["training loss"]
     assert list(drawn.get_xdata()) == [160, 320] and list(drawn.get_ydata()) == [1.0, 0.1]
     report.finish({})
-    assert imread(tmp_path / "plots" / "loss.png").shape[:2] == (840, 1200)
+    assert imread(tmp_path / "plots" / "loss.png").shape[:2] == (930, 1200)
 
 
 def test_an_empty_run_still_draws(tmp_path) -> None:
@@ -66,5 +66,39 @@ def test_the_evaluation_shows_network_floors_and_bayes_line() -> None:
     result = {"model": "backprojection", "scenes": 8, "nmse": {"mean": 0.3, "median": 0.2},
               "by_snr": [{"snr_db": (-5.0, 0.0), **group}], "by_count": [{"sources": 2, **group}]}
     labels = lines(evaluation_figure(result))
-    assert {"zero", "mean", "network, mean", "network, median", "Bayes, estimated"} <= set(labels)
+    assert {"zero / identity / mean", "network, mean", "network, median", "Bayes, estimated"} <= set(labels)
     assert list(labels["Bayes, estimated"].get_ydata()) == [0.02]
+
+
+@pytest.mark.parametrize("floors, span, expected", [
+    (FLOORS, (0.01, 1.0), [["zero", "identity", "mean"]]),
+    (FLOORS | {"pursuit": 0.026}, (0.01, 1.0), [["zero", "identity", "mean"], ["pursuit"]]),
+    ({"zero": 1.0, "identity": 0.895, "mean": 0.844}, (0.4, 1.2), [["zero"], ["identity"], ["mean"]]),
+    ({"zero": 1.0, "mean": math.nan}, (0.4, 1.2), [["zero"]]),
+    ({"zero": [1.0, 1.0], "mean": [0.99, 0.5]}, (0.01, 1.0), [["zero"], ["mean"]])])
+def test_floors_that_no_eye_could_part_share_a_band_and_others_do_not(floors, span, expected) -> None:
+    assert alike(floors, span) == expected
+
+
+@pytest.mark.parametrize("norms", [(0.5, 0.5, 0.5), (0.90, 0.91, 0.92), (0.61, 0.74, 0.89), (1e-3, 1.0, 50.0)])
+def test_every_axis_has_numbers_whatever_it_spans(norms: tuple[float, ...]) -> None:
+    drawn = rows()
+    for row in drawn:
+        row["grad_norm"] = norms[row["step"] // 10 - 1]
+    figure = loss_figure(drawn, FLOORS)
+    figure.canvas.draw()
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        shown = {label.get_text() for label, at in zip(axes.get_yticklabels(), axes.get_yticks()) if low <= at <= high}
+        assert len(shown - {""}) >= 2
+
+
+def test_no_legend_covers_a_curve() -> None:
+    group = {"nmse": {"mean": 0.3, "median": 0.2}, "floors": FLOORS, "bayes": 0.02}
+    evaluated = evaluation_figure({"model": "m", "scenes": 8, **group, "by_snr": [{"snr_db": (-5.0, 0.0), **group}],
+                                   "by_count": [{"sources": 2, **group}]})
+    for figure in (loss_figure(rows(), FLOORS), evaluated):
+        figure.canvas.draw()
+        legend, = figure.legends
+        assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)
+        assert len(legend.get_texts()) >= 4 and all(axes.get_legend() is None for axes in figure.axes)
