@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a gradient check failed, 2 bad usage or configuration, 3 d
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -273,7 +274,10 @@ def simulate(config: Place = None, /, *, out: Annotated[Path, Parameter(converte
     resolved = load_config(config, preset, set_ or (), {"data.seed": seed, "training.device": device})
     place = choose_device(resolved.training.device)
     manifest = write_shards(resolved, out, scenes, device=place, progress=counter("scenes"))
-    print(f"data set: {manifest.parent}\ntrain on it: ris-fast train --data {manifest.parent}")
+    if resolved.task.symbols == "per_snapshot":
+        preset = "seed"                # its network is the one that takes them
+    words = ["ris-fast", "train", *(["--preset", preset] if preset else []), "--data", str(manifest.parent)]
+    print(f"data set: {manifest.parent}\ntrain on it: {shlex.join(words)}")
     return 0
 
 

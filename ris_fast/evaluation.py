@@ -6,6 +6,8 @@ Legend: B batch, N RIS elements, K atoms.
 from __future__ import annotations
 
 import math
+import re
+import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast.config import Config, ConfigError, Task
+from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import find_overlap, scene_hashes
 from ris_fast.data.source import SceneSource, open_source
 from ris_fast.models import Prediction, build_model
@@ -31,6 +34,7 @@ CHUNK = 500                # scenes at a time
 FACTS = ("count", "snr_db", "network")
 MEAN_SCENES = 4000         # training scenes behind the floor `mean`
 SNR_BIN_DB = 5.0
+SETTINGS_ADVICE = re.compile(r"--set|--preset|\btask\.")     # what a run that is being evaluated cannot be given
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def evaluate(run: str | Path, scenes: int | None = None, device: str = "auto", d
     if data is not None:
         opened = replace(opened, config=replace(opened.config, data=replace(opened.config.data, source="auto", path=data)))
     place = choose_device(device)
-    source = open_source(opened.config, place, progress)
+    source = _test_scenes(opened, place, progress)
     size = _test_size(source, scenes)
     model = build_model(opened.config.model.name, opened.config.task, **opened.config.model.options)
     load_weights(model, opened.weights, str(opened.folder))
@@ -83,6 +87,18 @@ def evaluate(run: str | Path, scenes: int | None = None, device: str = "auto", d
             "epoch": opened.epoch, "parameters": sum(each.numel() for each in model.parameters()),
             "device": str(place), "source": source.describe(), "scenes": size, "seconds": seconds,
             **group_figures(figures, standard), "by_snr": by_snr(figures, standard), "by_count": by_count(figures, standard)}
+
+
+def _test_scenes(run: Run, device: torch.device, progress: Callable[[int, int], None] | None) -> SceneSource:
+    """The run's data. Raises: DataError whose advice `evaluate` can follow: a trained network has its task for good."""
+    try:
+        return open_source(run.config, device, progress)
+    except DataError as error:
+        if not SETTINGS_ADVICE.search(error.todo):
+            raise
+        file = shlex.quote(str(run.folder / "config.toml"))
+        raise DataError(error.where, error.key, error.found, error.expected, "The network was trained for the task of its run. "
+                        f"Write scenes of it: ris-fast simulate {file} --out DIR --scenes 1000, and give --data DIR.") from None
 
 
 def open_run(path: str | Path) -> Run:

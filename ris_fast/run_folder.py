@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import shlex
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -53,7 +55,7 @@ def new_folder(config: Config, out: Path | None) -> Path:
     with writing(out):
         held = any((out / name).exists() for name in (METRICS, CONFIG))
     if held:
-        raise ConfigError(f"--out {out} already holds a run. Continue it with --resume {out}, or give another folder.")
+        raise ConfigError(f"--out {out} already holds a run. Continue it with --resume {shlex.quote(str(out))}, or give another folder.")
     _made(out)
     return out
 
@@ -144,5 +146,5 @@ def recorded_provenance(text: str) -> dict[str, str]:
 
 def how_to_resume(folder: Path) -> str:
     if run_and_checkpoint(folder)[1]:
-        return f"Continue with: ris-fast train --resume {folder}"
+        return f"Continue with: ris-fast train --resume {shlex.quote(str(folder))}"
     return "No checkpoint had been saved yet."

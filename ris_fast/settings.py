@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Iterable, Mapping
 
-from ris_fast.config import SECTIONS, Config, ConfigError, closest, typed
+from ris_fast.config import SECTIONS, Config, ConfigError, Task, closest, typed
 from ris_fast.files import read_text
 
+MANIFEST = "manifest.json"     # of a data set that `ris-fast simulate` has written
 PRESETS = ("laptop", "full", "seed")
 
 
@@ -24,7 +25,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def load_config(path: str | Path | None = None, preset: str | None = None, overrides: Iterable[str] = (),
                 flags: Mapping[str, Any] | None = None) -> Config:
-    """The resolved configuration; later layers win: defaults < preset < file < --set < flags.
+    """The resolved configuration; later layers win: defaults < preset < the data set's own task < file < --set < flags.
 
     `overrides` are 'section.key=value' strings, `flags` maps 'section.key' to a value (None: not given).
     Raises ConfigError for an unknown preset, section, key or value.
@@ -35,7 +36,7 @@ def load_config(path: str | Path | None = None, preset: str | None = None, overr
              ("flag", {key: value for key, value in (flags or {}).items() if value is not None})]
     devices = [layer["training.device"] for _, layer in given if "training.device" in layer]
     name = preset or named or default_preset(devices[-1] if devices else None)
-    layers = [(f"preset {name}", _flatten(read_preset(name), f"preset {name}")), *given]
+    layers = [(f"preset {name}", _flatten(read_preset(name), f"preset {name}")), ("data set", _task_of_data(given)), *given]
     values: dict[str, Any] = {}
     provenance: dict[str, str] = {}
     for origin, layer in layers:
@@ -43,6 +44,19 @@ def load_config(path: str | Path | None = None, preset: str | None = None, overr
             _merge(values, _known(key, origin), value, origin)
             provenance[key] = origin
     return _build(name, values, provenance)
+
+
+def _task_of_data(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """'task.key' -> value of the data set at data.path, where it is one of ours; a setting that contradicts is the reader's to refuse."""
+    said = {key: value for _, layer in layers for key, value in layer.items() if key in ("data.path", "data.source")}
+    if not said.get("data.path") or said.get("data.source", "auto") not in ("auto", "shards"):
+        return {}
+    try:
+        table = json.loads((Path(said["data.path"]) / MANIFEST).read_text(encoding="utf-8"))["task"]
+        task = Task(**{item.name: table[item.name] for item in fields(Task)})
+    except (OSError, ValueError, TypeError, KeyError):     # no data set of ours, or a damaged one: its reader says which
+        return {}
+    return {f"task.{name}": value for name, value in asdict(task).items()}
 
 
 def default_preset(device: str | None) -> str:

@@ -114,9 +114,9 @@ def _fill_standard_descriptors() -> None:
 
 
 def _lenient(stream: TextIO | None) -> TextIO:
-    """A stream that takes every text: a name that its encoding lacks is escaped."""
+    """A stream that takes every text: a file's name may be text in no encoding, and is escaped."""
     if stream is None:
         return open(os.devnull, "w", encoding="utf-8")
-    if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+    if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
     return stream

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
 from ris_fast.data.errors import DataError
 from ris_fast.physics.random import SPLITS
+from ris_fast.settings import MANIFEST
 
-MANIFEST = "manifest.json"
 PLAN = "plan.json"            # lies in work that `ris-fast simulate` has not finished
 EXPECTED = "a folder of shards from `ris-fast simulate` or the original pipeline, or one .npz file"
 
@@ -69,7 +70,7 @@ def _unfinished(place: Path, found: str) -> DataError:
 def _wrong_file(place: Path) -> DataError:
     own = place.suffix == ".safetensors" or place.name == MANIFEST
     found = "one file of a data set" if own else "a file that is no .npz"
-    return DataError(place, "", found, EXPECTED, f"Give the folder: --data {place.parent}." if own else
+    return DataError(place, "", found, EXPECTED, f"Give the folder: --data {shlex.quote(str(place.parent))}." if own else
                      "Give the right --data DIR.")
 
 
@@ -85,4 +86,4 @@ def _no_data(place: Path) -> DataError:
                    if (each / MANIFEST).is_file() or npz_files(each) or (each / "train").is_dir()), None)
     return DataError(place, "", f"neither a {MANIFEST} nor .npz files, but {', '.join(names[:4])}"
                      + (f" and {len(names) - 4} more" if len(names) > 4 else ""), EXPECTED,
-                     f"Give the folder within: --data {inside}." if inside else "Give the right --data DIR.")
+                     f"Give the folder within: --data {shlex.quote(str(inside))}." if inside else "Give the right --data DIR.")

@@ -190,11 +190,12 @@ def read_manifest(path: Path, task: Task) -> dict[str, Any]:
     if missing:
         raise DataError(file, sorted(missing)[0], "no such entry", "it", COPY_AGAIN)
     _check_entries(file, manifest)
-    for key, value in asdict(task).items():
-        if manifest["task"].get(key) != value:
-            raise DataError(file, f"task.{key}", f"{manifest['task'].get(key)!r} in the data",
-                            f"{value!r}, as configured",
-                            f"Use --set task.{key}={manifest['task'].get(key)}, or write a data set of this task.")
+    there, asked = manifest["task"], asdict(task)
+    if wrong := [key for key in asked if there.get(key) != asked[key]]:
+        raise DataError(file, "task", ", ".join(f"{key} {there.get(key)!r}" for key in wrong),
+                        ", ".join(f"{key} {asked[key]!r}" for key in wrong) + ", as configured",
+                        "A data set brings its own task, which every command and load_config take from it: leave these settings away, "
+                        "or write a data set of this task with `ris-fast simulate`.")
     return manifest
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -124,7 +125,7 @@ def _check_place(out: Path, partial: Path, plan: Mapping[str, Any]) -> None:
         raise DataError(out, "", "a link that leads in a circle", "a new or empty folder", "Remove it or choose another --out.")
     if out.is_mount():
         raise DataError(out, "", "a mount point, which no finished data set can take the name of", "a folder within it",
-                        f"Give --out {out / 'scenes'}.")
+                        f"Give --out {shlex.quote(str(out / 'scenes'))}.")
     begun = any(path.name != PLAN for path in partial.glob("[!.]*"))
     if begun and _read_plan(partial) != plan:
         raise DataError(partial, "", "the unfinished work of another data set", "the same task, seed and sizes",

@@ -10,6 +10,7 @@ from torch import nn
 
 from ris_fast.health.autograd import graph_of
 from ris_fast.health.finding import Finding
+from ris_fast.health.named import words
 from ris_fast.health.subject import Subject
 
 STANDARD = (nn.Linear, nn.modules.conv._ConvNd, nn.LayerNorm, nn.Embedding, nn.RMSNorm)
@@ -23,7 +24,7 @@ def listed(names: list[str], most: int = 3) -> str:
 
 def allowed_frozen(subject: Subject) -> tuple[str, ...]:
     """Beginnings of names that may be frozen."""
-    return tuple(subject.config.health.frozen.replace(",", " ").split())
+    return words(subject.config.health.frozen)
 
 
 def frozen(subject: Subject) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.named import check_beginnings
 from ris_fast.health.watch_parts import Few, LeftOver, few, part, usual
 from ris_fast.health.watch_rules import told
 from ris_fast.training.telemetry import norms
@@ -212,6 +213,7 @@ class Watch:
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         if not self.optimizers or every < 1:
             raise ValueError(f"watch: {len(self.optimizers)} optimizers and every={every}. Give at least one optimizer, and every >= 1.")
+        check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
         self.followers = [Follower(model, each, every) for each in self.optimizers]
         self.still = {id(p) for p in model.parameters() if not p.requires_grad}      # from the beginning
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Callable, Iterable, Mapping
 
 from ris_fast.health.finding import Finding, ranked
+from ris_fast.health.named import check_beginnings, known_causes, words
 from ris_fast.health.preflight import Result, run_checks
 from ris_fast.health.rules import rules_of
 from ris_fast.health.run import Run
@@ -26,7 +27,8 @@ class Watchdog:
     def __init__(self, trainer: Trainer, muted: Iterable[str] = (), *, stop: bool = False,
                  tell: Callable[[Finding], None] | None = None) -> None:
         self.trainer, self.stop, self.tell = trainer, stop, tell
-        self.muted = frozenset(muted) | frozenset(trainer.config.health.mute.replace(",", " ").split())
+        self.muted = known_causes(muted, "muted") | known_causes(words(trainer.config.health.mute), "health.mute")
+        check_beginnings(words(trainer.config.health.frozen), [name for name, _ in trainer.model.named_parameters()], "health.frozen")
         self.checks: list[Result] = []
         self.run = Run()
         self._found: list[Finding] = []

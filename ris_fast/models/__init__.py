@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ris_fast.config import ConfigError, Task
+from ris_fast.config import KINDS, ConfigError, Task, typed
 from ris_fast.models.prediction import Prediction
 from ris_fast.settings import nearest
 
@@ -21,14 +21,16 @@ __all__ = ["MODELS", "Prediction", "build_model"]
 def build_model(name: str, task: Task | None = None, **options: Any) -> nn.Module:
     """The network `name` for this task (RIS-12x12 if none is given), fresh weights from torch's generator.
 
-    Raises: ConfigError naming the nearest valid name, for a model or an option that does not exist.
+    Raises: ConfigError naming the nearest valid name, for a model or an option that does not exist, or a value of another kind.
     """
     if name not in MODELS:
         raise ConfigError(f"build_model: there is no model '{name}'.{nearest(name, MODELS)}")
     module, kind = MODELS[name]
     model = getattr(import_module(module), kind)
-    known = [key for key in inspect.signature(model).parameters if key != "task"]
-    for key in options:
+    known = {key: str(each.annotation) for key, each in inspect.signature(model).parameters.items() if key != "task"}
+    for key, value in options.items():
         if key not in known:
             raise ConfigError(f"build_model: model '{name}' has no option '{key}'.{nearest(key, known)}")
+        if known[key] in KINDS:
+            options[key] = typed(known[key], value, f"model.options.{key}")
     return model(task or Task(), **options)

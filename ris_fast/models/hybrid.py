@@ -6,6 +6,7 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K sources
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Hybrid(nn.Module):
     def __init__(self, task: Task, *, width: int = 448, layers: int = 4, heads: int = 8, feedforward: int = 512,
                  grid: int = 61, dropout: float = 0.0, inputs: str = "backprojection") -> None:
         super().__init__()
-        _check(width, heads, grid, inputs)
+        _check({"width": width, "layers": layers, "heads": heads, "feedforward": feedforward}, grid, dropout, inputs)
         self.task, self.inputs = task, inputs
         antennas, elements, sources, half = task.bs_antennas, task.elements, task.max_sources, width // 2
         self.y_mix = nn.Conv1d(2 * antennas, half, 5, padding=2)
@@ -150,10 +151,15 @@ def _unit_rms(a: Tensor) -> Tensor:
     return a * mean.rsqrt().view(-1, *[1] * (a.dim() - 1))
 
 
-def _check(width: int, heads: int, grid: int, inputs: str) -> None:
+def _check(sizes: Mapping[str, int], grid: int, dropout: float, inputs: str) -> None:
     if inputs not in INPUTS:
         raise ConfigError(f"hybrid: inputs is {inputs!r}.{nearest(inputs, INPUTS)}")
-    if width % 4 or width % heads:
-        raise ConfigError(f"hybrid: width = {width} must be a multiple of 4 and of heads = {heads}.")
+    for name, size in sizes.items():
+        if size < (0 if name == "layers" else 1):
+            raise ConfigError(f"hybrid: {name} = {size} is too small; it must be at least {0 if name == 'layers' else 1}.")
+    if sizes["width"] % 4 or sizes["width"] % sizes["heads"]:
+        raise ConfigError(f"hybrid: width = {sizes['width']} must be a multiple of 4 and of heads = {sizes['heads']}.")
     if grid < 2:
         raise ConfigError(f"hybrid: grid = {grid} must be at least 2 points a side.")
+    if not 0.0 <= dropout < 1.0:
+        raise ConfigError(f"hybrid: dropout = {dropout} must be at least 0 and below 1.")
