@@ -53,12 +53,14 @@ def same_network(subject: Subject) -> Iterator[Finding]:
     """
     if not subject.compiled and not _patched(subject):
         return
-    scenes = subject.groups[0][0] if subject.by_torch else subject.scenes[:FEW]
-    random, finding = _noise(subject, scenes[:FEW], _eager) > 10 * SAME, None
-    for training, grad in ((subject.by_torch, True), (False, False)):
-        subject.model.train(training)
-        with torch.set_grad_enabled(grad):
-            finding = finding or (_compare_random if random and training else _compare)(subject, scenes, grad)
+    few = subject.scenes[:FEW]
+    scenes = subject.groups[0][0] if subject.by_torch else few
+    random = _noise(subject, few, _eager) > 10 * SAME
+    subject.model.train(subject.by_torch)
+    finding = (_compare_random if random and subject.by_torch else _compare)(subject, scenes, True)
+    subject.model.eval()
+    with torch.no_grad():
+        finding = finding or _compare(subject, few, False)
     subject.model.train()
     if finding is None and random:
         finding = _compare_modes(subject, scenes)

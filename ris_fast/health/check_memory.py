@@ -12,7 +12,7 @@ from ris_fast.health.subject import Subject
 from ris_fast.training.validation import scene_nmse
 
 STEPS, GOAL = 60, 0.05
-FEWEST, SECONDS = 10, 2.0  # steps at least, and after that time at most; the note says how far it came
+FEWEST, SECONDS = 10, 1.5  # steps at least, and after that time at most; the note says how far it came
 
 
 def memorise(subject: Subject) -> Iterator[Finding]:

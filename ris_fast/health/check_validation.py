@@ -13,11 +13,11 @@ EXACT, LOW_PRECISION = 1e-4, 0.05      # relative, of a loss
 
 
 def same_loss(subject: Subject) -> Iterator[Finding]:
-    """One batch in evaluation mode through the step and through `validate`; the step's update is undone with the rest.
+    """A few scenes in evaluation mode through the step and through `validate`; the step's update is undone with the rest.
 
     What torch compiled runs as written here: the two are compared elsewhere, and evaluation mode would be compiled anew.
     """
-    scenes = subject.groups[0][0]
+    scenes = subject.scenes
     subject.step.telemetry.enabled = False
     with subject.small():
         score = validate(subject.model, subject.step.predict, subject.loss, [scenes])

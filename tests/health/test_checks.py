@@ -266,6 +266,19 @@ def test_an_average_of_weights_that_do_not_move_is_not_accused() -> None:
     assert "ema_equals_raw" not in preflight_of(Trainer(small("hybrid", **{"optimizer.backbone_lr": 1e-9, "optimizer.head_lr": 1e-9})))
 
 
+def test_differences_are_taken_on_a_second_side_only_where_the_first_disagrees() -> None:
+    """|w| at w = 0 has two slopes, and either is a derivative; a slope of neither side is wrong at every step."""
+    asked: list[float] = []
+
+    def error(slope: float, loss: Any) -> float:
+        asked.clear()
+        return check_gradient._relative_error([(slope, lambda step: asked.append(step) or loss(step), 1.0)])
+    assert error(2.0, lambda w: 1.0 + 2.0 * w) < 0.05 and sorted(asked) == [0.0, check_gradient.STEPS[0]]
+    assert error(-1.0, lambda w: 1.0 + abs(w)) < 0.05 and len(asked) == 3
+    assert error(0.5, lambda w: 1.0 + 2.0 * w) > check_gradient.DISAGREES and len(asked) == len(set(asked)) == 5
+
+
+
 def test_outputs_that_are_equal_in_sixteen_bits_are_no_wrong_derivative() -> None:
     """The assignment of sources has its kinks where two answers are equal; this drawn run has such a scene."""
     from ris_fast.health.check_gradient import right_derivative

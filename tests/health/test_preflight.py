@@ -20,7 +20,7 @@ from ris_fast.health.faults.twins import TWINS, changed
 from ris_fast.health.finding import LEVELS, Finding, page, ranked
 from ris_fast.health.graph import graph_table
 from ris_fast.health.subject import Subject
-from ris_fast.health.untouched import untouched
+from ris_fast.health.untouched import Numbers, untouched
 from ris_fast.health.watchdog import Watchdog
 from ris_fast.health.watched import watched
 from ris_fast.training.loop import Trainer
@@ -52,6 +52,23 @@ def test_the_trainer_is_left_as_it_was_and_nothing_is_said_of_a_healthy_one(twin
     after = everything(trainer)
     assert [key for key in before if not same(before[key], after[key])] == []
     assert not [check.failed for check in watchdog.checks if check.failed]
+
+
+def test_numbers_are_copied_once_however_many_tensors_show_them_and_come_back_into_other_memory() -> None:
+    trainer = Trainer(TWINS["hybrid"]())
+    trainer.step(next(trainer._groups()), 100)                # moments, averages and their states are there
+    bucket, = trainer.optimizer._buckets
+    flat = sum(each.nbytes for each in (bucket.param, bucket.grad, bucket.exp_avg, bucket.exp_avg_sq, bucket.ema))
+    small = sum(each.nbytes for each in [*bucket.__dict__.values(), *trainer.model.buffers()] if isinstance(each, torch.Tensor)) - flat
+    numbers, before = Numbers(trainer), everything(trainer)
+    assert flat <= sum(copy.nbytes for _, copy, place in numbers.kept if not place) <= flat + small + 64 * len(trainer.optimizer.state)
+    with untouched(trainer, numbers):
+        for parameter in trainer.model.parameters():
+            parameter.data = torch.full_like(parameter, 3.0)
+        for value in (bucket.param, bucket.exp_avg, bucket.ema):
+            value.fill_(2.0)
+    after = everything(trainer)
+    assert [key for key in before if not same(before[key], after[key])] == []
 
 
 def test_a_run_after_preflight_is_the_run_without_it_bit_for_bit() -> None:
