@@ -15,7 +15,8 @@ from ris_fast.physics.array import RISArray, cosine_steering, direction_cosines
 
 SWEEPS = 200
 EXACT = 1e-6             # NMSE of R against its own factors: float32 phases leave up to 1e-9, element jitter 1e-2
-FEW, ROUNDS = 32, 4      # scenes that tell where the array sits, and looks at them
+BETTER = 0.5             # of the misfit of the known places, at which another one is believed
+FEW, ROUNDS = 32, 20     # scenes that tell where the array sits, and looks at them
 CENTRED = (0.0, 0.0)
 
 
@@ -112,7 +113,7 @@ def find_offset(array: RISArray, azimuth: Tensor, elevation: Tensor, range_m: Te
     if misfit(known) < EXACT:
         return known
     own = estimate_offset(array, azimuth, elevation, range_m, active, covariance)
-    return own if own is not None and misfit(own) < min(EXACT, misfit(known)) else known
+    return own if own is not None and misfit(own) < BETTER * misfit(known) else known
 
 
 def estimate_offset(array: RISArray, azimuth: Tensor, elevation: Tensor, range_m: Tensor, active: Tensor,

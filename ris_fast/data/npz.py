@@ -193,7 +193,8 @@ _COLUMNS = ("snapshots", "channel", "collapsed", "covariance", "azimuth", "eleva
 def _spacings(offset: tuple[float, float]) -> str:
     """'half an element in both axes', '1.25 elements in x and -3 in y'."""
     named = {(-0.5, -0.5): "both axes", (-0.5, 0.0): "x", (0.0, -0.5): "y"}.get(offset)
-    return f"half an element in {named}" if named else f"{offset[0]:.4g} elements in x and {offset[1]:.4g} in y"
+    x, y = (round(each, 3) + 0.0 for each in offset)      # adding zero, minus zero loses its sign
+    return f"half an element in {named}" if named else f"{x:g} elements in x and {y:g} in y"
 
 
 def find_npz(path: Path) -> dict[str, list[Path]]:

@@ -27,10 +27,11 @@ def as_pairs(values: np.ndarray) -> np.ndarray:
 
 
 def original_steering(task: Task, azimuth: np.ndarray, elevation: np.ndarray, range_m: np.ndarray,
-                      centred: bool = False) -> np.ndarray:
-    """(...) -> (..., N): elements at (i - N_H // 2) d, as the original places them, or centred."""
+                      centred: bool = False, shift: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
+    """(...) -> (..., N): elements at (i - N_H // 2) d, as the original places them, or centred; `shift` spacings further."""
     d, k0 = task.spacing_m, 2 * np.pi / task.wavelength_m
-    x, y = (d * (np.arange(n) - ((n - 1) / 2 if centred else n // 2)) for n in (task.ris_horizontal, task.ris_vertical))
+    x, y = (d * (np.arange(n) - ((n - 1) / 2 if centred else n // 2) + s)
+            for n, s in zip((task.ris_horizontal, task.ris_vertical), shift))
     x, y = np.tile(x, task.ris_vertical), np.repeat(y, task.ris_horizontal)
     u, v, r = (np.sin(azimuth) * np.cos(elevation))[..., None], np.sin(elevation)[..., None], range_m[..., None]
     if task.wavefront == "fresnel":
@@ -41,14 +42,14 @@ def original_steering(task: Task, azimuth: np.ndarray, elevation: np.ndarray, ra
 
 
 def original_arrays(scenes: int, *, task: Task = SMALL, seed: int = 0, split: str = "train", centred: bool = False,
-                    jitter: float = 0.0) -> dict[str, np.ndarray]:
+                    jitter: float = 0.0, shift: tuple[float, float] = (0.0, 0.0)) -> dict[str, np.ndarray]:
     """All keys of a shard. `jitter` (metres) displaces the elements scene by scene, as the original's option does."""
     rng = np.random.default_rng([seed, scenes])
     drawn = simulate(task, scenes, SceneGenerator(seed, split))
     count, active = drawn.count.numpy(), np.arange(task.max_sources) < drawn.count.numpy()[:, None]
     azimuth, elevation, range_m = (np.asarray(t, np.float32) for t in (drawn.azimuth, drawn.elevation, drawn.range_m))
     safe = np.where(active, range_m, 1.0)
-    steer = original_steering(task, azimuth.astype(float), elevation.astype(float), safe.astype(float), centred)
+    steer = original_steering(task, azimuth.astype(float), elevation.astype(float), safe.astype(float), centred, shift)
     steer = steer * np.exp(1j * jitter * rng.normal(size=(scenes, 1, task.elements)) * 20.0)
     gain = task.wavelength_m / (4 * np.pi * safe) * active
     amplitude = gain * (rng.normal(size=gain.shape) + 1j * rng.normal(size=gain.shape)) / np.sqrt(2)

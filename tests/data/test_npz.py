@@ -120,6 +120,42 @@ def test_off_centre_is_said(tmp_path: Path) -> None:
     assert any("off-centre by half an element" in note for note in open_npz(write_folders(tmp_path)).notes)
 
 
+@pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
+@pytest.mark.parametrize("shift", [(1.0, 0.0), (-0.75, 0.31), (3.5, -2.5)])
+def test_an_array_anywhere_is_found_from_its_covariances(tmp_path: Path, shift: tuple[float, float], wavefront: str) -> None:
+    task = replace(SMALL, wavefront=wavefront)
+    source = open_npz(write_folders(tmp_path, centred=True, shift=shift, task=task), task)
+    facts = source._load("train").facts
+    assert facts.exact and facts.offset == pytest.approx(shift, abs=1e-4)
+    assert any(f"off-centre by {shift[0]:g} elements in x and {shift[1]:g} in y" in note for note in source.notes)
+    target = original_arrays(40, centred=True, shift=shift, task=task)["R"]
+    assert np.allclose(outer(all_scenes(source, "train").factor), as_complex(target), atol=1e-3)
+
+
+def test_an_array_anywhere_is_found_through_element_jitter(tmp_path: Path) -> None:
+    facts = open_npz(write_folders(tmp_path, centred=True, shift=(1.5, -2.0), jitter=0.003, train=240))._load("train").facts
+    assert not facts.exact and facts.offset == pytest.approx((1.5, -2.0), abs=0.1)
+
+
+def test_an_offset_is_claimed_only_where_it_explains_the_covariances(tmp_path: Path) -> None:
+    arrays = original_arrays(40)
+    arrays["R"] = np.roll(arrays["R"], 1, 0)
+    source = open_npz(write_npz(tmp_path / "a.npz", arrays))
+    assert not source._load("train").facts.exact
+    assert source._load("train").facts.offset in (CENTRED, original_offset(source.array))
+
+
+def test_how_far_sources_go_is_known_as_stored_and_as_served(tmp_path: Path) -> None:
+    source = open_npz(write_folders(tmp_path, task=Task()), Task())
+    stored, served = source.reach
+    arrays, scenes = original_arrays(40, task=Task()), all_scenes(source, "train")
+    active = np.arange(5) < arrays["K"][:, None]
+    for name, columns in (("azimuth", slice(0, 5)), ("elevation", slice(5, 10)), ("range_m", slice(10, 15))):
+        assert getattr(stored, name) == pytest.approx(np.abs(arrays["ptr"][:, columns] * active).max(), rel=1e-6)
+        assert getattr(served, name) == pytest.approx(float(getattr(scenes, name).abs().max()), rel=1e-6)
+    assert stored.azimuth < 1.0472 < served.azimuth
+
+
 def test_a_target_of_another_scale_gets_trace_n(tmp_path: Path) -> None:
     """The original adds 1e-9 to a trace that can be smaller than that, so its R does not always have trace N."""
     for jitter in (0.0, 0.02):

@@ -1,0 +1,121 @@
+"""What the reader advises is done, and then works; what files cannot serve is decided when they are opened."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from make_npz import SMALL, original_arrays, write_folders, write_npz
+
+from ris_fast.cli import main
+from ris_fast.config import Config, ConfigError, Data
+from ris_fast.data.errors import DataError
+from ris_fast.data.source import open_source
+from ris_fast.health import check_loss
+from ris_fast.health.subject import Subject
+from ris_fast.settings import load_config
+from ris_fast.training import loop
+from ris_fast.training.loop import Trainer
+
+SIZES = [f"task.{name}={getattr(SMALL, name)}" for name in ("bs_antennas", "ris_horizontal", "ris_vertical", "snapshots", "max_sources")]
+QUICK = [*SIZES, "training.compile=false", "model.options.width=32", "model.options.grid=9", "report.plots=false"]
+
+
+def flags(settings: list[str]) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def advised(text: str) -> list[str]:
+    """The words of a command that a message spells out: --preset NAME and --set KEY=VALUE."""
+    return [word for pair in re.findall(r"(--preset|--set) (\S+?)(?=[;.]? |$|;)", text) for word in pair]
+
+
+def trainer(path: Path, *overrides: str, preset: str = "laptop") -> Trainer:
+    return Trainer(load_config(preset=preset, overrides=[f"data.path={path}", *SIZES, "training.compile=false", *overrides]))
+
+
+def test_advice_on_files_without_the_channel_leads_past_the_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folders(tmp_path, drop=("H_full",))
+    command = ["check", "--data", str(tmp_path), *flags(QUICK[:-3] + QUICK[-1:])]
+    assert main(command) == 3
+    words = advised(capsys.readouterr().err)
+    assert words[:2] == ["--preset", "seed"]
+    assert main(["check", "--data", str(tmp_path), *flags(QUICK), *words]) == 0
+    assert "nothing found" in capsys.readouterr().out
+
+
+def test_advice_on_other_sizes_opens_the_files(tmp_path: Path) -> None:
+    task = replace(SMALL, ris_horizontal=5, ris_vertical=5)
+    write_folders(tmp_path, task=task)
+    with pytest.raises(DataError) as caught:
+        open_source(Config(data=Data(path=str(tmp_path))), "cpu")
+    overrides = [word for word in advised(caught.value.todo) if word != "--set"]
+    assert load_config(overrides=overrides).task == task
+    assert open_source(load_config(overrides=[*overrides, f"data.path={tmp_path}"]), "cpu").size("train") == 40
+
+
+# ---- terms that the files cannot serve ------------------------------------------------------------------------------
+
+
+def test_terms_that_need_exact_factors_are_left_out_of_runs_on_a_dense_target(tmp_path: Path) -> None:
+    run = trainer(write_folders(tmp_path, jitter=0.003), *QUICK[-3:], preset="seed")
+    assert run.config.loss.subspace == 0.0 and "subspace" not in run.loss.weights and "angle" in run.loss.weights
+    assert any(note.startswith("loss.subspace = 0.05 is left out") for note in run.source.notes)
+    scenes = run.source.batch("train", torch.arange(8))
+    assert bool(run.loss(run.model(scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db), scenes)[0].isfinite())
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_one_split_with_a_dense_target_decides(tmp_path: Path, split: str) -> None:
+    write_folders(tmp_path)
+    for file in (tmp_path / split).iterdir():
+        file.unlink()
+    write_npz(tmp_path / split / "a.npz", original_arrays(12, split=split, jitter=0.003))
+    assert trainer(tmp_path, "loss.subspace=0.05").config.loss.subspace == 0.0
+
+
+def test_terms_stay_where_the_files_serve_them(tmp_path: Path) -> None:
+    run = trainer(write_folders(tmp_path), "loss.subspace=0.05")
+    assert run.config.loss.subspace == 0.05 and not any("left out" in note for note in run.source.notes)
+
+
+@pytest.mark.parametrize("options", [{"jitter": 0.003}, {"drop": ("H_full",)}])
+def test_what_files_cannot_serve_is_refused_before_a_network_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                     options: dict[str, Any]) -> None:
+    def build(*_: object, **__: object) -> None:
+        raise AssertionError("a network was built")
+    monkeypatch.setattr(loop, "build_model", build)
+    asked = ["model.options.inputs=collapsed", "loss.beta=0.1"] if "drop" in options else ["loss.cov=0", "loss.cov_pred=0"]
+    with pytest.raises(ConfigError, match="loss.beta = 0" if "drop" in options else "no term tells"):
+        trainer(write_folders(tmp_path, **options), *asked, preset="seed")
+
+
+# ---- angles are judged as they are stored ---------------------------------------------------------------------------
+
+
+def label_findings(run: Trainer) -> list[str]:
+    return [finding.evidence for finding in check_loss.labels(Subject(run))]
+
+
+def test_positions_that_the_reader_moved_are_not_held_to_the_tasks_limits(tmp_path: Path) -> None:
+    run = trainer(write_folders(tmp_path, train=240), "training.batch_size=256")
+    assert run.source.reach[1].azimuth > 1.01 * np.deg2rad(60)
+    assert label_findings(run) == []
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.003])
+def test_stored_angles_beyond_the_task_are_found(tmp_path: Path, jitter: float) -> None:
+    run = trainer(write_folders(tmp_path, jitter=jitter), "task.azimuth_deg=30")
+    assert [text.split(";")[0].startswith("the files' azimuths go up to") for text in label_findings(run)] == [True]
+
+
+def test_scenes_beyond_what_the_reader_served_are_found(tmp_path: Path) -> None:
+    run = trainer(write_folders(tmp_path))
+    serve = run.source.batch
+    run.source.batch = lambda split, index: replace(serve(split, index), azimuth=serve(split, index).azimuth * 57.3)
+    assert "the files say" in label_findings(run)[0]
