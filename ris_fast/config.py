@@ -50,6 +50,15 @@ def typed(kind: str, value: Any, where: str) -> Any:
     raise ConfigError(f"{where} = {value!r} ({type(value).__name__}): expected {expected}.{_meant(kind, value)}")
 
 
+def section_of(who: str, name: str, value: Any, kind: type) -> Any:
+    """The value, which must be a section of the configuration. Raises: ConfigError that says which, and how to have one."""
+    if isinstance(value, kind):
+        return value
+    whole = isinstance(value, Config)
+    raise ConfigError(f"{who}: {name} is a {type(value).__name__}, expected a {kind.__name__}. "
+                      + (f"Pass config.{kind.__name__.lower()}." if whole else f"Make one with ris_fast.config.{kind.__name__}(...)."))
+
+
 def _plain(value: Any) -> Any:
     """An option of a network, whose kind only the network knows."""
     number = next((kind for kind in ("int", "float") if isinstance(value, KINDS[kind][0])), None)

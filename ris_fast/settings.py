@@ -6,7 +6,9 @@ import json
 import tomllib
 from dataclasses import asdict, fields
 from importlib import resources
+from os import PathLike
 from pathlib import Path
+from types import NoneType
 from typing import Any, Iterable, Mapping
 
 from ris_fast.config import SECTIONS, Config, ConfigError, Task, closest, typed
@@ -30,6 +32,7 @@ def load_config(path: str | Path | None = None, preset: str | None = None, overr
     `overrides` are 'section.key=value' strings, `flags` maps 'section.key' to a value (None: not given).
     Raises ConfigError for an unknown preset, section, key or value.
     """
+    overrides = _checked(path, overrides, flags)
     table = _read_toml(Path(path)) if path else {}
     named = table.pop("preset", None)
     given = [(str(path), _flatten(table, str(path))), ("--set", dict(_parse_override(text) for text in overrides)),
@@ -57,6 +60,20 @@ def _task_of_data(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, 
     except (OSError, ValueError, TypeError, KeyError):     # no data set of ours, or a damaged one: its reader says which
         return {}
     return {f"task.{name}": value for name, value in asdict(task).items()}
+
+
+def _checked(path: Any, overrides: Any, flags: Any) -> list[str]:
+    """The overrides as a list. Raises: ConfigError where an argument of `load_config` is of another kind."""
+    given = list(overrides) if isinstance(overrides, Iterable) and not isinstance(overrides, (str, Mapping)) else [None]
+    if not all(isinstance(each, str) for each in given):
+        instead = [overrides] if isinstance(overrides, str) else "['section.key=value', ...]"
+        raise ConfigError(f"load_config: overrides is {overrides!r}, expected a list of 'section.key=value'. Pass overrides={instead}; "
+                          "a table of keys and values is flags={...}.")
+    if not isinstance(flags, (Mapping, NoneType)):
+        raise ConfigError(f"load_config: flags is {flags!r}, expected a table of 'section.key' and value.")
+    if not isinstance(path, (str, PathLike, NoneType)):
+        raise ConfigError(f"load_config: path is {path!r}, expected the path of a TOML file.")
+    return given
 
 
 def default_preset(device: str | None) -> str:

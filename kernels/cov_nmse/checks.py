@@ -26,13 +26,6 @@ def check_numbers(**options: float) -> None:
             raise ValueError(f"cov_nmse: {name} is {value}, expected a finite number of 0 or more.")
 
 
-def readable(x: Tensor, validate: bool | None) -> bool:
-    """Whether the values of a tensor may be read here: never in a traced or transformed call."""
-    if validate is False or type(x) is not Tensor or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return bool(validate) or x.device.type == "cpu"
-
-
 def check_covariance(target_BNN2: Tensor, whole: bool) -> None:
     """A dense target has no negative power on its diagonal and is Hermitian; `whole`: every entry is looked at. Raises: ValueError."""
     power_BN = target_BNN2.diagonal(dim1=1, dim2=2)[:, 0]
@@ -50,6 +43,8 @@ def check_covariance(target_BNN2: Tensor, whole: bool) -> None:
 
 def explain_infinite(loss_B: Tensor, target_factor: Tensor | None, target_cov: Tensor | None) -> None:
     """Names the scene whose target has no power, where the loss is not finite for that reason: NaN in is NaN out. Raises: ValueError."""
+    if math.isfinite(loss_B.sum().item()):
+        return
     for scene in _first(~loss_B.isfinite()):
         trace = target_factor[scene].abs().sum() if target_cov is None else target_cov[scene, ..., 0].diagonal().sum()
         if trace == 0:

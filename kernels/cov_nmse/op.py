@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..native import loader
 from ..registry import AotCase, Family, Operator
+from ..values import readable
 from . import native, plain, reference
-from .checks import check_covariance, check_numbers, explain_infinite, readable
+from .checks import check_covariance, check_numbers, explain_infinite
 from .samples import SAMPLES, cost
 from .transforms import ONCE, Transformable, fold, scaled_units, transformed, unfold
 
@@ -219,7 +220,8 @@ def cov_nmse(
     snr_B = _snr(snr_db, shrink, factor)
     if check_finite:
         _check_finite(factor=factor, target_factor=target_factor, target_cov=target_cov, sample_factor=sample_factor, snr_db=snr_B)
-    if target_cov is not None and readable(target_cov, validate):
+    looked = validate is not False
+    if target_cov is not None and looked and readable(target_cov, wait=bool(validate)):
         check_covariance(target_cov, whole=bool(validate))
     inside = transformed()              # of torch.func, where requires_grad does not say what will be differentiated
     with_sample = sample_factor is not None and (inside or sample_factor.requires_grad)
@@ -229,7 +231,7 @@ def cov_nmse(
         factor, target_factor, target_cov, sample_factor, snr_B, float(blend), float(loading),
         float(loading) if loading_side == "both" else 0.0, float(shrink), float(diag_weight), float(offdiag_weight), gradients,
     )[0]  # fmt: skip
-    if readable(loss_B, validate):
+    if looked and readable(loss_B, wait=bool(validate)):
         explain_infinite(loss_B.detach(), target_factor, target_cov)
     return loss_B if reduction == "none" else loss_B.mean() if reduction == "mean" else loss_B.sum()
 

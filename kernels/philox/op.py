@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ctypes import c_int64, c_void_p
 from functools import cache
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -51,9 +52,13 @@ def philox_normal(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor
 
 
 def _check(name: str, index_B: Tensor, seed: int, stream: int, count: int) -> None:
+    if not isinstance(index_B, Tensor):
+        raise TypeError(f"{name}: index is a {type(index_B).__name__}; pass scene numbers as (B,) torch.int64.")
     if index_B.ndim != 1 or index_B.dtype != torch.int64:
         raise ValueError(f"{name}: index is {tuple(index_B.shape)} {index_B.dtype}; pass scene numbers as (B,) torch.int64.")
     for what, value, end in (("seed", seed, 2**64), ("stream", stream, 2**32), ("count", count, 2**32 + 1)):
+        if not isinstance(value, (Integral, torch.SymInt)):
+            raise TypeError(f"{name}: {what} is {value!r}; it must be a whole number in 0 .. {end - 1}.")
         if not 0 <= value < end:
             raise ValueError(f"{name}: {what} is {value}; it must be in 0 .. {end - 1}.")
 

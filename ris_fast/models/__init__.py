@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ris_fast.config import KINDS, ConfigError, Task, typed
+from ris_fast.config import ConfigError, Task, section_of, typed
 from ris_fast.models.prediction import Prediction
 from ris_fast.settings import nearest
 
@@ -21,9 +21,9 @@ __all__ = ["MODELS", "Prediction", "build_model"]
 def build_model(name: str, task: Task | None = None, **options: Any) -> nn.Module:
     """The network `name` for this task (RIS-12x12 if none is given), fresh weights from torch's generator.
 
-    Raises: ConfigError naming the nearest valid name, for a model or an option that does not exist, or a value of another kind.
+    Raises: ConfigError naming the nearest valid name, for a model or an option that does not exist; or what a value must be.
     """
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise ConfigError(f"build_model: there is no model '{name}'.{nearest(name, MODELS)}")
     module, kind = MODELS[name]
     model = getattr(import_module(module), kind)
@@ -31,6 +31,5 @@ def build_model(name: str, task: Task | None = None, **options: Any) -> nn.Modul
     for key, value in options.items():
         if key not in known:
             raise ConfigError(f"build_model: model '{name}' has no option '{key}'.{nearest(key, known)}")
-        if known[key] in KINDS:
-            options[key] = typed(known[key], value, f"model.options.{key}")
-    return model(task or Task(), **options)
+        options[key] = typed(known[key], value, f"build_model: {name}'s {key}")
+    return model(Task() if task is None else section_of("build_model", "task", task, Task), **options)

@@ -7,6 +7,7 @@ Philox4x32-10, so train, validation and test can never share a scene.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class SceneGenerator:
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise ValueError(f"SceneGenerator: split is {self.split!r}; it must be one of {', '.join(SPLITS)}.")
+        if not isinstance(self.seed, Integral):
+            raise TypeError(f"SceneGenerator: seed is {self.seed!r}, expected a whole number in 0 .. 2^63 - 1.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"SceneGenerator: seed is {self.seed}; it must be in 0 .. 2^63 - 1.")
 

@@ -14,8 +14,9 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from ris_fast.config import Task
+from ris_fast.config import Task, section_of
 from ris_fast.kernels.scenes.op import make_scenes
+from ris_fast.kernels.values import readable
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.channel import FAR_RANGE_M, free_space_amplitude
 from ris_fast.physics.codes import dft_codes
@@ -102,9 +103,11 @@ def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator, codes:
     Args: scenes: how many (0, 1, ...), or (B,) int64 indices; generator: seed, split and device;
         codes: (L, N, 2), or (B, L, N, 2) for a set a scene; the task's own if none are given.
     Returns: `Scenes` with every field but `collapsed` and `covariance`.
-    Raises: TypeError or ValueError, naming the argument, what it was and what is expected.
+    Raises: TypeError or ValueError, naming the argument, what it was and what is expected. Values of scene numbers are looked at
+        on a CPU only.
     Source: the measurement model of RIS-12x12, README.
     """
+    section_of("simulate", "task", task, Task)
     index = _numbers(scenes, generator)
     device = index.device
     draw = _draw_scene(task, generator.uniform(index, "scene", 3 * task.max_sources + 5))
@@ -126,13 +129,23 @@ def _numbers(scenes: int | Tensor, generator: SceneGenerator) -> Tensor:
     if not isinstance(generator, SceneGenerator):
         raise TypeError(f"simulate: generator is {generator!r}, expected a SceneGenerator. Pass SceneGenerator(seed, \"train\").")
     if isinstance(scenes, Tensor):
-        return scenes.to(generator.device, torch.int64)
-    if not isinstance(scenes, Integral):
+        return _given_numbers(scenes).to(generator.device, torch.int64)
+    if not isinstance(scenes, Integral) or isinstance(scenes, bool):
         raise TypeError(f"simulate: scenes is a {type(scenes).__name__}, expected how many or a tensor of scene numbers. "
                         "Pass an int or torch.tensor([...]).")
     if scenes < 0:
         raise ValueError(f"simulate: scenes is {scenes}, expected how many to make, 0 or more.")
     return torch.arange(scenes, device=generator.device)
+
+
+def _given_numbers(scenes: Tensor) -> Tensor:
+    if scenes.dtype == torch.bool or scenes.is_floating_point() or scenes.is_complex():
+        raise TypeError(f"simulate: scenes is {scenes.dtype}, expected whole scene numbers, torch.int64. Use a mask as mask.nonzero()[:, 0].")
+    if scenes.dim() != 1:
+        raise ValueError(f"simulate: scenes is {tuple(scenes.shape)}, expected scene numbers (B,). Use scenes.flatten().")
+    if readable(scenes) and bool((scenes < 0).any()):
+        raise ValueError(f"simulate: scenes goes down to {int(scenes.min())}, expected scene numbers of 0 or more.")
+    return scenes
 
 
 def _given_codes(task: Task, codes: Tensor, index: Tensor) -> Tensor:

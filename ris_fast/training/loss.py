@@ -11,7 +11,7 @@ from typing import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from ris_fast.config import ConfigError, Loss, Task
+from ris_fast.config import ConfigError, Loss, Task, section_of
 from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
@@ -31,13 +31,14 @@ class CovarianceLoss(nn.Module):
     """Weighted sum of named terms; a term of weight zero is not computed.
 
     Model: lam_cov NMSE(R_blend) + lam_cov_pred NMSE(R_pred) + auxiliary terms, every term a mean over the scenes.
-    Raises: ConfigError (a ValueError) if no weight tells the covariance factors what the truth is.
+    Raises: ConfigError (a ValueError) if no weight tells the covariance factors what the truth is, or a section is of another kind.
     Numerics: always float32 or wider, whatever autocast says.
     """
 
     def __init__(self, weights: Loss | None = None, task: Task | None = None) -> None:
         super().__init__()
-        self.settings, task = weights or Loss(), task or Task()
+        self.settings = Loss() if weights is None else section_of("CovarianceLoss", "weights", weights, Loss)
+        task = Task() if task is None else section_of("CovarianceLoss", "task", task, Task)
         self.sources = task.max_sources
         self.weights = {name: getattr(self.settings, name) for name in TERMS if getattr(self.settings, name) > 0.0}
         _check(self.weights, task)
@@ -50,8 +51,10 @@ class CovarianceLoss(nn.Module):
     def forward(self, prediction: Prediction, scenes: Scenes) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted total (0-d) and every enabled term before its weight (0-d each).
 
-        Raises: ValueError naming the term and the output, where the model or the scenes lack what a term needs.
+        Raises: TypeError where one of them is something else; ValueError naming the term and the output, where the model or the
+            scenes lack what a term needs.
         """
+        _check_kinds(prediction, scenes)
         self._check_inputs(prediction, scenes)
         prediction = Prediction(*(None if each is None else _wide(each) for each in prediction))
         with torch.autocast(prediction.factor.device.type, enabled=False):
@@ -134,6 +137,16 @@ def served_by(settings: Loss, lacks: Collection[str]) -> tuple[Loss, list[str]]:
     notes = [f"loss.{name} = {getattr(settings, name)} is left out: it needs the true {', '.join(needed)}, which the scenes do not have"
              for name, needed in lost.items()]
     return replace(settings, **dict.fromkeys(lost, 0.0)), notes
+
+
+def _check_kinds(prediction: Prediction, scenes: Scenes) -> None:
+    if isinstance(prediction, Scenes) and not isinstance(scenes, Scenes):
+        raise TypeError("CovarianceLoss: the scenes came first and the prediction second. Pass loss(prediction, scenes).")
+    if not isinstance(prediction, tuple) or not hasattr(prediction, "factor"):
+        raise TypeError(f"CovarianceLoss: prediction is a {type(prediction).__name__}, expected a Prediction. "
+                        "Pass what the network returns, or ris_fast.models.Prediction(factor).")
+    if not isinstance(scenes, Scenes):
+        raise TypeError(f"CovarianceLoss: scenes is a {type(scenes).__name__}, expected Scenes. For a bare target use ris_fast.cov_nmse.")
 
 
 def _wide(value: Tensor) -> Tensor:
