@@ -73,11 +73,15 @@ class CovarianceLoss(nn.Module):
         return {name: values[blended[name]] for name in names}
 
     def nmse(self, factor: Tensor, scenes: Scenes, *, blend: bool) -> Tensor:
-        """NMSE of the effective covariance, scene by scene: (B,). Training, validation and inference all call this."""
+        """NMSE of the effective covariance, scene by scene: (B,). Training, validation and inference all call this.
+
+        Reads no value, on a CPU either, so that a step is the same everywhere: readers of data look at targets. `cov_nmse` itself
+        refuses targets that are no covariances.
+        """
         known = {"target_cov": scenes.covariance} if scenes.factor is None else {"target_factor": scenes.factor}
         sample = {"sample_factor": sample_factor(scenes), "blend": self.settings.beta} if blend else {}
         return cov_nmse(factor, **known, **sample, loading=self.settings.loading, shrink=self.settings.shrink,
-                        snr_db=scenes.snr_db, reduction="none")
+                        snr_db=scenes.snr_db, reduction="none", validate=False)
 
     def _located(self, prediction: Prediction, scenes: Scenes) -> dict[str, Tensor]:
         """The terms on angles and ranges; matching and distances are shared."""
