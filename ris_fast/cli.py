@@ -41,7 +41,7 @@ def train(config: Place = None, /, *, preset: str | None = None, device: str | N
           data: Place = None, epochs: Whole = None, batch_size: WholeOrAuto = None,
           accumulate: Whole = None, seed: Whole = None, max_seconds: float | None = None,
           precision: str | None = None, no_compile: bool = False, backend: str | None = None,
-          set_: Overrides = None, out: Place = None, resume: Place = None, log_tensors: bool = False,
+          set_: Overrides = None, out: Place = None, resume: Place = None, init: Place = None, log_tensors: bool = False,
           anomaly: bool = False,
           profile: bool = False, print_config: bool = False) -> int:
     """Train a network; without arguments on scenes simulated on this machine's best device.
@@ -78,6 +78,8 @@ def train(config: Place = None, /, *, preset: str | None = None, device: str | N
         Run folder; runs/DATE-TIME-PRESET by default.
     resume
         Continue the run in this folder, or from this checkpoint of it, with its own settings; flags and --set still win.
+    init
+        Start a new run from the weights of this run or checkpoint, of the same network, on whatever task and data are given here.
     log_tensors
         Write every tensor's norms at every step to tensors.csv and print a [GRAD] line at every report.
     anomaly
@@ -91,14 +93,14 @@ def train(config: Place = None, /, *, preset: str | None = None, device: str | N
              "training.batch_size": None if batch_size == "auto" else batch_size,
              "training.accumulate": accumulate, "training.seed": seed,
              "training.max_seconds": max_seconds, "training.precision": precision,
-             "training.compile": False if no_compile else None, "training.backend": backend,
+             "training.compile": False if no_compile else None, "training.backend": backend, "training.init": _text(init),
              "health.log_tensors": True if log_tensors else None, "health.anomaly": True if anomaly else None}
     from ris_fast.launch import run_training
     from ris_fast.memory import with_best_batch_size
     from ris_fast.run_folder import resumed_config
 
     if resume is not None:
-        resolved = resumed_config(resume, {"CONFIG": config, "--preset": preset, "--out": out}, set_ or (), flags)
+        resolved = resumed_config(resume, {"CONFIG": config, "--preset": preset, "--out": out, "--init": init}, set_ or (), flags)
     else:
         resolved = load_config(config, preset, set_ or (), flags)
     if batch_size == "auto":

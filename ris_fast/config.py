@@ -217,6 +217,7 @@ class Training(Section):
                             choices=("fp32", "bf16", "fp16"))
     max_seconds: float = option(0.0, "stop after this many seconds and anneal towards it; 0: no limit", low=0.0)
     seed: int = option(0, "seed of the weights and of the order of the scenes; the scenes themselves have data.seed", low=0)
+    init: str = option("", "start from the weights of this run or checkpoint, of the same network; empty: from random ones")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     compile: bool = option(True, "compile forward and backward with torch.compile")
     capture: bool = option(True, "on CUDA, run each step and each validation as one captured graph")

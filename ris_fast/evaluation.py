@@ -11,7 +11,7 @@ import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ from ris_fast.models.features import PursuitFeatures
 from ris_fast.physics.floors import constant_nmse, mean_covariance, target_energy
 from ris_fast.physics.scenes import Scenes
 from ris_fast.report.floors import FEW, bayes_nmse
-from ris_fast.run_folder import BEST, CHECKPOINTS, run_config
-from ris_fast.training.checkpoint import load_checkpoint, load_weights
+from ris_fast.run_folder import run_config
+from ris_fast.training.checkpoint import CHECKPOINTS, better_weights, checkpoint_of, load_weights
 from ris_fast.training.devices import choose_device
 from ris_fast.training.validation import scene_nmse
 
@@ -104,34 +104,12 @@ def _test_scenes(run: Run, device: torch.device, progress: Callable[[int, int], 
 def open_run(path: str | Path) -> Run:
     """Reads the settings of a run and one checkpoint: the best one of a run folder, or the one that `path` names."""
     path = Path(path)
-    folder, name = _run_and_checkpoint(path)
+    folder, name = checkpoint_of(path)
     if not (folder / "config.toml").is_file():
         raise ConfigError(f"{path} is not a run folder: there is no config.toml. Give the folder that train printed.")
     config = run_config(folder)
-    groups, manifest = load_checkpoint(folder / CHECKPOINTS, name)
-    state = manifest["state"]
-    kind = state["best_weights"] if name == BEST else "ema" if _ema_is_better(state) else "raw"
-    return Run(folder, config, name, groups["ema" if kind == "ema" and "ema" in groups else "model"], kind, state["epoch"],
-               (manifest["note"],) if "note" in manifest else ())
-
-
-def _run_and_checkpoint(path: Path) -> tuple[Path, str]:
-    """The run folder and the name of the checkpoint that PATH means. Raises ConfigError for another file or folder of a run."""
-    if path.is_dir():
-        inside = path.name == CHECKPOINTS and not (path / "config.toml").is_file()
-        return path.parent if inside else path, BEST
-    if path.suffix == ".safetensors" and path.parent.name == CHECKPOINTS:
-        return path.parent.parent, path.stem
-    if not path.exists():
-        raise ConfigError(f"{path} is not there. Give the folder that train printed, or a checkpoint of a run.")
-    raise ConfigError(f"{path} is no checkpoint. Give the folder of the run, which means its best checkpoint, or a file of RUN/{CHECKPOINTS} "
-                      f"whose name ends in .safetensors.")
-
-
-def _ema_is_better(state: Mapping[str, Any]) -> bool:
-    """Of the last validation; figures that are not finite are text in a checkpoint."""
-    raw, ema = float(state["val_nmse_raw"]), float(state["val_nmse_ema"])
-    return ema < raw or (math.isfinite(ema) and not math.isfinite(raw))
+    weights, kind, manifest = better_weights(folder / CHECKPOINTS, name)
+    return Run(folder, config, name, weights, kind, manifest["state"]["epoch"], (manifest["note"],) if "note" in manifest else ())
 
 
 def _refuse_nonfinite(nmse: Tensor, run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -11,9 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ris_fast.config import ConfigError
 from ris_fast.files import save_tensors, write_text
 
-NAMES = ("last", "best")
+CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"
 UNHASHED = "an earlier version wrote this checkpoint, without hashes: damage to it would not be noticed"
 Contents = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 
@@ -50,7 +52,7 @@ def load_checkpoint(folder: Path, name: str) -> Contents:
     try:
         return _read(folder / f"{name}.safetensors")
     except CheckpointError as error:
-        other = next((each for each in NAMES if each != name and read_whole(folder, each) is not None), None)
+        other = next((each for each in (LAST, BEST) if each != name and read_whole(folder, each) is not None), None)
         if other is None:
             raise
         raise CheckpointError(f"{error} '{other}' is whole; give {folder / f'{other}.safetensors'} in its place.") from error
@@ -106,6 +108,36 @@ def _verify(path: Path, metadata: Mapping[str, str], manifest: dict[str, Any], t
     if wrong:
         raise CheckpointError(f"{path} is damaged: {len(wrong)} of {len(hashes)} tensors are not what was written, first '{wrong[0]}' "
                               f"(SHA-256). Use another checkpoint of this run.")
+
+
+def checkpoint_of(place: str | Path) -> tuple[Path, str]:
+    """The run folder and the name of the checkpoint that PLACE means: the best one of a run, or the file that it is.
+
+    Raises ConfigError for another file of a run.
+    """
+    path = Path(place)
+    if path.is_dir():
+        return (path.parent if path.name == CHECKPOINTS and not (path / "config.toml").is_file() else path), BEST
+    if path.suffix == ".safetensors" and path.parent.name == CHECKPOINTS:
+        return path.parent.parent, path.stem
+    if not path.exists():
+        raise ConfigError(f"{path} is not there. Give the folder that train printed, or a checkpoint of a run.")
+    raise ConfigError(f"{path} is no checkpoint. Give the folder of the run, which means its best checkpoint, or a file of RUN/{CHECKPOINTS} "
+                      f"whose name ends in .safetensors.")
+
+
+def better_weights(folder: Path, name: str) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+    """Of a checkpoint the better of its two sets of weights, which one that is ("raw" or "ema"), and the manifest."""
+    groups, manifest = load_checkpoint(folder, name)
+    state = manifest["state"]
+    kind = state["best_weights"] if name == BEST else "ema" if "ema" in groups and _ema_is_better(state) else "raw"
+    return groups["ema" if kind == "ema" else "model"], kind, manifest
+
+
+def _ema_is_better(state: Mapping[str, Any]) -> bool:
+    """By the last validation; figures that are not finite are text in a checkpoint."""
+    raw, ema = float(state["val_nmse_raw"]), float(state["val_nmse_ema"])
+    return ema < raw or (math.isfinite(ema) and not math.isfinite(raw))
 
 
 def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], where: str) -> None:

@@ -19,6 +19,7 @@ from ris_fast.physics.floors import floors, mean_covariance
 from ris_fast.physics.matched_filter import shown_matched_filter, shrunk_nmse
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.capture import CapturedCall, CapturedStep
+from ris_fast.training.checkpoint import CHECKPOINTS, better_weights, checkpoint_of, load_weights
 from ris_fast.training.devices import choose_device, compile_now, compiled
 from ris_fast.training.footprint import refuse_too_large
 from ris_fast.training.host_copy import Clock, Moment, own_stream
@@ -74,6 +75,9 @@ class Trainer(Reporting):
         self.source.notes += notes
         self.loss = CovarianceLoss(config.loss, config.task).to(self.device)
         self.model = build_model(config.model.name, config.task, **config.model.options).to(self.device)
+        self.notes: list[str] = []               # what a person should read before training, besides the source's
+        if config.training.init and not resume:
+            self._start_from(config.training.init)
         self.optimizer = build_optimizer(self.model, config)
         self.network, self.compile_note = compiled(self.model, config, self.device)
         self.step = Step(self.network, self.loss, self.optimizer, config, self.device, self.model)
@@ -83,7 +87,6 @@ class Trainer(Reporting):
         self.score_by = lambda work: work()
         self.paced: tuple[int, Moment] | None = None
         self.groups_read = 0
-        self.notes: list[str] = []               # what a person should read before training, besides the source's
         self.epoch_steps = steps_in_epoch(self.source.size("train"), config.training.batch_size,
                                           config.training.accumulate)
         self.plan = Plan(config.training.epochs * self.epoch_steps, config.training.max_seconds)
@@ -103,6 +106,14 @@ class Trainer(Reporting):
             raise AttributeError(f"Trainer.{name} cannot be replaced: the run was built around the one it has, and would go on with that. "
                                  f"{HELD[name]}.")
         super().__setattr__(name, value)
+
+    def _start_from(self, place: str) -> None:
+        """Loads the better weights of a run's best checkpoint, or of the one that is named."""
+        folder, name = checkpoint_of(place)
+        weights, kind, manifest = better_weights(folder / CHECKPOINTS, name)
+        load_weights(self.model, weights, f"training.init = {place}")
+        self.notes += [f"starts from the {kind} weights of epoch {manifest['state']['epoch']} of {folder}, checkpoint '{name}'",
+                       *([manifest["note"]] if "note" in manifest else [])]
 
     # ---- the run ------------------------------------------------------------------------------------------------
 

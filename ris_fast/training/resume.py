@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any, Mapping
 
 from ris_fast.config import Config, ConfigError
 from ris_fast.data.source import SceneSource
-from ris_fast.training.checkpoint import CheckpointError, load_checkpoint, load_weights, read_whole, save_checkpoint
+from ris_fast.training.checkpoint import BEST, CHECKPOINTS, CheckpointError, load_checkpoint, load_weights, read_whole, save_checkpoint
 from ris_fast.training.state import RunState
 
 if TYPE_CHECKING:
     from ris_fast.training.loop import Trainer
-
-CHECKPOINTS, BEST = "checkpoints", "best"
 
 
 def identity(config: Config, source: SceneSource) -> dict[str, Any]:
