@@ -14,44 +14,31 @@ from torch import Tensor
 from ris_fast.config import Config, ConfigError
 from ris_fast.data.source import SceneSource, epoch_batches, open_source
 from ris_fast.models import build_model
-from ris_fast.models.prediction import Prediction
 from ris_fast.physics.floors import floors, mean_covariance
-from ris_fast.physics.matched_filter import shown_matched_filter, shrunk_nmse
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.capture import CapturedCall, CapturedStep
-from ris_fast.training.checkpoint import CHECKPOINTS, better_weights, checkpoint_of, load_weights
 from ris_fast.training.devices import choose_device, compile_now, compiled
 from ris_fast.training.footprint import refuse_too_large
 from ris_fast.training.host_copy import Clock, Moment, own_stream
 from ris_fast.training.loss import CovarianceLoss, served_by
+from ris_fast.training.parts import Built
 from ris_fast.training.reports import Observer, Reporting, Silent
-from ris_fast.training.resume import restore, save
+from ris_fast.training.resume import restore, save, start_from
 from ris_fast.training.schedule import Plan, steps_in_epoch
 from ris_fast.training.state import Meter, RunState, RunStopped
 from ris_fast.training.step import Step, StepResult, build_optimizer, network_inputs
 from ris_fast.training.summary import info, summary
 from ris_fast.training.telemetry import Milestones, weight_norms
-from ris_fast.training.validation import Score, scene_nmse, validate
+from ris_fast.training.validation import Score, classical_floor, validate
 
 VALIDATION_CHUNK = 1000
 PACE = 50             # steps between two looks at the device's clock
 
 
-# What the constructor makes parts of a run from, and what to do instead of putting another one in its place.
-HELD = {"model": "Load weights with trainer.model.load_state_dict(...); train a network of your own with cov_nmse and FusedAdamW in a "
-                 "loop of your own, as the README shows",
-        "network": "It is trainer.model, compiled", "optimizer": "Set [optimizer] in the configuration, or write a loop of your own",
-        "loss": "Set the weights of [loss] in the configuration, or write a loop of your own",
-        "source": "Set data.source and data.path in the configuration", "device": "Set training.device in the configuration",
-        "config": "Make a new Trainer with that configuration", "epoch_steps": "It follows from the configuration"}
-
-
-class Trainer(Reporting):
+class Trainer(Built, Reporting):
     """One training run, from configuration to summary: `Trainer(config).fit()`.
 
-    Its model, loss, optimizer, source, device and configuration are those it was made with: the step, the compiled network and
-    the schedule hold them, so that assigning another one would change what is reported and not what is trained. It raises
-    AttributeError.
+    Its model, loss, optimizer, source, device and configuration stay those it was made with (see `Built`).
 
     Args:
         folder: where checkpoints go; None writes nothing.
@@ -77,7 +64,7 @@ class Trainer(Reporting):
         self.model = build_model(config.model.name, config.task, **config.model.options).to(self.device)
         self.notes: list[str] = []               # what a person should read before training, besides the source's
         if config.training.init and not resume:
-            self._start_from(config.training.init)
+            start_from(self, config.training.init)
         self.optimizer = build_optimizer(self.model, config)
         self.network, self.compile_note = compiled(self.model, config, self.device)
         self.step = Step(self.network, self.loss, self.optimizer, config, self.device, self.model)
@@ -99,21 +86,7 @@ class Trainer(Reporting):
             self.first_norms = weight_norms(self.model)      # the seed's, as when the run began
             restore(self, resume if isinstance(resume, str) else "last")
             self._read_counters()
-        self._made = True
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in HELD and getattr(self, "_made", False) and value is not getattr(self, name):
-            raise AttributeError(f"Trainer.{name} cannot be replaced: the run was built around the one it has, and would go on with that. "
-                                 f"{HELD[name]}.")
-        super().__setattr__(name, value)
-
-    def _start_from(self, place: str) -> None:
-        """Loads the better weights of a run's best checkpoint, or of the one that is named."""
-        folder, name = checkpoint_of(place)
-        weights, kind, manifest = better_weights(folder / CHECKPOINTS, name)
-        load_weights(self.model, weights, f"training.init = {place}")
-        self.notes += [f"starts from the {kind} weights of epoch {manifest['state']['epoch']} of {folder}, checkpoint '{name}'",
-                       *([manifest["note"]] if "note" in manifest else [])]
+        self._built = True
 
     # ---- the run ------------------------------------------------------------------------------------------------
 
@@ -125,7 +98,7 @@ class Trainer(Reporting):
     def _fit(self) -> dict[str, Any]:
         self.validation = self._validation_scenes()
         constant = mean_covariance(self._floor_scenes())
-        self.floors = floors(constant, self.validation) | self._classical_floor(constant)
+        self.floors = floors(constant, self.validation) | classical_floor(self.model, self.network, self.validation, constant, self.config.task.symbols == "static")
         self._compile()
         self._capture()
         self.observer.start(info(self))
@@ -311,16 +284,3 @@ class Trainer(Reporting):
     def _floor_scenes(self) -> Iterator[Scenes]:
         size = min(4 * VALIDATION_CHUNK, self.source.size("train"))
         return (self.source.batch("train", index) for index in torch.arange(size).split(VALIDATION_CHUNK))
-
-    @torch.no_grad()
-    def _classical_floor(self, constant: Tensor) -> dict[str, float]:
-        """NMSE of what the network's inputs say without it: of its own estimator, else of the matched filter, where they say anything."""
-        scores, name, static = [], "matched_filter", self.config.task.symbols == "static"
-        for scenes in self.validation:
-            shown = self.network.inputs(*network_inputs(scenes))
-            if hasattr(self.model, "classical"):
-                name, factor = self.model.classical(shown)
-                scores.append(scene_nmse(Prediction(factor), scenes).double())
-            elif (factor := shown_matched_filter(shown, scenes.codes, static)) is not None:
-                scores.append(shrunk_nmse(factor, scenes, constant)[0])
-        return {name: torch.cat(scores).mean().item()} if scores else {}

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Mapping
 
 from ris_fast.config import Config, ConfigError
 from ris_fast.data.source import SceneSource
-from ris_fast.training.checkpoint import BEST, CHECKPOINTS, CheckpointError, load_checkpoint, load_weights, read_whole, save_checkpoint
+from ris_fast.training.checkpoint import (
+    BEST, CHECKPOINTS, CheckpointError, better_weights, checkpoint_of, load_checkpoint, load_weights, read_whole, save_checkpoint)
 from ris_fast.training.state import RunState
 
 if TYPE_CHECKING:
@@ -60,6 +61,15 @@ def restore(trainer: Trainer, name: str) -> None:
     rest = (trainer.config.training.epochs - state.epoch) * trainer.epoch_steps - state.epoch_step
     trainer.plan = replace(trainer.plan, epoch_steps=state.step + max(0, rest),
                            planned=manifest["planned_steps"] if trainer.config.training.max_seconds else 0)
+
+
+def start_from(trainer: Trainer, place: str) -> None:
+    """Gives a new run the better weights of another run's best checkpoint, or of the checkpoint that is named."""
+    folder, name = checkpoint_of(place)
+    weights, kind, manifest = better_weights(folder / CHECKPOINTS, name)
+    load_weights(trainer.model, weights, f"training.init = {place}")
+    trainer.notes += [f"starts from the {kind} weights of epoch {manifest['state']['epoch']} of {folder}, checkpoint '{name}'",
+                      *([manifest["note"]] if "note" in manifest else [])]
 
 
 def _state_of(manifest: Mapping[str, Any], path: Path) -> RunState:

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.models.prediction import Prediction
+from ris_fast.physics.matched_filter import shown_matched_filter, shrunk_nmse
 from ris_fast.physics.scenes import Scenes
+from ris_fast.training.devices import Network
 from ris_fast.training.loss import CovarianceLoss
+from ris_fast.training.step import network_inputs
 from ris_fast.training.telemetry import prints, weight_norms
 
 
@@ -80,3 +83,20 @@ def validate(model: nn.Module, predict: Callable[[Scenes], Prediction], loss: Co
         model.train(was_training)
     return Score(found.loss.item(), found.nmse.mean().item(), found.nmse.median().item(), not awake,
                  f"{found.answers.item() & (2**64 - 1):016x}", found.weights.clone())
+
+
+@torch.no_grad()
+def classical_floor(model: nn.Module, network: Network, batches: Iterable[Scenes], constant: Tensor, static: bool) -> dict[str, float]:
+    """NMSE of what the network's inputs say without it: of its own estimator, else of the matched filter; empty where they have neither.
+
+    Args: constant: the mean covariance, towards which the matched filter is shrunk, (N, N, 2); static: one symbol a source and scene.
+    """
+    scores, name = [], "matched_filter"
+    for scenes in batches:
+        shown = network.inputs(*network_inputs(scenes))
+        if hasattr(model, "classical"):
+            name, factor = model.classical(shown)
+            scores.append(scene_nmse(Prediction(factor), scenes).double())
+        elif (factor := shown_matched_filter(shown, scenes.codes, static)) is not None:
+            scores.append(shrunk_nmse(factor, scenes, constant)[0])
+    return {name: torch.cat(scores).mean().item()} if scores else {}

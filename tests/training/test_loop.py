@@ -267,3 +267,11 @@ def test_a_run_has_learned_only_when_it_is_clearly_below_every_line_that_is_show
     assert {"zero", "identity", "mean", "matched_filter"} == set(told.info["floors"]) and 0 < told.info["floors"]["matched_filter"] < 1
     trainer.floors, trainer.state.initial_nmse, trainer.state.best_nmse = {"zero": 1.0, "mean": 0.986, "matched_filter": 0.803}, 0.99, best
     assert summary(trainer, None, [])["verdict"] == verdict
+
+
+@pytest.mark.parametrize("init, best, verdict", [("", 0.0716, "stalled"), ("run", 0.0716, "learned"), ("run", 0.0738, "stalled"), ("", 0.06, "learned")])
+def test_a_start_from_learned_weights_has_to_be_beaten_and_not_once_more_from_nothing(init: str, best: float, verdict: str) -> None:
+    trainer = Trainer(small())
+    object.__setattr__(trainer, "config", small(f'training.init="{init}"'))
+    trainer.floors, trainer.state.initial_nmse, trainer.state.best_nmse = {"mean": 0.879, "pursuit": 0.0853}, 0.0737, best
+    assert summary(trainer, None, [])["verdict"] == verdict
