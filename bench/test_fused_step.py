@@ -53,6 +53,27 @@ def from_torch(sizes: list[int], compiled: bool = False, **options: Any) -> Call
     return torch.compile(step, dynamic=False) if compiled else step
 
 
+def in_a_loop(kind: Callable[..., Any], sizes: list[int]) -> Callable[[], None]:
+    """A user's loop: `zero_grad()` leaves None, backward hands over fresh tensors, and the step finds them there."""
+    params = parameters(sizes)
+    fresh, values = [p.grad for p in params], [p.detach() for p in params]
+    average = [value.clone() for value in values]
+    ours = kind is FusedAdamW
+    optimizer = kind(params, lr=1e-3, **({"max_grad_norm": 1.0, "ema_decay": 0.999} if ours else {"fused": True}))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        for p, gradient in zip(params, fresh, strict=True):
+            p.grad = gradient
+        if not ours:
+            nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        if not ours:
+            torch._foreach_lerp_(average, values, 1e-3)
+
+    return step
+
+
 def fused(sizes: list[int], telemetry: bool = True) -> Callable[[], None]:
     optimizer = FusedAdamW(parameters(sizes), lr=1e-3, max_grad_norm=1.0, ema_decay=0.999, clear_grads=True, telemetry=telemetry)
 
@@ -91,6 +112,16 @@ def test_against_torch(benchmark: Any, elements: int, tensors: int, count: int) 
         if elements < LARGE:  # the losing forms at 100 M parameters would need 10 GB and minutes
             variants |= {"torch foreach": from_torch(sizes, foreach=True), "torch tensor by tensor": from_torch(sizes, foreach=False)}
         against(benchmark, elements, tensors, variants, threads=count)
+
+
+@pytest.mark.benchmark(group="fused step: in a user's loop")
+@pytest.mark.parametrize("elements", [1_000_000, 16_340_000])
+def test_in_a_users_loop(benchmark: Any, elements: int) -> None:
+    """Gradients that come anew in every step, beside those that stay in the flat buffer."""
+    sizes = shapes(elements, 150)
+    with threads(1):
+        variants = {"FusedAdamW": in_a_loop(FusedAdamW, sizes), "FusedAdamW, clear_grads": fused(sizes)}
+        against(benchmark, elements, 150, variants | {"torch fused": in_a_loop(torch.optim.AdamW, sizes)}, threads=1)
 
 
 @pytest.mark.benchmark(group="fused step: against a compiled step")

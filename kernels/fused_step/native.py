@@ -41,8 +41,9 @@ def measure(
 ) -> None:  # fmt: skip
     """sources: (2, T) int64, address and number of elements of each tensor's float32 gradient; None: they are in `grad`."""
     call("measure_from", simd)(
-        _at(grad), None if sources is None else _at(sources), grad.numel(), _at(chunks), chunks.shape[0], _at(segments), segments.shape[0], _at(partial), _at(sums), _at(state)
-    )
+        _at(grad), None if sources is None else _at(sources), grad.numel(), _at(chunks), chunks.shape[0], _at(segments),
+        segments.shape[0], _at(partial), _at(sums), _at(state),
+    )  # fmt: skip
     if finish:
         decide(segments, hyper, sums, telemetry, steps, coefficients, state, simd)
 
@@ -64,8 +65,8 @@ def apply(
     """sources: as for `measure`; such gradients are only read, whatever `clear` says."""
     call("apply_from", simd)(
         _at(param), _at(grad), _at(exp_avg), _at(exp_avg_sq), None if ema is None else _at(ema),
-        None if sources is None else _at(sources), param.numel(), _at(chunks), chunks.shape[0], _at(segments), segments.shape[0], _at(hyper), _at(partial), _at(telemetry), _at(coefficients),
-        _at(state), clear and sources is None,
+        None if sources is None else _at(sources), param.numel(), _at(chunks), chunks.shape[0], _at(segments), segments.shape[0],
+        _at(hyper), _at(partial), _at(telemetry), _at(coefficients), _at(state), clear and sources is None,
     )  # fmt: skip
 
 

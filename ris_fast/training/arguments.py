@@ -76,11 +76,14 @@ def refuse_parameters(params: Sequence[Tensor], names: Sequence[str]) -> None:
     for name, p in zip(names, params, strict=True):
         _refuse_kind(name, p)
         if p.numel() > _span(p):
-            _refuse(f"parameter {name} of shape {tuple(p.shape)} has strides {p.stride()}: several elements are one place in memory. Clone it (p.clone()).")
+            _refuse(
+                f"parameter {name} of shape {tuple(p.shape)} has strides {p.stride()}: several elements are one place in memory. "
+                "Clone it (p.clone())."
+            )
         if p.device.type == "cpu" and p.is_shared():
             _refuse(
-                f"parameter {name} is in memory shared between processes (model.share_memory(), or sent to another process), and a flat buffer is not. "
-                "Use torch.optim.AdamW for Hogwild training; send other processes a copy (copy.deepcopy(model))."
+                f"parameter {name} is in memory shared between processes (model.share_memory(), or sent to another process), and a flat "
+                "buffer is not. Use torch.optim.AdamW for Hogwild training; send other processes a copy (copy.deepcopy(model))."
             )
     _refuse_overlap(params, names)
 
@@ -89,7 +92,10 @@ def _refuse_kind(name: str, p: Tensor) -> None:
     if is_lazy(p):
         _refuse(f"parameter {name} has no shape yet. Call the model once (a dry run) before building the optimizer.")
     if getattr(p, "_fsdp_flattened", False):
-        _refuse(f"parameter {name} belongs to FSDP, which moves its shards. Use torch.optim.AdamW with FSDP, or DistributedDataParallel with FusedAdamW.")
+        _refuse(
+            f"parameter {name} belongs to FSDP, which moves its shards. Use torch.optim.AdamW with FSDP, "
+            "or DistributedDataParallel with FusedAdamW."
+        )
     if is_traceable_wrapper_subclass(p):
         kind = type(p.data).__name__
         sharded = "FSDP2 (fully_shard) and tensor parallelism make DTensors. " if kind == "DTensor" else ""
@@ -118,7 +124,10 @@ def _refuse_overlap(params: Sequence[Tensor], names: Sequence[str]) -> None:
     spans.sort()
     for (device, _, end, name), (other_device, begin, _, other) in zip(spans, spans[1:], strict=False):
         if device == other_device and begin < end:
-            _refuse(f"parameters {name} and {other} are different but share memory. Tie the Parameter itself (a.weight = b.weight), not its data.")
+            _refuse(
+                f"parameters {name} and {other} are different but share memory. "
+                "Tie the Parameter itself (a.weight = b.weight), not its data."
+            )
 
 
 def tensor_names(groups: Sequence[Mapping[str, Any]], known: Mapping[Tensor, str] | None = None) -> list[str]:

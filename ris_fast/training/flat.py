@@ -61,7 +61,7 @@ def held_elsewhere(tensor: Tensor, among: Sequence[Tensor] = ()) -> bool:
     """Whether tensors besides this one and those of `among` (and, for a window, its buffer) use its storage."""
     storage = tensor.untyped_storage()._cdata
     ours = sum(other.untyped_storage()._cdata == storage for other in among) if among else 1
-    return torch._C._storage_Use_Count(storage) - 1 > ours  # one more for the storage object in hand
+    return torch._C._storage_Use_Count(storage) - 1 > ours  # the count itself holds it once
 
 
 def dense(gradient: Tensor, view: Tensor) -> Tensor:
@@ -75,12 +75,17 @@ def dense(gradient: Tensor, view: Tensor) -> Tensor:
     return torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
 
 
+def _plain(gradient: Tensor) -> bool:
+    return gradient.dtype == torch.float32 and gradient.is_contiguous() and not gradient.is_neg()
+
+
 class Bucket:
     """Flat buffers for T tensors of one device and dtype.
 
     The buffers of P elements: `param`, `grad`, `exp_avg`, `exp_avg_sq`, and `ema` or None; the last three are float32
-    where the parameters are half precision (in float16 (1 - beta2) g^2 is zero for gradients below 5e-3). `state`, `hyper`: see layout.py. `ring` (R, T, 4): the telemetry of the last R steps, in the
-    slot (step mod R); `ring_steps` (R,) float64: the number of the step in each slot, 0 where there is none yet.
+    where the parameters are half precision (in float16 (1 - beta2) g^2 is zero for gradients below 5e-3). `state`, `hyper`:
+    see layout.py. `ring` (R, T, 4): the telemetry of the last R steps, in the slot (step mod R); `ring_steps` (R,) float64:
+    the number of the step in each slot, 0 where there is none yet.
     Nothing here reads from the device.
     """
 
@@ -159,16 +164,17 @@ class Bucket:
         )  # fmt: skip
 
     def take(self, gradients: Sequence[Tensor | None], in_place: bool) -> bool:
-        """Where the next step finds the gradients, one for each tensor; with `in_place` those elsewhere are not copied. True if it reads any there.
+        """Where the next step finds the gradients, one for each tensor; True if it reads any outside the buffer.
 
-        Only the C++ reads them where they are, and only in the memory order and dtype of the buffer.
+        in_place: gradients outside are left there. Only the C++ reads them so, and only in the buffer's memory order and dtype;
+        others are copied.
         """
         self._sources = ()
         if not gradients:
             return False
         outside = [i for i, (g, view) in enumerate(zip(gradients, self.grads, strict=True)) if g is not None and g is not view]
         if in_place and self.backend == "native":
-            copied = [i for i in outside if not self._readable[i] or (g := gradients[i]).dtype != torch.float32 or not g.is_contiguous() or g.is_neg()]
+            copied = [i for i in outside if not (self._readable[i] and _plain(gradients[i]))]
         else:
             copied = outside
         if copied:

@@ -56,14 +56,15 @@ class FlatGradients(FlatOptimizer):
         """buffer <- (0 if overwrite else buffer) + scale * grads, with pass one where it is the last before the step."""
         for bucket, members in zip(self._buckets, self._rows, strict=True):
             empty = bucket.grad[:0]
-            bucket.accumulate([empty if (g := grads[i]) is None else dense(g, self._grad_views[i]) for i in members], scale, overwrite, last)
+            given = [empty if (g := grads[i]) is None else dense(g, self._grad_views[i]) for i in members]
+            bucket.accumulate(given, scale, overwrite, last)
         self._measured = self._versions() if last else []
 
     def _refuse_sparse(self, sparse: Sequence[int]) -> None:
         if sparse:
             raise RuntimeError(
-                f"FusedAdamW.step: the gradient of {self.tensor_names[sparse[0]]} is {self._params[sparse[0]].grad.layout}; sparse gradients are "
-                "not supported. Use Embedding(sparse=False), or torch.optim.SparseAdam for this parameter."
+                f"FusedAdamW.step: the gradient of {self.tensor_names[sparse[0]]} is {self._params[sparse[0]].grad.layout}; sparse "
+                "gradients are not supported. Use Embedding(sparse=False), or torch.optim.SparseAdam for this parameter."
             )
 
     def _check_capture(self) -> None:
@@ -72,8 +73,8 @@ class FlatGradients(FlatOptimizer):
         missing = [name for name, p, view in named if p.requires_grad and p.grad is not view]
         if missing or [p.grad is not None for p in self._params] != self._live:
             raise RuntimeError(
-                f"FusedAdamW.step: captured while {len(missing)} gradients are not in the flat buffer (first: {(missing or ['none'])[0]}). Build "
-                "the optimizer with clear_grads=True, step once before capturing, and clear with optimizer.zero_grad(set_to_none=False)."
+                f"FusedAdamW.step: captured while {len(missing)} gradients are not in the flat buffer (first: {(missing or ['none'])[0]}). "
+                "Build the optimizer with clear_grads=True, step once before capturing, and clear with zero_grad(set_to_none=False)."
             )
 
     @torch.no_grad()
@@ -88,7 +89,10 @@ class FlatGradients(FlatOptimizer):
         """
         present = [g is not None for g in gradients]
         if len(present) != len(self._params):
-            raise ValueError(f"FusedAdamW.accumulate: {len(present)} gradients for {len(self._params)} parameters. Give one each, None where there is none.")
+            raise ValueError(
+                f"FusedAdamW.accumulate: {len(present)} gradients for {len(self._params)} parameters. Give one each, "
+                "None where there is none."
+            )
         self._follow()
         if not overwrite:
             for p, view in zip(self._params, self._grad_views, strict=True):

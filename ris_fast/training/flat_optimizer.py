@@ -136,7 +136,8 @@ class FlatOptimizer(Optimizer):
     @torch.no_grad()
     def _rebuild(self) -> None:
         """Lays the buffers out again for the parameters as listed now. A tensor that has left keeps its state, as in torch."""
-        averages = {p: bucket.averages[slot] for p, (bucket, slot) in zip(self._params, self._place.values(), strict=True)} if self._averaging else {}
+        places = [self._place[i] for i in range(len(self._params))] if self._averaging else []
+        averages = {p: bucket.averages[slot] for p, (bucket, slot) in zip(self._params, places)}
         counters, stepped = self._buckets[0].state, self._stepped
         for p in set(self._params).difference(p for group in self.param_groups for p in group["params"]):
             if p in self.state:
@@ -170,7 +171,9 @@ class FlatOptimizer(Optimizer):
         if in_place and identical(self._state_tensors(), self._shown):
             return
         if self._capturing():
-            raise RuntimeError("FusedAdamW.step: captured after parameters, their data or their state were replaced. Step once before capturing.")
+            raise RuntimeError(
+                "FusedAdamW.step: captured after parameters, their data or their state were replaced. Step once before capturing."
+            )
         if not listed:
             self._rebuild()
         elif not in_place:
@@ -202,9 +205,9 @@ class FlatOptimizer(Optimizer):
             return
         refuse_parameters([self._params[i] for i in moved], [self.tensor_names[i] for i in moved])
         raise RuntimeError(
-            f"FusedAdamW.step: {len(moved)} of {len(self._params)} parameters (first: {self.tensor_names[moved[0]]}) left the flat buffer: the "
-            "model was moved (.to, .cuda, .half), given to another FusedAdamW, or its .data replaced by memory that another tensor holds too. "
-            "Move the model before the first step, or call optimizer.rebind(), after which only the parameters themselves see the steps."
+            f"FusedAdamW.step: {len(moved)} of {len(self._params)} parameters (first: {self.tensor_names[moved[0]]}) left the flat buffer: "
+            "the model was moved (.to, .cuda, .half), given to another FusedAdamW, or its .data replaced by memory that another tensor "
+            "holds too. Move the model before the first step, or call optimizer.rebind(), after which that other tensor sees no step."
         )
 
     def _capturing(self) -> bool:

@@ -73,7 +73,8 @@ class SavedOptimizer(FlatGradients):
             last.remove()
         indices = [index for group in given["param_groups"] for index in group["params"]]
         states = {i: given["state"][index] for i, index in enumerate(indices) if given["state"].get(index)}
-        self._load_moments(dict(self.state) | {self._params[i]: state for i, state in states.items()})  # torch has rounded them to the dtype of p
+        # not what torch has made of them, which is rounded to the dtype of the parameter
+        self._load_moments(dict(self.state) | {self._params[i]: state for i, state in states.items()})
         extra = {f"ema.{self.tensor_names[i]}": state["ema"] for i, state in states.items() if "ema" in state}
         extra |= {"counters": state["counters"] for state in states.values() if "counters" in state} | given.get(_EXTRA, {})
         if "counters" in extra:

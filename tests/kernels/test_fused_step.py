@@ -73,8 +73,9 @@ def test_gradients_elsewhere_give_what_gradients_in_the_buffer_give(simd: str, s
         outside[-1][-1] = made["grad"][made["starts"][-1] + SIZES[sizes][-1] - 1] = float("inf")
     kept, moved["grad"][:] = [g.clone() for g in outside], 7.0
     sources = torch.tensor([[g.data_ptr() for g in outside], SIZES[sizes]])
-    run(native, made, "measure", True, simd=simd), run(native, made, "apply", False, simd=simd)
-    run(native, moved, "measure", True, sources, simd=simd), run(native, moved, "apply", True, sources, simd=simd)
+    for each, *more in ((made,), (moved, sources)):
+        run(native, each, "measure", True, *more, simd=simd)
+        run(native, each, "apply", bool(more), *more, simd=simd)
     assert all(map(torch.equal, outside, kept)) and bool((moved["grad"] == 7.0).all())
     for name in set(RESULTS["measure"] + RESULTS["apply"]) - {"grad"}:  # sums are added in another order
         torch.testing.assert_close(moved[name], made[name], rtol=1e-6, atol=0, equal_nan=True)

@@ -328,6 +328,44 @@ def test_names_come_from_named_parameters_and_skips_name_the_tensor() -> None:
     assert float(optimizer.state[model[0].weight]["step"]) == 0
 
 
+def test_names_averages_and_counters_follow_edited_lists() -> None:
+    model = make()
+    optimizer = FusedAdamW(model.named_parameters(), lr=1e-2, ema_decay=0.9, loss_scale="dynamic")
+    train(model, optimizer)
+    kept = {p: optimizer.state[p]["ema"].clone() for p in model.parameters()}
+    new, params = nn.Parameter(torch.ones(3)), optimizer.param_groups[0]["params"]
+    gone = params.pop(0)
+    params.append(new)
+    optimizer.zero_grad()
+    new.grad = torch.full((3,), float("inf"))
+    optimizer.step()
+    assert optimizer.tensor_names == optimizer.param_groups[0]["param_names"] == ["0.bias", "2.weight", "2.bias", "group0.3"]
+    counters = optimizer.counters()
+    assert (counters["applied"], counters["skipped"], counters["first_bad_tensor"], counters["loss_scale"]) == (5, 1, "group0.3", 32768.0)
+    with optimizer.ema():
+        assert all(torch.equal(p, kept[p]) for p in params[:-1]) and torch.equal(new, torch.ones(3))
+    params[-1] = gone
+    optimizer._follow()
+    with optimizer.ema():
+        assert torch.equal(gone, kept[gone])
+
+
+def test_any_choice_of_gradients_equals_torch_and_few_choices_are_remembered() -> None:
+    runs = []
+    for kind in (FusedAdamW, AdamW):
+        params = [nn.Parameter(torch.linspace(-1, 1, n)) for n in range(60, 68)]
+        optimizer, generator = kind(params, lr=1e-2), torch.Generator().manual_seed(0)
+        for _ in range(150):
+            optimizer.zero_grad()
+            sum(p.square().sum() for p, there in zip(params, torch.rand(8, generator=generator) < 0.5, strict=True) if there or p is params[0]).backward()
+            optimizer.step()
+        runs.append((params, optimizer))
+    for p, q in zip(runs[0][0], runs[1][0], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        assert float(runs[0][1].state[p]["step"]) == float(runs[1][1].state[q]["step"])
+    assert len(runs[0][1]._buckets[0]._tables) <= 64
+
+
 @pytest.mark.parametrize("scale", [1024.0, "dynamic"])
 def test_loss_scale_does_not_change_the_result(scale: float | str) -> None:
     ours, fused, plain, adamw = pair(loss_scale=scale, max_grad_norm=0.01)
@@ -401,7 +439,7 @@ def test_capture_needs_every_gradient_in_the_buffer(monkeypatch: pytest.MonkeyPa
     optimizer.step()
     model.zero_grad()
     (model[2].bias * 2).sum().backward()
-    with pytest.raises(RuntimeError, match=r"clear with optimizer.zero_grad\(set_to_none=False\)"):
+    with pytest.raises(RuntimeError, match=r"clear with zero_grad\(set_to_none=False\)"):
         optimizer.step()
     optimizer.state.clear()
     with pytest.raises(RuntimeError, match="captured after parameters, their data or their state were replaced"):
