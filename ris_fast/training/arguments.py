@@ -91,6 +91,8 @@ def refuse_parameters(params: Sequence[Tensor], names: Sequence[str]) -> None:
 def _refuse_kind(name: str, p: Tensor) -> None:
     if is_lazy(p):
         _refuse(f"parameter {name} has no shape yet. Call the model once (a dry run) before building the optimizer.")
+    if p.device.type == "meta":
+        _refuse(f"parameter {name} is on the meta device, which holds no values. Call model.to_empty(device=...) and initialise it first.")
     if getattr(p, "_fsdp_flattened", False):
         _refuse(
             f"parameter {name} belongs to FSDP, which moves its shards. Use torch.optim.AdamW with FSDP, "
@@ -119,7 +121,7 @@ def _refuse_overlap(params: Sequence[Tensor], names: Sequence[str]) -> None:
         if id(p) in seen:
             _refuse(f"parameter {name} is given twice. Give it once.")
         seen.add(id(p))
-        if p.numel() and p.device.type != "meta":
+        if p.numel():
             spans.append((str(p.device), p.data_ptr(), p.data_ptr() + _span(p) * p.element_size(), name))
     spans.sort()
     for (device, _, end, name), (other_device, begin, _, other) in zip(spans, spans[1:], strict=False):

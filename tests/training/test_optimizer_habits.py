@@ -701,6 +701,18 @@ def a_lazy_layer(run: Run) -> None:
     FusedAdamW(nn.LazyLinear(3).parameters())
 
 
+@refused("parameter group0.0 is on the meta device.*to_empty")
+def a_model_without_values(run: Run) -> None:
+    FusedAdamW(nn.Linear(2, 2, device="meta").parameters())
+
+
+@refused("parameter group0.0 is in memory shared between processes")
+def weights_are_sent_to_another_process(run: Run) -> None:
+    run.train()
+    torch.multiprocessing.get_context("spawn").SimpleQueue().put(run.model.state_dict())
+    run.train()
+
+
 @refused("1 of 3 parameters .first: group0.0. left the flat buffer.*another tensor holds too")
 def data_that_somebody_else_holds(run: Run) -> None:
     run.train()
