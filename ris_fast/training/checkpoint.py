@@ -121,7 +121,7 @@ def checkpoint_of(place: str | Path) -> tuple[Path, str]:
     if path.suffix == ".safetensors" and path.parent.name == CHECKPOINTS:
         return path.parent.parent, path.stem
     if not path.exists():
-        raise ConfigError(f"{path} is not there. Give the folder that train printed, or a checkpoint of a run.")
+        raise ConfigError(f"{path} is not there, so not a run folder. Give the folder that train printed, or a checkpoint of a run.")
     raise ConfigError(f"{path} is no checkpoint. Give the folder of the run, which means its best checkpoint, or a file of RUN/{CHECKPOINTS} "
                       f"whose name ends in .safetensors.")
 

@@ -97,8 +97,8 @@ class Trainer(Built, Reporting):
 
     def _fit(self) -> dict[str, Any]:
         self.validation = self._validation_scenes()
-        constant = mean_covariance(self._floor_scenes())
-        self.floors = floors(constant, self.validation) | classical_floor(self.model, self.network, self.validation, constant, self.config.task.symbols == "static")
+        constant, static = mean_covariance(self._floor_scenes()), self.config.task.symbols == "static"
+        self.floors = floors(constant, self.validation) | classical_floor(self.model, self.network, self.validation, constant, static)
         self._compile()
         self._capture()
         self.observer.start(info(self))
