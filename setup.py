@@ -105,7 +105,7 @@ setup(
     python_requires=">=3.11",
     packages=packages(),
     package_dir={"ris_fast": "ris_fast", "ris_fast.kernels": "kernels"},
-    package_data={"ris_fast": ["presets/*.toml", "health/*.md", "health/**/*.md"]},
+    package_data={"ris_fast": ["py.typed", "presets/*.toml", "health/*.md", "health/**/*.md"], "ris_fast.kernels": ["py.typed"]},
     ext_modules=[] if without_native() else [Extension("ris_fast.kernels.native.libris_fast", sources=[])],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
     setup_requires=[] if without_native() or shutil.which("cmake") else ["cmake>=3.20"],

@@ -12,12 +12,13 @@ import torch
 from ris_fast.benchmarks import device as counted
 from ris_fast.benchmarks import training
 from ris_fast.benchmarks.kernels import compare_kernels
-from ris_fast.benchmarks.measure import conditions
+from ris_fast.benchmarks.measure import conditions, keeping
 from ris_fast.benchmarks.train_step import compare_steps
 from ris_fast.config import Config
 from ris_fast.files import append_text
 from ris_fast.report.tables import text_table
 from ris_fast.settings import load_config
+from ris_fast.streams import stage
 
 KINDS = ("kernels", "step", "train")
 SIZES = {"cpu": (64, 256, 1024), "cuda": (64, 256, 1024, 4096, 16384)}
@@ -25,12 +26,18 @@ STEP_BATCH = 64
 
 
 def run_bench(kinds: tuple[str, ...], device: torch.device, progress: Callable[[str], None] = lambda kind: None) -> dict[str, Any]:
-    """What was asked for, by kind, with the conditions under which it was measured. `progress` is called with each kind first."""
+    """What was asked for, by kind, with the conditions under which it was measured. `progress` is called with each kind first.
+
+    Ctrl-C ends it: what had been measured is returned, and `stopped` names the kind that is not whole.
+    """
     measured: dict[str, Callable[[torch.device], Any]] = {"kernels": compare_kernels, "step": bench_step, "train": bench_train}
     result: dict[str, Any] = {"conditions": conditions(device)}
     for kind in kinds:
         progress(kind)
-        result[kind] = measured[kind](device)
+        try:
+            result[kind] = measured[kind](device)
+        except KeyboardInterrupt as interrupt:
+            return result | {"stopped": kind} | ({kind: found} if (found := getattr(interrupt, "found", None)) else {})
     return result
 
 
@@ -55,12 +62,21 @@ def bench_step(device: torch.device) -> dict[str, Any]:
 def bench_train(device: torch.device) -> dict[str, Any]:
     """The device's default preset: rate by batch size, time by phase, share of the ceiling, launches, energy."""
     config = configured("full" if device.type == "cuda" else "laptop", device)
-    rows = training.by_batch(config, SIZES[device.type], 2**14 if device.type == "cuda" else 2**12, compile=False)
-    best = max((row for row in rows if row["scenes_per_s"]), key=lambda row: row["scenes_per_s"])["batch_size"]
-    call, trainer = training.step_call(config, best)
-    return {"preset": config.preset, "model": config.model.name, "by_batch": rows, "phases": training.phases(config, best),
-            "efficiency": training.efficiency(config, best),
-            "counts": counted.launches_and_waits(call, trainer.device), "energy": counted.energy(call, trainer.device, best)}
+    found: dict[str, Any] = {"preset": config.preset, "model": config.model.name, "by_batch": []}
+    with keeping(lambda: found):
+        for size in SIZES[device.type]:
+            rows = training.by_batch(config, (size,), 2**14 if device.type == "cuda" else 2**12, compile=False)
+            found["by_batch"] += rows
+            if not rows[-1]["scenes_per_s"]:
+                break
+        best = max((row for row in found["by_batch"] if row["scenes_per_s"]), key=lambda row: row["scenes_per_s"])["batch_size"]
+        stage(f"timing the phases of a step, batch {best:,}")
+        found["phases"] = training.phases(config, best)
+        found["efficiency"] = training.efficiency(config, best)
+        call, trainer = training.step_call(config, best)
+        found["counts"] = counted.launches_and_waits(call, trainer.device)
+        found["energy"] = counted.energy(call, trainer.device, best)
+    return found
 
 
 # ---- tables -------------------------------------------------------------------------------------------------------
@@ -71,7 +87,8 @@ def bench_text(result: dict[str, Any]) -> str:
     shown = {"kernels": _kernels_text, "step": _step_text, "train": _train_text}
     where = result["conditions"]
     parts = [f"commit {where['commit']}, torch {where['versions']['torch']}, {where['device']}, {where['threads']} threads"]
-    return "\n\n".join(parts + [show(result[kind]) for kind, show in shown.items() if kind in result])
+    end = [f"stopped while measuring {result['stopped']}: what stands above was measured before"] if "stopped" in result else []
+    return "\n\n".join(parts + [show(result[kind]) for kind, show in shown.items() if kind in result] + end)
 
 
 def _kernels_text(rows: list[dict[str, Any]]) -> str:
@@ -94,13 +111,17 @@ def _step_text(found: dict[str, Any]) -> str:
 def _train_text(found: dict[str, Any]) -> str:
     sizes = [(f"{row['batch_size']:,}", f"{row['scenes_per_s']:,.0f}" if row["scenes_per_s"] else row["error"],
               f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB" if row["scenes_per_s"] else "-") for row in found["by_batch"]]
-    phases = [(name, f"{found['phases']['s'][name] * 1e3:.2f} ms", f"{share:.0%}") for name, share in found["phases"]["share"].items()]
-    joules = found["energy"]["joules_a_scene"]
-    return "\n".join((f"{found['model']}, preset {found['preset']}: the trainer's loop, simulation and features included",
-                      text_table(("batch", "scenes/s", "peak memory"), sizes), "",
-                      text_table((f"phase, batch {found['phases']['batch_size']:,}", "time", "share"), phases), "",
-                      _ceiling(found["efficiency"]), f"a step: {_counts(found['counts'])}",
-                      f"energy: {joules * 1e3:.2f} mJ a scene" if joules else f"energy: {found['energy']['note']}"))
+    parts = [f"{found['model']}, preset {found['preset']}: the trainer's loop, simulation and features included",
+             text_table(("batch", "scenes/s", "peak memory"), sizes)]
+    if times := found.get("phases"):
+        lines = [(name, f"{times['s'][name] * 1e3:.2f} ms", f"{share:.0%}") for name, share in times["share"].items()]
+        parts += ["", text_table((f"phase, batch {times['batch_size']:,}", "time", "share"), lines), ""]
+    parts += [_ceiling(found["efficiency"])] if "efficiency" in found else []
+    parts += [f"a step: {_counts(found['counts'])}"] if "counts" in found else []
+    if power := found.get("energy"):
+        joules = power["joules_a_scene"]
+        parts.append(f"energy: {joules * 1e3:.2f} mJ a scene" if joules else f"energy: {power['note']}")
+    return "\n".join(parts)
 
 
 def _counts(found: dict[str, Any]) -> str:
@@ -109,4 +130,4 @@ def _counts(found: dict[str, Any]) -> str:
 
 def _ceiling(found: dict[str, Any]) -> str:
     return (f"{found['flop_per_s'] * 1e-9:,.0f} GFLOP/s of useful products, {found['share_of_ceiling']:.0%} of the "
-            f"{found['ceiling_flop_per_s'] * 1e-9:,.0f} that one large matrix product reaches here")
+            f"{found['ceiling_flop_per_s'] * 1e-9:,.0f} that one large matrix product reaches here, the best of many")

@@ -8,6 +8,7 @@ from typing import Any, Mapping, Sequence
 from ris_fast.config import Config, ConfigError
 from ris_fast.report.eventlog import dumps
 from ris_fast.report.tables import text_table
+from ris_fast.streams import stage
 from ris_fast.report.verdict import lost_again, ruled_out, stalled_because
 
 STOPPED_BY_HEALTH = 4
@@ -21,6 +22,7 @@ def run_check(config: Config, *, json: bool = False, graph: bool = False) -> int
     from ris_fast.health.watchdog import STOPPING, Watchdog
     from ris_fast.training.loop import Trainer
 
+    stage("opening the data and building the network")
     trainer = Trainer(config)
     for note in () if json else trainer.source.notes:
         print(f"note: {note}")

@@ -21,15 +21,14 @@ from cyclopts import App, CycloptsError, Parameter
 
 from ris_fast import __version__
 from ris_fast.settings import load_config, render_toml
-from ris_fast.streams import unbreakable
-from ris_fast.usage import empty_value, place, usage_message, whole_number, whole_number_or_auto, without_set
+from ris_fast.streams import stage, unbreakable
+from ris_fast.usage import empty_value, usage_message, whole_number, whole_number_or_auto, without_set
 
 INTERNAL_ERROR = 70                                     # EX_SOFTWARE of sysexits.h
 LEAVES_A_RECORD = ("train", "simulate", "evaluate")     # what these print can be read in their folder
 
 Whole = Annotated[int | None, Parameter(converter=whole_number, accepts_keys=False)]
 WholeOrAuto = Annotated[int | str | None, Parameter(converter=whole_number_or_auto, accepts_keys=False)]
-Place = Annotated[Path | None, Parameter(converter=place, accepts_keys=False)]
 Overrides = Annotated[list[str] | None, Parameter(name="--set")]
 
 app = App(name="ris-fast", version=__version__, default_parameter=Parameter(negative=(), show_default=False),
@@ -37,11 +36,11 @@ app = App(name="ris-fast", version=__version__, default_parameter=Parameter(nega
 
 
 @app.command
-def train(config: Place = None, /, *, preset: str | None = None, device: str | None = None,
-          data: Place = None, epochs: Whole = None, batch_size: WholeOrAuto = None,
+def train(config: Path | None = None, /, *, preset: str | None = None, device: str | None = None,
+          data: Path | None = None, epochs: Whole = None, batch_size: WholeOrAuto = None,
           accumulate: Whole = None, seed: Whole = None, max_seconds: float | None = None,
           precision: str | None = None, no_compile: bool = False, backend: str | None = None,
-          set_: Overrides = None, out: Place = None, resume: Place = None, init: Place = None, log_tensors: bool = False,
+          set_: Overrides = None, out: Path | None = None, resume: Path | None = None, init: Path | None = None, log_tensors: bool = False,
           anomaly: bool = False,
           profile: bool = False, print_config: bool = False) -> int:
     """Train a network; without arguments on scenes simulated on this machine's best device.
@@ -95,6 +94,7 @@ def train(config: Place = None, /, *, preset: str | None = None, device: str | N
              "training.max_seconds": max_seconds, "training.precision": precision,
              "training.compile": False if no_compile else None, "training.backend": backend, "training.init": _text(init),
              "health.log_tensors": True if log_tensors else None, "health.anomaly": True if anomaly else None}
+    stage("loading torch")
     from ris_fast.launch import run_training
     from ris_fast.memory import with_best_batch_size
     from ris_fast.run_folder import resumed_config
@@ -112,8 +112,8 @@ def train(config: Place = None, /, *, preset: str | None = None, device: str | N
 
 
 @app.command
-def check(config: Place = None, /, *, preset: str | None = None, device: str | None = None,
-          data: Place = None, batch_size: Whole = None, seed: Whole = None, no_compile: bool = False,
+def check(config: Path | None = None, /, *, preset: str | None = None, device: str | None = None,
+          data: Path | None = None, batch_size: Whole = None, seed: Whole = None, no_compile: bool = False,
           set_: Overrides = None, json: bool = False, graph: bool = False) -> int:
     """Check network, loss, step and scenes as `train` would use them, without training. Exit code 4: a mistake is certain.
 
@@ -140,6 +140,7 @@ def check(config: Place = None, /, *, preset: str | None = None, device: str | N
     graph
         Show which parameters each term of the loss reaches, and with how much gradient.
     """
+    stage("loading torch")
     from ris_fast.checkup import run_check
 
     flags = {"training.device": device, "data.path": _text(data), "training.batch_size": batch_size, "training.seed": seed,
@@ -148,7 +149,7 @@ def check(config: Place = None, /, *, preset: str | None = None, device: str | N
 
 
 @app.command
-def why(run: Place = None, /, *, explain: str | None = None, json: bool = False) -> int:
+def why(run: Path | None = None, /, *, explain: str | None = None, json: bool = False) -> int:
     """Why a run did not learn: the ranked cause, from its folder or from a plain metrics.jsonl.
 
     Parameters
@@ -166,7 +167,7 @@ def why(run: Place = None, /, *, explain: str | None = None, json: bool = False)
 
 
 @app.command
-def evaluate(run: Annotated[Path, Parameter(converter=place)], /, *, scenes: Whole = None, data: Place = None, device: str = "auto", json: bool = False) -> int:
+def evaluate(run: Path, /, *, scenes: Whole = None, data: Path | None = None, device: str = "auto", json: bool = False) -> int:
     """NMSE of a trained run on the test scenes, by SNR and number of sources, beside the floors and the Bayes line.
 
     Parameters
@@ -182,11 +183,13 @@ def evaluate(run: Annotated[Path, Parameter(converter=place)], /, *, scenes: Who
     json
         Print JSON instead of tables.
     """
+    stage("loading torch")
     from ris_fast.evaluation import evaluate as measure
     from ris_fast.report.console import counter
     from ris_fast.report.evaluation import evaluation_text, save_evaluation
     from ris_fast.report.eventlog import dumps
 
+    stage("opening the run and its test scenes")
     result = measure(run, scenes, device, _text(data), counter("scenes read"))
     print(dumps(result, indent=2) if json else evaluation_text(result))
     picture = save_evaluation(result)       # after printing: a folder that cannot be written costs no figure
@@ -209,11 +212,13 @@ def gradcheck(*, device: str = "auto", no_interpreter: bool = False, json: bool 
     """
     from dataclasses import asdict
 
+    stage("loading torch")
     from ris_fast.gradcheck import run_gradcheck
     from ris_fast.report.eventlog import dumps
     from ris_fast.report.gradcheck import gradcheck_text
     from ris_fast.training.devices import choose_device
 
+    stage("comparing kernels and gradients with float64, one to two minutes")
     rows = run_gradcheck(choose_device(device, "--device"), not no_interpreter)
     passed = all(row.passed for row in rows)
     print(dumps({"passed": passed, "rows": [asdict(row) for row in rows]}, indent=2) if json else gradcheck_text(rows))
@@ -221,7 +226,7 @@ def gradcheck(*, device: str = "auto", no_interpreter: bool = False, json: bool 
 
 
 @app.command
-def bench(what: Literal["kernels", "step", "train"] | None = None, /, *, device: str = "auto", json: Place = None) -> int:
+def bench(what: Literal["kernels", "step", "train"] | None = None, /, *, device: str = "auto", json: Path | None = None) -> int:
     """Measure kernels, the optimizer step against its peers, and whole trainings on this machine; all three by default.
 
     Parameters
@@ -244,11 +249,11 @@ def bench(what: Literal["kernels", "step", "train"] | None = None, /, *, device:
     print(bench_text(result))
     if json is not None:
         write_json(json, result)
-    return 0
+    return 130 if "stopped" in result else 0
 
 
 @app.command
-def simulate(config: Place = None, /, *, out: Annotated[Path, Parameter(converter=place)], scenes: Annotated[int, Parameter(converter=whole_number)],
+def simulate(config: Path | None = None, /, *, out: Path, scenes: Annotated[int, Parameter(converter=whole_number)],
              preset: str | None = None, device: str | None = None, seed: Whole = None, set_: Overrides = None) -> int:
     """Write a data set of simulated scenes that `ris-fast train --data DIR` reads.
 
@@ -269,6 +274,7 @@ def simulate(config: Place = None, /, *, out: Annotated[Path, Parameter(converte
     set_
         Any other setting, section.key=value; may be given again.
     """
+    stage("loading torch")
     from ris_fast.data.write import write_shards
     from ris_fast.report.console import counter
     from ris_fast.training.devices import choose_device
@@ -357,4 +363,4 @@ def _complain(text: str, code: int) -> int:
 
 
 def _text(path: Path | None) -> str | None:
-    return None if path is None else os.path.realpath(path)    # unlike Path.resolve, it takes links that lead in a circle
+    return None if path is None else os.path.realpath(os.path.expanduser(path))    # unlike Path.resolve, it takes links that lead in a circle

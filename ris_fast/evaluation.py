@@ -34,7 +34,7 @@ CHUNK = 500                # scenes at a time
 FACTS = ("count", "snr_db", "network")
 MEAN_SCENES = 4000         # training scenes behind the floor `mean`
 SNR_BIN_DB = 5.0
-SETTINGS_ADVICE = re.compile(r"--set|--preset|\btask\.")     # what a run that is being evaluated cannot be given
+SETTINGS_ADVICE = re.compile(r"--set|--preset|\btask\.|settings")     # what a run that is being evaluated cannot be given
 
 
 @dataclass(frozen=True)

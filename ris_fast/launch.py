@@ -12,6 +12,7 @@ from ris_fast.memory import advice
 from ris_fast.report.eventlog import METRICS, SUMMARY, JsonlReport, write_json
 from ris_fast.report.observers import Observers, Record
 from ris_fast.run_folder import RunFolder, alone_in, drop_if_empty, how_to_resume, new_folder, run_and_checkpoint
+from ris_fast.streams import stage
 
 if TYPE_CHECKING:
     from ris_fast.health import Watchdog
@@ -61,6 +62,7 @@ def _fit(config: Config, folder: Path, observer: Observer, checkpoint: str | Non
     from ris_fast.training.loop import Trainer
 
     try:
+        stage("opening the data and building the network")
         trainer = Trainer(config, folder, observer, resume=checkpoint or False, progress=counter("scenes read"))
         if checkpoint is not None and nothing_left(trainer, folder, checkpoint):
             return None
@@ -73,6 +75,7 @@ def _fit(config: Config, folder: Path, observer: Observer, checkpoint: str | Non
             from ris_fast.training.profile import profiled
 
             profiled(trainer, folder / "profile", print)
+        stage("measuring the floors, compiling")
         return replaying(trainer)
     except (MemoryError, RuntimeError) as error:
         if not is_memory(error) or isinstance(error, OutOfMemory):       # the second says what would fit
@@ -121,7 +124,8 @@ def guarded(trainer: Any, folder: Path, *, preflight: bool, tell: Callable[[Any]
     tensors = TensorLog(trainer, folder, table=settings.log_tensors, picture=trainer.config.report.plots)
     trainer.observer = Observers(*([trainer.observer] if trainer.observer else []), Record(tensors, "the record of the tensors", print))
     try:
-        watched(trainer, stop=settings.stop, preflight=preflight, tell=tell)
+        watched(trainer, stop=settings.stop, preflight=preflight, tell=tell,
+                progress=lambda check: stage(f"preflight, done: {check.name}"))
     except RunStopped as stop:
         RunFolder(folder, trainer.config).start({})
         write_json(folder / SUMMARY, enriched(trainer.observer.watchdog, {"verdict": "stopped", "optimizer_steps": 0,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from itertools import pairwise
-from pathlib import Path
 from typing import Sequence
 
 from cyclopts import CycloptsError, Token, UnusedCliTokensError
@@ -51,18 +49,6 @@ def empty_value(tokens: Sequence[str]) -> str | None:
             name = token.rstrip("=") or (before if before.startswith("--") else "an argument")
             return f"{name} is empty. Give a value; perhaps a shell variable is not set. The current folder is '.'."
     return None
-
-
-def place(_: type, tokens: Sequence[Token]) -> Path:
-    """A path that can be looked up, whether or not a file is there."""
-    text = tokens[0].value
-    path = os.path.expanduser(text)
-    try:
-        os.stat(path)
-    except OSError as error:   # asked later, whether the file is there would raise this wherever it is asked
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-            raise ValueError(f"{text} cannot be used as a path: {error.strerror}") from None
-    return Path(path)
 
 
 def without_set(tokens: Sequence[str]) -> str | None:

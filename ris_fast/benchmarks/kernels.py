@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ris_fast.benchmarks.measure import alternate
+from ris_fast.benchmarks.measure import alternate, keeping
 from ris_fast.kernels.registry import Operator, Sample, operators
 
 
@@ -17,14 +17,19 @@ def largest(operator: Operator, device: torch.device) -> Sample:
 
 def compare_kernels(device: torch.device, *, quiet: int = 5, seconds: float = 3.0) -> list[dict[str, Any]]:
     """A row for each operator: medians of ours and of the reference, bytes a second. Values only, float32."""
-    rows = []
-    for operator in operators():
-        sample = largest(operator, device)
-        args, plain = sample.make(device, torch.float32), sample.make(device, torch.float32)
-        calls = {"ours": lambda: operator.call(*args), "plain": lambda: operator.reference(*plain)}
-        with torch.no_grad():
-            found = alternate(calls, device, quiet=quiet, seconds=seconds, warm=1)
-        moved = operator.cost(*args).bytes
-        rows.append({"operator": operator.name, "sample": sample.name, "bytes": moved, "variants": found,
-                     "bytes_per_s": moved / found["ours"]["s"], "times_faster": found["plain"]["s"] / found["ours"]["s"]})
+    rows: list[dict[str, Any]] = []
+    with keeping(lambda: rows):
+        for operator in operators():
+            rows.append(_compared(operator, device, quiet, seconds))
     return rows
+
+
+def _compared(operator: Operator, device: torch.device, quiet: int, seconds: float) -> dict[str, Any]:
+    sample = largest(operator, device)
+    args, plain = sample.make(device, torch.float32), sample.make(device, torch.float32)
+    calls = {"ours": lambda: operator.call(*args), "plain": lambda: operator.reference(*plain)}
+    with torch.no_grad():
+        found = alternate(calls, device, quiet=quiet, seconds=seconds, warm=1)
+    moved = operator.cost(*args).bytes
+    return {"operator": operator.name, "sample": sample.name, "bytes": moved, "variants": found,
+            "bytes_per_s": moved / found["ours"]["s"], "times_faster": found["plain"]["s"] / found["ours"]["s"]}

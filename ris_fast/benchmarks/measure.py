@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ris_fast.environment import environment
+from ris_fast.streams import stage
 
 QUIET, SECONDS, WAIT_SHARE = 7, 20.0, 0.02
 Found = dict[str, dict[str, float]]       # name of a variant -> its summary
@@ -31,6 +32,23 @@ class Run(NamedTuple):
     host: float
     processor: float
     quiet: bool
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C while something was measured; `found` holds what was known by then, as the result would."""
+
+    def __init__(self, found: Any) -> None:
+        super().__init__("stopped")
+        self.found = found
+
+
+@contextmanager
+def keeping(found: Callable[[], Any]) -> Iterator[None]:
+    """Within the block Ctrl-C becomes Stopped with `found()`; one that already is Stopped too."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise Stopped(found()) from interrupt
 
 
 @contextmanager
@@ -85,24 +103,31 @@ def summary(runs: list[Run]) -> dict[str, float]:
     kept = [run for run in runs if run.quiet] or runs
     times = sorted(run.device for run in kept)
     return {"s": statistics.median(times), "p20_s": times[len(times) // 5], "p80_s": times[len(times) * 4 // 5],
-            "least_s": times[0], "host_s": statistics.median(run.host for run in kept),
+            "least_s": times[0], "fastest_s": min(run.device for run in runs), "host_s": statistics.median(run.host for run in kept),
             "processor_s": statistics.fmean(run.processor for run in kept),
             "undisturbed": sum(run.quiet for run in runs), "disturbed": sum(not run.quiet for run in runs)}
 
 
 def alternate(calls: Mapping[str, Callable[[], Any]], device: torch.device, *, quiet: int = QUIET,
               seconds: float = SECONDS, warm: int = 2, least: int = 1) -> Found:
-    """Rounds over all calls until every one has `quiet` undisturbed repetitions, or time is up; `least` rounds anyhow."""
-    for call in calls.values():
+    """Rounds over all calls until every one has `quiet` undisturbed repetitions, or time is up; `least` rounds anyhow.
+
+    Raises Stopped at Ctrl-C, with what the whole rounds before it have shown.
+    """
+    for name, call in calls.items():
+        stage(f"warming up: {name}")
         for _ in range(warm):
             call()
     seen: dict[str, list[Run]] = {name: [] for name in calls}
-    with no_garbage_collection():
-        rounds, end = 0, time.perf_counter() + seconds
+    with no_garbage_collection(), keeping(lambda: {name: summary(runs) for name, runs in seen.items()} if all(seen.values()) else {}):
+        rounds, end, shown = 0, time.perf_counter() + seconds, 0.0
         while rounds < least or (time.perf_counter() < end and any(sum(run.quiet for run in runs) < quiet for runs in seen.values())):
             for name, call in calls.items():
                 seen[name].append(once(call, device))
             rounds += 1
+            if time.perf_counter() - shown > 0.5:
+                shown = time.perf_counter()
+                stage(f"measuring {', '.join(calls)}: round {rounds}, at most {max(0.0, end - shown):.0f} s more")
     return {name: summary(runs) for name, runs in seen.items()}
 
 
@@ -150,18 +175,20 @@ class Stopwatch:
 
 
 def ceiling(device: torch.device, precision: str = "fp32", seconds: float = 2.0) -> float:
-    """FLOP/s of one large matrix product in this precision, the best of several calls: the most that can be hoped for.
+    """FLOP/s of one large matrix product in this precision, the best of all that fit into the time and at least six.
 
-    On a CPU both libraries that torch may call are tried, and the faster one counts.
+    The best and not a median: other programs can only slow a product down, and one that takes a few milliseconds, as long
+    as a system lets a thread run at a stretch, finds a moment without them. On a CPU both libraries that torch may call
+    are tried, and the faster one counts.
     """
     from ris_fast.models.linear import linear
 
-    size = 8192 if device.type == "cuda" else 1536
+    size = 8192 if device.type == "cuda" else 128 * round(4.0 * torch.get_num_threads() ** 0.5)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     kinds = {"matmul": lambda: a @ b} | ({"linear": lambda: linear(a, b)} if device.type == "cpu" else {})
-    found = alternate(kinds, device, quiet=5, seconds=seconds, warm=1)
-    return 2.0 * size**3 / min(each["least_s"] for each in found.values())
+    found = alternate(kinds, device, quiet=10**6, seconds=seconds, warm=1, least=6 // len(kinds))
+    return 2.0 * size**3 / min(each["fastest_s"] for each in found.values())
 
 
 def copy_bandwidth(device: torch.device, size: int | None = None) -> float:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ris_fast.benchmarks.measure import alternate, ceiling, once, times_slower
+from ris_fast.benchmarks.measure import Found, Stopped, alternate, ceiling, once, times_slower
 from ris_fast.benchmarks.peers.eager import EagerLoop, with_dense_target
 from ris_fast.benchmarks.peers.original import OriginalLoop
 from ris_fast.config import Config
 from ris_fast.physics.scenes import Scenes
+from ris_fast.streams import stage
 from ris_fast.training.capture import CapturedStep
 from ris_fast.training.loop import Trainer
 
@@ -71,15 +72,28 @@ def contestants(config: Config, batch_size: int, *, compile: bool = True) -> tup
     if compile:
         ours, theirs = trainer_of(config, batch_size, True), EagerLoop(config, device, compile=True)
         first = {f"{OURS}, compiled": lambda: ours.step([scenes], PLANNED), COMPILED: lambda: theirs.step(dense)}
-        seconds = {name: once(call, device).host for name, call in first.items()}
+        for name, call in first.items():
+            stage(f"compiling {name}, a minute or two")
+            seconds[name] = once(call, device).host
         calls |= {f"{OURS}, compiled": our_step(ours, scenes), COMPILED: first[COMPILED]}
     return calls, seconds, trainer
 
 
 def compare_steps(config: Config, batch_size: int, *, compile: bool = True, quiet: int = 7, seconds: float = 60.0) -> dict[str, Any]:
-    """Times of every contestant, alternating; how many times slower than our best each is; share of the ceiling."""
+    """Times of every contestant, alternating; how many times slower than our best each is; share of the ceiling.
+
+    Raises Stopped at Ctrl-C, with the same of the rounds that were whole.
+    """
+    stage("building the contestants")
     calls, compile_s, trainer = contestants(config, batch_size, compile=compile)
-    found = alternate(calls, trainer.device, quiet=quiet, seconds=seconds)
+    try:
+        found = alternate(calls, trainer.device, quiet=quiet, seconds=seconds)
+    except Stopped as stop:
+        raise Stopped(stop.found and _compared(stop.found, config, batch_size, compile_s, trainer)) from None
+    return _compared(found, config, batch_size, compile_s, trainer)
+
+
+def _compared(found: Found, config: Config, batch_size: int, compile_s: dict[str, float], trainer: Trainer) -> dict[str, Any]:
     ours = min(each["s"] for name, each in found.items() if name.startswith(OURS))
     flops, most = step_flops(trainer, batch_size), ceiling(trainer.device, config.training.precision)
     return {"preset": config.preset, "model": config.model.name, "parameters": trainer.parameters, "batch_size": batch_size,

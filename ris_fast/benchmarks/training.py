@@ -13,6 +13,7 @@ import torch
 from ris_fast.benchmarks.measure import Stopwatch, alternate, ceiling, synchronize, waited_ns
 from ris_fast.benchmarks.train_step import PLANNED, step_flops, trainer_of
 from ris_fast.config import Config
+from ris_fast.streams import stage
 from ris_fast.training.loop import Silent, Trainer
 from ris_fast.training.step import autocast, network_inputs
 
@@ -59,6 +60,7 @@ def by_batch(config: Config, sizes: Sequence[int], scenes: int, *, compile: bool
     """`loop_rate` for each batch size, until one does not fit into memory; `scenes` an epoch, at least two steps."""
     rows = []
     for size in sizes:
+        stage(f"training with batches of {size:,}")
         try:
             rows.append(loop_rate(config, size, max(2, scenes // size), compile=compile))
         except (MemoryError, torch.OutOfMemoryError) as error:

@@ -148,8 +148,8 @@ def run_lines(info: Mapping[str, Any]) -> list[str]:
 def ceiling_line(info: Mapping[str, Any]) -> str | None:
     """What the ceiling is that an epoch's line names a share of."""
     rate = info.get("ceiling_flop_per_s")
-    return rate and (f"the ceiling: {rate / 1e9:,.0f} GFLOP/s, one large {info.get('precision', 'fp32')} matrix product on this machine; the "
-                     f"network's own forward and backward products are counted, features, loss and simulation are not")
+    return rate and (f"the ceiling: {rate / 1e9:,.0f} GFLOP/s, one large {info.get('precision', 'fp32')} matrix product on this machine, the best of "
+                     f"many; the network's own forward and backward products are counted, features, loss and simulation are not")
 
 
 def outcome_lines(summary: Mapping[str, Any], *, milestones: bool = True, run: Path | None = None) -> list[str]:

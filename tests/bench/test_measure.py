@@ -11,8 +11,8 @@ import torch
 
 from ris_fast import bench
 from ris_fast.benchmarks import device as counted
-from ris_fast.benchmarks import training
-from ris_fast.benchmarks.measure import Run, Stopwatch, alternate, conditions, copy_bandwidth, peak_bytes, summary, times_slower
+from ris_fast.benchmarks import kernels, measure, training
+from ris_fast.benchmarks.measure import Run, Stopped, Stopwatch, alternate, conditions, copy_bandwidth, peak_bytes, summary, times_slower
 from ris_fast.benchmarks.train_step import compare_steps
 from ris_fast.cli import main
 from ris_fast.config import Config
@@ -129,3 +129,38 @@ def test_a_run_is_told_its_share_of_the_ceiling() -> None:
     trainer.fit()
     assert len(rows.rows) == 2 and all(0.0 < row["share_of_ceiling"] < 1.0 for row in rows.rows)
     assert epoch_line(rows.rows[0] | {"share_of_ceiling": 0.25}).endswith("25% of the ceiling")
+
+
+def test_what_was_measured_before_ctrl_c_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    calls = iter(range(100))
+
+    def third_call_is_interrupted() -> None:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Stopped) as stop:
+        alternate({"a": third_call_is_interrupted}, CPU, quiet=9, seconds=60.0, warm=0, least=9)
+    assert stop.value.found["a"]["undisturbed"] + stop.value.found["a"]["disturbed"] == 3
+    rows, compared = [{"operator": "first"}], kernels._compared
+
+    def second_operator_is_interrupted(*arguments: object) -> dict:
+        if seen := getattr(second_operator_is_interrupted, "seen", None):
+            raise KeyboardInterrupt
+        second_operator_is_interrupted.seen = True
+        return compared(*arguments[:2], 1, 0.01)
+
+    monkeypatch.setattr(kernels, "_compared", second_operator_is_interrupted)
+    assert main(["bench", "kernels", "--device", "cpu", "--json", str(tmp_path / "found.json")]) == 130
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["stopped"] == "kernels" and len(found["kernels"]) == 1
+    assert found["kernels"][0]["operator"] in (out := capsys.readouterr().out) and "stopped while measuring kernels" in out
+
+
+def test_the_ceiling_is_the_best_of_many_products_whatever_disturbs_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    disturbed = [Run(5.0, 5.0, 5.0, False)] * 30
+    disturbed[17] = Run(0.001, 0.001, 0.001, False)
+    assert summary([Run(2.0, 2.0, 2.0, True), *disturbed])["fastest_s"] == 0.001
+    times = iter([1.0, 1.0, 0.5, 1.0, 0.25, 1.0] + [1.0] * 10**4)
+    monkeypatch.setattr(measure, "once", lambda call, device: Run(seconds := next(times), seconds, seconds, False))
+    size = 128 * round(4.0 * torch.get_num_threads() ** 0.5)
+    assert measure.ceiling(CPU, seconds=0.01) == pytest.approx(2.0 * size**3 / 0.25)
