@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ris_fast.config import Loss, Task
-from ris_fast.health.check_information import least_squares_channel
 from ris_fast.health.check_inputs import hidden_change
 from ris_fast.kernels.native import loader
 from ris_fast.models import build_model
 from ris_fast.physics.channel import backproject, collapsed_channel, sense
 from ris_fast.physics.floors import floors
+from ris_fast.physics.matched_filter import least_squares_channel
 from ris_fast.physics.pairs import expi, to_complex
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
