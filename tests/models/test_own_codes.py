@@ -14,7 +14,7 @@ from ris_fast.health.check_inputs import hidden_change
 from ris_fast.kernels.native import loader
 from ris_fast.models import build_model
 from ris_fast.physics.channel import backproject, collapsed_channel, sense
-from ris_fast.physics.floors import floors
+from ris_fast.physics.floors import floors, mean_covariance
 from ris_fast.physics.matched_filter import least_squares_channel
 from ris_fast.physics.pairs import expi, to_complex
 from ris_fast.physics.random import SceneGenerator
@@ -83,7 +83,8 @@ def test_rows_and_joins_carry_their_codes() -> None:
 
 def test_floors_do_not_depend_on_the_codes() -> None:
     scenes = drawn(8)
-    assert floors([scenes], [scenes]) == floors([replace(scenes, codes=scenes.codes[0])], [replace(scenes, codes=scenes.codes[0])])
+    shared = replace(scenes, codes=scenes.codes[0])
+    assert floors(mean_covariance([scenes]), [scenes]) == floors(mean_covariance([shared]), [shared])
 
 
 def test_a_channel_hidden_from_each_scenes_codes_leaves_its_products() -> None:
