@@ -63,6 +63,8 @@ def run_checks(trainer: Trainer, *, progress: Callable[[Result], None] | None = 
             continue
         result = _run(subject, numbers, name, check, small=name in SMALL_BATCH or name in LEARNING)
         results.append(result)
+        if name in compiling and result.note:
+            trainer.compile_note = result.note          # what was compiled stays so
         if progress is not None:
             progress(result)
     return results

@@ -106,6 +106,17 @@ def wrong_backward(trunk: Trunk) -> Trunk:
     return called
 
 
+def test_a_compiler_that_fails_in_preflight_is_known_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(trunk: Trunk) -> Trunk:
+        def called(features: Any) -> Prediction:
+            raise RuntimeError("CppCompileError: g++ returned 1")
+        return called
+    trainer = compiled_as(broken, "hybrid", monkeypatch).trainer
+    watchdog = Watchdog(trainer)
+    assert watchdog.preflight() == [] and not [check.failed for check in watchdog.checks if check.failed]
+    assert trainer.compile_note == "eager: compilation failed (CppCompileError: g++ returned 1)" and not trainer.network.compiled
+
+
 @pytest.mark.parametrize(("make", "twin", "cause"), [
     (other_random_numbers, "hybrid", None), (other_random_numbers, "dropout", None),
     (weights_of_before, "hybrid", "stale_compiled_graph"), (weights_of_before, "dropout", "stale_compiled_graph"),
