@@ -24,7 +24,7 @@ def run_check(config: Config, *, json: bool = False, graph: bool = False) -> int
 
     stage("opening the data and building the network")
     trainer = Trainer(config)
-    for note in () if json else trainer.source.notes:
+    for note in () if json else [*trainer.source.notes, *trainer.notes]:
         print(f"note: {note}")
     watchdog = Watchdog(trainer)
     found = watchdog.preflight(None if json else lambda result: print(check_line(result), flush=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Iterator, Mapping, Protocol
 
@@ -107,7 +109,27 @@ def _refuse_lost_channel(source: SceneSource, config: Config) -> None:
                         f"the channel, which model '{config.model.name}' needs: H c_l cannot carry the answer",
                         "Generate the shards with H_full. To train on H c_l all the same, as the original did, use "
                         "--preset seed --set model.options.inputs=collapsed --set health.mute=inputs_withhold_answer and "
-                        "expect a validation NMSE near 0.97: a run that counts as stalled.")
+                        "expect a validation NMSE near 0.97: the run ends as stalled, with exit code 4.")
+
+
+def widened(config: Config, reach: tuple[Reach, Reach] | None) -> tuple[Config, list[str]]:
+    """The configuration with a sector that holds the sources as they are served, and a note of what that changed.
+
+    A reader that re-expresses positions from another origin moves near sources out of the sector of the files' own, in which
+    a pursuit would not look for them. Files that leave the task's sector themselves, and angles that a person set, stay.
+    """
+    wider: dict[str, float] = {}
+    for key, name in (("azimuth_deg", "azimuth"), ("elevation_deg", "elevation")) if reach is not None else ():
+        limit, origin = getattr(config.task, key), config.provenance.get(f"task.{key}", "default")
+        stored, served = (math.degrees(getattr(each, name)) for each in reach)
+        if stored <= 1.01 * limit < served and (origin == "default" or origin.startswith("preset ")):
+            wider[key] = min(90.0, math.ceil(served))
+    if not wider:
+        return config, []
+    said = " and ".join(f"task.{key} = {value:g}" for key, value in wider.items())
+    provenance = {**config.provenance, **{f"task.{key}": "the files" for key in wider}}
+    return replace(config, task=replace(config.task, **wider), provenance=provenance), [
+        f"from the centre of the array some sources lie outside the files' own sector: {said} from here on"]
 
 
 def size_notes(config: Config, found: Mapping[str, int], used: Mapping[str, int]) -> list[str]:

@@ -18,9 +18,11 @@ from ris_fast.data.errors import DataError
 from ris_fast.data.source import open_source
 from ris_fast.health import check_loss
 from ris_fast.health.subject import Subject
+from ris_fast.models import Prediction
 from ris_fast.settings import load_config
 from ris_fast.training import loop
 from ris_fast.training.loop import Trainer
+from ris_fast.training.validation import scene_nmse
 
 SIZES = [f"task.{name}={getattr(SMALL, name)}" for name in ("bs_antennas", "ris_horizontal", "ris_vertical", "snapshots", "max_sources")]
 QUICK = [*SIZES, "training.compile=false", "model.options.width=32", "model.options.grid=9", "report.plots=false"]
@@ -106,6 +108,32 @@ def test_positions_that_the_reader_moved_are_not_held_to_the_tasks_limits(tmp_pa
     run = trainer(write_folders(tmp_path, train=240), "training.batch_size=256")
     assert run.source.reach[1].azimuth > 1.01 * np.deg2rad(60)
     assert label_findings(run) == []
+
+
+def test_the_network_looks_where_the_reader_serves_sources(tmp_path: Path) -> None:
+    """Near sources, seen from half an element off, lie outside the files' own sector; the pursuit finds them all the same."""
+    path = write_folders(tmp_path / "set", train=240, val=60)
+    kept = trainer(path, "task.azimuth_deg=60", "task.elevation_deg=30")
+    wider = trainer(path)
+    assert kept.config.task.azimuth_deg == 60 < wider.config.task.azimuth_deg and any("task.azimuth_deg = " in note for note in wider.source.notes)
+    scenes = wider.source.batch("train", torch.arange(240))
+    beyond = (scenes.azimuth.abs().amax(1) > 1.05) & (scenes.count == 1) & (scenes.snr_db > 0)
+    inputs = scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db
+    scores = [scene_nmse(Prediction(run.model.classical(run.model.features(*inputs))[1]), scenes)[beyond].mean() for run in (kept, wider)]
+    assert float(scores[1]) < 0.5 * float(scores[0])
+
+
+def test_a_run_records_and_keeps_the_sector_that_its_files_gave_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_folders(tmp_path / "set", train=240, val=20)
+    run = str(tmp_path / "run")
+    command = ["train", "--data", str(path), "--out", run, "--epochs", "1", *flags([*QUICK[:-3], QUICK[-1], "health.preflight=false"])]
+    main(command)
+    recorded = load_config(Path(run) / "config.toml")
+    assert recorded.task.azimuth_deg > 60
+    assert main(["evaluate", run]) == 0
+    capsys.readouterr()
+    main(["train", "--resume", run, "--set", "training.epochs=2"])
+    assert "resumed from" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.003])
