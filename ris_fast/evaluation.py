@@ -21,7 +21,8 @@ from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import find_overlap, scene_hashes
 from ris_fast.data.source import SceneSource, open_source
 from ris_fast.models import Prediction, build_model
-from ris_fast.models.features import PursuitFeatures
+from ris_fast.models.features import SceneFeatures
+from ris_fast.models.simultaneous_pursuit import features_for
 from ris_fast.physics.floors import constant_nmse, mean_covariance, target_energy
 from ris_fast.physics.scenes import Scenes
 from ris_fast.report.floors import FEW, bayes_nmse
@@ -137,13 +138,12 @@ def training_scenes(source: SceneSource, size: int) -> list[str]:
 def scene_figures(model: nn.Module, task: Task, source: SceneSource, size: int) -> dict[str, Tensor]:
     """Per test scene: `count`, `snr_db`, `network` (its NMSE) and the NMSE of each floor; (B,) on the CPU."""
     constant = mean_covariance(_batches(source, "train", min(MEAN_SCENES, source.size("train"))))
-    usable = source.channel and task.symbols == "static"
-    classical = PursuitFeatures(task, task.max_sources).to(source.device) if usable else None
+    classical = features_for(task, task.max_sources).to(source.device) if source.channel else None
     parts = [_batch_figures(model, classical, scenes, constant) for scenes in _batches(source, "test", size)]
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
 
-def _batch_figures(model: nn.Module, classical: PursuitFeatures | None, scenes: Scenes,
+def _batch_figures(model: nn.Module, classical: SceneFeatures | None, scenes: Scenes,
                    constant: Tensor) -> dict[str, Tensor]:
     channel = scenes.collapsed if scenes.channel is None else scenes.channel
     inputs = (scenes.snapshots, channel, scenes.codes, scenes.snr_db)
@@ -154,7 +154,7 @@ def _batch_figures(model: nn.Module, classical: PursuitFeatures | None, scenes: 
             "mean": constant_nmse(constant, scenes), **pursuit}
 
 
-def found_sources(classical: PursuitFeatures, *inputs: Tensor) -> Prediction:
+def found_sources(classical: SceneFeatures, *inputs: Tensor) -> Prediction:
     """The pursuit's own answer: columns s_k a_k of the atoms it found, (B, N, K, 2), without any network."""
     return Prediction(classical.sources(classical(*inputs)))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def spd_solve(matrix_nnB: Tensor, rhs_nB: Tensor, ridge_nB: Tensor) -> Tensor:
-    """Solves (A + diag(ridge)) x = r for every scene: (n, n, B), (n, B), (n, B) -> (n, B).
+    """Solves (A + diag(ridge)) x = r for every scene: (n, n, B), (n, B) or (n, R, B), (n, B) -> the shape of r.
 
     Numerics: elimination without pivoting, stable for symmetric positive definite A; a pivot below 1e-6 of its
         diagonal entry is raised to that, so that two equal atoms share a weight instead of giving infinities.
@@ -21,7 +21,8 @@ def spd_solve(matrix_nnB: Tensor, rhs_nB: Tensor, ridge_nB: Tensor) -> Tensor:
     """
     size = matrix_nnB.shape[0]
     diagonal = torch.diagonal(matrix_nnB, dim1=0, dim2=1).T + ridge_nB
-    rest = torch.cat((matrix_nnB + torch.diag_embed(ridge_nB.T).permute(1, 2, 0), rhs_nB[:, None]), dim=1)
+    sides = rhs_nB.reshape(size, -1, rhs_nB.shape[-1])
+    rest = torch.cat((matrix_nnB + torch.diag_embed(ridge_nB.T).permute(1, 2, 0), sides), dim=1)
     rows = []
     for k in range(size):
         pivot = torch.maximum(rest[0, 0], 1e-6 * diagonal[k])
@@ -31,8 +32,8 @@ def spd_solve(matrix_nnB: Tensor, rhs_nB: Tensor, ridge_nB: Tensor) -> Tensor:
             rest = rest[1:, 1:] - rest[1:, :1] * row
     solution: list[Tensor] = []
     for row in reversed(rows):
-        value = row[-1]
+        value = row[-sides.shape[1]:]
         if solution:
-            value = value - (row[:-1] * torch.stack(solution[::-1])).sum(0)
+            value = value - (row[:-sides.shape[1], None] * torch.stack(solution[::-1])).sum(0)
         solution.append(value)
-    return torch.stack(solution[::-1])
+    return torch.stack(solution[::-1]).reshape(rhs_nB.shape)

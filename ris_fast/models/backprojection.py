@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast.config import ConfigError, Task
-from ris_fast.models.features import Features, PursuitFeatures
+from ris_fast.models.features import Features
 from ris_fast.models.inputs import network_inputs
 from ris_fast.models.linear import Linear
 from ris_fast.models.prediction import Prediction
+from ris_fast.models.simultaneous_pursuit import features_for
 
 NO_PRODUCTS = " (the channel H itself: products H c_l cannot carry the answer)"
 
@@ -39,7 +40,7 @@ class Backprojection(nn.Module):
 
     Snapshots of zeros have no answer: their factor is zero. Any other finite scale of snapshots and channel gives one factor.
     Args:
-        task: array, codes and ranges of the scenes; symbols must be static.
+        task: array, codes, symbols and ranges of the scenes.
         width, depth: of the perceptron; 2 width^2 parameters a block.
         atoms: sources that the pursuit looks for; 0: K_max. More than K_max lets the network choose.
     """
@@ -48,11 +49,8 @@ class Backprojection(nn.Module):
         super().__init__()
         if min(width, depth + 1) < 1 or atoms < 0:
             raise ConfigError(f"backprojection: width {width}, depth {depth} and atoms {atoms} must be positive.")
-        if task.symbols != "static":
-            raise ConfigError(f"backprojection: task.symbols is '{task.symbols}', but its pursuit fits one symbol a source "
-                              "and scene. Set task.symbols = \"static\", or train the other network: --preset seed.")
         self.task, self.columns = task, 2 * task.max_sources
-        self.extract = PursuitFeatures(task, atoms or task.max_sources)
+        self.extract = features_for(task, atoms or task.max_sources)
         self.rank = self.extract.rank
         self.stem = Linear(self.extract.width, width)
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(depth)))

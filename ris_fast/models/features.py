@@ -27,11 +27,12 @@ class Features(NamedTuple):
     basis: Tensor                # (B, N, 2R)  planar; atom k: s_k times its T tangents; then what earlier stages add
 
 
-class PursuitFeatures(Constants):
-    """Snapshots, channel and codes -> `Features`. Holds no parameter; float32 whatever the autocast and the network's dtype.
+class SceneFeatures(Constants):
+    """What a pursuit needs of a task, as buffers; a subclass maps snapshots, channel and codes to `Features`.
 
-    The unit of the snapshots and that of the channel do not matter: any finite scale gives the same features. Snapshots
-    (or a channel) of zeros have no answer; their features are finite and their basis is zero. NaN stays NaN.
+    Holds no parameter; float32 whatever the autocast and the network's dtype. The unit of the snapshots and that of the
+    channel do not matter: any finite scale gives the same features. Snapshots (or a channel) of zeros have no answer;
+    their features are finite and their basis is zero. NaN stays NaN.
 
     Args: task: the array and the ranges of the scenes; stages: atoms to find.
     """
@@ -41,29 +42,43 @@ class PursuitFeatures(Constants):
         geometry, self.wavenumber = geometry_of(task)
         for name, value in geometry._asdict().items():
             self.register_buffer(name, value, persistent=False)
-        self.atoms, self.width, self.rank = stages, width(stages), rank(stages)
+        self.atoms, self.rank = stages, rank(stages)
         self._complete()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PursuitFeatures:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SceneFeatures:
         """What `.to(device)` and its like go through: on another device the dictionary may be wanted."""
         super()._apply(fn, recurse)
         self._complete()
         return self
 
     def _complete(self) -> None:
-        """Makes the dictionary where the kernel reads it, so that no call has to."""
-        if kernel.reads_dictionary(self.grid.device, self.wavenumber):
+        """Makes the dictionary where it is read, so that no call has to."""
+        if self.reads_dictionary():
             self.dictionary = with_dictionary(self.geometry(), self.wavenumber).dictionary
+
+    def reads_dictionary(self) -> bool:
+        return True
 
     def geometry(self) -> Geometry:
         """The constants as the kernel takes them, where this module is."""
         return Geometry(*(getattr(self, name) for name in Geometry._fields))
 
-    @torch.no_grad()
-    def forward(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Features:
-        return Features(*kernel.pursuit_features(snapshots, channel, codes, snr_db, list(self.geometry()), self.wavenumber, self.atoms))
-
     def sources(self, features: Features) -> Tensor:
         """The pursuit's own answer, without a network: columns s_k a_k, (B, N, K, 2)."""
         planes = features.basis.unflatten(2, (2, self.rank))[..., :self.atoms * TANGENTS:TANGENTS]
         return planes.transpose(2, 3).contiguous()
+
+
+class PursuitFeatures(SceneFeatures):
+    """`Features` of scenes with one symbol a source and scene, by the fused kernel."""
+
+    def __init__(self, task: Task, stages: int) -> None:
+        super().__init__(task, stages)
+        self.width = width(stages)
+
+    def reads_dictionary(self) -> bool:
+        return kernel.reads_dictionary(self.grid.device, self.wavenumber)
+
+    @torch.no_grad()
+    def forward(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Features:
+        return Features(*kernel.pursuit_features(snapshots, channel, codes, snr_db, list(self.geometry()), self.wavenumber, self.atoms))

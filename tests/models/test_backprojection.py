@@ -169,11 +169,6 @@ def test_impossible_sizes_are_refused() -> None:
         build_model("backprojection", SMALL, width=0)
 
 
-def test_symbols_of_every_snapshot_are_refused() -> None:
-    with pytest.raises(ConfigError, match="--preset seed"):
-        build_model("backprojection", Task(symbols="per_snapshot"))
-
-
 def test_features_are_a_sound_operator() -> None:
     model, scenes = build_model("backprojection", SMALL, width=16), scenes_of(SMALL, 3)
     constants = list(model.extract.geometry())
