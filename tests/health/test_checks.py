@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from ris_fast.config import Config, Loss
-from ris_fast.health import check_gradient, check_information, check_kernels, check_loss, check_scenes, check_schedule, check_terms, check_validation
+from ris_fast.health import check_derivative, check_gradient, check_information, check_kernels, check_loss, check_scenes, check_schedule, check_terms, check_validation
 from ris_fast.health.faults.healthy import with_shards
 from ris_fast.health.faults.patches import Backward, before_step, on_batches, put, wrap
 from ris_fast.health.faults.twins import TWINS, changed
@@ -268,14 +269,13 @@ def test_an_average_of_weights_that_do_not_move_is_not_accused() -> None:
 
 def test_differences_are_taken_on_a_second_side_only_where_the_first_disagrees() -> None:
     """|w| at w = 0 has two slopes, and either is a derivative; a slope of neither side is wrong at every step."""
-    asked: list[float] = []
-
-    def error(slope: float, loss: Any) -> float:
-        asked.clear()
-        return check_gradient._relative_error([(slope, lambda step: asked.append(step) or loss(step), 1.0)])
-    assert error(2.0, lambda w: 1.0 + 2.0 * w) < 0.05 and sorted(asked) == [0.0, check_gradient.STEPS[0]]
-    assert error(-1.0, lambda w: 1.0 + abs(w)) < 0.05 and len(asked) == 3
-    assert error(0.5, lambda w: 1.0 + 2.0 * w) > check_gradient.DISAGREES and len(asked) == len(set(asked)) == 5
+    def error(slope: float, loss: Any) -> tuple[float, int]:
+        line = cache(loss)
+        apart, size = check_derivative._line_gap((slope, line, 2e-6), check_derivative.STEPS)
+        return apart / size, line.cache_info().currsize
+    wrong, steps = check_derivative.DISAGREES, len(check_derivative.STEPS)
+    assert error(2.0, lambda w: 1.0 + 2.0 * w) == (0.0, 2) and error(-1.0, lambda w: 1.0 + abs(w)) == (0.0, 3)
+    assert error(0.5, lambda w: 1.0 + 2.0 * w)[0] > wrong and error(0.5, lambda w: 1.0 + 2.0 * w)[1] == 1 + 2 * steps
 
 
 
