@@ -158,8 +158,8 @@ def _elements(value: Any) -> Back:
 
 
 def _attached(trainer: Trainer) -> Iterator[Back]:
-    """Of everything that hooks and replaced methods reach. Tensors as long as they are no more than the model's parameters."""
-    room = sum(parameter.numel() for parameter in trainer.model.parameters())
+    """Of everything that hooks and replaced methods reach. Tensors as long as they are no more than a few copies of the model."""
+    room = 2**20 + 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
     for value in attached([trainer, trainer.step, trainer.optimizer, trainer.loss, trainer.source, trainer.model]):
         if isinstance(value, Tensor):
             if value.layout == torch.strided and value.device.type != "meta" and value.numel() <= room:
