@@ -10,15 +10,16 @@ from ris_fast.printed_rows import printed_rows, table_rows
 from ris_fast.report.eventlog import METRICS, read_events
 
 NAMES = {
-    "train_loss": ("train_loss", "train_loss_epoch", "loss", "training_loss", "loss_train", "train", "loss_training", "loss_epoch", "avg_loss",
-                   "average_loss", "train_loss_step"),
-    "val_loss": ("val_loss", "valid_loss", "validation_loss", "loss_val", "val", "valid", "validation", "eval_loss", "dev_loss", "test_loss",
+    "train_loss": ("train_loss", "train_loss_epoch", "loss", "training_loss", "loss_train", "train", "loss_training", "loss_epoch",
+                   "avg_loss", "average_loss", "train_loss_step"),
+    "val_loss": ("val_loss", "valid_loss", "validation_loss", "loss_val", "val", "valid", "validation", "eval_loss", "dev_loss",
+                 "test_loss",
                  "val_loss_epoch", "valid_loss_epoch"),
     "grad_norm": ("grad_norm", "gradient_norm", "train_grad_norm"),
     "batches": ("batches", "num_batches", "steps_per_epoch"),
 }
-EXPECTED = ("Expected a run folder, its metrics.jsonl, one JSON object a line (an epoch) with train_loss and val_loss, a CSV with such columns, or "
-            "the text that a loop printed, like 'Epoch 1/30: train loss 0.21, val loss 0.34'.")
+EXPECTED = ("Expected a run folder, its metrics.jsonl, one JSON object a line (an epoch) with train_loss and val_loss, a CSV with such "
+            "columns, or the text that a loop printed, like 'Epoch 1/30: train loss 0.21, val loss 0.34'.")
 
 
 def read_rows(place: Path) -> list[dict[str, Any]]:

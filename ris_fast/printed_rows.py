@@ -10,11 +10,12 @@ NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|[-+]?inf(?:inity)?|nan)(?![\w
 TRAIN, VAL = r"train(?:ing)?", r"(?:val(?:id(?:ation)?)?|eval(?:uation)?|dev|test)"
 SPLIT = rf"(?:{TRAIN}|{VAL})"
 IS = r"['\"]?\s*(?:[:=]|\bis\b)?\s*"
-LOSS = re.compile(rf"(?<![A-Za-z_])((?:{SPLIT}(?:\s+set)?[\s_/.:-]*)?(?:(?:avg|average|mean|epoch|total|running)\.?[\s_-]*)?loss(?:[\s_/.-]*{SPLIT})?){IS}{NUMBER}", re.I)
+KIND = r"(?:avg|average|mean|epoch|total|running)"
+LOSS = re.compile(rf"(?<![A-Za-z_])((?:{SPLIT}(?:\s+set)?[\s_/.:-]*)?(?:{KIND}\.?[\s_-]*)?loss(?:[\s_/.-]*{SPLIT})?){IS}{NUMBER}", re.I)
 BARE = re.compile(rf"(?<![A-Za-z_])({SPLIT})\.?{IS}{NUMBER}", re.I)       # "train 0.217  val 1.922", in a line of an epoch
 NORM = re.compile(rf"(?:\|g\||grad(?:ient)?[\s_]*norm){IS}{NUMBER}", re.I)
 EPOCH = re.compile(r"\bepochs?\W{0,3}(\d+)", re.I)
-BATCHES = ",;\t"
+DELIMITERS = ",;\t"
 
 
 def printed_rows(text: str) -> list[dict[str, Any]]:
@@ -43,7 +44,7 @@ def table_rows(text: str) -> list[dict[str, Any]]:
     """Rows of a table with a header and numbers under it, those of one epoch put together, since loggers leave cells empty;
     empty where the text is no such table."""
     lines = [line for line in text.splitlines() if line.strip()]
-    mark = max(BATCHES, key=lines[0].count) if lines else ","
+    mark = max(DELIMITERS, key=lines[0].count) if lines else ","
     if len(lines) < 2 or not lines[0].count(mark) or not all(re.match(r"\s*\"?[A-Za-z_]", name) for name in lines[0].split(mark)):
         return []
     rows = [{name.strip(): value for name, text in row.items() if isinstance(name, str) and (value := _cell(text)) is not None}

@@ -57,7 +57,8 @@ def right_derivative(subject: Subject) -> Iterator[Finding]:
             f"(relative error {errors[worst]:.2g})")
     if all(_pooled([held[name]]) <= DISAGREES for name in errors):
         if _pooled(gaps.values()) > DISAGREES:      # else it is a side path, stopped on purpose
-            yield Finding("detached_backbone", f"{seen}{via(exits.detached)}; where a gradient is stopped on purpose, that is meant.", certain=False)
+            yield Finding("detached_backbone", f"{seen}{via(exits.detached)}; where a gradient is stopped on purpose, that is meant.",
+                          certain=False)
     elif graph.written_by_hand or not graph.named(*ZERO_DERIVATIVE):
         yield Finding("wrong_backward", f"{seen}{by_hand(graph)}.")
     else:
@@ -129,7 +130,9 @@ def parts(subject: Subject, held: StoppedValues | None = None) -> dict[str, Gap]
     found = torch.autograd.grad([outputs[name] for name in pulls], list(live.values()), list(pulls.values()), allow_unused=True)
     gradients = {name: gradient for name, gradient in zip(live, found) if gradient is not None}
     pulled, generator = Pulled(subject, pulls, held), torch.Generator().manual_seed(7)
-    members = {part: [name for name in gradients if name.partition(".")[0] == part] for part in dict.fromkeys(n.partition(".")[0] for n in gradients)}
+    members: dict[str, list[str]] = {}
+    for name in gradients:
+        members.setdefault(name.partition(".")[0], []).append(name)
     return {part: _part_gap(pulled, [live[name] for name in names], [gradients[name] for name in names], generator)
             for part, names in members.items()}
 
@@ -154,7 +157,8 @@ class Pulled:
         def gone(step: float) -> list[Tensor]:
             with self.subject.moved(tensors, directions, step):
                 return [(now - value) * pull for now, value, pull in zip(self._outputs(), self.here, self.pulls.values())]
-        size = sum(float((way != 0).mul(value * pull).square().sum()) for way, value, pull in zip(gone(STEPS[0]), self.here, self.pulls.values()))
+        there = zip(gone(STEPS[0]), self.here, self.pulls.values())
+        size = sum(float((way != 0).mul(value * pull).square().sum()) for way, value, pull in there)
         return (float(sum((g * d).sum() for g, d in zip(gradients, directions))),
                 lambda step: float(sum(way.sum() for way in gone(step))) if step else 0.0, NOISE * math.sqrt(size))
 

@@ -45,11 +45,11 @@ def _divided(run: Run, losses: Sequence[float]) -> list[Finding]:
         return []
     still = " and hardly changes" if _steady([train for train, _ in pairs]) else ""
     counted = f", and an epoch has {batches:.0f} batches" if batches else ""
-    unapplied = (f" The validation loss is {_shown(losses)} in all {len(losses)} epochs, so not even that step is applied: it is never called, or it is skipped "
-                 f"because its gradients are not finite." if _constant(losses) and _digits(losses[0]) >= DIGITS else "")
-    return [Finding("step_once_per_epoch", f"in every epoch the training loss is the validation loss divided by {ratios[0]:.1f}{counted}{still}: that is what the "
-                    f"loss of one batch over the number of batches looks like, so forward, backward and the optimizer's step run once an epoch, behind "
-                    f"the loop over batches.{unapplied}", run.step, certain=False)]
+    unapplied = (f" The validation loss is {_shown(losses)} in all {len(losses)} epochs, so not even that step is applied: it is never "
+                 f"called, or it is skipped because its gradients are not finite." if _constant(losses) and _digits(losses[0]) >= DIGITS else "")
+    return [Finding("step_once_per_epoch", f"in every epoch the training loss is the validation loss divided by {ratios[0]:.1f}"
+                    f"{counted}{still}: that is what the loss of one batch over the number of batches looks like, so forward, backward and "
+                    f"the optimizer's step run once an epoch, behind the loop over batches.{unapplied}", run.step, certain=False)]
 
 
 def _unmoved(run: Run, losses: Sequence[float]) -> list[Finding]:
@@ -59,12 +59,13 @@ def _unmoved(run: Run, losses: Sequence[float]) -> list[Finding]:
     digits, train = _digits(losses[0]), [loss for loss, _ in _pairs(run)]
     same = f"the validation loss is {_shown(losses)} in all {len(losses)} epochs"
     if digits < DIGITS:
-        return [Finding("cached_validation", f"{same}, but with {digits} digits that may be rounding: either the validated weights or answers never change, or the "
-                        f"run learns next to nothing. Log more digits.", run.step, certain=False)]
+        return [Finding("cached_validation", f"{same}, but with {digits} digits that may be rounding: either the validated weights or "
+                        f"answers never change, or the run learns next to nothing. Log more digits.", run.step, certain=False)]
     if _steady(train):
-        return [Finding("step_never_called", f"{same}, and the training loss stays within {STEADY - 1:.0%} ({min(train):.6g} to {max(train):.6g}): no weight seems to "
-                        f"move, because the step is never called or never applied.", run.step, certain=False)]
-    return [Finding("cached_validation", f"{same}, to the last digit: the weights that are validated, or the answers, never change.", run.step, certain=False)]
+        return [Finding("step_never_called", f"{same}, and the training loss stays within {STEADY - 1:.0%} ({min(train):.6g} to "
+                        f"{max(train):.6g}): no weight seems to move, because the step is never called or never applied.", run.step, certain=False)]
+    return [Finding("cached_validation", f"{same}, to the last digit: the weights that are validated, or the answers, never change.", run.step,
+                    certain=False)]
 
 
 def _constant(losses: Sequence[float]) -> bool:

@@ -23,7 +23,8 @@ SCHEDULERS = (torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
 def attached(owners: Iterable[Any]) -> Iterator[Any]:
     """Objects that the hooks and the replaced methods of `owners` reach, without the owners and what belongs to them."""
     owners = list(owners)
-    modules = [part for owner in owners if isinstance(owner, nn.Module) for part in (*owner.modules(), *owner.parameters(), *owner.buffers())]
+    networks = [owner for owner in owners if isinstance(owner, nn.Module)]
+    modules = [part for each in networks for part in (*each.modules(), *each.parameters(), *each.buffers())]
     seen = {id(owner) for owner in (*owners, *modules)}
     waiting = [call for owner in (*owners, *modules) for call in _calls(owner)]
     while waiting and len(seen) < MOST:
@@ -39,7 +40,9 @@ def _calls(owner: Any) -> Iterator[Any]:
     """Methods that were replaced on an object, and its hooks."""
     values = getattr(owner, "__dict__", {})
     yield from (value for value in values.values() if isinstance(value, CALLS))
-    names = ("_backward_hooks", "_post_accumulate_grad_hooks") if isinstance(owner, Tensor) else [name for name in values if name.endswith("_hooks")]
+    names = [name for name in values if name.endswith("_hooks")]
+    if isinstance(owner, Tensor):
+        names = ["_backward_hooks", "_post_accumulate_grad_hooks"]
     for name in names:
         hooks = getattr(owner, name, None)
         yield from hooks.values() if isinstance(hooks, dict) else ()
@@ -48,7 +51,8 @@ def _calls(owner: Any) -> Iterator[Any]:
 def _held(value: Any) -> Iterator[Any]:
     """What a function, a container or a user's own object leads to."""
     if isinstance(value, FunctionType):
-        yield from (*(value.__closure__ or ()), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *global_names(value).values())
+        yield from (*(value.__closure__ or ()), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        yield from global_names(value).values()
     elif isinstance(value, CellType):
         yield from contents(value)
     elif isinstance(value, MethodType):

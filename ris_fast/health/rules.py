@@ -79,8 +79,8 @@ def served_scenes(run: Run) -> Iterator[Finding]:
         yield Finding("empty_cache_slot", f"{reading['zero_scenes']} of {reading['scenes']} scenes of a step are all zeros.", run.step)
     repeated, scenes = _repeated(run)
     if reading.get("repeated") and repeated > max(1, scenes // 2):
-        yield Finding("repeated_batch", f"{repeated} of {scenes} scenes of {'a step' if scenes == reading['scenes'] else 'the last steps that were read'} "
-                      f"were in it twice or in another step of the same epoch.", run.step)
+        where = "a step" if scenes == reading["scenes"] else "the last steps that were read"
+        yield Finding("repeated_batch", f"{repeated} of {scenes} scenes of {where} were in it twice or in another step of the same epoch.", run.step)
 
 
 def _repeated(run: Run) -> tuple[int, int]:

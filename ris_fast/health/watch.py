@@ -151,9 +151,11 @@ class Follower:
         if not both or self.now.closure:
             return None
         device = both[0][0].device
-        came, given = (torch.cat([each.to(device, torch.float32, non_blocking=device.type == "cuda") for each in side]) for side in zip(*both))
+        wide = {"device": device, "dtype": torch.float32, "non_blocking": device.type == "cuda"}
+        came, given = (torch.cat([each.to(**wide) for each in side]) for side in zip(*both))
         cosine = torch.nn.functional.cosine_similarity(came, given, dim=0)
-        return torch.stack([cosine, (given.signbit() & (given == 0)).float().mean(), *((each - each.mean()).norm() / each.norm() for each in (came, given))])
+        spreads = [(each - each.mean()).norm() / each.norm() for each in (came, given)]
+        return torch.stack([cosine, (given.signbit() & (given == 0)).float().mean(), *spreads])
 
     def _reached(self, own: dict[str, Tensor]) -> Tensor:
         """(T,) norms of the gradients as they are; zero for none."""

@@ -31,8 +31,8 @@ MENDS = {
                          "`watch(..., frozen=(\"beginning of their names\",))`.",
     "zero_learning_rate": "Give the group a rate above zero, and look at what the scheduler makes of it; if it is meant to stand still, "
                           "say so: `watch(..., frozen=(\"beginning of its parameters' names\",))`.",
-    "nonfinite_step": "Keep the weights in float32 and let `torch.autocast` choose the format of the products; else an `eps` that the format "
-                      "has, such as 1e-4 in float16.",
+    "nonfinite_step": "Keep the weights in float32 and let `torch.autocast` choose the format of the products; else an `eps` that the "
+                      "format has, such as 1e-4 in float16.",
     "clip_too_small": "Clip near the norms that arrive, e.g. `clip_grad_norm_(model.parameters(), 1.0)`, after "
                       "`scaler.unscale_(optimizer)`.",
     "sanitised_gradients": "Remove the `nan_to_num` and mend the term that the NaN comes from; until then leave such steps out.",
@@ -88,7 +88,8 @@ def _followed(watch: "Watch", follower: "Follower") -> list[Finding]:
     if burst := list(_burst(follower, records)):
         return burst             # whatever is said of later steps comes from that
     return [*(found for record in records for found in _judge(record, next(r for r in records if r.names == record.names))),
-            *_turned(records), *_unheard(watch, records), *_skipped(records), *_still(watch, follower, records), *_clipped(records), *_uncleared(records),
+            *_turned(records), *_unheard(watch, records), *_skipped(records), *_still(watch, follower, records),
+            *_clipped(records), *_uncleared(records),
             *_twice(records), *_zeroed(watch, records), *_slow(records), *_decayed(follower, records), *_broken(follower, records)]
 
 
@@ -98,8 +99,9 @@ def _never_stepped(follower: "Follower") -> Iterator[Finding]:
     skipped = f" {bad} of them are not finite: a loss scaler or a check may skip every step." if bad else ""
     passes = max(follower.passes.values(), default=0)
     if follower.arrived:
-        yield _found("step_never_called", f"{len(follower.arrived)} tensors have received gradients in {passes} backward passes and the optimizer has made "
-                     f"no step.{skipped}", doubt="" if passes > MANY_PASSES else "If gradients are added up over several passes, the first step is still to come.")
+        yield _found("step_never_called", f"{len(follower.arrived)} tensors have received gradients in {passes} backward passes and the optimizer "
+                     f"has made no step.{skipped}", doubt="" if passes > MANY_PASSES else "If gradients are added up over several passes, the "
+                                                                                      "first step is still to come.")
 
 
 def _unheard(watch: "Watch", records: list["Seen"]) -> Iterator[Finding]:
@@ -160,23 +162,25 @@ def _turned(records: list["Seen"]) -> Iterator[Finding]:
         return
     record, came, given, *_ = seen[0]
     if all(before > 1e-3 and after < 1e-6 for *_, before, after in seen):
-        yield _found("clip_too_small", "all entries of the gradient are the same number when they reach the optimizer: a threshold below zero in "
-                     "`clip_grad_value_` does that.", record.step + 1)
+        yield _found("clip_too_small", "all entries of the gradient are the same number when they reach the optimizer: a threshold "
+                     "below zero in `clip_grad_value_` does that.", record.step + 1)
     elif all(cosine < -0.999 for *_, cosine, _, _, _ in seen):
         if all(abs(given - came) <= 1e-3 * came for _, came, given, *_ in seen):
-            yield _found("loss_sign", f"gradients are turned round between backward and the step, at the same norm ({given:.3g}).", record.step + 1, MEANT)
+            yield _found("loss_sign", f"gradients are turned round between backward and the step, at the same norm ({given:.3g}).",
+                         record.step + 1, MEANT)
         else:
-            yield _found("clip_too_small", f"gradients of norm {came:.3g} arrive and reach the optimizer turned round, at norm {given:.3g}: a threshold "
-                         f"below zero in `clip_grad_norm_` does that.", record.step + 1)
+            yield _found("clip_too_small", f"gradients of norm {came:.3g} arrive and reach the optimizer turned round, at norm {given:.3g}: a "
+                         f"threshold below zero in `clip_grad_norm_` does that.", record.step + 1)
 
 
 def _burst(follower: "Follower", records: list["Seen"]) -> Iterator[Finding]:
     """A step that makes weights that are not finite out of weights and gradients that are."""
     for seen in records:
-        broken = [name for name, before, after in zip(seen.names, seen.before, seen.after) if bool(before.isfinite()) and not bool(after.isfinite())]
+        broken = [name for name, after in zip(seen.names, seen.after) if not bool(after.isfinite())]
         if broken and _finite(seen.before) and _finite(seen.given) and not seen.closure:
-            yield _found("nonfinite_step", f"weights and gradients (norm {float(seen.given.norm()):.3g}) are finite before the step, and after it the weights of "
-                         f"{len(broken)} of {len(seen.names)} tensors are not: {', '.join(broken[:3])}. {_how(follower, seen, broken)}", seen.step + 1)
+            yield _found("nonfinite_step", f"weights and gradients (norm {float(seen.given.norm()):.3g}) are finite before the step, and after "
+                         f"it the weights of {len(broken)} of {len(seen.names)} tensors are not: {', '.join(broken[:3])}. "
+                         f"{_how(follower, seen, broken)}", seen.step + 1)
             return
         if not _finite(seen.before) or not _finite(seen.given):
             return
@@ -256,7 +260,8 @@ def _broken(follower: "Follower", records: list["Seen"]) -> Iterator[Finding]:
     names = [name for name, norm in zip(own, norms([part(tensor) for tensor in own.values()]).tolist()) if not math.isfinite(norm)]
     if not names:
         return
-    how, seen = _how(follower, records[-1], names), f"the weights of {len(names)} of {len(own)} tensors are not finite now: {', '.join(names[:3])}."
+    how = _how(follower, records[-1], names)
+    seen = f"the weights of {len(names)} of {len(own)} tensors are not finite now: {', '.join(names[:3])}."
     if "eps" in how:
         yield _found("nonfinite_step", f"{seen} {how}", follower.steps, "No step that was looked at shows it.")
     else:
@@ -273,8 +278,9 @@ def _judge(seen: "Seen", first: "Seen") -> list[Finding]:
     elif not _finite(seen.given) and not seen.scaled:
         broken = f"{int((~seen.given.isfinite()).sum())} of {len(seen.given)} tensors"
         if _whole_at_first(seen):
-            return [_found("nonfinite_gradients", f"{broken}, which backward leaves finite: something between backward and the step breaks them.",
-                           seen.step + 1, advice="Look at what stands between `backward()` and `step()`: a clip threshold that is not a number, or a division.")]
+            return [_found("nonfinite_gradients", f"{broken}, which backward leaves finite: something between backward and the step "
+                           f"breaks them.", seen.step + 1, advice="Look at what stands between `backward()` and `step()`: a clip threshold that "
+                                                                  "is not a number, or a division.")]
         found.append(("nonfinite_gradients", f"{broken}.", ""))
     elif arrived > 0 and passed == 0:
         found.append(_emptied(seen, arrived))
@@ -293,8 +299,8 @@ def _whole_at_first(seen: "Seen") -> bool:
 def _emptied(seen: "Seen", arrived: float) -> tuple[str, str, str]:
     """What cleared gradients: a product with zero leaves negative zeros behind, and clearing does not."""
     if seen.touched is not None and float(seen.touched[1]) > 0:
-        return ("clip_too_small", f"norm {arrived:.3g} arrives and the optimizer finds zeros, some of them negative, which a product with zero leaves "
-                "behind: a clip threshold of zero does that.", "")
+        return ("clip_too_small", f"norm {arrived:.3g} arrives and the optimizer finds zeros, some of them negative, which a product with "
+                "zero leaves behind: a clip threshold of zero does that.", "")
     return ("gradients_cleared_before_step", f"norm {arrived:.3g} arrives and the optimizer finds zero.", "")
 
 
