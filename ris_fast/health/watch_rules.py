@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MANY_PASSES = 256          # backward passes without a step, more than anybody accumulates
 SCALER_STEPS = 24          # a loss scale halves its way to one that fits in fewer
 
+BETWEEN = "Look at what stands between `backward()` and `step()`: a clip threshold that is not a number, or a division."
 MEANT = "That may be meant."
 
 MENDS = {
@@ -99,9 +100,9 @@ def _never_stepped(follower: "Follower") -> Iterator[Finding]:
     skipped = f" {bad} of them are not finite: a loss scaler or a check may skip every step." if bad else ""
     passes = max(follower.passes.values(), default=0)
     if follower.arrived:
-        yield _found("step_never_called", f"{len(follower.arrived)} tensors have received gradients in {passes} backward passes and the optimizer "
-                     f"has made no step.{skipped}", doubt="" if passes > MANY_PASSES else "If gradients are added up over several passes, the "
-                                                                                      "first step is still to come.")
+        later = "If gradients are added up over several passes, the first step is still to come."
+        yield _found("step_never_called", f"{len(follower.arrived)} tensors have received gradients in {passes} backward passes and "
+                     f"the optimizer has made no step.{skipped}", doubt="" if passes > MANY_PASSES else later)
 
 
 def _unheard(watch: "Watch", records: list["Seen"]) -> Iterator[Finding]:
@@ -169,8 +170,8 @@ def _turned(records: list["Seen"]) -> Iterator[Finding]:
             yield _found("loss_sign", f"gradients are turned round between backward and the step, at the same norm ({given:.3g}).",
                          record.step + 1, MEANT)
         else:
-            yield _found("clip_too_small", f"gradients of norm {came:.3g} arrive and reach the optimizer turned round, at norm {given:.3g}: a "
-                         f"threshold below zero in `clip_grad_norm_` does that.", record.step + 1)
+            yield _found("clip_too_small", f"gradients of norm {came:.3g} arrive and reach the optimizer turned round, at norm "
+                         f"{given:.3g}: a threshold below zero in `clip_grad_norm_` does that.", record.step + 1)
 
 
 def _burst(follower: "Follower", records: list["Seen"]) -> Iterator[Finding]:
@@ -178,8 +179,8 @@ def _burst(follower: "Follower", records: list["Seen"]) -> Iterator[Finding]:
     for seen in records:
         broken = [name for name, after in zip(seen.names, seen.after) if not bool(after.isfinite())]
         if broken and _finite(seen.before) and _finite(seen.given) and not seen.closure:
-            yield _found("nonfinite_step", f"weights and gradients (norm {float(seen.given.norm()):.3g}) are finite before the step, and after "
-                         f"it the weights of {len(broken)} of {len(seen.names)} tensors are not: {', '.join(broken[:3])}. "
+            yield _found("nonfinite_step", f"weights and gradients (norm {float(seen.given.norm()):.3g}) are finite before the step, "
+                         f"and after it the weights of {len(broken)} of {len(seen.names)} tensors are not: {', '.join(broken[:3])}. "
                          f"{_how(follower, seen, broken)}", seen.step + 1)
             return
         if not _finite(seen.before) or not _finite(seen.given):
@@ -278,9 +279,8 @@ def _judge(seen: "Seen", first: "Seen") -> list[Finding]:
     elif not _finite(seen.given) and not seen.scaled:
         broken = f"{int((~seen.given.isfinite()).sum())} of {len(seen.given)} tensors"
         if _whole_at_first(seen):
-            return [_found("nonfinite_gradients", f"{broken}, which backward leaves finite: something between backward and the step "
-                           f"breaks them.", seen.step + 1, advice="Look at what stands between `backward()` and `step()`: a clip threshold that "
-                                                                  "is not a number, or a division.")]
+            return [_found("nonfinite_gradients", f"{broken}, which backward leaves finite: something between backward and the step breaks them.",
+                           seen.step + 1, advice=BETWEEN)]
         found.append(("nonfinite_gradients", f"{broken}.", ""))
     elif arrived > 0 and passed == 0:
         found.append(_emptied(seen, arrived))
