@@ -279,7 +279,7 @@ def _judge(seen: "Seen", first: "Seen") -> list[Finding]:
     elif not _finite(seen.given) and not seen.scaled:
         broken = f"{int((~seen.given.isfinite()).sum())} of {len(seen.given)} tensors"
         if _whole_at_first(seen):
-            return [_found("nonfinite_gradients", f"{broken}, which backward leaves finite: something between backward and the step breaks them.",
+            return [_found("nonfinite_gradients", f"{broken}, which backward leaves finite: something after backward breaks them.",
                            seen.step + 1, advice=BETWEEN)]
         found.append(("nonfinite_gradients", f"{broken}.", ""))
     elif arrived > 0 and passed == 0:
