@@ -22,7 +22,7 @@ class Overlap:
     shift: int | None = None   # second[i] == first[i + shift] for every one of them
 
     def __str__(self) -> str:
-        rule = f" ({self.second}[i] == {self.first}[i{self.shift:+d}])" if self.shift is not None else ""
+        rule = f" ({self.second}[i] == {self.first}[i{f'{self.shift:+d}' if self.shift else ''}])" if self.shift is not None else ""
         return (f"{self.count} of {self.total} {self.second} scenes are copies of {self.first} scenes{rule}: "
                 f"their NMSE says nothing about new scenes")
 

@@ -1,4 +1,4 @@
-"""Source positions and powers of files: shift an off-centre array to the centred one, recover powers from a dense R.
+"""Source positions and powers of files: shift an off-centre array to the centred one, recover powers and factors from a dense R.
 
 Legend: B batch, N RIS elements, K sources (padded to K_max).
 """
@@ -109,7 +109,8 @@ def find_offset(array: RISArray, azimuth: Tensor, elevation: Tensor, range_m: Te
         few = [t[:FEW] for t in (azimuth, elevation, range_m, active)]
         return float(recover_powers(array, centre(array, offset, *few), few[3], covariance[:FEW])[1].median())
 
-    known = min((original_offset(array), CENTRED), key=misfit)
+    original = original_offset(array)
+    known = CENTRED if misfit(CENTRED) < 0.8 * misfit(original) else original      # the first R may be another scene's, and fit neither
     if misfit(known) < EXACT:
         return known
     own = estimate_offset(array, azimuth, elevation, range_m, active, covariance)
@@ -158,8 +159,28 @@ def _non_negative(gram_BKK: Tensor, right_BK: Tensor) -> Tensor:
     bad = (power < 0).any(1)
     power = power.clamp_min(0.0)
     for _ in range(SWEEPS if bool(bad.any()) else 0):
+        before = power.clone()
         for k in range(power.shape[1]):
             slope = right_BK[:, k] - (gram_BKK[:, k] * power).sum(1)
             better = (power[:, k] + slope / diagonal[:, k].clamp_min(1e-30)).clamp_min(0.0)
             power[:, k] = torch.where(bad & (diagonal[:, k] > 0), better, power[:, k])
+        if bool(((power - before).abs().amax(1) <= 1e-9 * power.amax(1)).all()):
+            break
     return power
+
+
+def leading_factor(covariance: Tensor, columns: int) -> Tensor:
+    """The factor of each R's largest eigenvalues, largest first: (B, N, N, 2) -> (B, N, columns, 2), zero where R has none.
+
+    For R of at most this rank it is exact, whatever the steering vectors are. Numerics: two passes of a subspace iteration;
+        eigenvalues below 1e-5 of the largest are float32's rounding.
+    """
+    r = torch.view_as_complex(covariance.contiguous())
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(r.shape[-1], min(columns + 4, r.shape[-1]), generator=generator).to(r)
+    basis = torch.linalg.qr(r @ torch.linalg.qr(r @ start)[0])[0]
+    value, vector = torch.linalg.eigh(basis.mH @ r @ basis)
+    factor = (basis @ vector * value.clamp_min(0.0).sqrt()[:, None]).flip(-1)[..., :columns]
+    strength = factor.abs().square().sum(1, keepdim=True)
+    factor = torch.where(strength > 1e-5 * strength[..., :1], factor, 0)
+    return torch.view_as_real(torch.nn.functional.pad(factor, (0, columns - factor.shape[-1]))).contiguous()

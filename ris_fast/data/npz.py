@@ -16,9 +16,9 @@ from torch import Tensor
 from ris_fast.config import Config
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import Overlap, find_copies, find_overlap
-from ris_fast.data.geometry import CENTRED, EXACT, Reach, target_factor
+from ris_fast.data.geometry import CENTRED, Reach, target_factor
 from ris_fast.data.npz_format import open_shard
-from ris_fast.data.npz_load import PACKED, LoadedSplit, hash_snapshots, load_split
+from ris_fast.data.npz_load import APART, PACKED, LoadedSplit, hash_snapshots, load_split
 from ris_fast.data.packed_codes import packed_bytes, unpack_codes
 from ris_fast.data.place import npz_files
 from ris_fast.data.source import size_notes
@@ -115,8 +115,31 @@ class NpzSource:
         carries = ("with the channel H_full" if self.channel else
                    "WITHOUT the channel (no H_full, only H c_l): these inputs cannot carry the answer")
         loaded = self._load("train")
-        target = "exact factors of R" if loaded.facts.exact else "the dense R"
+        fit = self.target_fit("train")
+        target = (f"{'exact factors of R' if loaded.facts.exact else 'the dense R'} (NMSE of R on its own sources: "
+                  f"median {float(fit.median()):.2g}, largest {float(fit.max()):.2g})")
         return f"{self.path} (.npz): {sizes} scenes, {carries}; target: {target}; {loaded.placement}"
+
+    def target_fit(self, split: str) -> Tensor:
+        """NMSE of each scene's R fitted as a sum over the scene's own sources: (scenes,) float64.
+
+        About 1e-11 for R made of the sources as they are stored, 0.01 where elements moved by a few hundredths of a
+        wavelength, 1 where R belongs to other sources or the task's array is not the files'.
+        """
+        fit = torch.cat(self._load(split).facts.fits)
+        return fit[self._rows[split].cpu()] if self._rows else fit
+
+    def labels(self, split: str, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """ptr (B, 3 K_max) as stored, K (B,) and the dense R (B, N, N, 2) of scenes by number, on the CPU.
+
+        Only where the target is the dense R: exact factors belong to their sources by construction.
+        """
+        loaded = self._load(split)
+        index = index.to(loaded.table.device, torch.int64)
+        rows = self._rows[split][index] if self._rows else index
+        ptr, count, covariance = (loaded.table.take(name, rows) for name in ("ptr", "count", "covariance"))
+        assert ptr is not None and count is not None and covariance is not None
+        return ptr.cpu(), count.cpu(), covariance.cpu()
 
     def _same_channel(self) -> bool:
         """Whether the shards carry H_full. All of them must agree."""
@@ -152,7 +175,7 @@ class NpzSource:
         facts = self._load("train").facts
         notes = [str(overlap) for overlap in self.overlaps]
         if copies := find_copies(self.hashes("train")):
-            notes.append(f"{copies} of {self._sizes['train']} train scenes repeat an earlier train scene")
+            notes.append(f"{copies} of {self._sizes['train']} train scenes {'repeats' if copies == 1 else 'repeat'} an earlier one")
         if not self.channel:
             notes.append("no H_full in the files: the map from measurement to aperture is lost, and the validation "
                          "NMSE will stay near 0.97 however well the optimizer works; generate the shards with H_full")
@@ -166,11 +189,20 @@ class NpzSource:
             kept = packed_bytes(self.task.snapshots, self.task.elements) / 1e3
             notes.append(f"each scene has codes of its own: they are kept in 16 bits, {kept:.1f} kB a scene")
         if not facts.exact:
-            notes.append(f"R is not a sum over the file's own sources (NMSE above {EXACT:g}): "
-                         "element jitter, or another geometry; the dense R is used as the target")
+            notes.append(self._fit_note())
         if facts.wrong_collapsed:
             notes.append(f"in {facts.wrong_collapsed} scenes H is not H_full c_l: one of the two is wrong")
         return notes + self._size_notes() + self._snr_note()
+
+    def _fit_note(self) -> str:
+        fit = self.target_fit("train")
+        apart = int((fit > APART).sum())
+        said = (f"R is not exactly a sum over its own sources: NMSE {float(fit.median()):.2g} at the median, "
+                f"{float(fit.max()):.2g} at most; the dense R is used as the target")
+        if apart == 0:
+            return f"{said}. Element jitter, or a slightly different array, does this"
+        return (f"{said}. In {apart} of {fit.numel()} train scenes (NMSE above {APART:g}) R does not belong to the scene's sources, or "
+                "the task's array is not the one of the files: `ris-fast check` says which")
 
     def _size_notes(self) -> list[str]:
         if not self._rows:

@@ -25,6 +25,7 @@ from ris_fast.physics.channel import collapsed_channel
 
 CHUNK = 256
 SAME_CODES = 1e-5
+APART = 0.5              # NMSE of the R of another scene: 0.99; of elements that move as the original's do: up to 0.04
 PACKED = ("codes", "codes_unit")
 BIG = {"y": "snapshots", "H_full": "channel", "H": "collapsed", "R": "covariance"}
 
@@ -35,12 +36,12 @@ class Facts:
 
     exact: bool
     offset: tuple[float, float] = CENTRED
-    worst_fit: float = 0.0
     clamped: int = 0
     stored: Reach = field(default_factory=Reach)      # of the sources as the files have them
     served: Reach = field(default_factory=Reach)      # of the sources as seen from the centre of the array
     wrong_collapsed: int = 0
     hashes: list[bytes] = field(default_factory=list)
+    fits: list[Tensor] = field(default_factory=list)       # NMSE of R on the scene's own sources, chunk by chunk
 
 
 class _Otherwise(Exception):
@@ -83,7 +84,7 @@ class _Loader:
         self.array, self.facts, self.shared = RISArray.of(task), Facts(exact), shared
         self.keep = {key: BIG[key] for key in ("y", "H_full" if shards[0].channel else "H", *(() if exact else ("R",)))}
         row_bytes = sum(shards[0].columns[key].row_bytes for key in self.keep)
-        row_bytes += 4 * 6 * task.max_sources + 12 + (0 if shared else packed_bytes(task.snapshots, task.elements))
+        row_bytes += 4 * 9 * task.max_sources + 12 + (0 if shared else packed_bytes(task.snapshots, task.elements))
         decoded = max(sum(column.stored.decoded_bytes for column in shard.columns.values()) for shard in shards)
         self.placement = place_table(where, rows * row_bytes + decoded, device, mappable=all(s.mappable for s in shards))
         self.table = Table(rows, device if self.placement.place == "device" else torch.device("cpu"))
@@ -139,13 +140,15 @@ class _Loader:
         self.facts.stored.include(azimuth, elevation, range_m, active)
         self.facts.served.include(sources.azimuth, sources.elevation, sources.range_m, active)
         columns = {"azimuth": sources.azimuth, "elevation": sources.elevation, "range_m": sources.range_m * active}
+        power, fit = recover_powers(self.array, sources, active, chunk["R"])
+        self.facts.fits.append(fit)
         if self.facts.exact:
-            power, fit = recover_powers(self.array, sources, active, chunk["R"])
-            self.facts.worst_fit = max(self.facts.worst_fit, float(fit.max()))
-            if self.facts.worst_fit > EXACT:
+            if float(fit.max()) > EXACT:
                 raise _Otherwise("exact")
             power = power * (self.task.elements / power.sum(1, keepdim=True))
             columns |= {"power": power, "u": sources.u, "v": sources.v}
+        else:
+            columns["ptr"] = chunk["ptr"]
         for name, values in columns.items():
             self.table.write(start, name, values.float())
 

@@ -87,6 +87,7 @@ CAUSES: dict[str, str] = {
     "nonfinite_data": "scenes carry NaN or infinite values",
     "cached_validation": "validation reuses outputs computed earlier",
     "split_overlap": "validation scenes are training scenes",
+    "task_differs": "the task is not the one that the data were made with: its array, wavelength or symbols are others",
     "manifest_differs": "what is read of a data set is not what its manifest says was written",
     "constant_targets": "all scenes have the same target",
     # model

@@ -43,6 +43,7 @@ def reads_scenes(subject: Subject) -> Iterator[Finding]:
     answer = subject.answer(scenes)
     seen = boundary(subject, scenes)
     if not bool(answer.isfinite().all()) or scenes.batch < 2:
+        subject.note = f"not checked: {'there is one scene' if scenes.batch < 2 else 'answers are not finite'}"
         return
     if change(answer, answer[:1].expand_as(answer)) < SAME:
         same = seen and all(change(value, value[:1].expand_as(value)) < SAME for value in seen.values())
@@ -131,6 +132,7 @@ def information(subject: Subject) -> Iterator[Finding]:
     scenes = subject.scenes
     base = subject.answer(scenes)
     if change(base, base[:1].expand_as(base)) < SAME or not bool(base.isfinite().all()):
+        subject.note = "not checked: all answers are the same, or not finite"
         return
     if scenes.channel is None:
         yield Finding("inputs_withhold_answer", "the scenes carry no channel H, only H c_l, and the network cannot see what the "

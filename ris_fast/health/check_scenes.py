@@ -6,24 +6,26 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K sources
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from ris_fast.data.fingerprints import find_overlap, scene_hashes
+from ris_fast.data.fingerprints import Overlap, find_overlap, scene_hashes
 from ris_fast.data.shards import verify_manifest
 from ris_fast.health.finding import Finding
+from ris_fast.health.pairing import DEVIATIONS, HALF, WHOLE, Belonging, belonging, with_factor
 from ris_fast.health.subject import FEWEST, Subject
-from ris_fast.physics.channel import sense
-from ris_fast.physics.pairs import conj, to_complex
+from ris_fast.physics.pairs import conj
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.telemetry import prints
 
-EXPLAINED = 0.8            # of the explained energy that the SNR promises; mixed-up scenes reach a few per cent
-COMPARED = 64
+COMPARED = 64              # scenes of the loop whose parts are compared
+SPREAD, RUN = 256, 8       # scenes of files, in runs of consecutive ones
+TRIED, PAIR_BUDGET = 8, 4e9     # scenes that are tried with the parts of others; numbers (y times factor) of all pairs
 HASHED = 4096
 FEW = 4                    # of the first scenes, one in so many may be copies of others in the data; a batch that comes again is more
+PARTS = (("shuffled_labels", "factor"), ("mismatched_channel", "channel"), ("stale_cache", "snapshots"))
 
 
 def _all(subject: Subject) -> Scenes:
@@ -106,13 +108,31 @@ def _other_labels(scenes: Scenes) -> bool:
 def splits(subject: Subject) -> Iterator[Finding]:
     """No validation scene is a training scene, by the bytes of its snapshots."""
     source = subject.trainer.source
+    # Of files, the reader compared every scene; what is served may differ.
+    read = [each for each in getattr(source, "overlaps", ()) if (each.first, each.second) == ("train", "val")]
+    for overlap in (*read, _overlap(source)):
+        if overlap.count:
+            yield Finding("split_overlap", f"{overlap}.", advice=_fresh_split(source))
+            return
 
+
+def _fresh_split(source: Any) -> str:
+    """What someone who has the files can do: a folder without train/ is split by number."""
+    if source.name != "npz":
+        return ""
+    train = source.path / "train"
+    if not train.is_dir():
+        return "Remove the scenes that are in the files twice: all splits are taken from them, by number."
+    return (f"Give --data {train}: all of its scenes are then split by number, so that no scene is in two splits. Or generate val/ "
+            "and test/ again, from random streams of their own.")
+
+
+def _overlap(source: Any) -> Overlap:
+    """The first validation scenes among the first training scenes."""
     def hashes(split: str, most: int) -> list[bytes]:
         index = torch.arange(min(most, source.size(split)))
         return [value for part in index.split(512) for value in scene_hashes(source.batch(split, part).snapshots)]
-    overlap = find_overlap("train", hashes("train", HASHED), "val", hashes("val", 256))
-    if overlap.count:
-        yield Finding("split_overlap", f"{overlap}.")
+    return find_overlap("train", hashes("train", HASHED), "val", hashes("val", 256))
 
 
 def manifest(subject: Subject) -> Iterator[Finding]:
@@ -125,97 +145,135 @@ def manifest(subject: Subject) -> Iterator[Finding]:
 # ---- the physics ----------------------------------------------------------------------------------------------------
 
 
-def explained(snapshots: Tensor, channel: Tensor, codes: Tensor, factor: Tensor, static: bool) -> Tensor:
-    """Share of each scene's energy that the best amplitudes of its sources explain: (B,) in [0, 1], 1 without noise.
-
-    Model: y_l = H (c_l o A s_l), least squares in s, one for all snapshots where the symbols are static.
-    """
-    columns = torch.stack([to_complex(sense(channel, codes, factor[:, :, k])) for k in range(factor.shape[2])], -1)
-    y = to_complex(snapshots)
-    if static:
-        columns, y = columns.flatten(1, 2)[:, None], y.flatten(1)[:, None]
-    used = columns.abs().square().sum(-2, keepdim=True)
-    q, r = torch.linalg.qr(torch.where(used > 0, columns / used.clamp_min(1e-30).sqrt(), 0))
-    keep = torch.diagonal(r, dim1=-2, dim2=-1).abs() > 1e-4
-    part = (q.conj().transpose(-1, -2) @ y[..., None]).squeeze(-1)
-    return (part.abs().square() * keep).sum((1, 2)) / y.abs().square().sum((1, 2)).clamp_min(1e-30)
-
-
-def promised(scenes: Scenes) -> Tensor:
-    """The share of signal in the snapshots at the scenes' SNR: (B,)."""
-    ratio = 10.0 ** (scenes.snr_db / 10.0)
-    return ratio / (1.0 + ratio)
-
-
 def physics(subject: Subject) -> Iterator[Finding]:
     """Snapshots, channel and target of one scene belong together, where the run trains and where it validates."""
+    seen = []
+    for what, whole, of_files in _looked_at(subject):
+        scenes = with_factor(whole)
+        if scenes.channel is None or scenes.factor is None:
+            subject.note = f"not checked: the scenes have no {'channel' if scenes.channel is None else 'target'}"
+            return
+        finding, said = _together(subject, what, scenes)
+        seen.append(said)
+        if finding is not None:
+            # Rows of files are not left over from an earlier batch: there it is the order that is wrong.
+            yield replace(finding, cause="mismatched_channel", advice="") if of_files and finding.cause == "stale_cache" else finding
+            return
+    subject.note = "; ".join(dict.fromkeys(filter(None, seen)))
+
+
+def _looked_at(subject: Subject) -> Iterator[tuple[str, Scenes, bool]]:
+    """Scenes of files from all over their splits, where the order of rows is still to be seen (True); then as the loop serves them."""
+    source = subject.trainer.source
+    for split, what in (("train", "training"), ("val", "validation")):
+        if not source.endless:
+            yield what, source.batch(split, _spread(source.size(split))), True
     last = subject.groups[-1][0]
-    finding = None
-    for what, whole in (("training", last if last.batch >= FEWEST else _all(subject)), ("validation", subject.validation)):
-        finding = finding or _together(subject, what, whole)
-    if finding is not None:
-        yield finding
+    yield "training", last[:COMPARED] if last.batch >= FEWEST else _all(subject)[:COMPARED], False
+    yield "validation", subject.validation[:COMPARED], False
 
 
-def _together(subject: Subject, what: str, whole: Scenes) -> Finding | None:
-    """What is wrong with how the parts of `whole` are paired; None where nothing is."""
-    if whole.channel is None or whole.factor is None or whole.batch < FEWEST:
+def _spread(size: int) -> Tensor:
+    """Runs of consecutive scene numbers at even distances."""
+    if size <= SPREAD:
+        return torch.arange(size)
+    starts = torch.linspace(0, size - RUN, SPREAD // RUN).long()
+    return (starts[:, None] + torch.arange(RUN)).flatten()
+
+
+def _together(subject: Subject, what: str, scenes: Scenes) -> tuple[Finding | None, str]:
+    """What is wrong with how the parts of the scenes are paired, None where nothing is; and a note where nothing can be said."""
+    model = subject.config.task.symbols
+    found = belonging(scenes, model == "static")
+    broken, decided = int(found.broken.sum()), int(found.decided.sum())
+    partly = broken >= FEWEST and broken >= 0.01 * decided
+    if not found.mixed_up and not partly:
+        return _other_symbols(subject, what, scenes), "" if found.group()[1] * DEVIATIONS < 1 else f"not checked: too few {what} scenes are loud enough"
+    count = (f"in {broken} of {decided} {what} scenes that are loud enough to tell" if partly else f"in the {what} scenes taken together")
+    seen = f"{count}, the sources do not explain what the SNR promises of the snapshots (all scenes: {max(found.group()[0], 0):.0%} of it)"
+    rows = found.broken if partly else torch.ones_like(found.broken)
+    for cause, how, other, static in _alternatives(scenes, model == "static"):
+        share = _mean(belonging(other, static), rows)
+        if share > max(WHOLE - 0.1, 1.5 * _mean(found, rows)):
+            advice = _set_symbols(subject, "per_snapshot") if cause == "task_differs" else ""
+            return Finding(cause, f"{seen}; {how} they explain {share:.0%}.", advice=advice), ""
+    cause, how = _unpaired(scenes, rows, model == "static")
+    return Finding(cause, f"{seen}: {how}."), ""
+
+
+def _mean(found: Belonging, rows: Tensor) -> float:
+    """Mean of some of the scenes, weighted by how much each can tell."""
+    return Belonging(*(each[rows] for each in found)).group()[0]
+
+
+def _set_symbols(subject: Subject, kind: str) -> str:
+    """The command's own words; a network whose features take one symbol a scene is exchanged as well."""
+    setting = f"--set task.symbols={kind}"
+    if kind == "per_snapshot" and subject.config.model.name == "backprojection":
+        return f"Give --preset seed {setting}: the pursuit of 'backprojection' takes one symbol a source and scene, the other network does not."
+    return f"Give {setting}."
+
+
+def _other_symbols(subject: Subject, what: str, scenes: Scenes) -> Finding | None:
+    """Symbols that a task draws for each snapshot, and the scenes once."""
+    if subject.config.task.symbols == "static" or scenes.snapshots.shape[1] == 1:
         return None
-    scenes, static = whole[:COMPARED], subject.config.task.symbols == "static"
-    score = _score(scenes, static)
-    if not score < EXPLAINED:
+    static = belonging(scenes, True)
+    if static.group()[0] < 0.9 or static.group()[1] > 0.02:
         return None
-    seen = (f"in the {what} scenes, the sources of a scene explain {score:.0%} of what the SNR promises of its snapshots"
-            f"{'; in the training scenes they do' if what == 'validation' else ''}")
-    for cause, how, alternative in _alternatives(scenes):
-        if _score(alternative, static) > max(EXPLAINED, 1.2 * score):
-            return Finding(cause, f"{seen}, and {_score(alternative, static):.0%} {how}.")
-    return Finding(_unpaired(scenes, static), f"{seen}: snapshots, channel and target do not belong together.")
+    return Finding("task_differs", f"the task has task.symbols = per_snapshot, and one symbol a source explains {static.group()[0]:.0%} of all snapshots "
+                   f"of the {what} scenes: they were made with static symbols.", advice=_set_symbols(subject, "static"))
 
 
-def _score(scenes: Scenes, static: bool) -> float:
-    """1 where scenes are what they claim to be, about 0 where they are mixed up."""
-    share = explained(scenes.snapshots, scenes.channel, scenes.codes, scenes.factor, static)
-    return float(share.sum() / promised(scenes).sum())
-
-
-def _alternatives(scenes: Scenes) -> Iterator[tuple[str, str, Scenes]]:
-    """Mistakes that would explain the mismatch, each undone."""
+def _alternatives(scenes: Scenes, static: bool) -> Iterator[tuple[str, str, Scenes, bool]]:
+    """Mistakes that would explain the mismatch, each undone, and whether the symbols are static then."""
     def snapshots(change: Callable[[Tensor], Tensor]) -> Scenes:
         return replace(scenes, snapshots=change(scenes.snapshots))
 
     length, antennas = scenes.snapshots.shape[1:3]
-    yield "conjugation_error", "with the conjugate of the target", replace(scenes, factor=conj(scenes.factor))
-    yield "wrong_layout", "with real and imaginary parts of the snapshots swapped", snapshots(lambda y: y.flip(-1))
-    yield "wrong_layout", "with the conjugate of the snapshots", snapshots(conj)
-    yield "wrong_layout", "with real and imaginary parts of the channel swapped", replace(scenes, channel=scenes.channel.flip(-1))
-    yield "wrong_layout", "with snapshots and antennas read in the other order", snapshots(
-        lambda y: y.reshape(-1, antennas, length, 2).transpose(1, 2))
-    yield "wrong_layout", "with real and imaginary parts in planes", snapshots(
-        lambda y: y.reshape(y.shape[0], 2, length, antennas).permute(0, 2, 3, 1).contiguous())
+    if static:
+        yield "task_differs", "with task.symbols = per_snapshot instead of the task's static", scenes, False
+    for cause, how, other in (
+            ("conjugation_error", "with the conjugate of the target", replace(scenes, factor=conj(scenes.factor))),
+            ("wrong_layout", "with the snapshots conjugated (or their real and imaginary parts swapped)", snapshots(conj)),
+            ("wrong_layout", "with the channel conjugated (or its real and imaginary parts swapped)", replace(scenes, channel=conj(scenes.channel))),
+            ("wrong_layout", "with snapshots and antennas read in the other order", snapshots(
+                lambda y: y.reshape(-1, antennas, length, 2).transpose(1, 2))),
+            ("wrong_layout", "with real and imaginary parts in planes", snapshots(
+                lambda y: y.reshape(y.shape[0], 2, length, antennas).permute(0, 2, 3, 1).contiguous()))):
+        yield cause, how, other, static
     for step in (1, -1):
-        for cause, names in (("mismatched_channel", ("channel",)), ("stale_cache", ("snapshots",)),
-                             ("shuffled_labels", ("factor",))):
-            yield cause, f"with the {names[0]} of the scene {'after' if step == 1 else 'before'} it", replace(
-                scenes, **{name: getattr(scenes, name).roll(step, 0) for name in names})
+        for cause, name in PARTS:
+            yield cause, f"with the {name} of the scene {'after' if step == -1 else 'before'} it", replace(
+                scenes, **{name: getattr(scenes, name).roll(step, 0)}), static
 
 
-def _unpaired(scenes: Scenes, static: bool) -> str:
-    """Which of the three is in the wrong order: the pair that still fits when every scene is tried against every other."""
-    few = scenes[:24]
-    count = few.batch
-    left, right = (index.flatten() for index in torch.meshgrid(torch.arange(count), torch.arange(count), indexing="ij"))
-    threshold = EXPLAINED * promised(few)[left]
+def _unpaired(scenes: Scenes, rows: Tensor, static: bool) -> tuple[str, str]:
+    """Which of the three is in the wrong order: the one of another scene with which a scene still fits. Its cause, and in words."""
+    few = rows.nonzero()[:TRIED, 0]
+    found = {cause: _fitting(scenes, few, name, static) for cause, name in PARTS}
+    best = max(found, key=found.__getitem__)
+    if found[best] > 0.3:
+        return best, f"{found[best]:.0%} of them fit with the {dict(PARTS)[best]} of another scene"
+    if bool(rows.all()):
+        return "wrong_layout", "snapshots, channel and target do not belong together, in no order of axes and of the scenes looked at"
+    whole = torch.eye(scenes.channel.shape[2])[None].expand(len(few), -1, -1)
+    alone = belonging(replace(scenes[few], factor=torch.stack((whole, 0 * whole), -1).to(scenes.channel)), static)
+    if bool(alone.decided.any()) and float(alone.value[alone.decided].mean()) < HALF:
+        return "mismatched_channel", "no field on the surface explains them through their channel, so snapshots and channel are of different scenes"
+    return "shuffled_labels", "the others are in order, so rows of the target or of the channel are out of it"
 
-    def fits(names: tuple[str, ...]) -> bool:
-        """Whether most scenes fit with another scene's `names`."""
-        taken = {name: getattr(few, name)[right if name in names else left] for name in ("snapshots", "channel", "factor")}
-        share = explained(taken["snapshots"], taken["channel"], few.codes, taken["factor"], static)
-        return float((share > threshold).view(count, count).any(1).float().mean()) > 0.7
-    for cause, name in (("shuffled_labels", "factor"), ("mismatched_channel", "channel"), ("stale_cache", "snapshots")):
-        if fits((name,)):
-            return cause
-    return "wrong_layout"
+
+def _fitting(scenes: Scenes, few: Tensor, name: str, static: bool) -> float:
+    """Share of some scenes that fit with the part `name` of any of the others."""
+    cost = scenes.snapshots[0].numel() * scenes.factor[0].numel()
+    candidates = torch.arange(min(scenes.batch, max(32, int(PAIR_BUDGET // (cost * len(few))))))
+    hits = 0
+    for row in few.tolist():
+        pairs = scenes[torch.full_like(candidates, row)]
+        found = belonging(replace(pairs, **{name: getattr(scenes, name)[candidates]}), static)
+        hits += bool((found.decided & (found.value > WHOLE - 0.1)).any())
+    return hits / max(1, len(few))
 
 
 CHECKS = {"scenes are finite": finite, "scenes differ": distinct, "validation shares no scene with training": splits,

@@ -10,7 +10,7 @@ from traceback import extract_tb
 from typing import Any, Callable, Iterator, Sequence
 
 from ris_fast.health import (check_calls, check_gradient, check_information, check_inputs, check_kernels, check_loss, check_memory, check_network,
-                             check_parameters, check_scenes, check_schedule, check_step, check_terms, check_validation)
+                             check_parameters, check_scenes, check_schedule, check_step, check_targets, check_terms, check_validation)
 from ris_fast.health.finding import Finding
 from ris_fast.health.subject import Subject
 from ris_fast.health.untouched import Numbers, untouched
@@ -18,7 +18,7 @@ from ris_fast.training.batch import is_memory
 from ris_fast.training.loop import Trainer
 
 Check = Callable[[Subject], Iterator[Finding]]
-SMALL_BATCH = {**check_scenes.CHECKS, **check_parameters.CHECKS, **check_loss.CHECKS, **check_calls.SMALL_BATCH, **check_network.CHECKS,
+SMALL_BATCH = {**check_targets.CHECKS, **check_scenes.CHECKS, **check_parameters.CHECKS, **check_loss.CHECKS, **check_calls.SMALL_BATCH, **check_network.CHECKS,
                **check_inputs.CHECKS, **check_information.CHECKS, **check_gradient.CHECKS, **check_terms.CHECKS, **check_kernels.CHECKS, **check_schedule.CHECKS}
 WHOLE_STEP = {**check_calls.WHOLE_STEP, **check_validation.CHECKS, **check_step.CHECKS}
 LEARNING = check_memory.CHECKS

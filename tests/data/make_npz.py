@@ -27,12 +27,11 @@ def as_pairs(values: np.ndarray) -> np.ndarray:
 
 
 def original_steering(task: Task, azimuth: np.ndarray, elevation: np.ndarray, range_m: np.ndarray,
-                      centred: bool = False, shift: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
-    """(...) -> (..., N): elements at (i - N_H // 2) d, as the original places them, or centred; `shift` spacings further."""
+                      centred: bool = False, shift: Any = (0.0, 0.0)) -> np.ndarray:
+    """(...) -> (..., N): elements at (i - N_H // 2) d, as the original places them, or centred; `shift` spacings further, all or each."""
     d, k0 = task.spacing_m, 2 * np.pi / task.wavelength_m
-    x, y = (d * (np.arange(n) - ((n - 1) / 2 if centred else n // 2) + s)
-            for n, s in zip((task.ris_horizontal, task.ris_vertical), shift))
-    x, y = np.tile(x, task.ris_vertical), np.repeat(y, task.ris_horizontal)
+    x, y = (np.arange(n) - ((n - 1) / 2 if centred else n // 2) for n in (task.ris_horizontal, task.ris_vertical))
+    x, y = d * (np.tile(x, task.ris_vertical) + shift[0]), d * (np.repeat(y, task.ris_horizontal) + shift[1])
     u, v, r = (np.sin(azimuth) * np.cos(elevation))[..., None], np.sin(elevation)[..., None], range_m[..., None]
     if task.wavefront == "fresnel":
         path = u * x + v * y - (x**2 + y**2) / (2 * r)
@@ -43,21 +42,23 @@ def original_steering(task: Task, azimuth: np.ndarray, elevation: np.ndarray, ra
 
 def original_arrays(scenes: int, *, task: Task = SMALL, seed: int = 0, split: str = "train", centred: bool = False,
                     jitter: float = 0.0, shift: tuple[float, float] = (0.0, 0.0)) -> dict[str, np.ndarray]:
-    """All keys of a shard. `jitter` (metres) displaces the elements scene by scene, as the original's option does."""
+    """All keys of a shard. `jitter` (eta) moves the elements scene by scene by U(+-eta wavelength / 2) in x and in y, as the original's
+    option does, in data and R alike. Symbols are drawn once a snapshot where the task has them so."""
     rng = np.random.default_rng([seed, scenes])
     drawn = simulate(task, scenes, SceneGenerator(seed, split))
     count, active = drawn.count.numpy(), np.arange(task.max_sources) < drawn.count.numpy()[:, None]
     azimuth, elevation, range_m = (np.asarray(t, np.float32) for t in (drawn.azimuth, drawn.elevation, drawn.range_m))
     safe = np.where(active, range_m, 1.0)
-    steer = original_steering(task, azimuth.astype(float), elevation.astype(float), safe.astype(float), centred, shift)
-    steer = steer * np.exp(1j * jitter * rng.normal(size=(scenes, 1, task.elements)) * 20.0)
-    gain = task.wavelength_m / (4 * np.pi * safe) * active
-    amplitude = gain * (rng.normal(size=gain.shape) + 1j * rng.normal(size=gain.shape)) / np.sqrt(2)
-    covariance = np.einsum("bk,bkn,bkm->bnm", np.abs(amplitude) ** 2, steer, steer.conj())
+    moved = jitter / 2 / task.spacing_wavelengths * rng.uniform(-1, 1, (2, scenes, 1, task.elements)) + np.reshape(shift, (2, 1, 1, 1))
+    steer = original_steering(task, azimuth.astype(float), elevation.astype(float), safe.astype(float), centred, moved)
+    gain = (task.wavelength_m / (4 * np.pi * safe) * active)[:, None]
+    drawn_symbols = (scenes, task.snapshots if task.symbols == "per_snapshot" else 1, task.max_sources)
+    amplitude = gain * (rng.normal(size=drawn_symbols) + 1j * rng.normal(size=drawn_symbols)) / np.sqrt(2)
+    covariance = np.einsum("bk,bkn,bkm->bnm", (np.abs(amplitude) ** 2).mean(1), steer, steer.conj())
     covariance *= task.elements / np.trace(covariance, axis1=1, axis2=2).real[:, None, None]
     channel, codes = as_complex(drawn.channel), as_complex(drawn.codes)
-    field = np.einsum("bk,bkn->bn", amplitude, steer)
-    clean = 1000 * np.einsum("bmn,ln,bn->blm", channel, codes, field)
+    field = np.einsum("blk,bkn->bln", amplitude, steer)
+    clean = 1000 * np.einsum("bmn,bln->blm", channel, codes * field)
     snr = np.asarray(drawn.snr_db, np.float32)
     level = np.sqrt(np.mean(np.abs(clean) ** 2, (1, 2)) / 10 ** (snr / 10) / 2)[:, None, None]
     noisy = clean + level * (rng.normal(size=clean.shape) + 1j * rng.normal(size=clean.shape))
