@@ -195,7 +195,7 @@ def _together(subject: Subject, what: str, scenes: Scenes) -> tuple[Finding | No
     for cause, how, other, static in _alternatives(scenes, model == "static"):
         share = _mean(belonging(other, static), rows)
         if share > max(WHOLE - 0.1, 1.5 * _mean(found, rows)):
-            advice = _set_symbols(subject, "per_snapshot") if cause == "task_differs" else ""
+            advice = "Give --set task.symbols=per_snapshot." if cause == "task_differs" else ""
             return Finding(cause, f"{seen}; {how} they explain {share:.0%}.", advice=advice), ""
     cause, how = _unpaired(scenes, rows, model == "static")
     return Finding(cause, f"{seen}: {how}."), ""
@@ -206,14 +206,6 @@ def _mean(found: Belonging, rows: Tensor) -> float:
     return Belonging(*(each[rows] for each in found)).group()[0]
 
 
-def _set_symbols(subject: Subject, kind: str) -> str:
-    """The command's own words; a network whose features take one symbol a scene is exchanged as well."""
-    setting = f"--set task.symbols={kind}"
-    if kind == "per_snapshot" and subject.config.model.name == "backprojection":
-        return f"Give --preset seed {setting}: the pursuit of 'backprojection' takes one symbol a source and scene, the other network does not."
-    return f"Give {setting}."
-
-
 def _other_symbols(subject: Subject, what: str, scenes: Scenes) -> Finding | None:
     """Symbols that a task draws for each snapshot, and the scenes once."""
     if subject.config.task.symbols == "static" or scenes.snapshots.shape[1] == 1:
@@ -222,7 +214,7 @@ def _other_symbols(subject: Subject, what: str, scenes: Scenes) -> Finding | Non
     if static.group()[0] < 0.9 or static.group()[1] > 0.02:
         return None
     return Finding("task_differs", f"the task has task.symbols = per_snapshot, and one symbol a source explains {static.group()[0]:.0%} of all snapshots "
-                   f"of the {what} scenes: they were made with static symbols.", advice=_set_symbols(subject, "static"))
+                   f"of the {what} scenes: they were made with static symbols.", advice="Give --set task.symbols=static.")
 
 
 def _alternatives(scenes: Scenes, static: bool) -> Iterator[tuple[str, str, Scenes, bool]]:
