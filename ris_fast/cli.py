@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, Sequence
+from typing import Annotated, Any, Literal, Sequence
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -337,7 +337,7 @@ def _run(tokens: Sequence[str]) -> int:
         if code is not None:
             return _complain(str(error), code)
         if isinstance(error, OSError) and error.filename is not None:
-            return _complain(f"{error.filename}: {error.strerror}. Give another path.", 3)
+            return _complain(f"{error.filename}: {error.strerror}. Give another path{_variable(error.filename)}.", 3)
         traceback.print_exc()
         return INTERNAL_ERROR
 
@@ -360,6 +360,11 @@ def endings_as_interrupts() -> Iterator[None]:
 def _complain(text: str, code: int) -> int:
     print(f"ris-fast: {text}", file=sys.stderr)
     return code
+
+
+def _variable(path: Any) -> str:
+    """' in X' where the environment variable X holds this path, such as that of torch's compile cache; '' where none does."""
+    return next((f" in the environment variable {name}" for name, value in os.environ.items() if value == str(path)), "")
 
 
 def _text(path: Path | None) -> str | None:

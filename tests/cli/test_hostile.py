@@ -161,6 +161,12 @@ def test_settings_after_one_set_are_told_to_repeat_it(arguments: list[str], word
     assert main(arguments) == 2 and words in capsys.readouterr().err
 
 
+def test_a_compile_cache_that_is_no_folder_is_named_with_its_variable(tmp_path) -> None:
+    (tmp_path / "cache").touch()
+    done = shell(program("train", *QUICK, "--out", tmp_path / "run"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 3 and "Traceback" not in done.stderr and "environment variable TORCHINDUCTOR_CACHE_DIR" in done.stderr
+
+
 # ---- 8: typos -------------------------------------------------------------------------------------------------------
 
 
