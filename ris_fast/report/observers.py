@@ -55,7 +55,7 @@ class Record:
     def _try(self, event: Callable[[Mapping[str, Any]], None], given: Mapping[str, Any]) -> None:
         try:
             event(given)
-        except OSError as error:
+        except Exception as error:      # a full disk, or a library that an interrupt left half imported: a record ends no run
             if not self.failed:
-                self.tell(f"note: {self.what} is not complete, training goes on: {error}")
+                self.tell(f"note: {self.what} is not complete, training goes on: {str(error) or type(error).__name__}")
             self.failed = True

@@ -39,6 +39,7 @@ class PlotReport:
 
     def start(self, info: Mapping[str, Any]) -> None:
         self.floors = info.get("floors", {})
+        new_figure(1.0, 1.0)      # imports matplotlib; an interrupt in the midst of that would spoil the drawing at the run's end
 
     def step(self, row: Mapping[str, Any]) -> None:
         self.rows.append({"event": "step", **row})
