@@ -21,7 +21,7 @@ def spd_solve(matrix_nnB: Tensor, rhs_nB: Tensor, ridge_nB: Tensor) -> Tensor:
     """
     size = matrix_nnB.shape[0]
     diagonal = torch.diagonal(matrix_nnB, dim1=0, dim2=1).T + ridge_nB
-    sides = rhs_nB.reshape(size, -1, rhs_nB.shape[-1])
+    sides = rhs_nB if rhs_nB.dim() == 3 else rhs_nB[:, None]
     rest = torch.cat((matrix_nnB + torch.diag_embed(ridge_nB.T).permute(1, 2, 0), sides), dim=1)
     rows = []
     for k in range(size):

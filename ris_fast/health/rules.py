@@ -12,6 +12,7 @@ from ris_fast.health.run import Row, Rule, Run
 
 TOUCHED = 0.02             # relative: more than rounding in a sum
 ENOUGH_SCENES = 8          # of one step, or of several together, of which more than half were served before
+AUDIBLE = 1e-5             # of the first weights' norm: a move that the rounding of an answer in float32 cannot hide
 COLD = 0.2                 # of the raw weights' way, below which the averaged weights are mostly the first ones
 JUMP, STILL = 0.5, 1e-8    # of a weight in one step
 GROWN, SHRUNK = 10.0, 0.2  # of the first weights' norm
@@ -194,26 +195,26 @@ def weights_at_the_seams(run: Run) -> Iterator[Finding]:
 def validated_weights(run: Run) -> Iterator[Finding]:
     """Validation scores the weights it says, in evaluation mode, anew each time."""
     reading = run.validation
-    scores = reading.get("scores") or {}
+    scores, least = reading.get("scores") or {}, AUDIBLE * (reading.get("first_norm") or 0.0)
     raw, mean = scores.get("raw"), scores.get("ema")
     if raw is None:
         return
     if not all(score["asleep"] for score in scores.values()):
         yield Finding("train_mode_in_validation", "modules are in training mode while the network is validated.", run.step)
     if mean is not None:
-        yield from _averages(run, raw, mean, reading.get("distance") or 0.0)
+        yield from _averages(run, raw, mean, reading.get("distance") or 0.0, least)
     before = ((run.epochs[-2].get("health") or {}).get("scores") or {}).get("raw") if len(run.epochs) > 1 else None
-    if before is not None and before["answers"] == raw["answers"] and before["distance"] != raw["distance"]:
+    if before is not None and before["answers"] == raw["answers"] and abs(before["distance"] - raw["distance"]) > least:
         yield Finding("cached_validation", f"the network's answers to the validation scenes are those of the epoch before, bit for bit "
                       f"(validation loss {raw['loss']:.6f} twice), and its weights have moved.", run.step)
 
 
-def _averages(run: Run, raw: Row, mean: Row, distance: float) -> Iterator[Finding]:
+def _averages(run: Run, raw: Row, mean: Row, distance: float, least: float) -> Iterator[Finding]:
     if raw["distance"] == mean["distance"] != distance:
         yield Finding("raw_not_validated", "the raw weights were scored with the averaged ones in place.", run.step)
-    elif raw["answers"] == mean["answers"] and raw["distance"] != mean["distance"]:
+    elif raw["answers"] == mean["answers"] and abs(raw["distance"] - mean["distance"]) > least:
         yield Finding("cached_validation", "raw and averaged weights differ and give the same answers, bit for bit.", run.step)
-    elif distance > 0 and mean["distance"] == 0:
+    elif distance > least and mean["distance"] == 0:
         yield Finding("ema_frozen", "the averaged weights are the first ones, bit for bit; the raw ones have moved.", run.step)
     elif distance > 0 and mean["distance"] < COLD * distance:
         yield Finding("ema_cold", f"the averaged weights have gone {mean['distance'] / distance:.1%} of the way of the raw ones when "

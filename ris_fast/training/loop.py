@@ -232,7 +232,7 @@ class Trainer(Built, Reporting):
                 "scores": {name: {"answers": score.answers, "asleep": score.asleep, "loss": score.loss,
                                   "distance": self.milestones.distance(score.weights)}
                            for name, score in scores.items()},
-                "distance": self.milestones.distance(self.milestones.last)}
+                "distance": self.milestones.distance(self.milestones.last), "first_norm": self.milestones.size}
 
     def _score(self, averaged: bool = False) -> Score:
         def score() -> Score:

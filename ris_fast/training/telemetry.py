@@ -227,6 +227,11 @@ class Milestones:
         moved = 0 if before is None else changed(before, now)
         return {"moved": moved, "back_to_first": moved > 0 and changed(self.first, now) == 0}
 
+    @property
+    def size(self) -> float:
+        """The first norms, summed over tensors."""
+        return float(self.first.sum())
+
     def distance(self, weights: Tensor) -> float:
         """How far norms (T,) have come from the first ones, summed over tensors."""
         return float((weights - self.first).abs().sum()) if len(weights) == len(self.first) else math.nan

@@ -182,6 +182,14 @@ def test_a_broken_contract_of_an_epoch_is_named(cause: str, healthy: Run) -> Non
     assert [finding.cause for finding in replay(run)] == [cause]
 
 
+def test_moves_that_rounding_hides_are_no_cached_validation(healthy: Run) -> None:
+    run = deepcopy(healthy)
+    now, before = run.epochs[1]["health"], run.epochs[0]["health"]
+    CHANGES["cached_validation"](now, before)
+    now["scores"]["raw"]["distance"] = before["scores"]["raw"]["distance"] + 1e-7 * now["first_norm"]
+    assert replay(run) == []
+
+
 # ---- training and validation beside each other ------------------------------------------------------------------------
 
 
