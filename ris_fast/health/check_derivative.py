@@ -93,7 +93,12 @@ def _slopes(subject: Subject, guess: Prediction, scenes: Scenes) -> dict[str, Te
     if not total.requires_grad:
         return {}
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return {name: gradient for name, gradient in zip(leaves, gradients) if gradient is not None and bool(gradient.any())}
+    return {name: gradient for name, gradient in zip(leaves, gradients) if gradient is not None and _says_something(gradient)}
+
+
+def _says_something(gradient: Tensor) -> bool:
+    """It is neither zero nor not finite, which other checks have names for."""
+    return bool(gradient.any()) and bool(gradient.isfinite().all())
 
 
 def _loss_error(subject: Subject, guess: Prediction, scenes: Scenes, name: str, gradient: Tensor) -> float:
@@ -124,11 +129,11 @@ def parts(subject: Subject, held: StoppedValues | None = None) -> dict[str, Gap]
     if not live or not outputs or not total.requires_grad or not bool(total.isfinite()):
         return {}
     pulls = dict(zip(outputs, torch.autograd.grad(total, list(outputs.values()), retain_graph=True, allow_unused=True)))
-    pulls = {name: pull for name, pull in pulls.items() if pull is not None and bool(pull.any())}
+    pulls = {name: pull for name, pull in pulls.items() if pull is not None and _says_something(pull)}
     if not pulls:
         return {}
     found = torch.autograd.grad([outputs[name] for name in pulls], list(live.values()), list(pulls.values()), allow_unused=True)
-    gradients = {name: gradient for name, gradient in zip(live, found) if gradient is not None}
+    gradients = {name: gradient for name, gradient in zip(live, found) if gradient is not None and bool(gradient.isfinite().all())}
     pulled, generator = Pulled(subject, pulls, held), torch.Generator().manual_seed(7)
     members: dict[str, list[str]] = {}
     for name in gradients:
@@ -152,13 +157,15 @@ class Pulled:
         return [getattr(prediction, name).detach().double() for name in self.pulls]
 
     def line(self, tensors: list[Tensor], gradients: list[Tensor], directions: list[Tensor]) -> Along:
-        """Along one direction of some weights. Its rounding is that of the outputs that change at all."""
+        """Along one direction of some weights. Its rounding is that of the outputs that change at all, or where a change is
+        too small to show, of all."""
         @cache
         def gone(step: float) -> list[Tensor]:
             with self.subject.moved(tensors, directions, step):
                 return [(now - value) * pull for now, value, pull in zip(self._outputs(), self.here, self.pulls.values())]
-        there = zip(gone(STEPS[0]), self.here, self.pulls.values())
-        size = sum(float((way != 0).mul(value * pull).square().sum()) for way, value, pull in there)
+        there = [(bool(way.any()), float((value * pull).square().sum()))
+                 for way, value, pull in zip(gone(STEPS[0]), self.here, self.pulls.values())]
+        size = sum(own for moves, own in there if moves) or sum(own for _, own in there)
         return (float(sum((g * d).sum() for g, d in zip(gradients, directions))),
                 lambda step: float(sum(way.sum() for way in gone(step))) if step else 0.0, NOISE * math.sqrt(size))
 
