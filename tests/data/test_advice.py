@@ -112,15 +112,15 @@ def test_positions_that_the_reader_moved_are_not_held_to_the_tasks_limits(tmp_pa
 
 def test_the_network_looks_where_the_reader_serves_sources(tmp_path: Path) -> None:
     """Near sources, seen from half an element off, lie outside the files' own sector; the pursuit finds them all the same."""
-    path = write_folders(tmp_path / "set", train=240, val=60)
+    path = write_folders(tmp_path / "set", train=1000, val=60)
     kept = trainer(path, "task.azimuth_deg=60", "task.elevation_deg=30")
     wider = trainer(path)
     assert kept.config.task.azimuth_deg == 60 < wider.config.task.azimuth_deg and any("task.azimuth_deg = " in note for note in wider.source.notes)
-    scenes = wider.source.batch("train", torch.arange(240))
-    beyond = (scenes.azimuth.abs().amax(1) > 1.05) & (scenes.count == 1) & (scenes.snr_db > 0)
+    scenes = wider.source.batch("train", torch.arange(1000))
+    beyond = (scenes.azimuth.abs().amax(1) > 1.05) & (scenes.snr_db > 0)
     inputs = scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db
     scores = [scene_nmse(Prediction(run.model.classical(run.model.features(*inputs))[1]), scenes)[beyond].mean() for run in (kept, wider)]
-    assert float(scores[1]) < 0.5 * float(scores[0])
+    assert float(scores[1]) < 0.6 * float(scores[0])
 
 
 def test_a_run_records_and_keeps_the_sector_that_its_files_gave_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
