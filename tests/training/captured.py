@@ -17,7 +17,8 @@ TINY = ["task.ris_horizontal=4", "task.ris_vertical=4", "task.bs_antennas=4", "t
         "report.every_steps=4"]
 MODELS = {"hybrid": ("seed", ["model.options.width=32", "model.options.heads=4", "model.options.grid=5",
                               "model.options.feedforward=32", "model.options.layers=1"]),
-          "backprojection": ("full", ["model.options.width=32", "training.precision=fp32"])}
+          "backprojection": ("full", ["model.options.width=32", "training.precision=fp32"]),
+          "symbols of every snapshot": ("full", ["model.options.width=32", "training.precision=fp32", "task.symbols=per_snapshot"])}
 RAGGED = 8 * 13 + 5        # scenes: thirteen full batches and a ragged one
 CLOCKS = ("seconds", "scenes_per_s")
 

@@ -18,7 +18,7 @@ from ris_fast.training.capture import CapturedCall, CapturedStep, why_not
 from ris_fast.training.loop import Trainer
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-SETTINGS = [("hybrid", 1), ("hybrid", 2), ("backprojection", 1), ("backprojection", 2)]
+SETTINGS = [("hybrid", 1), ("hybrid", 2), ("backprojection", 1), ("backprojection", 2), ("symbols of every snapshot", 1)]
 
 
 # ---- on a CPU, with a stand-in for the graph ----------------------------------------------------------------------

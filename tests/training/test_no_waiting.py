@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from captured import config_of
+from captured import MODELS, config_of
 from torch import Tensor
 from watch import Watch
 
@@ -72,7 +72,7 @@ def scenes_on_meta(task: Task) -> Scenes:
 
 
 @pytest.mark.parametrize("overrides", [(), ("task.wavefront=spherical",), ("task.power=equal",)])
-@pytest.mark.parametrize("model", ["hybrid", "backprojection"])
+@pytest.mark.parametrize("model", MODELS)
 def test_scenes_features_network_loss_and_backward_wait_for_nothing(model: str, overrides: tuple[str, ...], no_autocast: None) -> None:
     step, task = on_meta(model, *overrides)
     step.update([scenes_on_meta(task)], 10)         # as in a warm-up: the constants of the task go to the device
@@ -82,7 +82,7 @@ def test_scenes_features_network_loss_and_backward_wait_for_nothing(model: str, 
     assert not seen.waits and not seen.solvers
 
 
-@pytest.mark.parametrize("model", ["hybrid", "backprojection"])
+@pytest.mark.parametrize("model", MODELS)
 def test_validation_waits_for_nothing(model: str, no_autocast: None) -> None:
     step, task = on_meta(model)
     scenes = scenes_on_meta(task)
