@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -17,3 +18,13 @@ def fresh_graphs() -> Iterator[None]:
     """Compiled graphs of one test neither help nor hurt the next one."""
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def terminal_signals() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP as a program on a terminal gets them, also where these tests run under nohup or in the background."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -201,6 +201,7 @@ def test_two_processes_do_not_write_one_data_set(tmp_path, capsys) -> None:
     assert main(simulate) == 0
 
 
+@pytest.mark.usefixtures("terminal_signals")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_simulate_that_is_ended_says_how_it_goes_on_and_does(sent: signal.Signals, tmp_path, monkeypatch, capsys) -> None:
     simulate = ["simulate", "--out", str(tmp_path / "set"), "--scenes", "8", "--preset", "seed", "--device", "cpu", *TASK]

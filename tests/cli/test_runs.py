@@ -142,6 +142,7 @@ def test_a_run_without_a_best_checkpoint_is_a_clear_error(trained: Path, tmp_pat
     assert "best.safetensors" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("terminal_signals")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_saves_names_the_resume_command_and_continues(tmp_path, sent: signal.Signals) -> None:
     folder = tmp_path / "run"
