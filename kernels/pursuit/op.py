@@ -60,7 +60,7 @@ def _cpp(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, cons
     _check(snapshots, channel, codes, snr_db, constants, stages)
     inputs = [each.float().contiguous() for each in (snapshots, channel, codes, snr_db, *constants)]
     (batch, length, antennas, _), elements = snapshots.shape, codes.shape[-2]
-    out = torch.empty(batch, reference.width(stages)), torch.empty(batch, elements, 2 * reference.rank(stages))
+    out = tuple(inputs[0].new_empty(shape) for shape in ((batch, reference.width(stages)), (batch, elements, 2 * reference.rank(stages))))
     sizes = (batch, antennas, elements, length, stages, constants[7].shape[0], dense, codes.dim() == 4)
     failed = _native()(*(each.data_ptr() for each in (*out, *inputs)), wavenumber, *sizes)
     if failed == NO_FACTORS:

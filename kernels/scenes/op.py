@@ -74,7 +74,7 @@ def _native() -> Any:
 def _cpp(index: Tensor, seed: int, channel_stream: int, noise_stream: int, antennas: int, *rest: Any) -> tuple[Tensor, ...]:
     inputs, spherical = [each.contiguous() for each in (index, *rest[:-1])], rest[-1]
     codes, source, amplitude = inputs[2:5]
-    out = tuple(torch.empty(shape) for shape in _shapes(antennas, codes, source))
+    out = tuple(source.new_empty(shape) for shape in _shapes(antennas, codes, source))
     sizes = (len(source), antennas, codes.shape[-2], codes.shape[-3], source.shape[1], amplitude.shape[1])
     if _native()(*(each.data_ptr() for each in (*out, *inputs)), *sizes, seed, channel_stream, noise_stream, spherical, codes.dim() == 4):
         raise MemoryError("scenes: no memory for the scratch of a thread. Lower the number of threads or the size of the array.")

@@ -144,9 +144,9 @@ class AngleGrid(Constants):
         super().__init__()
         self.sources, self.temperature = sources, temperature
         self.logits = Linear(width, sources * grid * grid)
-        points = torch.cartesian_prod(torch.linspace(-azimuth, azimuth, grid), torch.linspace(-elevation, elevation, grid))
+        points = torch.cartesian_prod(*(torch.linspace(-end, end, grid, dtype=torch.float32) for end in (azimuth, elevation)))
         self.register_buffer("points_G2", points, persistent=False)
-        self.register_buffer("step", torch.tensor((azimuth, elevation)) * (2.0 / (grid - 1)), persistent=False)
+        self.register_buffer("step", torch.tensor((azimuth, elevation), dtype=torch.float32) * (2.0 / (grid - 1)), persistent=False)
 
     def forward(self, x_BD: Tensor, offset_BK2: Tensor) -> tuple[Tensor, Tensor]:
         """`offset_BK2`: what to add to the grid's answer, in units of a grid step."""
