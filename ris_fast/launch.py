@@ -70,6 +70,8 @@ def _fit(config: Config, folder: Path, observer: Observers, checkpoint: str | No
         console.tell([*trainer.source.notes, *trainer.notes])
         if (note := fallback_note()) and trainer.device.type == "cpu":
             print(f"note: {note}")
+        if trainer.network.compiled:
+            print("compiling the network; a large one takes minutes of processor time, less the next time (training.compile=false: none)", flush=True)
         guarded(trainer, folder, preflight=config.health.preflight and not checkpoint, tell=console.found)
         trainer.observer = WithShare(trainer.observer, trainer)
         if profile:

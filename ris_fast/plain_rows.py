@@ -93,6 +93,8 @@ def understood(place: Path, rows: Iterable[Mapping[str, Any]]) -> list[dict[str,
         keys = sorted({str(key) for row in rows for key in row})
         raise ValueError(f"{place}: {len(rows)} rows with the keys {', '.join(keys[:12]) or '(none)'}; none of them is a loss. Expected "
                          f"{' or '.join(NAMES['train_loss'][:3])} for training, {', '.join(NAMES['val_loss'][:4])} for validation.")
+    if not any(_number(row.get(key)) is not None for row in named for key in ("train_loss", "val_loss", "grad_norm")):
+        raise ValueError(f"{place}: {len(rows)} rows name a loss and none of them has a number for it. Expected numbers.")
     return named
 
 

@@ -47,7 +47,7 @@ class Watchdog:
     @property
     def ruled_out(self) -> dict[str, list[str]]:
         """Names of the checks that passed and of the rules that looked at the run and found nothing."""
-        return {"checks": [check.name for check in self.checks if check.passed],
+        return {"checks": [check.name for check in self.checks if check.passed and check.reached],
                 "rules": [name for name, found in self._rules.items() if not found]}
 
     def verdict(self) -> str:

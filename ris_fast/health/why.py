@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, Mapping
@@ -13,7 +14,7 @@ from ris_fast.health.plain import symptoms
 from ris_fast.health.rules import replay
 from ris_fast.health.run import Run
 
-SUMMARY = "summary.json"
+SUMMARY, CONFIG, METRICS = "summary.json", "config.toml", "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Answer:
         if self.plain:
             return ("Losses alone show few mistakes. next: ris_fast.health.watch(model, optimizer) in that loop says more, or ris-fast train, "
                     "which checks and watches its own")
-        return "next: ris-fast check, with the run's config.toml"
+        return f"next: ris-fast check {shlex.quote(str(Path(self.run) / CONFIG))}" if (Path(self.run) / CONFIG).is_file() else "next: ris-fast check"
 
     def to_json(self) -> dict[str, Any]:
         return {"run": self.run, "verdict": self.verdict, "figures": self.figures,
@@ -75,9 +76,18 @@ def run_of(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> Run
 
 
 def summary_beside(place: Path) -> dict[str, Any]:
-    """The summary of a run folder, or of the folder that a metrics file lies in; empty where there is none."""
+    """The summary of a run folder, or of the folder that a metrics file lies in; empty where there is none.
+
+    Raises ValueError naming a file that is damaged, and what to do.
+    """
     file = (place if place.is_dir() else place.parent) / SUMMARY
-    return json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        found = json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}). Remove it: {METRICS} beside it has the run's rows.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no summary of a run. Remove it: {METRICS} beside it has the run's rows.")
+    return found
 
 
 def _figures(run: Run) -> str:

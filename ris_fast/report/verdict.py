@@ -6,6 +6,7 @@ from typing import Any, Mapping
 
 from ris_fast.training.summary import LEARNED
 
+FEW_STEPS = 200                                # a network that learns shows it within as many
 CONSTANTS = ("zero", "identity", "mean")       # floors that know nothing of the scene; any other feeds the network
 
 
@@ -20,7 +21,9 @@ def stalled_because(summary: Mapping[str, Any]) -> str:
     constants = [floors[name] for name in CONSTANTS if name in floors]
     lowest = min(constants, default=1.0)
     if best >= lowest:
-        return f"{best:.3g} is no better than the constant answer ({lowest:.3g}): the network has learned nothing of the scenes"
+        steps = summary.get("optimizer_steps")
+        few = f"; {steps} steps are few, train longer" if isinstance(steps, int) and steps < FEW_STEPS else ""
+        return f"{best:.3g} is no better than the constant answer ({lowest:.3g}): the network has learned nothing of the scenes{few}"
     feeding = {name: value for name, value in floors.items() if name not in CONSTANTS and best >= LEARNED * value}
     if feeding:
         name, value = min(feeding.items(), key=lambda item: item[1])

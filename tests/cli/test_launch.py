@@ -29,7 +29,7 @@ class Ends:
 
     def __init__(self, config: Any, folder: Path | None = None, observer: Any = None, **_: Any) -> None:
         self.config, self.folder, self.observer, self.device = config, folder, observer, torch.device("cpu")
-        self.source, self.notes = SimpleNamespace(notes=[]), []
+        self.source, self.notes, self.network = SimpleNamespace(notes=[]), [], SimpleNamespace(compiled=False)
 
     def fit(self) -> dict[str, Any]:
         if isinstance(self.outcome, BaseException):

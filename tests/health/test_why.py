@@ -185,3 +185,13 @@ def test_a_stalled_run_says_which_line_it_did_not_pass(tmp_path: Path, capsys) -
     assert "not better than pursuit, 0.0256, which the network's inputs give without it: train longer" in capsys.readouterr().out
     assert main(["why", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["reason"].startswith("stalled: best validation NMSE 0.0266")
+
+
+def test_a_damaged_summary_and_rows_without_numbers_are_named(tmp_path: Path, capsys) -> None:
+    (tmp_path / "summary.json").write_text('{"verdict": "lear')
+    (tmp_path / "metrics.jsonl").write_text('{"train_loss": 1.0}\n')
+    assert main(["why", str(tmp_path)]) == 2
+    assert str(tmp_path / "summary.json") in (said := capsys.readouterr().err) and "Remove it" in said
+    (tmp_path / "rows.jsonl").write_text('{"train_loss": "x", "val_loss": null}\n' * 3)
+    (tmp_path / "summary.json").unlink()
+    assert main(["why", str(tmp_path / "rows.jsonl")]) == 2 and "none of them has a number" in capsys.readouterr().err
