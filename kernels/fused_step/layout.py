@@ -62,6 +62,7 @@ class State(IntEnum):
     FIRST_BAD = 12  # first tensor with a non-finite gradient in the last skipped step, -1: none
     SUMSQ = 13  # sum of squares of the scaled gradient over all tensors
     BAD = 14  # non-finite values over all tensors
+    EARLIER = 15  # by how much the step count of the oldest moments is ahead of APPLIED: steps of an earlier optimizer
     COUNT = 16
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ris_fast.kernels.fused_step.layout import Group, Hyper
 from ris_fast.kernels.fused_step.op import backends
 
 GROWTH_INTERVAL = 2000.0
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def _refuse(message: str) -> None:
@@ -34,29 +36,73 @@ def check_group(group: Mapping[str, Any]) -> None:
     check_kind(group)
     if group["foreach"] and group["fused"]:
         _refuse("foreach=True and fused=True exclude each other, as in torch. Leave both out: there is one implementation.")
-    lr = group["lr"]
+    check_flags({key: group[key] for key in ("maximize", "decoupled_weight_decay")})
+    lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         _refuse(f"lr is a tensor of shape {tuple(lr.shape)}. Give one element.")
-    if not (isinstance(lr, Tensor) and lr.is_cuda) and not float(lr) >= 0:
-        _refuse(f"lr is {lr}. Give a number >= 0.")
-    if len(group["betas"]) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in group["betas"]):
-        _refuse(f"betas are {group['betas']}. Give two numbers in [0, 1).")
-    if not group["eps"] >= torch.finfo(torch.float32).tiny:
-        _refuse(f"eps is {group['eps']}. Give at least 1.2e-38: without it a gradient that is always zero divides by zero.")
-    if not group["weight_decay"] >= 0:
-        _refuse(f"weight_decay is {group['weight_decay']}. Give a number >= 0.")
+    if not (isinstance(lr, Tensor) and lr.is_cuda) and not 0 <= _number(lr) < math.inf:
+        _refuse(f"lr is {lr!r}. Give a finite number >= 0.")
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0.0 <= _number(beta) < 1.0 for beta in betas):
+        _refuse(f"betas are {betas!r}. Give two numbers in [0, 1).")
+    if not torch.finfo(torch.float32).tiny <= _number(group["eps"]) < math.inf:
+        _refuse(f"eps is {group['eps']!r}. Give a number from 1.2e-38: without it a gradient that is always zero divides by zero.")
+    if not 0 <= _number(group["weight_decay"]) < math.inf:
+        _refuse(f"weight_decay is {group['weight_decay']!r}. Give a finite number >= 0.")
+
+
+def _number(value: Any) -> float:
+    """The value as a float; NaN, which is in no range, where it is no number."""
+    one = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
+    return float(value) if one else math.nan
+
+
+def check_flags(flags: Mapping[str, Any]) -> None:
+    """Raises ValueError on a switch that is neither on nor off, naming it."""
+    for name, value in flags.items():
+        if not isinstance(value, (bool, Real)) or value not in (False, True):
+            _refuse(f"{name} is {value!r}. Give True or False.")
+
+
+def check_records(records: Any, telemetry: bool) -> None:
+    """Raises ValueError on a number of records that cannot be kept."""
+    if not isinstance(records, int) or records < 0 or (records and not telemetry):
+        _refuse(f"records is {records!r} with telemetry={telemetry}. Give a whole number >= 0, and telemetry=True where it is not 0.")
 
 
 def check_options(max_grad_norm: float | None, ema_decay: float | None, loss_scale: Any, backend: str) -> None:
     """Raises ValueError on an option of the whole optimizer outside its range, naming it."""
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        _refuse(f"max_grad_norm is {max_grad_norm}. Give a number > 0, or None for no clipping.")
-    if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
-        _refuse(f"ema_decay is {ema_decay}. Give a number in [0, 1); with 1 the average never moves.")
-    if not (loss_scale is None or loss_scale == "dynamic" or (not isinstance(loss_scale, str) and 0 < loss_scale < math.inf)):
+    if max_grad_norm is not None and not _number(max_grad_norm) > 0:
+        _refuse(f"max_grad_norm is {max_grad_norm!r}. Give a number > 0, or None for no clipping.")
+    if ema_decay is not None and not 0.0 <= _number(ema_decay) < 1.0:
+        _refuse(f"ema_decay is {ema_decay!r}. Give a number in [0, 1); with 1 the average never moves.")
+    if not (loss_scale is None or loss_scale == "dynamic" or 0 < _number(loss_scale) < math.inf):
         _refuse(f"loss_scale is {loss_scale!r}. Give None, 'dynamic' or a number > 0.")
     if backend != "auto" and backend not in ("native", "triton", "reference"):
         _refuse(f"backend is {backend!r}. Give 'auto', 'native', 'triton' or 'reference'.")
+
+
+def check_saved(name: str, like: Tensor, saved: Mapping[Any, Any]) -> None:
+    """Raises ValueError where the saved state of a tensor has no moments, or something of another shape."""
+    for key in MOMENTS:
+        if key not in saved:
+            _refuse(
+                f"the saved state of {name} has no '{key}' (it has: {', '.join(map(str, saved))}); another kind of optimizer saved it. "
+                "Load a state of FusedAdamW or torch.optim.AdamW."
+            )
+    if torch.as_tensor(saved["step"]).numel() != 1:
+        _refuse(f"the saved 'step' of {name} has shape {tuple(saved['step'].shape)}, expected one number.")
+    for key in ("exp_avg", "exp_avg_sq", "ema"):
+        if key in saved:
+            check_shape(key, name, like, saved[key])
+
+
+def check_shape(key: str, name: str, like: Tensor, saved: Tensor) -> None:
+    """Raises ValueError on a moment or an average that would be broadcast."""
+    if saved.shape != like.shape:
+        _refuse(
+            f"the saved '{key}' of {name} has shape {tuple(saved.shape)}, but the parameter has shape {tuple(like.shape)}. "
+            "Load the state of an optimizer over the same model, with its parameters in the same order."
+        )
 
 
 def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -104,6 +150,11 @@ def _refuse_kind(name: str, p: Tensor) -> None:
         _refuse(
             f"parameter {name} is a {kind}, which has no memory of its own to move into a flat buffer. {sharded}"
             "Use torch.optim.AdamW for it, or DistributedDataParallel with FusedAdamW."
+        )
+    if p.dtype.is_floating_point and p.dtype.itemsize < 2:
+        _refuse(
+            f"parameter {name} is {p.dtype}, in which a step is lost to rounding. Keep the parameter in bfloat16 or float32 "
+            "and cast a copy for the forward pass."
         )
     if p.layout != torch.strided:
         _refuse(f"parameter {name} is {p.layout}. Use torch.optim.AdamW for parameters that are not dense.")

@@ -138,6 +138,17 @@ class Bucket:
     def device(self) -> torch.device:
         return self.param.device
 
+    def attached(self) -> bool:
+        """Whether every view for gradients is still over the buffer; moving a module points `.grad.data` elsewhere."""
+        return array("q", [view.data_ptr() for view in self.grads]) == self._addresses
+
+    def reattach(self, slot: int) -> None:
+        """Brings a view for gradients, with what is in it now, back over the buffer."""
+        view = self.grads[slot]
+        if view.data_ptr() != self._addresses[slot] or view.dtype != self.params[slot].dtype:
+            place = view_like(self.grad, self.starts[slot], self.params[slot])
+            view.data = place.copy_(view)
+
     def set_live(self, live: Sequence[bool]) -> None:
         """Names the tensors that have a gradient; tables of earlier choices are kept, so alternating is cheap."""
         self._live = tuple(live)

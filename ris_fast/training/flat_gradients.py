@@ -112,6 +112,8 @@ class FlatGradients(FlatOptimizer):
         if set_to_none or not identical(params, self._params) or not identical([p.grad for p in params], self._in_place):
             super().zero_grad(set_to_none)
         elif self._clear_version != self._versions():
+            if not all(bucket.attached() for bucket in self._buckets):
+                super().zero_grad(set_to_none)  # the views are elsewhere until the next step
             for bucket in self._buckets:
                 bucket.grad.zero_()
 

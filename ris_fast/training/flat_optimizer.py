@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ris_fast.training.arguments import check_group, choose_backend, refuse_parameters, tensor_names
-from ris_fast.training.flat import Bucket, held_elsewhere, real_dtype
+from ris_fast.kernels.fused_step.layout import State
+from ris_fast.training.arguments import check_group, check_saved, choose_backend, refuse_parameters, tensor_names
+from ris_fast.training.flat import Bucket, held_elsewhere, real_dtype, view_like
 
 _STATE = ("step", "exp_avg", "exp_avg_sq", "ema", "counters")  # ours in `state`; other entries are the user's
 
@@ -25,7 +26,7 @@ class FlatOptimizer(Optimizer):
     `state`) is compared with what was left there before each step; only where it differs is anything copied or laid out again.
     """
 
-    _built = False
+    _built = _swapped = False
     _averaging = False  # True once the average has left its starting value: only then is it worth saving
     wanted_backend: str
     ema_decay: float | None
@@ -84,7 +85,13 @@ class FlatOptimizer(Optimizer):
     # ---- the state that torch shows ----------------------------------------------------------------------------------
 
     def _load_moments(self, loaded: dict[Any, Any]) -> None:
-        """Copies steps, moments and averages into the buffers; a tensor without moments starts from zero."""
+        """Copies steps, moments and averages into the buffers; a tensor without moments starts from zero.
+
+        Raises: ValueError on moments that are not there or of another shape, before anything is copied.
+        """
+        for name, p in zip(self.tensor_names, self._params, strict=True):
+            if loaded.get(p):
+                check_saved(name, p, loaded[p])
         for i, p in enumerate(self._params):
             bucket, slot = self._place[i]
             saved = loaded.get(p)
@@ -100,7 +107,16 @@ class FlatOptimizer(Optimizer):
                 bucket.averages[slot].copy_(saved["ema"])
             self.state[p] = {key: value for key, value in saved.items() if key not in _STATE} | self._views(i)
         self._live: list[bool] = []
+        self._note_earlier()
         self._show_state()
+
+    def _note_earlier(self) -> None:
+        """Step counts that came from elsewhere may be ahead of the applied steps; afterwards both move on together."""
+        first = self._buckets[0]
+        most = torch.stack([bucket.steps.max().to(first.device, torch.float64) for bucket in self._buckets]).max()
+        ahead = (most - first.state[State.APPLIED]).clamp(min=0)
+        for bucket in self._buckets:
+            bucket.state[State.EARLIER].copy_(ahead)
 
     def _views(self, i: int) -> dict[str, Tensor]:
         """Step and moments of a tensor, where they are."""
@@ -130,6 +146,7 @@ class FlatOptimizer(Optimizer):
 
     def rebind(self) -> None:
         """Takes the parameters where they are now (after `model.to(...)`), with moments, averages and counters."""
+        self._refuse_inside("rebind")
         self._rebuild()
         self._stepped = False
 
@@ -152,6 +169,7 @@ class FlatOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch. Flat buffers are laid out again: capture CUDA graphs afterwards."""
+        self._refuse_inside("add_param_group")
         super().add_param_group(param_group)
         if not self._built:
             return
@@ -170,6 +188,7 @@ class FlatOptimizer(Optimizer):
         in_place = listed and _where(params) == self._at
         if in_place and identical(self._state_tensors(), self._shown):
             return
+        self._refuse_inside("accumulate")
         if self._capturing():
             raise RuntimeError(
                 "FusedAdamW.step: captured after parameters, their data or their state were replaced. Step once before capturing."
@@ -197,8 +216,37 @@ class FlatOptimizer(Optimizer):
                 with torch.no_grad():
                     for i in moved:
                         self._move_in(i)
+                        self._bring_gradient_back(i)
                 return
         self._rebuild()
+
+    @torch.no_grad()
+    def _put_back(self, raw: Sequence[Tensor]) -> None:
+        """Copies raw, a flat tensor for each buffer, into the buffers, and points every parameter there again.
+
+        All buffers first: whatever a parameter has become in the meantime, its raw weights are then in its place.
+        """
+        for bucket, values in zip(self._buckets, raw, strict=True):
+            bucket.param.copy_(values)
+        for bucket, members, values in zip(self._buckets, self._rows, raw, strict=True):
+            for slot, i in enumerate(members):
+                p, window = self._params[i], bucket.params[slot]
+                if _where([p]) != _where([window]) or p.dtype != window.dtype or p.data_ptr() != self._at[0][i]:
+                    p.data = window
+                    window.copy_(view_like(values, bucket.starts[slot], window))  # share_memory has moved the window too
+                    self._bring_gradient_back(i)
+
+    @torch.no_grad()
+    def _bring_gradient_back(self, i: int) -> None:
+        """What moving or casting a module does to `.grad.data`, undone for a parameter that is back in its place."""
+        p, (bucket, slot) = self._params[i], self._place[i]
+        bucket.reattach(slot)
+        if p.grad is not None and (p.grad.dtype != p.dtype or p.grad.device != p.device):
+            p.grad.data = p.grad.data.to(p.device, p.dtype)
+
+    def _refuse_inside(self, who: str) -> None:
+        if self._swapped:
+            raise RuntimeError(f"FusedAdamW.{who}: called inside `with optimizer.ema():`, where the averaged weights are in. Call it outside the block.")
 
     def _refuse_moved(self, moved: Sequence[int]) -> None:
         if not moved:

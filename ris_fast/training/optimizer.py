@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.kernels.fused_step.layout import State
-from ris_fast.training.arguments import check_group, check_options, host_values
+from ris_fast.training.arguments import check_flags, check_group, check_options, check_records, host_values
 from ris_fast.training.flat import run_step
 from ris_fast.training.saved_optimizer import SavedOptimizer
 
@@ -82,10 +82,10 @@ class FusedAdamW(SavedOptimizer):
         )  # fmt: skip
         check_group(defaults)
         check_options(max_grad_norm, ema_decay, loss_scale, backend)
+        check_flags(dict(ema_warmup=ema_warmup, clear_grads=clear_grads, telemetry=telemetry))
+        check_records(records, telemetry)
         self.max_grad_norm, self._ema_decay, self.ema_warmup = max_grad_norm, ema_decay, ema_warmup
         self.loss_scale, self.clear_grads, self.measure_telemetry = loss_scale, clear_grads, telemetry
-        if records < 0 or (records and not telemetry):
-            raise ValueError(f"FusedAdamW: records is {records} with telemetry={telemetry}. Give a number >= 0, and telemetry=True where it is not 0.")
         self.wanted_backend, self._record_count = backend, records
         self._reset()
         super().__init__(params, defaults)
@@ -97,7 +97,7 @@ class FusedAdamW(SavedOptimizer):
                 bucket.state[State.SCALE] = FIRST_SCALE if loss_scale == "dynamic" else float(loss_scale)
 
     def _reset(self) -> None:
-        self._built = self._swapped = self._external = False
+        self._built = self._swapped = self._external = False  # swapped: averaged weights are in
 
     def _build(self) -> None:
         super()._build()
@@ -191,7 +191,11 @@ class FusedAdamW(SavedOptimizer):
 
     @contextmanager
     def ema(self) -> Iterator[None]:
-        """Averaged weights inside the block; the raw weights come back bit for bit, whatever happens inside."""
+        """Averaged weights inside the block; the raw weights come back bit for bit, whatever happens inside.
+
+        They come back where they were: a model that the block moves or casts (`.half()`, `.cuda()`, `.data =`) is back on
+        its device and in its dtype afterwards. Loading a state and laying the buffers out again are refused inside.
+        """
         if self.ema_decay is None:
             raise RuntimeError("FusedAdamW.ema: there is no average. Build the optimizer with ema_decay=0.999, say.")
         if self._swapped:
@@ -201,16 +205,13 @@ class FusedAdamW(SavedOptimizer):
         self._swapped = True
         try:
             if self._averaging:
-                self._fill_parameters([bucket.ema for bucket in self._buckets])
+                with torch.no_grad():
+                    for bucket in self._buckets:
+                        bucket.param.copy_(bucket.ema)
             yield
         finally:
-            self._fill_parameters(raw)
             self._swapped = False
-
-    @torch.no_grad()
-    def _fill_parameters(self, values: Sequence[Tensor]) -> None:
-        for bucket, value in zip(self._buckets, values, strict=True):
-            bucket.param.copy_(value)
+            self._put_back(raw)
 
     def count_replay(self) -> None:
         """To be called for each replay of a CUDA graph with a step in it: the graph cannot tell the host."""
