@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -42,7 +43,7 @@ def check_group(group: Mapping[str, Any]) -> None:
         _refuse(f"lr is a tensor of shape {tuple(lr.shape)}. Give one element.")
     if not (isinstance(lr, Tensor) and lr.is_cuda) and not 0 <= _number(lr) < math.inf:
         _refuse(f"lr is {lr!r}. Give a finite number >= 0.")
-    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0.0 <= _number(beta) < 1.0 for beta in betas):
+    if not isinstance(betas, (Sequence, np.ndarray)) or len(betas) != 2 or not all(0.0 <= _number(beta) < 1.0 for beta in betas):
         _refuse(f"betas are {betas!r}. Give two numbers in [0, 1).")
     if not torch.finfo(torch.float32).tiny <= _number(group["eps"]) < math.inf:
         _refuse(f"eps is {group['eps']!r}. Give a number from 1.2e-38: without it a gradient that is always zero divides by zero.")
@@ -59,7 +60,7 @@ def _number(value: Any) -> float:
 def check_flags(flags: Mapping[str, Any]) -> None:
     """Raises ValueError on a switch that is neither on nor off, naming it."""
     for name, value in flags.items():
-        if not isinstance(value, (bool, Real)) or value not in (False, True):
+        if not isinstance(value, (Real, np.bool_)) or value not in (False, True):
             _refuse(f"{name} is {value!r}. Give True or False.")
 
 

@@ -232,7 +232,10 @@ class FlatOptimizer(Optimizer):
             for slot, i in enumerate(members):
                 p, window = self._params[i], bucket.params[slot]
                 if _where([p]) != _where([window]) or p.dtype != window.dtype or p.data_ptr() != self._at[0][i]:
-                    p.data = window
+                    try:
+                        p.data = window
+                    except RuntimeError:  # swapped for a tensor of another kind (meta, sparse)
+                        torch.utils.swap_tensors(p, torch.nn.Parameter(window, p.requires_grad))
                     window.copy_(view_like(values, bucket.starts[slot], window))  # share_memory has moved the window too
                     self._bring_gradient_back(i)
 

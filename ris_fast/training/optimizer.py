@@ -97,7 +97,7 @@ class FusedAdamW(SavedOptimizer):
                 bucket.state[State.SCALE] = FIRST_SCALE if loss_scale == "dynamic" else float(loss_scale)
 
     def _reset(self) -> None:
-        self._built = self._swapped = self._external = False  # swapped: averaged weights are in
+        self._built = self._swapped = self._external = False
 
     def _build(self) -> None:
         super()._build()

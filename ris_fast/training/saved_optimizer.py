@@ -102,7 +102,7 @@ class SavedOptimizer(FlatGradients):
                 "FusedAdamW.load_state_dict: the step counts have gone on since the averaged weights were saved; another optimizer made "
                 "those steps. The averages are dropped and begin again from the weights at the next step.",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         # not what torch has made of them, which is rounded to the dtype of the parameter
         self._load_moments(dict(self.state) | {self._params[i]: state for i, state in states.items()})
@@ -177,4 +177,7 @@ def _stale(extra: Mapping[str, Tensor], states: Mapping[int, Mapping[str, Any]])
     """Whether steps were made after the averages: moments then count more of them than the counters, which only we renew."""
     if "counters" not in extra or not states or not any(key.startswith("ema.") for key in extra):
         return False
-    return max(float(state["step"]) for state in states.values()) > float(extra["counters"][State.APPLIED] + extra["counters"][State.EARLIER])
+    counters = extra["counters"]
+    counted = float(counters[State.APPLIED] + counters[State.EARLIER])
+    rounding = torch.finfo(counters.dtype).eps  # torch.optim.AdamW casts what it carries to the dtype of the parameter
+    return max(float(state["step"]) for state in states.values()) > counted * (1 + rounding)

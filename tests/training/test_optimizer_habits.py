@@ -589,6 +589,29 @@ def the_state_is_saved_and_loaded(run: Run) -> None:
     run.train()
 
 
+@same
+def the_state_of_adam_is_loaded(run: Run) -> None:
+    """torch.optim.AdamW goes on decaying decoupled."""
+    adam = torch.optim.Adam(run.watched, lr=0.1, weight_decay=0.1)
+    run.backward()
+    adam.step()
+    run.optimizer.load_state_dict(copy.deepcopy(adam.state_dict()))
+    run.train()
+    run.kept.append(torch.tensor([group["decoupled_weight_decay"] for group in run.optimizer.param_groups]))
+
+
+@same
+def a_parameter_is_appended_and_a_state_with_it_loaded(run: Run) -> None:
+    run.train()
+    new, saved = nn.Parameter(torch.ones(7)), copy.deepcopy(run.optimizer.state_dict())
+    run.watched.append(new)
+    run.params.append(new)
+    saved["param_groups"][0]["params"].append(3)
+    saved["state"][3] = {"step": torch.tensor(1.0), "exp_avg": torch.ones(7), "exp_avg_sq": torch.ones(7)}
+    run.optimizer.load_state_dict(saved)
+    run.train()
+
+
 # ---- several optimizers, and wrappers ------------------------------------------------------------------------------------
 
 
@@ -657,6 +680,89 @@ def lookahead(run: Run) -> None:
             for p, behind in zip(run.watched, slow, strict=True):
                 behind.lerp_(p.data, 0.5)
                 p.data.copy_(behind)
+
+
+# ---- inside `with optimizer.ema()` ----------------------------------------------------------------------------------------
+
+INSIDE: dict[str, Callable[[Run], Any]] = {
+    "cast there and back": lambda run: run.model.half().float(),
+    "widened": lambda run: run.model.double().float(),
+    "cast": lambda run: run.model.half(),
+    "data cloned": lambda run: [setattr(p, "data", p.data.clone()) for p in run.watched],
+    "data held by another": lambda run: [run.kept.append(p.data.clone()) or setattr(p, "data", run.kept[-1]) for p in run.watched],
+    "data transposed": lambda run: setattr(run.a, "data", run.a.data.t().contiguous()),
+    "a vector": lambda run: nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(run.watched).detach().clone(), run.watched),
+    "swapped": lambda run: torch.utils.swap_tensors(run.a, nn.Parameter(torch.ones(3, 3))),
+    "swapped for one without values": lambda run: torch.utils.swap_tensors(run.a, nn.Parameter(torch.ones(3, 3, device="meta"))),
+    "in inference mode": torch.inference_mode()(lambda run: run.model.double()),
+}
+
+
+@pytest.mark.parametrize("clear", [False, True])
+@pytest.mark.parametrize("act", INSIDE)
+def test_raw_weights_come_back_whatever_the_block_does_to_their_data(act: str, clear: bool) -> None:
+    runs = [Run(FusedAdamW, ema_decay=0.9, clear_grads=clear) for _ in range(2)]
+    for run, does in zip(runs, (INSIDE[act], lambda run: None), strict=True):
+        for _ in range(2):
+            run.backward()
+            run.step()
+            with run.optimizer.ema():
+                does(run)
+            run.look()
+            run.optimizer.zero_grad(set_to_none=False)
+    weights = [run.seen[::3] for run in runs]  # gradients leave with a tensor that is swapped, and casting rounds them
+    assert all(map(torch.equal, *weights)) and runs[0].seen[2::3] == runs[1].seen[2::3]
+    assert all(one.dtype == torch.float32 and torch.equal(one, other) for one, other in zip(runs[0].watched, runs[1].watched, strict=True))
+
+
+@pytest.mark.parametrize("who, act", [
+    ("add_param_group", lambda run: run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})),
+    ("rebind", lambda run: run.optimizer.rebind()),
+    ("load_state_dict", lambda run: run.optimizer.load_state_dict(run.optimizer.state_dict())),
+    ("load_extra_state", lambda run: run.optimizer.load_extra_state(run.optimizer.extra_state())),
+    ("load_checkpoint_tensors", lambda run: run.optimizer.load_checkpoint_tensors(run.optimizer.checkpoint_tensors())),
+    ("accumulate", lambda run: (run.params.append(nn.Parameter(torch.ones(2))), run.optimizer.accumulate([None] * 3))),
+])  # fmt: skip
+def test_what_lays_the_buffers_out_again_is_refused_while_the_average_is_in(who: str, act: Callable[[Run], Any]) -> None:
+    run = Run(FusedAdamW, ema_decay=0.9)
+    run.train()
+    raw = [p.detach().clone() for p in run.watched]
+    with pytest.raises(RuntimeError, match=f"FusedAdamW.{who}: called inside"), run.optimizer.ema():
+        act(run)
+    assert all(map(torch.equal, run.watched, raw)) and len(run.optimizer.param_groups) == 1
+    run.train()  # and the optimizer is not locked
+
+
+def test_lists_edited_while_the_average_is_in_are_followed_afterwards() -> None:
+    run, new = Run(FusedAdamW, ema_decay=0.9), nn.Parameter(torch.ones(2))
+    run.train()
+    raw = [p.detach().clone() for p in run.watched]
+    with run.optimizer.ema():
+        run.params[:] = [run.b, new]
+    assert all(map(torch.equal, run.watched, raw))
+    run.watched.append(new)
+    run.train()
+    assert torch.equal(run.a, raw[0]) and not torch.equal(run.b, raw[1]) and not torch.equal(new, torch.ones(2))
+
+
+@pytest.mark.parametrize("zeroed", ["after", "before"])
+def test_a_model_cast_there_and_back_trains_on_where_gradients_are_views(zeroed: str) -> None:
+    """Casting a module points `.grad.data` away from the buffer, and the gradient stays the same object."""
+    ours, plain = Run(FusedAdamW, clear_grads=True), Run(torch.optim.AdamW)
+    for run in (ours, plain):
+        for _ in range(3):
+            run.backward()
+            run.step()
+            if zeroed == "after":
+                run.backward()
+            run.optimizer.zero_grad(set_to_none=False)
+            if zeroed == "after":
+                run.backward()
+            run.model.double().float()
+            if zeroed == "after":
+                run.optimizer.zero_grad(set_to_none=False)
+    for one, other in zip(ours.watched, plain.watched, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 # ---- refused -------------------------------------------------------------------------------------------------------------

@@ -162,6 +162,94 @@ def test_state_dict_goes_both_ways_with_torch() -> None:
         fused.load_state_dict(AdamW(plain.parameters(), amsgrad=True).state_dict())
 
 
+def refuse_on_load(saved: dict[str, Any], words: str) -> None:
+    model = make()
+    optimizer = FusedAdamW(model.parameters(), ema_decay=0.9)
+    train(model, optimizer)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict(saved)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert all(torch.equal(after["state"][i][key], value) for i, entry in before["state"].items() for key, value in entry.items())
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "ema", "step"])
+def test_a_saved_tensor_of_another_shape_is_named_and_never_broadcast(key: str) -> None:
+    model = make()
+    optimizer = FusedAdamW(model.parameters(), ema_decay=0.9)
+    train(model, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0][key] = torch.ones(6)
+    refuse_on_load(saved, rf"saved '{key}' of group0.0 has shape \(6,\)" + ("" if key == "step" else r", but the parameter has shape \(20, 6\)"))
+    tensors = {name: value.clone() for name, value in optimizer.checkpoint_tensors()["optimizer"].items()}
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(ValueError, match=f"saved '{key}' of group0.1 has shape"):
+        optimizer.load_checkpoint_tensors({"optimizer": tensors | {f"{key}.group0.1": torch.ones(1, 2)}})
+    assert all(torch.equal(optimizer.state_dict()["state"][i][name], value) for i, entry in before.items() for name, value in entry.items())
+    optimizer.state[model[0].weight]["exp_avg"] = torch.ones(6)
+    with pytest.raises(ValueError, match=r"saved 'exp_avg' of group0.0 has shape \(6,\)"):
+        train(model, optimizer)
+
+
+@pytest.mark.parametrize("kind, words", [
+    (lambda params: torch.optim.SGD(params, momentum=0.9), "no 'betas'"), (torch.optim.SGD, "no 'betas'"), (torch.optim.Adagrad, "no 'betas'"),
+    (torch.optim.Adamax, "state of group0.0 has no 'exp_avg_sq'.*it has: step, exp_avg, exp_inf"),
+])  # fmt: skip
+def test_the_state_of_another_kind_of_optimizer_is_refused_by_name(kind: Any, words: str) -> None:
+    model = make()
+    other = kind(model.parameters())
+    train(model, other)
+    refuse_on_load(other.state_dict(), f"{words}.*another kind of optimizer saved it")
+
+
+def test_adam_stays_adam_and_adamw_stays_adamw_when_their_own_state_is_loaded() -> None:
+    for decoupled in (False, True):
+        model = make()
+        optimizer = FusedAdamW(model.parameters(), decoupled_weight_decay=decoupled)
+        train(model, optimizer)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert optimizer.param_groups[0]["decoupled_weight_decay"] is decoupled
+
+
+def test_an_average_that_missed_steps_begins_again_with_a_warning() -> None:
+    model = make()
+    optimizer = FusedAdamW(model.parameters(), lr=1e-2, ema_decay=0.9)
+    train(model, optimizer, 3)
+    detour = AdamW(model.parameters(), lr=1e-2)
+    detour.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, detour, 5)
+    with pytest.warns(RuntimeWarning, match="averages are dropped"):
+        optimizer.load_state_dict(copy.deepcopy(detour.state_dict()))
+    raw = copy.deepcopy(model)
+    with optimizer.ema():
+        assert same(model, raw, exactly=True)
+    train(model, optimizer)  # and what is saved from now on is trusted
+    other = make()
+    other.load_state_dict(model.state_dict())
+    restored = FusedAdamW(other.parameters(), ema_decay=0.9)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with optimizer.ema(), restored.ema():
+        assert same(model, other, exactly=True) and not same(model, raw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_average_carried_by_torch_without_a_step_is_kept(dtype: torch.dtype) -> None:
+    model = make()
+    optimizer, start = FusedAdamW(model.parameters(), lr=1e-2, ema_decay=0.9), AdamW(model.parameters(), lr=1e-2)
+    train(model, start, 7)
+    optimizer.load_state_dict(copy.deepcopy(start.state_dict()))  # steps that nobody averaged, before the average begins
+    train(model, optimizer, 258)  # which bfloat16 cannot hold exactly
+    carrier = AdamW([p.detach().to(dtype).requires_grad_() for p in model.parameters()])
+    carrier.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with optimizer.ema():
+        averaged = copy.deepcopy(model)
+    optimizer.load_state_dict(copy.deepcopy(carrier.state_dict()))
+    with optimizer.ema():
+        assert all(torch.allclose(p, q, rtol=1e-2, atol=1e-6) for p, q in zip(model.parameters(), averaged.parameters(), strict=True))
+        assert not same(model, make())
+
+
 def through_file(saved: Any) -> Any:
     file = io.BytesIO()
     torch.save(saved, file)
@@ -451,6 +539,12 @@ def test_capture_needs_every_gradient_in_the_buffer(monkeypatch: pytest.MonkeyPa
     ({"amsgrad": True}, "amsgrad"), ({"differentiable": True}, "differentiable"), ({"foreach": True, "fused": True}, "exclude each other"),
     ({"max_grad_norm": 0.0}, "max_grad_norm"), ({"ema_decay": 1.0}, "ema_decay"), ({"loss_scale": "static"}, "loss_scale"),
     ({"backend": "cuda"}, "backend is 'cuda'"), ({"backend": "triton"}, "cannot serve float32 parameters on cpu"), ({"lr": torch.ones(2)}, "one element"),
+    ({"lr": "a"}, "lr is 'a'"), ({"lr": None}, "lr is None"), ({"lr": float("inf")}, "lr is inf"), ({"lr": float("nan")}, "lr is nan"),
+    ({"betas": 0.9}, "betas are 0.9"), ({"betas": ("a", 0.9)}, "betas are"), ({"eps": "x"}, "eps is 'x'"), ({"eps": float("inf")}, "eps is inf"),
+    ({"weight_decay": "x"}, "weight_decay is 'x'"), ({"weight_decay": float("inf")}, "weight_decay is inf"), ({"max_grad_norm": "x"}, "max_grad_norm is 'x'"),
+    ({"ema_decay": "x"}, "ema_decay is 'x'"), ({"records": 1.5}, "records is 1.5"), ({"records": "x"}, "records is 'x'"), ({"loss_scale": [1]}, "loss_scale is"),
+    ({"clear_grads": "no"}, "clear_grads is 'no'"), ({"maximize": "no"}, "maximize is 'no'"), ({"telemetry": "no"}, "telemetry is 'no'"),
+    ({"ema_warmup": None}, "ema_warmup is None"), ({"decoupled_weight_decay": 0.5}, "decoupled_weight_decay is 0.5"),
 ])  # fmt: skip
 def test_wrong_arguments_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
@@ -463,3 +557,9 @@ def test_torchs_choice_of_implementation_is_accepted(options: dict[str, bool]) -
     train(ours, FusedAdamW(ours.parameters(), lr=1e-2, **options))
     train(plain, AdamW(plain.parameters(), lr=1e-2))
     assert same(ours, plain)
+
+
+def test_parameters_too_coarse_to_step_are_refused_by_name() -> None:
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        with pytest.raises(ValueError, match=f"parameter w is {dtype}.*bfloat16"):
+            FusedAdamW([("w", nn.Parameter(torch.ones(2).to(dtype), requires_grad=False))])
