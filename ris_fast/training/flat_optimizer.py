@@ -249,7 +249,9 @@ class FlatOptimizer(Optimizer):
 
     def _refuse_inside(self, who: str) -> None:
         if self._swapped:
-            raise RuntimeError(f"FusedAdamW.{who}: called inside `with optimizer.ema():`, where the averaged weights are in. Call it outside the block.")
+            raise RuntimeError(
+                f"FusedAdamW.{who}: called inside `with optimizer.ema():`, where the averaged weights are in. Call it outside the block."
+            )
 
     def _refuse_moved(self, moved: Sequence[int]) -> None:
         if not moved:

@@ -42,7 +42,7 @@ class SavedOptimizer(FlatGradients):
     def load_extra_state(self, saved: Mapping[str, Tensor]) -> None:
         """Restores `extra_state`; a tensor that it does not name keeps the average that it has."""
         self._refuse_inside("load_extra_state")
-        self._check_averages(saved)
+        self._check_extra(saved)
         for bucket in self._buckets:
             bucket.state.copy_(saved["counters"])
         self._host_attempted, self._known_skipped = (int(saved["counters"][slot]) for slot in (State.ATTEMPTED, State.SKIPPED))
@@ -56,7 +56,11 @@ class SavedOptimizer(FlatGradients):
             if f"ema.{name}" in saved:
                 self._place[i][0].averages[self._place[i][1]].copy_(saved[f"ema.{name}"])
 
-    def _check_averages(self, saved: Mapping[str, Tensor]) -> None:
+    def _check_extra(self, saved: Mapping[str, Tensor]) -> None:
+        counters = saved.get("counters")
+        if counters is None or counters.shape != (State.COUNT,):
+            shape = "missing" if counters is None else f"of shape {tuple(counters.shape)}"
+            raise ValueError(f"FusedAdamW: the saved 'counters' are {shape}, expected ({State.COUNT:d},). Load what FusedAdamW has saved.")
         for name, p in zip(self.tensor_names, self._params, strict=True):
             if f"ema.{name}" in saved:
                 check_shape("ema", name, p, saved[f"ema.{name}"])
@@ -96,18 +100,20 @@ class SavedOptimizer(FlatGradients):
         states = self._given_states(given)
         extra = {f"ema.{self.tensor_names[i]}": state["ema"] for i, state in states.items() if "ema" in state}
         extra |= {"counters": state["counters"] for state in states.values() if "counters" in state} | given.get(_EXTRA, {})
-        if self.ema_decay is not None and _stale(extra, states):
-            extra = {key: value for key, value in extra.items() if not key.startswith("ema.")}
+        stale = self.ema_decay is not None and _stale(extra, states)
+        if stale:
+            extra = {"counters": extra["counters"]}
+        # not what torch has made of them, which is rounded to the dtype of the parameter
+        self._load_moments(dict(self.state) | {self._params[i]: state for i, state in states.items()})
+        if "counters" in extra:
+            self.load_extra_state(extra)
+        if stale:
             warnings.warn(
                 "FusedAdamW.load_state_dict: the step counts have gone on since the averaged weights were saved; another optimizer made "
                 "those steps. The averages are dropped and begin again from the weights at the next step.",
                 RuntimeWarning,
                 stacklevel=3,
             )
-        # not what torch has made of them, which is rounded to the dtype of the parameter
-        self._load_moments(dict(self.state) | {self._params[i]: state for i, state in states.items()})
-        if "counters" in extra:
-            self.load_extra_state(extra)
 
     @staticmethod
     def _given_states(given: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
@@ -129,7 +135,8 @@ class SavedOptimizer(FlatGradients):
         for i, state in self._given_states(given).items():
             if i < len(self._params):  # else torch refuses the number of tensors
                 check_saved(self.tensor_names[i], self._params[i], state)
-        self._check_averages(given.get(_EXTRA, {}))
+        if _EXTRA in given:
+            self._check_extra(given[_EXTRA])
 
     def checkpoint_tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything but hyperparameters as {"optimizer": name -> tensor}, for files that hold tensors only."""
@@ -147,7 +154,7 @@ class SavedOptimizer(FlatGradients):
         unknown = [key for key in saved if "." in key and key.split(".", 1)[1] not in self.tensor_names]
         if unknown:
             raise ValueError(f"FusedAdamW.load_checkpoint_tensors: '{unknown[0]}' belongs to no parameter here. Build the optimizer with the parameters that were saved.")
-        self._check_averages(saved)
+        self._check_extra(saved)
         moments = {name: {key: saved[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in saved} for name in self.tensor_names}
         self._load_moments({p: moments[name] for name, p in zip(self.tensor_names, self._params, strict=True)})
         self.load_extra_state(saved)

@@ -187,6 +187,9 @@ def test_a_saved_tensor_of_another_shape_is_named_and_never_broadcast(key: str) 
     with pytest.raises(ValueError, match=f"saved '{key}' of group0.1 has shape"):
         optimizer.load_checkpoint_tensors({"optimizer": tensors | {f"{key}.group0.1": torch.ones(1, 2)}})
     assert all(torch.equal(optimizer.state_dict()["state"][i][name], value) for i, entry in before.items() for name, value in entry.items())
+    for counters in ({}, {"counters": torch.ones(1)}):
+        with pytest.raises(ValueError, match=r"saved 'counters' are (missing|of shape \(1,\))"):
+            optimizer.load_checkpoint_tensors({"optimizer": {name: t for name, t in tensors.items() if name != "counters"} | counters})
     optimizer.state[model[0].weight]["exp_avg"] = torch.ones(6)
     with pytest.raises(ValueError, match=r"saved 'exp_avg' of group0.0 has shape \(6,\)"):
         train(model, optimizer)
