@@ -1,7 +1,9 @@
 """Learning health in anyone's loop: `watch(model, optimizer)` for plain PyTorch, with `report()` on request.
 
-Hooks run on a few steps only: on a tensor's gradient after it was accumulated, and around the optimizer's step. They read
-nothing from the device until `report()`, and are not part of a compiled model; a compiled `optimizer.step` is parted at them.
+Hooks run on a few steps only: on a tensor's gradient after it was accumulated, and around the optimizer's step; in the others it
+is only noted which tensors are frozen and which have a gradient. They read nothing from the device until `report()`, and are
+not part of a compiled model; a compiled `optimizer.step` is parted at them. What was trained in steps that were not looked at
+shows in weights and moments that differ from those before the first step.
 
 Legend: T tensors, those of the model that one optimizer holds and that have a norm.
 """
@@ -16,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.named import check_beginnings
-from ris_fast.health.watch_parts import Few, LeftOver, few, part, usual
+from ris_fast.health.watch_arguments import all_optimizers, beginnings, check_every, check_model
+from ris_fast.health.watch_parts import Few, LeftOver, Origin, few, has_norm, held, part, usual
 from ris_fast.health.watch_rules import told
 from ris_fast.training.telemetry import norms
 
@@ -77,6 +79,11 @@ class Follower:
         self.arrived: dict[int, Tensor] = {}
         self.samples: dict[int, Tensor] = {}
         self.passes: Counter[int] = Counter()          # arrivals at each tensor, before the first step
+        self.cleared: Counter[int] = Counter()         # those of them that found the gradient of the one before gone
+        self.summed: dict[int, weakref.ref[Tensor]] = {}
+        self.origin = Origin(optimizer)
+        self.frozen: set[int] = set()                  # at the last step
+        self.fed: set[int] = set()                     # those with a gradient at the last step
         self.listening: list[Tensor] = []
         self.hooks: list[Any] = []
         self.now: Seen | None = None
@@ -90,9 +97,12 @@ class Follower:
 
     def own(self) -> dict[str, Tensor]:
         """The model's parameters that the optimizer holds now; without those that have no norm (lazy, meta, integers)."""
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        return {name.replace("_orig_mod.", ""): p for name, p in self.model.named_parameters()
-                if id(p) in held and not is_lazy(p) and p.device.type != "meta" and (p.is_floating_point() or p.is_complex())}
+        ids = {id(p) for p in self.held()}
+        return {name.replace("_orig_mod.", ""): p for name, p in self.model.named_parameters() if id(p) in ids and has_norm(p)}
+
+    def held(self) -> list[Tensor]:
+        """All tensors of the optimizer, the model's or not."""
+        return held(self.optimizer)
 
     def listen(self) -> None:
         """Hooks on gradients for the next step, if it is one that is looked at."""
@@ -107,17 +117,30 @@ class Follower:
             if (follower := me()) is not None and parameter.grad is not None:
                 follower.arrived[id(parameter)] = norm = norms([part(parameter.grad)])[0]
                 follower.samples[id(parameter)] = few([parameter.grad])
-                follower.passes[id(parameter)] += not follower.steps
+                if not follower.steps:
+                    follower._count(parameter)
                 if follower.left is not None and follower.left.parameter is parameter:
                     follower.left.came(norm)
 
         self.listening, self.hooks = wanted, [p.register_post_accumulate_grad_hook(arrived) for p in wanted]
 
+    def _count(self, parameter: Tensor) -> None:
+        """A pass before the first step: backward adds to the same tensor unless it was set to None, or a graph of it is kept."""
+        key, grad = id(parameter), parameter.grad
+        last = self.summed.get(key)
+        self.passes[key] += 1
+        self.cleared[key] += last is not None and last() is not grad and not grad.requires_grad and grad.layout == torch.strided
+        self.summed[key] = weakref.ref(grad)
+
     @torch.compiler.disable
     @torch.no_grad()
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = self.held()
+        self.frozen = {id(p) for p in tensors if not p.requires_grad}
+        self.fed = {id(p) for p in tensors if p.grad is not None}
         if not self._due():
             return
+        self.origin.note()
         own, scaler = self.own(), getattr(self.optimizer, "found_inf", None)
         closure = any(callable(each) and not isinstance(each, Optimizer) for each in (*args, *kwargs.values()))
         rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate
@@ -135,7 +158,7 @@ class Follower:
     def _gradients(self, own: dict[str, Tensor]) -> None:
         """What came, and what the optimizer was given: with a closure what came, or what is left of it, since the step may clear it."""
         came, zero = [self.arrived.get(id(p)) for p in own.values()], torch.zeros((), device=self.now.before.device)
-        heard, reached = {id(p) for p in self.listening}, self._reached(own)
+        heard, reached = {id(p) for p in self.listening if p.requires_grad}, self._reached(own)
         self.now.heard = tuple(name for name, p in own.items() if id(p) in heard)
         self.now.missing = tuple(name for (name, p), each in zip(own.items(), came) if each is None and id(p) in heard)
         self.now.touched = self._touched(own)
@@ -168,6 +191,8 @@ class Follower:
     def _after(self, *_: Any) -> None:
         uncleared, self.left = self.left and self.left.close(), None
         self.steps += 1
+        self.summed.clear()
+        self.fed = self.fed or {id(p) for p in self.held() if p.grad is not None}          # with a closure they come within the step
         if self.now is not None:
             own = self.own()
             own = {name: own[name] for name in self.now.names if name in own}
@@ -204,17 +229,16 @@ class Watch:
     Args: optimizer: one, or all of them, so that each parameter is looked for where it is;
         every: after the first eight steps of an optimizer, one step in this many is looked at;
         frozen: beginnings of names of parameters that are not meant to be trained.
+    Raises: ValueError for an argument of another kind; ConfigError, which is one, for the beginning of no parameter's name.
     Parameters may be frozen, freed, added and replaced on the way. With a closure it is not seen what happens to gradients
     between backward and the update. A torch.amp.GradScaler may skip steps and divide by powers of two.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], every: int = EVERY,
                  frozen: Sequence[str] = ()) -> None:
-        self.model = model
-        self.frozen = (frozen,) if isinstance(frozen, str) else tuple(frozen)
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        if not self.optimizers or every < 1:
-            raise ValueError(f"watch: {len(self.optimizers)} optimizers and every={every}. Give at least one optimizer, and every >= 1.")
+        check_model(model)
+        self.model, self.optimizers, self.frozen = model, all_optimizers(optimizer), beginnings(frozen)
+        check_every(every, len(self.optimizers))
         check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
         self.followers = [Follower(model, each, every) for each in self.optimizers]
         self.still = {id(p) for p in model.parameters() if not p.requires_grad}      # from the beginning

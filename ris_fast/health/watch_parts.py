@@ -1,18 +1,23 @@
-"""What `watch` keeps of tensors from one step to the next: a few of their numbers, and whether a gradient stays where it is.
+"""What `watch` keeps of tensors from one step to the next: a few of their numbers, whether a gradient stays where it is,
+and what tensors were before the first step.
 
 Legend: S numbers, a few of every tensor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from ris_fast.training.telemetry import norms
 
+EARLY = 8                  # steps after which what nothing has reached is not waited for
 FEW = 256                  # numbers of a tensor, about, that are compared one by one
 
 
@@ -116,3 +121,63 @@ def part(tensor: Tensor) -> Tensor:
     if tensor.layout != torch.strided:
         return tensor._values() if tensor.is_sparse else tensor.values()
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor      # DTensor, whose import takes half a second
+
+
+def has_norm(tensor: Tensor) -> bool:
+    """Not lazy, on a device, and of numbers that can be trained."""
+    return not is_lazy(tensor) and tensor.device.type != "meta" and (tensor.is_floating_point() or tensor.is_complex())
+
+
+def held(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+class Origin:
+    """What an optimizer's tensors and their moments were before the first step that saw them: those that differ later were trained.
+
+    So it shows without a look at each step, whatever was frozen, freed or used in between.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.weights: dict[int, Tensor] = {}
+        self.moments: dict[int, Tensor] = {}
+
+    def note(self) -> None:
+        """Before a step: tensors that are new."""
+        now = {id(p): p for p in held(self.optimizer) if has_norm(p)}
+        for kept in (self.weights, self.moments):
+            for key in kept.keys() - now.keys():         # whose id another tensor may take
+                del kept[key]
+        for key in now.keys() - self.weights.keys():
+            self.weights[key] = few([now[key]])
+            if (moments := self._moments(now[key])) is not None:
+                self.moments[key] = moments
+
+    def _moments(self, tensor: Tensor) -> Tensor | None:
+        """(), norm of what the optimizer keeps of it, without its count of steps, which zeros advance too."""
+        kept = [part(value) for name, value in self.optimizer.state.get(tensor, {}).items()
+                if name != "step" and isinstance(value, Tensor) and has_norm(value)]
+        return norms(kept).norm() if kept else None
+
+    def trained(self) -> set[int]:
+        """Ids of tensors whose moments differ; of those without moments whose weights do. Reads the device."""
+        flags = {id(p): self._differs(p) for p in held(self.optimizer) if id(p) in self.weights}
+        return {key for key, flag in zip(flags, _host(flags.values())) if flag}
+
+    def _differs(self, tensor: Tensor) -> Tensor:
+        """()"""
+        was, moments = self.weights[id(tensor)], self._moments(tensor)
+        if moments is not None:
+            before = self.moments.get(id(tensor), torch.zeros_like(moments)).to(moments.device)
+            return (moments - before).abs() > 1e-6 * before          # another place in memory may be added up in another order
+        now = few([tensor.detach()])
+        return (now != was.to(now.device)).any() if now.shape == was.shape else torch.ones((), dtype=torch.bool)
+
+
+def _host(flags: Iterable[Tensor]) -> list[bool]:
+    """With one copy from each device."""
+    flags = list(flags)
+    places = {flag.device for flag in flags}
+    read = {place: iter(torch.stack([flag for flag in flags if flag.device == place]).tolist()) for place in places}
+    return [next(read[flag.device]) for flag in flags]

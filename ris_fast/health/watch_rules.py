@@ -1,4 +1,4 @@
-"""What the steps that `watch` saw come to: rules over records, with mends that speak of a plain loop.
+"""What the steps that `watch` saw come to: rules over records.
 
 Legend: T tensors, those of the model that one optimizer holds and that have a norm.
 """
@@ -11,109 +11,74 @@ from typing import TYPE_CHECKING, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
-from ris_fast.health.finding import Finding, mend_of, ranked
-from ris_fast.health.watch_parts import part
+from ris_fast.health.finding import Finding, ranked
+from ris_fast.health.watch_members import membership
+from ris_fast.health.watch_mends import BETWEEN, MEANT
+from ris_fast.health.watch_mends import found as _found
+from ris_fast.health.watch_parts import EARLY, part
 from ris_fast.training.telemetry import norms
 
 if TYPE_CHECKING:
     from ris_fast.health.watch import Follower, Seen, Watch
 
-MANY_PASSES = 256          # backward passes without a step, more than anybody accumulates
+MANY_PASSES = 4096         # backward passes without a step, more than anybody adds up
+MANY_CLEARED = 64          # gradients thrown away before the first step, more than trials or a loss scaler take
 SCALER_STEPS = 24          # a loss scale halves its way to one that fits in fewer
-
-BETWEEN = "Look at what stands between `backward()` and `step()`: a clip threshold that is not a number, or a division."
-MEANT = "That may be meant."
-
-MENDS = {
-    "weight_decay_too_large": "Lower `weight_decay`; 1e-4 to 1e-1 is usual with AdamW.",
-    "frozen_parameters": "Call `requires_grad_(True)` on them before the optimizer is built; if they are meant to be frozen, say so: "
-                         "`watch(..., frozen=(\"beginning of their names\",))`.",
-    "zero_learning_rate": "Give the group a rate above zero, and look at what the scheduler makes of it; if it is meant to stand still, "
-                          "say so: `watch(..., frozen=(\"beginning of its parameters' names\",))`.",
-    "nonfinite_step": "Keep the weights in float32 and let `torch.autocast` choose the format of the products; else an `eps` that the "
-                      "format has, such as 1e-4 in float16.",
-    "clip_too_small": "Clip near the norms that arrive, e.g. `clip_grad_norm_(model.parameters(), 1.0)`, after "
-                      "`scaler.unscale_(optimizer)`.",
-    "sanitised_gradients": "Remove the `nan_to_num` and mend the term that the NaN comes from; until then leave such steps out.",
-    "nonfinite_gradients": "Find the operation with `torch.autograd.detect_anomaly()`: roots, divisions and logarithms at zero are usual.",
-    "loss_sign": "Give the optimizer the gradients as backward leaves them, and leave `maximize` off.",
-    "unused_head": "Let the loss read what these parameters make, look for a `detach()` on the way, or take them out of the model.",
-}
-
-
-def mend(cause: str) -> str:
-    """In the words of a plain loop, which has no settings of this project."""
-    return MENDS.get(cause) or mend_of(cause)
 
 
 def told(watch: "Watch") -> list[Finding]:
     """All findings, most certain first. Reads the device."""
-    return ranked([*_membership(watch), *(found for follower in watch.followers for found in _followed(watch, follower))])
-
-
-def _found(cause: str, evidence: str, step: int = 0, doubt: str = "", advice: str = "") -> Finding:
-    """`doubt`: what else it may be; with it the finding is not certain. `advice`: where it is not the usual one."""
-    return Finding(cause, f"{evidence} {doubt}".strip(), step, advice=advice or mend(cause), certain=not doubt)
-
-
-def _membership(watch: "Watch") -> list[Finding]:
-    """The parameters as they are now, against the optimizers'."""
-    own = {id(p): name.replace("_orig_mod.", "") for name, p in watch.model.named_parameters()}
-    held = Counter(id(p) for optimizer in watch.optimizers for group in optimizer.param_groups for p in group["params"])
-    trained = {id(p): p.requires_grad for p in watch.model.parameters()}
-    wrong = {"missing_from_optimizer": [name for key, name in own.items() if trained[key] and key not in held],
-             "stale_optimizer_parameters": ["a tensor of the optimizer" for key in held if key not in own],
-             "duplicate_parameters": [own.get(key, "?") for key, count in held.items() if count > 1]}
-    return [*_frozen(watch, own, held),
-            *(_found(cause, f"{len(names)}: {', '.join(names[:3])}.", watch.steps) for cause, names in wrong.items() if names)]
-
-
-def _frozen(watch: "Watch", own: dict[int, str], held: Counter[int]) -> Iterator[Finding]:
-    """Uncertain where all have stood still from the beginning, and no optimizer holds them or they are most of the model."""
-    numbers = {id(p): 0 if is_lazy(p) else p.numel() for p in watch.model.parameters()}
-    keys = [id(p) for p in watch.model.parameters() if not p.requires_grad and not own[id(p)].startswith(watch.frozen)]
-    if keys:
-        most = 2 * sum(numbers[key] for key in keys) > sum(numbers.values())
-        meant = watch.still.issuperset(keys) and (most or held.keys().isdisjoint(keys))
-        yield _found("frozen_parameters", f"{len(keys)}: {', '.join(own[key] for key in keys[:3])}.", watch.steps,
-                     MEANT if meant else "")
+    return ranked([*membership(watch), *(found for follower in watch.followers for found in _followed(watch, follower))])
 
 
 def _followed(watch: "Watch", follower: "Follower") -> list[Finding]:
     """What one optimizer's steps say."""
     if not follower.steps:
-        return list(_never_stepped(follower))
+        return list(_never_stepped(watch, follower))
     records = [record.on_host() for record in follower.records]
     if burst := list(_burst(follower, records)):
         return burst             # whatever is said of later steps comes from that
     return [*(found for record in records for found in _judge(record, next(r for r in records if r.names == record.names))),
-            *_turned(records), *_unheard(watch, records), *_skipped(records), *_still(watch, follower, records),
+            *_turned(records), *_unheard(watch, follower, records), *_skipped(records), *_still(watch, follower, records),
             *_clipped(records), *_uncleared(records),
             *_twice(records), *_zeroed(watch, records), *_slow(records), *_decayed(follower, records), *_broken(follower, records)]
 
 
-def _never_stepped(follower: "Follower") -> Iterator[Finding]:
-    """Before the first step all may be well: gradients may be added up over many passes, and a scaler may skip."""
+def _never_stepped(watch: "Watch", follower: "Follower") -> Iterator[Finding]:
+    """Before the first step all may be well: gradients may be added up over many passes, a scaler may skip, a later phase may be meant.
+
+    That gradients are thrown away time after time betrays a loop without a step, unless another optimizer's are made in it.
+    """
     bad = sum(not bool(norm.isfinite()) for norm in follower.arrived.values())
     skipped = f" {bad} of them are not finite: a loss scaler or a check may skip every step." if bad else ""
-    passes = max(follower.passes.values(), default=0)
+    passes, cleared = (max(counts.values(), default=0) for counts in (follower.passes, follower.cleared))
+    later = ("Another optimizer makes steps: this one's may come in a later phase." if watch.steps else
+             "If gradients are added up over several passes, the first step is still to come.")
+    certain = not watch.steps and (passes > MANY_PASSES or cleared > MANY_CLEARED)
     if follower.arrived:
-        later = "If gradients are added up over several passes, the first step is still to come."
-        yield _found("step_never_called", f"{len(follower.arrived)} tensors have received gradients in {passes} backward passes and "
-                     f"the optimizer has made no step.{skipped}", doubt="" if passes > MANY_PASSES else later)
+        yield _found("step_never_called", f"{len(follower.arrived)} tensors have received gradients in {passes} backward passes, {cleared} "
+                     f"of which found the gradients cleared, and the optimizer has made no step.{skipped}", doubt="" if certain else later)
 
 
-def _unheard(watch: "Watch", records: list["Seen"]) -> Iterator[Finding]:
-    """Tensors that no gradient came to, neither from backward nor put there by hand."""
+def _unheard(watch: "Watch", follower: "Follower", records: list["Seen"]) -> Iterator[Finding]:
+    """Tensors that no gradient came to, neither from backward nor put there by hand, and that no step has changed.
+
+    Where some came after others, or by turns, more may come.
+    """
     heard = Counter(name for record in records for name in record.heard)
     missing = Counter(name for record in records for name, given in zip(record.names, record.given)
                       if name in record.missing and given == 0)
-    if never := [name for name, count in missing.items() if count == heard[name] and not name.startswith(watch.frozen)]:
-        yield _found("unused_head", f"{len(never)} of {len(heard)} trainable tensors never received a gradient: "
-                     f"{', '.join(never[:3])}.", records[-1].step,
-                     "" if max(heard[name] for name in never) > 1 else "One step has been made so far.")
+    silent = [name for name, count in missing.items() if count == heard[name]]
+    own, trained = follower.own(), follower.origin.trained()
+    never = [name for name in silent if name in own and id(own[name]) not in trained]
+    turns = len(never) < len(silent) or any(0 < missing[name] < heard[name] for name in heard)
+    if not (never := [name for name in never if not name.startswith(watch.frozen)]):
+        return
+    doubt = "Others are trained in turn or came later: these may be to come." if turns else "Few steps have been made so far."
+    certain = not turns and follower.steps >= EARLY and max(heard[name] for name in never) > 1
+    yield _found("unused_head", f"{len(never)} of {len(heard)} trainable tensors have received no gradient so far, and no step has changed "
+                 f"them: {', '.join(never[:3])}.", records[-1].step, "" if certain else doubt)
 
 
 def _skipped(records: list["Seen"]) -> Iterator[Finding]:

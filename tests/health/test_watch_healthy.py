@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
+from ris_fast import FusedAdamW
 from ris_fast.health import Finding, watch
 
 
@@ -163,8 +165,193 @@ def test_gradients_may_be_put_there_by_hand() -> None:
     assert seen.report() == []
 
 
+# ---- what was trained in steps that were not looked at -----------------------------------------------------------------------
+
+MAKES = [sgd, lambda p: torch.optim.AdamW(p, lr=1e-3), torch.optim.Adagrad, FusedAdamW]
+
+
+def fit(optimizer: torch.optim.Optimizer, output: Tensor) -> None:
+    optimizer.zero_grad()
+    (output - 1.0).square().mean().backward()
+    optimizer.step()
+
+
+def batch() -> Tensor:
+    return torch.randn(4, 8)
+
+
+@pytest.mark.parametrize("make", MAKES)
+@pytest.mark.parametrize("parts, every", [((0, -1), 100), ((-1, 0), 100), ((0, -1), 7)])
+def test_layers_that_are_frozen_and_freed_in_turn_are_trained(parts: tuple[int, int], every: int, make: Callable[..., Any]) -> None:
+    model = network()
+    optimizer = make(model.parameters())
+    seen = watch(model, optimizer, every)
+    for number in range(120):
+        model.requires_grad_(True)
+        model[parts[number % 2]].requires_grad_(False)
+        fit(optimizer, model(batch()))
+    assert causes(seen.report()) == []               # one is frozen at this moment
+    model.requires_grad_(True)
+    assert seen.report() == []
+
+
+@pytest.mark.parametrize("make", [sgd, torch.optim.AdamW])
+def test_experts_that_are_trained_in_turn_are_used_each_of_them(make: Callable[..., Any]) -> None:
+    experts = nn.ModuleList(nn.Linear(8, 4) for _ in range(30))
+    optimizer = make(experts.parameters())
+    seen = watch(experts, optimizer)
+    for number in range(240):
+        fit(optimizer, experts[number % 30](batch()))
+        if number == 10:                             # two thirds have not had their turn
+            assert causes(seen.report()) == [] and causes(seen.report(), False) == ["unused_head"]
+    assert seen.report() == []
+
+
+@pytest.mark.parametrize("make", MAKES)
+@pytest.mark.parametrize("joins", [11, 1000])
+def test_a_head_that_joins_late_is_used_and_one_that_never_does_is_told(joins: int, make: Callable[..., Any]) -> None:
+    model = nn.ModuleDict({"body": network(), "head": nn.Linear(4, 2)})
+    optimizer = make(model.parameters())
+    seen = watch(model, optimizer)
+    for number in range(99):
+        output = model["body"](batch())
+        fit(optimizer, output if number < joins else torch.cat([output, model["head"](output)], 1))
+    assert causes(seen.report(), False) == causes(seen.report()) == ([] if joins == 11 else ["unused_head"])
+
+
+def test_moments_from_an_earlier_run_are_no_proof_that_a_head_is_used_now() -> None:
+    model = nn.ModuleDict({"body": network(), "head": nn.Linear(4, 2)})
+    old, new = (torch.optim.AdamW(model.parameters()) for _ in range(2))
+    fit(old, model["head"](model["body"](batch())))
+    seen = watch(model, new)
+    new.load_state_dict(old.state_dict())
+    for _ in range(12):
+        fit(new, model["body"](batch()))
+    assert causes(seen.report()) == ["unused_head"]
+
+
+def test_layers_that_are_declared_frozen_may_be_in_no_optimizer() -> None:
+    model = network()
+    optimizer = sgd(model[2].parameters())
+    assert watch(model, optimizer, frozen=("0.",)).report() == []
+    assert run(lambda _: optimizer, model, frozen=("0.",)) == []
+    assert causes(run(lambda _: optimizer, model, frozen=("0.weight",))) == ["missing_from_optimizer"]
+
+
+@pytest.mark.parametrize("clamp", [False, True])
+@pytest.mark.parametrize("make", MAKES)
+def test_a_critic_that_stands_still_in_the_generators_steps_is_trained(make: Callable[..., Any], clamp: bool) -> None:
+    nets = nn.ModuleDict({"made": nn.Linear(8, 4), "critic": nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 1))})
+    makes, judges = make(nets["made"].parameters()), make(nets["critic"].parameters())
+    seen = watch(nets, [makes, judges])
+    for number in range(40):
+        nets["critic"].requires_grad_(True)
+        fit(judges, nets["critic"](nets["made"](batch()).detach()))
+        if clamp:
+            torch._foreach_clamp_max_([p.data for p in nets["critic"].parameters()], 0.05)
+        nets["critic"].requires_grad_(False)
+        fit(makes, nets["critic"](nets["made"](batch())))
+        if number % 13 == 0:
+            assert seen.report() == []
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_a_network_may_be_frozen_when_it_is_trained(make: Callable[..., Any]) -> None:
+    model = network()
+    optimizer = make(model.parameters())
+    assert run(lambda _: optimizer, model) == []
+    seen = watch(model, optimizer)
+    for number in range(12):
+        fit(optimizer, model(batch()))
+    model.requires_grad_(False)
+    assert seen.report() == []
+    model[2].requires_grad_(True)
+    for _ in range(12):                              # training goes on without the first layer
+        fit(optimizer, model(batch()))
+    assert causes(seen.report()) == [] and causes(seen.report(), False) == ["frozen_parameters"]
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_what_a_criterion_learns_is_no_stale_tensor(make: Callable[..., Any]) -> None:
+    model, sigma = network(), nn.Linear(1, 1)
+    optimizer = make([*model.parameters(), *sigma.parameters()])
+    seen = watch(model, optimizer)
+    assert causes(seen.report()) == []
+    for _ in range(12):
+        output = model(batch())
+        fit(optimizer, output * sigma(output.mean().view(1, 1)).exp())
+        assert seen.report() == []
+
+
+def test_a_layer_replaced_behind_the_optimizers_back_leaves_stale_tensors() -> None:
+    for steps in (0, 3, 12):                         # before the exchange
+        model = network()
+        optimizer = torch.optim.AdamW(model.parameters())
+        seen = watch(model, optimizer)
+        for number in range(24):
+            if number == steps:
+                model[2] = nn.Linear(16, 4)
+                assert "missing_from_optimizer" in causes(seen.report())
+            fit(optimizer, model(batch()))
+        assert causes(seen.report()) == ["stale_optimizer_parameters", "missing_from_optimizer"]
+        assert "(4, 16)" in seen.report()[0].evidence
+
+
+def test_tensors_of_nobody_that_receive_nothing_are_stale() -> None:
+    model, forgotten = network(), nn.Linear(3, 3)
+    found = run(lambda p: sgd([*p, *forgotten.parameters()]), model)
+    assert causes(found) == ["stale_optimizer_parameters"]
+
+
+# ---- a step that is yet to come ----------------------------------------------------------------------------------------------
+
+
+def test_gradients_may_be_added_up_over_hundreds_of_passes() -> None:
+    line = nn.Linear(8, 4)
+    optimizer = sgd(line.parameters())
+    seen = watch(line, optimizer)
+    for _ in range(299):
+        line(batch()).mean().backward()
+    assert [(each.cause, each.certain) for each in seen.report()] == [("step_never_called", False)]
+    optimizer.step()
+    assert seen.report() == []
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_optimizer_may_wait_for_the_second_phase(whole: bool) -> None:
+    """Gradients reach its layers meanwhile; `whole`: and are cleared with all others."""
+    model = network()
+    phases = sgd(model[0].parameters()), sgd(model[2].parameters())
+    seen = watch(model, phases)
+    for optimizer in phases:
+        for number in range(120):
+            if whole:
+                model.zero_grad()
+            fit(optimizer, model(batch()))
+            if number in (70, 119):
+                assert causes(seen.report()) == []
+    assert seen.report() == []
+
+
+# ---- arguments that mean nothing ---------------------------------------------------------------------------------------------
+
+
+def test_arguments_that_mean_nothing_are_refused_by_name() -> None:
+    model = network()
+    optimizer = sgd(model.parameters())
+    for given, said in (((None, optimizer), "model is None"), (("x", optimizer), "model is 'x'"), ((model, "x"), "optimizer is 'x'"),
+                        ((model, None), "optimizer is None"), ((model, [optimizer, 3]), "a list, with 3 in it"),
+                        ((model, model.parameters()), "optimizer is"), ((optimizer, model), "model is"), ((model, optimizer, 1.5), "every=1.5"), ((model, optimizer, "2"), "every='2'"),
+                        ((model, optimizer, 0), "every=0"), ((model, optimizer, True), "every=True"),
+                        ((model, optimizer, 1, 5), "frozen=5"),
+                        ((model, optimizer, 1, None), "frozen=None"), ((model, optimizer, 1, ("0.", 5)), "frozen=")):
+        with pytest.raises(ValueError, match="^watch: .*" + re.escape(said)):
+            watch(*given)
+    assert watch(model, (each for each in [optimizer]), frozen=["0."]).report() == []
+
+
 def test_mends_speak_of_a_plain_loop() -> None:
-    from ris_fast.health.watch_rules import mend
+    from ris_fast.health.watch_mends import mend
 
     for cause in ("zero_learning_rate", "frozen_parameters", "clip_too_small", "nonfinite_gradients", "weight_decay_too_large"):
         assert not any(word in mend(cause) for word in ("health.", "optimizer.backbone_lr", "optimizer.max_grad_norm", "ris-fast")), cause

@@ -220,13 +220,20 @@ def test_a_report_may_be_asked_for_at_any_moment_of_an_accumulation() -> None:
             assert seen.report() == []
 
 
-def test_hundreds_of_passes_without_a_step_are_certain() -> None:
+@pytest.mark.parametrize("cleared", [True, False])
+def test_hundreds_of_gradients_that_are_thrown_away_are_certain_and_thousands_that_are_added_up(cleared: bool) -> None:
     model = nn.Linear(2, 1)
-    seen = watch(model, torch.optim.SGD(model.parameters(), lr=1e-2))
-    for _ in range(300):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    seen = watch(model, optimizer)
+    for number in range(300 if cleared else 4100):
+        if cleared:
+            optimizer.zero_grad()
         model(torch.ones(1, 2)).sum().backward()
+        if number == 32:
+            assert not seen.report()[0].certain
     (finding,) = seen.report()
-    assert finding.cause == "step_never_called" and finding.certain and "300 backward passes" in finding.evidence
+    assert finding.cause == "step_never_called" and finding.certain
+    assert (f"{300 if cleared else 4100} backward passes, {299 if cleared else 0} of which found the gradients cleared") in finding.evidence
 
 
 def test_a_part_that_is_trained_in_turn_is_doubted_after_one_step() -> None:
