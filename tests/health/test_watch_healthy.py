@@ -341,7 +341,8 @@ def test_arguments_that_mean_nothing_are_refused_by_name() -> None:
     optimizer = sgd(model.parameters())
     for given, said in (((None, optimizer), "model is None"), (("x", optimizer), "model is 'x'"), ((model, "x"), "optimizer is 'x'"),
                         ((model, None), "optimizer is None"), ((model, [optimizer, 3]), "a list, with 3 in it"),
-                        ((model, model.parameters()), "optimizer is"), ((optimizer, model), "model is"), ((model, optimizer, 1.5), "every=1.5"), ((model, optimizer, "2"), "every='2'"),
+                        ((model, model.parameters()), "optimizer is"), ((optimizer, model), "model is"),
+                        ((model, optimizer, 1.5), "every=1.5"), ((model, optimizer, "2"), "every='2'"),
                         ((model, optimizer, 0), "every=0"), ((model, optimizer, True), "every=True"),
                         ((model, optimizer, 1, 5), "frozen=5"),
                         ((model, optimizer, 1, None), "frozen=None"), ((model, optimizer, 1, ("0.", 5)), "frozen=")):
