@@ -20,6 +20,9 @@ from ris_fast.config import Config, ConfigError, Task
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import find_overlap, scene_hashes
 from ris_fast.data.source import SceneSource, open_source
+from ris_fast.data.npz_load import APART, clearly_apart
+from ris_fast.health.pairing import belonging, with_factor
+from ris_fast.health.subject import FEWEST
 from ris_fast.models import Prediction, build_model
 from ris_fast.models.features import SceneFeatures
 from ris_fast.models.simultaneous_pursuit import features_for
@@ -84,7 +87,7 @@ def evaluate(run: str | Path, scenes: int | None = None, device: str = "auto", d
     seconds = time.monotonic() - began
     standard = opened.config.task == Task()
     return {"run": str(opened.folder), "model": opened.config.model.name, "checkpoint": opened.checkpoint,
-            "weights": opened.kind, "notes": [*opened.notes, *training_scenes(source, size)], "standard": standard,
+            "weights": opened.kind, "notes": [*opened.notes, *training_scenes(source, size), *wrong_targets(source, opened.config.task, size)], "standard": standard,
             "epoch": opened.epoch, "parameters": sum(each.numel() for each in model.parameters()),
             "device": str(place), "source": source.describe(), "scenes": size, "seconds": seconds,
             **group_figures(figures, standard), "by_snr": by_snr(figures, standard), "by_count": by_count(figures, standard)}
@@ -132,6 +135,27 @@ def training_scenes(source: SceneSource, size: int) -> list[str]:
               for split, most in (("train", source.size("train")), ("test", size))}
     found = find_overlap("train", hashes["train"], "test", hashes["test"])
     return [f"{found.count} of {found.total} test scenes are training scenes: these figures say nothing of new scenes"] if found.count else []
+
+
+@torch.no_grad()
+def wrong_targets(source: SceneSource, task: Task, size: int) -> list[str]:
+    """What is to be said of test targets that are not those of their scenes: neither of the sources in the files nor of the snapshots."""
+    if source.name == "simulate":
+        return []
+    fit = source.target_fit("test")[:size] if hasattr(source, "target_fit") else torch.zeros(0)
+    apart = clearly_apart(fit)
+    if apart:
+        return [f"in {apart} of {size} test scenes R does not belong to the scene's sources (NMSE of R on them {float(fit[fit > APART].median()):.2g} at the "
+                "median), or the task's array is not the files': these figures compare with wrong targets"]
+    few = torch.linspace(0, size - 1, min(size, CHUNK), device=source.index_device).long()
+    scenes = with_factor(source.batch("test", few))
+    if scenes.channel is None or scenes.factor is None:
+        return []
+    found = belonging(scenes, task.symbols == "static")
+    if not found.mixed_up and int(found.broken.sum()) < max(FEWEST, 0.01 * int(found.decided.sum())):
+        return []
+    return [f"the sources of {len(few)} test scenes explain {max(found.group()[0], 0):.0%} of what the SNR promises of their snapshots: targets, channel "
+            "and snapshots (or the snr labels) are not of the same scenes, so that these figures say nothing"]
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import Overlap, find_copies, find_overlap
 from ris_fast.data.geometry import CENTRED, Reach, target_factor
 from ris_fast.data.npz_format import open_shard
-from ris_fast.data.npz_load import APART, PACKED, LoadedSplit, hash_snapshots, load_split
+from ris_fast.data.npz_load import APART, PACKED, LoadedSplit, clearly_apart, hash_snapshots, load_split
 from ris_fast.data.packed_codes import packed_bytes, unpack_codes
 from ris_fast.data.place import npz_files
 from ris_fast.data.source import size_notes
@@ -27,6 +27,7 @@ from ris_fast.physics.random import SPLITS
 from ris_fast.physics.scenes import Scenes
 
 ONE_POOL = "all"
+BEYOND_DB = 0.5            # labels that are measured go a little beyond the range that was asked for
 
 
 class NpzSource:
@@ -191,18 +192,20 @@ class NpzSource:
         if not facts.exact:
             notes.append(self._fit_note())
         if facts.wrong_collapsed:
-            notes.append(f"in {facts.wrong_collapsed} scenes H is not H_full c_l: one of the two is wrong")
+            why = ("but H_full times the conjugate of c_l: the codes are conjugated, in the files or in H" if 2 * facts.conjugate_codes > facts.wrong_collapsed
+                   else "H, H_full or the codes are wrong")
+            notes.append(f"in {facts.wrong_collapsed} scenes H is not H_full c_l{', ' if why.startswith('but') else ': '}{why}")
         return notes + self._size_notes() + self._snr_note()
 
     def _fit_note(self) -> str:
         fit = self.target_fit("train")
-        apart = int((fit > APART).sum())
+        apart = clearly_apart(fit)
         said = (f"R is not exactly a sum over its own sources: NMSE {float(fit.median()):.2g} at the median, "
                 f"{float(fit.max()):.2g} at most; the dense R is used as the target")
         if apart == 0:
             return f"{said}. Element jitter, or a slightly different array, does this"
         return (f"{said}. In {apart} of {fit.numel()} train scenes (NMSE above {APART:g}) R does not belong to the scene's sources, or "
-                "the task's array is not the one of the files: `ris-fast check` says which")
+                "the task's array is not the one of the files")
 
     def _size_notes(self) -> list[str]:
         if not self._rows:
@@ -215,7 +218,14 @@ class NpzSource:
         snr = self._load("train").table.columns["snr_db"]
         ends = {float(end): int((snr == end).sum()) for end in torch.aminmax(snr)}
         clipped = [f"{count} at {end:g} dB" for end, count in ends.items() if count > max(3, 0.002 * snr.numel())]
-        return [f"snr labels pile up at an end ({', '.join(clipped)}): they were clipped there"] if clipped else []
+        low, high = (float(each) for each in torch.aminmax(snr))
+        if high > self.task.snr_max_db + BEYOND_DB:
+            beyond = [f"snr labels go up to {high:.3g} dB; the task says {self.task.snr_max_db:g}"]
+        elif low < self.task.snr_min_db - BEYOND_DB:
+            beyond = [f"snr labels go down to {low:.3g} dB; the task says {self.task.snr_min_db:g}"]
+        else:
+            beyond = []
+        return beyond + [f"snr labels pile up at an end ({', '.join(clipped)}): they were clipped there"] if clipped else []
 
 
 _COLUMNS = ("snapshots", "channel", "collapsed", "covariance", "azimuth", "elevation", "range_m", "power", "u", "v",

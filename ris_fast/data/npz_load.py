@@ -22,10 +22,12 @@ from ris_fast.data.packed_codes import pack_codes, packed_bytes
 from ris_fast.data.table import Placement, Table, place_table
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.channel import collapsed_channel
+from ris_fast.physics.pairs import conj
 
 CHUNK = 256
 SAME_CODES = 1e-5
 APART = 0.5              # NMSE of the R of another scene: 0.99; of elements that move as the original's do: up to 0.04
+GAP = 0.25               # the R of other sources are above 1 - GAP; heavy element jitter fills what is between GAP and that
 PACKED = ("codes", "codes_unit")
 BIG = {"y": "snapshots", "H_full": "channel", "H": "collapsed", "R": "covariance"}
 
@@ -40,6 +42,7 @@ class Facts:
     stored: Reach = field(default_factory=Reach)      # of the sources as the files have them
     served: Reach = field(default_factory=Reach)      # of the sources as seen from the centre of the array
     wrong_collapsed: int = 0
+    conjugate_codes: int = 0                          # of these, H is H_full times the conjugate of the codes
     hashes: list[bytes] = field(default_factory=list)
     fits: list[Tensor] = field(default_factory=list)       # NMSE of R on the scene's own sources, chunk by chunk
 
@@ -156,9 +159,22 @@ class _Loader:
         """H against H_full, and the hashes."""
         if "H" in chunk and "H_full" in chunk and self.codes is not None:
             codes = self.codes if self.shared else chunk["codes"]
-            away = (collapsed_channel(chunk["H_full"], codes) - chunk["H"]).flatten(1).norm(dim=1)
-            self.facts.wrong_collapsed += int((away > 1e-3 * chunk["H"].flatten(1).norm(dim=1)).sum())
+            wrong = self._wrong_collapsed(chunk, codes)
+            self.facts.wrong_collapsed += wrong
+            self.facts.conjugate_codes += wrong and len(chunk["H"]) - self._wrong_collapsed(chunk, conj(codes))
         self.facts.hashes += scene_hashes(chunk["y"])
+
+    @staticmethod
+    def _wrong_collapsed(chunk: dict[str, Tensor], codes: Tensor) -> int:
+        """In how many scenes H is not H_full c_l."""
+        away = (collapsed_channel(chunk["H_full"], codes) - chunk["H"]).flatten(1).norm(dim=1)
+        return int((away > 1e-3 * chunk["H"].flatten(1).norm(dim=1)).sum())
+
+
+def clearly_apart(fit: Tensor) -> int:
+    """How many R belong to other sources, of the NMSE of each on its own; 0 where the NMSE has no gap, as where elements moved far."""
+    between = (fit > GAP) & (fit <= 1 - GAP)
+    return int((fit > APART).sum()) if int((fit > 1 - GAP).sum()) > int(between.sum()) else 0
 
 
 def _chunks(shard: NpzShard, limit: int) -> Iterator[tuple[int, dict[str, Tensor]]]:

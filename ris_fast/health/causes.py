@@ -78,6 +78,8 @@ CAUSES: dict[str, str] = {
     "stale_cache": "part of a batch comes from an earlier one",
     "empty_cache_slot": "some batches arrive as zeros",
     "shuffled_labels": "targets belong to other scenes than inputs",
+    "snr_labels_differ": "the SNR that scenes are labelled with is not the one that their snapshots have",
+    "parts_unrelated": "snapshots, channel and target of a scene do not belong together, in no order that was tried",
     "mismatched_channel": "the channel belongs to other scenes than the snapshots",
     "scenes_mixed": "what the network answers for one scene depends on the others of its batch",
     "scenes_altered": "the network writes into the scenes that it is given, so that the next to read them sees others",

@@ -15,6 +15,7 @@ from ris_fast.data.fingerprints import Overlap, find_overlap, scene_hashes
 from ris_fast.data.shards import verify_manifest
 from ris_fast.health.finding import Finding
 from ris_fast.health.pairing import DEVIATIONS, HALF, WHOLE, Belonging, belonging, with_factor
+from ris_fast.health.check_snr import labels_differ
 from ris_fast.health.subject import FEWEST, Subject
 from ris_fast.physics.pairs import conj
 from ris_fast.physics.scenes import Scenes
@@ -25,6 +26,9 @@ SPREAD, RUN = 256, 8       # scenes of files, in runs of consecutive ones
 TRIED, PAIR_BUDGET = 8, 4e9     # scenes that are tried with the parts of others; numbers (y times factor) of all pairs
 HASHED = 4096
 FEW = 4                    # of the first scenes, one in so many may be copies of others in the data; a batch that comes again is more
+NO_SIGNAL = ("Look at how y is made: noise in place of signal, a channel that was drawn again, or rows of scenes far from each other. Each y must come "
+             "from the H_full, the codes and the sources of its own row.")
+NO_SOURCES = ("Look at how R is made: the order of its elements, the array and the wavelength; then whether its rows are those of y.")
 PARTS = (("shuffled_labels", "factor"), ("mismatched_channel", "channel"), ("stale_cache", "snapshots"))
 
 
@@ -147,19 +151,19 @@ def manifest(subject: Subject) -> Iterator[Finding]:
 
 def physics(subject: Subject) -> Iterator[Finding]:
     """Snapshots, channel and target of one scene belong together, where the run trains and where it validates."""
-    seen = []
+    seen: dict[str, str] = {}           # what is said once of a kind of scenes, not of the files and of the loop
     for what, whole, of_files in _looked_at(subject):
         scenes = with_factor(whole)
         if scenes.channel is None or scenes.factor is None:
             subject.note = f"not checked: the scenes have no {'channel' if scenes.channel is None else 'target'}"
             return
         finding, said = _together(subject, what, scenes)
-        seen.append(said)
+        seen.setdefault(said.partition(" are ")[0], said)
         if finding is not None:
             # Rows of files are not left over from an earlier batch: there it is the order that is wrong.
             yield replace(finding, cause="mismatched_channel", advice="") if of_files and finding.cause == "stale_cache" else finding
             return
-    subject.note = "; ".join(dict.fromkeys(filter(None, seen)))
+    subject.note = "; ".join(filter(None, seen.values()))
 
 
 def _looked_at(subject: Subject) -> Iterator[tuple[str, Scenes, bool]]:
@@ -188,7 +192,9 @@ def _together(subject: Subject, what: str, scenes: Scenes) -> tuple[Finding | No
     broken, decided = int(found.broken.sum()), int(found.decided.sum())
     partly = broken >= FEWEST and broken >= 0.01 * decided
     if not found.mixed_up and not partly:
-        return _other_symbols(subject, what, scenes), "" if found.group()[1] * DEVIATIONS < 1 else f"not checked: too few {what} scenes are loud enough"
+        other = _other_symbols(subject, what, scenes)
+        labels, said = labels_differ(what, scenes, model == "static") if other is None else (other, "")
+        return labels, said if found.group()[1] * DEVIATIONS < 1 else f"not checked: too few {what} scenes are loud enough"
     count = (f"in {broken} of {decided} {what} scenes that are loud enough to tell" if partly else f"in the {what} scenes taken together")
     seen = f"{count}, the sources do not explain what the SNR promises of the snapshots (all scenes: {max(found.group()[0], 0):.0%} of it)"
     rows = found.broken if partly else torch.ones_like(found.broken)
@@ -197,8 +203,11 @@ def _together(subject: Subject, what: str, scenes: Scenes) -> tuple[Finding | No
         if share > max(WHOLE - 0.1, 1.5 * _mean(found, rows)):
             advice = "Give --set task.symbols=per_snapshot." if cause == "task_differs" else ""
             return Finding(cause, f"{seen}; {how} they explain {share:.0%}.", advice=advice), ""
-    cause, how = _unpaired(scenes, rows, model == "static")
-    return Finding(cause, f"{seen}: {how}."), ""
+    labels, _ = labels_differ(what, scenes, model == "static")
+    if labels is not None:
+        return labels, ""
+    cause, how, advice = _unpaired(scenes, rows, decided, model == "static")
+    return Finding(cause, f"{seen}: {how}.", advice=advice), ""
 
 
 def _mean(found: Belonging, rows: Tensor) -> float:
@@ -229,6 +238,9 @@ def _alternatives(scenes: Scenes, static: bool) -> Iterator[tuple[str, str, Scen
             ("conjugation_error", "with the conjugate of the target", replace(scenes, factor=conj(scenes.factor))),
             ("wrong_layout", "with the snapshots conjugated (or their real and imaginary parts swapped)", snapshots(conj)),
             ("wrong_layout", "with the channel conjugated (or its real and imaginary parts swapped)", replace(scenes, channel=conj(scenes.channel))),
+            ("wrong_layout", "with the codes conjugated (or their real and imaginary parts swapped)", replace(scenes, codes=conj(scenes.codes))),
+            ("wrong_layout", "with the code of the snapshot after", replace(scenes, codes=scenes.codes.roll(-1, -3))),
+            ("wrong_layout", "with the code of the snapshot before", replace(scenes, codes=scenes.codes.roll(1, -3))),
             ("wrong_layout", "with snapshots and antennas read in the other order", snapshots(
                 lambda y: y.reshape(-1, antennas, length, 2).transpose(1, 2))),
             ("wrong_layout", "with real and imaginary parts in planes", snapshots(
@@ -240,20 +252,25 @@ def _alternatives(scenes: Scenes, static: bool) -> Iterator[tuple[str, str, Scen
                 scenes, **{name: getattr(scenes, name).roll(step, 0)}), static
 
 
-def _unpaired(scenes: Scenes, rows: Tensor, static: bool) -> tuple[str, str]:
-    """Which of the three is in the wrong order: the one of another scene with which a scene still fits. Its cause, and in words."""
+def _unpaired(scenes: Scenes, rows: Tensor, decided: int, static: bool) -> tuple[str, str, str]:
+    """Which of the three is in the wrong order: the one of another scene with which a scene still fits. Its cause, in words, and advice."""
     few = rows.nonzero()[:TRIED, 0]
-    found = {cause: _fitting(scenes, few, name, static) for cause, name in PARTS}
+    mirrored = replace(scenes, snapshots=conj(scenes.snapshots))        # nobody's: what fits by chance
+    found = {cause: _fitting(scenes, few, name, static) - _fitting(mirrored, few, name, static) for cause, name in PARTS}
     best = max(found, key=found.__getitem__)
     if found[best] > 0.3:
-        return best, f"{found[best]:.0%} of them fit with the {dict(PARTS)[best]} of another scene"
-    if bool(rows.all()):
-        return "wrong_layout", "snapshots, channel and target do not belong together, in no order of axes and of the scenes looked at"
-    whole = torch.eye(scenes.channel.shape[2])[None].expand(len(few), -1, -1)
-    alone = belonging(replace(scenes[few], factor=torch.stack((whole, 0 * whole), -1).to(scenes.channel)), static)
-    if bool(alone.decided.any()) and float(alone.value[alone.decided].mean()) < HALF:
-        return "mismatched_channel", "no field on the surface explains them through their channel, so snapshots and channel are of different scenes"
-    return "shuffled_labels", "the others are in order, so rows of the target or of the channel are out of it"
+        return best, f"{found[best]:.0%} of them fit with the {dict(PARTS)[best]} of another scene", ""
+    others = "; the others are in order" if not bool(rows.all()) and int(rows.sum()) < decided // 2 else ""
+    whole = torch.eye(scenes.channel.shape[2])[None].expand(scenes.batch, -1, -1)
+    alone = belonging(replace(scenes, factor=torch.stack((whole, 0 * whole), -1).to(scenes.channel)), static)
+    mean, deviation = Belonging(*(each[rows] for each in alone)).group()
+    if deviation * DEVIATIONS > HALF:
+        return "parts_unrelated", f"no conjugate, no order of axes and no part of the other scenes looked at mends it{others}", ""
+    if mean < HALF:
+        return ("parts_unrelated", f"y carries nothing of any sources through its own channel (any field on the surface explains {max(mean, 0):.0%}), and no part "
+                f"of the other scenes looked at mends it{others}", NO_SIGNAL)
+    return ("parts_unrelated", f"snapshots and channel belong together (some field on the surface explains {mean:.0%}), and the target belongs neither to "
+            f"them nor to any of the scenes looked at{others}", NO_SOURCES)
 
 
 def _fitting(scenes: Scenes, few: Tensor, name: str, static: bool) -> float:

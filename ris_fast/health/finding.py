@@ -13,7 +13,7 @@ from ris_fast.health.causes import CAUSES
 LEVELS: dict[str, tuple[str, ...]] = {
     "structural": (
         "nonfinite_data", "manifest_differs", "scenes_altered", "empty_cache_slot", "constant_input", "constant_targets", "rank_sees_other_data", "repeated_batch", "stale_cache",
-        "task_differs", "mismatched_channel", "wrong_layout", "shuffled_labels", "split_overlap",
+        "task_differs", "mismatched_channel", "wrong_layout", "shuffled_labels", "parts_unrelated", "snr_labels_differ", "split_overlap",
         "stale_optimizer_parameters", "ranks_diverged", "stale_compiled_graph", "compiled_differs",
         "cached_validation", "unregistered_parameters", "tied_parameters", "duplicate_parameters", "frozen_parameters",
         "missing_from_optimizer", "low_precision_weights", "zero_learning_rate", "zero_loss_weight", "batchnorm_statistics",

@@ -8,6 +8,7 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K sources
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from ris_fast.physics.scenes import Scenes
 
 WHOLE, HALF = 0.8, 0.5     # below WHOLE scenes as a group are mixed up, below HALF a scene by itself
 DEVIATIONS, CLEAR = 5.0, 4.0    # standard deviations: of a group that is called mixed up; between the two cases of one scene
+AUDIBLE = 0.3              # share of signal from which a scene's own SNR is measured
+CEILING_DB = 30.0          # above it an SNR is as good as any other: rounding and a slightly different array reach it
 
 
 def with_factor(scenes: Scenes) -> Scenes:
@@ -85,3 +88,35 @@ def belonging(scenes: Scenes, static: bool) -> Belonging:
     apart = (chance * free / (size + 1)).sqrt() / (signal * free)
     blind = chance > 0.95                      # everything is explained whatever the target
     return Belonging((share - chance) / (signal * free), *(torch.where(blind, torch.inf, each) for each in (together, apart)))
+
+
+class SnrLabels(NamedTuple):
+    """SNR labels beside what the sources leave of the snapshots, in the scenes whose parts plainly belong together, (S,) each."""
+
+    labels_db: Tensor
+    measured_db: Tensor
+    deviation_db: Tensor       # of the measurement
+    scenes: int                # looked at
+    loud: int                  # of these, by their labels
+
+    @property
+    def away_db(self) -> Tensor:
+        """How much the labels are too high. What is above the ceiling is not told apart."""
+        return self.labels_db.clamp_max(CEILING_DB) - self.measured_db.clamp_max(CEILING_DB)
+
+
+def measure_snr(scenes: Scenes, static: bool) -> SnrLabels:
+    """The SNR as the residual has it, in no need of the label.
+
+    Model: the share explained is chance + (1 - chance) rho, with rho = SNR / (1 + SNR). The residual has D - d complex numbers of noise;
+        the energy of the signal moves with its product with the noise, by 2 / (D SNR) of itself squared.
+    """
+    share, chance = explained(scenes.snapshots, scenes.channel, scenes.codes, scenes.factor, static)
+    size, free = scenes.snapshots[0, ..., 0].numel(), (1.0 - chance).clamp_min(1e-6)
+    signal = ((share - chance) / free).clamp(1e-6, 1.0 - 1e-6)
+    least = (DEVIATIONS * (chance / (free * (size + 1))).sqrt()).clamp_min(AUDIBLE)
+    plain, promised = signal > least, 10.0 ** (scenes.snr_db / 10.0)
+    ratio = signal / (1.0 - signal)
+    deviation = 10.0 / math.log(10.0) * (1.0 / (size * free) + 2.0 / (size * ratio) + 1.0 / (size * ratio.square())).sqrt()
+    return SnrLabels(*(each[plain] for each in (scenes.snr_db, 10.0 * ratio.log10(), deviation)), len(signal),
+                     int((promised / (1.0 + promised) > least).sum()))

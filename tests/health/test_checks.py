@@ -153,7 +153,7 @@ def test_scenes_that_are_not_those_of_their_manifest_are_named(tmp_path: Path) -
     ("mismatched_channel", lambda scenes: {"channel": scenes.channel.roll(1, 0)}),
     ("shuffled_labels", lambda scenes: {"factor": scenes.factor.roll(1, 0)}),
     ("conjugation_error", lambda scenes: {"factor": scenes.factor * torch.tensor((1.0, -1.0))}),
-    ("wrong_layout", lambda scenes: {"snapshots": torch.randn_like(scenes.snapshots)})])
+    ("parts_unrelated", lambda scenes: {"snapshots": torch.randn_like(scenes.snapshots)})])
 def test_validation_scenes_that_are_wrong_alone_are_named(cause: str, wrong: Any) -> None:
     trainer = Trainer(small("backprojection"))
     on_batches(trainer, lambda scenes: replace(scenes, **wrong(scenes)), "val")
