@@ -225,7 +225,7 @@ class NpzSource:
             beyond = [f"snr labels go down to {low:.3g} dB; the task says {self.task.snr_min_db:g}"]
         else:
             beyond = []
-        return beyond + [f"snr labels pile up at an end ({', '.join(clipped)}): they were clipped there"] if clipped else []
+        return beyond + ([f"snr labels pile up at an end ({', '.join(clipped)}): they were clipped there"] if clipped else [])
 
 
 _COLUMNS = ("snapshots", "channel", "collapsed", "covariance", "azimuth", "elevation", "range_m", "power", "u", "v",

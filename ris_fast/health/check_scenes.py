@@ -24,6 +24,7 @@ from ris_fast.training.telemetry import prints
 COMPARED = 64              # scenes of the loop whose parts are compared
 SPREAD, RUN = 256, 8       # scenes of files, in runs of consecutive ones
 TRIED, PAIR_BUDGET = 8, 4e9     # scenes that are tried with the parts of others; numbers (y times factor) of all pairs
+MATCH = 0.9                # of the belonging of a loud scene, from which its parts are of one scene
 HASHED = 4096
 FEW = 4                    # of the first scenes, one in so many may be copies of others in the data; a batch that comes again is more
 NO_SIGNAL = ("Look at how y is made: noise in place of signal, a channel that was drawn again, or rows of scenes far from each other. Each y must come "
@@ -206,7 +207,7 @@ def _together(subject: Subject, what: str, scenes: Scenes) -> tuple[Finding | No
     labels, _ = labels_differ(what, scenes, model == "static")
     if labels is not None:
         return labels, ""
-    cause, how, advice = _unpaired(scenes, rows, decided, model == "static")
+    cause, how, advice = _unpaired(scenes, rows, found, model == "static")
     return Finding(cause, f"{seen}: {how}.", advice=advice), ""
 
 
@@ -252,15 +253,17 @@ def _alternatives(scenes: Scenes, static: bool) -> Iterator[tuple[str, str, Scen
                 scenes, **{name: getattr(scenes, name).roll(step, 0)}), static
 
 
-def _unpaired(scenes: Scenes, rows: Tensor, decided: int, static: bool) -> tuple[str, str, str]:
+def _unpaired(scenes: Scenes, rows: Tensor, read: Belonging, static: bool) -> tuple[str, str, str]:
     """Which of the three is in the wrong order: the one of another scene with which a scene still fits. Its cause, in words, and advice."""
-    few = rows.nonzero()[:TRIED, 0]
-    mirrored = replace(scenes, snapshots=conj(scenes.snapshots))        # nobody's: what fits by chance
-    found = {cause: _fitting(scenes, few, name, static) - _fitting(mirrored, few, name, static) for cause, name in PARTS}
+    wrong = rows.nonzero()[:, 0]
+    few = wrong[read.together[wrong].argsort()[:TRIED]]                 # the loudest, which least fits by chance
+    # Less the same with conjugates, which are nobody's.
+    found = {cause: _fitting(scenes, few, getattr(scenes, name), name, static) - _fitting(scenes, few, conj(getattr(scenes, name)), name, static)
+             for cause, name in PARTS}
     best = max(found, key=found.__getitem__)
     if found[best] > 0.3:
         return best, f"{found[best]:.0%} of them fit with the {dict(PARTS)[best]} of another scene", ""
-    others = "; the others are in order" if not bool(rows.all()) and int(rows.sum()) < decided // 2 else ""
+    others = "; the others are in order" if not bool(rows.all()) and int(rows.sum()) < int(read.decided.sum()) // 2 else ""
     whole = torch.eye(scenes.channel.shape[2])[None].expand(scenes.batch, -1, -1)
     alone = belonging(replace(scenes, factor=torch.stack((whole, 0 * whole), -1).to(scenes.channel)), static)
     mean, deviation = Belonging(*(each[rows] for each in alone)).group()
@@ -273,15 +276,15 @@ def _unpaired(scenes: Scenes, rows: Tensor, decided: int, static: bool) -> tuple
             f"them nor to any of the scenes looked at{others}", NO_SOURCES)
 
 
-def _fitting(scenes: Scenes, few: Tensor, name: str, static: bool) -> float:
-    """Share of some scenes that fit with the part `name` of any of the others."""
+def _fitting(scenes: Scenes, few: Tensor, parts: Tensor, name: str, static: bool) -> float:
+    """Share of some scenes that fit with any of the others' `parts` as their own part `name`."""
     cost = scenes.snapshots[0].numel() * scenes.factor[0].numel()
     candidates = torch.arange(min(scenes.batch, max(32, int(PAIR_BUDGET // (cost * len(few))))))
     hits = 0
     for row in few.tolist():
         pairs = scenes[torch.full_like(candidates, row)]
-        found = belonging(replace(pairs, **{name: getattr(scenes, name)[candidates]}), static)
-        hits += bool((found.decided & (found.value > WHOLE - 0.1)).any())
+        found = belonging(replace(pairs, **{name: parts[candidates]}), static)
+        hits += bool((found.decided & (found.value > MATCH)).any())
     return hits / max(1, len(few))
 
 

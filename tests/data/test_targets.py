@@ -18,6 +18,7 @@ from make_npz import SMALL, original_arrays, write_npz
 
 from ris_fast.config import Config, Data, Task, Training
 from ris_fast.data.fit_array import Labels, fit_array, fit_of
+from ris_fast.evaluation import wrong_targets
 from ris_fast.health import check_information, check_scenes, check_targets
 from ris_fast.health.finding import Finding, ranked
 from ris_fast.health.subject import Subject
@@ -27,6 +28,7 @@ from ris_fast.training.loop import Trainer
 
 Arrays = dict[str, np.ndarray]
 MINUS = np.array([1, -1], np.float32)
+ORDER = np.random.default_rng(1).permutation(SMALL.elements)
 CHECKS = (check_targets.targets, check_scenes.physics, check_scenes.splits)
 
 
@@ -73,6 +75,14 @@ FAULTS: dict[str, tuple[str, Callable[[Arrays], Arrays]]] = {
     "y transposed": ("wrong_layout", lambda some: some | {"y": some["y"].swapaxes(1, 2).reshape(some["y"].shape)}),
     "y shuffled": ("mismatched_channel", shuffled("y")),
     "H shuffled": ("mismatched_channel", shuffled("H_full", "H")),
+    "snr permuted": ("snr_labels_differ", shuffled("snr")),
+    "snr linear": ("snr_labels_differ", lambda some: some | {"snr": 10 ** (some["snr"] / 10)}),
+    "snr too high": ("snr_labels_differ", lambda some: some | {"snr": some["snr"] + 10}),
+    "codes conjugated": ("wrong_layout", lambda some: some | {"codes": some["codes"] * MINUS}),
+    "codes rolled": ("wrong_layout", lambda some: some | {"codes": np.roll(some["codes"], 1, 1)}),
+    "y of noise": ("parts_unrelated", lambda some: some | {"y": np.random.default_rng(len(some["y"])).standard_normal(some["y"].shape).astype(np.float32)}),
+    "elements of R permuted": ("parts_unrelated", lambda some: some | {"R": some["R"][:, ORDER][:, :, ORDER]}),
+    "angles negated": ("wrong_layout", lambda some: some | {"ptr": some["ptr"] * np.repeat([-1, -1, 1], 3).astype(np.float32)}),
     "H conjugated": ("wrong_layout", lambda some: some | {"H_full": some["H_full"] * MINUS, "H": some["H"] * MINUS}),
 }
 
@@ -187,6 +197,26 @@ def test_r_that_does_not_belong_to_its_row_is_noted_with_the_number_of_scenes(tm
     source = subject_of(folder(tmp_path, FAULTS["R shuffled"][1], shards=4, changed_shards=1)).trainer.source
     apart = int((source.target_fit("train") > 0.5).sum())
     assert 20 < apart <= 30 and any(f"In {apart} of 120 train scenes" in note and "does not belong" in note for note in source.notes)
+
+
+def test_labels_beyond_the_task_and_conjugated_codes_are_noted(tmp_path: Path) -> None:
+    notes = subject_of(folder(tmp_path / "snr", FAULTS["snr linear"][1])).trainer.source.notes
+    assert any("snr labels go up to" in note and "the task says 20" in note for note in notes)
+    notes = subject_of(folder(tmp_path / "codes", FAULTS["codes conjugated"][1])).trainer.source.notes
+    assert any("H_full times the conjugate of c_l" in note for note in notes)
+
+
+def test_elements_that_move_far_accuse_no_scene(tmp_path: Path) -> None:
+    source = subject_of(folder(tmp_path, jitter=0.4)).trainer.source
+    assert float(source.target_fit("train").max()) > 0.5 and not any("does not belong" in note for note in source.notes)
+
+
+@pytest.mark.parametrize("change, said", [(dict, ""), (shuffled("R"), "R does not belong"), (shuffled("R", "ptr", "K"), "not of the same scenes")])
+def test_test_targets_of_other_scenes_are_said_at_the_evaluation(tmp_path: Path, change: Any, said: str) -> None:
+    path = folder(tmp_path)
+    write_npz(path / "test" / "shard_000.npz", change(arrays(40, "test", 0.0)))
+    lines = wrong_targets(subject_of(path).trainer.source, SMALL, 40)
+    assert [said in line for line in lines] == [True] * bool(said), lines
 
 
 def test_one_copy_is_one(tmp_path: Path) -> None:
