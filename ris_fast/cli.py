@@ -282,8 +282,6 @@ def simulate(config: Path | None = None, /, *, out: Path, scenes: Annotated[int,
     resolved = load_config(config, preset, set_ or (), {"data.seed": seed, "training.device": device})
     place = choose_device(resolved.training.device)
     manifest = write_shards(resolved, out, scenes, device=place, progress=counter("scenes"))
-    if resolved.task.symbols == "per_snapshot":
-        preset = "seed"                # its network is the one that takes them
     words = ["ris-fast", "train", *(["--preset", preset] if preset else []), "--data", str(manifest.parent)]
     print(f"data set: {manifest.parent}\ntrain on it: {shlex.join(words)}")
     return 0

@@ -51,7 +51,7 @@ def run_training(config: Config, out: Path | None, *, resume: Path | None = None
     return 0 if summary["verdict"] == "learned" else STOPPED_BY_HEALTH
 
 
-def _fit(config: Config, folder: Path, observer: Observers, checkpoint: str | None, profile: bool,
+def _fit(config: Config, folder: Path, observer: Observer, checkpoint: str | None, profile: bool,
          console: ConsoleReport) -> dict[str, Any] | None:
     """The summary of the run; None for one that had nothing left to do. `checkpoint` None: a new run."""
     from ris_fast.benchmarks.share import WithShare
@@ -63,8 +63,8 @@ def _fit(config: Config, folder: Path, observer: Observers, checkpoint: str | No
 
     try:
         stage("opening the data and building the network")
-        trainer = Trainer(config, folder, observer, resume=checkpoint or False, progress=counter("scenes read"))
-        observer.observers[0].config = trainer.config      # the run folder's: what the files made of it
+        trainer = Trainer(config, folder, resume=checkpoint or False, progress=counter("scenes read"))
+        trainer.observer = Observers(RunFolder(folder, trainer.config), observer)      # with what the files made of the settings
         if checkpoint is not None and nothing_left(trainer, folder, checkpoint):
             return None
         console.tell([*trainer.source.notes, *trainer.notes])
@@ -153,7 +153,7 @@ def preflight_line(watchdog: Any, seconds: float) -> str:
 
 
 def _observers(config: Config, folder: Path, console: Observer) -> Observers:
-    observers: list[Observer] = [RunFolder(folder, config), Record(JsonlReport(folder), f"{METRICS} or {SUMMARY}", print), console]
+    observers: list[Observer] = [Record(JsonlReport(folder), f"{METRICS} or {SUMMARY}", print), console]
     if config.report.plots:
         from ris_fast.report.plots import PlotReport
 

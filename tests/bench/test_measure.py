@@ -141,10 +141,10 @@ def test_what_was_measured_before_ctrl_c_is_kept(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(Stopped) as stop:
         alternate({"a": third_call_is_interrupted}, CPU, quiet=9, seconds=60.0, warm=0, least=9)
     assert stop.value.found["a"]["undisturbed"] + stop.value.found["a"]["disturbed"] == 3
-    rows, compared = [{"operator": "first"}], kernels._compared
+    compared = kernels._compared
 
     def second_operator_is_interrupted(*arguments: object) -> dict:
-        if seen := getattr(second_operator_is_interrupted, "seen", None):
+        if hasattr(second_operator_is_interrupted, "seen"):
             raise KeyboardInterrupt
         second_operator_is_interrupted.seen = True
         return compared(*arguments[:2], 1, 0.01)
