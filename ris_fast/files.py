@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Iterator, Mapping
 if TYPE_CHECKING:
     from torch import Tensor
 
-TODO = {errno.ENOSPC: "Free space there", errno.EDQUOT: "Free space there", errno.EFBIG: "Raise the limit on a file's size",
+ADVICE = {errno.ENOSPC: "Free space there", errno.EDQUOT: "Free space there", errno.EFBIG: "Raise the limit on a file's size",
         errno.EACCES: "Get the right to write there", errno.EPERM: "Get the right to write there",
         errno.EROFS: "Get the right to write there"}
 
@@ -30,7 +30,7 @@ class StorageError(OSError):
     def __init__(self, path: str | Path, error: Exception) -> None:
         self.path, number = Path(path), _number(error)
         said = os.strerror(number) if number else str(error)
-        todo = TODO.get(number or 0, "Check that path")
+        todo = ADVICE.get(number or 0, "Check that path")
         super().__init__(f"{path} cannot be written: {said}. {todo}, or write elsewhere (--out).")
         self.errno = number
 

@@ -112,7 +112,7 @@ def _refuse_lost_channel(source: SceneSource, config: Config) -> None:
                         "expect a validation NMSE near 0.97: the run ends as stalled, with exit code 4.")
 
 
-def widened(config: Config, reach: tuple[Reach, Reach] | None) -> tuple[Config, list[str]]:
+def widened_sector(config: Config, reach: tuple[Reach, Reach] | None) -> tuple[Config, list[str]]:
     """The configuration with a sector that holds the sources as they are served, and a note of what that changed.
 
     A reader that re-expresses positions from another origin moves near sources out of the sector of the files' own, in which

@@ -128,25 +128,25 @@ def parts(subject: Subject, held: StoppedValues | None = None) -> dict[str, Gap]
     outputs = {name: value for name, value in prediction._asdict().items() if value is not None and value.requires_grad}
     if not live or not outputs or not total.requires_grad or not bool(total.isfinite()):
         return {}
-    pulls = dict(zip(outputs, torch.autograd.grad(total, list(outputs.values()), retain_graph=True, allow_unused=True)))
-    pulls = {name: pull for name, pull in pulls.items() if pull is not None and _says_something(pull)}
-    if not pulls:
+    cotangents = dict(zip(outputs, torch.autograd.grad(total, list(outputs.values()), retain_graph=True, allow_unused=True)))
+    cotangents = {name: cotangent for name, cotangent in cotangents.items() if cotangent is not None and _says_something(cotangent)}
+    if not cotangents:
         return {}
-    found = torch.autograd.grad([outputs[name] for name in pulls], list(live.values()), list(pulls.values()), allow_unused=True)
+    found = torch.autograd.grad([outputs[name] for name in cotangents], list(live.values()), list(cotangents.values()), allow_unused=True)
     gradients = {name: gradient for name, gradient in zip(live, found) if gradient is not None and bool(gradient.isfinite().all())}
-    pulled, generator = Pulled(subject, pulls, held), torch.Generator().manual_seed(7)
+    projected, generator = ProjectedOutputs(subject, cotangents, held), torch.Generator().manual_seed(7)
     members: dict[str, list[str]] = {}
     for name in gradients:
         members.setdefault(name.partition(".")[0], []).append(name)
-    return {part: _part_gap(pulled, [live[name] for name in names], [gradients[name] for name in names], generator)
+    return {part: _part_gap(projected, [live[name] for name in names], [gradients[name] for name in names], generator)
             for part, names in members.items()}
 
 
-class Pulled:
+class ProjectedOutputs:
     """The network's outputs around the weights as they are, each times the loss's gradient at it."""
 
-    def __init__(self, subject: Subject, pulls: dict[str, Tensor], held: StoppedValues | None) -> None:
-        self.subject, self.pulls, self.held = subject, pulls, held
+    def __init__(self, subject: Subject, cotangents: dict[str, Tensor], held: StoppedValues | None) -> None:
+        self.subject, self.cotangents, self.held = subject, cotangents, held
         self.here = self._outputs()
 
     def _outputs(self) -> list[Tensor]:
@@ -154,7 +154,7 @@ class Pulled:
         torch.manual_seed(0)
         with self.held or nullcontext():
             prediction = self.subject.step.predict(self.subject.scenes[:FEW])
-        return [getattr(prediction, name).detach().double() for name in self.pulls]
+        return [getattr(prediction, name).detach().double() for name in self.cotangents]
 
     def line(self, tensors: list[Tensor], gradients: list[Tensor], directions: list[Tensor]) -> Along:
         """Along one direction of some weights. Its rounding is that of the outputs that change at all, or where a change is
@@ -162,18 +162,18 @@ class Pulled:
         @cache
         def gone(step: float) -> list[Tensor]:
             with self.subject.moved(tensors, directions, step):
-                return [(now - value) * pull for now, value, pull in zip(self._outputs(), self.here, self.pulls.values())]
-        there = [(bool(way.any()), float((value * pull).square().sum()))
-                 for way, value, pull in zip(gone(STEPS[0]), self.here, self.pulls.values())]
+                return [(now - value) * cotangent for now, value, cotangent in zip(self._outputs(), self.here, self.cotangents.values())]
+        there = [(bool(way.any()), float((value * cotangent).square().sum()))
+                 for way, value, cotangent in zip(gone(STEPS[0]), self.here, self.cotangents.values())]
         size = sum(own for moves, own in there if moves) or sum(own for _, own in there)
         return (float(sum((g * d).sum() for g, d in zip(gradients, directions))),
                 lambda step: float(sum(way.sum() for way in gone(step))) if step else 0.0, NOISE * math.sqrt(size))
 
 
-def _part_gap(pulled: Pulled, tensors: list[Tensor], gradients: list[Tensor], generator: torch.Generator) -> Gap:
+def _part_gap(projected: ProjectedOutputs, tensors: list[Tensor], gradients: list[Tensor], generator: torch.Generator) -> Gap:
     sizes = [float(tensor.detach().square().mean().sqrt()) for tensor in tensors]
     first = min([0.02, *filter(None, sizes)])          # of a tensor that starts at zero
-    lines = [pulled.line(tensors, gradients, [torch.randn(tensor.shape, generator=generator).to(tensor) * (size or first)
+    lines = [projected.line(tensors, gradients, [torch.randn(tensor.shape, generator=generator).to(tensor) * (size or first)
                                               for tensor, size in zip(tensors, sizes)]) for _ in range(DIRECTIONS)]
     return _gap(lines, STEPS)
 

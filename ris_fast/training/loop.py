@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.config import Config, ConfigError
-from ris_fast.data.source import SceneSource, epoch_batches, open_source, widened
+from ris_fast.data.source import SceneSource, epoch_batches, open_source, widened_sector
 from ris_fast.models import build_model
 from ris_fast.physics.floors import floors, mean_covariance
 from ris_fast.physics.scenes import Scenes
@@ -58,7 +58,7 @@ class Trainer(Built, Reporting):
         torch.manual_seed(config.training.seed)
         self.source: SceneSource = open_source(config, self.device, progress)
         weights, notes = served_by(config.loss, self.source.lacks)
-        wider, more = (config, []) if resume else widened(config, self.source.reach)     # a run keeps the settings it began with
+        wider, more = (config, []) if resume else widened_sector(config, self.source.reach)     # a run keeps the settings it began with
         self.config = config = replace(wider, loss=weights)
         self.source.notes += notes + more
         self.loss = CovarianceLoss(config.loss, config.task).to(self.device)
