@@ -19,6 +19,7 @@ from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 
 FEW = 8                    # scenes on which a network that torch did not compile is compared
+CALLS = 4                  # on the same few scenes: one network, or several that take turns
 NOISIER = 1.5              # times the spread of the network's own answers
 SLOPE, SLOPE_LOW = 1e-2, 0.2     # relative, of a gradient in float32 and in 16 bits
 FAINT = 1e-4               # of the whole gradient: a tensor with less is measured by this
@@ -57,15 +58,14 @@ def same_network(subject: Subject) -> Iterator[Finding]:
     scenes = subject.groups[0][0] if subject.by_torch else few
     random = _noise(subject, few, _eager) > 10 * SAME
     subject.model.train(subject.by_torch)
-    finding = (_compare_random if random and subject.by_torch else _compare)(subject, scenes, True)
+    finding = (_compare_random(subject, scenes) if random and subject.by_torch else _compare_compiled(subject, scenes) if subject.by_torch
+               else _compare(subject, scenes, True))
     subject.model.eval()
     with torch.no_grad():
         finding = finding or _compare(subject, few, False)
     subject.model.train()
     if finding is None and random:
         finding = _compare_modes(subject, scenes)
-    elif finding is None and subject.by_torch:
-        finding = _compare_gradients(subject, scenes)
     if finding is not None:
         yield finding
 
@@ -75,20 +75,26 @@ def _patched(subject: Subject) -> bool:
 
 
 def _compare(subject: Subject, scenes: Scenes, grad: bool) -> Finding | None:
-    answers = [_network(subject, scenes) for _ in range(4)]
+    answers = [_network(subject, scenes) for _ in range(CALLS)]
     spread = max(change(answers[0], other) for other in answers)
     if spread > CLOSE:
         return _calls_differ(subject, scenes, spread)
-    now = change(_eager(subject, scenes), answers[0])
+    written = _eager(subject, scenes)
     weights, directions = _elsewhere(subject)
     with subject.moved(weights, directions, 0.3):
         moved, wanted = _network(subject, scenes), _eager(subject, scenes)
-    later, stuck = change(wanted, moved), change(answers[0], moved)
-    how = "while training" if grad else "in validation"
-    if later > max(CLOSE, 2 * now) and stuck < SAME and not grad and _follows(subject, weights, directions):
-        return Finding("cached_validation", f"{how}, the network's answers to scenes that it has seen are the same, bit for bit, after "
-                       f"its weights were changed; those to other scenes are not.")
-    if later > max(CLOSE, 2 * now) and (stuck < SAME or later > 0.1 * change(wanted, _eager(subject, scenes))):
+    finding = _difference(subject, "while training" if grad else "in validation", answers[0], written, moved, wanted)
+    if finding is not None and finding.cause == "stale_compiled_graph" and not grad and change(answers[0], moved) < SAME \
+            and _follows(subject, weights, directions):
+        return Finding("cached_validation", "in validation, the network's answers to scenes that it has seen are the same, bit for bit, after "
+                       "its weights were changed; those to other scenes are not.")
+    return finding
+
+
+def _difference(subject: Subject, how: str, answer: Tensor, written: Tensor, moved: Tensor, wanted: Tensor) -> Finding | None:
+    """What the step calls and the network as written, on the same scenes with the weights as they are, and with others."""
+    now, later = change(written, answer), change(wanted, moved)
+    if later > max(CLOSE, 2 * now) and (change(answer, moved) < SAME or later > 0.1 * change(wanted, written)):
         return _stale(how, later, now)
     if now > _tolerance(subject):
         own = subject.step.network is subject.trainer.network and not subject.by_torch
@@ -108,7 +114,7 @@ def _stale(how: str, later: float, now: float) -> Finding:
                    f"answers are off by {later:.2g} (before: {now:.2g}).")
 
 
-def _compare_random(subject: Subject, scenes: Scenes, grad: bool) -> Finding | None:
+def _compare_random(subject: Subject, scenes: Scenes) -> Finding | None:
     """As `_compare` for dropout, whose random numbers a compiler draws in another order: means over two calls differ no more
     than those of the network itself do."""
     def gaps() -> tuple[float, float]:
@@ -124,9 +130,16 @@ def _compare_random(subject: Subject, scenes: Scenes, grad: bool) -> Finding | N
     return _stale("while training", later, now) if later > CLOSE + NOISIER * usual else None
 
 
-def _compare_gradients(subject: Subject, scenes: Scenes) -> Finding | None:
-    """The compiled backward pass against that of the network as written, of a weighted sum of all outputs."""
-    called, wanted = _gradients(subject, scenes), _gradients(subject, scenes, as_written=True)
+def _compare_compiled(subject: Subject, scenes: Scenes) -> Finding | None:
+    """As `_compare` for what torch compiled, and its backward pass too, on a whole batch: no pass more than it takes."""
+    (answer, called), (written, slopes) = _gradients(subject, scenes), _gradients(subject, scenes, as_written=True)
+    with subject.moved(*_elsewhere(subject), 0.3):
+        moved, wanted = _network(subject, scenes), _eager(subject, scenes)
+    return _difference(subject, "while training", answer, written, moved, wanted) or _compare_gradients(subject, called, slopes)
+
+
+def _compare_gradients(subject: Subject, called: dict[str, Tensor], wanted: dict[str, Tensor]) -> Finding | None:
+    """The compiled backward pass against that of the network as written."""
     if not wanted:
         return None
     total = float(torch.stack([slope.norm() for slope in wanted.values()]).norm())
@@ -139,25 +152,26 @@ def _compare_gradients(subject: Subject, scenes: Scenes) -> Finding | None:
     return None
 
 
-def _gradients(subject: Subject, scenes: Scenes, *, as_written: bool = False) -> dict[str, Tensor]:
-    """Name of each trainable tensor -> gradient of a random sum of the network's outputs; empty where autograd leads nowhere."""
+def _gradients(subject: Subject, scenes: Scenes, *, as_written: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """The factor; and name of each trainable tensor -> gradient of a random sum of the outputs, empty where autograd leads nowhere."""
     live = {name: parameter for name, parameter in subject.parameters.items() if parameter.requires_grad}
     prediction = _written(subject, scenes) if as_written else subject.step.predict(scenes)
     outputs = [value for value in prediction if value is not None and value.requires_grad]
+    answer = prediction.factor.detach().float().clone()
     if not live or not outputs:
-        return {}
+        return answer, {}
     generator = torch.Generator().manual_seed(29)
     sides = [torch.randn(value.shape, generator=generator).to(value) for value in outputs]
     slopes = torch.autograd.grad(outputs, list(live.values()), sides, allow_unused=True)
-    return {name: torch.zeros_like(live[name]) if slope is None else slope for name, slope in zip(live, slopes)}
+    return answer, {name: torch.zeros_like(live[name]) if slope is None else slope for name, slope in zip(live, slopes)}
 
 
 def _calls_differ(subject: Subject, scenes: Scenes, spread: float) -> Finding | None:
-    """Four calls on the same scenes differ: ranks, or copies in one process; None for a network that is random or writes into its scenes."""
+    """Calls on the same scenes differ: ranks, or copies in one process; None for a network that is random or writes into its scenes."""
     if _altered(subject, scenes) or change(_eager(subject, scenes), _eager(subject, scenes)) > CLOSE:
         return None
     ranks = torch.distributed.is_available() and torch.distributed.is_initialized() or subject.config.training.accumulate > 1
-    return Finding("ranks_diverged" if ranks else "stale_compiled_graph", f"four calls of the step's network on the same scenes differ by "
+    return Finding("ranks_diverged" if ranks else "stale_compiled_graph", f"calls of the step's network on the same scenes differ by "
                    f"{spread:.2g}: they do not use the same weights.")
 
 

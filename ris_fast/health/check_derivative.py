@@ -11,7 +11,7 @@ import math
 from contextlib import nullcontext
 from functools import cache
 from itertools import product
-from typing import Callable, Iterable, Iterator, Sequence
+from typing import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -27,9 +27,9 @@ from ris_fast.physics.scenes import Scenes
 NOISE, NOISE_WIDE = 2e-6, 1e-12    # of a loss of order one in float32, and in float64
 STEPS = (1e-2, 1e-3)
 SMALL_STEPS = (1e-5, 1e-7, 1e-9)
-DIRECTIONS = 3             # along one the derivative may happen to be next to nothing
+DIRECTIONS = 3             # along one the derivative may happen to be next to nothing; two that agree are enough
 DISAGREES = 0.2            # relative error of a directional derivative; a right one is below 0.03
-FEW = 8                    # scenes for the network's half: an error that few have is a larger share of these, and it costs a pass each
+FEW = 4                    # scenes for the network's half: an error that few have is a larger share of these, and it costs a pass each
 AGREES = 0.05              # at which no smaller step is tried
 
 Along = tuple[float, Callable[[float], float], float]     # derivative that backward says, the function of a step, its rounding
@@ -74,9 +74,7 @@ def loss_inputs(subject: Subject) -> dict[str, float]:
 
     The loss is asked with gradients on, as in training: one that differs without them is another mistake.
     """
-    with torch.no_grad():
-        guess = subject.run()[2]
-    guess = Prediction(*(None if value is None else value.detach().double() for value in guess))
+    guess = Prediction(*(None if value is None else value.double() for value in subject.guess))
     guess, scenes = moved(guess, direction_of(guess, 19), ASIDE), doubled(subject.scenes)
     errors = {}
     for name, gradient in _slopes(subject, guess, scenes).items():
@@ -103,15 +101,16 @@ def _says_something(gradient: Tensor) -> bool:
 
 def _loss_error(subject: Subject, guess: Prediction, scenes: Scenes, name: str, gradient: Tensor) -> float:
     generator, value = torch.Generator().manual_seed(11), getattr(guess, name)
-    lines: list[Along] = []
-    for _ in range(DIRECTIONS):
-        direction = torch.randn(value.shape, generator=generator).to(value) * value.square().mean().sqrt()
 
-        @cache
-        def loss(step: float, direction: Tensor = direction) -> float:
-            return float(subject.loss(guess._replace(**{name: (value + step * direction).requires_grad_()}), scenes)[0].detach())
-        lines.append((float((gradient * direction).sum()), loss, NOISE_WIDE * max(abs(loss(0.0)), 1e-3)))
-    return _pooled([_gap(lines, (*STEPS, *SMALL_STEPS))])
+    def lines() -> Iterator[Along]:
+        for _ in range(DIRECTIONS):
+            direction = torch.randn(value.shape, generator=generator).to(value) * value.square().mean().sqrt()
+
+            @cache
+            def loss(step: float, direction: Tensor = direction) -> float:
+                return float(subject.loss(guess._replace(**{name: (value + step * direction).requires_grad_()}), scenes)[0].detach())
+            yield float((gradient * direction).sum()), loss, NOISE_WIDE * max(abs(loss(0.0)), 1e-3)
+    return _pooled([_gap(lines(), (*STEPS, *SMALL_STEPS))])
 
 
 # ---- the network ------------------------------------------------------------------------------------------------------
@@ -173,9 +172,8 @@ class ProjectedOutputs:
 def _part_gap(projected: ProjectedOutputs, tensors: list[Tensor], gradients: list[Tensor], generator: torch.Generator) -> Gap:
     sizes = [float(tensor.detach().square().mean().sqrt()) for tensor in tensors]
     first = min([0.02, *filter(None, sizes)])          # of a tensor that starts at zero
-    lines = [projected.line(tensors, gradients, [torch.randn(tensor.shape, generator=generator).to(tensor) * (size or first)
-                                              for tensor, size in zip(tensors, sizes)]) for _ in range(DIRECTIONS)]
-    return _gap(lines, STEPS)
+    return _gap((projected.line(tensors, gradients, [torch.randn(tensor.shape, generator=generator).to(tensor) * (size or first)
+                                                  for tensor, size in zip(tensors, sizes)]) for _ in range(DIRECTIONS)), STEPS)
 
 
 # ---- a difference -----------------------------------------------------------------------------------------------------
@@ -187,10 +185,18 @@ def _pooled(gaps: Iterable[Gap]) -> float:
     return math.hypot(*apart) / math.hypot(*sizes) if any(sizes) else 0.0
 
 
-def _gap(lines: Sequence[Along], steps: tuple[float, ...]) -> Gap:
-    """How far derivatives and their differences are apart, and how large they are, each with the step that suits it."""
-    apart, sizes = zip(*(_line_gap(line, steps) for line in lines))
-    return math.hypot(*apart), math.hypot(*sizes)
+def _gap(lines: Iterable[Along], steps: tuple[float, ...]) -> Gap:
+    """How far derivatives and their differences are apart, and how large they are, each with the step that suits it.
+
+    Lines are made one by one, each costs a pass or more: no further one once two or more agree together.
+    """
+    apart, size = 0.0, 0.0
+    for number, line in enumerate(lines, 1):
+        further, larger = _line_gap(line, steps)
+        apart, size = math.hypot(apart, further), math.hypot(size, larger)
+        if number > 1 and apart <= AGREES * size:
+            break
+    return apart, size
 
 
 def _line_gap(line: Along, steps: tuple[float, ...]) -> Gap:

@@ -91,7 +91,7 @@ def first_gradient(subject: Subject) -> Iterator[Finding]:
     parts = [g for g in torch.autograd.grad(total, live, allow_unused=True) if g is not None and bool(g.any())]
     if not parts or not all(bool(part.isfinite().all()) for part in parts):
         return
-    norm = float(torch.stack([part.double().norm() for part in parts]).norm())
+    norm = float(torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).norm())
     limit = subject.optimizer.max_grad_norm or math.inf
     sizes = [float(part.square().mean().sqrt()) * min(1.0, limit / norm) for part in parts]
     size, largest = _median(sizes), max(sizes)

@@ -20,7 +20,7 @@ from ris_fast.training.schedule import learning_rate_factor
 from ris_fast.training.telemetry import Telemetry
 
 STEPS = 5
-FEW = 8                    # scenes of a micro-batch where a step matters and not what it learns
+FEW = 4                    # scenes of a micro-batch where a step matters and not what it learns
 SCALER_STEPS = 24          # a dynamic loss scale halves its way to one that fits in fewer
 STANDS_STILL = 1e-5        # of the raw weights' way; an average over ten thousand steps has gone more
 ROUNDING = 1e-6            # of the weights: a shorter way is lost in an average's rounding
@@ -38,31 +38,31 @@ class Taken:
     skipped: int = 0
     seen_norm: float = math.nan               # of the gradient that the optimizer measured
     rates: list[float] = field(default_factory=list)
-    calls: int = 0
     reached: bool = False                     # the optimizer's own step was called
 
 
 class StepProbe(Telemetry):
-    """Telemetry that keeps the gradients themselves."""
+    """In place of telemetry, which then measures nothing: keeps the gradients themselves, where `gradients` are asked for."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, gradients: bool) -> None:
         super().__init__(subject.model, subject.optimizer, 1)
-        self.taken = Taken()
+        self.taken, self.gradients, self.enabled = Taken(), gradients, False
 
     def cleared(self) -> None:
-        self.taken.left_over = _norm([p.grad for p in self.model.parameters()])
+        if self.gradients:
+            self.taken.left_over = _norm([p.grad for p in self.model.parameters()])
 
     def shown(self, scenes: Scenes, factor: Tensor) -> None:
         """Nothing: the scenes are known."""
 
     def differentiated(self) -> None:
-        self.taken.raw = [None if p.grad is None else p.grad.detach().clone() for p in self.model.parameters()]
-        self.taken.calls += 1
+        if self.gradients:
+            self.taken.raw = [None if p.grad is None else p.grad.detach().clone() for p in self.model.parameters()]
 
 
-def take_step(subject: Subject, group: Sequence[Scenes], planned: int, seed: int = 0) -> Taken:
+def take_step(subject: Subject, group: Sequence[Scenes], planned: int, seed: int = 0, *, gradients: bool = True) -> Taken:
     """One optimizer step over `group`, and what happened in it."""
-    kept, probe = subject.step.telemetry, StepProbe(subject)
+    kept, probe = subject.step.telemetry, StepProbe(subject, gradients)
     before = subject.optimizer.counters()
     subject.step.telemetry = probe
     torch.manual_seed(seed)
@@ -89,7 +89,7 @@ def take_step(subject: Subject, group: Sequence[Scenes], planned: int, seed: int
 def one_step(subject: Subject) -> Iterator[Finding]:
     """One call steps once, on the gradient of all its micro-batches, which nothing touches on its way."""
     group = subject.groups[0]
-    expected = parts_of(subject, group)
+    expected = parts_of(subject, group) if len(group) > 1 or subject.optimizer.loss_scale is not None else []
     before = [parameter.detach().clone() for parameter in subject.model.parameters()]
     first = take_step(subject, group, subject.trainer.plan.planned)
     if first.attempted == 1 and first.skipped == 0:
@@ -141,7 +141,7 @@ def _on_the_way(subject: Subject, taken: Taken, raw: float, expected: list[list[
         where = f"backward leaves {broken} of {len(taken.raw)} tensors with values that are not finite"
         if math.isfinite(seen) and taken.skipped == 0:
             yield Finding("sanitised_gradients", f"{where}, and the optimizer receives a finite gradient of norm {seen:.3g}.")
-        elif all(_finite(part) for part in expected):
+        elif expected and all(_finite(part) for part in expected):
             if subject.optimizer.loss_scale != "dynamic" or _never_applies(subject):
                 yield Finding("scaler_skips_all", f"{where}; without the loss scale of {taken.scale:g} all are finite, and no "
                               f"step is applied.")
@@ -157,7 +157,7 @@ def _on_the_way(subject: Subject, taken: Taken, raw: float, expected: list[list[
 
 
 def _never_applies(subject: Subject) -> bool:
-    return all(take_step(subject, subject.groups[0], subject.trainer.plan.planned).skipped for _ in range(SCALER_STEPS))
+    return all(take_step(subject, subject.groups[0], subject.trainer.plan.planned, gradients=False).skipped for _ in range(SCALER_STEPS))
 
 
 # ---- what the step's gradient is made of ---------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def several_steps(subject: Subject) -> Iterator[Finding]:
     before = subject.optimizer.counters()
     for number in range(STEPS):
         applied.append(subject.optimizer.counters()["applied"])
-        taken = take_step(subject, _few(subject.groups[number % len(subject.groups)]), planned, number)
+        taken = take_step(subject, _few(subject.groups[number % len(subject.groups)]), planned, number, gradients=False)
         rates.append(taken.rates)
     after = subject.optimizer.counters()
     if after["attempted"] - before["attempted"] < STEPS - 1 and after["attempted"] != before["attempted"]:
@@ -277,7 +277,7 @@ def _moved_otherwise(subject: Subject, before: list[Tensor]) -> Iterator[Finding
     told = dict(zip(subject.optimizer.tensor_names, subject.optimizer.telemetry()[:, 2].tolist()))
     wrong = []
     for parameter, kept in zip(subject.model.parameters(), before):
-        name, way = names[id(parameter)], float((parameter.detach() - kept).double().norm())
+        name, way = names[id(parameter)], float(torch.linalg.vector_norm(parameter.detach() - kept, dtype=torch.float64))
         if name in told and way > 1.05 * told[name] + 1e-5 * float(kept.norm()):
             wrong.append(f"{name} by {way:.3g} instead of {told[name]:.3g}")
     if wrong and not rounded_to_16_bits(subject.model):

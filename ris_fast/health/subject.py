@@ -18,7 +18,7 @@ from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.loop import Trainer
 
-SMALL = 32                 # scenes in most probes
+SMALL = 16                 # scenes in most probes: a forward pass of a large network is most of what they cost
 FEWEST = 4                 # of a micro-batch by itself
 VALIDATED = 256            # validation scenes that are looked at
 GROUPS = 8                 # optimizer steps whose scenes are looked at
@@ -102,6 +102,17 @@ class Subject:
         prediction = self.step.predict(scenes)
         total, terms = self.loss(prediction, scenes)
         return total, terms, prediction
+
+    @property
+    def guess(self) -> Prediction:
+        """What the network as it is answers to the small batch, without a graph: a copy, of one pass for all checks of the loss."""
+        return Prediction(*(None if value is None else value.clone() for value in self._guess))
+
+    @cached_property
+    @torch.no_grad()
+    def _guess(self) -> Prediction:
+        torch.manual_seed(0)
+        return self.step.predict(self.scenes)
 
     @torch.no_grad()
     def value(self, seed: int = 0) -> float:
