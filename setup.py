@@ -105,7 +105,7 @@ setup(
     python_requires=">=3.11",
     packages=packages(),
     package_dir={"ris_fast": "ris_fast", "ris_fast.kernels": "kernels"},
-    package_data={"ris_fast": ["py.typed", "presets/*.toml", "health/*.md", "health/**/*.md"], "ris_fast.kernels": ["py.typed"]},
+    package_data={"ris_fast": ["py.typed", "config/presets/*.toml", "health/pages/*.md"], "ris_fast.kernels": ["py.typed"]},
     ext_modules=[] if without_native() else [Extension("ris_fast.kernels.native.libris_fast", sources=[])],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
     setup_requires=[] if without_native() or shutil.which("cmake") else ["cmake>=3.20"],
@@ -120,6 +120,6 @@ setup(
         "nvidia-ml-py>=12",
     ],
     extras_require={"test": TEST, "dev": [*TEST, "ruff", "import-linter"]},
-    entry_points={"console_scripts": ["ris-fast = ris_fast.cli:main"]},
+    entry_points={"console_scripts": ["ris-fast = ris_fast.commands.cli:main"]},
     zip_safe=False,
 )

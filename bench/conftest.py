@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ris_fast.benchmarks import measure
+from ris_fast import timing as measure
 
 
 @pytest.fixture(scope="session")

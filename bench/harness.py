@@ -1,4 +1,4 @@
-"""Puts rivals measured side by side into pytest-benchmark's results. How time is taken: ris_fast/benchmarks/measure.py."""
+"""Puts rivals measured side by side into pytest-benchmark's results. How time is taken: ris_fast/timing.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ris_fast.benchmarks.measure import Found, times_slower
+from ris_fast.timing import Found, times_slower
 from ris_fast.kernels.native import loader
 
 

@@ -14,7 +14,7 @@ from harness import record
 from torch import Tensor
 
 import ris_fast
-from ris_fast.benchmarks.measure import alternate, peak_bytes
+from ris_fast.timing import alternate, peak_bytes
 from ris_fast.kernels.cov_nmse import plain, reference
 from ris_fast.kernels.cov_nmse.samples import cost, random_tensors
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from harness import record
 
-from ris_fast.benchmarks.measure import Found, alternate, threads
-from ris_fast.config import Task
+from ris_fast.timing import Found, alternate, threads
+from ris_fast.config.schema import Task
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.pursuit import op
 from ris_fast.kernels.pursuit.search import with_dictionary

@@ -1,7 +1,7 @@
 """What an optimizer step with norm, clipping, averaging and clearing costs: FusedAdamW against what torch offers.
 
 Run: pytest bench/test_fused_step.py --benchmark-json=bench/results/fused_step.json
-How time is taken: ris_fast/benchmarks/measure.py. Streaming rate: the better of x *= c and y += c x over arrays of the same size, in the
+How time is taken: ris_fast/timing.py. Streaming rate: the better of x *= c and y += c x over arrays of the same size, in the
 same run. The bytes of a step: gradient read twice, four buffers read and written, gradient cleared.
 """
 
@@ -17,7 +17,7 @@ from harness import record
 from torch import nn
 
 from ris_fast import FusedAdamW
-from ris_fast.benchmarks.measure import alternate, threads
+from ris_fast.timing import alternate, threads
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BYTES = 44  # an element: gradient twice, four buffers read and written, gradient cleared

@@ -17,10 +17,10 @@ from typing import Any, Callable
 import pytest
 import torch
 
-from ris_fast.benchmarks import measure
-from ris_fast.health.watch import DENSE, EVERY, watch
-from ris_fast.settings import load_config
-from ris_fast.training.loop import Trainer
+from ris_fast import timing as measure
+from ris_fast.health.watch.watch import DENSE, EVERY, watch
+from ris_fast.config.load import load_config
+from ris_fast.training.trainer import Trainer
 
 ROUNDS = 40
 

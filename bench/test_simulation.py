@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from ris_fast.benchmarks.measure import alternate, threads
-from ris_fast.config import Task
+from ris_fast.timing import alternate, threads
+from ris_fast.config.schema import Task
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.philox import op as philox
 from ris_fast.kernels.scenes import op as scenes

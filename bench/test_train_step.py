@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from ris_fast.benchmarks.device import launches_and_waits
-from ris_fast.benchmarks.measure import conditions, threads
+from ris_fast.timing import conditions, threads
 from ris_fast.benchmarks.train_step import OURS, compare_steps, contestants
-from ris_fast.config import Config
-from ris_fast.settings import load_config
+from ris_fast.config.schema import Config
+from ris_fast.config.load import load_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = [("fp32", 64), ("bf16", 64), ("bf16", 1024), ("bf16", 4096)] if DEVICE.type == "cuda" else [("fp32", 64)]

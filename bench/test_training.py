@@ -15,9 +15,9 @@ import torch
 
 from ris_fast.benchmarks import training
 from ris_fast.benchmarks.device import energy, launches_and_waits
-from ris_fast.benchmarks.measure import conditions
-from ris_fast.config import Config
-from ris_fast.settings import load_config
+from ris_fast.timing import conditions
+from ris_fast.config.schema import Config
+from ris_fast.config.load import load_config
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -13,9 +13,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "cov_nmse": "ris_fast.kernels.cov_nmse.op",
     "CovarianceLoss": "ris_fast.training.loss",
-    "FusedAdamW": "ris_fast.training.optimizer",
-    "Trainer": "ris_fast.training.loop",
-    "load_config": "ris_fast.settings",
+    "FusedAdamW": "ris_fast.training.optim.fused_adamw",
+    "Trainer": "ris_fast.training.trainer",
+    "load_config": "ris_fast.config.load",
     "RISArray": "ris_fast.physics.array",
     "steering": "ris_fast.physics.array",
     "Scenes": "ris_fast.physics.scenes",

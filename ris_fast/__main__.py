@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from ris_fast.cli import main
+from ris_fast.commands.cli import main
 
 sys.exit(main())

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ris_fast.config import Task
+from ris_fast.config.schema import Task
 from ris_fast.models import build_model
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate

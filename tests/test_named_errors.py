@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ris_fast import CovarianceLoss, RISArray, SceneGenerator, build_model, load_config, simulate, steering
-from ris_fast.config import Config, ConfigError, Task
+from ris_fast.config.schema import Config, ConfigError, Task
 from ris_fast.kernels.philox.op import philox_normal
 from ris_fast.models import Prediction
 

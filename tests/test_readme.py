@@ -20,7 +20,7 @@ def test_every_snippet_runs() -> None:
 
 
 def test_every_command_exists() -> None:
-    from ris_fast.cli import app
+    from ris_fast.commands.cli import app
 
     told = set(re.findall(r"^\| `ris-fast (\w+)", README, re.M))
     assert told and told == {name for name in app if not name.startswith("-")}

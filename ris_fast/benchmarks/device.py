@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ris_fast.benchmarks.measure import synchronize
+from ris_fast.timing import synchronize
 
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy")

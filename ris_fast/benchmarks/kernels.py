@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ris_fast.benchmarks.measure import alternate, keeping
+from ris_fast.timing import alternate, keeping
 from ris_fast.kernels.registry import Operator, Sample, operators
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ris_fast.benchmarks.measure import Found, Stopped, alternate, ceiling, once, times_slower
+from ris_fast.timing import Found, Stopped, alternate, ceiling, once, times_slower
 from ris_fast.benchmarks.peers.eager import EagerLoop, with_dense_target
 from ris_fast.benchmarks.peers.original import OriginalLoop
-from ris_fast.config import Config
+from ris_fast.config.schema import Config
 from ris_fast.physics.scenes import Scenes
-from ris_fast.streams import stage
+from ris_fast.commands.streams import stage
 from ris_fast.training.capture import CapturedStep
-from ris_fast.training.loop import Trainer
+from ris_fast.training.trainer import Trainer
 
 OURS, EAGER, COMPILED, ORIGINAL = "ours", "eager loop", "eager loop, compiled", "original's step"
 PLANNED = 10**6         # length of the schedule: the learning rate stands still while steps are measured

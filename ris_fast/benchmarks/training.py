@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ris_fast.benchmarks.measure import Stopwatch, alternate, ceiling, synchronize, waited_ns
+from ris_fast.timing import Stopwatch, alternate, ceiling, synchronize, waited_ns
 from ris_fast.benchmarks.train_step import PLANNED, step_flops, trainer_of
-from ris_fast.config import Config
-from ris_fast.streams import stage
-from ris_fast.training.loop import Silent, Trainer
+from ris_fast.config.schema import Config
+from ris_fast.commands.streams import stage
+from ris_fast.training.trainer import Silent, Trainer
 from ris_fast.training.step import autocast, network_inputs
 
 PHASES = ("simulate", "features", "forward", "loss", "backward", "step")

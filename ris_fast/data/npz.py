@@ -13,7 +13,7 @@ from typing import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ris_fast.config import Config
+from ris_fast.config.schema import Config
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import Overlap, find_copies, find_overlap
 from ris_fast.data.geometry import CENTRED, Reach, target_factor

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ris_fast.config import Task
+from ris_fast.config.schema import Task
 from ris_fast.data.arrays import npz_arrays, npz_keys
 from ris_fast.data.column import Column, without_ones
 from ris_fast.data.errors import DataError

@@ -14,7 +14,7 @@ from typing import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ris_fast.config import Task
+from ris_fast.config.schema import Task
 from ris_fast.data.fingerprints import scene_hashes
 from ris_fast.data.geometry import CENTRED, EXACT, Reach, centre, find_offset, recover_powers
 from ris_fast.data.npz_format import NpzShard, check_values, split_ptr

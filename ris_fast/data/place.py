@@ -9,7 +9,7 @@ from typing import Iterator
 
 from ris_fast.data.errors import DataError
 from ris_fast.physics.random import SPLITS
-from ris_fast.settings import MANIFEST
+from ris_fast.config.load import MANIFEST
 
 PLAN = "plan.json"            # lies in work that `ris-fast simulate` has not finished
 EXPECTED = "a folder of shards from `ris-fast simulate` or the original pipeline, or one .npz file"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ris_fast.config import Config, Task
+from ris_fast.config.schema import Config, Task
 from ris_fast.data.arrays import COPY_AGAIN, StoredArray, safetensors_arrays
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import Overlap, find_overlap, scene_hashes

@@ -10,7 +10,7 @@ from typing import Callable, Iterator, Mapping, Protocol
 import torch
 from torch import Tensor
 
-from ris_fast.config import Config
+from ris_fast.config.schema import Config
 from ris_fast.data.errors import DataError
 from ris_fast.data.geometry import Reach
 from ris_fast.data.place import check_place, guess_source

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ris_fast.config import Config, ConfigError, Task
+from ris_fast.config.schema import Config, ConfigError, Task
 from ris_fast.data.errors import DataError
 from ris_fast.data.place import MANIFEST, PLAN
 from ris_fast.data.statistics import measure, merge

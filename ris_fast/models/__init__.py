@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ris_fast.config import ConfigError, Task, section_of, typed
+from ris_fast.config.schema import ConfigError, Task, section_of, typed
 from ris_fast.models.prediction import Prediction
-from ris_fast.settings import nearest
+from ris_fast.config.load import nearest
 
 MODELS = {"backprojection": ("ris_fast.models.backprojection", "Backprojection"),
           "hybrid": ("ris_fast.models.hybrid", "Hybrid")}

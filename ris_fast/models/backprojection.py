@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ris_fast.config import ConfigError, Task
+from ris_fast.config.schema import ConfigError, Task
 from ris_fast.models.features import Features
 from ris_fast.models.inputs import network_inputs
 from ris_fast.models.linear import Linear

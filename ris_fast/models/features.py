@@ -12,7 +12,7 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 
-from ris_fast.config import Task
+from ris_fast.config.schema import Task
 from ris_fast.kernels.pursuit import op as kernel
 from ris_fast.kernels.pursuit.reference import rank, width
 from ris_fast.kernels.pursuit.search import TANGENTS, Geometry, with_dictionary

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
-from ris_fast.config import ConfigError, Task
+from ris_fast.config.schema import ConfigError, Task
 from ris_fast.kernels.scale import rescaled
 from ris_fast.models.hybrid_parts import AngleGrid, Block, CountHead, DiagonalMeans, factor_statistics, position_code
 from ris_fast.models.inputs import network_inputs
@@ -20,7 +20,7 @@ from ris_fast.models.linear import Linear
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.channel import backproject, collapsed_channel
 from ris_fast.physics.pairs import power
-from ris_fast.settings import nearest
+from ris_fast.config.load import nearest
 
 INPUTS = ("backprojection", "collapsed")
 RANGE_SHARE = 0.3

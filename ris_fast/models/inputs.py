@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ris_fast.config import Task
+from ris_fast.config.schema import Task
 from ris_fast.kernels.scale import rescaled
 from ris_fast.physics.pairs import to_pairs
 

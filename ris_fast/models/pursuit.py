@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ris_fast.config import Task
+from ris_fast.config.schema import Task
 from ris_fast.kernels.pursuit.geometry import geometry
 from ris_fast.kernels.pursuit.search import Geometry
 from ris_fast.physics.array import RISArray

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ris_fast.config import Task
+from ris_fast.config.schema import Task
 from ris_fast.kernels.pursuit.reference import TINY, WORKING_SNR_DB
 from ris_fast.kernels.pursuit.search import TANGENTS, Pursuit
 from ris_fast.kernels.pursuit.solve import spd_solve

@@ -12,7 +12,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from ris_fast.config import Task, section_of
+from ris_fast.config.schema import Task, section_of
 from ris_fast.kernels.values import readable
 from ris_fast.physics.pairs import expi
 

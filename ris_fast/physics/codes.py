@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ris_fast.config import Task
+from ris_fast.config.schema import Task
 from ris_fast.physics.pairs import expi
 
 BEAMS_A_SIDE = 8

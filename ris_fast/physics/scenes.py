@@ -14,7 +14,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from ris_fast.config import Task, section_of
+from ris_fast.config.schema import Task, section_of
 from ris_fast.kernels.scenes.op import make_scenes
 from ris_fast.kernels.values import readable
 from ris_fast.physics.array import RISArray

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ris_fast.report.floors import figure, floor_lines, judge, milestone_line
+from ris_fast.report.baselines import figure, floor_lines, judge, milestone_line
 from ris_fast.report.verdict import lost_again, ruled_out, stalled_because
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from ris_fast.report.eventlog import write_json
-from ris_fast.report.floors import FEW, judge
+from ris_fast.report.baselines import FEW, judge
 from ris_fast.report.tables import text_table
 
 FIGURE = "evaluate.png"

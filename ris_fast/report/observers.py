@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Callable, Mapping
 
 if TYPE_CHECKING:
-    from ris_fast.training.loop import Observer
+    from ris_fast.training.trainer import Observer
 
 
 class Observers:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
-from ris_fast.drawing import new_figure
+from ris_fast.report.drawing import new_figure
 from ris_fast.files import save_figure
 from ris_fast.report.eventlog import METRICS, current_rows, read_events
 

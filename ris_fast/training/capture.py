@@ -25,7 +25,7 @@ from typing import Any, Callable, Protocol, Sequence
 import torch
 from torch import Tensor
 
-from ris_fast.config import Config
+from ris_fast.config.schema import Config
 from ris_fast.data.source import SceneSource
 from ris_fast.training.step import Step, StepResult
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ris_fast.config import ConfigError
+from ris_fast.config.schema import ConfigError
 from ris_fast.files import save_tensors, write_text
 
 CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"

@@ -16,7 +16,7 @@ from ris_fast.physics.scenes import Scenes
 from ris_fast.training.step import autocast, network_inputs
 
 if TYPE_CHECKING:
-    from ris_fast.training.loop import Trainer
+    from ris_fast.training.trainer import Trainer
 
 SAFE = 0.6                 # of what is free: a step takes up to 1.4 times what its scenes and saved tensors do (measured)
 FEW, MORE = 2, 6           # scenes of two small batches, whose difference says what a scene needs

@@ -11,12 +11,12 @@ from typing import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from ris_fast.config import ConfigError, Loss, Task, section_of
+from ris_fast.config.schema import ConfigError, Loss, Task, section_of
 from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
-from ris_fast.training import terms
-from ris_fast.training.sample import sample_factor
+from ris_fast.training import loss_terms as terms
+from ris_fast.physics.least_squares import sample_factor
 
 TERMS = ("cov", "cov_pred", "orthogonality", "cross", "angle", "range", "chamfer", "subspace", "contrast", "count")
 TRUTH_TERMS = ("cov", "cov_pred", "subspace", "contrast")   # the ones that tell the factors what the truth is

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ris_fast.files import replacing, write_text
-from ris_fast.training.loop import Trainer
+from ris_fast.training.trainer import Trainer
 
 FIRST, STEPS, ROWS = 12, 5, 10       # the first steps are watched densely and warm things up
 

@@ -8,14 +8,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping
 
-from ris_fast.config import Config, ConfigError
+from ris_fast.config.schema import Config, ConfigError
 from ris_fast.data.source import SceneSource
 from ris_fast.training.checkpoint import (
     BEST, CHECKPOINTS, CheckpointError, better_weights, checkpoint_of, load_checkpoint, load_weights, read_whole, save_checkpoint)
 from ris_fast.training.state import RunState
 
 if TYPE_CHECKING:
-    from ris_fast.training.loop import Trainer
+    from ris_fast.training.trainer import Trainer
 
 
 def identity(config: Config, source: SceneSource) -> dict[str, Any]:

@@ -12,15 +12,15 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ris_fast.config import Config
-from ris_fast.config import Optimizer as OptimizerConfig
+from ris_fast.config.schema import Config
+from ris_fast.config.schema import Optimizer as OptimizerConfig
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.loss import CovarianceLoss
-from ris_fast.training.optimizer import FusedAdamW
-from ris_fast.training.records import ring_size
+from ris_fast.training.optim.fused_adamw import FusedAdamW
+from ris_fast.training.telemetry.step_window import ring_size
 from ris_fast.training.schedule import learning_rate_factor
-from ris_fast.training.telemetry import Telemetry
+from ris_fast.training.telemetry.step_telemetry import Telemetry
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ris_fast.training.loop import Trainer
+    from ris_fast.training.trainer import Trainer
 
 LEARNED = 0.95        # a network has learned when it is below this share of its own start and of every baseline that is shown
 

@@ -15,10 +15,10 @@ from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.matched_filter import shown_matched_filter, shrunk_nmse
 from ris_fast.physics.scenes import Scenes
-from ris_fast.training.devices import Network
+from ris_fast.training.compiled_model import Network
 from ris_fast.training.loss import CovarianceLoss
 from ris_fast.training.step import network_inputs
-from ris_fast.training.telemetry import prints, weight_norms
+from ris_fast.training.telemetry.step_telemetry import prints, weight_norms
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from ris_fast import bench
+from ris_fast.commands import bench
 from ris_fast.benchmarks import device as counted
-from ris_fast.benchmarks import kernels, measure, training
-from ris_fast.benchmarks.measure import Run, Stopped, Stopwatch, alternate, conditions, copy_bandwidth, peak_bytes, summary, times_slower
+from ris_fast.benchmarks import kernels, training
+from ris_fast import timing as measure
+from ris_fast.timing import Run, Stopped, Stopwatch, alternate, conditions, copy_bandwidth, peak_bytes, summary, times_slower
 from ris_fast.benchmarks.train_step import compare_steps
-from ris_fast.cli import main
-from ris_fast.config import Config
-from ris_fast.settings import load_config
+from ris_fast.commands.cli import main
+from ris_fast.config.schema import Config
+from ris_fast.config.load import load_config
 
 CPU = torch.device("cpu")
 
@@ -117,9 +118,9 @@ def test_the_command_prints_tables_and_writes_figures(monkeypatch: pytest.Monkey
 
 
 def test_a_run_is_told_its_share_of_the_ceiling() -> None:
-    from ris_fast.benchmarks.share import WithShare
+    from ris_fast.training.mfu import WithShare
     from ris_fast.report.console import epoch_line
-    from ris_fast.training.loop import Trainer
+    from ris_fast.training.trainer import Trainer
 
     config, rows = small("laptop"), training.Epochs()
     config = replace(config, training=replace(config.training, batch_size=16, epochs=2, max_seconds=0.0, compile=False),

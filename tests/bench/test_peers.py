@@ -11,14 +11,14 @@ from torch import Tensor
 from ris_fast.benchmarks.peers.eager import DenseLoss, EagerLoop, with_dense_target
 from ris_fast.benchmarks.peers.original import AntiDiagonalPool, OriginalLoop
 from ris_fast.benchmarks.peers.original_loss import effective, normalised, original_loss, subspace
-from ris_fast.config import Config, Loss
+from ris_fast.config.schema import Config, Loss
 from ris_fast.models import build_model
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.pairs import to_complex
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
-from ris_fast.settings import load_config
-from ris_fast.training import terms
+from ris_fast.config.load import load_config
+from ris_fast.training import loss_terms as terms
 from ris_fast.training.loss import CovarianceLoss
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ris_fast.cli import main
+from ris_fast.commands.cli import main
 from ris_fast.environment import fallback_note
 from ris_fast.kernels.native import loader
 

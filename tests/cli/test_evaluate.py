@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ris_fast.cli import main
-from ris_fast.evaluation import EvaluationError, evaluate, group_figures
+from ris_fast.commands.cli import main
+from ris_fast.commands.evaluate import EvaluationError, evaluate, group_figures
 from ris_fast.report.evaluation import evaluation_text
-from ris_fast.report.floors import FEW, MEANINGS, MILESTONES, judge
-from ris_fast.run_folder import RunFolder
-from ris_fast.settings import load_config
+from ris_fast.report.baselines import FEW, MEANINGS, MILESTONES, judge
+from ris_fast.commands.run_folder import RunFolder
+from ris_fast.config.load import load_config
 from ris_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from ris_fast.training.loop import Trainer
+from ris_fast.training.trainer import Trainer
 from tests.data.make_npz import write_folders
 from tests.training.test_loop import small
 

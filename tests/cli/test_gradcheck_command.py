@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ris_fast import gradcheck
-from ris_fast.cli import main
+from ris_fast.commands.cli import main
 from ris_fast.gradcheck import Row
 
 GOOD = Row("cov_nmse", "cpp avx2", "float64", 1e-15, 2e-13, 3e-15, 2e-13, "pass", "pass")

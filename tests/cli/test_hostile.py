@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from ris_fast import launch
-from ris_fast.cli import app, main
-from ris_fast.config import SECTIONS, ConfigError
+from ris_fast.commands import train as launch
+from ris_fast.commands.cli import app, main
+from ris_fast.config.schema import SECTIONS, ConfigError
 from ris_fast.data import write
 from ris_fast.files import locked
 from ris_fast.health import watch
-from ris_fast.settings import load_config
-from ris_fast.training.loop import Trainer
+from ris_fast.config.load import load_config
+from ris_fast.training.trainer import Trainer
 from tests.cli.test_runs import SMALL
 
 ROOT = Path(__file__).parent.parent.parent

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ris_fast.cli import main
+from ris_fast.commands.cli import main
 from ris_fast.files import remove_leftovers
 from ris_fast.report.eventlog import read_events
-from ris_fast.run_folder import alone_in
+from ris_fast.commands.run_folder import alone_in
 from tests.cli.test_runs import SMALL
 
 QUICK = [*SMALL, "--set", "health.preflight=false", "--set", "report.checkpoint_epochs=1"]

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from ris_fast import launch, memory, run_folder
-from ris_fast.cli import main
-from ris_fast.config import ConfigError
+from ris_fast.commands import train as launch
+from ris_fast.training import out_of_memory as memory
+from ris_fast.commands import run_folder
+from ris_fast.commands.cli import main
+from ris_fast.config.schema import ConfigError
 from ris_fast.data.errors import DataError
-from ris_fast.settings import load_config, render_toml
-from ris_fast.training import loop
+from ris_fast.config.load import load_config, render_toml
+from ris_fast.training import trainer as loop
 from ris_fast.training.state import RunStopped
 from ris_fast.training.step import Step
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from ris_fast.cli import main
+from ris_fast.commands.cli import main
 from ris_fast.data.source import SimulatedSource
-from ris_fast.evaluation import evaluate, scene_figures
+from ris_fast.commands.evaluate import evaluate, scene_figures
 from ris_fast.files import StorageError
 from ris_fast.models.backprojection import Backprojection
 from ris_fast.report.eventlog import read_events
-from ris_fast.run_folder import alone_in
-from ris_fast.settings import load_config
-from ris_fast.training.loop import Trainer
+from ris_fast.commands.run_folder import alone_in
+from ris_fast.config.load import load_config
+from ris_fast.training.trainer import Trainer
 
 SMALL = ["--preset", "seed", "--device", "cpu", "--no-compile", "--batch-size", "16",
          *(part for text in ("task.ris_horizontal=4", "task.ris_vertical=4", "task.bs_antennas=4", "task.snapshots=4",

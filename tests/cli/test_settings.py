@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from ris_fast.config import SECTIONS, Config, ConfigError, Data, Health, Model, Optimizer, Task, Training
+from ris_fast.config.schema import SECTIONS, Config, ConfigError, Data, Health, Model, Optimizer, Task, Training
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import simulate
-from ris_fast.settings import load_config, render_toml
+from ris_fast.config.load import load_config, render_toml
 
 FLOATS = [(kind, item.name) for kind in SECTIONS.values() for item in fields(kind) if item.type == "float"]
 
@@ -58,7 +58,7 @@ def test_scenes_at_the_limits_are_finite(extreme: dict[str, float], wavefront: s
     (lambda: Model(options=3), "model.options = 3 .* a table"),
     (lambda: Training(precision="FP16"), "Did you mean 'fp16'"),
     (lambda: Training(precision=16), r"training.precision = 16 \(int\): expected text"),
-    (lambda: Config(task={"ris_horizontal": 8}), r"Config: task is .* \(dict\); expected ris_fast.config.Task"),
+    (lambda: Config(task={"ris_horizontal": 8}), r"Config: task is .* \(dict\); expected ris_fast.config.schema.Task"),
 ])
 def test_a_value_of_another_kind_is_told(make, said: str) -> None:
     with pytest.raises(ConfigError, match=said):

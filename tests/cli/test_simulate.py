@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ris_fast.cli import main
+from ris_fast.commands.cli import main
 
 SMALL = ["--preset", "seed", *(part for text in ("task.ris_horizontal=4", "task.ris_vertical=4", "task.bs_antennas=4",
                                                  "task.snapshots=4") for part in ("--set", text))]
@@ -56,7 +56,7 @@ def test_a_disk_that_refuses_is_one_line(number: int, capsys: pytest.CaptureFixt
 
 def test_the_device_of_the_settings_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[str] = []
-    monkeypatch.setattr("ris_fast.training.devices.choose_device", lambda name: (asked.append(name), torch.device("cpu"))[1])
+    monkeypatch.setattr("ris_fast.training.compiled_model.choose_device", lambda name: (asked.append(name), torch.device("cpu"))[1])
     assert simulate("--scenes", "4", "--out", str(tmp_path / "a"), "--set", "training.device=cuda:3") == 0
     assert simulate("--scenes", "4", "--out", str(tmp_path / "b"), "--set", "training.device=cuda:3", "--device", "cpu") == 0
     assert asked == ["cuda:3", "cpu"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ris_fast.cli import main
-from ris_fast.settings import load_config
+from ris_fast.commands.cli import main
+from ris_fast.config.load import load_config
 
 
 @pytest.mark.parametrize("arguments, answer", [
@@ -89,10 +89,10 @@ def test_resume_refuses_what_belongs_to_a_new_run(capsys, tmp_path) -> None:
 
 
 def test_bench_finds_out_before_measuring_that_its_file_cannot_be_written(capsys, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr("ris_fast.bench.run_bench", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("ris_fast.commands.bench.run_bench", lambda *_: pytest.fail("measured"))
     assert main(["bench", "--device", "cpu", "--json", str(tmp_path)]) == 3
     assert f"{tmp_path} cannot be written: Is a directory" in capsys.readouterr().err
-    from ris_fast.bench import check_writable
+    from ris_fast.commands.bench import check_writable
 
     check_writable(tmp_path / "new" / "figures.json")
     (tmp_path / "old.json").write_text("{}")

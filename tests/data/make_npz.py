@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ris_fast.config import Task
+from ris_fast.config.schema import Task
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
 

@@ -12,16 +12,16 @@ import pytest
 import torch
 from make_npz import SMALL, original_arrays, write_folders, write_npz
 
-from ris_fast.cli import main
-from ris_fast.config import Config, ConfigError, Data
+from ris_fast.commands.cli import main
+from ris_fast.config.schema import Config, ConfigError, Data
 from ris_fast.data.errors import DataError
 from ris_fast.data.source import open_source
-from ris_fast.health import check_loss
-from ris_fast.health.subject import Subject
+from ris_fast.health.preflight import loss as check_loss
+from ris_fast.health.preflight.probe import Subject
 from ris_fast.models import Prediction
-from ris_fast.settings import load_config
-from ris_fast.training import loop
-from ris_fast.training.loop import Trainer
+from ris_fast.config.load import load_config
+from ris_fast.training import trainer as loop
+from ris_fast.training.trainer import Trainer
 from ris_fast.training.validation import scene_nmse
 
 SIZES = [f"task.{name}={getattr(SMALL, name)}" for name in ("bs_antennas", "ris_horizontal", "ris_vertical", "snapshots", "max_sources")]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from make_npz import SMALL, original_arrays, write_folders, write_npz
 
-from ris_fast.config import Config, Data
+from ris_fast.config.schema import Config, Data
 from ris_fast.data.arrays import npz_arrays
 from ris_fast.data.errors import DataError
 from ris_fast.data.source import open_source

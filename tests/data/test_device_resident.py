@@ -13,7 +13,7 @@ import torch
 from make_npz import SMALL, original_arrays, write_npz
 from watch import Watch
 
-from ris_fast.config import Config, Data
+from ris_fast.config.schema import Config, Data
 from ris_fast.data.npz import NpzSource
 from ris_fast.data.shards import ShardSource
 from ris_fast.data.write import write_shards

@@ -12,7 +12,7 @@ import pytest
 import torch
 from make_npz import SMALL, all_scenes, as_complex, original_arrays, write_folders, write_npz
 
-from ris_fast.config import Config, Data
+from ris_fast.config.schema import Config, Data
 from ris_fast.data import table
 from ris_fast.data.errors import DataError
 from ris_fast.data.npz import NpzSource

@@ -13,7 +13,7 @@ import pytest
 import torch
 from make_npz import SMALL, original_arrays, write_npz
 
-from ris_fast.config import Config, Data
+from ris_fast.config.schema import Config, Data
 from ris_fast.data.errors import DataError
 from ris_fast.data.source import open_source
 from ris_fast.data.write import write_shards

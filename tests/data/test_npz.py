@@ -12,7 +12,7 @@ import torch
 from make_npz import (SMALL, all_scenes, as_complex, as_pairs, original_arrays, original_steering, write_folders,
                       write_npz)
 
-from ris_fast.config import Config, Data, Task
+from ris_fast.config.schema import Config, Data, Task
 from ris_fast.data import table
 from ris_fast.data.arrays import StoredArray, npz_arrays
 from ris_fast.data.errors import DataError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from make_npz import SMALL, write_folders
 
-from ris_fast.config import Config, Data
+from ris_fast.config.schema import Config, Data
 from ris_fast.data.errors import DataError
 from ris_fast.data.place import guess_source
 from ris_fast.data.source import open_source

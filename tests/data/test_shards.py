@@ -13,14 +13,14 @@ import torch
 from make_npz import SMALL, all_scenes
 from safetensors.torch import load_file, save_file
 
-from ris_fast.config import Config, Data, Task
+from ris_fast.config.schema import Config, Data, Task
 from ris_fast.data import table
 from ris_fast.data.errors import DataError
 from ris_fast.data.shards import ShardSource, verify_manifest
 from ris_fast.data.source import SimulatedSource, open_source
 from ris_fast.data.statistics import measure
 from ris_fast.data.write import file_hash, write_shards
-from ris_fast.settings import load_config
+from ris_fast.config.load import load_config
 
 SIZES = {"train": 50, "val": 12, "test": 8}
 

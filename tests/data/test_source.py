@@ -8,7 +8,7 @@ import pytest
 import torch
 from make_npz import SMALL, all_scenes, write_folders
 
-from ris_fast.config import Config, Data, Model
+from ris_fast.config.schema import Config, Data, Model
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import scene_hashes
 from ris_fast.data.source import epoch_batches, open_source

@@ -16,15 +16,17 @@ import pytest
 import torch
 from make_npz import SMALL, original_arrays, write_npz
 
-from ris_fast.config import Config, Data, Task, Training
+from ris_fast.config.schema import Config, Data, Task, Training
 from ris_fast.data.fit_array import Labels, fit_array, fit_of
-from ris_fast.evaluation import wrong_targets
-from ris_fast.health import check_information, check_scenes, check_targets
+from ris_fast.commands.evaluate import wrong_targets
+from ris_fast.health.preflight import information as check_information
+from ris_fast.health.preflight import scenes as check_scenes
+from ris_fast.health.preflight import targets as check_targets
 from ris_fast.health.finding import Finding, ranked
-from ris_fast.health.subject import Subject
+from ris_fast.health.preflight.probe import Subject
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.pairs import conj
-from ris_fast.training.loop import Trainer
+from ris_fast.training.trainer import Trainer
 
 Arrays = dict[str, np.ndarray]
 MINUS = np.array([1, -1], np.float32)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from make_npz import SMALL
 
-from ris_fast.config import Config, ConfigError, Data
+from ris_fast.config.schema import Config, ConfigError, Data
 from ris_fast.data import write
 from ris_fast.data.errors import DataError
 from ris_fast.data.shards import ShardSource, verify_manifest

@@ -92,7 +92,7 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
 def test_every_parameter_of_a_network_has_the_gradient_of_the_dense_chain(name: str) -> None:
     """Through the project's networks, parameter by parameter, by the rule: at most twice the error of the eager chain."""
     import ris_fast
-    from ris_fast.config import Task
+    from ris_fast.config.schema import Task
 
     task = Task()
     torch.manual_seed(5)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ris_fast.health.anomaly import replay
-from ris_fast.health.faults.twins import TWINS
-from ris_fast.training.loop import Trainer
+from ris_fast.health.monitor.nan_replay import replay
+from bench.faults.twins import TWINS
+from ris_fast.training.trainer import Trainer
 
 
 def test_a_finite_step_has_no_culprit() -> None:
@@ -14,7 +14,7 @@ def test_a_finite_step_has_no_culprit() -> None:
 
 
 def test_the_term_and_the_operation_are_named_and_nothing_is_changed(monkeypatch) -> None:
-    from ris_fast.training import terms
+    from ris_fast.training import loss_terms as terms
 
     right = terms.chamfer
     monkeypatch.setattr(terms, "chamfer", lambda gaps, active: right(gaps, active) + (0.0 * gaps).sum((1, 2, 3)).sqrt())

@@ -11,15 +11,24 @@ from typing import Any
 import pytest
 import torch
 
-from ris_fast.config import Config, Loss
-from ris_fast.health import check_derivative, check_gradient, check_information, check_kernels, check_loss, check_scenes, check_schedule, check_terms, check_validation
-from ris_fast.health.faults.healthy import with_shards
-from ris_fast.health.faults.patches import Backward, before_step, on_batches, put, wrap
-from ris_fast.health.faults.twins import TWINS, changed
-from ris_fast.health.subject import Subject
-from ris_fast.health.watchdog import Watchdog
-from ris_fast.training import loss, terms
-from ris_fast.training.loop import Trainer
+from ris_fast.config.schema import Config, Loss
+from ris_fast.health.preflight import derivative as check_derivative
+from ris_fast.health.preflight import gradient as check_gradient
+from ris_fast.health.preflight import information as check_information
+from ris_fast.health.preflight import kernels as check_kernels
+from ris_fast.health.preflight import loss as check_loss
+from ris_fast.health.preflight import scenes as check_scenes
+from ris_fast.health.preflight import schedule as check_schedule
+from ris_fast.health.preflight import terms as check_terms
+from ris_fast.health.preflight import validation as check_validation
+from bench.faults.healthy import with_shards
+from bench.faults.patches import Backward, before_step, on_batches, put, wrap
+from bench.faults.twins import TWINS, changed
+from ris_fast.health.preflight.probe import Subject
+from ris_fast.health.monitor.watchdog import Watchdog
+from ris_fast.training import loss
+from ris_fast.training import loss_terms as terms
+from ris_fast.training.trainer import Trainer
 from ris_fast.training.loss import CovarianceLoss
 
 
@@ -281,9 +290,9 @@ def test_differences_are_taken_on_a_second_side_only_where_the_first_disagrees()
 
 def test_outputs_that_are_equal_in_sixteen_bits_are_no_wrong_derivative() -> None:
     """The assignment of sources has its kinks where two answers are equal; this drawn run has such a scene."""
-    from ris_fast.health.check_gradient import right_derivative
-    from ris_fast.health.check_terms import each_term
-    from ris_fast.health.faults.healthy import healthy_config
+    from ris_fast.health.preflight.gradient import right_derivative
+    from ris_fast.health.preflight.terms import each_term
+    from bench.faults.healthy import healthy_config
 
     assert list(each_term(Subject(Trainer(healthy_config(86))))) == []
     assert list(right_derivative(Subject(Trainer(healthy_config(150))))) == []
@@ -318,7 +327,7 @@ def test_a_number_that_is_served_again_is_no_copy() -> None:
 
 @pytest.mark.parametrize("batch", [2, 16])
 def test_a_run_on_data_with_copies_is_left_in_peace(batch: int) -> None:
-    from ris_fast.health.watched import watched
+    from ris_fast.health.monitor.attach import watched
 
     config = small("backprojection", **{"data.fixed": True, "data.train_scenes": 64, "training.batch_size": batch, "training.epochs": 2,
                                         "report.every_steps": 1, "task.max_sources": 1})

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from ris_fast.health import check_calls
-from ris_fast.health.faults.twins import TWINS, changed
-from ris_fast.health.subject import Subject
-from ris_fast.health.watchdog import Watchdog
+from ris_fast.health.preflight import calls as check_calls
+from bench.faults.twins import TWINS, changed
+from ris_fast.health.preflight.probe import Subject
+from ris_fast.health.monitor.watchdog import Watchdog
 from ris_fast.models.prediction import Prediction
-from ris_fast.training import devices
-from ris_fast.training.devices import missing_compiler
-from ris_fast.training.loop import Trainer
+from ris_fast.training import compiled_model as devices
+from ris_fast.training.compiled_model import missing_compiler
+from ris_fast.training.trainer import Trainer
 
 needs_compiler = pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="no compiler")
 

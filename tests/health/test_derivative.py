@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ris_fast import load_config
-from ris_fast.health.check_derivative import loss_inputs, parts, right_derivative
-from ris_fast.health.autograd import StoppedValues
-from ris_fast.health.faults.patches import Backward, on_answer, wrap
-from ris_fast.health.faults.twins import TWINS
+from ris_fast.health.preflight.derivative import loss_inputs, parts, right_derivative
+from ris_fast.health.preflight.autograd import StoppedValues
+from bench.faults.patches import Backward, on_answer, wrap
+from bench.faults.twins import TWINS
 from ris_fast.health.finding import Finding
-from ris_fast.health.subject import Subject
+from ris_fast.health.preflight.probe import Subject
 from ris_fast.physics.pairs import conj
-from ris_fast.training.loop import Trainer
+from ris_fast.training.trainer import Trainer
 
 SMALL = ["task.ris_horizontal=4", "task.ris_vertical=4", "task.bs_antennas=4", "task.snapshots=8", "data.train_scenes=64", "data.val_scenes=32",
          "data.test_scenes=32", "model.options.width=32", "model.options.heads=4", "model.options.grid=5", "model.options.feedforward=32",

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from ris_fast.health.causes import CAUSES
-from ris_fast.health.faults.catalogue import FAMILIES, HELD_OUT, Fault, all_faults, faulty
-from ris_fast.health.faults.twins import TWINS
-from ris_fast.training.loop import Trainer
+from bench.faults.catalogue import FAMILIES, HELD_OUT, Fault, all_faults, faulty
+from bench.faults.twins import TWINS
+from ris_fast.training.trainer import Trainer
 
 FAULTS = all_faults()
 STEPS = 20             # two epochs and a half: every onset and two validations

@@ -11,19 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from ris_fast.checkup import check_line, conclusion
+from ris_fast.commands.check import check_line, conclusion
 from ris_fast.data.errors import DataError
-from ris_fast.health import check_memory, preflight
+from ris_fast.health.preflight import overfit as check_memory
+from ris_fast.health.preflight import run as preflight
 from ris_fast.health.causes import CAUSES
-from ris_fast.health.faults.catalogue import all_faults, faulty
-from ris_fast.health.faults.twins import TWINS, changed
+from bench.faults.catalogue import all_faults, faulty
+from bench.faults.twins import TWINS, changed
 from ris_fast.health.finding import LEVELS, Finding, page, ranked
-from ris_fast.health.graph import graph_table
-from ris_fast.health.subject import Subject
-from ris_fast.health.untouched import Numbers, untouched
-from ris_fast.health.watchdog import Watchdog
-from ris_fast.health.watched import watched
-from ris_fast.training.loop import Trainer
+from ris_fast.health.preflight.graph import graph_table
+from ris_fast.health.preflight.probe import Subject
+from ris_fast.health.preflight.restore import Numbers, untouched
+from ris_fast.health.monitor.watchdog import Watchdog
+from ris_fast.health.monitor.attach import watched
+from ris_fast.training.trainer import Trainer
 from ris_fast.training.schedule import learning_rate_factor
 from ris_fast.training.state import RunStopped
 

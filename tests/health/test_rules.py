@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from ris_fast.health.faults.twins import TWINS
-from ris_fast.health.rules import replay
-from ris_fast.health.run import Run
-from ris_fast.training.loop import Trainer
+from bench.faults.twins import TWINS
+from ris_fast.health.monitor.step_rules import replay
+from ris_fast.health.monitor.history import Run
+from ris_fast.training.trainer import Trainer
 
 
 class Recorder:
@@ -33,7 +33,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def healthy() -> Run:
-    from ris_fast.health.faults.twins import changed
+    from bench.faults.twins import changed
 
     recorder = Recorder()
     Trainer(changed(TWINS["hybrid"](), {"training.epochs": 3}), observer=recorder).fit()
@@ -47,7 +47,7 @@ def test_a_healthy_run_is_left_in_peace(healthy: Run) -> None:
 
 
 def test_a_step_that_is_not_finite_between_two_reports_is_told_with_its_number_and_tensor() -> None:
-    from ris_fast.health.faults.twins import changed
+    from bench.faults.twins import changed
 
     trainer = Trainer(changed(TWINS["hybrid"](), {"training.epochs": 3, "report.every_steps": 20, "health.min_applied": 0.5}), observer=(recorder := Recorder()))
     scale, calls = trainer.optimizer.scale, iter(range(1000))
@@ -103,7 +103,7 @@ def test_a_rate_that_is_not_the_planned_one_is_named_also_where_a_report_is_of_m
 
 @pytest.mark.parametrize("factor, cause", [(0.0, "zero_learning_rate"), (0.5, "learning_rate_off_plan")])
 def test_a_rate_that_is_lost_long_after_the_first_steps_is_told(factor: float, cause: str) -> None:
-    from ris_fast.health.faults.twins import changed
+    from bench.faults.twins import changed
 
     trainer = Trainer(changed(TWINS["backprojection"](), {"training.epochs": 5, "report.every_steps": 4}), observer=(recorder := Recorder()))
     schedule = trainer.step.schedule
@@ -119,7 +119,7 @@ def test_a_rate_that_is_lost_long_after_the_first_steps_is_told(factor: float, c
 
 
 def test_preflight_calls_a_rate_that_is_nowhere_in_the_plan_off_plan() -> None:
-    from ris_fast.health.preflight import run_checks
+    from ris_fast.health.preflight.run import run_checks
 
     trainer, calls = Trainer(TWINS["backprojection"]()), []
 
@@ -133,7 +133,7 @@ def test_preflight_calls_a_rate_that_is_nowhere_in_the_plan_off_plan() -> None:
 
 def test_a_schedule_that_follows_the_clock_and_one_that_goes_on_after_an_interrupt_are_left_in_peace(tmp_path: Any) -> None:
     """Re-planning changes the rate between two steps of one report; a resumed run counts on."""
-    from ris_fast.health.faults.twins import changed
+    from bench.faults.twins import changed
 
     config = changed(TWINS["backprojection"](), {"training.epochs": 400, "training.max_seconds": 1.5, "report.every_steps": 7})
     Trainer(config, observer=(recorder := Recorder())).fit()
@@ -234,8 +234,8 @@ def test_a_loss_that_falls_while_the_nmse_rises_names_the_terms_it_is_made_of() 
 
 
 def test_a_loss_that_turns_on_the_way_is_a_collapse_and_does_not_end_the_run() -> None:
-    from ris_fast.health.faults.twins import changed
-    from ris_fast.health.watched import watched
+    from bench.faults.twins import changed
+    from ris_fast.health.monitor.attach import watched
 
     trainer = watched(Trainer(changed(TWINS["backprojection"](), {"training.epochs": 12})), preflight=False)
     forward = trainer.loss.forward
@@ -281,8 +281,8 @@ def test_a_run_that_has_not_had_its_chance_or_moved_is_no_certain_stall(run: Run
 
 def test_a_run_that_cannot_learn_ends_with_a_certain_stall_and_is_not_stopped_before() -> None:
     """Rates that move no weight far enough to matter: no step breaks a contract, and nothing is learned."""
-    from ris_fast.health.faults.twins import changed
-    from ris_fast.health.watched import watched
+    from bench.faults.twins import changed
+    from ris_fast.health.monitor.attach import watched
 
     config = changed(TWINS["backprojection"](), {"training.epochs": 13, "data.fixed": True, "optimizer.backbone_lr": 1e-7,
                                                  "optimizer.head_lr": 1e-7})

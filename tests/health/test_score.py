@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from ris_fast.health import score, trial
-from ris_fast.health.afterwards import score_afterwards
-from ris_fast.health.faults.catalogue import HELD_OUT, all_faults
-from ris_fast.health.faults.healthy import from_shards, healthy_config
-from ris_fast.health.faults.twins import EPOCH_STEPS, changed
-from ris_fast.training.loop import Trainer
+from bench.faults import score
+from bench.faults import trial
+from bench.faults.afterwards import score_afterwards
+from bench.faults.catalogue import HELD_OUT, all_faults
+from bench.faults.healthy import from_shards, healthy_config
+from bench.faults.twins import EPOCH_STEPS, changed
+from ris_fast.training.trainer import Trainer
 from ris_fast.training.state import RunStopped
 
 FAULTS = all_faults()

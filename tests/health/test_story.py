@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ris_fast.health.faults.catalogue import all_faults
-from ris_fast.health.score import score_fault
+from bench.faults.catalogue import all_faults
+from bench.faults.score import score_fault
 
 STORIES = {
     "the whole report: the body of the loop behind it, average validated, loss over the number of batches":

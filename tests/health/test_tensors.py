@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ris_fast.health import tensors
-from ris_fast.health.tensors import Heat, TensorLog, append_table, draw, grad_line
-from ris_fast.training.loop import Trainer
-from ris_fast.training.records import Window
+from ris_fast.report import tensor_log as tensors
+from ris_fast.report.tensor_log import Heat, TensorLog, append_table, draw, grad_line
+from ris_fast.training.trainer import Trainer
+from ris_fast.training.telemetry.step_window import Window
 
 NAMES = ["encoder, first", "head"]
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ris_fast.config import Config
-from ris_fast.health import check_inputs
-from ris_fast.health.faults.twins import TWINS, changed
-from ris_fast.health.preflight import run_checks
-from ris_fast.health.subject import Subject
-from ris_fast.training.loop import Trainer
+from ris_fast.config.schema import Config
+from ris_fast.health.preflight import inputs as check_inputs
+from bench.faults.twins import TWINS, changed
+from ris_fast.health.preflight.run import run_checks
+from ris_fast.health.preflight.probe import Subject
+from ris_fast.training.trainer import Trainer
 
 
 def small(twin: str, **settings: object) -> Config:

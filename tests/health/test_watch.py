@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ris_fast import FusedAdamW
 from ris_fast.health import watch
-from ris_fast.health.watch import Watch
+from ris_fast.health.watch.watch import Watch
 
 
 def network() -> nn.Sequential:

@@ -352,7 +352,7 @@ def test_arguments_that_mean_nothing_are_refused_by_name() -> None:
 
 
 def test_mends_speak_of_a_plain_loop() -> None:
-    from ris_fast.health.watch_mends import mend
+    from ris_fast.health.watch.fixes import mend
 
     for cause in ("zero_learning_rate", "frozen_parameters", "clip_too_small", "nonfinite_gradients", "weight_decay_too_large"):
         assert not any(word in mend(cause) for word in ("health.", "optimizer.backbone_lr", "optimizer.max_grad_norm", "ris-fast")), cause

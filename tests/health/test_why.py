@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ris_fast.checkup import conclusion
-from ris_fast.cli import main
+from ris_fast.commands.check import conclusion
+from ris_fast.commands.cli import main
 from ris_fast.health.finding import Finding, explained, ranked
-from ris_fast.health.why import why
-from ris_fast.printed_rows import printed_rows
+from ris_fast.health.diagnose.why import why
+from ris_fast.health.diagnose.printed_rows import printed_rows
 
 SMALL = ["--preset", "seed", "--device", "cpu", "--no-compile", "--set", "task.ris_horizontal=4", "--set", "task.ris_vertical=4",
          "--set", "task.bs_antennas=4", "--set", "task.snapshots=8", "--set", "task.max_sources=2", "--set", "data.train_scenes=64",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ris_fast.config import Task
+from ris_fast.config.schema import Task
 from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.pursuit import op, reference

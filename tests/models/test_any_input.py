@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ris_fast.config import Task
+from ris_fast.config.schema import Task
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.pursuit.op import pursuit_features
 from ris_fast.kernels.pursuit.samples import scenes as pursuit_scenes
@@ -18,8 +18,8 @@ from ris_fast.models import build_model
 from ris_fast.physics.pairs import to_complex
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
-from ris_fast.training.sample import sample_factor
-from ris_fast.training.terms import unit_columns
+from ris_fast.physics.least_squares import sample_factor
+from ris_fast.training.loss_terms import unit_columns
 
 TASK = Task(bs_antennas=6, ris_horizontal=5, ris_vertical=4, snapshots=7, max_sources=2, snr_min_db=10.0)
 OPTIONS = {"backprojection": {"width": 32, "depth": 1}, "hybrid": {"width": 32, "layers": 1, "heads": 2, "feedforward": 32, "grid": 5}}

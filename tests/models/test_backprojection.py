@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ris_fast.config import ConfigError, Task
+from ris_fast.config.schema import ConfigError, Task
 from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.kernels.pursuit.search import TANGENTS, Geometry, Pursuit, normal_equations
 from ris_fast.kernels.pursuit.solve import spd_solve

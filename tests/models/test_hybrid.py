@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ris_fast.config import Loss, Task
+from ris_fast.config.schema import Loss, Task
 from ris_fast.models import build_model
 from ris_fast.models.hybrid_parts import DiagonalMeans, factor_statistics
 from ris_fast.models.prediction import Prediction

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from ris_fast.config import Loss, Task
-from ris_fast.health.check_inputs import hidden_change
+from ris_fast.config.schema import Loss, Task
+from ris_fast.health.preflight.inputs import hidden_change
 from ris_fast.kernels.native import loader
 from ris_fast.models import build_model
 from ris_fast.physics.channel import backproject, collapsed_channel, sense
-from ris_fast.physics.floors import floors, mean_covariance
+from ris_fast.physics.baselines import floors, mean_covariance
 from ris_fast.physics.matched_filter import least_squares_channel
 from ris_fast.physics.pairs import expi, to_complex
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
 from ris_fast.training.loss import CovarianceLoss
-from ris_fast.training.sample import sample_factor
+from ris_fast.physics.least_squares import sample_factor
 
 TASK = Task(bs_antennas=6, ris_horizontal=5, ris_vertical=4, snapshots=7, max_sources=2, snr_min_db=10.0)
 HYBRID = {"width": 32, "layers": 1, "heads": 2, "feedforward": 32, "grid": 5}

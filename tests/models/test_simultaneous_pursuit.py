@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ris_fast.config import Task
+from ris_fast.config.schema import Task
 from ris_fast.kernels.pursuit.solve import spd_solve
 from ris_fast.models import build_model, simultaneous_pursuit
 from ris_fast.models.prediction import Prediction

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ris_fast.config import Task
-from ris_fast.physics.floors import constant_nmse, floors, mean_covariance, target_energy
+from ris_fast.config.schema import Task
+from ris_fast.physics.baselines import constant_nmse, floors, mean_covariance, target_energy
 from ris_fast.physics.pairs import to_complex
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import simulate

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ris_fast.config import Task
+from ris_fast.config.schema import Task
 from ris_fast.physics.channel import backproject
-from ris_fast.physics.floors import mean_covariance
+from ris_fast.physics.baselines import mean_covariance
 from ris_fast.physics.matched_filter import matched_filter, shrunk_nmse
 from ris_fast.physics.pairs import to_complex, to_pairs
 from ris_fast.physics.random import SceneGenerator

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ris_fast.config import Task
+from ris_fast.config.schema import Task
 from ris_fast.physics.channel import backproject, collapsed_channel, sense
 from ris_fast.physics.pairs import matmul, power, to_complex
 from ris_fast.physics.random import SceneGenerator

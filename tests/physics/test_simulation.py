@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ris_fast.config import Task
+from ris_fast.config.schema import Task
 from ris_fast.physics.array import RISArray, steering
 from ris_fast.physics.channel import FAR_RANGE_M, sense
 from ris_fast.physics.pairs import conj, expi, multiply, power

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from ris_fast.report.floors import BAYES_NMSE, BAYES_SNR_DB, bayes_nmse, judge
+from ris_fast.report.baselines import BAYES_NMSE, BAYES_SNR_DB, bayes_nmse, judge
 from ris_fast.report.tables import text_table
 
 

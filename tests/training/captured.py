@@ -6,11 +6,11 @@ from typing import Any, Callable
 
 import torch
 
-from ris_fast.config import Config
-from ris_fast.settings import load_config
+from ris_fast.config.schema import Config
+from ris_fast.config.load import load_config
 from ris_fast.training import capture
 from ris_fast.training.capture import CapturedCall, CapturedStep
-from ris_fast.training.loop import Trainer
+from ris_fast.training.trainer import Trainer
 
 TINY = ["task.ris_horizontal=4", "task.ris_vertical=4", "task.bs_antennas=4", "task.snapshots=8", "task.max_sources=2",
         "data.val_limit=24", "data.val_scenes=24", "training.batch_size=8", "training.epochs=2", "training.compile=false",

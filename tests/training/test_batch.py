@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ris_fast.cli import main
-from ris_fast.config import Config
-from ris_fast.settings import load_config
-from ris_fast.training import batch
+from ris_fast.commands.cli import main
+from ris_fast.config.schema import Config
+from ris_fast.config.load import load_config
+from ris_fast.training import batch_size as batch
 from ris_fast.training.footprint import free_memory
-from ris_fast.training.batch import Trial, choose_batch_size, pick
-from ris_fast.training.loop import Trainer
+from ris_fast.training.batch_size import Trial, choose_batch_size, pick
+from ris_fast.training.trainer import Trainer
 from ris_fast.training.profile import FIRST, STEPS, profiled
 
 SMALL = ["task.ris_horizontal=4", "task.ris_vertical=3", "task.bs_antennas=8", "model.options.width=16", "model.options.depth=1",

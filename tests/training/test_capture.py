@@ -13,9 +13,9 @@ import pytest
 import torch
 from captured import Rerun, Rows, captured_trainer, change_settings, config_of, same
 
-from ris_fast.training import loop
+from ris_fast.training import trainer as loop
 from ris_fast.training.capture import CapturedCall, CapturedStep, why_not
-from ris_fast.training.loop import Trainer
+from ris_fast.training.trainer import Trainer
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SETTINGS = [("hybrid", 1), ("hybrid", 2), ("backprojection", 1), ("backprojection", 2), ("symbols of every snapshot", 1)]

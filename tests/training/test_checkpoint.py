@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ris_fast.training.checkpoint import CheckpointError, load_checkpoint, read_whole, save_checkpoint
-from ris_fast.training.loop import Trainer
+from ris_fast.training.trainer import Trainer
 from ris_fast.training.resume import finished
 from tests.training.test_loop import Recorder, small
 

@@ -11,9 +11,9 @@ import torch
 from captured import Rows, config_of
 from torch._dynamo.utils import counters
 
-from ris_fast.training import devices
-from ris_fast.training.devices import compile_now, missing_compiler
-from ris_fast.training.loop import Trainer
+from ris_fast.training import compiled_model as devices
+from ris_fast.training.compiled_model import compile_now, missing_compiler
+from ris_fast.training.trainer import Trainer
 
 needs_compiler = pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="no compiler")
 

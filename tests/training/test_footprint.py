@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ris_fast.config import SMALLEST_FLOAT, Config, ConfigError, Optimizer
-from ris_fast.cli import main
+from ris_fast.config.schema import SMALLEST_FLOAT, Config, ConfigError, Optimizer
+from ris_fast.commands.cli import main
 from ris_fast.training import footprint
 from ris_fast.training.footprint import OutOfMemory, bytes_per_scene
-from ris_fast.training.loop import Trainer
+from ris_fast.training.trainer import Trainer
 from ris_fast.training.step import build_optimizer
 from tests.training.test_loop import Recorder, small
 

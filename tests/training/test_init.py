@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ris_fast.config import ConfigError
+from ris_fast.config.schema import ConfigError
 from ris_fast.training.checkpoint import CheckpointError, better_weights
-from ris_fast.training.loop import Trainer
+from ris_fast.training.trainer import Trainer
 from tests.training.test_loop import Recorder, small, weights
 
 

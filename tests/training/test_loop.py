@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from ris_fast.config import Config, ConfigError
-from ris_fast.settings import load_config
+from ris_fast.config.schema import Config, ConfigError
+from ris_fast.config.load import load_config
 from ris_fast.training.checkpoint import CheckpointError
-from ris_fast.training.loop import Trainer
+from ris_fast.training.trainer import Trainer
 from ris_fast.training.state import RunStopped
 from ris_fast.training.summary import summary
 

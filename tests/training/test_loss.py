@@ -7,13 +7,13 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from ris_fast.config import Loss, Task
+from ris_fast.config.schema import Loss, Task
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
-from ris_fast.training import terms
+from ris_fast.training import loss_terms as terms
 from ris_fast.training.loss import TERMS, TRUTH_TERMS, CovarianceLoss
-from ris_fast.training.sample import sample_factor
+from ris_fast.physics.least_squares import sample_factor
 
 TASK = Task(bs_antennas=4, ris_horizontal=4, ris_vertical=4, snapshots=8, max_sources=3)
 ALL = Loss(**dict.fromkeys(TERMS, 1.0))

@@ -18,14 +18,14 @@ from captured import MODELS, config_of
 from torch import Tensor
 from watch import Watch
 
-from ris_fast.config import Loss, Task
+from ris_fast.config.schema import Loss, Task
 from ris_fast.kernels.fused_step import op as fused_step
 from ris_fast.kernels.pursuit import reference as pursuit
 from ris_fast.models import build_model
 from ris_fast.models.pursuit import geometry_of
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
-from ris_fast.training.loop import Trainer
+from ris_fast.training.trainer import Trainer
 from ris_fast.training.loss import TERMS, CovarianceLoss
 from ris_fast.training.step import Step
 from ris_fast.training.validation import measure

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from ris_fast.config import Config, ConfigError
+from ris_fast.config.schema import Config, ConfigError
 from ris_fast.files import StorageError
-from ris_fast.run_folder import resumed_config, run_config
-from ris_fast.settings import render_toml
-from ris_fast.training import loop
+from ris_fast.commands.run_folder import resumed_config, run_config
+from ris_fast.config.load import render_toml
+from ris_fast.training import trainer as loop
 from ris_fast.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from ris_fast.training.loop import Trainer
+from ris_fast.training.trainer import Trainer
 from ris_fast.training.resume import finished
 from tests.training.test_loop import Recorder, small
 

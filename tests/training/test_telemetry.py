@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ris_fast import FusedAdamW
 from ris_fast.kernels.native import loader
-from ris_fast.training.loop import Trainer
-from ris_fast.training.records import RECORDS, Window, ring_size
-from ris_fast.training.telemetry import broken, spread
+from ris_fast.training.trainer import Trainer
+from ris_fast.training.telemetry.step_window import RECORDS, Window, ring_size
+from ris_fast.training.telemetry.step_telemetry import broken, spread
 
 BACKENDS = ["reference", pytest.param("native", marks=pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built"))]
 R, POISONED = 4, 6
@@ -195,7 +195,7 @@ def test_captured_steps_fill_the_ring_as_eager_ones_do(monkeypatch: pytest.Monke
 
 
 def test_steps_that_the_ring_had_no_room_for_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ris_fast.training.records.RECORDS", 3)
+    monkeypatch.setattr("ris_fast.training.telemetry.step_window.RECORDS", 3)
     trainer = Trainer(config_of("backprojection", "training.epochs=1"), observer=(kept := Kept()))
     kept.trainer = trainer
     trainer.fit()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ris_fast.physics.array import RISArray, steering
 from ris_fast.physics.pairs import to_complex, to_pairs
-from ris_fast.training import terms
+from ris_fast.training import loss_terms as terms
 
 BATCH, SOURCES, ARRAY = 3, 3, RISArray(3, 3)
 COUNT = torch.tensor([3, 2, 1])

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ris_fast.config import Config
+from ris_fast.config.schema import Config
 from ris_fast.models import build_model
 from ris_fast.models.linear import Linear
 from ris_fast.physics.pairs import to_complex, to_pairs

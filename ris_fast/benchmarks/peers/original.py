@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ris_fast.benchmarks.peers.eager import peer_network
 from ris_fast.benchmarks.peers.original_loss import original_loss
-from ris_fast.config import Config
+from ris_fast.config.schema import Config
 from ris_fast.models.hybrid import Hybrid
 from ris_fast.physics.pairs import to_complex
 from ris_fast.physics.scenes import Scenes

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as fn
 
-from ris_fast.config import Loss
+from ris_fast.config.schema import Loss
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.pairs import to_complex, to_pairs
 from ris_fast.physics.scenes import Scenes

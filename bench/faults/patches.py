@@ -1,0 +1,136 @@
+"""The few ways in which a fault takes hold of a trainer: its network, its batches, its optimizer, a function it calls."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ris_fast.models.prediction import Prediction
+from ris_fast.physics.scenes import Scenes
+from ris_fast.training import step
+from ris_fast.training import trainer as loop
+from ris_fast.training.compiled_model import compiled
+from ris_fast.training.trainer import Trainer
+from ris_fast.training.optim.fused_adamw import FusedAdamW
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` inside the block."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def put(trainer: Trainer, name: str, value: Any) -> None:
+    """`trainer.name` is `value`, which the trainer itself refuses: the mistake of a loop that keeps its parts apart."""
+    object.__setattr__(trainer, name, value)
+
+
+def wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Puts `make(old)` where `old` was, on one object."""
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+def on_output(module: nn.Module, change: Callable[[Any], Any]) -> None:
+    """What the module answers goes through `change`."""
+    wrap(module, "forward", lambda forward: lambda *inputs: change(forward(*inputs)))
+
+
+def on_input(module: nn.Module, change: Callable[..., tuple]) -> None:
+    """What the module is given goes through `change`, which returns the arguments as a tuple."""
+    wrap(module, "forward", lambda forward: lambda *inputs: forward(*change(*inputs)))
+
+
+def on_factor(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """The network's factor goes through `change`; for a network that no trainer has bound yet."""
+    wrap(model, "trunk", lambda trunk: lambda features: (
+        lambda prediction: prediction._replace(factor=change(prediction.factor)))(trunk(features)))
+
+
+def on_answer(trainer: Trainer, change: Callable[[Tensor], Tensor]) -> None:
+    """The factor of a trainer's network goes through `change`."""
+    on_factor(trainer.model, change)
+    rebound(trainer)
+
+
+def on_features(trainer: Trainer, change: Callable[[Callable], Callable]) -> None:
+    """`change(features)` stands in for the network's `features(snapshots, channel, codes, snr_db)`."""
+    wrap(trainer.model, "features", change)
+    rebound(trainer)
+
+
+def rebound(trainer: Trainer) -> None:
+    """A step made of the trainer's present network, loss and optimizer, as the constructor makes it."""
+    network, trainer.compile_note = compiled(trainer.model, trainer.config, trainer.device)
+    trainer.step = step.Step(network, trainer.loss, trainer.optimizer, trainer.config, trainer.device, trainer.model)
+
+
+def on_loss(trainer: Trainer, change: Callable[[Prediction, Scenes], tuple[Prediction, Scenes]]) -> None:
+    """The loss is given something else than the network's answer and the scenes."""
+    on_input(trainer.loss, change)
+
+
+def on_batches(trainer: Trainer, change: Callable[[Scenes], Scenes], split: str | None = None) -> None:
+    """Scenes of one split, or of all, go through `change` after they were read."""
+    def make(batch: Callable) -> Callable:
+        return lambda name, index: change(batch(name, index)) if split in (None, name) else batch(name, index)
+    wrap(trainer.source, "batch", make)
+
+
+def before_step(trainer: Trainer, action: Callable[[], Any]) -> None:
+    """`action` runs between backward and the optimizer's step."""
+    wrap(trainer.optimizer, "step", lambda take: lambda *args: (action(), take(*args))[1])
+
+
+def after_step(trainer: Trainer, action: Callable[[], Any]) -> None:
+    """`action` runs after each optimizer step."""
+    wrap(trainer.optimizer, "step", lambda take: lambda *args: (take(*args), action())[0])
+
+
+def gradients(trainer: Trainer) -> list[Tensor]:
+    return [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def optimizer_with(**options: Any) -> AbstractContextManager:
+    """Trainers are built with other options of FusedAdamW."""
+    return replaced(step, "FusedAdamW", lambda *args, **given: FusedAdamW(*args, **(given | options)))
+
+
+def model_with(change: Callable[[nn.Module], Any]) -> AbstractContextManager:
+    """Trainers are built with a network that went through `change` before the optimizer saw it."""
+    build = loop.build_model
+
+    def build_and_change(*args: Any, **options: Any) -> nn.Module:
+        model = build(*args, **options)
+        change(model)
+        return model
+    return replaced(loop, "build_model", build_and_change)
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """Linear and convolution layers, in order."""
+    return [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv1d))]
+
+
+class Backward(torch.autograd.Function):
+    """The identity with a backward of one's own."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.rule = rule
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.rule(grad), None

@@ -1,0 +1,150 @@
+"""The folder of a run: made for one run only, held by one process, and found again to go on from."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shlex
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Iterable, Iterator, Mapping
+
+from ris_fast.config.schema import Config, ConfigError
+from ris_fast.files import StorageError, locked, make_folder, read_text, remove_leftovers, write_text, writing
+from ris_fast.report.eventlog import METRICS, write_json
+from ris_fast.config.load import load_config, render_toml
+
+CONFIG = "config.toml"
+RUNS, CHECKPOINTS, LAST, BEST = "runs", "checkpoints", "last", "best"
+
+
+class RunFolder:
+    """Observer that writes what a run was started with, once it has really started: config.toml and env.json."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder, self.config = folder, config
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        from ris_fast.environment import environment
+
+        write_text(self.folder / CONFIG, render_toml(self.config))
+        write_json(self.folder / "env.json", environment())
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """A step changes nothing here."""
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """An epoch changes nothing here."""
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """The summary is the event log's."""
+
+
+def new_folder(config: Config, out: Path | None) -> Path:
+    """Makes the folder of a new run; runs/DATE-TIME-PRESET by default. Raises ConfigError where a run already is."""
+    if out is None:
+        first = Path(RUNS) / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.preset}"
+        others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+        return next(path for path in itertools.chain([first], others) if _made(path))
+    if os.path.lexists(out) and not os.path.isdir(out):
+        what = "a link that leads nowhere" if out.is_symlink() else "a file"
+        raise ConfigError(f"--out {out} is {what}; give the name of a folder.")
+    with writing(out):
+        held = any((out / name).exists() for name in (METRICS, CONFIG))
+    if held:
+        raise ConfigError(f"--out {out} already holds a run. Continue it with --resume {shlex.quote(str(out))}, or give another folder.")
+    _made(out)
+    return out
+
+
+def _made(folder: Path) -> bool:
+    """Whether this call made the folder: of two runs that ask for the same one, one did."""
+    make_folder(folder.parent)
+    try:
+        folder.mkdir()
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise StorageError(folder, error) from error
+
+
+def drop_if_empty(folder: Path) -> None:
+    """A run that never began leaves no folder of its own."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+        if folder.parent == Path(RUNS):
+            folder.parent.rmdir()
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps two processes from writing one run, and removes what an earlier one was killed in writing. Raises ConfigError."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder))
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: another process is training this run. Wait for it or stop it.") from None
+        except OSError as error:
+            raise ConfigError(f"{folder} is no folder that can be read: {error.strerror}. Give the folder of a run.") from error
+        remove_leftovers(folder)
+        yield
+
+
+def run_config(folder: Path, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None) -> Config:
+    """The settings in a run's config.toml, with --set and flags on top.
+
+    A run of the time when one seed drew weights and scenes keeps its scenes.
+    """
+    config = load_config(folder / CONFIG, None, overrides, flags)
+    if "data.seed" in config.provenance:
+        return config
+    recorded = load_config(folder / CONFIG)
+    return replace(config, data=replace(config.data, seed=recorded.training.seed))
+
+
+def resumed_config(run: Path, refused: Mapping[str, Any], overrides: Iterable[str],
+                   flags: Mapping[str, Any]) -> Config:
+    """The settings of the run in `run`, with --set and flags on top. Raises ConfigError for a folder without a run."""
+    extra = [name for name, value in refused.items() if value is not None]
+    if extra:
+        raise ConfigError(f"--resume continues {run} with its own settings and folder. Leave {', '.join(extra)} away.")
+    file = run_and_checkpoint(run)[0] / CONFIG
+    if not file.is_file():
+        raise ConfigError(f"--resume {run}: there is no {CONFIG}: not a run folder, or a run that ended before it had saved anything. "
+                          f"Give the folder that train printed, or start anew.")
+    config = run_config(file.parent, overrides, flags)
+    recorded = recorded_provenance(read_text(file))
+    return replace(config, provenance={key: recorded.get(key, origin) if origin == str(file) else origin
+                                       for key, origin in config.provenance.items()})
+
+
+def run_and_checkpoint(place: Path) -> tuple[Path, str]:
+    """The run folder and the name of the checkpoint that `--resume PLACE` means: the last one, or the file given.
+
+    The name is empty where the run ended before its first checkpoint: it begins anew then.
+    """
+    if place.suffix == ".safetensors":
+        return place.parent.parent, place.stem
+    there = (name for name in (LAST, BEST) if (place / CHECKPOINTS / f"{name}.safetensors").is_file())
+    return place, next(there, "")
+
+
+def recorded_provenance(text: str) -> dict[str, str]:
+    """'section.key' -> where its value came from, as the comments of a run's config.toml say."""
+    found, section = {}, ""
+    for line in text.splitlines():
+        if line.startswith("["):
+            section = line.strip("[]")
+        elif " = " in line and "  # " in line:
+            found[f"{section}.{line.partition(' = ')[0]}"] = line.rpartition("  # ")[2]
+    return found
+
+
+def how_to_resume(folder: Path) -> str:
+    if run_and_checkpoint(folder)[1]:
+        return f"Continue with: ris-fast train --resume {shlex.quote(str(folder))}"
+    return "No checkpoint had been saved yet."

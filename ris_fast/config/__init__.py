@@ -1,0 +1,5 @@
+"""Every setting of a run: what there is (schema), and where each value came from (load)."""
+
+from ris_fast.config.schema import Config, ConfigError
+
+__all__ = ["Config", "ConfigError"]

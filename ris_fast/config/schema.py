@@ -1,0 +1,278 @@
+"""Every setting of a run, in one place: frozen dataclasses with units, checked on construction.
+
+Fields carry their own help text in `metadata["help"]`. Layers are put together by `ris_fast.config.load`.
+Only the standard library is imported here, so that anything may import this file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any, Callable, Iterable, Mapping
+
+LARGEST_INT, LARGEST_FLOAT = 2**63 - 1, 3.4e38  # what an int64 and a float32 hold
+SMALLEST_FLOAT = 2.0**-126                      # the smallest float32 of full precision; FusedAdamW takes no epsilon below it
+KINDS: dict[str, tuple[tuple[type, ...], Callable[[Any], Any], str]] = {
+    "int": ((Integral,), int, "a whole number"), "float": ((Real,), float, "a number"),
+    "bool": ((bool,), bool, "true or false"), "str": ((str, os.PathLike), os.fspath, "text"),
+    "Mapping[str, Any]": ((Mapping,), lambda table: {key: _plain(value) for key, value in table.items()},
+                          "a table of names and values")}
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message says which, what was given and what would do. Exit code 2."""
+
+    exit_code = 2
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None,
+           high: float | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+
+
+def closest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known spelling nearest to `word`, whatever the case of its letters; None where none is near."""
+    folded = {each.casefold(): each for each in known}
+    found = difflib.get_close_matches(str(word).casefold(), folded, n=1, cutoff=cutoff)
+    return folded[found[0]] if found else None
+
+
+def typed(kind: str, value: Any, where: str) -> Any:
+    """The value as Python's own int, float, bool, str or dict: numpy's numbers are numbers, a path is text.
+
+    Raises: ConfigError with what was given and what a setting of this `kind` expects.
+    """
+    accepted, plain, expected = KINDS[kind]
+    if isinstance(value, accepted) and (kind == "bool" or not isinstance(value, bool)):
+        return plain(value)
+    raise ConfigError(f"{where} = {value!r} ({type(value).__name__}): expected {expected}.{_meant(kind, value)}")
+
+
+def section_of(who: str, name: str, value: Any, kind: type) -> Any:
+    """The value, which must be a section of the configuration. Raises: ConfigError that says which, and how to have one."""
+    if isinstance(value, kind):
+        return value
+    whole = isinstance(value, Config)
+    raise ConfigError(f"{who}: {name} is a {type(value).__name__}, expected a {kind.__name__}. "
+                      + (f"Pass config.{kind.__name__.lower()}." if whole else f"Make one with ris_fast.config.schema.{kind.__name__}(...)."))
+
+
+def _plain(value: Any) -> Any:
+    """An option of a network, whose kind only the network knows."""
+    number = next((kind for kind in ("int", "float") if isinstance(value, KINDS[kind][0])), None)
+    return value if number is None or isinstance(value, bool) else KINDS[number][1](value)
+
+
+def _meant(kind: str, value: Any) -> str:
+    """' Did you mean ...?' where the value says in another way what this kind of setting can hold."""
+    word = str(value).strip().lower()
+    if kind == "bool" and word in ("true", "false", "yes", "no", "on", "off", "0", "1"):
+        return f" Did you mean {'true' if word in ('true', 'yes', 'on', '1') else 'false'}?"
+    try:
+        number = float(word)
+    except ValueError:
+        return ""
+    if kind == "float" and abs(number) <= LARGEST_FLOAT:
+        return f" Did you mean {number!r}?"
+    return f" Did you mean {int(number)}?" if kind == "int" and number.is_integer() else ""
+
+
+class Section:
+    """Checks type, choices and range of every field once, when the section is built."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):  # type: ignore[arg-type]
+            where = f"{type(self).__name__.lower()}.{item.name}"
+            value = typed(str(item.type), getattr(self, item.name), where)
+            object.__setattr__(self, item.name, value)  # frozen: this is its construction
+            _check(where, value, item.metadata)
+
+
+def _check(where: str, value: Any, rule: Mapping[str, Any]) -> None:
+    if rule["choices"] and value not in rule["choices"]:
+        near = closest(value, rule["choices"])
+        raise ConfigError(f"{where} is {value!r}; it must be one of: {', '.join(rule['choices'])}."
+                          + (f" Did you mean '{near}'?" if near else ""))
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:  # NaN compares false
+        raise ConfigError(f"{where} = {value} is not a finite number in single precision. Give one that is.")
+    low, high = rule["low"], LARGEST_INT if rule["high"] is None else rule["high"]
+    if low is not None and value < low:
+        raise ConfigError(f"{where} = {value} is too small; it must be at least {low}.")
+    if value > high and (isinstance(value, int) or rule["high"] is not None):
+        raise ConfigError(f"{where} = {value} is too large; it must be at most {high}.")
+
+
+@dataclass(frozen=True)
+class Task(Section):
+    """The scenes: array, channel, codes and the ranges they are drawn from. Defaults are RIS-12x12."""
+
+    bs_antennas: int = option(16, "antennas of the base station, M", low=1)
+    ris_horizontal: int = option(12, "RIS elements in a row, N_H", low=2)
+    ris_vertical: int = option(12, "RIS elements in a column, N_V", low=2)
+    snapshots: int = option(16, "codes shown one after the other, L", low=1, high=64)
+    max_sources: int = option(5, "largest number of sources, K_max", low=1, high=16)
+    wavelength_m: float = option(0.3, "carrier wavelength in metres", low=1e-6, high=1e3)
+    spacing_wavelengths: float = option(0.5, "element spacing in wavelengths", low=1e-3, high=1e3)
+    wavefront: str = option("fresnel", "steering vector of a near-field source", choices=("fresnel", "spherical"))
+    azimuth_deg: float = option(60.0, "azimuth is uniform in +- this many degrees", low=0.0, high=90.0)
+    elevation_deg: float = option(30.0, "elevation is uniform in +- this many degrees", low=0.0, high=90.0)
+    range_min_m: float = option(0.5, "nearest source in metres", low=1e-3, high=1e6)
+    range_max_m: float = option(10.0, "farthest source in metres", low=1e-3, high=1e6)
+    snr_min_db: float = option(-5.0, "lowest signal-to-noise ratio in dB", low=-100.0, high=120.0)
+    snr_max_db: float = option(20.0, "highest signal-to-noise ratio in dB", low=-100.0, high=120.0)
+    rician_min: float = option(0.5, "lowest Rician factor of the BS-RIS channel, linear", low=0.0, high=1e6)
+    rician_max: float = option(10.0, "highest Rician factor of the BS-RIS channel, linear", low=0.0, high=1e6)
+    code_bits: int = option(3, "bits of a RIS phase", low=1, high=16)
+    symbols: str = option("static", "source symbols: drawn once a scene or once a snapshot",
+                          choices=("static", "per_snapshot"))
+    power: str = option("path_loss", "source powers: by free-space path loss or all equal",
+                        choices=("path_loss", "equal"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for low, high in (("range_min_m", "range_max_m"), ("snr_min_db", "snr_max_db"), ("rician_min", "rician_max")):
+            if getattr(self, low) > getattr(self, high):
+                raise ConfigError(f"task.{low} = {getattr(self, low)} is above task.{high} = {getattr(self, high)}.")
+
+    @property
+    def elements(self) -> int:
+        return self.ris_horizontal * self.ris_vertical
+
+    @property
+    def spacing_m(self) -> float:
+        return self.spacing_wavelengths * self.wavelength_m
+
+
+@dataclass(frozen=True)
+class Data(Section):
+    """Where scenes come from and how many."""
+
+    source: str = option("auto", "simulate on the device, or read files from data.path; auto: files if a path is given",
+                         choices=("auto", "simulate", "npz", "shards"))
+    path: str = option("", "folder of shards (ours, or the original pipeline's .npz)")
+    train_scenes: int = option(160_000, "training scenes an epoch", low=1)
+    val_scenes: int = option(40_000, "validation scenes in the split", low=1)
+    test_scenes: int = option(8_000, "test scenes in the split", low=1)
+    val_limit: int = option(4_000, "validate on the first this many validation scenes during training", low=1)
+    seed: int = option(0, "seed of the simulated scenes, all splits; weights and order have training.seed", low=0)
+    fixed: bool = option(False, "simulate the same training scenes in every epoch instead of fresh ones")
+
+
+@dataclass(frozen=True)
+class Model(Section):
+    """The network. Options that a model does not have are refused when it is built."""
+
+    name: str = option("backprojection", "network", choices=("backprojection", "hybrid"))
+    options: Mapping[str, Any] = field(default_factory=dict, metadata={
+        "help": "options of this network, such as width or depth", "choices": (), "low": None, "high": None})
+
+
+@dataclass(frozen=True)
+class Loss(Section):
+    """Weight of every term, and how the effective covariance is built."""
+
+    cov: float = option(1.0, "weight: NMSE of the effective covariance (with blend)", low=0.0)
+    cov_pred: float = option(0.05, "weight: NMSE of the predicted covariance alone (no blend)", low=0.0)
+    orthogonality: float = option(0.0, "weight: orthogonality of the factor columns", low=0.0)
+    cross: float = option(0.0, "weight: agreement of the two factors' column Gram matrices", low=0.0)
+    angle: float = option(0.0, "weight: Huber on wrapped angles of matched sources, delta 0.25 deg", low=0.0)
+    range: float = option(0.0, "weight: Huber on log-range of matched sources, delta 0.2", low=0.0)
+    chamfer: float = option(0.0, "weight: Chamfer distance on (azimuth, elevation)", low=0.0)
+    subspace: float = option(0.0, "weight: power of the prediction outside the true steering vectors", low=0.0)
+    contrast: float = option(0.0, "weight: peak contrast around the true sources", low=0.0)
+    count: float = option(0.0, "weight: cross-entropy of the number of sources", low=0.0)
+    beta: float = option(0.0, "blend of a sample covariance into the prediction", low=0.0, high=0.95)
+    loading: float = option(0.0, "diagonal loading eps, on both sides", low=0.0)
+    shrink: float = option(0.0, "shrinkage alpha_0, on both sides", low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class Optimizer(Section):
+    """AdamW with a backbone and a head group, clipping, warm-up, cosine and EMA, counted in applied steps."""
+
+    backbone_lr: float = option(1e-3, "peak learning rate of the backbone", low=0.0)
+    head_lr: float = option(1e-3, "peak learning rate of the heads", low=0.0)
+    beta1: float = option(0.9, "AdamW beta 1", low=0.0, high=0.9999)
+    beta2: float = option(0.999, "AdamW beta 2", low=0.0, high=0.99999)
+    eps: float = option(1e-8, "AdamW epsilon", low=SMALLEST_FLOAT)
+    weight_decay: float = option(1e-4, "decoupled weight decay; never on norms and biases", low=0.0)
+    max_grad_norm: float = option(1.0, "clip the global gradient norm to this; 0: never clip", low=0.0)
+    warmup: float = option(0.02, "share of the planned steps spent warming up", low=0.0, high=1.0)
+    final_lr: float = option(0.01, "learning rate at the end, as a share of the peak", low=0.0, high=1.0)
+    ema_decay: float = option(0.999, "decay of the averaged weights; 0: none", low=0.0, high=0.999999)
+
+
+@dataclass(frozen=True)
+class Training(Section):
+    """The loop."""
+
+    epochs: int = option(30, "epochs", low=1)
+    batch_size: int = option(256, "scenes a micro-batch", low=1)
+    accumulate: int = option(1, "micro-batches an optimizer step", low=1)
+    precision: str = option("fp32", "arithmetic of the network; the loss is always fp32",
+                            choices=("fp32", "bf16", "fp16"))
+    max_seconds: float = option(0.0, "stop after this many seconds and anneal towards it; 0: no limit", low=0.0)
+    seed: int = option(0, "seed of the weights and of the order of the scenes; the scenes themselves have data.seed", low=0)
+    init: str = option("", "start from the weights of this run or checkpoint, of the same network; empty: from random ones")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    compile: bool = option(True, "compile forward and backward with torch.compile")
+    capture: bool = option(True, "on CUDA, run each step and each validation as one captured graph")
+    backend: str = option("auto", "kernels: best available, or the plain torch references",
+                          choices=("auto", "reference"))
+    patience: int = option(0, "stop after this many epochs without a better validation NMSE; 0: never", low=0)
+    max_skipped: int = option(10, "stop after this many non-finite steps in a row", low=1)
+
+
+@dataclass(frozen=True)
+class Health(Section):
+    """How the run is watched."""
+
+    preflight: bool = option(True, "check network, loss, step and scenes before the first step")
+    stop: bool = option(True, "end a run in which a structural mistake is certain (exit code 4)")
+    mute: str = option("", "findings that are not told, by name, with commas between them")
+    frozen: str = option("", "beginnings of the names of parameters that are meant to be frozen, with commas between them")
+    anomaly: bool = option(False, "where gradients that are not finite end a run, replay its last step and name the operation")
+    log_tensors: bool = option(False, "write a row per tensor and step to tensors.csv; beyond 64 MB one step a report")
+    min_applied: float = option(0.9, "an epoch in which a smaller share of the steps is applied ends the run",
+                                low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class Report(Section):
+    """What a run writes."""
+
+    every_steps: int = option(50, "write a row to metrics.jsonl every this many optimizer steps", low=1)
+    checkpoint_epochs: int = option(1, "write checkpoints every this many epochs", low=1)
+    plots: bool = option(True, "draw loss curves into the run folder")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. `provenance` maps 'section.key' to where its value came from."""
+
+    preset: str = "laptop"
+    task: Task = field(default_factory=Task)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    loss: Loss = field(default_factory=Loss)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    training: Training = field(default_factory=Training)
+    health: Health = field(default_factory=Health)
+    report: Report = field(default_factory=Report)
+    provenance: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, kind in SECTIONS.items():
+            if not isinstance(given := getattr(self, name), kind):
+                raise ConfigError(f"Config: {name} is {given!r} ({type(given).__name__}); expected ris_fast.config.schema.{kind.__name__}. "
+                                  f"Make it with {kind.__name__}(...), or the whole with ris_fast.load_config(...).")
+
+
+SECTIONS: dict[str, type] = {
+    "task": Task, "data": Data, "model": Model, "loss": Loss, "optimizer": Optimizer, "training": Training,
+    "health": Health, "report": Report,
+}

@@ -1,0 +1,1 @@
+"""What `ris-fast why` makes of a run that is over."""

@@ -1,0 +1,1 @@
+"""Rules over what a run reports while it goes."""

@@ -1,0 +1,30 @@
+"""Names that a person writes into health.mute and health.frozen: one that means nothing is refused, not passed over."""
+
+from __future__ import annotations
+
+from typing import Iterable, Sequence
+
+from ris_fast.config.schema import ConfigError
+from ris_fast.health.causes import CAUSES
+from ris_fast.config.load import nearest
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Names with commas or spaces between them."""
+    return tuple(text.replace(",", " ").split())
+
+
+def known_causes(names: Iterable[str], setting: str) -> frozenset[str]:
+    """The names as a set. Raises: ConfigError for one that is no cause, which would mute nothing; `setting`: where it was written."""
+    names = frozenset(names)
+    for name in sorted(names - CAUSES.keys()):
+        raise ConfigError(f"{setting}: there is no cause '{name}'.{nearest(name, CAUSES)}")
+    return names
+
+
+def check_beginnings(beginnings: Sequence[str], parameters: Sequence[str], setting: str) -> None:
+    """Raises: ConfigError for the beginning of no parameter's name, which would freeze nothing; `setting`: where it was written."""
+    for beginning in beginnings:
+        if not any(name.startswith(beginning) for name in parameters):
+            parts = dict.fromkeys(name.partition(".")[0] for name in parameters)
+            raise ConfigError(f"{setting}: no parameter's name begins with '{beginning}'.{nearest(beginning, parts)}")

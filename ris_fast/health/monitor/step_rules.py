@@ -1,0 +1,246 @@
+"""Rules over what a run reported: pure functions from its rows to findings, the same while it runs and afterwards."""
+
+from __future__ import annotations
+
+import math
+from typing import Iterator
+
+from ris_fast.health.monitor.end_rules import END_RULES
+from ris_fast.health.finding import Finding
+from ris_fast.health.monitor.epoch_rules import WHILE_IT_RUNS
+from ris_fast.health.monitor.history import Row, Rule, Run
+
+TOUCHED = 0.02             # relative: more than rounding in a sum
+ENOUGH_SCENES = 8          # of one step, or of several together, of which more than half were served before
+AUDIBLE = 1e-5             # of the first weights' norm: a move that the rounding of an answer in float32 cannot hide
+COLD = 0.2                 # of the raw weights' way, below which the averaged weights are mostly the first ones
+JUMP, STILL = 0.5, 1e-8    # of a weight in one step
+GROWN, SHRUNK = 10.0, 0.2  # of the first weights' norm
+USUAL = 0.2                # rms of a weight; first weights have a tenth of that
+
+
+# ---- contracts of a step ------------------------------------------------------------------------------------------------
+
+
+def one_update_a_step(run: Run) -> Iterator[Finding]:
+    """The optimizer is stepped once for each call of the step."""
+    calls, attempted = run.reading.get("steps", 0), run.reading.get("attempted")
+    if not calls or attempted is None:
+        return
+    if attempted <= 0:
+        yield Finding("step_never_called", f"{calls} calls of the step up to step {run.step} made no optimizer step.", run.step)
+    elif attempted >= 2 * calls:
+        yield Finding("step_called_twice", f"{calls} calls of the step made {attempted} optimizer steps.", run.step)
+    earlier = [row["health"]["applied"] for row in run.steps[:-1] if "applied" in (row.get("health") or {})]
+    if earlier and run.reading["applied"] < max(earlier):
+        yield Finding("optimizer_state_lost", f"the optimizer's count of updates falls from {max(earlier)} to "
+                      f"{run.reading['applied']}: it was built anew.", run.step)
+
+
+def untouched_gradient(run: Run) -> Iterator[Finding]:
+    """What backward leaves is what the optimizer receives, and nothing is left from the step before."""
+    reading, row = run.reading, run.steps[-1]
+    raw, scale = reading.get("raw_norm"), row.get("loss_scale") or 1.0
+    if raw is None or reading.get("attempted") != reading.get("steps"):
+        return
+    seen = row["grad_norm"] * scale
+    if reading["raw_nonfinite"] and math.isfinite(seen) and not reading["skipped"]:
+        yield Finding("sanitised_gradients", f"backward leaves {reading['raw_nonfinite']} tensors with values that are not finite and "
+                      f"the optimizer receives a gradient of norm {seen:.3g}.", run.step)
+    elif reading["raw_nonfinite"] and reading["skipped"] and scale == 1.0 and not reading["nonfinite_scenes"]:
+        yield Finding("nonfinite_gradients", f"{reading['raw_nonfinite']} tensors have gradients that are not finite, though "
+                      f"the scenes are.", run.step)
+    elif math.isfinite(raw) and raw > 0 and scale == 1.0:
+        if seen == 0:
+            yield Finding("gradients_cleared_before_step", f"backward leaves a gradient of norm {raw:.3g} and the optimizer "
+                          "finds zero.", run.step)
+        elif seen < (1 - TOUCHED) * raw:
+            yield Finding("zeroed_gradients", f"between backward and the optimizer the gradient's norm falls from {raw:.3g} to "
+                          f"{seen:.3g}.", run.step)
+    if (reading.get("left_over") or 0.0) > 1e-3 * max(raw if math.isfinite(raw) else 0.0, 1e-30):
+        yield Finding("gradients_never_cleared", f"after clearing, the gradients still have norm {reading['left_over']:.3g}.", run.step)
+
+
+def nonfinite_between_reports(run: Run) -> Iterator[Finding]:
+    """Steps that no report looked at closely were not skipped for gradients that are not finite."""
+    reading, window = run.reading, run.reading.get("window") or {}
+    scaled = (run.steps[-1].get("loss_scale") or 1.0) != 1.0        # a scaler finds its scale by overflowing
+    if window.get("nonfinite_steps") and not scaled and not reading.get("raw_nonfinite") and not reading.get("nonfinite_scenes"):
+        yield Finding("nonfinite_gradients", f"{window['nonfinite_steps']} of the last {window['recorded']} steps had gradients that are "
+                      f"not finite and were not applied, first step {window['first_nonfinite_step']} in {window['first_nonfinite_tensor']}; "
+                      f"their scenes were not looked at.", run.step, certain=False)
+
+
+def served_scenes(run: Run) -> Iterator[Finding]:
+    """No step has empty or broken scenes, or scenes that it or another step of the epoch has had."""
+    reading = run.reading
+    if reading.get("nonfinite_scenes"):
+        yield Finding("nonfinite_data", f"{reading['nonfinite_scenes']} of {reading['scenes']} scenes of a step are not finite.", run.step)
+    if reading.get("zero_scenes"):
+        yield Finding("empty_cache_slot", f"{reading['zero_scenes']} of {reading['scenes']} scenes of a step are all zeros.", run.step)
+    repeated, scenes = _repeated(run)
+    if reading.get("repeated") and repeated > max(1, scenes // 2):
+        where = "a step" if scenes == reading["scenes"] else "the last steps that were read"
+        yield Finding("repeated_batch", f"{repeated} of {scenes} scenes of {where} were in it twice or in another step of the same epoch.", run.step)
+
+
+def _repeated(run: Run) -> tuple[int, int]:
+    """Scenes that were served before, and all: of the last step that was read, or of the last ones where a step has few.
+
+    Data may hold copies of a scene; a batch that comes again is more than half of a step.
+    """
+    epoch, repeated, scenes = run.steps[-1].get("epoch"), 0, 0
+    for row in reversed(run.steps):
+        reading = row.get("health") or {}
+        if scenes >= ENOUGH_SCENES or row.get("epoch") != epoch:
+            break
+        repeated, scenes = repeated + (reading.get("repeated") or 0), scenes + (reading.get("scenes") or 0)
+    return repeated, scenes
+
+
+def training_mode(run: Run) -> Iterator[Finding]:
+    """Every module is in training mode while it trains."""
+    if run.reading.get("asleep"):
+        yield Finding("eval_mode_in_training", f"{run.reading['asleep']} modules train in evaluation mode, first "
+                      f"{run.reading['first_asleep'] or 'the network'}.", run.step)
+
+
+def planned_rate(run: Run) -> Iterator[Finding]:
+    """The learning rate of a report's last step is the one that the count of updates stands for, in the plan that this step used.
+
+    On a GPU the host hears of a skipped step one report later, and until then sets the rate of one update too many.
+    """
+    row, before = run.steps[-1], (run.steps[-2].get("health") or {}) if len(run.steps) > 1 else {}
+    reading, planned, made = run.reading, row.get("lr_planned") or {}, run.reading.get("steps")
+    if not made or reading.get("attempted") != made or reading.get("skipped") or before.get("skipped"):
+        return
+    for name, rate in planned.items():
+        if not _same_rate(row["lr"][name], rate):
+            yield Finding(_off_plan(run, name), f"the learning rate of {name} is {row['lr'][name]:.3g} and should be {rate:.3g} "
+                          f"after {reading['applied']} updates.", run.step)
+            return
+
+
+def _off_plan(run: Run, name: str) -> str:
+    """Which way a rate has left its plan, by the rates of earlier reports."""
+    row, earlier = run.steps[-1], [each for each in run.steps[:-1] if name in (each.get("lr_planned") or {})]
+    rate, plan = row["lr"][name], row["lr_planned"][name]
+    highest = max((each["lr_planned"][name] for each in earlier), default=plan)
+    held = any(_same_rate(rate, each["lr_planned"][name]) for each in earlier)
+    if rate == 0:
+        return "zero_learning_rate"
+    if held or earlier and _same_rate(rate, earlier[-1]["lr"][name]):
+        return "schedule_per_epoch"
+    return "schedule_per_batch" if rate > plan >= highest else "learning_rate_off_plan"
+
+
+def _same_rate(one: float, other: float) -> bool:
+    return abs(one - other) <= 1e-5 * max(other, 1e-30)
+
+
+def only_the_optimizer_moves_weights(run: Run) -> Iterator[Finding]:
+    """Between two updates no weight changes."""
+    if run.reading.get("moved_before"):
+        where = "to their first values" if run.reading["back_to_first"] else "by something else than the optimizer"
+        yield Finding("weights_reset", f"{run.reading['moved_before']} tensors were changed {where} between two steps.", run.step)
+
+
+def movement(run: Run) -> Iterator[Finding]:
+    """Weights move by a small share of themselves in a step, and keep their size."""
+    reading, first = run.reading, (run.steps[0].get("health") or {})
+    ratio = reading.get("update_ratio")
+    if ratio is None or not reading.get("attempted") or reading.get("skipped"):
+        return
+    if ratio > JUMP or reading["weight_norm"] > GROWN * first.get("weight_norm", math.inf):
+        size = reading["weight_norm"] / math.sqrt(max(1, run.info.get("parameters") or 1))
+        yield Finding("learning_rate_too_large", f"the median tensor moves by {ratio:.0%} of itself in one step; the weights' norm "
+                      f"went from {first.get('weight_norm', math.nan):.3g} to {reading['weight_norm']:.3g}.", run.step,
+                      certain=not size < USUAL)      # weights that begin tiny grow fast and learn
+    elif reading["weight_norm"] < SHRUNK * first.get("weight_norm", 0.0):
+        yield Finding("weight_decay_too_large", f"the weights' norm fell from {first['weight_norm']:.3g} to "
+                      f"{reading['weight_norm']:.3g}.", run.step)
+    elif 0 < ratio < STILL and len(run.steps) >= 5:
+        yield Finding("learning_rate_too_small", f"the median tensor moves by {ratio:.1e} of itself in one step.", run.step)
+
+
+# ---- contracts of an epoch ----------------------------------------------------------------------------------------------
+
+
+def every_batch_is_a_step(run: Run) -> Iterator[Finding]:
+    """An epoch makes as many steps as its batches."""
+    reading = run.validation
+    made, read, wanted = reading.get("steps"), reading.get("groups_read"), reading.get("epoch_steps")
+    if made is None or made >= wanted or reading.get("cut_short"):
+        return
+    if made == 1 and read > 1:
+        yield Finding("step_once_per_epoch", f"the epoch read {read} batches and made 1 optimizer step: the step stands behind the "
+                      f"loop over batches, not in it.", run.step)
+    elif run.epochs[-1].get("epoch", 1) > 1 or read is not None:
+        yield Finding("batches_skipped", f"the epoch made {made} optimizer steps on {read} groups of batches; its data have {wanted}.",
+                      run.step)
+
+
+def weights_at_the_seams(run: Run) -> Iterator[Finding]:
+    """Neither validation nor the time between epochs moves a weight."""
+    seams = run.validation
+    around, between = seams.get("around_validation") or {}, seams.get("between_epochs") or {}
+    if around.get("moved"):
+        yield Finding("ema_saved_over_raw", f"validation left {around['moved']} tensors changed: the averaged weights stayed in the "
+                      f"network.", run.step)
+    if between.get("moved"):
+        where = "the first ones" if between.get("back_to_first") else "others"
+        yield Finding("weights_reset", f"{between['moved']} tensors were replaced by {where} between two epochs.", run.step)
+
+
+def validated_weights(run: Run) -> Iterator[Finding]:
+    """Validation scores the weights it says, in evaluation mode, anew each time."""
+    reading = run.validation
+    scores, least = reading.get("scores") or {}, AUDIBLE * (reading.get("first_norm") or 0.0)
+    raw, mean = scores.get("raw"), scores.get("ema")
+    if raw is None:
+        return
+    if not all(score["asleep"] for score in scores.values()):
+        yield Finding("train_mode_in_validation", "modules are in training mode while the network is validated.", run.step)
+    if mean is not None:
+        yield from _averages(run, raw, mean, reading.get("distance") or 0.0, least)
+    before = ((run.epochs[-2].get("health") or {}).get("scores") or {}).get("raw") if len(run.epochs) > 1 else None
+    if before is not None and before["answers"] == raw["answers"] and abs(before["distance"] - raw["distance"]) > least:
+        yield Finding("cached_validation", f"the network's answers to the validation scenes are those of the epoch before, bit for bit "
+                      f"(validation loss {raw['loss']:.6f} twice), and its weights have moved.", run.step)
+
+
+def _averages(run: Run, raw: Row, mean: Row, distance: float, least: float) -> Iterator[Finding]:
+    if raw["distance"] == mean["distance"] != distance:
+        yield Finding("raw_not_validated", "the raw weights were scored with the averaged ones in place.", run.step)
+    elif raw["answers"] == mean["answers"] and abs(raw["distance"] - mean["distance"]) > least:
+        yield Finding("cached_validation", "raw and averaged weights differ and give the same answers, bit for bit.", run.step)
+    elif distance > least and mean["distance"] == 0:
+        yield Finding("ema_frozen", "the averaged weights are the first ones, bit for bit; the raw ones have moved.", run.step)
+    elif distance > 0 and mean["distance"] < COLD * distance:
+        yield Finding("ema_cold", f"the averaged weights have gone {mean['distance'] / distance:.1%} of the way of the raw ones when "
+                      f"they are validated.", run.step)
+    elif distance > 0 and raw["distance"] == mean["distance"] and raw["answers"] == mean["answers"]:
+        yield Finding("ema_equals_raw", "averaged and raw weights are the same, bit for bit.", run.step)
+    if not math.isfinite(mean["distance"]) and math.isfinite(raw["distance"]):
+        yield Finding("ema_nonfinite", "the averaged weights are not finite; the raw ones are.", run.step)
+
+
+STEP_RULES: tuple[Rule, ...] = (one_update_a_step, untouched_gradient, nonfinite_between_reports, served_scenes, training_mode, planned_rate,
+                                only_the_optimizer_moves_weights, movement)
+EPOCH_RULES: tuple[Rule, ...] = (every_batch_is_a_step, weights_at_the_seams, validated_weights, *WHILE_IT_RUNS)
+
+
+def rules_of(event: str) -> tuple[Rule, ...]:
+    """The rules that a row of this kind can set off: "step", "epoch" or "finish"."""
+    return {"step": STEP_RULES, "epoch": EPOCH_RULES, "finish": END_RULES}[event]
+
+
+def replay(run: Run) -> list[Finding]:
+    """The findings of a whole run, as they would have come while it ran."""
+    growing, found = Run(run.info), []
+    rows = sorted([(row["step"], 0, row) for row in run.steps] + [(row["step"], 1, row) for row in run.epochs], key=lambda each: each[:2])
+    for _, is_epoch, row in rows:
+        (growing.epochs if is_epoch else growing.steps).append(row)
+        found += [finding for rule in rules_of("epoch" if is_epoch else "step") for finding in rule(growing)]
+    growing.summary = run.summary
+    return found + [finding for rule in END_RULES for finding in rule(growing)]

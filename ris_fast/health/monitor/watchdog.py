@@ -1,0 +1,89 @@
+"""The watch over one run: preflight before it, rules over its rows while it goes on, one ranked list of findings."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Iterable, Mapping
+
+from ris_fast.health.finding import Finding, ranked
+from ris_fast.health.monitor.names import check_beginnings, known_causes, words
+from ris_fast.health.preflight.run import Result, run_checks
+from ris_fast.health.monitor.step_rules import rules_of
+from ris_fast.health.monitor.history import Run
+from ris_fast.training.trainer import Trainer
+from ris_fast.training.state import RunStopped
+
+STOPPING = ("structural", "contract")
+
+
+class Watchdog:
+    """Observer of a trainer that collects findings, most certain first.
+
+    Args:
+        muted: causes that are not told; those of `health.mute` are added.
+        stop: end the run (RunStopped, exit code 4) at a certain finding that is structural or breaks a contract.
+        tell: called with each finding when a row first shows it; not with one that ends the run, which its error tells.
+    """
+
+    def __init__(self, trainer: Trainer, muted: Iterable[str] = (), *, stop: bool = False,
+                 tell: Callable[[Finding], None] | None = None) -> None:
+        self.trainer, self.stop, self.tell = trainer, stop, tell
+        self.muted = known_causes(muted, "muted") | known_causes(words(trainer.config.health.mute), "health.mute")
+        check_beginnings(words(trainer.config.health.frozen), [name for name, _ in trainer.model.named_parameters()], "health.frozen")
+        self.checks: list[Result] = []
+        self.run = Run()
+        self._found: list[Finding] = []
+        self._rules: dict[str, bool] = {}          # every rule that has looked, and whether it has found anything
+
+    @property
+    def findings(self) -> list[Finding]:
+        return ranked(self._found, self.muted)
+
+    def preflight(self, progress: Callable[[Result], None] | None = None) -> list[Finding]:
+        """The checks before the first step; the trainer is left as it was."""
+        self.checks = run_checks(self.trainer, progress=progress)
+        self._found += [finding for check in self.checks for finding in check.findings]
+        return self.findings
+
+    @property
+    def ruled_out(self) -> dict[str, list[str]]:
+        """Names of the checks that passed and of the rules that looked at the run and found nothing."""
+        return {"checks": [check.name for check in self.checks if check.passed and check.reached],
+                "rules": [name for name, found in self._rules.items() if not found]}
+
+    def verdict(self) -> str:
+        """One line: nothing found, or the most certain cause."""
+        found = self.findings
+        return f"{found[0].cause}: {found[0].evidence}" if found else "nothing found"
+
+    # ---- observer -----------------------------------------------------------------------------------------------------
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        self.run.info = info
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        self.run.steps.append(row)
+        self._judge("step")
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        self.run.epochs.append(row)
+        self._judge("epoch")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self.run.summary = summary
+        self._judge("finish", stop=False)
+
+    def _judge(self, event: str, *, stop: bool = True) -> None:
+        new = []
+        for rule in rules_of(event):
+            found = list(rule(self.run))
+            self._rules[rule.__name__] = self._rules.get(rule.__name__, False) or bool(found)
+            new += found
+        known = {finding.cause for finding in self._found}
+        first_seen = [finding for finding in new if finding.cause not in known]
+        self._found += first_seen
+        first = next(iter(ranked(new, self.muted)), None)
+        if stop and self.stop and first is not None and first.certain and first.severity in STOPPING:
+            raise RunStopped(str(first), first.cause)
+        if event != "finish" and self.tell is not None:
+            for finding in ranked(first_seen, self.muted):
+                self.tell(finding)

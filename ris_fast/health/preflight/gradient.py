@@ -1,0 +1,150 @@
+"""Preflight of the gradient: it exists, is finite, is not zero, and is the derivative of the loss that is printed.
+
+Legend: B batch, N RIS elements, Q factor columns.
+"""
+
+from __future__ import annotations
+
+from typing import Iterator
+
+import torch
+from torch import Tensor
+
+from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, Graph, by_hand, graph_of, via
+from ris_fast.health.preflight.derivative import NOISE, right_derivative
+from ris_fast.health.preflight.loss import COVARIANCE
+from ris_fast.health.preflight.parameters import listed
+from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.probe import Subject
+
+UNDERFLOW = 2.0**20
+
+
+def connected(subject: Subject) -> Iterator[Finding]:
+    """The loss requires a gradient, has a history, and depends on the factors through autograd."""
+    exits = Exits()
+    with exits:
+        total, terms, prediction = subject.run()
+    if not any(subject.loss.weights.get(name, 0) > 0 for name in COVARIANCE):
+        return
+    if total.requires_grad and total.grad_fn is None:
+        yield Finding("loss_rebuilt", f"the loss is a leaf with no history: it was made anew from a number"
+                      f"{via(exits.rebuilt)}.")
+    elif not prediction.factor.requires_grad:
+        if any(parameter.requires_grad for parameter in subject.parameters.values()):
+            yield Finding("detached_backbone", "the factors that the network returns require no gradient: it runs under "
+                          f"no_grad or detaches its answer{via(exits.detached)}.")
+    elif not total.requires_grad or _cut(total, prediction.factor):
+        loose = [name for name in COVARIANCE if name in terms and not terms[name].requires_grad]
+        cause = "loss_rebuilt" if exits.rebuilt and not exits.detached else "detached_loss"
+        yield Finding(cause, f"no gradient flows from the loss to the factors ({listed(loose) or 'the total'} has no "
+                      f"history){via(exits.rebuilt if cause == 'loss_rebuilt' else exits.detached)}.")
+
+
+def _cut(total: Tensor, factor: Tensor) -> bool:
+    return torch.autograd.grad(total, factor, retain_graph=True, allow_unused=True)[0] is None
+
+
+# ---- each tensor -----------------------------------------------------------------------------------------------------
+
+
+def every_tensor(subject: Subject) -> Iterator[Finding]:
+    """Every trainable tensor gets a gradient that is there, finite and not zero; else the reason."""
+    live = {name: parameter for name, parameter in subject.parameters.items() if parameter.requires_grad}
+    with subject.full_precision():
+        total, terms, _ = subject.run()
+        if not total.requires_grad or total.grad_fn is None or not live or not bool(total.isfinite()):
+            return
+        graph = graph_of(total)
+        gradients = dict(zip(live, torch.autograd.grad(total, list(live.values()), retain_graph=True, allow_unused=True)))
+        bad = [name for name, gradient in gradients.items() if gradient is not None and not bool(gradient.isfinite().all())]
+        if bad:
+            yield Finding("nonfinite_gradients", f"the loss is {float(total.detach()):.4g} and the gradients of {len(bad)} of "
+                          f"{len(live)} tensors are not finite, first {bad[0]}{_source(subject, total, terms)}.")
+            return
+        silent = [name for name, gradient in gradients.items() if gradient is None or not bool(gradient.any())]
+        yield from _silent(subject, silent, gradients, graph)
+
+
+def _source(subject: Subject, total: Tensor, terms: dict[str, Tensor]) -> str:
+    """Which term the non-finite gradient comes from; one outside of the table shows as a difference of sums."""
+    live = [parameter for parameter in subject.parameters.values() if parameter.requires_grad]
+    for name, value in terms.items():
+        parts = torch.autograd.grad(value, live, retain_graph=True, allow_unused=True) if value.requires_grad else ()
+        if any(part is not None and not bool(part.isfinite().all()) for part in parts):
+            return f"; they come from the term {name}"
+    rest = float(total.detach() - sum(subject.loss.weights.get(name, 0) * value.detach() for name, value in terms.items()))
+    return f"; no named term has them: they come from something outside the table of terms, worth {rest:.3g}"
+
+
+def _silent(subject: Subject, names: list[str], gradients: dict[str, Tensor | None], graph: Graph) -> Iterator[Finding]:
+    """Tensors without gradient: unused, cut off, or stopped by an operator that has no derivative."""
+    unused, cut, stopped, lost, flat = [], [], [], [], []
+    for name in names:
+        parameter, reached = subject.parameters[name], id(subject.parameters[name]) in graph.leaves
+        if not _matters(subject, parameter):
+            if reached and gradients[name] is not None:
+                flat.append(name)
+            if not reached or gradients[name] is None:
+                unused.append(name)
+            continue
+        (lost if reached and gradients[name] is None else stopped if reached else cut).append(name)
+    if lost:
+        yield Finding("wrong_backward", f"{listed(lost)}: the loss depends on it and autograd reaches it, but an operator's "
+                      f"backward returns nothing for it{by_hand(graph)}.")
+    if stopped:
+        yield _stopped(subject, stopped, graph)
+    if cut:
+        rounded = graph.named(*ZERO_DERIVATIVE)
+        yield Finding("detached_backbone", f"{len(cut)} of {len(gradients)} tensors change the loss and receive no gradient: "
+                      f"{listed(cut)}{via(rounded)}.")
+    if flat and len(flat) == len(gradients):
+        yield _flat(subject, len(flat))
+    if unused:
+        share = sum(subject.parameters[name].numel() for name in unused) / sum(p.numel() for p in subject.parameters.values())
+        yield Finding("unused_head", f"{len(unused)} tensors ({share:.0%} of the weights) reach no term of the loss: "
+                      f"{listed(unused)}.")
+
+
+def _flat(subject: Subject, tensors: int) -> Finding:
+    """Why no tensor changes the loss: the loss is flat at the factors, or the network behind them is."""
+    total, _, prediction = subject.run()
+    factor = torch.autograd.grad(total, prediction.factor, allow_unused=True)[0]
+    seen = f"the loss is {float(total.detach()):.4g}, and the gradients of all {tensors} trainable tensors are exactly zero"
+    if factor is not None and bool(factor.any()):
+        return Finding("zeroed_gradients", f"{seen}; at the factors there is one of norm {float(factor.norm()):.2g}.")
+    return Finding("clamped_loss", f"{seen}, as it is at the factors: there the loss is flat.")
+
+
+def _stopped(subject: Subject, names: list[str], graph: Graph) -> Finding:
+    """Tensors that the loss depends on and autograd reaches, with a gradient of exactly zero."""
+    what = f"{len(names)} tensors change the loss and have a gradient of exactly zero: {listed(names)}"
+    live = [subject.parameters[name] for name in names]
+    larger = torch.autograd.grad(subject.run()[0] * UNDERFLOW, live, allow_unused=True)
+    if any(part is not None and bool(part.any()) for part in larger):
+        return Finding("gradient_underflow", f"{what}; with a loss a million times larger it is not.")
+    if graph.written_by_hand:
+        return Finding("wrong_backward", f"{what}; backward runs through {', '.join(graph.written_by_hand)}.")
+    if graph.named(*ZERO_DERIVATIVE):
+        return Finding("non_differentiable", f"{what}; the path has {listed(graph.named(*ZERO_DERIVATIVE))}.")
+    return Finding("zeroed_gradients", f"{what}; every operator on the path has a derivative, so something clears it on the way.")
+
+
+@torch.no_grad()
+def _matters(subject: Subject, parameter: Tensor) -> bool:
+    """Whether the loss changes with this tensor, by more than rounding."""
+    before = subject.value()
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
+    size = float(parameter.detach().square().mean().sqrt()) or 0.1
+    return any(abs(_after(subject, parameter, noise, step * size) - before) > NOISE * max(1.0, abs(before))
+               for step in (0.1, 1.0))
+
+
+def _after(subject: Subject, parameter: Tensor, direction: Tensor, step: float) -> float:
+    with subject.moved([parameter], [direction], step):
+        return subject.value()
+
+
+CHECKS = {"the loss depends on the factors": connected, "every tensor gets a gradient": every_tensor,
+          "the gradient is the derivative": right_derivative}

@@ -1,0 +1,197 @@
+"""Preflight of what the network sees: sizes, units, and whether the answer can be made of it.
+
+Legend: B batch, L snapshots, M base-station antennas, N RIS elements, Q factor columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ris_fast.health.preflight.network import CLOSE, SAME, change
+from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.probe import Subject, captured
+from ris_fast.physics.pairs import expi, multiply, to_complex, to_pairs
+from ris_fast.physics.scenes import Scenes
+
+LARGE, SMALL_RMS = 1e3, 1e-3
+AUDIBLE = 20.0                   # dB
+LOUDER = 2.0**13                 # a power of two, by which numbers change exactly: no rounding enters the comparison
+UNITS = (128.0, 8.0)             # of every second scene, and of the others
+OTHER_UNIT = 0.01                # change of the median scene's factors; where every input is normalised it is exactly zero
+
+
+def boundary(subject: Subject, scenes: Scenes, seed: int = 0) -> dict[str, Tensor]:
+    """Inputs of layers that depend on no weight: what the trainable part sees. Name of the layer -> (B, F)."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        first = next((each for each in inputs if isinstance(each, Tensor)), None)
+        if first is not None and not first.requires_grad and first.dim() > 1 and first.shape[0] == scenes.batch:
+            found.setdefault(name, first.detach().float().flatten(1))
+    with captured(subject.model, keep), torch.enable_grad():
+        subject.answer_with_grad(scenes, seed)
+    return found
+
+
+def reads_scenes(subject: Subject) -> Iterator[Finding]:
+    """The answer depends on the scene, and each scene's answer on that scene alone."""
+    scenes = subject.scenes
+    answer = subject.answer(scenes)
+    seen = boundary(subject, scenes)
+    if not bool(answer.isfinite().all()) or scenes.batch < 2:
+        subject.note = f"not checked: {'there is one scene' if scenes.batch < 2 else 'answers are not finite'}"
+        return
+    if change(answer, answer[:1].expand_as(answer)) < SAME:
+        same = seen and all(change(value, value[:1].expand_as(value)) < SAME for value in seen.values())
+        raw = scenes.snapshots.flatten(1)
+        if change(raw, raw[:1].expand_as(raw)) < SAME:
+            yield Finding("constant_input", f"all of {scenes.batch} scenes have the same snapshots.")
+        else:
+            yield Finding("ignored_input", f"{scenes.batch} different scenes get the same factor"
+                          f"{'; the first layers see the same numbers for all of them' if same else ''}.")
+        return
+    half = scenes.batch // 2
+    mixed = max(change(answer[part], subject.answer(scenes[part])) for part in (slice(0, half), slice(half, scenes.batch)))
+    if mixed > (CLOSE if subject.config.training.precision == "fp32" else 0.1):
+        yield Finding("scenes_mixed", f"answers change by {mixed:.2g} when other scenes of the batch are left out.")
+
+
+def scale(subject: Subject) -> Iterator[Finding]:
+    """First layers see numbers of order one, and the units of snapshots and channel do not matter."""
+    scenes = subject.scenes
+    base, seen = subject.answer(scenes), boundary(subject, scenes)
+    sizes = {name: float(value.square().mean().sqrt()) for name, value in seen.items()}
+    tiny = {name: size for name, size in sizes.items() if 0 < size < SMALL_RMS}
+    larger = boundary(subject, replace(scenes, snapshots=LOUDER * scenes.snapshots)) if bool(base.isfinite().all()) else {}
+    if larger and any(_swallowed(seen[name], larger.get(name)) for name in seen):
+        name = next(name for name in seen if _swallowed(seen[name], larger.get(name)))
+        yield Finding("epsilon_swallows_signal", f"the input of {name} has rms {sizes[name]:.2g}, and "
+                      f"{float(larger[name].square().mean().sqrt()):.2g} for snapshots {LOUDER:g} times larger: a constant in "
+                      f"the normalisation is larger than the signal.")
+        return
+    if tiny:        # a network may weigh what it sees by the SNR that it is told; that is no matter of units
+        told = boundary(subject, replace(scenes, snr_db=torch.full_like(scenes.snr_db, AUDIBLE)))
+        tiny = {name: size for name, size in tiny.items() if float(told[name].square().mean().sqrt()) < SMALL_RMS}
+    if tiny:
+        name = min(tiny, key=tiny.__getitem__)
+        yield Finding("input_scale", f"the input of {name} has rms {tiny[name]:.2g}; layers expect numbers of order one.")
+        return
+    for name, value in seen.items():
+        each = value.square().mean(1).sqrt()
+        if sizes[name] > LARGE or float(each.max()) > 1e3 * float(each.median().clamp_min(1e-30)):
+            yield Finding("input_scale", f"the input of {name} has rms {sizes[name]:.2g}, from {float(each.min()):.2g} to "
+                          f"{float(each.max()):.2g} between scenes.")
+            return
+    with subject.full_precision():
+        yield from _units(subject, scenes)
+
+
+def _units(subject: Subject, scenes: Scenes) -> Iterator[Finding]:
+    """In y = H (c o x) + n the units of y and of H, scene by scene, change the unit of x alone, which no covariance shows.
+
+    A power of two changes every float exactly. Another factor would round, and at high SNR a pursuit makes much of that.
+    """
+    units = torch.tensor(UNITS).repeat(scenes.batch)[:scenes.batch].to(scenes.snapshots).view(-1, 1, 1, 1)
+    base = directions(subject.answer(scenes))
+    for what, other in (("snapshots", replace(scenes, snapshots=units * scenes.snapshots)), ("channel", _channel_times(scenes, units))):
+        gap = float((directions(subject.answer(other)) - base).flatten(1).norm(dim=1).median())
+        if gap > OTHER_UNIT:
+            yield Finding("input_scale", f"{what} in other units ({UNITS[0]:g} and {UNITS[1]:g} times larger) change the factors by "
+                          f"{gap:.2g}: nothing normalises them scene by scene.")
+            return
+
+
+def directions(factor: Tensor) -> Tensor:
+    """Factors of norm 1, scene by scene: their size says nothing."""
+    return factor / factor.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+
+
+def _channel_times(scenes: Scenes, units: Tensor) -> Scenes:
+    """The channel, or where there is none the products H c_l, in other units."""
+    name = "collapsed" if scenes.channel is None else "channel"
+    return replace(scenes, **{"collapsed": None, name: units * getattr(scenes, name)})
+
+
+def _swallowed(now: Tensor, larger: Tensor | None) -> bool:
+    """Small now and of order one when the scene is louder: neither normalised nor left alone."""
+    if larger is None or not bool(now.any()):
+        return False
+    a, b = float(now.square().mean().sqrt()), float(larger.square().mean().sqrt())
+    return b > 3 * a and b < 3e3 * a
+
+
+# ---- can it carry the answer? ------------------------------------------------------------------------------------------
+
+
+def information(subject: Subject) -> Iterator[Finding]:
+    """The answer changes when something is taken away that the target cannot be known without."""
+    scenes = subject.scenes
+    base = subject.answer(scenes)
+    if change(base, base[:1].expand_as(base)) < SAME or not bool(base.isfinite().all()):
+        subject.note = "not checked: all answers are the same, or not finite"
+        return
+    if scenes.channel is None:
+        yield Finding("inputs_withhold_answer", "the scenes carry no channel H, only H c_l, and the network cannot see what the "
+                      "surface did to the field.")
+        return
+    for what, other in _without(subject, scenes):
+        if other is not None and change(base, subject.answer(other)) < SAME:
+            yield Finding("inputs_withhold_answer", f"{what} and the factors stay the same to {SAME:g}: the network does not see "
+                          f"what the target is made of.")
+            return
+    yield from _pairing(subject, scenes)
+
+
+def _without(subject: Subject, scenes: Scenes) -> Iterator[tuple[str, Scenes | None]]:
+    """Scenes with one thing destroyed that the answer needs."""
+    generator = torch.Generator().manual_seed(2)
+
+    def phases(value: Tensor) -> Tensor:
+        return multiply(value, expi(6.2832 * torch.rand(value.shape[:-1], generator=generator)).to(value))
+    yield "the phases of the snapshots are drawn anew", replace(scenes, snapshots=phases(scenes.snapshots))
+    yield "the channel is that of another scene", replace(scenes, channel=scenes.channel.roll(1, 0), collapsed=None)
+    yield "the phases of the channel are drawn anew", replace(scenes, channel=phases(scenes.channel))
+    yield "the channel is changed where H c_l cannot show it", hidden_change(scenes)
+
+
+def hidden_change(scenes: Scenes) -> Scenes | None:
+    """Another channel with the same products H c_l; None where the codes span the surface and there is none."""
+    codes = to_complex(scenes.codes)
+    elements = codes.shape[-1]
+    _, values, rows = torch.linalg.svd(codes.to(torch.complex128), full_matrices=True)
+    rank = int((values > 1e-6 * values.max()).sum(-1).max())
+    if rank >= elements:
+        return None
+    kernel = rows[..., rank:, :].conj()                                 # ([B,] N - rank, N), each row v with C v = 0
+    generator = torch.Generator().manual_seed(4)
+    mix = torch.randn(*scenes.channel.shape[:2], kernel.shape[-2], dtype=torch.complex128, generator=generator)
+    extra = mix.to(kernel.device) @ kernel
+    size = to_complex(scenes.channel).abs().square().mean().sqrt() / extra.abs().square().mean().sqrt()
+    return replace(scenes, channel=scenes.channel + to_pairs((extra * size).to(torch.complex64)), collapsed=None)
+
+
+def _pairing(subject: Subject, scenes: Scenes) -> Iterator[Finding]:
+    """What a first layer makes of snapshots and channel together is H^H y, which a common phase leaves alone, not H^T y."""
+    turn = expi(torch.linspace(0.3, 2.8, scenes.batch)).to(scenes.snapshots)[:, None, None]
+    back = turn * torch.tensor((1.0, -1.0)).to(turn)
+    seen = boundary(subject, scenes)
+    right = boundary(subject, replace(scenes, channel=multiply(scenes.channel, turn), snapshots=multiply(scenes.snapshots, turn)))
+    wrong = boundary(subject, replace(scenes, channel=multiply(scenes.channel, turn), snapshots=multiply(scenes.snapshots, back)))
+    for name, value in seen.items():
+        if _usual_change(value, wrong[name]) < CLOSE < 0.05 < _usual_change(value, right[name]):
+            yield Finding("conjugation_error", f"the input of {name} does not change when channel and snapshots turn in opposite "
+                          f"directions, and does when they turn together: it is made of H^T y where H^H y belongs.")
+            return
+
+
+def _usual_change(a: Tensor, b: Tensor) -> float:
+    """Of the median scene: in a loud one rounding alone may change what a pursuit finds, and a wrong product changes all."""
+    return float(((a - b).norm(dim=1) / a.norm(dim=1).clamp_min(1e-30)).median())
+
+
+CHECKS = {"answers depend on the scene, and on no other": reads_scenes, "inputs are of order one in any unit": scale,
+          "inputs can carry the answer": information}

@@ -1,0 +1,142 @@
+"""Preflight of the kernels: on the run's own scenes and weights they give the numbers of their plain definitions.
+
+Legend: B batch, N RIS elements, Q factor columns.
+"""
+
+from __future__ import annotations
+
+from typing import Iterator
+
+import torch
+from torch import Tensor
+
+from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.probe import Subject
+from ris_fast.kernels.cov_nmse import reference
+from ris_fast.kernels.pursuit.reference import pursuit_features
+from ris_fast.kernels.pursuit.search import Geometry
+from ris_fast.models.features import PursuitFeatures
+from ris_fast.training.optim.fused_adamw import FusedAdamW
+from ris_fast.physics.least_squares import sample_factor
+from ris_fast.training.step import network_inputs
+
+VALUE, GRADIENT, STEP = 1e-4, 1e-3, 1e-3     # relative; float32 against float64 is a hundred times closer
+FEATURES, FEW = 1e-2, 8                      # of the median scene: two places of nearly equal score may swap
+FAINT = 1e-3                                 # noise of 60 dB: with less, rounding alone chooses what a pursuit finds beyond the sources
+ROUNDING = 1e-6                              # of the weights: a few roundings of float32, however short the way
+WEIGHTS = 2048                               # of each tensor, in the copy that the optimizer steps on
+
+
+def loss_kernel(subject: Subject) -> Iterator[Finding]:
+    """Value and gradient of the covariance NMSE, as the loss calls it, against the dense definition in float64."""
+    settings = subject.loss.settings
+    factor = subject.guess.factor.float()
+    if not bool(factor.isfinite().all()):
+        return
+    for blend in {False, settings.beta > 0}:
+        (value, slope), (wanted, right) = (_with_gradient(call, factor, dtype) for call, dtype in (
+            (lambda f, blend=blend: subject.loss.nmse(f, subject.scenes, blend=blend), torch.float32),
+            (lambda f, blend=blend: defined(subject, f, blend), torch.float64)))
+        gap = float(((value - wanted).abs() / wanted.abs().clamp_min(1.0)).max())
+        turn = float((slope - right).norm() / right.norm().clamp_min(1e-30))
+        if not (gap <= VALUE and turn <= GRADIENT):
+            yield Finding("kernel_differs", f"the loss{' with the blend' if blend else ''} differs from its definition by {gap:.2g}, its "
+                          f"gradient by {turn:.2g} (relative; {VALUE:g} and {GRADIENT:g} are allowed).")
+            return
+
+
+def _with_gradient(call: object, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    leaf = factor.to(dtype, copy=True).requires_grad_()
+    with torch.enable_grad():
+        value = call(leaf)  # type: ignore[operator]
+        slope = torch.autograd.grad(value.sum(), leaf)[0]
+    return value.detach().double(), slope.double()
+
+
+def defined(subject: Subject, factor: Tensor, blend: bool) -> Tensor:
+    """The NMSE of each scene by its dense definition, with the run's blend, loading and shrinkage: (B,)."""
+    settings, scenes = subject.loss.settings, subject.scenes
+
+    def wide(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.double()
+    sample = wide(sample_factor(scenes)) if blend else None
+    return reference.cov_nmse(factor, wide(scenes.factor), None if scenes.factor is not None else wide(scenes.covariance), sample,
+                              wide(scenes.snr_db), settings.beta if blend else 0.0, settings.loading, settings.loading,
+                              settings.shrink, 1.0, 1.0)
+
+
+# ---- features -------------------------------------------------------------------------------------------------------
+
+
+def feature_kernel(subject: Subject) -> Iterator[Finding]:
+    """The pursuit of a few scenes against its plain form; nothing to compare for a network without one."""
+    extract = next((module for module in subject.model.modules() if isinstance(module, PursuitFeatures)), None)
+    if extract is None or subject.scenes.channel is None:
+        return
+    scenes = subject.scenes[:FEW]
+    y, channel, codes, snr = network_inputs(scenes)
+    y = y + FAINT * y.square().mean((1, 2, 3), keepdim=True).sqrt() * torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+    found = extract(y, channel, codes, snr)
+    wanted = pursuit_features(y, channel, codes, snr, [getattr(extract, name) for name in Geometry._fields], extract.wavenumber,
+                              extract.atoms)
+    for what, a, b in (("inputs", found.inputs, wanted[0]), ("basis", found.basis, wanted[1])):
+        gap = float(((a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp_min(1e-30)).median())
+        if gap > FEATURES:
+            yield Finding("kernel_differs", f"the pursuit's {what} of the median scene differ from those of its plain form by {gap:.2g}.")
+            return
+
+
+# ---- optimizer ------------------------------------------------------------------------------------------------------
+
+
+def step_kernel(subject: Subject) -> Iterator[Finding]:
+    """Three optimizer steps on a small copy of the weights, one of them with a NaN, against the plain reference."""
+    (weights, means), (right, right_means) = (_stepped(subject, backend) for backend in
+                                              (subject.config.training.backend, "reference"))
+    first = torch.cat([_piece(parameter).flatten() for parameter in subject.parameters.values()])
+    way = float((right - first).norm())
+    gap = max(float((weights - right).norm()), float((means - right_means).norm()))
+    if not gap <= STEP * way + ROUNDING * float(first.norm()):
+        yield Finding("kernel_differs", f"after three steps on a small copy, in which the plain form of the optimizer goes {way:.3g}, weights "
+                      f"or their average are off by {gap:.2g}.")
+
+
+def _piece(parameter: Tensor) -> Tensor:
+    return parameter.detach().flatten()[:WEIGHTS].float().clone()
+
+
+def _stepped(subject: Subject, backend: str) -> tuple[Tensor, Tensor]:
+    """Weights and averaged weights after three steps of the run's optimizer, built with this backend."""
+    settings, own = subject.config.optimizer, {id(p): name for name, p in subject.parameters.items()}
+    groups, copies = [], {}
+    for group in subject.optimizer.param_groups:
+        mine = {own[id(p)]: torch.nn.Parameter(_piece(p)) for p in group["params"] if id(p) in own and own[id(p)] not in copies}
+        copies |= mine
+        groups += [{"params": list(mine.items()), "lr": group.get("peak_lr", group["lr"]), "weight_decay": group["weight_decay"]}] if mine else []
+    optimizer = FusedAdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.eps,
+                           max_grad_norm=settings.max_grad_norm or None, ema_decay=settings.ema_decay or None,
+                           ema_warmup=True, clear_grads=True, backend=backend)
+    generator = torch.Generator().manual_seed(13)
+    for number in range(3):
+        for name, copy in copies.items():
+            copy.grad = torch.randn(copy.shape, generator=generator).to(copy)
+        if number == 1:
+            next(iter(copies.values())).grad[0] = float("nan")
+        optimizer.step()
+    return _together(subject, copies), _averaged(subject, optimizer, copies)
+
+
+def _averaged(subject: Subject, optimizer: FusedAdamW, copies: dict[str, Tensor]) -> Tensor:
+    if not optimizer.ema_decay:
+        return _together(subject, copies)
+    with optimizer.ema():
+        return _together(subject, copies)
+
+
+def _together(subject: Subject, copies: dict[str, Tensor]) -> Tensor:
+    """In the order of the model; a tensor that no group holds stays as it is."""
+    return torch.cat([copies[name].detach().clone() if name in copies else _piece(p) for name, p in subject.parameters.items()])
+
+
+CHECKS = {"the loss and its gradient are their definition": loss_kernel, "features are their definition": feature_kernel,
+          "the optimizer's kernels are their definition": step_kernel}

@@ -1,0 +1,200 @@
+"""Preflight of the network: what comes out of it, and whether signals pass its layers.
+
+Legend: B batch, L snapshots, M base-station antennas, N RIS elements, Q factor columns.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ris_fast.health.preflight.autograd import graph_of
+from ris_fast.health.preflight.parameters import listed
+from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.probe import Subject, captured
+from ris_fast.physics.pairs import adjoint_matmul, to_complex
+from ris_fast.physics.scenes import Scenes
+
+SAME = 1e-5                # relative change of a factor that rounding explains
+CLOSE = 1e-3               # between two ways of computing the same
+NOISE_SHARE = 0.5          # of the answers' variance that dropout may make
+GAIN = 20.0                # growth of a signal in one layer
+AT_THE_ENDS = 0.9
+DEPENDENT = 1e-12          # of the energy: columns that differ by more than rounding are independent, however alike at the start
+NUDGE = 0.01               # by which tensors move that a gradient reaches
+
+
+def change(a: Tensor, b: Tensor) -> float:
+    """|a - b| relative to |a|, over the batch."""
+    return float((a - b).norm() / a.norm().clamp_min(1e-30))
+
+
+# ---- what comes out ----------------------------------------------------------------------------------------------------
+
+
+def randomness(subject: Subject) -> Iterator[Finding]:
+    """Evaluation mode is not random, training mode not mostly so, and the two agree where there is no dropout."""
+    scenes = subject.scenes
+    first, second = subject.answer(scenes, 1), subject.answer(scenes, 2)
+    if change(first, second) > SAME:
+        yield Finding("train_mode_in_validation", f"in evaluation mode two answers to the same scenes differ by "
+                      f"{change(first, second):.2g}: dropout is at work.")
+    subject.model.train()
+    asleep = [name or "the network" for name, module in subject.model.named_modules() if not module.training]
+    if asleep:
+        yield Finding("eval_mode_in_training", f"after train(), {len(asleep)} modules are still in evaluation mode: {listed(asleep)}.")
+    norms = [name for name, module in subject.model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    drops = [module for module in subject.model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    answers = [_training_answer(subject, scenes, seed) for seed in (1, 2)]
+    noise = change(answers[0], answers[1])
+    spread = float(answers[0].std(0).norm() * len(answers[0]) ** 0.5 / answers[0].norm())
+    dropped = max([module.p for module in drops] + [value for module in subject.model.modules()
+                  for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)], default=0.0)
+    if noise**2 / 2 > NOISE_SHARE * max(spread, 1e-12) ** 2 or dropped >= 0.7:
+        yield Finding("heavy_dropout", f"two answers to the same scenes differ by {noise:.0%}, different scenes by {spread:.0%}"
+                      f"{f'; dropout {dropped:g}' if dropped else ''}.")
+    elif norms or (noise < SAME and change(first, answers[0]) > CLOSE and not asleep):
+        yield Finding("batchnorm_statistics", f"without dropout, training and evaluation mode answer differently "
+                      f"({change(first, answers[0]):.2g}){f': {listed(norms)}' if norms else ''}.")
+
+
+def _training_answer(subject: Subject, scenes: Scenes, seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    with torch.enable_grad():
+        return subject.step.predict(scenes).factor.detach().float().clone()
+
+
+def saturation(subject: Subject) -> Iterator[Finding]:
+    """Factors are not all at the ends of a range, and have as many independent columns as scenes have sources."""
+    answer = subject.answer(subject.scenes)
+    if not bool(answer.isfinite().all()):
+        return
+    low, high = answer.amin(), answer.amax()
+    reach = float((high - low).clamp_min(1e-30))
+    share = float((((high - answer) < 1e-3 * reach) | ((answer - low) < 1e-3 * reach)).float().mean())
+    if share > AT_THE_ENDS and reach > 1e-20:
+        yield Finding("saturated_output", f"{share:.0%} of the factor's entries are at {float(low):.3g} or {float(high):.3g}.")
+        return
+    gram = torch.linalg.eigvalsh(to_complex(adjoint_matmul(answer.double(), answer.double())))
+    needed = min(int(subject.scenes.count.max()), answer.shape[1])
+    rank = int((gram > DEPENDENT * gram[:, -1:].clamp_min(1e-30)).sum(1).max())
+    if rank < needed:
+        yield Finding("output_rank_too_low", f"factors have {rank} independent columns of {answer.shape[2]}; scenes have up to "
+                      f"{needed} sources.")
+
+
+def layers(subject: Subject) -> Iterator[Finding]:
+    """Signals neither explode nor stop on their way; units differ from each other."""
+    signals: dict[str, tuple[float, float, bool]] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        if isinstance(output, Tensor) and inputs and isinstance(inputs[0], Tensor):
+            signals.setdefault(name, (_rms(inputs[0]), _rms(output), bool(inputs[0].isfinite().all())))
+            if output.requires_grad:
+                outputs.setdefault(name, output)
+    subject.model.train()
+    with captured(subject.model, keep):
+        total = subject.run()[0]
+    for name, (before, after, finite) in signals.items():
+        if finite and not after < float("inf"):
+            yield Finding("fp16_overflow" if _narrow(subject) else "bad_initialisation", f"{name} answers with values that are not finite to "
+                          f"inputs that are.")
+            return
+    if not bool(total.isfinite()):
+        yield from _broken_loss(subject, float(total.detach()), [name for name, (_, _, finite) in signals.items() if not finite])
+        return
+    yield from _exploding(signals)
+    yield from _dead(subject, total, outputs, signals)
+    yield from _equal_units(subject)
+
+
+def _narrow(subject: Subject) -> bool:
+    """Numbers of 16 bits are about: by the run's setting, or in a tensor that the loss is made of."""
+    if subject.config.training.precision != "fp32":
+        return True
+    nodes = graph_of(subject.run()[0]).operators
+    return any(meta.dtype in (torch.float16, torch.bfloat16) for node in nodes for meta in getattr(node, "_input_metadata", ()))
+
+
+def _broken_loss(subject: Subject, loss: float, layers: list[str]) -> Iterator[Finding]:
+    """Why the loss is not finite, where no layer made it so; scenes that are not finite are told of elsewhere."""
+    scenes = subject.scenes
+    if not all(bool(value.isfinite().all()) for value in (scenes.snapshots, scenes.channel, scenes.factor, scenes.covariance) if value is not None):
+        return
+    if layers:
+        yield Finding("input_scale", f"the input of {layers[0]} is not finite though the scenes are: what prepares it divides by zero or "
+                      f"overflows.")
+    elif _narrow(subject):
+        yield Finding("fp16_overflow", f"the loss is {loss} although every layer is finite.")
+    else:
+        yield Finding("nonfinite_gradients", f"the loss is {loss} although every layer is finite, in float32.")
+
+
+def _rms(value: Tensor) -> float:
+    return float(value.detach().float().square().mean().sqrt())
+
+
+def _exploding(signals: dict[str, tuple[float, float, bool]]) -> Iterator[Finding]:
+    grown = {name: after / before for name, (before, after, _) in signals.items() if before > 0}
+    if not grown:
+        return
+    worst = max(grown, key=grown.__getitem__)
+    if grown[worst] > GAIN and signals[worst][1] > GAIN:
+        yield Finding("bad_initialisation", f"{worst} turns a signal of rms {signals[worst][0]:.2g} into one of "
+                      f"{signals[worst][1]:.2g}.")
+
+
+def _dead(subject: Subject, total: Tensor, outputs: dict[str, Tensor], signals: dict) -> Iterator[Finding]:
+    """Layers whose output receives no gradient for any unit and scene, although it is there and autograd reaches it."""
+    if not total.requires_grad or total.grad_fn is None or not outputs:
+        return
+    gradients = torch.autograd.grad(total, list(outputs.values()), retain_graph=True, allow_unused=True)
+    silent = [name for (name, value), gradient in zip(outputs.items(), gradients) if gradient is not None and not bool(gradient.any())]
+    stuck = _never_reached(subject) if silent else []
+    if len(stuck) > 1:
+        yield Finding("zero_product_init", f"{listed(stuck)} start at zero, and each stops the gradient of the other.")
+        return
+    for name in reversed(silent):
+        value = outputs[name].detach().float()
+        if signals[name][1] > 0 and float(value.max()) < -3.0:
+            yield Finding("dead_units", f"all {value.shape[-1]} units of {name} lie between {float(value.min()):.3g} and "
+                          f"{float(value.max()):.3g}, where the activation behind it is flat.")
+            return
+
+
+def _never_reached(subject: Subject) -> list[str]:
+    """Matrices of zeros that no gradient reaches, not even after every tensor that one reaches has moved, and those it reaches then.
+
+    One factor of a product may start at zero, as the last layer of a residual branch: it moves, and then the other one does.
+    """
+    live = {name: p for name, p in subject.parameters.items() if p.requires_grad}
+    stuck = [name for name, p in live.items() if p.dim() > 1 and not bool(p.any())]
+    generator, moved = torch.Generator().manual_seed(23), set[str]()
+    with ExitStack() as stack:
+        while len(stuck) > 1:
+            total = subject.run()[0]
+            parts = dict(zip(live, torch.autograd.grad(total, list(live.values()), allow_unused=True)))
+            reached = {name for name, part in parts.items() if part is not None and bool(part.any())} - moved
+            stuck = [name for name in stuck if name not in reached]
+            if not reached:
+                break
+            tensors, moved = [live[name] for name in reached], moved | reached
+            directions = [torch.randn(p.shape, generator=generator).to(p) for p in tensors]
+            stack.enter_context(subject.moved(tensors, directions, NUDGE))
+    return stuck
+
+
+def _equal_units(subject: Subject) -> Iterator[Finding]:
+    """No weight matrix has equal rows that receive equal gradients."""
+    live = {name: p for name, p in subject.parameters.items() if p.requires_grad and p.dim() > 1 and p.shape[0] > 1}
+    alike = [name for name, p in live.items() if bool((p == p[:1]).all()) and bool(p.any())]
+    if alike:
+        yield Finding("symmetric_init", f"all units of {listed(alike)} start with the same weights.")
+
+
+CHECKS = {"dropout and modes": randomness, "answers are not at the ends of a range": saturation,
+          "signals pass every layer": layers}

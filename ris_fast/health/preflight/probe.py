@@ -1,0 +1,177 @@
+"""What preflight examines: a trainer, a few scenes of its own, and the ways to run them through its own network and loss.
+
+Legend: B batch.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from itertools import islice
+from typing import Any, Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ris_fast.models.prediction import Prediction
+from ris_fast.physics.scenes import Scenes
+from ris_fast.training.trainer import Trainer
+
+SMALL = 16                 # scenes in most probes: a forward pass of a large network is most of what they cost
+FEWEST = 4                 # of a micro-batch by itself
+VALIDATED = 256            # validation scenes that are looked at
+GROUPS = 8                 # optimizer steps whose scenes are looked at
+MOST_SCENES = 2048
+
+
+class Subject:
+    """A trainer under examination. `groups`: the scenes of its first steps, as its own loop serves them."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.model, self.loss = trainer, trainer.model, trainer.loss
+        self.config, self.optimizer, self.step = trainer.config, trainer.optimizer, trainer.step
+        self.note = ""                 # of the check that runs: what it measured, for people
+        self.reached = True            # whether it came as far as it is meant to
+
+    @cached_property
+    def groups(self) -> list[list[Scenes]]:
+        training = self.config.training
+        count = max(2, min(GROUPS, MOST_SCENES // (training.batch_size * training.accumulate)))
+        groups = self.trainer._groups()
+        try:
+            return list(islice(groups, count))
+        finally:
+            getattr(groups, "close", lambda: None)()
+
+    @cached_property
+    def scenes(self) -> Scenes:
+        """A few scenes of the first micro-batch, or of the first ones where one has too few to compare."""
+        first = self.groups[0][0]
+        if first.batch < FEWEST:
+            first = Scenes.concatenate([scenes for group in self.groups for scenes in group][:SMALL])
+        return first[:SMALL]
+
+    @cached_property
+    def validation(self) -> Scenes:
+        """The first of the scenes that the trainer validates, from where it gets them."""
+        source = self.trainer.source
+        return source.batch("val", torch.arange(min(VALIDATED, self.config.data.val_limit, source.size("val"))))
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    @property
+    def compiled(self) -> bool:
+        """The step calls something else than the network itself."""
+        return self.step.network is not self.model
+
+    @property
+    def by_torch(self) -> bool:
+        """That something was compiled by torch, which compiles anew for every shape."""
+        return bool(getattr(self.step.network, "compiled", False))
+
+    # ---- running it --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def small(self) -> Iterator[None]:
+        """Small batches: a network that torch compiled is run as it was written, so that nothing is compiled anew."""
+        network = self.step.network
+        if self.by_torch:
+            self.step.network = self.model
+        try:
+            yield
+        finally:
+            self.step.network = network
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """float32 throughout, where a derivative is to be measured."""
+        config = self.step.config
+        self.step.config = replace(config, training=replace(config.training, precision="fp32"))
+        try:
+            yield
+        finally:
+            self.step.config = config
+
+    def run(self, scenes: Scenes | None = None, *, seed: int = 0) -> tuple[Tensor, dict[str, Tensor], Prediction]:
+        """Total, terms and prediction through the run's own path; the same dropout for the same seed."""
+        torch.manual_seed(seed)
+        scenes = self.scenes if scenes is None else scenes
+        prediction = self.step.predict(scenes)
+        total, terms = self.loss(prediction, scenes)
+        return total, terms, prediction
+
+    @property
+    def guess(self) -> Prediction:
+        """What the network as it is answers to the small batch, without a graph: a copy, of one pass for all checks of the loss."""
+        return Prediction(*(None if value is None else value.clone() for value in self._guess))
+
+    @cached_property
+    @torch.no_grad()
+    def _guess(self) -> Prediction:
+        torch.manual_seed(0)
+        return self.step.predict(self.scenes)
+
+    @torch.no_grad()
+    def value(self, seed: int = 0) -> float:
+        """The loss of the small batch as a number."""
+        with torch.enable_grad():  # a network may behave differently without
+            return float(self.run(seed=seed)[0].detach())
+
+    @torch.no_grad()
+    def answer(self, scenes: Scenes, seed: int = 0) -> Tensor:
+        """The factor of the small batch in evaluation mode: (B, N, Q, 2)."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        torch.manual_seed(seed)
+        try:
+            return self.step.predict(scenes).factor.float().clone()
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def answer_with_grad(self, scenes: Scenes, seed: int = 0) -> Tensor:
+        """The same with the graph, through the network itself."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        torch.manual_seed(seed)
+        network, self.step.network = self.step.network, self.model
+        try:
+            return self.step.predict(scenes).factor
+        finally:
+            self.step.network = network
+            for module, mode in modes:
+                module.training = mode
+
+    @contextmanager
+    def moved(self, tensors: Sequence[Tensor], directions: Sequence[Tensor], step: float) -> Iterator[None]:
+        """Weights moved along directions, and put back bit for bit."""
+        kept = [tensor.detach().clone() for tensor in tensors]
+        with torch.no_grad():
+            for tensor, direction in zip(tensors, directions):
+                tensor.add_(direction, alpha=step)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(tensors, kept):
+                    tensor.copy_(value)
+
+
+def captured(model: nn.Module, keep: Callable[[str, nn.Module, tuple, Any], None]) -> Any:
+    """Context in which `keep(name, module, inputs, output)` sees every call of a module with parameters of its own."""
+    @contextmanager
+    def context() -> Iterator[None]:
+        def hook(name: str) -> Callable:
+            return lambda module, inputs, output: keep(name, module, inputs, output)
+
+        handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()
+                   if any(True for _ in module.parameters(recurse=False))]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+    return context()

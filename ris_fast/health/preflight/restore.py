@@ -1,0 +1,204 @@
+"""Leaves a trainer exactly as it was: weights, optimizer, averages, gradients, counters, modes, random numbers, and what users attached."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import defaultdict
+from contextlib import contextmanager
+from types import CellType, FunctionType
+from typing import Any, Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ris_fast.health.preflight.reachable import PLAIN, SCHEDULERS, attached, contents, global_names, is_users
+from ris_fast.training.trainer import Trainer
+
+Back = Callable[[], None]
+
+class Numbers:
+    """A copy of every tensor that a trainer's network and optimizer hold, made once and written back as often as asked.
+
+    A network of 16 million parameters holds a third of a gigabyte: a new copy before each of many checks would take
+    longer than most of them. Tensors inside the memory of another one, as weights in flat buffers, are copied with it.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        own = [tensor for module in modules_of(trainer) for tensor in (*module.parameters(), *module.buffers())]
+        own += [tensor.grad for tensor in own if tensor.grad is not None]
+        held = {id(tensor): tensor for tensor in [*own, *_held(trainer.optimizer)]}
+        self.kept: list[tuple[Tensor, Tensor, int]] = []      # tensor, its copy, and where it was if its owner stands before it, else 0
+        for tensor in sorted(held.values(), key=lambda each: each.nbytes, reverse=True):
+            owners = (_inside(tensor, owner, copy) for owner, copy, place in self.kept if not place)
+            part = next((copy for copy in owners if copy is not None), None)
+            self.kept.append((tensor, tensor.detach().clone(), 0) if part is None else (tensor, part, tensor.data_ptr()))
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Every tensor has its numbers again, also where its memory is another one by now."""
+        for tensor, copy, place in self.kept:
+            if tensor.dtype == copy.dtype and tensor.shape == copy.shape and not (place and tensor.data_ptr() == place):
+                tensor.copy_(copy)
+
+
+def _held(optimizer: Any) -> list[Tensor]:
+    """The tensors of the optimizer's flat buffers and of its state."""
+    owners = [bucket.__dict__ for bucket in getattr(optimizer, "_buckets", [])] + list(optimizer.state.values())
+    return [value for owner in owners for value in owner.values() if isinstance(value, Tensor)]
+
+
+def _inside(tensor: Tensor, owner: Tensor, copy: Tensor) -> Tensor | None:
+    """The part of the owner's copy that is the tensor's, where the tensor lies in the memory of the owner, one row of numbers."""
+    start = tensor.data_ptr() - owner.data_ptr()
+    alike = (owner.dtype, owner.device) == (tensor.dtype, tensor.device) and owner.is_contiguous() and tensor.is_contiguous()
+    if owner.dim() != 1 or not alike or not 0 <= start <= owner.nbytes - tensor.nbytes:
+        return None
+    return copy[start // owner.element_size():][:tensor.numel()].view(tensor.shape)
+
+
+def modules_of(trainer: Trainer) -> list[nn.Module]:
+    """The network, and the loss where it is a module too: its weights may be learned."""
+    return [each for each in (trainer.model, trainer.loss) if isinstance(each, nn.Module)]
+
+
+@contextmanager
+def untouched(trainer: Trainer, numbers: Numbers | None = None) -> Iterator[None]:
+    """Whatever happens to the trainer's numbers inside the block is undone at its end, bit for bit; so is what happens to
+    schedulers, averages and counters that its hooks and replaced methods reach.
+
+    `numbers`: a copy of them that was made before, since when nothing has changed.
+    """
+    numbers = numbers or Numbers(trainer)
+    undo = [_gradients(trainer.model), _optimizer(trainer.optimizer), numbers.write_back, _random(trainer.device),
+            *(_plain(module) for each in modules_of(trainer) for module in each.modules()),
+            *map(_attributes, (trainer.step.telemetry, trainer.step, trainer.state, trainer.plan)), _plain(trainer), *_attached(trainer)]
+    try:
+        yield
+    finally:
+        for back in undo:
+            back()
+
+
+def _gradients(model: nn.Module) -> Back:
+    kept = [(value, value.grad) for value in model.parameters()]
+
+    def back() -> None:
+        for value, grad in kept:
+            value.grad = grad
+    return back
+
+
+def _optimizer(optimizer: Any) -> Back:
+    """Everything that the optimizer holds but the numbers in its tensors."""
+    kept = {name: list(value) if isinstance(value, list) else value for name, value in optimizer.__dict__.items()}
+    buckets = [(bucket, dict(bucket.__dict__)) for bucket in getattr(optimizer, "_buckets", [])]
+    state = {key: dict(value) for key, value in optimizer.state.items()}
+    groups = [(group, dict(group)) for group in optimizer.param_groups]
+
+    def back() -> None:
+        optimizer.__dict__.clear()
+        optimizer.__dict__.update(kept)
+        for bucket, attributes in buckets:
+            bucket.__dict__.clear()
+            bucket.__dict__.update(attributes)
+        optimizer.state = defaultdict(dict, state)
+        for group, options in groups:
+            group.clear()
+            group.update(options)
+    return back
+
+
+def _random(device: torch.device) -> Back:
+    """The generators that a network, a loss or a data set may draw from."""
+    host, python, numpy = torch.get_rng_state(), random.getstate(), sys.modules.get("numpy")
+    chip = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    array = numpy.random.get_state() if numpy else None
+
+    def back() -> None:
+        torch.set_rng_state(host)
+        random.setstate(python)
+        if chip is not None:
+            torch.cuda.set_rng_state(chip, device)
+        if numpy:
+            numpy.random.set_state(array)
+    return back
+
+
+def _plain(owner: Any) -> Back:
+    """The numbers and texts among an object's attributes: the mode of a module, a counter."""
+    kept = {name: value for name, value in owner.__dict__.items() if isinstance(value, PLAIN)}
+    return lambda: owner.__dict__.update(kept)
+
+
+def _attributes(owner: Any) -> Back:
+    """The attributes of an object, and the elements of its lists, dictionaries and sets."""
+    kept = dict(owner.__dict__)
+    inner = [_elements(value) for value in kept.values() if isinstance(value, (dict, list, set))]
+
+    def back() -> None:
+        owner.__dict__.clear()
+        owner.__dict__.update(kept)
+        for each in inner:
+            each()
+    return back
+
+
+def _elements(value: Any) -> Back:
+    kept = list(value) if isinstance(value, list) else dict(value) if isinstance(value, dict) else set(value)
+
+    def back() -> None:
+        value.clear()
+        (value.extend if isinstance(value, list) else value.update)(kept)
+    return back
+
+
+# ---- what is not the trainer's own --------------------------------------------------------------------------------------
+
+
+def _attached(trainer: Trainer) -> Iterator[Back]:
+    """Of everything that hooks and replaced methods reach. Tensors as long as they are no more than a few copies of the model."""
+    room = 2**20 + 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
+    for value in attached([trainer, trainer.step, trainer.optimizer, trainer.loss, trainer.source, trainer.model]):
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided and value.device.type != "meta" and value.numel() <= room:
+                room -= value.numel()
+                yield _numbers(value)
+        elif isinstance(value, CellType):
+            yield _cell(value)
+        elif isinstance(value, FunctionType):
+            yield _globals(value)
+        elif isinstance(value, (dict, list, set)):
+            yield _elements(value)
+        elif isinstance(value, Optimizer):
+            yield _optimizer(value)
+        elif isinstance(value, nn.Module):
+            yield _plain(value)
+        elif hasattr(value, "__dict__") and (isinstance(value, SCHEDULERS) or is_users(value)):
+            yield _attributes(value)
+
+
+def _numbers(value: Tensor) -> Back:
+    kept = value.detach().clone()
+
+    @torch.no_grad()
+    def back() -> None:
+        if value.shape == kept.shape and not torch.equal(value, kept):
+            value.copy_(kept)
+    return back
+
+
+def _cell(cell: CellType) -> Back:
+    held = contents(cell)
+
+    def back() -> None:
+        if held:
+            cell.cell_contents = held[0]
+    return back
+
+
+def _globals(function: FunctionType) -> Back:
+    """Global numbers and texts that a user's function names."""
+    kept = {name: value for name, value in global_names(function).items() if isinstance(value, PLAIN)}
+    return lambda: function.__globals__.update(kept)

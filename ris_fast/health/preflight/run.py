@@ -1,0 +1,99 @@
+"""Runs every check before the first step, each by itself, timed, and leaves the trainer bit for bit as it was."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from traceback import extract_tb
+from typing import Any, Callable, Iterator, Sequence
+
+from ris_fast.health.preflight import (
+    calls, gradient, information, inputs, kernels, loss, overfit, network, parameters, scenes, schedule, step, targets, terms, validation)
+from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.probe import Subject
+from ris_fast.health.preflight.restore import Numbers, untouched
+from ris_fast.training.batch_size import is_memory
+from ris_fast.training.trainer import Trainer
+
+Check = Callable[[Subject], Iterator[Finding]]
+SMALL_BATCH = {**targets.CHECKS, **scenes.CHECKS, **parameters.CHECKS, **loss.CHECKS, **calls.SMALL_BATCH, **network.CHECKS,
+               **inputs.CHECKS, **information.CHECKS, **gradient.CHECKS, **terms.CHECKS, **kernels.CHECKS, **schedule.CHECKS}
+WHOLE_STEP = {**calls.WHOLE_STEP, **validation.CHECKS, **step.CHECKS}
+LEARNING = overfit.CHECKS
+
+
+@dataclass(frozen=True)
+class Result:
+    """One check: what it is called, what it found, how long it took, what it measured, why it could not run, and whether it came
+    as far as it is meant to."""
+
+    name: str
+    findings: tuple[Finding, ...]
+    seconds: float
+    note: str = ""
+    failed: str = ""
+    reached: bool = True
+
+    @property
+    def passed(self) -> bool:
+        return not self.findings and not self.failed
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "passed": self.passed, "seconds": self.seconds, "note": self.note, "failed": self.failed, "reached": self.reached,
+                "findings": [finding.to_json() for finding in self.findings]}
+
+
+def unknown(results: Sequence[Result]) -> str:
+    """How many checks could not run and why the first could not; empty where all ran."""
+    failed = [result for result in results if result.failed]
+    if not failed:
+        return ""
+    count = "1 check" if len(failed) == 1 else f"{len(failed)} checks"
+    return f"{count} could not run, and nothing is known of what was to be seen there: '{failed[0].name}', {failed[0].failed}"
+
+
+def run_checks(trainer: Trainer, *, progress: Callable[[Result], None] | None = None) -> list[Result]:
+    """Every check in turn. One that cannot run because of what another found is noted, not raised."""
+    subject, numbers, results = Subject(trainer), Numbers(trainer), []
+    compiling = calls.COMPILING if subject.by_torch else {}
+    for name, check in {**SMALL_BATCH, **compiling, **WHOLE_STEP, **LEARNING}.items():
+        if name in LEARNING and any(result.findings for result in results):
+            continue
+        result = _run(subject, numbers, name, check, small=name in SMALL_BATCH or name in LEARNING)
+        results.append(result)
+        if name in compiling and result.note:
+            trainer.compile_note = result.note          # what was compiled stays so
+        if progress is not None:
+            progress(result)
+    return results
+
+
+def _run(subject: Subject, numbers: Numbers, name: str, check: Check, *, small: bool) -> Result:
+    began, failed = time.perf_counter(), ""
+    findings: list[Finding] = []
+    subject.note, subject.reached = "", True
+    with untouched(subject.trainer, numbers), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        subject.model.train()
+        try:
+            if small:
+                with subject.small():
+                    findings.extend(check(subject))
+            else:
+                findings.extend(check(subject))
+        except Exception as error:
+            # A check calls whatever the trainer is made of, and what is wrong with it may raise anything: the check ends, not the
+            # run. Nothing is hidden by that: why and where it ended is shown, counted, and not called a pass.
+            if is_memory(error) or hasattr(error, "exit_code"):      # told to a person in their own words
+                raise
+            failed = _told(error)
+    return Result(name, tuple(findings), time.perf_counter() - began, subject.note, failed, subject.reached)
+
+
+def _told(error: Exception) -> str:
+    """Kind, first line and place of an error."""
+    place = extract_tb(error.__traceback__)[-1]
+    said = str(error).splitlines()[0] if str(error) else "no message"
+    return f"{type(error).__name__}: {said} ({Path(place.filename).name}:{place.lineno})"

@@ -1,0 +1,54 @@
+"""Preflight of SNR labels against the snapshots: the sources explain as much of them as the label promises, no more and no less."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.pairing import CLEAR, SnrLabels, measure_snr
+from ris_fast.physics.scenes import Scenes
+
+MANY, FEW_SCENES = 0.25, 16     # of the scenes that are measured, how many disagree; measured scenes
+HEARD, EXPECTED = 0.1, 1 / 3    # of all scenes, and of those loud enough by their labels, how many must be measured: a few fit by chance
+FAR_DB, OFFSET_DB = 3.0, 1.5    # beyond the measurement's own deviation; of the median that is noted
+ALIKE_DB = 1.5             # from the median, within which labels that are mended agree
+
+
+def labels_differ(what: str, scenes: Scenes, static: bool) -> tuple[Finding | None, str]:
+    """A finding where many labels are not the snapshots'; a note where all are off by a little."""
+    found = measure_snr(scenes, static)
+    measured = len(found.labels_db)
+    if measured < max(FEW_SCENES, HEARD * found.scenes, EXPECTED * found.loud):
+        return None, ""
+    far = found.away_db.abs() > FAR_DB + CLEAR * found.deviation_db
+    middle = float(found.away_db.median())
+    if float(far.float().mean()) < MANY:
+        high = "high" if middle > 0 else "low"
+        return None, f"snr labels of the {what} scenes are {abs(middle):.1f} dB too {high} at the median" if abs(middle) > OFFSET_DB else ""
+    seen = (f"in {int(far.sum())} of {measured} {what} scenes whose sources plainly are those of their snapshots, the snr label is not the SNR that the "
+            f"snapshots have: labels {_ends(found.labels_db)}, measured {_ends(found.measured_db)} dB")
+    how, advice = _how(found, middle)
+    return Finding("snr_labels_differ", f"{seen}; {how}.", advice=advice), ""
+
+
+def _how(found: SnrLabels, middle: float) -> tuple[str, str]:
+    """What would mend the labels: other units, one offset, or another order."""
+    linear = found._replace(labels_db=10.0 * found.labels_db.clamp_min(1e-9).log10())
+    if bool((found.labels_db > 0).all()) and _apart(linear.away_db) < min(ALIKE_DB, 0.5 * _apart(found.away_db)):
+        return "read as linear ratios they agree", "Write snr in dB: 10 log10 of the ratio of signal to noise power."
+    if _apart(found.away_db - middle) < ALIKE_DB:
+        return (f"they are {abs(middle):.1f} dB too {'high' if middle > 0 else 'low'} at the median, all alike",
+                "Write snr as 10 log10 of the ratio of signal to noise power in y, both summed over snapshots and antennas.")
+    if float(found.labels_db.max() - found.labels_db.min()) < ALIKE_DB:
+        return "one label is given to scenes of very different SNR", ""
+    return f"they are {_apart(found.away_db):.1f} dB away at the median and neither in other units nor shifted: their order is another", ""
+
+
+def _apart(away_db: Tensor) -> float:
+    return float(away_db.abs().median())
+
+
+def _ends(values_db: Tensor) -> str:
+    low, high = torch.aminmax(values_db)
+    return f"{float(low):.3g} to {float(high):.3g}"

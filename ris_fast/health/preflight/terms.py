@@ -1,0 +1,81 @@
+"""Preflight of each term of the loss by itself: its gradient is its derivative, in float64 on the run's own scenes.
+
+Legend: B batch, N RIS elements, Q factor columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Iterator
+
+import torch
+from torch import Tensor
+
+from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.probe import Subject
+from ris_fast.models.prediction import Prediction
+from ris_fast.physics.scenes import Scenes
+
+STEPS = (1e-5, 1e-7, 1e-9) # of each output's size; one has no kink of a Huber, a minimum or an assignment inside, nor a bend
+ASIDE = 1e-2               # outputs rounded to 16 bits are often equal, and an assignment has its kinks just there
+WRONG = 1e-2               # relative; a right derivative is below 1e-6
+ROUNDING = 1e-12           # of a term of order one in float64
+FEW = 8
+
+
+def each_term(subject: Subject) -> Iterator[Finding]:
+    """Along a random direction of the network's outputs every enabled term changes as its gradient says."""
+    errors = {name: error for name, error in term_errors(subject).items() if error > WRONG}
+    if errors:
+        worst = max(errors, key=errors.__getitem__)
+        yield Finding("wrong_backward", f"the gradient of {', '.join(errors)} is not the derivative of the term (relative error "
+                      f"{errors[worst]:.2g} in {worst}).")
+
+
+def term_errors(subject: Subject) -> dict[str, float]:
+    """Name of each term that has a gradient -> relative error of its derivative along one random direction."""
+    scenes = doubled(subject.scenes[:FEW])
+    with torch.no_grad():
+        guess = subject.run(subject.scenes[:FEW])[2]
+    guess = Prediction(*(None if value is None else value.detach().double() for value in guess))
+    if not all(bool(value.isfinite().all()) for value in guess if value is not None):
+        return {}
+    guess = moved(guess, direction_of(guess, 19), ASIDE)
+    leaves = Prediction(*(None if value is None else value.clone().requires_grad_() for value in guess))
+    terms, direction = subject.loss(leaves, scenes)[1], direction_of(guess, 17)
+    slopes = {name: _slope(value, leaves, direction) for name, value in terms.items() if value.requires_grad}
+    return {name: min(_error(subject, scenes, guess, direction, name, slope, step) for step in STEPS)
+            for name, slope in slopes.items()}
+
+
+def doubled(scenes: Scenes) -> Scenes:
+    """The same scenes in float64, numbers of scenes and of sources left whole."""
+    wide = {field.name: value.double() for field in fields(scenes)
+            if isinstance(value := getattr(scenes, field.name), Tensor) and value.is_floating_point()}
+    return replace(scenes, **wide)
+
+
+def direction_of(guess: Prediction, seed: int) -> Prediction:
+    generator = torch.Generator().manual_seed(seed)
+    return Prediction(*(None if value is None else value.square().mean().sqrt() *
+                        torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device) for value in guess))
+
+
+def _slope(value: Tensor, leaves: Prediction, direction: Prediction) -> float:
+    live = [(leaf, way) for leaf, way in zip(leaves, direction) if leaf is not None]
+    parts = torch.autograd.grad(value, [leaf for leaf, _ in live], retain_graph=True, allow_unused=True)
+    return sum(float((part * way).sum()) for part, (_, way) in zip(parts, live) if part is not None)
+
+
+@torch.no_grad()
+def _error(subject: Subject, scenes: Scenes, guess: Prediction, direction: Prediction, name: str, slope: float, step: float) -> float:
+    ahead, behind = (float(subject.loss(moved(guess, direction, sign * step), scenes)[1][name]) for sign in (1.0, -1.0))
+    difference, rounding = (ahead - behind) / (2 * step), ROUNDING * max(abs(ahead), 1.0) / step
+    return max(0.0, abs(difference - slope) - rounding) / max(abs(difference), abs(slope), rounding)
+
+
+def moved(guess: Prediction, direction: Prediction, step: float) -> Prediction:
+    return Prediction(*(None if value is None else value + step * way for value, way in zip(guess, direction)))
+
+
+CHECKS = {"the gradient of each term is its derivative": each_term}

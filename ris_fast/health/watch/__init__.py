@@ -1,0 +1,1 @@
+"""Learning health in anyone's loop."""

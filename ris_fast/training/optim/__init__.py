@@ -1,0 +1,1 @@
+"""FusedAdamW and its parts."""

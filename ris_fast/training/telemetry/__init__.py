@@ -1,0 +1,1 @@
+"""What a step measures of itself, brought to the host without waiting."""

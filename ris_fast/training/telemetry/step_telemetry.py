@@ -1,0 +1,248 @@
+"""What the step sees of itself: gradients before anything touched them, weights before and after, the scenes as served.
+
+Taken on the first steps and then on every report, as tensors that stay on the device until `read`; nothing here waits.
+Between two reports the fused step keeps its own record of every step, a norm a tensor, in a ring on the device.
+
+Legend: B batch, T tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ris_fast.physics.scenes import Scenes
+from ris_fast.training.telemetry.step_window import Window, median
+
+DENSE = 8                  # the contracts of the loop show in the first steps
+REMEMBERED = 64            # sampled steps whose scenes are kept, to see one of them again
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """(T,) float32: the norm of each tensor, on the device of the first that is not on the CPU. Half precision is added in float32."""
+    if not tensors:
+        return torch.zeros(0)
+    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), tensors[0].device)
+    narrow = {tensor.dtype for tensor in tensors} - {torch.float32}
+    wide = torch.float32 if narrow and narrow <= {torch.float16, torch.bfloat16} else None
+    each = torch._foreach_norm([tensor.detach() for tensor in tensors], 2, wide)
+    return torch.stack([norm.to(device, torch.float32, non_blocking=device.type == "cuda") for norm in each])
+
+
+def weight_norms(model: nn.Module) -> Tensor:
+    """(T,) float32 norms of all parameters: weights with the same norms, bit for bit, have not moved."""
+    return norms(list(model.parameters()))
+
+
+@torch.no_grad()
+def prints(values: Tensor) -> Tensor:
+    """(B,) int64: a hash of each row's bytes, on the device; equal rows have equal hashes."""
+    bits = values.detach().float().contiguous().flatten(1).view(torch.int32).long()
+    place = torch.arange(1, bits.shape[1] + 1, device=bits.device)
+    return ((bits ^ (place * 2654435761)) * (2 * place * 40503 + 1)).sum(1)
+
+
+def broken(values: Tensor) -> Tensor:
+    """(2,) int64: rows that are all zeros, and rows with a value that is not finite."""
+    peak = values.detach().flatten(1).abs().amax(1)
+    return torch.stack([(peak == 0).sum(), (~peak.isfinite()).sum()])
+
+
+def spread(answer: Tensor) -> Tensor:
+    """(): variance over the first axis of B > 1 rows, as a share of the mean square. (`Tensor.var` over rows takes ten times as long.)"""
+    rows, norm = len(answer), torch.linalg.vector_norm
+    return (norm(answer - answer.mean(0)) / norm(answer).clamp_min(1e-15)).square() * (rows / (rows - 1))
+
+
+def asleep(model: nn.Module) -> list[str]:
+    """Names of the modules that are in evaluation mode; '' is the network itself."""
+    return [name for name, module in model.named_modules() if not module.training]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A step as it was seen: its number, the modules that were in evaluation mode, and tensors by name.
+
+    Of every step of a report: "records" and "record_steps" of `FusedAdamW.records`; the rest only of a step that was read.
+    """
+
+    call: int
+    asleep: list[str]
+    tensors: dict[str, Tensor]
+
+
+class Telemetry:
+    """Readings of one optimizer step at a time; `Step` calls the methods in their order.
+
+    `every`: a step is read on the first eight and then each time this many steps have passed.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any, every: int) -> None:
+        self.model, self.optimizer, self.every = model, optimizer, max(1, every)
+        self.calls, self.sampled, self.enabled, self.fresh = 0, False, True, True
+        self.first: Tensor | None = None                  # weight norms before the first step
+        self.kept: tuple[int, Tensor] | None = None       # call and weight norms after the last step that was read
+        self.window: Window | None = None                 # what the last report brought
+        self.told, self.told_calls = 0, 0                 # number of the last step in a window; calls until then
+        self.seen: list[tuple[int, frozenset[int]]] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        self.left_over: Tensor | None = None
+        self.raw: Tensor | None = None
+        self.before: Tensor | None = None
+        self.after: Tensor | None = None
+        self.spread: Tensor | None = None
+        self.prints: list[Tensor] = []
+        self.broken: list[Tensor] = []
+
+    def due(self, call: int) -> bool:
+        """Whether the step of this number, counted from 1, is read."""
+        return self.enabled and (call <= DENSE or call % self.every == 0)
+
+    # ---- called by the step ---------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        if self.fresh:                                    # a resumed run counts on, so that its reports find what they report
+            self.calls = self.told_calls = self.optimizer.attempted_steps()
+        self.calls, self.fresh = self.calls + 1, False
+        self.sampled = self.due(self.calls)
+        self._clear()
+        if self.sampled:
+            self.before = weight_norms(self.model)
+            self.first = self.before if self.first is None else self.first
+
+    def cleared(self) -> None:
+        """After the gradients were cleared."""
+        if self.sampled:
+            self.left_over = norms(self._gradients()).norm()
+
+    @torch.no_grad()
+    def shown(self, scenes: Scenes, factor: Tensor) -> None:
+        """One micro-batch as the network received it, and what it answered, (B, N, Q, 2)."""
+        if not self.sampled:
+            return
+        self.prints.append(prints(scenes.snapshots))
+        self.broken.append(broken(scenes.snapshots))
+        if len(factor) > 1:
+            self.spread = spread(factor.detach().float())
+
+    def differentiated(self) -> None:
+        """After backward, before anything else has touched the gradients."""
+        if self.sampled:
+            self.raw = norms(self._gradients())
+
+    def updated(self) -> None:
+        """After the optimizer's step."""
+        if self.sampled:
+            self.after = weight_norms(self.model)
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+
+    # ---- called at a report ----------------------------------------------------------------------------------------
+
+    def sample(self) -> "Sample | None":
+        """What a report takes with it of the last step and of those before it, still on the device; None for nothing."""
+        tensors: dict[str, Tensor | None] = {}
+        if self.after is not None and self.raw is not None and self.before is not None:
+            tensors = {"before": self.before, "after": self.after, "raw": self.raw, "first": self.first,
+                       "table": self.optimizer.telemetry(), "left_over": self.left_over, "spread": self.spread,
+                       "prints": torch.cat(self.prints) if self.prints else None,
+                       "broken": torch.stack(self.broken).sum(0) if self.broken else None}
+        records, numbers = self.optimizer.records()
+        if len(numbers):
+            tensors |= {"records": records, "record_steps": numbers}
+        tensors = {name: value for name, value in tensors.items() if value is not None}
+        return Sample(self.calls, asleep(self.model), tensors) if tensors else None
+
+    def read(self, sample: "Sample | None", epoch: int) -> dict[str, Any]:
+        """A sample in plain numbers; empty for None. Waits for the device where the tensors are still there."""
+        if sample is None:
+            return {}
+        seen = {name: value.cpu() for name, value in sample.tensors.items()}
+        return self._read_window(sample.call, seen) | (self._read_step(sample, seen, epoch) if "table" in seen else {})
+
+    def rest(self) -> Window:
+        """The steps since the last report, at the end of a run, which comes without one. Waits for the device."""
+        records, numbers = (each.cpu() for each in self.optimizer.records())
+        return Window.after(self.told, records, numbers, self.calls - self.told_calls)
+
+    def _read_window(self, call: int, seen: dict[str, Tensor]) -> dict[str, Any]:
+        """What the ring has kept since the last report."""
+        if "records" not in seen:
+            return {}
+        self.window = Window.after(self.told, seen["records"], seen["record_steps"], call - self.told_calls)
+        self.told_calls, self.told = call, self.window.numbers[-1] if self.window.numbers else self.told
+        return {"window": self.window.summary(self.optimizer.tensor_names)}
+
+    def _read_step(self, sample: Sample, seen: dict[str, Tensor], epoch: int) -> dict[str, Any]:
+        """The step that was looked at."""
+        before, after, raw, table = (seen[name] for name in ("before", "after", "raw", "table"))
+        hashes = seen["prints"].tolist() if "prints" in seen else []
+        zeros, nonfinite = seen["broken"].tolist() if "broken" in seen else (0, 0)
+        sleeping = sample.asleep
+        reading = {"call": sample.call, "left_over": _number(seen.get("left_over")), "raw_norm": _number(raw.norm()),
+                   "raw_nonfinite": int((~raw.isfinite()).sum()), "tensors": len(after),
+                   "moved": changed(before, after), "moved_before": self._moved_before(sample.call, before),
+                   "back_to_first": sample.call > 1 and changed(before, seen["first"]) == 0,
+                   "batch": f"{sum(hashes) & (2**64 - 1):016x}", "scenes": len(hashes),
+                   "repeated": self._repeated(hashes, epoch), "zero_scenes": zeros, "nonfinite_scenes": nonfinite,
+                   "spread": _number(seen.get("spread")), "asleep": len(sleeping), "first_asleep": (sleeping or [None])[0],
+                   "update_ratio": median((table[:, 2] / table[:, 1].clamp_min(1e-30)).tolist()),
+                   "weight_norm": float(after.norm())}
+        self.kept = (sample.call, after)
+        return reading
+
+    def _moved_before(self, call: int, before: Tensor) -> int:
+        """Tensors that changed between the update of the step before and this step: something else moved them."""
+        return changed(self.kept[1], before) if self.kept and self.kept[0] == call - 1 else 0
+
+    def _repeated(self, hashes: list[int], epoch: int) -> int:
+        """Scenes of this step that it has twice, or that another sampled step of the same epoch had."""
+        here = frozenset(hashes)
+        earlier = frozenset().union(*(scenes for number, scenes in self.seen if number == epoch))
+        self.seen = [*self.seen[-REMEMBERED:], (epoch, here)]
+        return len(hashes) - len(here) + len(here & earlier)
+
+
+class Milestones:
+    """Weight norms at the seams of an epoch, where nothing may move a weight: around validation, and between epochs.
+
+    Args: first: the norms that the run began with, (T,); those of now by default.
+    """
+
+    def __init__(self, model: nn.Module, first: Tensor | None = None) -> None:
+        self.model = model
+        self.first, self.last = weight_norms(model) if first is None else first, None
+
+    def pass_by(self) -> dict[str, Any]:
+        """Tensors that changed since the last call, and whether all are as they were at the very beginning."""
+        now, before = weight_norms(self.model), self.last
+        self.last = now
+        moved = 0 if before is None else changed(before, now)
+        return {"moved": moved, "back_to_first": moved > 0 and changed(self.first, now) == 0}
+
+    @property
+    def size(self) -> float:
+        """The first norms, summed over tensors."""
+        return float(self.first.sum())
+
+    def distance(self, weights: Tensor) -> float:
+        """How far norms (T,) have come from the first ones, summed over tensors."""
+        return float((weights - self.first).abs().sum()) if len(weights) == len(self.first) else math.nan
+
+
+def changed(before: Tensor, after: Tensor) -> int:
+    """How many of two (T,) sets of norms differ; not-a-number equals itself."""
+    if len(before) != len(after):
+        return max(len(before), len(after))
+    return int(((before != after) & ~(before.isnan() & after.isnan())).sum())
+
+
+def _number(value: Tensor | None) -> float | None:
+    return None if value is None else float(value)
