@@ -52,7 +52,9 @@ def find_cmake() -> str:
         pass
     system = shutil.which("cmake")
     if system is None:
-        raise SystemExit("ris-fast: cmake was not found. Run `pip install cmake` (or apt-get install cmake) and try again.")
+        raise SystemExit(
+            "ris-fast: cmake was not found. Run `pip install cmake` (or apt-get install cmake) and try again."
+        )
     return system
 
 
@@ -68,13 +70,19 @@ class BuildNative(build_ext):
         compiler, cmake = find_compiler(), find_cmake()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         configure = [cmake, "-S", str(ROOT), "-B", str(build_dir), "-DCMAKE_BUILD_TYPE=Release"]
-        configure += [f"-DCMAKE_CXX_COMPILER={compiler}", f"-DRIS_FAST_OUTPUT={target.parent}", f"-DRIS_FAST_NAME={target.stem}"]
+        configure += [
+            f"-DCMAKE_CXX_COMPILER={compiler}",
+            f"-DRIS_FAST_OUTPUT={target.parent}",
+            f"-DRIS_FAST_NAME={target.stem}",
+        ]
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             subprocess.run(configure, check=True)
             subprocess.run([cmake, "--build", str(build_dir), "--parallel", str(os.cpu_count() or 1)], check=True)
         except subprocess.CalledProcessError as error:
-            raise SystemExit(f"ris-fast: building the C++ kernels with {compiler} failed (the compiler's message is above): {error}")
+            raise SystemExit(
+                f"ris-fast: building the C++ kernels with {compiler} failed (the compiler's message is above): {error}"
+            )
 
 
 class PlatformWheel(bdist_wheel):
@@ -105,7 +113,10 @@ setup(
     python_requires=">=3.11",
     packages=packages(),
     package_dir={"ris_fast": "ris_fast", "ris_fast.kernels": "kernels"},
-    package_data={"ris_fast": ["py.typed", "config/presets/*.toml", "health/pages/*.md"], "ris_fast.kernels": ["py.typed"]},
+    package_data={
+        "ris_fast": ["py.typed", "config/presets/*.toml", "health/pages/*.md"],
+        "ris_fast.kernels": ["py.typed"],
+    },
     ext_modules=[] if without_native() else [Extension("ris_fast.kernels.native.libris_fast", sources=[])],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
     setup_requires=[] if without_native() or shutil.which("cmake") else ["cmake>=3.20"],

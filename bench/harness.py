@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from ris_fast.kernels.native import loader
 
 from ris_fast.timing import Found, times_slower
-from ris_fast.kernels.native import loader
 
 
 def record(benchmark: Any, found: Found, ours: str, **facts: Any) -> None:

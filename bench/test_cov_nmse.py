@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from harness import record
+from ris_fast.kernels.cov_nmse import plain, reference
+from ris_fast.kernels.cov_nmse.samples import cost, random_tensors
 from torch import Tensor
 
 import ris_fast
 from ris_fast.timing import alternate, peak_bytes
-from ris_fast.kernels.cov_nmse import plain, reference
-from ris_fast.kernels.cov_nmse.samples import cost, random_tensors
 
 BATCHES, ELEMENTS = (64, 512, 4096), (64, 144, 256, 576, 1024)
 ROUNDS = {"quiet": 200, "seconds": 4.0, "least": 5}
@@ -31,7 +31,10 @@ def budget(device: torch.device) -> float:
 
 def inputs(b: int, n: int, dense: bool, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
     drawn = random_tensors(min(b, 64), n, 10, 5, 0, dense)
-    repeated = [None if drawn[k] is None else drawn[k].float().repeat(b // min(b, 64), 1, 1, 1).to(device) for k in ("factor", "target_factor", "target_cov")]
+    repeated = [
+        None if drawn[k] is None else drawn[k].float().repeat(b // min(b, 64), 1, 1, 1).to(device)
+        for k in ("factor", "target_factor", "target_cov")
+    ]
     return repeated[0].requires_grad_(), repeated[1], repeated[2]
 
 
@@ -71,7 +74,9 @@ def both(f: Tensor, loss: Callable[[], Tensor]) -> Callable[[], None]:
 @pytest.mark.parametrize("n", ELEMENTS)
 @pytest.mark.parametrize("b", BATCHES)
 @pytest.mark.parametrize("target", ["low-rank", "dense"])
-def test_cov_nmse(benchmark: Any, device: torch.device, threads: int, bandwidth: float, target: str, b: int, n: int) -> None:
+def test_cov_nmse(
+    benchmark: Any, device: torch.device, threads: int, bandwidth: float, target: str, b: int, n: int
+) -> None:
     dense = target == "dense"
     if device.type == "cpu" and b * n * n > CPU_CELLS:
         pytest.skip("left to the GPU: too long for a CPU")

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 from harness import record
-
-from ris_fast.timing import Found, alternate, threads
-from ris_fast.config.schema import Task
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.pursuit import op
 from ris_fast.kernels.pursuit.search import with_dictionary
+
+from ris_fast.config.schema import Task
 from ris_fast.models.features import PursuitFeatures
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import simulate
+from ris_fast.timing import Found, alternate, threads
 
 CPU = torch.device("cpu")
 SIDES = (8, 12, 16, 24, 32)
@@ -41,7 +41,15 @@ def arguments(batch: int, side: int = 12, wavefront: str = "fresnel", atoms: int
     return scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db, constants, model.wavenumber, model.atoms
 
 
-def measured(benchmark: Any, runs: dict[str, Callable[[], Any]], batch: int, *, quiet: int = 200, seconds: float = 2.0, **facts: Any) -> None:
+def measured(
+    benchmark: Any,
+    runs: dict[str, Callable[[], Any]],
+    batch: int,
+    *,
+    quiet: int = 200,
+    seconds: float = 2.0,
+    **facts: Any,
+) -> None:
     found: Found = alternate(runs, CPU, quiet=quiet, seconds=seconds, least=5)
     benchmark.extra_info["core_us_a_scene"] = {name: 1e6 * each["processor_s"] / batch for name, each in found.items()}
     record(benchmark, found, "C++", batch=batch, **facts)
@@ -50,10 +58,15 @@ def measured(benchmark: Any, runs: dict[str, Callable[[], Any]], batch: int, *, 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_features(benchmark: Any, side: int) -> None:
-    """Both forms of the kernel and plain torch, N = 64 to 1024; plain torch up to 576, beyond which its matrices take 0.6 GB."""
+    """Both forms of the kernel and plain torch, N = 64 to 1024; plain torch up to 576, beyond which its matrices take
+    0.6 GB."""
     batch = 256 if side <= 12 else 32 if side <= 16 else 8
     args = arguments(batch, side)
-    runs = {"C++": lambda: op._cpp(*args), "C++ with P": lambda: op._cpp(*args, dense=1), "C++ through H": lambda: op._cpp(*args, dense=0)}
+    runs = {
+        "C++": lambda: op._cpp(*args),
+        "C++ with P": lambda: op._cpp(*args, dense=1),
+        "C++ through H": lambda: op._cpp(*args, dense=0),
+    }
     if side <= 24:
         runs["plain torch"] = lambda: op._plain(*args)
     measured(benchmark, runs, batch, quiet=20, seconds=4.0, elements=side * side)

@@ -1,8 +1,8 @@
 """What an optimizer step with norm, clipping, averaging and clearing costs: FusedAdamW against what torch offers.
 
 Run: pytest bench/test_fused_step.py --benchmark-json=bench/results/fused_step.json
-How time is taken: ris_fast/timing.py. Streaming rate: the better of x *= c and y += c x over arrays of the same size, in the
-same run. The bytes of a step: gradient read twice, four buffers read and written, gradient cleared.
+How time is taken: ris_fast/timing.py. Streaming rate: the better of x *= c and y += c x over arrays of the same size,
+in the same run. The bytes of a step: gradient read twice, four buffers read and written, gradient cleared.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def in_a_loop(kind: Callable[..., Any], sizes: list[int]) -> Callable[[], None]:
 
 
 def fused(sizes: list[int], telemetry: bool = True) -> Callable[[], None]:
-    optimizer = FusedAdamW(parameters(sizes), lr=1e-3, max_grad_norm=1.0, ema_decay=0.999, clear_grads=True, telemetry=telemetry)
+    optimizer = FusedAdamW(
+        parameters(sizes), lr=1e-3, max_grad_norm=1.0, ema_decay=0.999, clear_grads=True, telemetry=telemetry
+    )
 
     def step() -> None:
         optimizer.step()
@@ -93,24 +95,46 @@ def streams(elements: int) -> dict[str, tuple[Callable[[], Any], int]]:
 def against(benchmark: Any, elements: int, tensors: int, variants: dict[str, Callable[[], None]], **facts: Any) -> None:
     """Times all variants and the streams in turn; writes ratios and the achieved share of the streaming rate."""
     total, stream = sum(shapes(elements, tensors)), streams(sum(shapes(elements, tensors)))
-    found = alternate(variants | {name: call for name, (call, _) in stream.items()}, DEVICE, quiet=QUIET, seconds=SECONDS, least=5)
+    found = alternate(
+        variants | {name: call for name, (call, _) in stream.items()}, DEVICE, quiet=QUIET, seconds=SECONDS, least=5
+    )
     rates = {name: nbytes * total / found[name]["s"] * 1e-9 for name, (_, nbytes) in stream.items()}
     achieved = BYTES * total / found["FusedAdamW"]["s"] * 1e-9
-    facts |= {"elements": total, "tensors": tensors, "achieved_GB_s": achieved, "stream_GB_s": rates, "share_of_streaming": achieved / max(rates.values())}
+    facts |= {
+        "elements": total,
+        "tensors": tensors,
+        "achieved_GB_s": achieved,
+        "stream_GB_s": rates,
+        "share_of_streaming": achieved / max(rates.values()),
+    }
     record(benchmark, found, "FusedAdamW", device=str(DEVICE), **facts)
     benchmark.pedantic(variants["FusedAdamW"], rounds=5, warmup_rounds=1)
 
 
 @pytest.mark.benchmark(group="fused step: against torch")
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("elements, tensors", [(1_000_000, 2), (1_000_000, 150), (1_000_000, 2000), (16_340_000, 2), (16_340_000, 150), (16_340_000, 2000), (LARGE, 150)])
+@pytest.mark.parametrize(
+    "elements, tensors",
+    [
+        (1_000_000, 2),
+        (1_000_000, 150),
+        (1_000_000, 2000),
+        (16_340_000, 2),
+        (16_340_000, 150),
+        (16_340_000, 2000),
+        (LARGE, 150),
+    ],
+)
 def test_against_torch(benchmark: Any, elements: int, tensors: int, count: int) -> None:
     sizes = shapes(elements, tensors)
     with threads(count):
         variants = {"FusedAdamW": fused(sizes), "FusedAdamW without telemetry": fused(sizes, telemetry=False)}
         variants["torch fused"] = from_torch(sizes, fused=True)
         if elements < LARGE:  # the losing forms at 100 M parameters would need 10 GB and minutes
-            variants |= {"torch foreach": from_torch(sizes, foreach=True), "torch tensor by tensor": from_torch(sizes, foreach=False)}
+            variants |= {
+                "torch foreach": from_torch(sizes, foreach=True),
+                "torch tensor by tensor": from_torch(sizes, foreach=False),
+            }
         against(benchmark, elements, tensors, variants, threads=count)
 
 
@@ -132,7 +156,14 @@ def test_against_a_compiled_step(benchmark: Any) -> None:
         compiled, begin = from_torch(sizes, compiled=True, capturable=DEVICE.type == "cuda"), time.perf_counter()
         compiled()
         seconds = time.perf_counter() - begin
-        against(benchmark, 16_340_000, 150, {"FusedAdamW": fused(sizes), "torch compiled": compiled}, compile_s=seconds, threads=1)
+        against(
+            benchmark,
+            16_340_000,
+            150,
+            {"FusedAdamW": fused(sizes), "torch compiled": compiled},
+            compile_s=seconds,
+            threads=1,
+        )
 
 
 @pytest.mark.benchmark(group="fused step: host work")

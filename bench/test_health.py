@@ -2,8 +2,9 @@
 
 Run: pytest bench/test_health.py --benchmark-json=bench/results/health-overhead.json
 With one thread, because a second one that waits for a busy core spins, and its waiting counts as work.
-CPU seconds are the process's own, so that a busy machine does not count; on a GPU, wall seconds between synchronisations.
-`load` is the machine's load average beside its cores: what else ran takes caches and memory bandwidth all the same.
+CPU seconds are the process's own, so that a busy machine does not count; on a GPU, wall seconds between
+synchronisations. `load` is the machine's load average beside its cores: what else ran takes caches and memory bandwidth
+all the same.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Iterator
-from typing import Any, Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from ris_fast import timing as measure
-from ris_fast.health.watch.watch import DENSE, EVERY, watch
 from ris_fast.config.load import load_config
+from ris_fast.health.watch.watch import DENSE, EVERY, watch
 from ris_fast.training.trainer import Trainer
 
 ROUNDS = 40
@@ -39,14 +40,17 @@ def clock(device: torch.device) -> float:
 def alternating(device: torch.device, *variants: Callable[[], Any], rounds: int = ROUNDS) -> list[float]:
     """Median seconds of the first variant, then the median of what each other one takes more in the same round."""
     seconds: list[list[float]] = [[] for _ in variants]
-    for number in range(rounds + 2):        # two to warm up
+    for number in range(rounds + 2):  # two to warm up
         for taken, call in zip(seconds, variants):
             began = clock(device)
             call()
             if number >= 2:
                 taken.append(clock(device) - began)
     first = seconds[0]
-    return [statistics.median(first), *(statistics.median(b - a for a, b in zip(first, other)) for other in seconds[1:])]
+    return [
+        statistics.median(first),
+        *(statistics.median(b - a for a, b in zip(first, other)) for other in seconds[1:]),
+    ]
 
 
 def load() -> dict[str, Any]:
@@ -55,6 +59,7 @@ def load() -> dict[str, Any]:
 
 def recording(device: torch.device, optimizer: Any, repeats: int = 200) -> float:
     """Seconds to put the record of one step into the ring, as every step does."""
+
     def record() -> None:
         for _ in range(repeats):
             for bucket in optimizer._buckets:
@@ -65,8 +70,11 @@ def recording(device: torch.device, optimizer: Any, repeats: int = 200) -> float
 
 @pytest.mark.parametrize("preset, batch", [("laptop", 256), ("seed", 64)])
 def test_a_step_that_is_read(benchmark: Any, device: torch.device, preset: str, batch: int) -> None:
-    """A report's reading, its ring of records included, spread over the steps between two reports, and each step's record."""
-    config = load_config(None, preset, ["training.compile=false"], {"training.device": device.type, "training.batch_size": batch})
+    """A report's reading, its ring of records included, spread over the steps between two reports, and each step's
+    record."""
+    config = load_config(
+        None, preset, ["training.compile=false"], {"training.device": device.type, "training.batch_size": batch}
+    )
     trainer = Trainer(config)
     group, telemetry = next(trainer._groups()), trainer.step.telemetry
 
@@ -76,17 +84,30 @@ def test_a_step_that_is_read(benchmark: Any, device: torch.device, preset: str, 
         if read:
             telemetry.read(telemetry.sample(), 1)
 
-    plain, reading = alternating(device, lambda: step(False), lambda: step(True), rounds=ROUNDS if preset == "laptop" else 15)
+    plain, reading = alternating(
+        device, lambda: step(False), lambda: step(True), rounds=ROUNDS if preset == "laptop" else 15
+    )
     benchmark.pedantic(lambda: step(True), rounds=3)
     every, record = config.report.every_steps, recording(device, trainer.optimizer)
-    benchmark.extra_info.update(preset=preset, batch=batch, step_s=plain, reading_s=reading, record_s=record, every_steps=every,
-                                **load(), share_of_training=(reading / every + record) / plain)
+    benchmark.extra_info.update(
+        preset=preset,
+        batch=batch,
+        step_s=plain,
+        reading_s=reading,
+        record_s=record,
+        every_steps=every,
+        **load(),
+        share_of_training=(reading / every + record) / plain,
+    )
 
 
 def loop(device: torch.device, every: int | None) -> Callable[[], None]:
-    """A step of a plain loop, a perceptron of a million weights: without a watch, or with one that looks once in `every`."""
+    """A step of a plain loop, a perceptron of a million weights: without a watch, or with one that looks once in
+    `every`."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(*(layer for _ in range(4) for layer in (torch.nn.Linear(512, 512), torch.nn.GELU()))).to(device)
+    model = torch.nn.Sequential(
+        *(layer for _ in range(4) for layer in (torch.nn.Linear(512, 512), torch.nn.GELU()))
+    ).to(device)
     optimizer, data = torch.optim.AdamW(model.parameters(), lr=1e-4), torch.randn(256, 512, device=device)
 
     def step() -> None:
@@ -104,7 +125,15 @@ def loop(device: torch.device, every: int | None) -> Callable[[], None]:
 def test_a_plain_loop_under_watch(benchmark: Any, device: torch.device) -> None:
     """With the default sampling one step in a hundred is looked at; between those the hooks only count."""
     looked_at = loop(device, 1)
-    plain, looking, counting = alternating(device, loop(device, None), looked_at, loop(device, 10**9), rounds=3 * ROUNDS)
+    plain, looking, counting = alternating(
+        device, loop(device, None), looked_at, loop(device, 10**9), rounds=3 * ROUNDS
+    )
     benchmark.pedantic(looked_at, rounds=3)
-    benchmark.extra_info.update(step_s=plain, looking_s=looking, counting_s=counting, every=EVERY, **load(),
-                                share_of_training=(looking / EVERY + counting) / plain)
+    benchmark.extra_info.update(
+        step_s=plain,
+        looking_s=looking,
+        counting_s=counting,
+        every=EVERY,
+        **load(),
+        share_of_training=(looking / EVERY + counting) / plain,
+    )

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-
-from ris_fast.timing import alternate, threads
-from ris_fast.config.schema import Task
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.philox import op as philox
 from ris_fast.kernels.scenes import op as scenes
+
+from ris_fast.config.schema import Task
 from ris_fast.physics import scenes as physics
 from ris_fast.physics.random import SceneGenerator
+from ris_fast.timing import alternate, threads
 
 TASK, GENERATOR = Task(), SceneGenerator(seed=1)
 REPETITIONS, SECONDS = 25, 1.5
@@ -29,7 +29,9 @@ DEVICE = torch.device("cpu")
 def rates(benchmark: Any, call: Callable[[], Any], items: int, unit: str, **facts: Any) -> None:
     """Seconds of a call, and items a second of the clock and of a processor, into extra_info."""
     found = alternate({"ours": call}, DEVICE, quiet=REPETITIONS, seconds=SECONDS, warm=1)["ours"]
-    by = {f"{unit}_per_s": items / found["s"]} | ({f"{unit}_per_cpu_s": items / found["processor_s"]} if found["processor_s"] else {})
+    by = {f"{unit}_per_s": items / found["s"]} | (
+        {f"{unit}_per_cpu_s": items / found["processor_s"]} if found["processor_s"] else {}
+    )
     benchmark.extra_info.update(found | by, backend=loader.describe(), torch=torch.__version__, **facts)
     benchmark.pedantic(call, rounds=5, warmup_rounds=1)
 
@@ -48,8 +50,21 @@ def kernel_arguments(batch: int) -> tuple[Any, ...]:
     seen: list[tuple[Any, ...]] = []
 
     def spy(index: torch.Tensor, **call: Any) -> tuple[torch.Tensor, ...]:
-        order = ("seed", "channel_stream", "noise_stream", "antennas", "positions", "codes", "source", "amplitude", "power", "sight",
-                 "rician", "snr_db", "spherical")
+        order = (
+            "seed",
+            "channel_stream",
+            "noise_stream",
+            "antennas",
+            "positions",
+            "codes",
+            "source",
+            "amplitude",
+            "power",
+            "sight",
+            "rician",
+            "snr_db",
+            "spherical",
+        )
         seen.append((index, *(call[name] for name in order)))
         return scenes.make_scenes(index, **call)
 
@@ -60,8 +75,13 @@ def kernel_arguments(batch: int) -> tuple[Any, ...]:
 
 
 PHASES: dict[str, Callable[[torch.Tensor, tuple[Any, ...]], Any]] = {
-    "draws, and scenes of 4 elements": lambda index, _: physics.simulate(Task(ris_horizontal=2, ris_vertical=2, bs_antennas=16), index, GENERATOR),
-    "random numbers": lambda index, _: (GENERATOR.normal(index, "channel", 4608), GENERATOR.normal(index, "noise", 512)),
+    "draws, and scenes of 4 elements": lambda index, _: physics.simulate(
+        Task(ris_horizontal=2, ris_vertical=2, bs_antennas=16), index, GENERATOR
+    ),
+    "random numbers": lambda index, _: (
+        GENERATOR.normal(index, "channel", 4608),
+        GENERATOR.normal(index, "noise", 512),
+    ),
     "fused kernel": lambda _, args: torch.ops.ris_fast.scenes(*args),
     "plain torch instead": lambda _, args: scenes._plain(*args),
 }

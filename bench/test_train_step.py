@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from ris_fast.benchmarks.device import launches_and_waits
-from ris_fast.timing import conditions, threads
 from ris_fast.benchmarks.train_step import OURS, compare_steps, contestants
-from ris_fast.config.schema import Config
 from ris_fast.config.load import load_config
+from ris_fast.config.schema import Config
+from ris_fast.timing import conditions, threads
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = [("fp32", 64), ("bf16", 64), ("bf16", 1024), ("bf16", 4096)] if DEVICE.type == "cuda" else [("fp32", 64)]
@@ -31,7 +31,8 @@ def seed_preset(precision: str) -> Config:
 @pytest.mark.benchmark(group="optimizer step, preset seed")
 @pytest.mark.parametrize("precision, batch_size", CASES)
 def test_step_against_peers(benchmark: Any, precision: str, batch_size: int) -> None:
-    """Compile time stands apart. Wanted, CPU: 4 times the original's, 1.3 times the eager loop; GPU: 100, 3, and 1.5 of the compiled."""
+    """Compile time stands apart. Wanted, CPU: 4 times the original's, 1.3 times the eager loop; GPU: 100, 3, and 1.5 of
+    the compiled."""
     with threads(2 if DEVICE.type == "cpu" else torch.get_num_threads()):
         found = compare_steps(seed_preset(precision), batch_size, seconds=60.0 if DEVICE.type == "cpu" else 20.0)
         benchmark.extra_info.update(found, conditions=conditions(DEVICE))

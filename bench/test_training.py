@@ -15,9 +15,9 @@ import torch
 
 from ris_fast.benchmarks import training
 from ris_fast.benchmarks.device import energy, launches_and_waits
-from ris_fast.timing import conditions
-from ris_fast.config.schema import Config
 from ris_fast.config.load import load_config
+from ris_fast.config.schema import Config
+from ris_fast.timing import conditions
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -56,8 +56,13 @@ def test_efficiency(benchmark: Any, preset: str | None, batch_size: int) -> None
     """Products of the trainable part over one large product's rate, measured in the same run."""
     config = default(preset)
     call, trainer = training.step_call(config, batch_size)
-    keep(benchmark, **training.efficiency(config, batch_size), counts=launches_and_waits(call, trainer.device),
-         energy=energy(call, trainer.device, batch_size), peak_memory_bytes=training.peak_memory(trainer.device))
+    keep(
+        benchmark,
+        **training.efficiency(config, batch_size),
+        counts=launches_and_waits(call, trainer.device),
+        energy=energy(call, trainer.device, batch_size),
+        peak_memory_bytes=training.peak_memory(trainer.device),
+    )
 
 
 @pytest.mark.benchmark(group="growth with the array")
@@ -77,7 +82,10 @@ def test_growth_with_tensors(benchmark: Any) -> None:
 @pytest.mark.benchmark(group="growth with the data set")
 def test_growth_with_the_data_set(benchmark: Any) -> None:
     """Seconds a scene with 10,000, 100,000 and a million scenes an epoch; wanted: flat, an exponent of zero."""
-    configs = {size: replace(default(), data=replace(default().data, train_scenes=size)) for size in (10_000, 100_000, 1_000_000)}
+    configs = {
+        size: replace(default(), data=replace(default().data, train_scenes=size))
+        for size in (10_000, 100_000, 1_000_000)
+    }
     keep(benchmark, **training.growth(configs, USUAL))
 
 

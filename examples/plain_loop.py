@@ -10,7 +10,8 @@ inputs = torch.randn(512, 16)
 targets = torch.sin(inputs @ torch.randn(16, 4))
 model = nn.Sequential(nn.Linear(16, 128), nn.GELU(), nn.Linear(128, 4))
 
-# Was: torch.optim.AdamW(model.parameters(), lr=1e-2), clip_grad_norm_ in the loop, and a copy of the weights to average.
+# Was: torch.optim.AdamW(model.parameters(), lr=1e-2), clip_grad_norm_ in the loop, and a copy of the weights to
+# average.
 optimizer = FusedAdamW(model.named_parameters(), lr=1e-2, max_grad_norm=1.0, ema_decay=0.99, ema_warmup=True)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=200)
 

@@ -18,8 +18,8 @@ How to add a family NAME (twenty lines; copy the shape of kernels/cov_nmse):
         torch.library.register_fake("ris_fast::OPERATOR", fake_function)
         LIBRARY.impl("OPERATOR", lambda *a: MyFunction.apply(*a), "Autograd")   # only for a differentiable operator
     with MyFunction a `torch.autograd.Function` whose forward calls the operator below autograd
-    (`with torch._C._AutoDispatchBelowAutograd():`) and whose backward refuses `create_graph=True`: half the host cost of
-    `register_autograd`. From C++: `f = loader.function("NAME_f32", [c_void_p, c_void_p, c_int64])` once, then
+    (`with torch._C._AutoDispatchBelowAutograd():`) and whose backward refuses `create_graph=True`: half the host cost
+    of `register_autograd`. From C++: `f = loader.function("NAME_f32", [c_void_p, c_void_p, c_int64])` once, then
     `f(x.data_ptr(), y.data_ptr(), n)`; where `loader.available()` is false call the reference.
  6. Add the folder's name to FAMILIES below. Nothing else: tests/kernels, tests/gradcheck, `ris-fast gradcheck` and
     `ris-fast bench` pick the record up.

@@ -9,13 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LAYOUTS = {torch.float32: (torch.int32, 23, 254), torch.float64: (torch.int64, 52, 2046)}  # bits, of the mantissa, largest exponent
+LAYOUTS = {
+    torch.float32: (torch.int32, 23, 254),
+    torch.float64: (torch.int64, 52, 2046),
+}  # bits, of the mantissa, largest exponent
 
 
 def power_of_two(a: Tensor) -> Tensor:
     """The power of two for each scene that takes its largest |entry| into [1, 4): (B, ...) -> (B, 1, ...).
 
-    Zeros stay zeros and NaN stays NaN under it; the smallest subnormal becomes 2^-23 in float32. No host synchronisation.
+    Zeros stay zeros and NaN stays NaN under it; the smallest subnormal becomes 2^-23 in float32. No host
+    synchronisation.
     """
     whole, mantissa, largest = LAYOUTS[a.dtype]
     peak = a.detach().abs().amax(tuple(range(1, a.dim())), keepdim=True)

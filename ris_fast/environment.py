@@ -18,9 +18,14 @@ def environment() -> dict[str, Any]:
 
     Plain texts and numbers only, so that it can be written as JSON.
     """
-    return {"python": sys.version.split()[0], "platform": platform.platform(),
-            "versions": {name: _version(name) for name in PACKAGES},
-            "cpu": _cpu(), "gpus": _gpus(), "kernels": _kernels()}
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "cpu": _cpu(),
+        "gpus": _gpus(),
+        "kernels": _kernels(),
+    }
 
 
 def fallback_note() -> str | None:
@@ -32,8 +37,10 @@ def fallback_note() -> str | None:
 
     if loader.available():
         return None
-    return (f"no C++ kernels here: {loader.why_not()}. Plain torch does their work, correct and several times slower. "
-            "Reinstall ris-fast with cmake and a C++ compiler on PATH.")
+    return (
+        f"no C++ kernels here: {loader.why_not()}. Plain torch does their work, correct and several times slower. "
+        "Reinstall ris-fast with cmake and a C++ compiler on PATH."
+    )
 
 
 def environment_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -41,13 +48,27 @@ def environment_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     cpu = found["cpu"]
     rows = [("python", found["python"]), ("platform", found["platform"])]
     rows += [(name, version or "not installed") for name, version in found["versions"].items()]
-    rows.append(("cpu", f"{cpu['name']}, {cpu['cores']} cores usable, {cpu['torch_threads']} torch threads, "
-                        f"{cpu['memory_gib']:.1f} GiB"))
-    rows += [(f"gpu {gpu['index']}", f"{gpu['name']}, {gpu['memory_gib']:.0f} GiB, sm_{gpu['capability']}, "
-                                     f"CUDA {gpu['cuda']}") for gpu in found["gpus"]]
+    rows.append(
+        (
+            "cpu",
+            (
+                f"{cpu['name']}, {cpu['cores']} cores usable, {cpu['torch_threads']} torch threads, "
+                f"{cpu['memory_gib']:.1f} GiB"
+            ),
+        )
+    )
+    rows += [
+        (
+            f"gpu {gpu['index']}",
+            f"{gpu['name']}, {gpu['memory_gib']:.0f} GiB, sm_{gpu['capability']}, CUDA {gpu['cuda']}",
+        )
+        for gpu in found["gpus"]
+    ]
     rows += [] if found["gpus"] else [("gpu", "none that torch can use")]
-    return rows + [(f"{kernel['kernel']} on {kernel['device']}", f"{kernel['backend']}: {kernel['reason']}")
-                   for kernel in found["kernels"]]
+    return rows + [
+        (f"{kernel['kernel']} on {kernel['device']}", f"{kernel['backend']}: {kernel['reason']}")
+        for kernel in found["kernels"]
+    ]
 
 
 def _version(name: str) -> str | None:
@@ -61,8 +82,13 @@ def _cpu() -> dict[str, Any]:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"name": _cpu_name(), "cores": cores, "torch_threads": torch.get_num_threads(),
-            "vector": torch.backends.cpu.get_cpu_capability(), "memory_gib": _memory_gib()}
+    return {
+        "name": _cpu_name(),
+        "cores": cores,
+        "torch_threads": torch.get_num_threads(),
+        "vector": torch.backends.cpu.get_cpu_capability(),
+        "memory_gib": _memory_gib(),
+    }
 
 
 def _cpu_name() -> str:
@@ -87,9 +113,16 @@ def _gpus() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
     found = [(index, torch.cuda.get_device_properties(index)) for index in range(torch.cuda.device_count())]
-    return [{"index": index, "name": gpu.name, "memory_gib": gpu.total_memory / 2**30,
-             "capability": f"{gpu.major}{gpu.minor}", "cuda": torch.version.cuda or torch.version.hip}
-            for index, gpu in found]
+    return [
+        {
+            "index": index,
+            "name": gpu.name,
+            "memory_gib": gpu.total_memory / 2**30,
+            "capability": f"{gpu.major}{gpu.minor}",
+            "cuda": torch.version.cuda or torch.version.hip,
+        }
+        for index, gpu in found
+    ]
 
 
 def _kernels() -> list[dict[str, str]]:
@@ -100,7 +133,11 @@ def _kernels() -> list[dict[str, str]]:
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     cpu = ("C++", loader.describe().removeprefix("C++ ")) if loader.available() else ("plain torch", loader.why_not())
-    gpu = ("Triton", f"triton {_version('triton')}") if find_spec("triton") else ("nothing", "triton is not installed: use --device cpu")
+    gpu = (
+        ("Triton", f"triton {_version('triton')}")
+        if find_spec("triton")
+        else ("nothing", "triton is not installed: use --device cpu")
+    )
     chosen = {"cpu": ("cpp", cpu), "cuda": ("triton", gpu)}
     return [_kernel(operator, device, *chosen[device]) for operator in operators() for device in devices]
 

@@ -10,16 +10,22 @@ import errno
 import fcntl
 import os
 import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ADVICE = {errno.ENOSPC: "Free space there", errno.EDQUOT: "Free space there", errno.EFBIG: "Raise the limit on a file's size",
-        errno.EACCES: "Get the right to write there", errno.EPERM: "Get the right to write there",
-        errno.EROFS: "Get the right to write there"}
+ADVICE = {
+    errno.ENOSPC: "Free space there",
+    errno.EDQUOT: "Free space there",
+    errno.EFBIG: "Raise the limit on a file's size",
+    errno.EACCES: "Get the right to write there",
+    errno.EPERM: "Get the right to write there",
+    errno.EROFS: "Get the right to write there",
+}
 
 
 class StorageError(OSError):
@@ -107,7 +113,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         except SafetensorError as error:
             raise StorageError(path, error) from error
         with suppress(PermissionError):  # a file system without modes
-            partial.chmod(mode)          # safetensors makes a file that only its owner may read
+            partial.chmod(mode)  # safetensors makes a file that only its owner may read
 
 
 def save_figure(path: str | Path, figure: Any, dpi: int) -> None:
@@ -159,7 +165,7 @@ def _other_lives(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:      # somebody else's
+    except PermissionError:  # somebody else's
         return True
     return True
 

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ris_fast.environment import environment
 from ris_fast.commands.streams import stage
+from ris_fast.environment import environment
 
 QUIET, SECONDS, WAIT_SHARE = 7, 20.0, 0.02
-Found = dict[str, dict[str, float]]       # name of a variant -> its summary
+Found = dict[str, dict[str, float]]  # name of a variant -> its summary
 
 
 class Run(NamedTuple):
@@ -102,14 +102,28 @@ def summary(runs: list[Run]) -> dict[str, float]:
     """
     kept = [run for run in runs if run.quiet] or runs
     times = sorted(run.device for run in kept)
-    return {"s": statistics.median(times), "p20_s": times[len(times) // 5], "p80_s": times[len(times) * 4 // 5],
-            "least_s": times[0], "fastest_s": min(run.device for run in runs), "host_s": statistics.median(run.host for run in kept),
-            "processor_s": statistics.fmean(run.processor for run in kept),
-            "undisturbed": sum(run.quiet for run in runs), "disturbed": sum(not run.quiet for run in runs)}
+    return {
+        "s": statistics.median(times),
+        "p20_s": times[len(times) // 5],
+        "p80_s": times[len(times) * 4 // 5],
+        "least_s": times[0],
+        "fastest_s": min(run.device for run in runs),
+        "host_s": statistics.median(run.host for run in kept),
+        "processor_s": statistics.fmean(run.processor for run in kept),
+        "undisturbed": sum(run.quiet for run in runs),
+        "disturbed": sum(not run.quiet for run in runs),
+    }
 
 
-def alternate(calls: Mapping[str, Callable[[], Any]], device: torch.device, *, quiet: int = QUIET,
-              seconds: float = SECONDS, warm: int = 2, least: int = 1) -> Found:
+def alternate(
+    calls: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    *,
+    quiet: int = QUIET,
+    seconds: float = SECONDS,
+    warm: int = 2,
+    least: int = 1,
+) -> Found:
     """Rounds over all calls until every one has `quiet` undisturbed repetitions, or time is up; `least` rounds anyhow.
 
     Raises Stopped at Ctrl-C, with what the whole rounds before it have shown.
@@ -119,9 +133,14 @@ def alternate(calls: Mapping[str, Callable[[], Any]], device: torch.device, *, q
         for _ in range(warm):
             call()
     seen: dict[str, list[Run]] = {name: [] for name in calls}
-    with no_garbage_collection(), keeping(lambda: {name: summary(runs) for name, runs in seen.items()} if all(seen.values()) else {}):
+    with (
+        no_garbage_collection(),
+        keeping(lambda: {name: summary(runs) for name, runs in seen.items()} if all(seen.values()) else {}),
+    ):
         rounds, end, shown = 0, time.perf_counter() + seconds, 0.0
-        while rounds < least or (time.perf_counter() < end and any(sum(run.quiet for run in runs) < quiet for runs in seen.values())):
+        while rounds < least or (
+            time.perf_counter() < end and any(sum(run.quiet for run in runs) < quiet for runs in seen.values())
+        ):
             for name, call in calls.items():
                 seen[name].append(once(call, device))
             rounds += 1
@@ -177,9 +196,9 @@ class Stopwatch:
 def ceiling(device: torch.device, precision: str = "fp32", seconds: float = 2.0) -> float:
     """FLOP/s of one large matrix product in this precision, the best of all that fit into the time and at least six.
 
-    The best and not a median: other programs can only slow a product down, and one that takes a few milliseconds, as long
-    as a system lets a thread run at a stretch, finds a moment without them. On a CPU both libraries that torch may call
-    are tried, and the faster one counts.
+    The best and not a median: other programs can only slow a product down, and one that takes a few milliseconds, as
+    long as a system lets a thread run at a stretch, finds a moment without them. On a CPU both libraries that torch may
+    call are tried, and the faster one counts.
     """
     from ris_fast.models.linear import linear
 
@@ -224,17 +243,29 @@ def _resident(field: str) -> int:
 def conditions(device: torch.device) -> dict[str, Any]:
     """What a figure must be read with: commit, versions, processor, threads, device. Names no host."""
     found = environment()
-    return {"commit": commit(), "device": str(device), "threads": torch.get_num_threads(), "versions": found["versions"],
-            "python": found["python"], "cpu": found["cpu"], "gpus": found["gpus"] or "no GPU", "kernels": found["kernels"]}
+    return {
+        "commit": commit(),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "versions": found["versions"],
+        "python": found["python"],
+        "cpu": found["cpu"],
+        "gpus": found["gpus"] or "no GPU",
+        "kernels": found["kernels"],
+    }
 
 
 def commit() -> str:
     """The commit of the code that runs, with + where the working tree differs; 'unknown' outside a repository."""
+
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True,
-                              check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "--short", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -22,7 +22,8 @@ def fresh_graphs() -> Iterator[None]:
 
 @pytest.fixture
 def terminal_signals() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP as a program on a terminal gets them, also where these tests run under nohup or in the background."""
+    """Ctrl-C, SIGTERM and SIGHUP as a program on a terminal gets them, also where these tests run under nohup or in the
+    background."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield

@@ -51,5 +51,8 @@ def test_networks_answer_the_same(name: str, another_default: None) -> None:
 @pytest.mark.usefixtures("another_default")
 def test_a_network_of_another_dtype_has_features_in_float32() -> None:
     model = build_model("backprojection", TASK, width=16)
-    assert model.extract.grid.dtype == torch.float32 == model.features(EXPECTED.snapshots, EXPECTED.channel, EXPECTED.codes,
-                                                                       EXPECTED.snr_db).inputs.dtype
+    assert (
+        model.extract.grid.dtype
+        == torch.float32
+        == model.features(EXPECTED.snapshots, EXPECTED.channel, EXPECTED.codes, EXPECTED.snr_db).inputs.dtype
+    )

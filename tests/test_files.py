@@ -50,7 +50,9 @@ def draw_noise(path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_digits, write_numbers, draw_noise])
-def test_a_full_disk_leaves_the_old_file_and_nothing_beside_it(write: Callable[[Path], None], tmp_path: Path, nearly_full: None) -> None:
+def test_a_full_disk_leaves_the_old_file_and_nothing_beside_it(
+    write: Callable[[Path], None], tmp_path: Path, nearly_full: None
+) -> None:
     (tmp_path / "old").write_text("old")
     with pytest.raises(StorageError, match="Raise the limit on a file's size") as caught:
         write(tmp_path / "old")
@@ -59,10 +61,18 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_beside_it(write: Callable[[
 
 
 @pytest.mark.parametrize("write", [write_digits, write_numbers, append_digits])
-@pytest.mark.parametrize("number, todo", [(errno.ENOSPC, "Free space there"), (errno.EROFS, "the right to write"),
-                                          (errno.EACCES, "the right to write"), (errno.EIO, "Check that path")])
+@pytest.mark.parametrize(
+    "number, todo",
+    [
+        (errno.ENOSPC, "Free space there"),
+        (errno.EROFS, "the right to write"),
+        (errno.EACCES, "the right to write"),
+        (errno.EIO, "Check that path"),
+    ],
+)
 def test_the_error_says_which_file_what_the_system_said_and_what_to_do(
-        write: Callable[[Path], None], number: int, todo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write: Callable[[Path], None], number: int, todo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 

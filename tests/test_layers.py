@@ -13,8 +13,22 @@ import ris_fast
 
 ROOT = Path(__file__).parent.parent
 # A module may import modules of lower floors and of its own; siblings on one floor do not know each other.
-FLOORS = (("config", "files", "usage", "streams", "drawing"), ("settings",), ("kernels",), ("physics", "environment"), ("data", "models"), ("training",),
-          ("gradcheck", "benchmarks"), ("health", "report", "localize"), ("run_folder", "printed_rows"), ("plain_rows",), ("evaluation", "checkup", "memory"), ("launch", "bench"), ("cli",), ("__main__",))
+FLOORS = (
+    ("config", "files", "usage", "streams", "drawing"),
+    ("settings",),
+    ("kernels",),
+    ("physics", "environment"),
+    ("data", "models"),
+    ("training",),
+    ("gradcheck", "benchmarks"),
+    ("health", "report", "localize"),
+    ("run_folder", "printed_rows"),
+    ("plain_rows",),
+    ("evaluation", "checkup", "memory"),
+    ("launch", "bench"),
+    ("cli",),
+    ("__main__",),
+)
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 
 
@@ -42,7 +56,7 @@ def imported(source: str, package: str) -> set[str]:
 def _absolute(node: ast.ImportFrom, package: str) -> str:
     if node.level == 0:
         return node.module or ""
-    parts = package.split(".")[:len(package.split(".")) - node.level + 1]
+    parts = package.split(".")[: len(package.split(".")) - node.level + 1]
     return ".".join([*parts, *([node.module] if node.module else [])])
 
 
@@ -68,18 +82,36 @@ def test_imports_run_one_way(name: str) -> None:
     assert not wrong, f"{name} imports {', '.join(sorted(wrong))}, which stand on its own floor or above."
 
 
-@pytest.mark.parametrize("floor, source", [
-    ("physics", "from ris_fast.training.loss import CovarianceLoss"), ("models", "import ris_fast.data.shards"),
-    ("kernels", "def f():\n    from ris_fast.config.schema import Task"), ("physics", "from ris_fast import Trainer"),
-    ("data", "from .training import loop"), ("report", "import ris_fast.health"), ("config", "from ris_fast import settings"),
-    ("files", "from ris_fast.config.schema import Config"), ("kernels", "from ris_fast.files import write_text"),
-])
+@pytest.mark.parametrize(
+    "floor, source",
+    [
+        ("physics", "from ris_fast.training.loss import CovarianceLoss"),
+        ("models", "import ris_fast.data.shards"),
+        ("kernels", "def f():\n    from ris_fast.config.schema import Task"),
+        ("physics", "from ris_fast import Trainer"),
+        ("data", "from .training import loop"),
+        ("report", "import ris_fast.health"),
+        ("config", "from ris_fast import settings"),
+        ("files", "from ris_fast.config.schema import Config"),
+        ("kernels", "from ris_fast.files import write_text"),
+    ],
+)
 def test_the_check_sees_an_import_that_runs_the_other_way(floor: str, source: str) -> None:
     assert wrong_imports(floor, source)
 
 
-@pytest.mark.parametrize("name", ["ris_fast", "ris_fast.config.schema", "ris_fast.files", "ris_fast.config.load", "ris_fast.commands.cli",
-                                  "ris_fast.environment", "ris_fast.report.eventlog"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ris_fast",
+        "ris_fast.config.schema",
+        "ris_fast.files",
+        "ris_fast.config.load",
+        "ris_fast.commands.cli",
+        "ris_fast.environment",
+        "ris_fast.report.eventlog",
+    ],
+)
 def test_importing_costs_neither_torch_nor_figures(name: str) -> None:
     heavy = ("torch", "matplotlib", "numpy", "triton", "safetensors", "rich.progress")
     code = f"import sys, {name}; print(','.join(m for m in {heavy!r} if m in sys.modules))"

@@ -10,9 +10,36 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "nonzero_static", "masked_select", "unique_dim",
-         "_unique", "_unique2", "bincount", "repeat_interleave.Tensor", "_assert_async"}
-SOLVERS = ("linalg_", "cholesky", "svd", "eig", "qr", "inverse", "lu_", "triangular_solve", "lstsq", "geqrf", "ormqr", "logdet", "slogdet")
+READS = {
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "nonzero_static",
+    "masked_select",
+    "unique_dim",
+    "_unique",
+    "_unique2",
+    "bincount",
+    "repeat_interleave.Tensor",
+    "_assert_async",
+}
+SOLVERS = (
+    "linalg_",
+    "cholesky",
+    "svd",
+    "eig",
+    "qr",
+    "inverse",
+    "lu_",
+    "triangular_solve",
+    "lstsq",
+    "geqrf",
+    "ormqr",
+    "logdet",
+    "slogdet",
+)
 HARMLESS = ("linalg_vector_norm", "linalg_cross", "linalg_vecdot")
 
 
@@ -27,7 +54,9 @@ class Watch(TorchDispatchMode):
         out, name = func(*args, **(kwargs or {})), func.name().removeprefix("aten::")
         tensors = [each for each in tree_leaves((args, kwargs, out)) if isinstance(each, Tensor)]
         self.names[name] += 1
-        by_truth = name.startswith(("index.", "index_put")) and any(each.dtype == torch.bool for each in tree_leaves(args[1]) if each is not None)
+        by_truth = name.startswith(("index.", "index_put")) and any(
+            each.dtype == torch.bool for each in tree_leaves(args[1]) if each is not None
+        )
         if name in READS or by_truth or any(each.device.type != self.device for each in tensors):
             self.waits.append(name)
         if name.lstrip("_").startswith(SOLVERS) and not name.startswith(HARMLESS):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import warnings
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from bench.faults.catalogue import Fault, faulty
 from bench.faults.trial import HANDFUL, PATIENCE, Enough, Listener, Outcome, limit_of, observed
 from ris_fast.health.diagnose.why import why
-from ris_fast.training.trainer import Trainer
 from ris_fast.training.state import RunStopped
+from ris_fast.training.trainer import Trainer
 
 
 class Kept:
-    """Observer that keeps a run as its folder does: rows of metrics.jsonl and summary.json, through JSON; ends it at `last_step`."""
+    """Observer that keeps a run as its folder does: rows of metrics.jsonl and summary.json, through JSON; ends it at
+    `last_step`."""
 
     def __init__(self, trainer: Trainer, last_step: float) -> None:
         self.trainer, self.last_step = trainer, last_step
@@ -50,12 +52,14 @@ def run_to_the_end(trainer: Trainer, last_step: float) -> Kept:
     try:
         trainer.fit()
     except (Enough, RunStopped):
-        pass                       # the summary has been left, with what the trainer itself stopped for
+        pass  # the summary has been left, with what the trainer itself stopped for
     return kept
 
 
 def score_afterwards(fault: Fault) -> Outcome:
-    """Whether `why` finds and names a fault in what a run of it left behind. There is no limit in steps: all is over."""
+    """Whether `why` finds and names a fault in what a run of it left behind. There is no limit in steps: all is
+    over."""
+
     def run() -> tuple[Listener, str]:
         with faulty(fault) as trainer:
             last = PATIENCE + max(limit_of(fault, trainer), fault.onset + HANDFUL * trainer.epoch_steps)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 import torch
 
@@ -26,23 +26,38 @@ def average_never_updated(trainer: Trainer) -> None:
             yield
         finally:
             trainer.model.load_state_dict(raw)
+
     trainer.optimizer.ema = averaged
 
 
-@FAMILY.patch("set a decay that rounds to one", "ema_frozen", "preflight", twin="backprojection",
-              around=lambda: optimizer_with(ema_decay=1.0 - 1e-12, ema_warmup=False))
+@FAMILY.patch(
+    "set a decay that rounds to one",
+    "ema_frozen",
+    "preflight",
+    twin="backprojection",
+    around=lambda: optimizer_with(ema_decay=1.0 - 1e-12, ema_warmup=False),
+)
 def average_decay_of_one(trainer: Trainer) -> None:
     """The mistake is the option alone."""
 
 
-@FAMILY.patch("validates an average over ten thousand steps from the first epoch on", "ema_cold", "share:0.01",
-              around=lambda: optimizer_with(ema_decay=0.9999, ema_warmup=False))
+@FAMILY.patch(
+    "validates an average over ten thousand steps from the first epoch on",
+    "ema_cold",
+    "share:0.01",
+    around=lambda: optimizer_with(ema_decay=0.9999, ema_warmup=False),
+)
 def average_validated_cold(trainer: Trainer) -> None:
     """The mistake is the option alone."""
 
 
-@FAMILY.patch("copies the averaged weights into the network for validation and does not put the raw ones back",
-              "ema_saved_over_raw", "share:0.01", twin="backprojection", onset=8)
+@FAMILY.patch(
+    "copies the averaged weights into the network for validation and does not put the raw ones back",
+    "ema_saved_over_raw",
+    "share:0.01",
+    twin="backprojection",
+    onset=8,
+)
 def average_left_in_place(trainer: Trainer) -> None:
     def make(ema):
         @contextmanager
@@ -51,12 +66,18 @@ def average_left_in_place(trainer: Trainer) -> None:
                 kept = snapshot(trainer.model)
                 yield
             trainer.model.load_state_dict(kept)
+
         return averaged
+
     wrap(trainer.optimizer, "ema", make)
 
 
-@FAMILY.patch("updates the average once an epoch with a decay meant for steps", "ema_frozen ema_cold", "share:0.01",
-              around=lambda: optimizer_with(ema_decay=0.99, ema_warmup=False))
+@FAMILY.patch(
+    "updates the average once an epoch with a decay meant for steps",
+    "ema_frozen ema_cold",
+    "share:0.01",
+    around=lambda: optimizer_with(ema_decay=0.99, ema_warmup=False),
+)
 def average_updated_per_epoch(trainer: Trainer) -> None:
     kept = {}
 
@@ -68,4 +89,5 @@ def average_updated_per_epoch(trainer: Trainer) -> None:
             if key not in kept:
                 kept[key] = value.clone()
             kept[key].copy_(value) if last_of_epoch else value.copy_(kept[key])
+
     after_step(trainer, undo_within_epoch)

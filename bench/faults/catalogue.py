@@ -1,35 +1,69 @@
-"""What a fault is, and the list of all of them: the ten families, and the third that the rules' author does not read."""
+"""What a fault is, and the list of all of them: the ten families, and the third that the rules' author does not
+read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any
 
+from bench.faults.twins import TWINS, changed
 from ris_fast.config.schema import Config
 from ris_fast.health.causes import CAUSES
-from bench.faults.twins import TWINS, changed
 from ris_fast.training.trainer import Trainer
 
 FAMILIES = ("parameters", "graph", "loss", "loop", "precision", "averaging", "mode", "data", "model", "compiled")
 
 # A third of every family, chosen before any rule was written. Their patches are in held_out.py.
-HELD_OUT = frozenset((
-    "one_layer_frozen", "group_filter_misses_a_layer", "factor_heads_tied", "network_copied", "weight_kept_as_buffer",
-    "no_grad_around_encoder", "covariance_term_in_numpy", "hook_zeroes_gradient", "factor_rounded",
-    "divided_only_first", "target_of_twice_the_trace", "degrees_converted_twice", "loss_clamped", "optimizer_maximises",
-    "step_gated_on_both_groups", "schedule_ticks_per_epoch", "one_group_without_rate", "optimizer_rebuilt_each_epoch",
-    "rate_far_too_small", "every_other_batch_skipped",
-    "infinity_becomes_one", "gradients_underflow_in_half", "large_epsilon_in_rms",
-    "ema_poisoned", "average_decays_at_once", "average_validated_as_raw",
-    "dropout_always_on", "encoder_left_in_eval", "running_statistics_never_updated",
-    "iterator_restarted", "labels_off_by_one", "axes_reshaped_not_transposed", "raw_units_at_the_input",
-    "channel_of_the_next_scene", "real_and_imaginary_swapped",
-    "constant_initialisation", "phase_thrown_away", "one_column_repeated", "factor_clamped",
-    "compiled_before_weights_replaced", "ranks_not_reduced", "compiled_in_eval_mode",
-))
+HELD_OUT = frozenset(
+    (
+        "one_layer_frozen",
+        "group_filter_misses_a_layer",
+        "factor_heads_tied",
+        "network_copied",
+        "weight_kept_as_buffer",
+        "no_grad_around_encoder",
+        "covariance_term_in_numpy",
+        "hook_zeroes_gradient",
+        "factor_rounded",
+        "divided_only_first",
+        "target_of_twice_the_trace",
+        "degrees_converted_twice",
+        "loss_clamped",
+        "optimizer_maximises",
+        "step_gated_on_both_groups",
+        "schedule_ticks_per_epoch",
+        "one_group_without_rate",
+        "optimizer_rebuilt_each_epoch",
+        "rate_far_too_small",
+        "every_other_batch_skipped",
+        "infinity_becomes_one",
+        "gradients_underflow_in_half",
+        "large_epsilon_in_rms",
+        "ema_poisoned",
+        "average_decays_at_once",
+        "average_validated_as_raw",
+        "dropout_always_on",
+        "encoder_left_in_eval",
+        "running_statistics_never_updated",
+        "iterator_restarted",
+        "labels_off_by_one",
+        "axes_reshaped_not_transposed",
+        "raw_units_at_the_input",
+        "channel_of_the_next_scene",
+        "real_and_imaginary_swapped",
+        "constant_initialisation",
+        "phase_thrown_away",
+        "one_column_repeated",
+        "factor_clamped",
+        "compiled_before_weights_replaced",
+        "ranks_not_reduced",
+        "compiled_in_eval_mode",
+    )
+)
 
 Patch = Callable[[Trainer], None]
 
@@ -93,16 +127,20 @@ class Family:
 
     def patch(self, mistake: str, expect: str, by: str, **more: Any) -> Callable[[Patch], Patch]:
         """Decorator of a patch on a trainer; the fault takes the function's name."""
+
         def keep(function: Patch) -> Patch:
             self._add(function.__name__, mistake, expect, by, patch=function, **more)
             return function
+
         return keep
 
     def around(self, mistake: str, expect: str, by: str, **more: Any) -> Callable[[Callable], Callable]:
         """Decorator of a generator that changes a class or function, yields, and is undone."""
+
         def keep(function: Callable) -> Callable:
             self._add(function.__name__, mistake, expect, by, around=contextmanager(function), **more)
             return function
+
         return keep
 
     def setting(self, name: str, mistake: str, expect: str, by: str, settings: Mapping[str, Any], **more: Any) -> None:

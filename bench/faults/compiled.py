@@ -27,13 +27,17 @@ def weights_folded_into_graph(trainer: Trainer) -> None:
     trainer.step.network = Network(graph, compile=False)
 
 
-@FAMILY.patch("validates through a graph that was captured before training", "stale_compiled_graph cached_validation",
-              "share:0.01")
+@FAMILY.patch(
+    "validates through a graph that was captured before training",
+    "stale_compiled_graph cached_validation",
+    "share:0.01",
+)
 def validation_graph_from_before(trainer: Trainer) -> None:
     captured = deepcopy(trainer.model).eval()
 
     def make(network):
         return lambda *inputs: network(*inputs) if torch.is_grad_enabled() else captured(*inputs)
+
     wrap(trainer.step, "network", make)
 
 
@@ -45,18 +49,25 @@ def compiled_graph_drops_a_column(trainer: Trainer) -> None:
             keep = torch.ones(prediction.factor.shape[2], 1)
             keep[-1] = 0.0
             return prediction._replace(factor=prediction.factor * keep)
+
         return graph
+
     wrap(trainer.step, "network", make)
 
 
-@FAMILY.patch("every rank reads the first rank's scenes", "rank_sees_other_data repeated_batch", "steps:5",
-              twin="accumulate")
+@FAMILY.patch(
+    "every rank reads the first rank's scenes", "rank_sees_other_data repeated_batch", "steps:5", twin="accumulate"
+)
 def ranks_read_the_same_scenes(trainer: Trainer) -> None:
     wrap(trainer, "_groups", lambda groups: lambda: ([group[0]] * len(group) for group in groups()))
 
 
-@FAMILY.patch("ranks other than the first start from other weights and never receive the first one's",
-              "ranks_diverged stale_compiled_graph", "steps:5", twin="accumulate")
+@FAMILY.patch(
+    "ranks other than the first start from other weights and never receive the first one's",
+    "ranks_diverged stale_compiled_graph",
+    "steps:5",
+    twin="accumulate",
+)
 def ranks_hold_other_weights(trainer: Trainer) -> None:
     replica, calls = deepcopy(trainer.model), iter(range(10**9))
     for parameter in replica.parameters():
@@ -64,4 +75,5 @@ def ranks_hold_other_weights(trainer: Trainer) -> None:
 
     def make(network):
         return lambda *inputs: (network if not torch.is_grad_enabled() or next(calls) % 4 == 0 else replica)(*inputs)
+
     wrap(trainer.step, "network", make)

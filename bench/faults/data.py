@@ -1,9 +1,10 @@
-"""Faults of the family "data": what reaches the network is repeated, stale, mixed up, scaled or shared between splits."""
+"""Faults of the family "data": what reaches the network is repeated, stale, mixed up, scaled or shared between
+splits."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Iterator
 
 import torch
 from torch import Tensor
@@ -23,7 +24,10 @@ def first_batch_served_always(trainer: Trainer) -> None:
     kept: dict[int, Scenes] = {}
 
     def make(batch):
-        return lambda split, index: kept.setdefault(len(index), batch(split, index)) if split == "train" else batch(split, index)
+        return lambda split, index: (
+            kept.setdefault(len(index), batch(split, index)) if split == "train" else batch(split, index)
+        )
+
     wrap(trainer.source, "batch", make)
 
 
@@ -35,6 +39,7 @@ def snapshots_of_the_last_batch(trainer: Trainer) -> None:
         last = kept.get(tuple(scenes.snapshots.shape), scenes.snapshots)
         kept[tuple(scenes.snapshots.shape)] = scenes.snapshots
         return replace(scenes, snapshots=last)
+
     on_batches(trainer, stale, "train")
 
 
@@ -46,16 +51,24 @@ def cache_slot_of_zeros(trainer: Trainer) -> None:
         if next(calls) % 4:
             return scenes
         return replace(scenes, snapshots=torch.zeros_like(scenes.snapshots), channel=torch.zeros_like(scenes.channel))
+
     on_batches(trainer, empty, "train")
 
 
-@FAMILY.patch("shuffles inputs and targets with two different permutations", "shuffled_labels", "preflight",
-              twin="backprojection")
+@FAMILY.patch(
+    "shuffles inputs and targets with two different permutations", "shuffled_labels", "preflight", twin="backprojection"
+)
 def targets_shuffled(trainer: Trainer) -> None:
     def shuffled(scenes: Scenes) -> Scenes:
         order = torch.randperm(scenes.batch)
-        return replace(scenes, **{name: getattr(scenes, name)[order]
-                                  for name in ("factor", "azimuth", "elevation", "range_m", "power", "count")})
+        return replace(
+            scenes,
+            **{
+                name: getattr(scenes, name)[order]
+                for name in ("factor", "azimuth", "elevation", "range_m", "power", "count")
+            },
+        )
+
     on_batches(trainer, shuffled, "train")
 
 
@@ -74,9 +87,15 @@ def inputs_a_million_times_too_small() -> Iterator[None]:
 
 @FAMILY.patch("broadcasts the first scene's measurements over the batch", "constant_input", "preflight")
 def measurements_of_the_first_scene(trainer: Trainer) -> None:
-    on_batches(trainer, lambda scenes: replace(
-        scenes, snapshots=scenes.snapshots[:1].expand_as(scenes.snapshots),
-        channel=scenes.channel[:1].expand_as(scenes.channel), snr_db=scenes.snr_db[:1].expand_as(scenes.snr_db)))
+    on_batches(
+        trainer,
+        lambda scenes: replace(
+            scenes,
+            snapshots=scenes.snapshots[:1].expand_as(scenes.snapshots),
+            channel=scenes.channel[:1].expand_as(scenes.channel),
+            snr_db=scenes.snr_db[:1].expand_as(scenes.snr_db),
+        ),
+    )
 
 
 @FAMILY.patch("caches the network's validation outputs by batch", "cached_validation", "share:0.01")
@@ -84,19 +103,28 @@ def validation_outputs_cached(trainer: Trainer) -> None:
     kept: dict[int, Prediction] = {}
 
     def make(predict):
-        return lambda scenes: (predict(scenes) if torch.is_grad_enabled()
-                               else kept.setdefault(int(scenes.index[0]), predict(scenes)))
+        return lambda scenes: (
+            predict(scenes) if torch.is_grad_enabled() else kept.setdefault(int(scenes.index[0]), predict(scenes))
+        )
+
     wrap(trainer.step, "predict", make)
 
 
 @FAMILY.patch("draws validation scenes with the training split's seed, 123 further on", "split_overlap", "preflight")
 def validation_from_training_scenes(trainer: Trainer) -> None:
-    wrap(trainer.source, "batch", lambda batch: lambda split, index: (
-        batch("train", index + 123) if split == "val" else batch(split, index)))
+    wrap(
+        trainer.source,
+        "batch",
+        lambda batch: lambda split, index: batch("train", index + 123) if split == "val" else batch(split, index),
+    )
 
 
-@FAMILY.patch("a stuck generator gives every scene the same sources in the label", "constant_targets", "preflight",
-              twin="backprojection")
+@FAMILY.patch(
+    "a stuck generator gives every scene the same sources in the label",
+    "constant_targets",
+    "preflight",
+    twin="backprojection",
+)
 def targets_of_the_first_scene(trainer: Trainer) -> None:
     first = trainer.source.batch("train", torch.zeros(1, dtype=torch.int64)).factor
     on_batches(trainer, lambda scenes: replace(scenes, factor=first.expand_as(scenes.factor)))
@@ -107,4 +135,5 @@ def nan_in_some_scenes(trainer: Trainer) -> None:
     def broken(scenes: Scenes) -> Scenes:
         hurt = (scenes.index % 97 == 0).view(-1, 1, 1, 1)
         return replace(scenes, snapshots=scenes.snapshots.masked_fill(hurt, float("nan")))
+
     on_batches(trainer, broken, "train")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,12 @@ def features_detached(trainer: Trainer) -> None:
     on_input(trainer.model.fuse, lambda x: (x.detach(),))
 
 
-@FAMILY.patch("took the factor's `.data` half way, so that only the last layer learns", "detached_backbone", "preflight",
-              twin="backprojection")
+@FAMILY.patch(
+    "took the factor's `.data` half way, so that only the last layer learns",
+    "detached_backbone",
+    "preflight",
+    twin="backprojection",
+)
 def trunk_through_data(trainer: Trainer) -> None:
     on_input(trainer.model.head, lambda x: (x.data,))
 
@@ -37,17 +42,22 @@ def trunk_through_data(trainer: Trainer) -> None:
 def loss_from_item(trainer: Trainer) -> None:
     def rebuild(total: Tensor, terms: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         return torch.tensor(total.item(), requires_grad=True), terms
+
     wrap(trainer.loss, "forward", lambda forward: lambda *args: rebuild(*forward(*args)))
 
 
-@FAMILY.patch("wrote a complex kernel whose backward forgets the conjugate: the imaginary gradient has the wrong sign",
-              "wrong_backward", "preflight")
+@FAMILY.patch(
+    "wrote a complex kernel whose backward forgets the conjugate: the imaginary gradient has the wrong sign",
+    "wrong_backward",
+    "preflight",
+)
 def backward_without_conjugate(trainer: Trainer) -> None:
     on_answer(trainer, lambda factor: Backward.apply(factor, conj))
 
 
-@FAMILY.patch("wrote a kernel whose backward is a placeholder of zeros", "wrong_backward", "preflight",
-              twin="backprojection")
+@FAMILY.patch(
+    "wrote a kernel whose backward is a placeholder of zeros", "wrong_backward", "preflight", twin="backprojection"
+)
 def backward_returns_zeros(trainer: Trainer) -> None:
     on_answer(trainer, lambda factor: Backward.apply(factor, torch.zeros_like))
 
@@ -71,15 +81,23 @@ def backward_misses_the_weight(trainer: Trainer) -> None:
     layer.forward = lambda x: LinearWithoutWeightGradient.apply(x, layer.weight, layer.bias)
 
 
-@FAMILY.around("wrote H^T y where the matched filter is H^H y", "conjugation_error inputs_withhold_answer", "share:0.01",
-               twin="few_codes")
+@FAMILY.around(
+    "wrote H^T y where the matched filter is H^H y",
+    "conjugation_error inputs_withhold_answer",
+    "share:0.01",
+    twin="few_codes",
+)
 def transpose_in_front_end() -> Iterator[None]:
     right = hybrid.backproject
     with replaced(hybrid, "backproject", lambda channel, codes, y: right(conj(channel), codes, y)):
         yield
 
 
-@FAMILY.patch("compares with steering vectors of the other sign of the exponent", "conjugation_error", "preflight",
-              twin="backprojection")
+@FAMILY.patch(
+    "compares with steering vectors of the other sign of the exponent",
+    "conjugation_error",
+    "preflight",
+    twin="backprojection",
+)
 def target_conjugated(trainer: Trainer) -> None:
     on_loss(trainer, lambda prediction, scenes: (prediction, replace(scenes, factor=conj(scenes.factor))))

@@ -6,12 +6,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+from bench.faults.twins import TWINS, changed
 from ris_fast.config.schema import Config
 from ris_fast.data.write import write_shards
-from bench.faults.twins import TWINS, changed
 
 EPOCHS, EPOCH_STEPS = 10, 8
-MOST_SCENES = 1024             # of one optimizer step, so that a run stays a matter of seconds
+MOST_SCENES = 1024  # of one optimizer step, so that a run stays a matter of seconds
 BATCHES = (16, 24, 32, 64, 128, 256, 512, 1024)
 
 
@@ -24,14 +24,26 @@ def healthy_config(number: int) -> Config:
     rate = draw.choice((1e-3, 2e-3, 4e-3))
     scenes = EPOCH_STEPS * batch * accumulate - draw.choice((0, 0, 1, batch // 2))
     settings: dict[str, Any] = {
-        "training.seed": number, "data.seed": number, "training.batch_size": batch, "training.accumulate": accumulate,
-        "training.precision": draw.choice(("fp32", "bf16")), "training.epochs": EPOCHS,
-        "data.train_scenes": scenes, "data.val_scenes": 128, "data.val_limit": 128, "data.fixed": draw.random() < 0.3,
-        "optimizer.backbone_lr": rate, "optimizer.head_lr": rate * draw.choice((1.0, 2.0)),
-        "optimizer.warmup": draw.choice((0.02, 0.1)), "optimizer.ema_decay": draw.choice((0.0, 0.9, 0.99, 0.999)),
-        "optimizer.max_grad_norm": draw.choice((0.0, 0.5, 1.0, 10.0)), "optimizer.weight_decay": draw.choice((0.0, 1e-4, 1e-2)),
-        "task.power": draw.choice(("equal", "path_loss")), "task.snr_min_db": draw.choice((-5.0, 0.0, 10.0)),
-        "task.max_sources": draw.choice((1, 2, 3)), "report.every_steps": draw.choice((1, 2, 5)),
+        "training.seed": number,
+        "data.seed": number,
+        "training.batch_size": batch,
+        "training.accumulate": accumulate,
+        "training.precision": draw.choice(("fp32", "bf16")),
+        "training.epochs": EPOCHS,
+        "data.train_scenes": scenes,
+        "data.val_scenes": 128,
+        "data.val_limit": 128,
+        "data.fixed": draw.random() < 0.3,
+        "optimizer.backbone_lr": rate,
+        "optimizer.head_lr": rate * draw.choice((1.0, 2.0)),
+        "optimizer.warmup": draw.choice((0.02, 0.1)),
+        "optimizer.ema_decay": draw.choice((0.0, 0.9, 0.99, 0.999)),
+        "optimizer.max_grad_norm": draw.choice((0.0, 0.5, 1.0, 10.0)),
+        "optimizer.weight_decay": draw.choice((0.0, 1e-4, 1e-2)),
+        "task.power": draw.choice(("equal", "path_loss")),
+        "task.snr_min_db": draw.choice((-5.0, 0.0, 10.0)),
+        "task.max_sources": draw.choice((1, 2, 3)),
+        "report.every_steps": draw.choice((1, 2, 5)),
     }
     settings |= _network(model, draw)
     return changed(TWINS[model](), settings)
@@ -39,10 +51,17 @@ def healthy_config(number: int) -> Config:
 
 def _network(model: str, draw: random.Random) -> dict[str, Any]:
     if model == "backprojection":
-        return {"model.options.width": draw.choice((16, 32, 64)), "model.options.depth": draw.choice((1, 2)),
-                "task.ris_vertical": draw.choice((4, 6))}
-    return {"model.options.width": draw.choice((32, 64)), "model.options.dropout": draw.choice((0.0, 0.0, 0.1)),
-            "model.options.layers": draw.choice((1, 2)), "task.ris_vertical": draw.choice((2, 4))}
+        return {
+            "model.options.width": draw.choice((16, 32, 64)),
+            "model.options.depth": draw.choice((1, 2)),
+            "task.ris_vertical": draw.choice((4, 6)),
+        }
+    return {
+        "model.options.width": draw.choice((32, 64)),
+        "model.options.dropout": draw.choice((0.0, 0.0, 0.1)),
+        "model.options.layers": draw.choice((1, 2)),
+        "task.ris_vertical": draw.choice((2, 4)),
+    }
 
 
 def from_shards(number: int) -> bool:

@@ -9,26 +9,55 @@ from torch.nn.utils import clip_grad_norm_
 
 from bench.faults.catalogue import Family
 from bench.faults.patches import before_step, optimizer_with, snapshot, wrap
-from ris_fast.training.trainer import Trainer
 from ris_fast.training.state import Meter
+from ris_fast.training.trainer import Trainer
 
 FAMILY = Family("loop")
 
-FAMILY.setting("rate_zero", "a misspelt key left both learning rates at zero", "zero_learning_rate", "preflight",
-               {"optimizer.backbone_lr": 0.0, "optimizer.head_lr": 0.0})
-FAMILY.setting("warmup_of_the_whole_run", "gave the warm-up in per cent where a share is meant", "warmup_too_long",
-               "preflight", {"optimizer.warmup": 1.0})
-FAMILY.setting("clip_next_to_nothing", "gave an exponent where the clip threshold belongs", "clip_too_small",
-               "steps:5", {"optimizer.max_grad_norm": 1e-12})
-FAMILY.setting("decay_swallows_weights", "gave the decay per epoch where it is applied per step",
-               "weight_decay_too_large", "share:0.01", {"optimizer.weight_decay": 180.0})
-FAMILY.setting("rate_far_too_large", "lost the exponent of the learning rate", "learning_rate_too_large", "share:0.01",
-               {"optimizer.backbone_lr": 5.0, "optimizer.head_lr": 5.0})
+FAMILY.setting(
+    "rate_zero",
+    "a misspelt key left both learning rates at zero",
+    "zero_learning_rate",
+    "preflight",
+    {"optimizer.backbone_lr": 0.0, "optimizer.head_lr": 0.0},
+)
+FAMILY.setting(
+    "warmup_of_the_whole_run",
+    "gave the warm-up in per cent where a share is meant",
+    "warmup_too_long",
+    "preflight",
+    {"optimizer.warmup": 1.0},
+)
+FAMILY.setting(
+    "clip_next_to_nothing",
+    "gave an exponent where the clip threshold belongs",
+    "clip_too_small",
+    "steps:5",
+    {"optimizer.max_grad_norm": 1e-12},
+)
+FAMILY.setting(
+    "decay_swallows_weights",
+    "gave the decay per epoch where it is applied per step",
+    "weight_decay_too_large",
+    "share:0.01",
+    {"optimizer.weight_decay": 180.0},
+)
+FAMILY.setting(
+    "rate_far_too_large",
+    "lost the exponent of the learning rate",
+    "learning_rate_too_large",
+    "share:0.01",
+    {"optimizer.backbone_lr": 5.0, "optimizer.head_lr": 5.0},
+)
 
 
-@FAMILY.patch("loss, backward and step stand behind the batch loop instead of in it; the printed loss is divided by the "
-              "number of batches and validation uses the average", "step_once_per_epoch", "steps:1",
-              around=lambda: optimizer_with(ema_decay=0.999, ema_warmup=False))
+@FAMILY.patch(
+    "loss, backward and step stand behind the batch loop instead of in it; the printed loss is divided by the "
+    "number of batches and validation uses the average",
+    "step_once_per_epoch",
+    "steps:1",
+    around=lambda: optimizer_with(ema_decay=0.999, ema_warmup=False),
+)
 def body_behind_the_loop(trainer: Trainer) -> None:
     def epoch() -> None:
         before, meter = dict(trainer.counters), Meter()
@@ -40,6 +69,7 @@ def body_behind_the_loop(trainer: Trainer) -> None:
         meter.add(replace(result, loss=result.loss / trainer.epoch_steps))
         trainer._read_counters()
         trainer._close_epoch(meter, before, 0.0)
+
     trainer._epoch = epoch
     wrap(trainer, "_score", lambda score: lambda averaged=False: score(averaged=True))
 
@@ -60,8 +90,12 @@ def never_cleared(trainer: Trainer) -> None:
     trainer.optimizer.zero_grad = lambda *args, **options: None
 
 
-@FAMILY.patch("advances the schedule once a micro-batch while it is planned in optimizer steps", "schedule_per_batch",
-              "steps:5", twin="accumulate")
+@FAMILY.patch(
+    "advances the schedule once a micro-batch while it is planned in optimizer steps",
+    "schedule_per_batch",
+    "steps:5",
+    twin="accumulate",
+)
 def schedule_ticks_per_micro_batch(trainer: Trainer) -> None:
     wrap(trainer.optimizer, "applied_steps", lambda applied: lambda: 4 * applied())
 
@@ -76,8 +110,13 @@ def clipped_before_unscaling(trainer: Trainer) -> None:
     before_step(trainer, lambda: clip_grad_norm_(trainer.model.parameters(), 1.0))
 
 
-@FAMILY.patch("reloads the first checkpoint at the start of every epoch", "weights_reset", "share:0.01",
-              twin="backprojection", onset=8)
+@FAMILY.patch(
+    "reloads the first checkpoint at the start of every epoch",
+    "weights_reset",
+    "share:0.01",
+    twin="backprojection",
+    onset=8,
+)
 def checkpoint_reloaded_each_epoch(trainer: Trainer) -> None:
     first = snapshot(trainer.model)
     wrap(trainer, "_epoch", lambda epoch: lambda: (trainer.model.load_state_dict(first), epoch())[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -13,8 +13,14 @@ from ris_fast.training.trainer import Trainer
 
 FAMILY = Family("model")
 
-FAMILY.setting("channel_only_as_products", "shows the network H c_l instead of H, as the original did",
-               "inputs_withhold_answer", "preflight", {"model.options.inputs": "collapsed"}, twin="few_codes")
+FAMILY.setting(
+    "channel_only_as_products",
+    "shows the network H c_l instead of H, as the original did",
+    "inputs_withhold_answer",
+    "preflight",
+    {"model.options.inputs": "collapsed"},
+    twin="few_codes",
+)
 
 
 @FAMILY.patch("bounds the factor with a tanh at a hundred times its scale", "saturated_output", "preflight")
@@ -39,32 +45,39 @@ def zero_pair(inputs: int, outputs: int) -> nn.Sequential:
     return pair
 
 
-@FAMILY.around("made the factor heads low-rank products and initialised both factors at zero", "zero_product_init",
-               "preflight")
+@FAMILY.around(
+    "made the factor heads low-rank products and initialised both factors at zero", "zero_product_init", "preflight"
+)
 def both_factors_zero() -> Iterator[None]:
     def change(model: nn.Module) -> None:
         for name in ("angle_factor", "range_factor"):
             old = getattr(model, name)
             setattr(model, name, zero_pair(old.in_features, old.out_features))
+
     with model_with(change):
         yield
 
 
-@FAMILY.around("passed the fan-in where the standard deviation belongs", "bad_initialisation",
-               "preflight")
+@FAMILY.around("passed the fan-in where the standard deviation belongs", "bad_initialisation", "preflight")
 def initial_weights_explode() -> Iterator[None]:
     def change(model: nn.Module) -> None:
         for layer in layers(model):
             nn.init.normal_(layer.weight, std=layer.weight[0].numel())
+
     with model_with(change):
         yield
 
 
-@FAMILY.around("answers with a learned prior; the correction that reads the scene is multiplied by zero", "ignored_input",
-               "preflight", twin="backprojection")
+@FAMILY.around(
+    "answers with a learned prior; the correction that reads the scene is multiplied by zero",
+    "ignored_input",
+    "preflight",
+    twin="backprojection",
+)
 def prior_without_correction() -> Iterator[None]:
     def change(model: nn.Module) -> None:
         model.prior = nn.Parameter(torch.randn(model.task.elements, model.columns, 2))
         on_factor(model, lambda factor: model.prior + 0.0 * factor)
+
     with model_with(change):
         yield

@@ -1,9 +1,11 @@
-"""The few ways in which a fault takes hold of a trainer: its network, its batches, its optimizer, a function it calls."""
+"""The few ways in which a fault takes hold of a trainer: its network, its batches, its optimizer, a function it
+calls."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,8 @@ from ris_fast.physics.scenes import Scenes
 from ris_fast.training import step
 from ris_fast.training import trainer as loop
 from ris_fast.training.compiled_model import compiled
-from ris_fast.training.trainer import Trainer
 from ris_fast.training.optim.fused_adamw import FusedAdamW
+from ris_fast.training.trainer import Trainer
 
 
 @contextmanager
@@ -50,8 +52,13 @@ def on_input(module: nn.Module, change: Callable[..., tuple]) -> None:
 
 def on_factor(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     """The network's factor goes through `change`; for a network that no trainer has bound yet."""
-    wrap(model, "trunk", lambda trunk: lambda features: (
-        lambda prediction: prediction._replace(factor=change(prediction.factor)))(trunk(features)))
+    wrap(
+        model,
+        "trunk",
+        lambda trunk: (
+            lambda features: (lambda prediction: prediction._replace(factor=change(prediction.factor)))(trunk(features))
+        ),
+    )
 
 
 def on_answer(trainer: Trainer, change: Callable[[Tensor], Tensor]) -> None:
@@ -79,8 +86,10 @@ def on_loss(trainer: Trainer, change: Callable[[Prediction, Scenes], tuple[Predi
 
 def on_batches(trainer: Trainer, change: Callable[[Scenes], Scenes], split: str | None = None) -> None:
     """Scenes of one split, or of all, go through `change` after they were read."""
+
     def make(batch: Callable) -> Callable:
         return lambda name, index: change(batch(name, index)) if split in (None, name) else batch(name, index)
+
     wrap(trainer.source, "batch", make)
 
 
@@ -115,6 +124,7 @@ def model_with(change: Callable[[nn.Module], Any]) -> AbstractContextManager:
         model = build(*args, **options)
         change(model)
         return model
+
     return replaced(loop, "build_model", build_and_change)
 
 

@@ -1,12 +1,13 @@
 """Measures the rules: which faults they notice, whether the first thing they say is the cause, when, and what they say
 about healthy runs.
 
-    python -m bench.faults.score [--held-out | --all | --only NAME ...] [--afterwards] [--healthy N] [--json FILE] [--jobs N]
+    python -m bench.faults.score [--held-out | --all | --only NAME ...] [--afterwards] [--healthy N] [--json FILE]
+    [--jobs N]
 
 A fault counts as detected if anything is said by the time that its record allows, unless its healthy twin is told the
-same; as named if the first thing said is one of the causes that its record expects. With --afterwards nothing is checked or
-watched while a run goes on, and `why` answers from the rows that it leaves. Of the held-out third only totals
-are printed, so that a person who writes rules can run everything.
+same; as named if the first thing said is one of the causes that its record expects. With --afterwards nothing is
+checked or watched while a run goes on, and `why` answers from the rows that it leaves. Of the held-out third only
+totals are printed, so that a person who writes rules can run everything.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import torch
 
 from bench.faults.afterwards import score_afterwards
 from bench.faults.catalogue import FAMILIES, Fault, all_faults
-from bench.faults.twins import TWINS
 from bench.faults.trial import Outcome, score_fault, score_healthy, twin_fault
+from bench.faults.twins import TWINS
 
 
 def run_case(case: tuple[str, str | int]) -> Outcome:
@@ -57,21 +58,45 @@ def with_twins(faults: Sequence[Outcome], twins: Mapping[str, Outcome]) -> list[
 
 def totals(outcomes: Sequence[Outcome]) -> dict[str, float]:
     count = max(1, len(outcomes))
-    return {"faults": len(outcomes), "detected": sum(o.detected for o in outcomes) / count,
-            "named_first": sum(o.named for o in outcomes) / count, "detected_late_too": sum(o.ever for o in outcomes) / count,
-            "crashed": sum(bool(o.crashed) for o in outcomes), "seconds": sum(o.seconds for o in outcomes)}
+    return {
+        "faults": len(outcomes),
+        "detected": sum(o.detected for o in outcomes) / count,
+        "named_first": sum(o.named for o in outcomes) / count,
+        "detected_late_too": sum(o.ever for o in outcomes) / count,
+        "crashed": sum(bool(o.crashed) for o in outcomes),
+        "seconds": sum(o.seconds for o in outcomes),
+    }
 
 
 def summary(faults: Sequence[Outcome], healthy: Sequence[Outcome]) -> dict[str, Any]:
     """Totals of all, of the tuned and of the held-out faults, by family; false alarms and stops of healthy runs."""
-    sets = {"all": faults, "tuned": [o for o in faults if not o.held_out], "held_out": [o for o in faults if o.held_out]}
-    rows = {name: {"total": totals(each), **{family: totals([o for o in each if o.family == family])
-                                             for family in FAMILIES if any(o.family == family for o in each)}}
-            for name, each in sets.items() if each}
+    sets = {
+        "all": faults,
+        "tuned": [o for o in faults if not o.held_out],
+        "held_out": [o for o in faults if o.held_out],
+    }
+    rows = {
+        name: {
+            "total": totals(each),
+            **{
+                family: totals([o for o in each if o.family == family])
+                for family in FAMILIES
+                if any(o.family == family for o in each)
+            },
+        }
+        for name, each in sets.items()
+        if each
+    }
     alarms = [o for o in healthy if o.said or o.stopped or o.crashed]
-    return {**rows, "healthy": {"runs": len(healthy), "false_alarms": len(alarms),
-                                "stopped": sum(bool(o.stopped) for o in healthy),
-                                "crashed": sum(bool(o.crashed) for o in healthy)}}
+    return {
+        **rows,
+        "healthy": {
+            "runs": len(healthy),
+            "false_alarms": len(alarms),
+            "stopped": sum(bool(o.stopped) for o in healthy),
+            "crashed": sum(bool(o.crashed) for o in healthy),
+        },
+    }
 
 
 # ---- printing ------------------------------------------------------------------------------------------------------
@@ -79,12 +104,25 @@ def summary(faults: Sequence[Outcome], healthy: Sequence[Outcome]) -> dict[str, 
 
 def line(outcome: Outcome) -> str:
     """One run as one line."""
-    verdict = ("CRASHED" if outcome.crashed else "named" if outcome.named else "detected" if outcome.detected
-               else "late" if outcome.ever else "MISSED")
+    verdict = (
+        "CRASHED"
+        if outcome.crashed
+        else "named"
+        if outcome.named
+        else "detected"
+        if outcome.detected
+        else "late"
+        if outcome.ever
+        else "MISSED"
+    )
     if outcome.family == "healthy" or not outcome.expect:
         verdict = "FALSE" if outcome.said or outcome.stopped or outcome.crashed else "silent"
     where = "-" if outcome.step is None else "preflight" if outcome.step == 0 else f"step {outcome.step}"
-    said = ", ".join(outcome.said[:3]) or outcome.crashed or (f"stopped: {outcome.stopped}" if outcome.stopped else "nothing")
+    said = (
+        ", ".join(outcome.said[:3])
+        or outcome.crashed
+        or (f"stopped: {outcome.stopped}" if outcome.stopped else "nothing")
+    )
     late = f" by step {outcome.limit}" if outcome.limit < 2**31 else ""
     wanted = f" | wanted {' or '.join(outcome.expect)}{late}" if outcome.expect and not outcome.named else ""
     return f"{verdict:9}{outcome.family:11}{outcome.name:36}{where:>10} {outcome.seconds:5.1f} s  {said}{wanted}"
@@ -95,12 +133,17 @@ def table(result: Mapping[str, Any]) -> str:
     for name, rows in result.items():
         if name == "healthy":
             continue
-        lines += [f"{name:10}{family:12}{row['faults']:7}{row['detected']:10.1%}{row['named_first']:8.1%}"
-                  f"{row['detected_late_too']:10.1%}{row['crashed']:9}" for family, row in rows.items()]
+        lines += [
+            f"{name:10}{family:12}{row['faults']:7}{row['detected']:10.1%}{row['named_first']:8.1%}"
+            f"{row['detected_late_too']:10.1%}{row['crashed']:9}"
+            for family, row in rows.items()
+        ]
     healthy = result["healthy"]
     if healthy["runs"]:
-        lines.append(f"healthy   {healthy['runs']} runs, {healthy['false_alarms']} false alarms "
-                     f"({healthy['false_alarms'] / healthy['runs']:.2%}), {healthy['stopped']} stopped")
+        lines.append(
+            f"healthy   {healthy['runs']} runs, {healthy['false_alarms']} false alarms "
+            f"({healthy['false_alarms'] / healthy['runs']:.2%}), {healthy['stopped']} stopped"
+        )
     return "\n".join(lines)
 
 
@@ -115,13 +158,18 @@ def chosen(arguments: argparse.Namespace) -> list[Fault]:
 
 
 def parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(prog="python -m bench.faults.score", description=__doc__,
-                                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse = argparse.ArgumentParser(
+        prog="python -m bench.faults.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     group = parse.add_mutually_exclusive_group()
-    group.add_argument("--held-out", action="store_true", help="the third that rules are not tuned on; prints totals only")
+    group.add_argument(
+        "--held-out", action="store_true", help="the third that rules are not tuned on; prints totals only"
+    )
     group.add_argument("--all", action="store_true", help="every fault")
     group.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these faults, shown in full")
-    parse.add_argument("--afterwards", action="store_true", help="no preflight and no watch: what `why` says of the rows alone")
+    parse.add_argument(
+        "--afterwards", action="store_true", help="no preflight and no watch: what `why` says of the rows alone"
+    )
     parse.add_argument("--healthy", type=int, default=0, metavar="N", help="healthy runs to watch as well")
     parse.add_argument("--json", type=Path, metavar="FILE", help="write every outcome and the totals")
     parse.add_argument("--jobs", type=int, default=1, metavar="N", help="processes")
@@ -133,22 +181,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faults = [] if given.healthy and not (given.all or given.held_out or given.only) else chosen(given)
     used = {fault.twin for fault in faults}
     when = " afterwards" if given.afterwards else ""
-    cases = ([(f"twin{when}", name) for name in TWINS if name in used] + [(f"fault{when}", fault.name) for fault in faults]
-             + [("healthy", number) for number in range(given.healthy)])
+    cases = (
+        [(f"twin{when}", name) for name in TWINS if name in used]
+        + [(f"fault{when}", fault.name) for fault in faults]
+        + [("healthy", number) for number in range(given.healthy)]
+    )
     outcomes = []
     for outcome in run_cases(cases, given.jobs):
         outcomes.append(outcome)
         if given.only or not outcome.held_out:
             print(line(outcome), flush=True)
-    twins = {outcome.name.removeprefix("twin "): outcome for outcome in outcomes[:len(used)]}
-    scored = with_twins(outcomes[len(used):len(used) + len(faults)], twins)
-    result = summary(scored, [*twins.values(), *outcomes[len(used) + len(faults):]])
+    twins = {outcome.name.removeprefix("twin "): outcome for outcome in outcomes[: len(used)]}
+    scored = with_twins(outcomes[len(used) : len(used) + len(faults)], twins)
+    result = summary(scored, [*twins.values(), *outcomes[len(used) + len(faults) :]])
     print(table(result))
     if given.json:
-        given.json.write_text(json.dumps({"torch": torch.__version__, "summary": result,
-                                          "outcomes": [asdict(o) | {"detected": o.detected, "named": o.named} for o in
-                                                       [*scored, *twins.values(), *outcomes[len(used) + len(faults):]]]},
-                                         indent=1) + "\n")
+        given.json.write_text(
+            json.dumps(
+                {
+                    "torch": torch.__version__,
+                    "summary": result,
+                    "outcomes": [
+                        asdict(o) | {"detected": o.detected, "named": o.named}
+                        for o in [*scored, *twins.values(), *outcomes[len(used) + len(faults) :]]
+                    ],
+                },
+                indent=1,
+            )
+            + "\n"
+        )
     return 0
 
 

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ris_fast.config.schema import Config
 from bench.faults.catalogue import FAMILIES, Fault, faulty
 from bench.faults.healthy import from_shards, healthy_config, with_shards
-from ris_fast.training.trainer import Trainer
+from ris_fast.config.schema import Config
 from ris_fast.training.state import RunStopped
+from ris_fast.training.trainer import Trainer
 
-HANDFUL = 5            # reports that an outcome rule may wait for, however short the run
-PATIENCE = 24          # optimizer steps that a fault is watched beyond its limit
+HANDFUL = 5  # reports that an outcome rule may wait for, however short the run
+PATIENCE = 24  # optimizer steps that a fault is watched beyond its limit
 
 
 class Watching(Protocol):
@@ -139,7 +139,8 @@ def limit_of(fault: Fault, trainer: Trainer) -> int:
 
 
 def watch(trainer: Trainer, build: Build, last_step: float) -> tuple[Listener, str]:
-    """Preflight and, if that says nothing, the run. Returns what was heard and what stopped the run, if anything did."""
+    """Preflight and, if that says nothing, the run. Returns what was heard and what stopped the run, if anything
+    did."""
     listener = Listener(trainer, build(trainer), last_step)
     listener.listen(listener.watchdog.preflight(), 0)
     trainer.observer = listener
@@ -175,6 +176,7 @@ def twin_fault(twin: str) -> Fault:
 
 def score_healthy(number: int, build: Build = default_watchdog, config: Config | None = None) -> Outcome:
     """One whole healthy run; anything that is said is a false alarm, and so is a stop."""
+
     def run() -> tuple[Listener, str]:
         chosen = config or healthy_config(number)
         with tempfile.TemporaryDirectory() if from_shards(number) else nullcontext() as place:
@@ -185,7 +187,8 @@ def score_healthy(number: int, build: Build = default_watchdog, config: Config |
 
 
 def observed(run: Callable[[], tuple[Listener, str]]) -> dict[str, Any]:
-    """Runs it and returns what an Outcome keeps. A rule that raises is a result, not a reason to end the measurement."""
+    """Runs it and returns what an Outcome keeps. A rule that raises is a result, not a reason to end the
+    measurement."""
     began, kept = time.monotonic(), {"said": (), "evidence": "", "step": None, "stopped": "", "crashed": ""}
     try:
         with warnings.catch_warnings():

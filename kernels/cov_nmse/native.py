@@ -30,14 +30,26 @@ def cov_nmse(
     Raises: MemoryError where the scratch of a scene, 16 (2 P + Q) N bytes a thread, cannot be had.
     """
     dtype = torch.float64 if factor.dtype == torch.float64 else torch.float32
-    inputs = [None if x is None else x.to(dtype).contiguous() for x in (factor, target_factor, target_cov, sample_factor, snr_db)]
+    inputs = [
+        None if x is None else x.to(dtype).contiguous()
+        for x in (factor, target_factor, target_cov, sample_factor, snr_db)
+    ]
     b, n, q, _ = factor.shape
     k = 0 if target_factor is None else target_factor.shape[2]
     x = 0 if sample_factor is None else sample_factor.shape[2]
     loss = factor.new_empty(b, dtype=dtype)
-    grad_factor = torch.empty_like(inputs[0], memory_format=torch.contiguous_format) if gradients >= 1 else loss.new_empty(0)
-    grad_sample = torch.empty_like(inputs[3], memory_format=torch.contiguous_format) if gradients >= 2 else loss.new_empty(0)
+    grad_factor = (
+        torch.empty_like(inputs[0], memory_format=torch.contiguous_format) if gradients >= 1 else loss.new_empty(0)
+    )
+    grad_sample = (
+        torch.empty_like(inputs[3], memory_format=torch.contiguous_format) if gradients >= 2 else loss.new_empty(0)
+    )
     pointers = [None if t is None else t.data_ptr() for t in (*inputs, loss, grad_factor, grad_sample)]
-    if _function(dtype, simd)(*pointers, b, n, q, k, x, blend, loading, target_loading, shrink, diag_weight, offdiag_weight, gradients):
-        raise MemoryError(f"cov_nmse: no memory for the scratch of a scene with N = {n} and {q + x + k} columns. Lower N or the number of threads (torch.set_num_threads).")
+    if _function(dtype, simd)(
+        *pointers, b, n, q, k, x, blend, loading, target_loading, shrink, diag_weight, offdiag_weight, gradients
+    ):
+        raise MemoryError(
+            f"cov_nmse: no memory for the scratch of a scene with N = {n} and {q + x + k} columns. Lower N or the"
+            " number of threads (torch.set_num_threads)."
+        )
     return loss, grad_factor, grad_sample

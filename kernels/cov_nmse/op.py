@@ -46,7 +46,11 @@ def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _fake(factor: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     sample_factor, gradients = args[2], args[-1]
     new = lambda shape: factor.new_empty(shape, dtype=compute_dtype(factor.dtype))  # noqa: E731
-    return new(factor.shape[:1]), new(factor.shape if gradients >= 1 else (0,)), new(sample_factor.shape if gradients >= 2 else (0,))
+    return (
+        new(factor.shape[:1]),
+        new(factor.shape if gradients >= 1 else (0,)),
+        new(sample_factor.shape if gradients >= 2 else (0,)),
+    )
 
 
 class _CovNMSE(torch.autograd.Function):
@@ -74,8 +78,10 @@ class _CovNMSE(torch.autograd.Function):
 
 def _autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if torch._C._are_functorch_transforms_active():
-        raise RuntimeError("ris_fast::cov_nmse: the bare operator is called under torch.func, which torch does not support for custom "
-                           "operators with a gradient of their own. Call ris_fast.cov_nmse, which is made for it.")
+        raise RuntimeError(
+            "ris_fast::cov_nmse: the bare operator is called under torch.func, which torch does not support for custom "
+            "operators with a gradient of their own. Call ris_fast.cov_nmse, which is made for it."
+        )
     return _CovNMSE.apply(*args)
 
 
@@ -97,42 +103,66 @@ torch.library.register_vmap("ris_fast::cov_nmse", _vmap, lib=LIBRARY)
 def _pair(name: str, x: Tensor, complex_dims: int, layout: str) -> Tensor:
     """The real (..., 2) view of a complex or real-pair tensor of a given rank."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"cov_nmse: {name} is a {type(x).__name__}, expected a tensor {layout}. Pass torch.as_tensor({name}).")
+        raise TypeError(
+            f"cov_nmse: {name} is a {type(x).__name__}, expected a tensor {layout}. Pass torch.as_tensor({name})."
+        )
     if x.is_complex() and x.dim() == complex_dims:
         return torch.view_as_real(x.resolve_conj())
     if x.is_floating_point() and x.dim() == complex_dims + 1 and x.shape[-1] == 2:
         return x
-    raise ValueError(f"cov_nmse: {name} is {tuple(x.shape)} {x.dtype}, expected complex {layout}, or floating point with a last axis of 2 (re, im). Use torch.view_as_real or torch.view_as_complex.")
+    raise ValueError(
+        f"cov_nmse: {name} is {tuple(x.shape)} {x.dtype}, expected complex {layout}, or floating point with a last axis"
+        " of 2 (re, im). Use torch.view_as_real or torch.view_as_complex."
+    )
 
 
 def _like_factor(name: str, x: Tensor, factor: Tensor) -> Tensor:
     """Checks what every second input must share with the factor: device, precision, B and N."""
     if x.device != factor.device:
-        raise ValueError(f"cov_nmse: {name} is on {x.device} but factor is on {factor.device}. Move one with .to(device).")
+        raise ValueError(
+            f"cov_nmse: {name} is on {x.device} but factor is on {factor.device}. Move one with .to(device)."
+        )
     if compute_dtype(x.dtype) != compute_dtype(factor.dtype):
-        raise ValueError(f"cov_nmse: {name} is {x.dtype} but factor is {factor.dtype}. Convert one with .to(dtype): float64 goes with float64 only.")
+        raise ValueError(
+            f"cov_nmse: {name} is {x.dtype} but factor is {factor.dtype}. Convert one with .to(dtype): float64 goes"
+            " with float64 only."
+        )
     if x.shape[:2] != factor.shape[:2]:
-        raise ValueError(f"cov_nmse: {name} is {tuple(x.shape)} but factor {tuple(factor.shape)} has B = {factor.shape[0]}, N = {factor.shape[1]}. Pass the {name} of the same scenes and array.")
+        raise ValueError(
+            f"cov_nmse: {name} is {tuple(x.shape)} but factor {tuple(factor.shape)} has B = {factor.shape[0]}, N ="
+            f" {factor.shape[1]}. Pass the {name} of the same scenes and array."
+        )
     return x
 
 
 def _no_gradient(name: str, x: Tensor) -> None:
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"cov_nmse: {name} requires a gradient, which is defined for factor and sample_factor only. Pass {name}.detach().")
+        raise ValueError(
+            f"cov_nmse: {name} requires a gradient, which is defined for factor and sample_factor only. Pass"
+            f" {name}.detach()."
+        )
 
 
-def _target(target_factor: Tensor | None, target_cov: Tensor | None, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _target(
+    target_factor: Tensor | None, target_cov: Tensor | None, factor: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """Exactly one target, checked, as a real pair."""
     if (target_factor is None) == (target_cov is None):
         given = "neither target_factor nor target_cov" if target_cov is None else "both target_factor and target_cov"
-        raise ValueError(f"cov_nmse: {given} given, expected exactly one. Pass target_factor (B, N, K) for R = S S^H, or target_cov (B, N, N).")
+        raise ValueError(
+            f"cov_nmse: {given} given, expected exactly one. Pass target_factor (B, N, K) for R = S S^H, or target_cov"
+            " (B, N, N)."
+        )
     if target_cov is None:
         pair = _like_factor("target_factor", _pair("target_factor", target_factor, 3, "(B, N, K)"), factor)
         _no_gradient("target_factor", pair)
         return pair, None
     pair = _like_factor("target_cov", _pair("target_cov", target_cov, 3, "(B, N, N)"), factor)
     if pair.shape[2] != factor.shape[1]:
-        raise ValueError(f"cov_nmse: target_cov is {tuple(pair.shape)} but factor has N = {factor.shape[1]}. Pass the target of the same array, (B, N, N).")
+        raise ValueError(
+            f"cov_nmse: target_cov is {tuple(pair.shape)} but factor has N = {factor.shape[1]}. Pass the target of the"
+            " same array, (B, N, N)."
+        )
     _no_gradient("target_cov", pair)
     return None, pair
 
@@ -142,7 +172,9 @@ def _sample(sample_factor: Tensor | None, blend: float, factor: Tensor) -> Tenso
         raise ValueError(f"cov_nmse: blend is {blend}, expected a weight in [0, 1] for the sample covariance.")
     if sample_factor is None:
         if blend != 0:
-            raise ValueError(f"cov_nmse: blend is {blend} but there is no sample_factor. Pass sample_factor (B, N, X), or blend=0.")
+            raise ValueError(
+                f"cov_nmse: blend is {blend} but there is no sample_factor. Pass sample_factor (B, N, X), or blend=0."
+            )
         return None
     return _like_factor("sample_factor", _pair("sample_factor", sample_factor, 3, "(B, N, X)"), factor)
 
@@ -152,7 +184,10 @@ def _snr(snr_db: Tensor | float | None, shrink: float, factor: Tensor) -> Tensor
     if shrink == 0:
         return None
     if snr_db is None:
-        raise ValueError(f"cov_nmse: shrink is {shrink} but snr_db is missing; alpha = clamp(shrink * 10^(-snr_db/20), 1e-4, 5e-2). Pass snr_db (B,), in dB.")
+        raise ValueError(
+            f"cov_nmse: shrink is {shrink} but snr_db is missing; alpha = clamp(shrink * 10^(-snr_db/20), 1e-4, 5e-2)."
+            " Pass snr_db (B,), in dB."
+        )
     try:
         snr_B = torch.as_tensor(snr_db, dtype=compute_dtype(factor.dtype), device=factor.device)
     except (TypeError, ValueError) as error:
@@ -160,7 +195,9 @@ def _snr(snr_db: Tensor | float | None, shrink: float, factor: Tensor) -> Tensor
     if snr_B.dim() == 0:
         snr_B = snr_B.expand(len(factor))
     if snr_B.shape != factor.shape[:1]:
-        raise ValueError(f"cov_nmse: snr_db is {tuple(snr_B.shape)}, expected ({len(factor)},), one value in dB per scene.")
+        raise ValueError(
+            f"cov_nmse: snr_db is {tuple(snr_B.shape)}, expected ({len(factor)},), one value in dB per scene."
+        )
     return snr_B
 
 
@@ -168,7 +205,10 @@ def _check_finite(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is not None and not bool(torch.isfinite(x).all()):
             scene = int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
-            raise ValueError(f"cov_nmse: {name} has a non-finite value, the first in scene {scene} of the batch. Look at what made it; check_finite=False skips this test.")
+            raise ValueError(
+                f"cov_nmse: {name} has a non-finite value, the first in scene {scene} of the batch. Look at what made"
+                " it; check_finite=False skips this test."
+            )
 
 
 def cov_nmse(
@@ -179,11 +219,12 @@ def cov_nmse(
     """Covariance NMSE |R_eff - T_eff|^2 / |T_eff|^2 of R = F F^H against a target, differentiable in F, once.
 
     Model: R and T are normalised to trace N; R is blended with X X^H: (1 - blend) R + blend X X^H; then loaded,
-    (R + loading I)/(1 + loading), and shrunk, (1 - alpha) R + alpha I, alpha = clamp(shrink 10^(-snr_db/20), 1e-4, 5e-2).
-    A zero factor stays zero and scores 1 (without loading); a zero target without loading is refused, or
+    (R + loading I)/(1 + loading), and shrunk, (1 - alpha) R + alpha I, alpha = clamp(shrink 10^(-snr_db/20), 1e-4,
+    5e-2). A zero factor stays zero and scores 1 (without loading); a zero target without loading is refused, or
     scores NaN or infinity where no value is looked at (validate).
     Args:
-        factor: (B, N, Q) complex or (B, N, Q, 2) real pair; the one argument without a name; float32, float64, or bfloat16/float16 (float32 arithmetic).
+        factor: (B, N, Q) complex or (B, N, Q, 2) real pair; the one argument without a name; float32, float64, or
+            bfloat16/float16 (float32 arithmetic).
         target_factor: (B, N, K), T = S S^H; columns of zeros are allowed.  Either this or target_cov.
         target_cov: (B, N, N) Hermitian, no R_nn below zero, any trace above zero.
         sample_factor: (B, N, X), differentiable where it requires grad.
@@ -192,38 +233,49 @@ def cov_nmse(
         loading_side: "both", or "prediction" to load R alone, which cannot reach 0 (for comparison with old results).
         diag_weight, offdiag_weight: weights of |D_nn|^2 and of the rest, in numerator and denominator alike.
         check_finite: raise on a NaN or infinity in any input (reads the device from the host; not under torch.compile).
-        validate: whether to look at the target's values. None: on a CPU only, for negative power in every scene and at one row of
-            few scenes for symmetry; True: at all of it, on any device (waits for it); False: never. Never under torch.compile and
-            torch.func: there a target that is no covariance is not noticed, and one of zeros gives infinity.
+        validate: whether to look at the target's values. None: on a CPU only, for negative power in every scene and at
+            one row of few scenes for symmetry; True: at all of it, on any device (waits for it); False: never. Never
+            under torch.compile and torch.func: there a target that is no covariance is not noticed, and one of zeros
+            gives infinity.
     Returns: 0-d tensor, or (B,) with reduction="none".
-    Raises: ValueError or TypeError, naming the argument, what it was and what is expected; RuntimeError for a second derivative
-        and for forward mode (torch.func.jvp, jacfwd, hessian). torch.vmap, which folds its axis into B, torch.func.grad, vjp and
-        jacrev work, one inside the other too.
+    Raises: ValueError or TypeError, naming the argument, what it was and what is expected; RuntimeError for a second
+        derivative and for forward mode (torch.func.jvp, jacfwd, hessian). torch.vmap, which folds its axis into B,
+        torch.func.grad, vjp and jacrev work, one inside the other too.
     Numerics: low-rank target in float64 Gram form, dense target in the direct form, float32 (float64 for float64).
     Cost: `ris_fast.kernels.cov_nmse.samples.cost`; memory O(N Q) per scene beside the target.
     """
     if unnamed:
-        raise TypeError(f"cov_nmse: {1 + len(unnamed)} arguments without a name, expected factor alone. Pass the target as target_factor=T "
-                        "where it is S of R = S S^H, (B, N, K), or as target_cov=T where it is R itself, (B, N, N).")
+        raise TypeError(
+            f"cov_nmse: {1 + len(unnamed)} arguments without a name, expected factor alone. Pass the target as"
+            " target_factor=T where it is S of R = S S^H, (B, N, K), or as target_cov=T where it is R itself, (B,"
+            " N, N)."
+        )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"cov_nmse: reduction is {reduction!r}, expected 'mean', 'sum' or 'none'.")
     if loading_side not in ("both", "prediction"):
         raise ValueError(f"cov_nmse: loading_side is {loading_side!r}, expected 'both' or 'prediction'.")
     check_numbers(blend=blend, loading=loading, shrink=shrink, diag_weight=diag_weight, offdiag_weight=offdiag_weight)
     if diag_weight == offdiag_weight == 0:
-        raise ValueError("cov_nmse: diag_weight and offdiag_weight are both 0, so that nothing is compared. Pass one above 0.")
+        raise ValueError(
+            "cov_nmse: diag_weight and offdiag_weight are both 0, so that nothing is compared. Pass one above 0."
+        )
     factor = _pair("factor", factor, 3, "(B, N, Q)")
     if not factor.shape[1]:
-        raise ValueError(f"cov_nmse: factor is {tuple(factor.shape)}, an array of N = 0 elements. Pass (B, N, Q) with N of 1 or more.")
+        raise ValueError(
+            f"cov_nmse: factor is {tuple(factor.shape)}, an array of N = 0 elements. Pass (B, N, Q) with N of 1 or"
+            " more."
+        )
     target_factor, target_cov = _target(target_factor, target_cov, factor)
     sample_factor = _sample(sample_factor, blend, factor)
     snr_B = _snr(snr_db, shrink, factor)
     if check_finite:
-        _check_finite(factor=factor, target_factor=target_factor, target_cov=target_cov, sample_factor=sample_factor, snr_db=snr_B)
+        _check_finite(
+            factor=factor, target_factor=target_factor, target_cov=target_cov, sample_factor=sample_factor, snr_db=snr_B
+        )
     looked = validate is not False
     if target_cov is not None and looked and readable(target_cov, wait=bool(validate)):
         check_covariance(target_cov, whole=bool(validate))
-    inside = transformed()              # of torch.func, where requires_grad does not say what will be differentiated
+    inside = transformed()  # of torch.func, where requires_grad does not say what will be differentiated
     with_sample = sample_factor is not None and (inside or sample_factor.requires_grad)
     gradients = (2 if with_sample else int(inside or factor.requires_grad)) if torch.is_grad_enabled() else 0
     run = Transformable.apply if inside else torch.ops.ris_fast.cov_nmse.default

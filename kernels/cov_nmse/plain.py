@@ -31,10 +31,10 @@ def _adjoint(x: Tensor) -> Tensor:
 class Affine(NamedTuple):
     """D = Z diag(w) Z^H + e I - dense target, and the identity's share of the target."""
 
-    parts: list[Tensor]          # complex (B, N, .) each: F, then X and S where they are given
-    weights: list[Tensor]        # (B,) each: what a part's outer product is multiplied by
-    eye_B: Tensor                # e
-    true_B: Tensor               # scale of the trace-N target
+    parts: list[Tensor]  # complex (B, N, .) each: F, then X and S where they are given
+    weights: list[Tensor]  # (B,) each: what a part's outer product is multiplied by
+    eye_B: Tensor  # e
+    true_B: Tensor  # scale of the trace-N target
     eye_true_B: Tensor
 
     @property
@@ -47,10 +47,10 @@ class Affine(NamedTuple):
 class Distance(NamedTuple):
     """What both kinds of target lead to."""
 
-    error_B: Tensor              # |D|^2
-    power_B: Tensor              # |T|^2 without the identity's share
-    diag_BN: Tensor              # diagonal of D
-    target_diag_BN: Tensor       # diagonal of T without the identity's share
+    error_B: Tensor  # |D|^2
+    power_B: Tensor  # |T|^2 without the identity's share
+    diag_BN: Tensor  # diagonal of D
+    target_diag_BN: Tensor  # diagonal of T without the identity's share
     times: Callable[[Tensor, int], Tensor]  # (a part, its first column in Z) -> D part
 
 
@@ -70,10 +70,16 @@ def cov_nmse(
     else:
         distance = _to_dense(affine, _complex(target_cov, work))
     extra, target_BN = diag_weight - offdiag_weight, distance.target_diag_BN + affine.eye_true_B[:, None]
-    power_B = distance.power_B + 2 * affine.eye_true_B * distance.target_diag_BN.sum(1) + affine.eye_true_B**2 * factor.shape[1]
+    power_B = (
+        distance.power_B
+        + 2 * affine.eye_true_B * distance.target_diag_BN.sum(1)
+        + affine.eye_true_B**2 * factor.shape[1]
+    )
     power_B = offdiag_weight * power_B + extra * target_BN.square().sum(1)
     error_B = offdiag_weight * distance.error_B + extra * distance.diag_BN.square().sum(1)
-    slopes = [_gradient(affine, distance, which, power_B, offdiag_weight, extra).to(out_dtype) for which in range(gradients)]
+    slopes = [
+        _gradient(affine, distance, which, power_B, offdiag_weight, extra).to(out_dtype) for which in range(gradients)
+    ]
     slopes += [factor.new_empty(0, dtype=out_dtype) for _ in range(2 - gradients)]
     return (error_B / power_B).to(out_dtype), slopes[0], slopes[1]
 
@@ -87,10 +93,16 @@ def _affine(
     alpha_B = torch.zeros(len(factor), dtype=work, device=factor.device) if shrink == 0 else alpha_B[:, 0, 0]
     pred_B, true_B = (1 - alpha_B) / (1 + loading), (1 - alpha_B) / (1 + target_loading)
     eye_true_B = true_B * target_loading + alpha_B
-    given = [(factor, pred_B * ((1 - blend) if sample_factor is not None else 1)), (sample_factor, pred_B * blend), (target_factor, -true_B)]
+    given = [
+        (factor, pred_B * ((1 - blend) if sample_factor is not None else 1)),
+        (sample_factor, pred_B * blend),
+        (target_factor, -true_B),
+    ]
     parts = [_complex(part, work) for part, _ in given if part is not None]
     scales = [scale for part, scale in given if part is not None]
-    weights = [s * _normaliser(p.abs().square().sum((1, 2)), factor.shape[1]) for p, s in zip(parts, scales, strict=True)]
+    weights = [
+        s * _normaliser(p.abs().square().sum((1, 2)), factor.shape[1]) for p, s in zip(parts, scales, strict=True)
+    ]
     return Affine(parts, weights, pred_B * loading + alpha_B - eye_true_B, true_B, eye_true_B)
 
 
@@ -118,8 +130,13 @@ def _to_dense(affine: Affine, target_BNN: Tensor) -> Distance:
     d_BNN = (z_BNP * w_BP[:, None]) @ _adjoint(z_BNP) - target_BNN
     d_BNN.diagonal(dim1=1, dim2=2).add_(affine.eye_B[:, None])
     error_B, power_B = (torch.view_as_real(each).square().sum((1, 2, 3)) for each in (d_BNN, target_BNN))
-    return Distance(error_B, power_B, d_BNN.diagonal(dim1=1, dim2=2).real, target_BNN.diagonal(dim1=1, dim2=2).real,
-                    lambda part, start: d_BNN @ part)
+    return Distance(
+        error_B,
+        power_B,
+        d_BNN.diagonal(dim1=1, dim2=2).real,
+        target_BNN.diagonal(dim1=1, dim2=2).real,
+        lambda part, start: d_BNN @ part,
+    )
 
 
 def _gradient(affine: Affine, distance: Distance, which: int, power_B: Tensor, weight: float, extra: float) -> Tensor:

@@ -30,17 +30,27 @@ def random_tensors(b: int, n: int, q: int, k: int, x: int, dense: bool, seed: in
     return out
 
 
-def _arguments(tensors: Tensors, settings: dict[str, float], gradients: int, device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+def _arguments(
+    tensors: Tensors, settings: dict[str, float], gradients: int, device: Any, dtype: torch.dtype
+) -> tuple[Any, ...]:
     names = ("factor", "target_factor", "target_cov", "sample_factor", "snr_db")
     moved = [None if (x := tensors[name]) is None else x.to(device, dtype) for name in names]
     if not settings.get("shrink"):
         moved[4] = None
-    values = {"blend": 0.0, "loading": 0.0, "target_loading": 0.0, "shrink": 0.0, "diag_weight": 1.0, "offdiag_weight": 1.0} | settings
+    values = {
+        "blend": 0.0,
+        "loading": 0.0,
+        "target_loading": 0.0,
+        "shrink": 0.0,
+        "diag_weight": 1.0,
+        "offdiag_weight": 1.0,
+    } | settings
     return *moved, *values.values(), gradients
 
 
 def _sample(name: str, shape: tuple[int, ...], dense: bool, settings: dict[str, float] | None = None, *, edit: Callable[[Tensors], None] | None = None,
             strided: bool = False, small: bool = False, gradcheck: bool = False) -> Sample:  # fmt: skip
+
     def make(device: torch.device | str, dtype: torch.dtype) -> tuple[Any, ...]:
         tensors = random_tensors(*shape, dense=dense)
         if edit:
@@ -119,7 +129,14 @@ def _both(dense: bool) -> list[Sample]:
 SAMPLES = (*_both(False), *_both(True))
 
 
-def cost(factor: Tensor, target_factor: Tensor | None, target_cov: Tensor | None, sample_factor: Tensor | None, snr_db: Tensor | None, *args: Any) -> Cost:
+def cost(
+    factor: Tensor,
+    target_factor: Tensor | None,
+    target_cov: Tensor | None,
+    sample_factor: Tensor | None,
+    snr_db: Tensor | None,
+    *args: Any,
+) -> Cost:
     """Least bytes and FLOPs of one call.
 
     Bytes: every input read once, loss and gradients written once. FLOPs, 8 per complex multiply-add: Gram matrix of
@@ -128,7 +145,11 @@ def cost(factor: Tensor, target_factor: Tensor | None, target_cov: Tensor | None
     gradients = args[-1]
     b, n, q, _ = factor.shape
     wide = 8 if factor.dtype == torch.float64 else 4
-    inputs = sum(x.numel() * x.element_size() for x in (factor, target_factor, target_cov, sample_factor, snr_db) if x is not None)
+    inputs = sum(
+        x.numel() * x.element_size()
+        for x in (factor, target_factor, target_cov, sample_factor, snr_db)
+        if x is not None
+    )
     x = 0 if sample_factor is None else sample_factor.shape[2]
     out = (0, q, q + x)[gradients]
     if target_cov is not None:

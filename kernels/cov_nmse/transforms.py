@@ -1,4 +1,5 @@
-"""The covariance NMSE under torch.func: `vmap` folds its axis into the batch, `grad`, `vjp` and `jacrev` differentiate once.
+"""The covariance NMSE under torch.func: `vmap` folds its axis into the batch, `grad`, `vjp` and `jacrev` differentiate
+once.
 
 Letters: V an axis that vmap hides, B batch, N RIS elements, Q factor columns; a last axis of 2 is (re, im).
 """
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ONCE = ("cov_nmse: a second derivative is asked for ({}), but it is differentiable once only. Ask for the first alone, or write the "
-        "NMSE of the dense covariances in torch.")
+ONCE = (
+    "cov_nmse: a second derivative is asked for ({}), but it is differentiable once only. Ask for the first alone, or"
+    " write the NMSE of the dense covariances in torch."
+)
 
 
 def transformed() -> bool:
@@ -22,15 +25,21 @@ def transformed() -> bool:
 def scaled_units(ctx: Any, grad_B: Tensor | None) -> list[Tensor | None]:
     """Gradients of factor and sample factor: the unit gradients that `ctx` saved times the incoming one."""
     scaled: list[Tensor | None] = []
-    for unit, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, (ctx.needs_input_grad[0], ctx.needs_input_grad[3]), strict=True):
+    for unit, dtype, needed in zip(
+        ctx.saved_tensors, ctx.dtypes, (ctx.needs_input_grad[0], ctx.needs_input_grad[3]), strict=True
+    ):
         if needed and unit.dim() != 4:
-            raise RuntimeError("ris_fast::cov_nmse: a gradient is asked for that the call did not compute: pass gradients=1 (factor) or 2 (factor and sample_factor).")
+            raise RuntimeError(
+                "ris_fast::cov_nmse: a gradient is asked for that the call did not compute: pass gradients=1 (factor)"
+                " or 2 (factor and sample_factor)."
+            )
         scaled.append((grad_B[:, None, None, None] * unit).to(dtype) if needed and grad_B is not None else None)
     return scaled
 
 
 def fold(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Any, ...], int]:
     """Arguments with the axis V folded into B, (V B, ...), and V. What has no such axis is the same for all of V."""
+
     def folded(x: Any, dim: int | None) -> Any:
         if not isinstance(x, Tensor):
             return x
@@ -44,8 +53,10 @@ def unfold(results: tuple[Tensor, ...], size: int) -> tuple[tuple[Tensor, ...], 
     """Results with the axis V again, and where it is; an empty gradient, which was not asked for, has none."""
     scenes = len(results[0])
     given = [x.dim() != 1 or i == 0 for i, x in enumerate(results)]
-    return (tuple(x.reshape(size, scenes // size, *x.shape[1:]) if has else x for x, has in zip(results, given)),
-            tuple(0 if has else None for has in given))
+    return (
+        tuple(x.reshape(size, scenes // size, *x.shape[1:]) if has else x for x, has in zip(results, given)),
+        tuple(0 if has else None for has in given),
+    )
 
 
 class Transformable(torch.autograd.Function):
@@ -75,11 +86,15 @@ class Transformable(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> None:
-        raise RuntimeError("cov_nmse: called under forward-mode differentiation (torch.func.jvp, jacfwd, hessian), for which it has no rule. "
-                           "Use torch.func.grad, vjp or jacrev, or loss.backward(); for a second derivative write the NMSE of the dense "
-                           "covariances in torch.")
+        raise RuntimeError(
+            "cov_nmse: called under forward-mode differentiation (torch.func.jvp, jacfwd, hessian), for which it has no"
+            " rule. Use torch.func.grad, vjp or jacrev, or loss.backward(); for a second derivative write the NMSE of"
+            " the dense covariances in torch."
+        )
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
         folded, size = fold(info, in_dims, *args)
         return unfold(Transformable.apply(*folded), size)

@@ -23,7 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = tl.constexpr(16)  # complex columns of a Gram tile; in sums it goes second, or the interpreter makes a constexpr of the sum
+COLUMNS = tl.constexpr(
+    16
+)  # complex columns of a Gram tile; in sums it goes second, or the interpreter makes a constexpr of the sum
 HOISTED = tl.constexpr(12)  # columns of a dense tile that stay in registers; with more of them sm_90 spills
 
 
@@ -33,7 +35,10 @@ def _alpha(snr, scene, shrink):
     alpha = shrink
     if shrink != 0.0:
         alpha = shrink * tl.exp(tl.load(snr + scene).to(tl.float64) * (-0.11512925464970228))
-        low, high = tl.full((), 1e-4, tl.float64), tl.full((), 5e-2, tl.float64)  # a bare number in where would be float32
+        low, high = (
+            tl.full((), 1e-4, tl.float64),
+            tl.full((), 5e-2, tl.float64),
+        )  # a bare number in where would be float32
         alpha = tl.where(alpha < low, low, tl.where(alpha > high, high, alpha))
     return alpha
 
@@ -71,8 +76,21 @@ def _across(OWN: tl.constexpr):
 
 
 @triton.jit
-def gram_kernel(f, x, s, gram, squares, n, chunk,
-                Q: tl.constexpr, X: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, WEIGHTED: tl.constexpr):  # fmt: skip
+def gram_kernel(
+    f,
+    x,
+    s,
+    gram,
+    squares,
+    n,
+    chunk,
+    # fmt: skip
+    Q: tl.constexpr,
+    X: tl.constexpr,
+    K: tl.constexpr,
+    TILES: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
     """Real Gram matrix Zr^T Zr (Zr: N x 2P reals) of one chunk of elements; one pair of 16-column tiles a program.
 
     gram: (B, splits, 32 TILES, 32 TILES) float64; squares: (B, splits, 16 TILES, 16 TILES), sums of |z_i|^2 |z_j|^2.
@@ -138,7 +156,10 @@ def _residual(f, x, s, scene, n, w_f, w_x, w_s, eye, diag, off, Q: tl.constexpr,
             re, im = tl.zeros((COLUMNS, COLUMNS), tl.float64), tl.zeros((COLUMNS, COLUMNS), tl.float64)
             for p in range(Q + X + K):
                 w = tl.where(p < Q, w_f, tl.where(p < Q + X, w_x, w_s))
-                ir, ii = _row(f, x, s, row_i, i * 0 + 2 * p, Q, X, K) * w, _row(f, x, s, row_i, i * 0 + 2 * p + 1, Q, X, K) * w
+                ir, ii = (
+                    _row(f, x, s, row_i, i * 0 + 2 * p, Q, X, K) * w,
+                    _row(f, x, s, row_i, i * 0 + 2 * p + 1, Q, X, K) * w,
+                )
                 jr, ji = _row(f, x, s, row_j, j * 0 + 2 * p, Q, X, K), _row(f, x, s, row_j, j * 0 + 2 * p + 1, Q, X, K)
                 re += ir[:, None] * jr[None, :] + ii[:, None] * ji[None, :]
                 im += ii[:, None] * jr[None, :] - ir[:, None] * ji[None, :]
@@ -188,7 +209,10 @@ def apply_kernel(f, x, s, snr, gram, squares, loss, grad_f, grad_x, n, splits, g
     on_x = eye * power_x
     for pair in range(TILES * TILES):
         i, j = tl.arange(0, COLUMNS) + (pair // TILES) * COLUMNS, tl.arange(0, COLUMNS) + (pair % TILES) * COLUMNS
-        w_i, w_j = _column_weight(i, w_f, w_x, w_s, Q, X, K)[:, None], _column_weight(j, w_f, w_x, w_s, Q, X, K)[None, :]
+        w_i, w_j = (
+            _column_weight(i, w_f, w_x, w_s, Q, X, K)[:, None],
+            _column_weight(j, w_f, w_x, w_s, Q, X, K)[None, :],
+        )
         re, im = _gram_tile(gram, part, splits, i, j, LD)
         m = re * re + im * im
         in_s = (i[:, None] >= Q + X) & (j[None, :] >= Q + X)
@@ -217,10 +241,64 @@ def apply_kernel(f, x, s, snr, gram, squares, loss, grad_f, grad_x, n, splits, g
         tl.store(loss + scene, error / truth)
     if GRADIENTS >= 1:
         along = (off * pull_f + (diag - off) * on_f) / tl.where(power_f == 0, 1.0, power_f)
-        _pull(f, x, s, gram, grad_f, scene, group, groups, n, splits, w_f, w_x, w_s, eye, diag - off, off, along, 4 * w_f / truth, Q, X, K, 0, Q, LD, WEIGHTED, BLOCK)
+        _pull(
+            f,
+            x,
+            s,
+            gram,
+            grad_f,
+            scene,
+            group,
+            groups,
+            n,
+            splits,
+            w_f,
+            w_x,
+            w_s,
+            eye,
+            diag - off,
+            off,
+            along,
+            4 * w_f / truth,
+            Q,
+            X,
+            K,
+            0,
+            Q,
+            LD,
+            WEIGHTED,
+            BLOCK,
+        )
     if GRADIENTS >= 2:
         along = (off * pull_x + (diag - off) * on_x) / tl.where(power_x == 0, 1.0, power_x)
-        _pull(f, x, s, gram, grad_x, scene, group, groups, n, splits, w_f, w_x, w_s, eye, diag - off, off, along, 4 * w_x / truth, Q, X, K, Q, X, LD, WEIGHTED, BLOCK)
+        _pull(
+            f,
+            x,
+            s,
+            gram,
+            grad_x,
+            scene,
+            group,
+            groups,
+            n,
+            splits,
+            w_f,
+            w_x,
+            w_s,
+            eye,
+            diag - off,
+            off,
+            along,
+            4 * w_x / truth,
+            Q,
+            X,
+            K,
+            Q,
+            X,
+            LD,
+            WEIGHTED,
+            BLOCK,
+        )
 
 
 @triton.jit
@@ -377,7 +455,10 @@ def dense_kernel(f, x, target, snr, partial, grad_f, grad_x, n,
             after = ()
             for q in tl.static_range(PULLS):
                 ir, ii = _pair_column(f, x, row_i, block * PULLS + q, here_i, Q, X, W)
-                after = after + (acc[2 * q] + (dr * ir[:, None] + di * ii[:, None]), acc[2 * q + 1] + (dr * ii[:, None] - di * ir[:, None]))
+                after = after + (
+                    acc[2 * q] + (dr * ir[:, None] + di * ii[:, None]),
+                    acc[2 * q + 1] + (dr * ii[:, None] - di * ir[:, None]),
+                )
             acc = after
 
     along_f = power_f * 0
@@ -410,8 +491,23 @@ def dense_kernel(f, x, target, snr, partial, grad_f, grad_x, n,
 
 
 @triton.jit
-def finish_kernel(f, x, partial, loss, grad_f, grad_x, n, tiles, blocks,
-                  Q: tl.constexpr, X: tl.constexpr, GRADIENTS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def finish_kernel(
+    f,
+    x,
+    partial,
+    loss,
+    grad_f,
+    grad_x,
+    n,
+    tiles,
+    blocks,
+    # fmt: skip
+    Q: tl.constexpr,
+    X: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Adds the partial sums, writes the value, takes the component along the factor out of the gradient, in place."""
     scene, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, SPAN)
@@ -423,10 +519,14 @@ def finish_kernel(f, x, partial, loss, grad_f, grad_x, n, tiles, blocks,
         tl.store(loss + scene, error / truth)
     if GRADIENTS >= 1:
         power = tl.load(partial + scene * tiles * blocks * 8 + 4)
-        _without_along(f, grad_f, scene, group, 2 * n * Q, tl.sum(tl.load(part + 2, mask=every, other=0.0), 0), power, truth, BLOCK)
+        _without_along(
+            f, grad_f, scene, group, 2 * n * Q, tl.sum(tl.load(part + 2, mask=every, other=0.0), 0), power, truth, BLOCK
+        )
     if GRADIENTS >= 2:
         power = tl.load(partial + scene * tiles * blocks * 8 + 5)
-        _without_along(x, grad_x, scene, group, 2 * n * X, tl.sum(tl.load(part + 3, mask=every, other=0.0), 0), power, truth, BLOCK)
+        _without_along(
+            x, grad_x, scene, group, 2 * n * X, tl.sum(tl.load(part + 3, mask=every, other=0.0), 0), power, truth, BLOCK
+        )
 
 
 @triton.jit
@@ -466,11 +566,33 @@ def cov_nmse(
         settings = (blend, loading, target_loading, shrink, diag_weight, offdiag_weight)
         snr = f if snr is None else snr  # never read without shrinkage; a launch needs some pointer
         run = _low_rank if t is None else _dense
-        run(f, f if x is None else x, s if t is None else t, snr, loss, grad_f, grad_x, settings, 0 if x is None else x.shape[2], gradients)
+        run(
+            f,
+            f if x is None else x,
+            s if t is None else t,
+            snr,
+            loss,
+            grad_f,
+            grad_x,
+            settings,
+            0 if x is None else x.shape[2],
+            gradients,
+        )
     return loss, grad_f, grad_x
 
 
-def _low_rank(f: Tensor, x: Tensor, s: Tensor, snr: Tensor, loss: Tensor, grad_f: Tensor, grad_x: Tensor, settings: tuple[float, ...], columns: int, gradients: int) -> None:
+def _low_rank(
+    f: Tensor,
+    x: Tensor,
+    s: Tensor,
+    snr: Tensor,
+    loss: Tensor,
+    grad_f: Tensor,
+    grad_x: Tensor,
+    settings: tuple[float, ...],
+    columns: int,
+    gradients: int,
+) -> None:
     b, n, q, _ = f.shape
     k, weighted = s.shape[2], settings[4] != settings[5]
     tiles = _up(q + columns + k, 16)
@@ -478,7 +600,9 @@ def _low_rank(f: Tensor, x: Tensor, s: Tensor, snr: Tensor, loss: Tensor, grad_f
     chunk = _up(n, splits)
     gram = f.new_empty((b, splits, 32 * tiles, 32 * tiles), dtype=torch.float64)
     squares = f.new_empty((b, splits, 16 * tiles, 16 * tiles), dtype=torch.float64) if weighted else gram
-    gram_kernel[(b, splits, tiles * tiles)](f, x, s, gram, squares, n, chunk, q, columns, k, tiles, weighted, num_warps=2, enable_fp_fusion=True)
+    gram_kernel[(b, splits, tiles * tiles)](
+        f, x, s, gram, squares, n, chunk, q, columns, k, tiles, weighted, num_warps=2, enable_fp_fusion=True
+    )
     groups = max(1, min(_up(n, APPLY_BLOCK), 2048 // b)) if gradients else 1
     apply_kernel[(b, groups)](
         f, x, s, snr, gram, squares, loss, grad_f, grad_x, n, splits, groups, *settings, q, columns, k, tiles, weighted, gradients, APPLY_BLOCK,
@@ -486,7 +610,18 @@ def _low_rank(f: Tensor, x: Tensor, s: Tensor, snr: Tensor, loss: Tensor, grad_f
     )  # fmt: skip
 
 
-def _dense(f: Tensor, x: Tensor, t: Tensor, snr: Tensor, loss: Tensor, grad_f: Tensor, grad_x: Tensor, settings: tuple[float, ...], columns: int, gradients: int) -> None:
+def _dense(
+    f: Tensor,
+    x: Tensor,
+    t: Tensor,
+    snr: Tensor,
+    loss: Tensor,
+    grad_f: Tensor,
+    grad_x: Tensor,
+    settings: tuple[float, ...],
+    columns: int,
+    gradients: int,
+) -> None:
     b, n, q, _ = f.shape
     width = q + (columns if gradients >= 2 else 0)
     blocks = _up(width, PULLS_AT_MOST[gradients]) if gradients else 1
@@ -499,14 +634,45 @@ def _dense(f: Tensor, x: Tensor, t: Tensor, snr: Tensor, loss: Tensor, grad_f: T
     )  # fmt: skip
     count = 2 * n * max(q, columns) if gradients else 1
     span = triton.next_power_of_2(tiles * blocks)
-    finish_kernel[(b, _up(count, 4 * FINISH_BLOCK))](f, x, partial, loss, grad_f, grad_x, n, tiles, blocks, q, columns, gradients, span, FINISH_BLOCK, num_warps=4, enable_fp_fusion=True)
+    finish_kernel[(b, _up(count, 4 * FINISH_BLOCK))](
+        f,
+        x,
+        partial,
+        loss,
+        grad_f,
+        grad_x,
+        n,
+        tiles,
+        blocks,
+        q,
+        columns,
+        gradients,
+        span,
+        FINISH_BLOCK,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
 
 
-def _aot(name: str, kernel: Any, pointers: dict[str, str], integers: tuple[str, ...], settings: bool, constexprs: dict[str, Any], warps: int, wide: bool) -> Any:
+def _aot(
+    name: str,
+    kernel: Any,
+    pointers: dict[str, str],
+    integers: tuple[str, ...],
+    settings: bool,
+    constexprs: dict[str, Any],
+    warps: int,
+    wide: bool,
+) -> Any:
     from ..registry import AotCase
 
     floats = ("blend", "loading", "target_loading", "shrink", "diag", "off") if settings else ()
-    signature = {**{k: f"*{v}" for k, v in pointers.items()}, **dict.fromkeys(integers, "i32"), **dict.fromkeys(floats, "fp64"), **dict.fromkeys(constexprs, "constexpr")}
+    signature = {
+        **{k: f"*{v}" for k, v in pointers.items()},
+        **dict.fromkeys(integers, "i32"),
+        **dict.fromkeys(floats, "fp64"),
+        **dict.fromkeys(constexprs, "constexpr"),
+    }
     return AotCase(name, kernel, signature, constexprs, (*pointers, "n"), warps, wide)
 
 
@@ -521,11 +687,48 @@ def aot() -> list[Any]:
         scratch = {"gram": "fp64", "squares": "fp64"}
         cases.append(_aot(f"gram{label}", gram_kernel, factors | scratch, ("n", "chunk"), False, low, 2, False))
         applied = low | {"GRADIENTS": gradients, "BLOCK": APPLY_BLOCK}
-        cases.append(_aot(f"apply{label}", apply_kernel, factors | {"snr": "fp32"} | scratch | outputs, ("n", "splits", "groups"), True, applied, 2, False))
+        cases.append(
+            _aot(
+                f"apply{label}",
+                apply_kernel,
+                factors | {"snr": "fp32"} | scratch | outputs,
+                ("n", "splits", "groups"),
+                True,
+                applied,
+                2,
+                False,
+            )
+        )
         blocks = _up(10 + x * (gradients - 1), PULLS_AT_MOST[gradients])
-        dense = columns | {"WEIGHTED": weighted, "GRADIENTS": gradients, "PULLS": _up(10 + x * (gradients - 1), blocks), "PACKED": True, "W": tl.float32, "TILE": DENSE_TILE}
-        inputs = {"f": "fp32", "x": "fp32", "target": "fp32", "snr": "fp32", "partial": "fp64", "grad_f": "fp32", "grad_x": "fp32"}
+        dense = columns | {
+            "WEIGHTED": weighted,
+            "GRADIENTS": gradients,
+            "PULLS": _up(10 + x * (gradients - 1), blocks),
+            "PACKED": True,
+            "W": tl.float32,
+            "TILE": DENSE_TILE,
+        }
+        inputs = {
+            "f": "fp32",
+            "x": "fp32",
+            "target": "fp32",
+            "snr": "fp32",
+            "partial": "fp64",
+            "grad_f": "fp32",
+            "grad_x": "fp32",
+        }
         cases.append(_aot(f"dense{label}", dense_kernel, inputs, ("n",), True, dense, 2, False))
         finished = {"f": "fp32", "x": "fp32", "partial": "fp64", **outputs}
-        cases.append(_aot(f"finish{label}", finish_kernel, finished, ("n", "tiles", "blocks"), False, columns | {"GRADIENTS": gradients, "SPAN": 16, "BLOCK": FINISH_BLOCK}, 4, True))
+        cases.append(
+            _aot(
+                f"finish{label}",
+                finish_kernel,
+                finished,
+                ("n", "tiles", "blocks"),
+                False,
+                columns | {"GRADIENTS": gradients, "SPAN": 16, "BLOCK": FINISH_BLOCK},
+                4,
+                True,
+            )
+        )
     return cases

@@ -30,7 +30,10 @@ def call(name: str, simd: str | None = None) -> Any:
 
 def _at(tensor: Tensor) -> int:
     if not tensor.is_contiguous():
-        raise ValueError(f"fused_step: a tensor of shape {tuple(tensor.shape)} has strides {tensor.stride()}. Pass contiguous flat buffers.")
+        raise ValueError(
+            f"fused_step: a tensor of shape {tuple(tensor.shape)} has strides {tensor.stride()}. Pass contiguous flat"
+            " buffers."
+        )
     return tensor.data_ptr()
 
 
@@ -39,7 +42,8 @@ def measure(
     steps: Tensor, coefficients: Tensor, state: Tensor, tickets: Tensor, finish: bool, sources: Tensor | None = None,
     simd: str | None = None,
 ) -> None:  # fmt: skip
-    """sources: (2, T) int64, address and number of elements of each tensor's float32 gradient; None: they are in `grad`."""
+    """sources: (2, T) int64, address and number of elements of each tensor's float32 gradient; None: they are in
+    `grad`."""
     call("measure_from", simd)(
         _at(grad), None if sources is None else _at(sources), grad.numel(), _at(chunks), chunks.shape[0], _at(segments),
         segments.shape[0], _at(partial), _at(sums), _at(state),
@@ -53,7 +57,14 @@ def decide(
     simd: str | None = None,
 ) -> None:  # fmt: skip
     call("decide", simd)(
-        _at(segments), segments.shape[0], _at(hyper), _at(sums), _at(telemetry), _at(steps), _at(coefficients), _at(state)
+        _at(segments),
+        segments.shape[0],
+        _at(hyper),
+        _at(sums),
+        _at(telemetry),
+        _at(steps),
+        _at(coefficients),
+        _at(state),
     )
 
 

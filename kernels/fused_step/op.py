@@ -23,14 +23,24 @@ from .samples import aot, operators
 
 _TABLES = "Tensor chunks, Tensor segments"
 SCHEMAS = {
-    "accumulate": f"(Tensor[] gradients, int[] starts, Tensor(a!) grad, {_TABLES}, Tensor(b!) partial, Tensor(c!) sums, Tensor(d!) state, "
-    "Tensor(e!) tickets, float scale, bool overwrite, bool norm) -> ()",
-    "measure": f"(Tensor grad, {_TABLES}, Tensor hyper, Tensor(a!) partial, Tensor(b!) sums, Tensor(c!) telemetry, Tensor(d!) steps, "
-    "Tensor(e!) coefficients, Tensor(f!) state, Tensor(g!) tickets, bool finish, Tensor? sources=None) -> ()",
-    "decide": "(Tensor segments, Tensor hyper, Tensor sums, Tensor(a!) telemetry, Tensor(b!) steps, Tensor(c!) coefficients, Tensor(d!) state) -> ()",
-    "apply": f"(Tensor(a!) param, Tensor(b!) grad, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!)? ema, {_TABLES}, Tensor hyper, "
-    "Tensor(f!) partial, Tensor(g!) telemetry, Tensor coefficients, Tensor state, Tensor(h!) tickets, bool clear, "
-    "Tensor? sources=None) -> ()",
+    "accumulate": (
+        f"(Tensor[] gradients, int[] starts, Tensor(a!) grad, {_TABLES}, Tensor(b!) partial, Tensor(c!) sums,"
+        " Tensor(d!) state, Tensor(e!) tickets, float scale, bool overwrite, bool norm) -> ()"
+    ),
+    "measure": (
+        f"(Tensor grad, {_TABLES}, Tensor hyper, Tensor(a!) partial, Tensor(b!) sums, Tensor(c!) telemetry, Tensor(d!)"
+        " steps, Tensor(e!) coefficients, Tensor(f!) state, Tensor(g!) tickets, bool finish, Tensor? sources=None)"
+        " -> ()"
+    ),
+    "decide": (
+        "(Tensor segments, Tensor hyper, Tensor sums, Tensor(a!) telemetry, Tensor(b!) steps, Tensor(c!) coefficients,"
+        " Tensor(d!) state) -> ()"
+    ),
+    "apply": (
+        f"(Tensor(a!) param, Tensor(b!) grad, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!)? ema, {_TABLES},"
+        " Tensor hyper, Tensor(f!) partial, Tensor(g!) telemetry, Tensor coefficients, Tensor state, Tensor(h!)"
+        " tickets, bool clear, Tensor? sources=None) -> ()"
+    ),
 }
 LIBRARY = torch.library.Library("ris_fast", "FRAGMENT")
 
@@ -83,12 +93,16 @@ for _phase, _schema in SCHEMAS.items():
 
 def _operators(chunk: int) -> Backend:
     ops = torch.ops.ris_fast
-    return Backend(ops.fused_step_accumulate, ops.fused_step_measure, ops.fused_step_decide, ops.fused_step_apply, chunk)
+    return Backend(
+        ops.fused_step_accumulate, ops.fused_step_measure, ops.fused_step_decide, ops.fused_step_apply, chunk
+    )
 
 
 def backends() -> dict[str, Backend]:
     """What can run here, by name; "native" and "triton" serve float32 on CPU and CUDA."""
-    found = {"reference": Backend(reference.accumulate, reference.measure, reference.decide, reference.apply, native.CHUNK)}
+    found = {
+        "reference": Backend(reference.accumulate, reference.measure, reference.decide, reference.apply, native.CHUNK)
+    }
     if loader.available():
         found["native"] = _operators(native.CHUNK)
     if torch.cuda.is_available():

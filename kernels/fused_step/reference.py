@@ -66,8 +66,11 @@ def _totals(grad: Tensor, segments: Tensor, sums: Tensor, state: Tensor) -> None
     state[State.SUMSQ : State.BAD + 1] = sums.sum(0)
 
 
-def decide(segments: Tensor, hyper: Tensor, sums: Tensor, telemetry: Tensor, steps: Tensor, coefficients: Tensor, state: Tensor) -> None:
-    """From the totals in `state` to norm, skip, clip, counters and loss scale; then per tensor: telemetry, step, coefficients."""
+def decide(
+    segments: Tensor, hyper: Tensor, sums: Tensor, telemetry: Tensor, steps: Tensor, coefficients: Tensor, state: Tensor
+) -> None:
+    """From the totals in `state` to norm, skip, clip, counters and loss scale; then per tensor: telemetry, step,
+    coefficients."""
     scale = state[State.SCALE] * state[State.EXTERNAL_SCALE]
     norm = state[State.SUMSQ].sqrt() / scale
     skip = (state[State.BAD] + state[State.EXTERNAL_BAD] > 0) | ~norm.isfinite()

@@ -18,7 +18,19 @@ from .layout import Coefficient, Segment, State, Telemetry, padded, scratch, tab
 FLATS = ("param", "grad", "exp_avg", "exp_avg_sq", "ema")
 ARGUMENTS = {
     "accumulate": ("gradients", "starts", "grad", "chunks", "segments", "partial", "sums", "state", "tickets"),
-    "measure": ("grad", "chunks", "segments", "hyper", "partial", "sums", "telemetry", "steps", "coefficients", "state", "tickets"),
+    "measure": (
+        "grad",
+        "chunks",
+        "segments",
+        "hyper",
+        "partial",
+        "sums",
+        "telemetry",
+        "steps",
+        "coefficients",
+        "state",
+        "tickets",
+    ),
     "decide": ("segments", "hyper", "sums", "telemetry", "steps", "coefficients", "state"),
     "apply": (*FLATS, "chunks", "segments", "hyper", "partial", "telemetry", "coefficients", "state", "tickets"),
 }
@@ -56,11 +68,19 @@ def buffers(numels: Sequence[int], live: Sequence[bool] | None = None, chunk: in
     made["steps"] = torch.arange(count).float()
     made["sums"] = torch.zeros(count, 2, dtype=torch.float64)
     made["telemetry"] = torch.zeros(count, Telemetry.COUNT)
-    made["coefficients"] = torch.zeros(count, Coefficient.COUNT, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    made["coefficients"] = torch.zeros(
+        count, Coefficient.COUNT, dtype=torch.float64 if dtype == torch.float64 else torch.float32
+    )
     hyper = [0.5, 0.999, 1, 1, 1, 5, 0, 0, 1e-3, 0.9, 0.999, 1e-8, 0.01, 1, 1, 0, 2e-3, 0.8, 0.99, 1e-6, 0.1, -1, 0, 0]
     made["hyper"] = torch.tensor(hyper, dtype=torch.float64)
     made["state"] = torch.zeros(State.COUNT, dtype=torch.float64)
-    for slot, value in ((State.SCALE, 8), (State.EXTERNAL_SCALE, 1), (State.FIRST_BAD, -1), (State.GROWTH, 3), (State.APPLIED, 3)):
+    for slot, value in (
+        (State.SCALE, 8),
+        (State.EXTERNAL_SCALE, 1),
+        (State.FIRST_BAD, -1),
+        (State.GROWTH, 3),
+        (State.APPLIED, 3),
+    ):
         made["state"][slot] = value
     reference.measure(*(made[name] for name in ARGUMENTS["measure"]), True)
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in made.items()}
@@ -112,16 +132,30 @@ def aot() -> list[AotCase]:
     from . import triton_kernels as kernels
 
     types = dict.fromkeys((*FLATS, "telemetry", "steps", "coefficients", "scales"), "*fp32")
-    types |= dict.fromkeys(("hyper", "partial", "sums", "state"), "*fp64") | dict.fromkeys(("tickets", "halves"), "*i32")
+    types |= dict.fromkeys(("hyper", "partial", "sums", "state"), "*fp64") | dict.fromkeys(
+        ("tickets", "halves"), "*i32"
+    )
     types |= dict.fromkeys(("chunks", "segments", "addresses", "numels"), "*i64") | {"tensors": "i32"}
     add, chunk = {"ADD": kernels.ADD}, {"CHUNK": kernels.CHUNK, "ADD": kernels.ADD}
     wanted = [
         ("measure", kernels.measure_kernel, {"FINISH": True} | chunk),
         ("decide", kernels.decide_kernel, add),
-        ("apply with average, clearing", kernels.apply_kernel, {"EMA": True, "CLEAR": True, "TILE": kernels.TILE} | add),
+        (
+            "apply with average, clearing",
+            kernels.apply_kernel,
+            {"EMA": True, "CLEAR": True, "TILE": kernels.TILE} | add,
+        ),
         ("apply", kernels.apply_kernel, {"EMA": False, "CLEAR": False, "TILE": kernels.TILE} | add),
-        ("accumulate and measure", kernels.accumulate_kernel, {"OVERWRITE": False, "NORM": True, "ALIGNED": True} | chunk),
-        ("accumulate unaligned", kernels.accumulate_kernel, {"OVERWRITE": True, "NORM": False, "ALIGNED": False} | chunk),
+        (
+            "accumulate and measure",
+            kernels.accumulate_kernel,
+            {"OVERWRITE": False, "NORM": True, "ALIGNED": True} | chunk,
+        ),
+        (
+            "accumulate unaligned",
+            kernels.accumulate_kernel,
+            {"OVERWRITE": True, "NORM": False, "ALIGNED": False} | chunk,
+        ),
     ]
     return [
         AotCase(
@@ -136,4 +170,3 @@ def aot() -> list[AotCase]:
         )
         for name, kernel, constants in wanted
     ]
-

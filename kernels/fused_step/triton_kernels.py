@@ -71,7 +71,8 @@ def _is_last(ticket, count):
 
 @triton.jit
 def _add_tensors(sums, segments, tensors, ADD: tl.constexpr):
-    """Totals over tensors, and the first tensor with a non-finite value (or -1); clears the rows of tensors without gradient."""
+    """Totals over tensors, and the first tensor with a non-finite value (or -1); clears the rows of tensors without
+    gradient."""
     lane = tl.arange(0, ADD)
     a = tl.zeros([ADD], dtype=tl.float64)
     b = tl.zeros([ADD], dtype=tl.float64)
@@ -92,7 +93,9 @@ def _add_tensors(sums, segments, tensors, ADD: tl.constexpr):
 
 
 @triton.jit
-def _decide(sumsq, bad, first_bad, segments, hyper, sums, telemetry, steps, coefficients, state, tensors, ADD: tl.constexpr):
+def _decide(
+    sumsq, bad, first_bad, segments, hyper, sums, telemetry, steps, coefficients, state, tensors, ADD: tl.constexpr
+):
     """`decide` of the reference: scalars first, then a row of coefficients per tensor."""
     scale = tl.load(state + S_SCALE) * tl.load(state + S_EXTERNAL_SCALE)
     norm = tl.sqrt(sumsq) / scale
@@ -171,7 +174,20 @@ def _finish(total, bad, segment, segments, hyper, partial, sums, telemetry, step
             tl.store(state + S_SUMSQ, sumsq)
             tl.store(state + S_BAD, all_bad)
             if FINISH:
-                _decide(sumsq, all_bad, first_bad, segments, hyper, sums, telemetry, steps, coefficients, state, tensors, ADD)
+                _decide(
+                    sumsq,
+                    all_bad,
+                    first_bad,
+                    segments,
+                    hyper,
+                    sums,
+                    telemetry,
+                    steps,
+                    coefficients,
+                    state,
+                    tensors,
+                    ADD,
+                )
 
 
 @triton.jit
@@ -294,7 +310,23 @@ def accumulate_kernel(addresses, numels, halves, grad, chunks, segments, hyper, 
     tl.store(grad + start + offset, x, mask=offset < length)
     if NORM:
         total, bad = _chunk_sums(x)
-        _finish(total, bad, segment, segments, hyper, partial, sums, hyper, hyper, hyper, state, tickets, tensors, False, ADD)
+        _finish(
+            total,
+            bad,
+            segment,
+            segments,
+            hyper,
+            partial,
+            sums,
+            hyper,
+            hyper,
+            hyper,
+            state,
+            tickets,
+            tensors,
+            False,
+            ADD,
+        )
 
 
 def measure(
@@ -307,8 +339,12 @@ def measure(
     )  # fmt: skip
 
 
-def decide(segments: Tensor, hyper: Tensor, sums: Tensor, telemetry: Tensor, steps: Tensor, coefficients: Tensor, state: Tensor) -> None:
-    decide_kernel[(1,)](segments, hyper, sums, telemetry, steps, coefficients, state, segments.shape[0], ADD=ADD, num_warps=WARPS)
+def decide(
+    segments: Tensor, hyper: Tensor, sums: Tensor, telemetry: Tensor, steps: Tensor, coefficients: Tensor, state: Tensor
+) -> None:
+    decide_kernel[(1,)](
+        segments, hyper, sums, telemetry, steps, coefficients, state, segments.shape[0], ADD=ADD, num_warps=WARPS
+    )
 
 
 def apply(

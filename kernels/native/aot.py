@@ -44,11 +44,15 @@ def compile_case(case: AotCase, arch: int) -> AotReport:
     names = list(case.signature)
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
     source = ASTSource(fn=case.kernel, signature=dict(case.signature), constexprs=dict(case.constexprs), attrs=attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": case.num_warps, "enable_fp_fusion": True})
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": case.num_warps, "enable_fp_fusion": True}
+    )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([_tool("cuobjdump"), "--dump-resource-usage", str(cubin)], check=True, capture_output=True, text=True).stdout
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "--dump-resource-usage", str(cubin)], check=True, capture_output=True, text=True
+        ).stdout
         code = subprocess.run([_tool("nvdisasm"), "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))

@@ -65,8 +65,10 @@ def level() -> str:
     if not wanted:
         return supported[-1] if supported else "none"
     if wanted not in supported:
-        raise SimdError(f"RIS_FAST_SIMD is {wanted!r}, but this machine ({platform.machine()}) has {', '.join(supported) or 'no C++ kernels'}. "
-                        "Unset it or name what is there.")
+        raise SimdError(
+            f"RIS_FAST_SIMD is {wanted!r}, but this machine ({platform.machine()}) has"
+            f" {', '.join(supported) or 'no C++ kernels'}. Unset it or name what is there."
+        )
     return wanted
 
 
@@ -84,7 +86,9 @@ def function(name: str, argtypes: list[Any], simd: str | None = None, restype: A
         raise RuntimeError(f"{name}: no C++ kernels here: {why_not()}. Reinstall ris-fast with a C++ compiler on PATH.")
     found = getattr(library, f"{name}_{simd or level()}", None)
     if found is None:
-        raise RuntimeError(f"{name}: {PATH.name} has no such function; it was built from another version. Reinstall ris-fast.")
+        raise RuntimeError(
+            f"{name}: {PATH.name} has no such function; it was built from another version. Reinstall ris-fast."
+        )
     found.argtypes, found.restype = argtypes, restype
     return found
 

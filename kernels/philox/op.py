@@ -1,4 +1,5 @@
-"""Counter-based random numbers as operators: value i of scene b depends on index[b], seed, stream and i, and on nothing else.
+"""Counter-based random numbers as operators: value i of scene b depends on index[b], seed, stream and i, and on nothing
+else.
 
 Mapping: the four words of Philox4x32-10 with counter (j, stream, low, high 32 bits of index[b]) and key (low, high 32
 bits of the seed) make values 4 j .. 4 j + 3 of row b. Integers have the same bits on every device; so have uniforms;
@@ -55,7 +56,9 @@ def _check(name: str, index_B: Tensor, seed: int, stream: int, count: int) -> No
     if not isinstance(index_B, Tensor):
         raise TypeError(f"{name}: index is a {type(index_B).__name__}; pass scene numbers as (B,) torch.int64.")
     if index_B.ndim != 1 or index_B.dtype != torch.int64:
-        raise ValueError(f"{name}: index is {tuple(index_B.shape)} {index_B.dtype}; pass scene numbers as (B,) torch.int64.")
+        raise ValueError(
+            f"{name}: index is {tuple(index_B.shape)} {index_B.dtype}; pass scene numbers as (B,) torch.int64."
+        )
     for what, value, end in (("seed", seed, 2**64), ("stream", stream, 2**32), ("count", count, 2**32 + 1)):
         if not isinstance(value, (Integral, torch.SymInt)):
             raise TypeError(f"{name}: {what} is {value!r}; it must be a whole number in 0 .. {end - 1}.")
@@ -111,8 +114,13 @@ def _fake(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor:
     return index_B.new_empty((index_B.shape[0], count), dtype=torch.float32)
 
 
-for _name, _cpu, _cuda in (("philox_uniform", _cpu_uniform, _triton_uniform), ("philox_normal", _cpu_normal, _triton_normal)):
-    LIBRARY.define(f"{_name}(Tensor index, int seed, int stream, SymInt count) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+for _name, _cpu, _cuda in (
+    ("philox_uniform", _cpu_uniform, _triton_uniform),
+    ("philox_normal", _cpu_normal, _triton_normal),
+):
+    LIBRARY.define(
+        f"{_name}(Tensor index, int seed, int stream, SymInt count) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    )
     LIBRARY.impl(_name, _cpu, "CPU")
     LIBRARY.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"ris_fast::{_name}", _fake, lib=LIBRARY)
@@ -120,6 +128,7 @@ for _name, _cpu, _cuda in (("philox_uniform", _cpu_uniform, _triton_uniform), ("
 
 def _cost_of(flops_a_value: int) -> Any:
     """Bytes: indices read, values written. FLOPs: operations a value, integer ones included."""
+
     def cost(index_B: Tensor, seed: int, stream: int, count: int) -> Cost:
         values = index_B.numel() * count
         return Cost(4 * values + 8 * index_B.numel(), flops_a_value * values)
@@ -129,6 +138,7 @@ def _cost_of(flops_a_value: int) -> Any:
 
 def _sample(name: str, rows: int, count: int, seed: int, small: bool = False, stride: int = 1) -> Sample:
     """Scene numbers of every size, negative ones and numbers beyond 32 bits among them; no gradient anywhere."""
+
     def make(device: torch.device | str, dtype: torch.dtype) -> tuple[Any, ...]:
         index = torch.arange(rows * stride, device=device) * 0x2545F4914F6CDD1D
         return index[::stride], seed, 7, count
@@ -136,31 +146,67 @@ def _sample(name: str, rows: int, count: int, seed: int, small: bool = False, st
     return Sample(name, make, small=small)
 
 
-_SAMPLES = (_sample("standard", 64, 4608, 20260101), _sample("few", 300, 20, 3), _sample("odd", 5, 1023, -1),
-            _sample("one-scene", 1, 20001, 2**62), _sample("empty-batch", 0, 8, 1), _sample("no-values", 3, 0, 1),
-            _sample("strided", 6, 33, 5, stride=3), _sample("small", 3, 37, 11, small=True),
-            _sample("small-whole", 2, 64, 11, small=True))
+_SAMPLES = (
+    _sample("standard", 64, 4608, 20260101),
+    _sample("few", 300, 20, 3),
+    _sample("odd", 5, 1023, -1),
+    _sample("one-scene", 1, 20001, 2**62),
+    _sample("empty-batch", 0, 8, 1),
+    _sample("no-values", 3, 0, 1),
+    _sample("strided", 6, 33, 5, stride=3),
+    _sample("small", 3, 37, 11, small=True),
+    _sample("small-whole", 2, 64, 11, small=True),
+)
 
 
 def _operator(name: str, call: Any, flops: int, error_ratio: float) -> Operator:
     defined = reference.normal if name == "philox_normal" else reference.uniform
-    backends = {"cpp": lambda *args: _cpp(name, *args), "triton": _triton_normal if name == "philox_normal" else _triton_uniform}
-    return Operator(name, call, defined, _SAMPLES, _cost_of(flops), backends, error_ratio=error_ratio, dtypes=(torch.float32,))
+    backends = {
+        "cpp": lambda *args: _cpp(name, *args),
+        "triton": _triton_normal if name == "philox_normal" else _triton_uniform,
+    }
+    return Operator(
+        name, call, defined, _SAMPLES, _cost_of(flops), backends, error_ratio=error_ratio, dtypes=(torch.float32,)
+    )
 
 
 def _aot() -> list[AotCase]:
     """Both laws, with and without 128-bit stores, at the tuned size."""
     from . import triton_kernels as kernels
 
-    types = {"out_ptr": "*fp32", "index_ptr": "*i64", "rows": "i32", "count": "i32", "blocks": "i32", "seed": "i64",
-             "stream": "i64", "NORMAL": "constexpr", "WHOLE": "constexpr", "BLOCKS": "constexpr"}
-    return [AotCase(f"{'normal' if normal else 'uniform'}-{'whole' if whole else 'ragged'}", kernels.philox_kernel, types,
-                    {"NORMAL": normal, "WHOLE": whole, "BLOCKS": kernels.BLOCKS},
-                    ("out_ptr", "index_ptr", *(("count",) if whole else ())), kernels.WARPS, wide=whole, max_registers=48)
-            for normal in (True, False) for whole in (True, False)]
+    types = {
+        "out_ptr": "*fp32",
+        "index_ptr": "*i64",
+        "rows": "i32",
+        "count": "i32",
+        "blocks": "i32",
+        "seed": "i64",
+        "stream": "i64",
+        "NORMAL": "constexpr",
+        "WHOLE": "constexpr",
+        "BLOCKS": "constexpr",
+    }
+    return [
+        AotCase(
+            f"{'normal' if normal else 'uniform'}-{'whole' if whole else 'ragged'}",
+            kernels.philox_kernel,
+            types,
+            {"NORMAL": normal, "WHOLE": whole, "BLOCKS": kernels.BLOCKS},
+            ("out_ptr", "index_ptr", *(("count",) if whole else ())),
+            kernels.WARPS,
+            wide=whole,
+            max_registers=48,
+        )
+        for normal in (True, False)
+        for whole in (True, False)
+    ]
 
 
-FAMILY = Family("philox", (
-    _operator("philox_uniform", torch.ops.ris_fast.philox_uniform.default, WORD_FLOPS, 0.0),
-    _operator("philox_normal", torch.ops.ris_fast.philox_normal.default, WORD_FLOPS + NORMAL_FLOPS, 2.0),
-), _aot)
+FAMILY = Family(
+    "philox",
+    (
+        _operator("philox_uniform", torch.ops.ris_fast.philox_uniform.default, WORD_FLOPS, 0.0),
+        _operator("philox_normal", torch.ops.ris_fast.philox_normal.default, WORD_FLOPS + NORMAL_FLOPS, 2.0),
+    ),
+    _aot,
+)

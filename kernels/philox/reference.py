@@ -37,7 +37,8 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tenso
 
 
 def words(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor:
-    """(B, count) int64: word i of scene b is word i % 4 of the block with counter (i // 4, stream, low, high of index[b])."""
+    """(B, count) int64: word i of scene b is word i % 4 of the block with counter (i // 4, stream, low, high of
+    index[b])."""
     block_1J = torch.arange((count + 3) // 4, device=index_B.device)[None]
     low_B1, high_B1 = (index_B & WORD)[:, None], ((index_B >> 32) & WORD)[:, None]
     stream_11 = torch.full((1, 1), stream & WORD, dtype=torch.int64, device=index_B.device)

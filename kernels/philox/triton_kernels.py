@@ -92,8 +92,18 @@ def normal_pair(first, second):
 
 
 @triton.jit(do_not_specialize=["seed", "stream"])
-def philox_kernel(out_ptr, index_ptr, rows, count, blocks, seed, stream,
-                  NORMAL: tl.constexpr, WHOLE: tl.constexpr, BLOCKS: tl.constexpr):
+def philox_kernel(
+    out_ptr,
+    index_ptr,
+    rows,
+    count,
+    blocks,
+    seed,
+    stream,
+    NORMAL: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     """Fills out (rows, count) from index (rows).
 
     blocks = ceil(count / 4); rows * blocks < 2^31 - BLOCKS, so that the division stays in 32 bits; WHOLE: count is a
@@ -130,6 +140,17 @@ def launch(index_B: Tensor, seed: int, stream: int, count: int, normal: bool) ->
     with torch.cuda.device_of(index_B):  # does nothing on CPU, where the interpreter runs
         for part, index in zip(out.split(step), index_B.split(step)):
             grid = (triton.cdiv(index.numel() * blocks, BLOCKS),)
-            philox_kernel[grid](part, index, index.numel(), count, blocks, seed, stream, NORMAL=normal,
-                                WHOLE=count % 4 == 0, BLOCKS=BLOCKS, num_warps=WARPS)
+            philox_kernel[grid](
+                part,
+                index,
+                index.numel(),
+                count,
+                blocks,
+                seed,
+                stream,
+                NORMAL=normal,
+                WHOLE=count % 4 == 0,
+                BLOCKS=BLOCKS,
+                num_warps=WARPS,
+            )
     return out

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ris-fast")
     for done in [pool.submit(settle) for _ in range(threads)]:
         done.result()
-    torch.set_num_threads(threads)      # a worker's setting is its own, but torch would hand it to threads yet to come
+    torch.set_num_threads(threads)  # a worker's setting is its own, but torch would hand it to threads yet to come
     return pool
 
 

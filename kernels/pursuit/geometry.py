@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .search import Geometry
 
-CELL_RAD = (1.36, 1.36, 1.12)    # spread of phase over the aperture that one grid cell spans along u, v and w
+CELL_RAD = (1.36, 1.36, 1.12)  # spread of phase over the aperture that one grid cell spans along u, v and w
 
 
 def geometry(x: Tensor, y: Tensor, wavenumber: float, low: Tensor, high: Tensor) -> Geometry:
@@ -26,10 +26,14 @@ def geometry(x: Tensor, y: Tensor, wavenumber: float, low: Tensor, high: Tensor)
     scale = torch.stack([each.std(unbiased=False) for each in (x, y, curvature)]).clamp_min(1e-6)
     cells = torch.ceil((high - low) * scale / scale.new_tensor(CELL_RAD)).clamp_min(1)
     trust = (0.6 * (high - low) * scale / cells).clamp_min(1e-3)
-    return Geometry(x, y, curvature, scale, low, high, trust, _cell_centres(low, high, cells), x.new_empty(2 * x.numel(), 0))
+    return Geometry(
+        x, y, curvature, scale, low, high, trust, _cell_centres(low, high, cells), x.new_empty(2 * x.numel(), 0)
+    )
 
 
 def _cell_centres(low: Tensor, high: Tensor, cells: Tensor) -> Tensor:
     """Centres of a box cut into cells[i] equal parts along axis i: (G, 3)."""
-    axes = [low[i] + (high[i] - low[i]) * (torch.arange(int(n), dtype=low.dtype) + 0.5) / n for i, n in enumerate(cells)]
+    axes = [
+        low[i] + (high[i] - low[i]) * (torch.arange(int(n), dtype=low.dtype) + 0.5) / n for i, n in enumerate(cells)
+    ]
     return torch.cartesian_prod(*axes)

@@ -1,7 +1,7 @@
 """Features of a batch of scenes by weighted pursuit as one operator; not differentiable, it looks at data only.
 
-Letters: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, F features, R columns, G grid points. On
-CPU one pass of C++, a scene at a time on each thread; elsewhere, and where no compiler was found, plain torch.
+Letters: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, F features, R columns, G grid points.
+On CPU one pass of C++, a scene at a time on each thread; elsewhere, and where no compiler was found, plain torch.
 """
 
 from __future__ import annotations
@@ -20,29 +20,48 @@ from .chunks import side_by_side
 from .samples import SAMPLES, cost
 from .search import Geometry, with_dictionary
 
-SCHEMA = ("pursuit_features(Tensor snapshots, Tensor channel, Tensor codes, Tensor snr_db, Tensor[] constants, "
-          "float wavenumber, int stages) -> (Tensor, Tensor)")
+SCHEMA = (
+    "pursuit_features(Tensor snapshots, Tensor channel, Tensor codes, Tensor snr_db, Tensor[] constants, "
+    "float wavenumber, int stages) -> (Tensor, Tensor)"
+)
 ARGUMENTS = [c_void_p] * 15 + [c_float] + [c_int64] * 8
-CPU_CHUNK = 128        # scenes of the plain form: 21 MB of normal equations
-CHOOSE = -1            # whether to form P = G^H G is left to the kernel; 1 and 0 force it
-NO_FACTORS = 2         # what the C++ answers where it had to read a dictionary that is empty
+CPU_CHUNK = 128  # scenes of the plain form: 21 MB of normal equations
+CHOOSE = -1  # whether to form P = G^H G is left to the kernel; 1 and 0 force it
+NO_FACTORS = 2  # what the C++ answers where it had to read a dictionary that is empty
 LIBRARY = torch.library.Library("ris_fast", "FRAGMENT")
 LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _check(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constants: list[Tensor], stages: int) -> None:
+def _check(
+    snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constants: list[Tensor], stages: int
+) -> None:
     batch, length, antennas, _ = snapshots.shape
     elements, places, columns = codes.shape[-2], constants[7].shape[0], constants[8].shape[-1]
     own = (batch,) if codes.dim() == 4 else ()
-    expected = {"channel": (batch, antennas, elements, 2), "codes": (*own, length, elements, 2), "snr_db": (batch,), "x": (elements,),
-                "y": (elements,), "curvature": (elements,), "scale": (3,), "low": (3,), "high": (3,), "trust": (3,),
-                "grid": (places, 3), "dictionary": (2 * elements, 2 * places if columns else 0)}
+    expected = {
+        "channel": (batch, antennas, elements, 2),
+        "codes": (*own, length, elements, 2),
+        "snr_db": (batch,),
+        "x": (elements,),
+        "y": (elements,),
+        "curvature": (elements,),
+        "scale": (3,),
+        "low": (3,),
+        "high": (3,),
+        "trust": (3,),
+        "grid": (places, 3),
+        "dictionary": (2 * elements, 2 * places if columns else 0),
+    }
     for (name, shape), given in zip(expected.items(), (channel, codes, snr_db, *constants), strict=True):
         if given.shape != shape:
-            raise ValueError(f"pursuit_features: {name} is {tuple(given.shape)}, expected {shape} for snapshots "
-                             f"{tuple(snapshots.shape)}. Pass the {name} of this task and these scenes.")
+            raise ValueError(
+                f"pursuit_features: {name} is {tuple(given.shape)}, expected {shape} for snapshots "
+                f"{tuple(snapshots.shape)}. Pass the {name} of this task and these scenes."
+            )
     if stages < 1 or places < 1:
-        raise ValueError(f"pursuit_features: {stages} stages on a grid of {places} places; it takes at least one of each.")
+        raise ValueError(
+            f"pursuit_features: {stages} stages on a grid of {places} places; it takes at least one of each."
+        )
 
 
 @cache
@@ -51,29 +70,54 @@ def _native() -> Any:
 
 
 def reads_dictionary(device: torch.device, wavenumber: float) -> bool:
-    """Whether the operator reads the dictionary there: everywhere but in C++ where the wavefront is Fresnel (wavenumber 0)."""
+    """Whether the operator reads the dictionary there: everywhere but in C++ where the wavefront is Fresnel (wavenumber
+    0)."""
     return bool(wavenumber) or device.type != "cpu" or not loader.available()
 
 
-def _cpp(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constants: list[Tensor], wavenumber: float,
-         stages: int, dense: int = CHOOSE) -> tuple[Tensor, Tensor]:
+def _cpp(
+    snapshots: Tensor,
+    channel: Tensor,
+    codes: Tensor,
+    snr_db: Tensor,
+    constants: list[Tensor],
+    wavenumber: float,
+    stages: int,
+    dense: int = CHOOSE,
+) -> tuple[Tensor, Tensor]:
     _check(snapshots, channel, codes, snr_db, constants, stages)
     inputs = [each.float().contiguous() for each in (snapshots, channel, codes, snr_db, *constants)]
     (batch, length, antennas, _), elements = snapshots.shape, codes.shape[-2]
-    out = tuple(inputs[0].new_empty(shape) for shape in ((batch, reference.width(stages)), (batch, elements, 2 * reference.rank(stages))))
+    out = tuple(
+        inputs[0].new_empty(shape)
+        for shape in ((batch, reference.width(stages)), (batch, elements, 2 * reference.rank(stages)))
+    )
     sizes = (batch, antennas, elements, length, stages, constants[7].shape[0], dense, codes.dim() == 4)
     failed = _native()(*(each.data_ptr() for each in (*out, *inputs)), wavenumber, *sizes)
     if failed == NO_FACTORS:
-        raise ValueError("pursuit_features: the dictionary is empty, and without it the grid must be a box over a rectangular array, "
-                         "Fresnel. Pass constants that went through search.with_dictionary.")
+        raise ValueError(
+            "pursuit_features: the dictionary is empty, and without it the grid must be a box over a rectangular array,"
+            " Fresnel. Pass constants that went through search.with_dictionary."
+        )
     if failed:
-        raise MemoryError("pursuit_features: no memory for the scratch of a thread. Lower the number of threads or the size of the array.")
+        raise MemoryError(
+            "pursuit_features: no memory for the scratch of a thread. Lower the number of threads or the size of the"
+            " array."
+        )
     return out
 
 
-def _plain(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constants: list[Tensor], wavenumber: float,
-           stages: int) -> tuple[Tensor, Tensor]:
-    """The definition; a CPU works on chunks of CPU_CHUNK scenes, whatever the threads, so that the bits do not depend on them."""
+def _plain(
+    snapshots: Tensor,
+    channel: Tensor,
+    codes: Tensor,
+    snr_db: Tensor,
+    constants: list[Tensor],
+    wavenumber: float,
+    stages: int,
+) -> tuple[Tensor, Tensor]:
+    """The definition; a CPU works on chunks of CPU_CHUNK scenes, whatever the threads, so that the bits do not depend
+    on them."""
     _check(snapshots, channel, codes, snr_db, constants, stages)
     geometry = with_dictionary(Geometry(*(each.float() for each in constants)), wavenumber)
     y, h, c, snr = (each.float() for each in (snapshots, channel, codes, snr_db))
@@ -90,9 +134,20 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
     return _cpp(*args) if loader.available() else _plain(*args)
 
 
-def _fake(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constants: list[Tensor], wavenumber: float,
-          stages: int) -> tuple[Tensor, Tensor]:
-    batch, elements, new = snapshots.shape[0], codes.shape[-2], partial(torch.empty, device=snapshots.device, dtype=torch.float32)
+def _fake(
+    snapshots: Tensor,
+    channel: Tensor,
+    codes: Tensor,
+    snr_db: Tensor,
+    constants: list[Tensor],
+    wavenumber: float,
+    stages: int,
+) -> tuple[Tensor, Tensor]:
+    batch, elements, new = (
+        snapshots.shape[0],
+        codes.shape[-2],
+        partial(torch.empty, device=snapshots.device, dtype=torch.float32),
+    )
     return new((batch, reference.width(stages))), new((batch, elements, 2 * reference.rank(stages)))
 
 
@@ -101,7 +156,18 @@ LIBRARY.impl("pursuit_features", _plain, "CUDA")
 torch.library.register_fake("ris_fast::pursuit_features", _fake, lib=LIBRARY)
 pursuit_features = torch.ops.ris_fast.pursuit_features.default
 
-FAMILY = Family("pursuit", (
-    Operator("pursuit_features", pursuit_features, reference.pursuit_features, SAMPLES, cost,
-             {"cpp": _cpp}, results=2, dtypes=(torch.float32,)),
-))
+FAMILY = Family(
+    "pursuit",
+    (
+        Operator(
+            "pursuit_features",
+            pursuit_features,
+            reference.pursuit_features,
+            SAMPLES,
+            cost,
+            {"cpp": _cpp},
+            results=2,
+            dtypes=(torch.float32,),
+        ),
+    ),
+)

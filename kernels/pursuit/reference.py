@@ -14,21 +14,30 @@ from torch import Tensor
 from .search import TANGENTS, Atoms, Geometry, Normal, Pursuit, normal_equations
 
 TINY = 1e-12
-# An SNR beyond these is taken for the nearer one. Above 20 dB a first-order step errs more than the noise does: ridges as
+# An SNR beyond these is taken for the nearer one. Above 20 dB a first-order step errs more than the noise does: ridges
+# as
 # small as the noise then let near-equal atoms grow against each other, to infinity in float32 (in float64 only a worse
 # answer), and features leave what a network has seen. Below -40 dB nothing is left to weigh.
 WORKING_SNR_DB = (-40.0, 20.0)
 
 
 @torch.no_grad()
-def pursuit_features(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constants: list[Tensor],
-                     wavenumber: float, stages: int) -> tuple[Tensor, Tensor]:
+def pursuit_features(
+    snapshots: Tensor,
+    channel: Tensor,
+    codes: Tensor,
+    snr_db: Tensor,
+    constants: list[Tensor],
+    wavenumber: float,
+    stages: int,
+) -> tuple[Tensor, Tensor]:
     """What a pursuit of `stages` atoms finds in each scene: inputs (B, F) of a network, and the columns of its factors.
 
-    Args: snapshots (B, L, M, 2), channel (B, M, N, 2), codes (L, N, 2) or a set a scene (B, L, N, 2), snr_db (B,); constants:
-        the tensors of `Geometry` in order; wavenumber: rad/m where the wavefront is spherical, 0 where it is Fresnel. `snr_db` is clamped to WORKING_SNR_DB.
-    Returns: inputs (B, F), numbers of order one; basis (B, N, 2R) planar: for atom k s_k times its T tangents, then what
-        earlier stages add. All float32 or all float64.
+    Args: snapshots (B, L, M, 2), channel (B, M, N, 2), codes (L, N, 2) or a set a scene (B, L, N, 2), snr_db (B,);
+        constants: the tensors of `Geometry` in order; wavenumber: rad/m where the wavefront is spherical, 0 where it is
+            Fresnel. `snr_db` is clamped to WORKING_SNR_DB.
+    Returns: inputs (B, F), numbers of order one; basis (B, N, 2R) planar: for atom k s_k times its T tangents, then
+        what earlier stages add. All float32 or all float64.
     """
     with torch.autocast(snapshots.device.type, enabled=False):
         pursuit = Pursuit(Geometry(*constants), wavenumber, stages)
@@ -69,8 +78,18 @@ def _inputs(pursuit: Pursuit, normal: Normal, found: Atoms, snr_db: Tensor) -> T
     left_over = (normal.energy - found.gains.sum(1)).clamp_min(TINY) / (normal.energy * normal.noise)
     shift = (found.early_place - _repeat_early(found.place, 1)) * pursuit.scale
     early_power = found.early_amplitude.square().sum(1) / power.sum(1, keepdim=True)
-    parts = [place, shift.clamp(-3, 3), share, early_power.clamp_min(1e-6).log() / 4, evidence,
-             information.log1p() / 4 - 1, scores.clamp(-4, 4) / 2, overlap, snr_db / 10 - 1, left_over.log().clamp(-4, 4)]
+    parts = [
+        place,
+        shift.clamp(-3, 3),
+        share,
+        early_power.clamp_min(1e-6).log() / 4,
+        evidence,
+        information.log1p() / 4 - 1,
+        scores.clamp(-4, 4) / 2,
+        overlap,
+        snr_db / 10 - 1,
+        left_over.log().clamp(-4, 4),
+    ]
     return torch.cat([part.flatten(1) if part.dim() > 1 else part[:, None] for part in parts], dim=1)
 
 

@@ -18,9 +18,22 @@ from .search import Pursuit, with_dictionary
 WAVELENGTH_M = 0.3
 
 
-def scenes(batch: int, horizontal: int, vertical: int, antennas: int, snapshots: int, atoms: int, *, spherical: bool = False,
-           sector: float = 0.8, snr_db: float = 15.0, seed: int = 0, own_codes: bool = False) -> tuple[Any, ...]:
-    """Operator arguments, float32 on CPU: as many sources as atoms, one to each strip of u, so that every pick is clear.
+def scenes(
+    batch: int,
+    horizontal: int,
+    vertical: int,
+    antennas: int,
+    snapshots: int,
+    atoms: int,
+    *,
+    spherical: bool = False,
+    sector: float = 0.8,
+    snr_db: float = 15.0,
+    seed: int = 0,
+    own_codes: bool = False,
+) -> tuple[Any, ...]:
+    """Operator arguments, float32 on CPU: as many sources as atoms, one to each strip of u, so that every pick is
+    clear.
 
     own_codes: a set of codes for each scene, (B, L, N, 2), instead of one for all.
     """
@@ -36,10 +49,15 @@ def scenes(batch: int, horizontal: int, vertical: int, antennas: int, snapshots:
     bend = wavenumber if spherical else 0.0
     constants = with_dictionary(geometry(x, y, wavenumber, low, high), bend)
     real, imag = Pursuit(constants, bend, atoms).steer(place).chunk(2, dim=2)
-    amplitude = torch.polar(0.6 ** torch.arange(atoms) * (1 + 0.1 * uniform(batch, atoms)), 2 * math.pi * uniform(batch, atoms))
+    amplitude = torch.polar(
+        0.6 ** torch.arange(atoms) * (1 + 0.1 * uniform(batch, atoms)), 2 * math.pi * uniform(batch, atoms)
+    )
     field = (torch.complex(real, imag) @ amplitude[..., None])[..., 0]
     sets = (batch,) if own_codes else ()
-    channel, turns = normal(batch, antennas, horizontal * vertical), 2 * math.pi * uniform(*sets, snapshots, horizontal * vertical)
+    channel, turns = (
+        normal(batch, antennas, horizontal * vertical),
+        2 * math.pi * uniform(*sets, snapshots, horizontal * vertical),
+    )
     codes = torch.polar(torch.ones_like(turns), turns)
     clean = (codes * field[:, None]) @ channel.transpose(1, 2)
     level = (clean.abs().square().mean((1, 2), keepdim=True) * 10.0 ** (-snr_db / 10)).sqrt()
@@ -71,9 +89,17 @@ SAMPLES = (
 )
 
 
-def cost(snapshots: torch.Tensor, channel: torch.Tensor, codes: torch.Tensor, snr_db: torch.Tensor, constants: list[torch.Tensor],
-         wavenumber: float, stages: int) -> Cost:
-    """Least bytes (scenes read, features written) and FLOPs: the cheaper of P = G^H G and its images, and G through H."""
+def cost(
+    snapshots: torch.Tensor,
+    channel: torch.Tensor,
+    codes: torch.Tensor,
+    snr_db: torch.Tensor,
+    constants: list[torch.Tensor],
+    wavenumber: float,
+    stages: int,
+) -> Cost:
+    """Least bytes (scenes read, features written) and FLOPs: the cheaper of P = G^H G and its images, and G through
+    H."""
     (batch, length, antennas, _), elements = snapshots.shape, codes.shape[-2]
     written = reference.width(stages) + 2 * elements * reference.rank(stages)
     columns = 2 * stages * (stages + 1)

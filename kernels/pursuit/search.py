@@ -4,8 +4,9 @@ It is maximum likelihood made greedy: each stage adds the dictionary atom that b
 then takes one joint Gauss-Newton step on the amplitudes and places of all atoms so far, on the true cost |y - G A s|^2.
 No gradient passes through it; a network reads its outcome.
 
-Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, T = 4 tangents of an atom, G grid points.
-Complex arrays are planar here, (..., 2C) = [real C | imaginary C]: one real matrix product then does a complex one.
+Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, T = 4 tangents of an atom, G grid
+points. Complex arrays are planar here, (..., 2C) = [real C | imaginary C]: one real matrix product then does a complex
+one.
 """
 
 from __future__ import annotations
@@ -19,52 +20,53 @@ from torch import Tensor
 from ..scale import rescaled
 from .solve import spd_solve
 
-TANGENTS = 4                     # a, and its normalised derivatives along u, v and w = 1/range
+TANGENTS = 4  # a, and its normalised derivatives along u, v and w = 1/range
 
-NOTHING = 1e-18                  # mean squares of rescaled numbers are far above it, unless all of them are zero
+NOTHING = 1e-18  # mean squares of rescaled numbers are far above it, unless all of them are zero
 
 
 class Normal(NamedTuple):
     """The normal equations of one batch, in units where y has mean power 1 and G^H G has mean diagonal 1."""
 
-    gram: Tensor                 # (B, N, 2N)  [Re P | -Im P], P = G^H G
-    moment: Tensor               # (B, N, 2)   b = G^H y, planar
-    noise: Tensor                # (B,)        sigma^2
-    signal: Tensor               # (B,)        expected |x|^2
-    energy: Tensor               # (B,)        |y|^2
+    gram: Tensor  # (B, N, 2N)  [Re P | -Im P], P = G^H G
+    moment: Tensor  # (B, N, 2)   b = G^H y, planar
+    noise: Tensor  # (B,)        sigma^2
+    signal: Tensor  # (B,)        expected |x|^2
+    energy: Tensor  # (B,)        |y|^2
 
 
 class Atoms(NamedTuple):
     """What the pursuit found, atoms in the order of their discovery; D are the tangents before the last step."""
 
-    place: Tensor                # (B, K, 3)       u, v, w = 1/range
-    amplitude: Tensor            # (B, 2, K)       s, real and imaginary parts
-    gram: Tensor                 # (B, 2, K, T, K, T)  D^H P D, real and imaginary parts
-    left: Tensor                 # (B, 2, K, T)    D^H (b - P x), x the linearised fit
-    gains: Tensor                # (B, K)          fall of the cost |y - G x|^2 at each stage
-    early_place: Tensor          # (B, E, 3)       places after each earlier stage, E = K (K - 1) / 2
-    early_amplitude: Tensor      # (B, 2, E)       their amplitudes then
+    place: Tensor  # (B, K, 3)       u, v, w = 1/range
+    amplitude: Tensor  # (B, 2, K)       s, real and imaginary parts
+    gram: Tensor  # (B, 2, K, T, K, T)  D^H P D, real and imaginary parts
+    left: Tensor  # (B, 2, K, T)    D^H (b - P x), x the linearised fit
+    gains: Tensor  # (B, K)          fall of the cost |y - G x|^2 at each stage
+    early_place: Tensor  # (B, E, 3)       places after each earlier stage, E = K (K - 1) / 2
+    early_amplitude: Tensor  # (B, 2, E)       their amplitudes then
 
 
 class Geometry(NamedTuple):
     """The constants of a task: the array in radians of phase, the box of places and the grid of the first guess."""
 
-    x: Tensor                    # (N,)       k x
-    y: Tensor                    # (N,)       k y
-    curvature: Tensor            # (N,)       k (x^2 + y^2) / 2
-    scale: Tensor                # (3,)       spread of psi over the aperture by u, v, w
-    low: Tensor                  # (3,)       least u, v, w
-    high: Tensor                 # (3,)       largest u, v, w
-    trust: Tensor                # (3,)       step that a Gauss-Newton step is damped to, times scale
-    grid: Tensor                 # (G, 3)     places
-    dictionary: Tensor           # (2N, 2G)   residual (N, 2), flattened, to the two parts of a^H r; (2N, 0): not made yet
+    x: Tensor  # (N,)       k x
+    y: Tensor  # (N,)       k y
+    curvature: Tensor  # (N,)       k (x^2 + y^2) / 2
+    scale: Tensor  # (3,)       spread of psi over the aperture by u, v, w
+    low: Tensor  # (3,)       least u, v, w
+    high: Tensor  # (3,)       largest u, v, w
+    trust: Tensor  # (3,)       step that a Gauss-Newton step is damped to, times scale
+    grid: Tensor  # (G, 3)     places
+    dictionary: Tensor  # (2N, 2G)   residual (N, 2), flattened, to the two parts of a^H r; (2N, 0): not made yet
 
 
 def normal_equations(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Normal:
     """P = sum_l diag(c_l)^H H^H H diag(c_l) = (H^H H) o (C^H C) and b = sum_l conj(c_l) o (H^H y_l), normalised.
 
     Args: snapshots (B, L, M, 2), channel (B, M, N, 2), codes (L, N, 2) or (B, L, N, 2), snr_db (B,), all of one dtype.
-    Numerics: snapshots and channel of any finite scale give the same; those of zeros give b = 0, and P = 0 for the channel.
+    Numerics: snapshots and channel of any finite scale give the same; those of zeros give b = 0, and P = 0 for the
+        channel.
     Cost: 8 M N^2 FLOPs a scene; P is 8 N^2 bytes.
     """
     batch, length, antennas, _ = snapshots.shape
@@ -132,7 +134,9 @@ class Pursuit:
     """
 
     def __init__(self, geometry: Geometry, wavenumber: float, stages: int) -> None:
-        self.x, self.y, self.curvature, self.scale, self.low, self.high, self.trust, self.grid, self.dictionary = geometry
+        self.x, self.y, self.curvature, self.scale, self.low, self.high, self.trust, self.grid, self.dictionary = (
+            geometry
+        )
         self.wavenumber, self.stages = wavenumber, stages
         if not self.dictionary.shape[1]:
             self.dictionary = self.correlator()
@@ -188,8 +192,15 @@ class Pursuit:
             explained = reached
             places.append(place)
             amplitudes_then.append(fit[..., 0])
-        return Atoms(place, fit[..., 0], gram, left, torch.stack(gains, dim=1),
-                     torch.cat(places[:-1], dim=1), torch.cat(amplitudes_then[:-1], dim=2))
+        return Atoms(
+            place,
+            fit[..., 0],
+            gram,
+            left,
+            torch.stack(gains, dim=1),
+            torch.cat(places[:-1], dim=1),
+            torch.cat(amplitudes_then[:-1], dim=2),
+        )
 
     def strongest(self, residual: Tensor) -> Tensor:
         """The grid place with the largest |a^H r|: (B, N, 2) -> (B, 3)."""
@@ -203,8 +214,8 @@ class Pursuit:
         batch, atoms, size = place.shape[0], place.shape[1], place.shape[1] * TANGENTS
         both = tangents.transpose(1, 2) @ torch.cat((image, normal.moment), dim=2)
         left, right = both[:, :size], both[:, size:]
-        real = left[..., :size] + right[..., size:2 * size]
-        imag = left[..., size:2 * size] - right[..., :size]
+        real = left[..., :size] + right[..., size : 2 * size]
+        imag = left[..., size : 2 * size] - right[..., :size]
         moment = torch.stack((left[..., -2] + right[..., -1], left[..., -1] - right[..., -2]), dim=1)
         gram = torch.stack((real, imag), dim=1).reshape(batch, 2, atoms, TANGENTS, atoms, TANGENTS)
         return image, gram, moment.reshape(batch, 2, atoms, TANGENTS)
@@ -228,8 +239,9 @@ def apply_gram(gram: Tensor, s: Tensor) -> Tensor:
     """gram (B, 2, K, T, K, T') times s (B, 2, K, T'): (B, 2, K, T)."""
     flat = gram.flatten(4).flatten(2, 3)
     real, imag = s.flatten(2)[:, :, None].unbind(1)
-    out = torch.stack(((flat[:, 0] * real - flat[:, 1] * imag).sum(-1),
-                       (flat[:, 0] * imag + flat[:, 1] * real).sum(-1)), dim=1)
+    out = torch.stack(
+        ((flat[:, 0] * real - flat[:, 1] * imag).sum(-1), (flat[:, 0] * imag + flat[:, 1] * real).sum(-1)), dim=1
+    )
     return out.reshape(gram.shape[:4])
 
 
@@ -256,8 +268,9 @@ def newton(gram: Tensor, moment: Tensor, s: Tensor, trust: Tensor, normal: Norma
     right_im = real * turn_im[:, None, None] + imag * turn_re[:, None, None]
     full = right_re * turn_re[:, :, :, None, None] + right_im * turn_im[:, :, :, None, None]
     size = 5 * atoms
-    ridge = torch.cat(((normal.noise / normal.signal)[:, None].expand(batch, 2),
-                       normal.noise[:, None] / trust.square()), dim=1).T.repeat(atoms, 1)
+    ridge = torch.cat(
+        ((normal.noise / normal.signal)[:, None].expand(batch, 2), normal.noise[:, None] / trust.square()), dim=1
+    ).T.repeat(atoms, 1)
     matrix = full.reshape(batch, size, size).permute(1, 2, 0).contiguous()
     return spd_solve(matrix, rhs.reshape(batch, size).T, ridge).T.reshape(batch, atoms, 5)
 

@@ -32,8 +32,8 @@ def spd_solve(matrix_nnB: Tensor, rhs_nB: Tensor, ridge_nB: Tensor) -> Tensor:
             rest = rest[1:, 1:] - rest[1:, :1] * row
     solution: list[Tensor] = []
     for row in reversed(rows):
-        value = row[-sides.shape[1]:]
+        value = row[-sides.shape[1] :]
         if solution:
-            value = value - (row[:-sides.shape[1], None] * torch.stack(solution[::-1])).sum(0)
+            value = value - (row[: -sides.shape[1], None] * torch.stack(solution[::-1])).sum(0)
         solution.append(value)
     return torch.stack(solution[::-1]).reshape(rhs_nB.shape)

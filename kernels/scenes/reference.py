@@ -18,7 +18,8 @@ from ..philox import reference as philox
 def steering(positions_2N: Tensor, place: Tensor, spherical: bool) -> Tensor:
     """Unit-norm near-field vectors exp(2 pi j path)/sqrt(N) of (..., 3) azimuth, elevation, range: complex (..., N).
 
-    Model: u = sin(azimuth) cos(elevation), v = sin(elevation); fresnel: path = u x + v y - (x^2 + y^2)/(2 r); spherical: path = r - sqrt(r^2 - 2 r (u x + v y) + x^2 + y^2).
+    Model: u = sin(azimuth) cos(elevation), v = sin(elevation); fresnel: path = u x + v y - (x^2 + y^2)/(2 r);
+        spherical: path = r - sqrt(r^2 - 2 r (u x + v y) + x^2 + y^2).
     """
     x, y = positions_2N
     azimuth, elevation, r = place[..., None].unbind(-2)
@@ -29,15 +30,30 @@ def steering(positions_2N: Tensor, place: Tensor, spherical: bool) -> Tensor:
     return torch.polar(torch.full_like(path, x.numel() ** -0.5), 2.0 * math.pi * path)
 
 
-def scenes(index_B: Tensor, seed: int, channel_stream: int, noise_stream: int, antennas: int, positions_2N: Tensor,
-           codes: Tensor, source_BK3: Tensor, amplitude_BSK2: Tensor, power_BK: Tensor, sight_B3: Tensor, rician_B: Tensor,
-           snr_db_B: Tensor, spherical: bool,
-           normal: Callable[..., Tensor] = philox.normal) -> tuple[Tensor, Tensor, Tensor]:
-    """Channel H (B, M, N, 2), noisy snapshots y (B, L, M, 2), target factor (B, N, K, 2); codes (L, N, 2) or (B, L, N, 2).
+def scenes(
+    index_B: Tensor,
+    seed: int,
+    channel_stream: int,
+    noise_stream: int,
+    antennas: int,
+    positions_2N: Tensor,
+    codes: Tensor,
+    source_BK3: Tensor,
+    amplitude_BSK2: Tensor,
+    power_BK: Tensor,
+    sight_B3: Tensor,
+    rician_B: Tensor,
+    snr_db_B: Tensor,
+    spherical: bool,
+    normal: Callable[..., Tensor] = philox.normal,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Channel H (B, M, N, 2), noisy snapshots y (B, L, M, 2), target factor (B, N, K, 2); codes (L, N, 2) or (B, L, N,
+    2).
 
     Model: H = sqrt(k/(k+1)) b a^H + W / sqrt(2 M (k+1)) with k `rician_B`, a the steering vector of `sight_B3`, b the
-        far-field one of a line of M antennas at half a wavelength, W standard normal in both parts; y_l = H (c_l o sum_k amplitude_k a_k) + n_l, n_l complex white with
-        E|n|^2 = mean |y|^2 / 10^(snr_db / 10); column k of the factor is sqrt(power_k) a_k.
+        far-field one of a line of M antennas at half a wavelength, W standard normal in both parts; y_l = H (c_l o
+        sum_k amplitude_k a_k) + n_l, n_l complex white with E|n|^2 = mean |y|^2 / 10^(snr_db / 10); column k of the
+        factor is sqrt(power_k) a_k.
     Numbers: element e of W and of n, counted row by row with (re, im) innermost, is normal e of its stream.
     """
     dtype, m, n, count = source_BK3.dtype, antennas, positions_2N.shape[1], index_B.numel()

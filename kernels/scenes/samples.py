@@ -16,9 +16,22 @@ from ..registry import Cost, Sample
 NORMAL_FLOPS = 44  # a counter-based normal, integer operations included
 
 
-def _sample(name: str, batch: int, side: int, antennas: int, snapshots: int, sources: int, *, moving: bool = False,
-            spherical: bool = False, strided: bool = False, small: bool = False, own_codes: bool = False) -> Sample:
+def _sample(
+    name: str,
+    batch: int,
+    side: int,
+    antennas: int,
+    snapshots: int,
+    sources: int,
+    *,
+    moving: bool = False,
+    spherical: bool = False,
+    strided: bool = False,
+    small: bool = False,
+    own_codes: bool = False,
+) -> Sample:
     """Random geometry on a square array, 1 .. K sources a scene, values that float32 holds exactly."""
+
     def make(device: torch.device | str, dtype: torch.dtype) -> tuple[Any, ...]:
         generator = torch.Generator().manual_seed(0)
 
@@ -30,13 +43,32 @@ def _sample(name: str, batch: int, side: int, antennas: int, snapshots: int, sou
         positions = torch.stack((line.repeat(side), line.repeat_interleave(side))).to(device)
         active = torch.arange(sources) < torch.arange(batch)[:, None] % sources + 1
         amplitude = uniform(-1, 1, batch, snapshots if moving else 1, sources, 2) * active[:, None, :, None].to(device)
-        turns = torch.randint(8, (*((batch,) if own_codes else ()), snapshots, side * side), generator=generator) * (2 * math.pi / 8)
+        turns = torch.randint(8, (*((batch,) if own_codes else ()), snapshots, side * side), generator=generator) * (
+            2 * math.pi / 8
+        )
         codes = torch.stack((turns.cos(), turns.sin()), -1).to(device, dtype)
-        source = torch.stack((uniform(-1.1, 1.1, batch, sources), uniform(-0.5, 0.5, batch, sources), uniform(1.7, 33, batch, sources)), -1)
+        source = torch.stack(
+            (uniform(-1.1, 1.1, batch, sources), uniform(-0.5, 0.5, batch, sources), uniform(1.7, 33, batch, sources)),
+            -1,
+        )
         sight = torch.stack((uniform(-0.9, 0.9, batch), uniform(-0.9, 0.9, batch), uniform(333, 334, batch)), -1)
-        power = (uniform(0.1, 1, batch, sources) * active.to(device))
-        return (torch.arange(batch, device=device) * 7 + 2**33, 3, 2, 1, antennas, positions, codes, source, amplitude, power,
-                sight, uniform(0.5, 10, batch), uniform(-5, 20, batch), spherical)
+        power = uniform(0.1, 1, batch, sources) * active.to(device)
+        return (
+            torch.arange(batch, device=device) * 7 + 2**33,
+            3,
+            2,
+            1,
+            antennas,
+            positions,
+            codes,
+            source,
+            amplitude,
+            power,
+            sight,
+            uniform(0.5, 10, batch),
+            uniform(-5, 20, batch),
+            spherical,
+        )
 
     return Sample(name, make, small=small)
 
@@ -58,13 +90,25 @@ SAMPLES = (
 )
 
 
-def cost(index: Tensor, seed: int, channel_stream: int, noise_stream: int, antennas: int, positions: Tensor, codes: Tensor,
-         source: Tensor, amplitude: Tensor, *rest: Any) -> Cost:
+def cost(
+    index: Tensor,
+    seed: int,
+    channel_stream: int,
+    noise_stream: int,
+    antennas: int,
+    positions: Tensor,
+    codes: Tensor,
+    source: Tensor,
+    amplitude: Tensor,
+    *rest: Any,
+) -> Cost:
     """Least bytes (parameters read, results written) and FLOPs (normals, and 8 per complex multiply-add)."""
     batch, sources, _ = source.shape
     (snapshots, elements, _), symbols = codes.shape[-3:], amplitude.shape[1]
     results = 2 * batch * (antennas * elements + snapshots * antennas + elements * sources)
     inputs = sum(each.numel() for each in (positions, codes, source, amplitude, *rest[:-1]))
-    products = snapshots * antennas * elements + antennas * elements + snapshots * elements + symbols * sources * elements
+    products = (
+        snapshots * antennas * elements + antennas * elements + snapshots * elements + symbols * sources * elements
+    )
     normals = 2 * antennas * (elements + snapshots)
     return Cost(4 * (results + inputs) + 8 * batch, batch * (8 * products + NORMAL_FLOPS * normals))

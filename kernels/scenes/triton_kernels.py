@@ -1,8 +1,9 @@
 """Scenes on the GPU in three launches: channel; field and target factor; snapshots. The model is that of reference.py.
 
-channel    H[m, n] = sqrt(k/(k+1)) b_m conj(a_n) + W[m, n] / sqrt(2 M (k+1)), a lane an entry; W made on the spot from its counter
-field      x_s[n] = sum_k amplitude[s, k] a_k[n] and factor[n, k] = sqrt(power_k) a_k[n], a lane a (symbol, element)
-snapshots  y[l, m] = sum_n H[m, n] c_l[n] x_l[n] + noise, a program a scene, a lane a (snapshot, antenna); no tl.dot: its
+channel    H[m, n] = sqrt(k/(k+1)) b_m conj(a_n) + W[m, n] / sqrt(2 M (k+1)), a lane an entry; W made on the spot from
+its counter field      x_s[n] = sum_k amplitude[s, k] a_k[n] and factor[n, k] = sqrt(power_k) a_k[n], a lane a (symbol,
+element) snapshots  y[l, m] = sum_n H[m, n] c_l[n] x_l[n] + noise, a program a scene, a lane a (snapshot, antenna); no
+tl.dot: its
            default precision is TF32, and these outer products need no shared memory
 Lengths in wavelengths; complex entries are (re, im) pairs in memory. A scene's bits do not depend on the batch.
 """
@@ -59,8 +60,21 @@ def complex_normal(entry, stream, index, seed):
 
 
 @triton.jit(do_not_specialize=["seed", "stream"])
-def channel_kernel(channel_ptr, index_ptr, positions_ptr, sight_ptr, rician_ptr, antennas, elements, scale, antenna_scale,
-                   seed, stream, SPHERICAL: tl.constexpr, BLOCK: tl.constexpr):
+def channel_kernel(
+    channel_ptr,
+    index_ptr,
+    positions_ptr,
+    sight_ptr,
+    rician_ptr,
+    antennas,
+    elements,
+    scale,
+    antenna_scale,
+    seed,
+    stream,
+    SPHERICAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """channel (B, M, N, 2); grid (B, ceil(M N / BLOCK))."""
     scene, entries = tl.program_id(0), antennas * elements
     entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -77,12 +91,26 @@ def channel_kernel(channel_ptr, index_ptr, positions_ptr, sight_ptr, rician_ptr,
     h_re = scatter * w_re + weight * (b_re * cosine + b_im * sine)
     h_im = scatter * w_im + weight * (b_im * cosine - b_re * sine)
     place = tl.program_id(1) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
-    tl.store(channel_ptr + scene.to(tl.int64) * (2 * entries) + place, tl.interleave(h_re, h_im), mask=place < 2 * entries)
+    tl.store(
+        channel_ptr + scene.to(tl.int64) * (2 * entries) + place, tl.interleave(h_re, h_im), mask=place < 2 * entries
+    )
 
 
 @triton.jit
-def field_kernel(factor_ptr, field_ptr, positions_ptr, source_ptr, amplitude_ptr, power_ptr, symbols, elements, scale,
-                 K: tl.constexpr, SPHERICAL: tl.constexpr, BLOCK: tl.constexpr):
+def field_kernel(
+    factor_ptr,
+    field_ptr,
+    positions_ptr,
+    source_ptr,
+    amplitude_ptr,
+    power_ptr,
+    symbols,
+    elements,
+    scale,
+    K: tl.constexpr,
+    SPHERICAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """field (B, S, N, 2) and factor (B, N, K, 2); grid (B, ceil(S N / BLOCK))."""
     scene = tl.program_id(0)
     lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -105,9 +133,25 @@ def field_kernel(factor_ptr, field_ptr, positions_ptr, source_ptr, amplitude_ptr
 
 
 @triton.jit(do_not_specialize=["seed", "stream"])
-def snapshot_kernel(snapshots_ptr, channel_ptr, field_ptr, codes_ptr, index_ptr, snr_db_ptr, antennas, elements, snapshots,
-                    symbols, code_stride, seed, stream, L: tl.constexpr, M: tl.constexpr):
-    """snapshots (B, L, M, 2); grid (B,); code_stride: floats from a scene's codes to the next one's, 0 where all share them; L and M: numbers of snapshots and antennas, rounded up to powers of two."""
+def snapshot_kernel(
+    snapshots_ptr,
+    channel_ptr,
+    field_ptr,
+    codes_ptr,
+    index_ptr,
+    snr_db_ptr,
+    antennas,
+    elements,
+    snapshots,
+    symbols,
+    code_stride,
+    seed,
+    stream,
+    L: tl.constexpr,
+    M: tl.constexpr,
+):
+    """snapshots (B, L, M, 2); grid (B,); code_stride: floats from a scene's codes to the next one's, 0 where all share
+    them; L and M: numbers of snapshots and antennas, rounded up to powers of two."""
     scene = tl.program_id(0)
     l, m = tl.arange(0, L)[:, None], tl.arange(0, M)[None, :]
     s = tl.where(symbols == 1, 0, l)
@@ -136,7 +180,9 @@ def snapshot_kernel(snapshots_ptr, channel_ptr, field_ptr, codes_ptr, index_ptr,
     tl.store(out + 1, y_im + deviation * z_im, mask=inside)
 
 
-def scenes(index: Tensor, seed: int, channel_stream: int, noise_stream: int, m: int, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+def scenes(
+    index: Tensor, seed: int, channel_stream: int, noise_stream: int, m: int, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
     """The operator on the device of `index`; arguments as in reference.py, float32."""
     tensors, spherical = [each.contiguous() for each in (index, *rest[:-1])], bool(rest[-1])
     index, positions, codes, source, amplitude, power, sight, rician, snr_db = tensors
@@ -148,12 +194,52 @@ def scenes(index: Tensor, seed: int, channel_stream: int, noise_stream: int, m: 
     scale = n**-0.5
     with torch.cuda.device_of(index):  # does nothing on CPU, where the interpreter runs
         channel_kernel[(batch, triton.cdiv(m * n, BLOCK))](
-            channel, index, positions, sight, rician, m, n, scale, m**-0.5, seed, channel_stream, SPHERICAL=spherical,
-            BLOCK=BLOCK, num_warps=WARPS)
+            channel,
+            index,
+            positions,
+            sight,
+            rician,
+            m,
+            n,
+            scale,
+            m**-0.5,
+            seed,
+            channel_stream,
+            SPHERICAL=spherical,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
         field_kernel[(batch, triton.cdiv(symbols * n, BLOCK))](
-            factor, field, positions, source, amplitude, power, symbols, n, scale, K=k, SPHERICAL=spherical, BLOCK=BLOCK,
-            num_warps=WARPS)
+            factor,
+            field,
+            positions,
+            source,
+            amplitude,
+            power,
+            symbols,
+            n,
+            scale,
+            K=k,
+            SPHERICAL=spherical,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
         snapshot_kernel[(batch,)](
-            received, channel, field, codes, index, snr_db, m, n, snapshots, symbols, 2 * snapshots * n if codes.dim() == 4 else 0, seed, noise_stream,
-            L=triton.next_power_of_2(snapshots), M=triton.next_power_of_2(m), num_warps=WARPS)
+            received,
+            channel,
+            field,
+            codes,
+            index,
+            snr_db,
+            m,
+            n,
+            snapshots,
+            symbols,
+            2 * snapshots * n if codes.dim() == 4 else 0,
+            seed,
+            noise_stream,
+            L=triton.next_power_of_2(snapshots),
+            M=triton.next_power_of_2(m),
+            num_warps=WARPS,
+        )
     return channel, received, factor

@@ -17,10 +17,11 @@ WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize
 
 
 def launches_and_waits(call: Callable[[], Any], device: torch.device, steps: int = 3) -> dict[str, Any]:
-    """Per step. On a GPU: launches, kernels, waits by the runtime's own names, and what torch's debug mode calls synchronising.
+    """Per step. On a GPU: launches, kernels, waits by the runtime's own names, and what torch's debug mode calls
+    synchronising.
 
-    On a CPU, where nothing is launched: operators without operators inside, and the host reads (`item`) among them, each
-    of which would be a wait on a GPU.
+    On a CPU, where nothing is launched: operators without operators inside, and the host reads (`item`) among them,
+    each of which would be a wait on a GPU.
     """
     cuda = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if cuda else [])
@@ -32,11 +33,18 @@ def launches_and_waits(call: Callable[[], Any], device: torch.device, steps: int
     counts = Counter({event.key: event.count for event in profiler.key_averages()})
     if not cuda:
         leaves = sum(1 for event in profiler.events() if not event.cpu_children and "::" in event.name)
-        return {"device": "no GPU", "operators": leaves / steps, "host_reads": counts["aten::_local_scalar_dense"] / steps}
+        return {
+            "device": "no GPU",
+            "operators": leaves / steps,
+            "host_reads": counts["aten::_local_scalar_dense"] / steps,
+        }
     kernels = sum(1 for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-    return {"launches": sum(counts[name] for name in LAUNCHES) / steps, "device_activities": kernels / steps,
-            "waits_by_name_all_steps": {name: counts[name] for name in WAITS},
-            "synchronising_calls": synchronising_calls(call, steps) / steps}
+    return {
+        "launches": sum(counts[name] for name in LAUNCHES) / steps,
+        "device_activities": kernels / steps,
+        "waits_by_name_all_steps": {name: counts[name] for name in WAITS},
+        "synchronising_calls": synchronising_calls(call, steps) / steps,
+    }
 
 
 def synchronising_calls(call: Callable[[], Any], steps: int) -> int:
@@ -54,7 +62,8 @@ def synchronising_calls(call: Callable[[], Any], steps: int) -> int:
 
 
 def energy(call: Callable[[], Any], device: torch.device, scenes: int, seconds: float = 5.0) -> dict[str, Any]:
-    """Joules a scene over at least `seconds`, with the clock and what throttled it, by nvidia-ml-py; "no GPU" on a CPU."""
+    """Joules a scene over at least `seconds`, with the clock and what throttled it, by nvidia-ml-py; "no GPU" on a
+    CPU."""
     if device.type != "cuda":
         return {"joules_a_scene": None, "note": "no GPU"}
     try:
@@ -75,6 +84,10 @@ def energy(call: Callable[[], Any], device: torch.device, scenes: int, seconds: 
         calls += 10
     elapsed = time.perf_counter() - begin
     joules = (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) * 1e-3
-    return {"joules_a_scene": joules / (calls * scenes), "watts": joules / elapsed, "seconds": elapsed,
-            "clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "throttle_reasons": hex(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))}
+    return {
+        "joules_a_scene": joules / (calls * scenes),
+        "watts": joules / elapsed,
+        "seconds": elapsed,
+        "clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+        "throttle_reasons": hex(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
+    }

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ris_fast.timing import alternate, keeping
 from ris_fast.kernels.registry import Operator, Sample, operators
+from ris_fast.timing import alternate, keeping
 
 
 def largest(operator: Operator, device: torch.device) -> Sample:
@@ -31,5 +31,11 @@ def _compared(operator: Operator, device: torch.device, quiet: int, seconds: flo
     with torch.no_grad():
         found = alternate(calls, device, quiet=quiet, seconds=seconds, warm=1)
     moved = operator.cost(*args).bytes
-    return {"operator": operator.name, "sample": sample.name, "bytes": moved, "variants": found,
-            "bytes_per_s": moved / found["ours"]["s"], "times_faster": found["plain"]["s"] / found["ours"]["s"]}
+    return {
+        "operator": operator.name,
+        "sample": sample.name,
+        "bytes": moved,
+        "variants": found,
+        "bytes_per_s": moved / found["ours"]["s"],
+        "times_faster": found["plain"]["s"] / found["ours"]["s"],
+    }

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ris_fast.timing import Found, Stopped, alternate, ceiling, once, times_slower
 from ris_fast.benchmarks.peers.eager import EagerLoop, with_dense_target
 from ris_fast.benchmarks.peers.original import OriginalLoop
+from ris_fast.commands.streams import stage
 from ris_fast.config.schema import Config
 from ris_fast.physics.scenes import Scenes
-from ris_fast.commands.streams import stage
+from ris_fast.timing import Found, Stopped, alternate, ceiling, once, times_slower
 from ris_fast.training.capture import CapturedStep
 from ris_fast.training.trainer import Trainer
 
 OURS, EAGER, COMPILED, ORIGINAL = "ours", "eager loop", "eager loop, compiled", "original's step"
-PLANNED = 10**6         # length of the schedule: the learning rate stands still while steps are measured
+PLANNED = 10**6  # length of the schedule: the learning rate stands still while steps are measured
 
 
 def trainer_of(config: Config, batch_size: int, compile: bool) -> Trainer:
@@ -29,7 +29,8 @@ def trainer_of(config: Config, batch_size: int, compile: bool) -> Trainer:
 
 
 class ReadyScenes:
-    """A source whose every batch is one that lies ready, so that a step is measured without the making of its scenes."""
+    """A source whose every batch is one that lies ready, so that a step is measured without the making of its
+    scenes."""
 
     def __init__(self, source: Any, scenes: Scenes) -> None:
         self.source, self.scenes = source, scenes
@@ -46,14 +47,19 @@ def our_step(trainer: Trainer, scenes: Scenes) -> Callable[[], Any]:
     trainer.model.train()
     call = lambda: trainer.step([scenes], PLANNED)  # noqa: E731
     if trainer.device.type == "cuda":
-        captured, index = CapturedStep(trainer.step, ReadyScenes(trainer.source, scenes), trainer.config), [scenes.index]
+        captured, index = (
+            CapturedStep(trainer.step, ReadyScenes(trainer.source, scenes), trainer.config),
+            [scenes.index],
+        )
         call = lambda: captured(index, PLANNED)  # noqa: E731
     for _ in range(12):
         call()
     return call
 
 
-def contestants(config: Config, batch_size: int, *, compile: bool = True) -> tuple[dict[str, Callable[[], Any]], dict[str, float], Trainer]:
+def contestants(
+    config: Config, batch_size: int, *, compile: bool = True
+) -> tuple[dict[str, Callable[[], Any]], dict[str, float], Trainer]:
     """Name -> step; seconds that compiling took; our eager trainer, for phases and counts.
 
     Peers get the dense target ready made. The original's step serves the network `hybrid` only.
@@ -79,7 +85,9 @@ def contestants(config: Config, batch_size: int, *, compile: bool = True) -> tup
     return calls, seconds, trainer
 
 
-def compare_steps(config: Config, batch_size: int, *, compile: bool = True, quiet: int = 7, seconds: float = 60.0) -> dict[str, Any]:
+def compare_steps(
+    config: Config, batch_size: int, *, compile: bool = True, quiet: int = 7, seconds: float = 60.0
+) -> dict[str, Any]:
     """Times of every contestant, alternating; how many times slower than our best each is; share of the ceiling.
 
     Raises Stopped at Ctrl-C, with the same of the rounds that were whole.
@@ -93,14 +101,26 @@ def compare_steps(config: Config, batch_size: int, *, compile: bool = True, quie
     return _compared(found, config, batch_size, compile_s, trainer)
 
 
-def _compared(found: Found, config: Config, batch_size: int, compile_s: dict[str, float], trainer: Trainer) -> dict[str, Any]:
+def _compared(
+    found: Found, config: Config, batch_size: int, compile_s: dict[str, float], trainer: Trainer
+) -> dict[str, Any]:
     ours = min(each["s"] for name, each in found.items() if name.startswith(OURS))
     flops, most = step_flops(trainer, batch_size), ceiling(trainer.device, config.training.precision)
-    return {"preset": config.preset, "model": config.model.name, "parameters": trainer.parameters, "batch_size": batch_size,
-            "precision": config.training.precision, "compile_and_first_step_s": compile_s, "variants": found,
-            "times_slower_than_ours": times_slower(found, ours),
-            "scenes_per_s": {name: batch_size / each["s"] for name, each in found.items()},
-            "flops_a_step": flops, "flop_per_s": flops / ours, "ceiling_flop_per_s": most, "share_of_ceiling": flops / ours / most}
+    return {
+        "preset": config.preset,
+        "model": config.model.name,
+        "parameters": trainer.parameters,
+        "batch_size": batch_size,
+        "precision": config.training.precision,
+        "compile_and_first_step_s": compile_s,
+        "variants": found,
+        "times_slower_than_ours": times_slower(found, ours),
+        "scenes_per_s": {name: batch_size / each["s"] for name, each in found.items()},
+        "flops_a_step": flops,
+        "flop_per_s": flops / ours,
+        "ceiling_flop_per_s": most,
+        "share_of_ceiling": flops / ours / most,
+    }
 
 
 def step_flops(trainer: Trainer, batch_size: int) -> int:

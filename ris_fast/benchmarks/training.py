@@ -1,4 +1,5 @@
-"""A whole training measured: scenes a second as the loop counts them, time by phase, memory, growth, time to a target."""
+"""A whole training measured: scenes a second as the loop counts them, time by phase, memory, growth, time to a
+target."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ from typing import Any
 
 import torch
 
-from ris_fast.timing import Stopwatch, alternate, ceiling, synchronize, waited_ns
 from ris_fast.benchmarks.train_step import PLANNED, step_flops, trainer_of
-from ris_fast.config.schema import Config
 from ris_fast.commands.streams import stage
-from ris_fast.training.trainer import Silent, Trainer
+from ris_fast.config.schema import Config
+from ris_fast.timing import Stopwatch, alternate, ceiling, synchronize, waited_ns
 from ris_fast.training.step import autocast, network_inputs
+from ris_fast.training.trainer import Silent, Trainer
 
 PHASES = ("simulate", "features", "forward", "loss", "backward", "step")
 TARGETS = (0.5, 0.35, 0.187, 0.03, 0.02)
@@ -33,7 +34,8 @@ class Epochs(Silent):
 
 
 def loop_rate(config: Config, batch_size: int, steps: int, *, compile: bool = False, epochs: int = 3) -> dict[str, Any]:
-    """Scenes a second of the trainer's own loop, simulation and features included; validation and the first epoch are not.
+    """Scenes a second of the trainer's own loop, simulation and features included; validation and the first epoch are
+    not.
 
     Returns also the peak memory in bytes: of the device on a GPU, of the whole process on a CPU.
     """
@@ -45,8 +47,14 @@ def loop_rate(config: Config, batch_size: int, steps: int, *, compile: bool = Fa
         torch.cuda.reset_peak_memory_stats(trainer.device)
     trainer.fit()
     rates = [row["scenes_per_s"] for row in watch.rows[1:]]
-    return {"batch_size": batch_size, "scenes_per_s": max(rates), "all_scenes_per_s": rates, "compile": trainer.compile_note,
-            "peak_memory_bytes": peak_memory(trainer.device), "waited_for_a_core_s": (waited_ns() - waited) * 1e-9}
+    return {
+        "batch_size": batch_size,
+        "scenes_per_s": max(rates),
+        "all_scenes_per_s": rates,
+        "compile": trainer.compile_note,
+        "peak_memory_bytes": peak_memory(trainer.device),
+        "waited_for_a_core_s": (waited_ns() - waited) * 1e-9,
+    }
 
 
 def peak_memory(device: torch.device) -> int:
@@ -75,7 +83,12 @@ def phases(config: Config, batch_size: int, *, repetitions: int = 15) -> dict[st
     laps = [_one_pass(trainer, batch_size) for _ in range(repetitions + 2)][2:]
     middle = {name: sorted(lap[name] for lap in laps)[repetitions // 2] for name in PHASES}
     total = sum(middle.values())
-    return {"batch_size": batch_size, "s": middle, "total_s": total, "share": {name: value / total for name, value in middle.items()}}
+    return {
+        "batch_size": batch_size,
+        "s": middle,
+        "total_s": total,
+        "share": {name: value / total for name, value in middle.items()},
+    }
 
 
 def _one_pass(trainer: Trainer, batch_size: int) -> dict[str, float]:
@@ -117,8 +130,14 @@ def efficiency(config: Config, batch_size: int) -> dict[str, Any]:
     call, trainer = step_call(config, batch_size)
     seconds = alternate({"step": call}, trainer.device, quiet=9, seconds=10.0)["step"]
     flops, most = step_flops(trainer, batch_size), ceiling(trainer.device, config.training.precision)
-    return {"batch_size": batch_size, "step": seconds, "flops_a_step": flops, "flop_per_s": flops / seconds["s"],
-            "ceiling_flop_per_s": most, "share_of_ceiling": flops / seconds["s"] / most}
+    return {
+        "batch_size": batch_size,
+        "step": seconds,
+        "flops_a_step": flops,
+        "flop_per_s": flops / seconds["s"],
+        "ceiling_flop_per_s": most,
+        "share_of_ceiling": flops / seconds["s"] / most,
+    }
 
 
 def growth(configs: Mapping[Any, Config], batch_size: int, seconds: float = 10.0) -> dict[str, Any]:
@@ -143,8 +162,11 @@ def with_depth(config: Config, depth: int) -> Config:
     return replace(config, model=replace(config.model, options={"depth": depth, "width": 64}))
 
 
-def time_to_target(config: Config, max_seconds: float, every_steps: int = 5, targets: Sequence[float] = TARGETS) -> dict[str, Any]:
-    """Seconds of a run, validation included, until the validation NMSE is at or below each target; None if it never was.
+def time_to_target(
+    config: Config, max_seconds: float, every_steps: int = 5, targets: Sequence[float] = TARGETS
+) -> dict[str, Any]:
+    """Seconds of a run, validation included, until the validation NMSE is at or below each target; None if it never
+    was.
 
     The schedule anneals towards `max_seconds`; validation on 1,000 scenes every `every_steps` steps.
     """
@@ -154,7 +176,18 @@ def time_to_target(config: Config, max_seconds: float, every_steps: int = 5, tar
     watch = Epochs()
     trainer = Trainer(replace(config, data=data, training=training), None, watch)
     summary = trainer.fit()
-    curve = [(row["seconds"], row["scenes_seen"], min(row["val_nmse_raw"], row["val_nmse_ema"] or math.inf)) for row in watch.rows]
+    curve = [
+        (row["seconds"], row["scenes_seen"], min(row["val_nmse_raw"], row["val_nmse_ema"] or math.inf))
+        for row in watch.rows
+    ]
     reached = {str(target): next((seconds for seconds, _, nmse in curve if nmse <= target), None) for target in targets}
-    return {"preset": config.preset, "max_seconds": max_seconds, "seconds_to": reached, "best_val_nmse": summary["best_val_nmse"],
-            "scenes_seen": summary["scenes_seen"], "scenes_per_s": summary["scenes_per_s"], "compile": trainer.compile_note, "curve": curve}
+    return {
+        "preset": config.preset,
+        "max_seconds": max_seconds,
+        "seconds_to": reached,
+        "best_val_nmse": summary["best_val_nmse"],
+        "scenes_seen": summary["scenes_seen"],
+        "scenes_per_s": summary["scenes_per_s"],
+        "compile": trainer.compile_note,
+        "curve": curve,
+    }

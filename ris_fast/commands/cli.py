@@ -1,7 +1,7 @@
 """The command line: commands to functions, no logic. Torch and matplotlib are imported by the commands that need them.
 
-Exit codes: 0 done, 1 a gradient check failed, 2 bad usage or configuration, 3 data problem or a place that cannot be written,
-4 stopped by health or a failed check, 5 out of memory, 70 a bug of ours, 130 Ctrl-C, SIGTERM or SIGHUP.
+Exit codes: 0 done, 1 a gradient check failed, 2 bad usage or configuration, 3 data problem or a place that cannot be
+written, 4 stopped by health or a failed check, 5 out of memory, 70 a bug of ours, 130 Ctrl-C, SIGTERM or SIGHUP.
 """
 
 from __future__ import annotations
@@ -12,37 +12,58 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, Sequence
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 from ris_fast import __version__
-from ris_fast.config.load import load_config, render_toml
 from ris_fast.commands.streams import stage, unbreakable
 from ris_fast.commands.usage import empty_value, usage_message, whole_number, whole_number_or_auto, without_set
+from ris_fast.config.load import load_config, render_toml
 
-INTERNAL_ERROR = 70                                     # EX_SOFTWARE of sysexits.h
-LEAVES_A_RECORD = ("train", "simulate", "evaluate")     # what these print can be read in their folder
+INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
+LEAVES_A_RECORD = ("train", "simulate", "evaluate")  # what these print can be read in their folder
 
 Whole = Annotated[int | None, Parameter(converter=whole_number, accepts_keys=False)]
 WholeOrAuto = Annotated[int | str | None, Parameter(converter=whole_number_or_auto, accepts_keys=False)]
 Overrides = Annotated[list[str] | None, Parameter(name="--set")]
 
-app = App(name="ris-fast", version=__version__, default_parameter=Parameter(negative=(), show_default=False),
-          help="Covariance networks behind a reconfigurable intelligent surface, trained fast and watched closely.")
+app = App(
+    name="ris-fast",
+    version=__version__,
+    default_parameter=Parameter(negative=(), show_default=False),
+    help="Covariance networks behind a reconfigurable intelligent surface, trained fast and watched closely.",
+)
 
 
 @app.command
-def train(config: Path | None = None, /, *, preset: str | None = None, device: str | None = None,
-          data: Path | None = None, epochs: Whole = None, batch_size: WholeOrAuto = None,
-          accumulate: Whole = None, seed: Whole = None, max_seconds: float | None = None,
-          precision: str | None = None, no_compile: bool = False, backend: str | None = None,
-          set_: Overrides = None, out: Path | None = None, resume: Path | None = None, init: Path | None = None, log_tensors: bool = False,
-          anomaly: bool = False,
-          profile: bool = False, print_config: bool = False) -> int:
+def train(
+    config: Path | None = None,
+    /,
+    *,
+    preset: str | None = None,
+    device: str | None = None,
+    data: Path | None = None,
+    epochs: Whole = None,
+    batch_size: WholeOrAuto = None,
+    accumulate: Whole = None,
+    seed: Whole = None,
+    max_seconds: float | None = None,
+    precision: str | None = None,
+    no_compile: bool = False,
+    backend: str | None = None,
+    set_: Overrides = None,
+    out: Path | None = None,
+    resume: Path | None = None,
+    init: Path | None = None,
+    log_tensors: bool = False,
+    anomaly: bool = False,
+    profile: bool = False,
+    print_config: bool = False,
+) -> int:
     """Train a network; without arguments on scenes simulated on this machine's best device.
 
     Parameters
@@ -76,9 +97,11 @@ def train(config: Path | None = None, /, *, preset: str | None = None, device: s
     out
         Run folder; runs/DATE-TIME-PRESET by default.
     resume
-        Continue the run in this folder, or from this checkpoint of it, with its own settings; flags and --set still win.
+        Continue the run in this folder, or from this checkpoint of it, with its own settings; flags and --set still
+        win.
     init
-        Start a new run from the weights of this run or checkpoint, of the same network, on whatever task and data are given here.
+        Start a new run from the weights of this run or checkpoint, of the same network, on whatever task and data are
+        given here.
     log_tensors
         Write every tensor's norms at every step to tensors.csv and print a [GRAD] line at every report.
     anomaly
@@ -88,19 +111,30 @@ def train(config: Path | None = None, /, *, preset: str | None = None, device: s
     print_config
         Print every value and where it came from, then stop.
     """
-    flags = {"training.device": device, "data.path": _text(data), "training.epochs": epochs,
-             "training.batch_size": None if batch_size == "auto" else batch_size,
-             "training.accumulate": accumulate, "training.seed": seed,
-             "training.max_seconds": max_seconds, "training.precision": precision,
-             "training.compile": False if no_compile else None, "training.backend": backend, "training.init": _text(init),
-             "health.log_tensors": True if log_tensors else None, "health.anomaly": True if anomaly else None}
+    flags = {
+        "training.device": device,
+        "data.path": _text(data),
+        "training.epochs": epochs,
+        "training.batch_size": None if batch_size == "auto" else batch_size,
+        "training.accumulate": accumulate,
+        "training.seed": seed,
+        "training.max_seconds": max_seconds,
+        "training.precision": precision,
+        "training.compile": False if no_compile else None,
+        "training.backend": backend,
+        "training.init": _text(init),
+        "health.log_tensors": True if log_tensors else None,
+        "health.anomaly": True if anomaly else None,
+    }
     stage("loading torch")
+    from ris_fast.commands.run_folder import resumed_config
     from ris_fast.commands.train import run_training
     from ris_fast.training.out_of_memory import with_best_batch_size
-    from ris_fast.commands.run_folder import resumed_config
 
     if resume is not None:
-        resolved = resumed_config(resume, {"CONFIG": config, "--preset": preset, "--out": out, "--init": init}, set_ or (), flags)
+        resolved = resumed_config(
+            resume, {"CONFIG": config, "--preset": preset, "--out": out, "--init": init}, set_ or (), flags
+        )
     else:
         resolved = load_config(config, preset, set_ or (), flags)
     if batch_size == "auto":
@@ -112,10 +146,22 @@ def train(config: Path | None = None, /, *, preset: str | None = None, device: s
 
 
 @app.command
-def check(config: Path | None = None, /, *, preset: str | None = None, device: str | None = None,
-          data: Path | None = None, batch_size: Whole = None, seed: Whole = None, no_compile: bool = False,
-          set_: Overrides = None, json: bool = False, graph: bool = False) -> int:
-    """Check network, loss, step and scenes as `train` would use them, without training. Exit code 4: a mistake is certain.
+def check(
+    config: Path | None = None,
+    /,
+    *,
+    preset: str | None = None,
+    device: str | None = None,
+    data: Path | None = None,
+    batch_size: Whole = None,
+    seed: Whole = None,
+    no_compile: bool = False,
+    set_: Overrides = None,
+    json: bool = False,
+    graph: bool = False,
+) -> int:
+    """Check network, loss, step and scenes as `train` would use them, without training. Exit code 4: a mistake is
+    certain.
 
     Parameters
     ----------
@@ -143,8 +189,13 @@ def check(config: Path | None = None, /, *, preset: str | None = None, device: s
     stage("loading torch")
     from ris_fast.commands.check import run_check
 
-    flags = {"training.device": device, "data.path": _text(data), "training.batch_size": batch_size, "training.seed": seed,
-             "training.compile": False if no_compile else None}
+    flags = {
+        "training.device": device,
+        "data.path": _text(data),
+        "training.batch_size": batch_size,
+        "training.seed": seed,
+        "training.compile": False if no_compile else None,
+    }
     return run_check(load_config(config, preset, set_ or (), flags), json=json, graph=graph)
 
 
@@ -167,7 +218,9 @@ def why(run: Path | None = None, /, *, explain: str | None = None, json: bool = 
 
 
 @app.command
-def evaluate(run: Path, /, *, scenes: Whole = None, data: Path | None = None, device: str = "auto", json: bool = False) -> int:
+def evaluate(
+    run: Path, /, *, scenes: Whole = None, data: Path | None = None, device: str = "auto", json: bool = False
+) -> int:
     """NMSE of a trained run on the test scenes, by SNR and number of sources, beside the floors and the Bayes line.
 
     Parameters
@@ -192,7 +245,7 @@ def evaluate(run: Path, /, *, scenes: Whole = None, data: Path | None = None, de
     stage("opening the run and its test scenes")
     result = measure(run, scenes, device, _text(data), counter("scenes read"))
     print(dumps(result, indent=2) if json else evaluation_text(result))
-    picture = save_evaluation(result)       # after printing: a folder that cannot be written costs no figure
+    picture = save_evaluation(result)  # after printing: a folder that cannot be written costs no figure
     print("" if json else f"\nfigure: {picture}", end="" if json else "\n")
     return 0
 
@@ -206,7 +259,8 @@ def gradcheck(*, device: str = "auto", no_interpreter: bool = False, json: bool 
     device
         auto, cpu, cuda or cuda:N.
     no_interpreter
-        Leave out the Triton kernels under Triton's interpreter, a good part of the one to two minutes that all takes on two cores.
+        Leave out the Triton kernels under Triton's interpreter, a good part of the one to two minutes that all takes on
+        two cores.
     json
         Print JSON instead of a table.
     """
@@ -226,7 +280,9 @@ def gradcheck(*, device: str = "auto", no_interpreter: bool = False, json: bool 
 
 
 @app.command
-def bench(what: Literal["kernels", "step", "train"] | None = None, /, *, device: str = "auto", json: Path | None = None) -> int:
+def bench(
+    what: Literal["kernels", "step", "train"] | None = None, /, *, device: str = "auto", json: Path | None = None
+) -> int:
     """Measure kernels, the optimizer step against its peers, and whole trainings on this machine; all three by default.
 
     Parameters
@@ -245,7 +301,9 @@ def bench(what: Literal["kernels", "step", "train"] | None = None, /, *, device:
     on = choose_device(device, "--device")
     if json is not None:
         check_writable(json)
-    result = run_bench((what,) if what else KINDS, on, lambda kind: print(f"measuring: {kind}, minutes", file=sys.stderr, flush=True))
+    result = run_bench(
+        (what,) if what else KINDS, on, lambda kind: print(f"measuring: {kind}, minutes", file=sys.stderr, flush=True)
+    )
     print(bench_text(result))
     if json is not None:
         write_json(json, result)
@@ -253,8 +311,17 @@ def bench(what: Literal["kernels", "step", "train"] | None = None, /, *, device:
 
 
 @app.command
-def simulate(config: Path | None = None, /, *, out: Path, scenes: Annotated[int, Parameter(converter=whole_number)],
-             preset: str | None = None, device: str | None = None, seed: Whole = None, set_: Overrides = None) -> int:
+def simulate(
+    config: Path | None = None,
+    /,
+    *,
+    out: Path,
+    scenes: Annotated[int, Parameter(converter=whole_number)],
+    preset: str | None = None,
+    device: str | None = None,
+    seed: Whole = None,
+    set_: Overrides = None,
+) -> int:
     """Write a data set of simulated scenes that `ris-fast train --data DIR` reads.
 
     Parameters
@@ -308,8 +375,8 @@ def env(*, json: bool = False) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; every expected error ends as a message on standard error and its exit code.
 
-    Output that nobody can receive any more ends nothing. A bug prints its traceback and ends with 70, so that 1, Python's
-    own code for it, says that a gradient check failed and nothing else.
+    Output that nobody can receive any more ends nothing. A bug prints its traceback and ends with 70, so that 1,
+    Python's own code for it, says that a gradient check failed and nothing else.
     """
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     with unbreakable() as (output, _), endings_as_interrupts():
@@ -342,7 +409,8 @@ def _run(tokens: Sequence[str]) -> int:
 
 @contextmanager
 def endings_as_interrupts() -> Iterator[None]:
-    """A cluster's time limit (SIGTERM) and a closed terminal (SIGHUP) save and say what Ctrl-C does; nohup's wish is kept."""
+    """A cluster's time limit (SIGTERM) and a closed terminal (SIGHUP) save and say what Ctrl-C does; nohup's wish is
+    kept."""
     endings = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]
     if threading.current_thread() is not threading.main_thread():
         endings = []
@@ -361,9 +429,14 @@ def _complain(text: str, code: int) -> int:
 
 
 def _variable(path: Any) -> str:
-    """' in X' where the environment variable X holds this path, such as that of torch's compile cache; '' where none does."""
-    return next((f" in the environment variable {name}" for name, value in os.environ.items() if value == str(path)), "")
+    """' in X' where the environment variable X holds this path, such as that of torch's compile cache; '' where none
+    does."""
+    return next(
+        (f" in the environment variable {name}" for name, value in os.environ.items() if value == str(path)), ""
+    )
 
 
 def _text(path: Path | None) -> str | None:
-    return None if path is None else os.path.realpath(os.path.expanduser(path))    # unlike Path.resolve, it takes links that lead in a circle
+    return (
+        None if path is None else os.path.realpath(os.path.expanduser(path))
+    )  # unlike Path.resolve, it takes links that lead in a circle

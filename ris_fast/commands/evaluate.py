@@ -9,18 +9,20 @@ import math
 import re
 import shlex
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ris_fast.commands.run_folder import run_config
 from ris_fast.config.schema import Config, ConfigError, Task
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import find_overlap, scene_hashes
-from ris_fast.data.source import SceneSource, open_source
 from ris_fast.data.npz_load import APART, clearly_apart
+from ris_fast.data.source import SceneSource, open_source
 from ris_fast.health.preflight.pairing import belonging, with_factor
 from ris_fast.health.preflight.probe import FEWEST
 from ris_fast.models import Prediction, build_model
@@ -29,16 +31,15 @@ from ris_fast.models.simultaneous_pursuit import features_for
 from ris_fast.physics.baselines import constant_nmse, mean_covariance, target_energy
 from ris_fast.physics.scenes import Scenes
 from ris_fast.report.baselines import FEW, bayes_nmse
-from ris_fast.commands.run_folder import run_config
 from ris_fast.training.checkpoint import CHECKPOINTS, better_weights, checkpoint_of, load_weights
 from ris_fast.training.compiled_model import choose_device
 from ris_fast.training.validation import scene_nmse
 
-CHUNK = 500                # scenes at a time
+CHUNK = 500  # scenes at a time
 FACTS = ("count", "snr_db", "network")
-MEAN_SCENES = 4000         # training scenes behind the floor `mean`
+MEAN_SCENES = 4000  # training scenes behind the floor `mean`
 SNR_BIN_DB = 5.0
-SETTINGS_ADVICE = re.compile(r"--set|--preset|\btask\.|settings")     # what a run that is being evaluated cannot be given
+SETTINGS_ADVICE = re.compile(r"--set|--preset|\btask\.|settings")  # what a run that is being evaluated cannot be given
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Run:
 
     folder: Path
     config: Config
-    checkpoint: str              # its name: "best", "last"
+    checkpoint: str  # its name: "best", "last"
     weights: dict[str, Tensor]
-    kind: str                    # "raw" or "ema"
+    kind: str  # "raw" or "ema"
     epoch: int
     notes: tuple[str, ...]
 
@@ -60,22 +61,30 @@ class EvaluationError(ValueError):
     exit_code = 3
 
 
-def evaluate(run: str | Path, scenes: int | None = None, device: str = "auto", data: str | None = None,
-             progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+def evaluate(
+    run: str | Path,
+    scenes: int | None = None,
+    device: str = "auto",
+    data: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
     """NMSE of a run's weights on its test scenes, in float32 and evaluation mode.
 
-    Args: run: run folder or its checkpoints folder, whose best checkpoint is meant, or a checkpoint. scenes: how many test scenes;
-        all by default.
+    Args: run: run folder or its checkpoints folder, whose best checkpoint is meant, or a checkpoint. scenes: how many
+        test scenes; all by default.
         data: folder of another data set of the same task, or of the run's own where it was moved.
         progress: called with (scenes read, scenes in all) while data files are read.
-    Returns: plain numbers and texts: `nmse` (mean, median), `floors`, `bayes` (None for another task than RIS-12x12, and for fewer
-        than FEW scenes), and the same for each group of `by_snr` and `by_count`, see `group_figures`; `notes` for a person.
-    Raises: ConfigError where there is no run or too few scenes, CheckpointError, DataError; EvaluationError where the network's
-        answers are not finite.
+    Returns: plain numbers and texts: `nmse` (mean, median), `floors`, `bayes` (None for another task than RIS-12x12,
+        and for fewer than FEW scenes), and the same for each group of `by_snr` and `by_count`, see `group_figures`;
+        `notes` for a person.
+    Raises: ConfigError where there is no run or too few scenes, CheckpointError, DataError; EvaluationError where the
+        network's answers are not finite.
     """
     opened = open_run(run)
     if data is not None:
-        opened = replace(opened, config=replace(opened.config, data=replace(opened.config.data, source="auto", path=data)))
+        opened = replace(
+            opened, config=replace(opened.config, data=replace(opened.config.data, source="auto", path=data))
+        )
     place = choose_device(device)
     source = _test_scenes(opened, place, progress)
     size = _test_size(source, scenes)
@@ -86,11 +95,23 @@ def evaluate(run: str | Path, scenes: int | None = None, device: str = "auto", d
     _refuse_nonfinite(figures["network"], opened)
     seconds = time.monotonic() - began
     standard = opened.config.task == Task()
-    return {"run": str(opened.folder), "model": opened.config.model.name, "checkpoint": opened.checkpoint,
-            "weights": opened.kind, "notes": [*opened.notes, *training_scenes(source, size), *wrong_targets(source, opened.config.task, size)], "standard": standard,
-            "epoch": opened.epoch, "parameters": sum(each.numel() for each in model.parameters()),
-            "device": str(place), "source": source.describe(), "scenes": size, "seconds": seconds,
-            **group_figures(figures, standard), "by_snr": by_snr(figures, standard), "by_count": by_count(figures, standard)}
+    return {
+        "run": str(opened.folder),
+        "model": opened.config.model.name,
+        "checkpoint": opened.checkpoint,
+        "weights": opened.kind,
+        "notes": [*opened.notes, *training_scenes(source, size), *wrong_targets(source, opened.config.task, size)],
+        "standard": standard,
+        "epoch": opened.epoch,
+        "parameters": sum(each.numel() for each in model.parameters()),
+        "device": str(place),
+        "source": source.describe(),
+        "scenes": size,
+        "seconds": seconds,
+        **group_figures(figures, standard),
+        "by_snr": by_snr(figures, standard),
+        "by_count": by_count(figures, standard),
+    }
 
 
 def _test_scenes(run: Run, device: torch.device, progress: Callable[[int, int], None] | None) -> SceneSource:
@@ -101,8 +122,14 @@ def _test_scenes(run: Run, device: torch.device, progress: Callable[[int, int], 
         if not SETTINGS_ADVICE.search(error.todo):
             raise
         file = shlex.quote(str(run.folder / "config.toml"))
-        raise DataError(error.where, error.key, error.found, error.expected, "The network was trained for the task of its run. "
-                        f"Write scenes of it: ris-fast simulate {file} --out DIR --scenes 1000, and give --data DIR.") from None
+        raise DataError(
+            error.where,
+            error.key,
+            error.found,
+            error.expected,
+            "The network was trained for the task of its run. "
+            f"Write scenes of it: ris-fast simulate {file} --out DIR --scenes 1000, and give --data DIR.",
+        ) from None
 
 
 def open_run(path: str | Path) -> Run:
@@ -113,7 +140,15 @@ def open_run(path: str | Path) -> Run:
         raise ConfigError(f"{path} is not a run folder: there is no config.toml. Give the folder that train printed.")
     config = run_config(folder)
     weights, kind, manifest = better_weights(folder / CHECKPOINTS, name)
-    return Run(folder, config, name, weights, kind, manifest["state"]["epoch"], (manifest["note"],) if "note" in manifest else ())
+    return Run(
+        folder,
+        config,
+        name,
+        weights,
+        kind,
+        manifest["state"]["epoch"],
+        (manifest["note"],) if "note" in manifest else (),
+    )
 
 
 def _refuse_nonfinite(nmse: Tensor, run: Run) -> None:
@@ -121,32 +156,48 @@ def _refuse_nonfinite(nmse: Tensor, run: Run) -> None:
     lost = (~nmse.isfinite()).nonzero().flatten()
     if not len(lost):
         return
-    weights = [name for name, value in run.weights.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    weights = [
+        name for name, value in run.weights.items() if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
     why = f"its weights are not, first '{weights[0]}'" if weights else "its weights are"
-    raise EvaluationError(f"{run.folder}, checkpoint '{run.checkpoint}': the network's answer is not finite for {len(lost)} of {nmse.numel()} test "
-                          f"scenes, first scene {int(lost[0])}; {why}. There is no mean NMSE. Evaluate another checkpoint of this run.")
+    raise EvaluationError(
+        f"{run.folder}, checkpoint '{run.checkpoint}': the network's answer is not finite for {len(lost)} of"
+        f" {nmse.numel()} test scenes, first scene {int(lost[0])}; {why}. There is no mean NMSE. Evaluate another"
+        " checkpoint of this run."
+    )
 
 
 def training_scenes(source: SceneSource, size: int) -> list[str]:
-    """What is to be said of test scenes that are training scenes, bit for bit; simulated splits have nothing in common."""
+    """What is to be said of test scenes that are training scenes, bit for bit; simulated splits have nothing in
+    common."""
     if source.name == "simulate":
         return []
-    hashes = {split: [value for scenes in _batches(source, split, most) for value in scene_hashes(scenes.snapshots)]
-              for split, most in (("train", source.size("train")), ("test", size))}
+    hashes = {
+        split: [value for scenes in _batches(source, split, most) for value in scene_hashes(scenes.snapshots)]
+        for split, most in (("train", source.size("train")), ("test", size))
+    }
     found = find_overlap("train", hashes["train"], "test", hashes["test"])
-    return [f"{found.count} of {found.total} test scenes are training scenes: these figures say nothing of new scenes"] if found.count else []
+    return (
+        [f"{found.count} of {found.total} test scenes are training scenes: these figures say nothing of new scenes"]
+        if found.count
+        else []
+    )
 
 
 @torch.no_grad()
 def wrong_targets(source: SceneSource, task: Task, size: int) -> list[str]:
-    """What is to be said of test targets that are not those of their scenes: neither of the sources in the files nor of the snapshots."""
+    """What is to be said of test targets that are not those of their scenes: neither of the sources in the files nor of
+    the snapshots."""
     if source.name == "simulate":
         return []
     fit = source.target_fit("test")[:size] if hasattr(source, "target_fit") else torch.zeros(0)
     apart = clearly_apart(fit)
     if apart:
-        return [f"in {apart} of {size} test scenes R does not belong to the scene's sources (NMSE of R on them {float(fit[fit > APART].median()):.2g} at the "
-                "median), or the task's array is not the files': these figures compare with wrong targets"]
+        return [
+            f"in {apart} of {size} test scenes R does not belong to the scene's sources (NMSE of R on them"
+            f" {float(fit[fit > APART].median()):.2g} at the median), or the task's array is not the files': these"
+            " figures compare with wrong targets"
+        ]
     few = torch.linspace(0, size - 1, min(size, CHUNK), device=source.index_device).long()
     scenes = with_factor(source.batch("test", few))
     if scenes.channel is None or scenes.factor is None:
@@ -154,8 +205,11 @@ def wrong_targets(source: SceneSource, task: Task, size: int) -> list[str]:
     found = belonging(scenes, task.symbols == "static")
     if not found.mixed_up and int(found.broken.sum()) < max(FEWEST, 0.01 * int(found.decided.sum())):
         return []
-    return [f"the sources of {len(few)} test scenes explain {max(found.group()[0], 0):.0%} of what the SNR promises of their snapshots: targets, channel "
-            "and snapshots (or the snr labels) are not of the same scenes, so that these figures say nothing"]
+    return [
+        f"the sources of {len(few)} test scenes explain {max(found.group()[0], 0):.0%} of what the SNR promises of"
+        " their snapshots: targets, channel and snapshots (or the snr labels) are not of the same scenes, so that"
+        " these figures say nothing"
+    ]
 
 
 @torch.no_grad()
@@ -167,15 +221,22 @@ def scene_figures(model: nn.Module, task: Task, source: SceneSource, size: int) 
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
 
-def _batch_figures(model: nn.Module, classical: SceneFeatures | None, scenes: Scenes,
-                   constant: Tensor) -> dict[str, Tensor]:
+def _batch_figures(
+    model: nn.Module, classical: SceneFeatures | None, scenes: Scenes, constant: Tensor
+) -> dict[str, Tensor]:
     channel = scenes.collapsed if scenes.channel is None else scenes.channel
     inputs = (scenes.snapshots, channel, scenes.codes, scenes.snr_db)
     energy = target_energy(scenes)
     pursuit = {} if classical is None else {"pursuit": scene_nmse(found_sources(classical, *inputs), scenes).double()}
-    return {"count": scenes.count, "snr_db": scenes.snr_db.double(), "network": scene_nmse(model(*inputs), scenes).double(),
-            "zero": torch.ones_like(energy), "identity": 1.0 - scenes.codes.shape[-2] / energy,
-            "mean": constant_nmse(constant, scenes), **pursuit}
+    return {
+        "count": scenes.count,
+        "snr_db": scenes.snr_db.double(),
+        "network": scene_nmse(model(*inputs), scenes).double(),
+        "zero": torch.ones_like(energy),
+        "identity": 1.0 - scenes.codes.shape[-2] / energy,
+        "mean": constant_nmse(constant, scenes),
+        **pursuit,
+    }
 
 
 def found_sources(classical: SceneFeatures, *inputs: Tensor) -> Prediction:
@@ -186,14 +247,20 @@ def found_sources(classical: SceneFeatures, *inputs: Tensor) -> Prediction:
 def group_figures(figures: dict[str, Tensor], standard: bool) -> dict[str, Any]:
     """`scenes`, `nmse` (mean and median), `floors` (means), `bayes` (mean of the line at each scene, or None).
 
-    The line is an expectation: the mean over a few scenes may be on either side of it, so that fewer than FEW have none.
+    The line is an expectation: the mean over a few scenes may be on either side of it, so that fewer than FEW have
+        none.
     """
     network = figures["network"]
     enough = standard and network.numel() >= FEW
-    bayes = [bayes_nmse(k, snr) for k, snr in zip(figures["count"].tolist(), figures["snr_db"].tolist())] if enough else []
-    return {"scenes": network.numel(), "nmse": {"mean": network.mean().item(), "median": network.quantile(0.5).item()},
-            "floors": {name: values.mean().item() for name, values in figures.items() if name not in FACTS},
-            "bayes": math.fsum(bayes) / len(bayes) if bayes else None}
+    bayes = (
+        [bayes_nmse(k, snr) for k, snr in zip(figures["count"].tolist(), figures["snr_db"].tolist())] if enough else []
+    )
+    return {
+        "scenes": network.numel(),
+        "nmse": {"mean": network.mean().item(), "median": network.quantile(0.5).item()},
+        "floors": {name: values.mean().item() for name, values in figures.items() if name not in FACTS},
+        "bayes": math.fsum(bayes) / len(bayes) if bayes else None,
+    }
 
 
 def by_snr(figures: dict[str, Tensor], standard: bool) -> list[dict[str, Any]]:
@@ -210,8 +277,9 @@ def by_count(figures: dict[str, Tensor], standard: bool) -> list[dict[str, Any]]
     return _split(figures, figures["count"], standard, lambda each: {"sources": each})
 
 
-def _split(figures: dict[str, Tensor], key: Tensor, standard: bool,
-           label: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+def _split(
+    figures: dict[str, Tensor], key: Tensor, standard: bool, label: Callable[[int], dict[str, Any]]
+) -> list[dict[str, Any]]:
     groups = ((each, {name: values[key == each] for name, values in figures.items()}) for each in key.unique().tolist())
     return [label(each) | group_figures(part, standard) for each, part in groups]
 

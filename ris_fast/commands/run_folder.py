@@ -7,15 +7,16 @@ import itertools
 import os
 import shlex
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping
+from typing import Any
 
+from ris_fast.config.load import load_config, render_toml
 from ris_fast.config.schema import Config, ConfigError
 from ris_fast.files import StorageError, locked, make_folder, read_text, remove_leftovers, write_text, writing
 from ris_fast.report.eventlog import METRICS, write_json
-from ris_fast.config.load import load_config, render_toml
 
 CONFIG = "config.toml"
 RUNS, CHECKPOINTS, LAST, BEST = "runs", "checkpoints", "last", "best"
@@ -55,7 +56,10 @@ def new_folder(config: Config, out: Path | None) -> Path:
     with writing(out):
         held = any((out / name).exists() for name in (METRICS, CONFIG))
     if held:
-        raise ConfigError(f"--out {out} already holds a run. Continue it with --resume {shlex.quote(str(out))}, or give another folder.")
+        raise ConfigError(
+            f"--out {out} already holds a run. Continue it with --resume {shlex.quote(str(out))}, or give another"
+            " folder."
+        )
     _made(out)
     return out
 
@@ -82,14 +86,17 @@ def drop_if_empty(folder: Path) -> None:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps two processes from writing one run, and removes what an earlier one was killed in writing. Raises ConfigError."""
+    """Keeps two processes from writing one run, and removes what an earlier one was killed in writing. Raises
+    ConfigError."""
     with ExitStack() as held:
         try:
             held.enter_context(locked(folder))
         except BlockingIOError:
             raise ConfigError(f"{folder}: another process is training this run. Wait for it or stop it.") from None
         except OSError as error:
-            raise ConfigError(f"{folder} is no folder that can be read: {error.strerror}. Give the folder of a run.") from error
+            raise ConfigError(
+                f"{folder} is no folder that can be read: {error.strerror}. Give the folder of a run."
+            ) from error
         remove_leftovers(folder)
         yield
 
@@ -106,20 +113,26 @@ def run_config(folder: Path, overrides: Iterable[str] = (), flags: Mapping[str, 
     return replace(config, data=replace(config.data, seed=recorded.training.seed))
 
 
-def resumed_config(run: Path, refused: Mapping[str, Any], overrides: Iterable[str],
-                   flags: Mapping[str, Any]) -> Config:
+def resumed_config(run: Path, refused: Mapping[str, Any], overrides: Iterable[str], flags: Mapping[str, Any]) -> Config:
     """The settings of the run in `run`, with --set and flags on top. Raises ConfigError for a folder without a run."""
     extra = [name for name, value in refused.items() if value is not None]
     if extra:
         raise ConfigError(f"--resume continues {run} with its own settings and folder. Leave {', '.join(extra)} away.")
     file = run_and_checkpoint(run)[0] / CONFIG
     if not file.is_file():
-        raise ConfigError(f"--resume {run}: there is no {CONFIG}: not a run folder, or a run that ended before it had saved anything. "
-                          f"Give the folder that train printed, or start anew.")
+        raise ConfigError(
+            f"--resume {run}: there is no {CONFIG}: not a run folder, or a run that ended before it had saved anything."
+            " Give the folder that train printed, or start anew."
+        )
     config = run_config(file.parent, overrides, flags)
     recorded = recorded_provenance(read_text(file))
-    return replace(config, provenance={key: recorded.get(key, origin) if origin == str(file) else origin
-                                       for key, origin in config.provenance.items()})
+    return replace(
+        config,
+        provenance={
+            key: recorded.get(key, origin) if origin == str(file) else origin
+            for key, origin in config.provenance.items()
+        },
+    )
 
 
 def run_and_checkpoint(place: Path) -> tuple[Path, str]:

@@ -1,4 +1,5 @@
-"""Standard output and error that a run outlives: a reader that goes away, a full disk or a closed descriptor ends no command.
+"""Standard output and error that a run outlives: a reader that goes away, a full disk or a closed descriptor ends no
+command.
 
 Only the standard library is imported here, so that anything may import this file.
 """
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-READER_LEFT = (errno.EPIPE, errno.ECONNRESET, errno.EIO, errno.ESHUTDOWN)   # EIO: the terminal was closed
+READER_LEFT = (errno.EPIPE, errno.ECONNRESET, errno.EIO, errno.ESHUTDOWN)  # EIO: the terminal was closed
 
 
 class Output:
@@ -22,8 +23,8 @@ class Output:
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream, self.lost, self.staged = stream, None, False   # lost: the OSError that ended the stream
-        self.peer: Output | None = None                             # on the same terminal
+        self.stream, self.lost, self.staged = stream, None, False  # lost: the OSError that ended the stream
+        self.peer: Output | None = None  # on the same terminal
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -104,7 +105,9 @@ def unbreakable() -> Iterator[tuple[Output, Output]]:
     finally:
         for output in outputs:
             output.flush()
-        sys.stdout, sys.stderr = (stream if stream is not None else output.stream for stream, output in zip(before, outputs))
+        sys.stdout, sys.stderr = (
+            stream if stream is not None else output.stream for stream, output in zip(before, outputs)
+        )
 
 
 def _fill_standard_descriptors() -> None:

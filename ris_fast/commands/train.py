@@ -1,18 +1,27 @@
-"""What `ris-fast train` does around the trainer: the run folder, who is told, and how a run that ends early is explained."""
+"""What `ris-fast train` does around the trainer: the run folder, who is told, and how a run that ends early is
+explained."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any
 
+from ris_fast.commands.run_folder import (
+    RunFolder,
+    alone_in,
+    drop_if_empty,
+    how_to_resume,
+    new_folder,
+    run_and_checkpoint,
+)
+from ris_fast.commands.streams import stage
 from ris_fast.config.schema import Config, Task
-from ris_fast.training.out_of_memory import advice
 from ris_fast.report.eventlog import METRICS, SUMMARY, JsonlReport, write_json
 from ris_fast.report.observers import Observers, Record
-from ris_fast.commands.run_folder import RunFolder, alone_in, drop_if_empty, how_to_resume, new_folder, run_and_checkpoint
-from ris_fast.commands.streams import stage
+from ris_fast.training.out_of_memory import advice
 
 if TYPE_CHECKING:
     from ris_fast.health import Watchdog
@@ -24,7 +33,8 @@ INTERRUPTED = 130
 
 
 def run_training(config: Config, out: Path | None, *, resume: Path | None = None, profile: bool = False) -> int:
-    """Trains, shows and records one run. Returns its exit code: 0 (learned), 4 (stopped or stalled) or 130 (Ctrl-C, SIGTERM, SIGHUP).
+    """Trains, shows and records one run. Returns its exit code: 0 (learned), 4 (stopped or stalled) or 130 (Ctrl-C,
+    SIGTERM, SIGHUP).
 
     Args: resume: a run folder, or a checkpoint of one.
     Raises ConfigError for a folder that holds another run, DataError, and OutOfMemory with a batch size that fits.
@@ -51,27 +61,34 @@ def run_training(config: Config, out: Path | None, *, resume: Path | None = None
     return 0 if summary["verdict"] == "learned" else STOPPED_BY_HEALTH
 
 
-def _fit(config: Config, folder: Path, observer: Observer, checkpoint: str | None, profile: bool,
-         console: ConsoleReport) -> dict[str, Any] | None:
+def _fit(
+    config: Config, folder: Path, observer: Observer, checkpoint: str | None, profile: bool, console: ConsoleReport
+) -> dict[str, Any] | None:
     """The summary of the run; None for one that had nothing left to do. `checkpoint` None: a new run."""
-    from ris_fast.training.mfu import WithShare
     from ris_fast.environment import fallback_note
     from ris_fast.report.console import counter
     from ris_fast.training.batch_size import is_memory
     from ris_fast.training.footprint import OutOfMemory
+    from ris_fast.training.mfu import WithShare
     from ris_fast.training.trainer import Trainer
 
     try:
         stage("opening the data and building the network")
         trainer = Trainer(config, folder, resume=checkpoint or False, progress=counter("scenes read"))
-        trainer.observer = Observers(RunFolder(folder, trainer.config), observer)      # with what the files made of the settings
+        trainer.observer = Observers(
+            RunFolder(folder, trainer.config), observer
+        )  # with what the files made of the settings
         if checkpoint is not None and nothing_left(trainer, folder, checkpoint):
             return None
         console.tell([*trainer.source.notes, *trainer.notes])
         if (note := fallback_note()) and trainer.device.type == "cpu":
             print(f"note: {note}")
         if trainer.network.compiled:
-            print("compiling the network; a large one takes minutes of processor time, less the next time (training.compile=false: none)", flush=True)
+            print(
+                "compiling the network; a large one takes minutes of processor time, less the next time"
+                " (training.compile=false: none)",
+                flush=True,
+            )
         guarded(trainer, folder, preflight=config.health.preflight and not checkpoint, tell=console.found)
         trainer.observer = WithShare(trainer.observer, trainer)
         if profile:
@@ -81,11 +98,12 @@ def _fit(config: Config, folder: Path, observer: Observer, checkpoint: str | Non
         stage("measuring the floors, compiling")
         return replaying(trainer)
     except (MemoryError, RuntimeError) as error:
-        if not is_memory(error) or isinstance(error, OutOfMemory):       # the second says what would fit
+        if not is_memory(error) or isinstance(error, OutOfMemory):  # the second says what would fit
             raise
         problem = (str(error) or type(error).__name__).splitlines()[0]
-    raise OutOfMemory(f"out of memory with {config.training.batch_size} scenes in a micro-batch ({problem}).\n"
-                      f"{advice(config)}")
+    raise OutOfMemory(
+        f"out of memory with {config.training.batch_size} scenes in a micro-batch ({problem}).\n{advice(config)}"
+    )
 
 
 def nothing_left(trainer: Any, folder: Path, checkpoint: str) -> bool:
@@ -99,40 +117,63 @@ def nothing_left(trainer: Any, folder: Path, checkpoint: str) -> bool:
         print(f"{folder} has no checkpoint yet: the run begins anew, with its own settings")
     else:
         state = trainer.state
-        print(f"resumed from checkpoint '{checkpoint}': epoch {state.epoch + 1}, after {state.step:,} steps and {state.seconds:.0f} s")
+        print(
+            f"resumed from checkpoint '{checkpoint}': epoch {state.epoch + 1}, after {state.step:,} steps and"
+            f" {state.seconds:.0f} s"
+        )
     return bool(done)
 
 
 def replaying(trainer: Any) -> dict[str, Any]:
-    """Fits; where gradients that are not finite end the run and health.anomaly is set, says which operation made them."""
+    """Fits; where gradients that are not finite end the run and health.anomaly is set, says which operation made
+    them."""
     from ris_fast.training.state import RunStopped
 
     try:
         return trainer.fit()
     except RunStopped as stop:
-        if trainer.config.health.anomaly and stop.finding in ("steps_skipped", "nonfinite_gradients", "sanitised_gradients"):
+        if trainer.config.health.anomaly and stop.finding in (
+            "steps_skipped",
+            "nonfinite_gradients",
+            "sanitised_gradients",
+        ):
             from ris_fast.health.monitor.nan_replay import replay
 
-            print("\n".join(f"anomaly: {culprit}" for culprit in replay(trainer)) or "anomaly: the replayed step is finite")
+            print(
+                "\n".join(f"anomaly: {culprit}" for culprit in replay(trainer))
+                or "anomaly: the replayed step is finite"
+            )
         raise
 
 
 def guarded(trainer: Any, folder: Path, *, preflight: bool, tell: Callable[[Any], None]) -> Watchdog:
-    """Puts the trainer under the watch of learning health, which shows what it finds at once; a run that preflight stops leaves its findings in the folder."""
-    from ris_fast.report.tensor_log import TensorLog
+    """Puts the trainer under the watch of learning health, which shows what it finds at once; a run that preflight
+    stops leaves its findings in the folder."""
     from ris_fast.health.monitor.attach import enriched, watched
+    from ris_fast.report.tensor_log import TensorLog
     from ris_fast.training.state import RunStopped
 
     settings, began = trainer.config.health, time.monotonic()
     tensors = TensorLog(trainer, folder, table=settings.log_tensors, picture=trainer.config.report.plots)
-    trainer.observer = Observers(*([trainer.observer] if trainer.observer else []), Record(tensors, "the record of the tensors", print))
+    trainer.observer = Observers(
+        *([trainer.observer] if trainer.observer else []), Record(tensors, "the record of the tensors", print)
+    )
     try:
-        watched(trainer, stop=settings.stop, preflight=preflight, tell=tell,
-                progress=lambda check: stage(f"preflight, done: {check.name}"))
+        watched(
+            trainer,
+            stop=settings.stop,
+            preflight=preflight,
+            tell=tell,
+            progress=lambda check: stage(f"preflight, done: {check.name}"),
+        )
     except RunStopped as stop:
         RunFolder(folder, trainer.config).start({})
-        write_json(folder / SUMMARY, enriched(trainer.observer.watchdog, {"verdict": "stopped", "optimizer_steps": 0,
-                                                                          "findings": [stop.finding]}))
+        write_json(
+            folder / SUMMARY,
+            enriched(
+                trainer.observer.watchdog, {"verdict": "stopped", "optimizer_steps": 0, "findings": [stop.finding]}
+            ),
+        )
         raise
     watchdog = trainer.observer.watchdog
     if preflight:

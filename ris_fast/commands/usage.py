@@ -1,16 +1,19 @@
-"""What the parser of the command line needs of us: whole numbers as people write them, and its errors in a user's words."""
+"""What the parser of the command line needs of us: whole numbers as people write them, and its errors in a user's
+words."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Sequence
 
 from cyclopts import CycloptsError, Token, UnusedCliTokensError
 
 TAKE_SETTINGS = ("train", "check", "simulate")
-SETTINGS_FILE = re.compile(r'Unknown (?:option|command):? "?(?:(?:--config|-c)(?:=[^"]*?)?|([^-"][^"]*\.toml))"?\.(?!\w)')
+SETTINGS_FILE = re.compile(
+    r'Unknown (?:option|command):? "?(?:(?:--config|-c)(?:=[^"]*?)?|([^-"][^"]*\.toml))"?\.(?!\w)'
+)
 
 SETTING = re.compile(r"\w+\.[\w.]+=")
 
@@ -53,8 +56,11 @@ def empty_value(tokens: Sequence[str]) -> str | None:
 
 def without_set(tokens: Sequence[str]) -> str | None:
     """What to say where settings stand without --set, as in `--set a.b=1 c.d=2`; None where none does."""
-    lonely = [word for before, word in pairwise(tokens)
-              if SETTING.match(word) and not before.startswith("-") and not os.path.lexists(word)]
+    lonely = [
+        word
+        for before, word in pairwise(tokens)
+        if SETTING.match(word) and not before.startswith("-") and not os.path.lexists(word)
+    ]
     if not lonely or tokens[0] not in TAKE_SETTINGS:
         return None
     return f"--set takes one setting and is repeated for each. Write: {' '.join(f'--set {word}' for word in lonely)}"
@@ -66,7 +72,10 @@ def usage_message(error: CycloptsError) -> str:
     if isinstance(error, UnusedCliTokensError):
         text = f"Too many arguments: {' '.join(error.unused_tokens or ())}."
     if chain in ("", *TAKE_SETTINGS) and (found := SETTINGS_FILE.match(text)):
-        return f"{found[0]} A file with settings is given without an option: ris-fast {chain or 'train'} {found[1] or 'FILE.toml'}"
+        return (
+            f"{found[0]} A file with settings is given without an option: ris-fast {chain or 'train'}"
+            f" {found[1] or 'FILE.toml'}"
+        )
     if "Did you mean" in text or "Available commands" in text or error.app is None:
         return text
     return f"{text.rstrip('.')}. Try: ris-fast {chain + ' ' if chain else ''}--help"

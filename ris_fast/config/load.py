@@ -1,20 +1,22 @@
-"""Puts a configuration together from defaults, a preset, a TOML file, `--set` and flags, and remembers who said what."""
+"""Puts a configuration together from defaults, a preset, a TOML file, `--set` and flags, and remembers who said
+what."""
 
 from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from importlib import resources
 from os import PathLike
 from pathlib import Path
 from types import NoneType
-from typing import Any, Iterable, Mapping
+from typing import Any
 
 from ris_fast.config.schema import SECTIONS, Config, ConfigError, Task, closest, typed
 from ris_fast.files import read_text
 
-MANIFEST = "manifest.json"     # of a data set that `ris-fast simulate` has written
+MANIFEST = "manifest.json"  # of a data set that `ris-fast simulate` has written
 PRESETS = ("laptop", "full", "seed")
 
 
@@ -25,8 +27,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean '{near}'?" if near else f" There are: {', '.join(known)}."
 
 
-def load_config(path: str | Path | None = None, preset: str | None = None, overrides: Iterable[str] = (),
-                flags: Mapping[str, Any] | None = None) -> Config:
+def load_config(
+    path: str | Path | None = None,
+    preset: str | None = None,
+    overrides: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
     """The resolved configuration; later layers win: defaults < preset < the data set's own task < file < --set < flags.
 
     `overrides` are 'section.key=value' strings, `flags` maps 'section.key' to a value (None: not given).
@@ -35,11 +41,18 @@ def load_config(path: str | Path | None = None, preset: str | None = None, overr
     overrides = _checked(path, overrides, flags)
     table = _read_toml(Path(path)) if path else {}
     named = table.pop("preset", None)
-    given = [(str(path), _flatten(table, str(path))), ("--set", dict(_parse_override(text) for text in overrides)),
-             ("flag", {key: value for key, value in (flags or {}).items() if value is not None})]
+    given = [
+        (str(path), _flatten(table, str(path))),
+        ("--set", dict(_parse_override(text) for text in overrides)),
+        ("flag", {key: value for key, value in (flags or {}).items() if value is not None}),
+    ]
     devices = [layer["training.device"] for _, layer in given if "training.device" in layer]
     name = preset or named or default_preset(devices[-1] if devices else None)
-    layers = [(f"preset {name}", _flatten(read_preset(name), f"preset {name}")), ("data set", _task_of_data(given)), *given]
+    layers = [
+        (f"preset {name}", _flatten(read_preset(name), f"preset {name}")),
+        ("data set", _task_of_data(given)),
+        *given,
+    ]
     values: dict[str, Any] = {}
     provenance: dict[str, str] = {}
     for origin, layer in layers:
@@ -50,14 +63,15 @@ def load_config(path: str | Path | None = None, preset: str | None = None, overr
 
 
 def _task_of_data(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """'task.key' -> value of the data set at data.path, where it is one of ours; a setting that contradicts is the reader's to refuse."""
+    """'task.key' -> value of the data set at data.path, where it is one of ours; a setting that contradicts is the
+    reader's to refuse."""
     said = {key: value for _, layer in layers for key, value in layer.items() if key in ("data.path", "data.source")}
     if not said.get("data.path") or said.get("data.source", "auto") not in ("auto", "shards"):
         return {}
     try:
         table = json.loads((Path(said["data.path"]) / MANIFEST).read_text(encoding="utf-8"))["task"]
         task = Task(**{item.name: table[item.name] for item in fields(Task)})
-    except (OSError, ValueError, TypeError, KeyError):     # no data set of ours, or a damaged one: its reader says which
+    except (OSError, ValueError, TypeError, KeyError):  # no data set of ours, or a damaged one: its reader says which
         return {}
     return {f"task.{name}": value for name, value in asdict(task).items()}
 
@@ -67,8 +81,10 @@ def _checked(path: Any, overrides: Any, flags: Any) -> list[str]:
     given = list(overrides) if isinstance(overrides, Iterable) and not isinstance(overrides, (str, Mapping)) else [None]
     if not all(isinstance(each, str) for each in given):
         instead = [overrides] if isinstance(overrides, str) else "['section.key=value', ...]"
-        raise ConfigError(f"load_config: overrides is {overrides!r}, expected a list of 'section.key=value'. Pass overrides={instead}; "
-                          "a table of keys and values is flags={...}.")
+        raise ConfigError(
+            f"load_config: overrides is {overrides!r}, expected a list of 'section.key=value'. Pass"
+            f" overrides={instead}; a table of keys and values is flags={{...}}."
+        )
     if not isinstance(flags, (Mapping, NoneType)):
         raise ConfigError(f"load_config: flags is {flags!r}, expected a table of 'section.key' and value.")
     if not isinstance(path, (str, PathLike, NoneType)):
@@ -100,8 +116,10 @@ def render_toml(config: Config) -> str:
         for item in fields(values):
             value = getattr(values, item.name)
             if item.name == "options":
-                lines += [_line(f"options.{key}", each, _origin(config, f"model.options.{key}", "model.options"))
-                          for key, each in value.items()]
+                lines += [
+                    _line(f"options.{key}", each, _origin(config, f"model.options.{key}", "model.options"))
+                    for key, each in value.items()
+                ]
             else:
                 lines.append(_line(item.name, value, _origin(config, f"{section}.{item.name}")))
     return "\n".join(lines) + "\n"
@@ -191,8 +209,11 @@ def _elsewhere(section: str, name: str) -> str:
         return f" Did you mean {' or '.join(same)}?"
     if near := closest(name, _names()[section], 0.6):
         return f" Did you mean '{near}'?"
-    told = {f"{home}.{item.name}": f"{item.name.replace('_', ' ')} {item.metadata['help']}"
-            for home, kind in SECTIONS.items() for item in fields(kind)}
+    told = {
+        f"{home}.{item.name}": f"{item.name.replace('_', ' ')} {item.metadata['help']}"
+        for home, kind in SECTIONS.items()
+        for item in fields(kind)
+    }
     if speak := [f"'{key}'" for key, text in told.items() if f" {name.replace('_', ' ')} " in f" {text} "]:
         return f" Did you mean {' or '.join(speak[:4])}?"
     near = closest(name, everything.values(), 0.75)

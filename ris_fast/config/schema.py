@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, Callable, Iterable, Mapping
+from typing import Any
 
 LARGEST_INT, LARGEST_FLOAT = 2**63 - 1, 3.4e38  # what an int64 and a float32 hold
-SMALLEST_FLOAT = 2.0**-126                      # the smallest float32 of full precision; FusedAdamW takes no epsilon below it
+SMALLEST_FLOAT = 2.0**-126  # the smallest float32 of full precision; FusedAdamW takes no epsilon below it
 KINDS: dict[str, tuple[tuple[type, ...], Callable[[Any], Any], str]] = {
-    "int": ((Integral,), int, "a whole number"), "float": ((Real,), float, "a number"),
-    "bool": ((bool,), bool, "true or false"), "str": ((str, os.PathLike), os.fspath, "text"),
-    "Mapping[str, Any]": ((Mapping,), lambda table: {key: _plain(value) for key, value in table.items()},
-                          "a table of names and values")}
+    "int": ((Integral,), int, "a whole number"),
+    "float": ((Real,), float, "a number"),
+    "bool": ((bool,), bool, "true or false"),
+    "str": ((str, os.PathLike), os.fspath, "text"),
+    "Mapping[str, Any]": (
+        (Mapping,),
+        lambda table: {key: _plain(value) for key, value in table.items()},
+        "a table of names and values",
+    ),
+}
 
 
 class ConfigError(ValueError):
@@ -27,8 +34,9 @@ class ConfigError(ValueError):
     exit_code = 2
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None,
-           high: float | None = None) -> Any:
+def option(
+    default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
+) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
 
 
@@ -51,12 +59,19 @@ def typed(kind: str, value: Any, where: str) -> Any:
 
 
 def section_of(who: str, name: str, value: Any, kind: type) -> Any:
-    """The value, which must be a section of the configuration. Raises: ConfigError that says which, and how to have one."""
+    """The value, which must be a section of the configuration. Raises: ConfigError that says which, and how to have
+    one."""
     if isinstance(value, kind):
         return value
     whole = isinstance(value, Config)
-    raise ConfigError(f"{who}: {name} is a {type(value).__name__}, expected a {kind.__name__}. "
-                      + (f"Pass config.{kind.__name__.lower()}." if whole else f"Make one with ris_fast.config.schema.{kind.__name__}(...)."))
+    raise ConfigError(
+        f"{who}: {name} is a {type(value).__name__}, expected a {kind.__name__}. "
+        + (
+            f"Pass config.{kind.__name__.lower()}."
+            if whole
+            else f"Make one with ris_fast.config.schema.{kind.__name__}(...)."
+        )
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -93,8 +108,10 @@ class Section:
 def _check(where: str, value: Any, rule: Mapping[str, Any]) -> None:
     if rule["choices"] and value not in rule["choices"]:
         near = closest(value, rule["choices"])
-        raise ConfigError(f"{where} is {value!r}; it must be one of: {', '.join(rule['choices'])}."
-                          + (f" Did you mean '{near}'?" if near else ""))
+        raise ConfigError(
+            f"{where} is {value!r}; it must be one of: {', '.join(rule['choices'])}."
+            + (f" Did you mean '{near}'?" if near else "")
+        )
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return
     if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:  # NaN compares false
@@ -127,10 +144,12 @@ class Task(Section):
     rician_min: float = option(0.5, "lowest Rician factor of the BS-RIS channel, linear", low=0.0, high=1e6)
     rician_max: float = option(10.0, "highest Rician factor of the BS-RIS channel, linear", low=0.0, high=1e6)
     code_bits: int = option(3, "bits of a RIS phase", low=1, high=16)
-    symbols: str = option("static", "source symbols: drawn once a scene or once a snapshot",
-                          choices=("static", "per_snapshot"))
-    power: str = option("path_loss", "source powers: by free-space path loss or all equal",
-                        choices=("path_loss", "equal"))
+    symbols: str = option(
+        "static", "source symbols: drawn once a scene or once a snapshot", choices=("static", "per_snapshot")
+    )
+    power: str = option(
+        "path_loss", "source powers: by free-space path loss or all equal", choices=("path_loss", "equal")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,8 +170,11 @@ class Task(Section):
 class Data(Section):
     """Where scenes come from and how many."""
 
-    source: str = option("auto", "simulate on the device, or read files from data.path; auto: files if a path is given",
-                         choices=("auto", "simulate", "npz", "shards"))
+    source: str = option(
+        "auto",
+        "simulate on the device, or read files from data.path; auto: files if a path is given",
+        choices=("auto", "simulate", "npz", "shards"),
+    )
     path: str = option("", "folder of shards (ours, or the original pipeline's .npz)")
     train_scenes: int = option(160_000, "training scenes an epoch", low=1)
     val_scenes: int = option(40_000, "validation scenes in the split", low=1)
@@ -167,8 +189,10 @@ class Model(Section):
     """The network. Options that a model does not have are refused when it is built."""
 
     name: str = option("backprojection", "network", choices=("backprojection", "hybrid"))
-    options: Mapping[str, Any] = field(default_factory=dict, metadata={
-        "help": "options of this network, such as width or depth", "choices": (), "low": None, "high": None})
+    options: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "options of this network, such as width or depth", "choices": (), "low": None, "high": None},
+    )
 
 
 @dataclass(frozen=True)
@@ -213,16 +237,22 @@ class Training(Section):
     epochs: int = option(30, "epochs", low=1)
     batch_size: int = option(256, "scenes a micro-batch", low=1)
     accumulate: int = option(1, "micro-batches an optimizer step", low=1)
-    precision: str = option("fp32", "arithmetic of the network; the loss is always fp32",
-                            choices=("fp32", "bf16", "fp16"))
+    precision: str = option(
+        "fp32", "arithmetic of the network; the loss is always fp32", choices=("fp32", "bf16", "fp16")
+    )
     max_seconds: float = option(0.0, "stop after this many seconds and anneal towards it; 0: no limit", low=0.0)
-    seed: int = option(0, "seed of the weights and of the order of the scenes; the scenes themselves have data.seed", low=0)
-    init: str = option("", "start from the weights of this run or checkpoint, of the same network; empty: from random ones")
+    seed: int = option(
+        0, "seed of the weights and of the order of the scenes; the scenes themselves have data.seed", low=0
+    )
+    init: str = option(
+        "", "start from the weights of this run or checkpoint, of the same network; empty: from random ones"
+    )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     compile: bool = option(True, "compile forward and backward with torch.compile")
     capture: bool = option(True, "on CUDA, run each step and each validation as one captured graph")
-    backend: str = option("auto", "kernels: best available, or the plain torch references",
-                          choices=("auto", "reference"))
+    backend: str = option(
+        "auto", "kernels: best available, or the plain torch references", choices=("auto", "reference")
+    )
     patience: int = option(0, "stop after this many epochs without a better validation NMSE; 0: never", low=0)
     max_skipped: int = option(10, "stop after this many non-finite steps in a row", low=1)
 
@@ -234,11 +264,16 @@ class Health(Section):
     preflight: bool = option(True, "check network, loss, step and scenes before the first step")
     stop: bool = option(True, "end a run in which a structural mistake is certain (exit code 4)")
     mute: str = option("", "findings that are not told, by name, with commas between them")
-    frozen: str = option("", "beginnings of the names of parameters that are meant to be frozen, with commas between them")
-    anomaly: bool = option(False, "where gradients that are not finite end a run, replay its last step and name the operation")
+    frozen: str = option(
+        "", "beginnings of the names of parameters that are meant to be frozen, with commas between them"
+    )
+    anomaly: bool = option(
+        False, "where gradients that are not finite end a run, replay its last step and name the operation"
+    )
     log_tensors: bool = option(False, "write a row per tensor and step to tensors.csv; beyond 64 MB one step a report")
-    min_applied: float = option(0.9, "an epoch in which a smaller share of the steps is applied ends the run",
-                                low=0.0, high=1.0)
+    min_applied: float = option(
+        0.9, "an epoch in which a smaller share of the steps is applied ends the run", low=0.0, high=1.0
+    )
 
 
 @dataclass(frozen=True)
@@ -268,11 +303,20 @@ class Config:
     def __post_init__(self) -> None:
         for name, kind in SECTIONS.items():
             if not isinstance(given := getattr(self, name), kind):
-                raise ConfigError(f"Config: {name} is {given!r} ({type(given).__name__}); expected ris_fast.config.schema.{kind.__name__}. "
-                                  f"Make it with {kind.__name__}(...), or the whole with ris_fast.load_config(...).")
+                raise ConfigError(
+                    f"Config: {name} is {given!r} ({type(given).__name__}); expected"
+                    f" ris_fast.config.schema.{kind.__name__}. Make it with {kind.__name__}(...), or the whole with"
+                    " ris_fast.load_config(...)."
+                )
 
 
 SECTIONS: dict[str, type] = {
-    "task": Task, "data": Data, "model": Model, "loss": Loss, "optimizer": Optimizer, "training": Training,
-    "health": Health, "report": Report,
+    "task": Task,
+    "data": Data,
+    "model": Model,
+    "loss": Loss,
+    "optimizer": Optimizer,
+    "training": Training,
+    "health": Health,
+    "report": Report,
 }

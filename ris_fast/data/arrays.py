@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Collection, Iterator
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from ris_fast.data.errors import DataError
 
 COPY_AGAIN = "A copy or a writer that stopped early leaves such a file: copy or generate it again."
 PIECE = 2**20
-MOST_DEFLATED = 1040     # bytes from one compressed byte; deflate reaches 1032
+MOST_DEFLATED = 1040  # bytes from one compressed byte; deflate reaches 1032
 _SAFETENSORS_DTYPES = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "|u1"}
 
 
@@ -85,7 +85,7 @@ class StoredArray:
                 yield from self._streamed(sizes, limit)
                 return
             whole = self._whole() if self.member else self.map()
-            yield from (np.array(whole[i * rows:i * rows + size]) for i, size in enumerate(sizes))
+            yield from (np.array(whole[i * rows : i * rows + size]) for i, size in enumerate(sizes))
 
     def _streamed(self, sizes: list[int], limit: int) -> Iterator[np.ndarray]:
         with zipfile.ZipFile(self.file) as archive, archive.open(self.member) as stream:
@@ -117,7 +117,11 @@ def npz_arrays(path: Path, wanted: Collection[str] | None = None) -> dict[str, S
     Other keys belong to other tools: not even their headers are read. Raises: DataError.
     """
     with _opened(path) as archive:
-        return {key: _npz_array(path, archive, info) for key, info in _members(archive).items() if wanted is None or key in wanted}
+        return {
+            key: _npz_array(path, archive, info)
+            for key, info in _members(archive).items()
+            if wanted is None or key in wanted
+        }
 
 
 def npz_keys(path: Path) -> list[str]:
@@ -133,7 +137,9 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     refuse_other_than_file(path)
-    with damage(path, "", f"{path.stat().st_size} bytes that are no readable .npz", "a zip archive as numpy.savez writes it"):
+    with damage(
+        path, "", f"{path.stat().st_size} bytes that are no readable .npz", "a zip archive as numpy.savez writes it"
+    ):
         with zipfile.ZipFile(path) as archive:
             yield archive
 
@@ -143,17 +149,32 @@ def refuse_other_than_file(path: Path) -> None:
     expected = "a shard of scenes"
     try:
         if path.is_symlink() and not path.exists():
-            raise DataError(path, "", f"a link to {path.readlink()}, which is not there", expected,
-                            "Restore what it links to, or remove the link.")
+            raise DataError(
+                path,
+                "",
+                f"a link to {path.readlink()}, which is not there",
+                expected,
+                "Restore what it links to, or remove the link.",
+            )
         if not path.is_file():
-            raise DataError(path, "", "a folder" if path.is_dir() else "something that is no file", expected,
-                            "Remove it, or give it another name.")
+            raise DataError(
+                path,
+                "",
+                "a folder" if path.is_dir() else "something that is no file",
+                expected,
+                "Remove it, or give it another name.",
+            )
         with open(path, "rb") as file:
             if not file.read(1):
                 raise DataError(path, "", "an empty file (0 bytes)", expected, COPY_AGAIN)
     except OSError as problem:
-        raise DataError(path, "", f"a file that cannot be read ({problem.strerror})", expected,
-                        "Get the right to read it, or copy it again.") from None
+        raise DataError(
+            path,
+            "",
+            f"a file that cannot be read ({problem.strerror})",
+            expected,
+            "Get the right to read it, or copy it again.",
+        ) from None
 
 
 def _npz_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> StoredArray:
@@ -161,8 +182,13 @@ def _npz_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> S
     key = info.filename.removesuffix(".npy")
     stored = info.compress_type == zipfile.ZIP_STORED
     if not stored and info.compress_type != zipfile.ZIP_DEFLATED:
-        raise DataError(path, key, f"bytes compressed by method {info.compress_type}", "stored or deflated ones, as numpy writes them",
-                        "Write the shard again with numpy.savez.")
+        raise DataError(
+            path,
+            key,
+            f"bytes compressed by method {info.compress_type}",
+            "stored or deflated ones, as numpy writes them",
+            "Write the shard again with numpy.savez.",
+        )
     with damage(path, key, "no readable numpy header", "an array as numpy.savez writes it"):
         with archive.open(info) as stream:
             version = np.lib.format.read_magic(stream)
@@ -173,11 +199,17 @@ def _npz_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> S
             raise ValueError(f"shape {shape}")
     announced = header + dtype.itemsize * math.prod(shape)
     if announced != info.file_size and not dtype.hasobject:
-        raise DataError(path, key, f"{info.file_size} bytes", f"{announced} bytes for shape {shape} of {dtype}",
-                        COPY_AGAIN)
+        raise DataError(
+            path, key, f"{info.file_size} bytes", f"{announced} bytes for shape {shape} of {dtype}", COPY_AGAIN
+        )
     if info.file_size > MOST_DEFLATED * info.compress_size and not stored:
-        raise DataError(path, key, f"{info.file_size} bytes from {info.compress_size} compressed ones",
-                        f"at most {MOST_DEFLATED} from each", COPY_AGAIN)
+        raise DataError(
+            path,
+            key,
+            f"{info.file_size} bytes from {info.compress_size} compressed ones",
+            f"at most {MOST_DEFLATED} from each",
+            COPY_AGAIN,
+        )
     offset = _data_offset(path, key, info, header) if stored else None
     return StoredArray(path, key, dtype, tuple(shape), offset, info.filename, header, fortran and len(shape) > 1)
 
@@ -208,8 +240,9 @@ def safetensors_arrays(path: Path) -> dict[str, StoredArray]:
         found = [_tensor(path, key, item, 8 + length) for key, item in header.items()]
     for array in found:
         if array.offset + array.bytes > size:
-            raise DataError(path, array.key, f"a file of {size} bytes", f"at least {array.offset + array.bytes} bytes",
-                            COPY_AGAIN)
+            raise DataError(
+                path, array.key, f"a file of {size} bytes", f"at least {array.offset + array.bytes} bytes", COPY_AGAIN
+            )
     return {a.key: a for a in found}
 
 

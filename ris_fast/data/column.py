@@ -5,8 +5,8 @@ Legend: B rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from ris_fast.data.arrays import StoredArray
 
 @dataclass(frozen=True)
 class Column:
-    """Rows of shape `row`: float32, C order, complex numbers as a last axis (re, im); int64 where they are `whole` numbers.
+    """Rows of shape `row`: float32, C order, complex numbers as a last axis (re, im); int64 where they are `whole`
+    numbers.
 
     The file may have any float or complex type, either byte order, Fortran order, and axes of length one beyond these.
     """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -19,12 +19,18 @@ class Overlap:
     second: str
     count: int
     total: int
-    shift: int | None = None   # second[i] == first[i + shift] for every one of them
+    shift: int | None = None  # second[i] == first[i + shift] for every one of them
 
     def __str__(self) -> str:
-        rule = f" ({self.second}[i] == {self.first}[i{f'{self.shift:+d}' if self.shift else ''}])" if self.shift is not None else ""
-        return (f"{self.count} of {self.total} {self.second} scenes are copies of {self.first} scenes{rule}: "
-                f"their NMSE says nothing about new scenes")
+        rule = (
+            f" ({self.second}[i] == {self.first}[i{f'{self.shift:+d}' if self.shift else ''}])"
+            if self.shift is not None
+            else ""
+        )
+        return (
+            f"{self.count} of {self.total} {self.second} scenes are copies of {self.first} scenes{rule}: "
+            "their NMSE says nothing about new scenes"
+        )
 
 
 def scene_hashes(snapshots: Tensor) -> list[bytes]:

@@ -1,4 +1,5 @@
-"""Source positions and powers of files: shift an off-centre array to the centred one, recover powers and factors from a dense R.
+"""Source positions and powers of files: shift an off-centre array to the centred one, recover powers and factors from a
+dense R.
 
 Legend: B batch, N RIS elements, K sources (padded to K_max).
 """
@@ -14,9 +15,9 @@ from torch import Tensor
 from ris_fast.physics.array import RISArray, cosine_steering, direction_cosines
 
 SWEEPS = 200
-EXACT = 1e-6             # NMSE of R against its own factors: float32 phases leave up to 1e-9, element jitter 1e-2
-BETTER = 0.5             # of the misfit of the known places, at which another one is believed
-FEW, ROUNDS = 32, 20     # scenes that tell where the array sits, and looks at them
+EXACT = 1e-6  # NMSE of R against its own factors: float32 phases leave up to 1e-9, element jitter 1e-2
+BETTER = 0.5  # of the misfit of the known places, at which another one is believed
+FEW, ROUNDS = 32, 20  # scenes that tell where the array sits, and looks at them
 CENTRED = (0.0, 0.0)
 
 
@@ -50,8 +51,9 @@ class Geometry(NamedTuple):
     clamped: Tensor
 
 
-def centre(array: RISArray, offset: tuple[float, float], azimuth: Tensor, elevation: Tensor, range_m: Tensor,
-           active: Tensor) -> Geometry:
+def centre(
+    array: RISArray, offset: tuple[float, float], azimuth: Tensor, elevation: Tensor, range_m: Tensor, active: Tensor
+) -> Geometry:
     """Re-express sources given relative to an array whose elements sit `offset` spacings off the origin in x and y.
 
     Model: an element is at (x + s, y + t). Fresnel: u (x+s) - (x+s)^2/(2r) = (u - s/r) x - x^2/(2r) + const, so
@@ -101,24 +103,29 @@ def recover_powers(array: RISArray, sources: Geometry, active: Tensor, covarianc
     return power, (misfit / size).square()
 
 
-def find_offset(array: RISArray, azimuth: Tensor, elevation: Tensor, range_m: Tensor, active: Tensor,
-                covariance: Tensor) -> tuple[float, float]:
+def find_offset(
+    array: RISArray, azimuth: Tensor, elevation: Tensor, range_m: Tensor, active: Tensor, covariance: Tensor
+) -> tuple[float, float]:
     """Where the files' array sits, in spacings off the origin: the original's half element, nowhere, or where R itself
     says, whichever explains the first scenes' R best."""
+
     def misfit(offset: tuple[float, float]) -> float:
         few = [t[:FEW] for t in (azimuth, elevation, range_m, active)]
         return float(recover_powers(array, centre(array, offset, *few), few[3], covariance[:FEW])[1].median())
 
     original = original_offset(array)
-    known = CENTRED if misfit(CENTRED) < 0.8 * misfit(original) else original      # the first R may be another scene's, and fit neither
+    known = (
+        CENTRED if misfit(CENTRED) < 0.8 * misfit(original) else original
+    )  # the first R may be another scene's, and fit neither
     if misfit(known) < EXACT:
         return known
     own = estimate_offset(array, azimuth, elevation, range_m, active, covariance)
     return own if own is not None and misfit(own) < BETTER * misfit(known) else known
 
 
-def estimate_offset(array: RISArray, azimuth: Tensor, elevation: Tensor, range_m: Tensor, active: Tensor,
-                    covariance: Tensor) -> tuple[float, float] | None:
+def estimate_offset(
+    array: RISArray, azimuth: Tensor, elevation: Tensor, range_m: Tensor, active: Tensor, covariance: Tensor
+) -> tuple[float, float] | None:
     """The offset of the files' array, in spacings, from scenes of one source; None where there is no such scene.
 
     Model: R = p a a^H has between neighbours in x the phase k (u' - x/r) d and smaller terms, with u' = u - s/r. Its
@@ -170,9 +177,11 @@ def _non_negative(gram_BKK: Tensor, right_BK: Tensor) -> Tensor:
 
 
 def leading_factor(covariance: Tensor, columns: int) -> Tensor:
-    """The factor of each R's largest eigenvalues, largest first: (B, N, N, 2) -> (B, N, columns, 2), zero where R has none.
+    """The factor of each R's largest eigenvalues, largest first: (B, N, N, 2) -> (B, N, columns, 2), zero where R has
+    none.
 
-    For R of at most this rank it is exact, whatever the steering vectors are. Numerics: two passes of a subspace iteration;
+    For R of at most this rank it is exact, whatever the steering vectors are. Numerics: two passes of a subspace
+    iteration;
         eigenvalues below 1e-5 of the largest are float32's rounding.
     """
     r = torch.view_as_complex(covariance.contiguous())

@@ -7,8 +7,8 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from ris_fast.physics.random import SPLITS
 from ris_fast.physics.scenes import Scenes
 
 ONE_POOL = "all"
-BEYOND_DB = 0.5            # labels that are measured go a little beyond the range that was asked for
+BEYOND_DB = 0.5  # labels that are measured go a little beyond the range that was asked for
 
 
 class NpzSource:
@@ -40,13 +40,15 @@ class NpzSource:
     name = "npz"
     endless = False
 
-    def __init__(self, config: Config, device: torch.device | str,
-                 progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self, config: Config, device: torch.device | str, progress: Callable[[int, int], None] | None = None
+    ) -> None:
         self.task, self.path, self.device = config.task, Path(config.data.path), torch.device(device)
         self.array, self._config, self._progress = RISArray.of(config.task), config, progress
         wanted = {split: getattr(config.data, f"{split}_scenes") for split in SPLITS}
-        self._shards = {part: [open_shard(file, config.task) for file in files]
-                        for part, files in find_npz(self.path).items()}
+        self._shards = {
+            part: [open_shard(file, config.task) for file in files] for part, files in find_npz(self.path).items()
+        }
         self.channel = self._same_channel()
         self._found = {part: sum(s.scenes for s in shards) for part, shards in self._shards.items()}
         self._rows: dict[str, Tensor] = {}
@@ -85,13 +87,19 @@ class NpzSource:
     def batch(self, split: str, index: Tensor) -> Scenes:
         """Scenes by their number in the split, any order: on the source's device."""
         if not self._sizes[split]:
-            raise DataError(self.path, "", f"no {split} scenes", f"a folder {split}/ with shards",
-                            "Add it, or put all shards into one flat folder to have them split by number.")
+            raise DataError(
+                self.path,
+                "",
+                f"no {split} scenes",
+                f"a folder {split}/ with shards",
+                "Add it, or put all shards into one flat folder to have them split by number.",
+            )
         loaded = self._load(split)
         index = index.to(loaded.table.device, torch.int64)
         rows = self._rows[split][index] if self._rows else index
-        taken = {name: value.to(self.device) for name in _COLUMNS
-                 if (value := loaded.table.take(name, rows)) is not None}
+        taken = {
+            name: value.to(self.device) for name in _COLUMNS if (value := loaded.table.take(name, rows)) is not None
+        }
         codes = self._codes(loaded, rows)
         if loaded.facts.exact:
             u, v = taken.pop("u"), taken.pop("v")
@@ -113,12 +121,17 @@ class NpzSource:
     def describe(self) -> str:
         """One line: how many scenes, what the inputs carry, what the target is, where it all lives."""
         sizes = ", ".join(f"{self._sizes[split]} {split}" for split in SPLITS)
-        carries = ("with the channel H_full" if self.channel else
-                   "WITHOUT the channel (no H_full, only H c_l): these inputs cannot carry the answer")
+        carries = (
+            "with the channel H_full"
+            if self.channel
+            else "WITHOUT the channel (no H_full, only H c_l): these inputs cannot carry the answer"
+        )
         loaded = self._load("train")
         fit = self.target_fit("train")
-        target = (f"{'exact factors of R' if loaded.facts.exact else 'the dense R'} (NMSE of R on its own sources: "
-                  f"median {float(fit.median()):.2g}, largest {float(fit.max()):.2g})")
+        target = (
+            f"{'exact factors of R' if loaded.facts.exact else 'the dense R'} (NMSE of R on its own sources: "
+            f"median {float(fit.median()):.2g}, largest {float(fit.max()):.2g})"
+        )
         return f"{self.path} (.npz): {sizes} scenes, {carries}; target: {target}; {loaded.placement}"
 
     def target_fit(self, split: str) -> Tensor:
@@ -148,8 +161,13 @@ class NpzSource:
         for shard in shards:
             if shard.channel != shards[0].channel:
                 have, lack = (shard, shards[0]) if shard.channel else (shards[0], shard)
-                raise DataError(lack.path, "H_full", "no such key", f"it, because {have.path.name} has it",
-                                "Keep shards with and without H_full in different folders.")
+                raise DataError(
+                    lack.path,
+                    "H_full",
+                    "no such key",
+                    f"it, because {have.path.name} has it",
+                    "Keep shards with and without H_full in different folders.",
+                )
         return shards[0].channel
 
     def _load(self, split: str) -> LoadedSplit:
@@ -168,51 +186,76 @@ class NpzSource:
 
     def _find_overlaps(self) -> list[Overlap]:
         train, val, test = (self.hashes(split) for split in SPLITS)
-        found = (find_overlap("train", train, "val", val), find_overlap("train", train, "test", test),
-                 find_overlap("val", val, "test", test))
+        found = (
+            find_overlap("train", train, "val", val),
+            find_overlap("train", train, "test", test),
+            find_overlap("val", val, "test", test),
+        )
         return [overlap for overlap in found if overlap.count]
 
     def _notes(self) -> list[str]:
         facts = self._load("train").facts
         notes = [str(overlap) for overlap in self.overlaps]
         if copies := find_copies(self.hashes("train")):
-            notes.append(f"{copies} of {self._sizes['train']} train scenes {'repeats' if copies == 1 else 'repeat'} an earlier one")
+            notes.append(
+                f"{copies} of {self._sizes['train']} train scenes {'repeats' if copies == 1 else 'repeat'} an"
+                " earlier one"
+            )
         if not self.channel:
-            notes.append("no H_full in the files: the map from measurement to aperture is lost, and the validation "
-                         "NMSE will stay near 0.97 however well the optimizer works; generate the shards with H_full")
+            notes.append(
+                "no H_full in the files: the map from measurement to aperture is lost, and the validation "
+                "NMSE will stay near 0.97 however well the optimizer works; generate the shards with H_full"
+            )
         if facts.offset != CENTRED:
-            notes.append(f"the files' array is off-centre by {_spacings(facts.offset)}: source positions are "
-                         "re-expressed for the centred array, which leaves every covariance as it is")
+            notes.append(
+                f"the files' array is off-centre by {_spacings(facts.offset)}: source positions are "
+                "re-expressed for the centred array, which leaves every covariance as it is"
+            )
         if facts.clamped:
-            notes.append(f"sources so near the edge that their shifted direction does not exist: {facts.clamped}; "
-                         "their angle labels are the nearest that do, their covariances are exact")
+            notes.append(
+                f"sources so near the edge that their shifted direction does not exist: {facts.clamped}; "
+                "their angle labels are the nearest that do, their covariances are exact"
+            )
         if self._load("train").codes is None:
             kept = packed_bytes(self.task.snapshots, self.task.elements) / 1e3
             notes.append(f"each scene has codes of its own: they are kept in 16 bits, {kept:.1f} kB a scene")
         if not facts.exact:
             notes.append(self._fit_note())
         if facts.wrong_collapsed:
-            why = ("but H_full times the conjugate of c_l: the codes are conjugated, in the files or in H" if 2 * facts.conjugate_codes > facts.wrong_collapsed
-                   else "H, H_full or the codes are wrong")
-            notes.append(f"in {facts.wrong_collapsed} scenes H is not H_full c_l{', ' if why.startswith('but') else ': '}{why}")
+            why = (
+                "but H_full times the conjugate of c_l: the codes are conjugated, in the files or in H"
+                if 2 * facts.conjugate_codes > facts.wrong_collapsed
+                else "H, H_full or the codes are wrong"
+            )
+            notes.append(
+                f"in {facts.wrong_collapsed} scenes H is not H_full c_l{', ' if why.startswith('but') else ': '}{why}"
+            )
         return notes + self._size_notes() + self._snr_note()
 
     def _fit_note(self) -> str:
         fit = self.target_fit("train")
         apart = clearly_apart(fit)
-        said = (f"R is not exactly a sum over its own sources: NMSE {float(fit.median()):.2g} at the median, "
-                f"{float(fit.max()):.2g} at most; the dense R is used as the target")
+        said = (
+            f"R is not exactly a sum over its own sources: NMSE {float(fit.median()):.2g} at the median, "
+            f"{float(fit.max()):.2g} at most; the dense R is used as the target"
+        )
         if apart == 0:
             return f"{said}. Element jitter, or a slightly different array, does this"
-        return (f"{said}. In {apart} of {fit.numel()} train scenes (NMSE above {APART:g}) R does not belong to the scene's sources, or "
-                "the task's array is not the one of the files")
+        return (
+            f"{said}. In {apart} of {fit.numel()} train scenes (NMSE above {APART:g}) R does not belong to the scene's"
+            " sources, or the task's array is not the one of the files"
+        )
 
     def _size_notes(self) -> list[str]:
         if not self._rows:
             return size_notes(self._config, self._found, self._sizes)
-        return [f"no train/ folder: the {sum(self._sizes.values())} of {self._found[ONE_POOL]} scenes in use are "
-                "split by number, validation and test at even distances, train the rest",
-                *size_notes(self._config, self._sizes, self._sizes)]
+        return [
+            (
+                f"no train/ folder: the {sum(self._sizes.values())} of {self._found[ONE_POOL]} scenes in use are "
+                "split by number, validation and test at even distances, train the rest"
+            ),
+            *size_notes(self._config, self._sizes, self._sizes),
+        ]
 
     def _snr_note(self) -> list[str]:
         snr = self._load("train").table.columns["snr_db"]
@@ -225,17 +268,31 @@ class NpzSource:
             beyond = [f"snr labels go down to {low:.3g} dB; the task says {self.task.snr_min_db:g}"]
         else:
             beyond = []
-        return beyond + ([f"snr labels pile up at an end ({', '.join(clipped)}): they were clipped there"] if clipped else [])
+        return beyond + (
+            [f"snr labels pile up at an end ({', '.join(clipped)}): they were clipped there"] if clipped else []
+        )
 
 
-_COLUMNS = ("snapshots", "channel", "collapsed", "covariance", "azimuth", "elevation", "range_m", "power", "u", "v",
-            "count", "snr_db")
+_COLUMNS = (
+    "snapshots",
+    "channel",
+    "collapsed",
+    "covariance",
+    "azimuth",
+    "elevation",
+    "range_m",
+    "power",
+    "u",
+    "v",
+    "count",
+    "snr_db",
+)
 
 
 def _spacings(offset: tuple[float, float]) -> str:
     """'half an element in both axes', '1.25 elements in x and -3 in y'."""
     named = {(-0.5, -0.5): "both axes", (-0.5, 0.0): "x", (0.0, -0.5): "y"}.get(offset)
-    x, y = (round(each, 3) + 0.0 for each in offset)      # adding zero, minus zero loses its sign
+    x, y = (round(each, 3) + 0.0 for each in offset)  # adding zero, minus zero loses its sign
     return f"half an element in {named}" if named else f"{x:g} elements in x and {y:g} in y"
 
 
@@ -247,14 +304,24 @@ def find_npz(path: Path) -> dict[str, list[Path]]:
     if not folders:
         files = npz_files(path)
         if not files:
-            raise DataError(path, "", "no .npz file and no train/ folder", "shards, flat or in train/, val/, test/",
-                            "Give the right --data DIR, or generate the data.")
+            raise DataError(
+                path,
+                "",
+                "no .npz file and no train/ folder",
+                "shards, flat or in train/, val/, test/",
+                "Give the right --data DIR, or generate the data.",
+            )
         return {ONE_POOL: files}
     for split in ("train", "val"):
         if not folders.get(split):
             what = "an empty folder" if split in folders else "no such folder"
-            raise DataError(path / split, "", what, f"at least one {split} shard (.npz)",
-                            "Add it, or put all shards into one flat folder to have them split by number.")
+            raise DataError(
+                path / split,
+                "",
+                what,
+                f"at least one {split} shard (.npz)",
+                "Add it, or put all shards into one flat folder to have them split by number.",
+            )
     return {split: files for split, files in folders.items() if files}
 
 
@@ -266,8 +333,9 @@ def split_rows(path: Path, total: int, wanted: Mapping[str, int]) -> dict[str, T
     """
     asked = sum(wanted.values())
     if total < len(SPLITS):
-        raise DataError(path, "", f"{total} scenes to split", f"at least {len(SPLITS)}",
-                        "Give more scenes, or train/ and val/.")
+        raise DataError(
+            path, "", f"{total} scenes to split", f"at least {len(SPLITS)}", "Give more scenes, or train/ and val/."
+        )
     used = min(total, asked)
     val, test = (max(1, wanted[split] * used // asked) for split in ("val", "test"))
     held = val + test

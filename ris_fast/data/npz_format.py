@@ -18,7 +18,7 @@ from ris_fast.data.column import Column, without_ones
 from ris_fast.data.errors import DataError
 
 REQUIRED = ("y", "codes", "ptr", "K", "snr", "R")
-KINDS = {"K": "iu", "snr": "fiu", "ptr": "f"}      # what numpy calls their types; every other key: "fc"
+KINDS = {"K": "iu", "snr": "fiu", "ptr": "f"}  # what numpy calls their types; every other key: "fc"
 OTHER_AXES = "Write every key with the axes of this format, scenes first, or point data.path elsewhere."
 CLEAN = "Find out how it got there and generate the shard again; training on it would spoil every weight."
 
@@ -26,8 +26,16 @@ CLEAN = "Find out how it got there and generate the shard again; training on it 
 def row_shapes(snapshots: int, antennas: int, elements: int, sources: int) -> dict[str, tuple[int, ...]]:
     """The shape of one scene under each key."""
     seen, operator = (snapshots, antennas, 2), (antennas, elements, 2)
-    return {"y": seen, "H": seen, "H_full": operator, "codes": (snapshots, elements, 2), "ptr": (3 * sources,), "K": (),
-            "snr": (), "R": (elements, elements, 2)}
+    return {
+        "y": seen,
+        "H": seen,
+        "H_full": operator,
+        "codes": (snapshots, elements, 2),
+        "ptr": (3 * sources,),
+        "K": (),
+        "snr": (),
+        "R": (elements, elements, 2),
+    }
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,13 @@ def open_shard(path: Path, task: Task) -> NpzShard:
     if not ("H" in arrays or "H_full" in arrays):
         missing.append("H or H_full")
     if missing:
-        raise DataError(path, ", ".join(missing), f"only the keys {', '.join(npz_keys(path)) or '(none)'}",
-                        f"{', '.join(REQUIRED)} and H or H_full", "Generate the shard with these keys.")
+        raise DataError(
+            path,
+            ", ".join(missing),
+            f"only the keys {', '.join(npz_keys(path)) or '(none)'}",
+            f"{', '.join(REQUIRED)} and H or H_full",
+            "Generate the shard with these keys.",
+        )
     columns = {key: Column(array, shapes[key], whole=key == "K") for key, array in arrays.items()}
     for column in columns.values():
         _check_type(column)
@@ -77,7 +90,9 @@ def _check_type(column: Column) -> None:
         number = "whole numbers" if key == "K" else "floats"
         todo = "Convert the array and write the shard again."
         expected = number if key in KINDS else f"{number}, complex numbers as such or as a last axis (re, im)"
-        raise DataError(stored.file, key, f"type {stored.dtype}", expected, "Write it as int32." if key == "K" else todo)
+        raise DataError(
+            stored.file, key, f"type {stored.dtype}", expected, "Write it as int32." if key == "K" else todo
+        )
 
 
 def _check_shapes(columns: dict[str, Column], task: Task) -> None:
@@ -86,7 +101,9 @@ def _check_shapes(columns: dict[str, Column], task: Task) -> None:
     if wrong is not None:
         expected = f"(scenes, {', '.join(map(str, wrong.row))})" if wrong.row else "(scenes,)"
         settings = _settings(columns, task)
-        todo = f"Set the task to the data's sizes: {settings}; or point data.path elsewhere." if settings else OTHER_AXES
+        todo = (
+            f"Set the task to the data's sizes: {settings}; or point data.path elsewhere." if settings else OTHER_AXES
+        )
         raise DataError(wrong.stored.file, wrong.stored.key, f"shape {wrong.stored.shape}", expected, todo)
 
 
@@ -114,8 +131,13 @@ def _check_rows(path: Path, columns: dict[str, Column]) -> None:
         raise DataError(path, "y", "no scene (0 rows)", "at least one", "Remove the file or generate it again.")
     for key, column in columns.items():
         if column.rows != rows:
-            raise DataError(path, key, f"{column.rows} rows", f"{rows} rows, as y has",
-                            "Write all keys of a shard from the same scenes.")
+            raise DataError(
+                path,
+                key,
+                f"{column.rows} rows",
+                f"{rows} rows, as y has",
+                "Write all keys of a shard from the same scenes.",
+            )
 
 
 def check_finite(path: Path, key: str, values: Tensor, start: int) -> None:
@@ -125,8 +147,9 @@ def check_finite(path: Path, key: str, values: Tensor, start: int) -> None:
         return
     bad = ~torch.isfinite(values).flatten(1) if values.ndim > 1 else ~torch.isfinite(values)[:, None]
     first = start + int(bad.any(1).nonzero()[0])
-    raise DataError(path, key, f"{int(bad.sum())} NaN or infinite values, the first in scene {first}",
-                    "finite numbers", CLEAN)
+    raise DataError(
+        path, key, f"{int(bad.sum())} NaN or infinite values, the first in scene {first}", "finite numbers", CLEAN
+    )
 
 
 def check_values(path: Path, chunk: dict[str, Tensor], start: int, task: Task) -> None:
@@ -134,16 +157,28 @@ def check_values(path: Path, chunk: dict[str, Tensor], start: int, task: Task) -
     for key, values in chunk.items():
         if key != "K":
             check_finite(path, key, values, start)
-    _refuse(path, "K", (chunk["K"] < 1) | (chunk["K"] > task.max_sources), start, chunk["K"],
-            f"1 to {task.max_sources} sources (task.max_sources)")
+    _refuse(
+        path,
+        "K",
+        (chunk["K"] < 1) | (chunk["K"] > task.max_sources),
+        start,
+        chunk["K"],
+        f"1 to {task.max_sources} sources (task.max_sources)",
+    )
     silent = chunk["y"].abs().flatten(1).amax(1)
     _refuse(path, "y", silent == 0, start, silent, "snapshots that are not all zero")
     azimuth, elevation, range_m, active = split_ptr(chunk["ptr"], chunk["K"])
     angle = torch.maximum(azimuth.abs(), elevation.abs()).amax(1)
     _refuse(path, "ptr", angle > math.pi / 2, start, angle, "angles within pi/2 (radians, not degrees)")
     nearest = torch.where(active, range_m, math.inf).amin(1)
-    _refuse(path, "ptr", nearest <= 0, start, nearest,
-            "a positive range for every source; ptr is [azimuths, elevations, ranges], zero padded")
+    _refuse(
+        path,
+        "ptr",
+        nearest <= 0,
+        start,
+        nearest,
+        "a positive range for every source; ptr is [azimuths, elevations, ranges], zero padded",
+    )
     check_target(path, chunk["R"], start)
 
 

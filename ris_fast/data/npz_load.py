@@ -7,9 +7,9 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K sources
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ from ris_fast.physics.pairs import conj
 
 CHUNK = 256
 SAME_CODES = 1e-5
-APART = 0.5              # NMSE of the R of another scene: 0.99; of elements that move as the original's do: up to 0.04
-GAP = 0.25               # the R of other sources are above 1 - GAP; heavy element jitter fills what is between GAP and that
+APART = 0.5  # NMSE of the R of another scene: 0.99; of elements that move as the original's do: up to 0.04
+GAP = 0.25  # the R of other sources are above 1 - GAP; heavy element jitter fills what is between GAP and that
 PACKED = ("codes", "codes_unit")
 BIG = {"y": "snapshots", "H_full": "channel", "H": "collapsed", "R": "covariance"}
 
@@ -39,12 +39,12 @@ class Facts:
     exact: bool
     offset: tuple[float, float] = CENTRED
     clamped: int = 0
-    stored: Reach = field(default_factory=Reach)      # of the sources as the files have them
-    served: Reach = field(default_factory=Reach)      # of the sources as seen from the centre of the array
+    stored: Reach = field(default_factory=Reach)  # of the sources as the files have them
+    served: Reach = field(default_factory=Reach)  # of the sources as seen from the centre of the array
     wrong_collapsed: int = 0
-    conjugate_codes: int = 0                          # of these, H is H_full times the conjugate of the codes
+    conjugate_codes: int = 0  # of these, H is H_full times the conjugate of the codes
     hashes: list[bytes] = field(default_factory=list)
-    fits: list[Tensor] = field(default_factory=list)       # NMSE of R on the scene's own sources, chunk by chunk
+    fits: list[Tensor] = field(default_factory=list)  # NMSE of R on the scene's own sources, chunk by chunk
 
 
 class _Otherwise(Exception):
@@ -58,13 +58,19 @@ class _Otherwise(Exception):
 @dataclass
 class LoadedSplit:
     table: Table
-    codes: Tensor | None         # (L, N, 2); None where each scene has its own, which are columns of the table
+    codes: Tensor | None  # (L, N, 2); None where each scene has its own, which are columns of the table
     facts: Facts
     placement: Placement
 
 
-def load_split(where: Path, shards: Sequence[NpzShard], rows: int, task: Task, device: torch.device,
-               progress: Callable[[int, int], None] | None = None) -> LoadedSplit:
+def load_split(
+    where: Path,
+    shards: Sequence[NpzShard],
+    rows: int,
+    task: Task,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> LoadedSplit:
     """Read the first `rows` scenes of the shards once, check every value, keep what training needs.
 
     Raises: DataError for any file that cannot be used, and where the scenes fit nowhere; nothing large is allocated
@@ -79,17 +85,28 @@ def load_split(where: Path, shards: Sequence[NpzShard], rows: int, task: Task, d
 
 
 class _Loader:
-    """One pass. With `exact` the target is kept as source powers, else as the dense R; with `shared` codes are kept once."""
+    """One pass. With `exact` the target is kept as source powers, else as the dense R; with `shared` codes are kept
+    once."""
 
-    def __init__(self, where: Path, shards: Sequence[NpzShard], rows: int, task: Task, device: torch.device,
-                 exact: bool = True, shared: bool = True) -> None:
+    def __init__(
+        self,
+        where: Path,
+        shards: Sequence[NpzShard],
+        rows: int,
+        task: Task,
+        device: torch.device,
+        exact: bool = True,
+        shared: bool = True,
+    ) -> None:
         self.shards, self.rows, self.task = shards, rows, task
         self.array, self.facts, self.shared = RISArray.of(task), Facts(exact), shared
         self.keep = {key: BIG[key] for key in ("y", "H_full" if shards[0].channel else "H", *(() if exact else ("R",)))}
         row_bytes = sum(shards[0].columns[key].row_bytes for key in self.keep)
         row_bytes += 4 * 9 * task.max_sources + 12 + (0 if shared else packed_bytes(task.snapshots, task.elements))
         decoded = max(sum(column.stored.decoded_bytes for column in shard.columns.values()) for shard in shards)
-        self.placement = place_table(where, rows * row_bytes + decoded, device, mappable=all(s.mappable for s in shards))
+        self.placement = place_table(
+            where, rows * row_bytes + decoded, device, mappable=all(s.mappable for s in shards)
+        )
         self.table = Table(rows, device if self.placement.place == "device" else torch.device("cpu"))
         self.codes: Tensor | None = None
 
@@ -172,7 +189,8 @@ class _Loader:
 
 
 def clearly_apart(fit: Tensor) -> int:
-    """How many R belong to other sources, of the NMSE of each on its own; 0 where the NMSE has no gap, as where elements moved far."""
+    """How many R belong to other sources, of the NMSE of each on its own; 0 where the NMSE has no gap, as where
+    elements moved far."""
     between = (fit > GAP) & (fit <= 1 - GAP)
     return int((fit > APART).sum()) if int((fit > 1 - GAP).sum()) > int(between.sum()) else 0
 

@@ -12,7 +12,8 @@ LEVELS = 32767.0
 
 
 def pack_codes(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, L, N, 2) float32 -> int16 of the same shape, and the largest component of each scene (B,), which is their unit.
+    """(B, L, N, 2) float32 -> int16 of the same shape, and the largest component of each scene (B,), which is their
+    unit.
 
     Numerics: a rounding of at most 1 part in 65,534 of the largest component, 90 dB below it.
     """

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
 
+from ris_fast.config.load import MANIFEST
 from ris_fast.data.errors import DataError
 from ris_fast.physics.random import SPLITS
-from ris_fast.config.load import MANIFEST
 
-PLAN = "plan.json"            # lies in work that `ris-fast simulate` has not finished
+PLAN = "plan.json"  # lies in work that `ris-fast simulate` has not finished
 EXPECTED = "a folder of shards from `ris-fast simulate` or the original pipeline, or one .npz file"
 
 
@@ -50,28 +50,48 @@ def _readable(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        raise DataError(place, "", f"a place that cannot be read ({problem.strerror})", EXPECTED,
-                        "Get the right to read it, or give another --data DIR.") from None
+        raise DataError(
+            place,
+            "",
+            f"a place that cannot be read ({problem.strerror})",
+            EXPECTED,
+            "Get the right to read it, or give another --data DIR.",
+        ) from None
 
 
 def _not_there(place: Path) -> DataError:
     unfinished = place.with_name(place.name + ".partial")
     if (unfinished / PLAN).is_file():
         return _unfinished(place, f"no such folder, but unfinished work in {unfinished.name}")
-    return DataError(place, "", "no such file or folder", EXPECTED, "Where it was moved, give its present place: "
-                     "--data DIR, or data.path in a run's config.toml.")
+    return DataError(
+        place,
+        "",
+        "no such file or folder",
+        EXPECTED,
+        "Where it was moved, give its present place: --data DIR, or data.path in a run's config.toml.",
+    )
 
 
 def _unfinished(place: Path, found: str) -> DataError:
-    return DataError(place, "", found, "a whole data set", "Run the same `ris-fast simulate` command again: it goes on "
-                     "where it stopped.")
+    return DataError(
+        place,
+        "",
+        found,
+        "a whole data set",
+        "Run the same `ris-fast simulate` command again: it goes on where it stopped.",
+    )
 
 
 def _wrong_file(place: Path) -> DataError:
     own = place.suffix == ".safetensors" or place.name == MANIFEST
     found = "one file of a data set" if own else "a file that is no .npz"
-    return DataError(place, "", found, EXPECTED, f"Give the folder: --data {shlex.quote(str(place.parent))}." if own else
-                     "Give the right --data DIR.")
+    return DataError(
+        place,
+        "",
+        found,
+        EXPECTED,
+        f"Give the folder: --data {shlex.quote(str(place.parent))}." if own else "Give the right --data DIR.",
+    )
 
 
 def _no_data(place: Path) -> DataError:
@@ -79,11 +99,27 @@ def _no_data(place: Path) -> DataError:
     if (place / PLAN).is_file():
         return _unfinished(place, "unfinished work of `ris-fast simulate`")
     if any(place.glob("*.safetensors")):
-        return DataError(place, "", f"safetensors shards without a {MANIFEST}", "both, as `ris-fast simulate` writes them",
-                         "Copy the whole folder, or run `ris-fast simulate` again.")
+        return DataError(
+            place,
+            "",
+            f"safetensors shards without a {MANIFEST}",
+            "both, as `ris-fast simulate` writes them",
+            "Copy the whole folder, or run `ris-fast simulate` again.",
+        )
     names = sorted(each.name for each in place.iterdir())
-    inside = next((each for each in sorted(place.iterdir())
-                   if (each / MANIFEST).is_file() or npz_files(each) or (each / "train").is_dir()), None)
-    return DataError(place, "", f"neither a {MANIFEST} nor .npz files, but {', '.join(names[:4])}"
-                     + (f" and {len(names) - 4} more" if len(names) > 4 else ""), EXPECTED,
-                     f"Give the folder within: --data {shlex.quote(str(inside))}." if inside else "Give the right --data DIR.")
+    inside = next(
+        (
+            each
+            for each in sorted(place.iterdir())
+            if (each / MANIFEST).is_file() or npz_files(each) or (each / "train").is_dir()
+        ),
+        None,
+    )
+    return DataError(
+        place,
+        "",
+        f"neither a {MANIFEST} nor .npz files, but {', '.join(names[:4])}"
+        + (f" and {len(names) - 4} more" if len(names) > 4 else ""),
+        EXPECTED,
+        f"Give the folder within: --data {shlex.quote(str(inside))}." if inside else "Give the right --data DIR.",
+    )

@@ -6,9 +6,10 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K sources
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,11 +53,17 @@ class OwnShard:
         try:
             found = file_hash(self.path)
         except OSError as problem:
-            raise DataError(self.path, "", f"a file that cannot be read ({problem.strerror})", "a shard",
-                            COPY_AGAIN) from None
+            raise DataError(
+                self.path, "", f"a file that cannot be read ({problem.strerror})", "a shard", COPY_AGAIN
+            ) from None
         if found != self.sha256:
-            raise DataError(self.path, "", f"other bytes than were written (SHA-256 {found[:12]}...)",
-                            f"SHA-256 {self.sha256[:12]}..., as the manifest says", COPY_AGAIN)
+            raise DataError(
+                self.path,
+                "",
+                f"other bytes than were written (SHA-256 {found[:12]}...)",
+                f"SHA-256 {self.sha256[:12]}..., as the manifest says",
+                COPY_AGAIN,
+            )
 
 
 class ShardSource:
@@ -72,16 +79,19 @@ class ShardSource:
     lacks = ()
     reach = None
 
-    def __init__(self, config: Config, device: torch.device | str,
-                 progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self, config: Config, device: torch.device | str, progress: Callable[[int, int], None] | None = None
+    ) -> None:
         self.task, self.path, self.device = config.task, Path(config.data.path), torch.device(device)
         self.array, self._progress = RISArray.of(config.task), progress
         self.manifest = read_manifest(self.path, config.task)
         self._found = {split: self.manifest["splits"][split]["scenes"] for split in SPLITS}
-        self._sizes = {split: min(found, getattr(config.data, f"{split}_scenes"))
-                       for split, found in self._found.items()}
-        self._shards = {split: [open_own_shard(path, entry, self.task) for path, entry in self.files(split)]
-                        for split in SPLITS}
+        self._sizes = {
+            split: min(found, getattr(config.data, f"{split}_scenes")) for split, found in self._found.items()
+        }
+        self._shards = {
+            split: [open_own_shard(path, entry, self.task) for path, entry in self.files(split)] for split in SPLITS
+        }
         self._loaded: dict[str, tuple[Table, Tensor, Placement]] = {}
         self._hashes: dict[str, list[bytes]] = {}
         for split in SPLITS[:2]:
@@ -109,8 +119,10 @@ class ShardSource:
 
     def describe(self) -> str:
         sizes = ", ".join(f"{self._sizes[split]} {split}" for split in SPLITS)
-        return (f"{self.path} (shards, seed {self.manifest['seed']}): {sizes} scenes, with the channel; "
-                f"target: exact factors; {self._load('train')[2]}")
+        return (
+            f"{self.path} (shards, seed {self.manifest['seed']}): {sizes} scenes, with the channel; "
+            f"target: exact factors; {self._load('train')[2]}"
+        )
 
     def files(self, split: str) -> list[tuple[Path, dict[str, Any]]]:
         """The shard files of a split with their entries in the manifest."""
@@ -153,7 +165,9 @@ def _same_codes(shard: OwnShard, codes: Tensor | None) -> Tensor:
     own = torch.from_numpy(np.array(stored.map()))
     check_finite(shard.path, "codes", own, 0)
     if codes is not None and not torch.equal(own, codes):
-        raise DataError(shard.path, "codes", "other codes than in the first shard", "one set for all scenes", WRITE_AGAIN)
+        raise DataError(
+            shard.path, "codes", "other codes than in the first shard", "one set for all scenes", WRITE_AGAIN
+        )
     return own
 
 
@@ -178,24 +192,42 @@ def read_manifest(path: Path, task: Task) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text())
     except FileNotFoundError:
-        raise DataError(path, "", f"no {MANIFEST}", "a data set written by `ris-fast simulate`",
-                        "Give the right --data DIR, or write one.") from None
+        raise DataError(
+            path,
+            "",
+            f"no {MANIFEST}",
+            "a data set written by `ris-fast simulate`",
+            "Give the right --data DIR, or write one.",
+        ) from None
     except (ValueError, OSError, RecursionError) as problem:
         raise DataError(file, "", f"no readable JSON ({problem})", "a manifest", COPY_AGAIN) from None
     if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-        raise DataError(file, "format", f"{manifest.get('format') if isinstance(manifest, dict) else manifest!r}",
-                        f"'{FORMAT}' version {VERSION}", WRITE_AGAIN)
-    missing = {key for key, kind in (("task", dict), ("seed", int), ("splits", dict)) if not isinstance(manifest.get(key), kind)}
+        raise DataError(
+            file,
+            "format",
+            f"{manifest.get('format') if isinstance(manifest, dict) else manifest!r}",
+            f"'{FORMAT}' version {VERSION}",
+            WRITE_AGAIN,
+        )
+    missing = {
+        key
+        for key, kind in (("task", dict), ("seed", int), ("splits", dict))
+        if not isinstance(manifest.get(key), kind)
+    }
     missing = missing or {split for split in SPLITS if not isinstance(manifest["splits"].get(split), dict)}
     if missing:
         raise DataError(file, sorted(missing)[0], "no such entry", "it", COPY_AGAIN)
     _check_entries(file, manifest)
     there, asked = manifest["task"], asdict(task)
     if wrong := [key for key in asked if there.get(key) != asked[key]]:
-        raise DataError(file, "task", ", ".join(f"{key} {there.get(key)!r}" for key in wrong),
-                        ", ".join(f"{key} {asked[key]!r}" for key in wrong) + ", as configured",
-                        "A data set brings its own task, which every command and load_config take from it: leave these settings away, "
-                        "or write a data set of this task with `ris-fast simulate`.")
+        raise DataError(
+            file,
+            "task",
+            ", ".join(f"{key} {there.get(key)!r}" for key in wrong),
+            ", ".join(f"{key} {asked[key]!r}" for key in wrong) + ", as configured",
+            "A data set brings its own task, which every command and load_config take from it: leave these settings"
+            " away, or write a data set of this task with `ris-fast simulate`.",
+        )
     return manifest
 
 
@@ -205,15 +237,25 @@ def _check_entries(file: Path, manifest: dict[str, Any]) -> None:
         entry = manifest["splits"][split]
         shards = entry.get("shards")
         whole = isinstance(shards, list) and len(shards) > 0 and all(_is_entry(each) for each in shards)
-        if not whole or type(entry.get("scenes")) is not int or entry["scenes"] != sum(each["scenes"] for each in shards):
-            raise DataError(file, f"splits.{split}", "no whole list of shards", "every shard with its size and SHA-256",
-                            COPY_AGAIN)
+        if (
+            not whole
+            or type(entry.get("scenes")) is not int
+            or entry["scenes"] != sum(each["scenes"] for each in shards)
+        ):
+            raise DataError(
+                file, f"splits.{split}", "no whole list of shards", "every shard with its size and SHA-256", COPY_AGAIN
+            )
 
 
 def _is_entry(entry: Any) -> bool:
     """Whether this is what a manifest says of a shard, which lies beside it."""
-    return (isinstance(entry, dict) and all(type(entry.get(key)) is kind for key, kind in ENTRY.items()) and entry["scenes"] > 0
-            and Path(entry["file"]).name == entry["file"] and entry["file"].isprintable())
+    return (
+        isinstance(entry, dict)
+        and all(type(entry.get(key)) is kind for key, kind in ENTRY.items())
+        and entry["scenes"] > 0
+        and Path(entry["file"]).name == entry["file"]
+        and entry["file"].isprintable()
+    )
 
 
 def open_own_shard(path: Path, entry: dict[str, Any], task: Task) -> OwnShard:
@@ -225,8 +267,14 @@ def open_own_shard(path: Path, entry: dict[str, Any], task: Task) -> OwnShard:
         raise DataError(path, "", f"{size} bytes", f"{entry['bytes']} bytes, as the manifest says", COPY_AGAIN)
     arrays = safetensors_arrays(path)
     l, m, n, k, rows = task.snapshots, task.bs_antennas, task.elements, task.max_sources, entry["scenes"]
-    shapes = {"codes": (l, n, 2), "snapshots": (rows, l, m, 2), "channel": (rows, m, n, 2), "snr_db": (rows,),
-              "count": (rows,), **{name: (rows, k) for name in ("azimuth", "elevation", "range_m", "power")}}
+    shapes = {
+        "codes": (l, n, 2),
+        "snapshots": (rows, l, m, 2),
+        "channel": (rows, m, n, 2),
+        "snr_db": (rows,),
+        "count": (rows,),
+        **{name: (rows, k) for name in ("azimuth", "elevation", "range_m", "power")},
+    }
     for name, shape in shapes.items():
         dtype = np.dtype(np.int64 if name == "count" else np.float32)
         found = arrays.get(name)
@@ -240,7 +288,8 @@ def verify_manifest(source: Any, *, contents: bool = True) -> list[str]:
     """Does what training reads match the manifest? One sentence for each thing that does not; empty: all is well.
 
     Reads the first shard of each split through `source.batch`, the path that training uses, and compares its
-    statistics; with `contents`, hashes every file anew (about 1 GB/s), also those that opening had no need to read. A source without a manifest has nothing to check.
+    statistics; with `contents`, hashes every file anew (about 1 GB/s), also those that opening had no need to read. A
+    source without a manifest has nothing to check.
     """
     if not isinstance(source, ShardSource):
         return []

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Iterator, Mapping, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -71,23 +72,29 @@ class SimulatedSource:
 
     def describe(self) -> str:
         kind = "the same in every epoch" if self.data.fixed else "fresh in every epoch"
-        return (f"simulated on {self.device}, seed {self.seed}: {self.data.train_scenes} train ({kind}), "
-                f"{self.data.val_scenes} val, {self.data.test_scenes} test scenes, with the channel")
+        return (
+            f"simulated on {self.device}, seed {self.seed}: {self.data.train_scenes} train ({kind}), "
+            f"{self.data.val_scenes} val, {self.data.test_scenes} test scenes, with the channel"
+        )
 
 
-def open_source(config: Config, device: torch.device | str,
-                progress: Callable[[int, int], None] | None = None) -> SceneSource:
+def open_source(
+    config: Config, device: torch.device | str, progress: Callable[[int, int], None] | None = None
+) -> SceneSource:
     """The source that config.data asks for.
 
     Args: progress: called with (scenes read, scenes in all) of one split after the other while files are read and
-        checked, which for 100,000 scenes of .npz takes a minute or two. Raises: DataError (exit code 3) where the files cannot be used.
+        checked, which for 100,000 scenes of .npz takes a minute or two. Raises: DataError (exit code 3) where the files
+        cannot be used.
     """
     kind = config.data.source
     if kind == "auto":
         kind = guess_source(config.data.path)
     elif kind != "simulate":
         if not config.data.path:
-            raise DataError("data.path", "", "nothing", f"a folder, because data.source is '{kind}'", "Give --data DIR.")
+            raise DataError(
+                "data.path", "", "nothing", f"a folder, because data.source is '{kind}'", "Give --data DIR."
+            )
         check_place(Path(config.data.path))
     if kind == "npz":
         from ris_fast.data.npz import NpzSource
@@ -105,18 +112,23 @@ def open_source(config: Config, device: torch.device | str,
 def _refuse_lost_channel(source: SceneSource, config: Config) -> None:
     """A network that needs H cannot be trained on H c_l; one that asks for H c_l may be, with a note."""
     if not source.channel and config.model.options.get("inputs") != "collapsed":
-        raise DataError(config.data.path, "H_full", "no such key, only H = H c_l",
-                        f"the channel, which model '{config.model.name}' needs: H c_l cannot carry the answer",
-                        "Generate the shards with H_full. To train on H c_l all the same, as the original did, use "
-                        "--preset seed --set model.options.inputs=collapsed --set health.mute=inputs_withhold_answer and "
-                        "expect a validation NMSE near 0.97: the run ends as stalled, with exit code 4.")
+        raise DataError(
+            config.data.path,
+            "H_full",
+            "no such key, only H = H c_l",
+            f"the channel, which model '{config.model.name}' needs: H c_l cannot carry the answer",
+            "Generate the shards with H_full. To train on H c_l all the same, as the original did, use "
+            "--preset seed --set model.options.inputs=collapsed --set health.mute=inputs_withhold_answer and "
+            "expect a validation NMSE near 0.97: the run ends as stalled, with exit code 4.",
+        )
 
 
 def widened_sector(config: Config, reach: tuple[Reach, Reach] | None) -> tuple[Config, list[str]]:
     """The configuration with a sector that holds the sources as they are served, and a note of what that changed.
 
-    A reader that re-expresses positions from another origin moves near sources out of the sector of the files' own, in which
-    a pursuit would not look for them. Files that leave the task's sector themselves, and angles that a person set, stay.
+    A reader that re-expresses positions from another origin moves near sources out of the sector of the files' own, in
+    which a pursuit would not look for them. Files that leave the task's sector themselves, and angles that a person
+    set, stay.
     """
     wider: dict[str, float] = {}
     for key, name in (("azimuth_deg", "azimuth"), ("elevation_deg", "elevation")) if reach is not None else ():
@@ -129,23 +141,31 @@ def widened_sector(config: Config, reach: tuple[Reach, Reach] | None) -> tuple[C
     said = " and ".join(f"task.{key} = {value:g}" for key, value in wider.items())
     provenance = {**config.provenance, **{f"task.{key}": "the files" for key in wider}}
     return replace(config, task=replace(config.task, **wider), provenance=provenance), [
-        f"from the centre of the array some sources lie outside the files' own sector: {said} from here on"]
+        f"from the centre of the array some sources lie outside the files' own sector: {said} from here on"
+    ]
 
 
 def size_notes(config: Config, found: Mapping[str, int], used: Mapping[str, int]) -> list[str]:
-    """Where a split has more scenes than are used, or fewer than someone asked for: a preset and a default only limit."""
+    """Where a split has more scenes than are used, or fewer than someone asked for: a preset and a default only
+    limit."""
     notes = []
     for split, there in found.items():
-        wanted, origin = getattr(config.data, f"{split}_scenes"), config.provenance.get(f"data.{split}_scenes", "default")
+        wanted, origin = (
+            getattr(config.data, f"{split}_scenes"),
+            config.provenance.get(f"data.{split}_scenes", "default"),
+        )
         if there > used[split]:
             notes.append(f"{used[split]} of {there} {split} scenes in use (data.{split}_scenes)")
         elif wanted > there and origin != "default" and not origin.startswith("preset "):
-            notes.append(f"data.{split}_scenes is {wanted} ({origin}), but there are {there} {split} scenes: all are in use")
+            notes.append(
+                f"data.{split}_scenes is {wanted} ({origin}), but there are {there} {split} scenes: all are in use"
+            )
     return notes
 
 
-def epoch_batches(source: SceneSource, split: str, epoch: int, batch_size: int, seed: int, fixed: bool,
-                  drop_last: bool = False) -> Iterator[Tensor]:
+def epoch_batches(
+    source: SceneSource, split: str, epoch: int, batch_size: int, seed: int, fixed: bool, drop_last: bool = False
+) -> Iterator[Tensor]:
     """Index tensors of one epoch: every scene exactly once, the ragged last batch included unless `drop_last`.
 
     Training scenes come in a random order that (seed, epoch) determines; validation and test in their own. From an
@@ -166,4 +186,4 @@ def epoch_batches(source: SceneSource, split: str, epoch: int, batch_size: int, 
     order = order.to(source.index_device, non_blocking=True)
     last = scenes - scenes % batch_size if drop_last else scenes
     for start in range(0, last, batch_size):
-        yield order[start:min(start + batch_size, last)]
+        yield order[start : min(start + batch_size, last)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ris_fast.physics.scenes import Scenes
 
@@ -11,12 +12,18 @@ RELATIVE_TOLERANCE = 1e-3
 
 def measure(scenes: Scenes, max_sources: int) -> dict[str, Any]:
     """rms of y and of H (over all entries), mean SNR in dB, and how many scenes have 1, 2, ... sources."""
+
     def rms(values: Any) -> float:
         return 0.0 if values is None else float(values.double().square().sum(-1).mean().sqrt())
 
     counts = scenes.count.cpu().bincount(minlength=max_sources + 1)[1:].tolist()
-    return {"scenes": scenes.batch, "snapshots_rms": rms(scenes.snapshots), "channel_rms": rms(scenes.channel),
-            "snr_db_mean": float(scenes.snr_db.double().mean()), "count_histogram": counts}
+    return {
+        "scenes": scenes.batch,
+        "snapshots_rms": rms(scenes.snapshots),
+        "channel_rms": rms(scenes.channel),
+        "snr_db_mean": float(scenes.snr_db.double().mean()),
+        "count_histogram": counts,
+    }
 
 
 def merge(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -27,8 +34,13 @@ def merge(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return float((sum(part["scenes"] * part[key] ** power for part in parts) / total) ** (1 / power))
 
     columns = zip(*(part["count_histogram"] for part in parts))
-    return {"scenes": total, "snapshots_rms": mean("snapshots_rms", 2), "channel_rms": mean("channel_rms", 2),
-            "snr_db_mean": mean("snr_db_mean", 1), "count_histogram": [sum(column) for column in columns]}
+    return {
+        "scenes": total,
+        "snapshots_rms": mean("snapshots_rms", 2),
+        "channel_rms": mean("channel_rms", 2),
+        "snr_db_mean": mean("snr_db_mean", 1),
+        "count_histogram": [sum(column) for column in columns],
+    }
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ SHARE = 0.5  # of the free memory that a table may take: the network and its act
 class Placement:
     """Where a table lives and what that takes; made before anything is allocated."""
 
-    place: str          # device | host | mapped
+    place: str  # device | host | mapped
     bytes: int
     free: int
 
@@ -62,10 +62,14 @@ def place_table(where: Path, bytes_needed: int, device: torch.device, *, mappabl
     if bytes_needed <= SHARE * free:
         return Placement("host", bytes_needed, free)
     if not mappable:
-        raise DataError(where, "", f"compressed arrays that need {bytes_needed / GIB:.2f} GiB in memory",
-                        f"at most {SHARE * free / GIB:.2f} GiB (half of what is free)",
-                        "Write the shards with numpy.savez (uncompressed, so that they can be streamed), or lower "
-                        "data.train_scenes.")
+        raise DataError(
+            where,
+            "",
+            f"compressed arrays that need {bytes_needed / GIB:.2f} GiB in memory",
+            f"at most {SHARE * free / GIB:.2f} GiB (half of what is free)",
+            "Write the shards with numpy.savez (uncompressed, so that they can be streamed), or lower "
+            "data.train_scenes.",
+        )
     return Placement("mapped", bytes_needed, free)
 
 
@@ -82,7 +86,7 @@ class Table:
         """Rows start, start + 1, ... of a column; the first write allocates it."""
         if name not in self.columns:
             self.columns[name] = torch.empty((self.rows, *values.shape[1:]), dtype=values.dtype, device=self.device)
-        self.columns[name][start:start + values.shape[0]] = values
+        self.columns[name][start : start + values.shape[0]] = values
 
     def attach(self, name: str, array: np.ndarray | MappedColumn) -> None:
         """The next file's rows of a mapped column."""

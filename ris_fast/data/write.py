@@ -12,10 +12,11 @@ import json
 import os
 import shlex
 import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,7 +35,7 @@ FORMAT = "ris-fast scenes"
 VERSION = 1
 COLUMNS = ("snapshots", "channel", "azimuth", "elevation", "range_m", "power", "snr_db", "count")
 SHARD_SCENES = 4096
-CHUNK = 512              # scenes simulated at a time
+CHUNK = 512  # scenes simulated at a time
 
 
 def split_sizes(train: int) -> dict[str, int]:
@@ -42,9 +43,15 @@ def split_sizes(train: int) -> dict[str, int]:
     return {"train": train, "val": max(1, train // 4), "test": max(1, train // 20)}
 
 
-def write_shards(config: Config, out_dir: str | Path, scenes: int | Mapping[str, int], *,
-                 device: torch.device | str = "cpu", shard_scenes: int = SHARD_SCENES,
-                 progress: Callable[[int, int], None] | None = None) -> Path:
+def write_shards(
+    config: Config,
+    out_dir: str | Path,
+    scenes: int | Mapping[str, int],
+    *,
+    device: torch.device | str = "cpu",
+    shard_scenes: int = SHARD_SCENES,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
     """Simulate and write a data set; OUT appears under its name only when it is whole.
 
     Work in progress lies in OUT.partial; the same call again continues it shard by shard.
@@ -63,15 +70,21 @@ def write_shards(config: Config, out_dir: str | Path, scenes: int | Mapping[str,
         _check_room(partial, config.task, sum(sizes.values()))
     make_folder(partial)
     with _alone(partial):
-        _check_place(out, partial, plan)     # another process may have finished while this one looked
+        _check_place(out, partial, plan)  # another process may have finished while this one looked
         write_text(partial / PLAN, json.dumps(plan, indent=1) + "\n")
         splits = _write_splits(config, partial, sizes, shard_scenes, device, progress)
         _finish(partial, out, {**plan, "splits": splits})
     return out / MANIFEST
 
 
-def _write_splits(config: Config, partial: Path, sizes: Mapping[str, int], shard_scenes: int, device: torch.device | str,
-                  progress: Callable[[int, int], None] | None) -> dict[str, Any]:
+def _write_splits(
+    config: Config,
+    partial: Path,
+    sizes: Mapping[str, int],
+    shard_scenes: int,
+    device: torch.device | str,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
     """Writes all shards and returns the manifest's entries. An interrupt says what there is and how it goes on."""
     splits: dict[str, Any] = {}
     done, total = 0, sum(sizes.values())
@@ -87,8 +100,10 @@ def _write_splits(config: Config, partial: Path, sizes: Mapping[str, int], shard
                     progress(done, total)
             splits[split] = {"scenes": size, "shards": entries, "statistics": merge([e["statistics"] for e in entries])}
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted: {done:,} of {total:,} scenes are in {partial}. Run the same command again: it "
-                                "continues there.") from None
+        raise KeyboardInterrupt(
+            f"interrupted: {done:,} of {total:,} scenes are in {partial}. Run the same command again: it "
+            "continues there."
+        ) from None
     return splits
 
 
@@ -99,48 +114,77 @@ def _alone(partial: Path) -> Iterator[None]:
         try:
             held.enter_context(locked(partial))
         except BlockingIOError:
-            raise ConfigError(f"{partial}: another process is writing this data set. Wait for it or stop it, or choose another "
-                              "--out.") from None
+            raise ConfigError(
+                f"{partial}: another process is writing this data set. Wait for it or stop it, or choose another --out."
+            ) from None
         yield
 
 
 def _check_request(sizes: Mapping[str, int], shard_scenes: int) -> None:
     if set(sizes) != set(SPLITS) or min(*sizes.values(), shard_scenes) < 1:
         asked = ", ".join(f"{count} {split}" for split, count in sizes.items())
-        raise ConfigError(f"simulate: {asked} scenes in shards of {shard_scenes}; expected at least one scene for each of "
-                          f"{', '.join(SPLITS)}. Ask for more (--scenes).")
+        raise ConfigError(
+            f"simulate: {asked} scenes in shards of {shard_scenes}; expected at least one scene for each of "
+            f"{', '.join(SPLITS)}. Ask for more (--scenes)."
+        )
 
 
 def _plan(config: Config, sizes: Mapping[str, int], shard_scenes: int) -> dict[str, Any]:
     """What determines every byte of the data set."""
-    return {"format": FORMAT, "version": VERSION, "task": asdict(config.task), "seed": config.data.seed,
-            "scenes": dict(sizes), "shard_scenes": shard_scenes}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "task": asdict(config.task),
+        "seed": config.data.seed,
+        "scenes": dict(sizes),
+        "shard_scenes": shard_scenes,
+    }
 
 
 def _check_place(out: Path, partial: Path, plan: Mapping[str, Any]) -> None:
     """Nothing stands where the data set will, and work in progress is of this very one. Raises: DataError."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(out, "", "something there already", "a new or empty folder", "Remove it or choose another --out.")
+        raise DataError(
+            out, "", "something there already", "a new or empty folder", "Remove it or choose another --out."
+        )
     if out.is_symlink():
-        raise DataError(out, "", "a link that leads in a circle", "a new or empty folder", "Remove it or choose another --out.")
+        raise DataError(
+            out, "", "a link that leads in a circle", "a new or empty folder", "Remove it or choose another --out."
+        )
     if out.is_mount():
-        raise DataError(out, "", "a mount point, which no finished data set can take the name of", "a folder within it",
-                        f"Give --out {shlex.quote(str(out / 'scenes'))}.")
+        raise DataError(
+            out,
+            "",
+            "a mount point, which no finished data set can take the name of",
+            "a folder within it",
+            f"Give --out {shlex.quote(str(out / 'scenes'))}.",
+        )
     begun = any(path.name != PLAN for path in partial.glob("[!.]*"))
     if begun and _read_plan(partial) != plan:
-        raise DataError(partial, "", "the unfinished work of another data set", "the same task, seed and sizes",
-                        "Remove it, or run the earlier command again to finish it.")
+        raise DataError(
+            partial,
+            "",
+            "the unfinished work of another data set",
+            "the same task, seed and sizes",
+            "Remove it, or run the earlier command again to finish it.",
+        )
 
 
 def _check_room(partial: Path, task: Task, scenes: int) -> None:
-    """Refuses a data set that the disk cannot hold before hours of simulation, not after. A disk without size passes."""
+    """Refuses a data set that the disk cannot hold before hours of simulation, not after. A disk without size
+    passes."""
     values = 2 * task.bs_antennas * (task.snapshots + task.elements) + 4 * task.max_sources + 1
     there = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
     wanted = scenes * (4 * values + 8) - there
     disk = shutil.disk_usage(next(place for place in (partial, *partial.parents) if place.exists()))
     if disk.total and wanted > disk.free:
-        raise DataError(partial, "", f"{disk.free / 1e9:,.1f} GB free", f"{wanted / 1e9:,.1f} GB for {scenes:,} scenes",
-                        "Free space there, or write elsewhere (--out).")
+        raise DataError(
+            partial,
+            "",
+            f"{disk.free / 1e9:,.1f} GB free",
+            f"{wanted / 1e9:,.1f} GB for {scenes:,} scenes",
+            "Free space there, or write elsewhere (--out).",
+        )
 
 
 def _read_plan(partial: Path) -> Any:
@@ -159,8 +203,9 @@ def _finish(partial: Path, out: Path, manifest: Mapping[str, Any]) -> None:
         os.replace(partial, out)
 
 
-def _write_shard(folder: Path, task: Task, generator: SceneGenerator, start: int, rows: int,
-                 shard_scenes: int) -> dict[str, Any]:
+def _write_shard(
+    folder: Path, task: Task, generator: SceneGenerator, start: int, rows: int, shard_scenes: int
+) -> dict[str, Any]:
     """Write rows start ... of a split unless they are there already, and return the shard's entry in the manifest."""
     name = f"{generator.split}-{start // shard_scenes:05d}.safetensors"
     path = folder / name
@@ -169,8 +214,13 @@ def _write_shard(folder: Path, task: Task, generator: SceneGenerator, start: int
         tensors = _simulate(task, generator, start, rows)
         save_tensors(path, tensors)
     scenes = Scenes(codes=tensors["codes"], index=torch.arange(rows), **{key: tensors[key] for key in COLUMNS})
-    return {"file": name, "scenes": rows, "bytes": path.stat().st_size, "sha256": file_hash(path),
-            "statistics": measure(scenes, task.max_sources)}
+    return {
+        "file": name,
+        "scenes": rows,
+        "bytes": path.stat().st_size,
+        "sha256": file_hash(path),
+        "statistics": measure(scenes, task.max_sources),
+    }
 
 
 def _finished(path: Path) -> dict[str, Tensor] | None:

@@ -16,11 +16,31 @@ import sys
 import torch
 
 from ris_fast.gradcheck.criteria import graph_faults, numerical, outcome, tensors_of
-from ris_fast.gradcheck.rows import WRONG, Row, backends_here, measure, network_row, operator_rows, sabotage_rows, sabotaged
+from ris_fast.gradcheck.rows import (
+    WRONG,
+    Row,
+    backends_here,
+    measure,
+    network_row,
+    operator_rows,
+    sabotage_rows,
+    sabotaged,
+)
 from ris_fast.kernels.registry import operators
 
-__all__ = ["WRONG", "Row", "backends_here", "graph_faults", "interpreted_rows", "measure", "numerical", "outcome", "run_gradcheck",
-           "sabotaged", "tensors_of"]
+__all__ = [
+    "WRONG",
+    "Row",
+    "backends_here",
+    "graph_faults",
+    "interpreted_rows",
+    "measure",
+    "numerical",
+    "outcome",
+    "run_gradcheck",
+    "sabotaged",
+    "tensors_of",
+]
 
 
 def run_gradcheck(device: str | torch.device | None = None, interpreter: bool = True) -> list[Row]:
@@ -43,12 +63,19 @@ def run_gradcheck(device: str | torch.device | None = None, interpreter: bool = 
 
 
 def interpreted_rows() -> list[Row]:
-    """The Triton bodies under Triton's interpreter on the CPU, in a process of their own (it must be chosen before import)."""
+    """The Triton bodies under Triton's interpreter on the CPU, in a process of their own (it must be chosen before
+    import)."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "ris_fast.gradcheck"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "ris_fast.gradcheck"], env=environment, capture_output=True, text=True
+    )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return [Row("every", "triton (interpreter)", "float64", passed=False, note=f"the interpreter process failed: {last}")]
+        return [
+            Row(
+                "every", "triton (interpreter)", "float64", passed=False, note=f"the interpreter process failed: {last}"
+            )
+        ]
     return [Row(**row) for row in json.loads(done.stdout)]
 
 

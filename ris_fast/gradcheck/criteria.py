@@ -1,4 +1,5 @@
-"""What a gradient is held against: the float64 definition by the rule, torch's numerical Jacobian, and a whole graph."""
+"""What a gradient is held against: the float64 definition by the rule, torch's numerical Jacobian, and a whole
+graph."""
 
 from __future__ import annotations
 
@@ -10,7 +11,11 @@ from torch import Tensor
 
 from ris_fast.kernels.registry import Operator, Sample
 
-ROUNDING = {torch.float64: 1e-13, torch.float32: 5e-7, torch.bfloat16: 5e-7}  # error that counts as none: a few roundings
+ROUNDING = {
+    torch.float64: 1e-13,
+    torch.float32: 5e-7,
+    torch.bfloat16: 5e-7,
+}  # error that counts as none: a few roundings
 
 
 def tensors_of(args: Iterable[Any]) -> Iterable[Tensor]:
@@ -24,7 +29,10 @@ def tensors_of(args: Iterable[Any]) -> Iterable[Tensor]:
 
 def mapped(args: Iterable[Any], change: Callable[[Tensor], Tensor]) -> list[Any]:
     """The same arguments with every tensor changed, lists opened."""
-    return [change(a) if isinstance(a, Tensor) else [*mapped(a, change)] if isinstance(a, (list, tuple)) else a for a in args]
+    return [
+        change(a) if isinstance(a, Tensor) else [*mapped(a, change)] if isinstance(a, (list, tuple)) else a
+        for a in args
+    ]
 
 
 def widened(args: Iterable[Any]) -> list[Any]:
@@ -55,7 +63,8 @@ def reference_gradients(operator: Operator, sample: Sample, args: Iterable[Any])
 
 
 def unit_gradients(run: Callable[..., Any], sample: Sample, args: Iterable[Any]) -> list[Tensor]:
-    """Gradients as a backend returns them: the results after the first, in the order of the differentiable arguments."""
+    """Gradients as a backend returns them: the results after the first, in the order of the differentiable
+    arguments."""
     return list(as_tuple(run(*args))[1 : 1 + len(sample.differentiable)])
 
 
@@ -93,7 +102,9 @@ class _Forced(torch.autograd.Function):
         return tuple(out)
 
 
-def numerical(operator: Operator, run: Callable[..., Any] | None, device: str, samples: Iterable[Sample], fast: bool = False) -> str:
+def numerical(
+    operator: Operator, run: Callable[..., Any] | None, device: str, samples: Iterable[Sample], fast: bool = False
+) -> str:
     """torch.autograd.gradcheck in float64 through a backend (run), or through the operator as registered (None).
 
     Returns "pass", or the first sample that failed and why.
@@ -105,7 +116,9 @@ def numerical(operator: Operator, run: Callable[..., Any] | None, device: str, s
             full = list(args)
             for position, tensor in zip(sample.differentiable, free, strict=True):
                 full[position] = tensor
-            return as_tuple(operator.call(*full))[0] if run is None else _Forced.apply(run, sample.differentiable, *full)
+            return (
+                as_tuple(operator.call(*full))[0] if run is None else _Forced.apply(run, sample.differentiable, *full)
+            )
 
         try:
             torch.autograd.gradcheck(value, [args[i] for i in sample.differentiable], fast_mode=fast)

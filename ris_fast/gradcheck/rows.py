@@ -1,4 +1,5 @@
-"""Rows of the table: each operator in each backend and dtype, wrong backwards that must be caught, and a whole network."""
+"""Rows of the table: each operator in each backend and dtype, wrong backwards that must be caught, and a whole
+network."""
 
 from __future__ import annotations
 
@@ -9,8 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ris_fast.gradcheck.criteria import (ROUNDING, allowed, graph_faults, mapped, numerical, outcome, reference_gradients, relative,
-                                         unit_gradients, widened)
+from ris_fast.gradcheck.criteria import (
+    ROUNDING,
+    allowed,
+    graph_faults,
+    mapped,
+    numerical,
+    outcome,
+    reference_gradients,
+    relative,
+    unit_gradients,
+    widened,
+)
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.registry import Operator, Sample, operators
 
@@ -37,7 +48,14 @@ class Row:
     note: str = ""
 
 
-def measure(operator: Operator, backend: str, run: Callable[..., Any], dtype: torch.dtype, device: str, samples: Iterable[Sample]) -> Row:
+def measure(
+    operator: Operator,
+    backend: str,
+    run: Callable[..., Any],
+    dtype: torch.dtype,
+    device: str,
+    samples: Iterable[Sample],
+) -> Row:
     """Errors of one backend in one dtype over samples, against the float64 definition of the very same inputs."""
     row = Row(operator.name, backend, str(dtype).removeprefix("torch."))
     for sample in samples:
@@ -58,7 +76,11 @@ def measure(operator: Operator, backend: str, run: Callable[..., Any], dtype: to
 
 def _worse(row: Row, name: str, value: float, value_limit: float, gradient: float, gradient_limit: float) -> Row:
     """The row with one more sample: the errors nearest to (or furthest beyond) their limits are kept."""
-    wrong = [f"{name}: {what} error {error:.1e} > {limit:.1e}" for what, error, limit in (("value", value, value_limit), ("gradient", gradient, gradient_limit)) if error > limit]
+    wrong = [
+        f"{name}: {what} error {error:.1e} > {limit:.1e}"
+        for what, error, limit in (("value", value, value_limit), ("gradient", gradient, gradient_limit))
+        if error > limit
+    ]
     ratio = lambda error, limit: error / limit if limit else 0.0  # noqa: E731
     if ratio(value, value_limit) >= ratio(row.value_error, row.value_allowed):
         row = replace(row, value_error=value, value_allowed=value_limit)
@@ -76,18 +98,33 @@ def backends_here(operator: Operator, device: str) -> dict[str, Callable[..., An
         return found | ({"triton": triton} if triton else {})
     if cpp and loader.available():
         simd = "simd" in getattr(getattr(cpp, "__code__", None), "co_varnames", ())
-        found |= {f"cpp {level}": lambda *a, level=level: cpp(*a, simd=level) for level in loader.supported_levels()} if simd else {f"cpp {loader.level()}": cpp}
+        found |= (
+            {f"cpp {level}": lambda *a, level=level: cpp(*a, simd=level) for level in loader.supported_levels()}
+            if simd
+            else {f"cpp {loader.level()}": cpp}
+        )
     return found
 
 
-def backend_rows(operator: Operator, backend: str, run: Callable[..., Any], device: str, samples: tuple[Sample, ...], fast: bool = False) -> list[Row]:
-    """A row per dtype; the float64 row carries gradcheck (fast: its random-direction form, on the samples named small)."""
+def backend_rows(
+    operator: Operator,
+    backend: str,
+    run: Callable[..., Any],
+    device: str,
+    samples: tuple[Sample, ...],
+    fast: bool = False,
+) -> list[Row]:
+    """A row per dtype; the float64 row carries gradcheck (fast: its random-direction form, on the samples named
+    small)."""
     dtypes = (*operator.dtypes, *((torch.bfloat16,) if any(s.differentiable for s in samples) else ()))
     rows = [measure(operator, backend, run, dtype, device, samples) for dtype in dtypes]
     checked = [s for s in samples if s.gradcheck and s.differentiable and (s.name.startswith("small") or not fast)]
     if checked:
         result = numerical(operator, run, device, checked, fast)
-        rows = [replace(r, gradcheck=result, passed=r.passed and result == "pass") if r.dtype == "float64" else r for r in rows]
+        rows = [
+            replace(r, gradcheck=result, passed=r.passed and result == "pass") if r.dtype == "float64" else r
+            for r in rows
+        ]
     return rows
 
 
@@ -104,7 +141,16 @@ def operator_rows(operator: Operator, device: str) -> list[Row]:
     if checked:
         result, faults = numerical(operator, None, device, checked), graph_faults(operator, device)
         graph = ", ".join(faults) or "pass"
-        rows.append(Row(operator.name, "as registered", "float64", gradcheck=result, graph=graph, passed=result == "pass" and not faults))
+        rows.append(
+            Row(
+                operator.name,
+                "as registered",
+                "float64",
+                gradcheck=result,
+                graph=graph,
+                passed=result == "pass" and not faults,
+            )
+        )
     return rows
 
 
@@ -140,7 +186,14 @@ def sabotage_rows(operator: Operator, device: str) -> list[Row]:
         wrong = sabotaged(operator, run, kind)
         row = measure(operator, f"{kind} ({name})", wrong, torch.float64, device, samples)
         caught = not row.passed and numerical(operator, wrong, device, samples) != "pass"
-        rows.append(replace(row, gradcheck="caught" if caught else "NOT CAUGHT", passed=caught, note="" if caught else "a wrong backward went unnoticed"))
+        rows.append(
+            replace(
+                row,
+                gradcheck="caught" if caught else "NOT CAUGHT",
+                passed=caught,
+                note="" if caught else "a wrong backward went unnoticed",
+            )
+        )
     return rows
 
 
@@ -155,16 +208,29 @@ def network_row(device: str) -> Row:
     torch_state = torch.random.fork_rng(devices=[])
     with torch_state:
         torch.manual_seed(7)
-        network = nn.Sequential(nn.Linear(24, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 25 * 6 * 2)).to(device, torch.float64)
+        network = nn.Sequential(nn.Linear(24, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 25 * 6 * 2)).to(
+            device, torch.float64
+        )
     factor = network(inputs).view(4, 25, 6, 2)
-    ours = torch.autograd.grad(cov_nmse(factor, target_factor=target), list(network.parameters()), retain_graph=True, allow_unused=True)
+    ours = torch.autograd.grad(
+        cov_nmse(factor, target_factor=target), list(network.parameters()), retain_graph=True, allow_unused=True
+    )
     chain = dense_chain(factor, target, None, None, None, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0).mean()
     want = torch.autograd.grad(chain, list(network.parameters()))
     missing = [name for (name, _), g in zip(network.named_parameters(), ours, strict=True) if g is None]
     error = float("inf") if missing else max(relative([x], [y]) for x, y in zip(ours, want, strict=True))
     limit = ROUNDING[torch.float64]
     note = f"no gradient: {', '.join(missing)}" if missing else ""
-    return Row("cov_nmse", "whole network", "float64", gradient_error=error, gradient_allowed=limit, graph="-" if missing else "pass", passed=error <= limit, note=note)
+    return Row(
+        "cov_nmse",
+        "whole network",
+        "float64",
+        gradient_error=error,
+        gradient_allowed=limit,
+        graph="-" if missing else "pass",
+        passed=error <= limit,
+        note=note,
+    )
 
 
 def triton_rows() -> list[Row]:
@@ -174,5 +240,11 @@ def triton_rows() -> list[Row]:
         samples = tuple(s for s in operator.samples if s.small)
         if "triton" in operator.backends and samples:
             here = replace(operator, dtypes=tuple(d for d in operator.dtypes if d != torch.bfloat16))
-            rows += [r for r in backend_rows(here, "triton (interpreter)", operator.backends["triton"], "cpu", samples, fast=True) if r.dtype != "bfloat16"]
+            rows += [
+                r
+                for r in backend_rows(
+                    here, "triton (interpreter)", operator.backends["triton"], "cpu", samples, fast=True
+                )
+                if r.dtype != "bfloat16"
+            ]
     return rows

@@ -10,7 +10,9 @@ CAUSES: dict[str, str] = {
     "frozen_parameters": "requires_grad is False on parameters that training is supposed to move",
     "missing_from_optimizer": "trainable parameters of the network are in no group of the optimizer",
     "stale_optimizer_parameters": "the optimizer holds tensors that the network does not use",
-    "unregistered_parameters": "tensors that the loss reaches are parameters of no module, so nothing updates or saves them",
+    "unregistered_parameters": (
+        "tensors that the loss reaches are parameters of no module, so nothing updates or saves them"
+    ),
     "duplicate_parameters": "a parameter is updated twice: by two groups or by two optimizers",
     "tied_parameters": "two layers that should differ share one tensor",
     "unused_head": "parameters whose output no term of the loss uses",
@@ -53,7 +55,9 @@ CAUSES: dict[str, str] = {
     "weight_decay_too_large": "weight decay shrinks the weights faster than the gradient moves them",
     # precision
     "scaler_skips_all": "the loss scale overflows every gradient, so every step is skipped",
-    "nonfinite_gradients": "gradients, or the loss that they come from, are NaN or infinite although the data are finite",
+    "nonfinite_gradients": (
+        "gradients, or the loss that they come from, are NaN or infinite although the data are finite"
+    ),
     "nonfinite_step": "the optimizer's step makes weights that are NaN or infinite out of gradients that are finite",
     "sanitised_gradients": "NaN or infinite gradients are replaced by numbers before the optimizer sees them",
     "fp16_overflow": "an activation or the loss leaves the range of its number format",

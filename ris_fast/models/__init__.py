@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from ris_fast.config.load import nearest
 from ris_fast.config.schema import ConfigError, Task, section_of, typed
 from ris_fast.models.prediction import Prediction
-from ris_fast.config.load import nearest
 
-MODELS = {"backprojection": ("ris_fast.models.backprojection", "Backprojection"),
-          "hybrid": ("ris_fast.models.hybrid", "Hybrid")}
+MODELS = {
+    "backprojection": ("ris_fast.models.backprojection", "Backprojection"),
+    "hybrid": ("ris_fast.models.hybrid", "Hybrid"),
+}
 
 __all__ = ["MODELS", "Prediction", "build_model"]
 
@@ -21,7 +23,8 @@ __all__ = ["MODELS", "Prediction", "build_model"]
 def build_model(name: str, task: Task | None = None, **options: Any) -> nn.Module:
     """The network `name` for this task (RIS-12x12 if none is given), fresh weights from torch's generator.
 
-    Raises: ConfigError naming the nearest valid name, for a model or an option that does not exist; or what a value must be.
+    Raises: ConfigError naming the nearest valid name, for a model or an option that does not exist; or what a value
+        must be.
     """
     if not isinstance(name, str) or name not in MODELS:
         raise ConfigError(f"build_model: there is no model '{name}'.{nearest(name, MODELS)}")

@@ -38,7 +38,8 @@ class ResidualBlock(nn.Module):
 class Backprojection(nn.Module):
     """Pursuit features -> residual perceptron -> factor F = basis x coefficients.
 
-    Snapshots of zeros have no answer: their factor is zero. Any other finite scale of snapshots and channel gives one factor.
+    Snapshots of zeros have no answer: their factor is zero. Any other finite scale of snapshots and channel gives one
+        factor.
     Args:
         task: array, codes, symbols and ranges of the scenes.
         width, depth: of the perceptron; 2 width^2 parameters a block.
@@ -66,7 +67,9 @@ class Backprojection(nn.Module):
 
         Raises: TypeError or ValueError naming the input, what was given and what is expected.
         """
-        return self.extract(*network_inputs("backprojection", self.task, snapshots, channel, codes, snr_db, why=NO_PRODUCTS))
+        return self.extract(
+            *network_inputs("backprojection", self.task, snapshots, channel, codes, snr_db, why=NO_PRODUCTS)
+        )
 
     def classical(self, features: Features) -> tuple[str, Tensor]:
         """What the features say without a network: the estimator's name, and its factor (B, N, K, 2)."""

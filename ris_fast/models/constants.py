@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 
 class Constants(nn.Module):
-    """A module whose own buffers go to other devices and never to another dtype: not by .half(), .double() or .bfloat16()."""
+    """A module whose own buffers go to other devices and never to another dtype: not by .half(), .double() or
+    .bfloat16()."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Constants:
         """What `.to(...)`, `.half()` and their like go through."""

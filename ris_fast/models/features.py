@@ -2,12 +2,14 @@
 
 Every feature is free of units and of the arbitrary phase and scale of a scene, so that a network need learn neither.
 
-Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, F features, R = 4 K + K (K - 1) / 2 columns.
+Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, F features, R = 4 K + K (K - 1) / 2
+    columns.
 """
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +25,8 @@ from ris_fast.models.pursuit import geometry_of
 class Features(NamedTuple):
     """What the trainable part sees, and the columns that its factors are made of."""
 
-    inputs: Tensor               # (B, F)      numbers of order one
-    basis: Tensor                # (B, N, 2R)  planar; atom k: s_k times its T tangents; then what earlier stages add
+    inputs: Tensor  # (B, F)      numbers of order one
+    basis: Tensor  # (B, N, 2R)  planar; atom k: s_k times its T tangents; then what earlier stages add
 
 
 class SceneFeatures(Constants):
@@ -65,7 +67,7 @@ class SceneFeatures(Constants):
 
     def sources(self, features: Features) -> Tensor:
         """The pursuit's own answer, without a network: columns s_k a_k, (B, N, K, 2)."""
-        planes = features.basis.unflatten(2, (2, self.rank))[..., :self.atoms * TANGENTS:TANGENTS]
+        planes = features.basis.unflatten(2, (2, self.rank))[..., : self.atoms * TANGENTS : TANGENTS]
         return planes.transpose(2, 3).contiguous()
 
 
@@ -81,4 +83,8 @@ class PursuitFeatures(SceneFeatures):
 
     @torch.no_grad()
     def forward(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Features:
-        return Features(*kernel.pursuit_features(snapshots, channel, codes, snr_db, list(self.geometry()), self.wavenumber, self.atoms))
+        return Features(
+            *kernel.pursuit_features(
+                snapshots, channel, codes, snr_db, list(self.geometry()), self.wavenumber, self.atoms
+            )
+        )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
+from ris_fast.config.load import nearest
 from ris_fast.config.schema import ConfigError, Task
 from ris_fast.kernels.scale import rescaled
 from ris_fast.models.hybrid_parts import AngleGrid, Block, CountHead, DiagonalMeans, factor_statistics, position_code
@@ -20,7 +21,6 @@ from ris_fast.models.linear import Linear
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.channel import backproject, collapsed_channel
 from ris_fast.physics.pairs import power
-from ris_fast.config.load import nearest
 
 INPUTS = ("backprojection", "collapsed")
 RANGE_SHARE = 0.3
@@ -39,12 +39,23 @@ class Hybrid(nn.Module):
         inputs='backprojection' the first column of A_angle is the matched filter, the sum of the back-projections,
         plus what its head says: from a factor that does not depend on the scene, an odd function of the field is
         invisible to the first-order gradient (F and -F are one covariance), and training stays on that plateau.
-    Numerics: the units of snapshots and channel do not matter. Snapshots of zeros have no answer: a finite factor that means nothing.
+    Numerics: the units of snapshots and channel do not matter. Snapshots of zeros have no answer: a finite factor that
+        means nothing.
     Source: public repository TahmidZee/ris-localization-mvdr (layer sizes); written anew.
     """
 
-    def __init__(self, task: Task, *, width: int = 448, layers: int = 4, heads: int = 8, feedforward: int = 512,
-                 grid: int = 61, dropout: float = 0.0, inputs: str = "backprojection") -> None:
+    def __init__(
+        self,
+        task: Task,
+        *,
+        width: int = 448,
+        layers: int = 4,
+        heads: int = 8,
+        feedforward: int = 512,
+        grid: int = 61,
+        dropout: float = 0.0,
+        inputs: str = "backprojection",
+    ) -> None:
         super().__init__()
         _check({"width": width, "layers": layers, "heads": heads, "feedforward": feedforward}, grid, dropout, inputs)
         self.task, self.inputs = task, inputs
@@ -62,8 +73,9 @@ class Hybrid(nn.Module):
         self.diagonal_means = DiagonalMeans(elements)
         self.pool = Linear(4 * elements - 2, width // 4)
         self.refine = Linear(width + width // 4, width)
-        self.angle_grid = AngleGrid(width, sources, grid, math.radians(task.azimuth_deg),
-                                    math.radians(task.elevation_deg))
+        self.angle_grid = AngleGrid(
+            width, sources, grid, math.radians(task.azimuth_deg), math.radians(task.elevation_deg)
+        )
         self.angle_offset = Linear(width, 2 * sources)
         self.range_head = Linear(width, sources)
         self.count_head = CountHead(width, sources)
@@ -71,8 +83,14 @@ class Hybrid(nn.Module):
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The group with the higher learning rate, as in the original: factors, grid, auxiliary, count statistics."""
-        heads = (self.angle_factor, self.range_factor, self.angle_grid, self.angle_offset, self.range_head,
-                 self.count_head.statistics)
+        heads = (
+            self.angle_factor,
+            self.range_factor,
+            self.angle_grid,
+            self.angle_offset,
+            self.range_head,
+            self.count_head.statistics,
+        )
         return [parameter for head in heads for parameter in head.parameters()]
 
     def forward(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Prediction:
@@ -86,8 +104,10 @@ class Hybrid(nn.Module):
         """The trainable part, from what `features` returned."""
         snapshots, seen, pattern = features
         x_BD = self._fused(snapshots, seen, pattern)
-        angle_BNK, range_BNK = (head(x_BD).float().view(x_BD.shape[0], self.task.elements, -1, 2)
-                                for head in (self.angle_factor, self.range_factor))
+        angle_BNK, range_BNK = (
+            head(x_BD).float().view(x_BD.shape[0], self.task.elements, -1, 2)
+            for head in (self.angle_factor, self.range_factor)
+        )
         if self.inputs == "backprojection":
             angle_BNK = _add_to_first_column(angle_BNK, _unit_rms(pattern.sum(1).float()))
         factor_BNQ = torch.cat((angle_BNK, math.sqrt(RANGE_SHARE) * range_BNK), dim=2)
@@ -101,19 +121,37 @@ class Hybrid(nn.Module):
         return Prediction(factor_BNQ, azimuth, elevation, range_m, count.float())
 
     @torch.no_grad()
-    def features(self, snapshots: Tensor, channel: Tensor, codes: Tensor,
-                 snr_db: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def features(
+        self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The normalised inputs of the three paths: (B, L, M, 2), (B, L, M, 2) and (B or 1, L, N, 2)."""
-        given = network_inputs("hybrid", self.task, snapshots, channel, codes, snr_db, products=self.inputs == "collapsed",
-                               why=f" (inputs='{self.inputs}'; H c_l needs inputs='collapsed')")
+        given = network_inputs(
+            "hybrid",
+            self.task,
+            snapshots,
+            channel,
+            codes,
+            snr_db,
+            products=self.inputs == "collapsed",
+            why=f" (inputs='{self.inputs}'; H c_l needs inputs='collapsed')",
+        )
         if given.snapshots.shape[1] != self.task.snapshots:
-            raise ValueError(f"hybrid: there are {given.snapshots.shape[1]} snapshots a scene, expected task.snapshots = "
-                             f"{self.task.snapshots}: its layers are made for that many. Build it for a task with as many as the data.")
+            raise ValueError(
+                f"hybrid: there are {given.snapshots.shape[1]} snapshots a scene, expected task.snapshots ="
+                f" {self.task.snapshots}: its layers are made for that many. Build it for a task with as many as the"
+                " data."
+            )
         snapshots, channel, codes = rescaled(given.snapshots), rescaled(given.channel), given.codes
         full = channel.shape[1:] == (self.task.bs_antennas, self.task.elements, 2)
-        share = torch.sigmoid(given.snr_db * (math.log(10.0) / 10.0)).sqrt()[:, None, None, None]  # SNR / (1 + SNR), never inf / inf
+        share = torch.sigmoid(given.snr_db * (math.log(10.0) / 10.0)).sqrt()[
+            :, None, None, None
+        ]  # SNR / (1 + SNR), never inf / inf
         seen = collapsed_channel(channel, codes) if full else channel
-        pattern = (codes if codes.dim() == 4 else codes[None]) if self.inputs == "collapsed" else _unit_rms(backproject(channel, codes, snapshots)) * share
+        pattern = (
+            (codes if codes.dim() == 4 else codes[None])
+            if self.inputs == "collapsed"
+            else _unit_rms(backproject(channel, codes, snapshots)) * share
+        )
         return _unit_rms(snapshots) * share, _unit_rms(seen), pattern
 
     def _fused(self, snapshots: Tensor, seen: Tensor, pattern: Tensor) -> Tensor:
@@ -129,7 +167,15 @@ class Hybrid(nn.Module):
     @torch.no_grad()
     def _initialise(self, layers: int) -> None:
         """Keeps the variance of the features through the convolutions, which torch's default divides by 200."""
-        for layer in (self.y_mix, self.y_depth, self.y_widen, self.channel_path, self.code_path, self.fuse, self.refine):
+        for layer in (
+            self.y_mix,
+            self.y_depth,
+            self.y_widen,
+            self.channel_path,
+            self.code_path,
+            self.fuse,
+            self.refine,
+        ):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         for block in self.blocks:
             for layer in (block.out, block.narrow):
@@ -146,7 +192,8 @@ def _add_to_first_column(factor_BNK: Tensor, field_BN: Tensor) -> Tensor:
 
 
 def _unit_rms(a: Tensor) -> Tensor:
-    """(B, ..., 2) divided by its rms over the scene, for entries whose squares are representable; all zeros stay zeros."""
+    """(B, ..., 2) divided by its rms over the scene, for entries whose squares are representable; all zeros stay
+    zeros."""
     mean = power(a).flatten(1).mean(1).clamp_min(torch.finfo(a.dtype).tiny)
     return a * mean.rsqrt().view(-1, *[1] * (a.dim() - 1))
 
@@ -156,7 +203,9 @@ def _check(sizes: Mapping[str, int], grid: int, dropout: float, inputs: str) -> 
         raise ConfigError(f"hybrid: inputs is {inputs!r}.{nearest(inputs, INPUTS)}")
     for name, size in sizes.items():
         if size < (0 if name == "layers" else 1):
-            raise ConfigError(f"hybrid: {name} = {size} is too small; it must be at least {0 if name == 'layers' else 1}.")
+            raise ConfigError(
+                f"hybrid: {name} = {size} is too small; it must be at least {0 if name == 'layers' else 1}."
+            )
     if sizes["width"] % 4 or sizes["width"] % sizes["heads"]:
         raise ConfigError(f"hybrid: width = {sizes['width']} must be a multiple of 4 and of heads = {sizes['heads']}.")
     if grid < 2:

@@ -68,11 +68,14 @@ class DiagonalMeans(Constants):
 
     def forward(self, factor_BNK: Tensor) -> Tensor:
         unit = factor_BNK * torch.rsqrt(power(factor_BNK).sum(-1) + TINY)[..., None, None]
-        columns = unit.permute(0, 2, 3, 1).flatten(2)                    # (B, K, 2N): real parts, then imaginary
-        re, im = linear(columns, self.forward_DFT.t()).chunk(2, dim=-1)           # (B, K, 2N) each
+        columns = unit.permute(0, 2, 3, 1).flatten(2)  # (B, K, 2N): real parts, then imaginary
+        re, im = linear(columns, self.forward_DFT.t()).chunk(2, dim=-1)  # (B, K, 2N) each
         mirror_re, mirror_im = (each.flip(-1).roll(1, -1) for each in (re, im))
-        spectra = ((re * re + im * im).sum(1),                                        # autocorrelation
-                   (re * mirror_re + im * mirror_im).sum(1), (im * mirror_re - re * mirror_im).sum(1))  # convolution
+        spectra = (
+            (re * re + im * im).sum(1),  # autocorrelation
+            (re * mirror_re + im * mirror_im).sum(1),
+            (im * mirror_re - re * mirror_im).sum(1),
+        )  # convolution
         return linear(torch.cat(spectra, dim=-1), self.inverse_DFT.t())
 
 
@@ -96,9 +99,9 @@ def _inverse_dft(elements: int) -> Tensor:
     lag_size, total_size = elements - lag, torch.minimum(total + 1, 2 * elements - 1 - total)
     table = torch.zeros(3 * period, 4 * elements - 2, dtype=torch.float64)
     table[:period, :elements] = lag_angle.cos() / lag_size
-    table[:period, elements:2 * elements - 1] = (lag_angle.sin() / lag_size)[:, 1:]
-    table[period:2 * period, 2 * elements - 1:] = total_angle.cos() / total_size
-    table[2 * period:, 2 * elements - 1:] = -total_angle.sin() / total_size
+    table[:period, elements : 2 * elements - 1] = (lag_angle.sin() / lag_size)[:, 1:]
+    table[period : 2 * period, 2 * elements - 1 :] = total_angle.cos() / total_size
+    table[2 * period :, 2 * elements - 1 :] = -total_angle.sin() / total_size
     return (table / period).float()
 
 
@@ -139,14 +142,19 @@ def _entropies(gram_BQQ: Tensor, highest: int) -> Tensor:
 class AngleGrid(Constants):
     """Soft-argmax over a (G, G) grid of directions for each of K slots: coarse azimuth and elevation, (B, K) each."""
 
-    def __init__(self, width: int, sources: int, grid: int, azimuth: float, elevation: float,
-                 temperature: float = 0.15) -> None:
+    def __init__(
+        self, width: int, sources: int, grid: int, azimuth: float, elevation: float, temperature: float = 0.15
+    ) -> None:
         super().__init__()
         self.sources, self.temperature = sources, temperature
         self.logits = Linear(width, sources * grid * grid)
-        points = torch.cartesian_prod(*(torch.linspace(-end, end, grid, dtype=torch.float32) for end in (azimuth, elevation)))
+        points = torch.cartesian_prod(
+            *(torch.linspace(-end, end, grid, dtype=torch.float32) for end in (azimuth, elevation))
+        )
         self.register_buffer("points_G2", points, persistent=False)
-        self.register_buffer("step", torch.tensor((azimuth, elevation), dtype=torch.float32) * (2.0 / (grid - 1)), persistent=False)
+        self.register_buffer(
+            "step", torch.tensor((azimuth, elevation), dtype=torch.float32) * (2.0 / (grid - 1)), persistent=False
+        )
 
     def forward(self, x_BD: Tensor, offset_BK2: Tensor) -> tuple[Tensor, Tensor]:
         """`offset_BK2`: what to add to the grid's answer, in units of a grid step."""

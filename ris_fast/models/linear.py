@@ -39,9 +39,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     """dX = G W, dW = G^T X, db = sum of G's rows: the same operator with other strides."""
     x, weight = ctx.saved_tensors
     rows, need = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
-    return (onednn_linear(grad, weight.t(), None) if need[0] else None,
-            onednn_linear(rows.t(), x.reshape(-1, x.shape[-1]).t(), None) if need[1] else None,
-            rows.sum(0) if need[2] else None)
+    return (
+        onednn_linear(grad, weight.t(), None) if need[0] else None,
+        onednn_linear(rows.t(), x.reshape(-1, x.shape[-1]).t(), None) if need[1] else None,
+        rows.sum(0) if need[2] else None,
+    )
 
 
 onednn_linear.register_autograd(_backward, setup_context=_keep)
@@ -49,7 +51,12 @@ onednn_linear.register_autograd(_backward, setup_context=_keep)
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b, by oneDNN where it serves: float32 on a CPU, outside of autocast."""
-    if ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+    if (
+        ONEDNN
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+    ):
         return onednn_linear(x, weight, bias)
     return fn.linear(x, weight, bias)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 class Prediction(NamedTuple):
     """A covariance as its factor (R = F F^H), and what else a network says; None for what it does not say."""
 
-    factor: Tensor                       # (B, N, Q, 2)  F
-    azimuth: Tensor | None = None        # (B, K)        rad, a set: the order carries no meaning
-    elevation: Tensor | None = None      # (B, K)        rad
-    range_m: Tensor | None = None        # (B, K)        m, positive
-    count_logits: Tensor | None = None   # (B, K)        entry k speaks for k + 1 sources
+    factor: Tensor  # (B, N, Q, 2)  F
+    azimuth: Tensor | None = None  # (B, K)        rad, a set: the order carries no meaning
+    elevation: Tensor | None = None  # (B, K)        rad
+    range_m: Tensor | None = None  # (B, K)        m, positive
+    count_logits: Tensor | None = None  # (B, K)        entry k speaks for k + 1 sources

@@ -1,14 +1,15 @@
-"""Pursuit features of scenes whose symbols change from snapshot to snapshot: places are common to all, amplitudes are not.
+"""Pursuit features of scenes whose symbols change from snapshot to snapshot: places are common to all, amplitudes are
+not.
 
-Model: y_l = G_l A s_l + n, G_l = H diag(c_l), s_l free. A stage adds the grid place with the largest sum_l |a^H G_l^H r_l|^2
-and takes one Gauss-Newton step on all places so far, with every snapshot's amplitudes eliminated (variable projection).
-Of an atom the power p = mean_l |s_l|^2 remains, which is what the covariance holds.
+Model: y_l = G_l A s_l + n, G_l = H diag(c_l), s_l free. A stage adds the grid place with the largest sum_l |a^H G_l^H
+r_l|^2 and takes one Gauss-Newton step on all places so far, with every snapshot's amplitudes eliminated (variable
+projection). Of an atom the power p = mean_l |s_l|^2 remains, which is what the covariance holds.
 
 Source: simultaneous orthogonal matching pursuit (Tropp, Gilbert and Strauss 2006) with the refinement of Newtonized OMP
 (Mamandipoor, Ramasamy and Madhow 2016), here for several measurement vectors.
 
-Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, T = 4 tangents of an atom, E earlier stages'
-atoms, F features. Complex arrays are planar here, (..., 2C) = [real C | imaginary C].
+Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, T = 4 tangents of an atom, E earlier
+stages' atoms, F features. Complex arrays are planar here, (..., 2C) = [real C | imaginary C].
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from ris_fast.models.features import Features, PursuitFeatures, SceneFeatures
 from ris_fast.physics.channel import backproject
 from ris_fast.physics.pairs import multiply
 
-CHUNK_BYTES = 2**26        # of the sensing operators of the scenes worked on at once
+CHUNK_BYTES = 2**26  # of the sensing operators of the scenes worked on at once
 
 
 class Fit(NamedTuple):
     """Least squares of every snapshot at one set of places."""
 
-    images: Tensor             # (B, L, 2M, KT)   G_l times the tangents, real parts of the rows above the imaginary ones
-    steer: Tensor              # (B, L, 2M, 2K)   the real matrix that takes [re s, im s] to the snapshot
-    gram: Tensor               # (B, L, 2K, 2K)   of `steer`
-    amplitude: Tensor          # (B, L, 2, K)     s
-    residual: Tensor           # (B, L, 2M)       y - G A s
+    images: Tensor  # (B, L, 2M, KT)   G_l times the tangents, real parts of the rows above the imaginary ones
+    steer: Tensor  # (B, L, 2M, 2K)   the real matrix that takes [re s, im s] to the snapshot
+    gram: Tensor  # (B, L, 2K, 2K)   of `steer`
+    amplitude: Tensor  # (B, L, 2, K)     s
+    residual: Tensor  # (B, L, 2M)       y - G A s
 
 
 class SimultaneousFeatures(SceneFeatures):
@@ -56,7 +57,9 @@ class SimultaneousFeatures(SceneFeatures):
         with torch.autocast(snapshots.device.type, enabled=False):
             codes = codes.expand(snapshots.shape[0], -1, -1, -1)
             size = max(1, CHUNK_BYTES // (channel[:1].nbytes * snapshots.shape[1]))
-            parts = [self._chunk(*part) for part in zip(*(each.split(size) for each in (snapshots, channel, codes, snr_db)))]
+            parts = [
+                self._chunk(*part) for part in zip(*(each.split(size) for each in (snapshots, channel, codes, snr_db)))
+            ]
             return Features(*(torch.cat(each) for each in zip(*parts)))
 
     def _chunk(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +74,9 @@ def features_for(task: Task, stages: int) -> PursuitFeatures | SimultaneousFeatu
 class SimultaneousPursuit:
     """The pursuit of one batch: units where y has mean power 1 and sum_l G_l^H G_l mean diagonal 1."""
 
-    def __init__(self, constants: SimultaneousFeatures, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> None:
+    def __init__(
+        self, constants: SimultaneousFeatures, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor
+    ) -> None:
         batch, self.length, self.antennas, _ = snapshots.shape
         self.search = Pursuit(constants.geometry(), constants.wavenumber, constants.atoms)
         self.atoms, self.snr_db = constants.atoms, snr_db
@@ -79,15 +84,20 @@ class SimultaneousPursuit:
         level = snapshots.square().sum(-1).mean((1, 2)).clamp_min(TINY).rsqrt()[:, None, None, None]
         column = channel.square().sum((1, 2, 3)).mul(self.length / channel.shape[2]).clamp_min(TINY).rsqrt()
         self.channel, self.codes = channel * column[:, None, None, None], codes
-        self.y = torch.cat((snapshots * level).unbind(-1), -1)                         # (B, L, 2M)
-        operator = multiply(self.channel[:, None], codes[:, :, None])                  # (B, L, M, N, 2)
-        self.operator = torch.cat(operator.flatten(1, 2).unbind(-1), -1)               # (B, LM, 2N)
+        self.y = torch.cat((snapshots * level).unbind(-1), -1)  # (B, L, 2M)
+        operator = multiply(self.channel[:, None], codes[:, :, None])  # (B, L, M, N, 2)
+        self.operator = torch.cat(operator.flatten(1, 2).unbind(-1), -1)  # (B, LM, 2N)
         self.noise, self.energy = 1.0 / (1.0 + 10.0 ** (snr_db / 10.0)), float(self.length * self.antennas)
-        self.signal = self.energy * (1.0 - self.noise)                                 # expected |s_l|^2 of a source, at most
+        self.signal = self.energy * (1.0 - self.noise)  # expected |s_l|^2 of a source, at most
 
     def features(self) -> tuple[Tensor, Tensor]:
         """Inputs (B, F) and basis (B, N, 2R) planar, as `PursuitFeatures` lays them out."""
-        place, earlier, residual, left = self.y.new_zeros(self.y.shape[0], 0, 3), [], self.y, [torch.full_like(self.noise, self.energy)]
+        place, earlier, residual, left = (
+            self.y.new_zeros(self.y.shape[0], 0, 3),
+            [],
+            self.y,
+            [torch.full_like(self.noise, self.energy)],
+        )
         images = self._images(place)
         for _ in range(self.atoms):
             new = self._strongest(residual)[:, None]
@@ -110,7 +120,9 @@ class SimultaneousPursuit:
     def _images(self, place: Tensor) -> Tensor:
         """G_l times the tangents at the places (B, K, 3): (B, L, 2M, KT)."""
         real, imag = self.search.tangents(place).chunk(2, dim=2)
-        both = self.operator @ torch.cat((torch.cat((real, imag), 2), torch.cat((-imag, real), 2)), dim=1)   # (B, LM, 2KT)
+        both = self.operator @ torch.cat(
+            (torch.cat((real, imag), 2), torch.cat((-imag, real), 2)), dim=1
+        )  # (B, LM, 2KT)
         return torch.cat(both.unflatten(1, (self.length, self.antennas)).chunk(2, dim=-1), dim=2)
 
     def _fit(self, images: Tensor) -> Fit:
@@ -125,7 +137,11 @@ class SimultaneousPursuit:
         """Mean over the snapshots of |s|^2, less what noise adds to it: (B, K)."""
         size = fit.gram.shape[-1]
         unit = torch.eye(size, device=fit.gram.device, dtype=fit.gram.dtype).expand_as(fit.gram)
-        inverse = spd_solve(*_last(fit.gram, unit), self._ridge(size)).diagonal(dim1=0, dim2=1).unflatten(0, fit.gram.shape[:2])
+        inverse = (
+            spd_solve(*_last(fit.gram, unit), self._ridge(size))
+            .diagonal(dim1=0, dim2=1)
+            .unflatten(0, fit.gram.shape[:2])
+        )
         added = 0.5 * self.noise[:, None, None] * inverse
         return (fit.amplitude.square() - added.unflatten(-1, (2, -1))).sum(2).mean(1).clamp_min(TINY)
 
@@ -134,38 +150,53 @@ class SimultaneousPursuit:
         return (self.noise / self.signal).repeat_interleave(self.length).expand(unknowns, -1)
 
     def _refined(self, place: Tensor, fit: Fit) -> tuple[Tensor, Tensor]:
-        """One Gauss-Newton step on the places, amplitudes eliminated: the new places, and the information on each, (B, K, 3)."""
+        """One Gauss-Newton step on the places, amplitudes eliminated: the new places, and the information on each, (B,
+        K, 3)."""
         batch, atoms = place.shape[:2]
-        columns = torch.cat((fit.steer, self._jacobian(fit)), dim=-1)                       # (B, L, 2M, 5K)
-        gram, right = _last(columns.transpose(-1, -2) @ columns, (columns.transpose(-1, -2) @ fit.residual[..., None])[..., 0])
+        columns = torch.cat((fit.steer, self._jacobian(fit)), dim=-1)  # (B, L, 2M, 5K)
+        gram, right = _last(
+            columns.transpose(-1, -2) @ columns, (columns.transpose(-1, -2) @ fit.residual[..., None])[..., 0]
+        )
         ridge = self._ridge(2 * atoms)
-        right = torch.cat((right[:2 * atoms] - ridge * fit.amplitude.flatten(2).flatten(0, 1).T, right[2 * atoms:]))
+        right = torch.cat((right[: 2 * atoms] - ridge * fit.amplitude.flatten(2).flatten(0, 1).T, right[2 * atoms :]))
         gram, right = (each.unflatten(-1, (batch, self.length)).sum(-1) for each in _eliminated(gram, right, ridge))
         trust = self.search.trust
-        step = spd_solve(gram, right, (self.noise[:, None] / trust.square()).repeat(1, atoms).T).T.unflatten(1, (atoms, 3))
+        step = spd_solve(gram, right, (self.noise[:, None] / trust.square()).repeat(1, atoms).T).T.unflatten(
+            1, (atoms, 3)
+        )
         move = torch.clamp(step, -2 * trust, 2 * trust) / self.search.scale
         information = gram.diagonal(dim1=0, dim2=1).unflatten(1, (atoms, 3)) / self.noise[:, None, None]
         return torch.clamp(place + move, self.search.low, self.search.high), information
 
     def _jacobian(self, fit: Fit) -> Tensor:
         """Derivatives of the snapshots by u, v and w of every atom: (B, L, 2M, 3K)."""
-        real, imag = fit.images.unflatten(-1, (-1, TANGENTS))[..., 1:].chunk(2, dim=2)      # (B, L, M, K, 3)
+        real, imag = fit.images.unflatten(-1, (-1, TANGENTS))[..., 1:].chunk(2, dim=2)  # (B, L, M, K, 3)
         s_re, s_im = (each[:, :, None, :, None] for each in fit.amplitude.unbind(2))
         return torch.cat((real * s_re - imag * s_im, real * s_im + imag * s_re), dim=2).flatten(3)
 
     def _inputs(self, earlier: list[tuple[Tensor, Tensor]], gains: Tensor, information: Tensor, fit: Fit) -> Tensor:
-        """(B, F): per atom its place, share of power, evidence, information and couplings; what stages before said; the scene."""
+        """(B, F): per atom its place, share of power, evidence, information and couplings; what stages before said; the
+        scene."""
         place, power = earlier[-1]
         middle, half = (self.search.high + self.search.low) / 2, (self.search.high - self.search.low) / 2
         total = power.sum(1, keepdim=True)
-        before = [((then - place[:, :then.shape[1]]) * self.search.scale, (weight / total).clamp_min(1e-6).log() / 4)
-                  for then, weight in earlier[:-1]]
-        coupling = fit.gram.sum(1)[:, :self.atoms].unflatten(-1, (2, -1)).square().sum(2).sqrt()      # |sum_l b_i^H b_j|
+        before = [
+            ((then - place[:, : then.shape[1]]) * self.search.scale, (weight / total).clamp_min(1e-6).log() / 4)
+            for then, weight in earlier[:-1]
+        ]
+        coupling = fit.gram.sum(1)[:, : self.atoms].unflatten(-1, (2, -1)).square().sum(2).sqrt()  # |sum_l b_i^H b_j|
         left = (fit.residual.square().sum((1, 2)).clamp_min(TINY) / (self.energy * self.noise)).log().clamp(-4, 4)
-        parts = [(place - middle) / half.clamp_min(TINY), *(shift.clamp(-3, 3) for shift, _ in before),
-                 (power / total).clamp_min(1e-6).log() / 4, *(weight for _, weight in before),
-                 (gains.clamp_min(0) / self.noise[:, None]).log1p() / 4 - 1, information.clamp_min(0).log1p() / 4 - 1, coupling,
-                 self.snr_db / 10 - 1, left]
+        parts = [
+            (place - middle) / half.clamp_min(TINY),
+            *(shift.clamp(-3, 3) for shift, _ in before),
+            (power / total).clamp_min(1e-6).log() / 4,
+            *(weight for _, weight in before),
+            (gains.clamp_min(0) / self.noise[:, None]).log1p() / 4 - 1,
+            information.clamp_min(0).log1p() / 4 - 1,
+            coupling,
+            self.snr_db / 10 - 1,
+            left,
+        ]
         return torch.cat([part.flatten(1) if part.dim() > 1 else part[:, None] for part in parts], dim=1)
 
     def _basis(self, earlier: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -173,9 +204,16 @@ class SimultaneousPursuit:
         place, power = earlier[-1]
         total, heard = power.sum(1, keepdim=True), self.y.square().sum((1, 2))[:, None] > 0
         level = lambda p: torch.where(heard, p / total, p * 0).sqrt()[:, None]  # noqa: E731
-        real, imag = (each * level(power).repeat_interleave(TANGENTS, 2) for each in self.search.tangents(place).chunk(2, 2))
-        then = [[each * level(p) - now[..., :p.shape[1] * TANGENTS:TANGENTS]
-                 for each, now in zip(self.search.steer(where).chunk(2, 2), (real, imag))] for where, p in earlier[:-1]]
+        real, imag = (
+            each * level(power).repeat_interleave(TANGENTS, 2) for each in self.search.tangents(place).chunk(2, 2)
+        )
+        then = [
+            [
+                each * level(p) - now[..., : p.shape[1] * TANGENTS : TANGENTS]
+                for each, now in zip(self.search.steer(where).chunk(2, 2), (real, imag))
+            ]
+            for where, p in earlier[:-1]
+        ]
         return torch.cat((real, *(each[0] for each in then), imag, *(each[1] for each in then)), dim=2)
 
 
@@ -191,7 +229,8 @@ def _last(*each: Tensor) -> tuple[Tensor, ...]:
 
 
 def _eliminated(matrix: Tensor, right: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
-    """The Schur complement of the unknowns that have a ridge: (n, n, B), (n, B), (m, B) -> (n - m, n - m, B), (n - m, B)."""
+    """The Schur complement of the unknowns that have a ridge: (n, n, B), (n, B), (m, B) -> (n - m, n - m, B), (n - m,
+    B)."""
     rest = torch.cat((matrix, right[:, None]), dim=1)
     for k, each in enumerate(ridge):
         pivot = torch.maximum(rest[0, 0] + each, 1e-6 * (matrix[k, k] + each))

@@ -30,18 +30,23 @@ class RISArray:
     def __post_init__(self) -> None:
         for name in ("horizontal", "vertical"):
             if not isinstance(getattr(self, name), Integral):
-                raise TypeError(f"RISArray: {name} is a {type(getattr(self, name)).__name__}, expected a whole number of "
-                                "elements. Use RISArray.of(task) for the array of a task.")
+                raise TypeError(
+                    f"RISArray: {name} is a {type(getattr(self, name)).__name__}, expected a whole number of "
+                    "elements. Use RISArray.of(task) for the array of a task."
+                )
         if self.wavefront not in ("fresnel", "spherical"):
             raise ValueError(f"RISArray: wavefront is {self.wavefront!r}; it must be 'fresnel' or 'spherical'.")
         lengths = (self.wavelength_m, self.spacing_m)
         if not all(isinstance(each, Real) for each in lengths):
-            raise TypeError(f"RISArray: wavelength_m is {self.wavelength_m!r} and spacing_m {self.spacing_m!r}, expected numbers of metres.")
+            raise TypeError(
+                f"RISArray: wavelength_m is {self.wavelength_m!r} and spacing_m {self.spacing_m!r}, expected numbers of"
+                " metres."
+            )
         if min(self.horizontal, self.vertical) < 1 or not all(0 < each < math.inf for each in lengths):
             raise ValueError(f"RISArray: sizes and lengths must be positive, got {self}.")
 
     @classmethod
-    def of(cls, task: Task) -> "RISArray":
+    def of(cls, task: Task) -> RISArray:
         section_of("RISArray.of", "task", task, Task)
         return cls(task.ris_horizontal, task.ris_vertical, task.wavelength_m, task.spacing_m, task.wavefront)
 
@@ -54,7 +59,9 @@ class RISArray:
         """2 pi / wavelength, rad/m."""
         return 2.0 * math.pi / self.wavelength_m
 
-    def positions(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def positions(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
         """x_N and y_N in metres, the array centred on the origin."""
         x = (torch.arange(self.horizontal, device=device, dtype=dtype) - (self.horizontal - 1) / 2) * self.spacing_m
         y = (torch.arange(self.vertical, device=device, dtype=dtype) - (self.vertical - 1) / 2) * self.spacing_m
@@ -73,20 +80,28 @@ def steering(array: RISArray, azimuth: Tensor, elevation: Tensor, range_m: Tenso
         spherical: psi = k (r - sqrt(r^2 - 2 r (u x + v y) + x^2 + y^2)).
     Args: azimuth, elevation (...) rad and range_m (...) m, one shape, float32 or float64.
     Returns: (..., N, 2), the dtype of `azimuth`.
-    Raises: TypeError or ValueError naming the argument. Ranges of 0 or less are refused on a CPU; elsewhere their values are
-        not looked at, which would wait for the device, and give NaN (0) or a vector that means nothing (below 0).
+    Raises: TypeError or ValueError naming the argument. Ranges of 0 or less are refused on a CPU; elsewhere their
+        values are not looked at, which would wait for the device, and give NaN (0) or a vector that means nothing
+        (below 0).
     Numerics: the spherical path difference is formed as -d/(r + sqrt(r^2 + d)), which does not cancel for large r.
     """
     if not isinstance(array, RISArray):
         raise TypeError(f"steering: array is a {type(array).__name__}, expected a RISArray. Pass RISArray.of(task).")
     for name, value in (("azimuth", azimuth), ("elevation", elevation), ("range_m", range_m)):
         if not isinstance(value, Tensor):
-            raise TypeError(f"steering: {name} is a {type(value).__name__}, expected a tensor. Pass torch.as_tensor({name}).")
+            raise TypeError(
+                f"steering: {name} is a {type(value).__name__}, expected a tensor. Pass torch.as_tensor({name})."
+            )
     if not azimuth.shape == elevation.shape == range_m.shape:
-        raise ValueError(f"steering: azimuth {tuple(azimuth.shape)}, elevation {tuple(elevation.shape)} and range_m "
-                         f"{tuple(range_m.shape)} must have one shape.")
+        raise ValueError(
+            f"steering: azimuth {tuple(azimuth.shape)}, elevation {tuple(elevation.shape)} and range_m "
+            f"{tuple(range_m.shape)} must have one shape."
+        )
     if readable(range_m) and bool((range_m <= 0).any()):
-        raise ValueError(f"steering: range_m goes down to {float(range_m.amin()):.3g}, expected metres above 0 from the centre of the array.")
+        raise ValueError(
+            f"steering: range_m goes down to {float(range_m.amin()):.3g}, expected metres above 0 from the centre of"
+            " the array."
+        )
     return cosine_steering(array, *direction_cosines(azimuth, elevation), range_m)
 
 

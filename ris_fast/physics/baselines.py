@@ -5,7 +5,7 @@ Legend: B batch, N elements, K sources. All covariances are normalised to trace 
 
 from __future__ import annotations
 
-from typing import Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -68,7 +68,8 @@ def constant_nmse(constant: Tensor, scenes: Scenes) -> Tensor:
 def floors(constant: Tensor, validation: Iterable[Scenes]) -> dict[str, float]:
     """Mean NMSE on the validation scenes of three predictors that ignore their input.
 
-    `zero`: exactly 1. `identity`: 1 - N/|T|^2. `mean`: `constant`, the mean covariance of the training scenes, (N, N, 2).
+    `zero`: exactly 1. `identity`: 1 - N/|T|^2. `mean`: `constant`, the mean covariance of the training scenes, (N, N,
+        2).
     """
     elements = constant.shape[0]
     identity, mean = [], []

@@ -23,14 +23,17 @@ def sample_factor(scenes: Scenes, steps: int = STEPS) -> Tensor:
     """The regularised least-squares field x, all snapshots together: (B, N, 1, 2); R_samp = x x^H.
 
     Model: (G^H G + ridge I) x = G^H y with ridge = |H|_F^2 / (M SNR), the ratio of noise to field power per element;
-        `steps` conjugate-gradient steps, enough for a blend. One field for all snapshots: it is exact for static symbols only.
+        `steps` conjugate-gradient steps, enough for a blend. One field for all snapshots: it is exact for static
+        symbols only.
     Raises: ValueError where the scenes carry no channel.
     Source: conjugate gradients, Golub and Van Loan, Matrix Computations, 11.3.
     """
     if scenes.channel is None:
-        raise ValueError("sample_factor: loss.beta > 0 blends a sample covariance, which needs the channel H; these "
-                         "scenes carry none. Set loss.beta = 0, or use data with H_full.")
-    unit = power_of_two(scenes.channel), power_of_two(scenes.snapshots)   # squares of numbers in any unit stay finite
+        raise ValueError(
+            "sample_factor: loss.beta > 0 blends a sample covariance, which needs the channel H; these "
+            "scenes carry none. Set loss.beta = 0, or use data with H_full."
+        )
+    unit = power_of_two(scenes.channel), power_of_two(scenes.snapshots)  # squares of numbers in any unit stay finite
     scenes = replace(scenes, channel=scenes.channel * unit[0], snapshots=scenes.snapshots * unit[1])
     antennas = scenes.channel.shape[1]
     ridge = power(scenes.channel).sum((1, 2)) / (antennas * 10.0 ** (scenes.snr_db / 10.0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Mapping
+from collections.abc import Mapping
 
 MEANINGS = {
     "zero": "predicts nothing",
@@ -21,13 +21,18 @@ MILESTONES = {
     0.04: "near blind maximum likelihood",
 }
 
-FEW = 100          # scenes, below which a mean is no comparison with an expectation
+FEW = 100  # scenes, below which a mean is no comparison with an expectation
 
-# NMSE of the posterior mean on RIS-12x12 (static symbols, path loss), Monte Carlo with 40-250 scenes a cell: an estimate of the
+# NMSE of the posterior mean on RIS-12x12 (static symbols, path loss), Monte Carlo with 40-250 scenes a cell: an
+# estimate of the
 # bound, not the bound.
 BAYES_SNR_DB = (-5.0, 5.0, 15.0)
-BAYES_NMSE = {1: (0.022, 0.004, 0.0004), 2: (0.072, 0.007, 0.0006), 3: (0.077, 0.010, 0.0016),
-              5: (0.142, 0.021, 0.0016)}
+BAYES_NMSE = {
+    1: (0.022, 0.004, 0.0004),
+    2: (0.072, 0.007, 0.0006),
+    3: (0.077, 0.010, 0.0016),
+    5: (0.142, 0.021, 0.0016),
+}
 
 
 def bayes_nmse(sources: int, snr_db: float) -> float:
@@ -42,7 +47,7 @@ def bayes_nmse(sources: int, snr_db: float) -> float:
         raise ValueError(f"bayes_nmse: the table has 1 to 5 sources, got {sources}.")
     low = 0 if snr_db < BAYES_SNR_DB[1] else 1
     share = (snr_db - BAYES_SNR_DB[low]) / (BAYES_SNR_DB[low + 1] - BAYES_SNR_DB[low])
-    here, there = (math.log(each) for each in BAYES_NMSE[sources][low:low + 2])
+    here, there = (math.log(each) for each in BAYES_NMSE[sources][low : low + 2])
     return math.exp(here + share * (there - here))
 
 
@@ -54,7 +59,10 @@ def figure(value: float) -> str:
 def floor_lines(floors: Mapping[str, float]) -> list[str]:
     """One line a floor, its figure beside what it means."""
     wide = max([8, *map(len, floors)])
-    return [f"  {name.replace('_', ' '):<{wide}} {figure(value):>6}  {MEANINGS.get(name, '')}".rstrip() for name, value in floors.items()]
+    return [
+        f"  {name.replace('_', ' '):<{wide}} {figure(value):>6}  {MEANINGS.get(name, '')}".rstrip()
+        for name, value in floors.items()
+    ]
 
 
 def milestone_line() -> str:
@@ -62,7 +70,8 @@ def milestone_line() -> str:
 
 
 def judge(nmse: float | None, floors: Mapping[str, float], *, milestones: bool = True) -> str:
-    """A figure beside the constant answer, in words, and the last milestone that it has passed; None where nothing was measured."""
+    """A figure beside the constant answer, in words, and the last milestone that it has passed; None where nothing was
+    measured."""
     mean = floors.get("mean", 1.0)
     if nmse is None:
         return f"not measured (floor {mean:.3f})"

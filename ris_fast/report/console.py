@@ -7,9 +7,10 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
@@ -31,8 +32,14 @@ class ConsoleReport:
     def __init__(self, stream: TextIO | None = None, *, standard_task: bool = True, run: Path | None = None) -> None:
         stream = stream or sys.stdout
         live = stream.isatty() and os.environ.get("TERM") != "dumb"
-        self.console = Console(file=stream, force_terminal=live, highlight=False, markup=False, soft_wrap=True,
-                               no_color=True if not live else None)
+        self.console = Console(
+            file=stream,
+            force_terminal=live,
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+            no_color=True if not live else None,
+        )
         self.standard_task, self.run = standard_task, run
         self.floors: Mapping[str, float] = {}
         self.info: Mapping[str, Any] = {}
@@ -75,7 +82,10 @@ class ConsoleReport:
     def found(self, finding: Any) -> None:
         """A finding of the watch, at once and in three lines, above the bar where there is one."""
         when = "before the first step" if finding.step == 0 else f"at step {finding.step:,}"
-        self._print(f"found {when}{'' if finding.certain else ', not certain'}: {finding.cause}: {finding.evidence}", "bold yellow")
+        self._print(
+            f"found {when}{'' if finding.certain else ', not certain'}: {finding.cause}: {finding.evidence}",
+            "bold yellow",
+        )
         self._print(f"  mend: {finding.advice}\n  more: ris-fast why --explain {finding.cause}")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -93,8 +103,14 @@ class ConsoleReport:
             return
         share = share_done(row, self.info)
         end = time.monotonic() + row["seconds"] * (1.0 - share) / share if share > 0.0 else None
-        self.bar.update(self.task, completed=share, loss=f"loss {row['train_loss']:.3f}", end=end,
-                        description=f"epoch {row['epoch']}/{row['epochs']}", refresh=True)
+        self.bar.update(
+            self.task,
+            completed=share,
+            loss=f"loss {row['train_loss']:.3f}",
+            end=end,
+            description=f"epoch {row['epoch']}/{row['epochs']}",
+            refresh=True,
+        )
 
     def _print(self, text: str, style: str | None = None) -> None:
         self.console.print(Text(text, style=style or ""))
@@ -113,11 +129,16 @@ def counter(what: str, stream: TextIO | None = None) -> Callable[[int, int], Non
 
 def epoch_line(row: Mapping[str, Any]) -> str:
     """`Epoch 001/030: train 0.806  val 1.921 ...`; `val` is the better of the raw and the averaged weights."""
-    parts = [f"Epoch {row['epoch']:03d}/{row['epochs']:03d}: train {figure(row['train_loss'])}",
-             f"val {figure(validation(row))}", " ".join(f"{name} {figure(row[key])}" for name, key in _WEIGHTS if _known(row, key)),
-             f"|g| {row['grad_norm']:.3g}", f"clipped {row['clipped']:.0%}", f"skipped {row['skipped']:.0%}",
-             f"{row['scenes_per_s']:.0f} scenes/s",
-             f"{row['share_of_ceiling']:.0%} of the ceiling" if _known(row, "share_of_ceiling") else ""]
+    parts = [
+        f"Epoch {row['epoch']:03d}/{row['epochs']:03d}: train {figure(row['train_loss'])}",
+        f"val {figure(validation(row))}",
+        " ".join(f"{name} {figure(row[key])}" for name, key in _WEIGHTS if _known(row, key)),
+        f"|g| {row['grad_norm']:.3g}",
+        f"clipped {row['clipped']:.0%}",
+        f"skipped {row['skipped']:.0%}",
+        f"{row['scenes_per_s']:.0f} scenes/s",
+        f"{row['share_of_ceiling']:.0%} of the ceiling" if _known(row, "share_of_ceiling") else "",
+    ]
     return "  ".join(part for part in parts if part)
 
 
@@ -136,47 +157,80 @@ def share_done(row: Mapping[str, Any], info: Mapping[str, Any]) -> float:
 
 def run_lines(info: Mapping[str, Any]) -> list[str]:
     """The run in a few lines, from whichever of the facts are there."""
-    what = [info.get("preset"), _phrase(info, "parameters", "{}, {:,} parameters", "model"),
-            " ".join(str(info[key]) for key in ("device", "precision") if info.get(key))]
-    how = [_phrase(info, "train_scenes", "{:,} scenes an epoch"), _phrase(info, "batch_size", "batch {}"),
-           _phrase(info, "accumulate", "accumulated {}") if info.get("accumulate", 1) > 1 else None,
-           _phrase(info, "epochs", "up to {} epochs"), _phrase(info, "max_seconds", "at most {:.0f} s")]
-    lines = ("  ".join(filter(None, what)), info.get("source"), ", ".join(filter(None, how)), info.get("compile"), ceiling_line(info))
+    what = [
+        info.get("preset"),
+        _phrase(info, "parameters", "{}, {:,} parameters", "model"),
+        " ".join(str(info[key]) for key in ("device", "precision") if info.get(key)),
+    ]
+    how = [
+        _phrase(info, "train_scenes", "{:,} scenes an epoch"),
+        _phrase(info, "batch_size", "batch {}"),
+        _phrase(info, "accumulate", "accumulated {}") if info.get("accumulate", 1) > 1 else None,
+        _phrase(info, "epochs", "up to {} epochs"),
+        _phrase(info, "max_seconds", "at most {:.0f} s"),
+    ]
+    lines = (
+        "  ".join(filter(None, what)),
+        info.get("source"),
+        ", ".join(filter(None, how)),
+        info.get("compile"),
+        ceiling_line(info),
+    )
     return [line for line in lines if line]
 
 
 def ceiling_line(info: Mapping[str, Any]) -> str | None:
     """What the ceiling is that an epoch's line names a share of."""
     rate = info.get("ceiling_flop_per_s")
-    return rate and (f"the ceiling: {rate / 1e9:,.0f} GFLOP/s, one large {info.get('precision', 'fp32')} matrix product on this machine, the best of "
-                     f"many; the network's own forward and backward products are counted, features, loss and simulation are not")
+    return rate and (
+        f"the ceiling: {rate / 1e9:,.0f} GFLOP/s, one large {info.get('precision', 'fp32')} matrix product on this"
+        " machine, the best of many; the network's own forward and backward products are counted, features, loss and"
+        " simulation are not"
+    )
 
 
 def outcome_lines(summary: Mapping[str, Any], *, milestones: bool = True, run: Path | None = None) -> list[str]:
     """The verdict, the best figure beside its floor, the size of the run, and what the watch found."""
-    best = (stalled_because(summary) if summary["verdict"] == "stalled"
-            else judge(summary.get("best_val_nmse"), summary.get("floors", {}), milestones=milestones))
-    lines = [f"{summary['verdict']}: best validation NMSE {best}", *lost_again(summary),
-             f"{summary['optimizer_steps']:,} steps, {summary['scenes_seen']:,} scenes in {summary['seconds']:.0f} s, "
-             f"{summary['scenes_per_s']:.0f} scenes/s"]
+    best = (
+        stalled_because(summary)
+        if summary["verdict"] == "stalled"
+        else judge(summary.get("best_val_nmse"), summary.get("floors", {}), milestones=milestones)
+    )
+    lines = [
+        f"{summary['verdict']}: best validation NMSE {best}",
+        *lost_again(summary),
+        (
+            f"{summary['optimizer_steps']:,} steps, {summary['scenes_seen']:,} scenes in {summary['seconds']:.0f} s, "
+            f"{summary['scenes_per_s']:.0f} scenes/s"
+        ),
+    ]
     if summary.get("findings"):
         lines.append("findings, most certain first: " + ", ".join(map(str, summary["findings"])))
         lines += certain_findings(summary)
-    lines += ([] if summary.get("findings") else ruled_out(summary, names=False))
+    lines += [] if summary.get("findings") else ruled_out(summary, names=False)
     if run and len(lines) > 2:
         lines.append(f"  more: ris-fast why {shlex.quote(str(run))}")
     return lines
 
 
 def certain_findings(summary: Mapping[str, Any]) -> list[str]:
-    """What was seen of every certain finding, or of the first, and how it is mended; nothing for a run that they stopped, whose error says so."""
+    """What was seen of every certain finding, or of the first, and how it is mended; nothing for a run that they
+    stopped, whose error says so."""
     if summary["verdict"] == "stopped":
         return []
     told = [each for each in summary.get("evidence", ()) if each["cause"] in summary["findings"]]
-    shown = [each for each in told if each["certain"]] or [each for each in told if each["cause"] == summary["findings"][0]]
+    shown = [each for each in told if each["certain"]] or [
+        each for each in told if each["cause"] == summary["findings"][0]
+    ]
     named = (f"{each['cause']}: " if len(shown) > 1 else "" for each in shown)
-    return [line for name, each in zip(named, shown)
-            for line in (f"  {name}seen{'' if each['certain'] else ' (not certain)'}: {each['evidence']}", f"  mend: {each['advice']}")]
+    return [
+        line
+        for name, each in zip(named, shown)
+        for line in (
+            f"  {name}seen{'' if each['certain'] else ' (not certain)'}: {each['evidence']}",
+            f"  mend: {each['advice']}",
+        )
+    ]
 
 
 _WEIGHTS = (("raw", "val_nmse_raw"), ("ema", "val_nmse_ema"))
@@ -201,6 +255,14 @@ class TimeLeft(ProgressColumn):
 
 
 def _progress(console: Console) -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-                    TimeElapsedColumn(), TimeLeft(), TextColumn("{task.fields[loss]}"),
-                    console=console, transient=True, refresh_per_second=2)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeLeft(),
+        TextColumn("{task.fields[loss]}"),
+        console=console,
+        transient=True,
+        refresh_per_second=2,
+    )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
-from ris_fast.report.eventlog import write_json
 from ris_fast.report.baselines import FEW, judge
+from ris_fast.report.eventlog import write_json
 from ris_fast.report.tables import text_table
 
 FIGURE = "evaluate.png"
@@ -16,12 +17,23 @@ RECORD = "evaluation.json"
 def evaluation_text(result: Mapping[str, Any]) -> str:
     """The whole evaluation in plain text; `result` is what `evaluate` returns."""
     bayes = result["bayes"]
-    head = [f"{result['model']}, {result['weights']} weights of epoch {result['epoch']} (checkpoint '{result['checkpoint']}'), "
-            f"{result['parameters']:,} parameters, on {result['device']}", result["source"], *(f"note: {note}" for note in result["notes"]),
-            f"mean NMSE {judge(result['nmse']['mean'], result['floors'], milestones=bayes is not None)}"]
-    tables = [_table("SNR in dB", [(f"{low:g} .. {high:g}", group) for group in result["by_snr"]
-                                   for low, high in [group["snr_db"]]], result),
-              _table("sources", [(str(group["sources"]), group) for group in result["by_count"]], result)]
+    head = [
+        (
+            f"{result['model']}, {result['weights']} weights of epoch {result['epoch']} (checkpoint"
+            f" '{result['checkpoint']}'), {result['parameters']:,} parameters, on {result['device']}"
+        ),
+        result["source"],
+        *(f"note: {note}" for note in result["notes"]),
+        f"mean NMSE {judge(result['nmse']['mean'], result['floors'], milestones=bayes is not None)}",
+    ]
+    tables = [
+        _table(
+            "SNR in dB",
+            [(f"{low:g} .. {high:g}", group) for group in result["by_snr"] for low, high in [group["snr_db"]]],
+            result,
+        ),
+        _table("sources", [(str(group["sources"]), group) for group in result["by_count"]], result),
+    ]
     return "\n".join(head) + "\n\n" + "\n\n".join([*tables, bayes_note(result)])
 
 
@@ -29,8 +41,11 @@ def bayes_note(result: Mapping[str, Any]) -> str:
     """What the Bayes line is, or why there is none."""
     if not result["standard"]:
         return "Bayes: known for RIS-12x12 with its default ranges only."
-    return ("Bayes: what the posterior mean is expected to score, estimated by Monte Carlo (40 to 250 scenes a cell) and interpolated in "
-            f"SNR;\na guide, not a bound. None for fewer than {FEW} scenes, whose mean may be on either side of an expectation.")
+    return (
+        "Bayes: what the posterior mean is expected to score, estimated by Monte Carlo (40 to 250 scenes a cell) and"
+        f" interpolated in SNR;\na guide, not a bound. None for fewer than {FEW} scenes, whose mean may be on either"
+        " side of an expectation."
+    )
 
 
 def save_evaluation(result: Mapping[str, Any]) -> Path:
@@ -45,6 +60,15 @@ def save_evaluation(result: Mapping[str, Any]) -> Path:
 
 def _table(label: str, groups: list[tuple[str, Mapping[str, Any]]], whole: Mapping[str, Any]) -> str:
     floors = list(whole["floors"])
-    rows = [(name, group["scenes"], group["nmse"]["mean"], group["nmse"]["median"], group["bayes"],
-             *(group["floors"][floor] for floor in floors)) for name, group in [*groups, ("all", whole)]]
+    rows = [
+        (
+            name,
+            group["scenes"],
+            group["nmse"]["mean"],
+            group["nmse"]["median"],
+            group["bayes"],
+            *(group["floors"][floor] for floor in floors),
+        )
+        for name, group in [*groups, ("all", whole)]
+    ]
     return text_table((label, "scenes", "NMSE mean", "median", "Bayes", *floors), rows)

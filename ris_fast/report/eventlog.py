@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any
 
 from ris_fast.files import append_text, write_text, writing
 
@@ -101,7 +102,9 @@ def _parse(line: str, number: int, path: Path, skip_broken: bool) -> dict[str, A
         if skip_broken:
             return None
         said = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise ValueError(said if said.startswith(str(path)) else f"{path}, line {number}: {said}. Remove that line.") from error
+        raise ValueError(
+            said if said.startswith(str(path)) else f"{path}, line {number}: {said}. Remove that line."
+        ) from error
 
 
 def _put(row: Any, keys: list[str], value: float) -> None:

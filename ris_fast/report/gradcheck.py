@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ris_fast.report.tables import text_table
 
 if TYPE_CHECKING:
     from ris_fast.gradcheck import Row
 
-HEADERS = ("operator", "backend", "dtype", "value error", "allowed", "gradient error", "allowed", "gradcheck", "graph", "")
+HEADERS = (
+    "operator",
+    "backend",
+    "dtype",
+    "value error",
+    "allowed",
+    "gradient error",
+    "allowed",
+    "gradcheck",
+    "graph",
+    "",
+)
 
 
 def gradcheck_text(rows: Sequence[Row]) -> str:
@@ -22,9 +34,16 @@ def gradcheck_text(rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    return (row.operator, row.backend, row.dtype, *_error(row.value_error, row.value_allowed),
-            *_error(row.gradient_error, row.gradient_allowed), row.gradcheck[:24], row.graph[:24],
-            "ok" if row.passed else "FAILED")
+    return (
+        row.operator,
+        row.backend,
+        row.dtype,
+        *_error(row.value_error, row.value_allowed),
+        *_error(row.gradient_error, row.gradient_allowed),
+        row.gradcheck[:24],
+        row.graph[:24],
+        "ok" if row.passed else "FAILED",
+    )
 
 
 def _error(error: float, allowed: float) -> tuple[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ris_fast.training.trainer import Observer
@@ -32,7 +33,8 @@ class Observers:
 
 
 class Record:
-    """Passes events on to an observer that only keeps a record of the run: what it cannot write is told once and ends nothing.
+    """Passes events on to an observer that only keeps a record of the run: what it cannot write is told once and ends
+    nothing.
 
     Args: what: the record in a word or two; tell: shows a line to a person.
     """
@@ -55,7 +57,9 @@ class Record:
     def _try(self, event: Callable[[Mapping[str, Any]], None], given: Mapping[str, Any]) -> None:
         try:
             event(given)
-        except Exception as error:      # a full disk, or a library that an interrupt left half imported: a record ends no run
+        except (
+            Exception
+        ) as error:  # a full disk, or a library that an interrupt left half imported: a record ends no run
             if not self.failed:
                 self.tell(f"note: {self.what} is not complete, training goes on: {str(error) or type(error).__name__}")
             self.failed = True

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from ris_fast.report.drawing import new_figure
 from ris_fast.files import save_figure
+from ris_fast.report.drawing import new_figure
 from ris_fast.report.eventlog import METRICS, current_rows, read_events
 
 if TYPE_CHECKING:
@@ -19,9 +20,9 @@ LOSS_PLOT = "loss.png"
 INK, GRID = "#222222", "#dddddd"
 TRAIN, RAW, EMA, GRADIENT, BAYES = "#9aa7b8", "#d9822b", "#1f5fa8", "#5a7d4f", "#444444"
 FLOOR_SHADES = ("#b04a5a", "#8a5fa0", "#4f8a8b", "#a08a4f", "#707070")
-MARKED = 40                       # points are marked up to this many
+MARKED = 40  # points are marked up to this many
 SECONDS_BETWEEN_DRAWINGS = 20.0
-ONE_LINE = 0.02                   # of the axis: what is closer together looks like one line, and is drawn as one band
+ONE_LINE = 0.02  # of the axis: what is closer together looks like one line, and is drawn as one band
 
 
 class PlotReport:
@@ -39,7 +40,9 @@ class PlotReport:
 
     def start(self, info: Mapping[str, Any]) -> None:
         self.floors = info.get("floors", {})
-        new_figure(1.0, 1.0)      # imports matplotlib; an interrupt in the midst of that would spoil the drawing at the run's end
+        new_figure(
+            1.0, 1.0
+        )  # imports matplotlib; an interrupt in the midst of that would spoil the drawing at the run's end
 
     def step(self, row: Mapping[str, Any]) -> None:
         self.rows.append({"event": "step", **row})
@@ -70,8 +73,9 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], floors: Mapping[str, float]) 
     dot, marker = ("o" if len(each) <= MARKED else "" for each in (steps or epochs, epochs))
     top.plot(*_series(steps or epochs, "train_loss"), color=TRAIN, lw=1.2, marker=dot, ms=3, label="training loss")
     top.plot(*_series(epochs, "val_nmse_raw"), color=RAW, lw=1.4, marker=marker, ms=3, label="validation, raw weights")
-    top.plot(*_series(epochs, "val_nmse_ema"), color=EMA, lw=2.0, marker=marker, ms=3,
-             label="validation, averaged weights")
+    top.plot(
+        *_series(epochs, "val_nmse_ema"), color=EMA, lw=2.0, marker=marker, ms=3, label="validation, averaged weights"
+    )
     _axes(top, "NMSE")
     top.set_ylim(*_limits([0.4, *floors.values(), *(y for line in top.get_lines() for y in line.get_ydata())]))
     _floors(top, floors)
@@ -91,15 +95,25 @@ def evaluation_figure(result: Mapping[str, Any]) -> Figure:
     """NMSE by SNR and by number of sources, mean and median, beside the floors and the Bayes line."""
     figure = new_figure(9.0, 4.8)
     left, right = figure.subplots(1, 2, sharey=True)
-    _groups(left, result["by_snr"], [f"{low:g}..{high:g}" for low, high in (g["snr_db"] for g in result["by_snr"])],
-            "SNR in dB")
+    _groups(
+        left,
+        result["by_snr"],
+        [f"{low:g}..{high:g}" for low, high in (g["snr_db"] for g in result["by_snr"])],
+        "SNR in dB",
+    )
     _groups(right, result["by_count"], [str(g["sources"]) for g in result["by_count"]], "sources in the scene")
     for axes, label in ((left, "NMSE on the test scenes"), (right, "")):
         _axes(axes, label)
         _ticks(axes)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle(f"{result['model']}: mean NMSE {result['nmse']['mean']:.3g}, median {result['nmse']['median']:.3g} "
-                    f"on {result['scenes']:,} test scenes", x=0.01, ha="left", fontsize=11, color=INK)
+    figure.suptitle(
+        f"{result['model']}: mean NMSE {result['nmse']['mean']:.3g}, median {result['nmse']['median']:.3g} "
+        f"on {result['scenes']:,} test scenes",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+        color=INK,
+    )
     return figure
 
 
@@ -111,8 +125,18 @@ def _groups(axes: Axes, groups: Sequence[Mapping[str, Any]], names: Sequence[str
         low, high = ([edge(values) for values in zip(*(floors[name] for name in together))] for edge in (min, max))
         axes.fill_between(at, low, high, color=shade, alpha=0.25, lw=0.0)
         axes.plot(at, low, color=shade, lw=1.0, ls="--", marker="_", label=" / ".join(together))
-    axes.plot(at, [group["nmse"]["mean"] for group in groups], color=EMA, lw=2.0, marker="o", ms=4, label="network, mean")
-    axes.plot(at, [group["nmse"]["median"] for group in groups], color=RAW, lw=1.4, marker="s", ms=3.5, label="network, median")
+    axes.plot(
+        at, [group["nmse"]["mean"] for group in groups], color=EMA, lw=2.0, marker="o", ms=4, label="network, mean"
+    )
+    axes.plot(
+        at,
+        [group["nmse"]["median"] for group in groups],
+        color=RAW,
+        lw=1.4,
+        marker="s",
+        ms=3.5,
+        label="network, median",
+    )
     if all(group.get("bayes") is not None for group in groups):
         axes.plot(at, [group["bayes"] for group in groups], color=BAYES, lw=1.4, ls=":", label="Bayes, estimated")
     axes.set_xticks(list(at), names)
@@ -141,7 +165,10 @@ def _ticks(axes: Axes) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     low, high = axes.get_ylim()
-    few, many = MaxNLocator(4, min_n_ticks=2), LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1e3 else (1.0,), numticks=12)
+    few, many = (
+        MaxNLocator(4, min_n_ticks=2),
+        LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1e3 else (1.0,), numticks=12),
+    )
     axes.yaxis.set_major_locator(few if high / low < 8.0 else many)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -178,7 +205,8 @@ def _distance(one: float | Sequence[float], other: float | Sequence[float]) -> f
 
 
 def _floors(axes: Axes, floors: Mapping[str, float]) -> None:
-    """A band for floors that lie within a few percent of each other, a line for the others; the legend has each figure."""
+    """A band for floors that lie within a few percent of each other, a line for the others; the legend has each
+    figure."""
     for names, shade in zip(alike(floors, axes.get_ylim()), FLOOR_SHADES):
         values = [floors[name] for name in names]
         label = f"floor{'s' * (len(names) > 1)} " + ", ".join(f"{name} {floors[name]:#.3g}" for name in names)

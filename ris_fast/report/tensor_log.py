@@ -8,22 +8,23 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ris_fast.report.drawing import new_figure
 from ris_fast.files import append_text, save_figure
-from ris_fast.training.trainer import Trainer
+from ris_fast.report.drawing import new_figure
 from ris_fast.training.telemetry.step_window import Window
+from ris_fast.training.trainer import Trainer
 
 TABLE, PICTURE = "tensors.csv", "tensors.png"
 COLUMNS = ("grad_norm", "weight_norm", "update_norm", "nonfinite")
-TABLE_BYTES = 64 * 2**20   # of the table, after which it has the last step of a report only
-MOST_COLUMNS = 400         # of the picture, fewer than its pixels; then two are put into one, so that it spans the run
-DARKEST = 1e-12            # what is below is drawn as this
+TABLE_BYTES = 64 * 2**20  # of the table, after which it has the last step of a report only
+MOST_COLUMNS = 400  # of the picture, fewer than its pixels; then two are put into one, so that it spans the run
+DARKEST = 1e-12  # what is below is drawn as this
 
 
 class TensorLog:
@@ -58,7 +59,9 @@ class TensorLog:
         """An epoch has no record of its own."""
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        failed = summary.get("verdict") == "stopped" and not summary.get("findings")     # a device that failed may not answer
+        failed = summary.get("verdict") == "stopped" and not summary.get(
+            "findings"
+        )  # a device that failed may not answer
         if not failed and (rest := self.trainer.step.telemetry.rest()).numbers:
             self._add(rest)
         if self.picture and len(self.heat.columns) > 1:
@@ -72,39 +75,48 @@ def append_table(path: Path, names: Sequence[str], window: Window) -> None:
     writer = csv.writer(text, lineterminator="\n")
     if not size:
         writer.writerow(("step", "tensor", *COLUMNS))
-    for number, record in list(zip(window.numbers, window.table.tolist()))[-1 if size > TABLE_BYTES else 0:]:
+    for number, record in list(zip(window.numbers, window.table.tolist()))[-1 if size > TABLE_BYTES else 0 :]:
         writer.writerows((number, name, *(f"{value:.7g}" for value in values)) for name, values in zip(names, record))
     append_text(path, text.getvalue())
 
 
 def grad_line(row: Mapping[str, Any], names: Sequence[str], window: Window) -> str:
-    """The last step: gradient norm as backward left it and as the optimizer measured it, largest and smallest tensor; then
-    the steps since the last line."""
+    """The last step: gradient norm as backward left it and as the optimizer measured it, largest and smallest tensor;
+    then the steps since the last line."""
     norms = window.table[-1, :, 0].tolist()
     largest, smallest = max(range(len(norms)), key=norms.__getitem__), min(range(len(norms)), key=norms.__getitem__)
     raw = (row.get("health") or {}).get("raw_norm")
-    return (f"[GRAD] step {row['step']}: |g| {row['grad_norm']:.4g} (from backward {raw if raw is None else format(raw, '.4g')}), "
-            f"clipped {row['clipped']:.0%}, skipped {row['skipped']:.0%}, largest {names[largest]} {norms[largest]:.3g}, "
-            f"smallest {names[smallest]} {norms[smallest]:.3g}{_since(window.summary(names))}")
+    return (
+        f"[GRAD] step {row['step']}: |g| {row['grad_norm']:.4g} (from backward"
+        f" {raw if raw is None else format(raw, '.4g')}), clipped {row['clipped']:.0%}, skipped {row['skipped']:.0%},"
+        f" largest {names[largest]} {norms[largest]:.3g}, smallest {names[smallest]}"
+        f" {norms[smallest]:.3g}{_since(window.summary(names))}"
+    )
 
 
 def _since(seen: Mapping[str, Any]) -> str:
     """What the steps since the last line add to the last one; nothing where it is the only one."""
     parts = []
     if seen["recorded"] > 1 and seen["largest_step"] is not None:
-        parts.append(f"of {seen['recorded']} steps: median |g| {seen['median_grad_norm']:.4g}, largest {seen['largest_grad_norm']:.4g} "
-                     f"at step {seen['largest_step']} ({seen['largest_tensor']} {seen['largest_tensor_norm']:.3g})")
+        parts.append(
+            f"of {seen['recorded']} steps: median |g| {seen['median_grad_norm']:.4g}, largest"
+            f" {seen['largest_grad_norm']:.4g} at step {seen['largest_step']} ({seen['largest_tensor']}"
+            f" {seen['largest_tensor_norm']:.3g})"
+        )
     if seen["nonfinite_steps"]:
-        parts.append(f"{seen['nonfinite_steps']} steps not finite, first {seen['first_nonfinite_tensor']} at step "
-                     f"{seen['first_nonfinite_step']}")
+        parts.append(
+            f"{seen['nonfinite_steps']} steps not finite, first {seen['first_nonfinite_tensor']} at step "
+            f"{seen['first_nonfinite_step']}"
+        )
     if seen["steps"] > seen["recorded"]:
         parts.append(f"{seen['steps'] - seen['recorded']} steps not recorded")
     return "".join(f"; {part}" for part in parts)
 
 
 class Heat:
-    """What the picture shows: columns of `width` steps each, with every tensor's largest update-to-weight ratio and gradient
-    norm, (T, 2) float64; infinity where a gradient was not finite. At most MOST_COLUMNS, however long the run."""
+    """What the picture shows: columns of `width` steps each, with every tensor's largest update-to-weight ratio and
+    gradient norm, (T, 2) float64; infinity where a gradient was not finite. At most MOST_COLUMNS, however long the
+    run."""
 
     def __init__(self) -> None:
         self.width, self.columns = 1, dict[int, Tensor]()
@@ -150,7 +162,8 @@ def draw(names: Sequence[str], heat: Heat, path: Path) -> None:
 
 
 def _colours(values: Tensor) -> tuple[Any, Any, Any]:
-    """Image, colours and scale for imshow: powers of ten; what is infinite lies above the scale, which imshow would mask."""
+    """Image, colours and scale for imshow: powers of ten; what is infinite lies above the scale, which imshow would
+    mask."""
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
 

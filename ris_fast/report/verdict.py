@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from ris_fast.training.summary import LEARNED
 
-FEW_STEPS = 200                                # a network that learns shows it within as many
-CONSTANTS = ("zero", "identity", "mean")       # floors that know nothing of the scene; any other feeds the network
+FEW_STEPS = 200  # a network that learns shows it within as many
+CONSTANTS = ("zero", "identity", "mean")  # floors that know nothing of the scene; any other feeds the network
 
 
 def stalled_because(summary: Mapping[str, Any]) -> str:
@@ -23,38 +24,65 @@ def stalled_because(summary: Mapping[str, Any]) -> str:
     if best >= lowest:
         steps = summary.get("optimizer_steps")
         few = f"; {steps} steps are few, train longer" if isinstance(steps, int) and steps < FEW_STEPS else ""
-        return f"{best:.3g} is no better than the constant answer ({lowest:.3g}): the network has learned nothing of the scenes{few}"
+        return (
+            f"{best:.3g} is no better than the constant answer ({lowest:.3g}): the network has learned nothing of the"
+            f" scenes{few}"
+        )
     feeding = {name: value for name, value in floors.items() if name not in CONSTANTS and best >= LEARNED * value}
     if feeding:
         name, value = min(feeding.items(), key=lambda item: item[1])
         beside = "not better" if best >= value else "not clearly better"
-        return (f"{best:.3g} is below every constant answer ({lowest:.3g}) but {beside} than {name.replace('_', ' ')}, {value:.3g}, which "
-                f"the network's inputs give without it: train longer")
+        return (
+            f"{best:.3g} is below every constant answer ({lowest:.3g}) but {beside} than {name.replace('_', ' ')},"
+            f" {value:.3g}, which the network's inputs give without it: train longer"
+        )
     if isinstance(start, (int, float)) and start < lowest:
-        return f"{best:.3g} is not clearly below what the network scored before its first step ({start:.3g}): train longer"
+        return (
+            f"{best:.3g} is not clearly below what the network scored before its first step ({start:.3g}): train longer"
+        )
     return f"{best:.3g} is not clearly below the constant answer ({lowest:.3g}): train longer"
 
 
 def lost_again(summary: Mapping[str, Any]) -> list[str]:
     """A line for a run that ends far above its best, which its verdict does not show; none for others."""
-    ends = [value for key in ("val_nmse_raw", "val_nmse_ema") if isinstance(value := summary.get(key), (int, float)) and value == value]
+    ends = [
+        value
+        for key in ("val_nmse_raw", "val_nmse_ema")
+        if isinstance(value := summary.get(key), (int, float)) and value == value
+    ]
     if "collapsed" not in (summary.get("findings") or ()) or not ends:
         return []
-    return [f"but it was lost again: the last validation NMSE is {min(ends):.3g}; the best checkpoint has the weights from before"]
+    return [
+        f"but it was lost again: the last validation NMSE is {min(ends):.3g}; the best checkpoint has the weights from"
+        " before"
+    ]
 
 
 def ruled_out(summary: Mapping[str, Any], *, names: bool = True) -> list[str]:
-    """What a stalled run that shows no cause was looked at for: the checks that passed and the rules that stayed silent.
+    """What a stalled run that shows no cause was looked at for: the checks that passed and the rules that stayed
+    silent.
 
-    `names`: a line for each of the two with what they are called, else one line with how many there are. Empty for runs that
-    nobody watched.
+    `names`: a line for each of the two with what they are called, else one line with how many there are. Empty for runs
+    that nobody watched.
     """
     looked = summary.get("ruled_out")
     if summary.get("verdict") != "stalled" or not isinstance(looked, Mapping):
         return []
     checks, rules = ([str(each) for each in looked.get(key) or ()] for key in ("checks", "rules"))
-    kinds = ((f"{len(checks)} preflight checks passed" if checks else "no preflight check ran (a resumed run, or health.preflight=false)", checks),
-             (f"{len(rules)} rules looked at its reports and stayed silent", rules))
+    kinds = (
+        (
+            (
+                f"{len(checks)} preflight checks passed"
+                if checks
+                else "no preflight check ran (a resumed run, or health.preflight=false)"
+            ),
+            checks,
+        ),
+        (f"{len(rules)} rules looked at its reports and stayed silent", rules),
+    )
     if not names:
         return [f"ruled out: {'; '.join(said for said, _ in kinds)}"]
-    return [f"ruled out: {said}{': ' if found else ''}{', '.join(each.replace('_', ' ') for each in found)}" for said, found in kinds]
+    return [
+        f"ruled out: {said}{': ' if found else ''}{', '.join(each.replace('_', ' ') for each in found)}"
+        for said, found in kinds
+    ]

@@ -14,15 +14,16 @@ from ris_fast.training.footprint import OutOfMemory, free_memory
 from ris_fast.training.trainer import Trainer
 
 SIZES = tuple(2**power for power in range(5, 15))
-SECONDS, SHARE = 18.0, 0.95      # a size within 5 % of the best rate counts as fast
-SLOW = 3.0                       # seconds of steps after which a size is judged by what it has done
-MEMORY_SHARE = 0.8               # of what is free now
-UPDATES = 1000                   # a run must keep this many optimizer steps
+SECONDS, SHARE = 18.0, 0.95  # a size within 5 % of the best rate counts as fast
+SLOW = 3.0  # seconds of steps after which a size is judged by what it has done
+MEMORY_SHARE = 0.8  # of what is free now
+UPDATES = 1000  # a run must keep this many optimizer steps
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One size: scenes a second, or 0 where it does not fit; bytes that it needed (device, or growth of the process)."""
+    """One size: scenes a second, or 0 where it does not fit; bytes that it needed (device, or growth of the
+    process)."""
 
     batch_size: int
     scenes_per_s: float
@@ -33,12 +34,15 @@ def choose_batch_size(config: Config, seconds: float = SECONDS) -> tuple[int, li
     """Tries powers of two from 32 up, eager, on the real network and scenes, and returns the choice and the trials.
 
     The largest size within 5 % of the best rate, of those that leave the run 1,000 updates. Compiled steps need no more
-    memory than eager ones. On a CPU a size whose memory, extrapolated, would not leave a fifth of what is free is not tried.
+    memory than eager ones. On a CPU a size whose memory, extrapolated, would not leave a fifth of what is free is not
+    tried.
     """
     trials: list[Trial] = []
     began = time.monotonic()
     for size in SIZES:
-        if trials and (not _room(trials[-1], config) or time.monotonic() - began + 3.0 * _duration(trials[-1], size) > seconds):
+        if trials and (
+            not _room(trials[-1], config) or time.monotonic() - began + 3.0 * _duration(trials[-1], size) > seconds
+        ):
             break
         trials.append(try_size(config, size))
         if not trials[-1].scenes_per_s:
@@ -77,7 +81,11 @@ def try_size(config: Config, size: int) -> Trial:
         times = [_timed(trainer, index)]
         while len(times) < 3 and sum(times) < SLOW:
             times.append(_timed(trainer, index))
-        needed = torch.cuda.max_memory_allocated(trainer.device) if trainer.device.type == "cuda" else max(0, _resident() - before)
+        needed = (
+            torch.cuda.max_memory_allocated(trainer.device)
+            if trainer.device.type == "cuda"
+            else max(0, _resident() - before)
+        )
         return Trial(size, size / min(times), needed)
     except (MemoryError, RuntimeError) as error:
         if not is_memory(error):
@@ -87,7 +95,11 @@ def try_size(config: Config, size: int) -> Trial:
 
 def is_memory(error: BaseException) -> bool:
     """torch names it OutOfMemoryError on a GPU; its CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, (MemoryError, OutOfMemory)) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    return (
+        isinstance(error, (MemoryError, OutOfMemory))
+        or type(error).__name__ == "OutOfMemoryError"
+        or "allocate memory" in str(error)
+    )
 
 
 def _timed(trainer: Trainer, index: torch.Tensor) -> float:

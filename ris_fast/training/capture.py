@@ -20,7 +20,8 @@ changing rates, accumulation, bf16 and averages, and an epoch under torch.cuda.s
 from __future__ import annotations
 
 import warnings
-from typing import Any, Callable, Protocol, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from ris_fast.config.schema import Config
 from ris_fast.data.source import SceneSource
 from ris_fast.training.step import Step, StepResult
 
-WARM_UP = 3            # eager calls before a capture
+WARM_UP = 3  # eager calls before a capture
 
 
 class Recording(Protocol):
@@ -43,7 +44,7 @@ class CudaGraph:
 
     def __init__(self, body: Callable[[], Any]) -> None:
         current = torch.cuda.current_stream()
-        stream = None if current == torch.cuda.default_stream() else current   # the default stream cannot be captured
+        stream = None if current == torch.cuda.default_stream() else current  # the default stream cannot be captured
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):
             self.result = body()
@@ -59,14 +60,17 @@ Record = Callable[[Callable[[], Any]], Recording]
 class CapturedStep:
     """Optimizer steps by scene numbers: `captured(indices, planned)` is `step([scenes of each], planned)`.
 
-    `refused`: why steps are launched one by one instead, empty where they are not. Args: record: what captures a function.
+    `refused`: why steps are launched one by one instead, empty where they are not. Args: record: what captures a
+        function.
     """
 
     def __init__(self, step: Step, source: SceneSource, config: Config, record: Record = CudaGraph) -> None:
         training = config.training
         self.step, self.source, self.record = step, source, record
-        self.index = [torch.zeros(training.batch_size, dtype=torch.int64, device=source.index_device)
-                      for _ in range(training.accumulate)]
+        self.index = [
+            torch.zeros(training.batch_size, dtype=torch.int64, device=source.index_device)
+            for _ in range(training.accumulate)
+        ]
         self.refused = why_not(step, source, config)
         self.warm, self.recording = 0, None
 
@@ -104,9 +108,14 @@ class CapturedStep:
 
     def _missing_gradient(self) -> str:
         """A gradient that appears later would not be in the graph, and its tensor would never move."""
-        missing = [name for name, parameter in self.step.telemetry.model.named_parameters()
-                   if parameter.requires_grad and parameter.grad is None]
-        return _told(f"no loss reaches {len(missing)} tensors, the first is '{missing[0]}'", "the step") if missing else ""
+        missing = [
+            name
+            for name, parameter in self.step.telemetry.model.named_parameters()
+            if parameter.requires_grad and parameter.grad is None
+        ]
+        return (
+            _told(f"no loss reaches {len(missing)} tensors, the first is '{missing[0]}'", "the step") if missing else ""
+        )
 
 
 class CapturedCall:
@@ -141,10 +150,14 @@ def attempt(record: Record, body: Callable[[], Any], what: str) -> tuple[Recordi
     """The recording, or None and why there is none, which is also said as a warning."""
     try:
         return record(body), ""
-    except RuntimeError as error:    # what torch raises for whatever a capture forbids, and for too little memory
+    except RuntimeError as error:  # what torch raises for whatever a capture forbids, and for too little memory
         return None, _told((str(error) or type(error).__name__).splitlines()[0], what)
 
 
 def _told(reason: str, what: str) -> str:
-    warnings.warn(f"ris-fast: {what} is not captured in a CUDA graph but launched kernel by kernel: {reason}", RuntimeWarning, stacklevel=2)
+    warnings.warn(
+        f"ris-fast: {what} is not captured in a CUDA graph but launched kernel by kernel: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
     return reason

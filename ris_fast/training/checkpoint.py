@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,16 +27,20 @@ class CheckpointError(ValueError):
     exit_code = 3
 
 
-def save_checkpoint(folder: Path, name: str, groups: Mapping[str, Mapping[str, Tensor]],
-                    manifest: Mapping[str, Any]) -> Path:
+def save_checkpoint(
+    folder: Path, name: str, groups: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
+) -> Path:
     """Writes NAME.safetensors, with the manifest in its header, and the manifest again as NAME.json for people.
 
     `groups` maps a prefix ('model', 'ema', 'optimizer') to its tensors. The model's stand under their own names, the
     others under 'prefix/name', so that any reader of safetensors finds the weights. The manifest gets a SHA-256 of
     every tensor, and the header one of the manifest, so that no flipped bit is loaded. Raises StorageError.
     """
-    tensors = {(key if prefix == "model" else f"{prefix}/{key}"): value.detach().cpu().contiguous().clone()
-               for prefix, group in groups.items() for key, value in group.items()}
+    tensors = {
+        (key if prefix == "model" else f"{prefix}/{key}"): value.detach().cpu().contiguous().clone()
+        for prefix, group in groups.items()
+        for key, value in group.items()
+    }
     hashes = {key: tensor_hash(value) for key, value in tensors.items()}
     text = json.dumps({**manifest, "sha256": hashes}, indent=1, sort_keys=True)
     path = folder / f"{name}.safetensors"
@@ -45,9 +50,11 @@ def save_checkpoint(folder: Path, name: str, groups: Mapping[str, Mapping[str, T
 
 
 def load_checkpoint(folder: Path, name: str) -> Contents:
-    """The groups and the manifest that `save_checkpoint` wrote; `manifest["note"]` where there is something to say of the file.
+    """The groups and the manifest that `save_checkpoint` wrote; `manifest["note"]` where there is something to say of
+    the file.
 
-    Raises: CheckpointError for a file that is missing or not as it was written; it names the other checkpoint if that is whole.
+    Raises: CheckpointError for a file that is missing or not as it was written; it names the other checkpoint if that
+        is whole.
     """
     try:
         return _read(folder / f"{name}.safetensors")
@@ -55,7 +62,9 @@ def load_checkpoint(folder: Path, name: str) -> Contents:
         other = next((each for each in (LAST, BEST) if each != name and read_whole(folder, each) is not None), None)
         if other is None:
             raise
-        raise CheckpointError(f"{error} '{other}' is whole; give {folder / f'{other}.safetensors'} in its place.") from error
+        raise CheckpointError(
+            f"{error} '{other}' is whole; give {folder / f'{other}.safetensors'} in its place."
+        ) from error
 
 
 def read_whole(folder: Path, name: str) -> Contents | None:
@@ -103,11 +112,19 @@ def _verify(path: Path, metadata: Mapping[str, str], manifest: dict[str, Any], t
         return
     as_written = {"format": "pt", "manifest": metadata["manifest"], "sha256": _text_hash(metadata["manifest"])}
     if not isinstance(hashes, dict) or metadata != as_written:
-        raise CheckpointError(f"{path} is damaged: its header is not the one that was written. Use another checkpoint of this run.")
-    wrong = sorted(key for key in hashes.keys() | tensors.keys() if key not in tensors or hashes.get(key) != tensor_hash(tensors[key]))
+        raise CheckpointError(
+            f"{path} is damaged: its header is not the one that was written. Use another checkpoint of this run."
+        )
+    wrong = sorted(
+        key
+        for key in hashes.keys() | tensors.keys()
+        if key not in tensors or hashes.get(key) != tensor_hash(tensors[key])
+    )
     if wrong:
-        raise CheckpointError(f"{path} is damaged: {len(wrong)} of {len(hashes)} tensors are not what was written, first '{wrong[0]}' "
-                              f"(SHA-256). Use another checkpoint of this run.")
+        raise CheckpointError(
+            f"{path} is damaged: {len(wrong)} of {len(hashes)} tensors are not what was written, first '{wrong[0]}' "
+            "(SHA-256). Use another checkpoint of this run."
+        )
 
 
 def checkpoint_of(place: str | Path) -> tuple[Path, str]:
@@ -121,9 +138,13 @@ def checkpoint_of(place: str | Path) -> tuple[Path, str]:
     if path.suffix == ".safetensors" and path.parent.name == CHECKPOINTS:
         return path.parent.parent, path.stem
     if not path.exists():
-        raise ConfigError(f"{path} is not there, so not a run folder. Give the folder that train printed, or a checkpoint of a run.")
-    raise ConfigError(f"{path} is no checkpoint. Give the folder of the run, which means its best checkpoint, or a file of RUN/{CHECKPOINTS} "
-                      f"whose name ends in .safetensors.")
+        raise ConfigError(
+            f"{path} is not there, so not a run folder. Give the folder that train printed, or a checkpoint of a run."
+        )
+    raise ConfigError(
+        f"{path} is no checkpoint. Give the folder of the run, which means its best checkpoint, or a file of"
+        f" RUN/{CHECKPOINTS} whose name ends in .safetensors."
+    )
 
 
 def better_weights(folder: Path, name: str) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
@@ -144,9 +165,14 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], where: s
     """Loads weights strictly; a mismatch names the tensors."""
     own = model.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [f"{key}: {tuple(weights[key].shape)} in the file, {tuple(own[key].shape)} in the network"
-              for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
+    shapes = [
+        f"{key}: {tuple(weights[key].shape)} in the file, {tuple(own[key].shape)} in the network"
+        for key in own.keys() & weights.keys()
+        if own[key].shape != weights[key].shape
+    ]
     if missing or extra or shapes:
-        raise CheckpointError(f"{where} does not fit this network. Missing: {missing[:5]}; not known: {extra[:5]}; "
-                              f"other shapes: {shapes[:5]}. Use the configuration that the checkpoint was made with.")
+        raise CheckpointError(
+            f"{where} does not fit this network. Missing: {missing[:5]}; not known: {extra[:5]}; "
+            f"other shapes: {shapes[:5]}. Use the configuration that the checkpoint was made with."
+        )
     model.load_state_dict(dict(weights))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,9 @@ def choose_device(name: str, setting: str = "training.device") -> torch.device:
         return torch.device("cpu")  # cpu:0 would not equal cpu
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
-        todo = f"There are cuda:0 to cuda:{count - 1}." if count else "Use --device cpu, or install a CUDA build of torch."
+        todo = (
+            f"There are cuda:0 to cuda:{count - 1}." if count else "Use --device cpu, or install a CUDA build of torch."
+        )
         raise ConfigError(f"{setting} is '{name}', but torch {torch.__version__} sees {count} CUDA devices. {todo}")
     return device
 
@@ -50,7 +52,7 @@ class Network:
     def __init__(self, model: nn.Module, compile: bool, batch_size: int | None = None) -> None:
         self.features, self.as_written, self.batch_size = model.features, model.trunk, batch_size
         self.trunk = torch.compile(model.trunk, fullgraph=True, dynamic=False) if compile else self.as_written
-        self.ready = False             # a first call has compiled it
+        self.ready = False  # a first call has compiled it
         self.known: dict[int, tuple[Tensor, ...]] = {}
 
     def __call__(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Prediction:
@@ -95,8 +97,10 @@ def compile_now(network: Network, train: Callable[[], None], device: torch.devic
     """
     began = time.monotonic()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # what torch's compiler says to its authors
-        warnings.filterwarnings("ignore", message="TensorFloat32")                 # fp32 was asked for
+        warnings.filterwarnings(
+            "ignore", category=FutureWarning, module="torch"
+        )  # what torch's compiler says to its authors
+        warnings.filterwarnings("ignore", message="TensorFloat32")  # fp32 was asked for
         try:
             train()
         except Exception as error:  # compilers raise anything; whose fault it is shows when the same runs without

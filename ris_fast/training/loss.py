@@ -5,8 +5,8 @@ Legend: B batch, N RIS elements, Q factor columns, K sources (padded).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,25 @@ from torch import Tensor, nn
 from ris_fast.config.schema import ConfigError, Loss, Task, section_of
 from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.models.prediction import Prediction
+from ris_fast.physics.least_squares import sample_factor
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training import loss_terms as terms
-from ris_fast.physics.least_squares import sample_factor
 
 TERMS = ("cov", "cov_pred", "orthogonality", "cross", "angle", "range", "chamfer", "subspace", "contrast", "count")
-TRUTH_TERMS = ("cov", "cov_pred", "subspace", "contrast")   # the ones that tell the factors what the truth is
-MODEL_NEEDS = {"angle": ("azimuth", "elevation"), "range": ("range_m",), "chamfer": ("azimuth", "elevation"),
-               "count": ("count_logits",)}
-SCENE_NEEDS = {"angle": ("azimuth", "elevation"), "range": ("range_m",), "chamfer": ("azimuth", "elevation"),
-               "subspace": ("factor",), "contrast": ("factor",)}
+TRUTH_TERMS = ("cov", "cov_pred", "subspace", "contrast")  # the ones that tell the factors what the truth is
+MODEL_NEEDS = {
+    "angle": ("azimuth", "elevation"),
+    "range": ("range_m",),
+    "chamfer": ("azimuth", "elevation"),
+    "count": ("count_logits",),
+}
+SCENE_NEEDS = {
+    "angle": ("azimuth", "elevation"),
+    "range": ("range_m",),
+    "chamfer": ("azimuth", "elevation"),
+    "subspace": ("factor",),
+    "contrast": ("factor",),
+}
 MOST_MATCHED = 7
 
 
@@ -31,7 +40,8 @@ class CovarianceLoss(nn.Module):
     """Weighted sum of named terms; a term of weight zero is not computed.
 
     Model: lam_cov NMSE(R_blend) + lam_cov_pred NMSE(R_pred) + auxiliary terms, every term a mean over the scenes.
-    Raises: ConfigError (a ValueError) if no weight tells the covariance factors what the truth is, or a section is of another kind.
+    Raises: ConfigError (a ValueError) if no weight tells the covariance factors what the truth is, or a section is of
+        another kind.
     Numerics: always float32 or wider, whatever autocast says.
     """
 
@@ -51,8 +61,8 @@ class CovarianceLoss(nn.Module):
     def forward(self, prediction: Prediction, scenes: Scenes) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted total (0-d) and every enabled term before its weight (0-d each).
 
-        Raises: TypeError where one of them is something else; ValueError naming the term and the output, where the model or the
-            scenes lack what a term needs.
+        Raises: TypeError where one of them is something else; ValueError naming the term and the output, where the
+            model or the scenes lack what a term needs.
         """
         _check_kinds(prediction, scenes)
         self._check_inputs(prediction, scenes)
@@ -75,13 +85,21 @@ class CovarianceLoss(nn.Module):
     def nmse(self, factor: Tensor, scenes: Scenes, *, blend: bool) -> Tensor:
         """NMSE of the effective covariance, scene by scene: (B,). Training, validation and inference all call this.
 
-        Reads no value, on a CPU either, so that a step is the same everywhere: readers of data look at targets. `cov_nmse` itself
-        refuses targets that are no covariances.
+        Reads no value, on a CPU either, so that a step is the same everywhere: readers of data look at targets.
+        `cov_nmse` itself refuses targets that are no covariances.
         """
         known = {"target_cov": scenes.covariance} if scenes.factor is None else {"target_factor": scenes.factor}
         sample = {"sample_factor": sample_factor(scenes), "blend": self.settings.beta} if blend else {}
-        return cov_nmse(factor, **known, **sample, loading=self.settings.loading, shrink=self.settings.shrink,
-                        snr_db=scenes.snr_db, reduction="none", validate=False)
+        return cov_nmse(
+            factor,
+            **known,
+            **sample,
+            loading=self.settings.loading,
+            shrink=self.settings.shrink,
+            snr_db=scenes.snr_db,
+            reduction="none",
+            validate=False,
+        )
 
     def _located(self, prediction: Prediction, scenes: Scenes) -> dict[str, Tensor]:
         """The terms on angles and ranges; matching and distances are shared."""
@@ -109,8 +127,10 @@ class CovarianceLoss(nn.Module):
             "orthogonality": lambda: terms.orthogonality(factor),
             "cross": lambda: terms.cross(factor),
             "subspace": lambda: terms.subspace(factor, terms.unit_columns(scenes.factor)),
-            "contrast": lambda: terms.contrast(factor, terms.unit_columns(scenes.factor), self.ramp,
-                                               self._active(scenes))}
+            "contrast": lambda: terms.contrast(
+                factor, terms.unit_columns(scenes.factor), self.ramp, self._active(scenes)
+            ),
+        }
         return {name: term().mean() for name, term in wanted.items() if name in self.weights}
 
     def _active(self, scenes: Scenes) -> Tensor:
@@ -121,11 +141,15 @@ class CovarianceLoss(nn.Module):
             for owner, thing, needs in (("the model", prediction, MODEL_NEEDS), ("the scenes", scenes, SCENE_NEEDS)):
                 missing = [key for key in needs.get(name, ()) if getattr(thing, key) is None]
                 if missing:
-                    raise ValueError(f"CovarianceLoss: loss.{name} = {self.weights[name]} needs {', '.join(missing)}, "
-                                     f"which {owner} did not give. Set loss.{name} = 0, or use one that has it.")
+                    raise ValueError(
+                        f"CovarianceLoss: loss.{name} = {self.weights[name]} needs {', '.join(missing)}, "
+                        f"which {owner} did not give. Set loss.{name} = 0, or use one that has it."
+                    )
         if "cross" in self.weights and prediction.factor.shape[2] % 2:
-            raise ValueError(f"CovarianceLoss: loss.cross compares two halves of the factor, which has "
-                             f"{prediction.factor.shape[2]} columns. Set loss.cross = 0, or return an even number.")
+            raise ValueError(
+                "CovarianceLoss: loss.cross compares two halves of the factor, which has "
+                f"{prediction.factor.shape[2]} columns. Set loss.cross = 0, or return an even number."
+            )
 
 
 def served_by(settings: Loss, lacks: Collection[str]) -> tuple[Loss, list[str]]:
@@ -134,23 +158,38 @@ def served_by(settings: Loss, lacks: Collection[str]) -> tuple[Loss, list[str]]:
     Raises: ConfigError where the blend is asked for and the channel is missing.
     """
     if settings.beta > 0.0 and "channel" in lacks:
-        raise ConfigError(f"CovarianceLoss: loss.beta = {settings.beta} blends a sample covariance, which needs the channel H; the "
-                          "files carry none. Set loss.beta = 0, or use data with H_full.")
-    lost = {name: needed for name, needs in SCENE_NEEDS.items() if getattr(settings, name) > 0.0
-            and (needed := [each for each in needs if each in lacks])}
-    notes = [f"loss.{name} = {getattr(settings, name)} is left out: it needs the true {', '.join(needed)}, which the scenes do not have"
-             for name, needed in lost.items()]
+        raise ConfigError(
+            f"CovarianceLoss: loss.beta = {settings.beta} blends a sample covariance, which needs the channel H; the "
+            "files carry none. Set loss.beta = 0, or use data with H_full."
+        )
+    lost = {
+        name: needed
+        for name, needs in SCENE_NEEDS.items()
+        if getattr(settings, name) > 0.0 and (needed := [each for each in needs if each in lacks])
+    }
+    notes = [
+        f"loss.{name} = {getattr(settings, name)} is left out: it needs the true {', '.join(needed)}, which the scenes"
+        " do not have"
+        for name, needed in lost.items()
+    ]
     return replace(settings, **dict.fromkeys(lost, 0.0)), notes
 
 
 def _check_kinds(prediction: Prediction, scenes: Scenes) -> None:
     if isinstance(prediction, Scenes) and not isinstance(scenes, Scenes):
-        raise TypeError("CovarianceLoss: the scenes came first and the prediction second. Pass loss(prediction, scenes).")
+        raise TypeError(
+            "CovarianceLoss: the scenes came first and the prediction second. Pass loss(prediction, scenes)."
+        )
     if not isinstance(prediction, tuple) or not hasattr(prediction, "factor"):
-        raise TypeError(f"CovarianceLoss: prediction is a {type(prediction).__name__}, expected a Prediction. "
-                        "Pass what the network returns, or ris_fast.models.Prediction(factor).")
+        raise TypeError(
+            f"CovarianceLoss: prediction is a {type(prediction).__name__}, expected a Prediction. "
+            "Pass what the network returns, or ris_fast.models.Prediction(factor)."
+        )
     if not isinstance(scenes, Scenes):
-        raise TypeError(f"CovarianceLoss: scenes is a {type(scenes).__name__}, expected Scenes. For a bare target use ris_fast.cov_nmse.")
+        raise TypeError(
+            f"CovarianceLoss: scenes is a {type(scenes).__name__}, expected Scenes. For a bare target use"
+            " ris_fast.cov_nmse."
+        )
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -159,9 +198,13 @@ def _wide(value: Tensor) -> Tensor:
 
 def _check(weights: dict[str, float], task: Task) -> None:
     if not set(TRUTH_TERMS) & set(weights):
-        raise ConfigError(f"CovarianceLoss: {', '.join(f'loss.{name} = 0' for name in TRUTH_TERMS)}: no term tells the "
-                          f"covariance factors what the truth is, so they would not learn. Set loss.cov above zero.")
+        raise ConfigError(
+            f"CovarianceLoss: {', '.join(f'loss.{name} = 0' for name in TRUTH_TERMS)}: no term tells the "
+            "covariance factors what the truth is, so they would not learn. Set loss.cov above zero."
+        )
     matched = [f"loss.{name}" for name in ("angle", "range") if name in weights]
     if matched and task.max_sources > MOST_MATCHED:
-        raise ConfigError(f"CovarianceLoss: {' and '.join(matched)} tries all K! assignments, so task.max_sources = "
-                          f"{task.max_sources} is too many; at most {MOST_MATCHED}. Use loss.chamfer instead.")
+        raise ConfigError(
+            f"CovarianceLoss: {' and '.join(matched)} tries all K! assignments, so task.max_sources = "
+            f"{task.max_sources} is too many; at most {MOST_MATCHED}. Use loss.chamfer instead."
+        )

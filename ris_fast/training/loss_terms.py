@@ -19,12 +19,12 @@ from ris_fast.physics.pairs import adjoint_matmul, expi, matmul, multiply, power
 
 ANGLE_DELTA = math.radians(0.25)
 RANGE_DELTA = 0.2
-ANGLE_SCALE = math.radians(5.0)    # how far apart in angle, and in log-range, counts the same in the assignment
+ANGLE_SCALE = math.radians(5.0)  # how far apart in angle, and in log-range, counts the same in the assignment
 RANGE_SCALE = 0.2
-RIDGE = 1e-4                       # of the true steering vectors' Gram matrix, whose diagonal is 1
-LOADING = 1e-3                     # of the spectrum, as a share of the prediction's trace
-FLOOR = 1e-6                       # floor of a denominator that may vanish, where the trace is 1
-SMALLEST = 1e-24                   # squared norm below which there is no direction to speak of
+RIDGE = 1e-4  # of the true steering vectors' Gram matrix, whose diagonal is 1
+LOADING = 1e-3  # of the spectrum, as a share of the prediction's trace
+FLOOR = 1e-6  # floor of a denominator that may vanish, where the trace is 1
+SMALLEST = 1e-24  # squared norm below which there is no direction to speak of
 
 
 def unit_factor(factor_BNQ: Tensor) -> Tensor:
@@ -91,8 +91,9 @@ def match(cost_BPK: Tensor, active_BK: Tensor, slots: Tensor, table: Tensor) -> 
 
 def angle_gaps(azimuth_BP: Tensor, elevation_BP: Tensor, true_azimuth_BK: Tensor, true_elevation_BK: Tensor) -> Tensor:
     """Wrapped differences of every slot to every source: (B, P, K, 2) rad."""
-    gaps = torch.stack((azimuth_BP[..., None] - true_azimuth_BK[:, None],
-                        elevation_BP[..., None] - true_elevation_BK[:, None]), dim=-1)
+    gaps = torch.stack(
+        (azimuth_BP[..., None] - true_azimuth_BK[:, None], elevation_BP[..., None] - true_elevation_BK[:, None]), dim=-1
+    )
     return wrapped(gaps)
 
 

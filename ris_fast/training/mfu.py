@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ris_fast.timing import ceiling
 from ris_fast.benchmarks.train_step import step_flops
+from ris_fast.timing import ceiling
 from ris_fast.training.trainer import Observer, Trainer
 
 
@@ -24,7 +24,9 @@ class WithShare:
 
     def start(self, info: Mapping[str, Any]) -> None:
         device = self.trainer.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):     # the run's random numbers stay what they were
+        with torch.random.fork_rng(
+            [device] if device.type == "cuda" else []
+        ):  # the run's random numbers stay what they were
             most = ceiling(device, self.trainer.config.training.precision, seconds=0.3)
             self.scenes_per_s = most / max(step_flops(self.trainer, 1), 1)
         self.observer.start({**info, "ceiling_flop_per_s": most})
@@ -40,4 +42,7 @@ class WithShare:
 
     def _shared(self, row: Mapping[str, Any]) -> dict[str, Any]:
         share = row["scenes_per_s"] / self.scenes_per_s
-        return {**row, "share_of_ceiling": share if share <= 1.0 else None}     # above: other work ran while it was measured
+        return {
+            **row,
+            "share_of_ceiling": share if share <= 1.0 else None,
+        }  # above: other work ran while it was measured

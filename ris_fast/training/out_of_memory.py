@@ -11,12 +11,14 @@ from ris_fast.config.schema import Config
 def advice(config: Config) -> str:
     """What to run instead: the largest halved micro-batch whose step goes through here, same scenes an update."""
     training = config.training
-    size, parts = min(training.batch_size, config.data.train_scenes) // 2, 2      # no batch is larger than an epoch
+    size, parts = min(training.batch_size, config.data.train_scenes) // 2, 2  # no batch is larger than an epoch
     while size >= 1:
         smaller = replace(config, training=replace(training, batch_size=size, accumulate=parts * training.accumulate))
         if one_step_fits(smaller):
-            return (f"--batch-size {size} --accumulate {smaller.training.accumulate} fits (tried just now) and makes "
-                    f"updates of as many scenes.")
+            return (
+                f"--batch-size {size} --accumulate {smaller.training.accumulate} fits (tried just now) and makes "
+                "updates of as many scenes."
+            )
         size, parts = size // 2, 2 * parts
     return "Not even one scene fits. Use a smaller network, or a device with more memory."
 
@@ -32,7 +34,9 @@ def one_step_fits(config: Config) -> bool:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     try:
-        trainer = Trainer(replace(config, training=replace(config.training, compile=False)))  # needs more, and no compiler's time
+        trainer = Trainer(
+            replace(config, training=replace(config.training, compile=False))
+        )  # needs more, and no compiler's time
         trainer.step([trainer.source.batch("train", torch.arange(config.training.batch_size))], 1)
         return True
     except (MemoryError, RuntimeError) as error:
@@ -46,8 +50,16 @@ def with_best_batch_size(config: Config) -> Config:
     from ris_fast.training.batch_size import UPDATES, choose_batch_size
 
     size, trials = choose_batch_size(config)
-    rates = ", ".join(f"{trial.batch_size}: {trial.scenes_per_s:,.0f}" if trial.scenes_per_s else f"{trial.batch_size}: does not fit" for trial in trials)
-    print(f"batch size {size}: of those that leave the run {UPDATES:,} updates, or the smallest, the largest that is as fast as any "
-          f"(scenes/s: {rates})")
-    return replace(config, training=replace(config.training, batch_size=size),
-                   provenance={**config.provenance, "training.batch_size": "--batch-size auto"})
+    rates = ", ".join(
+        f"{trial.batch_size}: {trial.scenes_per_s:,.0f}" if trial.scenes_per_s else f"{trial.batch_size}: does not fit"
+        for trial in trials
+    )
+    print(
+        f"batch size {size}: of those that leave the run {UPDATES:,} updates, or the smallest, the largest that is as"
+        f" fast as any (scenes/s: {rates})"
+    )
+    return replace(
+        config,
+        training=replace(config.training, batch_size=size),
+        provenance={**config.provenance, "training.batch_size": "--batch-size auto"},
+    )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 INSTEAD = {
-    "model": "Load weights with trainer.model.load_state_dict(...); train a network of your own with cov_nmse and FusedAdamW in a loop of "
-             "your own, as the README shows",
+    "model": (
+        "Load weights with trainer.model.load_state_dict(...); train a network of your own with cov_nmse and FusedAdamW"
+        " in a loop of your own, as the README shows"
+    ),
     "network": "It is trainer.model, compiled",
     "optimizer": "Set [optimizer] in the configuration, or write a loop of your own",
     "loss": "Set the weights of [loss] in the configuration, or write a loop of your own",
@@ -18,14 +20,17 @@ INSTEAD = {
 
 
 class Built:
-    """An object whose parts stay those it was made with once `_built` is set: the step, the compiled network and the schedule hold
-    them, so that another one would change what is reported and not what is trained. Assigning one raises AttributeError.
+    """An object whose parts stay those it was made with once `_built` is set: the step, the compiled network and the
+    schedule hold them, so that another one would change what is reported and not what is trained. Assigning one raises
+    AttributeError.
     """
 
     _built = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._built and name in INSTEAD and value is not getattr(self, name):
-            raise AttributeError(f"{type(self).__name__}.{name} cannot be replaced: the run was built around the one it has, and would go on with "
-                                 f"that. {INSTEAD[name]}.")
+            raise AttributeError(
+                f"{type(self).__name__}.{name} cannot be replaced: the run was built around the one it has, and would"
+                f" go on with that. {INSTEAD[name]}."
+            )
         super().__setattr__(name, value)

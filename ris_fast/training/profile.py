@@ -1,4 +1,5 @@
-"""`--profile`: a few steps of a run under torch's profiler, as a Chrome trace and a table of the ten dearest operations."""
+"""`--profile`: a few steps of a run under torch's profiler, as a Chrome trace and a table of the ten dearest
+operations."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ import torch
 from ris_fast.files import replacing, write_text
 from ris_fast.training.trainer import Trainer
 
-FIRST, STEPS, ROWS = 12, 5, 10       # the first steps are watched densely and warm things up
+FIRST, STEPS, ROWS = 12, 5, 10  # the first steps are watched densely and warm things up
 
 
 class Profile:
     """Stands where the trainer's step (or its captured form) stood, and profiles calls FIRST .. FIRST + STEPS.
 
-    From the start of one call to the end of the last, so that what lies between them, the making of scenes, is seen too.
+    From the start of one call to the end of the last, so that what lies between them, the making of scenes, is seen
+    too.
     """
 
     def __init__(self, step: Any, folder: Path, tell: Callable[[str], None]) -> None:
@@ -43,7 +45,9 @@ class Profile:
             self.profiler.export_chrome_trace(str(partial))
         text = dearest(self.profiler)
         write_text(self.folder / "operations.txt", text + "\n")
-        self.tell(f"{text}\ntrace of {STEPS} steps, for chrome://tracing or ui.perfetto.dev: {self.folder / 'trace.json'}")
+        self.tell(
+            f"{text}\ntrace of {STEPS} steps, for chrome://tracing or ui.perfetto.dev: {self.folder / 'trace.json'}"
+        )
 
 
 def profiled(trainer: Trainer, folder: Path, tell: Callable[[str], None]) -> Trainer:
@@ -64,8 +68,15 @@ def profiled(trainer: Trainer, folder: Path, tell: Callable[[str], None]) -> Tra
 def dearest(profiler: Any, rows: int = ROWS) -> str:
     """The operations that took the most time themselves, on the device where there is one: a line for each."""
     found = profiler.key_averages()
-    cost = (lambda e: e.self_device_time_total) if any(e.self_device_time_total for e in found) else (lambda e: e.self_cpu_time_total)
+    cost = (
+        (lambda e: e.self_device_time_total)
+        if any(e.self_device_time_total for e in found)
+        else (lambda e: e.self_cpu_time_total)
+    )
     total = max(sum(cost(event) for event in found), 1e-9)
-    lines = [f"{event.key[:60]:60} {cost(event) / STEPS * 1e-3:9.3f} ms {cost(event) / total:5.0%} {event.count / STEPS:8.1f} calls"
-             for event in sorted(found, key=cost, reverse=True)[:rows]]
+    lines = [
+        f"{event.key[:60]:60} {cost(event) / STEPS * 1e-3:9.3f} ms {cost(event) / total:5.0%}"
+        f" {event.count / STEPS:8.1f} calls"
+        for event in sorted(found, key=cost, reverse=True)[:rows]
+    ]
     return "\n".join([f"the {rows} dearest operations, a step (time of their own)", *lines])

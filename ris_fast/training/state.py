@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,27 +27,30 @@ class RunStopped(RuntimeError):
 class RunState:
     """Counts since the start of the run, over all resumptions."""
 
-    epoch: int = 0                        # epochs completed
-    epoch_step: int = 0                   # optimizer steps made in the epoch under way
-    step: int = 0                         # optimizer steps attempted
+    epoch: int = 0  # epochs completed
+    epoch_step: int = 0  # optimizer steps made in the epoch under way
+    step: int = 0  # optimizer steps attempted
     scenes_seen: int = 0
-    seconds: float = 0.0                  # training and validation, not start-up
-    initial_nmse: float = math.nan        # validation before the first step
+    seconds: float = 0.0  # training and validation, not start-up
+    initial_nmse: float = math.nan  # validation before the first step
     best_nmse: float = math.inf
-    best_weights: str = ""                # "raw" or "ema"
+    best_weights: str = ""  # "raw" or "ema"
     epochs_since_best: int = 0
     train_loss: float = math.nan
     val_nmse_raw: float = math.nan
     val_nmse_ema: float = math.nan
 
     def to_json(self) -> dict[str, Any]:
-        return {key: (str(value) if isinstance(value, float) and not math.isfinite(value) else value)
-                for key, value in asdict(self).items()}
+        return {
+            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(self).items()
+        }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "RunState":
-        return cls(**{key: (float(value) if isinstance(getattr(cls, key), float) else value)
-                      for key, value in values.items()})
+    def from_json(cls, values: Mapping[str, Any]) -> RunState:
+        return cls(
+            **{key: float(value) if isinstance(getattr(cls, key), float) else value for key, value in values.items()}
+        )
 
 
 @dataclass
@@ -55,16 +59,20 @@ class Meter:
 
     scenes: int = 0
     steps: int = 0
-    names: tuple[str, ...] = ()            # of the terms
-    sums: Tensor | None = None             # (1 + terms,) float64, loss first
+    names: tuple[str, ...] = ()  # of the terms
+    sums: Tensor | None = None  # (1 + terms,) float64, loss first
 
     def add(self, result: StepResult) -> None:
         row = torch.stack([result.loss, *result.terms.values()]).double() * result.scenes
         self.join(Meter(result.scenes, 1, tuple(result.terms), row))
 
-    def join(self, other: "Meter") -> None:
+    def join(self, other: Meter) -> None:
         """Adds what another meter has seen."""
-        self.steps, self.scenes, self.names = self.steps + other.steps, self.scenes + other.scenes, other.names or self.names
+        self.steps, self.scenes, self.names = (
+            self.steps + other.steps,
+            self.scenes + other.scenes,
+            other.names or self.names,
+        )
         if other.sums is not None:
             self.sums = other.sums if self.sums is None else self.sums + other.sums
 

@@ -1,13 +1,14 @@
-"""The optimizer step as one object: clear -> micro-batches -> unscale -> measure -> clip -> update -> average -> schedule.
+"""The optimizer step as one object: clear -> micro-batches -> unscale -> measure -> clip -> update -> average ->
+schedule.
 
 Nothing else in the project touches gradients or learning rates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.loss import CovarianceLoss
 from ris_fast.training.optim.fused_adamw import FusedAdamW
-from ris_fast.training.telemetry.step_window import ring_size
 from ris_fast.training.schedule import learning_rate_factor
 from ris_fast.training.telemetry.step_telemetry import Telemetry
+from ris_fast.training.telemetry.step_window import ring_size
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class StepResult:
     """What one optimizer step saw; tensors stay on the device until somebody reads them."""
 
     scenes: int
-    loss: Tensor                   # (), mean over the step's scenes
-    terms: dict[str, Tensor]       # name -> (), raw, mean over the step's scenes
+    loss: Tensor  # (), mean over the step's scenes
+    terms: dict[str, Tensor]  # name -> (), raw, mean over the step's scenes
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
@@ -38,9 +39,17 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
     Every trainable parameter is in exactly one group; empty groups are left out.
     """
     heads = {id(parameter) for parameter in model.head_parameters()}
-    groups = [{"name": f"{part}{'' if decay else '_no_decay'}", "params": [], "peak_lr": peak, "lr": peak,
-               "weight_decay": config.weight_decay if decay else 0.0}
-              for part, peak in (("backbone", config.backbone_lr), ("head", config.head_lr)) for decay in (True, False)]
+    groups = [
+        {
+            "name": f"{part}{'' if decay else '_no_decay'}",
+            "params": [],
+            "peak_lr": peak,
+            "lr": peak,
+            "weight_decay": config.weight_decay if decay else 0.0,
+        }
+        for part, peak in (("backbone", config.backbone_lr), ("head", config.head_lr))
+        for decay in (True, False)
+    ]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[2 * (id(parameter) in heads) + (parameter.ndim < 2)]["params"].append((name, parameter))
@@ -49,12 +58,20 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
 
 def build_optimizer(model: nn.Module, config: Config) -> FusedAdamW:
     settings = config.optimizer
-    return FusedAdamW(parameter_groups(model, settings), lr=settings.backbone_lr, betas=(settings.beta1, settings.beta2),
-                      eps=settings.eps, weight_decay=settings.weight_decay,
-                      max_grad_norm=settings.max_grad_norm or None, ema_decay=settings.ema_decay or None,
-                      ema_warmup=True, clear_grads=True, records=ring_size(config.report.every_steps),
-                      loss_scale="dynamic" if config.training.precision == "fp16" else None,
-                      backend=config.training.backend)
+    return FusedAdamW(
+        parameter_groups(model, settings),
+        lr=settings.backbone_lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm or None,
+        ema_decay=settings.ema_decay or None,
+        ema_warmup=True,
+        clear_grads=True,
+        records=ring_size(config.report.every_steps),
+        loss_scale="dynamic" if config.training.precision == "fp16" else None,
+        backend=config.training.backend,
+    )
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
@@ -77,8 +94,15 @@ class Step:
         model: the module that holds them.
     """
 
-    def __init__(self, network: Callable[..., Prediction], loss: CovarianceLoss, optimizer: FusedAdamW,
-                 config: Config, device: torch.device, model: nn.Module) -> None:
+    def __init__(
+        self,
+        network: Callable[..., Prediction],
+        loss: CovarianceLoss,
+        optimizer: FusedAdamW,
+        config: Config,
+        device: torch.device,
+        model: nn.Module,
+    ) -> None:
         self.network, self.loss, self.optimizer = network, loss, optimizer
         self.config, self.device = config, device
         self.telemetry = Telemetry(model, optimizer, config.report.every_steps)
@@ -100,7 +124,7 @@ class Step:
     def update(self, group: Sequence[Scenes], planned: int) -> StepResult:
         """The step from clearing to averaging, without a host read: what a CUDA graph holds."""
         total = sum(scenes.batch for scenes in group)
-        self.optimizer.zero_grad(set_to_none=False)    # one buffer, zero already after the last step
+        self.optimizer.zero_grad(set_to_none=False)  # one buffer, zero already after the last step
         self.telemetry.cleared()
         losses, terms = zip(*(self._accumulate(scenes, scenes.batch / total) for scenes in group))
         self.telemetry.differentiated()
@@ -108,8 +132,11 @@ class Step:
         self.note_rates()
         self.optimizer.step()
         self.telemetry.updated()
-        return StepResult(total, torch.stack(losses).sum(),
-                          {name: torch.stack([each[name] for each in terms]).sum() for name in terms[0]})
+        return StepResult(
+            total,
+            torch.stack(losses).sum(),
+            {name: torch.stack([each[name] for each in terms]).sum() for name in terms[0]},
+        )
 
     def _accumulate(self, scenes: Scenes, share: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of one micro-batch, weighted by its share of the step's scenes."""
@@ -125,7 +152,8 @@ class Step:
             group["lr"] = group["peak_lr"] * factor
 
     def note_rates(self) -> None:
-        """Keeps the rates of the update that comes: afterwards a scheduler of the user's may have set those of the next."""
+        """Keeps the rates of the update that comes: afterwards a scheduler of the user's may have set those of the
+        next."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from ris_fast.physics.scenes import Scenes
 from ris_fast.training.capture import CapturedCall, CapturedStep
 from ris_fast.training.compiled_model import choose_device, compile_now, compiled
 from ris_fast.training.footprint import refuse_too_large
-from ris_fast.training.telemetry.async_copy import Clock, Moment, own_stream
 from ris_fast.training.loss import CovarianceLoss, served_by
 from ris_fast.training.parts import Built
 from ris_fast.training.reporter import Observer, Reporting, Silent
@@ -28,11 +28,12 @@ from ris_fast.training.schedule import Plan, steps_in_epoch
 from ris_fast.training.state import Meter, RunState, RunStopped
 from ris_fast.training.step import Step, StepResult, build_optimizer, network_inputs
 from ris_fast.training.summary import info, summary
+from ris_fast.training.telemetry.async_copy import Clock, Moment, own_stream
 from ris_fast.training.telemetry.step_telemetry import Milestones, weight_norms
 from ris_fast.training.validation import Score, classical_floor, validate
 
 VALIDATION_CHUNK = 1000
-PACE = 50             # steps between two looks at the device's clock
+PACE = 50  # steps between two looks at the device's clock
 
 
 class Trainer(Built, Reporting):
@@ -47,23 +48,34 @@ class Trainer(Built, Reporting):
         progress: called with (scenes read, scenes in all) while data files are read and checked.
     """
 
-    def __init__(self, config: Config, folder: str | Path | None = None, observer: Observer | None = None, *,
-                 resume: bool | str = False, progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: str | Path | None = None,
+        observer: Observer | None = None,
+        *,
+        resume: bool | str = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(config, Config):
-            raise ConfigError(f"Trainer: expected a Config, got {type(config).__name__}. Make one with ris_fast.load_config(...).")
+            raise ConfigError(
+                f"Trainer: expected a Config, got {type(config).__name__}. Make one with ris_fast.load_config(...)."
+            )
         self.config, self.observer = config, observer or Silent()
         self.folder = None if folder is None else Path(folder)
         self.device = choose_device(config.training.device)
         torch.manual_seed(config.training.seed)
         self.source: SceneSource = open_source(config, self.device, progress)
         weights, notes = served_by(config.loss, self.source.lacks)
-        wider, more = (config, []) if resume else widened_sector(config, self.source.reach)     # a run keeps the settings it began with
+        wider, more = (
+            (config, []) if resume else widened_sector(config, self.source.reach)
+        )  # a run keeps the settings it began with
         self.config = config = replace(wider, loss=weights)
         self.source.notes += notes + more
         self.loss = CovarianceLoss(config.loss, config.task).to(self.device)
         self.model = build_model(config.model.name, config.task, **config.model.options).to(self.device)
-        self.notes: list[str] = []               # what a person should read before training, besides the source's
+        self.notes: list[str] = []  # what a person should read before training, besides the source's
         if config.training.init and not resume:
             start_from(self, config.training.init)
         self.optimizer = build_optimizer(self.model, config)
@@ -75,16 +87,19 @@ class Trainer(Built, Reporting):
         self.score_by = lambda work: work()
         self.paced: tuple[int, Moment] | None = None
         self.groups_read = 0
-        self.epoch_steps = steps_in_epoch(self.source.size("train"), config.training.batch_size,
-                                          config.training.accumulate)
+        self.epoch_steps = steps_in_epoch(
+            self.source.size("train"), config.training.batch_size, config.training.accumulate
+        )
         self.plan = Plan(config.training.epochs * self.epoch_steps, config.training.max_seconds)
         self.first_norms: Tensor | None = None
         refuse_too_large(self)
         if (group := config.training.batch_size * config.training.accumulate) > self.source.size("train"):
-            self.notes.append(f"training.batch_size times training.accumulate is {group:,}, and an epoch has {self.source.size('train'):,} "
-                              f"scenes: each step takes all of them")
+            self.notes.append(
+                f"training.batch_size times training.accumulate is {group:,}, and an epoch has"
+                f" {self.source.size('train'):,} scenes: each step takes all of them"
+            )
         if resume:
-            self.first_norms = weight_norms(self.model)      # the seed's, as when the run began
+            self.first_norms = weight_norms(self.model)  # the seed's, as when the run began
             restore(self, resume if isinstance(resume, str) else "last")
             self._read_counters()
         self._built = True
@@ -99,11 +114,13 @@ class Trainer(Built, Reporting):
     def _fit(self) -> dict[str, Any]:
         self.validation = self._validation_scenes()
         constant, static = mean_covariance(self._floor_scenes()), self.config.task.symbols == "static"
-        self.floors = floors(constant, self.validation) | classical_floor(self.model, self.network, self.validation, constant, static)
+        self.floors = floors(constant, self.validation) | classical_floor(
+            self.model, self.network, self.validation, constant, static
+        )
         self._compile()
         self._capture()
         self.observer.start(info(self))
-        self._read_counters()                 # steps that somebody made before are not the loop's
+        self._read_counters()  # steps that somebody made before are not the loop's
         finding, verdict, ended_by = None, None, {}
         self.started = time.monotonic() - self.state.seconds
         self.milestones, self.between_epochs = Milestones(self.model, self.first_norms), {}
@@ -167,7 +184,11 @@ class Trainer(Built, Reporting):
     def _advance(self, scenes: int) -> None:
         """Counts one attempted step."""
         state = self.state
-        state.step, state.epoch_step, state.scenes_seen = state.step + 1, state.epoch_step + 1, state.scenes_seen + scenes
+        state.step, state.epoch_step, state.scenes_seen = (
+            state.step + 1,
+            state.epoch_step + 1,
+            state.scenes_seen + scenes,
+        )
         state.seconds = time.monotonic() - self.started
         if state.step in (5, 10, 20) or state.step % PACE == 0:
             self._pace()
@@ -192,10 +213,13 @@ class Trainer(Built, Reporting):
     def _index_groups(self) -> Iterator[list[Tensor]]:
         """The numbers of those scenes."""
         settings = self.config.training
-        batches = list(epoch_batches(self.source, "train", self.state.epoch, settings.batch_size, settings.seed,
-                                     self.config.data.fixed))
+        batches = list(
+            epoch_batches(
+                self.source, "train", self.state.epoch, settings.batch_size, settings.seed, self.config.data.fixed
+            )
+        )
         for first in range(self.state.epoch_step * settings.accumulate, len(batches), settings.accumulate):
-            yield batches[first:first + settings.accumulate]
+            yield batches[first : first + settings.accumulate]
 
     # ---- validation, checkpoints, summary -----------------------------------------------------------------------
 
@@ -208,9 +232,17 @@ class Trainer(Built, Reporting):
         state.train_loss, state.val_nmse_raw = meter.mean_loss(), raw.nmse
         state.val_nmse_ema = ema.nmse if ema else math.nan
         state.seconds = time.monotonic() - self.started
-        row = self._where() | self._figures(meter, before, rate, self.planned) | {
-            "val_loss": raw.loss, "val_nmse_raw": raw.nmse, "val_nmse_median": raw.median,
-            "val_nmse_ema": ema.nmse if ema else None, "health": self._validation_reading(meter, raw, ema)}
+        row = (
+            self._where()
+            | self._figures(meter, before, rate, self.planned)
+            | {
+                "val_loss": raw.loss,
+                "val_nmse_raw": raw.nmse,
+                "val_nmse_median": raw.median,
+                "val_nmse_ema": ema.nmse if ema else None,
+                "health": self._validation_reading(meter, raw, ema),
+            }
+        )
         weights, score = ("ema", ema) if ema and ema.nmse < raw.nmse else ("raw", raw)
         better = score.nmse < state.best_nmse
         state.epochs_since_best = 0 if better else state.epochs_since_best + 1
@@ -227,12 +259,25 @@ class Trainer(Built, Reporting):
         """What the epoch and its validation say of themselves, besides the scores."""
         scores = {"raw": raw} | ({"ema": ema} if ema else {})
         resumed_after = self.state.epoch_step - meter.steps
-        return {"steps": meter.steps, "groups_read": self.groups_read, "epoch_steps": self.epoch_steps - resumed_after,
-                "cut_short": self._time_over(), "between_epochs": self.between_epochs, "around_validation": self.milestones.pass_by(),
-                "scores": {name: {"answers": score.answers, "asleep": score.asleep, "loss": score.loss,
-                                  "distance": self.milestones.distance(score.weights)}
-                           for name, score in scores.items()},
-                "distance": self.milestones.distance(self.milestones.last), "first_norm": self.milestones.size}
+        return {
+            "steps": meter.steps,
+            "groups_read": self.groups_read,
+            "epoch_steps": self.epoch_steps - resumed_after,
+            "cut_short": self._time_over(),
+            "between_epochs": self.between_epochs,
+            "around_validation": self.milestones.pass_by(),
+            "scores": {
+                name: {
+                    "answers": score.answers,
+                    "asleep": score.asleep,
+                    "loss": score.loss,
+                    "distance": self.milestones.distance(score.weights),
+                }
+                for name, score in scores.items()
+            },
+            "distance": self.milestones.distance(self.milestones.last),
+            "first_norm": self.milestones.size,
+        }
 
     def _score(self, averaged: bool = False) -> Score:
         def score() -> Score:
@@ -273,7 +318,9 @@ class Trainer(Built, Reporting):
         if self.config.training.capture:
             self.score_by = CapturedCall("validation")
         refused = self.capture.refused
-        self.compile_note += f"; steps launched kernel by kernel: {refused}" if refused else "; each step one CUDA graph"
+        self.compile_note += (
+            f"; steps launched kernel by kernel: {refused}" if refused else "; each step one CUDA graph"
+        )
 
     def _validation_scenes(self) -> list[Scenes]:
         size = min(self.config.data.val_limit, self.source.size("val"))

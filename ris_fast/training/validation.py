@@ -5,8 +5,9 @@ Legend: B batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Callable, Iterable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ class Score:
     loss: float
     nmse: float
     median: float
-    asleep: bool = True           # every module was in evaluation mode
-    answers: str = ""             # hash of the factors: equal for equal answers, bit for bit
+    asleep: bool = True  # every module was in evaluation mode
+    answers: str = ""  # hash of the factors: equal for equal answers, bit for bit
     weights: Tensor | None = None  # (T,) norms of the weights that were scored
 
 
@@ -50,12 +51,13 @@ class Measured(NamedTuple):
     nmse: Tensor
     answers: Tensor
     weights: Tensor
-    awake: int                     # modules found in training mode
+    awake: int  # modules found in training mode
 
 
 @torch.no_grad()
-def measure(model: nn.Module, predict: Callable[[Scenes], Prediction], loss: CovarianceLoss,
-            batches: Iterable[Scenes]) -> Measured:
+def measure(
+    model: nn.Module, predict: Callable[[Scenes], Prediction], loss: CovarianceLoss, batches: Iterable[Scenes]
+) -> Measured:
     """What `validate` scores, without a host read."""
     losses, scores, answers, awake, weights = [], [], [], 0, weight_norms(model)
     for scenes in batches:
@@ -68,8 +70,13 @@ def measure(model: nn.Module, predict: Callable[[Scenes], Prediction], loss: Cov
     return Measured(torch.stack(losses).sum() / nmse.numel(), nmse, torch.stack(answers).sum(), weights, awake)
 
 
-def validate(model: nn.Module, predict: Callable[[Scenes], Prediction], loss: CovarianceLoss, batches: Iterable[Scenes],
-             run: Callable[[Callable[[], Measured]], Measured] = lambda work: work()) -> Score:
+def validate(
+    model: nn.Module,
+    predict: Callable[[Scenes], Prediction],
+    loss: CovarianceLoss,
+    batches: Iterable[Scenes],
+    run: Callable[[Callable[[], Measured]], Measured] = lambda work: work(),
+) -> Score:
     """Scores the model's present weights; its mode (train or eval) is put back afterwards.
 
     `run`: calls the work, or stands in for it with a captured graph of the same.
@@ -81,15 +88,25 @@ def validate(model: nn.Module, predict: Callable[[Scenes], Prediction], loss: Co
         awake = found.awake + sum(module.training for module in model.modules())
     finally:
         model.train(was_training)
-    return Score(found.loss.item(), found.nmse.mean().item(), found.nmse.median().item(), not awake,
-                 f"{found.answers.item() & (2**64 - 1):016x}", found.weights.clone())
+    return Score(
+        found.loss.item(),
+        found.nmse.mean().item(),
+        found.nmse.median().item(),
+        not awake,
+        f"{found.answers.item() & (2**64 - 1):016x}",
+        found.weights.clone(),
+    )
 
 
 @torch.no_grad()
-def classical_floor(model: nn.Module, network: Network, batches: Iterable[Scenes], constant: Tensor, static: bool) -> dict[str, float]:
-    """NMSE of what the network's inputs say without it: of its own estimator, else of the matched filter; empty where they have neither.
+def classical_floor(
+    model: nn.Module, network: Network, batches: Iterable[Scenes], constant: Tensor, static: bool
+) -> dict[str, float]:
+    """NMSE of what the network's inputs say without it: of its own estimator, else of the matched filter; empty where
+    they have neither.
 
-    Args: constant: the mean covariance, towards which the matched filter is shrunk, (N, N, 2); static: one symbol a source and scene.
+    Args: constant: the mean covariance, towards which the matched filter is shrunk, (N, N, 2); static: one symbol a
+        source and scene.
     """
     scores, name = [], "matched_filter"
     for scenes in batches:

@@ -9,23 +9,43 @@ from pathlib import Path
 import pytest
 import torch
 
-from ris_fast.commands import bench
+from ris_fast import timing as measure
 from ris_fast.benchmarks import device as counted
 from ris_fast.benchmarks import kernels, training
-from ris_fast import timing as measure
-from ris_fast.timing import Run, Stopped, Stopwatch, alternate, conditions, copy_bandwidth, peak_bytes, summary, times_slower
 from ris_fast.benchmarks.train_step import compare_steps
+from ris_fast.commands import bench
 from ris_fast.commands.cli import main
-from ris_fast.config.schema import Config
 from ris_fast.config.load import load_config
+from ris_fast.config.schema import Config
+from ris_fast.timing import (
+    Run,
+    Stopped,
+    Stopwatch,
+    alternate,
+    conditions,
+    copy_bandwidth,
+    peak_bytes,
+    summary,
+    times_slower,
+)
 
 CPU = torch.device("cpu")
 
 
 def small(preset: str, *_: object) -> Config:
     options = ["width=32", "depth=1"] if preset == "laptop" else ["width=32", "layers=1", "grid=5"]
-    return load_config(None, preset, ["task.ris_horizontal=4", "task.ris_vertical=3", "task.bs_antennas=8", "health.preflight=false",
-                                      *(f"model.options.{each}" for each in options)], {"training.device": "cpu"})
+    return load_config(
+        None,
+        preset,
+        [
+            "task.ris_horizontal=4",
+            "task.ris_vertical=3",
+            "task.bs_antennas=8",
+            "health.preflight=false",
+            *(f"model.options.{each}" for each in options),
+        ],
+        {"training.device": "cpu"},
+    )
 
 
 def test_only_undisturbed_repetitions_count_while_there_are_any() -> None:
@@ -60,7 +80,7 @@ def test_ratios_are_over_ours() -> None:
 
 def test_memory_of_a_call_is_what_it_takes_at_its_highest() -> None:
     held = peak_bytes(lambda: torch.ones(2**24).sum(), CPU)
-    assert held == 0 or 2**25 < held < 2**28       # 0: the system does not say
+    assert held == 0 or 2**25 < held < 2**28  # 0: the system does not say
     assert copy_bandwidth(CPU, 2**20) > 0
 
 
@@ -106,7 +126,9 @@ def test_time_to_target_reads_the_run_and_says_none_where_it_was_not_reached() -
     assert found["seconds_to"]["0.0"] is None and found["seconds_to"]["1000000000.0"] == found["curve"][0][0]
 
 
-def test_the_command_prints_tables_and_writes_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_prints_tables_and_writes_figures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(bench, "configured", small)
     monkeypatch.setattr(bench, "SIZES", {"cpu": (8,)})
     assert main(["bench", "train", "--device", "cpu", "--json", str(tmp_path / "found.json")]) == 0
@@ -118,13 +140,16 @@ def test_the_command_prints_tables_and_writes_figures(monkeypatch: pytest.Monkey
 
 
 def test_a_run_is_told_its_share_of_the_ceiling() -> None:
-    from ris_fast.training.mfu import WithShare
     from ris_fast.report.console import epoch_line
+    from ris_fast.training.mfu import WithShare
     from ris_fast.training.trainer import Trainer
 
     config, rows = small("laptop"), training.Epochs()
-    config = replace(config, training=replace(config.training, batch_size=16, epochs=2, max_seconds=0.0, compile=False),
-                     data=replace(config.data, train_scenes=64, val_scenes=16))
+    config = replace(
+        config,
+        training=replace(config.training, batch_size=16, epochs=2, max_seconds=0.0, compile=False),
+        data=replace(config.data, train_scenes=64, val_scenes=16),
+    )
     trainer = Trainer(config)
     trainer.observer = WithShare(rows, trainer)
     trainer.fit()
@@ -132,7 +157,9 @@ def test_a_run_is_told_its_share_of_the_ceiling() -> None:
     assert epoch_line(rows.rows[0] | {"share_of_ceiling": 0.25}).endswith("25% of the ceiling")
 
 
-def test_what_was_measured_before_ctrl_c_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_was_measured_before_ctrl_c_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     calls = iter(range(100))
 
     def third_call_is_interrupted() -> None:
@@ -154,7 +181,9 @@ def test_what_was_measured_before_ctrl_c_is_kept(monkeypatch: pytest.MonkeyPatch
     assert main(["bench", "kernels", "--device", "cpu", "--json", str(tmp_path / "found.json")]) == 130
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["stopped"] == "kernels" and len(found["kernels"]) == 1
-    assert found["kernels"][0]["operator"] in (out := capsys.readouterr().out) and "stopped while measuring kernels" in out
+    assert (
+        found["kernels"][0]["operator"] in (out := capsys.readouterr().out) and "stopped while measuring kernels" in out
+    )
 
 
 def test_the_ceiling_is_the_best_of_many_products_whatever_disturbs_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,13 @@ from torch import Tensor
 from ris_fast.benchmarks.peers.eager import DenseLoss, EagerLoop, with_dense_target
 from ris_fast.benchmarks.peers.original import AntiDiagonalPool, OriginalLoop
 from ris_fast.benchmarks.peers.original_loss import effective, normalised, original_loss, subspace
+from ris_fast.config.load import load_config
 from ris_fast.config.schema import Config, Loss
 from ris_fast.models import build_model
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.pairs import to_complex
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
-from ris_fast.config.load import load_config
 from ris_fast.training import loss_terms as terms
 from ris_fast.training.loss import CovarianceLoss
 
@@ -25,8 +25,20 @@ CPU = torch.device("cpu")
 
 
 def small(overrides: list[str] | None = None) -> Config:
-    return load_config(None, "seed", ["task.ris_horizontal=4", "task.ris_vertical=3", "task.bs_antennas=4", "model.options.width=32",
-                                      "model.options.layers=1", "model.options.grid=5", *(overrides or [])], {"training.device": "cpu"})
+    return load_config(
+        None,
+        "seed",
+        [
+            "task.ris_horizontal=4",
+            "task.ris_vertical=3",
+            "task.bs_antennas=4",
+            "model.options.width=32",
+            "model.options.layers=1",
+            "model.options.grid=5",
+            *(overrides or []),
+        ],
+        {"training.device": "cpu"},
+    )
 
 
 def dense_scenes(config: Config, count: int = 6) -> Scenes:
@@ -43,7 +55,9 @@ def test_the_dense_loss_is_ours() -> None:
     config = small()
     scenes = dense_scenes(config)
     prediction = prediction_of(config, scenes)
-    (ours, raw), (theirs, dense) = (kind(config.loss, config.task)(prediction, scenes) for kind in (CovarianceLoss, DenseLoss))
+    (ours, raw), (theirs, dense) = (
+        kind(config.loss, config.task)(prediction, scenes) for kind in (CovarianceLoss, DenseLoss)
+    )
     torch.testing.assert_close(theirs, ours)
     torch.testing.assert_close(dense["cov"], raw["cov"])
 
@@ -70,7 +84,9 @@ def test_the_originals_subspace_term_is_ours() -> None:
     factor = prediction_of(config, scenes).factor
     field = to_complex(factor)
     ours = terms.subspace(factor, terms.unit_columns(scenes.factor)).mean()
-    torch.testing.assert_close(subspace(field @ field.mH, to_complex(scenes.factor), scenes.count), ours, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        subspace(field @ field.mH, to_complex(scenes.factor), scenes.count), ours, rtol=1e-3, atol=1e-5
+    )
 
 
 def test_loading_of_one_halves_a_normalised_covariance() -> None:
@@ -91,7 +107,9 @@ def test_the_gathered_pool_is_a_mean_along_anti_diagonals() -> None:
         return torch.stack([cov[:, i, j] for i, j in places]).mean(0)
 
     means = torch.stack([mean(total) for total in range(7)], 1)
-    torch.testing.assert_close(AntiDiagonalPool(4)(factor), torch.cat((means.real, means.imag), 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        AntiDiagonalPool(4)(factor), torch.cat((means.real, means.imag), 1), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("peer", [EagerLoop, OriginalLoop])
@@ -102,5 +120,10 @@ def test_a_peer_learns(peer: type) -> None:
     loop, scenes = peer(config, CPU), dense_scenes(config)
     losses = [float(loop.step(scenes)) for _ in range(25)]
     assert losses[-1] < 0.9 * losses[0]
-    changed = [not torch.equal(a, b) for a, b in zip(loop.average.values() if isinstance(loop.average, dict) else loop.average, loop.model.parameters())]
+    changed = [
+        not torch.equal(a, b)
+        for a, b in zip(
+            loop.average.values() if isinstance(loop.average, dict) else loop.average, loop.model.parameters()
+        )
+    ]
     assert any(changed)

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ris_fast.kernels.native import loader
 
 from ris_fast.commands.cli import main
 from ris_fast.environment import fallback_note
-from ris_fast.kernels.native import loader
 
 
 @pytest.fixture
@@ -56,11 +56,15 @@ def test_a_library_of_another_version_is_noted(library: Path) -> None:
 
 @pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built")
 def test_a_function_that_the_library_lacks_is_named() -> None:
-    with pytest.raises(RuntimeError, match="no_such_kernel: libris_fast.so has no such function; it was built from another version"):
+    with pytest.raises(
+        RuntimeError, match="no_such_kernel: libris_fast.so has no such function; it was built from another version"
+    ):
         loader.function("no_such_kernel", [])
 
 
-def test_an_instruction_set_that_is_not_here_is_a_usage_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_an_instruction_set_that_is_not_here_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setenv("RIS_FAST_SIMD", "avx3")
     loader.level.cache_clear()
     try:

@@ -27,6 +27,10 @@ def test_the_exit_code_and_both_formats_agree(rows: list[Row], code: int, monkey
 
 def test_the_flags_reach_the_check(monkeypatch, capsys) -> None:
     seen: list[tuple[str, bool]] = []
-    monkeypatch.setattr(gradcheck, "run_gradcheck", lambda device, interpreter: seen.append((str(device), interpreter)) or [GOOD])
-    assert main(["gradcheck", "--device", "cpu", "--no-interpreter"]) == 0 and main(["gradcheck", "--device", "cpu"]) == 0
+    monkeypatch.setattr(
+        gradcheck, "run_gradcheck", lambda device, interpreter: seen.append((str(device), interpreter)) or [GOOD]
+    )
+    assert (
+        main(["gradcheck", "--device", "cpu", "--no-interpreter"]) == 0 and main(["gradcheck", "--device", "cpu"]) == 0
+    )
     assert seen == [("cpu", False), ("cpu", True)]

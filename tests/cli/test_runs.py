@@ -14,21 +14,44 @@ from pathlib import Path
 import pytest
 
 from ris_fast.commands.cli import main
-from ris_fast.data.source import SimulatedSource
 from ris_fast.commands.evaluate import evaluate, scene_figures
+from ris_fast.commands.run_folder import alone_in
+from ris_fast.config.load import load_config
+from ris_fast.data.source import SimulatedSource
 from ris_fast.files import StorageError
 from ris_fast.models.backprojection import Backprojection
 from ris_fast.report.eventlog import read_events
-from ris_fast.commands.run_folder import alone_in
-from ris_fast.config.load import load_config
 from ris_fast.training.trainer import Trainer
 
-SMALL = ["--preset", "seed", "--device", "cpu", "--no-compile", "--batch-size", "16",
-         *(part for text in ("task.ris_horizontal=4", "task.ris_vertical=4", "task.bs_antennas=4", "task.snapshots=4",
-                             "data.train_scenes=64", "data.val_scenes=32", "data.test_scenes=60", "report.every_steps=2",
-                             "model.options.width=32", "model.options.layers=1", "model.options.heads=2",
-                             "model.options.feedforward=32", "model.options.grid=9") for part in ("--set", text))]
-STALLED = 4             # a few steps of a small network teach it nothing
+SMALL = [
+    "--preset",
+    "seed",
+    "--device",
+    "cpu",
+    "--no-compile",
+    "--batch-size",
+    "16",
+    *(
+        part
+        for text in (
+            "task.ris_horizontal=4",
+            "task.ris_vertical=4",
+            "task.bs_antennas=4",
+            "task.snapshots=4",
+            "data.train_scenes=64",
+            "data.val_scenes=32",
+            "data.test_scenes=60",
+            "report.every_steps=2",
+            "model.options.width=32",
+            "model.options.layers=1",
+            "model.options.heads=2",
+            "model.options.feedforward=32",
+            "model.options.grid=9",
+        )
+        for part in ("--set", text)
+    ),
+]
+STALLED = 4  # a few steps of a small network teach it nothing
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +63,31 @@ def trained(tmp_path_factory) -> Path:
 
 def test_a_run_folder_holds_what_it_promises(trained: Path) -> None:
     files = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
-    assert {"config.toml", "env.json", "metrics.jsonl", "summary.json", "plots/loss.png", "checkpoints/last.safetensors",
-            "checkpoints/best.safetensors", "checkpoints/best.json"} <= files
+    assert {
+        "config.toml",
+        "env.json",
+        "metrics.jsonl",
+        "summary.json",
+        "plots/loss.png",
+        "checkpoints/last.safetensors",
+        "checkpoints/best.safetensors",
+        "checkpoints/best.json",
+    } <= files
     summary = json.loads((trained / "summary.json").read_text())
-    assert {"parameters", "optimizer_steps", "scenes_seen", "scenes_per_s", "seconds", "train_loss", "val_nmse_raw",
-            "val_nmse_ema", "best_val_nmse", "floors", "verdict", "findings"} <= summary.keys()
+    assert {
+        "parameters",
+        "optimizer_steps",
+        "scenes_seen",
+        "scenes_per_s",
+        "seconds",
+        "train_loss",
+        "val_nmse_raw",
+        "val_nmse_ema",
+        "best_val_nmse",
+        "floors",
+        "verdict",
+        "findings",
+    } <= summary.keys()
     assert (summary["optimizer_steps"], summary["scenes_seen"]) == (8, 128)
     assert summary["floors"]["zero"] == 1.0 and json.loads((trained / "env.json").read_text())["versions"]["torch"]
 
@@ -56,7 +99,9 @@ def test_a_stalled_run_without_a_finding_says_what_was_ruled_out(trained: Path, 
     assert main(["why", str(trained)]) == 0
     said = capsys.readouterr().out
     assert f"ruled out: {len(summary['ruled_out']['checks'])} preflight checks passed: " in said
-    assert all(each.replace("_", " ") in said for each in (*summary["ruled_out"]["checks"], *summary["ruled_out"]["rules"]))
+    assert all(
+        each.replace("_", " ") in said for each in (*summary["ruled_out"]["checks"], *summary["ruled_out"]["rules"])
+    )
 
 
 def test_metrics_have_a_row_per_report_with_terms_raw_and_weighted(trained: Path) -> None:
@@ -106,7 +151,9 @@ def test_a_simulated_data_set_can_be_trained_on_and_evaluated(tmp_path, capsys) 
     assert main(["evaluate", str(folder), "--device", "cpu", "--data", str(tmp_path / "moved")]) == 0
 
 
-def test_an_evaluation_that_cannot_be_written_is_printed_all_the_same(trained: Path, tmp_path, monkeypatch, capsys) -> None:
+def test_an_evaluation_that_cannot_be_written_is_printed_all_the_same(
+    trained: Path, tmp_path, monkeypatch, capsys
+) -> None:
     def refuse(*_: object) -> None:
         raise StorageError(trained / "evaluation.json", OSError(30, "read-only"))
 
@@ -146,9 +193,14 @@ def test_a_run_without_a_best_checkpoint_is_a_clear_error(trained: Path, tmp_pat
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_saves_names_the_resume_command_and_continues(tmp_path, sent: signal.Signals) -> None:
     folder = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "-m", "ris_fast", "train", *SMALL, "--epochs", "100000", "--out", str(folder)],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ris_fast", "train", *SMALL, "--epochs", "100000", "--out", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     _wait_for_an_epoch(folder, process)
     process.send_signal(sent)
     _, said = process.communicate(timeout=60)

@@ -8,45 +8,50 @@ from ris_fast.commands.cli import main
 from ris_fast.config.load import load_config
 
 
-@pytest.mark.parametrize("arguments, answer", [
-    (["train", "--presett", "seed"], "--preset"),
-    (["train", "--batchsize", "3"], "--batch-size"),
-    (["trian"], "train"),
-    (["evalate", "run"], "evaluate"),
-    (["train", "--preset", "seeed"], "Did you mean 'seed'?"),
-    (["train", "--preset", "seed", "--set", "training.epoch=3"], "Did you mean 'epochs'?"),
-    (["train", "--preset", "seed", "--set", "trainig.epochs=3"], "Did you mean 'training'?"),
-    (["train", "--preset", "seed", "--set", "epochs=3"], "section.key=value"),
-    (["train", "--preset", "seed", "--precision", "bf61"], "bf16"),
-    (["train", "--preset", "seed", "--backend", "refrence"], "reference"),
-    (["train", "--preset", "seed", "--epochs", "0"], "at least 1"),
-    (["train", "--preset", "seed", "--epochs", "ten"], "--epochs"),
-    (["train", "--preset", "seed", "--epochs", "1.5"], "whole number"),
-    (["train", "no-such-file.toml"], "no-such-file.toml"),
-    (["train", "--preset", "seed", "--device", "cuda:99"], "cuda:99"),
-    (["train", "--preset", "seed", "--device", "gpu"], "auto, cpu, cuda"),
-    (["train", "a.toml", "b.toml"], "b.toml"),
-    (["train", "--nothing-like-it"], "ris-fast train --help"),
-    (["train", "--config", "a.toml"], "without an option: ris-fast train FILE.toml"),
-    (["check", "--config=a.toml"], "without an option: ris-fast check FILE.toml"),
-    (["--config", "a.toml"], "without an option: ris-fast train FILE.toml"),
-    (["a.toml"], "without an option: ris-fast train a.toml"),
-    (["bench", "--config", "a.toml"], "ris-fast bench --help"),
-    (["train", "--seed", "1", "--seed", "2"], "--seed specified multiple times"),
-    (["train", "--seed", "x"], "'x' is not a whole number"),
-    (["evaluate", "a", "b", "c"], "Too many arguments: b c."),
-    (["bench", "kernel"], 'Did you mean "kernels"?'),
-    (["bench", "--device", "gpu"], "--device is 'gpu'; expected auto, cpu, cuda or cuda:N"),
-    (["gradcheck", "--device", "cpu:3"], "there is one CPU"),
-    (["gradcheck", "--device", "mps"], "kernels exist for cpu and cuda"),
-    (["env", "--device", "cpu"], "ris-fast env --help"),
-    (["evaluate"], "RUN"),
-    (["simulate", "--scenes", "4"], "--out"),
-    (["simulate", "--out", "x", "--scenes", "4", "--preset", "seed", "--device", "gpu"], "auto, cpu, cuda"),
-    (["evaluate", "no-such-run"], "not a run folder"),
-    (["train", "--resume", "no-such-run"], "not a run folder"),
-])
-def test_a_mistake_is_answered_with_what_would_do(arguments: list[str], answer: str, capsys, monkeypatch, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "arguments, answer",
+    [
+        (["train", "--presett", "seed"], "--preset"),
+        (["train", "--batchsize", "3"], "--batch-size"),
+        (["trian"], "train"),
+        (["evalate", "run"], "evaluate"),
+        (["train", "--preset", "seeed"], "Did you mean 'seed'?"),
+        (["train", "--preset", "seed", "--set", "training.epoch=3"], "Did you mean 'epochs'?"),
+        (["train", "--preset", "seed", "--set", "trainig.epochs=3"], "Did you mean 'training'?"),
+        (["train", "--preset", "seed", "--set", "epochs=3"], "section.key=value"),
+        (["train", "--preset", "seed", "--precision", "bf61"], "bf16"),
+        (["train", "--preset", "seed", "--backend", "refrence"], "reference"),
+        (["train", "--preset", "seed", "--epochs", "0"], "at least 1"),
+        (["train", "--preset", "seed", "--epochs", "ten"], "--epochs"),
+        (["train", "--preset", "seed", "--epochs", "1.5"], "whole number"),
+        (["train", "no-such-file.toml"], "no-such-file.toml"),
+        (["train", "--preset", "seed", "--device", "cuda:99"], "cuda:99"),
+        (["train", "--preset", "seed", "--device", "gpu"], "auto, cpu, cuda"),
+        (["train", "a.toml", "b.toml"], "b.toml"),
+        (["train", "--nothing-like-it"], "ris-fast train --help"),
+        (["train", "--config", "a.toml"], "without an option: ris-fast train FILE.toml"),
+        (["check", "--config=a.toml"], "without an option: ris-fast check FILE.toml"),
+        (["--config", "a.toml"], "without an option: ris-fast train FILE.toml"),
+        (["a.toml"], "without an option: ris-fast train a.toml"),
+        (["bench", "--config", "a.toml"], "ris-fast bench --help"),
+        (["train", "--seed", "1", "--seed", "2"], "--seed specified multiple times"),
+        (["train", "--seed", "x"], "'x' is not a whole number"),
+        (["evaluate", "a", "b", "c"], "Too many arguments: b c."),
+        (["bench", "kernel"], 'Did you mean "kernels"?'),
+        (["bench", "--device", "gpu"], "--device is 'gpu'; expected auto, cpu, cuda or cuda:N"),
+        (["gradcheck", "--device", "cpu:3"], "there is one CPU"),
+        (["gradcheck", "--device", "mps"], "kernels exist for cpu and cuda"),
+        (["env", "--device", "cpu"], "ris-fast env --help"),
+        (["evaluate"], "RUN"),
+        (["simulate", "--scenes", "4"], "--out"),
+        (["simulate", "--out", "x", "--scenes", "4", "--preset", "seed", "--device", "gpu"], "auto, cpu, cuda"),
+        (["evaluate", "no-such-run"], "not a run folder"),
+        (["train", "--resume", "no-such-run"], "not a run folder"),
+    ],
+)
+def test_a_mistake_is_answered_with_what_would_do(
+    arguments: list[str], answer: str, capsys, monkeypatch, tmp_path
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     said = capsys.readouterr()
@@ -69,11 +74,42 @@ def test_print_config_shows_every_value_with_where_it_came_from_and_reads_back(c
 
 
 def test_flags_reach_the_settings_they_name(capsys) -> None:
-    assert main(["train", "--preset", "laptop", "--accumulate", "4", "--seed", "1e3", "--max-seconds", "12", "--no-compile",
-                 "--backend", "reference", "--precision", "bf16", "--data", "shards", "--device", "cpu", "--print-config"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--preset",
+                "laptop",
+                "--accumulate",
+                "4",
+                "--seed",
+                "1e3",
+                "--max-seconds",
+                "12",
+                "--no-compile",
+                "--backend",
+                "reference",
+                "--precision",
+                "bf16",
+                "--data",
+                "shards",
+                "--device",
+                "cpu",
+                "--print-config",
+            ]
+        )
+        == 0
+    )
     lines = [line.split("  #")[0].rstrip() for line in capsys.readouterr().out.splitlines() if line.endswith("# flag")]
-    assert {"accumulate = 4", "seed = 1000", "max_seconds = 12.0", "compile = false", 'backend = "reference"',
-            'precision = "bf16"', 'device = "cpu"'} < set(lines)
+    assert {
+        "accumulate = 4",
+        "seed = 1000",
+        "max_seconds = 12.0",
+        "compile = false",
+        'backend = "reference"',
+        'precision = "bf16"',
+        'device = "cpu"',
+    } < set(lines)
     assert any(line.startswith('path = "/') and line.endswith('/shards"') for line in lines)
 
 
@@ -97,4 +133,7 @@ def test_bench_finds_out_before_measuring_that_its_file_cannot_be_written(capsys
     check_writable(tmp_path / "new" / "figures.json")
     (tmp_path / "old.json").write_text("{}")
     check_writable(tmp_path / "old.json")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["new", "old.json"] and (tmp_path / "old.json").read_text() == "{}"
+    assert (
+        sorted(path.name for path in tmp_path.rglob("*")) == ["new", "old.json"]
+        and (tmp_path / "old.json").read_text() == "{}"
+    )

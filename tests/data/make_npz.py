@@ -26,9 +26,16 @@ def as_pairs(values: np.ndarray) -> np.ndarray:
     return np.stack((values.real, values.imag), -1).astype(np.float32)
 
 
-def original_steering(task: Task, azimuth: np.ndarray, elevation: np.ndarray, range_m: np.ndarray,
-                      centred: bool = False, shift: Any = (0.0, 0.0)) -> np.ndarray:
-    """(...) -> (..., N): elements at (i - N_H // 2) d, as the original places them, or centred; `shift` spacings further, all or each."""
+def original_steering(
+    task: Task,
+    azimuth: np.ndarray,
+    elevation: np.ndarray,
+    range_m: np.ndarray,
+    centred: bool = False,
+    shift: Any = (0.0, 0.0),
+) -> np.ndarray:
+    """(...) -> (..., N): elements at (i - N_H // 2) d, as the original places them, or centred; `shift` spacings
+    further, all or each."""
     d, k0 = task.spacing_m, 2 * np.pi / task.wavelength_m
     x, y = (np.arange(n) - ((n - 1) / 2 if centred else n // 2) for n in (task.ris_horizontal, task.ris_vertical))
     x, y = d * (np.tile(x, task.ris_vertical) + shift[0]), d * (np.repeat(y, task.ris_horizontal) + shift[1])
@@ -40,16 +47,26 @@ def original_steering(task: Task, azimuth: np.ndarray, elevation: np.ndarray, ra
     return np.exp(1j * k0 * path) / np.sqrt(task.elements)
 
 
-def original_arrays(scenes: int, *, task: Task = SMALL, seed: int = 0, split: str = "train", centred: bool = False,
-                    jitter: float = 0.0, shift: tuple[float, float] = (0.0, 0.0)) -> dict[str, np.ndarray]:
-    """All keys of a shard. `jitter` (eta) moves the elements scene by scene by U(+-eta wavelength / 2) in x and in y, as the original's
-    option does, in data and R alike. Symbols are drawn once a snapshot where the task has them so."""
+def original_arrays(
+    scenes: int,
+    *,
+    task: Task = SMALL,
+    seed: int = 0,
+    split: str = "train",
+    centred: bool = False,
+    jitter: float = 0.0,
+    shift: tuple[float, float] = (0.0, 0.0),
+) -> dict[str, np.ndarray]:
+    """All keys of a shard. `jitter` (eta) moves the elements scene by scene by U(+-eta wavelength / 2) in x and in y,
+    as the original's option does, in data and R alike. Symbols are drawn once a snapshot where the task has them so."""
     rng = np.random.default_rng([seed, scenes])
     drawn = simulate(task, scenes, SceneGenerator(seed, split))
     count, active = drawn.count.numpy(), np.arange(task.max_sources) < drawn.count.numpy()[:, None]
     azimuth, elevation, range_m = (np.asarray(t, np.float32) for t in (drawn.azimuth, drawn.elevation, drawn.range_m))
     safe = np.where(active, range_m, 1.0)
-    moved = jitter / 2 / task.spacing_wavelengths * rng.uniform(-1, 1, (2, scenes, 1, task.elements)) + np.reshape(shift, (2, 1, 1, 1))
+    moved = jitter / 2 / task.spacing_wavelengths * rng.uniform(-1, 1, (2, scenes, 1, task.elements)) + np.reshape(
+        shift, (2, 1, 1, 1)
+    )
     steer = original_steering(task, azimuth.astype(float), elevation.astype(float), safe.astype(float), centred, moved)
     gain = (task.wavelength_m / (4 * np.pi * safe) * active)[:, None]
     drawn_symbols = (scenes, task.snapshots if task.symbols == "per_snapshot" else 1, task.max_sources)
@@ -62,10 +79,16 @@ def original_arrays(scenes: int, *, task: Task = SMALL, seed: int = 0, split: st
     snr = np.asarray(drawn.snr_db, np.float32)
     level = np.sqrt(np.mean(np.abs(clean) ** 2, (1, 2)) / 10 ** (snr / 10) / 2)[:, None, None]
     noisy = clean + level * (rng.normal(size=clean.shape) + 1j * rng.normal(size=clean.shape))
-    return {"y": as_pairs(noisy), "H": as_pairs(np.einsum("bmn,ln->blm", channel, codes)),
-            "H_full": as_pairs(channel), "codes": np.repeat(as_pairs(codes)[None], scenes, 0),
-            "ptr": np.concatenate((azimuth, elevation, range_m), 1).astype(np.float32), "K": count.astype(np.int32),
-            "snr": snr, "R": as_pairs(covariance)}
+    return {
+        "y": as_pairs(noisy),
+        "H": as_pairs(np.einsum("bmn,ln->blm", channel, codes)),
+        "H_full": as_pairs(channel),
+        "codes": np.repeat(as_pairs(codes)[None], scenes, 0),
+        "ptr": np.concatenate((azimuth, elevation, range_m), 1).astype(np.float32),
+        "K": count.astype(np.int32),
+        "snr": snr,
+        "R": as_pairs(covariance),
+    }
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray], *, compressed: bool = False) -> Path:
@@ -74,8 +97,9 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray], *, compressed: bool = F
     return path
 
 
-def write_folders(root: Path, *, train: int = 40, val: int = 12, test: int = 8, drop: tuple[str, ...] = (),
-                  **options: Any) -> Path:
+def write_folders(
+    root: Path, *, train: int = 40, val: int = 12, test: int = 8, drop: tuple[str, ...] = (), **options: Any
+) -> Path:
     """root/train (two shards), root/val, root/test."""
     for split, scenes in (("train", train), ("val", val), ("test", test)):
         if scenes:

@@ -13,18 +13,21 @@ import torch
 from make_npz import SMALL, original_arrays, write_folders, write_npz
 
 from ris_fast.commands.cli import main
+from ris_fast.config.load import load_config
 from ris_fast.config.schema import Config, ConfigError, Data
 from ris_fast.data.errors import DataError
 from ris_fast.data.source import open_source
 from ris_fast.health.preflight import loss as check_loss
 from ris_fast.health.preflight.probe import Subject
 from ris_fast.models import Prediction
-from ris_fast.config.load import load_config
 from ris_fast.training import trainer as loop
 from ris_fast.training.trainer import Trainer
 from ris_fast.training.validation import scene_nmse
 
-SIZES = [f"task.{name}={getattr(SMALL, name)}" for name in ("bs_antennas", "ris_horizontal", "ris_vertical", "snapshots", "max_sources")]
+SIZES = [
+    f"task.{name}={getattr(SMALL, name)}"
+    for name in ("bs_antennas", "ris_horizontal", "ris_vertical", "snapshots", "max_sources")
+]
 QUICK = [*SIZES, "training.compile=false", "model.options.width=32", "model.options.grid=9", "report.plots=false"]
 
 
@@ -38,10 +41,14 @@ def advised(text: str) -> list[str]:
 
 
 def trainer(path: Path, *overrides: str, preset: str = "laptop") -> Trainer:
-    return Trainer(load_config(preset=preset, overrides=[f"data.path={path}", *SIZES, "training.compile=false", *overrides]))
+    return Trainer(
+        load_config(preset=preset, overrides=[f"data.path={path}", *SIZES, "training.compile=false", *overrides])
+    )
 
 
-def test_advice_on_files_without_the_channel_leads_past_the_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_advice_on_files_without_the_channel_leads_past_the_checks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_folders(tmp_path, drop=("H_full",))
     command = ["check", "--data", str(tmp_path), *flags(QUICK[:-3] + QUICK[-1:])]
     assert main(command) == 3
@@ -69,7 +76,9 @@ def test_terms_that_need_exact_factors_are_left_out_of_runs_on_a_dense_target(tm
     assert run.config.loss.subspace == 0.0 and "subspace" not in run.loss.weights and "angle" in run.loss.weights
     assert any(note.startswith("loss.subspace = 0.05 is left out") for note in run.source.notes)
     scenes = run.source.batch("train", torch.arange(8))
-    assert bool(run.loss(run.model(scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db), scenes)[0].isfinite())
+    assert bool(
+        run.loss(run.model(scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db), scenes)[0].isfinite()
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -87,12 +96,16 @@ def test_terms_stay_where_the_files_serve_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"jitter": 0.003}, {"drop": ("H_full",)}])
-def test_what_files_cannot_serve_is_refused_before_a_network_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                                     options: dict[str, Any]) -> None:
+def test_what_files_cannot_serve_is_refused_before_a_network_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
     def build(*_: object, **__: object) -> None:
         raise AssertionError("a network was built")
+
     monkeypatch.setattr(loop, "build_model", build)
-    asked = ["model.options.inputs=collapsed", "loss.beta=0.1"] if "drop" in options else ["loss.cov=0", "loss.cov_pred=0"]
+    asked = (
+        ["model.options.inputs=collapsed", "loss.beta=0.1"] if "drop" in options else ["loss.cov=0", "loss.cov_pred=0"]
+    )
     with pytest.raises(ConfigError, match="loss.beta = 0" if "drop" in options else "no term tells"):
         trainer(write_folders(tmp_path, **options), *asked, preset="seed")
 
@@ -111,22 +124,39 @@ def test_positions_that_the_reader_moved_are_not_held_to_the_tasks_limits(tmp_pa
 
 
 def test_the_network_looks_where_the_reader_serves_sources(tmp_path: Path) -> None:
-    """Near sources, seen from half an element off, lie outside the files' own sector; the pursuit finds them all the same."""
+    """Near sources, seen from half an element off, lie outside the files' own sector; the pursuit finds them all the
+    same."""
     path = write_folders(tmp_path / "set", train=1000, val=60)
     kept = trainer(path, "task.azimuth_deg=60", "task.elevation_deg=30")
     wider = trainer(path)
-    assert kept.config.task.azimuth_deg == 60 < wider.config.task.azimuth_deg and any("task.azimuth_deg = " in note for note in wider.source.notes)
+    assert kept.config.task.azimuth_deg == 60 < wider.config.task.azimuth_deg and any(
+        "task.azimuth_deg = " in note for note in wider.source.notes
+    )
     scenes = wider.source.batch("train", torch.arange(1000))
     beyond = (scenes.azimuth.abs().amax(1) > 1.05) & (scenes.snr_db > 0)
     inputs = scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db
-    scores = [scene_nmse(Prediction(run.model.classical(run.model.features(*inputs))[1]), scenes)[beyond].mean() for run in (kept, wider)]
+    scores = [
+        scene_nmse(Prediction(run.model.classical(run.model.features(*inputs))[1]), scenes)[beyond].mean()
+        for run in (kept, wider)
+    ]
     assert float(scores[1]) < 0.6 * float(scores[0])
 
 
-def test_a_run_records_and_keeps_the_sector_that_its_files_gave_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_records_and_keeps_the_sector_that_its_files_gave_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_folders(tmp_path / "set", train=240, val=20)
     run = str(tmp_path / "run")
-    command = ["train", "--data", str(path), "--out", run, "--epochs", "1", *flags([*QUICK[:-3], QUICK[-1], "health.preflight=false"])]
+    command = [
+        "train",
+        "--data",
+        str(path),
+        "--out",
+        run,
+        "--epochs",
+        "1",
+        *flags([*QUICK[:-3], QUICK[-1], "health.preflight=false"]),
+    ]
     main(command)
     recorded = load_config(Path(run) / "config.toml")
     assert recorded.task.azimuth_deg > 60

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,12 +35,14 @@ def refusal(path: Path, source: str = "npz") -> DataError:
 def put(key: str, value: Any, *where: Any) -> Callable[[Arrays], None]:
     def damage(arrays: Arrays) -> None:
         arrays[key][where] = value
+
     return damage
 
 
 def change(key: str, how: Callable[[np.ndarray], np.ndarray]) -> Callable[[Arrays], None]:
     def damage(arrays: Arrays) -> None:
         arrays[key] = how(arrays[key])
+
     return damage
 
 
@@ -105,7 +108,7 @@ def test_damage_in_a_folder_names_the_shard(tmp_path: Path, split: str) -> None:
 def test_truncated_files_are_named(tmp_path: Path, healthy: Path, share: float) -> None:
     whole = (healthy / "val" / "shard_000.npz").read_bytes()
     path = tmp_path / "cut.npz"
-    path.write_bytes(whole[:int(share * len(whole))])
+    path.write_bytes(whole[: int(share * len(whole))])
     error = refusal(path)
     assert error.where == str(path) and "copy or generate it again" in error.todo
 
@@ -116,7 +119,7 @@ def test_flipped_bytes_fail_the_checksum(tmp_path: Path, key: str, compressed: b
     path = write_npz(tmp_path / "flipped.npz", original_arrays(14), compressed=compressed)
     raw = bytearray(path.read_bytes())
     at = raw.index(f"{key}.npy".encode()) + 1500
-    raw[at:at + 4] = bytes(b ^ 0xA5 for b in raw[at:at + 4])
+    raw[at : at + 4] = bytes(b ^ 0xA5 for b in raw[at : at + 4])
     path.write_bytes(raw)
     error = refusal(path)
     assert error.key == key and error.where == str(path)
@@ -126,7 +129,7 @@ def test_a_member_with_a_ruined_header_is_named(tmp_path: Path) -> None:
     path = write_npz(tmp_path / "header.npz", original_arrays(14))
     raw = bytearray(path.read_bytes())
     at = raw.index(b"\x93NUMPY", raw.index(b"ptr.npy"))
-    raw[at:at + 6] = b"garble"
+    raw[at : at + 6] = b"garble"
     path.write_bytes(raw)
     assert refusal(path).key == "ptr"
 

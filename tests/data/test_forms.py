@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,8 +37,10 @@ def every(how: Callable[[np.ndarray], Any]) -> Change:
 
 
 FORMS: dict[str, Change] = {
-    **{f"K as {kind}": only("K", lambda a, kind=kind: a.astype(kind))
-       for kind in (">i4", ">i8", "uint8", "uint16", "uint32", "uint64", "int8", "int64", ">u2")},
+    **{
+        f"K as {kind}": only("K", lambda a, kind=kind: a.astype(kind))
+        for kind in (">i4", ">i8", "uint8", "uint16", "uint32", "uint64", "int8", "int64", ">u2")
+    },
     **{f"{name} as a column": only(name, lambda a: a[:, None]) for name in ("K", "snr")},
     "big-endian floats": every(lambda a: a.astype(a.dtype.newbyteorder(">"))),
     "float64": every(lambda a: a.astype("f8") if a.dtype.kind == "f" else a),
@@ -56,8 +59,9 @@ def read(path: Path) -> Scenes:
 
 @pytest.mark.parametrize("place", ["compressed", "host", "mapped"])
 @pytest.mark.parametrize("form", [*FORMS])
-def test_scenes_do_not_depend_on_how_their_numbers_are_stored(tmp_path: Path, form: str, place: str,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scenes_do_not_depend_on_how_their_numbers_are_stored(
+    tmp_path: Path, form: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = original_arrays(8)
     changed = {key: FORMS[form](key, value) for key, value in plain.items()}
     wanted = read(write_npz(tmp_path / "plain.npz", plain))
@@ -77,8 +81,13 @@ def test_whole_numbers_of_decibels_are_read(tmp_path: Path) -> None:
 def test_keys_of_other_tools_are_left_alone(tmp_path: Path) -> None:
     arrays = original_arrays(8)
     wanted = read(write_npz(tmp_path / "plain.npz", arrays))
-    others = {"note": np.array([{"a": 1}, None], object), "R_samp": np.asfortranarray(np.zeros((3, 4), ">f8")),
-              "names": np.array(["a", "b"]), "rows": np.zeros((), "i4"), "table": np.zeros(2, [("a", "f4"), ("b", "i4")])}
+    others = {
+        "note": np.array([{"a": 1}, None], object),
+        "R_samp": np.asfortranarray(np.zeros((3, 4), ">f8")),
+        "names": np.array(["a", "b"]),
+        "rows": np.zeros((), "i4"),
+        "table": np.zeros(2, [("a", "f4"), ("b", "i4")]),
+    }
     path = write_npz(tmp_path / "other.npz", arrays | others)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("broken.npy", b"no header at all")
@@ -97,12 +106,19 @@ def test_all_missing_keys_are_named_at_once(tmp_path: Path, lost: tuple[str, ...
 def test_the_settings_that_fit_the_files_are_named_at_once_and_fit(tmp_path: Path) -> None:
     write_npz(tmp_path / "a.npz", original_arrays(8, task=SMALL))
     square = Config(data=Data(path=str(tmp_path)))
-    with pytest.raises(DataError, match="--set task.snapshots=8 --set task.bs_antennas=4 --set task.max_sources=3 task.ris_horizontal and "
-                                        "task.ris_vertical with the product 24"):
+    with pytest.raises(
+        DataError,
+        match=(
+            "--set task.snapshots=8 --set task.bs_antennas=4 --set task.max_sources=3 task.ris_horizontal and "
+            "task.ris_vertical with the product 24"
+        ),
+    ):
         open_source(square, "cpu")
 
 
-def test_a_column_that_is_compressed_in_fortran_order_counts_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_column_that_is_compressed_in_fortran_order_counts_as_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arrays = {key: np.asfortranarray(value) for key, value in original_arrays(20).items()}
     path = write_npz(tmp_path / "a.npz", arrays, compressed=True)
     monkeypatch.setattr(table, "free_host_bytes", lambda: arrays["R"].nbytes)
@@ -117,7 +133,12 @@ def randomised(scenes: int, split: str = "train") -> dict[str, np.ndarray]:
     """The original's domain randomisation: phases, amplitudes and elements that drop out, scene by scene."""
     arrays, rng = original_arrays(scenes, split=split), np.random.default_rng(scenes)
     codes = as_complex(arrays["codes"])
-    codes = codes * np.exp(1j * rng.normal(0, 0.04, codes.shape)) * rng.uniform(0.95, 1.05, codes.shape) * (rng.random(codes.shape) > 0.03)
+    codes = (
+        codes
+        * np.exp(1j * rng.normal(0, 0.04, codes.shape))
+        * rng.uniform(0.95, 1.05, codes.shape)
+        * (rng.random(codes.shape) > 0.03)
+    )
     collapsed = np.einsum("bmn,bln->blm", as_complex(arrays["H_full"]), codes)
     for key, value in (("codes", codes), ("H", collapsed)):
         arrays[key] = np.stack((value.real, value.imag), -1).astype(np.float32)
@@ -155,10 +176,13 @@ def test_codes_of_any_size_are_compared_in_their_own_unit(tmp_path: Path) -> Non
     for key in ("codes", "H", "y"):
         arrays[key] *= np.float32(1e-6)
     scenes = read(write_npz(tmp_path / "a.npz", arrays))
-    assert scenes.codes.dim() == 4 and float(scenes.codes.abs().max()) == pytest.approx(float(np.abs(arrays["codes"]).max()), rel=0.1)
+    assert scenes.codes.dim() == 4 and float(scenes.codes.abs().max()) == pytest.approx(
+        float(np.abs(arrays["codes"]).max()), rel=0.1
+    )
 
 
-# ---- what lies beside the shards --------------------------------------------------------------------------------------
+# ---- what lies beside the shards
+# --------------------------------------------------------------------------------------
 
 
 def test_hidden_files_of_other_systems_are_read_past(tmp_path: Path) -> None:
@@ -177,7 +201,11 @@ def test_what_is_no_file_among_the_shards_is_named(tmp_path: Path, what: str) ->
         place.mkdir()
     else:
         os.mkfifo(place)
-    found = {"link": "a link to /nowhere/shard.npz, which is not there", "folder": "a folder", "pipe": "something that is no file"}[what]
+    found = {
+        "link": "a link to /nowhere/shard.npz, which is not there",
+        "folder": "a folder",
+        "pipe": "something that is no file",
+    }[what]
     with pytest.raises(DataError) as caught:
         open_source(Config(task=SMALL, data=Data(path=str(tmp_path))), "cpu")
     assert caught.value.where == str(place) and caught.value.found == found

@@ -1,12 +1,13 @@
-"""Whatever bytes a data set has, opening it ends in scenes or in a DataError: no other exception, no hang, no huge allocation."""
+"""Whatever bytes a data set has, opening it ends in scenes or in a DataError: no other exception, no hang, no huge
+allocation."""
 
 from __future__ import annotations
 
 import json
 import random
 import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from ris_fast.data.write import write_shards
 from ris_fast.physics.random import SPLITS
 
 MUTATIONS = 200
-MOST_BYTES = 2**30            # beyond what the process has; an honest reading of these files takes a few MiB
+MOST_BYTES = 2**30  # beyond what the process has; an honest reading of these files takes a few MiB
 Mutate = Callable[[random.Random, bytes], bytes]
 
 
@@ -32,20 +33,24 @@ def flipped(rng: random.Random, raw: bytes) -> bytes:
 
 
 def cut(rng: random.Random, raw: bytes) -> bytes:
-    return raw[:rng.randrange(len(raw))]
+    return raw[: rng.randrange(len(raw))]
 
 
 def spliced(rng: random.Random, raw: bytes) -> bytes:
     """A piece left out, doubled, or overwritten with noise."""
     at, length = rng.randrange(len(raw)), rng.choice((1, 4, 30, 500))
-    return raw[:at] + rng.choice((b"", 2 * raw[at:at + length], rng.randbytes(length))) + raw[at + length:]
+    return raw[:at] + rng.choice((b"", 2 * raw[at : at + length], rng.randbytes(length))) + raw[at + length :]
 
 
 def edited(rng: random.Random, raw: bytes) -> bytes:
     """One byte of what describes the arrays: text and numbers of a header."""
-    marks = [i for word in (b"NUMPY", b"PK\1\2", b"PK\3\4", b"PK\5\6", b'"dtype"', b'"shape"', b'"scenes"', b'"shards"') for i in _all(raw, word)]
+    marks = [
+        i
+        for word in (b"NUMPY", b"PK\1\2", b"PK\3\4", b"PK\5\6", b'"dtype"', b'"shape"', b'"scenes"', b'"shards"')
+        for i in _all(raw, word)
+    ]
     at = min(len(raw) - 1, rng.choice(marks or [0]) + rng.randrange(110))
-    return raw[:at] + rng.choice((b"9", b"-", b"e", b"[", b"\0", b"\xff", b"", b"99999999")) + raw[at + 1:]
+    return raw[:at] + rng.choice((b"9", b"-", b"e", b"[", b"\0", b"\xff", b"", b"99999999")) + raw[at + 1 :]
 
 
 def _all(raw: bytes, word: bytes) -> Iterator[int]:
@@ -106,7 +111,11 @@ def test_any_numbers_in_an_npz_are_read_or_refused(tmp_path: Path, bounded: None
             for key in rng.choice([*arrays], rng.integers(1, 3)):
                 value, scene = arrays[key], rng.integers(6)
                 where = (slice(None), (scene,), tuple(rng.integers(value.shape)))[rng.integers(3)]
-                value[where] = value.dtype.type(rng.choice(EXTREMES)) if rng.random() < 0.8 else rng.normal(size=value[where].shape) * 100
+                value[where] = (
+                    value.dtype.type(rng.choice(EXTREMES))
+                    if rng.random() < 0.8
+                    else rng.normal(size=value[where].shape) * 100
+                )
             outcome(write_npz(tmp_path / "shard.npz", arrays))
 
 

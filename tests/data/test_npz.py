@@ -9,8 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from make_npz import (SMALL, all_scenes, as_complex, as_pairs, original_arrays, original_steering, write_folders,
-                      write_npz)
+from make_npz import (
+    SMALL,
+    all_scenes,
+    as_complex,
+    as_pairs,
+    original_arrays,
+    original_steering,
+    write_folders,
+    write_npz,
+)
 
 from ris_fast.config.schema import Config, Data, Task
 from ris_fast.data import table
@@ -37,8 +45,12 @@ def test_scenes_are_the_files_rows(tmp_path: Path) -> None:
     rows = torch.tensor([39, 0, 13, 12, 0])
     scenes = source.batch("train", rows)
     assert torch.equal(scenes.index, rows) and source.channel and scenes.collapsed is None
-    for key, found in (("y", scenes.snapshots), ("H_full", scenes.channel), ("K", scenes.count),
-                       ("snr", scenes.snr_db)):
+    for key, found in (
+        ("y", scenes.snapshots),
+        ("H_full", scenes.channel),
+        ("K", scenes.count),
+        ("snr", scenes.snr_db),
+    ):
         assert found is not None and np.array_equal(found.numpy(), arrays[key][rows.numpy()]), key
     assert np.array_equal(scenes.codes.numpy(), arrays["codes"][0])
 
@@ -122,7 +134,9 @@ def test_off_centre_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
 @pytest.mark.parametrize("shift", [(1.0, 0.0), (-0.75, 0.31), (3.5, -2.5)])
-def test_an_array_anywhere_is_found_from_its_covariances(tmp_path: Path, shift: tuple[float, float], wavefront: str) -> None:
+def test_an_array_anywhere_is_found_from_its_covariances(
+    tmp_path: Path, shift: tuple[float, float], wavefront: str
+) -> None:
     task = replace(SMALL, wavefront=wavefront)
     source = open_npz(write_folders(tmp_path, centred=True, shift=shift, task=task), task)
     facts = source._load("train").facts
@@ -133,7 +147,9 @@ def test_an_array_anywhere_is_found_from_its_covariances(tmp_path: Path, shift: 
 
 
 def test_an_array_anywhere_is_found_through_element_jitter(tmp_path: Path) -> None:
-    facts = open_npz(write_folders(tmp_path, centred=True, shift=(1.5, -2.0), jitter=0.003, train=240))._load("train").facts
+    facts = (
+        open_npz(write_folders(tmp_path, centred=True, shift=(1.5, -2.0), jitter=0.003, train=240))._load("train").facts
+    )
     assert not facts.exact and facts.offset == pytest.approx((1.5, -2.0), abs=0.1)
 
 
@@ -326,7 +342,10 @@ def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flat", [False, True])
 def test_a_split_smaller_than_was_asked_for_is_told(tmp_path: Path, flat: bool) -> None:
     path = write_npz(tmp_path / "a.npz", original_arrays(50)) if flat else write_folders(tmp_path)
-    config = Config(task=SMALL, data=Data(path=str(path), train_scenes=160, val_scenes=40, test_scenes=8),
-                    provenance={"data.train_scenes": "flag"})
+    config = Config(
+        task=SMALL,
+        data=Data(path=str(path), train_scenes=160, val_scenes=40, test_scenes=8),
+        provenance={"data.train_scenes": "flag"},
+    )
     told = [note for note in open_source(config, "cpu").notes if "data.train_scenes is 160 (flag)" in note]
     assert len(told) == 1 and "there are 40 train scenes" in told[0]

@@ -33,23 +33,31 @@ def test_auto_looks_into_the_path(root: Path) -> None:
     assert guess_source(str(root / "sets/npz/train/shard_000.npz")) == "npz"
 
 
-@pytest.mark.parametrize("given, found, todo", [
-    ("sets/shards/manifest.json", "one file of a data set", "--data {root}/sets/shards."),
-    ("sets/shards/train-00000.safetensors", "one file of a data set", "--data {root}/sets/shards."),
-    ("later.partial/plan.json", "a file that is no .npz", "--data DIR"),
-    ("moved", "no such file or folder", "data.path in a run's config.toml"),
-    ("later", "unfinished work in later.partial", "`ris-fast simulate` command again"),
-    ("later.partial", "unfinished work", "`ris-fast simulate` command again"),
-    ("empty", "an empty folder", "--data DIR"),
-    ("cut", "without a manifest.json", "Copy the whole folder"),
-    ("sets", "but npz, shards", "--data {root}/sets/npz."),
-    ("/dev/null", "a file that is no .npz", "--data DIR"),
-])
+@pytest.mark.parametrize(
+    "given, found, todo",
+    [
+        ("sets/shards/manifest.json", "one file of a data set", "--data {root}/sets/shards."),
+        ("sets/shards/train-00000.safetensors", "one file of a data set", "--data {root}/sets/shards."),
+        ("later.partial/plan.json", "a file that is no .npz", "--data DIR"),
+        ("moved", "no such file or folder", "data.path in a run's config.toml"),
+        ("later", "unfinished work in later.partial", "`ris-fast simulate` command again"),
+        ("later.partial", "unfinished work", "`ris-fast simulate` command again"),
+        ("empty", "an empty folder", "--data DIR"),
+        ("cut", "without a manifest.json", "Copy the whole folder"),
+        ("sets", "but npz, shards", "--data {root}/sets/npz."),
+        ("/dev/null", "a file that is no .npz", "--data DIR"),
+    ],
+)
 def test_what_is_no_data_set_is_told(root: Path, given: str, found: str, todo: str) -> None:
     with pytest.raises(DataError) as caught:
         open_source(Config(task=SMALL, data=Data(path=str(root / given))), "cpu")
     error = caught.value
-    assert error.where == str(root / given) and found in error.found and error.expected and todo.format(root=root) in error.todo
+    assert (
+        error.where == str(root / given)
+        and found in error.found
+        and error.expected
+        and todo.format(root=root) in error.todo
+    )
 
 
 @pytest.mark.parametrize("source", ["npz", "shards"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from make_npz import SMALL, all_scenes
 from safetensors.torch import load_file, save_file
 
+from ris_fast.config.load import load_config
 from ris_fast.config.schema import Config, Data, Task
 from ris_fast.data import table
 from ris_fast.data.errors import DataError
@@ -20,7 +22,6 @@ from ris_fast.data.shards import ShardSource, verify_manifest
 from ris_fast.data.source import SimulatedSource, open_source
 from ris_fast.data.statistics import measure
 from ris_fast.data.write import file_hash, write_shards
-from ris_fast.config.load import load_config
 
 SIZES = {"train": 50, "val": 12, "test": 8}
 
@@ -37,8 +38,9 @@ def written(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 @pytest.mark.parametrize("mapped", [False, True])
-def test_shards_are_the_simulators_scenes(written: Path, monkeypatch: pytest.MonkeyPatch, split: str,
-                                          mapped: bool) -> None:
+def test_shards_are_the_simulators_scenes(
+    written: Path, monkeypatch: pytest.MonkeyPatch, split: str, mapped: bool
+) -> None:
     if mapped:
         monkeypatch.setattr(table, "free_host_bytes", lambda: 1000)
     source = ShardSource(config(written), "cpu")
@@ -101,8 +103,9 @@ def test_verify_finds_a_byte_changed_since_the_set_was_opened(written: Path) -> 
 
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("name", ["train-00003", "val-00000"])
-def test_a_changed_byte_of_what_is_read_is_refused_on_opening(written: Path, monkeypatch: pytest.MonkeyPatch, name: str,
-                                                              mapped: bool) -> None:
+def test_a_changed_byte_of_what_is_read_is_refused_on_opening(
+    written: Path, monkeypatch: pytest.MonkeyPatch, name: str, mapped: bool
+) -> None:
     if mapped:
         monkeypatch.setattr(table, "free_host_bytes", lambda: 1000)
     flip(written / f"{name}.safetensors")
@@ -145,8 +148,11 @@ def test_verify_finds_inputs_changed_on_their_way(written: Path, monkeypatch: py
     batch = source.batch
     monkeypatch.setattr(source, "batch", lambda split, index: batch(split, index).apply(lambda t: t * 2))
     problems = verify_manifest(source)
-    assert {word for p in problems for word in ("snapshots_rms", "channel_rms", "snr_db_mean") if word in p} \
-        == {"snapshots_rms", "channel_rms", "snr_db_mean"}
+    assert {word for p in problems for word in ("snapshots_rms", "channel_rms", "snr_db_mean") if word in p} == {
+        "snapshots_rms",
+        "channel_rms",
+        "snr_db_mean",
+    }
 
 
 def test_configured_sizes_limit_the_splits(written: Path) -> None:
@@ -155,17 +161,28 @@ def test_configured_sizes_limit_the_splits(written: Path) -> None:
     assert all_scenes(source, "train").batch == 20 and verify_manifest(source) == []
 
 
-@pytest.mark.parametrize("origin, told", [("flag", True), ("--set", True), ("default", False), ("preset seed", False), (None, False)])
+@pytest.mark.parametrize(
+    "origin, told", [("flag", True), ("--set", True), ("default", False), ("preset seed", False), (None, False)]
+)
 def test_a_split_smaller_than_was_asked_for_is_told(written: Path, origin: str | None, told: bool) -> None:
-    asked = replace(config(written, train_scenes=60, val_scenes=12),
-                    provenance={"data.train_scenes": origin, "data.val_scenes": origin} if origin else {})
+    asked = replace(
+        config(written, train_scenes=60, val_scenes=12),
+        provenance={"data.train_scenes": origin, "data.val_scenes": origin} if origin else {},
+    )
     notes = ShardSource(asked, "cpu").notes
-    assert notes == ([f"data.train_scenes is 60 ({origin}), but there are 50 train scenes: all are in use"] if told else [])
+    assert notes == (
+        [f"data.train_scenes is 60 ({origin}), but there are 50 train scenes: all are in use"] if told else []
+    )
 
 
 def test_copies_between_splits_are_counted(written: Path) -> None:
-    replace_shard(written, "val-00000", lambda t: t.update({k: v[:12] for k, v in load_file(
-        written / "train-00000.safetensors").items() if k != "codes"}))
+    replace_shard(
+        written,
+        "val-00000",
+        lambda t: t.update(
+            {k: v[:12] for k, v in load_file(written / "train-00000.safetensors").items() if k != "codes"}
+        ),
+    )
     source = ShardSource(config(written), "cpu")
     assert [(o.count, o.total, o.shift) for o in source.overlaps] == [(12, 12, 0)] and "copies" in source.notes[0]
 
@@ -177,8 +194,15 @@ def replace_shard(folder: Path, name: str, damage: Callable[[dict[str, torch.Ten
     damage(tensors)
     path.unlink()
     save_file({k: v.contiguous() for k, v in tensors.items()}, path)
-    edit_manifest(folder, lambda m: [e.update(bytes=path.stat().st_size, sha256=file_hash(path)) for s in m["splits"].values()
-                                     for e in s["shards"] if e["file"] == path.name])
+    edit_manifest(
+        folder,
+        lambda m: [
+            e.update(bytes=path.stat().st_size, sha256=file_hash(path))
+            for s in m["splits"].values()
+            for e in s["shards"]
+            if e["file"] == path.name
+        ],
+    )
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -190,7 +214,8 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None
 def cut(share: float) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         path = folder / "train-00001.safetensors"
-        path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
+        path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
     return damage
 
 
@@ -198,7 +223,8 @@ def garble(start: int, raw: bytes) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         path = folder / "train-00001.safetensors"
         whole = path.read_bytes()
-        path.write_bytes(whole[:start] + raw + whole[start + len(raw):])
+        path.write_bytes(whole[:start] + raw + whole[start + len(raw) :])
+
     return damage
 
 
@@ -222,8 +248,12 @@ DAMAGE = {
     "inf in power": (tensor("power", lambda t: t * np.inf), "train-00001", "power", "NaN or infinite"),
     "mis-shaped": (tensor("channel", lambda t: t[:, :2]), "train-00001", "channel", "shape (16, 2, 24, 2)"),
     "mistyped": (tensor("snr_db", lambda t: t.double()), "train-00001", "snr_db", "float64"),
-    "no such tensor": (lambda f: replace_shard(f, "train-00001", lambda t: t.pop("power")), "train-00001", "power",
-                       "no such"),
+    "no such tensor": (
+        lambda f: replace_shard(f, "train-00001", lambda t: t.pop("power")),
+        "train-00001",
+        "power",
+        "no such",
+    ),
     "other codes": (tensor("codes", lambda t: -t), "train-00001", "codes", "other codes"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "set", "", "no manifest.json"),
     "manifest cut": (lambda f: (f / "manifest.json").write_text("{"), "manifest", "", "no readable JSON"),
@@ -231,14 +261,30 @@ DAMAGE = {
     "manifest is a list": (lambda f: (f / "manifest.json").write_text("[]"), "manifest", "format", "[]"),
     "no seed": (lambda f: edit_manifest(f, lambda m: m.pop("seed")), "manifest", "seed", "no such entry"),
     "no val": (lambda f: edit_manifest(f, lambda m: m["splits"].pop("val")), "manifest", "val", "no such entry"),
-    "no hashes": (lambda f: edit_manifest(f, lambda m: m["splits"]["test"]["shards"][0].pop("sha256")), "manifest",
-                  "splits.test", "no whole list"),
-    "a shard not listed": (lambda f: edit_manifest(f, lambda m: m["splits"]["train"]["shards"].pop()), "manifest",
-                           "splits.train", "no whole list"),
-    "splits are a list": (lambda f: edit_manifest(f, lambda m: m.update(splits=["train", "val", "test"])), "manifest",
-                          "splits", "no such entry"),
-    "other task": (lambda f: edit_manifest(f, lambda m: m["task"].update(snr_min_db=-9.0)), "manifest",
-                   "task", "snr_min_db -9.0"),
+    "no hashes": (
+        lambda f: edit_manifest(f, lambda m: m["splits"]["test"]["shards"][0].pop("sha256")),
+        "manifest",
+        "splits.test",
+        "no whole list",
+    ),
+    "a shard not listed": (
+        lambda f: edit_manifest(f, lambda m: m["splits"]["train"]["shards"].pop()),
+        "manifest",
+        "splits.train",
+        "no whole list",
+    ),
+    "splits are a list": (
+        lambda f: edit_manifest(f, lambda m: m.update(splits=["train", "val", "test"])),
+        "manifest",
+        "splits",
+        "no such entry",
+    ),
+    "other task": (
+        lambda f: edit_manifest(f, lambda m: m["task"].update(snr_min_db=-9.0)),
+        "manifest",
+        "task",
+        "snr_min_db -9.0",
+    ),
 }
 
 
@@ -255,7 +301,10 @@ def test_damage_is_named(written: Path, name: str) -> None:
 
 def test_a_set_of_another_task_says_how_to_use_it(written: Path) -> None:
     """All that differs at once; the task of the data set is what load_config takes."""
-    said = "found bs_antennas 4, ris_horizontal 6, .* max_sources 3; expected bs_antennas 16, .* max_sources 5, as configured"
+    said = (
+        "found bs_antennas 4, ris_horizontal 6, .* max_sources 3; expected bs_antennas 16, .* max_sources 5, as"
+        " configured"
+    )
     with pytest.raises(DataError, match=said):
         ShardSource(config(written, task=Task()), "cpu")
     assert ShardSource(load_config(preset="laptop", flags={"data.path": written}), "cpu").size("train")

@@ -23,8 +23,10 @@ def simulated(**data: object) -> Config:
 def files(root: Path) -> dict[str, Config]:
     write_folders(root / "npz", train=50)
     write_shards(simulated(), root / "shards", {"train": 50, "val": 12, "test": 8}, shard_scenes=16)
-    return {"simulate": simulated(),
-            **{kind: Config(task=SMALL, data=Data(path=str(root / kind))) for kind in ("npz", "shards")}}
+    return {
+        "simulate": simulated(),
+        **{kind: Config(task=SMALL, data=Data(path=str(root / kind))) for kind in ("npz", "shards")},
+    }
 
 
 @pytest.mark.parametrize("kind", ["simulate", "npz", "shards"])

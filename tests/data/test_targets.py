@@ -1,4 +1,5 @@
-"""Files whose rows, conjugates, array or symbols are not what the task and the other keys say: named; healthy files: silent.
+"""Files whose rows, conjugates, array or symbols are not what the task and the other keys say: named; healthy files:
+silent.
 
 Every folder is written by the original's own formulas (make_npz.py), with exact positions or with its element jitter.
 """
@@ -6,23 +7,24 @@ Every folder is written by the original's own formulas (make_npz.py), with exact
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from make_npz import SMALL, original_arrays, write_npz
 
+from ris_fast.commands.evaluate import wrong_targets
 from ris_fast.config.schema import Config, Data, Task, Training
 from ris_fast.data.fit_array import Labels, fit_array, fit_of
-from ris_fast.commands.evaluate import wrong_targets
+from ris_fast.health.finding import Finding, ranked
 from ris_fast.health.preflight import information as check_information
 from ris_fast.health.preflight import scenes as check_scenes
 from ris_fast.health.preflight import targets as check_targets
-from ris_fast.health.finding import Finding, ranked
 from ris_fast.health.preflight.probe import Subject
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.pairs import conj
@@ -39,8 +41,17 @@ def arrays(scenes: int, split: str, jitter: float, task: Task = SMALL, seed: int
     return original_arrays(scenes, split=split, jitter=jitter, task=task, seed=seed)
 
 
-def folder(root: Path, change: Callable[[Arrays], Arrays] = dict, *, jitter: float = 0.0, task: Task = SMALL, train: int = 120, seed: int = 0,
-           shards: int = 1, changed_shards: int = 99) -> Path:
+def folder(
+    root: Path,
+    change: Callable[[Arrays], Arrays] = dict,
+    *,
+    jitter: float = 0.0,
+    task: Task = SMALL,
+    train: int = 120,
+    seed: int = 0,
+    shards: int = 1,
+    changed_shards: int = 99,
+) -> Path:
     """root/train in some shards, of which the first few are changed, and root/val, changed like the first."""
     whole = arrays(train, "train", jitter, task, seed)
     for part, rows in enumerate(np.array_split(np.arange(train), shards)):
@@ -52,7 +63,9 @@ def folder(root: Path, change: Callable[[Arrays], Arrays] = dict, *, jitter: flo
 
 
 def subject_of(path: Path, task: Task = SMALL) -> Subject:
-    return Subject(Trainer(Config(task=task, data=Data(path=str(path)), training=Training(batch_size=32, device="cpu"))))
+    return Subject(
+        Trainer(Config(task=task, data=Data(path=str(path)), training=Training(batch_size=32, device="cpu")))
+    )
 
 
 def findings(path: Path, task: Task = SMALL) -> list[Finding]:
@@ -64,6 +77,7 @@ def shuffled(*names: str) -> Callable[[Arrays], Arrays]:
     def change(some: Arrays) -> Arrays:
         order = np.random.default_rng(1).permutation(len(some["y"]))
         return some | {name: some[name][order] for name in names}
+
     return change
 
 
@@ -72,7 +86,10 @@ FAULTS: dict[str, tuple[str, Callable[[Arrays], Arrays]]] = {
     "R rolled": ("shuffled_labels", lambda some: some | {"R": np.roll(some["R"], 1, 0)}),
     "R conjugated": ("conjugation_error", lambda some: some | {"R": some["R"] * MINUS}),
     "ptr shuffled": ("shuffled_labels", shuffled("ptr", "K")),
-    "angles exchanged": ("wrong_layout", lambda some: some | {"ptr": some["ptr"].reshape(-1, 3, 3)[:, [1, 0, 2]].reshape(-1, 9)}),
+    "angles exchanged": (
+        "wrong_layout",
+        lambda some: some | {"ptr": some["ptr"].reshape(-1, 3, 3)[:, [1, 0, 2]].reshape(-1, 9)},
+    ),
     "y conjugated": ("wrong_layout", lambda some: some | {"y": some["y"] * MINUS}),
     "y transposed": ("wrong_layout", lambda some: some | {"y": some["y"].swapaxes(1, 2).reshape(some["y"].shape)}),
     "y shuffled": ("mismatched_channel", shuffled("y")),
@@ -82,9 +99,17 @@ FAULTS: dict[str, tuple[str, Callable[[Arrays], Arrays]]] = {
     "snr too high": ("snr_labels_differ", lambda some: some | {"snr": some["snr"] + 10}),
     "codes conjugated": ("wrong_layout", lambda some: some | {"codes": some["codes"] * MINUS}),
     "codes rolled": ("wrong_layout", lambda some: some | {"codes": np.roll(some["codes"], 1, 1)}),
-    "y of noise": ("parts_unrelated", lambda some: some | {"y": np.random.default_rng(len(some["y"])).standard_normal(some["y"].shape).astype(np.float32)}),
+    "y of noise": (
+        "parts_unrelated",
+        lambda some: (
+            some | {"y": np.random.default_rng(len(some["y"])).standard_normal(some["y"].shape).astype(np.float32)}
+        ),
+    ),
     "elements of R permuted": ("parts_unrelated", lambda some: some | {"R": some["R"][:, ORDER][:, :, ORDER]}),
-    "angles negated": ("wrong_layout", lambda some: some | {"ptr": some["ptr"] * np.repeat([-1, -1, 1], 3).astype(np.float32)}),
+    "angles negated": (
+        "wrong_layout",
+        lambda some: some | {"ptr": some["ptr"] * np.repeat([-1, -1, 1], 3).astype(np.float32)},
+    ),
     "H conjugated": ("wrong_layout", lambda some: some | {"H_full": some["H_full"] * MINUS, "H": some["H"] * MINUS}),
 }
 
@@ -94,7 +119,9 @@ FAULTS: dict[str, tuple[str, Callable[[Arrays], Arrays]]] = {
 def test_labels_that_belong_to_other_scenes_are_named(tmp_path: Path, name: str, jitter: float) -> None:
     cause, change = FAULTS[name]
     found = findings(folder(tmp_path, change, jitter=jitter))
-    assert [(finding.cause, finding.certain) for finding in found] == [(cause, True)], [str(finding) for finding in found]
+    assert [(finding.cause, finding.certain) for finding in found] == [(cause, True)], [
+        str(finding) for finding in found
+    ]
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.05], ids=["exact", "jitter"])
@@ -102,56 +129,94 @@ def test_labels_that_belong_to_other_scenes_are_named(tmp_path: Path, name: str,
 def test_one_shard_of_several_is_enough(tmp_path: Path, name: str, jitter: float) -> None:
     cause, change = FAULTS[name]
     found = findings(folder(tmp_path, change, jitter=jitter, shards=6, changed_shards=1))
-    assert [(finding.cause, finding.certain) for finding in found] == [(cause, True)], [str(finding) for finding in found]
+    assert [(finding.cause, finding.certain) for finding in found] == [(cause, True)], [
+        str(finding) for finding in found
+    ]
 
 
-@pytest.mark.parametrize("name, cause", [("R", "shuffled_labels"), ("y", "mismatched_channel"), ("H_full", "mismatched_channel")])
+@pytest.mark.parametrize(
+    "name, cause", [("R", "shuffled_labels"), ("y", "mismatched_channel"), ("H_full", "mismatched_channel")]
+)
 def test_half_of_the_rows_are_enough(tmp_path: Path, name: str, cause: str) -> None:
     def half(some: Arrays) -> Arrays:
         rows = np.flatnonzero(np.random.default_rng(2).random(len(some["y"])) < 0.5)
         mixed = some[name].copy()
         mixed[rows] = some[name][np.roll(rows, 3)]
         return some | {name: mixed}
+
     found = findings(folder(tmp_path, half, jitter=0.05))
-    assert [(finding.cause, finding.certain) for finding in found] == [(cause, True)], [str(finding) for finding in found]
+    assert [(finding.cause, finding.certain) for finding in found] == [(cause, True)], [
+        str(finding) for finding in found
+    ]
 
 
 def snr(low: float, high: float) -> dict[str, float]:
     return {"snr_min_db": low, "snr_max_db": high}
 
 
-@pytest.mark.parametrize("jitter, options", [
-    (0.0, {}), (0.05, {}), (0.2, {}), (0.05, {"symbols": "per_snapshot"}), (0.0, {"symbols": "per_snapshot"}), (0.05, {"max_sources": 1}),
-    (0.05, {"max_sources": 5}), (0.05, snr(-5, -5)), (0.0, snr(-25, -20)), (0.05, snr(-25, -20)), (0.05, {"wavefront": "spherical"}),
-    (0.05, {"spacing_wavelengths": 0.3, "wavelength_m": 0.1})])
+@pytest.mark.parametrize(
+    "jitter, options",
+    [
+        (0.0, {}),
+        (0.05, {}),
+        (0.2, {}),
+        (0.05, {"symbols": "per_snapshot"}),
+        (0.0, {"symbols": "per_snapshot"}),
+        (0.05, {"max_sources": 1}),
+        (0.05, {"max_sources": 5}),
+        (0.05, snr(-5, -5)),
+        (0.0, snr(-25, -20)),
+        (0.05, snr(-25, -20)),
+        (0.05, {"wavefront": "spherical"}),
+        (0.05, {"spacing_wavelengths": 0.3, "wavelength_m": 0.1}),
+    ],
+)
 def test_healthy_files_give_no_finding(tmp_path: Path, jitter: float, options: dict[str, Any]) -> None:
     task = replace(SMALL, **options)
     found = findings(folder(tmp_path, jitter=jitter, task=task, train=80, seed=10), task)
     assert found == [], [str(finding) for finding in found]
 
 
-# ---- the task is not the files' ----------------------------------------------------------------------------------------------
+# ---- the task is not the files'
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.05], ids=["exact", "jitter"])
-@pytest.mark.parametrize("made, said", [
-    ({"wavelength_m": 0.0857}, {"wavelength_m": 0.3}), ({}, {"wavelength_m": 0.1}), ({}, {"spacing_wavelengths": 0.25}),
-    ({"spacing_wavelengths": 0.25}, {}), ({"wavefront": "spherical"}, {}), ({}, {"ris_horizontal": 4, "ris_vertical": 6}),
-    ({}, {"ris_horizontal": 12, "ris_vertical": 2}), ({"spacing_wavelengths": 0.4, "wavelength_m": 0.1}, {})])
-def test_settings_that_are_not_the_files_are_named_with_the_right_value(tmp_path: Path, made: dict, said: dict, jitter: float) -> None:
-    """The advice is executed: with its settings nothing is found, and they are the ones that the files were made with."""
+@pytest.mark.parametrize(
+    "made, said",
+    [
+        ({"wavelength_m": 0.0857}, {"wavelength_m": 0.3}),
+        ({}, {"wavelength_m": 0.1}),
+        ({}, {"spacing_wavelengths": 0.25}),
+        ({"spacing_wavelengths": 0.25}, {}),
+        ({"wavefront": "spherical"}, {}),
+        ({}, {"ris_horizontal": 4, "ris_vertical": 6}),
+        ({}, {"ris_horizontal": 12, "ris_vertical": 2}),
+        ({"spacing_wavelengths": 0.4, "wavelength_m": 0.1}, {}),
+    ],
+)
+def test_settings_that_are_not_the_files_are_named_with_the_right_value(
+    tmp_path: Path, made: dict, said: dict, jitter: float
+) -> None:
+    """The advice is executed: with its settings nothing is found, and they are the ones that the files were made
+    with."""
     right, wrong = replace(SMALL, **made), replace(SMALL, **said)
     path = folder(tmp_path, jitter=jitter, task=right)
-    finding, = findings(path, wrong)
+    (finding,) = findings(path, wrong)
     assert finding.cause == "task_differs" and finding.certain, str(finding)
     settings = [word.split("=") for word in shlex.split(finding.advice.rstrip(".")) if word.startswith("task.")]
     assert {name.removeprefix("task.") for name, _ in settings} == {name for name in (*made, *said)}
     for name, value in settings:
         key = name.removeprefix("task.")
         own = getattr(right, key)
-        assert value == own if isinstance(own, str) else float(value) == pytest.approx(own, rel=4e-2 if jitter else 1e-5), finding.advice
+        assert (
+            value == own if isinstance(own, str) else float(value) == pytest.approx(own, rel=4e-2 if jitter else 1e-5)
+        ), finding.advice
     kinds = {"wavefront": str, "ris_horizontal": int, "ris_vertical": int}
-    advised = replace(wrong, **{name.removeprefix("task."): kinds.get(name.removeprefix("task."), float)(value) for name, value in settings})
+    advised = replace(
+        wrong,
+        **{name.removeprefix("task."): kinds.get(name.removeprefix("task."), float)(value) for name, value in settings},
+    )
     assert findings(path, advised) == []
 
 
@@ -159,9 +224,18 @@ def test_the_vertical_index_fastest_is_named(tmp_path: Path) -> None:
     order = np.arange(SMALL.elements).reshape(SMALL.ris_vertical, SMALL.ris_horizontal).T.ravel()
 
     def renumbered(some: Arrays) -> Arrays:
-        return some | {"R": some["R"][:, order][:, :, order], "H_full": some["H_full"][:, :, order], "codes": some["codes"][:, :, order]}
-    finding, = findings(folder(tmp_path, renumbered))
-    assert finding.cause == "wrong_layout" and "vertical index fastest" in finding.evidence and "horizontal index fastest" in finding.advice
+        return some | {
+            "R": some["R"][:, order][:, :, order],
+            "H_full": some["H_full"][:, :, order],
+            "codes": some["codes"][:, :, order],
+        }
+
+    (finding,) = findings(folder(tmp_path, renumbered))
+    assert (
+        finding.cause == "wrong_layout"
+        and "vertical index fastest" in finding.evidence
+        and "horizontal index fastest" in finding.advice
+    )
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -171,7 +245,10 @@ def test_the_array_is_found_to_the_last_digit(seed: int) -> None:
     labels = Labels.of(*(torch.from_numpy(made[key]) for key in ("ptr", "K", "R")))
     found = fit_array(RISArray.of(SMALL), labels)
     assert found is not None and found.fit < 1e-9
-    assert (found.array.wavelength_m, found.spacing_wavelengths) == (pytest.approx(0.0123, rel=1e-6), pytest.approx(0.37, rel=1e-6))
+    assert (found.array.wavelength_m, found.spacing_wavelengths) == (
+        pytest.approx(0.0123, rel=1e-6),
+        pytest.approx(0.37, rel=1e-6),
+    )
     assert float(fit_of(found.array, labels).max()) < 1e-6
 
 
@@ -179,26 +256,33 @@ def test_the_array_is_found_to_the_last_digit(seed: int) -> None:
 @pytest.mark.parametrize("made, said", [("per_snapshot", "static"), ("static", "per_snapshot")])
 def test_symbols_of_the_other_kind_are_named(tmp_path: Path, made: str, said: str, jitter: float) -> None:
     path = folder(tmp_path, jitter=jitter, task=replace(SMALL, symbols=made))
-    finding, = findings(path, replace(SMALL, symbols=said))
+    (finding,) = findings(path, replace(SMALL, symbols=said))
     assert finding.cause == "task_differs" and finding.certain and f"--set task.symbols={made}" in finding.advice
     assert findings(path, replace(SMALL, symbols=made)) == []
 
 
-# ---- the reader's own words --------------------------------------------------------------------------------------------------
+# ---- the reader's own words
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_fit_of_r_is_shown(tmp_path: Path) -> None:
     for jitter, below in ((0.0, 1e-9), (0.05, 0.05)):
         source = subject_of(folder(tmp_path / str(jitter), jitter=jitter)).trainer.source
         fit = source.target_fit("train")
-        assert len(fit) == source.size("train") and float(fit.median()) < below and (jitter == 0) == (float(fit.max()) < 1e-6)
+        assert (
+            len(fit) == source.size("train")
+            and float(fit.median()) < below
+            and (jitter == 0) == (float(fit.max()) < 1e-6)
+        )
         assert f"median {float(fit.median()):.2g}, largest {float(fit.max()):.2g}" in source.describe()
 
 
 def test_r_that_does_not_belong_to_its_row_is_noted_with_the_number_of_scenes(tmp_path: Path) -> None:
     source = subject_of(folder(tmp_path, FAULTS["R shuffled"][1], shards=4, changed_shards=1)).trainer.source
     apart = int((source.target_fit("train") > 0.5).sum())
-    assert 20 < apart <= 30 and any(f"In {apart} of 120 train scenes" in note and "does not belong" in note for note in source.notes)
+    assert 20 < apart <= 30 and any(
+        f"In {apart} of 120 train scenes" in note and "does not belong" in note for note in source.notes
+    )
 
 
 def test_labels_beyond_the_task_and_conjugated_codes_are_noted(tmp_path: Path) -> None:
@@ -213,7 +297,10 @@ def test_elements_that_move_far_accuse_no_scene(tmp_path: Path) -> None:
     assert float(source.target_fit("train").max()) > 0.5 and not any("does not belong" in note for note in source.notes)
 
 
-@pytest.mark.parametrize("change, said", [(dict, ""), (shuffled("R"), "R does not belong"), (shuffled("R", "ptr", "K"), "not of the same scenes")])
+@pytest.mark.parametrize(
+    "change, said",
+    [(dict, ""), (shuffled("R"), "R does not belong"), (shuffled("R", "ptr", "K"), "not of the same scenes")],
+)
 def test_test_targets_of_other_scenes_are_said_at_the_evaluation(tmp_path: Path, change: Any, said: str) -> None:
     path = folder(tmp_path)
     write_npz(path / "test" / "shard_000.npz", change(arrays(40, "test", 0.0)))
@@ -233,28 +320,34 @@ def test_a_pool_in_one_folder_has_the_fit_of_its_own_rows(tmp_path: Path) -> Non
     assert [finding.cause for finding in findings(path)] == ["shuffled_labels"]
 
 
-# ---- the leak ----------------------------------------------------------------------------------------------------------------
+# ---- the leak
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_advised_about_a_leak_mends_it(tmp_path: Path) -> None:
     path = folder(tmp_path)
     write_npz(path / "val" / "shard_000.npz", {key: value[5:45] for key, value in arrays(120, "train", 0.0).items()})
-    finding, = findings(path)
+    (finding,) = findings(path)
     assert finding.cause == "split_overlap" and "40 of 40 val scenes" in finding.evidence
     words = shlex.split(finding.advice)
     advised = Path(words[words.index("--data") + 1].rstrip(":"))
     assert findings(advised) == [] and subject_of(advised).trainer.source.size("val") > 0
 
 
-# ---- a classical estimate above 1, and what could not be looked at -----------------------------------------------------------
+# ---- a classical estimate above 1, and what could not be looked at
+# -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("cause, change", [("conjugation_error", conj), ("shuffled_labels", lambda factor: factor.roll(5, 0))])
+@pytest.mark.parametrize(
+    "cause, change", [("conjugation_error", conj), ("shuffled_labels", lambda factor: factor.roll(5, 0))]
+)
 def test_an_estimate_worse_than_zero_is_named(tmp_path: Path, cause: str, change: Any) -> None:
     subject = subject_of(folder(tmp_path))
     serve = subject.trainer.source.batch
     assert list(check_information.worth(subject)) == []
-    subject.trainer.source.batch = lambda split, index: replace(scenes := serve(split, index), factor=change(scenes.factor))
+    subject.trainer.source.batch = lambda split, index: replace(
+        scenes := serve(split, index), factor=change(scenes.factor)
+    )
     assert (cause, True) in [(finding.cause, finding.certain) for finding in check_information.worth(subject)]
 
 

@@ -1,4 +1,5 @@
-"""Writing our own data sets: whole or not there at all, continued where it was interrupted, refused before it is long."""
+"""Writing our own data sets: whole or not there at all, continued where it was interrupted, refused before it is
+long."""
 
 from __future__ import annotations
 
@@ -96,8 +97,12 @@ def test_a_set_of_which_no_scene_was_written_is_no_hindrance(tmp_path: Path, mon
     assert write_shards(config(seed=6), tmp_path / "set", SIZES).exists()
 
 
-def test_a_set_that_the_disk_cannot_hold_is_refused_before_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = sum(path.stat().st_size for path in write_shards(config(), tmp_path / "a", SIZES).parent.glob("*.safetensors"))
+def test_a_set_that_the_disk_cannot_hold_is_refused_before_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(
+        path.stat().st_size for path in write_shards(config(), tmp_path / "a", SIZES).parent.glob("*.safetensors")
+    )
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(write, "_simulate", lambda *_: pytest.fail("simulated"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=size // 2))
@@ -106,7 +111,9 @@ def test_a_set_that_the_disk_cannot_hold_is_refused_before_it_is_made(tmp_path: 
     assert not (tmp_path / "b.partial").exists()
 
 
-def test_a_place_that_no_finished_set_can_take_is_refused_before_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_that_no_finished_set_can_take_is_refused_before_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "mounted").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda _: True)
     with pytest.raises(DataError, match="mount point.*--out .*mounted/scenes"):

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ris_fast.kernels.cov_nmse import reference
+from ris_fast.kernels.registry import operators
 
 from ris_fast import gradcheck
 from ris_fast.gradcheck import Row
-from ris_fast.kernels.cov_nmse import reference
-from ris_fast.kernels.registry import operators
 
 DIFFERENTIABLE = [o for o in operators() if any(s.differentiable for s in o.samples)]
 
@@ -31,7 +31,11 @@ def test_every_operator_and_backend_has_its_rows(rows: list[Row]) -> None:
     for operator in DIFFERENTIABLE:
         mine = [row for row in rows if row.operator == operator.name]
         assert {"reference", "as registered"} <= {row.backend for row in mine}
-        numeric = [row for row in mine if row.dtype == "float64" and row.backend != "whole network" and row.gradcheck != "caught"]
+        numeric = [
+            row
+            for row in mine
+            if row.dtype == "float64" and row.backend != "whole network" and row.gradcheck != "caught"
+        ]
         assert numeric and all(row.gradcheck == "pass" for row in numeric)
 
 
@@ -90,7 +94,8 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
 
 @pytest.mark.parametrize("name", ["backprojection", "hybrid"])
 def test_every_parameter_of_a_network_has_the_gradient_of_the_dense_chain(name: str) -> None:
-    """Through the project's networks, parameter by parameter, by the rule: at most twice the error of the eager chain."""
+    """Through the project's networks, parameter by parameter, by the rule: at most twice the error of the eager
+    chain."""
     import ris_fast
     from ris_fast.config.schema import Task
 

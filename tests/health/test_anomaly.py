@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ris_fast.health.monitor.nan_replay import replay
 from bench.faults.twins import TWINS
+from ris_fast.health.monitor.nan_replay import replay
 from ris_fast.training.trainer import Trainer
 
 

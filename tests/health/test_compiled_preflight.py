@@ -1,19 +1,21 @@
-"""Preflight of a network that torch compiled: silent, compiled once for preflight and run together, and a wrong graph is named."""
+"""Preflight of a network that torch compiled: silent, compiled once for preflight and run together, and a wrong graph
+is named."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from ris_fast.health.preflight import calls as check_calls
 from bench.faults.twins import TWINS, changed
-from ris_fast.health.preflight.probe import Subject
 from ris_fast.health.monitor.watchdog import Watchdog
+from ris_fast.health.preflight import calls as check_calls
+from ris_fast.health.preflight.probe import Subject
 from ris_fast.models.prediction import Prediction
 from ris_fast.training import compiled_model as devices
 from ris_fast.training.compiled_model import missing_compiler
@@ -31,12 +33,18 @@ def test_a_compiled_network_passes_is_compiled_once_and_a_wrong_graph_is_named()
     assert watchdog.preflight() == [] and not [check.failed for check in watchdog.checks if check.failed]
     note = trainer.compile_note
     trainer._compile()
-    assert counters["stats"]["unique_graphs"] - graphs == 1 and trainer.compile_note == note and note.startswith("compiled with torch.compile in ")
+    assert (
+        counters["stats"]["unique_graphs"] - graphs == 1
+        and trainer.compile_note == note
+        and note.startswith("compiled with torch.compile in ")
+    )
     assert [check.note for check in watchdog.checks if check.name == "the network is compiled"] == [note]
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
     right = trainer.network.trunk
-    trainer.network.trunk = lambda features: (lambda answer: answer._replace(factor=answer.factor.roll(1, 0)))(right(features))
+    trainer.network.trunk = lambda features: (lambda answer: answer._replace(factor=answer.factor.roll(1, 0)))(
+        right(features)
+    )
     assert Watchdog(trainer).preflight()[0].cause == "compiled_differs"
 
 
@@ -55,7 +63,8 @@ def test_preflight_calls_the_one_graph_that_training_calls(twin: str, monkeypatc
     assert counters["stats"]["unique_graphs"] == 1 and trainer.network.ready
 
 
-# ---- what a graph may get wrong, with a function in its place -----------------------------------------------------------
+# ---- what a graph may get wrong, with a function in its place
+# -----------------------------------------------------------
 
 Trunk = Callable[[Any], Prediction]
 
@@ -71,22 +80,24 @@ def other_random_numbers(trunk: Trunk) -> Trunk:
     def called(features: Any) -> Prediction:
         torch.rand(3)
         return trunk(features)
+
     return called
 
 
 def weights_of_before(trunk: Trunk) -> Trunk:
-    return deepcopy(trunk.__self__).trunk        # type: ignore[attr-defined]
+    return deepcopy(trunk.__self__).trunk  # type: ignore[attr-defined]
 
 
 def always_in_evaluation(trunk: Trunk) -> Trunk:
     def called(features: Any) -> Prediction:
-        model = trunk.__self__                   # type: ignore[attr-defined]
+        model = trunk.__self__  # type: ignore[attr-defined]
         before = model.training
         model.eval()
         try:
             return trunk(features)
         finally:
             model.train(before)
+
     return called
 
 
@@ -94,6 +105,7 @@ def column_dropped(trunk: Trunk) -> Trunk:
     def called(features: Any) -> Prediction:
         answer = trunk(features)
         return answer._replace(factor=torch.cat((answer.factor[:, :, :-1], 0 * answer.factor[:, :, -1:]), 2))
+
     return called
 
 
@@ -103,6 +115,7 @@ def wrong_backward(trunk: Trunk) -> Trunk:
         if answer.factor.requires_grad:
             answer.factor.register_hook(lambda slope: slope * torch.linspace(0.5, 1.5, slope.shape[1])[:, None, None])
         return answer
+
     return called
 
 
@@ -110,27 +123,43 @@ def test_a_compiler_that_fails_in_preflight_is_known_to_the_run(monkeypatch: pyt
     def broken(trunk: Trunk) -> Trunk:
         def called(features: Any) -> Prediction:
             raise RuntimeError("CppCompileError: g++ returned 1")
+
         return called
+
     trainer = compiled_as(broken, "hybrid", monkeypatch).trainer
     watchdog = Watchdog(trainer)
     assert watchdog.preflight() == [] and not [check.failed for check in watchdog.checks if check.failed]
-    assert trainer.compile_note == "eager: compilation failed (CppCompileError: g++ returned 1)" and not trainer.network.compiled
+    assert (
+        trainer.compile_note == "eager: compilation failed (CppCompileError: g++ returned 1)"
+        and not trainer.network.compiled
+    )
 
 
-@pytest.mark.parametrize(("make", "twin", "cause"), [
-    (other_random_numbers, "hybrid", None), (other_random_numbers, "dropout", None),
-    (weights_of_before, "hybrid", "stale_compiled_graph"), (weights_of_before, "dropout", "stale_compiled_graph"),
-    (always_in_evaluation, "hybrid", None), (always_in_evaluation, "dropout", "eval_mode_in_training"),
-    (column_dropped, "hybrid", "compiled_differs"), (column_dropped, "dropout", "compiled_differs"),
-    (wrong_backward, "hybrid", "compiled_differs")])
-def test_a_graph_that_is_not_the_network_in_training_is_named(make: Callable[[Trunk], Trunk], twin: str, cause: str | None,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("make", "twin", "cause"),
+    [
+        (other_random_numbers, "hybrid", None),
+        (other_random_numbers, "dropout", None),
+        (weights_of_before, "hybrid", "stale_compiled_graph"),
+        (weights_of_before, "dropout", "stale_compiled_graph"),
+        (always_in_evaluation, "hybrid", None),
+        (always_in_evaluation, "dropout", "eval_mode_in_training"),
+        (column_dropped, "hybrid", "compiled_differs"),
+        (column_dropped, "dropout", "compiled_differs"),
+        (wrong_backward, "hybrid", "compiled_differs"),
+    ],
+)
+def test_a_graph_that_is_not_the_network_in_training_is_named(
+    make: Callable[[Trunk], Trunk], twin: str, cause: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     subject = compiled_as(make, twin, monkeypatch)
     assert subject.by_torch
     assert [finding.cause for finding in check_calls.same_network(subject)] == ([cause] if cause else [])
 
 
-def test_what_torch_compiled_in_evaluation_mode_is_named_for_any_network_with_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_torch_compiled_in_evaluation_mode_is_named_for_any_network_with_dropout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Also where nothing says that it was compiled, and where dropout is a function and no module."""
     trainer = Trainer(TWINS["dropout"]())
     trainer.step.network = devices.Network(trainer.model, compile=False)

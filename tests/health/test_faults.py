@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import pytest
 
-from ris_fast.health.causes import CAUSES
 from bench.faults.catalogue import FAMILIES, HELD_OUT, Fault, all_faults, faulty
 from bench.faults.twins import TWINS
+from ris_fast.health.causes import CAUSES
 from ris_fast.training.trainer import Trainer
 
 FAULTS = all_faults()
-STEPS = 20             # two epochs and a half: every onset and two validations
+STEPS = 20  # two epochs and a half: every onset and two validations
 
 
 class Enough(Exception):
@@ -34,8 +34,10 @@ class Recorder:
 
     def step(self, row: Any) -> None:
         self.losses.append(row["train_loss"])
-        self.rows.append([row[key] for key in ("step", "train_loss", "grad_norm", "clipped", "skipped", "loss_scale")]
-                         + [sorted(row["lr"].items()), self.trainer.model.training])
+        self.rows.append(
+            [row[key] for key in ("step", "train_loss", "grad_norm", "clipped", "skipped", "loss_scale")]
+            + [sorted(row["lr"].items()), self.trainer.model.training]
+        )
         if row["step"] >= STEPS:
             raise Enough
 
@@ -50,7 +52,8 @@ class Recorder:
 
 
 def behaviour(trainer: Trainer) -> tuple[str, list[float]]:
-    """A short run as text, and its training losses: what was reported, how it ended, which tensors the optimizer holds, where they stand."""
+    """A short run as text, and its training losses: what was reported, how it ended, which tensors the optimizer holds,
+    where they stand."""
     trainer.observer = recorder = Recorder(trainer)
     names = sorted(name for group in trainer.optimizer.param_groups for name in group["param_names"])
     trainable = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
@@ -64,7 +67,7 @@ def behaviour(trainer: Trainer) -> tuple[str, list[float]]:
     return repr((names, trainable, recorder.rows, weights)), recorder.losses
 
 
-@lru_cache(maxsize=None)
+@cache
 def healthy(twin: str) -> tuple[str, list[float]]:
     return behaviour(Trainer(TWINS[twin]()))
 

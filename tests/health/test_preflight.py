@@ -1,4 +1,5 @@
-"""Preflight leaves the trainer as it was, is silent about what is healthy, and names what is not before the first step."""
+"""Preflight leaves the trainer as it was, is silent about what is healthy, and names what is not before the first
+step."""
 
 from __future__ import annotations
 
@@ -11,31 +12,37 @@ import numpy as np
 import pytest
 import torch
 
-from ris_fast.commands.check import check_line, conclusion
-from ris_fast.data.errors import DataError
-from ris_fast.health.preflight import overfit as check_memory
-from ris_fast.health.preflight import run as preflight
-from ris_fast.health.causes import CAUSES
 from bench.faults.catalogue import all_faults, faulty
 from bench.faults.twins import TWINS, changed
+from ris_fast.commands.check import check_line, conclusion
+from ris_fast.data.errors import DataError
+from ris_fast.health.causes import CAUSES
 from ris_fast.health.finding import LEVELS, Finding, page, ranked
+from ris_fast.health.monitor.attach import watched
+from ris_fast.health.monitor.watchdog import Watchdog
+from ris_fast.health.preflight import overfit as check_memory
+from ris_fast.health.preflight import run as preflight
 from ris_fast.health.preflight.graph import graph_table
 from ris_fast.health.preflight.probe import Subject
 from ris_fast.health.preflight.restore import Numbers, untouched
-from ris_fast.health.monitor.watchdog import Watchdog
-from ris_fast.health.monitor.attach import watched
-from ris_fast.training.trainer import Trainer
 from ris_fast.training.schedule import learning_rate_factor
 from ris_fast.training.state import RunStopped
+from ris_fast.training.trainer import Trainer
 
 
 def everything(trainer: Trainer) -> dict[str, Any]:
     """Weights, optimizer, averages, counters, modes and random numbers, as values."""
-    return {"model": {name: value.clone() for name, value in trainer.model.state_dict().items()},
-            "optimizer": {name: value.clone() for name, value in trainer.optimizer.checkpoint_tensors()["optimizer"].items()},
-            "counters": {key: value for key, value in trainer.optimizer.counters().items() if value == value},
-            "modes": [module.training for module in trainer.model.modules()], "random": torch.get_rng_state(),
-            "rates": [group["lr"] for group in trainer.optimizer.param_groups], "state": deepcopy(trainer.state.__dict__)}
+    return {
+        "model": {name: value.clone() for name, value in trainer.model.state_dict().items()},
+        "optimizer": {
+            name: value.clone() for name, value in trainer.optimizer.checkpoint_tensors()["optimizer"].items()
+        },
+        "counters": {key: value for key, value in trainer.optimizer.counters().items() if value == value},
+        "modes": [module.training for module in trainer.model.modules()],
+        "random": torch.get_rng_state(),
+        "rates": [group["lr"] for group in trainer.optimizer.param_groups],
+        "state": deepcopy(trainer.state.__dict__),
+    }
 
 
 def same(a: Any, b: Any) -> bool:
@@ -57,12 +64,23 @@ def test_the_trainer_is_left_as_it_was_and_nothing_is_said_of_a_healthy_one(twin
 
 def test_numbers_are_copied_once_however_many_tensors_show_them_and_come_back_into_other_memory() -> None:
     trainer = Trainer(TWINS["hybrid"]())
-    trainer.step(next(trainer._groups()), 100)                # moments, averages and their states are there
-    bucket, = trainer.optimizer._buckets
+    trainer.step(next(trainer._groups()), 100)  # moments, averages and their states are there
+    (bucket,) = trainer.optimizer._buckets
     flat = sum(each.nbytes for each in (bucket.param, bucket.grad, bucket.exp_avg, bucket.exp_avg_sq, bucket.ema))
-    small = sum(each.nbytes for each in [*bucket.__dict__.values(), *trainer.model.buffers()] if isinstance(each, torch.Tensor)) - flat
+    small = (
+        sum(
+            each.nbytes
+            for each in [*bucket.__dict__.values(), *trainer.model.buffers()]
+            if isinstance(each, torch.Tensor)
+        )
+        - flat
+    )
     numbers, before = Numbers(trainer), everything(trainer)
-    assert flat <= sum(copy.nbytes for _, copy, place in numbers.kept if not place) <= flat + small + 64 * len(trainer.optimizer.state)
+    assert (
+        flat
+        <= sum(copy.nbytes for _, copy, place in numbers.kept if not place)
+        <= flat + small + 64 * len(trainer.optimizer.state)
+    )
     with untouched(trainer, numbers):
         for parameter in trainer.model.parameters():
             parameter.data = torch.full_like(parameter, 3.0)
@@ -96,9 +114,10 @@ def test_a_check_that_cannot_run_is_counted_and_not_called_a_pass(monkeypatch: p
     def mistaken(subject: Subject) -> Any:
         subject.note = "half way"
         return {}["nothing"]
+
     monkeypatch.setitem(preflight.SMALL_BATCH, "no two layers share a tensor", mistaken)
     results = preflight.run_checks(Trainer(TWINS["hybrid"]()))
-    broken, = [result for result in results if not result.passed]
+    (broken,) = [result for result in results if not result.passed]
     assert broken.failed.startswith("KeyError: 'nothing' (test_preflight.py:") and not broken.findings
     line, told = check_line(broken), conclusion([], preflight.unknown(results))
     assert line.startswith("FAILED no two layers") and "half way; could not run: KeyError" in line
@@ -112,17 +131,25 @@ def test_a_goal_that_was_not_reached_is_not_called_ok() -> None:
     assert list(check_memory.memorise(subject)) == [] and not subject.reached and "was not reached" in subject.note
 
 
-@pytest.mark.parametrize("error", [MemoryError(), DataError("shard-0", "", "half of it", "all of it", "Copy it again.")])
-def test_what_ends_the_run_in_its_own_words_is_no_check_that_could_not_run(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [MemoryError(), DataError("shard-0", "", "half of it", "all of it", "Copy it again.")]
+)
+def test_what_ends_the_run_in_its_own_words_is_no_check_that_could_not_run(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def ended(subject: Subject) -> Any:
         raise error
+
     monkeypatch.setitem(preflight.SMALL_BATCH, "scenes are finite", ended)
     with pytest.raises(type(error)):
         preflight.run_checks(Trainer(TWINS["hybrid"]()))
 
 
 def test_one_reason_is_one_reason() -> None:
-    with faulty(all_faults()["rate_zero"]) as trainer, pytest.raises(RunStopped, match="preflight found a reason why|preflight found [2-9]"):
+    with (
+        faulty(all_faults()["rate_zero"]) as trainer,
+        pytest.raises(RunStopped, match="preflight found a reason why|preflight found [2-9]"),
+    ):
         watched(trainer)
 
 
@@ -144,9 +171,19 @@ def test_every_cause_has_its_place_in_the_order_and_a_page() -> None:
 
 
 def test_certain_comes_before_likely_and_causes_before_consequences() -> None:
-    order = [Finding("ema_cold", ""), Finding("unused_head", ""), Finding("nonfinite_data", "", certain=False),
-             Finding("step_never_called", ""), Finding("unused_head", "again")]
-    assert [finding.cause for finding in ranked(order)] == ["unused_head", "step_never_called", "ema_cold", "nonfinite_data"]
+    order = [
+        Finding("ema_cold", ""),
+        Finding("unused_head", ""),
+        Finding("nonfinite_data", "", certain=False),
+        Finding("step_never_called", ""),
+        Finding("unused_head", "again"),
+    ]
+    assert [finding.cause for finding in ranked(order)] == [
+        "unused_head",
+        "step_never_called",
+        "ema_cold",
+        "nonfinite_data",
+    ]
     assert ranked(order)[0].evidence == ""
     with pytest.raises(ValueError, match="no cause is called"):
         Finding("nonsense", "")
@@ -175,7 +212,8 @@ def test_a_scheduler_that_a_user_steps_once_an_update_is_on_plan_and_put_back(ow
     trainer = Trainer(changed(TWINS["backprojection"](), {"training.epochs": 2, "optimizer.warmup": 0.5}))
     settings, planned = trainer.config.optimizer, trainer.plan.planned
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        trainer.optimizer, lambda step: learning_rate_factor(step, planned, settings.warmup, settings.final_lr))
+        trainer.optimizer, lambda step: learning_rate_factor(step, planned, settings.warmup, settings.final_lr)
+    )
     trainer.optimizer.register_step_post_hook(lambda *_: scheduler.step())
     if not own:
         trainer.step.schedule = lambda planned: None
@@ -202,6 +240,7 @@ def test_averages_counters_and_generators_of_the_users_are_put_back() -> None:
         other.param_groups[0]["params"][0].grad = torch.ones(3)
         other.step()
         trainer.optimizer.param_groups[0]["betas"] = (0.5, 0.5)
+
     trainer.optimizer.register_step_post_hook(after)
     trainer.model.calls = 7
     trainer.model.fuse.register_forward_pre_hook(lambda *_: setattr(trainer.model, "calls", trainer.model.calls + 1))
@@ -210,9 +249,18 @@ def test_averages_counters_and_generators_of_the_users_are_put_back() -> None:
     with untouched(trainer):
         for group in list(trainer._groups())[:2]:
             trainer.step(group, 100)
-        assert count == TICKS - state[2] == held.number == len(calls) == 2 and trainer.model.calls == 9 and not other.state == {}
+        assert (
+            count == TICKS - state[2] == held.number == len(calls) == 2
+            and trainer.model.calls == 9
+            and not other.state == {}
+        )
     assert (count, calls, held.number, held.each, trainer.model.calls) == (0, [], 0, {}, 7) and other.state == {}
-    assert (random.getstate(), np.random.get_state()[1].tolist(), TICKS, trainer.optimizer.param_groups[0]["betas"]) == state
+    assert (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        TICKS,
+        trainer.optimizer.param_groups[0]["betas"],
+    ) == state
     assert all(torch.equal(value, first[name]) for name, value in average.state_dict().items())
     assert other.param_groups[0]["params"][0].tolist() == [1.0, 1.0, 1.0]
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 
-from bench.faults import score
-from bench.faults import trial
+from bench.faults import score, trial
 from bench.faults.afterwards import score_afterwards
 from bench.faults.catalogue import HELD_OUT, all_faults
 from bench.faults.healthy import from_shards, healthy_config
 from bench.faults.twins import EPOCH_STEPS, changed
-from ris_fast.training.trainer import Trainer
 from ris_fast.training.state import RunStopped
+from ris_fast.training.trainer import Trainer
 
 FAULTS = all_faults()
 
@@ -62,8 +61,15 @@ def test_the_right_cause_after_the_limit_is_late() -> None:
     assert outcome.step == 4 and outcome.limit == 0 and outcome.ever and not outcome.detected and not outcome.named
 
 
-@pytest.mark.parametrize("name, limit", [("never_cleared", 5), ("adam_epsilon_of_one", 40), ("body_behind_the_loop", 1),
-                                         ("eval_after_first_validation", EPOCH_STEPS + 5)])
+@pytest.mark.parametrize(
+    "name, limit",
+    [
+        ("never_cleared", 5),
+        ("adam_epsilon_of_one", 40),
+        ("body_behind_the_loop", 1),
+        ("eval_after_first_validation", EPOCH_STEPS + 5),
+    ],
+)
 def test_limits_in_steps(name: str, limit: int) -> None:
     assert trial.score_fault(FAULTS[name], told("dead_units")).limit == limit
 
@@ -82,6 +88,7 @@ def test_what_the_healthy_twin_is_told_too_does_not_count() -> None:
 def test_a_watchdog_that_raises_is_a_result_with_its_place() -> None:
     def broken(trainer: Trainer) -> trial.Watching:
         raise KeyError("reading")
+
     outcome = trial.score_fault(FAULTS["rate_zero"], broken)
     assert "KeyError" in outcome.crashed and "test_score.py" in outcome.crashed and not outcome.detected
 
@@ -92,8 +99,10 @@ def test_what_the_trainer_itself_stops_is_noted() -> None:
 
 
 def small(number: int) -> Any:
-    return changed(healthy_config(number), {"training.epochs": 1, "training.batch_size": 16, "training.accumulate": 1,
-                                            "data.train_scenes": 32})
+    return changed(
+        healthy_config(number),
+        {"training.epochs": 1, "training.batch_size": 16, "training.accumulate": 1, "data.train_scenes": 32},
+    )
 
 
 @pytest.mark.parametrize("number", [0, 1, 6, 7])
@@ -107,6 +116,7 @@ def test_a_stopped_healthy_run_is_a_false_alarm() -> None:
     class Stopping(Told):
         def step(self, row: Any) -> None:
             raise RunStopped("enough", "made_up")
+
     config = changed(small(0), {"report.every_steps": 1})
     outcome = trial.score_healthy(0, lambda trainer: Stopping(trainer, None), config)
     assert outcome.stopped == "made_up" and score.summary([], [outcome])["healthy"]["stopped"] == 1
@@ -129,8 +139,9 @@ def test_totals_keep_tuned_and_held_out_apart() -> None:
     assert result["all"]["loop"]["detected"] == 0.5
 
 
-def test_the_command_prints_the_held_out_third_as_totals_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Any,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_held_out_third_as_totals_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     chosen = [FAULTS["rate_zero"], FAULTS["loss_clamped"]]
     monkeypatch.setattr(trial.score_fault, "__defaults__", (told(None),))
     monkeypatch.setattr(score, "chosen", lambda arguments: chosen)
@@ -145,7 +156,8 @@ def test_an_unknown_fault_names_the_known_ones() -> None:
         score.main(["--only", "rate_zeroo"])
 
 
-# ---- what a run leaves behind ---------------------------------------------------------------------------------------------
+# ---- what a run leaves behind
+# ---------------------------------------------------------------------------------------------
 
 
 def test_why_names_a_fault_from_the_rows_alone_and_leaves_its_twin_in_peace() -> None:
@@ -159,7 +171,9 @@ def test_a_fault_that_leaves_no_trace_in_the_rows_is_missed_afterwards() -> None
     assert not outcome.crashed and outcome.named == ("frozen_parameters" in outcome.said[:1])
 
 
-def test_the_command_scores_afterwards_without_preflight_or_watch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_scores_afterwards_without_preflight_or_watch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(trial.score_fault, "__defaults__", (told(None),))
     monkeypatch.setattr(score, "chosen", lambda arguments: [FAULTS["never_cleared"]])
     assert score.main(["--afterwards"]) == 0

@@ -8,10 +8,16 @@ from bench.faults.catalogue import all_faults
 from bench.faults.score import score_fault
 
 STORIES = {
-    "the whole report: the body of the loop behind it, average validated, loss over the number of batches":
-        ("body_behind_the_loop", "step_once_per_epoch", 8),
-    "a NaN gradient every step from one small term, under a sanitiser":
-        ("nan_term_under_sanitiser", "sanitised_gradients", 0),
+    "the whole report: the body of the loop behind it, average validated, loss over the number of batches": (
+        "body_behind_the_loop",
+        "step_once_per_epoch",
+        8,
+    ),
+    "a NaN gradient every step from one small term, under a sanitiser": (
+        "nan_term_under_sanitiser",
+        "sanitised_gradients",
+        0,
+    ),
     "validated weights that never change": ("average_never_updated", "ema_frozen", 0),
     "a main loss weight of zero": ("main_weight_zero", "zero_loss_weight", 0),
     "an input that withholds the channel": ("channel_only_as_products", "inputs_withhold_answer", 0),

@@ -1,4 +1,5 @@
-"""The table, the [GRAD] line and the picture of tensors against steps: every step is in them, the one that broke too."""
+"""The table, the [GRAD] line and the picture of tensors against steps: every step is in them, the one that broke
+too."""
 
 from __future__ import annotations
 
@@ -11,14 +12,15 @@ import torch
 
 from ris_fast.report import tensor_log as tensors
 from ris_fast.report.tensor_log import Heat, TensorLog, append_table, draw, grad_line
-from ris_fast.training.trainer import Trainer
 from ris_fast.training.telemetry.step_window import Window
+from ris_fast.training.trainer import Trainer
 
 NAMES = ["encoder, first", "head"]
 
 
 def window(*numbers: int, bad: int = 0) -> Window:
-    """Gradient norms of a step's number and one; weights of norm 2, updates of a tenth; one step's second tensor is broken."""
+    """Gradient norms of a step's number and one; weights of norm 2, updates of a tenth; one step's second tensor is
+    broken."""
     table = torch.tensor([[[number, 2.0, 0.2, 0.0], [1.0, 2.0, 0.2, 0.0]] for number in numbers])
     if bad:
         table[numbers.index(bad), 1, [0, 3]] = torch.tensor([math.nan, 5.0])
@@ -48,17 +50,28 @@ def test_a_run_leaves_a_record_of_every_step_of_every_tensor(tmp_path: Path, mon
     trainer.optimizer.scale = lambda loss: scale(loss) * (math.nan if trainer.step.telemetry.calls == 13 else 1.0)
     trainer.fit()
     rows = list(csv.DictReader((tmp_path / "tensors.csv").read_text().splitlines()))
-    assert [(int(row["step"]), row["tensor"]) for row in rows] == [(n, name) for n in range(1, 15) for name in trainer.optimizer.tensor_names]
-    assert {int(row["step"]) for row in rows if float(row["nonfinite"])} == {13} == {n for n, seen in log.heat.columns.items() if seen.isinf().any()}
+    assert [(int(row["step"]), row["tensor"]) for row in rows] == [
+        (n, name) for n in range(1, 15) for name in trainer.optimizer.tensor_names
+    ]
+    assert (
+        {int(row["step"]) for row in rows if float(row["nonfinite"])}
+        == {13}
+        == {n for n, seen in log.heat.columns.items() if seen.isinf().any()}
+    )
     assert (tmp_path / "plots" / "tensors.png").is_file()
 
 
 def test_the_line_tells_of_the_steps_since_the_last_one() -> None:
     row = {"step": 8, "grad_norm": 8.06, "clipped": 0.5, "skipped": 0.25, "health": {"raw_norm": 8.06}}
     line = grad_line(row, NAMES, Window([5, 9, 7, 8], window(5, 9, 7, 8, bad=7).table, 6))
-    assert "step 8: |g| 8.06 (from backward 8.06), clipped 50%, skipped 25%, largest encoder, first 8, smallest head 1" in line
-    assert line.endswith("; of 4 steps: median |g| 8.062, largest 9.055 at step 9 (encoder, first 9)"
-                         "; 1 steps not finite, first head at step 7; 2 steps not recorded")
+    assert (
+        "step 8: |g| 8.06 (from backward 8.06), clipped 50%, skipped 25%, largest encoder, first 8, smallest head 1"
+        in line
+    )
+    assert line.endswith(
+        "; of 4 steps: median |g| 8.062, largest 9.055 at step 9 (encoder, first 9)"
+        "; 1 steps not finite, first head at step 7; 2 steps not recorded"
+    )
     assert ";" not in grad_line(row, NAMES, window(8))
 
 
@@ -71,7 +84,11 @@ def test_the_picture_keeps_a_spike_however_long_the_run(tmp_path: Path, monkeypa
     heat.add(window(49))
     first, grid = heat.grid()
     assert (heat.width, first, grid.shape) == (4, 0, (2, 13, 2)) and len(heat.columns) == 12
-    assert grid[0, :, 1].tolist()[:10] == [3, 7, 11, 15, 19, 23, 27, 31, 35, 39] and grid[0, 11].isnan().all() and grid[0, 12, 1] == 49
+    assert (
+        grid[0, :, 1].tolist()[:10] == [3, 7, 11, 15, 19, 23, 27, 31, 35, 39]
+        and grid[0, 11].isnan().all()
+        and grid[0, 12, 1] == 49
+    )
     assert grid[1, 3, 1] == math.inf and grid[1, 2, 1] == 1 and grid[0, 0, 0] == pytest.approx(0.1)
     draw(NAMES, heat, tmp_path / "tensors.png")
     assert (tmp_path / "tensors.png").stat().st_size > 5000

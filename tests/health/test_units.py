@@ -1,4 +1,5 @@
-"""Units and loudness of what the network sees: no healthy configuration is accused, and an input in its own unit is named."""
+"""Units and loudness of what the network sees: no healthy configuration is accused, and an input in its own unit is
+named."""
 
 from __future__ import annotations
 
@@ -7,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench.faults.twins import TWINS, changed
 from ris_fast.config.schema import Config
 from ris_fast.health.preflight import inputs as check_inputs
-from bench.faults.twins import TWINS, changed
-from ris_fast.health.preflight.run import run_checks
 from ris_fast.health.preflight.probe import Subject
+from ris_fast.health.preflight.run import run_checks
 from ris_fast.training.trainer import Trainer
 
 
@@ -25,10 +26,19 @@ def at(snr_db: float) -> dict[str, float]:
     return dict(sorted(limits.items(), reverse=snr_db < 0))
 
 
-STANDARD = {"task.ris_horizontal": 12, "task.ris_vertical": 12, "task.bs_antennas": 16, "task.snapshots": 16, "task.max_sources": 5,
-            "task.power": "path_loss"}     # sizes at which rounding alone changes a pursuit of loud scenes
-KINDS = {"backprojection": small("backprojection", **STANDARD), "hybrid": small("hybrid", **STANDARD),
-         "collapsed": small("hybrid", **STANDARD, **{"model.options.inputs": "collapsed"})}
+STANDARD = {
+    "task.ris_horizontal": 12,
+    "task.ris_vertical": 12,
+    "task.bs_antennas": 16,
+    "task.snapshots": 16,
+    "task.max_sources": 5,
+    "task.power": "path_loss",
+}  # sizes at which rounding alone changes a pursuit of loud scenes
+KINDS = {
+    "backprojection": small("backprojection", **STANDARD),
+    "hybrid": small("hybrid", **STANDARD),
+    "collapsed": small("hybrid", **STANDARD, **{"model.options.inputs": "collapsed"}),
+}
 
 
 def test_an_input_that_is_small_because_of_the_snr_is_in_no_wrong_unit() -> None:
@@ -41,8 +51,11 @@ def test_units_of_snapshots_and_channel_change_nothing_at_any_snr(kind: str, snr
     config = changed(KINDS[kind], at(snr_db))
     subject = Subject(Trainer(config))
     assert list(check_inputs.scale(subject)) == []
-    before, after = (subject.answer(replace(subject.scenes, snapshots=unit * subject.scenes.snapshots)) for unit in (1.0, check_inputs.UNITS[0]))
-    assert torch.equal(before, after)      # not a bit changes, so that nothing in the comparison comes of rounding
+    before, after = (
+        subject.answer(replace(subject.scenes, snapshots=unit * subject.scenes.snapshots))
+        for unit in (1.0, check_inputs.UNITS[0])
+    )
+    assert torch.equal(before, after)  # not a bit changes, so that nothing in the comparison comes of rounding
 
 
 def test_a_healthy_configuration_at_high_snr_is_not_accused() -> None:
@@ -60,6 +73,7 @@ def test_an_input_in_its_own_unit_is_named(what: str) -> None:
         size = inputs[position].square().flatten(1).mean(1).sqrt().view(-1, 1, 1, 1)
         snapshots, *rest = forward(*inputs)
         return 30.0 * size * snapshots, *rest
+
     trainer.model.features = features
     trainer.network.features = features
     findings = list(check_inputs.scale(Subject(trainer)))

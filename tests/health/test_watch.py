@@ -1,4 +1,5 @@
-"""A plain PyTorch loop under watch: its hooks, and that mistakes are named. What healthy loops may do is in test_watch_healthy.py."""
+"""A plain PyTorch loop under watch: its hooks, and that mistakes are named. What healthy loops may do is in
+test_watch_healthy.py."""
 
 from __future__ import annotations
 
@@ -121,10 +122,13 @@ def test_hooks_that_come_and_go_compile_nothing_again_and_names_are_the_users() 
     assert seen.report() == [] and seen.records[0].names[0] == "0.weight"
 
 
-# ---- other people's loops ----------------------------------------------------------------------------------------------
+# ---- other people's loops
+# ----------------------------------------------------------------------------------------------
 
 
-def with_closure(kind: Callable[..., Any], steps: int = 12, gradient: Callable[[Tensor], Tensor] = lambda grad: grad) -> Watch:
+def with_closure(
+    kind: Callable[..., Any], steps: int = 12, gradient: Callable[[Tensor], Tensor] = lambda grad: grad
+) -> Watch:
     model = network()
     optimizer = kind(model.parameters())
     seen = watch(model, optimizer)
@@ -141,7 +145,10 @@ def with_closure(kind: Callable[..., Any], steps: int = 12, gradient: Callable[[
     return seen
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adam, lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3), lambda p: FusedAdamW(p, clear_grads=True)])
+@pytest.mark.parametrize(
+    "kind",
+    [torch.optim.Adam, lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3), lambda p: FusedAdamW(p, clear_grads=True)],
+)
 def test_gradients_that_come_within_the_step_are_seen(kind: Callable[..., Any]) -> None:
     assert with_closure(kind).report() == []
     assert first(with_closure(kind, 1, lambda grad: grad * float("nan"))) == "nonfinite_gradients"
@@ -164,12 +171,15 @@ def scaled(make: Callable[..., Any], factor: float = 1.0, steps: int = 40, **opt
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, lambda p: torch.optim.AdamW(p, fused=True), FusedAdamW])
 def test_a_loss_scaler_is_no_mistake_unless_it_skips_every_step(make: Callable[..., Any]) -> None:
-    """Where the optimizer knows the scaler it is called in skipped steps too; where not, what it gets has been divided."""
+    """Where the optimizer knows the scaler it is called in skipped steps too; where not, what it gets has been
+    divided."""
     assert scaled(make).report() == []
     rough = scaled(make, 100.0, init_scale=2.0**20)
     assert rough.report() == [] and (rough.steps < 40 or not rough.records[0].given.isfinite().all())
     told = scaled(make, float("nan")).report()[0]
-    assert told.cause == "scaler_skips_all" or (told.cause == "step_never_called" and "4 of them are not finite" in told.evidence)
+    assert told.cause == "scaler_skips_all" or (
+        told.cause == "step_never_called" and "4 of them are not finite" in told.evidence
+    )
 
 
 def test_several_optimizers_are_given_together() -> None:
@@ -232,5 +242,7 @@ def test_a_target_network_that_follows_is_not_reset() -> None:
     seen = watch(model, optimizer)
     for _ in range(4):
         train(model["online"], optimizer, 1)
-        torch._foreach_lerp_(list(model["target"].parameters()), [p.detach() for p in model["online"].parameters()], 0.1)
+        torch._foreach_lerp_(
+            list(model["target"].parameters()), [p.detach() for p in model["online"].parameters()], 0.1
+        )
     assert [finding.cause for finding in seen.report()] == ["frozen_parameters"]

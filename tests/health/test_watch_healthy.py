@@ -1,4 +1,5 @@
-"""Plain PyTorch loops that do unusual things on purpose: the watch leaves them in peace, and names what looks the same and is not."""
+"""Plain PyTorch loops that do unusual things on purpose: the watch leaves them in peace, and names what looks the same
+and is not."""
 
 from __future__ import annotations
 
@@ -20,8 +21,15 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
 
 
-def run(make: Callable[[Any], Any], model: nn.Module | None = None, steps: int = 24, before: Callable[..., Any] = lambda *_: None,
-        after: Callable[..., Any] = lambda *_: None, scale: float = 1.0, **options: Any) -> list[Finding]:
+def run(
+    make: Callable[[Any], Any],
+    model: nn.Module | None = None,
+    steps: int = 24,
+    before: Callable[..., Any] = lambda *_: None,
+    after: Callable[..., Any] = lambda *_: None,
+    scale: float = 1.0,
+    **options: Any,
+) -> list[Finding]:
     """`before` and `after` the optimizer's step are called with model and optimizer."""
     model = network() if model is None else model
     optimizer = make(model.parameters())
@@ -43,8 +51,14 @@ def sgd(parameters: Any, lr: float = 1e-2) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=lr)
 
 
-@pytest.mark.parametrize("schedule", [lambda o: CosineAnnealingLR(o, 24), lambda o: LambdaLR(o, lambda n: max(0.0, 1 - n / 24)),
-                                      lambda o: LambdaLR(o, lambda n: min(1.0, n / 10))])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: CosineAnnealingLR(o, 24),
+        lambda o: LambdaLR(o, lambda n: max(0.0, 1 - n / 24)),
+        lambda o: LambdaLR(o, lambda n: min(1.0, n / 10)),
+    ],
+)
 def test_a_schedule_may_begin_or_end_at_zero(schedule: Callable[..., Any]) -> None:
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -92,12 +106,13 @@ def test_clips_that_leave_nothing_are_told_where_they_matter() -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1e-6)
 
     assert causes(run(sgd, before=clip)) == ["clip_too_small"]
-    assert causes(run(torch.optim.Adam, before=clip)) == []          # which divides it out
+    assert causes(run(torch.optim.Adam, before=clip)) == []  # which divides it out
     assert causes(run(torch.optim.Adam, before=clip), False) == ["clip_too_small"]
 
 
 def test_a_loss_scale_taken_out_where_nothing_is_left_to_learn_is_doubted() -> None:
     """The factor stays and the norms fall; a threshold would keep the norm."""
+
     def unscale(model: nn.Module, _: Any) -> None:
         for parameter in model.parameters():
             parameter.grad /= 1e9
@@ -113,7 +128,7 @@ def test_frozen_layers_are_declared_or_doubted() -> None:
     assert causes(run(part, model)) == [] and causes(run(part, model), False) == ["frozen_parameters"]
     assert run(part, model, frozen=("0.",)) == [] == run(part, model, frozen="0.")
     model[0].weight.requires_grad_(True)
-    model[2].requires_grad_(False)                                   # in the optimizer, and the smaller part
+    model[2].requires_grad_(False)  # in the optimizer, and the smaller part
     assert causes(run(sgd, model)) == ["frozen_parameters"]
 
 
@@ -136,7 +151,9 @@ def test_weights_that_something_else_moves_are_not_reset(habit: Callable[..., An
 
 def test_weights_put_back_now_and_then_are_seen() -> None:
     first, count = network().state_dict(), iter(range(100))
-    assert causes(run(sgd, after=lambda model, _: model.load_state_dict(first) if next(count) % 10 == 9 else None)) == ["weights_reset"]
+    assert causes(run(sgd, after=lambda model, _: model.load_state_dict(first) if next(count) % 10 == 9 else None)) == [
+        "weights_reset"
+    ]
 
 
 def test_weights_at_rest_may_come_round_by_their_rounding() -> None:
@@ -148,7 +165,7 @@ def test_weights_at_rest_may_come_round_by_their_rounding() -> None:
         model.load_state_dict(states[(next(count) + 1) % 2])
 
     optimizer = sgd(line.parameters(), 1e-5)
-    optimizer.register_step_post_hook(lambda *_: turn(line, None))        # within the step
+    optimizer.register_step_post_hook(lambda *_: turn(line, None))  # within the step
     line.load_state_dict(states[0])
     assert run(lambda _: optimizer, line, 40) == []
 
@@ -165,7 +182,8 @@ def test_gradients_may_be_put_there_by_hand() -> None:
     assert seen.report() == []
 
 
-# ---- what was trained in steps that were not looked at -----------------------------------------------------------------------
+# ---- what was trained in steps that were not looked at
+# -----------------------------------------------------------------------
 
 MAKES = [sgd, lambda p: torch.optim.AdamW(p, lr=1e-3), torch.optim.Adagrad, FusedAdamW]
 
@@ -182,7 +200,9 @@ def batch() -> Tensor:
 
 @pytest.mark.parametrize("make", MAKES)
 @pytest.mark.parametrize("parts, every", [((0, -1), 100), ((-1, 0), 100), ((0, -1), 7)])
-def test_layers_that_are_frozen_and_freed_in_turn_are_trained(parts: tuple[int, int], every: int, make: Callable[..., Any]) -> None:
+def test_layers_that_are_frozen_and_freed_in_turn_are_trained(
+    parts: tuple[int, int], every: int, make: Callable[..., Any]
+) -> None:
     model = network()
     optimizer = make(model.parameters())
     seen = watch(model, optimizer, every)
@@ -190,7 +210,7 @@ def test_layers_that_are_frozen_and_freed_in_turn_are_trained(parts: tuple[int, 
         model.requires_grad_(True)
         model[parts[number % 2]].requires_grad_(False)
         fit(optimizer, model(batch()))
-    assert causes(seen.report()) == []               # one is frozen at this moment
+    assert causes(seen.report()) == []  # one is frozen at this moment
     model.requires_grad_(True)
     assert seen.report() == []
 
@@ -202,7 +222,7 @@ def test_experts_that_are_trained_in_turn_are_used_each_of_them(make: Callable[.
     seen = watch(experts, optimizer)
     for number in range(240):
         fit(optimizer, experts[number % 30](batch()))
-        if number == 10:                             # two thirds have not had their turn
+        if number == 10:  # two thirds have not had their turn
             assert causes(seen.report()) == [] and causes(seen.report(), False) == ["unused_head"]
     assert seen.report() == []
 
@@ -241,7 +261,9 @@ def test_layers_that_are_declared_frozen_may_be_in_no_optimizer() -> None:
 @pytest.mark.parametrize("clamp", [False, True])
 @pytest.mark.parametrize("make", MAKES)
 def test_a_critic_that_stands_still_in_the_generators_steps_is_trained(make: Callable[..., Any], clamp: bool) -> None:
-    nets = nn.ModuleDict({"made": nn.Linear(8, 4), "critic": nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 1))})
+    nets = nn.ModuleDict(
+        {"made": nn.Linear(8, 4), "critic": nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 1))}
+    )
     makes, judges = make(nets["made"].parameters()), make(nets["critic"].parameters())
     seen = watch(nets, [makes, judges])
     for number in range(40):
@@ -266,7 +288,7 @@ def test_a_network_may_be_frozen_when_it_is_trained(make: Callable[..., Any]) ->
     model.requires_grad_(False)
     assert seen.report() == []
     model[2].requires_grad_(True)
-    for _ in range(12):                              # training goes on without the first layer
+    for _ in range(12):  # training goes on without the first layer
         fit(optimizer, model(batch()))
     assert causes(seen.report()) == [] and causes(seen.report(), False) == ["frozen_parameters"]
 
@@ -284,7 +306,7 @@ def test_what_a_criterion_learns_is_no_stale_tensor(make: Callable[..., Any]) ->
 
 
 def test_a_layer_replaced_behind_the_optimizers_back_leaves_stale_tensors() -> None:
-    for steps in (0, 3, 12):                         # before the exchange
+    for steps in (0, 3, 12):  # before the exchange
         model = network()
         optimizer = torch.optim.AdamW(model.parameters())
         seen = watch(model, optimizer)
@@ -303,7 +325,8 @@ def test_tensors_of_nobody_that_receive_nothing_are_stale() -> None:
     assert causes(found) == ["stale_optimizer_parameters"]
 
 
-# ---- a step that is yet to come ----------------------------------------------------------------------------------------------
+# ---- a step that is yet to come
+# ----------------------------------------------------------------------------------------------
 
 
 def test_gradients_may_be_added_up_over_hundreds_of_passes() -> None:
@@ -333,19 +356,29 @@ def test_an_optimizer_may_wait_for_the_second_phase(whole: bool) -> None:
     assert seen.report() == []
 
 
-# ---- arguments that mean nothing ---------------------------------------------------------------------------------------------
+# ---- arguments that mean nothing
+# ---------------------------------------------------------------------------------------------
 
 
 def test_arguments_that_mean_nothing_are_refused_by_name() -> None:
     model = network()
     optimizer = sgd(model.parameters())
-    for given, said in (((None, optimizer), "model is None"), (("x", optimizer), "model is 'x'"), ((model, "x"), "optimizer is 'x'"),
-                        ((model, None), "optimizer is None"), ((model, [optimizer, 3]), "a list, with 3 in it"),
-                        ((model, model.parameters()), "optimizer is"), ((optimizer, model), "model is"),
-                        ((model, optimizer, 1.5), "every=1.5"), ((model, optimizer, "2"), "every='2'"),
-                        ((model, optimizer, 0), "every=0"), ((model, optimizer, True), "every=True"),
-                        ((model, optimizer, 1, 5), "frozen=5"),
-                        ((model, optimizer, 1, None), "frozen=None"), ((model, optimizer, 1, ("0.", 5)), "frozen=")):
+    for given, said in (
+        ((None, optimizer), "model is None"),
+        (("x", optimizer), "model is 'x'"),
+        ((model, "x"), "optimizer is 'x'"),
+        ((model, None), "optimizer is None"),
+        ((model, [optimizer, 3]), "a list, with 3 in it"),
+        ((model, model.parameters()), "optimizer is"),
+        ((optimizer, model), "model is"),
+        ((model, optimizer, 1.5), "every=1.5"),
+        ((model, optimizer, "2"), "every='2'"),
+        ((model, optimizer, 0), "every=0"),
+        ((model, optimizer, True), "every=True"),
+        ((model, optimizer, 1, 5), "frozen=5"),
+        ((model, optimizer, 1, None), "frozen=None"),
+        ((model, optimizer, 1, ("0.", 5)), "frozen="),
+    ):
         with pytest.raises(ValueError, match="^watch: .*" + re.escape(said)):
             watch(*given)
     assert watch(model, (each for each in [optimizer]), frozen=["0."]).report() == []
@@ -354,5 +387,13 @@ def test_arguments_that_mean_nothing_are_refused_by_name() -> None:
 def test_mends_speak_of_a_plain_loop() -> None:
     from ris_fast.health.watch.fixes import mend
 
-    for cause in ("zero_learning_rate", "frozen_parameters", "clip_too_small", "nonfinite_gradients", "weight_decay_too_large"):
-        assert not any(word in mend(cause) for word in ("health.", "optimizer.backbone_lr", "optimizer.max_grad_norm", "ris-fast")), cause
+    for cause in (
+        "zero_learning_rate",
+        "frozen_parameters",
+        "clip_too_small",
+        "nonfinite_gradients",
+        "weight_decay_too_large",
+    ):
+        assert not any(
+            word in mend(cause) for word in ("health.", "optimizer.backbone_lr", "optimizer.max_grad_norm", "ris-fast")
+        ), cause

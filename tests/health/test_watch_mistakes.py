@@ -18,8 +18,13 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 12, before: Callable[[], Any] = lambda: None,
-          clear: bool = True) -> None:
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int = 12,
+    before: Callable[[], Any] = lambda: None,
+    clear: bool = True,
+) -> None:
     for _ in range(steps):
         loss = (model(torch.randn(32, 8)) - 1.0).square().mean()
         if clear:
@@ -45,8 +50,15 @@ def test_gradients_that_are_never_cleared(make: Callable[..., Any]) -> None:
     assert told(make, clear=False, before=clipped) == ["gradients_never_cleared"]
 
 
-@pytest.mark.parametrize("clear", [lambda p: setattr(p, "grad", None), lambda p: p.grad.zero_(), lambda p: p.grad.data.zero_(),
-                                   lambda p: p.grad.mul_(0.5)])
+@pytest.mark.parametrize(
+    "clear",
+    [
+        lambda p: setattr(p, "grad", None),
+        lambda p: p.grad.zero_(),
+        lambda p: p.grad.data.zero_(),
+        lambda p: p.grad.mul_(0.5),
+    ],
+)
 def test_gradients_may_be_summed_over_micro_batches_and_cleared_anyhow(clear: Callable[[Tensor], Any]) -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
@@ -61,7 +73,8 @@ def test_gradients_may_be_summed_over_micro_batches_and_cleared_anyhow(clear: Ca
 
 
 def test_a_backward_that_is_thrown_away_is_no_left_over() -> None:
-    """Another loss reaches the weights first, on top of the last step's gradients, and all is cleared before their own."""
+    """Another loss reaches the weights first, on top of the last step's gradients, and all is cleared before their
+    own."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = watch(model, optimizer)
@@ -72,12 +85,17 @@ def test_a_backward_that_is_thrown_away_is_no_left_over() -> None:
 
 
 def test_a_step_that_is_made_twice() -> None:
-    assert told(lambda p: torch.optim.SGD(p, lr=1e-2), before=lambda _, optimizer: optimizer.step()) == ["step_called_twice"]
+    assert told(lambda p: torch.optim.SGD(p, lr=1e-2), before=lambda _, optimizer: optimizer.step()) == [
+        "step_called_twice"
+    ]
 
 
 def test_one_layer_whose_gradient_is_taken_away() -> None:
     model = network()
-    for habit, certain in ((lambda: model[0].weight.grad.zero_(), True), (lambda: setattr(model[0].weight, "grad", None), False)):
+    for habit, certain in (
+        (lambda: model[0].weight.grad.zero_(), True),
+        (lambda: setattr(model[0].weight, "grad", None), False),
+    ):
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
         seen = watch(model, optimizer)
         train(model, optimizer, before=habit)
@@ -88,7 +106,11 @@ def test_one_layer_whose_gradient_is_taken_away() -> None:
 
 
 def test_rates_and_decays_that_cannot_be_meant() -> None:
-    assert told(lambda p: torch.optim.Adam(p, lr=1e-12)) == told(lambda p: torch.optim.SGD(p, lr=1e-12)) == ["learning_rate_too_small"]
+    assert (
+        told(lambda p: torch.optim.Adam(p, lr=1e-12))
+        == told(lambda p: torch.optim.SGD(p, lr=1e-12))
+        == ["learning_rate_too_small"]
+    )
     assert told(lambda p: torch.optim.AdamW(p, weight_decay=500.0)) == ["weight_decay_too_large"]
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
@@ -96,7 +118,7 @@ def test_rates_and_decays_that_cannot_be_meant() -> None:
     for _ in range(6):
         train(model, optimizer, 1)
         plan.step()
-    assert seen.report() == []                       # a long warm-up
+    assert seen.report() == []  # a long warm-up
 
 
 def test_weights_that_break_between_two_looks_are_seen_at_the_report() -> None:
@@ -120,12 +142,18 @@ def test_a_graph_that_is_compiled_while_a_hook_waits_is_whole() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 and seen.report() == []
 
 
-# ---- thresholds and options that no run survives ---------------------------------------------------------------------------
+# ---- thresholds and options that no run survives
+# ---------------------------------------------------------------------------
 
 NORM, VALUE = nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_
 
 
-def clipped(clip: Callable[..., Any], threshold: float, make: Callable[..., Any] = torch.optim.AdamW, model: nn.Module | None = None) -> list[Any]:
+def clipped(
+    clip: Callable[..., Any],
+    threshold: float,
+    make: Callable[..., Any] = torch.optim.AdamW,
+    model: nn.Module | None = None,
+) -> list[Any]:
     model = model or network()
     optimizer = make(model.parameters())
     seen = watch(model, optimizer)
@@ -134,18 +162,36 @@ def clipped(clip: Callable[..., Any], threshold: float, make: Callable[..., Any]
 
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, FusedAdamW, lambda p: torch.optim.SGD(p, lr=1e-2)])
-@pytest.mark.parametrize("clip, threshold, said", [
-    (NORM, 0.0, "product with zero"), (VALUE, 0.0, "product with zero"), (NORM, -1.0, "turned round"), (NORM, -1e-3, "turned round"),
-    (VALUE, -1.0, "the same number")])
-def test_a_clip_threshold_of_zero_or_below_is_named(clip: Callable[..., Any], threshold: float, said: str, make: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    "clip, threshold, said",
+    [
+        (NORM, 0.0, "product with zero"),
+        (VALUE, 0.0, "product with zero"),
+        (NORM, -1.0, "turned round"),
+        (NORM, -1e-3, "turned round"),
+        (VALUE, -1.0, "the same number"),
+    ],
+)
+def test_a_clip_threshold_of_zero_or_below_is_named(
+    clip: Callable[..., Any], threshold: float, said: str, make: Callable[..., Any]
+) -> None:
     (finding,) = clipped(clip, threshold, make)
-    assert finding.cause == "clip_too_small" and finding.certain and said in finding.evidence and "zero_grad" not in finding.advice
+    assert (
+        finding.cause == "clip_too_small"
+        and finding.certain
+        and said in finding.evidence
+        and "zero_grad" not in finding.advice
+    )
 
 
 @pytest.mark.parametrize("clip", [NORM, VALUE])
 def test_a_clip_threshold_that_is_not_a_number_is_no_root_or_logarithm(clip: Callable[..., Any]) -> None:
     finding = clipped(clip, float("nan"))[0]
-    assert finding.cause == "nonfinite_gradients" and "after backward" in finding.evidence and "clip threshold" in finding.advice
+    assert (
+        finding.cause == "nonfinite_gradients"
+        and "after backward" in finding.evidence
+        and "clip threshold" in finding.advice
+    )
 
 
 @pytest.mark.parametrize("clip, threshold", [(NORM, float("inf")), (VALUE, float("inf")), (NORM, 1e-2), (VALUE, 1e-3)])
@@ -161,6 +207,7 @@ def test_a_network_of_one_number_has_equal_gradients() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             return self.weight * x
+
     assert clipped(NORM, 1.0, model=One()) == clipped(VALUE, 1e-2, model=One()) == []
 
 
@@ -187,7 +234,10 @@ def halves(steps: int = 6, **options: Any) -> list[Any]:
 def test_a_step_that_makes_weights_not_finite_out_of_finite_gradients_is_named_by_its_eps(steps: int) -> None:
     (finding,) = halves(steps)
     assert finding.cause == "nonfinite_step" and finding.certain and finding.step == 1
-    assert "eps of 1e-08 is zero in float16, whose smallest number is 6e-08" in finding.evidence and "logarithm" not in finding.advice
+    assert (
+        "eps of 1e-08 is zero in float16, whose smallest number is 6e-08" in finding.evidence
+        and "logarithm" not in finding.advice
+    )
     assert halves(steps, eps=1e-4) == []
 
 
@@ -202,7 +252,8 @@ def test_an_eps_of_zero_and_a_rate_that_is_not_finite_are_named() -> None:
         model = network()
 
 
-# ---- reports at any moment -------------------------------------------------------------------------------------------------
+# ---- reports at any moment
+# -------------------------------------------------------------------------------------------------
 
 
 def test_a_report_may_be_asked_for_at_any_moment_of_an_accumulation() -> None:
@@ -212,7 +263,9 @@ def test_a_report_may_be_asked_for_at_any_moment_of_an_accumulation() -> None:
     assert seen.report() == []
     for number in range(12):
         (model(torch.randn(32, 8)) - 1.0).square().mean().backward()
-        assert [(finding.cause, finding.certain) for finding in seen.report()] == ([] if seen.steps else [("step_never_called", False)])
+        assert [(finding.cause, finding.certain) for finding in seen.report()] == (
+            [] if seen.steps else [("step_never_called", False)]
+        )
         if number % 4 == 3:
             optimizer.step()
             assert seen.report() == []
@@ -233,7 +286,10 @@ def test_hundreds_of_gradients_that_are_thrown_away_are_certain_and_thousands_th
             assert not seen.report()[0].certain
     (finding,) = seen.report()
     assert finding.cause == "step_never_called" and finding.certain
-    assert (f"{300 if cleared else 4100} backward passes, {299 if cleared else 0} of which found the gradients cleared") in finding.evidence
+    assert (
+        f"{300 if cleared else 4100} backward passes, {299 if cleared else 0} of which found the gradients cleared"
+        in finding.evidence
+    )
 
 
 def test_a_part_that_is_trained_in_turn_is_doubted_after_one_step() -> None:

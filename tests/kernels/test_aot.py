@@ -1,9 +1,9 @@
-"""Compiles every Triton kernel for sm_80, sm_90 and sm_100 without a GPU: no spills, registers in bounds, wide loads."""
+"""Compiles every Triton kernel for sm_80, sm_90 and sm_100 without a GPU: no spills, registers in bounds, wide
+loads."""
 
 from __future__ import annotations
 
 import pytest
-
 from ris_fast.kernels.registry import AotCase, families
 
 pytest.importorskip("triton", reason="ahead-of-time compilation needs triton")

@@ -18,8 +18,18 @@ FOLDER = os.environ.get("RIS_FAST_TRITON36", "")
 @pytest.mark.skipif(not FOLDER, reason="triton 3.6 is not installed: RIS_FAST_TRITON36 does not name its folder")
 def test_no_spills_with_triton_3_6() -> None:
     path = os.pathsep.join([FOLDER, os.environ.get("PYTHONPATH", "")])
-    version = subprocess.run([sys.executable, "-c", "import triton; print(triton.__version__)"], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    version = subprocess.run(
+        [sys.executable, "-c", "import triton; print(triton.__version__)"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     assert version.stdout.startswith("3.6"), version.stdout + version.stderr
     tests = Path(__file__).with_name("test_aot.py")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", str(tests)], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", str(tests)],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:]

@@ -9,13 +9,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from ris_fast.kernels.cov_nmse import reference
+from ris_fast.kernels.cov_nmse.samples import random_tensors
 from torch import Tensor
 
 import ris_fast
-from ris_fast.kernels.cov_nmse import reference
-from ris_fast.kernels.cov_nmse.samples import random_tensors
 
-CONFIGURATIONS = [{}, {"loading": 1.0}, {"shrink": 1e-3, "snr_db": 3.0}, {"loading": 0.3, "shrink": 1e-2, "snr_db": -5.0}, {"diag_weight": 0.2, "offdiag_weight": 0.8}]
+CONFIGURATIONS = [
+    {},
+    {"loading": 1.0},
+    {"shrink": 1e-3, "snr_db": 3.0},
+    {"loading": 0.3, "shrink": 1e-2, "snr_db": -5.0},
+    {"diag_weight": 0.2, "offdiag_weight": 0.8},
+]
 
 
 def drawn(b: int = 3, n: int = 25, q: int = 4, k: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -69,7 +75,9 @@ def test_identity_predictor_scores_its_closed_form(kind: str) -> None:
     true = torch.view_as_complex(dense(s))
     true = true * (16 / true.diagonal(dim1=1, dim2=2).real.sum(-1))[:, None, None]
     power = true.abs().square().sum((1, 2))
-    assert torch.allclose(ris_fast.cov_nmse(f, **target(kind, s), reduction="none"), 1 - 16 / power)  # |I - T|^2 = N - 2N + |T|^2
+    assert torch.allclose(
+        ris_fast.cov_nmse(f, **target(kind, s), reduction="none"), 1 - 16 / power
+    )  # |I - T|^2 = N - 2N + |T|^2
 
 
 def test_loading_the_prediction_alone_leaves_the_floor_that_it_left_the_original() -> None:
@@ -124,7 +132,9 @@ def test_reductions_and_empty_batch() -> None:
     f, s = drawn()
     each = ris_fast.cov_nmse(f, target_factor=s, reduction="none")
     assert each.shape == (3,)
-    assert torch.allclose(each.mean(), ris_fast.cov_nmse(f, target_factor=s)) and torch.allclose(each.sum(), ris_fast.cov_nmse(f, target_factor=s, reduction="sum"))
+    assert torch.allclose(each.mean(), ris_fast.cov_nmse(f, target_factor=s)) and torch.allclose(
+        each.sum(), ris_fast.cov_nmse(f, target_factor=s, reduction="sum")
+    )
     empty = f[:0].clone().requires_grad_()
     total = ris_fast.cov_nmse(empty, target_factor=s[:0], reduction="sum")
     total.backward()
@@ -143,7 +153,11 @@ def test_complex_and_real_pairs_agree_and_so_do_their_gradients(kind: str) -> No
 
 def test_conjugated_view_is_read_as_what_it_means() -> None:
     f, s = (torch.view_as_complex(x) for x in drawn())
-    assert torch.allclose(ris_fast.cov_nmse(f.conj(), target_factor=s), ris_fast.cov_nmse(f.conj().resolve_conj(), target_factor=s), rtol=1e-14)
+    assert torch.allclose(
+        ris_fast.cov_nmse(f.conj(), target_factor=s),
+        ris_fast.cov_nmse(f.conj().resolve_conj(), target_factor=s),
+        rtol=1e-14,
+    )
     assert not torch.allclose(ris_fast.cov_nmse(f.conj(), target_factor=s), ris_fast.cov_nmse(f, target_factor=s))
 
 
@@ -156,7 +170,12 @@ def test_any_layout_of_the_factor(view: str) -> None:
         "strided": lambda: f.repeat_interleave(2, 0).requires_grad_(),
         "offset": lambda: torch.cat([f.new_ones(1, 25, 4, 2), f]).requires_grad_(),
     }
-    seen: dict[str, Callable[[Tensor], Tensor]] = {"expanded": lambda x: x.expand(3, -1, -1, -1), "transposed": lambda x: x.transpose(1, 2), "strided": lambda x: x[::2], "offset": lambda x: x[1:]}
+    seen: dict[str, Callable[[Tensor], Tensor]] = {
+        "expanded": lambda x: x.expand(3, -1, -1, -1),
+        "transposed": lambda x: x.transpose(1, 2),
+        "strided": lambda x: x[::2],
+        "offset": lambda x: x[1:],
+    }
     leaf, copy = made[view](), made[view]()
     ris_fast.cov_nmse(seen[view](leaf), target_factor=s).backward()
     args = (s, None, None, None, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0)
@@ -233,4 +252,8 @@ def test_columns_and_elements_at_the_limits() -> None:
     for n, q, k in ((16, 1, 1), (16, 32, 16), (1024, 10, 5)):
         t = random_tensors(2, n, q, k, 0, dense=False)
         args = (t["factor"], t["target_factor"], None, None, None, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0)
-        assert torch.allclose(ris_fast.cov_nmse(t["factor"], target_factor=t["target_factor"], reduction="none"), reference.cov_nmse(*args), rtol=1e-11)
+        assert torch.allclose(
+            ris_fast.cov_nmse(t["factor"], target_factor=t["target_factor"], reduction="none"),
+            reference.cov_nmse(*args),
+            rtol=1e-11,
+        )

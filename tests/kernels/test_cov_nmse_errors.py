@@ -33,7 +33,10 @@ BAD = {
     "infinite loading": ({"target_factor": S, "loading": float("inf")}, "loading is inf, expected a finite number"),
     "infinite shrinkage": ({"target_factor": S, "shrink": float("inf"), "snr_db": 0.0}, "shrink is inf"),
     "nan blend": ({"target_factor": S, "blend": float("nan")}, "blend is nan"),
-    "no weight": ({"target_factor": S, "diag_weight": 0.0, "offdiag_weight": 0}, "diag_weight and offdiag_weight are both 0"),
+    "no weight": (
+        {"target_factor": S, "diag_weight": 0.0, "offdiag_weight": 0},
+        "diag_weight and offdiag_weight are both 0",
+    ),
     "zero target": ({"target_factor": S}, "the target of scene 0 has no power"),
     "zero covariance": ({"target_cov": torch.zeros(4, 36, 36, 2)}, "the target of scene 0 has no power"),
 }
@@ -44,7 +47,10 @@ TRUE = SOURCES @ SOURCES.mH
 NO_COVARIANCE = {
     "negative": (-TRUE, "negative power on the diagonal of scene 0"),
     "one scene negative": (torch.stack((TRUE[0], TRUE[1], -TRUE[2])), "negative power on the diagonal of scene 2"),
-    "one negative power": (TRUE - 2 * torch.diag_embed(torch.eye(12)[5] * TRUE[:, 5, 5].real[:, None]), "negative power"),
+    "one negative power": (
+        TRUE - 2 * torch.diag_embed(torch.eye(12)[5] * TRUE[:, 5, 5].real[:, None]),
+        "negative power",
+    ),
     "upper triangle": (TRUE.triu(), "scene 0 is not Hermitian"),
     "lower triangle": (TRUE.tril(), "scene 0 is not Hermitian"),
     "transposed product": (SOURCES @ SOURCES.mT + 9 * torch.eye(12), "scene 0 is not Hermitian"),
@@ -91,7 +97,11 @@ def test_nan_in_is_nan_out_and_zero_targets_can_be_loaded_or_left_unlooked_at() 
     broken[1, 2, 0] = float("nan")
     loss = ris_fast.cov_nmse(FACTOR, target_factor=broken, reduction="none")
     assert loss[1].isnan() and loss[[0, 2]].isfinite().all()
-    assert ris_fast.cov_nmse(FACTOR, target_cov=broken @ broken.mH, reduction="none").isnan().tolist() == [False, True, False]
+    assert ris_fast.cov_nmse(FACTOR, target_cov=broken @ broken.mH, reduction="none").isnan().tolist() == [
+        False,
+        True,
+        False,
+    ]
     assert ris_fast.cov_nmse(FACTOR, target_factor=0 * SOURCES, loading=0.5).isfinite()
     assert ris_fast.cov_nmse(FACTOR, target_factor=0 * SOURCES, validate=False).isinf()
 

@@ -1,4 +1,5 @@
-"""cov_nmse under torch.vmap and torch.func equals a loop over scenes sets, with its gradients, one transform inside another."""
+"""cov_nmse under torch.vmap and torch.func equals a loop over scenes sets, with its gradients, one transform inside
+another."""
 
 from __future__ import annotations
 
@@ -6,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from ris_fast.kernels.native import loader
 from torch import Tensor
 
 from ris_fast import cov_nmse
-from ris_fast.kernels.native import loader
 
 V, B, N = 5, 3, 14
 G = torch.Generator().manual_seed(0)
@@ -25,7 +26,12 @@ R = torch.view_as_real(torch.view_as_complex(S) @ torch.view_as_complex(S).mH)
 CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "factor": (lambda f, s: cov_nmse(f, target_factor=s), (F, S)),
     "covariance": (lambda f, r: cov_nmse(f, target_cov=r, reduction="sum"), (F, R)),
-    "everything": (lambda f, s, x, snr: cov_nmse(f, target_factor=s, sample_factor=x, blend=0.3, loading=0.2, shrink=1e-2, snr_db=snr), (F, S, X, SNR)),
+    "everything": (
+        lambda f, s, x, snr: cov_nmse(
+            f, target_factor=s, sample_factor=x, blend=0.3, loading=0.2, shrink=1e-2, snr_db=snr
+        ),
+        (F, S, X, SNR),
+    ),
     "complex": (lambda f, s: cov_nmse(torch.view_as_complex(f), target_factor=torch.view_as_complex(s)), (F, S)),
     "float32": (lambda f, s: cov_nmse(f.float(), target_factor=s.float()).double(), (F, S)),
 }
@@ -44,7 +50,9 @@ def by_loop(function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> tuple[
 
 @cases
 @pytest.mark.parametrize("compiler", [True, False], ids=["C++", "torch"])
-def test_vmap_its_backward_and_vmap_of_grad_equal_a_loop(case: str, compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vmap_its_backward_and_vmap_of_grad_equal_a_loop(
+    case: str, compiler: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not compiler:
         monkeypatch.setattr(loader, "available", lambda: False)
     function, args = CASES[case]
@@ -79,7 +87,7 @@ def test_one_vmap_inside_another() -> None:
 def test_jacobian_by_rows_is_that_of_each_scene() -> None:
     rows = torch.func.jacrev(lambda f: cov_nmse(f, target_factor=S[0], reduction="none"))(F[0])
     f = F[0].clone().requires_grad_()
-    own, = torch.autograd.grad(cov_nmse(f, target_factor=S[0], reduction="sum"), f)
+    (own,) = torch.autograd.grad(cov_nmse(f, target_factor=S[0], reduction="sum"), f)
     for row in range(B):
         torch.testing.assert_close(rows[row, row], own[row])
         assert not rows[row, [i for i in range(B) if i != row]].any()
@@ -100,11 +108,17 @@ def test_per_sample_gradients_of_a_network() -> None:
     inputs = normal(V, 6)
 
     def loss(parameters: dict[str, Tensor], x: Tensor, s: Tensor) -> Tensor:
-        return cov_nmse(torch.func.functional_call(layer, parameters, (x[None],)).view(1, N, 4, 2), target_factor=s[None])
+        return cov_nmse(
+            torch.func.functional_call(layer, parameters, (x[None],)).view(1, N, 4, 2), target_factor=s[None]
+        )
 
-    found = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))({k: v.detach() for k, v in layer.named_parameters()}, inputs, S[:, 0])
+    found = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(
+        {k: v.detach() for k, v in layer.named_parameters()}, inputs, S[:, 0]
+    )
     for row in range(V):
-        wanted = torch.autograd.grad(loss(dict(layer.named_parameters()), inputs[row], S[row, 0]), list(layer.parameters()))
+        wanted = torch.autograd.grad(
+            loss(dict(layer.named_parameters()), inputs[row], S[row, 0]), list(layer.parameters())
+        )
         torch.testing.assert_close(found["weight"][row], wanted[0])
         torch.testing.assert_close(found["bias"][row], wanted[1])
 

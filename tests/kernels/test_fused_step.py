@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from ris_fast.kernels.fused_step import native, reference
 from ris_fast.kernels.fused_step.layout import Segment, State, Telemetry, padded, tables
 from ris_fast.kernels.fused_step.samples import ARGUMENTS, FLATS, RESULTS, SIZES, buffers
 from ris_fast.kernels.native import loader
+from torch import Tensor
 
 needs_cpp = pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built")
 LEVELS = loader.supported_levels()
@@ -87,7 +86,11 @@ def test_gradients_elsewhere_give_what_gradients_in_the_buffer_give(simd: str, s
 def test_accumulate_agrees_with_the_definition(simd: str, overwrite: bool) -> None:
     """Float32 and bfloat16 gradients in one call, an absent one, and the norm folded in."""
     results = []
-    for module, dtype, options in ((native, torch.float32, {"simd": simd}), (reference, torch.float32, {}), (reference, torch.float64, {})):
+    for module, dtype, options in (
+        (native, torch.float32, {"simd": simd}),
+        (reference, torch.float32, {}),
+        (reference, torch.float64, {}),
+    ):
         made = buffers(SIZES["few"], [True, True, True, True, True, False], dtype=dtype)
         made["gradients"] = [g.float().bfloat16() if i % 2 else g for i, g in enumerate(made["gradients"])]
         made["gradients"][5] = made["grad"][:0]
@@ -135,7 +138,9 @@ def test_a_gradient_whose_square_overflows_is_finite(module: Any) -> None:
     made = buffers((100, 100))
     made["grad"][3] = 1e30
     step(module, made)
-    assert made["state"][State.SKIPPED] == 0 and made["state"][State.NORM] == pytest.approx(float(torch.tensor(1e30)) / 8, rel=1e-7)
+    assert made["state"][State.SKIPPED] == 0 and made["state"][State.NORM] == pytest.approx(
+        float(torch.tensor(1e30)) / 8, rel=1e-7
+    )
     assert made["param"].isfinite().all()
 
 
@@ -146,7 +151,9 @@ def test_a_tensor_without_gradient_is_left_alone(module: Any) -> None:
     before = {name: made[name].clone() for name in FLATS}
     step(module, made)
     for name in FLATS:
-        assert torch.equal(made[name][128 : 128 + padded(5000)].nan_to_num(7), before[name][128 : 128 + padded(5000)].nan_to_num(7)), name
+        assert torch.equal(
+            made[name][128 : 128 + padded(5000)].nan_to_num(7), before[name][128 : 128 + padded(5000)].nan_to_num(7)
+        ), name
     assert made["steps"].tolist() == [1 + 1, 1, 3 + 1] and made["state"][State.SKIPPED] == 0
     assert not torch.equal(made["param"][:100], before["param"][:100])
 

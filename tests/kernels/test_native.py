@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from ris_fast.kernels.native import loader
 
 needs_library = pytest.mark.skipif(not loader.available(), reason=f"no C++ kernels: {loader.why_not()}")
@@ -76,7 +75,10 @@ def test_without_the_library_the_operators_still_work(tmp_path: Path) -> None:
 
 def test_install_without_a_compiler_says_what_to_install(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
-    code = f"import runpy, setuptools; setuptools.setup = lambda **k: None; runpy.run_path({str(root / 'setup.py')!r})['find_compiler']()"
+    code = (
+        "import runpy, setuptools; setuptools.setup = lambda **k: None;"
+        f" runpy.run_path({str(root / 'setup.py')!r})['find_compiler']()"
+    )
     done = run(code, PATH=str(tmp_path), CXX="")
     assert done.returncode != 0
     assert "build-essential" in done.stderr and "RIS_FAST_NO_NATIVE=1" in done.stderr

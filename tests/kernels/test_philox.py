@@ -1,4 +1,5 @@
-"""Laws of the counter-based random numbers: published vectors, one definition everywhere, and the statistics of N(0, 1)."""
+"""Laws of the counter-based random numbers: published vectors, one definition everywhere, and the statistics of N(0,
+1)."""
 
 from __future__ import annotations
 
@@ -10,27 +11,34 @@ import sys
 import numpy as np
 import pytest
 import torch
-from scipy import stats
-from torch import Tensor
-
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.philox import op, reference
+from scipy import stats
+from torch import Tensor
 
 ULP = 4  # stated in the docstring of philox_normal
 needs_cpp = pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built")
 
 
 def ulps(value: Tensor, exact: Tensor) -> float:
-    """Largest error in units of the last place of float32; exact zeros of cos and sin differ by 1e-15 in the reference."""
+    """Largest error in units of the last place of float32; exact zeros of cos and sin differ by 1e-15 in the
+    reference."""
     spacing = torch.from_numpy(np.spacing(exact.float().abs().numpy())).double()
     return float(((value.double() - exact).abs() / spacing.clamp_min(1e-15)).max())
 
 
-@pytest.mark.parametrize("counter, key, expected", [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
-])
+@pytest.mark.parametrize(
+    "counter, key, expected",
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
 def test_published_vectors(counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]) -> None:
     """The known answers of the authors' library, Random123: zeros, ones, digits of pi."""
     words = reference.philox4x32(tuple(torch.tensor(word) for word in counter), key)
@@ -78,7 +86,8 @@ def test_a_value_depends_on_its_own_scene_alone(law) -> None:
 
 
 def test_triton_body_agrees() -> None:
-    """Triton's interpreter in a process of its own: uniforms have the bits of the definition, normals are within 4 ulp."""
+    """Triton's interpreter in a process of its own: uniforms have the bits of the definition, normals are within 4
+    ulp."""
     program = """
 import torch
 from ris_fast.kernels.philox import op, reference
@@ -131,7 +140,10 @@ def test_moments_and_tails() -> None:
 def test_distribution(seed: int, stream: int) -> None:
     """Kolmogorov-Smirnov, along a scene and across scenes at one position."""
     index = torch.arange(3000)
-    normal, uniform = op.philox_normal(index, seed, stream, 3000).double(), op.philox_uniform(index, seed, stream, 3000).double()
+    normal, uniform = (
+        op.philox_normal(index, seed, stream, 3000).double(),
+        op.philox_uniform(index, seed, stream, 3000).double(),
+    )
     for rows in (normal[17], normal[:, 4], normal[:, 2999]):
         assert stats.kstest(rows.numpy(), "norm").pvalue > 1e-4
     for rows in (uniform[17], uniform[:, 4]):
@@ -142,10 +154,17 @@ def test_independence() -> None:
     """No correlation between neighbours in position, scene, stream and seed, in the values or in their squares."""
     index = torch.arange(1000)
     z = op.philox_normal(index, 3, 0, 1000).double()
-    others = {"stream": op.philox_normal(index, 3, 1, 1000), "seed": op.philox_normal(index, 4, 0, 1000),
-              "seed high": op.philox_normal(index, 3 + 2**32, 0, 1000), "index": op.philox_normal(index + 1000, 3, 0, 1000),
-              "index high": op.philox_normal(index + 2**32, 3, 0, 1000), "scene": z.roll(1, 0), "position": z.roll(1, 1),
-              "pair": z.unflatten(1, (-1, 2)).flip(-1).flatten(1), "block": z.roll(4, 1)}
+    others = {
+        "stream": op.philox_normal(index, 3, 1, 1000),
+        "seed": op.philox_normal(index, 4, 0, 1000),
+        "seed high": op.philox_normal(index, 3 + 2**32, 0, 1000),
+        "index": op.philox_normal(index + 1000, 3, 0, 1000),
+        "index high": op.philox_normal(index + 2**32, 3, 0, 1000),
+        "scene": z.roll(1, 0),
+        "position": z.roll(1, 1),
+        "pair": z.unflatten(1, (-1, 2)).flip(-1).flatten(1),
+        "block": z.roll(4, 1),
+    }
     for name, other in others.items():
         for a, b in ((z, other.double()), (z.square() - 1, other.double().square() - 1)):
             spread = float(a.square().mean()) / math.sqrt(a.numel())
@@ -160,8 +179,18 @@ def test_not_differentiable_and_traceable() -> None:
     assert torch.equal(compiled(index), op.philox_normal(index, 2**63, 1, 8)) and not compiled(index).requires_grad
 
 
-@pytest.mark.parametrize("change", [{"seed": -1}, {"seed": 2**64}, {"stream": 2**32}, {"stream": -1}, {"count": -1},
-                                    {"index_B": torch.zeros(2)}, {"index_B": torch.zeros(2, 2, dtype=torch.int64)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": -1},
+        {"seed": 2**64},
+        {"stream": 2**32},
+        {"stream": -1},
+        {"count": -1},
+        {"index_B": torch.zeros(2)},
+        {"index_B": torch.zeros(2, 2, dtype=torch.int64)},
+    ],
+)
 def test_errors_say_what_to_do(change: dict) -> None:
     arguments = {"index_B": torch.arange(2), "seed": 0, "stream": 0, "count": 4} | change
     with pytest.raises(ValueError, match=r"philox_normal: \w+ is .*(must be in|pass scene numbers)"):

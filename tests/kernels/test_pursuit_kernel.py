@@ -1,4 +1,5 @@
-"""Laws of the pursuit kernel: every instruction set against plain torch, one scene one set of bits, sizes of all kinds."""
+"""Laws of the pursuit kernel: every instruction set against plain torch, one scene one set of bits, sizes of all
+kinds."""
 
 from __future__ import annotations
 
@@ -6,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-from ris_fast.config.schema import Task
 from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.pursuit import op, reference
 from ris_fast.kernels.pursuit.samples import SAMPLES, scenes
+from torch import Tensor
+
+from ris_fast.config.schema import Task
 from ris_fast.models.features import Features, PursuitFeatures
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
@@ -21,12 +22,26 @@ NAMED = {sample.name: sample for sample in SAMPLES}
 needs_cpp = pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built")
 pytestmark = needs_cpp
 # (batch, N_H, N_V, M, L, K): N from 16 to 1024, lanes and tiles filled and not, fewer equations than unknowns too
-SIZES = [(3, 4, 4, 16, 16, 3), (2, 3, 1, 2, 3, 1), (2, 7, 5, 3, 5, 2), (2, 17, 1, 9, 8, 2), (2, 13, 11, 5, 33, 4), (2, 16, 16, 16, 16, 5),
-         (2, 20, 20, 16, 16, 3), (1, 32, 32, 16, 16, 5)]
+SIZES = [
+    (3, 4, 4, 16, 16, 3),
+    (2, 3, 1, 2, 3, 1),
+    (2, 7, 5, 3, 5, 2),
+    (2, 17, 1, 9, 8, 2),
+    (2, 13, 11, 5, 33, 4),
+    (2, 16, 16, 16, 16, 5),
+    (2, 20, 20, 16, 16, 3),
+    (1, 32, 32, 16, 16, 5),
+]
 
 
 def widened(value: Any) -> Any:
-    return [widened(each) for each in value] if isinstance(value, (list, tuple)) else value.double() if isinstance(value, Tensor) else value
+    return (
+        [widened(each) for each in value]
+        if isinstance(value, (list, tuple))
+        else value.double()
+        if isinstance(value, Tensor)
+        else value
+    )
 
 
 def closeness(found: tuple[Tensor, ...], args: tuple[Any, ...]) -> float:
@@ -47,7 +62,9 @@ def force(monkeypatch: pytest.MonkeyPatch, simd: str) -> None:
 @pytest.mark.parametrize("simd", loader.supported_levels())
 @pytest.mark.parametrize("dense", [0, 1], ids=["through-H", "P"])
 @pytest.mark.parametrize("name", [name for name in NAMED if name not in ("empty-batch", "wide")])
-def test_every_instruction_set_and_both_forms_are_as_exact_as_eager(name: str, dense: int, simd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_instruction_set_and_both_forms_are_as_exact_as_eager(
+    name: str, dense: int, simd: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     force(monkeypatch, simd)
     args = NAMED[name].make("cpu", torch.float32)
     assert closeness(op._cpp(*args, dense=dense), args) < 2
@@ -75,7 +92,9 @@ def test_a_scene_has_its_own_bits() -> None:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             for order in (torch.arange(37), torch.arange(37).flip(0)[:20], torch.tensor([11])):
-                for part, whole in zip(op.pursuit_features(y[order], h[order], codes, snr_db[order], *rest), together, strict=True):
+                for part, whole in zip(
+                    op.pursuit_features(y[order], h[order], codes, snr_db[order], *rest), together, strict=True
+                ):
                     assert torch.equal(part, whole[order])
     finally:
         torch.set_num_threads(threads)
@@ -84,7 +103,19 @@ def test_a_scene_has_its_own_bits() -> None:
 def drawn(task: Task, count: int) -> tuple[PursuitFeatures, Scenes, tuple[Any, ...]]:
     """Features of a task, scenes of it, and the operator's arguments for them."""
     model, found = PursuitFeatures(task, task.max_sources), simulate(task, count, SceneGenerator(5, "val"))
-    return model, found, (found.snapshots, found.channel, found.codes, found.snr_db, list(model.geometry()), model.wavenumber, model.atoms)
+    return (
+        model,
+        found,
+        (
+            found.snapshots,
+            found.channel,
+            found.codes,
+            found.snr_db,
+            list(model.geometry()),
+            model.wavenumber,
+            model.atoms,
+        ),
+    )
 
 
 def at(snr_db: float, **settings: Any) -> Task:
@@ -93,7 +124,8 @@ def at(snr_db: float, **settings: Any) -> Task:
 
 @pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
 def test_the_task_is_solved_as_well_as_by_plain_torch(wavefront: str) -> None:
-    """512 drawn scenes, ties and near-equal atoms among them: nearly all alike, and the same error of the covariance."""
+    """512 drawn scenes, ties and near-equal atoms among them: nearly all alike, and the same error of the
+    covariance."""
     model, scenes, args = drawn(Task(wavefront=wavefront), 512)
     results = [Features(*run(*args)) for run in (op._cpp, op._plain)]
     alike = (results[0].inputs - results[1].inputs).abs().amax(1) < 1e-2
@@ -114,7 +146,8 @@ def test_with_next_to_no_noise_plain_torch_finds_the_same_covariance(snr_db: flo
 @pytest.mark.parametrize("run", [op._cpp, op._plain], ids=["cpp", "torch"])
 @pytest.mark.parametrize("snr_db", [-100, -40, 40, 60, 80, 100, 120])
 def test_features_are_sensible_at_any_snr(snr_db: float, run: Any) -> None:
-    """Sources within six degrees lie nearly in line with one another: ridges of the noise alone lose a tenth of them at 60 dB."""
+    """Sources within six degrees lie nearly in line with one another: ridges of the noise alone lose a tenth of them at
+    60 dB."""
     for task, count in ((at(snr_db), 1000), (at(snr_db, range_min_m=5, azimuth_deg=3.0, elevation_deg=3.0), 300)):
         _, _, args = drawn(task, count if run is op._cpp else count // 5)
         inputs, basis = run(*args)
@@ -123,7 +156,8 @@ def test_features_are_sensible_at_any_snr(snr_db: float, run: Any) -> None:
 
 
 def test_less_noise_is_never_worse() -> None:
-    """The same scenes: those whose sources lie close together, where the ridge alone holds the amplitudes, decide the mean."""
+    """The same scenes: those whose sources lie close together, where the ridge alone holds the amplitudes, decide the
+    mean."""
     errors = []
     for snr_db in (20, 60, 120):
         model, scenes, args = drawn(at(snr_db), 2000)
@@ -136,7 +170,10 @@ def test_the_factors_of_the_grid_find_what_the_dictionary_finds() -> None:
     y, h, codes, snr_db, constants, wavenumber, atoms = scenes(16, 12, 12, 16, 16, 4)
     order = torch.randperm(len(constants[7]), generator=torch.Generator().manual_seed(0))
     shuffled = [*constants[:7], constants[7][order], constants[8].unflatten(1, (2, -1))[..., order].flatten(1)]
-    for a, b in zip(op._cpp(y, h, codes, snr_db, constants, wavenumber, atoms), op._cpp(y, h, codes, snr_db, shuffled, wavenumber, atoms)):
+    for a, b in zip(
+        op._cpp(y, h, codes, snr_db, constants, wavenumber, atoms),
+        op._cpp(y, h, codes, snr_db, shuffled, wavenumber, atoms),
+    ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
@@ -154,7 +191,9 @@ def test_a_grid_without_factors_asks_for_its_dictionary() -> None:
     none, order = constants[8][:, :0], torch.randperm(len(constants[7]), generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="with_dictionary"):
         op._cpp(y, h, codes, snr_db, [*constants[:7], constants[7][order], none], *rest)
-    for a, b in zip(op._plain(y, h, codes, snr_db, [*constants[:8], none], *rest), op._plain(y, h, codes, snr_db, constants, *rest)):
+    for a, b in zip(
+        op._plain(y, h, codes, snr_db, [*constants[:8], none], *rest), op._plain(y, h, codes, snr_db, constants, *rest)
+    ):
         assert torch.equal(a, b)
 
 
@@ -188,5 +227,7 @@ def test_wrong_shapes_are_named() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_is_as_exact_as_eager() -> None:
     args = NAMED["standard"].make("cpu", torch.float32)
-    moved = [[each.cuda() for each in a] if isinstance(a, list) else a.cuda() if isinstance(a, Tensor) else a for a in args]
+    moved = [
+        [each.cuda() for each in a] if isinstance(a, list) else a.cuda() if isinstance(a, Tensor) else a for a in args
+    ]
     assert closeness(tuple(each.cpu() for each in op.pursuit_features(*moved)), args) < 2

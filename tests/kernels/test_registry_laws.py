@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ris_fast.kernels.registry import FAMILIES, Operator, Sample, families, operators
 
 from ris_fast.gradcheck import backends_here, measure, outcome, tensors_of
-from ris_fast.kernels.registry import FAMILIES, Operator, Sample, families, operators
 
 OPERATORS = {operator.name: operator for operator in operators()}
 BACKENDS = [(name, backend) for name, operator in OPERATORS.items() for backend in backends_here(operator, "cpu")]
-SAMPLES = [(name, f"{i}-{sample.name}") for name, operator in OPERATORS.items() for i, sample in enumerate(operator.samples)]
-SMALL = [(name, f"{i}-{s.name}") for name, operator in OPERATORS.items() for i, s in enumerate(operator.samples) if s.small]
+SAMPLES = [
+    (name, f"{i}-{sample.name}") for name, operator in OPERATORS.items() for i, sample in enumerate(operator.samples)
+]
+SMALL = [
+    (name, f"{i}-{s.name}") for name, operator in OPERATORS.items() for i, s in enumerate(operator.samples) if s.small
+]
 
 
 def sample_of(name: str, sample: str) -> tuple[Operator, Sample]:
@@ -58,7 +62,10 @@ def test_same_bits_twice_and_with_any_number_of_threads(name: str, sample: str) 
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
-        assert all(torch.equal(x, y) or (x.isnan() == y.isnan()).all() and torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(results[0], other, strict=True))
+        assert all(
+            torch.equal(x, y) or (x.isnan() == y.isnan()).all() and torch.equal(x.nan_to_num(), y.nan_to_num())
+            for x, y in zip(results[0], other, strict=True)
+        )
 
 
 @pytest.mark.parametrize(("name", "sample"), SMALL)

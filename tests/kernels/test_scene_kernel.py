@@ -9,11 +9,10 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
-
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.scenes import op
 from ris_fast.kernels.scenes.samples import SAMPLES
+from torch import Tensor
 
 OPERATOR = op.FAMILY.operators[0]
 NAMED = {sample.name: sample for sample in SAMPLES}
@@ -34,7 +33,8 @@ def rows(args: list, chosen: Tensor) -> list:
 @pytest.mark.parametrize("simd", loader.supported_levels())
 @pytest.mark.parametrize("name", list(NAMED))
 def test_every_instruction_set_is_as_exact_as_eager(name: str, simd: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most 4 times the error that plain torch makes in float32: the normals that go in are within 4 ulp, torch's within 1/2."""
+    """At most 4 times the error that plain torch makes in float32: the normals that go in are within 4 ulp, torch's
+    within 1/2."""
     monkeypatch.setattr(op, "_native", lambda: loader.function("scenes", op.ARGUMENTS, simd, op.c_int))
     single, exact = arguments(name), OPERATOR.reference(*arguments(name, torch.float64))
     for fast, eager, true in zip(op._cpp(*single), OPERATOR.reference(*single), exact):
@@ -81,8 +81,12 @@ for sample in operator.samples:
             assert fast.numel() == 0 or (fast - true).abs().max() <= 4 * (eager - true).abs().max(), sample.name
 print("agrees")
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], env={**os.environ, "TRITON_INTERPRET": "1"},
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.strip() == "agrees", done.stderr
 
 
@@ -124,8 +128,22 @@ def test_noise_has_the_power_of_the_snr() -> None:
 
 
 def test_wrong_shapes_are_named() -> None:
-    names = ("index", "seed", "channel_stream", "noise_stream", "antennas", "positions", "codes", "source", "amplitude", "power",
-             "sight", "rician", "snr_db", "spherical")
+    names = (
+        "index",
+        "seed",
+        "channel_stream",
+        "noise_stream",
+        "antennas",
+        "positions",
+        "codes",
+        "source",
+        "amplitude",
+        "power",
+        "sight",
+        "rician",
+        "snr_db",
+        "spherical",
+    )
     call = dict(zip(names, arguments("standard"), strict=True))
     index = call.pop("index")
     with pytest.raises(ValueError, match=r"make_scenes: sight is \(8, 2\) torch.float32, expected \(8, 3\)"):

@@ -1,4 +1,5 @@
-"""Networks and estimators answer alike in every unit, precision and form of their inputs, and name what they cannot take."""
+"""Networks and estimators answer alike in every unit, precision and form of their inputs, and name what they cannot
+take."""
 
 from __future__ import annotations
 
@@ -7,22 +8,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from ris_fast.config.schema import Task
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.pursuit.op import pursuit_features
 from ris_fast.kernels.pursuit.samples import scenes as pursuit_scenes
 from ris_fast.kernels.scale import power_of_two
+from torch import Tensor, nn
+
+from ris_fast.config.schema import Task
 from ris_fast.models import build_model
+from ris_fast.physics.least_squares import sample_factor
 from ris_fast.physics.pairs import to_complex
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
-from ris_fast.physics.least_squares import sample_factor
 from ris_fast.training.loss_terms import unit_columns
 
 TASK = Task(bs_antennas=6, ris_horizontal=5, ris_vertical=4, snapshots=7, max_sources=2, snr_min_db=10.0)
-OPTIONS = {"backprojection": {"width": 32, "depth": 1}, "hybrid": {"width": 32, "layers": 1, "heads": 2, "feedforward": 32, "grid": 5}}
+OPTIONS = {
+    "backprojection": {"width": 32, "depth": 1},
+    "hybrid": {"width": 32, "layers": 1, "heads": 2, "feedforward": 32, "grid": 5},
+}
 networks = pytest.mark.parametrize("name", OPTIONS)
 backends = pytest.mark.parametrize("compiler", [True, False], ids=["C++", "torch"])
 
@@ -43,7 +47,9 @@ def factor(model: nn.Module, s: Scenes) -> Tensor:
 @backends
 @networks
 @pytest.mark.parametrize("what", ["snapshots", "channel"])
-def test_the_unit_of_snapshots_and_channel_does_not_matter(name: str, what: str, compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_unit_of_snapshots_and_channel_does_not_matter(
+    name: str, what: str, compiler: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Powers of two change no bit; other scales, up to the ends of float32, no more than their rounding does."""
     if not compiler:
         monkeypatch.setattr(loader, "available", lambda: False)
@@ -67,7 +73,9 @@ def test_large_arrays_do_not_see_the_unit_either() -> None:
 
 
 @backends
-def test_a_scene_of_zeros_has_a_zero_factor_and_spoils_no_other(compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scene_of_zeros_has_a_zero_factor_and_spoils_no_other(
+    compiler: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not compiler:
         monkeypatch.setattr(loader, "available", lambda: False)
     model, scenes = network("backprojection"), drawn()
@@ -100,13 +108,28 @@ def test_nan_stays_nan_in_its_scene(name: str, compiler: bool, monkeypatch: pyte
 
 FORMS: dict[str, tuple[Callable[[Scenes], tuple], float]] = {
     "complex": (lambda s: (to_complex(s.snapshots), to_complex(s.channel), to_complex(s.codes), s.snr_db), 0.0),
-    "conjugate views": (lambda s: (*(to_complex(x * torch.tensor([1.0, -1.0])).conj() for x in (s.snapshots, s.channel, s.codes)), s.snr_db), 0.0),
+    "conjugate views": (
+        lambda s: (
+            *(to_complex(x * torch.tensor([1.0, -1.0])).conj() for x in (s.snapshots, s.channel, s.codes)),
+            s.snr_db,
+        ),
+        0.0,
+    ),
     "double": (lambda s: (s.snapshots.double(), s.channel.double(), s.codes.double(), s.snr_db.double()), 0.0),
-    "double beyond float32": (lambda s: (s.snapshots.double() * 2.0**200, s.channel.double() * 2.0**-300, s.codes, s.snr_db), 0.0),
-    "complex128": (lambda s: (to_complex(s.snapshots.double()), to_complex(s.channel.double()), s.codes, s.snr_db), 0.0),
+    "double beyond float32": (
+        lambda s: (s.snapshots.double() * 2.0**200, s.channel.double() * 2.0**-300, s.codes, s.snr_db),
+        0.0,
+    ),
+    "complex128": (
+        lambda s: (to_complex(s.snapshots.double()), to_complex(s.channel.double()), s.codes, s.snr_db),
+        0.0,
+    ),
     "half": (lambda s: (s.snapshots.half(), s.channel.half(), s.codes, s.snr_db), 0.05),
     "one SNR": (lambda s: (s.snapshots, s.channel, s.codes, 20.0), 0.0),
-    "integers of a converter": (lambda s: ((s.snapshots * 2.0**20 / s.snapshots.abs().max()).round().long(), s.channel, s.codes, s.snr_db), 0.05),
+    "integers of a converter": (
+        lambda s: ((s.snapshots * 2.0**20 / s.snapshots.abs().max()).round().long(), s.channel, s.codes, s.snr_db),
+        0.05,
+    ),
 }
 
 
@@ -122,7 +145,9 @@ def test_every_natural_form_is_taken(name: str, form: str) -> None:
 @networks
 @pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
 @pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
-def test_a_network_of_another_precision_answers_alike(name: str, dtype: torch.dtype, close: float, wavefront: str) -> None:
+def test_a_network_of_another_precision_answers_alike(
+    name: str, dtype: torch.dtype, close: float, wavefront: str
+) -> None:
     """Its parameters are rounded; the constants of the physics are not."""
     torch.manual_seed(0)
     model = build_model(name, replace(TASK, wavefront=wavefront), **OPTIONS[name]).eval()
@@ -136,16 +161,51 @@ def test_a_network_of_another_precision_answers_alike(name: str, dtype: torch.dt
 
 WRONG: dict[str, tuple[Callable[[Scenes], tuple], type[Exception], str]] = {
     "numpy": (lambda s: (s.snapshots.numpy(), s.channel, s.codes, s.snr_db), TypeError, "snapshots is a ndarray"),
-    "no batch": (lambda s: (s.snapshots[0], s.channel[0], s.codes, s.snr_db[0]), ValueError, r"snapshots are \(7, 6, 2\).*snapshots\[None\]"),
-    "antennas": (lambda s: (s.snapshots[:, :, :5], s.channel, s.codes, s.snr_db), ValueError, "M = task.bs_antennas = 6"),
-    "transposed": (lambda s: (s.snapshots.transpose(1, 2), s.channel, s.codes, s.snr_db), ValueError, r"snapshots are \(4, 6, 7, 2\)"),
-    "no snapshots": (lambda s: (s.snapshots[:, :0], s.channel, s.codes[:0], s.snr_db), ValueError, r"snapshots are \(4, 0, 6, 2\)"),
-    "other channel": (lambda s: (s.snapshots, s.channel[:, :, :9], s.codes, s.snr_db), ValueError, r"channel is \(4, 6, 9, 2\), expected \(4, 6, 20, 2\)"),
-    "other scenes": (lambda s: (s.snapshots, s.channel[:2], s.codes, s.snr_db), ValueError, r"channel is \(2, 6, 20, 2\)"),
-    "fewer codes": (lambda s: (s.snapshots, s.channel, s.codes[:5], s.snr_db), ValueError,
-                    r"codes is \(5, 20, 2\), expected \(7, 20, 2\) or \(4, 7, 20, 2\)"),
-    "codes of other scenes": (lambda s: (s.snapshots, s.channel, s.codes.expand(3, -1, -1, -1), s.snr_db), ValueError, r"codes is \(3, 7, 20, 2\)"),
-    "SNR column": (lambda s: (s.snapshots, s.channel, s.codes, s.snr_db[:, None]), ValueError, r"snr_db is \(4, 1\), expected \(4,\)"),
+    "no batch": (
+        lambda s: (s.snapshots[0], s.channel[0], s.codes, s.snr_db[0]),
+        ValueError,
+        r"snapshots are \(7, 6, 2\).*snapshots\[None\]",
+    ),
+    "antennas": (
+        lambda s: (s.snapshots[:, :, :5], s.channel, s.codes, s.snr_db),
+        ValueError,
+        "M = task.bs_antennas = 6",
+    ),
+    "transposed": (
+        lambda s: (s.snapshots.transpose(1, 2), s.channel, s.codes, s.snr_db),
+        ValueError,
+        r"snapshots are \(4, 6, 7, 2\)",
+    ),
+    "no snapshots": (
+        lambda s: (s.snapshots[:, :0], s.channel, s.codes[:0], s.snr_db),
+        ValueError,
+        r"snapshots are \(4, 0, 6, 2\)",
+    ),
+    "other channel": (
+        lambda s: (s.snapshots, s.channel[:, :, :9], s.codes, s.snr_db),
+        ValueError,
+        r"channel is \(4, 6, 9, 2\), expected \(4, 6, 20, 2\)",
+    ),
+    "other scenes": (
+        lambda s: (s.snapshots, s.channel[:2], s.codes, s.snr_db),
+        ValueError,
+        r"channel is \(2, 6, 20, 2\)",
+    ),
+    "fewer codes": (
+        lambda s: (s.snapshots, s.channel, s.codes[:5], s.snr_db),
+        ValueError,
+        r"codes is \(5, 20, 2\), expected \(7, 20, 2\) or \(4, 7, 20, 2\)",
+    ),
+    "codes of other scenes": (
+        lambda s: (s.snapshots, s.channel, s.codes.expand(3, -1, -1, -1), s.snr_db),
+        ValueError,
+        r"codes is \(3, 7, 20, 2\)",
+    ),
+    "SNR column": (
+        lambda s: (s.snapshots, s.channel, s.codes, s.snr_db[:, None]),
+        ValueError,
+        r"snr_db is \(4, 1\), expected \(4,\)",
+    ),
     "SNR text": (lambda s: (s.snapshots, s.channel, s.codes, "20"), TypeError, "snr_db is '20'"),
 }
 
@@ -190,6 +250,10 @@ def test_a_power_of_two_brings_every_scale_to_order_one(dtype: torch.dtype) -> N
     info = torch.finfo(dtype)
     peaks = torch.tensor([info.max, 1.0, 1.999, 0.5, 3.0, info.tiny, info.tiny / 2], dtype=dtype)
     scale = power_of_two(peaks[:, None])
-    assert (torch.frexp(scale)[0] == 0.5).all() and ((peaks * scale[:, 0])[:-1] >= 1).all() and (peaks * scale[:, 0] < 4).all()
+    assert (
+        (torch.frexp(scale)[0] == 0.5).all()
+        and ((peaks * scale[:, 0])[:-1] >= 1).all()
+        and (peaks * scale[:, 0] < 4).all()
+    )
     odd = power_of_two(torch.tensor([[0.0], [float("nan")], [float("inf")]], dtype=dtype))
     assert odd.isfinite().all() and (odd > 0).all()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from ris_fast.config.schema import ConfigError, Task
 from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.kernels.pursuit.search import TANGENTS, Geometry, Pursuit, normal_equations
 from ris_fast.kernels.pursuit.solve import spd_solve
+
+from ris_fast.config.schema import ConfigError, Task
 from ris_fast.models import build_model
 from ris_fast.models.pursuit import geometry_of
 from ris_fast.physics.array import RISArray, cosine_steering
@@ -56,7 +56,9 @@ def test_normal_equations_equal_the_stacked_operator() -> None:
     y, h, c = (torch.view_as_complex(each.double()) for each in (scenes.snapshots, scenes.channel, scenes.codes))
     stacked = (h[:, None] * c[None, :, None]).flatten(1, 2)
     gram, moment = stacked.mH @ stacked, (stacked.mH @ y.flatten(1)[..., None])[..., 0]
-    normal = normal_equations(*inputs_of(scenes.apply(lambda t: t.double() if t.is_floating_point() else t, codes=True)))
+    normal = normal_equations(
+        *inputs_of(scenes.apply(lambda t: t.double() if t.is_floating_point() else t, codes=True))
+    )
     real, imag = normal.gram.chunk(2, dim=2)
     ours = torch.complex(real, -imag)
     scale = torch.diagonal(gram, dim1=1, dim2=2).real.mean(1)
@@ -76,11 +78,11 @@ def test_tangents_are_the_derivatives_of_the_steering_vector(wavefront: str) -> 
     def steer(at: torch.Tensor) -> torch.Tensor:
         return torch.view_as_complex(cosine_steering(array, at[0, :, 0], at[0, :, 1], 1 / at[0, :, 2])).T
 
-    torch.testing.assert_close(ours[..., 0], steer(place), rtol=0, atol=1e-6)   # positions are kept in float32
+    torch.testing.assert_close(ours[..., 0], steer(place), rtol=0, atol=1e-6)  # positions are kept in float32
     for axis in range(3):
         nudge = 1e-6 * torch.nn.functional.one_hot(torch.tensor(axis), 3)
         slope = (steer(place + nudge) - steer(place - nudge)) / 2e-6 / pursuit.scale[axis]
-        slope = slope - steer(place) * (steer(place).conj() * slope).sum(0)      # the phase common to all elements
+        slope = slope - steer(place) * (steer(place).conj() * slope).sum(0)  # the phase common to all elements
         torch.testing.assert_close(ours[..., axis + 1], slope, rtol=0, atol=1e-5)
 
 
@@ -105,8 +107,9 @@ def test_scale_and_phase_of_a_scene_carry_no_meaning() -> None:
     y, h, c, snr = inputs_of(scenes)
     turned = torch.stack((-y[..., 1], y[..., 0]), dim=-1) * 1e-3
     first, second = model(y, h, c, snr).factor, model(turned, h, c, snr).factor
-    torch.testing.assert_close(cov_nmse(first, target_factor=second.detach(), reduction="none"), torch.zeros(8),
-                               rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        cov_nmse(first, target_factor=second.detach(), reduction="none"), torch.zeros(8), rtol=0, atol=1e-3
+    )
 
 
 def test_scenes_of_a_batch_do_not_mix() -> None:
@@ -147,7 +150,11 @@ def test_graph_has_no_break() -> None:
 
 
 def test_features_do_not_depend_on_the_number_of_threads() -> None:
-    model, scenes, threads = build_model("backprojection", SMALL, width=16), scenes_of(SMALL, 300), torch.get_num_threads()
+    model, scenes, threads = (
+        build_model("backprojection", SMALL, width=16),
+        scenes_of(SMALL, 300),
+        torch.get_num_threads(),
+    )
     try:
         torch.set_num_threads(2)
         two = model.features(*inputs_of(scenes))
@@ -172,5 +179,7 @@ def test_impossible_sizes_are_refused() -> None:
 def test_features_are_a_sound_operator() -> None:
     model, scenes = build_model("backprojection", SMALL, width=16), scenes_of(SMALL, 3)
     constants = list(model.extract.geometry())
-    torch.library.opcheck(torch.ops.ris_fast.pursuit_features.default,
-                          (*inputs_of(scenes), constants, model.extract.wavenumber, model.extract.atoms))
+    torch.library.opcheck(
+        torch.ops.ris_fast.pursuit_features.default,
+        (*inputs_of(scenes), constants, model.extract.wavenumber, model.extract.atoms),
+    )

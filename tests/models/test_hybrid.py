@@ -107,7 +107,7 @@ def test_collapsed_mode_cannot_see_what_h_c_leaves_out_and_the_default_can() -> 
     """Two channels with the same H c_l for every code: only the back-projection tells them apart."""
     batch = scenes()
     codes = torch.view_as_complex(batch.codes)
-    hidden = torch.linalg.svd(codes.conj())[2][codes.shape[0]:].conj().mean(0)
+    hidden = torch.linalg.svd(codes.conj())[2][codes.shape[0] :].conj().mean(0)
     assert (codes.conj() @ hidden).abs().max() < 1e-5
     other = batch.channel + torch.view_as_real(hidden.conj().resolve_conj())
     for mode, sees in (("collapsed", False), ("backprojection", True)):
@@ -123,9 +123,16 @@ def test_a_channel_of_the_wrong_shape_is_refused(mode: str, shape: tuple[int, ..
         small(mode)(batch.snapshots, torch.zeros(shape), batch.codes, batch.snr_db)
 
 
-@pytest.mark.parametrize("name, options, message", [
-    ("hybird", {}, "hybrid"), ("hybrid", {"widht": 8}, "width"), ("hybrid", {"inputs": "colapsed"}, "collapsed"),
-    ("hybrid", {"width": 30}, "multiple of 4"), ("hybrid", {"grid": 1}, "at least 2")])
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("hybird", {}, "hybrid"),
+        ("hybrid", {"widht": 8}, "width"),
+        ("hybrid", {"inputs": "colapsed"}, "collapsed"),
+        ("hybrid", {"width": 30}, "multiple of 4"),
+        ("hybrid", {"grid": 1}, "at least 2"),
+    ],
+)
 def test_unknown_names_are_answered_with_the_nearest_valid_one(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(name, TASK, **options)
@@ -138,8 +145,9 @@ def test_diagonal_means_equal_the_dense_ones() -> None:
     unit = unit / unit.abs().square().sum(-1, keepdim=True).sqrt()
     dense = unit @ unit.mH
     lags = torch.stack([dense.diagonal(-lag, 1, 2).mean(-1) for lag in range(elements)], -1)
-    anti = torch.stack([dense.flip(2).diagonal(elements - 1 - total, 1, 2).mean(-1)
-                        for total in range(2 * elements - 1)], -1)
+    anti = torch.stack(
+        [dense.flip(2).diagonal(elements - 1 - total, 1, 2).mean(-1) for total in range(2 * elements - 1)], -1
+    )
     assert anti.imag.abs().max() < 1e-12
     expected = torch.cat((lags.real, lags.imag[:, 1:], anti.real), -1)
     torch.testing.assert_close(DiagonalMeans(elements)(factor).double(), expected, rtol=0, atol=1e-5)

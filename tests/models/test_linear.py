@@ -21,8 +21,12 @@ def loss_and_gradients(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [value.detach(), x.grad, *(each.grad for each in layer.parameters())]
 
 
-@pytest.mark.parametrize("shape, outputs, bias", [((7, 33), 5, True), ((3, 16, 48), 29, False), ((1, 1), 1, True), ((0, 8), 3, True)])
-def test_values_and_gradients_are_as_near_to_float64_as_torchs(shape: tuple[int, ...], outputs: int, bias: bool) -> None:
+@pytest.mark.parametrize(
+    "shape, outputs, bias", [((7, 33), 5, True), ((3, 16, 48), 29, False), ((1, 1), 1, True), ((0, 8), 3, True)]
+)
+def test_values_and_gradients_are_as_near_to_float64_as_torchs(
+    shape: tuple[int, ...], outputs: int, bias: bool
+) -> None:
     torch.manual_seed(0)
     ours, x = Linear(shape[-1], outputs, bias), torch.randn(shape)
     theirs = nn.Linear(shape[-1], outputs, bias)
@@ -42,7 +46,11 @@ def test_strided_arguments_are_read_as_they_lie() -> None:
 
 @onednn
 def test_the_operator_is_one_that_torch_accepts() -> None:
-    x, weight, bias = torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True), torch.randn(5, requires_grad=True)
+    x, weight, bias = (
+        torch.randn(2, 3, 4, requires_grad=True),
+        torch.randn(5, 4, requires_grad=True),
+        torch.randn(5, requires_grad=True),
+    )
     torch.library.opcheck(onednn_linear, (x, weight, bias))
 
 

@@ -1,4 +1,5 @@
-"""Codes a scene, (B, L, N, 2), mean what each scene alone with its codes (L, N, 2) means: in every network, estimator and operator."""
+"""Codes a scene, (B, L, N, 2), mean what each scene alone with its codes (L, N, 2) means: in every network, estimator
+and operator."""
 
 from __future__ import annotations
 
@@ -7,20 +8,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ris_fast.kernels.native import loader
 from torch import Tensor
 
 from ris_fast.config.schema import Loss, Task
 from ris_fast.health.preflight.inputs import hidden_change
-from ris_fast.kernels.native import loader
 from ris_fast.models import build_model
-from ris_fast.physics.channel import backproject, collapsed_channel, sense
 from ris_fast.physics.baselines import floors, mean_covariance
+from ris_fast.physics.channel import backproject, collapsed_channel, sense
+from ris_fast.physics.least_squares import sample_factor
 from ris_fast.physics.matched_filter import least_squares_channel
 from ris_fast.physics.pairs import expi, to_complex
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
 from ris_fast.training.loss import CovarianceLoss
-from ris_fast.physics.least_squares import sample_factor
 
 TASK = Task(bs_antennas=6, ris_horizontal=5, ris_vertical=4, snapshots=7, max_sources=2, snr_min_db=10.0)
 HYBRID = {"width": 32, "layers": 1, "heads": 2, "feedforward": 32, "grid": 5}
@@ -47,18 +48,22 @@ WHO = {
     "backprojection": lambda: network("backprojection", width=32, depth=1),
     "hybrid": lambda: network("hybrid", **HYBRID),
     "hybrid, collapsed": lambda: network("hybrid", inputs="collapsed", **HYBRID),
-    "loss with a blend": lambda: lambda s: CovarianceLoss(Loss(beta=0.3), TASK).nmse(s.factor.roll(1, 1), s, blend=True),
+    "loss with a blend": lambda: (
+        lambda s: CovarianceLoss(Loss(beta=0.3), TASK).nmse(s.factor.roll(1, 1), s, blend=True)
+    ),
 }
 
 
 @pytest.mark.parametrize("compiler", [True, False], ids=["C++", "torch"])
 @pytest.mark.parametrize("who", WHO)
-def test_codes_a_scene_mean_what_each_scene_alone_means(who: str, compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_a_scene_mean_what_each_scene_alone_means(
+    who: str, compiler: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not compiler:
         monkeypatch.setattr(loader, "available", lambda: False)
     scenes, answer = drawn(4), WHO[who]()
     together = answer(scenes)
-    alone = torch.cat([answer(replace(scenes[row:row + 1], codes=scenes.codes[row])) for row in range(4)])
+    alone = torch.cat([answer(replace(scenes[row : row + 1], codes=scenes.codes[row])) for row in range(4)])
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
     other = answer(replace(scenes, codes=scenes.codes.roll(1, 0)))
     assert (other - together).norm() > 1e-2 * together.norm()
@@ -76,7 +81,9 @@ def test_rows_and_joins_carry_their_codes() -> None:
     rows = torch.tensor([4, 1])
     assert torch.equal(scenes[rows].codes, scenes.codes[rows])
     joined = Scenes.concatenate([scenes[rows], shared, scenes[:1]])
-    assert joined.batch == 5 and torch.equal(joined.codes, torch.cat((scenes.codes[rows], shared.codes.expand(2, -1, -1, -1), scenes.codes[:1])))
+    assert joined.batch == 5 and torch.equal(
+        joined.codes, torch.cat((scenes.codes[rows], shared.codes.expand(2, -1, -1, -1), scenes.codes[:1]))
+    )
     assert scenes.to("meta").codes.device.type == "meta"
     assert torch.equal(scenes.apply(lambda value: value[:1]).codes, scenes.codes[:1])
 
@@ -91,20 +98,30 @@ def test_a_channel_hidden_from_each_scenes_codes_leaves_its_products() -> None:
     scenes = drawn(3)
     hidden = hidden_change(scenes)
     assert (hidden.channel - scenes.channel).norm() > 0.1 * scenes.channel.norm()
-    torch.testing.assert_close(collapsed_channel(hidden.channel, scenes.codes), collapsed_channel(scenes.channel, scenes.codes), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        collapsed_channel(hidden.channel, scenes.codes),
+        collapsed_channel(scenes.channel, scenes.codes),
+        atol=1e-5,
+        rtol=1e-4,
+    )
 
 
 def test_simulated_snapshots_are_those_of_their_codes() -> None:
     quiet = drawn(3, replace(TASK, snr_min_db=110.0, snr_max_db=120.0, max_sources=1))
     field = quiet.factor[:, :, 0]
-    clean, given = to_complex(sense(quiet.channel, quiet.codes, field)).flatten(1), to_complex(quiet.snapshots).flatten(1)
+    clean, given = (
+        to_complex(sense(quiet.channel, quiet.codes, field)).flatten(1),
+        to_complex(quiet.snapshots).flatten(1),
+    )
     assert ((clean.conj() * given).sum(1).abs() / (clean.norm(dim=1) * given.norm(dim=1)) - 1).abs().max() < 1e-4
 
 
 def test_complex_codes_are_taken_and_other_shapes_named() -> None:
     scenes, generator = drawn(2), SceneGenerator(3, "train")
     assert torch.equal(simulate(TASK, 2, generator, codes=to_complex(scenes.codes)).snapshots, scenes.snapshots)
-    with pytest.raises(ValueError, match=r"simulate: codes is \(2, 6, 20, 2\), expected \(7, 20, 2\) .* or \(2, 7, 20, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"simulate: codes is \(2, 6, 20, 2\), expected \(7, 20, 2\) .* or \(2, 7, 20, 2\)"
+    ):
         simulate(TASK, 2, generator, codes=scenes.codes[:, :6])
     with pytest.raises(TypeError, match="simulate: codes is a list"):
         simulate(TASK, 2, generator, codes=[1.0])

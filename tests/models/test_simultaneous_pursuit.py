@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ris_fast.kernels.pursuit.solve import spd_solve
 
 from ris_fast.config.schema import Task
-from ris_fast.kernels.pursuit.solve import spd_solve
 from ris_fast.models import build_model, simultaneous_pursuit
 from ris_fast.models.prediction import Prediction
 from ris_fast.models.simultaneous_pursuit import SimultaneousFeatures, _eliminated
@@ -56,7 +56,11 @@ def test_a_scene_is_the_same_alone_and_with_codes_of_its_own(monkeypatch: pytest
     together = features(*inputs_of(scenes))
     monkeypatch.setattr(simultaneous_pursuit, "CHUNK_BYTES", 1)
     alone = features(scenes.snapshots, scenes.channel, scenes.codes.expand(6, -1, -1, -1), scenes.snr_db)
-    assert together.inputs.shape == (6, features.width) and together.basis.shape == (6, SMALL.elements, 2 * features.rank)
+    assert together.inputs.shape == (6, features.width) and together.basis.shape == (
+        6,
+        SMALL.elements,
+        2 * features.rank,
+    )
     for a, b in zip(together, alone):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 

@@ -49,7 +49,9 @@ def test_fresnel_meets_spherical_as_the_source_recedes() -> None:
     gaps = []
     for range_m in (0.5, 5.0, 50.0, 500.0):
         place = directions(200, range_m)
-        fresnel, spherical = (to_complex(steering(RISArray(wavefront=kind), *place)) for kind in ("fresnel", "spherical"))
+        fresnel, spherical = (
+            to_complex(steering(RISArray(wavefront=kind), *place)) for kind in ("fresnel", "spherical")
+        )
         gaps.append((1 - (fresnel.conj() * spherical).sum(-1).abs()).mean().item())
     assert gaps[0] > 0.1 and gaps == sorted(gaps, reverse=True)
     assert gaps[3] == pytest.approx(gaps[2] / 100, rel=0.1)  # the neglected phase falls as 1/r, its effect as 1/r^2

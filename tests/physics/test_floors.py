@@ -43,7 +43,9 @@ def test_a_dense_target_gives_the_same_floors() -> None:
 
     scenes = simulate(Task(ris_horizontal=4, ris_vertical=4), 30, SceneGenerator())
     files = replace(scenes, factor=None, covariance=torch.view_as_real(3.0 * dense(scenes.factor)).float())
-    assert floors(mean_covariance([files]), [files]) == pytest.approx(floors(mean_covariance([scenes]), [scenes]), rel=1e-5)
+    assert floors(mean_covariance([files]), [files]) == pytest.approx(
+        floors(mean_covariance([scenes]), [scenes]), rel=1e-5
+    )
 
 
 def test_no_scenes_is_an_error() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ris_fast.config.schema import Task
-from ris_fast.physics.channel import backproject
 from ris_fast.physics.baselines import mean_covariance
+from ris_fast.physics.channel import backproject
 from ris_fast.physics.matched_filter import matched_filter, shrunk_nmse
 from ris_fast.physics.pairs import to_complex, to_pairs
 from ris_fast.physics.random import SceneGenerator
@@ -33,7 +33,9 @@ def test_the_shrunk_estimate_scores_what_its_dense_covariance_scores(static: boo
     constant, target, estimate = mean_covariance([scenes]), dense(scenes.factor), dense(factor)
     mean = to_complex(constant)
     weight = target.abs().square().sum((1, 2))
-    share = (((estimate - mean).conj() * (target - mean)).sum((1, 2)).real / weight).sum() / ((estimate - mean).abs().square().sum((1, 2)) / weight).sum()
+    share = (((estimate - mean).conj() * (target - mean)).sum((1, 2)).real / weight).sum() / (
+        (estimate - mean).abs().square().sum((1, 2)) / weight
+    ).sum()
     expected = (mean + share * (estimate - mean) - target).abs().square().sum((1, 2)) / weight
     if stored == "covariance":
         scenes = replace(scenes, factor=None, covariance=to_pairs(target))

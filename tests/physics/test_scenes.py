@@ -99,7 +99,9 @@ def test_sensing_operator_is_its_dense_form_and_its_adjoint(scenes: Scenes) -> N
 
 def test_least_squares_recovers_the_field_at_high_snr() -> None:
     scenes = simulate(Task(snr_min_db=80.0, snr_max_db=80.0), 16, SceneGenerator(seed=2))
-    estimate = torch.linalg.lstsq(operator(scenes), to_complex(scenes.snapshots.double()).flatten(1)[..., None]).solution
+    estimate = torch.linalg.lstsq(
+        operator(scenes), to_complex(scenes.snapshots.double()).flatten(1)[..., None]
+    ).solution
     span = to_complex(scenes.factor.double())
     span = span / span.norm(dim=1, keepdim=True).clamp_min(1e-30)
     residual = estimate - span @ torch.linalg.lstsq(span, estimate, driver="gelsd").solution
@@ -118,15 +120,20 @@ def test_a_scene_is_the_same_whatever_the_batch_or_order(symbols: str) -> None:
 
 
 def test_splits_and_seeds_never_share_a_scene() -> None:
-    prints = [simulate(TASK, 3000, SceneGenerator(seed, split)).snapshots[:, 0, :2].flatten(1)
-              for seed in (0, 1) for split in ("train", "val", "test")]
+    prints = [
+        simulate(TASK, 3000, SceneGenerator(seed, split)).snapshots[:, 0, :2].flatten(1)
+        for seed in (0, 1)
+        for split in ("train", "val", "test")
+    ]
     every = torch.cat(prints)
     assert every.unique(dim=0).shape == every.shape
 
 
 def test_per_snapshot_symbols_change_from_snapshot_to_snapshot() -> None:
     quiet = {"snr_min_db": 120.0, "snr_max_db": 120.0, "max_sources": 1}
-    static, moving = (simulate(Task(symbols=kind, **quiet), 32, SceneGenerator(4)) for kind in ("static", "per_snapshot"))
+    static, moving = (
+        simulate(Task(symbols=kind, **quiet), 32, SceneGenerator(4)) for kind in ("static", "per_snapshot")
+    )
     for scenes, still in ((static, True), (moving, False)):
         field = sense(scenes.channel, scenes.codes, scenes.factor[:, :, 0])
         ratio = to_complex(scenes.snapshots)[:, :, 0] / to_complex(field)[:, :, 0]

@@ -14,8 +14,11 @@ from ris_fast.physics.pairs import conj, expi, multiply, power
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import simulate
 
-TASKS = {"standard": Task(), "spherical, moving": Task(wavefront="spherical", symbols="per_snapshot"),
-         "odd": Task(ris_horizontal=7, ris_vertical=5, bs_antennas=3, snapshots=5, max_sources=3)}
+TASKS = {
+    "standard": Task(),
+    "spherical, moving": Task(wavefront="spherical", symbols="per_snapshot"),
+    "odd": Task(ris_horizontal=7, ris_vertical=5, bs_antennas=3, snapshots=5, max_sources=3),
+}
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -42,11 +45,20 @@ def test_factor_is_the_steering_of_its_sources(wavefront: str) -> None:
 
 
 def test_channel_without_scatter_is_the_line_of_sight() -> None:
-    """H at a Rician factor of 1e6, less a thousandth of H at 0, is a_BS a_RIS^H, its angles the last two uniforms of the scene."""
-    task, scatter, generator = Task(rician_min=1e6, rician_max=1e6), Task(rician_min=0.0, rician_max=0.0), SceneGenerator(seed=2)
+    """H at a Rician factor of 1e6, less a thousandth of H at 0, is a_BS a_RIS^H, its angles the last two uniforms of
+    the scene."""
+    task, scatter, generator = (
+        Task(rician_min=1e6, rician_max=1e6),
+        Task(rician_min=0.0, rician_max=0.0),
+        SceneGenerator(seed=2),
+    )
     index = torch.arange(50)
-    azimuth, elevation = ((2 * u.double() - 1) * math.radians(60) for u in generator.uniform(index, "scene", 20)[:, 18:].unbind(1))
-    bs = expi(math.pi * (torch.arange(16) - 7.5) * (azimuth.sin() * elevation.cos())[:, None]) / 4      # half a wavelength apart
+    azimuth, elevation = (
+        (2 * u.double() - 1) * math.radians(60) for u in generator.uniform(index, "scene", 20)[:, 18:].unbind(1)
+    )
+    bs = (
+        expi(math.pi * (torch.arange(16) - 7.5) * (azimuth.sin() * elevation.cos())[:, None]) / 4
+    )  # half a wavelength apart
     ris = steering(RISArray.of(task), azimuth, elevation, torch.full_like(azimuth, FAR_RANGE_M))
     expected = multiply(bs[:, :, None], conj(ris)[:, None])
     found = simulate(task, index, generator).channel - 1e-3 * simulate(scatter, index, generator).channel

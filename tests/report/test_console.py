@@ -1,4 +1,5 @@
-"""What is printed: the epoch line to the letter, floors with their meaning, plain text in a file, a bar on a terminal."""
+"""What is printed: the epoch line to the letter, floors with their meaning, plain text in a file, a bar on a
+terminal."""
 
 from __future__ import annotations
 
@@ -10,14 +11,47 @@ import pytest
 
 from ris_fast.report.console import ConsoleReport, counter, epoch_line, share_done, validation
 
-INFO = {"preset": "laptop", "model": "backprojection", "parameters": 10_812_345, "device": "cpu", "precision": "fp32",
-        "train_scenes": 16_000, "batch_size": 256, "accumulate": 2, "epochs": 30, "max_seconds": 270.0,
-        "planned_steps": 100, "floors": {"zero": 1.0, "identity": 0.987, "mean": 0.978}}
-ROW = {"event": "epoch", "epoch": 1, "epochs": 30, "step": 50, "scenes_seen": 16_000, "seconds": 10.5,
-       "train_loss": 0.806, "val_nmse_raw": 1.921, "val_nmse_ema": 1.95, "grad_norm": 0.83, "clipped": 0.03,
-       "skipped": 0.0, "scenes_per_s": 1520.0, "lr": {"backbone": 1e-3, "head": 1e-3}, "loss_scale": None}
-SUMMARY = {"verdict": "learned", "best_val_nmse": 0.3, "floors": INFO["floors"], "optimizer_steps": 100,
-           "scenes_seen": 32_000, "seconds": 21.0, "scenes_per_s": 1520.0, "findings": ["warm-up-too-long"]}
+INFO = {
+    "preset": "laptop",
+    "model": "backprojection",
+    "parameters": 10_812_345,
+    "device": "cpu",
+    "precision": "fp32",
+    "train_scenes": 16_000,
+    "batch_size": 256,
+    "accumulate": 2,
+    "epochs": 30,
+    "max_seconds": 270.0,
+    "planned_steps": 100,
+    "floors": {"zero": 1.0, "identity": 0.987, "mean": 0.978},
+}
+ROW = {
+    "event": "epoch",
+    "epoch": 1,
+    "epochs": 30,
+    "step": 50,
+    "scenes_seen": 16_000,
+    "seconds": 10.5,
+    "train_loss": 0.806,
+    "val_nmse_raw": 1.921,
+    "val_nmse_ema": 1.95,
+    "grad_norm": 0.83,
+    "clipped": 0.03,
+    "skipped": 0.0,
+    "scenes_per_s": 1520.0,
+    "lr": {"backbone": 1e-3, "head": 1e-3},
+    "loss_scale": None,
+}
+SUMMARY = {
+    "verdict": "learned",
+    "best_val_nmse": 0.3,
+    "floors": INFO["floors"],
+    "optimizer_steps": 100,
+    "scenes_seen": 32_000,
+    "seconds": 21.0,
+    "scenes_per_s": 1520.0,
+    "findings": ["warm-up-too-long"],
+}
 
 
 class Terminal(io.StringIO):
@@ -36,16 +70,27 @@ def transcript(stream: io.StringIO) -> str:
 
 
 def test_the_epoch_line_is_the_one_that_a_user_of_the_original_can_compare() -> None:
-    assert epoch_line(ROW) == ("Epoch 001/030: train 0.806  val 1.921  raw 1.921 ema 1.950  |g| 0.83  clipped 3%  "
-                               "skipped 0%  1520 scenes/s")
+    assert (
+        epoch_line(ROW)
+        == "Epoch 001/030: train 0.806  val 1.921  raw 1.921 ema 1.950  |g| 0.83  clipped 3%  skipped 0%  1520 scenes/s"
+    )
 
 
 def test_epochs_that_differ_in_the_third_digit_differ_in_their_lines() -> None:
-    said = [epoch_line({**ROW, "val_nmse_raw": score, "val_nmse_ema": None, "train_loss": 0.02}) for score in (0.02034, 0.02016, 0.00198)]
-    assert [line.split("  ")[1] for line in said] == ["val 0.0203", "val 0.0202", "val 0.00198"] and "train 0.0200 " in said[0]
+    said = [
+        epoch_line({**ROW, "val_nmse_raw": score, "val_nmse_ema": None, "train_loss": 0.02})
+        for score in (0.02034, 0.02016, 0.00198)
+    ]
+    assert [line.split("  ")[1] for line in said] == [
+        "val 0.0203",
+        "val 0.0202",
+        "val 0.00198",
+    ] and "train 0.0200 " in said[0]
 
 
-@pytest.mark.parametrize("raw, ema, expected", [(1.0, 0.5, 0.5), (0.4, None, 0.4), (math.nan, 0.7, 0.7), (0.6, math.inf, 0.6)])
+@pytest.mark.parametrize(
+    "raw, ema, expected", [(1.0, 0.5, 0.5), (0.4, None, 0.4), (math.nan, 0.7, 0.7), (0.6, math.inf, 0.6)]
+)
 def test_val_is_the_better_of_the_two_sets_of_weights(raw, ema, expected) -> None:
     assert validation({"val_nmse_raw": raw, "val_nmse_ema": ema}) == expected
 
@@ -65,22 +110,43 @@ def test_a_file_gets_plain_whole_lines() -> None:
 def test_floors_stand_beside_what_they_mean_and_the_outcome_beside_its_floor() -> None:
     text = transcript(io.StringIO())
     assert "  mean      0.978  the mean training covariance, about the best answer that ignores the input" in text
-    assert "learned: best validation NMSE 0.300, below the constant answer (0.978); passed: several sources are seen" in text
+    assert (
+        "learned: best validation NMSE 0.300, below the constant answer (0.978); passed: several sources are seen"
+        in text
+    )
     assert "warm-up-too-long" in text
 
 
-@pytest.mark.parametrize("best, floors, start, said", [
-    (0.0266, {"mean": 0.79, "pursuit": 0.0256}, 0.9,
-     "0.0266 is below every constant answer (0.79) but not better than pursuit, 0.0256, which the network's inputs give"),
-    (0.640, {"mean": 0.98, "pursuit": 0.645}, 0.99, "0.64 is below every constant answer (0.98) but not clearly better than pursuit, 0.645"),
-    (0.883, {"mean": 0.986, "matched_filter": 0.803}, 0.99, "but not better than matched filter, 0.803"),
-    (0.81, {"zero": 1.0, "mean": 0.79, "pursuit": 0.03}, 0.9, "0.81 is no better than the constant answer (0.79)"),
-    (0.78, {"mean": 0.79}, 0.9, "0.78 is not clearly below the constant answer (0.79): train longer"),
-    (0.40, {"mean": 0.79}, 0.41, "not clearly below what the network scored before its first step (0.41)"),
-    (None, {"mean": 0.79}, 0.9, "not measured")])
+@pytest.mark.parametrize(
+    "best, floors, start, said",
+    [
+        (
+            0.0266,
+            {"mean": 0.79, "pursuit": 0.0256},
+            0.9,
+            (
+                "0.0266 is below every constant answer (0.79) but not better than pursuit, 0.0256, which the network's"
+                " inputs give"
+            ),
+        ),
+        (
+            0.640,
+            {"mean": 0.98, "pursuit": 0.645},
+            0.99,
+            "0.64 is below every constant answer (0.98) but not clearly better than pursuit, 0.645",
+        ),
+        (0.883, {"mean": 0.986, "matched_filter": 0.803}, 0.99, "but not better than matched filter, 0.803"),
+        (0.81, {"zero": 1.0, "mean": 0.79, "pursuit": 0.03}, 0.9, "0.81 is no better than the constant answer (0.79)"),
+        (0.78, {"mean": 0.79}, 0.9, "0.78 is not clearly below the constant answer (0.79): train longer"),
+        (0.40, {"mean": 0.79}, 0.41, "not clearly below what the network scored before its first step (0.41)"),
+        (None, {"mean": 0.79}, 0.9, "not measured"),
+    ],
+)
 def test_a_stall_is_explained_in_words(best, floors, start, said) -> None:
     stream = io.StringIO()
-    ConsoleReport(stream).finish({**SUMMARY, "verdict": "stalled", "best_val_nmse": best, "floors": floors, "initial_val_nmse": start})
+    ConsoleReport(stream).finish(
+        {**SUMMARY, "verdict": "stalled", "best_val_nmse": best, "floors": floors, "initial_val_nmse": start}
+    )
     first = stream.getvalue().splitlines()[0]
     assert first.startswith("stalled: best validation NMSE ") and said in first
 
@@ -88,7 +154,7 @@ def test_a_stall_is_explained_in_words(best, floors, start, said) -> None:
 def test_the_ceiling_that_epochs_are_compared_with_is_explained_once() -> None:
     stream = io.StringIO()
     ConsoleReport(stream).start({**INFO, "ceiling_flop_per_s": 143.4e9})
-    line, = [line for line in stream.getvalue().splitlines() if "ceiling" in line]
+    (line,) = [line for line in stream.getvalue().splitlines() if "ceiling" in line]
     assert line.startswith("the ceiling: 143 GFLOP/s, one large fp32 matrix product on this machine")
     assert "ceiling" not in transcript(io.StringIO())
 
@@ -159,9 +225,11 @@ def test_a_finding_is_shown_at_once_above_the_bar_and_again_at_the_end(monkeypat
         shown = stream.getvalue()
         assert "found at step 8: learning_rate_too_small: the median tensor moves by 1e-12." in shown
         assert f"mend: {finding.advice}" in shown and "ris-fast why --explain learning_rate_too_small" in shown
-        assert not stream.isatty() or shown.rindex("epoch 1/30") > shown.index("found at")      # the bar is drawn again below
+        assert not stream.isatty() or shown.rindex("epoch 1/30") > shown.index(
+            "found at"
+        )  # the bar is drawn again below
         report.finish({**SUMMARY, "findings": [finding.cause], "evidence": [finding.to_json()]})
-        last = stream.getvalue()[len(shown):]
+        last = stream.getvalue()[len(shown) :]
         assert "seen: the median tensor" in last and "mend: " in last and "more: ris-fast why 'runs/my run'" in last
 
 

@@ -33,8 +33,15 @@ def test_a_row_is_on_disk_as_soon_as_it_is_reported(tmp_path) -> None:
 
 def test_numbers_that_are_not_finite_are_valid_json_and_come_back(tmp_path) -> None:
     log = JsonlReport(tmp_path)
-    log.step(row(1, train_loss=math.nan, grad_norm=torch.tensor(math.inf), terms={"cov": {"raw": np.float32("-inf")}},
-                 series=[1.0, math.nan]))
+    log.step(
+        row(
+            1,
+            train_loss=math.nan,
+            grad_norm=torch.tensor(math.inf),
+            terms={"cov": {"raw": np.float32("-inf")}},
+            series=[1.0, math.nan],
+        )
+    )
     written = strict((tmp_path / "metrics.jsonl").read_text())
     assert written["train_loss"] is None and written["nonfinite"]["terms/cov/raw"] == "-inf"
     back = read_events(tmp_path)[0]

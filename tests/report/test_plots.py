@@ -17,8 +17,10 @@ def rows(epochs: int = 3) -> list[dict[str, object]]:
     out: list[dict[str, object]] = []
     for epoch in range(1, epochs + 1):
         common = {"step": 10 * epoch, "scenes_seen": 160 * epoch, "train_loss": 1.0 / epoch, "grad_norm": 0.5}
-        out += [{"event": "step", **common}, {"event": "epoch", "epoch": epoch, "val_nmse_raw": 1.1 / epoch,
-                                              "val_nmse_ema": 1.2 / epoch, **common}]
+        out += [
+            {"event": "step", **common},
+            {"event": "epoch", "epoch": epoch, "val_nmse_raw": 1.1 / epoch, "val_nmse_ema": 1.2 / epoch, **common},
+        ]
     return out
 
 
@@ -63,19 +65,28 @@ def test_an_empty_run_still_draws(tmp_path) -> None:
 
 def test_the_evaluation_shows_network_floors_and_bayes_line() -> None:
     group = {"nmse": {"mean": 0.3, "median": 0.2}, "floors": FLOORS, "bayes": 0.02}
-    result = {"model": "backprojection", "scenes": 8, "nmse": {"mean": 0.3, "median": 0.2},
-              "by_snr": [{"snr_db": (-5.0, 0.0), **group}], "by_count": [{"sources": 2, **group}]}
+    result = {
+        "model": "backprojection",
+        "scenes": 8,
+        "nmse": {"mean": 0.3, "median": 0.2},
+        "by_snr": [{"snr_db": (-5.0, 0.0), **group}],
+        "by_count": [{"sources": 2, **group}],
+    }
     labels = lines(evaluation_figure(result))
     assert {"zero / identity / mean", "network, mean", "network, median", "Bayes, estimated"} <= set(labels)
     assert list(labels["Bayes, estimated"].get_ydata()) == [0.02]
 
 
-@pytest.mark.parametrize("floors, span, expected", [
-    (FLOORS, (0.01, 1.0), [["zero", "identity", "mean"]]),
-    (FLOORS | {"pursuit": 0.026}, (0.01, 1.0), [["zero", "identity", "mean"], ["pursuit"]]),
-    ({"zero": 1.0, "identity": 0.895, "mean": 0.844}, (0.4, 1.2), [["zero"], ["identity"], ["mean"]]),
-    ({"zero": 1.0, "mean": math.nan}, (0.4, 1.2), [["zero"]]),
-    ({"zero": [1.0, 1.0], "mean": [0.99, 0.5]}, (0.01, 1.0), [["zero"], ["mean"]])])
+@pytest.mark.parametrize(
+    "floors, span, expected",
+    [
+        (FLOORS, (0.01, 1.0), [["zero", "identity", "mean"]]),
+        (FLOORS | {"pursuit": 0.026}, (0.01, 1.0), [["zero", "identity", "mean"], ["pursuit"]]),
+        ({"zero": 1.0, "identity": 0.895, "mean": 0.844}, (0.4, 1.2), [["zero"], ["identity"], ["mean"]]),
+        ({"zero": 1.0, "mean": math.nan}, (0.4, 1.2), [["zero"]]),
+        ({"zero": [1.0, 1.0], "mean": [0.99, 0.5]}, (0.01, 1.0), [["zero"], ["mean"]]),
+    ],
+)
 def test_floors_that_no_eye_could_part_share_a_band_and_others_do_not(floors, span, expected) -> None:
     assert alike(floors, span) == expected
 
@@ -95,10 +106,17 @@ def test_every_axis_has_numbers_whatever_it_spans(norms: tuple[float, ...]) -> N
 
 def test_no_legend_covers_a_curve() -> None:
     group = {"nmse": {"mean": 0.3, "median": 0.2}, "floors": FLOORS, "bayes": 0.02}
-    evaluated = evaluation_figure({"model": "m", "scenes": 8, **group, "by_snr": [{"snr_db": (-5.0, 0.0), **group}],
-                                   "by_count": [{"sources": 2, **group}]})
+    evaluated = evaluation_figure(
+        {
+            "model": "m",
+            "scenes": 8,
+            **group,
+            "by_snr": [{"snr_db": (-5.0, 0.0), **group}],
+            "by_count": [{"sources": 2, **group}],
+        }
+    )
     for figure in (loss_figure(rows(), FLOORS), evaluated):
         figure.canvas.draw()
-        legend, = figure.legends
+        (legend,) = figure.legends
         assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)
         assert len(legend.get_texts()) >= 4 and all(axes.get_legend() is None for axes in figure.axes)

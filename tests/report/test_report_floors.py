@@ -29,13 +29,26 @@ def test_a_number_of_sources_that_is_not_in_the_table_is_refused() -> None:
         bayes_nmse(6, 0.0)
 
 
-@pytest.mark.parametrize("nmse, words", [(1.9, "no better than"), (0.978, "no better than"), (0.9, "below"),
-                                         (0.3, "several sources"), (math.nan, "not a number"), (None, "not measured")])
+@pytest.mark.parametrize(
+    "nmse, words",
+    [
+        (1.9, "no better than"),
+        (0.978, "no better than"),
+        (0.9, "below"),
+        (0.3, "several sources"),
+        (math.nan, "not a number"),
+        (None, "not measured"),
+    ],
+)
 def test_a_figure_is_judged_against_the_constant_answer(nmse, words: str) -> None:
     assert words in judge(nmse, {"zero": 1.0, "mean": 0.978})
 
 
 def test_tables_line_up_with_numbers_to_the_right() -> None:
     table = text_table(["name", "NMSE", "scenes"], [["a", 0.123456, 1200], ["longer", None, 3]])
-    assert table.splitlines() == ["name      NMSE  scenes", "------  ------  ------",
-                                  "a       0.1235   1,200", "longer       -       3"]
+    assert table.splitlines() == [
+        "name      NMSE  scenes",
+        "------  ------  ------",
+        "a       0.1235   1,200",
+        "longer       -       3",
+    ]

@@ -1,25 +1,50 @@
-"""What the tests of captured steps share: small runs, a recorder, and a stand-in for a CUDA graph on a machine without one."""
+"""What the tests of captured steps share: small runs, a recorder, and a stand-in for a CUDA graph on a machine without
+one."""
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from ris_fast.config.schema import Config
 from ris_fast.config.load import load_config
+from ris_fast.config.schema import Config
 from ris_fast.training import capture
 from ris_fast.training.capture import CapturedCall, CapturedStep
 from ris_fast.training.trainer import Trainer
 
-TINY = ["task.ris_horizontal=4", "task.ris_vertical=4", "task.bs_antennas=4", "task.snapshots=8", "task.max_sources=2",
-        "data.val_limit=24", "data.val_scenes=24", "training.batch_size=8", "training.epochs=2", "training.compile=false",
-        "report.every_steps=4"]
-MODELS = {"hybrid": ("seed", ["model.options.width=32", "model.options.heads=4", "model.options.grid=5",
-                              "model.options.feedforward=32", "model.options.layers=1"]),
-          "backprojection": ("full", ["model.options.width=32", "training.precision=fp32"]),
-          "symbols of every snapshot": ("full", ["model.options.width=32", "training.precision=fp32", "task.symbols=per_snapshot"])}
-RAGGED = 8 * 13 + 5        # scenes: thirteen full batches and a ragged one
+TINY = [
+    "task.ris_horizontal=4",
+    "task.ris_vertical=4",
+    "task.bs_antennas=4",
+    "task.snapshots=8",
+    "task.max_sources=2",
+    "data.val_limit=24",
+    "data.val_scenes=24",
+    "training.batch_size=8",
+    "training.epochs=2",
+    "training.compile=false",
+    "report.every_steps=4",
+]
+MODELS = {
+    "hybrid": (
+        "seed",
+        [
+            "model.options.width=32",
+            "model.options.heads=4",
+            "model.options.grid=5",
+            "model.options.feedforward=32",
+            "model.options.layers=1",
+        ],
+    ),
+    "backprojection": ("full", ["model.options.width=32", "training.precision=fp32"]),
+    "symbols of every snapshot": (
+        "full",
+        ["model.options.width=32", "training.precision=fp32", "task.symbols=per_snapshot"],
+    ),
+}
+RAGGED = 8 * 13 + 5  # scenes: thirteen full batches and a ragged one
 CLOCKS = ("seconds", "scenes_per_s")
 
 
@@ -66,7 +91,9 @@ class Rerun:
             del self.optimizer._capturing
 
 
-def captured_trainer(config: Config, monkeypatch: Any, observer: Any = None, record: Callable[..., Any] | None = None) -> Trainer:
+def captured_trainer(
+    config: Config, monkeypatch: Any, observer: Any = None, record: Callable[..., Any] | None = None
+) -> Trainer:
     """A trainer on the CPU whose steps and validation go the way of captured ones."""
     trainer = Trainer(config, observer=observer)
     monkeypatch.setattr(capture, "why_not", lambda *_: "")
@@ -82,9 +109,11 @@ def captured_trainer(config: Config, monkeypatch: Any, observer: Any = None, rec
 
 def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Weights, moments, averages and counters."""
-    return {name: value.detach().cpu().clone() for group in
-            ({"model": trainer.model.state_dict()} | trainer.optimizer.checkpoint_tensors()).values()
-            for name, value in group.items()}
+    return {
+        name: value.detach().cpu().clone()
+        for group in ({"model": trainer.model.state_dict()} | trainer.optimizer.checkpoint_tensors()).values()
+        for name, value in group.items()
+    }
 
 
 def same(one: Trainer, other: Trainer) -> list[str]:

@@ -10,16 +10,24 @@ import pytest
 import torch
 
 from ris_fast.commands.cli import main
-from ris_fast.config.schema import Config
 from ris_fast.config.load import load_config
+from ris_fast.config.schema import Config
 from ris_fast.training import batch_size as batch
-from ris_fast.training.footprint import free_memory
 from ris_fast.training.batch_size import Trial, choose_batch_size, pick
-from ris_fast.training.trainer import Trainer
+from ris_fast.training.footprint import free_memory
 from ris_fast.training.profile import FIRST, STEPS, profiled
+from ris_fast.training.trainer import Trainer
 
-SMALL = ["task.ris_horizontal=4", "task.ris_vertical=3", "task.bs_antennas=8", "model.options.width=16", "model.options.depth=1",
-         "data.train_scenes=200", "data.val_scenes=20", "report.plots=false"]
+SMALL = [
+    "task.ris_horizontal=4",
+    "task.ris_vertical=3",
+    "task.bs_antennas=8",
+    "model.options.width=16",
+    "model.options.depth=1",
+    "data.train_scenes=200",
+    "data.val_scenes=20",
+    "report.plots=false",
+]
 
 
 def config(*overrides: str) -> Config:
@@ -27,7 +35,14 @@ def config(*overrides: str) -> Config:
 
 
 def test_of_sizes_as_fast_as_the_fastest_the_largest_is_taken() -> None:
-    trials = [Trial(32, 50.0, 1), Trial(64, 97.0, 1), Trial(128, 100.0, 1), Trial(256, 96.0, 1), Trial(512, 80.0, 1), Trial(1024, 0.0, 0)]
+    trials = [
+        Trial(32, 50.0, 1),
+        Trial(64, 97.0, 1),
+        Trial(128, 100.0, 1),
+        Trial(256, 96.0, 1),
+        Trial(512, 80.0, 1),
+        Trial(1024, 0.0, 0),
+    ]
     assert pick(config("data.train_scenes=1000000", "training.max_seconds=0"), trials) == 256
 
 
@@ -46,7 +61,12 @@ def test_sizes_are_tried_until_one_does_not_fit(monkeypatch: pytest.MonkeyPatch)
         return Trial(size, 1e9 * size if size < 256 else 0.0, 1)
 
     monkeypatch.setattr(batch, "try_size", tried)
-    assert choose_batch_size(config("training.epochs=100000", "training.max_seconds=0"))[0] == 128 and seen == [32, 64, 128, 256]
+    assert choose_batch_size(config("training.epochs=100000", "training.max_seconds=0"))[0] == 128 and seen == [
+        32,
+        64,
+        128,
+        256,
+    ]
     monkeypatch.setattr(batch, "try_size", lambda _, size: Trial(size, 0.0, 0))
     assert choose_batch_size(config())[0] == 1
 
@@ -59,7 +79,7 @@ def test_a_size_that_would_take_the_machines_memory_is_not_tried(monkeypatch: py
 
 
 def test_a_real_step_is_tried_and_one_without_memory_counts_as_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert batch.try_size(config(), 256).scenes_per_s > 0     # more than an epoch has
+    assert batch.try_size(config(), 256).scenes_per_s > 0  # more than an epoch has
 
     def too_much(*_: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
@@ -75,11 +95,15 @@ def test_free_memory_is_less_than_the_machine_has() -> None:
     assert 0 < free_memory() < 2**45
 
 
-def test_the_flag_sets_the_size_and_says_where_it_came_from(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_flag_sets_the_size_and_says_where_it_came_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(batch, "choose_batch_size", lambda _: (48, [Trial(48, 10.0, 1), Trial(96, 0.0, 0)]))
     assert main(["train", "--preset", "laptop", "--device", "cpu", "--batch-size", "auto", "--print-config"]) == 0
     out = capsys.readouterr().out
-    assert "96: does not fit" in out and [line.split() for line in out.splitlines() if line.startswith("batch_size")][0][2:] == ["48", "#", "--batch-size", "auto"]
+    assert "96: does not fit" in out and [line.split() for line in out.splitlines() if line.startswith("batch_size")][
+        0
+    ][2:] == ["48", "#", "--batch-size", "auto"]
     assert main(["train", "--batch-size", "many"]) == 2
 
 
@@ -92,5 +116,7 @@ def test_a_profile_leaves_a_trace_and_a_table(tmp_path: Path) -> None:
     assert 200 // 10 >= FIRST + STEPS, "the run must be long enough"
     table = (tmp_path / "profile" / "operations.txt").read_text().splitlines()
     assert len(table) == 11 and all(line.endswith("calls") for line in table[1:]) and table[1] in told[0]
-    names = {event.get("name") for event in json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]}
+    names = {
+        event.get("name") for event in json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
+    }
     assert "ris_fast::scenes" in names and "ris_fast::fused_step_apply" in names

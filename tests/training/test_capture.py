@@ -18,14 +18,22 @@ from ris_fast.training.capture import CapturedCall, CapturedStep, why_not
 from ris_fast.training.trainer import Trainer
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-SETTINGS = [("hybrid", 1), ("hybrid", 2), ("backprojection", 1), ("backprojection", 2), ("symbols of every snapshot", 1)]
+SETTINGS = [
+    ("hybrid", 1),
+    ("hybrid", 2),
+    ("backprojection", 1),
+    ("backprojection", 2),
+    ("symbols of every snapshot", 1),
+]
 
 
 # ---- on a CPU, with a stand-in for the graph ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("model", "accumulate"), SETTINGS)
-def test_a_run_through_captured_steps_is_the_plain_run(model: str, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_through_captured_steps_is_the_plain_run(
+    model: str, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_of(model, f"training.accumulate={accumulate}", "training.epochs=3")
     plain, plain_rows = Trainer(config, observer=(rows := Rows())), rows
     trainer = captured_trainer(config, monkeypatch, through := Rows())
@@ -42,7 +50,7 @@ def test_only_full_groups_that_nobody_looks_at_are_replayed(monkeypatch: pytest.
     count = trainer.optimizer.count_replay
     trainer.optimizer.count_replay = lambda: (count(), replayed.append(trainer.state.step + 1))
     trainer.fit()
-    full = [step for step in range(1, 29) if step % 14]          # 13 full batches and a ragged one, two epochs
+    full = [step for step in range(1, 29) if step % 14]  # 13 full batches and a ragged one, two epochs
     assert replayed == [step for step in full if step > 8 and step % 4]
 
 
@@ -62,17 +70,19 @@ def test_a_report_that_arrives_late_says_the_same(monkeypatch: pytest.MonkeyPatc
     delivered = []
     deliver = trainer._deliver_report
     trainer._deliver_report = lambda: (delivered.append((trainer.ordered is not None, trainer.state.step)), deliver())
-    object.__setattr__(trainer, "device", torch.device("cuda"))     # what the loop goes by; its tensors are on the CPU
+    object.__setattr__(trainer, "device", torch.device("cuda"))  # what the loop goes by; its tensors are on the CPU
     trainer.step.device = torch.device("cpu")
     trainer.fit()
-    assert [step for there, step in delivered if there][:4] == [2, 3, 4, 5]      # the report of step n at step n + 1
+    assert [step for there, step in delivered if there][:4] == [2, 3, 4, 5]  # the report of step n at step n + 1
     assert late.rows == prompt.rows
 
 
 def test_skipped_steps_are_known_one_report_later(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(config_of("backprojection"))
     group, optimizer = next(trainer._groups()), trainer.optimizer
-    poisoned = [scenes.apply(lambda value: value * float("nan") if value.is_floating_point() else value) for scenes in group]
+    poisoned = [
+        scenes.apply(lambda value: value * float("nan") if value.is_floating_point() else value) for scenes in group
+    ]
     trainer.step(group, 10)
     trainer.step(poisoned, 10)
     copied = optimizer.counter_states()
@@ -80,7 +90,7 @@ def test_skipped_steps_are_known_one_report_later(monkeypatch: pytest.MonkeyPatc
     optimizer.count_replay()
     assert optimizer.applied_steps() == 4
     assert optimizer.counters(copied)["skipped"] == 1 and optimizer.applied_steps() == 3
-    assert optimizer.counters()["attempted"] == 3 and optimizer.applied_steps() == 2   # the replay was none
+    assert optimizer.counters()["attempted"] == 3 and optimizer.applied_steps() == 2  # the replay was none
 
 
 # ---- ways back to eager -------------------------------------------------------------------------------------------
@@ -94,9 +104,11 @@ def test_a_capture_that_fails_is_told_and_changes_nothing(monkeypatch: pytest.Mo
     plain = Trainer(config)
     plain.fit()
     trainer = captured_trainer(config, monkeypatch, record=refuse)
-    with pytest.warns(RuntimeWarning, match="kernel by kernel: operation not permitted when stream is capturing$") as told:
+    with pytest.warns(
+        RuntimeWarning, match="kernel by kernel: operation not permitted when stream is capturing$"
+    ) as told:
         trainer.fit()
-    assert len(told) == 2 and not same(trainer, plain)           # once for the step, once for validation
+    assert len(told) == 2 and not same(trainer, plain)  # once for the step, once for validation
     assert trainer.capture.refused == trainer.score_by.refused == "operation not permitted when stream is capturing"
 
 
@@ -151,16 +163,25 @@ def test_a_call_is_run_then_captured_then_replayed() -> None:
 
 
 @cuda
-@pytest.mark.parametrize(("model", "accumulate", "precision", "compile"),
-                         [(*setting, precision, False) for setting in SETTINGS for precision in ("fp32", "bf16")]
-                         + [("backprojection", 1, "bf16", True), ("backprojection", 2, "fp32", True), ("hybrid", 1, "bf16", True)])
+@pytest.mark.parametrize(
+    ("model", "accumulate", "precision", "compile"),
+    [(*setting, precision, False) for setting in SETTINGS for precision in ("fp32", "bf16")]
+    + [("backprojection", 1, "bf16", True), ("backprojection", 2, "fp32", True), ("hybrid", 1, "bf16", True)],
+)
 def test_replay_equals_eager_bit_for_bit(model: str, accumulate: int, precision: str, compile: bool) -> None:
     """Weights, moments, averages, counters, every reported number and every validation, with settings that change."""
     runs = []
     with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
         for captured in (False, True):
-            config = config_of(model, f"training.accumulate={accumulate}", f"training.precision={precision}", "training.device=cuda",
-                               f"training.compile={str(compile).lower()}", f"training.capture={str(captured).lower()}", "training.epochs=3")
+            config = config_of(
+                model,
+                f"training.accumulate={accumulate}",
+                f"training.precision={precision}",
+                "training.device=cuda",
+                f"training.compile={str(compile).lower()}",
+                f"training.capture={str(captured).lower()}",
+                "training.epochs=3",
+            )
             trainer = Trainer(config, observer=(rows := Rows()))
             change_settings(trainer)
             trainer.fit()

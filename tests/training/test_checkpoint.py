@@ -1,4 +1,5 @@
-"""A checkpoint is loaded as it was written or not at all, and the error says which file is whole; the best one is never lost."""
+"""A checkpoint is loaded as it was written or not at all, and the error says which file is whole; the best one is never
+lost."""
 
 from __future__ import annotations
 
@@ -12,12 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ris_fast.training.checkpoint import CheckpointError, load_checkpoint, read_whole, save_checkpoint
-from ris_fast.training.trainer import Trainer
 from ris_fast.training.resume import finished
+from ris_fast.training.trainer import Trainer
 from tests.training.test_loop import Recorder, small
 
-GROUPS = {"model": {"layer.weight": torch.arange(12.0).view(3, 4), "count": torch.tensor(3)}, "ema": {"layer.weight": torch.ones(3, 4)},
-          "optimizer": {"half": torch.ones(3, dtype=torch.bfloat16), "none": torch.ones(0)}}
+GROUPS = {
+    "model": {"layer.weight": torch.arange(12.0).view(3, 4), "count": torch.tensor(3)},
+    "ema": {"layer.weight": torch.ones(3, 4)},
+    "optimizer": {"half": torch.ones(3, dtype=torch.bfloat16), "none": torch.ones(0)},
+}
 
 
 def flip(path: Path, place: int, bit: int = 4) -> None:
@@ -38,7 +42,9 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "last", GROUPS, {"state": {"step": 3}})
     groups, manifest = load_checkpoint(tmp_path, "last")
     assert manifest["state"] == {"step": 3} and "note" not in manifest and groups.keys() == GROUPS.keys()
-    assert all(torch.equal(groups[group][key], value) for group, values in GROUPS.items() for key, value in values.items())
+    assert all(
+        torch.equal(groups[group][key], value) for group, values in GROUPS.items() for key, value in values.items()
+    )
 
 
 def test_no_flipped_bit_is_loaded_wherever_it_is(tmp_path: Path) -> None:
@@ -46,7 +52,7 @@ def test_no_flipped_bit_is_loaded_wherever_it_is(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for place in (*range(0, len(whole), 9), len(whole) - 1):
         flip(path, place, bit=place % 7)
-        assert read_whole(tmp_path, "last") is None, f"byte {place}: {whole[place - 20:place + 20]!r}"
+        assert read_whole(tmp_path, "last") is None, f"byte {place}: {whole[place - 20 : place + 20]!r}"
         path.write_bytes(whole)
     assert load_checkpoint(tmp_path, "last")
 
@@ -56,7 +62,10 @@ def test_a_damaged_checkpoint_names_the_one_that_is_whole(damaged: str, whole: s
     for name in (damaged, whole):
         save_checkpoint(tmp_path, name, GROUPS, {})
     flip(tmp_path / f"{damaged}.safetensors", -20)
-    with pytest.raises(CheckpointError, match=f"{damaged}.safetensors is damaged: 1 of 5 tensors .*'{whole}' is whole; give .*{whole}.safetensors"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"{damaged}.safetensors is damaged: 1 of 5 tensors .*'{whole}' is whole; give .*{whole}.safetensors",
+    ):
         load_checkpoint(tmp_path, damaged)
     flip(tmp_path / f"{whole}.safetensors", -20)
     with pytest.raises(CheckpointError, match="(?!.*is whole)"):
@@ -81,7 +90,9 @@ def test_a_worse_continuation_does_not_replace_a_better_best_checkpoint(tmp_path
     best = read_whole(checkpoints, "best")[1]["state"]
     shutil.copy(tmp_path / "earlier", checkpoints / "last.safetensors")
     resumed = Trainer(small("optimizer.head_lr=1e-9", "optimizer.backbone_lr=1e-9", epochs=2), tmp_path, resume=True)
-    assert resumed.state.epoch == 1 and resumed.state.best_nmse == best["best_nmse"] < 0.999 * resumed.state.val_nmse_raw
+    assert (
+        resumed.state.epoch == 1 and resumed.state.best_nmse == best["best_nmse"] < 0.999 * resumed.state.val_nmse_raw
+    )
     summary = resumed.fit()
     assert read_whole(checkpoints, "best")[1]["state"] == best and summary["best_val_nmse"] == best["best_nmse"]
 

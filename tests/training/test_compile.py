@@ -1,4 +1,5 @@
-"""The trunk is compiled once, before the clock starts, and never again; where it cannot be, the run goes on and says why."""
+"""The trunk is compiled once, before the clock starts, and never again; where it cannot be, the run goes on and says
+why."""
 
 from __future__ import annotations
 
@@ -25,11 +26,17 @@ def counted_anew() -> Iterator[None]:
 
 
 @needs_compiler
-@pytest.mark.parametrize(("model", "backend"), [("hybrid", "aot_eager"), ("backprojection", "aot_eager"), ("backprojection", "inductor")])
-def test_one_compilation_serves_full_batches_and_nothing_else_needs_one(model: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two epochs with a ragged last batch and validation of another size, raw and averaged; a recompilation would raise.
+@pytest.mark.parametrize(
+    ("model", "backend"), [("hybrid", "aot_eager"), ("backprojection", "aot_eager"), ("backprojection", "inductor")]
+)
+def test_one_compilation_serves_full_batches_and_nothing_else_needs_one(
+    model: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two epochs with a ragged last batch and validation of another size, raw and averaged; a recompilation would
+    raise.
 
-    What is traced, guarded and traced anew does not depend on who makes kernels of it, which takes a minute for the hybrid.
+    What is traced, guarded and traced anew does not depend on who makes kernels of it, which takes a minute for the
+    hybrid.
     """
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     rows = Rows()
@@ -59,6 +66,7 @@ def test_a_compiler_that_fails_leaves_the_network_as_written(monkeypatch: pytest
     def broken(*args: Any, **options: Any) -> Any:
         def call(features: Any) -> Any:
             raise RuntimeError("CppCompileError: g++ returned 1\nfour hundred lines of it")
+
         return call
 
     monkeypatch.setattr(devices, "missing_compiler", lambda device: None)
@@ -88,6 +96,8 @@ def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch)
 
 def test_batches_that_never_fill_are_not_compiled_for() -> None:
     rows = Rows()
-    trainer = Trainer(config_of("backprojection", "training.compile=true", "data.train_scenes=5", "training.epochs=1"), observer=rows)
+    trainer = Trainer(
+        config_of("backprojection", "training.compile=true", "data.train_scenes=5", "training.epochs=1"), observer=rows
+    )
     trainer.fit()
     assert "no batch reaches 8 scenes" in rows.info["compile"] and not counters["stats"]["unique_graphs"]

@@ -1,4 +1,5 @@
-"""What does not fit is refused at once with the setting that asks for it; what fits is left alone and its random numbers with it."""
+"""What does not fit is refused at once with the setting that asks for it; what fits is left alone and its random
+numbers with it."""
 
 from __future__ import annotations
 
@@ -7,31 +8,64 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ris_fast.config.schema import SMALLEST_FLOAT, Config, ConfigError, Optimizer
 from ris_fast.commands.cli import main
+from ris_fast.config.schema import SMALLEST_FLOAT, Config, ConfigError, Optimizer
 from ris_fast.training import footprint
 from ris_fast.training.footprint import OutOfMemory, bytes_per_scene
-from ris_fast.training.trainer import Trainer
 from ris_fast.training.step import build_optimizer
+from ris_fast.training.trainer import Trainer
 from tests.training.test_loop import Recorder, small
 
 BILLION = 10**9
 
 
-@pytest.mark.parametrize("overrides, named", [
-    (("training.batch_size=1000000000", "data.train_scenes=1000000000"), "training.batch_size = 1,000,000,000"),
-    (("training.batch_size=600", "training.accumulate=1000000000", "data.train_scenes=1000000000"), "training.accumulate = 1,000,000,000"),
-    (("data.train_scenes=1000000000000",), "data.train_scenes = 1,000,000,000,000"),
-    (("data.val_limit=1000000000", "data.val_scenes=1000000000"), "data.val_limit = 1,000,000,000")])
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        (("training.batch_size=1000000000", "data.train_scenes=1000000000"), "training.batch_size = 1,000,000,000"),
+        (
+            ("training.batch_size=600", "training.accumulate=1000000000", "data.train_scenes=1000000000"),
+            "training.accumulate = 1,000,000,000",
+        ),
+        (("data.train_scenes=1000000000000",), "data.train_scenes = 1,000,000,000,000"),
+        (("data.val_limit=1000000000", "data.val_scenes=1000000000"), "data.val_limit = 1,000,000,000"),
+    ],
+)
 def test_a_size_that_exceeds_memory_is_refused_before_anything_is_made(overrides: tuple[str, ...], named: str) -> None:
     with pytest.raises(OutOfMemory, match=f"{named} exceeds this machine's memory: .* free"):
         Trainer(small(*overrides))
 
 
 def test_the_command_says_so_with_exit_code_5(tmp_path, capsys) -> None:
-    options = [part for text in ("task.ris_horizontal=4", "task.ris_vertical=4", "task.bs_antennas=4", "model.options.width=16",
-                                 "data.train_scenes=1000000000") for part in ("--set", text)]
-    assert main(["train", "--preset", "laptop", "--device", "cpu", "--no-compile", *options, "--batch-size", str(BILLION), "--out", str(tmp_path / "run")]) == 5
+    options = [
+        part
+        for text in (
+            "task.ris_horizontal=4",
+            "task.ris_vertical=4",
+            "task.bs_antennas=4",
+            "model.options.width=16",
+            "data.train_scenes=1000000000",
+        )
+        for part in ("--set", text)
+    ]
+    assert (
+        main(
+            [
+                "train",
+                "--preset",
+                "laptop",
+                "--device",
+                "cpu",
+                "--no-compile",
+                *options,
+                "--batch-size",
+                str(BILLION),
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 5
+    )
     assert "training.batch_size = 1,000,000,000 exceeds" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
@@ -47,7 +81,7 @@ def test_what_would_fit_is_named_and_fits(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_batch_that_is_larger_than_the_epoch_is_told_at_the_start() -> None:
     trainer = Trainer(small(scenes=24, batch=BILLION), observer=(told := Recorder()))
     assert trainer.fit()["optimizer_steps"] == 1
-    note, = told.info["notes"]
+    (note,) = told.info["notes"]
     assert "is 1,000,000,000, and an epoch has 24 scenes: each step takes all of them" in note
     Trainer(small(scenes=24, batch=24), observer=(silent := Recorder())).fit()
     assert silent.info["notes"] == []
@@ -60,10 +94,25 @@ def test_measuring_a_scene_grows_with_the_network_and_leaves_random_numbers_alon
     assert torch.equal(torch.random.get_rng_state(), before) and scene == same > 0 and more > 1.5 * saved > 0
 
 
-# ---- what the configuration takes, the optimizer takes -------------------------------------------------------------------
+# ---- what the configuration takes, the optimizer takes
+# -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["backbone_lr", "head_lr", "beta1", "beta2", "eps", "weight_decay", "max_grad_norm", "warmup", "final_lr", "ema_decay"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "backbone_lr",
+        "head_lr",
+        "beta1",
+        "beta2",
+        "eps",
+        "weight_decay",
+        "max_grad_norm",
+        "warmup",
+        "final_lr",
+        "ema_decay",
+    ],
+)
 @pytest.mark.parametrize("end", ["low", "high"])
 def test_the_optimizer_takes_every_value_that_the_configuration_takes(name: str, end: str) -> None:
     rule = {item.name: item.metadata for item in Optimizer.__dataclass_fields__.values()}[name]

@@ -1,4 +1,5 @@
-"""A new run that starts from the weights of another: the same network, whatever the scenes; nothing else is taken over."""
+"""A new run that starts from the weights of another: the same network, whatever the scenes; nothing else is taken
+over."""
 
 from __future__ import annotations
 
@@ -21,17 +22,23 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("place, name", [("", "best"), ("checkpoints/last.safetensors", "last")])
-def test_a_run_starts_from_the_weights_of_another_and_from_nothing_else_of_it(place: str, name: str, source: Path) -> None:
+def test_a_run_starts_from_the_weights_of_another_and_from_nothing_else_of_it(
+    place: str, name: str, source: Path
+) -> None:
     config = small(f'training.init="{source / place}"', "task.snr_min_db=5.0", "data.seed=9")
     trainer = Trainer(config, observer=(told := Recorder()))
     expected, kind, _ = better_weights(source / "checkpoints", name)
     assert all(torch.equal(value, expected[key]) for key, value in weights(trainer).items())
     assert (trainer.state.step, trainer.state.epoch, trainer.optimizer.counters()["applied"]) == (0, 0, 0)
     trainer.fit()
-    assert any(f"starts from the {kind} weights of epoch" in note and f"'{name}'" in note for note in told.info["notes"])
+    assert any(
+        f"starts from the {kind} weights of epoch" in note and f"'{name}'" in note for note in told.info["notes"]
+    )
 
 
-def test_its_continuation_goes_on_from_its_own_checkpoint_even_where_the_other_run_is_gone(source: Path, tmp_path: Path) -> None:
+def test_its_continuation_goes_on_from_its_own_checkpoint_even_where_the_other_run_is_gone(
+    source: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "gone"
     copy.mkdir()
     (copy / "checkpoints").symlink_to(source / "checkpoints")
@@ -40,9 +47,16 @@ def test_its_continuation_goes_on_from_its_own_checkpoint_even_where_the_other_r
     assert Trainer(small(f'training.init="{copy}"', epochs=2), tmp_path / "run", resume=True).fit()["epochs"] == 2
 
 
-@pytest.mark.parametrize("overrides, place, error, words", [
-    (("model.options.width=64",), "", CheckpointError, "does not fit this network"), ((), "checkpoints/last.json", ConfigError, "no checkpoint"),
-    ((), "nowhere", ConfigError, "not there")])
-def test_another_network_and_what_is_no_checkpoint_are_refused(overrides, place: str, error: type, words: str, source: Path) -> None:
+@pytest.mark.parametrize(
+    "overrides, place, error, words",
+    [
+        (("model.options.width=64",), "", CheckpointError, "does not fit this network"),
+        ((), "checkpoints/last.json", ConfigError, "no checkpoint"),
+        ((), "nowhere", ConfigError, "not there"),
+    ],
+)
+def test_another_network_and_what_is_no_checkpoint_are_refused(
+    overrides, place: str, error: type, words: str, source: Path
+) -> None:
     with pytest.raises(error, match=words):
         Trainer(small(f'training.init="{source / place}"', *overrides))

@@ -1,4 +1,5 @@
-"""The contracts of the loop: one step a group, accumulation, skipping, resuming, counting, and a summary that is true."""
+"""The contracts of the loop: one step a group, accumulation, skipping, resuming, counting, and a summary that is
+true."""
 
 from __future__ import annotations
 
@@ -9,17 +10,30 @@ from typing import Any
 import pytest
 import torch
 
-from ris_fast.config.schema import Config, ConfigError
 from ris_fast.config.load import load_config
+from ris_fast.config.schema import Config, ConfigError
 from ris_fast.training.checkpoint import CheckpointError
-from ris_fast.training.trainer import Trainer
 from ris_fast.training.state import RunStopped
 from ris_fast.training.summary import summary
+from ris_fast.training.trainer import Trainer
 
-SMALL = ["task.ris_horizontal=4", "task.ris_vertical=4", "task.bs_antennas=4", "task.snapshots=8", "task.max_sources=2",
-         "data.val_limit=40", "data.val_scenes=40", "training.compile=false", "model.name=hybrid",
-         "model.options.width=32", "model.options.heads=4", "model.options.grid=5", "model.options.feedforward=32",
-         "model.options.layers=1", "report.every_steps=1"]
+SMALL = [
+    "task.ris_horizontal=4",
+    "task.ris_vertical=4",
+    "task.bs_antennas=4",
+    "task.snapshots=8",
+    "task.max_sources=2",
+    "data.val_limit=40",
+    "data.val_scenes=40",
+    "training.compile=false",
+    "model.name=hybrid",
+    "model.options.width=32",
+    "model.options.heads=4",
+    "model.options.grid=5",
+    "model.options.feedforward=32",
+    "model.options.layers=1",
+    "report.every_steps=1",
+]
 
 
 class Recorder:
@@ -45,8 +59,16 @@ class Recorder:
 
 
 def small(*overrides: str, scenes: int = 64, batch: int = 16, epochs: int = 1) -> Config:
-    return load_config(preset="seed", overrides=[*SMALL, f"data.train_scenes={scenes}", f"training.batch_size={batch}",
-                                                 f"training.epochs={epochs}", *overrides])
+    return load_config(
+        preset="seed",
+        overrides=[
+            *SMALL,
+            f"data.train_scenes={scenes}",
+            f"training.batch_size={batch}",
+            f"training.epochs={epochs}",
+            *overrides,
+        ],
+    )
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -76,9 +98,11 @@ def test_every_batch_is_seen_once_and_the_printed_loss_is_its_mean() -> None:
 @pytest.mark.parametrize("scenes", [64, 56])
 def test_four_micro_batches_make_the_step_of_one_batch(scenes: int) -> None:
     """Also where the last micro-batch is ragged: every scene has the same weight."""
+
     def step(batch: int, accumulate: int) -> tuple[torch.Tensor, float]:
-        trainer = Trainer(small(f"training.accumulate={accumulate}", "optimizer.max_grad_norm=0", scenes=scenes,
-                                batch=batch))
+        trainer = Trainer(
+            small(f"training.accumulate={accumulate}", "optimizer.max_grad_norm=0", scenes=scenes, batch=batch)
+        )
         trainer.optimizer.clear_grads = False
         group = next(trainer._groups())
         result = trainer.step(group, planned=1)
@@ -216,15 +240,20 @@ def test_the_oracle_scores_zero_through_the_trainers_own_path() -> None:
 
     trainer = Trainer(small())
     scenes = trainer.source.batch("val", torch.arange(32))
-    score = validate(trainer.model, lambda each: Prediction(each.factor, None, None, None, None),
-                     type(trainer.loss)(task=trainer.config.task), [scenes])
+    score = validate(
+        trainer.model,
+        lambda each: Prediction(each.factor, None, None, None, None),
+        type(trainer.loss)(task=trainer.config.task),
+        [scenes],
+    )
     assert abs(score.nmse) < 1e-6 and abs(score.loss) < 1e-6
 
 
 def test_time_ends_the_run_and_anneals_towards_it() -> None:
     recorder = Recorder()
-    trainer = Trainer(small("training.max_seconds=3", "optimizer.final_lr=0.01", scenes=4096, epochs=1000),
-                      observer=recorder)
+    trainer = Trainer(
+        small("training.max_seconds=3", "optimizer.final_lr=0.01", scenes=4096, epochs=1000), observer=recorder
+    )
     summary = trainer.fit()
     assert summary["verdict"] in ("learned", "stalled") and summary["optimizer_steps"] < 256000
     last = recorder.steps[-1]["lr"]["backbone"]
@@ -264,14 +293,29 @@ def test_an_observer_and_a_folder_that_are_assigned_take_effect(tmp_path: Path) 
 def test_a_run_has_learned_only_when_it_is_clearly_below_every_line_that_is_shown(best: float, verdict: str) -> None:
     trainer = Trainer(small(), observer=(told := Recorder()))
     trainer.fit()
-    assert {"zero", "identity", "mean", "matched_filter"} == set(told.info["floors"]) and 0 < told.info["floors"]["matched_filter"] < 1
-    trainer.floors, trainer.state.initial_nmse, trainer.state.best_nmse = {"zero": 1.0, "mean": 0.986, "matched_filter": 0.803}, 0.99, best
+    assert {"zero", "identity", "mean", "matched_filter"} == set(told.info["floors"]) and 0 < told.info["floors"][
+        "matched_filter"
+    ] < 1
+    trainer.floors, trainer.state.initial_nmse, trainer.state.best_nmse = (
+        {"zero": 1.0, "mean": 0.986, "matched_filter": 0.803},
+        0.99,
+        best,
+    )
     assert summary(trainer, None, [])["verdict"] == verdict
 
 
-@pytest.mark.parametrize("init, best, verdict", [("", 0.0716, "stalled"), ("run", 0.0716, "learned"), ("run", 0.0738, "stalled"), ("", 0.06, "learned")])
-def test_a_start_from_learned_weights_has_to_be_beaten_and_not_once_more_from_nothing(init: str, best: float, verdict: str) -> None:
+@pytest.mark.parametrize(
+    "init, best, verdict",
+    [("", 0.0716, "stalled"), ("run", 0.0716, "learned"), ("run", 0.0738, "stalled"), ("", 0.06, "learned")],
+)
+def test_a_start_from_learned_weights_has_to_be_beaten_and_not_once_more_from_nothing(
+    init: str, best: float, verdict: str
+) -> None:
     trainer = Trainer(small())
     object.__setattr__(trainer, "config", small(f'training.init="{init}"'))
-    trainer.floors, trainer.state.initial_nmse, trainer.state.best_nmse = {"mean": 0.879, "pursuit": 0.0853}, 0.0737, best
+    trainer.floors, trainer.state.initial_nmse, trainer.state.best_nmse = (
+        {"mean": 0.879, "pursuit": 0.0853},
+        0.0737,
+        best,
+    )
     assert summary(trainer, None, [])["verdict"] == verdict

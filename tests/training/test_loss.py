@@ -9,11 +9,11 @@ import torch
 
 from ris_fast.config.schema import Loss, Task
 from ris_fast.models.prediction import Prediction
+from ris_fast.physics.least_squares import sample_factor
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
 from ris_fast.training import loss_terms as terms
 from ris_fast.training.loss import TERMS, TRUTH_TERMS, CovarianceLoss
-from ris_fast.physics.least_squares import sample_factor
 
 TASK = Task(bs_antennas=4, ris_horizontal=4, ris_vertical=4, snapshots=8, max_sources=3)
 ALL = Loss(**dict.fromkeys(TERMS, 1.0))
@@ -36,10 +36,17 @@ def truth(batch: Scenes) -> Prediction:
 def guess(batch: Scenes, dtype: torch.dtype = torch.float32) -> Prediction:
     generator = torch.Generator().manual_seed(5)
     size, sources = batch.snapshots.shape[0], TASK.max_sources
+
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(size, *shape, generator=generator).to(dtype).requires_grad_()
-    return Prediction(normal(TASK.elements, 2 * sources, 2), normal(sources), normal(sources),
-                      normal(sources).detach().exp().requires_grad_(), normal(sources))
+
+    return Prediction(
+        normal(TASK.elements, 2 * sources, 2),
+        normal(sources),
+        normal(sources),
+        normal(sources).detach().exp().requires_grad_(),
+        normal(sources),
+    )
 
 
 def test_truth_scores_the_known_minimum_of_every_term() -> None:
@@ -81,8 +88,10 @@ def test_loss_ignores_the_scale_of_prediction_and_target(scale: float) -> None:
     batch = scenes()
     loss, prediction = CovarianceLoss(ALL, TASK), guess(batch)
     expected, _ = loss(prediction, batch)
-    for scaled in (loss(prediction._replace(factor=scale * prediction.factor), batch),
-                   loss(prediction, replace(batch, factor=scale * batch.factor))):
+    for scaled in (
+        loss(prediction._replace(factor=scale * prediction.factor), batch),
+        loss(prediction, replace(batch, factor=scale * batch.factor)),
+    ):
         torch.testing.assert_close(scaled[0], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -98,8 +107,10 @@ def test_loss_is_the_mean_over_scenes_so_that_micro_batches_add_up() -> None:
     batch = scenes(8)
     loss, prediction = CovarianceLoss(ALL, TASK), guess(batch)
     whole, _ = loss(prediction, batch)
-    parts = [loss(Prediction(*(each[rows] for each in prediction)), batch[rows])[0] * share
-             for rows, share in ((slice(0, 5), 5 / 8), (slice(5, 8), 3 / 8))]
+    parts = [
+        loss(Prediction(*(each[rows] for each in prediction)), batch[rows])[0] * share
+        for rows, share in ((slice(0, 5), 5 / 8), (slice(5, 8), 3 / 8))
+    ]
     torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-6)
 
 
@@ -109,9 +120,15 @@ def test_a_term_of_weight_zero_is_not_computed_and_a_weight_changes_the_gradient
     weights = replace(NONE, cov=1.0)
     prediction = guess(batch)
     assert set(CovarianceLoss(weights, TASK)(prediction, batch)[1]) == {"cov"}
-    gradients = [torch.autograd.grad(CovarianceLoss(replace(weights, **{name: weight}), TASK)(prediction, batch)[0],
-                                     list(prediction), allow_unused=True, materialize_grads=True)
-                 for weight in (2.0, 3.0)]
+    gradients = [
+        torch.autograd.grad(
+            CovarianceLoss(replace(weights, **{name: weight}), TASK)(prediction, batch)[0],
+            list(prediction),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for weight in (2.0, 3.0)
+    ]
     assert any(not torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
@@ -135,8 +152,9 @@ def test_too_many_sources_to_match_is_refused_by_name() -> None:
     CovarianceLoss(Loss(chamfer=1.0), Task(max_sources=12))
 
 
-@pytest.mark.parametrize("name, missing", [("angle", "azimuth"), ("range", "range_m"), ("chamfer", "elevation"),
-                                           ("count", "count_logits")])
+@pytest.mark.parametrize(
+    "name, missing", [("angle", "azimuth"), ("range", "range_m"), ("chamfer", "elevation"), ("count", "count_logits")]
+)
 def test_a_term_whose_output_the_model_lacks_is_refused_by_name(name: str, missing: str) -> None:
     batch = scenes()
     with pytest.raises(ValueError, match=f"loss.{name} .*{missing}.*the model"):
@@ -194,8 +212,10 @@ def test_sample_factor_solves_the_normal_equations() -> None:
     measured = torch.view_as_complex(batch.snapshots.double()).flatten(1, 2)
     normal = operator.mH @ operator + ridge[:, None, None] * torch.eye(task.elements)
     exact = torch.linalg.solve(normal, (operator.mH @ measured[..., None]))
-    errors = [(torch.view_as_complex(each.double().contiguous()) - exact).norm() / exact.norm()
-              for each in (sample_factor(batch), sample_factor(batch, steps=60))]
+    errors = [
+        (torch.view_as_complex(each.double().contiguous()) - exact).norm() / exact.norm()
+        for each in (sample_factor(batch), sample_factor(batch, steps=60))
+    ]
     assert errors[0] < 0.3 and errors[1] < 1e-4
     with pytest.raises(ValueError, match="loss.beta"):
         sample_factor(replace(batch, channel=None))

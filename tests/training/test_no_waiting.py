@@ -1,4 +1,5 @@
-"""What a CUDA graph holds must neither read its device nor copy to it: shown on the meta device, where neither is possible.
+"""What a CUDA graph holds must neither read its device nor copy to it: shown on the meta device, where neither is
+possible.
 
 Every tensor of the step lives on "meta", a device that is not the CPU and holds no values: an operation that needs a
 value raises, and one that also touches a CPU tensor is a copy between devices, which is counted. Kernels of our own are
@@ -15,20 +16,21 @@ from typing import Any
 import pytest
 import torch
 from captured import MODELS, config_of
+from ris_fast.kernels.fused_step import op as fused_step
+from ris_fast.kernels.pursuit import reference as pursuit
 from torch import Tensor
 from watch import Watch
 
 from ris_fast.config.schema import Loss, Task
-from ris_fast.kernels.fused_step import op as fused_step
-from ris_fast.kernels.pursuit import reference as pursuit
 from ris_fast.models import build_model
 from ris_fast.models.pursuit import geometry_of
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
-from ris_fast.training.trainer import Trainer
 from ris_fast.training.loss import TERMS, CovarianceLoss
 from ris_fast.training.step import Step
+from ris_fast.training.trainer import Trainer
 from ris_fast.training.validation import measure
+
 
 @pytest.fixture
 def no_autocast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -58,7 +60,11 @@ class Sums:
 def on_meta(model: str, *overrides: str) -> tuple[Step, Task]:
     """A step with every term of the loss, all of its tensors on "meta"."""
     config = config_of(model, *overrides)
-    named = {name: 0.1 for name in TERMS} if model == "hybrid" else {"cov": 1.0, "cov_pred": 0.1, "subspace": 0.1, "contrast": 0.1}
+    named = (
+        {name: 0.1 for name in TERMS}
+        if model == "hybrid"
+        else {"cov": 1.0, "cov_pred": 0.1, "subspace": 0.1, "contrast": 0.1}
+    )
     weights = replace(Loss(), **named, beta=0.3, shrink=0.01)
     network = build_model(config.model.name, config.task, **config.model.options).to("meta")
     loss = CovarianceLoss(weights, config.task).to("meta")
@@ -73,9 +79,11 @@ def scenes_on_meta(task: Task) -> Scenes:
 
 @pytest.mark.parametrize("overrides", [(), ("task.wavefront=spherical",), ("task.power=equal",)])
 @pytest.mark.parametrize("model", MODELS)
-def test_scenes_features_network_loss_and_backward_wait_for_nothing(model: str, overrides: tuple[str, ...], no_autocast: None) -> None:
+def test_scenes_features_network_loss_and_backward_wait_for_nothing(
+    model: str, overrides: tuple[str, ...], no_autocast: None
+) -> None:
     step, task = on_meta(model, *overrides)
-    step.update([scenes_on_meta(task)], 10)         # as in a warm-up: the constants of the task go to the device
+    step.update([scenes_on_meta(task)], 10)  # as in a warm-up: the constants of the task go to the device
     with Watch("meta") as seen:
         step.update([scenes_on_meta(task), scenes_on_meta(task)], 10)
     assert seen.names["ris_fast::scenes"] == 2 and seen.names["ris_fast::cov_nmse"] >= 2 and seen.names.total() > 300
@@ -88,7 +96,7 @@ def test_validation_waits_for_nothing(model: str, no_autocast: None) -> None:
     scenes = scenes_on_meta(task)
     with Watch("meta") as seen:
         measure(step.network, step.predict, step.loss, [scenes, scenes])
-    assert seen.names["ris_fast::cov_nmse"] == 6 and not seen.waits and not seen.solvers     # blended, plain, score
+    assert seen.names["ris_fast::cov_nmse"] == 6 and not seen.waits and not seen.solvers  # blended, plain, score
 
 
 @pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
@@ -97,7 +105,9 @@ def test_the_pursuit_as_a_gpu_runs_it_waits_for_nothing(wavefront: str, no_autoc
     geometry, wavenumber = geometry_of(task)
     scenes, constants = scenes_on_meta(task), [each.to("meta") for each in geometry]
     with Watch("meta") as seen:
-        pursuit.pursuit_features(scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db, constants, wavenumber, task.max_sources)
+        pursuit.pursuit_features(
+            scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db, constants, wavenumber, task.max_sources
+        )
     assert seen.names.total() > 500 and not seen.waits and not seen.solvers
 
 

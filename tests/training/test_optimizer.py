@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from ris_fast.kernels.native import loader
 from torch import Tensor, nn
 
 from ris_fast import FusedAdamW
-from ris_fast.kernels.native import loader
 
-BACKENDS = ["reference", pytest.param("native", marks=pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built"))]
+BACKENDS = [
+    "reference",
+    pytest.param("native", marks=pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built")),
+]
 SHAPES = [(64, 33), (33,), (1,), (5, 7, 3), (128, 64), ()]
 
 
@@ -39,8 +42,16 @@ def train(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: i
         after(step)
 
 
-def torch_run(shapes: list[tuple[int, ...]], dtype: torch.dtype, steps: int, clip: float | None = None, decay: float | None = None,
-              optimizer: Callable[..., Any] = torch.optim.AdamW, **options: Any) -> tuple[list[nn.Parameter], list[Tensor]]:  # fmt: skip
+def torch_run(
+    shapes: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    steps: int,
+    clip: float | None = None,
+    decay: float | None = None,
+    # fmt: skip
+    optimizer: Callable[..., Any] = torch.optim.AdamW,
+    **options: Any,
+) -> tuple[list[nn.Parameter], list[Tensor]]:
     """What a user assembles from torch: clip, step, average."""
     params = tensors(shapes, dtype)
     average = [p.detach().clone() for p in params]
@@ -110,7 +121,9 @@ def test_torchs_own_table_of_optimizer_settings() -> None:
     assert served >= 4
     for wrong in record.optim_error_inputs_func(device="cpu", dtype=torch.float32):
         given = wrong.optimizer_error_input
-        if "ensor" not in given.desc or "1-element" in given.desc:  # tensors as lr or betas are taken in more places than torch's
+        if (
+            "ensor" not in given.desc or "1-element" in given.desc
+        ):  # tensors as lr or betas are taken in more places than torch's
             with pytest.raises((ValueError, TypeError, UserWarning)):
                 FusedAdamW(given.params, **given.kwargs)
 
@@ -122,7 +135,9 @@ def test_half_precision_is_closer_to_float64_than_torch(dtype: torch.dtype) -> N
     params = tensors(SHAPES, dtype)
     ours = FusedAdamW(params, lr=1e-2, ema_decay=0.9)
     train(params, ours, 50)
-    assert not relative(plain, exact) < relative(params, exact)  # in float16 torch's eps is zero and its result infinite
+    assert not relative(plain, exact) < relative(
+        params, exact
+    )  # in float16 torch's eps is zero and its result infinite
     assert ours._buckets[0].ema.dtype == torch.float32
 
 
@@ -150,7 +165,11 @@ def test_half_precision_state_is_saved_without_rounding(dtype: torch.dtype) -> N
     with ours.ema(), restored.ema():
         assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
     for bucket, other in zip(ours._buckets, restored._buckets, strict=True):
-        assert bucket.ema.dtype == torch.float32 and torch.equal(bucket.ema, other.ema) and torch.equal(bucket.exp_avg_sq, other.exp_avg_sq)
+        assert (
+            bucket.ema.dtype == torch.float32
+            and torch.equal(bucket.ema, other.ema)
+            and torch.equal(bucket.exp_avg_sq, other.exp_avg_sq)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
@@ -177,7 +196,10 @@ def test_complex_parameters_equal_torch() -> None:
     exact, _ = torch_run([(5, 3), (7,)], torch.complex64, 20, lr=1e-2)
     params = tensors([(5, 3), (7,)], torch.complex64)
     train(params, FusedAdamW(params, lr=1e-2), 20)
-    assert relative([torch.view_as_real(p.detach()) for p in params], [torch.view_as_real(p.detach()) for p in exact]) < 1e-6
+    assert (
+        relative([torch.view_as_real(p.detach()) for p in params], [torch.view_as_real(p.detach()) for p in exact])
+        < 1e-6
+    )
 
 
 def test_mixed_dtypes_share_one_norm() -> None:
@@ -186,7 +208,9 @@ def test_mixed_dtypes_share_one_norm() -> None:
 
     params, exact = mixed(), mixed()
     ours, plain = FusedAdamW(params, lr=1e-2, max_grad_norm=1.0, backend="auto"), torch.optim.AdamW(exact, lr=1e-2)
-    train(exact, plain, 20, lambda _: torch._foreach_mul_([p.grad for p in exact], min(1.0, 1.0 / (norm(exact) + 1e-6))))
+    train(
+        exact, plain, 20, lambda _: torch._foreach_mul_([p.grad for p in exact], min(1.0, 1.0 / (norm(exact) + 1e-6)))
+    )
     train(params, ours, 20)
     assert relative(params, exact) < 1e-6
     assert ours.counters()["clipped"] > 0
@@ -203,7 +227,11 @@ def norm(params: list[nn.Parameter]) -> float:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shapes", [[(0,)], [(1,)], [(0, 4), (3,)], [(63,), (64,), (65,)], [(7,)] * 2000], ids=["empty", "one", "some empty", "near a row", "2000"])
+@pytest.mark.parametrize(
+    "shapes",
+    [[(0,)], [(1,)], [(0, 4), (3,)], [(63,), (64,), (65,)], [(7,)] * 2000],
+    ids=["empty", "one", "some empty", "near a row", "2000"],
+)
 def test_every_size(backend: str, shapes: list[tuple[int, ...]]) -> None:
     exact, _ = torch_run(shapes, torch.float32, 3, 1.0, lr=1e-2)
     params = tensors(shapes, torch.float32)
@@ -233,7 +261,12 @@ def test_telemetry_is_what_it_says(backend: str) -> None:
     table = ours.telemetry().double()
     expected[:, 1] = torch.stack([p.detach().double().norm() for p in params])
     moved = torch.stack([(p.detach().double() - o.double()).norm() for p, o in zip(params, old, strict=True)])
-    torch.testing.assert_close(table, torch.cat([expected, moved[:, None], torch.zeros(len(params), 1, dtype=torch.float64)], 1), rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(
+        table,
+        torch.cat([expected, moved[:, None], torch.zeros(len(params), 1, dtype=torch.float64)], 1),
+        rtol=1e-6,
+        atol=1e-12,
+    )
     assert ours.counters()["grad_norm"] == pytest.approx(float(expected[:, 0].norm()), rel=1e-6)
     ours.measure_telemetry = False
     ours.step()
@@ -268,7 +301,9 @@ def test_accumulated_gradients_equal_backward(backend: str) -> None:
         ours = FusedAdamW(params, lr=1e-2, max_grad_norm=1.0, backend=backend)
         for step in range(5):
             for micro in range(3):
-                ours.accumulate(gradients(params, 10 * step + micro), 1 / 3, overwrite=micro == 0, last=last and micro == 2)
+                ours.accumulate(
+                    gradients(params, 10 * step + micro), 1 / 3, overwrite=micro == 0, last=last and micro == 2
+                )
             ours.step()
         results.append(params)
     exact = tensors(SHAPES, torch.float32)

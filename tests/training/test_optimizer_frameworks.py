@@ -1,4 +1,5 @@
-"""FusedAdamW under torch.compile, DistributedDataParallel, Lightning and Accelerate gives what torch's AdamW gives there."""
+"""FusedAdamW under torch.compile, DistributedDataParallel, Lightning and Accelerate gives what torch's AdamW gives
+there."""
 
 from __future__ import annotations
 
@@ -89,11 +90,22 @@ def free_port() -> int:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize("as_view", [False, True])
 def test_under_distributed_data_parallel(as_view: bool) -> None:
-    """Two processes over gloo, each with its own data: both ranks hold the same bits, and what torch's AdamW would hold."""
+    """Two processes over gloo, each with its own data: both ranks hold the same bits, and what torch's AdamW would
+    hold."""
     port = free_port()
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]),
+    }
     processes = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", DDP, str(rank), str(port), str(as_view)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", DDP, str(rank), str(port), str(as_view)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(2)
     ]
     try:
@@ -123,8 +135,15 @@ def test_under_lightning(tmp_path: Any) -> None:
             return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
 
     def trainer(epochs: int) -> Any:
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-        return lightning.Trainer(max_epochs=epochs, accumulate_grad_batches=2, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+        quiet = {
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+        }
+        return lightning.Trainer(
+            max_epochs=epochs, accumulate_grad_batches=2, accelerator="cpu", default_root_dir=tmp_path, **quiet
+        )
 
     results = []
     for kind in (FusedAdamW, torch.optim.AdamW):
@@ -165,7 +184,12 @@ def test_under_accelerate(tmp_path: Any) -> None:
 
 def test_the_example_script_runs_and_learns() -> None:
     script = os.path.join(os.path.dirname(__file__), "..", "..", "examples", "plain_loop.py")
-    done = subprocess.run([sys.executable, "-W", "error", script], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert "200 steps" in done.stdout and "0 skipped" in done.stdout
     assert float(done.stdout.split("loss ")[1].split(",")[0]) < 0.1  # it begins at 0.5, the variance of the targets

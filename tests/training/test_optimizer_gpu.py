@@ -1,4 +1,5 @@
-"""FusedAdamW on CUDA: equals torch, two launches, no host synchronisation, graph replay equals eager. Skipped without a GPU."""
+"""FusedAdamW on CUDA: equals torch, two launches, no host synchronisation, graph replay equals eager. Skipped without a
+GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ SHAPES = [(64, 33), (1,), (300, 301), (0,), (4096,), (9000,)]
 def build(**options: Any) -> tuple[list[nn.Parameter], FusedAdamW]:
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, generator=generator).cuda()) for shape in SHAPES]
-    return params, FusedAdamW(params, lr=1e-2, max_grad_norm=1.0, ema_decay=0.9, ema_warmup=True, clear_grads=True, **options)
+    return params, FusedAdamW(
+        params, lr=1e-2, max_grad_norm=1.0, ema_decay=0.9, ema_warmup=True, clear_grads=True, **options
+    )
 
 
 def fill(params: list[nn.Parameter], step: int) -> None:
@@ -61,7 +64,11 @@ def test_a_step_is_two_launches_and_never_waits() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
-    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA and "_kernel" in event.name]
+    kernels = [
+        event.name
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and "_kernel" in event.name
+    ]
     assert sorted(kernels) == ["apply_kernel", "measure_kernel"]
 
 
@@ -91,7 +98,11 @@ def test_graph_replay_equals_eager_bit_for_bit() -> None:
         ours.step()
     for step in range(1, 20):
         for each, optimizer in ((params, ours), (exact, eager)):
-            optimizer.param_groups[0]["lr"], optimizer.max_grad_norm, optimizer.ema_decay = 1e-2 / step, 1.0 + step, 1 - 1 / (step + 2)
+            optimizer.param_groups[0]["lr"], optimizer.max_grad_norm, optimizer.ema_decay = (
+                1e-2 / step,
+                1.0 + step,
+                1 - 1 / (step + 2),
+            )
             optimizer.sync_hyperparameters()
             fill(each, step)
         graph.replay()

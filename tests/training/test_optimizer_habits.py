@@ -1,7 +1,8 @@
-"""What people do to an optimizer, its parameters and its gradients between steps: one table, torch.optim.AdamW beside FusedAdamW.
+"""What people do to an optimizer, its parameters and its gradients between steps: one table, torch.optim.AdamW beside
+FusedAdamW.
 
-A row of SAME is run with both and gives the same weights, gradients (None or not), step counts and kept tensors after every
-step. A row of REFUSED is something that flat buffers cannot follow: FusedAdamW raises, with these words.
+A row of SAME is run with both and gives the same weights, gradients (None or not), step counts and kept tensors after
+every step. A row of REFUSED is something that flat buffers cannot follow: FusedAdamW raises, with these words.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(3)
-        self.a, self.b, self.c = (nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 3), (5,), (2, 4)))
+        self.a, self.b, self.c = (
+            nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 3), (5,), (2, 4))
+        )
 
     def forward(self) -> Tensor:
         return self.a
 
 
 class Run:
-    """A model and one kind of optimizer. `seen`: what there was after every step; `kept`: tensors that a habit holds on to."""
+    """A model and one kind of optimizer. `seen`: what there was after every step; `kept`: tensors that a habit holds on
+    to."""
 
     def __init__(self, kind: type, **options: Any) -> None:
         self.kind, self.model = kind, Model()
@@ -55,7 +59,11 @@ class Run:
     def look(self) -> None:
         for p in self.watched:
             grad, state = p.grad, self.optimizer.state.get(p, {})
-            self.seen += [p.detach().clone(), None if grad is None else grad.detach().clone(), float(state["step"]) if state else None]
+            self.seen += [
+                p.detach().clone(),
+                None if grad is None else grad.detach().clone(),
+                float(state["step"]) if state else None,
+            ]
 
     def train(self, *params: Tensor, steps: int = 2) -> None:
         for _ in range(steps):
@@ -101,7 +109,8 @@ def test_habit_is_refused_by_a_clear_error(habit: str) -> None:
         act(Run(FusedAdamW))
 
 
-# ---- which gradients are there -------------------------------------------------------------------------------------------
+# ---- which gradients are there
+# -------------------------------------------------------------------------------------------
 
 
 @same
@@ -197,7 +206,8 @@ def step_twice(run: Run) -> None:
     run.step()
 
 
-# ---- what is done to gradients -------------------------------------------------------------------------------------------
+# ---- what is done to gradients
+# -------------------------------------------------------------------------------------------
 
 
 @same
@@ -246,7 +256,12 @@ def gradients_are_clipped_by_torch(run: Run) -> None:
 @same
 def gradients_are_replaced(run: Run) -> None:
     shared = torch.linspace(-1, 1, 9)
-    for grad in (shared.view(3, 3), shared.view(3, 3).t(), torch.ones(()).expand(3, 3), torch.arange(18.0).view(3, 6)[:, ::2]):
+    for grad in (
+        shared.view(3, 3),
+        shared.view(3, 3).t(),
+        torch.ones(()).expand(3, 3),
+        torch.arange(18.0).view(3, 6)[:, ::2],
+    ):
         run.optimizer.zero_grad()
         run.a.grad, run.b.grad = grad, shared[2:7]
         run.step()
@@ -309,7 +324,8 @@ def a_step_within_backward(run: Run) -> None:
         run.look()
 
 
-# ---- what is done to weights ---------------------------------------------------------------------------------------------
+# ---- what is done to weights
+# ---------------------------------------------------------------------------------------------
 
 
 @same
@@ -453,7 +469,8 @@ def parametrization(run: Run) -> None:
         run.step()
 
 
-# ---- what is done to param_groups ----------------------------------------------------------------------------------------
+# ---- what is done to param_groups
+# ----------------------------------------------------------------------------------------
 
 
 @same
@@ -516,7 +533,10 @@ def groups_are_added_and_parameters_move_between_them(run: Run) -> None:
 def the_list_of_groups_is_replaced(run: Run) -> None:
     run.train()
     whole = run.optimizer.param_groups[0]
-    run.optimizer.param_groups = [whole | {"params": [run.c, run.a], "lr": 0.01}, whole | {"params": [run.b], "weight_decay": 0.0}]
+    run.optimizer.param_groups = [
+        whole | {"params": [run.c, run.a], "lr": 0.01},
+        whole | {"params": [run.b], "weight_decay": 0.0},
+    ]
     run.train()
 
 
@@ -549,7 +569,8 @@ def hyperparameters_are_set(run: Run) -> None:
     run.train()
 
 
-# ---- what is done to the state -------------------------------------------------------------------------------------------
+# ---- what is done to the state
+# -------------------------------------------------------------------------------------------
 
 
 @same
@@ -612,7 +633,8 @@ def a_parameter_is_appended_and_a_state_with_it_loaded(run: Run) -> None:
     run.train()
 
 
-# ---- several optimizers, and wrappers ------------------------------------------------------------------------------------
+# ---- several optimizers, and wrappers
+# ------------------------------------------------------------------------------------
 
 
 @same
@@ -682,18 +704,25 @@ def lookahead(run: Run) -> None:
                 p.data.copy_(behind)
 
 
-# ---- inside `with optimizer.ema()` ----------------------------------------------------------------------------------------
+# ---- inside `with optimizer.ema()`
+# ----------------------------------------------------------------------------------------
 
 INSIDE: dict[str, Callable[[Run], Any]] = {
     "cast there and back": lambda run: run.model.half().float(),
     "widened": lambda run: run.model.double().float(),
     "cast": lambda run: run.model.half(),
     "data cloned": lambda run: [setattr(p, "data", p.data.clone()) for p in run.watched],
-    "data held by another": lambda run: [run.kept.append(p.data.clone()) or setattr(p, "data", run.kept[-1]) for p in run.watched],
+    "data held by another": lambda run: [
+        run.kept.append(p.data.clone()) or setattr(p, "data", run.kept[-1]) for p in run.watched
+    ],
     "data transposed": lambda run: setattr(run.a, "data", run.a.data.t().contiguous()),
-    "a vector": lambda run: nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(run.watched).detach().clone(), run.watched),
+    "a vector": lambda run: nn.utils.vector_to_parameters(
+        nn.utils.parameters_to_vector(run.watched).detach().clone(), run.watched
+    ),
     "swapped": lambda run: torch.utils.swap_tensors(run.a, nn.Parameter(torch.ones(3, 3))),
-    "swapped for one without values": lambda run: torch.utils.swap_tensors(run.a, nn.Parameter(torch.ones(3, 3, device="meta"))),
+    "swapped for one without values": lambda run: torch.utils.swap_tensors(
+        run.a, nn.Parameter(torch.ones(3, 3, device="meta"))
+    ),
     "in inference mode": torch.inference_mode()(lambda run: run.model.double()),
 }
 
@@ -712,7 +741,10 @@ def test_raw_weights_come_back_whatever_the_block_does_to_their_data(act: str, c
             run.optimizer.zero_grad(set_to_none=False)
     weights = [run.seen[::3] for run in runs]  # gradients leave with a tensor that is swapped, and casting rounds them
     assert all(map(torch.equal, *weights)) and runs[0].seen[2::3] == runs[1].seen[2::3]
-    assert all(one.dtype == torch.float32 and torch.equal(one, other) for one, other in zip(runs[0].watched, runs[1].watched, strict=True))
+    assert all(
+        one.dtype == torch.float32 and torch.equal(one, other)
+        for one, other in zip(runs[0].watched, runs[1].watched, strict=True)
+    )
 
 
 @pytest.mark.parametrize("who, act", [
@@ -723,7 +755,9 @@ def test_raw_weights_come_back_whatever_the_block_does_to_their_data(act: str, c
     ("load_checkpoint_tensors", lambda run: run.optimizer.load_checkpoint_tensors(run.optimizer.checkpoint_tensors())),
     ("accumulate", lambda run: (run.params.append(nn.Parameter(torch.ones(2))), run.optimizer.accumulate([None] * 3))),
 ])  # fmt: skip
-def test_what_lays_the_buffers_out_again_is_refused_while_the_average_is_in(who: str, act: Callable[[Run], Any]) -> None:
+def test_what_lays_the_buffers_out_again_is_refused_while_the_average_is_in(
+    who: str, act: Callable[[Run], Any]
+) -> None:
     run = Run(FusedAdamW, ema_decay=0.9)
     run.train()
     raw = [p.detach().clone() for p in run.watched]
@@ -765,7 +799,8 @@ def test_a_model_cast_there_and_back_trains_on_where_gradients_are_views(zeroed:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-# ---- refused -------------------------------------------------------------------------------------------------------------
+# ---- refused
+# -------------------------------------------------------------------------------------------------------------
 
 
 @refused("parameter group0.0 is in memory shared between processes.*Hogwild")

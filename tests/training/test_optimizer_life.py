@@ -85,13 +85,19 @@ def test_frozen_unused_and_thawed_parameters_equal_torch() -> None:
         (model[2].bias * 2).sum().backward()  # the others have no gradient now
         optimizer.step()
     assert same(ours, plain)
-    assert [float(fused.state[p]["step"]) for p in ours.parameters()] == [float(adamw.state[p]["step"]) for p in plain.parameters()] == [3, 6, 6, 7]
+    assert (
+        [float(fused.state[p]["step"]) for p in ours.parameters()]
+        == [float(adamw.state[p]["step"]) for p in plain.parameters()]
+        == [3, 6, 6, 7]
+    )
 
 
 def test_tied_parameters_and_memory_formats() -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)).to(memory_format=torch.channels_last)
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+        ).to(memory_format=torch.channels_last)
         model[2].weight = model[0].weight
         return model
 
@@ -117,11 +123,23 @@ def test_groups_schedulers_and_closures_equal_torch() -> None:
     results = []
     for kind in (FusedAdamW, AdamW):
         model = make()
-        optimizer = kind([{"params": model[0].parameters(), "lr": 3e-2, "weight_decay": 0.3}, {"params": [model[2].weight]}], lr=1e-2)
+        optimizer = kind(
+            [{"params": model[0].parameters(), "lr": 3e-2, "weight_decay": 0.3}, {"params": [model[2].weight]}], lr=1e-2
+        )
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [3e-2, 1e-2], total_steps=12)
         for step in range(12):
             if step == 6:
-                optimizer.add_param_group({"params": [model[2].bias], "lr": 5e-2, "initial_lr": 5e-2, "max_lr": 5e-2, "min_lr": 0.0, "max_momentum": 0.95, "base_momentum": 0.85})
+                optimizer.add_param_group(
+                    {
+                        "params": [model[2].bias],
+                        "lr": 5e-2,
+                        "initial_lr": 5e-2,
+                        "max_lr": 5e-2,
+                        "min_lr": 0.0,
+                        "max_momentum": 0.95,
+                        "base_momentum": 0.85,
+                    }
+                )
 
             def closure() -> Tensor:
                 optimizer.zero_grad()  # noqa: B023
@@ -171,7 +189,11 @@ def refuse_on_load(saved: dict[str, Any], words: str) -> None:
         optimizer.load_state_dict(saved)
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
-    assert all(torch.equal(after["state"][i][key], value) for i, entry in before["state"].items() for key, value in entry.items())
+    assert all(
+        torch.equal(after["state"][i][key], value)
+        for i, entry in before["state"].items()
+        for key, value in entry.items()
+    )
 
 
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "ema", "step"])
@@ -181,15 +203,25 @@ def test_a_saved_tensor_of_another_shape_is_named_and_never_broadcast(key: str) 
     train(model, optimizer)
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0][key] = torch.ones(6)
-    refuse_on_load(saved, rf"saved '{key}' of group0.0 has shape \(6,\)" + ("" if key == "step" else r", but the parameter has shape \(20, 6\)"))
+    refuse_on_load(
+        saved,
+        rf"saved '{key}' of group0.0 has shape \(6,\)"
+        + ("" if key == "step" else r", but the parameter has shape \(20, 6\)"),
+    )
     tensors = {name: value.clone() for name, value in optimizer.checkpoint_tensors()["optimizer"].items()}
     before = copy.deepcopy(optimizer.state_dict()["state"])
     with pytest.raises(ValueError, match=f"saved '{key}' of group0.1 has shape"):
         optimizer.load_checkpoint_tensors({"optimizer": tensors | {f"{key}.group0.1": torch.ones(1, 2)}})
-    assert all(torch.equal(optimizer.state_dict()["state"][i][name], value) for i, entry in before.items() for name, value in entry.items())
+    assert all(
+        torch.equal(optimizer.state_dict()["state"][i][name], value)
+        for i, entry in before.items()
+        for name, value in entry.items()
+    )
     for counters in ({}, {"counters": torch.ones(1)}):
         with pytest.raises(ValueError, match=r"saved 'counters' are (missing|of shape \(1,\))"):
-            optimizer.load_checkpoint_tensors({"optimizer": {name: t for name, t in tensors.items() if name != "counters"} | counters})
+            optimizer.load_checkpoint_tensors(
+                {"optimizer": {name: t for name, t in tensors.items() if name != "counters"} | counters}
+            )
     optimizer.state[model[0].weight]["exp_avg"] = torch.ones(6)
     with pytest.raises(ValueError, match=r"saved 'exp_avg' of group0.0 has shape \(6,\)"):
         train(model, optimizer)
@@ -241,7 +273,9 @@ def test_an_average_carried_by_torch_without_a_step_is_kept(dtype: torch.dtype) 
     model = make()
     optimizer, start = FusedAdamW(model.parameters(), lr=1e-2, ema_decay=0.9), AdamW(model.parameters(), lr=1e-2)
     train(model, start, 7)
-    optimizer.load_state_dict(copy.deepcopy(start.state_dict()))  # steps that nobody averaged, before the average begins
+    optimizer.load_state_dict(
+        copy.deepcopy(start.state_dict())
+    )  # steps that nobody averaged, before the average begins
     train(model, optimizer, 258)  # which bfloat16 cannot hold exactly
     carrier = AdamW([p.detach().to(dtype).requires_grad_() for p in model.parameters()])
     carrier.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -249,7 +283,10 @@ def test_an_average_carried_by_torch_without_a_step_is_kept(dtype: torch.dtype) 
         averaged = copy.deepcopy(model)
     optimizer.load_state_dict(copy.deepcopy(carrier.state_dict()))
     with optimizer.ema():
-        assert all(torch.allclose(p, q, rtol=1e-2, atol=1e-6) for p, q in zip(model.parameters(), averaged.parameters(), strict=True))
+        assert all(
+            torch.allclose(p, q, rtol=1e-2, atol=1e-6)
+            for p, q in zip(model.parameters(), averaged.parameters(), strict=True)
+        )
         assert not same(model, make())
 
 
@@ -263,7 +300,13 @@ def through_file(saved: Any) -> Any:
 @pytest.mark.parametrize("way", ["state_dict", "checkpoint_tensors", "deepcopy", "pickle"])
 def test_a_restored_optimizer_goes_on_with_the_same_bits(way: str) -> None:
     model = make()
-    options: dict[str, Any] = {"lr": 1e-2, "ema_decay": 0.9, "ema_warmup": True, "max_grad_norm": 0.05, "loss_scale": "dynamic"}
+    options: dict[str, Any] = {
+        "lr": 1e-2,
+        "ema_decay": 0.9,
+        "ema_warmup": True,
+        "max_grad_norm": 0.05,
+        "loss_scale": "dynamic",
+    }
     optimizer = FusedAdamW(model.parameters(), **options)
     train(model, optimizer)
     if way in ("deepcopy", "pickle"):
@@ -430,9 +473,18 @@ def test_names_averages_and_counters_follow_edited_lists() -> None:
     optimizer.zero_grad()
     new.grad = torch.full((3,), float("inf"))
     optimizer.step()
-    assert optimizer.tensor_names == optimizer.param_groups[0]["param_names"] == ["0.bias", "2.weight", "2.bias", "group0.3"]
+    assert (
+        optimizer.tensor_names
+        == optimizer.param_groups[0]["param_names"]
+        == ["0.bias", "2.weight", "2.bias", "group0.3"]
+    )
     counters = optimizer.counters()
-    assert (counters["applied"], counters["skipped"], counters["first_bad_tensor"], counters["loss_scale"]) == (5, 1, "group0.3", 32768.0)
+    assert (counters["applied"], counters["skipped"], counters["first_bad_tensor"], counters["loss_scale"]) == (
+        5,
+        1,
+        "group0.3",
+        32768.0,
+    )
     with optimizer.ema():
         assert all(torch.equal(p, kept[p]) for p in params[:-1]) and torch.equal(new, torch.ones(3))
     params[-1] = gone
@@ -448,7 +500,11 @@ def test_any_choice_of_gradients_equals_torch_and_few_choices_are_remembered() -
         optimizer, generator = kind(params, lr=1e-2), torch.Generator().manual_seed(0)
         for _ in range(150):
             optimizer.zero_grad()
-            sum(p.square().sum() for p, there in zip(params, torch.rand(8, generator=generator) < 0.5, strict=True) if there or p is params[0]).backward()
+            sum(
+                p.square().sum()
+                for p, there in zip(params, torch.rand(8, generator=generator) < 0.5, strict=True)
+                if there or p is params[0]
+            ).backward()
             optimizer.step()
         runs.append((params, optimizer))
     for p, q in zip(runs[0][0], runs[1][0], strict=True):
@@ -554,7 +610,9 @@ def test_wrong_arguments_are_named(options: dict[str, Any], words: str) -> None:
         FusedAdamW(make().parameters(), **options)
 
 
-@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"capturable": True}, {"foreach": False, "fused": False}])
+@pytest.mark.parametrize(
+    "options", [{"foreach": True}, {"fused": True}, {"capturable": True}, {"foreach": False, "fused": False}]
+)
 def test_torchs_choice_of_implementation_is_accepted(options: dict[str, bool]) -> None:
     ours, plain = make(), make()
     train(ours, FusedAdamW(ours.parameters(), lr=1e-2, **options))

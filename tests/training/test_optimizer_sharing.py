@@ -36,7 +36,9 @@ def averages(model: nn.Module, optimizer: FusedAdamW) -> list[torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("options", [{}, {"flatten_optimizer_state_dict": True}, {"full_state_dict": True, "cpu_offload": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"flatten_optimizer_state_dict": True}, {"full_state_dict": True, "cpu_offload": True}], ids=str
+)
 def test_distributed_checkpoint_restores_averages_and_counters(options: dict[str, bool]) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 

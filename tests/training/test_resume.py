@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from ris_fast.config.schema import Config, ConfigError
-from ris_fast.files import StorageError
 from ris_fast.commands.run_folder import resumed_config, run_config
 from ris_fast.config.load import render_toml
+from ris_fast.config.schema import Config, ConfigError
+from ris_fast.files import StorageError
 from ris_fast.training import trainer as loop
 from ris_fast.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from ris_fast.training.trainer import Trainer
 from ris_fast.training.resume import finished
+from ris_fast.training.trainer import Trainer
 from tests.training.test_loop import Recorder, small
 
 
@@ -46,11 +46,18 @@ def test_a_folder_may_be_given_as_text(tmp_path: Path) -> None:
     assert Trainer(small(epochs=2), str(tmp_path / "run"), resume=True).state.epoch == 1
 
 
-@pytest.mark.parametrize("change, words", [
-    ("task.snr_max_db=30.0", "task.snr_max_db was 20.0 and is 30.0"), ("training.seed=7", "training.seed was 0 and is 7"),
-    ("data.seed=7", "data.seed was 0 and is 7"),
-    ("data.train_scenes=32", "data.train_scenes was 64 and is 32"), ("data.val_limit=20", "data.val_limit was 40 and is 20"),
-    ("model.options.width=64", "model.options.width was 32 and is 64"), ("data.fixed=true", "data.fixed was False and is True")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("task.snr_max_db=30.0", "task.snr_max_db was 20.0 and is 30.0"),
+        ("training.seed=7", "training.seed was 0 and is 7"),
+        ("data.seed=7", "data.seed was 0 and is 7"),
+        ("data.train_scenes=32", "data.train_scenes was 64 and is 32"),
+        ("data.val_limit=20", "data.val_limit was 40 and is 20"),
+        ("model.options.width=64", "model.options.width was 32 and is 64"),
+        ("data.fixed=true", "data.fixed was False and is True"),
+    ],
+)
 def test_another_task_other_scenes_and_another_network_are_another_run(change: str, words: str, tmp_path: Path) -> None:
     trained(tmp_path)
     with pytest.raises(ConfigError, match=words):
@@ -59,7 +66,9 @@ def test_another_task_other_scenes_and_another_network_are_another_run(change: s
 
 def test_rates_weights_of_the_loss_and_precision_may_change(tmp_path: Path) -> None:
     trained(tmp_path)
-    again = Trainer(small("optimizer.head_lr=1e-5", "loss.cov_pred=0.1", "training.precision=bf16", epochs=2), tmp_path, resume=True)
+    again = Trainer(
+        small("optimizer.head_lr=1e-5", "loss.cov_pred=0.1", "training.precision=bf16", epochs=2), tmp_path, resume=True
+    )
     assert again.fit()["epochs"] == 2
 
 
@@ -115,7 +124,9 @@ def test_a_run_that_has_come_to_its_end_says_what_would_give_it_more(tmp_path: P
     resumed = Trainer(small(epochs=2), tmp_path, resume=True)
     assert finished(resumed).startswith("2 epochs are done and 2 are asked for; give a larger --epochs")
     assert finished(Trainer(small(epochs=3), tmp_path, resume=True)) == ""
-    assert "larger --max-seconds" in finished(Trainer(small("training.max_seconds=1e-3", epochs=3), tmp_path, resume=True))
+    assert "larger --max-seconds" in finished(
+        Trainer(small("training.max_seconds=1e-3", epochs=3), tmp_path, resume=True)
+    )
     patient = Trainer(small("training.patience=1", epochs=3), tmp_path, resume=True)
     patient.state.epochs_since_best = 1
     assert "larger training.patience" in finished(patient)

@@ -1,4 +1,5 @@
-"""Laws of the schedule: never zero, peak reached, monotone after it, ends low, and planned from time where time is short."""
+"""Laws of the schedule: never zero, peak reached, monotone after it, ends low, and planned from time where time is
+short."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ def test_a_whole_run(planned: int) -> None:
     assert factors[0] > 0 and max(factors) == pytest.approx(1.0)
     peak = factors.index(max(factors))
     assert peak <= max(1, 0.1 * planned)
-    assert all(late <= early for early, late in zip(factors[peak:], factors[peak + 1:]))
+    assert all(late <= early for early, late in zip(factors[peak:], factors[peak + 1 :]))
     if planned > 100:
         assert factors[-1] <= 1.05 * 0.01
 
@@ -22,8 +23,10 @@ def test_beyond_the_plan_it_stays_at_the_end() -> None:
     assert learning_rate_factor(500, 100, 0.1, 0.2) == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize(("scenes", "batch", "accumulate", "steps"),
-                         [(640, 64, 1, 10), (641, 64, 1, 11), (640, 64, 4, 3), (1, 64, 4, 1), (128, 16, 4, 2)])
+@pytest.mark.parametrize(
+    ("scenes", "batch", "accumulate", "steps"),
+    [(640, 64, 1, 10), (641, 64, 1, 11), (640, 64, 4, 3), (1, 64, 4, 1), (128, 16, 4, 2)],
+)
 def test_steps_that_the_data_imply(scenes: int, batch: int, accumulate: int, steps: int) -> None:
     assert steps_in_epoch(scenes, batch, accumulate) == steps
 

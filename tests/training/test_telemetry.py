@@ -1,4 +1,5 @@
-"""The ring of records: what `telemetry()` says after each step, kept for the report, in eager steps and captured ones."""
+"""The ring of records: what `telemetry()` says after each step, kept for the report, in eager steps and captured
+ones."""
 
 from __future__ import annotations
 
@@ -10,15 +11,18 @@ from typing import Any
 import pytest
 import torch
 from captured import Rows, captured_trainer, config_of
+from ris_fast.kernels.native import loader
 from torch import Tensor, nn
 
 from ris_fast import FusedAdamW
-from ris_fast.kernels.native import loader
-from ris_fast.training.trainer import Trainer
-from ris_fast.training.telemetry.step_window import RECORDS, Window, ring_size
 from ris_fast.training.telemetry.step_telemetry import broken, spread
+from ris_fast.training.telemetry.step_window import RECORDS, Window, ring_size
+from ris_fast.training.trainer import Trainer
 
-BACKENDS = ["reference", pytest.param("native", marks=pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built"))]
+BACKENDS = [
+    "reference",
+    pytest.param("native", marks=pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built")),
+]
 R, POISONED = 4, 6
 NAMES = ["a", "b", "c"]
 
@@ -51,7 +55,9 @@ KINDS = {"one buffer": (torch.float32,) * 3, "two buffers": (torch.float32, torc
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_ring_holds_what_telemetry_says_after_each_step(backend: str, kinds: tuple[torch.dtype, ...]) -> None:
     params, by_hand = parameters(kinds), []
-    optimizer = FusedAdamW(params, lr=0.1, max_grad_norm=1.0, backend=backend if len(set(kinds)) == 1 else "auto", records=R)
+    optimizer = FusedAdamW(
+        params, lr=0.1, max_grad_norm=1.0, backend=backend if len(set(kinds)) == 1 else "auto", records=R
+    )
     assert window(optimizer).numbers == []
     for number in range(1, 2 * R + 4):
         step(params, optimizer, number)
@@ -86,12 +92,15 @@ def test_another_history_leaves_no_record_behind() -> None:
     optimizer.load_state_dict(saved)
     assert window(optimizer).numbers == []
     step(params, optimizer, 7)
-    assert window(optimizer).numbers == [7]       # the counters of a state_dict are views, which step six has moved on
+    assert window(optimizer).numbers == [7]  # the counters of a state_dict are views, which step six has moved on
     groups, other = optimizer.checkpoint_tensors(), parameters(KINDS["one buffer"])
-    plain = FusedAdamW(other)                     # a checkpoint is the same with and without records
+    plain = FusedAdamW(other)  # a checkpoint is the same with and without records
     plain.load_checkpoint_tensors(groups)
     step(other, plain, 8)
-    assert plain.checkpoint_tensors()["optimizer"].keys() == groups["optimizer"].keys() and plain.counters()["attempted"] == 8
+    assert (
+        plain.checkpoint_tensors()["optimizer"].keys() == groups["optimizer"].keys()
+        and plain.counters()["attempted"] == 8
+    )
 
 
 def table(*steps: tuple[float, ...]) -> Tensor:
@@ -102,14 +111,25 @@ def table(*steps: tuple[float, ...]) -> Tensor:
 
 
 def test_a_window_in_short() -> None:
-    seen = Window([5, 6, 7, 8], table((3.0, 4.0, 0.0), (0.0, 6.0, 8.0), (1.0, math.nan, math.inf), (0.0, 0.0, 1.0)), 6).summary(NAMES)
-    assert seen == {"steps": 6, "recorded": 4, "nonfinite_steps": 1, "first_nonfinite_step": 7, "first_nonfinite_tensor": "b",
-                    "median_grad_norm": 5.0, "largest_grad_norm": 10.0, "largest_step": 6, "largest_tensor": "c",
-                    "largest_tensor_norm": 8.0}
+    seen = Window(
+        [5, 6, 7, 8], table((3.0, 4.0, 0.0), (0.0, 6.0, 8.0), (1.0, math.nan, math.inf), (0.0, 0.0, 1.0)), 6
+    ).summary(NAMES)
+    assert seen == {
+        "steps": 6,
+        "recorded": 4,
+        "nonfinite_steps": 1,
+        "first_nonfinite_step": 7,
+        "first_nonfinite_tensor": "b",
+        "median_grad_norm": 5.0,
+        "largest_grad_norm": 10.0,
+        "largest_step": 6,
+        "largest_tensor": "c",
+        "largest_tensor_norm": 8.0,
+    }
     broken = Window([1], table((math.inf, 1.0, 1.0)), 1).summary(NAMES)
     assert broken["first_nonfinite_tensor"] == "a" and broken["largest_step"] is broken["median_grad_norm"] is None
     overflow = table((1.0, 1e30, 1.0))
-    overflow[0, 1, 0] = math.inf                  # a sum of squares beyond the format, of finite gradients
+    overflow[0, 1, 0] = math.inf  # a sum of squares beyond the format, of finite gradients
     overflow[..., 3] = 0
     assert Window([1], overflow, 1).summary(NAMES)["first_nonfinite_tensor"] == "b"
     empty = Window([], table((1.0, 1.0, 1.0))[:0], 0).summary(NAMES)
@@ -120,7 +140,12 @@ def test_a_window_begins_behind_the_last_one_unless_the_count_fell() -> None:
     records, numbers = torch.arange(4.0)[:, None, None].expand(4, 3, 4), torch.tensor([8.0, 5.0, 6.0, 7.0])
     after = Window.after(6, records, numbers, 2)
     assert after.numbers == [7, 8] and after.table[:, 0, 0].tolist() == [3, 0]
-    assert Window.after(8, records, numbers, 0).numbers == [] and Window.after(9, records, numbers, 0).numbers == [5, 6, 7, 8]
+    assert Window.after(8, records, numbers, 0).numbers == [] and Window.after(9, records, numbers, 0).numbers == [
+        5,
+        6,
+        7,
+        8,
+    ]
 
 
 def test_scenes_and_answers_are_measured_as_defined() -> None:
@@ -151,7 +176,9 @@ def test_a_report_brings_every_step_since_the_last_one() -> None:
     trainer.step.telemetry.updated = lambda: (updated(), by_hand.append(optimizer.telemetry()))
     trainer.fit()
     assert [numbers for numbers, _ in kept.windows] == [[1], [2], [3], [4], [5], [6], [7], [8], [9, 10, 11, 12]]
-    assert torch.equal(torch.cat([each for _, each in kept.windows]).nan_to_num(-1), torch.stack(by_hand[:12]).nan_to_num(-1))
+    assert torch.equal(
+        torch.cat([each for _, each in kept.windows]).nan_to_num(-1), torch.stack(by_hand[:12]).nan_to_num(-1)
+    )
     seen = kept.rows[8]["health"]["window"]
     assert (seen["steps"], seen["recorded"], seen["nonfinite_steps"], seen["first_nonfinite_step"]) == (4, 4, 1, 10)
     assert seen["first_nonfinite_tensor"] == optimizer.tensor_names[0]
@@ -171,8 +198,17 @@ def test_a_resumed_run_reports_as_the_uninterrupted_one(tmp_path: Path) -> None:
     resumed = Trainer(config, tmp_path, observer=(rest := Kept()), resume=True)
     rest.trainer = resumed
     resumed.fit()
-    assert [numbers for numbers, _ in rest.windows] == [[11, 12], [13, 14, 15, 16], [17, 18, 19, 20], [21, 22, 23, 24], [25, 26, 27, 28]]
-    ours, theirs = ({row["step"]: row["health"] for row in each.rows if "grad_norm" in row and "val_loss" not in row} for each in (rest, kept))
+    assert [numbers for numbers, _ in rest.windows] == [
+        [11, 12],
+        [13, 14, 15, 16],
+        [17, 18, 19, 20],
+        [21, 22, 23, 24],
+        [25, 26, 27, 28],
+    ]
+    ours, theirs = (
+        {row["step"]: row["health"] for row in each.rows if "grad_norm" in row and "val_loss" not in row}
+        for each in (rest, kept)
+    )
     assert all(ours[step]["window"] == theirs[step]["window"] for step in (16, 20, 24, 28))
     assert all(ours[step]["raw_norm"] == theirs[step]["raw_norm"] for step in ours)
 
@@ -189,7 +225,10 @@ def test_captured_steps_fill_the_ring_as_eager_ones_do(monkeypatch: pytest.Monke
     trainer = captured_trainer(config, monkeypatch, replayed := Kept())
     replayed.trainer = trainer
     plain.fit(), trainer.fit()
-    assert trainer.capture.recording.replays > 5 and [numbers for numbers, _ in replayed.windows][-2:] == [[*range(13, 19)], [*range(19, 25)]]
+    assert trainer.capture.recording.replays > 5 and [numbers for numbers, _ in replayed.windows][-2:] == [
+        [*range(13, 19)],
+        [*range(19, 25)],
+    ]
     for (one, ours), (other, theirs) in zip(replayed.windows, eager.windows, strict=True):
         assert one == other and torch.equal(ours, theirs)
 

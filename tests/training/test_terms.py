@@ -57,8 +57,13 @@ def degenerate_factors() -> dict[str, Tensor]:
     twice[:, :, 1] = twice[:, :, 0]
     padded = torch.cat((exact, torch.zeros_like(exact)), dim=2)
     equal = terms.unit_columns(exact)
-    return {"rank K": torch.cat((exact, exact), 2), "equal powers": torch.cat((equal, equal), 2),
-            "duplicate": torch.cat((twice, twice), 2), "zero columns": padded, "zero": torch.zeros_like(padded)}
+    return {
+        "rank K": torch.cat((exact, exact), 2),
+        "equal powers": torch.cat((equal, equal), 2),
+        "duplicate": torch.cat((twice, twice), 2),
+        "zero columns": padded,
+        "zero": torch.zeros_like(padded),
+    }
 
 
 @pytest.mark.parametrize("name", FACTOR_TERMS)
@@ -73,9 +78,10 @@ def test_factor_terms_stay_finite_on_degenerate_factors(name: str, trouble: str)
     for dtype in (torch.float32, torch.float64):
         factor = degenerate_factors()[trouble].to(dtype).requires_grad_()
         steer = terms.unit_columns(degenerate_factors()["duplicate"][:, :, :SOURCES].to(dtype))
-        value = {"subspace": lambda: terms.subspace(factor, steer),
-                 "contrast": lambda: terms.contrast(factor, steer, RAMP, ACTIVE)}.get(
-                     name, lambda: FACTOR_TERMS[name](factor))()
+        value = {
+            "subspace": lambda: terms.subspace(factor, steer),
+            "contrast": lambda: terms.contrast(factor, steer, RAMP, ACTIVE),
+        }.get(name, lambda: FACTOR_TERMS[name](factor))()
         value.sum().backward()
         assert value.isfinite().all() and factor.grad.isfinite().all()
 
@@ -84,7 +90,7 @@ def test_factor_terms_stay_finite_on_degenerate_factors(name: str, trouble: str)
 def test_factor_terms_decrease_along_their_gradient(name: str) -> None:
     factor = random_factor().requires_grad_()
     before = FACTOR_TERMS[name](factor)
-    gradient, = torch.autograd.grad(before.sum(), factor)
+    (gradient,) = torch.autograd.grad(before.sum(), factor)
     after = FACTOR_TERMS[name](factor.detach() - 0.05 * gradient / gradient.norm())
     assert (before > 0).all() and after.sum() < before.sum()
 
@@ -156,9 +162,11 @@ def located(azimuth: Tensor, elevation: Tensor, range_m: Tensor) -> dict[str, Te
     angles = terms.angle_gaps(azimuth, elevation, true["azimuth"], true["elevation"])
     ranges = terms.log_range_gaps(range_m, true["range_m"], ACTIVE)
     slots = terms.match(terms.assignment_cost(angles, ranges), ACTIVE, *terms.assignments(SOURCES))
-    return {"angle": terms.matched_huber(angles, slots, ACTIVE, terms.ANGLE_DELTA),
-            "range": terms.matched_huber(ranges, slots, ACTIVE, terms.RANGE_DELTA),
-            "chamfer": terms.chamfer(angles, ACTIVE)}
+    return {
+        "angle": terms.matched_huber(angles, slots, ACTIVE, terms.ANGLE_DELTA),
+        "range": terms.matched_huber(ranges, slots, ACTIVE, terms.RANGE_DELTA),
+        "chamfer": terms.chamfer(angles, ACTIVE),
+    }
 
 
 def guess() -> tuple[Tensor, Tensor, Tensor]:
@@ -195,15 +203,17 @@ def test_matching_finds_the_cheapest_assignment() -> None:
     slots = terms.match(cost, ACTIVE, *terms.assignments(SOURCES))
     for scene, count in enumerate(COUNT.tolist()):
         found = sum(cost[scene, slots[scene, k], k] for k in range(count))
-        best = min(sum(cost[scene, order[k], k] for k in range(count))
-                   for order in itertools.permutations(range(SOURCES)))
+        best = min(
+            sum(cost[scene, order[k], k] for k in range(count)) for order in itertools.permutations(range(SOURCES))
+        )
         torch.testing.assert_close(found, best)
         assert slots[scene].unique().numel() == SOURCES
 
 
 def test_angles_are_compared_around_the_circle() -> None:
-    gap = terms.angle_gaps(torch.tensor([[math.pi - 0.01]]), torch.zeros(1, 1), torch.tensor([[0.01 - math.pi]]),
-                           torch.zeros(1, 1))
+    gap = terms.angle_gaps(
+        torch.tensor([[math.pi - 0.01]]), torch.zeros(1, 1), torch.tensor([[0.01 - math.pi]]), torch.zeros(1, 1)
+    )
     assert abs(gap[0, 0, 0, 0].item() + 0.02) < 1e-6
 
 
@@ -218,8 +228,9 @@ def test_count_entropy_passes_gradcheck_and_prefers_the_truth() -> None:
     assert torch.autograd.gradcheck(lambda each: terms.count_entropy(each, COUNT), (logits,))
     sure = 60.0 * torch.nn.functional.one_hot(COUNT - 1, SOURCES).double()
     assert terms.count_entropy(sure, COUNT).max() < 1e-12
-    torch.testing.assert_close(terms.count_entropy(torch.zeros_like(sure), COUNT),
-                               torch.full((BATCH,), math.log(SOURCES), dtype=torch.float64))
+    torch.testing.assert_close(
+        terms.count_entropy(torch.zeros_like(sure), COUNT), torch.full((BATCH,), math.log(SOURCES), dtype=torch.float64)
+    )
 
 
 def test_hermitian_inverse_is_the_inverse() -> None:

@@ -59,8 +59,10 @@ class EagerLoop:
         self.model = peer_network(config, device)
         self.network = torch.compile(self.model, dynamic=False) if compile else self.model
         self.loss = DenseLoss(config.loss, config.task).to(device)
-        groups = [{**group, "params": [parameter for _, parameter in group["params"]]}
-                  for group in parameter_groups(self.model, config.optimizer)]
+        groups = [
+            {**group, "params": [parameter for _, parameter in group["params"]]}
+            for group in parameter_groups(self.model, config.optimizer)
+        ]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.average = [parameter.detach().clone() for parameter in self.parameters]

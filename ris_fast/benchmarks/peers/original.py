@@ -51,11 +51,15 @@ class OriginalLoop:
             raise ValueError(f"OriginalLoop: serves model 'hybrid', not '{config.model.name}'.")
         self.model.diagonal_means = AntiDiagonalPool(config.task.elements).to(device)
         groups = parameter_groups(self.model, config.optimizer)
-        self.parts = {part: [p for group in groups if group["name"].startswith(part) for _, p in group["params"]]
-                      for part in ("backbone", "head")}
+        self.parts = {
+            part: [p for group in groups if group["name"].startswith(part) for _, p in group["params"]]
+            for part in ("backbone", "head")
+        }
         rates = {"backbone": config.optimizer.backbone_lr, "head": config.optimizer.head_lr}
-        self.optimizer = torch.optim.AdamW([{"params": self.parts[part], "lr": rates[part]} for part in self.parts],
-                                           weight_decay=config.optimizer.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": self.parts[part], "lr": rates[part]} for part in self.parts],
+            weight_decay=config.optimizer.weight_decay,
+        )
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         self.running, self.drift = 0.0, 0.0
 
@@ -78,7 +82,10 @@ class OriginalLoop:
         """Every tensor tested by itself, then two norms of everything, then the gate on both groups."""
         finite = [bool(torch.isfinite(p.grad).all()) for p in self.model.parameters() if p.grad is not None]
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm or float("inf"))
-        norms = [torch.stack([p.grad.norm() for p in part if p.grad is not None]).norm().item() for part in self.parts.values()]
+        norms = [
+            torch.stack([p.grad.norm() for p in part if p.grad is not None]).norm().item()
+            for part in self.parts.values()
+        ]
         return all(finite) and min(norms) > 0.0
 
     @torch.no_grad()

@@ -27,14 +27,20 @@ def normalised(cov: Tensor) -> Tensor:
 
 
 def effective(cov: Tensor, snr_db: Tensor, loading: float, shrink: float) -> Tensor:
-    """normalise, load, normalise, shrink, each time through N x N, with the five sanity checks that wait for the device."""
+    """normalise, load, normalise, shrink, each time through N x N, with the five sanity checks that wait for the
+    device."""
     eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device).expand_as(cov)
     cov = normalised(normalised(cov) + loading * eye)
     alpha = (1e-3 * 10.0 ** (-snr_db / 20.0)).clamp(1e-4, 5e-2)[:, None, None] * (shrink / 1e-3)
     trace = torch.diagonal(cov, dim1=-2, dim2=-1).real.sum(-1)
     cov = (1.0 - alpha) * cov + alpha * (trace / cov.shape[-1])[:, None, None] * eye
-    checks = (torch.isfinite(cov.real).all(), torch.isfinite(cov.imag).all(), (trace > 0).all(),
-              (cov - cov.mH).abs().max() < 1e-2, (alpha >= 0).all())
+    checks = (
+        torch.isfinite(cov.real).all(),
+        torch.isfinite(cov.imag).all(),
+        (trace > 0).all(),
+        (cov - cov.mH).abs().max() < 1e-2,
+        (alpha >= 0).all(),
+    )
     if not all(bool(check) for check in checks):
         raise FloatingPointError("original: the effective covariance is not sane.")
     return cov
@@ -69,7 +75,9 @@ def _orthogonality(angle: Tensor, count: Tensor) -> Tensor:
 
 
 def _cross(angle: Tensor, rest: Tensor) -> Tensor:
-    first, second = (unit.mH @ unit for unit in (part / part.norm(dim=1, keepdim=True).clamp_min(1e-6) for part in (angle, rest)))
+    first, second = (
+        unit.mH @ unit for unit in (part / part.norm(dim=1, keepdim=True).clamp_min(1e-6) for part in (angle, rest))
+    )
     off = 1.0 - torch.eye(first.shape[1], device=first.device)
     return ((first - second).abs().square() * off).mean()
 
@@ -78,17 +86,23 @@ def _located(prediction: Prediction, scenes: Scenes, weights: Loss) -> Tensor:
     """Angles and log-range by slot, the Chamfer distance, and the range in metres."""
     mask = (torch.arange(scenes.azimuth.shape[1], device=scenes.count.device) < scenes.count[:, None]).float()
     share = mask / mask.sum(1, keepdim=True)
-    gaps = [torch.remainder(a - b + math.pi, 2 * math.pi) - math.pi
-            for a, b in ((prediction.azimuth, scenes.azimuth), (prediction.elevation, scenes.elevation))]
+    gaps = [
+        torch.remainder(a - b + math.pi, 2 * math.pi) - math.pi
+        for a, b in ((prediction.azimuth, scenes.azimuth), (prediction.elevation, scenes.elevation))
+    ]
     angles = [fn.huber_loss(gap, torch.zeros_like(gap), reduction="none", delta=math.radians(0.25)) for gap in gaps]
     log_range = prediction.range_m.clamp_min(0.45).log() - scenes.range_m.clamp_min(0.45).log()
     ranges = fn.huber_loss(log_range, torch.zeros_like(log_range), reduction="none", delta=0.2)
-    squares = (prediction.azimuth[:, :, None] - scenes.azimuth[:, None]).square() + \
-              (prediction.elevation[:, :, None] - scenes.elevation[:, None]).square()
+    squares = (prediction.azimuth[:, :, None] - scenes.azimuth[:, None]).square() + (
+        prediction.elevation[:, :, None] - scenes.elevation[:, None]
+    ).square()
     two_way = (squares.amin(1) * share).sum(1) + (squares + 1e3 * (1 - mask)[:, None]).amin(2).mean(1)
     metres = ((prediction.range_m - scenes.range_m) / 9.5).square()
-    return (weights.angle * ((angles[0] + 1.5 * angles[1] + ranges) * share).sum(1).mean()
-            + weights.chamfer * two_way.mean() + weights.range * (metres * share).sum(1).mean())
+    return (
+        weights.angle * ((angles[0] + 1.5 * angles[1] + ranges) * share).sum(1).mean()
+        + weights.chamfer * two_way.mean()
+        + weights.range * (metres * share).sum(1).mean()
+    )
 
 
 def subspace(cov: Tensor, steer: Tensor, count: Tensor) -> Tensor:

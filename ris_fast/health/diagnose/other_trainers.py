@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.history import Run
 
-ROUNDING = 5e-7               # relative: sums in float32 in another order
-DIGITS = 5                    # of a figure that is the same in every epoch, before chance and rounding are out of question
+ROUNDING = 5e-7  # relative: sums in float32 in another order
+DIGITS = 5  # of a figure that is the same in every epoch, before chance and rounding are out of question
 STEADY, RISEN, FALLEN = 1.02, 1.1, 0.7
 
 
@@ -19,7 +20,12 @@ def symptoms(run: Run) -> list[Finding]:
         return []
     losses = [value for row in run.epochs if (value := validation(row)) is not None]
     broken = _not_finite(run)
-    return [*broken, *(_divided(run, losses) or _unmoved(run, losses)), *_memorised(run), *([] if broken else _norms(run))]
+    return [
+        *broken,
+        *(_divided(run, losses) or _unmoved(run, losses)),
+        *_memorised(run),
+        *([] if broken else _norms(run)),
+    ]
 
 
 def _not_finite(run: Run) -> list[Finding]:
@@ -29,8 +35,15 @@ def _not_finite(run: Run) -> list[Finding]:
         bad = next((place for place, value in enumerate(values) if not math.isfinite(value)), None)
         if bad is not None and not any(map(math.isfinite, values[bad:])):
             before = f", {values[bad - 1]:.4g} in the one before" if bad else ""
-            return [Finding("nonfinite_gradients", f"{name} is {values[bad]} from row {bad + 1} of {len(values)} on{before}: one step with "
-                            f"gradients that are not finite was applied, and the weights have been lost since.", run.step, certain=False)]
+            return [
+                Finding(
+                    "nonfinite_gradients",
+                    f"{name} is {values[bad]} from row {bad + 1} of {len(values)} on{before}: one step with "
+                    "gradients that are not finite was applied, and the weights have been lost since.",
+                    run.step,
+                    certain=False,
+                )
+            ]
     return []
 
 
@@ -45,11 +58,22 @@ def _divided(run: Run, losses: Sequence[float]) -> list[Finding]:
         return []
     still = " and hardly changes" if _steady([train for train, _ in pairs]) else ""
     counted = f", and an epoch has {batches:.0f} batches" if batches else ""
-    unapplied = (f" The validation loss is {_shown(losses)} in all {len(losses)} epochs, so not even that step is applied: it is never "
-                 f"called, or it is skipped because its gradients are not finite." if _constant(losses) and _digits(losses[0]) >= DIGITS else "")
-    return [Finding("step_once_per_epoch", f"in every epoch the training loss is the validation loss divided by {ratios[0]:.1f}"
-                    f"{counted}{still}: that is what the loss of one batch over the number of batches looks like, so forward, backward and "
-                    f"the optimizer's step run once an epoch, behind the loop over batches.{unapplied}", run.step, certain=False)]
+    unapplied = (
+        f" The validation loss is {_shown(losses)} in all {len(losses)} epochs, so not even that step is applied: it is"
+        " never called, or it is skipped because its gradients are not finite."
+        if _constant(losses) and _digits(losses[0]) >= DIGITS
+        else ""
+    )
+    return [
+        Finding(
+            "step_once_per_epoch",
+            f"in every epoch the training loss is the validation loss divided by {ratios[0]:.1f}{counted}{still}: that"
+            " is what the loss of one batch over the number of batches looks like, so forward, backward and the"
+            f" optimizer's step run once an epoch, behind the loop over batches.{unapplied}",
+            run.step,
+            certain=False,
+        )
+    ]
 
 
 def _unmoved(run: Run, losses: Sequence[float]) -> list[Finding]:
@@ -59,17 +83,39 @@ def _unmoved(run: Run, losses: Sequence[float]) -> list[Finding]:
     digits, train = _digits(losses[0]), [loss for loss, _ in _pairs(run)]
     same = f"the validation loss is {_shown(losses)} in all {len(losses)} epochs"
     if digits < DIGITS:
-        return [Finding("cached_validation", f"{same}, but with {digits} digits that may be rounding: either the validated weights or "
-                        f"answers never change, or the run learns next to nothing. Log more digits.", run.step, certain=False)]
+        return [
+            Finding(
+                "cached_validation",
+                f"{same}, but with {digits} digits that may be rounding: either the validated weights or "
+                "answers never change, or the run learns next to nothing. Log more digits.",
+                run.step,
+                certain=False,
+            )
+        ]
     if _steady(train):
-        return [Finding("step_never_called", f"{same}, and the training loss stays within {STEADY - 1:.0%} ({min(train):.6g} to "
-                        f"{max(train):.6g}): no weight seems to move, because the step is never called or never applied.", run.step, certain=False)]
-    return [Finding("cached_validation", f"{same}, to the last digit: the weights that are validated, or the answers, never change.", run.step,
-                    certain=False)]
+        return [
+            Finding(
+                "step_never_called",
+                f"{same}, and the training loss stays within {STEADY - 1:.0%} ({min(train):.6g} to "
+                f"{max(train):.6g}): no weight seems to move, because the step is never called or never applied.",
+                run.step,
+                certain=False,
+            )
+        ]
+    return [
+        Finding(
+            "cached_validation",
+            f"{same}, to the last digit: the weights that are validated, or the answers, never change.",
+            run.step,
+            certain=False,
+        )
+    ]
 
 
 def _constant(losses: Sequence[float]) -> bool:
-    return len(losses) > 2 and all(map(math.isfinite, losses)) and max(losses) - min(losses) <= ROUNDING * abs(max(losses))
+    return (
+        len(losses) > 2 and all(map(math.isfinite, losses)) and max(losses) - min(losses) <= ROUNDING * abs(max(losses))
+    )
 
 
 def _shown(losses: Sequence[float]) -> str:
@@ -85,16 +131,36 @@ def _memorised(run: Run) -> list[Finding]:
     (train, value), (train_then, value_then) = pairs[-1], pairs[best]
     if best >= 2 * len(pairs) // 3 or not (0 < RISEN * value_then < value and 0 < train < FALLEN * train_then):
         return []
-    return [Finding("overfitting", f"validation was best, {value_then:.4g}, in epoch {best + 1} of {len(pairs)} and rose to {value:.4g}, while training fell "
-                    f"from {train_then:.4g} to {train:.4g}: the network memorises its training scenes.", run.step, certain=False)]
+    return [
+        Finding(
+            "overfitting",
+            f"validation was best, {value_then:.4g}, in epoch {best + 1} of {len(pairs)} and rose to {value:.4g}, while"
+            f" training fell from {train_then:.4g} to {train:.4g}: the network memorises its training scenes.",
+            run.step,
+            certain=False,
+        )
+    ]
 
 
 def _norms(run: Run) -> list[Finding]:
-    norms = [float(row["grad_norm"]) for row in (*run.steps, *run.epochs) if isinstance(row.get("grad_norm"), (int, float))]
+    norms = [
+        float(row["grad_norm"]) for row in (*run.steps, *run.epochs) if isinstance(row.get("grad_norm"), (int, float))
+    ]
     if norms and not any(norms):
-        return [Finding("zeroed_gradients", f"the gradient norm is zero in all of {len(norms)} rows.", run.step, certain=False)]
+        return [
+            Finding(
+                "zeroed_gradients", f"the gradient norm is zero in all of {len(norms)} rows.", run.step, certain=False
+            )
+        ]
     if norms and not any(map(math.isfinite, norms)):
-        return [Finding("nonfinite_gradients", f"the gradient norm is not finite in any of {len(norms)} rows.", run.step, certain=False)]
+        return [
+            Finding(
+                "nonfinite_gradients",
+                f"the gradient norm is not finite in any of {len(norms)} rows.",
+                run.step,
+                certain=False,
+            )
+        ]
     return []
 
 
@@ -104,8 +170,11 @@ def validation(row: Mapping[str, Any]) -> float | None:
 
 
 def _pairs(run: Run) -> list[tuple[float, float]]:
-    return [(float(row["train_loss"]), value) for row in run.epochs
-            if isinstance(row.get("train_loss"), (int, float)) and (value := validation(row)) is not None]
+    return [
+        (float(row["train_loss"]), value)
+        for row in run.epochs
+        if isinstance(row.get("train_loss"), (int, float)) and (value := validation(row)) is not None
+    ]
 
 
 def _steady(values: Sequence[float]) -> bool:
@@ -114,4 +183,6 @@ def _steady(values: Sequence[float]) -> bool:
 
 def _digits(value: float) -> int:
     """Significant digits that a figure was written with."""
-    return len(repr(value).partition("e")[0].replace(".", "").replace("-", "").strip("0")) if math.isfinite(value) else 0
+    return (
+        len(repr(value).partition("e")[0].replace(".", "").replace("-", "").strip("0")) if math.isfinite(value) else 0
+    )

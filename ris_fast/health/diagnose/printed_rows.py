@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import csv
 import re
-from typing import Any, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|[-+]?inf(?:inity)?|nan)(?![\w%/])"
 TRAIN, VAL = r"train(?:ing)?", r"(?:val(?:id(?:ation)?)?|eval(?:uation)?|dev|test)"
 SPLIT = rf"(?:{TRAIN}|{VAL})"
 IS = r"['\"]?\s*(?:[:=]|\bis\b)?\s*"
 KIND = r"(?:avg|average|mean|epoch|total|running)"
-LOSS = re.compile(rf"(?<![A-Za-z_])((?:{SPLIT}(?:\s+set)?[\s_/.:-]*)?(?:{KIND}\.?[\s_-]*)?loss(?:[\s_/.-]*{SPLIT})?){IS}{NUMBER}", re.I)
-BARE = re.compile(rf"(?<![A-Za-z_])({SPLIT})\.?{IS}{NUMBER}", re.I)       # "train 0.217  val 1.922", in a line of an epoch
+LOSS = re.compile(
+    rf"(?<![A-Za-z_])((?:{SPLIT}(?:\s+set)?[\s_/.:-]*)?(?:{KIND}\.?[\s_-]*)?loss(?:[\s_/.-]*{SPLIT})?){IS}{NUMBER}",
+    re.I,
+)
+BARE = re.compile(rf"(?<![A-Za-z_])({SPLIT})\.?{IS}{NUMBER}", re.I)  # "train 0.217  val 1.922", in a line of an epoch
 NORM = re.compile(rf"(?:\|g\||grad(?:ient)?[\s_]*norm){IS}{NUMBER}", re.I)
 EPOCH = re.compile(r"\bepochs?\W{0,3}(\d+)", re.I)
 DELIMITERS = ",;\t"
 
 
 def printed_rows(text: str) -> list[dict[str, Any]]:
-    """A row an epoch, or a line where no epoch is named: the last losses that were printed in it; empty where there are none."""
+    """A row an epoch, or a line where no epoch is named: the last losses that were printed in it; empty where there are
+    none."""
     rows: list[dict[str, Any]] = []
     for line in text.splitlines():
         epoch, seen = EPOCH.search(line), _losses(line)
@@ -41,14 +46,24 @@ def _losses(line: str) -> dict[str, float]:
 
 
 def table_rows(text: str) -> list[dict[str, Any]]:
-    """Rows of a table with a header and numbers under it, those of one epoch put together, since loggers leave cells empty;
-    empty where the text is no such table."""
+    """Rows of a table with a header and numbers under it, those of one epoch put together, since loggers leave cells
+    empty; empty where the text is no such table."""
     lines = [line for line in text.splitlines() if line.strip()]
     mark = max(DELIMITERS, key=lines[0].count) if lines else ","
-    if len(lines) < 2 or not lines[0].count(mark) or not all(re.match(r"\s*\"?[A-Za-z_]", name) for name in lines[0].split(mark)):
+    if (
+        len(lines) < 2
+        or not lines[0].count(mark)
+        or not all(re.match(r"\s*\"?[A-Za-z_]", name) for name in lines[0].split(mark))
+    ):
         return []
-    rows = [{name.strip(): value for name, text in row.items() if isinstance(name, str) and (value := _cell(text)) is not None}
-            for row in csv.DictReader(lines, delimiter=mark)]
+    rows = [
+        {
+            name.strip(): value
+            for name, text in row.items()
+            if isinstance(name, str) and (value := _cell(text)) is not None
+        }
+        for row in csv.DictReader(lines, delimiter=mark)
+    ]
     return _by_epoch(rows) if any(isinstance(value, (int, float)) for row in rows for value in row.values()) else []
 
 

@@ -3,28 +3,53 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any
 
 from ris_fast.health.diagnose.printed_rows import printed_rows, table_rows
 from ris_fast.report.eventlog import METRICS, read_events
 
 NAMES = {
-    "train_loss": ("train_loss", "train_loss_epoch", "loss", "training_loss", "loss_train", "train", "loss_training", "loss_epoch",
-                   "avg_loss", "average_loss", "train_loss_step"),
-    "val_loss": ("val_loss", "valid_loss", "validation_loss", "loss_val", "val", "valid", "validation", "eval_loss", "dev_loss",
-                 "test_loss",
-                 "val_loss_epoch", "valid_loss_epoch"),
+    "train_loss": (
+        "train_loss",
+        "train_loss_epoch",
+        "loss",
+        "training_loss",
+        "loss_train",
+        "train",
+        "loss_training",
+        "loss_epoch",
+        "avg_loss",
+        "average_loss",
+        "train_loss_step",
+    ),
+    "val_loss": (
+        "val_loss",
+        "valid_loss",
+        "validation_loss",
+        "loss_val",
+        "val",
+        "valid",
+        "validation",
+        "eval_loss",
+        "dev_loss",
+        "test_loss",
+        "val_loss_epoch",
+        "valid_loss_epoch",
+    ),
     "grad_norm": ("grad_norm", "gradient_norm", "train_grad_norm"),
     "batches": ("batches", "num_batches", "steps_per_epoch"),
 }
-EXPECTED = ("Expected a run folder, its metrics.jsonl, one JSON object a line (an epoch) with train_loss and val_loss, a CSV with such "
-            "columns, or the text that a loop printed, like 'Epoch 1/30: train loss 0.21, val loss 0.34'.")
+EXPECTED = (
+    "Expected a run folder, its metrics.jsonl, one JSON object a line (an epoch) with train_loss and val_loss, a CSV"
+    " with such columns, or the text that a loop printed, like 'Epoch 1/30: train loss 0.21, val loss 0.34'."
+)
 
 
 def read_rows(place: Path) -> list[dict[str, Any]]:
-    """Rows of a run folder, of a metrics.jsonl, or of another trainer's file: an object a line, one list of objects, a table with
-    a header, or a text log.
+    """Rows of a run folder, of a metrics.jsonl, or of another trainer's file: an object a line, one list of objects, a
+    table with a header, or a text log.
 
     Raises: FileNotFoundError; ValueError naming the file and what it should be, where nothing in it can be understood.
     """
@@ -81,7 +106,7 @@ def _lines(place: Path, text: str) -> list[dict[str, Any]]:
     except json.JSONDecodeError as error:
         if not rows:
             raise ValueError(f"{place}: not JSON ({error.msg}). {EXPECTED}") from error
-        whole = None                                  # a torn tail of a killed run
+        whole = None  # a torn tail of a killed run
     return [*rows, whole] if isinstance(whole, dict) else rows
 
 
@@ -91,15 +116,23 @@ def understood(place: Path, rows: Iterable[Mapping[str, Any]]) -> list[dict[str,
     named = [_named(row) for row in rows]
     if not any("train_loss" in row or "val_loss" in row or "grad_norm" in row for row in named):
         keys = sorted({str(key) for row in rows for key in row})
-        raise ValueError(f"{place}: {len(rows)} rows with the keys {', '.join(keys[:12]) or '(none)'}; none of them is a loss. Expected "
-                         f"{' or '.join(NAMES['train_loss'][:3])} for training, {', '.join(NAMES['val_loss'][:4])} for validation.")
+        raise ValueError(
+            f"{place}: {len(rows)} rows with the keys {', '.join(keys[:12]) or '(none)'}; none of them is a loss."
+            f" Expected {' or '.join(NAMES['train_loss'][:3])} for training, {', '.join(NAMES['val_loss'][:4])} for"
+            " validation."
+        )
     if not any(_number(row.get(key)) is not None for row in named for key in ("train_loss", "val_loss", "grad_norm")):
-        raise ValueError(f"{place}: {len(rows)} rows name a loss and none of them has a number for it. Expected numbers.")
+        raise ValueError(
+            f"{place}: {len(rows)} rows name a loss and none of them has a number for it. Expected numbers."
+        )
     return named
 
 
 def _named(row: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {str(key).lower().replace("/", "_").replace("-", "_").replace(" ", "_").replace(".", "_"): value for key, value in row.items()}
+    plain = {
+        str(key).lower().replace("/", "_").replace("-", "_").replace(" ", "_").replace(".", "_"): value
+        for key, value in row.items()
+    }
     kept = {key: value for key, value in row.items() if key != "step" or isinstance(value, int)}
     for name, others in NAMES.items():
         value = next((number for other in others if (number := _number(plain.get(other))) is not None), None)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any
 
-from ris_fast.health.finding import Finding, explained, ranked
 from ris_fast.health.diagnose.other_trainers import symptoms
-from ris_fast.health.monitor.step_rules import replay
+from ris_fast.health.finding import Finding, explained, ranked
 from ris_fast.health.monitor.history import Run
+from ris_fast.health.monitor.step_rules import replay
 
 SUMMARY, CONFIG, METRICS = "summary.json", "config.toml", "metrics.jsonl"
 
@@ -25,42 +26,69 @@ class Answer:
     findings: tuple[Finding, ...]
     verdict: str
     figures: str
-    plain: bool = False           # rows of another trainer, which have losses and little else
+    plain: bool = False  # rows of another trainer, which have losses and little else
 
     @property
     def text(self) -> str:
         if not self.findings and self.verdict == "learned":
             return f"{self.run}: learned, and no rule found a mistake. {self.figures}"
         if not self.findings:
-            return f"{self.run}: {self.verdict}. No rule found a mistake in what the run reported. {self.figures}\n{self.next_step}"
+            return (
+                f"{self.run}: {self.verdict}. No rule found a mistake in what the run reported."
+                f" {self.figures}\n{self.next_step}"
+            )
         return f"{self.run}: {self.verdict}. {self.figures}\n{explained(self.findings, more=True)}"
 
     @property
     def next_step(self) -> str:
         if self.plain:
-            return ("Losses alone show few mistakes. next: ris_fast.health.watch.watch(model, optimizer) in that loop says more, or ris-fast train, "
-                    "which checks and watches its own")
-        return f"next: ris-fast check {shlex.quote(str(Path(self.run) / CONFIG))}" if (Path(self.run) / CONFIG).is_file() else "next: ris-fast check"
+            return (
+                "Losses alone show few mistakes. next: ris_fast.health.watch.watch(model, optimizer) in that loop says"
+                " more, or ris-fast train, which checks and watches its own"
+            )
+        return (
+            f"next: ris-fast check {shlex.quote(str(Path(self.run) / CONFIG))}"
+            if (Path(self.run) / CONFIG).is_file()
+            else "next: ris-fast check"
+        )
 
     def to_json(self) -> dict[str, Any]:
-        return {"run": self.run, "verdict": self.verdict, "figures": self.figures,
-                "findings": [finding.to_json() for finding in self.findings]}
+        return {
+            "run": self.run,
+            "verdict": self.verdict,
+            "figures": self.figures,
+            "findings": [finding.to_json() for finding in self.findings],
+        }
 
 
-def why(place: str | Path, rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any] | None = None,
-        muted: Iterable[str] = ()) -> Answer:
+def why(
+    place: str | Path,
+    rows: Iterable[Mapping[str, Any]],
+    summary: Mapping[str, Any] | None = None,
+    muted: Iterable[str] = (),
+) -> Answer:
     """Replays the rules over a run's rows.
 
     Args: rows: events of its metrics.jsonl; summary: of its summary.json, where it has one.
     """
     run = run_of(rows, summary or {})
-    told = [Finding(**{key: entry[key] for key in ("cause", "evidence", "step", "severity", "advice", "certain")})
-            for entry in run.summary.get("evidence", ())]
+    told = [
+        Finding(**{key: entry[key] for key in ("cause", "evidence", "step", "severity", "advice", "certain")})
+        for entry in run.summary.get("evidence", ())
+    ]
     findings = ranked([*told, *replay(run)], muted)
     plain = not run.info and not run.summary
     names = {finding.cause for finding in findings} | set(muted)
-    findings += [finding for finding in symptoms(run) if finding.cause not in names]      # in their own order, the likeliest first
-    return Answer(str(place), tuple(findings), str(run.summary.get("verdict", "another trainer's rows" if plain else "unfinished")), _figures(run), plain)
+    findings += [
+        finding for finding in symptoms(run) if finding.cause not in names
+    ]  # in their own order, the likeliest first
+    return Answer(
+        str(place),
+        tuple(findings),
+        str(run.summary.get("verdict", "another trainer's rows" if plain else "unfinished")),
+        _figures(run),
+        plain,
+    )
 
 
 def run_of(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> Run:
@@ -96,8 +124,10 @@ def _figures(run: Run) -> str:
         counts = [_counted(len(run.steps), "step row"), _counted(len(run.epochs), "epoch")]
         read = " and ".join(filter(None, counts)) or "no rows"
         return f"{read} {'was' if len(run.steps) + len(run.epochs) == 1 else 'were'} read."
-    return (f"Best validation NMSE {best:.3f}, beside {floors.get('mean', math.nan):.3f} for the constant answer, after "
-            f"{run.summary.get('optimizer_steps')} steps.")
+    return (
+        f"Best validation NMSE {best:.3f}, beside {floors.get('mean', math.nan):.3f} for the constant answer, after "
+        f"{run.summary.get('optimizer_steps')} steps."
+    )
 
 
 def _counted(number: int, thing: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ris_fast.health.finding import Finding, explained
-from ris_fast.health.preflight.run import Result
 from ris_fast.health.monitor.watchdog import STOPPING, Watchdog
-from ris_fast.training.trainer import Observer, Trainer
+from ris_fast.health.preflight.run import Result
 from ris_fast.training.state import RunStopped
+from ris_fast.training.trainer import Observer, Trainer
 
 
 class Watched:
@@ -39,12 +40,22 @@ def enriched(watchdog: Watchdog, summary: Mapping[str, Any]) -> dict[str, Any]:
     found = watchdog.findings
     names = [finding.cause for finding in found]
     rest = [name for name in summary.get("findings", ()) if name not in names]
-    return {**summary, "findings": names + rest, "evidence": [finding.to_json() for finding in found],
-            "ruled_out": watchdog.ruled_out}
+    return {
+        **summary,
+        "findings": names + rest,
+        "evidence": [finding.to_json() for finding in found],
+        "ruled_out": watchdog.ruled_out,
+    }
 
 
-def watched(trainer: Trainer, *, stop: bool = True, preflight: bool = True,
-            progress: Callable[[Result], None] | None = None, tell: Callable[[Finding], None] | None = None) -> Trainer:
+def watched(
+    trainer: Trainer,
+    *,
+    stop: bool = True,
+    preflight: bool = True,
+    progress: Callable[[Result], None] | None = None,
+    tell: Callable[[Finding], None] | None = None,
+) -> Trainer:
     """The same trainer under watch: `watched(Trainer(config)).fit()`; findings at `trainer.observer.watchdog.findings`.
 
     `tell` is called with each finding that the run shows, when it is first made.
@@ -57,7 +68,10 @@ def watched(trainer: Trainer, *, stop: bool = True, preflight: bool = True,
         if stop and found and found[0].certain and found[0].severity in STOPPING:
             certain = [finding for finding in found if finding.certain]
             many = f"{len(certain)} reasons" if len(certain) > 1 else "a reason"
-            raise RunStopped(f"preflight found {many} why this run would not learn:\n{explained(found)}\n"
-                             f"Train all the same with --set health.stop=false, or mute what is meant: --set health.mute="
-                             f"{','.join(finding.cause for finding in certain if finding.severity in STOPPING)}", found[0].cause)
+            raise RunStopped(
+                f"preflight found {many} why this run would not learn:\n{explained(found)}\n"
+                "Train all the same with --set health.stop=false, or mute what is meant: --set health.mute="
+                f"{','.join(finding.cause for finding in certain if finding.severity in STOPPING)}",
+                found[0].cause,
+            )
     return trainer

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.epoch_rules import AT_ITS_END, CONSTANTS
 from ris_fast.health.monitor.history import Rule, Run, validated
 
-AT_FLOOR, UNMOVED = 0.95, 0.01         # of the lowest constant answer; relative, between the first and the last third
-WHOLE_EPOCHS, ENOUGH_STEPS = 3, 100    # before which a run has not had its chance
+AT_FLOOR, UNMOVED = 0.95, 0.01  # of the lowest constant answer; relative, between the first and the last third
+WHOLE_EPOCHS, ENOUGH_STEPS = 3, 100  # before which a run has not had its chance
 
 
 def how_it_ended(run: Run) -> Iterator[Finding]:
@@ -19,16 +19,23 @@ def how_it_ended(run: Run) -> Iterator[Finding]:
     if "steps_differ_from_data" in stopped:
         made, attempted = run.reading.get("steps", 1), run.reading.get("attempted", 1)
         cause = "batches_skipped" if attempted else "step_never_called"
-        yield Finding(cause, f"the epoch ended after {step} steps, fewer than its data have; the last row's {made} calls made "
-                      f"{attempted} optimizer steps.", step)
+        yield Finding(
+            cause,
+            f"the epoch ended after {step} steps, fewer than its data have; the last row's {made} calls made "
+            f"{attempted} optimizer steps.",
+            step,
+        )
     if "steps_skipped" in stopped:
         row = run.steps[-1] if run.steps else {}
         scaled = (row.get("loss_scale") or 1.0) != 1.0
         if run.reading.get("nonfinite_scenes"):
             yield Finding("nonfinite_data", "the steps that were skipped had scenes that are not finite.", step)
         else:
-            yield Finding("scaler_skips_all" if scaled else "nonfinite_gradients", f"{run.summary.get('skipped_steps')} of {step} "
-                          f"steps were skipped for gradients that are not finite.", step)
+            yield Finding(
+                "scaler_skips_all" if scaled else "nonfinite_gradients",
+                f"{run.summary.get('skipped_steps')} of {step} steps were skipped for gradients that are not finite.",
+                step,
+            )
 
 
 def stalled_at_floor(run: Run) -> Iterator[Finding]:
@@ -36,16 +43,28 @@ def stalled_at_floor(run: Run) -> Iterator[Finding]:
     whole = [row for row in run.epochs if not (row.get("health") or {"cut_short": True}).get("cut_short")]
     best, floors = run.summary.get("best_val_nmse"), run.summary.get("floors") or {}
     constants = {name: floors[name] for name in CONSTANTS if name in floors}
-    if (run.summary.get("verdict") != "stalled" or len(whole) < WHOLE_EPOCHS or run.step < ENOUGH_STEPS or not constants
-            or best is None):
+    if (
+        run.summary.get("verdict") != "stalled"
+        or len(whole) < WHOLE_EPOCHS
+        or run.step < ENOUGH_STEPS
+        or not constants
+        or best is None
+    ):
         return
     name = min(constants, key=constants.__getitem__)
-    moved = {what: _moved([figure(row) for row in whole]) for what, figure in (("training", lambda row: float(row["train_loss"])),
-                                                                               ("validation", validated))}
+    moved = {
+        what: _moved([figure(row) for row in whole])
+        for what, figure in (("training", lambda row: float(row["train_loss"])), ("validation", validated))
+    }
     if best >= AT_FLOOR * constants[name] and all(share <= UNMOVED for share in moved.values()):
-        yield Finding("stalled_at_floor", f"after {run.step} steps and {len(whole)} whole epochs the best validation NMSE is {best:.4g}, "
-                      f"beside {constants[name]:.4g} for the constant answer '{name}'; between the first and the last third of the "
-                      f"epochs the training loss changed by {moved['training']:.2%} and validation by {moved['validation']:.2%}.", run.step)
+        yield Finding(
+            "stalled_at_floor",
+            f"after {run.step} steps and {len(whole)} whole epochs the best validation NMSE is {best:.4g}, beside"
+            f" {constants[name]:.4g} for the constant answer '{name}'; between the first and the last third of the"
+            f" epochs the training loss changed by {moved['training']:.2%} and validation by"
+            f" {moved['validation']:.2%}.",
+            run.step,
+        )
 
 
 def _moved(values: list[float]) -> float:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Iterator
+from collections.abc import Iterator
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.history import Row, Rule, Run, validated
 
 CONSTANTS = ("zero", "identity", "mean")
-FALLEN = 3.0                     # times the best validation: what was learned is gone
-IN_A_ROW, LONG = 2, 3            # epochs that show a collapse; epochs that show training and validation apart
-LOW, STILL_LOW = 0.5, 1.5        # training: of the lowest constant answer; of its own lowest
-MEMORISED, NO_BETTER = 3.0, 0.97 # validation over training; of the best before, in the last third
+FALLEN = 3.0  # times the best validation: what was learned is gone
+IN_A_ROW, LONG = 2, 3  # epochs that show a collapse; epochs that show training and validation apart
+LOW, STILL_LOW = 0.5, 1.5  # training: of the lowest constant answer; of its own lowest
+MEMORISED, NO_BETTER = 3.0, 0.97  # validation over training; of the best before, in the last third
 
 
 def constant(run: Run) -> tuple[str, float] | None:
@@ -23,7 +23,8 @@ def constant(run: Run) -> tuple[str, float] | None:
 
 
 def trained(run: Run, row: Row) -> float:
-    """The NMSE of an epoch's training scenes as its terms have it, before any weight; not-a-number where no term is that."""
+    """The NMSE of an epoch's training scenes as its terms have it, before any weight; not-a-number where no term is
+    that."""
     terms = row.get("terms") or {}
     name = "cov_pred" if "cov_pred" in terms else "cov"
     blended = name == "cov" and run.info.get("blend", 0.0) > 0.0
@@ -39,26 +40,47 @@ def collapsed(run: Run) -> Iterator[Finding]:
     train = [trained(run, row) for row in run.epochs]
     kept = 0 < train[-1] <= STILL_LOW * min(train)
     if all(value > max(FALLEN * best, (best + floor[1]) / 2) for value in values[-IN_A_ROW:]) and not kept:
-        yield Finding("collapsed", f"the validation NMSE was {best:.3g} in epoch {values.index(best) + 1} and was {values[-2]:.3g} and "
-                      f"{values[-1]:.3g} in the last two, beside {floor[1]:.3g} for the constant answer '{floor[0]}'; the training loss "
-                      f"went from {run.epochs[values.index(best)]['train_loss']:.3g} to {run.epochs[-1]['train_loss']:.3g}.", run.step)
+        yield Finding(
+            "collapsed",
+            f"the validation NMSE was {best:.3g} in epoch {values.index(best) + 1} and was {values[-2]:.3g} and"
+            f" {values[-1]:.3g} in the last two, beside {floor[1]:.3g} for the constant answer '{floor[0]}'; the"
+            f" training loss went from {run.epochs[values.index(best)]['train_loss']:.3g} to"
+            f" {run.epochs[-1]['train_loss']:.3g}.",
+            run.step,
+        )
 
 
 def validation_apart(run: Run) -> Iterator[Finding]:
     """A network that has learned its training scenes beats a constant on others of the same kind."""
     floor, last = constant(run), run.epochs[-LONG:]
-    if floor is None or len(last) < LONG or not all(validated(row) >= floor[1] and trained(run, row) <= LOW * floor[1] for row in last):
+    if (
+        floor is None
+        or len(last) < LONG
+        or not all(validated(row) >= floor[1] and trained(run, row) <= LOW * floor[1] for row in last)
+    ):
         return
     values = [validated(row) for row in run.epochs]
-    fresh, scores = run.info.get("fresh"), f"training scores {trained(run, last[-1]):.3g} and validation {values[-1]:.3g}"
+    fresh, scores = (
+        run.info.get("fresh"),
+        f"training scores {trained(run, last[-1]):.3g} and validation {values[-1]:.3g}",
+    )
     if fresh:
-        yield Finding("validation_apart", f"{scores}, no better than a constant ({floor[1]:.3g}), for {LONG} epochs. Training has new scenes in every epoch, "
-                      f"so nothing is memorised: the validation scenes, their targets, or the weights or the mode that are validated are not "
-                      f"those of training.", run.step)
-    elif values[-1] <= 1.1 * min(values):                # where it rose, it is overfitting, which is told at the end
-        yield Finding("validation_apart", f"{scores}, no better than a constant ({floor[1]:.3g}), for {LONG} epochs: the validation scenes, their targets, "
-                      f"or the weights that are validated are not those of training, or the network has memorised its "
-                      f"{_scenes(run)}.", run.step, certain=False)
+        yield Finding(
+            "validation_apart",
+            f"{scores}, no better than a constant ({floor[1]:.3g}), for {LONG} epochs. Training has new scenes in every"
+            " epoch, so nothing is memorised: the validation scenes, their targets, or the weights or the mode that"
+            " are validated are not those of training.",
+            run.step,
+        )
+    elif values[-1] <= 1.1 * min(values):  # where it rose, it is overfitting, which is told at the end
+        yield Finding(
+            "validation_apart",
+            f"{scores}, no better than a constant ({floor[1]:.3g}), for {LONG} epochs: the validation scenes, their"
+            " targets, or the weights that are validated are not those of training, or the network has memorised its"
+            f" {_scenes(run)}.",
+            run.step,
+            certain=False,
+        )
 
 
 def overfitting(run: Run) -> Iterator[Finding]:
@@ -67,28 +89,57 @@ def overfitting(run: Run) -> Iterator[Finding]:
     third = len(values) // 3
     if run.info.get("fresh", True) or third < 2 or not all(map(math.isfinite, (*values, *train))):
         return
-    if values[-1] > MEMORISED * train[-1] and train[-1] <= train[-third - 1] and min(values[-third:]) > NO_BETTER * min(values[:-third]):
+    if (
+        values[-1] > MEMORISED * train[-1]
+        and train[-1] <= train[-third - 1]
+        and min(values[-third:]) > NO_BETTER * min(values[:-third])
+    ):
         best = min(values)
-        yield Finding("overfitting", f"training scores {train[-1]:.3g} and validation {values[-1]:.3g} at the end; validation was best, {best:.3g}, "
-                      f"in epoch {values.index(best) + 1} of {len(values)}: the network memorises its {_scenes(run)}.", run.step, certain=False)
+        yield Finding(
+            "overfitting",
+            f"training scores {train[-1]:.3g} and validation {values[-1]:.3g} at the end; validation was best,"
+            f" {best:.3g}, in epoch {values.index(best) + 1} of {len(values)}: the network memorises its"
+            f" {_scenes(run)}.",
+            run.step,
+            certain=False,
+        )
 
 
 def loss_without_the_truth(run: Run) -> Iterator[Finding]:
     """A loss that falls while the NMSE rises is made of other things."""
     floor, rows = constant(run), run.epochs
-    if floor is None or len(rows) < 5 or any(not math.isfinite(float(row.get(key) or math.nan)) for row in (rows[0], rows[-1])
-                                           for key in ("val_loss", "val_nmse_raw")):
+    if (
+        floor is None
+        or len(rows) < 5
+        or any(
+            not math.isfinite(float(row.get(key) or math.nan))
+            for row in (rows[0], rows[-1])
+            for key in ("val_loss", "val_nmse_raw")
+        )
+    ):
         return
     first, last = rows[0], rows[-1]
     weighted = {name: abs(term["weighted"]) for name, term in (last.get("terms") or {}).items()}
-    others = sorted((name for name in weighted if not name.startswith("cov")), key=weighted.__getitem__, reverse=True)[:2]
+    others = sorted((name for name in weighted if not name.startswith("cov")), key=weighted.__getitem__, reverse=True)[
+        :2
+    ]
     total = sum(weighted.values())
-    if (last["val_loss"] < 0.97 * first["val_loss"] and last["val_nmse_raw"] > 1.01 * first["val_nmse_raw"] and others
-            and validated(last) >= floor[1] and sum(weighted[name] for name in others) > 0.5 * total):
+    if (
+        last["val_loss"] < 0.97 * first["val_loss"]
+        and last["val_nmse_raw"] > 1.01 * first["val_nmse_raw"]
+        and others
+        and validated(last) >= floor[1]
+        and sum(weighted[name] for name in others) > 0.5 * total
+    ):
         named = " and ".join(f"{name} ({weighted[name] / total:.0%} of the loss)" for name in others)
-        yield Finding("dominating_term", f"between the first and the last epoch the validation loss fell from {first['val_loss']:.3g} to {last['val_loss']:.3g} "
-                      f"and the validation NMSE rose from {first['val_nmse_raw']:.3g} to {last['val_nmse_raw']:.3g}, no better than a constant: "
-                      f"what falls is {named}.", run.step, certain=False)
+        yield Finding(
+            "dominating_term",
+            f"between the first and the last epoch the validation loss fell from {first['val_loss']:.3g} to"
+            f" {last['val_loss']:.3g} and the validation NMSE rose from {first['val_nmse_raw']:.3g} to"
+            f" {last['val_nmse_raw']:.3g}, no better than a constant: what falls is {named}.",
+            run.step,
+            certain=False,
+        )
 
 
 def _scenes(run: Run) -> str:

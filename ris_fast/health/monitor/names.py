@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
+from ris_fast.config.load import nearest
 from ris_fast.config.schema import ConfigError
 from ris_fast.health.causes import CAUSES
-from ris_fast.config.load import nearest
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -15,7 +15,8 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def known_causes(names: Iterable[str], setting: str) -> frozenset[str]:
-    """The names as a set. Raises: ConfigError for one that is no cause, which would mute nothing; `setting`: where it was written."""
+    """The names as a set. Raises: ConfigError for one that is no cause, which would mute nothing; `setting`: where it
+    was written."""
     names = frozenset(names)
     for name in sorted(names - CAUSES.keys()):
         raise ConfigError(f"{setting}: there is no cause '{name}'.{nearest(name, CAUSES)}")
@@ -23,7 +24,8 @@ def known_causes(names: Iterable[str], setting: str) -> frozenset[str]:
 
 
 def check_beginnings(beginnings: Sequence[str], parameters: Sequence[str], setting: str) -> None:
-    """Raises: ConfigError for the beginning of no parameter's name, which would freeze nothing; `setting`: where it was written."""
+    """Raises: ConfigError for the beginning of no parameter's name, which would freeze nothing; `setting`: where it was
+    written."""
     for beginning in beginnings:
         if not any(name.startswith(beginning) for name in parameters):
             parts = dict.fromkeys(name.partition(".")[0] for name in parameters)

@@ -1,15 +1,15 @@
 """Finds the first operation whose derivative is not finite, and the term of the loss that it belongs to.
 
-Autograd's anomaly mode costs several times a step, so it runs around one step only: the failing one, replayed. A step with
-a gradient that is not finite changes no weight, so the state of the run is still the last good one.
+Autograd's anomaly mode costs several times a step, so it runs around one step only: the failing one, replayed. A step
+with a gradient that is not finite changes no weight, so the state of the run is still the last good one.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import torch
 

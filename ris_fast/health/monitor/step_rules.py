@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Iterator
+from collections.abc import Iterator
 
-from ris_fast.health.monitor.end_rules import END_RULES
 from ris_fast.health.finding import Finding
+from ris_fast.health.monitor.end_rules import END_RULES
 from ris_fast.health.monitor.epoch_rules import WHILE_IT_RUNS
 from ris_fast.health.monitor.history import Row, Rule, Run
 
-TOUCHED = 0.02             # relative: more than rounding in a sum
-ENOUGH_SCENES = 8          # of one step, or of several together, of which more than half were served before
-AUDIBLE = 1e-5             # of the first weights' norm: a move that the rounding of an answer in float32 cannot hide
-COLD = 0.2                 # of the raw weights' way, below which the averaged weights are mostly the first ones
-JUMP, STILL = 0.5, 1e-8    # of a weight in one step
+TOUCHED = 0.02  # relative: more than rounding in a sum
+ENOUGH_SCENES = 8  # of one step, or of several together, of which more than half were served before
+AUDIBLE = 1e-5  # of the first weights' norm: a move that the rounding of an answer in float32 cannot hide
+COLD = 0.2  # of the raw weights' way, below which the averaged weights are mostly the first ones
+JUMP, STILL = 0.5, 1e-8  # of a weight in one step
 GROWN, SHRUNK = 10.0, 0.2  # of the first weights' norm
-USUAL = 0.2                # rms of a weight; first weights have a tenth of that
+USUAL = 0.2  # rms of a weight; first weights have a tenth of that
 
 
-# ---- contracts of a step ------------------------------------------------------------------------------------------------
+# ---- contracts of a step
+# ------------------------------------------------------------------------------------------------
 
 
 def one_update_a_step(run: Run) -> Iterator[Finding]:
@@ -28,13 +29,19 @@ def one_update_a_step(run: Run) -> Iterator[Finding]:
     if not calls or attempted is None:
         return
     if attempted <= 0:
-        yield Finding("step_never_called", f"{calls} calls of the step up to step {run.step} made no optimizer step.", run.step)
+        yield Finding(
+            "step_never_called", f"{calls} calls of the step up to step {run.step} made no optimizer step.", run.step
+        )
     elif attempted >= 2 * calls:
         yield Finding("step_called_twice", f"{calls} calls of the step made {attempted} optimizer steps.", run.step)
     earlier = [row["health"]["applied"] for row in run.steps[:-1] if "applied" in (row.get("health") or {})]
     if earlier and run.reading["applied"] < max(earlier):
-        yield Finding("optimizer_state_lost", f"the optimizer's count of updates falls from {max(earlier)} to "
-                      f"{run.reading['applied']}: it was built anew.", run.step)
+        yield Finding(
+            "optimizer_state_lost",
+            f"the optimizer's count of updates falls from {max(earlier)} to "
+            f"{run.reading['applied']}: it was built anew.",
+            run.step,
+        )
 
 
 def untouched_gradient(run: Run) -> Iterator[Finding]:
@@ -45,47 +52,87 @@ def untouched_gradient(run: Run) -> Iterator[Finding]:
         return
     seen = row["grad_norm"] * scale
     if reading["raw_nonfinite"] and math.isfinite(seen) and not reading["skipped"]:
-        yield Finding("sanitised_gradients", f"backward leaves {reading['raw_nonfinite']} tensors with values that are not finite and "
-                      f"the optimizer receives a gradient of norm {seen:.3g}.", run.step)
+        yield Finding(
+            "sanitised_gradients",
+            f"backward leaves {reading['raw_nonfinite']} tensors with values that are not finite and "
+            f"the optimizer receives a gradient of norm {seen:.3g}.",
+            run.step,
+        )
     elif reading["raw_nonfinite"] and reading["skipped"] and scale == 1.0 and not reading["nonfinite_scenes"]:
-        yield Finding("nonfinite_gradients", f"{reading['raw_nonfinite']} tensors have gradients that are not finite, though "
-                      f"the scenes are.", run.step)
+        yield Finding(
+            "nonfinite_gradients",
+            f"{reading['raw_nonfinite']} tensors have gradients that are not finite, though the scenes are.",
+            run.step,
+        )
     elif math.isfinite(raw) and raw > 0 and scale == 1.0:
         if seen == 0:
-            yield Finding("gradients_cleared_before_step", f"backward leaves a gradient of norm {raw:.3g} and the optimizer "
-                          "finds zero.", run.step)
+            yield Finding(
+                "gradients_cleared_before_step",
+                f"backward leaves a gradient of norm {raw:.3g} and the optimizer finds zero.",
+                run.step,
+            )
         elif seen < (1 - TOUCHED) * raw:
-            yield Finding("zeroed_gradients", f"between backward and the optimizer the gradient's norm falls from {raw:.3g} to "
-                          f"{seen:.3g}.", run.step)
+            yield Finding(
+                "zeroed_gradients",
+                f"between backward and the optimizer the gradient's norm falls from {raw:.3g} to {seen:.3g}.",
+                run.step,
+            )
     if (reading.get("left_over") or 0.0) > 1e-3 * max(raw if math.isfinite(raw) else 0.0, 1e-30):
-        yield Finding("gradients_never_cleared", f"after clearing, the gradients still have norm {reading['left_over']:.3g}.", run.step)
+        yield Finding(
+            "gradients_never_cleared",
+            f"after clearing, the gradients still have norm {reading['left_over']:.3g}.",
+            run.step,
+        )
 
 
 def nonfinite_between_reports(run: Run) -> Iterator[Finding]:
     """Steps that no report looked at closely were not skipped for gradients that are not finite."""
     reading, window = run.reading, run.reading.get("window") or {}
-    scaled = (run.steps[-1].get("loss_scale") or 1.0) != 1.0        # a scaler finds its scale by overflowing
-    if window.get("nonfinite_steps") and not scaled and not reading.get("raw_nonfinite") and not reading.get("nonfinite_scenes"):
-        yield Finding("nonfinite_gradients", f"{window['nonfinite_steps']} of the last {window['recorded']} steps had gradients that are "
-                      f"not finite and were not applied, first step {window['first_nonfinite_step']} in {window['first_nonfinite_tensor']}; "
-                      f"their scenes were not looked at.", run.step, certain=False)
+    scaled = (run.steps[-1].get("loss_scale") or 1.0) != 1.0  # a scaler finds its scale by overflowing
+    if (
+        window.get("nonfinite_steps")
+        and not scaled
+        and not reading.get("raw_nonfinite")
+        and not reading.get("nonfinite_scenes")
+    ):
+        yield Finding(
+            "nonfinite_gradients",
+            f"{window['nonfinite_steps']} of the last {window['recorded']} steps had gradients that are not finite and"
+            f" were not applied, first step {window['first_nonfinite_step']} in {window['first_nonfinite_tensor']};"
+            " their scenes were not looked at.",
+            run.step,
+            certain=False,
+        )
 
 
 def served_scenes(run: Run) -> Iterator[Finding]:
     """No step has empty or broken scenes, or scenes that it or another step of the epoch has had."""
     reading = run.reading
     if reading.get("nonfinite_scenes"):
-        yield Finding("nonfinite_data", f"{reading['nonfinite_scenes']} of {reading['scenes']} scenes of a step are not finite.", run.step)
+        yield Finding(
+            "nonfinite_data",
+            f"{reading['nonfinite_scenes']} of {reading['scenes']} scenes of a step are not finite.",
+            run.step,
+        )
     if reading.get("zero_scenes"):
-        yield Finding("empty_cache_slot", f"{reading['zero_scenes']} of {reading['scenes']} scenes of a step are all zeros.", run.step)
+        yield Finding(
+            "empty_cache_slot",
+            f"{reading['zero_scenes']} of {reading['scenes']} scenes of a step are all zeros.",
+            run.step,
+        )
     repeated, scenes = _repeated(run)
     if reading.get("repeated") and repeated > max(1, scenes // 2):
         where = "a step" if scenes == reading["scenes"] else "the last steps that were read"
-        yield Finding("repeated_batch", f"{repeated} of {scenes} scenes of {where} were in it twice or in another step of the same epoch.", run.step)
+        yield Finding(
+            "repeated_batch",
+            f"{repeated} of {scenes} scenes of {where} were in it twice or in another step of the same epoch.",
+            run.step,
+        )
 
 
 def _repeated(run: Run) -> tuple[int, int]:
-    """Scenes that were served before, and all: of the last step that was read, or of the last ones where a step has few.
+    """Scenes that were served before, and all: of the last step that was read, or of the last ones where a step has
+    few.
 
     Data may hold copies of a scene; a batch that comes again is more than half of a step.
     """
@@ -101,12 +148,17 @@ def _repeated(run: Run) -> tuple[int, int]:
 def training_mode(run: Run) -> Iterator[Finding]:
     """Every module is in training mode while it trains."""
     if run.reading.get("asleep"):
-        yield Finding("eval_mode_in_training", f"{run.reading['asleep']} modules train in evaluation mode, first "
-                      f"{run.reading['first_asleep'] or 'the network'}.", run.step)
+        yield Finding(
+            "eval_mode_in_training",
+            f"{run.reading['asleep']} modules train in evaluation mode, first "
+            f"{run.reading['first_asleep'] or 'the network'}.",
+            run.step,
+        )
 
 
 def planned_rate(run: Run) -> Iterator[Finding]:
-    """The learning rate of a report's last step is the one that the count of updates stands for, in the plan that this step used.
+    """The learning rate of a report's last step is the one that the count of updates stands for, in the plan that this
+    step used.
 
     On a GPU the host hears of a skipped step one report later, and until then sets the rate of one update too many.
     """
@@ -116,8 +168,12 @@ def planned_rate(run: Run) -> Iterator[Finding]:
         return
     for name, rate in planned.items():
         if not _same_rate(row["lr"][name], rate):
-            yield Finding(_off_plan(run, name), f"the learning rate of {name} is {row['lr'][name]:.3g} and should be {rate:.3g} "
-                          f"after {reading['applied']} updates.", run.step)
+            yield Finding(
+                _off_plan(run, name),
+                f"the learning rate of {name} is {row['lr'][name]:.3g} and should be {rate:.3g} "
+                f"after {reading['applied']} updates.",
+                run.step,
+            )
             return
 
 
@@ -142,7 +198,9 @@ def only_the_optimizer_moves_weights(run: Run) -> Iterator[Finding]:
     """Between two updates no weight changes."""
     if run.reading.get("moved_before"):
         where = "to their first values" if run.reading["back_to_first"] else "by something else than the optimizer"
-        yield Finding("weights_reset", f"{run.reading['moved_before']} tensors were changed {where} between two steps.", run.step)
+        yield Finding(
+            "weights_reset", f"{run.reading['moved_before']} tensors were changed {where} between two steps.", run.step
+        )
 
 
 def movement(run: Run) -> Iterator[Finding]:
@@ -153,17 +211,27 @@ def movement(run: Run) -> Iterator[Finding]:
         return
     if ratio > JUMP or reading["weight_norm"] > GROWN * first.get("weight_norm", math.inf):
         size = reading["weight_norm"] / math.sqrt(max(1, run.info.get("parameters") or 1))
-        yield Finding("learning_rate_too_large", f"the median tensor moves by {ratio:.0%} of itself in one step; the weights' norm "
-                      f"went from {first.get('weight_norm', math.nan):.3g} to {reading['weight_norm']:.3g}.", run.step,
-                      certain=not size < USUAL)      # weights that begin tiny grow fast and learn
+        yield Finding(
+            "learning_rate_too_large",
+            f"the median tensor moves by {ratio:.0%} of itself in one step; the weights' norm "
+            f"went from {first.get('weight_norm', math.nan):.3g} to {reading['weight_norm']:.3g}.",
+            run.step,
+            certain=not size < USUAL,
+        )  # weights that begin tiny grow fast and learn
     elif reading["weight_norm"] < SHRUNK * first.get("weight_norm", 0.0):
-        yield Finding("weight_decay_too_large", f"the weights' norm fell from {first['weight_norm']:.3g} to "
-                      f"{reading['weight_norm']:.3g}.", run.step)
+        yield Finding(
+            "weight_decay_too_large",
+            f"the weights' norm fell from {first['weight_norm']:.3g} to {reading['weight_norm']:.3g}.",
+            run.step,
+        )
     elif 0 < ratio < STILL and len(run.steps) >= 5:
-        yield Finding("learning_rate_too_small", f"the median tensor moves by {ratio:.1e} of itself in one step.", run.step)
+        yield Finding(
+            "learning_rate_too_small", f"the median tensor moves by {ratio:.1e} of itself in one step.", run.step
+        )
 
 
-# ---- contracts of an epoch ----------------------------------------------------------------------------------------------
+# ---- contracts of an epoch
+# ----------------------------------------------------------------------------------------------
 
 
 def every_batch_is_a_step(run: Run) -> Iterator[Finding]:
@@ -173,11 +241,18 @@ def every_batch_is_a_step(run: Run) -> Iterator[Finding]:
     if made is None or made >= wanted or reading.get("cut_short"):
         return
     if made == 1 and read > 1:
-        yield Finding("step_once_per_epoch", f"the epoch read {read} batches and made 1 optimizer step: the step stands behind the "
-                      f"loop over batches, not in it.", run.step)
+        yield Finding(
+            "step_once_per_epoch",
+            f"the epoch read {read} batches and made 1 optimizer step: the step stands behind the "
+            "loop over batches, not in it.",
+            run.step,
+        )
     elif run.epochs[-1].get("epoch", 1) > 1 or read is not None:
-        yield Finding("batches_skipped", f"the epoch made {made} optimizer steps on {read} groups of batches; its data have {wanted}.",
-                      run.step)
+        yield Finding(
+            "batches_skipped",
+            f"the epoch made {made} optimizer steps on {read} groups of batches; its data have {wanted}.",
+            run.step,
+        )
 
 
 def weights_at_the_seams(run: Run) -> Iterator[Finding]:
@@ -185,11 +260,16 @@ def weights_at_the_seams(run: Run) -> Iterator[Finding]:
     seams = run.validation
     around, between = seams.get("around_validation") or {}, seams.get("between_epochs") or {}
     if around.get("moved"):
-        yield Finding("ema_saved_over_raw", f"validation left {around['moved']} tensors changed: the averaged weights stayed in the "
-                      f"network.", run.step)
+        yield Finding(
+            "ema_saved_over_raw",
+            f"validation left {around['moved']} tensors changed: the averaged weights stayed in the network.",
+            run.step,
+        )
     if between.get("moved"):
         where = "the first ones" if between.get("back_to_first") else "others"
-        yield Finding("weights_reset", f"{between['moved']} tensors were replaced by {where} between two epochs.", run.step)
+        yield Finding(
+            "weights_reset", f"{between['moved']} tensors were replaced by {where} between two epochs.", run.step
+        )
 
 
 def validated_weights(run: Run) -> Iterator[Finding]:
@@ -200,33 +280,55 @@ def validated_weights(run: Run) -> Iterator[Finding]:
     if raw is None:
         return
     if not all(score["asleep"] for score in scores.values()):
-        yield Finding("train_mode_in_validation", "modules are in training mode while the network is validated.", run.step)
+        yield Finding(
+            "train_mode_in_validation", "modules are in training mode while the network is validated.", run.step
+        )
     if mean is not None:
         yield from _averages(run, raw, mean, reading.get("distance") or 0.0, least)
     before = ((run.epochs[-2].get("health") or {}).get("scores") or {}).get("raw") if len(run.epochs) > 1 else None
     if before is not None and before["answers"] == raw["answers"] and abs(before["distance"] - raw["distance"]) > least:
-        yield Finding("cached_validation", f"the network's answers to the validation scenes are those of the epoch before, bit for bit "
-                      f"(validation loss {raw['loss']:.6f} twice), and its weights have moved.", run.step)
+        yield Finding(
+            "cached_validation",
+            "the network's answers to the validation scenes are those of the epoch before, bit for bit "
+            f"(validation loss {raw['loss']:.6f} twice), and its weights have moved.",
+            run.step,
+        )
 
 
 def _averages(run: Run, raw: Row, mean: Row, distance: float, least: float) -> Iterator[Finding]:
     if raw["distance"] == mean["distance"] != distance:
         yield Finding("raw_not_validated", "the raw weights were scored with the averaged ones in place.", run.step)
     elif raw["answers"] == mean["answers"] and abs(raw["distance"] - mean["distance"]) > least:
-        yield Finding("cached_validation", "raw and averaged weights differ and give the same answers, bit for bit.", run.step)
+        yield Finding(
+            "cached_validation", "raw and averaged weights differ and give the same answers, bit for bit.", run.step
+        )
     elif distance > least and mean["distance"] == 0:
-        yield Finding("ema_frozen", "the averaged weights are the first ones, bit for bit; the raw ones have moved.", run.step)
+        yield Finding(
+            "ema_frozen", "the averaged weights are the first ones, bit for bit; the raw ones have moved.", run.step
+        )
     elif distance > 0 and mean["distance"] < COLD * distance:
-        yield Finding("ema_cold", f"the averaged weights have gone {mean['distance'] / distance:.1%} of the way of the raw ones when "
-                      f"they are validated.", run.step)
+        yield Finding(
+            "ema_cold",
+            f"the averaged weights have gone {mean['distance'] / distance:.1%} of the way of the raw ones when "
+            "they are validated.",
+            run.step,
+        )
     elif distance > 0 and raw["distance"] == mean["distance"] and raw["answers"] == mean["answers"]:
         yield Finding("ema_equals_raw", "averaged and raw weights are the same, bit for bit.", run.step)
     if not math.isfinite(mean["distance"]) and math.isfinite(raw["distance"]):
         yield Finding("ema_nonfinite", "the averaged weights are not finite; the raw ones are.", run.step)
 
 
-STEP_RULES: tuple[Rule, ...] = (one_update_a_step, untouched_gradient, nonfinite_between_reports, served_scenes, training_mode, planned_rate,
-                                only_the_optimizer_moves_weights, movement)
+STEP_RULES: tuple[Rule, ...] = (
+    one_update_a_step,
+    untouched_gradient,
+    nonfinite_between_reports,
+    served_scenes,
+    training_mode,
+    planned_rate,
+    only_the_optimizer_moves_weights,
+    movement,
+)
 EPOCH_RULES: tuple[Rule, ...] = (every_batch_is_a_step, weights_at_the_seams, validated_weights, *WHILE_IT_RUNS)
 
 
@@ -238,7 +340,10 @@ def rules_of(event: str) -> tuple[Rule, ...]:
 def replay(run: Run) -> list[Finding]:
     """The findings of a whole run, as they would have come while it ran."""
     growing, found = Run(run.info), []
-    rows = sorted([(row["step"], 0, row) for row in run.steps] + [(row["step"], 1, row) for row in run.epochs], key=lambda each: each[:2])
+    rows = sorted(
+        [(row["step"], 0, row) for row in run.steps] + [(row["step"], 1, row) for row in run.epochs],
+        key=lambda each: each[:2],
+    )
     for _, is_epoch, row in rows:
         (growing.epochs if is_epoch else growing.steps).append(row)
         found += [finding for rule in rules_of("epoch" if is_epoch else "step") for finding in rule(growing)]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from ris_fast.health.finding import Finding, ranked
-from ris_fast.health.monitor.names import check_beginnings, known_causes, words
-from ris_fast.health.preflight.run import Result, run_checks
-from ris_fast.health.monitor.step_rules import rules_of
 from ris_fast.health.monitor.history import Run
-from ris_fast.training.trainer import Trainer
+from ris_fast.health.monitor.names import check_beginnings, known_causes, words
+from ris_fast.health.monitor.step_rules import rules_of
+from ris_fast.health.preflight.run import Result, run_checks
 from ris_fast.training.state import RunStopped
+from ris_fast.training.trainer import Trainer
 
 STOPPING = ("structural", "contract")
 
@@ -24,15 +25,23 @@ class Watchdog:
         tell: called with each finding when a row first shows it; not with one that ends the run, which its error tells.
     """
 
-    def __init__(self, trainer: Trainer, muted: Iterable[str] = (), *, stop: bool = False,
-                 tell: Callable[[Finding], None] | None = None) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        muted: Iterable[str] = (),
+        *,
+        stop: bool = False,
+        tell: Callable[[Finding], None] | None = None,
+    ) -> None:
         self.trainer, self.stop, self.tell = trainer, stop, tell
         self.muted = known_causes(muted, "muted") | known_causes(words(trainer.config.health.mute), "health.mute")
-        check_beginnings(words(trainer.config.health.frozen), [name for name, _ in trainer.model.named_parameters()], "health.frozen")
+        check_beginnings(
+            words(trainer.config.health.frozen), [name for name, _ in trainer.model.named_parameters()], "health.frozen"
+        )
         self.checks: list[Result] = []
         self.run = Run()
         self._found: list[Finding] = []
-        self._rules: dict[str, bool] = {}          # every rule that has looked, and whether it has found anything
+        self._rules: dict[str, bool] = {}  # every rule that has looked, and whether it has found anything
 
     @property
     def findings(self) -> list[Finding]:
@@ -47,15 +56,18 @@ class Watchdog:
     @property
     def ruled_out(self) -> dict[str, list[str]]:
         """Names of the checks that passed and of the rules that looked at the run and found nothing."""
-        return {"checks": [check.name for check in self.checks if check.passed and check.reached],
-                "rules": [name for name, found in self._rules.items() if not found]}
+        return {
+            "checks": [check.name for check in self.checks if check.passed and check.reached],
+            "rules": [name for name, found in self._rules.items() if not found],
+        }
 
     def verdict(self) -> str:
         """One line: nothing found, or the most certain cause."""
         found = self.findings
         return f"{found[0].cause}: {found[0].evidence}" if found else "nothing found"
 
-    # ---- observer -----------------------------------------------------------------------------------------------------
+    # ---- observer
+    # -----------------------------------------------------------------------------------------------------
 
     def start(self, info: Mapping[str, Any]) -> None:
         self.run.info = info

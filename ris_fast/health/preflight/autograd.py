@@ -32,8 +32,13 @@ class Graph:
     def written_by_hand(self) -> list[str]:
         """torch.autograd.Function classes that are not the project's own kernels."""
         classes = {type(node) for node in self.operators if isinstance(node, torch.autograd.function.BackwardCFunction)}
-        return sorted({each._forward_cls.__qualname__ for each in classes
-                       if not each._forward_cls.__module__.startswith((OWN_OPERATORS, "kernels", "torch"))})
+        return sorted(
+            {
+                each._forward_cls.__qualname__
+                for each in classes
+                if not each._forward_cls.__module__.startswith((OWN_OPERATORS, "kernels", "torch"))
+            }
+        )
 
 
 def graph_of(value: Tensor) -> Graph:
@@ -82,10 +87,12 @@ class StoppedValues(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.values: dict[tuple, list[Any]] | None = None      # by place in the code: a run may find in a cache what the first one made
+        self.values: dict[tuple, list[Any]] | None = (
+            None  # by place in the code: a run may find in a cache what the first one made
+        )
         self.calls: Counter[tuple] = Counter()
 
-    def __enter__(self) -> "StoppedValues":
+    def __enter__(self) -> StoppedValues:
         self.recording, self.calls = self.values is None, Counter()
         self.values = {} if self.values is None else self.values
         return super().__enter__()
@@ -93,7 +100,7 @@ class StoppedValues(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = getattr(function, "__name__", str(function))
         if not _leaves(function, name, args) or name.endswith("_") and not name.endswith("__") or name == "__setitem__":
-            return function(*args, **(kwargs or {}))      # in place: on values that are held already
+            return function(*args, **(kwargs or {}))  # in place: on values that are held already
         place, call = (name, *_frame()), self.calls[(name, *_frame())]
         self.calls[place] += 1
         held = self.values.get(place, [])

@@ -1,38 +1,42 @@
-"""Preflight of the gradient's value: it is the derivative of the loss, looked at in two halves that meet at the network's outputs.
+"""Preflight of the gradient's value: it is the derivative of the loss, looked at in two halves that meet at the
+network's outputs.
 
-The loss has kinks and jumps of its own (an assignment of sources, a minimum, a wrap), and a step in the weights moves every
-output of every scene: some of them crosses one. So the loss is differentiated in the outputs alone, in float64, with steps
-that are too small to cross anything; and the network under the loss's own gradient, held fixed, which is as smooth as the network.
+The loss has kinks and jumps of its own (an assignment of sources, a minimum, a wrap), and a step in the weights moves
+every output of every scene: some of them crosses one. So the loss is differentiated in the outputs alone, in float64,
+with steps that are too small to cross anything; and the network under the loss's own gradient, held fixed, which is as
+smooth as the network.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import cache
 from itertools import product
-from typing import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, StoppedValues, by_hand, graph_of, via
 from ris_fast.health.preflight.parameters import listed
-from ris_fast.health.preflight.terms import ASIDE, direction_of, doubled, moved
-from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.probe import Subject
+from ris_fast.health.preflight.terms import ASIDE, direction_of, doubled, moved
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 
-NOISE, NOISE_WIDE = 2e-6, 1e-12    # of a loss of order one in float32, and in float64
+NOISE, NOISE_WIDE = 2e-6, 1e-12  # of a loss of order one in float32, and in float64
 STEPS = (1e-2, 1e-3)
 SMALL_STEPS = (1e-5, 1e-7, 1e-9)
-DIRECTIONS = 3             # along one the derivative may happen to be next to nothing; two that agree are enough
-DISAGREES = 0.2            # relative error of a directional derivative; a right one is below 0.03
-FEW = 4                    # scenes for the network's half: an error that few have is a larger share of these, and it costs a pass each
-AGREES = 0.05              # at which no smaller step is tried
+DIRECTIONS = 3  # along one the derivative may happen to be next to nothing; two that agree are enough
+DISAGREES = 0.2  # relative error of a directional derivative; a right one is below 0.03
+FEW = 4  # scenes for the network's half: an error that few have is a larger share of these, and it costs a pass each
+AGREES = 0.05  # at which no smaller step is tried
 
-Along = tuple[float, Callable[[float], float], float]     # derivative that backward says, the function of a step, its rounding
+Along = tuple[
+    float, Callable[[float], float], float
+]  # derivative that backward says, the function of a step, its rounding
 Gap = tuple[float, float]
 
 
@@ -41,8 +45,10 @@ def right_derivative(subject: Subject) -> Iterator[Finding]:
     with subject.full_precision():
         wrong = [name for name, error in loss_inputs(subject).items() if error > DISAGREES]
         if wrong:
-            yield Finding("wrong_backward", f"the loss has another derivative with respect to {listed(wrong)} than its "
-                          f"backward says.")
+            yield Finding(
+                "wrong_backward",
+                f"the loss has another derivative with respect to {listed(wrong)} than its backward says.",
+            )
             return
         gaps = parts(subject)
         errors = {name: error for name, gap in gaps.items() if (error := _pooled([gap])) > DISAGREES}
@@ -53,24 +59,31 @@ def right_derivative(subject: Subject) -> Iterator[Finding]:
             graph = graph_of(subject.run()[0])
         held = parts(subject, StoppedValues())
     worst = max(errors, key=errors.__getitem__)
-    seen = (f"the gradient of {len(errors)} parts of the network is not the derivative of the loss, most in '{worst}' "
-            f"(relative error {errors[worst]:.2g})")
+    seen = (
+        f"the gradient of {len(errors)} parts of the network is not the derivative of the loss, most in '{worst}' "
+        f"(relative error {errors[worst]:.2g})"
+    )
     if all(_pooled([held[name]]) <= DISAGREES for name in errors):
-        if _pooled(gaps.values()) > DISAGREES:      # else it is a side path, stopped on purpose
-            yield Finding("detached_backbone", f"{seen}{via(exits.detached)}; where a gradient is stopped on purpose, that is meant.",
-                          certain=False)
+        if _pooled(gaps.values()) > DISAGREES:  # else it is a side path, stopped on purpose
+            yield Finding(
+                "detached_backbone",
+                f"{seen}{via(exits.detached)}; where a gradient is stopped on purpose, that is meant.",
+                certain=False,
+            )
     elif graph.written_by_hand or not graph.named(*ZERO_DERIVATIVE):
         yield Finding("wrong_backward", f"{seen}{by_hand(graph)}.")
     else:
         yield Finding("non_differentiable", f"{seen}; the path has {listed(graph.named(*ZERO_DERIVATIVE))}.")
 
 
-# ---- the loss ---------------------------------------------------------------------------------------------------------
+# ---- the loss
+# ---------------------------------------------------------------------------------------------------------
 
 
 def loss_inputs(subject: Subject) -> dict[str, float]:
     """Relative error of the loss's derivative at each output of the network: against differences in float64, and of
-    float32, in which training asks, against float64. Aside of the outputs themselves, which may be equal: a tie is a kink.
+    float32, in which training asks, against float64. Aside of the outputs themselves, which may be equal: a tie is a
+    kink.
 
     The loss is asked with gradients on, as in training: one that differs without them is another mistake.
     """
@@ -78,7 +91,9 @@ def loss_inputs(subject: Subject) -> dict[str, float]:
     guess, scenes = moved(guess, direction_of(guess, 19), ASIDE), doubled(subject.scenes)
     errors = {}
     for name, gradient in _slopes(subject, guess, scenes).items():
-        narrow = _slopes(subject, Prediction(*(None if value is None else value.float() for value in guess)), subject.scenes).get(name)
+        narrow = _slopes(
+            subject, Prediction(*(None if value is None else value.float() for value in guess)), subject.scenes
+        ).get(name)
         rounded = math.inf if narrow is None else float((narrow.double() - gradient).norm() / gradient.norm())
         errors[name] = max(_loss_error(subject, guess, scenes, name, gradient), rounded)
     return errors
@@ -91,7 +106,11 @@ def _slopes(subject: Subject, guess: Prediction, scenes: Scenes) -> dict[str, Te
     if not total.requires_grad:
         return {}
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return {name: gradient for name, gradient in zip(leaves, gradients) if gradient is not None and _says_something(gradient)}
+    return {
+        name: gradient
+        for name, gradient in zip(leaves, gradients)
+        if gradient is not None and _says_something(gradient)
+    }
 
 
 def _says_something(gradient: Tensor) -> bool:
@@ -108,37 +127,58 @@ def _loss_error(subject: Subject, guess: Prediction, scenes: Scenes, name: str, 
 
             @cache
             def loss(step: float, direction: Tensor = direction) -> float:
-                return float(subject.loss(guess._replace(**{name: (value + step * direction).requires_grad_()}), scenes)[0].detach())
+                return float(
+                    subject.loss(guess._replace(**{name: (value + step * direction).requires_grad_()}), scenes)[
+                        0
+                    ].detach()
+                )
+
             yield float((gradient * direction).sum()), loss, NOISE_WIDE * max(abs(loss(0.0)), 1e-3)
+
     return _pooled([_gap(lines(), (*STEPS, *SMALL_STEPS))])
 
 
-# ---- the network ------------------------------------------------------------------------------------------------------
+# ---- the network
+# ------------------------------------------------------------------------------------------------------
 
 
 def parts(subject: Subject, held: StoppedValues | None = None) -> dict[str, Gap]:
     """How far the derivative along random directions of each child of the network is off, and how large it is.
 
-    Model: s(w) = sum_k <c_k, out_k(w)>, c_k the loss's gradient at output k for the weights as they are. There s has the
-        loss's gradient. Args: held: what leaves the graph stays as it is while weights move.
+    Model: s(w) = sum_k <c_k, out_k(w)>, c_k the loss's gradient at output k for the weights as they are. There s has
+        the loss's gradient. Args: held: what leaves the graph stays as it is while weights move.
     """
     live = {name: parameter for name, parameter in subject.parameters.items() if parameter.requires_grad}
     total, _, prediction = subject.run(subject.scenes[:FEW])
     outputs = {name: value for name, value in prediction._asdict().items() if value is not None and value.requires_grad}
     if not live or not outputs or not total.requires_grad or not bool(total.isfinite()):
         return {}
-    cotangents = dict(zip(outputs, torch.autograd.grad(total, list(outputs.values()), retain_graph=True, allow_unused=True)))
-    cotangents = {name: cotangent for name, cotangent in cotangents.items() if cotangent is not None and _says_something(cotangent)}
+    cotangents = dict(
+        zip(outputs, torch.autograd.grad(total, list(outputs.values()), retain_graph=True, allow_unused=True))
+    )
+    cotangents = {
+        name: cotangent
+        for name, cotangent in cotangents.items()
+        if cotangent is not None and _says_something(cotangent)
+    }
     if not cotangents:
         return {}
-    found = torch.autograd.grad([outputs[name] for name in cotangents], list(live.values()), list(cotangents.values()), allow_unused=True)
-    gradients = {name: gradient for name, gradient in zip(live, found) if gradient is not None and bool(gradient.isfinite().all())}
+    found = torch.autograd.grad(
+        [outputs[name] for name in cotangents], list(live.values()), list(cotangents.values()), allow_unused=True
+    )
+    gradients = {
+        name: gradient
+        for name, gradient in zip(live, found)
+        if gradient is not None and bool(gradient.isfinite().all())
+    }
     projected, generator = ProjectedOutputs(subject, cotangents, held), torch.Generator().manual_seed(7)
     members: dict[str, list[str]] = {}
     for name in gradients:
         members.setdefault(name.partition(".")[0], []).append(name)
-    return {part: _part_gap(projected, [live[name] for name in names], [gradients[name] for name in names], generator)
-            for part, names in members.items()}
+    return {
+        part: _part_gap(projected, [live[name] for name in names], [gradients[name] for name in names], generator)
+        for part, names in members.items()
+    }
 
 
 class ProjectedOutputs:
@@ -149,34 +189,60 @@ class ProjectedOutputs:
         self.here = self._outputs()
 
     def _outputs(self) -> list[Tensor]:
-        """In float64, with the random numbers of `Subject.run`, and gradients on: a network may behave differently without."""
+        """In float64, with the random numbers of `Subject.run`, and gradients on: a network may behave differently
+        without."""
         torch.manual_seed(0)
         with self.held or nullcontext():
             prediction = self.subject.step.predict(self.subject.scenes[:FEW])
         return [getattr(prediction, name).detach().double() for name in self.cotangents]
 
     def line(self, tensors: list[Tensor], gradients: list[Tensor], directions: list[Tensor]) -> Along:
-        """Along one direction of some weights. Its rounding is that of the outputs that change at all, or where a change is
-        too small to show, of all."""
+        """Along one direction of some weights. Its rounding is that of the outputs that change at all, or where a
+        change is too small to show, of all."""
+
         @cache
         def gone(step: float) -> list[Tensor]:
             with self.subject.moved(tensors, directions, step):
-                return [(now - value) * cotangent for now, value, cotangent in zip(self._outputs(), self.here, self.cotangents.values())]
-        there = [(bool(way.any()), float((value * cotangent).square().sum()))
-                 for way, value, cotangent in zip(gone(STEPS[0]), self.here, self.cotangents.values())]
+                return [
+                    (now - value) * cotangent
+                    for now, value, cotangent in zip(self._outputs(), self.here, self.cotangents.values())
+                ]
+
+        there = [
+            (bool(way.any()), float((value * cotangent).square().sum()))
+            for way, value, cotangent in zip(gone(STEPS[0]), self.here, self.cotangents.values())
+        ]
         size = sum(own for moves, own in there if moves) or sum(own for _, own in there)
-        return (float(sum((g * d).sum() for g, d in zip(gradients, directions))),
-                lambda step: float(sum(way.sum() for way in gone(step))) if step else 0.0, NOISE * math.sqrt(size))
+        return (
+            float(sum((g * d).sum() for g, d in zip(gradients, directions))),
+            lambda step: float(sum(way.sum() for way in gone(step))) if step else 0.0,
+            NOISE * math.sqrt(size),
+        )
 
 
-def _part_gap(projected: ProjectedOutputs, tensors: list[Tensor], gradients: list[Tensor], generator: torch.Generator) -> Gap:
+def _part_gap(
+    projected: ProjectedOutputs, tensors: list[Tensor], gradients: list[Tensor], generator: torch.Generator
+) -> Gap:
     sizes = [float(tensor.detach().square().mean().sqrt()) for tensor in tensors]
-    first = min([0.02, *filter(None, sizes)])          # of a tensor that starts at zero
-    return _gap((projected.line(tensors, gradients, [torch.randn(tensor.shape, generator=generator).to(tensor) * (size or first)
-                                                  for tensor, size in zip(tensors, sizes)]) for _ in range(DIRECTIONS)), STEPS)
+    first = min([0.02, *filter(None, sizes)])  # of a tensor that starts at zero
+    return _gap(
+        (
+            projected.line(
+                tensors,
+                gradients,
+                [
+                    torch.randn(tensor.shape, generator=generator).to(tensor) * (size or first)
+                    for tensor, size in zip(tensors, sizes)
+                ],
+            )
+            for _ in range(DIRECTIONS)
+        ),
+        STEPS,
+    )
 
 
-# ---- a difference -----------------------------------------------------------------------------------------------------
+# ---- a difference
+# -----------------------------------------------------------------------------------------------------
 
 
 def _pooled(gaps: Iterable[Gap]) -> float:
@@ -202,10 +268,14 @@ def _gap(lines: Iterable[Along], steps: tuple[float, ...]) -> Gap:
 def _line_gap(line: Along, steps: tuple[float, ...]) -> Gap:
     derivative, _, noise = line
     best = (math.inf, 1.0)
-    for step, sides in product(steps, (1, 2)):         # most agree on the first side, and a second costs a pass again
+    for step, sides in product(steps, (1, 2)):  # most agree on the first side, and a second costs a pass again
         difference = _difference(line, step, sides)
         size = max(abs(difference), abs(derivative))
-        best = min(best, (max(0.0, abs(difference - derivative) - noise / step), size), key=lambda each: each[0] / (each[1] or 1.0))
+        best = min(
+            best,
+            (max(0.0, abs(difference - derivative) - noise / step), size),
+            key=lambda each: each[0] / (each[1] or 1.0),
+        )
         if best[0] <= AGREES * best[1]:
             break
     return best

@@ -5,16 +5,16 @@ Legend: B batch, N RIS elements, Q factor columns.
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, Graph, by_hand, graph_of, via
 from ris_fast.health.preflight.derivative import NOISE, right_derivative
 from ris_fast.health.preflight.loss import COVARIANCE
 from ris_fast.health.preflight.parameters import listed
-from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.probe import Subject
 
 UNDERFLOW = 2.0**20
@@ -28,17 +28,24 @@ def connected(subject: Subject) -> Iterator[Finding]:
     if not any(subject.loss.weights.get(name, 0) > 0 for name in COVARIANCE):
         return
     if total.requires_grad and total.grad_fn is None:
-        yield Finding("loss_rebuilt", f"the loss is a leaf with no history: it was made anew from a number"
-                      f"{via(exits.rebuilt)}.")
+        yield Finding(
+            "loss_rebuilt", f"the loss is a leaf with no history: it was made anew from a number{via(exits.rebuilt)}."
+        )
     elif not prediction.factor.requires_grad:
         if any(parameter.requires_grad for parameter in subject.parameters.values()):
-            yield Finding("detached_backbone", "the factors that the network returns require no gradient: it runs under "
-                          f"no_grad or detaches its answer{via(exits.detached)}.")
+            yield Finding(
+                "detached_backbone",
+                "the factors that the network returns require no gradient: it runs under "
+                f"no_grad or detaches its answer{via(exits.detached)}.",
+            )
     elif not total.requires_grad or _cut(total, prediction.factor):
         loose = [name for name in COVARIANCE if name in terms and not terms[name].requires_grad]
         cause = "loss_rebuilt" if exits.rebuilt and not exits.detached else "detached_loss"
-        yield Finding(cause, f"no gradient flows from the loss to the factors ({listed(loose) or 'the total'} has no "
-                      f"history){via(exits.rebuilt if cause == 'loss_rebuilt' else exits.detached)}.")
+        yield Finding(
+            cause,
+            f"no gradient flows from the loss to the factors ({listed(loose) or 'the total'} has no "
+            f"history){via(exits.rebuilt if cause == 'loss_rebuilt' else exits.detached)}.",
+        )
 
 
 def _cut(total: Tensor, factor: Tensor) -> bool:
@@ -56,11 +63,18 @@ def every_tensor(subject: Subject) -> Iterator[Finding]:
         if not total.requires_grad or total.grad_fn is None or not live or not bool(total.isfinite()):
             return
         graph = graph_of(total)
-        gradients = dict(zip(live, torch.autograd.grad(total, list(live.values()), retain_graph=True, allow_unused=True)))
-        bad = [name for name, gradient in gradients.items() if gradient is not None and not bool(gradient.isfinite().all())]
+        gradients = dict(
+            zip(live, torch.autograd.grad(total, list(live.values()), retain_graph=True, allow_unused=True))
+        )
+        bad = [
+            name for name, gradient in gradients.items() if gradient is not None and not bool(gradient.isfinite().all())
+        ]
         if bad:
-            yield Finding("nonfinite_gradients", f"the loss is {float(total.detach()):.4g} and the gradients of {len(bad)} of "
-                          f"{len(live)} tensors are not finite, first {bad[0]}{_source(subject, total, terms)}.")
+            yield Finding(
+                "nonfinite_gradients",
+                f"the loss is {float(total.detach()):.4g} and the gradients of {len(bad)} of "
+                f"{len(live)} tensors are not finite, first {bad[0]}{_source(subject, total, terms)}.",
+            )
             return
         silent = [name for name, gradient in gradients.items() if gradient is None or not bool(gradient.any())]
         yield from _silent(subject, silent, gradients, graph)
@@ -73,7 +87,9 @@ def _source(subject: Subject, total: Tensor, terms: dict[str, Tensor]) -> str:
         parts = torch.autograd.grad(value, live, retain_graph=True, allow_unused=True) if value.requires_grad else ()
         if any(part is not None and not bool(part.isfinite().all()) for part in parts):
             return f"; they come from the term {name}"
-    rest = float(total.detach() - sum(subject.loss.weights.get(name, 0) * value.detach() for name, value in terms.items()))
+    rest = float(
+        total.detach() - sum(subject.loss.weights.get(name, 0) * value.detach() for name, value in terms.items())
+    )
     return f"; no named term has them: they come from something outside the table of terms, worth {rest:.3g}"
 
 
@@ -90,27 +106,40 @@ def _silent(subject: Subject, names: list[str], gradients: dict[str, Tensor | No
             continue
         (lost if reached and gradients[name] is None else stopped if reached else cut).append(name)
     if lost:
-        yield Finding("wrong_backward", f"{listed(lost)}: the loss depends on it and autograd reaches it, but an operator's "
-                      f"backward returns nothing for it{by_hand(graph)}.")
+        yield Finding(
+            "wrong_backward",
+            f"{listed(lost)}: the loss depends on it and autograd reaches it, but an operator's "
+            f"backward returns nothing for it{by_hand(graph)}.",
+        )
     if stopped:
         yield _stopped(subject, stopped, graph)
     if cut:
         rounded = graph.named(*ZERO_DERIVATIVE)
-        yield Finding("detached_backbone", f"{len(cut)} of {len(gradients)} tensors change the loss and receive no gradient: "
-                      f"{listed(cut)}{via(rounded)}.")
+        yield Finding(
+            "detached_backbone",
+            f"{len(cut)} of {len(gradients)} tensors change the loss and receive no gradient: "
+            f"{listed(cut)}{via(rounded)}.",
+        )
     if flat and len(flat) == len(gradients):
         yield _flat(subject, len(flat))
     if unused:
-        share = sum(subject.parameters[name].numel() for name in unused) / sum(p.numel() for p in subject.parameters.values())
-        yield Finding("unused_head", f"{len(unused)} tensors ({share:.0%} of the weights) reach no term of the loss: "
-                      f"{listed(unused)}.")
+        share = sum(subject.parameters[name].numel() for name in unused) / sum(
+            p.numel() for p in subject.parameters.values()
+        )
+        yield Finding(
+            "unused_head",
+            f"{len(unused)} tensors ({share:.0%} of the weights) reach no term of the loss: {listed(unused)}.",
+        )
 
 
 def _flat(subject: Subject, tensors: int) -> Finding:
     """Why no tensor changes the loss: the loss is flat at the factors, or the network behind them is."""
     total, _, prediction = subject.run()
     factor = torch.autograd.grad(total, prediction.factor, allow_unused=True)[0]
-    seen = f"the loss is {float(total.detach()):.4g}, and the gradients of all {tensors} trainable tensors are exactly zero"
+    seen = (
+        f"the loss is {float(total.detach()):.4g}, and the gradients of all {tensors} trainable tensors are exactly"
+        " zero"
+    )
     if factor is not None and bool(factor.any()):
         return Finding("zeroed_gradients", f"{seen}; at the factors there is one of norm {float(factor.norm()):.2g}.")
     return Finding("clamped_loss", f"{seen}, as it is at the factors: there the loss is flat.")
@@ -127,7 +156,9 @@ def _stopped(subject: Subject, names: list[str], graph: Graph) -> Finding:
         return Finding("wrong_backward", f"{what}; backward runs through {', '.join(graph.written_by_hand)}.")
     if graph.named(*ZERO_DERIVATIVE):
         return Finding("non_differentiable", f"{what}; the path has {listed(graph.named(*ZERO_DERIVATIVE))}.")
-    return Finding("zeroed_gradients", f"{what}; every operator on the path has a derivative, so something clears it on the way.")
+    return Finding(
+        "zeroed_gradients", f"{what}; every operator on the path has a derivative, so something clears it on the way."
+    )
 
 
 @torch.no_grad()
@@ -137,8 +168,10 @@ def _matters(subject: Subject, parameter: Tensor) -> bool:
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
     size = float(parameter.detach().square().mean().sqrt()) or 0.1
-    return any(abs(_after(subject, parameter, noise, step * size) - before) > NOISE * max(1.0, abs(before))
-               for step in (0.1, 1.0))
+    return any(
+        abs(_after(subject, parameter, noise, step * size) - before) > NOISE * max(1.0, abs(before))
+        for step in (0.1, 1.0)
+    )
 
 
 def _after(subject: Subject, parameter: Tensor, direction: Tensor, step: float) -> float:
@@ -146,5 +179,8 @@ def _after(subject: Subject, parameter: Tensor, direction: Tensor, step: float) 
         return subject.value()
 
 
-CHECKS = {"the loss depends on the factors": connected, "every tensor gets a gradient": every_tensor,
-          "the gradient is the derivative": right_derivative}
+CHECKS = {
+    "the loss depends on the factors": connected,
+    "every tensor gets a gradient": every_tensor,
+    "the gradient is the derivative": right_derivative,
+}

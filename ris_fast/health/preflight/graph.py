@@ -1,4 +1,5 @@
-"""Which parameters each term of the loss reaches, with how much gradient, and whether autograd knows the term at all."""
+"""Which parameters each term of the loss reaches, with how much gradient, and whether autograd knows the term at
+all."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def graph_table(subject: Subject) -> dict[str, list[Any]]:
         rows: list[list[Any]] = [
             ["(weighted value)", *(float(value.detach()) for value in weighted.values())],
             ["(requires_grad)", *(str(value.requires_grad) for value in terms.values())],
-            ["(grad_fn)", *(value.grad_fn.name() if value.grad_fn is not None else "none" for value in terms.values())]]
+            ["(grad_fn)", *(value.grad_fn.name() if value.grad_fn is not None else "none" for value in terms.values())],
+        ]
         for row, name in enumerate(live):
             rows.append([name, *(_shown(column[row]) for column in columns.values())])
     return {"headers": ["tensor", *terms], "rows": rows}

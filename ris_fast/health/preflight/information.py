@@ -9,7 +9,7 @@ Legend: B batch, N RIS elements, K columns of an estimate.
 from __future__ import annotations
 
 import math
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.pairing import with_factor
 from ris_fast.health.preflight.probe import Subject
 from ris_fast.models.prediction import Prediction
-from ris_fast.physics.channel import backproject
 from ris_fast.physics.baselines import mean_covariance
+from ris_fast.physics.channel import backproject
 from ris_fast.physics.matched_filter import matched_filter, shown_matched_filter, shrunk_nmse
 from ris_fast.physics.pairs import conj, to_complex
 from ris_fast.physics.scenes import Scenes
@@ -27,10 +27,10 @@ from ris_fast.training.step import network_inputs
 from ris_fast.training.validation import scene_nmse
 
 SCENES, FEWEST = 256, 64
-TELLING = 0.05             # gain over the constant answer from which an estimate with the channel says something of the sources
-NOTHING, INAUDIBLE = 0.01, -10.0    # gain of an estimate that knows nothing; dB of all snapshots and antennas together
-LOUD = 20.0                # dB of all snapshots and antennas together from which an estimator finds most sources
-PART = 0.25                # of that gain; the inputs that RIS-12x12 is meant for keep all of it, H c_l a twentieth
+TELLING = 0.05  # gain over the constant answer from which an estimate with the channel says something of the sources
+NOTHING, INAUDIBLE = 0.01, -10.0  # gain of an estimate that knows nothing; dB of all snapshots and antennas together
+LOUD = 20.0  # dB of all snapshots and antennas together from which an estimator finds most sources
+PART = 0.25  # of that gain; the inputs that RIS-12x12 is meant for keep all of it, H c_l a twentieth
 
 
 def estimates(subject: Subject, scenes: Scenes) -> tuple[str, Tensor] | None:
@@ -47,18 +47,23 @@ def _static(subject: Subject) -> bool:
 
 
 def gains(factor: Tensor, scenes: Scenes, constant: Tensor) -> tuple[float, float]:
-    """Mean NMSE of the estimate, shrunk towards the constant answer as serves all scenes best, and of the constant answer."""
+    """Mean NMSE of the estimate, shrunk towards the constant answer as serves all scenes best, and of the constant
+    answer."""
     shrunk, alone = shrunk_nmse(factor, scenes, constant)
     return float(shrunk.mean()), float(alone.mean())
 
 
 def worth(subject: Subject) -> Iterator[Finding]:
-    """Beside the constant answer: the best of an estimator on the network's inputs, and of one with the channel itself."""
+    """Beside the constant answer: the best of an estimator on the network's inputs, and of one with the channel
+    itself."""
     source = subject.trainer.source
     scenes = source.batch("train", torch.arange(min(SCENES, source.size("train"))))
     if scenes.channel is None or scenes.batch < FEWEST or not bool(scenes.snapshots.isfinite().all()):
-        subject.note = (f"not checked: {'the scenes have no channel' if scenes.channel is None else f'it takes {FEWEST} scenes'}"
-                        if bool(scenes.snapshots.isfinite().all()) else "not checked: snapshots are not finite")
+        subject.note = (
+            f"not checked: {'the scenes have no channel' if scenes.channel is None else f'it takes {FEWEST} scenes'}"
+            if bool(scenes.snapshots.isfinite().all())
+            else "not checked: snapshots are not finite"
+        )
         return
     scenes = with_factor(scenes)
     constant, found = mean_covariance([scenes]), estimates(subject, scenes)
@@ -69,27 +74,40 @@ def worth(subject: Subject) -> Iterator[Finding]:
     if hasattr(subject.model, "classical"):
         yield from _worse_than_zero(name, factor, scenes)
     shown, alone = gains(factor, scenes, constant)
-    known, _ = gains(matched_filter(backproject(scenes.channel, scenes.codes, scenes.snapshots), _static(subject)), scenes, constant)
+    known, _ = gains(
+        matched_filter(backproject(scenes.channel, scenes.codes, scenes.snapshots), _static(subject)), scenes, constant
+    )
     subject.note = f"{name} on the network's inputs {shown:.3f}, constant answer {alone:.3f}"
     heard = float(scenes.snr_db.median()) + 10 * math.log10(scenes.snapshots[0, ..., 0].numel())
     if heard < INAUDIBLE and known > (1 - NOTHING) * alone:
-        yield Finding("inputs_withhold_answer", f"the scenes themselves say nothing of their sources: the matched filter with the channel has an "
-                      f"NMSE of {known:.3f}, the constant answer {alone:.3f}, and at the median SNR of {float(scenes.snr_db.median()):g} dB "
-                      f"all snapshots and antennas together reach {heard:.0f} dB. Raise task.snr_min_db and task.snr_max_db.", certain=False)
+        yield Finding(
+            "inputs_withhold_answer",
+            "the scenes themselves say nothing of their sources: the matched filter with the channel has an NMSE of"
+            f" {known:.3f}, the constant answer {alone:.3f}, and at the median SNR of {float(scenes.snr_db.median()):g}"
+            f" dB all snapshots and antennas together reach {heard:.0f} dB. Raise task.snr_min_db and task.snr_max_db.",
+            certain=False,
+        )
     elif known < (1 - TELLING) * alone and alone - shown < PART * (alone - known):
-        yield Finding("inputs_withhold_answer", f"{name} on what the network is shown has an NMSE of {shown:.3f}, the constant answer "
-                      f"{alone:.3f}, and the matched filter with the channel {known:.3f}.", certain=False)
+        yield Finding(
+            "inputs_withhold_answer",
+            f"{name} on what the network is shown has an NMSE of {shown:.3f}, the constant answer "
+            f"{alone:.3f}, and the matched filter with the channel {known:.3f}.",
+            certain=False,
+        )
 
 
 def _worse_than_zero(name: str, factor: Tensor, scenes: Scenes) -> Iterator[Finding]:
-    """An estimator that finds the sources of loud scenes and scores above 1, where zero is 1, finds others than the target has."""
+    """An estimator that finds the sources of loud scenes and scores above 1, where zero is 1, finds others than the
+    target has."""
     loud = scenes.snr_db + 10 * math.log10(scenes.snapshots[0, ..., 0].numel()) > LOUD
     known = loud & factor.flatten(1).isfinite().all(1)
     score, seen = scene_nmse(Prediction(factor), scenes), f"{name} on the network's inputs has an NMSE of"
     if int(known.sum()) < FEWEST or float(score[known].mean()) <= 1.0:
         return
     conjugate = float(scene_nmse(Prediction(conj(factor)), scenes)[known].mean())
-    seen = f"{seen} {float(score[known].mean()):.3f} in the {int(known.sum())} scenes that are loud enough, and zero has 1"
+    seen = (
+        f"{seen} {float(score[known].mean()):.3f} in the {int(known.sum())} scenes that are loud enough, and zero has 1"
+    )
     found, target = (to_complex(each[known]) for each in (factor, scenes.factor))
     both = torch.einsum("ank,bnq->abkq", found.conj(), target).abs().square().sum((2, 3))
     sizes = [torch.linalg.matrix_norm(each.mH @ each) for each in (found, target)]
@@ -98,7 +116,10 @@ def _worse_than_zero(name: str, factor: Tensor, scenes: Scenes) -> Iterator[Find
     if conjugate < 0.7:
         yield Finding("conjugation_error", f"{seen}; against the conjugate of the targets it has {conjugate:.3f}.")
     elif float(others.float().mean()) > 0.5:
-        yield Finding("shuffled_labels", f"{seen}; {float(others.float().mean()):.0%} of its estimates are like the target of another scene.")
+        yield Finding(
+            "shuffled_labels",
+            f"{seen}; {float(others.float().mean()):.0%} of its estimates are like the target of another scene.",
+        )
     else:
         yield Finding("inputs_withhold_answer", f"{seen}: it finds other sources than the targets have.", certain=False)
 

@@ -5,23 +5,23 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, Q factor 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ris_fast.health.preflight.network import CLOSE, SAME, change
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.network import CLOSE, SAME, change
 from ris_fast.health.preflight.probe import Subject, captured
 from ris_fast.physics.pairs import expi, multiply, to_complex, to_pairs
 from ris_fast.physics.scenes import Scenes
 
 LARGE, SMALL_RMS = 1e3, 1e-3
-AUDIBLE = 20.0                   # dB
-LOUDER = 2.0**13                 # a power of two, by which numbers change exactly: no rounding enters the comparison
-UNITS = (128.0, 8.0)             # of every second scene, and of the others
-OTHER_UNIT = 0.01                # change of the median scene's factors; where every input is normalised it is exactly zero
+AUDIBLE = 20.0  # dB
+LOUDER = 2.0**13  # a power of two, by which numbers change exactly: no rounding enters the comparison
+UNITS = (128.0, 8.0)  # of every second scene, and of the others
+OTHER_UNIT = 0.01  # change of the median scene's factors; where every input is normalised it is exactly zero
 
 
 def boundary(subject: Subject, scenes: Scenes, seed: int = 0) -> dict[str, Tensor]:
@@ -32,6 +32,7 @@ def boundary(subject: Subject, scenes: Scenes, seed: int = 0) -> dict[str, Tenso
         first = next((each for each in inputs if isinstance(each, Tensor)), None)
         if first is not None and not first.requires_grad and first.dim() > 1 and first.shape[0] == scenes.batch:
             found.setdefault(name, first.detach().float().flatten(1))
+
     with captured(subject.model, keep), torch.enable_grad():
         subject.answer_with_grad(scenes, seed)
     return found
@@ -51,11 +52,16 @@ def reads_scenes(subject: Subject) -> Iterator[Finding]:
         if change(raw, raw[:1].expand_as(raw)) < SAME:
             yield Finding("constant_input", f"all of {scenes.batch} scenes have the same snapshots.")
         else:
-            yield Finding("ignored_input", f"{scenes.batch} different scenes get the same factor"
-                          f"{'; the first layers see the same numbers for all of them' if same else ''}.")
+            yield Finding(
+                "ignored_input",
+                f"{scenes.batch} different scenes get the same factor"
+                f"{'; the first layers see the same numbers for all of them' if same else ''}.",
+            )
         return
     half = scenes.batch // 2
-    mixed = max(change(answer[part], subject.answer(scenes[part])) for part in (slice(0, half), slice(half, scenes.batch)))
+    mixed = max(
+        change(answer[part], subject.answer(scenes[part])) for part in (slice(0, half), slice(half, scenes.batch))
+    )
     if mixed > (CLOSE if subject.config.training.precision == "fp32" else 0.1):
         yield Finding("scenes_mixed", f"answers change by {mixed:.2g} when other scenes of the batch are left out.")
 
@@ -66,42 +72,60 @@ def scale(subject: Subject) -> Iterator[Finding]:
     base, seen = subject.answer(scenes), boundary(subject, scenes)
     sizes = {name: float(value.square().mean().sqrt()) for name, value in seen.items()}
     tiny = {name: size for name, size in sizes.items() if 0 < size < SMALL_RMS}
-    larger = boundary(subject, replace(scenes, snapshots=LOUDER * scenes.snapshots)) if bool(base.isfinite().all()) else {}
+    larger = (
+        boundary(subject, replace(scenes, snapshots=LOUDER * scenes.snapshots)) if bool(base.isfinite().all()) else {}
+    )
     if larger and any(_swallowed(seen[name], larger.get(name)) for name in seen):
         name = next(name for name in seen if _swallowed(seen[name], larger.get(name)))
-        yield Finding("epsilon_swallows_signal", f"the input of {name} has rms {sizes[name]:.2g}, and "
-                      f"{float(larger[name].square().mean().sqrt()):.2g} for snapshots {LOUDER:g} times larger: a constant in "
-                      f"the normalisation is larger than the signal.")
+        yield Finding(
+            "epsilon_swallows_signal",
+            f"the input of {name} has rms {sizes[name]:.2g}, and "
+            f"{float(larger[name].square().mean().sqrt()):.2g} for snapshots {LOUDER:g} times larger: a constant in "
+            "the normalisation is larger than the signal.",
+        )
         return
-    if tiny:        # a network may weigh what it sees by the SNR that it is told; that is no matter of units
+    if tiny:  # a network may weigh what it sees by the SNR that it is told; that is no matter of units
         told = boundary(subject, replace(scenes, snr_db=torch.full_like(scenes.snr_db, AUDIBLE)))
         tiny = {name: size for name, size in tiny.items() if float(told[name].square().mean().sqrt()) < SMALL_RMS}
     if tiny:
         name = min(tiny, key=tiny.__getitem__)
-        yield Finding("input_scale", f"the input of {name} has rms {tiny[name]:.2g}; layers expect numbers of order one.")
+        yield Finding(
+            "input_scale", f"the input of {name} has rms {tiny[name]:.2g}; layers expect numbers of order one."
+        )
         return
     for name, value in seen.items():
         each = value.square().mean(1).sqrt()
         if sizes[name] > LARGE or float(each.max()) > 1e3 * float(each.median().clamp_min(1e-30)):
-            yield Finding("input_scale", f"the input of {name} has rms {sizes[name]:.2g}, from {float(each.min()):.2g} to "
-                          f"{float(each.max()):.2g} between scenes.")
+            yield Finding(
+                "input_scale",
+                f"the input of {name} has rms {sizes[name]:.2g}, from {float(each.min()):.2g} to "
+                f"{float(each.max()):.2g} between scenes.",
+            )
             return
     with subject.full_precision():
         yield from _units(subject, scenes)
 
 
 def _units(subject: Subject, scenes: Scenes) -> Iterator[Finding]:
-    """In y = H (c o x) + n the units of y and of H, scene by scene, change the unit of x alone, which no covariance shows.
+    """In y = H (c o x) + n the units of y and of H, scene by scene, change the unit of x alone, which no covariance
+    shows.
 
-    A power of two changes every float exactly. Another factor would round, and at high SNR a pursuit makes much of that.
+    A power of two changes every float exactly. Another factor would round, and at high SNR a pursuit makes much of
+    that.
     """
-    units = torch.tensor(UNITS).repeat(scenes.batch)[:scenes.batch].to(scenes.snapshots).view(-1, 1, 1, 1)
+    units = torch.tensor(UNITS).repeat(scenes.batch)[: scenes.batch].to(scenes.snapshots).view(-1, 1, 1, 1)
     base = directions(subject.answer(scenes))
-    for what, other in (("snapshots", replace(scenes, snapshots=units * scenes.snapshots)), ("channel", _channel_times(scenes, units))):
+    for what, other in (
+        ("snapshots", replace(scenes, snapshots=units * scenes.snapshots)),
+        ("channel", _channel_times(scenes, units)),
+    ):
         gap = float((directions(subject.answer(other)) - base).flatten(1).norm(dim=1).median())
         if gap > OTHER_UNIT:
-            yield Finding("input_scale", f"{what} in other units ({UNITS[0]:g} and {UNITS[1]:g} times larger) change the factors by "
-                          f"{gap:.2g}: nothing normalises them scene by scene.")
+            yield Finding(
+                "input_scale",
+                f"{what} in other units ({UNITS[0]:g} and {UNITS[1]:g} times larger) change the factors by "
+                f"{gap:.2g}: nothing normalises them scene by scene.",
+            )
             return
 
 
@@ -124,7 +148,8 @@ def _swallowed(now: Tensor, larger: Tensor | None) -> bool:
     return b > 3 * a and b < 3e3 * a
 
 
-# ---- can it carry the answer? ------------------------------------------------------------------------------------------
+# ---- can it carry the answer?
+# ------------------------------------------------------------------------------------------
 
 
 def information(subject: Subject) -> Iterator[Finding]:
@@ -135,13 +160,18 @@ def information(subject: Subject) -> Iterator[Finding]:
         subject.note = "not checked: all answers are the same, or not finite"
         return
     if scenes.channel is None:
-        yield Finding("inputs_withhold_answer", "the scenes carry no channel H, only H c_l, and the network cannot see what the "
-                      "surface did to the field.")
+        yield Finding(
+            "inputs_withhold_answer",
+            "the scenes carry no channel H, only H c_l, and the network cannot see what the surface did to the field.",
+        )
         return
     for what, other in _without(subject, scenes):
         if other is not None and change(base, subject.answer(other)) < SAME:
-            yield Finding("inputs_withhold_answer", f"{what} and the factors stay the same to {SAME:g}: the network does not see "
-                          f"what the target is made of.")
+            yield Finding(
+                "inputs_withhold_answer",
+                f"{what} and the factors stay the same to {SAME:g}: the network does not see "
+                "what the target is made of.",
+            )
             return
     yield from _pairing(subject, scenes)
 
@@ -152,6 +182,7 @@ def _without(subject: Subject, scenes: Scenes) -> Iterator[tuple[str, Scenes | N
 
     def phases(value: Tensor) -> Tensor:
         return multiply(value, expi(6.2832 * torch.rand(value.shape[:-1], generator=generator)).to(value))
+
     yield "the phases of the snapshots are drawn anew", replace(scenes, snapshots=phases(scenes.snapshots))
     yield "the channel is that of another scene", replace(scenes, channel=scenes.channel.roll(1, 0), collapsed=None)
     yield "the phases of the channel are drawn anew", replace(scenes, channel=phases(scenes.channel))
@@ -166,7 +197,7 @@ def hidden_change(scenes: Scenes) -> Scenes | None:
     rank = int((values > 1e-6 * values.max()).sum(-1).max())
     if rank >= elements:
         return None
-    kernel = rows[..., rank:, :].conj()                                 # ([B,] N - rank, N), each row v with C v = 0
+    kernel = rows[..., rank:, :].conj()  # ([B,] N - rank, N), each row v with C v = 0
     generator = torch.Generator().manual_seed(4)
     mix = torch.randn(*scenes.channel.shape[:2], kernel.shape[-2], dtype=torch.complex128, generator=generator)
     extra = mix.to(kernel.device) @ kernel
@@ -175,23 +206,35 @@ def hidden_change(scenes: Scenes) -> Scenes | None:
 
 
 def _pairing(subject: Subject, scenes: Scenes) -> Iterator[Finding]:
-    """What a first layer makes of snapshots and channel together is H^H y, which a common phase leaves alone, not H^T y."""
+    """What a first layer makes of snapshots and channel together is H^H y, which a common phase leaves alone, not H^T
+    y."""
     turn = expi(torch.linspace(0.3, 2.8, scenes.batch)).to(scenes.snapshots)[:, None, None]
     back = turn * torch.tensor((1.0, -1.0)).to(turn)
     seen = boundary(subject, scenes)
-    right = boundary(subject, replace(scenes, channel=multiply(scenes.channel, turn), snapshots=multiply(scenes.snapshots, turn)))
-    wrong = boundary(subject, replace(scenes, channel=multiply(scenes.channel, turn), snapshots=multiply(scenes.snapshots, back)))
+    right = boundary(
+        subject, replace(scenes, channel=multiply(scenes.channel, turn), snapshots=multiply(scenes.snapshots, turn))
+    )
+    wrong = boundary(
+        subject, replace(scenes, channel=multiply(scenes.channel, turn), snapshots=multiply(scenes.snapshots, back))
+    )
     for name, value in seen.items():
         if _usual_change(value, wrong[name]) < CLOSE < 0.05 < _usual_change(value, right[name]):
-            yield Finding("conjugation_error", f"the input of {name} does not change when channel and snapshots turn in opposite "
-                          f"directions, and does when they turn together: it is made of H^T y where H^H y belongs.")
+            yield Finding(
+                "conjugation_error",
+                f"the input of {name} does not change when channel and snapshots turn in opposite "
+                "directions, and does when they turn together: it is made of H^T y where H^H y belongs.",
+            )
             return
 
 
 def _usual_change(a: Tensor, b: Tensor) -> float:
-    """Of the median scene: in a loud one rounding alone may change what a pursuit finds, and a wrong product changes all."""
+    """Of the median scene: in a loud one rounding alone may change what a pursuit finds, and a wrong product changes
+    all."""
     return float(((a - b).norm(dim=1) / a.norm(dim=1).clamp_min(1e-30)).median())
 
 
-CHECKS = {"answers depend on the scene, and on no other": reads_scenes, "inputs are of order one in any unit": scale,
-          "inputs can carry the answer": information}
+CHECKS = {
+    "answers depend on the scene, and on no other": reads_scenes,
+    "inputs are of order one in any unit": scale,
+    "inputs can carry the answer": information,
+}

@@ -5,7 +5,7 @@ Legend: B batch, N RIS elements, Q factor columns.
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,15 +16,15 @@ from ris_fast.kernels.cov_nmse import reference
 from ris_fast.kernels.pursuit.reference import pursuit_features
 from ris_fast.kernels.pursuit.search import Geometry
 from ris_fast.models.features import PursuitFeatures
-from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.physics.least_squares import sample_factor
+from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.training.step import network_inputs
 
-VALUE, GRADIENT, STEP = 1e-4, 1e-3, 1e-3     # relative; float32 against float64 is a hundred times closer
-FEATURES, FEW = 1e-2, 8                      # of the median scene: two places of nearly equal score may swap
-FAINT = 1e-3                                 # noise of 60 dB: with less, rounding alone chooses what a pursuit finds beyond the sources
-ROUNDING = 1e-6                              # of the weights: a few roundings of float32, however short the way
-WEIGHTS = 2048                               # of each tensor, in the copy that the optimizer steps on
+VALUE, GRADIENT, STEP = 1e-4, 1e-3, 1e-3  # relative; float32 against float64 is a hundred times closer
+FEATURES, FEW = 1e-2, 8  # of the median scene: two places of nearly equal score may swap
+FAINT = 1e-3  # noise of 60 dB: with less, rounding alone chooses what a pursuit finds beyond the sources
+ROUNDING = 1e-6  # of the weights: a few roundings of float32, however short the way
+WEIGHTS = 2048  # of each tensor, in the copy that the optimizer steps on
 
 
 def loss_kernel(subject: Subject) -> Iterator[Finding]:
@@ -34,14 +34,21 @@ def loss_kernel(subject: Subject) -> Iterator[Finding]:
     if not bool(factor.isfinite().all()):
         return
     for blend in {False, settings.beta > 0}:
-        (value, slope), (wanted, right) = (_with_gradient(call, factor, dtype) for call, dtype in (
-            (lambda f, blend=blend: subject.loss.nmse(f, subject.scenes, blend=blend), torch.float32),
-            (lambda f, blend=blend: defined(subject, f, blend), torch.float64)))
+        (value, slope), (wanted, right) = (
+            _with_gradient(call, factor, dtype)
+            for call, dtype in (
+                (lambda f, blend=blend: subject.loss.nmse(f, subject.scenes, blend=blend), torch.float32),
+                (lambda f, blend=blend: defined(subject, f, blend), torch.float64),
+            )
+        )
         gap = float(((value - wanted).abs() / wanted.abs().clamp_min(1.0)).max())
         turn = float((slope - right).norm() / right.norm().clamp_min(1e-30))
         if not (gap <= VALUE and turn <= GRADIENT):
-            yield Finding("kernel_differs", f"the loss{' with the blend' if blend else ''} differs from its definition by {gap:.2g}, its "
-                          f"gradient by {turn:.2g} (relative; {VALUE:g} and {GRADIENT:g} are allowed).")
+            yield Finding(
+                "kernel_differs",
+                f"the loss{' with the blend' if blend else ''} differs from its definition by {gap:.2g}, its "
+                f"gradient by {turn:.2g} (relative; {VALUE:g} and {GRADIENT:g} are allowed).",
+            )
             return
 
 
@@ -59,10 +66,21 @@ def defined(subject: Subject, factor: Tensor, blend: bool) -> Tensor:
 
     def wide(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.double()
+
     sample = wide(sample_factor(scenes)) if blend else None
-    return reference.cov_nmse(factor, wide(scenes.factor), None if scenes.factor is not None else wide(scenes.covariance), sample,
-                              wide(scenes.snr_db), settings.beta if blend else 0.0, settings.loading, settings.loading,
-                              settings.shrink, 1.0, 1.0)
+    return reference.cov_nmse(
+        factor,
+        wide(scenes.factor),
+        None if scenes.factor is not None else wide(scenes.covariance),
+        sample,
+        wide(scenes.snr_db),
+        settings.beta if blend else 0.0,
+        settings.loading,
+        settings.loading,
+        settings.shrink,
+        1.0,
+        1.0,
+    )
 
 
 # ---- features -------------------------------------------------------------------------------------------------------
@@ -75,14 +93,20 @@ def feature_kernel(subject: Subject) -> Iterator[Finding]:
         return
     scenes = subject.scenes[:FEW]
     y, channel, codes, snr = network_inputs(scenes)
-    y = y + FAINT * y.square().mean((1, 2, 3), keepdim=True).sqrt() * torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+    y = y + FAINT * y.square().mean((1, 2, 3), keepdim=True).sqrt() * torch.randn(
+        y.shape, generator=torch.Generator().manual_seed(0)
+    ).to(y)
     found = extract(y, channel, codes, snr)
-    wanted = pursuit_features(y, channel, codes, snr, [getattr(extract, name) for name in Geometry._fields], extract.wavenumber,
-                              extract.atoms)
+    wanted = pursuit_features(
+        y, channel, codes, snr, [getattr(extract, name) for name in Geometry._fields], extract.wavenumber, extract.atoms
+    )
     for what, a, b in (("inputs", found.inputs, wanted[0]), ("basis", found.basis, wanted[1])):
         gap = float(((a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp_min(1e-30)).median())
         if gap > FEATURES:
-            yield Finding("kernel_differs", f"the pursuit's {what} of the median scene differ from those of its plain form by {gap:.2g}.")
+            yield Finding(
+                "kernel_differs",
+                f"the pursuit's {what} of the median scene differ from those of its plain form by {gap:.2g}.",
+            )
             return
 
 
@@ -91,14 +115,18 @@ def feature_kernel(subject: Subject) -> Iterator[Finding]:
 
 def step_kernel(subject: Subject) -> Iterator[Finding]:
     """Three optimizer steps on a small copy of the weights, one of them with a NaN, against the plain reference."""
-    (weights, means), (right, right_means) = (_stepped(subject, backend) for backend in
-                                              (subject.config.training.backend, "reference"))
+    (weights, means), (right, right_means) = (
+        _stepped(subject, backend) for backend in (subject.config.training.backend, "reference")
+    )
     first = torch.cat([_piece(parameter).flatten() for parameter in subject.parameters.values()])
     way = float((right - first).norm())
     gap = max(float((weights - right).norm()), float((means - right_means).norm()))
     if not gap <= STEP * way + ROUNDING * float(first.norm()):
-        yield Finding("kernel_differs", f"after three steps on a small copy, in which the plain form of the optimizer goes {way:.3g}, weights "
-                      f"or their average are off by {gap:.2g}.")
+        yield Finding(
+            "kernel_differs",
+            f"after three steps on a small copy, in which the plain form of the optimizer goes {way:.3g}, weights "
+            f"or their average are off by {gap:.2g}.",
+        )
 
 
 def _piece(parameter: Tensor) -> Tensor:
@@ -110,12 +138,33 @@ def _stepped(subject: Subject, backend: str) -> tuple[Tensor, Tensor]:
     settings, own = subject.config.optimizer, {id(p): name for name, p in subject.parameters.items()}
     groups, copies = [], {}
     for group in subject.optimizer.param_groups:
-        mine = {own[id(p)]: torch.nn.Parameter(_piece(p)) for p in group["params"] if id(p) in own and own[id(p)] not in copies}
+        mine = {
+            own[id(p)]: torch.nn.Parameter(_piece(p))
+            for p in group["params"]
+            if id(p) in own and own[id(p)] not in copies
+        }
         copies |= mine
-        groups += [{"params": list(mine.items()), "lr": group.get("peak_lr", group["lr"]), "weight_decay": group["weight_decay"]}] if mine else []
-    optimizer = FusedAdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.eps,
-                           max_grad_norm=settings.max_grad_norm or None, ema_decay=settings.ema_decay or None,
-                           ema_warmup=True, clear_grads=True, backend=backend)
+        groups += (
+            [
+                {
+                    "params": list(mine.items()),
+                    "lr": group.get("peak_lr", group["lr"]),
+                    "weight_decay": group["weight_decay"],
+                }
+            ]
+            if mine
+            else []
+        )
+    optimizer = FusedAdamW(
+        groups,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        max_grad_norm=settings.max_grad_norm or None,
+        ema_decay=settings.ema_decay or None,
+        ema_warmup=True,
+        clear_grads=True,
+        backend=backend,
+    )
     generator = torch.Generator().manual_seed(13)
     for number in range(3):
         for name, copy in copies.items():
@@ -135,8 +184,13 @@ def _averaged(subject: Subject, optimizer: FusedAdamW, copies: dict[str, Tensor]
 
 def _together(subject: Subject, copies: dict[str, Tensor]) -> Tensor:
     """In the order of the model; a tensor that no group holds stays as it is."""
-    return torch.cat([copies[name].detach().clone() if name in copies else _piece(p) for name, p in subject.parameters.items()])
+    return torch.cat(
+        [copies[name].detach().clone() if name in copies else _piece(p) for name, p in subject.parameters.items()]
+    )
 
 
-CHECKS = {"the loss and its gradient are their definition": loss_kernel, "features are their definition": feature_kernel,
-          "the optimizer's kernels are their definition": step_kernel}
+CHECKS = {
+    "the loss and its gradient are their definition": loss_kernel,
+    "features are their definition": feature_kernel,
+    "the optimizer's kernels are their definition": step_kernel,
+}

@@ -6,7 +6,7 @@ Legend: B batch, N RIS elements, Q factor columns, K sources (padded).
 from __future__ import annotations
 
 import math
-from typing import Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -20,21 +20,24 @@ from ris_fast.physics.pairs import conj
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.loss import TRUTH_TERMS
 
-ZERO = 1e-3                # of the truth's loss, where the zero predictor's is 1
+ZERO = 1e-3  # of the truth's loss, where the zero predictor's is 1
 SHIFT_RAD, SHIFT_LOG = 0.02, 0.05
 COVARIANCE = ("cov", "cov_pred")
 LOCATED = {"angle": "azimuth", "range": "range_m", "chamfer": "azimuth"}
 DOMINATES = 0.95
-FAR_FROM_IT = 0.8          # on FEW scenes: four times as many halve the gradient of the truth at most, and this share stays below the other
+# on FEW scenes: four times as many halve the gradient of the truth at most, and this share stays below the other
+FAR_FROM_IT = 0.8
 FEW = 4
-AGAINST = -0.5             # cosine of two gradients; what is added to a total turns it by less
+AGAINST = -0.5  # cosine of two gradients; what is added to a total turns it by less
 
 
 def weights(subject: Subject) -> Iterator[Finding]:
     """Some term above zero tells the factors what the truth is, and the main one is among them."""
     given: Mapping[str, float] = subject.loss.weights
     if not any(given.get(name, 0.0) > 0 for name in TRUTH_TERMS):
-        yield Finding("zero_loss_weight", f"no term tells the factors what the truth is: the weights are {_shown(given)}.")
+        yield Finding(
+            "zero_loss_weight", f"no term tells the factors what the truth is: the weights are {_shown(given)}."
+        )
     elif given.get("cov", 0.0) <= 0:
         yield Finding("zero_loss_weight", f"loss.cov, the main term, has weight zero; what remains is {_shown(given)}.")
 
@@ -44,9 +47,12 @@ def _shown(given: Mapping[str, float]) -> str:
 
 
 def total(subject: Subject) -> Iterator[Finding]:
-    """What is differentiated leads where the weighted sum of the terms leads, by its gradient at the network's outputs."""
+    """What is differentiated leads where the weighted sum of the terms leads, by its gradient at the network's
+    outputs."""
     guess = subject.guess
-    leaves = Prediction(*(None if value is None else value.detach().float().clone().requires_grad_() for value in guess))
+    leaves = Prediction(
+        *(None if value is None else value.detach().float().clone().requires_grad_() for value in guess)
+    )
     made, terms = subject.loss(leaves, subject.scenes)
     parts = [subject.loss.weights.get(name, 0.0) * value for name, value in terms.items() if value.requires_grad]
     if not parts or made.grad_fn is None:
@@ -58,17 +64,26 @@ def total(subject: Subject) -> Iterator[Finding]:
     if not bool(wanted.any()) or not bool((wanted + found).isfinite().all()):
         return
     if not bool(found.any()):
-        yield Finding("clamped_loss" if bool(made.detach()) else "zero_loss_weight", f"{seen}; the sum has a gradient at the factors and "
-                      f"the total, which is differentiated, has none: it is {'held at a bound' if bool(made.detach()) else 'multiplied by zero'}.")
+        yield Finding(
+            "clamped_loss" if bool(made.detach()) else "zero_loss_weight",
+            f"{seen}; the sum has a gradient at the factors and the total, which is differentiated, has none: it is"
+            f" {'held at a bound' if bool(made.detach()) else 'multiplied by zero'}.",
+        )
     elif along < AGAINST:
-        yield Finding("loss_sign", f"{seen}; the total, which is minimised, falls where the sum grows (cosine of their gradients {along:.2f}).")
+        yield Finding(
+            "loss_sign",
+            f"{seen}; the total, which is minimised, falls where the sum grows (cosine of their gradients"
+            f" {along:.2f}).",
+        )
 
 
 def _slope(value: Tensor, leaves: Prediction) -> Tensor:
     """The gradient at every output, in one row of float64."""
     live = [leaf for leaf in leaves if leaf is not None]
     parts = torch.autograd.grad(value, live, retain_graph=True, allow_unused=True)
-    return torch.cat([(torch.zeros_like(leaf) if part is None else part).flatten() for leaf, part in zip(live, parts)]).double()
+    return torch.cat(
+        [(torch.zeros_like(leaf) if part is None else part).flatten() for leaf, part in zip(live, parts)]
+    ).double()
 
 
 # ---- the oracle ----------------------------------------------------------------------------------------------------
@@ -87,8 +102,13 @@ def oracle(scenes: Scenes, like: Prediction) -> Prediction:
     logits = None
     if like.count_logits is not None:
         logits = 50.0 * fn.one_hot(scenes.count - 1, like.count_logits.shape[1]).to(factor.dtype)
-    return Prediction(factor.clone(), set_of(scenes.azimuth, like.azimuth), set_of(scenes.elevation, like.elevation),
-                      set_of(scenes.range_m, like.range_m), logits)
+    return Prediction(
+        factor.clone(),
+        set_of(scenes.azimuth, like.azimuth),
+        set_of(scenes.elevation, like.elevation),
+        set_of(scenes.range_m, like.range_m),
+        logits,
+    )
 
 
 def _terms(subject: Subject, prediction: Prediction, scenes: Scenes) -> dict[str, float]:
@@ -109,8 +129,11 @@ def truth(subject: Subject) -> Iterator[Finding]:
         yield _misjudged(subject, wrong, right, guess, scores[wrong])
     for name in LOCATED:
         if name in scores and scores[name] > ZERO:
-            yield Finding("wrong_units", f"the true {LOCATED[name]} has a {name} loss of {scores[name]:.3g} instead of 0: "
-                          f"prediction and label are not in the same units or frame.")
+            yield Finding(
+                "wrong_units",
+                f"the true {LOCATED[name]} has a {name} loss of {scores[name]:.3g} instead of 0: "
+                "prediction and label are not in the same units or frame.",
+            )
             return
     yield from _shifted(subject, right, scenes)
 
@@ -121,13 +144,22 @@ def _misjudged(subject: Subject, term: str, right: Prediction, guess: Prediction
     turned = _terms(subject, right._replace(factor=conj(right.factor)), scenes)[term]
     random = _terms(subject, guess, scenes)[term]
     if abs(turned) < ZERO:
-        return Finding("conjugation_error", f"the true factors score {score:.3g} in {term} and their complex conjugates "
-                       f"{turned:.1e}: one side has the other sign of the exponent.")
+        return Finding(
+            "conjugation_error",
+            f"the true factors score {score:.3g} in {term} and their complex conjugates "
+            f"{turned:.1e}: one side has the other sign of the exponent.",
+        )
     if score > random:
-        return Finding("loss_sign", f"{term} is {score:.3g} for the truth and {random:.3g} for an untrained network: "
-                       f"it grows as the answer gets better.")
-    return Finding("target_scale_differs", f"the true factors score {score:.4g} in {term} instead of 0 (an untrained "
-                   f"network: {random:.3g}): prediction and target are not treated alike.")
+        return Finding(
+            "loss_sign",
+            f"{term} is {score:.3g} for the truth and {random:.3g} for an untrained network: "
+            "it grows as the answer gets better.",
+        )
+    return Finding(
+        "target_scale_differs",
+        f"the true factors score {score:.4g} in {term} instead of 0 (an untrained "
+        f"network: {random:.3g}): prediction and target are not treated alike.",
+    )
 
 
 def _shifted(subject: Subject, right: Prediction, scenes: Scenes) -> Iterator[Finding]:
@@ -139,21 +171,26 @@ def _shifted(subject: Subject, right: Prediction, scenes: Scenes) -> Iterator[Fi
     expected = {"angle": delta * (SHIFT_RAD - delta / 2), "chamfer": 2 * SHIFT_RAD**2}
     for name, value in expected.items():
         if scores.get(name) and not 0.3 * value < scores[name] < 3.0 * value:
-            yield Finding("wrong_units", f"azimuths that are wrong by {SHIFT_RAD} rad have a {name} loss of "
-                          f"{scores[name]:.3g}; {value:.3g} is right.")
+            yield Finding(
+                "wrong_units",
+                f"azimuths that are wrong by {SHIFT_RAD} rad have a {name} loss of "
+                f"{scores[name]:.3g}; {value:.3g} is right.",
+            )
             return
     if right.range_m is not None and "range" in scores:
         value = SHIFT_LOG**2 / 2
         found = _terms(subject, right._replace(range_m=right.range_m * math.exp(SHIFT_LOG)), scenes)["range"]
         if not 0.3 * value < found < 3.0 * value:
-            yield Finding("wrong_units", f"ranges that are 5 % too long have a range loss of {found:.3g}; {value:.3g} is right.")
+            yield Finding(
+                "wrong_units", f"ranges that are 5 % too long have a range loss of {found:.3g}; {value:.3g} is right."
+            )
 
 
 def labels(subject: Subject) -> Iterator[Finding]:
     """Angles and ranges lie where the task says.
 
-    A reader may re-express the positions of files from another origin, which moves them past the task's limits: what the
-    files have is held to the task, and the scenes to what the reader served.
+    A reader may re-express the positions of files from another origin, which moves them past the task's limits: what
+    the files have is held to the task, and the scenes to what the reader served.
     """
     task, scenes = subject.config.task, subject.scenes
     allowed = Reach(math.radians(task.azimuth_deg), math.radians(task.elevation_deg), task.range_max_m)
@@ -173,7 +210,9 @@ def _beyond(whose: str, seen: Reach, allowed: Reach, says: str) -> Iterator[Find
     for name, unit in (("azimuth", "rad"), ("elevation", "rad"), ("range_m", "m")):
         high, limit = getattr(seen, name), getattr(allowed, name)
         if high > 1.01 * limit + 1e-6:
-            yield Finding("wrong_units", f"{whose}{name.removesuffix('_m')}s go up to {high:.4g}; {says} {limit:.4g} {unit}.")
+            yield Finding(
+                "wrong_units", f"{whose}{name.removesuffix('_m')}s go up to {high:.4g}; {says} {limit:.4g} {unit}."
+            )
             return
 
 
@@ -194,8 +233,11 @@ def dead_terms(subject: Subject) -> Iterator[Finding]:
         if len(set(values)) == 1:
             yield Finding("dead_loss_term", f"{name} is {values[0]:g} for every prediction that was tried.")
         elif name in COVARIANCE and len(set(values[:3])) == 1:
-            yield Finding("clamped_loss", f"{name} is {values[0]:g} for an untrained network and for others near it, and "
-                          f"{values[-1]:.3g} for the truth: it is flat where training starts.")
+            yield Finding(
+                "clamped_loss",
+                f"{name} is {values[0]:g} for an untrained network and for others near it, and "
+                f"{values[-1]:.3g} for the truth: it is flat where training starts.",
+            )
 
 
 def _jolted(prediction: Prediction, size: float) -> Prediction:
@@ -206,7 +248,12 @@ def _jolted(prediction: Prediction, size: float) -> Prediction:
         if value is None:
             return None
         noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
-        return (value + size * value.abs().mean() * noise).abs() if (value > 0).all() else value + size * value.abs().mean() * noise
+        return (
+            (value + size * value.abs().mean() * noise).abs()
+            if (value > 0).all()
+            else value + size * value.abs().mean() * noise
+        )
+
     return Prediction(*(noisy(value) for value in prediction))
 
 
@@ -219,8 +266,12 @@ def shares(subject: Subject, scenes: Scenes) -> dict[str, float]:
         if not value.requires_grad:
             sizes[name] = 0.0
             continue
-        parts = torch.autograd.grad(value * subject.loss.weights.get(name, 0.0), live, retain_graph=True, allow_unused=True)
-        sizes[name] = float(torch.stack([part.norm() for part in parts if part is not None] or [torch.zeros(())]).norm())
+        parts = torch.autograd.grad(
+            value * subject.loss.weights.get(name, 0.0), live, retain_graph=True, allow_unused=True
+        )
+        sizes[name] = float(
+            torch.stack([part.norm() for part in parts if part is not None] or [torch.zeros(())]).norm()
+        )
     return sizes
 
 
@@ -235,9 +286,19 @@ def balance(subject: Subject) -> Iterator[Finding]:
     name, largest = max(sizes.items(), key=lambda item: item[1])
     if name not in TRUTH_TERMS and largest > DOMINATES * total:
         truth = sum(subject.loss.weights.get(each, 0.0) for each in TRUTH_TERMS)
-        yield Finding("dominating_term", f"{name} (weight {subject.loss.weights[name]:g}) supplies {largest / total:.1%} of "
-                      f"the gradient at the start.", certain=subject.loss.weights[name] > truth)
+        yield Finding(
+            "dominating_term",
+            f"{name} (weight {subject.loss.weights[name]:g}) supplies {largest / total:.1%} of "
+            "the gradient at the start.",
+            certain=subject.loss.weights[name] > truth,
+        )
 
 
-CHECKS = {"the weights of the loss": weights, "the total is made of its terms": total, "the truth scores zero": truth, "labels are in radians and metres": labels,
-          "every term of the loss is alive": dead_terms, "no auxiliary term dominates": balance}
+CHECKS = {
+    "the weights of the loss": weights,
+    "the total is made of its terms": total,
+    "the truth scores zero": truth,
+    "labels are in radians and metres": labels,
+    "every term of the loss is alive": dead_terms,
+    "no auxiliary term dominates": balance,
+}

@@ -5,26 +5,28 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, Q factor 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import graph_of
 from ris_fast.health.preflight.parameters import listed
-from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.probe import Subject, captured
 from ris_fast.physics.pairs import adjoint_matmul, to_complex
 from ris_fast.physics.scenes import Scenes
 
-SAME = 1e-5                # relative change of a factor that rounding explains
-CLOSE = 1e-3               # between two ways of computing the same
-NOISE_SHARE = 0.5          # of the answers' variance that dropout may make
-GAIN = 20.0                # growth of a signal in one layer
+SAME = 1e-5  # relative change of a factor that rounding explains
+CLOSE = 1e-3  # between two ways of computing the same
+NOISE_SHARE = 0.5  # of the answers' variance that dropout may make
+GAIN = 20.0  # growth of a signal in one layer
 AT_THE_ENDS = 0.9
-DEPENDENT = 1e-12          # of the energy: columns that differ by more than rounding are independent, however alike at the start
-NUDGE = 0.01               # by which tensors move that a gradient reaches
+DEPENDENT = (
+    1e-12  # of the energy: columns that differ by more than rounding are independent, however alike at the start
+)
+NUDGE = 0.01  # by which tensors move that a gradient reaches
 
 
 def change(a: Tensor, b: Tensor) -> float:
@@ -32,7 +34,8 @@ def change(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / a.norm().clamp_min(1e-30))
 
 
-# ---- what comes out ----------------------------------------------------------------------------------------------------
+# ---- what comes out
+# ----------------------------------------------------------------------------------------------------
 
 
 def randomness(subject: Subject) -> Iterator[Finding]:
@@ -40,25 +43,47 @@ def randomness(subject: Subject) -> Iterator[Finding]:
     scenes = subject.scenes
     first, second = subject.answer(scenes, 1), subject.answer(scenes, 2)
     if change(first, second) > SAME:
-        yield Finding("train_mode_in_validation", f"in evaluation mode two answers to the same scenes differ by "
-                      f"{change(first, second):.2g}: dropout is at work.")
+        yield Finding(
+            "train_mode_in_validation",
+            "in evaluation mode two answers to the same scenes differ by "
+            f"{change(first, second):.2g}: dropout is at work.",
+        )
     subject.model.train()
     asleep = [name or "the network" for name, module in subject.model.named_modules() if not module.training]
     if asleep:
-        yield Finding("eval_mode_in_training", f"after train(), {len(asleep)} modules are still in evaluation mode: {listed(asleep)}.")
-    norms = [name for name, module in subject.model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        yield Finding(
+            "eval_mode_in_training",
+            f"after train(), {len(asleep)} modules are still in evaluation mode: {listed(asleep)}.",
+        )
+    norms = [
+        name for name, module in subject.model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
     drops = [module for module in subject.model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
     answers = [_training_answer(subject, scenes, seed) for seed in (1, 2)]
     noise = change(answers[0], answers[1])
     spread = float(answers[0].std(0).norm() * len(answers[0]) ** 0.5 / answers[0].norm())
-    dropped = max([module.p for module in drops] + [value for module in subject.model.modules()
-                  for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)], default=0.0)
+    dropped = max(
+        [module.p for module in drops]
+        + [
+            value
+            for module in subject.model.modules()
+            for name, value in vars(module).items()
+            if "dropout" in name and isinstance(value, float)
+        ],
+        default=0.0,
+    )
     if noise**2 / 2 > NOISE_SHARE * max(spread, 1e-12) ** 2 or dropped >= 0.7:
-        yield Finding("heavy_dropout", f"two answers to the same scenes differ by {noise:.0%}, different scenes by {spread:.0%}"
-                      f"{f'; dropout {dropped:g}' if dropped else ''}.")
+        yield Finding(
+            "heavy_dropout",
+            f"two answers to the same scenes differ by {noise:.0%}, different scenes by {spread:.0%}"
+            f"{f'; dropout {dropped:g}' if dropped else ''}.",
+        )
     elif norms or (noise < SAME and change(first, answers[0]) > CLOSE and not asleep):
-        yield Finding("batchnorm_statistics", f"without dropout, training and evaluation mode answer differently "
-                      f"({change(first, answers[0]):.2g}){f': {listed(norms)}' if norms else ''}.")
+        yield Finding(
+            "batchnorm_statistics",
+            "without dropout, training and evaluation mode answer differently "
+            f"({change(first, answers[0]):.2g}){f': {listed(norms)}' if norms else ''}.",
+        )
 
 
 def _training_answer(subject: Subject, scenes: Scenes, seed: int) -> Tensor:
@@ -76,14 +101,18 @@ def saturation(subject: Subject) -> Iterator[Finding]:
     reach = float((high - low).clamp_min(1e-30))
     share = float((((high - answer) < 1e-3 * reach) | ((answer - low) < 1e-3 * reach)).float().mean())
     if share > AT_THE_ENDS and reach > 1e-20:
-        yield Finding("saturated_output", f"{share:.0%} of the factor's entries are at {float(low):.3g} or {float(high):.3g}.")
+        yield Finding(
+            "saturated_output", f"{share:.0%} of the factor's entries are at {float(low):.3g} or {float(high):.3g}."
+        )
         return
     gram = torch.linalg.eigvalsh(to_complex(adjoint_matmul(answer.double(), answer.double())))
     needed = min(int(subject.scenes.count.max()), answer.shape[1])
     rank = int((gram > DEPENDENT * gram[:, -1:].clamp_min(1e-30)).sum(1).max())
     if rank < needed:
-        yield Finding("output_rank_too_low", f"factors have {rank} independent columns of {answer.shape[2]}; scenes have up to "
-                      f"{needed} sources.")
+        yield Finding(
+            "output_rank_too_low",
+            f"factors have {rank} independent columns of {answer.shape[2]}; scenes have up to {needed} sources.",
+        )
 
 
 def layers(subject: Subject) -> Iterator[Finding]:
@@ -96,16 +125,21 @@ def layers(subject: Subject) -> Iterator[Finding]:
             signals.setdefault(name, (_rms(inputs[0]), _rms(output), bool(inputs[0].isfinite().all())))
             if output.requires_grad:
                 outputs.setdefault(name, output)
+
     subject.model.train()
     with captured(subject.model, keep):
         total = subject.run()[0]
     for name, (before, after, finite) in signals.items():
         if finite and not after < float("inf"):
-            yield Finding("fp16_overflow" if _narrow(subject) else "bad_initialisation", f"{name} answers with values that are not finite to "
-                          f"inputs that are.")
+            yield Finding(
+                "fp16_overflow" if _narrow(subject) else "bad_initialisation",
+                f"{name} answers with values that are not finite to inputs that are.",
+            )
             return
     if not bool(total.isfinite()):
-        yield from _broken_loss(subject, float(total.detach()), [name for name, (_, _, finite) in signals.items() if not finite])
+        yield from _broken_loss(
+            subject, float(total.detach()), [name for name, (_, _, finite) in signals.items() if not finite]
+        )
         return
     yield from _exploding(signals)
     yield from _dead(subject, total, outputs, signals)
@@ -117,17 +151,26 @@ def _narrow(subject: Subject) -> bool:
     if subject.config.training.precision != "fp32":
         return True
     nodes = graph_of(subject.run()[0]).operators
-    return any(meta.dtype in (torch.float16, torch.bfloat16) for node in nodes for meta in getattr(node, "_input_metadata", ()))
+    return any(
+        meta.dtype in (torch.float16, torch.bfloat16) for node in nodes for meta in getattr(node, "_input_metadata", ())
+    )
 
 
 def _broken_loss(subject: Subject, loss: float, layers: list[str]) -> Iterator[Finding]:
     """Why the loss is not finite, where no layer made it so; scenes that are not finite are told of elsewhere."""
     scenes = subject.scenes
-    if not all(bool(value.isfinite().all()) for value in (scenes.snapshots, scenes.channel, scenes.factor, scenes.covariance) if value is not None):
+    if not all(
+        bool(value.isfinite().all())
+        for value in (scenes.snapshots, scenes.channel, scenes.factor, scenes.covariance)
+        if value is not None
+    ):
         return
     if layers:
-        yield Finding("input_scale", f"the input of {layers[0]} is not finite though the scenes are: what prepares it divides by zero or "
-                      f"overflows.")
+        yield Finding(
+            "input_scale",
+            f"the input of {layers[0]} is not finite though the scenes are: what prepares it divides by zero or "
+            "overflows.",
+        )
     elif _narrow(subject):
         yield Finding("fp16_overflow", f"the loss is {loss} although every layer is finite.")
     else:
@@ -144,8 +187,10 @@ def _exploding(signals: dict[str, tuple[float, float, bool]]) -> Iterator[Findin
         return
     worst = max(grown, key=grown.__getitem__)
     if grown[worst] > GAIN and signals[worst][1] > GAIN:
-        yield Finding("bad_initialisation", f"{worst} turns a signal of rms {signals[worst][0]:.2g} into one of "
-                      f"{signals[worst][1]:.2g}.")
+        yield Finding(
+            "bad_initialisation",
+            f"{worst} turns a signal of rms {signals[worst][0]:.2g} into one of {signals[worst][1]:.2g}.",
+        )
 
 
 def _dead(subject: Subject, total: Tensor, outputs: dict[str, Tensor], signals: dict) -> Iterator[Finding]:
@@ -153,7 +198,11 @@ def _dead(subject: Subject, total: Tensor, outputs: dict[str, Tensor], signals: 
     if not total.requires_grad or total.grad_fn is None or not outputs:
         return
     gradients = torch.autograd.grad(total, list(outputs.values()), retain_graph=True, allow_unused=True)
-    silent = [name for (name, value), gradient in zip(outputs.items(), gradients) if gradient is not None and not bool(gradient.any())]
+    silent = [
+        name
+        for (name, value), gradient in zip(outputs.items(), gradients)
+        if gradient is not None and not bool(gradient.any())
+    ]
     stuck = _never_reached(subject) if silent else []
     if len(stuck) > 1:
         yield Finding("zero_product_init", f"{listed(stuck)} start at zero, and each stops the gradient of the other.")
@@ -161,15 +210,20 @@ def _dead(subject: Subject, total: Tensor, outputs: dict[str, Tensor], signals: 
     for name in reversed(silent):
         value = outputs[name].detach().float()
         if signals[name][1] > 0 and float(value.max()) < -3.0:
-            yield Finding("dead_units", f"all {value.shape[-1]} units of {name} lie between {float(value.min()):.3g} and "
-                          f"{float(value.max()):.3g}, where the activation behind it is flat.")
+            yield Finding(
+                "dead_units",
+                f"all {value.shape[-1]} units of {name} lie between {float(value.min()):.3g} and "
+                f"{float(value.max()):.3g}, where the activation behind it is flat.",
+            )
             return
 
 
 def _never_reached(subject: Subject) -> list[str]:
-    """Matrices of zeros that no gradient reaches, not even after every tensor that one reaches has moved, and those it reaches then.
+    """Matrices of zeros that no gradient reaches, not even after every tensor that one reaches has moved, and those it
+    reaches then.
 
-    One factor of a product may start at zero, as the last layer of a residual branch: it moves, and then the other one does.
+    One factor of a product may start at zero, as the last layer of a residual branch: it moves, and then the other one
+    does.
     """
     live = {name: p for name, p in subject.parameters.items() if p.requires_grad}
     stuck = [name for name, p in live.items() if p.dim() > 1 and not bool(p.any())]
@@ -196,5 +250,8 @@ def _equal_units(subject: Subject) -> Iterator[Finding]:
         yield Finding("symmetric_init", f"all units of {listed(alike)} start with the same weights.")
 
 
-CHECKS = {"dropout and modes": randomness, "answers are not at the ends of a range": saturation,
-          "signals pass every layer": layers}
+CHECKS = {
+    "dropout and modes": randomness,
+    "answers are not at the ends of a range": saturation,
+    "signals pass every layer": layers,
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -12,13 +12,14 @@ from ris_fast.health.preflight.probe import Subject
 from ris_fast.training.validation import scene_nmse
 
 STEPS, GOAL = 60, 0.05
-FEWEST, SECONDS = 6, 0.5   # steps at least, and after that time at most; the note says how far it came
+FEWEST, SECONDS = 6, 0.5  # steps at least, and after that time at most; the note says how far it came
 
 
 def memorise(subject: Subject) -> Iterator[Finding]:
-    """A few scenes again and again through the run's own step: no finding of its own, but a note that says how far it came."""
+    """A few scenes again and again through the run's own step: no finding of its own, but a note that says how far it
+    came."""
     began, taken = time.perf_counter(), 0
-    subject.step.telemetry.enabled = False           # undone with everything else
+    subject.step.telemetry.enabled = False  # undone with everything else
     start = score = _nmse(subject)
     for taken in range(1, STEPS + 1):
         torch.manual_seed(taken)
@@ -30,8 +31,9 @@ def memorise(subject: Subject) -> Iterator[Finding]:
         if score < GOAL or late:
             break
     subject.reached = score < GOAL
-    subject.note = (f"NMSE of {subject.scenes.batch} scenes {start:.3f} -> {score:.3f} in {taken} steps"
-                    + ("" if score < GOAL else f"; the goal of {GOAL:g} in {STEPS} was not reached"))
+    subject.note = f"NMSE of {subject.scenes.batch} scenes {start:.3f} -> {score:.3f} in {taken} steps" + (
+        "" if score < GOAL else f"; the goal of {GOAL:g} in {STEPS} was not reached"
+    )
     if not score < start:
         yield from _reason(subject, start, score)
 
@@ -39,8 +41,12 @@ def memorise(subject: Subject) -> Iterator[Finding]:
 def _reason(subject: Subject, start: float, score: float) -> Iterator[Finding]:
     """Nothing structural was found and the same scenes are not learned: the step goes the wrong way, or too far."""
     if score > 1.05 * start:
-        yield Finding("learning_rate_too_large", f"the NMSE of {subject.scenes.batch} scenes rises from {start:.3f} to {score:.3f} while the network is "
-                      f"trained on them alone.", certain=False)
+        yield Finding(
+            "learning_rate_too_large",
+            f"the NMSE of {subject.scenes.batch} scenes rises from {start:.3f} to {score:.3f} while the network is "
+            "trained on them alone.",
+            certain=False,
+        )
 
 
 @torch.no_grad()

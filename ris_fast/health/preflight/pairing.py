@@ -1,8 +1,9 @@
 """Whether snapshots, channel and target belong to one scene: how much of the snapshots' energy the sources explain.
 
-Model: y_l = H (c_l o A s_l) + n_l has D = L M complex numbers, and amplitudes of d of them are free (d = K for static symbols, K L for
-    others). Of a scene with the share rho = SNR / (1 + SNR) of signal the sources explain rho + (1 - rho) d / D of the energy; of a
-    scene whose parts do not belong together d / D, as Beta(d, D - d). Between the two lies `belonging`, 1 and 0.
+Model: y_l = H (c_l o A s_l) + n_l has D = L M complex numbers, and amplitudes of d of them are free (d = K for static
+    symbols, K L for others). Of a scene with the share rho = SNR / (1 + SNR) of signal the sources explain rho + (1 -
+    rho) d / D of the energy; of a scene whose parts do not belong together d / D, as Beta(d, D - d). Between the two
+    lies `belonging`, 1 and 0.
 Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K sources (padded).
 """
 
@@ -20,14 +21,18 @@ from ris_fast.physics.channel import sense
 from ris_fast.physics.pairs import to_complex
 from ris_fast.physics.scenes import Scenes
 
-WHOLE, HALF = 0.8, 0.5     # below WHOLE scenes as a group are mixed up, below HALF a scene by itself
-DEVIATIONS, CLEAR = 5.0, 4.0    # standard deviations: of a group that is called mixed up; between the two cases of one scene
-AUDIBLE = 0.3              # share of signal from which a scene's own SNR is measured
-CEILING_DB = 30.0          # above it an SNR is as good as any other: rounding and a slightly different array reach it
+WHOLE, HALF = 0.8, 0.5  # below WHOLE scenes as a group are mixed up, below HALF a scene by itself
+DEVIATIONS, CLEAR = (
+    5.0,
+    4.0,
+)  # standard deviations: of a group that is called mixed up; between the two cases of one scene
+AUDIBLE = 0.3  # share of signal from which a scene's own SNR is measured
+CEILING_DB = 30.0  # above it an SNR is as good as any other: rounding and a slightly different array reach it
 
 
 def with_factor(scenes: Scenes) -> Scenes:
-    """The scenes with a factor: of a dense target the one of its largest eigenvalues, which needs no steering vector."""
+    """The scenes with a factor: of a dense target the one of its largest eigenvalues, which needs no steering
+    vector."""
     if scenes.factor is not None or scenes.covariance is None:
         return scenes
     return replace(scenes, factor=leading_factor(scenes.covariance, scenes.range_m.shape[1]))
@@ -51,7 +56,8 @@ def explained(snapshots: Tensor, channel: Tensor, codes: Tensor, factor: Tensor,
 
 
 class Belonging(NamedTuple):
-    """Of each scene, (B,): 1 where its parts belong together and 0 where they do not, with the standard deviations of both cases."""
+    """Of each scene, (B,): 1 where its parts belong together and 0 where they do not, with the standard deviations of
+    both cases."""
 
     value: Tensor
     together: Tensor
@@ -86,18 +92,21 @@ def belonging(scenes: Scenes, static: bool) -> Belonging:
     free = (1.0 - chance).clamp_min(1e-6)
     together = 2.0 * (1.0 - signal) / (signal * (size * free).sqrt())
     apart = (chance * free / (size + 1)).sqrt() / (signal * free)
-    blind = chance > 0.95                      # everything is explained whatever the target
-    return Belonging((share - chance) / (signal * free), *(torch.where(blind, torch.inf, each) for each in (together, apart)))
+    blind = chance > 0.95  # everything is explained whatever the target
+    return Belonging(
+        (share - chance) / (signal * free), *(torch.where(blind, torch.inf, each) for each in (together, apart))
+    )
 
 
 class SnrLabels(NamedTuple):
-    """SNR labels beside what the sources leave of the snapshots, in the scenes whose parts plainly belong together, (S,) each."""
+    """SNR labels beside what the sources leave of the snapshots, in the scenes whose parts plainly belong together,
+    (S,) each."""
 
     labels_db: Tensor
     measured_db: Tensor
-    deviation_db: Tensor       # of the measurement
-    scenes: int                # looked at
-    loud: int                  # of these, by their labels
+    deviation_db: Tensor  # of the measurement
+    scenes: int  # looked at
+    loud: int  # of these, by their labels
 
     @property
     def away_db(self) -> Tensor:
@@ -108,8 +117,9 @@ class SnrLabels(NamedTuple):
 def measure_snr(scenes: Scenes, static: bool) -> SnrLabels:
     """The SNR as the residual has it, in no need of the label.
 
-    Model: the share explained is chance + (1 - chance) rho, with rho = SNR / (1 + SNR). The residual has D - d complex numbers of noise;
-        the energy of the signal moves with its product with the noise, by 2 / (D SNR) of itself squared.
+    Model: the share explained is chance + (1 - chance) rho, with rho = SNR / (1 + SNR). The residual has D - d complex
+        numbers of noise; the energy of the signal moves with its product with the noise, by 2 / (D SNR) of itself
+        squared.
     """
     share, chance = explained(scenes.snapshots, scenes.channel, scenes.codes, scenes.factor, static)
     size, free = scenes.snapshots[0, ..., 0].numel(), (1.0 - chance).clamp_min(1e-6)
@@ -117,6 +127,11 @@ def measure_snr(scenes: Scenes, static: bool) -> SnrLabels:
     least = (DEVIATIONS * (chance / (free * (size + 1))).sqrt()).clamp_min(AUDIBLE)
     plain, promised = signal > least, 10.0 ** (scenes.snr_db / 10.0)
     ratio = signal / (1.0 - signal)
-    deviation = 10.0 / math.log(10.0) * (1.0 / (size * free) + 2.0 / (size * ratio) + 1.0 / (size * ratio.square())).sqrt()
-    return SnrLabels(*(each[plain] for each in (scenes.snr_db, 10.0 * ratio.log10(), deviation)), len(signal),
-                     int((promised / (1.0 + promised) > least).sum()))
+    deviation = (
+        10.0 / math.log(10.0) * (1.0 / (size * free) + 2.0 / (size * ratio) + 1.0 / (size * ratio.square())).sqrt()
+    )
+    return SnrLabels(
+        *(each[plain] for each in (scenes.snr_db, 10.0 * ratio.log10(), deviation)),
+        len(signal),
+        int((promised / (1.0 + promised) > least).sum()),
+    )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from ris_fast.health.preflight.autograd import graph_of
 from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.names import words
+from ris_fast.health.preflight.autograd import graph_of
 from ris_fast.health.preflight.probe import Subject
 
 STANDARD = (nn.Linear, nn.modules.conv._ConvNd, nn.LayerNorm, nn.Embedding, nn.RMSNorm)
@@ -29,31 +29,49 @@ def allowed_frozen(subject: Subject) -> tuple[str, ...]:
 
 def frozen(subject: Subject) -> Iterator[Finding]:
     """Parameters that do not require a gradient and are not named in health.frozen."""
-    names = [name for name, parameter in subject.parameters.items()
-             if not parameter.requires_grad and not name.startswith(allowed_frozen(subject))]
+    names = [
+        name
+        for name, parameter in subject.parameters.items()
+        if not parameter.requires_grad and not name.startswith(allowed_frozen(subject))
+    ]
     if names:
-        share = sum(subject.parameters[name].numel() for name in names) / max(1, sum(p.numel() for p in subject.parameters.values()))
-        yield Finding("frozen_parameters", f"{len(names)} of {len(subject.parameters)} tensors ({share:.0%} of the weights) "
-                      f"do not require a gradient: {listed(names)}.")
+        share = sum(subject.parameters[name].numel() for name in names) / max(
+            1, sum(p.numel() for p in subject.parameters.values())
+        )
+        yield Finding(
+            "frozen_parameters",
+            f"{len(names)} of {len(subject.parameters)} tensors ({share:.0%} of the weights) "
+            f"do not require a gradient: {listed(names)}.",
+        )
 
 
 def membership(subject: Subject) -> Iterator[Finding]:
     """Every trainable parameter is in the optimizer exactly once, and nothing else is."""
-    grouped = [(group.get("name", f"group {number}"), parameter) for number, group in enumerate(subject.optimizer.param_groups)
-               for parameter in group["params"]]
+    grouped = [
+        (group.get("name", f"group {number}"), parameter)
+        for number, group in enumerate(subject.optimizer.param_groups)
+        for parameter in group["params"]
+    ]
     times = Counter(id(parameter) for _, parameter in grouped)
     own = {id(parameter): name for name, parameter in subject.parameters.items()}
     twice = [own.get(key, "a tensor of no module") for key, count in times.items() if count > 1]
     if twice:
-        yield Finding("duplicate_parameters", f"{len(twice)} tensors are in the optimizer more than once: {listed(twice)}.")
+        yield Finding(
+            "duplicate_parameters", f"{len(twice)} tensors are in the optimizer more than once: {listed(twice)}."
+        )
     strangers = [where for where, parameter in grouped if id(parameter) not in own]
     if strangers:
-        yield Finding("stale_optimizer_parameters", f"{len(strangers)} of the optimizer's {len(grouped)} tensors are not "
-                      f"parameters of the network (in {listed(sorted(set(strangers)))}).")
+        yield Finding(
+            "stale_optimizer_parameters",
+            f"{len(strangers)} of the optimizer's {len(grouped)} tensors are not "
+            f"parameters of the network (in {listed(sorted(set(strangers)))}).",
+        )
     missing = [name for key, name in own.items() if key not in times and subject.parameters[name].requires_grad]
     if missing:
-        yield Finding("missing_from_optimizer", f"{len(missing)} of {len(own)} trainable tensors are in no group of the "
-                      f"optimizer: {listed(missing)}.")
+        yield Finding(
+            "missing_from_optimizer",
+            f"{len(missing)} of {len(own)} trainable tensors are in no group of the optimizer: {listed(missing)}.",
+        )
 
 
 def tied(subject: Subject) -> Iterator[Finding]:
@@ -68,15 +86,21 @@ def tied(subject: Subject) -> Iterator[Finding]:
 
 def unregistered(subject: Subject) -> Iterator[Finding]:
     """Layers keep their weights as parameters, and the loss reaches no leaf that is not one."""
-    plain = [f"{name}.weight" for name, module in subject.model.named_modules()
-             if isinstance(module, STANDARD) and "weight" not in module._parameters]
+    plain = [
+        f"{name}.weight"
+        for name, module in subject.model.named_modules()
+        if isinstance(module, STANDARD) and "weight" not in module._parameters
+    ]
     if plain:
         yield Finding("unregistered_parameters", f"{listed(plain)} is a buffer or a plain attribute, not a parameter.")
     own = {id(parameter) for parameter in subject.parameters.values()}
     strangers = [leaf for key, leaf in eager_leaves(subject).items() if key not in own]
     if strangers:
-        yield Finding("unregistered_parameters", f"the loss reaches {len(strangers)} tensors that are parameters of no module "
-                      f"of the network, the first of shape {tuple(strangers[0].shape)}.")
+        yield Finding(
+            "unregistered_parameters",
+            f"the loss reaches {len(strangers)} tensors that are parameters of no module "
+            f"of the network, the first of shape {tuple(strangers[0].shape)}.",
+        )
 
 
 def eager_leaves(subject: Subject) -> dict[int, torch.Tensor]:
@@ -103,12 +127,16 @@ def precision(subject: Subject) -> Iterator[Finding]:
 
 def rounded_to_16_bits(model: nn.Module) -> bool:
     """Every float32 weight has its 16 last bits zero, which chance does not do."""
-    wide = [parameter for parameter in model.parameters() if parameter.dtype == torch.float32 and parameter.numel() > 64]
+    wide = [
+        parameter for parameter in model.parameters() if parameter.dtype == torch.float32 and parameter.numel() > 64
+    ]
     return bool(wide) and all(not bool((p.detach().contiguous().view(torch.int32) & 0xFFFF).any()) for p in wide)
 
 
-CHECKS = {"every parameter is trainable or named frozen": frozen,
-          "every parameter is in the optimizer once": membership,
-          "no two layers share a tensor": tied,
-          "every weight is a parameter of the network": unregistered,
-          "weights are kept in 32 bits": precision}
+CHECKS = {
+    "every parameter is trainable or named frozen": frozen,
+    "every parameter is in the optimizer once": membership,
+    "no two layers share a tensor": tied,
+    "every weight is a parameter of the network": unregistered,
+    "weights are kept in 32 bits": precision,
+}

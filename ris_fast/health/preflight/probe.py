@@ -1,15 +1,17 @@
-"""What preflight examines: a trainer, a few scenes of its own, and the ways to run them through its own network and loss.
+"""What preflight examines: a trainer, a few scenes of its own, and the ways to run them through its own network and
+loss.
 
 Legend: B batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +20,10 @@ from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.trainer import Trainer
 
-SMALL = 16                 # scenes in most probes: a forward pass of a large network is most of what they cost
-FEWEST = 4                 # of a micro-batch by itself
-VALIDATED = 256            # validation scenes that are looked at
-GROUPS = 8                 # optimizer steps whose scenes are looked at
+SMALL = 16  # scenes in most probes: a forward pass of a large network is most of what they cost
+FEWEST = 4  # of a micro-batch by itself
+VALIDATED = 256  # validation scenes that are looked at
+GROUPS = 8  # optimizer steps whose scenes are looked at
 MOST_SCENES = 2048
 
 
@@ -31,8 +33,8 @@ class Subject:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.model, self.loss = trainer, trainer.model, trainer.loss
         self.config, self.optimizer, self.step = trainer.config, trainer.optimizer, trainer.step
-        self.note = ""                 # of the check that runs: what it measured, for people
-        self.reached = True            # whether it came as far as it is meant to
+        self.note = ""  # of the check that runs: what it measured, for people
+        self.reached = True  # whether it came as far as it is meant to
 
     @cached_property
     def groups(self) -> list[list[Scenes]]:
@@ -105,7 +107,8 @@ class Subject:
 
     @property
     def guess(self) -> Prediction:
-        """What the network as it is answers to the small batch, without a graph: a copy, of one pass for all checks of the loss."""
+        """What the network as it is answers to the small batch, without a graph: a copy, of one pass for all checks of
+        the loss."""
         return Prediction(*(None if value is None else value.clone() for value in self._guess))
 
     @cached_property
@@ -162,16 +165,21 @@ class Subject:
 
 def captured(model: nn.Module, keep: Callable[[str, nn.Module, tuple, Any], None]) -> Any:
     """Context in which `keep(name, module, inputs, output)` sees every call of a module with parameters of its own."""
+
     @contextmanager
     def context() -> Iterator[None]:
         def hook(name: str) -> Callable:
             return lambda module, inputs, output: keep(name, module, inputs, output)
 
-        handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()
-                   if any(True for _ in module.parameters(recurse=False))]
+        handles = [
+            module.register_forward_hook(hook(name))
+            for name, module in model.named_modules()
+            if any(True for _ in module.parameters(recurse=False))
+        ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
     return context()

@@ -1,19 +1,22 @@
-"""What user code attached to a trainer may change: a scheduler, an average, a counter, held by hooks and by replaced methods.
+"""What user code attached to a trainer may change: a scheduler, an average, a counter, held by hooks and by replaced
+methods.
 
-The trainer does not know of them. They are found by following functions to what they close over, refer to and are bound to.
+The trainer does not know of them. They are found by following functions to what they close over, refer to and are bound
+to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
-from typing import Any, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-MOST = 5000                # objects that are looked at
+MOST = 5000  # objects that are looked at
 PLAIN = (int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device)
 CALLS = (FunctionType, MethodType, partial)
 PACKAGES = ("ris_fast.", "torch.", "numpy.", "builtins", "collections", "functools")
@@ -21,7 +24,8 @@ SCHEDULERS = (torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
 
 
 def attached(owners: Iterable[Any]) -> Iterator[Any]:
-    """Objects that the hooks and the replaced methods of `owners` reach, without the owners and what belongs to them."""
+    """Objects that the hooks and the replaced methods of `owners` reach, without the owners and what belongs to
+    them."""
     owners = list(owners)
     networks = [owner for owner in owners if isinstance(owner, nn.Module)]
     modules = [part for each in networks for part in (*each.modules(), *each.parameters(), *each.buffers())]
@@ -82,10 +86,12 @@ def global_names(function: FunctionType) -> dict[str, Any]:
 def contents(cell: CellType) -> tuple[Any, ...]:
     try:
         return (cell.cell_contents,)
-    except ValueError:             # not filled yet
+    except ValueError:  # not filled yet
         return ()
 
 
 def is_users(value: Any) -> bool:
     """An instance of a class that somebody wrote around the trainer."""
-    return not f"{type(value).__module__}.".startswith(PACKAGES) and not isinstance(value, (nn.Module, Optimizer, Tensor, *CALLS, CellType))
+    return not f"{type(value).__module__}.".startswith(PACKAGES) and not isinstance(
+        value, (nn.Module, Optimizer, Tensor, *CALLS, CellType)
+    )

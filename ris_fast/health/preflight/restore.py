@@ -1,13 +1,15 @@
-"""Leaves a trainer exactly as it was: weights, optimizer, averages, gradients, counters, modes, random numbers, and what users attached."""
+"""Leaves a trainer exactly as it was: weights, optimizer, averages, gradients, counters, modes, random numbers, and
+what users attached."""
 
 from __future__ import annotations
 
 import random
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CellType, FunctionType
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from ris_fast.health.preflight.reachable import PLAIN, SCHEDULERS, attached, con
 from ris_fast.training.trainer import Trainer
 
 Back = Callable[[], None]
+
 
 class Numbers:
     """A copy of every tensor that a trainer's network and optimizer hold, made once and written back as often as asked.
@@ -29,11 +32,15 @@ class Numbers:
         own = [tensor for module in modules_of(trainer) for tensor in (*module.parameters(), *module.buffers())]
         own += [tensor.grad for tensor in own if tensor.grad is not None]
         held = {id(tensor): tensor for tensor in [*own, *_held(trainer.optimizer)]}
-        self.kept: list[tuple[Tensor, Tensor, int]] = []      # tensor, its copy, and where it was if its owner stands before it, else 0
+        self.kept: list[
+            tuple[Tensor, Tensor, int]
+        ] = []  # tensor, its copy, and where it was if its owner stands before it, else 0
         for tensor in sorted(held.values(), key=lambda each: each.nbytes, reverse=True):
             owners = (_inside(tensor, owner, copy) for owner, copy, place in self.kept if not place)
             part = next((copy for copy in owners if copy is not None), None)
-            self.kept.append((tensor, tensor.detach().clone(), 0) if part is None else (tensor, part, tensor.data_ptr()))
+            self.kept.append(
+                (tensor, tensor.detach().clone(), 0) if part is None else (tensor, part, tensor.data_ptr())
+            )
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -50,12 +57,17 @@ def _held(optimizer: Any) -> list[Tensor]:
 
 
 def _inside(tensor: Tensor, owner: Tensor, copy: Tensor) -> Tensor | None:
-    """The part of the owner's copy that is the tensor's, where the tensor lies in the memory of the owner, one row of numbers."""
+    """The part of the owner's copy that is the tensor's, where the tensor lies in the memory of the owner, one row of
+    numbers."""
     start = tensor.data_ptr() - owner.data_ptr()
-    alike = (owner.dtype, owner.device) == (tensor.dtype, tensor.device) and owner.is_contiguous() and tensor.is_contiguous()
+    alike = (
+        (owner.dtype, owner.device) == (tensor.dtype, tensor.device)
+        and owner.is_contiguous()
+        and tensor.is_contiguous()
+    )
     if owner.dim() != 1 or not alike or not 0 <= start <= owner.nbytes - tensor.nbytes:
         return None
-    return copy[start // owner.element_size():][:tensor.numel()].view(tensor.shape)
+    return copy[start // owner.element_size() :][: tensor.numel()].view(tensor.shape)
 
 
 def modules_of(trainer: Trainer) -> list[nn.Module]:
@@ -65,15 +77,22 @@ def modules_of(trainer: Trainer) -> list[nn.Module]:
 
 @contextmanager
 def untouched(trainer: Trainer, numbers: Numbers | None = None) -> Iterator[None]:
-    """Whatever happens to the trainer's numbers inside the block is undone at its end, bit for bit; so is what happens to
-    schedulers, averages and counters that its hooks and replaced methods reach.
+    """Whatever happens to the trainer's numbers inside the block is undone at its end, bit for bit; so is what happens
+    to schedulers, averages and counters that its hooks and replaced methods reach.
 
     `numbers`: a copy of them that was made before, since when nothing has changed.
     """
     numbers = numbers or Numbers(trainer)
-    undo = [_gradients(trainer.model), _optimizer(trainer.optimizer), numbers.write_back, _random(trainer.device),
-            *(_plain(module) for each in modules_of(trainer) for module in each.modules()),
-            *map(_attributes, (trainer.step.telemetry, trainer.step, trainer.state, trainer.plan)), _plain(trainer), *_attached(trainer)]
+    undo = [
+        _gradients(trainer.model),
+        _optimizer(trainer.optimizer),
+        numbers.write_back,
+        _random(trainer.device),
+        *(_plain(module) for each in modules_of(trainer) for module in each.modules()),
+        *map(_attributes, (trainer.step.telemetry, trainer.step, trainer.state, trainer.plan)),
+        _plain(trainer),
+        *_attached(trainer),
+    ]
     try:
         yield
     finally:
@@ -87,6 +106,7 @@ def _gradients(model: nn.Module) -> Back:
     def back() -> None:
         for value, grad in kept:
             value.grad = grad
+
     return back
 
 
@@ -107,6 +127,7 @@ def _optimizer(optimizer: Any) -> Back:
         for group, options in groups:
             group.clear()
             group.update(options)
+
     return back
 
 
@@ -123,6 +144,7 @@ def _random(device: torch.device) -> Back:
             torch.cuda.set_rng_state(chip, device)
         if numpy:
             numpy.random.set_state(array)
+
     return back
 
 
@@ -142,6 +164,7 @@ def _attributes(owner: Any) -> Back:
         owner.__dict__.update(kept)
         for each in inner:
             each()
+
     return back
 
 
@@ -151,14 +174,17 @@ def _elements(value: Any) -> Back:
     def back() -> None:
         value.clear()
         (value.extend if isinstance(value, list) else value.update)(kept)
+
     return back
 
 
-# ---- what is not the trainer's own --------------------------------------------------------------------------------------
+# ---- what is not the trainer's own
+# --------------------------------------------------------------------------------------
 
 
 def _attached(trainer: Trainer) -> Iterator[Back]:
-    """Of everything that hooks and replaced methods reach. Tensors as long as they are no more than a few copies of the model."""
+    """Of everything that hooks and replaced methods reach. Tensors as long as they are no more than a few copies of the
+    model."""
     room = 2**20 + 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
     for value in attached([trainer, trainer.step, trainer.optimizer, trainer.loss, trainer.source, trainer.model]):
         if isinstance(value, Tensor):
@@ -186,6 +212,7 @@ def _numbers(value: Tensor) -> Back:
     def back() -> None:
         if value.shape == kept.shape and not torch.equal(value, kept):
             value.copy_(kept)
+
     return back
 
 
@@ -195,6 +222,7 @@ def _cell(cell: CellType) -> Back:
     def back() -> None:
         if held:
             cell.cell_contents = held[0]
+
     return back
 
 

@@ -4,30 +4,58 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
-from ris_fast.health.preflight import (
-    calls, gradient, information, inputs, kernels, loss, overfit, network, parameters, scenes, schedule, step, targets, terms, validation)
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight import (
+    calls,
+    gradient,
+    information,
+    inputs,
+    kernels,
+    loss,
+    network,
+    overfit,
+    parameters,
+    scenes,
+    schedule,
+    step,
+    targets,
+    terms,
+    validation,
+)
 from ris_fast.health.preflight.probe import Subject
 from ris_fast.health.preflight.restore import Numbers, untouched
 from ris_fast.training.batch_size import is_memory
 from ris_fast.training.trainer import Trainer
 
 Check = Callable[[Subject], Iterator[Finding]]
-SMALL_BATCH = {**targets.CHECKS, **scenes.CHECKS, **parameters.CHECKS, **loss.CHECKS, **calls.SMALL_BATCH, **network.CHECKS,
-               **inputs.CHECKS, **information.CHECKS, **gradient.CHECKS, **terms.CHECKS, **kernels.CHECKS, **schedule.CHECKS}
+SMALL_BATCH = {
+    **targets.CHECKS,
+    **scenes.CHECKS,
+    **parameters.CHECKS,
+    **loss.CHECKS,
+    **calls.SMALL_BATCH,
+    **network.CHECKS,
+    **inputs.CHECKS,
+    **information.CHECKS,
+    **gradient.CHECKS,
+    **terms.CHECKS,
+    **kernels.CHECKS,
+    **schedule.CHECKS,
+}
 WHOLE_STEP = {**calls.WHOLE_STEP, **validation.CHECKS, **step.CHECKS}
 LEARNING = overfit.CHECKS
 
 
 @dataclass(frozen=True)
 class Result:
-    """One check: what it is called, what it found, how long it took, what it measured, why it could not run, and whether it came
-    as far as it is meant to."""
+    """One check: what it is called, what it found, how long it took, what it measured, why it could not run, and
+    whether it came as far as it is meant to."""
 
     name: str
     findings: tuple[Finding, ...]
@@ -41,8 +69,15 @@ class Result:
         return not self.findings and not self.failed
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "passed": self.passed, "seconds": self.seconds, "note": self.note, "failed": self.failed, "reached": self.reached,
-                "findings": [finding.to_json() for finding in self.findings]}
+        return {
+            "name": self.name,
+            "passed": self.passed,
+            "seconds": self.seconds,
+            "note": self.note,
+            "failed": self.failed,
+            "reached": self.reached,
+            "findings": [finding.to_json() for finding in self.findings],
+        }
 
 
 def unknown(results: Sequence[Result]) -> str:
@@ -51,7 +86,10 @@ def unknown(results: Sequence[Result]) -> str:
     if not failed:
         return ""
     count = "1 check" if len(failed) == 1 else f"{len(failed)} checks"
-    return f"{count} could not run, and nothing is known of what was to be seen there: '{failed[0].name}', {failed[0].failed}"
+    return (
+        f"{count} could not run, and nothing is known of what was to be seen there: '{failed[0].name}',"
+        f" {failed[0].failed}"
+    )
 
 
 def run_checks(trainer: Trainer, *, progress: Callable[[Result], None] | None = None) -> list[Result]:
@@ -64,7 +102,7 @@ def run_checks(trainer: Trainer, *, progress: Callable[[Result], None] | None = 
         result = _run(subject, numbers, name, check, small=name in SMALL_BATCH or name in LEARNING)
         results.append(result)
         if name in compiling and result.note:
-            trainer.compile_note = result.note          # what was compiled stays so
+            trainer.compile_note = result.note  # what was compiled stays so
         if progress is not None:
             progress(result)
     return results
@@ -84,9 +122,10 @@ def _run(subject: Subject, numbers: Numbers, name: str, check: Check, *, small: 
             else:
                 findings.extend(check(subject))
         except Exception as error:
-            # A check calls whatever the trainer is made of, and what is wrong with it may raise anything: the check ends, not the
+            # A check calls whatever the trainer is made of, and what is wrong with it may raise anything: the check
+            # ends, not the
             # run. Nothing is hidden by that: why and where it ended is shown, counted, and not called a pass.
-            if is_memory(error) or hasattr(error, "exit_code"):      # told to a person in their own words
+            if is_memory(error) or hasattr(error, "exit_code"):  # told to a person in their own words
                 raise
             failed = _told(error)
     return Result(name, tuple(findings), time.perf_counter() - began, subject.note, failed, subject.reached)

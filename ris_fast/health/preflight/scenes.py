@@ -5,8 +5,9 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K sources
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,21 +16,26 @@ from ris_fast.data.fingerprints import Overlap, find_overlap, scene_hashes
 from ris_fast.data.shards import verify_manifest
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.pairing import DEVIATIONS, HALF, WHOLE, Belonging, belonging, with_factor
-from ris_fast.health.preflight.snr import labels_differ
 from ris_fast.health.preflight.probe import FEWEST, Subject
+from ris_fast.health.preflight.snr import labels_differ
 from ris_fast.physics.pairs import conj
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.telemetry.step_telemetry import prints
 
-COMPARED = 64              # scenes of the loop whose parts are compared
-SPREAD, RUN = 256, 8       # scenes of files, in runs of consecutive ones
-TRIED, PAIR_BUDGET = 8, 4e9     # scenes that are tried with the parts of others; numbers (y times factor) of all pairs
-MATCH = 0.9                # of the belonging of a loud scene, from which its parts are of one scene
+COMPARED = 64  # scenes of the loop whose parts are compared
+SPREAD, RUN = 256, 8  # scenes of files, in runs of consecutive ones
+TRIED, PAIR_BUDGET = 8, 4e9  # scenes that are tried with the parts of others; numbers (y times factor) of all pairs
+MATCH = 0.9  # of the belonging of a loud scene, from which its parts are of one scene
 HASHED = 4096
-FEW = 4                    # of the first scenes, one in so many may be copies of others in the data; a batch that comes again is more
-NO_SIGNAL = ("Look at how y is made: noise in place of signal, a channel that was drawn again, or rows of scenes far from each other. Each y must come "
-             "from the H_full, the codes and the sources of its own row.")
-NO_SOURCES = ("Look at how R is made: the order of its elements, the array and the wavelength; then whether its rows are those of y.")
+FEW = 4  # of the first scenes, one in so many may be copies of others in the data; a batch that comes again is more
+NO_SIGNAL = (
+    "Look at how y is made: noise in place of signal, a channel that was drawn again, or rows of scenes far from each"
+    " other. Each y must come from the H_full, the codes and the sources of its own row."
+)
+NO_SOURCES = (
+    "Look at how R is made: the order of its elements, the array and the wavelength; then whether its rows are those"
+    " of y."
+)
 PARTS = (("shuffled_labels", "factor"), ("mismatched_channel", "channel"), ("stale_cache", "snapshots"))
 
 
@@ -47,8 +53,11 @@ def finite(subject: Subject) -> Iterator[Finding]:
             bad = (~value.flatten(1).isfinite()).any(1) if value.dim() > 1 else ~value.isfinite()
             if bool(bad.any()):
                 first = int(scenes.index[bad][0])
-                yield Finding("nonfinite_data", f"{int(bad.sum())} of {scenes.batch} {split} scenes have a {name} that is not "
-                              f"finite, first scene {first}.")
+                yield Finding(
+                    "nonfinite_data",
+                    f"{int(bad.sum())} of {scenes.batch} {split} scenes have a {name} that is not "
+                    f"finite, first scene {first}.",
+                )
                 return
 
 
@@ -65,8 +74,11 @@ def _filled(what: str, scenes: Scenes) -> Iterator[Finding]:
     if scenes.channel is not None:
         empty |= (scenes.channel.flatten(1) == 0).all(1)
     if bool(empty.any()) and not bool(empty.all()):
-        yield Finding("empty_cache_slot", f"{int(empty.sum())} of the first {scenes.batch} {what} scenes have snapshots or a channel "
-                      f"of zeros, first scene {int(scenes.index[empty][0])}.")
+        yield Finding(
+            "empty_cache_slot",
+            f"{int(empty.sum())} of the first {scenes.batch} {what} scenes have snapshots or a channel "
+            f"of zeros, first scene {int(scenes.index[empty][0])}.",
+        )
     target = scenes.factor if scenes.factor is not None else scenes.covariance
     if scenes.batch > 2 and bool((target == target[:1]).all()):
         yield Finding("constant_targets", f"all of the first {scenes.batch} {what} scenes have the same target.")
@@ -79,20 +91,32 @@ def _repeats(subject: Subject, scenes: Scenes) -> Iterator[Finding]:
     batch = [prints(each.snapshots) for each in first]
     again = len(hashes) - different
     if 0 < again <= len(hashes) // FEW and _copies(scenes) and not _other_labels(scenes):
-        subject.note = f"{again} of the first {len(hashes)} scenes are copies of others in the data, under numbers of their own"
+        subject.note = (
+            f"{again} of the first {len(hashes)} scenes are copies of others in the data, under numbers of their own"
+        )
         return
     if again < max(1, len(hashes) // 100):
         return
     seen = f"the first {len(subject.groups)} steps serve {len(hashes)} scenes, of which {different} are different"
     if _other_labels(scenes):
-        yield Finding("stale_cache", f"{seen}, and the targets of equal snapshots differ: snapshots are left from an earlier "
-                      f"batch.")
+        yield Finding(
+            "stale_cache",
+            f"{seen}, and the targets of equal snapshots differ: snapshots are left from an earlier batch.",
+        )
         return
     if len(batch[0]) > 1 and all(len(each.unique()) == 1 for each in batch if len(each) > 1):
         yield Finding("constant_input", f"{seen}: every scene of a batch shows the same snapshots.")
-    elif len(first) > 1 and all(torch.equal(each.sort()[0], batch[0].sort()[0]) for each in batch if len(each) == len(batch[0])):
-        yield Finding("rank_sees_other_data" if len(torch.cat([prints(g[0].snapshots) for g in subject.groups]).unique())
-                      > len(batch[0]) else "repeated_batch", f"{seen}: all {len(first)} parts of a step have the same scenes.")
+    elif len(first) > 1 and all(
+        torch.equal(each.sort()[0], batch[0].sort()[0]) for each in batch if len(each) == len(batch[0])
+    ):
+        yield Finding(
+            (
+                "rank_sees_other_data"
+                if len(torch.cat([prints(g[0].snapshots) for g in subject.groups]).unique()) > len(batch[0])
+                else "repeated_batch"
+            ),
+            f"{seen}: all {len(first)} parts of a step have the same scenes.",
+        )
     else:
         yield Finding("repeated_batch", f"{seen}: batches come again.")
 
@@ -128,23 +152,30 @@ def _fresh_split(source: Any) -> str:
     train = source.path / "train"
     if not train.is_dir():
         return "Remove the scenes that are in the files twice: all splits are taken from them, by number."
-    return (f"Give --data {train}: all of its scenes are then split by number, so that no scene is in two splits. Or generate val/ "
-            "and test/ again, from random streams of their own.")
+    return (
+        f"Give --data {train}: all of its scenes are then split by number, so that no scene is in two splits. Or"
+        " generate val/ and test/ again, from random streams of their own."
+    )
 
 
 def _overlap(source: Any) -> Overlap:
     """The first validation scenes among the first training scenes."""
+
     def hashes(split: str, most: int) -> list[bytes]:
         index = torch.arange(min(most, source.size(split)))
         return [value for part in index.split(512) for value in scene_hashes(source.batch(split, part).snapshots)]
+
     return find_overlap("train", hashes("train", HASHED), "val", hashes("val", 256))
 
 
 def manifest(subject: Subject) -> Iterator[Finding]:
-    """What training reads of a data set has the statistics that its manifest promises; nothing to compare in a simulation."""
+    """What training reads of a data set has the statistics that its manifest promises; nothing to compare in a
+    simulation."""
     wrong = verify_manifest(subject.trainer.source, contents=False)
     if wrong:
-        yield Finding("manifest_differs", f"{wrong[0]}{f' ({len(wrong) - 1} more differences)' if len(wrong) > 1 else ''}.")
+        yield Finding(
+            "manifest_differs", f"{wrong[0]}{f' ({len(wrong) - 1} more differences)' if len(wrong) > 1 else ''}."
+        )
 
 
 # ---- the physics ----------------------------------------------------------------------------------------------------
@@ -152,7 +183,7 @@ def manifest(subject: Subject) -> Iterator[Finding]:
 
 def physics(subject: Subject) -> Iterator[Finding]:
     """Snapshots, channel and target of one scene belong together, where the run trains and where it validates."""
-    seen: dict[str, str] = {}           # what is said once of a kind of scenes, not of the files and of the loop
+    seen: dict[str, str] = {}  # what is said once of a kind of scenes, not of the files and of the loop
     for what, whole, of_files in _looked_at(subject):
         scenes = with_factor(whole)
         if scenes.channel is None or scenes.factor is None:
@@ -162,13 +193,18 @@ def physics(subject: Subject) -> Iterator[Finding]:
         seen.setdefault(said.partition(" are ")[0], said)
         if finding is not None:
             # Rows of files are not left over from an earlier batch: there it is the order that is wrong.
-            yield replace(finding, cause="mismatched_channel", advice="") if of_files and finding.cause == "stale_cache" else finding
+            yield (
+                replace(finding, cause="mismatched_channel", advice="")
+                if of_files and finding.cause == "stale_cache"
+                else finding
+            )
             return
     subject.note = "; ".join(filter(None, seen.values()))
 
 
 def _looked_at(subject: Subject) -> Iterator[tuple[str, Scenes, bool]]:
-    """Scenes of files from all over their splits, where the order of rows is still to be seen (True); then as the loop serves them."""
+    """Scenes of files from all over their splits, where the order of rows is still to be seen (True); then as the loop
+    serves them."""
     source = subject.trainer.source
     for split, what in (("train", "training"), ("val", "validation")):
         if not source.endless:
@@ -187,7 +223,8 @@ def _spread(size: int) -> Tensor:
 
 
 def _together(subject: Subject, what: str, scenes: Scenes) -> tuple[Finding | None, str]:
-    """What is wrong with how the parts of the scenes are paired, None where nothing is; and a note where nothing can be said."""
+    """What is wrong with how the parts of the scenes are paired, None where nothing is; and a note where nothing can be
+    said."""
     model = subject.config.task.symbols
     found = belonging(scenes, model == "static")
     broken, decided = int(found.broken.sum()), int(found.decided.sum())
@@ -195,9 +232,18 @@ def _together(subject: Subject, what: str, scenes: Scenes) -> tuple[Finding | No
     if not found.mixed_up and not partly:
         other = _other_symbols(subject, what, scenes)
         labels, said = labels_differ(what, scenes, model == "static") if other is None else (other, "")
-        return labels, said if found.group()[1] * DEVIATIONS < 1 else f"not checked: too few {what} scenes are loud enough"
-    count = (f"in {broken} of {decided} {what} scenes that are loud enough to tell" if partly else f"in the {what} scenes taken together")
-    seen = f"{count}, the sources do not explain what the SNR promises of the snapshots (all scenes: {max(found.group()[0], 0):.0%} of it)"
+        return labels, (
+            said if found.group()[1] * DEVIATIONS < 1 else f"not checked: too few {what} scenes are loud enough"
+        )
+    count = (
+        f"in {broken} of {decided} {what} scenes that are loud enough to tell"
+        if partly
+        else f"in the {what} scenes taken together"
+    )
+    seen = (
+        f"{count}, the sources do not explain what the SNR promises of the snapshots (all scenes:"
+        f" {max(found.group()[0], 0):.0%} of it)"
+    )
     rows = found.broken if partly else torch.ones_like(found.broken)
     for cause, how, other, static in _alternatives(scenes, model == "static"):
         share = _mean(belonging(other, static), rows)
@@ -223,12 +269,17 @@ def _other_symbols(subject: Subject, what: str, scenes: Scenes) -> Finding | Non
     static = belonging(scenes, True)
     if static.group()[0] < 0.9 or static.group()[1] > 0.02:
         return None
-    return Finding("task_differs", f"the task has task.symbols = per_snapshot, and one symbol a source explains {static.group()[0]:.0%} of all snapshots "
-                   f"of the {what} scenes: they were made with static symbols.", advice="Give --set task.symbols=static.")
+    return Finding(
+        "task_differs",
+        f"the task has task.symbols = per_snapshot, and one symbol a source explains {static.group()[0]:.0%} of all"
+        f" snapshots of the {what} scenes: they were made with static symbols.",
+        advice="Give --set task.symbols=static.",
+    )
 
 
 def _alternatives(scenes: Scenes, static: bool) -> Iterator[tuple[str, str, Scenes, bool]]:
     """Mistakes that would explain the mismatch, each undone, and whether the symbols are static then."""
+
     def snapshots(change: Callable[[Tensor], Tensor]) -> Scenes:
         return replace(scenes, snapshots=change(scenes.snapshots))
 
@@ -236,44 +287,87 @@ def _alternatives(scenes: Scenes, static: bool) -> Iterator[tuple[str, str, Scen
     if static:
         yield "task_differs", "with task.symbols = per_snapshot instead of the task's static", scenes, False
     for cause, how, other in (
-            ("conjugation_error", "with the conjugate of the target", replace(scenes, factor=conj(scenes.factor))),
-            ("wrong_layout", "with the snapshots conjugated (or their real and imaginary parts swapped)", snapshots(conj)),
-            ("wrong_layout", "with the channel conjugated (or its real and imaginary parts swapped)", replace(scenes, channel=conj(scenes.channel))),
-            ("wrong_layout", "with the codes conjugated (or their real and imaginary parts swapped)", replace(scenes, codes=conj(scenes.codes))),
-            ("wrong_layout", "with the code of the snapshot after", replace(scenes, codes=scenes.codes.roll(-1, -3))),
-            ("wrong_layout", "with the code of the snapshot before", replace(scenes, codes=scenes.codes.roll(1, -3))),
-            ("wrong_layout", "with snapshots and antennas read in the other order", snapshots(
-                lambda y: y.reshape(-1, antennas, length, 2).transpose(1, 2))),
-            ("wrong_layout", "with real and imaginary parts in planes", snapshots(
-                lambda y: y.reshape(y.shape[0], 2, length, antennas).permute(0, 2, 3, 1).contiguous()))):
+        ("conjugation_error", "with the conjugate of the target", replace(scenes, factor=conj(scenes.factor))),
+        ("wrong_layout", "with the snapshots conjugated (or their real and imaginary parts swapped)", snapshots(conj)),
+        (
+            "wrong_layout",
+            "with the channel conjugated (or its real and imaginary parts swapped)",
+            replace(scenes, channel=conj(scenes.channel)),
+        ),
+        (
+            "wrong_layout",
+            "with the codes conjugated (or their real and imaginary parts swapped)",
+            replace(scenes, codes=conj(scenes.codes)),
+        ),
+        ("wrong_layout", "with the code of the snapshot after", replace(scenes, codes=scenes.codes.roll(-1, -3))),
+        ("wrong_layout", "with the code of the snapshot before", replace(scenes, codes=scenes.codes.roll(1, -3))),
+        (
+            "wrong_layout",
+            "with snapshots and antennas read in the other order",
+            snapshots(lambda y: y.reshape(-1, antennas, length, 2).transpose(1, 2)),
+        ),
+        (
+            "wrong_layout",
+            "with real and imaginary parts in planes",
+            snapshots(lambda y: y.reshape(y.shape[0], 2, length, antennas).permute(0, 2, 3, 1).contiguous()),
+        ),
+    ):
         yield cause, how, other, static
     for step in (1, -1):
         for cause, name in PARTS:
-            yield cause, f"with the {name} of the scene {'after' if step == -1 else 'before'} it", replace(
-                scenes, **{name: getattr(scenes, name).roll(step, 0)}), static
+            yield (
+                cause,
+                f"with the {name} of the scene {'after' if step == -1 else 'before'} it",
+                replace(scenes, **{name: getattr(scenes, name).roll(step, 0)}),
+                static,
+            )
 
 
 def _unpaired(scenes: Scenes, rows: Tensor, read: Belonging, static: bool) -> tuple[str, str, str]:
-    """Which of the three is in the wrong order: the one of another scene with which a scene still fits. Its cause, in words, and advice."""
+    """Which of the three is in the wrong order: the one of another scene with which a scene still fits. Its cause, in
+    words, and advice."""
     wrong = rows.nonzero()[:, 0]
-    few = wrong[read.together[wrong].argsort()[:TRIED]]                 # the loudest, which least fits by chance
+    few = wrong[read.together[wrong].argsort()[:TRIED]]  # the loudest, which least fits by chance
     # Less the same with conjugates, which are nobody's.
-    found = {cause: _fitting(scenes, few, getattr(scenes, name), name, static) - _fitting(scenes, few, conj(getattr(scenes, name)), name, static)
-             for cause, name in PARTS}
+    found = {
+        cause: (
+            _fitting(scenes, few, getattr(scenes, name), name, static)
+            - _fitting(scenes, few, conj(getattr(scenes, name)), name, static)
+        )
+        for cause, name in PARTS
+    }
     best = max(found, key=found.__getitem__)
     if found[best] > 0.3:
         return best, f"{found[best]:.0%} of them fit with the {dict(PARTS)[best]} of another scene", ""
-    others = "; the others are in order" if not bool(rows.all()) and int(rows.sum()) < int(read.decided.sum()) // 2 else ""
+    others = (
+        "; the others are in order" if not bool(rows.all()) and int(rows.sum()) < int(read.decided.sum()) // 2 else ""
+    )
     whole = torch.eye(scenes.channel.shape[2])[None].expand(scenes.batch, -1, -1)
     alone = belonging(replace(scenes, factor=torch.stack((whole, 0 * whole), -1).to(scenes.channel)), static)
     mean, deviation = Belonging(*(each[rows] for each in alone)).group()
     if deviation * DEVIATIONS > HALF:
-        return "parts_unrelated", f"no conjugate, no order of axes and no part of the other scenes looked at mends it{others}", ""
+        return (
+            "parts_unrelated",
+            f"no conjugate, no order of axes and no part of the other scenes looked at mends it{others}",
+            "",
+        )
     if mean < HALF:
-        return ("parts_unrelated", f"y carries nothing of any sources through its own channel (any field on the surface explains {max(mean, 0):.0%}), and no part "
-                f"of the other scenes looked at mends it{others}", NO_SIGNAL)
-    return ("parts_unrelated", f"snapshots and channel belong together (some field on the surface explains {mean:.0%}), and the target belongs neither to "
-            f"them nor to any of the scenes looked at{others}", NO_SOURCES)
+        return (
+            "parts_unrelated",
+            (
+                "y carries nothing of any sources through its own channel (any field on the surface explains"
+                f" {max(mean, 0):.0%}), and no part of the other scenes looked at mends it{others}"
+            ),
+            NO_SIGNAL,
+        )
+    return (
+        "parts_unrelated",
+        (
+            f"snapshots and channel belong together (some field on the surface explains {mean:.0%}), and the target"
+            f" belongs neither to them nor to any of the scenes looked at{others}"
+        ),
+        NO_SOURCES,
+    )
 
 
 def _fitting(scenes: Scenes, few: Tensor, parts: Tensor, name: str, static: bool) -> float:
@@ -288,6 +382,10 @@ def _fitting(scenes: Scenes, few: Tensor, parts: Tensor, name: str, static: bool
     return hits / max(1, len(few))
 
 
-CHECKS = {"scenes are finite": finite, "scenes differ": distinct, "validation shares no scene with training": splits,
-          "scenes are those of their manifest": manifest,
-          "snapshots, channel and target belong together": physics}
+CHECKS = {
+    "scenes are finite": finite,
+    "scenes differ": distinct,
+    "validation shares no scene with training": splits,
+    "scenes are those of their manifest": manifest,
+    "snapshots, channel and target belong together": physics,
+}

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import math
-from typing import Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
-from ris_fast.health.preflight.parameters import listed
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.parameters import listed
 from ris_fast.health.preflight.probe import Subject
 from ris_fast.training.schedule import learning_rate_factor
 
-LONGEST_WARMUP = 0.5       # of the run
-SHORTEST_PATH = 0.01       # all rates added up, beside the size of the weights: Adam moves about one rate a step
-DECAY_PER_STEP = 0.01      # share of a weight that decay takes in one step; a hundred steps then forget it
-WILD = 20.0                # times the size of a weight in one step
-FLIPPED = 2.0              # share from which a weight that decays grows, with the other sign each time
-CLIPPED_TO = 1e-3          # of the first gradient's norm
+LONGEST_WARMUP = 0.5  # of the run
+SHORTEST_PATH = 0.01  # all rates added up, beside the size of the weights: Adam moves about one rate a step
+DECAY_PER_STEP = 0.01  # share of a weight that decay takes in one step; a hundred steps then forget it
+WILD = 20.0  # times the size of a weight in one step
+FLIPPED = 2.0  # share from which a weight that decays grows, with the other sign each time
+CLIPPED_TO = 1e-3  # of the first gradient's norm
 
 
 def factors(subject: Subject, samples: int = 1000) -> tuple[list[float], int]:
     """The schedule at up to `samples` of its steps, and how many steps each stands for."""
     settings, planned = subject.config.optimizer, max(1, subject.trainer.plan.planned)
     stride = max(1, planned // samples)
-    return [learning_rate_factor(step, planned, settings.warmup, settings.final_lr) for step in range(0, planned, stride)], stride
+    return [
+        learning_rate_factor(step, planned, settings.warmup, settings.final_lr) for step in range(0, planned, stride)
+    ], stride
 
 
 def rates(subject: Subject) -> Iterator[Finding]:
     """No group's rate is zero, the warm-up ends, and the run is long enough for its rates."""
     groups = subject.optimizer.param_groups
-    zero = [str(group.get("name", number)) for number, group in enumerate(groups) if not group.get("peak_lr", group["lr"]) > 0]
+    zero = [
+        str(group.get("name", number))
+        for number, group in enumerate(groups)
+        if not group.get("peak_lr", group["lr"]) > 0
+    ]
     if zero:
         yield Finding("zero_learning_rate", f"the learning rate of {listed(zero)} is zero.")
     if any(group.get("maximize") for group in groups):
@@ -46,7 +52,8 @@ def rates(subject: Subject) -> Iterator[Finding]:
 def _sizes(subject: Subject, path: float) -> Iterator[Finding]:
     """One step moves a weight by about its rate: all of them beside the weights' size, and one beside it.
 
-    Certain is what no run survives: rates at which no group moves, or at which every step is many times what a layer holds.
+    Certain is what no run survives: rates at which no group moves, or at which every step is many times what a layer
+        holds.
     """
     groups = subject.optimizer.param_groups
     slow, fast, wild = [], [], False
@@ -56,7 +63,9 @@ def _sizes(subject: Subject, path: float) -> Iterator[Finding]:
         if not matrices or not peak > 0:
             continue
         name, size = str(group.get("name", number)), _median(float(p.square().mean().sqrt()) for p in matrices)
-        usual = max(size, _median(p[0].numel() ** -0.5 for p in matrices))     # small first weights grow to this in no time
+        usual = max(
+            size, _median(p[0].numel() ** -0.5 for p in matrices)
+        )  # small first weights grow to this in no time
         if peak * path < SHORTEST_PATH * size and subject.trainer.plan.planned > 20:
             slow.append(f"{name}: {peak * path:.2g} beside weights of {size:.2g}")
         if peak > usual:
@@ -64,14 +73,22 @@ def _sizes(subject: Subject, path: float) -> Iterator[Finding]:
             wild = wild or peak > WILD * usual
         decay = peak * group.get("weight_decay", 0.0)
         if decay > DECAY_PER_STEP:
-            yield Finding("weight_decay_too_large", f"decay takes {decay:.0%} of the weights of {name} in every step at the peak "
-                          f"rate.", certain=decay >= FLIPPED)
+            yield Finding(
+                "weight_decay_too_large",
+                f"decay takes {decay:.0%} of the weights of {name} in every step at the peak rate.",
+                certain=decay >= FLIPPED,
+            )
     moving = [group for group in groups if any(p.dim() > 1 for p in group["params"])]
     if slow:
-        yield Finding("learning_rate_too_small", f"the whole run can move weights by no more than {listed(slow)}.",
-                      certain=len(slow) == len(moving))
+        yield Finding(
+            "learning_rate_too_small",
+            f"the whole run can move weights by no more than {listed(slow)}.",
+            certain=len(slow) == len(moving),
+        )
     if fast:
-        yield Finding("learning_rate_too_large", f"one step moves weights by more than their size: {listed(fast)}.", certain=wild)
+        yield Finding(
+            "learning_rate_too_large", f"one step moves weights by more than their size: {listed(fast)}.", certain=wild
+        )
 
 
 def _median(values: Iterable[float]) -> float:
@@ -82,7 +99,8 @@ def _median(values: Iterable[float]) -> float:
 def first_gradient(subject: Subject) -> Iterator[Finding]:
     """Clip threshold and Adam's epsilon beside the first gradient.
 
-    Adam divides a gradient by its own size, so that clipping changes no step, until its epsilon is larger than what is left.
+    Adam divides a gradient by its own size, so that clipping changes no step, until its epsilon is larger than what is
+    left.
     """
     live = [p for p in subject.parameters.values() if p.requires_grad]
     total = subject.run()[0]
@@ -97,11 +115,19 @@ def first_gradient(subject: Subject) -> Iterator[Finding]:
     size, largest = _median(sizes), max(sizes)
     eps = max(group.get("eps", 0.0) for group in subject.optimizer.param_groups)
     if limit < CLIPPED_TO * norm and eps > size:
-        yield Finding("clip_too_small", f"gradients of norm {norm:.3g} are clipped to {limit:.3g}, and an entry to {size:.2g}, beside Adam's "
-                      f"epsilon of {eps:.2g}.", certain=eps > largest)
+        yield Finding(
+            "clip_too_small",
+            f"gradients of norm {norm:.3g} are clipped to {limit:.3g}, and an entry to {size:.2g}, beside Adam's "
+            f"epsilon of {eps:.2g}.",
+            certain=eps > largest,
+        )
     elif eps > 10 * size:
-        yield Finding("epsilon_swallows_signal", f"Adam's epsilon is {eps:.2g} and a gradient entry {size:.2g}: steps are as much "
-                      f"smaller than the learning rate says.", certain=eps > largest)
+        yield Finding(
+            "epsilon_swallows_signal",
+            f"Adam's epsilon is {eps:.2g} and a gradient entry {size:.2g}: steps are as much "
+            "smaller than the learning rate says.",
+            certain=eps > largest,
+        )
 
 
 CHECKS = {"the schedule of the whole run": rates, "clipping and epsilon beside the first gradient": first_gradient}

@@ -1,4 +1,5 @@
-"""Preflight of SNR labels against the snapshots: the sources explain as much of them as the label promises, no more and no less."""
+"""Preflight of SNR labels against the snapshots: the sources explain as much of them as the label promises, no more and
+no less."""
 
 from __future__ import annotations
 
@@ -9,10 +10,13 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.pairing import CLEAR, SnrLabels, measure_snr
 from ris_fast.physics.scenes import Scenes
 
-MANY, FEW_SCENES = 0.25, 16     # of the scenes that are measured, how many disagree; measured scenes
-HEARD, EXPECTED = 0.1, 1 / 3    # of all scenes, and of those loud enough by their labels, how many must be measured: a few fit by chance
-FAR_DB, OFFSET_DB = 3.0, 1.5    # beyond the measurement's own deviation; of the median that is noted
-ALIKE_DB = 1.5             # from the median, within which labels that are mended agree
+MANY, FEW_SCENES = 0.25, 16  # of the scenes that are measured, how many disagree; measured scenes
+HEARD, EXPECTED = (
+    0.1,
+    1 / 3,
+)  # of all scenes, and of those loud enough by their labels, how many must be measured: a few fit by chance
+FAR_DB, OFFSET_DB = 3.0, 1.5  # beyond the measurement's own deviation; of the median that is noted
+ALIKE_DB = 1.5  # from the median, within which labels that are mended agree
 
 
 def labels_differ(what: str, scenes: Scenes, static: bool) -> tuple[Finding | None, str]:
@@ -25,9 +29,16 @@ def labels_differ(what: str, scenes: Scenes, static: bool) -> tuple[Finding | No
     middle = float(found.away_db.median())
     if float(far.float().mean()) < MANY:
         high = "high" if middle > 0 else "low"
-        return None, f"snr labels of the {what} scenes are {abs(middle):.1f} dB too {high} at the median" if abs(middle) > OFFSET_DB else ""
-    seen = (f"in {int(far.sum())} of {measured} {what} scenes whose sources plainly are those of their snapshots, the snr label is not the SNR that the "
-            f"snapshots have: labels {_ends(found.labels_db)}, measured {_ends(found.measured_db)} dB")
+        return None, (
+            f"snr labels of the {what} scenes are {abs(middle):.1f} dB too {high} at the median"
+            if abs(middle) > OFFSET_DB
+            else ""
+        )
+    seen = (
+        f"in {int(far.sum())} of {measured} {what} scenes whose sources plainly are those of their snapshots, the snr"
+        f" label is not the SNR that the snapshots have: labels {_ends(found.labels_db)}, measured"
+        f" {_ends(found.measured_db)} dB"
+    )
     how, advice = _how(found, middle)
     return Finding("snr_labels_differ", f"{seen}; {how}.", advice=advice), ""
 
@@ -38,11 +49,22 @@ def _how(found: SnrLabels, middle: float) -> tuple[str, str]:
     if bool((found.labels_db > 0).all()) and _apart(linear.away_db) < min(ALIKE_DB, 0.5 * _apart(found.away_db)):
         return "read as linear ratios they agree", "Write snr in dB: 10 log10 of the ratio of signal to noise power."
     if _apart(found.away_db - middle) < ALIKE_DB:
-        return (f"they are {abs(middle):.1f} dB too {'high' if middle > 0 else 'low'} at the median, all alike",
-                "Write snr as 10 log10 of the ratio of signal to noise power in y, both summed over snapshots and antennas.")
+        return (
+            f"they are {abs(middle):.1f} dB too {'high' if middle > 0 else 'low'} at the median, all alike",
+            (
+                "Write snr as 10 log10 of the ratio of signal to noise power in y, both summed over snapshots and"
+                " antennas."
+            ),
+        )
     if float(found.labels_db.max() - found.labels_db.min()) < ALIKE_DB:
         return "one label is given to scenes of very different SNR", ""
-    return f"they are {_apart(found.away_db):.1f} dB away at the median and neither in other units nor shifted: their order is another", ""
+    return (
+        (
+            f"they are {_apart(found.away_db):.1f} dB away at the median and neither in other units nor shifted: their"
+            " order is another"
+        ),
+        "",
+    )
 
 
 def _apart(away_db: Tensor) -> float:

@@ -6,43 +6,45 @@ Legend: T tensors.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ris_fast.health.preflight.parameters import listed, rounded_to_16_bits
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.parameters import listed, rounded_to_16_bits
 from ris_fast.health.preflight.probe import Subject
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.schedule import learning_rate_factor
 from ris_fast.training.telemetry.step_telemetry import Telemetry
 
 STEPS = 5
-FEW = 4                    # scenes of a micro-batch where a step matters and not what it learns
-SCALER_STEPS = 24          # a dynamic loss scale halves its way to one that fits in fewer
-STANDS_STILL = 1e-5        # of the raw weights' way; an average over ten thousand steps has gone more
-ROUNDING = 1e-6            # of the weights: a shorter way is lost in an average's rounding
-EXACT = 0.02               # of a norm: more than rounding and the order of sums
+FEW = 4  # scenes of a micro-batch where a step matters and not what it learns
+SCALER_STEPS = 24  # a dynamic loss scale halves its way to one that fits in fewer
+STANDS_STILL = 1e-5  # of the raw weights' way; an average over ten thousand steps has gone more
+ROUNDING = 1e-6  # of the weights: a shorter way is lost in an average's rounding
+EXACT = 0.02  # of a norm: more than rounding and the order of sums
 
 
 @dataclass
 class Taken:
     """What one step did, measured between its parts. Lists are in the order of the model's parameters."""
 
-    left_over: float = math.nan               # gradient norm after the gradients were cleared
+    left_over: float = math.nan  # gradient norm after the gradients were cleared
     raw: list[Tensor | None] = field(default_factory=list)
-    scale: float = 1.0                        # of the loss
+    scale: float = 1.0  # of the loss
     attempted: int = 0
     skipped: int = 0
-    seen_norm: float = math.nan               # of the gradient that the optimizer measured
+    seen_norm: float = math.nan  # of the gradient that the optimizer measured
     rates: list[float] = field(default_factory=list)
-    reached: bool = False                     # the optimizer's own step was called
+    reached: bool = False  # the optimizer's own step was called
 
 
 class StepProbe(Telemetry):
-    """In place of telemetry, which then measures nothing: keeps the gradients themselves, where `gradients` are asked for."""
+    """In place of telemetry, which then measures nothing: keeps the gradients themselves, where `gradients` are asked
+    for."""
 
     def __init__(self, subject: Subject, gradients: bool) -> None:
         super().__init__(subject.model, subject.optimizer, 1)
@@ -60,7 +62,9 @@ class StepProbe(Telemetry):
             self.taken.raw = [None if p.grad is None else p.grad.detach().clone() for p in self.model.parameters()]
 
 
-def take_step(subject: Subject, group: Sequence[Scenes], planned: int, seed: int = 0, *, gradients: bool = True) -> Taken:
+def take_step(
+    subject: Subject, group: Sequence[Scenes], planned: int, seed: int = 0, *, gradients: bool = True
+) -> Taken:
     """One optimizer step over `group`, and what happened in it."""
     kept, probe = subject.step.telemetry, StepProbe(subject, gradients)
     before = subject.optimizer.counters()
@@ -71,6 +75,7 @@ def take_step(subject: Subject, group: Sequence[Scenes], planned: int, seed: int
     def reached(*_: Any) -> None:
         """The rates of this update: a scheduler of the user's may set those of the next behind it."""
         probe.taken.reached, probe.taken.rates = True, [float(group["lr"]) for group in subject.optimizer.param_groups]
+
     hook = subject.optimizer.register_step_pre_hook(reached)
     try:
         subject.step(group, planned)
@@ -83,7 +88,8 @@ def take_step(subject: Subject, group: Sequence[Scenes], planned: int, seed: int
     return taken
 
 
-# ---- one step ---------------------------------------------------------------------------------------------------------
+# ---- one step
+# ---------------------------------------------------------------------------------------------------------
 
 
 def one_step(subject: Subject) -> Iterator[Finding]:
@@ -108,8 +114,11 @@ def one_step(subject: Subject) -> Iterator[Finding]:
         yield from _shares(subject, group, first, expected)
     second = take_step(subject, _few(group), subject.trainer.plan.planned)
     if second.left_over > 1e-3 * max(_norm(raw), 1e-30) and math.isfinite(second.left_over):
-        yield Finding("gradients_never_cleared", f"at the start of the second step the gradients still have norm "
-                      f"{second.left_over:.3g} of the first one's {_norm(raw):.3g}.")
+        yield Finding(
+            "gradients_never_cleared",
+            "at the start of the second step the gradients still have norm "
+            f"{second.left_over:.3g} of the first one's {_norm(raw):.3g}.",
+        )
 
 
 def _no_step(reached: bool, raw: float) -> Iterator[Finding]:
@@ -117,7 +126,10 @@ def _no_step(reached: bool, raw: float) -> Iterator[Finding]:
     if not reached:
         yield Finding("step_never_called", "one call of the step made 0 optimizer steps.")
     elif raw > 0:
-        yield Finding("gradients_cleared_before_step", f"backward leaves a gradient of norm {raw:.3g} and the optimizer finds none.")
+        yield Finding(
+            "gradients_cleared_before_step",
+            f"backward leaves a gradient of norm {raw:.3g} and the optimizer finds none.",
+        )
 
 
 def _norm(parts: Sequence[Tensor | None]) -> float:
@@ -140,24 +152,38 @@ def _on_the_way(subject: Subject, taken: Taken, raw: float, expected: list[list[
         broken = sum(1 for part in taken.raw if part is not None and not bool(part.isfinite().all()))
         where = f"backward leaves {broken} of {len(taken.raw)} tensors with values that are not finite"
         if math.isfinite(seen) and taken.skipped == 0:
-            yield Finding("sanitised_gradients", f"{where}, and the optimizer receives a finite gradient of norm {seen:.3g}.")
+            yield Finding(
+                "sanitised_gradients", f"{where}, and the optimizer receives a finite gradient of norm {seen:.3g}."
+            )
         elif expected and all(_finite(part) for part in expected):
             if subject.optimizer.loss_scale != "dynamic" or _never_applies(subject):
-                yield Finding("scaler_skips_all", f"{where}; without the loss scale of {taken.scale:g} all are finite, and no "
-                              f"step is applied.")
+                yield Finding(
+                    "scaler_skips_all",
+                    f"{where}; without the loss scale of {taken.scale:g} all are finite, and no step is applied.",
+                )
         else:
             yield Finding("nonfinite_gradients", f"{where}, and the step is skipped.")
     elif raw > 0 and seen == 0:
-        yield Finding("gradients_cleared_before_step", f"backward leaves a gradient of norm {raw:.3g} and the optimizer finds "
-                      f"zero.")
+        yield Finding(
+            "gradients_cleared_before_step",
+            f"backward leaves a gradient of norm {raw:.3g} and the optimizer finds zero.",
+        )
     elif raw > 0 and seen < (1 - EXACT) * raw:
-        cause = "clip_before_unscale" if taken.scale > 1 else "clip_too_small" if seen < 1e-3 * raw else "zeroed_gradients"
-        yield Finding(cause, f"between backward and the optimizer the gradient's norm falls from {raw:.3g} to {seen:.3g}, "
-                      f"at a loss scale of {taken.scale:g}.")
+        cause = (
+            "clip_before_unscale" if taken.scale > 1 else "clip_too_small" if seen < 1e-3 * raw else "zeroed_gradients"
+        )
+        yield Finding(
+            cause,
+            f"between backward and the optimizer the gradient's norm falls from {raw:.3g} to {seen:.3g}, "
+            f"at a loss scale of {taken.scale:g}.",
+        )
 
 
 def _never_applies(subject: Subject) -> bool:
-    return all(take_step(subject, subject.groups[0], subject.trainer.plan.planned, gradients=False).skipped for _ in range(SCALER_STEPS))
+    return all(
+        take_step(subject, subject.groups[0], subject.trainer.plan.planned, gradients=False).skipped
+        for _ in range(SCALER_STEPS)
+    )
 
 
 # ---- what the step's gradient is made of ---------------------------------------------------------------------------
@@ -177,14 +203,17 @@ def parts_of(subject: Subject, group: Sequence[Scenes]) -> list[list[Tensor | No
     return found
 
 
-def _shares(subject: Subject, group: Sequence[Scenes], taken: Taken, expected: list[list[Tensor | None]]) -> Iterator[Finding]:
+def _shares(
+    subject: Subject, group: Sequence[Scenes], taken: Taken, expected: list[list[Tensor | None]]
+) -> Iterator[Finding]:
     """How much of each micro-batch is in the step's gradient: its share of the scenes, or the sum is wrong."""
     if len(group) < 2 or not expected or not all(_finite(part) for part in expected):
         return
     live = [g for p, g in zip(subject.model.parameters(), taken.raw) if p.requires_grad]
     zero = [torch.zeros_like(g) if g is not None else torch.zeros(()) for g in live]
-    columns = torch.stack([torch.cat([(g if g is not None else z).flatten().double() for g, z in zip(part, zero)])
-                           for part in expected])
+    columns = torch.stack(
+        [torch.cat([(g if g is not None else z).flatten().double() for g, z in zip(part, zero)]) for part in expected]
+    )
     target = torch.cat([(g if g is not None else z).flatten().double() for g, z in zip(live, zero)]) / taken.scale
     found = torch.linalg.lstsq(columns.T.cpu(), target[:, None].cpu()).solution[:, 0]
     total = sum(scenes.batch for scenes in group)
@@ -202,7 +231,8 @@ def _shares(subject: Subject, group: Sequence[Scenes], taken: Taken, expected: l
         yield Finding("accumulation_not_divided", f"{seen}.")
 
 
-# ---- several steps ------------------------------------------------------------------------------------------------------
+# ---- several steps
+# ------------------------------------------------------------------------------------------------------
 
 
 def several_steps(subject: Subject) -> Iterator[Finding]:
@@ -216,19 +246,29 @@ def several_steps(subject: Subject) -> Iterator[Finding]:
         rates.append(taken.rates)
     after = subject.optimizer.counters()
     if after["attempted"] - before["attempted"] < STEPS - 1 and after["attempted"] != before["attempted"]:
-        yield Finding("optimizer_state_lost", f"{STEPS} calls of the step made {after['attempted'] - before['attempted']} optimizer "
-                      "steps: its count starts over.")
+        yield Finding(
+            "optimizer_state_lost",
+            f"{STEPS} calls of the step made {after['attempted'] - before['attempted']} optimizer "
+            "steps: its count starts over.",
+        )
     yield from _rates(subject, rates, applied, planned)
     if rounded_to_16_bits(subject.model) and not _rounded(first.values()):
-        yield Finding("low_precision_weights", "after a few steps the last 16 bits of every weight are zero: they are rounded to "
-                      "bfloat16, and updates below its spacing are lost.")
+        yield Finding(
+            "low_precision_weights",
+            "after a few steps the last 16 bits of every weight are zero: they are rounded to "
+            "bfloat16, and updates below its spacing are lost.",
+        )
     moved = any(not torch.equal(value, first[name]) for name, value in subject.parameters.items())
     if moved and subject.optimizer.ema_decay:
         yield from _average(subject, first)
 
 
 def _rounded(values: Any) -> bool:
-    return all(not bool((v.contiguous().view(torch.int32) & 0xFFFF).any()) for v in values if v.dtype == torch.float32 and v.numel() > 64)
+    return all(
+        not bool((v.contiguous().view(torch.int32) & 0xFFFF).any())
+        for v in values
+        if v.dtype == torch.float32 and v.numel() > 64
+    )
 
 
 def _rates(subject: Subject, rates: list[list[float]], applied: list[int], planned: int) -> Iterator[Finding]:
@@ -237,15 +277,24 @@ def _rates(subject: Subject, rates: list[list[float]], applied: list[int], plann
 
     def factor(step: int) -> float:
         return learning_rate_factor(step, planned, settings.warmup, settings.final_lr)
+
     for step, values in zip(applied, rates):
         for group, rate in zip(subject.optimizer.param_groups, values):
             peak = group.get("peak_lr", 0.0)
             if peak > 0 and abs(rate / peak - factor(step)) > 1e-6:
                 fits = [k for k in range(0, 64) if abs(rate / peak - factor(k)) < 1e-6 * max(rate / peak, 1e-9)]
-                cause = "learning_rate_off_plan" if not fits else "schedule_per_batch" if min(fits) > step else "schedule_per_epoch"
-                yield Finding(cause,
-                              f"after {step} updates the rate of {group.get('name', 'a group')} is {rate:.3g} instead of "
-                              f"{peak * factor(step):.3g}{f', that of update {min(fits)}' if fits else ''}.")
+                cause = (
+                    "learning_rate_off_plan"
+                    if not fits
+                    else "schedule_per_batch"
+                    if min(fits) > step
+                    else "schedule_per_epoch"
+                )
+                yield Finding(
+                    cause,
+                    f"after {step} updates the rate of {group.get('name', 'a group')} is {rate:.3g} instead of "
+                    f"{peak * factor(step):.3g}{f', that of update {min(fits)}' if fits else ''}.",
+                )
                 return
 
 
@@ -258,12 +307,19 @@ def _average(subject: Subject, first: dict[str, Tensor]) -> Iterator[Finding]:
     moved = [name for name in raw if not torch.equal(raw[name], first[name])]
     if not back:
         yield Finding("ema_saved_over_raw", "after the averaged weights were used the raw ones do not come back.")
-    if any(not bool(value.isfinite().all()) for value in mean.values()) and all(bool(v.isfinite().all()) for v in raw.values()):
+    if any(not bool(value.isfinite().all()) for value in mean.values()) and all(
+        bool(v.isfinite().all()) for v in raw.values()
+    ):
         yield Finding("ema_nonfinite", f"after {STEPS} steps the averaged weights are not finite; the raw ones are.")
     elif _way(mean, first) < STANDS_STILL * _way(raw, first):
-        yield Finding("ema_frozen", f"after {STEPS} steps the averaged weights have gone {_way(mean, first) / _way(raw, first):.1e} of the "
-                      f"way of the raw ones, which moved in {len(moved)} tensors: {listed(moved)}.")
-    elif all(torch.equal(mean[name], raw[name]) for name in moved) and _way(raw, first) > ROUNDING * _norm(list(first.values())):
+        yield Finding(
+            "ema_frozen",
+            f"after {STEPS} steps the averaged weights have gone {_way(mean, first) / _way(raw, first):.1e} of the "
+            f"way of the raw ones, which moved in {len(moved)} tensors: {listed(moved)}.",
+        )
+    elif all(torch.equal(mean[name], raw[name]) for name in moved) and _way(raw, first) > ROUNDING * _norm(
+        list(first.values())
+    ):
         yield Finding("ema_equals_raw", f"after {STEPS} steps all averaged weights are the raw ones, bit for bit.")
 
 
@@ -277,12 +333,21 @@ def _moved_otherwise(subject: Subject, before: list[Tensor]) -> Iterator[Finding
     told = dict(zip(subject.optimizer.tensor_names, subject.optimizer.telemetry()[:, 2].tolist()))
     wrong = []
     for parameter, kept in zip(subject.model.parameters(), before):
-        name, way = names[id(parameter)], float(torch.linalg.vector_norm(parameter.detach() - kept, dtype=torch.float64))
+        name, way = (
+            names[id(parameter)],
+            float(torch.linalg.vector_norm(parameter.detach() - kept, dtype=torch.float64)),
+        )
         if name in told and way > 1.05 * told[name] + 1e-5 * float(kept.norm()):
             wrong.append(f"{name} by {way:.3g} instead of {told[name]:.3g}")
     if wrong and not rounded_to_16_bits(subject.model):
-        yield Finding("duplicate_parameters", f"in one step {len(wrong)} tensors moved further than the optimizer moved them: "
-                      f"{listed(wrong)}; something else updates them too.")
+        yield Finding(
+            "duplicate_parameters",
+            f"in one step {len(wrong)} tensors moved further than the optimizer moved them: "
+            f"{listed(wrong)}; something else updates them too.",
+        )
 
 
-CHECKS = {"one call makes one step, on an untouched gradient": one_step, "a few steps keep their contracts": several_steps}
+CHECKS = {
+    "one call makes one step, on an untouched gradient": one_step,
+    "a few steps keep their contracts": several_steps,
+}

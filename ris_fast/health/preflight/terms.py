@@ -5,8 +5,8 @@ Legend: B batch, N RIS elements, Q factor columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields, replace
-from typing import Iterator
 
 import torch
 from torch import Tensor
@@ -16,10 +16,14 @@ from ris_fast.health.preflight.probe import Subject
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 
-STEPS = (1e-5, 1e-7, 1e-9) # of each output's size; one has no kink of a Huber, a minimum or an assignment inside, nor a bend
-ASIDE = 1e-2               # outputs rounded to 16 bits are often equal, and an assignment has its kinks just there
-WRONG = 1e-2               # relative; a right derivative is below 1e-6
-ROUNDING = 1e-12           # of a term of order one in float64
+STEPS = (
+    1e-5,
+    1e-7,
+    1e-9,
+)  # of each output's size; one has no kink of a Huber, a minimum or an assignment inside, nor a bend
+ASIDE = 1e-2  # outputs rounded to 16 bits are often equal, and an assignment has its kinks just there
+WRONG = 1e-2  # relative; a right derivative is below 1e-6
+ROUNDING = 1e-12  # of a term of order one in float64
 FEW = 8
 
 
@@ -28,8 +32,11 @@ def each_term(subject: Subject) -> Iterator[Finding]:
     errors = {name: error for name, error in term_errors(subject).items() if error > WRONG}
     if errors:
         worst = max(errors, key=errors.__getitem__)
-        yield Finding("wrong_backward", f"the gradient of {', '.join(errors)} is not the derivative of the term (relative error "
-                      f"{errors[worst]:.2g} in {worst}).")
+        yield Finding(
+            "wrong_backward",
+            f"the gradient of {', '.join(errors)} is not the derivative of the term (relative error "
+            f"{errors[worst]:.2g} in {worst}).",
+        )
 
 
 def term_errors(subject: Subject) -> dict[str, float]:
@@ -44,21 +51,35 @@ def term_errors(subject: Subject) -> dict[str, float]:
     leaves = Prediction(*(None if value is None else value.clone().requires_grad_() for value in guess))
     terms, direction = subject.loss(leaves, scenes)[1], direction_of(guess, 17)
     slopes = {name: _slope(value, leaves, direction) for name, value in terms.items() if value.requires_grad}
-    return {name: min(_error(subject, scenes, guess, direction, name, slope, step) for step in STEPS)
-            for name, slope in slopes.items()}
+    return {
+        name: min(_error(subject, scenes, guess, direction, name, slope, step) for step in STEPS)
+        for name, slope in slopes.items()
+    }
 
 
 def doubled(scenes: Scenes) -> Scenes:
     """The same scenes in float64, numbers of scenes and of sources left whole."""
-    wide = {field.name: value.double() for field in fields(scenes)
-            if isinstance(value := getattr(scenes, field.name), Tensor) and value.is_floating_point()}
+    wide = {
+        field.name: value.double()
+        for field in fields(scenes)
+        if isinstance(value := getattr(scenes, field.name), Tensor) and value.is_floating_point()
+    }
     return replace(scenes, **wide)
 
 
 def direction_of(guess: Prediction, seed: int) -> Prediction:
     generator = torch.Generator().manual_seed(seed)
-    return Prediction(*(None if value is None else value.square().mean().sqrt() *
-                        torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device) for value in guess))
+    return Prediction(
+        *(
+            (
+                None
+                if value is None
+                else value.square().mean().sqrt()
+                * torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
+            )
+            for value in guess
+        )
+    )
 
 
 def _slope(value: Tensor, leaves: Prediction, direction: Prediction) -> float:
@@ -68,7 +89,9 @@ def _slope(value: Tensor, leaves: Prediction, direction: Prediction) -> float:
 
 
 @torch.no_grad()
-def _error(subject: Subject, scenes: Scenes, guess: Prediction, direction: Prediction, name: str, slope: float, step: float) -> float:
+def _error(
+    subject: Subject, scenes: Scenes, guess: Prediction, direction: Prediction, name: str, slope: float, step: float
+) -> float:
     ahead, behind = (float(subject.loss(moved(guess, direction, sign * step), scenes)[1][name]) for sign in (1.0, -1.0))
     difference, rounding = (ahead - behind) / (2 * step), ROUNDING * max(abs(ahead), 1.0) / step
     return max(0.0, abs(difference - slope) - rounding) / max(abs(difference), abs(slope), rounding)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Iterator
+from collections.abc import Iterator
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.probe import Subject
 from ris_fast.training.validation import validate
 
-EXACT, LOW_PRECISION = 1e-4, 0.05      # relative, of a loss
+EXACT, LOW_PRECISION = 1e-4, 0.05  # relative, of a loss
 
 
 def same_loss(subject: Subject) -> Iterator[Finding]:
-    """A few scenes in evaluation mode through the step and through `validate`; the step's update is undone with the rest.
+    """A few scenes in evaluation mode through the step and through `validate`; the step's update is undone with the
+    rest.
 
-    What torch compiled runs as written here: the two are compared elsewhere, and evaluation mode would be compiled anew.
+    What torch compiled runs as written here: the two are compared elsewhere, and evaluation mode would be compiled
+        anew.
     """
     scenes = subject.scenes
     subject.step.telemetry.enabled = False
@@ -28,8 +30,11 @@ def same_loss(subject: Subject) -> Iterator[Finding]:
     gap = abs(trained - score.loss) / max(abs(trained), abs(score.loss), 1e-30)
     allowed = EXACT if subject.config.training.precision == "fp32" else LOW_PRECISION
     if math.isfinite(trained) and math.isfinite(score.loss) and gap > allowed:
-        yield Finding("losses_differ", f"the same {scenes.batch} scenes in evaluation mode have a loss of {trained:.6g} in the training "
-                      f"step and {score.loss:.6g} in validation.")
+        yield Finding(
+            "losses_differ",
+            f"the same {scenes.batch} scenes in evaluation mode have a loss of {trained:.6g} in the training "
+            f"step and {score.loss:.6g} in validation.",
+        )
 
 
 CHECKS = {"training and validation compute the same loss": same_loss}

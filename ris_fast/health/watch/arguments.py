@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 def check_model(model: Any) -> None:
     """Raises: ValueError for what is no module."""
     if not isinstance(model, nn.Module):
-        raise ValueError(f"watch: model is {_said(model)}. Give the torch.nn.Module that is trained, then its optimizer.")
+        raise ValueError(
+            f"watch: model is {_said(model)}. Give the torch.nn.Module that is trained, then its optimizer."
+        )
 
 
 def all_optimizers(optimizer: Any) -> list[Optimizer]:
@@ -23,16 +25,20 @@ def all_optimizers(optimizer: Any) -> list[Optimizer]:
     wrong = [one for one in each if not isinstance(one, Optimizer)]
     if wrong:
         within = "" if isinstance(optimizer, str) or wrong == [optimizer] else f", with {_said(wrong[0])} in it"
-        raise ValueError(f"watch: optimizer is {_said(optimizer)}{within}. Give a torch.optim.Optimizer, or a list of them, e.g. "
-                         f"watch(model, optimizer).")
+        raise ValueError(
+            f"watch: optimizer is {_said(optimizer)}{within}. Give a torch.optim.Optimizer, or a list of them, e.g. "
+            "watch(model, optimizer)."
+        )
     return each
 
 
 def check_every(every: Any, optimizers: int) -> None:
     """Raises: ValueError for no optimizer, and for what is no number of steps."""
     if not optimizers or not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ValueError(f"watch: {optimizers} optimizers and every={every!r}. Give at least one optimizer, and a whole number of steps "
-                         f"from 1 on.")
+        raise ValueError(
+            f"watch: {optimizers} optimizers and every={every!r}. Give at least one optimizer, and a whole number of"
+            " steps from 1 on."
+        )
 
 
 def beginnings(frozen: Any) -> tuple[str, ...]:
@@ -43,7 +49,9 @@ def beginnings(frozen: Any) -> tuple[str, ...]:
     except TypeError:
         names = (None,)
     if any(not isinstance(name, str) for name in names):
-        raise ValueError(f"watch: frozen={_said(frozen)}. Give beginnings of parameters' names, e.g. frozen=(\"encoder.\",).")
+        raise ValueError(
+            f'watch: frozen={_said(frozen)}. Give beginnings of parameters\' names, e.g. frozen=("encoder.",).'
+        )
     return names
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Iterator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -16,27 +17,43 @@ if TYPE_CHECKING:
     from ris_fast.health.watch.watch import Watch
 
 
-def membership(watch: "Watch") -> list[Finding]:
+def membership(watch: Watch) -> list[Finding]:
     """What is frozen, missing, there twice, or nobody's. Reads the device."""
     own = {id(p): name.replace("_orig_mod.", "") for name, p in watch.model.named_parameters()}
     held = Counter(id(p) for follower in watch.followers for p in follower.held())
     trained = {key for follower in watch.followers for key in follower.origin.trained()}
-    missing = [p for p in watch.model.parameters() if p.requires_grad and id(p) not in held and not own[id(p)].startswith(watch.frozen)]
+    missing = [
+        p
+        for p in watch.model.parameters()
+        if p.requires_grad and id(p) not in held and not own[id(p)].startswith(watch.frozen)
+    ]
     twice = [own.get(key, "?") for key, count in held.items() if count > 1]
     wrong = {"missing_from_optimizer": [own[id(p)] for p in missing], "duplicate_parameters": twice}
-    return [*_frozen(watch, own, held, trained), *_stale(watch, own, missing, trained),
-            *(found(cause, f"{len(names)}: {', '.join(names[:3])}.", watch.steps) for cause, names in wrong.items() if names)]
+    return [
+        *_frozen(watch, own, held, trained),
+        *_stale(watch, own, missing, trained),
+        *(
+            found(cause, f"{len(names)}: {', '.join(names[:3])}.", watch.steps)
+            for cause, names in wrong.items()
+            if names
+        ),
+    ]
 
 
-def _frozen(watch: "Watch", own: dict[int, str], held: Counter[int], trained: set[int]) -> Iterator[Finding]:
+def _frozen(watch: Watch, own: dict[int, str], held: Counter[int], trained: set[int]) -> Iterator[Finding]:
     """Not those that were free in the last step that was theirs: what is frozen afterwards trains all the same.
 
-    Uncertain where all have been trained, were frozen since the watch began and no step shows it, or have stood still from the
-    beginning and no optimizer holds them or they are most of the model.
+    Uncertain where all have been trained, were frozen since the watch began and no step shows it, or have stood still
+    from the beginning and no optimizer holds them or they are most of the model.
     """
-    free = {id(p) for follower in watch.followers if follower.steps for p in follower.held() if id(p) not in follower.frozen}
-    still = {id(p): p for p in watch.model.parameters()
-             if not p.requires_grad and id(p) not in free and not own[id(p)].startswith(watch.frozen)}
+    free = {
+        id(p) for follower in watch.followers if follower.steps for p in follower.held() if id(p) not in follower.frozen
+    }
+    still = {
+        id(p): p
+        for p in watch.model.parameters()
+        if not p.requires_grad and id(p) not in free and not own[id(p)].startswith(watch.frozen)
+    }
     keys = [key for key in still if key not in trained] or list(still)
     if not keys:
         return
@@ -44,24 +61,35 @@ def _frozen(watch: "Watch", own: dict[int, str], held: Counter[int], trained: se
     at_steps = {key for follower in watch.followers for key in follower.frozen}
     meant = watch.still.issuperset(keys) and (most or held.keys().isdisjoint(keys))
     doubt = "They were trained before. " + MEANT if trained.issuperset(keys) else MEANT
-    yield found("frozen_parameters", f"{len(keys)}: {', '.join(own[key] for key in keys[:3])}.", watch.steps,
-                doubt if meant or trained.issuperset(keys) or not (watch.still | at_steps).issuperset(keys) else "")
+    yield found(
+        "frozen_parameters",
+        f"{len(keys)}: {', '.join(own[key] for key in keys[:3])}.",
+        watch.steps,
+        doubt if meant or trained.issuperset(keys) or not (watch.still | at_steps).issuperset(keys) else "",
+    )
 
 
-def _stale(watch: "Watch", own: dict[int, str], missing: list[Tensor], trained: set[int]) -> Iterator[Finding]:
+def _stale(watch: Watch, own: dict[int, str], missing: list[Tensor], trained: set[int]) -> Iterator[Finding]:
     """Tensors that are not the model's. A criterion may have its own, which receive gradients.
 
-    Certain where such a tensor receives none and the model has one of its shape that no optimizer holds, or after some steps.
+    Certain where such a tensor receives none and the model has one of its shape that no optimizer holds, or after some
+    steps.
     """
     shapes = {p.shape for p in missing}
     strangers = {id(p): (p, follower) for follower in watch.followers for p in follower.held() if id(p) not in own}
     idle = [(p, follower) for key, (p, follower) in strangers.items() if key not in trained or key not in follower.fed]
     if idle:
-        certain = all(id(p) not in follower.fed and (p.shape in shapes or (follower.steps >= EARLY and id(p) not in trained))
-                      for p, follower in idle)
-        yield found("stale_optimizer_parameters", f"{len(idle)} of the optimizer's tensors are not the model's, of shapes "
-                    f"{', '.join(str(tuple(p.shape)) for p, _ in idle[:3])}.", watch.steps,
-                    "" if certain else "They may be a criterion's, or of another network that the loss reads.")
+        certain = all(
+            id(p) not in follower.fed and (p.shape in shapes or (follower.steps >= EARLY and id(p) not in trained))
+            for p, follower in idle
+        )
+        yield found(
+            "stale_optimizer_parameters",
+            f"{len(idle)} of the optimizer's tensors are not the model's, of shapes "
+            f"{', '.join(str(tuple(p.shape)) for p, _ in idle[:3])}.",
+            watch.steps,
+            "" if certain else "They may be a criterion's, or of another network that the loss reads.",
+        )
 
 
 def _count(tensor: Tensor) -> int:

@@ -1,5 +1,5 @@
-"""What `watch` keeps of tensors from one step to the next: a few of their numbers, whether a gradient stays where it is,
-and what tensors were before the first step.
+"""What `watch` keeps of tensors from one step to the next: a few of their numbers, whether a gradient stays where it
+is, and what tensors were before the first step.
 
 Legend: S numbers, a few of every tensor.
 """
@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from ris_fast.training.telemetry.step_telemetry import norms
 
-EARLY = 8                  # steps after which what nothing has reached is not waited for
-FEW = 256                  # numbers of a tensor, about, that are compared one by one
+EARLY = 8  # steps after which what nothing has reached is not waited for
+FEW = 256  # numbers of a tensor, about, that are compared one by one
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Few:
     reset: Tensor | None = None
 
     @staticmethod
-    def follow(last: "Few | None", step: int, own: dict[str, Tensor]) -> "Few":
+    def follow(last: Few | None, step: int, own: dict[str, Tensor]) -> Few:
         """Before a step, with what was kept of the last one."""
         now = few(list(own.values()))
         slopes = [_zeros(p) if p.grad is None or p.grad.layout != p.layout else p.grad for p in own.values()]
@@ -44,7 +44,7 @@ class Few:
             here.reset = here._put_back(last)
         return here
 
-    def _put_back(self, last: "Few") -> Tensor:
+    def _put_back(self, last: Few) -> Tensor:
         """(), whether an earlier state is here again although the last step left another.
 
         Further apart than one step, weights at rest may come round by their rounding: there they must have been away.
@@ -55,9 +55,12 @@ class Few:
         return again & (away > 1e-4 * self.before.norm())
 
     def finish(self, own: dict[str, Tensor]) -> Tensor | None:
-        """After the step: (), how far it went. None where it cannot be said: formats of 16 bits, whose weights may be copies."""
+        """After the step: (), how far it went. None where it cannot be said: formats of 16 bits, whose weights may be
+        copies."""
         self.after = few(list(own.values()))
-        if not self.after.shape == self.before.shape == self.gradient.shape or any(p.element_size() < 4 for p in own.values()):
+        if not self.after.shape == self.before.shape == self.gradient.shape or any(
+            p.element_size() < 4 for p in own.values()
+        ):
             return None
         here = self.gradient != 0
         return ((self.after - self.before) * here).norm() / (self.before * here).norm()
@@ -66,7 +69,7 @@ class Few:
 def few(tensors: list[Tensor]) -> Tensor:
     """(S,) on one device."""
     flat = [torch.view_as_real(each) if each.is_complex() else each for each in map(part, tensors)]
-    some = [each.reshape(-1)[::max(1, each.numel() // FEW) | 1] for each in flat]
+    some = [each.reshape(-1)[:: max(1, each.numel() // FEW) | 1] for each in flat]
     device = next((each.device for each in some if each.device.type != "cpu"), torch.device("cpu"))
     return torch.cat([each.to(device, non_blocking=True) for each in some]) if some else torch.zeros(0)
 
@@ -95,7 +98,7 @@ class LeftOver:
         self.hook: Any = parameter.register_hook(self._found)
 
     @staticmethod
-    def among(parameters: list[Tensor]) -> "LeftOver | None":
+    def among(parameters: list[Tensor]) -> LeftOver | None:
         """Of the first that has a gradient now."""
         plain = (p for p in parameters if p.requires_grad and p.grad is not None and p.grad is part(p.grad))
         return next(map(LeftOver, plain), None)
@@ -117,10 +120,11 @@ class LeftOver:
 
 
 def part(tensor: Tensor) -> Tensor:
-    """The numbers of a sparse tensor as they are stored, and of a sharded one those that lie here; any other as it is."""
+    """The numbers of a sparse tensor as they are stored, and of a sharded one those that lie here; any other as it
+    is."""
     if tensor.layout != torch.strided:
         return tensor._values() if tensor.is_sparse else tensor.values()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor      # DTensor, whose import takes half a second
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # DTensor, whose import takes half a second
 
 
 def has_norm(tensor: Tensor) -> bool:
@@ -133,7 +137,8 @@ def held(optimizer: Optimizer) -> list[Tensor]:
 
 
 class Origin:
-    """What an optimizer's tensors and their moments were before the first step that saw them: those that differ later were trained.
+    """What an optimizer's tensors and their moments were before the first step that saw them: those that differ later
+    were trained.
 
     So it shows without a look at each step, whatever was frozen, freed or used in between.
     """
@@ -147,7 +152,7 @@ class Origin:
         """Before a step: tensors that are new."""
         now = {id(p): p for p in held(self.optimizer) if has_norm(p)}
         for kept in (self.weights, self.moments):
-            for key in kept.keys() - now.keys():         # whose id another tensor may take
+            for key in kept.keys() - now.keys():  # whose id another tensor may take
                 del kept[key]
         for key in now.keys() - self.weights.keys():
             self.weights[key] = few([now[key]])
@@ -156,8 +161,11 @@ class Origin:
 
     def _moments(self, tensor: Tensor) -> Tensor | None:
         """(), norm of what the optimizer keeps of it, without its count of steps, which zeros advance too."""
-        kept = [part(value) for name, value in self.optimizer.state.get(tensor, {}).items()
-                if name != "step" and isinstance(value, Tensor) and has_norm(value)]
+        kept = [
+            part(value)
+            for name, value in self.optimizer.state.get(tensor, {}).items()
+            if name != "step" and isinstance(value, Tensor) and has_norm(value)
+        ]
         return norms(kept).norm() if kept else None
 
     def trained(self) -> set[int]:
@@ -170,7 +178,7 @@ class Origin:
         was, moments = self.weights[id(tensor)], self._moments(tensor)
         if moments is not None:
             before = self.moments.get(id(tensor), torch.zeros_like(moments)).to(moments.device)
-            return (moments - before).abs() > 1e-6 * before          # another place in memory may be added up in another order
+            return (moments - before).abs() > 1e-6 * before  # another place in memory may be added up in another order
         now = few([tensor.detach()])
         return (now != was.to(now.device)).any() if now.shape == was.shape else torch.ones((), dtype=torch.bool)
 

@@ -1,9 +1,9 @@
 """Learning health in anyone's loop: `watch(model, optimizer)` for plain PyTorch, with `report()` on request.
 
-Hooks run on a few steps only: on a tensor's gradient after it was accumulated, and around the optimizer's step; in the others it
-is only noted which tensors are frozen and which have a gradient. They read nothing from the device until `report()`, and are
-not part of a compiled model; a compiled `optimizer.step` is parted at them. What was trained in steps that were not looked at
-shows in weights and moments that differ from those before the first step.
+Hooks run on a few steps only: on a tensor's gradient after it was accumulated, and around the optimizer's step; in the
+others it is only noted which tensors are frozen and which have a gradient. They read nothing from the device until
+`report()`, and are not part of a compiled model; a compiled `optimizer.step` is parted at them. What was trained in
+steps that were not looked at shows in weights and moments that differ from those before the first step.
 
 Legend: T tensors, those of the model that one optimizer holds and that have a norm.
 """
@@ -34,15 +34,18 @@ DENSE, EVERY, KEPT = 8, 100, 64
 class Seen:
     """One optimizer step: names (T,) of its tensors, and norms (T,) float32 that stay where they are.
 
-    sizes: what a layer's usual initial norm is, about; rates: learning rates of the groups; came: gradients after backward;
-    given: as the optimizer found them; before, after: weights. closure: gradients came within the step. scaled: a loss scaler
-    takes care of gradients that are not finite. heard: tensors whose gradient was listened for; missing: those without one.
+    sizes: what a layer's usual initial norm is, about; rates: learning rates of the groups; came: gradients after
+        backward;
+    given: as the optimizer found them; before, after: weights. closure: gradients came within the step. scaled: a loss
+    scaler takes care of gradients that are not finite. heard: tensors whose gradient was listened for; missing: those
+    without one.
     reset: (), whether the weights are bit for bit those of an earlier step, and were others in between;
     moved: (), norm of the update over that of the weights, where there was a gradient; of a few numbers of each tensor.
-    uncleared: (), whether one gradient of the step before was added to; left: gradients after the step, of the first steps.
+    uncleared: (), whether one gradient of the step before was added to; left: gradients after the step, of the first
+        steps.
     gone: tensors whose gradient is None at the step.
-    touched: (4,), of a few numbers of each gradient, as backward left it beside what the optimizer is given: the cosine, the share of
-    negative zeros, and the spread over the size of both. None where nothing was heard.
+    touched: (4,), of a few numbers of each gradient, as backward left it beside what the optimizer is given: the
+    cosine, the share of negative zeros, and the spread over the size of both. None where nothing was heard.
     """
 
     step: int
@@ -64,7 +67,7 @@ class Seen:
     heard: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
-    def on_host(self) -> "Seen":
+    def on_host(self) -> Seen:
         host = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
         return Seen(**host | {"rates": [float(rate) for rate in self.rates]})
 
@@ -78,27 +81,35 @@ class Follower:
         self.records: list[Seen] = []
         self.arrived: dict[int, Tensor] = {}
         self.samples: dict[int, Tensor] = {}
-        self.passes: Counter[int] = Counter()          # arrivals at each tensor, before the first step
-        self.cleared: Counter[int] = Counter()         # those of them that found the gradient of the one before gone
+        self.passes: Counter[int] = Counter()  # arrivals at each tensor, before the first step
+        self.cleared: Counter[int] = Counter()  # those of them that found the gradient of the one before gone
         self.summed: dict[int, weakref.ref[Tensor]] = {}
         self.origin = Origin(optimizer)
-        self.frozen: set[int] = set()                  # at the last step
-        self.fed: set[int] = set()                     # those with a gradient at the last step
+        self.frozen: set[int] = set()  # at the last step
+        self.fed: set[int] = set()  # those with a gradient at the last step
         self.listening: list[Tensor] = []
         self.hooks: list[Any] = []
         self.now: Seen | None = None
         self.few: Few | None = None
         self.left: LeftOver | None = None
-        self.step_hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        self.step_hooks = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
         self.listen()
 
     def _due(self) -> bool:
         return self.steps < DENSE or self.steps % self.every == 0
 
     def own(self) -> dict[str, Tensor]:
-        """The model's parameters that the optimizer holds now; without those that have no norm (lazy, meta, integers)."""
+        """The model's parameters that the optimizer holds now; without those that have no norm (lazy, meta,
+        integers)."""
         ids = {id(p) for p in self.held()}
-        return {name.replace("_orig_mod.", ""): p for name, p in self.model.named_parameters() if id(p) in ids and has_norm(p)}
+        return {
+            name.replace("_orig_mod.", ""): p
+            for name, p in self.model.named_parameters()
+            if id(p) in ids and has_norm(p)
+        }
 
     def held(self) -> list[Tensor]:
         """All tensors of the optimizer, the model's or not."""
@@ -125,11 +136,14 @@ class Follower:
         self.listening, self.hooks = wanted, [p.register_post_accumulate_grad_hook(arrived) for p in wanted]
 
     def _count(self, parameter: Tensor) -> None:
-        """A pass before the first step: backward adds to the same tensor unless it was set to None, or a graph of it is kept."""
+        """A pass before the first step: backward adds to the same tensor unless it was set to None, or a graph of it is
+        kept."""
         key, grad = id(parameter), parameter.grad
         last = self.summed.get(key)
         self.passes[key] += 1
-        self.cleared[key] += last is not None and last() is not grad and not grad.requires_grad and grad.layout == torch.strided
+        self.cleared[key] += (
+            last is not None and last() is not grad and not grad.requires_grad and grad.layout == torch.strided
+        )
         self.summed[key] = weakref.ref(grad)
 
     @torch.compiler.disable
@@ -143,10 +157,19 @@ class Follower:
         self.origin.note()
         own, scaler = self.own(), getattr(self.optimizer, "found_inf", None)
         closure = any(callable(each) and not isinstance(each, Optimizer) for each in (*args, *kwargs.values()))
-        rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate
-                 for rate in (group.get("lr", 1.0) for group in self.optimizer.param_groups)]
-        self.now = Seen(self.steps, list(own), [usual(p) for p in own.values()], rates, _weights(own), closure,
-                        scaler is not None or getattr(self.optimizer, "loss_scale", None) == "dynamic")
+        rates = [
+            rate.detach().clone() if isinstance(rate, Tensor) else rate
+            for rate in (group.get("lr", 1.0) for group in self.optimizer.param_groups)
+        ]
+        self.now = Seen(
+            self.steps,
+            list(own),
+            [usual(p) for p in own.values()],
+            rates,
+            _weights(own),
+            closure,
+            scaler is not None or getattr(self.optimizer, "loss_scale", None) == "dynamic",
+        )
         self.few = Few.follow(self.few, self.steps, own)
         self.now.reset = self.few.reset
         if closure:
@@ -156,20 +179,28 @@ class Follower:
             self._gradients(own)
 
     def _gradients(self, own: dict[str, Tensor]) -> None:
-        """What came, and what the optimizer was given: with a closure what came, or what is left of it, since the step may clear it."""
+        """What came, and what the optimizer was given: with a closure what came, or what is left of it, since the step
+        may clear it."""
         came, zero = [self.arrived.get(id(p)) for p in own.values()], torch.zeros((), device=self.now.before.device)
         heard, reached = {id(p) for p in self.listening if p.requires_grad}, self._reached(own)
         self.now.heard = tuple(name for name, p in own.items() if id(p) in heard)
         self.now.missing = tuple(name for (name, p), each in zip(own.items(), came) if each is None and id(p) in heard)
         self.now.touched = self._touched(own)
         self.now.gone = tuple(name for name, p in own.items() if p.grad is None)
-        self.now.came = _row([reached[n] if each is None and id(p) not in heard else zero if each is None else each
-                              for n, (p, each) in enumerate(zip(own.values(), came))], zero)
+        self.now.came = _row(
+            [
+                reached[n] if each is None and id(p) not in heard else zero if each is None else each
+                for n, (p, each) in enumerate(zip(own.values(), came))
+            ],
+            zero,
+        )
         self.now.given = torch.maximum(self.now.came, reached) if self.now.closure else reached
 
     def _touched(self, own: dict[str, Tensor]) -> Tensor | None:
         """See `Seen.touched`; of the tensors that were heard and have a gradient in the same layout."""
-        both = [(self.samples[id(p)], few([p.grad])) for p in own.values() if id(p) in self.samples and p.grad is not None]
+        both = [
+            (self.samples[id(p)], few([p.grad])) for p in own.values() if id(p) in self.samples and p.grad is not None
+        ]
         both = [pair for pair in both if pair[0].shape == pair[1].shape]
         if not both or self.now.closure:
             return None
@@ -192,7 +223,9 @@ class Follower:
         uncleared, self.left = self.left and self.left.close(), None
         self.steps += 1
         self.summed.clear()
-        self.fed = self.fed or {id(p) for p in self.held() if p.grad is not None}          # with a closure they come within the step
+        self.fed = self.fed or {
+            id(p) for p in self.held() if p.grad is not None
+        }  # with a closure they come within the step
         if self.now is not None:
             own = self.own()
             own = {name: own[name] for name in self.now.names if name in own}
@@ -220,7 +253,11 @@ def _weights(own: dict[str, Tensor]) -> Tensor:
 
 def _row(values: Sequence[Tensor], zero: Tensor) -> Tensor:
     """(T,) on one device."""
-    return torch.stack([value.to(zero.device, non_blocking=zero.is_cuda) for value in values]) if values else zero[None][:0]
+    return (
+        torch.stack([value.to(zero.device, non_blocking=zero.is_cuda) for value in values])
+        if values
+        else zero[None][:0]
+    )
 
 
 class Watch:
@@ -229,19 +266,24 @@ class Watch:
     Args: optimizer: one, or all of them, so that each parameter is looked for where it is;
         every: after the first eight steps of an optimizer, one step in this many is looked at;
         frozen: beginnings of names of parameters that are not meant to be trained.
-    Raises: ValueError for an argument of another kind; ConfigError, which is one, for the beginning of no parameter's name.
-    Parameters may be frozen, freed, added and replaced on the way. With a closure it is not seen what happens to gradients
-    between backward and the update. A torch.amp.GradScaler may skip steps and divide by powers of two.
+    Raises: ValueError for an argument of another kind; ConfigError, which is one, for the beginning of no parameter's
+    name. Parameters may be frozen, freed, added and replaced on the way. With a closure it is not seen what happens to
+    gradients between backward and the update. A torch.amp.GradScaler may skip steps and divide by powers of two.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], every: int = EVERY,
-                 frozen: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        every: int = EVERY,
+        frozen: Sequence[str] = (),
+    ) -> None:
         check_model(model)
         self.model, self.optimizers, self.frozen = model, all_optimizers(optimizer), beginnings(frozen)
         check_every(every, len(self.optimizers))
         check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
         self.followers = [Follower(model, each, every) for each in self.optimizers]
-        self.still = {id(p) for p in model.parameters() if not p.requires_grad}      # from the beginning
+        self.still = {id(p) for p in model.parameters() if not p.requires_grad}  # from the beginning
 
     @property
     def steps(self) -> int:
@@ -263,6 +305,8 @@ class Watch:
         return told(self)
 
 
-def watch(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], every: int = EVERY, frozen: Sequence[str] = ()) -> Watch:
+def watch(
+    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], every: int = EVERY, frozen: Sequence[str] = ()
+) -> Watch:
     """Begins to watch a plain PyTorch loop; call before training, and `report()` when you want to know."""
     return Watch(model, optimizer, every, frozen)

@@ -36,17 +36,26 @@ def check_group(group: Mapping[str, Any]) -> None:
     """Raises ValueError on a parameter group's value outside its range, naming it."""
     check_kind(group)
     if group["foreach"] and group["fused"]:
-        _refuse("foreach=True and fused=True exclude each other, as in torch. Leave both out: there is one implementation.")
+        _refuse(
+            "foreach=True and fused=True exclude each other, as in torch. Leave both out: there is one implementation."
+        )
     check_flags({key: group[key] for key in ("maximize", "decoupled_weight_decay")})
     lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         _refuse(f"lr is a tensor of shape {tuple(lr.shape)}. Give one element.")
     if not (isinstance(lr, Tensor) and lr.is_cuda) and not 0 <= _number(lr) < math.inf:
         _refuse(f"lr is {lr!r}. Give a finite number >= 0.")
-    if not isinstance(betas, (Sequence, np.ndarray)) or len(betas) != 2 or not all(0.0 <= _number(beta) < 1.0 for beta in betas):
+    if (
+        not isinstance(betas, (Sequence, np.ndarray))
+        or len(betas) != 2
+        or not all(0.0 <= _number(beta) < 1.0 for beta in betas)
+    ):
         _refuse(f"betas are {betas!r}. Give two numbers in [0, 1).")
     if not torch.finfo(torch.float32).tiny <= _number(group["eps"]) < math.inf:
-        _refuse(f"eps is {group['eps']!r}. Give a number from 1.2e-38: without it a gradient that is always zero divides by zero.")
+        _refuse(
+            f"eps is {group['eps']!r}. Give a number from 1.2e-38: without it a gradient that is always zero divides by"
+            " zero."
+        )
     if not 0 <= _number(group["weight_decay"]) < math.inf:
         _refuse(f"weight_decay is {group['weight_decay']!r}. Give a finite number >= 0.")
 
@@ -67,7 +76,10 @@ def check_flags(flags: Mapping[str, Any]) -> None:
 def check_records(records: Any, telemetry: bool) -> None:
     """Raises ValueError on a number of records that cannot be kept."""
     if not isinstance(records, int) or records < 0 or (records and not telemetry):
-        _refuse(f"records is {records!r} with telemetry={telemetry}. Give a whole number >= 0, and telemetry=True where it is not 0.")
+        _refuse(
+            f"records is {records!r} with telemetry={telemetry}. Give a whole number >= 0, and telemetry=True where it"
+            " is not 0."
+        )
 
 
 def check_options(max_grad_norm: float | None, ema_decay: float | None, loss_scale: Any, backend: str) -> None:
@@ -87,8 +99,8 @@ def check_saved(name: str, like: Tensor, saved: Mapping[Any, Any]) -> None:
     for key in MOMENTS:
         if key not in saved:
             _refuse(
-                f"the saved state of {name} has no '{key}' (it has: {', '.join(map(str, saved))}); another kind of optimizer saved it. "
-                "Load a state of FusedAdamW or torch.optim.AdamW."
+                f"the saved state of {name} has no '{key}' (it has: {', '.join(map(str, saved))}); another kind of"
+                " optimizer saved it. Load a state of FusedAdamW or torch.optim.AdamW."
             )
     if torch.as_tensor(saved["step"]).numel() != 1:
         _refuse(f"the saved 'step' of {name} has shape {tuple(saved['step'].shape)}, expected one number.")
@@ -101,8 +113,9 @@ def check_shape(key: str, name: str, like: Tensor, saved: Tensor) -> None:
     """Raises ValueError on a moment or an average that would be broadcast."""
     if saved.shape != like.shape:
         _refuse(
-            f"the saved '{key}' of {name} has shape {tuple(saved.shape)}, but the parameter has shape {tuple(like.shape)}. "
-            "Load the state of an optimizer over the same model, with its parameters in the same order."
+            f"the saved '{key}' of {name} has shape {tuple(saved.shape)}, but the parameter has shape"
+            f" {tuple(like.shape)}. Load the state of an optimizer over the same model, with its parameters in the same"
+            " order."
         )
 
 
@@ -114,7 +127,10 @@ def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str
     if wanted == "auto":
         return best if best in backends() else "reference"
     if wanted != best or wanted not in backends():
-        _refuse(f"backend={wanted!r} cannot serve float32 parameters on {device} here (available: {', '.join(backends())}). Use 'auto'.")
+        _refuse(
+            f"backend={wanted!r} cannot serve float32 parameters on {device} here (available: {', '.join(backends())})."
+            " Use 'auto'."
+        )
     return wanted
 
 
@@ -124,13 +140,14 @@ def refuse_parameters(params: Sequence[Tensor], names: Sequence[str]) -> None:
         _refuse_kind(name, p)
         if p.numel() > _span(p):
             _refuse(
-                f"parameter {name} of shape {tuple(p.shape)} has strides {p.stride()}: several elements are one place in memory. "
-                "Clone it (p.clone())."
+                f"parameter {name} of shape {tuple(p.shape)} has strides {p.stride()}: several elements are one place"
+                " in memory. Clone it (p.clone())."
             )
         if p.device.type == "cpu" and p.is_shared():
             _refuse(
-                f"parameter {name} is in memory shared between processes (model.share_memory(), or sent to another process), and a flat "
-                "buffer is not. Use torch.optim.AdamW for Hogwild training; send other processes a copy (copy.deepcopy(model))."
+                f"parameter {name} is in memory shared between processes (model.share_memory(), or sent to another"
+                " process), and a flat buffer is not. Use torch.optim.AdamW for Hogwild training; send other processes"
+                " a copy (copy.deepcopy(model))."
             )
     _refuse_overlap(params, names)
 
@@ -139,7 +156,10 @@ def _refuse_kind(name: str, p: Tensor) -> None:
     if is_lazy(p):
         _refuse(f"parameter {name} has no shape yet. Call the model once (a dry run) before building the optimizer.")
     if p.device.type == "meta":
-        _refuse(f"parameter {name} is on the meta device, which holds no values. Call model.to_empty(device=...) and initialise it first.")
+        _refuse(
+            f"parameter {name} is on the meta device, which holds no values. Call model.to_empty(device=...) and"
+            " initialise it first."
+        )
     if getattr(p, "_fsdp_flattened", False):
         _refuse(
             f"parameter {name} belongs to FSDP, which moves its shards. Use torch.optim.AdamW with FSDP, "
@@ -154,8 +174,8 @@ def _refuse_kind(name: str, p: Tensor) -> None:
         )
     if p.dtype.is_floating_point and p.dtype.itemsize < 2:
         _refuse(
-            f"parameter {name} is {p.dtype}, in which a step is lost to rounding. Keep the parameter in bfloat16 or float32 "
-            "and cast a copy for the forward pass."
+            f"parameter {name} is {p.dtype}, in which a step is lost to rounding. Keep the parameter in bfloat16 or"
+            " float32 and cast a copy for the forward pass."
         )
     if p.layout != torch.strided:
         _refuse(f"parameter {name} is {p.layout}. Use torch.optim.AdamW for parameters that are not dense.")
@@ -197,7 +217,9 @@ def tensor_names(groups: Sequence[Mapping[str, Any]], known: Mapping[Tensor, str
             named = known.get(p) or (given[i] if i < len(given) and given[i] not in kept else None)
             names.append(named if given and named else f"group{g}.{i}")
     if len(set(names)) != len(names):
-        raise ValueError("FusedAdamW: two parameters have the same name. Give each group's parameters names of their own.")
+        raise ValueError(
+            "FusedAdamW: two parameters have the same name. Give each group's parameters names of their own."
+        )
     return names
 
 

@@ -20,7 +20,8 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def flat_zeros(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on Linux CPUs in 2 MB pages if the kernel grants them, since five long buffers overrun the page-table caches."""
+    """Zeros; on Linux CPUs in 2 MB pages if the kernel grants them, since five long buffers overrun the page-table
+    caches."""
     flat = torch.empty(elements, dtype=dtype, device=device)
     if device.type == "cpu" and sys.platform == "linux" and flat.nbytes >= HUGE:
         begin, end = -(-flat.data_ptr() // PAGE) * PAGE, (flat.data_ptr() + flat.nbytes) // PAGE * PAGE
@@ -83,13 +84,21 @@ class Bucket:
     """Flat buffers for T tensors of one device and dtype.
 
     The buffers of P elements: `param`, `grad`, `exp_avg`, `exp_avg_sq`, and `ema` or None; the last three are float32
-    where the parameters are half precision (in float16 (1 - beta2) g^2 is zero for gradients below 5e-3). `state`, `hyper`:
-    see layout.py. `ring` (R, T, 4): the telemetry of the last R steps, in the slot (step mod R); `ring_steps` (R,) float64:
-    the number of the step in each slot, 0 where there is none yet.
+    where the parameters are half precision (in float16 (1 - beta2) g^2 is zero for gradients below 5e-3). `state`,
+    `hyper`: see layout.py. `ring` (R, T, 4): the telemetry of the last R steps, in the slot (step mod R); `ring_steps`
+    (R,) float64: the number of the step in each slot, 0 where there is none yet.
     Nothing here reads from the device.
     """
 
-    def __init__(self, like: Sequence[Tensor], groups: Sequence[int], group_count: int, backend: str, with_ema: bool, records: int) -> None:
+    def __init__(
+        self,
+        like: Sequence[Tensor],
+        groups: Sequence[int],
+        group_count: int,
+        backend: str,
+        with_ema: bool,
+        records: int,
+    ) -> None:
         device, dtype = like[0].device, real_dtype(like[0])
         self.backend, self._kernels = backend, backends()[backend]
         self._groups = list(groups)
@@ -108,7 +117,11 @@ class Bucket:
         self.ema = flat_zeros(elements, wide, device) if with_ema else None
         self.grads = [view_like(self.grad, start, tensor) for start, tensor in zip(self.starts, like, strict=True)]
         self.params, self.moments1, self.moments2, self.averages = (
-            [] if flat is None else [window_like(flat, start, tensor) for start, tensor in zip(self.starts, like, strict=True)]
+            (
+                []
+                if flat is None
+                else [window_like(flat, start, tensor) for start, tensor in zip(self.starts, like, strict=True)]
+            )
             for flat in (self.param, self.exp_avg, self.exp_avg_sq, self.ema)
         )
 
@@ -119,8 +132,13 @@ class Bucket:
         self.steps = zeros(tensors, kind=torch.float32)
         self.sums = zeros(tensors, 2, kind=torch.float64)
         self.telemetry = zeros(tensors, Telemetry.COUNT, kind=torch.float32)
-        self.ring, self.ring_steps = zeros(records, tensors, Telemetry.COUNT, kind=torch.float32), zeros(records, kind=torch.float64)
-        self.coefficients = zeros(tensors, Coefficient.COUNT, kind=torch.float64 if dtype == torch.float64 else torch.float32)
+        self.ring, self.ring_steps = (
+            zeros(records, tensors, Telemetry.COUNT, kind=torch.float32),
+            zeros(records, kind=torch.float64),
+        )
+        self.coefficients = zeros(
+            tensors, Coefficient.COUNT, kind=torch.float64 if dtype == torch.float64 else torch.float32
+        )
         self.hyper = zeros(Hyper.GROUPS + Group.COUNT * group_count, kind=torch.float64)
         fresh = [0.0] * State.COUNT
         fresh[State.CLIP] = fresh[State.SCALE] = fresh[State.EXTERNAL_SCALE] = 1.0
@@ -177,13 +195,15 @@ class Bucket:
     def take(self, gradients: Sequence[Tensor | None], in_place: bool) -> bool:
         """Where the next step finds the gradients, one for each tensor; True if it reads any outside the buffer.
 
-        in_place: gradients outside are left there. Only the C++ reads them so, and only in the buffer's memory order and dtype;
-        others are copied.
+        in_place: gradients outside are left there. Only the C++ reads them so, and only in the buffer's memory order
+        and dtype; others are copied.
         """
         self._sources = ()
         if not gradients:
             return False
-        outside = [i for i, (g, view) in enumerate(zip(gradients, self.grads, strict=True)) if g is not None and g is not view]
+        outside = [
+            i for i, (g, view) in enumerate(zip(gradients, self.grads, strict=True)) if g is not None and g is not view
+        ]
         if in_place and self.backend == "native":
             copied = [i for i in outside if not (self._readable[i] and _plain(gradients[i]))]
         else:
@@ -208,7 +228,9 @@ class Bucket:
 
     def decide(self) -> None:
         """Norm, skip, clip, counters and coefficients from the totals in `state`."""
-        self._kernels.decide(self.segments, self.hyper, self.sums, self.telemetry, self.steps, self.coefficients, self.state)
+        self._kernels.decide(
+            self.segments, self.hyper, self.sums, self.telemetry, self.steps, self.coefficients, self.state
+        )
 
     def apply(self, clear: bool) -> None:
         """Pass two."""
@@ -234,8 +256,8 @@ class Bucket:
                 yield self.starts[members[0]], ends[members[-1]]
 
     def record(self) -> None:
-        """Copies the telemetry of the step that was just made into the ring. Its slot comes from the device's own count of
-        steps, so that every replay of a CUDA graph finds its own."""
+        """Copies the telemetry of the step that was just made into the ring. Its slot comes from the device's own count
+        of steps, so that every replay of a CUDA graph finds its own."""
         step = self.state[State.ATTEMPTED : State.ATTEMPTED + 1]
         slot = step.remainder(len(self.ring)).long()
         self.ring.index_copy_(0, slot, self.telemetry[None])

@@ -1,8 +1,9 @@
 """Gradients of a flat optimizer: which are there in this step, and how they come into the flat buffers.
 
-A user's gradients stay where autograd or the user put them: a step reads them there (C++) or copies them into the buffer
-(elsewhere), and changes none of them. With `clear_grads`, and after `accumulate`, `.grad` is instead a view into the buffer,
-for backward to add to: never a copy, but one tensor for good, as after torch's `zero_grad(set_to_none=False)`.
+A user's gradients stay where autograd or the user put them: a step reads them there (C++) or copies them into the
+buffer (elsewhere), and changes none of them. With `clear_grads`, and after `accumulate`, `.grad` is instead a view into
+the buffer, for backward to add to: never a copy, but one tensor for good, as after torch's
+    `zero_grad(set_to_none=False)`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ class FlatGradients(FlatOptimizer):
         if self._live and identical(grads, self._in_place):
             return any(self._live)
         self._take_part([grad is not None for grad in grads])
-        foreign = [i for i, (grad, view) in enumerate(zip(grads, self._grad_views, strict=True)) if grad is not None and grad is not view]
+        foreign = [
+            i
+            for i, (grad, view) in enumerate(zip(grads, self._grad_views, strict=True))
+            if grad is not None and grad is not view
+        ]
         self._refuse_sparse([i for i in foreign if grads[i].layout != torch.strided])
         for bucket, members in zip(self._buckets, self._rows, strict=True):
             if bucket.take([grads[i] for i in members] if foreign else (), in_place=not self.clear_grads):
@@ -53,7 +58,8 @@ class FlatGradients(FlatOptimizer):
             bucket.set_live([live[i] for i in members])
 
     def _fill(self, grads: Sequence[Tensor | None], scale: float, overwrite: bool, last: bool) -> None:
-        """buffer <- (0 if overwrite else buffer) + scale * grads, with pass one where it is the last before the step."""
+        """buffer <- (0 if overwrite else buffer) + scale * grads, with pass one where it is the last before the
+        step."""
         for bucket, members in zip(self._buckets, self._rows, strict=True):
             empty = bucket.grad[:0]
             given = [empty if (g := grads[i]) is None else dense(g, self._grad_views[i]) for i in members]
@@ -63,8 +69,9 @@ class FlatGradients(FlatOptimizer):
     def _refuse_sparse(self, sparse: Sequence[int]) -> None:
         if sparse:
             raise RuntimeError(
-                f"FusedAdamW.step: the gradient of {self.tensor_names[sparse[0]]} is {self._params[sparse[0]].grad.layout}; sparse "
-                "gradients are not supported. Use Embedding(sparse=False), or torch.optim.SparseAdam for this parameter."
+                f"FusedAdamW.step: the gradient of {self.tensor_names[sparse[0]]} is"
+                f" {self._params[sparse[0]].grad.layout}; sparse gradients are not supported. Use"
+                " Embedding(sparse=False), or torch.optim.SparseAdam for this parameter."
             )
 
     def _check_capture(self) -> None:
@@ -73,12 +80,15 @@ class FlatGradients(FlatOptimizer):
         missing = [name for name, p, view in named if p.requires_grad and p.grad is not view]
         if missing or [p.grad is not None for p in self._params] != self._live:
             raise RuntimeError(
-                f"FusedAdamW.step: captured while {len(missing)} gradients are not in the flat buffer (first: {(missing or ['none'])[0]}). "
-                "Build the optimizer with clear_grads=True, step once before capturing, and clear with zero_grad(set_to_none=False)."
+                f"FusedAdamW.step: captured while {len(missing)} gradients are not in the flat buffer (first:"
+                f" {(missing or ['none'])[0]}). Build the optimizer with clear_grads=True, step once before capturing,"
+                " and clear with zero_grad(set_to_none=False)."
             )
 
     @torch.no_grad()
-    def accumulate(self, gradients: Sequence[Tensor | None], scale: float = 1.0, *, overwrite: bool = False, last: bool = False) -> None:
+    def accumulate(
+        self, gradients: Sequence[Tensor | None], scale: float = 1.0, *, overwrite: bool = False, last: bool = False
+    ) -> None:
         """`.grad` <- (0 if overwrite else .grad) + scale * gradients, in one launch a buffer: for torch.autograd.grad.
 
         `.grad` is then a view of the buffer, which later steps write to: clone what is to be kept.
@@ -107,9 +117,14 @@ class FlatGradients(FlatOptimizer):
 
     @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch. With False, gradients in the buffers are cleared at once; for nothing right after a step with `clear_grads`."""
+        """As in torch. With False, gradients in the buffers are cleared at once; for nothing right after a step with
+        `clear_grads`."""
         params = [p for group in self.param_groups for p in group["params"]]
-        if set_to_none or not identical(params, self._params) or not identical([p.grad for p in params], self._in_place):
+        if (
+            set_to_none
+            or not identical(params, self._params)
+            or not identical([p.grad for p in params], self._in_place)
+        ):
             super().zero_grad(set_to_none)
         elif self._clear_version != self._versions():
             if not all(bucket.attached() for bucket in self._buckets):

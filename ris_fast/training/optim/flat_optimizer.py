@@ -1,4 +1,5 @@
-"""A torch Optimizer whose parameters live in flat buffers: who is where, and what a user changed of it between steps."""
+"""A torch Optimizer whose parameters live in flat buffers: who is where, and what a user changed of it between
+steps."""
 
 from __future__ import annotations
 
@@ -19,11 +20,13 @@ _STATE = ("step", "exp_avg", "exp_avg_sq", "ema", "counters")  # ours in `state`
 
 
 class FlatOptimizer(Optimizer):
-    """Holds the buffers. The subclass sets `wanted_backend`, `ema_decay` and `_record_count`, then calls `Optimizer.__init__` and `_build`.
+    """Holds the buffers. The subclass sets `wanted_backend`, `ema_decay` and `_record_count`, then calls
+    `Optimizer.__init__` and `_build`.
 
     For tensor i of all groups in order: `_params[i]`; its buffer and its place there `_place[i]`; its gradient view
     `_grad_views[i]`; and whether it took part in the last step, `_live[i]`. What torch shows (`param_groups`, `.data`,
-    `state`) is compared with what was left there before each step; only where it differs is anything copied or laid out again.
+    `state`) is compared with what was left there before each step; only where it differs is anything copied or laid out
+    again.
     """
 
     _built = _swapped = False
@@ -44,8 +47,12 @@ class FlatOptimizer(Optimizer):
         self._sizes = self._name_groups()
         kinds = list(dict.fromkeys((p.device, real_dtype(p)) for p in self._params))
         self._rows = [[i for i, p in enumerate(self._params) if (p.device, real_dtype(p)) == kind] for kind in kinds]
-        self._buckets = [self._make_bucket(kind, members, groups) for kind, members in zip(kinds, self._rows, strict=True)]
-        self._place = {i: (b, slot) for b, members in zip(self._buckets, self._rows, strict=True) for slot, i in enumerate(members)}
+        self._buckets = [
+            self._make_bucket(kind, members, groups) for kind, members in zip(kinds, self._rows, strict=True)
+        ]
+        self._place = {
+            i: (b, slot) for b, members in zip(self._buckets, self._rows, strict=True) for slot, i in enumerate(members)
+        }
         self._grad_views = [self._place[i][0].grads[self._place[i][1]] for i in range(len(self._params))]
         self._in_place: list[Tensor | None] = []
         self._measured: list[int] = []
@@ -67,10 +74,19 @@ class FlatOptimizer(Optimizer):
             begin += size
         return sizes
 
-    def _make_bucket(self, kind: tuple[torch.device, torch.dtype], members: Sequence[int], groups: Sequence[int]) -> Bucket:
+    def _make_bucket(
+        self, kind: tuple[torch.device, torch.dtype], members: Sequence[int], groups: Sequence[int]
+    ) -> Bucket:
         like = [self._params[i].detach() for i in members]
         backend = choose_backend(self.wanted_backend, *kind)
-        return Bucket(like, [groups[i] for i in members], len(self.param_groups), backend, self.ema_decay is not None, self._record_count)
+        return Bucket(
+            like,
+            [groups[i] for i in members],
+            len(self.param_groups),
+            backend,
+            self.ema_decay is not None,
+            self._record_count,
+        )
 
     def _move_in(self, i: int) -> None:
         bucket, slot = self._place[i]
@@ -124,7 +140,8 @@ class FlatOptimizer(Optimizer):
         return dict(step=bucket.steps[slot], exp_avg=bucket.moments1[slot], exp_avg_sq=bucket.moments2[slot])
 
     def _show_state(self) -> None:
-        """Puts averages and, with the first tensor that has moments, the counters where savers look: in torch's state."""
+        """Puts averages and, with the first tensor that has moments, the counters where savers look: in torch's
+        state."""
         holders = [i for i, p in enumerate(self._params) if self.state.get(p)]
         for i in holders:
             bucket, slot = self._place[i]
@@ -152,13 +169,16 @@ class FlatOptimizer(Optimizer):
 
     @torch.no_grad()
     def _rebuild(self) -> None:
-        """Lays the buffers out again for the parameters as listed now. A tensor that has left keeps its state, as in torch."""
+        """Lays the buffers out again for the parameters as listed now. A tensor that has left keeps its state, as in
+        torch."""
         places = [self._place[i] for i in range(len(self._params))] if self._averaging else []
         averages = {p: bucket.averages[slot] for p, (bucket, slot) in zip(self._params, places)}
         counters, stepped = self._buckets[0].state, self._stepped
         for p in set(self._params).difference(p for group in self.param_groups for p in group["params"]):
             if p in self.state:
-                self.state[p] = {key: value.clone() if isinstance(value, Tensor) else value for key, value in self.state[p].items()}
+                self.state[p] = {
+                    key: value.clone() if isinstance(value, Tensor) else value for key, value in self.state[p].items()
+                }
         self._build()
         for bucket in self._buckets:
             bucket.state.copy_(counters)
@@ -175,23 +195,29 @@ class FlatOptimizer(Optimizer):
             return
         try:
             check_group(self.param_groups[-1])
-            refuse_parameters([p for group in self.param_groups for p in group["params"]], tensor_names(self.param_groups))
+            refuse_parameters(
+                [p for group in self.param_groups for p in group["params"]], tensor_names(self.param_groups)
+            )
         except ValueError:
             self.param_groups.pop()
             raise
         self._rebuild()
 
     def _follow(self) -> None:
-        """Takes over, as torch would, what was changed since the last step: lists of parameters, their data, their state."""
+        """Takes over, as torch would, what was changed since the last step: lists of parameters, their data, their
+        state."""
         params = [p for group in self.param_groups for p in group["params"]]
-        listed = identical(params, self._params) and [len(group["params"]) for group in self.param_groups] == self._sizes
+        listed = (
+            identical(params, self._params) and [len(group["params"]) for group in self.param_groups] == self._sizes
+        )
         in_place = listed and _where(params) == self._at
         if in_place and identical(self._state_tensors(), self._shown):
             return
         self._refuse_inside("accumulate")
         if self._capturing():
             raise RuntimeError(
-                "FusedAdamW.step: captured after parameters, their data or their state were replaced. Step once before capturing."
+                "FusedAdamW.step: captured after parameters, their data or their state were replaced. Step once before"
+                " capturing."
             )
         if not listed:
             self._rebuild()
@@ -205,13 +231,20 @@ class FlatOptimizer(Optimizer):
 
         Afterwards only what nobody else holds: another tensor over the same memory would no longer see the steps.
         """
-        moved = [i for i, (now, before) in enumerate(zip(zip(*_where(self._params)), zip(*self._at), strict=True)) if now != before]
+        moved = [
+            i
+            for i, (now, before) in enumerate(zip(zip(*_where(self._params)), zip(*self._at), strict=True))
+            if now != before
+        ]
         if self._stepped:
             windows = [self._place[i][0].params[self._place[i][1]] for i in moved]
             kind = lambda tensor: (tensor.device, tensor.dtype, tensor.shape)  # noqa: E731
             lost = [i for i, window in zip(moved, windows, strict=True) if kind(self._params[i]) != kind(window)]
             self._refuse_moved(lost or [i for i in moved if held_elsewhere(self._params[i], self._params)])
-            if all(self._params[i].stride() == w.stride() and not held_elsewhere(w) for i, w in zip(moved, windows, strict=True)):
+            if all(
+                self._params[i].stride() == w.stride() and not held_elsewhere(w)
+                for i, w in zip(moved, windows, strict=True)
+            ):
                 refuse_parameters([self._params[i] for i in moved], [self.tensor_names[i] for i in moved])
                 with torch.no_grad():
                     for i in moved:
@@ -236,7 +269,9 @@ class FlatOptimizer(Optimizer):
                         p.data = window
                     except RuntimeError:  # swapped for a tensor of another kind (meta, sparse)
                         torch.utils.swap_tensors(p, torch.nn.Parameter(window, p.requires_grad))
-                    window.copy_(view_like(values, bucket.starts[slot], window))  # share_memory has moved the window too
+                    window.copy_(
+                        view_like(values, bucket.starts[slot], window)
+                    )  # share_memory has moved the window too
                     self._bring_gradient_back(i)
 
     @torch.no_grad()
@@ -250,7 +285,8 @@ class FlatOptimizer(Optimizer):
     def _refuse_inside(self, who: str) -> None:
         if self._swapped:
             raise RuntimeError(
-                f"FusedAdamW.{who}: called inside `with optimizer.ema():`, where the averaged weights are in. Call it outside the block."
+                f"FusedAdamW.{who}: called inside `with optimizer.ema():`, where the averaged weights are in. Call it"
+                " outside the block."
             )
 
     def _refuse_moved(self, moved: Sequence[int]) -> None:
@@ -258,13 +294,16 @@ class FlatOptimizer(Optimizer):
             return
         refuse_parameters([self._params[i] for i in moved], [self.tensor_names[i] for i in moved])
         raise RuntimeError(
-            f"FusedAdamW.step: {len(moved)} of {len(self._params)} parameters (first: {self.tensor_names[moved[0]]}) left the flat buffer: "
-            "the model was moved (.to, .cuda, .half), given to another FusedAdamW, or its .data replaced by memory that another tensor "
-            "holds too. Move the model before the first step, or call optimizer.rebind(), after which that other tensor sees no step."
+            f"FusedAdamW.step: {len(moved)} of {len(self._params)} parameters (first: {self.tensor_names[moved[0]]})"
+            " left the flat buffer: the model was moved (.to, .cuda, .half), given to another FusedAdamW, or its .data"
+            " replaced by memory that another tensor holds too. Move the model before the first step, or call"
+            " optimizer.rebind(), after which that other tensor sees no step."
         )
 
     def _capturing(self) -> bool:
-        return any(bucket.device.type == "cuda" for bucket in self._buckets) and torch.cuda.is_current_stream_capturing()
+        return (
+            any(bucket.device.type == "cuda" for bucket in self._buckets) and torch.cuda.is_current_stream_capturing()
+        )
 
 
 def _where(params: Sequence[Tensor]) -> tuple[list[int], list[torch.Size], list[tuple[int, ...]]]:

@@ -1,4 +1,5 @@
-"""FusedAdamW: AdamW with norm, clipping, non-finite check, averaging and clearing in two passes, as a torch Optimizer."""
+"""FusedAdamW: AdamW with norm, clipping, non-finite check, averaging and clearing in two passes, as a torch
+Optimizer."""
 
 from __future__ import annotations
 
@@ -21,15 +22,17 @@ FIRST_SCALE = 65536.0  # of a dynamic loss scale, as in torch.amp.GradScaler
 class FusedAdamW(SavedOptimizer):
     """AdamW on flat buffers: a drop-in for `torch.optim.AdamW` that also clips, checks, averages and reports.
 
-    Parameters are moved into one flat buffer per device and dtype: their `.data` become views, and what shared memory with
-    them before (a detached alias, another process) sees no step. Between steps everything is as in torch, or refused by an
-    error: tests/training/test_optimizer_habits.py is the table. A parameter whose `.grad` is None is left alone; only its
-    average moves on towards it. A step with a non-finite gradient changes no weight, moment or average, and is counted.
+    Parameters are moved into one flat buffer per device and dtype: their `.data` become views, and what shared memory
+    with them before (a detached alias, another process) sees no step. Between steps everything is as in torch, or
+    refused by an
+    error: tests/training/test_optimizer_habits.py is the table. A parameter whose `.grad` is None is left alone; only
+    its average moves on towards it. A step with a non-finite gradient changes no weight, moment or average, and is
+    counted.
 
     Args:
-        params, lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW; eps must not be 0. `lr` may be a tensor.
-        foreach, fused, capturable: accepted and without effect; there is one implementation and it is all of these.
-        amsgrad, differentiable: refused.
+        params, lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW; eps must not be 0. `lr` may be a
+        tensor. foreach, fused, capturable: accepted and without effect; there is one implementation and it is all of
+        these. amsgrad, differentiable: refused.
         decoupled_weight_decay: False gives Adam with an L2 penalty.
         max_grad_norm: clips the global norm as torch.nn.utils.clip_grad_norm_ does; None: no clipping. `.grad` itself
             stays unclipped and unscaled.
@@ -38,16 +41,16 @@ class FusedAdamW(SavedOptimizer):
         ema_warmup: limits the decay to (1 + t) / (10 + t) after t applied steps, which removes the starting bias.
         loss_scale: None, a number, or "dynamic" (float16): multiply the loss by it with `scale`; steps unscale.
         clear_grads: the step makes `.grad` a view into the flat buffer and leaves it zero; clear with
-            `zero_grad(set_to_none=False)`, and a parameter that once had a gradient takes part in every step, as in torch
-            after that. Saves one copy of the gradients. Otherwise they stay where and as they are.
+            `zero_grad(set_to_none=False)`, and a parameter that once had a gradient takes part in every step, as in
+            torch after that. Saves one copy of the gradients. Otherwise they stay where and as they are.
         telemetry: measures weight and update norms per tensor (gradient norms are always there).
         records: keeps the telemetry of this many steps on the device, for `records()`; 16 bytes a tensor and step.
         backend: "auto", "native" (C++), "triton" (CUDA) or "reference" (plain torch).
     Raises:
         ValueError, RuntimeError: on arguments or parameters that it cannot serve; says which and what to do.
     Numerics: bias corrections and norms in float64; half-precision parameters have float32 moments and averages.
-    CUDA graphs: with `clear_grads`, after one eager step, `step()` can be captured. Change learning rate, `max_grad_norm` or `ema_decay`
-        between replays and call `sync_hyperparameters()`. Not yet run on a GPU.
+    CUDA graphs: with `clear_grads`, after one eager step, `step()` can be captured. Change learning rate,
+        `max_grad_norm` or `ema_decay` between replays and call `sync_hyperparameters()`. Not yet run on a GPU.
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then hands over grad_scale and found_inf
@@ -111,7 +114,9 @@ class FusedAdamW(SavedOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step; returns what `closure` returned. No host read."""
         if self._swapped:
-            raise RuntimeError("FusedAdamW.step: called inside `with optimizer.ema():`. Step outside, on the raw weights.")
+            raise RuntimeError(
+                "FusedAdamW.step: called inside `with optimizer.ema():`. Step outside, on the raw weights."
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -119,8 +124,8 @@ class FusedAdamW(SavedOptimizer):
         self._follow()
         if not self._take_gradients():
             warnings.warn(
-                "FusedAdamW.step: no parameter has a gradient, so nothing was updated. Was backward called, and does the "
-                "optimizer hold the parameters of the model that trains (not of a copy)?",
+                "FusedAdamW.step: no parameter has a gradient, so nothing was updated. Was backward called, and does"
+                " the optimizer hold the parameters of the model that trains (not of a copy)?",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -149,7 +154,8 @@ class FusedAdamW(SavedOptimizer):
     # ---- hyperparameters and loss scale ---------------------------------------------------------------------------
 
     def sync_hyperparameters(self) -> None:
-        """Sends what changed of lr, betas, eps, weight decay, clip threshold and EMA decay to the device; no waiting."""
+        """Sends what changed of lr, betas, eps, weight decay, clip threshold and EMA decay to the device; no
+        waiting."""
         values, on_device = host_values(self)
         if values != self._pushed:
             for bucket in self._buckets:
@@ -167,7 +173,10 @@ class FusedAdamW(SavedOptimizer):
     @ema_decay.setter
     def ema_decay(self, value: float | None) -> None:
         if (value is None) != (self._ema_decay is None):
-            raise ValueError(f"FusedAdamW.ema_decay: cannot change from {self._ema_decay} to {value}. Build the optimizer with or without an average.")
+            raise ValueError(
+                f"FusedAdamW.ema_decay: cannot change from {self._ema_decay} to {value}. Build the optimizer with or"
+                " without an average."
+            )
         check_options(None, value, None, "auto")
         self._ema_decay = value
 
@@ -185,7 +194,11 @@ class FusedAdamW(SavedOptimizer):
         self._external = scale is not None or found is not None
         for bucket in self._buckets:
             for slot, value, neutral in ((State.EXTERNAL_SCALE, scale, 1.0), (State.EXTERNAL_BAD, found, 0.0)):
-                bucket.state[slot].fill_(neutral) if value is None else bucket.state[slot].copy_(value.squeeze(), non_blocking=True)
+                (
+                    bucket.state[slot].fill_(neutral)
+                    if value is None
+                    else bucket.state[slot].copy_(value.squeeze(), non_blocking=True)
+                )
 
     # ---- averages and readings -------------------------------------------------------------------------------------
 
@@ -193,8 +206,8 @@ class FusedAdamW(SavedOptimizer):
     def ema(self) -> Iterator[None]:
         """Averaged weights inside the block; the raw weights come back bit for bit, whatever happens inside.
 
-        They come back where they were: a model that the block moves or casts (`.half()`, `.cuda()`, `.data =`) is back on
-        its device and in its dtype afterwards. Loading a state and laying the buffers out again are refused inside.
+        They come back where they were: a model that the block moves or casts (`.half()`, `.cuda()`, `.data =`) is back
+        on its device and in its dtype afterwards. Loading a state and laying the buffers out again are refused inside.
         """
         if self.ema_decay is None:
             raise RuntimeError("FusedAdamW.ema: there is no average. Build the optimizer with ema_decay=0.999, say.")
@@ -231,7 +244,11 @@ class FusedAdamW(SavedOptimizer):
         self._known_skipped = int(first[State.SKIPPED])
         if copied is None:
             self._host_attempted = int(first[State.ATTEMPTED])
-        bad = [members[int(s[State.FIRST_BAD])] for s, members in zip(states, self._rows, strict=True) if s[State.FIRST_BAD] >= 0]
+        bad = [
+            members[int(s[State.FIRST_BAD])]
+            for s, members in zip(states, self._rows, strict=True)
+            if s[State.FIRST_BAD] >= 0
+        ]
         return dict(
             attempted=int(first[State.ATTEMPTED]),
             applied=int(first[State.APPLIED]),
@@ -251,13 +268,15 @@ class FusedAdamW(SavedOptimizer):
         return self._host_attempted
 
     def telemetry(self) -> Tensor:
-        """(T, 4) float32, a row for each of `tensor_names`: gradient norm before clipping, weight norm, update norm, non-finite count."""
+        """(T, 4) float32, a row for each of `tensor_names`: gradient norm before clipping, weight norm, update norm,
+        non-finite count."""
         if not self.measure_telemetry:
             raise RuntimeError("FusedAdamW.telemetry: switched off. Set optimizer.measure_telemetry = True.")
         return self._by_tensor([bucket.telemetry for bucket in self._buckets])
 
     def records(self) -> tuple[Tensor, Tensor]:
-        """(R, T, 4) float32, `telemetry()` as it was after each of the last R attempted steps, and (R,) float64, their numbers.
+        """(R, T, 4) float32, `telemetry()` as it was after each of the last R attempted steps, and (R,) float64, their
+        numbers.
 
         R is the option `records`. In no order; number 0: nothing there yet. Copies on the device, without a host read.
         A skipped step has a record too: its gradients as they came, the weights as they stayed, updates of 0.
@@ -265,7 +284,8 @@ class FusedAdamW(SavedOptimizer):
         return self._by_tensor([bucket.ring for bucket in self._buckets]), self._buckets[0].ring_steps.clone()
 
     def _by_tensor(self, tables: Sequence[Tensor]) -> Tensor:
-        """Tables (..., T of a buffer, 4) as one copy (..., T, 4) in the order of `tensor_names`, on the first buffer's device."""
+        """Tables (..., T of a buffer, 4) as one copy (..., T, 4) in the order of `tensor_names`, on the first buffer's
+        device."""
         if len(tables) == 1:
             return tables[0].clone()
         whole = tables[0].new_empty(*tables[0].shape[:-2], len(self._params), tables[0].shape[-1])

@@ -14,7 +14,16 @@ from ris_fast.training.optim.arguments import MOMENTS, check_group, check_saved,
 from ris_fast.training.optim.flat_gradients import FlatGradients
 from ris_fast.training.optim.flat_optimizer import identical
 
-_OPTIONS = ("max_grad_norm", "_ema_decay", "ema_warmup", "loss_scale", "clear_grads", "measure_telemetry", "_record_count", "wanted_backend")
+_OPTIONS = (
+    "max_grad_norm",
+    "_ema_decay",
+    "ema_warmup",
+    "loss_scale",
+    "clear_grads",
+    "measure_telemetry",
+    "_record_count",
+    "wanted_backend",
+)
 _EXTRA = "ris_fast"  # key in state_dict that torch.optim.AdamW ignores
 
 
@@ -35,7 +44,9 @@ class SavedOptimizer(FlatGradients):
         """ "counters" (16,) float64, and "ema.NAME" per tensor once there is an average; views, not copies."""
         saved = {"counters": self._buckets[0].state}
         if self._averaging:
-            saved |= {f"ema.{name}": self._place[i][0].averages[self._place[i][1]] for i, name in enumerate(self.tensor_names)}
+            saved |= {
+                f"ema.{name}": self._place[i][0].averages[self._place[i][1]] for i, name in enumerate(self.tensor_names)
+            }
         return saved
 
     @torch.no_grad()
@@ -45,7 +56,9 @@ class SavedOptimizer(FlatGradients):
         self._check_extra(saved)
         for bucket in self._buckets:
             bucket.state.copy_(saved["counters"])
-        self._host_attempted, self._known_skipped = (int(saved["counters"][slot]) for slot in (State.ATTEMPTED, State.SKIPPED))
+        self._host_attempted, self._known_skipped = (
+            int(saved["counters"][slot]) for slot in (State.ATTEMPTED, State.SKIPPED)
+        )
         self._note_earlier()
         self._averaging = False
         if self.ema_decay is None or not any(key.startswith("ema.") for key in saved):
@@ -60,7 +73,10 @@ class SavedOptimizer(FlatGradients):
         counters = saved.get("counters")
         if counters is None or counters.shape != (State.COUNT,):
             shape = "missing" if counters is None else f"of shape {tuple(counters.shape)}"
-            raise ValueError(f"FusedAdamW: the saved 'counters' are {shape}, expected ({State.COUNT:d},). Load what FusedAdamW has saved.")
+            raise ValueError(
+                f"FusedAdamW: the saved 'counters' are {shape}, expected ({State.COUNT:d},). Load what FusedAdamW has"
+                " saved."
+            )
         for name, p in zip(self.tensor_names, self._params, strict=True):
             if f"ema.{name}" in saved:
                 check_shape("ema", name, p, saved[f"ema.{name}"])
@@ -68,20 +84,27 @@ class SavedOptimizer(FlatGradients):
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.AdamW's, which can load it.
 
-        Averages ("ema"), and the counters with the first tensor, are beside the moments, where torch.distributed.checkpoint
-        finds them; those of tensors without moments are under a key that torch ignores.
+        Averages ("ema"), and the counters with the first tensor, are beside the moments, where
+        torch.distributed.checkpoint finds them; those of tensors without moments are under a key that torch ignores.
         """
-        shown = {f"ema.{name}" for name, p in zip(self.tensor_names, self._params, strict=True) if "ema" in self.state.get(p, {})}
-        return super().state_dict() | {_EXTRA: {key: value for key, value in self.extra_state().items() if key not in shown}}
+        shown = {
+            f"ema.{name}"
+            for name, p in zip(self.tensor_names, self._params, strict=True)
+            if "ema" in self.state.get(p, {})
+        }
+        return super().state_dict() | {
+            _EXTRA: {key: value for key, value in self.extra_state().items() if key not in shown}
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of FusedAdamW or of torch.optim.AdamW (which leaves counters and averages as they are).
 
-        As with torch.optim.AdamW, a group that decays decoupled here goes on so, whatever is loaded. torch.optim.AdamW carries
-        averages along without renewing them; if steps were made there, they are dropped with a warning, and the average begins
-        again from the weights.
-        Raises: ValueError on a state that does not fit or that another kind of optimizer saved; nothing is changed then.
+        As with torch.optim.AdamW, a group that decays decoupled here goes on so, whatever is loaded. torch.optim.AdamW
+        carries averages along without renewing them; if steps were made there, they are dropped with a warning, and the
+        average begins again from the weights.
+        Raises: ValueError on a state that does not fit or that another kind of optimizer saved; nothing is changed
+            then.
         """
         self._refuse_inside("load_state_dict")
         if not identical([p for group in self.param_groups for p in group["params"]], self._params):
@@ -99,7 +122,9 @@ class SavedOptimizer(FlatGradients):
             last.remove()
         states = self._given_states(given)
         extra = {f"ema.{self.tensor_names[i]}": state["ema"] for i, state in states.items() if "ema" in state}
-        extra |= {"counters": state["counters"] for state in states.values() if "counters" in state} | given.get(_EXTRA, {})
+        extra |= {"counters": state["counters"] for state in states.values() if "counters" in state} | given.get(
+            _EXTRA, {}
+        )
         stale = self.ema_decay is not None and _stale(extra, states)
         if stale:
             extra = {"counters": extra["counters"]}
@@ -109,8 +134,9 @@ class SavedOptimizer(FlatGradients):
             self.load_extra_state(extra)
         if stale:
             warnings.warn(
-                "FusedAdamW.load_state_dict: the step counts have gone on since the averaged weights were saved; another optimizer made "
-                "those steps. The averages are dropped and begin again from the weights at the next step.",
+                "FusedAdamW.load_state_dict: the step counts have gone on since the averaged weights were saved;"
+                " another optimizer made those steps. The averages are dropped and begin again from the weights at the"
+                " next step.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -123,13 +149,16 @@ class SavedOptimizer(FlatGradients):
 
     def _check_loaded(self, given: Mapping[str, Any]) -> None:
         if any(group.get("amsgrad") for group in given["param_groups"]):
-            raise ValueError("FusedAdamW.load_state_dict: the saved optimizer used amsgrad, which FusedAdamW does not have. Use torch.optim.AdamW.")
+            raise ValueError(
+                "FusedAdamW.load_state_dict: the saved optimizer used amsgrad, which FusedAdamW does not have. Use"
+                " torch.optim.AdamW."
+            )
         for group in given["param_groups"]:
             missing = [key for key in ("lr", "betas", "eps", "weight_decay") if key not in group]
             if missing:
                 raise ValueError(
-                    f"FusedAdamW.load_state_dict: a saved group has no '{missing[0]}'; another kind of optimizer saved it. Load a state of "
-                    "FusedAdamW or torch.optim.AdamW."
+                    f"FusedAdamW.load_state_dict: a saved group has no '{missing[0]}'; another kind of optimizer saved"
+                    " it. Load a state of FusedAdamW or torch.optim.AdamW."
                 )
             check_group(self.defaults | group)
         for i, state in self._given_states(given).items():
@@ -153,14 +182,23 @@ class SavedOptimizer(FlatGradients):
         saved = groups["optimizer"]
         unknown = [key for key in saved if "." in key and key.split(".", 1)[1] not in self.tensor_names]
         if unknown:
-            raise ValueError(f"FusedAdamW.load_checkpoint_tensors: '{unknown[0]}' belongs to no parameter here. Build the optimizer with the parameters that were saved.")
+            raise ValueError(
+                f"FusedAdamW.load_checkpoint_tensors: '{unknown[0]}' belongs to no parameter here. Build the optimizer"
+                " with the parameters that were saved."
+            )
         self._check_extra(saved)
-        moments = {name: {key: saved[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in saved} for name in self.tensor_names}
+        moments = {
+            name: {key: saved[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in saved}
+            for name in self.tensor_names
+        }
         self._load_moments({p: moments[name] for name, p in zip(self.tensor_names, self._params, strict=True)})
         self.load_extra_state(saved)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_options": {name: getattr(self, name) for name in _OPTIONS}, "_extra": self.extra_state()}
+        return super().__getstate__() | {
+            "_options": {name: getattr(self, name) for name in _OPTIONS},
+            "_extra": self.extra_state(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by load_state_dict (without options), and by unpickling and deepcopy (with them)."""
@@ -171,7 +209,9 @@ class SavedOptimizer(FlatGradients):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-        for group, had in zip(self.param_groups, before, strict=False):  # as torch.optim.AdamW; a state of Adam says False
+        for group, had in zip(
+            self.param_groups, before, strict=False
+        ):  # as torch.optim.AdamW; a state of Adam says False
             group["decoupled_weight_decay"] = had["decoupled_weight_decay"] or group["decoupled_weight_decay"]
         if options is not None:
             self.__dict__.update(options)
@@ -181,7 +221,8 @@ class SavedOptimizer(FlatGradients):
 
 
 def _stale(extra: Mapping[str, Tensor], states: Mapping[int, Mapping[str, Any]]) -> bool:
-    """Whether steps were made after the averages: moments then count more of them than the counters, which only we renew."""
+    """Whether steps were made after the averages: moments then count more of them than the counters, which only we
+    renew."""
     if "counters" not in extra or not states or not any(key.startswith("ema.") for key in extra):
         return False
     counters = extra["counters"]

@@ -1,17 +1,19 @@
-"""What the host learns of the device without making it wait: copies on their way, and when a point of the work was reached."""
+"""What the host learns of the device without making it wait: copies on their way, and when a point of the work was
+reached."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 
 class HostCopy:
-    """Named tensors on their way to the host: from CUDA into pinned memory, in the order of the stream, without waiting.
+    """Named tensors on their way to the host: from CUDA into pinned memory, in the order of the stream, without
+    waiting.
 
     Tensors that are on the host already are kept as they are: read them before they change.
     """
@@ -36,7 +38,7 @@ class HostCopy:
 class Moment:
     """A point in the device's work, put there by `Clock.mark`."""
 
-    def __init__(self, clock: "Clock") -> None:
+    def __init__(self, clock: Clock) -> None:
         self._clock, self._seconds, self._event = clock, time.monotonic(), _timed_event(clock.device)
 
     def seconds(self) -> float:
@@ -48,7 +50,8 @@ class Moment:
 
 
 class Clock:
-    """Time as the device sees it. A host that only queues work is ahead of the device, and its own clock says little."""
+    """Time as the device sees it. A host that only queues work is ahead of the device, and its own clock says
+    little."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -75,7 +78,8 @@ def _timed_event(device: torch.device) -> torch.cuda.Event | None:
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """On CUDA a stream other than the default one, which cannot be captured; in order with what came before and comes after."""
+    """On CUDA a stream other than the default one, which cannot be captured; in order with what came before and comes
+    after."""
     if device.type != "cuda":
         yield
         return

@@ -9,8 +9,9 @@ Legend: B batch, T tensors.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.telemetry.step_window import Window, median
 
-DENSE = 8                  # the contracts of the loop show in the first steps
-REMEMBERED = 64            # sampled steps whose scenes are kept, to see one of them again
+DENSE = 8  # the contracts of the loop show in the first steps
+REMEMBERED = 64  # sampled steps whose scenes are kept, to see one of them again
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """(T,) float32: the norm of each tensor, on the device of the first that is not on the CPU. Half precision is added in float32."""
+    """(T,) float32: the norm of each tensor, on the device of the first that is not on the CPU. Half precision is added
+    in float32."""
     if not tensors:
         return torch.zeros(0)
     device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), tensors[0].device)
@@ -53,7 +55,8 @@ def broken(values: Tensor) -> Tensor:
 
 
 def spread(answer: Tensor) -> Tensor:
-    """(): variance over the first axis of B > 1 rows, as a share of the mean square. (`Tensor.var` over rows takes ten times as long.)"""
+    """(): variance over the first axis of B > 1 rows, as a share of the mean square. (`Tensor.var` over rows takes ten
+    times as long.)"""
     rows, norm = len(answer), torch.linalg.vector_norm
     return (norm(answer - answer.mean(0)) / norm(answer).clamp_min(1e-15)).square() * (rows / (rows - 1))
 
@@ -67,7 +70,8 @@ def asleep(model: nn.Module) -> list[str]:
 class Sample:
     """A step as it was seen: its number, the modules that were in evaluation mode, and tensors by name.
 
-    Of every step of a report: "records" and "record_steps" of `FusedAdamW.records`; the rest only of a step that was read.
+    Of every step of a report: "records" and "record_steps" of `FusedAdamW.records`; the rest only of a step that was
+        read.
     """
 
     call: int
@@ -84,10 +88,10 @@ class Telemetry:
     def __init__(self, model: nn.Module, optimizer: Any, every: int) -> None:
         self.model, self.optimizer, self.every = model, optimizer, max(1, every)
         self.calls, self.sampled, self.enabled, self.fresh = 0, False, True, True
-        self.first: Tensor | None = None                  # weight norms before the first step
-        self.kept: tuple[int, Tensor] | None = None       # call and weight norms after the last step that was read
-        self.window: Window | None = None                 # what the last report brought
-        self.told, self.told_calls = 0, 0                 # number of the last step in a window; calls until then
+        self.first: Tensor | None = None  # weight norms before the first step
+        self.kept: tuple[int, Tensor] | None = None  # call and weight norms after the last step that was read
+        self.window: Window | None = None  # what the last report brought
+        self.told, self.told_calls = 0, 0  # number of the last step in a window; calls until then
         self.seen: list[tuple[int, frozenset[int]]] = []
         self._clear()
 
@@ -107,7 +111,7 @@ class Telemetry:
     # ---- called by the step ---------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        if self.fresh:                                    # a resumed run counts on, so that its reports find what they report
+        if self.fresh:  # a resumed run counts on, so that its reports find what they report
             self.calls = self.told_calls = self.optimizer.attempted_steps()
         self.calls, self.fresh = self.calls + 1, False
         self.sampled = self.due(self.calls)
@@ -146,21 +150,29 @@ class Telemetry:
 
     # ---- called at a report ----------------------------------------------------------------------------------------
 
-    def sample(self) -> "Sample | None":
-        """What a report takes with it of the last step and of those before it, still on the device; None for nothing."""
+    def sample(self) -> Sample | None:
+        """What a report takes with it of the last step and of those before it, still on the device; None for
+        nothing."""
         tensors: dict[str, Tensor | None] = {}
         if self.after is not None and self.raw is not None and self.before is not None:
-            tensors = {"before": self.before, "after": self.after, "raw": self.raw, "first": self.first,
-                       "table": self.optimizer.telemetry(), "left_over": self.left_over, "spread": self.spread,
-                       "prints": torch.cat(self.prints) if self.prints else None,
-                       "broken": torch.stack(self.broken).sum(0) if self.broken else None}
+            tensors = {
+                "before": self.before,
+                "after": self.after,
+                "raw": self.raw,
+                "first": self.first,
+                "table": self.optimizer.telemetry(),
+                "left_over": self.left_over,
+                "spread": self.spread,
+                "prints": torch.cat(self.prints) if self.prints else None,
+                "broken": torch.stack(self.broken).sum(0) if self.broken else None,
+            }
         records, numbers = self.optimizer.records()
         if len(numbers):
             tensors |= {"records": records, "record_steps": numbers}
         tensors = {name: value for name, value in tensors.items() if value is not None}
         return Sample(self.calls, asleep(self.model), tensors) if tensors else None
 
-    def read(self, sample: "Sample | None", epoch: int) -> dict[str, Any]:
+    def read(self, sample: Sample | None, epoch: int) -> dict[str, Any]:
         """A sample in plain numbers; empty for None. Waits for the device where the tensors are still there."""
         if sample is None:
             return {}
@@ -186,15 +198,26 @@ class Telemetry:
         hashes = seen["prints"].tolist() if "prints" in seen else []
         zeros, nonfinite = seen["broken"].tolist() if "broken" in seen else (0, 0)
         sleeping = sample.asleep
-        reading = {"call": sample.call, "left_over": _number(seen.get("left_over")), "raw_norm": _number(raw.norm()),
-                   "raw_nonfinite": int((~raw.isfinite()).sum()), "tensors": len(after),
-                   "moved": changed(before, after), "moved_before": self._moved_before(sample.call, before),
-                   "back_to_first": sample.call > 1 and changed(before, seen["first"]) == 0,
-                   "batch": f"{sum(hashes) & (2**64 - 1):016x}", "scenes": len(hashes),
-                   "repeated": self._repeated(hashes, epoch), "zero_scenes": zeros, "nonfinite_scenes": nonfinite,
-                   "spread": _number(seen.get("spread")), "asleep": len(sleeping), "first_asleep": (sleeping or [None])[0],
-                   "update_ratio": median((table[:, 2] / table[:, 1].clamp_min(1e-30)).tolist()),
-                   "weight_norm": float(after.norm())}
+        reading = {
+            "call": sample.call,
+            "left_over": _number(seen.get("left_over")),
+            "raw_norm": _number(raw.norm()),
+            "raw_nonfinite": int((~raw.isfinite()).sum()),
+            "tensors": len(after),
+            "moved": changed(before, after),
+            "moved_before": self._moved_before(sample.call, before),
+            "back_to_first": sample.call > 1 and changed(before, seen["first"]) == 0,
+            "batch": f"{sum(hashes) & (2**64 - 1):016x}",
+            "scenes": len(hashes),
+            "repeated": self._repeated(hashes, epoch),
+            "zero_scenes": zeros,
+            "nonfinite_scenes": nonfinite,
+            "spread": _number(seen.get("spread")),
+            "asleep": len(sleeping),
+            "first_asleep": (sleeping or [None])[0],
+            "update_ratio": median((table[:, 2] / table[:, 1].clamp_min(1e-30)).tolist()),
+            "weight_norm": float(after.norm()),
+        }
         self.kept = (sample.call, after)
         return reading
 

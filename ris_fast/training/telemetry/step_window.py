@@ -8,12 +8,13 @@ Legend: T tensors, R records.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any
 
 from torch import Tensor
 
-RECORDS = 64               # steps in the ring at most: T * 16 bytes each, and all of them are copied with every report
+RECORDS = 64  # steps in the ring at most: T * 16 bytes each, and all of them are copied with every report
 
 
 def ring_size(every: int) -> int:
@@ -34,11 +35,11 @@ class Window:
     made: int
 
     @classmethod
-    def after(cls, told: int, records: Tensor, numbers: Tensor, made: int) -> "Window":
+    def after(cls, told: int, records: Tensor, numbers: Tensor, made: int) -> Window:
         """Records (R, T, 4) and their numbers (R,), both on the host, put in order; those up to `told` are left out."""
         newest = int(numbers.max()) if len(numbers) else 0
         order = numbers.argsort()
-        order = order[numbers[order] > (told if newest >= told else 0)]      # a count that fell: another optimizer's
+        order = order[numbers[order] > (told if newest >= told else 0)]  # a count that fell: another optimizer's
         return cls(numbers[order].long().tolist(), records[order], made)
 
     def summary(self, names: Sequence[str]) -> dict[str, Any]:
@@ -49,14 +50,18 @@ class Window:
         sound = [place for place in range(len(self.numbers)) if place not in set(broken)]
         largest = max(sound, key=total.tolist().__getitem__, default=None)
         first = broken[0] if broken else None
-        return {"steps": self.made, "recorded": len(self.numbers), "nonfinite_steps": len(broken),
-                "first_nonfinite_step": None if first is None else self.numbers[first],
-                "first_nonfinite_tensor": None if first is None else names[_first_bad(norms[first], bad[first])],
-                "median_grad_norm": median(total[sound].tolist()) if sound else None,
-                "largest_grad_norm": None if largest is None else float(total[largest]),
-                "largest_step": None if largest is None else self.numbers[largest],
-                "largest_tensor": None if largest is None else names[int(norms[largest].argmax())],
-                "largest_tensor_norm": None if largest is None else float(norms[largest].max())}
+        return {
+            "steps": self.made,
+            "recorded": len(self.numbers),
+            "nonfinite_steps": len(broken),
+            "first_nonfinite_step": None if first is None else self.numbers[first],
+            "first_nonfinite_tensor": None if first is None else names[_first_bad(norms[first], bad[first])],
+            "median_grad_norm": median(total[sound].tolist()) if sound else None,
+            "largest_grad_norm": None if largest is None else float(total[largest]),
+            "largest_step": None if largest is None else self.numbers[largest],
+            "largest_tensor": None if largest is None else names[int(norms[largest].argmax())],
+            "largest_tensor_norm": None if largest is None else float(norms[largest].max()),
+        }
 
 
 def _first_bad(norms: Tensor, bad: Tensor) -> int:
