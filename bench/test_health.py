@@ -68,7 +68,7 @@ def recording(device: torch.device, optimizer: Any, repeats: int = 200) -> float
     return alternating(device, lambda: None, record, rounds=5)[1] / repeats
 
 
-@pytest.mark.parametrize("preset, batch", [("laptop", 256), ("seed", 64)])
+@pytest.mark.parametrize("preset, batch", [("laptop", 256), ("original", 64)])
 def test_a_step_that_is_read(benchmark: Any, device: torch.device, preset: str, batch: int) -> None:
     """A report's reading, its ring of records included, spread over the steps between two reports, and each step's
     record."""

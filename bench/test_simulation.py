@@ -51,7 +51,7 @@ def kernel_arguments(batch: int) -> tuple[Any, ...]:
 
     def spy(index: torch.Tensor, **call: Any) -> tuple[torch.Tensor, ...]:
         order = (
-            "seed",
+            "original",
             "channel_stream",
             "noise_stream",
             "antennas",
@@ -60,7 +60,7 @@ def kernel_arguments(batch: int) -> tuple[Any, ...]:
             "source",
             "amplitude",
             "power",
-            "sight",
+            "los_direction",
             "rician",
             "snr_db",
             "spherical",

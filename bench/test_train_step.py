@@ -1,4 +1,4 @@
-"""One optimizer step of the preset `seed`, ours against a clean eager loop, the same compiled, and the original's step.
+"""One optimizer step of the preset `original`, ours against a clean eager loop, the same compiled, and the original's step.
 
 Run: pytest bench/test_train_step.py --benchmark-json=bench/results/train_step.json
 Same network, same scenes, one process, alternating; a repetition in which a thread waited for a core is set aside and
@@ -24,11 +24,11 @@ CASES = [("fp32", 64), ("bf16", 64), ("bf16", 1024), ("bf16", 4096)] if DEVICE.t
 
 
 def seed_preset(precision: str) -> Config:
-    config = load_config(preset="seed")
+    config = load_config(preset="original")
     return replace(config, training=replace(config.training, device=str(DEVICE), precision=precision))
 
 
-@pytest.mark.benchmark(group="optimizer step, preset seed")
+@pytest.mark.benchmark(group="optimizer step, preset original")
 @pytest.mark.parametrize("precision, batch_size", CASES)
 def test_step_against_peers(benchmark: Any, precision: str, batch_size: int) -> None:
     """Compile time stands apart. Wanted, CPU: 4 times the original's, 1.3 times the eager loop; GPU: 100, 3, and 1.5 of
@@ -39,7 +39,7 @@ def test_step_against_peers(benchmark: Any, precision: str, batch_size: int) -> 
         benchmark.pedantic(lambda: None, rounds=1)
 
 
-@pytest.mark.benchmark(group="launches and waits of a step, preset seed")
+@pytest.mark.benchmark(group="launches and waits of a step, preset original")
 def test_launches_and_waits(benchmark: Any) -> None:
     """By the profiler; on a CPU operators and host reads instead. Ours must wait for nothing."""
     calls, _, trainer = contestants(seed_preset("fp32"), 64, compile=False)

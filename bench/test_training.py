@@ -37,9 +37,9 @@ def keep(benchmark: Any, **found: Any) -> None:
 
 
 @pytest.mark.benchmark(group="scenes a second by batch size")
-@pytest.mark.parametrize("preset, sizes", [(None, SIZES), ("seed", SIZES if CUDA else (64, 256))])
+@pytest.mark.parametrize("preset, sizes", [(None, SIZES), ("original", SIZES if CUDA else (64, 256))])
 def test_rate_by_batch_size(benchmark: Any, preset: str | None, sizes: tuple[int, ...]) -> None:
-    """The trainer's own loop; wanted: 1,500 scenes/s of the default model on two cores, 200,000 of `seed` on a GPU."""
+    """The trainer's own loop; wanted: 1,500 scenes/s of the default model on two cores, 200,000 of `original` on a GPU."""
     scenes = 2**17 if CUDA else (2**13 if preset is None else 2**9)
     keep(benchmark, rows=training.by_batch(default(preset), sizes, scenes, compile=CUDA))
 
@@ -50,8 +50,8 @@ def test_phases(benchmark: Any, batch_size: int) -> None:
     keep(benchmark, **training.phases(default(), batch_size))
 
 
-@pytest.mark.benchmark(group="share of the ceiling, launches, waits, energy")
-@pytest.mark.parametrize("preset, batch_size", [(None, USUAL), ("seed", USUAL if CUDA else 64)])
+@pytest.mark.benchmark(group="MFU, launches, waits, energy")
+@pytest.mark.parametrize("preset, batch_size", [(None, USUAL), ("original", USUAL if CUDA else 64)])
 def test_efficiency(benchmark: Any, preset: str | None, batch_size: int) -> None:
     """Products of the trainable part over one large product's rate, measured in the same run."""
     config = default(preset)

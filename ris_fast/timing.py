@@ -193,7 +193,7 @@ class Stopwatch:
         return {name: gap(a, b) for name, a, b in zip(self.names, self.marks, self.marks[1:])}
 
 
-def ceiling(device: torch.device, precision: str = "fp32", seconds: float = 2.0) -> float:
+def peak_matmul_rate(device: torch.device, precision: str = "fp32", seconds: float = 2.0) -> float:
     """FLOP/s of one large matrix product in this precision, the best of all that fit into the time and at least six.
 
     The best and not a median: other programs can only slow a product down, and one that takes a few milliseconds, as

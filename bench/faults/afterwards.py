@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bench.faults.catalogue import Fault, faulty
-from bench.faults.trial import HANDFUL, PATIENCE, Enough, Listener, Outcome, limit_of, observed
+from bench.faults.trial import GRACE_REPORTS, PATIENCE, Listener, Outcome, StopRun, limit_of, observed
 from ris_fast.health.diagnose.why import why
 from ris_fast.training.state import RunStopped
 from ris_fast.training.trainer import Trainer
@@ -38,7 +38,7 @@ class Kept:
     def _keep(self, event: str, row: Mapping[str, Any]) -> None:
         self.rows.append(through_json({"event": event, **row}))
         if event != "start" and self.trainer.state.step >= self.last_step:
-            raise Enough
+            raise StopRun
 
 
 def through_json(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def run_to_the_end(trainer: Trainer, last_step: float) -> Kept:
     trainer.observer = kept = Kept(trainer, last_step)
     try:
         trainer.fit()
-    except (Enough, RunStopped):
+    except (StopRun, RunStopped):
         pass  # the summary has been left, with what the trainer itself stopped for
     return kept
 
@@ -62,7 +62,7 @@ def score_afterwards(fault: Fault) -> Outcome:
 
     def run() -> tuple[Listener, str]:
         with faulty(fault) as trainer:
-            last = PATIENCE + max(limit_of(fault, trainer), fault.onset + HANDFUL * trainer.epoch_steps)
+            last = PATIENCE + max(limit_of(fault, trainer), fault.onset + GRACE_REPORTS * trainer.epoch_steps)
             kept = run_to_the_end(trainer, last)
             listener = Listener(trainer, trainer.observer, last)
             listener.listen(why("run", kept.rows, kept.summary).findings, trainer.state.step)

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from bench.faults.twins import TWINS, changed
+from bench.faults.healthy_twins import TWINS, changed
 from ris_fast.config.schema import Config
 from ris_fast.health.causes import CAUSES
 from ris_fast.training.trainer import Trainer

@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.faults.catalogue import Family
 from bench.faults.patches import Backward, on_answer, on_input, on_loss, replaced, wrap
 from ris_fast.models import hybrid
-from ris_fast.physics.pairs import conj
+from ris_fast.physics.real_complex import conj
 from ris_fast.training.trainer import Trainer
 
 FAMILY = Family("graph")

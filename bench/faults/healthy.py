@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from bench.faults.twins import TWINS, changed
+from bench.faults.healthy_twins import TWINS, changed
 from ris_fast.config.schema import Config
 from ris_fast.data.write import write_shards
 

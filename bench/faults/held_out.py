@@ -32,7 +32,7 @@ from bench.faults.patches import (
     wrap,
 )
 from ris_fast.models import hybrid
-from ris_fast.physics.pairs import power
+from ris_fast.physics.real_complex import power
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training import step
 from ris_fast.training.compiled_model import Network

@@ -25,8 +25,8 @@ import torch
 
 from bench.faults.afterwards import score_afterwards
 from bench.faults.catalogue import FAMILIES, Fault, all_faults
+from bench.faults.healthy_twins import TWINS
 from bench.faults.trial import Outcome, score_fault, score_healthy, twin_fault
-from bench.faults.twins import TWINS
 
 
 def run_case(case: tuple[str, str | int]) -> Outcome:

@@ -21,7 +21,7 @@ from ris_fast.config.schema import Config
 from ris_fast.training.state import RunStopped
 from ris_fast.training.trainer import Trainer
 
-HANDFUL = 5  # reports that an outcome rule may wait for, however short the run
+GRACE_REPORTS = 5  # reports that an outcome rule may wait for, however short the run
 PATIENCE = 24  # optimizer steps that a fault is watched beyond its limit
 
 
@@ -80,7 +80,7 @@ class Outcome:
         return self.detected and self.said[0] in self.expect and self.said[0] not in self.twin_said
 
 
-class Enough(Exception):
+class StopRun(Exception):
     """Ends a run that has told what it can."""
 
 
@@ -118,7 +118,7 @@ class Listener:
     def _after(self) -> None:
         self.listen(self.watchdog.findings, self.trainer.state.step)
         if self.said or self.trainer.state.step >= self.last_step:
-            raise Enough
+            raise StopRun
 
 
 def default_watchdog(trainer: Trainer) -> Watching:
@@ -135,7 +135,7 @@ def limit_of(fault: Fault, trainer: Trainer) -> int:
     if kind == "steps":
         return fault.onset + int(amount)
     report = max(trainer.config.report.every_steps, trainer.epoch_steps)
-    return fault.onset + max(round(float(amount) * trainer.plan.planned), HANDFUL * report)
+    return fault.onset + max(round(float(amount) * trainer.plan.planned), GRACE_REPORTS * report)
 
 
 def watch(trainer: Trainer, build: Build, last_step: float) -> tuple[Listener, str]:
@@ -148,7 +148,7 @@ def watch(trainer: Trainer, build: Build, last_step: float) -> tuple[Listener, s
         return listener, ""
     try:
         trainer.fit()
-    except Enough:
+    except StopRun:
         pass
     except RunStopped as stop:
         return listener, stop.finding
@@ -163,7 +163,7 @@ def score_fault(fault: Fault, build: Build = default_watchdog) -> Outcome:
         nonlocal limit
         with faulty(fault) as trainer:
             limit = limit_of(fault, trainer)
-            return watch(trainer, build, PATIENCE + max(limit, fault.onset + HANDFUL * trainer.epoch_steps))
+            return watch(trainer, build, PATIENCE + max(limit, fault.onset + GRACE_REPORTS * trainer.epoch_steps))
 
     heard = observed(run)
     return Outcome(fault.name, fault.family, fault.held_out, fault.expect, limit=limit, **heard)

@@ -32,7 +32,7 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return pool
 
 
-def side_by_side(work: Callable[..., Any], chunks: Iterable[tuple[Any, ...]]) -> list[Any]:
+def parallel_map(work: Callable[..., Any], chunks: Iterable[tuple[Any, ...]]) -> list[Any]:
     """[work(*chunk) for chunk in chunks], in order, on as many threads as torch may use."""
     chunks, threads = list(chunks), torch.get_num_threads()
     if threads == 1 or len(chunks) == 1:

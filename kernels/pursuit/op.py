@@ -16,7 +16,7 @@ from torch import Tensor
 from ..native import loader
 from ..registry import Family, Operator
 from . import reference
-from .chunks import side_by_side
+from .chunks import parallel_map
 from .samples import SAMPLES, cost
 from .search import Geometry, with_dictionary
 
@@ -126,7 +126,7 @@ def _plain(
         return work(y, h, c, snr)
     chunks = [each.split(CPU_CHUNK) for each in (y, h, snr)]
     chunks.insert(2, c.split(CPU_CHUNK) if c.dim() == 4 else [c] * len(chunks[0]))
-    parts = side_by_side(work, zip(*chunks))
+    parts = parallel_map(work, zip(*chunks))
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 

@@ -119,14 +119,14 @@ inline void encode(const Scratch& s, const Sizes& z) {
 
 // H = sqrt(k/(k+1)) b a^H + W / sqrt(2 M (k+1)), in place of W, k the Rician factor, b of half a wavelength's spacing. Even and odd entries share one loop: even = (re, -im), odd = (im, re) of a.
 template <bool spherical>
-void line_of_sight(const Scratch& s, float* channel, const float* x, const float* y, const float* sight, float rician, const Sizes& z) {
-    steer<spherical>(s.steer_re, s.steer_im, x, y, sight, z.elements);
+void line_of_sight(const Scratch& s, float* channel, const float* x, const float* y, const float* los_direction, float rician, const Sizes& z) {
+    steer<spherical>(s.steer_re, s.steer_im, x, y, los_direction, z.elements);
     for (int64_t i = 0; i < z.elements; ++i) {
         s.even[2 * i] = s.odd[2 * i + 1] = s.steer_re[i];
         s.odd[2 * i] = s.steer_im[i];
         s.even[2 * i + 1] = -s.steer_im[i];
     }
-    const float sine = cosines(sight).first, antennas = float(z.antennas);
+    const float sine = cosines(los_direction).first, antennas = float(z.antennas);
     const float weight = __builtin_sqrtf(rician / (rician + 1.0f) / antennas);
     const float scatter = __builtin_sqrtf(0.5f / (antennas * (rician + 1.0f)));
     for (int64_t m = 0; m < z.antennas; ++m) {
@@ -186,11 +186,11 @@ inline void add_noise(const Scratch& s, float* snapshots, float snr_db, const Si
 }  // namespace RIS_NS
 
 // channel (B, M, N, 2), snapshots (B, L, M, 2), factor (B, N, K, 2) from index (B), positions (2, N), codes (L, N, 2), or (B, L, N, 2)
-// where own_codes is 1, source (B, K, 3), amplitude (B, S, K, 2), power (B, K), sight (B, 3), Rician factor (B), snr in dB (B).
+// where own_codes is 1, source (B, K, 3), amplitude (B, S, K, 2), power (B, K), los_direction (B, 3), Rician factor (B), snr in dB (B).
 // Returns 0, or 1 if there was no memory for scratch.
 RIS_EXPORT(int, scenes)
 (float* channel, float* snapshots, float* factor, const int64_t* index, const float* positions, const float* codes,
- const float* source, const float* amplitude, const float* power, const float* sight, const float* rician, const float* snr_db, int64_t batch, int64_t antennas, int64_t elements, int64_t n_snapshots, int64_t n_sources, int64_t symbols,
+ const float* source, const float* amplitude, const float* power, const float* los_direction, const float* rician, const float* snr_db, int64_t batch, int64_t antennas, int64_t elements, int64_t n_snapshots, int64_t n_sources, int64_t symbols,
  int64_t seed, int64_t channel_stream, int64_t noise_stream, int64_t spherical, int64_t own_codes) {
     using namespace RIS_NS;
     const scenes::Sizes z{antennas, elements, n_snapshots, n_sources, symbols};
@@ -215,10 +215,10 @@ RIS_EXPORT(int, scenes)
             philox::fill_row<philox::normal_block>(s.noise, 0, (v + 3) / 4, v, uint32_t(noise_stream), uint64_t(index[b]), uint64_t(seed));
             if (spherical) {
                 scenes::sources<true>(s, S, x, y, q, g, p, z);
-                scenes::line_of_sight<true>(s, H, x, y, sight + 3 * b, rician[b], z);
+                scenes::line_of_sight<true>(s, H, x, y, los_direction + 3 * b, rician[b], z);
             } else {
                 scenes::sources<false>(s, S, x, y, q, g, p, z);
-                scenes::line_of_sight<false>(s, H, x, y, sight + 3 * b, rician[b], z);
+                scenes::line_of_sight<false>(s, H, x, y, los_direction + 3 * b, rician[b], z);
             }
             scenes::encode(s, z);
             scenes::receive(s, H, z);

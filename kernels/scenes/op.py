@@ -21,7 +21,7 @@ from .samples import SAMPLES, cost
 
 SCHEMA = (
     "scenes(Tensor index, int seed, int channel_stream, int noise_stream, int antennas, Tensor positions, Tensor codes,"
-    " Tensor source, Tensor amplitude, Tensor power, Tensor sight, Tensor rician, Tensor snr_db, bool spherical) ->"
+    " Tensor source, Tensor amplitude, Tensor power, Tensor los_direction, Tensor rician, Tensor snr_db, bool spherical) ->"
     " (Tensor, Tensor, Tensor)"
 )
 ARGUMENTS = [c_void_p] * 12 + [c_int64] * 11
@@ -41,19 +41,19 @@ def make_scenes(
     source: Tensor,
     amplitude: Tensor,
     power: Tensor,
-    sight: Tensor,
+    los_direction: Tensor,
     rician: Tensor,
     snr_db: Tensor,
     spherical: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Channel, noisy snapshots and target factor of scenes whose geometry is drawn already.
 
-    Model: H = sqrt(k/(k+1)) b a(sight)^H + W / sqrt(2 M (k+1)), k the Rician factor, b of M antennas in line, y_l = H
+    Model: H = sqrt(k/(k+1)) b a(los_direction)^H + W / sqrt(2 M (k+1)), k the Rician factor, b of M antennas in line, y_l = H
         (c_l o sum_k amplitude_k a(source_k)) + n_l, factor column k = sqrt(power_k) a(source_k); a unit-norm near-field
         steering vectors, W and n counter-based normals of `index`.
     Args: index (B,) int64; seed, streams: as `philox_normal`; float32: positions (2, N) x and y of the elements,
         codes (L, N, 2) or a set a scene (B, L, N, 2), source (B, K, 3) azimuth, elevation, range, amplitude (B, S, K,
-        2), power (B, K), sight (B, 3) azimuth, elevation, range of the base station, rician (B,), snr_db (B,); rad, and
+        2), power (B, K), los_direction (B, 3) azimuth, elevation, range of the base station, rician (B,), snr_db (B,); rad, and
         lengths in wavelengths;
         spherical: exact wavefront instead of the Fresnel one.
     Returns: channel (B, M, N, 2), snapshots (B, L, M, 2), factor (B, N, K, 2), float32.
@@ -66,7 +66,7 @@ def make_scenes(
         "source": source,
         "amplitude": amplitude,
         "power": power,
-        "sight": sight,
+        "los_direction": los_direction,
         "rician": rician,
         "snr_db": snr_db,
     }
@@ -86,7 +86,7 @@ def _check(index: Tensor, tensors: dict[str, Tensor]) -> None:
         "source": (batch, sources, 3),
         "amplitude": (batch, snapshots if symbols != 1 else 1, sources, 2),
         "power": (batch, sources),
-        "sight": (batch, 3),
+        "los_direction": (batch, 3),
         "rician": (batch,),
         "snr_db": (batch,),
     }

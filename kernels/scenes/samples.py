@@ -51,7 +51,9 @@ def _sample(
             (uniform(-1.1, 1.1, batch, sources), uniform(-0.5, 0.5, batch, sources), uniform(1.7, 33, batch, sources)),
             -1,
         )
-        sight = torch.stack((uniform(-0.9, 0.9, batch), uniform(-0.9, 0.9, batch), uniform(333, 334, batch)), -1)
+        los_direction = torch.stack(
+            (uniform(-0.9, 0.9, batch), uniform(-0.9, 0.9, batch), uniform(333, 334, batch)), -1
+        )
         power = uniform(0.1, 1, batch, sources) * active.to(device)
         return (
             torch.arange(batch, device=device) * 7 + 2**33,
@@ -64,7 +66,7 @@ def _sample(
             source,
             amplitude,
             power,
-            sight,
+            los_direction,
             uniform(0.5, 10, batch),
             uniform(-5, 20, batch),
             spherical,

@@ -80,12 +80,12 @@ def channel_kernel(
     entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m, n = entry // elements, entry % elements
     x, y = tl.load(positions_ptr + n), tl.load(positions_ptr + elements + n)
-    sight = sight_ptr + 3 * scene
-    cosine, sine = steer(x, y, sight, scale, SPHERICAL)
+    los_direction = sight_ptr + 3 * scene
+    cosine, sine = steer(x, y, los_direction, scale, SPHERICAL)
     rician = tl.load(rician_ptr + scene)
     weight = tl.sqrt_rn(tl.div_rn(rician, rician + 1.0)) * antenna_scale
     scatter = tl.sqrt_rn(tl.div_rn(0.5, rician + 1.0)) * antenna_scale
-    u, _ = cosines(sight)
+    u, _ = cosines(los_direction)
     b_re, b_im = unit((2 * m - (antennas - 1)).to(tl.float32) * u)
     w_re, w_im = complex_normal(entry, stream, tl.load(index_ptr + scene), seed)
     h_re = scatter * w_re + weight * (b_re * cosine + b_im * sine)
@@ -185,7 +185,7 @@ def scenes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator on the device of `index`; arguments as in reference.py, float32."""
     tensors, spherical = [each.contiguous() for each in (index, *rest[:-1])], bool(rest[-1])
-    index, positions, codes, source, amplitude, power, sight, rician, snr_db = tensors
+    index, positions, codes, source, amplitude, power, los_direction, rician, snr_db = tensors
     (batch, k, _), (snapshots, n, _), symbols = source.shape, codes.shape[-3:], amplitude.shape[1]
     channel, received = source.new_empty((batch, m, n, 2)), source.new_empty((batch, snapshots, m, 2))
     factor, field = source.new_empty((batch, n, k, 2)), source.new_empty((batch, symbols, n, 2))
@@ -197,7 +197,7 @@ def scenes(
             channel,
             index,
             positions,
-            sight,
+            los_direction,
             rician,
             m,
             n,

@@ -14,7 +14,7 @@ from ris_fast.benchmarks.peers.original import OriginalLoop
 from ris_fast.commands.streams import stage
 from ris_fast.config.schema import Config
 from ris_fast.physics.scenes import Scenes
-from ris_fast.timing import Found, Stopped, alternate, ceiling, once, times_slower
+from ris_fast.timing import Found, Stopped, alternate, once, peak_matmul_rate, times_slower
 from ris_fast.training.capture import CapturedStep
 from ris_fast.training.trainer import Trainer
 
@@ -88,7 +88,7 @@ def contestants(
 def compare_steps(
     config: Config, batch_size: int, *, compile: bool = True, quiet: int = 7, seconds: float = 60.0
 ) -> dict[str, Any]:
-    """Times of every contestant, alternating; how many times slower than our best each is; share of the ceiling.
+    """Times of every contestant, alternating; how many times slower than our best each is; MFU.
 
     Raises Stopped at Ctrl-C, with the same of the rounds that were whole.
     """
@@ -105,7 +105,7 @@ def _compared(
     found: Found, config: Config, batch_size: int, compile_s: dict[str, float], trainer: Trainer
 ) -> dict[str, Any]:
     ours = min(each["s"] for name, each in found.items() if name.startswith(OURS))
-    flops, most = step_flops(trainer, batch_size), ceiling(trainer.device, config.training.precision)
+    flops, most = step_flops(trainer, batch_size), peak_matmul_rate(trainer.device, config.training.precision)
     return {
         "preset": config.preset,
         "model": config.model.name,
@@ -119,14 +119,14 @@ def _compared(
         "flops_a_step": flops,
         "flop_per_s": flops / ours,
         "ceiling_flop_per_s": most,
-        "share_of_ceiling": flops / ours / most,
+        "mfu": flops / ours / most,
     }
 
 
 def step_flops(trainer: Trainer, batch_size: int) -> int:
     """FLOPs of forward and backward of the trainable part, counted on a few scenes by torch's counter.
 
-    Features, loss, optimizer and simulation are not counted: a share of the ceiling is that of useful products.
+    Features, loss, optimizer and simulation are not counted: a MFU is that of useful products.
     """
     from torch.utils.flop_counter import FlopCounterMode
 

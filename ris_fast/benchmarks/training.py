@@ -14,7 +14,7 @@ import torch
 from ris_fast.benchmarks.train_step import PLANNED, step_flops, trainer_of
 from ris_fast.commands.streams import stage
 from ris_fast.config.schema import Config
-from ris_fast.timing import Stopwatch, alternate, ceiling, synchronize, waited_ns
+from ris_fast.timing import Stopwatch, alternate, peak_matmul_rate, synchronize, waited_ns
 from ris_fast.training.step import autocast, network_inputs
 from ris_fast.training.trainer import Silent, Trainer
 
@@ -129,14 +129,14 @@ def efficiency(config: Config, batch_size: int) -> dict[str, Any]:
     """FLOP/s of a step with simulation and features, and its share of one large matrix product's."""
     call, trainer = step_call(config, batch_size)
     seconds = alternate({"step": call}, trainer.device, quiet=9, seconds=10.0)["step"]
-    flops, most = step_flops(trainer, batch_size), ceiling(trainer.device, config.training.precision)
+    flops, most = step_flops(trainer, batch_size), peak_matmul_rate(trainer.device, config.training.precision)
     return {
         "batch_size": batch_size,
         "step": seconds,
         "flops_a_step": flops,
         "flop_per_s": flops / seconds["s"],
         "ceiling_flop_per_s": most,
-        "share_of_ceiling": flops / seconds["s"] / most,
+        "mfu": flops / seconds["s"] / most,
     }
 
 

@@ -63,11 +63,11 @@ def configured(preset: str, device: torch.device) -> Config:
 
 def bench_step(device: torch.device) -> dict[str, Any]:
     """Preset `seed`: ours against the peers."""
-    return compare_steps(configured("seed", device), STEP_BATCH)
+    return compare_steps(configured("original", device), STEP_BATCH)
 
 
 def bench_train(device: torch.device) -> dict[str, Any]:
-    """The device's default preset: rate by batch size, time by phase, share of the ceiling, launches, energy."""
+    """The device's default preset: rate by batch size, time by phase, MFU, launches, energy."""
     config = configured("full" if device.type == "cuda" else "laptop", device)
     found: dict[str, Any] = {"preset": config.preset, "model": config.model.name, "by_batch": []}
     with keeping(lambda: found):
@@ -173,6 +173,6 @@ def _counts(found: dict[str, Any]) -> str:
 
 def _ceiling(found: dict[str, Any]) -> str:
     return (
-        f"{found['flop_per_s'] * 1e-9:,.0f} GFLOP/s of useful products, {found['share_of_ceiling']:.0%} of the "
+        f"{found['flop_per_s'] * 1e-9:,.0f} GFLOP/s of useful products, {found['mfu']:.0%} of the "
         f"{found['ceiling_flop_per_s'] * 1e-9:,.0f} that one large matrix product reaches here, the best of many"
     )

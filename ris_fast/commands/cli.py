@@ -107,7 +107,7 @@ def train(
     anomaly
         Where gradients that are not finite end the run, replay its last step and name the operation and the term.
     profile
-        Write a Chrome trace of a few steps into the run folder and print the ten dearest operations.
+        Write a Chrome trace of a few steps into the run folder and print the ten slowest operations.
     print_config
         Print every value and where it came from, then stop.
     """
@@ -168,7 +168,7 @@ def check(
     config
         TOML file with settings, such as a run's config.toml.
     preset
-        laptop, full or seed.
+        laptop, full or original.
     device
         auto, cpu, cuda or cuda:N.
     data
@@ -221,7 +221,7 @@ def why(run: Path | None = None, /, *, explain: str | None = None, json: bool = 
 def evaluate(
     run: Path, /, *, scenes: Whole = None, data: Path | None = None, device: str = "auto", json: bool = False
 ) -> int:
-    """NMSE of a trained run on the test scenes, by SNR and number of sources, beside the floors and the Bayes line.
+    """NMSE of a trained run on the test scenes, by SNR and number of sources, beside the baselines and the MMSE bound.
 
     Parameters
     ----------
@@ -333,7 +333,7 @@ def simulate(
     scenes
         Training scenes; a quarter as many validation and a twentieth as many test scenes come with them.
     preset
-        laptop, full or seed.
+        laptop, full or original.
     device
         auto, cpu, cuda or cuda:N.
     seed

@@ -1,4 +1,4 @@
-"""How good a trained run is: NMSE on its test scenes, by SNR and number of sources, beside floors and the Bayes line.
+"""How good a trained run is: NMSE on its test scenes, by SNR and number of sources, beside baselines and the MMSE bound.
 
 Legend: B batch, N RIS elements, K atoms.
 """
@@ -37,7 +37,7 @@ from ris_fast.training.validation import scene_nmse
 
 CHUNK = 500  # scenes at a time
 FACTS = ("count", "snr_db", "network")
-MEAN_SCENES = 4000  # training scenes behind the floor `mean`
+MEAN_SCENES = 4000  # training scenes behind the baseline `mean`
 SNR_BIN_DB = 5.0
 SETTINGS_ADVICE = re.compile(r"--set|--preset|\btask\.|settings")  # what a run that is being evaluated cannot be given
 
@@ -74,7 +74,7 @@ def evaluate(
         test scenes; all by default.
         data: folder of another data set of the same task, or of the run's own where it was moved.
         progress: called with (scenes read, scenes in all) while data files are read.
-    Returns: plain numbers and texts: `nmse` (mean, median), `floors`, `bayes` (None for another task than RIS-12x12,
+    Returns: plain numbers and texts: `nmse` (mean, median), `baselines`, `mmse_bound` (None for another task than RIS-12x12,
         and for fewer than FEW scenes), and the same for each group of `by_snr` and `by_count`, see `group_figures`;
         `notes` for a person.
     Raises: ConfigError where there is no run or too few scenes, CheckpointError, DataError; EvaluationError where the
@@ -214,7 +214,7 @@ def wrong_targets(source: SceneSource, task: Task, size: int) -> list[str]:
 
 @torch.no_grad()
 def scene_figures(model: nn.Module, task: Task, source: SceneSource, size: int) -> dict[str, Tensor]:
-    """Per test scene: `count`, `snr_db`, `network` (its NMSE) and the NMSE of each floor; (B,) on the CPU."""
+    """Per test scene: `count`, `snr_db`, `network` (its NMSE) and the NMSE of each baseline; (B,) on the CPU."""
     constant = mean_covariance(_batches(source, "train", min(MEAN_SCENES, source.size("train"))))
     classical = features_for(task, task.max_sources).to(source.device) if source.channel else None
     parts = [_batch_figures(model, classical, scenes, constant) for scenes in _batches(source, "test", size)]
@@ -224,7 +224,7 @@ def scene_figures(model: nn.Module, task: Task, source: SceneSource, size: int) 
 def _batch_figures(
     model: nn.Module, classical: SceneFeatures | None, scenes: Scenes, constant: Tensor
 ) -> dict[str, Tensor]:
-    channel = scenes.collapsed if scenes.channel is None else scenes.channel
+    channel = scenes.effective_channel if scenes.channel is None else scenes.channel
     inputs = (scenes.snapshots, channel, scenes.codes, scenes.snr_db)
     energy = target_energy(scenes)
     pursuit = {} if classical is None else {"pursuit": scene_nmse(found_sources(classical, *inputs), scenes).double()}
@@ -245,21 +245,21 @@ def found_sources(classical: SceneFeatures, *inputs: Tensor) -> Prediction:
 
 
 def group_figures(figures: dict[str, Tensor], standard: bool) -> dict[str, Any]:
-    """`scenes`, `nmse` (mean and median), `floors` (means), `bayes` (mean of the line at each scene, or None).
+    """`scenes`, `nmse` (mean and median), `baselines` (means), `mmse_bound` (mean of the line at each scene, or None).
 
     The line is an expectation: the mean over a few scenes may be on either side of it, so that fewer than FEW have
         none.
     """
     network = figures["network"]
     enough = standard and network.numel() >= FEW
-    bayes = (
+    mmse_bound = (
         [bayes_nmse(k, snr) for k, snr in zip(figures["count"].tolist(), figures["snr_db"].tolist())] if enough else []
     )
     return {
         "scenes": network.numel(),
         "nmse": {"mean": network.mean().item(), "median": network.quantile(0.5).item()},
-        "floors": {name: values.mean().item() for name, values in figures.items() if name not in FACTS},
-        "bayes": math.fsum(bayes) / len(bayes) if bayes else None,
+        "baselines": {name: values.mean().item() for name, values in figures.items() if name not in FACTS},
+        "mmse_bound": math.fsum(mmse_bound) / len(mmse_bound) if mmse_bound else None,
     }
 
 

@@ -85,7 +85,7 @@ def drop_if_empty(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Keeps two processes from writing one run, and removes what an earlier one was killed in writing. Raises
     ConfigError."""
     with ExitStack() as held:

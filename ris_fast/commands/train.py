@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from ris_fast.commands.run_folder import (
     RunFolder,
-    alone_in,
     drop_if_empty,
     how_to_resume,
     new_folder,
     run_and_checkpoint,
+    run_lock,
 )
 from ris_fast.commands.streams import stage
 from ris_fast.config.schema import Config, Task
@@ -45,7 +45,7 @@ def run_training(config: Config, out: Path | None, *, resume: Path | None = None
     folder, checkpoint = (new_folder(config, out), None) if resume is None else run_and_checkpoint(resume)
     console = ConsoleReport(standard_task=config.task == Task(), run=folder)
     try:
-        with alone_in(folder):
+        with run_lock(folder):
             summary = _fit(config, folder, _observers(config, folder, console), checkpoint, profile, console)
     except KeyboardInterrupt:
         console.close()
@@ -78,7 +78,7 @@ def _fit(
         trainer.observer = Observers(
             RunFolder(folder, trainer.config), observer
         )  # with what the files made of the settings
-        if checkpoint is not None and nothing_left(trainer, folder, checkpoint):
+        if checkpoint is not None and report_resume_point(trainer, folder, checkpoint):
             return None
         console.tell([*trainer.source.notes, *trainer.notes])
         if (note := fallback_note()) and trainer.device.type == "cpu":
@@ -89,14 +89,14 @@ def _fit(
                 " (training.compile=false: none)",
                 flush=True,
             )
-        guarded(trainer, folder, preflight=config.health.preflight and not checkpoint, tell=console.found)
+        attach_run_health(trainer, folder, preflight=config.health.preflight and not checkpoint, tell=console.found)
         trainer.observer = WithShare(trainer.observer, trainer)
         if profile:
             from ris_fast.training.profile import profiled
 
             profiled(trainer, folder / "profile", print)
-        stage("measuring the floors, compiling")
-        return replaying(trainer)
+        stage("measuring the baselines, compiling")
+        return fit_with_nan_replay(trainer)
     except (MemoryError, RuntimeError) as error:
         if not is_memory(error) or isinstance(error, OutOfMemory):  # the second says what would fit
             raise
@@ -106,7 +106,7 @@ def _fit(
     )
 
 
-def nothing_left(trainer: Any, folder: Path, checkpoint: str) -> bool:
+def report_resume_point(trainer: Any, folder: Path, checkpoint: str) -> bool:
     """Says where a resumed run goes on; true where it has come to its end."""
     from ris_fast.training.resume import finished
 
@@ -124,7 +124,7 @@ def nothing_left(trainer: Any, folder: Path, checkpoint: str) -> bool:
     return bool(done)
 
 
-def replaying(trainer: Any) -> dict[str, Any]:
+def fit_with_nan_replay(trainer: Any) -> dict[str, Any]:
     """Fits; where gradients that are not finite end the run and health.anomaly is set, says which operation made
     them."""
     from ris_fast.training.state import RunStopped
@@ -146,10 +146,10 @@ def replaying(trainer: Any) -> dict[str, Any]:
         raise
 
 
-def guarded(trainer: Any, folder: Path, *, preflight: bool, tell: Callable[[Any], None]) -> Watchdog:
+def attach_run_health(trainer: Any, folder: Path, *, preflight: bool, tell: Callable[[Any], None]) -> Watchdog:
     """Puts the trainer under the watch of learning health, which shows what it finds at once; a run that preflight
     stops leaves its findings in the folder."""
-    from ris_fast.health.monitor.attach import enriched, watched
+    from ris_fast.health.monitor.attach import attach_health, with_findings
     from ris_fast.report.tensor_log import TensorLog
     from ris_fast.training.state import RunStopped
 
@@ -159,7 +159,7 @@ def guarded(trainer: Any, folder: Path, *, preflight: bool, tell: Callable[[Any]
         *([trainer.observer] if trainer.observer else []), Record(tensors, "the record of the tensors", print)
     )
     try:
-        watched(
+        attach_health(
             trainer,
             stop=settings.stop,
             preflight=preflight,
@@ -170,7 +170,7 @@ def guarded(trainer: Any, folder: Path, *, preflight: bool, tell: Callable[[Any]
         RunFolder(folder, trainer.config).start({})
         write_json(
             folder / SUMMARY,
-            enriched(
+            with_findings(
                 trainer.observer.watchdog, {"verdict": "stopped", "optimizer_steps": 0, "findings": [stop.finding]}
             ),
         )

@@ -17,7 +17,7 @@ from ris_fast.config.schema import SECTIONS, Config, ConfigError, Task, closest,
 from ris_fast.files import read_text
 
 MANIFEST = "manifest.json"  # of a data set that `ris-fast simulate` has written
-PRESETS = ("laptop", "full", "seed")
+PRESETS = ("laptop", "full", "original")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ris_fast.data.geometry import CENTRED, centre, leading_factor, original_offset, recover_powers
 from ris_fast.data.npz_format import split_ptr
 from ris_fast.physics.array import RISArray, cosine_steering, direction_cosines
-from ris_fast.physics.pairs import expi
+from ris_fast.physics.real_complex import expi
 
 CLEAREST, FARTHEST, FITTED = (
     48,

@@ -130,7 +130,7 @@ def estimate_offset(
 
     Model: R = p a a^H has between neighbours in x the phase k (u' - x/r) d and smaller terms, with u' = u - s/r. Its
         difference to that of the steering vector at an assumed offset, summed over all neighbours, is k d times the
-        error in u'; the least-squares slope of that error over 1/r mends s. Likewise in y.
+        error in u'; the least-squares slope of that error over 1/r fixes s. Likewise in y.
     Numerics: u' is known up to wavelength/spacing, so an offset of very many elements is not found.
     """
     alone = (active.sum(1) == 1).nonzero()[:FEW, 0]

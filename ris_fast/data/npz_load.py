@@ -21,8 +21,8 @@ from ris_fast.data.npz_format import NpzShard, check_values, split_ptr
 from ris_fast.data.packed_codes import pack_codes, packed_bytes
 from ris_fast.data.table import Placement, Table, place_table
 from ris_fast.physics.array import RISArray
-from ris_fast.physics.channel import collapsed_channel
-from ris_fast.physics.pairs import conj
+from ris_fast.physics.channel import effective_channel
+from ris_fast.physics.real_complex import conj
 
 CHUNK = 256
 SAME_CODES = 1e-5
@@ -184,7 +184,7 @@ class _Loader:
     @staticmethod
     def _wrong_collapsed(chunk: dict[str, Tensor], codes: Tensor) -> int:
         """In how many scenes H is not H_full c_l."""
-        away = (collapsed_channel(chunk["H_full"], codes) - chunk["H"]).flatten(1).norm(dim=1)
+        away = (effective_channel(chunk["H_full"], codes) - chunk["H"]).flatten(1).norm(dim=1)
         return int((away > 1e-3 * chunk["H"].flatten(1).norm(dim=1)).sum())
 
 

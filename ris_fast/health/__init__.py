@@ -5,7 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_HOMES = {"Finding": "finding", "Watchdog": "monitor.watchdog", "watched": "monitor.attach", "watch": "watch.watch"}
+_HOMES = {
+    "Finding": "finding",
+    "Watchdog": "monitor.watchdog",
+    "attach_health": "monitor.attach",
+    "watch": "watch.watch",
+}
 __all__ = list(_HOMES)
 
 

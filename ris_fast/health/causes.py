@@ -109,7 +109,7 @@ CAUSES: dict[str, str] = {
     "collapsed": "the run had learned and lost it again: validation went back up towards the constant answer",
     "validation_apart": "training has learned, and validation is no better than a constant answer",
     "overfitting": "the network memorises its few training scenes: training falls and validation does not",
-    "stalled_at_floor": "the run was long enough, and it learned no more than a constant answer knows",
+    "stalled_at_baseline": "the run was long enough, and it learned no more than a constant answer knows",
     # compiled and ranks
     "stale_compiled_graph": "a compiled or copied network computes with weights that are not the ones being trained",
     "compiled_differs": "what the step calls gives other numbers than the network as written",

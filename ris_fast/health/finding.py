@@ -101,7 +101,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
     ),
     "gradient": ("nonfinite_step", "nonfinite_gradients", "dominating_term", "clip_too_small"),
     "movement": ("warmup_too_long", "learning_rate_too_large", "weight_decay_too_large", "learning_rate_too_small"),
-    "outcome": ("ema_cold", "collapsed", "validation_apart", "overfitting", "stalled_at_floor"),
+    "outcome": ("ema_cold", "collapsed", "validation_apart", "overfitting", "stalled_at_baseline"),
 }
 SEVERITIES = tuple(LEVELS)
 _PLACE = {cause: (level, place) for level, causes in enumerate(LEVELS.values()) for place, cause in enumerate(causes)}
@@ -126,7 +126,7 @@ class Finding:
         if self.cause not in _PLACE:
             raise ValueError(f"Finding: no cause is called '{self.cause}'. Add it to causes.py and to LEVELS.")
         object.__setattr__(self, "severity", self.severity or SEVERITIES[_PLACE[self.cause][0]])
-        object.__setattr__(self, "advice", self.advice or mend_of(self.cause))
+        object.__setattr__(self, "advice", self.advice or fix_of(self.cause))
 
     @property
     def meaning(self) -> str:
@@ -139,7 +139,7 @@ class Finding:
         when = "before the first step" if self.step == 0 else f"at step {self.step}"
         return (
             f"{self.cause} ({self.severity}, {when}{'' if self.certain else ', not certain'}): {self.meaning}.\n  seen:"
-            f" {self.evidence}\n  mend: {self.advice}"
+            f" {self.evidence}\n  fix: {self.advice}"
         )
 
 
@@ -167,14 +167,14 @@ def explained(findings: Sequence[Finding], *, more: bool = False) -> str:
 
 
 def page(cause: str) -> str:
-    """The page on a cause: what it is, how it is seen, how it is mended. Raises KeyError for an unknown name."""
+    """The page on a cause: what it is, how it is seen, how it is fixed. Raises KeyError for an unknown name."""
     if cause not in CAUSES:
         raise KeyError(cause)
     return resources.files("ris_fast.health").joinpath("pages", f"{cause}.md").read_text(encoding="utf-8")
 
 
 @cache
-def mend_of(cause: str) -> str:
+def fix_of(cause: str) -> str:
     """The first paragraph under 'Mend' of the cause's page."""
-    _, _, mend = page(cause).partition("## Mend\n")
-    return " ".join(mend.strip().split("\n\n")[0].split())
+    _, _, fix = page(cause).partition("## Fix\n")
+    return " ".join(fix.strip().split("\n\n")[0].split())

@@ -19,8 +19,8 @@ from ris_fast.models.hybrid_parts import AngleGrid, Block, CountHead, DiagonalMe
 from ris_fast.models.inputs import network_inputs
 from ris_fast.models.linear import Linear
 from ris_fast.models.prediction import Prediction
-from ris_fast.physics.channel import backproject, collapsed_channel
-from ris_fast.physics.pairs import power
+from ris_fast.physics.channel import backproject, effective_channel
+from ris_fast.physics.real_complex import power
 
 INPUTS = ("backprojection", "collapsed")
 RANGE_SHARE = 0.3
@@ -146,7 +146,7 @@ class Hybrid(nn.Module):
         share = torch.sigmoid(given.snr_db * (math.log(10.0) / 10.0)).sqrt()[
             :, None, None, None
         ]  # SNR / (1 + SNR), never inf / inf
-        seen = collapsed_channel(channel, codes) if full else channel
+        seen = effective_channel(channel, codes) if full else channel
         pattern = (
             (codes if codes.dim() == 4 else codes[None])
             if self.inputs == "collapsed"

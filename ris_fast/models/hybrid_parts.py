@@ -13,7 +13,7 @@ from torch.nn import functional as fn
 
 from ris_fast.models.constants import Constants
 from ris_fast.models.linear import Linear, linear
-from ris_fast.physics.pairs import adjoint_matmul, power
+from ris_fast.physics.real_complex import adjoint_matmul, power
 
 TINY = 1e-12
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ris_fast.config.schema import Task
 from ris_fast.kernels.scale import rescaled
-from ris_fast.physics.pairs import to_pairs
+from ris_fast.physics.real_complex import to_pairs
 
 
 class Inputs(NamedTuple):

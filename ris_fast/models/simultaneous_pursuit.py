@@ -26,7 +26,7 @@ from ris_fast.kernels.pursuit.solve import spd_solve
 from ris_fast.kernels.scale import rescaled
 from ris_fast.models.features import Features, PursuitFeatures, SceneFeatures
 from ris_fast.physics.channel import backproject
-from ris_fast.physics.pairs import multiply
+from ris_fast.physics.real_complex import multiply
 
 CHUNK_BYTES = 2**26  # of the sensing operators of the scenes worked on at once
 

@@ -1,1 +1,1 @@
-"""The scene behind the surface: array, channel, codes, simulation, floors. Pure functions on tensors."""
+"""The scene behind the surface: array, channel, codes, simulation, baselines. Pure functions on tensors."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ris_fast.config.schema import Task, section_of
 from ris_fast.kernels.values import readable
-from ris_fast.physics.pairs import expi
+from ris_fast.physics.real_complex import expi
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ris_fast.physics.pairs import adjoint_matmul, matmul, power
+from ris_fast.physics.real_complex import adjoint_matmul, matmul, power
 from ris_fast.physics.scenes import Scenes
 
 
@@ -65,7 +65,7 @@ def constant_nmse(constant: Tensor, scenes: Scenes) -> Tensor:
     return (energy - 2.0 * cross + power(constant).sum()) / energy
 
 
-def floors(constant: Tensor, validation: Iterable[Scenes]) -> dict[str, float]:
+def baselines(constant: Tensor, validation: Iterable[Scenes]) -> dict[str, float]:
     """Mean NMSE on the validation scenes of three predictors that ignore their input.
 
     `zero`: exactly 1. `identity`: 1 - N/|T|^2. `mean`: `constant`, the mean covariance of the training scenes, (N, N,

@@ -10,7 +10,7 @@ import math
 
 from torch import Tensor
 
-from ris_fast.physics.pairs import adjoint_matmul, conj, matmul, multiply
+from ris_fast.physics.real_complex import adjoint_matmul, conj, matmul, multiply
 
 FAR_RANGE_M = 100.0  # of the base station, as the surface sees it
 
@@ -33,7 +33,7 @@ def backproject(channel: Tensor, codes: Tensor, snapshots: Tensor) -> Tensor:
     return multiply(conj(codes), field.transpose(1, 2))
 
 
-def collapsed_channel(channel: Tensor, codes: Tensor) -> Tensor:
+def effective_channel(channel: Tensor, codes: Tensor) -> Tensor:
     """H c_l, all that the original pipeline's network was shown: (B, M, N, 2), ([B,] L, N, 2) -> (B, L, M, 2)."""
     right = codes.transpose(-3, -2).expand(channel.shape[0], -1, -1, -1)
     return matmul(channel, right).transpose(1, 2)

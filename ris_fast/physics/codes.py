@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.config.schema import Task
-from ris_fast.physics.pairs import expi
+from ris_fast.physics.real_complex import expi
 
 BEAMS_A_SIDE = 8
 

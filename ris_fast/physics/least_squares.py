@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ris_fast.kernels.scale import power_of_two
 from ris_fast.physics.channel import backproject, sense
-from ris_fast.physics.pairs import power
+from ris_fast.physics.real_complex import power
 from ris_fast.physics.scenes import Scenes
 
 STEPS = 6
 
 
 @torch.no_grad()
-def sample_factor(scenes: Scenes, steps: int = STEPS) -> Tensor:
+def least_squares_factor(scenes: Scenes, steps: int = STEPS) -> Tensor:
     """The regularised least-squares field x, all snapshots together: (B, N, 1, 2); R_samp = x x^H.
 
     Model: (G^H G + ridge I) x = G^H y with ridge = |H|_F^2 / (M SNR), the ratio of noise to field power per element;

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ris_fast.physics.baselines import constant_nmse, target_energy
 from ris_fast.physics.channel import backproject
-from ris_fast.physics.pairs import adjoint_matmul, matmul, power, to_complex, to_pairs
+from ris_fast.physics.real_complex import adjoint_matmul, matmul, power, to_complex, to_pairs
 from ris_fast.physics.scenes import Scenes
 
 

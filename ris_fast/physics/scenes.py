@@ -20,8 +20,8 @@ from ris_fast.kernels.values import readable
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.channel import FAR_RANGE_M, free_space_amplitude
 from ris_fast.physics.codes import dft_codes
-from ris_fast.physics.pairs import power, to_pairs
 from ris_fast.physics.random import SceneGenerator
+from ris_fast.physics.real_complex import power, to_pairs
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Scenes:
     elevation: Tensor | None = None  # (B, K)        rad
     range_m: Tensor | None = None  # (B, K)        m
     power: Tensor | None = None  # (B, K)        linear, 0 where no source
-    collapsed: Tensor | None = None  # (B, L, M, 2)  H c_l
+    effective_channel: Tensor | None = None  # (B, L, M, 2)  H c_l
     covariance: Tensor | None = None  # (B, N, N, 2)  dense target, trace N
 
     @property
@@ -235,5 +235,5 @@ def _places(task: Task, draw: dict[str, Tensor]) -> dict[str, Tensor]:
     far = torch.full_like(draw["rician"], FAR_RANGE_M / task.wavelength_m)
     return {
         "source": torch.stack((draw["azimuth"], draw["elevation"], draw["range_m"] / task.wavelength_m), dim=-1),
-        "sight": torch.stack((draw["los_azimuth"], draw["los_elevation"], far), dim=-1),
+        "los_direction": torch.stack((draw["los_azimuth"], draw["los_elevation"], far), dim=-1),
     }

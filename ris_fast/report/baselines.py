@@ -1,4 +1,4 @@
-"""What a validation NMSE is worth: the floors in words, the milestones and the Bayes line of the standard task."""
+"""What a validation NMSE is worth: the baselines in words, the milestones and the MMSE bound of the standard task."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BAYES_NMSE = {
 
 
 def bayes_nmse(sources: int, snr_db: float) -> float:
-    """The Bayes line at one number of sources and one SNR in dB.
+    """The MMSE bound at one number of sources and one SNR in dB.
 
     Straight lines in log NMSE against dB through the table; the last one goes on to 20 dB, and four sources are the
     geometric mean of three and five. Only for the standard task. Raises ValueError outside 1..5 sources.
@@ -56,12 +56,12 @@ def figure(value: float) -> str:
     return f"{value:#.3g}" if abs(value) < 0.1 else f"{value:.3f}"
 
 
-def floor_lines(floors: Mapping[str, float]) -> list[str]:
-    """One line a floor, its figure beside what it means."""
-    wide = max([8, *map(len, floors)])
+def baseline_lines(baselines: Mapping[str, float]) -> list[str]:
+    """One line a baseline, its figure beside what it means."""
+    wide = max([8, *map(len, baselines)])
     return [
         f"  {name.replace('_', ' '):<{wide}} {figure(value):>6}  {MEANINGS.get(name, '')}".rstrip()
-        for name, value in floors.items()
+        for name, value in baselines.items()
     ]
 
 
@@ -69,14 +69,14 @@ def milestone_line() -> str:
     return "  then: " + ", ".join(f"{value:g} {meaning}" for value, meaning in MILESTONES.items())
 
 
-def judge(nmse: float | None, floors: Mapping[str, float], *, milestones: bool = True) -> str:
+def judge(nmse: float | None, baselines: Mapping[str, float], *, milestones: bool = True) -> str:
     """A figure beside the constant answer, in words, and the last milestone that it has passed; None where nothing was
     measured."""
-    mean = floors.get("mean", 1.0)
+    mean = baselines.get("mean", 1.0)
     if nmse is None:
-        return f"not measured (floor {mean:.3f})"
+        return f"not measured (baseline {mean:.3f})"
     if not math.isfinite(nmse):
-        return f"not a number (floor {mean:.3f})"
+        return f"not a number (baseline {mean:.3f})"
     if nmse >= mean:
         return f"{figure(nmse)}, no better than the constant answer ({mean:.3f})"
     passed = [meaning for value, meaning in MILESTONES.items() if milestones and nmse <= value]

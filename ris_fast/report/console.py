@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: the floors, a line an epoch, a live bar on a terminal, the outcome."""
+"""What a person sees while a run trains: the baselines, a line an epoch, a live bar on a terminal, the outcome."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ris_fast.report.baselines import figure, floor_lines, judge, milestone_line
+from ris_fast.report.baselines import baseline_lines, figure, judge, milestone_line
 from ris_fast.report.verdict import lost_again, ruled_out, stalled_because
 
 
@@ -41,7 +41,7 @@ class ConsoleReport:
             no_color=True if not live else None,
         )
         self.standard_task, self.run = standard_task, run
-        self.floors: Mapping[str, float] = {}
+        self.baselines: Mapping[str, float] = {}
         self.info: Mapping[str, Any] = {}
         self.best = math.inf
         self.told: set[str] = set()
@@ -49,14 +49,16 @@ class ConsoleReport:
         self.task: TaskID | None = None
 
     def start(self, info: Mapping[str, Any]) -> None:
-        self.info, self.floors = info, info.get("floors", {})
+        self.info, self.baselines = info, info.get("baselines", {})
         for line in run_lines(info):
             self._print(line)
         self.tell(info.get("notes", ()))
-        if self.floors:
-            self._print("Validation NMSE: lower is better, and a network that has learned nothing stays at the floors.")
-            self._print("\n".join(floor_lines(self.floors)))
-        if self.floors and self.standard_task:
+        if self.baselines:
+            self._print(
+                "Validation NMSE: lower is better, and a network that has learned nothing stays at the baselines."
+            )
+            self._print("\n".join(baseline_lines(self.baselines)))
+        if self.baselines and self.standard_task:
             self._print(milestone_line(), "dim")
         if self.bar is not None:
             self.task = self.bar.add_task("starting", total=1.0, loss="", end=None)
@@ -69,7 +71,7 @@ class ConsoleReport:
         score = validation(row)
         better = score < self.best
         self.best = min(self.best, score)
-        self._print(epoch_line(row), "bold green" if better and score < self.floors.get("mean", 1.0) else None)
+        self._print(epoch_line(row), "bold green" if better and score < self.baselines.get("mean", 1.0) else None)
         self._move_bar(row)
 
     def tell(self, notes: Iterable[str]) -> None:
@@ -86,7 +88,7 @@ class ConsoleReport:
             f"found {when}{'' if finding.certain else ', not certain'}: {finding.cause}: {finding.evidence}",
             "bold yellow",
         )
-        self._print(f"  mend: {finding.advice}\n  more: ris-fast why --explain {finding.cause}")
+        self._print(f"  fix: {finding.advice}\n  more: ris-fast why --explain {finding.cause}")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self.close()
@@ -137,7 +139,7 @@ def epoch_line(row: Mapping[str, Any]) -> str:
         f"clipped {row['clipped']:.0%}",
         f"skipped {row['skipped']:.0%}",
         f"{row['scenes_per_s']:.0f} scenes/s",
-        f"{row['share_of_ceiling']:.0%} of the ceiling" if _known(row, "share_of_ceiling") else "",
+        f"{row['mfu']:.0%} MFU" if _known(row, "mfu") else "",
     ]
     return "  ".join(part for part in parts if part)
 
@@ -180,21 +182,21 @@ def run_lines(info: Mapping[str, Any]) -> list[str]:
 
 
 def ceiling_line(info: Mapping[str, Any]) -> str | None:
-    """What the ceiling is that an epoch's line names a share of."""
+    """What the peak matmul rate is that an epoch's line names a share of."""
     rate = info.get("ceiling_flop_per_s")
     return rate and (
-        f"the ceiling: {rate / 1e9:,.0f} GFLOP/s, one large {info.get('precision', 'fp32')} matrix product on this"
+        f"the peak matmul rate: {rate / 1e9:,.0f} GFLOP/s, one large {info.get('precision', 'fp32')} matrix product on this"
         " machine, the best of many; the network's own forward and backward products are counted, features, loss and"
         " simulation are not"
     )
 
 
 def outcome_lines(summary: Mapping[str, Any], *, milestones: bool = True, run: Path | None = None) -> list[str]:
-    """The verdict, the best figure beside its floor, the size of the run, and what the watch found."""
+    """The verdict, the best figure beside its baseline, the size of the run, and what the watch found."""
     best = (
         stalled_because(summary)
         if summary["verdict"] == "stalled"
-        else judge(summary.get("best_val_nmse"), summary.get("floors", {}), milestones=milestones)
+        else judge(summary.get("best_val_nmse"), summary.get("baselines", {}), milestones=milestones)
     )
     lines = [
         f"{summary['verdict']}: best validation NMSE {best}",
@@ -214,7 +216,7 @@ def outcome_lines(summary: Mapping[str, Any], *, milestones: bool = True, run: P
 
 
 def certain_findings(summary: Mapping[str, Any]) -> list[str]:
-    """What was seen of every certain finding, or of the first, and how it is mended; nothing for a run that they
+    """What was seen of every certain finding, or of the first, and how it is fixed; nothing for a run that they
     stopped, whose error says so."""
     if summary["verdict"] == "stopped":
         return []
@@ -228,7 +230,7 @@ def certain_findings(summary: Mapping[str, Any]) -> list[str]:
         for name, each in zip(named, shown)
         for line in (
             f"  {name}seen{'' if each['certain'] else ' (not certain)'}: {each['evidence']}",
-            f"  mend: {each['advice']}",
+            f"  fix: {each['advice']}",
         )
     ]
 

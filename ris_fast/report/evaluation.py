@@ -1,4 +1,4 @@
-"""An evaluation for a person: tables beside floors and the Bayes line, a figure and a JSON file in the run folder."""
+"""An evaluation for a person: tables beside baselines and the MMSE bound, a figure and a JSON file in the run folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RECORD = "evaluation.json"
 
 def evaluation_text(result: Mapping[str, Any]) -> str:
     """The whole evaluation in plain text; `result` is what `evaluate` returns."""
-    bayes = result["bayes"]
+    mmse_bound = result["mmse_bound"]
     head = [
         (
             f"{result['model']}, {result['weights']} weights of epoch {result['epoch']} (checkpoint"
@@ -24,7 +24,7 @@ def evaluation_text(result: Mapping[str, Any]) -> str:
         ),
         result["source"],
         *(f"note: {note}" for note in result["notes"]),
-        f"mean NMSE {judge(result['nmse']['mean'], result['floors'], milestones=bayes is not None)}",
+        f"mean NMSE {judge(result['nmse']['mean'], result['baselines'], milestones=mmse_bound is not None)}",
     ]
     tables = [
         _table(
@@ -38,7 +38,7 @@ def evaluation_text(result: Mapping[str, Any]) -> str:
 
 
 def bayes_note(result: Mapping[str, Any]) -> str:
-    """What the Bayes line is, or why there is none."""
+    """What the MMSE bound is, or why there is none."""
     if not result["standard"]:
         return "Bayes: known for RIS-12x12 with its default ranges only."
     return (
@@ -59,16 +59,16 @@ def save_evaluation(result: Mapping[str, Any]) -> Path:
 
 
 def _table(label: str, groups: list[tuple[str, Mapping[str, Any]]], whole: Mapping[str, Any]) -> str:
-    floors = list(whole["floors"])
+    baselines = list(whole["baselines"])
     rows = [
         (
             name,
             group["scenes"],
             group["nmse"]["mean"],
             group["nmse"]["median"],
-            group["bayes"],
-            *(group["floors"][floor] for floor in floors),
+            group["mmse_bound"],
+            *(group["baselines"][baseline] for baseline in baselines),
         )
         for name, group in [*groups, ("all", whole)]
     ]
-    return text_table((label, "scenes", "NMSE mean", "median", "Bayes", *floors), rows)
+    return text_table((label, "scenes", "NMSE mean", "median", "Bayes", *baselines), rows)

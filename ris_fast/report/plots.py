@@ -1,4 +1,4 @@
-"""Figures of a run: loss against scenes beside the floors, and the evaluation by SNR and number of sources."""
+"""Figures of a run: loss against scenes beside the baselines, and the evaluation by SNR and number of sources."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 LOSS_PLOT = "loss.png"
 INK, GRID = "#222222", "#dddddd"
-TRAIN, RAW, EMA, GRADIENT, BAYES = "#9aa7b8", "#d9822b", "#1f5fa8", "#5a7d4f", "#444444"
+TRAIN, RAW, EMA, GRADIENT, MMSE_BOUND = "#9aa7b8", "#d9822b", "#1f5fa8", "#5a7d4f", "#444444"
 FLOOR_SHADES = ("#b04a5a", "#8a5fa0", "#4f8a8b", "#a08a4f", "#707070")
 MARKED = 40  # points are marked up to this many
 SECONDS_BETWEEN_DRAWINGS = 20.0
@@ -35,11 +35,11 @@ class PlotReport:
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / "plots" / LOSS_PLOT
         self.rows = read_events(folder, skip_broken=True) if (Path(folder) / METRICS).is_file() else []
-        self.floors: Mapping[str, float] = {}
+        self.baselines: Mapping[str, float] = {}
         self.drawn = -math.inf
 
     def start(self, info: Mapping[str, Any]) -> None:
-        self.floors = info.get("floors", {})
+        self.baselines = info.get("baselines", {})
         new_figure(
             1.0, 1.0
         )  # imports matplotlib; an interrupt in the midst of that would spoil the drawing at the run's end
@@ -56,7 +56,7 @@ class PlotReport:
         self._draw()
 
     def _draw(self) -> None:
-        save(loss_figure(current_rows(self.rows), self.floors), self.path)
+        save(loss_figure(current_rows(self.rows), self.baselines), self.path)
         self.drawn = time.monotonic()
 
 
@@ -64,8 +64,8 @@ def save(figure: Figure, path: str | Path) -> None:
     save_figure(path, figure, 150)
 
 
-def loss_figure(rows: Sequence[Mapping[str, Any]], floors: Mapping[str, float]) -> Figure:
-    """Training loss, validation NMSE of raw and averaged weights and the floors; below, the gradient norm."""
+def loss_figure(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) -> Figure:
+    """Training loss, validation NMSE of raw and averaged weights and the baselines; below, the gradient norm."""
     figure = new_figure(8.0, 6.2)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1.0))
     steps = [row for row in rows if row.get("event") == "step"]
@@ -77,8 +77,8 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], floors: Mapping[str, float]) 
         *_series(epochs, "val_nmse_ema"), color=EMA, lw=2.0, marker=marker, ms=3, label="validation, averaged weights"
     )
     _axes(top, "NMSE")
-    top.set_ylim(*_limits([0.4, *floors.values(), *(y for line in top.get_lines() for y in line.get_ydata())]))
-    _floors(top, floors)
+    top.set_ylim(*_limits([0.4, *baselines.values(), *(y for line in top.get_lines() for y in line.get_ydata())]))
+    _baselines(top, baselines)
     _ticks(top)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     top.set_title(_headline(epochs), loc="left", fontsize=11, color=INK)
@@ -92,7 +92,7 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], floors: Mapping[str, float]) 
 
 
 def evaluation_figure(result: Mapping[str, Any]) -> Figure:
-    """NMSE by SNR and by number of sources, mean and median, beside the floors and the Bayes line."""
+    """NMSE by SNR and by number of sources, mean and median, beside the baselines and the MMSE bound."""
     figure = new_figure(9.0, 4.8)
     left, right = figure.subplots(1, 2, sharey=True)
     _groups(
@@ -119,10 +119,12 @@ def evaluation_figure(result: Mapping[str, Any]) -> Figure:
 
 def _groups(axes: Axes, groups: Sequence[Mapping[str, Any]], names: Sequence[str], label: str) -> None:
     at = range(len(groups))
-    floors = {name: [group["floors"][name] for group in groups] for name in (groups[0]["floors"] if groups else ())}
-    span = _limits([value for group in groups for value in (*group["floors"].values(), *group["nmse"].values())])
-    for together, shade in zip(alike(floors, span), FLOOR_SHADES):
-        low, high = ([edge(values) for values in zip(*(floors[name] for name in together))] for edge in (min, max))
+    baselines = {
+        name: [group["baselines"][name] for group in groups] for name in (groups[0]["baselines"] if groups else ())
+    }
+    span = _limits([value for group in groups for value in (*group["baselines"].values(), *group["nmse"].values())])
+    for together, shade in zip(alike(baselines, span), FLOOR_SHADES):
+        low, high = ([edge(values) for values in zip(*(baselines[name] for name in together))] for edge in (min, max))
         axes.fill_between(at, low, high, color=shade, alpha=0.25, lw=0.0)
         axes.plot(at, low, color=shade, lw=1.0, ls="--", marker="_", label=" / ".join(together))
     axes.plot(
@@ -137,8 +139,15 @@ def _groups(axes: Axes, groups: Sequence[Mapping[str, Any]], names: Sequence[str
         ms=3.5,
         label="network, median",
     )
-    if all(group.get("bayes") is not None for group in groups):
-        axes.plot(at, [group["bayes"] for group in groups], color=BAYES, lw=1.4, ls=":", label="Bayes, estimated")
+    if all(group.get("mmse_bound") is not None for group in groups):
+        axes.plot(
+            at,
+            [group["mmse_bound"] for group in groups],
+            color=MMSE_BOUND,
+            lw=1.4,
+            ls=":",
+            label="MMSE bound, estimated",
+        )
     axes.set_xticks(list(at), names)
     axes.set_xlabel(label, color=INK)
 
@@ -181,17 +190,17 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
     return min(shown) / 1.3, max(shown) * 1.3
 
 
-def alike(floors: Mapping[str, float | Sequence[float]], span: tuple[float, float]) -> list[list[str]]:
+def alike(baselines: Mapping[str, float | Sequence[float]], span: tuple[float, float]) -> list[list[str]]:
     """Names in groups that look like one line on a log axis from span[0] to span[1]; in the order given.
 
-    A floor that cannot be drawn is in no group.
+    A baseline that cannot be drawn is in no group.
     """
     apart = ONE_LINE * math.log(span[1] / span[0])
     groups: list[list[str]] = []
-    for name, value in floors.items():
+    for name, value in baselines.items():
         if not all(map(_drawable, _values(value))):
             continue
-        near = next((group for group in groups if _distance(floors[group[0]], value) < apart), None)
+        near = next((group for group in groups if _distance(baselines[group[0]], value) < apart), None)
         groups.append([name]) if near is None else near.append(name)
     return groups
 
@@ -204,12 +213,12 @@ def _distance(one: float | Sequence[float], other: float | Sequence[float]) -> f
     return max(abs(math.log(a / b)) for a, b in zip(_values(one), _values(other)))
 
 
-def _floors(axes: Axes, floors: Mapping[str, float]) -> None:
-    """A band for floors that lie within a few percent of each other, a line for the others; the legend has each
+def _baselines(axes: Axes, baselines: Mapping[str, float]) -> None:
+    """A band for baselines that lie within a few percent of each other, a line for the others; the legend has each
     figure."""
-    for names, shade in zip(alike(floors, axes.get_ylim()), FLOOR_SHADES):
-        values = [floors[name] for name in names]
-        label = f"floor{'s' * (len(names) > 1)} " + ", ".join(f"{name} {floors[name]:#.3g}" for name in names)
+    for names, shade in zip(alike(baselines, axes.get_ylim()), FLOOR_SHADES):
+        values = [baselines[name] for name in names]
+        label = f"baseline{'s' * (len(names) > 1)} " + ", ".join(f"{name} {baselines[name]:#.3g}" for name in names)
         if len(names) > 1:
             axes.axhspan(min(values), max(values), color=shade, alpha=0.25, lw=0.0, zorder=1)
         axes.axhline(min(values), color=shade, lw=1.0, ls="--", label=label, zorder=1)

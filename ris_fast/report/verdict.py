@@ -8,18 +8,22 @@ from typing import Any
 from ris_fast.training.summary import LEARNED
 
 FEW_STEPS = 200  # a network that learns shows it within as many
-CONSTANTS = ("zero", "identity", "mean")  # floors that know nothing of the scene; any other feeds the network
+CONSTANTS = ("zero", "identity", "mean")  # baselines that know nothing of the scene; any other feeds the network
 
 
 def stalled_because(summary: Mapping[str, Any]) -> str:
     """`0.0266, below every constant answer (0.79) but not better than pursuit, ...`: why a run is called stalled.
 
-    `summary` is that of the run: best_val_nmse, floors, initial_val_nmse; each may be missing.
+    `summary` is that of the run: best_val_nmse, baselines, initial_val_nmse; each may be missing.
     """
-    best, floors, start = summary.get("best_val_nmse"), summary.get("floors") or {}, summary.get("initial_val_nmse")
+    best, baselines, start = (
+        summary.get("best_val_nmse"),
+        summary.get("baselines") or {},
+        summary.get("initial_val_nmse"),
+    )
     if best is None:
         return "not measured: no epoch was validated with a finite figure"
-    constants = [floors[name] for name in CONSTANTS if name in floors]
+    constants = [baselines[name] for name in CONSTANTS if name in baselines]
     lowest = min(constants, default=1.0)
     if best >= lowest:
         steps = summary.get("optimizer_steps")
@@ -28,7 +32,7 @@ def stalled_because(summary: Mapping[str, Any]) -> str:
             f"{best:.3g} is no better than the constant answer ({lowest:.3g}): the network has learned nothing of the"
             f" scenes{few}"
         )
-    feeding = {name: value for name, value in floors.items() if name not in CONSTANTS and best >= LEARNED * value}
+    feeding = {name: value for name, value in baselines.items() if name not in CONSTANTS and best >= LEARNED * value}
     if feeding:
         name, value = min(feeding.items(), key=lambda item: item[1])
         beside = "not better" if best >= value else "not clearly better"

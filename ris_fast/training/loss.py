@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ris_fast.config.schema import ConfigError, Loss, Task, section_of
 from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.models.prediction import Prediction
-from ris_fast.physics.least_squares import sample_factor
+from ris_fast.physics.least_squares import least_squares_factor
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training import loss_terms as terms
 
@@ -89,7 +89,7 @@ class CovarianceLoss(nn.Module):
         `cov_nmse` itself refuses targets that are no covariances.
         """
         known = {"target_cov": scenes.covariance} if scenes.factor is None else {"target_factor": scenes.factor}
-        sample = {"sample_factor": sample_factor(scenes), "blend": self.settings.beta} if blend else {}
+        sample = {"sample_factor": least_squares_factor(scenes), "blend": self.settings.beta} if blend else {}
         return cov_nmse(
             factor,
             **known,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as fn
 
 from ris_fast.kernels.scale import rescaled
-from ris_fast.physics.pairs import adjoint_matmul, expi, matmul, multiply, power
+from ris_fast.physics.real_complex import adjoint_matmul, expi, matmul, multiply, power
 
 ANGLE_DELTA = math.radians(0.25)
 RANGE_DELTA = 0.2

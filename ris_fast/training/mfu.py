@@ -1,4 +1,4 @@
-"""Tells a run's observers which share of the machine's ceiling its products reach."""
+"""Tells a run's observers which share of the machine's peak matmul rate its products reach."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from ris_fast.benchmarks.train_step import step_flops
-from ris_fast.timing import ceiling
+from ris_fast.timing import peak_matmul_rate
 from ris_fast.training.trainer import Observer, Trainer
 
 
 class WithShare:
-    """Passes everything on to `observer`; rows get `share_of_ceiling`.
+    """Passes everything on to `observer`; rows get `mfu`.
 
     Model: scenes/s times the FLOPs that a scene's forward and backward need, over the rate of one large matrix product
         in the run's precision, measured once when the run starts (about a third of a second).
@@ -27,7 +27,7 @@ class WithShare:
         with torch.random.fork_rng(
             [device] if device.type == "cuda" else []
         ):  # the run's random numbers stay what they were
-            most = ceiling(device, self.trainer.config.training.precision, seconds=0.3)
+            most = peak_matmul_rate(device, self.trainer.config.training.precision, seconds=0.3)
             self.scenes_per_s = most / max(step_flops(self.trainer, 1), 1)
         self.observer.start({**info, "ceiling_flop_per_s": most})
 
@@ -44,5 +44,5 @@ class WithShare:
         share = row["scenes_per_s"] / self.scenes_per_s
         return {
             **row,
-            "share_of_ceiling": share if share <= 1.0 else None,
+            "mfu": share if share <= 1.0 else None,
         }  # above: other work ran while it was measured

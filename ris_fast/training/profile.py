@@ -1,4 +1,4 @@
-"""`--profile`: a few steps of a run under torch's profiler, as a Chrome trace and a table of the ten dearest
+"""`--profile`: a few steps of a run under torch's profiler, as a Chrome trace and a table of the ten slowest_operations
 operations."""
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Profile:
     def _write(self) -> None:
         with replacing(self.folder / "trace.json") as partial:
             self.profiler.export_chrome_trace(str(partial))
-        text = dearest(self.profiler)
+        text = slowest_operations(self.profiler)
         write_text(self.folder / "operations.txt", text + "\n")
         self.tell(
             f"{text}\ntrace of {STEPS} steps, for chrome://tracing or ui.perfetto.dev: {self.folder / 'trace.json'}"
@@ -65,7 +65,7 @@ def profiled(trainer: Trainer, folder: Path, tell: Callable[[str], None]) -> Tra
     return trainer
 
 
-def dearest(profiler: Any, rows: int = ROWS) -> str:
+def slowest_operations(profiler: Any, rows: int = ROWS) -> str:
     """The operations that took the most time themselves, on the device where there is one: a line for each."""
     found = profiler.key_averages()
     cost = (
@@ -79,4 +79,4 @@ def dearest(profiler: Any, rows: int = ROWS) -> str:
         f" {event.count / STEPS:8.1f} calls"
         for event in sorted(found, key=cost, reverse=True)[:rows]
     ]
-    return "\n".join([f"the {rows} dearest operations, a step (time of their own)", *lines])
+    return "\n".join([f"the {rows} slowest operations, a step (time of their own)", *lines])

@@ -18,7 +18,7 @@ from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.training.schedule import Plan, learning_rate_factor
 from ris_fast.training.state import Meter, RunState, RunStopped
 from ris_fast.training.step import Step
-from ris_fast.training.telemetry.async_copy import Clock, HostCopy, Moment
+from ris_fast.training.telemetry.async_copy import Clock, DeviceTimestamp, HostCopy
 from ris_fast.training.telemetry.step_telemetry import Sample
 
 
@@ -54,7 +54,7 @@ class Ordered:
     scenes: int  # of the epoch, until then
     sample: Sample | None
     copies: HostCopy
-    moment: Moment
+    moment: DeviceTimestamp
 
 
 class Reporting:
@@ -106,7 +106,7 @@ class Reporting:
             sample.tensors if sample else {}
         )
         self.ordered = Ordered(
-            self._where(), self.planned, replace(window), scenes, sample, HostCopy(tensors), self.clock.mark()
+            self._where(), self.planned, replace(window), scenes, sample, HostCopy(tensors), self.clock.record()
         )
         if self.device.type == "cpu":
             self._deliver_report()

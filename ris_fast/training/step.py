@@ -83,7 +83,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 def network_inputs(scenes: Scenes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a network is shown. Scenes without a channel are shown with H c_l in its place."""
-    return scenes.snapshots, scenes.collapsed if scenes.channel is None else scenes.channel, scenes.codes, scenes.snr_db
+    return (
+        scenes.snapshots,
+        scenes.effective_channel if scenes.channel is None else scenes.channel,
+        scenes.codes,
+        scenes.snr_db,
+    )
 
 
 class Step:

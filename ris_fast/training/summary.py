@@ -15,7 +15,7 @@ def goal(trainer: Trainer) -> float:
     """Below this validation NMSE a network has learned: clearly under its own start, every constant answer, and what
     its features say without it. A start from learned weights (training.init) has to be beaten at all, not clearly."""
     start = trainer.state.initial_nmse / (LEARNED if trainer.config.training.init else 1.0)
-    return LEARNED * min(start, *trainer.floors.values())
+    return LEARNED * min(start, *trainer.baselines.values())
 
 
 def summary(trainer: Trainer, verdict: str | None, findings: list[str]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def summary(trainer: Trainer, verdict: str | None, findings: list[str]) -> dict[
         "val_nmse_ema": state.val_nmse_ema,
         "best_val_nmse": best,
         "best_weights": state.best_weights,
-        "floors": trainer.floors,
+        "baselines": trainer.baselines,
         "findings": findings,
         "skipped_steps": trainer.counters["skipped"],
     }
@@ -61,7 +61,7 @@ def info(trainer: Trainer) -> dict[str, Any]:
         "epochs": training.epochs,
         "max_seconds": training.max_seconds,
         "planned_steps": trainer.plan.planned,
-        "floors": trainer.floors,
+        "baselines": trainer.baselines,
         "compile": trainer.compile_note,
         "epoch_steps": trainer.epoch_steps,
         "ema_decay": trainer.optimizer.ema_decay,

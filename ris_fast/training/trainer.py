@@ -15,7 +15,7 @@ from torch import Tensor
 from ris_fast.config.schema import Config, ConfigError
 from ris_fast.data.source import SceneSource, epoch_batches, open_source, widened_sector
 from ris_fast.models import build_model
-from ris_fast.physics.baselines import floors, mean_covariance
+from ris_fast.physics.baselines import baselines, mean_covariance
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.capture import CapturedCall, CapturedStep
 from ris_fast.training.compiled_model import choose_device, compile_now, compiled
@@ -28,12 +28,12 @@ from ris_fast.training.schedule import Plan, steps_in_epoch
 from ris_fast.training.state import Meter, RunState, RunStopped
 from ris_fast.training.step import Step, StepResult, build_optimizer, network_inputs
 from ris_fast.training.summary import info, summary
-from ris_fast.training.telemetry.async_copy import Clock, Moment, own_stream
-from ris_fast.training.telemetry.step_telemetry import Milestones, weight_norms
-from ris_fast.training.validation import Score, classical_floor, validate
+from ris_fast.training.telemetry.async_copy import Clock, DeviceTimestamp, own_stream
+from ris_fast.training.telemetry.step_telemetry import WeightDriftMonitor, weight_norms
+from ris_fast.training.validation import Score, classical_baseline, validate
 
 VALIDATION_CHUNK = 1000
-PACE = 50  # steps between two looks at the device's clock
+REPLAN_EVERY = 50  # steps between two looks at the device's clock
 
 
 class Trainer(Built, Reporting):
@@ -84,9 +84,9 @@ class Trainer(Built, Reporting):
         self.state = RunState()
         self.started, self.clock = time.monotonic(), Clock(self.device)
         self.capture: CapturedStep | None = None
-        self.score_by = lambda work: work()
-        self.paced: tuple[int, Moment] | None = None
-        self.groups_read = 0
+        self.validation_runner = lambda work: work()
+        self.paced: tuple[int, DeviceTimestamp] | None = None
+        self.optimizer_batches = 0
         self.epoch_steps = steps_in_epoch(
             self.source.size("train"), config.training.batch_size, config.training.accumulate
         )
@@ -113,8 +113,8 @@ class Trainer(Built, Reporting):
 
     def _fit(self) -> dict[str, Any]:
         self.validation = self._validation_scenes()
-        constant, static = mean_covariance(self._floor_scenes()), self.config.task.symbols == "static"
-        self.floors = floors(constant, self.validation) | classical_floor(
+        constant, static = mean_covariance(self._baseline_scenes()), self.config.task.symbols == "static"
+        self.baselines = baselines(constant, self.validation) | classical_baseline(
             self.model, self.network, self.validation, constant, static
         )
         self._compile()
@@ -123,7 +123,7 @@ class Trainer(Built, Reporting):
         self._read_counters()  # steps that somebody made before are not the loop's
         finding, verdict, ended_by = None, None, {}
         self.started = time.monotonic() - self.state.seconds
-        self.milestones, self.between_epochs = Milestones(self.model, self.first_norms), {}
+        self.weight_drift, self.weight_drift_between_epochs = WeightDriftMonitor(self.model, self.first_norms), {}
         try:
             if self.state.step == 0:
                 self.state.initial_nmse = self._score().nmse
@@ -152,7 +152,7 @@ class Trainer(Built, Reporting):
     def _epoch(self) -> None:
         epoch_meter, window = Meter(), Meter()
         before, scenes_before = dict(self.counters), self.state.scenes_seen
-        self.groups_read, self.between_epochs, self.paced = 0, self.milestones.pass_by(), None
+        self.optimizer_batches, self.weight_drift_between_epochs, self.paced = 0, self.weight_drift.check(), None
         self.model.train()
         self.clock.start()
         for result in self._results():
@@ -166,7 +166,7 @@ class Trainer(Built, Reporting):
                 break
         epoch_meter.join(window)
         self._deliver_report()
-        rate = (self.state.scenes_seen - scenes_before) / max(self.clock.mark().seconds() - self.clock.began, 1e-9)
+        rate = (self.state.scenes_seen - scenes_before) / max(self.clock.record().seconds() - self.clock.began, 1e-9)
         self._check_steps(epoch_meter.steps, before)
         self._close_epoch(epoch_meter, before, rate)
 
@@ -178,7 +178,7 @@ class Trainer(Built, Reporting):
                 yield self.step(group, self.planned)
             return
         for indices in self._index_groups():
-            self.groups_read, self.planned = self.groups_read + 1, self.plan.planned
+            self.optimizer_batches, self.planned = self.optimizer_batches + 1, self.plan.planned
             yield self.capture(indices, self.planned)
 
     def _advance(self, scenes: int) -> None:
@@ -190,15 +190,15 @@ class Trainer(Built, Reporting):
             state.scenes_seen + scenes,
         )
         state.seconds = time.monotonic() - self.started
-        if state.step in (5, 10, 20) or state.step % PACE == 0:
-            self._pace()
+        if state.step in (5, 10, 20) or state.step % REPLAN_EVERY == 0:
+            self._replan_schedule()
 
-    def _pace(self) -> None:
+    def _replan_schedule(self) -> None:
         """Re-plans the schedule where time is the limit; on a GPU by the time at which it was here before.
 
-        That is long past as a rule; where it is not, waiting for it keeps the host less than 2 PACE steps ahead.
+        That is long past as a rule; where it is not, waiting for it keeps the host less than 2 REPLAN_EVERY steps ahead.
         """
-        before, self.paced = self.paced, (self.state.step, self.clock.mark())
+        before, self.paced = self.paced, (self.state.step, self.clock.record())
         step, moment = (self.paced if self.device.type == "cpu" else before) or (0, None)
         if moment is not None:
             self.plan.update(step, moment.seconds() - self.started)
@@ -207,7 +207,7 @@ class Trainer(Built, Reporting):
         """The epoch's scenes in groups of `accumulate` micro-batches, from where the run stands."""
         for indices in self._index_groups():
             group = [self.source.batch("train", index) for index in indices]
-            self.groups_read += 1
+            self.optimizer_batches += 1
             yield group
 
     def _index_groups(self) -> Iterator[list[Tensor]]:
@@ -224,7 +224,7 @@ class Trainer(Built, Reporting):
     # ---- validation, checkpoints, summary -----------------------------------------------------------------------
 
     def _close_epoch(self, meter: Meter, before: dict[str, int], rate: float) -> None:
-        self.milestones.pass_by()
+        self.weight_drift.check()
         meter.read()
         raw = self._score()
         ema = self._score(averaged=True) if self.optimizer.ema_decay else None
@@ -261,27 +261,27 @@ class Trainer(Built, Reporting):
         resumed_after = self.state.epoch_step - meter.steps
         return {
             "steps": meter.steps,
-            "groups_read": self.groups_read,
+            "optimizer_batches": self.optimizer_batches,
             "epoch_steps": self.epoch_steps - resumed_after,
             "cut_short": self._time_over(),
-            "between_epochs": self.between_epochs,
-            "around_validation": self.milestones.pass_by(),
+            "weight_drift_between_epochs": self.weight_drift_between_epochs,
+            "weight_drift_in_validation": self.weight_drift.check(),
             "scores": {
                 name: {
-                    "answers": score.answers,
-                    "asleep": score.asleep,
+                    "prediction_hash": score.prediction_hash,
+                    "modules_in_eval_mode": score.modules_in_eval_mode,
                     "loss": score.loss,
-                    "distance": self.milestones.distance(score.weights),
+                    "distance": self.weight_drift.distance(score.weights),
                 }
                 for name, score in scores.items()
             },
-            "distance": self.milestones.distance(self.milestones.last),
-            "first_norm": self.milestones.size,
+            "distance": self.weight_drift.distance(self.weight_drift.last),
+            "first_norm": self.weight_drift.size,
         }
 
     def _score(self, averaged: bool = False) -> Score:
         def score() -> Score:
-            return validate(self.model, self.step.predict, self.loss, self.validation, self.score_by)
+            return validate(self.model, self.step.predict, self.loss, self.validation, self.validation_runner)
 
         if not averaged:
             return score()
@@ -316,7 +316,7 @@ class Trainer(Built, Reporting):
             return
         self.capture = CapturedStep(self.step, self.source, self.config)
         if self.config.training.capture:
-            self.score_by = CapturedCall("validation")
+            self.validation_runner = CapturedCall("validation")
         refused = self.capture.refused
         self.compile_note += (
             f"; steps launched kernel by kernel: {refused}" if refused else "; each step one CUDA graph"
@@ -329,6 +329,6 @@ class Trainer(Built, Reporting):
             self.network.remember(*network_inputs(scenes))
         return batches
 
-    def _floor_scenes(self) -> Iterator[Scenes]:
+    def _baseline_scenes(self) -> Iterator[Scenes]:
         size = min(4 * VALIDATION_CHUNK, self.source.size("train"))
         return (self.source.batch("train", index) for index in torch.arange(size).split(VALIDATION_CHUNK))

@@ -19,7 +19,7 @@ from ris_fast.physics.scenes import Scenes
 from ris_fast.training.compiled_model import Network
 from ris_fast.training.loss import CovarianceLoss
 from ris_fast.training.step import network_inputs
-from ris_fast.training.telemetry.step_telemetry import prints, weight_norms
+from ris_fast.training.telemetry.step_telemetry import row_hashes, weight_norms
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Score:
     loss: float
     nmse: float
     median: float
-    asleep: bool = True  # every module was in evaluation mode
-    answers: str = ""  # hash of the factors: equal for equal answers, bit for bit
+    modules_in_eval_mode: bool = True  # every module was in evaluation mode
+    prediction_hash: str = ""  # hash of the factors: equal for equal answers, bit for bit
     weights: Tensor | None = None  # (T,) norms of the weights that were scored
 
 
@@ -49,9 +49,9 @@ class Measured(NamedTuple):
 
     loss: Tensor
     nmse: Tensor
-    answers: Tensor
+    prediction_hash: Tensor
     weights: Tensor
-    awake: int  # modules found in training mode
+    modules_in_train_mode: int  # modules found in training mode
 
 
 @torch.no_grad()
@@ -59,15 +59,17 @@ def measure(
     model: nn.Module, predict: Callable[[Scenes], Prediction], loss: CovarianceLoss, batches: Iterable[Scenes]
 ) -> Measured:
     """What `validate` scores, without a host read."""
-    losses, scores, answers, awake, weights = [], [], [], 0, weight_norms(model)
+    losses, scores, answers, modules_in_train_mode, weights = [], [], [], 0, weight_norms(model)
     for scenes in batches:
         prediction = predict(scenes)
-        awake += sum(module.training for module in model.modules())
-        answers.append(prints(prediction.factor).sum())
+        modules_in_train_mode += sum(module.training for module in model.modules())
+        answers.append(row_hashes(prediction.factor).sum())
         losses.append(loss(prediction, scenes)[0].double() * scenes.batch)
         scores.append(scene_nmse(prediction, scenes))
     nmse = torch.cat(scores).double()
-    return Measured(torch.stack(losses).sum() / nmse.numel(), nmse, torch.stack(answers).sum(), weights, awake)
+    return Measured(
+        torch.stack(losses).sum() / nmse.numel(), nmse, torch.stack(answers).sum(), weights, modules_in_train_mode
+    )
 
 
 def validate(
@@ -85,21 +87,21 @@ def validate(
     model.eval()
     try:
         found = run(lambda: measure(model, predict, loss, batches))
-        awake = found.awake + sum(module.training for module in model.modules())
+        modules_in_train_mode = found.modules_in_train_mode + sum(module.training for module in model.modules())
     finally:
         model.train(was_training)
     return Score(
         found.loss.item(),
         found.nmse.mean().item(),
         found.nmse.median().item(),
-        not awake,
-        f"{found.answers.item() & (2**64 - 1):016x}",
+        not modules_in_train_mode,
+        f"{found.prediction_hash.item() & (2**64 - 1):016x}",
         found.weights.clone(),
     )
 
 
 @torch.no_grad()
-def classical_floor(
+def classical_baseline(
     model: nn.Module, network: Network, batches: Iterable[Scenes], constant: Tensor, static: bool
 ) -> dict[str, float]:
     """NMSE of what the network's inputs say without it: of its own estimator, else of the matched filter; empty where

@@ -15,8 +15,8 @@ from ris_fast.config.load import load_config
 from ris_fast.config.schema import Config, Loss
 from ris_fast.models import build_model
 from ris_fast.models.prediction import Prediction
-from ris_fast.physics.pairs import to_complex
 from ris_fast.physics.random import SceneGenerator
+from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes, simulate
 from ris_fast.training import loss_terms as terms
 from ris_fast.training.loss import CovarianceLoss
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def small(overrides: list[str] | None = None) -> Config:
     return load_config(
         None,
-        "seed",
+        "original",
         [
             "task.ris_horizontal=4",
             "task.ris_vertical=3",

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from make_npz import SMALL, original_arrays, write_folders, write_npz
 
 from ris_fast.commands.cli import main
 from ris_fast.config.load import load_config
@@ -18,11 +17,12 @@ from ris_fast.config.schema import Config, ConfigError, Data
 from ris_fast.data.errors import DataError
 from ris_fast.data.source import open_source
 from ris_fast.health.preflight import loss as check_loss
-from ris_fast.health.preflight.probe import Subject
+from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.models import Prediction
 from ris_fast.training import trainer as loop
 from ris_fast.training.trainer import Trainer
 from ris_fast.training.validation import scene_nmse
+from tests.data.make_npz import SMALL, original_arrays, write_folders, write_npz
 
 SIZES = [
     f"task.{name}={getattr(SMALL, name)}"
@@ -53,7 +53,7 @@ def test_advice_on_files_without_the_channel_leads_past_the_checks(
     command = ["check", "--data", str(tmp_path), *flags(QUICK[:-3] + QUICK[-1:])]
     assert main(command) == 3
     words = advised(capsys.readouterr().err)
-    assert words[:2] == ["--preset", "seed"]
+    assert words[:2] == ["--preset", "original"]
     assert main(["check", "--data", str(tmp_path), *flags(QUICK), *words]) == 0
     assert "nothing found" in capsys.readouterr().out
 
@@ -72,7 +72,7 @@ def test_advice_on_other_sizes_opens_the_files(tmp_path: Path) -> None:
 
 
 def test_terms_that_need_exact_factors_are_left_out_of_runs_on_a_dense_target(tmp_path: Path) -> None:
-    run = trainer(write_folders(tmp_path, jitter=0.003), *QUICK[-3:], preset="seed")
+    run = trainer(write_folders(tmp_path, jitter=0.003), *QUICK[-3:], preset="original")
     assert run.config.loss.subspace == 0.0 and "subspace" not in run.loss.weights and "angle" in run.loss.weights
     assert any(note.startswith("loss.subspace = 0.05 is left out") for note in run.source.notes)
     scenes = run.source.batch("train", torch.arange(8))
@@ -107,14 +107,14 @@ def test_what_files_cannot_serve_is_refused_before_a_network_is_built(
         ["model.options.inputs=collapsed", "loss.beta=0.1"] if "drop" in options else ["loss.cov=0", "loss.cov_pred=0"]
     )
     with pytest.raises(ConfigError, match="loss.beta = 0" if "drop" in options else "no term tells"):
-        trainer(write_folders(tmp_path, **options), *asked, preset="seed")
+        trainer(write_folders(tmp_path, **options), *asked, preset="original")
 
 
 # ---- angles are judged as they are stored ---------------------------------------------------------------------------
 
 
 def label_findings(run: Trainer) -> list[str]:
-    return [finding.evidence for finding in check_loss.labels(Subject(run))]
+    return [finding.evidence for finding in check_loss.labels(PreflightContext(run))]
 
 
 def test_positions_that_the_reader_moved_are_not_held_to_the_tasks_limits(tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from make_npz import SMALL, original_arrays, write_npz
-from watch import Watch
 
 from ris_fast.config.schema import Config, Data
 from ris_fast.data.npz import NpzSource
 from ris_fast.data.shards import ShardSource
 from ris_fast.data.write import write_shards
+from tests.data.make_npz import SMALL, original_arrays, write_npz
+from tests.operations import Watch
 
 
 def config(path: Path | str) -> Config:

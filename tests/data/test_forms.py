@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from make_npz import SMALL, all_scenes, as_complex, original_arrays, write_folders, write_npz
 
 from ris_fast.config.schema import Config, Data
 from ris_fast.data import table
@@ -19,6 +18,7 @@ from ris_fast.data.errors import DataError
 from ris_fast.data.npz import NpzSource
 from ris_fast.data.source import open_source
 from ris_fast.physics.scenes import Scenes
+from tests.data.make_npz import SMALL, all_scenes, as_complex, original_arrays, write_folders, write_npz
 
 PAIRS = ("y", "H", "H_full", "codes", "R")
 Change = Callable[[str, np.ndarray], np.ndarray]

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from make_npz import SMALL, original_arrays, write_npz
 
 from ris_fast.config.schema import Config, Data
 from ris_fast.data.errors import DataError
 from ris_fast.data.source import open_source
 from ris_fast.data.write import write_shards
 from ris_fast.physics.random import SPLITS
+from tests.data.make_npz import SMALL, original_arrays, write_npz
 
 MUTATIONS = 200
 MOST_BYTES = 2**30  # beyond what the process has; an honest reading of these files takes a few MiB

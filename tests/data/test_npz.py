@@ -9,16 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from make_npz import (
-    SMALL,
-    all_scenes,
-    as_complex,
-    as_pairs,
-    original_arrays,
-    original_steering,
-    write_folders,
-    write_npz,
-)
 
 from ris_fast.config.schema import Config, Data, Task
 from ris_fast.data import table
@@ -28,6 +18,16 @@ from ris_fast.data.geometry import CENTRED, centre, original_offset, recover_pow
 from ris_fast.data.npz import NpzSource, split_rows
 from ris_fast.data.source import open_source
 from ris_fast.physics.array import RISArray, cosine_steering, steering
+from tests.data.make_npz import (
+    SMALL,
+    all_scenes,
+    as_complex,
+    as_pairs,
+    original_arrays,
+    original_steering,
+    write_folders,
+    write_npz,
+)
 
 
 def open_npz(path: Path, task: Task = SMALL, **data: Any) -> NpzSource:
@@ -44,7 +44,7 @@ def test_scenes_are_the_files_rows(tmp_path: Path) -> None:
     arrays = original_arrays(40)
     rows = torch.tensor([39, 0, 13, 12, 0])
     scenes = source.batch("train", rows)
-    assert torch.equal(scenes.index, rows) and source.channel and scenes.collapsed is None
+    assert torch.equal(scenes.index, rows) and source.channel and scenes.effective_channel is None
     for key, found in (
         ("y", scenes.snapshots),
         ("H_full", scenes.channel),
@@ -194,7 +194,7 @@ def test_without_the_channel_it_says_so(tmp_path: Path) -> None:
     source = open_npz(write_folders(tmp_path, drop=("H_full",)))
     scenes = all_scenes(source, "train")
     assert source.channel is False and scenes.channel is None
-    assert np.array_equal(scenes.collapsed.numpy(), original_arrays(40)["H"])
+    assert np.array_equal(scenes.effective_channel.numpy(), original_arrays(40)["H"])
     assert "cannot carry the answer" in source.describe() and any("no H_full" in note for note in source.notes)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from make_npz import SMALL, all_scenes
 from safetensors.torch import load_file, save_file
 
 from ris_fast.config.load import load_config
@@ -22,6 +21,7 @@ from ris_fast.data.shards import ShardSource, verify_manifest
 from ris_fast.data.source import SimulatedSource, open_source
 from ris_fast.data.statistics import measure
 from ris_fast.data.write import file_hash, write_shards
+from tests.data.make_npz import SMALL, all_scenes
 
 SIZES = {"train": 50, "val": 12, "test": 8}
 
@@ -162,7 +162,7 @@ def test_configured_sizes_limit_the_splits(written: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "origin, told", [("flag", True), ("--set", True), ("default", False), ("preset seed", False), (None, False)]
+    "origin, told", [("flag", True), ("--set", True), ("default", False), ("preset original", False), (None, False)]
 )
 def test_a_split_smaller_than_was_asked_for_is_told(written: Path, origin: str | None, told: bool) -> None:
     asked = replace(

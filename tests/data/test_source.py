@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_npz import SMALL, all_scenes, write_folders
 
 from ris_fast.config.schema import Config, Data, Model
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import scene_hashes
 from ris_fast.data.source import epoch_batches, open_source
 from ris_fast.data.write import write_shards
+from tests.data.make_npz import SMALL, all_scenes, write_folders
 
 
 def simulated(**data: object) -> Config:
@@ -109,7 +109,7 @@ def test_the_seed_makes_the_scenes() -> None:
 
 
 def test_a_lost_channel_is_refused_unless_asked_for(tmp_path: Path) -> None:
-    """Before training: a network that needs H must not start on H c_l and sit at the floor."""
+    """Before training: a network that needs H must not start on H c_l and sit at the baseline."""
     write_folders(tmp_path, drop=("H_full",))
     data = Data(path=str(tmp_path))
     with pytest.raises(DataError, match="model.options.inputs=collapsed"):

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from make_npz import SMALL, original_arrays, write_npz
 
 from ris_fast.commands.evaluate import wrong_targets
 from ris_fast.config.schema import Config, Data, Task, Training
@@ -25,10 +24,11 @@ from ris_fast.health.finding import Finding, ranked
 from ris_fast.health.preflight import information as check_information
 from ris_fast.health.preflight import scenes as check_scenes
 from ris_fast.health.preflight import targets as check_targets
-from ris_fast.health.preflight.probe import Subject
+from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.physics.array import RISArray
-from ris_fast.physics.pairs import conj
+from ris_fast.physics.real_complex import conj
 from ris_fast.training.trainer import Trainer
+from tests.data.make_npz import SMALL, original_arrays, write_npz
 
 Arrays = dict[str, np.ndarray]
 MINUS = np.array([1, -1], np.float32)
@@ -62,15 +62,15 @@ def folder(
     return root
 
 
-def subject_of(path: Path, task: Task = SMALL) -> Subject:
-    return Subject(
+def subject_of(path: Path, task: Task = SMALL) -> PreflightContext:
+    return PreflightContext(
         Trainer(Config(task=task, data=Data(path=str(path)), training=Training(batch_size=32, device="cpu")))
     )
 
 
 def findings(path: Path, task: Task = SMALL) -> list[Finding]:
-    subject = subject_of(path, task)
-    return ranked(finding for check in CHECKS for finding in check(subject))
+    context = subject_of(path, task)
+    return ranked(finding for check in CHECKS for finding in check(context))
 
 
 def shuffled(*names: str) -> Callable[[Arrays], Arrays]:
@@ -315,8 +315,8 @@ def test_one_copy_is_one(tmp_path: Path) -> None:
 
 def test_a_pool_in_one_folder_has_the_fit_of_its_own_rows(tmp_path: Path) -> None:
     path = folder(tmp_path, FAULTS["R rolled"][1], jitter=0.05) / "train"
-    subject = subject_of(path)
-    assert len(subject.trainer.source.target_fit("val")) == subject.trainer.source.size("val")
+    context = subject_of(path)
+    assert len(context.trainer.source.target_fit("val")) == context.trainer.source.size("val")
     assert [finding.cause for finding in findings(path)] == ["shuffled_labels"]
 
 
@@ -324,7 +324,7 @@ def test_a_pool_in_one_folder_has_the_fit_of_its_own_rows(tmp_path: Path) -> Non
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_advised_about_a_leak_mends_it(tmp_path: Path) -> None:
+def test_what_is_advised_about_a_leak_fixes_it(tmp_path: Path) -> None:
     path = folder(tmp_path)
     write_npz(path / "val" / "shard_000.npz", {key: value[5:45] for key, value in arrays(120, "train", 0.0).items()})
     (finding,) = findings(path)
@@ -342,23 +342,25 @@ def test_what_is_advised_about_a_leak_mends_it(tmp_path: Path) -> None:
     "cause, change", [("conjugation_error", conj), ("shuffled_labels", lambda factor: factor.roll(5, 0))]
 )
 def test_an_estimate_worse_than_zero_is_named(tmp_path: Path, cause: str, change: Any) -> None:
-    subject = subject_of(folder(tmp_path))
-    serve = subject.trainer.source.batch
-    assert list(check_information.worth(subject)) == []
-    subject.trainer.source.batch = lambda split, index: replace(
+    context = subject_of(folder(tmp_path))
+    serve = context.trainer.source.batch
+    assert list(check_information.input_information(context)) == []
+    context.trainer.source.batch = lambda split, index: replace(
         scenes := serve(split, index), factor=change(scenes.factor)
     )
-    assert (cause, True) in [(finding.cause, finding.certain) for finding in check_information.worth(subject)]
+    assert (cause, True) in [
+        (finding.cause, finding.certain) for finding in check_information.input_information(context)
+    ]
 
 
 def test_the_estimator_is_compared_with_a_dense_target_too(tmp_path: Path) -> None:
-    subject = subject_of(folder(tmp_path, jitter=0.05))
-    assert list(check_information.worth(subject)) == [] and "pursuit" in subject.note
-    subject = subject_of(folder(tmp_path / "wrong", FAULTS["R shuffled"][1], jitter=0.05))
-    assert "shuffled_labels" in [finding.cause for finding in check_information.worth(subject)]
+    context = subject_of(folder(tmp_path, jitter=0.05))
+    assert list(check_information.input_information(context)) == [] and "pursuit" in context.note
+    context = subject_of(folder(tmp_path / "wrong", FAULTS["R shuffled"][1], jitter=0.05))
+    assert "shuffled_labels" in [finding.cause for finding in check_information.input_information(context)]
 
 
 def test_what_could_not_be_looked_at_is_not_passed_over(tmp_path: Path) -> None:
     task = replace(SMALL, snr_min_db=-60.0, snr_max_db=-50.0)
-    subject = subject_of(folder(tmp_path, task=task), task)
-    assert list(check_scenes.physics(subject)) == [] and "not checked: too few" in subject.note
+    context = subject_of(folder(tmp_path, task=task), task)
+    assert list(check_scenes.physics(context)) == [] and "not checked: too few" in context.note

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from make_npz import SMALL
 
 from ris_fast.config.schema import Config, ConfigError, Data
 from ris_fast.data import write
@@ -18,6 +17,7 @@ from ris_fast.data.errors import DataError
 from ris_fast.data.shards import ShardSource, verify_manifest
 from ris_fast.data.write import split_sizes, write_shards
 from ris_fast.files import StorageError
+from tests.data.make_npz import SMALL
 
 SIZES = {"train": 50, "val": 12, "test": 8}
 

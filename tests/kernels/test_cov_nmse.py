@@ -80,7 +80,7 @@ def test_identity_predictor_scores_its_closed_form(kind: str) -> None:
     )  # |I - T|^2 = N - 2N + |T|^2
 
 
-def test_loading_the_prediction_alone_leaves_the_floor_that_it_left_the_original() -> None:
+def test_loading_the_prediction_alone_leaves_the_baseline_that_it_left_the_original() -> None:
     """(T + I)/2 against T: |T - I|^2/(4 |T|^2) = (1 - N/|T|^2)/4, 0.247 for the rank-one mixtures of the task."""
     _, s = drawn(n=16)
     floor = ris_fast.cov_nmse(s, target_factor=s, loading=1.0, loading_side="prediction", reduction="none")

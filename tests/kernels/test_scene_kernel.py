@@ -139,15 +139,15 @@ def test_wrong_shapes_are_named() -> None:
         "source",
         "amplitude",
         "power",
-        "sight",
+        "los_direction",
         "rician",
         "snr_db",
         "spherical",
     )
     call = dict(zip(names, arguments("standard"), strict=True))
     index = call.pop("index")
-    with pytest.raises(ValueError, match=r"make_scenes: sight is \(8, 2\) torch.float32, expected \(8, 3\)"):
-        op.make_scenes(index, **call | {"sight": call["sight"][:, :2]})
+    with pytest.raises(ValueError, match=r"make_scenes: los_direction is \(8, 2\) torch.float32, expected \(8, 3\)"):
+        op.make_scenes(index, **call | {"los_direction": call["los_direction"][:, :2]})
     with pytest.raises(ValueError, match="snr_db is .* torch.float64, expected"):
         op.make_scenes(index, **call | {"snr_db": call["snr_db"].double()})
 

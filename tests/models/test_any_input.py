@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ris_fast.config.schema import Task
 from ris_fast.models import build_model
-from ris_fast.physics.least_squares import sample_factor
-from ris_fast.physics.pairs import to_complex
+from ris_fast.physics.least_squares import least_squares_factor
 from ris_fast.physics.random import SceneGenerator
+from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes, simulate
 from ris_fast.training.loss_terms import unit_columns
 
@@ -233,9 +233,9 @@ def test_any_snr_gives_a_finite_answer() -> None:
 
 def test_least_squares_follows_the_units() -> None:
     scenes = drawn()
-    plain = sample_factor(scenes)
+    plain = least_squares_factor(scenes)
     for y, h in ((2.0**70, 1.0), (2.0**-70, 1.0), (1.0, 2.0**70), (2.0**-40, 2.0**-100)):
-        scaled = sample_factor(replace(scenes, snapshots=y * scenes.snapshots, channel=h * scenes.channel))
+        scaled = least_squares_factor(replace(scenes, snapshots=y * scenes.snapshots, channel=h * scenes.channel))
         assert torch.equal(scaled, plain * (y / h))
 
 

@@ -97,7 +97,7 @@ def test_pursuit_finds_a_single_source_without_noise() -> None:
     assert gap.max() < 0.01
 
 
-def test_pursuit_alone_beats_every_floor() -> None:
+def test_pursuit_alone_beats_every_baseline() -> None:
     scenes = scenes_of(Task(), 256)
     assert cov_nmse(atoms_alone(build_model("backprojection", Task()), scenes), target_factor=scenes.factor) < 0.06
 

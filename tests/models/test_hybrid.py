@@ -12,9 +12,9 @@ from ris_fast.config.schema import Loss, Task
 from ris_fast.models import build_model
 from ris_fast.models.hybrid_parts import DiagonalMeans, factor_statistics
 from ris_fast.models.prediction import Prediction
-from ris_fast.physics.channel import collapsed_channel
-from ris_fast.physics.pairs import to_complex
+from ris_fast.physics.channel import effective_channel
 from ris_fast.physics.random import SceneGenerator
+from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes, simulate
 from ris_fast.training.loss import CovarianceLoss
 
@@ -98,7 +98,7 @@ def test_scenes_of_a_batch_do_not_mix(inputs: str) -> None:
 
 def test_collapsed_mode_takes_h_or_what_the_original_stored_of_it() -> None:
     model, batch = small("collapsed"), scenes()
-    given = model(batch.snapshots, collapsed_channel(batch.channel, batch.codes), batch.codes, batch.snr_db)
+    given = model(batch.snapshots, effective_channel(batch.channel, batch.codes), batch.codes, batch.snr_db)
     for one, other in zip(given, call(model, batch), strict=True):
         torch.testing.assert_close(one, other)
 

@@ -14,12 +14,11 @@ from torch import Tensor
 from ris_fast.config.schema import Loss, Task
 from ris_fast.health.preflight.inputs import hidden_change
 from ris_fast.models import build_model
-from ris_fast.physics.baselines import floors, mean_covariance
-from ris_fast.physics.channel import backproject, collapsed_channel, sense
-from ris_fast.physics.least_squares import sample_factor
+from ris_fast.physics.baselines import baselines, mean_covariance
+from ris_fast.physics.channel import backproject, effective_channel, sense
 from ris_fast.physics.matched_filter import least_squares_channel
-from ris_fast.physics.pairs import expi, to_complex
 from ris_fast.physics.random import SceneGenerator
+from ris_fast.physics.real_complex import expi, to_complex
 from ris_fast.physics.scenes import Scenes, simulate
 from ris_fast.training.loss import CovarianceLoss
 
@@ -41,10 +40,10 @@ def network(name: str, **options: object) -> Callable[[Scenes], Tensor]:
 WHO = {
     "sense": lambda: lambda s: sense(s.channel, s.codes, s.factor[:, :, 0]),
     "backproject": lambda: lambda s: backproject(s.channel, s.codes, s.snapshots),
-    "collapsed channel": lambda: lambda s: collapsed_channel(s.channel, s.codes),
+    "collapsed channel": lambda: lambda s: effective_channel(s.channel, s.codes),
     "simulate": lambda: lambda s: simulate(TASK, s.index, SceneGenerator(3, "train"), codes=s.codes).snapshots,
-    "least squares": lambda: sample_factor,
-    "least-squares channel": lambda: lambda s: least_squares_channel(collapsed_channel(s.channel, s.codes), s.codes),
+    "least squares": lambda: least_squares_factor,
+    "least-squares channel": lambda: lambda s: least_squares_channel(effective_channel(s.channel, s.codes), s.codes),
     "backprojection": lambda: network("backprojection", width=32, depth=1),
     "hybrid": lambda: network("hybrid", **HYBRID),
     "hybrid, collapsed": lambda: network("hybrid", inputs="collapsed", **HYBRID),
@@ -88,10 +87,10 @@ def test_rows_and_joins_carry_their_codes() -> None:
     assert torch.equal(scenes.apply(lambda value: value[:1]).codes, scenes.codes[:1])
 
 
-def test_floors_do_not_depend_on_the_codes() -> None:
+def test_baselines_do_not_depend_on_the_codes() -> None:
     scenes = drawn(8)
     shared = replace(scenes, codes=scenes.codes[0])
-    assert floors(mean_covariance([scenes]), [scenes]) == floors(mean_covariance([shared]), [shared])
+    assert baselines(mean_covariance([scenes]), [scenes]) == baselines(mean_covariance([shared]), [shared])
 
 
 def test_a_channel_hidden_from_each_scenes_codes_leaves_its_products() -> None:
@@ -99,8 +98,8 @@ def test_a_channel_hidden_from_each_scenes_codes_leaves_its_products() -> None:
     hidden = hidden_change(scenes)
     assert (hidden.channel - scenes.channel).norm() > 0.1 * scenes.channel.norm()
     torch.testing.assert_close(
-        collapsed_channel(hidden.channel, scenes.codes),
-        collapsed_channel(scenes.channel, scenes.codes),
+        effective_channel(hidden.channel, scenes.codes),
+        effective_channel(scenes.channel, scenes.codes),
         atol=1e-5,
         rtol=1e-4,
     )

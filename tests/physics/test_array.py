@@ -10,7 +10,7 @@ import torch
 from ris_fast.config.schema import Task
 from ris_fast.physics.array import RISArray, steering
 from ris_fast.physics.codes import dft_codes
-from ris_fast.physics.pairs import power, to_complex
+from ris_fast.physics.real_complex import power, to_complex
 
 
 def directions(count: int, range_m: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,8 +11,8 @@ from ris_fast.config.schema import Task
 from ris_fast.physics.baselines import mean_covariance
 from ris_fast.physics.channel import backproject
 from ris_fast.physics.matched_filter import matched_filter, shrunk_nmse
-from ris_fast.physics.pairs import to_complex, to_pairs
 from ris_fast.physics.random import SceneGenerator
+from ris_fast.physics.real_complex import to_complex, to_pairs
 from ris_fast.physics.scenes import simulate
 
 TASK = Task(ris_horizontal=4, ris_vertical=3, bs_antennas=4, snapshots=8)

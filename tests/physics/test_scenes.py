@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ris_fast.config.schema import Task
-from ris_fast.physics.channel import backproject, collapsed_channel, sense
-from ris_fast.physics.pairs import matmul, power, to_complex
+from ris_fast.physics.channel import backproject, effective_channel, sense
 from ris_fast.physics.random import SceneGenerator
+from ris_fast.physics.real_complex import matmul, power, to_complex
 from ris_fast.physics.scenes import Scenes, simulate
 
 TASK = Task()
@@ -94,7 +94,7 @@ def test_sensing_operator_is_its_dense_form_and_its_adjoint(scenes: Scenes) -> N
     matched = (g.mH @ to_complex(snapshots.double()).flatten(1)[..., None])[..., 0].to(torch.complex64)
     torch.testing.assert_close(to_complex(backproject(few.channel, few.codes, snapshots).sum(1)), matched)
     direct = torch.einsum("bmn,ln->blm", to_complex(few.channel), to_complex(few.codes))
-    torch.testing.assert_close(to_complex(collapsed_channel(few.channel, few.codes)), direct)
+    torch.testing.assert_close(to_complex(effective_channel(few.channel, few.codes)), direct)
 
 
 def test_least_squares_recovers_the_field_at_high_snr() -> None:

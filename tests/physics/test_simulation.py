@@ -10,8 +10,8 @@ import torch
 from ris_fast.config.schema import Task
 from ris_fast.physics.array import RISArray, steering
 from ris_fast.physics.channel import FAR_RANGE_M, sense
-from ris_fast.physics.pairs import conj, expi, multiply, power
 from ris_fast.physics.random import SceneGenerator
+from ris_fast.physics.real_complex import conj, expi, multiply, power
 from ris_fast.physics.scenes import simulate
 
 TASKS = {

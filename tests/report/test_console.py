@@ -1,4 +1,4 @@
-"""What is printed: the epoch line to the letter, floors with their meaning, plain text in a file, a bar on a
+"""What is printed: the epoch line to the letter, baselines with their meaning, plain text in a file, a bar on a
 terminal."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INFO = {
     "epochs": 30,
     "max_seconds": 270.0,
     "planned_steps": 100,
-    "floors": {"zero": 1.0, "identity": 0.987, "mean": 0.978},
+    "baselines": {"zero": 1.0, "identity": 0.987, "mean": 0.978},
 }
 ROW = {
     "event": "epoch",
@@ -45,7 +45,7 @@ ROW = {
 SUMMARY = {
     "verdict": "learned",
     "best_val_nmse": 0.3,
-    "floors": INFO["floors"],
+    "baselines": INFO["baselines"],
     "optimizer_steps": 100,
     "scenes_seen": 32_000,
     "seconds": 21.0,
@@ -107,7 +107,7 @@ def test_a_file_gets_plain_whole_lines() -> None:
     assert "10,812,345 parameters" in text and "accumulated 2" in text and "at most 270 s" in text
 
 
-def test_floors_stand_beside_what_they_mean_and_the_outcome_beside_its_floor() -> None:
+def test_baselines_stand_beside_what_they_mean_and_the_outcome_beside_its_baseline() -> None:
     text = transcript(io.StringIO())
     assert "  mean      0.978  the mean training covariance, about the best answer that ignores the input" in text
     assert (
@@ -118,7 +118,7 @@ def test_floors_stand_beside_what_they_mean_and_the_outcome_beside_its_floor() -
 
 
 @pytest.mark.parametrize(
-    "best, floors, start, said",
+    "best, baselines, start, said",
     [
         (
             0.0266,
@@ -142,10 +142,10 @@ def test_floors_stand_beside_what_they_mean_and_the_outcome_beside_its_floor() -
         (None, {"mean": 0.79}, 0.9, "not measured"),
     ],
 )
-def test_a_stall_is_explained_in_words(best, floors, start, said) -> None:
+def test_a_stall_is_explained_in_words(best, baselines, start, said) -> None:
     stream = io.StringIO()
     ConsoleReport(stream).finish(
-        {**SUMMARY, "verdict": "stalled", "best_val_nmse": best, "floors": floors, "initial_val_nmse": start}
+        {**SUMMARY, "verdict": "stalled", "best_val_nmse": best, "baselines": baselines, "initial_val_nmse": start}
     )
     first = stream.getvalue().splitlines()[0]
     assert first.startswith("stalled: best validation NMSE ") and said in first
@@ -155,7 +155,7 @@ def test_the_ceiling_that_epochs_are_compared_with_is_explained_once() -> None:
     stream = io.StringIO()
     ConsoleReport(stream).start({**INFO, "ceiling_flop_per_s": 143.4e9})
     (line,) = [line for line in stream.getvalue().splitlines() if "ceiling" in line]
-    assert line.startswith("the ceiling: 143 GFLOP/s, one large fp32 matrix product on this machine")
+    assert line.startswith("the peak matmul rate: 143 GFLOP/s, one large fp32 matrix product on this machine")
     assert "ceiling" not in transcript(io.StringIO())
 
 
@@ -224,13 +224,13 @@ def test_a_finding_is_shown_at_once_above_the_bar_and_again_at_the_end(monkeypat
         report.found(finding)
         shown = stream.getvalue()
         assert "found at step 8: learning_rate_too_small: the median tensor moves by 1e-12." in shown
-        assert f"mend: {finding.advice}" in shown and "ris-fast why --explain learning_rate_too_small" in shown
+        assert f"fix: {finding.advice}" in shown and "ris-fast why --explain learning_rate_too_small" in shown
         assert not stream.isatty() or shown.rindex("epoch 1/30") > shown.index(
             "found at"
         )  # the bar is drawn again below
         report.finish({**SUMMARY, "findings": [finding.cause], "evidence": [finding.to_json()]})
         last = stream.getvalue()[len(shown) :]
-        assert "seen: the median tensor" in last and "mend: " in last and "more: ris-fast why 'runs/my run'" in last
+        assert "seen: the median tensor" in last and "fix: " in last and "more: ris-fast why 'runs/my run'" in last
 
 
 def test_a_run_that_lost_what_it_had_learned_says_so_below_its_verdict() -> None:

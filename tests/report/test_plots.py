@@ -1,4 +1,4 @@
-"""Figures hold what they claim: every series, every floor at its height, and survive numbers that are not finite."""
+"""Figures hold what they claim: every series, every baseline at its height, and survive numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from ris_fast.report.eventlog import JsonlReport, current_rows
 from ris_fast.report.plots import PlotReport, alike, evaluation_figure, loss_figure
 
-FLOORS = {"zero": 1.0, "identity": 0.987, "mean": 0.978}
+BASELINES = {"zero": 1.0, "identity": 0.987, "mean": 0.978}
 
 
 def rows(epochs: int = 3) -> list[dict[str, object]]:
@@ -28,19 +28,19 @@ def lines(figure) -> dict[str, object]:
     return {line.get_label(): line for line in figure.axes[0].get_lines()}
 
 
-def test_every_series_is_drawn_against_the_scenes_seen_with_floors_at_their_height() -> None:
-    drawn = lines(loss_figure(rows(), FLOORS))
+def test_every_series_is_drawn_against_the_scenes_seen_with_baselines_at_their_height() -> None:
+    drawn = lines(loss_figure(rows(), BASELINES))
     assert list(drawn["validation, averaged weights"].get_xdata()) == [160, 320, 480]
     assert list(drawn["validation, raw weights"].get_ydata()) == pytest.approx([1.1, 0.55, 1.1 / 3])
-    assert set(drawn["floors zero 1.00, identity 0.987, mean 0.978"].get_ydata()) == {0.978}
-    assert loss_figure(rows(), FLOORS).axes[0].get_yscale() == "log"
+    assert set(drawn["baselines zero 1.00, identity 0.987, mean 0.978"].get_ydata()) == {0.978}
+    assert loss_figure(rows(), BASELINES).axes[0].get_yscale() == "log"
 
 
 def test_values_that_cannot_be_drawn_are_left_out_not_invented() -> None:
     broken = rows()
     broken[1]["val_nmse_raw"] = math.nan
     broken[3]["val_nmse_raw"] = None
-    assert list(lines(loss_figure(broken, FLOORS))["validation, raw weights"].get_xdata()) == [480]
+    assert list(lines(loss_figure(broken, BASELINES))["validation, raw weights"].get_xdata()) == [480]
 
 
 def test_the_report_leaves_a_picture_in_the_run_folder_and_continues_the_one_of_a_resumed_run(tmp_path) -> None:
@@ -48,9 +48,9 @@ def test_the_report_leaves_a_picture_in_the_run_folder_and_continues_the_one_of_
     for row in rows():
         (log.step if row["event"] == "step" else log.epoch)(row)
     report = PlotReport(tmp_path)
-    report.start({"floors": FLOORS})
+    report.start({"baselines": BASELINES})
     report.step({**rows()[2], "train_loss": 0.1})
-    drawn = lines(loss_figure(current_rows(report.rows), FLOORS))["training loss"]
+    drawn = lines(loss_figure(current_rows(report.rows), BASELINES))["training loss"]
     assert list(drawn.get_xdata()) == [160, 320] and list(drawn.get_ydata()) == [1.0, 0.1]
     report.finish({})
     assert imread(tmp_path / "plots" / "loss.png").shape[:2] == (930, 1200)
@@ -58,13 +58,13 @@ def test_the_report_leaves_a_picture_in_the_run_folder_and_continues_the_one_of_
 
 def test_an_empty_run_still_draws(tmp_path) -> None:
     report = PlotReport(tmp_path)
-    report.start({"floors": FLOORS})
+    report.start({"baselines": BASELINES})
     report.finish({})
     assert (tmp_path / "plots" / "loss.png").stat().st_size > 1000
 
 
-def test_the_evaluation_shows_network_floors_and_bayes_line() -> None:
-    group = {"nmse": {"mean": 0.3, "median": 0.2}, "floors": FLOORS, "bayes": 0.02}
+def test_the_evaluation_shows_network_baselines_and_mmse_bound() -> None:
+    group = {"nmse": {"mean": 0.3, "median": 0.2}, "baselines": BASELINES, "mmse_bound": 0.02}
     result = {
         "model": "backprojection",
         "scenes": 8,
@@ -73,22 +73,22 @@ def test_the_evaluation_shows_network_floors_and_bayes_line() -> None:
         "by_count": [{"sources": 2, **group}],
     }
     labels = lines(evaluation_figure(result))
-    assert {"zero / identity / mean", "network, mean", "network, median", "Bayes, estimated"} <= set(labels)
-    assert list(labels["Bayes, estimated"].get_ydata()) == [0.02]
+    assert {"zero / identity / mean", "network, mean", "network, median", "MMSE bound, estimated"} <= set(labels)
+    assert list(labels["MMSE bound, estimated"].get_ydata()) == [0.02]
 
 
 @pytest.mark.parametrize(
-    "floors, span, expected",
+    "baselines, span, expected",
     [
-        (FLOORS, (0.01, 1.0), [["zero", "identity", "mean"]]),
-        (FLOORS | {"pursuit": 0.026}, (0.01, 1.0), [["zero", "identity", "mean"], ["pursuit"]]),
+        (BASELINES, (0.01, 1.0), [["zero", "identity", "mean"]]),
+        (BASELINES | {"pursuit": 0.026}, (0.01, 1.0), [["zero", "identity", "mean"], ["pursuit"]]),
         ({"zero": 1.0, "identity": 0.895, "mean": 0.844}, (0.4, 1.2), [["zero"], ["identity"], ["mean"]]),
         ({"zero": 1.0, "mean": math.nan}, (0.4, 1.2), [["zero"]]),
         ({"zero": [1.0, 1.0], "mean": [0.99, 0.5]}, (0.01, 1.0), [["zero"], ["mean"]]),
     ],
 )
-def test_floors_that_no_eye_could_part_share_a_band_and_others_do_not(floors, span, expected) -> None:
-    assert alike(floors, span) == expected
+def test_baselines_that_no_eye_could_part_share_a_band_and_others_do_not(baselines, span, expected) -> None:
+    assert alike(baselines, span) == expected
 
 
 @pytest.mark.parametrize("norms", [(0.5, 0.5, 0.5), (0.90, 0.91, 0.92), (0.61, 0.74, 0.89), (1e-3, 1.0, 50.0)])
@@ -96,7 +96,7 @@ def test_every_axis_has_numbers_whatever_it_spans(norms: tuple[float, ...]) -> N
     drawn = rows()
     for row in drawn:
         row["grad_norm"] = norms[row["step"] // 10 - 1]
-    figure = loss_figure(drawn, FLOORS)
+    figure = loss_figure(drawn, BASELINES)
     figure.canvas.draw()
     for axes in figure.axes:
         low, high = axes.get_ylim()
@@ -105,7 +105,7 @@ def test_every_axis_has_numbers_whatever_it_spans(norms: tuple[float, ...]) -> N
 
 
 def test_no_legend_covers_a_curve() -> None:
-    group = {"nmse": {"mean": 0.3, "median": 0.2}, "floors": FLOORS, "bayes": 0.02}
+    group = {"nmse": {"mean": 0.3, "median": 0.2}, "baselines": BASELINES, "mmse_bound": 0.02}
     evaluated = evaluation_figure(
         {
             "model": "m",
@@ -115,7 +115,7 @@ def test_no_legend_covers_a_curve() -> None:
             "by_count": [{"sources": 2, **group}],
         }
     )
-    for figure in (loss_figure(rows(), FLOORS), evaluated):
+    for figure in (loss_figure(rows(), BASELINES), evaluated):
         figure.canvas.draw()
         (legend,) = figure.legends
         assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)

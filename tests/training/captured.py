@@ -29,7 +29,7 @@ TINY = [
 ]
 MODELS = {
     "hybrid": (
-        "seed",
+        "original",
         [
             "model.options.width=32",
             "model.options.heads=4",
@@ -101,7 +101,7 @@ def captured_trainer(
 
     def install() -> None:
         trainer.capture = CapturedStep(trainer.step, trainer.source, trainer.config, record)
-        trainer.score_by = CapturedCall("validation", record)
+        trainer.validation_runner = CapturedCall("validation", record)
 
     trainer._capture = install
     return trainer

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from captured import Rerun, Rows, captured_trainer, change_settings, config_of, same
 
 from ris_fast.training import trainer as loop
 from ris_fast.training.capture import CapturedCall, CapturedStep, why_not
 from ris_fast.training.trainer import Trainer
+from tests.training.captured import Rerun, Rows, captured_trainer, change_settings, config_of, same
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SETTINGS = [
@@ -40,7 +40,7 @@ def test_a_run_through_captured_steps_is_the_plain_run(
     for each in (plain, trainer):
         change_settings(each)
         each.fit()
-    assert trainer.capture.recording.replays > 5 and trainer.score_by.recording.replays > 2
+    assert trainer.capture.recording.replays > 5 and trainer.validation_runner.recording.replays > 2
     assert through.rows == plain_rows.rows and not same(trainer, plain)
 
 
@@ -109,7 +109,11 @@ def test_a_capture_that_fails_is_told_and_changes_nothing(monkeypatch: pytest.Mo
     ) as told:
         trainer.fit()
     assert len(told) == 2 and not same(trainer, plain)  # once for the step, once for validation
-    assert trainer.capture.refused == trainer.score_by.refused == "operation not permitted when stream is capturing"
+    assert (
+        trainer.capture.refused
+        == trainer.validation_runner.refused
+        == "operation not permitted when stream is capturing"
+    )
 
 
 def test_an_error_of_the_step_itself_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +191,9 @@ def test_replay_equals_eager_bit_for_bit(model: str, accumulate: int, precision:
             trainer.fit()
             runs.append((trainer, rows))
     (plain, plain_rows), (trainer, through) = runs
-    assert trainer.capture.recording is not None and trainer.score_by.recording is not None, trainer.capture.refused
+    assert trainer.capture.recording is not None and trainer.validation_runner.recording is not None, (
+        trainer.capture.refused
+    )
     assert plain.capture.recording is None
     assert not same(trainer, plain)
     assert through.rows == plain_rows.rows

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ris_fast.training.checkpoint import CheckpointError, load_checkpoint, read_whole, save_checkpoint
 from ris_fast.training.resume import finished
 from ris_fast.training.trainer import Trainer
-from tests.training.test_loop import Recorder, small
+from tests.training.test_trainer import Recorder, small
 
 GROUPS = {
     "model": {"layer.weight": torch.arange(12.0).view(3, 4), "count": torch.tensor(3)},

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from captured import Rows, config_of
 from torch._dynamo.utils import counters
 
 from ris_fast.training import compiled_model as devices
 from ris_fast.training.compiled_model import compile_now, missing_compiler
 from ris_fast.training.trainer import Trainer
+from tests.training.captured import Rows, config_of
 
 needs_compiler = pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="no compiler")
 

@@ -14,7 +14,7 @@ from ris_fast.training import footprint
 from ris_fast.training.footprint import OutOfMemory, bytes_per_scene
 from ris_fast.training.step import build_optimizer
 from ris_fast.training.trainer import Trainer
-from tests.training.test_loop import Recorder, small
+from tests.training.test_trainer import Recorder, small
 
 BILLION = 10**9
 

@@ -11,7 +11,7 @@ import torch
 from ris_fast.config.schema import ConfigError
 from ris_fast.training.checkpoint import CheckpointError, better_weights
 from ris_fast.training.trainer import Trainer
-from tests.training.test_loop import Recorder, small, weights
+from tests.training.test_trainer import Recorder, small, weights
 
 
 @pytest.fixture(scope="module")

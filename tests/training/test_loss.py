@@ -9,7 +9,7 @@ import torch
 
 from ris_fast.config.schema import Loss, Task
 from ris_fast.models.prediction import Prediction
-from ris_fast.physics.least_squares import sample_factor
+from ris_fast.physics.least_squares import least_squares_factor
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
 from ris_fast.training import loss_terms as terms
@@ -214,11 +214,11 @@ def test_sample_factor_solves_the_normal_equations() -> None:
     exact = torch.linalg.solve(normal, (operator.mH @ measured[..., None]))
     errors = [
         (torch.view_as_complex(each.double().contiguous()) - exact).norm() / exact.norm()
-        for each in (sample_factor(batch), sample_factor(batch, steps=60))
+        for each in (least_squares_factor(batch), least_squares_factor(batch, steps=60))
     ]
     assert errors[0] < 0.3 and errors[1] < 1e-4
     with pytest.raises(ValueError, match="loss.beta"):
-        sample_factor(replace(batch, channel=None))
+        least_squares_factor(replace(batch, channel=None))
 
 
 def test_every_weight_of_the_configuration_is_a_term() -> None:

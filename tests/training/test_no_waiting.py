@@ -15,11 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from captured import MODELS, config_of
 from ris_fast.kernels.fused_step import op as fused_step
 from ris_fast.kernels.pursuit import reference as pursuit
 from torch import Tensor
-from watch import Watch
 
 from ris_fast.config.schema import Loss, Task
 from ris_fast.models import build_model
@@ -30,6 +28,8 @@ from ris_fast.training.loss import TERMS, CovarianceLoss
 from ris_fast.training.step import Step
 from ris_fast.training.trainer import Trainer
 from ris_fast.training.validation import measure
+from tests.operations import Watch
+from tests.training.captured import MODELS, config_of
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from ris_fast.training import trainer as loop
 from ris_fast.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ris_fast.training.resume import finished
 from ris_fast.training.trainer import Trainer
-from tests.training.test_loop import Recorder, small
+from tests.training.test_trainer import Recorder, small
 
 
 def trained(folder: Path, *overrides: str, **sizes: int) -> dict[str, Any]:

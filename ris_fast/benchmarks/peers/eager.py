@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ris_fast.config.schema import Config
 from ris_fast.models import build_model
 from ris_fast.models.linear import Linear
-from ris_fast.physics.pairs import to_complex, to_pairs
+from ris_fast.physics.real_complex import to_complex, to_pairs
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.loss import CovarianceLoss
 from ris_fast.training.step import autocast, network_inputs, parameter_groups

@@ -16,7 +16,7 @@ from ris_fast.benchmarks.peers.eager import peer_network
 from ris_fast.benchmarks.peers.original_loss import original_loss
 from ris_fast.config.schema import Config
 from ris_fast.models.hybrid import Hybrid
-from ris_fast.physics.pairs import to_complex
+from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.step import autocast, network_inputs, parameter_groups
 

@@ -1,6 +1,6 @@
 """The original pipeline's objective as its description gives it: dense complex covariances and terms scene by scene.
 
-Written from the description, at the weights of the preset `seed`; the term whose gradient is not finite is left out.
+Written from the description, at the weights of the preset `original`; the term whose gradient is not finite is left out.
 
 Legend: B batch, N RIS elements, K sources (padded).
 """
@@ -15,7 +15,7 @@ from torch.nn import functional as fn
 
 from ris_fast.config.schema import Loss
 from ris_fast.models.prediction import Prediction
-from ris_fast.physics.pairs import to_complex, to_pairs
+from ris_fast.physics.real_complex import to_complex, to_pairs
 from ris_fast.physics.scenes import Scenes
 
 
@@ -51,7 +51,7 @@ def nmse(cov: Tensor, target: Tensor) -> Tensor:
 
 
 def original_loss(prediction: Prediction, scenes: Scenes, weights: Loss) -> Tensor:
-    """All terms of the preset `seed`."""
+    """All terms of the preset `original`."""
     half = prediction.factor.shape[2] // 2
     angle, rest = to_complex(prediction.factor[:, :, :half]), to_complex(prediction.factor[:, :, half:])
     predicted = angle @ angle.mH + rest @ rest.mH

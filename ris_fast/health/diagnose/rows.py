@@ -51,7 +51,7 @@ def read_rows(place: Path) -> list[dict[str, Any]]:
     """Rows of a run folder, of a metrics.jsonl, or of another trainer's file: an object a line, one list of objects, a
     table with a header, or a text log.
 
-    Raises: FileNotFoundError; ValueError naming the file and what it should be, where nothing in it can be understood.
+    Raises: FileNotFoundError; ValueError naming the file and what it should be, where nothing in it can be normalize_keys.
     """
     place = place / METRICS if place.is_dir() else place
     if not place.exists():
@@ -70,7 +70,7 @@ def read_rows(place: Path) -> list[dict[str, Any]]:
             raise
     if any("event" in row for row in rows):
         return rows
-    return understood(place, rows)
+    return normalize_keys(place, rows)
 
 
 def _some_json(text: str) -> bool:
@@ -110,7 +110,7 @@ def _lines(place: Path, text: str) -> list[dict[str, Any]]:
     return [*rows, whole] if isinstance(whole, dict) else rows
 
 
-def understood(place: Path, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def normalize_keys(place: Path, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows under our names. Raises ValueError with the keys that were found, where no loss is among them."""
     rows = list(rows)
     named = [_named(row) for row in rows]

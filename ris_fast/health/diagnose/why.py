@@ -20,7 +20,7 @@ SUMMARY, CONFIG, METRICS = "summary.json", "config.toml", "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Answer:
-    """Findings of a finished or stopped run, most certain first, and its figures beside the floors."""
+    """Findings of a finished or stopped run, most certain first, and its figures beside the baselines."""
 
     run: str
     findings: tuple[Finding, ...]
@@ -119,13 +119,13 @@ def summary_beside(place: Path) -> dict[str, Any]:
 
 
 def _figures(run: Run) -> str:
-    best, floors = run.summary.get("best_val_nmse"), run.summary.get("floors") or {}
+    best, baselines = run.summary.get("best_val_nmse"), run.summary.get("baselines") or {}
     if best is None:
         counts = [_counted(len(run.steps), "step row"), _counted(len(run.epochs), "epoch")]
         read = " and ".join(filter(None, counts)) or "no rows"
         return f"{read} {'was' if len(run.steps) + len(run.epochs) == 1 else 'were'} read."
     return (
-        f"Best validation NMSE {best:.3f}, beside {floors.get('mean', math.nan):.3f} for the constant answer, after "
+        f"Best validation NMSE {best:.3f}, beside {baselines.get('mean', math.nan):.3f} for the constant answer, after "
         f"{run.summary.get('optimizer_steps')} steps."
     )
 

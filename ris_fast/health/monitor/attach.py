@@ -12,7 +12,7 @@ from ris_fast.training.state import RunStopped
 from ris_fast.training.trainer import Observer, Trainer
 
 
-class Watched:
+class HealthCallback:
     """Observer that passes events on and lets the watchdog judge them; the summary carries what was found."""
 
     def __init__(self, watchdog: Watchdog, inner: Observer) -> None:
@@ -32,10 +32,10 @@ class Watched:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self.watchdog.finish(summary)
-        self.inner.finish(enriched(self.watchdog, summary))
+        self.inner.finish(with_findings(self.watchdog, summary))
 
 
-def enriched(watchdog: Watchdog, summary: Mapping[str, Any]) -> dict[str, Any]:
+def with_findings(watchdog: Watchdog, summary: Mapping[str, Any]) -> dict[str, Any]:
     """The summary with the causes that were found, most certain first, their evidence, and what was ruled out."""
     found = watchdog.findings
     names = [finding.cause for finding in found]
@@ -48,7 +48,7 @@ def enriched(watchdog: Watchdog, summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def watched(
+def attach_health(
     trainer: Trainer,
     *,
     stop: bool = True,
@@ -56,13 +56,13 @@ def watched(
     progress: Callable[[Result], None] | None = None,
     tell: Callable[[Finding], None] | None = None,
 ) -> Trainer:
-    """The same trainer under watch: `watched(Trainer(config)).fit()`; findings at `trainer.observer.watchdog.findings`.
+    """The same trainer under watch: `attach_health(Trainer(config)).fit()`; findings at `trainer.observer.watchdog.findings`.
 
     `tell` is called with each finding that the run shows, when it is first made.
     Raises: RunStopped (exit code 4) where preflight is certain of a structural mistake, unless `stop` is False.
     """
     watchdog = Watchdog(trainer, stop=stop, tell=tell)
-    trainer.observer = Watched(watchdog, trainer.observer)
+    trainer.observer = HealthCallback(watchdog, trainer.observer)
     if preflight:
         found = watchdog.preflight(progress)
         if stop and found and found[0].certain and found[0].severity in STOPPING:

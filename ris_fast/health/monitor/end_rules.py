@@ -38,11 +38,11 @@ def how_it_ended(run: Run) -> Iterator[Finding]:
             )
 
 
-def stalled_at_floor(run: Run) -> Iterator[Finding]:
+def stalled_at_baseline(run: Run) -> Iterator[Finding]:
     """A run that came to its own end knows no more than a constant answer, and neither loss moved on the way."""
     whole = [row for row in run.epochs if not (row.get("health") or {"cut_short": True}).get("cut_short")]
-    best, floors = run.summary.get("best_val_nmse"), run.summary.get("floors") or {}
-    constants = {name: floors[name] for name in CONSTANTS if name in floors}
+    best, baselines = run.summary.get("best_val_nmse"), run.summary.get("baselines") or {}
+    constants = {name: baselines[name] for name in CONSTANTS if name in baselines}
     if (
         run.summary.get("verdict") != "stalled"
         or len(whole) < WHOLE_EPOCHS
@@ -58,7 +58,7 @@ def stalled_at_floor(run: Run) -> Iterator[Finding]:
     }
     if best >= AT_FLOOR * constants[name] and all(share <= UNMOVED for share in moved.values()):
         yield Finding(
-            "stalled_at_floor",
+            "stalled_at_baseline",
             f"after {run.step} steps and {len(whole)} whole epochs the best validation NMSE is {best:.4g}, beside"
             f" {constants[name]:.4g} for the constant answer '{name}'; between the first and the last third of the"
             f" epochs the training loss changed by {moved['training']:.2%} and validation by"
@@ -74,4 +74,4 @@ def _moved(values: list[float]) -> float:
     return abs(last - first) / max(abs(first), 1e-30)
 
 
-END_RULES: tuple[Rule, ...] = (how_it_ended, stalled_at_floor, *AT_ITS_END)
+END_RULES: tuple[Rule, ...] = (how_it_ended, stalled_at_baseline, *AT_ITS_END)

@@ -17,8 +17,8 @@ MEMORISED, NO_BETTER = 3.0, 0.97  # validation over training; of the best before
 
 def constant(run: Run) -> tuple[str, float] | None:
     """The best answer that knows nothing of the scene, and its NMSE; None where the run says of none."""
-    floors = run.info.get("floors") or run.summary.get("floors") or {}
-    known = {name: float(floors[name]) for name in CONSTANTS if name in floors}
+    baselines = run.info.get("baselines") or run.summary.get("baselines") or {}
+    known = {name: float(baselines[name]) for name in CONSTANTS if name in baselines}
     return min(known.items(), key=lambda each: each[1], default=None)
 
 
@@ -33,17 +33,17 @@ def trained(run: Run, row: Row) -> float:
 
 def collapsed(run: Run) -> Iterator[Finding]:
     """What a run has learned it keeps: validation does not go back to the constant answer, and training with it."""
-    floor, values = constant(run), [validated(row) for row in run.epochs]
+    baseline, values = constant(run), [validated(row) for row in run.epochs]
     best = min((value for value in values[:-IN_A_ROW] if math.isfinite(value)), default=math.nan)
-    if floor is None or not best < 0.95 * floor[1]:
+    if baseline is None or not best < 0.95 * baseline[1]:
         return
     train = [trained(run, row) for row in run.epochs]
     kept = 0 < train[-1] <= STILL_LOW * min(train)
-    if all(value > max(FALLEN * best, (best + floor[1]) / 2) for value in values[-IN_A_ROW:]) and not kept:
+    if all(value > max(FALLEN * best, (best + baseline[1]) / 2) for value in values[-IN_A_ROW:]) and not kept:
         yield Finding(
             "collapsed",
             f"the validation NMSE was {best:.3g} in epoch {values.index(best) + 1} and was {values[-2]:.3g} and"
-            f" {values[-1]:.3g} in the last two, beside {floor[1]:.3g} for the constant answer '{floor[0]}'; the"
+            f" {values[-1]:.3g} in the last two, beside {baseline[1]:.3g} for the constant answer '{baseline[0]}'; the"
             f" training loss went from {run.epochs[values.index(best)]['train_loss']:.3g} to"
             f" {run.epochs[-1]['train_loss']:.3g}.",
             run.step,
@@ -52,11 +52,11 @@ def collapsed(run: Run) -> Iterator[Finding]:
 
 def validation_apart(run: Run) -> Iterator[Finding]:
     """A network that has learned its training scenes beats a constant on others of the same kind."""
-    floor, last = constant(run), run.epochs[-LONG:]
+    baseline, last = constant(run), run.epochs[-LONG:]
     if (
-        floor is None
+        baseline is None
         or len(last) < LONG
-        or not all(validated(row) >= floor[1] and trained(run, row) <= LOW * floor[1] for row in last)
+        or not all(validated(row) >= baseline[1] and trained(run, row) <= LOW * baseline[1] for row in last)
     ):
         return
     values = [validated(row) for row in run.epochs]
@@ -67,7 +67,7 @@ def validation_apart(run: Run) -> Iterator[Finding]:
     if fresh:
         yield Finding(
             "validation_apart",
-            f"{scores}, no better than a constant ({floor[1]:.3g}), for {LONG} epochs. Training has new scenes in every"
+            f"{scores}, no better than a constant ({baseline[1]:.3g}), for {LONG} epochs. Training has new scenes in every"
             " epoch, so nothing is memorised: the validation scenes, their targets, or the weights or the mode that"
             " are validated are not those of training.",
             run.step,
@@ -75,7 +75,7 @@ def validation_apart(run: Run) -> Iterator[Finding]:
     elif values[-1] <= 1.1 * min(values):  # where it rose, it is overfitting, which is told at the end
         yield Finding(
             "validation_apart",
-            f"{scores}, no better than a constant ({floor[1]:.3g}), for {LONG} epochs: the validation scenes, their"
+            f"{scores}, no better than a constant ({baseline[1]:.3g}), for {LONG} epochs: the validation scenes, their"
             " targets, or the weights that are validated are not those of training, or the network has memorised its"
             f" {_scenes(run)}.",
             run.step,
@@ -107,9 +107,9 @@ def overfitting(run: Run) -> Iterator[Finding]:
 
 def loss_without_the_truth(run: Run) -> Iterator[Finding]:
     """A loss that falls while the NMSE rises is made of other things."""
-    floor, rows = constant(run), run.epochs
+    baseline, rows = constant(run), run.epochs
     if (
-        floor is None
+        baseline is None
         or len(rows) < 5
         or any(
             not math.isfinite(float(row.get(key) or math.nan))
@@ -128,7 +128,7 @@ def loss_without_the_truth(run: Run) -> Iterator[Finding]:
         last["val_loss"] < 0.97 * first["val_loss"]
         and last["val_nmse_raw"] > 1.01 * first["val_nmse_raw"]
         and others
-        and validated(last) >= floor[1]
+        and validated(last) >= baseline[1]
         and sum(weighted[name] for name in others) > 0.5 * total
     ):
         named = " and ".join(f"{name} ({weighted[name] / total:.0%} of the loss)" for name in others)

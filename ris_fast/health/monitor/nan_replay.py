@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ris_fast.health.preflight.probe import Subject
-from ris_fast.health.preflight.restore import untouched
+from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.restore import preserve_state
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.trainer import Trainer
 
@@ -43,26 +43,26 @@ def replay(trainer: Trainer) -> list[Culprit]:
     finally:
         groups.close()
         state.epoch_step = before
-    return [] if group is None else culprits(Subject(trainer), group)
+    return [] if group is None else culprits(PreflightContext(trainer), group)
 
 
-def culprits(subject: Subject, group: Sequence[Scenes]) -> list[Culprit]:
+def culprits(context: PreflightContext, group: Sequence[Scenes]) -> list[Culprit]:
     """Terms of the loss with gradients that are not finite on these scenes, each with its first bad operation."""
     found: dict[str, Culprit] = {}
-    with untouched(subject.trainer), subject.small():
-        subject.model.train()
+    with preserve_state(context.trainer), context.small():
+        context.model.train()
         for scenes in group:
-            for term in (*subject.loss.weights, OUTSIDE):
-                if term not in found and (term != OUTSIDE or not found) and (culprit := _first(subject, scenes, term)):
+            for term in (*context.loss.weights, OUTSIDE):
+                if term not in found and (term != OUTSIDE or not found) and (culprit := _first(context, scenes, term)):
                     found[term] = culprit
     return list(found.values())
 
 
-def _first(subject: Subject, scenes: Scenes, term: str) -> Culprit | None:
-    live = [parameter for parameter in subject.parameters.values() if parameter.requires_grad]
+def _first(context: PreflightContext, scenes: Scenes, term: str) -> Culprit | None:
+    live = [parameter for parameter in context.parameters.values() if parameter.requires_grad]
     with warnings.catch_warnings(record=True) as told, torch.autograd.set_detect_anomaly(True):
         warnings.simplefilter("always")
-        total, terms, _ = subject.run(scenes)
+        total, terms, _ = context.run(scenes)
         value = total if term == OUTSIDE else terms.get(term)
         if value is None or not value.requires_grad:
             return None

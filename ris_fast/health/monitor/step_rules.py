@@ -77,10 +77,10 @@ def untouched_gradient(run: Run) -> Iterator[Finding]:
                 f"between backward and the optimizer the gradient's norm falls from {raw:.3g} to {seen:.3g}.",
                 run.step,
             )
-    if (reading.get("left_over") or 0.0) > 1e-3 * max(raw if math.isfinite(raw) else 0.0, 1e-30):
+    if (reading.get("residual_grad_norm") or 0.0) > 1e-3 * max(raw if math.isfinite(raw) else 0.0, 1e-30):
         yield Finding(
             "gradients_never_cleared",
-            f"after clearing, the gradients still have norm {reading['left_over']:.3g}.",
+            f"after clearing, the gradients still have norm {reading['residual_grad_norm']:.3g}.",
             run.step,
         )
 
@@ -147,10 +147,10 @@ def _repeated(run: Run) -> tuple[int, int]:
 
 def training_mode(run: Run) -> Iterator[Finding]:
     """Every module is in training mode while it trains."""
-    if run.reading.get("asleep"):
+    if run.reading.get("modules_in_eval_mode"):
         yield Finding(
             "eval_mode_in_training",
-            f"{run.reading['asleep']} modules train in evaluation mode, first "
+            f"{run.reading['modules_in_eval_mode']} modules train in evaluation mode, first "
             f"{run.reading['first_asleep'] or 'the network'}.",
             run.step,
         )
@@ -237,7 +237,7 @@ def movement(run: Run) -> Iterator[Finding]:
 def every_batch_is_a_step(run: Run) -> Iterator[Finding]:
     """An epoch makes as many steps as its batches."""
     reading = run.validation
-    made, read, wanted = reading.get("steps"), reading.get("groups_read"), reading.get("epoch_steps")
+    made, read, wanted = reading.get("steps"), reading.get("optimizer_batches"), reading.get("epoch_steps")
     if made is None or made >= wanted or reading.get("cut_short"):
         return
     if made == 1 and read > 1:
@@ -258,7 +258,7 @@ def every_batch_is_a_step(run: Run) -> Iterator[Finding]:
 def weights_at_the_seams(run: Run) -> Iterator[Finding]:
     """Neither validation nor the time between epochs moves a weight."""
     seams = run.validation
-    around, between = seams.get("around_validation") or {}, seams.get("between_epochs") or {}
+    around, between = seams.get("weight_drift_in_validation") or {}, seams.get("weight_drift_between_epochs") or {}
     if around.get("moved"):
         yield Finding(
             "ema_saved_over_raw",
@@ -279,14 +279,18 @@ def validated_weights(run: Run) -> Iterator[Finding]:
     raw, mean = scores.get("raw"), scores.get("ema")
     if raw is None:
         return
-    if not all(score["asleep"] for score in scores.values()):
+    if not all(score["modules_in_eval_mode"] for score in scores.values()):
         yield Finding(
             "train_mode_in_validation", "modules are in training mode while the network is validated.", run.step
         )
     if mean is not None:
         yield from _averages(run, raw, mean, reading.get("distance") or 0.0, least)
     before = ((run.epochs[-2].get("health") or {}).get("scores") or {}).get("raw") if len(run.epochs) > 1 else None
-    if before is not None and before["answers"] == raw["answers"] and abs(before["distance"] - raw["distance"]) > least:
+    if (
+        before is not None
+        and before["prediction_hash"] == raw["prediction_hash"]
+        and abs(before["distance"] - raw["distance"]) > least
+    ):
         yield Finding(
             "cached_validation",
             "the network's answers to the validation scenes are those of the epoch before, bit for bit "
@@ -298,7 +302,7 @@ def validated_weights(run: Run) -> Iterator[Finding]:
 def _averages(run: Run, raw: Row, mean: Row, distance: float, least: float) -> Iterator[Finding]:
     if raw["distance"] == mean["distance"] != distance:
         yield Finding("raw_not_validated", "the raw weights were scored with the averaged ones in place.", run.step)
-    elif raw["answers"] == mean["answers"] and abs(raw["distance"] - mean["distance"]) > least:
+    elif raw["prediction_hash"] == mean["prediction_hash"] and abs(raw["distance"] - mean["distance"]) > least:
         yield Finding(
             "cached_validation", "raw and averaged weights differ and give the same answers, bit for bit.", run.step
         )
@@ -313,7 +317,7 @@ def _averages(run: Run, raw: Row, mean: Row, distance: float, least: float) -> I
             "they are validated.",
             run.step,
         )
-    elif distance > 0 and raw["distance"] == mean["distance"] and raw["answers"] == mean["answers"]:
+    elif distance > 0 and raw["distance"] == mean["distance"] and raw["prediction_hash"] == mean["prediction_hash"]:
         yield Finding("ema_equals_raw", "averaged and raw weights are the same, bit for bit.", run.step)
     if not math.isfinite(mean["distance"]) and math.isfinite(raw["distance"]):
         yield Finding("ema_nonfinite", "the averaged weights are not finite; the raw ones are.", run.step)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.network import CLOSE, SAME, change
-from ris_fast.health.preflight.probe import SMALL, Subject
+from ris_fast.health.preflight.probe import SMALL, PreflightContext
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 
@@ -26,9 +26,9 @@ SLOPE, SLOPE_LOW = 1e-2, 0.2  # relative, of a gradient in float32 and in 16 bit
 FAINT = 1e-4  # of the whole gradient: a tensor with less is measured by this
 
 
-def inputs_kept(subject: Subject) -> Iterator[Finding]:
+def inputs_kept(context: PreflightContext) -> Iterator[Finding]:
     """The network reads its scenes and does not write into them."""
-    names = _altered(subject, subject.scenes)
+    names = _altered(context, context.scenes)
     if names:
         yield Finding(
             "scenes_altered",
@@ -36,11 +36,11 @@ def inputs_kept(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _altered(subject: Subject, scenes: Scenes) -> list[str]:
+def _altered(context: PreflightContext, scenes: Scenes) -> list[str]:
     """What of the scenes one call changes, in a copy of them."""
     names = [name for name in ("snapshots", "channel", "codes", "snr_db") if getattr(scenes, name) is not None]
     copy = replace(scenes, **{name: getattr(scenes, name).clone() for name in names})
-    _network(subject, copy)
+    _network(context, copy)
     return [
         name
         for name in names
@@ -48,62 +48,62 @@ def _altered(subject: Subject, scenes: Scenes) -> list[str]:
     ]
 
 
-def compiles(subject: Subject) -> Iterator[Finding]:
+def compiles(context: PreflightContext) -> Iterator[Finding]:
     """Compiles what training will call, once for the checks that follow and for training; the note says how long it
     took."""
-    subject.trainer._compile()
-    subject.note = subject.trainer.compile_note
+    context.trainer._compile()
+    context.note = context.trainer.compile_note
     yield from ()
 
 
-def same_network(subject: Subject) -> Iterator[Finding]:
+def same_network(context: PreflightContext) -> Iterator[Finding]:
     """What the step calls is the network: the same answers now, and after the weights have changed.
 
     Torch compiles anew for every mode, and training compiles one: what it compiled is called as training calls it.
     """
-    if not subject.compiled and not _patched(subject):
+    if not context.compiled and not _patched(context):
         return
-    few = subject.scenes[:FEW]
-    scenes = subject.groups[0][0] if subject.by_torch else few
-    random = _noise(subject, few, _eager) > 10 * SAME
-    subject.model.train(subject.by_torch)
+    few = context.scenes[:FEW]
+    scenes = context.groups[0][0] if context.by_torch else few
+    random = _noise(context, few, _eager) > 10 * SAME
+    context.model.train(context.by_torch)
     finding = (
-        _compare_random(subject, scenes)
-        if random and subject.by_torch
-        else _compare_compiled(subject, scenes)
-        if subject.by_torch
-        else _compare(subject, scenes, True)
+        _compare_random(context, scenes)
+        if random and context.by_torch
+        else _compare_compiled(context, scenes)
+        if context.by_torch
+        else _compare(context, scenes, True)
     )
-    subject.model.eval()
+    context.model.eval()
     with torch.no_grad():
-        finding = finding or _compare(subject, few, False)
-    subject.model.train()
+        finding = finding or _compare(context, few, False)
+    context.model.train()
     if finding is None and random:
-        finding = _compare_modes(subject, scenes)
+        finding = _compare_modes(context, scenes)
     if finding is not None:
         yield finding
 
 
-def _patched(subject: Subject) -> bool:
-    return "predict" in subject.step.__dict__
+def _patched(context: PreflightContext) -> bool:
+    return "predict" in context.step.__dict__
 
 
-def _compare(subject: Subject, scenes: Scenes, grad: bool) -> Finding | None:
-    answers = [_network(subject, scenes) for _ in range(CALLS)]
+def _compare(context: PreflightContext, scenes: Scenes, grad: bool) -> Finding | None:
+    answers = [_network(context, scenes) for _ in range(CALLS)]
     spread = max(change(answers[0], other) for other in answers)
     if spread > CLOSE:
-        return _calls_differ(subject, scenes, spread)
-    written = _eager(subject, scenes)
-    weights, directions = _elsewhere(subject)
-    with subject.moved(weights, directions, 0.3):
-        moved, wanted = _network(subject, scenes), _eager(subject, scenes)
-    finding = _difference(subject, "while training" if grad else "in validation", answers[0], written, moved, wanted)
+        return _calls_differ(context, scenes, spread)
+    written = _eager(context, scenes)
+    weights, directions = _elsewhere(context)
+    with context.moved(weights, directions, 0.3):
+        moved, wanted = _network(context, scenes), _eager(context, scenes)
+    finding = _difference(context, "while training" if grad else "in validation", answers[0], written, moved, wanted)
     if (
         finding is not None
         and finding.cause == "stale_compiled_graph"
         and not grad
         and change(answers[0], moved) < SAME
-        and _follows(subject, weights, directions)
+        and _follows(context, weights, directions)
     ):
         return Finding(
             "cached_validation",
@@ -114,15 +114,15 @@ def _compare(subject: Subject, scenes: Scenes, grad: bool) -> Finding | None:
 
 
 def _difference(
-    subject: Subject, how: str, answer: Tensor, written: Tensor, moved: Tensor, wanted: Tensor
+    context: PreflightContext, how: str, answer: Tensor, written: Tensor, moved: Tensor, wanted: Tensor
 ) -> Finding | None:
     """What the step calls and the network as written, on the same scenes with the weights as they are, and with
     others."""
     now, later = change(written, answer), change(wanted, moved)
     if later > max(CLOSE, 2 * now) and (change(answer, moved) < SAME or later > 0.1 * change(wanted, written)):
         return _stale(how, later, now)
-    if now > _tolerance(subject):
-        own = subject.step.network is subject.trainer.network and not subject.by_torch
+    if now > _tolerance(context):
+        own = context.step.network is context.trainer.network and not context.by_torch
         return Finding(
             "compiled_differs",
             f"{how}, what the step calls answers otherwise than the network as written, "
@@ -132,9 +132,9 @@ def _difference(
     return None
 
 
-def _elsewhere(subject: Subject) -> tuple[list[nn.Parameter], list[Tensor]]:
+def _elsewhere(context: PreflightContext) -> tuple[list[nn.Parameter], list[Tensor]]:
     """All weights, and a random direction of the size of each."""
-    weights = list(subject.parameters.values())
+    weights = list(context.parameters.values())
     return weights, [
         torch.randn_like(weight) * (float(weight.detach().square().mean().sqrt()) or 0.1) for weight in weights
     ]
@@ -148,13 +148,13 @@ def _stale(how: str, later: float, now: float) -> Finding:
     )
 
 
-def _compare_random(subject: Subject, scenes: Scenes) -> Finding | None:
+def _compare_random(context: PreflightContext, scenes: Scenes) -> Finding | None:
     """As `_compare` for dropout, whose random numbers a compiler draws in another order: means over two calls differ no
     more than those of the network itself do."""
 
     def gaps() -> tuple[float, float]:
         first, called, second = (
-            sum(_seeded(call, subject, scenes, seed) for seed in seeds) / len(seeds)
+            sum(_seeded(call, context, scenes, seed) for seed in seeds) / len(seeds)
             for call, seeds in ((_eager, (1, 2)), (_network, (3, 4)), (_eager, (5, 6)))
         )
         return change(first, called), change(first, second)
@@ -166,28 +166,30 @@ def _compare_random(subject: Subject, scenes: Scenes) -> Finding | None:
             "while training, what the step calls answers otherwise than the network as written: on the average "
             f"of two calls by {now:.2g}, the network itself by {usual:.2g}.",
         )
-    with subject.moved(*_elsewhere(subject), 0.3):
+    with context.moved(*_elsewhere(context), 0.3):
         later, usual = gaps()
     return _stale("while training", later, now) if later > CLOSE + NOISIER * usual else None
 
 
-def _compare_compiled(subject: Subject, scenes: Scenes) -> Finding | None:
+def _compare_compiled(context: PreflightContext, scenes: Scenes) -> Finding | None:
     """As `_compare` for what torch compiled, and its backward pass too, on a whole batch: no pass more than it
     takes."""
-    (answer, called), (written, slopes) = _gradients(subject, scenes), _gradients(subject, scenes, as_written=True)
-    with subject.moved(*_elsewhere(subject), 0.3):
-        moved, wanted = _network(subject, scenes), _eager(subject, scenes)
-    return _difference(subject, "while training", answer, written, moved, wanted) or _compare_gradients(
-        subject, called, slopes
+    (answer, called), (written, slopes) = _gradients(context, scenes), _gradients(context, scenes, as_written=True)
+    with context.moved(*_elsewhere(context), 0.3):
+        moved, wanted = _network(context, scenes), _eager(context, scenes)
+    return _difference(context, "while training", answer, written, moved, wanted) or _compare_gradients(
+        context, called, slopes
     )
 
 
-def _compare_gradients(subject: Subject, called: dict[str, Tensor], wanted: dict[str, Tensor]) -> Finding | None:
+def _compare_gradients(
+    context: PreflightContext, called: dict[str, Tensor], wanted: dict[str, Tensor]
+) -> Finding | None:
     """The compiled backward pass against that of the network as written."""
     if not wanted:
         return None
     total = float(torch.stack([slope.norm() for slope in wanted.values()]).norm())
-    allowed = SLOPE if subject.config.training.precision == "fp32" else SLOPE_LOW
+    allowed = SLOPE if context.config.training.precision == "fp32" else SLOPE_LOW
     off = {
         name: float((called[name] - slope).norm()) / max(float(slope.norm()), FAINT * total)
         for name, slope in wanted.items()
@@ -202,11 +204,13 @@ def _compare_gradients(subject: Subject, called: dict[str, Tensor], wanted: dict
     return None
 
 
-def _gradients(subject: Subject, scenes: Scenes, *, as_written: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+def _gradients(
+    context: PreflightContext, scenes: Scenes, *, as_written: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The factor; and name of each trainable tensor -> gradient of a random sum of the outputs, empty where autograd
     leads nowhere."""
-    live = {name: parameter for name, parameter in subject.parameters.items() if parameter.requires_grad}
-    prediction = _written(subject, scenes) if as_written else subject.step.predict(scenes)
+    live = {name: parameter for name, parameter in context.parameters.items() if parameter.requires_grad}
+    prediction = _written(context, scenes) if as_written else context.step.predict(scenes)
     outputs = [value for value in prediction if value is not None and value.requires_grad]
     answer = prediction.factor.detach().float().clone()
     if not live or not outputs:
@@ -217,15 +221,15 @@ def _gradients(subject: Subject, scenes: Scenes, *, as_written: bool = False) ->
     return answer, {name: torch.zeros_like(live[name]) if slope is None else slope for name, slope in zip(live, slopes)}
 
 
-def _calls_differ(subject: Subject, scenes: Scenes, spread: float) -> Finding | None:
+def _calls_differ(context: PreflightContext, scenes: Scenes, spread: float) -> Finding | None:
     """Calls on the same scenes differ: ranks, or copies in one process; None for a network that is random or writes
     into its scenes."""
-    if _altered(subject, scenes) or change(_eager(subject, scenes), _eager(subject, scenes)) > CLOSE:
+    if _altered(context, scenes) or change(_eager(context, scenes), _eager(context, scenes)) > CLOSE:
         return None
     ranks = (
         torch.distributed.is_available()
         and torch.distributed.is_initialized()
-        or subject.config.training.accumulate > 1
+        or context.config.training.accumulate > 1
     )
     return Finding(
         "ranks_diverged" if ranks else "stale_compiled_graph",
@@ -233,20 +237,20 @@ def _calls_differ(subject: Subject, scenes: Scenes, spread: float) -> Finding | 
     )
 
 
-def _follows(subject: Subject, weights: list[nn.Parameter], directions: list[Tensor]) -> bool:
+def _follows(context: PreflightContext, weights: list[nn.Parameter], directions: list[Tensor]) -> bool:
     """Whether scenes that were not asked for before are answered with the weights as they are."""
-    with subject.moved(weights, directions, 0.3):
-        fresh = subject.groups[1][0] if subject.by_torch else subject.groups[1][0][:SMALL]
-        return change(_eager(subject, fresh), _network(subject, fresh)) < CLOSE
+    with context.moved(weights, directions, 0.3):
+        fresh = context.groups[1][0] if context.by_torch else context.groups[1][0][:SMALL]
+        return change(_eager(context, fresh), _network(context, fresh)) < CLOSE
 
 
-def _tolerance(subject: Subject) -> float:
-    return CLOSE if subject.config.training.precision == "fp32" else 0.05
+def _tolerance(context: PreflightContext) -> float:
+    return CLOSE if context.config.training.precision == "fp32" else 0.05
 
 
-def _compare_modes(subject: Subject, scenes: Scenes) -> Finding | None:
+def _compare_modes(context: PreflightContext, scenes: Scenes) -> Finding | None:
     """A network with dropout is random in training; what the step calls must be as well."""
-    if _noise(subject, scenes, _network) < SAME:
+    if _noise(context, scenes, _network) < SAME:
         return Finding(
             "eval_mode_in_training",
             "in training the network's dropout is at work, and what the step calls answers "
@@ -255,34 +259,36 @@ def _compare_modes(subject: Subject, scenes: Scenes) -> Finding | None:
     return None
 
 
-def _noise(subject: Subject, scenes: Scenes, call: Callable[[Subject, Scenes], Tensor]) -> float:
+def _noise(context: PreflightContext, scenes: Scenes, call: Callable[[PreflightContext, Scenes], Tensor]) -> float:
     """How much two answers to the same scenes differ in training."""
-    subject.model.train()
-    return change(*(_seeded(call, subject, scenes, seed) for seed in (1, 2)))
+    context.model.train()
+    return change(*(_seeded(call, context, scenes, seed) for seed in (1, 2)))
 
 
-def _seeded(call: Callable[[Subject, Scenes], Tensor], subject: Subject, scenes: Scenes, seed: int) -> Tensor:
+def _seeded(
+    call: Callable[[PreflightContext, Scenes], Tensor], context: PreflightContext, scenes: Scenes, seed: int
+) -> Tensor:
     torch.manual_seed(seed)
-    return call(subject, scenes)
+    return call(context, scenes)
 
 
-def _network(subject: Subject, scenes: Scenes) -> Tensor:
+def _network(context: PreflightContext, scenes: Scenes) -> Tensor:
     torch.manual_seed(torch.initial_seed() % 2**31)
-    return subject.step.predict(scenes).factor.detach().float().clone()
+    return context.step.predict(scenes).factor.detach().float().clone()
 
 
-def _eager(subject: Subject, scenes: Scenes) -> Tensor:
-    return _written(subject, scenes).factor.detach().float().clone()
+def _eager(context: PreflightContext, scenes: Scenes) -> Tensor:
+    return _written(context, scenes).factor.detach().float().clone()
 
 
-def _written(subject: Subject, scenes: Scenes) -> Prediction:
+def _written(context: PreflightContext, scenes: Scenes) -> Prediction:
     """What the network as written answers, in the run's precision."""
-    network = subject.step.network
-    subject.step.network = subject.model
+    network = context.step.network
+    context.step.network = context.model
     try:
-        return type(subject.step).predict(subject.step, scenes)
+        return type(context.step).predict(context.step, scenes)
     finally:
-        subject.step.network = network
+        context.step.network = network
 
 
 SMALL_BATCH = {"the network leaves its scenes alone": inputs_kept}

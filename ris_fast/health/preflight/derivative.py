@@ -21,7 +21,7 @@ from torch import Tensor
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, StoppedValues, by_hand, graph_of, via
 from ris_fast.health.preflight.parameters import listed
-from ris_fast.health.preflight.probe import Subject
+from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.terms import ASIDE, direction_of, doubled, moved
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
@@ -40,24 +40,24 @@ Along = tuple[
 Gap = tuple[float, float]
 
 
-def right_derivative(subject: Subject) -> Iterator[Finding]:
+def right_derivative(context: PreflightContext) -> Iterator[Finding]:
     """Finite differences of the loss and of each part of the network agree with the gradient."""
-    with subject.full_precision():
-        wrong = [name for name, error in loss_inputs(subject).items() if error > DISAGREES]
+    with context.full_precision():
+        wrong = [name for name, error in loss_inputs(context).items() if error > DISAGREES]
         if wrong:
             yield Finding(
                 "wrong_backward",
                 f"the loss has another derivative with respect to {listed(wrong)} than its backward says.",
             )
             return
-        gaps = parts(subject)
+        gaps = parts(context)
         errors = {name: error for name, gap in gaps.items() if (error := _pooled([gap])) > DISAGREES}
         if not errors:
             return
         exits = Exits()
         with exits:
-            graph = graph_of(subject.run()[0])
-        held = parts(subject, StoppedValues())
+            graph = graph_of(context.run()[0])
+        held = parts(context, StoppedValues())
     worst = max(errors, key=errors.__getitem__)
     seen = (
         f"the gradient of {len(errors)} parts of the network is not the derivative of the loss, most in '{worst}' "
@@ -80,29 +80,29 @@ def right_derivative(subject: Subject) -> Iterator[Finding]:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def loss_inputs(subject: Subject) -> dict[str, float]:
+def loss_inputs(context: PreflightContext) -> dict[str, float]:
     """Relative error of the loss's derivative at each output of the network: against differences in float64, and of
     float32, in which training asks, against float64. Aside of the outputs themselves, which may be equal: a tie is a
     kink.
 
     The loss is asked with gradients on, as in training: one that differs without them is another mistake.
     """
-    guess = Prediction(*(None if value is None else value.double() for value in subject.guess))
-    guess, scenes = moved(guess, direction_of(guess, 19), ASIDE), doubled(subject.scenes)
+    guess = Prediction(*(None if value is None else value.double() for value in context.guess))
+    guess, scenes = moved(guess, direction_of(guess, 19), ASIDE), doubled(context.scenes)
     errors = {}
-    for name, gradient in _slopes(subject, guess, scenes).items():
+    for name, gradient in _slopes(context, guess, scenes).items():
         narrow = _slopes(
-            subject, Prediction(*(None if value is None else value.float() for value in guess)), subject.scenes
+            context, Prediction(*(None if value is None else value.float() for value in guess)), context.scenes
         ).get(name)
         rounded = math.inf if narrow is None else float((narrow.double() - gradient).norm() / gradient.norm())
-        errors[name] = max(_loss_error(subject, guess, scenes, name, gradient), rounded)
+        errors[name] = max(_loss_error(context, guess, scenes, name, gradient), rounded)
     return errors
 
 
-def _slopes(subject: Subject, guess: Prediction, scenes: Scenes) -> dict[str, Tensor]:
+def _slopes(context: PreflightContext, guess: Prediction, scenes: Scenes) -> dict[str, Tensor]:
     """The gradient at each output that has one."""
     leaves = {name: value.clone().requires_grad_() for name, value in guess._asdict().items() if value is not None}
-    total = subject.loss(Prediction(**leaves), scenes)[0]
+    total = context.loss(Prediction(**leaves), scenes)[0]
     if not total.requires_grad:
         return {}
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
@@ -118,7 +118,7 @@ def _says_something(gradient: Tensor) -> bool:
     return bool(gradient.any()) and bool(gradient.isfinite().all())
 
 
-def _loss_error(subject: Subject, guess: Prediction, scenes: Scenes, name: str, gradient: Tensor) -> float:
+def _loss_error(context: PreflightContext, guess: Prediction, scenes: Scenes, name: str, gradient: Tensor) -> float:
     generator, value = torch.Generator().manual_seed(11), getattr(guess, name)
 
     def lines() -> Iterator[Along]:
@@ -128,7 +128,7 @@ def _loss_error(subject: Subject, guess: Prediction, scenes: Scenes, name: str, 
             @cache
             def loss(step: float, direction: Tensor = direction) -> float:
                 return float(
-                    subject.loss(guess._replace(**{name: (value + step * direction).requires_grad_()}), scenes)[
+                    context.loss(guess._replace(**{name: (value + step * direction).requires_grad_()}), scenes)[
                         0
                     ].detach()
                 )
@@ -142,14 +142,14 @@ def _loss_error(subject: Subject, guess: Prediction, scenes: Scenes, name: str, 
 # ------------------------------------------------------------------------------------------------------
 
 
-def parts(subject: Subject, held: StoppedValues | None = None) -> dict[str, Gap]:
+def parts(context: PreflightContext, held: StoppedValues | None = None) -> dict[str, Gap]:
     """How far the derivative along random directions of each child of the network is off, and how large it is.
 
     Model: s(w) = sum_k <c_k, out_k(w)>, c_k the loss's gradient at output k for the weights as they are. There s has
         the loss's gradient. Args: held: what leaves the graph stays as it is while weights move.
     """
-    live = {name: parameter for name, parameter in subject.parameters.items() if parameter.requires_grad}
-    total, _, prediction = subject.run(subject.scenes[:FEW])
+    live = {name: parameter for name, parameter in context.parameters.items() if parameter.requires_grad}
+    total, _, prediction = context.run(context.scenes[:FEW])
     outputs = {name: value for name, value in prediction._asdict().items() if value is not None and value.requires_grad}
     if not live or not outputs or not total.requires_grad or not bool(total.isfinite()):
         return {}
@@ -171,7 +171,7 @@ def parts(subject: Subject, held: StoppedValues | None = None) -> dict[str, Gap]
         for name, gradient in zip(live, found)
         if gradient is not None and bool(gradient.isfinite().all())
     }
-    projected, generator = ProjectedOutputs(subject, cotangents, held), torch.Generator().manual_seed(7)
+    projected, generator = ProjectedOutputs(context, cotangents, held), torch.Generator().manual_seed(7)
     members: dict[str, list[str]] = {}
     for name in gradients:
         members.setdefault(name.partition(".")[0], []).append(name)
@@ -184,16 +184,16 @@ def parts(subject: Subject, held: StoppedValues | None = None) -> dict[str, Gap]
 class ProjectedOutputs:
     """The network's outputs around the weights as they are, each times the loss's gradient at it."""
 
-    def __init__(self, subject: Subject, cotangents: dict[str, Tensor], held: StoppedValues | None) -> None:
-        self.subject, self.cotangents, self.held = subject, cotangents, held
+    def __init__(self, context: PreflightContext, cotangents: dict[str, Tensor], held: StoppedValues | None) -> None:
+        self.context, self.cotangents, self.held = context, cotangents, held
         self.here = self._outputs()
 
     def _outputs(self) -> list[Tensor]:
-        """In float64, with the random numbers of `Subject.run`, and gradients on: a network may behave differently
+        """In float64, with the random numbers of `PreflightContext.run`, and gradients on: a network may behave differently
         without."""
         torch.manual_seed(0)
         with self.held or nullcontext():
-            prediction = self.subject.step.predict(self.subject.scenes[:FEW])
+            prediction = self.context.step.predict(self.context.scenes[:FEW])
         return [getattr(prediction, name).detach().double() for name in self.cotangents]
 
     def line(self, tensors: list[Tensor], gradients: list[Tensor], directions: list[Tensor]) -> Along:
@@ -202,7 +202,7 @@ class ProjectedOutputs:
 
         @cache
         def gone(step: float) -> list[Tensor]:
-            with self.subject.moved(tensors, directions, step):
+            with self.context.moved(tensors, directions, step):
                 return [
                     (now - value) * cotangent
                     for now, value, cotangent in zip(self._outputs(), self.here, self.cotangents.values())

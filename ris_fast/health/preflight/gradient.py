@@ -15,24 +15,24 @@ from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, Graph, by
 from ris_fast.health.preflight.derivative import NOISE, right_derivative
 from ris_fast.health.preflight.loss import COVARIANCE
 from ris_fast.health.preflight.parameters import listed
-from ris_fast.health.preflight.probe import Subject
+from ris_fast.health.preflight.probe import PreflightContext
 
 UNDERFLOW = 2.0**20
 
 
-def connected(subject: Subject) -> Iterator[Finding]:
+def connected(context: PreflightContext) -> Iterator[Finding]:
     """The loss requires a gradient, has a history, and depends on the factors through autograd."""
     exits = Exits()
     with exits:
-        total, terms, prediction = subject.run()
-    if not any(subject.loss.weights.get(name, 0) > 0 for name in COVARIANCE):
+        total, terms, prediction = context.run()
+    if not any(context.loss.weights.get(name, 0) > 0 for name in COVARIANCE):
         return
     if total.requires_grad and total.grad_fn is None:
         yield Finding(
             "loss_rebuilt", f"the loss is a leaf with no history: it was made anew from a number{via(exits.rebuilt)}."
         )
     elif not prediction.factor.requires_grad:
-        if any(parameter.requires_grad for parameter in subject.parameters.values()):
+        if any(parameter.requires_grad for parameter in context.parameters.values()):
             yield Finding(
                 "detached_backbone",
                 "the factors that the network returns require no gradient: it runs under "
@@ -55,11 +55,11 @@ def _cut(total: Tensor, factor: Tensor) -> bool:
 # ---- each tensor -----------------------------------------------------------------------------------------------------
 
 
-def every_tensor(subject: Subject) -> Iterator[Finding]:
+def every_tensor(context: PreflightContext) -> Iterator[Finding]:
     """Every trainable tensor gets a gradient that is there, finite and not zero; else the reason."""
-    live = {name: parameter for name, parameter in subject.parameters.items() if parameter.requires_grad}
-    with subject.full_precision():
-        total, terms, _ = subject.run()
+    live = {name: parameter for name, parameter in context.parameters.items() if parameter.requires_grad}
+    with context.full_precision():
+        total, terms, _ = context.run()
         if not total.requires_grad or total.grad_fn is None or not live or not bool(total.isfinite()):
             return
         graph = graph_of(total)
@@ -73,32 +73,34 @@ def every_tensor(subject: Subject) -> Iterator[Finding]:
             yield Finding(
                 "nonfinite_gradients",
                 f"the loss is {float(total.detach()):.4g} and the gradients of {len(bad)} of "
-                f"{len(live)} tensors are not finite, first {bad[0]}{_source(subject, total, terms)}.",
+                f"{len(live)} tensors are not finite, first {bad[0]}{_source(context, total, terms)}.",
             )
             return
         silent = [name for name, gradient in gradients.items() if gradient is None or not bool(gradient.any())]
-        yield from _silent(subject, silent, gradients, graph)
+        yield from _silent(context, silent, gradients, graph)
 
 
-def _source(subject: Subject, total: Tensor, terms: dict[str, Tensor]) -> str:
+def _source(context: PreflightContext, total: Tensor, terms: dict[str, Tensor]) -> str:
     """Which term the non-finite gradient comes from; one outside of the table shows as a difference of sums."""
-    live = [parameter for parameter in subject.parameters.values() if parameter.requires_grad]
+    live = [parameter for parameter in context.parameters.values() if parameter.requires_grad]
     for name, value in terms.items():
         parts = torch.autograd.grad(value, live, retain_graph=True, allow_unused=True) if value.requires_grad else ()
         if any(part is not None and not bool(part.isfinite().all()) for part in parts):
             return f"; they come from the term {name}"
     rest = float(
-        total.detach() - sum(subject.loss.weights.get(name, 0) * value.detach() for name, value in terms.items())
+        total.detach() - sum(context.loss.weights.get(name, 0) * value.detach() for name, value in terms.items())
     )
     return f"; no named term has them: they come from something outside the table of terms, worth {rest:.3g}"
 
 
-def _silent(subject: Subject, names: list[str], gradients: dict[str, Tensor | None], graph: Graph) -> Iterator[Finding]:
+def _silent(
+    context: PreflightContext, names: list[str], gradients: dict[str, Tensor | None], graph: Graph
+) -> Iterator[Finding]:
     """Tensors without gradient: unused, cut off, or stopped by an operator that has no derivative."""
     unused, cut, stopped, lost, flat = [], [], [], [], []
     for name in names:
-        parameter, reached = subject.parameters[name], id(subject.parameters[name]) in graph.leaves
-        if not _matters(subject, parameter):
+        parameter, reached = context.parameters[name], id(context.parameters[name]) in graph.leaves
+        if not _matters(context, parameter):
             if reached and gradients[name] is not None:
                 flat.append(name)
             if not reached or gradients[name] is None:
@@ -112,7 +114,7 @@ def _silent(subject: Subject, names: list[str], gradients: dict[str, Tensor | No
             f"backward returns nothing for it{by_hand(graph)}.",
         )
     if stopped:
-        yield _stopped(subject, stopped, graph)
+        yield _stopped(context, stopped, graph)
     if cut:
         rounded = graph.named(*ZERO_DERIVATIVE)
         yield Finding(
@@ -121,10 +123,10 @@ def _silent(subject: Subject, names: list[str], gradients: dict[str, Tensor | No
             f"{listed(cut)}{via(rounded)}.",
         )
     if flat and len(flat) == len(gradients):
-        yield _flat(subject, len(flat))
+        yield _flat(context, len(flat))
     if unused:
-        share = sum(subject.parameters[name].numel() for name in unused) / sum(
-            p.numel() for p in subject.parameters.values()
+        share = sum(context.parameters[name].numel() for name in unused) / sum(
+            p.numel() for p in context.parameters.values()
         )
         yield Finding(
             "unused_head",
@@ -132,9 +134,9 @@ def _silent(subject: Subject, names: list[str], gradients: dict[str, Tensor | No
         )
 
 
-def _flat(subject: Subject, tensors: int) -> Finding:
+def _flat(context: PreflightContext, tensors: int) -> Finding:
     """Why no tensor changes the loss: the loss is flat at the factors, or the network behind them is."""
-    total, _, prediction = subject.run()
+    total, _, prediction = context.run()
     factor = torch.autograd.grad(total, prediction.factor, allow_unused=True)[0]
     seen = (
         f"the loss is {float(total.detach()):.4g}, and the gradients of all {tensors} trainable tensors are exactly"
@@ -145,11 +147,11 @@ def _flat(subject: Subject, tensors: int) -> Finding:
     return Finding("clamped_loss", f"{seen}, as it is at the factors: there the loss is flat.")
 
 
-def _stopped(subject: Subject, names: list[str], graph: Graph) -> Finding:
+def _stopped(context: PreflightContext, names: list[str], graph: Graph) -> Finding:
     """Tensors that the loss depends on and autograd reaches, with a gradient of exactly zero."""
     what = f"{len(names)} tensors change the loss and have a gradient of exactly zero: {listed(names)}"
-    live = [subject.parameters[name] for name in names]
-    larger = torch.autograd.grad(subject.run()[0] * UNDERFLOW, live, allow_unused=True)
+    live = [context.parameters[name] for name in names]
+    larger = torch.autograd.grad(context.run()[0] * UNDERFLOW, live, allow_unused=True)
     if any(part is not None and bool(part.any()) for part in larger):
         return Finding("gradient_underflow", f"{what}; with a loss a million times larger it is not.")
     if graph.written_by_hand:
@@ -162,21 +164,21 @@ def _stopped(subject: Subject, names: list[str], graph: Graph) -> Finding:
 
 
 @torch.no_grad()
-def _matters(subject: Subject, parameter: Tensor) -> bool:
+def _matters(context: PreflightContext, parameter: Tensor) -> bool:
     """Whether the loss changes with this tensor, by more than rounding."""
-    before = subject.value()
+    before = context.value()
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
     size = float(parameter.detach().square().mean().sqrt()) or 0.1
     return any(
-        abs(_after(subject, parameter, noise, step * size) - before) > NOISE * max(1.0, abs(before))
+        abs(_after(context, parameter, noise, step * size) - before) > NOISE * max(1.0, abs(before))
         for step in (0.1, 1.0)
     )
 
 
-def _after(subject: Subject, parameter: Tensor, direction: Tensor, step: float) -> float:
-    with subject.moved([parameter], [direction], step):
-        return subject.value()
+def _after(context: PreflightContext, parameter: Tensor, direction: Tensor, step: float) -> float:
+    with context.moved([parameter], [direction], step):
+        return context.value()
 
 
 CHECKS = {

@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ris_fast.health.preflight.probe import Subject
-from ris_fast.health.preflight.restore import untouched
+from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.restore import preserve_state
 
 
-def graph_table(subject: Subject) -> dict[str, list[Any]]:
+def graph_table(context: PreflightContext) -> dict[str, list[Any]]:
     """A row a tensor, a column a term: norm of the weighted term's gradient; '-' where the term does not reach it.
 
     The first three rows say of each term: weighted value, requires_grad, and the name of its grad_fn.
     """
-    with untouched(subject.trainer), subject.small():
-        subject.model.train()
-        _, terms, _ = subject.run()
-        live = {name: p for name, p in subject.parameters.items() if p.requires_grad}
-        weighted = {name: subject.loss.weights.get(name, 0.0) * value for name, value in terms.items()}
+    with preserve_state(context.trainer), context.small():
+        context.model.train()
+        _, terms, _ = context.run()
+        live = {name: p for name, p in context.parameters.items() if p.requires_grad}
+        weighted = {name: context.loss.weights.get(name, 0.0) * value for name, value in terms.items()}
         columns = {name: _gradients(value, list(live.values())) for name, value in weighted.items()}
         rows: list[list[Any]] = [
             ["(weighted value)", *(float(value.detach()) for value in weighted.values())],

@@ -16,34 +16,34 @@ from torch import Tensor
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.pairing import with_factor
-from ris_fast.health.preflight.probe import Subject
+from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.baselines import mean_covariance
 from ris_fast.physics.channel import backproject
 from ris_fast.physics.matched_filter import matched_filter, shown_matched_filter, shrunk_nmse
-from ris_fast.physics.pairs import conj, to_complex
+from ris_fast.physics.real_complex import conj, to_complex
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.step import network_inputs
 from ris_fast.training.validation import scene_nmse
 
 SCENES, FEWEST = 256, 64
-TELLING = 0.05  # gain over the constant answer from which an estimate with the channel says something of the sources
-NOTHING, INAUDIBLE = 0.01, -10.0  # gain of an estimate that knows nothing; dB of all snapshots and antennas together
+MIN_GAIN = 0.05  # gain over the constant answer from which an estimate with the channel says something of the sources
+NOTHING, MIN_SNR_DB = 0.01, -10.0  # gain of an estimate that knows nothing; dB of all snapshots and antennas together
 LOUD = 20.0  # dB of all snapshots and antennas together from which an estimator finds most sources
 PART = 0.25  # of that gain; the inputs that RIS-12x12 is meant for keep all of it, H c_l a twentieth
 
 
-def estimates(subject: Subject, scenes: Scenes) -> tuple[str, Tensor] | None:
+def estimates(context: PreflightContext, scenes: Scenes) -> tuple[str, Tensor] | None:
     """The estimator's name and its factor (B, N, K, 2), from the network's inputs alone; None for unknown inputs."""
-    shown = subject.model.features(*network_inputs(scenes))
-    if hasattr(subject.model, "classical"):
-        return subject.model.classical(shown)
-    factor = shown_matched_filter(shown, scenes.codes, _static(subject))
+    shown = context.model.features(*network_inputs(scenes))
+    if hasattr(context.model, "classical"):
+        return context.model.classical(shown)
+    factor = shown_matched_filter(shown, scenes.codes, _static(context))
     return None if factor is None else ("the matched filter", factor)
 
 
-def _static(subject: Subject) -> bool:
-    return subject.config.task.symbols == "static"
+def _static(context: PreflightContext) -> bool:
+    return context.config.task.symbols == "static"
 
 
 def gains(factor: Tensor, scenes: Scenes, constant: Tensor) -> tuple[float, float]:
@@ -53,33 +53,33 @@ def gains(factor: Tensor, scenes: Scenes, constant: Tensor) -> tuple[float, floa
     return float(shrunk.mean()), float(alone.mean())
 
 
-def worth(subject: Subject) -> Iterator[Finding]:
+def input_information(context: PreflightContext) -> Iterator[Finding]:
     """Beside the constant answer: the best of an estimator on the network's inputs, and of one with the channel
     itself."""
-    source = subject.trainer.source
+    source = context.trainer.source
     scenes = source.batch("train", torch.arange(min(SCENES, source.size("train"))))
     if scenes.channel is None or scenes.batch < FEWEST or not bool(scenes.snapshots.isfinite().all()):
-        subject.note = (
+        context.note = (
             f"not checked: {'the scenes have no channel' if scenes.channel is None else f'it takes {FEWEST} scenes'}"
             if bool(scenes.snapshots.isfinite().all())
             else "not checked: snapshots are not finite"
         )
         return
     scenes = with_factor(scenes)
-    constant, found = mean_covariance([scenes]), estimates(subject, scenes)
+    constant, found = mean_covariance([scenes]), estimates(context, scenes)
     if found is None:
-        subject.note = "not checked: the network's inputs are of no known kind"
+        context.note = "not checked: the network's inputs are of no known kind"
         return
     name, factor = found
-    if hasattr(subject.model, "classical"):
+    if hasattr(context.model, "classical"):
         yield from _worse_than_zero(name, factor, scenes)
     shown, alone = gains(factor, scenes, constant)
     known, _ = gains(
-        matched_filter(backproject(scenes.channel, scenes.codes, scenes.snapshots), _static(subject)), scenes, constant
+        matched_filter(backproject(scenes.channel, scenes.codes, scenes.snapshots), _static(context)), scenes, constant
     )
-    subject.note = f"{name} on the network's inputs {shown:.3f}, constant answer {alone:.3f}"
+    context.note = f"{name} on the network's inputs {shown:.3f}, constant answer {alone:.3f}"
     heard = float(scenes.snr_db.median()) + 10 * math.log10(scenes.snapshots[0, ..., 0].numel())
-    if heard < INAUDIBLE and known > (1 - NOTHING) * alone:
+    if heard < MIN_SNR_DB and known > (1 - NOTHING) * alone:
         yield Finding(
             "inputs_withhold_answer",
             "the scenes themselves say nothing of their sources: the matched filter with the channel has an NMSE of"
@@ -87,7 +87,7 @@ def worth(subject: Subject) -> Iterator[Finding]:
             f" dB all snapshots and antennas together reach {heard:.0f} dB. Raise task.snr_min_db and task.snr_max_db.",
             certain=False,
         )
-    elif known < (1 - TELLING) * alone and alone - shown < PART * (alone - known):
+    elif known < (1 - MIN_GAIN) * alone and alone - shown < PART * (alone - known):
         yield Finding(
             "inputs_withhold_answer",
             f"{name} on what the network is shown has an NMSE of {shown:.3f}, the constant answer "
@@ -124,4 +124,4 @@ def _worse_than_zero(name: str, factor: Tensor, scenes: Scenes) -> Iterator[Find
         yield Finding("inputs_withhold_answer", f"{seen}: it finds other sources than the targets have.", certain=False)
 
 
-CHECKS = {"a classical estimator finds the answer in the inputs": worth}
+CHECKS = {"a classical estimator finds the answer in the inputs": input_information}

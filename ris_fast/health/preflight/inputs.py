@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.network import CLOSE, SAME, change
-from ris_fast.health.preflight.probe import Subject, captured
-from ris_fast.physics.pairs import expi, multiply, to_complex, to_pairs
+from ris_fast.health.preflight.probe import PreflightContext, captured
+from ris_fast.physics.real_complex import expi, multiply, to_complex, to_pairs
 from ris_fast.physics.scenes import Scenes
 
 LARGE, SMALL_RMS = 1e3, 1e-3
@@ -24,7 +24,7 @@ UNITS = (128.0, 8.0)  # of every second scene, and of the others
 OTHER_UNIT = 0.01  # change of the median scene's factors; where every input is normalised it is exactly zero
 
 
-def boundary(subject: Subject, scenes: Scenes, seed: int = 0) -> dict[str, Tensor]:
+def boundary(context: PreflightContext, scenes: Scenes, seed: int = 0) -> dict[str, Tensor]:
     """Inputs of layers that depend on no weight: what the trainable part sees. Name of the layer -> (B, F)."""
     found: dict[str, Tensor] = {}
 
@@ -33,18 +33,18 @@ def boundary(subject: Subject, scenes: Scenes, seed: int = 0) -> dict[str, Tenso
         if first is not None and not first.requires_grad and first.dim() > 1 and first.shape[0] == scenes.batch:
             found.setdefault(name, first.detach().float().flatten(1))
 
-    with captured(subject.model, keep), torch.enable_grad():
-        subject.answer_with_grad(scenes, seed)
+    with captured(context.model, keep), torch.enable_grad():
+        context.answer_with_grad(scenes, seed)
     return found
 
 
-def reads_scenes(subject: Subject) -> Iterator[Finding]:
+def reads_scenes(context: PreflightContext) -> Iterator[Finding]:
     """The answer depends on the scene, and each scene's answer on that scene alone."""
-    scenes = subject.scenes
-    answer = subject.answer(scenes)
-    seen = boundary(subject, scenes)
+    scenes = context.scenes
+    answer = context.answer(scenes)
+    seen = boundary(context, scenes)
     if not bool(answer.isfinite().all()) or scenes.batch < 2:
-        subject.note = f"not checked: {'there is one scene' if scenes.batch < 2 else 'answers are not finite'}"
+        context.note = f"not checked: {'there is one scene' if scenes.batch < 2 else 'answers are not finite'}"
         return
     if change(answer, answer[:1].expand_as(answer)) < SAME:
         same = seen and all(change(value, value[:1].expand_as(value)) < SAME for value in seen.values())
@@ -60,20 +60,20 @@ def reads_scenes(subject: Subject) -> Iterator[Finding]:
         return
     half = scenes.batch // 2
     mixed = max(
-        change(answer[part], subject.answer(scenes[part])) for part in (slice(0, half), slice(half, scenes.batch))
+        change(answer[part], context.answer(scenes[part])) for part in (slice(0, half), slice(half, scenes.batch))
     )
-    if mixed > (CLOSE if subject.config.training.precision == "fp32" else 0.1):
+    if mixed > (CLOSE if context.config.training.precision == "fp32" else 0.1):
         yield Finding("scenes_mixed", f"answers change by {mixed:.2g} when other scenes of the batch are left out.")
 
 
-def scale(subject: Subject) -> Iterator[Finding]:
+def scale(context: PreflightContext) -> Iterator[Finding]:
     """First layers see numbers of order one, and the units of snapshots and channel do not matter."""
-    scenes = subject.scenes
-    base, seen = subject.answer(scenes), boundary(subject, scenes)
+    scenes = context.scenes
+    base, seen = context.answer(scenes), boundary(context, scenes)
     sizes = {name: float(value.square().mean().sqrt()) for name, value in seen.items()}
     tiny = {name: size for name, size in sizes.items() if 0 < size < SMALL_RMS}
     larger = (
-        boundary(subject, replace(scenes, snapshots=LOUDER * scenes.snapshots)) if bool(base.isfinite().all()) else {}
+        boundary(context, replace(scenes, snapshots=LOUDER * scenes.snapshots)) if bool(base.isfinite().all()) else {}
     )
     if larger and any(_swallowed(seen[name], larger.get(name)) for name in seen):
         name = next(name for name in seen if _swallowed(seen[name], larger.get(name)))
@@ -85,7 +85,7 @@ def scale(subject: Subject) -> Iterator[Finding]:
         )
         return
     if tiny:  # a network may weigh what it sees by the SNR that it is told; that is no matter of units
-        told = boundary(subject, replace(scenes, snr_db=torch.full_like(scenes.snr_db, AUDIBLE)))
+        told = boundary(context, replace(scenes, snr_db=torch.full_like(scenes.snr_db, AUDIBLE)))
         tiny = {name: size for name, size in tiny.items() if float(told[name].square().mean().sqrt()) < SMALL_RMS}
     if tiny:
         name = min(tiny, key=tiny.__getitem__)
@@ -102,11 +102,11 @@ def scale(subject: Subject) -> Iterator[Finding]:
                 f"{float(each.max()):.2g} between scenes.",
             )
             return
-    with subject.full_precision():
-        yield from _units(subject, scenes)
+    with context.full_precision():
+        yield from _units(context, scenes)
 
 
-def _units(subject: Subject, scenes: Scenes) -> Iterator[Finding]:
+def _units(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:
     """In y = H (c o x) + n the units of y and of H, scene by scene, change the unit of x alone, which no covariance
     shows.
 
@@ -114,12 +114,12 @@ def _units(subject: Subject, scenes: Scenes) -> Iterator[Finding]:
     that.
     """
     units = torch.tensor(UNITS).repeat(scenes.batch)[: scenes.batch].to(scenes.snapshots).view(-1, 1, 1, 1)
-    base = directions(subject.answer(scenes))
+    base = directions(context.answer(scenes))
     for what, other in (
         ("snapshots", replace(scenes, snapshots=units * scenes.snapshots)),
         ("channel", _channel_times(scenes, units)),
     ):
-        gap = float((directions(subject.answer(other)) - base).flatten(1).norm(dim=1).median())
+        gap = float((directions(context.answer(other)) - base).flatten(1).norm(dim=1).median())
         if gap > OTHER_UNIT:
             yield Finding(
                 "input_scale",
@@ -152,12 +152,12 @@ def _swallowed(now: Tensor, larger: Tensor | None) -> bool:
 # ------------------------------------------------------------------------------------------
 
 
-def information(subject: Subject) -> Iterator[Finding]:
+def information(context: PreflightContext) -> Iterator[Finding]:
     """The answer changes when something is taken away that the target cannot be known without."""
-    scenes = subject.scenes
-    base = subject.answer(scenes)
+    scenes = context.scenes
+    base = context.answer(scenes)
     if change(base, base[:1].expand_as(base)) < SAME or not bool(base.isfinite().all()):
-        subject.note = "not checked: all answers are the same, or not finite"
+        context.note = "not checked: all answers are the same, or not finite"
         return
     if scenes.channel is None:
         yield Finding(
@@ -165,18 +165,18 @@ def information(subject: Subject) -> Iterator[Finding]:
             "the scenes carry no channel H, only H c_l, and the network cannot see what the surface did to the field.",
         )
         return
-    for what, other in _without(subject, scenes):
-        if other is not None and change(base, subject.answer(other)) < SAME:
+    for what, other in _without(context, scenes):
+        if other is not None and change(base, context.answer(other)) < SAME:
             yield Finding(
                 "inputs_withhold_answer",
                 f"{what} and the factors stay the same to {SAME:g}: the network does not see "
                 "what the target is made of.",
             )
             return
-    yield from _pairing(subject, scenes)
+    yield from _pairing(context, scenes)
 
 
-def _without(subject: Subject, scenes: Scenes) -> Iterator[tuple[str, Scenes | None]]:
+def _without(context: PreflightContext, scenes: Scenes) -> Iterator[tuple[str, Scenes | None]]:
     """Scenes with one thing destroyed that the answer needs."""
     generator = torch.Generator().manual_seed(2)
 
@@ -184,7 +184,10 @@ def _without(subject: Subject, scenes: Scenes) -> Iterator[tuple[str, Scenes | N
         return multiply(value, expi(6.2832 * torch.rand(value.shape[:-1], generator=generator)).to(value))
 
     yield "the phases of the snapshots are drawn anew", replace(scenes, snapshots=phases(scenes.snapshots))
-    yield "the channel is that of another scene", replace(scenes, channel=scenes.channel.roll(1, 0), collapsed=None)
+    yield (
+        "the channel is that of another scene",
+        replace(scenes, channel=scenes.channel.roll(1, 0), effective_channel=None),
+    )
     yield "the phases of the channel are drawn anew", replace(scenes, channel=phases(scenes.channel))
     yield "the channel is changed where H c_l cannot show it", hidden_change(scenes)
 
@@ -202,20 +205,22 @@ def hidden_change(scenes: Scenes) -> Scenes | None:
     mix = torch.randn(*scenes.channel.shape[:2], kernel.shape[-2], dtype=torch.complex128, generator=generator)
     extra = mix.to(kernel.device) @ kernel
     size = to_complex(scenes.channel).abs().square().mean().sqrt() / extra.abs().square().mean().sqrt()
-    return replace(scenes, channel=scenes.channel + to_pairs((extra * size).to(torch.complex64)), collapsed=None)
+    return replace(
+        scenes, channel=scenes.channel + to_pairs((extra * size).to(torch.complex64)), effective_channel=None
+    )
 
 
-def _pairing(subject: Subject, scenes: Scenes) -> Iterator[Finding]:
+def _pairing(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:
     """What a first layer makes of snapshots and channel together is H^H y, which a common phase leaves alone, not H^T
     y."""
     turn = expi(torch.linspace(0.3, 2.8, scenes.batch)).to(scenes.snapshots)[:, None, None]
     back = turn * torch.tensor((1.0, -1.0)).to(turn)
-    seen = boundary(subject, scenes)
+    seen = boundary(context, scenes)
     right = boundary(
-        subject, replace(scenes, channel=multiply(scenes.channel, turn), snapshots=multiply(scenes.snapshots, turn))
+        context, replace(scenes, channel=multiply(scenes.channel, turn), snapshots=multiply(scenes.snapshots, turn))
     )
     wrong = boundary(
-        subject, replace(scenes, channel=multiply(scenes.channel, turn), snapshots=multiply(scenes.snapshots, back))
+        context, replace(scenes, channel=multiply(scenes.channel, turn), snapshots=multiply(scenes.snapshots, back))
     )
     for name, value in seen.items():
         if _usual_change(value, wrong[name]) < CLOSE < 0.05 < _usual_change(value, right[name]):

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.preflight.probe import Subject
+from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.kernels.cov_nmse import reference
 from ris_fast.kernels.pursuit.reference import pursuit_features
 from ris_fast.kernels.pursuit.search import Geometry
 from ris_fast.models.features import PursuitFeatures
-from ris_fast.physics.least_squares import sample_factor
+from ris_fast.physics.least_squares import least_squares_factor
 from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.training.step import network_inputs
 
@@ -27,18 +27,18 @@ ROUNDING = 1e-6  # of the weights: a few roundings of float32, however short the
 WEIGHTS = 2048  # of each tensor, in the copy that the optimizer steps on
 
 
-def loss_kernel(subject: Subject) -> Iterator[Finding]:
+def loss_kernel(context: PreflightContext) -> Iterator[Finding]:
     """Value and gradient of the covariance NMSE, as the loss calls it, against the dense definition in float64."""
-    settings = subject.loss.settings
-    factor = subject.guess.factor.float()
+    settings = context.loss.settings
+    factor = context.guess.factor.float()
     if not bool(factor.isfinite().all()):
         return
     for blend in {False, settings.beta > 0}:
         (value, slope), (wanted, right) = (
             _with_gradient(call, factor, dtype)
             for call, dtype in (
-                (lambda f, blend=blend: subject.loss.nmse(f, subject.scenes, blend=blend), torch.float32),
-                (lambda f, blend=blend: defined(subject, f, blend), torch.float64),
+                (lambda f, blend=blend: context.loss.nmse(f, context.scenes, blend=blend), torch.float32),
+                (lambda f, blend=blend: defined(context, f, blend), torch.float64),
             )
         )
         gap = float(((value - wanted).abs() / wanted.abs().clamp_min(1.0)).max())
@@ -60,14 +60,14 @@ def _with_gradient(call: object, factor: Tensor, dtype: torch.dtype) -> tuple[Te
     return value.detach().double(), slope.double()
 
 
-def defined(subject: Subject, factor: Tensor, blend: bool) -> Tensor:
+def defined(context: PreflightContext, factor: Tensor, blend: bool) -> Tensor:
     """The NMSE of each scene by its dense definition, with the run's blend, loading and shrinkage: (B,)."""
-    settings, scenes = subject.loss.settings, subject.scenes
+    settings, scenes = context.loss.settings, context.scenes
 
     def wide(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.double()
 
-    sample = wide(sample_factor(scenes)) if blend else None
+    sample = wide(least_squares_factor(scenes)) if blend else None
     return reference.cov_nmse(
         factor,
         wide(scenes.factor),
@@ -86,12 +86,12 @@ def defined(subject: Subject, factor: Tensor, blend: bool) -> Tensor:
 # ---- features -------------------------------------------------------------------------------------------------------
 
 
-def feature_kernel(subject: Subject) -> Iterator[Finding]:
+def feature_kernel(context: PreflightContext) -> Iterator[Finding]:
     """The pursuit of a few scenes against its plain form; nothing to compare for a network without one."""
-    extract = next((module for module in subject.model.modules() if isinstance(module, PursuitFeatures)), None)
-    if extract is None or subject.scenes.channel is None:
+    extract = next((module for module in context.model.modules() if isinstance(module, PursuitFeatures)), None)
+    if extract is None or context.scenes.channel is None:
         return
-    scenes = subject.scenes[:FEW]
+    scenes = context.scenes[:FEW]
     y, channel, codes, snr = network_inputs(scenes)
     y = y + FAINT * y.square().mean((1, 2, 3), keepdim=True).sqrt() * torch.randn(
         y.shape, generator=torch.Generator().manual_seed(0)
@@ -113,12 +113,12 @@ def feature_kernel(subject: Subject) -> Iterator[Finding]:
 # ---- optimizer ------------------------------------------------------------------------------------------------------
 
 
-def step_kernel(subject: Subject) -> Iterator[Finding]:
+def step_kernel(context: PreflightContext) -> Iterator[Finding]:
     """Three optimizer steps on a small copy of the weights, one of them with a NaN, against the plain reference."""
     (weights, means), (right, right_means) = (
-        _stepped(subject, backend) for backend in (subject.config.training.backend, "reference")
+        _stepped(context, backend) for backend in (context.config.training.backend, "reference")
     )
-    first = torch.cat([_piece(parameter).flatten() for parameter in subject.parameters.values()])
+    first = torch.cat([_piece(parameter).flatten() for parameter in context.parameters.values()])
     way = float((right - first).norm())
     gap = max(float((weights - right).norm()), float((means - right_means).norm()))
     if not gap <= STEP * way + ROUNDING * float(first.norm()):
@@ -133,11 +133,11 @@ def _piece(parameter: Tensor) -> Tensor:
     return parameter.detach().flatten()[:WEIGHTS].float().clone()
 
 
-def _stepped(subject: Subject, backend: str) -> tuple[Tensor, Tensor]:
+def _stepped(context: PreflightContext, backend: str) -> tuple[Tensor, Tensor]:
     """Weights and averaged weights after three steps of the run's optimizer, built with this backend."""
-    settings, own = subject.config.optimizer, {id(p): name for name, p in subject.parameters.items()}
+    settings, own = context.config.optimizer, {id(p): name for name, p in context.parameters.items()}
     groups, copies = [], {}
-    for group in subject.optimizer.param_groups:
+    for group in context.optimizer.param_groups:
         mine = {
             own[id(p)]: torch.nn.Parameter(_piece(p))
             for p in group["params"]
@@ -172,20 +172,20 @@ def _stepped(subject: Subject, backend: str) -> tuple[Tensor, Tensor]:
         if number == 1:
             next(iter(copies.values())).grad[0] = float("nan")
         optimizer.step()
-    return _together(subject, copies), _averaged(subject, optimizer, copies)
+    return _together(context, copies), _averaged(context, optimizer, copies)
 
 
-def _averaged(subject: Subject, optimizer: FusedAdamW, copies: dict[str, Tensor]) -> Tensor:
+def _averaged(context: PreflightContext, optimizer: FusedAdamW, copies: dict[str, Tensor]) -> Tensor:
     if not optimizer.ema_decay:
-        return _together(subject, copies)
+        return _together(context, copies)
     with optimizer.ema():
-        return _together(subject, copies)
+        return _together(context, copies)
 
 
-def _together(subject: Subject, copies: dict[str, Tensor]) -> Tensor:
+def _together(context: PreflightContext, copies: dict[str, Tensor]) -> Tensor:
     """In the order of the model; a tensor that no group holds stays as it is."""
     return torch.cat(
-        [copies[name].detach().clone() if name in copies else _piece(p) for name, p in subject.parameters.items()]
+        [copies[name].detach().clone() if name in copies else _piece(p) for name, p in context.parameters.items()]
     )
 
 

@@ -14,9 +14,9 @@ from torch.nn import functional as fn
 
 from ris_fast.data.geometry import Reach
 from ris_fast.health.finding import Finding
-from ris_fast.health.preflight.probe import Subject
+from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.models.prediction import Prediction
-from ris_fast.physics.pairs import conj
+from ris_fast.physics.real_complex import conj
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.loss import TRUTH_TERMS
 
@@ -31,9 +31,9 @@ FEW = 4
 AGAINST = -0.5  # cosine of two gradients; what is added to a total turns it by less
 
 
-def weights(subject: Subject) -> Iterator[Finding]:
+def weights(context: PreflightContext) -> Iterator[Finding]:
     """Some term above zero tells the factors what the truth is, and the main one is among them."""
-    given: Mapping[str, float] = subject.loss.weights
+    given: Mapping[str, float] = context.loss.weights
     if not any(given.get(name, 0.0) > 0 for name in TRUTH_TERMS):
         yield Finding(
             "zero_loss_weight", f"no term tells the factors what the truth is: the weights are {_shown(given)}."
@@ -46,15 +46,15 @@ def _shown(given: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in given.items()) or "none"
 
 
-def total(subject: Subject) -> Iterator[Finding]:
+def total(context: PreflightContext) -> Iterator[Finding]:
     """What is differentiated leads where the weighted sum of the terms leads, by its gradient at the network's
     outputs."""
-    guess = subject.guess
+    guess = context.guess
     leaves = Prediction(
         *(None if value is None else value.detach().float().clone().requires_grad_() for value in guess)
     )
-    made, terms = subject.loss(leaves, subject.scenes)
-    parts = [subject.loss.weights.get(name, 0.0) * value for name, value in terms.items() if value.requires_grad]
+    made, terms = context.loss(leaves, context.scenes)
+    parts = [context.loss.weights.get(name, 0.0) * value for name, value in terms.items() if value.requires_grad]
     if not parts or made.grad_fn is None:
         return
     expected = sum(parts[1:], parts[0])
@@ -111,22 +111,22 @@ def oracle(scenes: Scenes, like: Prediction) -> Prediction:
     )
 
 
-def _terms(subject: Subject, prediction: Prediction, scenes: Scenes) -> dict[str, float]:
+def _terms(context: PreflightContext, prediction: Prediction, scenes: Scenes) -> dict[str, float]:
     with torch.no_grad():
-        return {name: float(value) for name, value in subject.loss(prediction, scenes)[1].items()}
+        return {name: float(value) for name, value in context.loss(prediction, scenes)[1].items()}
 
 
-def truth(subject: Subject) -> Iterator[Finding]:
+def truth(context: PreflightContext) -> Iterator[Finding]:
     """The true factors and places score zero in every term that compares with the truth."""
-    scenes = subject.scenes
+    scenes = context.scenes
     if scenes.factor is None:
         return
-    guess = subject.guess
+    guess = context.guess
     right = oracle(scenes, guess)
-    scores = _terms(subject, right, scenes)
+    scores = _terms(context, right, scenes)
     wrong = next((name for name in COVARIANCE if name in scores and not scores[name] < ZERO), None)
-    if wrong and subject.config.loss.beta == 0.0:
-        yield _misjudged(subject, wrong, right, guess, scores[wrong])
+    if wrong and context.config.loss.beta == 0.0:
+        yield _misjudged(context, wrong, right, guess, scores[wrong])
     for name in LOCATED:
         if name in scores and scores[name] > ZERO:
             yield Finding(
@@ -135,14 +135,14 @@ def truth(subject: Subject) -> Iterator[Finding]:
                 "prediction and label are not in the same units or frame.",
             )
             return
-    yield from _shifted(subject, right, scenes)
+    yield from _shifted(context, right, scenes)
 
 
-def _misjudged(subject: Subject, term: str, right: Prediction, guess: Prediction, score: float) -> Finding:
+def _misjudged(context: PreflightContext, term: str, right: Prediction, guess: Prediction, score: float) -> Finding:
     """Why the truth does not score zero."""
-    scenes = subject.scenes
-    turned = _terms(subject, right._replace(factor=conj(right.factor)), scenes)[term]
-    random = _terms(subject, guess, scenes)[term]
+    scenes = context.scenes
+    turned = _terms(context, right._replace(factor=conj(right.factor)), scenes)[term]
+    random = _terms(context, guess, scenes)[term]
     if abs(turned) < ZERO:
         return Finding(
             "conjugation_error",
@@ -162,12 +162,12 @@ def _misjudged(subject: Subject, term: str, right: Prediction, guess: Prediction
     )
 
 
-def _shifted(subject: Subject, right: Prediction, scenes: Scenes) -> Iterator[Finding]:
+def _shifted(context: PreflightContext, right: Prediction, scenes: Scenes) -> Iterator[Finding]:
     """A known error in angle or range has the loss that the definition says, in radians and log-metres."""
     if right.azimuth is None:
         return
     moved = right._replace(azimuth=right.azimuth + SHIFT_RAD)
-    scores, delta = _terms(subject, moved, scenes), math.radians(0.25)
+    scores, delta = _terms(context, moved, scenes), math.radians(0.25)
     expected = {"angle": delta * (SHIFT_RAD - delta / 2), "chamfer": 2 * SHIFT_RAD**2}
     for name, value in expected.items():
         if scores.get(name) and not 0.3 * value < scores[name] < 3.0 * value:
@@ -179,22 +179,22 @@ def _shifted(subject: Subject, right: Prediction, scenes: Scenes) -> Iterator[Fi
             return
     if right.range_m is not None and "range" in scores:
         value = SHIFT_LOG**2 / 2
-        found = _terms(subject, right._replace(range_m=right.range_m * math.exp(SHIFT_LOG)), scenes)["range"]
+        found = _terms(context, right._replace(range_m=right.range_m * math.exp(SHIFT_LOG)), scenes)["range"]
         if not 0.3 * value < found < 3.0 * value:
             yield Finding(
                 "wrong_units", f"ranges that are 5 % too long have a range loss of {found:.3g}; {value:.3g} is right."
             )
 
 
-def labels(subject: Subject) -> Iterator[Finding]:
+def labels(context: PreflightContext) -> Iterator[Finding]:
     """Angles and ranges lie where the task says.
 
     A reader may re-express the positions of files from another origin, which moves them past the task's limits: what
     the files have is held to the task, and the scenes to what the reader served.
     """
-    task, scenes = subject.config.task, subject.scenes
+    task, scenes = context.config.task, context.scenes
     allowed = Reach(math.radians(task.azimuth_deg), math.radians(task.elevation_deg), task.range_max_m)
-    reach = getattr(subject.trainer.source, "reach", None)
+    reach = getattr(context.trainer.source, "reach", None)
     if reach is not None:
         stored, served = reach
         yield from _beyond("the files' ", stored, allowed, "the task says")
@@ -219,15 +219,15 @@ def _beyond(whose: str, seen: Reach, allowed: Reach, says: str) -> Iterator[Find
 # ---- terms ---------------------------------------------------------------------------------------------------------
 
 
-def dead_terms(subject: Subject) -> Iterator[Finding]:
+def dead_terms(context: PreflightContext) -> Iterator[Finding]:
     """Every enabled term changes with the prediction, and none is flat where training starts."""
-    scenes = subject.scenes
-    guess = subject.guess
+    scenes = context.scenes
+    guess = context.guess
     others = [guess, _jolted(guess, 0.5), _jolted(guess, 0.1)]
     if scenes.factor is not None:
         others.append(oracle(scenes, guess))
-    table = [_terms(subject, each, scenes) for each in others]
-    alone = ("cross", "count") if subject.config.task.max_sources == 1 else ()
+    table = [_terms(context, each, scenes) for each in others]
+    alone = ("cross", "count") if context.config.task.max_sources == 1 else ()
     for name in table[0].keys() - set(alone):
         values = [row[name] for row in table]
         if len(set(values)) == 1:
@@ -257,17 +257,17 @@ def _jolted(prediction: Prediction, size: float) -> Prediction:
     return Prediction(*(noisy(value) for value in prediction))
 
 
-def shares(subject: Subject, scenes: Scenes) -> dict[str, float]:
+def shares(context: PreflightContext, scenes: Scenes) -> dict[str, float]:
     """Name of each term -> norm of its weighted gradient over the trainable parameters."""
-    live = [parameter for parameter in subject.parameters.values() if parameter.requires_grad]
-    _, terms, _ = subject.run(scenes)
+    live = [parameter for parameter in context.parameters.values() if parameter.requires_grad]
+    _, terms, _ = context.run(scenes)
     sizes = {}
     for name, value in terms.items():
         if not value.requires_grad:
             sizes[name] = 0.0
             continue
         parts = torch.autograd.grad(
-            value * subject.loss.weights.get(name, 0.0), live, retain_graph=True, allow_unused=True
+            value * context.loss.weights.get(name, 0.0), live, retain_graph=True, allow_unused=True
         )
         sizes[name] = float(
             torch.stack([part.norm() for part in parts if part is not None] or [torch.zeros(())]).norm()
@@ -275,22 +275,22 @@ def shares(subject: Subject, scenes: Scenes) -> dict[str, float]:
     return sizes
 
 
-def balance(subject: Subject) -> Iterator[Finding]:
+def balance(context: PreflightContext) -> Iterator[Finding]:
     """No auxiliary term supplies nearly all of the gradient."""
-    sizes = shares(subject, subject.scenes[:FEW])
+    sizes = shares(context, context.scenes[:FEW])
     if max(sizes.values(), default=0.0) > FAR_FROM_IT * sum(sizes.values()):
-        sizes = shares(subject, subject.scenes)
+        sizes = shares(context, context.scenes)
     total = sum(sizes.values())
     if not total > 0 or not math.isfinite(total) or not any(sizes.get(name) for name in COVARIANCE):
         return
     name, largest = max(sizes.items(), key=lambda item: item[1])
     if name not in TRUTH_TERMS and largest > DOMINATES * total:
-        truth = sum(subject.loss.weights.get(each, 0.0) for each in TRUTH_TERMS)
+        truth = sum(context.loss.weights.get(each, 0.0) for each in TRUTH_TERMS)
         yield Finding(
             "dominating_term",
-            f"{name} (weight {subject.loss.weights[name]:g}) supplies {largest / total:.1%} of "
+            f"{name} (weight {context.loss.weights[name]:g}) supplies {largest / total:.1%} of "
             "the gradient at the start.",
-            certain=subject.loss.weights[name] > truth,
+            certain=context.loss.weights[name] > truth,
         )
 
 

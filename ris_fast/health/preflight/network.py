@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import graph_of
 from ris_fast.health.preflight.parameters import listed
-from ris_fast.health.preflight.probe import Subject, captured
-from ris_fast.physics.pairs import adjoint_matmul, to_complex
+from ris_fast.health.preflight.probe import PreflightContext, captured
+from ris_fast.physics.real_complex import adjoint_matmul, to_complex
 from ris_fast.physics.scenes import Scenes
 
 SAME = 1e-5  # relative change of a factor that rounding explains
@@ -38,35 +38,37 @@ def change(a: Tensor, b: Tensor) -> float:
 # ----------------------------------------------------------------------------------------------------
 
 
-def randomness(subject: Subject) -> Iterator[Finding]:
+def randomness(context: PreflightContext) -> Iterator[Finding]:
     """Evaluation mode is not random, training mode not mostly so, and the two agree where there is no dropout."""
-    scenes = subject.scenes
-    first, second = subject.answer(scenes, 1), subject.answer(scenes, 2)
+    scenes = context.scenes
+    first, second = context.answer(scenes, 1), context.answer(scenes, 2)
     if change(first, second) > SAME:
         yield Finding(
             "train_mode_in_validation",
             "in evaluation mode two answers to the same scenes differ by "
             f"{change(first, second):.2g}: dropout is at work.",
         )
-    subject.model.train()
-    asleep = [name or "the network" for name, module in subject.model.named_modules() if not module.training]
-    if asleep:
+    context.model.train()
+    modules_in_eval_mode = [
+        name or "the network" for name, module in context.model.named_modules() if not module.training
+    ]
+    if modules_in_eval_mode:
         yield Finding(
             "eval_mode_in_training",
-            f"after train(), {len(asleep)} modules are still in evaluation mode: {listed(asleep)}.",
+            f"after train(), {len(modules_in_eval_mode)} modules are still in evaluation mode: {listed(modules_in_eval_mode)}.",
         )
     norms = [
-        name for name, module in subject.model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        name for name, module in context.model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
     ]
-    drops = [module for module in subject.model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
-    answers = [_training_answer(subject, scenes, seed) for seed in (1, 2)]
+    drops = [module for module in context.model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    answers = [_training_answer(context, scenes, seed) for seed in (1, 2)]
     noise = change(answers[0], answers[1])
     spread = float(answers[0].std(0).norm() * len(answers[0]) ** 0.5 / answers[0].norm())
     dropped = max(
         [module.p for module in drops]
         + [
             value
-            for module in subject.model.modules()
+            for module in context.model.modules()
             for name, value in vars(module).items()
             if "dropout" in name and isinstance(value, float)
         ],
@@ -78,7 +80,7 @@ def randomness(subject: Subject) -> Iterator[Finding]:
             f"two answers to the same scenes differ by {noise:.0%}, different scenes by {spread:.0%}"
             f"{f'; dropout {dropped:g}' if dropped else ''}.",
         )
-    elif norms or (noise < SAME and change(first, answers[0]) > CLOSE and not asleep):
+    elif norms or (noise < SAME and change(first, answers[0]) > CLOSE and not modules_in_eval_mode):
         yield Finding(
             "batchnorm_statistics",
             "without dropout, training and evaluation mode answer differently "
@@ -86,15 +88,15 @@ def randomness(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _training_answer(subject: Subject, scenes: Scenes, seed: int) -> Tensor:
+def _training_answer(context: PreflightContext, scenes: Scenes, seed: int) -> Tensor:
     torch.manual_seed(seed)
     with torch.enable_grad():
-        return subject.step.predict(scenes).factor.detach().float().clone()
+        return context.step.predict(scenes).factor.detach().float().clone()
 
 
-def saturation(subject: Subject) -> Iterator[Finding]:
+def saturation(context: PreflightContext) -> Iterator[Finding]:
     """Factors are not all at the ends of a range, and have as many independent columns as scenes have sources."""
-    answer = subject.answer(subject.scenes)
+    answer = context.answer(context.scenes)
     if not bool(answer.isfinite().all()):
         return
     low, high = answer.amin(), answer.amax()
@@ -106,7 +108,7 @@ def saturation(subject: Subject) -> Iterator[Finding]:
         )
         return
     gram = torch.linalg.eigvalsh(to_complex(adjoint_matmul(answer.double(), answer.double())))
-    needed = min(int(subject.scenes.count.max()), answer.shape[1])
+    needed = min(int(context.scenes.count.max()), answer.shape[1])
     rank = int((gram > DEPENDENT * gram[:, -1:].clamp_min(1e-30)).sum(1).max())
     if rank < needed:
         yield Finding(
@@ -115,7 +117,7 @@ def saturation(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def layers(subject: Subject) -> Iterator[Finding]:
+def layers(context: PreflightContext) -> Iterator[Finding]:
     """Signals neither explode nor stop on their way; units differ from each other."""
     signals: dict[str, tuple[float, float, bool]] = {}
     outputs: dict[str, Tensor] = {}
@@ -126,39 +128,39 @@ def layers(subject: Subject) -> Iterator[Finding]:
             if output.requires_grad:
                 outputs.setdefault(name, output)
 
-    subject.model.train()
-    with captured(subject.model, keep):
-        total = subject.run()[0]
+    context.model.train()
+    with captured(context.model, keep):
+        total = context.run()[0]
     for name, (before, after, finite) in signals.items():
         if finite and not after < float("inf"):
             yield Finding(
-                "fp16_overflow" if _narrow(subject) else "bad_initialisation",
+                "fp16_overflow" if _narrow(context) else "bad_initialisation",
                 f"{name} answers with values that are not finite to inputs that are.",
             )
             return
     if not bool(total.isfinite()):
         yield from _broken_loss(
-            subject, float(total.detach()), [name for name, (_, _, finite) in signals.items() if not finite]
+            context, float(total.detach()), [name for name, (_, _, finite) in signals.items() if not finite]
         )
         return
     yield from _exploding(signals)
-    yield from _dead(subject, total, outputs, signals)
-    yield from _equal_units(subject)
+    yield from _dead(context, total, outputs, signals)
+    yield from _equal_units(context)
 
 
-def _narrow(subject: Subject) -> bool:
+def _narrow(context: PreflightContext) -> bool:
     """Numbers of 16 bits are about: by the run's setting, or in a tensor that the loss is made of."""
-    if subject.config.training.precision != "fp32":
+    if context.config.training.precision != "fp32":
         return True
-    nodes = graph_of(subject.run()[0]).operators
+    nodes = graph_of(context.run()[0]).operators
     return any(
         meta.dtype in (torch.float16, torch.bfloat16) for node in nodes for meta in getattr(node, "_input_metadata", ())
     )
 
 
-def _broken_loss(subject: Subject, loss: float, layers: list[str]) -> Iterator[Finding]:
+def _broken_loss(context: PreflightContext, loss: float, layers: list[str]) -> Iterator[Finding]:
     """Why the loss is not finite, where no layer made it so; scenes that are not finite are told of elsewhere."""
-    scenes = subject.scenes
+    scenes = context.scenes
     if not all(
         bool(value.isfinite().all())
         for value in (scenes.snapshots, scenes.channel, scenes.factor, scenes.covariance)
@@ -171,7 +173,7 @@ def _broken_loss(subject: Subject, loss: float, layers: list[str]) -> Iterator[F
             f"the input of {layers[0]} is not finite though the scenes are: what prepares it divides by zero or "
             "overflows.",
         )
-    elif _narrow(subject):
+    elif _narrow(context):
         yield Finding("fp16_overflow", f"the loss is {loss} although every layer is finite.")
     else:
         yield Finding("nonfinite_gradients", f"the loss is {loss} although every layer is finite, in float32.")
@@ -193,7 +195,7 @@ def _exploding(signals: dict[str, tuple[float, float, bool]]) -> Iterator[Findin
         )
 
 
-def _dead(subject: Subject, total: Tensor, outputs: dict[str, Tensor], signals: dict) -> Iterator[Finding]:
+def _dead(context: PreflightContext, total: Tensor, outputs: dict[str, Tensor], signals: dict) -> Iterator[Finding]:
     """Layers whose output receives no gradient for any unit and scene, although it is there and autograd reaches it."""
     if not total.requires_grad or total.grad_fn is None or not outputs:
         return
@@ -203,7 +205,7 @@ def _dead(subject: Subject, total: Tensor, outputs: dict[str, Tensor], signals: 
         for (name, value), gradient in zip(outputs.items(), gradients)
         if gradient is not None and not bool(gradient.any())
     ]
-    stuck = _never_reached(subject) if silent else []
+    stuck = _never_reached(context) if silent else []
     if len(stuck) > 1:
         yield Finding("zero_product_init", f"{listed(stuck)} start at zero, and each stops the gradient of the other.")
         return
@@ -218,19 +220,19 @@ def _dead(subject: Subject, total: Tensor, outputs: dict[str, Tensor], signals: 
             return
 
 
-def _never_reached(subject: Subject) -> list[str]:
+def _never_reached(context: PreflightContext) -> list[str]:
     """Matrices of zeros that no gradient reaches, not even after every tensor that one reaches has moved, and those it
     reaches then.
 
     One factor of a product may start at zero, as the last layer of a residual branch: it moves, and then the other one
     does.
     """
-    live = {name: p for name, p in subject.parameters.items() if p.requires_grad}
+    live = {name: p for name, p in context.parameters.items() if p.requires_grad}
     stuck = [name for name, p in live.items() if p.dim() > 1 and not bool(p.any())]
     generator, moved = torch.Generator().manual_seed(23), set[str]()
     with ExitStack() as stack:
         while len(stuck) > 1:
-            total = subject.run()[0]
+            total = context.run()[0]
             parts = dict(zip(live, torch.autograd.grad(total, list(live.values()), allow_unused=True)))
             reached = {name for name, part in parts.items() if part is not None and bool(part.any())} - moved
             stuck = [name for name in stuck if name not in reached]
@@ -238,13 +240,13 @@ def _never_reached(subject: Subject) -> list[str]:
                 break
             tensors, moved = [live[name] for name in reached], moved | reached
             directions = [torch.randn(p.shape, generator=generator).to(p) for p in tensors]
-            stack.enter_context(subject.moved(tensors, directions, NUDGE))
+            stack.enter_context(context.moved(tensors, directions, NUDGE))
     return stuck
 
 
-def _equal_units(subject: Subject) -> Iterator[Finding]:
+def _equal_units(context: PreflightContext) -> Iterator[Finding]:
     """No weight matrix has equal rows that receive equal gradients."""
-    live = {name: p for name, p in subject.parameters.items() if p.requires_grad and p.dim() > 1 and p.shape[0] > 1}
+    live = {name: p for name, p in context.parameters.items() if p.requires_grad and p.dim() > 1 and p.shape[0] > 1}
     alike = [name for name, p in live.items() if bool((p == p[:1]).all()) and bool(p.any())]
     if alike:
         yield Finding("symmetric_init", f"all units of {listed(alike)} start with the same weights.")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ris_fast.data.geometry import leading_factor
 from ris_fast.physics.channel import sense
-from ris_fast.physics.pairs import to_complex
+from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes
 
 WHOLE, HALF = 0.8, 0.5  # below WHOLE scenes as a group are mixed up, below HALF a scene by itself

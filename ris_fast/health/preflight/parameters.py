@@ -11,7 +11,7 @@ from torch import nn
 from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.names import words
 from ris_fast.health.preflight.autograd import graph_of
-from ris_fast.health.preflight.probe import Subject
+from ris_fast.health.preflight.probe import PreflightContext
 
 STANDARD = (nn.Linear, nn.modules.conv._ConvNd, nn.LayerNorm, nn.Embedding, nn.RMSNorm)
 
@@ -22,38 +22,38 @@ def listed(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def allowed_frozen(subject: Subject) -> tuple[str, ...]:
+def allowed_frozen(context: PreflightContext) -> tuple[str, ...]:
     """Beginnings of names that may be frozen."""
-    return words(subject.config.health.frozen)
+    return words(context.config.health.frozen)
 
 
-def frozen(subject: Subject) -> Iterator[Finding]:
+def frozen(context: PreflightContext) -> Iterator[Finding]:
     """Parameters that do not require a gradient and are not named in health.frozen."""
     names = [
         name
-        for name, parameter in subject.parameters.items()
-        if not parameter.requires_grad and not name.startswith(allowed_frozen(subject))
+        for name, parameter in context.parameters.items()
+        if not parameter.requires_grad and not name.startswith(allowed_frozen(context))
     ]
     if names:
-        share = sum(subject.parameters[name].numel() for name in names) / max(
-            1, sum(p.numel() for p in subject.parameters.values())
+        share = sum(context.parameters[name].numel() for name in names) / max(
+            1, sum(p.numel() for p in context.parameters.values())
         )
         yield Finding(
             "frozen_parameters",
-            f"{len(names)} of {len(subject.parameters)} tensors ({share:.0%} of the weights) "
+            f"{len(names)} of {len(context.parameters)} tensors ({share:.0%} of the weights) "
             f"do not require a gradient: {listed(names)}.",
         )
 
 
-def membership(subject: Subject) -> Iterator[Finding]:
+def membership(context: PreflightContext) -> Iterator[Finding]:
     """Every trainable parameter is in the optimizer exactly once, and nothing else is."""
     grouped = [
         (group.get("name", f"group {number}"), parameter)
-        for number, group in enumerate(subject.optimizer.param_groups)
+        for number, group in enumerate(context.optimizer.param_groups)
         for parameter in group["params"]
     ]
     times = Counter(id(parameter) for _, parameter in grouped)
-    own = {id(parameter): name for name, parameter in subject.parameters.items()}
+    own = {id(parameter): name for name, parameter in context.parameters.items()}
     twice = [own.get(key, "a tensor of no module") for key, count in times.items() if count > 1]
     if twice:
         yield Finding(
@@ -66,7 +66,7 @@ def membership(subject: Subject) -> Iterator[Finding]:
             f"{len(strangers)} of the optimizer's {len(grouped)} tensors are not "
             f"parameters of the network (in {listed(sorted(set(strangers)))}).",
         )
-    missing = [name for key, name in own.items() if key not in times and subject.parameters[name].requires_grad]
+    missing = [name for key, name in own.items() if key not in times and context.parameters[name].requires_grad]
     if missing:
         yield Finding(
             "missing_from_optimizer",
@@ -74,27 +74,27 @@ def membership(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def tied(subject: Subject) -> Iterator[Finding]:
+def tied(context: PreflightContext) -> Iterator[Finding]:
     """No two names share one tensor or one piece of memory."""
     places: dict[int, list[str]] = {}
-    for name, parameter in subject.model.named_parameters(remove_duplicate=False):
+    for name, parameter in context.model.named_parameters(remove_duplicate=False):
         places.setdefault(parameter.data_ptr() if parameter.numel() else id(parameter), []).append(name)
     shared = [names for names in places.values() if len(names) > 1]
     if shared:
         yield Finding("tied_parameters", f"{len(shared)} tensors have more than one name: {' = '.join(shared[0])}.")
 
 
-def unregistered(subject: Subject) -> Iterator[Finding]:
+def unregistered(context: PreflightContext) -> Iterator[Finding]:
     """Layers keep their weights as parameters, and the loss reaches no leaf that is not one."""
     plain = [
         f"{name}.weight"
-        for name, module in subject.model.named_modules()
+        for name, module in context.model.named_modules()
         if isinstance(module, STANDARD) and "weight" not in module._parameters
     ]
     if plain:
         yield Finding("unregistered_parameters", f"{listed(plain)} is a buffer or a plain attribute, not a parameter.")
-    own = {id(parameter) for parameter in subject.parameters.values()}
-    strangers = [leaf for key, leaf in eager_leaves(subject).items() if key not in own]
+    own = {id(parameter) for parameter in context.parameters.values()}
+    strangers = [leaf for key, leaf in eager_leaves(context).items() if key not in own]
     if strangers:
         yield Finding(
             "unregistered_parameters",
@@ -103,14 +103,14 @@ def unregistered(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def eager_leaves(subject: Subject) -> dict[int, torch.Tensor]:
+def eager_leaves(context: PreflightContext) -> dict[int, torch.Tensor]:
     """Leaves that the network itself, not what was made of it, and the loss reach."""
-    network = subject.step.network
-    subject.step.network = subject.model
+    network = context.step.network
+    context.step.network = context.model
     try:
-        total, terms, prediction = subject.run()
+        total, terms, prediction = context.run()
     finally:
-        subject.step.network = network
+        context.step.network = network
     leaves: dict[int, torch.Tensor] = {}
     for value in [*(each for each in prediction if each is not None), *terms.values()]:
         if value.requires_grad:
@@ -118,9 +118,9 @@ def eager_leaves(subject: Subject) -> dict[int, torch.Tensor]:
     return leaves
 
 
-def precision(subject: Subject) -> Iterator[Finding]:
+def precision(context: PreflightContext) -> Iterator[Finding]:
     """Weights have a format that small updates survive in."""
-    low = [name for name, parameter in subject.parameters.items() if parameter.dtype in (torch.float16, torch.bfloat16)]
+    low = [name for name, parameter in context.parameters.items() if parameter.dtype in (torch.float16, torch.bfloat16)]
     if low:
         yield Finding("low_precision_weights", f"{len(low)} tensors are kept in 16 bits: {listed(low)}.")
 

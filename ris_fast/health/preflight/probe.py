@@ -27,7 +27,7 @@ GROUPS = 8  # optimizer steps whose scenes are looked at
 MOST_SCENES = 2048
 
 
-class Subject:
+class PreflightContext:
     """A trainer under examination. `groups`: the scenes of its first steps, as its own loop serves them."""
 
     def __init__(self, trainer: Trainer) -> None:

@@ -21,7 +21,7 @@ from ris_fast.training.trainer import Trainer
 Back = Callable[[], None]
 
 
-class Numbers:
+class TensorCopies:
     """A copy of every tensor that a trainer's network and optimizer hold, made once and written back as often as asked.
 
     A network of 16 million parameters holds a third of a gigabyte: a new copy before each of many checks would take
@@ -76,13 +76,13 @@ def modules_of(trainer: Trainer) -> list[nn.Module]:
 
 
 @contextmanager
-def untouched(trainer: Trainer, numbers: Numbers | None = None) -> Iterator[None]:
+def preserve_state(trainer: Trainer, numbers: TensorCopies | None = None) -> Iterator[None]:
     """Whatever happens to the trainer's numbers inside the block is undone at its end, bit for bit; so is what happens
     to schedulers, averages and counters that its hooks and replaced methods reach.
 
     `numbers`: a copy of them that was made before, since when nothing has changed.
     """
-    numbers = numbers or Numbers(trainer)
+    numbers = numbers or TensorCopies(trainer)
     undo = [
         _gradients(trainer.model),
         _optimizer(trainer.optimizer),

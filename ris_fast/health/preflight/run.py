@@ -28,12 +28,12 @@ from ris_fast.health.preflight import (
     terms,
     validation,
 )
-from ris_fast.health.preflight.probe import Subject
-from ris_fast.health.preflight.restore import Numbers, untouched
+from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.restore import TensorCopies, preserve_state
 from ris_fast.training.batch_size import is_memory
 from ris_fast.training.trainer import Trainer
 
-Check = Callable[[Subject], Iterator[Finding]]
+Check = Callable[[PreflightContext], Iterator[Finding]]
 SMALL_BATCH = {
     **targets.CHECKS,
     **scenes.CHECKS,
@@ -94,12 +94,12 @@ def unknown(results: Sequence[Result]) -> str:
 
 def run_checks(trainer: Trainer, *, progress: Callable[[Result], None] | None = None) -> list[Result]:
     """Every check in turn. One that cannot run because of what another found is noted, not raised."""
-    subject, numbers, results = Subject(trainer), Numbers(trainer), []
-    compiling = calls.COMPILING if subject.by_torch else {}
+    context, numbers, results = PreflightContext(trainer), TensorCopies(trainer), []
+    compiling = calls.COMPILING if context.by_torch else {}
     for name, check in {**SMALL_BATCH, **compiling, **WHOLE_STEP, **LEARNING}.items():
         if name in LEARNING and any(result.findings for result in results):
             continue
-        result = _run(subject, numbers, name, check, small=name in SMALL_BATCH or name in LEARNING)
+        result = _run(context, numbers, name, check, small=name in SMALL_BATCH or name in LEARNING)
         results.append(result)
         if name in compiling and result.note:
             trainer.compile_note = result.note  # what was compiled stays so
@@ -108,19 +108,19 @@ def run_checks(trainer: Trainer, *, progress: Callable[[Result], None] | None = 
     return results
 
 
-def _run(subject: Subject, numbers: Numbers, name: str, check: Check, *, small: bool) -> Result:
+def _run(context: PreflightContext, numbers: TensorCopies, name: str, check: Check, *, small: bool) -> Result:
     began, failed = time.perf_counter(), ""
     findings: list[Finding] = []
-    subject.note, subject.reached = "", True
-    with untouched(subject.trainer, numbers), warnings.catch_warnings():
+    context.note, context.reached = "", True
+    with preserve_state(context.trainer, numbers), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        subject.model.train()
+        context.model.train()
         try:
             if small:
-                with subject.small():
-                    findings.extend(check(subject))
+                with context.small():
+                    findings.extend(check(context))
             else:
-                findings.extend(check(subject))
+                findings.extend(check(context))
         except Exception as error:
             # A check calls whatever the trainer is made of, and what is wrong with it may raise anything: the check
             # ends, not the
@@ -128,7 +128,7 @@ def _run(subject: Subject, numbers: Numbers, name: str, check: Check, *, small: 
             if is_memory(error) or hasattr(error, "exit_code"):  # told to a person in their own words
                 raise
             failed = _told(error)
-    return Result(name, tuple(findings), time.perf_counter() - began, subject.note, failed, subject.reached)
+    return Result(name, tuple(findings), time.perf_counter() - began, context.note, failed, context.reached)
 
 
 def _told(error: Exception) -> str:

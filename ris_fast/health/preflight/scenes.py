@@ -16,11 +16,11 @@ from ris_fast.data.fingerprints import Overlap, find_overlap, scene_hashes
 from ris_fast.data.shards import verify_manifest
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.pairing import DEVIATIONS, HALF, WHOLE, Belonging, belonging, with_factor
-from ris_fast.health.preflight.probe import FEWEST, Subject
+from ris_fast.health.preflight.probe import FEWEST, PreflightContext
 from ris_fast.health.preflight.snr import labels_differ
-from ris_fast.physics.pairs import conj
+from ris_fast.physics.real_complex import conj
 from ris_fast.physics.scenes import Scenes
-from ris_fast.training.telemetry.step_telemetry import prints
+from ris_fast.training.telemetry.step_telemetry import row_hashes
 
 COMPARED = 64  # scenes of the loop whose parts are compared
 SPREAD, RUN = 256, 8  # scenes of files, in runs of consecutive ones
@@ -39,13 +39,13 @@ NO_SOURCES = (
 PARTS = (("shuffled_labels", "factor"), ("mismatched_channel", "channel"), ("stale_cache", "snapshots"))
 
 
-def _all(subject: Subject) -> Scenes:
-    return Scenes.concatenate([scenes for group in subject.groups for scenes in group])
+def _all(context: PreflightContext) -> Scenes:
+    return Scenes.concatenate([scenes for group in context.groups for scenes in group])
 
 
-def finite(subject: Subject) -> Iterator[Finding]:
+def finite(context: PreflightContext) -> Iterator[Finding]:
     """No scene carries NaN or infinity."""
-    for split, scenes in (("train", _all(subject)), ("val", subject.validation)):
+    for split, scenes in (("train", _all(context)), ("val", context.validation)):
         for name in ("snapshots", "channel", "factor", "covariance", "snr_db"):
             value = getattr(scenes, name)
             if value is None:
@@ -61,11 +61,11 @@ def finite(subject: Subject) -> Iterator[Finding]:
                 return
 
 
-def distinct(subject: Subject) -> Iterator[Finding]:
+def distinct(context: PreflightContext) -> Iterator[Finding]:
     """No scene of the first steps is there twice, none is empty, and inputs and targets differ between scenes."""
-    yield from _filled("training", _all(subject))
-    yield from _filled("validation", subject.validation)
-    yield from _repeats(subject, _all(subject))
+    yield from _filled("training", _all(context))
+    yield from _filled("validation", context.validation)
+    yield from _repeats(context, _all(context))
 
 
 def _filled(what: str, scenes: Scenes) -> Iterator[Finding]:
@@ -84,20 +84,20 @@ def _filled(what: str, scenes: Scenes) -> Iterator[Finding]:
         yield Finding("constant_targets", f"all of the first {scenes.batch} {what} scenes have the same target.")
 
 
-def _repeats(subject: Subject, scenes: Scenes) -> Iterator[Finding]:
-    hashes = prints(scenes.snapshots)[~(scenes.snapshots.flatten(1) == 0).all(1)]
+def _repeats(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:
+    hashes = row_hashes(scenes.snapshots)[~(scenes.snapshots.flatten(1) == 0).all(1)]
     different = len(hashes.unique())
-    first = subject.groups[0]
-    batch = [prints(each.snapshots) for each in first]
+    first = context.groups[0]
+    batch = [row_hashes(each.snapshots) for each in first]
     again = len(hashes) - different
     if 0 < again <= len(hashes) // FEW and _copies(scenes) and not _other_labels(scenes):
-        subject.note = (
+        context.note = (
             f"{again} of the first {len(hashes)} scenes are copies of others in the data, under numbers of their own"
         )
         return
     if again < max(1, len(hashes) // 100):
         return
-    seen = f"the first {len(subject.groups)} steps serve {len(hashes)} scenes, of which {different} are different"
+    seen = f"the first {len(context.groups)} steps serve {len(hashes)} scenes, of which {different} are different"
     if _other_labels(scenes):
         yield Finding(
             "stale_cache",
@@ -112,7 +112,7 @@ def _repeats(subject: Subject, scenes: Scenes) -> Iterator[Finding]:
         yield Finding(
             (
                 "rank_sees_other_data"
-                if len(torch.cat([prints(g[0].snapshots) for g in subject.groups]).unique()) > len(batch[0])
+                if len(torch.cat([row_hashes(g[0].snapshots) for g in context.groups]).unique()) > len(batch[0])
                 else "repeated_batch"
             ),
             f"{seen}: all {len(first)} parts of a step have the same scenes.",
@@ -128,15 +128,15 @@ def _copies(scenes: Scenes) -> bool:
 
 def _other_labels(scenes: Scenes) -> bool:
     """Whether some scenes with the same snapshots have other targets."""
-    target = prints(scenes.factor if scenes.factor is not None else scenes.covariance)
-    pairs = torch.stack([prints(scenes.snapshots), target], 1)
+    target = row_hashes(scenes.factor if scenes.factor is not None else scenes.covariance)
+    pairs = torch.stack([row_hashes(scenes.snapshots), target], 1)
     full = len(pairs.unique(dim=0)) - len(pairs[:, 0].unique())
     return full > len(pairs) // 50 and len(target.unique()) > len(pairs[:, 0].unique())
 
 
-def splits(subject: Subject) -> Iterator[Finding]:
+def splits(context: PreflightContext) -> Iterator[Finding]:
     """No validation scene is a training scene, by the bytes of its snapshots."""
-    source = subject.trainer.source
+    source = context.trainer.source
     # Of files, the reader compared every scene; what is served may differ.
     read = [each for each in getattr(source, "overlaps", ()) if (each.first, each.second) == ("train", "val")]
     for overlap in (*read, _overlap(source)):
@@ -168,10 +168,10 @@ def _overlap(source: Any) -> Overlap:
     return find_overlap("train", hashes("train", HASHED), "val", hashes("val", 256))
 
 
-def manifest(subject: Subject) -> Iterator[Finding]:
+def manifest(context: PreflightContext) -> Iterator[Finding]:
     """What training reads of a data set has the statistics that its manifest promises; nothing to compare in a
     simulation."""
-    wrong = verify_manifest(subject.trainer.source, contents=False)
+    wrong = verify_manifest(context.trainer.source, contents=False)
     if wrong:
         yield Finding(
             "manifest_differs", f"{wrong[0]}{f' ({len(wrong) - 1} more differences)' if len(wrong) > 1 else ''}."
@@ -181,15 +181,15 @@ def manifest(subject: Subject) -> Iterator[Finding]:
 # ---- the physics ----------------------------------------------------------------------------------------------------
 
 
-def physics(subject: Subject) -> Iterator[Finding]:
+def physics(context: PreflightContext) -> Iterator[Finding]:
     """Snapshots, channel and target of one scene belong together, where the run trains and where it validates."""
     seen: dict[str, str] = {}  # what is said once of a kind of scenes, not of the files and of the loop
-    for what, whole, of_files in _looked_at(subject):
+    for what, whole, of_files in _looked_at(context):
         scenes = with_factor(whole)
         if scenes.channel is None or scenes.factor is None:
-            subject.note = f"not checked: the scenes have no {'channel' if scenes.channel is None else 'target'}"
+            context.note = f"not checked: the scenes have no {'channel' if scenes.channel is None else 'target'}"
             return
-        finding, said = _together(subject, what, scenes)
+        finding, said = _together(context, what, scenes)
         seen.setdefault(said.partition(" are ")[0], said)
         if finding is not None:
             # Rows of files are not left over from an earlier batch: there it is the order that is wrong.
@@ -199,19 +199,19 @@ def physics(subject: Subject) -> Iterator[Finding]:
                 else finding
             )
             return
-    subject.note = "; ".join(filter(None, seen.values()))
+    context.note = "; ".join(filter(None, seen.values()))
 
 
-def _looked_at(subject: Subject) -> Iterator[tuple[str, Scenes, bool]]:
+def _looked_at(context: PreflightContext) -> Iterator[tuple[str, Scenes, bool]]:
     """Scenes of files from all over their splits, where the order of rows is still to be seen (True); then as the loop
     serves them."""
-    source = subject.trainer.source
+    source = context.trainer.source
     for split, what in (("train", "training"), ("val", "validation")):
         if not source.endless:
             yield what, source.batch(split, _spread(source.size(split))), True
-    last = subject.groups[-1][0]
-    yield "training", last[:COMPARED] if last.batch >= FEWEST else _all(subject)[:COMPARED], False
-    yield "validation", subject.validation[:COMPARED], False
+    last = context.groups[-1][0]
+    yield "training", last[:COMPARED] if last.batch >= FEWEST else _all(context)[:COMPARED], False
+    yield "validation", context.validation[:COMPARED], False
 
 
 def _spread(size: int) -> Tensor:
@@ -222,15 +222,15 @@ def _spread(size: int) -> Tensor:
     return (starts[:, None] + torch.arange(RUN)).flatten()
 
 
-def _together(subject: Subject, what: str, scenes: Scenes) -> tuple[Finding | None, str]:
+def _together(context: PreflightContext, what: str, scenes: Scenes) -> tuple[Finding | None, str]:
     """What is wrong with how the parts of the scenes are paired, None where nothing is; and a note where nothing can be
     said."""
-    model = subject.config.task.symbols
+    model = context.config.task.symbols
     found = belonging(scenes, model == "static")
     broken, decided = int(found.broken.sum()), int(found.decided.sum())
     partly = broken >= FEWEST and broken >= 0.01 * decided
     if not found.mixed_up and not partly:
-        other = _other_symbols(subject, what, scenes)
+        other = _other_symbols(context, what, scenes)
         labels, said = labels_differ(what, scenes, model == "static") if other is None else (other, "")
         return labels, (
             said if found.group()[1] * DEVIATIONS < 1 else f"not checked: too few {what} scenes are loud enough"
@@ -262,9 +262,9 @@ def _mean(found: Belonging, rows: Tensor) -> float:
     return Belonging(*(each[rows] for each in found)).group()[0]
 
 
-def _other_symbols(subject: Subject, what: str, scenes: Scenes) -> Finding | None:
+def _other_symbols(context: PreflightContext, what: str, scenes: Scenes) -> Finding | None:
     """Symbols that a task draws for each snapshot, and the scenes once."""
-    if subject.config.task.symbols == "static" or scenes.snapshots.shape[1] == 1:
+    if context.config.task.symbols == "static" or scenes.snapshots.shape[1] == 1:
         return None
     static = belonging(scenes, True)
     if static.group()[0] < 0.9 or static.group()[1] > 0.02:
@@ -348,7 +348,7 @@ def _unpaired(scenes: Scenes, rows: Tensor, read: Belonging, static: bool) -> tu
     if deviation * DEVIATIONS > HALF:
         return (
             "parts_unrelated",
-            f"no conjugate, no order of axes and no part of the other scenes looked at mends it{others}",
+            f"no conjugate, no order of axes and no part of the other scenes looked at fixes it{others}",
             "",
         )
     if mean < HALF:
@@ -356,7 +356,7 @@ def _unpaired(scenes: Scenes, rows: Tensor, read: Belonging, static: bool) -> tu
             "parts_unrelated",
             (
                 "y carries nothing of any sources through its own channel (any field on the surface explains"
-                f" {max(mean, 0):.0%}), and no part of the other scenes looked at mends it{others}"
+                f" {max(mean, 0):.0%}), and no part of the other scenes looked at fixes it{others}"
             ),
             NO_SIGNAL,
         )

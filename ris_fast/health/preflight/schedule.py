@@ -9,7 +9,7 @@ import torch
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.parameters import listed
-from ris_fast.health.preflight.probe import Subject
+from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.training.schedule import learning_rate_factor
 
 LONGEST_WARMUP = 0.5  # of the run
@@ -20,18 +20,18 @@ FLIPPED = 2.0  # share from which a weight that decays grows, with the other sig
 CLIPPED_TO = 1e-3  # of the first gradient's norm
 
 
-def factors(subject: Subject, samples: int = 1000) -> tuple[list[float], int]:
+def factors(context: PreflightContext, samples: int = 1000) -> tuple[list[float], int]:
     """The schedule at up to `samples` of its steps, and how many steps each stands for."""
-    settings, planned = subject.config.optimizer, max(1, subject.trainer.plan.planned)
+    settings, planned = context.config.optimizer, max(1, context.trainer.plan.planned)
     stride = max(1, planned // samples)
     return [
         learning_rate_factor(step, planned, settings.warmup, settings.final_lr) for step in range(0, planned, stride)
     ], stride
 
 
-def rates(subject: Subject) -> Iterator[Finding]:
+def rates(context: PreflightContext) -> Iterator[Finding]:
     """No group's rate is zero, the warm-up ends, and the run is long enough for its rates."""
-    groups = subject.optimizer.param_groups
+    groups = context.optimizer.param_groups
     zero = [
         str(group.get("name", number))
         for number, group in enumerate(groups)
@@ -41,21 +41,21 @@ def rates(subject: Subject) -> Iterator[Finding]:
         yield Finding("zero_learning_rate", f"the learning rate of {listed(zero)} is zero.")
     if any(group.get("maximize") for group in groups):
         yield Finding("loss_sign", "the optimizer maximises the loss (maximize=True).")
-    shape, stride = factors(subject)
-    planned = subject.trainer.plan.planned
+    shape, stride = factors(context)
+    planned = context.trainer.plan.planned
     top = shape.index(max(shape)) * stride
     if planned > 10 and top >= LONGEST_WARMUP * planned:
         yield Finding("warmup_too_long", f"the learning rate rises until step {top} of {planned}.", certain=False)
-    yield from _sizes(subject, sum(shape) * stride)
+    yield from _sizes(context, sum(shape) * stride)
 
 
-def _sizes(subject: Subject, path: float) -> Iterator[Finding]:
+def _sizes(context: PreflightContext, path: float) -> Iterator[Finding]:
     """One step moves a weight by about its rate: all of them beside the weights' size, and one beside it.
 
     Certain is what no run survives: rates at which no group moves, or at which every step is many times what a layer
         holds.
     """
-    groups = subject.optimizer.param_groups
+    groups = context.optimizer.param_groups
     slow, fast, wild = [], [], False
     for number, group in enumerate(groups):
         peak = group.get("peak_lr", group["lr"])
@@ -66,7 +66,7 @@ def _sizes(subject: Subject, path: float) -> Iterator[Finding]:
         usual = max(
             size, _median(p[0].numel() ** -0.5 for p in matrices)
         )  # small first weights grow to this in no time
-        if peak * path < SHORTEST_PATH * size and subject.trainer.plan.planned > 20:
+        if peak * path < SHORTEST_PATH * size and context.trainer.plan.planned > 20:
             slow.append(f"{name}: {peak * path:.2g} beside weights of {size:.2g}")
         if peak > usual:
             fast.append(f"{name}: {peak:.2g} a step beside weights of {usual:.2g}")
@@ -96,24 +96,24 @@ def _median(values: Iterable[float]) -> float:
     return ordered[len(ordered) // 2]
 
 
-def first_gradient(subject: Subject) -> Iterator[Finding]:
+def first_gradient(context: PreflightContext) -> Iterator[Finding]:
     """Clip threshold and Adam's epsilon beside the first gradient.
 
     Adam divides a gradient by its own size, so that clipping changes no step, until its epsilon is larger than what is
     left.
     """
-    live = [p for p in subject.parameters.values() if p.requires_grad]
-    total = subject.run()[0]
+    live = [p for p in context.parameters.values() if p.requires_grad]
+    total = context.run()[0]
     if not live or not total.requires_grad or not bool(total.isfinite()):
         return
     parts = [g for g in torch.autograd.grad(total, live, allow_unused=True) if g is not None and bool(g.any())]
     if not parts or not all(bool(part.isfinite().all()) for part in parts):
         return
     norm = float(torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).norm())
-    limit = subject.optimizer.max_grad_norm or math.inf
+    limit = context.optimizer.max_grad_norm or math.inf
     sizes = [float(part.square().mean().sqrt()) * min(1.0, limit / norm) for part in parts]
     size, largest = _median(sizes), max(sizes)
-    eps = max(group.get("eps", 0.0) for group in subject.optimizer.param_groups)
+    eps = max(group.get("eps", 0.0) for group in context.optimizer.param_groups)
     if limit < CLIPPED_TO * norm and eps > size:
         yield Finding(
             "clip_too_small",

@@ -16,7 +16,7 @@ HEARD, EXPECTED = (
     1 / 3,
 )  # of all scenes, and of those loud enough by their labels, how many must be measured: a few fit by chance
 FAR_DB, OFFSET_DB = 3.0, 1.5  # beyond the measurement's own deviation; of the median that is noted
-ALIKE_DB = 1.5  # from the median, within which labels that are mended agree
+ALIKE_DB = 1.5  # from the median, within which labels that are fixed agree
 
 
 def labels_differ(what: str, scenes: Scenes, static: bool) -> tuple[Finding | None, str]:
@@ -44,7 +44,7 @@ def labels_differ(what: str, scenes: Scenes, static: bool) -> tuple[Finding | No
 
 
 def _how(found: SnrLabels, middle: float) -> tuple[str, str]:
-    """What would mend the labels: other units, one offset, or another order."""
+    """What would fix the labels: other units, one offset, or another order."""
     linear = found._replace(labels_db=10.0 * found.labels_db.clamp_min(1e-9).log10())
     if bool((found.labels_db > 0).all()) and _apart(linear.away_db) < min(ALIKE_DB, 0.5 * _apart(found.away_db)):
         return "read as linear ratios they agree", "Write snr in dB: 10 log10 of the ratio of signal to noise power."

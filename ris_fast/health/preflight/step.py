@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.parameters import listed, rounded_to_16_bits
-from ris_fast.health.preflight.probe import Subject
+from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.schedule import learning_rate_factor
 from ris_fast.training.telemetry.step_telemetry import Telemetry
@@ -32,7 +32,7 @@ EXACT = 0.02  # of a norm: more than rounding and the order of sums
 class Taken:
     """What one step did, measured between its parts. Lists are in the order of the model's parameters."""
 
-    left_over: float = math.nan  # gradient norm after the gradients were cleared
+    residual_grad_norm: float = math.nan  # gradient norm after the gradients were cleared
     raw: list[Tensor | None] = field(default_factory=list)
     scale: float = 1.0  # of the loss
     attempted: int = 0
@@ -46,13 +46,13 @@ class StepProbe(Telemetry):
     """In place of telemetry, which then measures nothing: keeps the gradients themselves, where `gradients` are asked
     for."""
 
-    def __init__(self, subject: Subject, gradients: bool) -> None:
-        super().__init__(subject.model, subject.optimizer, 1)
+    def __init__(self, context: PreflightContext, gradients: bool) -> None:
+        super().__init__(context.model, context.optimizer, 1)
         self.taken, self.gradients, self.enabled = Taken(), gradients, False
 
     def cleared(self) -> None:
         if self.gradients:
-            self.taken.left_over = _norm([p.grad for p in self.model.parameters()])
+            self.taken.residual_grad_norm = _norm([p.grad for p in self.model.parameters()])
 
     def shown(self, scenes: Scenes, factor: Tensor) -> None:
         """Nothing: the scenes are known."""
@@ -63,26 +63,26 @@ class StepProbe(Telemetry):
 
 
 def take_step(
-    subject: Subject, group: Sequence[Scenes], planned: int, seed: int = 0, *, gradients: bool = True
+    context: PreflightContext, group: Sequence[Scenes], planned: int, seed: int = 0, *, gradients: bool = True
 ) -> Taken:
     """One optimizer step over `group`, and what happened in it."""
-    kept, probe = subject.step.telemetry, StepProbe(subject, gradients)
-    before = subject.optimizer.counters()
-    subject.step.telemetry = probe
+    kept, probe = context.step.telemetry, StepProbe(context, gradients)
+    before = context.optimizer.counters()
+    context.step.telemetry = probe
     torch.manual_seed(seed)
-    subject.model.train()
+    context.model.train()
 
     def reached(*_: Any) -> None:
         """The rates of this update: a scheduler of the user's may set those of the next behind it."""
-        probe.taken.reached, probe.taken.rates = True, [float(group["lr"]) for group in subject.optimizer.param_groups]
+        probe.taken.reached, probe.taken.rates = True, [float(group["lr"]) for group in context.optimizer.param_groups]
 
-    hook = subject.optimizer.register_step_pre_hook(reached)
+    hook = context.optimizer.register_step_pre_hook(reached)
     try:
-        subject.step(group, planned)
+        context.step(group, planned)
     finally:
         hook.remove()
-        subject.step.telemetry = kept
-    after, taken = subject.optimizer.counters(), probe.taken
+        context.step.telemetry = kept
+    after, taken = context.optimizer.counters(), probe.taken
     taken.attempted, taken.skipped = after["attempted"] - before["attempted"], after["skipped"] - before["skipped"]
     taken.scale, taken.seen_norm = float(before.get("loss_scale") or 1.0), float(after["grad_norm"])
     return taken
@@ -92,16 +92,16 @@ def take_step(
 # ---------------------------------------------------------------------------------------------------------
 
 
-def one_step(subject: Subject) -> Iterator[Finding]:
+def one_step(context: PreflightContext) -> Iterator[Finding]:
     """One call steps once, on the gradient of all its micro-batches, which nothing touches on its way."""
-    group = subject.groups[0]
-    expected = parts_of(subject, group) if len(group) > 1 or subject.optimizer.loss_scale is not None else []
-    before = [parameter.detach().clone() for parameter in subject.model.parameters()]
-    first = take_step(subject, group, subject.trainer.plan.planned)
+    group = context.groups[0]
+    expected = parts_of(context, group) if len(group) > 1 or context.optimizer.loss_scale is not None else []
+    before = [parameter.detach().clone() for parameter in context.model.parameters()]
+    first = take_step(context, group, context.trainer.plan.planned)
     if first.attempted == 1 and first.skipped == 0:
-        yield from _moved_otherwise(subject, before)
-    own = {id(p) for g in subject.optimizer.param_groups for p in g["params"]}
-    raw = [g for p, g in zip(subject.model.parameters(), first.raw) if g is not None and id(p) in own]
+        yield from _moved_otherwise(context, before)
+    own = {id(p) for g in context.optimizer.param_groups for p in g["params"]}
+    raw = [g for p, g in zip(context.model.parameters(), first.raw) if g is not None and id(p) in own]
     if first.attempted < 1:
         yield from _no_step(first.reached, _norm(raw))
         return
@@ -109,15 +109,15 @@ def one_step(subject: Subject) -> Iterator[Finding]:
         yield Finding("step_called_twice", f"one call of the step made {first.attempted} optimizer steps.")
     if not raw:
         return
-    yield from _on_the_way(subject, first, _norm(raw), expected)
+    yield from _on_the_way(context, first, _norm(raw), expected)
     if first.skipped == 0 and math.isfinite(_norm(raw)) and _norm(raw) > 0:
-        yield from _shares(subject, group, first, expected)
-    second = take_step(subject, _few(group), subject.trainer.plan.planned)
-    if second.left_over > 1e-3 * max(_norm(raw), 1e-30) and math.isfinite(second.left_over):
+        yield from _shares(context, group, first, expected)
+    second = take_step(context, _few(group), context.trainer.plan.planned)
+    if second.residual_grad_norm > 1e-3 * max(_norm(raw), 1e-30) and math.isfinite(second.residual_grad_norm):
         yield Finding(
             "gradients_never_cleared",
             "at the start of the second step the gradients still have norm "
-            f"{second.left_over:.3g} of the first one's {_norm(raw):.3g}.",
+            f"{second.residual_grad_norm:.3g} of the first one's {_norm(raw):.3g}.",
         )
 
 
@@ -145,7 +145,9 @@ def _finite(parts: Sequence[Tensor | None]) -> bool:
     return all(bool(part.isfinite().all()) for part in parts if part is not None)
 
 
-def _on_the_way(subject: Subject, taken: Taken, raw: float, expected: list[list[Tensor | None]]) -> Iterator[Finding]:
+def _on_the_way(
+    context: PreflightContext, taken: Taken, raw: float, expected: list[list[Tensor | None]]
+) -> Iterator[Finding]:
     """The gradient that the optimizer measured is the one that backward left, but for the loss scale."""
     seen = taken.seen_norm * taken.scale
     if not _finite(taken.raw):
@@ -156,7 +158,7 @@ def _on_the_way(subject: Subject, taken: Taken, raw: float, expected: list[list[
                 "sanitised_gradients", f"{where}, and the optimizer receives a finite gradient of norm {seen:.3g}."
             )
         elif expected and all(_finite(part) for part in expected):
-            if subject.optimizer.loss_scale != "dynamic" or _never_applies(subject):
+            if context.optimizer.loss_scale != "dynamic" or _never_applies(context):
                 yield Finding(
                     "scaler_skips_all",
                     f"{where}; without the loss scale of {taken.scale:g} all are finite, and no step is applied.",
@@ -179,9 +181,9 @@ def _on_the_way(subject: Subject, taken: Taken, raw: float, expected: list[list[
         )
 
 
-def _never_applies(subject: Subject) -> bool:
+def _never_applies(context: PreflightContext) -> bool:
     return all(
-        take_step(subject, subject.groups[0], subject.trainer.plan.planned, gradients=False).skipped
+        take_step(context, context.groups[0], context.trainer.plan.planned, gradients=False).skipped
         for _ in range(SCALER_STEPS)
     )
 
@@ -189,14 +191,14 @@ def _never_applies(subject: Subject) -> bool:
 # ---- what the step's gradient is made of ---------------------------------------------------------------------------
 
 
-def parts_of(subject: Subject, group: Sequence[Scenes]) -> list[list[Tensor | None]]:
+def parts_of(context: PreflightContext, group: Sequence[Scenes]) -> list[list[Tensor | None]]:
     """The gradient of each micro-batch's mean loss by itself, with the random numbers that the step will use."""
-    live = [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
-    subject.model.train()
+    live = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
+    context.model.train()
     torch.manual_seed(0)
     found = []
     for scenes in group:
-        total = subject.loss(subject.step.predict(scenes), scenes)[0]
+        total = context.loss(context.step.predict(scenes), scenes)[0]
         if not total.requires_grad or not live:
             return []
         found.append(list(torch.autograd.grad(total, live, allow_unused=True)))
@@ -204,12 +206,12 @@ def parts_of(subject: Subject, group: Sequence[Scenes]) -> list[list[Tensor | No
 
 
 def _shares(
-    subject: Subject, group: Sequence[Scenes], taken: Taken, expected: list[list[Tensor | None]]
+    context: PreflightContext, group: Sequence[Scenes], taken: Taken, expected: list[list[Tensor | None]]
 ) -> Iterator[Finding]:
     """How much of each micro-batch is in the step's gradient: its share of the scenes, or the sum is wrong."""
     if len(group) < 2 or not expected or not all(_finite(part) for part in expected):
         return
-    live = [g for p, g in zip(subject.model.parameters(), taken.raw) if p.requires_grad]
+    live = [g for p, g in zip(context.model.parameters(), taken.raw) if p.requires_grad]
     zero = [torch.zeros_like(g) if g is not None else torch.zeros(()) for g in live]
     columns = torch.stack(
         [torch.cat([(g if g is not None else z).flatten().double() for g, z in zip(part, zero)]) for part in expected]
@@ -235,32 +237,32 @@ def _shares(
 # ------------------------------------------------------------------------------------------------------
 
 
-def several_steps(subject: Subject) -> Iterator[Finding]:
+def several_steps(context: PreflightContext) -> Iterator[Finding]:
     """Over a few steps the rate follows its plan, weights move and keep their bits, and the average follows them."""
-    first = {name: value.detach().clone() for name, value in subject.parameters.items()}
-    rates, applied, planned = [], [], subject.trainer.plan.planned
-    before = subject.optimizer.counters()
+    first = {name: value.detach().clone() for name, value in context.parameters.items()}
+    rates, applied, planned = [], [], context.trainer.plan.planned
+    before = context.optimizer.counters()
     for number in range(STEPS):
-        applied.append(subject.optimizer.counters()["applied"])
-        taken = take_step(subject, _few(subject.groups[number % len(subject.groups)]), planned, number, gradients=False)
+        applied.append(context.optimizer.counters()["applied"])
+        taken = take_step(context, _few(context.groups[number % len(context.groups)]), planned, number, gradients=False)
         rates.append(taken.rates)
-    after = subject.optimizer.counters()
+    after = context.optimizer.counters()
     if after["attempted"] - before["attempted"] < STEPS - 1 and after["attempted"] != before["attempted"]:
         yield Finding(
             "optimizer_state_lost",
             f"{STEPS} calls of the step made {after['attempted'] - before['attempted']} optimizer "
             "steps: its count starts over.",
         )
-    yield from _rates(subject, rates, applied, planned)
-    if rounded_to_16_bits(subject.model) and not _rounded(first.values()):
+    yield from _rates(context, rates, applied, planned)
+    if rounded_to_16_bits(context.model) and not _rounded(first.values()):
         yield Finding(
             "low_precision_weights",
             "after a few steps the last 16 bits of every weight are zero: they are rounded to "
             "bfloat16, and updates below its spacing are lost.",
         )
-    moved = any(not torch.equal(value, first[name]) for name, value in subject.parameters.items())
-    if moved and subject.optimizer.ema_decay:
-        yield from _average(subject, first)
+    moved = any(not torch.equal(value, first[name]) for name, value in context.parameters.items())
+    if moved and context.optimizer.ema_decay:
+        yield from _average(context, first)
 
 
 def _rounded(values: Any) -> bool:
@@ -271,15 +273,15 @@ def _rounded(values: Any) -> bool:
     )
 
 
-def _rates(subject: Subject, rates: list[list[float]], applied: list[int], planned: int) -> Iterator[Finding]:
+def _rates(context: PreflightContext, rates: list[list[float]], applied: list[int], planned: int) -> Iterator[Finding]:
     """Each step's rate against the one that its number among the applied steps stands for."""
-    settings = subject.config.optimizer
+    settings = context.config.optimizer
 
     def factor(step: int) -> float:
         return learning_rate_factor(step, planned, settings.warmup, settings.final_lr)
 
     for step, values in zip(applied, rates):
-        for group, rate in zip(subject.optimizer.param_groups, values):
+        for group, rate in zip(context.optimizer.param_groups, values):
             peak = group.get("peak_lr", 0.0)
             if peak > 0 and abs(rate / peak - factor(step)) > 1e-6:
                 fits = [k for k in range(0, 64) if abs(rate / peak - factor(k)) < 1e-6 * max(rate / peak, 1e-9)]
@@ -298,12 +300,12 @@ def _rates(subject: Subject, rates: list[list[float]], applied: list[int], plann
                 return
 
 
-def _average(subject: Subject, first: dict[str, Tensor]) -> Iterator[Finding]:
+def _average(context: PreflightContext, first: dict[str, Tensor]) -> Iterator[Finding]:
     """The averaged weights lie between the first ones and the present ones, and do not stay in the network."""
-    raw = {name: value.detach().clone() for name, value in subject.parameters.items()}
-    with subject.optimizer.ema():
-        mean = {name: value.detach().clone() for name, value in subject.parameters.items()}
-    back = all(torch.equal(value, raw[name]) for name, value in subject.parameters.items())
+    raw = {name: value.detach().clone() for name, value in context.parameters.items()}
+    with context.optimizer.ema():
+        mean = {name: value.detach().clone() for name, value in context.parameters.items()}
+    back = all(torch.equal(value, raw[name]) for name, value in context.parameters.items())
     moved = [name for name in raw if not torch.equal(raw[name], first[name])]
     if not back:
         yield Finding("ema_saved_over_raw", "after the averaged weights were used the raw ones do not come back.")
@@ -327,19 +329,19 @@ def _way(weights: dict[str, Tensor], first: dict[str, Tensor]) -> float:
     return _norm([weights[name] - first[name] for name in first])
 
 
-def _moved_otherwise(subject: Subject, before: list[Tensor]) -> Iterator[Finding]:
+def _moved_otherwise(context: PreflightContext, before: list[Tensor]) -> Iterator[Finding]:
     """Weights have moved by what the optimizer says that it moved them by."""
-    names = {id(p): name for name, p in subject.parameters.items()}
-    told = dict(zip(subject.optimizer.tensor_names, subject.optimizer.telemetry()[:, 2].tolist()))
+    names = {id(p): name for name, p in context.parameters.items()}
+    told = dict(zip(context.optimizer.tensor_names, context.optimizer.telemetry()[:, 2].tolist()))
     wrong = []
-    for parameter, kept in zip(subject.model.parameters(), before):
+    for parameter, kept in zip(context.model.parameters(), before):
         name, way = (
             names[id(parameter)],
             float(torch.linalg.vector_norm(parameter.detach() - kept, dtype=torch.float64)),
         )
         if name in told and way > 1.05 * told[name] + 1e-5 * float(kept.norm()):
             wrong.append(f"{name} by {way:.3g} instead of {told[name]:.3g}")
-    if wrong and not rounded_to_16_bits(subject.model):
+    if wrong and not rounded_to_16_bits(context.model):
         yield Finding(
             "duplicate_parameters",
             f"in one step {len(wrong)} tensors moved further than the optimizer moved them: "

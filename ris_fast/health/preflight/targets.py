@@ -15,11 +15,11 @@ from torch import Tensor
 from ris_fast.data.fit_array import Labels, fit_array, fit_of, fits_of
 from ris_fast.data.geometry import EXACT, leading_factor
 from ris_fast.data.npz_load import APART
-from ris_fast.health.finding import Finding, mend_of
+from ris_fast.health.finding import Finding, fix_of
 from ris_fast.health.preflight.pairing import belonging, with_factor
-from ris_fast.health.preflight.probe import FEWEST, Subject
+from ris_fast.health.preflight.probe import FEWEST, PreflightContext
 from ris_fast.physics.array import RISArray
-from ris_fast.physics.pairs import conj
+from ris_fast.physics.real_complex import conj
 
 LOOSE = 0.02  # mean NMSE above which the array itself is in doubt; element jitter of 0.05 reaches 0.008
 FITS = 0.05  # NMSE of one R on sources that are its own, where elements moved
@@ -32,27 +32,27 @@ CLEAREST, PRODUCT = (
 )  # scenes; share of a vector's energy that is a product, from which it is a wave: 1, numbers in any order 0.4
 
 
-def targets(subject: Subject) -> Iterator[Finding]:
+def targets(context: PreflightContext) -> Iterator[Finding]:
     """The NMSE of every R on its own sources, as the reader measured it, and where it is bad, why."""
-    source = subject.trainer.source
+    source = context.trainer.source
     if not hasattr(source, "target_fit"):  # targets are made from their sources there
         return
     fits = {split: source.target_fit(split) for split in ("train", "val")}
-    subject.note = (
+    context.note = (
         f"NMSE median {float(fits['train'].median()):.2g}, largest {max(float(fit.max()) for fit in fits.values()):.2g}"
     )
     for split, fit in fits.items():
         apart = fit > APART
         if float(fit.mean()) > LOOSE or int(apart.sum()) >= max(FEWEST, 0.01 * len(fit)):
-            finding = _explained(subject, split, fit, apart)
+            finding = _explained(context, split, fit, apart)
             if finding is not None:
                 yield finding
                 return
 
 
-def _explained(subject: Subject, split: str, fit: Tensor, apart: Tensor) -> Finding | None:
+def _explained(context: PreflightContext, split: str, fit: Tensor, apart: Tensor) -> Finding | None:
     """Why R does not fit: by an explanation that makes it fit, or by what it fits instead."""
-    source, task = subject.trainer.source, subject.config.task
+    source, task = context.trainer.source, context.config.task
     everywhere = Labels.of(*source.labels(split, _spread(torch.arange(len(fit)))))
     if not bool(apart.any()):
         return _other_array(task, everywhere, every_size=True)
@@ -68,9 +68,9 @@ def _explained(subject: Subject, split: str, fit: Tensor, apart: Tensor) -> Find
     return (
         _undone(source, split, rows, labels, seen, min(max(FITS, healthy), BETTER * now))
         or _other_array(task, everywhere, every_size=False)
-        or _other_rows(subject, split, rows, labels, seen)
+        or _other_rows(context, split, rows, labels, seen)
         or _other_array(task, everywhere, every_size=True)
-        or _no_rows(subject, split, rows, labels, seen)
+        or _no_rows(context, split, rows, labels, seen)
     )
 
 
@@ -95,7 +95,7 @@ def _undone(source: Any, split: str, rows: Tensor, labels: Labels, seen: str, en
             return Finding(
                 cause,
                 f"{seen}; {how} it is {then:.2g}, {other_how} {other_fit:.2g}: one of the two has the other sign.",
-                advice=f"{advice or mend_of(cause)} Or: {other_advice or mend_of(other)}",
+                advice=f"{advice or fix_of(cause)} Or: {other_advice or fix_of(other)}",
             )
     return Finding(cause, f"{seen}; {how} it is {then:.2g}.", advice=advice)
 
@@ -182,16 +182,16 @@ def _settings(values: dict[str, Any]) -> str:
     return "give " + " ".join(f"--set task.{name}={_short(value)}" for name, value in values.items())
 
 
-def _other_rows(subject: Subject, split: str, rows: Tensor, labels: Labels, seen: str) -> Finding | None:
+def _other_rows(context: PreflightContext, split: str, rows: Tensor, labels: Labels, seen: str) -> Finding | None:
     """R or the positions are another scene's: by a scene whose positions fit, or by an R that is made like sources but
     not of its snapshots."""
-    array = RISArray.of(subject.config.task)
+    array = RISArray.of(context.config.task)
     hits = _fitting(array, labels)
     # The same with mirrored positions, which are nobody's: what a small array lets fit by chance.
     apart = hits > 0.25 + _fitting(array, replace(labels, azimuth=-labels.azimuth, elevation=-labels.elevation))
-    scenes, whose = with_factor(subject.trainer.source.batch(split, rows)), "R or the positions belong"
+    scenes, whose = with_factor(context.trainer.source.batch(split, rows)), "R or the positions belong"
     if scenes.channel is not None:
-        found = belonging(scenes, subject.config.task.symbols == "static")
+        found = belonging(scenes, context.config.task.symbols == "static")
         apart, whose = (
             apart or found.mixed_up and _made_of_sources(array, labels),
             "R belongs" if found.mixed_up else "R belongs to its snapshots, and the positions (ptr) belong",
@@ -200,11 +200,11 @@ def _other_rows(subject: Subject, split: str, rows: Tensor, labels: Labels, seen
     return Finding("shuffled_labels", f"{seen}{how}: {whose} to another scene.") if apart else None
 
 
-def _no_rows(subject: Subject, split: str, rows: Tensor, labels: Labels, seen: str) -> Finding | None:
+def _no_rows(context: PreflightContext, split: str, rows: Tensor, labels: Labels, seen: str) -> Finding | None:
     """R is made of no sources that this array could see, and is not that of its snapshots either, unlike where elements
     moved far."""
-    scenes = with_factor(subject.trainer.source.batch(split, rows))
-    if scenes.channel is None or not belonging(scenes, subject.config.task.symbols == "static").mixed_up:
+    scenes = with_factor(context.trainer.source.batch(split, rows))
+    if scenes.channel is None or not belonging(scenes, context.config.task.symbols == "static").mixed_up:
         return None
     return Finding(
         "parts_unrelated",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.preflight.probe import Subject
+from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 
@@ -27,9 +27,9 @@ ROUNDING = 1e-12  # of a term of order one in float64
 FEW = 8
 
 
-def each_term(subject: Subject) -> Iterator[Finding]:
+def each_term(context: PreflightContext) -> Iterator[Finding]:
     """Along a random direction of the network's outputs every enabled term changes as its gradient says."""
-    errors = {name: error for name, error in term_errors(subject).items() if error > WRONG}
+    errors = {name: error for name, error in term_errors(context).items() if error > WRONG}
     if errors:
         worst = max(errors, key=errors.__getitem__)
         yield Finding(
@@ -39,20 +39,20 @@ def each_term(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def term_errors(subject: Subject) -> dict[str, float]:
+def term_errors(context: PreflightContext) -> dict[str, float]:
     """Name of each term that has a gradient -> relative error of its derivative along one random direction."""
-    scenes = doubled(subject.scenes[:FEW])
+    scenes = doubled(context.scenes[:FEW])
     with torch.no_grad():
-        guess = subject.run(subject.scenes[:FEW])[2]
+        guess = context.run(context.scenes[:FEW])[2]
     guess = Prediction(*(None if value is None else value.detach().double() for value in guess))
     if not all(bool(value.isfinite().all()) for value in guess if value is not None):
         return {}
     guess = moved(guess, direction_of(guess, 19), ASIDE)
     leaves = Prediction(*(None if value is None else value.clone().requires_grad_() for value in guess))
-    terms, direction = subject.loss(leaves, scenes)[1], direction_of(guess, 17)
+    terms, direction = context.loss(leaves, scenes)[1], direction_of(guess, 17)
     slopes = {name: _slope(value, leaves, direction) for name, value in terms.items() if value.requires_grad}
     return {
-        name: min(_error(subject, scenes, guess, direction, name, slope, step) for step in STEPS)
+        name: min(_error(context, scenes, guess, direction, name, slope, step) for step in STEPS)
         for name, slope in slopes.items()
     }
 
@@ -90,9 +90,15 @@ def _slope(value: Tensor, leaves: Prediction, direction: Prediction) -> float:
 
 @torch.no_grad()
 def _error(
-    subject: Subject, scenes: Scenes, guess: Prediction, direction: Prediction, name: str, slope: float, step: float
+    context: PreflightContext,
+    scenes: Scenes,
+    guess: Prediction,
+    direction: Prediction,
+    name: str,
+    slope: float,
+    step: float,
 ) -> float:
-    ahead, behind = (float(subject.loss(moved(guess, direction, sign * step), scenes)[1][name]) for sign in (1.0, -1.0))
+    ahead, behind = (float(context.loss(moved(guess, direction, sign * step), scenes)[1][name]) for sign in (1.0, -1.0))
     difference, rounding = (ahead - behind) / (2 * step), ROUNDING * max(abs(ahead), 1.0) / step
     return max(0.0, abs(difference - slope) - rounding) / max(abs(difference), abs(slope), rounding)
 

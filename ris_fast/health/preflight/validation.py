@@ -6,29 +6,29 @@ import math
 from collections.abc import Iterator
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.preflight.probe import Subject
+from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.training.validation import validate
 
 EXACT, LOW_PRECISION = 1e-4, 0.05  # relative, of a loss
 
 
-def same_loss(subject: Subject) -> Iterator[Finding]:
+def same_loss(context: PreflightContext) -> Iterator[Finding]:
     """A few scenes in evaluation mode through the step and through `validate`; the step's update is undone with the
     rest.
 
     What torch compiled runs as written here: the two are compared elsewhere, and evaluation mode would be compiled
         anew.
     """
-    scenes = subject.scenes
-    subject.step.telemetry.enabled = False
-    with subject.small():
-        score = validate(subject.model, subject.step.predict, subject.loss, [scenes])
-        subject.model.eval()
-        trained = float(subject.step([scenes], subject.trainer.plan.planned).loss)
+    scenes = context.scenes
+    context.step.telemetry.enabled = False
+    with context.small():
+        score = validate(context.model, context.step.predict, context.loss, [scenes])
+        context.model.eval()
+        trained = float(context.step([scenes], context.trainer.plan.planned).loss)
     if not (math.isfinite(trained) and math.isfinite(score.loss)):
-        subject.note = "not checked: the loss is not finite"
+        context.note = "not checked: the loss is not finite"
     gap = abs(trained - score.loss) / max(abs(trained), abs(score.loss), 1e-30)
-    allowed = EXACT if subject.config.training.precision == "fp32" else LOW_PRECISION
+    allowed = EXACT if context.config.training.precision == "fp32" else LOW_PRECISION
     if math.isfinite(trained) and math.isfinite(score.loss) and gap > allowed:
         yield Finding(
             "losses_differ",

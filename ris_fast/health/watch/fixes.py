@@ -1,8 +1,8 @@
-"""What `watch` says beside the evidence: mends in the words of a plain loop, and what else it may be."""
+"""What `watch` says beside the evidence: fixes in the words of a plain loop, and what else it may be."""
 
 from __future__ import annotations
 
-from ris_fast.health.finding import Finding, mend_of
+from ris_fast.health.finding import Finding, fix_of
 
 BETWEEN = "Look at what stands between `backward()` and `step()`: a clip threshold that is not a number, or a division."
 MEANT = "That may be meant."
@@ -26,7 +26,7 @@ MENDS = {
         "`scaler.unscale_(optimizer)`."
     ),
     "sanitised_gradients": (
-        "Remove the `nan_to_num` and mend the term that the NaN comes from; until then leave such steps out."
+        "Remove the `nan_to_num` and fix the term that the NaN comes from; until then leave such steps out."
     ),
     "nonfinite_gradients": (
         "Find the operation with `torch.autograd.detect_anomaly()`: roots, divisions and logarithms at zero are usual."
@@ -38,11 +38,11 @@ MENDS = {
 }
 
 
-def mend(cause: str) -> str:
+def fix(cause: str) -> str:
     """In the words of a plain loop, which has no settings of this project."""
-    return MENDS.get(cause) or mend_of(cause)
+    return MENDS.get(cause) or fix_of(cause)
 
 
 def found(cause: str, evidence: str, step: int = 0, doubt: str = "", advice: str = "") -> Finding:
     """`doubt`: what else it may be; with it the finding is not certain. `advice`: where it is not the usual one."""
-    return Finding(cause, f"{evidence} {doubt}".strip(), step, advice=advice or mend(cause), certain=not doubt)
+    return Finding(cause, f"{evidence} {doubt}".strip(), step, advice=advice or fix(cause), certain=not doubt)

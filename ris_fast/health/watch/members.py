@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def membership(watch: Watch) -> list[Finding]:
     """What is frozen, missing, there twice, or nobody's. Reads the device."""
     own = {id(p): name.replace("_orig_mod.", "") for name, p in watch.model.named_parameters()}
-    held = Counter(id(p) for follower in watch.followers for p in follower.held())
-    trained = {key for follower in watch.followers for key in follower.origin.trained()}
+    held = Counter(id(p) for hooks in watch.all_hooks for p in hooks.held())
+    trained = {key for hooks in watch.all_hooks for key in hooks.origin.trained()}
     missing = [
         p
         for p in watch.model.parameters()
@@ -46,9 +46,7 @@ def _frozen(watch: Watch, own: dict[int, str], held: Counter[int], trained: set[
     Uncertain where all have been trained, were frozen since the watch began and no step shows it, or have stood still
     from the beginning and no optimizer holds them or they are most of the model.
     """
-    free = {
-        id(p) for follower in watch.followers if follower.steps for p in follower.held() if id(p) not in follower.frozen
-    }
+    free = {id(p) for hooks in watch.all_hooks if hooks.steps for p in hooks.held() if id(p) not in hooks.frozen}
     still = {
         id(p): p
         for p in watch.model.parameters()
@@ -58,7 +56,7 @@ def _frozen(watch: Watch, own: dict[int, str], held: Counter[int], trained: set[
     if not keys:
         return
     most = 2 * sum(_count(still[key]) for key in keys) > sum(map(_count, watch.model.parameters()))
-    at_steps = {key for follower in watch.followers for key in follower.frozen}
+    at_steps = {key for hooks in watch.all_hooks for key in hooks.frozen}
     meant = watch.still.issuperset(keys) and (most or held.keys().isdisjoint(keys))
     doubt = "They were trained before. " + MEANT if trained.issuperset(keys) else MEANT
     yield found(
@@ -76,12 +74,12 @@ def _stale(watch: Watch, own: dict[int, str], missing: list[Tensor], trained: se
     steps.
     """
     shapes = {p.shape for p in missing}
-    strangers = {id(p): (p, follower) for follower in watch.followers for p in follower.held() if id(p) not in own}
-    idle = [(p, follower) for key, (p, follower) in strangers.items() if key not in trained or key not in follower.fed]
+    strangers = {id(p): (p, hooks) for hooks in watch.all_hooks for p in hooks.held() if id(p) not in own}
+    idle = [(p, hooks) for key, (p, hooks) in strangers.items() if key not in trained or key not in hooks.fed]
     if idle:
         certain = all(
-            id(p) not in follower.fed and (p.shape in shapes or (follower.steps >= EARLY and id(p) not in trained))
-            for p, follower in idle
+            id(p) not in hooks.fed and (p.shape in shapes or (hooks.steps >= EARLY and id(p) not in trained))
+            for p, hooks in idle
         )
         yield found(
             "stale_optimizer_parameters",

@@ -22,7 +22,7 @@ FEW = 256  # numbers of a tensor, about, that are compared one by one
 
 
 @dataclass
-class Few:
+class ParameterSample:
     """A few numbers of every tensor, one after the other (S,), around the steps that are looked at."""
 
     names: list[str]
@@ -34,17 +34,17 @@ class Few:
     reset: Tensor | None = None
 
     @staticmethod
-    def follow(last: Few | None, step: int, own: dict[str, Tensor]) -> Few:
+    def follow(last: ParameterSample | None, step: int, own: dict[str, Tensor]) -> ParameterSample:
         """Before a step, with what was kept of the last one."""
         now = few(list(own.values()))
         slopes = [_zeros(p) if p.grad is None or p.grad.layout != p.layout else p.grad for p in own.values()]
-        here = Few(list(own), now, step, now, few(slopes))
+        here = ParameterSample(list(own), now, step, now, few(slopes))
         if last is not None and last.after is not None and last.names == here.names and last.after.shape == now.shape:
             here.first = last.first
             here.reset = here._put_back(last)
         return here
 
-    def _put_back(self, last: Few) -> Tensor:
+    def _put_back(self, last: ParameterSample) -> Tensor:
         """(), whether an earlier state is here again although the last step left another.
 
         Further apart than one step, weights at rest may come round by their rounding: there they must have been away.
@@ -85,7 +85,7 @@ def usual(tensor: Tensor) -> float:
     return float(tensor.shape[0]) ** 0.5 if tensor.ndim > 1 else 1.0
 
 
-class LeftOver:
+class StaleGradientProbe:
     """Whether one tensor's gradient is still there at the next backward, and all that comes is added to it.
 
     Its norm after a step must be what backward finds, and that after one backward what the next one finds.
@@ -98,10 +98,10 @@ class LeftOver:
         self.hook: Any = parameter.register_hook(self._found)
 
     @staticmethod
-    def among(parameters: list[Tensor]) -> LeftOver | None:
+    def among(parameters: list[Tensor]) -> StaleGradientProbe | None:
         """Of the first that has a gradient now."""
         plain = (p for p in parameters if p.requires_grad and p.grad is not None and p.grad is part(p.grad))
-        return next(map(LeftOver, plain), None)
+        return next(map(StaleGradientProbe, plain), None)
 
     @torch.no_grad()
     def _found(self, _: Tensor) -> None:

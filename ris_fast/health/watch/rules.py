@@ -21,7 +21,7 @@ from ris_fast.health.watch.records import EARLY, part
 from ris_fast.training.telemetry.step_telemetry import norms
 
 if TYPE_CHECKING:
-    from ris_fast.health.watch.watch import Follower, Seen, Watch
+    from ris_fast.health.watch.watch import OptimizerHooks, StepRecord, Watch
 
 MANY_PASSES = 4096  # backward passes without a step, more than anybody adds up
 MANY_CLEARED = 64  # gradients thrown away before the first step, more than trials or a loss scaler take
@@ -30,73 +30,71 @@ SCALER_STEPS = 24  # a loss scale halves its way to one that fits in fewer
 
 def told(watch: Watch) -> list[Finding]:
     """All findings, most certain first. Reads the device."""
-    return ranked(
-        [*membership(watch), *(found for follower in watch.followers for found in _followed(watch, follower))]
-    )
+    return ranked([*membership(watch), *(found for hooks in watch.all_hooks for found in _followed(watch, hooks))])
 
 
-def _followed(watch: Watch, follower: Follower) -> list[Finding]:
+def _followed(watch: Watch, hooks: OptimizerHooks) -> list[Finding]:
     """What one optimizer's steps say."""
-    if not follower.steps:
-        return list(_never_stepped(watch, follower))
-    records = [record.on_host() for record in follower.records]
-    if burst := list(_burst(follower, records)):
+    if not hooks.steps:
+        return list(_never_stepped(watch, hooks))
+    records = [record.on_host() for record in hooks.records]
+    if burst := list(_burst(hooks, records)):
         return burst  # whatever is said of later steps comes from that
     return [
         *(found for record in records for found in _judge(record, next(r for r in records if r.names == record.names))),
         *_turned(records),
-        *_unheard(watch, follower, records),
+        *_unheard(watch, hooks, records),
         *_skipped(records),
-        *_still(watch, follower, records),
+        *_still(watch, hooks, records),
         *_clipped(records),
         *_uncleared(records),
         *_twice(records),
         *_zeroed(watch, records),
         *_slow(records),
-        *_decayed(follower, records),
-        *_broken(follower, records),
+        *_decayed(hooks, records),
+        *_broken(hooks, records),
     ]
 
 
-def _never_stepped(watch: Watch, follower: Follower) -> Iterator[Finding]:
+def _never_stepped(watch: Watch, hooks: OptimizerHooks) -> Iterator[Finding]:
     """Before the first step all may be well: gradients may be added up over many passes, a scaler may skip, a later
     phase may be meant.
 
     That gradients are thrown away time after time betrays a loop without a step, unless another optimizer's are made in
     it.
     """
-    bad = sum(not bool(norm.isfinite()) for norm in follower.arrived.values())
+    bad = sum(not bool(norm.isfinite()) for norm in hooks.arrived.values())
     skipped = f" {bad} of them are not finite: a loss scaler or a check may skip every step." if bad else ""
-    passes, cleared = (max(counts.values(), default=0) for counts in (follower.passes, follower.cleared))
+    passes, cleared = (max(counts.values(), default=0) for counts in (hooks.passes, hooks.cleared))
     later = (
         "Another optimizer makes steps: this one's may come in a later phase."
         if watch.steps
         else "If gradients are added up over several passes, the first step is still to come."
     )
     certain = not watch.steps and (passes > MANY_PASSES or cleared > MANY_CLEARED)
-    if follower.arrived:
+    if hooks.arrived:
         yield _found(
             "step_never_called",
-            f"{len(follower.arrived)} tensors have received gradients in {passes} backward passes, {cleared} "
+            f"{len(hooks.arrived)} tensors have received gradients in {passes} backward passes, {cleared} "
             f"of which found the gradients cleared, and the optimizer has made no step.{skipped}",
             doubt="" if certain else later,
         )
 
 
-def _unheard(watch: Watch, follower: Follower, records: list[Seen]) -> Iterator[Finding]:
+def _unheard(watch: Watch, hooks: OptimizerHooks, records: list[StepRecord]) -> Iterator[Finding]:
     """Tensors that no gradient came to, neither from backward nor put there by hand, and that no step has changed.
 
     Where some came after others, or by turns, more may come.
     """
-    heard = Counter(name for record in records for name in record.heard)
+    heard = Counter(name for record in records for name in record.hooked)
     missing = Counter(
         name
         for record in records
-        for name, given in zip(record.names, record.given)
-        if name in record.missing and given == 0
+        for name, given in zip(record.names, record.grad_at_step)
+        if name in record.none_grads and given == 0
     )
     silent = [name for name, count in missing.items() if count == heard[name]]
-    own, trained = follower.own(), follower.origin.trained()
+    own, trained = hooks.own(), hooks.origin.trained()
     never = [name for name in silent if name in own and id(own[name]) not in trained]
     turns = len(never) < len(silent) or any(0 < missing[name] < heard[name] for name in heard)
     if not (never := [name for name in never if not name.startswith(watch.frozen)]):
@@ -106,7 +104,7 @@ def _unheard(watch: Watch, follower: Follower, records: list[Seen]) -> Iterator[
         if turns
         else "Few steps have been made so far."
     )
-    certain = not turns and follower.steps >= EARLY and max(heard[name] for name in never) > 1
+    certain = not turns and hooks.steps >= EARLY and max(heard[name] for name in never) > 1
     yield _found(
         "unused_head",
         f"{len(never)} of {len(heard)} trainable tensors have received no gradient so far, and no step has changed "
@@ -116,8 +114,10 @@ def _unheard(watch: Watch, follower: Follower, records: list[Seen]) -> Iterator[
     )
 
 
-def _skipped(records: list[Seen]) -> Iterator[Finding]:
-    if records[-1].step >= SCALER_STEPS and all(record.scaled and not _finite(record.given) for record in records):
+def _skipped(records: list[StepRecord]) -> Iterator[Finding]:
+    if records[-1].step >= SCALER_STEPS and all(
+        record.scaled and not _finite(record.grad_at_step) for record in records
+    ):
         yield _found(
             "scaler_skips_all",
             f"the gradients of all {len(records)} steps that were looked at are not finite.",
@@ -125,11 +125,11 @@ def _skipped(records: list[Seen]) -> Iterator[Finding]:
         )
 
 
-def _still(watch: Watch, follower: Follower, records: list[Seen]) -> Iterator[Finding]:
+def _still(watch: Watch, hooks: OptimizerHooks, records: list[StepRecord]) -> Iterator[Finding]:
     """Groups whose rate was zero in every step seen. A schedule may end there; a group of several may be meant to stand
     still."""
-    own = {id(p): name for name, p in follower.own().items()}
-    groups = [{own.get(id(p), "") for p in group["params"]} for group in follower.optimizer.param_groups]
+    own = {id(p): name for name, p in hooks.own().items()}
+    groups = [{own.get(id(p), "") for p in group["params"]} for group in hooks.optimizer.param_groups]
     rates = [[record.rates[n] for record in records if n < len(record.rates)] for n in range(len(groups))]
     zero = [n for n, seen in enumerate(rates) if len(seen) > 1 and not any(rate > 0 for rate in seen)]
     if names := [f"group {n}" for n in zero if not all(name.startswith(watch.frozen) for name in groups[n])]:
@@ -141,16 +141,16 @@ def _still(watch: Watch, follower: Follower, records: list[Seen]) -> Iterator[Fi
         )
 
 
-def _clipped(records: list[Seen]) -> Iterator[Finding]:
+def _clipped(records: list[StepRecord]) -> Iterator[Finding]:
     """A factor on all gradients may be a loss scale taken out again, and means nothing to Adam: it must be seen in the
     updates.
 
     Where updates do not show it, norms that are the same in every step betray a threshold.
     """
     seen = [
-        (record, float(record.came.norm()), float(record.given.norm()))
+        (record, float(record.grad_after_backward.norm()), float(record.grad_at_step.norm()))
         for record in records
-        if _finite(record.came) and not record.closure and max(record.rates) > 0
+        if _finite(record.grad_after_backward) and not record.closure and max(record.rates) > 0
     ]
     small = [each for each in seen if 0 < each[2] < 1e-4 * each[1]]
     if not small or len(small) < len(seen):
@@ -181,15 +181,15 @@ def _clipped(records: list[Seen]) -> Iterator[Finding]:
         )
 
 
-def _turned(records: list[Seen]) -> Iterator[Finding]:
+def _turned(records: list[StepRecord]) -> Iterator[Finding]:
     """Gradients that are turned round, or made one number, in all steps seen: what a threshold below zero does."""
     seen = [
-        (record, float(record.came.norm()), float(record.given.norm()), *record.touched.tolist())
+        (record, float(record.grad_after_backward.norm()), float(record.grad_at_step.norm()), *record.touched.tolist())
         for record in records
         if record.touched is not None
-        and float(record.given.norm()) > 0
-        and _finite(record.came)
-        and _finite(record.given)
+        and float(record.grad_at_step.norm()) > 0
+        and _finite(record.grad_after_backward)
+        and _finite(record.grad_at_step)
     ]
     if len(seen) < 2:
         return
@@ -218,28 +218,28 @@ def _turned(records: list[Seen]) -> Iterator[Finding]:
             )
 
 
-def _burst(follower: Follower, records: list[Seen]) -> Iterator[Finding]:
+def _burst(hooks: OptimizerHooks, records: list[StepRecord]) -> Iterator[Finding]:
     """A step that makes weights that are not finite out of weights and gradients that are."""
     for seen in records:
         broken = [name for name, after in zip(seen.names, seen.after) if not bool(after.isfinite())]
-        if broken and _finite(seen.before) and _finite(seen.given) and not seen.closure:
+        if broken and _finite(seen.before) and _finite(seen.grad_at_step) and not seen.closure:
             yield _found(
                 "nonfinite_step",
-                f"weights and gradients (norm {float(seen.given.norm()):.3g}) are finite before the step, and after it"
+                f"weights and gradients (norm {float(seen.grad_at_step.norm()):.3g}) are finite before the step, and after it"
                 f" the weights of {len(broken)} of {len(seen.names)} tensors are not: {', '.join(broken[:3])}."
-                f" {_how(follower, seen, broken)}",
+                f" {_how(hooks, seen, broken)}",
                 seen.step + 1,
             )
             return
-        if not _finite(seen.before) or not _finite(seen.given):
+        if not _finite(seen.before) or not _finite(seen.grad_at_step):
             return
 
 
-def _how(follower: Follower, seen: Seen, broken: list[str]) -> str:
+def _how(hooks: OptimizerHooks, seen: StepRecord, broken: list[str]) -> str:
     """What of the optimizer's options makes a number that is not finite."""
-    own = follower.own()
+    own = hooks.own()
     formats = {own[name].dtype for name in broken if name in own}
-    for group in follower.optimizer.param_groups:
+    for group in hooks.optimizer.param_groups:
         for kind in formats & {p.dtype for p in group["params"]}:
             eps = group.get("eps")
             if isinstance(eps, float) and float(torch.tensor(eps, dtype=kind)) == 0.0:
@@ -256,7 +256,7 @@ def _how(follower: Follower, seen: Seen, broken: list[str]) -> str:
     return f"The rate is {max(seen.rates):.3g}: look at the optimizer's options and at the weights' number format."
 
 
-def _uncleared(records: list[Seen]) -> Iterator[Finding]:
+def _uncleared(records: list[StepRecord]) -> Iterator[Finding]:
     """What is left of a gradient after a step is still there at the next backward, and added to, in all of the first
     steps."""
     seen = [bool(record.uncleared) for record in records if record.uncleared is not None]
@@ -268,7 +268,7 @@ def _uncleared(records: list[Seen]) -> Iterator[Finding]:
         )
 
 
-def _twice(records: list[Seen]) -> Iterator[Finding]:
+def _twice(records: list[StepRecord]) -> Iterator[Finding]:
     """Steps with the very gradients of the step before, and no backward between."""
     again = [
         now
@@ -276,13 +276,13 @@ def _twice(records: list[Seen]) -> Iterator[Finding]:
         if now.step == last.step + 1
         and now.names == last.names
         and not now.closure
-        and now.heard
-        and len(now.missing) == len(now.heard)
+        and now.hooked
+        and len(now.none_grads) == len(now.hooked)
         and last.left is not None
-        and torch.equal(now.given, last.left)
-        and float(now.given.norm()) > 0
+        and torch.equal(now.grad_at_step, last.left)
+        and float(now.grad_at_step.norm()) > 0
     ]
-    if len(again) > 1 and any(len(record.missing) < len(record.heard) for record in records):
+    if len(again) > 1 and any(len(record.none_grads) < len(record.hooked) for record in records):
         yield _found(
             "step_called_twice",
             f"{len(again)} of the {len(records)} steps that were looked at had the gradients of the step "
@@ -291,16 +291,16 @@ def _twice(records: list[Seen]) -> Iterator[Finding]:
         )
 
 
-def _zeroed(watch: Watch, records: list[Seen]) -> Iterator[Finding]:
+def _zeroed(watch: Watch, records: list[StepRecord]) -> Iterator[Finding]:
     """Some tensors' gradients arrive and are zero at the step, in all steps seen; those that are None there may be
     meant to stand still."""
     counts, zero, gone = Counter[str](), Counter[str](), Counter[str]()
-    for record in (each for each in records if not each.closure and float(each.given.norm()) > 0):
-        for name, came, given in zip(record.names, record.came, record.given):
+    for record in (each for each in records if not each.closure and float(each.grad_at_step.norm()) > 0):
+        for name, came, given in zip(record.names, record.grad_after_backward, record.grad_at_step):
             if bool(came.isfinite()) and came > 0:
                 counts[name] += 1
                 zero[name] += bool(given == 0)
-                gone[name] += name in record.gone
+                gone[name] += name in record.no_grad
     names = [
         name
         for name, count in counts.items()
@@ -316,7 +316,7 @@ def _zeroed(watch: Watch, records: list[Seen]) -> Iterator[Finding]:
         )
 
 
-def _slow(records: list[Seen]) -> Iterator[Finding]:
+def _slow(records: list[StepRecord]) -> Iterator[Finding]:
     """Updates that float32 does not see, at a rate that explains them and does not rise."""
     seen = [
         (max(record.rates), float(record.moved))
@@ -332,18 +332,18 @@ def _slow(records: list[Seen]) -> Iterator[Finding]:
         )
 
 
-def _decayed(follower: Follower, records: list[Seen]) -> Iterator[Finding]:
+def _decayed(hooks: OptimizerHooks, records: list[StepRecord]) -> Iterator[Finding]:
     """Optimizers that take rate times decay of the weights off in each step: AdamW and its kin, and SGD."""
-    kinds = {kind.__name__ for kind in type(follower.optimizer).__mro__}
+    kinds = {kind.__name__ for kind in type(hooks.optimizer).__mro__}
     groups = [
         group
-        for group in follower.optimizer.param_groups
+        for group in hooks.optimizer.param_groups
         if group.get("decoupled_weight_decay") or kinds & {"SGD", "AdamW", "FusedAdamW"}
     ]
     decay = max((float(group.get("weight_decay") or 0.0) for group in groups), default=0.0)
     share = (
         min(max(record.rates) for record in records) * decay
-        if len(groups) == len(follower.optimizer.param_groups)
+        if len(groups) == len(hooks.optimizer.param_groups)
         else 0.0
     )
     if share >= 0.1:
@@ -354,9 +354,9 @@ def _decayed(follower: Follower, records: list[Seen]) -> Iterator[Finding]:
         )
 
 
-def _broken(follower: Follower, records: list[Seen]) -> Iterator[Finding]:
+def _broken(hooks: OptimizerHooks, records: list[StepRecord]) -> Iterator[Finding]:
     """Weights as they are now: what happens between two looks stays in them."""
-    own = follower.own()
+    own = hooks.own()
     names = [
         name
         for name, norm in zip(own, norms([part(tensor) for tensor in own.values()]).tolist())
@@ -364,31 +364,31 @@ def _broken(follower: Follower, records: list[Seen]) -> Iterator[Finding]:
     ]
     if not names:
         return
-    how = _how(follower, records[-1], names)
+    how = _how(hooks, records[-1], names)
     seen = f"the weights of {len(names)} of {len(own)} tensors are not finite now: {', '.join(names[:3])}."
     if "eps" in how:
-        yield _found("nonfinite_step", f"{seen} {how}", follower.steps, "No step that was looked at shows it.")
+        yield _found("nonfinite_step", f"{seen} {how}", hooks.steps, "No step that was looked at shows it.")
     else:
-        yield _found("nonfinite_gradients", seen, follower.steps)
+        yield _found("nonfinite_gradients", seen, hooks.steps)
 
 
-def _judge(seen: Seen, first: Seen) -> list[Finding]:
+def _judge(seen: StepRecord, first: StepRecord) -> list[Finding]:
     """One step: what arrived, what the optimizer was given, what moved; `first`: the first step of the same tensors."""
-    arrived, passed = float(seen.came.norm()), float(seen.given.norm())
+    arrived, passed = float(seen.grad_after_backward.norm()), float(seen.grad_at_step.norm())
     found = []
-    if not _finite(seen.came) and _finite(seen.given):
+    if not _finite(seen.grad_after_backward) and _finite(seen.grad_at_step):
         found.append(
             (
                 "sanitised_gradients",
                 (
-                    f"{int((~seen.came.isfinite()).sum())} tensors' gradients arrive non-finite and reach the "
+                    f"{int((~seen.grad_after_backward.isfinite()).sum())} tensors' gradients arrive non-finite and reach the "
                     "optimizer finite."
                 ),
                 "",
             )
         )
-    elif not _finite(seen.given) and not seen.scaled:
-        broken = f"{int((~seen.given.isfinite()).sum())} of {len(seen.given)} tensors"
+    elif not _finite(seen.grad_at_step) and not seen.scaled:
+        broken = f"{int((~seen.grad_at_step.isfinite()).sum())} of {len(seen.grad_at_step)} tensors"
         if _whole_at_first(seen):
             return [
                 _found(
@@ -420,12 +420,12 @@ def _judge(seen: Seen, first: Seen) -> list[Finding]:
     return [_found(cause, evidence, seen.step + 1, doubt) for cause, evidence, doubt in found]
 
 
-def _whole_at_first(seen: Seen) -> bool:
+def _whole_at_first(seen: StepRecord) -> bool:
     """Whether backward was heard and left every gradient finite."""
-    return not seen.closure and len(seen.missing) < len(seen.heard) and _finite(seen.came)
+    return not seen.closure and len(seen.none_grads) < len(seen.hooked) and _finite(seen.grad_after_backward)
 
 
-def _emptied(seen: Seen, arrived: float) -> tuple[str, str, str]:
+def _emptied(seen: StepRecord, arrived: float) -> tuple[str, str, str]:
     """What cleared gradients: a product with zero leaves negative zeros behind, and clearing does not."""
     if seen.touched is not None and float(seen.touched[1]) > 0:
         return (
@@ -439,7 +439,7 @@ def _emptied(seen: Seen, arrived: float) -> tuple[str, str, str]:
     return ("gradients_cleared_before_step", f"norm {arrived:.3g} arrives and the optimizer finds zero.", "")
 
 
-def _growth(seen: Seen, first: Seen) -> float:
+def _growth(seen: StepRecord, first: StepRecord) -> float:
     """Of the tensors that began at a usual size: what begins at zero or next to it has to grow."""
     usual = first.before >= 0.1 * torch.tensor(first.sizes)
     grown = (

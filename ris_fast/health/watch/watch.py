@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.names import check_beginnings
 from ris_fast.health.watch.arguments import all_optimizers, beginnings, check_every, check_model
-from ris_fast.health.watch.records import Few, LeftOver, Origin, few, has_norm, held, part, usual
+from ris_fast.health.watch.records import Origin, ParameterSample, StaleGradientProbe, few, has_norm, held, part, usual
 from ris_fast.health.watch.rules import told
 from ris_fast.training.telemetry.step_telemetry import norms
 
@@ -31,20 +31,20 @@ DENSE, EVERY, KEPT = 8, 100, 64
 
 
 @dataclass
-class Seen:
+class StepRecord:
     """One optimizer step: names (T,) of its tensors, and norms (T,) float32 that stay where they are.
 
-    sizes: what a layer's usual initial norm is, about; rates: learning rates of the groups; came: gradients after
+    sizes: what a layer's usual initial norm is, about; rates: learning rates of the groups; grad_after_backward: gradients after
         backward;
-    given: as the optimizer found them; before, after: weights. closure: gradients came within the step. scaled: a loss
-    scaler takes care of gradients that are not finite. heard: tensors whose gradient was listened for; missing: those
+    grad_at_step: as the optimizer found them; before, after: weights. closure: gradients came within the step. scaled: a loss
+    scaler takes care of gradients that are not finite. hooked: tensors with a hook on their gradient; none_grads: those
     without one.
     reset: (), whether the weights are bit for bit those of an earlier step, and were others in between;
     moved: (), norm of the update over that of the weights, where there was a gradient; of a few numbers of each tensor.
     uncleared: (), whether one gradient of the step before was added to; left: gradients after the step, of the first
         steps.
-    gone: tensors whose gradient is None at the step.
-    touched: (4,), of a few numbers of each gradient, as backward left it beside what the optimizer is given: the
+    no_grad: tensors whose gradient is None at the step.
+    touched: (4,), of a few numbers of each gradient, as backward left it beside what the optimizer is grad_at_step: the
     cosine, the share of negative zeros, and the spread over the size of both. None where nothing was heard.
     """
 
@@ -56,29 +56,29 @@ class Seen:
     closure: bool
     scaled: bool
     reset: Tensor | None = None
-    came: Tensor | None = None
-    given: Tensor | None = None
+    grad_after_backward: Tensor | None = None
+    grad_at_step: Tensor | None = None
     after: Tensor | None = None
     moved: Tensor | None = None
     uncleared: Tensor | None = None
     left: Tensor | None = None
     touched: Tensor | None = None
-    gone: tuple[str, ...] = ()
-    heard: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
+    no_grad: tuple[str, ...] = ()
+    hooked: tuple[str, ...] = ()
+    none_grads: tuple[str, ...] = ()
 
-    def on_host(self) -> Seen:
+    def on_host(self) -> StepRecord:
         host = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return Seen(**host | {"rates": [float(rate) for rate in self.rates]})
+        return StepRecord(**host | {"rates": [float(rate) for rate in self.rates]})
 
 
-class Follower:
+class OptimizerHooks:
     """Hooks around one optimizer's steps and on the gradients of the tensors that it holds."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, every: int) -> None:
         self.model, self.optimizer, self.every = model, optimizer, every
         self.steps = 0
-        self.records: list[Seen] = []
+        self.records: list[StepRecord] = []
         self.arrived: dict[int, Tensor] = {}
         self.samples: dict[int, Tensor] = {}
         self.passes: Counter[int] = Counter()  # arrivals at each tensor, before the first step
@@ -89,9 +89,9 @@ class Follower:
         self.fed: set[int] = set()  # those with a gradient at the last step
         self.listening: list[Tensor] = []
         self.hooks: list[Any] = []
-        self.now: Seen | None = None
-        self.few: Few | None = None
-        self.left: LeftOver | None = None
+        self.now: StepRecord | None = None
+        self.few: ParameterSample | None = None
+        self.left: StaleGradientProbe | None = None
         self.step_hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -125,13 +125,13 @@ class Follower:
         me = weakref.ref(self)
 
         def arrived(parameter: Tensor) -> None:
-            if (follower := me()) is not None and parameter.grad is not None:
-                follower.arrived[id(parameter)] = norm = norms([part(parameter.grad)])[0]
-                follower.samples[id(parameter)] = few([parameter.grad])
-                if not follower.steps:
-                    follower._count(parameter)
-                if follower.left is not None and follower.left.parameter is parameter:
-                    follower.left.came(norm)
+            if (hooks := me()) is not None and parameter.grad is not None:
+                hooks.arrived[id(parameter)] = norm = norms([part(parameter.grad)])[0]
+                hooks.samples[id(parameter)] = few([parameter.grad])
+                if not hooks.steps:
+                    hooks._count(parameter)
+                if hooks.left is not None and hooks.left.parameter is parameter:
+                    hooks.left.came(norm)
 
         self.listening, self.hooks = wanted, [p.register_post_accumulate_grad_hook(arrived) for p in wanted]
 
@@ -161,7 +161,7 @@ class Follower:
             rate.detach().clone() if isinstance(rate, Tensor) else rate
             for rate in (group.get("lr", 1.0) for group in self.optimizer.param_groups)
         ]
-        self.now = Seen(
+        self.now = StepRecord(
             self.steps,
             list(own),
             [usual(p) for p in own.values()],
@@ -170,7 +170,7 @@ class Follower:
             closure,
             scaler is not None or getattr(self.optimizer, "loss_scale", None) == "dynamic",
         )
-        self.few = Few.follow(self.few, self.steps, own)
+        self.few = ParameterSample.follow(self.few, self.steps, own)
         self.now.reset = self.few.reset
         if closure:
             self.arrived.clear()
@@ -183,21 +183,23 @@ class Follower:
         may clear it."""
         came, zero = [self.arrived.get(id(p)) for p in own.values()], torch.zeros((), device=self.now.before.device)
         heard, reached = {id(p) for p in self.listening if p.requires_grad}, self._reached(own)
-        self.now.heard = tuple(name for name, p in own.items() if id(p) in heard)
-        self.now.missing = tuple(name for (name, p), each in zip(own.items(), came) if each is None and id(p) in heard)
+        self.now.hooked = tuple(name for name, p in own.items() if id(p) in heard)
+        self.now.none_grads = tuple(
+            name for (name, p), each in zip(own.items(), came) if each is None and id(p) in heard
+        )
         self.now.touched = self._touched(own)
-        self.now.gone = tuple(name for name, p in own.items() if p.grad is None)
-        self.now.came = _row(
+        self.now.no_grad = tuple(name for name, p in own.items() if p.grad is None)
+        self.now.grad_after_backward = _row(
             [
                 reached[n] if each is None and id(p) not in heard else zero if each is None else each
                 for n, (p, each) in enumerate(zip(own.values(), came))
             ],
             zero,
         )
-        self.now.given = torch.maximum(self.now.came, reached) if self.now.closure else reached
+        self.now.grad_at_step = torch.maximum(self.now.grad_after_backward, reached) if self.now.closure else reached
 
     def _touched(self, own: dict[str, Tensor]) -> Tensor | None:
-        """See `Seen.touched`; of the tensors that were heard and have a gradient in the same layout."""
+        """See `StepRecord.touched`; of the tensors that were heard and have a gradient in the same layout."""
         both = [
             (self.samples[id(p)], few([p.grad])) for p in own.values() if id(p) in self.samples and p.grad is not None
         ]
@@ -233,7 +235,7 @@ class Follower:
                 self._gradients(own)
             self.now.after, self.now.moved, self.now.uncleared = _weights(own), self.few.finish(own), uncleared
             if self.steps < DENSE:
-                self.now.left, self.left = self._reached(own), LeftOver.among(list(own.values()))
+                self.now.left, self.left = self._reached(own), StaleGradientProbe.among(list(own.values()))
             self.records, self.now = [*self.records[:DENSE], *self.records[DENSE:][-KEPT:], self.now], None
         self.arrived.clear()
         self.samples.clear()
@@ -282,23 +284,23 @@ class Watch:
         self.model, self.optimizers, self.frozen = model, all_optimizers(optimizer), beginnings(frozen)
         check_every(every, len(self.optimizers))
         check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
-        self.followers = [Follower(model, each, every) for each in self.optimizers]
+        self.all_hooks = [OptimizerHooks(model, each, every) for each in self.optimizers]
         self.still = {id(p) for p in model.parameters() if not p.requires_grad}  # from the beginning
 
     @property
     def steps(self) -> int:
         """Steps made, by the optimizer that has made most."""
-        return max(follower.steps for follower in self.followers)
+        return max(hooks.steps for hooks in self.all_hooks)
 
     @property
-    def records(self) -> list[Seen]:
+    def records(self) -> list[StepRecord]:
         """What was seen, one optimizer after the other."""
-        return [record for follower in self.followers for record in follower.records]
+        return [record for hooks in self.all_hooks for record in hooks.records]
 
     def close(self) -> None:
         """Takes every hook away."""
-        for follower in self.followers:
-            follower.close()
+        for hooks in self.all_hooks:
+            hooks.close()
 
     def report(self) -> list[Finding]:
         """What has been seen so far. Reads the device."""

@@ -25,7 +25,7 @@ class FusedAdamW(SavedOptimizer):
     Parameters are moved into one flat buffer per device and dtype: their `.data` become views, and what shared memory
     with them before (a detached alias, another process) sees no step. Between steps everything is as in torch, or
     refused by an
-    error: tests/training/test_optimizer_habits.py is the table. A parameter whose `.grad` is None is left alone; only
+    error: tests/training/optim/test_optimizer_habits.py is the table. A parameter whose `.grad` is None is left alone; only
     its average moves on towards it. A step with a non-finite gradient changes no weight, moment or average, and is
     counted.
 

@@ -35,7 +35,7 @@ class HostCopy:
         return self._host
 
 
-class Moment:
+class DeviceTimestamp:
     """A point in the device's work, put there by `Clock.mark`."""
 
     def __init__(self, clock: Clock) -> None:
@@ -63,8 +63,8 @@ class Clock:
             torch.cuda.synchronize(self.device)
         self.began, self.event = time.monotonic(), _timed_event(self.device)
 
-    def mark(self) -> Moment:
-        return Moment(self)
+    def record(self) -> DeviceTimestamp:
+        return DeviceTimestamp(self)
 
 
 def _timed_event(device: torch.device) -> torch.cuda.Event | None:

@@ -41,14 +41,14 @@ def weight_norms(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def prints(values: Tensor) -> Tensor:
+def row_hashes(values: Tensor) -> Tensor:
     """(B,) int64: a hash of each row's bytes, on the device; equal rows have equal hashes."""
     bits = values.detach().float().contiguous().flatten(1).view(torch.int32).long()
     place = torch.arange(1, bits.shape[1] + 1, device=bits.device)
     return ((bits ^ (place * 2654435761)) * (2 * place * 40503 + 1)).sum(1)
 
 
-def broken(values: Tensor) -> Tensor:
+def count_invalid_rows(values: Tensor) -> Tensor:
     """(2,) int64: rows that are all zeros, and rows with a value that is not finite."""
     peak = values.detach().flatten(1).abs().amax(1)
     return torch.stack([(peak == 0).sum(), (~peak.isfinite()).sum()])
@@ -61,7 +61,7 @@ def spread(answer: Tensor) -> Tensor:
     return (norm(answer - answer.mean(0)) / norm(answer).clamp_min(1e-15)).square() * (rows / (rows - 1))
 
 
-def asleep(model: nn.Module) -> list[str]:
+def modules_in_eval_mode(model: nn.Module) -> list[str]:
     """Names of the modules that are in evaluation mode; '' is the network itself."""
     return [name for name, module in model.named_modules() if not module.training]
 
@@ -75,7 +75,7 @@ class Sample:
     """
 
     call: int
-    asleep: list[str]
+    modules_in_eval_mode: list[str]
     tensors: dict[str, Tensor]
 
 
@@ -96,13 +96,13 @@ class Telemetry:
         self._clear()
 
     def _clear(self) -> None:
-        self.left_over: Tensor | None = None
+        self.residual_grad_norm: Tensor | None = None
         self.raw: Tensor | None = None
         self.before: Tensor | None = None
         self.after: Tensor | None = None
         self.spread: Tensor | None = None
-        self.prints: list[Tensor] = []
-        self.broken: list[Tensor] = []
+        self.row_hashes: list[Tensor] = []
+        self.invalid_rows: list[Tensor] = []
 
     def due(self, call: int) -> bool:
         """Whether the step of this number, counted from 1, is read."""
@@ -123,15 +123,15 @@ class Telemetry:
     def cleared(self) -> None:
         """After the gradients were cleared."""
         if self.sampled:
-            self.left_over = norms(self._gradients()).norm()
+            self.residual_grad_norm = norms(self._gradients()).norm()
 
     @torch.no_grad()
     def shown(self, scenes: Scenes, factor: Tensor) -> None:
         """One micro-batch as the network received it, and what it answered, (B, N, Q, 2)."""
         if not self.sampled:
             return
-        self.prints.append(prints(scenes.snapshots))
-        self.broken.append(broken(scenes.snapshots))
+        self.row_hashes.append(row_hashes(scenes.snapshots))
+        self.invalid_rows.append(count_invalid_rows(scenes.snapshots))
         if len(factor) > 1:
             self.spread = spread(factor.detach().float())
 
@@ -161,16 +161,16 @@ class Telemetry:
                 "raw": self.raw,
                 "first": self.first,
                 "table": self.optimizer.telemetry(),
-                "left_over": self.left_over,
+                "residual_grad_norm": self.residual_grad_norm,
                 "spread": self.spread,
-                "prints": torch.cat(self.prints) if self.prints else None,
-                "broken": torch.stack(self.broken).sum(0) if self.broken else None,
+                "row_hashes": torch.cat(self.row_hashes) if self.row_hashes else None,
+                "invalid_rows": torch.stack(self.invalid_rows).sum(0) if self.invalid_rows else None,
             }
         records, numbers = self.optimizer.records()
         if len(numbers):
             tensors |= {"records": records, "record_steps": numbers}
         tensors = {name: value for name, value in tensors.items() if value is not None}
-        return Sample(self.calls, asleep(self.model), tensors) if tensors else None
+        return Sample(self.calls, modules_in_eval_mode(self.model), tensors) if tensors else None
 
     def read(self, sample: Sample | None, epoch: int) -> dict[str, Any]:
         """A sample in plain numbers; empty for None. Waits for the device where the tensors are still there."""
@@ -195,12 +195,12 @@ class Telemetry:
     def _read_step(self, sample: Sample, seen: dict[str, Tensor], epoch: int) -> dict[str, Any]:
         """The step that was looked at."""
         before, after, raw, table = (seen[name] for name in ("before", "after", "raw", "table"))
-        hashes = seen["prints"].tolist() if "prints" in seen else []
-        zeros, nonfinite = seen["broken"].tolist() if "broken" in seen else (0, 0)
-        sleeping = sample.asleep
+        hashes = seen["row_hashes"].tolist() if "row_hashes" in seen else []
+        zeros, nonfinite = seen["invalid_rows"].tolist() if "invalid_rows" in seen else (0, 0)
+        sleeping = sample.modules_in_eval_mode
         reading = {
             "call": sample.call,
-            "left_over": _number(seen.get("left_over")),
+            "residual_grad_norm": _number(seen.get("residual_grad_norm")),
             "raw_norm": _number(raw.norm()),
             "raw_nonfinite": int((~raw.isfinite()).sum()),
             "tensors": len(after),
@@ -213,7 +213,7 @@ class Telemetry:
             "zero_scenes": zeros,
             "nonfinite_scenes": nonfinite,
             "spread": _number(seen.get("spread")),
-            "asleep": len(sleeping),
+            "modules_in_eval_mode": len(sleeping),
             "first_asleep": (sleeping or [None])[0],
             "update_ratio": median((table[:, 2] / table[:, 1].clamp_min(1e-30)).tolist()),
             "weight_norm": float(after.norm()),
@@ -233,7 +233,7 @@ class Telemetry:
         return len(hashes) - len(here) + len(here & earlier)
 
 
-class Milestones:
+class WeightDriftMonitor:
     """Weight norms at the seams of an epoch, where nothing may move a weight: around validation, and between epochs.
 
     Args: first: the norms that the run began with, (T,); those of now by default.
@@ -243,7 +243,7 @@ class Milestones:
         self.model = model
         self.first, self.last = weight_norms(model) if first is None else first, None
 
-    def pass_by(self) -> dict[str, Any]:
+    def check(self) -> dict[str, Any]:
         """Tensors that changed since the last call, and whether all are as they were at the very beginning."""
         now, before = weight_norms(self.model), self.last
         self.last = now

@@ -1,0 +1,111 @@
+"""Every fault applies, changes what its healthy twin does, and is gone afterwards; twins learn."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import pytest
+
+from bench.faults.catalogue import FAMILIES, HELD_OUT, Fault, all_faults, faulty
+from bench.faults.healthy_twins import TWINS
+from ris_fast.health.causes import CAUSES
+from ris_fast.training.trainer import Trainer
+
+FAULTS = all_faults()
+STEPS = 20  # two epochs and a half: every onset and two validations
+
+
+class StopRun(Exception):
+    """Ends a run after a few steps."""
+
+
+class Recorder:
+    """Keeps what a run says that depends on no clock."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.rows, self.losses, self.epochs = trainer, [], [], 0
+
+    def start(self, info: Any) -> None:
+        self.rows.append(sorted(info["baselines"].items()))
+
+    def step(self, row: Any) -> None:
+        self.losses.append(row["train_loss"])
+        self.rows.append(
+            [row[key] for key in ("step", "train_loss", "grad_norm", "clipped", "skipped", "loss_scale")]
+            + [sorted(row["lr"].items()), self.trainer.model.training]
+        )
+        if row["step"] >= STEPS:
+            raise StopRun
+
+    def epoch(self, row: Any) -> None:
+        self.epochs += 1
+        self.rows.append([row[key] for key in ("step", "train_loss", "val_loss", "val_nmse_raw", "val_nmse_ema")])
+        if self.epochs >= 6:
+            raise StopRun
+
+    def finish(self, summary: Any) -> None:
+        """Nothing more."""
+
+
+def behaviour(trainer: Trainer) -> tuple[str, list[float]]:
+    """A short run as text, and its training losses: what was reported, how it ended, which tensors the optimizer holds,
+    where they stand."""
+    trainer.observer = recorder = Recorder(trainer)
+    names = sorted(name for group in trainer.optimizer.param_groups for name in group["param_names"])
+    trainable = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit()
+    except Exception as error:
+        recorder.rows.append(f"{type(error).__name__}: {error}")
+    weights = {name: value.double().sum().item() for name, value in trainer.model.named_parameters()}
+    return repr((names, trainable, recorder.rows, weights)), recorder.losses
+
+
+@cache
+def healthy(twin: str) -> tuple[str, list[float]]:
+    return behaviour(Trainer(TWINS[twin]()))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_changes_what_its_twin_does_and_is_undone(name: str) -> None:
+    fault = FAULTS[name]
+    twin = healthy(fault.twin)[0]
+    with faulty(fault) as trainer:
+        assert behaviour(trainer)[0] != twin
+    assert fault.around is None or behaviour(Trainer(TWINS[fault.twin]()))[0] == twin
+
+
+def test_a_run_without_a_fault_repeats_bit_for_bit() -> None:
+    """Otherwise a difference would say nothing about a fault."""
+    assert behaviour(Trainer(TWINS["hybrid"]()))[0] == healthy("hybrid")[0]
+
+
+def test_ten_families_and_a_third_of_each_held_out() -> None:
+    total, held = Counter(f.family for f in FAULTS.values()), Counter(f.family for f in FAULTS.values() if f.held_out)
+    assert set(total) == set(FAMILIES) and len(FAULTS) >= 66 and HELD_OUT <= FAULTS.keys()
+    assert all(0.3 <= held[family] / total[family] <= 0.4 for family in FAMILIES)
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=list(FAULTS))
+def test_a_record_says_what_to_expect_and_by_when(fault: Fault) -> None:
+    kind, _, amount = fault.by.partition(":")
+    assert kind == "preflight" and not amount or kind == "steps" and int(amount) > 0 or 0 < float(amount) <= 0.01
+    assert fault.expect and set(fault.expect) <= CAUSES.keys()
+    assert bool(fault.settings) + (fault.patch is not None) + (fault.around is not None) >= 1
+
+
+def test_an_unknown_cause_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown"):
+        Fault("x", "loop", "mistyped the cause", ("frozen_parameter",), "preflight")
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_a_twin_is_finite_and_gets_better(twin: str) -> None:
+    losses = healthy(twin)[1]
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]

@@ -1,0 +1,181 @@
+"""The measurement of the rules, with watchdogs whose answers are known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from bench.faults import score, trial
+from bench.faults.afterwards import score_afterwards
+from bench.faults.catalogue import HELD_OUT, all_faults
+from bench.faults.healthy import from_shards, healthy_config
+from bench.faults.healthy_twins import EPOCH_STEPS, changed
+from ris_fast.training.state import RunStopped
+from ris_fast.training.trainer import Trainer
+
+FAULTS = all_faults()
+
+
+@dataclass(frozen=True)
+class Finding:
+    cause: str
+    evidence: str = "seen"
+
+
+class Told:
+    """A watchdog that says `cause` once `step` optimizer steps were attempted; at 0 in its preflight."""
+
+    def __init__(self, trainer: Trainer, cause: str | None, step: int = 0) -> None:
+        self.trainer, self.cause, self.at = trainer, cause, step
+        self.findings: list[Finding] = []
+
+    def preflight(self) -> list[Finding]:
+        return [Finding(self.cause)] if self.cause and self.at == 0 else []
+
+    def step(self, row: Any) -> None:
+        if self.cause and self.trainer.state.step >= self.at:
+            self.findings = [Finding(self.cause)]
+
+    start = epoch = finish = lambda self, row: None
+
+
+def told(cause: str | None, step: int = 0) -> trial.Build:
+    return lambda trainer: Told(trainer, cause, step)
+
+
+def test_the_cause_in_preflight_is_detected_and_named() -> None:
+    outcome = trial.score_fault(FAULTS["rate_zero"], told("zero_learning_rate"))
+    assert outcome.detected and outcome.named and outcome.step == 0 and not outcome.crashed
+
+
+def test_another_cause_is_detected_and_not_named() -> None:
+    outcome = trial.score_fault(FAULTS["rate_zero"], told("frozen_parameters"))
+    assert outcome.detected and not outcome.named
+
+
+def test_the_right_cause_after_the_limit_is_late() -> None:
+    outcome = trial.score_fault(FAULTS["rate_zero"], told("zero_learning_rate", 4))
+    assert outcome.step == 4 and outcome.limit == 0 and outcome.ever and not outcome.detected and not outcome.named
+
+
+@pytest.mark.parametrize(
+    "name, limit",
+    [
+        ("never_cleared", 5),
+        ("adam_epsilon_of_one", 40),
+        ("body_behind_the_loop", 1),
+        ("eval_after_first_validation", EPOCH_STEPS + 5),
+    ],
+)
+def test_limits_in_steps(name: str, limit: int) -> None:
+    assert trial.score_fault(FAULTS[name], told("dead_units")).limit == limit
+
+
+def test_a_silent_watchdog_misses_and_the_run_ends_in_time() -> None:
+    outcome = trial.score_fault(FAULTS["average_decay_of_one"], told(None))
+    assert outcome.step is None and not outcome.ever and outcome.seconds < 60
+
+
+def test_what_the_healthy_twin_is_told_too_does_not_count() -> None:
+    outcome = trial.score_fault(FAULTS["rate_zero"], told("zero_learning_rate"))
+    twin = trial.score_fault(trial.twin_fault("hybrid"), told("zero_learning_rate"))
+    assert not score.with_twins([outcome], {"hybrid": twin})[0].detected
+
+
+def test_a_watchdog_that_raises_is_a_result_with_its_place() -> None:
+    def broken(trainer: Trainer) -> trial.Watching:
+        raise KeyError("reading")
+
+    outcome = trial.score_fault(FAULTS["rate_zero"], broken)
+    assert "KeyError" in outcome.crashed and "test_score.py" in outcome.crashed and not outcome.detected
+
+
+def test_what_the_trainer_itself_stops_is_noted() -> None:
+    outcome = trial.score_fault(FAULTS["step_in_a_dead_branch"], told(None))
+    assert outcome.stopped and not outcome.detected
+
+
+def small(number: int) -> Any:
+    return changed(
+        healthy_config(number),
+        {"training.epochs": 1, "training.batch_size": 16, "training.accumulate": 1, "data.train_scenes": 32},
+    )
+
+
+@pytest.mark.parametrize("number", [0, 1, 6, 7])
+def test_a_healthy_run_is_whole_and_silent_where_nothing_is_said(number: int) -> None:
+    assert from_shards(number) == (number in (6, 7))
+    outcome = trial.score_healthy(number, told(None), small(number))
+    assert not (outcome.said or outcome.stopped or outcome.crashed)
+
+
+def test_a_stopped_healthy_run_is_a_false_alarm() -> None:
+    class Stopping(Told):
+        def step(self, row: Any) -> None:
+            raise RunStopped("enough", "made_up")
+
+    config = changed(small(0), {"report.every_steps": 1})
+    outcome = trial.score_healthy(0, lambda trainer: Stopping(trainer, None), config)
+    assert outcome.stopped == "made_up" and score.summary([], [outcome])["healthy"]["stopped"] == 1
+
+
+def test_healthy_runs_cover_what_they_should() -> None:
+    configs = [healthy_config(number) for number in range(200)]
+    assert {c.model.name for c in configs} == {"hybrid", "backprojection"}
+    assert {c.training.precision for c in configs} == {"fp32", "bf16"}
+    sizes, counts = {c.training.batch_size for c in configs}, {c.training.accumulate for c in configs}
+    assert {16, 1024} <= sizes and {1, 8} <= counts and len({c.training.seed for c in configs}) == 200
+    assert 40 <= sum(from_shards(number) for number in range(200)) <= 60
+
+
+def test_totals_keep_tuned_and_held_out_apart() -> None:
+    base = trial.score_fault(FAULTS["rate_zero"], told("zero_learning_rate"))
+    missed = replace(base, name="x", held_out=True, said=(), step=None)
+    result = score.summary([base, missed], [])
+    assert result["tuned"]["total"]["named_first"] == 1.0 and result["held_out"]["total"]["detected"] == 0.0
+    assert result["all"]["loop"]["detected"] == 0.5
+
+
+def test_the_command_prints_the_held_out_third_as_totals_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = [FAULTS["rate_zero"], FAULTS["loss_clamped"]]
+    monkeypatch.setattr(trial.score_fault, "__defaults__", (told(None),))
+    monkeypatch.setattr(score, "chosen", lambda arguments: chosen)
+    assert score.main(["--all", "--json", str(tmp_path / "score.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "rate_zero" in printed and not any(name in printed for name in HELD_OUT) and "held_out" in printed
+    assert len(json.loads((tmp_path / "score.json").read_text())["outcomes"]) == 3
+
+
+def test_an_unknown_fault_names_the_known_ones() -> None:
+    with pytest.raises(SystemExit, match="rate_zero"):
+        score.main(["--only", "rate_zeroo"])
+
+
+# ---- what a run leaves behind
+# ---------------------------------------------------------------------------------------------
+
+
+def test_why_names_a_fault_from_the_rows_alone_and_leaves_its_twin_in_peace() -> None:
+    outcome, twin = (score_afterwards(fault) for fault in (FAULTS["never_cleared"], trial.twin_fault("hybrid")))
+    assert outcome.named and outcome.said[0] == "gradients_never_cleared" and not outcome.crashed
+    assert twin.said == () and not twin.crashed
+
+
+def test_a_fault_that_leaves_no_trace_in_the_rows_is_missed_afterwards() -> None:
+    outcome = score_afterwards(FAULTS["backbone_frozen"])
+    assert not outcome.crashed and outcome.named == ("frozen_parameters" in outcome.said[:1])
+
+
+def test_the_command_scores_afterwards_without_preflight_or_watch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trial.score_fault, "__defaults__", (told(None),))
+    monkeypatch.setattr(score, "chosen", lambda arguments: [FAULTS["never_cleared"]])
+    assert score.main(["--afterwards"]) == 0
+    printed = capsys.readouterr().out
+    assert "named" in printed and "gradients_never_cleared" in printed and "by step" not in printed

@@ -1,0 +1,363 @@
+"""What a hostile tester did at the command line: output that nobody takes, another's environment, advice, links, typos,
+two writers."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ris_fast.commands import train as launch
+from ris_fast.commands.cli import app, main
+from ris_fast.config.load import load_config
+from ris_fast.config.schema import SECTIONS, ConfigError
+from ris_fast.data import write
+from ris_fast.files import locked
+from ris_fast.health import watch
+from ris_fast.training.trainer import Trainer
+from tests.commands.test_runs import SMALL
+
+ROOT = Path(__file__).parent.parent.parent
+QUICK = [*SMALL, "--set", "health.preflight=false"]
+TASK = [word for text in SMALL if text.startswith("task.") for word in ("--set", text)]
+QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+
+def shell(command: str, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, env=QUIET | variables)
+
+
+def program(*arguments: object) -> str:
+    return shlex.join([sys.executable, "-m", "ris_fast", *map(str, arguments)])
+
+
+# ---- 4: output that nobody takes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["| sed '/Epoch 001/q' >&2; exit ${PIPESTATUS[0]}", "> /dev/full 2>&- <&-"])
+def test_a_run_outlives_its_log_and_its_folder_is_whole(ending: str, tmp_path: Path) -> None:
+    done = shell(
+        f"{program('train', *QUICK, '--set', 'report.plots=false', '--epochs', 2, '--out', tmp_path / 'run')} {ending}"
+    )
+    assert done.returncode == 4 and "Traceback" not in done.stderr  # stalled: the run's own code
+    assert "Exception ignored" not in done.stderr and (tmp_path / "run" / "summary.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "ending, code",
+    [("| true; exit ${PIPESTATUS[0]}", 0), ("> /dev/full", 3), (">&-", 0), ("2>&-", 0), ("2> /dev/full", 0)],
+)
+def test_a_reader_that_went_away_is_no_error_and_a_full_disk_is_one_where_the_output_is_all_there_is(
+    ending: str, code: int
+) -> None:
+    done = shell(f"{program('why', '--explain', 'stalled_at_baseline')} {ending}")
+    assert (
+        done.returncode == code and "Traceback" not in done.stderr and ("No space left" in done.stderr) == (code == 3)
+    )
+
+
+# ---- 5: Jupyter's environment ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no such backend", "agg"])
+def test_figures_are_drawn_whatever_backend_the_environment_names(backend: str, tmp_path: Path) -> None:
+    code = (
+        "import sys, os; sys.modules['matplotlib_inline'] = None\n"
+        "from ris_fast.report.plots import loss_figure, save\n"
+        f"save(loss_figure([], {{'zero': 1.0}}), {str(tmp_path / 'loss.png')!r}); print(os.environ['MPLBACKEND'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=QUIET | {"MPLBACKEND": backend}
+    )
+    assert done.returncode == 0 and done.stdout.strip() == backend and (tmp_path / "loss.png").stat().st_size > 1000
+
+
+# ---- 6: advice that fails -------------------------------------------------------------------------------------------
+
+
+def written(folder: Path, capsys: Any, *settings: str) -> list[str]:
+    """A data set, and the command that is printed to train on it."""
+    assert (
+        main(
+            [
+                "simulate",
+                "--out",
+                str(folder),
+                "--scenes",
+                "40",
+                "--device",
+                "cpu",
+                "--preset",
+                "original",
+                *TASK,
+                *settings,
+            ]
+        )
+        == 0
+    )
+    return shlex.split(re.search(r"train on it: ris-fast (.*)", capsys.readouterr().out)[1])
+
+
+@pytest.mark.parametrize(
+    "settings", [("--set", "task.snapshots=8"), ("--set", "task.symbols=per_snapshot", "--set", "task.snr_max_db=30")]
+)
+def test_the_command_that_simulate_prints_trains_on_the_data_sets_own_task(
+    settings: tuple[str, ...], tmp_path, monkeypatch, capsys
+) -> None:
+    command, opened = written(tmp_path / "my scenes", capsys, *settings), []
+    monkeypatch.setattr(launch, "run_training", lambda config, *_, **__: opened.append(Trainer(config)) or 0)
+    assert main(command) == 0
+    (trainer,) = opened
+    assert all(
+        str(getattr(trainer.config.task, key)) in (value, f"{value}.0")
+        for key, value in (text.removeprefix("task.").split("=") for text in settings[1::2])
+    )
+    assert trainer.config.provenance["task.snapshots"] == "data set"
+
+
+def test_settings_that_contradict_the_data_are_refused_all_at_once(tmp_path, capsys) -> None:
+    command = written(tmp_path / "scenes", capsys, "--set", "task.snapshots=8")
+    assert (
+        main([*command, "--set", "task.snapshots=4", "--set", "task.max_sources=3", "--out", str(tmp_path / "run")])
+        == 3
+    )
+    said = capsys.readouterr().err
+    assert (
+        "found snapshots 8, max_sources 5; expected snapshots 4, max_sources 3" in said
+        and "brings its own task" in said
+    )
+
+
+def test_evaluate_on_data_of_another_task_advises_a_command_that_works(tmp_path, capsys) -> None:
+    run = tmp_path / "a run"
+    assert main(["train", *QUICK, "--epochs", "1", "--out", str(run)]) == 4
+    written(tmp_path / "other", capsys, "--set", "task.snapshots=8")
+    assert main(["evaluate", str(run), "--data", str(tmp_path / "other"), "--device", "cpu"]) == 3
+    said = capsys.readouterr().err
+    assert "--set" not in said
+    advised = shlex.split(
+        re.search(r"ris-fast (simulate .*? --scenes \d+)", said)[1].replace("DIR", shlex.quote(str(tmp_path / "new")))
+    )
+    assert (
+        main([*advised[:-1], "40"]) == 0
+        and main(["evaluate", str(run), "--data", str(tmp_path / "new"), "--device", "cpu"]) == 0
+    )
+
+
+def texts() -> dict[str, str]:
+    """Every text in the program's source, f-strings with X where a value goes, and the pages on causes; name ->
+    text."""
+    found = {str(path): path.read_text() for path in (ROOT / "ris_fast").rglob("*.md")}
+    for path in (ROOT / "ris_fast").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found[f"{path}:{node.lineno}"] = "".join(
+                    part.value if isinstance(part, ast.Constant) else "X" for part in node.values
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.setdefault(f"{path}:{node.lineno}", node.value)
+    return found
+
+
+def test_every_command_and_flag_in_a_message_exists() -> None:
+    commands = {name: app[name] for name in app if not name.startswith("-")}
+    flags = {
+        name: {flag for argument in command.assemble_argument_collection() for flag in argument.names}
+        for name, command in commands.items()
+    }
+    seen = 0
+    for where, text in texts().items():
+        for name, rest in re.findall(r"ris-fast ([a-z]+)((?: (?:--?[\w-]+|[A-Z]+|\S+\.toml))*)", text):
+            if name in ("and", "with", "scenes"):  # of a sentence or of the format, not commands
+                continue
+            assert name in commands, f"{where}: ris-fast {name}"
+            wrong = set(re.findall(r"--[\w-]+", rest)) - flags[name] - {"--help"}
+            assert not wrong, f"{where}: ris-fast {name} has no {wrong}"
+            seen += 1
+    assert seen > 15
+
+
+def test_every_setting_in_a_message_exists() -> None:
+    known = {f"{section}.{item}" for section, kind in SECTIONS.items() for item in kind.__dataclass_fields__}
+    advised = [
+        (where, key)
+        for where, text in texts().items()
+        for key in re.findall(r"--set ([a-z]+\.[a-z_]+)(?:\.\w+)?=", text)
+    ]
+    assert len(advised) > 3 and not [each for each in advised if each[1] not in known | {"section.key", "a.b"}]
+
+
+# ---- 7: tracebacks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "out, code, words",
+    [
+        ("loop", 3, "a link that leads in a circle"),
+        ("n" * 300, 3, "File name too long"),
+        ("n" * 300 + "/x", 3, "File name too long"),
+        ("n" * 250, 3, "File name too long"),
+        ("", 2, "is empty"),
+        ("dangling", 0, ""),
+    ],
+)
+def test_simulate_names_a_place_that_cannot_be(out: str, code: int, words: str, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.symlink("loop", "loop")
+    os.symlink("there/below", "dangling")
+    assert main(["simulate", "--out", out, "--scenes", "4", "--preset", "original", "--device", "cpu", *TASK]) == code
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said and said.count("\n") == (code != 0)
+    assert (tmp_path / "there" / "below" / "manifest.json").is_file() == (code == 0)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train", "--set", "training.seed=1", "training.epochs=2"], "Write: --set training.epochs=2"),
+        (
+            ["train", "a.toml", "--set", "training.seed=1", "training.epochs=2", "task.snapshots=4"],
+            "--set training.epochs=2 --set task.snapshots=4",
+        ),
+        (["check", "training.seed=1"], "Write: --set training.seed=1"),
+    ],
+)
+def test_settings_after_one_set_are_told_to_repeat_it(arguments: list[str], words: str, capsys) -> None:
+    assert main(arguments) == 2 and words in capsys.readouterr().err
+
+
+def test_a_compile_cache_that_is_no_folder_is_named_with_its_variable(tmp_path) -> None:
+    (tmp_path / "cache").touch()
+    done = shell(program("train", *QUICK, "--out", tmp_path / "run"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert (
+        done.returncode == 3
+        and "Traceback" not in done.stderr
+        and "environment variable TORCHINDUCTOR_CACHE_DIR" in done.stderr
+    )
+
+
+# ---- 8: typos -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("health.mute=clip_too_smal", "Did you mean 'clip_too_small'?"),
+        ("health.mute=plateau,nonsense", "there is no cause"),
+        ("health.frozen=nonsense", "no parameter's name begins with 'nonsense'"),
+        ("health.frozen='blocks,rang_head'", "Did you mean 'range_head'?"),
+        ("model.options.width=abc", "expected a whole number"),
+        ("model.options.grid=[3]", "expected a whole number"),
+        ("model.options.dropout=7", "below 1"),
+        ("model.options.heads=-1", "at least 1"),
+        ("model.options.feedforward=0", "at least 1"),
+        ("model.options.inputs=colapsed", "Did you mean 'collapsed'?"),
+        ("model.options.layers=1.5", "expected a whole number"),
+    ],
+)
+def test_a_word_that_means_nothing_is_refused(setting: str, words: str, tmp_path, capsys) -> None:
+    assert main(["train", *SMALL, "--set", setting, "--out", str(tmp_path / "run")]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_watch_refuses_the_beginning_of_no_name() -> None:
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="no parameter's name begins with 'encoder.'"):
+        watch(model, torch.optim.SGD(model.parameters(), 0.1), frozen=("encoder.",))
+
+
+# ---- 10: two writers, and endings -----------------------------------------------------------------------------------
+
+
+def test_two_processes_do_not_write_one_data_set(tmp_path, capsys) -> None:
+    (tmp_path / "set.partial").mkdir()
+    simulate = [
+        "simulate",
+        "--out",
+        str(tmp_path / "set"),
+        "--scenes",
+        "4",
+        "--preset",
+        "original",
+        "--device",
+        "cpu",
+        *TASK,
+    ]
+    with locked(tmp_path / "set.partial"):
+        assert main(simulate) == 2
+    assert "another process is writing this data set" in capsys.readouterr().err
+    assert main(simulate) == 0
+
+
+@pytest.mark.usefixtures("terminal_signals")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_simulate_that_is_ended_says_how_it_goes_on_and_does(
+    sent: signal.Signals, tmp_path, monkeypatch, capsys
+) -> None:
+    simulate = [
+        "simulate",
+        "--out",
+        str(tmp_path / "set"),
+        "--scenes",
+        "8",
+        "--preset",
+        "original",
+        "--device",
+        "cpu",
+        *TASK,
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "_write_shard", lambda *_: os.kill(os.getpid(), sent))
+        assert main(simulate) == 130
+    said = capsys.readouterr().err
+    assert "0 of 11 scenes" in said and str(tmp_path / "set.partial") in said and "same command again" in said
+    assert main(simulate) == 0 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_what_nohup_asked_for_is_kept(tmp_path, monkeypatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(
+        write,
+        "_write_shard",
+        lambda *_: os.kill(os.getpid(), signal.SIGHUP) or (_ for _ in ()).throw(ConfigError("reached")),
+    )
+    try:
+        assert (
+            main(
+                [
+                    "simulate",
+                    "--out",
+                    str(tmp_path / "set"),
+                    "--scenes",
+                    "4",
+                    "--preset",
+                    "original",
+                    "--device",
+                    "cpu",
+                    *TASK,
+                ]
+            )
+            == 2
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_data_set_of_ours_gives_its_task_only_where_nothing_else_was_said(tmp_path, capsys) -> None:
+    written(tmp_path / "scenes", capsys, "--set", "task.snapshots=8")
+    flags = {"data.path": str(tmp_path / "scenes")}
+    assert load_config(preset="original", flags=flags).task.snapshots == 8
+    assert load_config(None, "original", ["task.snapshots=6"], flags).task.snapshots == 6
+    assert load_config(None, "original", ["data.source=simulate"], flags).task.snapshots == 16
+    (tmp_path / "scenes" / "manifest.json").write_text("{")
+    assert load_config(preset="original", flags=flags).task.snapshots == 16  # the reader says what is wrong with it

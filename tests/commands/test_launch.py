@@ -1,0 +1,180 @@
+"""What surrounds a run: its folder, its exit code, and what is said when it ends before its time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ris_fast.commands import run_folder
+from ris_fast.commands import train as launch
+from ris_fast.commands.cli import main
+from ris_fast.config.load import load_config, render_toml
+from ris_fast.config.schema import ConfigError
+from ris_fast.data.errors import DataError
+from ris_fast.training import out_of_memory as memory
+from ris_fast.training import trainer as loop
+from ris_fast.training.state import RunStopped
+from ris_fast.training.step import Step
+
+TINY = ["train", "--preset", "laptop", "--device", "cpu", "--set", "report.plots=false", "--batch-size", "64"]
+
+
+class Ends:
+    """A trainer whose run ends in a given way."""
+
+    outcome: Any = None
+
+    def __init__(self, config: Any, folder: Path | None = None, observer: Any = None, **_: Any) -> None:
+        self.config, self.folder, self.observer, self.device = config, folder, observer, torch.device("cpu")
+        self.source, self.notes, self.network = SimpleNamespace(notes=[]), [], SimpleNamespace(compiled=False)
+
+    def fit(self) -> dict[str, Any]:
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        return {"verdict": self.outcome}
+
+
+def run(outcome: Any, monkeypatch, tmp_path: Path) -> int:
+    monkeypatch.setattr(Ends, "outcome", outcome)
+    monkeypatch.setattr(loop, "Trainer", Ends)
+    monkeypatch.setattr(launch, "attach_run_health", lambda trainer, folder, *, preflight, tell: None)
+    return main([*TINY, "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize(
+    "outcome, code",
+    [
+        ("learned", 0),
+        ("stalled", 4),
+        ("stopped", 4),
+        (RunStopped("no step was applied", "steps_skipped"), 4),
+        (DataError("x.npz", "y", "NaN", "finite values", "Write it again."), 3),
+        (ConfigError("no such device"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_the_exit_code_says_how_the_run_ended(outcome: Any, code: int, monkeypatch, tmp_path, capsys) -> None:
+    assert run(outcome, monkeypatch, tmp_path) == code
+    if isinstance(outcome, Exception):
+        assert str(outcome) in capsys.readouterr().err
+
+
+def test_an_interrupt_names_the_command_that_continues_only_where_there_is_something_to_continue(
+    monkeypatch, tmp_path, capsys
+) -> None:
+    assert run(KeyboardInterrupt(), monkeypatch, tmp_path) == 130
+    assert "No checkpoint" in capsys.readouterr().err
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "last.safetensors").touch()
+    assert run(KeyboardInterrupt(), monkeypatch, tmp_path) == 130
+    assert f"ris-fast train --resume {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "outcome", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_out_of_memory_names_the_batch_size_that_fits(outcome: BaseException, monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(memory, "one_step_fits", lambda config: config.training.batch_size <= 10)
+    assert run(outcome, monkeypatch, tmp_path) == 5
+    assert "--batch-size 8 --accumulate 8 fits" in capsys.readouterr().err
+
+
+def test_a_network_of_which_not_one_scene_fits_is_said_to_be_too_large(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(memory, "one_step_fits", lambda config: False)
+    assert run(MemoryError(), monkeypatch, tmp_path) == 5
+    assert "Not even one scene fits" in capsys.readouterr().err
+
+
+def test_a_step_that_fits_is_found_to_fit_and_one_that_does_not_is_not(monkeypatch) -> None:
+    config = load_config(
+        None,
+        "laptop",
+        ["training.compile=false", "data.train_scenes=8"],
+        {"training.device": "cpu", "training.batch_size": 4},
+    )
+    assert memory.one_step_fits(config)
+
+    def too_much(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    monkeypatch.setattr(Step, "__call__", too_much)
+    assert not memory.one_step_fits(config)
+
+
+def test_an_error_that_is_a_bug_is_not_hidden_and_is_no_failed_gradient_check(monkeypatch, tmp_path, capsys) -> None:
+    assert run(RuntimeError("a bug"), monkeypatch, tmp_path) == 70
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "RuntimeError: a bug" in said
+
+
+def test_a_new_run_gets_its_own_folder(monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(preset="laptop")
+    monkeypatch.setattr("time.strftime", lambda _: "20260101-000000")
+    first = run_folder.new_folder(config, None)
+    assert first.is_dir()
+    assert [str(first), str(run_folder.new_folder(config, None))] == [
+        "runs/20260101-000000-laptop",
+        "runs/20260101-000000-laptop-2",
+    ]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml"])
+def test_a_folder_that_holds_a_run_is_not_written_over(name: str, tmp_path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match="--resume"):
+        run_folder.new_folder(load_config(preset="laptop"), tmp_path)
+
+
+def test_a_resumed_run_keeps_its_settings_and_remembers_where_they_came_from(tmp_path) -> None:
+    config = load_config(None, "original", ["task.snapshots=8", "model.options.width=64"], {"training.epochs": 3})
+    (tmp_path / "config.toml").write_text(render_toml(config))
+    again = run_folder.resumed_config(tmp_path, {}, ["training.seed=5"], {"training.epochs": 4})
+    expected = replace(config, training=replace(config.training, epochs=4, seed=5))
+    assert again == expected
+    assert again.provenance["task.snapshots"] == "--set" and again.provenance["training.epochs"] == "flag"
+    assert again.provenance["optimizer.head_lr"] == "preset original" and again.provenance["task.symbols"] == "default"
+    assert again.provenance["model.options.width"] == "--set" and again.provenance["training.seed"] == "--set"
+
+
+def test_what_preflight_and_the_run_find_is_shown_at_once_with_its_fix(tmp_path, capsys) -> None:
+    small = [
+        "--set",
+        "task.ris_horizontal=4",
+        "--set",
+        "task.ris_vertical=4",
+        "--set",
+        "task.bs_antennas=4",
+        "--set",
+        "data.train_scenes=128",
+        "--set",
+        "data.val_scenes=32",
+        "--set",
+        "model.options.width=16",
+        "--set",
+        "optimizer.backbone_lr=1e-9",
+        "--set",
+        "optimizer.head_lr=1e-9",
+    ]
+    assert main(
+        [
+            *TINY,
+            *small,
+            "--no-compile",
+            "--epochs",
+            "12",
+            "--set",
+            "training.max_seconds=0",
+            "--out",
+            str(tmp_path / "a run"),
+        ]
+    ) in (0, 4)
+    text = capsys.readouterr().out
+    found = text.index("found before the first step: learning_rate_too_small: the whole run can move")
+    assert found < text.index("  fix: ", found) < text.index("Epoch 001") < text.index("findings, most certain first: ")
+    assert text.rindex("  fix: ") > text.index("findings, most certain first: ") and "more: ris-fast why '" in text

@@ -1,0 +1,396 @@
+"""Rules are functions of rows: silent about a healthy run, and each says its own cause when its contract is broken."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+
+from bench.faults.healthy_twins import TWINS
+from ris_fast.health.monitor.history import Run
+from ris_fast.health.monitor.step_rules import replay
+from ris_fast.training.trainer import Trainer
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.run = Run()
+
+    def start(self, info: Any) -> None:
+        self.run.info = dict(info)
+
+    def step(self, row: Any) -> None:
+        self.run.steps.append(deepcopy(dict(row)))
+
+    def epoch(self, row: Any) -> None:
+        self.run.epochs.append(deepcopy(dict(row)))
+
+    def finish(self, summary: Any) -> None:
+        self.run.summary = dict(summary)
+
+
+@pytest.fixture(scope="module")
+def healthy() -> Run:
+    from bench.faults.healthy_twins import changed
+
+    recorder = Recorder()
+    Trainer(changed(TWINS["hybrid"](), {"training.epochs": 3}), observer=recorder).fit()
+    return recorder.run
+
+
+def test_a_healthy_run_is_left_in_peace(healthy: Run) -> None:
+    assert healthy.steps and len(healthy.epochs) == 3
+    assert all(
+        row["health"]["raw_norm"] > 0 and row["health"]["moved"] == row["health"]["tensors"]
+        for row in healthy.steps[:8]
+    )
+    assert replay(healthy) == []
+
+
+def test_a_step_that_is_not_finite_between_two_reports_is_told_with_its_number_and_tensor() -> None:
+    from bench.faults.healthy_twins import changed
+
+    trainer = Trainer(
+        changed(TWINS["hybrid"](), {"training.epochs": 3, "report.every_steps": 20, "health.min_applied": 0.5}),
+        observer=(recorder := Recorder()),
+    )
+    scale, calls = trainer.optimizer.scale, iter(range(1000))
+    trainer.optimizer.scale = lambda loss: scale(loss) * (float("nan") if next(calls) == 12 else 1.0)
+    trainer.fit()
+    found = replay(recorder.run)
+    assert [(finding.cause, finding.certain) for finding in found] == [("nonfinite_gradients", False)]
+    assert "1 of the last" in found[0].evidence and "first step 13 in " in found[0].evidence
+
+
+STEP_FAULTS = {
+    "step_never_called": {"attempted": 0},
+    "step_called_twice": {"attempted": 2, "steps": 1},
+    "gradients_never_cleared": {"residual_grad_norm": 1.0},
+    "nonfinite_data": {"nonfinite_scenes": 3},
+    "empty_cache_slot": {"zero_scenes": 8},
+    "repeated_batch": {"repeated": 32},
+    "eval_mode_in_training": {"modules_in_eval_mode": 2},
+    "weights_reset": {"moved_before": 5},
+    "sanitised_gradients": {"raw_nonfinite": 4, "raw_norm": float("nan")},
+    "optimizer_state_lost": {"applied": 0},
+    "learning_rate_too_large": {"update_ratio": 0.9},
+}
+
+
+@pytest.mark.parametrize("cause", STEP_FAULTS)
+def test_a_broken_contract_of_a_step_is_named(cause: str, healthy: Run) -> None:
+    run = deepcopy(healthy)
+    run.steps[4]["health"] |= STEP_FAULTS[cause]
+    assert [finding.cause for finding in replay(run)] == [cause]
+    assert replay(run)[0].step == run.steps[4]["step"]
+
+
+@pytest.mark.parametrize("share, cause", [(0.0, "gradients_cleared_before_step"), (0.5, "zeroed_gradients")])
+def test_a_gradient_that_changes_on_its_way_is_named(share: float, cause: str, healthy: Run) -> None:
+    run = deepcopy(healthy)
+    run.steps[3]["grad_norm"] *= share
+    assert [finding.cause for finding in replay(run)] == [cause]
+
+
+RATES = {
+    "schedule_per_batch": lambda row, first: 2.0 * row["lr_planned"]["head"],
+    "learning_rate_off_plan": lambda row, first: 0.6 * row["lr_planned"]["head"],
+    "schedule_per_epoch": lambda row, first: first["lr_planned"]["head"],
+    "zero_learning_rate": lambda row, first: 0.0,
+}
+
+
+@pytest.mark.parametrize("steps", [1, 10])
+@pytest.mark.parametrize("cause", RATES)
+def test_a_rate_that_is_not_the_planned_one_is_named_also_where_a_report_is_of_many_steps(
+    cause: str, steps: int, healthy: Run
+) -> None:
+    run = deepcopy(healthy)
+    for number, row in enumerate(run.steps):  # a plan that still rises, so that it can be left in every direction
+        row["lr_planned"] = row["lr"] = {"head": 1e-3 * (number + 1)}
+    row = run.steps[3]
+    row["lr"] = {"head": RATES[cause](row, run.steps[0])}
+    row["health"] |= {"steps": steps, "attempted": steps}
+    found = replay(run)
+    assert [finding.cause for finding in found] == [cause] and found[0].step == row["step"]
+
+
+@pytest.mark.parametrize("factor, cause", [(0.0, "zero_learning_rate"), (0.5, "learning_rate_off_plan")])
+def test_a_rate_that_is_lost_long_after_the_first_steps_is_told(factor: float, cause: str) -> None:
+    from bench.faults.healthy_twins import changed
+
+    trainer = Trainer(
+        changed(TWINS["backprojection"](), {"training.epochs": 5, "report.every_steps": 4}),
+        observer=(recorder := Recorder()),
+    )
+    schedule = trainer.step.schedule
+
+    def lost(planned: int) -> None:
+        schedule(planned)
+        for group in trainer.optimizer.param_groups:
+            group["lr"] *= factor if trainer.state.step >= 17 else 1.0
+
+    trainer.step.schedule = lost
+    trainer.fit()
+    found = replay(recorder.run)
+    assert [finding.cause for finding in found][0] == cause and found[0].step == 20
+
+
+def test_preflight_calls_a_rate_that_is_nowhere_in_the_plan_off_plan() -> None:
+    from ris_fast.health.preflight.run import run_checks
+
+    trainer, calls = Trainer(TWINS["backprojection"]()), []
+
+    def halved(planned: int) -> None:
+        calls.append(planned)
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * 0.37 ** len(calls)
+
+    trainer.step.schedule = halved
+    assert [finding.cause for check in run_checks(trainer) for finding in check.findings] == ["learning_rate_off_plan"]
+
+
+def test_a_schedule_that_follows_the_clock_and_one_that_goes_on_after_an_interrupt_are_left_in_peace(
+    tmp_path: Any,
+) -> None:
+    """Re-planning changes the rate between two steps of one report; a resumed run counts on."""
+    from bench.faults.healthy_twins import changed
+
+    config = changed(
+        TWINS["backprojection"](), {"training.epochs": 400, "training.max_seconds": 1.5, "report.every_steps": 7}
+    )
+    Trainer(config, observer=(recorder := Recorder())).fit()
+    assert len({row["planned_steps"] for row in recorder.run.steps}) > 1 and replay(recorder.run) == []
+    short = changed(TWINS["backprojection"](), {"training.epochs": 2, "report.every_steps": 3})
+    Trainer(short, tmp_path).fit()
+    Trainer(changed(short, {"training.epochs": 4}), tmp_path, recorder := Recorder(), resume=True).fit()
+    assert recorder.run.steps and replay(recorder.run) == []
+
+
+def test_after_a_skipped_step_the_host_may_be_one_report_late(healthy: Run) -> None:
+    """As on a GPU: the report of the skip comes when the next step has its rate already; the one after that has the
+    right rate."""
+    run = deepcopy(healthy)
+    run.steps[3]["health"] |= {"skipped": 1}
+    for row in run.steps[4:6]:
+        row["lr"] = {name: 1.1 * rate for name, rate in row["lr"].items()}
+    found = replay(run)
+    assert [finding.cause for finding in found] == ["learning_rate_off_plan"] and found[0].step == run.steps[5]["step"]
+
+
+def test_steps_that_were_made_before_the_run_are_not_the_loops() -> None:
+    trainer = Trainer(TWINS["backprojection"](), observer=(recorder := Recorder()))
+    for _ in range(20):
+        trainer.step([trainer.source.batch("train", torch.arange(32))], 1000)
+    trainer.fit()
+    assert recorder.run.reading["attempted"] == recorder.run.reading["steps"] and replay(recorder.run) == []
+
+
+CHANGES = {
+    "step_once_per_epoch": lambda now, before: now.update(steps=1),
+    "batches_skipped": lambda now, before: now.update(steps=4, optimizer_batches=4),
+    "ema_saved_over_raw": lambda now, before: now["weight_drift_in_validation"].update(moved=3),
+    "weights_reset": lambda now, before: now["weight_drift_between_epochs"].update(moved=3),
+    "train_mode_in_validation": lambda now, before: now["scores"]["raw"].update(modules_in_eval_mode=False),
+    "cached_validation": lambda now, before: now["scores"]["raw"].update(
+        answers=before["scores"]["raw"]["prediction_hash"]
+    ),
+    "raw_not_validated": lambda now, before: now["scores"]["raw"].update(distance=now["scores"]["ema"]["distance"]),
+    "ema_frozen": lambda now, before: now["scores"]["ema"].update(distance=0.0),
+    "ema_cold": lambda now, before: now["scores"]["ema"].update(distance=0.01 * now["distance"]),
+}
+
+
+@pytest.mark.parametrize("cause", CHANGES)
+def test_a_broken_contract_of_an_epoch_is_named(cause: str, healthy: Run) -> None:
+    run = deepcopy(healthy)
+    CHANGES[cause](run.epochs[1]["health"], run.epochs[0]["health"])
+    assert [finding.cause for finding in replay(run)] == [cause]
+
+
+def test_moves_that_rounding_hides_are_no_cached_validation(healthy: Run) -> None:
+    run = deepcopy(healthy)
+    now, before = run.epochs[1]["health"], run.epochs[0]["health"]
+    CHANGES["cached_validation"](now, before)
+    now["scores"]["raw"]["distance"] = before["scores"]["raw"]["distance"] + 1e-7 * now["first_norm"]
+    assert replay(run) == []
+
+
+# ---- training and validation beside each other
+# ------------------------------------------------------------------------
+
+
+def told(train: list[float], val: list[float], **info: Any) -> Run:
+    """A run of these training and validation NMSE, epoch by epoch; fresh scenes, constants at 1."""
+    rows = [
+        {
+            "event": "epoch",
+            "step": 50 * (i + 1),
+            "train_loss": t,
+            "terms": {"cov": {"raw": t, "weighted": t}},
+            "val_loss": v,
+            "val_nmse_raw": v,
+            "val_nmse_ema": None,
+        }
+        for i, (t, v) in enumerate(zip(train, val, strict=True))
+    ]
+    return Run(info={"baselines": {"zero": 1.0}, "fresh": True, "train_scenes": 64} | info, epochs=rows)
+
+
+LEARNED_AND_LOST = [0.5, 0.06, 0.054, 2.3, 2.31, 2.3]
+STORIES = {
+    "sign flipped": (told([0.6, 0.07, 0.058, 2.2, 2.3, 2.3], LEARNED_AND_LOST), "collapsed", True, 250),
+    "validation broken on the way": (
+        told([0.6, 0.07, 0.058, 0.057, 0.056, 0.055], LEARNED_AND_LOST),
+        "validation_apart",
+        True,
+        300,
+    ),
+    "validation never right": (told([0.6, 0.3, 0.2, 0.2], [1.92] * 4), "validation_apart", True, 200),
+    "few scenes, never right": (told([0.6, 0.3, 0.2, 0.2], [1.92] * 4, fresh=False), "validation_apart", False, 200),
+    "few scenes, memorised": (
+        told([0.6, 0.2, 0.1, 0.05, 0.02, 0.009], [0.5, 0.2, 0.13, 0.13, 0.14, 0.15], fresh=False),
+        "overfitting",
+        False,
+        300,
+    ),
+}
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_training_and_validation_that_part_are_named(story: str) -> None:
+    run, cause, certain, step = STORIES[story]
+    found = replay(run)
+    assert {finding.cause for finding in found} == {cause} and found[0].certain == certain and found[0].step == step
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        told([0.6, 0.07, 0.058, 2.2, 0.1], [0.5, 0.06, 0.054, 2.3, 0.1]),
+        told([0.9, 0.9, 0.9, 0.9], [1.1, 1.0, 1.1, 1.0]),
+        told([0.6, 0.3, 0.2, 0.1], [0.7, 0.35, 0.22, 0.12], fresh=False),
+        told([0.6, 0.2, 0.1, 0.05, 0.02, 0.01], [0.5, 0.3, 0.2, 0.1, 0.09, 0.08], fresh=False),
+        told([0.2] * 4, [1.9] * 4, blend=0.3),
+    ],
+    ids=["one bad epoch", "learns nothing", "learns", "validation still falls", "training is blended"],
+)
+def test_training_and_validation_that_go_together_are_left_in_peace(run: Run) -> None:
+    assert replay(run) == []
+
+
+def test_a_loss_that_falls_while_the_nmse_rises_names_the_terms_it_is_made_of() -> None:
+    run = told([1.1] * 5, [1.126, 1.13, 1.15, 1.16, 1.174])
+    for row, loss in zip(run.epochs, (0.129, 0.125, 0.12, 0.118, 0.115)):
+        row |= {
+            "val_loss": loss,
+            "terms": {"cov": {"raw": 1.1, "weighted": 0.001}, "cross": {"raw": 0.4, "weighted": 0.1}},
+        }
+    (finding,) = replay(run)
+    assert finding.cause == "dominating_term" and not finding.certain and "cross (99% of the loss)" in finding.evidence
+
+
+def test_a_loss_that_turns_on_the_way_is_a_collapse_and_does_not_end_the_run() -> None:
+    from bench.faults.healthy_twins import changed
+    from ris_fast.health.monitor.attach import attach_health
+
+    trainer = attach_health(Trainer(changed(TWINS["backprojection"](), {"training.epochs": 12})), preflight=False)
+    forward = trainer.loss.forward
+
+    def turned(prediction: Any, scenes: Any) -> Any:
+        total, terms = forward(prediction, scenes)
+        return (-total if trainer.state.step >= 48 else total), terms
+
+    trainer.loss.forward = turned
+    assert trainer.fit()["verdict"] == "learned"
+    found = trainer.observer.watchdog.findings
+    assert [finding.cause for finding in found if finding.certain] == ["collapsed"] and found[
+        0
+    ].step < trainer.state.step
+
+
+# ---- a certain stall
+# --------------------------------------------------------------------------------------------------
+
+
+BASELINES = {"zero": 1.0, "identity": 0.98, "mean": 0.97}
+
+
+def flat(
+    epochs: int = 6, *, train: float = 0.0, val: float = 0.0, steps: int = 50, cut: int = 0, **summary: Any
+) -> Run:
+    """A run at the baseline, whose losses fall by these shares from its first epoch to its last."""
+
+    def row(i: int) -> dict[str, Any]:
+        share = i / max(1, epochs - 1)
+        return {
+            "event": "epoch",
+            "step": (i + 1) * steps,
+            "train_loss": 0.98 * (1 - train * share),
+            "val_nmse_raw": 0.97 * (1 - val * share),
+            "val_nmse_ema": None,
+            "health": {"cut_short": i >= epochs - cut},
+        }
+
+    return Run(
+        epochs=[row(i) for i in range(epochs)],
+        summary={"verdict": "stalled", "best_val_nmse": 0.968, "baselines": BASELINES} | summary,
+    )
+
+
+def test_a_run_that_stays_at_the_baseline_is_a_certain_stall() -> None:
+    (finding,) = replay(flat())
+    assert finding.cause == "stalled_at_baseline" and finding.certain and finding.severity == "outcome"
+    assert (
+        "300 steps and 6 whole epochs" in finding.evidence and "0.97 for the constant answer 'mean'" in finding.evidence
+    )
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        flat(2),
+        flat(4, cut=2),
+        flat(steps=10),
+        flat(train=0.05),
+        flat(val=0.05),
+        flat(best_val_nmse=0.9),
+        flat(best_val_nmse=None),
+        flat(verdict="stopped"),
+        flat(verdict="learned"),
+        flat(train=float("nan")),
+        flat(baselines={}),
+    ],
+    ids=[
+        "few epochs",
+        "cut short",
+        "few steps",
+        "training moves",
+        "validation moves",
+        "below the baseline",
+        "no figure",
+        "stopped",
+        "learned",
+        "not a number",
+        "no baselines",
+    ],
+)
+def test_a_run_that_has_not_had_its_chance_or_moved_is_no_certain_stall(run: Run) -> None:
+    assert replay(run) == []
+
+
+def test_a_run_that_cannot_learn_ends_with_a_certain_stall_and_is_not_stopped_before() -> None:
+    """Rates that move no weight far enough to matter: no step breaks a contract, and nothing is learned."""
+    from bench.faults.healthy_twins import changed
+    from ris_fast.health.monitor.attach import attach_health
+
+    config = changed(
+        TWINS["backprojection"](),
+        {"training.epochs": 13, "data.fixed": True, "optimizer.backbone_lr": 1e-7, "optimizer.head_lr": 1e-7},
+    )
+    trainer = attach_health(Trainer(config), preflight=False)
+    summary = trainer.fit()
+    certain = [finding.cause for finding in trainer.observer.watchdog.findings if finding.certain]
+    assert "stalled_at_baseline" in certain and trainer.state.step == 104 and summary["verdict"] == "stalled"

@@ -1,0 +1,137 @@
+"""The gradient's value in preflight: kinks, jumps and gradients stopped on purpose are no wrong backward; a wrong
+backward is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.faults.healthy_twins import TWINS
+from bench.faults.patches import Backward, on_answer, wrap
+from ris_fast import load_config
+from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.autograd import StoppedValues
+from ris_fast.health.preflight.derivative import loss_inputs, parts, right_derivative
+from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.physics.real_complex import conj
+from ris_fast.training.trainer import Trainer
+
+SMALL = [
+    "task.ris_horizontal=4",
+    "task.ris_vertical=4",
+    "task.bs_antennas=4",
+    "task.snapshots=8",
+    "data.train_scenes=64",
+    "data.val_scenes=32",
+    "data.test_scenes=32",
+    "model.options.width=32",
+    "model.options.heads=4",
+    "model.options.grid=5",
+    "model.options.feedforward=32",
+    "model.options.layers=1",
+    "training.batch_size=16",
+    "training.device=cpu",
+    "training.compile=false",
+]
+
+
+def found(trainer: Trainer) -> list[Finding]:
+    return list(right_derivative(PreflightContext(trainer)))
+
+
+def hybrid(change: Callable[[Tensor], Tensor] | None = None) -> Trainer:
+    """`change`: of the factor that the network returns."""
+    trainer = Trainer(TWINS["hybrid"]())
+    if change:
+        on_answer(trainer, change)
+    return trainer
+
+
+def jagged(trainer: Trainer, size: float = 1e-2) -> Trainer:
+    """With a loss that jumps wherever a range passes a tenth of a millimetre."""
+
+    def forward(right: Any) -> Any:
+        def loss(guess: Any, scenes: Any) -> Any:
+            total, terms = right(guess, scenes)
+            return total + size * torch.floor(1e4 * guess.range_m).sum(), terms
+
+        return loss
+
+    wrap(trainer.loss, "forward", forward)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "seed, why",
+    [(79, "sources are assigned anew within a step"), (99, "the count reads the factor and sends no gradient")],
+)
+def test_our_own_network_has_its_derivative(seed: int, why: str) -> None:
+    assert found(Trainer(load_config(preset="original", overrides=[*SMALL, f"training.seed={seed}"]))) == [], why
+
+
+def test_a_loss_that_jumps_everywhere_has_its_derivative_in_between() -> None:
+    assert found(jagged(hybrid())) == []
+
+
+SABOTAGED = {"conjugated": conj, "half": lambda grad: 0.5 * grad, "shifted": lambda grad: grad.roll(1, 1)}
+
+
+@pytest.mark.parametrize(
+    "rule, jumps", [("conjugated", False), ("conjugated", True), ("half", True), ("shifted", True)]
+)
+def test_a_wrong_backward_is_certain_with_and_without_jumps(rule: str, jumps: bool) -> None:
+    trainer = hybrid(lambda factor: Backward.apply(factor, SABOTAGED[rule]))
+    (finding,) = found(jagged(trainer) if jumps else trainer)
+    assert finding.cause == "wrong_backward" and finding.certain
+
+
+def test_a_wrong_backward_of_the_loss_is_certain() -> None:
+    trainer = hybrid()
+    wrap(
+        trainer.loss,
+        "forward",
+        lambda forward: (
+            lambda guess, scenes: forward(guess._replace(factor=Backward.apply(guess.factor, conj)), scenes)
+        ),
+    )
+    (finding,) = found(trainer)
+    assert finding.cause == "wrong_backward" and "factor" in finding.evidence and finding.certain
+
+
+def test_a_loss_that_is_wrong_in_float32_alone_is_named() -> None:
+    def narrow(factor: Tensor) -> Tensor:
+        return factor if factor.dtype == torch.float64 else Backward.apply(factor, lambda grad: grad.roll(1, 1))
+
+    trainer = hybrid()
+    wrap(
+        trainer.loss,
+        "forward",
+        lambda forward: lambda guess, scenes: forward(guess._replace(factor=narrow(guess.factor)), scenes),
+    )
+    (finding,) = found(trainer)
+    assert finding.cause == "wrong_backward" and "factor" in finding.evidence
+
+
+@pytest.mark.parametrize("kept, said", [(0.98, []), (0.3, [("detached_backbone", False)])])
+def test_a_gradient_that_is_stopped_is_told_by_how_much_is_missing(kept: float, said: list) -> None:
+    trainer = hybrid(lambda factor: kept * factor + (1 - kept) * factor.detach())
+    assert [(finding.cause, finding.certain) for finding in found(trainer)] == said
+
+
+def test_a_stopped_gradient_excuses_no_wrong_backward() -> None:
+    trainer = hybrid(lambda factor: Backward.apply(0.5 * factor, conj) + 0.5 * factor.detach())
+    (finding,) = found(trainer)
+    assert finding.cause == "wrong_backward" and finding.certain
+
+
+def test_held_values_make_a_network_move_as_its_gradient_says() -> None:
+    trainer = hybrid(lambda factor: 0.3 * factor + 0.7 * factor.detach())
+    context = PreflightContext(trainer)
+    free, held = parts(context), parts(context, StoppedValues())
+    error = {name: gap / size for name, (gap, size) in free.items() if size}
+    assert max(error.values()) > 0.5 and max(gap / size for gap, size in held.values() if size) < 0.05
+    assert max(loss_inputs(context).values()) < 0.05

@@ -1,0 +1,272 @@
+"""Preflight leaves the trainer as it was, is silent about what is healthy, and names what is not before the first
+step."""
+
+from __future__ import annotations
+
+import random
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench.faults.catalogue import all_faults, faulty
+from bench.faults.healthy_twins import TWINS, changed
+from ris_fast.commands.check import check_line, conclusion
+from ris_fast.data.errors import DataError
+from ris_fast.health.causes import CAUSES
+from ris_fast.health.finding import LEVELS, Finding, page, ranked
+from ris_fast.health.monitor.attach import attach_health
+from ris_fast.health.monitor.watchdog import Watchdog
+from ris_fast.health.preflight import overfit as check_memory
+from ris_fast.health.preflight import run as preflight
+from ris_fast.health.preflight.graph import graph_table
+from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.restore import TensorCopies, preserve_state
+from ris_fast.training.schedule import learning_rate_factor
+from ris_fast.training.state import RunStopped
+from ris_fast.training.trainer import Trainer
+
+
+def everything(trainer: Trainer) -> dict[str, Any]:
+    """Weights, optimizer, averages, counters, modes and random numbers, as values."""
+    return {
+        "model": {name: value.clone() for name, value in trainer.model.state_dict().items()},
+        "optimizer": {
+            name: value.clone() for name, value in trainer.optimizer.checkpoint_tensors()["optimizer"].items()
+        },
+        "counters": {key: value for key, value in trainer.optimizer.counters().items() if value == value},
+        "modes": [module.training for module in trainer.model.modules()],
+        "random": torch.get_rng_state(),
+        "rates": [group["lr"] for group in trainer.optimizer.param_groups],
+        "state": deepcopy(trainer.state.__dict__),
+    }
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or a != a
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_the_trainer_is_left_as_it_was_and_nothing_is_said_of_a_healthy_one(twin: str) -> None:
+    trainer = Trainer(TWINS[twin]())
+    before = everything(trainer)
+    watchdog = Watchdog(trainer)
+    assert watchdog.preflight() == [], watchdog.verdict()
+    after = everything(trainer)
+    assert [key for key in before if not same(before[key], after[key])] == []
+    assert not [check.failed for check in watchdog.checks if check.failed]
+
+
+def test_numbers_are_copied_once_however_many_tensors_show_them_and_come_back_into_other_memory() -> None:
+    trainer = Trainer(TWINS["hybrid"]())
+    trainer.step(next(trainer._groups()), 100)  # moments, averages and their states are there
+    (bucket,) = trainer.optimizer._buckets
+    flat = sum(each.nbytes for each in (bucket.param, bucket.grad, bucket.exp_avg, bucket.exp_avg_sq, bucket.ema))
+    small = (
+        sum(
+            each.nbytes
+            for each in [*bucket.__dict__.values(), *trainer.model.buffers()]
+            if isinstance(each, torch.Tensor)
+        )
+        - flat
+    )
+    numbers, before = TensorCopies(trainer), everything(trainer)
+    assert (
+        flat
+        <= sum(copy.nbytes for _, copy, place in numbers.kept if not place)
+        <= flat + small + 64 * len(trainer.optimizer.state)
+    )
+    with preserve_state(trainer, numbers):
+        for parameter in trainer.model.parameters():
+            parameter.data = torch.full_like(parameter, 3.0)
+        for value in (bucket.param, bucket.exp_avg, bucket.ema):
+            value.fill_(2.0)
+    after = everything(trainer)
+    assert [key for key in before if not same(before[key], after[key])] == []
+
+
+def test_a_run_after_preflight_is_the_run_without_it_bit_for_bit() -> None:
+    def weights(preflight: bool) -> dict[str, torch.Tensor]:
+        trainer = Trainer(TWINS["dropout"]())
+        if preflight:
+            Watchdog(trainer).preflight()
+        for group in list(trainer._groups())[:4]:
+            trainer.step(group, 100)
+        return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+    one, other = weights(False), weights(True)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_muted_cause_is_not_told_and_a_frozen_part_may_be_named() -> None:
+    fault = all_faults()["backbone_frozen"]
+    with faulty(fault) as trainer:
+        assert Watchdog(trainer).preflight()[0].cause == "frozen_parameters"
+        assert Watchdog(trainer, muted=["frozen_parameters"]).preflight() == []
+
+
+def test_a_check_that_cannot_run_is_counted_and_not_called_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(context: PreflightContext) -> Any:
+        context.note = "half way"
+        return {}["nothing"]
+
+    monkeypatch.setitem(preflight.SMALL_BATCH, "no two layers share a tensor", mistaken)
+    results = preflight.run_checks(Trainer(TWINS["hybrid"]()))
+    (broken,) = [result for result in results if not result.passed]
+    assert broken.failed.startswith("KeyError: 'nothing' (test_preflight.py:") and not broken.findings
+    line, told = check_line(broken), conclusion([], preflight.unknown(results))
+    assert line.startswith("FAILED no two layers") and "half way; could not run: KeyError" in line
+    assert told.startswith("nothing found by the checks that ran; 1 check could not run")
+
+
+def test_a_goal_that_was_not_reached_is_not_called_ok() -> None:
+    result = preflight.Result("a few scenes can be memorised", (), 0.1, "the goal was not reached", reached=False)
+    assert check_line(result).startswith("-  ") and check_line(replace(result, reached=True)).startswith("ok ")
+    context = PreflightContext(Trainer(TWINS["gentle"]()))
+    assert list(check_memory.overfit_batch(context)) == [] and not context.reached and "was not reached" in context.note
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), DataError("shard-0", "", "half of it", "all of it", "Copy it again.")]
+)
+def test_what_ends_the_run_in_its_own_words_is_no_check_that_could_not_run(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(context: PreflightContext) -> Any:
+        raise error
+
+    monkeypatch.setitem(preflight.SMALL_BATCH, "scenes are finite", ended)
+    with pytest.raises(type(error)):
+        preflight.run_checks(Trainer(TWINS["hybrid"]()))
+
+
+def test_one_reason_is_one_reason() -> None:
+    with (
+        faulty(all_faults()["rate_zero"]) as trainer,
+        pytest.raises(RunStopped, match="preflight found a reason why|preflight found [2-9]"),
+    ):
+        attach_health(trainer)
+
+
+def test_a_certain_mistake_stops_the_run_before_its_first_step() -> None:
+    with faulty(all_faults()["rate_zero"]) as trainer:
+        with pytest.raises(RunStopped, match="zero_learning_rate") as stop:
+            attach_health(trainer)
+        assert stop.value.exit_code == 4 and stop.value.finding == "zero_learning_rate"
+        assert trainer.optimizer.counters()["attempted"] == 0
+        attach_health(trainer, stop=False)
+
+
+def test_every_cause_has_its_place_in_the_order_and_a_page() -> None:
+    placed = [cause for causes in LEVELS.values() for cause in causes]
+    assert sorted(placed) == sorted(CAUSES) and len(placed) == len(set(placed))
+    for cause in CAUSES:
+        text = page(cause)
+        assert text.startswith(f"# {cause}\n") and "## Evidence\n" in text and Finding(cause, "seen").advice
+
+
+def test_certain_comes_before_likely_and_causes_before_consequences() -> None:
+    order = [
+        Finding("ema_cold", ""),
+        Finding("unused_head", ""),
+        Finding("nonfinite_data", "", certain=False),
+        Finding("step_never_called", ""),
+        Finding("unused_head", "again"),
+    ]
+    assert [finding.cause for finding in ranked(order)] == [
+        "unused_head",
+        "step_never_called",
+        "ema_cold",
+        "nonfinite_data",
+    ]
+    assert ranked(order)[0].evidence == ""
+    with pytest.raises(ValueError, match="no cause is called"):
+        Finding("nonsense", "")
+
+
+def test_the_graph_says_which_tensors_a_term_reaches() -> None:
+    table = graph_table(PreflightContext(Trainer(TWINS["hybrid"]())))
+    rows = {row[0]: dict(zip(table["headers"][1:], row[1:])) for row in table["rows"]}
+    assert rows["range_head.weight"]["cov"] == "-" and float(rows["range_head.weight"]["range"]) > 0
+    assert rows["(requires_grad)"]["cov"] == "True" and rows["(grad_fn)"]["cov"] != "none"
+
+
+# ---- what users attach -----------------------------------------------------------------------------------------------
+
+
+TICKS = 0
+
+
+def counted() -> None:
+    global TICKS
+    TICKS += 1
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["beside the trainer's own", "alone"])
+def test_a_scheduler_that_a_user_steps_once_an_update_is_on_plan_and_put_back(own: bool) -> None:
+    trainer = Trainer(changed(TWINS["backprojection"](), {"training.epochs": 2, "optimizer.warmup": 0.5}))
+    settings, planned = trainer.config.optimizer, trainer.plan.planned
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        trainer.optimizer, lambda step: learning_rate_factor(step, planned, settings.warmup, settings.final_lr)
+    )
+    trainer.optimizer.register_step_post_hook(lambda *_: scheduler.step())
+    if not own:
+        trainer.step.schedule = lambda planned: None
+    before = scheduler.state_dict()
+    attach_health(trainer)
+    assert trainer.observer.watchdog.findings == [] and scheduler.state_dict() == before
+    trainer.fit()
+    assert trainer.observer.watchdog.findings == [] and scheduler.last_epoch == 16
+
+
+def test_averages_counters_and_generators_of_the_users_are_put_back() -> None:
+    trainer = Trainer(TWINS["hybrid"]())
+    average = torch.optim.swa_utils.AveragedModel(trainer.model)
+    calls, other = [], torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1, momentum=0.9)
+    count, held = 0, Counted()
+
+    def after(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        counted()
+        calls.append(count)
+        held.number, held.each[count] = count, random.random() + np.random.rand()
+        average.update_parameters(trainer.model)
+        other.param_groups[0]["params"][0].grad = torch.ones(3)
+        other.step()
+        trainer.optimizer.param_groups[0]["betas"] = (0.5, 0.5)
+
+    trainer.optimizer.register_step_post_hook(after)
+    trainer.model.calls = 7
+    trainer.model.fuse.register_forward_pre_hook(lambda *_: setattr(trainer.model, "calls", trainer.model.calls + 1))
+    state = random.getstate(), np.random.get_state()[1].tolist(), TICKS, trainer.optimizer.param_groups[0]["betas"]
+    first = {name: value.clone() for name, value in average.state_dict().items()}
+    with preserve_state(trainer):
+        for group in list(trainer._groups())[:2]:
+            trainer.step(group, 100)
+        assert (
+            count == TICKS - state[2] == held.number == len(calls) == 2
+            and trainer.model.calls == 9
+            and not other.state == {}
+        )
+    assert (count, calls, held.number, held.each, trainer.model.calls) == (0, [], 0, {}, 7) and other.state == {}
+    assert (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        TICKS,
+        trainer.optimizer.param_groups[0]["betas"],
+    ) == state
+    assert all(torch.equal(value, first[name]) for name, value in average.state_dict().items())
+    assert other.param_groups[0]["params"][0].tolist() == [1.0, 1.0, 1.0]
+
+
+class Counted:
+    """Somebody's own object with a state."""
+
+    def __init__(self) -> None:
+        self.number, self.each = 0, {}

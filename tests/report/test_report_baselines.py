@@ -1,0 +1,54 @@
+"""The MMSE bound goes through its table, and words match figures; tables line up."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from ris_fast.report.baselines import BAYES_NMSE, BAYES_SNR_DB, bayes_nmse, judge
+from ris_fast.report.tables import text_table
+
+
+@pytest.mark.parametrize("sources", sorted(BAYES_NMSE))
+def test_the_line_goes_through_the_table(sources: int) -> None:
+    assert [bayes_nmse(sources, snr) for snr in BAYES_SNR_DB] == pytest.approx(list(BAYES_NMSE[sources]))
+
+
+def test_the_line_falls_with_the_snr_and_its_average_is_about_two_hundredths() -> None:
+    grid = [-5.0 + 0.25 * i for i in range(101)]
+    for sources in range(1, 6):
+        values = [bayes_nmse(sources, snr) for snr in grid]
+        assert all(later < earlier for earlier, later in zip(values, values[1:]))
+    mean = sum(bayes_nmse(k, snr) for k in range(1, 6) for snr in grid) / (5 * len(grid))
+    assert 0.013 < mean < 0.024
+
+
+def test_a_number_of_sources_that_is_not_in_the_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="1 to 5"):
+        bayes_nmse(6, 0.0)
+
+
+@pytest.mark.parametrize(
+    "nmse, words",
+    [
+        (1.9, "no better than"),
+        (0.978, "no better than"),
+        (0.9, "below"),
+        (0.3, "several sources"),
+        (math.nan, "not a number"),
+        (None, "not measured"),
+    ],
+)
+def test_a_figure_is_judged_against_the_constant_answer(nmse, words: str) -> None:
+    assert words in judge(nmse, {"zero": 1.0, "mean": 0.978})
+
+
+def test_tables_line_up_with_numbers_to_the_right() -> None:
+    table = text_table(["name", "NMSE", "scenes"], [["a", 0.123456, 1200], ["longer", None, 3]])
+    assert table.splitlines() == [
+        "name      NMSE  scenes",
+        "------  ------  ------",
+        "a       0.1235   1,200",
+        "longer       -       3",
+    ]
