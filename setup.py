@@ -82,7 +82,7 @@ class BuildNative(build_ext):
         except subprocess.CalledProcessError as error:
             raise SystemExit(
                 f"ris-fast: building the C++ kernels with {compiler} failed (the compiler's message is above): {error}"
-            )
+            ) from error
 
 
 class PlatformWheel(bdist_wheel):
@@ -103,6 +103,7 @@ def packages() -> list[str]:
 
 
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "scipy>=1.11"]
+LINT = ["ruff>=0.17,<0.18", "import-linter>=2.17,<3", "mypy>=2.4,<2.5"]  # what ruff formats differs between versions
 setup(
     name="ris-fast",
     version="0.1.0",
@@ -130,7 +131,7 @@ setup(
         "rich>=13",
         "nvidia-ml-py>=12",
     ],
-    extras_require={"test": TEST, "dev": [*TEST, "ruff", "import-linter"]},
+    extras_require={"test": [*TEST, *LINT]},
     entry_points={"console_scripts": ["ris-fast = ris_fast.commands.cli:main"]},
     zip_safe=False,
 )

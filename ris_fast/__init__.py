@@ -6,7 +6,20 @@ Names are loaded on first use, so that `import ris_fast` and `ris-fast --help` n
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the names of _HOMES, for type checkers and editors
+    from ris_fast.config.load import load_config as load_config
+    from ris_fast.kernels.cov_nmse.op import cov_nmse as cov_nmse
+    from ris_fast.models import build_model as build_model
+    from ris_fast.physics.array import RISArray as RISArray
+    from ris_fast.physics.array import steering as steering
+    from ris_fast.physics.random import SceneGenerator as SceneGenerator
+    from ris_fast.physics.scenes import Scenes as Scenes
+    from ris_fast.physics.scenes import simulate as simulate
+    from ris_fast.training.loss import CovarianceLoss as CovarianceLoss
+    from ris_fast.training.optim.fused_adamw import FusedAdamW as FusedAdamW
+    from ris_fast.training.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 
@@ -25,11 +38,12 @@ _HOMES = {
 }
 __all__ = [*_HOMES, "__version__"]
 
+if not TYPE_CHECKING:  # a type checker that sees it takes every name for one of ours
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'ris_fast' has no attribute '{name}'. It has: {', '.join(sorted(_HOMES))}.")
-    return getattr(import_module(_HOMES[name]), name)
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'ris_fast' has no attribute '{name}'. It has: {', '.join(sorted(_HOMES))}.")
+        return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,103 +1,74 @@
-"""Imports run one way: kernels <- physics <- data, models <- training <- health, report, localize <- cli."""
+"""Imports run one way and without circles (the contracts are in pyproject.toml), and light modules stay light."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import ris_fast
-
 ROOT = Path(__file__).parent.parent
-# A module may import modules of lower floors and of its own; siblings on one floor do not know each other.
-FLOORS = (
-    ("config", "files", "usage", "streams", "drawing"),
-    ("settings",),
-    ("kernels",),
-    ("physics", "environment"),
-    ("data", "models"),
-    ("training",),
-    ("gradcheck", "benchmarks"),
-    ("health", "report", "localize"),
-    ("run_folder", "printed_rows"),
-    ("plain_rows",),
-    ("evaluation", "checkup", "memory"),
-    ("launch", "bench"),
-    ("cli",),
-    ("__main__",),
-)
-LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
+HEAVY = ("torch", "matplotlib", "numpy", "triton", "safetensors", "rich.progress")
 
 
-def modules() -> dict[str, Path]:
-    """Dotted names below ris_fast, kernels under the name that they are imported by."""
-    found = {}
-    for folder, prefix in ((ROOT / "ris_fast", ()), (ROOT / "kernels", ("kernels",))):
-        for path in sorted(folder.rglob("*.py")):
-            parts = (*prefix, *path.relative_to(folder).with_suffix("").parts)
-            found[".".join(part for part in parts if part != "__init__")] = path
-    return found
+def lint_imports(folder: Path, config: Path = ROOT / "pyproject.toml") -> subprocess.CompletedProcess[str]:
+    """import-linter over the packages in `folder`, with the contracts in `config`."""
+    pytest.importorskip("importlinter", reason="import-linter comes with the test extra")
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(sys.argv[1], no_cache=True))"
+    return subprocess.run([sys.executable, "-c", code, config], cwd=folder, capture_output=True, text=True)
 
 
-def imported(source: str, package: str) -> set[str]:
-    """Floors that a source file imports, wherever in the file; public names count as the floor that they live on."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {_home(_absolute(node, package), alias.name) for alias in node.names}
-    return {name.split(".")[1] for name in names if name.startswith("ris_fast.")}
-
-
-def _absolute(node: ast.ImportFrom, package: str) -> str:
-    if node.level == 0:
-        return node.module or ""
-    parts = package.split(".")[: len(package.split(".")) - node.level + 1]
-    return ".".join([*parts, *([node.module] if node.module else [])])
-
-
-def _home(module: str, name: str) -> str:
-    if module != "ris_fast":
-        return module
-    return ris_fast._HOMES.get(name, f"ris_fast.{name}" if not name.startswith("__") else "ris_fast")
-
-
-def wrong_imports(floor: str, source: str, package: str = "ris_fast") -> set[str]:
-    """Floors that `floor` imports and must not. Kernels know nothing of the project, not even its configuration."""
-    others = imported(source, package) - {floor}
-    return others if floor == "kernels" else {other for other in others if LEVEL[other] >= LEVEL[floor]}
-
-
-@pytest.mark.parametrize("name", [name for name in modules() if name])
-def test_imports_run_one_way(name: str) -> None:
-    floor = name.split(".")[0]
-    assert floor in LEVEL, f"{name} lives on no floor: put it into one of {', '.join(LEVEL)}."
-    path = modules()[name]
-    package = f"ris_fast.{name}" if path.name == "__init__.py" else f"ris_fast.{name}".rpartition(".")[0]
-    wrong = wrong_imports(floor, path.read_text(), package)
-    assert not wrong, f"{name} imports {', '.join(sorted(wrong))}, which stand on its own floor or above."
+def test_the_import_contracts_hold() -> None:
+    done = lint_imports(ROOT)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize(
-    "floor, source",
+    "module, line, said",
     [
-        ("physics", "from ris_fast.training.loss import CovarianceLoss"),
-        ("models", "import ris_fast.data.shards"),
-        ("kernels", "def f():\n    from ris_fast.config.schema import Task"),
-        ("physics", "from ris_fast import Trainer"),
-        ("data", "from .training import loop"),
-        ("report", "import ris_fast.health"),
-        ("config", "from ris_fast import settings"),
-        ("files", "from ris_fast.config.schema import Config"),
-        ("kernels", "from ris_fast.files import write_text"),
+        (
+            "ris_fast/physics/array.py",
+            "from ris_fast.training.loss import CovarianceLoss",
+            "physics.array -> ris_fast.tr",
+        ),
+        ("ris_fast/models/linear.py", "import ris_fast.data.shards", "models.linear -> ris_fast.data.shards"),
+        ("ris_fast/data/write.py", "def f():\n    from ris_fast import training", "data.write -> ris_fast.training"),
+        ("ris_fast/physics/random.py", "from . import scenes", "No cycles are allowed in ris_fast.physics"),
+        (
+            "kernels/scale.py",
+            "def f():\n    from ris_fast.config.load import nearest",
+            "kernels.scale -> ris_fast.config",
+        ),
+        ("ris_fast/brand_new.py", "", "brand_new"),
     ],
 )
-def test_the_check_sees_an_import_that_runs_the_other_way(floor: str, source: str) -> None:
-    assert wrong_imports(floor, source)
+def test_the_import_contracts_see_a_wrong_import(tmp_path: Path, module: str, line: str, said: str) -> None:
+    mirror(tmp_path)
+    changed = tmp_path / module
+    text = changed.read_text() if changed.exists() else ""
+    changed.unlink(missing_ok=True)
+    changed.write_text(f"{text}\n{line}\n")
+    assert said in lint_imports(tmp_path).stdout
+
+
+def mirror(folder: Path) -> None:
+    """ris_fast/ and kernels/ in `folder`, each file a link to the one of this tree."""
+    for path in [*(ROOT / "ris_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        link = folder / path.relative_to(ROOT)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+
+
+def test_kernels_import_each_other_without_circles(tmp_path: Path) -> None:
+    """The contracts see kernels/ beside ris_fast/, under which name its files do not import each other."""
+    (tmp_path / "ris_fast").mkdir()
+    (tmp_path / "ris_fast" / "__init__.py").touch()
+    (tmp_path / "ris_fast" / "kernels").symlink_to(ROOT / "kernels")
+    contract = "[importlinter]\nroot_package = ris_fast\n[importlinter:contract:1]\nname = No circles\n"
+    (tmp_path / ".importlinter").write_text(contract + "type = acyclic_siblings\nancestors = ris_fast\n")
+    done = lint_imports(tmp_path, tmp_path / ".importlinter")
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize(
@@ -113,7 +84,6 @@ def test_the_check_sees_an_import_that_runs_the_other_way(floor: str, source: st
     ],
 )
 def test_importing_costs_neither_torch_nor_figures(name: str) -> None:
-    heavy = ("torch", "matplotlib", "numpy", "triton", "safetensors", "rich.progress")
-    code = f"import sys, {name}; print(','.join(m for m in {heavy!r} if m in sys.modules))"
+    code = f"import sys, {name}; print(','.join(m for m in {HEAVY!r} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "", f"importing {name} loads {done.stdout.strip()}"

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the names of _HOMES, for type checkers and editors
+    from ris_fast.health.finding import Finding as Finding
+    from ris_fast.health.monitor.attach import attach_health as attach_health
+    from ris_fast.health.monitor.watchdog import Watchdog as Watchdog
+    from ris_fast.health.watch.watch import watch as watch
 
 _HOMES = {
     "Finding": "finding",
@@ -13,10 +19,11 @@ _HOMES = {
 }
 __all__ = list(_HOMES)
 
+if not TYPE_CHECKING:  # a type checker that sees it takes every name for one of ours
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'ris_fast.health' has no attribute '{name}'. It has: {', '.join(_HOMES)}.")
-    value = getattr(import_module(f"ris_fast.health.{_HOMES[name]}"), name)
-    globals()[name] = value  # importing the package `watch` has put the module where the function belongs
-    return value
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'ris_fast.health' has no attribute '{name}'. It has: {', '.join(_HOMES)}.")
+        value = getattr(import_module(f"ris_fast.health.{_HOMES[name]}"), name)
+        globals()[name] = value  # importing the package `watch` has put the module where the function belongs
+        return value

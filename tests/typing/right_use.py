@@ -1,0 +1,74 @@
+"""Every public name, used as it is meant; `mypy` must accept this file. Nothing here is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ris_fast import (
+    CovarianceLoss,
+    FusedAdamW,
+    RISArray,
+    SceneGenerator,
+    Scenes,
+    Trainer,
+    __version__,
+    build_model,
+    cov_nmse,
+    load_config,
+    simulate,
+    steering,
+)
+from ris_fast.config import Config, ConfigError
+from ris_fast.health import Finding, watch
+from ris_fast.models import Prediction
+
+
+def settings() -> Config:
+    try:
+        return load_config("run.toml", preset="laptop", overrides=["training.epochs=1"], flags={"training.seed": 1})
+    except ConfigError as error:
+        print(error.exit_code, __version__)
+        return load_config(Path("run.toml"))
+
+
+def scenes(config: Config) -> Scenes:
+    by_number: Scenes = simulate(config.task, torch.arange(8), SceneGenerator(seed=0, split="train"))
+    first_eight: Scenes = simulate(config.task, 8, SceneGenerator(seed=0, split="val", device="cpu"))
+    snapshots: Tensor = by_number.snapshots
+    channel: Tensor | None = by_number.channel
+    assert channel is not None and snapshots.shape[0] == first_eight.batch
+    return first_eight[:4].to("cpu")
+
+
+def near_field(config: Config) -> Tensor:
+    angles = torch.zeros(3)
+    array: RISArray = RISArray.of(config.task)
+    x, y = RISArray(horizontal=12, vertical=12, wavelength_m=0.3, spacing_m=0.15).positions()
+    return steering(array, angles, angles, range_m=torch.ones(3)) + x.sum() + y.sum()
+
+
+def losses(config: Config, batch: Scenes, prediction: Prediction) -> Tensor:
+    total: Tensor
+    terms: dict[str, Tensor]
+    total, terms = CovarianceLoss(config.loss, config.task)(prediction, batch)
+    nmse: Tensor = cov_nmse(prediction.factor, target_factor=batch.factor, loading=0.1, reduction="none")
+    return nmse.mean() + total + sum(terms.values())
+
+
+def own_loop(config: Config) -> list[Finding]:
+    model: nn.Module = build_model("backprojection", config.task)
+    optimizer = FusedAdamW(model.named_parameters(), lr=1e-3, max_grad_norm=1.0, ema_decay=0.999)
+    seen = watch(model, optimizer, frozen=["encoder."])
+    optimizer.step()
+    counters: dict[str, int] = optimizer.counters()
+    with optimizer.ema():
+        print(counters["applied"], optimizer.telemetry().tolist())
+    return seen.report()
+
+
+def whole_run(config: Config) -> dict[str, Any]:
+    return Trainer(config, folder="runs/mine", resume=False).fit()

@@ -1,0 +1,42 @@
+"""Each line of wrong use must be refused: `mypy` reports an ignore that hides no error. Nothing here is run."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import ris_fast
+from ris_fast import (
+    CovarianceLoss,
+    FusedAdamW,
+    RISArray,
+    SceneGenerator,
+    Scenes,
+    Trainer,
+    build_model,
+    cov_nmse,
+    load_config,
+    simulate,
+    steering,
+)
+from ris_fast.health import watch
+
+config, model, angles = load_config(), nn.Linear(4, 1), torch.zeros(3)
+
+load_config(presets="laptop")  # type: ignore[call-arg]
+print(ris_fast.AdamW)  # type: ignore[attr-defined]
+print(config.training.epoch)  # type: ignore[attr-defined]
+simulate(config, 8, SceneGenerator())  # type: ignore[arg-type]
+SceneGenerator(seed="0")  # type: ignore[arg-type]
+Scenes(snapshots=angles)  # type: ignore[call-arg]
+RISArray(wavelength="0.3")  # type: ignore[call-arg]
+steering(RISArray(), 0.1, angles, angles)  # type: ignore[arg-type]
+cov_nmse(angles, target=angles)  # type: ignore[call-arg]
+cov_nmse(angles, target_factor=[0.0])  # type: ignore[arg-type]
+CovarianceLoss(config.task)  # type: ignore[arg-type]
+build_model(model)  # type: ignore[arg-type]
+FusedAdamW(model.parameters(), learning_rate=1e-3)  # type: ignore[call-arg]
+Trainer("laptop")  # type: ignore[arg-type]
+Trainer(config).train()  # type: ignore[attr-defined]
+watch(model)  # type: ignore[call-arg]
+watch(model, torch.optim.SGD(model.parameters(), lr=0.1)).reports()  # type: ignore[attr-defined]
