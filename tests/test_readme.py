@@ -1,22 +1,38 @@
-"""The README says what is true: its script is the one that is tested, its commands and links exist."""
+"""The README and its files say what is true: examples run, commands and links exist, the picture is that of the scene."""
 
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def test_the_script_is_the_tested_example() -> None:
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) < 1000
+    assert max(len(line) for page in PAGES for line in page.read_text().splitlines()) < 120
+
+
+def test_the_loop_is_the_tested_example() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert (ROOT / "examples" / "plain_loop.py").read_text() in blocks
+    assert blocks == [(ROOT / "examples" / "own_loop.py").read_text()]
 
 
-def test_every_snippet_runs() -> None:
-    for block in re.findall(r"```python\n(.*?)```", README, re.S):
-        exec(compile(block, "README", "exec"), {"__name__": "readme"})
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_runs_and_is_linked(example: Path) -> None:
+    assert example.name == "own_loop.py" or f"](examples/{example.name})" in README
+    runpy.run_path(str(example), run_name="__main__")
+
+
+def test_the_watch_of_the_example_names_the_cause(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / "watch_any_loop.py"))
+    assert capsys.readouterr().out.startswith("clip_too_small")
 
 
 def test_every_command_exists() -> None:
@@ -26,9 +42,16 @@ def test_every_command_exists() -> None:
     assert told and told == {name for name in app if not name.startswith("-")}
 
 
-def test_every_picture_and_linked_file_exists() -> None:
-    linked = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
-    assert linked and all((ROOT / target).is_file() for target in linked)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_every_picture_and_linked_file_exists(page: Path) -> None:
+    linked = [target for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()) if "://" not in target]
+    assert (linked or page.stem == "CONTRIBUTING") and all((page.parent / target).exists() for target in linked)
+
+
+def test_the_picture_of_the_scene_can_be_drawn_again(tmp_path: Path) -> None:
+    runpy.run_path(str(ROOT / "docs" / "scene.py"))["draw"](tmp_path / "scene.png")
+    drawn, kept = ((folder / "scene.png").stat().st_size for folder in (tmp_path, ROOT / "docs"))
+    assert drawn > 50_000 and kept < 200_000
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
