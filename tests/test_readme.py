@@ -1,4 +1,4 @@
-"""The README and its files say what is true: examples run, commands and links exist, the picture is that of the scene."""
+"""The README and its files say what is true: examples run, commands and links exist, CI runs what it shows."""
 
 from __future__ import annotations
 

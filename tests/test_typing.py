@@ -23,8 +23,8 @@ def test_mypy_accepts_right_use_and_refuses_wrong_use() -> None:
 
 @pytest.mark.parametrize("file", ["right_use.py", "wrong_use.py"])
 def test_every_public_name_is_in_both_files(file: str) -> None:
-    text = (ROOT / "tests" / "typing" / file).read_text()
+    text = (ROOT / "tests" / "typed" / file).read_text()
     missing = [
         name for name in ris_fast.__all__ if name not in text and (file, name) != ("wrong_use.py", "__version__")
     ]
-    assert not missing, f"add a use of {', '.join(missing)} to tests/typing/{file}"
+    assert not missing, f"add a use of {', '.join(missing)} to tests/typed/{file}"
