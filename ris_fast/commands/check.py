@@ -122,9 +122,8 @@ def explain_cause(name: str) -> int:
     """Prints the page on a cause. Raises ConfigError naming the nearest one."""
     from ris_fast.config.load import nearest
     from ris_fast.health.causes import CAUSES
-    from ris_fast.health.finding import page
 
     if name not in CAUSES:
         raise ConfigError(f"why: there is no cause '{name}'.{nearest(name, CAUSES)}")
-    print(page(name), end="")
+    print(CAUSES[name].page, end="")
     return 0

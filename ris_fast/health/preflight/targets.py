@@ -15,7 +15,8 @@ from torch import Tensor
 from ris_fast.data.fit_array import Labels, fit_array, fit_of, fits_of
 from ris_fast.data.geometry import EXACT, leading_factor
 from ris_fast.data.npz_load import APART
-from ris_fast.health.finding import Finding, fix_of
+from ris_fast.health.causes import CAUSES
+from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.pairing import belonging, with_factor
 from ris_fast.health.preflight.probe import FEWEST, PreflightContext
 from ris_fast.physics.array import RISArray
@@ -95,7 +96,7 @@ def _undone(source: Any, split: str, rows: Tensor, labels: Labels, seen: str, en
             return Finding(
                 cause,
                 f"{seen}; {how} it is {then:.2g}, {other_how} {other_fit:.2g}: one of the two has the other sign.",
-                advice=f"{advice or fix_of(cause)} Or: {other_advice or fix_of(other)}",
+                advice=f"{advice or CAUSES[cause].fix} Or: {other_advice or CAUSES[other].fix}",
             )
     return Finding(cause, f"{seen}; {how} it is {then:.2g}.", advice=advice)
 

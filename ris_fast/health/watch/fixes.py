@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ris_fast.health.finding import Finding, fix_of
+from ris_fast.health.causes import CAUSES
+from ris_fast.health.finding import Finding
 
 BETWEEN = "Look at what stands between `backward()` and `step()`: a clip threshold that is not a number, or a division."
 MEANT = "That may be meant."
@@ -40,7 +41,7 @@ MENDS = {
 
 def fix(cause: str) -> str:
     """In the words of a plain loop, which has no settings of this project."""
-    return MENDS.get(cause) or fix_of(cause)
+    return MENDS.get(cause) or CAUSES[cause].fix
 
 
 def found(cause: str, evidence: str, step: int = 0, doubt: str = "", advice: str = "") -> Finding:

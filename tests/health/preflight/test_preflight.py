@@ -16,8 +16,6 @@ from bench.faults.catalogue import all_faults, faulty
 from bench.faults.healthy_twins import TWINS, changed
 from ris_fast.commands.check import check_line, conclusion
 from ris_fast.data.errors import DataError
-from ris_fast.health.causes import CAUSES
-from ris_fast.health.finding import LEVELS, Finding, page, ranked
 from ris_fast.health.monitor.attach import attach_health
 from ris_fast.health.monitor.watchdog import Watchdog
 from ris_fast.health.preflight import overfit as check_memory
@@ -160,33 +158,6 @@ def test_a_certain_mistake_stops_the_run_before_its_first_step() -> None:
         assert stop.value.exit_code == 4 and stop.value.finding == "zero_learning_rate"
         assert trainer.optimizer.counters()["attempted"] == 0
         attach_health(trainer, stop=False)
-
-
-def test_every_cause_has_its_place_in_the_order_and_a_page() -> None:
-    placed = [cause for causes in LEVELS.values() for cause in causes]
-    assert sorted(placed) == sorted(CAUSES) and len(placed) == len(set(placed))
-    for cause in CAUSES:
-        text = page(cause)
-        assert text.startswith(f"# {cause}\n") and "## Evidence\n" in text and Finding(cause, "seen").advice
-
-
-def test_certain_comes_before_likely_and_causes_before_consequences() -> None:
-    order = [
-        Finding("ema_cold", ""),
-        Finding("unused_head", ""),
-        Finding("nonfinite_data", "", certain=False),
-        Finding("step_never_called", ""),
-        Finding("unused_head", "again"),
-    ]
-    assert [finding.cause for finding in ranked(order)] == [
-        "unused_head",
-        "step_never_called",
-        "ema_cold",
-        "nonfinite_data",
-    ]
-    assert ranked(order)[0].evidence == ""
-    with pytest.raises(ValueError, match="no cause is called"):
-        Finding("nonsense", "")
 
 
 def test_the_graph_says_which_tensors_a_term_reaches() -> None:

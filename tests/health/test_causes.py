@@ -1,0 +1,53 @@
+"""The table of causes: every cause has a page, and findings are reported in the table's order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import ris_fast.health.causes
+from ris_fast.health.causes import CAUSES
+from ris_fast.health.finding import Finding, ranked
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_a_cause_has_a_page_with_meaning_evidence_and_fix(name: str) -> None:
+    cause = CAUSES[name]
+    title, meaning, evidence = cause.page.split("\n\n")[:3]
+    assert (title, evidence) == (f"# {name}", "## Evidence")
+    assert meaning == f"{cause.meaning[0].upper()}{cause.meaning[1:]}." and cause.body.startswith("## Evidence\n\n")
+    assert cause.body.count("## ") == 2 and cause.fix
+    finding = Finding(name, "seen")
+    assert (finding.advice, finding.meaning, finding.severity) == (cause.fix, cause.meaning, cause.level)
+
+
+def test_every_page_belongs_to_a_cause() -> None:
+    pages = Path(ris_fast.health.causes.__file__).parent / "pages"
+    assert sorted(path.stem for path in pages.glob("*")) == sorted(CAUSES)
+
+
+def test_causes_are_ranked_as_in_the_table_family_by_family() -> None:
+    assert [cause.rank for cause in CAUSES.values()] == list(range(len(CAUSES)))
+    levels = list(dict.fromkeys(cause.level for cause in CAUSES.values()))
+    assert levels == ["structural", "contract", "gradient", "movement", "outcome"]
+    assert sorted(CAUSES.values(), key=lambda cause: levels.index(cause.level)) == list(CAUSES.values())
+
+
+def test_certain_comes_before_likely_and_causes_before_consequences() -> None:
+    order = [
+        Finding("ema_cold", ""),
+        Finding("unused_head", ""),
+        Finding("nonfinite_data", "", certain=False),
+        Finding("step_never_called", ""),
+        Finding("unused_head", "again"),
+    ]
+    assert [finding.cause for finding in ranked(order)] == [
+        "unused_head",
+        "step_never_called",
+        "ema_cold",
+        "nonfinite_data",
+    ]
+    assert ranked(order)[0].evidence == ""
+    with pytest.raises(ValueError, match="no cause is called"):
+        Finding("nonsense", "")
