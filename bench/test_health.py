@@ -20,7 +20,8 @@ import torch
 
 from ris_fast import timing as measure
 from ris_fast.config.load import load_config
-from ris_fast.health.watch.watch import DENSE, EVERY, watch
+from ris_fast.health.watch import EVERY, watch
+from ris_fast.health.watch.hooks import DENSE
 from ris_fast.training.trainer import Trainer
 
 ROUNDS = 40

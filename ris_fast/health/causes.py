@@ -45,26 +45,36 @@ _MEANINGS: dict[str, dict[str, str]] = {
     "structural": {
         "nonfinite_data": "scenes carry NaN or infinite values",
         "manifest_differs": "what is read of a data set is not what its manifest says was written",
-        "scenes_altered": "the network writes into the scenes that it is given, so that the next to read them sees others",
+        "scenes_altered": (
+            "the network writes into the scenes that it is given, so that the next to read them sees others"
+        ),
         "empty_cache_slot": "some batches arrive as zeros",
         "constant_input": "every scene shows the network the same input",
         "constant_targets": "all scenes have the same target",
         "rank_sees_other_data": "ranks train on the same scenes instead of their own",
         "repeated_batch": "the same scenes are served again and again",
         "stale_cache": "part of a batch comes from an earlier one",
-        "task_differs": "the task is not the one that the data were made with: its array, wavelength or symbols are others",
+        "task_differs": (
+            "the task is not the one that the data were made with: its array, wavelength or symbols are others"
+        ),
         "mismatched_channel": "the channel belongs to other scenes than the snapshots",
         "wrong_layout": "real and imaginary parts, or axes, are read in another order than they were written",
         "shuffled_labels": "targets belong to other scenes than inputs",
-        "parts_unrelated": "snapshots, channel and target of a scene do not belong together, in no order that was tried",
+        "parts_unrelated": (
+            "snapshots, channel and target of a scene do not belong together, in no order that was tried"
+        ),
         "snr_labels_differ": "the SNR that scenes are labelled with is not the one that their snapshots have",
         "split_overlap": "validation scenes are training scenes",
         "stale_optimizer_parameters": "the optimizer holds tensors that the network does not use",
         "ranks_diverged": "ranks hold different weights",
-        "stale_compiled_graph": "a compiled or copied network computes with weights that are not the ones being trained",
+        "stale_compiled_graph": (
+            "a compiled or copied network computes with weights that are not the ones being trained"
+        ),
         "compiled_differs": "what the step calls gives other numbers than the network as written",
         "cached_validation": "validation reuses outputs computed earlier",
-        "unregistered_parameters": "tensors that the loss reaches are parameters of no module, so nothing updates or saves them",
+        "unregistered_parameters": (
+            "tensors that the loss reaches are parameters of no module, so nothing updates or saves them"
+        ),
         "tied_parameters": "two layers that should differ share one tensor",
         "duplicate_parameters": "a parameter is updated twice: by two groups or by two optimizers",
         "frozen_parameters": "parameters that training is supposed to move have requires_grad=False",
@@ -78,7 +88,9 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "loss_rebuilt": "the loss that is differentiated is a new tensor made from a number or an array",
         "detached_loss": "the covariance loss does not depend on the factors through autograd",
         "dead_loss_term": "an enabled term of the loss is constant",
-        "conjugation_error": "a transpose, or a real and an imaginary part, is used where the conjugate transpose belongs",
+        "conjugation_error": (
+            "a transpose, or a real and an imaginary part, is used where the conjugate transpose belongs"
+        ),
         "wrong_units": "angles or other quantities are compared in different units",
         "loss_sign": "the loss grows as the prediction gets better",
         "target_scale_differs": "prediction and target are normalised or loaded differently, so the truth has a loss",
@@ -130,8 +142,12 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "ema_frozen": "the averaged weights do not follow the raw ones",
     },
     "gradient": {
-        "nonfinite_step": "the optimizer's step makes weights that are NaN or infinite out of gradients that are finite",
-        "nonfinite_gradients": "gradients, or the loss that they come from, are NaN or infinite although the data are finite",
+        "nonfinite_step": (
+            "the optimizer's step makes weights that are NaN or infinite out of gradients that are finite"
+        ),
+        "nonfinite_gradients": (
+            "gradients, or the loss that they come from, are NaN or infinite although the data are finite"
+        ),
         "dominating_term": "one auxiliary term supplies nearly all of the gradient",
         "clip_too_small": "the clip threshold leaves next to nothing of the gradient",
     },

@@ -1,4 +1,4 @@
-"""Arguments of `watch`: one that means nothing is refused by name."""
+"""Checks the arguments of `watch`: one that means nothing is refused, with what to give instead."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ def check_model(model: Any) -> None:
     """Raises: ValueError for what is no module."""
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"watch: model is {_said(model)}. Give the torch.nn.Module that is trained, then its optimizer."
+            f"watch: model is {_shown(model)}. Give the torch.nn.Module that is trained, then its optimizer."
         )
 
 
-def all_optimizers(optimizer: Any) -> list[Optimizer]:
+def list_optimizers(optimizer: Any) -> list[Optimizer]:
     """One, or all of them, as a list. Raises: ValueError for anything else."""
     try:
-        each = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     except TypeError:
-        each = [optimizer]
-    wrong = [one for one in each if not isinstance(one, Optimizer)]
+        optimizers = [optimizer]
+    wrong = [each for each in optimizers if not isinstance(each, Optimizer)]
     if wrong:
-        within = "" if isinstance(optimizer, str) or wrong == [optimizer] else f", with {_said(wrong[0])} in it"
+        within = "" if isinstance(optimizer, str) or wrong == [optimizer] else f", with {_shown(wrong[0])} in it"
         raise ValueError(
-            f"watch: optimizer is {_said(optimizer)}{within}. Give a torch.optim.Optimizer, or a list of them, e.g. "
+            f"watch: optimizer is {_shown(optimizer)}{within}. Give a torch.optim.Optimizer, or a list of them, e.g. "
             "watch(model, optimizer)."
         )
-    return each
+    return optimizers
 
 
 def check_every(every: Any, optimizers: int) -> None:
@@ -41,7 +41,7 @@ def check_every(every: Any, optimizers: int) -> None:
         )
 
 
-def beginnings(frozen: Any) -> tuple[str, ...]:
+def list_beginnings(frozen: Any) -> tuple[str, ...]:
     """Beginnings of names. Raises: ValueError for anything but texts."""
     names = (frozen,) if isinstance(frozen, str) else frozen
     try:
@@ -50,12 +50,12 @@ def beginnings(frozen: Any) -> tuple[str, ...]:
         names = (None,)
     if any(not isinstance(name, str) for name in names):
         raise ValueError(
-            f'watch: frozen={_said(frozen)}. Give beginnings of parameters\' names, e.g. frozen=("encoder.",).'
+            f'watch: frozen={_shown(frozen)}. Give beginnings of parameters\' names, e.g. frozen=("encoder.",).'
         )
     return names
 
 
-def _said(value: Any) -> str:
-    """Short, with the kind of what says little of itself."""
+def _shown(value: Any) -> str:
+    """Its repr where that is short, else its type."""
     text = repr(value)
     return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"

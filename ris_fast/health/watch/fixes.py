@@ -1,14 +1,16 @@
-"""What `watch` says beside the evidence: fixes in the words of a plain loop, and what else it may be."""
+"""Findings in the words of a plain loop, which has no settings of this project."""
 
 from __future__ import annotations
 
 from ris_fast.health.causes import CAUSES
 from ris_fast.health.finding import Finding
 
-BETWEEN = "Look at what stands between `backward()` and `step()`: a clip threshold that is not a number, or a division."
-MEANT = "That may be meant."
+LOOK_AFTER_BACKWARD = (
+    "Look at what runs between `backward()` and `step()`: a clip threshold that is not a number, or a division."
+)
+MAY_BE_MEANT = "That may be meant."
 
-MENDS = {
+FIXES = {
     "weight_decay_too_large": "Lower `weight_decay`; 1e-4 to 1e-1 is usual with AdamW.",
     "frozen_parameters": (
         "Call `requires_grad_(True)` on them before the optimizer is built; if they are meant to be frozen, say so: "
@@ -40,10 +42,10 @@ MENDS = {
 
 
 def fix(cause: str) -> str:
-    """In the words of a plain loop, which has no settings of this project."""
-    return MENDS.get(cause) or CAUSES[cause].fix
+    """What to do in a plain loop."""
+    return FIXES.get(cause) or CAUSES[cause].fix
 
 
-def found(cause: str, evidence: str, step: int = 0, doubt: str = "", advice: str = "") -> Finding:
+def finding(cause: str, evidence: str, step: int = 0, doubt: str = "", advice: str = "") -> Finding:
     """`doubt`: what else it may be; with it the finding is not certain. `advice`: where it is not the usual one."""
     return Finding(cause, f"{evidence} {doubt}".strip(), step, advice=advice or fix(cause), certain=not doubt)

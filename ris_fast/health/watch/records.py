@@ -1,191 +1,133 @@
-"""What `watch` keeps of tensors from one step to the next: a few of their numbers, whether a gradient stays where it
-is, and what tensors were before the first step.
+"""What the rules of `watch` read: steps, optimizers and tensors as plain data.
 
-Legend: S numbers, a few of every tensor.
+Legend: T tensors, those of the model that one optimizer holds and that have a norm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
-from ris_fast.training.telemetry.step_telemetry import norms
-
-EARLY = 8  # steps after which what nothing has reached is not waited for
-FEW = 256  # numbers of a tensor, about, that are compared one by one
+EARLY = 8  # steps after which a gradient that has not come yet is no longer waited for
 
 
 @dataclass
-class ParameterSample:
-    """A few numbers of every tensor, one after the other (S,), around the steps that are looked at."""
+class StepRecord:
+    """One optimizer step. Norms stay on their device until `on_host`.
 
-    names: list[str]
-    first: Tensor
+    Args: names: (T,) of the tensors; usual_norms: (T,) what a layer's initial norm is, about; rates: learning rates of
+        the groups; weights_before, weights_after: (T,) float32 norms;
+        closure: gradients came within the step; scaled: a loss scaler takes care of gradients that are not finite;
+        grad_after_backward, grad_at_step: (T,) float32 norms of the gradients as backward left them and as the
+            optimizer found them; grad_after_step: (T,) as they are after the step, in the first steps;
+        grad_change: (4,) of a few numbers of each gradient, as backward left them against what the optimizer found: the
+            cosine of both, the share of negative zeros at the step, and the spread over the size of each. None where no
+            hooked tensor had a gradient;
+        update_ratio: (), norm of the update over that of the weights, of a few numbers of each tensor, where there was
+            a gradient;
+        reset: (), whether the weights are bit for bit those of an earlier step, and were others in between;
+        uncleared: (), whether one gradient of the step before was added to;
+        hooked: tensors with a hook on their gradient; none_grads: those of them that no gradient came to;
+        no_grad: tensors whose gradient is None at the step.
+    """
+
     step: int
-    before: Tensor
-    gradient: Tensor
-    after: Tensor | None = None
+    names: list[str]
+    usual_norms: list[float]
+    rates: list[float | Tensor]
+    weights_before: Tensor
+    closure: bool
+    scaled: bool
+    weights_after: Tensor | None = None
+    grad_after_backward: Tensor | None = None
+    grad_at_step: Tensor | None = None
+    grad_after_step: Tensor | None = None
+    grad_change: Tensor | None = None
+    update_ratio: Tensor | None = None
     reset: Tensor | None = None
+    uncleared: Tensor | None = None
+    hooked: tuple[str, ...] = ()
+    none_grads: tuple[str, ...] = ()
+    no_grad: tuple[str, ...] = ()
 
-    @staticmethod
-    def follow(last: ParameterSample | None, step: int, own: dict[str, Tensor]) -> ParameterSample:
-        """Before a step, with what was kept of the last one."""
-        now = few(list(own.values()))
-        slopes = [_zeros(p) if p.grad is None or p.grad.layout != p.layout else p.grad for p in own.values()]
-        here = ParameterSample(list(own), now, step, now, few(slopes))
-        if last is not None and last.after is not None and last.names == here.names and last.after.shape == now.shape:
-            here.first = last.first
-            here.reset = here._put_back(last)
-        return here
-
-    def _put_back(self, last: ParameterSample) -> Tensor:
-        """(), whether an earlier state is here again although the last step left another.
-
-        Further apart than one step, weights at rest may come round by their rounding: there they must have been away.
-        """
-        again, away = (self.before == self.first).all(), (self.before - last.after).norm()
-        if last.step == self.step - 1:
-            return (again | (self.before == last.before).all()) & (away > 0)
-        return again & (away > 1e-4 * self.before.norm())
-
-    def finish(self, own: dict[str, Tensor]) -> Tensor | None:
-        """After the step: (), how far it went. None where it cannot be said: formats of 16 bits, whose weights may be
-        copies."""
-        self.after = few(list(own.values()))
-        if not self.after.shape == self.before.shape == self.gradient.shape or any(
-            p.element_size() < 4 for p in own.values()
-        ):
-            return None
-        here = self.gradient != 0
-        return ((self.after - self.before) * here).norm() / (self.before * here).norm()
+    def on_host(self) -> StepRecord:
+        host = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        return StepRecord(**host | {"rates": [float(rate) for rate in self.rates]})
 
 
-def few(tensors: list[Tensor]) -> Tensor:
-    """(S,) on one device."""
-    flat = [torch.view_as_real(each) if each.is_complex() else each for each in map(part, tensors)]
-    some = [each.reshape(-1)[:: max(1, each.numel() // FEW) | 1] for each in flat]
-    device = next((each.device for each in some if each.device.type != "cpu"), torch.device("cpu"))
-    return torch.cat([each.to(device, non_blocking=True) for each in some]) if some else torch.zeros(0)
+@dataclass(frozen=True, eq=False)
+class TensorRecord:
+    """A tensor of the model or of an optimizer, at the report. A tensor has one record: they compare by identity.
 
-
-def _zeros(tensor: Tensor) -> Tensor:
-    """As many as the tensor has numbers, in the memory of one."""
-    here = part(tensor.detach())
-    return here.new_zeros(()).expand(here.shape)
-
-
-def usual(tensor: Tensor) -> float:
-    """Norm of a layer (out, in, ...) whose outputs are as large as its inputs; of a vector of norm one."""
-    return float(tensor.shape[0]) ** 0.5 if tensor.ndim > 1 else 1.0
-
-
-class StaleGradientProbe:
-    """Whether one tensor's gradient is still there at the next backward, and all that comes is added to it.
-
-    Its norm after a step must be what backward finds, and that after one backward what the next one finds.
+    Args: name: empty where it is not the model's; shape, size: empty and 0 while a tensor is lazy.
     """
 
-    def __init__(self, parameter: Tensor) -> None:
-        self.parameter, self.arrivals = parameter, 0
-        self.norm = norms([parameter.grad])[0]
-        self.same = self.norm > 0
-        self.hook: Any = parameter.register_hook(self._found)
-
-    @staticmethod
-    def among(parameters: list[Tensor]) -> StaleGradientProbe | None:
-        """Of the first that has a gradient now."""
-        plain = (p for p in parameters if p.requires_grad and p.grad is not None and p.grad is part(p.grad))
-        return next(map(StaleGradientProbe, plain), None)
-
-    @torch.no_grad()
-    def _found(self, _: Tensor) -> None:
-        """Before backward adds what came."""
-        grad = self.parameter.grad
-        self.same = self.same & (norms([grad])[0] == self.norm) if grad is not None else torch.zeros_like(self.same)
-
-    def came(self, norm: Tensor) -> None:
-        """After backward has added what came."""
-        self.norm, self.arrivals = norm, self.arrivals + 1
-
-    def close(self) -> Tensor | None:
-        """(), or None where nothing came."""
-        self.hook.remove()
-        return self.same if self.arrivals else None
+    name: str
+    shape: tuple[int, ...]
+    size: int
+    dtype: torch.dtype
+    trainable: bool
 
 
-def part(tensor: Tensor) -> Tensor:
-    """The numbers of a sparse tensor as they are stored, and of a sharded one those that lie here; any other as it
-    is."""
-    if tensor.layout != torch.strided:
-        return tensor._values() if tensor.is_sparse else tensor.values()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # DTensor, whose import takes half a second
+@dataclass(frozen=True)
+class GroupRecord:
+    """A group of an optimizer, at the report. options: all but its tensors."""
+
+    tensors: tuple[TensorRecord, ...]
+    options: dict[str, Any]
 
 
-def has_norm(tensor: Tensor) -> bool:
-    """Not lazy, on a device, and of numbers that can be trained."""
-    return not is_lazy(tensor) and tensor.device.type != "meta" and (tensor.is_floating_point() or tensor.is_complex())
+@dataclass(frozen=True)
+class OptimizerRecord:
+    """One optimizer, at the report.
 
-
-def held(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-class Origin:
-    """What an optimizer's tensors and their moments were before the first step that saw them: those that differ later
-    were trained.
-
-    So it shows without a look at each step, whatever was frozen, freed or used in between.
+    Args: kinds: names of its class and of those that it derives from; steps: made so far; records: of the steps that
+        were looked at; weight_norms: of the tensors, by name, that are the model's and have a norm;
+        trained: tensors that differ from what they were before the first step; frozen: those without requires_grad, and
+        with_grad: those with a gradient, at the last step;
+        arrived: norms of the gradients that came since the last step; passes: backward passes before the first step;
+        cleared: those that found the gradients of the pass before gone.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self.weights: dict[int, Tensor] = {}
-        self.moments: dict[int, Tensor] = {}
+    kinds: frozenset[str]
+    groups: tuple[GroupRecord, ...]
+    steps: int
+    records: list[StepRecord]
+    weight_norms: dict[str, float]
+    trained: set[TensorRecord]
+    frozen: set[TensorRecord]
+    with_grad: set[TensorRecord]
+    arrived: list[float]
+    passes: int
+    cleared: int
 
-    def note(self) -> None:
-        """Before a step: tensors that are new."""
-        now = {id(p): p for p in held(self.optimizer) if has_norm(p)}
-        for kept in (self.weights, self.moments):
-            for key in kept.keys() - now.keys():  # whose id another tensor may take
-                del kept[key]
-        for key in now.keys() - self.weights.keys():
-            self.weights[key] = few([now[key]])
-            if (moments := self._moments(now[key])) is not None:
-                self.moments[key] = moments
-
-    def _moments(self, tensor: Tensor) -> Tensor | None:
-        """(), norm of what the optimizer keeps of it, without its count of steps, which zeros advance too."""
-        kept = [
-            part(value)
-            for name, value in self.optimizer.state.get(tensor, {}).items()
-            if name != "step" and isinstance(value, Tensor) and has_norm(value)
-        ]
-        return norms(kept).norm() if kept else None
-
-    def trained(self) -> set[int]:
-        """Ids of tensors whose moments differ; of those without moments whose weights do. Reads the device."""
-        flags = {id(p): self._differs(p) for p in held(self.optimizer) if id(p) in self.weights}
-        return {key for key, flag in zip(flags, _host(flags.values())) if flag}
-
-    def _differs(self, tensor: Tensor) -> Tensor:
-        """()"""
-        was, moments = self.weights[id(tensor)], self._moments(tensor)
-        if moments is not None:
-            before = self.moments.get(id(tensor), torch.zeros_like(moments)).to(moments.device)
-            return (moments - before).abs() > 1e-6 * before  # another place in memory may be added up in another order
-        now = few([tensor.detach()])
-        return (now != was.to(now.device)).any() if now.shape == was.shape else torch.ones((), dtype=torch.bool)
+    @property
+    def tensors(self) -> list[TensorRecord]:
+        """Of all groups; one that is in two groups comes twice."""
+        return [tensor for group in self.groups for tensor in group.tensors]
 
 
-def _host(flags: Iterable[Tensor]) -> list[bool]:
-    """With one copy from each device."""
-    flags = list(flags)
-    places = {flag.device for flag in flags}
-    read = {place: iter(torch.stack([flag for flag in flags if flag.device == place]).tolist()) for place in places}
-    return [next(read[flag.device]) for flag in flags]
+@dataclass(frozen=True)
+class LoopRecord:
+    """A model and its optimizers, at the report.
+
+    Args: frozen: beginnings of names of parameters that are not meant to be trained; frozen_at_start: those without
+        requires_grad when the watch began.
+    """
+
+    parameters: list[TensorRecord]
+    optimizers: list[OptimizerRecord]
+    frozen: tuple[str, ...]
+    frozen_at_start: set[TensorRecord]
+
+    @property
+    def steps(self) -> int:
+        """Steps made, by the optimizer that has made most."""
+        return max(optimizer.steps for optimizer in self.optimizers)
+
+
+def is_finite(values: Tensor) -> bool:
+    return bool(values.isfinite().all())

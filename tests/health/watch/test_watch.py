@@ -3,6 +3,8 @@ test_watch_healthy.py."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from ris_fast import FusedAdamW
 from ris_fast.health import watch
-from ris_fast.health.watch.watch import Watch
+from ris_fast.health.watch.watcher import Watcher
 
 
 def network() -> nn.Sequential:
@@ -122,13 +124,12 @@ def test_hooks_that_come_and_go_compile_nothing_again_and_names_are_the_users() 
     assert seen.report() == [] and seen.records[0].names[0] == "0.weight"
 
 
-# ---- other people's loops
-# ----------------------------------------------------------------------------------------------
+# ---- other people's loops ----
 
 
 def with_closure(
     kind: Callable[..., Any], steps: int = 12, gradient: Callable[[Tensor], Tensor] = lambda grad: grad
-) -> Watch:
+) -> Watcher:
     model = network()
     optimizer = kind(model.parameters())
     seen = watch(model, optimizer)
@@ -154,7 +155,7 @@ def test_gradients_that_come_within_the_step_are_seen(kind: Callable[..., Any]) 
     assert first(with_closure(kind, 1, lambda grad: grad * float("nan"))) == "nonfinite_gradients"
 
 
-def scaled(make: Callable[..., Any], factor: float = 1.0, steps: int = 40, **options: Any) -> Watch:
+def scaled(make: Callable[..., Any], factor: float = 1.0, steps: int = 40, **options: Any) -> Watcher:
     """Steps under torch's own loss scaler, with gradients in the range of float16; `factor` on the loss."""
     model, scaler = network(), torch.amp.GradScaler("cpu", **options)
     for parameter in model.parameters():
@@ -176,9 +177,9 @@ def test_a_loss_scaler_is_no_mistake_unless_it_skips_every_step(make: Callable[.
     assert scaled(make).report() == []
     rough = scaled(make, 100.0, init_scale=2.0**20)
     assert rough.report() == [] and (rough.steps < 40 or not rough.records[0].grad_at_step.isfinite().all())
-    told = scaled(make, float("nan")).report()[0]
-    assert told.cause == "scaler_skips_all" or (
-        told.cause == "step_never_called" and "4 of them are not finite" in told.evidence
+    finding = scaled(make, float("nan")).report()[0]
+    assert finding.cause == "scaler_skips_all" or (
+        finding.cause == "step_never_called" and "4 of them are not finite" in finding.evidence
     )
 
 
@@ -246,3 +247,22 @@ def test_a_target_network_that_follows_is_not_reset() -> None:
             list(model["target"].parameters()), [p.detach() for p in model["online"].parameters()], 0.1
         )
     assert [finding.cause for finding in seen.report()] == ["frozen_parameters"]
+
+
+# ---- the name ----
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "from ris_fast.health import watch",
+        "from ris_fast.health.watch import watch",
+        "import ris_fast.health.watch; watch = ris_fast.health.watch",
+        "import ris_fast.health.watch; watch = ris_fast.health.watch.watch",
+        "import ris_fast.health.watch.fixes; from ris_fast.health import watch",
+        "from ris_fast.health.watch.fixes import fix; from ris_fast.health.watch import watch",
+    ],
+)
+def test_watch_is_the_function_whatever_was_imported_before_and_costs_no_torch(imports: str) -> None:
+    code = f"{imports}; import sys; assert watch.__code__.co_name == 'watch' and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -66,7 +66,7 @@ def test_a_schedule_may_begin_or_end_at_zero(schedule: Callable[..., Any]) -> No
     assert run(lambda _: optimizer, model, after=lambda *_: plan.step()) == []
 
 
-def test_a_rate_that_was_always_zero_is_told_and_a_group_may_stand_still() -> None:
+def test_a_rate_that_was_always_zero_is_reported_and_a_group_may_stand_still() -> None:
     assert causes(run(lambda p: sgd(p, 0.0))) == ["zero_learning_rate"]
     model = network()
     groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}]
@@ -101,7 +101,7 @@ def test_any_loss_scale_that_is_divided_out_is_no_clip(make: Callable[..., Any],
     assert run(make, before=unscale, scale=scale) == []
 
 
-def test_clips_that_leave_nothing_are_told_where_they_matter() -> None:
+def test_clips_that_leave_nothing_are_reported_where_they_matter() -> None:
     def clip(model: nn.Module, _: Any) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1e-6)
 
@@ -124,7 +124,10 @@ def test_a_loss_scale_taken_out_where_nothing_is_left_to_learn_is_doubted() -> N
 def test_frozen_layers_are_declared_or_doubted() -> None:
     model = network()
     model[0].requires_grad_(False)
-    part = lambda _: sgd(model[2].parameters())
+
+    def part(_: Any) -> torch.optim.Optimizer:
+        return sgd(model[2].parameters())
+
     assert causes(run(part, model)) == [] and causes(run(part, model), False) == ["frozen_parameters"]
     assert run(part, model, frozen=("0.",)) == [] == run(part, model, frozen="0.")
     model[0].weight.requires_grad_(True)
@@ -182,8 +185,7 @@ def test_gradients_may_be_put_there_by_hand() -> None:
     assert seen.report() == []
 
 
-# ---- what was trained in steps that were not looked at
-# -----------------------------------------------------------------------
+# ---- what was trained in steps that were not looked at ----
 
 MAKES = [sgd, lambda p: torch.optim.AdamW(p, lr=1e-3), torch.optim.Adagrad, FusedAdamW]
 
@@ -229,7 +231,9 @@ def test_experts_that_are_trained_in_turn_are_used_each_of_them(make: Callable[.
 
 @pytest.mark.parametrize("make", MAKES)
 @pytest.mark.parametrize("joins", [11, 1000])
-def test_a_head_that_joins_late_is_used_and_one_that_never_does_is_told(joins: int, make: Callable[..., Any]) -> None:
+def test_a_head_that_joins_late_is_used_and_one_that_never_does_is_reported(
+    joins: int, make: Callable[..., Any]
+) -> None:
     model = nn.ModuleDict({"body": network(), "head": nn.Linear(4, 2)})
     optimizer = make(model.parameters())
     seen = watch(model, optimizer)
@@ -283,7 +287,7 @@ def test_a_network_may_be_frozen_when_it_is_trained(make: Callable[..., Any]) ->
     optimizer = make(model.parameters())
     assert run(lambda _: optimizer, model) == []
     seen = watch(model, optimizer)
-    for number in range(12):
+    for _ in range(12):
         fit(optimizer, model(batch()))
     model.requires_grad_(False)
     assert seen.report() == []
@@ -325,8 +329,7 @@ def test_tensors_of_nobody_that_receive_nothing_are_stale() -> None:
     assert causes(found) == ["stale_optimizer_parameters"]
 
 
-# ---- a step that is yet to come
-# ----------------------------------------------------------------------------------------------
+# ---- a step that is yet to come ----
 
 
 def test_gradients_may_be_added_up_over_hundreds_of_passes() -> None:
@@ -356,8 +359,7 @@ def test_an_optimizer_may_wait_for_the_second_phase(whole: bool) -> None:
     assert seen.report() == []
 
 
-# ---- arguments that mean nothing
-# ---------------------------------------------------------------------------------------------
+# ---- arguments that mean nothing ----
 
 
 def test_arguments_that_mean_nothing_are_refused_by_name() -> None:

@@ -34,7 +34,7 @@ def train(
         optimizer.step()
 
 
-def told(make: Callable[..., Any], steps: int = 12, **habits: Any) -> list[str]:
+def certain_causes(make: Callable[..., Any], steps: int = 12, **habits: Any) -> list[str]:
     model = network()
     optimizer = make(model.parameters())
     seen = watch(model, optimizer)
@@ -45,9 +45,12 @@ def told(make: Callable[..., Any], steps: int = 12, **habits: Any) -> list[str]:
 
 @pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=1e-3), torch.optim.Adam, FusedAdamW])
 def test_gradients_that_are_never_cleared(make: Callable[..., Any]) -> None:
-    assert told(make, clear=False) == ["gradients_never_cleared"]
-    clipped = lambda model, _: nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-    assert told(make, clear=False, before=clipped) == ["gradients_never_cleared"]
+    assert certain_causes(make, clear=False) == ["gradients_never_cleared"]
+
+    def clipped(model: nn.Module, _: Any) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+    assert certain_causes(make, clear=False, before=clipped) == ["gradients_never_cleared"]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +88,7 @@ def test_a_backward_that_is_thrown_away_is_no_left_over() -> None:
 
 
 def test_a_step_that_is_made_twice() -> None:
-    assert told(lambda p: torch.optim.SGD(p, lr=1e-2), before=lambda _, optimizer: optimizer.step()) == [
+    assert certain_causes(lambda p: torch.optim.SGD(p, lr=1e-2), before=lambda _, optimizer: optimizer.step()) == [
         "step_called_twice"
     ]
 
@@ -107,11 +110,11 @@ def test_one_layer_whose_gradient_is_taken_away() -> None:
 
 def test_rates_and_decays_that_cannot_be_meant() -> None:
     assert (
-        told(lambda p: torch.optim.Adam(p, lr=1e-12))
-        == told(lambda p: torch.optim.SGD(p, lr=1e-12))
+        certain_causes(lambda p: torch.optim.Adam(p, lr=1e-12))
+        == certain_causes(lambda p: torch.optim.SGD(p, lr=1e-12))
         == ["learning_rate_too_small"]
     )
-    assert told(lambda p: torch.optim.AdamW(p, weight_decay=500.0)) == ["weight_decay_too_large"]
+    assert certain_causes(lambda p: torch.optim.AdamW(p, weight_decay=500.0)) == ["weight_decay_too_large"]
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
     seen, plan = watch(model, optimizer), torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 + step)
@@ -136,14 +139,13 @@ def test_a_graph_that_is_compiled_while_a_hook_waits_is_whole() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = watch(model, optimizer)
     train(model, optimizer, 2)
-    assert seen.followers[0].left is not None
+    assert seen.hooks[0].stale_probe is not None
     torch._dynamo.utils.counters.clear()
     train(torch.compile(model, fullgraph=True, backend="aot_eager"), optimizer, 12)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 and seen.report() == []
 
 
-# ---- thresholds and options that no run survives
-# ---------------------------------------------------------------------------
+# ---- thresholds and options that no run survives ----
 
 NORM, VALUE = nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_
 
@@ -242,18 +244,16 @@ def test_a_step_that_makes_weights_not_finite_out_of_finite_gradients_is_named_b
 
 
 def test_an_eps_of_zero_and_a_rate_that_is_not_finite_are_named() -> None:
-    model = network()
     for options, said in (({"eps": 0.0}, "eps is zero"), ({"lr": float("inf")}, "The rate is inf")):
+        model = network()
         optimizer = torch.optim.AdamW(model.parameters(), **options)
         seen = watch(model, optimizer)
-        train(model, optimizer, 3, before=lambda: model[0].weight.grad.zero_())
+        train(model, optimizer, 3, before=lambda first=model[0].weight: first.grad.zero_())
         finding = seen.report()[0]
         assert finding.cause == "nonfinite_step" and said in finding.evidence
-        model = network()
 
 
-# ---- reports at any moment
-# -------------------------------------------------------------------------------------------------
+# ---- reports at any moment ----
 
 
 def test_a_report_may_be_asked_for_at_any_moment_of_an_accumulation() -> None:
