@@ -1,4 +1,4 @@
-"""Reads the rows of a run out of what a loop printed, a line an epoch or more, and out of a table with a header."""
+"""Reads the rows of a run from what a loop printed, one line an epoch or more, and from a table with a header."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ DELIMITERS = ",;\t"
 
 
 def printed_rows(text: str) -> list[dict[str, Any]]:
-    """A row an epoch, or a line where no epoch is named: the last losses that were printed in it; empty where there are
-    none."""
+    """A row an epoch, or a row a line where lines name no epoch, with the last losses printed in it; empty where there
+    are none."""
     rows: list[dict[str, Any]] = []
     for line in text.splitlines():
-        epoch, seen = EPOCH.search(line), _losses(line)
+        epoch, losses = EPOCH.search(line), _losses(line)
         number = int(epoch.group(1)) if epoch else None
         if number is not None and (not rows or rows[-1].get("epoch") != number):
             rows.append({"epoch": number})
-        elif seen and not (rows and "epoch" in rows[-1]):
+        elif losses and not (rows and "epoch" in rows[-1]):
             rows.append({})
-        if seen:
-            rows[-1].update(seen)
+        if losses:
+            rows[-1].update(losses)
     return [row for row in rows if row.keys() & {"train_loss", "val_loss"}]
 
 
 def _losses(line: str) -> dict[str, float]:
-    found = LOSS.findall(line) or (BARE.findall(line) if EPOCH.search(line) else [])
-    seen = {"val_loss" if re.search(VAL, label, re.I) else "train_loss": float(value) for label, value in found}
+    labelled = LOSS.findall(line) or (BARE.findall(line) if EPOCH.search(line) else [])
+    losses = {"val_loss" if re.search(VAL, label, re.I) else "train_loss": float(value) for label, value in labelled}
     norm = NORM.search(line)
-    return seen | ({"grad_norm": float(norm.group(1))} if norm and seen else {})
+    return losses | ({"grad_norm": float(norm.group(1))} if norm and losses else {})
 
 
 def table_rows(text: str) -> list[dict[str, Any]]:
     """Rows of a table with a header and numbers under it, those of one epoch put together, since loggers leave cells
     empty; empty where the text is no such table."""
     lines = [line for line in text.splitlines() if line.strip()]
-    mark = max(DELIMITERS, key=lines[0].count) if lines else ","
+    delimiter = max(DELIMITERS, key=lines[0].count) if lines else ","
     if (
         len(lines) < 2
-        or not lines[0].count(mark)
-        or not all(re.match(r"\s*\"?[A-Za-z_]", name) for name in lines[0].split(mark))
+        or not lines[0].count(delimiter)
+        or not all(re.match(r"\s*\"?[A-Za-z_]", name) for name in lines[0].split(delimiter))
     ):
         return []
     rows = [
@@ -62,7 +62,7 @@ def table_rows(text: str) -> list[dict[str, Any]]:
             for name, text in row.items()
             if isinstance(name, str) and (value := _cell(text)) is not None
         }
-        for row in csv.DictReader(lines, delimiter=mark)
+        for row in csv.DictReader(lines, delimiter=delimiter)
     ]
     return _by_epoch(rows) if any(isinstance(value, (int, float)) for row in rows for value in row.values()) else []
 
@@ -79,7 +79,7 @@ def _cell(text: Any) -> int | float | str | None:
 
 
 def _by_epoch(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What later rows of an epoch say replaces what earlier ones said."""
+    """One row an epoch: later values replace earlier ones."""
     kept: list[dict[str, Any]] = []
     for row in rows:
         if kept and "epoch" in row and kept[-1].get("epoch") == row["epoch"]:

@@ -1,4 +1,4 @@
-"""Says afterwards why a run did not learn: the rules over its rows, and what was found while it ran."""
+"""Why a finished run did not learn: the rules over its rows, and what was found while it ran."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from ris_fast.health.diagnose.other_trainers import symptoms
 from ris_fast.health.finding import Finding, explained, ranked
 from ris_fast.health.monitor.history import Run
 from ris_fast.health.monitor.step_rules import replay
+from ris_fast.report.eventlog import METRICS, SUMMARY
 
-SUMMARY, CONFIG, METRICS = "summary.json", "config.toml", "metrics.jsonl"
+CONFIG = "config.toml"
 
 
 @dataclass(frozen=True)
-class Answer:
+class Diagnosis:
     """Findings of a finished or stopped run, most certain first, and its figures beside the baselines."""
 
     run: str
@@ -43,7 +44,7 @@ class Answer:
     def next_step(self) -> str:
         if self.plain:
             return (
-                "Losses alone show few mistakes. next: ris_fast.health.watch.watch(model, optimizer) in that loop says"
+                "Losses alone show few mistakes. next: ris_fast.health.watch(model, optimizer) in that loop says"
                 " more, or ris-fast train, which checks and watches its own"
             )
         return (
@@ -62,37 +63,37 @@ class Answer:
 
 
 def why(
-    place: str | Path,
+    run: str | Path,
     rows: Iterable[Mapping[str, Any]],
     summary: Mapping[str, Any] | None = None,
     muted: Iterable[str] = (),
-) -> Answer:
+) -> Diagnosis:
     """Replays the rules over a run's rows.
 
-    Args: rows: events of its metrics.jsonl; summary: of its summary.json, where it has one.
+    Args: run: its folder or file, as it is shown; rows: events of its metrics.jsonl; summary: of its summary.json,
+        where it has one; muted: causes that are left out.
     """
-    run = run_of(rows, summary or {})
-    told = [
+    history = sort_rows(rows, summary or {})
+    reported = [
         Finding(**{key: entry[key] for key in ("cause", "evidence", "step", "severity", "advice", "certain")})
-        for entry in run.summary.get("evidence", ())
+        for entry in history.summary.get("evidence", ())
     ]
-    findings = ranked([*told, *replay(run)], muted)
-    plain = not run.info and not run.summary
+    findings = ranked([*reported, *replay(history)], muted)
+    plain = not history.info and not history.summary
     names = {finding.cause for finding in findings} | set(muted)
-    findings += [
-        finding for finding in symptoms(run) if finding.cause not in names
-    ]  # in their own order, the likeliest first
-    return Answer(
-        str(place),
+    # In their own order, the likeliest first.
+    findings += [finding for finding in symptoms(history) if finding.cause not in names]
+    return Diagnosis(
+        str(run),
         tuple(findings),
-        str(run.summary.get("verdict", "another trainer's rows" if plain else "unfinished")),
-        _figures(run),
+        str(history.summary.get("verdict", "another trainer's rows" if plain else "unfinished")),
+        _figures(history),
         plain,
     )
 
 
-def run_of(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> Run:
-    """Rows sorted into a run; a row without an event is an epoch if it has a validation figure, else a step."""
+def sort_rows(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> Run:
+    """The rows as a run: a row without an event is an epoch if it has a validation figure, else a step."""
     run = Run(summary=summary)
     for number, row in enumerate(rows):
         event = row.get("event") or ("epoch" if any(key.startswith("val") for key in row) else "step")
@@ -103,19 +104,19 @@ def run_of(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> Run
     return run
 
 
-def summary_beside(place: Path) -> dict[str, Any]:
-    """The summary of a run folder, or of the folder that a metrics file lies in; empty where there is none.
+def summary_beside(path: Path) -> dict[str, Any]:
+    """The summary of a run folder, or of the folder that a metrics file is in; empty where there is none.
 
-    Raises ValueError naming a file that is damaged, and what to do.
+    Raises: ValueError with the file that is damaged, and what to do.
     """
-    file = (place if place.is_dir() else place.parent) / SUMMARY
+    file = (path if path.is_dir() else path.parent) / SUMMARY
     try:
-        found = json.loads(file.read_bytes()) if file.is_file() else {}
+        summary = json.loads(file.read_bytes()) if file.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}). Remove it: {METRICS} beside it has the run's rows.") from error
-    if not isinstance(found, dict):
+    if not isinstance(summary, dict):
         raise ValueError(f"{file} holds no summary of a run. Remove it: {METRICS} beside it has the run's rows.")
-    return found
+    return summary
 
 
 def _figures(run: Run) -> str:

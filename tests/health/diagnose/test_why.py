@@ -1,4 +1,4 @@
-"""`ris-fast why` and `check` on run folders, on plain rows of another trainer, and by name."""
+"""`ris-fast why` and `check` on run folders and on rows of other trainers; `why --explain`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SMALL = [
 
 
 def test_the_original_report_is_explained_from_its_printed_losses_alone(tmp_path: Path, capsys) -> None:
-    """Training 0.217 +- 0.001, validation 1.921642 in every epoch: what the seed's log had, as plain rows."""
+    """Training 0.217 +- 0.001, validation 1.921642 in every epoch: what the original's log had, as plain rows."""
     losses = [0.216999, 0.218567, 0.217593, 0.217210]
     file = tmp_path / "metrics.jsonl"
     file.write_text(
@@ -71,7 +71,7 @@ def test_the_original_report_is_explained_from_its_printed_losses_alone(tmp_path
 
 
 def test_both_halves_of_the_original_report_are_said_together(tmp_path: Path, capsys) -> None:
-    """One step an epoch, and validation that stands still because not even that one is applied: no cache is accused."""
+    """One step an epoch, and validation that does not change because not even that step is applied: no cache is blamed."""
     (tmp_path / "metrics.jsonl").write_text(
         (json.dumps({"train_loss": 0.217, "val_loss": 1.921642, "batches": 9}) + "\n") * 9
     )
@@ -131,7 +131,7 @@ PLAIN = {
 
 @pytest.mark.parametrize("kind", ["lines", "list"])
 @pytest.mark.parametrize("story", PLAIN)
-def test_plain_rows_are_understood_by_their_usual_names(story: str, kind: str, tmp_path: Path, capsys) -> None:
+def test_rows_of_other_trainers_are_read_under_their_usual_keys(story: str, kind: str, tmp_path: Path, capsys) -> None:
     rows, causes, said = PLAIN[story]
     file = tmp_path / "log.json"
     file.write_text(json.dumps(rows) if kind == "list" else "\n".join(map(json.dumps, rows)))
@@ -157,9 +157,7 @@ def test_plain_rows_are_understood_by_their_usual_names(story: str, kind: str, t
         (b"epoch 3 begins\n", "not JSON"),
     ],
 )
-def test_a_file_that_says_nothing_of_a_run_is_refused_by_name(
-    content: bytes, said: str, tmp_path: Path, capsys
-) -> None:
+def test_a_file_without_rows_of_a_run_is_refused(content: bytes, said: str, tmp_path: Path, capsys) -> None:
     file = tmp_path / "log.jsonl"
     file.write_bytes(content)
     assert main(["why", str(file)]) == 2
@@ -167,7 +165,7 @@ def test_a_file_that_says_nothing_of_a_run_is_refused_by_name(
     assert said in error and str(file) in error and "xpected" in error
 
 
-def test_a_killed_run_is_told_how_it_goes_on(tmp_path: Path, capsys) -> None:
+def test_why_says_how_to_resume_a_killed_run(tmp_path: Path, capsys) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.safetensors").touch()
     (tmp_path / "metrics.jsonl").write_text(
@@ -319,7 +317,7 @@ def test_check_names_each_check_and_ends_with_4_where_a_mistake_is_certain(capsy
     assert result["findings"][0]["cause"] == "zero_learning_rate" and len(result["graph"]["rows"]) > 20
 
 
-def test_a_cause_is_explained_by_name_and_a_misspelt_one_is_corrected(capsys, tmp_path: Path) -> None:
+def test_explain_prints_a_cause_and_corrects_a_misspelt_one(capsys, tmp_path: Path) -> None:
     assert main(["why", "--explain", "unused_head"]) == 0
     assert "## Fix" in capsys.readouterr().out
     assert main(["why", "--explain", "unused_heads"]) == 2 and "Did you mean 'unused_head'?" in capsys.readouterr().err
