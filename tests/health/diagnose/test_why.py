@@ -71,7 +71,7 @@ def test_the_original_report_is_explained_from_its_printed_losses_alone(tmp_path
 
 
 def test_both_halves_of_the_original_report_are_said_together(tmp_path: Path, capsys) -> None:
-    """One step an epoch, and validation that does not change because not even that step is applied: no cache is blamed."""
+    """One step an epoch, and constant validation because not even that step is applied: no cache is blamed."""
     (tmp_path / "metrics.jsonl").write_text(
         (json.dumps({"train_loss": 0.217, "val_loss": 1.921642, "batches": 9}) + "\n") * 9
     )
