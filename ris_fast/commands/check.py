@@ -18,7 +18,7 @@ STOPPED_BY_HEALTH = 4
 def run_check(config: Config, *, json: bool = False, graph: bool = False) -> int:
     """Preflight of a configuration, a line a check. Returns 4 where a structural mistake is certain, else 0."""
     from ris_fast.health.monitor.watchdog import STOPPING, Watchdog
-    from ris_fast.health.preflight.graph import graph_table
+    from ris_fast.health.preflight.term_gradients import term_gradient_table
     from ris_fast.health.preflight.probe import PreflightContext
     from ris_fast.health.preflight.run import unknown
     from ris_fast.training.trainer import Trainer
@@ -29,7 +29,7 @@ def run_check(config: Config, *, json: bool = False, graph: bool = False) -> int
         print(f"note: {note}")
     watchdog = Watchdog(trainer)
     found = watchdog.preflight(None if json else lambda result: print(check_line(result), flush=True))
-    table = graph_table(PreflightContext(trainer)) if graph else None
+    table = term_gradient_table(PreflightContext(trainer)) if graph else None
     if json:
         print(
             dumps(

@@ -22,7 +22,8 @@ from ris_fast.models.prediction import Prediction
 from ris_fast.physics.channel import backproject, effective_channel
 from ris_fast.physics.real_complex import power
 
-INPUTS = ("backprojection", "collapsed")
+INPUTS = ("backprojection", "effective_channel")
+OLD_INPUTS = {"collapsed": "effective_channel"}  # in the files of earlier runs
 RANGE_SHARE = 0.3
 MIN_RANGE_M = 1e-3
 
@@ -31,8 +32,8 @@ class Hybrid(nn.Module):
     """Convolutions and a transformer over the snapshots, beside a channel path and a code path; many heads.
 
     Args: inputs: what the (L, N, 2) input of the code path is. 'backprojection': conj(c_l) o (H^H y_l), which carries
-        the sensing operator; 'collapsed': the codes alone, as in the original, where the network sees the channel
-        only as H c_l and its inputs cannot carry the answer. Both have the same parameters.
+        the sensing operator; 'effective_channel': the codes alone, as in the original, where the network sees the
+        channel only as H c_l and its inputs cannot carry the answer. Both have the same parameters.
     Model: F = [A_angle, sqrt(0.3) A_range]. Azimuth and elevation are the angle grid's soft-argmax plus the auxiliary
         head's offset in grid steps. Every complex input is divided by its rms over the scene (measurements span
         70 dB), and measurements are then scaled by sqrt(SNR/(1 + SNR)), the share of them that is signal. With
@@ -57,6 +58,7 @@ class Hybrid(nn.Module):
         inputs: str = "backprojection",
     ) -> None:
         super().__init__()
+        inputs = OLD_INPUTS.get(inputs, inputs)
         _check({"width": width, "layers": layers, "heads": heads, "feedforward": feedforward}, grid, dropout, inputs)
         self.task, self.inputs = task, inputs
         antennas, elements, sources, half = task.bs_antennas, task.elements, task.max_sources, width // 2
@@ -96,7 +98,7 @@ class Hybrid(nn.Module):
     def forward(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Prediction:
         """Shapes: snapshots (B, L, M, 2), channel (B, M, N, 2), codes (L, N, 2) or (B, L, N, 2), snr_db (B,) dB.
 
-        With inputs='collapsed' the channel may be given as H c_l, (B, L, M, 2).
+        With inputs='effective_channel' the channel may be given as H c_l, (B, L, M, 2).
         """
         return self.trunk(self.features(snapshots, channel, codes, snr_db))
 
@@ -132,8 +134,8 @@ class Hybrid(nn.Module):
             channel,
             codes,
             snr_db,
-            products=self.inputs == "collapsed",
-            why=f" (inputs='{self.inputs}'; H c_l needs inputs='collapsed')",
+            products=self.inputs == "effective_channel",
+            why=f" (inputs='{self.inputs}'; H c_l needs inputs='effective_channel')",
         )
         if given.snapshots.shape[1] != self.task.snapshots:
             raise ValueError(
@@ -149,7 +151,7 @@ class Hybrid(nn.Module):
         seen = effective_channel(channel, codes) if full else channel
         pattern = (
             (codes if codes.dim() == 4 else codes[None])
-            if self.inputs == "collapsed"
+            if self.inputs == "effective_channel"
             else _unit_rms(backproject(channel, codes, snapshots)) * share
         )
         return _unit_rms(snapshots) * share, _unit_rms(seen), pattern

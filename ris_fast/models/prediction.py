@@ -1,10 +1,11 @@
-"""What every network returns, and the only thing that the loss and the localiser read.
+"""What every network returns, and all that the loss and the localiser read.
 
 Legend: B batch, N RIS elements, Q factor columns, K sources (padded to K_max).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,3 +19,7 @@ class Prediction(NamedTuple):
     elevation: Tensor | None = None  # (B, K)        rad
     range_m: Tensor | None = None  # (B, K)        m, positive
     count_logits: Tensor | None = None  # (B, K)        entry k speaks for k + 1 sources
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> Prediction:
+        """The same prediction with `change` applied to every output that is there."""
+        return Prediction(*(None if value is None else change(value) for value in self))

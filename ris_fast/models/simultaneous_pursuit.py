@@ -1,9 +1,8 @@
-"""Pursuit features of scenes whose symbols change from snapshot to snapshot: places are common to all, amplitudes are
-not.
+"""Pursuit features of scenes whose symbols change from snapshot to snapshot: positions are common, amplitudes are not.
 
-Model: y_l = G_l A s_l + n, G_l = H diag(c_l), s_l free. A stage adds the grid place with the largest sum_l |a^H G_l^H
-r_l|^2 and takes one Gauss-Newton step on all places so far, with every snapshot's amplitudes eliminated (variable
-projection). Of an atom the power p = mean_l |s_l|^2 remains, which is what the covariance holds.
+Model: y_l = G_l A s_l + n, G_l = H diag(c_l), s_l free. A stage adds the grid position with the largest
+sum_l |a^H G_l^H r_l|^2 and takes one Gauss-Newton step on all positions so far, with every snapshot's amplitudes
+eliminated (variable projection). Of an atom the power p = mean_l |s_l|^2 remains, which is what the covariance holds.
 
 Source: simultaneous orthogonal matching pursuit (Tropp, Gilbert and Strauss 2006) with the refinement of Newtonized OMP
 (Mamandipoor, Ramasamy and Madhow 2016), here for several measurement vectors.
@@ -32,7 +31,7 @@ CHUNK_BYTES = 2**26  # of the sensing operators of the scenes worked on at once
 
 
 class Fit(NamedTuple):
-    """Least squares of every snapshot at one set of places."""
+    """Least squares of every snapshot at one set of positions."""
 
     images: Tensor  # (B, L, 2M, KT)   G_l times the tangents, real parts of the rows above the imaginary ones
     steer: Tensor  # (B, L, 2M, 2K)   the real matrix that takes [re s, im s] to the snapshot
@@ -92,34 +91,30 @@ class SimultaneousPursuit:
 
     def features(self) -> tuple[Tensor, Tensor]:
         """Inputs (B, F) and basis (B, N, 2R) planar, as `PursuitFeatures` lays them out."""
-        place, earlier, residual, left = (
-            self.y.new_zeros(self.y.shape[0], 0, 3),
-            [],
-            self.y,
-            [torch.full_like(self.noise, self.energy)],
-        )
-        images = self._images(place)
+        position, earlier, residual = self.y.new_zeros(self.y.shape[0], 0, 3), [], self.y
+        unexplained = [torch.full_like(self.noise, self.energy)]  # energy, before each stage and after the last
+        images = self._images(position)
         for _ in range(self.atoms):
             new = self._strongest(residual)[:, None]
-            images, place = torch.cat((images, self._images(new)), dim=-1), torch.cat((place, new), dim=1)
-            place, information = self._refined(place, self._fit(images))
-            images = self._images(place)
+            images, position = torch.cat((images, self._images(new)), dim=-1), torch.cat((position, new), dim=1)
+            position, information = self._refined(position, self._fit(images))
+            images = self._images(position)
             fit = self._fit(images)
             residual = fit.residual
-            left.append(residual.square().sum((1, 2)))
-            earlier.append((place, self._power(fit)))
-        gains = torch.stack([before - after for before, after in zip(left, left[1:])], dim=1)
+            unexplained.append(residual.square().sum((1, 2)))
+            earlier.append((position, self._power(fit)))
+        gains = torch.stack([before - after for before, after in zip(unexplained, unexplained[1:])], dim=1)
         return self._inputs(earlier, gains, information, fit), self._basis(earlier)
 
     def _strongest(self, residual: Tensor) -> Tensor:
-        """The grid place that explains most of what is left: (B, L, 2M) -> (B, 3)."""
+        """The grid position that explains most of the residual: (B, L, 2M) -> (B, 3)."""
         back = backproject(self.channel, self.codes, torch.stack(residual.chunk(2, -1), -1))
         real, imag = (back.flatten(2) @ self.search.dictionary).chunk(2, dim=-1)
         return self.search.grid[(real.square() + imag.square()).sum(1).argmax(1)]
 
-    def _images(self, place: Tensor) -> Tensor:
-        """G_l times the tangents at the places (B, K, 3): (B, L, 2M, KT)."""
-        real, imag = self.search.tangents(place).chunk(2, dim=2)
+    def _images(self, position: Tensor) -> Tensor:
+        """G_l times the tangents at the positions (B, K, 3): (B, L, 2M, KT)."""
+        real, imag = self.search.tangents(position).chunk(2, dim=2)
         both = self.operator @ torch.cat(
             (torch.cat((real, imag), 2), torch.cat((-imag, real), 2)), dim=1
         )  # (B, LM, 2KT)
@@ -149,10 +144,10 @@ class SimultaneousPursuit:
         """(n, BL): the noise beside what is expected of |s|^2."""
         return (self.noise / self.signal).repeat_interleave(self.length).expand(unknowns, -1)
 
-    def _refined(self, place: Tensor, fit: Fit) -> tuple[Tensor, Tensor]:
-        """One Gauss-Newton step on the places, amplitudes eliminated: the new places, and the information on each, (B,
-        K, 3)."""
-        batch, atoms = place.shape[:2]
+    def _refined(self, position: Tensor, fit: Fit) -> tuple[Tensor, Tensor]:
+        """One Gauss-Newton step on the positions, amplitudes eliminated: the new ones, and the information on each,
+        (B, K, 3)."""
+        batch, atoms = position.shape[:2]
         columns = torch.cat((fit.steer, self._jacobian(fit)), dim=-1)  # (B, L, 2M, 5K)
         gram, right = _last(
             columns.transpose(-1, -2) @ columns, (columns.transpose(-1, -2) @ fit.residual[..., None])[..., 0]
@@ -166,7 +161,7 @@ class SimultaneousPursuit:
         )
         move = torch.clamp(step, -2 * trust, 2 * trust) / self.search.scale
         information = gram.diagonal(dim1=0, dim2=1).unflatten(1, (atoms, 3)) / self.noise[:, None, None]
-        return torch.clamp(place + move, self.search.low, self.search.high), information
+        return torch.clamp(position + move, self.search.low, self.search.high), information
 
     def _jacobian(self, fit: Fit) -> Tensor:
         """Derivatives of the snapshots by u, v and w of every atom: (B, L, 2M, 3K)."""
@@ -175,19 +170,19 @@ class SimultaneousPursuit:
         return torch.cat((real * s_re - imag * s_im, real * s_im + imag * s_re), dim=2).flatten(3)
 
     def _inputs(self, earlier: list[tuple[Tensor, Tensor]], gains: Tensor, information: Tensor, fit: Fit) -> Tensor:
-        """(B, F): per atom its place, share of power, evidence, information and couplings; what stages before said; the
-        scene."""
-        place, power = earlier[-1]
+        """(B, F): per atom its position, share of power, evidence, information and couplings; the estimates of earlier
+        stages; the scene."""
+        position, power = earlier[-1]
         middle, half = (self.search.high + self.search.low) / 2, (self.search.high - self.search.low) / 2
         total = power.sum(1, keepdim=True)
         before = [
-            ((then - place[:, : then.shape[1]]) * self.search.scale, (weight / total).clamp_min(1e-6).log() / 4)
+            ((then - position[:, : then.shape[1]]) * self.search.scale, (weight / total).clamp_min(1e-6).log() / 4)
             for then, weight in earlier[:-1]
         ]
         coupling = fit.gram.sum(1)[:, : self.atoms].unflatten(-1, (2, -1)).square().sum(2).sqrt()  # |sum_l b_i^H b_j|
-        left = (fit.residual.square().sum((1, 2)).clamp_min(TINY) / (self.energy * self.noise)).log().clamp(-4, 4)
+        misfit = (fit.residual.square().sum((1, 2)).clamp_min(TINY) / (self.energy * self.noise)).log().clamp(-4, 4)
         parts = [
-            (place - middle) / half.clamp_min(TINY),
+            (position - middle) / half.clamp_min(TINY),
             *(shift.clamp(-3, 3) for shift, _ in before),
             (power / total).clamp_min(1e-6).log() / 4,
             *(weight for _, weight in before),
@@ -195,17 +190,20 @@ class SimultaneousPursuit:
             information.clamp_min(0).log1p() / 4 - 1,
             coupling,
             self.snr_db / 10 - 1,
-            left,
+            misfit,
         ]
         return torch.cat([part.flatten(1) if part.dim() > 1 else part[:, None] for part in parts], dim=1)
 
     def _basis(self, earlier: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Tangents at the final places times sqrt(p); then, atom by atom, how each earlier stage's estimate differs."""
-        place, power = earlier[-1]
-        total, heard = power.sum(1, keepdim=True), self.y.square().sum((1, 2))[:, None] > 0
-        level = lambda p: torch.where(heard, p / total, p * 0).sqrt()[:, None]  # noqa: E731
+        """Tangents at the final positions times sqrt(p); then, by atom, how each earlier stage's estimate differs."""
+        position, power = earlier[-1]
+        total, answerable = power.sum(1, keepdim=True), self.y.square().sum((1, 2))[:, None] > 0
+
+        def level(p: Tensor) -> Tensor:
+            return torch.where(answerable, p / total, p * 0).sqrt()[:, None]
+
         real, imag = (
-            each * level(power).repeat_interleave(TANGENTS, 2) for each in self.search.tangents(place).chunk(2, 2)
+            each * level(power).repeat_interleave(TANGENTS, 2) for each in self.search.tangents(position).chunk(2, 2)
         )
         then = [
             [

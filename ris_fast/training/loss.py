@@ -66,7 +66,7 @@ class CovarianceLoss(nn.Module):
         """
         _check_kinds(prediction, scenes)
         self._check_inputs(prediction, scenes)
-        prediction = Prediction(*(None if each is None else _wide(each) for each in prediction))
+        prediction = Prediction(*prediction).apply(_wide)
         with torch.autocast(prediction.factor.device.type, enabled=False):
             raw = self._covariance(prediction.factor, scenes) | self._located(prediction, scenes)
             raw |= self._factor_terms(prediction.factor, scenes)

@@ -269,7 +269,7 @@ class Trainer(Built, Reporting):
             "scores": {
                 name: {
                     "prediction_hash": score.prediction_hash,
-                    "modules_in_eval_mode": score.modules_in_eval_mode,
+                    "in_eval_mode": score.in_eval_mode,
                     "loss": score.loss,
                     "distance": self.weight_drift.distance(score.weights),
                 }

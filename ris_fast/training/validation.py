@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast.kernels.cov_nmse.op import cov_nmse
+from ris_fast.models.modes import eval_mode
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.matched_filter import shown_matched_filter, shrunk_nmse
 from ris_fast.physics.scenes import Scenes
@@ -29,7 +30,7 @@ class Score:
     loss: float
     nmse: float
     median: float
-    modules_in_eval_mode: bool = True  # every module was in evaluation mode
+    in_eval_mode: bool = True  # every module was in evaluation mode
     prediction_hash: str = ""  # hash of the factors: equal for equal answers, bit for bit
     weights: Tensor | None = None  # (T,) norms of the weights that were scored
 
@@ -45,7 +46,7 @@ def scene_nmse(prediction: Prediction, scenes: Scenes) -> Tensor:
 
 
 class Measured(NamedTuple):
-    """Scores on the device: loss (), NMSE (B,) float64, sum of the answers' hashes (), norms of the weights (T,)."""
+    """Scores on the device: loss (), NMSE (B,) float64, sum of the factors' hashes (), norms of the weights (T,)."""
 
     loss: Tensor
     nmse: Tensor
@@ -59,17 +60,21 @@ def measure(
     model: nn.Module, predict: Callable[[Scenes], Prediction], loss: CovarianceLoss, batches: Iterable[Scenes]
 ) -> Measured:
     """What `validate` scores, without a host read."""
-    losses, scores, answers, modules_in_train_mode, weights = [], [], [], 0, weight_norms(model)
+    losses, scores, hashes, modules_in_train_mode, weights = [], [], [], 0, weight_norms(model)
     for scenes in batches:
         prediction = predict(scenes)
-        modules_in_train_mode += sum(module.training for module in model.modules())
-        answers.append(row_hashes(prediction.factor).sum())
+        modules_in_train_mode += _modules_in_train_mode(model)
+        hashes.append(row_hashes(prediction.factor).sum())
         losses.append(loss(prediction, scenes)[0].double() * scenes.batch)
         scores.append(scene_nmse(prediction, scenes))
     nmse = torch.cat(scores).double()
     return Measured(
-        torch.stack(losses).sum() / nmse.numel(), nmse, torch.stack(answers).sum(), weights, modules_in_train_mode
+        torch.stack(losses).sum() / nmse.numel(), nmse, torch.stack(hashes).sum(), weights, modules_in_train_mode
     )
+
+
+def _modules_in_train_mode(model: nn.Module) -> int:
+    return sum(module.training for module in model.modules())
 
 
 def validate(
@@ -79,22 +84,18 @@ def validate(
     batches: Iterable[Scenes],
     run: Callable[[Callable[[], Measured]], Measured] = lambda work: work(),
 ) -> Score:
-    """Scores the model's present weights; its mode (train or eval) is put back afterwards.
+    """Scores the model's present weights; the mode of each of its modules is put back afterwards.
 
     `run`: calls the work, or stands in for it with a captured graph of the same.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         found = run(lambda: measure(model, predict, loss, batches))
-        modules_in_train_mode = found.modules_in_train_mode + sum(module.training for module in model.modules())
-    finally:
-        model.train(was_training)
+        modules_in_train_mode = found.modules_in_train_mode + _modules_in_train_mode(model)
     return Score(
         found.loss.item(),
         found.nmse.mean().item(),
         found.nmse.median().item(),
-        not modules_in_train_mode,
+        modules_in_train_mode == 0,
         f"{found.prediction_hash.item() & (2**64 - 1):016x}",
         found.weights.clone(),
     )

@@ -22,6 +22,7 @@ from ris_fast.config.schema import Config, Data, Task, Training
 from ris_fast.data.fit_array import Labels, fit_array, fit_of
 from ris_fast.health.finding import Finding, ranked
 from ris_fast.health.preflight import information as check_information
+from ris_fast.health.preflight import scene_parts
 from ris_fast.health.preflight import scenes as check_scenes
 from ris_fast.health.preflight import targets as check_targets
 from ris_fast.health.preflight.probe import PreflightContext
@@ -33,7 +34,7 @@ from tests.data.make_npz import SMALL, original_arrays, write_npz
 Arrays = dict[str, np.ndarray]
 MINUS = np.array([1, -1], np.float32)
 ORDER = np.random.default_rng(1).permutation(SMALL.elements)
-CHECKS = (check_targets.targets, check_scenes.physics, check_scenes.splits)
+CHECKS = (check_targets.targets, scene_parts.physics, check_scenes.splits)
 
 
 @cache
@@ -363,4 +364,4 @@ def test_the_estimator_is_compared_with_a_dense_target_too(tmp_path: Path) -> No
 def test_what_could_not_be_looked_at_is_not_passed_over(tmp_path: Path) -> None:
     task = replace(SMALL, snr_min_db=-60.0, snr_max_db=-50.0)
     context = subject_of(folder(tmp_path, task=task), task)
-    assert list(check_scenes.physics(context)) == [] and "not checked: too few" in context.note
+    assert list(scene_parts.physics(context)) == [] and "not checked: too few" in context.note

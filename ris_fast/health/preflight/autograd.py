@@ -70,11 +70,11 @@ class Exits(TorchFunctionMode):
         name = getattr(function, "__name__", str(function))
         tracked = any(isinstance(each, Tensor) and each.requires_grad for each in args)
         if tracked and name in ("item", "tolist", "numpy", "__float__", "__array__"):
-            self.rebuilt.append(f"{name} at {_place()}")
+            self.rebuilt.append(f"{name} at {_location()}")
         elif tracked and name in ("detach", "detach_") or tracked and name == "__get__" and _is_data(function):
-            self.detached.append(f"{name} at {_place()}")
+            self.detached.append(f"{name} at {_location()}")
         elif name in ("tensor", "as_tensor", "from_numpy"):
-            self.rebuilt.append(f"torch.{name} at {_place()}")
+            self.rebuilt.append(f"torch.{name} at {_location()}")
         return function(*args, **(kwargs or {}))
 
 
@@ -87,9 +87,8 @@ class StoppedValues(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.values: dict[tuple, list[Any]] | None = (
-            None  # by place in the code: a run may find in a cache what the first one made
-        )
+        # By location in the code: a run may find in a cache what the first one made.
+        self.values: dict[tuple, list[Any]] | None = None
         self.calls: Counter[tuple] = Counter()
 
     def __enter__(self) -> StoppedValues:
@@ -101,14 +100,14 @@ class StoppedValues(TorchFunctionMode):
         name = getattr(function, "__name__", str(function))
         if not _leaves(function, name, args) or name.endswith("_") and not name.endswith("__") or name == "__setitem__":
             return function(*args, **(kwargs or {}))  # in place: on values that are held already
-        place, call = (name, *_frame()), self.calls[(name, *_frame())]
-        self.calls[place] += 1
-        held = self.values.get(place, [])
+        location = (name, *_frame())
+        call, held = self.calls[location], self.values.get(location, [])
+        self.calls[location] += 1
         if not self.recording and call < len(held):
             return tree_map_only(Tensor, torch.clone, held[call])
         result = function(*args, **(kwargs or {}))
         if self.recording and (name in NUMBERS or any(isinstance(each, Tensor) for each in tree_leaves(result))):
-            self.values[place] = [*held, tree_map_only(Tensor, torch.clone, result)]
+            self.values[location] = [*held, tree_map_only(Tensor, torch.clone, result)]
         return result
 
 
@@ -134,7 +133,7 @@ def _is_data(function: Any) -> bool:
     return getattr(function, "__self__", None) is Tensor.__dict__.get("data", Tensor.data)
 
 
-def _place() -> str:
+def _location() -> str:
     """The innermost line outside of torch and of this file."""
     file, line = _frame()
     return f"{file.rpartition('/')[2]}:{line}" if file else "an unknown line"
@@ -147,9 +146,9 @@ def _frame() -> tuple[str, int]:
     return (frame.f_code.co_filename, frame.f_lineno) if frame is not None else ("", 0)
 
 
-def via(places: list[str]) -> str:
-    """The first of the places that `Exits` noted, as the end of a sentence."""
-    return f", by {places[0]}" if places else ""
+def via(locations: list[str]) -> str:
+    """The first of the locations that `Exits` noted, as the end of a sentence."""
+    return f", by {locations[0]}" if locations else ""
 
 
 def by_hand(graph: Graph) -> str:

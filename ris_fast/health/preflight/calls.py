@@ -1,51 +1,36 @@
-"""Preflight of what was made of the network, compiled graphs and replicas: the step calls the network itself, on scenes
-it leaves alone.
-
-Legend: B batch, N RIS elements, Q factor columns.
-"""
+"""Preflight of what the step calls, a compiled graph or a replica: it is the network, and leaves its scenes alone."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.preflight.network import CLOSE, SAME, change
-from ris_fast.health.preflight.probe import SMALL, PreflightContext
-from ris_fast.models.prediction import Prediction
+from ris_fast.health.preflight.compare_calls import (
+    altered,
+    compare,
+    compare_compiled,
+    compare_random,
+    model_factor,
+    noise,
+    step_factor,
+)
+from ris_fast.health.preflight.measures import SAME
+from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.physics.scenes import Scenes
 
 FEW = 8  # scenes on which a network that torch did not compile is compared
-CALLS = 4  # on the same few scenes: one network, or several that take turns
-NOISIER = 1.5  # times the spread of the network's own answers
-SLOPE, SLOPE_LOW = 1e-2, 0.2  # relative, of a gradient in float32 and in 16 bits
-FAINT = 1e-4  # of the whole gradient: a tensor with less is measured by this
 
 
 def inputs_kept(context: PreflightContext) -> Iterator[Finding]:
     """The network reads its scenes and does not write into them."""
-    names = _altered(context, context.scenes)
+    names = altered(context, context.scenes)
     if names:
         yield Finding(
             "scenes_altered",
             f"after one call of the network the {' and the '.join(names)} of its scenes are not what they were.",
         )
-
-
-def _altered(context: PreflightContext, scenes: Scenes) -> list[str]:
-    """What of the scenes one call changes, in a copy of them."""
-    names = [name for name in ("snapshots", "channel", "codes", "snr_db") if getattr(scenes, name) is not None]
-    copy = replace(scenes, **{name: getattr(scenes, name).clone() for name in names})
-    _network(context, copy)
-    return [
-        name
-        for name in names
-        if not torch.allclose(getattr(copy, name), getattr(scenes, name), 0.0, 0.0, equal_nan=True)
-    ]
 
 
 def compiles(context: PreflightContext) -> Iterator[Finding]:
@@ -61,22 +46,19 @@ def same_network(context: PreflightContext) -> Iterator[Finding]:
 
     Torch compiles anew for every mode, and training compiles one: what it compiled is called as training calls it.
     """
-    if not context.compiled and not _patched(context):
+    if not context.compiled and "predict" not in context.step.__dict__:
         return
     few = context.scenes[:FEW]
     scenes = context.groups[0][0] if context.by_torch else few
-    random = _noise(context, few, _eager) > 10 * SAME
+    random = noise(context, few, model_factor) > 10 * SAME
     context.model.train(context.by_torch)
-    finding = (
-        _compare_random(context, scenes)
-        if random and context.by_torch
-        else _compare_compiled(context, scenes)
-        if context.by_torch
-        else _compare(context, scenes, True)
-    )
+    if context.by_torch:
+        finding = (compare_random if random else compare_compiled)(context, scenes)
+    else:
+        finding = compare(context, scenes, grad=True)
     context.model.eval()
     with torch.no_grad():
-        finding = finding or _compare(context, few, False)
+        finding = finding or compare(context, few, grad=False)
     context.model.train()
     if finding is None and random:
         finding = _compare_modes(context, scenes)
@@ -84,211 +66,15 @@ def same_network(context: PreflightContext) -> Iterator[Finding]:
         yield finding
 
 
-def _patched(context: PreflightContext) -> bool:
-    return "predict" in context.step.__dict__
-
-
-def _compare(context: PreflightContext, scenes: Scenes, grad: bool) -> Finding | None:
-    answers = [_network(context, scenes) for _ in range(CALLS)]
-    spread = max(change(answers[0], other) for other in answers)
-    if spread > CLOSE:
-        return _calls_differ(context, scenes, spread)
-    written = _eager(context, scenes)
-    weights, directions = _elsewhere(context)
-    with context.moved(weights, directions, 0.3):
-        moved, wanted = _network(context, scenes), _eager(context, scenes)
-    finding = _difference(context, "while training" if grad else "in validation", answers[0], written, moved, wanted)
-    if (
-        finding is not None
-        and finding.cause == "stale_compiled_graph"
-        and not grad
-        and change(answers[0], moved) < SAME
-        and _follows(context, weights, directions)
-    ):
-        return Finding(
-            "cached_validation",
-            "in validation, the network's answers to scenes that it has seen are the same, bit for bit, after "
-            "its weights were changed; those to other scenes are not.",
-        )
-    return finding
-
-
-def _difference(
-    context: PreflightContext, how: str, answer: Tensor, written: Tensor, moved: Tensor, wanted: Tensor
-) -> Finding | None:
-    """What the step calls and the network as written, on the same scenes with the weights as they are, and with
-    others."""
-    now, later = change(written, answer), change(wanted, moved)
-    if later > max(CLOSE, 2 * now) and (change(answer, moved) < SAME or later > 0.1 * change(wanted, written)):
-        return _stale(how, later, now)
-    if now > _tolerance(context):
-        own = context.step.network is context.trainer.network and not context.by_torch
-        return Finding(
-            "compiled_differs",
-            f"{how}, what the step calls answers otherwise than the network as written, "
-            f"relative difference {now:.2g}{', though nothing is compiled' if own else ''}.",
-            certain=not own,
-        )
-    return None
-
-
-def _elsewhere(context: PreflightContext) -> tuple[list[nn.Parameter], list[Tensor]]:
-    """All weights, and a random direction of the size of each."""
-    weights = list(context.parameters.values())
-    return weights, [
-        torch.randn_like(weight) * (float(weight.detach().square().mean().sqrt()) or 0.1) for weight in weights
-    ]
-
-
-def _stale(how: str, later: float, now: float) -> Finding:
-    return Finding(
-        "stale_compiled_graph",
-        f"{how}, what the step calls does not follow the network's weights: after they were changed its "
-        f"answers are off by {later:.2g} (before: {now:.2g}).",
-    )
-
-
-def _compare_random(context: PreflightContext, scenes: Scenes) -> Finding | None:
-    """As `_compare` for dropout, whose random numbers a compiler draws in another order: means over two calls differ no
-    more than those of the network itself do."""
-
-    def gaps() -> tuple[float, float]:
-        first, called, second = (
-            sum(_seeded(call, context, scenes, seed) for seed in seeds) / len(seeds)
-            for call, seeds in ((_eager, (1, 2)), (_network, (3, 4)), (_eager, (5, 6)))
-        )
-        return change(first, called), change(first, second)
-
-    now, usual = gaps()
-    if now > CLOSE + NOISIER * usual:
-        return Finding(
-            "compiled_differs",
-            "while training, what the step calls answers otherwise than the network as written: on the average "
-            f"of two calls by {now:.2g}, the network itself by {usual:.2g}.",
-        )
-    with context.moved(*_elsewhere(context), 0.3):
-        later, usual = gaps()
-    return _stale("while training", later, now) if later > CLOSE + NOISIER * usual else None
-
-
-def _compare_compiled(context: PreflightContext, scenes: Scenes) -> Finding | None:
-    """As `_compare` for what torch compiled, and its backward pass too, on a whole batch: no pass more than it
-    takes."""
-    (answer, called), (written, slopes) = _gradients(context, scenes), _gradients(context, scenes, as_written=True)
-    with context.moved(*_elsewhere(context), 0.3):
-        moved, wanted = _network(context, scenes), _eager(context, scenes)
-    return _difference(context, "while training", answer, written, moved, wanted) or _compare_gradients(
-        context, called, slopes
-    )
-
-
-def _compare_gradients(
-    context: PreflightContext, called: dict[str, Tensor], wanted: dict[str, Tensor]
-) -> Finding | None:
-    """The compiled backward pass against that of the network as written."""
-    if not wanted:
-        return None
-    total = float(torch.stack([slope.norm() for slope in wanted.values()]).norm())
-    allowed = SLOPE if context.config.training.precision == "fp32" else SLOPE_LOW
-    off = {
-        name: float((called[name] - slope).norm()) / max(float(slope.norm()), FAINT * total)
-        for name, slope in wanted.items()
-    }
-    worst = max(off, key=lambda name: math.inf if math.isnan(off[name]) else off[name])
-    if math.isfinite(total) and not off[worst] <= allowed:
-        return Finding(
-            "compiled_differs",
-            f"while training, the gradient that what the step calls gives {worst} is not the one of the network "
-            f"as written, relative difference {off[worst]:.2g}.",
-        )
-    return None
-
-
-def _gradients(
-    context: PreflightContext, scenes: Scenes, *, as_written: bool = False
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The factor; and name of each trainable tensor -> gradient of a random sum of the outputs, empty where autograd
-    leads nowhere."""
-    live = {name: parameter for name, parameter in context.parameters.items() if parameter.requires_grad}
-    prediction = _written(context, scenes) if as_written else context.step.predict(scenes)
-    outputs = [value for value in prediction if value is not None and value.requires_grad]
-    answer = prediction.factor.detach().float().clone()
-    if not live or not outputs:
-        return answer, {}
-    generator = torch.Generator().manual_seed(29)
-    sides = [torch.randn(value.shape, generator=generator).to(value) for value in outputs]
-    slopes = torch.autograd.grad(outputs, list(live.values()), sides, allow_unused=True)
-    return answer, {name: torch.zeros_like(live[name]) if slope is None else slope for name, slope in zip(live, slopes)}
-
-
-def _calls_differ(context: PreflightContext, scenes: Scenes, spread: float) -> Finding | None:
-    """Calls on the same scenes differ: ranks, or copies in one process; None for a network that is random or writes
-    into its scenes."""
-    if _altered(context, scenes) or change(_eager(context, scenes), _eager(context, scenes)) > CLOSE:
-        return None
-    ranks = (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        or context.config.training.accumulate > 1
-    )
-    return Finding(
-        "ranks_diverged" if ranks else "stale_compiled_graph",
-        f"calls of the step's network on the same scenes differ by {spread:.2g}: they do not use the same weights.",
-    )
-
-
-def _follows(context: PreflightContext, weights: list[nn.Parameter], directions: list[Tensor]) -> bool:
-    """Whether scenes that were not asked for before are answered with the weights as they are."""
-    with context.moved(weights, directions, 0.3):
-        fresh = context.groups[1][0] if context.by_torch else context.groups[1][0][:SMALL]
-        return change(_eager(context, fresh), _network(context, fresh)) < CLOSE
-
-
-def _tolerance(context: PreflightContext) -> float:
-    return CLOSE if context.config.training.precision == "fp32" else 0.05
-
-
 def _compare_modes(context: PreflightContext, scenes: Scenes) -> Finding | None:
     """A network with dropout is random in training; what the step calls must be as well."""
-    if _noise(context, scenes, _network) < SAME:
+    if noise(context, scenes, step_factor) < SAME:
         return Finding(
             "eval_mode_in_training",
             "in training the network's dropout is at work, and what the step calls answers "
             "as in evaluation mode: it was compiled or copied in evaluation mode.",
         )
     return None
-
-
-def _noise(context: PreflightContext, scenes: Scenes, call: Callable[[PreflightContext, Scenes], Tensor]) -> float:
-    """How much two answers to the same scenes differ in training."""
-    context.model.train()
-    return change(*(_seeded(call, context, scenes, seed) for seed in (1, 2)))
-
-
-def _seeded(
-    call: Callable[[PreflightContext, Scenes], Tensor], context: PreflightContext, scenes: Scenes, seed: int
-) -> Tensor:
-    torch.manual_seed(seed)
-    return call(context, scenes)
-
-
-def _network(context: PreflightContext, scenes: Scenes) -> Tensor:
-    torch.manual_seed(torch.initial_seed() % 2**31)
-    return context.step.predict(scenes).factor.detach().float().clone()
-
-
-def _eager(context: PreflightContext, scenes: Scenes) -> Tensor:
-    return _written(context, scenes).factor.detach().float().clone()
-
-
-def _written(context: PreflightContext, scenes: Scenes) -> Prediction:
-    """What the network as written answers, in the run's precision."""
-    network = context.step.network
-    context.step.network = context.model
-    try:
-        return type(context.step).predict(context.step, scenes)
-    finally:
-        context.step.network = network
 
 
 SMALL_BATCH = {"the network leaves its scenes alone": inputs_kept}

@@ -10,19 +10,19 @@ smooth as the network.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import cache
-from itertools import product
 
 import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, StoppedValues, by_hand, graph_of, via
-from ris_fast.health.preflight.parameters import listed
+from ris_fast.health.preflight.finite_difference import Along, Gap, gap_of, pooled
+from ris_fast.health.preflight.measures import listed, rms
 from ris_fast.health.preflight.probe import PreflightContext
-from ris_fast.health.preflight.terms import ASIDE, direction_of, doubled, moved
+from ris_fast.health.preflight.terms import ASIDE, direction_of, doubled, leaf, moved
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 
@@ -32,12 +32,6 @@ SMALL_STEPS = (1e-5, 1e-7, 1e-9)
 DIRECTIONS = 3  # along one the derivative may happen to be next to nothing; two that agree are enough
 DISAGREES = 0.2  # relative error of a directional derivative; a right one is below 0.03
 FEW = 4  # scenes for the network's half: an error that few have is a larger share of these, and it costs a pass each
-AGREES = 0.05  # at which no smaller step is tried
-
-Along = tuple[
-    float, Callable[[float], float], float
-]  # derivative that backward says, the function of a step, its rounding
-Gap = tuple[float, float]
 
 
 def right_derivative(context: PreflightContext) -> Iterator[Finding]:
@@ -51,7 +45,7 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
             )
             return
         gaps = parts(context)
-        errors = {name: error for name, gap in gaps.items() if (error := _pooled([gap])) > DISAGREES}
+        errors = {name: error for name, gap in gaps.items() if (error := pooled([gap])) > DISAGREES}
         if not errors:
             return
         exits = Exits()
@@ -63,8 +57,8 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
         f"the gradient of {len(errors)} parts of the network is not the derivative of the loss, most in '{worst}' "
         f"(relative error {errors[worst]:.2g})"
     )
-    if all(_pooled([held[name]]) <= DISAGREES for name in errors):
-        if _pooled(gaps.values()) > DISAGREES:  # else it is a side path, stopped on purpose
+    if all(pooled([held[name]]) <= DISAGREES for name in errors):
+        if pooled(gaps.values()) > DISAGREES:  # else it is a side path, stopped on purpose
             yield Finding(
                 "detached_backbone",
                 f"{seen}{via(exits.detached)}; where a gradient is stopped on purpose, that is meant.",
@@ -87,13 +81,11 @@ def loss_inputs(context: PreflightContext) -> dict[str, float]:
 
     The loss is asked with gradients on, as in training: one that differs without them is another mistake.
     """
-    guess = Prediction(*(None if value is None else value.double() for value in context.guess))
+    guess = context.guess.apply(Tensor.double)
     guess, scenes = moved(guess, direction_of(guess, 19), ASIDE), doubled(context.scenes)
-    errors = {}
+    narrow_slopes, errors = _slopes(context, guess.apply(Tensor.float), context.scenes), {}
     for name, gradient in _slopes(context, guess, scenes).items():
-        narrow = _slopes(
-            context, Prediction(*(None if value is None else value.float() for value in guess)), context.scenes
-        ).get(name)
+        narrow = narrow_slopes.get(name)
         rounded = math.inf if narrow is None else float((narrow.double() - gradient).norm() / gradient.norm())
         errors[name] = max(_loss_error(context, guess, scenes, name, gradient), rounded)
     return errors
@@ -101,7 +93,7 @@ def loss_inputs(context: PreflightContext) -> dict[str, float]:
 
 def _slopes(context: PreflightContext, guess: Prediction, scenes: Scenes) -> dict[str, Tensor]:
     """The gradient at each output that has one."""
-    leaves = {name: value.clone().requires_grad_() for name, value in guess._asdict().items() if value is not None}
+    leaves = {name: leaf(value) for name, value in guess._asdict().items() if value is not None}
     total = context.loss(Prediction(**leaves), scenes)[0]
     if not total.requires_grad:
         return {}
@@ -135,7 +127,7 @@ def _loss_error(context: PreflightContext, guess: Prediction, scenes: Scenes, na
 
             yield float((gradient * direction).sum()), loss, NOISE_WIDE * max(abs(loss(0.0)), 1e-3)
 
-    return _pooled([_gap(lines(), (*STEPS, *SMALL_STEPS))])
+    return pooled([gap_of(lines(), (*STEPS, *SMALL_STEPS))])
 
 
 # ---- the network
@@ -189,8 +181,8 @@ class ProjectedOutputs:
         self.here = self._outputs()
 
     def _outputs(self) -> list[Tensor]:
-        """In float64, with the random numbers of `PreflightContext.run`, and gradients on: a network may behave differently
-        without."""
+        """In float64, with the random numbers of `PreflightContext.run`, and with gradients on: without them a network
+        may behave differently."""
         torch.manual_seed(0)
         with self.held or nullcontext():
             prediction = self.context.step.predict(self.context.scenes[:FEW])
@@ -223,9 +215,9 @@ class ProjectedOutputs:
 def _part_gap(
     projected: ProjectedOutputs, tensors: list[Tensor], gradients: list[Tensor], generator: torch.Generator
 ) -> Gap:
-    sizes = [float(tensor.detach().square().mean().sqrt()) for tensor in tensors]
+    sizes = [rms(tensor) for tensor in tensors]
     first = min([0.02, *filter(None, sizes)])  # of a tensor that starts at zero
-    return _gap(
+    return gap_of(
         (
             projected.line(
                 tensors,
@@ -239,54 +231,3 @@ def _part_gap(
         ),
         STEPS,
     )
-
-
-# ---- a difference
-# -----------------------------------------------------------------------------------------------------
-
-
-def _pooled(gaps: Iterable[Gap]) -> float:
-    """The relative error of several together; 0 where all are below the rounding."""
-    apart, sizes = zip(*gaps, (0.0, 0.0))
-    return math.hypot(*apart) / math.hypot(*sizes) if any(sizes) else 0.0
-
-
-def _gap(lines: Iterable[Along], steps: tuple[float, ...]) -> Gap:
-    """How far derivatives and their differences are apart, and how large they are, each with the step that suits it.
-
-    Lines are made one by one, each costs a pass or more: no further one once two or more agree together.
-    """
-    apart, size = 0.0, 0.0
-    for number, line in enumerate(lines, 1):
-        further, larger = _line_gap(line, steps)
-        apart, size = math.hypot(apart, further), math.hypot(size, larger)
-        if number > 1 and apart <= AGREES * size:
-            break
-    return apart, size
-
-
-def _line_gap(line: Along, steps: tuple[float, ...]) -> Gap:
-    derivative, _, noise = line
-    best = (math.inf, 1.0)
-    for step, sides in product(steps, (1, 2)):  # most agree on the first side, and a second costs a pass again
-        difference = _difference(line, step, sides)
-        size = max(abs(difference), abs(derivative))
-        best = min(
-            best,
-            (max(0.0, abs(difference - derivative) - noise / step), size),
-            key=lambda each: each[0] / (each[1] or 1.0),
-        )
-        if best[0] <= AGREES * best[1]:
-            break
-    return best
-
-
-def _difference(line: Along, step: float, sides: int) -> float:
-    """Ahead; or of both sides the nearest: central, or on the one side of a kink on which the derivative was taken."""
-    derivative, function, _ = line
-    ahead, here = function(step), function(0.0)
-    differences = [(ahead - here) / step]
-    if sides == 2:
-        behind = function(-step)
-        differences += [(ahead - behind) / (2 * step), (here - behind) / step]
-    return min(differences, key=lambda each: abs(each - derivative))

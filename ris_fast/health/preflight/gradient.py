@@ -13,9 +13,9 @@ from torch import Tensor
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, Graph, by_hand, graph_of, via
 from ris_fast.health.preflight.derivative import NOISE, right_derivative
-from ris_fast.health.preflight.loss import COVARIANCE
-from ris_fast.health.preflight.parameters import listed
+from ris_fast.health.preflight.measures import all_finite, listed, rms
 from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.truth import COVARIANCE
 
 UNDERFLOW = 2.0**20
 
@@ -85,12 +85,12 @@ def _source(context: PreflightContext, total: Tensor, terms: dict[str, Tensor]) 
     live = [parameter for parameter in context.parameters.values() if parameter.requires_grad]
     for name, value in terms.items():
         parts = torch.autograd.grad(value, live, retain_graph=True, allow_unused=True) if value.requires_grad else ()
-        if any(part is not None and not bool(part.isfinite().all()) for part in parts):
+        if not all_finite(parts):
             return f"; they come from the term {name}"
     rest = float(
         total.detach() - sum(context.loss.weights.get(name, 0) * value.detach() for name, value in terms.items())
     )
-    return f"; no named term has them: they come from something outside the table of terms, worth {rest:.3g}"
+    return f"; no named term has them: they come from something outside the table of terms, whose value is {rest:.3g}"
 
 
 def _silent(
@@ -169,7 +169,7 @@ def _matters(context: PreflightContext, parameter: Tensor) -> bool:
     before = context.value()
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
-    size = float(parameter.detach().square().mean().sqrt()) or 0.1
+    size = rms(parameter) or 0.1
     return any(
         abs(_after(context, parameter, noise, step * size) - before) > NOISE * max(1.0, abs(before))
         for step in (0.1, 1.0)

@@ -1,4 +1,4 @@
-"""Preflight of the inputs' worth: what a classical estimator makes of exactly what the network is shown.
+"""Preflight of the inputs' information: what a classical estimator makes of exactly what the network is shown.
 
 A network cannot know more than its inputs. Where the channel would say something of the sources and an estimator on the
 network's own inputs says next to nothing, it is the front end that withholds the answer, whatever the network learns.
@@ -59,11 +59,9 @@ def input_information(context: PreflightContext) -> Iterator[Finding]:
     source = context.trainer.source
     scenes = source.batch("train", torch.arange(min(SCENES, source.size("train"))))
     if scenes.channel is None or scenes.batch < FEWEST or not bool(scenes.snapshots.isfinite().all()):
-        context.note = (
-            f"not checked: {'the scenes have no channel' if scenes.channel is None else f'it takes {FEWEST} scenes'}"
-            if bool(scenes.snapshots.isfinite().all())
-            else "not checked: snapshots are not finite"
-        )
+        why = "the scenes have no channel" if scenes.channel is None else f"it takes {FEWEST} scenes"
+        finite = bool(scenes.snapshots.isfinite().all())
+        context.note = f"not checked: {why if finite else 'snapshots are not finite'}"
         return
     scenes = with_factor(scenes)
     constant, found = mean_covariance([scenes]), estimates(context, scenes)
@@ -78,13 +76,14 @@ def input_information(context: PreflightContext) -> Iterator[Finding]:
         matched_filter(backproject(scenes.channel, scenes.codes, scenes.snapshots), _static(context)), scenes, constant
     )
     context.note = f"{name} on the network's inputs {shown:.3f}, constant answer {alone:.3f}"
-    heard = float(scenes.snr_db.median()) + 10 * math.log10(scenes.snapshots[0, ..., 0].numel())
-    if heard < MIN_SNR_DB and known > (1 - NOTHING) * alone:
+    total_snr_db = float(scenes.snr_db.median()) + 10 * math.log10(scenes.snapshots[0, ..., 0].numel())
+    if total_snr_db < MIN_SNR_DB and known > (1 - NOTHING) * alone:
         yield Finding(
             "inputs_withhold_answer",
             "the scenes themselves say nothing of their sources: the matched filter with the channel has an NMSE of"
             f" {known:.3f}, the constant answer {alone:.3f}, and at the median SNR of {float(scenes.snr_db.median()):g}"
-            f" dB all snapshots and antennas together reach {heard:.0f} dB. Raise task.snr_min_db and task.snr_max_db.",
+            f" dB all snapshots and antennas together reach {total_snr_db:.0f} dB. Raise task.snr_min_db and"
+            " task.snr_max_db.",
             certain=False,
         )
     elif known < (1 - MIN_GAIN) * alone and alone - shown < PART * (alone - known):

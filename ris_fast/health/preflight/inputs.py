@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.preflight.network import CLOSE, SAME, change
-from ris_fast.health.preflight.probe import PreflightContext, captured
+from ris_fast.health.preflight.measures import CLOSE, SAME, relative_change, rms
+from ris_fast.health.preflight.probe import PreflightContext, layer_calls
 from ris_fast.physics.real_complex import expi, multiply, to_complex, to_pairs
 from ris_fast.physics.scenes import Scenes
 
 LARGE, SMALL_RMS = 1e3, 1e-3
-AUDIBLE = 20.0  # dB
+LOUD_DB = 20.0
 LOUDER = 2.0**13  # a power of two, by which numbers change exactly: no rounding enters the comparison
 UNITS = (128.0, 8.0)  # of every second scene, and of the others
 OTHER_UNIT = 0.01  # change of the median scene's factors; where every input is normalised it is exactly zero
@@ -33,7 +33,7 @@ def boundary(context: PreflightContext, scenes: Scenes, seed: int = 0) -> dict[s
         if first is not None and not first.requires_grad and first.dim() > 1 and first.shape[0] == scenes.batch:
             found.setdefault(name, first.detach().float().flatten(1))
 
-    with captured(context.model, keep), torch.enable_grad():
+    with layer_calls(context.model, keep), torch.enable_grad():
         context.answer_with_grad(scenes, seed)
     return found
 
@@ -46,10 +46,9 @@ def reads_scenes(context: PreflightContext) -> Iterator[Finding]:
     if not bool(answer.isfinite().all()) or scenes.batch < 2:
         context.note = f"not checked: {'there is one scene' if scenes.batch < 2 else 'answers are not finite'}"
         return
-    if change(answer, answer[:1].expand_as(answer)) < SAME:
-        same = seen and all(change(value, value[:1].expand_as(value)) < SAME for value in seen.values())
-        raw = scenes.snapshots.flatten(1)
-        if change(raw, raw[:1].expand_as(raw)) < SAME:
+    if _rows_alike(answer):
+        same = seen and all(map(_rows_alike, seen.values()))
+        if _rows_alike(scenes.snapshots.flatten(1)):
             yield Finding("constant_input", f"all of {scenes.batch} scenes have the same snapshots.")
         else:
             yield Finding(
@@ -60,17 +59,22 @@ def reads_scenes(context: PreflightContext) -> Iterator[Finding]:
         return
     half = scenes.batch // 2
     mixed = max(
-        change(answer[part], context.answer(scenes[part])) for part in (slice(0, half), slice(half, scenes.batch))
+        relative_change(answer[part], context.answer(scenes[part]))
+        for part in (slice(0, half), slice(half, scenes.batch))
     )
     if mixed > (CLOSE if context.config.training.precision == "fp32" else 0.1):
         yield Finding("scenes_mixed", f"answers change by {mixed:.2g} when other scenes of the batch are left out.")
+
+
+def _rows_alike(values: Tensor) -> bool:
+    return relative_change(values, values[:1].expand_as(values)) < SAME
 
 
 def scale(context: PreflightContext) -> Iterator[Finding]:
     """First layers see numbers of order one, and the units of snapshots and channel do not matter."""
     scenes = context.scenes
     base, seen = context.answer(scenes), boundary(context, scenes)
-    sizes = {name: float(value.square().mean().sqrt()) for name, value in seen.items()}
+    sizes = {name: rms(value) for name, value in seen.items()}
     tiny = {name: size for name, size in sizes.items() if 0 < size < SMALL_RMS}
     larger = (
         boundary(context, replace(scenes, snapshots=LOUDER * scenes.snapshots)) if bool(base.isfinite().all()) else {}
@@ -80,13 +84,13 @@ def scale(context: PreflightContext) -> Iterator[Finding]:
         yield Finding(
             "epsilon_swallows_signal",
             f"the input of {name} has rms {sizes[name]:.2g}, and "
-            f"{float(larger[name].square().mean().sqrt()):.2g} for snapshots {LOUDER:g} times larger: a constant in "
+            f"{rms(larger[name]):.2g} for snapshots {LOUDER:g} times larger: a constant in "
             "the normalisation is larger than the signal.",
         )
         return
-    if tiny:  # a network may weigh what it sees by the SNR that it is told; that is no matter of units
-        told = boundary(context, replace(scenes, snr_db=torch.full_like(scenes.snr_db, AUDIBLE)))
-        tiny = {name: size for name, size in tiny.items() if float(told[name].square().mean().sqrt()) < SMALL_RMS}
+    if tiny:  # a network may weigh its inputs by the SNR; that has nothing to do with units
+        loud = boundary(context, replace(scenes, snr_db=torch.full_like(scenes.snr_db, LOUD_DB)))
+        tiny = {name: size for name, size in tiny.items() if rms(loud[name]) < SMALL_RMS}
     if tiny:
         name = min(tiny, key=tiny.__getitem__)
         yield Finding(
@@ -136,15 +140,15 @@ def directions(factor: Tensor) -> Tensor:
 
 def _channel_times(scenes: Scenes, units: Tensor) -> Scenes:
     """The channel, or where there is none the products H c_l, in other units."""
-    name = "collapsed" if scenes.channel is None else "channel"
-    return replace(scenes, **{"collapsed": None, name: units * getattr(scenes, name)})
+    name = "effective_channel" if scenes.channel is None else "channel"
+    return replace(scenes, **{"effective_channel": None, name: units * getattr(scenes, name)})
 
 
 def _swallowed(now: Tensor, larger: Tensor | None) -> bool:
     """Small now and of order one when the scene is louder: neither normalised nor left alone."""
     if larger is None or not bool(now.any()):
         return False
-    a, b = float(now.square().mean().sqrt()), float(larger.square().mean().sqrt())
+    a, b = rms(now), rms(larger)
     return b > 3 * a and b < 3e3 * a
 
 
@@ -156,7 +160,7 @@ def information(context: PreflightContext) -> Iterator[Finding]:
     """The answer changes when something is taken away that the target cannot be known without."""
     scenes = context.scenes
     base = context.answer(scenes)
-    if change(base, base[:1].expand_as(base)) < SAME or not bool(base.isfinite().all()):
+    if _rows_alike(base) or not bool(base.isfinite().all()):
         context.note = "not checked: all answers are the same, or not finite"
         return
     if scenes.channel is None:
@@ -166,7 +170,7 @@ def information(context: PreflightContext) -> Iterator[Finding]:
         )
         return
     for what, other in _without(context, scenes):
-        if other is not None and change(base, context.answer(other)) < SAME:
+        if other is not None and relative_change(base, context.answer(other)) < SAME:
             yield Finding(
                 "inputs_withhold_answer",
                 f"{what} and the factors stay the same to {SAME:g}: the network does not see "

@@ -21,7 +21,7 @@ from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.training.step import network_inputs
 
 VALUE, GRADIENT, STEP = 1e-4, 1e-3, 1e-3  # relative; float32 against float64 is a hundred times closer
-FEATURES, FEW = 1e-2, 8  # of the median scene: two places of nearly equal score may swap
+FEATURES, FEW = 1e-2, 8  # of the median scene: two positions of nearly equal score may swap
 FAINT = 1e-3  # noise of 60 dB: with less, rounding alone chooses what a pursuit finds beyond the sources
 ROUNDING = 1e-6  # of the weights: a few roundings of float32, however short the way
 WEIGHTS = 2048  # of each tensor, in the copy that the optimizer steps on
@@ -167,7 +167,7 @@ def _stepped(context: PreflightContext, backend: str) -> tuple[Tensor, Tensor]:
     )
     generator = torch.Generator().manual_seed(13)
     for number in range(3):
-        for name, copy in copies.items():
+        for copy in copies.values():
             copy.grad = torch.randn(copy.shape, generator=generator).to(copy)
         if number == 1:
             next(iter(copies.values())).grad[0] = float("nan")

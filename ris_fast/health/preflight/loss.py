@@ -1,7 +1,4 @@
-"""Preflight of the loss: what it says of the truth, of a known error and of guesses, through the trainer's own objects.
-
-Legend: B batch, N RIS elements, Q factor columns, K sources (padded).
-"""
+"""Preflight of the loss as a whole: its weights, its total, and whether each term is alive and none drowns the rest."""
 
 from __future__ import annotations
 
@@ -10,24 +7,19 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as fn
 
-from ris_fast.data.geometry import Reach
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.measures import total_norm
 from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.terms import leaf
+from ris_fast.health.preflight.truth import COVARIANCE, oracle, term_values
 from ris_fast.models.prediction import Prediction
-from ris_fast.physics.real_complex import conj
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.loss import TRUTH_TERMS
 
-ZERO = 1e-3  # of the truth's loss, where the zero predictor's is 1
-SHIFT_RAD, SHIFT_LOG = 0.02, 0.05
-COVARIANCE = ("cov", "cov_pred")
-LOCATED = {"angle": "azimuth", "range": "range_m", "chamfer": "azimuth"}
-DOMINATES = 0.95
-# on FEW scenes: four times as many halve the gradient of the truth at most, and this share stays below the other
-FAR_FROM_IT = 0.8
-FEW = 4
+DOMINATES = 0.95  # share of the gradient's norm
+FEW, SUSPECT = 4, 0.8  # scenes that are looked at first; the share there from which all are: four times as many scenes
+# at most halve the gradient of the truth
 AGAINST = -0.5  # cosine of two gradients; what is added to a total turns it by less
 
 
@@ -49,10 +41,7 @@ def _shown(given: Mapping[str, float]) -> str:
 def total(context: PreflightContext) -> Iterator[Finding]:
     """What is differentiated leads where the weighted sum of the terms leads, by its gradient at the network's
     outputs."""
-    guess = context.guess
-    leaves = Prediction(
-        *(None if value is None else value.detach().float().clone().requires_grad_() for value in guess)
-    )
+    leaves = context.guess.apply(Tensor.float).apply(leaf)
     made, terms = context.loss(leaves, context.scenes)
     parts = [context.loss.weights.get(name, 0.0) * value for name, value in terms.items() if value.requires_grad]
     if not parts or made.grad_fn is None:
@@ -86,139 +75,6 @@ def _slope(value: Tensor, leaves: Prediction) -> Tensor:
     ).double()
 
 
-# ---- the oracle ----------------------------------------------------------------------------------------------------
-
-
-def oracle(scenes: Scenes, like: Prediction) -> Prediction:
-    """The answer that is right: the target's factor in as many columns as the network's, and the sources' places."""
-    columns = like.factor.shape[2]
-    factor = fn.pad(scenes.factor, (0, 0, 0, max(0, columns - scenes.factor.shape[2])))
-    active = torch.arange(scenes.power.shape[1], device=scenes.count.device) < scenes.count[:, None]
-
-    def set_of(values: Tensor | None, wanted: Tensor | None) -> Tensor | None:
-        """Places of the sources; a slot without one repeats the first."""
-        return None if wanted is None or values is None else torch.where(active, values, values[:, :1]).clone()
-
-    logits = None
-    if like.count_logits is not None:
-        logits = 50.0 * fn.one_hot(scenes.count - 1, like.count_logits.shape[1]).to(factor.dtype)
-    return Prediction(
-        factor.clone(),
-        set_of(scenes.azimuth, like.azimuth),
-        set_of(scenes.elevation, like.elevation),
-        set_of(scenes.range_m, like.range_m),
-        logits,
-    )
-
-
-def _terms(context: PreflightContext, prediction: Prediction, scenes: Scenes) -> dict[str, float]:
-    with torch.no_grad():
-        return {name: float(value) for name, value in context.loss(prediction, scenes)[1].items()}
-
-
-def truth(context: PreflightContext) -> Iterator[Finding]:
-    """The true factors and places score zero in every term that compares with the truth."""
-    scenes = context.scenes
-    if scenes.factor is None:
-        return
-    guess = context.guess
-    right = oracle(scenes, guess)
-    scores = _terms(context, right, scenes)
-    wrong = next((name for name in COVARIANCE if name in scores and not scores[name] < ZERO), None)
-    if wrong and context.config.loss.beta == 0.0:
-        yield _misjudged(context, wrong, right, guess, scores[wrong])
-    for name in LOCATED:
-        if name in scores and scores[name] > ZERO:
-            yield Finding(
-                "wrong_units",
-                f"the true {LOCATED[name]} has a {name} loss of {scores[name]:.3g} instead of 0: "
-                "prediction and label are not in the same units or frame.",
-            )
-            return
-    yield from _shifted(context, right, scenes)
-
-
-def _misjudged(context: PreflightContext, term: str, right: Prediction, guess: Prediction, score: float) -> Finding:
-    """Why the truth does not score zero."""
-    scenes = context.scenes
-    turned = _terms(context, right._replace(factor=conj(right.factor)), scenes)[term]
-    random = _terms(context, guess, scenes)[term]
-    if abs(turned) < ZERO:
-        return Finding(
-            "conjugation_error",
-            f"the true factors score {score:.3g} in {term} and their complex conjugates "
-            f"{turned:.1e}: one side has the other sign of the exponent.",
-        )
-    if score > random:
-        return Finding(
-            "loss_sign",
-            f"{term} is {score:.3g} for the truth and {random:.3g} for an untrained network: "
-            "it grows as the answer gets better.",
-        )
-    return Finding(
-        "target_scale_differs",
-        f"the true factors score {score:.4g} in {term} instead of 0 (an untrained "
-        f"network: {random:.3g}): prediction and target are not treated alike.",
-    )
-
-
-def _shifted(context: PreflightContext, right: Prediction, scenes: Scenes) -> Iterator[Finding]:
-    """A known error in angle or range has the loss that the definition says, in radians and log-metres."""
-    if right.azimuth is None:
-        return
-    moved = right._replace(azimuth=right.azimuth + SHIFT_RAD)
-    scores, delta = _terms(context, moved, scenes), math.radians(0.25)
-    expected = {"angle": delta * (SHIFT_RAD - delta / 2), "chamfer": 2 * SHIFT_RAD**2}
-    for name, value in expected.items():
-        if scores.get(name) and not 0.3 * value < scores[name] < 3.0 * value:
-            yield Finding(
-                "wrong_units",
-                f"azimuths that are wrong by {SHIFT_RAD} rad have a {name} loss of "
-                f"{scores[name]:.3g}; {value:.3g} is right.",
-            )
-            return
-    if right.range_m is not None and "range" in scores:
-        value = SHIFT_LOG**2 / 2
-        found = _terms(context, right._replace(range_m=right.range_m * math.exp(SHIFT_LOG)), scenes)["range"]
-        if not 0.3 * value < found < 3.0 * value:
-            yield Finding(
-                "wrong_units", f"ranges that are 5 % too long have a range loss of {found:.3g}; {value:.3g} is right."
-            )
-
-
-def labels(context: PreflightContext) -> Iterator[Finding]:
-    """Angles and ranges lie where the task says.
-
-    A reader may re-express the positions of files from another origin, which moves them past the task's limits: what
-    the files have is held to the task, and the scenes to what the reader served.
-    """
-    task, scenes = context.config.task, context.scenes
-    allowed = Reach(math.radians(task.azimuth_deg), math.radians(task.elevation_deg), task.range_max_m)
-    reach = getattr(context.trainer.source, "reach", None)
-    if reach is not None:
-        stored, served = reach
-        yield from _beyond("the files' ", stored, allowed, "the task says")
-        allowed = served
-    if scenes.azimuth is not None:
-        seen = Reach()
-        seen.include(scenes.azimuth, scenes.elevation, scenes.range_m, scenes.range_m > 0)
-        yield from _beyond("", seen, allowed, "the task says" if reach is None else "the files say")
-
-
-def _beyond(whose: str, seen: Reach, allowed: Reach, says: str) -> Iterator[Finding]:
-    """The first quantity that goes further than allowed."""
-    for name, unit in (("azimuth", "rad"), ("elevation", "rad"), ("range_m", "m")):
-        high, limit = getattr(seen, name), getattr(allowed, name)
-        if high > 1.01 * limit + 1e-6:
-            yield Finding(
-                "wrong_units", f"{whose}{name.removesuffix('_m')}s go up to {high:.4g}; {says} {limit:.4g} {unit}."
-            )
-            return
-
-
-# ---- terms ---------------------------------------------------------------------------------------------------------
-
-
 def dead_terms(context: PreflightContext) -> Iterator[Finding]:
     """Every enabled term changes with the prediction, and none is flat where training starts."""
     scenes = context.scenes
@@ -226,7 +82,7 @@ def dead_terms(context: PreflightContext) -> Iterator[Finding]:
     others = [guess, _jolted(guess, 0.5), _jolted(guess, 0.1)]
     if scenes.factor is not None:
         others.append(oracle(scenes, guess))
-    table = [_terms(context, each, scenes) for each in others]
+    table = [term_values(context, each, scenes) for each in others]
     alone = ("cross", "count") if context.config.task.max_sources == 1 else ()
     for name in table[0].keys() - set(alone):
         values = [row[name] for row in table]
@@ -244,17 +100,12 @@ def _jolted(prediction: Prediction, size: float) -> Prediction:
     """A prediction with noise of this share of its own size in every output."""
     generator = torch.Generator().manual_seed(5)
 
-    def noisy(value: Tensor | None) -> Tensor | None:
-        if value is None:
-            return None
+    def noisy(value: Tensor) -> Tensor:
         noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
-        return (
-            (value + size * value.abs().mean() * noise).abs()
-            if (value > 0).all()
-            else value + size * value.abs().mean() * noise
-        )
+        changed = value + size * value.abs().mean() * noise
+        return changed.abs() if (value > 0).all() else changed
 
-    return Prediction(*(noisy(value) for value in prediction))
+    return prediction.apply(noisy)
 
 
 def shares(context: PreflightContext, scenes: Scenes) -> dict[str, float]:
@@ -269,16 +120,14 @@ def shares(context: PreflightContext, scenes: Scenes) -> dict[str, float]:
         parts = torch.autograd.grad(
             value * context.loss.weights.get(name, 0.0), live, retain_graph=True, allow_unused=True
         )
-        sizes[name] = float(
-            torch.stack([part.norm() for part in parts if part is not None] or [torch.zeros(())]).norm()
-        )
+        sizes[name] = total_norm(parts)
     return sizes
 
 
 def balance(context: PreflightContext) -> Iterator[Finding]:
     """No auxiliary term supplies nearly all of the gradient."""
     sizes = shares(context, context.scenes[:FEW])
-    if max(sizes.values(), default=0.0) > FAR_FROM_IT * sum(sizes.values()):
+    if max(sizes.values(), default=0.0) > SUSPECT * sum(sizes.values()):
         sizes = shares(context, context.scenes)
     total = sum(sizes.values())
     if not total > 0 or not math.isfinite(total) or not any(sizes.get(name) for name in COVARIANCE):
@@ -297,8 +146,6 @@ def balance(context: PreflightContext) -> Iterator[Finding]:
 CHECKS = {
     "the weights of the loss": weights,
     "the total is made of its terms": total,
-    "the truth scores zero": truth,
-    "labels are in radians and metres": labels,
     "every term of the loss is alive": dead_terms,
     "no auxiliary term dominates": balance,
 }

@@ -13,25 +13,18 @@ from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import graph_of
-from ris_fast.health.preflight.parameters import listed
-from ris_fast.health.preflight.probe import PreflightContext, captured
+from ris_fast.health.preflight.measures import CLOSE, SAME, listed, relative_change, rms
+from ris_fast.health.preflight.probe import PreflightContext, layer_calls
 from ris_fast.physics.real_complex import adjoint_matmul, to_complex
 from ris_fast.physics.scenes import Scenes
+from ris_fast.training.telemetry.step_telemetry import modules_in_eval_mode
 
-SAME = 1e-5  # relative change of a factor that rounding explains
-CLOSE = 1e-3  # between two ways of computing the same
 NOISE_SHARE = 0.5  # of the answers' variance that dropout may make
 GAIN = 20.0  # growth of a signal in one layer
 AT_THE_ENDS = 0.9
-DEPENDENT = (
-    1e-12  # of the energy: columns that differ by more than rounding are independent, however alike at the start
-)
+# of the energy: columns that differ by more than rounding are independent, however alike at the start
+DEPENDENT = 1e-12
 NUDGE = 0.01  # by which tensors move that a gradient reaches
-
-
-def change(a: Tensor, b: Tensor) -> float:
-    """|a - b| relative to |a|, over the batch."""
-    return float((a - b).norm() / a.norm().clamp_min(1e-30))
 
 
 # ---- what comes out
@@ -42,27 +35,25 @@ def randomness(context: PreflightContext) -> Iterator[Finding]:
     """Evaluation mode is not random, training mode not mostly so, and the two agree where there is no dropout."""
     scenes = context.scenes
     first, second = context.answer(scenes, 1), context.answer(scenes, 2)
-    if change(first, second) > SAME:
+    if relative_change(first, second) > SAME:
         yield Finding(
             "train_mode_in_validation",
             "in evaluation mode two answers to the same scenes differ by "
-            f"{change(first, second):.2g}: dropout is at work.",
+            f"{relative_change(first, second):.2g}: dropout is at work.",
         )
     context.model.train()
-    modules_in_eval_mode = [
-        name or "the network" for name, module in context.model.named_modules() if not module.training
-    ]
-    if modules_in_eval_mode:
+    in_eval_mode = [name or "the network" for name in modules_in_eval_mode(context.model)]
+    if in_eval_mode:
         yield Finding(
             "eval_mode_in_training",
-            f"after train(), {len(modules_in_eval_mode)} modules are still in evaluation mode: {listed(modules_in_eval_mode)}.",
+            f"after train(), {len(in_eval_mode)} modules are still in evaluation mode: {listed(in_eval_mode)}.",
         )
     norms = [
         name for name, module in context.model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
     ]
     drops = [module for module in context.model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
     answers = [_training_answer(context, scenes, seed) for seed in (1, 2)]
-    noise = change(answers[0], answers[1])
+    noise = relative_change(answers[0], answers[1])
     spread = float(answers[0].std(0).norm() * len(answers[0]) ** 0.5 / answers[0].norm())
     dropped = max(
         [module.p for module in drops]
@@ -80,11 +71,11 @@ def randomness(context: PreflightContext) -> Iterator[Finding]:
             f"two answers to the same scenes differ by {noise:.0%}, different scenes by {spread:.0%}"
             f"{f'; dropout {dropped:g}' if dropped else ''}.",
         )
-    elif norms or (noise < SAME and change(first, answers[0]) > CLOSE and not modules_in_eval_mode):
+    elif norms or (noise < SAME and relative_change(first, answers[0]) > CLOSE and not in_eval_mode):
         yield Finding(
             "batchnorm_statistics",
             "without dropout, training and evaluation mode answer differently "
-            f"({change(first, answers[0]):.2g}){f': {listed(norms)}' if norms else ''}.",
+            f"({relative_change(first, answers[0]):.2g}){f': {listed(norms)}' if norms else ''}.",
         )
 
 
@@ -124,14 +115,14 @@ def layers(context: PreflightContext) -> Iterator[Finding]:
 
     def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
         if isinstance(output, Tensor) and inputs and isinstance(inputs[0], Tensor):
-            signals.setdefault(name, (_rms(inputs[0]), _rms(output), bool(inputs[0].isfinite().all())))
+            signals.setdefault(name, (rms(inputs[0]), rms(output), bool(inputs[0].isfinite().all())))
             if output.requires_grad:
                 outputs.setdefault(name, output)
 
     context.model.train()
-    with captured(context.model, keep):
+    with layer_calls(context.model, keep):
         total = context.run()[0]
-    for name, (before, after, finite) in signals.items():
+    for name, (_, after, finite) in signals.items():
         if finite and not after < float("inf"):
             yield Finding(
                 "fp16_overflow" if _narrow(context) else "bad_initialisation",
@@ -159,7 +150,7 @@ def _narrow(context: PreflightContext) -> bool:
 
 
 def _broken_loss(context: PreflightContext, loss: float, layers: list[str]) -> Iterator[Finding]:
-    """Why the loss is not finite, where no layer made it so; scenes that are not finite are told of elsewhere."""
+    """Why the loss is not finite, where no layer made it so; scenes that are not finite are reported elsewhere."""
     scenes = context.scenes
     if not all(
         bool(value.isfinite().all())
@@ -177,10 +168,6 @@ def _broken_loss(context: PreflightContext, loss: float, layers: list[str]) -> I
         yield Finding("fp16_overflow", f"the loss is {loss} although every layer is finite.")
     else:
         yield Finding("nonfinite_gradients", f"the loss is {loss} although every layer is finite, in float32.")
-
-
-def _rms(value: Tensor) -> float:
-    return float(value.detach().float().square().mean().sqrt())
 
 
 def _exploding(signals: dict[str, tuple[float, float, bool]]) -> Iterator[Finding]:

@@ -22,12 +22,10 @@ from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes
 
 WHOLE, HALF = 0.8, 0.5  # below WHOLE scenes as a group are mixed up, below HALF a scene by itself
-DEVIATIONS, CLEAR = (
-    5.0,
-    4.0,
-)  # standard deviations: of a group that is called mixed up; between the two cases of one scene
-AUDIBLE = 0.3  # share of signal from which a scene's own SNR is measured
-CEILING_DB = 30.0  # above it an SNR is as good as any other: rounding and a slightly different array reach it
+# standard deviations: of a group that is called mixed up; between the two cases of one scene
+DEVIATIONS, CLEAR = 5.0, 4.0
+MIN_SIGNAL = 0.3  # share of signal from which a scene's own SNR is measured
+SNR_CAP_DB = 30.0  # above it an SNR is as good as any other: rounding and a slightly different array reach it
 
 
 def with_factor(scenes: Scenes) -> Scenes:
@@ -110,8 +108,8 @@ class SnrLabels(NamedTuple):
 
     @property
     def away_db(self) -> Tensor:
-        """How much the labels are too high. What is above the ceiling is not told apart."""
-        return self.labels_db.clamp_max(CEILING_DB) - self.measured_db.clamp_max(CEILING_DB)
+        """How much the labels are too high. SNRs above the cap count as equal."""
+        return self.labels_db.clamp_max(SNR_CAP_DB) - self.measured_db.clamp_max(SNR_CAP_DB)
 
 
 def measure_snr(scenes: Scenes, static: bool) -> SnrLabels:
@@ -124,7 +122,7 @@ def measure_snr(scenes: Scenes, static: bool) -> SnrLabels:
     share, chance = explained(scenes.snapshots, scenes.channel, scenes.codes, scenes.factor, static)
     size, free = scenes.snapshots[0, ..., 0].numel(), (1.0 - chance).clamp_min(1e-6)
     signal = ((share - chance) / free).clamp(1e-6, 1.0 - 1e-6)
-    least = (DEVIATIONS * (chance / (free * (size + 1))).sqrt()).clamp_min(AUDIBLE)
+    least = (DEVIATIONS * (chance / (free * (size + 1))).sqrt()).clamp_min(MIN_SIGNAL)
     plain, promised = signal > least, 10.0 ** (scenes.snr_db / 10.0)
     ratio = signal / (1.0 - signal)
     deviation = (

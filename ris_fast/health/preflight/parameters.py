@@ -11,15 +11,10 @@ from torch import nn
 from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.names import words
 from ris_fast.health.preflight.autograd import graph_of
+from ris_fast.health.preflight.measures import listed
 from ris_fast.health.preflight.probe import PreflightContext
 
 STANDARD = (nn.Linear, nn.modules.conv._ConvNd, nn.LayerNorm, nn.Embedding, nn.RMSNorm)
-
-
-def listed(names: list[str], most: int = 3) -> str:
-    """The first few names and how many there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def allowed_frozen(context: PreflightContext) -> tuple[str, ...]:
@@ -76,10 +71,10 @@ def membership(context: PreflightContext) -> Iterator[Finding]:
 
 def tied(context: PreflightContext) -> Iterator[Finding]:
     """No two names share one tensor or one piece of memory."""
-    places: dict[int, list[str]] = {}
+    by_address: dict[int, list[str]] = {}
     for name, parameter in context.model.named_parameters(remove_duplicate=False):
-        places.setdefault(parameter.data_ptr() if parameter.numel() else id(parameter), []).append(name)
-    shared = [names for names in places.values() if len(names) > 1]
+        by_address.setdefault(parameter.data_ptr() if parameter.numel() else id(parameter), []).append(name)
+    shared = [names for names in by_address.values() if len(names) > 1]
     if shared:
         yield Finding("tied_parameters", f"{len(shared)} tensors have more than one name: {' = '.join(shared[0])}.")
 
@@ -105,12 +100,8 @@ def unregistered(context: PreflightContext) -> Iterator[Finding]:
 
 def eager_leaves(context: PreflightContext) -> dict[int, torch.Tensor]:
     """Leaves that the network itself, not what was made of it, and the loss reach."""
-    network = context.step.network
-    context.step.network = context.model
-    try:
+    with context.as_written():
         total, terms, prediction = context.run()
-    finally:
-        context.step.network = network
     leaves: dict[int, torch.Tensor] = {}
     for value in [*(each for each in prediction if each is not None), *terms.values()]:
         if value.requires_grad:
@@ -123,14 +114,6 @@ def precision(context: PreflightContext) -> Iterator[Finding]:
     low = [name for name, parameter in context.parameters.items() if parameter.dtype in (torch.float16, torch.bfloat16)]
     if low:
         yield Finding("low_precision_weights", f"{len(low)} tensors are kept in 16 bits: {listed(low)}.")
-
-
-def rounded_to_16_bits(model: nn.Module) -> bool:
-    """Every float32 weight has its 16 last bits zero, which chance does not do."""
-    wide = [
-        parameter for parameter in model.parameters() if parameter.dtype == torch.float32 and parameter.numel() > 64
-    ]
-    return bool(wide) and all(not bool((p.detach().contiguous().view(torch.int32) & 0xFFFF).any()) for p in wide)
 
 
 CHECKS = {

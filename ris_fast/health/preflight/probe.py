@@ -1,5 +1,4 @@
-"""What preflight examines: a trainer, a few scenes of its own, and the ways to run them through its own network and
-loss.
+"""What preflight examines: a trainer, a few of its scenes, and the ways to run them through its network and loss.
 
 Legend: B batch.
 """
@@ -7,20 +6,21 @@ Legend: B batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ris_fast.models.modes import eval_mode
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.trainer import Trainer
 
-SMALL = 16  # scenes in most probes: a forward pass of a large network is most of what they cost
+SMALL = 16  # scenes in most probes, whose cost is mostly the forward passes of a large network
 FEWEST = 4  # of a micro-batch by itself
 VALIDATED = 256  # validation scenes that are looked at
 GROUPS = 8  # optimizer steps whose scenes are looked at
@@ -33,8 +33,8 @@ class PreflightContext:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.model, self.loss = trainer, trainer.model, trainer.loss
         self.config, self.optimizer, self.step = trainer.config, trainer.optimizer, trainer.step
-        self.note = ""  # of the check that runs: what it measured, for people
-        self.reached = True  # whether it came as far as it is meant to
+        self.note = ""  # what the running check measured, for people
+        self.reached = True  # whether the running check reached its goal
 
     @cached_property
     def groups(self) -> list[list[Scenes]]:
@@ -66,26 +66,28 @@ class PreflightContext:
 
     @property
     def compiled(self) -> bool:
-        """The step calls something else than the network itself."""
+        """Whether the step calls something other than the network itself."""
         return self.step.network is not self.model
 
     @property
     def by_torch(self) -> bool:
-        """That something was compiled by torch, which compiles anew for every shape."""
+        """Whether torch compiled the network: it compiles anew for every shape."""
         return bool(getattr(self.step.network, "compiled", False))
 
     # ---- running it --------------------------------------------------------------------------------------------
 
     @contextmanager
-    def small(self) -> Iterator[None]:
-        """Small batches: a network that torch compiled is run as it was written, so that nothing is compiled anew."""
-        network = self.step.network
-        if self.by_torch:
-            self.step.network = self.model
+    def as_written(self) -> Iterator[None]:
+        """The step calls the network itself, not what was compiled or copied from it."""
+        network, self.step.network = self.step.network, self.model
         try:
             yield
         finally:
             self.step.network = network
+
+    def small(self) -> AbstractContextManager[None]:
+        """For small batches: a network that torch compiled runs as written, so that nothing is compiled anew."""
+        return self.as_written() if self.by_torch else nullcontext()
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
@@ -107,9 +109,8 @@ class PreflightContext:
 
     @property
     def guess(self) -> Prediction:
-        """What the network as it is answers to the small batch, without a graph: a copy, of one pass for all checks of
-        the loss."""
-        return Prediction(*(None if value is None else value.clone() for value in self._guess))
+        """The network's prediction for the small batch, without a graph: a copy, from one pass for all checks."""
+        return self._guess.apply(torch.clone)
 
     @cached_property
     @torch.no_grad()
@@ -126,27 +127,15 @@ class PreflightContext:
     @torch.no_grad()
     def answer(self, scenes: Scenes, seed: int = 0) -> Tensor:
         """The factor of the small batch in evaluation mode: (B, N, Q, 2)."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
         torch.manual_seed(seed)
-        try:
+        with eval_mode(self.model):
             return self.step.predict(scenes).factor.float().clone()
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
     def answer_with_grad(self, scenes: Scenes, seed: int = 0) -> Tensor:
         """The same with the graph, through the network itself."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
         torch.manual_seed(seed)
-        network, self.step.network = self.step.network, self.model
-        try:
+        with eval_mode(self.model), self.as_written():
             return self.step.predict(scenes).factor
-        finally:
-            self.step.network = network
-            for module, mode in modes:
-                module.training = mode
 
     @contextmanager
     def moved(self, tensors: Sequence[Tensor], directions: Sequence[Tensor], step: float) -> Iterator[None]:
@@ -163,23 +152,16 @@ class PreflightContext:
                     tensor.copy_(value)
 
 
-def captured(model: nn.Module, keep: Callable[[str, nn.Module, tuple, Any], None]) -> Any:
-    """Context in which `keep(name, module, inputs, output)` sees every call of a module with parameters of its own."""
-
-    @contextmanager
-    def context() -> Iterator[None]:
-        def hook(name: str) -> Callable:
-            return lambda module, inputs, output: keep(name, module, inputs, output)
-
-        handles = [
-            module.register_forward_hook(hook(name))
-            for name, module in model.named_modules()
-            if any(True for _ in module.parameters(recurse=False))
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    return context()
+@contextmanager
+def layer_calls(model: nn.Module, keep: Callable[[str, nn.Module, tuple, Any], None]) -> Iterator[None]:
+    """Inside, `keep(name, module, inputs, output)` is called after every module that has parameters of its own."""
+    handles = [
+        module.register_forward_hook(partial(keep, name))
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ris_fast.health.preflight.reachable import PLAIN, SCHEDULERS, attached, contents, global_names, is_users
+from ris_fast.health.preflight.attachments import PLAIN, SCHEDULERS, attached, contents, global_names, is_users
 from ris_fast.training.trainer import Trainer
 
-Back = Callable[[], None]
+Undo = Callable[[], None]
 
 
 class TensorCopies:
@@ -32,11 +32,10 @@ class TensorCopies:
         own = [tensor for module in modules_of(trainer) for tensor in (*module.parameters(), *module.buffers())]
         own += [tensor.grad for tensor in own if tensor.grad is not None]
         held = {id(tensor): tensor for tensor in [*own, *_held(trainer.optimizer)]}
-        self.kept: list[
-            tuple[Tensor, Tensor, int]
-        ] = []  # tensor, its copy, and where it was if its owner stands before it, else 0
+        # A tensor, its copy, and its address if it lies in the memory of one before it, else 0.
+        self.kept: list[tuple[Tensor, Tensor, int]] = []
         for tensor in sorted(held.values(), key=lambda each: each.nbytes, reverse=True):
-            owners = (_inside(tensor, owner, copy) for owner, copy, place in self.kept if not place)
+            owners = (_inside(tensor, owner, copy) for owner, copy, address in self.kept if not address)
             part = next((copy for copy in owners if copy is not None), None)
             self.kept.append(
                 (tensor, tensor.detach().clone(), 0) if part is None else (tensor, part, tensor.data_ptr())
@@ -45,8 +44,9 @@ class TensorCopies:
     @torch.no_grad()
     def write_back(self) -> None:
         """Every tensor has its numbers again, also where its memory is another one by now."""
-        for tensor, copy, place in self.kept:
-            if tensor.dtype == copy.dtype and tensor.shape == copy.shape and not (place and tensor.data_ptr() == place):
+        for tensor, copy, address in self.kept:
+            with_owner = address and tensor.data_ptr() == address
+            if tensor.dtype == copy.dtype and tensor.shape == copy.shape and not with_owner:
                 tensor.copy_(copy)
 
 
@@ -100,7 +100,7 @@ def preserve_state(trainer: Trainer, numbers: TensorCopies | None = None) -> Ite
             back()
 
 
-def _gradients(model: nn.Module) -> Back:
+def _gradients(model: nn.Module) -> Undo:
     kept = [(value, value.grad) for value in model.parameters()]
 
     def back() -> None:
@@ -110,7 +110,7 @@ def _gradients(model: nn.Module) -> Back:
     return back
 
 
-def _optimizer(optimizer: Any) -> Back:
+def _optimizer(optimizer: Any) -> Undo:
     """Everything that the optimizer holds but the numbers in its tensors."""
     kept = {name: list(value) if isinstance(value, list) else value for name, value in optimizer.__dict__.items()}
     buckets = [(bucket, dict(bucket.__dict__)) for bucket in getattr(optimizer, "_buckets", [])]
@@ -131,7 +131,7 @@ def _optimizer(optimizer: Any) -> Back:
     return back
 
 
-def _random(device: torch.device) -> Back:
+def _random(device: torch.device) -> Undo:
     """The generators that a network, a loss or a data set may draw from."""
     host, python, numpy = torch.get_rng_state(), random.getstate(), sys.modules.get("numpy")
     chip = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -148,13 +148,13 @@ def _random(device: torch.device) -> Back:
     return back
 
 
-def _plain(owner: Any) -> Back:
+def _plain(owner: Any) -> Undo:
     """The numbers and texts among an object's attributes: the mode of a module, a counter."""
     kept = {name: value for name, value in owner.__dict__.items() if isinstance(value, PLAIN)}
     return lambda: owner.__dict__.update(kept)
 
 
-def _attributes(owner: Any) -> Back:
+def _attributes(owner: Any) -> Undo:
     """The attributes of an object, and the elements of its lists, dictionaries and sets."""
     kept = dict(owner.__dict__)
     inner = [_elements(value) for value in kept.values() if isinstance(value, (dict, list, set))]
@@ -168,7 +168,7 @@ def _attributes(owner: Any) -> Back:
     return back
 
 
-def _elements(value: Any) -> Back:
+def _elements(value: Any) -> Undo:
     kept = list(value) if isinstance(value, list) else dict(value) if isinstance(value, dict) else set(value)
 
     def back() -> None:
@@ -182,7 +182,7 @@ def _elements(value: Any) -> Back:
 # --------------------------------------------------------------------------------------
 
 
-def _attached(trainer: Trainer) -> Iterator[Back]:
+def _attached(trainer: Trainer) -> Iterator[Undo]:
     """Of everything that hooks and replaced methods reach. Tensors as long as they are no more than a few copies of the
     model."""
     room = 2**20 + 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
@@ -205,7 +205,7 @@ def _attached(trainer: Trainer) -> Iterator[Back]:
             yield _attributes(value)
 
 
-def _numbers(value: Tensor) -> Back:
+def _numbers(value: Tensor) -> Undo:
     kept = value.detach().clone()
 
     @torch.no_grad()
@@ -216,7 +216,7 @@ def _numbers(value: Tensor) -> Back:
     return back
 
 
-def _cell(cell: CellType) -> Back:
+def _cell(cell: CellType) -> Undo:
     held = contents(cell)
 
     def back() -> None:
@@ -226,7 +226,7 @@ def _cell(cell: CellType) -> Back:
     return back
 
 
-def _globals(function: FunctionType) -> Back:
+def _globals(function: FunctionType) -> Undo:
     """Global numbers and texts that a user's function names."""
     kept = {name: value for name, value in global_names(function).items() if isinstance(value, PLAIN)}
     return lambda: function.__globals__.update(kept)

@@ -1,4 +1,4 @@
-"""Runs every check before the first step, each by itself, timed, and leaves the trainer bit for bit as it was."""
+"""Runs every check before the first step, each by itself and timed, and leaves the trainer bit for bit as it was."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from ris_fast.health.preflight import (
     kernels,
     loss,
     network,
+    one_step,
     overfit,
     parameters,
+    scene_parts,
     scenes,
     schedule,
-    step,
+    several_steps,
     targets,
     terms,
+    truth,
     validation,
 )
 from ris_fast.health.preflight.probe import PreflightContext
@@ -37,8 +40,10 @@ Check = Callable[[PreflightContext], Iterator[Finding]]
 SMALL_BATCH = {
     **targets.CHECKS,
     **scenes.CHECKS,
+    **scene_parts.CHECKS,
     **parameters.CHECKS,
     **loss.CHECKS,
+    **truth.CHECKS,
     **calls.SMALL_BATCH,
     **network.CHECKS,
     **inputs.CHECKS,
@@ -48,14 +53,14 @@ SMALL_BATCH = {
     **kernels.CHECKS,
     **schedule.CHECKS,
 }
-WHOLE_STEP = {**calls.WHOLE_STEP, **validation.CHECKS, **step.CHECKS}
+WHOLE_STEP = {**calls.WHOLE_STEP, **validation.CHECKS, **one_step.CHECKS, **several_steps.CHECKS}
 LEARNING = overfit.CHECKS
 
 
 @dataclass(frozen=True)
 class Result:
-    """One check: what it is called, what it found, how long it took, what it measured, why it could not run, and
-    whether it came as far as it is meant to."""
+    """One check: its name, what it found, how long it took, what it measured, why it could not run, and whether it
+    reached its goal."""
 
     name: str
     findings: tuple[Finding, ...]
@@ -122,17 +127,16 @@ def _run(context: PreflightContext, numbers: TensorCopies, name: str, check: Che
             else:
                 findings.extend(check(context))
         except Exception as error:
-            # A check calls whatever the trainer is made of, and what is wrong with it may raise anything: the check
-            # ends, not the
-            # run. Nothing is hidden by that: why and where it ended is shown, counted, and not called a pass.
-            if is_memory(error) or hasattr(error, "exit_code"):  # told to a person in their own words
+            # A check calls whatever the trainer is made of, which may raise anything: the check ends, not the run.
+            # Nothing is hidden by that: why and where it ended is shown, counted, and not called a pass.
+            if is_memory(error) or hasattr(error, "exit_code"):  # reported to a person in their own words
                 raise
-            failed = _told(error)
+            failed = _described(error)
     return Result(name, tuple(findings), time.perf_counter() - began, context.note, failed, context.reached)
 
 
-def _told(error: Exception) -> str:
-    """Kind, first line and place of an error."""
-    place = extract_tb(error.__traceback__)[-1]
-    said = str(error).splitlines()[0] if str(error) else "no message"
-    return f"{type(error).__name__}: {said} ({Path(place.filename).name}:{place.lineno})"
+def _described(error: Exception) -> str:
+    """Kind, first line and location of an error."""
+    frame = extract_tb(error.__traceback__)[-1]
+    message = str(error).splitlines()[0] if str(error) else "no message"
+    return f"{type(error).__name__}: {message} ({Path(frame.filename).name}:{frame.lineno})"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.preflight.parameters import listed
+from ris_fast.health.preflight.measures import all_finite, listed, rms, total_norm
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.training.schedule import learning_rate_factor
+from ris_fast.training.telemetry.step_window import median
 
 LONGEST_WARMUP = 0.5  # of the run
 SHORTEST_PATH = 0.01  # all rates added up, beside the size of the weights: Adam moves about one rate a step
@@ -21,7 +22,7 @@ CLIPPED_TO = 1e-3  # of the first gradient's norm
 
 
 def factors(context: PreflightContext, samples: int = 1000) -> tuple[list[float], int]:
-    """The schedule at up to `samples` of its steps, and how many steps each stands for."""
+    """The schedule at up to `samples` of its steps, and the number of steps from one to the next."""
     settings, planned = context.config.optimizer, max(1, context.trainer.plan.planned)
     stride = max(1, planned // samples)
     return [
@@ -62,9 +63,9 @@ def _sizes(context: PreflightContext, path: float) -> Iterator[Finding]:
         matrices = [p.detach() for p in group["params"] if p.dim() > 1 and bool(p.any())]
         if not matrices or not peak > 0:
             continue
-        name, size = str(group.get("name", number)), _median(float(p.square().mean().sqrt()) for p in matrices)
+        name, size = str(group.get("name", number)), median([rms(p) for p in matrices])
         usual = max(
-            size, _median(p[0].numel() ** -0.5 for p in matrices)
+            size, median([p[0].numel() ** -0.5 for p in matrices])
         )  # small first weights grow to this in no time
         if peak * path < SHORTEST_PATH * size and context.trainer.plan.planned > 20:
             slow.append(f"{name}: {peak * path:.2g} beside weights of {size:.2g}")
@@ -91,11 +92,6 @@ def _sizes(context: PreflightContext, path: float) -> Iterator[Finding]:
         )
 
 
-def _median(values: Iterable[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]
-
-
 def first_gradient(context: PreflightContext) -> Iterator[Finding]:
     """Clip threshold and Adam's epsilon beside the first gradient.
 
@@ -107,12 +103,12 @@ def first_gradient(context: PreflightContext) -> Iterator[Finding]:
     if not live or not total.requires_grad or not bool(total.isfinite()):
         return
     parts = [g for g in torch.autograd.grad(total, live, allow_unused=True) if g is not None and bool(g.any())]
-    if not parts or not all(bool(part.isfinite().all()) for part in parts):
+    if not parts or not all_finite(parts):
         return
-    norm = float(torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).norm())
+    norm = total_norm(parts)
     limit = context.optimizer.max_grad_norm or math.inf
-    sizes = [float(part.square().mean().sqrt()) * min(1.0, limit / norm) for part in parts]
-    size, largest = _median(sizes), max(sizes)
+    sizes = [rms(part) * min(1.0, limit / norm) for part in parts]
+    size, largest = median(sizes), max(sizes)
     eps = max(group.get("eps", 0.0) for group in context.optimizer.param_groups)
     if limit < CLIPPED_TO * norm and eps > size:
         yield Finding(

@@ -11,10 +11,8 @@ from ris_fast.health.preflight.pairing import CLEAR, SnrLabels, measure_snr
 from ris_fast.physics.scenes import Scenes
 
 MANY, FEW_SCENES = 0.25, 16  # of the scenes that are measured, how many disagree; measured scenes
-HEARD, EXPECTED = (
-    0.1,
-    1 / 3,
-)  # of all scenes, and of those loud enough by their labels, how many must be measured: a few fit by chance
+# of all scenes, and of those loud enough by their labels, how many must be measured: a few fit by chance
+MEASURED, EXPECTED = 0.1, 1 / 3
 FAR_DB, OFFSET_DB = 3.0, 1.5  # beyond the measurement's own deviation; of the median that is noted
 ALIKE_DB = 1.5  # from the median, within which labels that are fixed agree
 
@@ -23,7 +21,7 @@ def labels_differ(what: str, scenes: Scenes, static: bool) -> tuple[Finding | No
     """A finding where many labels are not the snapshots'; a note where all are off by a little."""
     found = measure_snr(scenes, static)
     measured = len(found.labels_db)
-    if measured < max(FEW_SCENES, HEARD * found.scenes, EXPECTED * found.loud):
+    if measured < max(FEW_SCENES, MEASURED * found.scenes, EXPECTED * found.loud):
         return None, ""
     far = found.away_db.abs() > FAR_DB + CLEAR * found.deviation_db
     middle = float(found.away_db.median())
@@ -51,18 +49,13 @@ def _how(found: SnrLabels, middle: float) -> tuple[str, str]:
     if _apart(found.away_db - middle) < ALIKE_DB:
         return (
             f"they are {abs(middle):.1f} dB too {'high' if middle > 0 else 'low'} at the median, all alike",
-            (
-                "Write snr as 10 log10 of the ratio of signal to noise power in y, both summed over snapshots and"
-                " antennas."
-            ),
+            "Write snr as 10 log10 of the ratio of signal to noise power in y, both summed over snapshots and antennas.",
         )
     if float(found.labels_db.max() - found.labels_db.min()) < ALIKE_DB:
         return "one label is given to scenes of very different SNR", ""
+    away_db = _apart(found.away_db)
     return (
-        (
-            f"they are {_apart(found.away_db):.1f} dB away at the median and neither in other units nor shifted: their"
-            " order is another"
-        ),
+        f"they are {away_db:.1f} dB away at the median and neither in other units nor shifted: their order differs",
         "",
     )
 

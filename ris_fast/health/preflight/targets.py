@@ -27,10 +27,8 @@ FITS = 0.05  # NMSE of one R on sources that are its own, where elements moved
 BETTER = 0.3  # of the NMSE as read: what an explanation has to reach
 ALIKE = 1.5  # of the NMSE with which one explanation fits: another one fits as well
 EXAMINED, TRIED = 256, 8  # scenes; of these, with the sources of every other
-CLEAREST, PRODUCT = (
-    16,
-    0.7,
-)  # scenes; share of a vector's energy that is a product, from which it is a wave: 1, numbers in any order 0.4
+# scenes; share of a vector's energy that is a product, from which it is a wave: 1, numbers in any order 0.4
+CLEAREST, PRODUCT = 16, 0.7
 
 
 def targets(context: PreflightContext) -> Iterator[Finding]:

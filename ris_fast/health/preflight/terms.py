@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.measures import all_finite
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 
-STEPS = (
-    1e-5,
-    1e-7,
-    1e-9,
-)  # of each output's size; one has no kink of a Huber, a minimum or an assignment inside, nor a bend
+# of each output's size; the best of them crosses no kink of a Huber loss, a minimum or an assignment, and no bend
+STEPS = (1e-5, 1e-7, 1e-9)
 ASIDE = 1e-2  # outputs rounded to 16 bits are often equal, and an assignment has its kinks just there
 WRONG = 1e-2  # relative; a right derivative is below 1e-6
 ROUNDING = 1e-12  # of a term of order one in float64
@@ -44,11 +42,11 @@ def term_errors(context: PreflightContext) -> dict[str, float]:
     scenes = doubled(context.scenes[:FEW])
     with torch.no_grad():
         guess = context.run(context.scenes[:FEW])[2]
-    guess = Prediction(*(None if value is None else value.detach().double() for value in guess))
-    if not all(bool(value.isfinite().all()) for value in guess if value is not None):
+    guess = guess.apply(torch.Tensor.double)
+    if not all_finite(guess):
         return {}
     guess = moved(guess, direction_of(guess, 19), ASIDE)
-    leaves = Prediction(*(None if value is None else value.clone().requires_grad_() for value in guess))
+    leaves = guess.apply(leaf)
     terms, direction = context.loss(leaves, scenes)[1], direction_of(guess, 17)
     slopes = {name: _slope(value, leaves, direction) for name, value in terms.items() if value.requires_grad}
     return {
@@ -67,19 +65,20 @@ def doubled(scenes: Scenes) -> Scenes:
     return replace(scenes, **wide)
 
 
+def leaf(value: Tensor) -> Tensor:
+    """A copy that a gradient can be asked for."""
+    return value.detach().clone().requires_grad_()
+
+
 def direction_of(guess: Prediction, seed: int) -> Prediction:
+    """Noise of the size of each output."""
     generator = torch.Generator().manual_seed(seed)
-    return Prediction(
-        *(
-            (
-                None
-                if value is None
-                else value.square().mean().sqrt()
-                * torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
-            )
-            for value in guess
-        )
-    )
+
+    def noise(value: Tensor) -> Tensor:
+        drawn = torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
+        return value.square().mean().sqrt() * drawn
+
+    return guess.apply(noise)
 
 
 def _slope(value: Tensor, leaves: Prediction, direction: Prediction) -> float:

@@ -21,6 +21,7 @@ from ris_fast.health.preflight import gradient as check_gradient
 from ris_fast.health.preflight import information as check_information
 from ris_fast.health.preflight import kernels as check_kernels
 from ris_fast.health.preflight import loss as check_loss
+from ris_fast.health.preflight import scene_parts
 from ris_fast.health.preflight import scenes as check_scenes
 from ris_fast.health.preflight import schedule as check_schedule
 from ris_fast.health.preflight import terms as check_terms
@@ -64,14 +65,14 @@ def test_the_estimator_on_the_networks_inputs_is_better_than_the_constant(twin: 
 
 def test_inputs_without_the_channel_are_named_by_the_estimator() -> None:
     (finding,) = check_information.input_information(
-        PreflightContext(Trainer(small("few_codes", **{"model.options.inputs": "collapsed"})))
+        PreflightContext(Trainer(small("few_codes", **{"model.options.inputs": "effective_channel"})))
     )
     assert finding.cause == "inputs_withhold_answer" and not finding.certain
 
 
-@pytest.mark.parametrize("inputs", ["full", "collapsed"])
+@pytest.mark.parametrize("inputs", ["full", "effective_channel"])
 def test_scenes_that_are_all_noise_are_named_and_not_the_inputs(inputs: str) -> None:
-    settings = {"model.options.inputs": "collapsed"} if inputs == "collapsed" else {}
+    settings = {"model.options.inputs": "effective_channel"} if inputs == "effective_channel" else {}
     (finding,) = check_information.input_information(
         PreflightContext(Trainer(small("hybrid", **settings, **at(-60.0))))
     )
@@ -187,7 +188,7 @@ def test_scenes_that_are_not_those_of_their_manifest_are_named(tmp_path: Path) -
 def test_validation_scenes_that_are_wrong_alone_are_named(cause: str, wrong: Any) -> None:
     trainer = Trainer(small("backprojection"))
     on_batches(trainer, lambda scenes: replace(scenes, **wrong(scenes)), "val")
-    (finding,) = check_scenes.physics(PreflightContext(trainer))
+    (finding,) = scene_parts.physics(PreflightContext(trainer))
     assert finding.cause == cause and finding.certain and "validation scenes" in finding.evidence
 
 

@@ -18,11 +18,11 @@ from ris_fast.commands.check import check_line, conclusion
 from ris_fast.data.errors import DataError
 from ris_fast.health.monitor.attach import attach_health
 from ris_fast.health.monitor.watchdog import Watchdog
-from ris_fast.health.preflight import overfit as check_memory
+from ris_fast.health.preflight import overfit as check_overfit
 from ris_fast.health.preflight import run as preflight
-from ris_fast.health.preflight.graph import graph_table
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.restore import TensorCopies, preserve_state
+from ris_fast.health.preflight.term_gradients import term_gradient_table
 from ris_fast.training.schedule import learning_rate_factor
 from ris_fast.training.state import RunStopped
 from ris_fast.training.trainer import Trainer
@@ -117,16 +117,18 @@ def test_a_check_that_cannot_run_is_counted_and_not_called_a_pass(monkeypatch: p
     results = preflight.run_checks(Trainer(TWINS["hybrid"]()))
     (broken,) = [result for result in results if not result.passed]
     assert broken.failed.startswith("KeyError: 'nothing' (test_preflight.py:") and not broken.findings
-    line, told = check_line(broken), conclusion([], preflight.unknown(results))
+    line, ending = check_line(broken), conclusion([], preflight.unknown(results))
     assert line.startswith("FAILED no two layers") and "half way; could not run: KeyError" in line
-    assert told.startswith("nothing found by the checks that ran; 1 check could not run")
+    assert ending.startswith("nothing found by the checks that ran; 1 check could not run")
 
 
 def test_a_goal_that_was_not_reached_is_not_called_ok() -> None:
     result = preflight.Result("a few scenes can be memorised", (), 0.1, "the goal was not reached", reached=False)
     assert check_line(result).startswith("-  ") and check_line(replace(result, reached=True)).startswith("ok ")
     context = PreflightContext(Trainer(TWINS["gentle"]()))
-    assert list(check_memory.overfit_batch(context)) == [] and not context.reached and "was not reached" in context.note
+    assert (
+        list(check_overfit.overfit_batch(context)) == [] and not context.reached and "was not reached" in context.note
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_a_certain_mistake_stops_the_run_before_its_first_step() -> None:
 
 
 def test_the_graph_says_which_tensors_a_term_reaches() -> None:
-    table = graph_table(PreflightContext(Trainer(TWINS["hybrid"]())))
+    table = term_gradient_table(PreflightContext(Trainer(TWINS["hybrid"]())))
     rows = {row[0]: dict(zip(table["headers"][1:], row[1:])) for row in table["rows"]}
     assert rows["range_head.weight"]["cov"] == "-" and float(rows["range_head.weight"]["range"]) > 0
     assert rows["(requires_grad)"]["cov"] == "True" and rows["(grad_fn)"]["cov"] != "none"

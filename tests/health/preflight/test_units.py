@@ -37,7 +37,7 @@ STANDARD = {
 KINDS = {
     "backprojection": small("backprojection", **STANDARD),
     "hybrid": small("hybrid", **STANDARD),
-    "collapsed": small("hybrid", **STANDARD, **{"model.options.inputs": "collapsed"}),
+    "effective_channel": small("hybrid", **STANDARD, **{"model.options.inputs": "effective_channel"}),
 }
 
 

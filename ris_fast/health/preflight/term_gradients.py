@@ -12,7 +12,7 @@ from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.restore import preserve_state
 
 
-def graph_table(context: PreflightContext) -> dict[str, list[Any]]:
+def term_gradient_table(context: PreflightContext) -> dict[str, list[Any]]:
     """A row a tensor, a column a term: norm of the weighted term's gradient; '-' where the term does not reach it.
 
     The first three rows say of each term: weighted value, requires_grad, and the name of its grad_fn.

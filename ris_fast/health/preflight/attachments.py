@@ -1,8 +1,6 @@
-"""What user code attached to a trainer may change: a scheduler, an average, a counter, held by hooks and by replaced
-methods.
+"""What a user attached to a trainer: schedulers, averages and counters that hooks and replaced methods hold.
 
-The trainer does not know of them. They are found by following functions to what they close over, refer to and are bound
-to.
+The trainer does not know of them. They are found by following functions to what they close over, name and are bound to.
 """
 
 from __future__ import annotations

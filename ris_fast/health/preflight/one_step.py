@@ -1,0 +1,167 @@
+"""Preflight of one optimizer step: made once, on the gradient of all its micro-batches, which nothing else changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.measures import all_finite, listed, rounded_to_16_bits, total_norm
+from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.step_probe import StepTrace, few_scenes, take_step
+from ris_fast.physics.scenes import Scenes
+
+SCALER_STEPS = 24  # a dynamic loss scale halves its way to one that fits in fewer
+EXACT = 0.02  # of a norm: more than rounding and the order of sums
+
+
+def one_step(context: PreflightContext) -> Iterator[Finding]:
+    """One call steps once, on the gradient of all its micro-batches, which nothing touches on its way."""
+    group = context.groups[0]
+    expected = parts_of(context, group) if len(group) > 1 or context.optimizer.loss_scale is not None else []
+    before = [parameter.detach().clone() for parameter in context.model.parameters()]
+    first = take_step(context, group, context.trainer.plan.planned)
+    if first.attempted == 1 and first.skipped == 0:
+        yield from _moved_otherwise(context, before)
+    own = {id(p) for g in context.optimizer.param_groups for p in g["params"]}
+    raw = [g for p, g in zip(context.model.parameters(), first.raw) if g is not None and id(p) in own]
+    norm = total_norm(raw)
+    if first.attempted < 1:
+        yield from _no_step(first.reached, norm)
+        return
+    if first.attempted > 1:
+        yield Finding("step_called_twice", f"one call of the step made {first.attempted} optimizer steps.")
+    if not raw:
+        return
+    yield from _on_the_way(context, first, norm, expected)
+    if first.skipped == 0 and 0 < norm < math.inf:
+        yield from _shares(context, group, first, expected)
+    second = take_step(context, few_scenes(group), context.trainer.plan.planned)
+    if second.residual_grad_norm > 1e-3 * max(norm, 1e-30) and math.isfinite(second.residual_grad_norm):
+        yield Finding(
+            "gradients_never_cleared",
+            "at the start of the second step the gradients still have norm "
+            f"{second.residual_grad_norm:.3g} of the first one's {norm:.3g}.",
+        )
+
+
+def _no_step(reached: bool, raw: float) -> Iterator[Finding]:
+    """Nothing called the optimizer, or it found no gradient where there had been one."""
+    if not reached:
+        yield Finding("step_never_called", "one call of the step made 0 optimizer steps.")
+    elif raw > 0:
+        yield Finding(
+            "gradients_cleared_before_step",
+            f"backward leaves a gradient of norm {raw:.3g} and the optimizer finds none.",
+        )
+
+
+def _on_the_way(
+    context: PreflightContext, taken: StepTrace, raw: float, expected: list[list[Tensor | None]]
+) -> Iterator[Finding]:
+    """The gradient that the optimizer measured is the one that backward left, but for the loss scale."""
+    seen = taken.seen_norm * taken.scale
+    if not all_finite(taken.raw):
+        nonfinite = sum(not all_finite([part]) for part in taken.raw)
+        where = f"backward leaves {nonfinite} of {len(taken.raw)} tensors with values that are not finite"
+        if math.isfinite(seen) and taken.skipped == 0:
+            yield Finding(
+                "sanitised_gradients", f"{where}, and the optimizer receives a finite gradient of norm {seen:.3g}."
+            )
+        elif expected and all(all_finite(part) for part in expected):
+            if context.optimizer.loss_scale != "dynamic" or _never_applies(context):
+                yield Finding(
+                    "scaler_skips_all",
+                    f"{where}; without the loss scale of {taken.scale:g} all are finite, and no step is applied.",
+                )
+        else:
+            yield Finding("nonfinite_gradients", f"{where}, and the step is skipped.")
+    elif raw > 0 and seen == 0:
+        yield Finding(
+            "gradients_cleared_before_step",
+            f"backward leaves a gradient of norm {raw:.3g} and the optimizer finds zero.",
+        )
+    elif raw > 0 and seen < (1 - EXACT) * raw:
+        cause = (
+            "clip_before_unscale" if taken.scale > 1 else "clip_too_small" if seen < 1e-3 * raw else "zeroed_gradients"
+        )
+        yield Finding(
+            cause,
+            f"between backward and the optimizer the gradient's norm falls from {raw:.3g} to {seen:.3g}, "
+            f"at a loss scale of {taken.scale:g}.",
+        )
+
+
+def _never_applies(context: PreflightContext) -> bool:
+    return all(
+        take_step(context, context.groups[0], context.trainer.plan.planned, gradients=False).skipped
+        for _ in range(SCALER_STEPS)
+    )
+
+
+def _moved_otherwise(context: PreflightContext, before: list[Tensor]) -> Iterator[Finding]:
+    """Weights have moved by as much as the optimizer reports."""
+    names = {id(p): name for name, p in context.parameters.items()}
+    reported = dict(zip(context.optimizer.tensor_names, context.optimizer.telemetry()[:, 2].tolist()))
+    wrong = []
+    for parameter, kept in zip(context.model.parameters(), before):
+        name, way = names[id(parameter)], total_norm([parameter - kept])
+        if name in reported and way > 1.05 * reported[name] + 1e-5 * float(kept.norm()):
+            wrong.append(f"{name} by {way:.3g} instead of {reported[name]:.3g}")
+    if wrong and not rounded_to_16_bits(context.model.parameters()):
+        yield Finding(
+            "duplicate_parameters",
+            f"in one step {len(wrong)} tensors moved further than the optimizer moved them: "
+            f"{listed(wrong)}; something else updates them too.",
+        )
+
+
+# ---- what the step's gradient is made of ---------------------------------------------------------------------------
+
+
+def parts_of(context: PreflightContext, group: Sequence[Scenes]) -> list[list[Tensor | None]]:
+    """The gradient of each micro-batch's mean loss by itself, with the random numbers that the step will use."""
+    live = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
+    context.model.train()
+    torch.manual_seed(0)
+    found = []
+    for scenes in group:
+        total = context.loss(context.step.predict(scenes), scenes)[0]
+        if not total.requires_grad or not live:
+            return []
+        found.append(list(torch.autograd.grad(total, live, allow_unused=True)))
+    return found
+
+
+def _shares(
+    context: PreflightContext, group: Sequence[Scenes], taken: StepTrace, expected: list[list[Tensor | None]]
+) -> Iterator[Finding]:
+    """How much of each micro-batch is in the step's gradient: its share of the scenes, or the sum is wrong."""
+    if len(group) < 2 or not expected or not all(all_finite(part) for part in expected):
+        return
+    live = [g for p, g in zip(context.model.parameters(), taken.raw) if p.requires_grad]
+    zero = [torch.zeros_like(g) if g is not None else torch.zeros(()) for g in live]
+    columns = torch.stack(
+        [torch.cat([(g if g is not None else z).flatten().double() for g, z in zip(part, zero)]) for part in expected]
+    )
+    target = torch.cat([(g if g is not None else z).flatten().double() for g, z in zip(live, zero)]) / taken.scale
+    found = torch.linalg.lstsq(columns.T.cpu(), target[:, None].cpu()).solution[:, 0]
+    total = sum(scenes.batch for scenes in group)
+    right = torch.tensor([scenes.batch / total for scenes in group], dtype=torch.float64)
+    if bool(((found - right).abs() < 0.1 * right).all()):
+        return
+    shown = ", ".join(f"{value:.2f}" for value in found.tolist())
+    seen = f"the parts of a step enter its gradient with weights {shown}; their shares are {right[0]:.2f}"
+    gone = found.abs() < 0.1 * right
+    if bool(gone[:-1].all()) and not bool(gone[-1]):
+        yield Finding("last_micro_batch_only", f"{seen}.")
+    elif bool(gone.any()):
+        yield Finding("rank_gradient_missing", f"{seen}.")
+    else:
+        yield Finding("accumulation_not_divided", f"{seen}.")
+
+
+CHECKS = {"one call makes one step, on an untouched gradient": one_step}

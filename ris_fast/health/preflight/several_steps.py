@@ -1,0 +1,98 @@
+"""Preflight of a few steps in a row: rates follow their plan, weights keep their bits, averages follow the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.measures import all_finite, listed, rounded_to_16_bits, total_norm
+from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.step_probe import few_scenes, take_step
+from ris_fast.training.schedule import learning_rate_factor
+
+STEPS = 5
+FROZEN = 1e-5  # of the raw weights' way; an average over ten thousand steps has gone more
+ROUNDING = 1e-6  # of the weights: a shorter way is lost in an average's rounding
+
+
+def several_steps(context: PreflightContext) -> Iterator[Finding]:
+    """Over a few steps the rate follows its plan, weights move and keep their bits, and the average follows them."""
+    first = {name: value.detach().clone() for name, value in context.parameters.items()}
+    rates, applied, planned = [], [], context.trainer.plan.planned
+    before = context.optimizer.counters()
+    for number in range(STEPS):
+        applied.append(context.optimizer.counters()["applied"])
+        group = few_scenes(context.groups[number % len(context.groups)])
+        taken = take_step(context, group, planned, number, gradients=False)
+        rates.append(taken.rates)
+    after = context.optimizer.counters()
+    if after["attempted"] - before["attempted"] < STEPS - 1 and after["attempted"] != before["attempted"]:
+        yield Finding(
+            "optimizer_state_lost",
+            f"{STEPS} calls of the step made {after['attempted'] - before['attempted']} optimizer "
+            "steps: its count starts over.",
+        )
+    yield from _rates(context, rates, applied, planned)
+    if rounded_to_16_bits(context.model.parameters()) and not rounded_to_16_bits(first.values()):
+        yield Finding(
+            "low_precision_weights",
+            "after a few steps the last 16 bits of every weight are zero: they are rounded to "
+            "bfloat16, and updates below its spacing are lost.",
+        )
+    moved = any(not torch.equal(value, first[name]) for name, value in context.parameters.items())
+    if moved and context.optimizer.ema_decay:
+        yield from _average(context, first)
+
+
+def _rates(context: PreflightContext, rates: list[list[float]], applied: list[int], planned: int) -> Iterator[Finding]:
+    """Each step's rate against the planned one of its number among the applied steps."""
+    settings = context.config.optimizer
+
+    def factor(step: int) -> float:
+        return learning_rate_factor(step, planned, settings.warmup, settings.final_lr)
+
+    for step, values in zip(applied, rates):
+        for group, rate in zip(context.optimizer.param_groups, values):
+            peak = group.get("peak_lr", 0.0)
+            if peak > 0 and abs(rate / peak - factor(step)) > 1e-6:
+                fits = [k for k in range(64) if abs(rate / peak - factor(k)) < 1e-6 * max(rate / peak, 1e-9)]
+                cause = "learning_rate_off_plan"
+                if fits:
+                    cause = "schedule_per_batch" if min(fits) > step else "schedule_per_epoch"
+                yield Finding(
+                    cause,
+                    f"after {step} updates the rate of {group.get('name', 'a group')} is {rate:.3g} instead of "
+                    f"{peak * factor(step):.3g}{f', that of update {min(fits)}' if fits else ''}.",
+                )
+                return
+
+
+def _average(context: PreflightContext, first: dict[str, Tensor]) -> Iterator[Finding]:
+    """The averaged weights lie between the first ones and the present ones, and do not stay in the network."""
+    raw = {name: value.detach().clone() for name, value in context.parameters.items()}
+    with context.optimizer.ema():
+        mean = {name: value.detach().clone() for name, value in context.parameters.items()}
+    back = all(torch.equal(value, raw[name]) for name, value in context.parameters.items())
+    moved = [name for name in raw if not torch.equal(raw[name], first[name])]
+    if not back:
+        yield Finding("ema_saved_over_raw", "after the averaged weights were used the raw ones do not come back.")
+    if not all_finite(mean.values()) and all_finite(raw.values()):
+        yield Finding("ema_nonfinite", f"after {STEPS} steps the averaged weights are not finite; the raw ones are.")
+    elif (mean_way := _way(mean, first)) < FROZEN * (raw_way := _way(raw, first)):
+        yield Finding(
+            "ema_frozen",
+            f"after {STEPS} steps the averaged weights have gone {mean_way / raw_way:.1e} of the "
+            f"way of the raw ones, which moved in {len(moved)} tensors: {listed(moved)}.",
+        )
+    elif raw_way > ROUNDING * total_norm(first.values()) and all(torch.equal(mean[name], raw[name]) for name in moved):
+        yield Finding("ema_equals_raw", f"after {STEPS} steps all averaged weights are the raw ones, bit for bit.")
+
+
+def _way(weights: dict[str, Tensor], first: dict[str, Tensor]) -> float:
+    return total_norm([weights[name] - first[name] for name in first])
+
+
+CHECKS = {"a few steps keep their contracts": several_steps}

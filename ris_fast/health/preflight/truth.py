@@ -1,0 +1,157 @@
+"""Preflight of what the loss says of the truth and of known errors, and of the labels that it compares with.
+
+Legend: B batch, N RIS elements, Q factor columns, K sources (padded).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as fn
+
+from ris_fast.data.geometry import Reach
+from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.models.prediction import Prediction
+from ris_fast.physics.real_complex import conj
+from ris_fast.physics.scenes import Scenes
+from ris_fast.training.loss_terms import ANGLE_DELTA, active_sources
+
+ZERO = 1e-3  # of the truth's loss, where the zero predictor's is 1
+SHIFT_RAD, SHIFT_LOG = 0.02, 0.05
+COVARIANCE = ("cov", "cov_pred")
+LOCATED = {"angle": "azimuth", "range": "range_m", "chamfer": "azimuth"}
+
+
+def oracle(scenes: Scenes, like: Prediction) -> Prediction:
+    """The answer that is right: the target's factor in as many columns as the network's, and the sources' positions."""
+    columns = like.factor.shape[2]
+    factor = fn.pad(scenes.factor, (0, 0, 0, max(0, columns - scenes.factor.shape[2])))
+    active = active_sources(scenes.count, scenes.power.shape[1])
+
+    def set_of(values: Tensor | None, wanted: Tensor | None) -> Tensor | None:
+        """Positions of the sources; a slot without one repeats the first."""
+        return None if wanted is None or values is None else torch.where(active, values, values[:, :1]).clone()
+
+    logits = None
+    if like.count_logits is not None:
+        logits = 50.0 * fn.one_hot(scenes.count - 1, like.count_logits.shape[1]).to(factor.dtype)
+    return Prediction(
+        factor.clone(),
+        set_of(scenes.azimuth, like.azimuth),
+        set_of(scenes.elevation, like.elevation),
+        set_of(scenes.range_m, like.range_m),
+        logits,
+    )
+
+
+@torch.no_grad()
+def term_values(context: PreflightContext, prediction: Prediction, scenes: Scenes) -> dict[str, float]:
+    """Every enabled term of the loss, before its weight."""
+    return {name: float(value) for name, value in context.loss(prediction, scenes)[1].items()}
+
+
+def truth(context: PreflightContext) -> Iterator[Finding]:
+    """The true factors and positions score zero in every term that compares with the truth."""
+    scenes = context.scenes
+    if scenes.factor is None:
+        return
+    guess = context.guess
+    right = oracle(scenes, guess)
+    scores = term_values(context, right, scenes)
+    wrong = next((name for name in COVARIANCE if name in scores and not scores[name] < ZERO), None)
+    if wrong and context.config.loss.beta == 0.0:
+        yield _misjudged(context, wrong, right, guess, scores[wrong])
+    for name in LOCATED:
+        if name in scores and scores[name] > ZERO:
+            yield Finding(
+                "wrong_units",
+                f"the true {LOCATED[name]} has a {name} loss of {scores[name]:.3g} instead of 0: "
+                "prediction and label are not in the same units or frame.",
+            )
+            return
+    yield from _shifted(context, right, scenes)
+
+
+def _misjudged(context: PreflightContext, term: str, right: Prediction, guess: Prediction, score: float) -> Finding:
+    """Why the truth does not score zero."""
+    scenes = context.scenes
+    turned = term_values(context, right._replace(factor=conj(right.factor)), scenes)[term]
+    random = term_values(context, guess, scenes)[term]
+    if abs(turned) < ZERO:
+        return Finding(
+            "conjugation_error",
+            f"the true factors score {score:.3g} in {term} and their complex conjugates "
+            f"{turned:.1e}: one side has the other sign of the exponent.",
+        )
+    if score > random:
+        return Finding(
+            "loss_sign",
+            f"{term} is {score:.3g} for the truth and {random:.3g} for an untrained network: "
+            "it grows as the answer gets better.",
+        )
+    return Finding(
+        "target_scale_differs",
+        f"the true factors score {score:.4g} in {term} instead of 0 (an untrained "
+        f"network: {random:.3g}): prediction and target are not treated alike.",
+    )
+
+
+def _shifted(context: PreflightContext, right: Prediction, scenes: Scenes) -> Iterator[Finding]:
+    """A known error in angle or range has the loss that the definition says, in radians and log-metres."""
+    if right.azimuth is None:
+        return
+    moved = right._replace(azimuth=right.azimuth + SHIFT_RAD)
+    scores = term_values(context, moved, scenes)
+    expected = {"angle": ANGLE_DELTA * (SHIFT_RAD - ANGLE_DELTA / 2), "chamfer": 2 * SHIFT_RAD**2}
+    for name, value in expected.items():
+        if scores.get(name) and not 0.3 * value < scores[name] < 3.0 * value:
+            yield Finding(
+                "wrong_units",
+                f"azimuths that are wrong by {SHIFT_RAD} rad have a {name} loss of "
+                f"{scores[name]:.3g}; {value:.3g} is right.",
+            )
+            return
+    if right.range_m is not None and "range" in scores:
+        value = SHIFT_LOG**2 / 2
+        found = term_values(context, right._replace(range_m=right.range_m * math.exp(SHIFT_LOG)), scenes)["range"]
+        if not 0.3 * value < found < 3.0 * value:
+            yield Finding(
+                "wrong_units", f"ranges that are 5 % too long have a range loss of {found:.3g}; {value:.3g} is right."
+            )
+
+
+def labels(context: PreflightContext) -> Iterator[Finding]:
+    """Angles and ranges lie where the task says.
+
+    A reader may re-express the positions of files from another origin, which moves them past the task's limits: what
+    the files have is held to the task, and the scenes to what the reader served.
+    """
+    task, scenes = context.config.task, context.scenes
+    allowed = Reach(math.radians(task.azimuth_deg), math.radians(task.elevation_deg), task.range_max_m)
+    reach = getattr(context.trainer.source, "reach", None)
+    if reach is not None:
+        stored, served = reach
+        yield from _beyond("the files' ", stored, allowed, "the task says")
+        allowed = served
+    if scenes.azimuth is not None:
+        seen = Reach()
+        seen.include(scenes.azimuth, scenes.elevation, scenes.range_m, scenes.range_m > 0)
+        yield from _beyond("", seen, allowed, "the task says" if reach is None else "the files say")
+
+
+def _beyond(whose: str, seen: Reach, allowed: Reach, says: str) -> Iterator[Finding]:
+    """The first quantity that goes further than allowed."""
+    for name, unit in (("azimuth", "rad"), ("elevation", "rad"), ("range_m", "m")):
+        high, limit = getattr(seen, name), getattr(allowed, name)
+        if high > 1.01 * limit + 1e-6:
+            yield Finding(
+                "wrong_units", f"{whose}{name.removesuffix('_m')}s go up to {high:.4g}; {says} {limit:.4g} {unit}."
+            )
+            return
+
+
+CHECKS = {"the truth scores zero": truth, "labels are in radians and metres": labels}
