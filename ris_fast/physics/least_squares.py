@@ -30,7 +30,7 @@ def least_squares_factor(scenes: Scenes, steps: int = STEPS) -> Tensor:
     """
     if scenes.channel is None:
         raise ValueError(
-            "sample_factor: loss.beta > 0 blends a sample covariance, which needs the channel H; these "
+            "least_squares_factor: loss.beta > 0 blends a sample covariance, which needs the channel H; these "
             "scenes carry none. Set loss.beta = 0, or use data with H_full."
         )
     unit = power_of_two(scenes.channel), power_of_two(scenes.snapshots)  # squares of numbers in any unit stay finite

@@ -28,8 +28,8 @@ from ris_fast.physics.real_complex import power, to_pairs
 class Scenes:
     """A batch of scenes on one device; complex arrays are real pairs, float32.
 
-    A field is None where its source of data does not carry it: files may lack the channel (then `collapsed` is there)
-    or the geometry (then `covariance`, the dense target, is there).
+    A field is None where its source of data does not carry it: files may lack the channel (then `effective_channel`
+    is there) or the geometry (then `covariance`, the dense target, is there).
     """
 
     snapshots: Tensor  # (B, L, M, 2)  y
@@ -108,7 +108,7 @@ def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator, codes:
         m; y_l = H diag(c_l) x_l + n_l, x_l = sum_k g_k s_kl a_k; n white, its power set by the scene's SNR.
     Args: scenes: how many (0, 1, ...), or (B,) int64 indices; generator: seed, split and device;
         codes: (L, N, 2), or (B, L, N, 2) for a set a scene; the task's own if none are given.
-    Returns: `Scenes` with every field but `collapsed` and `covariance`.
+    Returns: `Scenes` with every field but `effective_channel` and `covariance`.
     Raises: TypeError or ValueError, naming the argument, what it was and what is expected. Values of scene numbers are
         looked at on a CPU only.
     Source: the measurement model of RIS-12x12, README.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ris_fast.physics.baseline_names import CONSTANT_BASELINES
 from ris_fast.training.summary import LEARNED
 
 FEW_STEPS = 200  # a network that learns shows it within as many
-CONSTANTS = ("zero", "identity", "mean")  # baselines that know nothing of the scene; any other feeds the network
 
 
 def stalled_because(summary: Mapping[str, Any]) -> str:
@@ -23,7 +23,7 @@ def stalled_because(summary: Mapping[str, Any]) -> str:
     )
     if best is None:
         return "not measured: no epoch was validated with a finite figure"
-    constants = [baselines[name] for name in CONSTANTS if name in baselines]
+    constants = [baselines[name] for name in CONSTANT_BASELINES if name in baselines]
     lowest = min(constants, default=1.0)
     if best >= lowest:
         steps = summary.get("optimizer_steps")
@@ -32,7 +32,9 @@ def stalled_because(summary: Mapping[str, Any]) -> str:
             f"{best:.3g} is no better than the constant answer ({lowest:.3g}): the network has learned nothing of the"
             f" scenes{few}"
         )
-    feeding = {name: value for name, value in baselines.items() if name not in CONSTANTS and best >= LEARNED * value}
+    feeding = {
+        name: value for name, value in baselines.items() if name not in CONSTANT_BASELINES and best >= LEARNED * value
+    }
     if feeding:
         name, value = min(feeding.items(), key=lambda item: item[1])
         beside = "not better" if best >= value else "not clearly better"

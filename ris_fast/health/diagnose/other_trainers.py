@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.monitor.history import Run
+from ris_fast.health.monitor.history import RunHistory
 
 ROUNDING = 5e-7  # relative: sums in float32 in another order
 MIN_DIGITS = 5  # of a figure that is the same in every epoch, to rule out chance and rounding
 STEADY, RISEN, FALLEN = 1.02, 1.1, 0.7
 
 
-def symptoms(run: Run) -> list[Finding]:
+def symptoms(run: RunHistory) -> list[Finding]:
     """Findings over rows of another trainer, the likeliest first; none is certain."""
     if any("health" in row for row in (*run.steps, *run.epochs)):
         return []
@@ -28,7 +28,7 @@ def symptoms(run: Run) -> list[Finding]:
     ]
 
 
-def _nonfinite_loss(run: Run) -> list[Finding]:
+def _nonfinite_loss(run: RunHistory) -> list[Finding]:
     """A loss that is not finite from some row on."""
     for rows, name in ((run.steps, "train_loss"), (run.epochs, "train_loss"), (run.epochs, "val_loss")):
         values = [row[name] for row in rows if isinstance(row.get(name), (int, float))]
@@ -46,7 +46,7 @@ def _nonfinite_loss(run: Run) -> list[Finding]:
     return []
 
 
-def _step_once_per_epoch(run: Run, losses: Sequence[float]) -> list[Finding]:
+def _step_once_per_epoch(run: RunHistory, losses: Sequence[float]) -> list[Finding]:
     """A printed training loss that is the validation loss over the number of batches, epoch after epoch."""
     pairs = _pairs(run)
     if len(pairs) < 2 or not all(train > 0 and value > 0 for train, value in pairs):
@@ -74,7 +74,7 @@ def _step_once_per_epoch(run: Run, losses: Sequence[float]) -> list[Finding]:
     ]
 
 
-def _constant_validation(run: Run, losses: Sequence[float]) -> list[Finding]:
+def _constant_validation(run: RunHistory, losses: Sequence[float]) -> list[Finding]:
     """A validation loss that is the same in every epoch."""
     if not _is_constant(losses):
         return []
@@ -119,7 +119,7 @@ def _shown(losses: Sequence[float]) -> str:
     return repr(losses[0]) if len(set(losses)) == 1 else f"{losses[0]:.6g}, but for rounding,"
 
 
-def _overfitting(run: Run) -> list[Finding]:
+def _overfitting(run: RunHistory) -> list[Finding]:
     """Training that keeps falling while validation rises."""
     pairs = [pair for pair in _pairs(run) if all(map(math.isfinite, pair))]
     if len(pairs) < 5:
@@ -138,7 +138,7 @@ def _overfitting(run: Run) -> list[Finding]:
     ]
 
 
-def _grad_norms(run: Run) -> list[Finding]:
+def _grad_norms(run: RunHistory) -> list[Finding]:
     norms = [
         float(row["grad_norm"]) for row in (*run.steps, *run.epochs) if isinstance(row.get("grad_norm"), (int, float))
     ]
@@ -149,7 +149,7 @@ def _grad_norms(run: Run) -> list[Finding]:
     return []
 
 
-def _likely(cause: str, evidence: str, run: Run) -> Finding:
+def _likely(cause: str, evidence: str, run: RunHistory) -> Finding:
     return Finding(cause, evidence, run.step, certain=False)
 
 
@@ -159,7 +159,7 @@ def validation_loss(row: Mapping[str, Any]) -> float | None:
     return next((float(value) for value in values if isinstance(value, (int, float))), None)
 
 
-def _pairs(run: Run) -> list[tuple[float, float]]:
+def _pairs(run: RunHistory) -> list[tuple[float, float]]:
     """Training and validation loss of the epochs that have both."""
     return [
         (float(row["train_loss"]), value)

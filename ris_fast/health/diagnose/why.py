@@ -12,8 +12,8 @@ from typing import Any
 
 from ris_fast.health.diagnose.other_trainers import symptoms
 from ris_fast.health.finding import Finding, explained, ranked
-from ris_fast.health.monitor.history import Run
-from ris_fast.health.monitor.step_rules import replay
+from ris_fast.health.monitor.history import RunHistory
+from ris_fast.health.monitor.rules import replay
 from ris_fast.report.eventlog import METRICS, SUMMARY
 
 CONFIG = "config.toml"
@@ -92,9 +92,9 @@ def why(
     )
 
 
-def sort_rows(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> Run:
+def sort_rows(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> RunHistory:
     """The rows as a run: a row without an event is an epoch if it has a validation figure, else a step."""
-    run = Run(summary=summary)
+    run = RunHistory(summary=summary)
     for number, row in enumerate(rows):
         event = row.get("event") or ("epoch" if any(key.startswith("val") for key in row) else "step")
         if event == "start":
@@ -119,7 +119,7 @@ def summary_beside(path: Path) -> dict[str, Any]:
     return summary
 
 
-def _figures(run: Run) -> str:
+def _figures(run: RunHistory) -> str:
     best, baselines = run.summary.get("best_val_nmse"), run.summary.get("baselines") or {}
     if best is None:
         counts = [_counted(len(run.steps), "step row"), _counted(len(run.epochs), "epoch")]

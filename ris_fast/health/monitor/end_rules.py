@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.monitor.epoch_rules import AT_ITS_END, CONSTANTS
-from ris_fast.health.monitor.history import Rule, Run, validated
+from ris_fast.health.monitor.epoch_rules import AT_ITS_END
+from ris_fast.health.monitor.history import Rule, RunHistory, validated
+from ris_fast.physics.baseline_names import CONSTANT_BASELINES
 
-AT_FLOOR, UNMOVED = 0.95, 0.01  # of the lowest constant answer; relative, between the first and the last third
+NO_BETTER, UNMOVED = 0.95, 0.01  # of the lowest constant answer; relative, between the first and the last third
 WHOLE_EPOCHS, ENOUGH_STEPS = 3, 100  # before which a run has not had its chance
 
 
-def how_it_ended(run: Run) -> Iterator[Finding]:
+def how_it_ended(run: RunHistory) -> Iterator[Finding]:
     """What the loop stopped for, by cause."""
     stopped = set(run.summary.get("findings") or ())
     step = int(run.summary.get("optimizer_steps") or run.step)
@@ -38,11 +39,11 @@ def how_it_ended(run: Run) -> Iterator[Finding]:
             )
 
 
-def stalled_at_baseline(run: Run) -> Iterator[Finding]:
+def stalled_at_baseline(run: RunHistory) -> Iterator[Finding]:
     """A run that came to its own end knows no more than a constant answer, and neither loss moved on the way."""
     whole = [row for row in run.epochs if not (row.get("health") or {"cut_short": True}).get("cut_short")]
     best, baselines = run.summary.get("best_val_nmse"), run.summary.get("baselines") or {}
-    constants = {name: baselines[name] for name in CONSTANTS if name in baselines}
+    constants = {name: baselines[name] for name in CONSTANT_BASELINES if name in baselines}
     if (
         run.summary.get("verdict") != "stalled"
         or len(whole) < WHOLE_EPOCHS
@@ -56,7 +57,7 @@ def stalled_at_baseline(run: Run) -> Iterator[Finding]:
         what: _moved([figure(row) for row in whole])
         for what, figure in (("training", lambda row: float(row["train_loss"])), ("validation", validated))
     }
-    if best >= AT_FLOOR * constants[name] and all(share <= UNMOVED for share in moved.values()):
+    if best >= NO_BETTER * constants[name] and all(share <= UNMOVED for share in moved.values()):
         yield Finding(
             "stalled_at_baseline",
             f"after {run.step} steps and {len(whole)} whole epochs the best validation NMSE is {best:.4g}, beside"

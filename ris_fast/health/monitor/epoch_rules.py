@@ -6,23 +6,23 @@ import math
 from collections.abc import Iterator
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.monitor.history import Row, Rule, Run, validated
+from ris_fast.health.monitor.history import Row, Rule, RunHistory, validated
+from ris_fast.physics.baseline_names import CONSTANT_BASELINES
 
-CONSTANTS = ("zero", "identity", "mean")
 FALLEN = 3.0  # times the best validation: what was learned is gone
 IN_A_ROW, LONG = 2, 3  # epochs that show a collapse; epochs that show training and validation apart
 LOW, STILL_LOW = 0.5, 1.5  # training: of the lowest constant answer; of its own lowest
 MEMORISED, NO_BETTER = 3.0, 0.97  # validation over training; of the best before, in the last third
 
 
-def constant(run: Run) -> tuple[str, float] | None:
-    """The best answer that knows nothing of the scene, and its NMSE; None where the run says of none."""
+def constant(run: RunHistory) -> tuple[str, float] | None:
+    """The best constant answer and its NMSE; None where the run reports none."""
     baselines = run.info.get("baselines") or run.summary.get("baselines") or {}
-    known = {name: float(baselines[name]) for name in CONSTANTS if name in baselines}
+    known = {name: float(baselines[name]) for name in CONSTANT_BASELINES if name in baselines}
     return min(known.items(), key=lambda each: each[1], default=None)
 
 
-def trained(run: Run, row: Row) -> float:
+def trained(run: RunHistory, row: Row) -> float:
     """The NMSE of an epoch's training scenes as its terms have it, before any weight; not-a-number where no term is
     that."""
     terms = row.get("terms") or {}
@@ -31,8 +31,8 @@ def trained(run: Run, row: Row) -> float:
     return float(terms[name]["raw"]) if name in terms and not blended else math.nan
 
 
-def collapsed(run: Run) -> Iterator[Finding]:
-    """What a run has learned it keeps: validation does not go back to the constant answer, and training with it."""
+def collapsed(run: RunHistory) -> Iterator[Finding]:
+    """A run keeps what it has learned: validation does not go back to the constant answer, and training with it."""
     baseline, values = constant(run), [validated(row) for row in run.epochs]
     best = min((value for value in values[:-IN_A_ROW] if math.isfinite(value)), default=math.nan)
     if baseline is None or not best < 0.95 * baseline[1]:
@@ -50,7 +50,7 @@ def collapsed(run: Run) -> Iterator[Finding]:
         )
 
 
-def validation_apart(run: Run) -> Iterator[Finding]:
+def validation_apart(run: RunHistory) -> Iterator[Finding]:
     """A network that has learned its training scenes beats a constant on others of the same kind."""
     baseline, last = constant(run), run.epochs[-LONG:]
     if (
@@ -60,30 +60,28 @@ def validation_apart(run: Run) -> Iterator[Finding]:
     ):
         return
     values = [validated(row) for row in run.epochs]
-    fresh, scores = (
-        run.info.get("fresh"),
-        f"training scores {trained(run, last[-1]):.3g} and validation {values[-1]:.3g}",
+    seen = (
+        f"training scores {trained(run, last[-1]):.3g} and validation {values[-1]:.3g}, no better than a constant"
+        f" ({baseline[1]:.3g}), for {LONG} epochs"
     )
-    if fresh:
+    if run.info.get("fresh"):
         yield Finding(
             "validation_apart",
-            f"{scores}, no better than a constant ({baseline[1]:.3g}), for {LONG} epochs. Training has new scenes in every"
-            " epoch, so nothing is memorised: the validation scenes, their targets, or the weights or the mode that"
-            " are validated are not those of training.",
+            f"{seen}. Training has new scenes in every epoch, so nothing is memorised: the validation scenes, their"
+            " targets, or the weights or the mode that are validated are not those of training.",
             run.step,
         )
-    elif values[-1] <= 1.1 * min(values):  # where it rose, it is overfitting, which is told at the end
+    elif values[-1] <= 1.1 * min(values):  # where it rose, it is overfitting, which is reported at the end
         yield Finding(
             "validation_apart",
-            f"{scores}, no better than a constant ({baseline[1]:.3g}), for {LONG} epochs: the validation scenes, their"
-            " targets, or the weights that are validated are not those of training, or the network has memorised its"
-            f" {_scenes(run)}.",
+            f"{seen}: the validation scenes, their targets, or the weights that are validated are not those of"
+            f" training, or the network has memorised its {_scenes(run)}.",
             run.step,
             certain=False,
         )
 
 
-def overfitting(run: Run) -> Iterator[Finding]:
+def overfitting(run: RunHistory) -> Iterator[Finding]:
     """Scenes that come again can be memorised: training goes on falling, and validation does not."""
     values, train = [validated(row) for row in run.epochs], [trained(run, row) for row in run.epochs]
     third = len(values) // 3
@@ -105,7 +103,7 @@ def overfitting(run: Run) -> Iterator[Finding]:
         )
 
 
-def loss_without_the_truth(run: Run) -> Iterator[Finding]:
+def loss_without_the_truth(run: RunHistory) -> Iterator[Finding]:
     """A loss that falls while the NMSE rises is made of other things."""
     baseline, rows = constant(run), run.epochs
     if (
@@ -120,9 +118,8 @@ def loss_without_the_truth(run: Run) -> Iterator[Finding]:
         return
     first, last = rows[0], rows[-1]
     weighted = {name: abs(term["weighted"]) for name, term in (last.get("terms") or {}).items()}
-    others = sorted((name for name in weighted if not name.startswith("cov")), key=weighted.__getitem__, reverse=True)[
-        :2
-    ]
+    auxiliary = [name for name in weighted if not name.startswith("cov")]
+    others = sorted(auxiliary, key=weighted.__getitem__, reverse=True)[:2]
     total = sum(weighted.values())
     if (
         last["val_loss"] < 0.97 * first["val_loss"]
@@ -142,7 +139,7 @@ def loss_without_the_truth(run: Run) -> Iterator[Finding]:
         )
 
 
-def _scenes(run: Run) -> str:
+def _scenes(run: RunHistory) -> str:
     return f"{run.info['train_scenes']:,} training scenes" if "train_scenes" in run.info else "training scenes"
 
 

@@ -1,4 +1,4 @@
-"""What a run has said of itself so far, as rules read it."""
+"""What a run has reported so far, as rules read it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Row = Mapping[str, Any]
 
 
 @dataclass
-class Run:
-    """Everything that a run has said so far."""
+class RunHistory:
+    """Everything that a run has reported so far."""
 
     info: Row = field(default_factory=dict)
     steps: list[Row] = field(default_factory=list)
@@ -36,7 +36,30 @@ class Run:
         return max((int(row.get("step", 0)) for row in rows), default=0)
 
 
-Rule = Callable[[Run], Iterator[Finding]]
+Rule = Callable[[RunHistory], Iterator[Finding]]
+
+# Keys that earlier versions wrote into metrics.jsonl and summary.json.
+RENAMED = {
+    "floors": "baselines",
+    "left_over": "residual_grad_norm",
+    "asleep": "modules_in_eval_mode",
+    "first_asleep": "first_module_in_eval_mode",
+    "groups_read": "optimizer_batches",
+    "between_epochs": "weight_drift_between_epochs",
+    "around_validation": "weight_drift_in_validation",
+    "answers": "prediction_hash",
+}
+
+
+def with_current_keys(row: Row) -> dict[str, Any]:
+    """The row of a run of any version under the keys of this one, also in what it nests."""
+    current = {
+        RENAMED.get(key, key): with_current_keys(value) if isinstance(value, Mapping) else value
+        for key, value in row.items()
+    }
+    if "prediction_hash" in current and "modules_in_eval_mode" in current:  # of a score, which now says so in one word
+        current["in_eval_mode"] = current.pop("modules_in_eval_mode")
+    return current
 
 
 def validated(row: Row) -> float:

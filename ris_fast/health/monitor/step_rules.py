@@ -1,4 +1,4 @@
-"""Rules over what a run reported: pure functions from its rows to findings, the same while it runs and afterwards."""
+"""Rules over the steps of a run: its optimizer steps, gradients, scenes, modes, learning rates and weights."""
 
 from __future__ import annotations
 
@@ -6,24 +6,16 @@ import math
 from collections.abc import Iterator
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.monitor.end_rules import END_RULES
-from ris_fast.health.monitor.epoch_rules import WHILE_IT_RUNS
-from ris_fast.health.monitor.history import Row, Rule, Run
+from ris_fast.health.monitor.history import Rule, RunHistory
 
 TOUCHED = 0.02  # relative: more than rounding in a sum
 ENOUGH_SCENES = 8  # of one step, or of several together, of which more than half were served before
-AUDIBLE = 1e-5  # of the first weights' norm: a move that the rounding of an answer in float32 cannot hide
-COLD = 0.2  # of the raw weights' way, below which the averaged weights are mostly the first ones
 JUMP, STILL = 0.5, 1e-8  # of a weight in one step
 GROWN, SHRUNK = 10.0, 0.2  # of the first weights' norm
 USUAL = 0.2  # rms of a weight; first weights have a tenth of that
 
 
-# ---- contracts of a step
-# ------------------------------------------------------------------------------------------------
-
-
-def one_update_a_step(run: Run) -> Iterator[Finding]:
+def one_update_a_step(run: RunHistory) -> Iterator[Finding]:
     """The optimizer is stepped once for each call of the step."""
     calls, attempted = run.reading.get("steps", 0), run.reading.get("attempted")
     if not calls or attempted is None:
@@ -44,7 +36,7 @@ def one_update_a_step(run: Run) -> Iterator[Finding]:
         )
 
 
-def untouched_gradient(run: Run) -> Iterator[Finding]:
+def untouched_gradient(run: RunHistory) -> Iterator[Finding]:
     """What backward leaves is what the optimizer receives, and nothing is left from the step before."""
     reading, row = run.reading, run.steps[-1]
     raw, scale = reading.get("raw_norm"), row.get("loss_scale") or 1.0
@@ -85,7 +77,7 @@ def untouched_gradient(run: Run) -> Iterator[Finding]:
         )
 
 
-def nonfinite_between_reports(run: Run) -> Iterator[Finding]:
+def nonfinite_between_reports(run: RunHistory) -> Iterator[Finding]:
     """Steps that no report looked at closely were not skipped for gradients that are not finite."""
     reading, window = run.reading, run.reading.get("window") or {}
     scaled = (run.steps[-1].get("loss_scale") or 1.0) != 1.0  # a scaler finds its scale by overflowing
@@ -105,7 +97,7 @@ def nonfinite_between_reports(run: Run) -> Iterator[Finding]:
         )
 
 
-def served_scenes(run: Run) -> Iterator[Finding]:
+def served_scenes(run: RunHistory) -> Iterator[Finding]:
     """No step has empty or broken scenes, or scenes that it or another step of the epoch has had."""
     reading = run.reading
     if reading.get("nonfinite_scenes"):
@@ -130,7 +122,7 @@ def served_scenes(run: Run) -> Iterator[Finding]:
         )
 
 
-def _repeated(run: Run) -> tuple[int, int]:
+def _repeated(run: RunHistory) -> tuple[int, int]:
     """Scenes that were served before, and all: of the last step that was read, or of the last ones where a step has
     few.
 
@@ -145,18 +137,18 @@ def _repeated(run: Run) -> tuple[int, int]:
     return repeated, scenes
 
 
-def training_mode(run: Run) -> Iterator[Finding]:
+def training_mode(run: RunHistory) -> Iterator[Finding]:
     """Every module is in training mode while it trains."""
     if run.reading.get("modules_in_eval_mode"):
         yield Finding(
             "eval_mode_in_training",
             f"{run.reading['modules_in_eval_mode']} modules train in evaluation mode, first "
-            f"{run.reading['first_asleep'] or 'the network'}.",
+            f"{run.reading['first_module_in_eval_mode'] or 'the network'}.",
             run.step,
         )
 
 
-def planned_rate(run: Run) -> Iterator[Finding]:
+def planned_rate(run: RunHistory) -> Iterator[Finding]:
     """The learning rate of a report's last step is the one that the count of updates stands for, in the plan that this
     step used.
 
@@ -177,7 +169,7 @@ def planned_rate(run: Run) -> Iterator[Finding]:
             return
 
 
-def _off_plan(run: Run, name: str) -> str:
+def _off_plan(run: RunHistory, name: str) -> str:
     """Which way a rate has left its plan, by the rates of earlier reports."""
     row, earlier = run.steps[-1], [each for each in run.steps[:-1] if name in (each.get("lr_planned") or {})]
     rate, plan = row["lr"][name], row["lr_planned"][name]
@@ -194,7 +186,7 @@ def _same_rate(one: float, other: float) -> bool:
     return abs(one - other) <= 1e-5 * max(other, 1e-30)
 
 
-def only_the_optimizer_moves_weights(run: Run) -> Iterator[Finding]:
+def only_the_optimizer_moves_weights(run: RunHistory) -> Iterator[Finding]:
     """Between two updates no weight changes."""
     if run.reading.get("moved_before"):
         where = "to their first values" if run.reading["back_to_first"] else "by something else than the optimizer"
@@ -203,7 +195,7 @@ def only_the_optimizer_moves_weights(run: Run) -> Iterator[Finding]:
         )
 
 
-def movement(run: Run) -> Iterator[Finding]:
+def movement(run: RunHistory) -> Iterator[Finding]:
     """Weights move by a small share of themselves in a step, and keep their size."""
     reading, first = run.reading, (run.steps[0].get("health") or {})
     ratio = reading.get("update_ratio")
@@ -230,99 +222,6 @@ def movement(run: Run) -> Iterator[Finding]:
         )
 
 
-# ---- contracts of an epoch
-# ----------------------------------------------------------------------------------------------
-
-
-def every_batch_is_a_step(run: Run) -> Iterator[Finding]:
-    """An epoch makes as many steps as its batches."""
-    reading = run.validation
-    made, read, wanted = reading.get("steps"), reading.get("optimizer_batches"), reading.get("epoch_steps")
-    if made is None or made >= wanted or reading.get("cut_short"):
-        return
-    if made == 1 and read > 1:
-        yield Finding(
-            "step_once_per_epoch",
-            f"the epoch read {read} batches and made 1 optimizer step: the step stands behind the "
-            "loop over batches, not in it.",
-            run.step,
-        )
-    elif run.epochs[-1].get("epoch", 1) > 1 or read is not None:
-        yield Finding(
-            "batches_skipped",
-            f"the epoch made {made} optimizer steps on {read} groups of batches; its data have {wanted}.",
-            run.step,
-        )
-
-
-def weights_at_the_seams(run: Run) -> Iterator[Finding]:
-    """Neither validation nor the time between epochs moves a weight."""
-    seams = run.validation
-    around, between = seams.get("weight_drift_in_validation") or {}, seams.get("weight_drift_between_epochs") or {}
-    if around.get("moved"):
-        yield Finding(
-            "ema_saved_over_raw",
-            f"validation left {around['moved']} tensors changed: the averaged weights stayed in the network.",
-            run.step,
-        )
-    if between.get("moved"):
-        where = "the first ones" if between.get("back_to_first") else "others"
-        yield Finding(
-            "weights_reset", f"{between['moved']} tensors were replaced by {where} between two epochs.", run.step
-        )
-
-
-def validated_weights(run: Run) -> Iterator[Finding]:
-    """Validation scores the weights it says, in evaluation mode, anew each time."""
-    reading = run.validation
-    scores, least = reading.get("scores") or {}, AUDIBLE * (reading.get("first_norm") or 0.0)
-    raw, mean = scores.get("raw"), scores.get("ema")
-    if raw is None:
-        return
-    if not all(score["modules_in_eval_mode"] for score in scores.values()):
-        yield Finding(
-            "train_mode_in_validation", "modules are in training mode while the network is validated.", run.step
-        )
-    if mean is not None:
-        yield from _averages(run, raw, mean, reading.get("distance") or 0.0, least)
-    before = ((run.epochs[-2].get("health") or {}).get("scores") or {}).get("raw") if len(run.epochs) > 1 else None
-    if (
-        before is not None
-        and before["prediction_hash"] == raw["prediction_hash"]
-        and abs(before["distance"] - raw["distance"]) > least
-    ):
-        yield Finding(
-            "cached_validation",
-            "the network's answers to the validation scenes are those of the epoch before, bit for bit "
-            f"(validation loss {raw['loss']:.6f} twice), and its weights have moved.",
-            run.step,
-        )
-
-
-def _averages(run: Run, raw: Row, mean: Row, distance: float, least: float) -> Iterator[Finding]:
-    if raw["distance"] == mean["distance"] != distance:
-        yield Finding("raw_not_validated", "the raw weights were scored with the averaged ones in place.", run.step)
-    elif raw["prediction_hash"] == mean["prediction_hash"] and abs(raw["distance"] - mean["distance"]) > least:
-        yield Finding(
-            "cached_validation", "raw and averaged weights differ and give the same answers, bit for bit.", run.step
-        )
-    elif distance > least and mean["distance"] == 0:
-        yield Finding(
-            "ema_frozen", "the averaged weights are the first ones, bit for bit; the raw ones have moved.", run.step
-        )
-    elif distance > 0 and mean["distance"] < COLD * distance:
-        yield Finding(
-            "ema_cold",
-            f"the averaged weights have gone {mean['distance'] / distance:.1%} of the way of the raw ones when "
-            "they are validated.",
-            run.step,
-        )
-    elif distance > 0 and raw["distance"] == mean["distance"] and raw["prediction_hash"] == mean["prediction_hash"]:
-        yield Finding("ema_equals_raw", "averaged and raw weights are the same, bit for bit.", run.step)
-    if not math.isfinite(mean["distance"]) and math.isfinite(raw["distance"]):
-        yield Finding("ema_nonfinite", "the averaged weights are not finite; the raw ones are.", run.step)
-
-
 STEP_RULES: tuple[Rule, ...] = (
     one_update_a_step,
     untouched_gradient,
@@ -333,23 +232,3 @@ STEP_RULES: tuple[Rule, ...] = (
     only_the_optimizer_moves_weights,
     movement,
 )
-EPOCH_RULES: tuple[Rule, ...] = (every_batch_is_a_step, weights_at_the_seams, validated_weights, *WHILE_IT_RUNS)
-
-
-def rules_of(event: str) -> tuple[Rule, ...]:
-    """The rules that a row of this kind can set off: "step", "epoch" or "finish"."""
-    return {"step": STEP_RULES, "epoch": EPOCH_RULES, "finish": END_RULES}[event]
-
-
-def replay(run: Run) -> list[Finding]:
-    """The findings of a whole run, as they would have come while it ran."""
-    growing, found = Run(run.info), []
-    rows = sorted(
-        [(row["step"], 0, row) for row in run.steps] + [(row["step"], 1, row) for row in run.epochs],
-        key=lambda each: each[:2],
-    )
-    for _, is_epoch, row in rows:
-        (growing.epochs if is_epoch else growing.steps).append(row)
-        found += [finding for rule in rules_of("epoch" if is_epoch else "step") for finding in rule(growing)]
-    growing.summary = run.summary
-    return found + [finding for rule in END_RULES for finding in rule(growing)]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ris_fast.health.finding import Finding, ranked
-from ris_fast.health.monitor.history import Run
+from ris_fast.health.monitor.history import RunHistory
 from ris_fast.health.monitor.names import check_beginnings, known_causes, words
-from ris_fast.health.monitor.step_rules import rules_of
+from ris_fast.health.monitor.rules import rules_of
 from ris_fast.health.preflight.run import Result, run_checks
 from ris_fast.training.state import RunStopped
 from ris_fast.training.trainer import Trainer
@@ -39,7 +39,7 @@ class Watchdog:
             words(trainer.config.health.frozen), [name for name, _ in trainer.model.named_parameters()], "health.frozen"
         )
         self.checks: list[Result] = []
-        self.run = Run()
+        self.run = RunHistory()
         self._found: list[Finding] = []
         self._rules: dict[str, bool] = {}  # every rule that has looked, and whether it has found anything
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from bench.faults.healthy_twins import TWINS
-from ris_fast.health.monitor.history import Run
-from ris_fast.health.monitor.step_rules import replay
+from ris_fast.health.monitor.history import RENAMED, RunHistory, with_current_keys
+from ris_fast.health.monitor.rules import replay
 from ris_fast.training.trainer import Trainer
 
 
 class Recorder:
     def __init__(self) -> None:
-        self.run = Run()
+        self.run = RunHistory()
 
     def start(self, info: Any) -> None:
         self.run.info = dict(info)
@@ -32,7 +32,7 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def healthy() -> Run:
+def healthy() -> RunHistory:
     from bench.faults.healthy_twins import changed
 
     recorder = Recorder()
@@ -40,7 +40,7 @@ def healthy() -> Run:
     return recorder.run
 
 
-def test_a_healthy_run_is_left_in_peace(healthy: Run) -> None:
+def test_a_healthy_run_is_left_in_peace(healthy: RunHistory) -> None:
     assert healthy.steps and len(healthy.epochs) == 3
     assert all(
         row["health"]["raw_norm"] > 0 and row["health"]["moved"] == row["health"]["tensors"]
@@ -49,7 +49,18 @@ def test_a_healthy_run_is_left_in_peace(healthy: Run) -> None:
     assert replay(healthy) == []
 
 
-def test_a_step_that_is_not_finite_between_two_reports_is_told_with_its_number_and_tensor() -> None:
+def test_rows_of_earlier_versions_are_read_under_their_old_keys(healthy: RunHistory) -> None:
+    old = {new: name for name, new in RENAMED.items()} | {"in_eval_mode": "asleep"}
+
+    def renamed(row: Any) -> Any:
+        return {old.get(key, key): renamed(value) for key, value in row.items()} if isinstance(row, dict) else row
+
+    for row in (healthy.info, *healthy.steps, *healthy.epochs, healthy.summary):
+        assert renamed(dict(row)) != row or row is healthy.summary
+        assert with_current_keys(renamed(dict(row))) == row
+
+
+def test_a_step_that_is_not_finite_between_two_reports_is_reported_with_its_number_and_tensor() -> None:
     from bench.faults.healthy_twins import changed
 
     trainer = Trainer(
@@ -80,7 +91,7 @@ STEP_FAULTS = {
 
 
 @pytest.mark.parametrize("cause", STEP_FAULTS)
-def test_a_broken_contract_of_a_step_is_named(cause: str, healthy: Run) -> None:
+def test_a_broken_contract_of_a_step_is_named(cause: str, healthy: RunHistory) -> None:
     run = deepcopy(healthy)
     run.steps[4]["health"] |= STEP_FAULTS[cause]
     assert [finding.cause for finding in replay(run)] == [cause]
@@ -88,7 +99,7 @@ def test_a_broken_contract_of_a_step_is_named(cause: str, healthy: Run) -> None:
 
 
 @pytest.mark.parametrize("share, cause", [(0.0, "gradients_cleared_before_step"), (0.5, "zeroed_gradients")])
-def test_a_gradient_that_changes_on_its_way_is_named(share: float, cause: str, healthy: Run) -> None:
+def test_a_gradient_that_changes_on_its_way_is_named(share: float, cause: str, healthy: RunHistory) -> None:
     run = deepcopy(healthy)
     run.steps[3]["grad_norm"] *= share
     assert [finding.cause for finding in replay(run)] == [cause]
@@ -105,7 +116,7 @@ RATES = {
 @pytest.mark.parametrize("steps", [1, 10])
 @pytest.mark.parametrize("cause", RATES)
 def test_a_rate_that_is_not_the_planned_one_is_named_also_where_a_report_is_of_many_steps(
-    cause: str, steps: int, healthy: Run
+    cause: str, steps: int, healthy: RunHistory
 ) -> None:
     run = deepcopy(healthy)
     for number, row in enumerate(run.steps):  # a plan that still rises, so that it can be left in every direction
@@ -169,7 +180,7 @@ def test_a_schedule_that_follows_the_clock_and_one_that_goes_on_after_an_interru
     assert recorder.run.steps and replay(recorder.run) == []
 
 
-def test_after_a_skipped_step_the_host_may_be_one_report_late(healthy: Run) -> None:
+def test_after_a_skipped_step_the_host_may_be_one_report_late(healthy: RunHistory) -> None:
     """As on a GPU: the report of the skip comes when the next step has its rate already; the one after that has the
     right rate."""
     run = deepcopy(healthy)
@@ -193,9 +204,9 @@ CHANGES = {
     "batches_skipped": lambda now, before: now.update(steps=4, optimizer_batches=4),
     "ema_saved_over_raw": lambda now, before: now["weight_drift_in_validation"].update(moved=3),
     "weights_reset": lambda now, before: now["weight_drift_between_epochs"].update(moved=3),
-    "train_mode_in_validation": lambda now, before: now["scores"]["raw"].update(modules_in_eval_mode=False),
+    "train_mode_in_validation": lambda now, before: now["scores"]["raw"].update(in_eval_mode=False),
     "cached_validation": lambda now, before: now["scores"]["raw"].update(
-        answers=before["scores"]["raw"]["prediction_hash"]
+        prediction_hash=before["scores"]["raw"]["prediction_hash"]
     ),
     "raw_not_validated": lambda now, before: now["scores"]["raw"].update(distance=now["scores"]["ema"]["distance"]),
     "ema_frozen": lambda now, before: now["scores"]["ema"].update(distance=0.0),
@@ -204,13 +215,13 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("cause", CHANGES)
-def test_a_broken_contract_of_an_epoch_is_named(cause: str, healthy: Run) -> None:
+def test_a_broken_contract_of_an_epoch_is_named(cause: str, healthy: RunHistory) -> None:
     run = deepcopy(healthy)
     CHANGES[cause](run.epochs[1]["health"], run.epochs[0]["health"])
     assert [finding.cause for finding in replay(run)] == [cause]
 
 
-def test_moves_that_rounding_hides_are_no_cached_validation(healthy: Run) -> None:
+def test_moves_that_rounding_hides_are_no_cached_validation(healthy: RunHistory) -> None:
     run = deepcopy(healthy)
     now, before = run.epochs[1]["health"], run.epochs[0]["health"]
     CHANGES["cached_validation"](now, before)
@@ -222,7 +233,7 @@ def test_moves_that_rounding_hides_are_no_cached_validation(healthy: Run) -> Non
 # ------------------------------------------------------------------------
 
 
-def told(train: list[float], val: list[float], **info: Any) -> Run:
+def history(train: list[float], val: list[float], **info: Any) -> RunHistory:
     """A run of these training and validation NMSE, epoch by epoch; fresh scenes, constants at 1."""
     rows = [
         {
@@ -236,22 +247,22 @@ def told(train: list[float], val: list[float], **info: Any) -> Run:
         }
         for i, (t, v) in enumerate(zip(train, val, strict=True))
     ]
-    return Run(info={"baselines": {"zero": 1.0}, "fresh": True, "train_scenes": 64} | info, epochs=rows)
+    return RunHistory(info={"baselines": {"zero": 1.0}, "fresh": True, "train_scenes": 64} | info, epochs=rows)
 
 
 LEARNED_AND_LOST = [0.5, 0.06, 0.054, 2.3, 2.31, 2.3]
 STORIES = {
-    "sign flipped": (told([0.6, 0.07, 0.058, 2.2, 2.3, 2.3], LEARNED_AND_LOST), "collapsed", True, 250),
+    "sign flipped": (history([0.6, 0.07, 0.058, 2.2, 2.3, 2.3], LEARNED_AND_LOST), "collapsed", True, 250),
     "validation broken on the way": (
-        told([0.6, 0.07, 0.058, 0.057, 0.056, 0.055], LEARNED_AND_LOST),
+        history([0.6, 0.07, 0.058, 0.057, 0.056, 0.055], LEARNED_AND_LOST),
         "validation_apart",
         True,
         300,
     ),
-    "validation never right": (told([0.6, 0.3, 0.2, 0.2], [1.92] * 4), "validation_apart", True, 200),
-    "few scenes, never right": (told([0.6, 0.3, 0.2, 0.2], [1.92] * 4, fresh=False), "validation_apart", False, 200),
+    "validation never right": (history([0.6, 0.3, 0.2, 0.2], [1.92] * 4), "validation_apart", True, 200),
+    "few scenes, never right": (history([0.6, 0.3, 0.2, 0.2], [1.92] * 4, fresh=False), "validation_apart", False, 200),
     "few scenes, memorised": (
-        told([0.6, 0.2, 0.1, 0.05, 0.02, 0.009], [0.5, 0.2, 0.13, 0.13, 0.14, 0.15], fresh=False),
+        history([0.6, 0.2, 0.1, 0.05, 0.02, 0.009], [0.5, 0.2, 0.13, 0.13, 0.14, 0.15], fresh=False),
         "overfitting",
         False,
         300,
@@ -269,20 +280,20 @@ def test_training_and_validation_that_part_are_named(story: str) -> None:
 @pytest.mark.parametrize(
     "run",
     [
-        told([0.6, 0.07, 0.058, 2.2, 0.1], [0.5, 0.06, 0.054, 2.3, 0.1]),
-        told([0.9, 0.9, 0.9, 0.9], [1.1, 1.0, 1.1, 1.0]),
-        told([0.6, 0.3, 0.2, 0.1], [0.7, 0.35, 0.22, 0.12], fresh=False),
-        told([0.6, 0.2, 0.1, 0.05, 0.02, 0.01], [0.5, 0.3, 0.2, 0.1, 0.09, 0.08], fresh=False),
-        told([0.2] * 4, [1.9] * 4, blend=0.3),
+        history([0.6, 0.07, 0.058, 2.2, 0.1], [0.5, 0.06, 0.054, 2.3, 0.1]),
+        history([0.9, 0.9, 0.9, 0.9], [1.1, 1.0, 1.1, 1.0]),
+        history([0.6, 0.3, 0.2, 0.1], [0.7, 0.35, 0.22, 0.12], fresh=False),
+        history([0.6, 0.2, 0.1, 0.05, 0.02, 0.01], [0.5, 0.3, 0.2, 0.1, 0.09, 0.08], fresh=False),
+        history([0.2] * 4, [1.9] * 4, blend=0.3),
     ],
     ids=["one bad epoch", "learns nothing", "learns", "validation still falls", "training is blended"],
 )
-def test_training_and_validation_that_go_together_are_left_in_peace(run: Run) -> None:
+def test_training_and_validation_that_go_together_are_left_in_peace(run: RunHistory) -> None:
     assert replay(run) == []
 
 
 def test_a_loss_that_falls_while_the_nmse_rises_names_the_terms_it_is_made_of() -> None:
-    run = told([1.1] * 5, [1.126, 1.13, 1.15, 1.16, 1.174])
+    run = history([1.1] * 5, [1.126, 1.13, 1.15, 1.16, 1.174])
     for row, loss in zip(run.epochs, (0.129, 0.125, 0.12, 0.118, 0.115)):
         row |= {
             "val_loss": loss,
@@ -320,7 +331,7 @@ BASELINES = {"zero": 1.0, "identity": 0.98, "mean": 0.97}
 
 def flat(
     epochs: int = 6, *, train: float = 0.0, val: float = 0.0, steps: int = 50, cut: int = 0, **summary: Any
-) -> Run:
+) -> RunHistory:
     """A run at the baseline, whose losses fall by these shares from its first epoch to its last."""
 
     def row(i: int) -> dict[str, Any]:
@@ -334,7 +345,7 @@ def flat(
             "health": {"cut_short": i >= epochs - cut},
         }
 
-    return Run(
+    return RunHistory(
         epochs=[row(i) for i in range(epochs)],
         summary={"verdict": "stalled", "best_val_nmse": 0.968, "baselines": BASELINES} | summary,
     )
@@ -377,7 +388,7 @@ def test_a_run_that_stays_at_the_baseline_is_a_certain_stall() -> None:
         "no baselines",
     ],
 )
-def test_a_run_that_has_not_had_its_chance_or_moved_is_no_certain_stall(run: Run) -> None:
+def test_a_run_that_has_not_had_its_chance_or_moved_is_no_certain_stall(run: RunHistory) -> None:
     assert replay(run) == []
 
 
