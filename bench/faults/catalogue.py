@@ -1,5 +1,4 @@
-"""What a fault is, and the list of all of them: the ten families, and the third that the rules' author does not
-read."""
+"""What a fault is, and the list of all: ten families, with a third of each that the author of the rules never reads."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from ris_fast.training.trainer import Trainer
 
 FAMILIES = ("parameters", "graph", "loss", "loop", "precision", "averaging", "mode", "data", "model", "compiled")
 
-# A third of every family, chosen before any rule was written. Their patches are in held_out.py.
+# A third of every family, chosen before any rule was written. Their patches are in held_out/.
 HELD_OUT = frozenset(
     (
         "one_layer_frozen",
@@ -154,9 +153,9 @@ class Family:
 def all_faults() -> dict[str, Fault]:
     """Every fault by name, in the order of the families, the held-out third of each last."""
     tuned = [fault for family in FAMILIES for fault in import_module(f"{__package__}.{family}").FAMILY.faults]
-    unseen = [fault for family in import_module(f"{__package__}.held_out").FAMILIES for fault in family.faults]
+    unseen = [fault for family in FAMILIES for fault in import_module(f"{__package__}.held_out.{family}").FAMILY.faults]
     ordered = sorted(tuned + unseen, key=lambda fault: FAMILIES.index(fault.family))
     faults = {fault.name: fault for fault in ordered}
     if len(faults) != len(ordered) or {fault.name for fault in unseen} != HELD_OUT:
-        raise ValueError("faults: a name is there twice, or held_out.py and HELD_OUT differ.")
+        raise ValueError("faults: a name is used twice, or held_out/ and HELD_OUT differ.")
     return faults

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.faults.catalogue import Family
-from bench.faults.patches import on_batches, replaced, wrap
+from bench.faults.patches import on_batches, replaced, with_labels_of, wrap
 from ris_fast.models import hybrid
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
@@ -59,17 +59,7 @@ def cache_slot_of_zeros(trainer: Trainer) -> None:
     "shuffles inputs and targets with two different permutations", "shuffled_labels", "preflight", twin="backprojection"
 )
 def targets_shuffled(trainer: Trainer) -> None:
-    def shuffled(scenes: Scenes) -> Scenes:
-        order = torch.randperm(scenes.batch)
-        return replace(
-            scenes,
-            **{
-                name: getattr(scenes, name)[order]
-                for name in ("factor", "azimuth", "elevation", "range_m", "power", "count")
-            },
-        )
-
-    on_batches(trainer, shuffled, "train")
+    on_batches(trainer, lambda scenes: with_labels_of(scenes, torch.randperm(scenes.batch)), "train")
 
 
 @FAMILY.patch("attends over the batch axis where the sequence axis is meant", "scenes_mixed", "preflight")

@@ -62,8 +62,7 @@ def body_behind_the_loop(trainer: Trainer) -> None:
     def epoch() -> None:
         before, meter = dict(trainer.counters), Meter()
         trainer.model.train()
-        for group in trainer._groups():
-            pass
+        *_, group = trainer._groups()
         result = trainer.step(group, trainer.plan.planned)
         trainer._advance(result.scenes)
         meter.add(replace(result, loss=result.loss / trainer.epoch_steps))

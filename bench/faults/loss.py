@@ -10,7 +10,7 @@ from ris_fast.kernels.cov_nmse.op import cov_nmse
 from torch import Tensor
 
 from bench.faults.catalogue import Family
-from bench.faults.patches import on_loss, replaced, wrap
+from bench.faults.patches import on_label_angles, on_loss, replaced, wrap
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training import loss_terms as terms
 from ris_fast.training.trainer import Trainer
@@ -76,13 +76,7 @@ def loading_on_one_side(trainer: Trainer) -> None:
 
 @FAMILY.patch("reads angles in degrees from the labels and compares them with radians", "wrong_units", "preflight")
 def labels_in_degrees(trainer: Trainer) -> None:
-    on_loss(
-        trainer,
-        lambda prediction, scenes: (
-            prediction,
-            replace(scenes, azimuth=torch.rad2deg(scenes.azimuth), elevation=torch.rad2deg(scenes.elevation)),
-        ),
-    )
+    on_label_angles(trainer, torch.rad2deg)
 
 
 @FAMILY.patch("minimises a similarity", "loss_sign", "preflight", twin="backprojection")

@@ -18,7 +18,7 @@ FAMILY.setting(
     "shows the network H c_l instead of H, as the original did",
     "inputs_withhold_answer",
     "preflight",
-    {"model.options.inputs": "collapsed"},
+    {"model.options.inputs": "effective_channel"},
     twin="few_codes",
 )
 

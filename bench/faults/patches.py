@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,6 +92,23 @@ def on_batches(trainer: Trainer, change: Callable[[Scenes], Scenes], split: str 
         return lambda name, index: change(batch(name, index)) if split in (None, name) else batch(name, index)
 
     wrap(trainer.source, "batch", make)
+
+
+LABELS = ("factor", "azimuth", "elevation", "range_m", "power", "count")
+
+
+def with_labels_of(scenes: Scenes, rows: Tensor) -> Scenes:
+    """The scenes with each other's labels: scene i has those of scene rows[i]."""
+    return replace(scenes, **{name: getattr(scenes, name)[rows] for name in LABELS})
+
+
+def on_label_angles(trainer: Trainer, change: Callable[[Tensor], Tensor]) -> None:
+    """The true angles go through `change` on their way into the loss."""
+
+    def changed(prediction: Prediction, scenes: Scenes) -> tuple[Prediction, Scenes]:
+        return prediction, replace(scenes, azimuth=change(scenes.azimuth), elevation=change(scenes.elevation))
+
+    on_loss(trainer, changed)
 
 
 def before_step(trainer: Trainer, action: Callable[[], Any]) -> None:

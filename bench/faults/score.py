@@ -1,12 +1,11 @@
-"""Measures the rules: which faults they notice, whether the first thing they say is the cause, when, and what they say
-about healthy runs.
+"""Scores the rules: which faults they detect, when, whether they name the cause first, and their false alarms.
 
     python -m bench.faults.score [--held-out | --all | --only NAME ...] [--afterwards] [--healthy N] [--json FILE]
     [--jobs N]
 
-A fault counts as detected if anything is said by the time that its record allows, unless its healthy twin is told the
-same; as named if the first thing said is one of the causes that its record expects. With --afterwards nothing is
-checked or watched while a run goes on, and `why` answers from the rows that it leaves. Of the held-out third only
+A fault counts as detected if anything is reported by the time that its record allows, unless the same is reported of
+its healthy twin; as named if the first cause reported is one that its record expects. With --afterwards nothing is
+checked or watched during the run, and `why` answers from the rows that it leaves. Of the held-out third only
 totals are printed, so that a person who writes rules can run everything.
 """
 
