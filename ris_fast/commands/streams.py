@@ -33,7 +33,7 @@ class Output:
         for each in (self, self.peer):
             if each is not None and each.staged:
                 each.staged = False
-                each._attempt(lambda: each.stream.write("\r\x1b[2K"), flush=True)
+                each._attempt(lambda each=each: each.stream.write("\r\x1b[2K"), flush=True)
         self._attempt(lambda: self.stream.write(text))
         return len(text)
 

@@ -196,7 +196,7 @@ def _grid(far: _Clear, layout: Layout) -> tuple[float, Layout, tuple[float, floa
     best = (-1.0, layout, (0.5, float(q[0])))
     for spacing in torch.arange(SPACINGS[0], SPACINGS[1], 0.4 / max(layout.horizontal, layout.vertical)).tolist():
 
-        def side(cosine: Tensor, at: Tensor) -> Tensor:
+        def side(cosine: Tensor, at: Tensor, spacing: float = spacing) -> Tensor:
             bend = q[:, None, None, None] * at.square() / (2 * far.range_m[..., None])
             return torch.view_as_complex(expi((-2 * math.pi * (spacing * cosine[..., None] * at - bend)).float()))
 

@@ -111,14 +111,14 @@ def open_source(
 
 def _refuse_lost_channel(source: SceneSource, config: Config) -> None:
     """A network that needs H cannot be trained on H c_l; one that asks for H c_l may be, with a note."""
-    if not source.channel and config.model.options.get("inputs") != "collapsed":
+    if not source.channel and config.model.options.get("inputs") not in ("effective_channel", "collapsed"):
         raise DataError(
             config.data.path,
             "H_full",
             "no such key, only H = H c_l",
             f"the channel, which model '{config.model.name}' needs: H c_l cannot carry the answer",
-            "Generate the shards with H_full. To train on H c_l all the same, as the original did, use "
-            "--preset original --set model.options.inputs=collapsed --set health.mute=inputs_withhold_answer and "
+            "Generate the shards with H_full. To train on H c_l all the same, as the original did, use --preset "
+            "original --set model.options.inputs=effective_channel --set health.mute=inputs_withhold_answer and "
             "expect a validation NMSE near 0.97: the run ends as stalled, with exit code 4.",
         )
 

@@ -61,7 +61,7 @@ def measure(
     for sample in samples:
         args = sample.make(device, dtype)
         eager_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
-        exact, eager = widened(args), mapped(args, lambda t: t.to(eager_dtype) if t.dtype == dtype else t)
+        exact, eager = widened(args), mapped(args, lambda t, to=eager_dtype: t.to(to) if t.dtype == dtype else t)
         want = outcome(operator, operator.reference, exact)
         value = relative(outcome(operator, run, args), want)
         value_limit = allowed(operator, relative(outcome(operator, operator.reference, eager), want), dtype)

@@ -19,7 +19,7 @@ from ris_fast.training.schedule import Plan, learning_rate_factor
 from ris_fast.training.state import Meter, RunState, RunStopped
 from ris_fast.training.step import Step
 from ris_fast.training.telemetry.async_copy import Clock, DeviceTimestamp, HostCopy
-from ris_fast.training.telemetry.step_telemetry import Sample
+from ris_fast.training.telemetry.step_telemetry import StepSample
 
 
 class Observer(Protocol):
@@ -52,7 +52,7 @@ class Ordered:
     planned: int  # length of the schedule that its last step used
     window: Meter
     scenes: int  # of the epoch, until then
-    sample: Sample | None
+    sample: StepSample | None
     copies: HostCopy
     moment: DeviceTimestamp
 

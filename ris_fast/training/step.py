@@ -20,7 +20,7 @@ from ris_fast.physics.scenes import Scenes
 from ris_fast.training.loss import CovarianceLoss
 from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.training.schedule import learning_rate_factor
-from ris_fast.training.telemetry.step_telemetry import Telemetry
+from ris_fast.training.telemetry.step_telemetry import StepTelemetry
 from ris_fast.training.telemetry.step_window import ring_size
 
 
@@ -110,7 +110,7 @@ class Step:
     ) -> None:
         self.network, self.loss, self.optimizer = network, loss, optimizer
         self.config, self.device = config, device
-        self.telemetry = Telemetry(model, optimizer, config.report.every_steps)
+        self.telemetry = StepTelemetry(model, optimizer, config.report.every_steps)
         self.rates: list[float | Tensor] = []
 
     def predict(self, scenes: Scenes) -> Prediction:

@@ -259,7 +259,7 @@ def test_a_compile_cache_that_is_no_folder_is_named_with_its_variable(tmp_path) 
         ("model.options.dropout=7", "below 1"),
         ("model.options.heads=-1", "at least 1"),
         ("model.options.feedforward=0", "at least 1"),
-        ("model.options.inputs=colapsed", "Did you mean 'collapsed'?"),
+        ("model.options.inputs=efective_channel", "Did you mean 'effective_channel'?"),
         ("model.options.layers=1.5", "expected a whole number"),
     ],
 )

@@ -104,7 +104,9 @@ def test_what_files_cannot_serve_is_refused_before_a_network_is_built(
 
     monkeypatch.setattr(loop, "build_model", build)
     asked = (
-        ["model.options.inputs=collapsed", "loss.beta=0.1"] if "drop" in options else ["loss.cov=0", "loss.cov_pred=0"]
+        ["model.options.inputs=effective_channel", "loss.beta=0.1"]
+        if "drop" in options
+        else ["loss.cov=0", "loss.cov_pred=0"]
     )
     with pytest.raises(ConfigError, match="loss.beta = 0" if "drop" in options else "no term tells"):
         trainer(write_folders(tmp_path, **options), *asked, preset="original")

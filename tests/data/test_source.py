@@ -112,9 +112,9 @@ def test_a_lost_channel_is_refused_unless_asked_for(tmp_path: Path) -> None:
     """Before training: a network that needs H must not start on H c_l and sit at the baseline."""
     write_folders(tmp_path, drop=("H_full",))
     data = Data(path=str(tmp_path))
-    with pytest.raises(DataError, match="model.options.inputs=collapsed"):
+    with pytest.raises(DataError, match="model.options.inputs=effective_channel"):
         open_source(Config(task=SMALL, data=data), "cpu")
-    asked = Config(task=SMALL, data=data, model=Model(name="hybrid", options={"inputs": "collapsed"}))
+    asked = Config(task=SMALL, data=data, model=Model(name="hybrid", options={"inputs": "effective_channel"}))
     assert open_source(asked, "cpu").channel is False
 
 

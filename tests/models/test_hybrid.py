@@ -23,7 +23,7 @@ SMALL = {"width": 32, "layers": 2, "heads": 4, "feedforward": 48, "grid": 9}
 SEED_PRESET = Loss(orthogonality=1e-3, cross=1e-3, angle=0.05, range=0.02, chamfer=0.05, subspace=0.05, count=0.1)
 
 
-@pytest.fixture(params=["backprojection", "collapsed"])
+@pytest.fixture(params=["backprojection", "effective_channel"])
 def inputs(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -96,27 +96,31 @@ def test_scenes_of_a_batch_do_not_mix(inputs: str) -> None:
         torch.testing.assert_close(whole[2:4], part, rtol=1e-4, atol=1e-5)
 
 
-def test_collapsed_mode_takes_h_or_what_the_original_stored_of_it() -> None:
-    model, batch = small("collapsed"), scenes()
+def test_effective_channel_mode_takes_h_or_what_the_original_stored_of_it() -> None:
+    model, batch = small("effective_channel"), scenes()
     given = model(batch.snapshots, effective_channel(batch.channel, batch.codes), batch.codes, batch.snr_db)
     for one, other in zip(given, call(model, batch), strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_collapsed_mode_cannot_see_what_h_c_leaves_out_and_the_default_can() -> None:
+def test_the_old_name_of_the_effective_channel_mode_is_read() -> None:
+    assert small("collapsed").inputs == "effective_channel"
+
+
+def test_effective_channel_mode_cannot_see_what_h_c_leaves_out_and_the_default_can() -> None:
     """Two channels with the same H c_l for every code: only the back-projection tells them apart."""
     batch = scenes()
     codes = torch.view_as_complex(batch.codes)
     hidden = torch.linalg.svd(codes.conj())[2][codes.shape[0] :].conj().mean(0)
     assert (codes.conj() @ hidden).abs().max() < 1e-5
     other = batch.channel + torch.view_as_real(hidden.conj().resolve_conj())
-    for mode, sees in (("collapsed", False), ("backprojection", True)):
+    for mode, sees in (("effective_channel", False), ("backprojection", True)):
         model = small(mode)
         changed = model(batch.snapshots, other, batch.codes, batch.snr_db).factor - call(model, batch).factor
         assert bool(changed.abs().max() > 1e-3) is sees
 
 
-@pytest.mark.parametrize("mode, shape", [("backprojection", (6, 8, 4, 2)), ("collapsed", (6, 4, 4, 2))])
+@pytest.mark.parametrize("mode, shape", [("backprojection", (6, 8, 4, 2)), ("effective_channel", (6, 4, 4, 2))])
 def test_a_channel_of_the_wrong_shape_is_refused(mode: str, shape: tuple[int, ...]) -> None:
     batch = scenes()
     with pytest.raises(ValueError, match="channel is .*inputs='" + mode):
@@ -128,7 +132,7 @@ def test_a_channel_of_the_wrong_shape_is_refused(mode: str, shape: tuple[int, ..
     [
         ("hybird", {}, "hybrid"),
         ("hybrid", {"widht": 8}, "width"),
-        ("hybrid", {"inputs": "colapsed"}, "collapsed"),
+        ("hybrid", {"inputs": "efective_channel"}, "effective_channel"),
         ("hybrid", {"width": 30}, "multiple of 4"),
         ("hybrid", {"grid": 1}, "at least 2"),
     ],

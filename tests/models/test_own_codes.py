@@ -16,6 +16,7 @@ from ris_fast.health.preflight.inputs import hidden_change
 from ris_fast.models import build_model
 from ris_fast.physics.baselines import baselines, mean_covariance
 from ris_fast.physics.channel import backproject, effective_channel, sense
+from ris_fast.physics.least_squares import least_squares_factor
 from ris_fast.physics.matched_filter import least_squares_channel
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.real_complex import expi, to_complex
@@ -40,13 +41,13 @@ def network(name: str, **options: object) -> Callable[[Scenes], Tensor]:
 WHO = {
     "sense": lambda: lambda s: sense(s.channel, s.codes, s.factor[:, :, 0]),
     "backproject": lambda: lambda s: backproject(s.channel, s.codes, s.snapshots),
-    "collapsed channel": lambda: lambda s: effective_channel(s.channel, s.codes),
+    "effective channel": lambda: lambda s: effective_channel(s.channel, s.codes),
     "simulate": lambda: lambda s: simulate(TASK, s.index, SceneGenerator(3, "train"), codes=s.codes).snapshots,
     "least squares": lambda: least_squares_factor,
     "least-squares channel": lambda: lambda s: least_squares_channel(effective_channel(s.channel, s.codes), s.codes),
     "backprojection": lambda: network("backprojection", width=32, depth=1),
     "hybrid": lambda: network("hybrid", **HYBRID),
-    "hybrid, collapsed": lambda: network("hybrid", inputs="collapsed", **HYBRID),
+    "hybrid, effective channel": lambda: network("hybrid", inputs="effective_channel", **HYBRID),
     "loss with a blend": lambda: (
         lambda s: CovarianceLoss(Loss(beta=0.3), TASK).nmse(s.factor.roll(1, 1), s, blend=True)
     ),

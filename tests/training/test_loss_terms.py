@@ -78,10 +78,12 @@ def test_factor_terms_stay_finite_on_degenerate_factors(name: str, trouble: str)
     for dtype in (torch.float32, torch.float64):
         factor = degenerate_factors()[trouble].to(dtype).requires_grad_()
         steer = terms.unit_columns(degenerate_factors()["duplicate"][:, :, :SOURCES].to(dtype))
-        value = {
-            "subspace": lambda: terms.subspace(factor, steer),
-            "contrast": lambda: terms.contrast(factor, steer, RAMP, ACTIVE),
-        }.get(name, lambda: FACTOR_TERMS[name](factor))()
+        if name == "subspace":
+            value = terms.subspace(factor, steer)
+        elif name == "contrast":
+            value = terms.contrast(factor, steer, RAMP, ACTIVE)
+        else:
+            value = FACTOR_TERMS[name](factor)
         value.sum().backward()
         assert value.isfinite().all() and factor.grad.isfinite().all()
 

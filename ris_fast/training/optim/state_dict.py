@@ -122,9 +122,8 @@ class SavedOptimizer(FlatGradients):
             last.remove()
         states = self._given_states(given)
         extra = {f"ema.{self.tensor_names[i]}": state["ema"] for i, state in states.items() if "ema" in state}
-        extra |= {"counters": state["counters"] for state in states.values() if "counters" in state} | given.get(
-            _EXTRA, {}
-        )
+        counters = [state["counters"] for state in states.values() if "counters" in state]
+        extra |= ({"counters": counters[-1]} if counters else {}) | given.get(_EXTRA, {})
         stale = self.ema_decay is not None and _stale(extra, states)
         if stale:
             extra = {"counters": extra["counters"]}

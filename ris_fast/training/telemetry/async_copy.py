@@ -36,7 +36,7 @@ class HostCopy:
 
 
 class DeviceTimestamp:
-    """A point in the device's work, put there by `Clock.mark`."""
+    """A point in the device's work, put there by `Clock.record`."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock, self._seconds, self._event = clock, time.monotonic(), _timed_event(clock.device)
@@ -58,7 +58,7 @@ class Clock:
         self.start()
 
     def start(self) -> None:
-        """Waits for the device and sets its time to the host's. Marks made before are void."""
+        """Waits for the device and sets its time to the host's. Timestamps recorded before are void."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.began, self.event = time.monotonic(), _timed_event(self.device)

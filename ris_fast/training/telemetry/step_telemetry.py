@@ -44,8 +44,8 @@ def weight_norms(model: nn.Module) -> Tensor:
 def row_hashes(values: Tensor) -> Tensor:
     """(B,) int64: a hash of each row's bytes, on the device; equal rows have equal hashes."""
     bits = values.detach().float().contiguous().flatten(1).view(torch.int32).long()
-    place = torch.arange(1, bits.shape[1] + 1, device=bits.device)
-    return ((bits ^ (place * 2654435761)) * (2 * place * 40503 + 1)).sum(1)
+    position = torch.arange(1, bits.shape[1] + 1, device=bits.device)
+    return ((bits ^ (position * 2654435761)) * (2 * position * 40503 + 1)).sum(1)
 
 
 def count_invalid_rows(values: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def modules_in_eval_mode(model: nn.Module) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Sample:
+class StepSample:
     """A step as it was seen: its number, the modules that were in evaluation mode, and tensors by name.
 
     Of every step of a report: "records" and "record_steps" of `FusedAdamW.records`; the rest only of a step that was
@@ -79,7 +79,7 @@ class Sample:
     tensors: dict[str, Tensor]
 
 
-class Telemetry:
+class StepTelemetry:
     """Readings of one optimizer step at a time; `Step` calls the methods in their order.
 
     `every`: a step is read on the first eight and then each time this many steps have passed.
@@ -91,7 +91,7 @@ class Telemetry:
         self.first: Tensor | None = None  # weight norms before the first step
         self.kept: tuple[int, Tensor] | None = None  # call and weight norms after the last step that was read
         self.window: Window | None = None  # what the last report brought
-        self.told, self.told_calls = 0, 0  # number of the last step in a window; calls until then
+        self.last_reported, self.reported_calls = 0, 0  # number of the last step in a window; calls until then
         self.seen: list[tuple[int, frozenset[int]]] = []
         self._clear()
 
@@ -112,7 +112,7 @@ class Telemetry:
 
     def begin(self) -> None:
         if self.fresh:  # a resumed run counts on, so that its reports find what they report
-            self.calls = self.told_calls = self.optimizer.attempted_steps()
+            self.calls = self.reported_calls = self.optimizer.attempted_steps()
         self.calls, self.fresh = self.calls + 1, False
         self.sampled = self.due(self.calls)
         self._clear()
@@ -150,7 +150,7 @@ class Telemetry:
 
     # ---- called at a report ----------------------------------------------------------------------------------------
 
-    def sample(self) -> Sample | None:
+    def sample(self) -> StepSample | None:
         """What a report takes with it of the last step and of those before it, still on the device; None for
         nothing."""
         tensors: dict[str, Tensor | None] = {}
@@ -170,9 +170,9 @@ class Telemetry:
         if len(numbers):
             tensors |= {"records": records, "record_steps": numbers}
         tensors = {name: value for name, value in tensors.items() if value is not None}
-        return Sample(self.calls, modules_in_eval_mode(self.model), tensors) if tensors else None
+        return StepSample(self.calls, modules_in_eval_mode(self.model), tensors) if tensors else None
 
-    def read(self, sample: Sample | None, epoch: int) -> dict[str, Any]:
+    def read(self, sample: StepSample | None, epoch: int) -> dict[str, Any]:
         """A sample in plain numbers; empty for None. Waits for the device where the tensors are still there."""
         if sample is None:
             return {}
@@ -182,22 +182,24 @@ class Telemetry:
     def rest(self) -> Window:
         """The steps since the last report, at the end of a run, which comes without one. Waits for the device."""
         records, numbers = (each.cpu() for each in self.optimizer.records())
-        return Window.after(self.told, records, numbers, self.calls - self.told_calls)
+        return Window.after(self.last_reported, records, numbers, self.calls - self.reported_calls)
 
     def _read_window(self, call: int, seen: dict[str, Tensor]) -> dict[str, Any]:
         """What the ring has kept since the last report."""
         if "records" not in seen:
             return {}
-        self.window = Window.after(self.told, seen["records"], seen["record_steps"], call - self.told_calls)
-        self.told_calls, self.told = call, self.window.numbers[-1] if self.window.numbers else self.told
+        self.window = Window.after(
+            self.last_reported, seen["records"], seen["record_steps"], call - self.reported_calls
+        )
+        self.reported_calls = call
+        self.last_reported = self.window.numbers[-1] if self.window.numbers else self.last_reported
         return {"window": self.window.summary(self.optimizer.tensor_names)}
 
-    def _read_step(self, sample: Sample, seen: dict[str, Tensor], epoch: int) -> dict[str, Any]:
+    def _read_step(self, sample: StepSample, seen: dict[str, Tensor], epoch: int) -> dict[str, Any]:
         """The step that was looked at."""
         before, after, raw, table = (seen[name] for name in ("before", "after", "raw", "table"))
         hashes = seen["row_hashes"].tolist() if "row_hashes" in seen else []
         zeros, nonfinite = seen["invalid_rows"].tolist() if "invalid_rows" in seen else (0, 0)
-        sleeping = sample.modules_in_eval_mode
         reading = {
             "call": sample.call,
             "residual_grad_norm": _number(seen.get("residual_grad_norm")),
@@ -213,8 +215,8 @@ class Telemetry:
             "zero_scenes": zeros,
             "nonfinite_scenes": nonfinite,
             "spread": _number(seen.get("spread")),
-            "modules_in_eval_mode": len(sleeping),
-            "first_asleep": (sleeping or [None])[0],
+            "modules_in_eval_mode": len(sample.modules_in_eval_mode),
+            "first_module_in_eval_mode": (sample.modules_in_eval_mode or [None])[0],
             "update_ratio": median((table[:, 2] / table[:, 1].clamp_min(1e-30)).tolist()),
             "weight_norm": float(after.norm()),
         }

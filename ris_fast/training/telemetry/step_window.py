@@ -35,28 +35,30 @@ class Window:
     made: int
 
     @classmethod
-    def after(cls, told: int, records: Tensor, numbers: Tensor, made: int) -> Window:
-        """Records (R, T, 4) and their numbers (R,), both on the host, put in order; those up to `told` are left out."""
+    def after(cls, reported: int, records: Tensor, numbers: Tensor, made: int) -> Window:
+        """Records (R, T, 4) and their numbers (R,), on the host, put in order; those up to `reported` are left out."""
         newest = int(numbers.max()) if len(numbers) else 0
         order = numbers.argsort()
-        order = order[numbers[order] > (told if newest >= told else 0)]  # a count that fell: another optimizer's
+        order = order[
+            numbers[order] > (reported if newest >= reported else 0)
+        ]  # a count that fell: another optimizer's
         return cls(numbers[order].long().tolist(), records[order], made)
 
     def summary(self, names: Sequence[str]) -> dict[str, Any]:
-        """The largest gradient and the broken ones, in plain numbers; None where there is no such step."""
+        """The largest gradient and the non-finite ones, in plain numbers; None where there is no such step."""
         norms, bad = self.table[..., 0].double(), self.table[..., 3]
         total = norms.square().sum(1).sqrt()
-        broken = ((bad > 0).any(1) | ~total.isfinite()).nonzero().flatten().tolist()
-        sound = [place for place in range(len(self.numbers)) if place not in set(broken)]
-        largest = max(sound, key=total.tolist().__getitem__, default=None)
-        first = broken[0] if broken else None
+        finite = (~(bad > 0).any(1) & total.isfinite()).tolist()
+        good = [row for row, each in enumerate(finite) if each]
+        largest = max(good, key=total.tolist().__getitem__, default=None)
+        first = finite.index(False) if len(good) < len(finite) else None
         return {
             "steps": self.made,
             "recorded": len(self.numbers),
-            "nonfinite_steps": len(broken),
+            "nonfinite_steps": len(finite) - len(good),
             "first_nonfinite_step": None if first is None else self.numbers[first],
             "first_nonfinite_tensor": None if first is None else names[_first_bad(norms[first], bad[first])],
-            "median_grad_norm": median(total[sound].tolist()) if sound else None,
+            "median_grad_norm": median(total[good].tolist()) if good else None,
             "largest_grad_norm": None if largest is None else float(total[largest]),
             "largest_step": None if largest is None else self.numbers[largest],
             "largest_tensor": None if largest is None else names[int(norms[largest].argmax())],
