@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.faults.healthy_twins import TWINS
+from bench.faults.healthy_twins import TWINS, changed
 from ris_fast.health.monitor.history import RENAMED, RunHistory, with_current_keys
 from ris_fast.health.monitor.rules import replay
 from ris_fast.training.trainer import Trainer
@@ -33,8 +33,6 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def healthy() -> RunHistory:
-    from bench.faults.healthy_twins import changed
-
     recorder = Recorder()
     Trainer(changed(TWINS["hybrid"](), {"training.epochs": 3}), observer=recorder).fit()
     return recorder.run
@@ -61,8 +59,6 @@ def test_rows_of_earlier_versions_are_read_under_their_old_keys(healthy: RunHist
 
 
 def test_a_step_that_is_not_finite_between_two_reports_is_reported_with_its_number_and_tensor() -> None:
-    from bench.faults.healthy_twins import changed
-
     trainer = Trainer(
         changed(TWINS["hybrid"](), {"training.epochs": 3, "report.every_steps": 20, "health.min_applied": 0.5}),
         observer=(recorder := Recorder()),
@@ -130,8 +126,6 @@ def test_a_rate_that_is_not_the_planned_one_is_named_also_where_a_report_is_of_m
 
 @pytest.mark.parametrize("factor, cause", [(0.0, "zero_learning_rate"), (0.5, "learning_rate_off_plan")])
 def test_a_rate_that_is_lost_long_after_the_first_steps_is_told(factor: float, cause: str) -> None:
-    from bench.faults.healthy_twins import changed
-
     trainer = Trainer(
         changed(TWINS["backprojection"](), {"training.epochs": 5, "report.every_steps": 4}),
         observer=(recorder := Recorder()),
@@ -167,8 +161,6 @@ def test_a_schedule_that_follows_the_clock_and_one_that_goes_on_after_an_interru
     tmp_path: Any,
 ) -> None:
     """Re-planning changes the rate between two steps of one report; a resumed run counts on."""
-    from bench.faults.healthy_twins import changed
-
     config = changed(
         TWINS["backprojection"](), {"training.epochs": 400, "training.max_seconds": 1.5, "report.every_steps": 7}
     )
@@ -192,7 +184,8 @@ def test_after_a_skipped_step_the_host_may_be_one_report_late(healthy: RunHistor
 
 
 def test_steps_that_were_made_before_the_run_are_not_the_loops() -> None:
-    trainer = Trainer(TWINS["backprojection"](), observer=(recorder := Recorder()))
+    config = changed(TWINS["backprojection"](), {"training.epochs": 20})
+    trainer = Trainer(config, observer=(recorder := Recorder()))
     for _ in range(20):
         trainer.step([trainer.source.batch("train", torch.arange(32))], 1000)
     trainer.fit()
@@ -304,7 +297,6 @@ def test_a_loss_that_falls_while_the_nmse_rises_names_the_terms_it_is_made_of() 
 
 
 def test_a_loss_that_turns_on_the_way_is_a_collapse_and_does_not_end_the_run() -> None:
-    from bench.faults.healthy_twins import changed
     from ris_fast.health.monitor.attach import attach_health
 
     trainer = attach_health(Trainer(changed(TWINS["backprojection"](), {"training.epochs": 12})), preflight=False)
@@ -394,7 +386,6 @@ def test_a_run_that_has_not_had_its_chance_or_moved_is_no_certain_stall(run: Run
 
 def test_a_run_that_cannot_learn_ends_with_a_certain_stall_and_is_not_stopped_before() -> None:
     """Rates that move no weight far enough to matter: no step breaks a contract, and nothing is learned."""
-    from bench.faults.healthy_twins import changed
     from ris_fast.health.monitor.attach import attach_health
 
     config = changed(
