@@ -27,14 +27,15 @@ def gap_of(lines: Iterable[Along], steps: tuple[float, ...]) -> Gap:
     """
     apart, size = 0.0, 0.0
     for number, line in enumerate(lines, 1):
-        further, larger = _line_gap(line, steps)
+        further, larger = line_gap(line, steps)
         apart, size = math.hypot(apart, further), math.hypot(size, larger)
         if number > 1 and apart <= AGREES * size:
             break
     return apart, size
 
 
-def _line_gap(line: Along, steps: tuple[float, ...]) -> Gap:
+def line_gap(line: Along, steps: tuple[float, ...]) -> Gap:
+    """The gap along one line, with the step and the side at which it is smallest."""
     derivative, _, noise = line
     best = (math.inf, 1.0)
     for step, sides in product(steps, (1, 2)):  # most agree on the first side, and a second costs a pass again

@@ -49,7 +49,8 @@ def _how(found: SnrLabels, middle: float) -> tuple[str, str]:
     if _apart(found.away_db - middle) < ALIKE_DB:
         return (
             f"they are {abs(middle):.1f} dB too {'high' if middle > 0 else 'low'} at the median, all alike",
-            "Write snr as 10 log10 of the ratio of signal to noise power in y, both summed over snapshots and antennas.",
+            "Write snr as 10 log10 of the ratio of signal to noise power in y, both summed over snapshots and"
+            " antennas.",
         )
     if float(found.labels_db.max() - found.labels_db.min()) < ALIKE_DB:
         return "one label is given to scenes of very different SNR", ""

@@ -17,6 +17,7 @@ from bench.faults.patches import Backward, before_step, on_batches, put, wrap
 from ris_fast.config.schema import Config, Loss
 from ris_fast.health.monitor.watchdog import Watchdog
 from ris_fast.health.preflight import derivative as check_derivative
+from ris_fast.health.preflight import finite_difference
 from ris_fast.health.preflight import gradient as check_gradient
 from ris_fast.health.preflight import information as check_information
 from ris_fast.health.preflight import kernels as check_kernels
@@ -359,7 +360,7 @@ def test_differences_are_taken_on_a_second_side_only_where_the_first_disagrees()
 
     def error(slope: float, loss: Any) -> tuple[float, int]:
         line = cache(loss)
-        apart, size = check_derivative._line_gap((slope, line, 2e-6), check_derivative.STEPS)
+        apart, size = finite_difference.line_gap((slope, line, 2e-6), check_derivative.STEPS)
         return apart / size, line.cache_info().currsize
 
     wrong, steps = check_derivative.DISAGREES, len(check_derivative.STEPS)
