@@ -16,7 +16,7 @@ from ris_fast.config.load import load_config
 from ris_fast.config.schema import Config, ConfigError, Data
 from ris_fast.data.errors import DataError
 from ris_fast.data.source import open_source
-from ris_fast.health.preflight import loss as check_loss
+from ris_fast.health.preflight import truth
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.models import Prediction
 from ris_fast.training import trainer as loop
@@ -116,7 +116,7 @@ def test_what_files_cannot_serve_is_refused_before_a_network_is_built(
 
 
 def label_findings(run: Trainer) -> list[str]:
-    return [finding.evidence for finding in check_loss.labels(PreflightContext(run))]
+    return [finding.evidence for finding in truth.labels(PreflightContext(run))]
 
 
 def test_positions_that_the_reader_moved_are_not_held_to_the_tasks_limits(tmp_path: Path) -> None:

@@ -17,12 +17,11 @@ from bench.faults.patches import Backward, before_step, on_batches, put, wrap
 from ris_fast.config.schema import Config, Loss
 from ris_fast.health.monitor.watchdog import Watchdog
 from ris_fast.health.preflight import derivative as check_derivative
-from ris_fast.health.preflight import finite_difference
+from ris_fast.health.preflight import finite_difference, scene_parts
 from ris_fast.health.preflight import gradient as check_gradient
 from ris_fast.health.preflight import information as check_information
 from ris_fast.health.preflight import kernels as check_kernels
 from ris_fast.health.preflight import loss as check_loss
-from ris_fast.health.preflight import scene_parts
 from ris_fast.health.preflight import scenes as check_scenes
 from ris_fast.health.preflight import schedule as check_schedule
 from ris_fast.health.preflight import terms as check_terms
