@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,15 @@ import pytest
 import torch
 
 from bench.faults.healthy import with_shards
-from bench.faults.healthy_twins import TWINS, changed
-from bench.faults.patches import Backward, before_step, on_batches, put, wrap
+from bench.faults.healthy_twins import TWINS
+from bench.faults.patches import Backward, on_batches, put, wrap
 from ris_fast.config.schema import Config, Loss
-from ris_fast.health.monitor.watchdog import Watchdog
-from ris_fast.health.preflight import derivative as check_derivative
-from ris_fast.health.preflight import finite_difference, scene_parts
 from ris_fast.health.preflight import gradient as check_gradient
 from ris_fast.health.preflight import information as check_information
 from ris_fast.health.preflight import kernels as check_kernels
 from ris_fast.health.preflight import loss as check_loss
+from ris_fast.health.preflight import scene_parts
 from ris_fast.health.preflight import scenes as check_scenes
-from ris_fast.health.preflight import schedule as check_schedule
 from ris_fast.health.preflight import terms as check_terms
 from ris_fast.health.preflight import validation as check_validation
 from ris_fast.health.preflight.probe import PreflightContext
@@ -31,25 +27,7 @@ from ris_fast.training import loss
 from ris_fast.training import loss_terms as terms
 from ris_fast.training.loss import CovarianceLoss
 from ris_fast.training.trainer import Trainer
-
-
-def causes(check: Any, trainer: Trainer) -> list[str]:
-    return [finding.cause for finding in check(PreflightContext(trainer))]
-
-
-def preflight_of(trainer: Trainer) -> list[str]:
-    return [finding.cause for finding in Watchdog(trainer).preflight()]
-
-
-def small(twin: str, **settings: Any) -> Config:
-    return changed(TWINS[twin](), settings)
-
-
-def at(snr_db: float) -> dict[str, float]:
-    """Every scene at this SNR; the two limits in the order in which neither passes the other."""
-    limits = {"task.snr_min_db": snr_db, "task.snr_max_db": snr_db}
-    return dict(sorted(limits.items(), reverse=snr_db < 0))
-
+from tests.health.preflight.checking import at, causes, small
 
 # ---- what a classical estimator makes of the inputs
 # --------------------------------------------------------------------
@@ -220,222 +198,3 @@ def test_a_total_that_is_not_made_of_its_terms_is_named(cause: str | None, chang
     assert [(finding.cause, finding.certain) for finding in found] == ([(cause, True)] if cause else [])
     said = [finding.cause for finding in check_gradient.every_tensor(PreflightContext(trainer))]
     assert said == (["clamped_loss"] if cause in ("clamped_loss", "zero_loss_weight") else [])
-
-
-# ---- what is unusual and learns
-# ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "twin, settings",
-    [("hybrid", {"training.batch_size": 1}), ("backprojection", {"training.batch_size": 1, "training.accumulate": 32})],
-)
-def test_one_scene_a_batch_is_no_constant_input(twin: str, settings: dict[str, Any]) -> None:
-    assert preflight_of(Trainer(small(twin, **settings))) == []
-
-
-@pytest.mark.parametrize("biases", [False, True])
-def test_residual_branches_that_start_at_zero_are_no_mistake(biases: bool) -> None:
-    trainer = Trainer(small("backprojection", **{"model.options.depth": 2}))
-    for block in trainer.model.blocks:
-        torch.nn.init.zeros_(block.outer.weight)
-        if biases:
-            torch.nn.init.zeros_(block.outer.bias)
-    assert preflight_of(trainer) == []
-
-
-def test_first_weights_of_a_ten_thousandth_are_no_certain_mistake() -> None:
-    trainer = Trainer(small("hybrid"))
-    for parameter in trainer.model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(1e-4)
-    assert not [finding for finding in Watchdog(trainer).preflight() if finding.certain]
-
-
-@pytest.mark.parametrize(
-    "check, settings, said",
-    [
-        (check_schedule.first_gradient, {"optimizer.max_grad_norm": 1e-4}, []),
-        (check_schedule.first_gradient, {"loss.cov": 1e3}, []),
-        (check_schedule.first_gradient, {"optimizer.max_grad_norm": 1e-6}, [("clip_too_small", False)]),
-        (check_schedule.first_gradient, {"optimizer.max_grad_norm": 1e-12}, [("clip_too_small", True)]),
-        (check_schedule.first_gradient, {"optimizer.eps": 1.0}, [("epsilon_swallows_signal", True)]),
-        (
-            check_schedule.rates,
-            {"optimizer.head_lr": 1e-2, "optimizer.backbone_lr": 1e-7},
-            [("learning_rate_too_small", False)],
-        ),
-        (
-            check_schedule.rates,
-            {"optimizer.head_lr": 1e-8, "optimizer.backbone_lr": 1e-8},
-            [("learning_rate_too_small", True)],
-        ),
-        (
-            check_schedule.rates,
-            {"optimizer.head_lr": 1.0, "optimizer.backbone_lr": 1.0},
-            [("learning_rate_too_large", False)],
-        ),
-        (
-            check_schedule.rates,
-            {"optimizer.head_lr": 5.0, "optimizer.backbone_lr": 5.0},
-            [("learning_rate_too_large", True)],
-        ),
-        (check_schedule.rates, {"optimizer.weight_decay": 100.0}, [("weight_decay_too_large", False)]),
-        (check_schedule.rates, {"optimizer.weight_decay": 1000.0}, [("weight_decay_too_large", True)]),
-        (check_schedule.rates, {"optimizer.warmup": 0.8}, [("warmup_too_long", False)]),
-    ],
-)
-def test_settings_that_a_run_survives_are_not_certain_to_stop_it(
-    check: Any, settings: dict[str, Any], said: list
-) -> None:
-    found = {
-        finding.cause: finding.certain for finding in check(PreflightContext(Trainer(small("hybrid", **settings))))
-    }
-    assert list(found.items()) == said
-
-
-# ---- names that can be true
-# ----------------------------------------------------------------------------------------------
-
-
-def first_of(trainer: Trainer) -> tuple[str, list[str]]:
-    said = preflight_of(trainer)
-    return said[0], said[1:]
-
-
-def test_scenes_that_the_network_overwrites_are_named_and_no_ranks() -> None:
-    trainer = Trainer(small("backprojection"))
-    wrap(
-        trainer.network,
-        "features",
-        lambda features: lambda y, *rest: features(y.mul_(0.5).add_(0.05 * y.abs().mean()), *rest),
-    )
-    first, others = first_of(trainer)
-    assert first == "scenes_altered" and not {"ranks_diverged", "stale_compiled_graph"} & set(others)
-
-
-def test_scenes_mixed_between_step_and_network_are_mixed_and_not_compiled() -> None:
-    trainer = Trainer(small("backprojection"))
-    wrap(
-        trainer.network, "features", lambda features: lambda y, *rest: features(y[:1].expand_as(y).contiguous(), *rest)
-    )
-    assert first_of(trainer)[0] == "scenes_mixed"
-
-
-def test_gradients_cleared_before_the_step_are_no_step_that_is_never_called() -> None:
-    trainer = Trainer(small("hybrid"))
-    before_step(trainer, lambda: trainer.optimizer.zero_grad(set_to_none=True))
-    assert preflight_of(trainer) == ["gradients_cleared_before_step"]
-
-
-def test_a_loss_that_differs_in_training_is_said_before_its_derivative() -> None:
-    trainer = Trainer(small("hybrid"))
-    wrap(
-        trainer.loss,
-        "forward",
-        lambda forward: (
-            lambda guess, scenes: forward(
-                guess, replace(scenes, factor=guess.factor.detach()[:, :, :2]) if torch.is_grad_enabled() else scenes
-            )
-        ),
-    )
-    assert first_of(trainer)[0] == "losses_differ"
-
-
-def test_numbers_that_are_not_finite_in_32_bits_are_no_overflow_of_16() -> None:
-    trainer = Trainer(small("backprojection"))
-    wrap(trainer.network, "features", lambda features: lambda y, *rest: features(0.0 * y, *rest))
-    assert "fp16_overflow" not in preflight_of(trainer)
-
-
-def test_an_average_of_weights_that_do_not_move_is_not_accused() -> None:
-    assert "ema_equals_raw" not in preflight_of(
-        Trainer(small("hybrid", **{"optimizer.backbone_lr": 1e-9, "optimizer.head_lr": 1e-9}))
-    )
-
-
-def test_differences_are_taken_on_a_second_side_only_where_the_first_disagrees() -> None:
-    """|w| at w = 0 has two slopes, and either is a derivative; a slope of neither side is wrong at every step."""
-
-    def error(slope: float, loss: Any) -> tuple[float, int]:
-        line = cache(loss)
-        apart, size = finite_difference.line_gap((slope, line, 2e-6), check_derivative.STEPS)
-        return apart / size, line.cache_info().currsize
-
-    wrong, steps = check_derivative.DISAGREES, len(check_derivative.STEPS)
-    assert error(2.0, lambda w: 1.0 + 2.0 * w) == (0.0, 2) and error(-1.0, lambda w: 1.0 + abs(w)) == (0.0, 3)
-    assert error(0.5, lambda w: 1.0 + 2.0 * w)[0] > wrong and error(0.5, lambda w: 1.0 + 2.0 * w)[1] == 1 + 2 * steps
-
-
-def test_outputs_that_are_equal_in_sixteen_bits_are_no_wrong_derivative() -> None:
-    """The assignment of sources has its kinks where two answers are equal; this drawn run has such a scene."""
-    from bench.faults.healthy import healthy_config
-    from ris_fast.health.preflight.gradient import right_derivative
-    from ris_fast.health.preflight.terms import each_term
-
-    assert list(each_term(PreflightContext(Trainer(healthy_config(86))))) == []
-    assert list(right_derivative(PreflightContext(Trainer(healthy_config(150))))) == []
-
-
-# ---- copies in the data
-# ----------------------------------------------------------------------------------------------------
-
-
-def with_copies(trainer: Trainer, every: int) -> Trainer:
-    """One training scene in so many is a copy of the one before it, under a number of its own."""
-
-    def copied(batch: Any) -> Any:
-        def served(split: str, index: torch.Tensor) -> Any:
-            scenes = batch(
-                split, torch.where(index % every == every - 1, index - 1, index) if split == "train" else index
-            )
-            return replace(scenes, index=index)
-
-        return served
-
-    wrap(trainer.source, "batch", copied)
-    return trainer
-
-
-@pytest.mark.parametrize(
-    "every, shown", [(49, "5 of the first 256"), (240, "1 of the first 256"), (5, "51 of the first 256")]
-)
-def test_copies_in_the_data_are_a_note(every: int, shown: str) -> None:
-    context = PreflightContext(with_copies(Trainer(small("backprojection", **{"data.fixed": True})), every))
-    assert (
-        list(check_scenes.distinct(context)) == []
-        and shown in context.note
-        and "copies of others in the data" in context.note
-    )
-
-
-def test_a_number_that_is_served_again_is_no_copy() -> None:
-    trainer = Trainer(small("backprojection"))
-    wrap(
-        trainer.source,
-        "batch",
-        lambda batch: lambda split, index: batch(split, torch.where(index % 20 == 19, index - 1, index)),
-    )
-    (finding,) = check_scenes.distinct(PreflightContext(trainer))
-    assert finding.cause == "repeated_batch" and finding.certain
-
-
-@pytest.mark.parametrize("batch", [2, 16])
-def test_a_run_on_data_with_copies_is_left_in_peace(batch: int) -> None:
-    from ris_fast.health.monitor.attach import attach_health
-
-    config = small(
-        "backprojection",
-        **{
-            "data.fixed": True,
-            "data.train_scenes": 64,
-            "training.batch_size": batch,
-            "training.epochs": 2,
-            "report.every_steps": 1,
-            "task.max_sources": 1,
-        },
-    )
-    trainer = attach_health(with_copies(Trainer(config), 8), preflight=False)
-    trainer.fit()
-    assert "repeated_batch" not in [finding.cause for finding in trainer.observer.watchdog.findings]
-    assert any(row["health"]["repeated"] for row in trainer.observer.watchdog.run.steps)

@@ -8,16 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.faults.healthy_twins import TWINS, changed
-from ris_fast.config.schema import Config
+from bench.faults.healthy_twins import changed
 from ris_fast.health.preflight import inputs as check_inputs
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.run import run_checks
 from ris_fast.training.trainer import Trainer
-
-
-def small(twin: str, **settings: object) -> Config:
-    return changed(TWINS[twin](), settings)
+from tests.health.preflight.checking import small
 
 
 def at(snr_db: float) -> dict[str, float]:
