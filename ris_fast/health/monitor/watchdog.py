@@ -7,8 +7,8 @@ from typing import Any
 
 from ris_fast.health.finding import Finding, ranked
 from ris_fast.health.monitor.history import RunHistory
-from ris_fast.health.monitor.names import check_beginnings, known_causes, words
 from ris_fast.health.monitor.rules import rules_of
+from ris_fast.health.names import check_beginnings, known_causes, words
 from ris_fast.health.preflight.run import Result, run_checks
 from ris_fast.training.state import RunStopped
 from ris_fast.training.trainer import Trainer

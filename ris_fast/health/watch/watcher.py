@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.monitor.names import check_beginnings
+from ris_fast.health.names import check_beginnings
 from ris_fast.health.watch.arguments import check_every, check_model, list_beginnings, list_optimizers
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.records import LoopRecord, StepRecord, TensorRecord

@@ -1,4 +1,4 @@
-"""Names that a person writes into health.mute and health.frozen: one that means nothing is refused, not passed over."""
+"""Names that a person writes into health.mute and health.frozen: one that means nothing is refused, not ignored."""
 
 from __future__ import annotations
 
