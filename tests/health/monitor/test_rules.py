@@ -125,7 +125,7 @@ def test_a_rate_that_is_not_the_planned_one_is_named_also_where_a_report_is_of_m
 
 
 @pytest.mark.parametrize("factor, cause", [(0.0, "zero_learning_rate"), (0.5, "learning_rate_off_plan")])
-def test_a_rate_that_is_lost_long_after_the_first_steps_is_told(factor: float, cause: str) -> None:
+def test_a_rate_that_is_lost_long_after_the_first_steps_is_reported(factor: float, cause: str) -> None:
     trainer = Trainer(
         changed(TWINS["backprojection"](), {"training.epochs": 5, "report.every_steps": 4}),
         observer=(recorder := Recorder()),
