@@ -11,15 +11,16 @@ How to add a family NAME (twenty lines; copy the shape of kernels/cov_nmse):
     `#pragma omp parallel for schedule(static)` over fixed chunks with one partial sum each, added in order, so that
     the bits do not depend on the number of threads. NaN tests work (no fast-math). Only plain C types in arguments.
  4. kernels/NAME/triton_kernels.py  imported only where it is used (a CPU user need not pay for triton's import).
- 5. kernels/NAME/op.py            registers `ris_fast::OPERATOR` and ends with `FAMILY = Family(...)`:
-        LIBRARY = torch.library.Library("ris_fast", "FRAGMENT")        # keep a module-level reference
-        LIBRARY.define("OPERATOR(Tensor x, float scale) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl("OPERATOR", cpu_function, "CPU"); LIBRARY.impl("OPERATOR", cuda_function, "CUDA")
-        torch.library.register_fake("ris_fast::OPERATOR", fake_function)
-        LIBRARY.impl("OPERATOR", lambda *a: MyFunction.apply(*a), "Autograd")   # only for a differentiable operator
-    with MyFunction a `torch.autograd.Function` whose forward calls the operator below autograd
-    (`with torch._C._AutoDispatchBelowAutograd():`) and whose backward refuses `create_graph=True`: half the host cost
-    of `register_autograd`. From C++: `f = loader.function("NAME_f32", [c_void_p, c_void_p, c_int64])` once, then
+    Pointer arguments end in `_ptr`, strides in `_stride`; fixed numbers are `tl.constexpr` globals with a name.
+    kernels/NAME/aot_cases.py       `cases()`: every Triton kernel at its tuned sizes, see `aot_case`.
+ 5. kernels/NAME/op.py            registers `ris_fast::OPERATOR` and ends with its record:
+        OPERATOR = register("OPERATOR(Tensor x, float scale) -> Tensor", cpu=cpp_or(plain, cpp), cuda=triton, fake=fake,
+                            reference=..., samples=..., cost=..., backends={"cpp": cpp, "triton": triton})
+        FAMILY = Family("NAME", (OPERATOR,))
+    A differentiable operator also gives `autograd=lambda *a: MyFunction.apply(*a)` with MyFunction a
+    `torch.autograd.Function` whose forward calls the operator below autograd (`with
+    torch._C._AutoDispatchBelowAutograd():`) and whose backward refuses `create_graph=True`: half the host cost of
+    `register_autograd`. From C++: `f = loader.function("NAME_f32", [c_void_p, c_void_p, c_int64])` once, then
     `f(x.data_ptr(), y.data_ptr(), n)`; where `loader.available()` is false call the reference.
  6. Add the folder's name to FAMILIES below. Nothing else: tests/kernels, tests/gradcheck, `ris-fast gradcheck` and
     `ris-fast bench` pick the record up.
@@ -27,7 +28,7 @@ How to add a family NAME (twenty lines; copy the shape of kernels/cov_nmse):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -81,11 +82,30 @@ class AotCase:
     max_registers: int = 255
 
 
+def aot_case(
+    name: str,
+    kernel: Any,
+    types: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    aligned: Iterable[str],
+    num_warps: int,
+    **limits: Any,
+) -> AotCase:
+    """The case whose signature follows from the kernel's own arguments.
+
+    types: type of every argument that is no constexpr, those of other kernels too; aligned: likewise.
+    """
+    mine = kernel.arg_names
+    signature = {arg: "constexpr" if arg in constexprs else types[arg] for arg in mine}
+    return AotCase(name, kernel, signature, constexprs, tuple(a for a in aligned if a in mine), num_warps, **limits)
+
+
 @dataclass(frozen=True)
 class Operator:
     """One operator: how to call it, what it means, what it costs.
 
-    call: `torch.ops.ris_fast.NAME`, reference: same arguments, same results, in plain torch (float64 on request).
+    call: `torch.ops.ris_fast.NAME.default`.
+    reference: same arguments, same results, in plain torch (float64 on request).
     backends: name -> same call forced through that backend ("cpp", "triton"), whatever the device.
     results: how many leading results are compared with the reference (the rest is scratch).
     mutates: positions of arguments that the call writes; they are compared too.
@@ -106,11 +126,16 @@ class Operator:
 
 @dataclass(frozen=True)
 class Family:
-    """One folder under kernels/: its operators and its Triton kernels at their tuned sizes."""
+    """One folder under kernels/ and its operators."""
 
     name: str
     operators: tuple[Operator, ...]
-    aot: Callable[[], list[AotCase]] = list
+
+    def aot(self) -> list[AotCase]:
+        """Its Triton kernels at their tuned sizes (aot_cases.py); empty without a Triton backend. Needs triton."""
+        if not any("triton" in operator.backends for operator in self.operators):
+            return []
+        return import_module(f"ris_fast.kernels.{self.name}.aot_cases").cases()
 
 
 @cache

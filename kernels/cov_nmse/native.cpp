@@ -23,7 +23,7 @@ struct Shape {
 };
 
 struct Settings {
-    double blend, loading, target_loading, diag, off;
+    double blend, loading, target_loading;
     int gradients;
 };
 
@@ -176,8 +176,8 @@ void apply(const double* re, const double* im, const Shape& s, const double* c, 
     }
 }
 
-// |Z diag(w) Z^H + e I|^2 entry by entry with weights: exact near zero, O(N^2 P), only where the Gram form is not.
-double residual(const double* re, const double* im, const Shape& s, const double* w, double eye, double diag, double off, double* row) {
+// |Z diag(w) Z^H + e I|^2 entry by entry: exact near zero, O(N^2 P), only where the Gram form is not.
+double residual(const double* re, const double* im, const Shape& s, const double* w, double eye, double* row) {
     double total = 0;
     double *row_re = row, *row_im = row + s.stride;
     for (int64_t i = 0; i < s.n; ++i) {
@@ -191,10 +191,7 @@ double residual(const double* re, const double* im, const Shape& s, const double
             }
         }
         row_re[i] += eye;
-        double sum_off = 0;
-        for (int64_t j = 0; j < s.n; ++j) sum_off += row_re[j] * row_re[j] + row_im[j] * row_im[j];
-        const double on = row_re[i] * row_re[i];
-        total += off * (sum_off - on) + diag * on;
+        for (int64_t j = 0; j < s.n; ++j) total += row_re[j] * row_re[j] + row_im[j] * row_im[j];
     }
     return total;
 }
@@ -207,7 +204,7 @@ template <class T> struct LowRank {
         s = {n, q, k, x, q + x + k, round_up(n, line) + line};  // the odd line keeps columns out of one cache set
         ld = round_up(s.p, kTile);
         outs = round_up(q > x ? q : x, kOut);
-        bytes = 8 * (2 * ld * s.stride + 2 * outs * s.stride + 2 * ld * ld + 2 * s.p * outs + ld + 4 * s.stride);
+        bytes = 8 * (2 * ld * s.stride + 2 * outs * s.stride + 2 * ld * ld + 2 * s.p * outs + ld + 2 * s.stride);
     }
     void run(const T* f, const T* target, const T* sample, const Scene& c, const Settings& o, double* scratch, T* loss, T* grad_f, T* grad_x) const;
 };
@@ -216,7 +213,7 @@ template <class T>
 void LowRank<T>::run(const T* f, const T* target, const T* sample, const Scene& c, const Settings& o, double* scratch, T* loss, T* grad_f, T* grad_x) const {
     const int64_t n = s.n, q = s.q, x = s.x, k = s.k, p = s.p, first_k = q + x;
     double *re = scratch, *im = re + ld * s.stride, *out_re = im + ld * s.stride, *out_im = out_re + outs * s.stride;
-    double *g = out_im + outs * s.stride, *coef = g + 2 * ld * ld, *w = coef + 2 * p * outs, *d = w + ld, *row = d + s.stride;
+    double *g = out_im + outs * s.stride, *coef = g + 2 * ld * ld, *w = coef + 2 * p * outs, *row = w + ld;
     to_planar(f, n, q, re, im, s.stride);
     if (x) to_planar(sample, n, x, re + q * s.stride, im + q * s.stride, s.stride);
     to_planar(target, n, k, re + first_k * s.stride, im + first_k * s.stride, s.stride);
@@ -239,27 +236,7 @@ void LowRank<T>::run(const T* f, const T* target, const T* sample, const Scene& 
     }
     truth += 2 * c.eye_truth * target_trace + c.eye_truth * c.eye_truth * n;
 
-    const double extra = o.diag - o.off;
-    if (extra != 0) {
-        double on = 0, on_truth = 0;
-        for (int64_t i = 0; i < n; ++i) {
-            double all = c.eye, true_diag = c.eye_truth;
-            for (int64_t j = 0; j < p; ++j) {
-                const double m = re[j * s.stride + i] * re[j * s.stride + i] + im[j * s.stride + i] * im[j * s.stride + i];
-                all += w[j] * m;
-                if (j >= first_k) true_diag -= w[j] * m;
-            }
-            d[i] = all;
-            on += all * all;
-            on_truth += true_diag * true_diag;
-        }
-        error = o.off * error + extra * on;
-        truth = o.off * truth + extra * on_truth;
-    } else {
-        error *= o.off;
-        truth *= o.off;
-    }
-    if (error < kResidual * truth) error = residual(re, im, s, w, c.eye, o.diag, o.off, row);
+    if (error < kResidual * truth) error = residual(re, im, s, w, c.eye, row);
     *loss = T(error / truth);
 
     for (int side = 0; side < o.gradients; ++side) {
@@ -269,29 +246,19 @@ void LowRank<T>::run(const T* f, const T* target, const T* sample, const Scene& 
             for (int64_t i = 0; i < 2 * n * columns; ++i) (side ? grad_x : grad_f)[i] = nothing;
             continue;
         }
-        double along = o.off * c.eye * power[side];
+        double along = c.eye * power[side];
         for (int64_t i = 0; i < p; ++i)
-            for (int64_t j = first; j < first + columns; ++j) along += o.off * w[i] * magnitude(g, i * ld + j);
-        if (extra != 0)
-            for (int64_t i = 0; i < n; ++i)
-                for (int64_t j = first; j < first + columns; ++j)
-                    along += extra * d[i] * (re[j * s.stride + i] * re[j * s.stride + i] + im[j * s.stride + i] * im[j * s.stride + i]);
+            for (int64_t j = first; j < first + columns; ++j) along += w[i] * magnitude(g, i * ld + j);
         along /= power[side];
         const int64_t wide = round_up(columns, kOut);
         for (int64_t i = 0; i < p; ++i)
             for (int64_t j = 0; j < wide; ++j) {
                 const bool in = j < columns;
-                coef[(i * outs + j) * 2] = in ? o.off * w[i] * g[(i * ld + first + j) * 2] : 0;
-                coef[(i * outs + j) * 2 + 1] = in ? o.off * w[i] * g[(i * ld + first + j) * 2 + 1] : 0;
+                coef[(i * outs + j) * 2] = in ? w[i] * g[(i * ld + first + j) * 2] : 0;
+                coef[(i * outs + j) * 2 + 1] = in ? w[i] * g[(i * ld + first + j) * 2 + 1] : 0;
             }
-        for (int64_t j = 0; j < columns; ++j) coef[((first + j) * outs + j) * 2] += o.off * c.eye - along;
+        for (int64_t j = 0; j < columns; ++j) coef[((first + j) * outs + j) * 2] += c.eye - along;
         apply(re, im, s, coef, outs, columns, out_re, out_im);
-        if (extra != 0)
-            for (int64_t j = 0; j < columns; ++j)
-                for (int64_t i = 0; i < n; ++i) {
-                    out_re[j * s.stride + i] += extra * d[i] * re[(first + j) * s.stride + i];
-                    out_im[j * s.stride + i] += extra * d[i] * im[(first + j) * s.stride + i];
-                }
         scale_by(out_re, columns * s.stride, 4 * weight[side] / truth);
         scale_by(out_im, columns * s.stride, 4 * weight[side] / truth);
         from_planar(out_re, out_im, n, columns, side ? grad_x : grad_f, s.stride);
@@ -307,32 +274,31 @@ template <class T> struct Dense {
         const int64_t line = kLine / int64_t(sizeof(T));
         s = {n, q, 0, x, q + x, round_up(n, line) + line};
         rows = round_up(n, kRows);
-        bytes = int64_t(sizeof(T)) * (4 * s.p * s.stride + 2 * rows * s.p + 2 * s.stride) + 8 * s.stride;
+        bytes = int64_t(sizeof(T)) * (4 * s.p * s.stride + 2 * rows * s.p + 2 * s.stride);
     }
     template <int span> void tile(const T* const target[kRows], int64_t ld_row, int64_t j, T tau, const T* re, const T* im, const T* rowwise, int64_t pulled,
                                   T* out_re, T* out_im, Vec<T>& error, Vec<T>& truth) const;
-    void with_diagonal(const T* re, const T* im, const T* target, double tau, const Scene& c, double extra, double off, double* d, double& error, double& truth) const;
+    void add_identity(const T* re, const T* im, const T* target, double tau, const Scene& c, double& error, double& truth) const;
     void run(const T* f, const T* target, const T* sample, const Scene& c, const Settings& o, char* scratch, T* loss, T* grad_f, T* grad_x) const;
 };
 
-// What the multiples of I and the weights add to |D|^2 and |T|^2; d becomes the diagonal of D.
+// What the multiples of I add to |D|^2 and |T|^2.
 template <class T>
-void Dense<T>::with_diagonal(const T* re, const T* im, const T* target, double tau, const Scene& c, double extra, double off, double* d, double& error, double& truth) const {
-    double on = 0, on_truth = 0, trace_d = 0, trace_truth = 0;
+void Dense<T>::add_identity(const T* re, const T* im, const T* target, double tau, const Scene& c, double& error,
+                            double& truth) const {
+    double trace_d = 0, trace_truth = 0;
     for (int64_t i = 0; i < s.n; ++i) {
         double r = 0;
-        for (int64_t j = 0; j < s.p; ++j) r += double(re[j * s.stride + i]) * re[j * s.stride + i] + double(im[j * s.stride + i]) * im[j * s.stride + i];
+        for (int64_t j = 0; j < s.p; ++j) {
+            const double a = re[j * s.stride + i], b = im[j * s.stride + i];
+            r += a * a + b * b;
+        }
         const double t = tau * double(target[2 * i * (s.n + 1)]);
         trace_d += r - t;
         trace_truth += t;
-        d[i] = r - t + c.eye;
-        on += d[i] * d[i];
-        on_truth += (t + c.eye_truth) * (t + c.eye_truth);
     }
     error += 2 * c.eye * trace_d + c.eye * c.eye * s.n;
     truth += 2 * c.eye_truth * trace_truth + c.eye_truth * c.eye_truth * s.n;
-    error = off * error + extra * on;
-    truth = off * truth + extra * on_truth;
 }
 
 // One tile of kRows x (span vectors): D = A A^H - tau T, its squares, and its share of D^H A = D A.
@@ -389,8 +355,7 @@ void Dense<T>::run(const T* f, const T* target, const T* sample, const Scene& c,
     typedef Vec<T> V;
     constexpr int w = lanes<T>;
     const int64_t n = s.n, q = s.q, x = s.x, p = s.p, pulled = o.gradients == 0 ? 0 : o.gradients == 1 ? q : p;
-    double* d = reinterpret_cast<double*>(scratch);
-    T *re = reinterpret_cast<T*>(d + s.stride), *im = re + p * s.stride, *out_re = im + p * s.stride, *out_im = out_re + p * s.stride;
+    T *re = reinterpret_cast<T*>(scratch), *im = re + p * s.stride, *out_re = im + p * s.stride, *out_im = out_re + p * s.stride;
     T* rowwise = out_im + p * s.stride;
 
     const double power[2] = {power_of(f, 2 * n * q), x ? power_of(sample, 2 * n * x) : 0};
@@ -442,22 +407,18 @@ void Dense<T>::run(const T* f, const T* target, const T* sample, const Scene& c,
         truth += double(sum<T>(t));
     }
 
-    const double extra = o.diag - o.off;
-    if (extra != 0 || c.eye != 0 || c.eye_truth != 0) with_diagonal(re, im, target, tau, c, extra, o.off, d, error, truth);
-    else error *= o.off, truth *= o.off;
+    if (c.eye != 0 || c.eye_truth != 0) add_identity(re, im, target, tau, c, error, truth);
     *loss = T(error / truth);
 
     for (int side = 0; side < o.gradients; ++side) {
         const int64_t first = side ? q : 0, columns = side ? x : q;
-        const bool own_terms = o.off != 1 || extra != 0 || c.eye != 0;
         double along = 0, length = 0;
         for (int64_t j = first; j < first + columns; ++j) {
             T *pull_re = out_re + j * s.stride, *pull_im = out_im + j * s.stride;
             const T *own_re = re + j * s.stride, *own_im = im + j * s.stride;
-            for (int64_t i = 0; own_terms && i < n; ++i) {
-                const double own = o.off * c.eye + extra * d[i];
-                pull_re[i] = T(o.off * pull_re[i] + own * own_re[i]);
-                pull_im[i] = T(o.off * pull_im[i] + own * own_im[i]);
+            for (int64_t i = 0; c.eye != 0 && i < n; ++i) {
+                pull_re[i] = T(pull_re[i] + c.eye * own_re[i]);
+                pull_im[i] = T(pull_im[i] + c.eye * own_im[i]);
             }
 #pragma omp simd reduction(+ : along, length)
             for (int64_t i = 0; i < n; ++i) {
@@ -511,12 +472,13 @@ int all_scenes(const T* f, const T* target_factor, const T* target_cov, const T*
 
 }  // namespace RIS_NS
 
-#define COV_NMSE(T, NAME)                                                                                                                          \
-    RIS_EXPORT(int, NAME)                                                                                                                          \
-    (const T* f, const T* target_factor, const T* target_cov, const T* sample, const T* snr, T* loss, T* grad_f, T* grad_x, int64_t b, int64_t n, int64_t q, int64_t k, \
-     int64_t x, double blend, double loading, double target_loading, double shrink, double diag, double off, int gradients) {                    \
-        return RIS_NS::all_scenes<T>(f, target_factor, target_cov, sample, snr, loss, grad_f, grad_x, b, n, q, k, x, shrink,                       \
-                                     {blend, loading, target_loading, diag, off, gradients});                                                      \
+#define COV_NMSE(T, NAME)                                                                                              \
+    RIS_EXPORT(int, NAME)                                                                                              \
+    (const T* f, const T* target_factor, const T* target_cov, const T* sample, const T* snr, T* loss, T* grad_f,       \
+     T* grad_x, int64_t b, int64_t n, int64_t q, int64_t k, int64_t x, double blend, double loading,                   \
+     double target_loading, double shrink, int gradients) {                                                            \
+        return RIS_NS::all_scenes<T>(f, target_factor, target_cov, sample, snr, loss, grad_f, grad_x, b, n, q, k, x,   \
+                                     shrink, {blend, loading, target_loading, gradients});                             \
     }
 
 COV_NMSE(float, cov_nmse_f32)

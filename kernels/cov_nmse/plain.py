@@ -11,12 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import shrink_weight
-
-
-def _normaliser(power_B: Tensor, elements: int) -> Tensor:
-    """N / |F|^2, and 0 for a zero factor, which stays zero under normalisation."""
-    return torch.where(power_B == 0, 0, elements / torch.where(power_B == 0, 1, power_B))
+from .reference import compute_dtype, normaliser, shrink_weight
 
 
 def _complex(pair: Tensor, dtype: torch.dtype) -> Tensor:
@@ -49,45 +44,51 @@ class Distance(NamedTuple):
 
     error_B: Tensor  # |D|^2
     power_B: Tensor  # |T|^2 without the identity's share
-    diag_BN: Tensor  # diagonal of D
-    target_diag_BN: Tensor  # diagonal of T without the identity's share
+    trace_B: Tensor  # tr T without the identity's share
     times: Callable[[Tensor, int], Tensor]  # (a part, its first column in Z) -> D part
 
 
 def cov_nmse(
-    factor: Tensor, target_factor: Tensor | None, target_cov: Tensor | None, sample_factor: Tensor | None, snr_db: Tensor | None,
-    blend: float, loading: float, target_loading: float, shrink: float, diag_weight: float, offdiag_weight: float, gradients: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    factor: Tensor,
+    target_factor: Tensor | None,
+    target_cov: Tensor | None,
+    sample_factor: Tensor | None,
+    snr_db: Tensor | None,
+    blend: float,
+    loading: float,
+    target_loading: float,
+    shrink: float,
+    gradients: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Value and unit gradients; arguments and results as `ris_fast::cov_nmse` (op.py).
 
     Numerics: low-rank target in float64 Gram form; dense target in the direct form, in the factor's own precision.
     """
-    out_dtype = torch.float64 if factor.dtype == torch.float64 else torch.float32
+    out_dtype = compute_dtype(factor.dtype)
     work = out_dtype if target_factor is None else torch.float64
     affine = _affine(factor, sample_factor, target_factor, snr_db, blend, loading, target_loading, shrink, work)
     if target_factor is not None:
         distance = _to_factor(affine, target_factor.shape[2])
     else:
         distance = _to_dense(affine, _complex(target_cov, work))
-    extra, target_BN = diag_weight - offdiag_weight, distance.target_diag_BN + affine.eye_true_B[:, None]
-    power_B = (
-        distance.power_B
-        + 2 * affine.eye_true_B * distance.target_diag_BN.sum(1)
-        + affine.eye_true_B**2 * factor.shape[1]
-    )
-    power_B = offdiag_weight * power_B + extra * target_BN.square().sum(1)
-    error_B = offdiag_weight * distance.error_B + extra * distance.diag_BN.square().sum(1)
-    slopes = [
-        _gradient(affine, distance, which, power_B, offdiag_weight, extra).to(out_dtype) for which in range(gradients)
-    ]
+    eye_B = affine.eye_true_B
+    power_B = distance.power_B + 2 * eye_B * distance.trace_B + eye_B**2 * factor.shape[1]
+    slopes = [_gradient(affine, distance, which, power_B).to(out_dtype) for which in range(gradients)]
     slopes += [factor.new_empty(0, dtype=out_dtype) for _ in range(2 - gradients)]
-    return (error_B / power_B).to(out_dtype), slopes[0], slopes[1]
+    return (distance.error_B / power_B).to(out_dtype), slopes[0], slopes[1]
 
 
 def _affine(
-    factor: Tensor, sample_factor: Tensor | None, target_factor: Tensor | None, snr_db: Tensor | None,
-    blend: float, loading: float, target_loading: float, shrink: float, work: torch.dtype,
-) -> Affine:  # fmt: skip
+    factor: Tensor,
+    sample_factor: Tensor | None,
+    target_factor: Tensor | None,
+    snr_db: Tensor | None,
+    blend: float,
+    loading: float,
+    target_loading: float,
+    shrink: float,
+    work: torch.dtype,
+) -> Affine:
     """The scalars that trace-normalise, blend, load and shrink both sides."""
     alpha_B = shrink_weight(None if snr_db is None else snr_db.to(work), shrink)
     alpha_B = torch.zeros(len(factor), dtype=work, device=factor.device) if shrink == 0 else alpha_B[:, 0, 0]
@@ -101,7 +102,7 @@ def _affine(
     parts = [_complex(part, work) for part, _ in given if part is not None]
     scales = [scale for part, scale in given if part is not None]
     weights = [
-        s * _normaliser(p.abs().square().sum((1, 2)), factor.shape[1]) for p, s in zip(parts, scales, strict=True)
+        s * normaliser(p.abs().square().sum((1, 2)), factor.shape[1]) for p, s in zip(parts, scales, strict=True)
     ]
     return Affine(parts, weights, pred_B * loading + alpha_B - eye_true_B, true_B, eye_true_B)
 
@@ -117,32 +118,26 @@ def _to_factor(affine: Affine, size: int) -> Distance:
         return z_BNP @ (w_BP[:, :, None] * gram_BPP[:, :, start : start + part.shape[2]]) + eye_B[:, None, None] * part
 
     power_B = w_BP[:, -1].square() * gram_BPP[:, -size:, -size:].abs().square().sum((1, 2))
-    target_diag_BN = -(w_BP[:, None, -size:] * z_BNP[:, :, -size:].abs().square()).sum(-1)
-    diag_BN = (w_BP[:, None] * z_BNP.abs().square()).sum(-1) + eye_B[:, None]
-    return Distance(error_B, power_B, diag_BN, target_diag_BN, times)
+    trace_B = -w_BP[:, -1] * gram_BPP.diagonal(dim1=1, dim2=2).real[:, -size:].sum(1)
+    return Distance(error_B, power_B, trace_B, times)
 
 
 def _to_dense(affine: Affine, target_BNN: Tensor) -> Distance:
     """Against a dense target: D itself, which is the one place here that forms an N x N array."""
     z_BNP, w_BP = affine.columns
     trace_B = target_BNN.diagonal(dim1=1, dim2=2).real.sum(-1)
-    target_BNN = (affine.true_B * _normaliser(trace_B, z_BNP.shape[1]))[:, None, None] * target_BNN
+    target_BNN = (affine.true_B * normaliser(trace_B, z_BNP.shape[1]))[:, None, None] * target_BNN
     d_BNN = (z_BNP * w_BP[:, None]) @ _adjoint(z_BNP) - target_BNN
     d_BNN.diagonal(dim1=1, dim2=2).add_(affine.eye_B[:, None])
     error_B, power_B = (torch.view_as_real(each).square().sum((1, 2, 3)) for each in (d_BNN, target_BNN))
-    return Distance(
-        error_B,
-        power_B,
-        d_BNN.diagonal(dim1=1, dim2=2).real,
-        target_BNN.diagonal(dim1=1, dim2=2).real,
-        lambda part, start: d_BNN @ part,
-    )
+    trace_B = target_BNN.diagonal(dim1=1, dim2=2).real.sum(1)
+    return Distance(error_B, power_B, trace_B, lambda part, start: d_BNN @ part)
 
 
-def _gradient(affine: Affine, distance: Distance, which: int, power_B: Tensor, weight: float, extra: float) -> Tensor:
+def _gradient(affine: Affine, distance: Distance, which: int, power_B: Tensor) -> Tensor:
     """dNMSE/dF as real pairs for part `which`: 4 a (D F - (tr(F^H D F)/|F|^2) F) / |T|^2."""
     part, start = affine.parts[which], sum(each.shape[2] for each in affine.parts[:which])
-    pull = weight * distance.times(part, start) + extra * distance.diag_BN[:, :, None] * part
+    pull = distance.times(part, start)
     norm_B = part.abs().square().sum((1, 2))
     inner_B = (torch.view_as_real(part) * torch.view_as_real(pull)).sum((1, 2, 3))
     along_B = torch.where(norm_B == 0, 0, inner_B / torch.where(norm_B == 0, 1, norm_B))

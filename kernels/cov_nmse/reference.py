@@ -9,11 +9,20 @@ import torch
 from torch import Tensor
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision of results and arithmetic: float64 for float64, float32 for float32, bfloat16 and float16."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def normaliser(power_B: Tensor, elements: int) -> Tensor:
+    """N / power, and 0 for no power: a zero factor or target stays zero under normalisation."""
+    return torch.where(power_B == 0, 0, elements / torch.where(power_B == 0, 1, power_B))
+
+
 def trace_normalised(cov_BNN: Tensor) -> Tensor:
     """Scale to trace N; a matrix of trace zero stays zero."""
     trace_B = cov_BNN.diagonal(dim1=-2, dim2=-1).real.sum(-1)
-    scale_B = torch.where(trace_B == 0, 0, cov_BNN.shape[-1] / torch.where(trace_B == 0, 1, trace_B))
-    return scale_B[:, None, None] * cov_BNN
+    return normaliser(trace_B, cov_BNN.shape[-1])[:, None, None] * cov_BNN
 
 
 def covariance(factor_BNQ2: Tensor) -> Tensor:
@@ -28,10 +37,18 @@ def shrink_weight(snr_db_B: Tensor | None, shrink: float) -> Tensor | float:
 
 
 def cov_nmse(
-    factor: Tensor, target_factor: Tensor | None, target_cov: Tensor | None, sample_factor: Tensor | None, snr_db: Tensor | None,
-    blend: float, loading: float, target_loading: float, shrink: float, diag_weight: float, offdiag_weight: float, gradients: int = 0,
-) -> Tensor:  # fmt: skip
-    """NMSE per scene, (B,): |R_eff - T_eff|^2 / |T_eff|^2 with weights for the diagonal and the rest of both.
+    factor: Tensor,
+    target_factor: Tensor | None,
+    target_cov: Tensor | None,
+    sample_factor: Tensor | None,
+    snr_db: Tensor | None,
+    blend: float,
+    loading: float,
+    target_loading: float,
+    shrink: float,
+    gradients: int = 0,
+) -> Tensor:
+    """NMSE per scene, (B,): |R_eff - T_eff|^2 / |T_eff|^2.
 
     Args as the operator `ris_fast::cov_nmse` (see op.py); `gradients` is ignored: autograd supplies them.
     Source: design formulas (normalise, blend, load, shrink), each step written as it reads.
@@ -45,6 +62,5 @@ def cov_nmse(
     target_BNN = covariance(target_factor) if dense is None else dense
     pred_BNN = (1 - alpha) * (pred_BNN + loading * eye_NN) / (1 + loading) + alpha * eye_NN
     target_BNN = (1 - alpha) * (target_BNN + target_loading * eye_NN) / (1 + target_loading) + alpha * eye_NN
-    weight_NN = offdiag_weight + (diag_weight - offdiag_weight) * eye_NN
-    error_B = (weight_NN * torch.view_as_real(pred_BNN - target_BNN).square().sum(-1)).sum((-2, -1))
-    return error_B / (weight_NN * torch.view_as_real(target_BNN).square().sum(-1)).sum((-2, -1))
+    error_B = torch.view_as_real(pred_BNN - target_BNN).square().sum((-3, -2, -1))
+    return error_B / torch.view_as_real(target_BNN).square().sum((-3, -2, -1))

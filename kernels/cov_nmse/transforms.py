@@ -82,7 +82,7 @@ class Transformable(torch.autograd.Function):
         if any(each is not None for each in through_units):
             raise RuntimeError(ONCE.format("a gradient of torch.func.grad or its kin"))
         scaled = scaled_units(ctx, grad_B)
-        return scaled[0], None, None, scaled[1], *(None,) * 8
+        return scaled[0], None, None, scaled[1], *(None,) * 6
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> None:

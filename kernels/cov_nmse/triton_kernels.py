@@ -9,19 +9,18 @@ Low-rank target, Z = [F, X, S], D = Z diag(w) Z^H + e I, G = Z^H Z:
     launch 1 sums G over elements (float64), launch 2 reads it, forms every scalar again and writes value and gradient.
 Dense target: launch 1 walks over 16 x 16 tiles of D = A A^H - tau T (A the normalised factors), adds up |D|^2, |T|^2
     and D A; launch 2 removes the component along A and scales.
-Weights: |D|^2 := off |D|^2 + (diag - off) sum D_nn^2, and D F := off D F + (diag - off) diag(D) F.
 A zero factor has w = 0: value as of R = 0, gradient 0.
 Source: the formulas of reference.py, differentiated by hand; checked against its autograd in float64.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .reference import compute_dtype
 
 COLUMNS = tl.constexpr(
     16
@@ -30,11 +29,11 @@ HOISTED = tl.constexpr(12)  # columns of a dense tile that stay in registers; wi
 
 
 @triton.jit
-def _alpha(snr, scene, shrink):
+def _alpha(snr_ptr, scene, shrink):
     """clamp(shrink 10^(-snr/20), 1e-4, 5e-2); a NaN stays a NaN; 0 where shrinkage is off."""
     alpha = shrink
     if shrink != 0.0:
-        alpha = shrink * tl.exp(tl.load(snr + scene).to(tl.float64) * (-0.11512925464970228))
+        alpha = shrink * tl.exp(tl.load(snr_ptr + scene).to(tl.float64) * (-0.11512925464970228))
         low, high = (
             tl.full((), 1e-4, tl.float64),
             tl.full((), 5e-2, tl.float64),
@@ -49,17 +48,17 @@ def _normaliser(power, n):
 
 
 @triton.jit
-def _row(f, x, s, row, column, Q: tl.constexpr, X: tl.constexpr, K: tl.constexpr):
+def _row(f_ptr, x_ptr, s_ptr, row, column, Q: tl.constexpr, X: tl.constexpr, K: tl.constexpr):
     """Real columns `column` of rows of Z as float64; column 2p is the real part of column p.
 
     Added up before the one conversion: float64 conversions, not products, bound these kernels (16 a cycle and SM).
     """
-    z = tl.load(f + row * (2 * Q) + column, mask=column < 2 * Q, other=0.0).to(s.dtype.element_ty)
+    z = tl.load(f_ptr + row * (2 * Q) + column, mask=column < 2 * Q, other=0.0).to(s_ptr.dtype.element_ty)
     if X > 0:
         own = column - 2 * Q
-        z += tl.load(x + row * (2 * X) + own, mask=(own >= 0) & (own < 2 * X), other=0.0)
+        z += tl.load(x_ptr + row * (2 * X) + own, mask=(own >= 0) & (own < 2 * X), other=0.0)
     own = column - 2 * (Q + X)
-    z += tl.load(s + row * (2 * K) + own, mask=(own >= 0) & (own < 2 * K), other=0.0)
+    z += tl.load(s_ptr + row * (2 * K) + own, mask=(own >= 0) & (own < 2 * K), other=0.0)
     return z.to(tl.float64)
 
 
@@ -77,63 +76,51 @@ def _across(OWN: tl.constexpr):
 
 @triton.jit
 def gram_kernel(
-    f,
-    x,
-    s,
-    gram,
-    squares,
+    f_ptr,
+    x_ptr,
+    s_ptr,
+    gram_ptr,
     n,
     chunk,
-    # fmt: skip
     Q: tl.constexpr,
     X: tl.constexpr,
     K: tl.constexpr,
     TILES: tl.constexpr,
-    WEIGHTED: tl.constexpr,
 ):
     """Real Gram matrix Zr^T Zr (Zr: N x 2P reals) of one chunk of elements; one pair of 16-column tiles a program.
 
-    gram: (B, splits, 32 TILES, 32 TILES) float64; squares: (B, splits, 16 TILES, 16 TILES), sums of |z_i|^2 |z_j|^2.
+    gram_ptr: (B, splits, 32 TILES, 32 TILES) float64.
     """
     scene, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     SIDE: tl.constexpr = 2 * COLUMNS
     left = _down(4) + (tl.program_id(2) // TILES) * SIDE
     right = _across(4) + (tl.program_id(2) % TILES) * SIDE
     acc = tl.zeros((4, 4, 8, 8), tl.float64)
-    pairs = tl.zeros((2, 2, 8, 8), tl.float64)
-    half_left = _down(2) + (tl.program_id(2) // TILES) * COLUMNS
-    half_right = _across(2) + (tl.program_id(2) % TILES) * COLUMNS
     first = split * chunk
     for i in range(first, tl.minimum(first + chunk, n)):
         row = scene * n + i
-        acc += _row(f, x, s, row, left, Q, X, K) * _row(f, x, s, row, right, Q, X, K)
-        if WEIGHTED:
-            a, b = _row(f, x, s, row, 2 * half_left, Q, X, K), _row(f, x, s, row, 2 * half_left + 1, Q, X, K)
-            c, d = _row(f, x, s, row, 2 * half_right, Q, X, K), _row(f, x, s, row, 2 * half_right + 1, Q, X, K)
-            pairs += (a * a + b * b) * (c * c + d * d)
+        acc += _row(f_ptr, x_ptr, s_ptr, row, left, Q, X, K) * _row(f_ptr, x_ptr, s_ptr, row, right, Q, X, K)
     part = scene * tl.num_programs(1) + split
-    tl.store(gram + (part * (SIDE * TILES) + left) * (SIDE * TILES) + right, acc)
-    if WEIGHTED:
-        tl.store(squares + (part * (COLUMNS * TILES) + half_left) * (COLUMNS * TILES) + half_right, pairs)
+    tl.store(gram_ptr + (part * (SIDE * TILES) + left) * (SIDE * TILES) + right, acc)
 
 
 @triton.jit
-def _gram_tile(gram, part, splits, i, j, LD: tl.constexpr):
+def _gram_tile(gram_ptr, part, splits, i, j, LD: tl.constexpr):
     """Complex entries z_i^H z_j for columns i (down) and j (across), summed over splits in order."""
     re = tl.zeros((i.shape[0], j.shape[0]), tl.float64)
     im = tl.zeros((i.shape[0], j.shape[0]), tl.float64)
     for split in range(splits):
-        at = gram + ((part + split) * LD + 2 * i[:, None]) * LD + 2 * j[None, :]
+        at = gram_ptr + ((part + split) * LD + 2 * i[:, None]) * LD + 2 * j[None, :]
         re += tl.load(at) + tl.load(at + LD + 1)
         im += tl.load(at + 1) - tl.load(at + LD)
     return re, im
 
 
 @triton.jit
-def _gram_diagonal(gram, part, splits, i, LD: tl.constexpr):
+def _gram_diagonal(gram_ptr, part, splits, i, LD: tl.constexpr):
     total = tl.zeros((i.shape[0],), tl.float64)
     for split in range(splits):
-        at = gram + (part + split) * LD * LD + 2 * i * (LD + 1)
+        at = gram_ptr + (part + split) * LD * LD + 2 * i * (LD + 1)
         total += tl.load(at) + tl.load(at + LD + 1)
     return total
 
@@ -145,7 +132,7 @@ def _column_weight(column, w_f, w_x, w_s, Q: tl.constexpr, X: tl.constexpr, K: t
 
 
 @triton.jit
-def _residual(f, x, s, scene, n, w_f, w_x, w_s, eye, diag, off, Q: tl.constexpr, X: tl.constexpr, K: tl.constexpr):
+def _residual(f_ptr, x_ptr, s_ptr, scene, n, w_f, w_x, w_s, eye, Q: tl.constexpr, X: tl.constexpr, K: tl.constexpr):
     """|D|^2 entry by entry, O(N^2 P): exact near zero, where the Gram form is a difference of large terms."""
     total = tl.zeros((COLUMNS, COLUMNS), tl.float64)
     for i0 in range(0, n, COLUMNS):
@@ -157,29 +144,49 @@ def _residual(f, x, s, scene, n, w_f, w_x, w_s, eye, diag, off, Q: tl.constexpr,
             for p in range(Q + X + K):
                 w = tl.where(p < Q, w_f, tl.where(p < Q + X, w_x, w_s))
                 ir, ii = (
-                    _row(f, x, s, row_i, i * 0 + 2 * p, Q, X, K) * w,
-                    _row(f, x, s, row_i, i * 0 + 2 * p + 1, Q, X, K) * w,
+                    _row(f_ptr, x_ptr, s_ptr, row_i, i * 0 + 2 * p, Q, X, K) * w,
+                    _row(f_ptr, x_ptr, s_ptr, row_i, i * 0 + 2 * p + 1, Q, X, K) * w,
                 )
-                jr, ji = _row(f, x, s, row_j, j * 0 + 2 * p, Q, X, K), _row(f, x, s, row_j, j * 0 + 2 * p + 1, Q, X, K)
+                jr, ji = (
+                    _row(f_ptr, x_ptr, s_ptr, row_j, j * 0 + 2 * p, Q, X, K),
+                    _row(f_ptr, x_ptr, s_ptr, row_j, j * 0 + 2 * p + 1, Q, X, K),
+                )
                 re += ir[:, None] * jr[None, :] + ii[:, None] * ji[None, :]
                 im += ii[:, None] * jr[None, :] - ir[:, None] * ji[None, :]
-            on = i[:, None] == j[None, :]
-            re += tl.where(on, eye, 0.0)
-            total += tl.where(here, (re * re + im * im) * tl.where(on, diag, off), 0.0)
+            re += tl.where(i[:, None] == j[None, :], eye, 0.0)
+            total += tl.where(here, re * re + im * im, 0.0)
     return tl.sum(tl.sum(total, 1), 0)
 
 
 @triton.jit
-def apply_kernel(f, x, s, snr, gram, squares, loss, grad_f, grad_x, n, splits, groups,
-                 blend: tl.float64, loading: tl.float64, target_loading: tl.float64, shrink: tl.float64, diag: tl.float64, off: tl.float64,
-                 Q: tl.constexpr, X: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, WEIGHTED: tl.constexpr,
-                 GRADIENTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def apply_kernel(
+    f_ptr,
+    x_ptr,
+    s_ptr,
+    snr_ptr,
+    gram_ptr,
+    loss_ptr,
+    grad_f_ptr,
+    grad_x_ptr,
+    n,
+    splits,
+    groups,
+    blend: tl.float64,
+    loading: tl.float64,
+    target_loading: tl.float64,
+    shrink: tl.float64,
+    Q: tl.constexpr,
+    X: tl.constexpr,
+    K: tl.constexpr,
+    TILES: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Scalars of the scene from G; then value (group 0), and the gradients of every groups-th block of elements."""
     scene, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     LD: tl.constexpr = 2 * COLUMNS * TILES
-    LH: tl.constexpr = COLUMNS * TILES
     part = scene * splits
-    alpha = _alpha(snr, scene, shrink)
+    alpha = _alpha(snr_ptr, scene, shrink)
     pred, true = (1 - alpha) / (1 + loading), (1 - alpha) / (1 + target_loading)
     eye_true = true * target_loading + alpha
     eye = tl.where(loading == target_loading, 0.0, pred * loading + alpha - eye_true)
@@ -189,7 +196,7 @@ def apply_kernel(f, x, s, snr, gram, squares, loss, grad_f, grad_x, n, splits, g
     power_s = alpha * 0
     for tile in tl.static_range(TILES):
         i = tl.arange(0, COLUMNS) + tile * COLUMNS
-        g = _gram_diagonal(gram, part, splits, i, LD)
+        g = _gram_diagonal(gram_ptr, part, splits, i, LD)
         power_f += tl.sum(tl.where(i < Q, g, 0.0), 0)
         power_x += tl.sum(tl.where((i >= Q) & (i < Q + X), g, 0.0), 0)
         power_s += tl.sum(tl.where(i >= Q + X, g, 0.0), 0)
@@ -203,17 +210,13 @@ def apply_kernel(f, x, s, snr, gram, squares, loss, grad_f, grad_x, n, splits, g
     truth = eye_true * eye_true * n - 2 * eye_true * w_s * power_s
     pull_f = eye * power_f
     pull_x = eye * power_x
-    on = eye * eye * n
-    on_true = eye_true * eye_true * n - 2 * eye_true * w_s * power_s
-    on_f = eye * power_f
-    on_x = eye * power_x
     for pair in range(TILES * TILES):
         i, j = tl.arange(0, COLUMNS) + (pair // TILES) * COLUMNS, tl.arange(0, COLUMNS) + (pair % TILES) * COLUMNS
         w_i, w_j = (
             _column_weight(i, w_f, w_x, w_s, Q, X, K)[:, None],
             _column_weight(j, w_f, w_x, w_s, Q, X, K)[None, :],
         )
-        re, im = _gram_tile(gram, part, splits, i, j, LD)
+        re, im = _gram_tile(gram_ptr, part, splits, i, j, LD)
         m = re * re + im * im
         in_s = (i[:, None] >= Q + X) & (j[None, :] >= Q + X)
         in_x = (j[None, :] >= Q) & (j[None, :] < Q + X)
@@ -221,32 +224,19 @@ def apply_kernel(f, x, s, snr, gram, squares, loss, grad_f, grad_x, n, splits, g
         truth += tl.sum(tl.sum(tl.where(in_s, w_i * w_j * m, 0.0), 1), 0)
         pull_f += tl.sum(tl.sum(tl.where(j[None, :] < Q, w_i * m, 0.0), 1), 0)
         pull_x += tl.sum(tl.sum(tl.where(in_x, w_i * m, 0.0), 1), 0)
-        if WEIGHTED:
-            h = tl.zeros((COLUMNS, COLUMNS), tl.float64)
-            for split in range(splits):
-                h += tl.load(squares + ((part + split) * LH + i[:, None]) * LH + j[None, :])
-            on += tl.sum(tl.sum(w_i * w_j * h, 1), 0)
-            on_true += tl.sum(tl.sum(tl.where(in_s, w_i * w_j * h, 0.0), 1), 0)
-            on_f += tl.sum(tl.sum(tl.where(j[None, :] < Q, w_i * h, 0.0), 1), 0)
-            on_x += tl.sum(tl.sum(tl.where(in_x, w_i * h, 0.0), 1), 0)
-    trace = 2 * eye * (w_f * power_f + w_x * power_x + w_s * power_s)
-    error = off * (error + trace)
-    truth = off * truth
-    if WEIGHTED:
-        error += (diag - off) * (on + trace)
-        truth += (diag - off) * on_true
+    error += 2 * eye * (w_f * power_f + w_x * power_x + w_s * power_s)
     if group == 0:
         if error < 1e-9 * truth:
-            error = _residual(f, x, s, scene, n, w_f, w_x, w_s, eye, diag, off, Q, X, K)
-        tl.store(loss + scene, error / truth)
+            error = _residual(f_ptr, x_ptr, s_ptr, scene, n, w_f, w_x, w_s, eye, Q, X, K)
+        tl.store(loss_ptr + scene, error / truth)
     if GRADIENTS >= 1:
-        along = (off * pull_f + (diag - off) * on_f) / tl.where(power_f == 0, 1.0, power_f)
+        along = pull_f / tl.where(power_f == 0, 1.0, power_f)
         _pull(
-            f,
-            x,
-            s,
-            gram,
-            grad_f,
+            f_ptr,
+            x_ptr,
+            s_ptr,
+            gram_ptr,
+            grad_f_ptr,
             scene,
             group,
             groups,
@@ -256,8 +246,6 @@ def apply_kernel(f, x, s, snr, gram, squares, loss, grad_f, grad_x, n, splits, g
             w_x,
             w_s,
             eye,
-            diag - off,
-            off,
             along,
             4 * w_f / truth,
             Q,
@@ -266,17 +254,16 @@ def apply_kernel(f, x, s, snr, gram, squares, loss, grad_f, grad_x, n, splits, g
             0,
             Q,
             LD,
-            WEIGHTED,
             BLOCK,
         )
     if GRADIENTS >= 2:
-        along = (off * pull_x + (diag - off) * on_x) / tl.where(power_x == 0, 1.0, power_x)
+        along = pull_x / tl.where(power_x == 0, 1.0, power_x)
         _pull(
-            f,
-            x,
-            s,
-            gram,
-            grad_x,
+            f_ptr,
+            x_ptr,
+            s_ptr,
+            gram_ptr,
+            grad_x_ptr,
             scene,
             group,
             groups,
@@ -286,8 +273,6 @@ def apply_kernel(f, x, s, snr, gram, squares, loss, grad_f, grad_x, n, splits, g
             w_x,
             w_s,
             eye,
-            diag - off,
-            off,
             along,
             4 * w_x / truth,
             Q,
@@ -296,16 +281,37 @@ def apply_kernel(f, x, s, snr, gram, squares, loss, grad_f, grad_x, n, splits, g
             Q,
             X,
             LD,
-            WEIGHTED,
             BLOCK,
         )
 
 
 @triton.jit
-def _pull(f, x, s, gram, grad, scene, group, groups, n, splits, w_f, w_x, w_s, eye, extra, off, along, scale,
-          Q: tl.constexpr, X: tl.constexpr, K: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, LD: tl.constexpr, WEIGHTED: tl.constexpr,
-          BLOCK: tl.constexpr):  # fmt: skip
-    """grad = scale (off D F + extra diag(D) F - along F) for columns FIRST .. FIRST + WIDTH of Z, 16 at a time."""
+def _pull(
+    f_ptr,
+    x_ptr,
+    s_ptr,
+    gram_ptr,
+    grad_ptr,
+    scene,
+    group,
+    groups,
+    n,
+    splits,
+    w_f,
+    w_x,
+    w_s,
+    eye,
+    along,
+    scale,
+    Q: tl.constexpr,
+    X: tl.constexpr,
+    K: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """grad = scale (D F - along F) for columns FIRST .. FIRST + WIDTH of Z, 16 at a time."""
     SIDE: tl.constexpr = 2 * COLUMNS
     OWN: tl.constexpr = BLOCK // 8
     part = scene * splits
@@ -317,47 +323,45 @@ def _pull(f, x, s, gram, grad, scene, group, groups, n, splits, w_f, w_x, w_s, e
             to = tl.minimum(c, 2 * WIDTH - 1) + 2 * FIRST
             twin, sign = to ^ 1, 1.0 - 2.0 * (to % 2).to(tl.float64)
             out = tl.zeros((OWN, 4, 8, 8), tl.float64)
-            diagonal = tl.zeros((OWN, 1, 8, 1), tl.float64)
             for p in range(Q + X + K):
                 w = tl.where(p < Q, w_f, tl.where(p < Q + X, w_x, w_s))
                 same, other = tl.zeros((1, 4, 1, 8), tl.float64), tl.zeros((1, 4, 1, 8), tl.float64)
                 for split in range(splits):  # columns of Zr in pairs: C_re = rr + ii, C_im = ri - ir
-                    at = gram + ((part + split) * LD + 2 * p) * LD
+                    at = gram_ptr + ((part + split) * LD + 2 * p) * LD
                     same += tl.load(at + to) + sign * tl.load(at + LD + twin)
                     other += tl.load(at + LD + to) - sign * tl.load(at + twin)
-                re, im = _row(f, x, s, row, i * 0 + 2 * p, Q, X, K), _row(f, x, s, row, i * 0 + 2 * p + 1, Q, X, K)
+                re, im = (
+                    _row(f_ptr, x_ptr, s_ptr, row, i * 0 + 2 * p, Q, X, K),
+                    _row(f_ptr, x_ptr, s_ptr, row, i * 0 + 2 * p + 1, Q, X, K),
+                )
                 out += re * (w * same) + im * (w * other)
-                if WEIGHTED:
-                    diagonal += w * (re * re + im * im)
-            own = _row(f, x, s, row, to, Q, X, K)
-            out = off * (out + eye * own) - along * own
-            if WEIGHTED:
-                out += extra * (diagonal + eye) * own
-            tl.store(grad + (scene * n + i) * (2 * WIDTH) + c, out * scale, mask=(i < n) & (c < 2 * WIDTH))
+            own = _row(f_ptr, x_ptr, s_ptr, row, to, Q, X, K)
+            out += (eye - along) * own
+            tl.store(grad_ptr + (scene * n + i) * (2 * WIDTH) + c, out * scale, mask=(i < n) & (c < 2 * WIDTH))
 
 
 @triton.jit
-def _power(x, scene, count, SIZE: tl.constexpr):
+def _power(x_ptr, scene, count, SIZE: tl.constexpr):
     """Sum of squares of a scene's `count` reals, in float64."""
     total = tl.zeros((SIZE,), tl.float64)
     for k in range(0, count, SIZE):
         at = tl.arange(0, SIZE) + k
-        v = tl.load(x + scene * count + at, mask=at < count, other=0.0).to(tl.float64)
+        v = tl.load(x_ptr + scene * count + at, mask=at < count, other=0.0).to(tl.float64)
         total += v * v
     return tl.sum(total, 0)
 
 
 @triton.jit
-def _pair_column(f, x, row, column, here, Q: tl.constexpr, X: tl.constexpr, W: tl.constexpr):
+def _pair_column(f_ptr, x_ptr, row, column, here, Q: tl.constexpr, X: tl.constexpr, W: tl.constexpr):
     """Real and imaginary part of one column of [F, X] at the elements `row`, zero where not here or past the end."""
     column = row * 0 + column  # a vector, because the interpreter takes no mask made of a scalar
-    re = tl.load(f + row * (2 * Q) + 2 * column, mask=here & (column < Q), other=0.0).to(W)
-    im = tl.load(f + row * (2 * Q) + 2 * column + 1, mask=here & (column < Q), other=0.0).to(W)
+    re = tl.load(f_ptr + row * (2 * Q) + 2 * column, mask=here & (column < Q), other=0.0).to(W)
+    im = tl.load(f_ptr + row * (2 * Q) + 2 * column + 1, mask=here & (column < Q), other=0.0).to(W)
     if X > 0:
         own = column - Q
         inside = here & (own >= 0) & (own < X)
-        re += tl.load(x + row * (2 * X) + 2 * own, mask=inside, other=0.0).to(W)
-        im += tl.load(x + row * (2 * X) + 2 * own + 1, mask=inside, other=0.0).to(W)
+        re += tl.load(x_ptr + row * (2 * X) + 2 * own, mask=inside, other=0.0).to(W)
+        im += tl.load(x_ptr + row * (2 * X) + 2 * own + 1, mask=inside, other=0.0).to(W)
     return re, im
 
 
@@ -370,33 +374,50 @@ def _outer(dr, di, ir, ii, jr, ji):
 
 
 @triton.jit
-def dense_kernel(f, x, target, snr, partial, grad_f, grad_x, n,
-                 blend: tl.float64, loading: tl.float64, target_loading: tl.float64, shrink: tl.float64, diag: tl.float64, off: tl.float64,
-                 Q: tl.constexpr, X: tl.constexpr, WEIGHTED: tl.constexpr, GRADIENTS: tl.constexpr, PULLS: tl.constexpr,
-                 PACKED: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+def dense_kernel(
+    f_ptr,
+    x_ptr,
+    target_ptr,
+    snr_ptr,
+    partial_ptr,
+    grad_f_ptr,
+    grad_x_ptr,
+    n,
+    blend: tl.float64,
+    loading: tl.float64,
+    target_loading: tl.float64,
+    shrink: tl.float64,
+    Q: tl.constexpr,
+    X: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+    PULLS: tl.constexpr,
+    PACKED: tl.constexpr,
+    W: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """D = A A^H - tau T for TILE columns j of D, all rows i: squares, and w (D^H F)_j for PULLS columns of [F, X].
 
-    partial: (B, tiles, blocks, 8) float64: |D|^2, |T|^2, tr(F^H D F) w, the same of X, |F|^2, |X|^2.
+    partial_ptr: (B, tiles, blocks, 8) float64: |D|^2, |T|^2, tr(F^H D F) w, the same of X, |F|^2, |X|^2.
     PACKED: the target is read as 64-bit words (re, im), which float32 pairs are.
     """
     scene, tile, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    alpha = _alpha(snr, scene, shrink)
+    alpha = _alpha(snr_ptr, scene, shrink)
     pred, true = (1 - alpha) / (1 + loading), (1 - alpha) / (1 + target_loading)
     eye_true = true * target_loading + alpha
     eye = tl.where(loading == target_loading, 0.0, pred * loading + alpha - eye_true)
-    power_f = _power(f, scene, 2 * n * Q, 512)
+    power_f = _power(f_ptr, scene, 2 * n * Q, 512)
     w_f = pred * _normaliser(power_f, n)
     power_x = power_f * 0
     w_x = power_x
     if X > 0:
         w_f = w_f * (1 - blend)
-        power_x = _power(x, scene, 2 * n * X, 512)
+        power_x = _power(x_ptr, scene, 2 * n * X, 512)
         w_x = pred * blend * _normaliser(power_x, n)
     trace = tl.zeros((128,), tl.float64)
     for k in range(0, n, 128):
         at = tl.arange(0, 128) + k
         entry = (scene * n + at) * n + at
-        trace += tl.load(target + 2 * entry, mask=at < n, other=0.0).to(tl.float64)
+        trace += tl.load(target_ptr + 2 * entry, mask=at < n, other=0.0).to(tl.float64)
     tau = (true * _normaliser(tl.sum(trace, 0), n)).to(W)
 
     j = tl.arange(0, TILE) + tile * TILE
@@ -405,14 +426,14 @@ def dense_kernel(f, x, target, snr, partial, grad_f, grad_x, n,
     hoisted = ()
     if Q + X <= HOISTED:
         for p in tl.static_range(Q + X):
-            jr, ji = _pair_column(f, x, row_j, p, here_j, Q, X, tl.float64)
+            jr, ji = _pair_column(f_ptr, x_ptr, row_j, p, here_j, Q, X, tl.float64)
             if p < Q:
                 hoisted = hoisted + ((jr * w_f).to(W), (ji * w_f).to(W))
             else:
                 hoisted = hoisted + ((jr * w_x).to(W), (ji * w_x).to(W))
     acc = ()
     if GRADIENTS >= 1:
-        for q in tl.static_range(2 * PULLS):
+        for _ in tl.static_range(2 * PULLS):
             acc = acc + (tl.zeros((TILE, TILE), W),)
     error = tl.zeros((TILE, TILE), W)
     truth = tl.zeros((TILE, TILE), W)
@@ -423,38 +444,32 @@ def dense_kernel(f, x, target, snr, partial, grad_f, grad_x, n,
         here = here_i[:, None] & here_j[None, :]
         entry = row_i[:, None] * n + j[None, :]
         if PACKED:
-            word = tl.load(target.to(tl.pointer_type(tl.uint64)) + entry, mask=here, other=0)
+            word = tl.load(target_ptr.to(tl.pointer_type(tl.uint64)) + entry, mask=here, other=0)
             tr = tau * (word & 0xFFFFFFFF).to(tl.uint32).to(tl.float32, bitcast=True)
             ti = tau * (word >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
         else:
-            tr = tau * tl.load(target + 2 * entry, mask=here, other=0.0).to(W)
-            ti = tau * tl.load(target + 2 * entry + 1, mask=here, other=0.0).to(W)
+            tr = tau * tl.load(target_ptr + 2 * entry, mask=here, other=0.0).to(W)
+            ti = tau * tl.load(target_ptr + 2 * entry + 1, mask=here, other=0.0).to(W)
         on = (i[:, None] == j[None, :]) & here
         dr = tl.where(on, eye.to(W), 0.0) - tr
         di = -ti
         if Q + X <= HOISTED:
             for p in tl.static_range(Q + X):
-                ir, ii = _pair_column(f, x, row_i, p, here_i, Q, X, W)
+                ir, ii = _pair_column(f_ptr, x_ptr, row_i, p, here_i, Q, X, W)
                 dr, di = _outer(dr, di, ir, ii, hoisted[2 * p], hoisted[2 * p + 1])
         else:
             for p in range(Q + X):
-                ir, ii = _pair_column(f, x, row_i, p, here_i, Q, X, W)
-                jr, ji = _pair_column(f, x, row_j, p, here_j, Q, X, tl.float64)
+                ir, ii = _pair_column(f_ptr, x_ptr, row_i, p, here_i, Q, X, W)
+                jr, ji = _pair_column(f_ptr, x_ptr, row_j, p, here_j, Q, X, tl.float64)
                 w = tl.where(p < Q, w_f, w_x)
                 dr, di = _outer(dr, di, ir, ii, (jr * w).to(W), (ji * w).to(W))
         tr += tl.where(on, eye_true.to(W), 0.0)
-        if WEIGHTED:
-            weight = tl.where(on, diag, off).to(W)
-            error += weight * (dr * dr + di * di)
-            truth += weight * (tr * tr + ti * ti)
-            dr, di = weight * dr, weight * di
-        else:
-            error += dr * dr + di * di
-            truth += tr * tr + ti * ti
+        error += dr * dr + di * di
+        truth += tr * tr + ti * ti
         if GRADIENTS >= 1:
             after = ()
             for q in tl.static_range(PULLS):
-                ir, ii = _pair_column(f, x, row_i, block * PULLS + q, here_i, Q, X, W)
+                ir, ii = _pair_column(f_ptr, x_ptr, row_i, block * PULLS + q, here_i, Q, X, W)
                 after = after + (
                     acc[2 * q] + (dr * ir[:, None] + di * ii[:, None]),
                     acc[2 * q + 1] + (dr * ii[:, None] - di * ir[:, None]),
@@ -469,19 +484,19 @@ def dense_kernel(f, x, target, snr, partial, grad_f, grad_x, n,
             in_f = column < Q
             w = tl.where(in_f, w_f, w_x)
             re, im = tl.sum(acc[2 * q].to(tl.float64), 0) * w, tl.sum(acc[2 * q + 1].to(tl.float64), 0) * w
-            jr, ji = _pair_column(f, x, row_j, column, here_j, Q, X, tl.float64)
+            jr, ji = _pair_column(f_ptr, x_ptr, row_j, column, here_j, Q, X, tl.float64)
             along = tl.sum(re * jr + im * ji, 0)
             along_f += tl.where(in_f, along, 0.0)
             along_x += tl.where(in_f, 0.0, along)
             spread = row_j * 0 + column
-            tl.store(grad_f + row_j * (2 * Q) + 2 * spread, re, mask=here_j & (spread < Q))
-            tl.store(grad_f + row_j * (2 * Q) + 2 * spread + 1, im, mask=here_j & (spread < Q))
+            tl.store(grad_f_ptr + row_j * (2 * Q) + 2 * spread, re, mask=here_j & (spread < Q))
+            tl.store(grad_f_ptr + row_j * (2 * Q) + 2 * spread + 1, im, mask=here_j & (spread < Q))
             if GRADIENTS >= 2:
                 own = spread - Q
                 inside = here_j & (own >= 0) & (own < X)
-                tl.store(grad_x + row_j * (2 * X) + 2 * own, re, mask=inside)
-                tl.store(grad_x + row_j * (2 * X) + 2 * own + 1, im, mask=inside)
-    to = partial + ((scene * tl.num_programs(1) + tile) * tl.num_programs(2) + block) * 8
+                tl.store(grad_x_ptr + row_j * (2 * X) + 2 * own, re, mask=inside)
+                tl.store(grad_x_ptr + row_j * (2 * X) + 2 * own + 1, im, mask=inside)
+    to = partial_ptr + ((scene * tl.num_programs(1) + tile) * tl.num_programs(2) + block) * 8
     tl.store(to, tl.sum(tl.sum(error.to(tl.float64), 1), 0))
     tl.store(to + 1, tl.sum(tl.sum(truth.to(tl.float64), 1), 0))
     tl.store(to + 2, along_f)
@@ -492,16 +507,15 @@ def dense_kernel(f, x, target, snr, partial, grad_f, grad_x, n,
 
 @triton.jit
 def finish_kernel(
-    f,
-    x,
-    partial,
-    loss,
-    grad_f,
-    grad_x,
+    f_ptr,
+    x_ptr,
+    partial_ptr,
+    loss_ptr,
+    grad_f_ptr,
+    grad_x_ptr,
     n,
     tiles,
     blocks,
-    # fmt: skip
     Q: tl.constexpr,
     X: tl.constexpr,
     GRADIENTS: tl.constexpr,
@@ -511,224 +525,124 @@ def finish_kernel(
     """Adds the partial sums, writes the value, takes the component along the factor out of the gradient, in place."""
     scene, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, SPAN)
-    part = partial + (scene * tiles * blocks + at) * 8
+    part = partial_ptr + (scene * tiles * blocks + at) * 8
     every, first = at < tiles * blocks, (at < tiles * blocks) & (at % blocks == 0)
     error = tl.sum(tl.load(part, mask=first, other=0.0), 0)
     truth = tl.sum(tl.load(part + 1, mask=first, other=0.0), 0)
     if group == 0:
-        tl.store(loss + scene, error / truth)
+        tl.store(loss_ptr + scene, error / truth)
     if GRADIENTS >= 1:
-        power = tl.load(partial + scene * tiles * blocks * 8 + 4)
+        power = tl.load(partial_ptr + scene * tiles * blocks * 8 + 4)
         _without_along(
-            f, grad_f, scene, group, 2 * n * Q, tl.sum(tl.load(part + 2, mask=every, other=0.0), 0), power, truth, BLOCK
+            f_ptr,
+            grad_f_ptr,
+            scene,
+            group,
+            2 * n * Q,
+            tl.sum(tl.load(part + 2, mask=every, other=0.0), 0),
+            power,
+            truth,
+            BLOCK,
         )
     if GRADIENTS >= 2:
-        power = tl.load(partial + scene * tiles * blocks * 8 + 5)
+        power = tl.load(partial_ptr + scene * tiles * blocks * 8 + 5)
         _without_along(
-            x, grad_x, scene, group, 2 * n * X, tl.sum(tl.load(part + 3, mask=every, other=0.0), 0), power, truth, BLOCK
+            x_ptr,
+            grad_x_ptr,
+            scene,
+            group,
+            2 * n * X,
+            tl.sum(tl.load(part + 3, mask=every, other=0.0), 0),
+            power,
+            truth,
+            BLOCK,
         )
 
 
 @triton.jit
-def _without_along(f, grad, scene, group, count, along, power, truth, BLOCK: tl.constexpr):
+def _without_along(f_ptr, grad_ptr, scene, group, count, along, power, truth, BLOCK: tl.constexpr):
     ratio, scale = along / tl.where(power == 0, 1.0, power), 4 / truth
     for k in range(group * BLOCK, count, tl.num_programs(1) * BLOCK):
         at = tl.arange(0, BLOCK) + k
         here = at < count
-        own = tl.load(f + scene * count + at, mask=here, other=0.0).to(tl.float64)
-        pull = tl.load(grad + scene * count + at, mask=here, other=0.0).to(tl.float64)
-        tl.store(grad + scene * count + at, (pull - ratio * own) * scale, mask=here)
+        own = tl.load(f_ptr + scene * count + at, mask=here, other=0.0).to(tl.float64)
+        pull = tl.load(grad_ptr + scene * count + at, mask=here, other=0.0).to(tl.float64)
+        tl.store(grad_ptr + scene * count + at, (pull - ratio * own) * scale, mask=here)
 
 
 DENSE_TILE, PULLS_AT_MOST, APPLY_BLOCK, FINISH_BLOCK = 16, {1: 12, 2: 8}, 32, 1024
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def _up(x: int, to: int) -> int:
-    return -(-x // to)
-
-
 def cov_nmse(
-    factor: Tensor, target_factor: Tensor | None, target_cov: Tensor | None, sample_factor: Tensor | None, snr_db: Tensor | None,
-    blend: float, loading: float, target_loading: float, shrink: float, diag_weight: float, offdiag_weight: float, gradients: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    factor: Tensor,
+    target_factor: Tensor | None,
+    target_cov: Tensor | None,
+    sample_factor: Tensor | None,
+    snr_db: Tensor | None,
+    blend: float,
+    loading: float,
+    target_loading: float,
+    shrink: float,
+    gradients: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Value and unit gradients; arguments and results as `ris_fast::cov_nmse` (op.py). Two launches.
 
     Numerics: low-rank target in float64 throughout; dense target in the compute dtype, sums over tiles in float64.
     """
-    dtype = torch.float64 if factor.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(factor.dtype)
     f, t = factor.contiguous(), None if target_cov is None else target_cov.contiguous()
     s, x, snr = (None if a is None else a.to(dtype).contiguous() for a in (target_factor, sample_factor, snr_db))
     loss = f.new_empty(len(f), dtype=dtype)
     grad_f = f.new_empty(f.shape if gradients >= 1 else 0, dtype=dtype)
     grad_x = f.new_empty(x.shape if gradients >= 2 else 0, dtype=dtype)
     if len(f):
-        settings = (blend, loading, target_loading, shrink, diag_weight, offdiag_weight)
-        snr = f if snr is None else snr  # never read without shrinkage; a launch needs some pointer
-        run = _low_rank if t is None else _dense
-        run(
+        columns = 0 if x is None else x.shape[2]
+        inputs = (
             f,
             f if x is None else x,
             s if t is None else t,
-            snr,
-            loss,
-            grad_f,
-            grad_x,
-            settings,
-            0 if x is None else x.shape[2],
-            gradients,
-        )
+            f if snr is None else snr,
+        )  # any pointer where unread
+        run = _low_rank if t is None else _dense
+        run(inputs, (loss, grad_f, grad_x), (blend, loading, target_loading, shrink), columns, gradients)
     return loss, grad_f, grad_x
 
 
-def _low_rank(
-    f: Tensor,
-    x: Tensor,
-    s: Tensor,
-    snr: Tensor,
-    loss: Tensor,
-    grad_f: Tensor,
-    grad_x: Tensor,
-    settings: tuple[float, ...],
-    columns: int,
-    gradients: int,
-) -> None:
-    b, n, q, _ = f.shape
-    k, weighted = s.shape[2], settings[4] != settings[5]
-    tiles = _up(q + columns + k, 16)
-    splits = max(1, min(_up(n, 16), 1024 // (b * tiles * tiles)))  # few scenes: share one among several programs
-    chunk = _up(n, splits)
+Tensors = tuple[Tensor, ...]
+
+
+def _low_rank(inputs: Tensors, outputs: Tensors, settings: tuple[float, ...], columns: int, gradients: int) -> None:
+    f, x, s, _ = inputs
+    (b, n, q, _), k = f.shape, s.shape[2]
+    tiles = triton.cdiv(q + columns + k, 16)
+    splits = max(1, min(triton.cdiv(n, 16), 1024 // (b * tiles * tiles)))  # few scenes: several programs share one
+    chunk = triton.cdiv(n, splits)
     gram = f.new_empty((b, splits, 32 * tiles, 32 * tiles), dtype=torch.float64)
-    squares = f.new_empty((b, splits, 16 * tiles, 16 * tiles), dtype=torch.float64) if weighted else gram
     gram_kernel[(b, splits, tiles * tiles)](
-        f, x, s, gram, squares, n, chunk, q, columns, k, tiles, weighted, num_warps=2, enable_fp_fusion=True
+        f, x, s, gram, n, chunk, q, columns, k, tiles, num_warps=2, enable_fp_fusion=True
     )
-    groups = max(1, min(_up(n, APPLY_BLOCK), 2048 // b)) if gradients else 1
+    groups = max(1, min(triton.cdiv(n, APPLY_BLOCK), 2048 // b)) if gradients else 1
+    sizes, constants = (n, splits, groups), (q, columns, k, tiles, gradients, APPLY_BLOCK)
     apply_kernel[(b, groups)](
-        f, x, s, snr, gram, squares, loss, grad_f, grad_x, n, splits, groups, *settings, q, columns, k, tiles, weighted, gradients, APPLY_BLOCK,
-        num_warps=2, enable_fp_fusion=True,
-    )  # fmt: skip
+        *inputs, gram, *outputs, *sizes, *settings, *constants, num_warps=2, enable_fp_fusion=True
+    )
 
 
-def _dense(
-    f: Tensor,
-    x: Tensor,
-    t: Tensor,
-    snr: Tensor,
-    loss: Tensor,
-    grad_f: Tensor,
-    grad_x: Tensor,
-    settings: tuple[float, ...],
-    columns: int,
-    gradients: int,
-) -> None:
+def _dense(inputs: Tensors, outputs: Tensors, settings: tuple[float, ...], columns: int, gradients: int) -> None:
+    (f, x, t, _), (loss, grad_f, grad_x) = inputs, outputs
     b, n, q, _ = f.shape
     width = q + (columns if gradients >= 2 else 0)
-    blocks = _up(width, PULLS_AT_MOST[gradients]) if gradients else 1
-    tiles, pulls = _up(n, DENSE_TILE), _up(width, blocks)
+    blocks = triton.cdiv(width, PULLS_AT_MOST[gradients]) if gradients else 1
+    tiles, pulls = triton.cdiv(n, DENSE_TILE), triton.cdiv(width, blocks)
     partial = f.new_empty((b, tiles, blocks, 8), dtype=torch.float64)
-    weighted = settings[4:] != (1.0, 1.0)
+    packed, dtype = t.dtype == torch.float32, DTYPES[loss.dtype]
+    constants = (q, columns, gradients, pulls, packed, dtype, DENSE_TILE)
     dense_kernel[(b, tiles, blocks)](
-        f, x, t, snr, partial, grad_f, grad_x, n, *settings, q, columns, weighted, gradients, pulls, t.dtype == torch.float32, DTYPES[loss.dtype], DENSE_TILE,
-        num_warps=2, enable_fp_fusion=True,
-    )  # fmt: skip
-    count = 2 * n * max(q, columns) if gradients else 1
-    span = triton.next_power_of_2(tiles * blocks)
-    finish_kernel[(b, _up(count, 4 * FINISH_BLOCK))](
-        f,
-        x,
-        partial,
-        loss,
-        grad_f,
-        grad_x,
-        n,
-        tiles,
-        blocks,
-        q,
-        columns,
-        gradients,
-        span,
-        FINISH_BLOCK,
-        num_warps=4,
-        enable_fp_fusion=True,
+        *inputs, partial, grad_f, grad_x, n, *settings, *constants, num_warps=2, enable_fp_fusion=True
     )
-
-
-def _aot(
-    name: str,
-    kernel: Any,
-    pointers: dict[str, str],
-    integers: tuple[str, ...],
-    settings: bool,
-    constexprs: dict[str, Any],
-    warps: int,
-    wide: bool,
-) -> Any:
-    from ..registry import AotCase
-
-    floats = ("blend", "loading", "target_loading", "shrink", "diag", "off") if settings else ()
-    signature = {
-        **{k: f"*{v}" for k, v in pointers.items()},
-        **dict.fromkeys(integers, "i32"),
-        **dict.fromkeys(floats, "fp64"),
-        **dict.fromkeys(constexprs, "constexpr"),
-    }
-    return AotCase(name, kernel, signature, constexprs, (*pointers, "n"), warps, wide)
-
-
-def aot() -> list[Any]:
-    """Every kernel at the tuned sizes of N = 144, Q = 10, K = 5, and once with a sample factor and weights."""
-    cases = []
-    for label, x, weighted, gradients in (("", 0, False, 1), ("-everything", 6, True, 2)):
-        tiles, columns = _up(15 + x, 16), {"Q": 10, "X": x}
-        low = columns | {"K": 5, "TILES": tiles, "WEIGHTED": weighted}
-        factors = dict.fromkeys("fxs", "fp32")
-        outputs = {"loss": "fp32", "grad_f": "fp32", "grad_x": "fp32"}
-        scratch = {"gram": "fp64", "squares": "fp64"}
-        cases.append(_aot(f"gram{label}", gram_kernel, factors | scratch, ("n", "chunk"), False, low, 2, False))
-        applied = low | {"GRADIENTS": gradients, "BLOCK": APPLY_BLOCK}
-        cases.append(
-            _aot(
-                f"apply{label}",
-                apply_kernel,
-                factors | {"snr": "fp32"} | scratch | outputs,
-                ("n", "splits", "groups"),
-                True,
-                applied,
-                2,
-                False,
-            )
-        )
-        blocks = _up(10 + x * (gradients - 1), PULLS_AT_MOST[gradients])
-        dense = columns | {
-            "WEIGHTED": weighted,
-            "GRADIENTS": gradients,
-            "PULLS": _up(10 + x * (gradients - 1), blocks),
-            "PACKED": True,
-            "W": tl.float32,
-            "TILE": DENSE_TILE,
-        }
-        inputs = {
-            "f": "fp32",
-            "x": "fp32",
-            "target": "fp32",
-            "snr": "fp32",
-            "partial": "fp64",
-            "grad_f": "fp32",
-            "grad_x": "fp32",
-        }
-        cases.append(_aot(f"dense{label}", dense_kernel, inputs, ("n",), True, dense, 2, False))
-        finished = {"f": "fp32", "x": "fp32", "partial": "fp64", **outputs}
-        cases.append(
-            _aot(
-                f"finish{label}",
-                finish_kernel,
-                finished,
-                ("n", "tiles", "blocks"),
-                False,
-                columns | {"GRADIENTS": gradients, "SPAN": 16, "BLOCK": FINISH_BLOCK},
-                4,
-                True,
-            )
-        )
-    return cases
+    count = 2 * n * max(q, columns) if gradients else 1
+    sizes, constants = (n, tiles, blocks), (q, columns, gradients, triton.next_power_of_2(tiles * blocks), FINISH_BLOCK)
+    finish_kernel[(b, triton.cdiv(count, 4 * FINISH_BLOCK))](
+        f, x, partial, loss, grad_f, grad_x, *sizes, *constants, num_warps=4, enable_fp_fusion=True
+    )

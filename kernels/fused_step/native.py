@@ -38,24 +38,49 @@ def _at(tensor: Tensor) -> int:
 
 
 def measure(
-    grad: Tensor, chunks: Tensor, segments: Tensor, hyper: Tensor, partial: Tensor, sums: Tensor, telemetry: Tensor,
-    steps: Tensor, coefficients: Tensor, state: Tensor, tickets: Tensor, finish: bool, sources: Tensor | None = None,
+    grad: Tensor,
+    chunks: Tensor,
+    segments: Tensor,
+    hyper: Tensor,
+    partial: Tensor,
+    sums: Tensor,
+    telemetry: Tensor,
+    steps: Tensor,
+    coefficients: Tensor,
+    state: Tensor,
+    tickets: Tensor,
+    finish: bool,
+    sources: Tensor | None = None,
     simd: str | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """sources: (2, T) int64, address and number of elements of each tensor's float32 gradient; None: they are in
     `grad`."""
     call("measure_from", simd)(
-        _at(grad), None if sources is None else _at(sources), grad.numel(), _at(chunks), chunks.shape[0], _at(segments),
-        segments.shape[0], _at(partial), _at(sums), _at(state),
-    )  # fmt: skip
+        _at(grad),
+        None if sources is None else _at(sources),
+        grad.numel(),
+        _at(chunks),
+        chunks.shape[0],
+        _at(segments),
+        segments.shape[0],
+        _at(partial),
+        _at(sums),
+        _at(state),
+    )
     if finish:
         decide(segments, hyper, sums, telemetry, steps, coefficients, state, simd)
 
 
 def decide(
-    segments: Tensor, hyper: Tensor, sums: Tensor, telemetry: Tensor, steps: Tensor, coefficients: Tensor, state: Tensor,
+    segments: Tensor,
+    hyper: Tensor,
+    sums: Tensor,
+    telemetry: Tensor,
+    steps: Tensor,
+    coefficients: Tensor,
+    state: Tensor,
     simd: str | None = None,
-) -> None:  # fmt: skip
+) -> None:
     call("decide", simd)(
         _at(segments),
         segments.shape[0],
@@ -69,26 +94,77 @@ def decide(
 
 
 def apply(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor | None, chunks: Tensor, segments: Tensor,
-    hyper: Tensor, partial: Tensor, telemetry: Tensor, coefficients: Tensor, state: Tensor, tickets: Tensor, clear: bool,
-    sources: Tensor | None = None, simd: str | None = None,
-) -> None:  # fmt: skip
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    ema: Tensor | None,
+    chunks: Tensor,
+    segments: Tensor,
+    hyper: Tensor,
+    partial: Tensor,
+    telemetry: Tensor,
+    coefficients: Tensor,
+    state: Tensor,
+    tickets: Tensor,
+    clear: bool,
+    sources: Tensor | None = None,
+    simd: str | None = None,
+) -> None:
     """sources: as for `measure`; such gradients are only read, whatever `clear` says."""
     call("apply_from", simd)(
-        _at(param), _at(grad), _at(exp_avg), _at(exp_avg_sq), None if ema is None else _at(ema),
-        None if sources is None else _at(sources), param.numel(), _at(chunks), chunks.shape[0], _at(segments), segments.shape[0],
-        _at(hyper), _at(partial), _at(telemetry), _at(coefficients), _at(state), clear and sources is None,
-    )  # fmt: skip
+        _at(param),
+        _at(grad),
+        _at(exp_avg),
+        _at(exp_avg_sq),
+        None if ema is None else _at(ema),
+        None if sources is None else _at(sources),
+        param.numel(),
+        _at(chunks),
+        chunks.shape[0],
+        _at(segments),
+        segments.shape[0],
+        _at(hyper),
+        _at(partial),
+        _at(telemetry),
+        _at(coefficients),
+        _at(state),
+        clear and sources is None,
+    )
 
 
 def accumulate(
-    gradients: list[Tensor], starts: list[int], grad: Tensor, chunks: Tensor, segments: Tensor, partial: Tensor, sums: Tensor,
-    state: Tensor, tickets: Tensor, scale: float, overwrite: bool, norm: bool, simd: str | None = None,
-) -> None:  # fmt: skip
+    gradients: list[Tensor],
+    starts: list[int],
+    grad: Tensor,
+    chunks: Tensor,
+    segments: Tensor,
+    partial: Tensor,
+    sums: Tensor,
+    state: Tensor,
+    tickets: Tensor,
+    scale: float,
+    overwrite: bool,
+    norm: bool,
+    simd: str | None = None,
+) -> None:
     count = len(gradients)
     pointers, numels = (c_int64 * count)(*map(_at, gradients)), (c_int64 * count)(*map(Tensor.numel, gradients))
     half = (c_int32 * count)(*(g.dtype == torch.bfloat16 for g in gradients))
     call("accumulate", simd)(
-        pointers, numels, half, _at(grad), grad.numel(), _at(chunks), chunks.shape[0], _at(segments),
-        segments.shape[0], _at(partial), _at(sums), _at(state), scale, overwrite, norm,
-    )  # fmt: skip
+        pointers,
+        numels,
+        half,
+        _at(grad),
+        grad.numel(),
+        _at(chunks),
+        chunks.shape[0],
+        _at(segments),
+        segments.shape[0],
+        _at(partial),
+        _at(sums),
+        _at(state),
+        scale,
+        overwrite,
+        norm,
+    )

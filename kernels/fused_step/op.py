@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..native import loader
-from ..registry import Family
+from ..registration import register, triton_function
+from ..registry import Family, Operator
 from . import native, reference
-from .samples import aot, operators
+from .samples import record
 
 _TABLES = "Tensor chunks, Tensor segments"
 SCHEMAS = {
@@ -42,7 +43,6 @@ SCHEMAS = {
         " tickets, bool clear, Tensor? sources=None) -> ()"
     ),
 }
-LIBRARY = torch.library.Library("ris_fast", "FRAGMENT")
 
 
 class Backend(NamedTuple):
@@ -63,19 +63,12 @@ def _lowest(phase: str, args: tuple[Any, ...]) -> torch.dtype:
     return args[0].dtype if phase != "decide" else args[5].dtype
 
 
-def _cpu(phase: str) -> Callable[..., None]:
+def _served(kernels: Callable[..., None], phase: str, library: bool) -> Callable[..., None]:
+    """The kernels for float32, the definition for every other dtype; library: the kernels need the C++ library."""
+
     def run(*args: Any) -> None:
-        served = loader.available() and _lowest(phase, args) == torch.float32
-        getattr(native if served else reference, phase)(*args)
-
-    return run
-
-
-def _cuda(phase: str) -> Callable[..., None]:
-    def run(*args: Any) -> None:
-        from . import triton_kernels  # here, because a CPU user need not pay for triton's import
-
-        getattr(triton_kernels if _lowest(phase, args) == torch.float32 else reference, phase)(*args)
+        ready = _lowest(phase, args) == torch.float32 and (not library or loader.available())
+        (kernels if ready else getattr(reference, phase))(*args)
 
     return run
 
@@ -84,11 +77,19 @@ def _fake(*args: Any) -> None:
     """Nothing is returned, so there is no shape to know."""
 
 
-for _phase, _schema in SCHEMAS.items():
-    LIBRARY.define(f"fused_step_{_phase}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(f"fused_step_{_phase}", _cpu(_phase), "CPU")
-    LIBRARY.impl(f"fused_step_{_phase}", _cuda(_phase), "CUDA")
-    torch.library.register_fake(f"ris_fast::fused_step_{_phase}", _fake, lib=LIBRARY)
+def _register(phase: str) -> Operator:
+    cpp, triton = getattr(native, phase), triton_function(__package__, phase)
+    return register(
+        f"fused_step_{phase}{SCHEMAS[phase]}",
+        cpu=_served(cpp, phase, library=True),
+        cuda=_served(triton, phase, library=False),
+        fake=_fake,
+        backends={"cpp": cpp, "triton": triton},
+        **record(phase),
+    )
+
+
+FAMILY = Family("fused_step", tuple(_register(phase) for phase in SCHEMAS))
 
 
 def _operators(chunk: int) -> Backend:
@@ -108,15 +109,3 @@ def backends() -> dict[str, Backend]:
     if torch.cuda.is_available():
         found["triton"] = _operators(4096)
     return found
-
-
-def _triton(phase: str) -> Callable[..., None]:
-    def run(*args: Any) -> None:
-        from . import triton_kernels
-
-        getattr(triton_kernels, phase)(*args)
-
-    return run
-
-
-FAMILY = Family("fused_step", operators(lambda phase: {"cpp": getattr(native, phase), "triton": _triton(phase)}), aot)

@@ -31,9 +31,19 @@ def _row_owner(segments: Tensor, rows: int) -> Tensor:
 
 
 def accumulate(
-    gradients: list[Tensor], starts: list[int], grad: Tensor, chunks: Tensor, segments: Tensor, partial: Tensor, sums: Tensor,
-    state: Tensor, tickets: Tensor, scale: float, overwrite: bool, norm: bool,
-) -> None:  # fmt: skip
+    gradients: list[Tensor],
+    starts: list[int],
+    grad: Tensor,
+    chunks: Tensor,
+    segments: Tensor,
+    partial: Tensor,
+    sums: Tensor,
+    state: Tensor,
+    tickets: Tensor,
+    scale: float,
+    overwrite: bool,
+    norm: bool,
+) -> None:
     """grad <- (0 if overwrite else grad) + scale * gradients; the i-th gradient begins at element starts[i].
 
     A tensor without gradient is given as an empty one. With `norm` also writes what `measure` writes.
@@ -47,9 +57,19 @@ def accumulate(
 
 
 def measure(
-    grad: Tensor, chunks: Tensor, segments: Tensor, hyper: Tensor, partial: Tensor, sums: Tensor, telemetry: Tensor,
-    steps: Tensor, coefficients: Tensor, state: Tensor, tickets: Tensor, finish: bool,
-) -> None:  # fmt: skip
+    grad: Tensor,
+    chunks: Tensor,
+    segments: Tensor,
+    hyper: Tensor,
+    partial: Tensor,
+    sums: Tensor,
+    telemetry: Tensor,
+    steps: Tensor,
+    coefficients: Tensor,
+    state: Tensor,
+    tickets: Tensor,
+    finish: bool,
+) -> None:
     """Pass one. `chunks`, `partial` and `tickets` are for the kernels and not used here."""
     _totals(grad, segments, sums, state)
     if finish:
@@ -127,9 +147,21 @@ def _count(hyper: Tensor, sums: Tensor, state: Tensor, norm: Tensor, skip: Tenso
 
 
 def apply(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor | None, chunks: Tensor, segments: Tensor,
-    hyper: Tensor, partial: Tensor, telemetry: Tensor, coefficients: Tensor, state: Tensor, tickets: Tensor, clear: bool,
-) -> None:  # fmt: skip
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    ema: Tensor | None,
+    chunks: Tensor,
+    segments: Tensor,
+    hyper: Tensor,
+    partial: Tensor,
+    telemetry: Tensor,
+    coefficients: Tensor,
+    state: Tensor,
+    tickets: Tensor,
+    clear: bool,
+) -> None:
     """Pass two. A skipped step and a tensor without gradient leave everything bit-identical (a cleared gradient apart).
 
     Numerics: bfloat16 and float16 buffers are updated in float32 and rounded once.

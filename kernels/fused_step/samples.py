@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registry import AotCase, Cost, Operator, Sample
+from ..registry import Cost, Sample
 from . import native, reference
 from .layout import Coefficient, Segment, State, Telemetry, padded, scratch, tables
 
@@ -49,8 +49,14 @@ SIZES = {
 }
 
 
-def buffers(numels: Sequence[int], live: Sequence[bool] | None = None, chunk: int = native.CHUNK, dtype: torch.dtype = torch.float32,
-            device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:  # fmt: skip
+def buffers(
+    numels: Sequence[int],
+    live: Sequence[bool] | None = None,
+    chunk: int = native.CHUNK,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, Any]:
     """Everything that the phases need, after a few steps, by name; float32 values whatever the dtype."""
     generator = torch.Generator().manual_seed(seed)
     groups = [i % 2 for i in range(len(numels))]
@@ -109,64 +115,13 @@ EXTRAS: dict[str, tuple[tuple[Any, ...], ...]] = {
 }
 
 
-def operators(backends: Callable[[str], dict[str, Callable[..., Any]]]) -> tuple[Operator, ...]:
-    """One record a phase; `backends(phase)` gives its implementations by name."""
-    return tuple(
-        Operator(
-            name=f"fused_step_{phase}",
-            call=getattr(torch.ops.ris_fast, f"fused_step_{phase}"),
-            reference=getattr(reference, phase),
-            samples=tuple(_sample(phase, name, extra) for name in SIZES for extra in EXTRAS[phase]),
-            cost=COSTS[phase],
-            backends=backends(phase),
-            results=0,
-            mutates=tuple(i for i, name in enumerate(ARGUMENTS[phase]) if name in RESULTS[phase]),
-            dtypes=(torch.float32,),
-        )
-        for phase in ARGUMENTS
-    )
-
-
-def aot() -> list[AotCase]:
-    """Every Triton kernel at the sizes that the launchers use."""
-    from . import triton_kernels as kernels
-
-    types = dict.fromkeys((*FLATS, "telemetry", "steps", "coefficients", "scales"), "*fp32")
-    types |= dict.fromkeys(("hyper", "partial", "sums", "state"), "*fp64") | dict.fromkeys(
-        ("tickets", "halves"), "*i32"
-    )
-    types |= dict.fromkeys(("chunks", "segments", "addresses", "numels"), "*i64") | {"tensors": "i32"}
-    add, chunk = {"ADD": kernels.ADD}, {"CHUNK": kernels.CHUNK, "ADD": kernels.ADD}
-    wanted = [
-        ("measure", kernels.measure_kernel, {"FINISH": True} | chunk),
-        ("decide", kernels.decide_kernel, add),
-        (
-            "apply with average, clearing",
-            kernels.apply_kernel,
-            {"EMA": True, "CLEAR": True, "TILE": kernels.TILE} | add,
-        ),
-        ("apply", kernels.apply_kernel, {"EMA": False, "CLEAR": False, "TILE": kernels.TILE} | add),
-        (
-            "accumulate and measure",
-            kernels.accumulate_kernel,
-            {"OVERWRITE": False, "NORM": True, "ALIGNED": True} | chunk,
-        ),
-        (
-            "accumulate unaligned",
-            kernels.accumulate_kernel,
-            {"OVERWRITE": True, "NORM": False, "ALIGNED": False} | chunk,
-        ),
-    ]
-    return [
-        AotCase(
-            name=name,
-            kernel=kernel,
-            signature={arg: "constexpr" if arg in constants else types[arg] for arg in kernel.arg_names},
-            constexprs=constants,
-            aligned=tuple(arg for arg in kernel.arg_names if arg not in constants and types[arg].startswith("*")),
-            num_warps=kernels.WARPS,
-            wide=kernel not in (kernels.decide_kernel,) and constants.get("ALIGNED", True),
-            max_registers=128,
-        )
-        for name, kernel, constants in wanted
-    ]
+def record(phase: str) -> dict[str, Any]:
+    """Fields of the phase's `Operator`, apart from its backends."""
+    return {
+        "reference": getattr(reference, phase),
+        "samples": tuple(_sample(phase, name, extra) for name in SIZES for extra in EXTRAS[phase]),
+        "cost": COSTS[phase],
+        "results": 0,
+        "mutates": tuple(i for i, name in enumerate(ARGUMENTS[phase]) if name in RESULTS[phase]),
+        "dtypes": (torch.float32,),
+    }

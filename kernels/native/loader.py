@@ -31,7 +31,8 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{PATH.name} was not built (installed with RIS_FAST_NO_NATIVE=1, or the install step was skipped)"
     try:
         library = ctypes.CDLL(str(PATH))
-        library.ris_simd_level, library.ris_threads
+        library.ris_simd_level()
+        library.ris_threads()
     except OSError as error:
         return None, f"{PATH.name} does not load: {error}"
     except AttributeError as error:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..native import loader
-from ..registry import AotCase, Cost, Family, Operator, Sample
+from ..registration import cpp_or, register, triton_function
+from ..registry import Cost, Family, Operator, Sample
 from . import reference
 
-LIBRARY = torch.library.Library("ris_fast", "FRAGMENT")
 WORD_FLOPS, NORMAL_FLOPS = 20, 24  # integer operations of ten rounds a word; arithmetic of Box-Muller a normal
 
 
@@ -86,44 +86,12 @@ def _cpp(name: str, index_B: Tensor, seed: int, stream: int, count: int) -> Tens
     return out
 
 
-def _cpu_uniform(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor:
-    if loader.available():
-        return _cpp("philox_uniform", index_B, seed, stream, count)
-    return reference.uniform(index_B, seed, stream, count).float()
-
-
-def _cpu_normal(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor:
-    if loader.available():
-        return _cpp("philox_normal", index_B, seed, stream, count)
-    return reference.normal(index_B, seed, stream, count).float()
-
-
-def _triton_uniform(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor:
-    from .triton_kernels import launch
-
-    return launch(index_B, seed, stream, count, normal=False)
-
-
-def _triton_normal(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor:
-    from .triton_kernels import launch
-
-    return launch(index_B, seed, stream, count, normal=True)
+_triton_uniform = triton_function(__package__, "uniform_numbers")
+_triton_normal = triton_function(__package__, "normal_numbers")
 
 
 def _fake(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor:
     return index_B.new_empty((index_B.shape[0], count), dtype=torch.float32)
-
-
-for _name, _cpu, _cuda in (
-    ("philox_uniform", _cpu_uniform, _triton_uniform),
-    ("philox_normal", _cpu_normal, _triton_normal),
-):
-    LIBRARY.define(
-        f"{_name}(Tensor index, int seed, int stream, SymInt count) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-    )
-    LIBRARY.impl(_name, _cpu, "CPU")
-    LIBRARY.impl(_name, _cuda, "CUDA")
-    torch.library.register_fake(f"ris_fast::{_name}", _fake, lib=LIBRARY)
 
 
 def _cost_of(flops_a_value: int) -> Any:
@@ -159,54 +127,31 @@ _SAMPLES = (
 )
 
 
-def _operator(name: str, call: Any, flops: int, error_ratio: float) -> Operator:
-    defined = reference.normal if name == "philox_normal" else reference.uniform
-    backends = {
-        "cpp": lambda *args: _cpp(name, *args),
-        "triton": _triton_normal if name == "philox_normal" else _triton_uniform,
-    }
-    return Operator(
-        name, call, defined, _SAMPLES, _cost_of(flops), backends, error_ratio=error_ratio, dtypes=(torch.float32,)
+def _register(name: str, definition: Any, triton: Any, flops: int, error_ratio: float) -> Operator:
+    def cpp(*args: Any) -> Tensor:
+        return _cpp(name, *args)
+
+    def plain(*args: Any) -> Tensor:
+        return definition(*args).float()
+
+    return register(
+        f"{name}(Tensor index, int seed, int stream, SymInt count) -> Tensor",
+        cpu=cpp_or(plain, cpp),
+        cuda=triton,
+        fake=_fake,
+        reference=definition,
+        samples=_SAMPLES,
+        cost=_cost_of(flops),
+        backends={"cpp": cpp, "triton": triton},
+        error_ratio=error_ratio,
+        dtypes=(torch.float32,),
     )
-
-
-def _aot() -> list[AotCase]:
-    """Both laws, with and without 128-bit stores, at the tuned size."""
-    from . import triton_kernels as kernels
-
-    types = {
-        "out_ptr": "*fp32",
-        "index_ptr": "*i64",
-        "rows": "i32",
-        "count": "i32",
-        "blocks": "i32",
-        "seed": "i64",
-        "stream": "i64",
-        "NORMAL": "constexpr",
-        "WHOLE": "constexpr",
-        "BLOCKS": "constexpr",
-    }
-    return [
-        AotCase(
-            f"{'normal' if normal else 'uniform'}-{'whole' if whole else 'ragged'}",
-            kernels.philox_kernel,
-            types,
-            {"NORMAL": normal, "WHOLE": whole, "BLOCKS": kernels.BLOCKS},
-            ("out_ptr", "index_ptr", *(("count",) if whole else ())),
-            kernels.WARPS,
-            wide=whole,
-            max_registers=48,
-        )
-        for normal in (True, False)
-        for whole in (True, False)
-    ]
 
 
 FAMILY = Family(
     "philox",
     (
-        _operator("philox_uniform", torch.ops.ris_fast.philox_uniform.default, WORD_FLOPS, 0.0),
-        _operator("philox_normal", torch.ops.ris_fast.philox_normal.default, WORD_FLOPS + NORMAL_FLOPS, 2.0),
+        _register("philox_uniform", reference.uniform, _triton_uniform, WORD_FLOPS, 0.0),
+        _register("philox_normal", reference.normal, _triton_normal, WORD_FLOPS + NORMAL_FLOPS, 2.0),
     ),
-    _aot,
 )

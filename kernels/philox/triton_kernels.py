@@ -154,3 +154,13 @@ def launch(index_B: Tensor, seed: int, stream: int, count: int, normal: bool) ->
                 num_warps=WARPS,
             )
     return out
+
+
+def uniform_numbers(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor:
+    """`philox_uniform` on the device of `index_B`."""
+    return launch(index_B, seed, stream, count, normal=False)
+
+
+def normal_numbers(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor:
+    """`philox_normal` on the device of `index_B`."""
+    return launch(index_B, seed, stream, count, normal=True)

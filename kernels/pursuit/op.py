@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ..native import loader
-from ..registry import Family, Operator
+from ..registration import cpp_or, register
+from ..registry import Family
+from ..values import check_shapes
 from . import reference
-from .chunks import parallel_map
+from .parallel import parallel_map
 from .samples import SAMPLES, cost
 from .search import Geometry, with_dictionary
 
@@ -28,8 +30,6 @@ ARGUMENTS = [c_void_p] * 15 + [c_float] + [c_int64] * 8
 CPU_CHUNK = 128  # scenes of the plain form: 21 MB of normal equations
 CHOOSE = -1  # whether to form P = G^H G is left to the kernel; 1 and 0 force it
 NO_FACTORS = 2  # what the C++ answers where it had to read a dictionary that is empty
-LIBRARY = torch.library.Library("ris_fast", "FRAGMENT")
-LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _check(
@@ -52,12 +52,9 @@ def _check(
         "grid": (places, 3),
         "dictionary": (2 * elements, 2 * places if columns else 0),
     }
-    for (name, shape), given in zip(expected.items(), (channel, codes, snr_db, *constants), strict=True):
-        if given.shape != shape:
-            raise ValueError(
-                f"pursuit_features: {name} is {tuple(given.shape)}, expected {shape} for snapshots "
-                f"{tuple(snapshots.shape)}. Pass the {name} of this task and these scenes."
-            )
+    given = dict(zip(expected, (channel, codes, snr_db, *constants), strict=True))
+    of = f"snapshots {tuple(snapshots.shape)}. Pass the {{name}} of this task and these scenes."
+    check_shapes("pursuit_features", given, expected, of)
     if stages < 1 or places < 1:
         raise ValueError(
             f"pursuit_features: {stages} stages on a grid of {places} places; it takes at least one of each."
@@ -130,10 +127,6 @@ def _plain(
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
-def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    return _cpp(*args) if loader.available() else _plain(*args)
-
-
 def _fake(
     snapshots: Tensor,
     channel: Tensor,
@@ -143,31 +136,22 @@ def _fake(
     wavenumber: float,
     stages: int,
 ) -> tuple[Tensor, Tensor]:
-    batch, elements, new = (
-        snapshots.shape[0],
-        codes.shape[-2],
-        partial(torch.empty, device=snapshots.device, dtype=torch.float32),
-    )
+    batch, elements = snapshots.shape[0], codes.shape[-2]
+    new = partial(torch.empty, device=snapshots.device, dtype=torch.float32)
     return new((batch, reference.width(stages))), new((batch, elements, 2 * reference.rank(stages)))
 
 
-LIBRARY.impl("pursuit_features", _cpu, "CPU")
-LIBRARY.impl("pursuit_features", _plain, "CUDA")
-torch.library.register_fake("ris_fast::pursuit_features", _fake, lib=LIBRARY)
-pursuit_features = torch.ops.ris_fast.pursuit_features.default
-
-FAMILY = Family(
-    "pursuit",
-    (
-        Operator(
-            "pursuit_features",
-            pursuit_features,
-            reference.pursuit_features,
-            SAMPLES,
-            cost,
-            {"cpp": _cpp},
-            results=2,
-            dtypes=(torch.float32,),
-        ),
-    ),
+OPERATOR = register(
+    SCHEMA,
+    cpu=cpp_or(_plain, _cpp),
+    cuda=_plain,
+    fake=_fake,
+    reference=reference.pursuit_features,
+    samples=SAMPLES,
+    cost=cost,
+    backends={"cpp": _cpp},
+    results=2,
+    dtypes=(torch.float32,),
 )
+pursuit_features = OPERATOR.call
+FAMILY = Family("pursuit", (OPERATOR,))

@@ -15,14 +15,14 @@ from torch import Tensor
 from ..philox import reference as philox
 
 
-def steering(positions_2N: Tensor, place: Tensor, spherical: bool) -> Tensor:
+def steering(positions_2N: Tensor, position: Tensor, spherical: bool) -> Tensor:
     """Unit-norm near-field vectors exp(2 pi j path)/sqrt(N) of (..., 3) azimuth, elevation, range: complex (..., N).
 
     Model: u = sin(azimuth) cos(elevation), v = sin(elevation); fresnel: path = u x + v y - (x^2 + y^2)/(2 r);
         spherical: path = r - sqrt(r^2 - 2 r (u x + v y) + x^2 + y^2).
     """
     x, y = positions_2N
-    azimuth, elevation, r = place[..., None].unbind(-2)
+    azimuth, elevation, r = position[..., None].unbind(-2)
     u, v = azimuth.sin() * elevation.cos(), elevation.sin()
     plane, bow = u * x + v * y, x * x + y * y
     excess = bow - 2.0 * r * plane
@@ -41,28 +41,29 @@ def scenes(
     source_BK3: Tensor,
     amplitude_BSK2: Tensor,
     power_BK: Tensor,
-    sight_B3: Tensor,
+    los_direction_B3: Tensor,
     rician_B: Tensor,
     snr_db_B: Tensor,
     spherical: bool,
     normal: Callable[..., Tensor] = philox.normal,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Channel H (B, M, N, 2), noisy snapshots y (B, L, M, 2), target factor (B, N, K, 2); codes (L, N, 2) or (B, L, N,
-    2).
+    """Channel H (B, M, N, 2), noisy snapshots y (B, L, M, 2), target factor (B, N, K, 2).
 
-    Model: H = sqrt(k/(k+1)) b a^H + W / sqrt(2 M (k+1)) with k `rician_B`, a the steering vector of `sight_B3`, b the
-        far-field one of a line of M antennas at half a wavelength, W standard normal in both parts; y_l = H (c_l o
-        sum_k amplitude_k a_k) + n_l, n_l complex white with E|n|^2 = mean |y|^2 / 10^(snr_db / 10); column k of the
-        factor is sqrt(power_k) a_k.
+    Args: codes (L, N, 2) or one set a scene, (B, L, N, 2); the others have their shape in the name.
+
+    Model: H = sqrt(k/(k+1)) b a^H + W / sqrt(2 M (k+1)) with k `rician_B`, a the steering vector of `los_direction_B3`,
+        b the far-field one of a line of M antennas at half a wavelength, W standard normal in both parts;
+        y_l = H (c_l o sum_k amplitude_k a_k) + n_l, n_l complex white with E|n|^2 = mean |y|^2 / 10^(snr_db / 10);
+        column k of the factor is sqrt(power_k) a_k.
     Numbers: element e of W and of n, counted row by row with (re, im) innermost, is normal e of its stream.
     """
     dtype, m, n, count = source_BK3.dtype, antennas, positions_2N.shape[1], index_B.numel()
     codes, amplitude_BSK = (torch.view_as_complex(a.contiguous()) for a in (codes, amplitude_BSK2))
-    place_M = torch.arange(m, device=index_B.device, dtype=dtype) - (m - 1) / 2
-    phase_BM = math.pi * place_M * (sight_B3[:, :1].sin() * sight_B3[:, 1:2].cos())
+    offset_M = torch.arange(m, device=index_B.device, dtype=dtype) - (m - 1) / 2
+    phase_BM = math.pi * offset_M * (los_direction_B3[:, :1].sin() * los_direction_B3[:, 1:2].cos())
     b_BM = torch.polar((rician_B / (rician_B + 1) / m).sqrt()[:, None].expand(-1, m), phase_BM)
     w_BMN2 = normal(index_B, seed, channel_stream, 2 * m * n).to(dtype).view(count, m, n, 2)
-    line_BMN = b_BM[:, :, None] * steering(positions_2N, sight_B3, spherical).conj()[:, None, :]
+    line_BMN = b_BM[:, :, None] * steering(positions_2N, los_direction_B3, spherical).conj()[:, None, :]
     channel_BMN = line_BMN + (0.5 / (m * (rician_B + 1))).sqrt()[:, None, None] * torch.view_as_complex(w_BMN2)
     steer_BKN = steering(positions_2N, source_BK3, spherical)
     clean_BLM = (codes * (amplitude_BSK @ steer_BKN)) @ channel_BMN.transpose(1, 2)

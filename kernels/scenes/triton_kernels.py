@@ -1,10 +1,9 @@
 """Scenes on the GPU in three launches: channel; field and target factor; snapshots. The model is that of reference.py.
 
-channel    H[m, n] = sqrt(k/(k+1)) b_m conj(a_n) + W[m, n] / sqrt(2 M (k+1)), a lane an entry; W made on the spot from
-its counter field      x_s[n] = sum_k amplitude[s, k] a_k[n] and factor[n, k] = sqrt(power_k) a_k[n], a lane a (symbol,
-element) snapshots  y[l, m] = sum_n H[m, n] c_l[n] x_l[n] + noise, a program a scene, a lane a (snapshot, antenna); no
-tl.dot: its
-           default precision is TF32, and these outer products need no shared memory
+channel    H[m, n] = sqrt(k/(k+1)) b_m conj(a_n) + W[m, n] / sqrt(2 M (k+1)), a lane an entry; W made from its counter
+field      x_s[n] = sum_k amplitude[s, k] a_k[n] and factor[n, k] = sqrt(power_k) a_k[n], a lane a (symbol, element)
+snapshots  y[l, m] = sum_n H[m, n] c_l[n] x_l[n] + noise, a program a scene, a lane a (snapshot, antenna); no tl.dot:
+           its default precision is TF32, and these outer products need no shared memory
 Lengths in wavelengths; complex entries are (re, im) pairs in memory. A scene's bits do not depend on the batch.
 """
 
@@ -29,18 +28,18 @@ def unit(quarters):
 
 
 @triton.jit
-def cosines(place_ptr):
-    """Direction cosines u = sin(azimuth) cos(elevation), v = sin(elevation) of the place at a pointer."""
-    _, azimuth_sine = unit(tl.load(place_ptr) * 0.636619772367581343)
-    elevation_cosine, elevation_sine = unit(tl.load(place_ptr + 1) * 0.636619772367581343)
+def cosines(position_ptr):
+    """Direction cosines u = sin(azimuth) cos(elevation), v = sin(elevation) of the position at a pointer."""
+    _, azimuth_sine = unit(tl.load(position_ptr) * 0.636619772367581343)
+    elevation_cosine, elevation_sine = unit(tl.load(position_ptr + 1) * 0.636619772367581343)
     return azimuth_sine * elevation_cosine, elevation_sine
 
 
 @triton.jit
-def steer(x, y, place_ptr, scale, SPHERICAL: tl.constexpr):
+def steer(x, y, position_ptr, scale, SPHERICAL: tl.constexpr):
     """Entry of the unit-norm near-field vector: exp(2 pi j path) / sqrt(N), scale = 1 / sqrt(N)."""
-    u, v = cosines(place_ptr)
-    r = tl.load(place_ptr + 2)
+    u, v = cosines(position_ptr)
+    r = tl.load(position_ptr + 2)
     bow, plane = x * x + y * y, u * x + v * y
     if SPHERICAL:
         excess = bow - 2.0 * r * plane
@@ -64,7 +63,7 @@ def channel_kernel(
     channel_ptr,
     index_ptr,
     positions_ptr,
-    sight_ptr,
+    los_direction_ptr,
     rician_ptr,
     antennas,
     elements,
@@ -80,7 +79,7 @@ def channel_kernel(
     entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m, n = entry // elements, entry % elements
     x, y = tl.load(positions_ptr + n), tl.load(positions_ptr + elements + n)
-    los_direction = sight_ptr + 3 * scene
+    los_direction = los_direction_ptr + 3 * scene
     cosine, sine = steer(x, y, los_direction, scale, SPHERICAL)
     rician = tl.load(rician_ptr + scene)
     weight = tl.sqrt_rn(tl.div_rn(rician, rician + 1.0)) * antenna_scale
@@ -153,19 +152,19 @@ def snapshot_kernel(
     """snapshots (B, L, M, 2); grid (B,); code_stride: floats from a scene's codes to the next one's, 0 where all share
     them; L and M: numbers of snapshots and antennas, rounded up to powers of two."""
     scene = tl.program_id(0)
-    l, m = tl.arange(0, L)[:, None], tl.arange(0, M)[None, :]
-    s = tl.where(symbols == 1, 0, l)
+    snapshot, m = tl.arange(0, L)[:, None], tl.arange(0, M)[None, :]
+    s = tl.where(symbols == 1, 0, snapshot)
     channel = channel_ptr + scene.to(tl.int64) * (2 * antennas * elements) + 2 * m * elements
     field = field_ptr + scene.to(tl.int64) * (2 * symbols * elements) + 2 * s * elements
-    codes = codes_ptr + scene.to(tl.int64) * code_stride + 2 * l * elements
+    codes = codes_ptr + scene.to(tl.int64) * code_stride + 2 * snapshot * elements
     y_re, y_im = tl.zeros([L, M], tl.float32), tl.zeros([L, M], tl.float32)
     for n in tl.range(0, elements, loop_unroll_factor=4):  # four entries of latency at a time
         h_re = tl.load(channel + 2 * n, mask=m < antennas, other=0.0)
         h_im = tl.load(channel + 2 * n + 1, mask=m < antennas, other=0.0)
-        x_re = tl.load(field + 2 * n, mask=l < snapshots, other=0.0)
-        x_im = tl.load(field + 2 * n + 1, mask=l < snapshots, other=0.0)
-        c_re = tl.load(codes + 2 * n, mask=l < snapshots, other=0.0)
-        c_im = tl.load(codes + 2 * n + 1, mask=l < snapshots, other=0.0)
+        x_re = tl.load(field + 2 * n, mask=snapshot < snapshots, other=0.0)
+        x_im = tl.load(field + 2 * n + 1, mask=snapshot < snapshots, other=0.0)
+        c_re = tl.load(codes + 2 * n, mask=snapshot < snapshots, other=0.0)
+        c_im = tl.load(codes + 2 * n + 1, mask=snapshot < snapshots, other=0.0)
         v_re, v_im = c_re * x_re - c_im * x_im, c_re * x_im + c_im * x_re
         y_re += h_re * v_re - h_im * v_im
         y_im += h_re * v_im + h_im * v_re
@@ -173,9 +172,9 @@ def snapshot_kernel(
     power = tl.sum(tl.sum(y_re * y_re + y_im * y_im, 1), 0)
     variance = tl.div_rn(power, values.to(tl.float32)) * tl.exp2(-0.33219280948873623 * tl.load(snr_db_ptr + scene))
     deviation = tl.sqrt_rn(variance)
-    z_re, z_im = complex_normal(l * antennas + m, stream, tl.load(index_ptr + scene), seed)
-    out = snapshots_ptr + scene.to(tl.int64) * values + 2 * (l * antennas + m)
-    inside = (l < snapshots) & (m < antennas)
+    z_re, z_im = complex_normal(snapshot * antennas + m, stream, tl.load(index_ptr + scene), seed)
+    out = snapshots_ptr + scene.to(tl.int64) * values + 2 * (snapshot * antennas + m)
+    inside = (snapshot < snapshots) & (m < antennas)
     tl.store(out, y_re + deviation * z_re, mask=inside)
     tl.store(out + 1, y_im + deviation * z_im, mask=inside)
 

@@ -167,9 +167,8 @@ def _rows(args: list[Any], rows: slice) -> list[Any]:
 
 def _opcheck(operator: Operator, args: tuple[Any, ...]) -> str:
     """Empty, or what torch.library.opcheck complains about."""
-    overload = operator.call if isinstance(operator.call, torch._ops.OpOverload) else operator.call.default
     try:
-        torch.library.opcheck(overload, args)
+        torch.library.opcheck(operator.call, args)
     except Exception as error:  # opcheck raises several kinds, among them AssertionError
         return str(error).strip().splitlines()[0]
     return ""

@@ -65,7 +65,7 @@ def test_a_backend_that_is_right_about_the_gradient_and_wrong_about_the_value_is
 def test_a_graph_that_is_cut_is_caught() -> None:
     operator = DIFFERENTIABLE[0]
     with pytest.raises(RuntimeError, match="does not require grad"):
-        gradcheck.graph_faults(replace(operator, call=lambda *a: operator.call.default(a[0].detach(), *a[1:])), "cpu")
+        gradcheck.graph_faults(replace(operator, call=lambda *a: operator.call(a[0].detach(), *a[1:])), "cpu")
 
 
 def test_degenerate_inputs_are_among_the_samples() -> None:
@@ -104,7 +104,7 @@ def test_every_parameter_of_a_network_has_the_gradient_of_the_dense_chain(name: 
     model = ris_fast.build_model(name, task).eval()
     scenes = ris_fast.simulate(task, 2, ris_fast.SceneGenerator(1, "train"))
     factor, target = model(scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db).factor, scenes.factor
-    plain = (None, None, None, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0)
+    plain = (None, None, None, 0.0, 0.0, 0.0, 0.0)
     ours = gradients(model, ris_fast.cov_nmse(factor, target_factor=target))
     eager = gradients(model, reference.cov_nmse(factor, target, *plain).mean())
     exact = gradients(model, reference.cov_nmse(factor.double(), target.double(), *plain).mean())

@@ -29,14 +29,9 @@ BAD = {
     "reduction": ({"target_factor": S, "reduction": "avg"}, "'mean', 'sum' or 'none'"),
     "loading side": ({"target_factor": S, "loading_side": "target"}, "'both' or 'prediction'"),
     "negative loading": ({"target_factor": S, "loading": -1.0}, "loading"),
-    "nan weight": ({"target_factor": S, "diag_weight": float("nan")}, "diag_weight"),
     "infinite loading": ({"target_factor": S, "loading": float("inf")}, "loading is inf, expected a finite number"),
     "infinite shrinkage": ({"target_factor": S, "shrink": float("inf"), "snr_db": 0.0}, "shrink is inf"),
     "nan blend": ({"target_factor": S, "blend": float("nan")}, "blend is nan"),
-    "no weight": (
-        {"target_factor": S, "diag_weight": 0.0, "offdiag_weight": 0},
-        "diag_weight and offdiag_weight are both 0",
-    ),
     "zero target": ({"target_factor": S}, "the target of scene 0 has no power"),
     "zero covariance": ({"target_cov": torch.zeros(4, 36, 36, 2)}, "the target of scene 0 has no power"),
 }
@@ -106,7 +101,7 @@ def test_nan_in_is_nan_out_and_zero_targets_can_be_loaded_or_left_unlooked_at() 
     assert ris_fast.cov_nmse(FACTOR, target_factor=0 * SOURCES, validate=False).isinf()
 
 
-@pytest.mark.parametrize("option", ["blend", "loading", "shrink", "diag_weight", "offdiag_weight"])
+@pytest.mark.parametrize("option", ["blend", "loading", "shrink"])
 @pytest.mark.parametrize("value", [torch.tensor(0.1), "0.1", None], ids=["tensor", "text", "none"])
 def test_an_option_that_is_no_number_is_a_type_error(option: str, value: object) -> None:
     with pytest.raises(TypeError, match=f"cov_nmse: {option} is a .*expected a number"):
@@ -118,6 +113,17 @@ def test_text_for_an_snr_and_an_array_of_no_elements_are_named() -> None:
         ris_fast.cov_nmse(FACTOR, target_factor=SOURCES, shrink=1e-3, snr_db="3 dB")
     with pytest.raises(ValueError, match="an array of N = 0 elements"):
         ris_fast.cov_nmse(FACTOR[:, :0], target_factor=SOURCES[:, :0])
+
+
+@pytest.mark.parametrize("option", ["diag_weight", "offdiag_weight"])
+def test_a_removed_weight_is_a_type_error_that_says_what_to_write_instead(option: str) -> None:
+    with pytest.raises(TypeError, match=f"cov_nmse: {option} was removed.* Leave it out.*in torch"):
+        ris_fast.cov_nmse(FACTOR, target_factor=SOURCES, **{option: 1.0})
+
+
+def test_an_unknown_option_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="cov_nmse: unexpected keyword argument 'loadings'"):
+        ris_fast.cov_nmse(FACTOR, target_factor=SOURCES, loadings=1.0)
 
 
 def test_not_a_tensor_is_a_type_error() -> None:

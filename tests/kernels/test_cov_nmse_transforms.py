@@ -125,7 +125,7 @@ def test_per_sample_gradients_of_a_network() -> None:
 
 def test_vmap_of_the_bare_operator_is_one_call() -> None:
     """No warning of torch that it has to loop, which the tests would take for an error."""
-    call = lambda f, s: torch.ops.ris_fast.cov_nmse(f, s, None, None, None, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1)  # noqa: E731
+    call = lambda f, s: torch.ops.ris_fast.cov_nmse(f, s, None, None, None, 0.0, 0.0, 0.0, 0.0, 1)  # noqa: E731
     loss, unit, none = torch.vmap(call, out_dims=(0, 0, None))(F, S)
     assert loss.shape == (V, B) and unit.shape == F.shape and none.numel() == 0
     torch.testing.assert_close(loss, torch.stack([call(f, s)[0] for f, s in zip(F, S, strict=True)]))

@@ -74,8 +74,7 @@ def test_opcheck(name: str, sample: str) -> None:
     args = chosen.make("cpu", operator.dtypes[0])
     for position in chosen.differentiable:
         args[position].requires_grad_()
-    overload = operator.call if isinstance(operator.call, torch._ops.OpOverload) else operator.call.default
-    result = torch.library.opcheck(overload, args)
+    result = torch.library.opcheck(operator.call, args)
     assert set(result.values()) == {"SUCCESS"}, result
 
 

@@ -78,8 +78,6 @@ def defined(context: PreflightContext, factor: Tensor, blend: bool) -> Tensor:
         settings.loading,
         settings.loading,
         settings.shrink,
-        1.0,
-        1.0,
     )
 
 
