@@ -93,8 +93,6 @@ template <class T> void zero(T* x, int64_t count) {
 
 constexpr int kTile = RIS_LEVEL_NUMBER == 2 ? 3 : 2;  // columns x columns of one Gram tile: what the registers hold
 
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
 // G[i, j] += z_i^H z_j over one chunk, for one tile of columns.
 inline void gram_tile(const double* re, const double* im, int64_t stride, int64_t from, int64_t to, int64_t i0, int64_t j0, double* g, int64_t ld) {
     typedef Vec<double> V;

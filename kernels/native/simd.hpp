@@ -29,6 +29,8 @@ template <> struct VectorOf<double> { typedef double type __attribute__((vector_
 template <class T> using Vec = typename VectorOf<T>::type;  // GCC/Clang vector: + - * / work lane by lane
 template <class T> constexpr int lanes = RIS_VECTOR_BYTES / int(sizeof(T));
 
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
 template <class T> inline Vec<T> load(const T* p) {
     Vec<T> v;
     std::memcpy(&v, p, sizeof(v));  // unaligned load

@@ -1,4 +1,4 @@
-"""The constants of a pursuit: the array in radians of phase, the box of places, and the grid that it searches first.
+"""The constants of a pursuit: the array in radians of phase, the box of positions, and the grid that it searches first.
 
 The dictionary of all steering vectors on the grid is left out: on a CPU the kernel searches a Fresnel grid by its
 factors and never reads it.
@@ -17,7 +17,7 @@ CELL_RAD = (1.36, 1.36, 1.12)  # spread of phase over the aperture that one grid
 
 
 def geometry(x: Tensor, y: Tensor, wavenumber: float, low: Tensor, high: Tensor) -> Geometry:
-    """Constants of an array at x, y (N,) in metres for places (u, v, w = 1/range) between `low` and `high` (3,).
+    """Constants of an array at x, y (N,) in metres for positions (u, v, w = 1/range) between `low` and `high` (3,).
 
     Returns: `Geometry` without its dictionary; `search.with_dictionary` adds it.
     """

@@ -1,4 +1,4 @@
-// Steering vectors with their tangents, and the search of the grid for the place that a residual points at.
+// Steering vectors with their tangents, and the search of the grid for the position that a residual points at.
 //
 // psi = u x + v y - w c (Fresnel; x, y, c in radians, c the curvature) or the exact path (spherical). On a rectangular
 // array and grid the Fresnel steering vector is a product of one along x and one along y for each w, so the search is
@@ -13,7 +13,7 @@ namespace pursuit {
 // What the array and the grid say, as the caller gives it.
 struct Geometry {
     const float *x, *y, *curvature, *scale, *low, *high, *trust, *grid, *dictionary;
-    int64_t elements, places;
+    int64_t elements, positions;
     float wavenumber;  // 0: Fresnel
 };
 
@@ -39,7 +39,7 @@ inline __attribute__((always_inline)) philox::Pair unit(float radians) {
 inline Factors factors_of(const Geometry& g) {
     Factors f, none;
     const int64_t n = g.elements;
-    if (g.wavenumber != 0.0f || n == 0 || g.places == 0) return none;
+    if (g.wavenumber != 0.0f || n == 0 || g.positions == 0) return none;
     for (f.nx = 1; f.nx < n && g.y[f.nx] == g.y[0];) ++f.nx;
     f.ny = n / f.nx;
     if (f.nx * f.ny != n) return none;
@@ -50,14 +50,14 @@ inline Factors factors_of(const Geometry& g) {
         const float bend = g.curvature[row] + (g.curvature[column] - g.curvature[0]) - g.curvature[i];
         if (g.x[i] != g.x[column] || g.y[i] != g.y[row] || !(bend * bend <= 1e-10f * largest * largest)) return none;
     }
-    for (f.nw = 1; f.nw < g.places && g.grid[3 * f.nw + 1] == g.grid[1] && g.grid[3 * f.nw] == g.grid[0];) ++f.nw;
-    for (f.nv = 1; f.nv * f.nw < g.places && g.grid[3 * f.nv * f.nw] == g.grid[0];) ++f.nv;
-    f.nu = g.places / (f.nv * f.nw);
-    if (f.nu * f.nv * f.nw != g.places) return none;
-    for (int64_t i = 0; i < g.places; ++i) {
-        const float* place = g.grid + 3 * i;
-        if (place[0] != g.grid[3 * (i / (f.nv * f.nw) * f.nv * f.nw)] || place[1] != g.grid[3 * (i / f.nw % f.nv * f.nw) + 1] ||
-            place[2] != g.grid[3 * (i % f.nw) + 2])
+    for (f.nw = 1; f.nw < g.positions && g.grid[3 * f.nw + 1] == g.grid[1] && g.grid[3 * f.nw] == g.grid[0];) ++f.nw;
+    for (f.nv = 1; f.nv * f.nw < g.positions && g.grid[3 * f.nv * f.nw] == g.grid[0];) ++f.nv;
+    f.nu = g.positions / (f.nv * f.nw);
+    if (f.nu * f.nv * f.nw != g.positions) return none;
+    for (int64_t i = 0; i < g.positions; ++i) {
+        const float* position = g.grid + 3 * i;
+        if (position[0] != g.grid[3 * (i / (f.nv * f.nw) * f.nv * f.nw)] || position[1] != g.grid[3 * (i / f.nw % f.nv * f.nw) + 1] ||
+            position[2] != g.grid[3 * (i % f.nw) + 2])
             return none;
     }
     return f;
@@ -71,8 +71,8 @@ inline void fill_factors(const Factors& f, const Geometry& g) {
             for (int64_t i = 0; i < f.nx; ++i) {
                 float* at = f.along_x + 2 * (w * wide + u / W * W) * f.nx + 2 * W * i + u % W;
                 const bool inside = u < f.nu;
-                const float place = inside ? g.grid[3 * u * f.nv * f.nw] : 0.0f;
-                const philox::Pair e = unit(place * g.x[i] - bend * (g.curvature[i] - g.curvature[0]));
+                const float position = inside ? g.grid[3 * u * f.nv * f.nw] : 0.0f;
+                const philox::Pair e = unit(position * g.x[i] - bend * (g.curvature[i] - g.curvature[0]));
                 at[0] = inside ? e.first : 0.0f;
                 at[W] = inside ? e.second : 0.0f;
             }
@@ -132,7 +132,7 @@ template <int R> void along_y(Best& best, const float* table, const float* rows,
     for (int r = 0; r < R; ++r) best.offer(sr[r] * sr[r] + si[r] * si[r], label + r * label_step);
 }
 
-// Grid place with the largest |a^H r|, by the factors; rows: scratch of 2 W ny floats. Padded places score 0.
+// Grid position with the largest |a^H r|, by the factors; rows: scratch of 2 W ny floats. Padded positions score 0.
 inline int64_t strongest(const Factors& f, const float* re, const float* im, float* rows) {
     Best best;
     const int64_t vectors = f.wide_u() / W;
@@ -159,7 +159,7 @@ inline int64_t strongest(const Factors& f, const float* re, const float* im, flo
 
 // The same with a whole dictionary (2 N, 2 G), whose row 2 n holds [re a_n | -im a_n] and row 2 n + 1 [im a_n | re a_n].
 inline int64_t strongest(const Geometry& g, const float* re, const float* im, float* sums) {
-    const int64_t count = g.places;
+    const int64_t count = g.positions;
     float *sr = sums, *si = sums + count;
     std::memset(sums, 0, size_t(2 * count) * sizeof(float));
     for (int64_t i = 0; i < g.elements; ++i) {
@@ -179,7 +179,7 @@ inline int64_t strongest(const Geometry& g, const float* re, const float* im, fl
     return found;
 }
 
-// What the tangents of every place share: level_n = 1/sqrt(N) on the array and 0 beyond, the arms centred and scaled.
+// What the tangents of every position share: level_n = 1/sqrt(N) on the array and 0 beyond, the arms centred and scaled.
 struct Arms {
     float *x, *y, *curvature, *level, *along_u, *along_v, *along_w;  // wide floats each
 };
@@ -204,9 +204,9 @@ inline void fill_arms(const Arms& a, const Geometry& g, int64_t wide) {
     centre(a.along_w, g.curvature, -1.0f, g.scale[2], g.elements);
 }
 
-// exp(j psi) / sqrt(N) at one place (u, v, w): planar (2, wide).
-inline void steer(float* out, const Arms& a, const float* place, float wavenumber, int64_t wide) {
-    const float u = place[0], v = place[1], w = place[2], k = wavenumber;
+// exp(j psi) / sqrt(N) at one position (u, v, w): planar (2, wide).
+inline void steer(float* out, const Arms& a, const float* position, float wavenumber, int64_t wide) {
+    const float u = position[0], v = position[1], w = position[2], k = wavenumber;
     if (k == 0.0f) {
 #pragma GCC ivdep
         for (int64_t i = 0; i < wide; ++i) {
@@ -226,9 +226,9 @@ inline void steer(float* out, const Arms& a, const float* place, float wavenumbe
     }
 }
 
-// Slopes of the spherical phase by u, v and w at one place, into three rows of `wide` floats.
-inline void spherical_slopes(float* out, const Arms& a, const float* place, float k, int64_t wide) {
-    const float u = place[0], v = place[1], w = place[2];
+// Slopes of the spherical phase by u, v and w at one position, into three rows of `wide` floats.
+inline void spherical_slopes(float* out, const Arms& a, const float* position, float k, int64_t wide) {
+    const float u = position[0], v = position[1], w = position[2];
 #pragma GCC ivdep
     for (int64_t i = 0; i < wide; ++i) {
         const float line = u * a.x[i] + v * a.y[i], bend = a.curvature[i];
@@ -241,11 +241,11 @@ inline void spherical_slopes(float* out, const Arms& a, const float* place, floa
 }
 
 // One atom: a and j (psi' - mean psi') a / scale for u, v, w, planar (T, 2, wide). slopes: scratch of 3 wide floats.
-inline void tangents(float* out, const Arms& a, const Geometry& g, const float* place, float* slopes, int64_t wide) {
-    steer(out, a, place, g.wavenumber, wide);
+inline void tangents(float* out, const Arms& a, const Geometry& g, const float* position, float* slopes, int64_t wide) {
+    steer(out, a, position, g.wavenumber, wide);
     const float* arms[] = {a.along_u, a.along_v, a.along_w};
     if (g.wavenumber != 0.0f) {
-        spherical_slopes(slopes, a, place, g.wavenumber, wide);
+        spherical_slopes(slopes, a, position, g.wavenumber, wide);
         for (int d = 0; d < 3; ++d) {
             centre(slopes + d * wide, slopes + d * wide, 1.0f, g.scale[d], g.elements);
             arms[d] = slopes + d * wide;

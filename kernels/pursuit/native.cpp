@@ -1,12 +1,13 @@
-// Unrolled weighted pursuit of a batch of scenes: network inputs and factor columns, one scene at a time per thread.
+// Newtonized orthogonal matching pursuit (search.py) of a batch of scenes: network inputs and factor columns, one
+// scene at a time per thread.
 //
 // Everything of a scene stays in the thread's scratch: P = G^H G and its images in the second-level cache for small
 // arrays; for large ones G is applied through H and the codes and nothing of N x N exists. A scene goes through the
 // same operations in the same order whatever the batch and the number of threads, so its bits are its own.
 #include <cmath>
-#include <cstdlib>
 
 #include "grid.hpp"
+#include "native/scratch.hpp"
 #include "step.hpp"
 
 namespace RIS_NS {
@@ -17,7 +18,7 @@ constexpr float NOTHING = 1e-18f;  // of search.py
 constexpr float LEAST_DB = -40.0f, MOST_DB = 20.0f;  // WORKING_SNR_DB of reference.py, which says why
 
 struct Sizes {
-    int64_t antennas, elements, snapshots, atoms, places, wide, lp;
+    int64_t antennas, elements, snapshots, atoms, positions, wide, lp;
     bool dense;  // P in panels; else G through H and the codes
     int64_t scores;  // floats that a search of the grid takes
     bool own_codes;  // one set of codes a scene; else one for all
@@ -27,25 +28,6 @@ struct Sizes {
     int64_t width() const { return atoms * (3 + 1 + 1 + 3 * T + 2 * atoms) + 4 * early() + 2; }
     int64_t received() const { return antennas * lp; }  // floats a plane of one snapshot matrix
 };
-
-// Hands out parts of one allocation, 64-byte aligned: first counts, then cuts.
-struct Cutter {
-    float* next = nullptr;
-    int64_t total = 0;
-    void part(float*& where, int64_t size) {
-        size = (size + 15) / 16 * 16;
-        if (next) where = next + total;
-        total += size;
-    }
-};
-template <class Parts> float* allocate(Parts& parts) {
-    Cutter counting;
-    parts.cut(counting);
-    float* block = static_cast<float*>(std::aligned_alloc(64, size_t(counting.total + 16) * sizeof(float)));
-    Cutter cutting{block, 0};
-    if (block) parts.cut(cutting);
-    return block;
-}
 
 // One set of codes, planar (N, lp); and where P is formed, in planes (L, 2, wide), and sum_l conj(c_ln) c_lm in the panels of P.
 struct Codes {
@@ -91,7 +73,7 @@ struct Shared {
         if (!z.own_codes) codes.cut(c, z);
     }
     Shared(const Sizes& sizes, const Geometry& geometry, const float* given) : z(sizes), g(geometry), factors(factors_of(geometry)) {
-        z.scores = factors.nu ? 2 * W * factors.ny : 2 * z.places;
+        z.scores = factors.nu ? 2 * W * factors.ny : 2 * z.positions;
         block = allocate(*this);
         if (!block) return;
         fill_arms(arms, g, z.wide);
@@ -105,8 +87,8 @@ struct Shared {
 struct Scratch {
     const Sizes& z;
     float *planes, *gram, *received, *rest, *moment, *residual, *columns, *images, *slopes, *scores;
-    float *gram_re, *gram_im, *moment_re, *moment_im, *fit_re, *fit_im, *left, *matrix, *ridge, *amplitude, *change;
-    float *place, *early_place, *early_amplitude, *gains, *basis;
+    float *gram_re, *gram_im, *moment_re, *moment_im, *fit_re, *fit_im, *residual_correlation, *matrix, *ridge, *amplitude, *change;
+    float *position, *stage_positions, *stage_amplitudes, *gains, *basis;
     Codes codes;
     float* block;
 
@@ -126,14 +108,14 @@ struct Scratch {
         c.part(gram_im, full * full);
         float** rows[] = {&moment_re, &moment_im, &fit_re, &fit_im};
         for (float** row : rows) c.part(*row, full);
-        c.part(left, 2 * full);
+        c.part(residual_correlation, 2 * full);
         c.part(matrix, system * padded(system + 1));
         c.part(ridge, system);
         c.part(amplitude, 2 * k);
         c.part(change, system);
-        c.part(place, 3 * k);
-        c.part(early_place, 3 * z.early());
-        c.part(early_amplitude, 2 * z.early());
+        c.part(position, 3 * k);
+        c.part(stage_positions, 3 * z.early());
+        c.part(stage_amplitudes, 2 * z.early());
         c.part(gains, k);
         c.part(basis, 2 * z.early() * z.wide);
         if (z.own_codes) codes.cut(c, z);
@@ -219,10 +201,10 @@ inline void normal_equations(const Scratch& s, Scene& scene) {
     adjoint(s.moment, s.planes, scene.codes.re, scene.codes.im, s.received, scene.column, z.antennas, n, z.wide, z.lp);
 }
 
-// D^H P D and D^H b of the first `atoms` atoms, whose places have moved.
+// D^H P D and D^H b of the first `atoms` atoms, whose positions have moved.
 inline void project(const Scratch& s, const Shared& shared, const Scene& scene, int64_t atoms) {
     const Sizes& z = s.z;
-    for (int64_t k = 0; k < atoms; ++k) tangents(s.columns + 2 * T * k * z.wide, shared.arms, shared.g, s.place + 3 * k, s.slopes, z.wide);
+    for (int64_t k = 0; k < atoms; ++k) tangents(s.columns + 2 * T * k * z.wide, shared.arms, shared.g, s.position + 3 * k, s.slopes, z.wide);
     if (z.dense) {
         image_of(s.images, s.gram, s.columns, atoms, z.elements, z.wide);
         inner_products(s.gram_re, s.gram_im, s.columns, s.images, atoms, z.wide);
@@ -246,10 +228,10 @@ inline void residual(const Scratch& s, const Scene& scene, int64_t atoms) {
     adjoint(s.residual, s.planes, scene.codes.re, scene.codes.im, s.rest, scene.column, z.antennas, z.elements, z.wide, z.lp);
 }
 
-// Amplitudes and places of the first `atoms` atoms take one Gauss-Newton step; fit is the tangent space's.
+// Amplitudes and positions of the first `atoms` atoms take one Gauss-Newton step; fit is the tangent space's.
 inline void step(const Scratch& s, const Geometry& g, const Scene& scene, int64_t atoms) {
     amplitudes(s.amplitude, s.matrix, s.ridge, s.gram_re, s.gram_im, s.moment_re, s.moment_im, scene.weight, atoms);
-    newton(s.change, s.matrix, s.ridge, s.left, s.gram_re, s.gram_im, s.moment_re, s.moment_im, s.amplitude, g.trust, scene.noise, scene.weight, atoms);
+    newton(s.change, s.matrix, s.ridge, s.residual_correlation, s.gram_re, s.gram_im, s.moment_re, s.moment_im, s.amplitude, g.trust, scene.noise, scene.weight, atoms);
     for (int64_t k = 0; k < atoms; ++k) {
         const float *change = s.change + 5 * k, re = s.amplitude[k], im = s.amplitude[atoms + k];
         s.fit_re[T * k] = re + change[0];
@@ -258,12 +240,12 @@ inline void step(const Scratch& s, const Geometry& g, const Scene& scene, int64_
             const float move = clamp(change[2 + d], -2 * g.trust[d], 2 * g.trust[d]);
             s.fit_re[T * k + 1 + d] = re * move;
             s.fit_im[T * k + 1 + d] = im * move;
-            s.place[3 * k + d] = clamp(s.place[3 * k + d] + move / g.scale[d], g.low[d], g.high[d]);
+            s.position[3 * k + d] = clamp(s.position[3 * k + d] + move / g.scale[d], g.low[d], g.high[d]);
         }
     }
 }
 
-// All stages: places, fit, gram, left, gains and what earlier stages said.
+// All stages: positions, fit, gram, correlation of the residual, gains and what earlier stages said.
 inline void pursue(const Scratch& s, const Shared& shared, const Scene& scene) {
     const Sizes& z = s.z;
     float explained = 0;
@@ -271,21 +253,21 @@ inline void pursue(const Scratch& s, const Shared& shared, const Scene& scene) {
         const float* from = atoms == 1 ? s.moment : s.residual;
         const int64_t best = shared.factors.nu ? strongest(shared.factors, from, from + z.wide, s.scores)
                                                : strongest(shared.g, from, from + z.wide, s.scores);
-        std::memcpy(s.place + 3 * (atoms - 1), shared.g.grid + 3 * best, 3 * sizeof(float));
+        std::memcpy(s.position + 3 * (atoms - 1), shared.g.grid + 3 * best, 3 * sizeof(float));
         project(s, shared, scene, atoms);
         step(s, shared.g, scene, atoms);
-        left_over(s.left, s.gram_re, s.gram_im, s.moment_re, s.moment_im, s.fit_re, s.fit_im, atoms);
+        correlate_residual(s.residual_correlation, s.gram_re, s.gram_im, s.moment_re, s.moment_im, s.fit_re, s.fit_im, atoms);
         float reached = 0;
         for (int64_t c = 0; c < T * atoms; ++c)
-            reached += s.fit_re[c] * (s.moment_re[c] + s.left[c]) + s.fit_im[c] * (s.moment_im[c] + s.left[T * atoms + c]);
+            reached += s.fit_re[c] * (s.moment_re[c] + s.residual_correlation[c]) + s.fit_im[c] * (s.moment_im[c] + s.residual_correlation[T * atoms + c]);
         s.gains[atoms - 1] = reached - explained;
         explained = reached;
         if (atoms == z.atoms) return;
         residual(s, scene, atoms);
-        std::memcpy(s.early_place + 3 * early, s.place, size_t(3 * atoms) * sizeof(float));
+        std::memcpy(s.stage_positions + 3 * early, s.position, size_t(3 * atoms) * sizeof(float));
         for (int64_t k = 0; k < atoms; ++k) {
-            s.early_amplitude[2 * (early + k)] = s.fit_re[T * k];
-            s.early_amplitude[2 * (early + k) + 1] = s.fit_im[T * k];
+            s.stage_amplitudes[2 * (early + k)] = s.fit_re[T * k];
+            s.stage_amplitudes[2 * (early + k) + 1] = s.fit_im[T * k];
         }
     }
 }
@@ -302,13 +284,13 @@ inline void inputs(float* out, const Scratch& s, const Geometry& g, const Scene&
     }
     for (int64_t k = 0; k < atoms; ++k)
         for (int d = 0; d < 3; ++d)
-            *out++ = (s.place[3 * k + d] - (g.high[d] + g.low[d]) / 2) / at_least((g.high[d] - g.low[d]) / 2, TINY);
+            *out++ = (s.position[3 * k + d] - (g.high[d] + g.low[d]) / 2) / at_least((g.high[d] - g.low[d]) / 2, TINY);
     for (int64_t stage = 1, e = 0; stage < atoms; ++stage)
         for (int64_t k = 0; k < stage; ++k, ++e)
-            for (int d = 0; d < 3; ++d) *out++ = clamp((s.early_place[3 * e + d] - s.place[3 * k + d]) * g.scale[d], -3, 3);
+            for (int d = 0; d < 3; ++d) *out++ = clamp((s.stage_positions[3 * e + d] - s.position[3 * k + d]) * g.scale[d], -3, 3);
     for (int64_t k = 0; k < atoms; ++k) *out++ = std::log(at_least(powers[k] / total, 1e-6f)) / 4;
     for (int64_t e = 0; e < early; ++e) {
-        const float re = s.early_amplitude[2 * e], im = s.early_amplitude[2 * e + 1];
+        const float re = s.stage_amplitudes[2 * e], im = s.stage_amplitudes[2 * e + 1];
         *out++ = std::log(at_least((re * re + im * im) / total, 1e-6f)) / 4;
     }
     for (int64_t k = 0; k < atoms; ++k) *out++ = std::log1p(at_least(s.gains[k], 0) / scene.noise) / 4 - 1;
@@ -317,14 +299,15 @@ inline void inputs(float* out, const Scratch& s, const Geometry& g, const Scene&
         const float information = at_least(powers[k] * s.gram_re[i * full + i] / scene.noise, TINY);
         const float re = s.fit_re[T * k], im = s.fit_im[T * k], unit = 1.0f / (scene.noise * __builtin_sqrtf(information));
         out[i] = std::log1p(information) / 4 - 1;
-        out[full + i] = clamp((re * s.left[i] + im * s.left[full + i]) * unit, -4, 4) / 2;
-        out[2 * full + i] = clamp((re * s.left[full + i] - im * s.left[i]) * unit, -4, 4) / 2;
+        out[full + i] = clamp((re * s.residual_correlation[i] + im * s.residual_correlation[full + i]) * unit, -4, 4) / 2;
+        out[2 * full + i] = clamp((re * s.residual_correlation[full + i] - im * s.residual_correlation[i]) * unit, -4, 4) / 2;
     }
     out += 3 * full;
     for (int64_t i = 0; i < atoms; ++i)
         for (int64_t j = 0; j < atoms; ++j) {
-            const float left = 1.0f / __builtin_sqrtf(powers[i]), right = 1.0f / __builtin_sqrtf(powers[j]);
-            const float ar = s.fit_re[T * i] * left, ai = s.fit_im[T * i] * left, br = s.fit_re[T * j] * right, bi = s.fit_im[T * j] * right;
+            const float unit_i = 1.0f / __builtin_sqrtf(powers[i]), unit_j = 1.0f / __builtin_sqrtf(powers[j]);
+            const float ar = s.fit_re[T * i] * unit_i, ai = s.fit_im[T * i] * unit_i;
+            const float br = s.fit_re[T * j] * unit_j, bi = s.fit_im[T * j] * unit_j;
             const float gr = s.gram_re[T * i * full + T * j], gi = s.gram_im[T * i * full + T * j];
             const float cr = gr * br - gi * bi, ci = gr * bi + gi * br;
             out[i * atoms + j] = ar * cr + ai * ci;
@@ -353,7 +336,7 @@ inline void transpose(float* out, const float* columns, int64_t count, int64_t n
         }
 }
 
-// (N, 2 R): tangents at the final places times amplitude, then how each earlier estimate differs; amplitudes of norm one.
+// (N, 2 R): tangents at the final positions times amplitude, then how each earlier estimate differs; amplitudes of norm one.
 inline void basis(float* out, const Scratch& s, const Shared& shared) {
     const Sizes& z = s.z;
     const int64_t wide = z.wide, rank = z.rank();
@@ -361,14 +344,14 @@ inline void basis(float* out, const Scratch& s, const Shared& shared) {
     for (int64_t k = 0; k < z.atoms; ++k) total += s.fit_re[T * k] * s.fit_re[T * k] + s.fit_im[T * k] * s.fit_im[T * k];
     const float unit = 1.0f / __builtin_sqrtf(at_least(total, TINY));
     for (int64_t k = 0; k < z.atoms; ++k) {
-        tangents(s.columns + 2 * T * k * wide, shared.arms, shared.g, s.place + 3 * k, s.slopes, wide);
+        tangents(s.columns + 2 * T * k * wide, shared.arms, shared.g, s.position + 3 * k, s.slopes, wide);
         for (int t = 0; t < T; ++t) scale_column(s.columns + 2 * (T * k + t) * wide, s.fit_re[T * k] * unit, s.fit_im[T * k] * unit, wide);
     }
     for (int64_t stage = 1, e = 0; stage < z.atoms; ++stage)
         for (int64_t k = 0; k < stage; ++k, ++e) {
             float* column = s.basis + 2 * e * wide;
-            steer(column, shared.arms, s.early_place + 3 * e, shared.g.wavenumber, wide);
-            scale_column(column, s.early_amplitude[2 * e] * unit, s.early_amplitude[2 * e + 1] * unit, wide);
+            steer(column, shared.arms, s.stage_positions + 3 * e, shared.g.wavenumber, wide);
+            scale_column(column, s.stage_amplitudes[2 * e] * unit, s.stage_amplitudes[2 * e + 1] * unit, wide);
             const float* now = s.columns + 2 * T * k * wide;
             for (int64_t i = 0; i < 2 * wide; i += W) store(column + i, load(column + i) - load(now + i));
         }
@@ -387,12 +370,12 @@ RIS_EXPORT(int, pursuit_features)
 (float* inputs, float* basis, const float* snapshots, const float* channel, const float* codes, const float* snr_db, const float* x,
  const float* y, const float* curvature, const float* scale, const float* low, const float* high, const float* trust, const float* grid,
  const float* dictionary, float wavenumber, int64_t batch, int64_t antennas, int64_t elements, int64_t n_snapshots, int64_t atoms,
- int64_t places, int64_t dense, int64_t own_codes) {
+ int64_t positions, int64_t dense, int64_t own_codes) {
     using namespace RIS_NS::pursuit;
     const int64_t wide = padded(elements), lp = padded(n_snapshots), rounds = 2 * atoms * (atoms + 1);
     const bool small = elements <= 256 && elements * (antennas + rounds) <= antennas * n_snapshots * rounds;
-    const Geometry g{x, y, curvature, scale, low, high, trust, grid, dictionary, elements, places, wavenumber};
-    const Shared shared({antennas, elements, n_snapshots, atoms, places, wide, lp, dense < 0 ? small : dense > 0, 0, own_codes > 0}, g, codes);
+    const Geometry g{x, y, curvature, scale, low, high, trust, grid, dictionary, elements, positions, wavenumber};
+    const Shared shared({antennas, elements, n_snapshots, atoms, positions, wide, lp, dense < 0 ? small : dense > 0, 0, own_codes > 0}, g, codes);
     const Sizes& z = shared.z;
     int failed = !shared.block;
     if (failed) return 1;

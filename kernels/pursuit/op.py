@@ -1,4 +1,4 @@
-"""Features of a batch of scenes by weighted pursuit as one operator; not differentiable, it looks at data only.
+"""Features of scenes by Newtonized orthogonal matching pursuit as one operator; not differentiable, it reads data only.
 
 Letters: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, F features, R columns, G grid points.
 On CPU one pass of C++, a scene at a time on each thread; elsewhere, and where no compiler was found, plain torch.
@@ -36,7 +36,7 @@ def _check(
     snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, constants: list[Tensor], stages: int
 ) -> None:
     batch, length, antennas, _ = snapshots.shape
-    elements, places, columns = codes.shape[-2], constants[7].shape[0], constants[8].shape[-1]
+    elements, positions, columns = codes.shape[-2], constants[7].shape[0], constants[8].shape[-1]
     own = (batch,) if codes.dim() == 4 else ()
     expected = {
         "channel": (batch, antennas, elements, 2),
@@ -49,15 +49,15 @@ def _check(
         "low": (3,),
         "high": (3,),
         "trust": (3,),
-        "grid": (places, 3),
-        "dictionary": (2 * elements, 2 * places if columns else 0),
+        "grid": (positions, 3),
+        "dictionary": (2 * elements, 2 * positions if columns else 0),
     }
     given = dict(zip(expected, (channel, codes, snr_db, *constants), strict=True))
     of = f"snapshots {tuple(snapshots.shape)}. Pass the {{name}} of this task and these scenes."
     check_shapes("pursuit_features", given, expected, of)
-    if stages < 1 or places < 1:
+    if stages < 1 or positions < 1:
         raise ValueError(
-            f"pursuit_features: {stages} stages on a grid of {places} places; it takes at least one of each."
+            f"pursuit_features: {stages} stages on a grid of {positions} positions; it takes at least one of each."
         )
 
 

@@ -14,7 +14,7 @@ constexpr int T = 4;  // columns of an atom: itself and its derivatives along u,
 constexpr int PANELS = RIS_LEVEL_NUMBER == 2 ? 3 : 1;  // panels a tile of P D takes: 8 PANELS accumulators
 constexpr int ROWS = RIS_LEVEL_NUMBER == 2 ? 8 : 4;    // rows of H a tile of G D or G^H e takes
 
-inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
+inline int64_t padded(int64_t n) { return round_up(n, W); }
 
 // Columns m .. m + R - 1 of the panel of P that starts at row p: weight sum_a conj(h_an) h_am times the codes' overlap,
 // or the sum alone where there is no overlap.

@@ -1,4 +1,4 @@
-"""The definition of the pursuit's features in plain torch: what the fused kernel must equal.
+"""Features of a Newtonized orthogonal matching pursuit (search.py) in plain torch: what the fused kernel must equal.
 
 Every feature is free of units and of the arbitrary phase and scale of a scene, so that a network need learn neither.
 
@@ -15,9 +15,8 @@ from .search import TANGENTS, Atoms, Geometry, Normal, Pursuit, normal_equations
 
 TINY = 1e-12
 # An SNR beyond these is taken for the nearer one. Above 20 dB a first-order step errs more than the noise does: ridges
-# as
-# small as the noise then let near-equal atoms grow against each other, to infinity in float32 (in float64 only a worse
-# answer), and features leave what a network has seen. Below -40 dB nothing is left to weigh.
+# as small as the noise then let near-equal atoms grow against each other, to infinity in float32 (in float64 only a
+# worse answer), and features leave what a network has seen. Below -40 dB nothing is left to weigh.
 WORKING_SNR_DB = (-40.0, 20.0)
 
 
@@ -63,23 +62,25 @@ def width(stages: int) -> int:
 
 
 def _inputs(pursuit: Pursuit, normal: Normal, found: Atoms, snr_db: Tensor) -> Tensor:
-    """(B, F): per atom its place, share of power, evidence, Fisher information, scores and couplings; the scene."""
+    """(B, F): per atom its position, share of power, evidence, Fisher information, scores and couplings; the scene."""
     noise = normal.noise[:, None]
     s, power = found.amplitude, found.amplitude.square().sum(1).clamp_min(TINY)
     middle, half = (pursuit.high + pursuit.low) / 2, (pursuit.high - pursuit.low) / 2
-    place = (found.place - middle) / half.clamp_min(TINY)
+    position = (found.position - middle) / half.clamp_min(TINY)
     share = (power / power.sum(1, keepdim=True)).clamp_min(1e-6).log() / 4
     evidence = (found.gains.clamp_min(0) / noise).log1p() / 4 - 1
     curvature = torch.diagonal(found.gram[:, 0].flatten(3).flatten(1, 2), dim1=1, dim2=2)
     information = (power[..., None] * curvature.unflatten(1, (-1, TANGENTS)) / noise[..., None]).clamp_min(TINY)
-    scores = _conj_times(s[..., None], found.left) / (noise[:, None, :, None] * information[:, None].sqrt())
+    scores = _conj_times(s[..., None], found.residual_correlation) / (
+        noise[:, None, :, None] * information[:, None].sqrt()
+    )
     phase = s / power.sqrt()[:, None]
     overlap = _conj_times(phase[..., None], _times(found.gram[:, :, :, 0, :, 0], phase[:, :, None]))
-    left_over = (normal.energy - found.gains.sum(1)).clamp_min(TINY) / (normal.energy * normal.noise)
-    shift = (found.early_place - _repeat_early(found.place, 1)) * pursuit.scale
-    early_power = found.early_amplitude.square().sum(1) / power.sum(1, keepdim=True)
+    unexplained = (normal.energy - found.gains.sum(1)).clamp_min(TINY) / (normal.energy * normal.noise)
+    shift = (found.stage_positions - _repeat_early(found.position, 1)) * pursuit.scale
+    early_power = found.stage_amplitudes.square().sum(1) / power.sum(1, keepdim=True)
     parts = [
-        place,
+        position,
         shift.clamp(-3, 3),
         share,
         early_power.clamp_min(1e-6).log() / 4,
@@ -88,21 +89,21 @@ def _inputs(pursuit: Pursuit, normal: Normal, found: Atoms, snr_db: Tensor) -> T
         scores.clamp(-4, 4) / 2,
         overlap,
         snr_db / 10 - 1,
-        left_over.log().clamp(-4, 4),
+        unexplained.log().clamp(-4, 4),
     ]
     return torch.cat([part.flatten(1) if part.dim() > 1 else part[:, None] for part in parts], dim=1)
 
 
 def _basis(pursuit: Pursuit, found: Atoms) -> Tensor:
-    """Tangents at the final places times amplitude; then, atom by atom, how each earlier stage's estimate differs.
+    """Tangents at the final positions times amplitude; then, atom by atom, how each earlier stage's estimate differs.
 
     The amplitudes of a scene have norm one. The differences let a network go back to a smaller model order, whose
     estimates have not been spread over atoms that are noise.
     """
     level = found.amplitude.square().sum((1, 2), keepdim=True).clamp_min(TINY).sqrt()
-    now, early = found.amplitude / level, found.early_amplitude / level
-    real, imag = _planar_times(pursuit.tangents(found.place), now.repeat_interleave(TANGENTS, dim=2))
-    early_real, early_imag = _planar_times(pursuit.steer(found.early_place), early)
+    now, early = found.amplitude / level, found.stage_amplitudes / level
+    real, imag = _planar_times(pursuit.tangents(found.position), now.repeat_interleave(TANGENTS, dim=2))
+    early_real, early_imag = _planar_times(pursuit.steer(found.stage_positions), early)
     early_real = early_real - _repeat_early(real[..., ::TANGENTS], 2)
     early_imag = early_imag - _repeat_early(imag[..., ::TANGENTS], 2)
     return torch.cat((real, early_real, imag, early_imag), dim=2)
@@ -115,8 +116,8 @@ def _repeat_early(per_atom: Tensor, dim: int) -> Tensor:
 
 def _planar_times(planar: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Columns of a planar (B, N, 2C) times the complex s (B, 2, C): real and imaginary part, (B, N, C) each."""
-    (left, right), (real, imag) = planar.chunk(2, dim=2), s[:, None].unbind(2)
-    return left * real - right * imag, left * imag + right * real
+    (a_re, a_im), (s_re, s_im) = planar.chunk(2, dim=2), s[:, None].unbind(2)
+    return a_re * s_re - a_im * s_im, a_re * s_im + a_im * s_re
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:

@@ -43,12 +43,12 @@ def scenes(
     x = (torch.arange(horizontal) - (horizontal - 1) / 2).repeat(vertical) * (WAVELENGTH_M / 2)
     y = (torch.arange(vertical) - (vertical - 1) / 2).repeat_interleave(horizontal) * (WAVELENGTH_M / 2)
     low, high = torch.tensor([-sector, -sector / 2, 0.1]), torch.tensor([sector, sector / 2, 0.5])
-    place = low + (high - low) * uniform(batch, atoms, 3)
+    position = low + (high - low) * uniform(batch, atoms, 3)
     strip = (torch.arange(atoms) + 0.5 + 0.5 * (uniform(batch, atoms) - 0.5)) / atoms
-    place[..., 0] = low[0] + (high[0] - low[0]) * strip
+    position[..., 0] = low[0] + (high[0] - low[0]) * strip
     bend = wavenumber if spherical else 0.0
     constants = with_dictionary(geometry(x, y, wavenumber, low, high), bend)
-    real, imag = Pursuit(constants, bend, atoms).steer(place).chunk(2, dim=2)
+    real, imag = Pursuit(constants, bend, atoms).steer(position).chunk(2, dim=2)
     amplitude = torch.polar(
         0.6 ** torch.arange(atoms) * (1 + 0.1 * uniform(batch, atoms)), 2 * math.pi * uniform(batch, atoms)
     )

@@ -1,8 +1,10 @@
-"""Unrolled weighted pursuit: finds the sources of a scene through the sensing operator, with static shapes.
+"""Newtonized orthogonal matching pursuit: finds the sources of a scene through the sensing operator, unrolled.
 
-It is maximum likelihood made greedy: each stage adds the dictionary atom that best explains what is left of G^H y,
-then takes one joint Gauss-Newton step on the amplitudes and places of all atoms so far, on the true cost |y - G A s|^2.
-No gradient passes through it; a network reads its outcome.
+Each stage adds the dictionary atom that best explains the residual of G^H y, fits all amplitudes by ridge least
+squares, then takes one joint Gauss-Newton step on the amplitudes and positions of all atoms so far, on the true cost
+|y - G A s|^2. Shapes are static. No gradient passes through it; a network reads its outcome.
+Source: Mamandipoor, Ramasamy, Madhow, "Newtonized orthogonal matching pursuit: frequency estimation over the
+continuum", IEEE Transactions on Signal Processing 64 (2016) 5066-5081; here with a step on all atoms jointly.
 
 Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, T = 4 tangents of an atom, G grid
 points. Complex arrays are planar here, (..., 2C) = [real C | imaginary C]: one real matrix product then does a complex
@@ -38,17 +40,17 @@ class Normal(NamedTuple):
 class Atoms(NamedTuple):
     """What the pursuit found, atoms in the order of their discovery; D are the tangents before the last step."""
 
-    place: Tensor  # (B, K, 3)       u, v, w = 1/range
+    position: Tensor  # (B, K, 3)       u, v, w = 1/range
     amplitude: Tensor  # (B, 2, K)       s, real and imaginary parts
     gram: Tensor  # (B, 2, K, T, K, T)  D^H P D, real and imaginary parts
-    left: Tensor  # (B, 2, K, T)    D^H (b - P x), x the linearised fit
+    residual_correlation: Tensor  # (B, 2, K, T)    D^H (b - P x), x the linearised fit
     gains: Tensor  # (B, K)          fall of the cost |y - G x|^2 at each stage
-    early_place: Tensor  # (B, E, 3)       places after each earlier stage, E = K (K - 1) / 2
-    early_amplitude: Tensor  # (B, 2, E)       their amplitudes then
+    stage_positions: Tensor  # (B, E, 3)       positions after each earlier stage, E = K (K - 1) / 2
+    stage_amplitudes: Tensor  # (B, 2, E)       their amplitudes then
 
 
 class Geometry(NamedTuple):
-    """The constants of a task: the array in radians of phase, the box of places and the grid of the first guess."""
+    """The constants of a task: the array in radians of phase, the box of positions and the grid of the first guess."""
 
     x: Tensor  # (N,)       k x
     y: Tensor  # (N,)       k y
@@ -57,7 +59,7 @@ class Geometry(NamedTuple):
     low: Tensor  # (3,)       least u, v, w
     high: Tensor  # (3,)       largest u, v, w
     trust: Tensor  # (3,)       step that a Gauss-Newton step is damped to, times scale
-    grid: Tensor  # (G, 3)     places
+    grid: Tensor  # (G, 3)     positions
     dictionary: Tensor  # (2N, 2G)   residual (N, 2), flattened, to the two parts of a^H r; (2N, 0): not made yet
 
 
@@ -146,9 +148,9 @@ class Pursuit:
         real, imag = self.steer(self.grid[None])[0].chunk(2, dim=1)
         return torch.stack((torch.cat((real, -imag), 1), torch.cat((imag, real), 1)), dim=1).flatten(0, 1)
 
-    def phase_slopes(self, place: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """psi and its derivatives by u, v and w at (B, K, 3) places, each broadcast to (B, N, K)."""
-        u, v, w = place.transpose(1, 2)[:, :, None].unbind(1)
+    def phase_slopes(self, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """psi and its derivatives by u, v and w at (B, K, 3) positions, each broadcast to (B, N, K)."""
+        u, v, w = position.transpose(1, 2)[:, :, None].unbind(1)
         x, y, bend = self.x[:, None], self.y[:, None], self.curvature[:, None]
         line = u * x + v * y
         if not self.wavenumber:
@@ -160,9 +162,9 @@ class Pursuit:
         slope_q = (2.0 * w * bend - line) / (k * q)
         return psi, x / q, y / q, -(2.0 * bend + psi * slope_q) / (1.0 + q)
 
-    def tangents(self, place: Tensor) -> Tensor:
+    def tangents(self, position: Tensor) -> Tensor:
         """Unit-norm a and j (psi' - mean psi') a / scale for u, v, w: (B, K, 3) -> (B, N, 2KT) planar."""
-        psi, *slopes = self.phase_slopes(place)
+        psi, *slopes = self.phase_slopes(position)
         norm = 1.0 / math.sqrt(self.x.numel())
         cosine, sine = psi.cos() * norm, psi.sin() * norm
         weights = [(slope - slope.mean(1, keepdim=True)) / scale for slope, scale in zip(slopes, self.scale)]
@@ -170,48 +172,48 @@ class Pursuit:
         imag = torch.stack([sine, *(weight * cosine for weight in weights)], dim=-1)
         return torch.stack((real, imag), dim=2).flatten(2)
 
-    def steer(self, place: Tensor) -> Tensor:
+    def steer(self, position: Tensor) -> Tensor:
         """Unit-norm atoms alone: (B, K, 3) -> (B, N, 2K) planar."""
-        psi = self.phase_slopes(place)[0]
+        psi = self.phase_slopes(position)[0]
         return torch.cat((psi.cos(), psi.sin()), dim=2) / math.sqrt(self.x.numel())
 
     def __call__(self, normal: Normal) -> Atoms:
         """Runs all stages: static shapes, no host synchronisation, no gradient."""
-        place = normal.moment.new_zeros(normal.moment.shape[0], 0, 3)
+        position = normal.moment.new_zeros(normal.moment.shape[0], 0, 3)
         residual, explained, gains = normal.moment, torch.zeros_like(normal.noise), []
-        places, amplitudes_then = [place], [normal.moment.new_zeros(place.shape[0], 2, 0)]
+        positions, amplitudes_then = [position], [normal.moment.new_zeros(position.shape[0], 2, 0)]
         for _ in range(self.stages):
-            place = torch.cat((place, self.strongest(residual)[:, None]), dim=1)
-            image, gram, moment = self.project(normal, place)
+            position = torch.cat((position, self.strongest(residual)[:, None]), dim=1)
+            image, gram, moment = self.project(normal, position)
             move, fit = self.step(gram, moment, normal)
-            place = torch.clamp(place + move / self.scale, self.low, self.high)
+            position = torch.clamp(position + move / self.scale, self.low, self.high)
             residual = normal.moment - combine(image, fit)
-            left = moment - apply_gram(gram, fit)
-            reached = (fit * (moment + left)).sum((1, 2, 3))
+            residual_correlation = moment - apply_gram(gram, fit)
+            reached = (fit * (moment + residual_correlation)).sum((1, 2, 3))
             gains.append(reached - explained)
             explained = reached
-            places.append(place)
+            positions.append(position)
             amplitudes_then.append(fit[..., 0])
         return Atoms(
-            place,
+            position,
             fit[..., 0],
             gram,
-            left,
+            residual_correlation,
             torch.stack(gains, dim=1),
-            torch.cat(places[:-1], dim=1),
+            torch.cat(positions[:-1], dim=1),
             torch.cat(amplitudes_then[:-1], dim=2),
         )
 
     def strongest(self, residual: Tensor) -> Tensor:
-        """The grid place with the largest |a^H r|: (B, N, 2) -> (B, 3)."""
+        """The grid position with the largest |a^H r|: (B, N, 2) -> (B, 3)."""
         real, imag = (residual.flatten(1) @ self.dictionary).chunk(2, dim=1)
         return self.grid[(real.square() + imag.square()).argmax(1)]
 
-    def project(self, normal: Normal, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, normal: Normal, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Image P D of the tangents D (planar), D^H P D (B, 2, K, T, K, T) and D^H b (B, 2, K, T)."""
-        tangents = self.tangents(place)
+        tangents = self.tangents(position)
         image = normal.gram @ torch.cat((tangents, turn(tangents)), dim=1)
-        batch, atoms, size = place.shape[0], place.shape[1], place.shape[1] * TANGENTS
+        batch, atoms, size = position.shape[0], position.shape[1], position.shape[1] * TANGENTS
         both = tangents.transpose(1, 2) @ torch.cat((image, normal.moment), dim=2)
         left, right = both[:, :size], both[:, size:]
         real = left[..., :size] + right[..., size : 2 * size]
@@ -258,11 +260,11 @@ def amplitudes(gram: Tensor, moment: Tensor, normal: Normal) -> Tensor:
 def newton(gram: Tensor, moment: Tensor, s: Tensor, trust: Tensor, normal: Normal) -> Tensor:
     """The joint real system in (re s, im s, u, v, w) of every atom, damped by the grid's cell: (B, K, 5)."""
     batch, _, atoms = s.shape
-    left = moment - apply_gram(gram[..., :1], s[..., None])
+    correlation = moment - apply_gram(gram[..., :1], s[..., None])
     unit = torch.eye(2, device=s.device, dtype=s.dtype)[:, None].expand(batch, 2, atoms, 2)
     turn_re, turn_im = torch.cat((unit, s[..., None].expand(batch, 2, atoms, 3)), dim=3).unbind(1)  # (B, K, 5)
-    left_re, left_im = _twice_first(left).unbind(1)
-    rhs = left_re * turn_re + left_im * turn_im
+    correlation_re, correlation_im = _twice_first(correlation).unbind(1)
+    rhs = correlation_re * turn_re + correlation_im * turn_im
     real, imag = _twice_first(_twice_first(gram).transpose(3, 5)).transpose(3, 5).unbind(1)
     right_re = real * turn_re[:, None, None] - imag * turn_im[:, None, None]
     right_im = real * turn_im[:, None, None] + imag * turn_re[:, None, None]

@@ -52,8 +52,8 @@ inline void amplitudes(float* s, float* a, float* ridge, const float* gram_re, c
 }
 
 // What the joint step changes: (K, 5) of (re s, im s, u, v, w), moves in units of the aperture's phase spread.
-// left: scratch of 2 T K floats; trust: the move that noise is damped to.
-inline void newton(float* change, float* a, float* ridge, float* left, const float* gram_re, const float* gram_im, const float* moment_re,
+// correlation: scratch of 2 T K floats; trust: the move that noise is damped to.
+inline void newton(float* change, float* a, float* ridge, float* correlation, const float* gram_re, const float* gram_im, const float* moment_re,
                    const float* moment_im, const float* s, const float* trust, float noise, float weight, int64_t atoms) {
     const int64_t n = 5 * atoms, stride = padded(n + 1), full = T * atoms;
     const float* s_im = s + atoms;
@@ -64,15 +64,15 @@ inline void newton(float* change, float* a, float* ridge, float* left, const flo
             re -= gr * s[j] - gi * s_im[j];
             im -= gr * s_im[j] + gi * s[j];
         }
-        left[i] = re;
-        left[full + i] = im;
+        correlation[i] = re;
+        correlation[full + i] = im;
     }
     for (int64_t k = 0; k < atoms; ++k) {
         const float turn_re[5] = {1, 0, s[k], s[k], s[k]}, turn_im[5] = {0, 1, s_im[k], s_im[k], s_im[k]};
         for (int i = 0; i < 5; ++i) {
             const int64_t from = T * k + (i ? i - 1 : 0), at = 5 * k + i;
             float* row = a + at * stride;
-            row[n] = left[from] * turn_re[i] + left[full + from] * turn_im[i];
+            row[n] = correlation[from] * turn_re[i] + correlation[full + from] * turn_im[i];
             ridge[at] = i < 2 ? weight : noise / (trust[i - 2] * trust[i - 2]);
             for (int64_t j = k; j < atoms; ++j) {  // the upper triangle is all that is read
                 const float *gr = gram_re + from * full + T * j, *gi = gram_im + from * full + T * j;
@@ -91,8 +91,8 @@ inline void newton(float* change, float* a, float* ridge, float* left, const flo
     spd_solve(change, a, ridge, n, stride);
 }
 
-// D^H (b - P x) = moment - gram fit: left (re: T K, im: T K).
-inline void left_over(float* left, const float* gram_re, const float* gram_im, const float* moment_re, const float* moment_im,
+// D^H (b - P x) = moment - gram fit: correlation (re: T K, im: T K).
+inline void correlate_residual(float* correlation, const float* gram_re, const float* gram_im, const float* moment_re, const float* moment_im,
                       const float* fit_re, const float* fit_im, int64_t atoms) {
     const int64_t full = T * atoms;
     for (int64_t i = 0; i < full; ++i) {
@@ -102,8 +102,8 @@ inline void left_over(float* left, const float* gram_re, const float* gram_im, c
             re += gr * fit_re[j] - gi * fit_im[j];
             im += gr * fit_im[j] + gi * fit_re[j];
         }
-        left[i] = moment_re[i] - re;
-        left[full + i] = moment_im[i] - im;
+        correlation[i] = moment_re[i] - re;
+        correlation[full + i] = moment_im[i] - im;
     }
 }
 

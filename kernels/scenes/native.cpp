@@ -2,8 +2,7 @@
 //
 // Complex arrays are interleaved (re, im) in memory and planar in scratch. Every scene goes through the same
 // operations in the same order whatever the batch and the number of threads, so its bits are its own.
-#include <cstdlib>
-
+#include "native/scratch.hpp"
 #include "philox/philox.hpp"
 
 namespace RIS_NS {
@@ -14,26 +13,26 @@ constexpr int W = lanes<float>;
 
 struct Sizes {
     int64_t antennas, elements, snapshots, sources, symbols;
-    int64_t padded() const { return (snapshots + W - 1) / W * W; }
+    int64_t padded() const { return round_up(snapshots, W); }
 };
 
 // One thread's scratch, cut from one allocation.
 struct Scratch {
+    const Sizes& z;
     float *steer_re, *steer_im, *field, *code_re, *code_im, *coded_re, *coded_im, *even, *odd, *clean, *noise, *block;
 
-    explicit Scratch(const Sizes& z) {
-        const int64_t lp = z.padded(), n = z.elements, wide = n * lp;
-        const int64_t sizes[] = {n, n, 2 * z.symbols * n, wide, wide, wide, wide, 2 * n, 2 * n, 2 * lp * z.antennas,
-                                 2 * z.snapshots * z.antennas};
-        float** parts[] = {&steer_re, &steer_im, &field, &code_re, &code_im, &coded_re, &coded_im, &even, &odd, &clean, &noise};
-        int64_t total = 0;
-        for (const int64_t size : sizes) total += (size + 15) / 16 * 16;
-        block = static_cast<float*>(std::aligned_alloc(64, size_t(total) * sizeof(float)));
-        float* next = block;
-        for (int i = 0; block && i < 11; ++i) {
-            *parts[i] = next;
-            next += (sizes[i] + 15) / 16 * 16;
-        }
+    explicit Scratch(const Sizes& sizes) : z(sizes) { block = allocate(*this); }
+    void cut(Cutter& c) {
+        const int64_t lp = z.padded(), n = z.elements;
+        float** coded[] = {&code_re, &code_im, &coded_re, &coded_im};
+        c.part(steer_re, n);
+        c.part(steer_im, n);
+        c.part(field, 2 * z.symbols * n);
+        for (float** part : coded) c.part(*part, n * lp);
+        c.part(even, 2 * n);
+        c.part(odd, 2 * n);
+        c.part(clean, 2 * lp * z.antennas);
+        c.part(noise, 2 * z.snapshots * z.antennas);
     }
     ~Scratch() { std::free(block); }
 };

@@ -93,7 +93,7 @@ def test_pursuit_finds_a_single_source_without_noise() -> None:
     u = scenes.azimuth[:, 0].sin() * scenes.elevation[:, 0].cos()
     truth = torch.stack((u, scenes.elevation[:, 0].sin(), 1 / scenes.range_m[:, 0]), dim=1)
     strongest = found.amplitude.square().sum(1).argmax(1)
-    gap = (found.place[torch.arange(64), strongest] - truth).abs().median(0).values
+    gap = (found.position[torch.arange(64), strongest] - truth).abs().median(0).values
     assert gap.max() < 0.01
 
 
