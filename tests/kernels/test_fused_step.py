@@ -188,12 +188,16 @@ import torch
 from ris_fast.kernels.fused_step import reference, triton_kernels
 from test_fused_step import ARGUMENTS, SIZES, buffers, check, run, step
 def three(sizes, live=None, bad=None):
-    made = [buffers(sizes, live, triton_kernels.CHUNK, dtype) for dtype in (torch.float32, torch.float32, torch.float64)]
+    dtypes = (torch.float32, torch.float32, torch.float64)
+    made = [buffers(sizes, live, triton_kernels.CHUNK, dtype) for dtype in dtypes]
     for each in made:
         if bad is not None:
             each["grad"][bad] = float("nan")
     return zip(made, (triton_kernels, reference, reference)), made
-for sizes, live, bad in ((SIZES["few"], None, None), (SIZES["few"], [1, 0, 1, 1, 0, 1], None), (SIZES["few"], None, 70), ((0,), None, None), ((64,) * 300, None, None)):
+few = SIZES["few"]
+cases = [(few, None, None), (few, [1, 0, 1, 1, 0, 1], None), (few, None, 70)]
+cases += [((0,), None, None), ((64,) * 300, None, None)]
+for sizes, live, bad in cases:
     pairs, made = three(sizes, live, bad)
     for each, module in pairs:
         for clear in ((True,) if len(sizes) == 300 else (False, True)):
