@@ -1,4 +1,4 @@
-"""What this machine is and which kernels will run on it, and why: `ris-fast env`, and env.json of a run."""
+"""What this machine is, how much memory it has free, and which kernels will run on it, and why."""
 
 from __future__ import annotations
 
@@ -43,32 +43,28 @@ def fallback_note() -> str | None:
     )
 
 
-def environment_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The environment as (what, value) lines of a table."""
-    cpu = found["cpu"]
-    rows = [("python", found["python"]), ("platform", found["platform"])]
-    rows += [(name, version or "not installed") for name, version in found["versions"].items()]
-    rows.append(
-        (
-            "cpu",
-            (
-                f"{cpu['name']}, {cpu['cores']} cores usable, {cpu['torch_threads']} torch threads, "
-                f"{cpu['memory_gib']:.1f} GiB"
-            ),
-        )
-    )
-    rows += [
-        (
-            f"gpu {gpu['index']}",
-            f"{gpu['name']}, {gpu['memory_gib']:.0f} GiB, sm_{gpu['capability']}, CUDA {gpu['cuda']}",
-        )
-        for gpu in found["gpus"]
-    ]
-    rows += [] if found["gpus"] else [("gpu", "none that torch can use")]
-    return rows + [
-        (f"{kernel['kernel']} on {kernel['device']}", f"{kernel['backend']}: {kernel['reason']}")
-        for kernel in found["kernels"]
-    ]
+def free_memory() -> float:
+    """Bytes that this process may still take: what the machine has available, or its control group allows, if less."""
+    free = _available_memory()
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most, now = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit, used))
+            free = min(free, max(0, most - now))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return free
+
+
+def _available_memory() -> float:
+    """The kernel's estimate; half of the memory on a system that has none."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _version(name: str) -> str | None:

@@ -129,7 +129,7 @@ def train(
     stage("loading torch")
     from ris_fast.commands.run_folder import resumed_config
     from ris_fast.commands.train import run_training
-    from ris_fast.training.out_of_memory import with_best_batch_size
+    from ris_fast.training.batch_size import with_best_batch_size
 
     if resume is not None:
         resolved = resumed_config(

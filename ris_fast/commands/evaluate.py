@@ -22,7 +22,8 @@ from ris_fast.config.schema import Config, ConfigError, Task
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import find_overlap, scene_hashes
 from ris_fast.data.npz_load import APART, clearly_apart
-from ris_fast.data.source import SceneSource, open_source
+from ris_fast.data.open_source import open_source
+from ris_fast.data.source import SceneSource
 from ris_fast.health.preflight.pairing import belonging, with_factor
 from ris_fast.health.preflight.probe import FEWEST
 from ris_fast.models import Prediction, build_model

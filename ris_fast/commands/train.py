@@ -21,7 +21,7 @@ from ris_fast.commands.streams import stage
 from ris_fast.config.schema import Config, Task
 from ris_fast.report.eventlog import METRICS, SUMMARY, JsonlReport, write_json
 from ris_fast.report.observers import Observers, Record
-from ris_fast.training.out_of_memory import advice
+from ris_fast.training.batch_size import advice
 
 if TYPE_CHECKING:
     from ris_fast.health import Watchdog

@@ -16,5 +16,5 @@ class DataError(Exception):
 
     def __init__(self, where: str | Path, key: str, found: str, expected: str, todo: str) -> None:
         self.where, self.key, self.found, self.expected, self.todo = str(where), key, found, expected, todo
-        place = f"{where}, key '{key}'" if key else f"{where}"
-        super().__init__(f"{place}: found {found}; expected {expected}. {todo}")
+        location = f"{where}, key '{key}'" if key else f"{where}"
+        super().__init__(f"{location}: found {found}; expected {expected}. {todo}")

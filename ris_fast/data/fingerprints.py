@@ -41,8 +41,8 @@ def scene_hashes(snapshots: Tensor) -> list[bytes]:
 
 def find_overlap(first: str, first_hashes: Sequence[bytes], second: str, second_hashes: Sequence[bytes]) -> Overlap:
     """How many scenes of `second` are in `first`, and whether one shift of the index explains all of them."""
-    place = {value: i for i, value in reversed(list(enumerate(first_hashes)))}
-    shifts = Counter(place[value] - i for i, value in enumerate(second_hashes) if value in place)
+    number = {value: i for i, value in reversed(list(enumerate(first_hashes)))}
+    shifts = Counter(number[value] - i for i, value in enumerate(second_hashes) if value in number)
     count = sum(shifts.values())
     return Overlap(first, second, count, len(second_hashes), next(iter(shifts)) if len(shifts) == 1 else None)
 

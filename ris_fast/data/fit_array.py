@@ -216,8 +216,8 @@ def _refined(
     """Gauss-Newton in (s, q) on the phases between each source's vector and its projection on the span of R, where that
     is near."""
     scene, source = clear.active.nonzero(as_tuple=True)
-    places = [each[scene, source][:, None] for each in clear[1:]]
-    basis, place = clear.basis[:, layout.order()][scene], torch.tensor(start, dtype=torch.float64)
+    positions = [each[scene, source][:, None] for each in clear[1:]]
+    basis, point = clear.basis[:, layout.order()][scene], torch.tensor(start, dtype=torch.float64)
 
     def array(at: Tensor) -> RISArray:
         s, q = (max(float(each), 1e-6) for each in at)
@@ -225,18 +225,18 @@ def _refined(
 
     def steer(at: Tensor) -> Tensor:
         """Steering vectors of all sources: (P, N)."""
-        sources = centre(array(at), offset, *places)
+        sources = centre(array(at), offset, *positions)
         return torch.view_as_complex(cosine_steering(array(at), sources.u, sources.v, sources.range_m))[:, 0]
 
     for _ in range(ROUNDS):
-        here = steer(place)
+        here = steer(point)
         inside = (basis @ (basis.mH @ here[..., None]))[..., 0]
         overlap = (here.conj() * inside).sum(1).real
         turned = (here.conj() * inside).imag * (overlap > NEAR)[:, None]
-        step = 1e-6 * place
+        step = 1e-6 * point
         slope = torch.stack(
             [
-                (here.conj() * steer(place + step * axis)).angle() / float(step @ axis)
+                (here.conj() * steer(point + step * axis)).angle() / float(step @ axis)
                 for axis in torch.eye(2, dtype=torch.float64)
             ],
             -1,
@@ -244,8 +244,8 @@ def _refined(
         slope = (slope - slope.mean(1, keepdim=True)) * (overlap > NEAR)[:, None, None]
         normal = torch.einsum("pni,pnj->ij", slope, slope) / here.shape[1]
         change = torch.linalg.lstsq(normal, torch.einsum("pni,pn->i", slope, turned)[:, None])[0][:, 0]
-        place = (place + change.clamp(-0.2 * place, 0.2 * place)).clamp_min(1e-6)
-    return array(place)
+        point = (point + change.clamp(-0.2 * point, 0.2 * point)).clamp_min(1e-6)
+    return array(point)
 
 
 def _plain(best: FoundArray, task: RISArray, labels: Labels) -> FoundArray:

@@ -16,7 +16,7 @@ from ris_fast.physics.array import RISArray, cosine_steering, direction_cosines
 
 SWEEPS = 200
 EXACT = 1e-6  # NMSE of R against its own factors: float32 phases leave up to 1e-9, element jitter 1e-2
-BETTER = 0.5  # of the misfit of the known places, at which another one is believed
+BETTER = 0.5  # of the misfit of the known offsets, at which another one is believed
 FEW, ROUNDS = 32, 20  # scenes that tell where the array sits, and looks at them
 CENTRED = (0.0, 0.0)
 
@@ -40,7 +40,7 @@ class Reach:
             setattr(self, name, max(getattr(self, name), float((values.abs() * active).max())))
 
 
-class Geometry(NamedTuple):
+class CentredSources(NamedTuple):
     """Sources as the centred array sees them, float64, (B, K) each; `clamped` marks angles that do not exist."""
 
     u: Tensor
@@ -53,13 +53,13 @@ class Geometry(NamedTuple):
 
 def centre(
     array: RISArray, offset: tuple[float, float], azimuth: Tensor, elevation: Tensor, range_m: Tensor, active: Tensor
-) -> Geometry:
+) -> CentredSources:
     """Re-express sources given relative to an array whose elements sit `offset` spacings off the origin in x and y.
 
     Model: an element is at (x + s, y + t). Fresnel: u (x+s) - (x+s)^2/(2r) = (u - s/r) x - x^2/(2r) + const, so
         u' = u - s/r, v' = v - t/r, r' = r. Spherical: the source itself moves by (-s, -t). Both are exact up to a
         phase common to all elements, which no covariance sees.
-    Returns: `Geometry`; where u'^2 + v'^2 > 1 the steering vector (from u', v') stays exact and the angle is the
+    Returns: `CentredSources`; where u'^2 + v'^2 > 1 the steering vector (from u', v') stays exact and the angle is the
         nearest that exists.
     """
     away = torch.ones_like(range_m)
@@ -74,7 +74,7 @@ def centre(
     new_elevation = v.clamp(-1.0, 1.0).asin()
     sine = u / new_elevation.cos().clamp_min(1e-12)
     clamped = (u * u + v * v > 1.0) & active
-    return Geometry(u, v, sine.clamp(-1.0, 1.0).asin() * active, new_elevation * active, moved, clamped)
+    return CentredSources(u, v, sine.clamp(-1.0, 1.0).asin() * active, new_elevation * active, moved, clamped)
 
 
 def target_factor(array: RISArray, u: Tensor, v: Tensor, range_m: Tensor, power: Tensor) -> Tensor:
@@ -84,7 +84,9 @@ def target_factor(array: RISArray, u: Tensor, v: Tensor, range_m: Tensor, power:
     return (steer * power.sqrt()[..., None, None]).transpose(1, 2).contiguous()
 
 
-def recover_powers(array: RISArray, sources: Geometry, active: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+def recover_powers(
+    array: RISArray, sources: CentredSources, active: Tensor, covariance: Tensor
+) -> tuple[Tensor, Tensor]:
     """Non-negative least squares of R on a_k a_k^H.
 
     Model: min_p |R - sum_k p_k a_k a_k^H|^2, p >= 0: normal matrix |a_i^H a_j|^2, right side a_k^H R a_k.
@@ -136,14 +138,14 @@ def estimate_offset(
     alone = (active.sum(1) == 1).nonzero()[:FEW, 0]
     if not alone.numel():
         return None
-    place, there = [t[alone, :1] for t in (azimuth, elevation, range_m)], active[alone, :1]
+    positions, active = [t[alone, :1] for t in (azimuth, elevation, range_m)], active[alone, :1]
     planes = torch.view_as_complex(covariance[alone].double())
     planes = planes.unflatten(2, (array.vertical, array.horizontal)).unflatten(1, (array.vertical, array.horizontal))
     seen = [_neighbours(planes.diagonal(dim1=same, dim2=same + 2)) for same in (1, 2)]
-    near_B, step = 1.0 / place[2][:, 0], array.wavenumber * array.spacing_m
+    near_B, step = 1.0 / positions[2][:, 0], array.wavenumber * array.spacing_m
     offset = list(CENTRED)
     for _ in range(ROUNDS):
-        model = centre(array, (offset[0], offset[1]), *place, there)
+        model = centre(array, (offset[0], offset[1]), *positions, active)
         steer = torch.view_as_complex(cosine_steering(array, model.u, model.v, model.range_m))[:, 0]
         steer = steer.unflatten(1, (array.vertical, array.horizontal))
         pairs = (steer[:, :, 1:] * steer[:, :, :-1].conj()).sum(1), (steer[:, 1:] * steer[:, :-1].conj()).sum(2)

@@ -7,27 +7,40 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ris_fast.config.schema import Config
+from ris_fast.data.data_path import ONE_POOL, find_npz
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import Overlap, find_copies, find_overlap
-from ris_fast.data.geometry import CENTRED, Reach, target_factor
+from ris_fast.data.geometry import Reach, target_factor
 from ris_fast.data.npz_format import open_shard
-from ris_fast.data.npz_load import APART, PACKED, LoadedSplit, clearly_apart, hash_snapshots, load_split
+from ris_fast.data.npz_load import PACKED, LoadedSplit, hash_snapshots, load_split
+from ris_fast.data.npz_notes import NO_CHANNEL, channel_notes, fit_note, geometry_notes, snr_notes
 from ris_fast.data.packed_codes import packed_bytes, unpack_codes
-from ris_fast.data.place import npz_files
-from ris_fast.data.source import size_notes
+from ris_fast.data.splits import size_notes, split_rows
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.random import SPLITS
 from ris_fast.physics.scenes import Scenes
 
-ONE_POOL = "all"
-BEYOND_DB = 0.5  # labels that are measured go a little beyond the range that was asked for
+COLUMNS = (
+    "snapshots",
+    "channel",
+    "effective_channel",
+    "covariance",
+    "azimuth",
+    "elevation",
+    "range_m",
+    "power",
+    "u",
+    "v",
+    "count",
+    "snr_db",
+)
 
 
 class NpzSource:
@@ -98,7 +111,7 @@ class NpzSource:
         index = index.to(loaded.table.device, torch.int64)
         rows = self._rows[split][index] if self._rows else index
         taken = {
-            name: value.to(self.device) for name in _COLUMNS if (value := loaded.table.take(name, rows)) is not None
+            name: value.to(self.device) for name in COLUMNS if (value := loaded.table.take(name, rows)) is not None
         }
         codes = self._codes(loaded, rows)
         if loaded.facts.exact:
@@ -132,7 +145,7 @@ class NpzSource:
             f"{'exact factors of R' if loaded.facts.exact else 'the dense R'} (NMSE of R on its own sources: "
             f"median {float(fit.median()):.2g}, largest {float(fit.max()):.2g})"
         )
-        return f"{self.path} (.npz): {sizes} scenes, {carries}; target: {target}; {loaded.placement}"
+        return f"{self.path} (.npz): {sizes} scenes, {carries}; target: {target}; {loaded.memory}"
 
     def target_fit(self, split: str) -> Tensor:
         """NMSE of each scene's R fitted as a sum over the scene's own sources: (scenes,) float64.
@@ -194,57 +207,21 @@ class NpzSource:
         return [overlap for overlap in found if overlap.count]
 
     def _notes(self) -> list[str]:
-        facts = self._load("train").facts
+        loaded = self._load("train")
         notes = [str(overlap) for overlap in self.overlaps]
         if copies := find_copies(self.hashes("train")):
             notes.append(
                 f"{copies} of {self._sizes['train']} train scenes {'repeats' if copies == 1 else 'repeat'} an"
                 " earlier one"
             )
-        if not self.channel:
-            notes.append(
-                "no H_full in the files: the map from measurement to aperture is lost, and the validation "
-                "NMSE will stay near 0.97 however well the optimizer works; generate the shards with H_full"
-            )
-        if facts.offset != CENTRED:
-            notes.append(
-                f"the files' array is off-centre by {_spacings(facts.offset)}: source positions are "
-                "re-expressed for the centred array, which leaves every covariance as it is"
-            )
-        if facts.clamped:
-            notes.append(
-                f"sources so near the edge that their shifted direction does not exist: {facts.clamped}; "
-                "their angle labels are the nearest that do, their covariances are exact"
-            )
-        if self._load("train").codes is None:
+        notes += [] if self.channel else [NO_CHANNEL]
+        notes += geometry_notes(loaded.facts)
+        if loaded.codes is None:
             kept = packed_bytes(self.task.snapshots, self.task.elements) / 1e3
             notes.append(f"each scene has codes of its own: they are kept in 16 bits, {kept:.1f} kB a scene")
-        if not facts.exact:
-            notes.append(self._fit_note())
-        if facts.wrong_collapsed:
-            why = (
-                "but H_full times the conjugate of c_l: the codes are conjugated, in the files or in H"
-                if 2 * facts.conjugate_codes > facts.wrong_collapsed
-                else "H, H_full or the codes are wrong"
-            )
-            notes.append(
-                f"in {facts.wrong_collapsed} scenes H is not H_full c_l{', ' if why.startswith('but') else ': '}{why}"
-            )
-        return notes + self._size_notes() + self._snr_note()
-
-    def _fit_note(self) -> str:
-        fit = self.target_fit("train")
-        apart = clearly_apart(fit)
-        said = (
-            f"R is not exactly a sum over its own sources: NMSE {float(fit.median()):.2g} at the median, "
-            f"{float(fit.max()):.2g} at most; the dense R is used as the target"
-        )
-        if apart == 0:
-            return f"{said}. Element jitter, or a slightly different array, does this"
-        return (
-            f"{said}. In {apart} of {fit.numel()} train scenes (NMSE above {APART:g}) R does not belong to the scene's"
-            " sources, or the task's array is not the one of the files"
-        )
+        notes += [] if loaded.facts.exact else [fit_note(self.target_fit("train"))]
+        notes += channel_notes(loaded.facts)
+        return notes + self._size_notes() + snr_notes(loaded.table.columns["snr_db"], self.task)
 
     def _size_notes(self) -> list[str]:
         if not self._rows:
@@ -256,95 +233,3 @@ class NpzSource:
             ),
             *size_notes(self._config, self._sizes, self._sizes),
         ]
-
-    def _snr_note(self) -> list[str]:
-        snr = self._load("train").table.columns["snr_db"]
-        ends = {float(end): int((snr == end).sum()) for end in torch.aminmax(snr)}
-        clipped = [f"{count} at {end:g} dB" for end, count in ends.items() if count > max(3, 0.002 * snr.numel())]
-        low, high = (float(each) for each in torch.aminmax(snr))
-        if high > self.task.snr_max_db + BEYOND_DB:
-            beyond = [f"snr labels go up to {high:.3g} dB; the task says {self.task.snr_max_db:g}"]
-        elif low < self.task.snr_min_db - BEYOND_DB:
-            beyond = [f"snr labels go down to {low:.3g} dB; the task says {self.task.snr_min_db:g}"]
-        else:
-            beyond = []
-        return beyond + (
-            [f"snr labels pile up at an end ({', '.join(clipped)}): they were clipped there"] if clipped else []
-        )
-
-
-_COLUMNS = (
-    "snapshots",
-    "channel",
-    "collapsed",
-    "covariance",
-    "azimuth",
-    "elevation",
-    "range_m",
-    "power",
-    "u",
-    "v",
-    "count",
-    "snr_db",
-)
-
-
-def _spacings(offset: tuple[float, float]) -> str:
-    """'half an element in both axes', '1.25 elements in x and -3 in y'."""
-    named = {(-0.5, -0.5): "both axes", (-0.5, 0.0): "x", (0.0, -0.5): "y"}.get(offset)
-    x, y = (round(each, 3) + 0.0 for each in offset)  # adding zero, minus zero loses its sign
-    return f"half an element in {named}" if named else f"{x:g} elements in x and {y:g} in y"
-
-
-def find_npz(path: Path) -> dict[str, list[Path]]:
-    """Shard files by split, or all under one name where there is no train/ folder. Raises: DataError."""
-    if path.is_file():
-        return {ONE_POOL: [path]}
-    folders = {split: npz_files(path / split) for split in SPLITS if (path / split).is_dir()}
-    if not folders:
-        files = npz_files(path)
-        if not files:
-            raise DataError(
-                path,
-                "",
-                "no .npz file and no train/ folder",
-                "shards, flat or in train/, val/, test/",
-                "Give the right --data DIR, or generate the data.",
-            )
-        return {ONE_POOL: files}
-    for split in ("train", "val"):
-        if not folders.get(split):
-            what = "an empty folder" if split in folders else "no such folder"
-            raise DataError(
-                path / split,
-                "",
-                what,
-                f"at least one {split} shard (.npz)",
-                "Add it, or put all shards into one flat folder to have them split by number.",
-            )
-    return {split: files for split, files in folders.items() if files}
-
-
-def split_rows(path: Path, total: int, wanted: Mapping[str, int]) -> dict[str, Tensor]:
-    """Disjoint row numbers for each split out of one pool, the same on every call.
-
-    The first sum(wanted) rows are used, or all of them in the same proportions. Validation and test are spread
-    evenly, so that a file sorted by anything still gives fair splits.
-    """
-    asked = sum(wanted.values())
-    if total < len(SPLITS):
-        raise DataError(
-            path, "", f"{total} scenes to split", f"at least {len(SPLITS)}", "Give more scenes, or train/ and val/."
-        )
-    used = min(total, asked)
-    val, test = (max(1, wanted[split] * used // asked) for split in ("val", "test"))
-    held = val + test
-    if held >= used:
-        val, test, held = 1, 1, 2
-    positions = (2 * torch.arange(held) + 1) * used // (2 * held)
-    chosen = (2 * torch.arange(test) + 1) * held // (2 * test)
-    is_test = torch.zeros(held, dtype=torch.bool)
-    is_test[chosen] = True
-    is_train = torch.ones(used, dtype=torch.bool)
-    is_train[positions] = False
-    return {"train": is_train.nonzero()[:, 0], "val": positions[~is_test], "test": positions[is_test]}

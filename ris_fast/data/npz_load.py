@@ -19,7 +19,7 @@ from ris_fast.data.fingerprints import scene_hashes
 from ris_fast.data.geometry import CENTRED, EXACT, Reach, centre, find_offset, recover_powers
 from ris_fast.data.npz_format import NpzShard, check_values, split_ptr
 from ris_fast.data.packed_codes import pack_codes, packed_bytes
-from ris_fast.data.table import Placement, Table, place_table
+from ris_fast.data.table import Table, TableMemory, choose_memory
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.channel import effective_channel
 from ris_fast.physics.real_complex import conj
@@ -29,7 +29,7 @@ SAME_CODES = 1e-5
 APART = 0.5  # NMSE of the R of another scene: 0.99; of elements that move as the original's do: up to 0.04
 GAP = 0.25  # the R of other sources are above 1 - GAP; heavy element jitter fills what is between GAP and that
 PACKED = ("codes", "codes_unit")
-BIG = {"y": "snapshots", "H_full": "channel", "H": "collapsed", "R": "covariance"}
+BIG = {"y": "snapshots", "H_full": "channel", "H": "effective_channel", "R": "covariance"}
 
 
 @dataclass
@@ -41,13 +41,13 @@ class Facts:
     clamped: int = 0
     stored: Reach = field(default_factory=Reach)  # of the sources as the files have them
     served: Reach = field(default_factory=Reach)  # of the sources as seen from the centre of the array
-    wrong_collapsed: int = 0
+    wrong_channel: int = 0  # scenes in which H is not H_full c_l
     conjugate_codes: int = 0  # of these, H is H_full times the conjugate of the codes
     hashes: list[bytes] = field(default_factory=list)
     fits: list[Tensor] = field(default_factory=list)  # NMSE of R on the scene's own sources, chunk by chunk
 
 
-class _Otherwise(Exception):
+class _Assumption(Exception):
     """What the pass took for granted does not hold: `setting` of _Loader must be False."""
 
     def __init__(self, setting: str) -> None:
@@ -60,7 +60,7 @@ class LoadedSplit:
     table: Table
     codes: Tensor | None  # (L, N, 2); None where each scene has its own, which are columns of the table
     facts: Facts
-    placement: Placement
+    memory: TableMemory
 
 
 def load_split(
@@ -80,7 +80,7 @@ def load_split(
     while True:
         try:
             return _Loader(where, shards, rows, task, device, **known).run(progress)
-        except _Otherwise as found:
+        except _Assumption as found:
             known[found.setting] = False
 
 
@@ -104,10 +104,8 @@ class _Loader:
         row_bytes = sum(shards[0].columns[key].row_bytes for key in self.keep)
         row_bytes += 4 * 9 * task.max_sources + 12 + (0 if shared else packed_bytes(task.snapshots, task.elements))
         decoded = max(sum(column.stored.decoded_bytes for column in shard.columns.values()) for shard in shards)
-        self.placement = place_table(
-            where, rows * row_bytes + decoded, device, mappable=all(s.mappable for s in shards)
-        )
-        self.table = Table(rows, device if self.placement.place == "device" else torch.device("cpu"))
+        self.memory = choose_memory(where, rows * row_bytes + decoded, device, mappable=all(s.mappable for s in shards))
+        self.table = Table(rows, device if self.memory.tier == "device" else torch.device("cpu"))
         self.codes: Tensor | None = None
 
     def run(self, progress: Callable[[int, int], None] | None) -> LoadedSplit:
@@ -122,7 +120,7 @@ class _Loader:
                 self._keep(chunk, start + at)
                 if progress is not None:
                     progress(start + at + chunk["K"].numel(), self.rows)
-            if self.placement.place == "mapped":
+            if self.memory.tier == "mapped":
                 for key, column in self.keep.items():
                     self.table.attach(column, shard.columns[key].map())
                 if not self.shared:
@@ -130,18 +128,18 @@ class _Loader:
             start += take
         assert self.codes is not None
         codes = self.codes.to(self.table.device) if self.shared else None
-        return LoadedSplit(self.table, codes, self.facts, self.placement)
+        return LoadedSplit(self.table, codes, self.facts, self.memory)
 
     def _compare_codes(self, codes: Tensor) -> None:
         """Whether all scenes have the first one's codes, to a relative 1e-5."""
         self.codes = codes[0].clone() if self.codes is None else self.codes
         if self.shared and float((codes - self.codes).abs().max()) > SAME_CODES * float(self.codes.abs().max()):
-            raise _Otherwise("shared")
+            raise _Assumption("shared")
 
     def _keep(self, chunk: dict[str, Tensor], start: int) -> None:
         self._target(chunk, start)
         self._note(chunk)
-        if self.placement.place != "mapped":
+        if self.memory.tier != "mapped":
             for key, column in self.keep.items():
                 self.table.write(start, column, chunk[key])
             if not self.shared:
@@ -164,7 +162,7 @@ class _Loader:
         self.facts.fits.append(fit)
         if self.facts.exact:
             if float(fit.max()) > EXACT:
-                raise _Otherwise("exact")
+                raise _Assumption("exact")
             power = power * (self.task.elements / power.sum(1, keepdim=True))
             columns |= {"power": power, "u": sources.u, "v": sources.v}
         else:
@@ -176,13 +174,13 @@ class _Loader:
         """H against H_full, and the hashes."""
         if "H" in chunk and "H_full" in chunk and self.codes is not None:
             codes = self.codes if self.shared else chunk["codes"]
-            wrong = self._wrong_collapsed(chunk, codes)
-            self.facts.wrong_collapsed += wrong
-            self.facts.conjugate_codes += wrong and len(chunk["H"]) - self._wrong_collapsed(chunk, conj(codes))
+            wrong = self._wrong_channel(chunk, codes)
+            self.facts.wrong_channel += wrong
+            self.facts.conjugate_codes += wrong and len(chunk["H"]) - self._wrong_channel(chunk, conj(codes))
         self.facts.hashes += scene_hashes(chunk["y"])
 
     @staticmethod
-    def _wrong_collapsed(chunk: dict[str, Tensor], codes: Tensor) -> int:
+    def _wrong_channel(chunk: dict[str, Tensor], codes: Tensor) -> int:
         """In how many scenes H is not H_full c_l."""
         away = (effective_channel(chunk["H_full"], codes) - chunk["H"]).flatten(1).norm(dim=1)
         return int((away > 1e-3 * chunk["H"].flatten(1).norm(dim=1)).sum())

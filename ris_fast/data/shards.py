@@ -5,9 +5,8 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K sources
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,17 @@ from ris_fast.data.arrays import COPY_AGAIN, StoredArray, safetensors_arrays
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import Overlap, find_overlap, scene_hashes
 from ris_fast.data.geometry import target_factor
+from ris_fast.data.manifest import COLUMNS, WRITE_AGAIN, file_hash, read_manifest
 from ris_fast.data.npz_format import check_finite
-from ris_fast.data.place import MANIFEST
-from ris_fast.data.source import size_notes
+from ris_fast.data.splits import size_notes
 from ris_fast.data.statistics import differences, measure
-from ris_fast.data.table import Placement, Table, place_table
-from ris_fast.data.write import COLUMNS, FORMAT, VERSION, file_hash
+from ris_fast.data.table import Table, TableMemory, choose_memory
 from ris_fast.physics.array import RISArray, direction_cosines
 from ris_fast.physics.random import SPLITS
 from ris_fast.physics.scenes import Scenes
 
 BIG = ("snapshots", "channel")
 CHUNK = 512
-ENTRY = {"file": str, "scenes": int, "bytes": int, "sha256": str, "statistics": dict}
-WRITE_AGAIN = "Write the data set again with `ris-fast simulate`, or copy it again."
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ class ShardSource:
         self._shards = {
             split: [open_own_shard(path, entry, self.task) for path, entry in self.files(split)] for split in SPLITS
         }
-        self._loaded: dict[str, tuple[Table, Tensor, Placement]] = {}
+        self._loaded: dict[str, tuple[Table, Tensor, TableMemory]] = {}
         self._hashes: dict[str, list[bytes]] = {}
         for split in SPLITS[:2]:
             self._load(split)
@@ -128,16 +124,16 @@ class ShardSource:
         """The shard files of a split with their entries in the manifest."""
         return [(self.path / entry["file"], entry) for entry in self.manifest["splits"][split]["shards"]]
 
-    def _load(self, split: str) -> tuple[Table, Tensor, Placement]:
+    def _load(self, split: str) -> tuple[Table, Tensor, TableMemory]:
         if split not in self._loaded:
             self._loaded[split], self._hashes[split] = self._read(self._shards[split], self._sizes[split])
         return self._loaded[split]
 
-    def _read(self, shards: Sequence[OwnShard], rows: int) -> tuple[tuple[Table, Tensor, Placement], list[bytes]]:
+    def _read(self, shards: Sequence[OwnShard], rows: int) -> tuple[tuple[Table, Tensor, TableMemory], list[bytes]]:
         """One pass in order: contents, finite values, hashes of scenes, and the columns where they will stay."""
         row_bytes = sum(shards[0].arrays[name].row_bytes for name in COLUMNS)
-        placement = place_table(self.path, rows * row_bytes, self.device, mappable=True)
-        table = Table(rows, self.device if placement.place == "device" else torch.device("cpu"))
+        memory = choose_memory(self.path, rows * row_bytes, self.device, mappable=True)
+        table = Table(rows, self.device if memory.tier == "device" else torch.device("cpu"))
         hashes: list[bytes] = []
         codes: Tensor | None = None
         start = 0
@@ -147,12 +143,12 @@ class ShardSource:
                 break
             shard.check_contents()  # at once before it is read, while the system still has it in memory
             codes = _same_codes(shard, codes)
-            hashes += _keep(shard, table, start, take, BIG if placement.place == "mapped" else ())
+            hashes += _keep(shard, table, start, take, BIG if memory.tier == "mapped" else ())
             start += take
             if self._progress is not None:
                 self._progress(start, rows)
         assert codes is not None
-        return (table, codes.to(table.device), placement), hashes
+        return (table, codes.to(table.device), memory), hashes
 
     def _find_overlaps(self) -> list[Overlap]:
         overlap = find_overlap("train", self._hashes["train"], "val", self._hashes["val"])
@@ -186,78 +182,6 @@ def _keep(shard: OwnShard, table: Table, start: int, take: int, mapped: Sequence
     return hashes
 
 
-def read_manifest(path: Path, task: Task) -> dict[str, Any]:
-    """The manifest, if it describes this very task. Raises: DataError."""
-    file = path / MANIFEST
-    try:
-        manifest = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise DataError(
-            path,
-            "",
-            f"no {MANIFEST}",
-            "a data set written by `ris-fast simulate`",
-            "Give the right --data DIR, or write one.",
-        ) from None
-    except (ValueError, OSError, RecursionError) as problem:
-        raise DataError(file, "", f"no readable JSON ({problem})", "a manifest", COPY_AGAIN) from None
-    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-        raise DataError(
-            file,
-            "format",
-            f"{manifest.get('format') if isinstance(manifest, dict) else manifest!r}",
-            f"'{FORMAT}' version {VERSION}",
-            WRITE_AGAIN,
-        )
-    missing = {
-        key
-        for key, kind in (("task", dict), ("seed", int), ("splits", dict))
-        if not isinstance(manifest.get(key), kind)
-    }
-    missing = missing or {split for split in SPLITS if not isinstance(manifest["splits"].get(split), dict)}
-    if missing:
-        raise DataError(file, sorted(missing)[0], "no such entry", "it", COPY_AGAIN)
-    _check_entries(file, manifest)
-    there, asked = manifest["task"], asdict(task)
-    if wrong := [key for key in asked if there.get(key) != asked[key]]:
-        raise DataError(
-            file,
-            "task",
-            ", ".join(f"{key} {there.get(key)!r}" for key in wrong),
-            ", ".join(f"{key} {asked[key]!r}" for key in wrong) + ", as configured",
-            "A data set brings its own task, which every command and load_config take from it: leave these settings"
-            " away, or write a data set of this task with `ris-fast simulate`.",
-        )
-    return manifest
-
-
-def _check_entries(file: Path, manifest: dict[str, Any]) -> None:
-    """Every split lists its shards, and their scenes add up. Raises: DataError."""
-    for split in SPLITS:
-        entry = manifest["splits"][split]
-        shards = entry.get("shards")
-        whole = isinstance(shards, list) and len(shards) > 0 and all(_is_entry(each) for each in shards)
-        if (
-            not whole
-            or type(entry.get("scenes")) is not int
-            or entry["scenes"] != sum(each["scenes"] for each in shards)
-        ):
-            raise DataError(
-                file, f"splits.{split}", "no whole list of shards", "every shard with its size and SHA-256", COPY_AGAIN
-            )
-
-
-def _is_entry(entry: Any) -> bool:
-    """Whether this is what a manifest says of a shard, which lies beside it."""
-    return (
-        isinstance(entry, dict)
-        and all(type(entry.get(key)) is kind for key, kind in ENTRY.items())
-        and entry["scenes"] > 0
-        and Path(entry["file"]).name == entry["file"]
-        and entry["file"].isprintable()
-    )
-
-
 def open_own_shard(path: Path, entry: dict[str, Any], task: Task) -> OwnShard:
     """One shard, its size, types and shapes checked against the manifest; reads no array. Raises: DataError."""
     if not path.is_file():
@@ -266,10 +190,10 @@ def open_own_shard(path: Path, entry: dict[str, Any], task: Task) -> OwnShard:
     if size != entry["bytes"]:
         raise DataError(path, "", f"{size} bytes", f"{entry['bytes']} bytes, as the manifest says", COPY_AGAIN)
     arrays = safetensors_arrays(path)
-    length, m, n, k, rows = task.snapshots, task.bs_antennas, task.elements, task.max_sources, entry["scenes"]
+    m, n, k, rows = task.bs_antennas, task.elements, task.max_sources, entry["scenes"]
     shapes = {
-        "codes": (length, n, 2),
-        "snapshots": (rows, length, m, 2),
+        "codes": (task.snapshots, n, 2),
+        "snapshots": (rows, task.snapshots, m, 2),
         "channel": (rows, m, n, 2),
         "snr_db": (rows,),
         "count": (rows,),

@@ -5,7 +5,6 @@ Legend: B rows asked for.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,41 +14,27 @@ from torch import Tensor
 
 from ris_fast.data.column import MappedColumn
 from ris_fast.data.errors import DataError
+from ris_fast.environment import free_memory
 
 GIB = 2.0**30
 SHARE = 0.5  # of the free memory that a table may take: the network and its activations need the rest
 
 
 @dataclass(frozen=True)
-class Placement:
+class TableMemory:
     """Where a table lives and what that takes; made before anything is allocated."""
 
-    place: str  # device | host | mapped
+    tier: str  # device | host | mapped
     bytes: int
     free: int
 
     def __str__(self) -> str:
-        where = {"device": "device memory", "host": "host memory", "mapped": "files, memory-mapped"}[self.place]
+        where = {"device": "device memory", "host": "host memory", "mapped": "files, memory-mapped"}[self.tier]
         size = f"{self.bytes / GIB:.1f} GiB" if self.bytes > 0.1 * GIB else f"{self.bytes / 2**20:.1f} MiB"
         return f"{size} in {where} ({self.free / GIB:.1f} GiB free)"
 
 
-def free_host_bytes() -> int:
-    """What this process may still allocate: the kernel's estimate, or the control group's limit where lower."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
-    except (OSError, ValueError):
-        return free
-
-
-def place_table(where: Path, bytes_needed: int, device: torch.device, *, mappable: bool) -> Placement:
+def choose_memory(where: Path, bytes_needed: int, device: torch.device, *, mappable: bool) -> TableMemory:
     """Device memory if half of what is free holds the table, else host memory, else mapped files.
 
     Raises: DataError where nothing fits and the files are compressed, so that they cannot be mapped.
@@ -57,10 +42,10 @@ def place_table(where: Path, bytes_needed: int, device: torch.device, *, mappabl
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         if bytes_needed <= SHARE * free:
-            return Placement("device", bytes_needed, free)
-    free = free_host_bytes()
+            return TableMemory("device", bytes_needed, free)
+    free = free_memory()
     if bytes_needed <= SHARE * free:
-        return Placement("host", bytes_needed, free)
+        return TableMemory("host", bytes_needed, free)
     if not mappable:
         raise DataError(
             where,
@@ -70,7 +55,7 @@ def place_table(where: Path, bytes_needed: int, device: torch.device, *, mappabl
             "Write the shards with numpy.savez (uncompressed, so that they can be streamed), or lower "
             "data.train_scenes.",
         )
-    return Placement("mapped", bytes_needed, free)
+    return TableMemory("mapped", bytes_needed, free)
 
 
 @dataclass

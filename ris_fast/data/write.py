@@ -7,7 +7,6 @@ a scene of RIS-12x12 takes 20.6 kB where the original's takes 373 kB.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -24,23 +23,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ris_fast.config.schema import Config, ConfigError, Task
+from ris_fast.data.data_path import PLAN
 from ris_fast.data.errors import DataError
-from ris_fast.data.place import MANIFEST, PLAN
+from ris_fast.data.manifest import COLUMNS, FORMAT, MANIFEST, VERSION, file_hash
+from ris_fast.data.splits import split_sizes
 from ris_fast.data.statistics import measure, merge
 from ris_fast.files import locked, make_folder, save_tensors, write_text, writing
 from ris_fast.physics.random import SPLITS, SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
 
-FORMAT = "ris-fast scenes"
-VERSION = 1
-COLUMNS = ("snapshots", "channel", "azimuth", "elevation", "range_m", "power", "snr_db", "count")
 SHARD_SCENES = 4096
 CHUNK = 512  # scenes simulated at a time
-
-
-def split_sizes(train: int) -> dict[str, int]:
-    """Validation and test in the proportions of RIS-12x12 (160 : 40 : 8), at least one scene each."""
-    return {"train": train, "val": max(1, train // 4), "test": max(1, train // 20)}
 
 
 def write_shards(
@@ -66,11 +59,11 @@ def write_shards(
     plan = _plan(config, sizes, shard_scenes)
     partial = out.with_name(out.name + ".partial")
     with writing(out):
-        _check_place(out, partial, plan)
+        _check_target(out, partial, plan)
         _check_room(partial, config.task, sum(sizes.values()))
     make_folder(partial)
     with _alone(partial):
-        _check_place(out, partial, plan)  # another process may have finished while this one looked
+        _check_target(out, partial, plan)  # another process may have finished while this one looked
         write_text(partial / PLAN, json.dumps(plan, indent=1) + "\n")
         splits = _write_splits(config, partial, sizes, shard_scenes, device, progress)
         _finish(partial, out, {**plan, "splits": splits})
@@ -141,7 +134,7 @@ def _plan(config: Config, sizes: Mapping[str, int], shard_scenes: int) -> dict[s
     }
 
 
-def _check_place(out: Path, partial: Path, plan: Mapping[str, Any]) -> None:
+def _check_target(out: Path, partial: Path, plan: Mapping[str, Any]) -> None:
     """Nothing stands where the data set will, and work in progress is of this very one. Raises: DataError."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(
@@ -176,7 +169,7 @@ def _check_room(partial: Path, task: Task, scenes: int) -> None:
     values = 2 * task.bs_antennas * (task.snapshots + task.elements) + 4 * task.max_sources + 1
     there = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
     wanted = scenes * (4 * values + 8) - there
-    disk = shutil.disk_usage(next(place for place in (partial, *partial.parents) if place.exists()))
+    disk = shutil.disk_usage(next(folder for folder in (partial, *partial.parents) if folder.exists()))
     if disk.total and wanted > disk.free:
         raise DataError(
             partial,
@@ -238,9 +231,3 @@ def _simulate(task: Task, generator: SceneGenerator, start: int, rows: int) -> d
         parts.append(simulate(task, index, generator).to("cpu"))
     scenes = Scenes.concatenate(parts)
     return {"codes": scenes.codes.clone(), **{name: getattr(scenes, name).contiguous() for name in COLUMNS}}
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

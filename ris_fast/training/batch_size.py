@@ -1,4 +1,4 @@
-"""`--batch-size auto`: the largest batch that fits and is as fast as any, tried in this process in under 20 seconds."""
+"""Which batch size fits: `--batch-size auto`, tried in under 20 seconds, and the advice after memory ran out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ris_fast.config.schema import Config
-from ris_fast.training.footprint import OutOfMemory, free_memory
+from ris_fast.environment import free_memory
+from ris_fast.training.footprint import OutOfMemory
 from ris_fast.training.trainer import Trainer
 
 SIZES = tuple(2**power for power in range(5, 15))
@@ -28,6 +29,24 @@ class Trial:
     batch_size: int
     scenes_per_s: float
     bytes: int
+
+
+def with_best_batch_size(config: Config) -> Config:
+    """The settings with the batch size that suits this device and network; says on standard output which, and why."""
+    size, trials = choose_batch_size(config)
+    rates = ", ".join(
+        f"{trial.batch_size}: {trial.scenes_per_s:,.0f}" if trial.scenes_per_s else f"{trial.batch_size}: does not fit"
+        for trial in trials
+    )
+    print(
+        f"batch size {size}: of those that leave the run {UPDATES:,} updates, or the smallest, the largest that is as"
+        f" fast as any (scenes/s: {rates})"
+    )
+    return replace(
+        config,
+        training=replace(config.training, batch_size=size),
+        provenance={**config.provenance, "training.batch_size": "--batch-size auto"},
+    )
 
 
 def choose_batch_size(config: Config, seconds: float = SECONDS) -> tuple[int, list[Trial]]:
@@ -91,6 +110,35 @@ def try_size(config: Config, size: int) -> Trial:
         if not is_memory(error):
             raise
         return Trial(size, 0.0, 0)
+
+
+def advice(config: Config) -> str:
+    """What to run instead: the largest halved micro-batch whose step goes through here, same scenes an update."""
+    training = config.training
+    size, parts = min(training.batch_size, config.data.train_scenes) // 2, 2  # no batch is larger than an epoch
+    while size >= 1:
+        smaller = replace(config, training=replace(training, batch_size=size, accumulate=parts * training.accumulate))
+        if one_step_fits(smaller):
+            return (
+                f"--batch-size {size} --accumulate {smaller.training.accumulate} fits (tried just now) and makes "
+                "updates of as many scenes."
+            )
+        size, parts = size // 2, 2 * parts
+    return "Not even one scene fits. Use a smaller network, or a device with more memory."
+
+
+def one_step_fits(config: Config) -> bool:
+    """Whether one micro-batch goes forward, backward and through the optimizer in this machine's memory."""
+    _clean()
+    try:
+        # Eager: it needs more memory than compiled, and no compiler's time.
+        trainer = Trainer(replace(config, training=replace(config.training, compile=False)))
+        trainer.step([trainer.source.batch("train", torch.arange(config.training.batch_size))], 1)
+        return True
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory(error):
+            raise
+        return False
 
 
 def is_memory(error: BaseException) -> bool:

@@ -4,28 +4,34 @@ word."""
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ris_fast.config.schema import Config
+from ris_fast.data.source import SceneSource
+from ris_fast.environment import free_memory
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.step import autocast, network_inputs
 
-if TYPE_CHECKING:
-    from ris_fast.training.trainer import Trainer
-
 SAFE = 0.6  # of what is free: a step takes up to 1.4 times what its scenes and saved tensors do (measured)
 FEW, MORE = 2, 6  # scenes of two small batches, whose difference says what a scene needs
-SMALL, SMALL_EPOCH = (
-    512,
-    10**7,
-)  # scenes at once, and in an epoch, that are not measured: every machine that trains has room for them
-INDEX_BYTES = 24  # of a training scene: its place in the order of an epoch, while that is drawn
+SMALL = 512  # scenes at once that are not measured: every machine that trains has room for them
+SMALL_EPOCH = 10**7  # likewise, scenes in an epoch
+INDEX_BYTES = 24  # of a training scene: its number in the order of an epoch, while that is drawn
+
+
+class MeasuredRun(Protocol):
+    """What is measured: the parts of a trainer that exist before its first step."""
+
+    config: Config
+    source: SceneSource
+    device: torch.device
+    model: torch.nn.Module
+    loss: torch.nn.Module
 
 
 class OutOfMemory(RuntimeError):
@@ -34,19 +40,19 @@ class OutOfMemory(RuntimeError):
     exit_code = 5
 
 
-def refuse_too_large(trainer: Trainer) -> None:
+def refuse_too_large(run: MeasuredRun) -> None:
     """Raises OutOfMemory where what a step and the validation set hold at once is more than a CPU has free, naming the
     setting."""
-    sizes = effective(trainer)
+    sizes = effective(run)
     at_once = max(sizes["training.batch_size"] * sizes["training.accumulate"], sizes["data.val_limit"] // 16)
-    if trainer.device.type != "cpu" or (at_once <= SMALL and sizes["data.train_scenes"] <= SMALL_EPOCH):
+    if run.device.type != "cpu" or (at_once <= SMALL and sizes["data.train_scenes"] <= SMALL_EPOCH):
         return  # a GPU says so itself
-    parts, free = needed_bytes(trainer), free_memory()
+    parts, free = needed_bytes(run), free_memory()
     total = sum(parts.values())
     if total <= free:
         return
     setting = max(parts, key=parts.__getitem__)
-    value = getattr(getattr(trainer.config, setting.split(".")[0]), setting.split(".")[1])
+    value = getattr(getattr(run.config, setting.split(".")[0]), setting.split(".")[1])
     most = math.floor(sizes[setting] * max(0.0, SAFE * free - total + parts[setting]) / parts[setting])
     others = [f"{name}, {gigabytes(part)}" for name, part in parts.items() if part > SAFE * free and name != setting]
     fits = (
@@ -64,26 +70,26 @@ def refuse_too_large(trainer: Trainer) -> None:
     )
 
 
-def effective(trainer: Trainer) -> dict[str, int]:
+def effective(run: MeasuredRun) -> dict[str, int]:
     """Scenes that each setting stands for at most: no step has more than an epoch, no validation more than its
     split."""
-    config, train = trainer.config, trainer.source.size("train")
+    config, train = run.config, run.source.size("train")
     batch = min(config.training.batch_size, train)
     return {
         "training.batch_size": batch,
         "training.accumulate": min(math.ceil(train / batch), config.training.accumulate),
-        "data.val_limit": min(config.data.val_limit, trainer.source.size("val")),
+        "data.val_limit": min(config.data.val_limit, run.source.size("val")),
         "data.train_scenes": train,
     }
 
 
-def needed_bytes(trainer: Trainer) -> dict[str, float]:
+def needed_bytes(run: MeasuredRun) -> dict[str, float]:
     """Bytes by the setting that asks for them: activations and scenes of a micro-batch, scenes of the others, of
     validation, indices."""
-    sizes = effective(trainer)
-    scene, saved = bytes_per_scene(trainer)
+    sizes = effective(run)
+    scene, saved = bytes_per_scene(run)
     batch = sizes["training.batch_size"]
-    held = 0 if trainer.source.name != "simulate" else scene  # scenes that were read are in memory already
+    held = 0 if run.source.name != "simulate" else scene  # scenes that were read are in memory already
     return {
         "training.batch_size": batch * (scene + saved),
         "training.accumulate": (sizes["training.accumulate"] - 1) * batch * held,
@@ -92,20 +98,20 @@ def needed_bytes(trainer: Trainer) -> dict[str, float]:
     }
 
 
-def bytes_per_scene(trainer: Trainer) -> tuple[float, float]:
+def bytes_per_scene(run: MeasuredRun) -> tuple[float, float]:
     """Of its arrays, and of what its forward pass keeps for the backward pass; by two small batches, which train
     nothing."""
-    few, more = (min(size, trainer.source.size("train")) for size in (FEW, MORE))
-    measured = [(size, *_measure(trainer, size)) for size in dict.fromkeys((few, more))]
+    few, more = (min(size, run.source.size("train")) for size in (FEW, MORE))
+    measured = [(size, *_measure(run, size)) for size in dict.fromkeys((few, more))]
     size, scenes, saved = measured[-1]
     if len(measured) == 1:
         return scenes / size, saved / size
     return scenes / size, max(0.0, (saved - measured[0][2]) / (size - measured[0][0]))
 
 
-def _measure(trainer: Trainer, size: int) -> tuple[int, int]:
+def _measure(run: MeasuredRun, size: int) -> tuple[int, int]:
     """Bytes of the scenes, and of the distinct tensors that a forward pass over them keeps."""
-    scenes = trainer.source.batch("train", torch.arange(size, device=trainer.source.index_device))
+    scenes = run.source.batch("train", torch.arange(size, device=run.source.index_device))
     kept: dict[int, int] = {}
 
     def keep(value: Tensor) -> Tensor:
@@ -113,14 +119,12 @@ def _measure(trainer: Trainer, size: int) -> tuple[int, int]:
         return value
 
     with torch.random.fork_rng([]), saved_tensors_hooks(keep, lambda value: value):
-        with autocast(trainer.device, trainer.config.training.precision):
-            prediction = trainer.model(*network_inputs(scenes))
-        loss = trainer.loss(prediction, scenes)[0]
+        with autocast(run.device, run.config.training.precision):
+            prediction = run.model(*network_inputs(scenes))
+        loss = run.loss(prediction, scenes)[0]
     del loss
-    own = {
-        parameter.untyped_storage().data_ptr() for parameter in (*trainer.model.parameters(), *trainer.model.buffers())
-    }
-    return _bytes(scenes), sum(each for place, each in kept.items() if place not in own)
+    own = {parameter.untyped_storage().data_ptr() for parameter in (*run.model.parameters(), *run.model.buffers())}
+    return _bytes(scenes), sum(size for pointer, size in kept.items() if pointer not in own)
 
 
 def _bytes(scenes: Scenes) -> int:
@@ -136,28 +140,3 @@ def _round(number: int) -> int:
     """Two significant digits, downwards."""
     scale = 10 ** max(0, len(str(number)) - 2)
     return number // scale * scale
-
-
-def free_memory() -> float:
-    """Bytes that a process may still take here: what the machine has left, or its control group, if that is less."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    listing = Path("/proc/meminfo")
-    if listing.is_file():
-        free = next(
-            (
-                int(line.split()[1]) * 1024
-                for line in listing.read_text().splitlines()
-                if line.startswith("MemAvailable")
-            ),
-            free,
-        )
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most, now = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit, used))
-            free = min(free, most - now)
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return free

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ris_fast.config.schema import Config, ConfigError
-from ris_fast.data.source import SceneSource, epoch_batches, open_source, widened_sector
+from ris_fast.data.open_source import open_source, widened_sector
+from ris_fast.data.source import SceneSource, epoch_batches
 from ris_fast.models import build_model
 from ris_fast.physics.baselines import baselines, mean_covariance
 from ris_fast.physics.scenes import Scenes

@@ -16,7 +16,7 @@ from ris_fast.commands.cli import main
 from ris_fast.config.load import load_config, render_toml
 from ris_fast.config.schema import ConfigError
 from ris_fast.data.errors import DataError
-from ris_fast.training import out_of_memory as memory
+from ris_fast.training import batch_size as memory
 from ris_fast.training import trainer as loop
 from ris_fast.training.state import RunStopped
 from ris_fast.training.step import Step

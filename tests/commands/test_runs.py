@@ -17,7 +17,7 @@ from ris_fast.commands.cli import main
 from ris_fast.commands.evaluate import evaluate, scene_figures
 from ris_fast.commands.run_folder import run_lock
 from ris_fast.config.load import load_config
-from ris_fast.data.source import SimulatedSource
+from ris_fast.data.simulated import SimulatedSource
 from ris_fast.files import StorageError
 from ris_fast.models.backprojection import Backprojection
 from ris_fast.report.eventlog import read_events

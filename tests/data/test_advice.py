@@ -15,7 +15,7 @@ from ris_fast.commands.cli import main
 from ris_fast.config.load import load_config
 from ris_fast.config.schema import Config, ConfigError, Data
 from ris_fast.data.errors import DataError
-from ris_fast.data.source import open_source
+from ris_fast.data.open_source import open_source
 from ris_fast.health.preflight import truth
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.models import Prediction

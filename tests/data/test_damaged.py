@@ -12,7 +12,7 @@ import pytest
 from ris_fast.config.schema import Config, Data
 from ris_fast.data.arrays import npz_arrays
 from ris_fast.data.errors import DataError
-from ris_fast.data.source import open_source
+from ris_fast.data.open_source import open_source
 from tests.data.make_npz import SMALL, original_arrays, write_folders, write_npz
 
 Arrays = dict[str, np.ndarray]

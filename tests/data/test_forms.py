@@ -16,7 +16,7 @@ from ris_fast.config.schema import Config, Data
 from ris_fast.data import table
 from ris_fast.data.errors import DataError
 from ris_fast.data.npz import NpzSource
-from ris_fast.data.source import open_source
+from ris_fast.data.open_source import open_source
 from ris_fast.physics.scenes import Scenes
 from tests.data.make_npz import SMALL, all_scenes, as_complex, original_arrays, write_folders, write_npz
 
@@ -66,7 +66,7 @@ def test_scenes_do_not_depend_on_how_their_numbers_are_stored(
     changed = {key: FORMS[form](key, value) for key, value in plain.items()}
     wanted = read(write_npz(tmp_path / "plain.npz", plain))
     if place == "mapped":
-        monkeypatch.setattr(table, "free_host_bytes", lambda: 1000)
+        monkeypatch.setattr(table, "free_memory", lambda: 1000)
     found = read(write_npz(tmp_path / "other.npz", changed, compressed=place == "compressed"))
     for name in ("snapshots", "channel", "codes", "factor", "count", "snr_db", "azimuth", "range_m"):
         assert torch.equal(getattr(found, name), getattr(wanted, name)), name
@@ -121,7 +121,7 @@ def test_a_column_that_is_compressed_in_fortran_order_counts_as_memory(
 ) -> None:
     arrays = {key: np.asfortranarray(value) for key, value in original_arrays(20).items()}
     path = write_npz(tmp_path / "a.npz", arrays, compressed=True)
-    monkeypatch.setattr(table, "free_host_bytes", lambda: arrays["R"].nbytes)
+    monkeypatch.setattr(table, "free_memory", lambda: arrays["R"].nbytes)
     with pytest.raises(DataError, match="compressed arrays that need"):
         read(path)
 
@@ -151,7 +151,7 @@ def test_codes_that_differ_by_scene_are_read(tmp_path: Path, place: str, monkeyp
     write_npz(tmp_path / "train" / "a.npz", arrays)
     write_npz(tmp_path / "val" / "a.npz", original_arrays(6, split="val"))
     if place == "mapped":
-        monkeypatch.setattr(table, "free_host_bytes", lambda: 1000)
+        monkeypatch.setattr(table, "free_memory", lambda: 1000)
     source = NpzSource(Config(task=SMALL, data=Data(path=str(tmp_path))), "cpu")
     rows = torch.tensor([29, 0, 7])
     error = source.batch("train", rows).codes.numpy() - arrays["codes"][rows]
@@ -166,7 +166,7 @@ def test_codes_that_differ_by_scene_are_counted_before_they_are_stored(tmp_path:
     same = write_npz(tmp_path / "same" / "a.npz", original_arrays(10))
     source = NpzSource(Config(task=SMALL, data=Data(path=str(tmp_path / "a.npz"))), "cpu")
     shared = NpzSource(Config(task=SMALL, data=Data(path=str(same))), "cpu")
-    bytes_of = [each._load("train").placement.bytes for each in (source, shared)]
+    bytes_of = [each._load("train").memory.bytes for each in (source, shared)]
     held = sum(source._load("train").table.columns[name].nbytes for name in ("codes", "codes_unit"))
     assert bytes_of[0] - bytes_of[1] == held == 10 * (8 * 24 * 4 + 4)
 

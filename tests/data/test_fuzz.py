@@ -15,7 +15,7 @@ import torch
 
 from ris_fast.config.schema import Config, Data
 from ris_fast.data.errors import DataError
-from ris_fast.data.source import open_source
+from ris_fast.data.open_source import open_source
 from ris_fast.data.write import write_shards
 from ris_fast.physics.random import SPLITS
 from tests.data.make_npz import SMALL, original_arrays, write_npz

@@ -15,8 +15,9 @@ from ris_fast.data import table
 from ris_fast.data.arrays import StoredArray, npz_arrays
 from ris_fast.data.errors import DataError
 from ris_fast.data.geometry import CENTRED, centre, original_offset, recover_powers
-from ris_fast.data.npz import NpzSource, split_rows
-from ris_fast.data.source import open_source
+from ris_fast.data.npz import NpzSource
+from ris_fast.data.open_source import open_source
+from ris_fast.data.splits import split_rows
 from ris_fast.physics.array import RISArray, cosine_steering, steering
 from tests.data.make_npz import (
     SMALL,
@@ -275,7 +276,7 @@ def test_compressed_files_give_the_same_scenes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("jitter", [0.0, 0.02])
 def test_shards_larger_than_memory_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jitter: float) -> None:
     resident = open_npz(write_folders(tmp_path, jitter=jitter))
-    monkeypatch.setattr(table, "free_host_bytes", lambda: 1000)
+    monkeypatch.setattr(table, "free_memory", lambda: 1000)
     mapped = open_npz(tmp_path)
     assert "memory-mapped" in mapped.describe() and "host memory" in resident.describe()
     rows = torch.tensor([39, 12, 13, 0, 39])
@@ -287,7 +288,7 @@ def test_shards_larger_than_memory_are_mapped(tmp_path: Path, monkeypatch: pytes
 
 def test_compressed_and_larger_than_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_npz(tmp_path / "packed.npz", original_arrays(30), compressed=True)
-    monkeypatch.setattr(table, "free_host_bytes", lambda: 1000)
+    monkeypatch.setattr(table, "free_memory", lambda: 1000)
     with pytest.raises(DataError, match="numpy.savez .uncompressed"):
         open_npz(tmp_path)
 
@@ -304,7 +305,7 @@ def test_every_array_is_streamed_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(StoredArray, "chunks", counted)
     if place == "mapped":
-        monkeypatch.setattr(table, "free_host_bytes", lambda: 1000)
+        monkeypatch.setattr(table, "free_memory", lambda: 1000)
     source = open_npz(write_folders(tmp_path, test=0))
     for _ in range(3):
         source.batch("train", torch.arange(40))

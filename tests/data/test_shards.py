@@ -17,10 +17,12 @@ from ris_fast.config.load import load_config
 from ris_fast.config.schema import Config, Data, Task
 from ris_fast.data import table
 from ris_fast.data.errors import DataError
+from ris_fast.data.manifest import file_hash
+from ris_fast.data.open_source import open_source
 from ris_fast.data.shards import ShardSource, verify_manifest
-from ris_fast.data.source import SimulatedSource, open_source
+from ris_fast.data.simulated import SimulatedSource
 from ris_fast.data.statistics import measure
-from ris_fast.data.write import file_hash, write_shards
+from ris_fast.data.write import write_shards
 from tests.data.make_npz import SMALL, all_scenes
 
 SIZES = {"train": 50, "val": 12, "test": 8}
@@ -42,7 +44,7 @@ def test_shards_are_the_simulators_scenes(
     written: Path, monkeypatch: pytest.MonkeyPatch, split: str, mapped: bool
 ) -> None:
     if mapped:
-        monkeypatch.setattr(table, "free_host_bytes", lambda: 1000)
+        monkeypatch.setattr(table, "free_memory", lambda: 1000)
     source = ShardSource(config(written), "cpu")
     assert ("memory-mapped" in source.describe()) == mapped
     index = torch.randperm(SIZES[split], generator=torch.Generator().manual_seed(0))
@@ -107,7 +109,7 @@ def test_a_changed_byte_of_what_is_read_is_refused_on_opening(
     written: Path, monkeypatch: pytest.MonkeyPatch, name: str, mapped: bool
 ) -> None:
     if mapped:
-        monkeypatch.setattr(table, "free_host_bytes", lambda: 1000)
+        monkeypatch.setattr(table, "free_memory", lambda: 1000)
     flip(written / f"{name}.safetensors")
     with pytest.raises(DataError, match=f"{name}.*SHA-256.*copy or generate it again") as caught:
         ShardSource(config(written), "cpu")

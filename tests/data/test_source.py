@@ -10,7 +10,8 @@ import torch
 from ris_fast.config.schema import Config, Data, Model
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import scene_hashes
-from ris_fast.data.source import epoch_batches, open_source
+from ris_fast.data.open_source import open_source
+from ris_fast.data.source import epoch_batches
 from ris_fast.data.write import write_shards
 from tests.data.make_npz import SMALL, all_scenes, write_folders
 

@@ -15,7 +15,8 @@ from ris_fast.config.schema import Config, ConfigError, Data
 from ris_fast.data import write
 from ris_fast.data.errors import DataError
 from ris_fast.data.shards import ShardSource, verify_manifest
-from ris_fast.data.write import split_sizes, write_shards
+from ris_fast.data.splits import split_sizes
+from ris_fast.data.write import write_shards
 from ris_fast.files import StorageError
 from tests.data.make_npz import SMALL
 

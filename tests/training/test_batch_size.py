@@ -14,7 +14,7 @@ from ris_fast.config.load import load_config
 from ris_fast.config.schema import Config
 from ris_fast.training import batch_size as batch
 from ris_fast.training.batch_size import Trial, choose_batch_size, pick
-from ris_fast.training.footprint import free_memory
+from ris_fast.environment import free_memory
 from ris_fast.training.profile import FIRST, STEPS, profiled
 from ris_fast.training.trainer import Trainer
 

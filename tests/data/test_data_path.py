@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from ris_fast.config.schema import Config, Data
+from ris_fast.data.data_path import guess_source
 from ris_fast.data.errors import DataError
-from ris_fast.data.place import guess_source
-from ris_fast.data.source import open_source
+from ris_fast.data.open_source import open_source
 from ris_fast.data.write import write_shards
 from tests.data.make_npz import SMALL, write_folders
 
