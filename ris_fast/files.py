@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ris_fast import exit_codes
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -31,7 +33,7 @@ ADVICE = {
 class StorageError(OSError):
     """A file or folder that could not be written: which, what the system said, what to do. Exit code 3."""
 
-    exit_code = 3
+    exit_code = exit_codes.DATA
 
     def __init__(self, path: str | Path, error: Exception) -> None:
         self.path, number = Path(path), _number(error)

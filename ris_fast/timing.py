@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ris_fast.commands.streams import stage
 from ris_fast.environment import environment
+from ris_fast.streams import stage
 
 QUIET, SECONDS, WAIT_SHARE = 7, 20.0, 0.02
 Found = dict[str, dict[str, float]]  # name of a variant -> its summary

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ris_fast.benchmarks.train_step import PLANNED, step_flops, trainer_of
-from ris_fast.commands.streams import stage
 from ris_fast.config.schema import Config
+from ris_fast.streams import stage
 from ris_fast.timing import Stopwatch, alternate, peak_matmul_rate, synchronize, waited_ns
 from ris_fast.training.step import autocast, network_inputs
 from ris_fast.training.trainer import Silent, Trainer
@@ -135,7 +135,7 @@ def efficiency(config: Config, batch_size: int) -> dict[str, Any]:
         "step": seconds,
         "flops_a_step": flops,
         "flop_per_s": flops / seconds["s"],
-        "ceiling_flop_per_s": most,
+        "peak_matmul_flop_per_s": most,
         "mfu": flops / seconds["s"] / most,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,20 +10,39 @@ from typing import Any
 
 import torch
 
+from ris_fast import exit_codes
 from ris_fast.benchmarks import device as counted
 from ris_fast.benchmarks import training
 from ris_fast.benchmarks.kernels import compare_kernels
 from ris_fast.benchmarks.train_step import compare_steps
-from ris_fast.commands.streams import stage
 from ris_fast.config.load import load_config
 from ris_fast.config.schema import Config
 from ris_fast.files import append_text
+from ris_fast.report.eventlog import write_json
 from ris_fast.report.tables import text_table
+from ris_fast.streams import stage
 from ris_fast.timing import conditions, keeping
+from ris_fast.training.compiled_model import choose_device
 
 KINDS = ("kernels", "step", "train")
 SIZES = {"cpu": (64, 256, 1024), "cuda": (64, 256, 1024, 4096, 16384)}
 STEP_BATCH = 64
+
+
+def bench_command(what: str | None, *, device: str, json: Path | None) -> int:
+    """Measures, prints the tables, and writes the figures to `json`. Returns: 130 where it was interrupted, else 0."""
+    chosen = choose_device(device, "--device")
+    if json is not None:
+        check_writable(json)
+    result = run_bench(
+        (what,) if what else KINDS,
+        chosen,
+        lambda kind: print(f"measuring: {kind}, minutes", file=sys.stderr, flush=True),
+    )
+    print(bench_text(result))
+    if json is not None:
+        write_json(json, result)
+    return exit_codes.INTERRUPTED if "stopped" in result else exit_codes.DONE
 
 
 def run_bench(
@@ -62,7 +82,7 @@ def configured(preset: str, device: torch.device) -> Config:
 
 
 def bench_step(device: torch.device) -> dict[str, Any]:
-    """Preset `seed`: ours against the peers."""
+    """Preset `original`: ours against the peers."""
     return compare_steps(configured("original", device), STEP_BATCH)
 
 
@@ -99,7 +119,7 @@ def bench_text(result: dict[str, Any]) -> str:
         f"commit {where['commit']}, torch {where['versions']['torch']}, {where['device']}, {where['threads']} threads"
     ]
     end = (
-        [f"stopped while measuring {result['stopped']}: what stands above was measured before"]
+        [f"stopped while measuring {result['stopped']}: the figures above were measured before"]
         if "stopped" in result
         else []
     )
@@ -136,7 +156,7 @@ def _step_text(found: dict[str, Any]) -> str:
     compiled = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found["compile_and_first_step_s"].items())
     return (
         f"{found['model']}, {found['parameters']:,} parameters, batch {found['batch_size']},"
-        f" {found['precision']}\n{table}\nfirst compiled step, apart: {compiled or 'not compiled'}\n{_ceiling(found)}"
+        f" {found['precision']}\n{table}\nfirst compiled step, apart: {compiled or 'not compiled'}\n{_rate_text(found)}"
     )
 
 
@@ -156,7 +176,7 @@ def _train_text(found: dict[str, Any]) -> str:
     if times := found.get("phases"):
         lines = [(name, f"{times['s'][name] * 1e3:.2f} ms", f"{share:.0%}") for name, share in times["share"].items()]
         parts += ["", text_table((f"phase, batch {times['batch_size']:,}", "time", "share"), lines), ""]
-    parts += [_ceiling(found["efficiency"])] if "efficiency" in found else []
+    parts += [_rate_text(found["efficiency"])] if "efficiency" in found else []
     parts += [f"a step: {_counts(found['counts'])}"] if "counts" in found else []
     if power := found.get("energy"):
         joules = power["joules_a_scene"]
@@ -171,8 +191,8 @@ def _counts(found: dict[str, Any]) -> str:
     )
 
 
-def _ceiling(found: dict[str, Any]) -> str:
+def _rate_text(found: dict[str, Any]) -> str:
     return (
         f"{found['flop_per_s'] * 1e-9:,.0f} GFLOP/s of useful products, {found['mfu']:.0%} of the "
-        f"{found['ceiling_flop_per_s'] * 1e-9:,.0f} that one large matrix product reaches here, the best of many"
+        f"{found['peak_matmul_flop_per_s'] * 1e-9:,.0f} that one large matrix product reaches here, the best of many"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ris_fast import exit_codes
 from ris_fast.environment import environment
 from ris_fast.report.eventlog import dumps
 from ris_fast.report.tables import text_table
@@ -13,7 +14,7 @@ def env_command(*, json: bool) -> int:
     """Prints the environment as a table, or as JSON."""
     found = environment()
     print(dumps(found, indent=2) if json else text_table(("what", "found"), environment_rows(found)))
-    return 0
+    return exit_codes.DONE
 
 
 def environment_rows(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from typing import Any
 from ris_fast.config.load import load_config, render_toml
 from ris_fast.config.schema import Config, ConfigError
 from ris_fast.files import StorageError, locked, make_folder, read_text, remove_leftovers, write_text, writing
+from ris_fast.old_names import current_origin
 from ris_fast.report.eventlog import METRICS, write_json
 
 CONFIG = "config.toml"
@@ -153,7 +154,7 @@ def recorded_provenance(text: str) -> dict[str, str]:
         if line.startswith("["):
             section = line.strip("[]")
         elif " = " in line and "  # " in line:
-            found[f"{section}.{line.partition(' = ')[0]}"] = line.rpartition("  # ")[2]
+            found[f"{section}.{line.partition(' = ')[0]}"] = current_origin(line.rpartition("  # ")[2])
     return found
 
 

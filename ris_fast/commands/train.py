@@ -17,10 +17,10 @@ from ris_fast.commands.run_folder import (
     run_and_checkpoint,
     run_lock,
 )
-from ris_fast.commands.streams import stage
 from ris_fast.config.schema import Config, Task
 from ris_fast.report.eventlog import METRICS, SUMMARY, JsonlReport, write_json
 from ris_fast.report.observers import Observers, Record
+from ris_fast.streams import stage
 from ris_fast.training.batch_size import advice
 
 if TYPE_CHECKING:

@@ -13,18 +13,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from ris_fast.config.schema import SECTIONS, Config, ConfigError, Task, closest, typed
+from ris_fast.config.schema import SECTIONS, Config, ConfigError, Task
+from ris_fast.config.section import typed
+from ris_fast.config.spelling import closest, did_you_mean
 from ris_fast.files import read_text
+from ris_fast.old_names import current_preset
 
 MANIFEST = "manifest.json"  # of a data set that `ris-fast simulate` has written
 PRESETS = ("laptop", "full", "original")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """' Did you mean ...?' with the closest known spelling, or the list of what there is."""
-    known = list(known)
-    near = closest(word, known)
-    return f" Did you mean '{near}'?" if near else f" There are: {', '.join(known)}."
 
 
 def load_config(
@@ -47,7 +43,7 @@ def load_config(
         ("flag", {key: value for key, value in (flags or {}).items() if value is not None}),
     ]
     devices = [layer["training.device"] for _, layer in given if "training.device" in layer]
-    name = preset or named or default_preset(devices[-1] if devices else None)
+    name = current_preset(preset or named or default_preset(devices[-1] if devices else None))
     layers = [
         (f"preset {name}", _flatten(read_preset(name), f"preset {name}")),
         ("data set", _task_of_data(given)),
@@ -103,7 +99,7 @@ def default_preset(device: str | None) -> str:
 
 def read_preset(name: str) -> dict[str, Any]:
     if name not in PRESETS:
-        raise ConfigError(f"There is no preset '{name}'.{nearest(name, PRESETS)}")
+        raise ConfigError(f"There is no preset '{name}'.{did_you_mean(name, PRESETS)}")
     return tomllib.loads(resources.files("ris_fast.config").joinpath("presets", f"{name}.toml").read_text())
 
 
@@ -160,7 +156,7 @@ def _flatten(table: Mapping[str, Any], origin: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for section, values in table.items():
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{origin}: '{section} = {values}' stands outside a section.{_place(section)}")
+            raise ConfigError(f"{origin}: '{section} = {values}' is outside a section.{_home_of(section)}")
         for key, value in values.items():
             if section == "model" and key == "options" and isinstance(value, Mapping):
                 flat.update({f"model.options.{name}": each for name, each in value.items()})
@@ -169,13 +165,13 @@ def _flatten(table: Mapping[str, Any], origin: str) -> dict[str, Any]:
     return flat
 
 
-def _place(key: str) -> str:
-    """Where a key that stands outside a section belongs."""
+def _home_of(key: str) -> str:
+    """Where a key outside a section belongs."""
     if key in SECTIONS:
         return f" {key} is a section: write [{key}] on a line of its own, and its keys below it."
     if homes := [section for section, names in _names().items() if key in names]:
         return f" Write it below [{homes[0]}]."
-    return nearest(key, ("preset", *SECTIONS))
+    return did_you_mean(key, ("preset", *SECTIONS))
 
 
 def _names() -> dict[str, list[str]]:
@@ -195,7 +191,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
 def _known(key: str, origin: str) -> str:
     section, _, name = key.partition(".")
     if section not in SECTIONS:
-        raise ConfigError(f"{origin}: there is no section '{section}'.{nearest(section, SECTIONS)}")
+        raise ConfigError(f"{origin}: there is no section '{section}'.{did_you_mean(section, SECTIONS)}")
     names = _names()[section]
     if name.partition(".")[0] not in names or ("." in name and not key.startswith("model.options.")):
         raise ConfigError(f"{origin}: [{section}] has no key '{name}'.{_elsewhere(section, name)}")
@@ -209,15 +205,15 @@ def _elsewhere(section: str, name: str) -> str:
         return f" Did you mean {' or '.join(same)}?"
     if near := closest(name, _names()[section], 0.6):
         return f" Did you mean '{near}'?"
-    told = {
+    described = {
         f"{home}.{item.name}": f"{item.name.replace('_', ' ')} {item.metadata['help']}"
         for home, kind in SECTIONS.items()
         for item in fields(kind)
     }
-    if speak := [f"'{key}'" for key, text in told.items() if f" {name.replace('_', ' ')} " in f" {text} "]:
+    if speak := [f"'{key}'" for key, text in described.items() if f" {name.replace('_', ' ')} " in f" {text} "]:
         return f" Did you mean {' or '.join(speak[:4])}?"
     near = closest(name, everything.values(), 0.75)
-    return nearest(name, _names()[section]) if near is None else _elsewhere(section, near)
+    return did_you_mean(name, _names()[section]) if near is None else _elsewhere(section, near)
 
 
 def _merge(values: dict[str, Any], key: str, value: Any, origin: str) -> None:

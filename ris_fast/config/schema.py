@@ -1,126 +1,16 @@
-"""Every setting of a run, in one place: frozen dataclasses with units, checked on construction.
+"""Every setting of a run, in one place: frozen dataclasses with units.
 
-Fields carry their own help text in `metadata["help"]`. Layers are put together by `ris_fast.config.load`.
-Only the standard library is imported here, so that anything may import this file.
+Every field carries its help text, and its value is checked when its section is made. Layers are put together by
+`ris_fast.config.load`. Only the standard library is imported here, so that anything may import this file.
 """
 
 from __future__ import annotations
 
-import difflib
-import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-LARGEST_INT, LARGEST_FLOAT = 2**63 - 1, 3.4e38  # what an int64 and a float32 hold
-SMALLEST_FLOAT = 2.0**-126  # the smallest float32 of full precision; FusedAdamW takes no epsilon below it
-KINDS: dict[str, tuple[tuple[type, ...], Callable[[Any], Any], str]] = {
-    "int": ((Integral,), int, "a whole number"),
-    "float": ((Real,), float, "a number"),
-    "bool": ((bool,), bool, "true or false"),
-    "str": ((str, os.PathLike), os.fspath, "text"),
-    "Mapping[str, Any]": (
-        (Mapping,),
-        lambda table: {key: _plain(value) for key, value in table.items()},
-        "a table of names and values",
-    ),
-}
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message says which, what was given and what would do. Exit code 2."""
-
-    exit_code = 2
-
-
-def option(
-    default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
-) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
-
-
-def closest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The known spelling nearest to `word`, whatever the case of its letters; None where none is near."""
-    folded = {each.casefold(): each for each in known}
-    found = difflib.get_close_matches(str(word).casefold(), folded, n=1, cutoff=cutoff)
-    return folded[found[0]] if found else None
-
-
-def typed(kind: str, value: Any, where: str) -> Any:
-    """The value as Python's own int, float, bool, str or dict: numpy's numbers are numbers, a path is text.
-
-    Raises: ConfigError with what was given and what a setting of this `kind` expects.
-    """
-    accepted, plain, expected = KINDS[kind]
-    if isinstance(value, accepted) and (kind == "bool" or not isinstance(value, bool)):
-        return plain(value)
-    raise ConfigError(f"{where} = {value!r} ({type(value).__name__}): expected {expected}.{_meant(kind, value)}")
-
-
-def section_of(who: str, name: str, value: Any, kind: type) -> Any:
-    """The value, which must be a section of the configuration. Raises: ConfigError that says which, and how to have
-    one."""
-    if isinstance(value, kind):
-        return value
-    whole = isinstance(value, Config)
-    raise ConfigError(
-        f"{who}: {name} is a {type(value).__name__}, expected a {kind.__name__}. "
-        + (
-            f"Pass config.{kind.__name__.lower()}."
-            if whole
-            else f"Make one with ris_fast.config.schema.{kind.__name__}(...)."
-        )
-    )
-
-
-def _plain(value: Any) -> Any:
-    """An option of a network, whose kind only the network knows."""
-    number = next((kind for kind in ("int", "float") if isinstance(value, KINDS[kind][0])), None)
-    return value if number is None or isinstance(value, bool) else KINDS[number][1](value)
-
-
-def _meant(kind: str, value: Any) -> str:
-    """' Did you mean ...?' where the value says in another way what this kind of setting can hold."""
-    word = str(value).strip().lower()
-    if kind == "bool" and word in ("true", "false", "yes", "no", "on", "off", "0", "1"):
-        return f" Did you mean {'true' if word in ('true', 'yes', 'on', '1') else 'false'}?"
-    try:
-        number = float(word)
-    except ValueError:
-        return ""
-    if kind == "float" and abs(number) <= LARGEST_FLOAT:
-        return f" Did you mean {number!r}?"
-    return f" Did you mean {int(number)}?" if kind == "int" and number.is_integer() else ""
-
-
-class Section:
-    """Checks type, choices and range of every field once, when the section is built."""
-
-    def __post_init__(self) -> None:
-        for item in fields(self):  # type: ignore[arg-type]
-            where = f"{type(self).__name__.lower()}.{item.name}"
-            value = typed(str(item.type), getattr(self, item.name), where)
-            object.__setattr__(self, item.name, value)  # frozen: this is its construction
-            _check(where, value, item.metadata)
-
-
-def _check(where: str, value: Any, rule: Mapping[str, Any]) -> None:
-    if rule["choices"] and value not in rule["choices"]:
-        near = closest(value, rule["choices"])
-        raise ConfigError(
-            f"{where} is {value!r}; it must be one of: {', '.join(rule['choices'])}."
-            + (f" Did you mean '{near}'?" if near else "")
-        )
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return
-    if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:  # NaN compares false
-        raise ConfigError(f"{where} = {value} is not a finite number in single precision. Give one that is.")
-    low, high = rule["low"], LARGEST_INT if rule["high"] is None else rule["high"]
-    if low is not None and value < low:
-        raise ConfigError(f"{where} = {value} is too small; it must be at least {low}.")
-    if value > high and (isinstance(value, int) or rule["high"] is not None):
-        raise ConfigError(f"{where} = {value} is too large; it must be at most {high}.")
+from ris_fast.config.section import SMALLEST_FLOAT, ConfigError, Section, option
 
 
 @dataclass(frozen=True)
@@ -263,7 +153,7 @@ class Health(Section):
 
     preflight: bool = option(True, "check network, loss, step and scenes before the first step")
     stop: bool = option(True, "end a run in which a structural mistake is certain (exit code 4)")
-    mute: str = option("", "findings that are not told, by name, with commas between them")
+    mute: str = option("", "names of findings that are not reported, with commas between them")
     frozen: str = option(
         "", "beginnings of the names of parameters that are meant to be frozen, with commas between them"
     )
@@ -320,3 +210,19 @@ SECTIONS: dict[str, type] = {
     "health": Health,
     "report": Report,
 }
+
+
+def section_of(who: str, name: str, value: Any, kind: type) -> Any:
+    """The value, which must be a section of the configuration. Raises: ConfigError that says which, and how to have
+    one."""
+    if isinstance(value, kind):
+        return value
+    whole = isinstance(value, Config)
+    raise ConfigError(
+        f"{who}: {name} is a {type(value).__name__}, expected a {kind.__name__}. "
+        + (
+            f"Pass config.{kind.__name__.lower()}."
+            if whole
+            else f"Make one with ris_fast.config.schema.{kind.__name__}(...)."
+        )
+    )

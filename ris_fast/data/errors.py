@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ris_fast import exit_codes
+
 
 class DataError(Exception):
     """A data set that cannot be used. Exit code 3.
@@ -12,7 +14,7 @@ class DataError(Exception):
         phrases. todo: one imperative sentence.
     """
 
-    exit_code = 3
+    exit_code = exit_codes.DATA
 
     def __init__(self, where: str | Path, key: str, found: str, expected: str, todo: str) -> None:
         self.where, self.key, self.found, self.expected, self.todo = str(where), key, found, expected, todo

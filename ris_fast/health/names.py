@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ris_fast.config.load import nearest
 from ris_fast.config.schema import ConfigError
+from ris_fast.config.spelling import did_you_mean
 from ris_fast.health.causes import CAUSES
+from ris_fast.old_names import current_cause
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -17,9 +18,9 @@ def words(text: str) -> tuple[str, ...]:
 def known_causes(names: Iterable[str], setting: str) -> frozenset[str]:
     """The names as a set. Raises: ConfigError for one that is no cause, which would mute nothing; `setting`: where it
     was written."""
-    names = frozenset(names)
+    names = frozenset(map(current_cause, names))
     for name in sorted(names - CAUSES.keys()):
-        raise ConfigError(f"{setting}: there is no cause '{name}'.{nearest(name, CAUSES)}")
+        raise ConfigError(f"{setting}: there is no cause '{name}'.{did_you_mean(name, CAUSES)}")
     return names
 
 
@@ -29,4 +30,6 @@ def check_beginnings(beginnings: Sequence[str], parameters: Sequence[str], setti
     for beginning in beginnings:
         if not any(name.startswith(beginning) for name in parameters):
             parts = dict.fromkeys(name.partition(".")[0] for name in parameters)
-            raise ConfigError(f"{setting}: no parameter's name begins with '{beginning}'.{nearest(beginning, parts)}")
+            raise ConfigError(
+                f"{setting}: no parameter's name begins with '{beginning}'.{did_you_mean(beginning, parts)}"
+            )

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ris_fast.config.load import nearest
-from ris_fast.config.schema import ConfigError, Task, section_of, typed
+from ris_fast.config.schema import ConfigError, Task, section_of
+from ris_fast.config.section import typed
+from ris_fast.config.spelling import did_you_mean
 from ris_fast.models.prediction import Prediction
 
 MODELS = {
@@ -27,12 +28,12 @@ def build_model(name: str, task: Task | None = None, **options: Any) -> nn.Modul
         must be.
     """
     if not isinstance(name, str) or name not in MODELS:
-        raise ConfigError(f"build_model: there is no model '{name}'.{nearest(name, MODELS)}")
+        raise ConfigError(f"build_model: there is no model '{name}'.{did_you_mean(name, MODELS)}")
     module, kind = MODELS[name]
     model = getattr(import_module(module), kind)
     known = {key: str(each.annotation) for key, each in inspect.signature(model).parameters.items() if key != "task"}
     for key, value in options.items():
         if key not in known:
-            raise ConfigError(f"build_model: model '{name}' has no option '{key}'.{nearest(key, known)}")
+            raise ConfigError(f"build_model: model '{name}' has no option '{key}'.{did_you_mean(key, known)}")
         options[key] = typed(known[key], value, f"build_model: {name}'s {key}")
     return model(Task() if task is None else section_of("build_model", "task", task, Task), **options)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
-from ris_fast.config.load import nearest
 from ris_fast.config.schema import ConfigError, Task
+from ris_fast.config.spelling import did_you_mean
 from ris_fast.kernels.scale import rescaled
 from ris_fast.models.hybrid_parts import AngleGrid, Block, CountHead, DiagonalMeans, factor_statistics, position_code
 from ris_fast.models.inputs import network_inputs
@@ -202,7 +202,7 @@ def _unit_rms(a: Tensor) -> Tensor:
 
 def _check(sizes: Mapping[str, int], grid: int, dropout: float, inputs: str) -> None:
     if inputs not in INPUTS:
-        raise ConfigError(f"hybrid: inputs is {inputs!r}.{nearest(inputs, INPUTS)}")
+        raise ConfigError(f"hybrid: inputs is {inputs!r}.{did_you_mean(inputs, INPUTS)}")
     for name, size in sizes.items():
         if size < (0 if name == "layers" else 1):
             raise ConfigError(

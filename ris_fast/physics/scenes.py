@@ -17,6 +17,7 @@ from torch import Tensor
 from ris_fast.config.schema import Task, section_of
 from ris_fast.kernels.scenes.op import make_scenes
 from ris_fast.kernels.values import readable
+from ris_fast.old_names import renamed_field
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.channel import FAR_RANGE_M, free_space_amplitude
 from ris_fast.physics.codes import dft_codes
@@ -87,6 +88,9 @@ class Scenes:
             if (own or item.name != "codes") and getattr(first, item.name) is not None
         }
         return replace(first, **joined)
+
+
+renamed_field(Scenes, "collapsed", "effective_channel")
 
 
 @lru_cache(maxsize=16)

@@ -24,10 +24,9 @@ MILESTONES = {
 FEW = 100  # scenes, below which a mean is no comparison with an expectation
 
 # NMSE of the posterior mean on RIS-12x12 (static symbols, path loss), Monte Carlo with 40-250 scenes a cell: an
-# estimate of the
-# bound, not the bound.
-BAYES_SNR_DB = (-5.0, 5.0, 15.0)
-BAYES_NMSE = {
+# estimate of the bound, not the bound.
+MMSE_BOUND_SNR_DB = (-5.0, 5.0, 15.0)
+MMSE_BOUND_NMSE = {
     1: (0.022, 0.004, 0.0004),
     2: (0.072, 0.007, 0.0006),
     3: (0.077, 0.010, 0.0016),
@@ -35,19 +34,19 @@ BAYES_NMSE = {
 }
 
 
-def bayes_nmse(sources: int, snr_db: float) -> float:
+def mmse_bound_nmse(sources: int, snr_db: float) -> float:
     """The MMSE bound at one number of sources and one SNR in dB.
 
-    Straight lines in log NMSE against dB through the table; the last one goes on to 20 dB, and four sources are the
+    Straight lines in log NMSE against dB through the table; the last one continues to 20 dB, and four sources are the
     geometric mean of three and five. Only for the standard task. Raises ValueError outside 1..5 sources.
     """
     if sources == 4:
-        return math.sqrt(bayes_nmse(3, snr_db) * bayes_nmse(5, snr_db))
-    if sources not in BAYES_NMSE:
-        raise ValueError(f"bayes_nmse: the table has 1 to 5 sources, got {sources}.")
-    low = 0 if snr_db < BAYES_SNR_DB[1] else 1
-    share = (snr_db - BAYES_SNR_DB[low]) / (BAYES_SNR_DB[low + 1] - BAYES_SNR_DB[low])
-    here, there = (math.log(each) for each in BAYES_NMSE[sources][low : low + 2])
+        return math.sqrt(mmse_bound_nmse(3, snr_db) * mmse_bound_nmse(5, snr_db))
+    if sources not in MMSE_BOUND_NMSE:
+        raise ValueError(f"mmse_bound_nmse: the table has 1 to 5 sources, got {sources}.")
+    low = 0 if snr_db < MMSE_BOUND_SNR_DB[1] else 1
+    share = (snr_db - MMSE_BOUND_SNR_DB[low]) / (MMSE_BOUND_SNR_DB[low + 1] - MMSE_BOUND_SNR_DB[low])
+    here, there = (math.log(each) for each in MMSE_BOUND_NMSE[sources][low : low + 2])
     return math.exp(here + share * (there - here))
 
 

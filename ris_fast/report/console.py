@@ -176,14 +176,14 @@ def run_lines(info: Mapping[str, Any]) -> list[str]:
         info.get("source"),
         ", ".join(filter(None, how)),
         info.get("compile"),
-        ceiling_line(info),
+        peak_rate_line(info),
     )
     return [line for line in lines if line]
 
 
-def ceiling_line(info: Mapping[str, Any]) -> str | None:
+def peak_rate_line(info: Mapping[str, Any]) -> str | None:
     """What the peak matmul rate is that an epoch's line names a share of."""
-    rate = info.get("ceiling_flop_per_s")
+    rate = info.get("peak_matmul_flop_per_s")
     return rate and (
         f"the peak matmul rate: {rate / 1e9:,.0f} GFLOP/s, one large {info.get('precision', 'fp32')} matrix product on this"
         " machine, the best of many; the network's own forward and backward products are counted, features, loss and"

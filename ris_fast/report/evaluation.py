@@ -1,4 +1,4 @@
-"""An evaluation for a person: tables beside baselines and the MMSE bound, a figure and a JSON file in the run folder."""
+"""An evaluation for a person: tables beside baselines and MMSE bound, a figure and a JSON file in the run folder."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def evaluation_text(result: Mapping[str, Any]) -> str:
         ),
         _table("sources", [(str(group["sources"]), group) for group in result["by_count"]], result),
     ]
-    return "\n".join(head) + "\n\n" + "\n\n".join([*tables, bayes_note(result)])
+    return "\n".join(head) + "\n\n" + "\n\n".join([*tables, mmse_bound_note(result)])
 
 
-def bayes_note(result: Mapping[str, Any]) -> str:
+def mmse_bound_note(result: Mapping[str, Any]) -> str:
     """What the MMSE bound is, or why there is none."""
     if not result["standard"]:
-        return "Bayes: known for RIS-12x12 with its default ranges only."
+        return "MMSE bound: known for RIS-12x12 with its default ranges only."
     return (
-        "Bayes: what the posterior mean is expected to score, estimated by Monte Carlo (40 to 250 scenes a cell) and"
-        f" interpolated in SNR;\na guide, not a bound. None for fewer than {FEW} scenes, whose mean may be on either"
-        " side of an expectation."
+        "MMSE bound: what the posterior mean is expected to score, estimated by Monte Carlo (40 to 250 scenes a cell)"
+        f" and interpolated in SNR;\na guide, not the bound itself. None for fewer than {FEW} scenes, whose mean may be"
+        " on either side of an expectation."
     )
 
 
@@ -71,4 +71,4 @@ def _table(label: str, groups: list[tuple[str, Mapping[str, Any]]], whole: Mappi
         )
         for name, group in [*groups, ("all", whole)]
     ]
-    return text_table((label, "scenes", "NMSE mean", "median", "Bayes", *baselines), rows)
+    return text_table((label, "scenes", "NMSE mean", "median", "MMSE bound", *baselines), rows)

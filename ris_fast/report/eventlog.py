@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ris_fast.files import append_text, write_text, writing
+from ris_fast.old_names import current_names
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -67,9 +68,13 @@ def read_events(path: str | Path, *, skip_broken: bool = False) -> list[dict[str
     path = path / METRICS if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"There is no '{path}'. Give a run folder, or the metrics.jsonl of one.")
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.split("\n")
     rows = [_parse(line, number, path, skip_broken) for number, line in enumerate(lines[:-1], start=1) if line.strip()]
-    return current_rows(row for row in rows if row is not None)
+    ours = [row for row in rows if row is not None]
+    if any("event" in row for row in ours):  # another trainer's rows keep their names
+        ours = current_names(ours, text, path)
+    return current_rows(ours)
 
 
 def current_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

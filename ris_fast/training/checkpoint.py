@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ris_fast import exit_codes
 from ris_fast.config.schema import ConfigError
 from ris_fast.files import save_tensors, write_text
 
@@ -24,7 +25,7 @@ Contents = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and what to do. Exit code 3."""
 
-    exit_code = 3
+    exit_code = exit_codes.DATA
 
 
 def save_checkpoint(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ris_fast import exit_codes
 from ris_fast.config.schema import Config
 from ris_fast.data.source import SceneSource
 from ris_fast.environment import free_memory
@@ -37,7 +38,7 @@ class MeasuredRun(Protocol):
 class OutOfMemory(RuntimeError):
     """The batch does not fit into memory; the message says which would. Exit code 5."""
 
-    exit_code = 5
+    exit_code = exit_codes.OUT_OF_MEMORY
 
 
 def refuse_too_large(run: MeasuredRun) -> None:

@@ -29,7 +29,7 @@ class WithShare:
         ):  # the run's random numbers stay what they were
             most = peak_matmul_rate(device, self.trainer.config.training.precision, seconds=0.3)
             self.scenes_per_s = most / max(step_flops(self.trainer, 1), 1)
-        self.observer.start({**info, "ceiling_flop_per_s": most})
+        self.observer.start({**info, "peak_matmul_flop_per_s": most})
 
     def step(self, row: Mapping[str, Any]) -> None:
         self.observer.step(self._shared(row))

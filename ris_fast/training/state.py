@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ris_fast import exit_codes
 from ris_fast.training.step import StepResult
 
 
 class RunStopped(RuntimeError):
     """The run cannot go on; the message says what was seen, why it matters and what to do. Exit code 4."""
 
-    exit_code = 4
+    exit_code = exit_codes.NOT_LEARNED
 
     def __init__(self, message: str, finding: str) -> None:
         super().__init__(message)

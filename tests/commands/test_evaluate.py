@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from ris_fast.commands.cli import main
-from ris_fast.commands.evaluate import EvaluationError, evaluate, group_figures
+from ris_fast.commands.evaluate import EvaluationError, evaluate
 from ris_fast.commands.run_folder import RunFolder
+from ris_fast.commands.scene_figures import group_figures
 from ris_fast.config.load import load_config
 from ris_fast.report.baselines import FEW, MEANINGS, MILESTONES, judge
 from ris_fast.report.evaluation import evaluation_text

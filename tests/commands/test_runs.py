@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from ris_fast.commands.cli import main
-from ris_fast.commands.evaluate import evaluate, scene_figures
+from ris_fast.commands.evaluate import evaluate
 from ris_fast.commands.run_folder import run_lock
+from ris_fast.commands.scene_figures import scene_figures
 from ris_fast.config.load import load_config
 from ris_fast.data.simulated import SimulatedSource
 from ris_fast.files import StorageError

@@ -111,10 +111,10 @@ def test_numbers_of_numpy_and_paths_become_plain_and_read_back(tmp_path: Path) -
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("task = 3", "'task = 3' stands outside a section. task is a section: write \\[task\\] on a line of its own"),
-        ("epochs = 3", "'epochs = 3' stands outside a section. Write it below \\[training\\]"),
+        ("task = 3", "'task = 3' is outside a section. task is a section: write \\[task\\] on a line of its own"),
+        ("epochs = 3", "'epochs = 3' is outside a section. Write it below \\[training\\]"),
         ('presett = "seed"', "Did you mean 'preset'"),
-        ("preset = 3", "There is no preset '3'. There are: laptop, full, seed"),
+        ("preset = 3", "There is no preset '3'. There are: laptop, full, original"),
         ("[task]\nsnapshots = []", r"task.snapshots = \[\] \(list\): expected a whole number"),
         ("[training", "is not valid TOML"),
     ],

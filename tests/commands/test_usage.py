@@ -15,7 +15,7 @@ from ris_fast.config.load import load_config
         (["train", "--batchsize", "3"], "--batch-size"),
         (["trian"], "train"),
         (["evalate", "run"], "evaluate"),
-        (["train", "--preset", "seeed"], "Did you mean 'seed'?"),
+        (["train", "--preset", "orignal"], "Did you mean 'original'?"),
         (["train", "--preset", "original", "--set", "training.epoch=3"], "Did you mean 'epochs'?"),
         (["train", "--preset", "original", "--set", "trainig.epochs=3"], "Did you mean 'training'?"),
         (["train", "--preset", "original", "--set", "epochs=3"], "section.key=value"),

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from ris_fast.commands.evaluate import wrong_targets
+from ris_fast.commands.suspect_scenes import wrong_targets
 from ris_fast.config.schema import Config, Data, Task, Training
 from ris_fast.data.fit_array import Labels, fit_array, fit_of
 from ris_fast.health.finding import Finding, ranked

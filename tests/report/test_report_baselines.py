@@ -6,27 +6,27 @@ import math
 
 import pytest
 
-from ris_fast.report.baselines import BAYES_NMSE, BAYES_SNR_DB, bayes_nmse, judge
+from ris_fast.report.baselines import MMSE_BOUND_NMSE, MMSE_BOUND_SNR_DB, judge, mmse_bound_nmse
 from ris_fast.report.tables import text_table
 
 
-@pytest.mark.parametrize("sources", sorted(BAYES_NMSE))
+@pytest.mark.parametrize("sources", sorted(MMSE_BOUND_NMSE))
 def test_the_line_goes_through_the_table(sources: int) -> None:
-    assert [bayes_nmse(sources, snr) for snr in BAYES_SNR_DB] == pytest.approx(list(BAYES_NMSE[sources]))
+    assert [mmse_bound_nmse(sources, snr) for snr in MMSE_BOUND_SNR_DB] == pytest.approx(list(MMSE_BOUND_NMSE[sources]))
 
 
 def test_the_line_falls_with_the_snr_and_its_average_is_about_two_hundredths() -> None:
     grid = [-5.0 + 0.25 * i for i in range(101)]
     for sources in range(1, 6):
-        values = [bayes_nmse(sources, snr) for snr in grid]
+        values = [mmse_bound_nmse(sources, snr) for snr in grid]
         assert all(later < earlier for earlier, later in zip(values, values[1:]))
-    mean = sum(bayes_nmse(k, snr) for k in range(1, 6) for snr in grid) / (5 * len(grid))
+    mean = sum(mmse_bound_nmse(k, snr) for k in range(1, 6) for snr in grid) / (5 * len(grid))
     assert 0.013 < mean < 0.024
 
 
 def test_a_number_of_sources_that_is_not_in_the_table_is_refused() -> None:
     with pytest.raises(ValueError, match="1 to 5"):
-        bayes_nmse(6, 0.0)
+        mmse_bound_nmse(6, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ris_fast.commands.cli import main
-from ris_fast.config.schema import SMALLEST_FLOAT, Config, ConfigError, Optimizer
+from ris_fast.config.schema import Config, ConfigError, Optimizer
+from ris_fast.config.section import SMALLEST_FLOAT
 from ris_fast.training import footprint
 from ris_fast.training.footprint import OutOfMemory, bytes_per_scene
 from ris_fast.training.step import build_optimizer

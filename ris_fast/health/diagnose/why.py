@@ -14,6 +14,7 @@ from ris_fast.health.diagnose.other_trainers import symptoms
 from ris_fast.health.finding import Finding, explained, ranked
 from ris_fast.health.monitor.history import RunHistory
 from ris_fast.health.monitor.rules import replay
+from ris_fast.old_names import current_names
 from ris_fast.report.eventlog import METRICS, SUMMARY
 
 CONFIG = "config.toml"
@@ -111,7 +112,8 @@ def summary_beside(path: Path) -> dict[str, Any]:
     """
     file = (path if path.is_dir() else path.parent) / SUMMARY
     try:
-        summary = json.loads(file.read_bytes()) if file.is_file() else {}
+        text = file.read_text(encoding="utf-8") if file.is_file() else "{}"
+        summary = current_names(json.loads(text), text, file)
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}). Remove it: {METRICS} beside it has the run's rows.") from error
     if not isinstance(summary, dict):

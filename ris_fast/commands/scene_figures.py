@@ -1,0 +1,107 @@
+"""NMSE of every test scene, of a network and of each baseline, and the means by SNR and by number of sources.
+
+Legend: B batch, N RIS elements, K atoms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ris_fast.config.schema import Task
+from ris_fast.data.source import SceneSource
+from ris_fast.models import Prediction
+from ris_fast.models.features import SceneFeatures
+from ris_fast.models.simultaneous_pursuit import features_for
+from ris_fast.physics.baselines import constant_nmse, mean_covariance, target_energy
+from ris_fast.physics.scenes import Scenes
+from ris_fast.report.baselines import FEW, mmse_bound_nmse
+from ris_fast.training.validation import scene_nmse
+
+CHUNK = 500  # scenes at a time
+FACTS = ("count", "snr_db", "network")
+MEAN_SCENES = 4000  # training scenes behind the baseline `mean`
+SNR_BIN_DB = 5.0
+
+
+@torch.no_grad()
+def scene_figures(model: nn.Module, task: Task, source: SceneSource, size: int) -> dict[str, Tensor]:
+    """Per test scene: `count`, `snr_db`, `network` (its NMSE) and the NMSE of each baseline; (B,) on the CPU."""
+    constant = mean_covariance(scene_batches(source, "train", min(MEAN_SCENES, source.size("train"))))
+    classical = features_for(task, task.max_sources).to(source.device) if source.channel else None
+    parts = [_batch_figures(model, classical, scenes, constant) for scenes in scene_batches(source, "test", size)]
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+
+
+def _batch_figures(
+    model: nn.Module, classical: SceneFeatures | None, scenes: Scenes, constant: Tensor
+) -> dict[str, Tensor]:
+    channel = scenes.effective_channel if scenes.channel is None else scenes.channel
+    inputs = (scenes.snapshots, channel, scenes.codes, scenes.snr_db)
+    energy = target_energy(scenes)
+    pursuit = {} if classical is None else {"pursuit": scene_nmse(found_sources(classical, *inputs), scenes).double()}
+    return {
+        "count": scenes.count,
+        "snr_db": scenes.snr_db.double(),
+        "network": scene_nmse(model(*inputs), scenes).double(),
+        "zero": torch.ones_like(energy),
+        "identity": 1.0 - scenes.codes.shape[-2] / energy,
+        "mean": constant_nmse(constant, scenes),
+        **pursuit,
+    }
+
+
+def found_sources(classical: SceneFeatures, *inputs: Tensor) -> Prediction:
+    """The pursuit's own answer: columns s_k a_k of the atoms it found, (B, N, K, 2), without any network."""
+    return Prediction(classical.sources(classical(*inputs)))
+
+
+def group_figures(figures: dict[str, Tensor], standard: bool) -> dict[str, Any]:
+    """`scenes`, `nmse` (mean and median), `baselines` (means), `mmse_bound` (mean of the line at each scene, or None).
+
+    The line is an expectation: the mean over a few scenes may be on either side of it, so that fewer than FEW have
+        none.
+    """
+    network = figures["network"]
+    enough = standard and network.numel() >= FEW
+    mmse_bound = (
+        [mmse_bound_nmse(k, snr) for k, snr in zip(figures["count"].tolist(), figures["snr_db"].tolist())]
+        if enough
+        else []
+    )
+    return {
+        "scenes": network.numel(),
+        "nmse": {"mean": network.mean().item(), "median": network.quantile(0.5).item()},
+        "baselines": {name: values.mean().item() for name, values in figures.items() if name not in FACTS},
+        "mmse_bound": math.fsum(mmse_bound) / len(mmse_bound) if mmse_bound else None,
+    }
+
+
+def by_snr(figures: dict[str, Tensor], standard: bool) -> list[dict[str, Any]]:
+    """One entry for each 5 dB that holds a scene, with `snr_db` = (from, to); the last bin keeps its upper end."""
+    snr = figures["snr_db"]
+    first = math.floor(snr.min().item() / SNR_BIN_DB)
+    last = max(first, math.ceil(snr.max().item() / SNR_BIN_DB) - 1)
+    bins = (snr / SNR_BIN_DB).floor().clamp(first, last).to(torch.int64)
+    return _split(figures, bins, standard, lambda each: {"snr_db": (each * SNR_BIN_DB, (each + 1) * SNR_BIN_DB)})
+
+
+def by_count(figures: dict[str, Tensor], standard: bool) -> list[dict[str, Any]]:
+    """One entry for each number of `sources` that occurs."""
+    return _split(figures, figures["count"], standard, lambda each: {"sources": each})
+
+
+def _split(
+    figures: dict[str, Tensor], key: Tensor, standard: bool, label: Callable[[int], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    groups = ((each, {name: values[key == each] for name, values in figures.items()}) for each in key.unique().tolist())
+    return [label(each) | group_figures(part, standard) for each, part in groups]
+
+
+def scene_batches(source: SceneSource, split: str, size: int) -> Iterator[Scenes]:
+    """The first `size` scenes of a split, CHUNK at a time."""
+    return (source.batch(split, index) for index in torch.arange(size, device=source.index_device).split(CHUNK))

@@ -1,0 +1,114 @@
+"""Names of earlier versions. Each still works, for one release, and one line says what it is called now.
+
+Only the standard library is imported here, so that anything may import this file.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+PRESETS = {"seed": "original"}
+CAUSES = {"stalled_at_floor": "stalled_at_baseline"}
+KEYS = {  # of metrics.jsonl, summary.json and evaluation.json
+    "floors": "baselines",
+    "bayes": "mmse_bound",
+    "share_of_ceiling": "mfu",
+    "ceiling_flop_per_s": "peak_matmul_flop_per_s",
+    "groups_read": "optimizer_batches",
+    "asleep": "modules_in_eval_mode",
+    "first_asleep": "first_module_in_eval_mode",
+    "answers": "prediction_hash",
+    "left_over": "residual_grad_norm",
+    "between_epochs": "weight_drift_between_epochs",
+    "around_validation": "weight_drift_in_validation",
+}
+
+
+class OldNameWarning(FutureWarning):
+    """A name of an earlier version was used; the message says what it is called now."""
+
+
+def current_preset(name: str) -> str:
+    """The preset's name today. Warns: OldNameWarning for an old one."""
+    return _current(name, PRESETS, "preset")
+
+
+def current_cause(name: str) -> str:
+    """The cause's name today. Warns: OldNameWarning for an old one."""
+    return _current(name, CAUSES, "cause")
+
+
+def current_origin(origin: str) -> str:
+    """'preset seed', in the provenance of an old config.toml, as it is called today."""
+    kind, _, name = origin.partition(" ")
+    return f"preset {PRESETS[name]}" if kind == "preset" and name in PRESETS else origin
+
+
+def current_names(value: Any, text: str, where: object) -> Any:
+    """A value of JSON with today's keys and causes at every depth.
+
+    Args: text: what `value` was parsed from, so that a file without old names costs a look at its text only; where: the
+        file, for the message. Warns: OldNameWarning, one line for the whole file.
+    """
+    if not any(f'"{old}"' in text for old in (*KEYS, *CAUSES)):
+        return value
+    if found := dict(_old_names(value)):
+        renamed = ", ".join(f"{old} -> {new}" for old, new in sorted(found.items()))
+        _warn(f"{where} is from an earlier version and is read with the names of this one: {renamed}")
+    return _renamed(value)
+
+
+def renamed_field(kind: type, old: str, new: str) -> None:
+    """Makes `old` work on a dataclass, with a warning: as an argument of its constructor and as an attribute."""
+    construct, said = kind.__init__, f"{kind.__name__}.{old} is called {new} now"
+
+    @functools.wraps(construct)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if old in kwargs:
+            _warn(said)
+            kwargs[new] = kwargs.pop(old)
+        construct(self, *args, **kwargs)
+
+    def read(self: Any) -> Any:
+        _warn(said)
+        return getattr(self, new)
+
+    kind.__init__ = __init__  # type: ignore[misc]
+    setattr(kind, old, property(read, doc=f"The name of `{new}` in earlier versions."))
+
+
+def _current(name: str, names: Mapping[str, str], what: str) -> str:
+    if name not in names:
+        return name
+    _warn(f"{what} '{name}' is called '{names[name]}' now")
+    return names[name]
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, OldNameWarning, stacklevel=4)
+
+
+def _old_names(value: Any) -> Iterator[tuple[str, str]]:
+    """(old, new) of every old key and cause in a value of JSON, at every depth."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            if key in KEYS:
+                yield key, KEYS[key]
+            yield from _old_names(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _old_names(each)
+    elif isinstance(value, str) and value in CAUSES:
+        yield value, CAUSES[value]
+
+
+def _renamed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        score = {"asleep": "in_eval_mode"} if "answers" in value else {}
+        return {(KEYS | score).get(key, key): _renamed(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_renamed(each) for each in value]
+    return CAUSES.get(value, value) if isinstance(value, str) else value
