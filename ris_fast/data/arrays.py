@@ -1,4 +1,4 @@
-"""Arrays inside .npz and .safetensors files, by their place in the file: read in order once, or memory-mapped.
+"""Arrays inside .npz and .safetensors files, by their offset in the file: read in order once, or memory-mapped.
 
 An uncompressed .npz is a zip whose members lie in the file byte for byte, so a member can be mapped at its offset.
 numpy's own `mmap_mode` is silently ignored for .npz, and `z[key][i]` decodes the whole array for one row.

@@ -83,7 +83,7 @@ def _readable(path: Path) -> Iterator[None]:
         raise DataError(
             path,
             "",
-            f"a place that cannot be read ({problem.strerror})",
+            f"a path that cannot be read ({problem.strerror})",
             EXPECTED,
             "Get the right to read it, or give another --data DIR.",
         ) from None
@@ -98,7 +98,7 @@ def _not_there(path: Path) -> DataError:
         "",
         "no such file or folder",
         EXPECTED,
-        "Where it was moved, give its present place: --data DIR, or data.path in a run's config.toml.",
+        "Where it was moved, give its present path: --data DIR, or data.path in a run's config.toml.",
     )
 
 
@@ -108,7 +108,7 @@ def _unfinished(path: Path, found: str) -> DataError:
         "",
         found,
         "a whole data set",
-        "Run the same `ris-fast simulate` command again: it goes on where it stopped.",
+        "Run the same `ris-fast simulate` command again: it continues where it stopped.",
     )
 
 

@@ -78,7 +78,7 @@ def _write_splits(
     device: torch.device | str,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
-    """Writes all shards and returns the manifest's entries. An interrupt says what there is and how it goes on."""
+    """Writes all shards and returns the manifest's entries. An interrupt says what is done and how to continue."""
     splits: dict[str, Any] = {}
     done, total = 0, sum(sizes.values())
     try:
@@ -135,7 +135,7 @@ def _plan(config: Config, sizes: Mapping[str, int], shard_scenes: int) -> dict[s
 
 
 def _check_target(out: Path, partial: Path, plan: Mapping[str, Any]) -> None:
-    """Nothing stands where the data set will, and work in progress is of this very one. Raises: DataError."""
+    """The target is new or empty, and unfinished work there is of this very data set. Raises: DataError."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(
             out, "", "something there already", "a new or empty folder", "Remove it or choose another --out."

@@ -33,8 +33,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes NAME.safetensors, with the manifest in its header, and the manifest again as NAME.json for people.
 
-    `groups` maps a prefix ('model', 'ema', 'optimizer') to its tensors. The model's stand under their own names, the
-    others under 'prefix/name', so that any reader of safetensors finds the weights. The manifest gets a SHA-256 of
+    `groups` maps a prefix ('model', 'ema', 'optimizer') to its tensors. The model's have their own names, the
+    others 'prefix/name', so that any reader of safetensors finds the weights. The manifest gets a SHA-256 of
     every tensor, and the header one of the manifest, so that no flipped bit is loaded. Raises StorageError.
     """
     tensors = {
@@ -128,12 +128,12 @@ def _verify(path: Path, metadata: Mapping[str, str], manifest: dict[str, Any], t
         )
 
 
-def checkpoint_of(place: str | Path) -> tuple[Path, str]:
-    """The run folder and the name of the checkpoint that PLACE means: the best one of a run, or the file that it is.
+def checkpoint_of(run: str | Path) -> tuple[Path, str]:
+    """The run folder, and the name of the checkpoint: the best one of a run's folder, or the file that was given.
 
     Raises ConfigError for another file of a run.
     """
-    path = Path(place)
+    path = Path(run)
     if path.is_dir():
         return (path.parent if path.name == CHECKPOINTS and not (path / "config.toml").is_file() else path), BEST
     if path.suffix == ".safetensors" and path.parent.name == CHECKPOINTS:

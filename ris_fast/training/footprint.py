@@ -72,7 +72,7 @@ def refuse_too_large(run: MeasuredRun) -> None:
 
 
 def effective(run: MeasuredRun) -> dict[str, int]:
-    """Scenes that each setting stands for at most: no step has more than an epoch, no validation more than its
+    """Scenes that each setting can mean at most: no step has more than an epoch, no validation more than its
     split."""
     config, train = run.config, run.source.size("train")
     batch = min(config.training.batch_size, train)

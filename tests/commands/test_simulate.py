@@ -75,7 +75,7 @@ def test_a_disk_that_refuses_is_one_line(
 def test_the_device_of_the_settings_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[str] = []
     monkeypatch.setattr(
-        "ris_fast.training.compiled_model.choose_device", lambda name: (asked.append(name), torch.device("cpu"))[1]
+        "ris_fast.commands.simulate.choose_device", lambda name: (asked.append(name), torch.device("cpu"))[1]
     )
     assert simulate("--scenes", "4", "--out", str(tmp_path / "a"), "--set", "training.device=cuda:3") == 0
     assert (
