@@ -31,8 +31,9 @@ class Output:
 
     def write(self, text: str) -> int:
         for each in (self, self.peer):
-            if each is not None:
-                each._clear_stage()
+            if each is not None and each.staged:
+                each.staged = False
+                each._attempt(lambda each=each: each.stream.write("\r\x1b[2K"), flush=True)
         self._attempt(lambda: self.stream.write(text))
         return len(text)
 
@@ -53,11 +54,6 @@ class Output:
         if self.isatty() and os.environ.get("TERM") != "dumb":
             self._attempt(lambda: self.stream.write(f"\r\x1b[2K{text} ..."), flush=True)
             self.staged = True
-
-    def _clear_stage(self) -> None:
-        if self.staged:
-            self.staged = False
-            self._attempt(lambda: self.stream.write("\r\x1b[2K"), flush=True)
 
     def _attempt(self, write: Any, *, flush: bool = False) -> None:
         if self.lost is not None:

@@ -156,7 +156,7 @@ def _step_text(found: dict[str, Any]) -> str:
     compiled = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found["compile_and_first_step_s"].items())
     return (
         f"{found['model']}, {found['parameters']:,} parameters, batch {found['batch_size']},"
-        f" {found['precision']}\n{table}\nfirst compiled step, apart: {compiled or 'not compiled'}\n{_rate_text(found)}"
+        f" {found['precision']}\n{table}\nfirst compiled step, apart: {compiled or 'not compiled'}\n{_utilisation(found)}"
     )
 
 
@@ -176,7 +176,7 @@ def _train_text(found: dict[str, Any]) -> str:
     if times := found.get("phases"):
         lines = [(name, f"{times['s'][name] * 1e3:.2f} ms", f"{share:.0%}") for name, share in times["share"].items()]
         parts += ["", text_table((f"phase, batch {times['batch_size']:,}", "time", "share"), lines), ""]
-    parts += [_rate_text(found["efficiency"])] if "efficiency" in found else []
+    parts += [_utilisation(found["efficiency"])] if "efficiency" in found else []
     parts += [f"a step: {_counts(found['counts'])}"] if "counts" in found else []
     if power := found.get("energy"):
         joules = power["joules_a_scene"]
@@ -191,7 +191,7 @@ def _counts(found: dict[str, Any]) -> str:
     )
 
 
-def _rate_text(found: dict[str, Any]) -> str:
+def _utilisation(found: dict[str, Any]) -> str:
     return (
         f"{found['flop_per_s'] * 1e-9:,.0f} GFLOP/s of useful products, {found['mfu']:.0%} of the "
         f"{found['peak_matmul_flop_per_s'] * 1e-9:,.0f} that one large matrix product reaches here, the best of many"

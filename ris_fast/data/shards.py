@@ -190,10 +190,10 @@ def open_own_shard(path: Path, entry: dict[str, Any], task: Task) -> OwnShard:
     if size != entry["bytes"]:
         raise DataError(path, "", f"{size} bytes", f"{entry['bytes']} bytes, as the manifest says", COPY_AGAIN)
     arrays = safetensors_arrays(path)
-    m, n, k, rows = task.bs_antennas, task.elements, task.max_sources, entry["scenes"]
+    length, m, n, k, rows = task.snapshots, task.bs_antennas, task.elements, task.max_sources, entry["scenes"]
     shapes = {
-        "codes": (task.snapshots, n, 2),
-        "snapshots": (rows, task.snapshots, m, 2),
+        "codes": (length, n, 2),
+        "snapshots": (rows, length, m, 2),
         "channel": (rows, m, n, 2),
         "snr_db": (rows,),
         "count": (rows,),

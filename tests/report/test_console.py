@@ -151,12 +151,12 @@ def test_a_stall_is_explained_in_words(best, baselines, start, said) -> None:
     assert first.startswith("stalled: best validation NMSE ") and said in first
 
 
-def test_the_peak_rate_that_epochs_are_compared_with_is_explained_once() -> None:
+def test_the_peak_matmul_rate_that_epochs_are_compared_with_is_explained_once() -> None:
     stream = io.StringIO()
     ConsoleReport(stream).start({**INFO, "peak_matmul_flop_per_s": 143.4e9})
-    (line,) = [line for line in stream.getvalue().splitlines() if "peak matmul" in line]
+    (line,) = [line for line in stream.getvalue().splitlines() if "peak matmul rate" in line]
     assert line.startswith("the peak matmul rate: 143 GFLOP/s, one large fp32 matrix product on this machine")
-    assert "peak matmul" not in transcript(io.StringIO())
+    assert "peak matmul rate" not in transcript(io.StringIO())
 
 
 def test_milestones_of_the_standard_task_are_not_shown_for_another_one() -> None:
