@@ -156,7 +156,8 @@ def _step_text(found: dict[str, Any]) -> str:
     compiled = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found["compile_and_first_step_s"].items())
     return (
         f"{found['model']}, {found['parameters']:,} parameters, batch {found['batch_size']},"
-        f" {found['precision']}\n{table}\nfirst compiled step, apart: {compiled or 'not compiled'}\n{_utilisation(found)}"
+        f" {found['precision']}\n{table}\nfirst compiled step, apart: {compiled or 'not compiled'}\n"
+        f"{_utilisation(found)}"
     )
 
 
