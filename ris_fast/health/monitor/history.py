@@ -38,30 +38,6 @@ class RunHistory:
 
 Rule = Callable[[RunHistory], Iterator[Finding]]
 
-# Keys that earlier versions wrote into metrics.jsonl and summary.json.
-RENAMED = {
-    "floors": "baselines",
-    "left_over": "residual_grad_norm",
-    "asleep": "modules_in_eval_mode",
-    "first_asleep": "first_module_in_eval_mode",
-    "groups_read": "optimizer_batches",
-    "between_epochs": "weight_drift_between_epochs",
-    "around_validation": "weight_drift_in_validation",
-    "answers": "prediction_hash",
-}
-
-
-def with_current_keys(row: Row) -> dict[str, Any]:
-    """The row of a run of any version under the keys of this one, also in what it nests."""
-    current = {
-        RENAMED.get(key, key): with_current_keys(value) if isinstance(value, Mapping) else value
-        for key, value in row.items()
-    }
-    if "prediction_hash" in current and "modules_in_eval_mode" in current:  # of a score, which now says so in one word
-        current["in_eval_mode"] = current.pop("modules_in_eval_mode")
-    return current
-
-
 def validated(row: Row) -> float:
     """Validation NMSE of an epoch: the better of raw and averaged weights, as far as they have a figure."""
     figures = [float(row[key]) for key in ("val_nmse_raw", "val_nmse_ema") if row.get(key) is not None]
