@@ -20,6 +20,8 @@ from ris_fast import exit_codes
 if TYPE_CHECKING:
     from torch import Tensor
 
+CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"  # in the folder of a run
+CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"  # its folder of checkpoints, and their names
 ADVICE = {
     errno.ENOSPC: "Free space there",
     errno.EDQUOT: "Free space there",

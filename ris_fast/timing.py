@@ -193,23 +193,6 @@ class Stopwatch:
         return {name: gap(a, b) for name, a, b in zip(self.names, self.marks, self.marks[1:])}
 
 
-def peak_matmul_rate(device: torch.device, precision: str = "fp32", seconds: float = 2.0) -> float:
-    """FLOP/s of one large matrix product in this precision, the best of all that fit into the time and at least six.
-
-    The best and not a median: other programs can only slow a product down, and one that takes a few milliseconds, as
-    long as a system lets a thread run at a stretch, finds a moment without them. On a CPU both libraries that torch may
-    call are tried, and the faster one counts.
-    """
-    from ris_fast.models.linear import linear
-
-    size = 8192 if device.type == "cuda" else 128 * round(4.0 * torch.get_num_threads() ** 0.5)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    kinds = {"matmul": lambda: a @ b} | ({"linear": lambda: linear(a, b)} if device.type == "cpu" else {})
-    found = alternate(kinds, device, quiet=10**6, seconds=seconds, warm=1, least=6 // len(kinds))
-    return 2.0 * size**3 / min(each["fastest_s"] for each in found.values())
-
-
 def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
     """Bytes read and written per second by a plain copy of `size` bytes, which no cache holds, measured now."""
     elements = (size or (2**30 if device.type == "cuda" else 2**27)) // 4

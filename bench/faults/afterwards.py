@@ -10,12 +10,13 @@ from typing import Any
 from bench.faults.catalogue import Fault, faulty
 from bench.faults.trial import GRACE_REPORTS, PATIENCE, Listener, Outcome, StopRun, limit_of, observed
 from ris_fast.health.diagnose.why import why
+from ris_fast.training.callback import Callback
 from ris_fast.training.state import RunStopped
 from ris_fast.training.trainer import Trainer
 
 
-class Kept:
-    """Observer that keeps a run as its folder does: rows of metrics.jsonl and summary.json, through JSON; ends it at
+class Kept(Callback):
+    """Keeps a run as its folder does: rows of metrics.jsonl and summary.json, through JSON; ends it at
     `last_step`."""
 
     def __init__(self, trainer: Trainer, last_step: float) -> None:
@@ -23,16 +24,16 @@ class Kept:
         self.rows: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
 
-    def start(self, info: Mapping[str, Any]) -> None:
+    def on_train_start(self, info: dict[str, Any]) -> None:
         self._keep("start", info)
 
-    def step(self, row: Mapping[str, Any]) -> None:
+    def on_log(self, row: dict[str, Any]) -> None:
         self._keep("step", row)
 
-    def epoch(self, row: Mapping[str, Any]) -> None:
+    def on_epoch_end(self, row: dict[str, Any]) -> None:
         self._keep("epoch", row)
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def on_train_end(self, summary: dict[str, Any]) -> None:
         self.summary = through_json(summary)
 
     def _keep(self, event: str, row: Mapping[str, Any]) -> None:
@@ -48,7 +49,7 @@ def through_json(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def run_to_the_end(trainer: Trainer, last_step: float) -> Kept:
     """Trains without preflight and without a watch, as far as the trainer itself goes."""
-    trainer.observer = kept = Kept(trainer, last_step)
+    trainer.callbacks.append(kept := Kept(trainer, last_step))
     try:
         trainer.fit()
     except (StopRun, RunStopped):
@@ -64,7 +65,7 @@ def score_afterwards(fault: Fault) -> Outcome:
         with faulty(fault) as trainer:
             last = PATIENCE + max(limit_of(fault, trainer), fault.onset + GRACE_REPORTS * trainer.epoch_steps)
             kept = run_to_the_end(trainer, last)
-            listener = Listener(trainer, trainer.observer, last)
+            listener = Listener(trainer, kept, last)
             listener.listen(why("run", kept.rows, kept.summary).findings, trainer.state.step)
             return listener, ""
 

@@ -60,13 +60,13 @@ FAMILY.setting(
 )
 def body_behind_the_loop(trainer: Trainer) -> None:
     def epoch() -> None:
-        before, meter = dict(trainer.counters), Meter()
+        before, meter = dict(trainer.reporter.counters), Meter()
         trainer.model.train()
         *_, group = trainer._groups()
         result = trainer.step(group, trainer.plan.planned)
         trainer._advance(result.scenes)
         meter.add(replace(result, loss=result.loss / trainer.epoch_steps))
-        trainer._read_counters()
+        trainer.reporter.read_counters()
         trainer._close_epoch(meter, before, 0.0)
 
     trainer._epoch = epoch

@@ -78,6 +78,7 @@ def rebound(trainer: Trainer) -> None:
     """A step made of the trainer's present network, loss and optimizer, as the constructor makes it."""
     network, trainer.compile_note = compiled(trainer.model, trainer.config, trainer.device)
     trainer.step = step.Step(network, trainer.loss, trainer.optimizer, trainer.config, trainer.device, trainer.model)
+    trainer.reporter.step = trainer.step
 
 
 def on_loss(trainer: Trainer, change: Callable[[Prediction, Scenes], tuple[Prediction, Scenes]]) -> None:

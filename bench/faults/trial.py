@@ -9,7 +9,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from bench.faults.catalogue import FAMILIES, Fault, faulty
 from bench.faults.healthy import from_shards, healthy_config, with_shards
 from ris_fast.config.schema import Config
+from ris_fast.training.callback import Callback
 from ris_fast.training.state import RunStopped
 from ris_fast.training.trainer import Trainer
 
@@ -26,19 +27,11 @@ PATIENCE = 24  # optimizer steps that a fault is watched beyond its limit
 
 
 class Watching(Protocol):
-    """What is measured: `Watchdog(trainer)`, an observer whose `findings` are ranked, most certain first."""
+    """What is measured: `Watchdog(trainer)`, a Callback whose `findings` are ranked, most certain first."""
 
     findings: Sequence[Any]
 
     def preflight(self) -> Sequence[Any]: ...
-
-    def start(self, info: Mapping[str, Any]) -> None: ...
-
-    def step(self, row: Mapping[str, Any]) -> None: ...
-
-    def epoch(self, row: Mapping[str, Any]) -> None: ...
-
-    def finish(self, summary: Mapping[str, Any]) -> None: ...
 
 
 Build = Callable[[Trainer], Watching]
@@ -84,8 +77,8 @@ class StopRun(Exception):
     """Ends a run that has told what it can."""
 
 
-class Listener:
-    """Observer between a trainer and its watchdog: notes when the first finding appears, and ends the run then."""
+class Listener(Callback):
+    """Comes behind the watchdog in a trainer's callbacks: notes the first finding, and ends the run then."""
 
     def __init__(self, trainer: Trainer, watchdog: Watching, last_step: float) -> None:
         self.trainer, self.watchdog, self.last_step = trainer, watchdog, last_step
@@ -99,20 +92,16 @@ class Listener:
             self.step_said, self.said = step, tuple(finding.cause for finding in findings)
             self.evidence = findings[0].evidence
 
-    def start(self, info: Mapping[str, Any]) -> None:
-        self.watchdog.start(info)
+    def on_train_start(self, info: dict[str, Any]) -> None:
         self._after()
 
-    def step(self, row: Mapping[str, Any]) -> None:
-        self.watchdog.step(row)
+    def on_log(self, row: dict[str, Any]) -> None:
         self._after()
 
-    def epoch(self, row: Mapping[str, Any]) -> None:
-        self.watchdog.epoch(row)
+    def on_epoch_end(self, row: dict[str, Any]) -> None:
         self._after()
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        self.watchdog.finish(summary)
+    def on_train_end(self, summary: dict[str, Any]) -> None:
         self.listen(self.watchdog.findings, self.trainer.state.step)
 
     def _after(self) -> None:
@@ -143,7 +132,7 @@ def watch(trainer: Trainer, build: Build, last_step: float) -> tuple[Listener, s
     did."""
     listener = Listener(trainer, build(trainer), last_step)
     listener.listen(listener.watchdog.preflight(), 0)
-    trainer.observer = listener
+    trainer.callbacks += [listener.watchdog, listener]
     if listener.said:
         return listener, ""
     try:

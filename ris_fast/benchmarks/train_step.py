@@ -14,8 +14,9 @@ from ris_fast.benchmarks.peers.original import OriginalLoop
 from ris_fast.config.schema import Config
 from ris_fast.physics.scenes import Scenes
 from ris_fast.streams import stage
-from ris_fast.timing import Found, Stopped, alternate, once, peak_matmul_rate, times_slower
+from ris_fast.timing import Found, Stopped, alternate, once, times_slower
 from ris_fast.training.capture import CapturedStep
+from ris_fast.training.mfu import peak_matmul_rate, step_flops
 from ris_fast.training.trainer import Trainer
 
 OURS, EAGER, COMPILED, ORIGINAL = "ours", "eager loop", "eager loop, compiled", "original's step"
@@ -105,7 +106,6 @@ def _compared(
     found: Found, config: Config, batch_size: int, compile_s: dict[str, float], trainer: Trainer
 ) -> dict[str, Any]:
     ours = min(each["s"] for name, each in found.items() if name.startswith(OURS))
-    flops, most = step_flops(trainer, batch_size), peak_matmul_rate(trainer.device, config.training.precision)
     return {
         "preset": config.preset,
         "model": config.model.name,
@@ -116,26 +116,18 @@ def _compared(
         "variants": found,
         "times_slower_than_ours": times_slower(found, ours),
         "scenes_per_s": {name: batch_size / each["s"] for name, each in found.items()},
-        "flops_a_step": flops,
-        "flop_per_s": flops / ours,
-        "peak_matmul_flop_per_s": most,
-        "mfu": flops / ours / most,
+        **utilisation(trainer, batch_size, ours),
     }
 
 
-def step_flops(trainer: Trainer, batch_size: int) -> int:
-    """FLOPs of forward and backward of the trainable part, counted on a few scenes by torch's counter.
-
-    Features, loss, optimizer and simulation are not counted: a MFU is that of useful products.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from ris_fast.benchmarks.peers.eager import peer_network
-    from ris_fast.training.step import network_inputs
-
+def utilisation(trainer: Trainer, batch_size: int, seconds: float) -> dict[str, float]:
+    """FLOPs of a step that takes `seconds`, their rate, the rate of one large matrix product, and the share of it."""
     scenes = trainer.source.batch("val", torch.arange(min(batch_size, 8)))
-    model = peer_network(trainer.config, trainer.device)
-    with FlopCounterMode(display=False) as counter:
-        prediction = model(*network_inputs(scenes))
-        sum(each.float().square().sum() for each in prediction if each is not None).backward()
-    return counter.get_total_flops() * batch_size // scenes.batch
+    flops = round(step_flops(trainer.config, scenes) * batch_size)
+    peak = peak_matmul_rate(trainer.device, trainer.config.training.precision)
+    return {
+        "flops_a_step": flops,
+        "flop_per_s": flops / seconds,
+        "peak_matmul_flop_per_s": peak,
+        "mfu": flops / seconds / peak,
+    }

@@ -11,25 +11,26 @@ from typing import Any
 
 import torch
 
-from ris_fast.benchmarks.train_step import PLANNED, step_flops, trainer_of
+from ris_fast.benchmarks.train_step import PLANNED, trainer_of, utilisation
 from ris_fast.config.schema import Config
 from ris_fast.streams import stage
-from ris_fast.timing import Stopwatch, alternate, peak_matmul_rate, synchronize, waited_ns
+from ris_fast.timing import Stopwatch, alternate, synchronize, waited_ns
+from ris_fast.training.callback import Callback
 from ris_fast.training.step import autocast, network_inputs
-from ris_fast.training.trainer import Silent, Trainer
+from ris_fast.training.trainer import Trainer
 
 PHASES = ("simulate", "features", "forward", "loss", "backward", "step")
 TARGETS = (0.5, 0.35, 0.187, 0.03, 0.02)
 ARRAYS = (8, 12, 16, 24, 32)
 
 
-class Epochs(Silent):
-    """Observer that keeps every epoch's row."""
+class Epochs(Callback):
+    """Keeps every epoch's row."""
 
     def __init__(self) -> None:
         self.rows: list[Mapping[str, Any]] = []
 
-    def epoch(self, row: Mapping[str, Any]) -> None:
+    def on_epoch_end(self, row: dict[str, Any]) -> None:
         self.rows.append(dict(row))
 
 
@@ -42,7 +43,7 @@ def loop_rate(config: Config, batch_size: int, steps: int, *, compile: bool = Fa
     data = replace(config.data, train_scenes=steps * batch_size, val_scenes=64, val_limit=64)
     training = replace(config.training, batch_size=batch_size, epochs=epochs, max_seconds=0.0, compile=compile)
     watch, waited = Epochs(), waited_ns()
-    trainer = Trainer(replace(config, data=data, training=training), None, watch)
+    trainer = Trainer(replace(config, data=data, training=training), callbacks=[watch])
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)
     trainer.fit()
@@ -129,15 +130,7 @@ def efficiency(config: Config, batch_size: int) -> dict[str, Any]:
     """FLOP/s of a step with simulation and features, and its share of one large matrix product's."""
     call, trainer = step_call(config, batch_size)
     seconds = alternate({"step": call}, trainer.device, quiet=9, seconds=10.0)["step"]
-    flops, most = step_flops(trainer, batch_size), peak_matmul_rate(trainer.device, config.training.precision)
-    return {
-        "batch_size": batch_size,
-        "step": seconds,
-        "flops_a_step": flops,
-        "flop_per_s": flops / seconds["s"],
-        "peak_matmul_flop_per_s": most,
-        "mfu": flops / seconds["s"] / most,
-    }
+    return {"batch_size": batch_size, "step": seconds, **utilisation(trainer, batch_size, seconds["s"])}
 
 
 def growth(configs: Mapping[Any, Config], batch_size: int, seconds: float = 10.0) -> dict[str, Any]:
@@ -174,7 +167,7 @@ def time_to_target(
     data = replace(config.data, train_scenes=every_steps * size, val_scenes=1000, val_limit=1000)
     training = replace(config.training, epochs=100_000, max_seconds=max_seconds)
     watch = Epochs()
-    trainer = Trainer(replace(config, data=data, training=training), None, watch)
+    trainer = Trainer(replace(config, data=data, training=training), callbacks=[watch])
     summary = trainer.fit()
     curve = [
         (row["seconds"], row["scenes_seen"], min(row["val_nmse_raw"], row["val_nmse_ema"] or math.inf))

@@ -15,8 +15,8 @@ from ris_fast.streams import stage
 def check_command(config: Config, *, json: bool, graph: bool) -> int:
     """Preflight of a configuration, a line a check. Returns: 4 where a structural mistake is certain, else 0."""
     from ris_fast.health.monitor.watchdog import STOPPING, Watchdog
-    from ris_fast.health.preflight.term_gradients import term_gradient_table
     from ris_fast.health.preflight.probe import PreflightContext
+    from ris_fast.health.preflight.term_gradients import term_gradient_table
     from ris_fast.training.trainer import Trainer
 
     stage("opening the data and building the network")

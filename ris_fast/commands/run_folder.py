@@ -1,4 +1,4 @@
-"""The folder of a run: made for one run only, held by one process, and found again to go on from."""
+"""The folder of a run: made for one run only, held by one process, and found again to continue."""
 
 from __future__ import annotations
 
@@ -15,34 +15,38 @@ from typing import Any
 
 from ris_fast.config.load import load_config, render_toml
 from ris_fast.config.schema import Config, ConfigError
-from ris_fast.files import StorageError, locked, make_folder, read_text, remove_leftovers, write_text, writing
+from ris_fast.files import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    LAST,
+    METRICS,
+    StorageError,
+    locked,
+    make_folder,
+    read_text,
+    remove_leftovers,
+    write_text,
+    writing,
+)
 from ris_fast.old_names import current_origin
-from ris_fast.report.eventlog import METRICS, write_json
+from ris_fast.report.eventlog import write_json
+from ris_fast.training.callback import Callback
 
-CONFIG = "config.toml"
-RUNS, CHECKPOINTS, LAST, BEST = "runs", "checkpoints", "last", "best"
+RUNS = "runs"
 
 
-class RunFolder:
-    """Observer that writes what a run was started with, once it has really started: config.toml and env.json."""
+class RunFolder(Callback):
+    """Writes what a run was started with, once it has really started: config.toml and env.json."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self.folder, self.config = folder, config
 
-    def start(self, info: Mapping[str, Any]) -> None:
+    def on_train_start(self, info: dict[str, Any]) -> None:
         from ris_fast.environment import environment
 
         write_text(self.folder / CONFIG, render_toml(self.config))
         write_json(self.folder / "env.json", environment())
-
-    def step(self, row: Mapping[str, Any]) -> None:
-        """A step changes nothing here."""
-
-    def epoch(self, row: Mapping[str, Any]) -> None:
-        """An epoch changes nothing here."""
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """The summary is the event log's."""
 
 
 def new_folder(config: Config, out: Path | None) -> Path:

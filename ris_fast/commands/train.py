@@ -1,5 +1,4 @@
-"""What `ris-fast train` does around the trainer: the run folder, who is told, and how a run that ends early is
-explained."""
+"""What `ris-fast train` does around the trainer: the run folder, its callbacks, and why a run ended early."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ris_fast import exit_codes
 from ris_fast.commands.run_folder import (
     RunFolder,
     drop_if_empty,
@@ -18,18 +18,16 @@ from ris_fast.commands.run_folder import (
     run_lock,
 )
 from ris_fast.config.schema import Config, Task
-from ris_fast.report.eventlog import METRICS, SUMMARY, JsonlReport, write_json
-from ris_fast.report.observers import Observers, Record
+from ris_fast.files import METRICS, SUMMARY
+from ris_fast.report.eventlog import JsonlReport, write_json
+from ris_fast.report.record import Record
 from ris_fast.streams import stage
 from ris_fast.training.batch_size import advice
+from ris_fast.training.callback import Callback
 
 if TYPE_CHECKING:
     from ris_fast.health import Watchdog
     from ris_fast.report.console import ConsoleReport
-    from ris_fast.training.trainer import Observer
-
-STOPPED_BY_HEALTH = 4
-INTERRUPTED = 130
 
 
 def run_training(config: Config, out: Path | None, *, resume: Path | None = None, profile: bool = False) -> int:
@@ -46,40 +44,37 @@ def run_training(config: Config, out: Path | None, *, resume: Path | None = None
     console = ConsoleReport(standard_task=config.task == Task(), run=folder)
     try:
         with run_lock(folder):
-            summary = _fit(config, folder, _observers(config, folder, console), checkpoint, profile, console)
+            summary = _fit(config, folder, checkpoint, profile, console)
     except KeyboardInterrupt:
         console.close()
         print(f"\nris-fast: interrupted. {how_to_resume(folder)}", file=sys.stderr)
-        return INTERRUPTED
+        return exit_codes.INTERRUPTED
     finally:
         console.close()
         if ours:
             drop_if_empty(folder)
     if summary is None:
-        return 0
+        return exit_codes.DONE
     print(f"run folder: {folder}")
-    return 0 if summary["verdict"] == "learned" else STOPPED_BY_HEALTH
+    return exit_codes.DONE if summary["verdict"] == "learned" else exit_codes.NOT_LEARNED
 
 
 def _fit(
-    config: Config, folder: Path, observer: Observer, checkpoint: str | None, profile: bool, console: ConsoleReport
+    config: Config, folder: Path, checkpoint: str | None, profile: bool, console: ConsoleReport
 ) -> dict[str, Any] | None:
     """The summary of the run; None for one that had nothing left to do. `checkpoint` None: a new run."""
     from ris_fast.environment import fallback_note
     from ris_fast.report.console import counter
     from ris_fast.training.batch_size import is_memory
     from ris_fast.training.footprint import OutOfMemory
-    from ris_fast.training.mfu import WithShare
     from ris_fast.training.trainer import Trainer
 
     try:
         stage("opening the data and building the network")
         trainer = Trainer(config, folder, resume=checkpoint or False, progress=counter("scenes read"))
-        trainer.observer = Observers(
-            RunFolder(folder, trainer.config), observer
-        )  # with what the files made of the settings
         if checkpoint is not None and report_resume_point(trainer, folder, checkpoint):
             return None
+        trainer.callbacks += _callbacks(trainer, folder, console)
         console.tell([*trainer.source.notes, *trainer.notes])
         if (note := fallback_note()) and trainer.device.type == "cpu":
             print(f"note: {note}")
@@ -90,11 +85,10 @@ def _fit(
                 flush=True,
             )
         attach_run_health(trainer, folder, preflight=config.health.preflight and not checkpoint, tell=console.found)
-        trainer.observer = WithShare(trainer.observer, trainer)
         if profile:
-            from ris_fast.training.profile import profiled
+            from ris_fast.training.profile import Profile
 
-            profiled(trainer, folder / "profile", print)
+            trainer.callbacks.append(Profile(folder / "profile", print))
         stage("measuring the baselines, compiling")
         return fit_with_nan_replay(trainer)
     except (MemoryError, RuntimeError) as error:
@@ -107,10 +101,10 @@ def _fit(
 
 
 def report_resume_point(trainer: Any, folder: Path, checkpoint: str) -> bool:
-    """Says where a resumed run goes on; true where it has come to its end."""
+    """Says where a resumed run continues; true where it has come to its end."""
     from ris_fast.training.resume import finished
 
-    done = finished(trainer)
+    done = finished(trainer.config.training, trainer.state)
     if done:
         print(f"nothing to do: {done}\nrun folder: {folder}")
     elif not checkpoint:
@@ -149,33 +143,25 @@ def fit_with_nan_replay(trainer: Any) -> dict[str, Any]:
 def attach_run_health(trainer: Any, folder: Path, *, preflight: bool, tell: Callable[[Any], None]) -> Watchdog:
     """Puts the trainer under the watch of learning health, which shows what it finds at once; a run that preflight
     stops leaves its findings in the folder."""
-    from ris_fast.health.monitor.attach import attach_health, with_findings
-    from ris_fast.report.tensor_log import TensorLog
+    from ris_fast.health.monitor.attach import attach_health
     from ris_fast.training.state import RunStopped
 
-    settings, began = trainer.config.health, time.monotonic()
-    tensors = TensorLog(trainer, folder, table=settings.log_tensors, picture=trainer.config.report.plots)
-    trainer.observer = Observers(
-        *([trainer.observer] if trainer.observer else []), Record(tensors, "the record of the tensors", print)
-    )
+    stop, began = trainer.config.health.stop, time.monotonic()
     try:
         attach_health(
             trainer,
-            stop=settings.stop,
+            stop=stop,
             preflight=preflight,
             tell=tell,
             progress=lambda check: stage(f"preflight, done: {check.name}"),
         )
-    except RunStopped as stop:
-        RunFolder(folder, trainer.config).start({})
-        write_json(
-            folder / SUMMARY,
-            with_findings(
-                trainer.observer.watchdog, {"verdict": "stopped", "optimizer_steps": 0, "findings": [stop.finding]}
-            ),
-        )
+    except RunStopped as error:
+        RunFolder(folder, trainer.config).on_train_start({})
+        summary = {"verdict": "stopped", "optimizer_steps": 0, "findings": [error.finding]}
+        trainer.callbacks[-1].add_findings(summary)
+        write_json(folder / SUMMARY, summary)
         raise
-    watchdog = trainer.observer.watchdog
+    watchdog = trainer.callbacks[-1]
     if preflight:
         print(preflight_line(watchdog, time.monotonic() - began), flush=True)
         for finding in watchdog.findings:
@@ -193,10 +179,21 @@ def preflight_line(watchdog: Any, seconds: float) -> str:
     return "; ".join(part for part in said if part)
 
 
-def _observers(config: Config, folder: Path, console: Observer) -> Observers:
-    observers: list[Observer] = [Record(JsonlReport(folder), f"{METRICS} or {SUMMARY}", print), console]
-    if config.report.plots:
+def _callbacks(trainer: Any, folder: Path, console: ConsoleReport) -> list[Callback]:
+    """In the order in which they are called; the watchdog of `attach_run_health` comes behind them."""
+    from ris_fast.report.tensor_log import TensorLog
+    from ris_fast.training.mfu import MfuCallback
+
+    table, pictures = trainer.config.health.log_tensors, trainer.config.report.plots
+    callbacks = [
+        MfuCallback(trainer),
+        RunFolder(folder, trainer.config),  # the settings with what the data made of them
+        Record(JsonlReport(folder), f"{METRICS} or {SUMMARY}", print),
+        console,
+    ]
+    if pictures:
         from ris_fast.report.plots import PlotReport
 
-        observers.append(Record(PlotReport(folder), "the picture of the losses", print))
-    return Observers(*observers)
+        callbacks.append(Record(PlotReport(folder), "the picture of the losses", print))
+    tensors = TensorLog(trainer, folder, table=table, picture=pictures)
+    return [*callbacks, Record(tensors, "the record of the tensors", print)]

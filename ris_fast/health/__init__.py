@@ -10,12 +10,14 @@ from ris_fast.health.watch import watch as watch  # now: importing the package o
 if TYPE_CHECKING:  # the names of _HOMES, for type checkers and editors
     from ris_fast.health.finding import Finding as Finding
     from ris_fast.health.monitor.attach import attach_health as attach_health
+    from ris_fast.health.monitor.attach import watched as watched
     from ris_fast.health.monitor.watchdog import Watchdog as Watchdog
 
 _HOMES = {
     "Finding": "finding",
     "Watchdog": "monitor.watchdog",
     "attach_health": "monitor.attach",
+    "watched": "monitor.attach",
 }
 __all__ = ["watch", *_HOMES]
 

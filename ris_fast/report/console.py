@@ -18,10 +18,11 @@ from rich.text import Text
 
 from ris_fast.report.baselines import baseline_lines, figure, judge, milestone_line
 from ris_fast.report.verdict import lost_again, ruled_out, stalled_because
+from ris_fast.training.callback import Callback
 
 
-class ConsoleReport:
-    """Observer that prints. On a terminal with a bar, time left and colours; plain lines in a file or a pipe.
+class ConsoleReport(Callback):
+    """Prints. On a terminal with a bar, time left and colours; plain lines in a file or a pipe.
 
     Args:
         stream: where to print; standard output by default.
@@ -48,7 +49,7 @@ class ConsoleReport:
         self.bar = _progress(self.console) if live else None
         self.task: TaskID | None = None
 
-    def start(self, info: Mapping[str, Any]) -> None:
+    def on_train_start(self, info: dict[str, Any]) -> None:
         self.info, self.baselines = info, info.get("baselines", {})
         for line in run_lines(info):
             self._print(line)
@@ -64,10 +65,10 @@ class ConsoleReport:
             self.task = self.bar.add_task("starting", total=1.0, loss="", end=None)
             self.bar.start()
 
-    def step(self, row: Mapping[str, Any]) -> None:
+    def on_log(self, row: dict[str, Any]) -> None:
         self._move_bar(row)
 
-    def epoch(self, row: Mapping[str, Any]) -> None:
+    def on_epoch_end(self, row: dict[str, Any]) -> None:
         score = validation(row)
         better = score < self.best
         self.best = min(self.best, score)
@@ -90,7 +91,7 @@ class ConsoleReport:
         )
         self._print(f"  fix: {finding.advice}\n  more: ris-fast why --explain {finding.cause}")
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def on_train_end(self, summary: dict[str, Any]) -> None:
         self.close()
         for line in outcome_lines(summary, milestones=self.standard_task, run=self.run):
             self._print(line)
@@ -185,9 +186,9 @@ def peak_rate_line(info: Mapping[str, Any]) -> str | None:
     """What the peak matmul rate is that an epoch's line names a share of."""
     rate = info.get("peak_matmul_flop_per_s")
     return rate and (
-        f"the peak matmul rate: {rate / 1e9:,.0f} GFLOP/s, one large {info.get('precision', 'fp32')} matrix product on this"
-        " machine, the best of many; the network's own forward and backward products are counted, features, loss and"
-        " simulation are not"
+        f"the peak matmul rate: {rate / 1e9:,.0f} GFLOP/s, one large {info.get('precision', 'fp32')} matrix product on"
+        " this machine, the best of many; the network's own forward and backward products are counted, features, loss"
+        " and simulation are not"
     )
 
 

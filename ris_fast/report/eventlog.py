@@ -9,16 +9,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ris_fast.files import append_text, write_text, writing
+from ris_fast.files import METRICS, SUMMARY, append_text, write_text, writing
 from ris_fast.old_names import current_names
+from ris_fast.training.callback import Callback
 
-METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
 NONFINITE = "nonfinite"
 
 
-class JsonlReport:
-    """Observer that appends every event to `metrics.jsonl` and leaves `summary.json` at the end.
+class JsonlReport(Callback):
+    """Appends every event to `metrics.jsonl` and writes `summary.json` at the end.
 
     The file is opened for each row, so nothing is lost in a buffer when the process dies.
     """
@@ -27,16 +26,16 @@ class JsonlReport:
         self.folder = Path(folder)
         _drop_torn_tail(self.folder / METRICS)
 
-    def start(self, info: Mapping[str, Any]) -> None:
+    def on_train_start(self, info: dict[str, Any]) -> None:
         self._append({"event": "start", **info})
 
-    def step(self, row: Mapping[str, Any]) -> None:
+    def on_log(self, row: dict[str, Any]) -> None:
         self._append({"event": "step", **row})
 
-    def epoch(self, row: Mapping[str, Any]) -> None:
+    def on_epoch_end(self, row: dict[str, Any]) -> None:
         self._append({"event": "epoch", **row})
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def on_train_end(self, summary: dict[str, Any]) -> None:
         write_json(self.folder / SUMMARY, summary)
 
     def _append(self, row: Mapping[str, Any]) -> None:

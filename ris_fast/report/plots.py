@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ris_fast.files import save_figure
+from ris_fast.files import METRICS, save_figure
 from ris_fast.report.drawing import new_figure
-from ris_fast.report.eventlog import METRICS, current_rows, read_events
+from ris_fast.report.eventlog import current_rows, read_events
+from ris_fast.training.callback import Callback
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,8 +26,8 @@ SECONDS_BETWEEN_DRAWINGS = 20.0
 ONE_LINE = 0.02  # of the axis: what is closer together looks like one line, and is drawn as one band
 
 
-class PlotReport:
-    """Observer that keeps `plots/loss.png` of a run folder current, at epochs and at the end.
+class PlotReport(Callback):
+    """Keeps `plots/loss.png` of a run folder current, at epochs and at the end.
 
     Drawing takes a good part of a second, so short epochs share a drawing. A resumed run starts from the rows that
     are already in the folder.
@@ -38,21 +39,21 @@ class PlotReport:
         self.baselines: Mapping[str, float] = {}
         self.drawn = -math.inf
 
-    def start(self, info: Mapping[str, Any]) -> None:
+    def on_train_start(self, info: dict[str, Any]) -> None:
         self.baselines = info.get("baselines", {})
         new_figure(
             1.0, 1.0
         )  # imports matplotlib; an interrupt in the midst of that would spoil the drawing at the run's end
 
-    def step(self, row: Mapping[str, Any]) -> None:
+    def on_log(self, row: dict[str, Any]) -> None:
         self.rows.append({"event": "step", **row})
 
-    def epoch(self, row: Mapping[str, Any]) -> None:
+    def on_epoch_end(self, row: dict[str, Any]) -> None:
         self.rows.append({"event": "epoch", **row})
         if time.monotonic() - self.drawn > SECONDS_BETWEEN_DRAWINGS:
             self._draw()
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def on_train_end(self, summary: dict[str, Any]) -> None:
         self._draw()
 
     def _draw(self) -> None:

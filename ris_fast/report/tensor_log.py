@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ris_fast.files import append_text, save_figure
 from ris_fast.report.drawing import new_figure
+from ris_fast.training.callback import Callback
 from ris_fast.training.telemetry.step_window import Window
 from ris_fast.training.trainer import Trainer
 
@@ -27,8 +28,8 @@ MOST_COLUMNS = 400  # of the picture, fewer than its pixels; then two are put in
 DARKEST = 1e-12  # what is below is drawn as this
 
 
-class TensorLog:
-    """Observer that takes the records of every step at each report and leaves a picture; with `table`, rows too.
+class TensorLog(Callback):
+    """Takes the records of every step at each report and leaves a picture; with `table`, rows too.
 
     Args: folder: the run's; table: write tensors.csv, a row a tensor and step, and print a [GRAD] line at every report.
     """
@@ -37,10 +38,7 @@ class TensorLog:
         self.trainer, self.folder, self.table, self.picture = trainer, folder, table, picture
         self.heat, self.last = Heat(), None
 
-    def start(self, info: Mapping[str, Any]) -> None:
-        """Nothing is known yet."""
-
-    def step(self, row: Mapping[str, Any]) -> None:
+    def on_log(self, row: dict[str, Any]) -> None:
         window, names = self.trainer.step.telemetry.window, self.trainer.optimizer.tensor_names
         if window is None or window is self.last or not window.numbers:
             return
@@ -55,10 +53,7 @@ class TensorLog:
         if self.table:
             append_table(self.folder / TABLE, self.trainer.optimizer.tensor_names, window)
 
-    def epoch(self, row: Mapping[str, Any]) -> None:
-        """An epoch has no record of its own."""
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def on_train_end(self, summary: dict[str, Any]) -> None:
         failed = summary.get("verdict") == "stopped" and not summary.get(
             "findings"
         )  # a device that failed may not answer

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ris_fast import exit_codes
 from ris_fast.config.schema import ConfigError
-from ris_fast.files import save_tensors, write_text
+from ris_fast.files import BEST, CHECKPOINTS, LAST, save_tensors, write_text
 
-CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"
 UNHASHED = "an earlier version wrote this checkpoint, without hashes: damage to it would not be noticed"
 Contents = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 

@@ -1,48 +1,80 @@
-"""Tells a run's observers which share of the machine's peak matmul rate its products reach."""
+"""Model FLOP utilisation: the FLOPs that training a scene needs over this machine's peak matmul rate."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
-from ris_fast.benchmarks.train_step import step_flops
-from ris_fast.timing import peak_matmul_rate
-from ris_fast.training.trainer import Observer, Trainer
+from ris_fast.config.schema import Config
+from ris_fast.models import build_model
+from ris_fast.models.linear import Linear, linear
+from ris_fast.physics.scenes import Scenes
+from ris_fast.timing import alternate
+from ris_fast.training.callback import Callback
+from ris_fast.training.step import network_inputs
+from ris_fast.training.trainer import Trainer
 
 
-class WithShare:
-    """Passes everything on to `observer`; rows get `mfu`.
+def peak_matmul_rate(device: torch.device, precision: str = "fp32", seconds: float = 2.0) -> float:
+    """FLOP/s of one large matrix product in this precision, the best of all that fit into the time and at least six.
+
+    The best and not a median: other programs can only slow a product down, and one that takes a few milliseconds, as
+    long as a system lets a thread run at a stretch, finds a moment without them. On a CPU both libraries that torch may
+    call are tried, and the faster one counts.
+    """
+    size = 8192 if device.type == "cuda" else 128 * round(4.0 * torch.get_num_threads() ** 0.5)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    kinds = {"matmul": lambda: a @ b} | ({"linear": lambda: linear(a, b)} if device.type == "cpu" else {})
+    found = alternate(kinds, device, quiet=10**6, seconds=seconds, warm=1, least=6 // len(kinds))
+    return 2.0 * size**3 / min(each["fastest_s"] for each in found.values())
+
+
+def plain_network(config: Config, device: torch.device) -> nn.Module:
+    """The configured network with torch's own linear layers: same parameters, same function, fresh weights."""
+    model = build_model(config.model.name, config.task, **config.model.options).to(device)
+    for module in model.modules():
+        if type(module) is Linear:
+            module.__class__ = nn.Linear
+    return model
+
+
+def step_flops(config: Config, scenes: Scenes) -> float:
+    """FLOPs a scene of forward and backward of the trainable part, counted on these scenes by torch's counter.
+
+    Features, loss, optimizer and simulation are not counted: MFU is that of useful products.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = plain_network(config, scenes.snapshots.device)
+    with FlopCounterMode(display=False) as counter:
+        prediction = model(*network_inputs(scenes))
+        sum(each.float().square().sum() for each in prediction if each is not None).backward()
+    return counter.get_total_flops() / scenes.batch
+
+
+class MfuCallback(Callback):
+    """Adds `mfu` to the rows of a run, for the callbacks behind it in the list.
 
     Model: scenes/s times the FLOPs that a scene's forward and backward need, over the rate of one large matrix product
         in the run's precision, measured once when the run starts (about a third of a second).
     """
 
-    def __init__(self, observer: Observer, trainer: Trainer) -> None:
-        self.observer, self.trainer, self.scenes_per_s = observer, trainer, 0.0
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.peak_scenes_per_s = trainer, 0.0
 
-    def start(self, info: Mapping[str, Any]) -> None:
-        device = self.trainer.device
-        with torch.random.fork_rng(
-            [device] if device.type == "cuda" else []
-        ):  # the run's random numbers stay what they were
-            most = peak_matmul_rate(device, self.trainer.config.training.precision, seconds=0.3)
-            self.scenes_per_s = most / max(step_flops(self.trainer, 1), 1)
-        self.observer.start({**info, "peak_matmul_flop_per_s": most})
+    def on_train_start(self, info: dict[str, Any]) -> None:
+        device, config = self.trainer.device, self.trainer.config
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the run's random numbers stay
+            peak = peak_matmul_rate(device, config.training.precision, seconds=0.3)
+            scenes = self.trainer.source.batch("val", torch.arange(1))
+            self.peak_scenes_per_s = peak / max(step_flops(config, scenes), 1)
+        info["peak_matmul_flop_per_s"] = peak
 
-    def step(self, row: Mapping[str, Any]) -> None:
-        self.observer.step(self._shared(row))
+    def on_log(self, row: dict[str, Any]) -> None:
+        share = row["scenes_per_s"] / self.peak_scenes_per_s
+        row["mfu"] = share if share <= 1.0 else None  # above: other work ran while the peak was measured
 
-    def epoch(self, row: Mapping[str, Any]) -> None:
-        self.observer.epoch(self._shared(row))
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        self.observer.finish(summary)
-
-    def _shared(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        share = row["scenes_per_s"] / self.scenes_per_s
-        return {
-            **row,
-            "mfu": share if share <= 1.0 else None,
-        }  # above: other work ran while it was measured
+    on_epoch_end = on_log

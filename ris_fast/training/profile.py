@@ -1,5 +1,4 @@
-"""`--profile`: a few steps of a run under torch's profiler, as a Chrome trace and a table of the ten slowest_operations
-operations."""
+"""`--profile`: a few steps of a run under torch's profiler, as a Chrome trace and a table of the slowest operations."""
 
 from __future__ import annotations
 
@@ -10,35 +9,32 @@ from typing import Any
 import torch
 
 from ris_fast.files import replacing, write_text
-from ris_fast.training.trainer import Trainer
+from ris_fast.training.callback import Callback
 
 FIRST, STEPS, ROWS = 12, 5, 10  # the first steps are watched densely and warm things up
 
 
-class Profile:
-    """Stands where the trainer's step (or its captured form) stood, and profiles calls FIRST .. FIRST + STEPS.
+class Profile(Callback):
+    """Profiles steps FIRST .. FIRST + STEPS - 1 of this process, writes them into `folder` and tells what they cost.
 
-    From the start of one call to the end of the last, so that what lies between them, the making of scenes, is seen
+    From the start of the first to the end of the last, so that what lies between them, the making of scenes, is seen
     too.
     """
 
-    def __init__(self, step: Any, folder: Path, tell: Callable[[str], None]) -> None:
-        self.inner, self.folder, self.tell, self.calls = step, folder, tell, 0
+    def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
+        self.folder, self.tell, self.steps = folder, tell, 0
         cuda = [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
         self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, *cuda])
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def __call__(self, *arguments: Any) -> Any:
-        self.calls += 1
-        if self.calls == FIRST:
+    def on_step_start(self) -> None:
+        self.steps += 1
+        if self.steps == FIRST:
             self.profiler.start()
-        result = self.inner(*arguments)
-        if self.calls == FIRST + STEPS - 1:
+
+    def on_step_end(self) -> None:
+        if self.steps == FIRST + STEPS - 1:
             self.profiler.stop()
             self._write()
-        return result
 
     def _write(self) -> None:
         with replacing(self.folder / "trace.json") as partial:
@@ -48,21 +44,6 @@ class Profile:
         self.tell(
             f"{text}\ntrace of {STEPS} steps, for chrome://tracing or ui.perfetto.dev: {self.folder / 'trace.json'}"
         )
-
-
-def profiled(trainer: Trainer, folder: Path, tell: Callable[[str], None]) -> Trainer:
-    """The same trainer, which will profile some of its steps, write them into `folder` and tell what they cost."""
-    make = trainer._capture
-
-    def capture() -> None:
-        make()
-        if trainer.capture is not None:
-            trainer.capture = Profile(trainer.capture, folder, tell)
-
-    trainer._capture = capture
-    if trainer.device.type != "cuda":
-        trainer.step = Profile(trainer.step, folder, tell)
-    return trainer
 
 
 def slowest_operations(profiler: Any, rows: int = ROWS) -> str:

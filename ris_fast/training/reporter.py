@@ -1,54 +1,28 @@
-"""What a run tells of itself: the numbers of its steps, brought to the host without waiting, and what must hold of
-them."""
+"""The rows of a run: the numbers of its steps, brought to the host without waiting, and what must hold of them."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ris_fast.config.schema import Config
-from ris_fast.training.loss import CovarianceLoss
-from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.training.schedule import Plan, learning_rate_factor
 from ris_fast.training.state import Meter, RunState, RunStopped
 from ris_fast.training.step import Step
 from ris_fast.training.telemetry.async_copy import Clock, DeviceTimestamp, HostCopy
-from ris_fast.training.telemetry.step_telemetry import StepSample
-
-
-class Observer(Protocol):
-    """Told about a run. Every argument is one mapping of plain numbers and texts, and further mappings."""
-
-    def start(self, info: Mapping[str, Any]) -> None: ...
-
-    def step(self, row: Mapping[str, Any]) -> None: ...
-
-    def epoch(self, row: Mapping[str, Any]) -> None: ...
-
-    def finish(self, summary: Mapping[str, Any]) -> None: ...
-
-
-class Silent:
-    """The observer that does nothing."""
-
-    def start(self, info: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    step = epoch = finish = start
+from ris_fast.training.telemetry.step_telemetry import DENSE, StepSample, WeightDriftMonitor
+from ris_fast.training.validation import Score
 
 
 @dataclass(frozen=True)
-class Ordered:
-    """A report whose numbers are on their way to the host: what the host knew when it was ordered, and what it waits
-    for."""
+class PendingReport:
+    """A report whose numbers are on their way to the host: what the host knew by then, and what it waits for."""
 
-    where: dict[str, Any]
+    position: dict[str, Any]
     planned: int  # length of the schedule that its last step used
     window: Meter
     scenes: int  # of the epoch, until then
@@ -57,31 +31,72 @@ class Ordered:
     moment: DeviceTimestamp
 
 
-class Reporting:
-    """The part of a trainer that counts, reports and stops. The trainer makes what is named here."""
+class MetricsReporter:
+    """Counts a run's steps, makes its rows, and stops it where the counts cannot be right.
 
-    config: Config
-    device: torch.device
-    observer: Observer
-    loss: CovarianceLoss
-    optimizer: FusedAdamW
-    step: Step
-    state: RunState
-    plan: Plan
-    clock: Clock
-    started: float  # time.monotonic() when training would have begun without interruption
-    epoch_steps: int
+    Args: step, state, plan, clock: the trainer's own, read when a row is made; epoch_steps: steps that an epoch's data
+        imply.
+    """
 
-    def __init__(self) -> None:
-        self.counters = dict.fromkeys(("attempted", "applied", "clipped", "skipped"), 0)
-        self.skipping = self.planned = 0  # steps skipped in a row, as reports saw it; length of the schedule
-        self.ordered: Ordered | None = None
+    def __init__(self, config: Config, step: Step, state: RunState, plan: Plan, clock: Clock, epoch_steps: int) -> None:
+        self.config, self.step, self.state, self.plan = config, step, state, plan
+        self.clock, self.epoch_steps, self.device = clock, epoch_steps, clock.device
+        self.counters: dict[str, Any] = dict.fromkeys(("attempted", "applied", "clipped", "skipped"), 0)
+        self.skipping = 0  # steps skipped in a row, as reports saw it
+        self.pending: PendingReport | None = None
 
-    def _check_steps(self, made: int, before: dict[str, int]) -> None:
-        """Attempted steps must be what the data imply, and most of them must have been applied."""
-        self._read_counters()
+    def due(self, step: int) -> bool:
+        """Whether a report follows the step of this number, counted from 1."""
+        return step <= DENSE or step % max(1, self.config.report.every_steps) == 0
+
+    def enqueue(self, window: Meter, scenes: int, planned: int) -> dict[str, Any] | None:
+        """Orders a report of the window's steps and returns the row that is ready: on a CPU this report's, on a GPU
+        the previous one's, so that nobody waits.
+
+        Args: scenes: of the epoch, until now; planned: length of the schedule that the last step used.
+        """
+        row = self.flush()
+        sample = self.step.telemetry.sample()
+        tensors = {"counters": self.step.optimizer.counter_states(), "sums": window.sums}
+        tensors |= sample.tensors if sample else {}
+        self.pending = PendingReport(
+            self.position(), planned, replace(window), scenes, sample, HostCopy(tensors), self.clock.record()
+        )
+        return self.flush() if self.device.type == "cpu" else row
+
+    def flush(self) -> dict[str, Any] | None:
+        """The row of the pending report, whose numbers it waits for; None where there is none. Raises: RunStopped."""
+        if self.pending is None:
+            return None
+        report, self.pending, previous = self.pending, None, dict(self.counters)
+        copies, window, sample = report.copies.result(), report.window, report.sample
+        self.read_counters(copies["counters"])
+        window.read(copies["sums"])
+        self._check_skipped(self.counters["skipped"] - previous["skipped"], window.steps)
+        rate = report.scenes / max(report.moment.seconds() - self.clock.began, 1e-9)
+        seen = sample and replace(sample, tensors={name: copies[name] for name in sample.tensors})
+        health = self.step.telemetry.read(seen, self.state.epoch) | {
+            "steps": window.steps,
+            "attempted": self.counters["attempted"] - previous["attempted"],
+            "skipped": self.counters["skipped"] - previous["skipped"],
+            "applied": self.counters["applied"],
+        }
+        return report.position | self.figures(window, previous, rate, report.planned) | {"health": health}
+
+    def read_counters(self, copied: Tensor | None = None) -> None:
+        """Waits for the optimizer's counters, or takes `copied`, a copy that is there already."""
+        self.counters = self.step.optimizer.counters(copied)
+
+    # ---- what must hold -----------------------------------------------------------------------------------------
+
+    def check_epoch(self, made: int, before: dict[str, Any], *, cut_short: bool) -> None:
+        """Attempted steps must be what the data imply, and most of them must have been applied. Raises: RunStopped.
+
+        Args: made: steps of the epoch that this process made; before: the counters at its start.
+        """
+        self.read_counters()
         attempted = self.counters["attempted"] - before["attempted"]
-        if self.state.epoch_step >= self.epoch_steps or not self._time_over():
+        if self.state.epoch_step >= self.epoch_steps or not cut_short:
             expected = self.epoch_steps - (self.state.epoch_step - made)
             if attempted != expected:
                 raise RunStopped(
@@ -97,51 +112,19 @@ class Reporting:
                 "steps_skipped",
             )
 
-    def _order_report(self, window: Meter, scenes: int) -> None:
-        """A report of the window, `scenes` into the epoch; from a GPU it is delivered at the next one, so that nobody
-        waits."""
-        self._deliver_report()
-        sample = self.step.telemetry.sample()
-        tensors = {"counters": self.optimizer.counter_states(), "sums": window.sums} | (
-            sample.tensors if sample else {}
-        )
-        self.ordered = Ordered(
-            self._where(), self.planned, replace(window), scenes, sample, HostCopy(tensors), self.clock.record()
-        )
-        if self.device.type == "cpu":
-            self._deliver_report()
-
-    def _deliver_report(self) -> None:
-        if self.ordered is None:
-            return
-        report, self.ordered, previous = self.ordered, None, dict(self.counters)
-        copies, window, sample = report.copies.result(), report.window, report.sample
-        self._read_counters(copies["counters"])
-        window.read(copies["sums"])
-        all_skipped = self.counters["skipped"] - previous["skipped"] >= window.steps
-        self.skipping = self.skipping + window.steps if all_skipped else 0
+    def _check_skipped(self, skipped: int, steps: int) -> None:
+        self.skipping = self.skipping + steps if skipped >= steps else 0
         if self.skipping >= self.config.training.max_skipped:
             raise RunStopped(
                 f"Every gradient of the last {self.skipping} steps was non-finite, first in "
                 f"'{self.counters.get('first_bad_tensor')}'. No step was applied; the weights are unharmed.",
                 "steps_skipped",
             )
-        rate = report.scenes / max(report.moment.seconds() - self.clock.began, 1e-9)
-        row = report.where | self._figures(window, previous, rate, report.planned)
-        seen = sample and replace(sample, tensors={name: copies[name] for name in sample.tensors})
-        row["health"] = self.step.telemetry.read(seen, self.state.epoch) | {
-            "steps": window.steps,
-            "attempted": self.counters["attempted"] - previous["attempted"],
-            "skipped": self.counters["skipped"] - previous["skipped"],
-            "applied": self.counters["applied"],
-        }
-        self.observer.step(row)
 
-    def _read_counters(self, copied: Tensor | None = None) -> None:
-        self.counters = self.optimizer.counters(copied)
+    # ---- parts of a row -----------------------------------------------------------------------------------------
 
-    def _where(self) -> dict[str, Any]:
-        """Where the run stands, as the host knows it."""
+    def position(self) -> dict[str, Any]:
+        """How far the run has come, as the host knows it."""
         return {
             "epoch": self.state.epoch + 1,
             "epochs": self._epochs_planned(),
@@ -152,12 +135,12 @@ class Reporting:
             "planned_steps": self.plan.planned,
         }
 
-    def _figures(self, meter: Meter, before: dict[str, int], rate: float, planned: int) -> dict[str, Any]:
-        """What the device has told of the steps of a meter."""
+    def figures(self, meter: Meter, before: dict[str, Any], rate: float, planned: int) -> dict[str, Any]:
+        """What the device measured in the steps of a meter."""
         steps = max(1, self.counters["attempted"] - before["attempted"])
         return {
             "train_loss": meter.mean_loss(),
-            "terms": meter.mean_terms(self.loss.weights),
+            "terms": meter.mean_terms(self.step.loss.weights),
             "grad_norm": self.counters["grad_norm"],
             "clipped": (self.counters["clipped"] - before["clipped"]) / steps,
             "skipped": (self.counters["skipped"] - before["skipped"]) / steps,
@@ -173,7 +156,7 @@ class Reporting:
         factor = learning_rate_factor(
             counters["applied"] - (not skipped_last), planned, settings.warmup, settings.final_lr
         )
-        return {group["name"]: group["peak_lr"] * factor for group in self.optimizer.param_groups}
+        return {group["name"]: group["peak_lr"] * factor for group in self.step.optimizer.param_groups}
 
     def _epochs_planned(self) -> int:
         left = self.plan.planned - (self.state.step - self.state.epoch_step)
@@ -182,6 +165,20 @@ class Reporting:
             min(self.config.training.epochs, self.state.epoch + math.ceil(left / self.epoch_steps)),
         )
 
-    def _time_over(self) -> bool:
-        limit = self.config.training.max_seconds
-        return limit > 0 and time.monotonic() - self.started >= limit
+
+def validation_reading(scores: Mapping[str, Score], drift: WeightDriftMonitor) -> dict[str, Any]:
+    """What a validation says of itself, besides the scores: name of the weights -> score."""
+    return {
+        "weight_drift_in_validation": drift.check(),
+        "scores": {
+            name: {
+                "prediction_hash": score.prediction_hash,
+                    "in_eval_mode": score.in_eval_mode,
+                "loss": score.loss,
+                "distance": drift.distance(score.weights),
+            }
+            for name, score in scores.items()
+        },
+        "distance": drift.distance(drift.last),
+        "first_norm": drift.size,
+    }

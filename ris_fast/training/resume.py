@@ -1,19 +1,21 @@
-"""What a checkpoint remembers of its run, and how a run goes on from one: the same scenes, or a clear refusal."""
+"""What a checkpoint remembers of its run, and how a run continues from one: the same scenes, or a clear refusal."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from ris_fast.config.schema import Config, ConfigError
+from ris_fast.config.schema import Training as TrainingConfig
 from ris_fast.data.source import SceneSource
+from ris_fast.files import BEST, CHECKPOINTS
 from ris_fast.training.checkpoint import (
-    BEST,
-    CHECKPOINTS,
     CheckpointError,
     better_weights,
     checkpoint_of,
@@ -22,10 +24,9 @@ from ris_fast.training.checkpoint import (
     read_whole,
     save_checkpoint,
 )
-from ris_fast.training.state import RunState
-
-if TYPE_CHECKING:
-    from ris_fast.training.trainer import Trainer
+from ris_fast.training.optim.fused_adamw import FusedAdamW
+from ris_fast.training.schedule import Plan
+from ris_fast.training.state import RunState, trainable
 
 
 def identity(config: Config, source: SceneSource) -> dict[str, Any]:
@@ -47,61 +48,69 @@ def identity(config: Config, source: SceneSource) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def save(trainer: Trainer, name: str) -> None:
-    """Writes checkpoint NAME into the trainer's folder: weights, optimizer, averaged weights, and where the run
-    stands."""
-    if trainer.folder is None:
-        return
-    groups = {"model": trainer.model.state_dict(), **trainer.optimizer.checkpoint_tensors()}
-    if trainer.optimizer.ema_decay:
-        with trainer.optimizer.ema():
-            groups["ema"] = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-    training = trainer.config.training
-    save_checkpoint(
-        trainer.folder / CHECKPOINTS,
-        name,
-        groups,
-        {
-            "state": trainer.state.to_json(),
-            "planned_steps": trainer.plan.planned,
-            "parameters": trainer.parameters,
-            "model": trainer.config.model.name,
-            "identity": identity(trainer.config, trainer.source),
-            "step_scenes": training.batch_size * training.accumulate,
-        },
-    )
+def run_facts(config: Config, source: SceneSource, state: RunState, planned_steps: int) -> dict[str, Any]:
+    """What a checkpoint remembers of its run besides tensors: where it stands, and the settings it depends on."""
+    training = config.training
+    return {
+        "state": state.to_json(),
+        "planned_steps": planned_steps,
+        "model": config.model.name,
+        "identity": identity(config, source),
+        "step_scenes": training.batch_size * training.accumulate,
+    }
 
 
-def restore(trainer: Trainer, name: str) -> None:
-    """Puts the trainer where checkpoint NAME of its folder was.
+def save(folder: Path, name: str, model: nn.Module, optimizer: FusedAdamW, facts: Mapping[str, Any]) -> None:
+    """Writes checkpoint NAME into the run's folder: weights, optimizer, averaged weights, and `facts` (`run_facts`)."""
+    groups = {"model": model.state_dict(), **optimizer.checkpoint_tensors()}
+    if optimizer.ema_decay:
+        with optimizer.ema():
+            groups["ema"] = {key: value.clone() for key, value in model.state_dict().items()}
+    save_checkpoint(folder / CHECKPOINTS, name, groups, {**facts, "parameters": trainable(model)})
+
+
+class Restored(NamedTuple):
+    """Where a checkpoint's run stood, the length of its schedule in steps, and what a person should read of it."""
+
+    state: RunState
+    planned_steps: int
+    notes: list[str]
+
+    def plan(self, training: TrainingConfig, epoch_steps: int) -> Plan:
+        """The schedule from here on; one that time limits starts from the length that it had."""
+        rest = (training.epochs - self.state.epoch) * epoch_steps - self.state.epoch_step
+        planned = self.planned_steps if training.max_seconds else 0
+        return Plan(self.state.step + max(0, rest), training.max_seconds, planned)
+
+
+def restore(
+    run: Path, name: str, config: Config, source: SceneSource, model: nn.Module, optimizer: FusedAdamW
+) -> Restored:
+    """Gives model and optimizer what checkpoint NAME of the folder `run` holds, and returns where its run stood.
 
     Raises: CheckpointError for a file that is not whole or fits no such network; ConfigError where settings changed so
     that the run would not be the same one.
     """
-    folder = Path(trainer.folder or ".") / CHECKPOINTS
+    folder = run / CHECKPOINTS
     groups, manifest = load_checkpoint(folder, name)
-    _same_run(manifest, trainer)
-    load_weights(trainer.model, groups.pop("model"), str(folder / f"{name}.safetensors"))
+    _same_run(manifest, run, config, source)
+    load_weights(model, groups.pop("model"), str(folder / f"{name}.safetensors"))
     groups.pop("ema", None)
-    trainer.optimizer.load_checkpoint_tensors(groups)
-    trainer.state = state = _state_of(manifest, folder / f"{name}.safetensors")
-    trainer.notes += [manifest["note"]] if "note" in manifest else []
+    optimizer.load_checkpoint_tensors(groups)
+    state = _state_of(manifest, folder / f"{name}.safetensors")
+    notes = [manifest["note"]] if "note" in manifest else []
     if name != BEST:
-        trainer.notes += _take_best(state, folder, manifest)
-    rest = (trainer.config.training.epochs - state.epoch) * trainer.epoch_steps - state.epoch_step
-    trainer.plan = replace(
-        trainer.plan,
-        epoch_steps=state.step + max(0, rest),
-        planned=manifest["planned_steps"] if trainer.config.training.max_seconds else 0,
-    )
+        notes += _take_best(state, folder, manifest)
+    return Restored(state, manifest["planned_steps"], notes)
 
 
-def start_from(trainer: Trainer, place: str) -> None:
-    """Gives a new run the better weights of another run's best checkpoint, or of the checkpoint that is named."""
+def start_from(place: str, model: nn.Module) -> list[str]:
+    """Gives a new run's model the better weights of another run's best checkpoint, or of the checkpoint that is named;
+    returns what a person should read of them."""
     folder, name = checkpoint_of(place)
     weights, kind, manifest = better_weights(folder / CHECKPOINTS, name)
-    load_weights(trainer.model, weights, f"training.init = {place}")
-    trainer.notes += [
+    load_weights(model, weights, f"training.init = {place}")
+    return [
         f"starts from the {kind} weights of epoch {manifest['state']['epoch']} of {folder}, checkpoint '{name}'",
         *([manifest["note"]] if "note" in manifest else []),
     ]
@@ -117,8 +126,8 @@ def _state_of(manifest: Mapping[str, Any], path: Path) -> RunState:
         ) from error
 
 
-def _same_run(manifest: Mapping[str, Any], trainer: Trainer) -> None:
-    now = identity(trainer.config, trainer.source)
+def _same_run(manifest: Mapping[str, Any], run: Path, config: Config, source: SceneSource) -> None:
+    now = identity(config, source)
     before = _known(manifest) if "identity" in manifest else now
     changed = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
@@ -127,13 +136,13 @@ def _same_run(manifest: Mapping[str, Any], trainer: Trainer) -> None:
     ]
     if changed:
         raise ConfigError(
-            f"--resume {trainer.folder}: {'; '.join(changed[:3])}. The scores and scenes so far would not be those "
+            f"--resume {run}: {'; '.join(changed[:3])}. The scores and scenes so far would not be those "
             "of such a run. Leave it as it was, or start a new run."
         )
-    size = trainer.config.training.batch_size * trainer.config.training.accumulate
+    size = config.training.batch_size * config.training.accumulate
     if manifest["state"]["epoch_step"] and manifest.get("step_scenes", size) != size:
         raise ConfigError(
-            f"--resume {trainer.folder}: the run stands within an epoch of steps of {manifest['step_scenes']} scenes, "
+            f"--resume {run}: the run stands within an epoch of steps of {manifest['step_scenes']} scenes, "
             f"and batch size times accumulation is {size} now. Keep the product, {manifest['step_scenes']}, or resume "
             "from a checkpoint at the end of an epoch."
         )
@@ -173,9 +182,8 @@ def _take_best(state: RunState, folder: Path, manifest: Mapping[str, Any]) -> li
     return []
 
 
-def finished(trainer: Trainer) -> str:
+def finished(training: TrainingConfig, state: RunState) -> str:
     """Why a resumed run has nothing left to do, and what would give it more; empty where it has."""
-    training, state = trainer.config.training, trainer.state
     if state.epoch >= training.epochs:
         return f"{state.epoch} epochs are done and {training.epochs} are asked for; give a larger --epochs to train on"
     if 0 < training.max_seconds <= state.seconds:

@@ -8,10 +8,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ris_fast import exit_codes
 from ris_fast.training.step import StepResult
+
+
+def trainable(model: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 class RunStopped(RuntimeError):

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from ris_fast.training.trainer import Trainer
+if TYPE_CHECKING:  # a report reads LEARNED without torch
+    from ris_fast.config.schema import Config
+    from ris_fast.data.source import SceneSource
+    from ris_fast.training.state import RunState
 
 LEARNED = 0.95  # a network has learned when it is below this share of its own start and of every baseline that is shown
 
 
-def goal(trainer: Trainer) -> float:
+def goal(state: RunState, baselines: Mapping[str, float], *, from_weights: bool) -> float:
     """Below this validation NMSE a network has learned: clearly under its own start, every constant answer, and what
     its features say without it. A start from learned weights (training.init) has to be beaten at all, not clearly."""
-    start = trainer.state.initial_nmse / (LEARNED if trainer.config.training.init else 1.0)
-    return LEARNED * min(start, *trainer.baselines.values())
+    start = state.initial_nmse / (LEARNED if from_weights else 1.0)
+    return LEARNED * min(start, *baselines.values())
 
 
-def summary(trainer: Trainer, verdict: str | None, findings: list[str]) -> dict[str, Any]:
-    """The end of a run; `verdict` None: learned or stalled, by the figures."""
-    state = trainer.state
+def summary(
+    state: RunState,
+    baselines: Mapping[str, float],
+    verdict: str | None = None,
+    findings: Sequence[str] = (),
+    *,
+    from_weights: bool,
+    **facts: Any,
+) -> dict[str, Any]:
+    """The end of a run; `verdict` None: learned or stalled, by the figures. `facts` are passed on."""
     best = state.best_nmse if math.isfinite(state.best_nmse) else None
+    learned = best is not None and best < goal(state, baselines, from_weights=from_weights)
     return {
-        "verdict": verdict or ("learned" if best is not None and best < goal(trainer) else "stalled"),
-        "parameters": trainer.parameters,
+        "verdict": verdict or ("learned" if learned else "stalled"),
         "optimizer_steps": state.step,
         "scenes_seen": state.scenes_seen,
         "scenes_per_s": state.scenes_seen / max(state.seconds, 1e-9),
@@ -36,34 +46,26 @@ def summary(trainer: Trainer, verdict: str | None, findings: list[str]) -> dict[
         "val_nmse_ema": state.val_nmse_ema,
         "best_val_nmse": best,
         "best_weights": state.best_weights,
-        "baselines": trainer.baselines,
-        "findings": findings,
-        "skipped_steps": trainer.counters["skipped"],
+        "baselines": baselines,
+        "findings": list(findings),
+        **facts,
     }
 
 
-def info(trainer: Trainer) -> dict[str, Any]:
-    """The start of a run."""
-    training = trainer.config.training
+def info(config: Config, source: SceneSource, **facts: Any) -> dict[str, Any]:
+    """The start of a run: its settings and its data; `facts` are passed on."""
+    training = config.training
     return {
-        "preset": trainer.config.preset,
-        "model": trainer.config.model.name,
-        "parameters": trainer.parameters,
-        "device": str(trainer.device),
+        "preset": config.preset,
+        "model": config.model.name,
         "precision": training.precision,
-        "source": trainer.source.describe(),
-        "notes": [*trainer.source.notes, *trainer.notes],
-        "blend": trainer.config.loss.beta,
-        "fresh": trainer.source.name == "simulate" and not trainer.config.data.fixed,
-        "train_scenes": trainer.source.size("train"),
+        "source": source.describe(),
+        "blend": config.loss.beta,
+        "fresh": source.name == "simulate" and not config.data.fixed,
+        "train_scenes": source.size("train"),
         "batch_size": training.batch_size,
         "accumulate": training.accumulate,
         "epochs": training.epochs,
         "max_seconds": training.max_seconds,
-        "planned_steps": trainer.plan.planned,
-        "baselines": trainer.baselines,
-        "compile": trainer.compile_note,
-        "epoch_steps": trainer.epoch_steps,
-        "ema_decay": trainer.optimizer.ema_decay,
-        "optimizer_backend": trainer.optimizer.backend,
+        **facts,
     }

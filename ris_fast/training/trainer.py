@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,16 +18,17 @@ from ris_fast.data.source import SceneSource, epoch_batches
 from ris_fast.models import build_model
 from ris_fast.physics.baselines import baselines, mean_covariance
 from ris_fast.physics.scenes import Scenes
+from ris_fast.training.callback import Callback, callback_list, check_callbacks, from_observer, step_callbacks
 from ris_fast.training.capture import CapturedCall, CapturedStep
 from ris_fast.training.compiled_model import choose_device, compile_now, compiled
 from ris_fast.training.footprint import refuse_too_large
 from ris_fast.training.loss import CovarianceLoss, served_by
 from ris_fast.training.parts import Built
-from ris_fast.training.reporter import Observer, Reporting, Silent
-from ris_fast.training.resume import restore, save, start_from
+from ris_fast.training.reporter import MetricsReporter, validation_reading
+from ris_fast.training.resume import restore, run_facts, save, start_from
 from ris_fast.training.schedule import Plan, steps_in_epoch
-from ris_fast.training.state import Meter, RunState, RunStopped
-from ris_fast.training.step import Step, StepResult, build_optimizer, network_inputs
+from ris_fast.training.state import Meter, RunState, RunStopped, trainable
+from ris_fast.training.step import Step, build_optimizer, network_inputs
 from ris_fast.training.summary import info, summary
 from ris_fast.training.telemetry.async_copy import Clock, DeviceTimestamp, own_stream
 from ris_fast.training.telemetry.step_telemetry import WeightDriftMonitor, weight_norms
@@ -37,82 +38,87 @@ VALIDATION_CHUNK = 1000
 REPLAN_EVERY = 50  # steps between two looks at the device's clock
 
 
-class Trainer(Built, Reporting):
+class Trainer(Built):
     """One training run, from configuration to summary: `Trainer(config).fit()`.
 
     Its model, loss, optimizer, source, device and configuration stay those it was made with (see `Built`).
 
     Args:
         folder: where checkpoints go; None writes nothing.
-        observer: told about the run as it goes.
+        callbacks: told about the run, in order; also `trainer.callbacks`, a list that may be changed before `fit`.
         resume: continue from `folder`'s last checkpoint, or from the one of this name.
         progress: called with (scenes read, scenes in all) while data files are read and checked.
+        observer: what `callbacks` was in earlier versions.
     """
 
     def __init__(
         self,
         config: Config,
         folder: str | Path | None = None,
-        observer: Observer | None = None,
+        callbacks: Iterable[Callback] = (),
         *,
         resume: bool | str = False,
         progress: Callable[[int, int], None] | None = None,
+        observer: Any = None,
     ) -> None:
-        super().__init__()
         if not isinstance(config, Config):
             raise ConfigError(
                 f"Trainer: expected a Config, got {type(config).__name__}. Make one with ris_fast.load_config(...)."
             )
-        self.config, self.observer = config, observer or Silent()
+        self.callbacks = callback_list(callbacks, observer)
         self.folder = None if folder is None else Path(folder)
         self.device = choose_device(config.training.device)
         torch.manual_seed(config.training.seed)
         self.source: SceneSource = open_source(config, self.device, progress)
-        weights, notes = served_by(config.loss, self.source.lacks)
-        wider, more = (
-            (config, []) if resume else widened_sector(config, self.source.reach)
-        )  # a run keeps the settings it began with
-        self.config = config = replace(wider, loss=weights)
-        self.source.notes += notes + more
+        self.config = config = self._served(config, resumed=bool(resume))
         self.loss = CovarianceLoss(config.loss, config.task).to(self.device)
         self.model = build_model(config.model.name, config.task, **config.model.options).to(self.device)
         self.notes: list[str] = []  # what a person should read before training, besides the source's
         if config.training.init and not resume:
-            start_from(self, config.training.init)
+            self.notes += start_from(config.training.init, self.model)
         self.optimizer = build_optimizer(self.model, config)
         self.network, self.compile_note = compiled(self.model, config, self.device)
         self.step = Step(self.network, self.loss, self.optimizer, config, self.device, self.model)
+        self.capture: CapturedStep | None = None  # the step as a graph, on CUDA
+        self.validation_runner: Callable[[Callable[[], Any]], Any] = lambda work: work()
+
+        training, scenes = config.training, self.source.size("train")
+        self.epoch_steps = steps_in_epoch(scenes, training.batch_size, training.accumulate)
+        self.plan = Plan(training.epochs * self.epoch_steps, training.max_seconds)
+        self.planned = 0  # length of the schedule that the last step used
         self.state = RunState()
-        self.started, self.clock = time.monotonic(), Clock(self.device)
-        self.capture: CapturedStep | None = None
-        self.validation_runner = lambda work: work()
-        self.paced: tuple[int, DeviceTimestamp] | None = None
-        self.optimizer_batches = 0
-        self.epoch_steps = steps_in_epoch(
-            self.source.size("train"), config.training.batch_size, config.training.accumulate
-        )
-        self.plan = Plan(config.training.epochs * self.epoch_steps, config.training.max_seconds)
-        self.first_norms: Tensor | None = None
+        self.started, self.clock = time.monotonic(), Clock(self.device)  # started: when, had nothing interrupted it
+        self.replanned_at: tuple[int, DeviceTimestamp] | None = None
+        self.optimizer_batches = 0  # of the epoch, that were read
+        self.validation: list[Scenes] = []  # this and what follows: from the start of `fit`
+        self.baselines: dict[str, float] = {}
+        self.first_norms: Tensor | None = None  # of the weights that a resumed run began with
+        self.weight_drift: WeightDriftMonitor | None = None
+        self.weight_drift_between_epochs: dict[str, Any] = {}
         refuse_too_large(self)
-        if (group := config.training.batch_size * config.training.accumulate) > self.source.size("train"):
+        if (group := training.batch_size * training.accumulate) > scenes:
             self.notes.append(
                 f"training.batch_size times training.accumulate is {group:,}, and an epoch has"
-                f" {self.source.size('train'):,} scenes: each step takes all of them"
+                f" {scenes:,} scenes: each step takes all of them"
             )
         if resume:
-            self.first_norms = weight_norms(self.model)  # the seed's, as when the run began
-            restore(self, resume if isinstance(resume, str) else "last")
-            self._read_counters()
+            self._restore(resume if isinstance(resume, str) else "last")
+        self.reporter = MetricsReporter(config, self.step, self.state, self.plan, self.clock, self.epoch_steps)
+        if resume:
+            self.reporter.read_counters()
         self._built = True
 
     # ---- the run ------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end of the epochs or of the time, and returns the summary."""
+        check_callbacks(self.callbacks)
         with own_stream(self.device):
+            self._prepare()
             return self._fit()
 
-    def _fit(self) -> dict[str, Any]:
+    def _prepare(self) -> None:
+        """What comes before the clock of the run starts: scenes to validate, baselines, compiling."""
         self.validation = self._validation_scenes()
         constant, static = mean_covariance(self._baseline_scenes()), self.config.task.symbols == "static"
         self.baselines = baselines(constant, self.validation) | classical_baseline(
@@ -120,67 +126,80 @@ class Trainer(Built, Reporting):
         )
         self._compile()
         self._capture()
-        self.observer.start(info(self))
-        self._read_counters()  # steps that somebody made before are not the loop's
-        finding, verdict, ended_by = None, None, {}
+
+    def _fit(self) -> dict[str, Any]:
+        self._tell("on_train_start", self._info())
+        self.reporter.read_counters()  # steps that somebody made before are not the loop's
+        findings, verdict, ended_by = [], None, {}
         self.started = time.monotonic() - self.state.seconds
         self.weight_drift, self.weight_drift_between_epochs = WeightDriftMonitor(self.model, self.first_norms), {}
         try:
             if self.state.step == 0:
                 self.state.initial_nmse = self._score().nmse
                 self.started = time.monotonic()
-            self._epochs()
+            settings = self.config.training
+            while self.state.epoch < settings.epochs and not self._time_over():
+                self._epoch()
+                if 0 < settings.patience <= self.state.epochs_since_best:
+                    break
         except RunStopped as stop:
-            finding, verdict = stop.finding, "stopped"
+            findings, verdict = [stop.finding], "stopped"
             raise
         except BaseException as error:
             verdict, ended_by = "stopped", {"ended_by": f"{type(error).__name__}: {error}"}
             if isinstance(error, KeyboardInterrupt):
-                save(self, "last")
+                self._save("last")
             raise
         finally:
-            outcome = summary(self, verdict, [finding] if finding else []) | ended_by
-            self.observer.finish(outcome)
+            outcome = self._summary(verdict, findings) | ended_by
+            self._tell("on_summary", outcome)
+            self._tell("on_train_end", outcome)
         return outcome
 
-    def _epochs(self) -> None:
-        settings = self.config.training
-        while self.state.epoch < settings.epochs and not self._time_over():
-            self._epoch()
-            if 0 < settings.patience <= self.state.epochs_since_best:
-                break
-
     def _epoch(self) -> None:
+        """One epoch: its steps, their reports, then validation, checkpoints and the epoch's row."""
+        reporter, state, listeners = self.reporter, self.state, step_callbacks(self.callbacks)
         epoch_meter, window = Meter(), Meter()
-        before, scenes_before = dict(self.counters), self.state.scenes_seen
-        self.optimizer_batches, self.weight_drift_between_epochs, self.paced = 0, self.weight_drift.check(), None
+        before, scenes_before = dict(reporter.counters), state.scenes_seen
+        self.optimizer_batches, self.replanned_at = 0, None
+        self.weight_drift_between_epochs = self.weight_drift.check()
         self.model.train()
         self.clock.start()
-        for result in self._results():
+        # A captured step makes its scenes itself, from their numbers.
+        step, batches = (self.step, self._groups()) if self.capture is None else (self.capture, self._index_groups())
+        for batch in batches:
+            self.planned = self.plan.planned
+            for callback in listeners:
+                callback.on_step_start()
+            result = step(batch, self.planned)
+            for callback in listeners:
+                callback.on_step_end()
             self._advance(result.scenes)
             window.add(result)
-            if self.step.telemetry.due(self.state.step):
-                self._order_report(window, self.state.scenes_seen - scenes_before)
+            if reporter.due(state.step):
+                self._log(reporter.enqueue(window, state.scenes_seen - scenes_before, self.planned))
                 epoch_meter.join(window)
                 window = Meter()
             if self._time_over():
                 break
         epoch_meter.join(window)
-        self._deliver_report()
-        rate = (self.state.scenes_seen - scenes_before) / max(self.clock.record().seconds() - self.clock.began, 1e-9)
-        self._check_steps(epoch_meter.steps, before)
+        self._log(reporter.flush())
+        rate = (state.scenes_seen - scenes_before) / max(self.clock.record().seconds() - self.clock.began, 1e-9)
+        reporter.check_epoch(epoch_meter.steps, before, cut_short=self._time_over())
         self._close_epoch(epoch_meter, before, rate)
 
-    def _results(self) -> Iterator[StepResult]:
-        """Makes the epoch's steps, one at a time."""
-        if self.capture is None:
-            for group in self._groups():
-                self.planned = self.plan.planned
-                yield self.step(group, self.planned)
-            return
+    def _groups(self) -> Iterator[list[Scenes]]:
+        """The scenes of each optimizer step, `accumulate` micro-batches, from where the run is in its epoch."""
         for indices in self._index_groups():
-            self.optimizer_batches, self.planned = self.optimizer_batches + 1, self.plan.planned
-            yield self.capture(indices, self.planned)
+            yield [self.source.batch("train", index) for index in indices]
+
+    def _index_groups(self) -> Iterator[list[Tensor]]:
+        """The numbers of those scenes."""
+        settings, fixed = self.config.training, self.config.data.fixed
+        batches = list(epoch_batches(self.source, "train", self.state.epoch, settings.batch_size, settings.seed, fixed))
+        for first in range(self.state.epoch_step * settings.accumulate, len(batches), settings.accumulate):
+            self.optimizer_batches += 1
+            yield batches[first : first + settings.accumulate]
 
     def _advance(self, scenes: int) -> None:
         """Counts one attempted step."""
@@ -197,32 +216,19 @@ class Trainer(Built, Reporting):
     def _replan_schedule(self) -> None:
         """Re-plans the schedule where time is the limit; on a GPU by the time at which it was here before.
 
-        That is long past as a rule; where it is not, waiting for it keeps the host less than 2 REPLAN_EVERY steps ahead.
+        That time is usually long past; where it is not, waiting for it keeps the host less than 2 REPLAN_EVERY steps
+        ahead.
         """
-        before, self.paced = self.paced, (self.state.step, self.clock.record())
-        step, moment = (self.paced if self.device.type == "cpu" else before) or (0, None)
+        before, self.replanned_at = self.replanned_at, (self.state.step, self.clock.record())
+        step, moment = (self.replanned_at if self.device.type == "cpu" else before) or (0, None)
         if moment is not None:
             self.plan.update(step, moment.seconds() - self.started)
 
-    def _groups(self) -> Iterator[list[Scenes]]:
-        """The epoch's scenes in groups of `accumulate` micro-batches, from where the run stands."""
-        for indices in self._index_groups():
-            group = [self.source.batch("train", index) for index in indices]
-            self.optimizer_batches += 1
-            yield group
+    def _time_over(self) -> bool:
+        limit = self.config.training.max_seconds
+        return limit > 0 and time.monotonic() - self.started >= limit
 
-    def _index_groups(self) -> Iterator[list[Tensor]]:
-        """The numbers of those scenes."""
-        settings = self.config.training
-        batches = list(
-            epoch_batches(
-                self.source, "train", self.state.epoch, settings.batch_size, settings.seed, self.config.data.fixed
-            )
-        )
-        for first in range(self.state.epoch_step * settings.accumulate, len(batches), settings.accumulate):
-            yield batches[first : first + settings.accumulate]
-
-    # ---- validation, checkpoints, summary -----------------------------------------------------------------------
+    # ---- validation and checkpoints -----------------------------------------------------------------------------
 
     def _close_epoch(self, meter: Meter, before: dict[str, int], rate: float) -> None:
         self.weight_drift.check()
@@ -233,52 +239,32 @@ class Trainer(Built, Reporting):
         state.train_loss, state.val_nmse_raw = meter.mean_loss(), raw.nmse
         state.val_nmse_ema = ema.nmse if ema else math.nan
         state.seconds = time.monotonic() - self.started
-        row = (
-            self._where()
-            | self._figures(meter, before, rate, self.planned)
-            | {
-                "val_loss": raw.loss,
-                "val_nmse_raw": raw.nmse,
-                "val_nmse_median": raw.median,
-                "val_nmse_ema": ema.nmse if ema else None,
-                "health": self._validation_reading(meter, raw, ema),
-            }
-        )
+        row = self.reporter.position() | self.reporter.figures(meter, before, rate, self.planned)
+        row |= {
+            "val_loss": raw.loss,
+            "val_nmse_raw": raw.nmse,
+            "val_nmse_median": raw.median,
+            "val_nmse_ema": ema.nmse if ema else None,
+            "health": {
+                "steps": meter.steps,
+                "optimizer_batches": self.optimizer_batches,
+                "epoch_steps": self.epoch_steps - (state.epoch_step - meter.steps),  # without those before a resumption
+                "cut_short": self._time_over(),
+                "weight_drift_between_epochs": self.weight_drift_between_epochs,
+                **validation_reading({"raw": raw} | ({"ema": ema} if ema else {}), self.weight_drift),
+            },
+        }
         weights, score = ("ema", ema) if ema and ema.nmse < raw.nmse else ("raw", raw)
         better = score.nmse < state.best_nmse
         state.epochs_since_best = 0 if better else state.epochs_since_best + 1
         state.epoch, state.epoch_step = state.epoch + 1, 0
         if better:
             state.best_nmse, state.best_weights = score.nmse, weights
-            save(self, "best")
+            self._save("best")
         if state.epoch % self.config.report.checkpoint_epochs == 0 or self._time_over():
-            save(self, "last")
+            self._save("last")
         self.plan.update(state.step, state.seconds)
-        self.observer.epoch(row)
-
-    def _validation_reading(self, meter: Meter, raw: Score, ema: Score | None) -> dict[str, Any]:
-        """What the epoch and its validation say of themselves, besides the scores."""
-        scores = {"raw": raw} | ({"ema": ema} if ema else {})
-        resumed_after = self.state.epoch_step - meter.steps
-        return {
-            "steps": meter.steps,
-            "optimizer_batches": self.optimizer_batches,
-            "epoch_steps": self.epoch_steps - resumed_after,
-            "cut_short": self._time_over(),
-            "weight_drift_between_epochs": self.weight_drift_between_epochs,
-            "weight_drift_in_validation": self.weight_drift.check(),
-            "scores": {
-                name: {
-                    "prediction_hash": score.prediction_hash,
-                    "in_eval_mode": score.in_eval_mode,
-                    "loss": score.loss,
-                    "distance": self.weight_drift.distance(score.weights),
-                }
-                for name, score in scores.items()
-            },
-            "distance": self.weight_drift.distance(self.weight_drift.last),
-            "first_norm": self.weight_drift.size,
-        }
+        self._tell("on_epoch_end", row)
 
     def _score(self, averaged: bool = False) -> Score:
         def score() -> Score:
@@ -289,11 +275,87 @@ class Trainer(Built, Reporting):
         with self.optimizer.ema():
             return score()
 
+    def _save(self, name: str) -> None:
+        if self.folder is not None:
+            facts = run_facts(self.config, self.source, self.state, self.plan.planned)
+            save(self.folder, name, self.model, self.optimizer, facts)
+
+    def _restore(self, name: str) -> None:
+        self.first_norms = weight_norms(self.model)  # the seed's, as when the run began
+        found = restore(self.folder or Path("."), name, self.config, self.source, self.model, self.optimizer)
+        self.state, self.plan = found.state, found.plan(self.config.training, self.epoch_steps)
+        self.notes += found.notes
+
+    # ---- what is told -------------------------------------------------------------------------------------------
+
+    def _tell(self, event: str, values: dict[str, Any]) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(values)
+
+    def _log(self, row: dict[str, Any] | None) -> None:
+        if row is not None:
+            self._tell("on_log", row)
+
+    def _info(self) -> dict[str, Any]:
+        return info(
+            self.config,
+            self.source,
+            parameters=self.parameters,
+            device=str(self.device),
+            notes=[*self.source.notes, *self.notes],
+            planned_steps=self.plan.planned,
+            baselines=self.baselines,
+            compile=self.compile_note,
+            epoch_steps=self.epoch_steps,
+            ema_decay=self.optimizer.ema_decay,
+            optimizer_backend=self.optimizer.backend,
+        )
+
+    def _summary(self, verdict: str | None, findings: list[str]) -> dict[str, Any]:
+        return summary(
+            self.state,
+            self.baselines,
+            verdict,
+            findings,
+            from_weights=bool(self.config.training.init),
+            parameters=self.parameters,
+            skipped_steps=self.reporter.counters["skipped"],
+        )
+
     @property
     def parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return trainable(self.model)
 
-    # ---- small things -------------------------------------------------------------------------------------------
+    @property
+    def observer(self) -> NoReturn:
+        raise AttributeError(
+            "Trainer.observer is trainer.callbacks now, a list; the findings of attach_health are at"
+            " trainer.callbacks[-1].findings."
+        )
+
+    @observer.setter
+    def observer(self, value: Any) -> None:
+        self.callbacks[:] = [from_observer(value)]
+
+    # ---- preparation --------------------------------------------------------------------------------------------
+
+    def _served(self, config: Config, *, resumed: bool) -> Config:
+        """The configuration with what the data make of it; a resumed run keeps the sector it began with."""
+        weights, notes = served_by(config.loss, self.source.lacks)
+        wider, more = (config, []) if resumed else widened_sector(config, self.source.reach)
+        self.source.notes += notes + more
+        return replace(wider, loss=weights)
+
+    def _validation_scenes(self) -> list[Scenes]:
+        size = min(self.config.data.val_limit, self.source.size("val"))
+        batches = [self.source.batch("val", index) for index in torch.arange(size).split(VALIDATION_CHUNK)]
+        for scenes in batches:
+            self.network.remember(*network_inputs(scenes))
+        return batches
+
+    def _baseline_scenes(self) -> Iterator[Scenes]:
+        size = min(4 * VALIDATION_CHUNK, self.source.size("train"))
+        return (self.source.batch("train", index) for index in torch.arange(size).split(VALIDATION_CHUNK))
 
     def _compile(self) -> None:
         """Compiles before the clock of the run starts, on a batch that trains nothing, unless preflight has done so."""
@@ -322,14 +384,3 @@ class Trainer(Built, Reporting):
         self.compile_note += (
             f"; steps launched kernel by kernel: {refused}" if refused else "; each step one CUDA graph"
         )
-
-    def _validation_scenes(self) -> list[Scenes]:
-        size = min(self.config.data.val_limit, self.source.size("val"))
-        batches = [self.source.batch("val", index) for index in torch.arange(size).split(VALIDATION_CHUNK)]
-        for scenes in batches:
-            self.network.remember(*network_inputs(scenes))
-        return batches
-
-    def _baseline_scenes(self) -> Iterator[Scenes]:
-        size = min(4 * VALIDATION_CHUNK, self.source.size("train"))
-        return (self.source.batch("train", index) for index in torch.arange(size).split(VALIDATION_CHUNK))

@@ -28,6 +28,8 @@ from ris_fast.timing import (
     summary,
     times_slower,
 )
+from ris_fast.training.mfu import MfuCallback, peak_matmul_rate
+from ris_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -139,10 +141,8 @@ def test_the_command_prints_tables_and_writes_figures(
     assert set(shares) == set(training.PHASES) and sum(shares.values()) == pytest.approx(1.0)
 
 
-def test_a_run_is_told_its_share_of_the_ceiling() -> None:
+def test_mfu_callback_adds_mfu_to_the_rows_of_a_run() -> None:
     from ris_fast.report.console import epoch_line
-    from ris_fast.training.mfu import WithShare
-    from ris_fast.training.trainer import Trainer
 
     config, rows = small("laptop"), training.Epochs()
     config = replace(
@@ -151,7 +151,7 @@ def test_a_run_is_told_its_share_of_the_ceiling() -> None:
         data=replace(config.data, train_scenes=64, val_scenes=16),
     )
     trainer = Trainer(config)
-    trainer.observer = WithShare(rows, trainer)
+    trainer.callbacks += [MfuCallback(trainer), rows]
     trainer.fit()
     assert len(rows.rows) == 2 and all(0.0 < row["mfu"] < 1.0 for row in rows.rows)
     assert epoch_line(rows.rows[0] | {"mfu": 0.25}).endswith("25% MFU")
@@ -186,11 +186,13 @@ def test_what_was_measured_before_ctrl_c_is_kept(
     )
 
 
-def test_the_ceiling_is_the_best_of_many_products_whatever_disturbs_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_matmul_rate_is_the_best_of_many_products_whatever_disturbs_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     disturbed = [Run(5.0, 5.0, 5.0, False)] * 30
     disturbed[17] = Run(0.001, 0.001, 0.001, False)
     assert summary([Run(2.0, 2.0, 2.0, True), *disturbed])["fastest_s"] == 0.001
     times = iter([1.0, 1.0, 0.5, 1.0, 0.25, 1.0] + [1.0] * 10**4)
     monkeypatch.setattr(measure, "once", lambda call, device: Run(seconds := next(times), seconds, seconds, False))
     size = 128 * round(4.0 * torch.get_num_threads() ** 0.5)
-    assert measure.peak_matmul_rate(CPU, seconds=0.01) == pytest.approx(2.0 * size**3 / 0.25)
+    assert peak_matmul_rate(CPU, seconds=0.01) == pytest.approx(2.0 * size**3 / 0.25)

@@ -27,7 +27,7 @@ def run(tmp_path_factory) -> Path:
     """Three epochs, of which the second is the best: the last checkpoint is another one."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     config = small("data.test_scenes=30", epochs=3)
-    Trainer(config, folder, observer=RunFolder(folder, config)).fit()
+    Trainer(config, folder, callbacks=[RunFolder(folder, config)]).fit()
     checkpoints = folder / "checkpoints"
     groups, manifest = load_checkpoint(checkpoints, "best")
     for kind in ("model", "ema"):
@@ -142,7 +142,7 @@ def test_test_scenes_that_are_training_scenes_are_counted(tmp_path: Path) -> Non
         ]
         config = load_config(preset="laptop", overrides=options, flags={"training.device": "cpu"})
         folder = tmp_path / f"run-{copied}"
-        Trainer(config, folder, observer=RunFolder(folder, config)).fit()
+        Trainer(config, folder, callbacks=[RunFolder(folder, config)]).fit()
         result = evaluate(folder, device="cpu")
         expected = [
             f"{result['scenes']} of {result['scenes']} test scenes are training scenes: these figures say nothing of"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +31,8 @@ class Ends:
 
     outcome: Any = None
 
-    def __init__(self, config: Any, folder: Path | None = None, observer: Any = None, **_: Any) -> None:
-        self.config, self.folder, self.observer, self.device = config, folder, observer, torch.device("cpu")
+    def __init__(self, config: Any, folder: Path | None = None, **_: Any) -> None:
+        self.config, self.folder, self.callbacks, self.device = config, folder, [], torch.device("cpu")
         self.source, self.notes, self.network = SimpleNamespace(notes=[]), [], SimpleNamespace(compiled=False)
 
     def fit(self) -> dict[str, Any]:
@@ -178,3 +180,19 @@ def test_what_preflight_and_the_run_find_is_shown_at_once_with_its_fix(tmp_path,
     found = text.index("found before the first step: learning_rate_too_small: the whole run can move")
     assert found < text.index("  fix: ", found) < text.index("Epoch 001") < text.index("findings, most certain first: ")
     assert text.rindex("  fix: ") > text.index("findings, most certain first: ") and "more: ris-fast why '" in text
+
+
+def test_training_loads_nothing_of_the_benchmarks(tmp_path) -> None:
+    """Also what the run loads as it goes: a whole short run in a process of its own."""
+    sizes = ["task.ris_horizontal=4", "task.ris_vertical=4", "task.bs_antennas=4", "model.options.width=16"]
+    sizes += ["data.train_scenes=128", "data.val_scenes=32", "training.compile=false", "training.max_seconds=0"]
+    arguments = [*TINY, *(word for each in sizes for word in ("--set", each)), "--epochs", "1", "--profile"]
+    code = f"""
+import sys
+from ris_fast.commands.cli import main
+assert main({[*arguments, "--out", str(tmp_path / "run")]!r}) in (0, 4)
+loaded = [name for name in sys.modules if name.startswith("ris_fast.benchmarks")]
+assert "ris_fast.training.mfu" in sys.modules and not loaded, loaded
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

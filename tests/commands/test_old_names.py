@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from ris_fast.health.monitor.names import known_causes
 
 from ris_fast.commands.cli import main
 from ris_fast.config.load import load_config
 from ris_fast.config.schema import Task
-from ris_fast.health.monitor.names import known_causes
 from ris_fast.old_names import KEYS, OldNameWarning
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import simulate

@@ -61,11 +61,11 @@ class Terminal(io.StringIO):
 
 def transcript(stream: io.StringIO) -> str:
     report = ConsoleReport(stream)
-    report.start(INFO)
-    report.step(ROW)
-    report.epoch(ROW)
-    report.epoch({**ROW, "epoch": 2, "step": 100, "val_nmse_raw": 0.3})
-    report.finish(SUMMARY)
+    report.on_train_start(INFO)
+    report.on_log(ROW)
+    report.on_epoch_end(ROW)
+    report.on_epoch_end({**ROW, "epoch": 2, "step": 100, "val_nmse_raw": 0.3})
+    report.on_train_end(SUMMARY)
     return stream.getvalue()
 
 
@@ -144,7 +144,7 @@ def test_baselines_stand_beside_what_they_mean_and_the_outcome_beside_its_baseli
 )
 def test_a_stall_is_explained_in_words(best, baselines, start, said) -> None:
     stream = io.StringIO()
-    ConsoleReport(stream).finish(
+    ConsoleReport(stream).on_train_end(
         {**SUMMARY, "verdict": "stalled", "best_val_nmse": best, "baselines": baselines, "initial_val_nmse": start}
     )
     first = stream.getvalue().splitlines()[0]
@@ -153,7 +153,7 @@ def test_a_stall_is_explained_in_words(best, baselines, start, said) -> None:
 
 def test_the_peak_matmul_rate_that_epochs_are_compared_with_is_explained_once() -> None:
     stream = io.StringIO()
-    ConsoleReport(stream).start({**INFO, "peak_matmul_flop_per_s": 143.4e9})
+    ConsoleReport(stream).on_train_start({**INFO, "peak_matmul_flop_per_s": 143.4e9})
     (line,) = [line for line in stream.getvalue().splitlines() if "peak matmul rate" in line]
     assert line.startswith("the peak matmul rate: 143 GFLOP/s, one large fp32 matrix product on this machine")
     assert "peak matmul rate" not in transcript(io.StringIO())
@@ -162,8 +162,8 @@ def test_the_peak_matmul_rate_that_epochs_are_compared_with_is_explained_once() 
 def test_milestones_of_the_standard_task_are_not_shown_for_another_one() -> None:
     stream = io.StringIO()
     report = ConsoleReport(stream, standard_task=False)
-    report.start(INFO)
-    report.finish(SUMMARY)
+    report.on_train_start(INFO)
+    report.on_train_end(SUMMARY)
     assert "Bayes" not in stream.getvalue() and "passed" not in stream.getvalue()
 
 
@@ -189,7 +189,7 @@ def test_forced_colour_does_not_reach_a_file(monkeypatch) -> None:
 
 def test_what_the_data_have_to_say_is_said_before_training() -> None:
     stream = io.StringIO()
-    ConsoleReport(stream).start({**INFO, "notes": ["no H_full in the files"]})
+    ConsoleReport(stream).on_train_start({**INFO, "notes": ["no H_full in the files"]})
     assert "note: no H_full in the files" in stream.getvalue().splitlines()
 
 
@@ -202,7 +202,7 @@ def test_a_counter_counts_on_a_terminal_and_is_silent_in_a_file() -> None:
 
 def test_a_best_epoch_without_a_number_is_reported_not_crashed_on() -> None:
     stream = io.StringIO()
-    ConsoleReport(stream).finish({**SUMMARY, "verdict": "stopped", "best_val_nmse": None})
+    ConsoleReport(stream).on_train_end({**SUMMARY, "verdict": "stopped", "best_val_nmse": None})
     assert "stopped: best validation NMSE not measured" in stream.getvalue()
 
 
@@ -219,8 +219,8 @@ def test_a_finding_is_shown_at_once_above_the_bar_and_again_at_the_end(monkeypat
     finding = Finding("learning_rate_too_small", "the median tensor moves by 1e-12.", 8)
     for stream in (Terminal(), io.StringIO()):
         report = ConsoleReport(stream, run=Path("runs/my run"))
-        report.start(INFO)
-        report.step(ROW)
+        report.on_train_start(INFO)
+        report.on_log(ROW)
         report.found(finding)
         shown = stream.getvalue()
         assert "found at step 8: learning_rate_too_small: the median tensor moves by 1e-12." in shown
@@ -228,12 +228,14 @@ def test_a_finding_is_shown_at_once_above_the_bar_and_again_at_the_end(monkeypat
         assert not stream.isatty() or shown.rindex("epoch 1/30") > shown.index(
             "found at"
         )  # the bar is drawn again below
-        report.finish({**SUMMARY, "findings": [finding.cause], "evidence": [finding.to_json()]})
+        report.on_train_end({**SUMMARY, "findings": [finding.cause], "evidence": [finding.to_json()]})
         last = stream.getvalue()[len(shown) :]
         assert "seen: the median tensor" in last and "fix: " in last and "more: ris-fast why 'runs/my run'" in last
 
 
 def test_a_run_that_lost_what_it_had_learned_says_so_below_its_verdict() -> None:
     stream = io.StringIO()
-    ConsoleReport(stream).finish({**SUMMARY, "findings": ["collapsed"], "val_nmse_raw": 2.31, "val_nmse_ema": math.nan})
+    ConsoleReport(stream).on_train_end(
+        {**SUMMARY, "findings": ["collapsed"], "val_nmse_raw": 2.31, "val_nmse_ema": math.nan}
+    )
     assert "lost again: the last validation NMSE is 2.31" in stream.getvalue().splitlines()[1]

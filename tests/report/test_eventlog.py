@@ -27,13 +27,13 @@ def strict(text: str) -> dict[str, object]:
 def test_a_row_is_on_disk_as_soon_as_it_is_reported(tmp_path) -> None:
     log = JsonlReport(tmp_path)
     for step in (1, 2):
-        log.step(row(step))
+        log.on_log(row(step))
         assert [each["step"] for each in read_events(tmp_path)] == list(range(1, step + 1))
 
 
 def test_numbers_that_are_not_finite_are_valid_json_and_come_back(tmp_path) -> None:
     log = JsonlReport(tmp_path)
-    log.step(
+    log.on_log(
         row(
             1,
             train_loss=math.nan,
@@ -55,24 +55,24 @@ def test_tensors_arrays_and_paths_become_plain_values(tmp_path) -> None:
 
 
 def test_a_torn_row_is_left_out_and_the_next_one_starts_on_its_own_line(tmp_path) -> None:
-    JsonlReport(tmp_path).step(row(1))
+    JsonlReport(tmp_path).on_log(row(1))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"event": "step", "st')
     assert [each["step"] for each in read_events(tmp_path)] == [1]
-    JsonlReport(tmp_path).step(row(2))
+    JsonlReport(tmp_path).on_log(row(2))
     assert [each["step"] for each in read_events(tmp_path)] == [1, 2]
 
 
 def test_rows_that_a_resumed_run_repeats_count_once_and_the_later_ones_win(tmp_path) -> None:
     log = JsonlReport(tmp_path)
-    log.start({})
+    log.on_train_start({})
     for step, loss in ((1, 0.9), (2, 0.8), (3, 0.7)):
-        log.step(row(step, train_loss=loss))
-    log.epoch(row(3, train_loss=0.8))
+        log.on_log(row(step, train_loss=loss))
+    log.on_epoch_end(row(3, train_loss=0.8))
     for _ in range(2):
-        log.start({})
-    log.step(row(2, train_loss=0.6))
-    log.epoch(row(2, train_loss=0.5))
+        log.on_train_start({})
+    log.on_log(row(2, train_loss=0.6))
+    log.on_epoch_end(row(2, train_loss=0.5))
     rows = [each for each in read_events(tmp_path) if each["event"] != "start"]
     assert [(each["step"], each["train_loss"]) for each in rows] == [(1, 0.9), (2, 0.6), (2, 0.5)]
 
@@ -90,7 +90,7 @@ def test_a_missing_log_is_a_clear_error(tmp_path) -> None:
 
 
 def test_the_summary_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path) -> None:
-    JsonlReport(tmp_path).finish({"verdict": "learned", "best_val_nmse": 0.3})
+    JsonlReport(tmp_path).on_train_end({"verdict": "learned", "best_val_nmse": 0.3})
     write_json(tmp_path / "summary.json", {"verdict": "stopped", "best_val_nmse": math.inf})
     assert strict((tmp_path / "summary.json").read_text())["verdict"] == "stopped"
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
@@ -107,4 +107,4 @@ def test_a_failing_write_keeps_the_old_file(tmp_path, monkeypatch) -> None:
 def test_a_log_that_cannot_be_written_is_named(tmp_path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="metrics.jsonl|file/run"):
-        JsonlReport(tmp_path / "file" / "run").step(row(1))
+        JsonlReport(tmp_path / "file" / "run").on_log(row(1))

@@ -46,20 +46,20 @@ def test_values_that_cannot_be_drawn_are_left_out_not_invented() -> None:
 def test_the_report_leaves_a_picture_in_the_run_folder_and_continues_the_one_of_a_resumed_run(tmp_path) -> None:
     log = JsonlReport(tmp_path)
     for row in rows():
-        (log.step if row["event"] == "step" else log.epoch)(row)
+        (log.on_log if row["event"] == "step" else log.on_epoch_end)(row)
     report = PlotReport(tmp_path)
-    report.start({"baselines": BASELINES})
-    report.step({**rows()[2], "train_loss": 0.1})
+    report.on_train_start({"baselines": BASELINES})
+    report.on_log({**rows()[2], "train_loss": 0.1})
     drawn = lines(loss_figure(current_rows(report.rows), BASELINES))["training loss"]
     assert list(drawn.get_xdata()) == [160, 320] and list(drawn.get_ydata()) == [1.0, 0.1]
-    report.finish({})
+    report.on_train_end({})
     assert imread(tmp_path / "plots" / "loss.png").shape[:2] == (930, 1200)
 
 
 def test_an_empty_run_still_draws(tmp_path) -> None:
     report = PlotReport(tmp_path)
-    report.start({"baselines": BASELINES})
-    report.finish({})
+    report.on_train_start({"baselines": BASELINES})
+    report.on_train_end({})
     assert (tmp_path / "plots" / "loss.png").stat().st_size > 1000
 
 

@@ -44,7 +44,7 @@ def test_a_run_leaves_a_record_of_every_step_of_every_tensor(tmp_path: Path, mon
     from tests.training.captured import config_of
 
     trainer = Trainer(config_of("backprojection", "training.epochs=1"))
-    trainer.observer = log = TensorLog(trainer, tmp_path, table=True)
+    trainer.callbacks.append(log := TensorLog(trainer, tmp_path, table=True))
     scale = trainer.optimizer.scale
     trainer.optimizer.scale = lambda loss: scale(loss) * (math.nan if trainer.step.telemetry.calls == 13 else 1.0)
     trainer.fit()

@@ -11,6 +11,7 @@ import torch
 from ris_fast.config.load import load_config
 from ris_fast.config.schema import Config
 from ris_fast.training import capture
+from ris_fast.training.callback import Callback
 from ris_fast.training.capture import CapturedCall, CapturedStep
 from ris_fast.training.trainer import Trainer
 
@@ -53,20 +54,20 @@ def config_of(model: str, *overrides: str) -> Config:
     return load_config(preset=preset, overrides=[*TINY, f"data.train_scenes={RAGGED}", *options, *overrides])
 
 
-class Rows:
+class Rows(Callback):
     """Keeps every event but what clocks say."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
         self.info: dict[str, Any] = {}
 
-    def start(self, info: Any) -> None:
+    def on_train_start(self, info: Any) -> None:
         self.info = dict(info)
 
-    def step(self, row: Any) -> None:
+    def on_log(self, row: Any) -> None:
         self.rows.append({key: value for key, value in row.items() if key not in CLOCKS})
 
-    epoch = finish = step
+    on_epoch_end = on_train_end = on_log
 
 
 class Rerun:
@@ -92,10 +93,10 @@ class Rerun:
 
 
 def captured_trainer(
-    config: Config, monkeypatch: Any, observer: Any = None, record: Callable[..., Any] | None = None
+    config: Config, monkeypatch: Any, callback: Callback | None = None, record: Callable[..., Any] | None = None
 ) -> Trainer:
     """A trainer on the CPU whose steps and validation go the way of captured ones."""
-    trainer = Trainer(config, observer=observer)
+    trainer = Trainer(config, callbacks=[callback] if callback else [])
     monkeypatch.setattr(capture, "why_not", lambda *_: "")
     record = record or (lambda body: Rerun(body, trainer.optimizer))
 

@@ -12,10 +12,10 @@ import torch
 from ris_fast.commands.cli import main
 from ris_fast.config.load import load_config
 from ris_fast.config.schema import Config
+from ris_fast.environment import free_memory
 from ris_fast.training import batch_size as batch
 from ris_fast.training.batch_size import Trial, choose_batch_size, pick
-from ris_fast.environment import free_memory
-from ris_fast.training.profile import FIRST, STEPS, profiled
+from ris_fast.training.profile import FIRST, STEPS, Profile
 from ris_fast.training.trainer import Trainer
 
 SMALL = [
@@ -112,7 +112,7 @@ def test_a_profile_leaves_a_trace_and_a_table(tmp_path: Path) -> None:
     settings = config("training.compile=false", "health.preflight=false")
     settings = replace(settings, training=replace(settings.training, batch_size=10, epochs=1, max_seconds=0.0))
     told: list[str] = []
-    profiled(Trainer(settings), tmp_path / "profile", told.append).fit()
+    Trainer(settings, callbacks=[Profile(tmp_path / "profile", told.append)]).fit()
     assert 200 // 10 >= FIRST + STEPS, "the run must be long enough"
     table = (tmp_path / "profile" / "operations.txt").read_text().splitlines()
     assert len(table) == 11 and all(line.endswith("calls") for line in table[1:]) and table[1] in told[0]

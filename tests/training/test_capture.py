@@ -35,7 +35,7 @@ def test_a_run_through_captured_steps_is_the_plain_run(
     model: str, accumulate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(model, f"training.accumulate={accumulate}", "training.epochs=3")
-    plain, plain_rows = Trainer(config, observer=(rows := Rows())), rows
+    plain, plain_rows = Trainer(config, callbacks=[rows := Rows()]), rows
     trainer = captured_trainer(config, monkeypatch, through := Rows())
     for each in (plain, trainer):
         change_settings(each)
@@ -64,13 +64,14 @@ def test_warm_up_comes_first_also_where_no_step_is_looked_at(monkeypatch: pytest
 def test_a_report_that_arrives_late_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU a report is read when the next one is ordered; nothing that it reads may have changed by then."""
     config = config_of("hybrid")
-    Trainer(config, observer=(prompt := Rows())).fit()
+    Trainer(config, callbacks=[prompt := Rows()]).fit()
     trainer = captured_trainer(config, monkeypatch, late := Rows())
     monkeypatch.setattr(loop, "own_stream", lambda device: nullcontext())
     delivered = []
-    deliver = trainer._deliver_report
-    trainer._deliver_report = lambda: (delivered.append((trainer.ordered is not None, trainer.state.step)), deliver())
-    object.__setattr__(trainer, "device", torch.device("cuda"))  # what the loop goes by; its tensors are on the CPU
+    reporter, flush = trainer.reporter, trainer.reporter.flush
+    reporter.flush = lambda: (delivered.append((reporter.pending is not None, trainer.state.step)), flush())[1]
+    reporter.device = torch.device("cuda")  # what the loop goes by; its tensors are on the CPU
+    object.__setattr__(trainer, "device", reporter.device)
     trainer.step.device = torch.device("cpu")
     trainer.fit()
     assert [step for there, step in delivered if there][:4] == [2, 3, 4, 5]  # the report of step n at step n + 1
@@ -186,7 +187,7 @@ def test_replay_equals_eager_bit_for_bit(model: str, accumulate: int, precision:
                 f"training.capture={str(captured).lower()}",
                 "training.epochs=3",
             )
-            trainer = Trainer(config, observer=(rows := Rows()))
+            trainer = Trainer(config, callbacks=[rows := Rows()])
             change_settings(trainer)
             trainer.fit()
             runs.append((trainer, rows))
@@ -204,16 +205,16 @@ def test_replay_equals_eager_bit_for_bit(model: str, accumulate: int, precision:
 def test_an_epoch_makes_the_host_wait_for_nothing(model: str, accumulate: int) -> None:
     """The second epoch, from its first scene number to its last step, reports included."""
     trainer = Trainer(config_of(model, f"training.accumulate={accumulate}", "training.device=cuda"))
-    results = trainer._results
+    groups = trainer._index_groups
 
     def watched() -> Any:
         torch.cuda.set_sync_debug_mode("error" if trainer.state.epoch else "default")
         try:
-            yield from results()
+            yield from groups()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    trainer._results = watched
+    trainer._index_groups = watched
     trainer.fit()
     assert trainer.state.epoch == 2 and trainer.capture.recording is not None, trainer.capture.refused
 

@@ -76,7 +76,7 @@ def test_a_checkpoint_of_before_there_were_hashes_is_loaded_with_a_note(tmp_path
     Trainer(small(), tmp_path).fit()
     for name in ("last", "best"):
         without_hashes(tmp_path / "checkpoints" / f"{name}.safetensors")
-    resumed = Trainer(small(epochs=2), tmp_path, observer=(told := Recorder()), resume=True)
+    resumed = Trainer(small(epochs=2), tmp_path, callbacks=[told := Recorder()], resume=True)
     assert resumed.fit()["epochs"] == 2
     assert any("last.safetensors: an earlier version wrote this" in note for note in told.info["notes"])
     assert load_checkpoint(tmp_path / "checkpoints", "last")[1].get("note") is None
@@ -102,5 +102,7 @@ def test_where_the_best_weights_are_lost_the_next_epoch_gives_new_ones(lose, tmp
     Trainer(small(epochs=2), tmp_path).fit()
     lose(tmp_path / "checkpoints" / "best.safetensors")
     resumed = Trainer(small("optimizer.head_lr=1e-9", "optimizer.backbone_lr=1e-9", epochs=3), tmp_path, resume=True)
-    assert finished(resumed) == "" and any("the best weights so far are lost" in note for note in resumed.notes)
+    assert finished(resumed.config.training, resumed.state) == "" and any(
+        "the best weights so far are lost" in note for note in resumed.notes
+    )
     assert resumed.fit()["best_val_nmse"] == read_whole(tmp_path / "checkpoints", "best")[1]["state"]["best_nmse"]

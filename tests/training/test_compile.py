@@ -40,7 +40,7 @@ def test_one_compilation_serves_full_batches_and_nothing_else_needs_one(
     """
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     rows = Rows()
-    trainer = Trainer(config_of(model, "training.compile=true"), observer=rows)
+    trainer = Trainer(config_of(model, "training.compile=true"), callbacks=[rows])
     with torch._dynamo.config.patch(error_on_recompile=True):
         trainer._compile()
         after_warm_up = counters["stats"]["unique_graphs"]
@@ -72,7 +72,7 @@ def test_a_compiler_that_fails_leaves_the_network_as_written(monkeypatch: pytest
     monkeypatch.setattr(devices, "missing_compiler", lambda device: None)
     monkeypatch.setattr(torch, "compile", broken)
     rows = Rows()
-    trainer = Trainer(config_of("backprojection", "training.compile=true", "training.epochs=1"), observer=rows)
+    trainer = Trainer(config_of("backprojection", "training.compile=true", "training.epochs=1"), callbacks=[rows])
     trainer.fit()
     assert rows.info["compile"] == "eager: compilation failed (CppCompileError: g++ returned 1)"
     assert not trainer.network.compiled and trainer.state.step == 14
@@ -97,7 +97,8 @@ def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch)
 def test_batches_that_never_fill_are_not_compiled_for() -> None:
     rows = Rows()
     trainer = Trainer(
-        config_of("backprojection", "training.compile=true", "data.train_scenes=5", "training.epochs=1"), observer=rows
+        config_of("backprojection", "training.compile=true", "data.train_scenes=5", "training.epochs=1"),
+        callbacks=[rows],
     )
     trainer.fit()
     assert "no batch reaches 8 scenes" in rows.info["compile"] and not counters["stats"]["unique_graphs"]

@@ -80,11 +80,11 @@ def test_what_would_fit_is_named_and_fits(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_batch_that_is_larger_than_the_epoch_is_told_at_the_start() -> None:
-    trainer = Trainer(small(scenes=24, batch=BILLION), observer=(told := Recorder()))
+    trainer = Trainer(small(scenes=24, batch=BILLION), callbacks=[told := Recorder()])
     assert trainer.fit()["optimizer_steps"] == 1
     (note,) = told.info["notes"]
     assert "is 1,000,000,000, and an epoch has 24 scenes: each step takes all of them" in note
-    Trainer(small(scenes=24, batch=24), observer=(silent := Recorder())).fit()
+    Trainer(small(scenes=24, batch=24), callbacks=[silent := Recorder()]).fit()
     assert silent.info["notes"] == []
 
 

@@ -26,7 +26,7 @@ def test_a_run_starts_from_the_weights_of_another_and_from_nothing_else_of_it(
     place: str, name: str, source: Path
 ) -> None:
     config = small(f'training.init="{source / place}"', "task.snr_min_db=5.0", "data.seed=9")
-    trainer = Trainer(config, observer=(told := Recorder()))
+    trainer = Trainer(config, callbacks=[told := Recorder()])
     expected, kind, _ = better_weights(source / "checkpoints", name)
     assert all(torch.equal(value, expected[key]) for key, value in weights(trainer).items())
     assert (trainer.state.step, trainer.state.epoch, trainer.optimizer.counters()["applied"]) == (0, 0, 0)

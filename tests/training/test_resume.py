@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,10 @@ def test_at_the_end_of_an_epoch_the_batch_may_grow_and_the_schedule_is_as_long_a
 
 
 def test_how_far_the_weights_have_come_is_measured_from_where_the_run_began(tmp_path: Path) -> None:
-    whole = Trainer(small(epochs=3), observer=(told := Recorder()))
+    whole = Trainer(small(epochs=3), callbacks=[told := Recorder()])
     whole.fit()
     stopped_within_an_epoch(tmp_path, small(epochs=3))
-    Trainer(small(epochs=3), tmp_path, observer=(again := Recorder()), resume=True).fit()
+    Trainer(small(epochs=3), tmp_path, callbacks=[again := Recorder()], resume=True).fit()
     assert again.epochs[-1]["health"]["scores"] == told.epochs[-1]["health"]["scores"]
     assert again.epochs[-1]["health"]["distance"] == told.epochs[-1]["health"]["distance"] > 0
     assert again.epochs[-1]["epochs"] == 3
@@ -104,7 +105,7 @@ def test_the_summary_of_a_run_that_an_error_ended_says_which(tmp_path: Path, mon
         raise StorageError(tmp_path / "best.safetensors", OSError(28, "full"))
 
     monkeypatch.setattr(loop, "save", full)
-    trainer = Trainer(small(), tmp_path, observer=(told := Recorder()))
+    trainer = Trainer(small(), tmp_path, callbacks=[told := Recorder()])
     with pytest.raises(StorageError):
         trainer.fit()
     assert told.summary["verdict"] == "stopped" and "No space left" in told.summary["ended_by"]
@@ -121,15 +122,15 @@ def test_where_the_last_checkpoint_is_damaged_the_best_one_is_offered_and_works(
 
 def test_a_run_that_has_come_to_its_end_says_what_would_give_it_more(tmp_path: Path) -> None:
     trained(tmp_path, epochs=2)
-    resumed = Trainer(small(epochs=2), tmp_path, resume=True)
-    assert finished(resumed).startswith("2 epochs are done and 2 are asked for; give a larger --epochs")
-    assert finished(Trainer(small(epochs=3), tmp_path, resume=True)) == ""
-    assert "larger --max-seconds" in finished(
-        Trainer(small("training.max_seconds=1e-3", epochs=3), tmp_path, resume=True)
-    )
-    patient = Trainer(small("training.patience=1", epochs=3), tmp_path, resume=True)
-    patient.state.epochs_since_best = 1
-    assert "larger training.patience" in finished(patient)
+
+    def left(*overrides: str, epochs: int = 3, **changed: int) -> str:
+        resumed = Trainer(small(*overrides, epochs=epochs), tmp_path, resume=True)
+        return finished(resumed.config.training, replace(resumed.state, **changed))
+
+    assert left(epochs=2).startswith("2 epochs are done and 2 are asked for; give a larger --epochs")
+    assert left() == ""
+    assert "larger --max-seconds" in left("training.max_seconds=1e-3")
+    assert "larger training.patience" in left("training.patience=1", epochs_since_best=1)
 
 
 def test_something_else_than_a_configuration_is_named() -> None:

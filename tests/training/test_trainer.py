@@ -12,8 +12,9 @@ import torch
 
 from ris_fast.config.load import load_config
 from ris_fast.config.schema import Config, ConfigError
+from ris_fast.training.callback import Callback
 from ris_fast.training.checkpoint import CheckpointError
-from ris_fast.training.state import RunStopped
+from ris_fast.training.state import RunState, RunStopped
 from ris_fast.training.summary import summary
 from ris_fast.training.trainer import Trainer
 
@@ -36,7 +37,7 @@ SMALL = [
 ]
 
 
-class Recorder:
+class Recorder(Callback):
     """Keeps every event."""
 
     def __init__(self) -> None:
@@ -45,16 +46,16 @@ class Recorder:
         self.epochs: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
 
-    def start(self, info: Any) -> None:
+    def on_train_start(self, info: Any) -> None:
         self.info = dict(info)
 
-    def step(self, row: Any) -> None:
+    def on_log(self, row: Any) -> None:
         self.steps.append(dict(row))
 
-    def epoch(self, row: Any) -> None:
+    def on_epoch_end(self, row: Any) -> None:
         self.epochs.append(dict(row))
 
-    def finish(self, summary: Any) -> None:
+    def on_train_end(self, summary: Any) -> None:
         self.summary = dict(summary)
 
 
@@ -77,7 +78,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def test_every_batch_is_seen_once_and_the_printed_loss_is_its_mean() -> None:
     recorder = Recorder()
-    trainer = Trainer(small(scenes=8 * 16), observer=recorder)
+    trainer = Trainer(small(scenes=8 * 16), callbacks=[recorder])
     seen, losses = [], []
     accumulate = trainer.step._accumulate
 
@@ -152,7 +153,7 @@ def test_a_poisoned_batch_changes_nothing_and_the_next_one_is_applied() -> None:
 
 def test_only_poisoned_batches_end_the_run_with_the_tensor_named() -> None:
     recorder = Recorder()
-    trainer = Trainer(small(scenes=16 * 30), observer=recorder)
+    trainer = Trainer(small(scenes=16 * 30), callbacks=[recorder])
     scale = trainer.optimizer.scale
     trainer.optimizer.scale = lambda loss: scale(loss) * float("nan")
     with pytest.raises(RunStopped, match="non-finite, first in '"):
@@ -252,7 +253,7 @@ def test_the_oracle_scores_zero_through_the_trainers_own_path() -> None:
 def test_time_ends_the_run_and_anneals_towards_it() -> None:
     recorder = Recorder()
     trainer = Trainer(
-        small("training.max_seconds=3", "optimizer.final_lr=0.01", scenes=4096, epochs=1000), observer=recorder
+        small("training.max_seconds=3", "optimizer.final_lr=0.01", scenes=4096, epochs=1000), callbacks=[recorder]
     )
     summary = trainer.fit()
     assert summary["verdict"] in ("learned", "stalled") and summary["optimizer_steps"] < 256000
@@ -263,7 +264,7 @@ def test_time_ends_the_run_and_anneals_towards_it() -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_trains(precision: str) -> None:
     recorder = Recorder()
-    Trainer(small(f"training.precision={precision}", epochs=2), observer=recorder).fit()
+    Trainer(small(f"training.precision={precision}", epochs=2), callbacks=[recorder]).fit()
     losses = [row["train_loss"] for row in recorder.steps if row["train_loss"] == row["train_loss"]]
     assert losses and recorder.summary["skipped_steps"] < 8
 
@@ -283,25 +284,91 @@ def test_a_part_that_the_run_was_built_around_cannot_be_replaced_in_name_only(pa
     assert getattr(trainer, part) is before
 
 
-def test_an_observer_and_a_folder_that_are_assigned_take_effect(tmp_path: Path) -> None:
+def test_callbacks_and_a_folder_that_are_assigned_take_effect(tmp_path: Path) -> None:
     trainer = Trainer(small())
-    trainer.observer, trainer.folder = (told := Recorder()), tmp_path
+    trainer.callbacks, trainer.folder = [told := Recorder()], tmp_path
     assert trainer.fit() == told.summary and (tmp_path / "checkpoints" / "last.safetensors").is_file()
+
+
+class OldObserver:
+    """What `observer=` took before there were callbacks."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.start, self.step, self.epoch, self.finish = (
+            lambda _, event=event: self.events.append(event) for event in ("start", "step", "epoch", "finish")
+        )
+
+
+@pytest.mark.parametrize("way", ["keyword", "place", "assigned"])
+def test_observer_still_works_and_the_warning_names_what_takes_its_place(way: str) -> None:
+    old = OldObserver()
+    with pytest.warns(FutureWarning, match=r"callbacks=\[x\].*on_train_start.*start, step, epoch and finish") as said:
+        if way == "assigned":
+            trainer = Trainer(small())
+            trainer.observer = old
+        else:
+            trainer = Trainer(small(), observer=old) if way == "keyword" else Trainer(small(), None, old)
+    assert said[0].filename == __file__
+    trainer.fit()
+    assert old.events == ["start", *["step"] * 4, "epoch", "finish"]
+    with pytest.raises(AttributeError, match="trainer.callbacks"):
+        trainer.observer  # noqa: B018
+
+
+def test_a_callback_that_is_none_is_refused_before_anything_is_trained() -> None:
+    with pytest.raises(TypeError, match="expected objects of ris_fast.Callback, got OldObserver"):
+        Trainer(small(), callbacks=[OldObserver()]).fit()
+
+
+def test_callbacks_are_called_in_order_and_see_what_earlier_ones_added() -> None:
+    class Adds(Callback):
+        def on_log(self, row: dict[str, Any]) -> None:
+            row["added"] = row["step"]
+
+        def on_epoch_end(self, row: dict[str, Any]) -> None:
+            row["added"] = row["step"]
+
+    class AddsToTheSummary(Callback):
+        def on_summary(self, summary: dict[str, Any]) -> None:
+            summary["added"] = True
+
+    before, behind = Recorder(), Recorder()
+    returned = Trainer(small(), callbacks=[before, Adds(), behind, AddsToTheSummary()]).fit()
+    assert [row["added"] for row in (*behind.steps, *behind.epochs)] == [1, 2, 3, 4, 4]
+    assert not any("added" in row for row in (*before.steps, *before.epochs))
+    assert before.summary["added"] and returned["added"]
+
+
+def test_step_methods_are_called_around_every_step_of_the_loop() -> None:
+    class Steps(Callback):
+        def __init__(self) -> None:
+            self.events: list[str] = []
+
+        def on_step_start(self) -> None:
+            self.events.append("start")
+
+        def on_step_end(self) -> None:
+            self.events.append("end")
+
+        def on_log(self, row: dict[str, Any]) -> None:
+            self.events.append("log")
+
+    steps = Steps()
+    Trainer(small(epochs=2), callbacks=[Callback(), steps]).fit()
+    assert steps.events == ["start", "end", "log"] * 8
 
 
 @pytest.mark.parametrize("best, verdict", [(0.883, "stalled"), (0.79, "stalled"), (0.76, "learned")])
 def test_a_run_has_learned_only_when_it_is_clearly_below_every_line_that_is_shown(best: float, verdict: str) -> None:
-    trainer = Trainer(small(), observer=(told := Recorder()))
+    trainer = Trainer(small(), callbacks=[told := Recorder()])
     trainer.fit()
     assert {"zero", "identity", "mean", "matched_filter"} == set(told.info["baselines"]) and 0 < told.info["baselines"][
         "matched_filter"
     ] < 1
-    trainer.baselines, trainer.state.initial_nmse, trainer.state.best_nmse = (
-        {"zero": 1.0, "mean": 0.986, "matched_filter": 0.803},
-        0.99,
-        best,
-    )
-    assert summary(trainer, None, [])["verdict"] == verdict
+    state = RunState(initial_nmse=0.99, best_nmse=best)
+    baselines = {"zero": 1.0, "mean": 0.986, "matched_filter": 0.803}
+    assert summary(state, baselines, from_weights=False)["verdict"] == verdict
 
 
 @pytest.mark.parametrize(
@@ -311,11 +378,6 @@ def test_a_run_has_learned_only_when_it_is_clearly_below_every_line_that_is_show
 def test_a_start_from_learned_weights_has_to_be_beaten_and_not_once_more_from_nothing(
     init: str, best: float, verdict: str
 ) -> None:
-    trainer = Trainer(small())
-    object.__setattr__(trainer, "config", small(f'training.init="{init}"'))
-    trainer.baselines, trainer.state.initial_nmse, trainer.state.best_nmse = (
-        {"mean": 0.879, "pursuit": 0.0853},
-        0.0737,
-        best,
-    )
-    assert summary(trainer, None, [])["verdict"] == verdict
+    state = RunState(initial_nmse=0.0737, best_nmse=best)
+    baselines = {"mean": 0.879, "pursuit": 0.0853}
+    assert summary(state, baselines, from_weights=bool(init))["verdict"] == verdict

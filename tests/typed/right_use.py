@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast import (
+    Callback,
     CovarianceLoss,
     FusedAdamW,
     RISArray,
@@ -70,5 +71,10 @@ def own_loop(config: Config) -> list[Finding]:
     return seen.report()
 
 
+class Losses(Callback):
+    def on_log(self, row: dict[str, Any]) -> None:
+        print(row["train_loss"])
+
+
 def whole_run(config: Config) -> dict[str, Any]:
-    return Trainer(config, folder="runs/mine", resume=False).fit()
+    return Trainer(config, folder="runs/mine", callbacks=[Losses()], resume=False).fit()

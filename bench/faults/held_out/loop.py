@@ -45,7 +45,7 @@ def optimizer_rebuilt_each_epoch(trainer: Trainer) -> None:
             if trainer.state.epoch:
                 put(trainer, "optimizer", build_optimizer(trainer.model, trainer.config))
                 rebound(trainer)
-                trainer._read_counters()
+                trainer.reporter.read_counters()
             epoch()
 
         return rebuilt

@@ -11,21 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast.config.schema import Config
-from ris_fast.models import build_model
-from ris_fast.models.linear import Linear
 from ris_fast.physics.real_complex import to_complex, to_pairs
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.loss import CovarianceLoss
+from ris_fast.training.mfu import plain_network
 from ris_fast.training.step import autocast, network_inputs, parameter_groups
-
-
-def peer_network(config: Config, device: torch.device) -> nn.Module:
-    """The configured network with torch's own linear layers: same parameters, same function."""
-    model = build_model(config.model.name, config.task, **config.model.options).to(device)
-    for module in model.modules():
-        if type(module) is Linear:
-            module.__class__ = nn.Linear
-    return model
 
 
 def with_dense_target(scenes: Scenes) -> Scenes:
@@ -56,7 +46,7 @@ class EagerLoop:
 
     def __init__(self, config: Config, device: torch.device, compile: bool = False) -> None:
         self.config, self.device = config, device
-        self.model = peer_network(config, device)
+        self.model = plain_network(config, device)
         self.network = torch.compile(self.model, dynamic=False) if compile else self.model
         self.loss = DenseLoss(config.loss, config.task).to(device)
         groups = [

@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ris_fast.benchmarks.peers.eager import peer_network
 from ris_fast.benchmarks.peers.original_loss import original_loss
 from ris_fast.config.schema import Config
 from ris_fast.models.hybrid import Hybrid
 from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes
+from ris_fast.training.mfu import plain_network
 from ris_fast.training.step import autocast, network_inputs, parameter_groups
 
 
@@ -46,7 +46,7 @@ class OriginalLoop:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.model = peer_network(config, device)
+        self.model = plain_network(config, device)
         if not isinstance(self.model, Hybrid):
             raise ValueError(f"OriginalLoop: serves model 'hybrid', not '{config.model.name}'.")
         self.model.diagonal_means = AntiDiagonalPool(config.task.elements).to(device)

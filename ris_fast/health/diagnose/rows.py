@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ris_fast.files import METRICS
 from ris_fast.health.diagnose.printed_rows import printed_rows, table_rows
-from ris_fast.report.eventlog import METRICS, read_events
+from ris_fast.report.eventlog import read_events
 
 ALIASES = {
     "train_loss": (

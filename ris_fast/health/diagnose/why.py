@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ris_fast.files import CONFIG, METRICS, SUMMARY
 from ris_fast.health.diagnose.other_trainers import symptoms
 from ris_fast.health.finding import Finding, explained, ranked
 from ris_fast.health.monitor.history import RunHistory
 from ris_fast.health.monitor.rules import replay
 from ris_fast.old_names import current_names
-from ris_fast.report.eventlog import METRICS, SUMMARY
-
-CONFIG = "config.toml"
 
 
 @dataclass(frozen=True)

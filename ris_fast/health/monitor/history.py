@@ -38,6 +38,7 @@ class RunHistory:
 
 Rule = Callable[[RunHistory], Iterator[Finding]]
 
+
 def validated(row: Row) -> float:
     """Validation NMSE of an epoch: the better of raw and averaged weights, as far as they have a figure."""
     figures = [float(row[key]) for key in ("val_nmse_raw", "val_nmse_ema") if row.get(key) is not None]

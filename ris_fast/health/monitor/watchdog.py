@@ -1,8 +1,8 @@
-"""The watch over one run: preflight before it, rules over its rows while it goes on, one ranked list of findings."""
+"""The watch over one run: preflight before it, rules over its rows while it trains, one ranked list of findings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ris_fast.health.finding import Finding, ranked
@@ -10,19 +10,20 @@ from ris_fast.health.monitor.history import RunHistory
 from ris_fast.health.monitor.rules import rules_of
 from ris_fast.health.names import check_beginnings, known_causes, words
 from ris_fast.health.preflight.run import Result, run_checks
+from ris_fast.training.callback import Callback
 from ris_fast.training.state import RunStopped
 from ris_fast.training.trainer import Trainer
 
 STOPPING = ("structural", "contract")
 
 
-class Watchdog:
-    """Observer of a trainer that collects findings, most certain first.
+class Watchdog(Callback):
+    """Collects findings about a run, most certain first, and adds them to its summary.
 
     Args:
-        muted: causes that are not told; those of `health.mute` are added.
+        muted: causes that are not reported; those of `health.mute` are added.
         stop: end the run (RunStopped, exit code 4) at a certain finding that is structural or breaks a contract.
-        tell: called with each finding when a row first shows it; not with one that ends the run, which its error tells.
+        tell: called with each finding when a row first shows it; not with one that ends the run, which its error names.
     """
 
     def __init__(
@@ -66,23 +67,32 @@ class Watchdog:
         found = self.findings
         return f"{found[0].cause}: {found[0].evidence}" if found else "nothing found"
 
-    # ---- observer
-    # -----------------------------------------------------------------------------------------------------
+    # ---- callback -----------------------------------------------------------------------------------------------
 
-    def start(self, info: Mapping[str, Any]) -> None:
+    def on_train_start(self, info: dict[str, Any]) -> None:
         self.run.info = info
 
-    def step(self, row: Mapping[str, Any]) -> None:
+    def on_log(self, row: dict[str, Any]) -> None:
         self.run.steps.append(row)
         self._judge("step")
 
-    def epoch(self, row: Mapping[str, Any]) -> None:
+    def on_epoch_end(self, row: dict[str, Any]) -> None:
         self.run.epochs.append(row)
         self._judge("epoch")
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def on_summary(self, summary: dict[str, Any]) -> None:
         self.run.summary = summary
         self._judge("finish", stop=False)
+        self.add_findings(summary)
+
+    def add_findings(self, summary: dict[str, Any]) -> None:
+        """Adds the causes that were found, most certain first, their evidence, and what was ruled out."""
+        found = self.findings
+        names = [finding.cause for finding in found]
+        rest = [name for name in summary.get("findings", ()) if name not in names]
+        summary["findings"] = names + rest
+        summary["evidence"] = [finding.to_json() for finding in found]
+        summary["ruled_out"] = self.ruled_out
 
     def _judge(self, event: str, *, stop: bool = True) -> None:
         new = []

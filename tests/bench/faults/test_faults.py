@@ -13,6 +13,7 @@ import pytest
 from bench.faults.catalogue import FAMILIES, HELD_OUT, Fault, all_faults, faulty
 from bench.faults.healthy_twins import TWINS
 from ris_fast.health.causes import CAUSES
+from ris_fast.training.callback import Callback
 from ris_fast.training.trainer import Trainer
 
 FAULTS = all_faults()
@@ -23,16 +24,16 @@ class StopRun(Exception):
     """Ends a run after a few steps."""
 
 
-class Recorder:
+class Recorder(Callback):
     """Keeps what a run says that depends on no clock."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.rows, self.losses, self.epochs = trainer, [], [], 0
 
-    def start(self, info: Any) -> None:
+    def on_train_start(self, info: Any) -> None:
         self.rows.append(sorted(info["baselines"].items()))
 
-    def step(self, row: Any) -> None:
+    def on_log(self, row: Any) -> None:
         self.losses.append(row["train_loss"])
         self.rows.append(
             [row[key] for key in ("step", "train_loss", "grad_norm", "clipped", "skipped", "loss_scale")]
@@ -41,20 +42,17 @@ class Recorder:
         if row["step"] >= STEPS:
             raise StopRun
 
-    def epoch(self, row: Any) -> None:
+    def on_epoch_end(self, row: Any) -> None:
         self.epochs += 1
         self.rows.append([row[key] for key in ("step", "train_loss", "val_loss", "val_nmse_raw", "val_nmse_ema")])
         if self.epochs >= 6:
             raise StopRun
 
-    def finish(self, summary: Any) -> None:
-        """Nothing more."""
-
 
 def behaviour(trainer: Trainer) -> tuple[str, list[float]]:
     """A short run as text, and its training losses: what was reported, how it ended, which tensors the optimizer holds,
     where they stand."""
-    trainer.observer = recorder = Recorder(trainer)
+    trainer.callbacks.append(recorder := Recorder(trainer))
     names = sorted(name for group in trainer.optimizer.param_groups for name in group["param_names"])
     trainable = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     try:

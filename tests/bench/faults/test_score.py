@@ -13,6 +13,7 @@ from bench.faults.afterwards import score_afterwards
 from bench.faults.catalogue import HELD_OUT, all_faults
 from bench.faults.healthy import from_shards, healthy_config
 from bench.faults.healthy_twins import EPOCH_STEPS, changed
+from ris_fast.training.callback import Callback
 from ris_fast.training.state import RunStopped
 from ris_fast.training.trainer import Trainer
 
@@ -25,7 +26,7 @@ class Finding:
     evidence: str = "seen"
 
 
-class Told:
+class Told(Callback):
     """A watchdog that says `cause` once `step` optimizer steps were attempted; at 0 in its preflight."""
 
     def __init__(self, trainer: Trainer, cause: str | None, step: int = 0) -> None:
@@ -35,11 +36,9 @@ class Told:
     def preflight(self) -> list[Finding]:
         return [Finding(self.cause)] if self.cause and self.at == 0 else []
 
-    def step(self, row: Any) -> None:
+    def on_log(self, row: Any) -> None:
         if self.cause and self.trainer.state.step >= self.at:
             self.findings = [Finding(self.cause)]
-
-    start = epoch = finish = lambda self, row: None
 
 
 def told(cause: str | None, step: int = 0) -> trial.Build:
@@ -114,7 +113,7 @@ def test_a_healthy_run_is_whole_and_silent_where_nothing_is_said(number: int) ->
 
 def test_a_stopped_healthy_run_is_a_false_alarm() -> None:
     class Stopping(Told):
-        def step(self, row: Any) -> None:
+        def on_log(self, row: Any) -> None:
             raise RunStopped("enough", "made_up")
 
     config = changed(small(0), {"report.every_steps": 1})

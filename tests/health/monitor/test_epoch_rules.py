@@ -94,7 +94,7 @@ def test_a_loss_that_turns_on_the_way_is_a_collapse_and_does_not_end_the_run() -
 
     trainer.loss.forward = turned
     assert trainer.fit()["verdict"] == "learned"
-    found = trainer.observer.watchdog.findings
+    found = trainer.callbacks[-1].findings
     assert [finding.cause for finding in found if finding.certain] == ["collapsed"] and found[
         0
     ].step < trainer.state.step
@@ -180,5 +180,5 @@ def test_a_run_that_cannot_learn_ends_with_a_certain_stall_and_is_not_stopped_be
     )
     trainer = attach_health(Trainer(config), preflight=False)
     summary = trainer.fit()
-    certain = [finding.cause for finding in trainer.observer.watchdog.findings if finding.certain]
+    certain = [finding.cause for finding in trainer.callbacks[-1].findings if finding.certain]
     assert "stalled_at_baseline" in certain and trainer.state.step == 104 and summary["verdict"] == "stalled"

@@ -14,30 +14,31 @@ from bench.faults.healthy_twins import TWINS, changed
 from ris_fast.health.monitor.history import RunHistory
 from ris_fast.health.monitor.rules import replay
 from ris_fast.old_names import KEYS, OldNameWarning, current_names
+from ris_fast.training.callback import Callback
 from ris_fast.training.trainer import Trainer
 
 
-class Recorder:
+class Recorder(Callback):
     def __init__(self) -> None:
         self.run = RunHistory()
 
-    def start(self, info: Any) -> None:
+    def on_train_start(self, info: Any) -> None:
         self.run.info = dict(info)
 
-    def step(self, row: Any) -> None:
+    def on_log(self, row: Any) -> None:
         self.run.steps.append(deepcopy(dict(row)))
 
-    def epoch(self, row: Any) -> None:
+    def on_epoch_end(self, row: Any) -> None:
         self.run.epochs.append(deepcopy(dict(row)))
 
-    def finish(self, summary: Any) -> None:
+    def on_train_end(self, summary: Any) -> None:
         self.run.summary = dict(summary)
 
 
 @pytest.fixture(scope="module")
 def healthy() -> RunHistory:
     recorder = Recorder()
-    Trainer(changed(TWINS["hybrid"](), {"training.epochs": 3}), observer=recorder).fit()
+    Trainer(changed(TWINS["hybrid"](), {"training.epochs": 3}), callbacks=[recorder]).fit()
     return recorder.run
 
 
@@ -65,7 +66,7 @@ def test_rows_of_earlier_versions_are_read_under_their_old_keys(healthy: RunHist
 def test_a_step_that_is_not_finite_between_two_reports_is_reported_with_its_number_and_tensor() -> None:
     trainer = Trainer(
         changed(TWINS["hybrid"](), {"training.epochs": 3, "report.every_steps": 20, "health.min_applied": 0.5}),
-        observer=(recorder := Recorder()),
+        callbacks=[recorder := Recorder()],
     )
     scale, calls = trainer.optimizer.scale, iter(range(1000))
     trainer.optimizer.scale = lambda loss: scale(loss) * (float("nan") if next(calls) == 12 else 1.0)
@@ -132,7 +133,7 @@ def test_a_rate_that_is_not_the_planned_one_is_named_also_where_a_report_is_of_m
 def test_a_rate_that_is_lost_long_after_the_first_steps_is_reported(factor: float, cause: str) -> None:
     trainer = Trainer(
         changed(TWINS["backprojection"](), {"training.epochs": 5, "report.every_steps": 4}),
-        observer=(recorder := Recorder()),
+        callbacks=[recorder := Recorder()],
     )
     schedule = trainer.step.schedule
 
@@ -168,11 +169,11 @@ def test_a_schedule_that_follows_the_clock_and_one_that_goes_on_after_an_interru
     config = changed(
         TWINS["backprojection"](), {"training.epochs": 400, "training.max_seconds": 1.5, "report.every_steps": 7}
     )
-    Trainer(config, observer=(recorder := Recorder())).fit()
+    Trainer(config, callbacks=[recorder := Recorder()]).fit()
     assert len({row["planned_steps"] for row in recorder.run.steps}) > 1 and replay(recorder.run) == []
     short = changed(TWINS["backprojection"](), {"training.epochs": 2, "report.every_steps": 3})
     Trainer(short, tmp_path).fit()
-    Trainer(changed(short, {"training.epochs": 4}), tmp_path, recorder := Recorder(), resume=True).fit()
+    Trainer(changed(short, {"training.epochs": 4}), tmp_path, [recorder := Recorder()], resume=True).fit()
     assert recorder.run.steps and replay(recorder.run) == []
 
 
@@ -189,7 +190,7 @@ def test_after_a_skipped_step_the_host_may_be_one_report_late(healthy: RunHistor
 
 def test_steps_that_were_made_before_the_run_are_not_the_loops() -> None:
     config = changed(TWINS["backprojection"](), {"training.epochs": 20})
-    trainer = Trainer(config, observer=(recorder := Recorder()))
+    trainer = Trainer(config, callbacks=[recorder := Recorder()])
     for _ in range(20):
         trainer.step([trainer.source.batch("train", torch.arange(32))], 1000)
     trainer.fit()

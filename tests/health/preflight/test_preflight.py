@@ -192,9 +192,9 @@ def test_a_scheduler_that_a_user_steps_once_an_update_is_on_plan_and_put_back(ow
         trainer.step.schedule = lambda planned: None
     before = scheduler.state_dict()
     attach_health(trainer)
-    assert trainer.observer.watchdog.findings == [] and scheduler.state_dict() == before
+    assert trainer.callbacks[-1].findings == [] and scheduler.state_dict() == before
     trainer.fit()
-    assert trainer.observer.watchdog.findings == [] and scheduler.last_epoch == 16
+    assert trainer.callbacks[-1].findings == [] and scheduler.last_epoch == 16
 
 
 def test_averages_counters_and_generators_of_the_users_are_put_back() -> None:

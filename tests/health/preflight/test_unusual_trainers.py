@@ -231,5 +231,5 @@ def test_a_run_on_data_with_copies_is_left_in_peace(batch: int) -> None:
     )
     trainer = attach_health(with_copies(Trainer(config), 8), preflight=False)
     trainer.fit()
-    assert "repeated_batch" not in [finding.cause for finding in trainer.observer.watchdog.findings]
-    assert any(row["health"]["repeated"] for row in trainer.observer.watchdog.run.steps)
+    assert "repeated_batch" not in [finding.cause for finding in trainer.callbacks[-1].findings]
+    assert any(row["health"]["repeated"] for row in trainer.callbacks[-1].run.steps)

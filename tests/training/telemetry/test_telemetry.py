@@ -163,15 +163,15 @@ def test_scenes_and_answers_are_measured_as_defined() -> None:
 class Kept(Rows):
     """Rows, and the window that came with each."""
 
-    def step(self, row: Any) -> None:
-        super().step(row)
+    def on_log(self, row: Any) -> None:
+        super().on_log(row)
         telemetry = self.trainer.step.telemetry
         self.windows = [*getattr(self, "windows", []), (telemetry.window.numbers, telemetry.window.table)]
 
 
 def test_a_report_brings_every_step_since_the_last_one() -> None:
     """Also one that was poisoned where nobody looked: it would be lost with the last step's table alone."""
-    trainer = Trainer(config_of("backprojection", "training.epochs=1"), observer=(kept := Kept()))
+    trainer = Trainer(config_of("backprojection", "training.epochs=1"), callbacks=[kept := Kept()])
     kept.trainer, optimizer = trainer, trainer.optimizer
     scale, by_hand = optimizer.scale, []
     optimizer.scale = lambda loss: scale(loss) * (math.nan if len(by_hand) == 9 else 1.0)
@@ -191,14 +191,14 @@ def test_a_report_brings_every_step_since_the_last_one() -> None:
 def test_a_resumed_run_reports_as_the_uninterrupted_one(tmp_path: Path) -> None:
     """Reports follow the steps of the whole run, so the steps that are looked at must do so too."""
     config = config_of("backprojection", "data.train_scenes=80", "training.epochs=3")
-    whole = Trainer(config, observer=(kept := Kept()))
+    whole = Trainer(config, callbacks=[kept := Kept()])
     kept.trainer = whole
     whole.fit()
     begun = Trainer(config, tmp_path)
     begun._advance = lambda scenes, advance=begun._advance: (advance(scenes), _interrupt(begun.state.step == 10))
     with pytest.raises(KeyboardInterrupt):
         begun.fit()
-    resumed = Trainer(config, tmp_path, observer=(rest := Kept()), resume=True)
+    resumed = Trainer(config, tmp_path, callbacks=[rest := Kept()], resume=True)
     rest.trainer = resumed
     resumed.fit()
     assert [numbers for numbers, _ in rest.windows] == [
@@ -223,7 +223,7 @@ def _interrupt(now: bool) -> None:
 
 def test_captured_steps_fill_the_ring_as_eager_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of("backprojection", "report.every_steps=6")
-    plain = Trainer(config, observer=(eager := Kept()))
+    plain = Trainer(config, callbacks=[eager := Kept()])
     eager.trainer = plain
     trainer = captured_trainer(config, monkeypatch, replayed := Kept())
     replayed.trainer = trainer
@@ -238,7 +238,7 @@ def test_captured_steps_fill_the_ring_as_eager_ones_do(monkeypatch: pytest.Monke
 
 def test_steps_that_the_ring_had_no_room_for_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ris_fast.training.telemetry.step_window.RECORDS", 3)
-    trainer = Trainer(config_of("backprojection", "training.epochs=1"), observer=(kept := Kept()))
+    trainer = Trainer(config_of("backprojection", "training.epochs=1"), callbacks=[kept := Kept()])
     kept.trainer = trainer
     trainer.fit()
     assert kept.windows[-1][0] == [10, 11, 12]
