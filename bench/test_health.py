@@ -63,7 +63,7 @@ def recording(device: torch.device, optimizer: Any, repeats: int = 200) -> float
 
     def record() -> None:
         for _ in range(repeats):
-            for bucket in optimizer._buckets:
+            for bucket in optimizer.buckets:
                 bucket.record()
 
     return alternating(device, lambda: None, record, rounds=5)[1] / repeats

@@ -173,7 +173,7 @@ def validation_reading(scores: Mapping[str, Score], drift: WeightDriftMonitor) -
         "scores": {
             name: {
                 "prediction_hash": score.prediction_hash,
-                    "in_eval_mode": score.in_eval_mode,
+                "in_eval_mode": score.in_eval_mode,
                 "loss": score.loss,
                 "distance": drift.distance(score.weights),
             }

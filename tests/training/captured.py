@@ -79,17 +79,17 @@ class Rerun:
 
     made = 0
 
-    def __init__(self, body: Callable[[], Any], optimizer: Any) -> None:
-        self.body, self.optimizer, self.replays = body, optimizer, 0
+    def __init__(self, body: Callable[[], Any], buffers: Any) -> None:
+        self.body, self.buffers, self.replays = body, buffers, 0
         type(self).made += 1
 
     def replay(self) -> Any:
         self.replays += 1
-        self.optimizer._capturing = lambda: True
+        self.buffers.capturing = lambda: True
         try:
             return self.body()
         finally:
-            del self.optimizer._capturing
+            del self.buffers.capturing
 
 
 def captured_trainer(
@@ -98,7 +98,7 @@ def captured_trainer(
     """A trainer on the CPU whose steps and validation go the way of captured ones."""
     trainer = Trainer(config, callbacks=[callback] if callback else [])
     monkeypatch.setattr(capture, "why_not", lambda *_: "")
-    record = record or (lambda body: Rerun(body, trainer.optimizer))
+    record = record or (lambda body: Rerun(body, trainer.optimizer.buffers))
 
     def install() -> None:
         trainer.capture = CapturedStep(trainer.step, trainer.source, trainer.config, record)

@@ -154,11 +154,11 @@ def test_without_a_graph_scene_numbers_still_make_the_plain_step() -> None:
 
 
 def test_a_call_is_run_then_captured_then_replayed() -> None:
-    class Optimizer:
+    class Buffers:
         """Something to pretend on."""
 
     ran: list[int] = []
-    call = CapturedCall("a test", lambda body: Rerun(body, Optimizer()))
+    call = CapturedCall("a test", lambda body: Rerun(body, Buffers()))
     for _ in range(4):
         call(lambda: ran.append(1))
     assert len(ran) == 4 and call.recording.replays == 3

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ris_fast.health.preflight.attachments import PLAIN, SCHEDULERS, attached, contents, global_names, is_users
+from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.training.trainer import Trainer
 
 Undo = Callable[[], None]
@@ -52,7 +53,8 @@ class TensorCopies:
 
 def _held(optimizer: Any) -> list[Tensor]:
     """The tensors of the optimizer's flat buffers and of its state."""
-    owners = [bucket.__dict__ for bucket in getattr(optimizer, "_buckets", [])] + list(optimizer.state.values())
+    buckets = optimizer.buckets if isinstance(optimizer, FusedAdamW) else []
+    owners = [bucket.__dict__ for bucket in buckets] + list(optimizer.state.values())
     return [value for owner in owners for value in owner.values() if isinstance(value, Tensor)]
 
 
@@ -112,23 +114,25 @@ def _gradients(model: nn.Module) -> Undo:
 
 def _optimizer(optimizer: Any) -> Undo:
     """Everything that the optimizer holds but the numbers in its tensors."""
-    kept = {name: list(value) if isinstance(value, list) else value for name, value in optimizer.__dict__.items()}
-    buckets = [(bucket, dict(bucket.__dict__)) for bucket in getattr(optimizer, "_buckets", [])]
+    parts = optimizer.buffers.parts if isinstance(optimizer, FusedAdamW) else []
+    owners = [(owner, _copied(owner.__dict__)) for owner in (optimizer, *parts)]
     state = {key: dict(value) for key, value in optimizer.state.items()}
     groups = [(group, dict(group)) for group in optimizer.param_groups]
 
     def back() -> None:
-        optimizer.__dict__.clear()
-        optimizer.__dict__.update(kept)
-        for bucket, attributes in buckets:
-            bucket.__dict__.clear()
-            bucket.__dict__.update(attributes)
+        for owner, attributes in owners:
+            owner.__dict__.clear()
+            owner.__dict__.update(attributes)
         optimizer.state = defaultdict(dict, state)
         for group, options in groups:
             group.clear()
             group.update(options)
 
     return back
+
+
+def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, list) else value for name, value in attributes.items()}
 
 
 def _random(device: torch.device) -> Undo:

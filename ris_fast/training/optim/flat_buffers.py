@@ -1,292 +1,265 @@
-"""Parameters of one device and dtype in flat buffers, and the passes of the fused step over them."""
+"""FlatBuffers: the parameters of an optimizer in flat buffers, kept in line with what users change between steps."""
 
 from __future__ import annotations
 
-import sys
-from array import array
-from collections.abc import Iterator, Sequence
-from ctypes import CDLL, c_size_t, c_void_p
-from itertools import groupby
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ris_fast.kernels.fused_step.layout import Coefficient, Group, Hyper, State, Telemetry, padded, scratch, tables
-from ris_fast.kernels.fused_step.op import backends
+from ris_fast.kernels.fused_step.layout import State
+from ris_fast.training.optim.arguments import check_group
+from ris_fast.training.optim.bucket import Bucket
+from ris_fast.training.optim.gradients import Gradients
+from ris_fast.training.optim.moments import Moments, StateEntries
+from ris_fast.training.optim.parameters import listed, refuse_parameters, tensor_names
+from ris_fast.training.optim.placement import Placement, place
+from ris_fast.training.optim.readings import StepCounts
+from ris_fast.training.optim.views import addresses, held_elsewhere, identical
 
-PAGE, HUGE, MADV_HUGEPAGE = 4096, 1 << 22, 14  # bytes, bytes, <sys/mman.h>
-REMEMBERED = 64  # choices of tensors with a gradient, whose tables are kept
-_HALF = (torch.bfloat16, torch.float16)
-
-
-def flat_zeros(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on Linux CPUs in 2 MB pages if the kernel grants them, since five long buffers overrun the page-table
-    caches."""
-    flat = torch.empty(elements, dtype=dtype, device=device)
-    if device.type == "cpu" and sys.platform == "linux" and flat.nbytes >= HUGE:
-        begin, end = -(-flat.data_ptr() // PAGE) * PAGE, (flat.data_ptr() + flat.nbytes) // PAGE * PAGE
-        CDLL(None).madvise(c_void_p(begin), c_size_t(end - begin), MADV_HUGEPAGE)  # advice: refusal does no harm
-    return flat.zero_()
+FIRST_SCALE = 65536.0  # of a dynamic loss scale, as in torch.amp.GradScaler
 
 
-def real_dtype(tensor: Tensor) -> torch.dtype:
-    """dtype of the real numbers in a real or complex tensor."""
-    return tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
+class FlatBuffers:
+    """Where every tensor is (`placement`), its moments (`moments`) and its gradient (`gradients`).
 
+    What torch shows (param_groups, `.data`, state) is compared before each step with what was left there; only where it
+    differs is anything copied or laid out again. All three parts are new after a layout.
 
-def real_numel(tensor: Tensor) -> int:
-    return tensor.numel() * (2 if tensor.is_complex() else 1)
-
-
-def view_like(flat: Tensor, start: int, like: Tensor) -> Tensor:
-    """View into `flat` from element `start` with the shape and, where dense, the strides of `like`."""
-    strides = torch.empty_like(like, device="meta").stride()
-    if like.is_complex():
-        return flat.view(like.dtype).as_strided(like.shape, strides, start // 2)
-    return flat.as_strided(like.shape, strides, start)
-
-
-def window_like(flat: Tensor, start: int, like: Tensor) -> Tensor:
-    """As `view_like`, but with a storage of its own over the same memory.
-
-    Savers (safetensors, Accelerate, transformers) take tensors with a common storage for tied weights and keep one.
-    """
-    item = flat.element_size()
-    storage = flat.untyped_storage()[start * item : (start + real_numel(like)) * item]
-    strides = torch.empty_like(like, device="meta").stride()
-    dtype = flat.dtype.to_complex() if like.is_complex() else flat.dtype
-    return torch.empty(0, dtype=dtype, device=flat.device).set_(storage, 0, like.shape, strides)
-
-
-def held_elsewhere(tensor: Tensor, among: Sequence[Tensor] = ()) -> bool:
-    """Whether tensors besides this one and those of `among` (and, for a window, its buffer) use its storage."""
-    storage = tensor.untyped_storage()._cdata
-    ours = sum(other.untyped_storage()._cdata == storage for other in among) if among else 1
-    return torch._C._storage_Use_Count(storage) - 1 > ours  # the count itself holds it once
-
-
-def dense(gradient: Tensor, view: Tensor) -> Tensor:
-    """A gradient as real numbers one after the other, in the memory order of the parameter's view."""
-    lazy = gradient.is_conj() or gradient.is_neg()
-    if lazy or gradient.stride() != view.stride() or gradient.dtype not in (view.dtype, torch.bfloat16):
-        gradient = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype, device=view.device).copy_(gradient)
-    if gradient.is_contiguous() and not gradient.is_complex():
-        return gradient
-    flat = gradient.as_strided((gradient.numel(),), (1,))
-    return torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
-
-
-def _plain(gradient: Tensor) -> bool:
-    return gradient.dtype == torch.float32 and gradient.is_contiguous() and not gradient.is_neg()
-
-
-class Bucket:
-    """Flat buffers for T tensors of one device and dtype.
-
-    The buffers of P elements: `param`, `grad`, `exp_avg`, `exp_avg_sq`, and `ema` or None; the last three are float32
-    where the parameters are half precision (in float16 (1 - beta2) g^2 is zero for gradients below 5e-3). `state`,
-    `hyper`: see layout.py. `ring` (R, T, 4): the telemetry of the last R steps, in the slot (step mod R); `ring_steps`
-    (R,) float64: the number of the step in each slot, 0 where there is none yet.
-    Nothing here reads from the device.
+    stepped: True after the first step: other tensors may then rely on weights staying where they are.
+    averages_in: True inside `averaged_weights`, where the averaged weights are in the buffers.
+    counts: steps attempted and skipped, as far as the host knows.
     """
 
     def __init__(
-        self,
-        like: Sequence[Tensor],
-        groups: Sequence[int],
-        group_count: int,
-        backend: str,
-        with_ema: bool,
-        records: int,
+        self, groups: Sequence[dict[str, Any]], state: StateEntries, backend: str, with_ema: bool, records: int
     ) -> None:
-        device, dtype = like[0].device, real_dtype(like[0])
-        self.backend, self._kernels = backend, backends()[backend]
-        self._groups = list(groups)
-        self.numels = [real_numel(tensor) for tensor in like]
-        self._live: tuple[bool, ...] = ()
-        self._tables: dict[tuple[bool, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
-        self.starts = self._starts()
-        elements = sum(padded(n) for n in self.numels)
+        self._options = backend, with_ema, records
+        self.stepped = self.averages_in = self._had_scaler = False
+        self.counts = StepCounts()
+        self._lay_out(groups, state, {}, averaging=False)
 
-        def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(*shape, dtype=kind, device=device)
-
-        wide = torch.float32 if dtype in _HALF else dtype
-        self.param, self.grad = (flat_zeros(elements, dtype, device) for _ in range(2))
-        self.exp_avg, self.exp_avg_sq = (flat_zeros(elements, wide, device) for _ in range(2))
-        self.ema = flat_zeros(elements, wide, device) if with_ema else None
-        self.grads = [view_like(self.grad, start, tensor) for start, tensor in zip(self.starts, like, strict=True)]
-        self.params, self.moments1, self.moments2, self.averages = (
-            (
-                []
-                if flat is None
-                else [window_like(flat, start, tensor) for start, tensor in zip(self.starts, like, strict=True)]
-            )
-            for flat in (self.param, self.exp_avg, self.exp_avg_sq, self.ema)
-        )
-
-        self._sources: tuple[Tensor, ...] = ()
-        self._readable = [view.is_contiguous() and not view.is_complex() for view in self.grads]
-        self._addresses, self._lengths = array("q", [view.data_ptr() for view in self.grads]), array("q", self.numels)
-        tensors = len(self.numels)
-        self.steps = zeros(tensors, kind=torch.float32)
-        self.sums = zeros(tensors, 2, kind=torch.float64)
-        self.telemetry = zeros(tensors, Telemetry.COUNT, kind=torch.float32)
-        self.ring, self.ring_steps = (
-            zeros(records, tensors, Telemetry.COUNT, kind=torch.float32),
-            zeros(records, kind=torch.float64),
-        )
-        self.coefficients = zeros(
-            tensors, Coefficient.COUNT, kind=torch.float64 if dtype == torch.float64 else torch.float32
-        )
-        self.hyper = zeros(Hyper.GROUPS + Group.COUNT * group_count, kind=torch.float64)
-        fresh = [0.0] * State.COUNT
-        fresh[State.CLIP] = fresh[State.SCALE] = fresh[State.EXTERNAL_SCALE] = 1.0
-        fresh[State.FIRST_BAD] = -1.0
-        self.state = torch.tensor(fresh, dtype=torch.float64, device=device)
-
-    def _starts(self) -> list[int]:
-        starts, position = [], 0
-        for numel in self.numels:
-            starts.append(position)
-            position += padded(numel)
-        return starts
+    def _lay_out(
+        self, groups: Sequence[dict[str, Any]], state: StateEntries, known: Mapping[Tensor, str], averaging: bool
+    ) -> None:
+        """Moves every parameter, with the moments that `state` has for it, into new buckets."""
+        self.placement: Placement = place(groups, known, *self._options)
+        self.gradients = Gradients(self.placement)
+        self.moments = Moments(self.placement, averaging)
+        self._pushed: tuple[float, ...] = ()
+        self._captured_tables: list[Any] = []
+        with torch.no_grad():
+            self.moments.load(state, dict(state))
 
     @property
-    def device(self) -> torch.device:
-        return self.param.device
+    def buckets(self) -> list[Bucket]:
+        return self.placement.buckets
 
-    def attached(self) -> bool:
-        """Whether every view for gradients is still over the buffer; moving a module points `.grad.data` elsewhere."""
-        return array("q", [view.data_ptr() for view in self.grads]) == self._addresses
+    @property
+    def params(self) -> list[Tensor]:
+        return self.placement.params
 
-    def reattach(self, slot: int) -> None:
-        """Brings a view for gradients, with what is in it now, back over the buffer."""
-        view = self.grads[slot]
-        if view.data_ptr() != self._addresses[slot] or view.dtype != self.params[slot].dtype:
-            place = view_like(self.grad, self.starts[slot], self.params[slot])
-            view.data = place.copy_(view)
+    @property
+    def names(self) -> list[str]:
+        return self.placement.names
 
-    def set_live(self, live: Sequence[bool]) -> None:
-        """Names the tensors that have a gradient; tables of earlier choices are kept, so alternating is cheap."""
-        self._live = tuple(live)
-        if self._live not in self._tables:
-            if len(self._tables) == REMEMBERED:
-                self._tables.clear()
-            segments, chunks = tables(self.numels, self._groups, live, self._kernels.chunk)
-            made = (segments, chunks, *scratch(segments, chunks))
-            self._tables[self._live] = tuple(t.to(self.device) for t in made)  # type: ignore[assignment]
-        self.work = self.segments, self.chunks, self.partial, self.tickets = self._tables[self._live]
+    @property
+    def parts(self) -> list[Any]:
+        """The objects whose attributes a step changes, this one included: for callers that undo steps."""
+        return [self, self.counts, self.gradients, self.moments, *self.buckets]
 
-    def write_hyper(self, values: Sequence[float]) -> None:
-        """Copies the host's values to the device without waiting for it."""
-        host = torch.tensor(values, dtype=torch.float64)
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        self.hyper.copy_(host, non_blocking=True)
+    # ---- what a user changes between steps ---------------------------------------------------------------------------
 
-    def accumulate(self, gradients: list[Tensor], scale: float, overwrite: bool, norm: bool) -> None:
-        """grad <- (0 or grad) + scale * gradients, `dense` ones, empty where there is none; `norm`: with pass one."""
-        self._kernels.accumulate(
-            gradients, self.starts, self.grad, self.chunks, self.segments, self.partial, self.sums, self.state, self.tickets,
-            scale, overwrite, norm,
-        )  # fmt: skip
+    def follow(self, groups: Sequence[dict[str, Any]], state: StateEntries) -> None:
+        """Takes over, as torch would, changes since the last step: lists of parameters, their data, their state.
 
-    def take(self, gradients: Sequence[Tensor | None], in_place: bool) -> bool:
-        """Where the next step finds the gradients, one for each tensor; True if it reads any outside the buffer.
-
-        in_place: gradients outside are left there. Only the C++ reads them so, and only in the buffer's memory order
-        and dtype; others are copied.
+        Raises: RuntimeError where a change cannot be followed, during a capture, and while averages are in.
         """
-        self._sources = ()
-        if not gradients:
+        params, sizes = listed(groups), [len(group["params"]) for group in groups]
+        same_lists = identical(params, self.params) and sizes == self.placement.sizes
+        in_place = same_lists and addresses(params) == self.placement.addresses
+        if in_place and self.moments.unchanged(state):
+            return
+        self.refuse_inside_ema("accumulate")
+        if self.capturing():
+            raise RuntimeError(
+                "FusedAdamW.step: captured after parameters, their data or their state were replaced. Step once before"
+                " capturing."
+            )
+        if not same_lists or not (in_place or self._follow_data()):
+            self.rebuild(groups, state)
+        with torch.no_grad():
+            self.moments.load(state, dict(state))
+
+    def follow_lists(self, groups: Sequence[dict[str, Any]], state: StateEntries) -> None:
+        """Lays the buffers out again if parameters were added, removed or reordered."""
+        if not identical(listed(groups), self.params):
+            self.rebuild(groups, state)
+
+    def rebind(self, groups: Sequence[dict[str, Any]], state: StateEntries) -> None:
+        """Takes the parameters where they are now, whoever else holds their memory."""
+        self.refuse_inside_ema("rebind")
+        self.rebuild(groups, state)
+        self.stepped = False
+
+    def add_last_group(self, groups: list[dict[str, Any]], state: StateEntries) -> None:
+        """Takes in the last group, just added; removes it again and raises ValueError where it cannot be served."""
+        try:
+            check_group(groups[-1])
+            refuse_parameters(listed(groups), tensor_names(groups))
+        except ValueError:
+            groups.pop()
+            raise
+        self.rebuild(groups, state)
+
+    @torch.no_grad()
+    def rebuild(self, groups: Sequence[dict[str, Any]], state: StateEntries) -> None:
+        """Lays the buffers out again for the parameters as listed now, wherever they are.
+
+        Moments, averages, counters and names stay. A tensor that has left keeps its state, as in torch.
+        """
+        params, counters, averaging = self.params, self.buckets[0].state, self.moments.averaging
+        averages = {p: self.placement.average(i) for i, p in enumerate(params)} if averaging else {}
+        for p in set(params).difference(listed(groups)):
+            if p in state:
+                entry = state[p].items()
+                state[p] = {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry}
+        self._lay_out(groups, state, dict(zip(params, self.names, strict=True)), averaging)
+        for bucket in self.buckets:
+            bucket.state.copy_(counters)
+        for i, p in enumerate(self.params):
+            if averaging and (p in averages or "ema" not in state.get(p, {})):
+                self.placement.average(i).copy_(averages.get(p, p))
+
+    def _follow_data(self) -> bool:
+        """Moves data that replaced a parameter's own into the buffers; False if they have to be laid out again.
+
+        Before the first step any data will do. Afterwards only data that nobody else holds: another tensor over the
+        same memory would no longer see the steps.
+        """
+        if not self.stepped:
             return False
-        outside = [
-            i for i, (g, view) in enumerate(zip(gradients, self.grads, strict=True)) if g is not None and g is not view
-        ]
-        if in_place and self.backend == "native":
-            copied = [i for i in outside if not (self._readable[i] and _plain(gradients[i]))]
-        else:
-            copied = outside
-        if copied:
-            torch._foreach_copy_([self.grads[i] for i in copied], [gradients[i] for i in copied])
-        if len(copied) == len(outside):
+        pairs = zip(zip(*addresses(self.params)), zip(*self.placement.addresses), strict=True)
+        moved = [i for i, (now, before) in enumerate(pairs) if now != before]
+        windows = {i: self.placement.window(i) for i in moved}
+        lost = [i for i in moved if _kind(self.params[i]) != _kind(windows[i])]
+        self._refuse_moved(lost or [i for i in moved if held_elsewhere(self.params[i], self.params)])
+        if any(self.params[i].stride() != w.stride() or held_elsewhere(w) for i, w in windows.items()):
             return False
-        at, copied_too = self._addresses[:], set(copied)
-        for i in outside:
-            if i not in copied_too:
-                at[i] = gradients[i].data_ptr()
-        self._sources = (torch.frombuffer(at + self._lengths, dtype=torch.int64).view(2, -1),)
+        self.placement.refuse(moved)
+        for i in moved:
+            self.placement.move_back(i)
         return True
 
-    def measure(self, finish: bool) -> None:
-        """Pass one; with `finish` also the decision, else only the totals in `state`."""
-        self._kernels.measure(
-            self.grad, self.chunks, self.segments, self.hyper, self.partial, self.sums, self.telemetry,
-            self.steps, self.coefficients, self.state, self.tickets, finish, *self._sources,
-        )  # fmt: skip
-
-    def decide(self) -> None:
-        """Norm, skip, clip, counters and coefficients from the totals in `state`."""
-        self._kernels.decide(
-            self.segments, self.hyper, self.sums, self.telemetry, self.steps, self.coefficients, self.state
+    def _refuse_moved(self, moved: Sequence[int]) -> None:
+        if not moved:
+            return
+        self.placement.refuse(moved)
+        raise RuntimeError(
+            f"FusedAdamW.step: {len(moved)} of {len(self.params)} parameters (first: {self.names[moved[0]]})"
+            " left the flat buffer: the model was moved (.to, .cuda, .half), given to another FusedAdamW, or its .data"
+            " replaced by memory that another tensor holds too. Move the model before the first step, or call"
+            " optimizer.rebind(), after which that other tensor sees no step."
         )
 
-    def apply(self, clear: bool) -> None:
-        """Pass two."""
-        self._kernels.apply(
-            self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.ema, self.chunks, self.segments, self.hyper,
-            self.partial, self.telemetry, self.coefficients, self.state, self.tickets, clear, *self._sources,
-        )  # fmt: skip
+    # ---- a step and its gradients ------------------------------------------------------------------------------------
 
-    def average_rest(self) -> None:
-        """The average of tensors without a gradient, which no pass reads, goes on towards their weights."""
-        if self.ema is None or all(self._live) or not self.ema.is_floating_point():
-            return
-        weight = (self.state[State.EMA_WEIGHT] * (1 - self.state[State.SKIP])).to(self.ema.dtype)
-        for begin, end in self._rest():
-            self.ema[begin:end].lerp_(self.param[begin:end].to(self.ema.dtype), weight)
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being captured."""
+        on_gpu = any(bucket.device.type == "cuda" for bucket in self.buckets)
+        return on_gpu and torch.cuda.is_current_stream_capturing()
 
-    def _rest(self) -> Iterator[tuple[int, int]]:
-        """First and last element of each run of neighbours without a gradient."""
-        ends = [start + padded(numel) for start, numel in zip(self.starts, self.numels, strict=True)]
-        for live, run in groupby(range(len(ends)), key=self._live.__getitem__):
-            if not live:
-                members = list(run)
-                yield self.starts[members[0]], ends[members[-1]]
+    def take_gradients(self, state: StateEntries, clear_grads: bool) -> bool:
+        """Brings the gradient of every tensor to where the kernels read it; False if there is none at all."""
+        if self.capturing():
+            self.gradients.check_capture(self.moments.active)
+        grads = [p.grad for p in self.params]
+        if not (self.moments.active and self.gradients.unchanged(grads)):
+            self.moments.set_active(state, [grad is not None for grad in grads])
+            self.gradients.bring_in(grads, clear_grads)
+        return any(self.moments.active)
 
-    def record(self) -> None:
-        """Copies the telemetry of the step that was just made into the ring. Its slot comes from the device's own count
-        of steps, so that every replay of a CUDA graph finds its own."""
-        step = self.state[State.ATTEMPTED : State.ATTEMPTED + 1]
-        slot = step.remainder(len(self.ring)).long()
-        self.ring.index_copy_(0, slot, self.telemetry[None])
-        self.ring_steps.index_copy_(0, slot, step)
+    def accumulate(
+        self, gradients: Sequence[Tensor | None], state: StateEntries, scale: float, overwrite: bool, last: bool
+    ) -> None:
+        """`.grad` <- (0 if overwrite else .grad) + scale * gradients, in the buffers."""
+        present = self.gradients.present(gradients, overwrite)
+        self.moments.set_active(state, present)
+        self.gradients.accumulate(gradients, present, scale, overwrite, last)
+
+    def start_loss_scale(self, loss_scale: float | str | None) -> None:
+        """Sets the first loss scale of a number or "dynamic"."""
+        if loss_scale is not None:
+            for bucket in self.buckets:
+                bucket.state[State.SCALE] = FIRST_SCALE if loss_scale == "dynamic" else float(loss_scale)
+
+    def write_hyper(self, values: tuple[float, ...], on_device: Sequence[tuple[int, Tensor]]) -> None:
+        """Sends hyperparameters to the device: `values` if they changed, and tensors that live there, by slot."""
+        if values != self._pushed:
+            for bucket in self.buckets:
+                bucket.write_hyper(values)
+            self._pushed = values
+        for slot, tensor in on_device:
+            for bucket in self.buckets:
+                bucket.hyper[slot].copy_(tensor.squeeze(), non_blocking=True)
+
+    def write_grad_scaler(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Hands scale and overflow flag of a torch.amp.GradScaler, present only during its step, to the device."""
+        has_scaler = scale is not None or found_inf is not None
+        if has_scaler or self._had_scaler:
+            for bucket in self.buckets:
+                bucket.write_scaler(scale, found_inf)
+        self._had_scaler = has_scaler
+
+    def keep_work_tables(self) -> None:
+        """Keeps the tables that the kernels read now alive: replays of a captured graph read them too."""
+        self._captured_tables.append([bucket.work for bucket in self.buckets])
+
+    def note_step(self, cleared: bool) -> None:
+        """Notes that the weights have changed, and whether the gradients are zero now."""
+        self.counts.attempted += not self.capturing()
+        self.moments.mark_modified()
+        self.gradients.note_step(cleared)
+        self.stepped = True
+
+    # ---- averaged weights --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def averaged_weights(self, groups: Sequence[dict[str, Any]], state: StateEntries) -> Iterator[None]:
+        """Averaged weights inside the block; afterwards the raw weights, where they were, whatever happened inside."""
+        if self.buckets[0].ema is None:
+            raise RuntimeError("FusedAdamW.ema: there is no average. Build the optimizer with ema_decay=0.999, say.")
+        if self.averages_in:
+            raise RuntimeError("FusedAdamW.ema: the averaged weights are already in.")
+        self.follow(groups, state)
+        raw = [bucket.param.clone() for bucket in self.buckets]
+        self.averages_in = True
+        try:
+            if self.moments.averaging:
+                with torch.no_grad():
+                    for bucket in self.buckets:
+                        bucket.param.copy_(bucket.ema)
+            yield
+        finally:
+            self.averages_in = False
+            self.placement.put_back(raw)
+
+    def refuse_step_inside_ema(self) -> None:
+        if self.averages_in:
+            raise RuntimeError(
+                "FusedAdamW.step: called inside `with optimizer.ema():`. Step outside, on the raw weights."
+            )
+
+    def refuse_inside_ema(self, who: str) -> None:
+        """Raises RuntimeError while averages are in."""
+        if self.averages_in:
+            raise RuntimeError(
+                f"FusedAdamW.{who}: called inside `with optimizer.ema():`, where the averaged weights are in. Call it"
+                " outside the block."
+            )
 
 
-def run_step(buckets: Sequence[Bucket], clear: bool, measured: bool) -> None:
-    """One step over all buckets, with one norm and one decision for all of them, and no host read.
-
-    measured: pass one was folded into the last accumulation, so only the decision is left.
-    """
-    alone = len(buckets) == 1
-    for bucket in buckets:
-        if not measured:
-            bucket.measure(finish=alone)
-    if not alone:
-        _share_totals(buckets)
-    if measured or not alone:
-        for bucket in buckets:
-            bucket.decide()
-    for bucket in buckets:
-        bucket.apply(clear)
-        bucket.average_rest()
-
-
-def _share_totals(buckets: Sequence[Bucket]) -> None:
-    """Every bucket gets the sum of squares and the non-finite count over all of them."""
-    totals = slice(State.SUMSQ, State.BAD + 1)
-    first = buckets[0].device
-    total = torch.stack([bucket.state[totals].to(first, non_blocking=True) for bucket in buckets]).sum(0)
-    for bucket in buckets:
-        bucket.state[totals].copy_(total, non_blocking=True)
+def _kind(tensor: Tensor) -> tuple[torch.device, torch.dtype, torch.Size]:
+    return tensor.device, tensor.dtype, tensor.shape

@@ -105,7 +105,7 @@ def test_an_optimizer_kernel_with_wrong_numbers_is_named(monkeypatch: pytest.Mon
         def step(self, closure: Any = None) -> Any:
             super().step(closure)
             if self.wanted_backend != "reference":
-                self._params[0].data.mul_(1.01)
+                self.param_groups[0]["params"][0].data.mul_(1.01)
 
     monkeypatch.setattr(check_kernels, "FusedAdamW", Hasty)
     assert causes(check_kernels.step_kernel, Trainer(small("hybrid"))) == ["kernel_differs"]

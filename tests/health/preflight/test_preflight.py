@@ -63,7 +63,7 @@ def test_the_trainer_is_left_as_it_was_and_nothing_is_said_of_a_healthy_one(twin
 def test_numbers_are_copied_once_however_many_tensors_show_them_and_come_back_into_other_memory() -> None:
     trainer = Trainer(TWINS["hybrid"]())
     trainer.step(next(trainer._groups()), 100)  # moments, averages and their states are there
-    (bucket,) = trainer.optimizer._buckets
+    (bucket,) = trainer.optimizer.buckets
     flat = sum(each.nbytes for each in (bucket.param, bucket.grad, bucket.exp_avg, bucket.exp_avg_sq, bucket.ema))
     small = (
         sum(

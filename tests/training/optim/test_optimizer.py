@@ -138,7 +138,7 @@ def test_half_precision_is_closer_to_float64_than_torch(dtype: torch.dtype) -> N
     assert not relative(plain, exact) < relative(
         params, exact
     )  # in float16 torch's eps is zero and its result infinite
-    assert ours._buckets[0].ema.dtype == torch.float32
+    assert ours.buckets[0].ema.dtype == torch.float32
 
 
 def test_gradients_whose_squares_underflow_move_float16_weights_as_float32_ones() -> None:
@@ -164,7 +164,7 @@ def test_half_precision_state_is_saved_without_rounding(dtype: torch.dtype) -> N
     train(params, ours, 3), train(others, restored, 3)
     with ours.ema(), restored.ema():
         assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
-    for bucket, other in zip(ours._buckets, restored._buckets, strict=True):
+    for bucket, other in zip(ours.buckets, restored.buckets, strict=True):
         assert (
             bucket.ema.dtype == torch.float32
             and torch.equal(bucket.ema, other.ema)
