@@ -119,7 +119,7 @@ class Trainer(Built):
 
     def _prepare(self) -> None:
         """What comes before the clock of the run starts: scenes to validate, baselines, compiling."""
-        self.validation = self._validation_scenes()
+        self.validation = self.validation or self._validation_scenes()  # the network knows them by their identity
         constant, static = mean_covariance(self._baseline_scenes()), self.config.task.symbols == "static"
         self.baselines = baselines(constant, self.validation) | classical_baseline(
             self.model, self.network, self.validation, constant, static

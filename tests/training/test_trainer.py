@@ -284,6 +284,16 @@ def test_a_part_that_the_run_was_built_around_cannot_be_replaced_in_name_only(pa
     assert getattr(trainer, part) is before
 
 
+def test_a_second_fit_validates_the_scenes_of_the_first() -> None:
+    """The network remembers their features by identity: scenes in their place could be taken for others."""
+    trainer = Trainer(small())
+    trainer.fit()
+    scenes = trainer.validation
+    trainer.state.epoch = 0
+    trainer.fit()
+    assert trainer.validation is scenes and trainer.state.step == 8
+
+
 def test_callbacks_and_a_folder_that_are_assigned_take_effect(tmp_path: Path) -> None:
     trainer = Trainer(small())
     trainer.callbacks, trainer.folder = [told := Recorder()], tmp_path
