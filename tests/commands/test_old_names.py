@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ris_fast.health.monitor.names import known_causes
+from ris_fast.health.names import known_causes
 
 from ris_fast.commands.cli import main
 from ris_fast.config.load import load_config

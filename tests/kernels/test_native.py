@@ -51,6 +51,18 @@ def test_torch_rules_the_threads() -> None:
 
 
 @needs_library
+def test_library_of_other_sources_is_refused(tmp_path: Path) -> None:
+    """A call into it would read arguments that are not there, and answer with numbers that mean nothing."""
+    (tmp_path / "sum.cpp").write_text("int sum(int a, int b) { return a + b; }\n")
+    code = (
+        "from pathlib import Path; from ris_fast.kernels.native import loader; "
+        f"loader.SOURCES = Path({str(tmp_path)!r}); print(loader.available(), loader.why_not())"
+    )
+    done = run(code)
+    assert done.stdout.startswith("False libris_fast.so was built from other C++ sources"), done.stderr
+    assert run(code.replace(str(tmp_path), str(tmp_path / "none"))).stdout.split() == ["True"]
+
+
 def test_library_links_no_openmp_of_its_own() -> None:
     assert b"libgomp.so" not in loader.PATH.read_bytes() and b"libomp.so" not in loader.PATH.read_bytes()
 
