@@ -18,6 +18,9 @@ __attribute__((visibility("default"))) int ris_simd_level() {
 #endif
 }
 
+// SHA-256 of the sources that this library was built from.
+__attribute__((visibility("default"))) const char* ris_source_hash() { return RIS_SOURCE_HASH; }
+
 // Threads that a parallel region would use now; 1 where the library was built without OpenMP.
 __attribute__((visibility("default"))) int ris_threads() {
 #if defined(_OPENMP)

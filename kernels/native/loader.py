@@ -6,6 +6,7 @@ RIS_FAST_SIMD = baseline | avx2 | avx512 overrides the choice (tests run every l
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import platform
 from functools import cache
@@ -16,6 +17,7 @@ import torch  # noqa: F401  loads the OpenMP library whose symbols ours resolves
 
 LEVELS = ("baseline", "avx2", "avx512")
 PATH = Path(__file__).with_name("libris_fast.so")
+SOURCES = Path(__file__).parents[1]  # of the kernels; a wheel has none of them
 
 
 class SimdError(ValueError):
@@ -33,11 +35,22 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(PATH))
         library.ris_simd_level()
         library.ris_threads()
+        library.ris_source_hash.restype = ctypes.c_char_p
+        built_from = library.ris_source_hash().decode()
     except OSError as error:
         return None, f"{PATH.name} does not load: {error}"
     except AttributeError as error:
         return None, f"{PATH.name} loads, but is not the library of this version: {error}"
+    if source_hash() not in ("", built_from):
+        return None, f"{PATH.name} was built from other C++ sources than those beside it; run pip install again"
     return library, ""
+
+
+def source_hash() -> str:
+    """SHA-256 of the C++ sources, as CMakeLists.txt computes it; empty where they are not installed."""
+    names = sorted(path.relative_to(SOURCES).as_posix() for end in ("cpp", "hpp") for path in SOURCES.rglob(f"*.{end}"))
+    hashes = "".join(hashlib.sha256((SOURCES / name).read_bytes()).hexdigest() for name in names)
+    return hashlib.sha256(hashes.encode()).hexdigest() if names else ""
 
 
 def available() -> bool:
