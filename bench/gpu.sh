@@ -83,7 +83,7 @@ gradcheck() { python3 -m ris_fast gradcheck --no-interpreter --json >"$out/gradc
 quiet=(-W ignore::UserWarning -W ignore::FutureWarning -W ignore::DeprecationWarning -p no:cacheprovider -o addopts=--strict-markers)
 
 tests() {
-    local which=(tests/training/test_capture.py tests/training/optim/test_optimizer_gpu.py tests/data/test_source.py tests/gradcheck tests/kernels)
+    local which=(tests/training/test_capture.py tests/training/optim/test_fused_adamw_gpu.py tests/data/test_source.py tests/gradcheck tests/kernels)
     python3 -c 'import scipy' 2>>"$log" || which+=(--ignore tests/kernels/test_philox.py)
     ((smoke)) && which=(tests/training/test_capture.py -k 'replayed or equals_eager')
     python3 -m pytest -q -rfEs --durations=10 "${quiet[@]}" "${which[@]}" >"$out/tests.log" 2>&1

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from ris_fast.kernels.native import loader
 
+from ris_fast.kernels.native import loader
 from ris_fast.timing import Found, times_slower
 
 

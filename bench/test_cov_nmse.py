@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from harness import record
-from ris_fast.kernels.cov_nmse import plain, reference
-from ris_fast.kernels.cov_nmse.samples import cost, random_tensors
 from torch import Tensor
 
 import ris_fast
+from ris_fast.kernels.cov_nmse import plain, reference
+from ris_fast.kernels.cov_nmse.samples import cost, random_tensors
 from ris_fast.timing import alternate, peak_bytes
 
 BATCHES, ELEMENTS = (64, 512, 4096), (64, 144, 256, 576, 1024)

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from harness import record
+
+from ris_fast.config.schema import Task
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.pursuit import op
 from ris_fast.kernels.pursuit.search import with_dictionary
-
-from ris_fast.config.schema import Task
 from ris_fast.models.features import PursuitFeatures
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import simulate

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+
+from ris_fast.config.schema import Task
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.philox import op as philox
 from ris_fast.kernels.scenes import op as scenes
-
-from ris_fast.config.schema import Task
 from ris_fast.physics import scenes as physics
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.timing import alternate, threads

@@ -35,21 +35,21 @@ def answer(name: str, given: Scenes) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("another_default")
-def test_scenes_are_the_same_bits() -> None:
+def test_simulate_ignores_the_default_dtype() -> None:
     found = scenes()
     for name in ("snapshots", "channel", "codes", "factor", "azimuth", "range_m", "power", "snr_db"):
         assert torch.equal(getattr(found, name), getattr(EXPECTED, name)), name
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_networks_answer_the_same(name: str, another_default: None) -> None:
+def test_networks_ignore_the_default_dtype(name: str, another_default: None) -> None:
     found = answer(name, EXPECTED)
     torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(found, answer(name, EXPECTED), rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("another_default")
-def test_a_network_of_another_dtype_has_features_in_float32() -> None:
+def test_features_are_float32_under_another_default_dtype() -> None:
     model = build_model("backprojection", TASK, width=16)
     assert (
         model.extract.grid.dtype

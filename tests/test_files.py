@@ -50,7 +50,7 @@ def draw_noise(path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_digits, write_numbers, draw_noise])
-def test_a_full_disk_leaves_the_old_file_and_nothing_beside_it(
+def test_writers_keep_the_old_file_on_a_full_disk(
     write: Callable[[Path], None], tmp_path: Path, nearly_full: None
 ) -> None:
     (tmp_path / "old").write_text("old")
@@ -70,7 +70,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_beside_it(
         (errno.EIO, "Check that path"),
     ],
 )
-def test_the_error_says_which_file_what_the_system_said_and_what_to_do(
+def test_storage_error_says_which_file_why_and_what_to_do(
     write: Callable[[Path], None], number: int, todo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -86,13 +86,15 @@ def test_the_error_says_which_file_what_the_system_said_and_what_to_do(
 
 @pytest.mark.parametrize("write", [write_digits, write_numbers, append_digits, make_folder])
 @pytest.mark.parametrize("place", ["/proc/no/such", "file/below"])
-def test_a_place_where_nothing_can_be_made_is_named(write: Callable[[Path], None], place: str, tmp_path: Path) -> None:
+def test_storage_error_names_a_place_that_cannot_be_made(
+    write: Callable[[Path], None], place: str, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=Path(place).parent.name):
         write(tmp_path / place)
 
 
-def test_bytes_are_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writers_flush_before_they_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     flush, rename = os.fsync, os.replace
     monkeypatch.setattr("os.fsync", lambda file: (order.append("flush"), flush(file)))
@@ -103,7 +105,7 @@ def test_bytes_are_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640)])
-def test_files_may_be_read_by_whom_the_umask_lets(tmp_path: Path, umask: int, mode: int) -> None:
+def test_writers_respect_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
         write_text(tmp_path / "text", "a")
@@ -113,7 +115,7 @@ def test_files_may_be_read_by_whom_the_umask_lets(tmp_path: Path, umask: int, mo
     assert [stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()] == [mode, mode]
 
 
-def test_tensors_and_metadata_come_back(tmp_path: Path) -> None:
+def test_save_tensors_keeps_tensors_and_metadata(tmp_path: Path) -> None:
     from safetensors import safe_open
 
     save_tensors(tmp_path / "new" / "file", {"a": torch.arange(3)}, {"note": "x"})
@@ -122,7 +124,7 @@ def test_tensors_and_metadata_come_back(tmp_path: Path) -> None:
         assert file.metadata() == {"note": "x"}
 
 
-def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_text_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 

@@ -19,7 +19,7 @@ def lint_imports(folder: Path, config: Path = ROOT / "pyproject.toml") -> subpro
     return subprocess.run([sys.executable, "-c", code, config], cwd=folder, capture_output=True, text=True)
 
 
-def test_the_import_contracts_hold() -> None:
+def test_import_contracts_hold() -> None:
     done = lint_imports(ROOT)
     assert done.returncode == 0, done.stdout
 
@@ -43,7 +43,7 @@ def test_the_import_contracts_hold() -> None:
         ("ris_fast/brand_new.py", "", "brand_new"),
     ],
 )
-def test_the_import_contracts_see_a_wrong_import(tmp_path: Path, module: str, line: str, said: str) -> None:
+def test_import_contracts_see_a_wrong_import(tmp_path: Path, module: str, line: str, said: str) -> None:
     mirror(tmp_path)
     changed = tmp_path / module
     text = changed.read_text() if changed.exists() else ""
@@ -60,7 +60,7 @@ def mirror(folder: Path) -> None:
         link.symlink_to(path)
 
 
-def test_kernels_import_each_other_without_circles(tmp_path: Path) -> None:
+def test_kernels_import_each_other_without_cycles(tmp_path: Path) -> None:
     """The contracts see kernels/ beside ris_fast/, under which name its files do not import each other."""
     (tmp_path / "ris_fast").mkdir()
     (tmp_path / "ris_fast" / "__init__.py").touch()
@@ -83,7 +83,7 @@ def test_kernels_import_each_other_without_circles(tmp_path: Path) -> None:
         "ris_fast.report.eventlog",
     ],
 )
-def test_importing_costs_neither_torch_nor_figures(name: str) -> None:
+def test_importing_loads_neither_torch_nor_matplotlib(name: str) -> None:
     code = f"import sys, {name}; print(','.join(m for m in {HEAVY!r} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "", f"importing {name} loads {done.stdout.strip()}"

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from ris_fast.kernels.philox.op import philox_normal
 
 from ris_fast import CovarianceLoss, RISArray, SceneGenerator, build_model, load_config, simulate, steering
 from ris_fast.config.schema import Config, ConfigError, Task
+from ris_fast.kernels.philox.op import philox_normal
 from ris_fast.models import Prediction
 
 CONFIG, TASK, GENERATOR = Config(), Task(), SceneGenerator()
@@ -135,13 +135,13 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_wrong_arguments_are_named(case: str) -> None:
+def test_public_functions_name_wrong_arguments(case: str) -> None:
     call, kind, says = CASES[case]
     with pytest.raises(kind, match=says):
         call()
 
 
-def test_what_is_right_is_taken() -> None:
+def test_public_functions_take_what_is_right() -> None:
     assert load_config(preset="laptop", overrides=(each for each in ["training.seed=3"])).training.seed == 3
     assert torch.equal(
         simulate(TASK, torch.tensor([0, 1], dtype=torch.int32), GENERATOR).snapshots,
@@ -152,7 +152,7 @@ def test_what_is_right_is_taken() -> None:
     assert CovarianceLoss()(Prediction(torch.ones(2, 4, 2, 2)), SCENES)[0].isfinite()
 
 
-def test_steering_and_its_gradient_work_under_torch_func_and_compile() -> None:
+def test_steering_works_under_torch_func_and_compile() -> None:
     """Where values may not be read, none are."""
     angle = torch.linspace(-0.5, 0.5, 4)
     place = torch.stack((angle, angle / 2, 2 + angle), -1)

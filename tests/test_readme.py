@@ -14,28 +14,29 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def test_the_readme_is_short() -> None:
+def test_readme_is_short() -> None:
     assert len(README.split()) < 1000
     assert max(len(line) for page in PAGES for line in page.read_text().splitlines()) < 120
 
 
-def test_the_loop_is_the_tested_example() -> None:
+def test_readme_loop_is_the_tested_example() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert blocks == [(ROOT / "examples" / "own_loop.py").read_text()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_every_example_runs_and_is_linked(example: Path) -> None:
+def test_readme_examples_run_and_are_linked(example: Path) -> None:
     assert example.name == "own_loop.py" or f"](examples/{example.name})" in README
     runpy.run_path(str(example), run_name="__main__")
 
 
-def test_the_watch_of_the_example_names_the_cause(capsys: pytest.CaptureFixture[str]) -> None:
+def test_watch_example_names_the_cause(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(ROOT / "examples" / "watch_any_loop.py"))
     assert capsys.readouterr().out.startswith("clip_too_small")
 
 
-def test_every_command_exists() -> None:
+def test_readme_lists_the_commands_that_exist() -> None:
     from ris_fast.commands.cli import app
 
     told = set(re.findall(r"^\| `ris-fast (\w+)", README, re.M))
@@ -43,18 +44,18 @@ def test_every_command_exists() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_every_picture_and_linked_file_exists(page: Path) -> None:
+def test_readme_links_exist(page: Path) -> None:
     linked = [target for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()) if "://" not in target]
     assert (linked or page.stem == "CONTRIBUTING") and all((page.parent / target).exists() for target in linked)
 
 
-def test_the_picture_of_the_scene_can_be_drawn_again(tmp_path: Path) -> None:
+def test_scene_picture_can_be_drawn_again(tmp_path: Path) -> None:
     runpy.run_path(str(ROOT / "docs" / "scene.py"))["draw"](tmp_path / "scene.png")
     drawn, kept = ((folder / "scene.png").stat().st_size for folder in (tmp_path, ROOT / "docs"))
     assert drawn > 50_000 and kept < 200_000
 
 
-def test_ci_runs_the_readmes_test_command() -> None:
+def test_ci_runs_the_test_command_of_the_readme() -> None:
     command = next(block for block in re.findall(r"```sh\n(.*?)```", README, re.S) if "pytest" in block)
     steps = command.strip().split(" && ")
     lines = (ROOT / ".ci" / "run").read_text().splitlines()

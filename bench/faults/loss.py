@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from ris_fast.kernels.cov_nmse.op import cov_nmse
 from torch import Tensor
 
 from bench.faults.catalogue import Family
 from bench.faults.patches import on_label_angles, on_loss, replaced, wrap
+from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training import loss_terms as terms
 from ris_fast.training.trainer import Trainer

@@ -50,14 +50,14 @@ def small(preset: str, *_: object) -> Config:
     )
 
 
-def test_only_undisturbed_repetitions_count_while_there_are_any() -> None:
+def test_summary_ignores_disturbed_repetitions() -> None:
     quiet = summary([Run(1.0, 1.0, 1.0, True), Run(9.0, 9.0, 9.0, False), Run(3.0, 3.0, 2.0, True)])
     assert quiet["s"] == 2.0 and quiet["processor_s"] == 1.5 and (quiet["undisturbed"], quiet["disturbed"]) == (2, 1)
     busy = summary([Run(9.0, 9.0, 9.0, False)])
     assert busy["s"] == 9.0 and busy["undisturbed"] == 0
 
 
-def test_variants_take_turns() -> None:
+def test_alternate_runs_variants_in_turns() -> None:
     order: list[str] = []
     alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, quiet=1, seconds=0.0, warm=1)
     assert order == ["a", "b", "a", "b"]
@@ -66,7 +66,7 @@ def test_variants_take_turns() -> None:
     assert order == ["a"] * 3
 
 
-def test_garbage_is_collected_before_and_not_between() -> None:
+def test_alternate_collects_garbage_before_and_not_between() -> None:
     import gc
 
     seen: list[bool] = []
@@ -74,19 +74,19 @@ def test_garbage_is_collected_before_and_not_between() -> None:
     assert seen == [True, False] and gc.isenabled()
 
 
-def test_ratios_are_over_ours() -> None:
+def test_times_slower_divides_by_ours() -> None:
     found = {"a": {"s": 2.0, "processor_s": 3.0}, "b": {"s": 4.0, "processor_s": 9.0}}
     assert times_slower(found, 2.0) == {"a": 1.0, "b": 2.0}
     assert times_slower(found, 3.0, "processor_s") == {"a": 1.0, "b": 3.0}
 
 
-def test_memory_of_a_call_is_what_it_takes_at_its_highest() -> None:
+def test_peak_bytes_is_the_highest_memory_of_a_call() -> None:
     held = peak_bytes(lambda: torch.ones(2**24).sum(), CPU)
     assert held == 0 or 2**25 < held < 2**28  # 0: the system does not say
     assert copy_bandwidth(CPU, 2**20) > 0
 
 
-def test_laps_are_named_in_order() -> None:
+def test_stopwatch_laps_are_named_in_order() -> None:
     watch = Stopwatch(CPU)
     watch.lap("first"), watch.lap("second")
     laps = watch.read()
@@ -101,13 +101,14 @@ def test_conditions_name_no_host() -> None:
     assert found["versions"]["torch"] and platform.node() not in [*found.values(), *found["cpu"].values()]
 
 
-def test_operators_and_host_reads_of_a_call_are_counted() -> None:
+def test_launches_and_waits_counts_operators_and_host_reads() -> None:
     found = counted.launches_and_waits(lambda: torch.ones(3).sum().item(), CPU)
     assert found["host_reads"] == 1.0 and found["operators"] >= 2
     assert counted.energy(lambda: None, CPU, 1) == {"joules_a_scene": None, "note": "no GPU"}
 
 
-def test_every_contestant_is_measured_and_compared() -> None:
+@pytest.mark.slow
+def test_compare_steps_measures_every_contestant() -> None:
     found = compare_steps(small("original"), 4, compile=False, quiet=1, seconds=0.1)
     assert set(found["variants"]) == {"ours, eager", "eager loop", "original's step"}
     assert found["times_slower_than_ours"]["ours, eager"] == 1.0 and found["flops_a_step"] > 0
@@ -121,14 +122,15 @@ def test_growth_is_an_exponent_over_the_keys() -> None:
     assert training.with_array(config, 8).task.elements == 64
 
 
-def test_time_to_target_reads_the_run_and_says_none_where_it_was_not_reached() -> None:
+def test_time_to_target_is_none_where_not_reached() -> None:
     config = small("laptop")
     config = replace(config, training=replace(config.training, batch_size=16, compile=False))
     found = training.time_to_target(config, 0.5, every_steps=3, targets=(1e9, 0.0))
     assert found["seconds_to"]["0.0"] is None and found["seconds_to"]["1000000000.0"] == found["curve"][0][0]
 
 
-def test_the_command_prints_tables_and_writes_figures(
+@pytest.mark.slow
+def test_bench_command_prints_tables_and_writes_json(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(bench, "configured", small)
@@ -157,7 +159,7 @@ def test_mfu_callback_adds_mfu_to_the_rows_of_a_run() -> None:
     assert epoch_line(rows.rows[0] | {"mfu": 0.25}).endswith("25% MFU")
 
 
-def test_what_was_measured_before_ctrl_c_is_kept(
+def test_bench_keeps_what_was_measured_before_ctrl_c(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     calls = iter(range(100))
@@ -186,7 +188,7 @@ def test_what_was_measured_before_ctrl_c_is_kept(
     )
 
 
-def test_peak_matmul_rate_is_the_best_of_many_products_whatever_disturbs_the_others(
+def test_peak_matmul_rate_is_the_fastest_of_many_products(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     disturbed = [Run(5.0, 5.0, 5.0, False)] * 30

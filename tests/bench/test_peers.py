@@ -51,7 +51,7 @@ def prediction_of(config: Config, scenes: Scenes) -> Prediction:
     return model(scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db)
 
 
-def test_the_dense_loss_is_ours() -> None:
+def test_dense_loss_equals_covariance_loss() -> None:
     config = small()
     scenes = dense_scenes(config)
     prediction = prediction_of(config, scenes)
@@ -63,14 +63,14 @@ def test_the_dense_loss_is_ours() -> None:
 
 
 @pytest.mark.parametrize("setting", ["beta", "loading", "shrink"])
-def test_the_dense_loss_refuses_what_it_leaves_out(setting: str) -> None:
+def test_dense_loss_refuses_settings_it_leaves_out(setting: str) -> None:
     config = small([f"loss.{setting}=0.1"])
     scenes = dense_scenes(config)
     with pytest.raises(ValueError, match="DenseLoss"):
         DenseLoss(config.loss, config.task)(prediction_of(config, scenes), scenes)
 
 
-def test_the_originals_covariance_term_is_ours_without_loading_and_shrinkage() -> None:
+def test_original_loss_equals_covariance_loss_without_loading() -> None:
     config, weights = small(), Loss(cov=1.0, cov_pred=0.0)
     scenes = dense_scenes(config)
     prediction = prediction_of(config, scenes)
@@ -78,7 +78,7 @@ def test_the_originals_covariance_term_is_ours_without_loading_and_shrinkage() -
     torch.testing.assert_close(original_loss(prediction, scenes, weights), ours, rtol=1e-5, atol=1e-6)
 
 
-def test_the_originals_subspace_term_is_ours() -> None:
+def test_original_subspace_term_equals_ours() -> None:
     config = small()
     scenes = dense_scenes(config)
     factor = prediction_of(config, scenes).factor
@@ -89,14 +89,14 @@ def test_the_originals_subspace_term_is_ours() -> None:
     )
 
 
-def test_loading_of_one_halves_a_normalised_covariance() -> None:
+def test_effective_loading_of_one_averages_with_the_identity() -> None:
     columns = torch.randn(2, 5, 5, dtype=torch.complex64)
     cov = normalised(columns @ columns.mH)
     eye = torch.eye(5, dtype=torch.complex64)
     torch.testing.assert_close(effective(cov, torch.zeros(2), 1.0, 0.0), 0.5 * (cov + eye))
 
 
-def test_the_gathered_pool_is_a_mean_along_anti_diagonals() -> None:
+def test_anti_diagonal_pool_is_the_mean_of_anti_diagonals() -> None:
     factor = torch.randn(2, 4, 3, 2)
     a = to_complex(factor)
     a = a / a.abs().square().sum(2, keepdim=True).sqrt()
@@ -113,7 +113,7 @@ def test_the_gathered_pool_is_a_mean_along_anti_diagonals() -> None:
 
 
 @pytest.mark.parametrize("peer", [EagerLoop, OriginalLoop])
-def test_a_peer_learns(peer: type) -> None:
+def test_peer_loops_learn(peer: type) -> None:
     torch.manual_seed(0)
     config = small(["loss.beta=0.0"])
     config = replace(config, optimizer=replace(config.optimizer, backbone_lr=2e-3, head_lr=2e-3))

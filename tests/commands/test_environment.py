@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ris_fast.kernels.native import loader
 
 from ris_fast.commands.cli import main
 from ris_fast.environment import fallback_note
+from ris_fast.kernels.native import loader
 
 
 @pytest.fixture
@@ -28,23 +28,23 @@ def _forget() -> None:
     loader.level.cache_clear()
 
 
-def test_with_the_library_there_is_nothing_to_note() -> None:
+def test_fallback_note_is_none_with_the_library() -> None:
     assert (fallback_note() is None) == loader.available()
 
 
-def test_a_missing_library_is_noted(library: Path) -> None:
+def test_fallback_note_names_a_missing_library(library: Path) -> None:
     note = fallback_note()
     assert "libris_fast.so was not built" in note and "C++ compiler" in note and "\n" not in note
 
 
-def test_a_library_that_does_not_load_is_noted(library: Path, capsys: pytest.CaptureFixture) -> None:
+def test_fallback_note_names_a_library_that_does_not_load(library: Path, capsys: pytest.CaptureFixture) -> None:
     library.write_bytes(b"not a library")
     assert "libris_fast.so does not load" in fallback_note()
     assert main(["env"]) == 0
     assert "plain torch: libris_fast.so does not load" in capsys.readouterr().out
 
 
-def test_a_library_of_another_version_is_noted(library: Path) -> None:
+def test_fallback_note_names_a_library_of_another_version(library: Path) -> None:
     source = library.with_suffix(".c")
     source.write_text("int ris_simd_level(void) { return 0; }\n")
     try:
@@ -55,16 +55,14 @@ def test_a_library_of_another_version_is_noted(library: Path) -> None:
 
 
 @pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built")
-def test_a_function_that_the_library_lacks_is_named() -> None:
+def test_loader_function_names_what_the_library_lacks() -> None:
     with pytest.raises(
         RuntimeError, match="no_such_kernel: libris_fast.so has no such function; it was built from another version"
     ):
         loader.function("no_such_kernel", [])
 
 
-def test_an_instruction_set_that_is_not_here_is_a_usage_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_env_refuses_an_unknown_simd_level(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("RIS_FAST_SIMD", "avx3")
     loader.level.cache_clear()
     try:

@@ -15,7 +15,7 @@ BAD = Row("cov_nmse", "cpp avx2", "float32", 3e-3, 1e-6, passed=False, note="sma
 
 
 @pytest.mark.parametrize("rows, code", [([GOOD], 0), ([GOOD, BAD], 1)])
-def test_the_exit_code_and_both_formats_agree(rows: list[Row], code: int, monkeypatch, capsys) -> None:
+def test_gradcheck_exit_code_agrees_with_json_and_table(rows: list[Row], code: int, monkeypatch, capsys) -> None:
     monkeypatch.setattr(gradcheck, "run_gradcheck", lambda device, interpreter: rows)
     assert main(["gradcheck", "--json", "--device", "cpu"]) == code
     found = json.loads(capsys.readouterr().out)
@@ -25,7 +25,7 @@ def test_the_exit_code_and_both_formats_agree(rows: list[Row], code: int, monkey
     assert ("value error 3.0e-03 > 1.0e-06" in text) == ("1 of 2 checks failed" in text) == (code == 1)
 
 
-def test_the_flags_reach_the_check(monkeypatch, capsys) -> None:
+def test_gradcheck_passes_its_flags_on(monkeypatch, capsys) -> None:
     seen: list[tuple[str, bool]] = []
     monkeypatch.setattr(
         gradcheck, "run_gradcheck", lambda device, interpreter: seen.append((str(device), interpreter)) or [GOOD]

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ris_fast.health.names import known_causes
 
 from ris_fast.commands.cli import main
 from ris_fast.config.load import load_config
 from ris_fast.config.schema import Task
+from ris_fast.health.names import known_causes
 from ris_fast.old_names import KEYS, OldNameWarning
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import simulate
@@ -102,7 +102,7 @@ def test_why_explains_an_old_run_with_the_new_names(old_run: Path, capsys) -> No
     assert "FutureWarning" not in said.err and len(said.err.splitlines()) == 2
 
 
-def test_an_old_run_is_resumed_and_evaluated(old_run: Path, capsys) -> None:
+def test_resume_and_evaluate_an_old_run(old_run: Path, capsys) -> None:
     capsys.readouterr()
     assert main(["train", "--resume", str(old_run), "--epochs", "2"]) in (0, STALLED)
     assert notes(capsys.readouterr().err) == ["note: preset 'seed' is called 'original' now"]
@@ -114,7 +114,7 @@ def test_an_old_run_is_resumed_and_evaluated(old_run: Path, capsys) -> None:
     assert main(["evaluate", str(old_run), "--device", "cpu"]) == 0
 
 
-def test_old_rows_have_the_new_keys_at_every_depth(tmp_path: Path) -> None:
+def test_read_events_gives_old_rows_the_new_keys(tmp_path: Path) -> None:
     lost = {"event": "epoch", "step": 6, "floors": {"mean": None}, "nonfinite": {"floors/mean": "nan"}}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*OLD_ROWS, lost)))
     with pytest.warns(OldNameWarning) as said:
@@ -127,19 +127,19 @@ def test_old_rows_have_the_new_keys_at_every_depth(tmp_path: Path) -> None:
     assert math.isnan(last["baselines"]["mean"])
 
 
-def test_rows_of_another_trainer_keep_their_names(tmp_path: Path) -> None:
+def test_read_events_keeps_the_keys_of_other_trainers(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"val_loss": 0.5, "answers": 3}\n')
     assert read_events(file) == [{"val_loss": 0.5, "answers": 3}]
 
 
-def test_a_new_run_is_read_without_a_word(tmp_path: Path) -> None:
+def test_read_events_of_a_new_run_does_not_warn(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "epoch", **dict.fromkeys(KEYS.values(), 1)}) + "\n")
     with warnings.catch_warnings(action="error"):
         assert read_events(tmp_path)[0]["baselines"] == 1
 
 
-def test_the_preset_seed_is_the_original(tmp_path: Path, capsys) -> None:
+def test_preset_seed_is_original_with_a_warning(tmp_path: Path, capsys) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('preset = "seed"\n')
     for given in ({"preset": "seed"}, {"path": file}):
@@ -150,7 +150,7 @@ def test_the_preset_seed_is_the_original(tmp_path: Path, capsys) -> None:
     assert said.err == "note: preset 'seed' is called 'original' now\n" and said.out.startswith('preset = "original"')
 
 
-def test_an_old_cause_is_muted_and_explained(capsys) -> None:
+def test_old_cause_name_is_muted_and_explained(capsys) -> None:
     with pytest.warns(OldNameWarning, match="cause 'stalled_at_floor' is called 'stalled_at_baseline' now"):
         assert known_causes(["stalled_at_floor"], "health.mute") == {"stalled_at_baseline"}
     assert main(["why", "--explain", "stalled_at_floor"]) == 0
@@ -158,7 +158,7 @@ def test_an_old_cause_is_muted_and_explained(capsys) -> None:
     assert said.out.startswith("# stalled_at_baseline") and len(notes(said.err)) == 1
 
 
-def test_collapsed_is_the_effective_channel_of_scenes() -> None:
+def test_scenes_collapsed_is_effective_channel_with_a_warning() -> None:
     scenes = simulate(Task(), torch.arange(2), SceneGenerator(0, "train"))
     products = torch.zeros(2, 16, 16, 2)
     with pytest.warns(OldNameWarning, match="Scenes.collapsed is called effective_channel now"):

@@ -62,7 +62,7 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_run_folder_holds_what_it_promises(trained: Path) -> None:
+def test_train_writes_every_file_of_a_run_folder(trained: Path) -> None:
     files = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
     assert {
         "config.toml",
@@ -93,7 +93,7 @@ def test_a_run_folder_holds_what_it_promises(trained: Path) -> None:
     assert summary["baselines"]["zero"] == 1.0 and json.loads((trained / "env.json").read_text())["versions"]["torch"]
 
 
-def test_a_stalled_run_without_a_finding_says_what_was_ruled_out(trained: Path, capsys) -> None:
+def test_why_says_what_a_stalled_run_ruled_out(trained: Path, capsys) -> None:
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["verdict"] == "stalled" and summary["findings"] == []
     assert len(summary["ruled_out"]["checks"]) > 30 and "one_update_a_step" in summary["ruled_out"]["rules"]
@@ -105,7 +105,7 @@ def test_a_stalled_run_without_a_finding_says_what_was_ruled_out(trained: Path, 
     )
 
 
-def test_metrics_have_a_row_per_report_with_terms_raw_and_weighted(trained: Path) -> None:
+def test_metrics_have_a_row_per_report_with_weighted_terms(trained: Path) -> None:
     rows = read_events(trained)
     assert [row["event"] for row in rows][:4] == ["start", "step", "step", "step"]
     epoch = next(row for row in rows if row["event"] == "epoch")
@@ -113,14 +113,14 @@ def test_metrics_have_a_row_per_report_with_terms_raw_and_weighted(trained: Path
     assert epoch["train_loss"] == pytest.approx(sum(term["weighted"] for term in epoch["terms"].values()), rel=1e-4)
 
 
-def test_evaluate_prints_tables_beside_baselines_and_leaves_figure_and_record(trained: Path, capsys) -> None:
+def test_evaluate_prints_tables_and_saves_figure_and_json(trained: Path, capsys) -> None:
     assert main(["evaluate", str(trained), "--device", "cpu"]) == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("SNR in dB", "-5 .. 0", "15 .. 20", "sources", "identity", "all"))
     assert (trained / "plots" / "evaluate.png").is_file() and (trained / "evaluation.json").is_file()
 
 
-def test_evaluate_as_json_is_consistent_with_itself(trained: Path, capsys) -> None:
+def test_evaluate_json_groups_add_up_to_the_total(trained: Path, capsys) -> None:
     assert main(["evaluate", str(trained / "checkpoints"), "--json", "--scenes", "50", "--device", "cpu"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["scenes"] == 50 and result["baselines"]["zero"] == 1.0 and result["mmse_bound"] is None
@@ -130,7 +130,7 @@ def test_evaluate_as_json_is_consistent_with_itself(trained: Path, capsys) -> No
         assert mean == pytest.approx(result["nmse"]["mean"])
 
 
-def test_evaluate_agrees_with_the_trainer_on_what_the_network_is_worth(trained: Path) -> None:
+def test_evaluate_agrees_with_the_best_validation_nmse(trained: Path) -> None:
     """The same weights on fresh scenes of the same law: validation and test differ by their sampling error only."""
     result = evaluate(trained, device="cpu")
     summary = json.loads((trained / "summary.json").read_text())
@@ -138,7 +138,8 @@ def test_evaluate_agrees_with_the_trainer_on_what_the_network_is_worth(trained: 
     assert result["weights"] == summary["best_weights"]
 
 
-def test_a_simulated_data_set_can_be_trained_on_and_evaluated(tmp_path, capsys) -> None:
+@pytest.mark.slow
+def test_simulated_data_set_can_be_trained_and_evaluated(tmp_path, capsys) -> None:
     data, folder = tmp_path / "scenes", tmp_path / "run"
     task = [part for text in SMALL if text.startswith("task.") for part in ("--set", text)]
     assert (
@@ -154,9 +155,7 @@ def test_a_simulated_data_set_can_be_trained_on_and_evaluated(tmp_path, capsys) 
     assert main(["evaluate", str(folder), "--device", "cpu", "--data", str(tmp_path / "moved")]) == 0
 
 
-def test_an_evaluation_that_cannot_be_written_is_printed_all_the_same(
-    trained: Path, tmp_path, monkeypatch, capsys
-) -> None:
+def test_evaluate_prints_what_it_cannot_write(trained: Path, tmp_path, monkeypatch, capsys) -> None:
     def refuse(*_: object) -> None:
         raise StorageError(trained / "evaluation.json", OSError(30, "read-only"))
 
@@ -166,13 +165,13 @@ def test_an_evaluation_that_cannot_be_written_is_printed_all_the_same(
     assert "mean NMSE" in said.out and "Read-only" in said.err
 
 
-def test_simulate_does_not_write_over_anything(tmp_path, capsys) -> None:
+def test_simulate_refuses_a_folder_that_is_not_empty(tmp_path, capsys) -> None:
     (tmp_path / "precious.txt").touch()
     assert main(["simulate", "--out", str(tmp_path), "--scenes", "4", "--preset", "original", "--device", "cpu"]) == 3
     assert str(tmp_path) in capsys.readouterr().err
 
 
-def test_the_pursuit_beside_the_network_is_good_where_the_task_is_easy() -> None:
+def test_scene_figures_pursuit_solves_an_easy_task() -> None:
     """Without any network a single source at high SNR is found: what a network must beat is not zero but this."""
     config = load_config(None, "laptop", ["task.max_sources=1", "task.snr_min_db=15.0"], {"training.device": "cpu"})
     source = SimulatedSource(config, "cpu")
@@ -186,15 +185,16 @@ def test_evaluate_refuses_more_test_scenes_than_there_are(trained: Path, capsys)
     assert "this run has 60" in capsys.readouterr().err
 
 
-def test_a_run_without_a_best_checkpoint_is_a_clear_error(trained: Path, tmp_path, capsys) -> None:
+def test_evaluate_names_a_missing_best_checkpoint(trained: Path, tmp_path, capsys) -> None:
     (tmp_path / "config.toml").write_text((trained / "config.toml").read_text())
     assert main(["evaluate", str(tmp_path), "--device", "cpu"]) == 3
     assert "best.safetensors" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("terminal_signals")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_run_saves_names_the_resume_command_and_continues(tmp_path, sent: signal.Signals) -> None:
+def test_train_interrupted_by_a_signal_saves_and_resumes(tmp_path, sent: signal.Signals) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "ris_fast", "train", *SMALL, "--epochs", "100000", "--out", str(folder)],
@@ -220,7 +220,8 @@ def _wait_for_an_epoch(folder: Path, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def test_a_run_that_is_interrupted_within_an_epoch_and_resumed_is_found_healthy(tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.slow
+def test_resume_within_an_epoch_is_found_healthy(tmp_path, monkeypatch, capsys) -> None:
     folder, advance = tmp_path / "run", Trainer._advance
 
     def until_the_sixth(self: Trainer, scenes: int) -> None:
@@ -240,14 +241,15 @@ def test_a_run_that_is_interrupted_within_an_epoch_and_resumed_is_found_healthy(
     assert "batches_skipped" not in capsys.readouterr().out
 
 
-def test_resuming_a_finished_run_says_so_and_touches_nothing(trained: Path, capsys) -> None:
+def test_resume_of_a_finished_run_changes_nothing(trained: Path, capsys) -> None:
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     assert main(["train", "--resume", str(trained)]) == 0
     assert "nothing to do: 2 epochs are done and 2 are asked for; give a larger --epochs" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
 
 
-def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path, capsys) -> None:
+@pytest.mark.slow
+def test_resume_without_a_checkpoint_starts_over(tmp_path, capsys) -> None:
     folder = tmp_path / "run"
     assert main(["train", *SMALL, "--epochs", "1", "--out", str(folder)]) == STALLED
     shutil.rmtree(folder / "checkpoints")
@@ -256,13 +258,13 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path, capsy
     assert [row["epoch"] for row in read_events(folder) if row["event"] == "epoch"] == [1]
 
 
-def test_a_run_cannot_be_trained_by_two_processes(trained: Path, capsys) -> None:
+def test_resume_refuses_a_run_that_is_locked(trained: Path, capsys) -> None:
     with run_lock(trained):
         assert main(["train", "--resume", str(trained), "--epochs", "3"]) == 2
     assert "another process" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_made_is_named_and_a_run_that_never_began_leaves_none(tmp_path, capsys) -> None:
+def test_train_that_never_began_leaves_no_folder(tmp_path, capsys) -> None:
     (tmp_path / "file").touch()
     assert main(["train", *SMALL, "--out", str(tmp_path / "file" / "run")]) == 3
     assert "cannot be written" in capsys.readouterr().err
@@ -270,7 +272,7 @@ def test_a_folder_that_cannot_be_made_is_named_and_a_run_that_never_began_leaves
     assert not (tmp_path / "run").exists()
 
 
-def test_env_names_versions_and_the_backend_of_every_kernel_with_the_reason(capsys) -> None:
+def test_env_json_has_versions_and_kernel_backends(capsys) -> None:
     from ris_fast.kernels.registry import operators
 
     assert main(["env", "--json"]) == 0
@@ -281,7 +283,7 @@ def test_env_names_versions_and_the_backend_of_every_kernel_with_the_reason(caps
     assert all(kernel["backend"] in ("C++", "plain torch") and kernel["reason"] for kernel in on_cpu.values())
 
 
-def test_env_as_a_table(capsys) -> None:
+def test_env_prints_a_table(capsys) -> None:
     assert main(["env"]) == 0
     assert "cov_nmse on cpu" in capsys.readouterr().out
 

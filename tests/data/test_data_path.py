@@ -27,7 +27,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_auto_looks_into_the_path(root: Path) -> None:
+def test_guess_source_looks_into_the_path(root: Path) -> None:
     assert guess_source("") == "simulate" and guess_source(str(root / "sets/shards")) == "shards"
     assert guess_source(str(root / "sets/npz")) == "npz" == guess_source(str(root / "sets/npz/val"))
     assert guess_source(str(root / "sets/npz/train/shard_000.npz")) == "npz"
@@ -48,7 +48,7 @@ def test_auto_looks_into_the_path(root: Path) -> None:
         ("/dev/null", "a file that is no .npz", "--data DIR"),
     ],
 )
-def test_what_is_no_data_set_is_told(root: Path, given: str, found: str, todo: str) -> None:
+def test_open_source_names_what_is_no_data_set(root: Path, given: str, found: str, todo: str) -> None:
     with pytest.raises(DataError) as caught:
         open_source(Config(task=SMALL, data=Data(path=str(root / given))), "cpu")
     error = caught.value
@@ -62,12 +62,12 @@ def test_what_is_no_data_set_is_told(root: Path, given: str, found: str, todo: s
 
 @pytest.mark.parametrize("source", ["npz", "shards"])
 @pytest.mark.parametrize("given", ["moved", "empty", "sets/shards/manifest.json"])
-def test_it_is_told_also_where_the_kind_was_named(root: Path, source: str, given: str) -> None:
+def test_open_source_of_a_given_kind_names_what_is_wrong(root: Path, source: str, given: str) -> None:
     with pytest.raises(DataError, match="one .npz file"):
         open_source(Config(task=SMALL, data=Data(source=source, path=str(root / given))), "cpu")
 
 
-def test_a_place_that_may_not_be_read_is_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guess_source_names_an_unreadable_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: Path) -> None:
         raise PermissionError(13, "Permission denied")
 

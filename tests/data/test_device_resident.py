@@ -16,7 +16,7 @@ from ris_fast.data.npz import NpzSource
 from ris_fast.data.shards import ShardSource
 from ris_fast.data.write import write_shards
 from tests.data.make_npz import SMALL, original_arrays, write_npz
-from tests.operations import Watch
+from tests.operation_watch import Watch
 
 
 def config(path: Path | str) -> Config:
@@ -54,7 +54,7 @@ def moved(source: Any) -> Any:
 
 
 @pytest.mark.parametrize("make", [shards, npz_pool, npz_dense])
-def test_fetching_waits_for_nothing(make: Any, tmp_path: Path) -> None:
+def test_source_batch_on_a_device_never_syncs(make: Any, tmp_path: Path) -> None:
     source = moved(make(tmp_path))
     assert source.index_device.type == "meta"
     with Watch("meta") as seen:

@@ -40,7 +40,7 @@ def outer(factor: torch.Tensor) -> np.ndarray:
     return f @ f.conj().transpose(0, 2, 1)
 
 
-def test_scenes_are_the_files_rows(tmp_path: Path) -> None:
+def test_npz_source_scenes_are_the_rows_of_the_file(tmp_path: Path) -> None:
     source = open_npz(write_folders(tmp_path))
     arrays = original_arrays(40)
     rows = torch.tensor([39, 0, 13, 12, 0])
@@ -56,7 +56,7 @@ def test_scenes_are_the_files_rows(tmp_path: Path) -> None:
     assert np.array_equal(scenes.codes.numpy(), arrays["codes"][0])
 
 
-def test_factor_reproduces_the_dense_target(tmp_path: Path) -> None:
+def test_npz_factor_reproduces_the_dense_target(tmp_path: Path) -> None:
     scenes = all_scenes(open_npz(write_folders(tmp_path)), "train")
     assert scenes.factor is not None and scenes.covariance is None
     target = as_complex(original_arrays(40)["R"])
@@ -67,7 +67,7 @@ def test_factor_reproduces_the_dense_target(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [(12, 12), (5, 6), (6, 5)])
 @pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
-def test_off_centre_sources_are_re_expressed_exactly(wavefront: str, size: tuple[int, int]) -> None:
+def test_centre_re_expresses_off_centre_sources_exactly(wavefront: str, size: tuple[int, int]) -> None:
     """Our centred steering vector at the shifted position is the original's, up to a common phase."""
     task = replace(Task(), wavefront=wavefront, ris_horizontal=size[0], ris_vertical=size[1])
     array, rng = RISArray.of(task), np.random.default_rng(1)
@@ -85,14 +85,14 @@ def test_off_centre_sources_are_re_expressed_exactly(wavefront: str, size: tuple
     assert np.abs((unshifted.conj() * theirs).sum(-1)).min() < 0.95
 
 
-def test_a_direction_that_does_not_exist_is_marked(tmp_path: Path) -> None:
+def test_centre_marks_a_direction_that_does_not_exist(tmp_path: Path) -> None:
     array, one = RISArray.of(Task()), torch.ones(1, 1, dtype=torch.float64)
     moved = centre(array, original_offset(array), 1.047 * one, 0.5 * one, 0.5 * one, one > 0)
     assert bool(moved.clamped) and float(moved.u**2 + moved.v**2) > 1
     assert float(moved.azimuth) == pytest.approx(np.pi / 2)
 
 
-def test_powers_survive_coincident_sources() -> None:
+def test_recover_powers_survives_coincident_sources() -> None:
     """Two sources in one place: their powers are not unique, the covariance still is."""
     array = RISArray.of(SMALL)
     place = [torch.tensor([[0.3, 0.3, -0.2]]).double(), torch.zeros(1, 3).double(), torch.full((1, 3), 2.0).double()]
@@ -105,7 +105,7 @@ def test_powers_survive_coincident_sources() -> None:
     assert float(misfit) < 1e-10 and float(power.min()) >= 0 and float(power.sum()) == pytest.approx(12, rel=1e-5)
 
 
-def test_powers_are_the_non_negative_optimum() -> None:
+def test_recover_powers_is_the_non_negative_optimum() -> None:
     """Karush-Kuhn-Tucker: p >= 0, the slope is >= 0 everywhere and 0 where p > 0, also where R does not fit."""
     array, rng = RISArray.of(SMALL), np.random.default_rng(2)
     azimuth = torch.from_numpy(0.3 + 0.05 * rng.normal(size=(64, 3)))
@@ -121,7 +121,7 @@ def test_powers_are_the_non_negative_optimum() -> None:
     assert slope.min() > -1e-4 and np.abs(slope * (power > 0)).max() < 1e-4
 
 
-def test_files_of_a_centred_array_are_recognised(tmp_path: Path) -> None:
+def test_npz_source_recognises_a_centred_array(tmp_path: Path) -> None:
     source = open_npz(write_folders(tmp_path, centred=True))
     assert source._load("train").facts.offset == CENTRED
     assert not any("off-centre" in note for note in source.notes)
@@ -129,15 +129,13 @@ def test_files_of_a_centred_array_are_recognised(tmp_path: Path) -> None:
     assert torch.allclose(scenes.azimuth, torch.from_numpy(original_arrays(12, split="val")["ptr"][:, :3]), atol=1e-6)
 
 
-def test_off_centre_is_said(tmp_path: Path) -> None:
+def test_npz_source_notes_an_off_centre_array(tmp_path: Path) -> None:
     assert any("off-centre by half an element" in note for note in open_npz(write_folders(tmp_path)).notes)
 
 
 @pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
 @pytest.mark.parametrize("shift", [(1.0, 0.0), (-0.75, 0.31), (3.5, -2.5)])
-def test_an_array_anywhere_is_found_from_its_covariances(
-    tmp_path: Path, shift: tuple[float, float], wavefront: str
-) -> None:
+def test_npz_source_finds_the_array_offset(tmp_path: Path, shift: tuple[float, float], wavefront: str) -> None:
     task = replace(SMALL, wavefront=wavefront)
     source = open_npz(write_folders(tmp_path, centred=True, shift=shift, task=task), task)
     facts = source._load("train").facts
@@ -147,14 +145,14 @@ def test_an_array_anywhere_is_found_from_its_covariances(
     assert np.allclose(outer(all_scenes(source, "train").factor), as_complex(target), atol=1e-3)
 
 
-def test_an_array_anywhere_is_found_through_element_jitter(tmp_path: Path) -> None:
+def test_npz_source_finds_the_array_offset_through_jitter(tmp_path: Path) -> None:
     facts = (
         open_npz(write_folders(tmp_path, centred=True, shift=(1.5, -2.0), jitter=0.003, train=240))._load("train").facts
     )
     assert not facts.exact and facts.offset == pytest.approx((1.5, -2.0), abs=0.1)
 
 
-def test_an_offset_is_claimed_only_where_it_explains_the_covariances(tmp_path: Path) -> None:
+def test_npz_source_claims_no_offset_that_explains_nothing(tmp_path: Path) -> None:
     arrays = original_arrays(40)
     arrays["R"] = np.roll(arrays["R"], 1, 0)
     source = open_npz(write_npz(tmp_path / "a.npz", arrays))
@@ -162,7 +160,7 @@ def test_an_offset_is_claimed_only_where_it_explains_the_covariances(tmp_path: P
     assert source._load("train").facts.offset in (CENTRED, original_offset(source.array))
 
 
-def test_how_far_sources_go_is_known_as_stored_and_as_served(tmp_path: Path) -> None:
+def test_npz_source_reach_as_stored_and_as_served(tmp_path: Path) -> None:
     source = open_npz(write_folders(tmp_path, task=Task()), Task())
     stored, served = source.reach
     arrays, scenes = original_arrays(40, task=Task()), all_scenes(source, "train")
@@ -173,7 +171,7 @@ def test_how_far_sources_go_is_known_as_stored_and_as_served(tmp_path: Path) -> 
     assert stored.azimuth < 1.0472 < served.azimuth
 
 
-def test_a_target_of_another_scale_gets_trace_n(tmp_path: Path) -> None:
+def test_npz_source_scales_targets_to_trace_n(tmp_path: Path) -> None:
     """The original adds 1e-9 to a trace that can be smaller than that, so its R does not always have trace N."""
     for jitter in (0.0, 0.02):
         arrays = original_arrays(20, jitter=jitter)
@@ -183,7 +181,7 @@ def test_a_target_of_another_scale_gets_trace_n(tmp_path: Path) -> None:
         assert torch.allclose(trace, torch.full_like(trace, SMALL.elements), rtol=1e-5)
 
 
-def test_element_jitter_keeps_the_dense_target(tmp_path: Path) -> None:
+def test_npz_source_keeps_dense_targets_of_jittered_elements(tmp_path: Path) -> None:
     source = open_npz(write_folders(tmp_path, jitter=0.02))
     scenes = all_scenes(source, "val")
     assert scenes.factor is None and scenes.power is None
@@ -191,7 +189,7 @@ def test_element_jitter_keeps_the_dense_target(tmp_path: Path) -> None:
     assert "dense R" in source.describe() and any("jitter" in note for note in source.notes)
 
 
-def test_without_the_channel_it_says_so(tmp_path: Path) -> None:
+def test_npz_source_notes_a_missing_channel(tmp_path: Path) -> None:
     source = open_npz(write_folders(tmp_path, drop=("H_full",)))
     scenes = all_scenes(source, "train")
     assert source.channel is False and scenes.channel is None
@@ -199,11 +197,11 @@ def test_without_the_channel_it_says_so(tmp_path: Path) -> None:
     assert "cannot carry the answer" in source.describe() and any("no H_full" in note for note in source.notes)
 
 
-def test_collapsed_channel_may_be_absent_where_the_channel_is_there(tmp_path: Path) -> None:
+def test_npz_source_does_not_need_the_effective_channel(tmp_path: Path) -> None:
     assert open_npz(write_folders(tmp_path, drop=("H",))).channel
 
 
-def test_a_wrong_collapsed_channel_is_said(tmp_path: Path) -> None:
+def test_npz_source_notes_a_wrong_effective_channel(tmp_path: Path) -> None:
     write_folders(tmp_path)
     arrays = original_arrays(40)
     arrays["H"] = np.roll(arrays["H"], 1, 0)
@@ -212,7 +210,7 @@ def test_a_wrong_collapsed_channel_is_said(tmp_path: Path) -> None:
     assert any(note.startswith("in 40 scenes H is not H_full c_l") for note in open_npz(tmp_path).notes)
 
 
-def test_copies_between_splits_are_counted(tmp_path: Path) -> None:
+def test_npz_source_counts_copies_between_splits(tmp_path: Path) -> None:
     """The original's own leak: val[i] == train[i + shift]."""
     write_folders(tmp_path)
     leak = {key: value[5:17] for key, value in original_arrays(40).items()}
@@ -222,7 +220,7 @@ def test_copies_between_splits_are_counted(tmp_path: Path) -> None:
     assert "12 of 12 val scenes are copies of train scenes (val[i] == train[i+5])" in source.notes[0]
 
 
-def test_copies_within_a_split_and_in_test_are_counted(tmp_path: Path) -> None:
+def test_npz_source_counts_copies_within_splits_and_in_test(tmp_path: Path) -> None:
     write_folders(tmp_path)
     write_npz(tmp_path / "train" / "shard_002.npz", {k: v[:3] for k, v in original_arrays(40).items()})
     again = {k: v[::-1][:4] for k, v in original_arrays(12, split="val").items()}
@@ -231,12 +229,12 @@ def test_copies_within_a_split_and_in_test_are_counted(tmp_path: Path) -> None:
     assert "3 of 43 train scenes repeat" in notes and "4 of 4 test scenes are copies of val scenes" in notes
 
 
-def test_healthy_splits_have_no_copies(tmp_path: Path) -> None:
+def test_npz_source_finds_no_copies_in_healthy_splits(tmp_path: Path) -> None:
     assert open_npz(write_folders(tmp_path)).overlaps == []
 
 
 @pytest.mark.parametrize("single", [True, False])
-def test_one_pool_is_split_by_number(tmp_path: Path, single: bool) -> None:
+def test_npz_source_splits_one_pool_by_number(tmp_path: Path, single: bool) -> None:
     arrays = original_arrays(60)
     path = write_npz(tmp_path / "a.npz", arrays if single else {k: v[:20] for k, v in arrays.items()})
     if not single:
@@ -257,14 +255,14 @@ def test_split_rows_are_disjoint_and_repeatable(total: int) -> None:
     assert all(torch.equal(rows[s], again) for s, again in split_rows(Path("x"), total, wanted).items())
 
 
-def test_configured_sizes_limit_the_splits(tmp_path: Path) -> None:
+def test_npz_source_limits_splits_to_configured_sizes(tmp_path: Path) -> None:
     source = open_npz(write_folders(tmp_path), train_scenes=20, val_scenes=5)
     assert (source.size("train"), source.size("val"), source.size("test")) == (20, 5, 8)
     assert "20 of 40 train scenes in use (data.train_scenes)" in source.notes
     assert all_scenes(source, "train").batch == 20
 
 
-def test_compressed_files_give_the_same_scenes(tmp_path: Path) -> None:
+def test_npz_source_reads_the_same_from_compressed_files(tmp_path: Path) -> None:
     arrays = original_arrays(30)
     plain = open_npz(write_npz(tmp_path / "plain.npz", arrays))
     packed = open_npz(write_npz(tmp_path / "packed.npz", arrays, compressed=True))
@@ -274,7 +272,9 @@ def test_compressed_files_give_the_same_scenes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.02])
-def test_shards_larger_than_memory_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jitter: float) -> None:
+def test_npz_source_maps_shards_larger_than_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jitter: float
+) -> None:
     resident = open_npz(write_folders(tmp_path, jitter=jitter))
     monkeypatch.setattr(table, "free_memory", lambda: 1000)
     mapped = open_npz(tmp_path)
@@ -286,7 +286,7 @@ def test_shards_larger_than_memory_are_mapped(tmp_path: Path, monkeypatch: pytes
         assert (x is None and y is None) or torch.equal(x, y), name
 
 
-def test_compressed_and_larger_than_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npz_source_refuses_compressed_beyond_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_npz(tmp_path / "packed.npz", original_arrays(30), compressed=True)
     monkeypatch.setattr(table, "free_memory", lambda: 1000)
     with pytest.raises(DataError, match="numpy.savez .uncompressed"):
@@ -294,7 +294,7 @@ def test_compressed_and_larger_than_memory_is_refused(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("place", ["host", "mapped"])
-def test_every_array_is_streamed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_npz_source_streams_every_array_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """The original decoded the whole array for each key and each sample."""
     calls: list[tuple[str, str]] = []
     read = StoredArray.chunks
@@ -312,28 +312,28 @@ def test_every_array_is_streamed_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(calls) == len(set(calls)) == 3 * 8
 
 
-def test_progress_counts_scenes(tmp_path: Path) -> None:
+def test_open_source_progress_counts_npz_scenes(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     config = Config(task=SMALL, data=Data(path=str(write_folders(tmp_path))))
     open_source(config, "cpu", progress=lambda done, total: seen.append((done, total)))
     assert seen == [(13, 40), (40, 40), (12, 12)]
 
 
-def test_mapped_bytes_are_numpys(tmp_path: Path) -> None:
+def test_npz_arrays_map_equals_numpy(tmp_path: Path) -> None:
     arrays = original_arrays(5)
     path = write_npz(tmp_path / "a.npz", arrays)
     for key, stored in npz_arrays(path).items():
         assert np.array_equal(stored.map(), arrays[key]), key
 
 
-def test_clipped_snr_labels_are_said(tmp_path: Path) -> None:
+def test_npz_source_notes_clipped_snr_labels(tmp_path: Path) -> None:
     arrays = original_arrays(60)
     arrays["snr"] = arrays["snr"].clip(0.0, 15.0)
     notes = open_npz(write_npz(tmp_path / "a.npz", arrays)).notes
     assert any("at 0 dB" in note and "at 15 dB" in note for note in notes)
 
 
-def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_npz_source_names_a_missing_split(tmp_path: Path) -> None:
     source = open_npz(write_folders(tmp_path, test=0))
     assert source.size("test") == 0
     with pytest.raises(DataError, match="no test scenes"):
@@ -341,7 +341,7 @@ def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_a_split_smaller_than_was_asked_for_is_told(tmp_path: Path, flat: bool) -> None:
+def test_npz_source_notes_a_split_smaller_than_asked(tmp_path: Path, flat: bool) -> None:
     path = write_npz(tmp_path / "a.npz", original_arrays(50)) if flat else write_folders(tmp_path)
     config = Config(
         task=SMALL,

@@ -40,7 +40,7 @@ def written(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 @pytest.mark.parametrize("mapped", [False, True])
-def test_shards_are_the_simulators_scenes(
+def test_shard_source_equals_the_simulator(
     written: Path, monkeypatch: pytest.MonkeyPatch, split: str, mapped: bool
 ) -> None:
     if mapped:
@@ -57,14 +57,14 @@ def test_shards_are_the_simulators_scenes(
         assert (a is None and b is None) or torch.equal(a, b), item.name
 
 
-def test_the_set_does_not_depend_on_the_shard_size(written: Path, tmp_path: Path) -> None:
+def test_write_shards_does_not_depend_on_the_shard_size(written: Path, tmp_path: Path) -> None:
     write_shards(config(), tmp_path / "one", SIZES, shard_scenes=4096)
     one, many = (ShardSource(config(path), "cpu") for path in (tmp_path / "one", written))
     assert torch.equal(all_scenes(one, "train").snapshots, all_scenes(many, "train").snapshots)
     assert len(list(written.glob("train-*.safetensors"))) == 4
 
 
-def test_no_dense_matrix_is_stored(written: Path) -> None:
+def test_write_shards_stores_no_dense_matrix(written: Path) -> None:
     tensors = load_file(written / "train-00000.safetensors")
     n = SMALL.elements
     assert not any(t.shape[-3:-1] == (n, n) for t in tensors.values())
@@ -82,7 +82,7 @@ def test_manifest_describes_the_set(written: Path) -> None:
     assert expected["channel_rms"] == pytest.approx(float(scenes.channel.square().sum(-1).mean().sqrt()), rel=1e-5)
 
 
-def test_verify_accepts_what_was_written(written: Path) -> None:
+def test_verify_manifest_accepts_what_was_written(written: Path) -> None:
     assert verify_manifest(ShardSource(config(written), "cpu")) == []
     assert verify_manifest(SimulatedSource(config(), "cpu")) == []
 
@@ -94,7 +94,7 @@ def flip(path: Path, at: int = -40) -> None:
     path.write_bytes(raw)
 
 
-def test_verify_finds_a_byte_changed_since_the_set_was_opened(written: Path) -> None:
+def test_verify_manifest_finds_a_byte_changed_after_opening(written: Path) -> None:
     source = ShardSource(config(written), "cpu")
     source.batch("test", torch.arange(1))
     flip(written / "train-00002.safetensors")
@@ -105,7 +105,7 @@ def test_verify_finds_a_byte_changed_since_the_set_was_opened(written: Path) -> 
 
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("name", ["train-00003", "val-00000"])
-def test_a_changed_byte_of_what_is_read_is_refused_on_opening(
+def test_shard_source_refuses_a_changed_byte_on_opening(
     written: Path, monkeypatch: pytest.MonkeyPatch, name: str, mapped: bool
 ) -> None:
     if mapped:
@@ -116,12 +116,12 @@ def test_a_changed_byte_of_what_is_read_is_refused_on_opening(
     assert caught.value.exit_code == 3
 
 
-def test_what_is_not_read_is_not_hashed(written: Path) -> None:
+def test_shard_source_hashes_only_what_it_reads(written: Path) -> None:
     flip(written / "train-00003.safetensors")
     assert ShardSource(config(written, train_scenes=20), "cpu").size("train") == 20
 
 
-def test_a_test_shard_is_checked_for_presence_on_opening_and_for_contents_on_first_use(written: Path) -> None:
+def test_shard_source_hashes_test_shards_on_first_use(written: Path) -> None:
     path = written / "test-00000.safetensors"
     flip(path)
     source = ShardSource(config(written), "cpu")
@@ -137,7 +137,7 @@ def test_a_test_shard_is_checked_for_presence_on_opening_and_for_contents_on_fir
         source.batch("test", torch.arange(1))
 
 
-def test_progress_counts_scenes(written: Path) -> None:
+def test_open_source_progress_counts_shard_scenes(written: Path) -> None:
     seen: list[tuple[int, int]] = []
     source = open_source(config(written), "cpu", progress=lambda done, total: seen.append((done, total)))
     assert seen == [(16, 50), (32, 50), (48, 50), (50, 50), (12, 12)]
@@ -145,7 +145,7 @@ def test_progress_counts_scenes(written: Path) -> None:
     assert seen[-1] == (8, 8)
 
 
-def test_verify_finds_inputs_changed_on_their_way(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_manifest_finds_inputs_changed_on_the_way(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = ShardSource(config(written), "cpu")
     batch = source.batch
     monkeypatch.setattr(source, "batch", lambda split, index: batch(split, index).apply(lambda t: t * 2))
@@ -157,7 +157,7 @@ def test_verify_finds_inputs_changed_on_their_way(written: Path, monkeypatch: py
     }
 
 
-def test_configured_sizes_limit_the_splits(written: Path) -> None:
+def test_shard_source_limits_splits_to_configured_sizes(written: Path) -> None:
     source = ShardSource(config(written, train_scenes=20), "cpu")
     assert source.size("train") == 20 and source.notes == ["20 of 50 train scenes in use (data.train_scenes)"]
     assert all_scenes(source, "train").batch == 20 and verify_manifest(source) == []
@@ -166,7 +166,7 @@ def test_configured_sizes_limit_the_splits(written: Path) -> None:
 @pytest.mark.parametrize(
     "origin, told", [("flag", True), ("--set", True), ("default", False), ("preset original", False), (None, False)]
 )
-def test_a_split_smaller_than_was_asked_for_is_told(written: Path, origin: str | None, told: bool) -> None:
+def test_shard_source_notes_a_split_smaller_than_asked(written: Path, origin: str | None, told: bool) -> None:
     asked = replace(
         config(written, train_scenes=60, val_scenes=12),
         provenance={"data.train_scenes": origin, "data.val_scenes": origin} if origin else {},
@@ -177,7 +177,7 @@ def test_a_split_smaller_than_was_asked_for_is_told(written: Path, origin: str |
     )
 
 
-def test_copies_between_splits_are_counted(written: Path) -> None:
+def test_shard_source_counts_copies_between_splits(written: Path) -> None:
     replace_shard(
         written,
         "val-00000",
@@ -291,7 +291,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_named(written: Path, name: str) -> None:
+def test_shard_damage_is_named(written: Path, name: str) -> None:
     damage, where, key, found = DAMAGE[name]
     damage(written)
     with pytest.raises(DataError) as caught:
@@ -301,7 +301,7 @@ def test_damage_is_named(written: Path, name: str) -> None:
     assert error.expected in str(error) and error.todo.endswith(".")
 
 
-def test_a_set_of_another_task_says_how_to_use_it(written: Path) -> None:
+def test_shard_source_of_another_task_lists_all_differences(written: Path) -> None:
     """All that differs at once; the task of the data set is what load_config takes."""
     said = (
         "found bs_antennas 4, ris_horizontal 6, .* max_sources 3; expected bs_antennas 16, .* max_sources 5, as"

@@ -32,7 +32,7 @@ def files(root: Path) -> dict[str, Config]:
 
 @pytest.mark.parametrize("kind", ["simulate", "npz", "shards"])
 @pytest.mark.parametrize("fixed", [False, True])
-def test_an_epoch_has_every_scene_once(tmp_path: Path, kind: str, fixed: bool) -> None:
+def test_epoch_batches_have_every_scene_once(tmp_path: Path, kind: str, fixed: bool) -> None:
     source = open_source(files(tmp_path)[kind], "cpu")
     assert source.name == kind
     for epoch in range(3):
@@ -42,7 +42,7 @@ def test_an_epoch_has_every_scene_once(tmp_path: Path, kind: str, fixed: bool) -
         assert torch.equal(torch.cat(batches).sort().values, torch.arange(start, start + 50))
 
 
-def test_order_is_a_function_of_seed_and_epoch() -> None:
+def test_epoch_batches_order_depends_on_seed_and_epoch() -> None:
     source = open_source(simulated(), "cpu")
 
     def order(epoch: int, seed: int) -> list[int]:
@@ -53,25 +53,25 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_validation_and_test_never_change(split: str) -> None:
+def test_epoch_batches_of_val_and_test_never_change(split: str) -> None:
     source = open_source(simulated(), "cpu")
     first, later = (torch.cat(list(epoch_batches(source, split, epoch, 8, epoch, False))) for epoch in (0, 9))
     assert torch.equal(first, torch.arange(source.size(split))) and torch.equal(first, later)
 
 
-def test_drop_last_leaves_only_full_batches() -> None:
+def test_epoch_batches_drop_last_leaves_full_batches() -> None:
     source = open_source(simulated(), "cpu")
     assert [b.numel() for b in epoch_batches(source, "train", 0, 16, 0, False, drop_last=True)] == [16, 16, 16]
     assert list(epoch_batches(source, "test", 0, 16, 0, False, drop_last=True)) == []
 
 
-def test_bad_sizes_are_refused() -> None:
+def test_epoch_batches_refuse_a_batch_size_of_zero() -> None:
     with pytest.raises(ValueError, match="batch_size is 0"):
         next(epoch_batches(open_source(simulated(), "cpu"), "train", 0, 0, 0, False))
 
 
 @pytest.mark.parametrize("kind", ["simulate", "npz", "shards"])
-def test_a_scene_is_the_same_in_any_batch(tmp_path: Path, kind: str) -> None:
+def test_source_scene_is_the_same_in_any_batch(tmp_path: Path, kind: str) -> None:
     source = open_source(files(tmp_path)[kind], "cpu")
     whole = all_scenes(source, "val")
     some = source.batch("val", torch.tensor([5, 0, 11, 5]))
@@ -84,7 +84,7 @@ def test_a_scene_is_the_same_in_any_batch(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["npz", "shards"])
-def test_files_live_on_the_device(tmp_path: Path, kind: str) -> None:
+def test_file_sources_live_in_device_memory(tmp_path: Path, kind: str) -> None:
     config = files(tmp_path)[kind]
     here, there = open_source(config, "cpu"), open_source(config, "cuda")
     assert "device memory" in there.describe() and there.index_device.type == "cuda"
@@ -94,14 +94,14 @@ def test_files_live_on_the_device(tmp_path: Path, kind: str) -> None:
     assert torch.allclose(a.factor, b.factor.cpu(), atol=1e-5)
 
 
-def test_simulated_splits_and_epochs_share_no_scene() -> None:
+def test_simulated_source_splits_and_epochs_share_no_scene() -> None:
     source = open_source(simulated(), "cpu")
     parts = [source.batch(split, torch.arange(150)) for split in ("train", "val", "test")]
     hashes = [h for part in parts for h in scene_hashes(part.snapshots)]
     assert len(set(hashes)) == 450
 
 
-def test_the_seed_makes_the_scenes() -> None:
+def test_simulated_source_seed_makes_the_scenes() -> None:
     def first(seed: int) -> torch.Tensor:
         source = open_source(Config(task=SMALL, data=Data(seed=seed)), "cpu")
         return source.batch("train", torch.arange(4)).snapshots
@@ -109,7 +109,7 @@ def test_the_seed_makes_the_scenes() -> None:
     assert torch.equal(first(3), first(3)) and not torch.equal(first(3), first(4))
 
 
-def test_a_lost_channel_is_refused_unless_asked_for(tmp_path: Path) -> None:
+def test_open_source_refuses_a_lost_channel_unless_asked(tmp_path: Path) -> None:
     """Before training: a network that needs H must not start on H c_l and sit at the baseline."""
     write_folders(tmp_path, drop=("H_full",))
     data = Data(path=str(tmp_path))
@@ -119,10 +119,10 @@ def test_a_lost_channel_is_refused_unless_asked_for(tmp_path: Path) -> None:
     assert open_source(asked, "cpu").channel is False
 
 
-def test_files_without_a_path_are_refused() -> None:
+def test_open_source_refuses_files_without_a_path() -> None:
     with pytest.raises(DataError, match="--data DIR"):
         open_source(Config(data=Data(source="shards")), "cpu")
 
 
-def test_simulate_ignores_a_path(tmp_path: Path) -> None:
+def test_open_source_simulate_ignores_a_path(tmp_path: Path) -> None:
     assert open_source(simulated(source="simulate", path=str(tmp_path)), "cpu").name == "simulate"

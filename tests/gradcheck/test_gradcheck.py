@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ris_fast.kernels.cov_nmse import reference
-from ris_fast.kernels.registry import operators
 
 from ris_fast import gradcheck
 from ris_fast.gradcheck import Row
+from ris_fast.kernels.cov_nmse import reference
+from ris_fast.kernels.registry import operators
 
 DIFFERENTIABLE = [o for o in operators() if any(s.differentiable for s in o.samples)]
 
@@ -20,11 +20,13 @@ def rows() -> list[Row]:
     return gradcheck.run_gradcheck("cpu", interpreter=False)
 
 
-def test_every_row_passes(rows: list[Row]) -> None:
+@pytest.mark.slow
+def test_run_gradcheck_passes_every_row(rows: list[Row]) -> None:
     assert rows and not [row for row in rows if not row.passed]
 
 
-def test_every_operator_and_backend_has_its_rows(rows: list[Row]) -> None:
+@pytest.mark.slow
+def test_run_gradcheck_covers_every_operator_and_backend(rows: list[Row]) -> None:
     for operator in operators():
         found = {row.backend for row in rows if row.operator == operator.name}
         assert set(gradcheck.backends_here(operator, "cpu")) <= found
@@ -40,7 +42,7 @@ def test_every_operator_and_backend_has_its_rows(rows: list[Row]) -> None:
 
 
 @pytest.mark.parametrize("kind", gradcheck.WRONG)
-def test_a_wrong_backward_is_caught_by_both_checks(kind: str) -> None:
+def test_gradcheck_catches_a_wrong_backward(kind: str) -> None:
     operator = DIFFERENTIABLE[0]
     run = list(gradcheck.backends_here(operator, "cpu").values())[-1]
     sample = next(s for s in operator.samples if s.gradcheck)
@@ -50,7 +52,7 @@ def test_a_wrong_backward_is_caught_by_both_checks(kind: str) -> None:
     assert gradcheck.numerical(operator, run, "cpu", [sample]) == "pass"
 
 
-def test_a_backend_that_is_right_about_the_gradient_and_wrong_about_the_value_is_caught() -> None:
+def test_gradcheck_catches_a_wrong_value() -> None:
     operator = DIFFERENTIABLE[0]
     run = list(gradcheck.backends_here(operator, "cpu").values())[-1]
 
@@ -62,19 +64,20 @@ def test_a_backend_that_is_right_about_the_gradient_and_wrong_about_the_value_is
     assert not row.passed and "value" in row.note
 
 
-def test_a_graph_that_is_cut_is_caught() -> None:
+def test_graph_faults_catches_a_cut_graph() -> None:
     operator = DIFFERENTIABLE[0]
     with pytest.raises(RuntimeError, match="does not require grad"):
         gradcheck.graph_faults(replace(operator, call=lambda *a: operator.call(a[0].detach(), *a[1:])), "cpu")
 
 
-def test_degenerate_inputs_are_among_the_samples() -> None:
+def test_gradcheck_samples_include_degenerate_inputs() -> None:
     names = " ".join(s.name for s in DIFFERENTIABLE[0].samples if s.gradcheck)
     for kind in ("rank-deficient", "equal-sources", "one-source", "zero-columns", "small-scales"):
         assert kind in names
 
 
-def test_triton_bodies_pass_under_the_interpreter() -> None:
+@pytest.mark.slow
+def test_triton_bodies_pass_gradcheck_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="the interpreter is triton's")
     found = gradcheck.interpreted_rows()
     assert {row.operator for row in found} >= {o.name for o in DIFFERENTIABLE}
@@ -82,7 +85,7 @@ def test_triton_bodies_pass_under_the_interpreter() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_every_row_passes_on_the_gpu() -> None:
+def test_run_gradcheck_passes_on_the_gpu() -> None:
     assert not [row for row in gradcheck.run_gradcheck("cuda", interpreter=False) if not row.passed]
 
 
@@ -93,7 +96,7 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("name", ["backprojection", "hybrid"])
-def test_every_parameter_of_a_network_has_the_gradient_of_the_dense_chain(name: str) -> None:
+def test_cov_nmse_network_gradients_equal_the_dense_chain(name: str) -> None:
     """Through the project's networks, parameter by parameter, by the rule: at most twice the error of the eager
     chain."""
     import ris_fast

@@ -12,7 +12,7 @@ from ris_fast.health.finding import Finding, ranked
 
 
 @pytest.mark.parametrize("name", CAUSES)
-def test_a_cause_has_a_page_with_meaning_evidence_and_fix(name: str) -> None:
+def test_cause_page_has_meaning_evidence_and_fix(name: str) -> None:
     cause = CAUSES[name]
     title, meaning, evidence = cause.page.split("\n\n")[:3]
     assert (title, evidence) == (f"# {name}", "## Evidence")
@@ -22,19 +22,19 @@ def test_a_cause_has_a_page_with_meaning_evidence_and_fix(name: str) -> None:
     assert (finding.advice, finding.meaning, finding.severity) == (cause.fix, cause.meaning, cause.level)
 
 
-def test_every_page_belongs_to_a_cause() -> None:
+def test_cause_pages_are_those_of_the_table() -> None:
     pages = Path(ris_fast.health.causes.__file__).parent / "pages"
     assert sorted(path.stem for path in pages.glob("*")) == sorted(CAUSES)
 
 
-def test_causes_are_ranked_as_in_the_table_family_by_family() -> None:
+def test_causes_are_ranked_in_the_order_of_the_table() -> None:
     assert [cause.rank for cause in CAUSES.values()] == list(range(len(CAUSES)))
     levels = list(dict.fromkeys(cause.level for cause in CAUSES.values()))
     assert levels == ["structural", "contract", "gradient", "movement", "outcome"]
     assert sorted(CAUSES.values(), key=lambda cause: levels.index(cause.level)) == list(CAUSES.values())
 
 
-def test_certain_comes_before_likely_and_causes_before_consequences() -> None:
+def test_ranked_puts_certain_first_and_causes_first() -> None:
     order = [
         Finding("ema_cold", ""),
         Finding("unused_head", ""),

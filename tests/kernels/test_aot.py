@@ -4,6 +4,7 @@ loads."""
 from __future__ import annotations
 
 import pytest
+
 from ris_fast.kernels.registry import AotCase, families
 
 pytest.importorskip("triton", reason="ahead-of-time compilation needs triton")
@@ -13,15 +14,16 @@ CASES = {f"{family.name}/{case.name}": case for family in families() for case in
 ARCHITECTURES = (80, 90, 100)
 
 
-def test_every_family_with_a_triton_backend_lists_its_kernels() -> None:
+def test_aot_lists_every_family_with_a_triton_backend() -> None:
     for family in families():
         has_triton = any("triton" in operator.backends for operator in family.operators)
         assert bool(family.aot()) == has_triton, family.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("case", CASES)
-def test_no_spills_at_the_tuned_size(case: str, arch: int) -> None:
+def test_aot_kernels_do_not_spill(case: str, arch: int) -> None:
     chosen: AotCase = CASES[case]
     report = compile_case(chosen, arch)
     assert report.spills == 0, report

@@ -16,7 +16,7 @@ FOLDER = os.environ.get("RIS_FAST_TRITON36", "")
 
 
 @pytest.mark.skipif(not FOLDER, reason="triton 3.6 is not installed: RIS_FAST_TRITON36 does not name its folder")
-def test_no_spills_with_triton_3_6() -> None:
+def test_aot_kernels_do_not_spill_with_triton_3_6() -> None:
     path = os.pathsep.join([FOLDER, os.environ.get("PYTHONPATH", "")])
     version = subprocess.run(
         [sys.executable, "-c", "import triton; print(triton.__version__)"],

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ris_fast.kernels.cov_nmse import reference
-from ris_fast.kernels.cov_nmse.samples import random_tensors
 from torch import Tensor
 
 import ris_fast
+from ris_fast.kernels.cov_nmse import reference
+from ris_fast.kernels.cov_nmse.samples import random_tensors
 
 CONFIGURATIONS = [
     {},
@@ -42,7 +42,7 @@ both_targets = pytest.mark.parametrize("kind", ["factor", "cov"])
 
 @both_targets
 @pytest.mark.parametrize("settings", CONFIGURATIONS)
-def test_prediction_equal_to_target_scores_zero(kind: str, settings: dict[str, float]) -> None:
+def test_cov_nmse_target_as_prediction_scores_zero(kind: str, settings: dict[str, float]) -> None:
     _, s = drawn()
     f = s.clone().requires_grad_()
     loss = ris_fast.cov_nmse(f, **target(kind, s), **settings)
@@ -52,13 +52,13 @@ def test_prediction_equal_to_target_scores_zero(kind: str, settings: dict[str, f
 
 
 @both_targets
-def test_prediction_equal_to_target_scores_zero_in_float32(kind: str) -> None:
+def test_cov_nmse_target_as_prediction_scores_zero_in_float32(kind: str) -> None:
     _, s = drawn(dtype=torch.float32)
     assert 0 <= ris_fast.cov_nmse(s, **target(kind, s)).item() < 1e-12
 
 
 @both_targets
-def test_zero_predictor_scores_exactly_one_with_zero_gradient(kind: str) -> None:
+def test_cov_nmse_zero_factor_scores_one(kind: str) -> None:
     f, s = drawn(dtype=torch.float32)
     f = torch.zeros_like(f).requires_grad_()
     loss_B = ris_fast.cov_nmse(f, **target(kind, s), reduction="none")
@@ -67,7 +67,7 @@ def test_zero_predictor_scores_exactly_one_with_zero_gradient(kind: str) -> None
 
 
 @both_targets
-def test_identity_predictor_scores_its_closed_form(kind: str) -> None:
+def test_cov_nmse_identity_scores_its_closed_form(kind: str) -> None:
     _, s = drawn(n=16, dtype=torch.float64)
     f = torch.zeros(3, 16, 16, 2, dtype=torch.float64)
     f[:, torch.arange(16), torch.arange(16), 0] = 1
@@ -79,7 +79,7 @@ def test_identity_predictor_scores_its_closed_form(kind: str) -> None:
     )  # |I - T|^2 = N - 2N + |T|^2
 
 
-def test_loading_the_prediction_alone_leaves_the_baseline_that_it_left_the_original() -> None:
+def test_cov_nmse_loading_prediction_only_is_not_zero_at_truth() -> None:
     """(T + I)/2 against T: |T - I|^2/(4 |T|^2) = (1 - N/|T|^2)/4, 0.247 for the rank-one mixtures of the task."""
     _, s = drawn(n=16)
     floor = ris_fast.cov_nmse(s, target_factor=s, loading=1.0, loading_side="prediction", reduction="none")
@@ -88,7 +88,7 @@ def test_loading_the_prediction_alone_leaves_the_baseline_that_it_left_the_origi
 
 
 @both_targets
-def test_scale_of_factor_and_target_and_mixing_of_columns_change_nothing(kind: str) -> None:
+def test_cov_nmse_ignores_scale_and_unitary_mixing(kind: str) -> None:
     f, s = drawn()
     base = ris_fast.cov_nmse(f, **target(kind, s))
     unitary = torch.linalg.qr(torch.randn(4, 4, dtype=torch.complex128, generator=torch.Generator().manual_seed(1)))[0]
@@ -99,7 +99,7 @@ def test_scale_of_factor_and_target_and_mixing_of_columns_change_nothing(kind: s
 
 @both_targets
 @pytest.mark.parametrize("settings", CONFIGURATIONS)
-def test_gradient_is_orthogonal_to_the_factor(kind: str, settings: dict[str, float]) -> None:
+def test_cov_nmse_gradient_is_orthogonal_to_the_factor(kind: str, settings: dict[str, float]) -> None:
     f, s = drawn()
     f.requires_grad_()
     ris_fast.cov_nmse(f, **target(kind, s), **settings).backward()
@@ -109,7 +109,7 @@ def test_gradient_is_orthogonal_to_the_factor(kind: str, settings: dict[str, flo
 
 @both_targets
 @pytest.mark.parametrize("nmse", [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
-def test_accuracy_from_one_down_to_a_millionth(kind: str, nmse: float) -> None:
+def test_cov_nmse_is_accurate_from_one_to_a_millionth(kind: str, nmse: float) -> None:
     """Low-rank: as exact as float32 can say it. Dense: the direct form, at most twice the error of eager float32."""
     torch.manual_seed(0)
     _, s = drawn(b=4, n=64, k=4)
@@ -127,7 +127,7 @@ def test_accuracy_from_one_down_to_a_millionth(kind: str, nmse: float) -> None:
         assert error <= 2 * max(eager, 2.5e-7)
 
 
-def test_reductions_and_empty_batch() -> None:
+def test_cov_nmse_reductions_and_empty_batch() -> None:
     f, s = drawn()
     each = ris_fast.cov_nmse(f, target_factor=s, reduction="none")
     assert each.shape == (3,)
@@ -141,7 +141,7 @@ def test_reductions_and_empty_batch() -> None:
 
 
 @both_targets
-def test_complex_and_real_pairs_agree_and_so_do_their_gradients(kind: str) -> None:
+def test_cov_nmse_complex_and_real_inputs_agree(kind: str) -> None:
     f, s = drawn(dtype=torch.float32)
     pair, whole = f.clone().requires_grad_(), torch.view_as_complex(f.clone()).requires_grad_()
     given = target(kind, s)
@@ -150,7 +150,7 @@ def test_complex_and_real_pairs_agree_and_so_do_their_gradients(kind: str) -> No
     assert torch.equal(torch.view_as_real(whole.grad), pair.grad)
 
 
-def test_conjugated_view_is_read_as_what_it_means() -> None:
+def test_cov_nmse_reads_a_conjugated_view() -> None:
     f, s = (torch.view_as_complex(x) for x in drawn())
     assert torch.allclose(
         ris_fast.cov_nmse(f.conj(), target_factor=s),
@@ -161,7 +161,7 @@ def test_conjugated_view_is_read_as_what_it_means() -> None:
 
 
 @pytest.mark.parametrize("view", ["expanded", "transposed", "strided", "offset"])
-def test_any_layout_of_the_factor(view: str) -> None:
+def test_cov_nmse_takes_any_layout_of_the_factor(view: str) -> None:
     f, s = drawn()
     made: dict[str, Callable[[], Tensor]] = {
         "expanded": lambda: f[:1].clone().requires_grad_(),
@@ -182,7 +182,7 @@ def test_any_layout_of_the_factor(view: str) -> None:
     assert torch.allclose(leaf.grad, want, rtol=1e-10, atol=1e-14)
 
 
-def test_plain_loop_no_grad_and_frozen_factor() -> None:
+def test_cov_nmse_in_a_plain_loop_and_under_no_grad() -> None:
     f, s = drawn(dtype=torch.float32)
     assert ris_fast.cov_nmse(f, target_factor=s).grad_fn is None
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_plain_loop_no_grad_and_frozen_factor() -> None:
     assert losses[-1] < 0.1 * losses[0]
 
 
-def test_sample_gradient_where_asked_and_only_there() -> None:
+def test_cov_nmse_sample_gradient_only_where_asked() -> None:
     f, s = drawn()
     x = torch.randn(3, 25, 6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for factor_grad, sample_grad in ((True, True), (False, True), (True, False)):
@@ -211,7 +211,7 @@ def test_sample_gradient_where_asked_and_only_there() -> None:
     assert torch.allclose(whole, ris_fast.cov_nmse(x, target_factor=s))
 
 
-def test_autocast_and_bfloat16_factor_compute_in_float32() -> None:
+def test_cov_nmse_computes_bfloat16_in_float32() -> None:
     f, s = drawn(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = (f.flatten(2) @ torch.eye(8)).view_as(f)
@@ -224,7 +224,7 @@ def test_autocast_and_bfloat16_factor_compute_in_float32() -> None:
 
 
 @both_targets
-def test_fullgraph_with_inductor_equals_eager(kind: str) -> None:
+def test_cov_nmse_with_inductor_equals_eager(kind: str) -> None:
     f, s = drawn(dtype=torch.float32)
     given = target(kind, s)
 
@@ -237,7 +237,7 @@ def test_fullgraph_with_inductor_equals_eager(kind: str) -> None:
     assert torch.allclose(eager.grad, compiled.grad, rtol=1e-5, atol=1e-9)
 
 
-def test_nan_reaches_the_loss_and_the_check_names_the_scene() -> None:
+def test_cov_nmse_check_finite_names_the_scene_of_a_nan() -> None:
     for kind, place in (("factor", "factor"), ("factor", "target"), ("cov", "target")):
         f, s = drawn(dtype=torch.float32)
         (f if place == "factor" else s)[1, 3, 2, 0] = float("nan")
@@ -247,7 +247,7 @@ def test_nan_reaches_the_loss_and_the_check_names_the_scene() -> None:
             ris_fast.cov_nmse(f, **target(kind, s), check_finite=True)
 
 
-def test_columns_and_elements_at_the_limits() -> None:
+def test_cov_nmse_equals_its_reference_at_the_size_limits() -> None:
     for n, q, k in ((16, 1, 1), (16, 32, 16), (1024, 10, 5)):
         t = random_tensors(2, n, q, k, 0, dense=False)
         args = (t["factor"], t["target_factor"], None, None, None, 0.0, 0.0, 0.0, 0.0)

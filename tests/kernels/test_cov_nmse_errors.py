@@ -55,7 +55,7 @@ NO_COVARIANCE = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_every_wrong_call_is_answered_with_what_to_do(case: str) -> None:
+def test_cov_nmse_wrong_call_says_what_to_do(case: str) -> None:
     arguments, says = BAD[case]
     with pytest.raises(ValueError, match=says) as error:
         ris_fast.cov_nmse(F, **arguments)
@@ -63,7 +63,7 @@ def test_every_wrong_call_is_answered_with_what_to_do(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", NO_COVARIANCE)
-def test_a_target_that_is_no_covariance_is_named(case: str) -> None:
+def test_cov_nmse_names_a_target_that_is_no_covariance(case: str) -> None:
     target, says = NO_COVARIANCE[case]
     for validate in (None, True):
         with pytest.raises(ValueError, match=f"cov_nmse: target_cov .*{says}"):
@@ -71,7 +71,7 @@ def test_a_target_that_is_no_covariance_is_named(case: str) -> None:
     assert ris_fast.cov_nmse(FACTOR, target_cov=target, validate=False).isfinite()
 
 
-def test_validate_looks_at_every_entry_and_every_scene() -> None:
+def test_cov_nmse_validate_looks_at_every_entry() -> None:
     crooked = TRUE.repeat(4, 1, 1)
     crooked[11, 7, 3] += 5
     with pytest.raises(ValueError, match="scene 11 is not Hermitian: .* by up to 5"):
@@ -79,7 +79,7 @@ def test_validate_looks_at_every_entry_and_every_scene() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_covariances_of_any_precision_and_scale_pass(dtype: torch.dtype) -> None:
+def test_cov_nmse_takes_covariances_of_any_precision(dtype: torch.dtype) -> None:
     factor = torch.view_as_real(FACTOR).to(dtype)
     for target in (TRUE, TRUE.conj(), torch.eye(12).expand(3, -1, -1), 1e-4 * TRUE):
         pair = torch.view_as_real(target.to(torch.complex64).resolve_conj()).to(dtype)
@@ -87,7 +87,7 @@ def test_covariances_of_any_precision_and_scale_pass(dtype: torch.dtype) -> None
             assert ris_fast.cov_nmse(factor, target_cov=pair, validate=validate).isfinite()
 
 
-def test_nan_in_is_nan_out_and_zero_targets_can_be_loaded_or_left_unlooked_at() -> None:
+def test_cov_nmse_of_nan_is_nan_and_zero_targets_can_be_loaded() -> None:
     broken = SOURCES.clone()
     broken[1, 2, 0] = float("nan")
     loss = ris_fast.cov_nmse(FACTOR, target_factor=broken, reduction="none")
@@ -103,12 +103,12 @@ def test_nan_in_is_nan_out_and_zero_targets_can_be_loaded_or_left_unlooked_at() 
 
 @pytest.mark.parametrize("option", ["blend", "loading", "shrink"])
 @pytest.mark.parametrize("value", [torch.tensor(0.1), "0.1", None], ids=["tensor", "text", "none"])
-def test_an_option_that_is_no_number_is_a_type_error(option: str, value: object) -> None:
+def test_cov_nmse_option_that_is_no_number_is_a_type_error(option: str, value: object) -> None:
     with pytest.raises(TypeError, match=f"cov_nmse: {option} is a .*expected a number"):
         ris_fast.cov_nmse(FACTOR, target_factor=SOURCES, **{option: value})
 
 
-def test_text_for_an_snr_and_an_array_of_no_elements_are_named() -> None:
+def test_cov_nmse_names_text_for_snr_and_an_empty_array() -> None:
     with pytest.raises(TypeError, match="cov_nmse: snr_db is '3 dB'"):
         ris_fast.cov_nmse(FACTOR, target_factor=SOURCES, shrink=1e-3, snr_db="3 dB")
     with pytest.raises(ValueError, match="an array of N = 0 elements"):
@@ -116,22 +116,22 @@ def test_text_for_an_snr_and_an_array_of_no_elements_are_named() -> None:
 
 
 @pytest.mark.parametrize("option", ["diag_weight", "offdiag_weight"])
-def test_a_removed_weight_is_a_type_error_that_says_what_to_write_instead(option: str) -> None:
+def test_cov_nmse_removed_weight_says_what_to_write_instead(option: str) -> None:
     with pytest.raises(TypeError, match=f"cov_nmse: {option} was removed.* Leave it out.*in torch"):
         ris_fast.cov_nmse(FACTOR, target_factor=SOURCES, **{option: 1.0})
 
 
-def test_an_unknown_option_is_a_type_error() -> None:
+def test_cov_nmse_unknown_option_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="cov_nmse: unexpected keyword argument 'loadings'"):
         ris_fast.cov_nmse(FACTOR, target_factor=SOURCES, loadings=1.0)
 
 
-def test_not_a_tensor_is_a_type_error() -> None:
+def test_cov_nmse_target_that_is_no_tensor_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="cov_nmse: target_factor is a list"):
         ris_fast.cov_nmse(F, target_factor=[1.0])
 
 
-def test_a_target_without_a_name_is_a_type_error() -> None:
+def test_cov_nmse_positional_target_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="cov_nmse: 2 arguments without a name.* target_factor=T .* target_cov=T"):
         ris_fast.cov_nmse(F, S)
 
@@ -140,7 +140,7 @@ def loss(factor: Tensor) -> Tensor:
     return ris_fast.cov_nmse(factor, target_factor=torch.ones(4, 36, 3, 2))
 
 
-def test_a_second_derivative_is_refused_and_not_left_out() -> None:
+def test_cov_nmse_refuses_a_second_derivative() -> None:
     """A penalty on the gradient would lack the share that runs through the gradient, without a word."""
     factor = torch.ones_like(F).requires_grad_()
     with pytest.raises(RuntimeError, match="cov_nmse: a second derivative"):

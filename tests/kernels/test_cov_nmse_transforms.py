@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ris_fast.kernels.native import loader
 from torch import Tensor
 
 from ris_fast import cov_nmse
+from ris_fast.kernels.native import loader
 
 V, B, N = 5, 3, 14
 G = torch.Generator().manual_seed(0)
@@ -50,9 +50,7 @@ def by_loop(function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> tuple[
 
 @cases
 @pytest.mark.parametrize("compiler", [True, False], ids=["C++", "torch"])
-def test_vmap_its_backward_and_vmap_of_grad_equal_a_loop(
-    case: str, compiler: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cov_nmse_vmap_and_grad_equal_a_loop(case: str, compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiler:
         monkeypatch.setattr(loader, "available", lambda: False)
     function, args = CASES[case]
@@ -68,7 +66,7 @@ def test_vmap_its_backward_and_vmap_of_grad_equal_a_loop(
     torch.testing.assert_close(torch.func.grad(lambda *a: torch.vmap(function)(*a).sum())(*args), gradients)
 
 
-def test_axes_anywhere_and_arguments_shared_by_all() -> None:
+def test_cov_nmse_vmap_takes_any_axes_and_shared_arguments() -> None:
     function, (f, s) = CASES["factor"]
     moved = torch.vmap(function, in_dims=(2, -1))(f.movedim(0, 2), s.movedim(0, -1))
     torch.testing.assert_close(moved, by_loop(function, (f, s))[0])
@@ -78,13 +76,13 @@ def test_axes_anywhere_and_arguments_shared_by_all() -> None:
     torch.testing.assert_close(targets, by_loop(function, (f[:1].expand_as(f), s))[0])
 
 
-def test_one_vmap_inside_another() -> None:
+def test_cov_nmse_vmap_inside_another() -> None:
     function, (f, s) = CASES["factor"]
     twice = torch.vmap(torch.vmap(function))(torch.stack((f, 2 * f + 1)), torch.stack((s, s)))
     torch.testing.assert_close(twice, torch.stack((by_loop(function, (f, s))[0], by_loop(function, (2 * f + 1, s))[0])))
 
 
-def test_jacobian_by_rows_is_that_of_each_scene() -> None:
+def test_cov_nmse_jacrev_is_the_gradient_of_each_scene() -> None:
     rows = torch.func.jacrev(lambda f: cov_nmse(f, target_factor=S[0], reduction="none"))(F[0])
     f = F[0].clone().requires_grad_()
     (own,) = torch.autograd.grad(cov_nmse(f, target_factor=S[0], reduction="sum"), f)
@@ -93,7 +91,7 @@ def test_jacobian_by_rows_is_that_of_each_scene() -> None:
         assert not rows[row, [i for i in range(B) if i != row]].any()
 
 
-def test_gradients_reach_the_sample_factor() -> None:
+def test_cov_nmse_func_grad_reaches_the_sample_factor() -> None:
     function, args = CASES["everything"]
     found = torch.func.grad(function, argnums=(0, 2))(*(each[0] for each in args))
     leaves = [each[0].clone().requires_grad_() for each in (F, X)]
@@ -102,7 +100,7 @@ def test_gradients_reach_the_sample_factor() -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_per_sample_gradients_of_a_network() -> None:
+def test_cov_nmse_per_sample_gradients_of_a_network() -> None:
     """What people use vmap(grad) for: one gradient a scene."""
     layer = torch.nn.Linear(6, N * 4 * 2).double()
     inputs = normal(V, 6)
@@ -123,7 +121,7 @@ def test_per_sample_gradients_of_a_network() -> None:
         torch.testing.assert_close(found["bias"][row], wanted[1])
 
 
-def test_vmap_of_the_bare_operator_is_one_call() -> None:
+def test_cov_nmse_vmap_of_the_bare_operator_is_one_call() -> None:
     """No warning of torch that it has to loop, which the tests would take for an error."""
     call = lambda f, s: torch.ops.ris_fast.cov_nmse(f, s, None, None, None, 0.0, 0.0, 0.0, 0.0, 1)  # noqa: E731
     loss, unit, none = torch.vmap(call, out_dims=(0, 0, None))(F, S)
@@ -131,7 +129,7 @@ def test_vmap_of_the_bare_operator_is_one_call() -> None:
     torch.testing.assert_close(loss, torch.stack([call(f, s)[0] for f, s in zip(F, S, strict=True)]))
 
 
-def test_without_gradients_none_are_made() -> None:
+def test_cov_nmse_vmap_under_no_grad_makes_no_gradient() -> None:
     with torch.no_grad():
         assert not torch.vmap(CASES["factor"][0])(F.requires_grad_(), S).requires_grad
     F.requires_grad_(False)
@@ -147,6 +145,6 @@ SECOND = {
 
 
 @pytest.mark.parametrize("how", SECOND)
-def test_second_derivatives_and_forward_mode_are_refused_and_not_left_out(how: str) -> None:
+def test_cov_nmse_refuses_second_order_and_forward_mode(how: str) -> None:
     with pytest.raises(RuntimeError, match="cov_nmse: (a second derivative|called under forward-mode).*in torch"):
         SECOND[how](lambda x: cov_nmse(x, target_factor=S[0]))(F[0].clone())

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from ris_fast.kernels.fused_step import native, reference
 from ris_fast.kernels.fused_step.layout import Segment, State, Telemetry, padded, tables
 from ris_fast.kernels.fused_step.samples import ARGUMENTS, FLATS, RESULTS, SIZES, buffers
 from ris_fast.kernels.native import loader
-from torch import Tensor
 
 needs_cpp = pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built")
 LEVELS = loader.supported_levels()
@@ -46,7 +47,7 @@ def check(made: dict[str, Any], eager: dict[str, Any], exact: dict[str, Any], ph
 @needs_cpp
 @pytest.mark.parametrize("simd", LEVELS)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_step_agrees_with_the_definition(simd: str, sizes: str) -> None:
+def test_fused_step_agrees_with_the_definition(simd: str, sizes: str) -> None:
     made, eager, exact = (buffers(SIZES[sizes], dtype=dtype) for dtype in (torch.float32, torch.float32, torch.float64))
     for clear in (False, True):
         step(native, made, clear, simd=simd)
@@ -60,7 +61,7 @@ def test_step_agrees_with_the_definition(simd: str, sizes: str) -> None:
 @pytest.mark.parametrize("simd", LEVELS)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("bad", [False, True])
-def test_gradients_elsewhere_give_what_gradients_in_the_buffer_give(simd: str, sizes: str, bad: bool) -> None:
+def test_fused_step_reads_gradients_outside_the_buffer(simd: str, sizes: str, bad: bool) -> None:
     """At any address, without padding, and unchanged; what stands behind them is not read as theirs."""
     made, moved = buffers(SIZES[sizes]), buffers(SIZES[sizes])
     outside = []
@@ -83,7 +84,7 @@ def test_gradients_elsewhere_give_what_gradients_in_the_buffer_give(simd: str, s
 @needs_cpp
 @pytest.mark.parametrize("simd", LEVELS)
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_accumulate_agrees_with_the_definition(simd: str, overwrite: bool) -> None:
+def test_fused_step_accumulate_agrees_with_the_definition(simd: str, overwrite: bool) -> None:
     """Float32 and bfloat16 gradients in one call, an absent one, and the norm folded in."""
     results = []
     for module, dtype, options in (
@@ -101,7 +102,7 @@ def test_accumulate_agrees_with_the_definition(simd: str, overwrite: bool) -> No
 
 @needs_cpp
 @pytest.mark.parametrize("sizes", SIZES)
-def test_any_number_of_threads_gives_the_same_bits(sizes: str) -> None:
+def test_fused_step_has_the_same_bits_with_any_threads(sizes: str) -> None:
     before, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -118,7 +119,7 @@ def test_any_number_of_threads_gives_the_same_bits(sizes: str) -> None:
 
 @pytest.mark.parametrize("module", [reference, pytest.param(native, marks=needs_cpp)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_non_finite_gradient_changes_nothing_and_is_named(module: Any, value: float) -> None:
+def test_fused_step_skips_and_names_a_non_finite_gradient(module: Any, value: float) -> None:
     made = buffers(SIZES["few"])
     made["grad"][int(made["segments"][3, Segment.START]) + 8999] = value  # the last element of a tensor
     made["grad"][int(made["segments"][5, Segment.START])] = value
@@ -134,7 +135,7 @@ def test_a_non_finite_gradient_changes_nothing_and_is_named(module: Any, value: 
 
 
 @pytest.mark.parametrize("module", [reference, pytest.param(native, marks=needs_cpp)])
-def test_a_gradient_whose_square_overflows_is_finite(module: Any) -> None:
+def test_fused_step_takes_a_gradient_whose_square_overflows(module: Any) -> None:
     made = buffers((100, 100))
     made["grad"][3] = 1e30
     step(module, made)
@@ -145,7 +146,7 @@ def test_a_gradient_whose_square_overflows_is_finite(module: Any) -> None:
 
 
 @pytest.mark.parametrize("module", [reference, pytest.param(native, marks=needs_cpp)])
-def test_a_tensor_without_gradient_is_left_alone(module: Any) -> None:
+def test_fused_step_leaves_a_tensor_without_gradient_alone(module: Any) -> None:
     made = buffers((100, 5000, 70), [True, False, True])
     made["grad"][128 : 128 + 5000] = float("nan")  # stale
     before = {name: made[name].clone() for name in FLATS}
@@ -159,7 +160,7 @@ def test_a_tensor_without_gradient_is_left_alone(module: Any) -> None:
 
 
 @pytest.mark.parametrize("module", [reference, pytest.param(native, marks=needs_cpp)])
-def test_loss_scale_grows_after_clean_steps(module: Any) -> None:
+def test_fused_step_loss_scale_grows_after_clean_steps(module: Any) -> None:
     made = buffers((10,))
     scales = []
     for _ in range(7):
@@ -169,7 +170,7 @@ def test_loss_scale_grows_after_clean_steps(module: Any) -> None:
     assert [scale / first for scale in scales] == [2, 2, 2, 2, 2, 4, 4]  # `buffers` left four clean steps of five
 
 
-def test_chunks_cover_every_live_row_once() -> None:
+def test_fused_step_chunks_cover_every_live_row_once() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         numels = torch.randint(0, 20000, (12,), generator=generator).tolist()
@@ -218,7 +219,8 @@ print("agrees")
 """
 
 
-def test_triton_bodies_agree_under_the_interpreter() -> None:
+@pytest.mark.slow
+def test_fused_step_triton_agrees_in_the_interpreter() -> None:
     path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", INTERPRETED], env=env, capture_output=True, text=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from ris_fast.kernels.native import loader
 
 needs_library = pytest.mark.skipif(not loader.available(), reason=f"no C++ kernels: {loader.why_not()}")
@@ -21,26 +22,28 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_library
-def test_every_level_up_to_the_best_is_there_and_the_best_is_chosen() -> None:
+def test_loader_chooses_the_best_simd_level() -> None:
     levels = loader.supported_levels()
     assert levels[0] == "baseline" and levels == loader.LEVELS[: len(levels)]
     assert run(SHOW, RIS_FAST_SIMD="").stdout.split()[0] == levels[-1]
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.parametrize("level", loader.supported_levels())
-def test_override_is_obeyed(level: str) -> None:
+def test_loader_obeys_the_simd_override(level: str) -> None:
     assert run(SHOW, RIS_FAST_SIMD=level).stdout.split()[0] == level
 
 
+@pytest.mark.slow
 @needs_library
-def test_unknown_override_names_the_choices() -> None:
+def test_loader_names_the_levels_for_an_unknown_override() -> None:
     done = run(SHOW, RIS_FAST_SIMD="avx1024")
     assert done.returncode != 0 and "avx1024" in done.stderr and "baseline" in done.stderr
 
 
 @needs_library
-def test_torch_rules_the_threads() -> None:
+def test_native_kernels_use_torchs_threads() -> None:
     before = torch.get_num_threads()
     try:
         for count in (1, 2):
@@ -63,17 +66,18 @@ def test_library_of_other_sources_is_refused(tmp_path: Path) -> None:
     assert run(code.replace(str(tmp_path), str(tmp_path / "none"))).stdout.split() == ["True"]
 
 
-def test_library_links_no_openmp_of_its_own() -> None:
+def test_native_library_links_no_openmp_of_its_own() -> None:
     assert b"libgomp.so" not in loader.PATH.read_bytes() and b"libomp.so" not in loader.PATH.read_bytes()
 
 
 @needs_library
-def test_missing_function_is_an_error() -> None:
+def test_loader_function_refuses_a_missing_one() -> None:
     with pytest.raises(RuntimeError, match="no_such_kernel"):
         loader.function("no_such_kernel", [ctypes.c_void_p])
 
 
-def test_without_the_library_the_operators_still_work(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_operators_work_without_the_native_library(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path; from ris_fast.kernels.native import loader; loader.PATH = Path('nowhere.so'); "
         "import torch, ris_fast; f = torch.randn(2, 16, 3, 2, requires_grad=True); "
@@ -85,7 +89,7 @@ def test_without_the_library_the_operators_still_work(tmp_path: Path) -> None:
     assert "plain torch" in done.stdout and "was not built" in done.stdout
 
 
-def test_install_without_a_compiler_says_what_to_install(tmp_path: Path) -> None:
+def test_setup_without_a_compiler_says_what_to_install(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     code = (
         "import runpy, setuptools; setuptools.setup = lambda **k: None;"

@@ -11,10 +11,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from ris_fast.kernels.native import loader
-from ris_fast.kernels.philox import op, reference
 from scipy import stats
 from torch import Tensor
+
+from ris_fast.kernels.native import loader
+from ris_fast.kernels.philox import op, reference
 
 ULP = 4  # stated in the docstring of philox_normal
 needs_cpp = pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built")
@@ -39,13 +40,15 @@ def ulps(value: Tensor, exact: Tensor) -> float:
         ),
     ],
 )
-def test_published_vectors(counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]) -> None:
+def test_philox_gives_the_published_vectors(
+    counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
+) -> None:
     """The known answers of the authors' library, Random123: zeros, ones, digits of pi."""
     words = reference.philox4x32(tuple(torch.tensor(word) for word in counter), key)
     assert tuple(int(word) for word in words) == expected
 
 
-def test_mapping_of_counter_and_key() -> None:
+def test_philox_maps_counter_and_key_to_words() -> None:
     """Word i of scene b is word i mod 4 at counter (i // 4, stream, low, high) and key (seed low, seed high)."""
     index, seed, stream = 0x1234567_89ABCDEF, 0xFEDCBA98_76543210, 9
     row = op.philox_uniform(torch.tensor([index]), seed, stream, 11)[0].double()
@@ -58,7 +61,7 @@ def test_mapping_of_counter_and_key() -> None:
 @needs_cpp
 @pytest.mark.parametrize("simd", loader.supported_levels())
 @pytest.mark.parametrize("rows, count", [(1, 1), (3, 2), (5, 4099), (300, 20), (0, 4), (4, 0)])
-def test_every_instruction_set_agrees_with_the_definition(simd: str, rows: int, count: int) -> None:
+def test_philox_agrees_with_the_definition_at_every_simd(simd: str, rows: int, count: int) -> None:
     index = torch.arange(rows) * -0x1234567_12345 + 2**33
     for law in ("uniform", "normal"):
         out = torch.full((rows, count), math.nan)
@@ -70,7 +73,7 @@ def test_every_instruction_set_agrees_with_the_definition(simd: str, rows: int, 
 
 
 @pytest.mark.parametrize("law", [op.philox_uniform, op.philox_normal])
-def test_a_value_depends_on_its_own_scene_alone(law) -> None:
+def test_philox_value_depends_on_its_own_scene_alone(law) -> None:
     """Batch size, order, count and number of threads change no bit."""
     index = torch.randperm(500, generator=torch.Generator().manual_seed(0)) + 2**32 - 250
     every = law(index, 5, 1, 4101)
@@ -85,7 +88,8 @@ def test_a_value_depends_on_its_own_scene_alone(law) -> None:
         torch.set_num_threads(threads)
 
 
-def test_triton_body_agrees() -> None:
+@pytest.mark.slow
+def test_philox_triton_agrees_in_the_interpreter() -> None:
     """Triton's interpreter in a process of its own: uniforms have the bits of the definition, normals are within 4
     ulp."""
     program = """
@@ -105,7 +109,7 @@ print("agrees")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_gpu_agrees() -> None:
+def test_philox_gpu_agrees() -> None:
     index = torch.arange(-50, 50)
     for count in (1, 20, 4608, 1023):
         exact = reference.normal(index, 2**64 - 1, 4, count)
@@ -113,7 +117,7 @@ def test_gpu_agrees() -> None:
         assert ulps(op.philox_normal(index.cuda(), 2**64 - 1, 4, count).cpu(), exact) <= ULP
 
 
-def test_ends_of_the_range() -> None:
+def test_philox_normal_is_exact_at_the_ends_of_the_range() -> None:
     """8 million values reach the ends of (0, 1], the far tails and the quarter turns, where polynomials fail first."""
     index = torch.arange(20000)
     uniform = op.philox_uniform(index, 1, 0, 400).flatten()
@@ -123,7 +127,7 @@ def test_ends_of_the_range() -> None:
     assert float(normal.abs().max()) > 5.0
 
 
-def test_moments_and_tails() -> None:
+def test_philox_normal_moments_and_tails() -> None:
     """First, second, fourth moment and tail counts of 8 million normals, each within five standard errors."""
     z = op.philox_normal(torch.arange(2000), 12345, 2, 4000).double().flatten()
     n = z.numel()
@@ -137,7 +141,7 @@ def test_moments_and_tails() -> None:
 
 
 @pytest.mark.parametrize("seed, stream", [(0, 0), (1, 0), (0, 1), (2**63 + 11, 2**31)])
-def test_distribution(seed: int, stream: int) -> None:
+def test_philox_passes_kolmogorov_smirnov(seed: int, stream: int) -> None:
     """Kolmogorov-Smirnov, along a scene and across scenes at one position."""
     index = torch.arange(3000)
     normal, uniform = (
@@ -150,7 +154,7 @@ def test_distribution(seed: int, stream: int) -> None:
         assert stats.kstest(rows.numpy(), "uniform").pvalue > 1e-4
 
 
-def test_independence() -> None:
+def test_philox_streams_seeds_and_scenes_are_uncorrelated() -> None:
     """No correlation between neighbours in position, scene, stream and seed, in the values or in their squares."""
     index = torch.arange(1000)
     z = op.philox_normal(index, 3, 0, 1000).double()
@@ -172,7 +176,7 @@ def test_independence() -> None:
             assert abs(float((a * b).mean())) < 5 * spread * math.sqrt(pairs), name
 
 
-def test_not_differentiable_and_traceable() -> None:
+def test_philox_is_traceable_and_not_differentiable() -> None:
     assert not any(sample.differentiable for operator in op.FAMILY.operators for sample in operator.samples)
     index = torch.arange(6)
     compiled = torch.compile(lambda i: op.philox_normal(i, 2**63, 1, 8), fullgraph=True, backend="aot_eager")
@@ -191,7 +195,7 @@ def test_not_differentiable_and_traceable() -> None:
         {"index_B": torch.zeros(2, 2, dtype=torch.int64)},
     ],
 )
-def test_errors_say_what_to_do(change: dict) -> None:
+def test_philox_errors_say_what_to_do(change: dict) -> None:
     arguments = {"index_B": torch.arange(2), "seed": 0, "stream": 0, "count": 4} | change
     with pytest.raises(ValueError, match=r"philox_normal: \w+ is .*(must be in|pass scene numbers)"):
         op.philox_normal(**arguments)

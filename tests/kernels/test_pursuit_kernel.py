@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from ris_fast.config.schema import Task
 from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.pursuit import op, reference
 from ris_fast.kernels.pursuit.samples import SAMPLES, scenes
-from torch import Tensor
-
-from ris_fast.config.schema import Task
 from ris_fast.models.features import Features, PursuitFeatures
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
@@ -59,10 +59,11 @@ def force(monkeypatch: pytest.MonkeyPatch, simd: str) -> None:
     monkeypatch.setattr(op, "_native", lambda: loader.function("pursuit_features", op.ARGUMENTS, simd, op.c_int))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("simd", loader.supported_levels())
 @pytest.mark.parametrize("dense", [0, 1], ids=["through-H", "P"])
 @pytest.mark.parametrize("name", [name for name in NAMED if name not in ("empty-batch", "wide")])
-def test_every_instruction_set_and_both_forms_are_as_exact_as_eager(
+def test_pursuit_features_at_every_simd_are_as_exact_as_eager(
     name: str, dense: int, simd: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force(monkeypatch, simd)
@@ -72,19 +73,21 @@ def test_every_instruction_set_and_both_forms_are_as_exact_as_eager(
 
 @pytest.mark.parametrize("simd", loader.supported_levels())
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_any_size(sizes: tuple[int, ...], simd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pursuit_features_are_exact_at_any_size(
+    sizes: tuple[int, ...], simd: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     force(monkeypatch, simd)
     args = scenes(*sizes, sector=0.3 if sizes[1] > 16 else 0.8, seed=1)
     assert closeness(op._cpp(*args), args) < 2
 
 
 @pytest.mark.parametrize("atoms", range(1, 9))
-def test_any_number_of_atoms(atoms: int) -> None:
+def test_pursuit_features_are_exact_for_any_number_of_atoms(atoms: int) -> None:
     args = scenes(3, 12, 12, 16, 16, atoms, seed=2)
     assert closeness(op._cpp(*args), args) < 2
 
 
-def test_a_scene_has_its_own_bits() -> None:
+def test_pursuit_features_scene_has_its_own_bits() -> None:
     """Order, batch size and number of threads change nothing."""
     y, h, codes, snr_db, *rest = scenes(37, 7, 5, 13, 11, 3)
     together, threads = op.pursuit_features(y, h, codes, snr_db, *rest), torch.get_num_threads()
@@ -123,7 +126,7 @@ def at(snr_db: float, **settings: Any) -> Task:
 
 
 @pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
-def test_the_task_is_solved_as_well_as_by_plain_torch(wavefront: str) -> None:
+def test_pursuit_features_solve_the_task_as_well_as_torch(wavefront: str) -> None:
     """512 drawn scenes, ties and near-equal atoms among them: nearly all alike, and the same error of the
     covariance."""
     model, scenes, args = drawn(Task(wavefront=wavefront), 512)
@@ -135,17 +138,19 @@ def test_the_task_is_solved_as_well_as_by_plain_torch(wavefront: str) -> None:
     assert fast == pytest.approx(plain, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("snr_db", [40, 60, 80, 100, 120])
-def test_with_next_to_no_noise_plain_torch_finds_the_same_covariance(snr_db: float) -> None:
+def test_pursuit_features_agree_with_torch_at_high_snr(snr_db: float) -> None:
     """Once the sources are found rounding chooses what is left, so the atoms differ; what they add up to does not."""
     model, _, args = drawn(at(snr_db), 256)
     fast, plain = (model.sources(Features(*run(*args))) for run in (op._cpp, op._plain))
     assert cov_nmse(fast, target_factor=plain, reduction="none").max() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [op._cpp, op._plain], ids=["cpp", "torch"])
 @pytest.mark.parametrize("snr_db", [-100, -40, 40, 60, 80, 100, 120])
-def test_features_are_sensible_at_any_snr(snr_db: float, run: Any) -> None:
+def test_pursuit_features_are_sensible_at_any_snr(snr_db: float, run: Any) -> None:
     """Sources within six degrees lie nearly in line with one another: ridges of the noise alone lose a tenth of them at
     60 dB."""
     for task, count in ((at(snr_db), 1000), (at(snr_db, range_min_m=5, azimuth_deg=3.0, elevation_deg=3.0), 300)):
@@ -155,7 +160,8 @@ def test_features_are_sensible_at_any_snr(snr_db: float, run: Any) -> None:
         assert inputs.abs().max() < 10 and basis.abs().max() < 3
 
 
-def test_less_noise_is_never_worse() -> None:
+@pytest.mark.slow
+def test_pursuit_features_are_no_worse_with_less_noise() -> None:
     """The same scenes: those whose sources lie close together, where the ridge alone holds the amplitudes, decide the
     mean."""
     errors = []
@@ -165,7 +171,7 @@ def test_less_noise_is_never_worse() -> None:
     assert max(errors[1:]) <= errors[0]
 
 
-def test_the_factors_of_the_grid_find_what_the_dictionary_finds() -> None:
+def test_pursuit_grid_factors_find_what_the_dictionary_finds() -> None:
     """A grid whose places are out of order is no box: the kernel then takes the whole dictionary."""
     y, h, codes, snr_db, constants, wavenumber, atoms = scenes(16, 12, 12, 16, 16, 4)
     order = torch.randperm(len(constants[7]), generator=torch.Generator().manual_seed(0))
@@ -177,7 +183,7 @@ def test_the_factors_of_the_grid_find_what_the_dictionary_finds() -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-def test_a_dictionary_is_made_only_where_it_is_read() -> None:
+def test_pursuit_dictionary_is_made_only_where_it_is_read() -> None:
     """0.6 GB at 32 x 32, which the Fresnel path of a CPU never touches."""
     model = PursuitFeatures(Task(ris_horizontal=32, ris_vertical=32), 5)
     assert model.dictionary.numel() == 0 and len(model.grid) > 30_000
@@ -186,7 +192,7 @@ def test_a_dictionary_is_made_only_where_it_is_read() -> None:
     assert PursuitFeatures(Task(wavefront="spherical"), 5).dictionary.numel() > 0
 
 
-def test_a_grid_without_factors_asks_for_its_dictionary() -> None:
+def test_pursuit_grid_without_factors_needs_its_dictionary() -> None:
     y, h, codes, snr_db, constants, *rest = NAMED["small"].make("cpu", torch.float32)
     none, order = constants[8][:, :0], torch.randperm(len(constants[7]), generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="with_dictionary"):
@@ -197,7 +203,7 @@ def test_a_grid_without_factors_asks_for_its_dictionary() -> None:
         assert torch.equal(a, b)
 
 
-def test_a_scene_without_numbers_harms_no_other() -> None:
+def test_pursuit_features_of_a_nan_scene_harm_no_other() -> None:
     y, h, *rest = NAMED["standard"].make("cpu", torch.float32)
     whole = op._cpp(y, h, *rest)
     y, h = y.clone(), h.clone()
@@ -207,14 +213,14 @@ def test_a_scene_without_numbers_harms_no_other() -> None:
         assert torch.equal(a[others], b[others]) and not a[3].isfinite().all() and not a[5].isfinite().all()
 
 
-def test_without_a_compiler_the_same_features(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pursuit_features_work_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "available", lambda: False)
     args = NAMED["small"].make("cpu", torch.float32)
     for a, b in zip(op.pursuit_features(*args), reference.pursuit_features(*args), strict=True):
         assert torch.equal(a, b)
 
 
-def test_wrong_shapes_are_named() -> None:
+def test_pursuit_features_name_wrong_shapes() -> None:
     y, h, codes, snr_db, constants, *rest = NAMED["small"].make("cpu", torch.float32)
     with pytest.raises(ValueError, match=r"pursuit_features: codes is \(6, 20, 2\), expected \(7, 20, 2\)"):
         op.pursuit_features(y, h, codes[:-1], snr_db, constants, *rest)
@@ -225,7 +231,7 @@ def test_wrong_shapes_are_named() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_gpu_is_as_exact_as_eager() -> None:
+def test_pursuit_features_on_gpu_are_as_exact_as_eager() -> None:
     args = NAMED["standard"].make("cpu", torch.float32)
     moved = [
         [each.cuda() for each in a] if isinstance(a, list) else a.cuda() if isinstance(a, Tensor) else a for a in args

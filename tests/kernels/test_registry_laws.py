@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ris_fast.kernels.registry import FAMILIES, Operator, Sample, families, operators
 
 from ris_fast.gradcheck import backends_here, measure, outcome, tensors_of
+from ris_fast.kernels.registry import FAMILIES, Operator, Sample, families, operators
 
 OPERATORS = {operator.name: operator for operator in operators()}
 BACKENDS = [(name, backend) for name, operator in OPERATORS.items() for backend in backends_here(operator, "cpu")]
@@ -23,19 +23,20 @@ def sample_of(name: str, sample: str) -> tuple[Operator, Sample]:
     return operator, operator.samples[int(sample.split("-")[0])]
 
 
-def test_a_family_is_one_folder_and_one_line() -> None:
+def test_registry_family_is_one_folder_and_one_line() -> None:
     assert [family.name for family in families()] == list(FAMILIES)
     assert all(family.operators for family in families())
 
 
-def test_every_operator_has_several_samples_and_small_ones_for_the_interpreter() -> None:
+def test_registry_operators_have_several_and_small_samples() -> None:
     for operator in OPERATORS.values():
         assert len(operator.samples) >= 3, operator.name
         assert any(sample.small for sample in operator.samples), operator.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "backend"), BACKENDS)
-def test_error_is_at_most_that_of_eager_by_the_rule(name: str, backend: str) -> None:
+def test_registry_backends_are_as_exact_as_eager(name: str, backend: str) -> None:
     operator = OPERATORS[name]
     for dtype in operator.dtypes:
         row = measure(operator, backend, backends_here(operator, "cpu")[backend], dtype, "cpu", operator.samples)
@@ -43,14 +44,14 @@ def test_error_is_at_most_that_of_eager_by_the_rule(name: str, backend: str) -> 
 
 
 @pytest.mark.parametrize(("name", "sample"), SAMPLES)
-def test_registered_operator_is_what_it_means(name: str, sample: str) -> None:
+def test_registered_operator_agrees_with_its_reference(name: str, sample: str) -> None:
     operator, chosen = sample_of(name, sample)
     row = measure(operator, "as registered", operator.call, operator.dtypes[0], "cpu", [chosen])
     assert row.passed, row.note
 
 
 @pytest.mark.parametrize(("name", "sample"), SAMPLES)
-def test_same_bits_twice_and_with_any_number_of_threads(name: str, sample: str) -> None:
+def test_registered_operator_repeats_bitwise_with_any_threads(name: str, sample: str) -> None:
     operator, chosen = sample_of(name, sample)
     args = chosen.make("cpu", operator.dtypes[0])
     threads = torch.get_num_threads()
@@ -68,8 +69,9 @@ def test_same_bits_twice_and_with_any_number_of_threads(name: str, sample: str) 
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "sample"), SMALL)
-def test_opcheck(name: str, sample: str) -> None:
+def test_registered_operator_passes_opcheck(name: str, sample: str) -> None:
     operator, chosen = sample_of(name, sample)
     args = chosen.make("cpu", operator.dtypes[0])
     for position in chosen.differentiable:
@@ -79,7 +81,7 @@ def test_opcheck(name: str, sample: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_no_graph_break(name: str) -> None:
+def test_registered_operator_compiles_without_graph_break(name: str) -> None:
     operator = OPERATORS[name]
     chosen = next(s for s in operator.samples if s.small)
     run = torch.compile(lambda *a: operator.call(*a), fullgraph=True, backend="aot_eager")
@@ -89,7 +91,7 @@ def test_no_graph_break(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_cost_counts_at_least_what_goes_in(name: str) -> None:
+def test_operator_cost_is_positive_for_standard_samples(name: str) -> None:
     operator = OPERATORS[name]
     for sample in operator.samples:
         args = sample.make("cpu", operator.dtypes[0])

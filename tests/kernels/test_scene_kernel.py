@@ -9,10 +9,11 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
+
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.scenes import op
 from ris_fast.kernels.scenes.samples import SAMPLES
-from torch import Tensor
 
 OPERATOR = op.FAMILY.operators[0]
 NAMED = {sample.name: sample for sample in SAMPLES}
@@ -32,7 +33,7 @@ def rows(args: list, chosen: Tensor) -> list:
 @needs_cpp
 @pytest.mark.parametrize("simd", loader.supported_levels())
 @pytest.mark.parametrize("name", list(NAMED))
-def test_every_instruction_set_is_as_exact_as_eager(name: str, simd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scene_kernel_at_every_simd_is_as_exact_as_eager(name: str, simd: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most 4 times the error that plain torch makes in float32: the normals that go in are within 4 ulp, torch's
     within 1/2."""
     monkeypatch.setattr(op, "_native", lambda: loader.function("scenes", op.ARGUMENTS, simd, op.c_int))
@@ -44,7 +45,7 @@ def test_every_instruction_set_is_as_exact_as_eager(name: str, simd: str, monkey
 
 
 @pytest.mark.parametrize("name", ["standard", "moving", "spherical", "odd", "own-codes"])
-def test_a_scene_has_its_own_bits(name: str) -> None:
+def test_scene_kernel_scene_has_its_own_bits(name: str) -> None:
     """Order, batch size and number of threads change nothing."""
     args = arguments(name)
     together, threads = OPERATOR.call(*args), torch.get_num_threads()
@@ -58,7 +59,7 @@ def test_a_scene_has_its_own_bits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["standard", "odd"])
-def test_without_a_compiler_the_same_scenes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scene_kernel_works_without_the_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the C++ kernels were not built, plain torch makes them."""
     monkeypatch.setattr(loader, "available", lambda: False)
     slow, exact = OPERATOR.call(*arguments(name)), OPERATOR.reference(*arguments(name, torch.float64))
@@ -66,7 +67,8 @@ def test_without_a_compiler_the_same_scenes(name: str, monkeypatch: pytest.Monke
         assert (found - true).abs().max() < 2e-6 * true.abs().max()
 
 
-def test_triton_bodies_are_as_exact_as_eager() -> None:
+@pytest.mark.slow
+def test_scene_kernel_triton_is_as_exact_as_eager() -> None:
     """Triton's interpreter in a process of its own, static and moving symbols, both wavefronts."""
     program = """
 import torch
@@ -92,7 +94,7 @@ print("agrees")
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", list(NAMED))
-def test_gpu_is_as_exact_as_eager(name: str) -> None:
+def test_scene_kernel_on_gpu_is_as_exact_as_eager(name: str) -> None:
     single, exact = arguments(name), OPERATOR.reference(*arguments(name, torch.float64))
     fast = OPERATOR.call(*[each.cuda() if isinstance(each, Tensor) else each for each in single])
     for found, eager, true in zip(fast, OPERATOR.reference(*single), exact):
@@ -100,7 +102,7 @@ def test_gpu_is_as_exact_as_eager(name: str) -> None:
             assert (found.cpu() - true).abs().max() <= 4 * (eager - true).abs().max()
 
 
-def test_numbers_come_from_the_index_and_their_stream() -> None:
+def test_scene_kernel_draws_depend_on_index_and_stream() -> None:
     """Another index, seed or channel stream changes the channel; the noise stream changes the snapshots alone."""
     args = arguments("standard")
     channel, snapshots, factor = OPERATOR.call(*args)
@@ -112,7 +114,7 @@ def test_numbers_come_from_the_index_and_their_stream() -> None:
         assert differs == [*changes, False]
 
 
-def test_noise_has_the_power_of_the_snr() -> None:
+def test_scene_kernel_noise_has_the_power_of_the_snr() -> None:
     """Noise at 10 dB over many seeds: a tenth of the clean power of the same scene, part by part."""
     args = arguments("standard")
     ratios = []
@@ -127,7 +129,7 @@ def test_noise_has_the_power_of_the_snr() -> None:
     assert abs(float(ratio.mean()) - 0.1) < 5 * float(ratio.std()) / math.sqrt(ratio.numel())
 
 
-def test_wrong_shapes_are_named() -> None:
+def test_make_scenes_names_wrong_shapes() -> None:
     names = (
         "index",
         "seed",
@@ -152,7 +154,7 @@ def test_wrong_shapes_are_named() -> None:
         op.make_scenes(index, **call | {"snr_db": call["snr_db"].double()})
 
 
-def test_under_compile_without_a_graph_break() -> None:
+def test_scene_kernel_compiles_without_graph_break() -> None:
     args = arguments("one-scene")
     compiled = torch.compile(lambda *a: OPERATOR.call(*a)[1] * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*args), OPERATOR.call(*args)[1] * 2)

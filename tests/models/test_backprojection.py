@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from ris_fast.config.schema import ConfigError, Task
 from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.kernels.pursuit.search import TANGENTS, Geometry, Pursuit, normal_equations
 from ris_fast.kernels.pursuit.solve import spd_solve
-
-from ris_fast.config.schema import ConfigError, Task
 from ris_fast.models import build_model
 from ris_fast.models.pursuit import geometry_of
 from ris_fast.physics.array import RISArray, cosine_steering
@@ -37,7 +37,7 @@ def atoms_alone(model: torch.nn.Module, scenes: Scenes) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 25])
-def test_solver_equals_dense_solution(size: int) -> None:
+def test_spd_solve_equals_the_dense_solution(size: int) -> None:
     generator = torch.Generator().manual_seed(size)
     root = torch.randn(4, size, size + 3, generator=generator, dtype=torch.float64)
     matrix, rhs = root @ root.mT, torch.randn(4, size, generator=generator, dtype=torch.float64)
@@ -46,7 +46,7 @@ def test_solver_equals_dense_solution(size: int) -> None:
     torch.testing.assert_close(spd_solve(matrix.permute(1, 2, 0), rhs.T, ridge.T).T, expected)
 
 
-def test_solver_stays_finite_for_equal_atoms() -> None:
+def test_spd_solve_stays_finite_for_equal_atoms() -> None:
     ones = torch.ones(3, 3, 1)
     assert spd_solve(ones, torch.ones(3, 1), torch.zeros(3, 1)).isfinite().all()
 
@@ -68,7 +68,7 @@ def test_normal_equations_equal_the_stacked_operator() -> None:
 
 
 @pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
-def test_tangents_are_the_derivatives_of_the_steering_vector(wavefront: str) -> None:
+def test_pursuit_tangents_are_derivatives_of_the_steering(wavefront: str) -> None:
     task = Task(wavefront=wavefront)
     pursuit, array = pursuit_of(task, 0, torch.float64), RISArray.of(task)
     place = torch.tensor([[[0.3, -0.2, 0.7], [-0.8, 0.4, 1.9], [0.1, 0.1, 0.1]]], dtype=torch.float64)
@@ -102,7 +102,7 @@ def test_pursuit_alone_beats_every_baseline() -> None:
     assert cov_nmse(atoms_alone(build_model("backprojection", Task()), scenes), target_factor=scenes.factor) < 0.06
 
 
-def test_scale_and_phase_of_a_scene_carry_no_meaning() -> None:
+def test_backprojection_ignores_scale_and_phase_of_a_scene() -> None:
     model, scenes = build_model("backprojection", SMALL, width=16), scenes_of(SMALL, 8)
     y, h, c, snr = inputs_of(scenes)
     turned = torch.stack((-y[..., 1], y[..., 0]), dim=-1) * 1e-3
@@ -112,14 +112,14 @@ def test_scale_and_phase_of_a_scene_carry_no_meaning() -> None:
     )
 
 
-def test_scenes_of_a_batch_do_not_mix() -> None:
+def test_backprojection_does_not_mix_scenes_of_a_batch() -> None:
     model, scenes = build_model("backprojection", SMALL, width=16), scenes_of(SMALL, 6)
     whole, part = model(*inputs_of(scenes)).factor, model(*inputs_of(scenes[2:4])).factor
     torch.testing.assert_close(whole[2:4], part, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("task", [Task(), SMALL, Task(wavefront="spherical", max_sources=2)])
-def test_every_parameter_gets_a_gradient_from_the_covariance_alone(task: Task) -> None:
+def test_backprojection_covariance_reaches_every_parameter(task: Task) -> None:
     model, scenes = build_model("backprojection", task, width=32), scenes_of(task, 8)
     factor = model(*inputs_of(scenes)).factor
     assert factor.shape == (8, task.elements, 2 * task.max_sources, 2)
@@ -128,7 +128,7 @@ def test_every_parameter_gets_a_gradient_from_the_covariance_alone(task: Task) -
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-def test_untrained_network_knows_little_and_learns_soon() -> None:
+def test_backprojection_learns_in_40_steps() -> None:
     torch.manual_seed(0)
     model = build_model("backprojection", SMALL, width=64)
     train, held = scenes_of(SMALL, 512, "train"), scenes_of(SMALL, 256, "val")
@@ -143,13 +143,13 @@ def test_untrained_network_knows_little_and_learns_soon() -> None:
     assert start > 0.7 and end < 0.5 * start
 
 
-def test_graph_has_no_break() -> None:
+def test_backprojection_compiles_without_graph_break() -> None:
     model, scenes = build_model("backprojection", SMALL, width=16), scenes_of(SMALL, 4)
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     torch.testing.assert_close(compiled(*inputs_of(scenes)).factor, model(*inputs_of(scenes)).factor)
 
 
-def test_features_do_not_depend_on_the_number_of_threads() -> None:
+def test_backprojection_features_do_not_depend_on_threads() -> None:
     model, scenes, threads = (
         build_model("backprojection", SMALL, width=16),
         scenes_of(SMALL, 300),
@@ -165,18 +165,18 @@ def test_features_do_not_depend_on_the_number_of_threads() -> None:
     assert torch.equal(one.inputs, two.inputs) and torch.equal(one.basis, two.basis)
 
 
-def test_products_of_channel_and_code_are_refused() -> None:
+def test_backprojection_refuses_products_of_channel_and_code() -> None:
     scenes = scenes_of(SMALL, 2)
     with pytest.raises(ValueError, match="cannot carry the answer"):
         build_model("backprojection", SMALL)(scenes.snapshots, scenes.snapshots, scenes.codes, scenes.snr_db)
 
 
-def test_impossible_sizes_are_refused() -> None:
+def test_backprojection_refuses_a_width_of_zero() -> None:
     with pytest.raises(ConfigError, match="width 0"):
         build_model("backprojection", SMALL, width=0)
 
 
-def test_features_are_a_sound_operator() -> None:
+def test_pursuit_features_pass_opcheck() -> None:
     model, scenes = build_model("backprojection", SMALL, width=16), scenes_of(SMALL, 3)
     constants = list(model.extract.geometry())
     torch.library.opcheck(

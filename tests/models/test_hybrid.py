@@ -41,32 +41,32 @@ def call(model: nn.Module, batch: Scenes) -> Prediction:
     return model(batch.snapshots, batch.channel, batch.codes, batch.snr_db)
 
 
-def test_parameter_count_is_the_reports_in_both_modes(inputs: str) -> None:
+def test_hybrid_has_the_parameter_count_of_the_report(inputs: str) -> None:
     sizes = [parameter.numel() for parameter in build_model("hybrid", inputs=inputs).parameters()]
     assert sum(sizes) == 16_339_075 and len(sizes) == 93
 
 
-def test_head_group_is_the_reports_and_no_parameter_is_in_it_twice() -> None:
+def test_hybrid_head_group_is_that_of_the_report() -> None:
     heads = build_model("hybrid").head_parameters()
     assert sum(parameter.numel() for parameter in heads) == 9_657_133
     assert len({id(parameter) for parameter in heads}) == len(heads)
 
 
-def test_every_parameter_receives_a_gradient_from_the_presets_terms(inputs: str) -> None:
+def test_hybrid_presets_terms_reach_every_parameter(inputs: str) -> None:
     model, batch = small(inputs), scenes()
     CovarianceLoss(SEED_PRESET, TASK)(call(model, batch), batch)[0].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.norm() > 0, name
 
 
-def test_every_input_of_the_pool_receives_a_gradient() -> None:
+def test_hybrid_every_input_of_the_pool_gets_a_gradient() -> None:
     """The original fed it the imaginary parts of real numbers: half of its inputs were zero."""
     model, batch = small(), scenes()
     CovarianceLoss(SEED_PRESET, TASK)(call(model, batch), batch)[0].backward()
     assert (model.pool.weight.grad.abs().amax(0) > 0).all()
 
 
-def test_shapes_and_bounds_of_the_prediction(inputs: str) -> None:
+def test_hybrid_prediction_shapes_and_bounds(inputs: str) -> None:
     prediction = call(small(inputs), scenes())
     assert prediction.factor.shape == (6, TASK.elements, 2 * TASK.max_sources, 2)
     assert all(each.shape == (6, TASK.max_sources) and each.dtype == torch.float32 for each in prediction[1:])
@@ -74,7 +74,7 @@ def test_shapes_and_bounds_of_the_prediction(inputs: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
-def test_prediction_does_not_see_the_scale_of_snapshots_and_channel(inputs: str, scale: float) -> None:
+def test_hybrid_ignores_the_scale_of_snapshots_and_channel(inputs: str, scale: float) -> None:
     model, batch = small(inputs), scenes()
     expected = call(model, batch)
     scaled = model(scale * batch.snapshots, batch.channel / scale, batch.codes, batch.snr_db)
@@ -82,7 +82,7 @@ def test_prediction_does_not_see_the_scale_of_snapshots_and_channel(inputs: str,
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-def test_zero_snapshots_give_a_finite_prediction(inputs: str) -> None:
+def test_hybrid_of_zero_snapshots_is_finite(inputs: str) -> None:
     model, batch = small(inputs), scenes()
     prediction = model(torch.zeros_like(batch.snapshots), batch.channel, batch.codes, batch.snr_db)
     sum(each.sum() for each in prediction).backward()
@@ -90,24 +90,24 @@ def test_zero_snapshots_give_a_finite_prediction(inputs: str) -> None:
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_scenes_of_a_batch_do_not_mix(inputs: str) -> None:
+def test_hybrid_does_not_mix_scenes_of_a_batch(inputs: str) -> None:
     model, batch = small(inputs), scenes()
     for whole, part in zip(call(model, batch), call(model, batch[2:4]), strict=True):
         torch.testing.assert_close(whole[2:4], part, rtol=1e-4, atol=1e-5)
 
 
-def test_effective_channel_mode_takes_h_or_what_the_original_stored_of_it() -> None:
+def test_hybrid_effective_channel_takes_h_or_its_products() -> None:
     model, batch = small("effective_channel"), scenes()
     given = model(batch.snapshots, effective_channel(batch.channel, batch.codes), batch.codes, batch.snr_db)
     for one, other in zip(given, call(model, batch), strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_the_old_name_of_the_effective_channel_mode_is_read() -> None:
+def test_hybrid_inputs_collapsed_is_effective_channel() -> None:
     assert small("collapsed").inputs == "effective_channel"
 
 
-def test_effective_channel_mode_cannot_see_what_h_c_leaves_out_and_the_default_can() -> None:
+def test_hybrid_effective_channel_cannot_see_what_h_c_hides() -> None:
     """Two channels with the same H c_l for every code: only the back-projection tells them apart."""
     batch = scenes()
     codes = torch.view_as_complex(batch.codes)
@@ -121,7 +121,7 @@ def test_effective_channel_mode_cannot_see_what_h_c_leaves_out_and_the_default_c
 
 
 @pytest.mark.parametrize("mode, shape", [("backprojection", (6, 8, 4, 2)), ("effective_channel", (6, 4, 4, 2))])
-def test_a_channel_of_the_wrong_shape_is_refused(mode: str, shape: tuple[int, ...]) -> None:
+def test_hybrid_refuses_a_channel_of_the_wrong_shape(mode: str, shape: tuple[int, ...]) -> None:
     batch = scenes()
     with pytest.raises(ValueError, match="channel is .*inputs='" + mode):
         small(mode)(batch.snapshots, torch.zeros(shape), batch.codes, batch.snr_db)
@@ -137,7 +137,7 @@ def test_a_channel_of_the_wrong_shape_is_refused(mode: str, shape: tuple[int, ..
         ("hybrid", {"grid": 1}, "at least 2"),
     ],
 )
-def test_unknown_names_are_answered_with_the_nearest_valid_one(name: str, options: dict, message: str) -> None:
+def test_build_model_answers_wrong_names_and_options(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(name, TASK, **options)
 
@@ -170,7 +170,7 @@ def test_factor_statistics_count_equal_orthogonal_directions() -> None:
     torch.testing.assert_close(long[0, 6:], torch.full((8,), math.log(2.0)), rtol=0, atol=1e-5)
 
 
-def test_factor_statistics_entropies_do_not_see_a_unitary_mix_of_the_columns() -> None:
+def test_factor_statistics_entropies_ignore_unitary_mixing() -> None:
     factor = torch.randn(3, 12, 6, 2, generator=torch.Generator().manual_seed(3))
     mixer = torch.linalg.qr(torch.randn(6, 6, dtype=torch.complex64, generator=torch.Generator().manual_seed(4)))[0]
     mixed = torch.view_as_real(to_complex(factor) @ mixer)
@@ -182,7 +182,8 @@ def test_factor_statistics_are_finite_for_degenerate_factors(factor: Tensor) -> 
     assert all(each.isfinite().all() for each in factor_statistics(factor, 3))
 
 
-def test_it_learns_a_handful_of_scenes_by_heart() -> None:
+@pytest.mark.slow
+def test_hybrid_memorises_eight_scenes() -> None:
     torch.manual_seed(0)
     model, batch = build_model("hybrid", TASK, **SMALL | {"width": 64}), scenes(8)
     loss = CovarianceLoss(SEED_PRESET, TASK)
@@ -195,15 +196,16 @@ def test_it_learns_a_handful_of_scenes_by_heart() -> None:
     assert raw["cov"] < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_it_compiles_without_a_graph_break(inputs: str) -> None:
+def test_hybrid_compiles_without_graph_break(inputs: str) -> None:
     model, batch = small(inputs), scenes()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for one, other in zip(call(compiled, batch), call(model, batch), strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_autocast_leaves_the_factor_in_float32() -> None:
+def test_hybrid_prediction_is_float32_under_autocast() -> None:
     batch = scenes()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         prediction = call(small(), batch)

@@ -24,9 +24,7 @@ def loss_and_gradients(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     "shape, outputs, bias", [((7, 33), 5, True), ((3, 16, 48), 29, False), ((1, 1), 1, True), ((0, 8), 3, True)]
 )
-def test_values_and_gradients_are_as_near_to_float64_as_torchs(
-    shape: tuple[int, ...], outputs: int, bias: bool
-) -> None:
+def test_linear_is_as_near_to_float64_as_torchs(shape: tuple[int, ...], outputs: int, bias: bool) -> None:
     torch.manual_seed(0)
     ours, x = Linear(shape[-1], outputs, bias), torch.randn(shape)
     theirs = nn.Linear(shape[-1], outputs, bias)
@@ -39,13 +37,13 @@ def test_values_and_gradients_are_as_near_to_float64_as_torchs(
 
 
 @onednn
-def test_strided_arguments_are_read_as_they_lie() -> None:
+def test_onednn_linear_reads_strided_arguments() -> None:
     x, weight = torch.randn(6, 9).t(), torch.randn(6, 4).t()
     torch.testing.assert_close(onednn_linear(x, weight, None), x @ weight.t())
 
 
 @onednn
-def test_the_operator_is_one_that_torch_accepts() -> None:
+def test_onednn_linear_passes_opcheck() -> None:
     x, weight, bias = (
         torch.randn(2, 3, 4, requires_grad=True),
         torch.randn(5, 4, requires_grad=True),
@@ -54,7 +52,7 @@ def test_the_operator_is_one_that_torch_accepts() -> None:
     torch.library.opcheck(onednn_linear, (x, weight, bias))
 
 
-def test_other_dtypes_and_autocast_go_torchs_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_leaves_other_dtypes_and_autocast_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
         raise AssertionError("oneDNN was asked for what it does not serve")
 
@@ -65,6 +63,6 @@ def test_other_dtypes_and_autocast_go_torchs_way(monkeypatch: pytest.MonkeyPatch
         assert linear(x, weight).dtype == torch.bfloat16
 
 
-def test_it_compiles_without_a_break() -> None:
+def test_linear_compiles_without_graph_break() -> None:
     layer, x = Linear(4, 3), torch.randn(2, 4)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ris_fast.kernels.pursuit.solve import spd_solve
 
 from ris_fast.config.schema import Task
+from ris_fast.kernels.pursuit.solve import spd_solve
 from ris_fast.models import build_model, simultaneous_pursuit
 from ris_fast.models.prediction import Prediction
 from ris_fast.models.simultaneous_pursuit import SimultaneousFeatures, _eliminated
@@ -27,7 +27,7 @@ def inputs_of(scenes: Scenes) -> tuple[torch.Tensor, ...]:
     return scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db
 
 
-def test_it_finds_the_sources_at_high_snr() -> None:
+def test_simultaneous_features_find_sources_at_high_snr() -> None:
     scenes = scenes_of(200, snr_min_db=20.0, snr_max_db=20.0)
     features = SimultaneousFeatures(SMALL, SMALL.max_sources)
     nmse = scene_nmse(Prediction(features.sources(features(*inputs_of(scenes)))), scenes)
@@ -35,7 +35,7 @@ def test_it_finds_the_sources_at_high_snr() -> None:
 
 
 @pytest.mark.parametrize("unit", [1e-20, 1e-3, 1e20])
-def test_features_know_no_unit_and_no_phase_of_a_snapshot(unit: float) -> None:
+def test_simultaneous_features_ignore_unit_and_phase(unit: float) -> None:
     scenes = scenes_of(16)
     features = SimultaneousFeatures(SMALL, SMALL.max_sources)
     turns = torch.polar(torch.ones(16, 12, 1), 6.28 * torch.rand(16, 12, 1, generator=torch.Generator().manual_seed(0)))
@@ -44,13 +44,13 @@ def test_features_know_no_unit_and_no_phase_of_a_snapshot(unit: float) -> None:
         assert (a - b).norm() < 1e-3 * a.norm()
 
 
-def test_snapshots_of_zeros_have_finite_features_and_no_basis() -> None:
+def test_simultaneous_features_of_zeros_have_no_basis() -> None:
     scenes = scenes_of(3)
     features = SimultaneousFeatures(SMALL, SMALL.max_sources)(scenes.snapshots * 0, *inputs_of(scenes)[1:])
     assert features.inputs.isfinite().all() and not features.basis.any()
 
 
-def test_a_scene_is_the_same_alone_and_with_codes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simultaneous_features_are_the_same_scene_by_scene(monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = scenes_of(6)
     features = SimultaneousFeatures(SMALL, SMALL.max_sources)
     together = features(*inputs_of(scenes))
@@ -65,7 +65,7 @@ def test_a_scene_is_the_same_alone_and_with_codes_of_its_own(monkeypatch: pytest
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-def test_elimination_is_the_schur_complement() -> None:
+def test_eliminated_is_the_schur_complement() -> None:
     generator = torch.Generator().manual_seed(0)
     root, right = torch.randn(5, 7, 9, generator=generator).double(), torch.randn(5, 7, generator=generator).double()
     matrix, ridge = root @ root.mT, torch.rand(5, 4, generator=generator).double()
@@ -76,7 +76,7 @@ def test_elimination_is_the_schur_complement() -> None:
     torch.testing.assert_close(torch.cat((found[0], found[1][:, None]), 1).permute(2, 0, 1), expected)
 
 
-def test_several_right_sides_are_solved_as_one_by_one() -> None:
+def test_spd_solve_takes_several_right_sides() -> None:
     generator = torch.Generator().manual_seed(1)
     root, sides = torch.randn(4, 6, 6, generator=generator).double(), torch.randn(6, 3, 4, generator=generator).double()
     matrix, ridge = (root @ root.mT).permute(1, 2, 0), torch.rand(6, 4, generator=generator).double()
@@ -84,7 +84,7 @@ def test_several_right_sides_are_solved_as_one_by_one() -> None:
     torch.testing.assert_close(spd_solve(matrix, sides, ridge), one_by_one)
 
 
-def test_the_network_reads_it_and_every_parameter_gets_a_gradient() -> None:
+def test_backprojection_per_snapshot_reaches_every_parameter() -> None:
     scenes, model = scenes_of(8), build_model("backprojection", SMALL, width=32)
     scene_nmse(model(*inputs_of(scenes)), scenes).mean().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())

@@ -28,14 +28,14 @@ def test_steering_has_unit_norm(wavefront: str, shape: tuple[int, int]) -> None:
     torch.testing.assert_close(power(vectors).sum(-1), torch.ones(16, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
-def test_positions_are_centred_and_horizontal_fastest() -> None:
+def test_ris_array_positions_are_centred_horizontal_fastest() -> None:
     x, y = RISArray(4, 3).positions()
     assert x.sum().abs() < 1e-6 and y.sum().abs() < 1e-6
     torch.testing.assert_close(x[1] - x[0], torch.tensor(0.15))
     assert y[0] == y[1] and y[4] > y[3]
 
 
-def test_fresnel_phase_is_the_written_formula() -> None:
+def test_fresnel_steering_is_the_written_formula() -> None:
     array = RISArray(3, 2)
     azimuth, elevation, range_m = (torch.tensor([value], dtype=torch.float64) for value in (0.4, -0.2, 1.7))
     x, y = array.positions(dtype=torch.float64)
@@ -45,7 +45,7 @@ def test_fresnel_phase_is_the_written_formula() -> None:
     torch.testing.assert_close(to_complex(steering(array, azimuth, elevation, range_m))[0], expected)
 
 
-def test_fresnel_meets_spherical_as_the_source_recedes() -> None:
+def test_fresnel_steering_meets_spherical_far_away() -> None:
     gaps = []
     for range_m in (0.5, 5.0, 50.0, 500.0):
         place = directions(200, range_m)
@@ -57,14 +57,14 @@ def test_fresnel_meets_spherical_as_the_source_recedes() -> None:
     assert gaps[3] == pytest.approx(gaps[2] / 100, rel=0.1)  # the neglected phase falls as 1/r, its effect as 1/r^2
 
 
-def test_spherical_keeps_its_phase_in_float32_far_away() -> None:
+def test_spherical_steering_keeps_its_phase_in_float32() -> None:
     azimuth, elevation, range_m = directions(50, 1000.0)
     exact = to_complex(steering(RISArray(wavefront="spherical"), azimuth, elevation, range_m))
     single = to_complex(steering(RISArray(wavefront="spherical"), azimuth.float(), elevation.float(), range_m.float()))
     assert (exact - single).abs().max() * 12 < 1e-4
 
 
-def test_codes_are_quantised_beams() -> None:
+def test_dft_codes_are_quantised_beams() -> None:
     task = Task()
     codes = dft_codes(task, dtype=torch.float64)
     assert codes.shape == (16, 144, 2)
@@ -74,14 +74,14 @@ def test_codes_are_quantised_beams() -> None:
     torch.testing.assert_close(codes[0, :, 0], torch.ones(144, dtype=torch.float64))  # beam 0 points ahead
 
 
-def test_wrong_wavefront_and_shapes_are_named() -> None:
+def test_steering_names_a_wrong_wavefront_and_wrong_shapes() -> None:
     with pytest.raises(ValueError, match="wavefront is 'flat'"):
         RISArray(wavefront="flat")
     with pytest.raises(ValueError, match="must have one shape"):
         steering(RISArray(), torch.zeros(2), torch.zeros(3), torch.ones(2))
 
 
-def test_a_task_is_pointed_to_its_own_array() -> None:
+def test_ris_array_points_a_task_to_ris_array_of() -> None:
     with pytest.raises(TypeError, match=r"RISArray: horizontal is a Task, expected .* RISArray.of\(task\)"):
         RISArray(Task())
     with pytest.raises(TypeError, match="RISArray: vertical is a float"):

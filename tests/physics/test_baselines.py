@@ -28,7 +28,7 @@ def test_baselines_of_the_standard_task() -> None:
     assert found["mean"] == pytest.approx(0.980, abs=0.004)
 
 
-def test_low_rank_forms_are_the_dense_ones() -> None:
+def test_low_rank_baselines_are_the_dense_ones() -> None:
     scenes = simulate(Task(ris_horizontal=4, ris_vertical=4), 30, SceneGenerator())
     cov = dense(scenes.factor)
     torch.testing.assert_close(target_energy(scenes), cov.abs().square().sum((1, 2)))
@@ -38,7 +38,7 @@ def test_low_rank_forms_are_the_dense_ones() -> None:
     torch.testing.assert_close(constant_nmse(mean, scenes), expected)
 
 
-def test_a_dense_target_gives_the_same_baselines() -> None:
+def test_baselines_of_a_dense_target_are_the_same() -> None:
     from dataclasses import replace
 
     scenes = simulate(Task(ris_horizontal=4, ris_vertical=4), 30, SceneGenerator())
@@ -48,6 +48,6 @@ def test_a_dense_target_gives_the_same_baselines() -> None:
     )
 
 
-def test_no_scenes_is_an_error() -> None:
+def test_mean_covariance_of_no_scenes_is_an_error() -> None:
     with pytest.raises(ValueError, match="no scenes"):
         mean_covariance([])

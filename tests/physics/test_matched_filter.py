@@ -27,7 +27,7 @@ def dense(factor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("stored", ["factor", "covariance"])
 @pytest.mark.parametrize("static", [True, False])
-def test_the_shrunk_estimate_scores_what_its_dense_covariance_scores(static: bool, stored: str) -> None:
+def test_shrunk_nmse_of_matched_filter_is_the_dense_one(static: bool, stored: str) -> None:
     scenes = simulate(TASK, 64, SceneGenerator(0, "val"))
     factor = matched_filter(backproject(scenes.channel, scenes.codes, scenes.snapshots), static)
     constant, target, estimate = mean_covariance([scenes]), dense(scenes.factor), dense(factor)

@@ -27,7 +27,7 @@ def operator(scenes: Scenes) -> torch.Tensor:
     return (channel[:, None] * codes[None, :, None]).flatten(1, 2)
 
 
-def test_ranges_of_the_draws(scenes: Scenes) -> None:
+def test_simulate_draws_within_the_ranges_of_the_task(scenes: Scenes) -> None:
     active = scenes.power > 0
     assert active.sum(1).equal(scenes.count)
     for k in range(1, 6):
@@ -39,7 +39,7 @@ def test_ranges_of_the_draws(scenes: Scenes) -> None:
     assert -5 <= scenes.snr_db.min() < -4.9 and 19.9 < scenes.snr_db.max() <= 20
 
 
-def test_measured_snr_is_the_label(scenes: Scenes) -> None:
+def test_simulate_measured_snr_is_the_label(scenes: Scenes) -> None:
     static = _noise_free(scenes)
     noise = power(scenes.snapshots - static).mean((1, 2))
     ratio = power(static).mean((1, 2)) / noise / 10 ** (scenes.snr_db / 10)
@@ -53,7 +53,7 @@ def _noise_free(scenes: Scenes) -> torch.Tensor:
     return simulate(quiet, scenes.index, SceneGenerator(seed=3, split="train")).snapshots
 
 
-def test_channel_power_splits_by_the_rician_factor() -> None:
+def test_simulate_channel_power_follows_the_rician_factor() -> None:
     kappa = 4.0
     task = Task(rician_min=kappa, rician_max=kappa)
     channel = to_complex(simulate(task, 2000, SceneGenerator(seed=5)).channel)
@@ -63,7 +63,7 @@ def test_channel_power_splits_by_the_rician_factor() -> None:
     torch.testing.assert_close(power(strong).sum((1, 2)), torch.ones(64), rtol=2e-3, atol=0)  # rank-one, unit norm
 
 
-def test_target_factor_is_the_sources(scenes: Scenes) -> None:
+def test_scene_factor_has_the_power_and_rank_of_its_sources(scenes: Scenes) -> None:
     torch.testing.assert_close(power(scenes.factor).sum(1), scenes.power, rtol=1e-4, atol=1e-12)
     effective_rank = _effective_rank(scenes)
     for sources, expected in ((1, 1.0), (2, 1.4), (3, 1.7), (5, 2.2)):
@@ -76,7 +76,7 @@ def _effective_rank(scenes: Scenes) -> torch.Tensor:
     return gram.diagonal(dim1=1, dim2=2).real.sum(-1).square() / gram.abs().square().sum((1, 2))
 
 
-def test_source_power_follows_path_loss_or_is_equal() -> None:
+def test_simulate_source_power_is_path_loss_or_equal() -> None:
     generator = SceneGenerator(seed=7)
     near = simulate(Task(range_min_m=1.0, range_max_m=1.0), 3000, generator)
     far = simulate(Task(range_min_m=10.0, range_max_m=10.0), 3000, generator)
@@ -85,7 +85,7 @@ def test_source_power_follows_path_loss_or_is_equal() -> None:
     assert equal[equal > 0].mean().item() == pytest.approx(1.0, abs=0.05)
 
 
-def test_sensing_operator_is_its_dense_form_and_its_adjoint(scenes: Scenes) -> None:
+def test_sense_and_backproject_are_their_dense_forms(scenes: Scenes) -> None:
     few = scenes[:4]
     g = operator(few)
     field, snapshots = torch.randn(4, 144, 2), torch.randn(4, 16, 16, 2)
@@ -109,7 +109,7 @@ def test_least_squares_recovers_the_field_at_high_snr() -> None:
 
 
 @pytest.mark.parametrize("symbols", ["static", "per_snapshot"])
-def test_a_scene_is_the_same_whatever_the_batch_or_order(symbols: str) -> None:
+def test_simulate_scene_is_the_same_in_any_batch_or_order(symbols: str) -> None:
     task, generator = Task(symbols=symbols), SceneGenerator(seed=11, split="val")
     together = simulate(task, 40, generator)
     order = torch.tensor([39, 0, 17])
@@ -119,7 +119,7 @@ def test_a_scene_is_the_same_whatever_the_batch_or_order(symbols: str) -> None:
     assert alone.count.equal(together.count[order]) and alone.azimuth.equal(together.azimuth[order])
 
 
-def test_splits_and_seeds_never_share_a_scene() -> None:
+def test_simulate_splits_and_seeds_never_share_a_scene() -> None:
     prints = [
         simulate(TASK, 3000, SceneGenerator(seed, split)).snapshots[:, 0, :2].flatten(1)
         for seed in (0, 1)
@@ -129,7 +129,7 @@ def test_splits_and_seeds_never_share_a_scene() -> None:
     assert every.unique(dim=0).shape == every.shape
 
 
-def test_per_snapshot_symbols_change_from_snapshot_to_snapshot() -> None:
+def test_simulate_per_snapshot_symbols_change() -> None:
     quiet = {"snr_min_db": 120.0, "snr_max_db": 120.0, "max_sources": 1}
     static, moving = (
         simulate(Task(symbols=kind, **quiet), 32, SceneGenerator(4)) for kind in ("static", "per_snapshot")
@@ -141,22 +141,22 @@ def test_per_snapshot_symbols_change_from_snapshot_to_snapshot() -> None:
         assert (spread < 1e-3).all() if still else (spread > 0.05).all()
 
 
-def test_an_empty_batch_has_shapes() -> None:
+def test_simulate_empty_batch_has_shapes() -> None:
     empty = simulate(TASK, 0, SceneGenerator())
     assert empty.snapshots.shape == (0, 16, 16, 2) and empty.factor.shape == (0, 144, 5, 2)
 
 
-def test_other_sizes() -> None:
+def test_simulate_takes_other_sizes() -> None:
     task = Task(ris_horizontal=5, ris_vertical=3, bs_antennas=4, snapshots=9, max_sources=2, wavefront="spherical")
     scenes = simulate(task, 7, SceneGenerator())
     assert scenes.snapshots.shape == (7, 9, 4, 2) and scenes.channel.shape == (7, 4, 15, 2)
 
 
-def test_real_product_is_the_complex_one() -> None:
+def test_matmul_is_the_complex_product() -> None:
     a, b = torch.randn(3, 4, 5, 2), torch.randn(3, 5, 6, 2)
     torch.testing.assert_close(to_complex(matmul(a, b)), to_complex(a) @ to_complex(b))
 
 
-def test_a_wrong_split_is_named() -> None:
+def test_scene_generator_names_a_wrong_split() -> None:
     with pytest.raises(ValueError, match="split is 'validation'"):
         SceneGenerator(split="validation")

@@ -22,7 +22,7 @@ TASKS = {
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_a_scene_has_the_same_bits_in_every_batch(task: Task) -> None:
+def test_simulate_scene_has_the_same_bits_in_every_batch(task: Task) -> None:
     generator = SceneGenerator(seed=3)
     together = simulate(task, 501, generator)
     for size in (1, 2, 7, 16, 33):
@@ -33,7 +33,7 @@ def test_a_scene_has_the_same_bits_in_every_batch(task: Task) -> None:
 
 
 @pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
-def test_factor_is_the_steering_of_its_sources(wavefront: str) -> None:
+def test_scene_factor_is_the_steering_of_its_sources(wavefront: str) -> None:
     task = Task(wavefront=wavefront)
     scenes = simulate(task, 200, SceneGenerator(seed=1))
     active = scenes.power > 0
@@ -44,7 +44,7 @@ def test_factor_is_the_steering_of_its_sources(wavefront: str) -> None:
     assert scenes.factor.transpose(1, 2)[~active].abs().max() == 0
 
 
-def test_channel_without_scatter_is_the_line_of_sight() -> None:
+def test_simulate_channel_without_scatter_is_line_of_sight() -> None:
     """H at a Rician factor of 1e6, less a thousandth of H at 0, is a_BS a_RIS^H, its angles the last two uniforms of
     the scene."""
     task, scatter, generator = (
@@ -65,7 +65,7 @@ def test_channel_without_scatter_is_the_line_of_sight() -> None:
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_snapshots_without_noise_are_the_sensed_field() -> None:
+def test_simulate_snapshots_without_noise_are_the_sensed_field() -> None:
     """One source of known symbol: y_l / (H c_l o a) is one number for the whole scene."""
     scenes = simulate(Task(snr_min_db=120.0, snr_max_db=120.0, max_sources=1), 50, SceneGenerator(seed=4))
     sensed = sense(scenes.channel, scenes.codes, scenes.factor[:, :, 0])
@@ -75,7 +75,7 @@ def test_snapshots_without_noise_are_the_sensed_field() -> None:
     assert power(error).sum() < 1e-10 * power(scenes.snapshots).sum()
 
 
-def test_a_wrong_call_is_told_what_to_do() -> None:
+def test_simulate_wrong_call_says_what_to_do() -> None:
     with pytest.raises(TypeError, match=r"simulate: generator is 0, expected a SceneGenerator"):
         simulate(Task(), 8, 0)
     with pytest.raises(TypeError, match="simulate: scenes is a list"):

@@ -69,14 +69,14 @@ def transcript(stream: io.StringIO) -> str:
     return stream.getvalue()
 
 
-def test_the_epoch_line_is_the_one_that_a_user_of_the_original_can_compare() -> None:
+def test_epoch_line_to_the_letter() -> None:
     assert (
         epoch_line(ROW)
         == "Epoch 001/030: train 0.806  val 1.921  raw 1.921 ema 1.950  |g| 0.83  clipped 3%  skipped 0%  1520 scenes/s"
     )
 
 
-def test_epochs_that_differ_in_the_third_digit_differ_in_their_lines() -> None:
+def test_epoch_line_shows_three_significant_digits() -> None:
     said = [
         epoch_line({**ROW, "val_nmse_raw": score, "val_nmse_ema": None, "train_loss": 0.02})
         for score in (0.02034, 0.02016, 0.00198)
@@ -91,23 +91,23 @@ def test_epochs_that_differ_in_the_third_digit_differ_in_their_lines() -> None:
 @pytest.mark.parametrize(
     "raw, ema, expected", [(1.0, 0.5, 0.5), (0.4, None, 0.4), (math.nan, 0.7, 0.7), (0.6, math.inf, 0.6)]
 )
-def test_val_is_the_better_of_the_two_sets_of_weights(raw, ema, expected) -> None:
+def test_validation_is_the_better_of_raw_and_ema(raw, ema, expected) -> None:
     assert validation({"val_nmse_raw": raw, "val_nmse_ema": ema}) == expected
 
 
-def test_val_is_not_a_number_only_when_neither_is_and_the_line_says_so() -> None:
+def test_epoch_line_says_nan_when_both_scores_are() -> None:
     line = epoch_line({**ROW, "val_nmse_raw": math.nan, "val_nmse_ema": math.nan})
     assert "val nan  raw nan ema nan" in line
 
 
-def test_a_file_gets_plain_whole_lines() -> None:
+def test_console_report_writes_plain_lines_to_a_file() -> None:
     text = transcript(io.StringIO())
     assert "\x1b" not in text and "\r" not in text
     assert epoch_line(ROW) in text.splitlines()
     assert "10,812,345 parameters" in text and "accumulated 2" in text and "at most 270 s" in text
 
 
-def test_baselines_stand_beside_what_they_mean_and_the_outcome_beside_its_baseline() -> None:
+def test_console_report_explains_baselines_and_outcome() -> None:
     text = transcript(io.StringIO())
     assert "  mean      0.978  the mean training covariance, about the best answer that ignores the input" in text
     assert (
@@ -142,7 +142,7 @@ def test_baselines_stand_beside_what_they_mean_and_the_outcome_beside_its_baseli
         (None, {"mean": 0.79}, 0.9, "not measured"),
     ],
 )
-def test_a_stall_is_explained_in_words(best, baselines, start, said) -> None:
+def test_console_report_explains_a_stall(best, baselines, start, said) -> None:
     stream = io.StringIO()
     ConsoleReport(stream).on_train_end(
         {**SUMMARY, "verdict": "stalled", "best_val_nmse": best, "baselines": baselines, "initial_val_nmse": start}
@@ -151,7 +151,7 @@ def test_a_stall_is_explained_in_words(best, baselines, start, said) -> None:
     assert first.startswith("stalled: best validation NMSE ") and said in first
 
 
-def test_the_peak_matmul_rate_that_epochs_are_compared_with_is_explained_once() -> None:
+def test_console_report_explains_the_peak_matmul_rate_once() -> None:
     stream = io.StringIO()
     ConsoleReport(stream).on_train_start({**INFO, "peak_matmul_flop_per_s": 143.4e9})
     (line,) = [line for line in stream.getvalue().splitlines() if "peak matmul rate" in line]
@@ -159,7 +159,7 @@ def test_the_peak_matmul_rate_that_epochs_are_compared_with_is_explained_once() 
     assert "peak matmul rate" not in transcript(io.StringIO())
 
 
-def test_milestones_of_the_standard_task_are_not_shown_for_another_one() -> None:
+def test_console_report_hides_milestones_for_another_task() -> None:
     stream = io.StringIO()
     report = ConsoleReport(stream, standard_task=False)
     report.on_train_start(INFO)
@@ -167,7 +167,7 @@ def test_milestones_of_the_standard_task_are_not_shown_for_another_one() -> None
     assert "Bayes" not in stream.getvalue() and "passed" not in stream.getvalue()
 
 
-def test_a_terminal_gets_a_bar_with_time_left_and_colours(monkeypatch) -> None:
+def test_console_report_draws_a_coloured_bar_on_a_terminal(monkeypatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     text = transcript(Terminal())
@@ -175,44 +175,44 @@ def test_a_terminal_gets_a_bar_with_time_left_and_colours(monkeypatch) -> None:
     assert "left 0:00:10" in text or "left 0:00:11" in text  # 50 of 100 steps took 10.5 s
 
 
-def test_no_color_is_respected_on_a_terminal(monkeypatch) -> None:
+def test_console_report_respects_no_color(monkeypatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
     text = transcript(Terminal())
     assert "epoch 1/30" in text and "\x1b[1;32m" not in text and "\x1b[32m" not in text and "[38;" not in text
 
 
-def test_forced_colour_does_not_reach_a_file(monkeypatch) -> None:
+def test_console_report_keeps_forced_colour_out_of_a_file(monkeypatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert "\x1b" not in transcript(io.StringIO())
 
 
-def test_what_the_data_have_to_say_is_said_before_training() -> None:
+def test_console_report_prints_notes_of_the_data() -> None:
     stream = io.StringIO()
     ConsoleReport(stream).on_train_start({**INFO, "notes": ["no H_full in the files"]})
     assert "note: no H_full in the files" in stream.getvalue().splitlines()
 
 
-def test_a_counter_counts_on_a_terminal_and_is_silent_in_a_file() -> None:
+def test_counter_counts_on_a_terminal_and_not_in_a_file() -> None:
     terminal, file = Terminal(), io.StringIO()
     for stream in (terminal, file):
         counter("scenes", stream)(1000, 2000)
     assert terminal.getvalue() == "\rscenes 1,000 of 2,000" and file.getvalue() == ""
 
 
-def test_a_best_epoch_without_a_number_is_reported_not_crashed_on() -> None:
+def test_console_report_takes_a_best_nmse_of_none() -> None:
     stream = io.StringIO()
     ConsoleReport(stream).on_train_end({**SUMMARY, "verdict": "stopped", "best_val_nmse": None})
     assert "stopped: best validation NMSE not measured" in stream.getvalue()
 
 
-def test_the_bar_follows_whichever_limit_comes_first() -> None:
+def test_share_done_follows_whichever_limit_comes_first() -> None:
     assert share_done({"step": 50, "seconds": 10.0}, {"planned_steps": 100, "max_seconds": 12.5}) == 0.8
     assert share_done({"step": 50, "seconds": 10.0}, {"planned_steps": 100, "max_seconds": 0}) == 0.5
     assert share_done({"step": 50, "seconds": 10.0}, {}) == 0.0
 
 
-def test_a_finding_is_shown_at_once_above_the_bar_and_again_at_the_end(monkeypatch) -> None:
+def test_console_report_shows_a_finding_at_once_and_at_the_end(monkeypatch) -> None:
     from ris_fast.health.finding import Finding
 
     monkeypatch.setenv("TERM", "xterm")
@@ -233,7 +233,7 @@ def test_a_finding_is_shown_at_once_above_the_bar_and_again_at_the_end(monkeypat
         assert "seen: the median tensor" in last and "fix: " in last and "more: ris-fast why 'runs/my run'" in last
 
 
-def test_a_run_that_lost_what_it_had_learned_says_so_below_its_verdict() -> None:
+def test_console_report_says_that_a_run_lost_what_it_learned() -> None:
     stream = io.StringIO()
     ConsoleReport(stream).on_train_end(
         {**SUMMARY, "findings": ["collapsed"], "val_nmse_raw": 2.31, "val_nmse_ema": math.nan}

@@ -24,14 +24,14 @@ def strict(text: str) -> dict[str, object]:
     return json.loads(text, parse_constant=refuse)
 
 
-def test_a_row_is_on_disk_as_soon_as_it_is_reported(tmp_path) -> None:
+def test_jsonl_report_puts_a_row_on_disk_at_once(tmp_path) -> None:
     log = JsonlReport(tmp_path)
     for step in (1, 2):
         log.on_log(row(step))
         assert [each["step"] for each in read_events(tmp_path)] == list(range(1, step + 1))
 
 
-def test_numbers_that_are_not_finite_are_valid_json_and_come_back(tmp_path) -> None:
+def test_jsonl_report_keeps_non_finite_numbers(tmp_path) -> None:
     log = JsonlReport(tmp_path)
     log.on_log(
         row(
@@ -49,12 +49,12 @@ def test_numbers_that_are_not_finite_are_valid_json_and_come_back(tmp_path) -> N
     assert back["terms"]["cov"]["raw"] == -math.inf and math.isnan(back["series"][1]) and "nonfinite" not in back
 
 
-def test_tensors_arrays_and_paths_become_plain_values(tmp_path) -> None:
+def test_dumps_makes_tensors_arrays_and_paths_plain(tmp_path) -> None:
     plain = strict(dumps({"a": torch.arange(3), "b": np.float32(0.5), "c": tmp_path, "d": True, "e": None}))
     assert plain == {"a": [0, 1, 2], "b": 0.5, "c": str(tmp_path), "d": True, "e": None}
 
 
-def test_a_torn_row_is_left_out_and_the_next_one_starts_on_its_own_line(tmp_path) -> None:
+def test_read_events_leaves_out_a_torn_row(tmp_path) -> None:
     JsonlReport(tmp_path).on_log(row(1))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"event": "step", "st')
@@ -63,7 +63,7 @@ def test_a_torn_row_is_left_out_and_the_next_one_starts_on_its_own_line(tmp_path
     assert [each["step"] for each in read_events(tmp_path)] == [1, 2]
 
 
-def test_rows_that_a_resumed_run_repeats_count_once_and_the_later_ones_win(tmp_path) -> None:
+def test_read_events_counts_repeated_rows_once(tmp_path) -> None:
     log = JsonlReport(tmp_path)
     log.on_train_start({})
     for step, loss in ((1, 0.9), (2, 0.8), (3, 0.7)):
@@ -78,25 +78,25 @@ def test_rows_that_a_resumed_run_repeats_count_once_and_the_later_ones_win(tmp_p
 
 
 @pytest.mark.parametrize("line", ["not json", "[1, 2]"])
-def test_a_bad_line_is_named_by_its_number(tmp_path, line: str) -> None:
+def test_read_events_names_a_bad_line_by_its_number(tmp_path, line: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row(1)) + f"\n{line}\n" + json.dumps(row(2)) + "\n")
     with pytest.raises(ValueError, match="line 2"):
         read_events(tmp_path)
 
 
-def test_a_missing_log_is_a_clear_error(tmp_path) -> None:
+def test_read_events_of_a_missing_log_is_a_clear_error(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="Give a run folder"):
         read_events(tmp_path)
 
 
-def test_the_summary_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path) -> None:
+def test_write_json_replaces_the_summary_whole(tmp_path) -> None:
     JsonlReport(tmp_path).on_train_end({"verdict": "learned", "best_val_nmse": 0.3})
     write_json(tmp_path / "summary.json", {"verdict": "stopped", "best_val_nmse": math.inf})
     assert strict((tmp_path / "summary.json").read_text())["verdict"] == "stopped"
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
-def test_a_failing_write_keeps_the_old_file(tmp_path, monkeypatch) -> None:
+def test_write_json_that_fails_keeps_the_old_file(tmp_path, monkeypatch) -> None:
     write_json(tmp_path / "summary.json", {"verdict": "learned"})
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
@@ -104,7 +104,7 @@ def test_a_failing_write_keeps_the_old_file(tmp_path, monkeypatch) -> None:
     assert strict((tmp_path / "summary.json").read_text()) == {"verdict": "learned"}
 
 
-def test_a_log_that_cannot_be_written_is_named(tmp_path) -> None:
+def test_jsonl_report_names_a_log_it_cannot_write(tmp_path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="metrics.jsonl|file/run"):
         JsonlReport(tmp_path / "file" / "run").on_log(row(1))

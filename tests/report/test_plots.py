@@ -28,7 +28,7 @@ def lines(figure) -> dict[str, object]:
     return {line.get_label(): line for line in figure.axes[0].get_lines()}
 
 
-def test_every_series_is_drawn_against_the_scenes_seen_with_baselines_at_their_height() -> None:
+def test_loss_figure_draws_every_series_and_baseline() -> None:
     drawn = lines(loss_figure(rows(), BASELINES))
     assert list(drawn["validation, averaged weights"].get_xdata()) == [160, 320, 480]
     assert list(drawn["validation, raw weights"].get_ydata()) == pytest.approx([1.1, 0.55, 1.1 / 3])
@@ -36,14 +36,14 @@ def test_every_series_is_drawn_against_the_scenes_seen_with_baselines_at_their_h
     assert loss_figure(rows(), BASELINES).axes[0].get_yscale() == "log"
 
 
-def test_values_that_cannot_be_drawn_are_left_out_not_invented() -> None:
+def test_loss_figure_leaves_out_values_it_cannot_draw() -> None:
     broken = rows()
     broken[1]["val_nmse_raw"] = math.nan
     broken[3]["val_nmse_raw"] = None
     assert list(lines(loss_figure(broken, BASELINES))["validation, raw weights"].get_xdata()) == [480]
 
 
-def test_the_report_leaves_a_picture_in_the_run_folder_and_continues_the_one_of_a_resumed_run(tmp_path) -> None:
+def test_plot_report_continues_the_picture_of_a_resumed_run(tmp_path) -> None:
     log = JsonlReport(tmp_path)
     for row in rows():
         (log.on_log if row["event"] == "step" else log.on_epoch_end)(row)
@@ -56,14 +56,14 @@ def test_the_report_leaves_a_picture_in_the_run_folder_and_continues_the_one_of_
     assert imread(tmp_path / "plots" / "loss.png").shape[:2] == (930, 1200)
 
 
-def test_an_empty_run_still_draws(tmp_path) -> None:
+def test_plot_report_draws_an_empty_run(tmp_path) -> None:
     report = PlotReport(tmp_path)
     report.on_train_start({"baselines": BASELINES})
     report.on_train_end({})
     assert (tmp_path / "plots" / "loss.png").stat().st_size > 1000
 
 
-def test_the_evaluation_shows_network_baselines_and_mmse_bound() -> None:
+def test_evaluation_figure_shows_baselines_and_mmse_bound() -> None:
     group = {"nmse": {"mean": 0.3, "median": 0.2}, "baselines": BASELINES, "mmse_bound": 0.02}
     result = {
         "model": "backprojection",
@@ -87,12 +87,12 @@ def test_the_evaluation_shows_network_baselines_and_mmse_bound() -> None:
         ({"zero": [1.0, 1.0], "mean": [0.99, 0.5]}, (0.01, 1.0), [["zero"], ["mean"]]),
     ],
 )
-def test_baselines_that_no_eye_could_part_share_a_band_and_others_do_not(baselines, span, expected) -> None:
+def test_alike_groups_baselines_too_close_to_see(baselines, span, expected) -> None:
     assert alike(baselines, span) == expected
 
 
 @pytest.mark.parametrize("norms", [(0.5, 0.5, 0.5), (0.90, 0.91, 0.92), (0.61, 0.74, 0.89), (1e-3, 1.0, 50.0)])
-def test_every_axis_has_numbers_whatever_it_spans(norms: tuple[float, ...]) -> None:
+def test_loss_figure_axes_always_have_numbers(norms: tuple[float, ...]) -> None:
     drawn = rows()
     for row in drawn:
         row["grad_norm"] = norms[row["step"] // 10 - 1]
@@ -104,7 +104,7 @@ def test_every_axis_has_numbers_whatever_it_spans(norms: tuple[float, ...]) -> N
         assert len(shown - {""}) >= 2
 
 
-def test_no_legend_covers_a_curve() -> None:
+def test_figure_legends_cover_no_curve() -> None:
     group = {"nmse": {"mean": 0.3, "median": 0.2}, "baselines": BASELINES, "mmse_bound": 0.02}
     evaluated = evaluation_figure(
         {

@@ -27,7 +27,7 @@ def window(*numbers: int, bad: int = 0) -> Window:
     return Window(list(numbers), table, len(numbers))
 
 
-def test_the_table_has_every_step_until_it_is_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_append_table_has_every_step_until_it_is_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run" / "tensors.csv"
     append_table(path, NAMES, window(1, 2, 3, bad=2))
     append_table(path, NAMES, window(4))
@@ -39,9 +39,9 @@ def test_the_table_has_every_step_until_it_is_long(tmp_path: Path, monkeypatch: 
     assert float(rows[3]["nonfinite"]) == 5 and float(rows[0]["update_norm"]) == pytest.approx(0.2)
 
 
-def test_a_run_leaves_a_record_of_every_step_of_every_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensor_log_records_every_step_of_every_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of the last ones, which no report follows, and of the one that was skipped."""
-    from tests.training.captured import config_of
+    from tests.training.capture_helpers import config_of
 
     trainer = Trainer(config_of("backprojection", "training.epochs=1"))
     trainer.callbacks.append(log := TensorLog(trainer, tmp_path, table=True))
@@ -60,7 +60,7 @@ def test_a_run_leaves_a_record_of_every_step_of_every_tensor(tmp_path: Path, mon
     assert (tmp_path / "plots" / "tensors.png").is_file()
 
 
-def test_the_line_tells_of_the_steps_since_the_last_one() -> None:
+def test_grad_line_covers_the_steps_since_the_last_one() -> None:
     row = {"step": 8, "grad_norm": 8.06, "clipped": 0.5, "skipped": 0.25, "health": {"raw_norm": 8.06}}
     line = grad_line(row, NAMES, Window([5, 9, 7, 8], window(5, 9, 7, 8, bad=7).table, 6))
     assert (
@@ -74,7 +74,7 @@ def test_the_line_tells_of_the_steps_since_the_last_one() -> None:
     assert ";" not in grad_line(row, NAMES, window(8))
 
 
-def test_the_picture_keeps_a_spike_however_long_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heat_keeps_a_spike_however_long_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heat = Heat()
     for first in range(1, 41, 4):
         heat.add(window(*range(first, first + 4), bad=14 if first == 13 else 0))
@@ -93,7 +93,7 @@ def test_the_picture_keeps_a_spike_however_long_the_run(tmp_path: Path, monkeypa
     assert (tmp_path / "tensors.png").stat().st_size > 5000
 
 
-def test_what_is_not_finite_is_drawn_above_the_scale_and_what_is_missing_not_at_all() -> None:
+def test_heat_colours_of_non_finite_and_missing_values() -> None:
     image, colours, scale = tensors._colours(torch.tensor([[1e-3, 10.0, math.inf, math.nan]], dtype=torch.float64))
     assert (scale.vmin, scale.vmax) == (-3.0, 1.0) and image[0, 2] > scale.vmax and math.isnan(image[0, 3])
     assert colours(scale(image))[0, 2].tolist() == [1.0, 0.0, 0.0, 1.0]

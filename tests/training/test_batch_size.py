@@ -34,7 +34,7 @@ def config(*overrides: str) -> Config:
     return load_config(None, "laptop", [*SMALL, *overrides], {"training.device": "cpu"})
 
 
-def test_of_sizes_as_fast_as_the_fastest_the_largest_is_taken() -> None:
+def test_pick_takes_the_largest_of_the_fastest_sizes() -> None:
     trials = [
         Trial(32, 50.0, 1),
         Trial(64, 97.0, 1),
@@ -46,14 +46,14 @@ def test_of_sizes_as_fast_as_the_fastest_the_largest_is_taken() -> None:
     assert pick(config("data.train_scenes=1000000", "training.max_seconds=0"), trials) == 256
 
 
-def test_a_run_keeps_updates_enough() -> None:
+def test_pick_keeps_enough_updates() -> None:
     trials = [Trial(32, 100.0, 1), Trial(64, 200.0, 1), Trial(128, 400.0, 1)]
     assert pick(config("training.epochs=70", "data.train_scenes=1000", "training.max_seconds=0"), trials) == 64
     assert pick(config("training.epochs=1", "data.train_scenes=10", "training.max_seconds=0"), trials) == 32
     assert pick(config("training.epochs=1000", "data.train_scenes=1000000", "training.max_seconds=330"), trials) == 128
 
 
-def test_sizes_are_tried_until_one_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_batch_size_tries_until_one_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def tried(_: Config, size: int) -> Trial:
@@ -71,14 +71,14 @@ def test_sizes_are_tried_until_one_does_not_fit(monkeypatch: pytest.MonkeyPatch)
     assert choose_batch_size(config())[0] == 1
 
 
-def test_a_size_that_would_take_the_machines_memory_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_batch_size_stays_within_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "try_size", lambda _, size: Trial(size, 1e9, size * 2**30))
     monkeypatch.setattr(batch, "free_memory", lambda: 200 * 2**30)
     assert [trial.batch_size for trial in choose_batch_size(config())[1]] == [32, 64, 128]
     assert batch._room(Trial(32, 1.0, 0), config())
 
 
-def test_a_real_step_is_tried_and_one_without_memory_counts_as_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_try_size_makes_a_real_step_or_says_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     assert batch.try_size(config(), 256).scenes_per_s > 0  # more than an epoch has
 
     def too_much(*_: object) -> None:
@@ -95,7 +95,7 @@ def test_free_memory_is_less_than_the_machine_has() -> None:
     assert 0 < free_memory() < 2**45
 
 
-def test_the_flag_sets_the_size_and_says_where_it_came_from(
+def test_batch_size_auto_sets_the_size_and_its_provenance(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(batch, "choose_batch_size", lambda _: (48, [Trial(48, 10.0, 1), Trial(96, 0.0, 0)]))
@@ -107,7 +107,7 @@ def test_the_flag_sets_the_size_and_says_where_it_came_from(
     assert main(["train", "--batch-size", "many"]) == 2
 
 
-def test_a_profile_leaves_a_trace_and_a_table(tmp_path: Path) -> None:
+def test_profiled_run_leaves_a_trace_and_a_table(tmp_path: Path) -> None:
     torch.manual_seed(0)
     settings = config("training.compile=false", "health.preflight=false")
     settings = replace(settings, training=replace(settings.training, batch_size=10, epochs=1, max_seconds=0.0))

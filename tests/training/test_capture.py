@@ -15,7 +15,7 @@ import torch
 from ris_fast.training import trainer as loop
 from ris_fast.training.capture import CapturedCall, CapturedStep, why_not
 from ris_fast.training.trainer import Trainer
-from tests.training.captured import Rerun, Rows, captured_trainer, change_settings, config_of, same
+from tests.training.capture_helpers import Rerun, Rows, captured_trainer, change_settings, config_of, same
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SETTINGS = [
@@ -30,10 +30,9 @@ SETTINGS = [
 # ---- on a CPU, with a stand-in for the graph ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "accumulate"), SETTINGS)
-def test_a_run_through_captured_steps_is_the_plain_run(
-    model: str, accumulate: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_captured_run_is_the_plain_run(model: str, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(model, f"training.accumulate={accumulate}", "training.epochs=3")
     plain, plain_rows = Trainer(config, callbacks=[rows := Rows()]), rows
     trainer = captured_trainer(config, monkeypatch, through := Rows())
@@ -44,7 +43,7 @@ def test_a_run_through_captured_steps_is_the_plain_run(
     assert through.rows == plain_rows.rows and not same(trainer, plain)
 
 
-def test_only_full_groups_that_nobody_looks_at_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_step_is_replayed_for_full_unwatched_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = captured_trainer(config_of("backprojection"), monkeypatch)
     replayed = []
     count = trainer.optimizer.count_replay
@@ -54,14 +53,15 @@ def test_only_full_groups_that_nobody_looks_at_are_replayed(monkeypatch: pytest.
     assert replayed == [step for step in full if step > 8 and step % 4]
 
 
-def test_warm_up_comes_first_also_where_no_step_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_step_warms_up_without_telemetry_too(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = captured_trainer(config_of("backprojection", "training.epochs=1"), monkeypatch)
     trainer.step.telemetry.enabled = False
     trainer.fit()
     assert trainer.capture.warm == 3 and trainer.capture.recording.replays == 10
 
 
-def test_a_report_that_arrives_late_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_captured_run_report_that_arrives_late_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU a report is read when the next one is ordered; nothing that it reads may have changed by then."""
     config = config_of("hybrid")
     Trainer(config, callbacks=[prompt := Rows()]).fit()
@@ -78,7 +78,7 @@ def test_a_report_that_arrives_late_says_the_same(monkeypatch: pytest.MonkeyPatc
     assert late.rows == prompt.rows
 
 
-def test_skipped_steps_are_known_one_report_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_applied_steps_know_skipped_ones_one_report_later(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(config_of("backprojection"))
     group, optimizer = next(trainer._groups()), trainer.optimizer
     poisoned = [
@@ -97,7 +97,7 @@ def test_skipped_steps_are_known_one_report_later(monkeypatch: pytest.MonkeyPatc
 # ---- ways back to eager -------------------------------------------------------------------------------------------
 
 
-def test_a_capture_that_fails_is_told_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_that_fails_warns_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(body: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
@@ -117,7 +117,7 @@ def test_a_capture_that_fails_is_told_and_changes_nothing(monkeypatch: pytest.Mo
     )
 
 
-def test_an_error_of_the_step_itself_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_does_not_hide_an_error_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(body: Any) -> Any:
         raise ValueError("CovarianceLoss: something is missing")
 
@@ -125,7 +125,7 @@ def test_an_error_of_the_step_itself_is_not_hidden(monkeypatch: pytest.MonkeyPat
         captured_trainer(config_of("backprojection"), monkeypatch, record=broken).fit()
 
 
-def test_a_tensor_without_gradient_is_named_and_nothing_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_names_a_tensor_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = captured_trainer(config_of("backprojection", "data.train_scenes=80", "training.epochs=1"), monkeypatch)
     trainer.model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
     with pytest.warns(RuntimeWarning, match="no loss reaches 1 tensors, the first is 'unused'"):
@@ -133,7 +133,7 @@ def test_a_tensor_without_gradient_is_named_and_nothing_captured(monkeypatch: py
     assert trainer.capture.recording is None
 
 
-def test_what_stands_in_the_way_is_said_beforehand() -> None:
+def test_why_not_says_what_prevents_capture() -> None:
     trainer = Trainer(config_of("backprojection"))
     on_gpu = type("OnGPU", (), {"index_device": torch.device("cuda")})()
     asked = replace(trainer.config, training=replace(trainer.config.training, capture=False))
@@ -144,7 +144,7 @@ def test_what_stands_in_the_way_is_said_beforehand() -> None:
     assert why_not(trainer.step, on_gpu, trainer.config) == ""
 
 
-def test_without_a_graph_scene_numbers_still_make_the_plain_step() -> None:
+def test_captured_step_without_a_graph_is_the_plain_step() -> None:
     config = config_of("hybrid", "training.accumulate=2")
     plain, trainer = Trainer(config), Trainer(config)
     by_number = CapturedStep(trainer.step, trainer.source, config)
@@ -153,7 +153,7 @@ def test_without_a_graph_scene_numbers_still_make_the_plain_step() -> None:
     assert by_number.recording is None and by_number.refused and not same(plain, trainer)
 
 
-def test_a_call_is_run_then_captured_then_replayed() -> None:
+def test_captured_call_is_run_then_captured_then_replayed() -> None:
     class Buffers:
         """Something to pretend on."""
 
@@ -173,7 +173,7 @@ def test_a_call_is_run_then_captured_then_replayed() -> None:
     [(*setting, precision, False) for setting in SETTINGS for precision in ("fp32", "bf16")]
     + [("backprojection", 1, "bf16", True), ("backprojection", 2, "fp32", True), ("hybrid", 1, "bf16", True)],
 )
-def test_replay_equals_eager_bit_for_bit(model: str, accumulate: int, precision: str, compile: bool) -> None:
+def test_captured_replay_equals_eager_bitwise(model: str, accumulate: int, precision: str, compile: bool) -> None:
     """Weights, moments, averages, counters, every reported number and every validation, with settings that change."""
     runs = []
     with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
@@ -202,7 +202,7 @@ def test_replay_equals_eager_bit_for_bit(model: str, accumulate: int, precision:
 
 @cuda
 @pytest.mark.parametrize(("model", "accumulate"), SETTINGS)
-def test_an_epoch_makes_the_host_wait_for_nothing(model: str, accumulate: int) -> None:
+def test_captured_epoch_never_syncs(model: str, accumulate: int) -> None:
     """The second epoch, from its first scene number to its last step, reports included."""
     trainer = Trainer(config_of(model, f"training.accumulate={accumulate}", "training.device=cuda"))
     groups = trainer._index_groups
@@ -220,7 +220,7 @@ def test_an_epoch_makes_the_host_wait_for_nothing(model: str, accumulate: int) -
 
 
 @cuda
-def test_half_precision_with_a_loss_scale_is_captured_too() -> None:
+def test_capture_takes_fp16_with_a_loss_scale() -> None:
     trainer = Trainer(config_of("hybrid", "training.precision=fp16", "training.device=cuda"))
     trainer.fit()
     assert trainer.capture.recording is not None, trainer.capture.refused

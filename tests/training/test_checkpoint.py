@@ -38,7 +38,7 @@ def without_hashes(path: Path) -> None:
     save_file(tensors, path, {"format": "pt", "manifest": json.dumps(manifest)})
 
 
-def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "last", GROUPS, {"state": {"step": 3}})
     groups, manifest = load_checkpoint(tmp_path, "last")
     assert manifest["state"] == {"step": 3} and "note" not in manifest and groups.keys() == GROUPS.keys()
@@ -47,7 +47,7 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
     )
 
 
-def test_no_flipped_bit_is_loaded_wherever_it_is(tmp_path: Path) -> None:
+def test_checkpoint_with_any_flipped_bit_is_refused(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, "last", GROUPS, {"model": "backprojection", "state": {"step": 3}})
     whole = path.read_bytes()
     for place in (*range(0, len(whole), 9), len(whole) - 1):
@@ -58,7 +58,7 @@ def test_no_flipped_bit_is_loaded_wherever_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damaged, whole", [("last", "best"), ("best", "last")])
-def test_a_damaged_checkpoint_names_the_one_that_is_whole(damaged: str, whole: str, tmp_path: Path) -> None:
+def test_checkpoint_error_names_the_one_that_is_whole(damaged: str, whole: str, tmp_path: Path) -> None:
     for name in (damaged, whole):
         save_checkpoint(tmp_path, name, GROUPS, {})
     flip(tmp_path / f"{damaged}.safetensors", -20)
@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_names_the_one_that_is_whole(damaged: str, whole: s
         load_checkpoint(tmp_path, damaged)
 
 
-def test_a_checkpoint_of_before_there_were_hashes_is_loaded_with_a_note(tmp_path: Path) -> None:
+def test_checkpoint_without_hashes_is_loaded_with_a_note(tmp_path: Path) -> None:
     Trainer(small(), tmp_path).fit()
     for name in ("last", "best"):
         without_hashes(tmp_path / "checkpoints" / f"{name}.safetensors")
@@ -82,7 +82,8 @@ def test_a_checkpoint_of_before_there_were_hashes_is_loaded_with_a_note(tmp_path
     assert load_checkpoint(tmp_path / "checkpoints", "last")[1].get("note") is None
 
 
-def test_a_worse_continuation_does_not_replace_a_better_best_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_best_checkpoint_survives_a_worse_continuation(tmp_path: Path) -> None:
     Trainer(small(), tmp_path).fit()
     checkpoints = tmp_path / "checkpoints"
     shutil.copy(checkpoints / "last.safetensors", tmp_path / "earlier")
@@ -97,8 +98,9 @@ def test_a_worse_continuation_does_not_replace_a_better_best_checkpoint(tmp_path
     assert read_whole(checkpoints, "best")[1]["state"] == best and summary["best_val_nmse"] == best["best_nmse"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lose", [Path.unlink, lambda path: flip(path, -20)])
-def test_where_the_best_weights_are_lost_the_next_epoch_gives_new_ones(lose, tmp_path: Path) -> None:
+def test_best_checkpoint_that_is_lost_is_made_anew(lose, tmp_path: Path) -> None:
     Trainer(small(epochs=2), tmp_path).fit()
     lose(tmp_path / "checkpoints" / "best.safetensors")
     resumed = Trainer(small("optimizer.head_lr=1e-9", "optimizer.backbone_lr=1e-9", epochs=3), tmp_path, resume=True)

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from ris_fast.training import compiled_model as devices
 from ris_fast.training.compiled_model import compile_now, missing_compiler
 from ris_fast.training.trainer import Trainer
-from tests.training.captured import Rows, config_of
+from tests.training.capture_helpers import Rows, config_of
 
 needs_compiler = pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="no compiler")
 
@@ -25,13 +25,12 @@ def counted_anew() -> Iterator[None]:
     yield
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     ("model", "backend"), [("hybrid", "aot_eager"), ("backprojection", "aot_eager"), ("backprojection", "inductor")]
 )
-def test_one_compilation_serves_full_batches_and_nothing_else_needs_one(
-    model: str, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trainer_compiles_once_for_a_whole_run(model: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two epochs with a ragged last batch and validation of another size, raw and averaged; a recompilation would
     raise.
 
@@ -51,8 +50,9 @@ def test_one_compilation_serves_full_batches_and_nothing_else_needs_one(
     assert trainer.state.step == 28
 
 
+@pytest.mark.slow
 @needs_compiler
-def test_compiling_trains_nothing() -> None:
+def test_trainer_compile_trains_nothing() -> None:
     """Weights, gradients and random numbers are those of a run that was not compiled."""
     trainer = Trainer(config_of("backprojection", "training.compile=true"))
     before, state = {name: value.clone() for name, value in trainer.model.state_dict().items()}, torch.get_rng_state()
@@ -62,7 +62,7 @@ def test_compiling_trains_nothing() -> None:
     assert trainer.optimizer.counters()["attempted"] == 0
 
 
-def test_a_compiler_that_fails_leaves_the_network_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainer_runs_eager_when_the_compiler_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **options: Any) -> Any:
         def call(features: Any) -> Any:
             raise RuntimeError("CppCompileError: g++ returned 1\nfour hundred lines of it")
@@ -78,7 +78,7 @@ def test_a_compiler_that_fails_leaves_the_network_as_written(monkeypatch: pytest
     assert not trainer.network.compiled and trainer.state.step == 14
 
 
-def test_an_error_that_is_not_the_compilers_is_raised() -> None:
+def test_compile_now_raises_what_is_not_the_compilers() -> None:
     trainer = Trainer(config_of("backprojection"))
 
     def wrong() -> None:
@@ -88,13 +88,13 @@ def test_an_error_that_is_not_the_compilers_is_raised() -> None:
         compile_now(trainer.network, wrong, torch.device("cpu"))
 
 
-def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainer_says_why_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "missing_compiler", lambda device: "no C++ compiler was found")
     trainer = Trainer(config_of("backprojection", "training.compile=true"))
     assert trainer.compile_note == "eager: no C++ compiler was found" and not trainer.network.compiled
 
 
-def test_batches_that_never_fill_are_not_compiled_for() -> None:
+def test_trainer_does_not_compile_for_partial_batches() -> None:
     rows = Rows()
     trainer = Trainer(
         config_of("backprojection", "training.compile=true", "data.train_scenes=5", "training.epochs=1"),

@@ -32,12 +32,12 @@ BILLION = 10**9
         (("data.val_limit=1000000000", "data.val_scenes=1000000000"), "data.val_limit = 1,000,000,000"),
     ],
 )
-def test_a_size_that_exceeds_memory_is_refused_before_anything_is_made(overrides: tuple[str, ...], named: str) -> None:
+def test_trainer_refuses_a_size_that_exceeds_memory(overrides: tuple[str, ...], named: str) -> None:
     with pytest.raises(OutOfMemory, match=f"{named} exceeds this machine's memory: .* free"):
         Trainer(small(*overrides))
 
 
-def test_the_command_says_so_with_exit_code_5(tmp_path, capsys) -> None:
+def test_train_exits_5_for_a_size_that_exceeds_memory(tmp_path, capsys) -> None:
     options = [
         part
         for text in (
@@ -70,7 +70,7 @@ def test_the_command_says_so_with_exit_code_5(tmp_path, capsys) -> None:
     assert "training.batch_size = 1,000,000,000 exceeds" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_what_would_fit_is_named_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_names_a_batch_size_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(footprint, "free_memory", lambda: 2**26)
     with pytest.raises(OutOfMemory) as caught:
         Trainer(small(scenes=8192, batch=8192))
@@ -79,7 +79,7 @@ def test_what_would_fit_is_named_and_fits(monkeypatch: pytest.MonkeyPatch) -> No
     Trainer(small(scenes=8192, batch=size))
 
 
-def test_a_batch_that_is_larger_than_the_epoch_is_told_at_the_start() -> None:
+def test_trainer_notes_a_batch_larger_than_the_epoch() -> None:
     trainer = Trainer(small(scenes=24, batch=BILLION), callbacks=[told := Recorder()])
     assert trainer.fit()["optimizer_steps"] == 1
     (note,) = told.info["notes"]
@@ -88,7 +88,7 @@ def test_a_batch_that_is_larger_than_the_epoch_is_told_at_the_start() -> None:
     assert silent.info["notes"] == []
 
 
-def test_measuring_a_scene_grows_with_the_network_and_leaves_random_numbers_alone() -> None:
+def test_bytes_per_scene_grows_with_the_network() -> None:
     narrow, wide = (Trainer(small(f"model.options.width={width}", "model.options.dropout=0.1")) for width in (32, 128))
     before = torch.random.get_rng_state()
     (scene, saved), (same, more) = bytes_per_scene(narrow), bytes_per_scene(wide)
@@ -115,7 +115,7 @@ def test_measuring_a_scene_grows_with_the_network_and_leaves_random_numbers_alon
     ],
 )
 @pytest.mark.parametrize("end", ["low", "high"])
-def test_the_optimizer_takes_every_value_that_the_configuration_takes(name: str, end: str) -> None:
+def test_build_optimizer_takes_every_configured_value(name: str, end: str) -> None:
     rule = {item.name: item.metadata for item in Optimizer.__dataclass_fields__.values()}[name]
     value = rule[end] if rule[end] is not None else 3.4e38
     config = small()
@@ -124,7 +124,7 @@ def test_the_optimizer_takes_every_value_that_the_configuration_takes(name: str,
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 1e-300, SMALLEST_FLOAT / 2])
-def test_an_epsilon_that_the_optimizer_refuses_the_configuration_refuses(value: float) -> None:
+def test_config_refuses_an_eps_the_optimizer_refuses(value: float) -> None:
     assert torch.finfo(torch.float32).tiny == SMALLEST_FLOAT
     with pytest.raises(ConfigError, match="optimizer.eps"):
         Optimizer(eps=value)

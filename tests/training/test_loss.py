@@ -49,7 +49,7 @@ def guess(batch: Scenes, dtype: torch.dtype = torch.float32) -> Prediction:
     )
 
 
-def test_truth_scores_the_known_minimum_of_every_term() -> None:
+def test_covariance_loss_of_the_truth_is_every_terms_minimum() -> None:
     batch = scenes()
     _, raw = CovarianceLoss(ALL, TASK)(truth(batch), batch)
     assert set(raw) == set(TERMS)
@@ -60,19 +60,19 @@ def test_truth_scores_the_known_minimum_of_every_term() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"loading": 1.0}, {"shrink": 1e-3}, {"loading": 0.1, "shrink": 1e-2}])
-def test_target_for_prediction_is_zero_in_every_configuration(options: dict[str, float]) -> None:
+def test_covariance_loss_of_the_truth_is_zero_in_any_setting(options: dict[str, float]) -> None:
     batch = scenes()
     total, _ = CovarianceLoss(Loss(**options), TASK)(truth(batch), batch)
     assert abs(total.item()) < 1e-6
 
 
-def test_zero_predictor_scores_exactly_one() -> None:
+def test_covariance_loss_zero_factor_scores_one() -> None:
     batch = scenes()
     _, raw = CovarianceLoss(Loss(), TASK)(Prediction(torch.zeros_like(batch.factor)), batch)
     assert raw["cov"].item() == 1.0 and raw["cov_pred"].item() == 1.0
 
 
-def test_identity_scores_its_closed_form() -> None:
+def test_covariance_loss_identity_scores_its_closed_form() -> None:
     """|T - I|^2/|T|^2 = 1 - N/|T|^2 for a target of trace N."""
     batch = scenes()
     eye = torch.eye(TASK.elements).expand(batch.batch, -1, -1)
@@ -84,7 +84,7 @@ def test_identity_scores_its_closed_form() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_loss_ignores_the_scale_of_prediction_and_target(scale: float) -> None:
+def test_covariance_loss_ignores_the_scale_of_both_sides(scale: float) -> None:
     batch = scenes()
     loss, prediction = CovarianceLoss(ALL, TASK), guess(batch)
     expected, _ = loss(prediction, batch)
@@ -95,7 +95,7 @@ def test_loss_ignores_the_scale_of_prediction_and_target(scale: float) -> None:
         torch.testing.assert_close(scaled[0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_total_is_the_weighted_sum_of_the_raw_terms() -> None:
+def test_covariance_loss_total_is_the_weighted_sum_of_terms() -> None:
     weights = Loss(**{name: 0.1 * (k + 1) for k, name in enumerate(TERMS)})
     batch = scenes()
     total, raw = CovarianceLoss(weights, TASK)(guess(batch), batch)
@@ -103,7 +103,7 @@ def test_total_is_the_weighted_sum_of_the_raw_terms() -> None:
     assert all(value.dim() == 0 and value > 0 for value in raw.values())
 
 
-def test_loss_is_the_mean_over_scenes_so_that_micro_batches_add_up() -> None:
+def test_covariance_loss_is_the_mean_over_scenes() -> None:
     batch = scenes(8)
     loss, prediction = CovarianceLoss(ALL, TASK), guess(batch)
     whole, _ = loss(prediction, batch)
@@ -115,7 +115,7 @@ def test_loss_is_the_mean_over_scenes_so_that_micro_batches_add_up() -> None:
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_a_term_of_weight_zero_is_not_computed_and_a_weight_changes_the_gradient(name: str) -> None:
+def test_covariance_loss_skips_terms_of_weight_zero(name: str) -> None:
     batch = scenes()
     weights = replace(NONE, cov=1.0)
     prediction = guess(batch)
@@ -132,7 +132,7 @@ def test_a_term_of_weight_zero_is_not_computed_and_a_weight_changes_the_gradient
     assert any(not torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_every_output_of_the_model_receives_a_finite_gradient() -> None:
+def test_covariance_loss_reaches_every_output_of_the_model() -> None:
     batch = scenes()
     prediction = guess(batch)
     CovarianceLoss(ALL, TASK)(prediction, batch)[0].backward()
@@ -140,13 +140,13 @@ def test_every_output_of_the_model_receives_a_finite_gradient() -> None:
         assert value.grad.isfinite().all() and value.grad.abs().max() > 0, name
 
 
-def test_no_covariance_weight_is_refused_with_the_names_of_the_weights() -> None:
+def test_covariance_loss_needs_a_covariance_weight() -> None:
     with pytest.raises(ValueError) as refusal:
         CovarianceLoss(replace(NONE, angle=1.0, count=1.0, orthogonality=1.0), TASK)
     assert all(f"loss.{name}" in str(refusal.value) for name in TRUTH_TERMS)
 
 
-def test_too_many_sources_to_match_is_refused_by_name() -> None:
+def test_covariance_loss_refuses_too_many_sources_to_match() -> None:
     with pytest.raises(ValueError, match="loss.angle.*task.max_sources = 12"):
         CovarianceLoss(Loss(angle=1.0), Task(max_sources=12))
     CovarianceLoss(Loss(chamfer=1.0), Task(max_sources=12))
@@ -155,28 +155,28 @@ def test_too_many_sources_to_match_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     "name, missing", [("angle", "azimuth"), ("range", "range_m"), ("chamfer", "elevation"), ("count", "count_logits")]
 )
-def test_a_term_whose_output_the_model_lacks_is_refused_by_name(name: str, missing: str) -> None:
+def test_covariance_loss_names_an_output_the_model_lacks(name: str, missing: str) -> None:
     batch = scenes()
     with pytest.raises(ValueError, match=f"loss.{name} .*{missing}.*the model"):
         CovarianceLoss(Loss(**{name: 1.0}), TASK)(guess(batch)._replace(**{missing: None}), batch)
 
 
 @pytest.mark.parametrize("name, missing", [("angle", "azimuth"), ("subspace", "factor"), ("contrast", "factor")])
-def test_a_term_whose_truth_the_scenes_lack_is_refused_by_name(name: str, missing: str) -> None:
+def test_covariance_loss_names_a_truth_the_scenes_lack(name: str, missing: str) -> None:
     batch = scenes()
     dense = replace(batch, covariance=torch.zeros(batch.batch, TASK.elements, TASK.elements, 2), **{missing: None})
     with pytest.raises(ValueError, match=f"loss.{name} .*{missing}.*the scenes"):
         CovarianceLoss(Loss(**{name: 1.0}), TASK)(guess(batch), dense)
 
 
-def test_cross_refuses_a_factor_without_two_halves() -> None:
+def test_covariance_loss_cross_needs_two_halves_of_a_factor() -> None:
     batch = scenes()
     prediction = guess(batch)
     with pytest.raises(ValueError, match="loss.cross.*5 columns"):
         CovarianceLoss(Loss(cross=1.0), TASK)(prediction._replace(factor=prediction.factor[:, :, :5]), batch)
 
 
-def test_dense_target_gives_the_same_number_as_its_factor() -> None:
+def test_covariance_loss_dense_target_scores_as_its_factor() -> None:
     batch = scenes()
     factor = torch.view_as_complex(batch.factor)
     dense = replace(batch, factor=None, covariance=torch.view_as_real(factor @ factor.mH))
@@ -184,7 +184,7 @@ def test_dense_target_gives_the_same_number_as_its_factor() -> None:
     torch.testing.assert_close(loss(prediction, dense)[0], loss(prediction, batch)[0], rtol=1e-5, atol=0)
 
 
-def test_loss_is_float32_under_autocast_and_for_half_precision_outputs() -> None:
+def test_covariance_loss_is_float32_under_autocast() -> None:
     batch = scenes()
     loss, prediction = CovarianceLoss(ALL, TASK), guess(batch)
     expected, _ = loss(prediction, batch)
@@ -196,13 +196,13 @@ def test_loss_is_float32_under_autocast_and_for_half_precision_outputs() -> None
     torch.testing.assert_close(half, expected, rtol=2e-2, atol=0)
 
 
-def test_blend_reaches_cov_and_not_cov_pred() -> None:
+def test_covariance_loss_blend_reaches_cov_and_not_cov_pred() -> None:
     batch = scenes()
     _, raw = CovarianceLoss(Loss(beta=0.5), TASK)(truth(batch), batch)
     assert raw["cov"] > 1e-3 and abs(raw["cov_pred"].item()) < 1e-6
 
 
-def test_sample_factor_solves_the_normal_equations() -> None:
+def test_least_squares_factor_solves_the_normal_equations() -> None:
     """Against a dense solve in float64: exact when iterated to the end, near in the default number of steps."""
     task = replace(TASK, snr_min_db=20.0, snr_max_db=20.0, max_sources=1)
     batch = simulate(task, 4, SceneGenerator(seed=4))
@@ -221,13 +221,14 @@ def test_sample_factor_solves_the_normal_equations() -> None:
         least_squares_factor(replace(batch, channel=None))
 
 
-def test_every_weight_of_the_configuration_is_a_term() -> None:
+def test_loss_weights_of_the_config_are_the_terms() -> None:
     settings = {"beta", "loading", "shrink"}
     assert {item.name for item in fields(Loss)} - settings == set(TERMS)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_loss_compiles_without_a_graph_break() -> None:
+def test_covariance_loss_compiles_without_graph_break() -> None:
     batch = scenes()
     loss, prediction = CovarianceLoss(ALL, TASK), guess(batch)
     compiled = torch.compile(loss, fullgraph=True, backend="eager")

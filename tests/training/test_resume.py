@@ -42,11 +42,12 @@ def stopped_within_an_epoch(folder: Path, config: Config) -> None:
         trainer.fit()
 
 
-def test_a_folder_may_be_given_as_text(tmp_path: Path) -> None:
+def test_trainer_takes_its_folder_as_text(tmp_path: Path) -> None:
     Trainer(small(), str(tmp_path / "run")).fit()
     assert Trainer(small(epochs=2), str(tmp_path / "run"), resume=True).state.epoch == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -59,13 +60,13 @@ def test_a_folder_may_be_given_as_text(tmp_path: Path) -> None:
         ("data.fixed=true", "data.fixed was False and is True"),
     ],
 )
-def test_another_task_other_scenes_and_another_network_are_another_run(change: str, words: str, tmp_path: Path) -> None:
+def test_resume_refuses_another_task_data_or_network(change: str, words: str, tmp_path: Path) -> None:
     trained(tmp_path)
     with pytest.raises(ConfigError, match=words):
         Trainer(small(change, epochs=2), tmp_path, resume=True)
 
 
-def test_rates_weights_of_the_loss_and_precision_may_change(tmp_path: Path) -> None:
+def test_resume_allows_new_rates_loss_weights_and_precision(tmp_path: Path) -> None:
     trained(tmp_path)
     again = Trainer(
         small("optimizer.head_lr=1e-5", "loss.cov_pred=0.1", "training.precision=bf16", epochs=2), tmp_path, resume=True
@@ -73,7 +74,7 @@ def test_rates_weights_of_the_loss_and_precision_may_change(tmp_path: Path) -> N
     assert again.fit()["epochs"] == 2
 
 
-def test_within_an_epoch_a_step_keeps_its_scenes_and_may_be_parted_otherwise(tmp_path: Path) -> None:
+def test_resume_within_an_epoch_keeps_the_scenes_of_a_step(tmp_path: Path) -> None:
     stopped_within_an_epoch(tmp_path, small())
     with pytest.raises(ConfigError, match="steps of 16 scenes"):
         Trainer(small(batch=32), tmp_path, resume=True)
@@ -83,14 +84,15 @@ def test_within_an_epoch_a_step_keeps_its_scenes_and_may_be_parted_otherwise(tmp
     assert (summary["optimizer_steps"], summary["scenes_seen"]) == (4, 64)
 
 
-def test_at_the_end_of_an_epoch_the_batch_may_grow_and_the_schedule_is_as_long_as_what_is_left(tmp_path: Path) -> None:
+def test_resume_after_an_epoch_replans_for_a_larger_batch(tmp_path: Path) -> None:
     trained(tmp_path, epochs=2)
     larger = Trainer(small(batch=32, epochs=4), tmp_path, resume=True)
     assert larger.plan.planned == 2 * 4 + 2 * 2
     assert larger.fit()["optimizer_steps"] == 12
 
 
-def test_how_far_the_weights_have_come_is_measured_from_where_the_run_began(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_resume_measures_distance_from_the_first_weights(tmp_path: Path) -> None:
     whole = Trainer(small(epochs=3), callbacks=[told := Recorder()])
     whole.fit()
     stopped_within_an_epoch(tmp_path, small(epochs=3))
@@ -100,7 +102,7 @@ def test_how_far_the_weights_have_come_is_measured_from_where_the_run_began(tmp_
     assert again.epochs[-1]["epochs"] == 3
 
 
-def test_the_summary_of_a_run_that_an_error_ended_says_which(tmp_path: Path, monkeypatch) -> None:
+def test_summary_names_the_error_that_ended_the_run(tmp_path: Path, monkeypatch) -> None:
     def full(*_: Any) -> None:
         raise StorageError(tmp_path / "best.safetensors", OSError(28, "full"))
 
@@ -111,7 +113,7 @@ def test_the_summary_of_a_run_that_an_error_ended_says_which(tmp_path: Path, mon
     assert told.summary["verdict"] == "stopped" and "No space left" in told.summary["ended_by"]
 
 
-def test_where_the_last_checkpoint_is_damaged_the_best_one_is_offered_and_works(tmp_path: Path) -> None:
+def test_resume_offers_best_where_last_is_damaged(tmp_path: Path) -> None:
     trained(tmp_path)
     last = tmp_path / "checkpoints" / "last.safetensors"
     last.write_bytes(last.read_bytes()[:1000])
@@ -120,7 +122,7 @@ def test_where_the_last_checkpoint_is_damaged_the_best_one_is_offered_and_works(
     assert Trainer(small(epochs=2), tmp_path, resume="best").fit()["epochs"] == 2
 
 
-def test_a_run_that_has_come_to_its_end_says_what_would_give_it_more(tmp_path: Path) -> None:
+def test_finished_says_what_would_give_the_run_more(tmp_path: Path) -> None:
     trained(tmp_path, epochs=2)
 
     def left(*overrides: str, epochs: int = 3, **changed: int) -> str:
@@ -133,12 +135,12 @@ def test_a_run_that_has_come_to_its_end_says_what_would_give_it_more(tmp_path: P
     assert "larger training.patience" in left("training.patience=1", epochs_since_best=1)
 
 
-def test_something_else_than_a_configuration_is_named() -> None:
+def test_trainer_names_what_is_no_config() -> None:
     with pytest.raises(ConfigError, match="expected a Config, got dict.*load_config"):
         Trainer({"preset": "laptop"})  # type: ignore[arg-type]
 
 
-def test_one_seed_draws_the_weights_and_another_the_scenes() -> None:
+def test_training_seed_draws_weights_and_data_seed_scenes() -> None:
     def drawn(*overrides: str) -> tuple[Any, Any, Any]:
         trainer = Trainer(small(*overrides))
         scenes = [trainer.source.batch(split, torch.arange(8)).snapshots for split in ("train", "val", "test")]
@@ -150,7 +152,7 @@ def test_one_seed_draws_the_weights_and_another_the_scenes() -> None:
     assert [torch.equal(one, other) for one, other in zip(first, scenes)] == [True, False, True]
 
 
-def test_a_run_of_the_time_of_one_seed_keeps_its_scenes(tmp_path: Path) -> None:
+def test_resume_of_a_run_with_one_seed_keeps_its_scenes(tmp_path: Path) -> None:
     """Its config.toml has no data.seed, and training.seed drew its scenes."""
     config = small("training.seed=5", "data.seed=5")
     Trainer(config, tmp_path).fit()

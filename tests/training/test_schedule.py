@@ -9,7 +9,7 @@ from ris_fast.training.schedule import Plan, learning_rate_factor, steps_in_epoc
 
 
 @pytest.mark.parametrize("planned", [1, 2, 10, 240, 4680])
-def test_a_whole_run(planned: int) -> None:
+def test_learning_rate_factor_over_a_whole_run(planned: int) -> None:
     factors = [learning_rate_factor(step, planned, 0.05, 0.01) for step in range(planned)]
     assert factors[0] > 0 and max(factors) == pytest.approx(1.0)
     peak = factors.index(max(factors))
@@ -19,7 +19,7 @@ def test_a_whole_run(planned: int) -> None:
         assert factors[-1] <= 1.05 * 0.01
 
 
-def test_beyond_the_plan_it_stays_at_the_end() -> None:
+def test_learning_rate_factor_stays_low_beyond_the_plan() -> None:
     assert learning_rate_factor(500, 100, 0.1, 0.2) == pytest.approx(0.2)
 
 
@@ -27,11 +27,11 @@ def test_beyond_the_plan_it_stays_at_the_end() -> None:
     ("scenes", "batch", "accumulate", "steps"),
     [(640, 64, 1, 10), (641, 64, 1, 11), (640, 64, 4, 3), (1, 64, 4, 1), (128, 16, 4, 2)],
 )
-def test_steps_that_the_data_imply(scenes: int, batch: int, accumulate: int, steps: int) -> None:
+def test_steps_in_epoch_follow_from_the_data(scenes: int, batch: int, accumulate: int, steps: int) -> None:
     assert steps_in_epoch(scenes, batch, accumulate) == steps
 
 
-def test_time_shortens_the_plan_and_never_lengthens_it() -> None:
+def test_plan_update_shortens_for_time_and_never_lengthens() -> None:
     plan = Plan(1000, max_seconds=100.0)
     assert plan.update(10, 2.0) == 500
     assert plan.update(20, 1.0) == 1000

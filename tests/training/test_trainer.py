@@ -76,7 +76,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
-def test_every_batch_is_seen_once_and_the_printed_loss_is_its_mean() -> None:
+def test_trainer_sees_every_batch_once_and_reports_its_mean() -> None:
     recorder = Recorder()
     trainer = Trainer(small(scenes=8 * 16), callbacks=[recorder])
     seen, losses = [], []
@@ -97,7 +97,7 @@ def test_every_batch_is_seen_once_and_the_printed_loss_is_its_mean() -> None:
 
 
 @pytest.mark.parametrize("scenes", [64, 56])
-def test_four_micro_batches_make_the_step_of_one_batch(scenes: int) -> None:
+def test_trainer_accumulated_step_equals_one_large_batch(scenes: int) -> None:
     """Also where the last micro-batch is ragged: every scene has the same weight."""
 
     def step(batch: int, accumulate: int) -> tuple[torch.Tensor, float]:
@@ -115,7 +115,7 @@ def test_four_micro_batches_make_the_step_of_one_batch(scenes: int) -> None:
     assert (whole[0] - parts[0]).norm() < 1e-5 * whole[0].norm()
 
 
-def test_the_first_step_moves_every_tensor_at_a_rate_above_zero() -> None:
+def test_trainer_first_step_moves_every_tensor() -> None:
     trainer = Trainer(small())
     before = weights(trainer)
     trainer.step(next(trainer._groups()), planned=1000)
@@ -124,7 +124,7 @@ def test_the_first_step_moves_every_tensor_at_a_rate_above_zero() -> None:
     assert not still
 
 
-def test_every_parameter_is_in_one_group_and_norms_do_not_decay() -> None:
+def test_trainer_groups_hold_every_parameter_once() -> None:
     trainer = Trainer(small())
     grouped = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in trainer.model.parameters())
@@ -133,7 +133,7 @@ def test_every_parameter_is_in_one_group_and_norms_do_not_decay() -> None:
     assert {group["peak_lr"] for group in trainer.optimizer.param_groups} == {2e-4, 8e-4}
 
 
-def test_a_poisoned_batch_changes_nothing_and_the_next_one_is_applied() -> None:
+def test_trainer_skips_a_poisoned_batch() -> None:
     trainer = Trainer(small())
     groups = list(trainer._groups())
     trainer.step(groups[0], planned=10)
@@ -151,7 +151,7 @@ def test_a_poisoned_batch_changes_nothing_and_the_next_one_is_applied() -> None:
     assert trainer.step.learning_rates() == rate  # the schedule counts applied steps, not attempted ones
 
 
-def test_only_poisoned_batches_end_the_run_with_the_tensor_named() -> None:
+def test_trainer_stops_when_every_batch_is_poisoned() -> None:
     recorder = Recorder()
     trainer = Trainer(small(scenes=16 * 30), callbacks=[recorder])
     scale = trainer.optimizer.scale
@@ -162,7 +162,7 @@ def test_only_poisoned_batches_end_the_run_with_the_tensor_named() -> None:
     assert recorder.summary["skipped_steps"] <= 10
 
 
-def test_a_loop_that_does_not_step_once_a_group_is_stopped() -> None:
+def test_trainer_stops_when_a_group_makes_no_step() -> None:
     trainer = Trainer(small(scenes=64))
     step, calls = trainer.optimizer.step, []
 
@@ -176,7 +176,7 @@ def test_a_loop_that_does_not_step_once_a_group_is_stopped() -> None:
         trainer.fit()
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+def test_trainer_resumes_bitwise(tmp_path: Path) -> None:
     whole = Trainer(small(epochs=3))
     whole.fit()
     cut = Trainer(small(epochs=3), tmp_path)
@@ -198,7 +198,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> N
     assert summary["optimizer_steps"] == 12 and summary["scenes_seen"] == 192
 
 
-def test_checkpoints_hold_what_was_validated(tmp_path: Path) -> None:
+def test_trainer_checkpoint_holds_what_was_validated(tmp_path: Path) -> None:
     trainer = Trainer(small(epochs=2), tmp_path)
     summary = trainer.fit()
     from ris_fast.training.checkpoint import load_checkpoint, load_weights
@@ -213,7 +213,7 @@ def test_checkpoints_hold_what_was_validated(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "checkpoints" / "best.json").read_text()) == manifest
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+def test_trainer_names_a_damaged_checkpoint(tmp_path: Path) -> None:
     Trainer(small(), tmp_path).fit()
     file = tmp_path / "checkpoints" / "last.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
@@ -221,7 +221,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         Trainer(small(epochs=2), tmp_path, resume=True)
 
 
-def test_loss_is_the_same_in_training_and_validation() -> None:
+def test_trainer_loss_is_the_same_in_training_and_validation() -> None:
     trainer = Trainer(small())
     scenes = trainer.source.batch("train", torch.arange(16))
     trainer.model.eval()
@@ -235,7 +235,7 @@ def test_loss_is_the_same_in_training_and_validation() -> None:
     assert float(result.loss) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_oracle_scores_zero_through_the_trainers_own_path() -> None:
+def test_validate_scores_the_truth_zero() -> None:
     from ris_fast.models.prediction import Prediction
     from ris_fast.training.validation import validate
 
@@ -250,7 +250,7 @@ def test_the_oracle_scores_zero_through_the_trainers_own_path() -> None:
     assert abs(score.nmse) < 1e-6 and abs(score.loss) < 1e-6
 
 
-def test_time_ends_the_run_and_anneals_towards_it() -> None:
+def test_trainer_max_seconds_ends_and_anneals_the_run() -> None:
     recorder = Recorder()
     trainer = Trainer(
         small("training.max_seconds=3", "optimizer.final_lr=0.01", scenes=4096, epochs=1000), callbacks=[recorder]
@@ -262,20 +262,20 @@ def test_time_ends_the_run_and_anneals_towards_it() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_low_precision_trains(precision: str) -> None:
+def test_trainer_trains_in_low_precision(precision: str) -> None:
     recorder = Recorder()
     Trainer(small(f"training.precision={precision}", epochs=2), callbacks=[recorder]).fit()
     losses = [row["train_loss"] for row in recorder.steps if row["train_loss"] == row["train_loss"]]
     assert losses and recorder.summary["skipped_steps"] < 8
 
 
-def test_an_unknown_device_is_refused() -> None:
+def test_trainer_refuses_an_unknown_device() -> None:
     with pytest.raises(ConfigError, match="training.device"):
         Trainer(small("training.device=cuda:99"))
 
 
 @pytest.mark.parametrize("part", ["model", "network", "loss", "optimizer", "source", "config", "device", "epoch_steps"])
-def test_a_part_that_the_run_was_built_around_cannot_be_replaced_in_name_only(part: str) -> None:
+def test_trainer_parts_cannot_be_replaced(part: str) -> None:
     trainer = Trainer(small())
     before = getattr(trainer, part)
     setattr(trainer, part, before)
@@ -294,7 +294,7 @@ def test_a_second_fit_validates_the_scenes_of_the_first() -> None:
     assert trainer.validation is scenes and trainer.state.step == 8
 
 
-def test_callbacks_and_a_folder_that_are_assigned_take_effect(tmp_path: Path) -> None:
+def test_trainer_callbacks_and_folder_can_be_assigned(tmp_path: Path) -> None:
     trainer = Trainer(small())
     trainer.callbacks, trainer.folder = [told := Recorder()], tmp_path
     assert trainer.fit() == told.summary and (tmp_path / "checkpoints" / "last.safetensors").is_file()
@@ -311,7 +311,7 @@ class OldObserver:
 
 
 @pytest.mark.parametrize("way", ["keyword", "place", "assigned"])
-def test_observer_still_works_and_the_warning_names_what_takes_its_place(way: str) -> None:
+def test_trainer_observer_still_works_with_a_warning(way: str) -> None:
     old = OldObserver()
     with pytest.warns(FutureWarning, match=r"callbacks=\[x\].*on_train_start.*start, step, epoch and finish") as said:
         if way == "assigned":
@@ -326,12 +326,12 @@ def test_observer_still_works_and_the_warning_names_what_takes_its_place(way: st
         trainer.observer  # noqa: B018
 
 
-def test_a_callback_that_is_none_is_refused_before_anything_is_trained() -> None:
+def test_trainer_refuses_what_is_no_callback() -> None:
     with pytest.raises(TypeError, match="expected objects of ris_fast.Callback, got OldObserver"):
         Trainer(small(), callbacks=[OldObserver()]).fit()
 
 
-def test_callbacks_are_called_in_order_and_see_what_earlier_ones_added() -> None:
+def test_callbacks_are_called_in_order_and_see_each_other() -> None:
     class Adds(Callback):
         def on_log(self, row: dict[str, Any]) -> None:
             row["added"] = row["step"]
@@ -350,7 +350,7 @@ def test_callbacks_are_called_in_order_and_see_what_earlier_ones_added() -> None
     assert before.summary["added"] and returned["added"]
 
 
-def test_step_methods_are_called_around_every_step_of_the_loop() -> None:
+def test_callback_step_methods_surround_every_step() -> None:
     class Steps(Callback):
         def __init__(self) -> None:
             self.events: list[str] = []
@@ -370,7 +370,7 @@ def test_step_methods_are_called_around_every_step_of_the_loop() -> None:
 
 
 @pytest.mark.parametrize("best, verdict", [(0.883, "stalled"), (0.79, "stalled"), (0.76, "learned")])
-def test_a_run_has_learned_only_when_it_is_clearly_below_every_line_that_is_shown(best: float, verdict: str) -> None:
+def test_verdict_learned_beats_every_baseline_clearly(best: float, verdict: str) -> None:
     trainer = Trainer(small(), callbacks=[told := Recorder()])
     trainer.fit()
     assert {"zero", "identity", "mean", "matched_filter"} == set(told.info["baselines"]) and 0 < told.info["baselines"][
@@ -385,9 +385,7 @@ def test_a_run_has_learned_only_when_it_is_clearly_below_every_line_that_is_show
     "init, best, verdict",
     [("", 0.0716, "stalled"), ("run", 0.0716, "learned"), ("run", 0.0738, "stalled"), ("", 0.06, "learned")],
 )
-def test_a_start_from_learned_weights_has_to_be_beaten_and_not_once_more_from_nothing(
-    init: str, best: float, verdict: str
-) -> None:
+def test_verdict_after_training_init_beats_its_start(init: str, best: float, verdict: str) -> None:
     state = RunState(initial_nmse=0.0737, best_nmse=best)
     baselines = {"mean": 0.879, "pursuit": 0.0853}
     assert summary(state, baselines, from_weights=bool(init))["verdict"] == verdict

@@ -24,7 +24,7 @@ class FusedAdamW(Optimizer):
 
     Parameters move into one flat buffer per device and dtype: their `.data` become views, and what shared memory with
     them before (a detached alias) sees no step. Changes between steps work as in torch, or raise an error: the table is
-    tests/training/optim/test_optimizer_habits.py. A parameter whose `.grad` is None is left alone; only its average
+    tests/training/optim/test_fused_adamw_habits.py. A parameter whose `.grad` is None is left alone; only its average
     moves towards it. A step with a non-finite gradient changes no weight, moment or average, and is counted.
 
     Args:

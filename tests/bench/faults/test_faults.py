@@ -70,8 +70,9 @@ def healthy(twin: str) -> tuple[str, list[float]]:
     return behaviour(Trainer(TWINS[twin]()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_changes_what_its_twin_does_and_is_undone(name: str) -> None:
+def test_fault_changes_its_twin_and_is_undone(name: str) -> None:
     fault = FAULTS[name]
     twin = healthy(fault.twin)[0]
     with faulty(fault) as trainer:
@@ -79,31 +80,31 @@ def test_a_fault_changes_what_its_twin_does_and_is_undone(name: str) -> None:
     assert fault.around is None or behaviour(Trainer(TWINS[fault.twin]()))[0] == twin
 
 
-def test_a_run_without_a_fault_repeats_bit_for_bit() -> None:
+def test_healthy_twin_repeats_bitwise() -> None:
     """Otherwise a difference would say nothing about a fault."""
     assert behaviour(Trainer(TWINS["hybrid"]()))[0] == healthy("hybrid")[0]
 
 
-def test_ten_families_and_a_third_of_each_held_out() -> None:
+def test_fault_families_hold_out_a_third_each() -> None:
     total, held = Counter(f.family for f in FAULTS.values()), Counter(f.family for f in FAULTS.values() if f.held_out)
     assert set(total) == set(FAMILIES) and len(FAULTS) >= 66 and HELD_OUT <= FAULTS.keys()
     assert all(0.3 <= held[family] / total[family] <= 0.4 for family in FAMILIES)
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=list(FAULTS))
-def test_a_record_says_what_to_expect_and_by_when(fault: Fault) -> None:
+def test_fault_record_has_known_causes_and_a_limit(fault: Fault) -> None:
     kind, _, amount = fault.by.partition(":")
     assert kind == "preflight" and not amount or kind == "steps" and int(amount) > 0 or 0 < float(amount) <= 0.01
     assert fault.expect and set(fault.expect) <= CAUSES.keys()
     assert bool(fault.settings) + (fault.patch is not None) + (fault.around is not None) >= 1
 
 
-def test_an_unknown_cause_is_refused() -> None:
+def test_fault_refuses_an_unknown_cause() -> None:
     with pytest.raises(ValueError, match="unknown"):
         Fault("x", "loop", "mistyped the cause", ("frozen_parameter",), "preflight")
 
 
 @pytest.mark.parametrize("twin", TWINS)
-def test_a_twin_is_finite_and_gets_better(twin: str) -> None:
+def test_healthy_twin_learns(twin: str) -> None:
     losses = healthy(twin)[1]
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]

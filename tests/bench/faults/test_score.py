@@ -45,17 +45,17 @@ def told(cause: str | None, step: int = 0) -> trial.Build:
     return lambda trainer: Told(trainer, cause, step)
 
 
-def test_the_cause_in_preflight_is_detected_and_named() -> None:
+def test_score_fault_names_a_cause_found_in_preflight() -> None:
     outcome = trial.score_fault(FAULTS["rate_zero"], told("zero_learning_rate"))
     assert outcome.detected and outcome.named and outcome.step == 0 and not outcome.crashed
 
 
-def test_another_cause_is_detected_and_not_named() -> None:
+def test_score_fault_detects_but_does_not_name_another_cause() -> None:
     outcome = trial.score_fault(FAULTS["rate_zero"], told("frozen_parameters"))
     assert outcome.detected and not outcome.named
 
 
-def test_the_right_cause_after_the_limit_is_late() -> None:
+def test_score_fault_counts_a_late_cause_as_missed() -> None:
     outcome = trial.score_fault(FAULTS["rate_zero"], told("zero_learning_rate", 4))
     assert outcome.step == 4 and outcome.limit == 0 and outcome.ever and not outcome.detected and not outcome.named
 
@@ -69,11 +69,11 @@ def test_the_right_cause_after_the_limit_is_late() -> None:
         ("eval_after_first_validation", EPOCH_STEPS + 5),
     ],
 )
-def test_limits_in_steps(name: str, limit: int) -> None:
+def test_score_fault_limit_in_steps(name: str, limit: int) -> None:
     assert trial.score_fault(FAULTS[name], told("dead_units")).limit == limit
 
 
-def test_a_silent_watchdog_misses_and_the_run_ends_in_time() -> None:
+def test_score_fault_of_a_silent_watchdog_is_a_miss() -> None:
     watchdogs: list[Told] = []
 
     def silent(trainer: Trainer) -> Told:
@@ -86,13 +86,13 @@ def test_a_silent_watchdog_misses_and_the_run_ends_in_time() -> None:
     assert outcome.step is None and not outcome.ever and outcome.limit < watchdog.trainer.state.step <= latest
 
 
-def test_what_the_healthy_twin_is_told_too_does_not_count() -> None:
+def test_with_twins_discounts_what_the_twin_reports_too() -> None:
     outcome = trial.score_fault(FAULTS["rate_zero"], told("zero_learning_rate"))
     twin = trial.score_fault(trial.twin_fault("hybrid"), told("zero_learning_rate"))
     assert not score.with_twins([outcome], {"hybrid": twin})[0].detected
 
 
-def test_a_watchdog_that_raises_is_a_result_with_its_place() -> None:
+def test_score_fault_records_where_a_watchdog_crashed() -> None:
     def broken(trainer: Trainer) -> trial.Watching:
         raise KeyError("reading")
 
@@ -100,7 +100,7 @@ def test_a_watchdog_that_raises_is_a_result_with_its_place() -> None:
     assert "KeyError" in outcome.crashed and "test_score.py" in outcome.crashed and not outcome.detected
 
 
-def test_what_the_trainer_itself_stops_is_noted() -> None:
+def test_score_fault_notes_a_stop_by_the_trainer() -> None:
     outcome = trial.score_fault(FAULTS["step_in_a_dead_branch"], told(None))
     assert outcome.stopped and not outcome.detected
 
@@ -113,13 +113,13 @@ def small(number: int) -> Any:
 
 
 @pytest.mark.parametrize("number", [0, 1, 6, 7])
-def test_a_healthy_run_is_whole_and_silent_where_nothing_is_said(number: int) -> None:
+def test_score_healthy_is_silent_without_findings(number: int) -> None:
     assert from_shards(number) == (number in (6, 7))
     outcome = trial.score_healthy(number, told(None), small(number))
     assert not (outcome.said or outcome.stopped or outcome.crashed)
 
 
-def test_a_stopped_healthy_run_is_a_false_alarm() -> None:
+def test_score_healthy_counts_a_stop_as_a_false_alarm() -> None:
     class Stopping(Told):
         def on_log(self, row: Any) -> None:
             raise RunStopped("enough", "made_up")
@@ -129,7 +129,7 @@ def test_a_stopped_healthy_run_is_a_false_alarm() -> None:
     assert outcome.stopped == "made_up" and score.summary([], [outcome])["healthy"]["stopped"] == 1
 
 
-def test_healthy_runs_cover_what_they_should() -> None:
+def test_healthy_config_covers_models_and_sizes() -> None:
     configs = [healthy_config(number) for number in range(200)]
     assert {c.model.name for c in configs} == {"hybrid", "backprojection"}
     assert {c.training.precision for c in configs} == {"fp32", "bf16"}
@@ -138,7 +138,7 @@ def test_healthy_runs_cover_what_they_should() -> None:
     assert 40 <= sum(from_shards(number) for number in range(200)) <= 60
 
 
-def test_totals_keep_tuned_and_held_out_apart() -> None:
+def test_score_summary_keeps_tuned_and_held_out_apart() -> None:
     base = trial.score_fault(FAULTS["rate_zero"], told("zero_learning_rate"))
     missed = replace(base, name="x", held_out=True, said=(), step=None)
     result = score.summary([base, missed], [])
@@ -146,7 +146,8 @@ def test_totals_keep_tuned_and_held_out_apart() -> None:
     assert result["all"]["loop"]["detected"] == 0.5
 
 
-def test_the_command_prints_the_held_out_third_as_totals_only(
+@pytest.mark.slow
+def test_score_command_prints_held_out_faults_as_totals(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen = [FAULTS["rate_zero"], FAULTS["loss_clamped"]]
@@ -158,7 +159,7 @@ def test_the_command_prints_the_held_out_third_as_totals_only(
     assert len(json.loads((tmp_path / "score.json").read_text())["outcomes"]) == 3
 
 
-def test_an_unknown_fault_names_the_known_ones() -> None:
+def test_score_command_lists_faults_for_an_unknown_one() -> None:
     with pytest.raises(SystemExit, match="rate_zero"):
         score.main(["--only", "rate_zeroo"])
 
@@ -167,18 +168,21 @@ def test_an_unknown_fault_names_the_known_ones() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def test_why_names_a_fault_from_the_rows_alone_and_leaves_its_twin_in_peace() -> None:
+@pytest.mark.slow
+def test_score_afterwards_names_a_fault_and_spares_its_twin() -> None:
     outcome, twin = (score_afterwards(fault) for fault in (FAULTS["never_cleared"], trial.twin_fault("hybrid")))
     assert outcome.named and outcome.said[0] == "gradients_never_cleared" and not outcome.crashed
     assert twin.said == () and not twin.crashed
 
 
-def test_a_fault_that_leaves_no_trace_in_the_rows_is_missed_afterwards() -> None:
+@pytest.mark.slow
+def test_score_afterwards_misses_a_fault_without_a_trace() -> None:
     outcome = score_afterwards(FAULTS["backbone_frozen"])
     assert not outcome.crashed and outcome.named == ("frozen_parameters" in outcome.said[:1])
 
 
-def test_the_command_scores_afterwards_without_preflight_or_watch(
+@pytest.mark.slow
+def test_score_command_afterwards_reads_rows_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trial.score_fault, "__defaults__", (told(None),))

@@ -7,6 +7,8 @@ import pytest
 from bench.faults.catalogue import all_faults
 from bench.faults.score import score_fault
 
+pytestmark = pytest.mark.slow
+
 STORIES = {
     "the whole report: the body of the loop behind it, average validated, loss over the number of batches": (
         "body_behind_the_loop",
@@ -26,7 +28,7 @@ STORIES = {
 
 
 @pytest.mark.parametrize("story", STORIES)
-def test_the_first_thing_said_is_the_cause(story: str) -> None:
+def test_first_finding_of_a_story_is_its_cause(story: str) -> None:
     name, cause, latest = STORIES[story]
     outcome = score_fault(all_faults()[name])
     assert not outcome.crashed

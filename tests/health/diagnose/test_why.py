@@ -55,7 +55,7 @@ SMALL = [
 ]
 
 
-def test_the_original_report_is_explained_from_its_printed_losses_alone(tmp_path: Path, capsys) -> None:
+def test_why_explains_the_original_report_from_its_losses(tmp_path: Path, capsys) -> None:
     """Training 0.217 +- 0.001, validation 1.921642 in every epoch: what the original's log had, as plain rows."""
     losses = [0.216999, 0.218567, 0.217593, 0.217210]
     file = tmp_path / "metrics.jsonl"
@@ -70,7 +70,7 @@ def test_the_original_report_is_explained_from_its_printed_losses_alone(tmp_path
     assert causes == ["step_once_per_epoch"]
 
 
-def test_both_halves_of_the_original_report_are_said_together(tmp_path: Path, capsys) -> None:
+def test_why_says_both_halves_of_the_original_report(tmp_path: Path, capsys) -> None:
     """One step an epoch, and constant validation because not even that step is applied: no cache is blamed."""
     (tmp_path / "metrics.jsonl").write_text(
         (json.dumps({"train_loss": 0.217, "val_loss": 1.921642, "batches": 9}) + "\n") * 9
@@ -131,7 +131,7 @@ PLAIN = {
 
 @pytest.mark.parametrize("kind", ["lines", "list"])
 @pytest.mark.parametrize("story", PLAIN)
-def test_rows_of_other_trainers_are_read_under_their_usual_keys(story: str, kind: str, tmp_path: Path, capsys) -> None:
+def test_why_reads_plain_rows_under_their_usual_keys(story: str, kind: str, tmp_path: Path, capsys) -> None:
     rows, causes, said = PLAIN[story]
     file = tmp_path / "log.json"
     file.write_text(json.dumps(rows) if kind == "list" else "\n".join(map(json.dumps, rows)))
@@ -157,7 +157,7 @@ def test_rows_of_other_trainers_are_read_under_their_usual_keys(story: str, kind
         (b"epoch 3 begins\n", "not JSON"),
     ],
 )
-def test_a_file_without_rows_of_a_run_is_refused(content: bytes, said: str, tmp_path: Path, capsys) -> None:
+def test_why_refuses_a_file_that_holds_no_run(content: bytes, said: str, tmp_path: Path, capsys) -> None:
     file = tmp_path / "log.jsonl"
     file.write_bytes(content)
     assert main(["why", str(file)]) == 2
@@ -216,7 +216,7 @@ PRINTED = {
 
 
 @pytest.mark.parametrize("kind", PRINTED)
-def test_what_a_loop_printed_is_read(kind: str, tmp_path: Path, capsys) -> None:
+def test_why_reads_printed_logs(kind: str, tmp_path: Path, capsys) -> None:
     file = tmp_path / "train.log"
     file.write_text(
         "\n".join(
@@ -235,14 +235,14 @@ def test_what_a_loop_printed_is_read(kind: str, tmp_path: Path, capsys) -> None:
     assert "cached_validation" not in text
 
 
-def test_our_own_printed_lines_and_their_norms_are_read() -> None:
+def test_printed_rows_reads_our_own_epoch_lines() -> None:
     line = (
         "Epoch 001/120: train 0.140  val 0.023  raw 0.023 ema 0.024  |g| 0.0954  clipped 19%  skipped 0%  8064 scenes/s"
     )
     assert printed_rows(line) == [{"epoch": 1, "train_loss": 0.140, "val_loss": 0.023, "grad_norm": 0.0954}]
 
 
-def test_a_damaged_file_of_rows_is_no_text(tmp_path: Path, capsys) -> None:
+def test_why_refuses_a_damaged_file_of_rows(tmp_path: Path, capsys) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text(
         '{"train_loss": 0.5, "val_loss": 0.4}\n{"train_loss": 0.5, "val\n{"train_loss": 0.5, "val_loss": 0.4}\n'
@@ -250,7 +250,7 @@ def test_a_damaged_file_of_rows_is_no_text(tmp_path: Path, capsys) -> None:
     assert main(["why", str(file)]) == 2 and str(file) in capsys.readouterr().err
 
 
-def test_all_that_is_certain_is_explained_and_the_rest_in_a_line() -> None:
+def test_explained_gives_certain_findings_in_full() -> None:
     findings = ranked(
         [
             Finding("unused_head", "a head."),
@@ -269,12 +269,13 @@ def test_all_that_is_certain_is_explained_and_the_rest_in_a_line() -> None:
     assert explained(findings[2:]).count("fix: ") == 1
 
 
-def test_plain_rows_of_a_run_that_learns_are_left_in_peace() -> None:
+def test_why_finds_nothing_in_a_run_that_learns() -> None:
     rows = [{"epoch": i, "train_loss": 1.0 / (i + 1), "val_loss": 1.1 / (i + 1), "grad_norm": 0.3} for i in range(6)]
     assert why("run", rows).findings == ()
 
 
-def test_a_run_that_preflight_stops_exits_4_and_says_why_afterwards(tmp_path: Path, capsys) -> None:
+@pytest.mark.slow
+def test_train_stopped_by_preflight_exits_4_and_why_agrees(tmp_path: Path, capsys) -> None:
     out = tmp_path / "run"
     assert (
         main(
@@ -293,7 +294,8 @@ def test_a_run_that_preflight_stops_exits_4_and_says_why_afterwards(tmp_path: Pa
     assert "zero_loss_weight" in capsys.readouterr().out
 
 
-def test_a_healthy_run_leaves_no_finding_and_a_picture_and_a_table_of_tensors(tmp_path: Path, capsys) -> None:
+@pytest.mark.slow
+def test_train_healthy_run_has_no_finding_and_logs_tensors(tmp_path: Path, capsys) -> None:
     out = tmp_path / "run"
     assert (
         main(["train", *SMALL, "--epochs", "2", "--out", str(out), "--log-tensors"]) == 4
@@ -308,7 +310,8 @@ def test_a_healthy_run_leaves_no_finding_and_a_picture_and_a_table_of_tensors(tm
     assert "o rule found a mistake" in capsys.readouterr().out
 
 
-def test_check_names_each_check_and_ends_with_4_where_a_mistake_is_certain(capsys) -> None:
+@pytest.mark.slow
+def test_check_exits_4_on_a_certain_mistake(capsys) -> None:
     assert main(["check", *SMALL]) == 0
     lines = capsys.readouterr().out
     assert "the truth scores zero" in lines and "nothing found" in lines
@@ -317,14 +320,14 @@ def test_check_names_each_check_and_ends_with_4_where_a_mistake_is_certain(capsy
     assert result["findings"][0]["cause"] == "zero_learning_rate" and len(result["graph"]["rows"]) > 20
 
 
-def test_explain_prints_a_cause_and_corrects_a_misspelt_one(capsys, tmp_path: Path) -> None:
+def test_why_explain_corrects_a_misspelt_cause(capsys, tmp_path: Path) -> None:
     assert main(["why", "--explain", "unused_head"]) == 0
     assert "## Fix" in capsys.readouterr().out
     assert main(["why", "--explain", "unused_heads"]) == 2 and "Did you mean 'unused_head'?" in capsys.readouterr().err
     assert main(["why", str(tmp_path / "nothing")]) == 2
 
 
-def test_a_stalled_run_says_which_line_it_did_not_pass(tmp_path: Path, capsys) -> None:
+def test_why_names_the_baseline_a_stalled_run_missed(tmp_path: Path, capsys) -> None:
     summary = {
         "verdict": "stalled",
         "best_val_nmse": 0.0266,
@@ -341,7 +344,7 @@ def test_a_stalled_run_says_which_line_it_did_not_pass(tmp_path: Path, capsys) -
     assert json.loads(capsys.readouterr().out)["reason"].startswith("stalled: best validation NMSE 0.0266")
 
 
-def test_a_damaged_summary_and_rows_without_numbers_are_named(tmp_path: Path, capsys) -> None:
+def test_why_names_a_damaged_summary_and_rows_without_numbers(tmp_path: Path, capsys) -> None:
     (tmp_path / "summary.json").write_text('{"verdict": "lear')
     (tmp_path / "metrics.jsonl").write_text('{"train_loss": 1.0}\n')
     assert main(["why", str(tmp_path)]) == 2

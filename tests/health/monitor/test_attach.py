@@ -12,7 +12,7 @@ from ris_fast.training.trainer import Trainer
 from tests.training.test_trainer import Recorder
 
 
-def test_attach_health_adds_its_findings_to_the_summary_that_every_callback_gets() -> None:
+def test_attach_health_adds_its_findings_to_the_summary() -> None:
     config = changed(TWINS["backprojection"](), {"training.epochs": 1})
     told = Recorder()
     trainer = attach_health(Trainer(config, callbacks=[told]), preflight=False)

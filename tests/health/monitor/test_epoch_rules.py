@@ -50,7 +50,7 @@ STORIES = {
 
 
 @pytest.mark.parametrize("story", STORIES)
-def test_training_and_validation_that_part_are_named(story: str) -> None:
+def test_epoch_rules_name_training_and_validation_that_part(story: str) -> None:
     run, cause, certain, step = STORIES[story]
     found = replay(run)
     assert {finding.cause for finding in found} == {cause} and found[0].certain == certain and found[0].step == step
@@ -67,11 +67,11 @@ def test_training_and_validation_that_part_are_named(story: str) -> None:
     ],
     ids=["one bad epoch", "learns nothing", "learns", "validation still falls", "training is blended"],
 )
-def test_training_and_validation_that_go_together_are_left_in_peace(run: RunHistory) -> None:
+def test_epoch_rules_allow_training_and_validation_together(run: RunHistory) -> None:
     assert replay(run) == []
 
 
-def test_a_loss_that_falls_while_the_nmse_rises_names_the_terms_it_is_made_of() -> None:
+def test_dominating_term_names_the_terms_of_the_loss() -> None:
     run = history([1.1] * 5, [1.126, 1.13, 1.15, 1.16, 1.174])
     for row, loss in zip(run.epochs, (0.129, 0.125, 0.12, 0.118, 0.115)):
         row |= {
@@ -82,7 +82,7 @@ def test_a_loss_that_falls_while_the_nmse_rises_names_the_terms_it_is_made_of() 
     assert finding.cause == "dominating_term" and not finding.certain and "cross (99% of the loss)" in finding.evidence
 
 
-def test_a_loss_that_turns_on_the_way_is_a_collapse_and_does_not_end_the_run() -> None:
+def test_collapsed_does_not_end_the_run() -> None:
     from ris_fast.health.monitor.attach import attach_health
 
     trainer = attach_health(Trainer(changed(TWINS["backprojection"](), {"training.epochs": 12})), preflight=False)
@@ -129,7 +129,7 @@ def flat(
     )
 
 
-def test_a_run_that_stays_at_the_baseline_is_a_certain_stall() -> None:
+def test_stalled_at_baseline_is_certain() -> None:
     (finding,) = replay(flat())
     assert finding.cause == "stalled_at_baseline" and finding.certain and finding.severity == "outcome"
     assert (
@@ -166,11 +166,11 @@ def test_a_run_that_stays_at_the_baseline_is_a_certain_stall() -> None:
         "no baselines",
     ],
 )
-def test_a_run_that_has_not_had_its_chance_or_moved_is_no_certain_stall(run: RunHistory) -> None:
+def test_stalled_at_baseline_needs_a_fair_chance(run: RunHistory) -> None:
     assert replay(run) == []
 
 
-def test_a_run_that_cannot_learn_ends_with_a_certain_stall_and_is_not_stopped_before() -> None:
+def test_stalled_at_baseline_is_certain_only_at_the_end() -> None:
     """Rates that move no weight far enough to matter: no step breaks a contract, and nothing is learned."""
     from ris_fast.health.monitor.attach import attach_health
 

@@ -42,7 +42,7 @@ def healthy() -> RunHistory:
     return recorder.run
 
 
-def test_a_healthy_run_is_left_in_peace(healthy: RunHistory) -> None:
+def test_rules_find_nothing_in_a_healthy_run(healthy: RunHistory) -> None:
     assert healthy.steps and len(healthy.epochs) == 3
     assert all(
         row["health"]["raw_norm"] > 0 and row["health"]["moved"] == row["health"]["tensors"]
@@ -51,7 +51,7 @@ def test_a_healthy_run_is_left_in_peace(healthy: RunHistory) -> None:
     assert replay(healthy) == []
 
 
-def test_rows_of_earlier_versions_are_read_under_their_old_keys(healthy: RunHistory) -> None:
+def test_current_names_reads_rows_of_earlier_versions(healthy: RunHistory) -> None:
     old = {new: name for name, new in KEYS.items()} | {"in_eval_mode": "asleep"}
 
     def renamed(row: Any) -> Any:
@@ -63,7 +63,7 @@ def test_rows_of_earlier_versions_are_read_under_their_old_keys(healthy: RunHist
             assert current_names(json.loads(written), written, "a run") == through_json(row)
 
 
-def test_a_step_that_is_not_finite_between_two_reports_is_reported_with_its_number_and_tensor() -> None:
+def test_nonfinite_gradients_between_reports_name_the_step() -> None:
     trainer = Trainer(
         changed(TWINS["hybrid"](), {"training.epochs": 3, "report.every_steps": 20, "health.min_applied": 0.5}),
         callbacks=[recorder := Recorder()],
@@ -92,7 +92,7 @@ STEP_FAULTS = {
 
 
 @pytest.mark.parametrize("cause", STEP_FAULTS)
-def test_a_broken_contract_of_a_step_is_named(cause: str, healthy: RunHistory) -> None:
+def test_step_rules_name_a_broken_contract(cause: str, healthy: RunHistory) -> None:
     run = deepcopy(healthy)
     run.steps[4]["health"] |= STEP_FAULTS[cause]
     assert [finding.cause for finding in replay(run)] == [cause]
@@ -100,7 +100,7 @@ def test_a_broken_contract_of_a_step_is_named(cause: str, healthy: RunHistory) -
 
 
 @pytest.mark.parametrize("share, cause", [(0.0, "gradients_cleared_before_step"), (0.5, "zeroed_gradients")])
-def test_a_gradient_that_changes_on_its_way_is_named(share: float, cause: str, healthy: RunHistory) -> None:
+def test_step_rules_name_a_gradient_changed_on_its_way(share: float, cause: str, healthy: RunHistory) -> None:
     run = deepcopy(healthy)
     run.steps[3]["grad_norm"] *= share
     assert [finding.cause for finding in replay(run)] == [cause]
@@ -116,9 +116,7 @@ RATES = {
 
 @pytest.mark.parametrize("steps", [1, 10])
 @pytest.mark.parametrize("cause", RATES)
-def test_a_rate_that_is_not_the_planned_one_is_named_also_where_a_report_is_of_many_steps(
-    cause: str, steps: int, healthy: RunHistory
-) -> None:
+def test_step_rules_name_a_rate_off_the_plan(cause: str, steps: int, healthy: RunHistory) -> None:
     run = deepcopy(healthy)
     for number, row in enumerate(run.steps):  # a plan that still rises, so that it can be left in every direction
         row["lr_planned"] = row["lr"] = {"head": 1e-3 * (number + 1)}
@@ -130,7 +128,7 @@ def test_a_rate_that_is_not_the_planned_one_is_named_also_where_a_report_is_of_m
 
 
 @pytest.mark.parametrize("factor, cause", [(0.0, "zero_learning_rate"), (0.5, "learning_rate_off_plan")])
-def test_a_rate_that_is_lost_long_after_the_first_steps_is_reported(factor: float, cause: str) -> None:
+def test_step_rules_name_a_rate_lost_late(factor: float, cause: str) -> None:
     trainer = Trainer(
         changed(TWINS["backprojection"](), {"training.epochs": 5, "report.every_steps": 4}),
         callbacks=[recorder := Recorder()],
@@ -148,7 +146,7 @@ def test_a_rate_that_is_lost_long_after_the_first_steps_is_reported(factor: floa
     assert [finding.cause for finding in found][0] == cause and found[0].step == 20
 
 
-def test_preflight_calls_a_rate_that_is_nowhere_in_the_plan_off_plan() -> None:
+def test_preflight_names_a_rate_off_the_plan() -> None:
     from ris_fast.health.preflight.run import run_checks
 
     trainer, calls = Trainer(TWINS["backprojection"]()), []
@@ -162,9 +160,7 @@ def test_preflight_calls_a_rate_that_is_nowhere_in_the_plan_off_plan() -> None:
     assert [finding.cause for check in run_checks(trainer) for finding in check.findings] == ["learning_rate_off_plan"]
 
 
-def test_a_schedule_that_follows_the_clock_and_one_that_goes_on_after_an_interrupt_are_left_in_peace(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step_rules_allow_replanned_and_resumed_schedules(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Re-planning changes the rate between two steps of one report; a resumed run counts on."""
     config = changed(
         TWINS["backprojection"](), {"training.epochs": 400, "training.max_seconds": 1.5, "report.every_steps": 7}
@@ -180,7 +176,7 @@ def test_a_schedule_that_follows_the_clock_and_one_that_goes_on_after_an_interru
     assert recorder.run.steps and replay(recorder.run) == []
 
 
-def test_after_a_skipped_step_the_host_may_be_one_report_late(healthy: RunHistory) -> None:
+def test_learning_rate_off_plan_allows_one_late_report(healthy: RunHistory) -> None:
     """As on a GPU: the report of the skip comes when the next step has its rate already; the one after that has the
     right rate."""
     run = deepcopy(healthy)
@@ -191,7 +187,8 @@ def test_after_a_skipped_step_the_host_may_be_one_report_late(healthy: RunHistor
     assert [finding.cause for finding in found] == ["learning_rate_off_plan"] and found[0].step == run.steps[5]["step"]
 
 
-def test_steps_that_were_made_before_the_run_are_not_the_loops() -> None:
+@pytest.mark.slow
+def test_step_rules_ignore_steps_made_before_the_run() -> None:
     config = changed(TWINS["backprojection"](), {"training.epochs": 20})
     trainer = Trainer(config, callbacks=[recorder := Recorder()])
     for _ in range(20):
@@ -216,13 +213,13 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("cause", CHANGES)
-def test_a_broken_contract_of_an_epoch_is_named(cause: str, healthy: RunHistory) -> None:
+def test_epoch_rules_name_a_broken_contract(cause: str, healthy: RunHistory) -> None:
     run = deepcopy(healthy)
     CHANGES[cause](run.epochs[1]["health"], run.epochs[0]["health"])
     assert [finding.cause for finding in replay(run)] == [cause]
 
 
-def test_moves_that_rounding_hides_are_no_cached_validation(healthy: RunHistory) -> None:
+def test_cached_validation_allows_moves_that_rounding_hides(healthy: RunHistory) -> None:
     run = deepcopy(healthy)
     now, before = run.epochs[1]["health"], run.epochs[0]["health"]
     CHANGES["cached_validation"](now, before)

@@ -34,14 +34,14 @@ from tests.health.preflight.checking import at, causes, small
 
 
 @pytest.mark.parametrize("twin", TWINS)
-def test_the_estimator_on_the_networks_inputs_is_better_than_the_constant(twin: str) -> None:
+def test_input_information_beats_the_constant_answer(twin: str) -> None:
     context = PreflightContext(Trainer(TWINS[twin]()))
     assert list(check_information.input_information(context)) == []
     shown, constant = (float(word.rstrip(",")) for word in context.note.split() if word[0].isdigit())
     assert shown < 0.95 * constant
 
 
-def test_inputs_without_the_channel_are_named_by_the_estimator() -> None:
+def test_input_information_names_inputs_without_the_channel() -> None:
     (finding,) = check_information.input_information(
         PreflightContext(Trainer(small("few_codes", **{"model.options.inputs": "effective_channel"})))
     )
@@ -49,7 +49,7 @@ def test_inputs_without_the_channel_are_named_by_the_estimator() -> None:
 
 
 @pytest.mark.parametrize("inputs", ["full", "effective_channel"])
-def test_scenes_that_are_all_noise_are_named_and_not_the_inputs(inputs: str) -> None:
+def test_input_information_blames_scenes_that_are_all_noise(inputs: str) -> None:
     settings = {"model.options.inputs": "effective_channel"} if inputs == "effective_channel" else {}
     (finding,) = check_information.input_information(
         PreflightContext(Trainer(small("hybrid", **settings, **at(-60.0))))
@@ -59,7 +59,7 @@ def test_scenes_that_are_all_noise_are_named_and_not_the_inputs(inputs: str) -> 
 
 @pytest.mark.parametrize("snr_db", [-20.0, -10.0, -1.0])
 @pytest.mark.parametrize("twin", ["hybrid", "backprojection"])
-def test_scenes_of_low_snr_are_not_accused(twin: str, snr_db: float) -> None:
+def test_input_information_allows_low_snr(twin: str, snr_db: float) -> None:
     assert causes(check_information.input_information, Trainer(small(twin, **at(snr_db)))) == []
 
 
@@ -80,11 +80,11 @@ def test_scenes_of_low_snr_are_not_accused(twin: str, snr_db: float) -> None:
     ],
     ids=["plain", "blend", "bf16", "loud", "loudest", "hardly a step"],
 )
-def test_kernels_are_their_definition(config: Config, check: Any) -> None:
+def test_kernel_checks_pass_every_configuration(config: Config, check: Any) -> None:
     assert causes(check, Trainer(config)) == []
 
 
-def test_a_loss_kernel_with_a_wrong_value_or_gradient_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_kernel_check_names_a_wrong_value_or_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     right = loss.cov_nmse
     for wrong in (
         lambda factor, **more: 1.01 * right(factor, **more),
@@ -94,13 +94,13 @@ def test_a_loss_kernel_with_a_wrong_value_or_gradient_is_named(monkeypatch: pyte
         assert causes(check_kernels.loss_kernel, Trainer(small("backprojection"))) == ["kernel_differs"]
 
 
-def test_a_feature_kernel_with_wrong_numbers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_feature_kernel_check_names_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     right = check_kernels.pursuit_features
     monkeypatch.setattr(check_kernels, "pursuit_features", lambda *given: tuple(1.1 * each for each in right(*given)))
     assert causes(check_kernels.feature_kernel, Trainer(small("backprojection"))) == ["kernel_differs"]
 
 
-def test_an_optimizer_kernel_with_wrong_numbers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_kernel_check_names_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     class Hasty(check_kernels.FusedAdamW):
         def step(self, closure: Any = None) -> Any:
             super().step(closure)
@@ -116,13 +116,13 @@ def test_an_optimizer_kernel_with_wrong_numbers_is_named(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("twin", ["hybrid", "backprojection"])
-def test_every_term_has_its_derivative(twin: str) -> None:
+def test_term_errors_are_small_for_every_term(twin: str) -> None:
     config = small(twin, **{"loss.contrast": 0.02, "loss.beta": 0.2, "loss.shrink": 1e-3})
     errors = check_terms.term_errors(PreflightContext(Trainer(config)))
     assert set(errors) == set(Trainer(config).loss.weights) and max(errors.values()) < 1e-4
 
 
-def test_a_term_with_half_of_its_gradient_is_named_however_small_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_term_names_half_a_gradient_at_any_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     right = terms.orthogonality
     monkeypatch.setattr(terms, "orthogonality", lambda factor: 0.5 * right(factor) + 0.5 * right(factor.detach()))
     (finding,) = check_terms.each_term(PreflightContext(Trainer(small("hybrid", **{"loss.orthogonality": 1e-5}))))
@@ -130,17 +130,17 @@ def test_a_term_with_half_of_its_gradient_is_named_however_small_its_weight(monk
 
 
 @pytest.mark.parametrize("settings", [{}, {"training.precision": "bf16"}, {"model.options.dropout": 0.3}])
-def test_training_and_validation_agree_on_a_batch(settings: dict[str, Any]) -> None:
+def test_same_loss_passes_a_healthy_trainer(settings: dict[str, Any]) -> None:
     assert causes(check_validation.same_loss, Trainer(small("hybrid", **settings))) == []
 
 
-def test_a_loss_of_its_own_for_validation_is_named() -> None:
+def test_same_loss_names_another_loss_in_validation() -> None:
     trainer = Trainer(small("hybrid"))
     put(trainer, "loss", CovarianceLoss(Loss(cov=0.9), trainer.config.task))
     assert causes(check_validation.same_loss, trainer) == ["losses_differ"]
 
 
-def test_scenes_that_are_not_those_of_their_manifest_are_named(tmp_path: Path) -> None:
+def test_manifest_check_names_scenes_that_differ(tmp_path: Path) -> None:
     config = with_shards(small("hybrid"), tmp_path)
     assert causes(check_scenes.manifest, Trainer(config)) == []
     file = tmp_path / "manifest.json"
@@ -163,7 +163,7 @@ def test_scenes_that_are_not_those_of_their_manifest_are_named(tmp_path: Path) -
         ("parts_unrelated", lambda scenes: {"snapshots": torch.randn_like(scenes.snapshots)}),
     ],
 )
-def test_validation_scenes_that_are_wrong_alone_are_named(cause: str, wrong: Any) -> None:
+def test_physics_check_names_wrong_validation_scenes(cause: str, wrong: Any) -> None:
     trainer = Trainer(small("backprojection"))
     on_batches(trainer, lambda scenes: replace(scenes, **wrong(scenes)), "val")
     (finding,) = scene_parts.physics(PreflightContext(trainer))
@@ -174,6 +174,7 @@ def test_validation_scenes_that_are_wrong_alone_are_named(cause: str, wrong: Any
 # -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twin", ["hybrid", "backprojection"])
 @pytest.mark.parametrize(
     "cause, change",
@@ -187,7 +188,7 @@ def test_validation_scenes_that_are_wrong_alone_are_named(cause: str, wrong: Any
         (None, torch.log),
     ],
 )
-def test_a_total_that_is_not_made_of_its_terms_is_named(cause: str | None, change: Any, twin: str) -> None:
+def test_total_check_names_a_total_not_made_of_its_terms(cause: str | None, change: Any, twin: str) -> None:
     trainer = Trainer(small(twin))
     wrap(
         trainer.loss,

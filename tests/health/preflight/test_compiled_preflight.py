@@ -24,8 +24,9 @@ from ris_fast.training.trainer import Trainer
 needs_compiler = pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="no compiler")
 
 
+@pytest.mark.slow
 @needs_compiler
-def test_a_compiled_network_passes_is_compiled_once_and_a_wrong_graph_is_named() -> None:
+def test_preflight_compiles_once_and_names_a_wrong_graph() -> None:
     """One test, because one compilation is what it costs: about ten seconds."""
     trainer = Trainer(changed(TWINS["backprojection"](), {"training.compile": True}))
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -48,9 +49,10 @@ def test_a_compiled_network_passes_is_compiled_once_and_a_wrong_graph_is_named()
     assert Watchdog(trainer).preflight()[0].cause == "compiled_differs"
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("twin", ["hybrid", "dropout"])
-def test_preflight_calls_the_one_graph_that_training_calls(twin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preflight_and_training_share_one_graph(twin: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is traced does not depend on who makes kernels of it; tracing anew in training would raise."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     counters.clear()
@@ -119,7 +121,8 @@ def wrong_backward(trunk: Trunk) -> Trunk:
     return called
 
 
-def test_a_compiler_that_fails_in_preflight_is_known_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_preflight_tells_the_run_of_a_failed_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(trunk: Trunk) -> Trunk:
         def called(features: Any) -> Prediction:
             raise RuntimeError("CppCompileError: g++ returned 1")
@@ -149,7 +152,7 @@ def test_a_compiler_that_fails_in_preflight_is_known_to_the_run(monkeypatch: pyt
         (wrong_backward, "hybrid", "compiled_differs"),
     ],
 )
-def test_a_graph_that_is_not_the_network_in_training_is_named(
+def test_same_network_names_a_wrong_graph(
     make: Callable[[Trunk], Trunk], twin: str, cause: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = compiled_as(make, twin, monkeypatch)
@@ -157,7 +160,7 @@ def test_a_graph_that_is_not_the_network_in_training_is_named(
     assert [finding.cause for finding in check_calls.same_network(context)] == ([cause] if cause else [])
 
 
-def test_what_torch_compiled_in_evaluation_mode_is_named_for_any_network_with_dropout(
+def test_same_network_names_dropout_compiled_in_eval_mode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where nothing says that it was compiled, and where dropout is a function and no module."""

@@ -69,27 +69,28 @@ def jagged(trainer: Trainer, size: float = 1e-2) -> Trainer:
     "seed, why",
     [(79, "sources are assigned anew within a step"), (99, "the count reads the factor and sends no gradient")],
 )
-def test_our_own_network_has_its_derivative(seed: int, why: str) -> None:
+def test_right_derivative_passes_our_own_network(seed: int, why: str) -> None:
     assert found(Trainer(load_config(preset="original", overrides=[*SMALL, f"training.seed={seed}"]))) == [], why
 
 
-def test_a_loss_that_jumps_everywhere_has_its_derivative_in_between() -> None:
+def test_right_derivative_passes_a_loss_that_jumps() -> None:
     assert found(jagged(hybrid())) == []
 
 
 SABOTAGED = {"conjugated": conj, "half": lambda grad: 0.5 * grad, "shifted": lambda grad: grad.roll(1, 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule, jumps", [("conjugated", False), ("conjugated", True), ("half", True), ("shifted", True)]
 )
-def test_a_wrong_backward_is_certain_with_and_without_jumps(rule: str, jumps: bool) -> None:
+def test_right_derivative_is_certain_of_a_wrong_backward(rule: str, jumps: bool) -> None:
     trainer = hybrid(lambda factor: Backward.apply(factor, SABOTAGED[rule]))
     (finding,) = found(jagged(trainer) if jumps else trainer)
     assert finding.cause == "wrong_backward" and finding.certain
 
 
-def test_a_wrong_backward_of_the_loss_is_certain() -> None:
+def test_right_derivative_is_certain_of_a_wrong_loss_backward() -> None:
     trainer = hybrid()
     wrap(
         trainer.loss,
@@ -102,7 +103,7 @@ def test_a_wrong_backward_of_the_loss_is_certain() -> None:
     assert finding.cause == "wrong_backward" and "factor" in finding.evidence and finding.certain
 
 
-def test_a_loss_that_is_wrong_in_float32_alone_is_named() -> None:
+def test_right_derivative_names_a_loss_wrong_in_float32_alone() -> None:
     def narrow(factor: Tensor) -> Tensor:
         return factor if factor.dtype == torch.float64 else Backward.apply(factor, lambda grad: grad.roll(1, 1))
 
@@ -117,18 +118,20 @@ def test_a_loss_that_is_wrong_in_float32_alone_is_named() -> None:
 
 
 @pytest.mark.parametrize("kept, said", [(0.98, []), (0.3, [("detached_backbone", False)])])
-def test_a_gradient_that_is_stopped_is_told_by_how_much_is_missing(kept: float, said: list) -> None:
+def test_right_derivative_names_a_detached_backbone(kept: float, said: list) -> None:
     trainer = hybrid(lambda factor: kept * factor + (1 - kept) * factor.detach())
     assert [(finding.cause, finding.certain) for finding in found(trainer)] == said
 
 
-def test_a_stopped_gradient_excuses_no_wrong_backward() -> None:
+@pytest.mark.slow
+def test_stopped_gradient_excuses_no_wrong_backward() -> None:
     trainer = hybrid(lambda factor: Backward.apply(0.5 * factor, conj) + 0.5 * factor.detach())
     (finding,) = found(trainer)
     assert finding.cause == "wrong_backward" and finding.certain
 
 
-def test_held_values_make_a_network_move_as_its_gradient_says() -> None:
+@pytest.mark.slow
+def test_stopped_values_make_a_network_follow_its_gradient() -> None:
     trainer = hybrid(lambda factor: 0.3 * factor + 0.7 * factor.detach())
     context = PreflightContext(trainer)
     free, held = parts(context), parts(context, StoppedValues())

@@ -49,8 +49,9 @@ def same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or a != a
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twin", TWINS)
-def test_the_trainer_is_left_as_it_was_and_nothing_is_said_of_a_healthy_one(twin: str) -> None:
+def test_preflight_leaves_a_healthy_trainer_as_it_was(twin: str) -> None:
     trainer = Trainer(TWINS[twin]())
     before = everything(trainer)
     watchdog = Watchdog(trainer)
@@ -60,7 +61,7 @@ def test_the_trainer_is_left_as_it_was_and_nothing_is_said_of_a_healthy_one(twin
     assert not [check.failed for check in watchdog.checks if check.failed]
 
 
-def test_numbers_are_copied_once_however_many_tensors_show_them_and_come_back_into_other_memory() -> None:
+def test_tensor_copies_hold_shared_memory_once() -> None:
     trainer = Trainer(TWINS["hybrid"]())
     trainer.step(next(trainer._groups()), 100)  # moments, averages and their states are there
     (bucket,) = trainer.optimizer.buckets
@@ -88,7 +89,7 @@ def test_numbers_are_copied_once_however_many_tensors_show_them_and_come_back_in
     assert [key for key in before if not same(before[key], after[key])] == []
 
 
-def test_a_run_after_preflight_is_the_run_without_it_bit_for_bit() -> None:
+def test_preflight_changes_no_bit_of_the_run() -> None:
     def weights(preflight: bool) -> dict[str, torch.Tensor]:
         trainer = Trainer(TWINS["dropout"]())
         if preflight:
@@ -101,14 +102,16 @@ def test_a_run_after_preflight_is_the_run_without_it_bit_for_bit() -> None:
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_a_muted_cause_is_not_told_and_a_frozen_part_may_be_named() -> None:
+@pytest.mark.slow
+def test_preflight_does_not_report_a_muted_cause() -> None:
     fault = all_faults()["backbone_frozen"]
     with faulty(fault) as trainer:
         assert Watchdog(trainer).preflight()[0].cause == "frozen_parameters"
         assert Watchdog(trainer, muted=["frozen_parameters"]).preflight() == []
 
 
-def test_a_check_that_cannot_run_is_counted_and_not_called_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_run_checks_counts_a_check_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def mistaken(context: PreflightContext) -> Any:
         context.note = "half way"
         return {}["nothing"]
@@ -122,7 +125,7 @@ def test_a_check_that_cannot_run_is_counted_and_not_called_a_pass(monkeypatch: p
     assert ending.startswith("nothing found by the checks that ran; 1 check could not run")
 
 
-def test_a_goal_that_was_not_reached_is_not_called_ok() -> None:
+def test_check_line_does_not_call_a_missed_goal_ok() -> None:
     result = preflight.Result("a few scenes can be memorised", (), 0.1, "the goal was not reached", reached=False)
     assert check_line(result).startswith("-  ") and check_line(replace(result, reached=True)).startswith("ok ")
     context = PreflightContext(Trainer(TWINS["gentle"]()))
@@ -134,9 +137,7 @@ def test_a_goal_that_was_not_reached_is_not_called_ok() -> None:
 @pytest.mark.parametrize(
     "error", [MemoryError(), DataError("shard-0", "", "half of it", "all of it", "Copy it again.")]
 )
-def test_what_ends_the_run_in_its_own_words_is_no_check_that_could_not_run(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_checks_raises_memory_and_data_errors(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def ended(context: PreflightContext) -> Any:
         raise error
 
@@ -145,7 +146,7 @@ def test_what_ends_the_run_in_its_own_words_is_no_check_that_could_not_run(
         preflight.run_checks(Trainer(TWINS["hybrid"]()))
 
 
-def test_one_reason_is_one_reason() -> None:
+def test_attach_health_counts_its_reasons() -> None:
     with (
         faulty(all_faults()["rate_zero"]) as trainer,
         pytest.raises(RunStopped, match="preflight found a reason why|preflight found [2-9]"),
@@ -153,7 +154,8 @@ def test_one_reason_is_one_reason() -> None:
         attach_health(trainer)
 
 
-def test_a_certain_mistake_stops_the_run_before_its_first_step() -> None:
+@pytest.mark.slow
+def test_attach_health_stops_the_run_before_its_first_step() -> None:
     with faulty(all_faults()["rate_zero"]) as trainer:
         with pytest.raises(RunStopped, match="zero_learning_rate") as stop:
             attach_health(trainer)
@@ -162,7 +164,7 @@ def test_a_certain_mistake_stops_the_run_before_its_first_step() -> None:
         attach_health(trainer, stop=False)
 
 
-def test_the_graph_says_which_tensors_a_term_reaches() -> None:
+def test_graph_table_says_which_tensors_a_term_reaches() -> None:
     table = term_gradient_table(PreflightContext(Trainer(TWINS["hybrid"]())))
     rows = {row[0]: dict(zip(table["headers"][1:], row[1:])) for row in table["rows"]}
     assert rows["range_head.weight"]["cov"] == "-" and float(rows["range_head.weight"]["range"]) > 0
@@ -180,8 +182,9 @@ def counted() -> None:
     TICKS += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False], ids=["beside the trainer's own", "alone"])
-def test_a_scheduler_that_a_user_steps_once_an_update_is_on_plan_and_put_back(own: bool) -> None:
+def test_preflight_puts_a_users_scheduler_back(own: bool) -> None:
     trainer = Trainer(changed(TWINS["backprojection"](), {"training.epochs": 2, "optimizer.warmup": 0.5}))
     settings, planned = trainer.config.optimizer, trainer.plan.planned
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -197,7 +200,7 @@ def test_a_scheduler_that_a_user_steps_once_an_update_is_on_plan_and_put_back(ow
     assert trainer.callbacks[-1].findings == [] and scheduler.last_epoch == 16
 
 
-def test_averages_counters_and_generators_of_the_users_are_put_back() -> None:
+def test_preserve_state_puts_a_users_objects_back() -> None:
     trainer = Trainer(TWINS["hybrid"]())
     average = torch.optim.swa_utils.AveragedModel(trainer.model)
     calls, other = [], torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1, momentum=0.9)

@@ -37,13 +37,14 @@ KINDS = {
 }
 
 
-def test_an_input_that_is_small_because_of_the_snr_is_in_no_wrong_unit() -> None:
+def test_scale_check_allows_inputs_small_by_snr() -> None:
     assert list(check_inputs.scale(PreflightContext(Trainer(changed(KINDS["hybrid"], at(-60.0)))))) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("snr_db", [-40.0, 15.0, 70.0, 100.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_units_of_snapshots_and_channel_change_nothing_at_any_snr(kind: str, snr_db: float) -> None:
+def test_scale_check_passes_every_unit_at_any_snr(kind: str, snr_db: float) -> None:
     config = changed(KINDS[kind], at(snr_db))
     context = PreflightContext(Trainer(config))
     assert list(check_inputs.scale(context)) == []
@@ -54,13 +55,14 @@ def test_units_of_snapshots_and_channel_change_nothing_at_any_snr(kind: str, snr
     assert torch.equal(before, after)  # not a bit changes, so that nothing in the comparison comes of rounding
 
 
-def test_a_healthy_configuration_at_high_snr_is_not_accused() -> None:
+@pytest.mark.slow
+def test_run_checks_find_nothing_at_high_snr() -> None:
     trainer = Trainer(changed(KINDS["backprojection"], at(70.0)))
     assert [finding.cause for result in run_checks(trainer) for finding in result.findings] == []
 
 
 @pytest.mark.parametrize("what", ["snapshots", "channel"])
-def test_an_input_in_its_own_unit_is_named(what: str) -> None:
+def test_scale_check_names_an_input_in_its_own_unit(what: str) -> None:
     """The network's answer turns with the size of one input, as where nothing normalises it."""
     trainer = Trainer(small("hybrid"))
     forward, position = trainer.model.features, ("snapshots", "channel").index(what)

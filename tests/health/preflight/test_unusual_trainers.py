@@ -20,16 +20,18 @@ from ris_fast.training.trainer import Trainer
 from tests.health.preflight.checking import preflight_of, small
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "twin, settings",
     [("hybrid", {"training.batch_size": 1}), ("backprojection", {"training.batch_size": 1, "training.accumulate": 32})],
 )
-def test_one_scene_a_batch_is_no_constant_input(twin: str, settings: dict[str, Any]) -> None:
+def test_preflight_allows_one_scene_a_batch(twin: str, settings: dict[str, Any]) -> None:
     assert preflight_of(Trainer(small(twin, **settings))) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("biases", [False, True])
-def test_residual_branches_that_start_at_zero_are_no_mistake(biases: bool) -> None:
+def test_preflight_allows_residual_branches_of_zero(biases: bool) -> None:
     trainer = Trainer(small("backprojection", **{"model.options.depth": 2}))
     for block in trainer.model.blocks:
         torch.nn.init.zeros_(block.outer.weight)
@@ -38,7 +40,8 @@ def test_residual_branches_that_start_at_zero_are_no_mistake(biases: bool) -> No
     assert preflight_of(trainer) == []
 
 
-def test_first_weights_of_a_ten_thousandth_are_no_certain_mistake() -> None:
+@pytest.mark.slow
+def test_preflight_is_not_certain_of_tiny_first_weights() -> None:
     trainer = Trainer(small("hybrid"))
     for parameter in trainer.model.parameters():
         if parameter.dim() > 1:
@@ -79,9 +82,7 @@ def test_first_weights_of_a_ten_thousandth_are_no_certain_mistake() -> None:
         (check_schedule.rates, {"optimizer.warmup": 0.8}, [("warmup_too_long", False)]),
     ],
 )
-def test_settings_that_a_run_survives_are_not_certain_to_stop_it(
-    check: Any, settings: dict[str, Any], said: list
-) -> None:
+def test_schedule_checks_are_certain_of_fatal_settings_only(check: Any, settings: dict[str, Any], said: list) -> None:
     found = {
         finding.cause: finding.certain for finding in check(PreflightContext(Trainer(small("hybrid", **settings))))
     }
@@ -97,7 +98,7 @@ def first_of(trainer: Trainer) -> tuple[str, list[str]]:
     return said[0], said[1:]
 
 
-def test_scenes_that_the_network_overwrites_are_named_and_no_ranks() -> None:
+def test_preflight_names_scenes_altered_by_the_network() -> None:
     trainer = Trainer(small("backprojection"))
     wrap(
         trainer.network,
@@ -108,7 +109,7 @@ def test_scenes_that_the_network_overwrites_are_named_and_no_ranks() -> None:
     assert first == "scenes_altered" and not {"ranks_diverged", "stale_compiled_graph"} & set(others)
 
 
-def test_scenes_mixed_between_step_and_network_are_mixed_and_not_compiled() -> None:
+def test_preflight_names_scenes_mixed_before_the_network() -> None:
     trainer = Trainer(small("backprojection"))
     wrap(
         trainer.network, "features", lambda features: lambda y, *rest: features(y[:1].expand_as(y).contiguous(), *rest)
@@ -116,13 +117,15 @@ def test_scenes_mixed_between_step_and_network_are_mixed_and_not_compiled() -> N
     assert first_of(trainer)[0] == "scenes_mixed"
 
 
-def test_gradients_cleared_before_the_step_are_no_step_that_is_never_called() -> None:
+@pytest.mark.slow
+def test_preflight_names_gradients_cleared_before_step() -> None:
     trainer = Trainer(small("hybrid"))
     before_step(trainer, lambda: trainer.optimizer.zero_grad(set_to_none=True))
     assert preflight_of(trainer) == ["gradients_cleared_before_step"]
 
 
-def test_a_loss_that_differs_in_training_is_said_before_its_derivative() -> None:
+@pytest.mark.slow
+def test_preflight_names_losses_differ_before_derivatives() -> None:
     trainer = Trainer(small("hybrid"))
     wrap(
         trainer.loss,
@@ -136,19 +139,20 @@ def test_a_loss_that_differs_in_training_is_said_before_its_derivative() -> None
     assert first_of(trainer)[0] == "losses_differ"
 
 
-def test_numbers_that_are_not_finite_in_32_bits_are_no_overflow_of_16() -> None:
+def test_preflight_blames_fp16_overflow_only_in_fp16() -> None:
     trainer = Trainer(small("backprojection"))
     wrap(trainer.network, "features", lambda features: lambda y, *rest: features(0.0 * y, *rest))
     assert "fp16_overflow" not in preflight_of(trainer)
 
 
-def test_an_average_of_weights_that_do_not_move_is_not_accused() -> None:
+@pytest.mark.slow
+def test_preflight_allows_an_ema_of_weights_at_rest() -> None:
     assert "ema_equals_raw" not in preflight_of(
         Trainer(small("hybrid", **{"optimizer.backbone_lr": 1e-9, "optimizer.head_lr": 1e-9}))
     )
 
 
-def test_differences_are_taken_on_a_second_side_only_where_the_first_disagrees() -> None:
+def test_line_gap_takes_a_second_side_only_if_needed() -> None:
     """|w| at w = 0 has two slopes, and either is a derivative; a slope of neither side is wrong at every step."""
 
     def error(slope: float, loss: Any) -> tuple[float, int]:
@@ -161,7 +165,7 @@ def test_differences_are_taken_on_a_second_side_only_where_the_first_disagrees()
     assert error(0.5, lambda w: 1.0 + 2.0 * w)[0] > wrong and error(0.5, lambda w: 1.0 + 2.0 * w)[1] == 1 + 2 * steps
 
 
-def test_outputs_that_are_equal_in_sixteen_bits_are_no_wrong_derivative() -> None:
+def test_derivative_checks_allow_ties_in_sixteen_bits() -> None:
     """The assignment of sources has its kinks where two answers are equal; this drawn run has such a scene."""
     from bench.faults.healthy import healthy_config
     from ris_fast.health.preflight.gradient import right_derivative
@@ -194,7 +198,7 @@ def with_copies(trainer: Trainer, every: int) -> Trainer:
 @pytest.mark.parametrize(
     "every, shown", [(49, "5 of the first 256"), (240, "1 of the first 256"), (5, "51 of the first 256")]
 )
-def test_copies_in_the_data_are_a_note(every: int, shown: str) -> None:
+def test_distinct_check_only_notes_copies_in_the_data(every: int, shown: str) -> None:
     context = PreflightContext(with_copies(Trainer(small("backprojection", **{"data.fixed": True})), every))
     assert (
         list(check_scenes.distinct(context)) == []
@@ -203,7 +207,7 @@ def test_copies_in_the_data_are_a_note(every: int, shown: str) -> None:
     )
 
 
-def test_a_number_that_is_served_again_is_no_copy() -> None:
+def test_distinct_check_names_a_repeated_batch() -> None:
     trainer = Trainer(small("backprojection"))
     wrap(
         trainer.source,
@@ -215,7 +219,7 @@ def test_a_number_that_is_served_again_is_no_copy() -> None:
 
 
 @pytest.mark.parametrize("batch", [2, 16])
-def test_a_run_on_data_with_copies_is_left_in_peace(batch: int) -> None:
+def test_repeated_batch_allows_copies_in_the_data(batch: int) -> None:
     from ris_fast.health.monitor.attach import attach_health
 
     config = small(

@@ -33,7 +33,7 @@ def train(model, optimizer, steps: int = 12, before=lambda: None, clear: bool = 
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
-def test_a_healthy_loop_is_left_in_peace(kind) -> None:
+def test_watch_finds_nothing_in_a_healthy_loop(kind) -> None:
     model = network()
     optimizer = kind(model.parameters(), lr=1e-2)
     seen = watch(model, optimizer)
@@ -45,7 +45,7 @@ def first(seen) -> str:
     return seen.report()[0].cause
 
 
-def test_mistakes_are_named() -> None:
+def test_watch_names_missing_and_frozen_parameters() -> None:
     model = network()
     optimizer = torch.optim.SGD(model[0].parameters(), lr=1e-2)
     assert first(watch(model, optimizer)) == "missing_from_optimizer"
@@ -55,7 +55,7 @@ def test_mistakes_are_named() -> None:
     assert first(watch(model, torch.optim.SGD(model.parameters(), lr=1e-2))) == "frozen_parameters"
 
 
-def test_gradients_that_are_replaced_on_their_way_are_seen() -> None:
+def test_watch_names_cleared_and_sanitised_gradients() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = watch(model, optimizer)
@@ -70,7 +70,7 @@ def test_gradients_that_are_replaced_on_their_way_are_seen() -> None:
     assert first(seen) == "sanitised_gradients"
 
 
-def test_weights_that_are_put_back_are_seen() -> None:
+def test_watch_names_weights_that_are_put_back() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen, kept = watch(model, optimizer), {name: value.clone() for name, value in model.state_dict().items()}
@@ -80,7 +80,7 @@ def test_weights_that_are_put_back_are_seen() -> None:
     assert first(seen) == "weights_reset"
 
 
-def test_a_step_that_never_comes_and_a_head_that_nobody_reads() -> None:
+def test_watch_names_a_missing_step_and_an_unused_head() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = watch(model, optimizer)
@@ -94,7 +94,7 @@ def test_a_step_that_never_comes_and_a_head_that_nobody_reads() -> None:
     assert first(seen) == "unused_head" and "head" in seen.report()[0].evidence
 
 
-def test_after_closing_no_hook_is_left_and_sampling_is_sparse() -> None:
+def test_watch_samples_sparsely_and_close_removes_its_hooks() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = watch(model, optimizer, every=10)
@@ -105,7 +105,7 @@ def test_after_closing_no_hook_is_left_and_sampling_is_sparse() -> None:
     assert seen.steps == 30
 
 
-def test_a_compiled_graph_is_not_broken() -> None:
+def test_watch_does_not_break_a_compiled_graph() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = watch(model, optimizer)
@@ -114,7 +114,7 @@ def test_a_compiled_graph_is_not_broken() -> None:
     assert seen.report() == []
 
 
-def test_hooks_that_come_and_go_compile_nothing_again_and_names_are_the_users() -> None:
+def test_watch_hooks_cause_no_recompilation() -> None:
     model = torch.compile(network(), fullgraph=True, backend="aot_eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = watch(model, optimizer, every=10)
@@ -150,7 +150,7 @@ def with_closure(
     "kind",
     [torch.optim.Adam, lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3), lambda p: FusedAdamW(p, clear_grads=True)],
 )
-def test_gradients_that_come_within_the_step_are_seen(kind: Callable[..., Any]) -> None:
+def test_watch_sees_gradients_made_within_the_step(kind: Callable[..., Any]) -> None:
     assert with_closure(kind).report() == []
     assert first(with_closure(kind, 1, lambda grad: grad * float("nan"))) == "nonfinite_gradients"
 
@@ -171,7 +171,7 @@ def scaled(make: Callable[..., Any], factor: float = 1.0, steps: int = 40, **opt
 
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, lambda p: torch.optim.AdamW(p, fused=True), FusedAdamW])
-def test_a_loss_scaler_is_no_mistake_unless_it_skips_every_step(make: Callable[..., Any]) -> None:
+def test_watch_allows_a_loss_scaler_unless_it_skips_all(make: Callable[..., Any]) -> None:
     """Where the optimizer knows the scaler it is called in skipped steps too; where not, what it gets has been
     divided."""
     assert scaled(make).report() == []
@@ -183,7 +183,7 @@ def test_a_loss_scaler_is_no_mistake_unless_it_skips_every_step(make: Callable[.
     )
 
 
-def test_several_optimizers_are_given_together() -> None:
+def test_watch_takes_several_optimizers() -> None:
     model = network()
     parts = torch.optim.Adam(model[0].parameters()), torch.optim.SGD(model[2].parameters(), lr=1e-2)
     seen = watch(model, parts)
@@ -202,7 +202,7 @@ def test_several_optimizers_are_given_together() -> None:
         watch(model, [])
 
 
-def test_parameters_come_and_go_on_the_way() -> None:
+def test_watch_follows_parameters_that_come_and_go() -> None:
     model = network()
     model[0].requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
@@ -218,7 +218,7 @@ def test_parameters_come_and_go_on_the_way() -> None:
     assert first(seen) == "frozen_parameters" and seen.steps == 23
 
 
-def test_parameters_without_an_ordinary_norm() -> None:
+def test_watch_takes_sparse_lazy_and_half_parameters() -> None:
     """Integers, weights that are not there yet, sparse gradients, and half precision whose norm leaves its range."""
     model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.LazyLinear(4), nn.Linear(4, 1))
     model.register_parameter("table", nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False))
@@ -235,7 +235,7 @@ def test_parameters_without_an_ordinary_norm() -> None:
     assert seen.records[-1].grad_after_backward[0] == pytest.approx(2e3 * 64, rel=1e-3)
 
 
-def test_a_target_network_that_follows_is_not_reset() -> None:
+def test_watch_allows_a_target_network_that_follows() -> None:
     """A frozen copy within the model, moved by hand between steps, is nobody's optimizer's."""
     model = nn.ModuleDict({"online": network(), "target": network()})
     model["target"].requires_grad_(False)
@@ -263,6 +263,6 @@ def test_a_target_network_that_follows_is_not_reset() -> None:
         "from ris_fast.health.watch.fixes import fix; from ris_fast.health.watch import watch",
     ],
 )
-def test_watch_is_the_function_whatever_was_imported_before_and_costs_no_torch(imports: str) -> None:
+def test_watch_is_a_function_however_imported_without_torch(imports: str) -> None:
     code = f"{imports}; import sys; assert watch.__code__.co_name == 'watch' and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

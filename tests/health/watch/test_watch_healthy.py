@@ -59,14 +59,14 @@ def sgd(parameters: Any, lr: float = 1e-2) -> torch.optim.Optimizer:
         lambda o: LambdaLR(o, lambda n: min(1.0, n / 10)),
     ],
 )
-def test_a_schedule_may_begin_or_end_at_zero(schedule: Callable[..., Any]) -> None:
+def test_watch_allows_a_schedule_that_touches_zero(schedule: Callable[..., Any]) -> None:
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     plan = schedule(optimizer)
     assert run(lambda _: optimizer, model, after=lambda *_: plan.step()) == []
 
 
-def test_a_rate_that_was_always_zero_is_reported_and_a_group_may_stand_still() -> None:
+def test_watch_names_a_rate_that_was_always_zero() -> None:
     assert causes(run(lambda p: sgd(p, 0.0))) == ["zero_learning_rate"]
     model = network()
     groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}]
@@ -83,7 +83,7 @@ def shrunk(factor: float) -> nn.Module:
     return model
 
 
-def test_weights_may_grow_from_nothing() -> None:
+def test_watch_allows_weights_that_grow_from_nothing() -> None:
     line = nn.Linear(8, 4)
     nn.init.zeros_(line.weight), nn.init.zeros_(line.bias)
     assert run(lambda p: sgd(p, 0.1), line) == []
@@ -93,7 +93,7 @@ def test_weights_may_grow_from_nothing() -> None:
 
 @pytest.mark.parametrize("make", [sgd, torch.optim.Adam])
 @pytest.mark.parametrize("scale", [2e4, 3e4, 1e5])
-def test_any_loss_scale_that_is_divided_out_is_no_clip(make: Callable[..., Any], scale: float) -> None:
+def test_watch_allows_any_loss_scale_divided_out(make: Callable[..., Any], scale: float) -> None:
     def unscale(model: nn.Module, _: Any) -> None:
         for parameter in model.parameters():
             parameter.grad /= scale
@@ -101,7 +101,7 @@ def test_any_loss_scale_that_is_divided_out_is_no_clip(make: Callable[..., Any],
     assert run(make, before=unscale, scale=scale) == []
 
 
-def test_clips_that_leave_nothing_are_reported_where_they_matter() -> None:
+def test_watch_names_clips_that_leave_nothing() -> None:
     def clip(model: nn.Module, _: Any) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1e-6)
 
@@ -110,7 +110,7 @@ def test_clips_that_leave_nothing_are_reported_where_they_matter() -> None:
     assert causes(run(torch.optim.Adam, before=clip), False) == ["clip_too_small"]
 
 
-def test_a_loss_scale_taken_out_where_nothing_is_left_to_learn_is_doubted() -> None:
+def test_watch_doubts_a_loss_scale_taken_out_too_far() -> None:
     """The factor stays and the norms fall; a threshold would keep the norm."""
 
     def unscale(model: nn.Module, _: Any) -> None:
@@ -121,7 +121,7 @@ def test_a_loss_scale_taken_out_where_nothing_is_left_to_learn_is_doubted() -> N
     assert causes(found) == [] and causes(found, False) == ["clip_too_small"]
 
 
-def test_frozen_layers_are_declared_or_doubted() -> None:
+def test_watch_doubts_frozen_layers_unless_declared() -> None:
     model = network()
     model[0].requires_grad_(False)
 
@@ -148,18 +148,18 @@ def swing(model: nn.Module, _: Any) -> None:
 
 
 @pytest.mark.parametrize("habit", [unit_rows, swing])
-def test_weights_that_something_else_moves_are_not_reset(habit: Callable[..., Any]) -> None:
+def test_watch_allows_weights_that_something_else_moves(habit: Callable[..., Any]) -> None:
     assert run(sgd, after=habit) == []
 
 
-def test_weights_put_back_now_and_then_are_seen() -> None:
+def test_watch_names_weights_put_back_now_and_then() -> None:
     first, count = network().state_dict(), iter(range(100))
     assert causes(run(sgd, after=lambda model, _: model.load_state_dict(first) if next(count) % 10 == 9 else None)) == [
         "weights_reset"
     ]
 
 
-def test_weights_at_rest_may_come_round_by_their_rounding() -> None:
+def test_watch_allows_weights_that_repeat_by_rounding() -> None:
     """Two states one rounding apart, taken in turns, and looked at in every fifth step."""
     line, count = nn.Linear(8, 4), iter(range(100))
     states = [{name: value * (1 + odd * 1e-6) for name, value in line.state_dict().items()} for odd in (0, 1)]
@@ -173,7 +173,7 @@ def test_weights_at_rest_may_come_round_by_their_rounding() -> None:
     assert run(lambda _: optimizer, line, 40) == []
 
 
-def test_gradients_may_be_put_there_by_hand() -> None:
+def test_watch_allows_gradients_set_by_hand() -> None:
     model = network()
     optimizer = sgd(model.parameters())
     seen = watch(model, optimizer)
@@ -202,9 +202,7 @@ def batch() -> Tensor:
 
 @pytest.mark.parametrize("make", MAKES)
 @pytest.mark.parametrize("parts, every", [((0, -1), 100), ((-1, 0), 100), ((0, -1), 7)])
-def test_layers_that_are_frozen_and_freed_in_turn_are_trained(
-    parts: tuple[int, int], every: int, make: Callable[..., Any]
-) -> None:
+def test_watch_allows_layers_frozen_in_turn(parts: tuple[int, int], every: int, make: Callable[..., Any]) -> None:
     model = network()
     optimizer = make(model.parameters())
     seen = watch(model, optimizer, every)
@@ -218,7 +216,7 @@ def test_layers_that_are_frozen_and_freed_in_turn_are_trained(
 
 
 @pytest.mark.parametrize("make", [sgd, torch.optim.AdamW])
-def test_experts_that_are_trained_in_turn_are_used_each_of_them(make: Callable[..., Any]) -> None:
+def test_watch_allows_experts_trained_in_turn(make: Callable[..., Any]) -> None:
     experts = nn.ModuleList(nn.Linear(8, 4) for _ in range(30))
     optimizer = make(experts.parameters())
     seen = watch(experts, optimizer)
@@ -231,9 +229,7 @@ def test_experts_that_are_trained_in_turn_are_used_each_of_them(make: Callable[.
 
 @pytest.mark.parametrize("make", MAKES)
 @pytest.mark.parametrize("joins", [11, 1000])
-def test_a_head_that_joins_late_is_used_and_one_that_never_does_is_reported(
-    joins: int, make: Callable[..., Any]
-) -> None:
+def test_watch_names_a_head_that_never_joins(joins: int, make: Callable[..., Any]) -> None:
     model = nn.ModuleDict({"body": network(), "head": nn.Linear(4, 2)})
     optimizer = make(model.parameters())
     seen = watch(model, optimizer)
@@ -243,7 +239,7 @@ def test_a_head_that_joins_late_is_used_and_one_that_never_does_is_reported(
     assert causes(seen.report(), False) == causes(seen.report()) == ([] if joins == 11 else ["unused_head"])
 
 
-def test_moments_from_an_earlier_run_are_no_proof_that_a_head_is_used_now() -> None:
+def test_watch_ignores_moments_from_an_earlier_run() -> None:
     model = nn.ModuleDict({"body": network(), "head": nn.Linear(4, 2)})
     old, new = (torch.optim.AdamW(model.parameters()) for _ in range(2))
     fit(old, model["head"](model["body"](batch())))
@@ -254,7 +250,7 @@ def test_moments_from_an_earlier_run_are_no_proof_that_a_head_is_used_now() -> N
     assert causes(seen.report()) == ["unused_head"]
 
 
-def test_layers_that_are_declared_frozen_may_be_in_no_optimizer() -> None:
+def test_watch_allows_declared_layers_in_no_optimizer() -> None:
     model = network()
     optimizer = sgd(model[2].parameters())
     assert watch(model, optimizer, frozen=("0.",)).report() == []
@@ -264,7 +260,7 @@ def test_layers_that_are_declared_frozen_may_be_in_no_optimizer() -> None:
 
 @pytest.mark.parametrize("clamp", [False, True])
 @pytest.mark.parametrize("make", MAKES)
-def test_a_critic_that_stands_still_in_the_generators_steps_is_trained(make: Callable[..., Any], clamp: bool) -> None:
+def test_watch_allows_a_critic_frozen_in_generator_steps(make: Callable[..., Any], clamp: bool) -> None:
     nets = nn.ModuleDict(
         {"made": nn.Linear(8, 4), "critic": nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 1))}
     )
@@ -282,7 +278,7 @@ def test_a_critic_that_stands_still_in_the_generators_steps_is_trained(make: Cal
 
 
 @pytest.mark.parametrize("make", MAKES)
-def test_a_network_may_be_frozen_when_it_is_trained(make: Callable[..., Any]) -> None:
+def test_watch_allows_freezing_a_trained_network(make: Callable[..., Any]) -> None:
     model = network()
     optimizer = make(model.parameters())
     assert run(lambda _: optimizer, model) == []
@@ -298,7 +294,7 @@ def test_a_network_may_be_frozen_when_it_is_trained(make: Callable[..., Any]) ->
 
 
 @pytest.mark.parametrize("make", MAKES)
-def test_what_a_criterion_learns_is_no_stale_tensor(make: Callable[..., Any]) -> None:
+def test_watch_allows_parameters_of_a_criterion(make: Callable[..., Any]) -> None:
     model, sigma = network(), nn.Linear(1, 1)
     optimizer = make([*model.parameters(), *sigma.parameters()])
     seen = watch(model, optimizer)
@@ -309,7 +305,7 @@ def test_what_a_criterion_learns_is_no_stale_tensor(make: Callable[..., Any]) ->
         assert seen.report() == []
 
 
-def test_a_layer_replaced_behind_the_optimizers_back_leaves_stale_tensors() -> None:
+def test_watch_names_stale_tensors_of_a_replaced_layer() -> None:
     for steps in (0, 3, 12):  # before the exchange
         model = network()
         optimizer = torch.optim.AdamW(model.parameters())
@@ -323,7 +319,7 @@ def test_a_layer_replaced_behind_the_optimizers_back_leaves_stale_tensors() -> N
         assert "(4, 16)" in seen.report()[0].evidence
 
 
-def test_tensors_of_nobody_that_receive_nothing_are_stale() -> None:
+def test_watch_names_stale_tensors_of_no_module() -> None:
     model, forgotten = network(), nn.Linear(3, 3)
     found = run(lambda p: sgd([*p, *forgotten.parameters()]), model)
     assert causes(found) == ["stale_optimizer_parameters"]
@@ -332,7 +328,7 @@ def test_tensors_of_nobody_that_receive_nothing_are_stale() -> None:
 # ---- a step that is yet to come ----
 
 
-def test_gradients_may_be_added_up_over_hundreds_of_passes() -> None:
+def test_watch_allows_hundreds_of_accumulated_passes() -> None:
     line = nn.Linear(8, 4)
     optimizer = sgd(line.parameters())
     seen = watch(line, optimizer)
@@ -344,7 +340,7 @@ def test_gradients_may_be_added_up_over_hundreds_of_passes() -> None:
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_an_optimizer_may_wait_for_the_second_phase(whole: bool) -> None:
+def test_watch_allows_an_optimizer_of_a_second_phase(whole: bool) -> None:
     """Gradients reach its layers meanwhile; `whole`: and are cleared with all others."""
     model = network()
     phases = sgd(model[0].parameters()), sgd(model[2].parameters())
@@ -362,7 +358,7 @@ def test_an_optimizer_may_wait_for_the_second_phase(whole: bool) -> None:
 # ---- arguments that mean nothing ----
 
 
-def test_arguments_that_mean_nothing_are_refused_by_name() -> None:
+def test_watch_refuses_wrong_arguments_by_name() -> None:
     model = network()
     optimizer = sgd(model.parameters())
     for given, said in (
@@ -386,7 +382,7 @@ def test_arguments_that_mean_nothing_are_refused_by_name() -> None:
     assert watch(model, (each for each in [optimizer]), frozen=["0."]).report() == []
 
 
-def test_fixes_speak_of_a_plain_loop() -> None:
+def test_watch_fixes_speak_of_a_plain_loop() -> None:
     from ris_fast.health.watch.fixes import fix
 
     for cause in (

@@ -44,7 +44,7 @@ def certain_causes(make: Callable[..., Any], steps: int = 12, **habits: Any) -> 
 
 
 @pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=1e-3), torch.optim.Adam, FusedAdamW])
-def test_gradients_that_are_never_cleared(make: Callable[..., Any]) -> None:
+def test_watch_names_gradients_never_cleared(make: Callable[..., Any]) -> None:
     assert certain_causes(make, clear=False) == ["gradients_never_cleared"]
 
     def clipped(model: nn.Module, _: Any) -> None:
@@ -62,7 +62,7 @@ def test_gradients_that_are_never_cleared(make: Callable[..., Any]) -> None:
         lambda p: p.grad.mul_(0.5),
     ],
 )
-def test_gradients_may_be_summed_over_micro_batches_and_cleared_anyhow(clear: Callable[[Tensor], Any]) -> None:
+def test_watch_allows_micro_batches_cleared_anyhow(clear: Callable[[Tensor], Any]) -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = watch(model, optimizer)
@@ -75,7 +75,7 @@ def test_gradients_may_be_summed_over_micro_batches_and_cleared_anyhow(clear: Ca
     assert seen.report() == []
 
 
-def test_a_backward_that_is_thrown_away_is_no_left_over() -> None:
+def test_watch_allows_a_backward_that_is_thrown_away() -> None:
     """Another loss reaches the weights first, on top of the last step's gradients, and all is cleared before their
     own."""
     model = network()
@@ -87,13 +87,13 @@ def test_a_backward_that_is_thrown_away_is_no_left_over() -> None:
     assert seen.report() == []
 
 
-def test_a_step_that_is_made_twice() -> None:
+def test_watch_names_a_step_called_twice() -> None:
     assert certain_causes(lambda p: torch.optim.SGD(p, lr=1e-2), before=lambda _, optimizer: optimizer.step()) == [
         "step_called_twice"
     ]
 
 
-def test_one_layer_whose_gradient_is_taken_away() -> None:
+def test_watch_names_a_layer_with_its_gradient_taken_away() -> None:
     model = network()
     for habit, certain in (
         (lambda: model[0].weight.grad.zero_(), True),
@@ -108,7 +108,7 @@ def test_one_layer_whose_gradient_is_taken_away() -> None:
         assert seen.report() == []
 
 
-def test_rates_and_decays_that_cannot_be_meant() -> None:
+def test_watch_names_impossible_rates_and_decays() -> None:
     assert (
         certain_causes(lambda p: torch.optim.Adam(p, lr=1e-12))
         == certain_causes(lambda p: torch.optim.SGD(p, lr=1e-12))
@@ -124,7 +124,7 @@ def test_rates_and_decays_that_cannot_be_meant() -> None:
     assert seen.report() == []  # a long warm-up
 
 
-def test_weights_that_break_between_two_looks_are_seen_at_the_report() -> None:
+def test_watch_report_names_weights_broken_between_looks() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = watch(model, optimizer)
@@ -134,7 +134,7 @@ def test_weights_that_break_between_two_looks_are_seen_at_the_report() -> None:
     assert found.cause == "nonfinite_gradients" and "0.weight" in found.evidence and found.step == 21
 
 
-def test_a_graph_that_is_compiled_while_a_hook_waits_is_whole() -> None:
+def test_watch_allows_compiling_while_a_hook_waits() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = watch(model, optimizer)
@@ -174,7 +174,7 @@ def clipped(
         (VALUE, -1.0, "the same number"),
     ],
 )
-def test_a_clip_threshold_of_zero_or_below_is_named(
+def test_watch_names_a_clip_threshold_of_zero_or_below(
     clip: Callable[..., Any], threshold: float, said: str, make: Callable[..., Any]
 ) -> None:
     (finding,) = clipped(clip, threshold, make)
@@ -187,7 +187,7 @@ def test_a_clip_threshold_of_zero_or_below_is_named(
 
 
 @pytest.mark.parametrize("clip", [NORM, VALUE])
-def test_a_clip_threshold_that_is_not_a_number_is_no_root_or_logarithm(clip: Callable[..., Any]) -> None:
+def test_watch_names_a_clip_threshold_of_nan(clip: Callable[..., Any]) -> None:
     finding = clipped(clip, float("nan"))[0]
     assert (
         finding.cause == "nonfinite_gradients"
@@ -197,11 +197,11 @@ def test_a_clip_threshold_that_is_not_a_number_is_no_root_or_logarithm(clip: Cal
 
 
 @pytest.mark.parametrize("clip, threshold", [(NORM, float("inf")), (VALUE, float("inf")), (NORM, 1e-2), (VALUE, 1e-3)])
-def test_thresholds_that_a_run_survives_are_left_in_peace(clip: Callable[..., Any], threshold: float) -> None:
+def test_watch_allows_clip_thresholds_a_run_survives(clip: Callable[..., Any], threshold: float) -> None:
     assert clipped(clip, threshold) == []
 
 
-def test_a_network_of_one_number_has_equal_gradients() -> None:
+def test_watch_allows_a_network_of_one_number() -> None:
     class One(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -213,7 +213,7 @@ def test_a_network_of_one_number_has_equal_gradients() -> None:
     assert clipped(NORM, 1.0, model=One()) == clipped(VALUE, 1e-2, model=One()) == []
 
 
-def test_gradients_that_are_negated_by_hand_are_doubted() -> None:
+def test_watch_doubts_gradients_negated_by_hand() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = watch(model, optimizer)
@@ -233,7 +233,7 @@ def halves(steps: int = 6, **options: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("steps", [1, 6])
-def test_a_step_that_makes_weights_not_finite_out_of_finite_gradients_is_named_by_its_eps(steps: int) -> None:
+def test_watch_names_the_eps_of_a_nonfinite_step(steps: int) -> None:
     (finding,) = halves(steps)
     assert finding.cause == "nonfinite_step" and finding.certain and finding.step == 1
     assert (
@@ -243,7 +243,7 @@ def test_a_step_that_makes_weights_not_finite_out_of_finite_gradients_is_named_b
     assert halves(steps, eps=1e-4) == []
 
 
-def test_an_eps_of_zero_and_a_rate_that_is_not_finite_are_named() -> None:
+def test_watch_names_zero_eps_and_infinite_rate() -> None:
     for options, said in (({"eps": 0.0}, "eps is zero"), ({"lr": float("inf")}, "The rate is inf")):
         model = network()
         optimizer = torch.optim.AdamW(model.parameters(), **options)
@@ -256,7 +256,7 @@ def test_an_eps_of_zero_and_a_rate_that_is_not_finite_are_named() -> None:
 # ---- reports at any moment ----
 
 
-def test_a_report_may_be_asked_for_at_any_moment_of_an_accumulation() -> None:
+def test_watch_reports_at_any_moment_of_an_accumulation() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = watch(model, optimizer)
@@ -274,7 +274,7 @@ def test_a_report_may_be_asked_for_at_any_moment_of_an_accumulation() -> None:
 
 
 @pytest.mark.parametrize("cleared", [True, False])
-def test_hundreds_of_gradients_that_are_thrown_away_are_certain_and_thousands_that_are_added_up(cleared: bool) -> None:
+def test_watch_is_certain_of_no_step_after_many_backwards(cleared: bool) -> None:
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = watch(model, optimizer)
@@ -292,7 +292,7 @@ def test_hundreds_of_gradients_that_are_thrown_away_are_certain_and_thousands_th
     )
 
 
-def test_a_part_that_is_trained_in_turn_is_doubted_after_one_step() -> None:
+def test_watch_is_never_certain_of_parts_trained_in_turn() -> None:
     model = nn.ModuleDict({"one": nn.Linear(8, 4), "other": nn.Linear(8, 4)})
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = watch(model, optimizer)

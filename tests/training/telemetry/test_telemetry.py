@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from ris_fast.kernels.native import loader
 from torch import Tensor, nn
 
 from ris_fast import FusedAdamW
+from ris_fast.kernels.native import loader
 from ris_fast.training.telemetry.step_telemetry import count_invalid_rows, spread
 from ris_fast.training.telemetry.step_window import RECORDS, Window, ring_size
 from ris_fast.training.trainer import Trainer
-from tests.training.captured import Rows, captured_trainer, config_of
+from tests.training.capture_helpers import Rows, captured_trainer, config_of
 
 BACKENDS = [
     "reference",
@@ -53,7 +53,7 @@ KINDS = {"one buffer": (torch.float32,) * 3, "two buffers": (torch.float32, torc
 
 @pytest.mark.parametrize("kinds", list(KINDS.values()), ids=list(KINDS))
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_ring_holds_what_telemetry_says_after_each_step(backend: str, kinds: tuple[torch.dtype, ...]) -> None:
+def test_records_hold_the_telemetry_of_each_step(backend: str, kinds: tuple[torch.dtype, ...]) -> None:
     params, by_hand = parameters(kinds), []
     optimizer = FusedAdamW(
         params, lr=0.1, max_grad_norm=1.0, backend=backend if len(set(kinds)) == 1 else "auto", records=R
@@ -70,7 +70,7 @@ def test_the_ring_holds_what_telemetry_says_after_each_step(backend: str, kinds:
     assert optimizer.counters()["skipped"] == 1
 
 
-def test_the_number_of_records_is_checked_and_survives_a_copy() -> None:
+def test_records_size_is_checked_and_survives_a_copy() -> None:
     for options in (dict(records=-1), dict(records=2, telemetry=False)):
         with pytest.raises(ValueError, match="records is"):
             FusedAdamW(parameters(KINDS["one buffer"]), **options)
@@ -82,7 +82,7 @@ def test_the_number_of_records_is_checked_and_survives_a_copy() -> None:
     assert [len(each) for each in alone.records()] == [0, 0] and alone.telemetry().shape == (3, 4)
 
 
-def test_another_history_leaves_no_record_behind() -> None:
+def test_records_of_another_history_are_dropped() -> None:
     params = parameters(KINDS["one buffer"])
     optimizer = FusedAdamW(params, records=R)
     for number in range(1, 6):
@@ -110,7 +110,7 @@ def table(*steps: tuple[float, ...]) -> Tensor:
     return torch.stack([norms, torch.ones_like(norms), torch.full_like(norms, 0.1), bad.float()], -1)
 
 
-def test_a_window_in_short() -> None:
+def test_window_summary_of_norms_and_nonfinite_steps() -> None:
     seen = Window(
         [5, 6, 7, 8], table((3.0, 4.0, 0.0), (0.0, 6.0, 8.0), (1.0, math.nan, math.inf), (0.0, 0.0, 1.0)), 6
     ).summary(NAMES)
@@ -139,7 +139,7 @@ def test_a_window_in_short() -> None:
     assert empty["recorded"] == 0 and empty["largest_step"] is None
 
 
-def test_a_window_begins_behind_the_last_one_unless_the_count_fell() -> None:
+def test_window_after_begins_behind_the_last_one() -> None:
     records, numbers = torch.arange(4.0)[:, None, None].expand(4, 3, 4), torch.tensor([8.0, 5.0, 6.0, 7.0])
     after = Window.after(6, records, numbers, 2)
     assert after.numbers == [7, 8] and after.table[:, 0, 0].tolist() == [3, 0]
@@ -151,7 +151,7 @@ def test_a_window_begins_behind_the_last_one_unless_the_count_fell() -> None:
     ]
 
 
-def test_scenes_and_answers_are_measured_as_defined() -> None:
+def test_spread_and_count_invalid_rows_are_as_defined() -> None:
     answer = torch.randn(5, 7, 2, generator=torch.Generator().manual_seed(0)) + 3.0
     torch.testing.assert_close(spread(answer), answer.var(0).mean() / answer.square().mean())
     assert spread(torch.zeros(2, 3)) == 0 == spread(answer[:1].expand(4, 7, 2))
@@ -169,7 +169,7 @@ class Kept(Rows):
         self.windows = [*getattr(self, "windows", []), (telemetry.window.numbers, telemetry.window.table)]
 
 
-def test_a_report_brings_every_step_since_the_last_one() -> None:
+def test_report_window_has_every_step_since_the_last_one() -> None:
     """Also one that was poisoned where nobody looked: it would be lost with the last step's table alone."""
     trainer = Trainer(config_of("backprojection", "training.epochs=1"), callbacks=[kept := Kept()])
     kept.trainer, optimizer = trainer, trainer.optimizer
@@ -188,7 +188,7 @@ def test_a_report_brings_every_step_since_the_last_one() -> None:
     assert seen["largest_step"] in (9, 11, 12) and seen["largest_tensor"] in optimizer.tensor_names
 
 
-def test_a_resumed_run_reports_as_the_uninterrupted_one(tmp_path: Path) -> None:
+def test_report_windows_of_a_resumed_run_are_the_same(tmp_path: Path) -> None:
     """Reports follow the steps of the whole run, so the steps that are looked at must do so too."""
     config = config_of("backprojection", "data.train_scenes=80", "training.epochs=3")
     whole = Trainer(config, callbacks=[kept := Kept()])
@@ -221,7 +221,7 @@ def _interrupt(now: bool) -> None:
         raise KeyboardInterrupt
 
 
-def test_captured_steps_fill_the_ring_as_eager_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_steps_fill_records_as_eager_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of("backprojection", "report.every_steps=6")
     plain = Trainer(config, callbacks=[eager := Kept()])
     eager.trainer = plain
@@ -236,7 +236,7 @@ def test_captured_steps_fill_the_ring_as_eager_ones_do(monkeypatch: pytest.Monke
         assert one == other and torch.equal(ours, theirs)
 
 
-def test_steps_that_the_ring_had_no_room_for_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_window_counts_steps_the_records_had_no_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ris_fast.training.telemetry.step_window.RECORDS", 3)
     trainer = Trainer(config_of("backprojection", "training.epochs=1"), callbacks=[kept := Kept()])
     kept.trainer = trainer

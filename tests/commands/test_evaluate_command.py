@@ -37,7 +37,7 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_checkpoint_that_is_named_is_the_one_that_is_evaluated(run: Path, capsys) -> None:
+def test_evaluate_reads_the_named_checkpoint(run: Path, capsys) -> None:
     best, last = evaluate(run, device="cpu"), evaluate(run / "checkpoints" / "last.safetensors", device="cpu")
     assert (best["checkpoint"], best["epoch"], last["checkpoint"], last["epoch"]) == ("best", 2, "last", 3)
     assert best["nmse"]["mean"] != last["nmse"]["mean"]
@@ -48,7 +48,7 @@ def test_the_checkpoint_that_is_named_is_the_one_that_is_evaluated(run: Path, ca
     assert "weights of epoch 3 (checkpoint 'last')" in capsys.readouterr().out
 
 
-def test_of_the_last_checkpoint_the_better_of_its_two_sets_of_weights_is_meant(run: Path) -> None:
+def test_evaluate_last_uses_the_better_of_raw_and_ema(run: Path) -> None:
     state = load_checkpoint(run / "checkpoints", "last")[1]["state"]
     better = "ema" if state["val_nmse_ema"] < state["val_nmse_raw"] else "raw"
     assert evaluate(run / "checkpoints" / "last.safetensors", device="cpu")["weights"] == better
@@ -64,16 +64,14 @@ def test_of_the_last_checkpoint_the_better_of_its_two_sets_of_weights_is_meant(r
         ("checkpoints/other.safetensors", "no checkpoint"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused(name: str, words: str, run: Path, capsys) -> None:
+def test_evaluate_refuses_what_is_no_checkpoint(name: str, words: str, run: Path, capsys) -> None:
     (run / "plots").mkdir(exist_ok=True)
     assert main(["evaluate", str(run / name), "--device", "cpu"]) in (2, 3)
     assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("json_too", [[], ["--json"]])
-def test_an_evaluation_that_is_not_a_number_is_no_success(
-    json_too: list[str], run: Path, tmp_path: Path, capsys
-) -> None:
+def test_evaluate_exits_3_on_non_finite_answers(json_too: list[str], run: Path, tmp_path: Path, capsys) -> None:
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.toml").write_text((run / "config.toml").read_text())
@@ -98,7 +96,7 @@ def figures(scenes: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("scenes, compared", [(1, False), (FEW - 1, False), (FEW, True)])
-def test_a_mean_over_few_scenes_is_not_compared_with_an_expectation(scenes: int, compared: bool) -> None:
+def test_group_figures_omit_mmse_bound_for_few_scenes(scenes: int, compared: bool) -> None:
     group = group_figures(figures(scenes), True)
     result = {
         "model": "m",
@@ -119,12 +117,12 @@ def test_a_mean_over_few_scenes_is_not_compared_with_an_expectation(scenes: int,
     assert "note: n" in text and f"None for fewer than {FEW} scenes" in text
 
 
-def test_no_words_claim_that_nothing_can_be_better() -> None:
+def test_report_words_never_claim_the_optimum() -> None:
     words = " ".join([*MEANINGS.values(), *MILESTONES.values(), judge(1e-9, {"mean": 0.98})])
     assert "best that any" not in words and "Bayes" not in words and min(MILESTONES) > 0.02
 
 
-def test_test_scenes_that_are_training_scenes_are_counted(tmp_path: Path) -> None:
+def test_evaluate_notes_test_scenes_seen_in_training(tmp_path: Path) -> None:
     data = write_folders(tmp_path / "data")
     for copied in (False, True):
         if copied:

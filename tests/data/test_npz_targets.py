@@ -115,9 +115,10 @@ FAULTS: dict[str, tuple[str, Callable[[Arrays], Arrays]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jitter", [0.0, 0.05], ids=["exact", "jitter"])
 @pytest.mark.parametrize("name", FAULTS)
-def test_labels_that_belong_to_other_scenes_are_named(tmp_path: Path, name: str, jitter: float) -> None:
+def test_target_checks_name_labels_of_other_scenes(tmp_path: Path, name: str, jitter: float) -> None:
     cause, change = FAULTS[name]
     found = findings(folder(tmp_path, change, jitter=jitter))
     assert [(finding.cause, finding.certain) for finding in found] == [(cause, True)], [
@@ -125,9 +126,10 @@ def test_labels_that_belong_to_other_scenes_are_named(tmp_path: Path, name: str,
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jitter", [0.0, 0.05], ids=["exact", "jitter"])
 @pytest.mark.parametrize("name", ["R shuffled", "R conjugated", "y shuffled", "H shuffled", "y conjugated"])
-def test_one_shard_of_several_is_enough(tmp_path: Path, name: str, jitter: float) -> None:
+def test_target_checks_find_one_wrong_shard(tmp_path: Path, name: str, jitter: float) -> None:
     cause, change = FAULTS[name]
     found = findings(folder(tmp_path, change, jitter=jitter, shards=6, changed_shards=1))
     assert [(finding.cause, finding.certain) for finding in found] == [(cause, True)], [
@@ -138,7 +140,7 @@ def test_one_shard_of_several_is_enough(tmp_path: Path, name: str, jitter: float
 @pytest.mark.parametrize(
     "name, cause", [("R", "shuffled_labels"), ("y", "mismatched_channel"), ("H_full", "mismatched_channel")]
 )
-def test_half_of_the_rows_are_enough(tmp_path: Path, name: str, cause: str) -> None:
+def test_target_checks_find_half_of_the_rows_wrong(tmp_path: Path, name: str, cause: str) -> None:
     def half(some: Arrays) -> Arrays:
         rows = np.flatnonzero(np.random.default_rng(2).random(len(some["y"])) < 0.5)
         mixed = some[name].copy()
@@ -172,7 +174,7 @@ def snr(low: float, high: float) -> dict[str, float]:
         (0.05, {"spacing_wavelengths": 0.3, "wavelength_m": 0.1}),
     ],
 )
-def test_healthy_files_give_no_finding(tmp_path: Path, jitter: float, options: dict[str, Any]) -> None:
+def test_target_checks_pass_healthy_files(tmp_path: Path, jitter: float, options: dict[str, Any]) -> None:
     task = replace(SMALL, **options)
     found = findings(folder(tmp_path, jitter=jitter, task=task, train=80, seed=10), task)
     assert found == [], [str(finding) for finding in found]
@@ -182,6 +184,7 @@ def test_healthy_files_give_no_finding(tmp_path: Path, jitter: float, options: d
 # ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jitter", [0.0, 0.05], ids=["exact", "jitter"])
 @pytest.mark.parametrize(
     "made, said",
@@ -196,9 +199,7 @@ def test_healthy_files_give_no_finding(tmp_path: Path, jitter: float, options: d
         ({"spacing_wavelengths": 0.4, "wavelength_m": 0.1}, {}),
     ],
 )
-def test_settings_that_are_not_the_files_are_named_with_the_right_value(
-    tmp_path: Path, made: dict, said: dict, jitter: float
-) -> None:
+def test_task_differs_advises_the_settings_of_the_files(tmp_path: Path, made: dict, said: dict, jitter: float) -> None:
     """The advice is executed: with its settings nothing is found, and they are the ones that the files were made
     with."""
     right, wrong = replace(SMALL, **made), replace(SMALL, **said)
@@ -221,7 +222,7 @@ def test_settings_that_are_not_the_files_are_named_with_the_right_value(
     assert findings(path, advised) == []
 
 
-def test_the_vertical_index_fastest_is_named(tmp_path: Path) -> None:
+def test_wrong_layout_names_the_vertical_index_fastest(tmp_path: Path) -> None:
     order = np.arange(SMALL.elements).reshape(SMALL.ris_vertical, SMALL.ris_horizontal).T.ravel()
 
     def renumbered(some: Arrays) -> Arrays:
@@ -240,7 +241,7 @@ def test_the_vertical_index_fastest_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_the_array_is_found_to_the_last_digit(seed: int) -> None:
+def test_fit_array_finds_the_array_to_the_last_digit(seed: int) -> None:
     task = replace(SMALL, wavelength_m=0.0123, spacing_wavelengths=0.37, range_min_m=0.02, range_max_m=0.4)
     made = arrays(80, "train", 0.0, task, seed)
     labels = Labels.of(*(torch.from_numpy(made[key]) for key in ("ptr", "K", "R")))
@@ -255,7 +256,7 @@ def test_the_array_is_found_to_the_last_digit(seed: int) -> None:
 
 @pytest.mark.parametrize("jitter", [0.0, 0.05], ids=["exact", "jitter"])
 @pytest.mark.parametrize("made, said", [("per_snapshot", "static"), ("static", "per_snapshot")])
-def test_symbols_of_the_other_kind_are_named(tmp_path: Path, made: str, said: str, jitter: float) -> None:
+def test_task_differs_names_symbols_of_the_other_kind(tmp_path: Path, made: str, said: str, jitter: float) -> None:
     path = folder(tmp_path, jitter=jitter, task=replace(SMALL, symbols=made))
     (finding,) = findings(path, replace(SMALL, symbols=said))
     assert finding.cause == "task_differs" and finding.certain and f"--set task.symbols={made}" in finding.advice
@@ -266,7 +267,7 @@ def test_symbols_of_the_other_kind_are_named(tmp_path: Path, made: str, said: st
 # --------------------------------------------------------------------------------------------------
 
 
-def test_the_fit_of_r_is_shown(tmp_path: Path) -> None:
+def test_npz_source_describes_target_fit(tmp_path: Path) -> None:
     for jitter, below in ((0.0, 1e-9), (0.05, 0.05)):
         source = subject_of(folder(tmp_path / str(jitter), jitter=jitter)).trainer.source
         fit = source.target_fit("train")
@@ -278,7 +279,7 @@ def test_the_fit_of_r_is_shown(tmp_path: Path) -> None:
         assert f"median {float(fit.median()):.2g}, largest {float(fit.max()):.2g}" in source.describe()
 
 
-def test_r_that_does_not_belong_to_its_row_is_noted_with_the_number_of_scenes(tmp_path: Path) -> None:
+def test_npz_source_notes_how_many_targets_do_not_belong(tmp_path: Path) -> None:
     source = subject_of(folder(tmp_path, FAULTS["R shuffled"][1], shards=4, changed_shards=1)).trainer.source
     apart = int((source.target_fit("train") > 0.5).sum())
     assert 20 < apart <= 30 and any(
@@ -286,14 +287,14 @@ def test_r_that_does_not_belong_to_its_row_is_noted_with_the_number_of_scenes(tm
     )
 
 
-def test_labels_beyond_the_task_and_conjugated_codes_are_noted(tmp_path: Path) -> None:
+def test_npz_source_notes_snr_beyond_task_and_conjugate_codes(tmp_path: Path) -> None:
     notes = subject_of(folder(tmp_path / "snr", FAULTS["snr linear"][1])).trainer.source.notes
     assert any("snr labels go up to" in note and "the task says 20" in note for note in notes)
     notes = subject_of(folder(tmp_path / "codes", FAULTS["codes conjugated"][1])).trainer.source.notes
     assert any("H_full times the conjugate of c_l" in note for note in notes)
 
 
-def test_elements_that_move_far_accuse_no_scene(tmp_path: Path) -> None:
+def test_npz_source_accuses_no_scene_of_large_jitter(tmp_path: Path) -> None:
     source = subject_of(folder(tmp_path, jitter=0.4)).trainer.source
     assert float(source.target_fit("train").max()) > 0.5 and not any("does not belong" in note for note in source.notes)
 
@@ -302,19 +303,19 @@ def test_elements_that_move_far_accuse_no_scene(tmp_path: Path) -> None:
     "change, said",
     [(dict, ""), (shuffled("R"), "R does not belong"), (shuffled("R", "ptr", "K"), "not of the same scenes")],
 )
-def test_test_targets_of_other_scenes_are_said_at_the_evaluation(tmp_path: Path, change: Any, said: str) -> None:
+def test_wrong_targets_names_test_targets_of_other_scenes(tmp_path: Path, change: Any, said: str) -> None:
     path = folder(tmp_path)
     write_npz(path / "test" / "shard_000.npz", change(arrays(40, "test", 0.0)))
     lines = wrong_targets(subject_of(path).trainer.source, SMALL, 40)
     assert [said in line for line in lines] == [True] * bool(said), lines
 
 
-def test_one_copy_is_one(tmp_path: Path) -> None:
+def test_npz_source_counts_one_copy_as_one(tmp_path: Path) -> None:
     path = folder(tmp_path, lambda some: {key: np.concatenate((value[:-1], value[:1])) for key, value in some.items()})
     assert "1 of 120 train scenes repeats an earlier one" in subject_of(path).trainer.source.notes
 
 
-def test_a_pool_in_one_folder_has_the_fit_of_its_own_rows(tmp_path: Path) -> None:
+def test_target_fit_of_one_pool_is_that_of_its_own_rows(tmp_path: Path) -> None:
     path = folder(tmp_path, FAULTS["R rolled"][1], jitter=0.05) / "train"
     context = subject_of(path)
     assert len(context.trainer.source.target_fit("val")) == context.trainer.source.size("val")
@@ -325,7 +326,7 @@ def test_a_pool_in_one_folder_has_the_fit_of_its_own_rows(tmp_path: Path) -> Non
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_advised_about_a_leak_fixes_it(tmp_path: Path) -> None:
+def test_split_overlap_advice_fixes_the_leak(tmp_path: Path) -> None:
     path = folder(tmp_path)
     write_npz(path / "val" / "shard_000.npz", {key: value[5:45] for key, value in arrays(120, "train", 0.0).items()})
     (finding,) = findings(path)
@@ -342,7 +343,7 @@ def test_what_is_advised_about_a_leak_fixes_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "cause, change", [("conjugation_error", conj), ("shuffled_labels", lambda factor: factor.roll(5, 0))]
 )
-def test_an_estimate_worse_than_zero_is_named(tmp_path: Path, cause: str, change: Any) -> None:
+def test_input_information_names_an_estimate_worse_than_zero(tmp_path: Path, cause: str, change: Any) -> None:
     context = subject_of(folder(tmp_path))
     serve = context.trainer.source.batch
     assert list(check_information.input_information(context)) == []
@@ -354,14 +355,14 @@ def test_an_estimate_worse_than_zero_is_named(tmp_path: Path, cause: str, change
     ]
 
 
-def test_the_estimator_is_compared_with_a_dense_target_too(tmp_path: Path) -> None:
+def test_input_information_compares_with_a_dense_target(tmp_path: Path) -> None:
     context = subject_of(folder(tmp_path, jitter=0.05))
     assert list(check_information.input_information(context)) == [] and "pursuit" in context.note
     context = subject_of(folder(tmp_path / "wrong", FAULTS["R shuffled"][1], jitter=0.05))
     assert "shuffled_labels" in [finding.cause for finding in check_information.input_information(context)]
 
 
-def test_what_could_not_be_looked_at_is_not_passed_over(tmp_path: Path) -> None:
+def test_physics_check_notes_what_it_could_not_check(tmp_path: Path) -> None:
     task = replace(SMALL, snr_min_db=-60.0, snr_max_db=-50.0)
     context = subject_of(folder(tmp_path, task=task), task)
     assert list(scene_parts.physics(context)) == [] and "not checked: too few" in context.note

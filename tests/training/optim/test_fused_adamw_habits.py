@@ -90,7 +90,7 @@ def refused(words: str) -> Callable[[Callable[[Run], None]], Callable[[Run], Non
 
 
 @pytest.mark.parametrize("habit", SAME)
-def test_habit_gives_what_torch_gives(habit: str) -> None:
+def test_fused_adamw_matches_torch_under_a_habit(habit: str) -> None:
     ours, plain = Run(FusedAdamW), Run(torch.optim.AdamW)
     for run in (ours, plain):
         SAME[habit](run)
@@ -103,7 +103,7 @@ def test_habit_gives_what_torch_gives(habit: str) -> None:
 
 
 @pytest.mark.parametrize("habit", REFUSED)
-def test_habit_is_refused_by_a_clear_error(habit: str) -> None:
+def test_fused_adamw_refuses_a_habit_by_a_clear_error(habit: str) -> None:
     act, words = REFUSED[habit]
     with pytest.raises((ValueError, RuntimeError), match=words):
         act(Run(FusedAdamW))
@@ -729,7 +729,7 @@ INSIDE: dict[str, Callable[[Run], Any]] = {
 
 @pytest.mark.parametrize("clear", [False, True])
 @pytest.mark.parametrize("act", INSIDE)
-def test_raw_weights_come_back_whatever_the_block_does_to_their_data(act: str, clear: bool) -> None:
+def test_fused_adamw_ema_block_gives_raw_weights_back(act: str, clear: bool) -> None:
     runs = [Run(FusedAdamW, ema_decay=0.9, clear_grads=clear) for _ in range(2)]
     for run, does in zip(runs, (INSIDE[act], lambda run: None), strict=True):
         for _ in range(2):
@@ -755,9 +755,7 @@ def test_raw_weights_come_back_whatever_the_block_does_to_their_data(act: str, c
     ("load_checkpoint_tensors", lambda run: run.optimizer.load_checkpoint_tensors(run.optimizer.checkpoint_tensors())),
     ("accumulate", lambda run: (run.params.append(nn.Parameter(torch.ones(2))), run.optimizer.accumulate([None] * 3))),
 ])  # fmt: skip
-def test_what_lays_the_buffers_out_again_is_refused_while_the_average_is_in(
-    who: str, act: Callable[[Run], Any]
-) -> None:
+def test_fused_adamw_refuses_a_new_layout_inside_ema(who: str, act: Callable[[Run], Any]) -> None:
     run = Run(FusedAdamW, ema_decay=0.9)
     run.train()
     raw = [p.detach().clone() for p in run.watched]
@@ -767,7 +765,7 @@ def test_what_lays_the_buffers_out_again_is_refused_while_the_average_is_in(
     run.train()  # and the optimizer is not locked
 
 
-def test_lists_edited_while_the_average_is_in_are_followed_afterwards() -> None:
+def test_fused_adamw_follows_lists_edited_inside_ema() -> None:
     run, new = Run(FusedAdamW, ema_decay=0.9), nn.Parameter(torch.ones(2))
     run.train()
     raw = [p.detach().clone() for p in run.watched]
@@ -780,7 +778,7 @@ def test_lists_edited_while_the_average_is_in_are_followed_afterwards() -> None:
 
 
 @pytest.mark.parametrize("zeroed", ["after", "before"])
-def test_a_model_cast_there_and_back_trains_on_where_gradients_are_views(zeroed: str) -> None:
+def test_fused_adamw_trains_on_after_a_cast_there_and_back(zeroed: str) -> None:
     """Casting a module points `.grad.data` away from the buffer, and the gradient stays the same object."""
     ours, plain = Run(FusedAdamW, clear_grads=True), Run(torch.optim.AdamW)
     for run in (ours, plain):

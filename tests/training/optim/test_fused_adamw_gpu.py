@@ -31,7 +31,7 @@ def fill(params: list[nn.Parameter], step: int) -> None:
         p.grad = gradient if p.grad is None else p.grad.copy_(gradient)
 
 
-def test_equals_the_reference() -> None:
+def test_fused_adamw_on_gpu_equals_the_reference() -> None:
     params, ours = build()
     exact, reference = build(backend="reference")
     assert (ours.backend, reference.backend) == ("triton", "reference")
@@ -49,7 +49,7 @@ def test_equals_the_reference() -> None:
     assert ours_read == reference_read and ours_read["first_bad_tensor"] == "group0.2"
 
 
-def test_a_step_is_two_launches_and_never_waits() -> None:
+def test_fused_adamw_step_is_two_launches_without_sync() -> None:
     params, ours = build()
     fill(params, 0)
     ours.step()
@@ -72,7 +72,7 @@ def test_a_step_is_two_launches_and_never_waits() -> None:
     assert sorted(kernels) == ["apply_kernel", "measure_kernel"]
 
 
-def test_a_record_waits_for_nothing() -> None:
+def test_fused_adamw_records_without_sync() -> None:
     params, ours = build(records=8)
     fill(params, 0)
     ours.step()
@@ -86,7 +86,7 @@ def test_a_record_waits_for_nothing() -> None:
     assert numbers.tolist() == [0, 1, 2, 0, 0, 0, 0, 0] and records[1].equal(records[2]) is False
 
 
-def test_graph_replay_equals_eager_bit_for_bit() -> None:
+def test_fused_adamw_graph_replay_equals_eager_bitwise() -> None:
     """Learning rate, clip threshold and EMA decay change between replays; records find their slots."""
     params, ours = build(records=8)
     exact, eager = build(records=8)
@@ -116,7 +116,7 @@ def test_graph_replay_equals_eager_bit_for_bit() -> None:
         assert all(torch.equal(a, b) for a, b in zip(params, exact, strict=True))
 
 
-def test_capture_without_gradients_is_refused() -> None:
+def test_fused_adamw_refuses_capture_without_gradients() -> None:
     _, ours = build()
     with pytest.raises(RuntimeError, match="Step once before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         ours.step()

@@ -46,9 +46,7 @@ def trainer(path: Path, *overrides: str, preset: str = "laptop") -> Trainer:
     )
 
 
-def test_advice_on_files_without_the_channel_leads_past_the_checks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_advice_on_files_without_the_channel_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_folders(tmp_path, drop=("H_full",))
     command = ["check", "--data", str(tmp_path), *flags(QUICK[:-3] + QUICK[-1:])]
     assert main(command) == 3
@@ -58,7 +56,7 @@ def test_advice_on_files_without_the_channel_leads_past_the_checks(
     assert "nothing found" in capsys.readouterr().out
 
 
-def test_advice_on_other_sizes_opens_the_files(tmp_path: Path) -> None:
+def test_open_source_advice_on_sizes_works(tmp_path: Path) -> None:
     task = replace(SMALL, ris_horizontal=5, ris_vertical=5)
     write_folders(tmp_path, task=task)
     with pytest.raises(DataError) as caught:
@@ -71,7 +69,7 @@ def test_advice_on_other_sizes_opens_the_files(tmp_path: Path) -> None:
 # ---- terms that the files cannot serve ------------------------------------------------------------------------------
 
 
-def test_terms_that_need_exact_factors_are_left_out_of_runs_on_a_dense_target(tmp_path: Path) -> None:
+def test_trainer_leaves_out_subspace_on_a_dense_target(tmp_path: Path) -> None:
     run = trainer(write_folders(tmp_path, jitter=0.003), *QUICK[-3:], preset="original")
     assert run.config.loss.subspace == 0.0 and "subspace" not in run.loss.weights and "angle" in run.loss.weights
     assert any(note.startswith("loss.subspace = 0.05 is left out") for note in run.source.notes)
@@ -82,7 +80,7 @@ def test_terms_that_need_exact_factors_are_left_out_of_runs_on_a_dense_target(tm
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_one_split_with_a_dense_target_decides(tmp_path: Path, split: str) -> None:
+def test_trainer_leaves_out_subspace_if_one_split_is_dense(tmp_path: Path, split: str) -> None:
     write_folders(tmp_path)
     for file in (tmp_path / split).iterdir():
         file.unlink()
@@ -90,13 +88,13 @@ def test_one_split_with_a_dense_target_decides(tmp_path: Path, split: str) -> No
     assert trainer(tmp_path, "loss.subspace=0.05").config.loss.subspace == 0.0
 
 
-def test_terms_stay_where_the_files_serve_them(tmp_path: Path) -> None:
+def test_trainer_keeps_terms_that_the_files_serve(tmp_path: Path) -> None:
     run = trainer(write_folders(tmp_path), "loss.subspace=0.05")
     assert run.config.loss.subspace == 0.05 and not any("left out" in note for note in run.source.notes)
 
 
 @pytest.mark.parametrize("options", [{"jitter": 0.003}, {"drop": ("H_full",)}])
-def test_what_files_cannot_serve_is_refused_before_a_network_is_built(
+def test_trainer_refuses_unserved_terms_before_building(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     def build(*_: object, **__: object) -> None:
@@ -119,13 +117,13 @@ def label_findings(run: Trainer) -> list[str]:
     return [finding.evidence for finding in truth.labels(PreflightContext(run))]
 
 
-def test_positions_that_the_reader_moved_are_not_held_to_the_tasks_limits(tmp_path: Path) -> None:
+def test_labels_check_allows_positions_the_reader_moved(tmp_path: Path) -> None:
     run = trainer(write_folders(tmp_path, train=240), "training.batch_size=256")
     assert run.source.reach[1].azimuth > 1.01 * np.deg2rad(60)
     assert label_findings(run) == []
 
 
-def test_the_network_looks_where_the_reader_serves_sources(tmp_path: Path) -> None:
+def test_trainer_widens_the_sector_to_the_served_sources(tmp_path: Path) -> None:
     """Near sources, seen from half an element off, lie outside the files' own sector; the pursuit finds them all the
     same."""
     path = write_folders(tmp_path / "set", train=1000, val=60)
@@ -144,9 +142,8 @@ def test_the_network_looks_where_the_reader_serves_sources(tmp_path: Path) -> No
     assert float(scores[1]) < 0.6 * float(scores[0])
 
 
-def test_a_run_records_and_keeps_the_sector_that_its_files_gave_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.slow
+def test_run_config_keeps_the_sector_of_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_folders(tmp_path / "set", train=240, val=20)
     run = str(tmp_path / "run")
     command = [
@@ -169,12 +166,12 @@ def test_a_run_records_and_keeps_the_sector_that_its_files_gave_it(
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.003])
-def test_stored_angles_beyond_the_task_are_found(tmp_path: Path, jitter: float) -> None:
+def test_labels_check_finds_stored_angles_beyond_the_task(tmp_path: Path, jitter: float) -> None:
     run = trainer(write_folders(tmp_path, jitter=jitter), "task.azimuth_deg=30")
     assert [text.split(";")[0].startswith("the files' azimuths go up to") for text in label_findings(run)] == [True]
 
 
-def test_scenes_beyond_what_the_reader_served_are_found(tmp_path: Path) -> None:
+def test_labels_check_finds_scenes_beyond_the_files(tmp_path: Path) -> None:
     run = trainer(write_folders(tmp_path))
     serve = run.source.batch
     run.source.batch = lambda split, index: replace(serve(split, index), azimuth=serve(split, index).azimuth * 57.3)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from ris_fast.kernels.native import loader
 from torch import Tensor, nn
 
 from ris_fast import FusedAdamW
+from ris_fast.kernels.native import loader
 
 BACKENDS = [
     "reference",
@@ -75,7 +75,7 @@ def relative(values: list[Tensor], exact: list[Tensor]) -> float:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_200_steps_equal_torch(backend: str, dtype: torch.dtype, limit: float) -> None:
+def test_fused_adamw_matches_torch_over_200_steps(backend: str, dtype: torch.dtype, limit: float) -> None:
     options = {"lr": 3e-3, "weight_decay": 0.1}
     exact, exact_average = torch_run(SHAPES, dtype, 200, 2.0, 0.99, **options)
     params = tensors(SHAPES, dtype)
@@ -94,7 +94,7 @@ def test_200_steps_equal_torch(backend: str, dtype: torch.dtype, limit: float) -
 @pytest.mark.parametrize("options", [{"betas": (0.0, 0.5)}, {"betas": (0.4, 0.3)}, {"eps": 1e-2}, {"maximize": True}, {"lr": 0.0}, {"weight_decay": 0.0},
                                      {"lr": torch.tensor(1e-2)}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("form", ["AdamW", "Adam"])
-def test_every_setting_equals_torch(backend: str, options: dict[str, Any], form: str) -> None:
+def test_fused_adamw_matches_torch_in_every_setting(backend: str, options: dict[str, Any], form: str) -> None:
     options = {"lr": 1e-2, "weight_decay": 0.05} | options
     exact, _ = torch_run(SHAPES, torch.float32, 20, optimizer=getattr(torch.optim, form), **options)
     params = tensors(SHAPES, torch.float32)
@@ -102,7 +102,7 @@ def test_every_setting_equals_torch(backend: str, options: dict[str, Any], form:
     assert relative(params, exact) < 1e-6
 
 
-def test_torchs_own_table_of_optimizer_settings() -> None:
+def test_fused_adamw_passes_torchs_own_table_of_settings() -> None:
     """The settings on which torch tests its AdamW; those that FusedAdamW refuses are refused by name."""
     common = pytest.importorskip("torch.testing._internal.common_optimizers")
     record = next(info for info in common.optim_db if info.optim_cls is torch.optim.AdamW)
@@ -129,7 +129,7 @@ def test_torchs_own_table_of_optimizer_settings() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_closer_to_float64_than_torch(dtype: torch.dtype) -> None:
+def test_fused_adamw_in_half_is_closer_to_float64_than_torch(dtype: torch.dtype) -> None:
     exact, _ = torch_run(SHAPES, torch.float64, 50, lr=1e-2)
     plain, _ = torch_run(SHAPES, dtype, 50, lr=1e-2, foreach=False)
     params = tensors(SHAPES, dtype)
@@ -141,7 +141,7 @@ def test_half_precision_is_closer_to_float64_than_torch(dtype: torch.dtype) -> N
     assert ours.buckets[0].ema.dtype == torch.float32
 
 
-def test_gradients_whose_squares_underflow_move_float16_weights_as_float32_ones() -> None:
+def test_fused_adamw_float16_survives_squares_that_underflow() -> None:
     """In float16 torch's AdamW ends in not-a-number here: eps = 1e-8 is zero, and so is (1 - beta2) g^2."""
     params, exact = [nn.Parameter(torch.ones(4, dtype=kind)) for kind in (torch.float16, torch.float32)]
     ours, plain = FusedAdamW([params], lr=1e-2, weight_decay=0.0), torch.optim.AdamW([exact], lr=1e-2, weight_decay=0.0)
@@ -154,7 +154,7 @@ def test_gradients_whose_squares_underflow_move_float16_weights_as_float32_ones(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_state_is_saved_without_rounding(dtype: torch.dtype) -> None:
+def test_fused_adamw_saves_half_precision_state_exactly(dtype: torch.dtype) -> None:
     runs = [(params := tensors(SHAPES, dtype), FusedAdamW(params, lr=1e-2, ema_decay=0.9)) for _ in range(2)]
     (params, ours), (others, restored) = runs
     train(params, ours, 3)
@@ -173,7 +173,7 @@ def test_half_precision_state_is_saved_without_rounding(dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
-def test_the_average_of_a_tensor_without_gradient_goes_on_towards_it(dtype: torch.dtype) -> None:
+def test_fused_adamw_averages_tensors_without_gradient_too(dtype: torch.dtype) -> None:
     """As that of torch.optim.swa_utils.AveragedModel, which moves all tensors in every step; not in a skipped one."""
     params = tensors([(70,), (3,), (130,), (2, 2)], dtype)
     ours = FusedAdamW(params, lr=0.1, ema_decay=0.9)
@@ -192,7 +192,7 @@ def test_the_average_of_a_tensor_without_gradient_goes_on_towards_it(dtype: torc
         torch.testing.assert_close(ours.state[p]["ema"], average, rtol=1e-5, atol=1e-6)
 
 
-def test_complex_parameters_equal_torch() -> None:
+def test_fused_adamw_matches_torch_on_complex_parameters() -> None:
     exact, _ = torch_run([(5, 3), (7,)], torch.complex64, 20, lr=1e-2)
     params = tensors([(5, 3), (7,)], torch.complex64)
     train(params, FusedAdamW(params, lr=1e-2), 20)
@@ -202,7 +202,7 @@ def test_complex_parameters_equal_torch() -> None:
     )
 
 
-def test_mixed_dtypes_share_one_norm() -> None:
+def test_fused_adamw_mixed_dtypes_share_one_norm() -> None:
     def mixed() -> list[nn.Parameter]:
         return [*tensors([(40, 3), (9,)], torch.float32), *tensors([(33,), (8, 8)], torch.float64)]
 
@@ -232,7 +232,7 @@ def norm(params: list[nn.Parameter]) -> float:
     [[(0,)], [(1,)], [(0, 4), (3,)], [(63,), (64,), (65,)], [(7,)] * 2000],
     ids=["empty", "one", "some empty", "near a row", "2000"],
 )
-def test_every_size(backend: str, shapes: list[tuple[int, ...]]) -> None:
+def test_fused_adamw_matches_torch_at_every_size(backend: str, shapes: list[tuple[int, ...]]) -> None:
     exact, _ = torch_run(shapes, torch.float32, 3, 1.0, lr=1e-2)
     params = tensors(shapes, torch.float32)
     ours = FusedAdamW(params, lr=1e-2, max_grad_norm=1.0, backend=backend)
@@ -241,7 +241,8 @@ def test_every_size(backend: str, shapes: list[tuple[int, ...]]) -> None:
     assert [float(ours.state[p]["step"]) for p in params] == [3.0] * len(params)
 
 
-def test_20_million_parameters() -> None:
+@pytest.mark.slow
+def test_fused_adamw_matches_torch_with_20_million_parameters() -> None:
     params, exact = tensors([(20_000_000,)], torch.float32), tensors([(20_000_000,)], torch.float32)
     for each, optimizer in ((params, FusedAdamW(params)), (exact, torch.optim.AdamW(exact, fused=True))):
         each[0].grad = each[0].detach() * 0.01
@@ -250,7 +251,7 @@ def test_20_million_parameters() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_telemetry_is_what_it_says(backend: str) -> None:
+def test_fused_adamw_telemetry_is_what_it_says(backend: str) -> None:
     params = tensors(SHAPES, torch.float32)
     ours = FusedAdamW(params, lr=1e-2, max_grad_norm=0.1, loss_scale=4.0, backend=backend)
     old = [p.detach().clone() for p in params]
@@ -275,7 +276,7 @@ def test_telemetry_is_what_it_says(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_average_warms_up_in_applied_steps(backend: str) -> None:
+def test_fused_adamw_ema_warms_up_in_applied_steps(backend: str) -> None:
     params = tensors([(50,)], torch.float32)
     ours = FusedAdamW(params, lr=0.1, ema_decay=0.9, ema_warmup=True, backend=backend)
     average, applied = params[0].detach().double().clone(), 0
@@ -293,7 +294,7 @@ def test_average_warms_up_in_applied_steps(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_accumulated_gradients_equal_backward(backend: str) -> None:
+def test_fused_adamw_accumulate_equals_backward(backend: str) -> None:
     """`accumulate` with the norm folded in gives the bits that separate accumulation and step give."""
     results = []
     for last in (False, True):
@@ -317,7 +318,7 @@ def test_accumulated_gradients_equal_backward(backend: str) -> None:
     assert relative(results[0], exact) < 1e-6
 
 
-def test_accumulate_then_backward_measures_again() -> None:
+def test_fused_adamw_backward_after_accumulate_measures_again() -> None:
     params = tensors([(10,)], torch.float32)
     ours = FusedAdamW(params)
     ours.accumulate([torch.ones(10)], last=True)

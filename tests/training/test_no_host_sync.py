@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from ris_fast.kernels.fused_step import op as fused_step
-from ris_fast.kernels.pursuit import reference as pursuit
 from torch import Tensor
 
 from ris_fast.config.schema import Loss, Task
+from ris_fast.kernels.fused_step import op as fused_step
+from ris_fast.kernels.pursuit import reference as pursuit
 from ris_fast.models import build_model
 from ris_fast.models.pursuit import geometry_of
 from ris_fast.physics.random import SceneGenerator
@@ -28,8 +28,8 @@ from ris_fast.training.loss import TERMS, CovarianceLoss
 from ris_fast.training.step import Step
 from ris_fast.training.trainer import Trainer
 from ris_fast.training.validation import measure
-from tests.operations import Watch
-from tests.training.captured import MODELS, config_of
+from tests.operation_watch import Watch
+from tests.training.capture_helpers import MODELS, config_of
 
 
 @pytest.fixture
@@ -77,9 +77,10 @@ def scenes_on_meta(task: Task) -> Scenes:
     return simulate(task, torch.empty(8, dtype=torch.int64, device="meta"), SceneGenerator(3, "train", "meta"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(), ("task.wavefront=spherical",), ("task.power=equal",)])
 @pytest.mark.parametrize("model", MODELS)
-def test_scenes_features_network_loss_and_backward_wait_for_nothing(
+def test_step_update_from_scenes_to_backward_never_syncs(
     model: str, overrides: tuple[str, ...], no_autocast: None
 ) -> None:
     step, task = on_meta(model, *overrides)
@@ -91,7 +92,7 @@ def test_scenes_features_network_loss_and_backward_wait_for_nothing(
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_validation_waits_for_nothing(model: str, no_autocast: None) -> None:
+def test_validation_measure_never_syncs(model: str, no_autocast: None) -> None:
     step, task = on_meta(model)
     scenes = scenes_on_meta(task)
     with Watch("meta") as seen:
@@ -100,7 +101,7 @@ def test_validation_waits_for_nothing(model: str, no_autocast: None) -> None:
 
 
 @pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
-def test_the_pursuit_as_a_gpu_runs_it_waits_for_nothing(wavefront: str, no_autocast: None) -> None:
+def test_pursuit_features_as_a_gpu_runs_them_never_sync(wavefront: str, no_autocast: None) -> None:
     task = Task(wavefront=wavefront)
     geometry, wavenumber = geometry_of(task)
     scenes, constants = scenes_on_meta(task), [each.to("meta") for each in geometry]
@@ -112,7 +113,7 @@ def test_the_pursuit_as_a_gpu_runs_it_waits_for_nothing(wavefront: str, no_autoc
 
 
 @pytest.mark.parametrize("looked_at", [False, True])
-def test_a_step_reads_nothing_with_its_optimizer_and_when_it_is_looked_at(looked_at: bool) -> None:
+def test_step_with_optimizer_and_telemetry_never_syncs(looked_at: bool) -> None:
     """On the CPU, as it is: the optimizer is two operations, and readings stay where they are until a report."""
     trainer = Trainer(config_of("backprojection", "training.accumulate=2"))
     for _ in range(3):
@@ -129,7 +130,7 @@ def test_a_step_reads_nothing_with_its_optimizer_and_when_it_is_looked_at(looked
     assert trainer.optimizer.backend == "native" or not fused_step.loader.available()
 
 
-def test_the_watch_sees_what_it_forbids() -> None:
+def test_operation_watch_sees_what_it_forbids() -> None:
     x = torch.ones(4)
     with Watch("cpu") as seen:
         float(x[0]), x[x > 0], torch.linalg.inv(torch.eye(2)), x.to("meta")

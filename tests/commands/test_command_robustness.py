@@ -42,8 +42,9 @@ def program(*arguments: object) -> str:
 # ---- 4: output that nobody takes ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["| sed '/Epoch 001/q' >&2; exit ${PIPESTATUS[0]}", "> /dev/full 2>&- <&-"])
-def test_a_run_outlives_its_log_and_its_folder_is_whole(ending: str, tmp_path: Path) -> None:
+def test_train_survives_a_closed_or_full_output(ending: str, tmp_path: Path) -> None:
     done = shell(
         f"{program('train', *QUICK, '--set', 'report.plots=false', '--epochs', 2, '--out', tmp_path / 'run')} {ending}"
     )
@@ -55,9 +56,7 @@ def test_a_run_outlives_its_log_and_its_folder_is_whole(ending: str, tmp_path: P
     "ending, code",
     [("| true; exit ${PIPESTATUS[0]}", 0), ("> /dev/full", 3), (">&-", 0), ("2>&-", 0), ("2> /dev/full", 0)],
 )
-def test_a_reader_that_went_away_is_no_error_and_a_full_disk_is_one_where_the_output_is_all_there_is(
-    ending: str, code: int
-) -> None:
+def test_why_fails_on_a_full_disk_and_not_on_a_closed_pipe(ending: str, code: int) -> None:
     done = shell(f"{program('why', '--explain', 'stalled_at_baseline')} {ending}")
     assert (
         done.returncode == code and "Traceback" not in done.stderr and ("No space left" in done.stderr) == (code == 3)
@@ -67,8 +66,9 @@ def test_a_reader_that_went_away_is_no_error_and_a_full_disk_is_one_where_the_ou
 # ---- 5: Jupyter's environment ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no such backend", "agg"])
-def test_figures_are_drawn_whatever_backend_the_environment_names(backend: str, tmp_path: Path) -> None:
+def test_figures_are_drawn_under_any_mplbackend(backend: str, tmp_path: Path) -> None:
     code = (
         "import sys, os; sys.modules['matplotlib_inline'] = None\n"
         "from ris_fast.report.plots import loss_figure, save\n"
@@ -109,7 +109,7 @@ def written(folder: Path, capsys: Any, *settings: str) -> list[str]:
 @pytest.mark.parametrize(
     "settings", [("--set", "task.snapshots=8"), ("--set", "task.symbols=per_snapshot", "--set", "task.snr_max_db=30")]
 )
-def test_the_command_that_simulate_prints_trains_on_the_data_sets_own_task(
+def test_simulate_prints_a_command_that_trains_on_its_task(
     settings: tuple[str, ...], tmp_path, monkeypatch, capsys
 ) -> None:
     command, opened = written(tmp_path / "my scenes", capsys, *settings), []
@@ -123,7 +123,7 @@ def test_the_command_that_simulate_prints_trains_on_the_data_sets_own_task(
     assert trainer.config.provenance["task.snapshots"] == "data set"
 
 
-def test_settings_that_contradict_the_data_are_refused_all_at_once(tmp_path, capsys) -> None:
+def test_train_lists_all_settings_that_contradict_the_data(tmp_path, capsys) -> None:
     command = written(tmp_path / "scenes", capsys, "--set", "task.snapshots=8")
     assert (
         main([*command, "--set", "task.snapshots=4", "--set", "task.max_sources=3", "--out", str(tmp_path / "run")])
@@ -136,7 +136,8 @@ def test_settings_that_contradict_the_data_are_refused_all_at_once(tmp_path, cap
     )
 
 
-def test_evaluate_on_data_of_another_task_advises_a_command_that_works(tmp_path, capsys) -> None:
+@pytest.mark.slow
+def test_evaluate_on_another_task_advises_a_working_command(tmp_path, capsys) -> None:
     run = tmp_path / "a run"
     assert main(["train", *QUICK, "--epochs", "1", "--out", str(run)]) == 4
     written(tmp_path / "other", capsys, "--set", "task.snapshots=8")
@@ -167,7 +168,7 @@ def texts() -> dict[str, str]:
     return found
 
 
-def test_every_command_and_flag_in_a_message_exists() -> None:
+def test_messages_name_existing_commands_and_flags() -> None:
     commands = {name: app[name] for name in app if not name.startswith("-")}
     flags = {
         name: {flag for argument in command.assemble_argument_collection() for flag in argument.names}
@@ -185,7 +186,7 @@ def test_every_command_and_flag_in_a_message_exists() -> None:
     assert seen > 15
 
 
-def test_every_setting_in_a_message_exists() -> None:
+def test_messages_name_existing_settings() -> None:
     known = {f"{section}.{item}" for section, kind in SECTIONS.items() for item in kind.__dataclass_fields__}
     advised = [
         (where, key)
@@ -209,7 +210,9 @@ def test_every_setting_in_a_message_exists() -> None:
         ("dangling", 0, ""),
     ],
 )
-def test_simulate_names_a_place_that_cannot_be(out: str, code: int, words: str, tmp_path, monkeypatch, capsys) -> None:
+def test_simulate_names_an_impossible_out_folder(
+    out: str, code: int, words: str, tmp_path, monkeypatch, capsys
+) -> None:
     monkeypatch.chdir(tmp_path)
     os.symlink("loop", "loop")
     os.symlink("there/below", "dangling")
@@ -230,11 +233,12 @@ def test_simulate_names_a_place_that_cannot_be(out: str, code: int, words: str, 
         (["check", "training.seed=1"], "Write: --set training.seed=1"),
     ],
 )
-def test_settings_after_one_set_are_told_to_repeat_it(arguments: list[str], words: str, capsys) -> None:
+def test_usage_error_asks_to_repeat_set_for_each_setting(arguments: list[str], words: str, capsys) -> None:
     assert main(arguments) == 2 and words in capsys.readouterr().err
 
 
-def test_a_compile_cache_that_is_no_folder_is_named_with_its_variable(tmp_path) -> None:
+@pytest.mark.slow
+def test_train_names_torchinductor_cache_dir_that_is_a_file(tmp_path) -> None:
     (tmp_path / "cache").touch()
     done = shell(program("train", *QUICK, "--out", tmp_path / "run"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
     assert (
@@ -263,12 +267,12 @@ def test_a_compile_cache_that_is_no_folder_is_named_with_its_variable(tmp_path) 
         ("model.options.layers=1.5", "expected a whole number"),
     ],
 )
-def test_a_word_that_means_nothing_is_refused(setting: str, words: str, tmp_path, capsys) -> None:
+def test_train_refuses_unknown_setting_values(setting: str, words: str, tmp_path, capsys) -> None:
     assert main(["train", *SMALL, "--set", setting, "--out", str(tmp_path / "run")]) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_watch_refuses_the_beginning_of_no_name() -> None:
+def test_watch_refuses_a_frozen_prefix_of_no_parameter() -> None:
     import torch
 
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
@@ -279,7 +283,7 @@ def test_watch_refuses_the_beginning_of_no_name() -> None:
 # ---- 10: two writers, and endings -----------------------------------------------------------------------------------
 
 
-def test_two_processes_do_not_write_one_data_set(tmp_path, capsys) -> None:
+def test_simulate_refuses_a_second_writer(tmp_path, capsys) -> None:
     (tmp_path / "set.partial").mkdir()
     simulate = [
         "simulate",
@@ -301,9 +305,7 @@ def test_two_processes_do_not_write_one_data_set(tmp_path, capsys) -> None:
 
 @pytest.mark.usefixtures("terminal_signals")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_simulate_that_is_ended_says_how_it_goes_on_and_does(
-    sent: signal.Signals, tmp_path, monkeypatch, capsys
-) -> None:
+def test_simulate_stopped_by_a_signal_says_how_to_continue(sent: signal.Signals, tmp_path, monkeypatch, capsys) -> None:
     simulate = [
         "simulate",
         "--out",
@@ -324,7 +326,7 @@ def test_simulate_that_is_ended_says_how_it_goes_on_and_does(
     assert main(simulate) == 0 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_what_nohup_asked_for_is_kept(tmp_path, monkeypatch) -> None:
+def test_simulate_keeps_sighup_ignored_under_nohup(tmp_path, monkeypatch) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     monkeypatch.setattr(
         write,
@@ -353,7 +355,7 @@ def test_what_nohup_asked_for_is_kept(tmp_path, monkeypatch) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_data_set_of_ours_gives_its_task_only_where_nothing_else_was_said(tmp_path, capsys) -> None:
+def test_load_config_takes_the_data_sets_task_unless_set(tmp_path, capsys) -> None:
     written(tmp_path / "scenes", capsys, "--set", "task.snapshots=8")
     flags = {"data.path": str(tmp_path / "scenes")}
     assert load_config(preset="original", flags=flags).task.snapshots == 8

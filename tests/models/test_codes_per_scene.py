@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ris_fast.kernels.native import loader
 from torch import Tensor
 
 from ris_fast.config.schema import Loss, Task
 from ris_fast.health.preflight.inputs import hidden_change
+from ris_fast.kernels.native import loader
 from ris_fast.models import build_model
 from ris_fast.physics.baselines import baselines, mean_covariance
 from ris_fast.physics.channel import backproject, effective_channel, sense
@@ -56,9 +56,7 @@ WHO = {
 
 @pytest.mark.parametrize("compiler", [True, False], ids=["C++", "torch"])
 @pytest.mark.parametrize("who", WHO)
-def test_codes_a_scene_mean_what_each_scene_alone_means(
-    who: str, compiler: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_codes_per_scene_equal_each_scene_alone(who: str, compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiler:
         monkeypatch.setattr(loader, "available", lambda: False)
     scenes, answer = drawn(4), WHO[who]()
@@ -69,14 +67,14 @@ def test_codes_a_scene_mean_what_each_scene_alone_means(
     assert (other - together).norm() > 1e-2 * together.norm()
 
 
-def test_shared_codes_repeated_a_scene_change_no_bit() -> None:
+def test_with_own_codes_changes_no_bit() -> None:
     scenes = simulate(TASK, 5, SceneGenerator(3, "train"))
     for who in ("backprojection", "hybrid", "simulate"):
         answer = WHO[who]()
         assert torch.equal(answer(scenes), answer(scenes.with_own_codes())), who
 
 
-def test_rows_and_joins_carry_their_codes() -> None:
+def test_scenes_rows_and_concatenate_carry_their_codes() -> None:
     scenes, shared = drawn(6), simulate(TASK, 2, SceneGenerator(3, "train"))
     rows = torch.tensor([4, 1])
     assert torch.equal(scenes[rows].codes, scenes.codes[rows])
@@ -94,7 +92,7 @@ def test_baselines_do_not_depend_on_the_codes() -> None:
     assert baselines(mean_covariance([scenes]), [scenes]) == baselines(mean_covariance([shared]), [shared])
 
 
-def test_a_channel_hidden_from_each_scenes_codes_leaves_its_products() -> None:
+def test_hidden_change_keeps_the_effective_channel() -> None:
     scenes = drawn(3)
     hidden = hidden_change(scenes)
     assert (hidden.channel - scenes.channel).norm() > 0.1 * scenes.channel.norm()
@@ -106,7 +104,7 @@ def test_a_channel_hidden_from_each_scenes_codes_leaves_its_products() -> None:
     )
 
 
-def test_simulated_snapshots_are_those_of_their_codes() -> None:
+def test_simulate_uses_the_given_codes() -> None:
     quiet = drawn(3, replace(TASK, snr_min_db=110.0, snr_max_db=120.0, max_sources=1))
     field = quiet.factor[:, :, 0]
     clean, given = (
@@ -116,7 +114,7 @@ def test_simulated_snapshots_are_those_of_their_codes() -> None:
     assert ((clean.conj() * given).sum(1).abs() / (clean.norm(dim=1) * given.norm(dim=1)) - 1).abs().max() < 1e-4
 
 
-def test_complex_codes_are_taken_and_other_shapes_named() -> None:
+def test_simulate_takes_complex_codes_and_names_other_shapes() -> None:
     scenes, generator = drawn(2), SceneGenerator(3, "train")
     assert torch.equal(simulate(TASK, 2, generator, codes=to_complex(scenes.codes)).snapshots, scenes.snapshots)
     with pytest.raises(

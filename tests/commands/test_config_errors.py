@@ -19,7 +19,7 @@ FLOATS = [(kind, item.name) for kind in SECTIONS.values() for item in fields(kin
 
 @pytest.mark.parametrize("kind, name", FLOATS)
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 1e39])
-def test_every_number_is_finite_in_single_precision(kind: type, name: str, value: float) -> None:
+def test_config_refuses_floats_not_finite_in_float32(kind: type, name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{kind.__name__.lower()}.{name} = .* not a finite number"):
         kind(**{name: value})
 
@@ -37,7 +37,7 @@ def test_every_number_is_finite_in_single_precision(kind: type, name: str, value
         (Optimizer, {"ema_decay": 1}),
     ],
 )
-def test_what_no_run_can_use_is_out_of_range(kind: type, given: dict[str, float]) -> None:
+def test_config_refuses_values_out_of_range(kind: type, given: dict[str, float]) -> None:
     ((name, value),) = given.items()
     with pytest.raises(
         ConfigError,
@@ -62,7 +62,7 @@ def test_what_no_run_can_use_is_out_of_range(kind: type, given: dict[str, float]
     ],
 )
 @pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
-def test_scenes_at_the_limits_are_finite(extreme: dict[str, float], wavefront: str) -> None:
+def test_simulate_is_finite_at_the_limits_of_the_task(extreme: dict[str, float], wavefront: str) -> None:
     task = Task(ris_horizontal=3, ris_vertical=2, bs_antennas=2, snapshots=3, wavefront=wavefront, **extreme)
     drawn = simulate(task, 16, SceneGenerator(2**63 - 1, "train"))
     for tensor in (drawn.snapshots, drawn.channel, drawn.factor):
@@ -91,12 +91,12 @@ def test_scenes_at_the_limits_are_finite(extreme: dict[str, float], wavefront: s
         ),
     ],
 )
-def test_a_value_of_another_kind_is_told(make, said: str) -> None:
+def test_config_names_a_value_of_another_type(make, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         make()
 
 
-def test_numbers_of_numpy_and_paths_become_plain_and_read_back(tmp_path: Path) -> None:
+def test_config_makes_numpy_numbers_and_paths_plain(tmp_path: Path) -> None:
     task = Task(ris_horizontal=np.int64(8), wavelength_m=np.float32(0.25), range_max_m=7)
     assert [type(value) for value in (task.ris_horizontal, task.wavelength_m, task.range_max_m)] == [int, float, float]
     config = Config(
@@ -119,7 +119,7 @@ def test_numbers_of_numpy_and_paths_become_plain_and_read_back(tmp_path: Path) -
         ("[training", "is not valid TOML"),
     ],
 )
-def test_a_mistake_in_a_file_is_told_with_the_files_name(tmp_path: Path, text: str, said: str) -> None:
+def test_load_config_names_a_mistake_in_a_file(tmp_path: Path, text: str, said: str) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=said):
@@ -145,12 +145,12 @@ def test_a_mistake_in_a_file_is_told_with_the_files_name(tmp_path: Path, text: s
         ("Training.epochs=1", "Did you mean 'training'"),
     ],
 )
-def test_a_mistake_in_an_override_is_answered_with_what_was_meant(override: str, said: str) -> None:
+def test_load_config_suggests_what_an_override_meant(override: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
         load_config(None, "original", [override])
 
 
-def test_the_preset_follows_the_device_wherever_it_is_given(tmp_path: Path) -> None:
+def test_preset_follows_the_device(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('[training]\ndevice = "cuda"\n')
     assert load_config(file).preset == "full" and load_config(None, None, ["training.device=cuda:1"]).preset == "full"

@@ -89,14 +89,14 @@ def test_damage_is_named(tmp_path: Path, name: str, compressed: bool) -> None:
     assert error.where.endswith("bad.npz") and error.key == key and found in error.found, str(error)
 
 
-def test_damage_in_a_later_chunk_has_the_files_own_row(tmp_path: Path) -> None:
+def test_npz_damage_in_a_later_chunk_has_its_own_row(tmp_path: Path) -> None:
     arrays = original_arrays(300)
     arrays["y"][290] = np.nan
     assert "the first in scene 290" in refusal(write_npz(tmp_path / "bad.npz", arrays)).found
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_damage_in_a_folder_names_the_shard(tmp_path: Path, split: str) -> None:
+def test_npz_damage_in_a_folder_names_the_shard(tmp_path: Path, split: str) -> None:
     write_folders(tmp_path)
     arrays = original_arrays(9)
     arrays["H_full"][1] = np.nan
@@ -105,7 +105,7 @@ def test_damage_in_a_folder_names_the_shard(tmp_path: Path, split: str) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
-def test_truncated_files_are_named(tmp_path: Path, healthy: Path, share: float) -> None:
+def test_truncated_npz_is_named(tmp_path: Path, healthy: Path, share: float) -> None:
     whole = (healthy / "val" / "shard_000.npz").read_bytes()
     path = tmp_path / "cut.npz"
     path.write_bytes(whole[: int(share * len(whole))])
@@ -115,7 +115,7 @@ def test_truncated_files_are_named(tmp_path: Path, healthy: Path, share: float) 
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("key", ["y", "R"])
-def test_flipped_bytes_fail_the_checksum(tmp_path: Path, key: str, compressed: bool) -> None:
+def test_npz_flipped_bytes_fail_the_checksum(tmp_path: Path, key: str, compressed: bool) -> None:
     path = write_npz(tmp_path / "flipped.npz", original_arrays(14), compressed=compressed)
     raw = bytearray(path.read_bytes())
     at = raw.index(f"{key}.npy".encode()) + 1500
@@ -125,7 +125,7 @@ def test_flipped_bytes_fail_the_checksum(tmp_path: Path, key: str, compressed: b
     assert error.key == key and error.where == str(path)
 
 
-def test_a_member_with_a_ruined_header_is_named(tmp_path: Path) -> None:
+def test_npz_member_with_a_ruined_header_is_named(tmp_path: Path) -> None:
     path = write_npz(tmp_path / "header.npz", original_arrays(14))
     raw = bytearray(path.read_bytes())
     at = raw.index(b"\x93NUMPY", raw.index(b"ptr.npy"))
@@ -134,7 +134,7 @@ def test_a_member_with_a_ruined_header_is_named(tmp_path: Path) -> None:
     assert refusal(path).key == "ptr"
 
 
-def test_a_header_that_announces_too_much_is_named(tmp_path: Path) -> None:
+def test_npz_header_that_announces_too_much_is_named(tmp_path: Path) -> None:
     path = write_npz(tmp_path / "header.npz", original_arrays(14))
     raw = path.read_bytes()
     path.write_bytes(raw.replace(b"'shape': (14, 24, 24, 2)", b"'shape': (19, 24, 24, 2)"))
@@ -142,20 +142,20 @@ def test_a_header_that_announces_too_much_is_named(tmp_path: Path) -> None:
     assert error.key == "R" and "bytes" in error.found
 
 
-def test_other_files_are_not_npz(tmp_path: Path) -> None:
+def test_open_source_refuses_text_named_npz(tmp_path: Path) -> None:
     path = tmp_path / "notes.npz"
     path.write_text("not a zip")
     assert "no readable .npz" in refusal(path).found
 
 
-def test_an_npy_in_npz_clothing_is_named(tmp_path: Path) -> None:
+def test_open_source_refuses_npy_named_npz(tmp_path: Path) -> None:
     path = tmp_path / "array.npz"
     with open(path, "wb") as file:
         np.save(file, np.zeros(3, np.float32))
     assert "no readable .npz" in refusal(path).found
 
 
-def test_empty_places_are_named(tmp_path: Path) -> None:
+def test_open_source_names_empty_and_missing_folders(tmp_path: Path) -> None:
     assert refusal(tmp_path).found == "an empty folder"
     (tmp_path / "notes.txt").touch()
     assert "no .npz file" in refusal(tmp_path).found
@@ -167,17 +167,17 @@ def test_empty_places_are_named(tmp_path: Path) -> None:
     assert error.where.endswith("val") and error.found == "no such folder"
 
 
-def test_two_scenes_cannot_be_split(tmp_path: Path) -> None:
+def test_npz_of_two_scenes_cannot_be_split(tmp_path: Path) -> None:
     assert refusal(write_npz(tmp_path / "few.npz", original_arrays(2))).found == "2 scenes to split"
 
 
-def test_shards_must_agree_on_the_channel(tmp_path: Path) -> None:
+def test_npz_shards_must_agree_on_the_channel(tmp_path: Path) -> None:
     write_npz(tmp_path / "a.npz", original_arrays(5))
     write_npz(tmp_path / "b.npz", {k: v for k, v in original_arrays(5, seed=1).items() if k != "H_full"})
     error = refusal(tmp_path)
     assert error.key == "H_full" and error.where.endswith("b.npz")
 
 
-def test_a_healthy_file_is_not_refused(healthy: Path) -> None:
+def test_open_source_reads_a_healthy_npz(healthy: Path) -> None:
     source = open_source(Config(task=SMALL, data=Data(path=str(healthy))), "cpu")
     assert source.name == "npz" and set(npz_arrays(healthy / "val" / "shard_000.npz")) == set(original_arrays(3))

@@ -44,7 +44,7 @@ def plain_loop(kind: type, model: nn.Module, run: Any = None, batches: int = 6) 
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_under_a_compiled_model(when: str) -> None:
+def test_fused_adamw_under_a_compiled_model(when: str) -> None:
     """Optimizer built before or after compilation; no recompilation from step to step."""
     torch.compiler.reset()
     model = make()
@@ -60,7 +60,7 @@ def test_under_a_compiled_model(when: str) -> None:
 DDP = """
 import sys
 import torch, torch.distributed as dist
-from test_optimizer_frameworks import FusedAdamW, X, make, plain_loop, same
+from test_fused_adamw_frameworks import FusedAdamW, X, make, plain_loop, same
 rank, port, as_view = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 torch.set_num_threads(1)
@@ -87,9 +87,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize("as_view", [False, True])
-def test_under_distributed_data_parallel(as_view: bool) -> None:
+def test_fused_adamw_under_distributed_data_parallel(as_view: bool) -> None:
     """Two processes over gloo, each with its own data: both ranks hold the same bits, and what torch's AdamW would
     hold."""
     port = free_port()
@@ -118,7 +119,7 @@ def test_under_distributed_data_parallel(as_view: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_under_lightning(tmp_path: Any) -> None:
+def test_fused_adamw_under_lightning(tmp_path: Any) -> None:
     """Two epochs with accumulation over two batches, a checkpoint, and a resumed third epoch, beside torch's AdamW."""
     lightning = pytest.importorskip("lightning")
 
@@ -157,7 +158,7 @@ def test_under_lightning(tmp_path: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_under_accelerate(tmp_path: Any) -> None:
+def test_fused_adamw_under_accelerate(tmp_path: Any) -> None:
     """Accumulation, its own clipping, and a saved and restored state, beside torch's AdamW."""
     accelerate = pytest.importorskip("accelerate")
     results = []
@@ -182,7 +183,8 @@ def test_under_accelerate(tmp_path: Any) -> None:
     assert same(*results) and not same(results[0], make())
 
 
-def test_the_example_script_runs_and_learns() -> None:
+@pytest.mark.slow
+def test_plain_loop_example_runs_and_learns() -> None:
     script = os.path.join(os.path.dirname(__file__), "..", "..", "..", "examples", "plain_loop.py")
     done = subprocess.run(
         [sys.executable, "-W", "error", script],

@@ -59,7 +59,7 @@ def read(path: Path) -> Scenes:
 
 @pytest.mark.parametrize("place", ["compressed", "host", "mapped"])
 @pytest.mark.parametrize("form", [*FORMS])
-def test_scenes_do_not_depend_on_how_their_numbers_are_stored(
+def test_npz_source_reads_any_storage_form(
     tmp_path: Path, form: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = original_arrays(8)
@@ -72,13 +72,13 @@ def test_scenes_do_not_depend_on_how_their_numbers_are_stored(
         assert torch.equal(getattr(found, name), getattr(wanted, name)), name
 
 
-def test_whole_numbers_of_decibels_are_read(tmp_path: Path) -> None:
+def test_npz_source_reads_integer_snr(tmp_path: Path) -> None:
     arrays = original_arrays(8)
     arrays["snr"] = arrays["snr"].astype(np.int16)
     assert read(write_npz(tmp_path / "a.npz", arrays)).snr_db.dtype == torch.float32
 
 
-def test_keys_of_other_tools_are_left_alone(tmp_path: Path) -> None:
+def test_npz_source_ignores_keys_of_other_tools(tmp_path: Path) -> None:
     arrays = original_arrays(8)
     wanted = read(write_npz(tmp_path / "plain.npz", arrays))
     others = {
@@ -96,14 +96,14 @@ def test_keys_of_other_tools_are_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", [("R",), ("K", "snr", "H", "H_full")])
-def test_all_missing_keys_are_named_at_once(tmp_path: Path, lost: tuple[str, ...]) -> None:
+def test_npz_source_names_all_missing_keys(tmp_path: Path, lost: tuple[str, ...]) -> None:
     arrays = {key: value for key, value in original_arrays(8).items() if key not in lost}
     with pytest.raises(DataError) as caught:
         read(write_npz(tmp_path / "a.npz", arrays))
     assert caught.value.key == ("R" if lost == ("R",) else "K, snr, H or H_full")
 
 
-def test_the_settings_that_fit_the_files_are_named_at_once_and_fit(tmp_path: Path) -> None:
+def test_open_source_names_all_settings_that_fit(tmp_path: Path) -> None:
     write_npz(tmp_path / "a.npz", original_arrays(8, task=SMALL))
     square = Config(data=Data(path=str(tmp_path)))
     with pytest.raises(
@@ -116,9 +116,7 @@ def test_the_settings_that_fit_the_files_are_named_at_once_and_fit(tmp_path: Pat
         open_source(square, "cpu")
 
 
-def test_a_column_that_is_compressed_in_fortran_order_counts_as_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_npz_counts_memory_of_compressed_fortran_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = {key: np.asfortranarray(value) for key, value in original_arrays(20).items()}
     path = write_npz(tmp_path / "a.npz", arrays, compressed=True)
     monkeypatch.setattr(table, "free_memory", lambda: arrays["R"].nbytes)
@@ -146,7 +144,7 @@ def randomised(scenes: int, split: str = "train") -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("place", ["host", "mapped"])
-def test_codes_that_differ_by_scene_are_read(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npz_source_reads_codes_per_scene(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = randomised(30)
     write_npz(tmp_path / "train" / "a.npz", arrays)
     write_npz(tmp_path / "val" / "a.npz", original_arrays(6, split="val"))
@@ -161,7 +159,7 @@ def test_codes_that_differ_by_scene_are_read(tmp_path: Path, place: str, monkeyp
     assert not any("is not H_full c_l" in note for note in source.notes)
 
 
-def test_codes_that_differ_by_scene_are_counted_before_they_are_stored(tmp_path: Path) -> None:
+def test_npz_source_counts_memory_of_codes_per_scene(tmp_path: Path) -> None:
     write_npz(tmp_path / "a.npz", randomised(10))
     same = write_npz(tmp_path / "same" / "a.npz", original_arrays(10))
     source = NpzSource(Config(task=SMALL, data=Data(path=str(tmp_path / "a.npz"))), "cpu")
@@ -171,7 +169,7 @@ def test_codes_that_differ_by_scene_are_counted_before_they_are_stored(tmp_path:
     assert bytes_of[0] - bytes_of[1] == held == 10 * (8 * 24 * 4 + 4)
 
 
-def test_codes_of_any_size_are_compared_in_their_own_unit(tmp_path: Path) -> None:
+def test_npz_source_compares_codes_in_their_own_unit(tmp_path: Path) -> None:
     arrays = randomised(10)
     for key in ("codes", "H", "y"):
         arrays[key] *= np.float32(1e-6)
@@ -185,7 +183,7 @@ def test_codes_of_any_size_are_compared_in_their_own_unit(tmp_path: Path) -> Non
 # --------------------------------------------------------------------------------------
 
 
-def test_hidden_files_of_other_systems_are_read_past(tmp_path: Path) -> None:
+def test_open_source_skips_hidden_files(tmp_path: Path) -> None:
     write_folders(tmp_path)
     for split in ("train", "val"):
         (tmp_path / split / "._shard_000.npz").write_bytes(b"\x00\x05\x16\x07Mac OS X")
@@ -193,7 +191,7 @@ def test_hidden_files_of_other_systems_are_read_past(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["link", "folder", "pipe"])
-def test_what_is_no_file_among_the_shards_is_named(tmp_path: Path, what: str) -> None:
+def test_open_source_names_a_shard_that_is_no_file(tmp_path: Path, what: str) -> None:
     place = write_folders(tmp_path) / "train" / "shard_009.npz"
     if what == "link":
         place.symlink_to("/nowhere/shard.npz")
@@ -211,7 +209,7 @@ def test_what_is_no_file_among_the_shards_is_named(tmp_path: Path, what: str) ->
     assert caught.value.where == str(place) and caught.value.found == found
 
 
-def test_folders_may_have_names_in_no_encoding(tmp_path: Path) -> None:
+def test_open_source_takes_undecodable_folder_names(tmp_path: Path) -> None:
     place = Path(f"{tmp_path}/caf\udce9")
     write_folders(place)
     assert open_source(Config(task=SMALL, data=Data(path=str(place))), "cpu").size("val") == 12

@@ -11,11 +11,11 @@ from ris_fast.report.tables import text_table
 
 
 @pytest.mark.parametrize("sources", sorted(MMSE_BOUND_NMSE))
-def test_the_line_goes_through_the_table(sources: int) -> None:
+def test_mmse_bound_goes_through_its_table(sources: int) -> None:
     assert [mmse_bound_nmse(sources, snr) for snr in MMSE_BOUND_SNR_DB] == pytest.approx(list(MMSE_BOUND_NMSE[sources]))
 
 
-def test_the_line_falls_with_the_snr_and_its_average_is_about_two_hundredths() -> None:
+def test_mmse_bound_falls_with_the_snr() -> None:
     grid = [-5.0 + 0.25 * i for i in range(101)]
     for sources in range(1, 6):
         values = [mmse_bound_nmse(sources, snr) for snr in grid]
@@ -24,7 +24,7 @@ def test_the_line_falls_with_the_snr_and_its_average_is_about_two_hundredths() -
     assert 0.013 < mean < 0.024
 
 
-def test_a_number_of_sources_that_is_not_in_the_table_is_refused() -> None:
+def test_mmse_bound_refuses_six_sources() -> None:
     with pytest.raises(ValueError, match="1 to 5"):
         mmse_bound_nmse(6, 0.0)
 
@@ -40,11 +40,11 @@ def test_a_number_of_sources_that_is_not_in_the_table_is_refused() -> None:
         (None, "not measured"),
     ],
 )
-def test_a_figure_is_judged_against_the_constant_answer(nmse, words: str) -> None:
+def test_judge_compares_with_the_constant_answer(nmse, words: str) -> None:
     assert words in judge(nmse, {"zero": 1.0, "mean": 0.978})
 
 
-def test_tables_line_up_with_numbers_to_the_right() -> None:
+def test_text_table_aligns_numbers_to_the_right() -> None:
     table = text_table(["name", "NMSE", "scenes"], [["a", 0.123456, 1200], ["longer", None, 3]])
     assert table.splitlines() == [
         "name      NMSE  scenes",

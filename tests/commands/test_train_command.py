@@ -60,15 +60,13 @@ def run(outcome: Any, monkeypatch, tmp_path: Path) -> int:
         (KeyboardInterrupt(), 130),
     ],
 )
-def test_the_exit_code_says_how_the_run_ended(outcome: Any, code: int, monkeypatch, tmp_path, capsys) -> None:
+def test_train_exit_code_says_how_the_run_ended(outcome: Any, code: int, monkeypatch, tmp_path, capsys) -> None:
     assert run(outcome, monkeypatch, tmp_path) == code
     if isinstance(outcome, Exception):
         assert str(outcome) in capsys.readouterr().err
 
 
-def test_an_interrupt_names_the_command_that_continues_only_where_there_is_something_to_continue(
-    monkeypatch, tmp_path, capsys
-) -> None:
+def test_interrupt_names_the_resume_command_if_there_is_one(monkeypatch, tmp_path, capsys) -> None:
     assert run(KeyboardInterrupt(), monkeypatch, tmp_path) == 130
     assert "No checkpoint" in capsys.readouterr().err
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
@@ -86,13 +84,13 @@ def test_out_of_memory_names_the_batch_size_that_fits(outcome: BaseException, mo
     assert "--batch-size 8 --accumulate 8 fits" in capsys.readouterr().err
 
 
-def test_a_network_of_which_not_one_scene_fits_is_said_to_be_too_large(monkeypatch, tmp_path, capsys) -> None:
+def test_out_of_memory_says_when_not_one_scene_fits(monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.setattr(memory, "one_step_fits", lambda config: False)
     assert run(MemoryError(), monkeypatch, tmp_path) == 5
     assert "Not even one scene fits" in capsys.readouterr().err
 
 
-def test_a_step_that_fits_is_found_to_fit_and_one_that_does_not_is_not(monkeypatch) -> None:
+def test_one_step_fits_tells_what_fits_in_memory(monkeypatch) -> None:
     config = load_config(
         None,
         "laptop",
@@ -108,13 +106,13 @@ def test_a_step_that_fits_is_found_to_fit_and_one_that_does_not_is_not(monkeypat
     assert not memory.one_step_fits(config)
 
 
-def test_an_error_that_is_a_bug_is_not_hidden_and_is_no_failed_gradient_check(monkeypatch, tmp_path, capsys) -> None:
+def test_train_exits_70_with_a_traceback_on_a_bug(monkeypatch, tmp_path, capsys) -> None:
     assert run(RuntimeError("a bug"), monkeypatch, tmp_path) == 70
     said = capsys.readouterr().err
     assert "Traceback" in said and "RuntimeError: a bug" in said
 
 
-def test_a_new_run_gets_its_own_folder(monkeypatch, tmp_path) -> None:
+def test_new_folder_gives_each_run_its_own(monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
     config = load_config(preset="laptop")
     monkeypatch.setattr("time.strftime", lambda _: "20260101-000000")
@@ -127,13 +125,13 @@ def test_a_new_run_gets_its_own_folder(monkeypatch, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml"])
-def test_a_folder_that_holds_a_run_is_not_written_over(name: str, tmp_path) -> None:
+def test_new_folder_refuses_a_folder_that_holds_a_run(name: str, tmp_path) -> None:
     (tmp_path / name).touch()
     with pytest.raises(ConfigError, match="--resume"):
         run_folder.new_folder(load_config(preset="laptop"), tmp_path)
 
 
-def test_a_resumed_run_keeps_its_settings_and_remembers_where_they_came_from(tmp_path) -> None:
+def test_resumed_config_keeps_settings_and_provenance(tmp_path) -> None:
     config = load_config(None, "original", ["task.snapshots=8", "model.options.width=64"], {"training.epochs": 3})
     (tmp_path / "config.toml").write_text(render_toml(config))
     again = run_folder.resumed_config(tmp_path, {}, ["training.seed=5"], {"training.epochs": 4})
@@ -144,7 +142,7 @@ def test_a_resumed_run_keeps_its_settings_and_remembers_where_they_came_from(tmp
     assert again.provenance["model.options.width"] == "--set" and again.provenance["training.seed"] == "--set"
 
 
-def test_what_preflight_and_the_run_find_is_shown_at_once_with_its_fix(tmp_path, capsys) -> None:
+def test_train_prints_findings_at_once_with_their_fix(tmp_path, capsys) -> None:
     small = [
         "--set",
         "task.ris_horizontal=4",

@@ -46,7 +46,7 @@ def pair(**options: Any) -> tuple[nn.Module, FusedAdamW, nn.Module, AdamW]:
 @pytest.mark.parametrize("clear", [False, True])
 @pytest.mark.parametrize("to_none", [False, True])
 @pytest.mark.parametrize("who", ["optimizer", "model"])
-def test_every_way_of_clearing_gradients(clear: bool, to_none: bool, who: str) -> None:
+def test_fused_adamw_matches_torch_for_any_zero_grad(clear: bool, to_none: bool, who: str) -> None:
     ours, fused, plain, adamw = pair(clear_grads=clear)
     for _ in range(4):
         for model, optimizer in ((ours, fused), (plain, adamw)):
@@ -57,7 +57,7 @@ def test_every_way_of_clearing_gradients(clear: bool, to_none: bool, who: str) -
     assert same(ours, plain)
 
 
-def test_gradients_stay_unless_clearing_is_asked_for() -> None:
+def test_fused_adamw_keeps_gradients_without_clear_grads() -> None:
     ours, fused, plain, adamw = pair(max_grad_norm=1e-3)
     train(ours, fused, 1)
     loss_of(make()).backward()
@@ -74,7 +74,7 @@ def test_gradients_stay_unless_clearing_is_asked_for() -> None:
     assert all(p.grad is None for p in ours.parameters())
 
 
-def test_frozen_unused_and_thawed_parameters_equal_torch() -> None:
+def test_fused_adamw_matches_torch_on_frozen_and_thawed() -> None:
     ours, fused, plain, adamw = pair()
     for model, optimizer in ((ours, fused), (plain, adamw)):
         model[0].weight.requires_grad_(False)
@@ -92,7 +92,7 @@ def test_frozen_unused_and_thawed_parameters_equal_torch() -> None:
     )
 
 
-def test_tied_parameters_and_memory_formats() -> None:
+def test_fused_adamw_matches_torch_on_tied_and_channels_last() -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
         model = nn.Sequential(
@@ -113,13 +113,13 @@ def test_tied_parameters_and_memory_formats() -> None:
     assert ours[0].weight.is_contiguous(memory_format=torch.channels_last) and len(fused.tensor_names) == 5
 
 
-def test_memory_that_is_shared_but_not_tied_is_refused() -> None:
+def test_fused_adamw_refuses_memory_shared_but_not_tied() -> None:
     whole = torch.randn(10)
     with pytest.raises(ValueError, match="group0.0 and group0.1 are different but share memory"):
         FusedAdamW([nn.Parameter(whole[:6]), nn.Parameter(whole[4:])])
 
 
-def test_groups_schedulers_and_closures_equal_torch() -> None:
+def test_fused_adamw_matches_torch_on_groups_and_closures() -> None:
     results = []
     for kind in (FusedAdamW, AdamW):
         model = make()
@@ -154,7 +154,7 @@ def test_groups_schedulers_and_closures_equal_torch() -> None:
     assert same(*results)
 
 
-def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:
+def test_fused_adamw_refused_group_changes_nothing() -> None:
     model = make()
     optimizer = FusedAdamW(model[0].parameters(), lr=1e-2)
     for wrong in ({"lr": -1.0}, {"amsgrad": True}, {"eps": 0.0}):
@@ -164,7 +164,7 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:
     train(model, optimizer)
 
 
-def test_state_dict_goes_both_ways_with_torch() -> None:
+def test_fused_adamw_state_dict_goes_both_ways_with_torch() -> None:
     ours, fused, plain, adamw = pair(ema_decay=0.9)
     train(ours, fused)
     train(plain, adamw)
@@ -197,7 +197,7 @@ def refuse_on_load(saved: dict[str, Any], words: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "ema", "step"])
-def test_a_saved_tensor_of_another_shape_is_named_and_never_broadcast(key: str) -> None:
+def test_fused_adamw_names_a_saved_tensor_of_another_shape(key: str) -> None:
     model = make()
     optimizer = FusedAdamW(model.parameters(), ema_decay=0.9)
     train(model, optimizer)
@@ -231,14 +231,14 @@ def test_a_saved_tensor_of_another_shape_is_named_and_never_broadcast(key: str) 
     (lambda params: torch.optim.SGD(params, momentum=0.9), "no 'betas'"), (torch.optim.SGD, "no 'betas'"), (torch.optim.Adagrad, "no 'betas'"),
     (torch.optim.Adamax, "state of group0.0 has no 'exp_avg_sq'.*it has: step, exp_avg, exp_inf"),
 ])  # fmt: skip
-def test_the_state_of_another_kind_of_optimizer_is_refused_by_name(kind: Any, words: str) -> None:
+def test_fused_adamw_refuses_the_state_of_another_optimizer(kind: Any, words: str) -> None:
     model = make()
     other = kind(model.parameters())
     train(model, other)
     refuse_on_load(other.state_dict(), f"{words}.*another kind of optimizer saved it")
 
 
-def test_adam_stays_adam_and_adamw_stays_adamw_when_their_own_state_is_loaded() -> None:
+def test_fused_adamw_keeps_its_weight_decay_kind_on_load() -> None:
     for decoupled in (False, True):
         model = make()
         optimizer = FusedAdamW(model.parameters(), decoupled_weight_decay=decoupled)
@@ -247,7 +247,7 @@ def test_adam_stays_adam_and_adamw_stays_adamw_when_their_own_state_is_loaded() 
         assert optimizer.param_groups[0]["decoupled_weight_decay"] is decoupled
 
 
-def test_an_average_that_missed_steps_begins_again_with_a_warning() -> None:
+def test_fused_adamw_ema_that_missed_steps_begins_again() -> None:
     model = make()
     optimizer = FusedAdamW(model.parameters(), lr=1e-2, ema_decay=0.9)
     train(model, optimizer, 3)
@@ -269,7 +269,7 @@ def test_an_average_that_missed_steps_begins_again_with_a_warning() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_average_carried_by_torch_without_a_step_is_kept(dtype: torch.dtype) -> None:
+def test_fused_adamw_ema_carried_by_torch_is_kept(dtype: torch.dtype) -> None:
     model = make()
     optimizer, start = FusedAdamW(model.parameters(), lr=1e-2, ema_decay=0.9), AdamW(model.parameters(), lr=1e-2)
     train(model, start, 7)
@@ -298,7 +298,7 @@ def through_file(saved: Any) -> Any:
 
 
 @pytest.mark.parametrize("way", ["state_dict", "checkpoint_tensors", "deepcopy", "pickle"])
-def test_a_restored_optimizer_goes_on_with_the_same_bits(way: str) -> None:
+def test_fused_adamw_restored_continues_bitwise(way: str) -> None:
     model = make()
     options: dict[str, Any] = {
         "lr": 1e-2,
@@ -330,7 +330,7 @@ def test_a_restored_optimizer_goes_on_with_the_same_bits(way: str) -> None:
     assert not same(model, make())
 
 
-def test_checkpoint_of_another_model_is_refused() -> None:
+def test_fused_adamw_refuses_a_checkpoint_of_another_model() -> None:
     saved = FusedAdamW(make().parameters(), ema_decay=0.9)
     loss_of(make()).backward()
     model = make()
@@ -340,7 +340,7 @@ def test_checkpoint_of_another_model_is_refused() -> None:
         FusedAdamW([nn.Parameter(torch.ones(3))]).load_checkpoint_tensors(saved.checkpoint_tensors())
 
 
-def test_weights_can_be_saved_with_safetensors(tmp_path: Any) -> None:
+def test_fused_adamw_weights_can_be_saved_with_safetensors(tmp_path: Any) -> None:
     from safetensors.torch import load_file, load_model, save_file, save_model
 
     model = make()
@@ -356,7 +356,7 @@ def test_weights_can_be_saved_with_safetensors(tmp_path: Any) -> None:
     assert same(model, other, exactly=True)
 
 
-def test_a_saved_tensor_is_no_larger_than_itself() -> None:
+def test_fused_adamw_saved_tensor_is_no_larger_than_itself() -> None:
     model = make()
     optimizer = FusedAdamW(model.parameters(), ema_decay=0.9)
     train(model, optimizer, 1)
@@ -364,7 +364,7 @@ def test_a_saved_tensor_is_no_larger_than_itself() -> None:
         assert tensor.untyped_storage().nbytes() == 4 * model[0].bias.numel()
 
 
-def test_average_starts_at_the_weights_of_the_first_step() -> None:
+def test_fused_adamw_ema_starts_at_the_first_steps_weights() -> None:
     model = make()
     optimizer = FusedAdamW(model.parameters(), ema_decay=0.5, lr=0.0)
     model.load_state_dict(make(1).state_dict())  # weights read after the optimizer was built
@@ -375,7 +375,7 @@ def test_average_starts_at_the_weights_of_the_first_step() -> None:
         assert same(model, make(1), exactly=True)
 
 
-def test_averaged_weights_never_stay() -> None:
+def test_fused_adamw_ema_weights_never_stay() -> None:
     model = make()
     optimizer = FusedAdamW(model.parameters(), lr=0.1, ema_decay=0.9)
     train(model, optimizer)
@@ -406,7 +406,7 @@ def test_averaged_weights_never_stay() -> None:
         pass
 
 
-def test_moved_models() -> None:
+def test_fused_adamw_follows_or_names_a_moved_model() -> None:
     """Before the first step the optimizer follows; after it, an error names the way out."""
     ours, plain = make(), make()
     fused, adamw = FusedAdamW(ours.parameters(), ema_decay=0.9), AdamW(plain.parameters())
@@ -432,7 +432,7 @@ def test_moved_models() -> None:
     assert same(ours, plain) and fused.counters()["applied"] == 7
 
 
-def test_a_copied_model_is_noticed() -> None:
+def test_fused_adamw_warns_about_a_copied_model() -> None:
     model = make()
     optimizer = FusedAdamW(model.parameters())
     loss_of(copy.deepcopy(model)).backward()
@@ -441,7 +441,7 @@ def test_a_copied_model_is_noticed() -> None:
     assert optimizer.counters()["attempted"] == 0
 
 
-def test_sparse_gradients_are_refused() -> None:
+def test_fused_adamw_refuses_sparse_gradients() -> None:
     table = nn.Embedding(5, 3, sparse=True)
     optimizer = FusedAdamW(table.named_parameters())
     table(torch.tensor([1, 2])).sum().backward()
@@ -449,7 +449,7 @@ def test_sparse_gradients_are_refused() -> None:
         optimizer.step()
 
 
-def test_names_come_from_named_parameters_and_skips_name_the_tensor() -> None:
+def test_fused_adamw_names_tensors_and_the_first_bad_one() -> None:
     model = make()
     optimizer = FusedAdamW(model.named_parameters())
     assert optimizer.tensor_names == [name for name, _ in model.named_parameters()]
@@ -462,7 +462,7 @@ def test_names_come_from_named_parameters_and_skips_name_the_tensor() -> None:
     assert float(optimizer.state[model[0].weight]["step"]) == 0
 
 
-def test_names_averages_and_counters_follow_edited_lists() -> None:
+def test_fused_adamw_names_and_ema_follow_edited_lists() -> None:
     model = make()
     optimizer = FusedAdamW(model.named_parameters(), lr=1e-2, ema_decay=0.9, loss_scale="dynamic")
     train(model, optimizer)
@@ -492,7 +492,7 @@ def test_names_averages_and_counters_follow_edited_lists() -> None:
         assert torch.equal(gone, kept[gone])
 
 
-def test_any_choice_of_gradients_equals_torch_and_few_choices_are_remembered() -> None:
+def test_fused_adamw_matches_torch_on_any_choice_of_gradients() -> None:
     runs = []
     for kind in (FusedAdamW, AdamW):
         params = [nn.Parameter(torch.linspace(-1, 1, n)) for n in range(60, 68)]
@@ -513,7 +513,7 @@ def test_any_choice_of_gradients_equals_torch_and_few_choices_are_remembered() -
 
 
 @pytest.mark.parametrize("scale", [1024.0, "dynamic"])
-def test_loss_scale_does_not_change_the_result(scale: float | str) -> None:
+def test_fused_adamw_loss_scale_does_not_change_the_result(scale: float | str) -> None:
     ours, fused, plain, adamw = pair(loss_scale=scale, max_grad_norm=0.01)
     for _ in range(5):
         fused.zero_grad(), adamw.zero_grad()
@@ -527,7 +527,7 @@ def test_loss_scale_does_not_change_the_result(scale: float | str) -> None:
     assert fused.counters()["loss_scale"] == (1024.0 if scale == 1024.0 else 32768.0)
 
 
-def test_works_with_torchs_grad_scaler() -> None:
+def test_fused_adamw_works_with_torchs_grad_scaler() -> None:
     ours, fused, plain, adamw = pair()
     scalers = [torch.amp.GradScaler("cpu", init_scale=256.0) for _ in range(2)]
     for step in range(5):
@@ -547,7 +547,7 @@ def test_works_with_torchs_grad_scaler() -> None:
     assert same(ours, plain)
 
 
-def test_an_in_place_step_is_seen_by_autograd() -> None:
+def test_fused_adamw_step_is_seen_by_autograd() -> None:
     model = make()
     optimizer = FusedAdamW(model.parameters())
     train(model, optimizer, 1)
@@ -557,7 +557,7 @@ def test_an_in_place_step_is_seen_by_autograd() -> None:
         loss.backward()
 
 
-def test_hyperparameters_change_between_steps_without_the_step_reading_them() -> None:
+def test_fused_adamw_sync_hyperparameters_renews_them() -> None:
     """What a CUDA graph needs: the step runs on the device's values, `sync_hyperparameters` renews them."""
     ours, fused, plain, adamw = pair(max_grad_norm=1.0)
     train(ours, fused, 1), train(plain, adamw, 1)
@@ -573,7 +573,7 @@ def test_hyperparameters_change_between_steps_without_the_step_reading_them() ->
     assert same(ours, plain)
 
 
-def test_capture_needs_every_gradient_in_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_adamw_capture_needs_gradients_in_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     optimizer = FusedAdamW(model.named_parameters(), clear_grads=True)
     monkeypatch.setattr(optimizer.buffers, "capturing", lambda: True)
@@ -604,7 +604,7 @@ def test_capture_needs_every_gradient_in_the_buffer(monkeypatch: pytest.MonkeyPa
     ({"clear_grads": "no"}, "clear_grads is 'no'"), ({"maximize": "no"}, "maximize is 'no'"), ({"telemetry": "no"}, "telemetry is 'no'"),
     ({"ema_warmup": None}, "ema_warmup is None"), ({"decoupled_weight_decay": 0.5}, "decoupled_weight_decay is 0.5"),
 ])  # fmt: skip
-def test_wrong_arguments_are_named(options: dict[str, Any], words: str) -> None:
+def test_fused_adamw_names_wrong_arguments(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         FusedAdamW(make().parameters(), **options)
 
@@ -612,14 +612,14 @@ def test_wrong_arguments_are_named(options: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     "options", [{"foreach": True}, {"fused": True}, {"capturable": True}, {"foreach": False, "fused": False}]
 )
-def test_torchs_choice_of_implementation_is_accepted(options: dict[str, bool]) -> None:
+def test_fused_adamw_accepts_torchs_implementation_flags(options: dict[str, bool]) -> None:
     ours, plain = make(), make()
     train(ours, FusedAdamW(ours.parameters(), lr=1e-2, **options))
     train(plain, AdamW(plain.parameters(), lr=1e-2))
     assert same(ours, plain)
 
 
-def test_parameters_too_coarse_to_step_are_refused_by_name() -> None:
+def test_fused_adamw_refuses_float8_parameters_by_name() -> None:
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         with pytest.raises(ValueError, match=f"parameter w is {dtype}.*bfloat16"):
             FusedAdamW([("w", nn.Parameter(torch.ones(2).to(dtype), requires_grad=False))])

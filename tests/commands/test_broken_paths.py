@@ -46,7 +46,9 @@ def run(trained: Path, tmp_path: Path) -> Path:
         ("file/run", 3, "cannot be written"),
     ],
 )
-def test_a_folder_that_cannot_be_is_named(out: str, code: int, words: str, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_train_names_an_impossible_out_folder(
+    out: str, code: int, words: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
     monkeypatch.chdir(tmp_path)
     os.symlink("nowhere/x", "dangling")
     os.symlink("loop", "loop")
@@ -60,7 +62,7 @@ def test_a_folder_that_cannot_be_is_named(out: str, code: int, words: str, tmp_p
     "arguments",
     [["train", "--resume", LONG], ["train", LONG], ["train", "--data", LONG], ["evaluate", LONG], ["why", LONG]],
 )
-def test_a_name_that_no_file_can_have_is_named_without_a_traceback(
+def test_commands_name_an_overlong_path_without_traceback(
     arguments: list[str], tmp_path: Path, monkeypatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -79,7 +81,7 @@ def test_a_name_that_no_file_can_have_is_named_without_a_traceback(
         (["simulate", "--scenes", "4", "--out", ""], "--out"),
     ],
 )
-def test_an_empty_value_is_no_folder(arguments: list[str], name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_commands_refuse_an_empty_path(arguments: list[str], name: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     assert f"{name} is empty" in capsys.readouterr().err and not os.listdir()
@@ -109,6 +111,7 @@ def summary_is_a_folder(run: Path) -> None:
     (run / "summary.json").mkdir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "harm, told",
     [
@@ -119,7 +122,7 @@ def summary_is_a_folder(run: Path) -> None:
         (summary_is_a_folder, "metrics.jsonl or summary.json is not complete"),
     ],
 )
-def test_what_is_only_a_record_never_stops_a_run(harm, told: str, run: Path, capsys) -> None:
+def test_resume_survives_broken_plots_metrics_and_summary(harm, told: str, run: Path, capsys) -> None:
     harm(run)
     pictures = [] if "plots" in harm.__name__ else ["--set", "report.plots=false"]
     assert main(["train", "--resume", str(run), "--epochs", "2", *pictures]) == 4
@@ -130,7 +133,7 @@ def test_what_is_only_a_record_never_stops_a_run(harm, told: str, run: Path, cap
     assert json.loads((run / "checkpoints" / "last.json").read_text())["state"]["epoch"] == 2
 
 
-def test_rows_that_are_no_rows_are_skipped_or_named_by_line(run: Path) -> None:
+def test_read_events_skips_or_names_broken_rows(run: Path) -> None:
     rows = read_events(run)
     garbage(run)
     assert read_events(run, skip_broken=True)[: len(rows)] == rows
@@ -138,7 +141,7 @@ def test_rows_that_are_no_rows_are_skipped_or_named_by_line(run: Path) -> None:
         read_events(run)
 
 
-def test_a_damaged_checkpoint_ends_evaluate_and_resume_and_the_whole_one_is_named_and_works(run: Path, capsys) -> None:
+def test_damaged_checkpoint_error_offers_the_whole_one(run: Path, capsys) -> None:
     for name, other in (("best", "last"), ("last", "best")):
         path = run / "checkpoints" / f"{name}.safetensors"
         content = bytearray(whole := path.read_bytes())
@@ -153,7 +156,7 @@ def test_a_damaged_checkpoint_ends_evaluate_and_resume_and_the_whole_one_is_name
         path.write_bytes(whole)
 
 
-def test_what_killed_saves_left_goes_at_the_next_start_and_what_a_living_process_writes_stays(run: Path) -> None:
+def test_run_lock_removes_partial_files_of_dead_processes(run: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     places = [

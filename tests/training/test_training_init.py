@@ -22,9 +22,7 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("place, name", [("", "best"), ("checkpoints/last.safetensors", "last")])
-def test_a_run_starts_from_the_weights_of_another_and_from_nothing_else_of_it(
-    place: str, name: str, source: Path
-) -> None:
+def test_training_init_takes_weights_and_nothing_else(place: str, name: str, source: Path) -> None:
     config = small(f'training.init="{source / place}"', "task.snr_min_db=5.0", "data.seed=9")
     trainer = Trainer(config, callbacks=[told := Recorder()])
     expected, kind, _ = better_weights(source / "checkpoints", name)
@@ -36,9 +34,7 @@ def test_a_run_starts_from_the_weights_of_another_and_from_nothing_else_of_it(
     )
 
 
-def test_its_continuation_goes_on_from_its_own_checkpoint_even_where_the_other_run_is_gone(
-    source: Path, tmp_path: Path
-) -> None:
+def test_training_init_is_not_read_again_on_resume(source: Path, tmp_path: Path) -> None:
     copy = tmp_path / "gone"
     copy.mkdir()
     (copy / "checkpoints").symlink_to(source / "checkpoints")
@@ -55,7 +51,7 @@ def test_its_continuation_goes_on_from_its_own_checkpoint_even_where_the_other_r
         ((), "nowhere", ConfigError, "not there"),
     ],
 )
-def test_another_network_and_what_is_no_checkpoint_are_refused(
+def test_training_init_refuses_another_network_or_file(
     overrides, place: str, error: type, words: str, source: Path
 ) -> None:
     with pytest.raises(error, match=words):

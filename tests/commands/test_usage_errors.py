@@ -49,9 +49,7 @@ from ris_fast.config.load import load_config
         (["train", "--resume", "no-such-run"], "not a run folder"),
     ],
 )
-def test_a_mistake_is_answered_with_what_would_do(
-    arguments: list[str], answer: str, capsys, monkeypatch, tmp_path
-) -> None:
+def test_usage_error_says_what_would_do(arguments: list[str], answer: str, capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     said = capsys.readouterr()
@@ -59,7 +57,7 @@ def test_a_mistake_is_answered_with_what_would_do(
     assert said.out == "" and list(tmp_path.iterdir()) == []
 
 
-def test_print_config_shows_every_value_with_where_it_came_from_and_reads_back(capsys, tmp_path) -> None:
+def test_print_config_shows_provenance_and_reads_back(capsys, tmp_path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('preset = "original"\n[training]\nepochs = 7\nbatch_size = 32\n[optimizer]\neps = 1e-7\n')
     arguments = ["train", str(file), "--set", "task.snapshots=8", "--epochs", "9", "--print-config"]
@@ -73,7 +71,7 @@ def test_print_config_shows_every_value_with_where_it_came_from_and_reads_back(c
     assert load_config(again) == load_config(file, None, ["task.snapshots=8"], {"training.epochs": 9})
 
 
-def test_flags_reach_the_settings_they_name(capsys) -> None:
+def test_train_flags_reach_their_settings(capsys) -> None:
     assert (
         main(
             [
@@ -119,12 +117,12 @@ def test_help_is_not_an_error(arguments: list[str], capsys) -> None:
     assert capsys.readouterr().out.strip()
 
 
-def test_resume_refuses_what_belongs_to_a_new_run(capsys, tmp_path) -> None:
+def test_resume_refuses_flags_of_a_new_run(capsys, tmp_path) -> None:
     assert main(["train", "--resume", str(tmp_path), "--preset", "original", "--out", "x"]) == 2
     assert "Leave --preset, --out away" in capsys.readouterr().err
 
 
-def test_bench_finds_out_before_measuring_that_its_file_cannot_be_written(capsys, monkeypatch, tmp_path) -> None:
+def test_bench_checks_its_json_path_before_measuring(capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("ris_fast.commands.bench.run_bench", lambda *_: pytest.fail("measured"))
     assert main(["bench", "--device", "cpu", "--json", str(tmp_path)]) == 3
     assert f"{tmp_path} cannot be written: Is a directory" in capsys.readouterr().err

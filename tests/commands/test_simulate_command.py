@@ -43,7 +43,7 @@ def simulate(*arguments: str) -> int:
         (["--scenes", "4", "--out", "file"], 3, "new or empty folder"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_simulate_reports_a_mistake_in_one_line(
     arguments: list[str],
     code: int,
     answer: str,
@@ -60,7 +60,7 @@ def test_a_mistake_is_one_line(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_disk_that_refuses_is_one_line(
+def test_simulate_reports_a_disk_error_in_one_line(
     number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def refuse(_: int) -> None:
@@ -72,7 +72,7 @@ def test_a_disk_that_refuses_is_one_line(
     assert os.strerror(number) in said and str(tmp_path / "set.partial") in said and said.count("\n") == 1
 
 
-def test_the_device_of_the_settings_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_simulate_uses_the_configured_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[str] = []
     monkeypatch.setattr(
         "ris_fast.commands.simulate.choose_device", lambda name: (asked.append(name), torch.device("cpu"))[1]
@@ -86,6 +86,6 @@ def test_the_device_of_the_settings_is_used(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.mark.parametrize("seed", [2**53 + 1, 2**63 - 1])
-def test_a_large_seed_is_taken_to_the_last_digit(seed: int, tmp_path: Path) -> None:
+def test_simulate_takes_a_large_seed_to_the_last_digit(seed: int, tmp_path: Path) -> None:
     assert simulate("--scenes", "4", "--out", str(tmp_path / "set"), "--seed", str(seed)) == 0
     assert json.loads((tmp_path / "set" / "manifest.json").read_text())["seed"] == seed

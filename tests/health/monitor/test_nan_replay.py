@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from bench.faults.healthy_twins import TWINS
@@ -9,11 +10,11 @@ from ris_fast.health.monitor.nan_replay import replay
 from ris_fast.training.trainer import Trainer
 
 
-def test_a_finite_step_has_no_culprit() -> None:
+def test_nan_replay_finds_no_culprit_in_a_finite_step() -> None:
     assert replay(Trainer(TWINS["hybrid"]())) == []
 
 
-def test_the_term_and_the_operation_are_named_and_nothing_is_changed(monkeypatch) -> None:
+def test_nan_replay_names_term_and_operation(monkeypatch) -> None:
     from ris_fast.training import loss_terms as terms
 
     right = terms.chamfer
@@ -22,11 +23,12 @@ def test_the_term_and_the_operation_are_named_and_nothing_is_changed(monkeypatch
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     culprits = replay(trainer)
     assert [(culprit.term, culprit.operation) for culprit in culprits] == [("chamfer", "MulBackward0")]
-    assert "test_anomaly.py" in culprits[0].place and "term chamfer" in str(culprits[0])
+    assert "test_nan_replay.py" in culprits[0].place and "term chamfer" in str(culprits[0])
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
-def test_a_culprit_outside_of_the_table_is_seen() -> None:
+@pytest.mark.slow
+def test_nan_replay_sees_a_culprit_outside_the_terms() -> None:
     trainer = Trainer(TWINS["hybrid"]())
     forward = trainer.loss.forward
 

@@ -39,7 +39,7 @@ def averages(model: nn.Module, optimizer: FusedAdamW) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     "options", [{}, {"flatten_optimizer_state_dict": True}, {"full_state_dict": True, "cpu_offload": True}], ids=str
 )
-def test_distributed_checkpoint_restores_averages_and_counters(options: dict[str, bool]) -> None:
+def test_fused_adamw_distributed_checkpoint_restores_averages(options: dict[str, bool]) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
     how = StateDictOptions(**options)
@@ -54,7 +54,7 @@ def test_distributed_checkpoint_restores_averages_and_counters(options: dict[str
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_distributed_checkpoint_of_torchs_adamw_is_loaded() -> None:
+def test_fused_adamw_loads_distributed_checkpoint_of_torch() -> None:
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     (model, _), (other, optimizer) = made(), made()
@@ -78,7 +78,7 @@ def alone() -> Iterator[Any]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_sharded_parameters_are_refused_by_name(alone: Any) -> None:
+def test_fused_adamw_refuses_sharded_parameters_by_name(alone: Any) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     model, _ = made()

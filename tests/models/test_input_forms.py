@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from ris_fast.config.schema import Task
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.pursuit.op import pursuit_features
 from ris_fast.kernels.pursuit.samples import scenes as pursuit_scenes
 from ris_fast.kernels.scale import power_of_two
-from torch import Tensor, nn
-
-from ris_fast.config.schema import Task
 from ris_fast.models import build_model
 from ris_fast.physics.least_squares import least_squares_factor
 from ris_fast.physics.random import SceneGenerator
@@ -47,7 +47,7 @@ def factor(model: nn.Module, s: Scenes) -> Tensor:
 @backends
 @networks
 @pytest.mark.parametrize("what", ["snapshots", "channel"])
-def test_the_unit_of_snapshots_and_channel_does_not_matter(
+def test_networks_ignore_the_unit_of_snapshots_and_channel(
     name: str, what: str, compiler: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Powers of two change no bit; other scales, up to the ends of float32, no more than their rounding does."""
@@ -63,7 +63,7 @@ def test_the_unit_of_snapshots_and_channel_does_not_matter(
         assert (scaled - plain).norm() < close * plain.norm(), scale
 
 
-def test_large_arrays_do_not_see_the_unit_either() -> None:
+def test_pursuit_features_of_large_arrays_ignore_the_unit() -> None:
     """Where the C++ goes through H and the codes instead of G^H G."""
     y, h, *rest = pursuit_scenes(2, 20, 20, 16, 16, 3, sector=0.3)
     plain = pursuit_features(y, h, *rest)
@@ -73,9 +73,7 @@ def test_large_arrays_do_not_see_the_unit_either() -> None:
 
 
 @backends
-def test_a_scene_of_zeros_has_a_zero_factor_and_spoils_no_other(
-    compiler: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backprojection_of_a_scene_of_zeros_is_zero(compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiler:
         monkeypatch.setattr(loader, "available", lambda: False)
     model, scenes = network("backprojection"), drawn()
@@ -87,7 +85,7 @@ def test_a_scene_of_zeros_has_a_zero_factor_and_spoils_no_other(
         assert not answer[1].any() and torch.equal(answer[[0, 2, 3]], plain[[0, 2, 3]])
 
 
-def test_gradients_of_a_scene_of_zeros_are_finite() -> None:
+def test_network_gradients_of_scenes_of_zeros_are_finite() -> None:
     for name in OPTIONS:
         model, scenes = network(name), drawn()
         model(scenes.snapshots * 0.0, scenes.channel, scenes.codes, scenes.snr_db).factor.square().sum().backward()
@@ -96,7 +94,7 @@ def test_gradients_of_a_scene_of_zeros_are_finite() -> None:
 
 @backends
 @networks
-def test_nan_stays_nan_in_its_scene(name: str, compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_keep_nan_in_its_scene(name: str, compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiler:
         monkeypatch.setattr(loader, "available", lambda: False)
     model, scenes = network(name), drawn()
@@ -135,7 +133,7 @@ FORMS: dict[str, tuple[Callable[[Scenes], tuple], float]] = {
 
 @networks
 @pytest.mark.parametrize("form", FORMS)
-def test_every_natural_form_is_taken(name: str, form: str) -> None:
+def test_networks_take_every_natural_form_of_input(name: str, form: str) -> None:
     model, scenes = network(name), replace(drawn(), snr_db=torch.full((4,), 20.0))
     change, close = FORMS[form]
     plain, answer = factor(model, scenes), model(*change(scenes)).factor.detach()
@@ -145,7 +143,7 @@ def test_every_natural_form_is_taken(name: str, form: str) -> None:
 @networks
 @pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
 @pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
-def test_a_network_of_another_precision_answers_alike(
+def test_networks_of_another_precision_answer_alike(
     name: str, dtype: torch.dtype, close: float, wavefront: str
 ) -> None:
     """Its parameters are rounded; the constants of the physics are not."""
@@ -212,7 +210,7 @@ WRONG: dict[str, tuple[Callable[[Scenes], tuple], type[Exception], str]] = {
 
 @networks
 @pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_be_taken_is_named(name: str, case: str) -> None:
+def test_networks_name_inputs_they_cannot_take(name: str, case: str) -> None:
     change, kind, says = WRONG[case]
     with pytest.raises(kind, match=says) as error:
         network(name)(*change(drawn()))
@@ -225,13 +223,13 @@ def test_hybrid_names_another_number_of_snapshots() -> None:
         network("hybrid")(scenes.snapshots[:, :5], scenes.channel, scenes.codes[:5], scenes.snr_db)
 
 
-def test_any_snr_gives_a_finite_answer() -> None:
+def test_networks_are_finite_at_any_snr() -> None:
     for name in OPTIONS:
         scenes = replace(drawn(), snr_db=torch.tensor([-500.0, -60.0, 80.0, 500.0]))
         assert factor(network(name), scenes).isfinite().all(), name
 
 
-def test_least_squares_follows_the_units() -> None:
+def test_least_squares_factor_follows_the_units() -> None:
     scenes = drawn()
     plain = least_squares_factor(scenes)
     for y, h in ((2.0**70, 1.0), (2.0**-70, 1.0), (1.0, 2.0**70), (2.0**-40, 2.0**-100)):
@@ -239,14 +237,14 @@ def test_least_squares_follows_the_units() -> None:
         assert torch.equal(scaled, plain * (y / h))
 
 
-def test_true_directions_do_not_see_the_unit_of_power() -> None:
+def test_unit_columns_ignore_the_unit_of_power() -> None:
     scenes = drawn()
     assert torch.equal(unit_columns(scenes.factor * 2.0**-90), unit_columns(scenes.factor))
     torch.testing.assert_close(unit_columns(scenes.factor * 2.0**-90).square().sum((1, 3))[:, 0], torch.ones(4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_power_of_two_brings_every_scale_to_order_one(dtype: torch.dtype) -> None:
+def test_power_of_two_brings_every_scale_to_order_one(dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
     peaks = torch.tensor([info.max, 1.0, 1.999, 0.5, 3.0, info.tiny, info.tiny / 2], dtype=dtype)
     scale = power_of_two(peaks[:, None])

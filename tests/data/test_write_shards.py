@@ -27,7 +27,7 @@ def config(path: Path | str = "", seed: int = 5) -> Config:
     return Config(task=SMALL, data=Data(path=str(path), seed=seed))
 
 
-def test_an_interrupted_write_leaves_nothing_and_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_shards_continues_an_interrupted_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop_after(done: int, total: int) -> None:
         if done >= 32:
             raise KeyboardInterrupt
@@ -50,7 +50,7 @@ def test_an_interrupted_write_leaves_nothing_and_is_continued(tmp_path: Path, mo
     assert straight.read_text() == (out / "manifest.json").read_text()
 
 
-def test_unfinished_work_of_another_set_is_kept(tmp_path: Path) -> None:
+def test_write_shards_keeps_unfinished_work_of_another_set(tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
@@ -61,7 +61,7 @@ def test_unfinished_work_of_another_set_is_kept(tmp_path: Path) -> None:
     assert list((tmp_path / "set.partial").glob("train-*"))
 
 
-def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
+def test_write_shards_refuses_a_folder_that_is_not_empty(tmp_path: Path) -> None:
     written = write_shards(config(), tmp_path / "set", SIZES).parent
     before = (written / "manifest.json").read_bytes()
     with pytest.raises(DataError, match="choose another --out"):
@@ -72,13 +72,13 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
         write_shards(config(), tmp_path / "file", SIZES)
 
 
-def test_an_empty_folder_is_filled_and_parents_are_made(tmp_path: Path) -> None:
+def test_write_shards_fills_an_empty_folder_and_makes_parents(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert write_shards(config(), tmp_path / "empty", SIZES).exists()
     assert write_shards(config(), tmp_path / "a" / "b", 8).exists()
 
 
-def test_a_full_disk_is_named_and_the_same_call_finishes_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_shards_names_a_full_disk_and_finishes_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -90,7 +90,7 @@ def test_a_full_disk_is_named_and_the_same_call_finishes_later(tmp_path: Path, m
     assert write_shards(config(), tmp_path / "set", SIZES).exists()
 
 
-def test_a_set_of_which_no_scene_was_written_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_shards_ignores_a_plan_without_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(write, "_simulate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         write_shards(config(), tmp_path / "set", SIZES)
@@ -98,9 +98,7 @@ def test_a_set_of_which_no_scene_was_written_is_no_hindrance(tmp_path: Path, mon
     assert write_shards(config(seed=6), tmp_path / "set", SIZES).exists()
 
 
-def test_a_set_that_the_disk_cannot_hold_is_refused_before_it_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_shards_refuses_more_than_the_disk_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = sum(
         path.stat().st_size for path in write_shards(config(), tmp_path / "a", SIZES).parent.glob("*.safetensors")
     )
@@ -112,16 +110,14 @@ def test_a_set_that_the_disk_cannot_hold_is_refused_before_it_is_made(
     assert not (tmp_path / "b.partial").exists()
 
 
-def test_a_place_that_no_finished_set_can_take_is_refused_before_it_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_shards_refuses_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mounted").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda _: True)
     with pytest.raises(DataError, match="mount point.*--out .*mounted/scenes"):
         write_shards(config(), tmp_path / "mounted", SIZES)
 
 
-def test_the_folder_one_stands_in_and_a_link_can_be_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_shards_fills_the_current_folder_and_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "there")
     monkeypatch.chdir(tmp_path / "here")
@@ -129,12 +125,12 @@ def test_the_folder_one_stands_in_and_a_link_can_be_filled(tmp_path: Path, monke
     assert write_shards(config(), tmp_path / "link", SIZES) == tmp_path / "there" / "manifest.json"
 
 
-def test_sizes_of_the_other_splits() -> None:
+def test_split_sizes_follow_the_training_scenes() -> None:
     assert split_sizes(160_000) == {"train": 160_000, "val": 40_000, "test": 8_000}
     assert split_sizes(1) == {"train": 1, "val": 1, "test": 1}
 
 
 @pytest.mark.parametrize("sizes", [0, {"train": 5}, {"train": 5, "val": 0, "test": 1}])
-def test_empty_splits_are_refused(tmp_path: Path, sizes: Any) -> None:
+def test_write_shards_refuses_empty_splits(tmp_path: Path, sizes: Any) -> None:
     with pytest.raises(ConfigError, match="at least one scene"):
         write_shards(config(), tmp_path / "set", sizes)
