@@ -1,4 +1,4 @@
-"""What only a device can tell: launches and waits of a step by the profiler, and energy by the driver."""
+"""What only a device knows: launches and waits of a step by the profiler, and energy by the driver."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def energy(call: Callable[[], Any], device: torch.device, scenes: int, seconds: 
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
         before = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except Exception as error:  # no library, no driver access, or a card that does not count
-        return {"joules_a_scene": None, "note": f"the driver does not tell: {type(error).__name__}: {error}"}
+        return {"joules_a_scene": None, "note": f"the driver does not say: {type(error).__name__}: {error}"}
     synchronize(device)
     calls, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < seconds:

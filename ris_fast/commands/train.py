@@ -75,7 +75,7 @@ def _fit(
         if checkpoint is not None and report_resume_point(trainer, folder, checkpoint):
             return None
         trainer.callbacks += _callbacks(trainer, folder, console)
-        console.tell([*trainer.source.notes, *trainer.notes])
+        console.show_notes([*trainer.source.notes, *trainer.notes])
         if (note := fallback_note()) and trainer.device.type == "cpu":
             print(f"note: {note}")
         if trainer.network.compiled:
@@ -84,7 +84,7 @@ def _fit(
                 " (training.compile=false: none)",
                 flush=True,
             )
-        attach_run_health(trainer, folder, preflight=config.health.preflight and not checkpoint, tell=console.found)
+        attach_run_health(trainer, folder, preflight=config.health.preflight and not checkpoint, report=console.found)
         if profile:
             from ris_fast.training.profile import Profile
 
@@ -140,7 +140,7 @@ def fit_with_nan_replay(trainer: Any) -> dict[str, Any]:
         raise
 
 
-def attach_run_health(trainer: Any, folder: Path, *, preflight: bool, tell: Callable[[Any], None]) -> Watchdog:
+def attach_run_health(trainer: Any, folder: Path, *, preflight: bool, report: Callable[[Any], None]) -> Watchdog:
     """Puts the trainer under the watch of learning health, which shows what it finds at once; a run that preflight
     stops leaves its findings in the folder."""
     from ris_fast.health.monitor.attach import attach_health
@@ -152,7 +152,7 @@ def attach_run_health(trainer: Any, folder: Path, *, preflight: bool, tell: Call
             trainer,
             stop=stop,
             preflight=preflight,
-            tell=tell,
+            report=report,
             progress=lambda check: stage(f"preflight, done: {check.name}"),
         )
     except RunStopped as error:
@@ -165,7 +165,7 @@ def attach_run_health(trainer: Any, folder: Path, *, preflight: bool, tell: Call
     if preflight:
         print(preflight_line(watchdog, time.monotonic() - began), flush=True)
         for finding in watchdog.findings:
-            tell(finding)
+            report(finding)
     return watchdog
 
 

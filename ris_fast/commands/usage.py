@@ -55,7 +55,7 @@ def empty_value(tokens: Sequence[str]) -> str | None:
 
 
 def without_set(tokens: Sequence[str]) -> str | None:
-    """What to say where settings stand without --set, as in `--set a.b=1 c.d=2`; None where none does."""
+    """The advice where settings are given without --set, as in `--set a.b=1 c.d=2`; None where none does."""
     lonely = [
         word
         for before, word in pairwise(tokens)

@@ -1,4 +1,4 @@
-"""The networks by name. A network is imported when it is built, so that naming one costs nothing."""
+"""The networks and their names. A network is imported when it is built, so that naming one costs nothing."""
 
 from __future__ import annotations
 

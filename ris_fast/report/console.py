@@ -45,7 +45,7 @@ class ConsoleReport(Callback):
         self.baselines: Mapping[str, float] = {}
         self.info: Mapping[str, Any] = {}
         self.best = math.inf
-        self.told: set[str] = set()
+        self.shown_notes: set[str] = set()
         self.bar = _progress(self.console) if live else None
         self.task: TaskID | None = None
 
@@ -53,7 +53,7 @@ class ConsoleReport(Callback):
         self.info, self.baselines = info, info.get("baselines", {})
         for line in run_lines(info):
             self._print(line)
-        self.tell(info.get("notes", ()))
+        self.show_notes(info.get("notes", ()))
         if self.baselines:
             self._print(
                 "Validation NMSE: lower is better, and a network that has learned nothing stays at the baselines."
@@ -75,12 +75,12 @@ class ConsoleReport(Callback):
         self._print(epoch_line(row), "bold green" if better and score < self.baselines.get("mean", 1.0) else None)
         self._move_bar(row)
 
-    def tell(self, notes: Iterable[str]) -> None:
+    def show_notes(self, notes: Iterable[str]) -> None:
         """What a person should read before training, each line once."""
         for note in notes:
-            if note not in self.told:
+            if note not in self.shown_notes:
                 self._print(f"note: {note}", "bold yellow")
-                self.told.add(note)
+                self.shown_notes.add(note)
 
     def found(self, finding: Any) -> None:
         """A finding of the watch, at once and in three lines, above the bar where there is one."""
@@ -221,9 +221,9 @@ def certain_findings(summary: Mapping[str, Any]) -> list[str]:
     stopped, whose error says so."""
     if summary["verdict"] == "stopped":
         return []
-    told = [each for each in summary.get("evidence", ()) if each["cause"] in summary["findings"]]
-    shown = [each for each in told if each["certain"]] or [
-        each for each in told if each["cause"] == summary["findings"][0]
+    reported = [each for each in summary.get("evidence", ()) if each["cause"] in summary["findings"]]
+    shown = [each for each in reported if each["certain"]] or [
+        each for each in reported if each["cause"] == summary["findings"][0]
     ]
     named = (f"{each['cause']}: " if len(shown) > 1 else "" for each in shown)
     return [

@@ -11,11 +11,11 @@ from ris_fast.training.callback import Callback
 class Record(Callback):
     """Calls `callback` in its place; the first error that it raises is shown, and none ends the run.
 
-    Args: what: the record in a word or two; tell: shows a line to a person.
+    Args: what: the record in a word or two; report: shows a line to a person.
     """
 
-    def __init__(self, callback: Callback, what: str, tell: Callable[[str], Any]) -> None:
-        self.callback, self.what, self.tell, self.failed = callback, what, tell, False
+    def __init__(self, callback: Callback, what: str, report: Callable[[str], Any]) -> None:
+        self.callback, self.what, self.report, self.failed = callback, what, report, False
 
     def on_train_start(self, info: dict[str, Any]) -> None:
         self._try(self.callback.on_train_start, info)
@@ -34,5 +34,7 @@ class Record(Callback):
             method(values)
         except Exception as error:  # a full disk, or a library that an interrupt left half imported
             if not self.failed:
-                self.tell(f"note: {self.what} is not complete, training goes on: {str(error) or type(error).__name__}")
+                self.report(
+                    f"note: {self.what} is not complete, training goes on: {str(error) or type(error).__name__}"
+                )
             self.failed = True

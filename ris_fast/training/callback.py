@@ -1,4 +1,4 @@
-"""Callbacks: what is told about a run while it trains."""
+"""Callbacks: what observes a run while it trains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Callback:
-    """Base class of what `Trainer(config, callbacks=[...])` tells about its run; every method does nothing.
+    """Base class of the observers in `Trainer(config, callbacks=[...])`; every method does nothing.
 
     The trainer calls the callbacks of its list `callbacks` in order, each with one dict of plain numbers, texts and
     further dicts. They all get the same dict: a key that one adds is seen by those behind it. An error that a callback

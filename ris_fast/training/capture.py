@@ -87,7 +87,7 @@ class CapturedStep:
         return self._replay(planned)
 
     def _update(self, planned: int) -> StepResult:
-        """What is captured: the step over the scenes whose numbers stand in `index`."""
+        """What is captured: the step over the scenes whose numbers are in `index`."""
         return self.step.update([self.source.batch("train", index) for index in self.index], planned)
 
     def _ready(self, planned: int) -> bool:
@@ -136,7 +136,7 @@ class CapturedCall:
 
 
 def why_not(step: Step, source: SceneSource, config: Config) -> str:
-    """What is known beforehand to stand in the way of capturing a step; empty if nothing is."""
+    """What is known beforehand to prevent the capture of a step; empty if nothing is."""
     if not config.training.capture:
         return "as asked"
     if source.index_device.type != "cuda":

@@ -15,14 +15,14 @@ FIRST, STEPS, ROWS = 12, 5, 10  # the first steps are watched densely and warm t
 
 
 class Profile(Callback):
-    """Profiles steps FIRST .. FIRST + STEPS - 1 of this process, writes them into `folder` and tells what they cost.
+    """Profiles steps FIRST .. FIRST + STEPS - 1 of this process, writes them into `folder` and reports what they cost.
 
     From the start of the first to the end of the last, so that what lies between them, the making of scenes, is seen
     too.
     """
 
-    def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
-        self.folder, self.tell, self.steps = folder, tell, 0
+    def __init__(self, folder: Path, report: Callable[[str], None]) -> None:
+        self.folder, self.report, self.steps = folder, report, 0
         cuda = [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
         self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, *cuda])
 
@@ -41,7 +41,7 @@ class Profile(Callback):
             self.profiler.export_chrome_trace(str(partial))
         text = slowest_operations(self.profiler)
         write_text(self.folder / "operations.txt", text + "\n")
-        self.tell(
+        self.report(
             f"{text}\ntrace of {STEPS} steps, for chrome://tracing or ui.perfetto.dev: {self.folder / 'trace.json'}"
         )
 

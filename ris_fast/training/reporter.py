@@ -167,7 +167,7 @@ class MetricsReporter:
 
 
 def validation_reading(scores: Mapping[str, Score], drift: WeightDriftMonitor) -> dict[str, Any]:
-    """What a validation says of itself, besides the scores: name of the weights -> score."""
+    """What a validation reports besides the scores: name of the weights -> score."""
     return {
         "weight_drift_in_validation": drift.check(),
         "scores": {

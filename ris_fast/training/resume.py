@@ -49,7 +49,7 @@ def identity(config: Config, source: SceneSource) -> dict[str, Any]:
 
 
 def run_facts(config: Config, source: SceneSource, state: RunState, planned_steps: int) -> dict[str, Any]:
-    """What a checkpoint remembers of its run besides tensors: where it stands, and the settings it depends on."""
+    """What a checkpoint remembers of its run besides tensors: its progress, and the settings it depends on."""
     training = config.training
     return {
         "state": state.to_json(),
@@ -121,7 +121,7 @@ def _state_of(manifest: Mapping[str, Any], path: Path) -> RunState:
         return RunState.from_json(manifest["state"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is damaged: what it says of where the run stands cannot be read ({error}). "
+            f"{path} is damaged: its record of the run's progress cannot be read ({error}). "
             "Use another checkpoint of this run."
         ) from error
 
@@ -142,7 +142,7 @@ def _same_run(manifest: Mapping[str, Any], run: Path, config: Config, source: Sc
     size = config.training.batch_size * config.training.accumulate
     if manifest["state"]["epoch_step"] and manifest.get("step_scenes", size) != size:
         raise ConfigError(
-            f"--resume {run}: the run stands within an epoch of steps of {manifest['step_scenes']} scenes, "
+            f"--resume {run}: the run is within an epoch of steps of {manifest['step_scenes']} scenes, "
             f"and batch size times accumulation is {size} now. Keep the product, {manifest['step_scenes']}, or resume "
             "from a checkpoint at the end of an epoch."
         )
@@ -158,7 +158,7 @@ def _take_best(state: RunState, folder: Path, manifest: Mapping[str, Any]) -> li
     """Sets the best score so far to that of the best checkpoint itself, and returns what is to be said of it.
 
     What the last checkpoint remembers may be older (a kill between the two saves, a last checkpoint put back) or of
-    weights that are lost; a worse epoch must not replace the first, and nothing can stand for the second.
+    weights that are lost; a worse epoch must not replace the first, and nothing can replace the second.
     """
     path, found = folder / f"{BEST}.safetensors", read_whole(folder, BEST)
     if found is None:

@@ -1,4 +1,4 @@
-"""Where a run stands: what a checkpoint must remember to continue it, and the meters of an epoch."""
+"""Progress of a run: what a checkpoint must remember to continue it, and the meters of an epoch."""
 
 from __future__ import annotations
 

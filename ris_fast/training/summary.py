@@ -1,4 +1,4 @@
-"""What a run says of itself at its start and at its end, as one mapping of plain values each."""
+"""What a run reports at its start and at its end, as one mapping of plain values each."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Trainer(Built):
 
     Args:
         folder: where checkpoints go; None writes nothing.
-        callbacks: told about the run, in order; also `trainer.callbacks`, a list that may be changed before `fit`.
+        callbacks: called as the run proceeds, in order; also `trainer.callbacks`, a list that may be changed before `fit`.
         resume: continue from `folder`'s last checkpoint, or from the one of this name.
         progress: called with (scenes read, scenes in all) while data files are read and checked.
         observer: what `callbacks` was in earlier versions.
@@ -128,7 +128,7 @@ class Trainer(Built):
         self._capture()
 
     def _fit(self) -> dict[str, Any]:
-        self._tell("on_train_start", self._info())
+        self._notify("on_train_start", self._info())
         self.reporter.read_counters()  # steps that somebody made before are not the loop's
         findings, verdict, ended_by = [], None, {}
         self.started = time.monotonic() - self.state.seconds
@@ -152,8 +152,8 @@ class Trainer(Built):
             raise
         finally:
             outcome = self._summary(verdict, findings) | ended_by
-            self._tell("on_summary", outcome)
-            self._tell("on_train_end", outcome)
+            self._notify("on_summary", outcome)
+            self._notify("on_train_end", outcome)
         return outcome
 
     def _epoch(self) -> None:
@@ -264,7 +264,7 @@ class Trainer(Built):
         if state.epoch % self.config.report.checkpoint_epochs == 0 or self._time_over():
             self._save("last")
         self.plan.update(state.step, state.seconds)
-        self._tell("on_epoch_end", row)
+        self._notify("on_epoch_end", row)
 
     def _score(self, averaged: bool = False) -> Score:
         def score() -> Score:
@@ -281,20 +281,20 @@ class Trainer(Built):
             save(self.folder, name, self.model, self.optimizer, facts)
 
     def _restore(self, name: str) -> None:
-        self.first_norms = weight_norms(self.model)  # the seed's, as when the run began
+        self.first_norms = weight_norms(self.model)  # of the untrained network, as when the run began
         found = restore(self.folder or Path("."), name, self.config, self.source, self.model, self.optimizer)
         self.state, self.plan = found.state, found.plan(self.config.training, self.epoch_steps)
         self.notes += found.notes
 
-    # ---- what is told -------------------------------------------------------------------------------------------
+    # ---- what callbacks receive ---------------------------------------------------------------------------------
 
-    def _tell(self, event: str, values: dict[str, Any]) -> None:
+    def _notify(self, event: str, values: dict[str, Any]) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(values)
 
     def _log(self, row: dict[str, Any] | None) -> None:
         if row is not None:
-            self._tell("on_log", row)
+            self._notify("on_log", row)
 
     def _info(self) -> dict[str, Any]:
         return info(

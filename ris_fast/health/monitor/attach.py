@@ -19,16 +19,16 @@ def attach_health(
     stop: bool = True,
     preflight: bool = True,
     progress: Callable[[Result], None] | None = None,
-    tell: Callable[[Finding], None] | None = None,
+    report: Callable[[Finding], None] | None = None,
 ) -> Trainer:
     """The same trainer under watch: `attach_health(Trainer(config)).fit()`.
 
     The watchdog is the last of `trainer.callbacks`, so that it judges a row after the others have recorded it; the
-    findings are at `trainer.callbacks[-1].findings` and in the summary. `tell` is called with each finding that the run
+    findings are at `trainer.callbacks[-1].findings` and in the summary. `report` is called with each finding that the run
     shows, when it is first made.
     Raises: RunStopped (exit code 4) where preflight is certain of a structural mistake, unless `stop` is False.
     """
-    watchdog = Watchdog(trainer, stop=stop, tell=tell)
+    watchdog = Watchdog(trainer, stop=stop, report=report)
     trainer.callbacks.append(watchdog)
     if preflight:
         found = watchdog.preflight(progress)
@@ -45,10 +45,12 @@ def attach_health(
 
 
 def watched(trainer: Trainer, **options: Any) -> Trainer:
-    """The former name of `attach_health`."""
+    """The former name of `attach_health`, whose `report` was called `tell`."""
     warnings.warn(
         "ris_fast.health.watched is attach_health now; the next release has the new name only.",
         FutureWarning,
         stacklevel=2,
     )
+    if "tell" in options:
+        options["report"] = options.pop("tell")
     return attach_health(trainer, **options)

@@ -23,7 +23,7 @@ class Watchdog(Callback):
     Args:
         muted: causes that are not reported; those of `health.mute` are added.
         stop: end the run (RunStopped, exit code 4) at a certain finding that is structural or breaks a contract.
-        tell: called with each finding when a row first shows it; not with one that ends the run, which its error names.
+        report: called with each finding when a row first shows it; not with one that ends the run, which its error names.
     """
 
     def __init__(
@@ -32,9 +32,9 @@ class Watchdog(Callback):
         muted: Iterable[str] = (),
         *,
         stop: bool = False,
-        tell: Callable[[Finding], None] | None = None,
+        report: Callable[[Finding], None] | None = None,
     ) -> None:
-        self.trainer, self.stop, self.tell = trainer, stop, tell
+        self.trainer, self.stop, self.report = trainer, stop, report
         self.muted = known_causes(muted, "muted") | known_causes(words(trainer.config.health.mute), "health.mute")
         check_beginnings(
             words(trainer.config.health.frozen), [name for name, _ in trainer.model.named_parameters()], "health.frozen"
@@ -106,6 +106,6 @@ class Watchdog(Callback):
         first = next(iter(ranked(new, self.muted)), None)
         if stop and self.stop and first is not None and first.certain and first.severity in STOPPING:
             raise RunStopped(str(first), first.cause)
-        if event != "finish" and self.tell is not None:
+        if event != "finish" and self.report is not None:
             for finding in ranked(first_seen, self.muted):
-                self.tell(finding)
+                self.report(finding)
