@@ -6,7 +6,7 @@ The operator returns value and unit gradient from one pass, so that backward is 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ FAMILY = Family("cov_nmse", (OPERATOR,))
 
 def cov_nmse(
     factor: Tensor,
-    *unnamed: Any,
+    *unnamed: Never,
     target_factor: Tensor | None = None,
     target_cov: Tensor | None = None,
     sample_factor: Tensor | None = None,
@@ -114,7 +114,7 @@ def cov_nmse(
     loading_side: str = "both",
     check_finite: bool = False,
     validate: bool | None = None,
-    **unknown: Any,
+    **unknown: Never,
 ) -> Tensor:
     """Covariance NMSE |R_eff - T_eff|^2 / |T_eff|^2 of R = F F^H against a target, differentiable in F, once.
 

@@ -7,6 +7,7 @@ from torch import nn
 
 import ris_fast
 from ris_fast import (
+    Callback,
     CovarianceLoss,
     FusedAdamW,
     RISArray,
@@ -31,12 +32,14 @@ SceneGenerator(seed="0")  # type: ignore[arg-type]
 Scenes(snapshots=angles)  # type: ignore[call-arg]
 RISArray(wavelength="0.3")  # type: ignore[call-arg]
 steering(RISArray(), 0.1, angles, angles)  # type: ignore[arg-type]
-cov_nmse(angles, target=angles)  # type: ignore[call-arg]
+cov_nmse(angles, target=angles)  # type: ignore[arg-type]
+cov_nmse(angles, angles)  # type: ignore[arg-type]
 cov_nmse(angles, target_factor=[0.0])  # type: ignore[arg-type]
 CovarianceLoss(config.task)  # type: ignore[arg-type]
 build_model(model)  # type: ignore[arg-type]
 FusedAdamW(model.parameters(), learning_rate=1e-3)  # type: ignore[call-arg]
 Trainer("laptop")  # type: ignore[arg-type]
+Trainer(config, callbacks=[Callback]).fit()  # type: ignore[list-item]
 Trainer(config).train()  # type: ignore[attr-defined]
 watch(model)  # type: ignore[call-arg]
 watch(model, torch.optim.SGD(model.parameters(), lr=0.1)).reports()  # type: ignore[attr-defined]
