@@ -16,9 +16,12 @@ et al., ICML 2013, with torch's 1e-6 in the denominator.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .arguments import Accumulate, Apply, Decide, Measure
 from .layout import ROW, Coefficient, Group, Hyper, Segment, State, Telemetry
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -30,50 +33,26 @@ def _row_owner(segments: Tensor, rows: int) -> Tensor:
     return torch.repeat_interleave(owners, segments[:, Segment.PADDED] // ROW, output_size=rows)
 
 
-def accumulate(
-    gradients: list[Tensor],
-    starts: list[int],
-    grad: Tensor,
-    chunks: Tensor,
-    segments: Tensor,
-    partial: Tensor,
-    sums: Tensor,
-    state: Tensor,
-    tickets: Tensor,
-    scale: float,
-    overwrite: bool,
-    norm: bool,
-) -> None:
+def accumulate(*args: Any) -> None:
     """grad <- (0 if overwrite else grad) + scale * gradients; the i-th gradient begins at element starts[i].
 
     A tensor without gradient is given as an empty one. With `norm` also writes what `measure` writes.
     """
-    for gradient, start in zip(gradients, starts, strict=True):
-        view = grad[start : start + gradient.numel()]
-        scaled = gradient.reshape(-1).to(grad.dtype) * scale
-        view.copy_(scaled if overwrite else view + scaled)
-    if norm:
-        _totals(grad, segments, sums, state)
+    a = Accumulate(*args)
+    for gradient, start in zip(a.gradients, a.starts, strict=True):
+        view = a.grad[start : start + gradient.numel()]
+        scaled = gradient.reshape(-1).to(a.grad.dtype) * a.scale
+        view.copy_(scaled if a.overwrite else view + scaled)
+    if a.norm:
+        _totals(a.grad, a.segments, a.sums, a.state)
 
 
-def measure(
-    grad: Tensor,
-    chunks: Tensor,
-    segments: Tensor,
-    hyper: Tensor,
-    partial: Tensor,
-    sums: Tensor,
-    telemetry: Tensor,
-    steps: Tensor,
-    coefficients: Tensor,
-    state: Tensor,
-    tickets: Tensor,
-    finish: bool,
-) -> None:
+def measure(*args: Any) -> None:
     """Pass one. `chunks`, `partial` and `tickets` are for the kernels and not used here."""
-    _totals(grad, segments, sums, state)
-    if finish:
-        decide(segments, hyper, sums, telemetry, steps, coefficients, state)
+    a = Measure(*args)
+    _totals(a.grad, a.segments, a.sums, a.state)
+    if a.finish:
+        decide(a.segments, a.hyper, a.sums, a.telemetry, a.steps, a.coefficients, a.state)
 
 
 def _totals(grad: Tensor, segments: Tensor, sums: Tensor, state: Tensor) -> None:
@@ -86,11 +65,10 @@ def _totals(grad: Tensor, segments: Tensor, sums: Tensor, state: Tensor) -> None
     state[State.SUMSQ : State.BAD + 1] = sums.sum(0)
 
 
-def decide(
-    segments: Tensor, hyper: Tensor, sums: Tensor, telemetry: Tensor, steps: Tensor, coefficients: Tensor, state: Tensor
-) -> None:
+def decide(*args: Any) -> None:
     """From the totals in `state` to norm, skip, clip, counters and loss scale; then per tensor: telemetry, step,
     coefficients."""
+    segments, hyper, sums, telemetry, steps, coefficients, state = Decide(*args)
     scale = state[State.SCALE] * state[State.EXTERNAL_SCALE]
     norm = state[State.SUMSQ].sqrt() / scale
     skip = (state[State.BAD] + state[State.EXTERNAL_BAD] > 0) | ~norm.isfinite()
@@ -146,46 +124,32 @@ def _count(hyper: Tensor, sums: Tensor, state: Tensor, norm: Tensor, skip: Tenso
     state[State.GROWTH] = torch.where(dynamic & ~grow, growth, 0.0)
 
 
-def apply(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    ema: Tensor | None,
-    chunks: Tensor,
-    segments: Tensor,
-    hyper: Tensor,
-    partial: Tensor,
-    telemetry: Tensor,
-    coefficients: Tensor,
-    state: Tensor,
-    tickets: Tensor,
-    clear: bool,
-) -> None:
+def apply(*args: Any) -> None:
     """Pass two. A skipped step and a tensor without gradient leave everything bit-identical (a cleared gradient apart).
 
     Numerics: bfloat16 and float16 buffers are updated in float32 and rounded once.
     """
-    wide = torch.float32 if param.dtype in _HALF else param.dtype
-    owner = _row_owner(segments, param.numel() // ROW)
-    live = segments[:, Segment.CHUNKS] > 0
-    keep = (live & (state[State.SKIP] == 0))[owner][:, None]
-    c = coefficients.to(wide)[owner][:, :, None].unbind(1)
-    p = param.view(-1, ROW).to(wide, copy=True)
-    g, m, v = (x.view(-1, ROW).to(wide) for x in (grad, exp_avg, exp_avg_sq))
+    a = Apply(*args)
+    wide = torch.float32 if a.param.dtype in _HALF else a.param.dtype
+    owner = _row_owner(a.segments, a.param.numel() // ROW)
+    live = a.segments[:, Segment.CHUNKS] > 0
+    keep = (live & (a.state[State.SKIP] == 0))[owner][:, None]
+    c = a.coefficients.to(wide)[owner][:, :, None].unbind(1)
+    p = a.param.view(-1, ROW).to(wide, copy=True)
+    g, m, v = (x.view(-1, ROW).to(wide) for x in (a.grad, a.exp_avg, a.exp_avg_sq))
 
     g = g * c[Coefficient.GRADIENT] + c[Coefficient.L2] * p
     m = m + c[Coefficient.MOMENT1] * (g - m)
     v = v * c[Coefficient.BETA2] + c[Coefficient.MOMENT2] * g * g
     new = p * c[Coefficient.DECAY] - c[Coefficient.STEP] * m / (v.sqrt() * c[Coefficient.ROOT] + c[Coefficient.EPS])
-    _write(keep, (param, new), (exp_avg, m), (exp_avg_sq, v))
-    if ema is not None:
-        average = ema.view(-1, ROW)
-        weight = state[State.EMA_WEIGHT].to(ema.dtype)
-        _write(keep, (ema, average + weight * (param.view(-1, ROW).to(ema.dtype) - average)))
-    if clear:
-        grad.view(-1, ROW).masked_fill_(live[owner][:, None], 0.0)
-    _norms(telemetry, hyper, keep, owner, param.view(-1, ROW), p)
+    _write(keep, (a.param, new), (a.exp_avg, m), (a.exp_avg_sq, v))
+    if a.ema is not None:
+        average = a.ema.view(-1, ROW)
+        weight = a.state[State.EMA_WEIGHT].to(a.ema.dtype)
+        _write(keep, (a.ema, average + weight * (a.param.view(-1, ROW).to(a.ema.dtype) - average)))
+    if a.clear:
+        a.grad.view(-1, ROW).masked_fill_(live[owner][:, None], 0.0)
+    _norms(a.telemetry, a.hyper, keep, owner, a.param.view(-1, ROW), p)
 
 
 def _write(keep: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:

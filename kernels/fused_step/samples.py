@@ -13,27 +13,10 @@ from torch import Tensor
 
 from ..registry import Cost, Sample
 from . import native, reference
+from .arguments import TENSORS
 from .layout import Coefficient, Segment, State, Telemetry, padded, scratch, tables
 
 FLATS = ("param", "grad", "exp_avg", "exp_avg_sq", "ema")
-ARGUMENTS = {
-    "accumulate": ("gradients", "starts", "grad", "chunks", "segments", "partial", "sums", "state", "tickets"),
-    "measure": (
-        "grad",
-        "chunks",
-        "segments",
-        "hyper",
-        "partial",
-        "sums",
-        "telemetry",
-        "steps",
-        "coefficients",
-        "state",
-        "tickets",
-    ),
-    "decide": ("segments", "hyper", "sums", "telemetry", "steps", "coefficients", "state"),
-    "apply": (*FLATS, "chunks", "segments", "hyper", "partial", "telemetry", "coefficients", "state", "tickets"),
-}
 RESULTS = {  # what a phase writes, its scratch apart
     "accumulate": ("grad", "sums", "state"),
     "measure": ("sums", "telemetry", "steps", "coefficients", "state"),
@@ -88,7 +71,7 @@ def buffers(
         (State.APPLIED, 3),
     ):
         made["state"][slot] = value
-    reference.measure(*(made[name] for name in ARGUMENTS["measure"]), True)
+    reference.measure(*(made[name] for name in TENSORS["measure"]), True)
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in made.items()}
 
 
@@ -96,7 +79,7 @@ def _sample(phase: str, name: str, extra: tuple[Any, ...]) -> Sample:
     def make(device: torch.device | str, dtype: torch.dtype) -> tuple[Any, ...]:
         made = buffers(SIZES[name], dtype=dtype, device=device, chunk=4096)
         made["gradients"] = [g.to(device) for g in made["gradients"]]
-        return *(made[key] for key in ARGUMENTS[phase]), *extra
+        return *(made[key] for key in TENSORS[phase]), *extra
 
     return Sample(name, make, small=name != "many small")
 
@@ -122,6 +105,6 @@ def record(phase: str) -> dict[str, Any]:
         "samples": tuple(_sample(phase, name, extra) for name in SIZES for extra in EXTRAS[phase]),
         "cost": COSTS[phase],
         "results": 0,
-        "mutates": tuple(i for i, name in enumerate(ARGUMENTS[phase]) if name in RESULTS[phase]),
+        "mutates": tuple(i for i, name in enumerate(TENSORS[phase]) if name in RESULTS[phase]),
         "dtypes": (torch.float32,),
     }

@@ -11,11 +11,14 @@ Not yet run on a GPU: interpreted on CPU against the reference, and compiled ahe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import Accumulate, Apply, Decide, Measure
 from .layout import Chunk, Coefficient, Group, Hyper, Segment, State, Telemetry
 
 CHUNK = 4096  # elements a program
@@ -140,21 +143,12 @@ def _add_tensors(sums_ptr, segments_ptr, tensors, ADD: tl.constexpr):
 
 
 @triton.jit
-def _decide(
-    sumsq,
-    bad,
-    first_bad,
-    segments_ptr,
-    hyper_ptr,
-    sums_ptr,
-    telemetry_ptr,
-    steps_ptr,
-    coefficients_ptr,
-    state_ptr,
-    tensors,
-    ADD: tl.constexpr,
-):
-    """`decide` of the reference: scalars first, then a row of coefficients per tensor."""
+def _decide(sumsq, bad, first_bad, segments_ptr, sums_ptr, state_ptr, outputs, tensors, ADD: tl.constexpr):
+    """`decide` of the reference: scalars first, then a row of coefficients per tensor.
+
+    outputs: pointers to hyper, telemetry, steps and coefficients.
+    """
+    hyper_ptr, telemetry_ptr, steps_ptr, coefficients_ptr = outputs
     scale = tl.load(state_ptr + STATE_SCALE) * tl.load(state_ptr + STATE_EXTERNAL_SCALE)
     norm = tl.sqrt(sumsq) / scale
     skip = ((bad + tl.load(state_ptr + STATE_EXTERNAL_BAD)) > 0) | ((norm < float("inf")) == 0)
@@ -218,24 +212,12 @@ def _decide(
 
 
 @triton.jit
-def _finish(
-    total,
-    bad,
-    segment,
-    segments_ptr,
-    hyper_ptr,
-    partial_ptr,
-    sums_ptr,
-    telemetry_ptr,
-    steps_ptr,
-    coefficients_ptr,
-    state_ptr,
-    tickets_ptr,
-    tensors,
-    FINISH: tl.constexpr,
-    ADD: tl.constexpr,
-):
-    """Leaves a chunk's sums; the last chunk of a tensor adds the tensor, the last tensor adds all and decides."""
+def _finish(total, bad, segment, work, outputs, tensors, FINISH: tl.constexpr, ADD: tl.constexpr):
+    """Leaves a chunk's sums; the last chunk of a tensor adds the tensor, the last tensor adds all and decides.
+
+    work: pointers to segments, partial, sums, state and tickets; outputs: as for `_decide`, unread without FINISH.
+    """
+    segments_ptr, partial_ptr, sums_ptr, state_ptr, tickets_ptr = work
     program = tl.program_id(0)
     tl.store(partial_ptr + 2 * program, total)
     tl.store(partial_ptr + 2 * program + 1, bad)
@@ -251,20 +233,7 @@ def _finish(
             tl.store(state_ptr + STATE_SUMSQ, sumsq)
             tl.store(state_ptr + STATE_BAD, all_bad)
             if FINISH:
-                _decide(
-                    sumsq,
-                    all_bad,
-                    first_bad,
-                    segments_ptr,
-                    hyper_ptr,
-                    sums_ptr,
-                    telemetry_ptr,
-                    steps_ptr,
-                    coefficients_ptr,
-                    state_ptr,
-                    tensors,
-                    ADD,
-                )
+                _decide(sumsq, all_bad, first_bad, segments_ptr, sums_ptr, state_ptr, outputs, tensors, ADD)
 
 
 @triton.jit
@@ -292,23 +261,9 @@ def measure_kernel(
     offset = tl.arange(0, CHUNK)
     x = tl.load(grad_ptr + start + offset, mask=offset < length, other=0.0)
     total, bad = _chunk_sums(x)
-    _finish(
-        total,
-        bad,
-        tl.load(row + CHUNK_SEGMENT),
-        segments_ptr,
-        hyper_ptr,
-        partial_ptr,
-        sums_ptr,
-        telemetry_ptr,
-        steps_ptr,
-        coefficients_ptr,
-        state_ptr,
-        tickets_ptr,
-        tensors,
-        FINISH,
-        ADD,
-    )
+    work = segments_ptr, partial_ptr, sums_ptr, state_ptr, tickets_ptr
+    outputs = hyper_ptr, telemetry_ptr, steps_ptr, coefficients_ptr
+    _finish(total, bad, tl.load(row + CHUNK_SEGMENT), work, outputs, tensors, FINISH, ADD)
 
 
 @triton.jit
@@ -319,20 +274,8 @@ def decide_kernel(
     sumsq = tl.load(state_ptr + STATE_SUMSQ)
     bad = tl.load(state_ptr + STATE_BAD)
     _, _, first_bad = _add_tensors(sums_ptr, segments_ptr, tensors, ADD)
-    _decide(
-        sumsq,
-        bad,
-        first_bad,
-        segments_ptr,
-        hyper_ptr,
-        sums_ptr,
-        telemetry_ptr,
-        steps_ptr,
-        coefficients_ptr,
-        state_ptr,
-        tensors,
-        ADD,
-    )
+    outputs = hyper_ptr, telemetry_ptr, steps_ptr, coefficients_ptr
+    _decide(sumsq, bad, first_bad, segments_ptr, sums_ptr, state_ptr, outputs, tensors, ADD)
 
 
 @triton.jit
@@ -435,7 +378,6 @@ def accumulate_kernel(
     grad_ptr,
     chunks_ptr,
     segments_ptr,
-    hyper_ptr,
     partial_ptr,
     sums_ptr,
     state_ptr,
@@ -468,103 +410,26 @@ def accumulate_kernel(
     tl.store(grad_ptr + start + offset, x, mask=offset < length)
     if NORM:
         total, bad = _chunk_sums(x)
-        _finish(
-            total,
-            bad,
-            segment,
-            segments_ptr,
-            hyper_ptr,
-            partial_ptr,
-            sums_ptr,
-            hyper_ptr,
-            hyper_ptr,
-            hyper_ptr,
-            state_ptr,
-            tickets_ptr,
-            tensors,
-            False,
-            ADD,
-        )
+        work = segments_ptr, partial_ptr, sums_ptr, state_ptr, tickets_ptr
+        _finish(total, bad, segment, work, (), tensors, False, ADD)
 
 
-def measure(
-    grad: Tensor,
-    chunks: Tensor,
-    segments: Tensor,
-    hyper: Tensor,
-    partial: Tensor,
-    sums: Tensor,
-    telemetry: Tensor,
-    steps: Tensor,
-    coefficients: Tensor,
-    state: Tensor,
-    tickets: Tensor,
-    finish: bool,
-) -> None:
-    measure_kernel[(chunks.shape[0],)](
-        grad,
-        chunks,
-        segments,
-        hyper,
-        partial,
-        sums,
-        telemetry,
-        steps,
-        coefficients,
-        state,
-        tickets,
-        segments.shape[0],
-        FINISH=finish,
-        CHUNK=CHUNK,
-        ADD=ADD,
-        num_warps=WARPS,
-    )
+def measure(*args: Any) -> None:
+    *tensors, finish = Measure(*args)
+    _, chunks, segments, *_ = tensors
+    measure_kernel[(len(chunks),)](*tensors, len(segments), FINISH=finish, CHUNK=CHUNK, ADD=ADD, num_warps=WARPS)
 
 
-def decide(
-    segments: Tensor, hyper: Tensor, sums: Tensor, telemetry: Tensor, steps: Tensor, coefficients: Tensor, state: Tensor
-) -> None:
-    decide_kernel[(1,)](
-        segments, hyper, sums, telemetry, steps, coefficients, state, segments.shape[0], ADD=ADD, num_warps=WARPS
-    )
+def decide(*args: Any) -> None:
+    a = Decide(*args)
+    decide_kernel[(1,)](*a, len(a.segments), ADD=ADD, num_warps=WARPS)
 
 
-def apply(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    ema: Tensor | None,
-    chunks: Tensor,
-    segments: Tensor,
-    hyper: Tensor,
-    partial: Tensor,
-    telemetry: Tensor,
-    coefficients: Tensor,
-    state: Tensor,
-    tickets: Tensor,
-    clear: bool,
-) -> None:
-    apply_kernel[(chunks.shape[0],)](
-        param,
-        grad,
-        exp_avg,
-        exp_avg_sq,
-        param if ema is None else ema,
-        chunks,
-        segments,
-        hyper,
-        partial,
-        telemetry,
-        coefficients,
-        state,
-        tickets,
-        EMA=ema is not None,
-        CLEAR=clear,
-        TILE=TILE,
-        ADD=ADD,
-        num_warps=WARPS,
-    )
+def apply(*args: Any) -> None:
+    a = Apply(*args)
+    *tensors, clear = a._replace(ema=a.param) if a.ema is None else a
+    options = {"EMA": a.ema is not None, "CLEAR": clear, "TILE": TILE, "ADD": ADD}
+    apply_kernel[(len(a.chunks),)](*tensors, **options, num_warps=WARPS)
 
 
 def _to_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -572,42 +437,15 @@ def _to_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
-def accumulate(
-    gradients: list[Tensor],
-    starts: list[int],
-    grad: Tensor,
-    chunks: Tensor,
-    segments: Tensor,
-    partial: Tensor,
-    sums: Tensor,
-    state: Tensor,
-    tickets: Tensor,
-    scale: float,
-    overwrite: bool,
-    norm: bool,
-) -> None:
-    addresses = [g.data_ptr() for g in gradients]
-    table = _to_device(addresses, torch.int64, grad.device)
-    numels = _to_device([g.numel() for g in gradients], torch.int64, grad.device)
-    halves = _to_device([g.dtype == torch.bfloat16 for g in gradients], torch.int32, grad.device)
-    accumulate_kernel[(chunks.shape[0],)](
-        table,
-        numels,
-        halves,
-        grad,
-        chunks,
-        segments,
-        state,
-        partial,
-        sums,
-        state,
-        tickets,
-        _to_device([scale], torch.float32, grad.device),
-        segments.shape[0],
-        OVERWRITE=overwrite,
-        NORM=norm,
-        ALIGNED=all(a % 16 == 0 for a in addresses),
-        CHUNK=CHUNK,
-        ADD=ADD,
-        num_warps=WARPS,
+def accumulate(*args: Any) -> None:
+    a = Accumulate(*args)
+    device, addresses = a.grad.device, [g.data_ptr() for g in a.gradients]
+    table = _to_device(addresses, torch.int64, device)
+    numels = _to_device([g.numel() for g in a.gradients], torch.int64, device)
+    halves = _to_device([g.dtype == torch.bfloat16 for g in a.gradients], torch.int32, device)
+    scale = _to_device([a.scale], torch.float32, device)
+    _, _, *tensors, _, overwrite, norm = a
+    options = {"OVERWRITE": overwrite, "NORM": norm, "ALIGNED": all(at % 16 == 0 for at in addresses)}
+    accumulate_kernel[(len(a.chunks),)](
+        table, numels, halves, *tensors, scale, len(a.segments), **options, CHUNK=CHUNK, ADD=ADD, num_warps=WARPS
     )

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ris_fast.kernels.fused_step import native, reference
+from ris_fast.kernels.fused_step.arguments import TENSORS
 from ris_fast.kernels.fused_step.layout import Segment, State, Telemetry, padded, tables
-from ris_fast.kernels.fused_step.samples import ARGUMENTS, FLATS, RESULTS, SIZES, buffers
+from ris_fast.kernels.fused_step.samples import FLATS, RESULTS, SIZES, buffers
 from ris_fast.kernels.native import loader
 
 needs_cpp = pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built")
@@ -21,7 +22,7 @@ LEVELS = loader.supported_levels()
 
 
 def run(module: Any, made: dict[str, Any], phase: str, *extra: Any, **options: Any) -> None:
-    getattr(module, phase)(*(made[name] for name in ARGUMENTS[phase]), *extra, **options)
+    getattr(module, phase)(*(made[name] for name in TENSORS[phase]), *extra, **options)
 
 
 def step(module: Any, made: dict[str, Any], clear: bool = True, **options: Any) -> None:
@@ -187,7 +188,7 @@ def test_fused_step_chunks_cover_every_live_row_once() -> None:
 INTERPRETED = """
 import torch
 from ris_fast.kernels.fused_step import reference, triton_kernels
-from test_fused_step import ARGUMENTS, SIZES, buffers, check, run, step
+from test_fused_step import SIZES, buffers, check, run, step
 def three(sizes, live=None, bad=None):
     dtypes = (torch.float32, torch.float32, torch.float64)
     made = [buffers(sizes, live, triton_kernels.CHUNK, dtype) for dtype in dtypes]
