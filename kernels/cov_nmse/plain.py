@@ -6,12 +6,12 @@ Letters: B batch, N elements, P columns of Z = [F, X, S]; formulas as in triton_
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .reference import compute_dtype, normaliser, shrink_weight
+from .reference import Arguments, compute_dtype, normaliser, shrink_weight
 
 
 def _complex(pair: Tensor, dtype: torch.dtype) -> Tensor:
@@ -48,63 +48,43 @@ class Distance(NamedTuple):
     times: Callable[[Tensor, int], Tensor]  # (a part, its first column in Z) -> D part
 
 
-def cov_nmse(
-    factor: Tensor,
-    target_factor: Tensor | None,
-    target_cov: Tensor | None,
-    sample_factor: Tensor | None,
-    snr_db: Tensor | None,
-    blend: float,
-    loading: float,
-    target_loading: float,
-    shrink: float,
-    gradients: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def cov_nmse(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Value and unit gradients; arguments and results as `ris_fast::cov_nmse` (op.py).
 
     Numerics: low-rank target in float64 Gram form; dense target in the direct form, in the factor's own precision.
     """
-    out_dtype = compute_dtype(factor.dtype)
-    work = out_dtype if target_factor is None else torch.float64
-    affine = _affine(factor, sample_factor, target_factor, snr_db, blend, loading, target_loading, shrink, work)
-    if target_factor is not None:
-        distance = _to_factor(affine, target_factor.shape[2])
+    a = Arguments(*args)
+    out_dtype = compute_dtype(a.factor.dtype)
+    work = out_dtype if a.target_factor is None else torch.float64
+    affine = _affine(a, work)
+    if a.target_factor is not None:
+        distance = _to_factor(affine, a.target_factor.shape[2])
     else:
-        distance = _to_dense(affine, _complex(target_cov, work))
+        distance = _to_dense(affine, _complex(a.target_cov, work))
     eye_B = affine.eye_true_B
-    power_B = distance.power_B + 2 * eye_B * distance.trace_B + eye_B**2 * factor.shape[1]
-    slopes = [_gradient(affine, distance, which, power_B).to(out_dtype) for which in range(gradients)]
-    slopes += [factor.new_empty(0, dtype=out_dtype) for _ in range(2 - gradients)]
+    power_B = distance.power_B + 2 * eye_B * distance.trace_B + eye_B**2 * a.factor.shape[1]
+    slopes = [_gradient(affine, distance, which, power_B).to(out_dtype) for which in range(a.gradients)]
+    slopes += [a.factor.new_empty(0, dtype=out_dtype) for _ in range(2 - a.gradients)]
     return (distance.error_B / power_B).to(out_dtype), slopes[0], slopes[1]
 
 
-def _affine(
-    factor: Tensor,
-    sample_factor: Tensor | None,
-    target_factor: Tensor | None,
-    snr_db: Tensor | None,
-    blend: float,
-    loading: float,
-    target_loading: float,
-    shrink: float,
-    work: torch.dtype,
-) -> Affine:
+def _affine(a: Arguments, work: torch.dtype) -> Affine:
     """The scalars that trace-normalise, blend, load and shrink both sides."""
-    alpha_B = shrink_weight(None if snr_db is None else snr_db.to(work), shrink)
-    alpha_B = torch.zeros(len(factor), dtype=work, device=factor.device) if shrink == 0 else alpha_B[:, 0, 0]
-    pred_B, true_B = (1 - alpha_B) / (1 + loading), (1 - alpha_B) / (1 + target_loading)
-    eye_true_B = true_B * target_loading + alpha_B
+    alpha_B = shrink_weight(None if a.snr_db is None else a.snr_db.to(work), a.shrink)
+    alpha_B = torch.zeros(len(a.factor), dtype=work, device=a.factor.device) if a.shrink == 0 else alpha_B[:, 0, 0]
+    pred_B, true_B = (1 - alpha_B) / (1 + a.loading), (1 - alpha_B) / (1 + a.target_loading)
+    eye_true_B = true_B * a.target_loading + alpha_B
     given = [
-        (factor, pred_B * ((1 - blend) if sample_factor is not None else 1)),
-        (sample_factor, pred_B * blend),
-        (target_factor, -true_B),
+        (a.factor, pred_B * ((1 - a.blend) if a.sample_factor is not None else 1)),
+        (a.sample_factor, pred_B * a.blend),
+        (a.target_factor, -true_B),
     ]
     parts = [_complex(part, work) for part, _ in given if part is not None]
     scales = [scale for part, scale in given if part is not None]
     weights = [
-        s * normaliser(p.abs().square().sum((1, 2)), factor.shape[1]) for p, s in zip(parts, scales, strict=True)
+        s * normaliser(p.abs().square().sum((1, 2)), a.factor.shape[1]) for p, s in zip(parts, scales, strict=True)
     ]
-    return Affine(parts, weights, pred_B * loading + alpha_B - eye_true_B, true_B, eye_true_B)
+    return Affine(parts, weights, pred_B * a.loading + alpha_B - eye_true_B, true_B, eye_true_B)
 
 
 def _to_factor(affine: Affine, size: int) -> Distance:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..registry import Cost, Sample
-from .reference import compute_dtype
+from .reference import Arguments, compute_dtype
 
 Tensors = dict[str, Tensor | None]
 
@@ -34,8 +34,7 @@ def random_tensors(b: int, n: int, q: int, k: int, x: int, dense: bool, seed: in
 def _arguments(
     tensors: Tensors, settings: dict[str, float], gradients: int, device: Any, dtype: torch.dtype
 ) -> tuple[Any, ...]:
-    names = ("factor", "target_factor", "target_cov", "sample_factor", "snr_db")
-    moved = [None if (x := tensors[name]) is None else x.to(device, dtype) for name in names]
+    moved = [None if (x := tensors[name]) is None else x.to(device, dtype) for name in Arguments._fields[:5]]
     if not settings.get("shrink"):
         moved[4] = None
     values = {"blend": 0.0, "loading": 0.0, "target_loading": 0.0, "shrink": 0.0} | settings
@@ -130,32 +129,20 @@ def _both(dense: bool) -> list[Sample]:
 SAMPLES = (*_both(False), *_both(True))
 
 
-def cost(
-    factor: Tensor,
-    target_factor: Tensor | None,
-    target_cov: Tensor | None,
-    sample_factor: Tensor | None,
-    snr_db: Tensor | None,
-    *args: Any,
-) -> Cost:
+def cost(*args: Any) -> Cost:
     """Least bytes and FLOPs of one call.
 
     Bytes: every input read once, loss and gradients written once. FLOPs, 8 per complex multiply-add: Gram matrix of
     P columns (half of it) and Z C for a low-rank target; R and D F over N x N for a dense one.
     """
-    gradients = args[-1]
-    b, n, q, _ = factor.shape
-    wide = compute_dtype(factor.dtype).itemsize
-    inputs = sum(
-        x.numel() * x.element_size()
-        for x in (factor, target_factor, target_cov, sample_factor, snr_db)
-        if x is not None
-    )
-    x = 0 if sample_factor is None else sample_factor.shape[2]
-    out = (0, q, q + x)[gradients]
-    if target_cov is not None:
+    a = Arguments(*args)
+    (b, n, q, _), x = a.factor.shape, a.sample_columns
+    wide = compute_dtype(a.factor.dtype).itemsize
+    inputs = sum(tensor.nbytes for tensor in a[:5] if tensor is not None)
+    out = (0, q, q + x)[a.gradients]
+    if a.target_cov is not None:
         flops = 8 * b * n * n * (q + x + out)
     else:
-        p = q + x + target_factor.shape[2]
+        p = q + x + a.target_factor.shape[2]
         flops = 4 * b * n * p * (p + 1) + 8 * b * n * p * out
     return Cost(inputs + b * wide + 2 * b * n * out * wide, flops)

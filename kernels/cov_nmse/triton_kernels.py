@@ -15,16 +15,17 @@ Source: the formulas of reference.py, differentiated by hand; checked against it
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import compute_dtype
+from .reference import Arguments, compute_dtype
 
-COLUMNS = tl.constexpr(
-    16
-)  # complex columns of a Gram tile; in sums it goes second, or the interpreter makes a constexpr of the sum
+# Complex columns of a Gram tile. In sums it goes second, or the interpreter makes a constexpr of the sum.
+COLUMNS = tl.constexpr(16)
 HOISTED = tl.constexpr(12)  # columns of a dense tile that stay in registers; with more of them sm_90 spills
 
 
@@ -34,12 +35,20 @@ def _alpha(snr_ptr, scene, shrink):
     alpha = shrink
     if shrink != 0.0:
         alpha = shrink * tl.exp(tl.load(snr_ptr + scene).to(tl.float64) * (-0.11512925464970228))
-        low, high = (
-            tl.full((), 1e-4, tl.float64),
-            tl.full((), 5e-2, tl.float64),
-        )  # a bare number in where would be float32
+        # A bare number in `where` would be float32.
+        low, high = tl.full((), 1e-4, tl.float64), tl.full((), 5e-2, tl.float64)
         alpha = tl.where(alpha < low, low, tl.where(alpha > high, high, alpha))
     return alpha
+
+
+@triton.jit
+def _mixing(snr_ptr, scene, loading, target_loading, shrink):
+    """Scales of the trace-N prediction and target, the identity in D, and the identity's share of the target."""
+    alpha = _alpha(snr_ptr, scene, shrink)
+    pred, true = (1 - alpha) / (1 + loading), (1 - alpha) / (1 + target_loading)
+    eye_true = true * target_loading + alpha
+    eye = tl.where(loading == target_loading, 0.0, pred * loading + alpha - eye_true)
+    return pred, true, eye, eye_true
 
 
 @triton.jit
@@ -48,11 +57,13 @@ def _normaliser(power, n):
 
 
 @triton.jit
-def _row(f_ptr, x_ptr, s_ptr, row, column, Q: tl.constexpr, X: tl.constexpr, K: tl.constexpr):
+def _row(inputs, row, column, Q: tl.constexpr, X: tl.constexpr, K: tl.constexpr):
     """Real columns `column` of rows of Z as float64; column 2p is the real part of column p.
 
     Added up before the one conversion: float64 conversions, not products, bound these kernels (16 a cycle and SM).
+    inputs: pointers to F, X and S.
     """
+    f_ptr, x_ptr, s_ptr = inputs
     z = tl.load(f_ptr + row * (2 * Q) + column, mask=column < 2 * Q, other=0.0).to(s_ptr.dtype.element_ty)
     if X > 0:
         own = column - 2 * Q
@@ -60,6 +71,13 @@ def _row(f_ptr, x_ptr, s_ptr, row, column, Q: tl.constexpr, X: tl.constexpr, K: 
     own = column - 2 * (Q + X)
     z += tl.load(s_ptr + row * (2 * K) + own, mask=(own >= 0) & (own < 2 * K), other=0.0)
     return z.to(tl.float64)
+
+
+@triton.jit
+def _complex_row(inputs, row, column, Q: tl.constexpr, X: tl.constexpr, K: tl.constexpr):
+    """Real and imaginary part of one column of Z at the elements `row`, as float64."""
+    at = row * 0 + 2 * column
+    return _row(inputs, row, at, Q, X, K), _row(inputs, row, at + 1, Q, X, K)
 
 
 @triton.jit
@@ -95,11 +113,12 @@ def gram_kernel(
     SIDE: tl.constexpr = 2 * COLUMNS
     left = _down(4) + (tl.program_id(2) // TILES) * SIDE
     right = _across(4) + (tl.program_id(2) % TILES) * SIDE
+    inputs = f_ptr, x_ptr, s_ptr
     acc = tl.zeros((4, 4, 8, 8), tl.float64)
     first = split * chunk
     for i in range(first, tl.minimum(first + chunk, n)):
         row = scene * n + i
-        acc += _row(f_ptr, x_ptr, s_ptr, row, left, Q, X, K) * _row(f_ptr, x_ptr, s_ptr, row, right, Q, X, K)
+        acc += _row(inputs, row, left, Q, X, K) * _row(inputs, row, right, Q, X, K)
     part = scene * tl.num_programs(1) + split
     tl.store(gram_ptr + (part * (SIDE * TILES) + left) * (SIDE * TILES) + right, acc)
 
@@ -126,13 +145,13 @@ def _gram_diagonal(gram_ptr, part, splits, i, LD: tl.constexpr):
 
 
 @triton.jit
-def _column_weight(column, w_f, w_x, w_s, Q: tl.constexpr, X: tl.constexpr, K: tl.constexpr):
-    inner = tl.where(column < Q, w_f, tl.where(column < Q + X, w_x, w_s))
-    return tl.where(column < Q + X + K, inner, 0.0)
+def _column_weight(column, weights, Q: tl.constexpr, X: tl.constexpr, K: tl.constexpr):
+    w_f, w_x, w_s = weights
+    return tl.where(column < Q, w_f, tl.where(column < Q + X, w_x, w_s))
 
 
 @triton.jit
-def _residual(f_ptr, x_ptr, s_ptr, scene, n, w_f, w_x, w_s, eye, Q: tl.constexpr, X: tl.constexpr, K: tl.constexpr):
+def _residual(inputs, scene, n, weights, eye, Q: tl.constexpr, X: tl.constexpr, K: tl.constexpr):
     """|D|^2 entry by entry, O(N^2 P): exact near zero, where the Gram form is a difference of large terms."""
     total = tl.zeros((COLUMNS, COLUMNS), tl.float64)
     for i0 in range(0, n, COLUMNS):
@@ -142,15 +161,10 @@ def _residual(f_ptr, x_ptr, s_ptr, scene, n, w_f, w_x, w_s, eye, Q: tl.constexpr
             row_i, row_j = scene * n + tl.minimum(i, n - 1), scene * n + tl.minimum(j, n - 1)
             re, im = tl.zeros((COLUMNS, COLUMNS), tl.float64), tl.zeros((COLUMNS, COLUMNS), tl.float64)
             for p in range(Q + X + K):
-                w = tl.where(p < Q, w_f, tl.where(p < Q + X, w_x, w_s))
-                ir, ii = (
-                    _row(f_ptr, x_ptr, s_ptr, row_i, i * 0 + 2 * p, Q, X, K) * w,
-                    _row(f_ptr, x_ptr, s_ptr, row_i, i * 0 + 2 * p + 1, Q, X, K) * w,
-                )
-                jr, ji = (
-                    _row(f_ptr, x_ptr, s_ptr, row_j, j * 0 + 2 * p, Q, X, K),
-                    _row(f_ptr, x_ptr, s_ptr, row_j, j * 0 + 2 * p + 1, Q, X, K),
-                )
+                w = _column_weight(p, weights, Q, X, K)
+                ir, ii = _complex_row(inputs, row_i, p, Q, X, K)
+                jr, ji = _complex_row(inputs, row_j, p, Q, X, K)
+                ir, ii = ir * w, ii * w
                 re += ir[:, None] * jr[None, :] + ii[:, None] * ji[None, :]
                 im += ii[:, None] * jr[None, :] - ir[:, None] * ji[None, :]
             re += tl.where(i[:, None] == j[None, :], eye, 0.0)
@@ -186,14 +200,11 @@ def apply_kernel(
     scene, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     LD: tl.constexpr = 2 * COLUMNS * TILES
     part = scene * splits
-    alpha = _alpha(snr_ptr, scene, shrink)
-    pred, true = (1 - alpha) / (1 + loading), (1 - alpha) / (1 + target_loading)
-    eye_true = true * target_loading + alpha
-    eye = tl.where(loading == target_loading, 0.0, pred * loading + alpha - eye_true)
+    pred, true, eye, eye_true = _mixing(snr_ptr, scene, loading, target_loading, shrink)
 
-    power_f = alpha * 0
-    power_x = alpha * 0
-    power_s = alpha * 0
+    power_f = pred * 0
+    power_x = pred * 0
+    power_s = pred * 0
     for tile in tl.static_range(TILES):
         i = tl.arange(0, COLUMNS) + tile * COLUMNS
         g = _gram_diagonal(gram_ptr, part, splits, i, LD)
@@ -206,16 +217,15 @@ def apply_kernel(
     w_x = pred * blend * _normaliser(power_x, n)
     w_s = -true * _normaliser(power_s, n)
 
+    inputs, weights = (f_ptr, x_ptr, s_ptr), (w_f, w_x, w_s)
     error = eye * eye * n
     truth = eye_true * eye_true * n - 2 * eye_true * w_s * power_s
     pull_f = eye * power_f
     pull_x = eye * power_x
     for pair in range(TILES * TILES):
         i, j = tl.arange(0, COLUMNS) + (pair // TILES) * COLUMNS, tl.arange(0, COLUMNS) + (pair % TILES) * COLUMNS
-        w_i, w_j = (
-            _column_weight(i, w_f, w_x, w_s, Q, X, K)[:, None],
-            _column_weight(j, w_f, w_x, w_s, Q, X, K)[None, :],
-        )
+        w_i = tl.where(i < Q + X + K, _column_weight(i, weights, Q, X, K), 0.0)[:, None]
+        w_j = tl.where(j < Q + X + K, _column_weight(j, weights, Q, X, K), 0.0)[None, :]
         re, im = _gram_tile(gram_ptr, part, splits, i, j, LD)
         m = re * re + im * im
         in_s = (i[:, None] >= Q + X) & (j[None, :] >= Q + X)
@@ -227,81 +237,25 @@ def apply_kernel(
     error += 2 * eye * (w_f * power_f + w_x * power_x + w_s * power_s)
     if group == 0:
         if error < 1e-9 * truth:
-            error = _residual(f_ptr, x_ptr, s_ptr, scene, n, w_f, w_x, w_s, eye, Q, X, K)
+            error = _residual(inputs, scene, n, weights, eye, Q, X, K)
         tl.store(loss_ptr + scene, error / truth)
+    place = scene, group, groups, n, splits
     if GRADIENTS >= 1:
-        along = pull_f / tl.where(power_f == 0, 1.0, power_f)
-        _pull(
-            f_ptr,
-            x_ptr,
-            s_ptr,
-            gram_ptr,
-            grad_f_ptr,
-            scene,
-            group,
-            groups,
-            n,
-            splits,
-            w_f,
-            w_x,
-            w_s,
-            eye,
-            along,
-            4 * w_f / truth,
-            Q,
-            X,
-            K,
-            0,
-            Q,
-            LD,
-            BLOCK,
-        )
+        diagonal = eye - pull_f / tl.where(power_f == 0, 1.0, power_f)
+        _pull(inputs, weights, gram_ptr, grad_f_ptr, place, diagonal, 4 * w_f / truth, Q, X, K, 0, Q, LD, BLOCK)
     if GRADIENTS >= 2:
-        along = pull_x / tl.where(power_x == 0, 1.0, power_x)
-        _pull(
-            f_ptr,
-            x_ptr,
-            s_ptr,
-            gram_ptr,
-            grad_x_ptr,
-            scene,
-            group,
-            groups,
-            n,
-            splits,
-            w_f,
-            w_x,
-            w_s,
-            eye,
-            along,
-            4 * w_x / truth,
-            Q,
-            X,
-            K,
-            Q,
-            X,
-            LD,
-            BLOCK,
-        )
+        diagonal = eye - pull_x / tl.where(power_x == 0, 1.0, power_x)
+        _pull(inputs, weights, gram_ptr, grad_x_ptr, place, diagonal, 4 * w_x / truth, Q, X, K, Q, X, LD, BLOCK)
 
 
 @triton.jit
 def _pull(
-    f_ptr,
-    x_ptr,
-    s_ptr,
+    inputs,
+    weights,
     gram_ptr,
     grad_ptr,
-    scene,
-    group,
-    groups,
-    n,
-    splits,
-    w_f,
-    w_x,
-    w_s,
-    eye,
-    along,
+    place,
+    diagonal,
     scale,
     Q: tl.constexpr,
     X: tl.constexpr,
@@ -311,7 +265,8 @@ def _pull(
     LD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad = scale (D F - along F) for columns FIRST .. FIRST + WIDTH of Z, 16 at a time."""
+    """grad = scale (D F - along F) for columns FIRST .. FIRST + WIDTH of Z, 16 at a time; diagonal: e - along."""
+    scene, group, groups, n, splits = place
     SIDE: tl.constexpr = 2 * COLUMNS
     OWN: tl.constexpr = BLOCK // 8
     part = scene * splits
@@ -324,19 +279,15 @@ def _pull(
             twin, sign = to ^ 1, 1.0 - 2.0 * (to % 2).to(tl.float64)
             out = tl.zeros((OWN, 4, 8, 8), tl.float64)
             for p in range(Q + X + K):
-                w = tl.where(p < Q, w_f, tl.where(p < Q + X, w_x, w_s))
+                w = _column_weight(p, weights, Q, X, K)
                 same, other = tl.zeros((1, 4, 1, 8), tl.float64), tl.zeros((1, 4, 1, 8), tl.float64)
                 for split in range(splits):  # columns of Zr in pairs: C_re = rr + ii, C_im = ri - ir
                     at = gram_ptr + ((part + split) * LD + 2 * p) * LD
                     same += tl.load(at + to) + sign * tl.load(at + LD + twin)
                     other += tl.load(at + LD + to) - sign * tl.load(at + twin)
-                re, im = (
-                    _row(f_ptr, x_ptr, s_ptr, row, i * 0 + 2 * p, Q, X, K),
-                    _row(f_ptr, x_ptr, s_ptr, row, i * 0 + 2 * p + 1, Q, X, K),
-                )
+                re, im = _complex_row(inputs, row, p, Q, X, K)
                 out += re * (w * same) + im * (w * other)
-            own = _row(f_ptr, x_ptr, s_ptr, row, to, Q, X, K)
-            out += (eye - along) * own
+            out += diagonal * _row(inputs, row, to, Q, X, K)
             tl.store(grad_ptr + (scene * n + i) * (2 * WIDTH) + c, out * scale, mask=(i < n) & (c < 2 * WIDTH))
 
 
@@ -401,10 +352,7 @@ def dense_kernel(
     PACKED: the target is read as 64-bit words (re, im), which float32 pairs are.
     """
     scene, tile, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    alpha = _alpha(snr_ptr, scene, shrink)
-    pred, true = (1 - alpha) / (1 + loading), (1 - alpha) / (1 + target_loading)
-    eye_true = true * target_loading + alpha
-    eye = tl.where(loading == target_loading, 0.0, pred * loading + alpha - eye_true)
+    pred, true, eye, eye_true = _mixing(snr_ptr, scene, loading, target_loading, shrink)
     power_f = _power(f_ptr, scene, 2 * n * Q, 512)
     w_f = pred * _normaliser(power_f, n)
     power_x = power_f * 0
@@ -533,30 +481,12 @@ def finish_kernel(
         tl.store(loss_ptr + scene, error / truth)
     if GRADIENTS >= 1:
         power = tl.load(partial_ptr + scene * tiles * blocks * 8 + 4)
-        _without_along(
-            f_ptr,
-            grad_f_ptr,
-            scene,
-            group,
-            2 * n * Q,
-            tl.sum(tl.load(part + 2, mask=every, other=0.0), 0),
-            power,
-            truth,
-            BLOCK,
-        )
+        along = tl.sum(tl.load(part + 2, mask=every, other=0.0), 0)
+        _without_along(f_ptr, grad_f_ptr, scene, group, 2 * n * Q, along, power, truth, BLOCK)
     if GRADIENTS >= 2:
         power = tl.load(partial_ptr + scene * tiles * blocks * 8 + 5)
-        _without_along(
-            x_ptr,
-            grad_x_ptr,
-            scene,
-            group,
-            2 * n * X,
-            tl.sum(tl.load(part + 3, mask=every, other=0.0), 0),
-            power,
-            truth,
-            BLOCK,
-        )
+        along = tl.sum(tl.load(part + 3, mask=every, other=0.0), 0)
+        _without_along(x_ptr, grad_x_ptr, scene, group, 2 * n * X, along, power, truth, BLOCK)
 
 
 @triton.jit
@@ -574,38 +504,22 @@ DENSE_TILE, PULLS_AT_MOST, APPLY_BLOCK, FINISH_BLOCK = 16, {1: 12, 2: 8}, 32, 10
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def cov_nmse(
-    factor: Tensor,
-    target_factor: Tensor | None,
-    target_cov: Tensor | None,
-    sample_factor: Tensor | None,
-    snr_db: Tensor | None,
-    blend: float,
-    loading: float,
-    target_loading: float,
-    shrink: float,
-    gradients: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def cov_nmse(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Value and unit gradients; arguments and results as `ris_fast::cov_nmse` (op.py). Two launches.
 
     Numerics: low-rank target in float64 throughout; dense target in the compute dtype, sums over tiles in float64.
     """
-    dtype = compute_dtype(factor.dtype)
-    f, t = factor.contiguous(), None if target_cov is None else target_cov.contiguous()
-    s, x, snr = (None if a is None else a.to(dtype).contiguous() for a in (target_factor, sample_factor, snr_db))
+    a = Arguments(*args)
+    dtype = compute_dtype(a.factor.dtype)
+    f, t = a.factor.contiguous(), None if a.target_cov is None else a.target_cov.contiguous()
+    s, x, snr = (None if y is None else y.to(dtype).contiguous() for y in (a.target_factor, a.sample_factor, a.snr_db))
     loss = f.new_empty(len(f), dtype=dtype)
-    grad_f = f.new_empty(f.shape if gradients >= 1 else 0, dtype=dtype)
-    grad_x = f.new_empty(x.shape if gradients >= 2 else 0, dtype=dtype)
+    grad_f = f.new_empty(f.shape if a.gradients >= 1 else 0, dtype=dtype)
+    grad_x = f.new_empty(x.shape if a.gradients >= 2 else 0, dtype=dtype)
     if len(f):
-        columns = 0 if x is None else x.shape[2]
-        inputs = (
-            f,
-            f if x is None else x,
-            s if t is None else t,
-            f if snr is None else snr,
-        )  # any pointer where unread
+        inputs = f, f if x is None else x, s if t is None else t, f if snr is None else snr  # any pointer where unread
         run = _low_rank if t is None else _dense
-        run(inputs, (loss, grad_f, grad_x), (blend, loading, target_loading, shrink), columns, gradients)
+        run(inputs, (loss, grad_f, grad_x), a[5:9], a.sample_columns, a.gradients)
     return loss, grad_f, grad_x
 
 
