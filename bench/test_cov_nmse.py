@@ -96,7 +96,8 @@ def test_cov_nmse(
         benchmark, found, "ours", threads=threads, device=str(device), rivals_left_out="" if rivals else "their memory",
         forward_s=forward, backward_s=seconds - forward, value_only_s=value_only,
         peak_bytes={name: peak_bytes(both(f, loss), device) for name, loss in named.items()},
-        bytes=work.bytes, flops=work.flops, gbytes_per_s=work.bytes / seconds / 1e9, gflop_per_s=work.flops / seconds / 1e9,
+        bytes=work.bytes, flops=work.flops,
+        gbytes_per_s=work.bytes / seconds / 1e9, gflop_per_s=work.flops / seconds / 1e9,
         share_of_copy_bandwidth=work.bytes / seconds / bandwidth, scenes_per_s=b / seconds,
     )  # fmt: skip
     benchmark.pedantic(both(f, named["ours"]), rounds=5, warmup_rounds=1)

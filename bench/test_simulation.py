@@ -50,21 +50,7 @@ def kernel_arguments(batch: int) -> tuple[Any, ...]:
     seen: list[tuple[Any, ...]] = []
 
     def spy(index: torch.Tensor, **call: Any) -> tuple[torch.Tensor, ...]:
-        order = (
-            "original",
-            "channel_stream",
-            "noise_stream",
-            "antennas",
-            "positions",
-            "codes",
-            "source",
-            "amplitude",
-            "power",
-            "los_direction",
-            "rician",
-            "snr_db",
-            "spherical",
-        )
+        order = [argument.name for argument in torch.ops.ris_fast.scenes.default._schema.arguments[1:]]
         seen.append((index, *(call[name] for name in order)))
         return scenes.make_scenes(index, **call)
 

@@ -1,4 +1,4 @@
-"""One optimizer step of the preset `original`, ours against a clean eager loop, the same compiled, and the original's step.
+"""One optimizer step of the preset `original`: ours, a clean eager loop, the same compiled, and the original's step.
 
 Run: pytest bench/test_train_step.py --benchmark-json=bench/results/train_step.json
 Same network, same scenes, one process, alternating; a repetition in which a thread waited for a core is set aside and

@@ -39,7 +39,7 @@ def keep(benchmark: Any, **found: Any) -> None:
 @pytest.mark.benchmark(group="scenes a second by batch size")
 @pytest.mark.parametrize("preset, sizes", [(None, SIZES), ("original", SIZES if CUDA else (64, 256))])
 def test_rate_by_batch_size(benchmark: Any, preset: str | None, sizes: tuple[int, ...]) -> None:
-    """The trainer's own loop; wanted: 1,500 scenes/s of the default model on two cores, 200,000 of `original` on a GPU."""
+    """The trainer's own loop; wanted in scenes/s: default model on two cores 1,500, `original` on a GPU 200,000."""
     scenes = 2**17 if CUDA else (2**13 if preset is None else 2**9)
     keep(benchmark, rows=training.by_batch(default(preset), sizes, scenes, compile=CUDA))
 

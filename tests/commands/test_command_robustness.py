@@ -23,11 +23,12 @@ from ris_fast.data import write
 from ris_fast.files import locked
 from ris_fast.health import watch
 from ris_fast.training.trainer import Trainer
+from tests.command_line import SMALL_TASK, settings
 from tests.commands.test_runs import SMALL
 
 ROOT = Path(__file__).parent.parent.parent
 QUICK = [*SMALL, "--set", "health.preflight=false"]
-TASK = [word for text in SMALL if text.startswith("task.") for word in ("--set", text)]
+TASK = settings(*SMALL_TASK)
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
@@ -283,20 +284,14 @@ def test_watch_refuses_a_frozen_prefix_of_no_parameter() -> None:
 # ---- 10: two writers, and endings -----------------------------------------------------------------------------------
 
 
+def simulating(folder: Path, scenes: int) -> list[str]:
+    """The command that writes a small data set."""
+    return ["simulate", "--out", str(folder), "--scenes", str(scenes), "--preset", "original", "--device", "cpu", *TASK]
+
+
 def test_simulate_refuses_a_second_writer(tmp_path, capsys) -> None:
     (tmp_path / "set.partial").mkdir()
-    simulate = [
-        "simulate",
-        "--out",
-        str(tmp_path / "set"),
-        "--scenes",
-        "4",
-        "--preset",
-        "original",
-        "--device",
-        "cpu",
-        *TASK,
-    ]
+    simulate = simulating(tmp_path / "set", 4)
     with locked(tmp_path / "set.partial"):
         assert main(simulate) == 2
     assert "another process is writing this data set" in capsys.readouterr().err
@@ -306,18 +301,7 @@ def test_simulate_refuses_a_second_writer(tmp_path, capsys) -> None:
 @pytest.mark.usefixtures("terminal_signals")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_simulate_stopped_by_a_signal_says_how_to_continue(sent: signal.Signals, tmp_path, monkeypatch, capsys) -> None:
-    simulate = [
-        "simulate",
-        "--out",
-        str(tmp_path / "set"),
-        "--scenes",
-        "8",
-        "--preset",
-        "original",
-        "--device",
-        "cpu",
-        *TASK,
-    ]
+    simulate = simulating(tmp_path / "set", 8)
     with monkeypatch.context() as patch:
         patch.setattr(write, "_write_shard", lambda *_: os.kill(os.getpid(), sent))
         assert main(simulate) == 130
@@ -334,23 +318,7 @@ def test_simulate_keeps_sighup_ignored_under_nohup(tmp_path, monkeypatch) -> Non
         lambda *_: os.kill(os.getpid(), signal.SIGHUP) or (_ for _ in ()).throw(ConfigError("reached")),
     )
     try:
-        assert (
-            main(
-                [
-                    "simulate",
-                    "--out",
-                    str(tmp_path / "set"),
-                    "--scenes",
-                    "4",
-                    "--preset",
-                    "original",
-                    "--device",
-                    "cpu",
-                    *TASK,
-                ]
-            )
-            == 2
-        )
+        assert main(simulating(tmp_path / "set", 4)) == 2
     finally:
         signal.signal(signal.SIGHUP, before)
 

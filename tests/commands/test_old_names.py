@@ -19,23 +19,10 @@ from ris_fast.old_names import KEYS, OldNameWarning
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import simulate
 from ris_fast.report.eventlog import read_events
+from tests.command_line import FEW_SCENES, SMALL_NETWORK, SMALL_TASK, settings
 
-SMALL = (
-    "task.ris_horizontal=4",
-    "task.ris_vertical=4",
-    "task.bs_antennas=4",
-    "task.snapshots=4",
-    "data.train_scenes=64",
-    "data.val_scenes=32",
-    "data.test_scenes=20",
-    "report.plots=false",
-    "health.preflight=false",
-    "model.options.width=32",
-    "model.options.layers=1",
-    "model.options.heads=2",
-    "model.options.feedforward=32",
-    "model.options.grid=9",
-)
+QUIET = ("report.plots=false", "health.preflight=false")
+SMALL = settings(*SMALL_TASK, *FEW_SCENES, "data.test_scenes=20", *QUIET, *SMALL_NETWORK)
 FLAGS = ["--device", "cpu", "--no-compile", "--batch-size", "16"]
 STALLED = 4
 
@@ -76,8 +63,7 @@ OLD_SUMMARY = {
 def old_run(tmp_path: Path) -> Path:
     """A run of one epoch with the config, rows and summary of the version before; checkpoints have not changed."""
     run = tmp_path / "run"
-    settings = [part for text in SMALL for part in ("--set", text)]
-    assert main(["train", "--preset", "original", *FLAGS, *settings, "--epochs", "1", "--out", str(run)]) == STALLED
+    assert main(["train", "--preset", "original", *FLAGS, *SMALL, "--epochs", "1", "--out", str(run)]) == STALLED
     file = run / "config.toml"
     file.write_text(file.read_text().replace("original", "seed"))
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in OLD_ROWS))

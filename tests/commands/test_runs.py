@@ -23,35 +23,11 @@ from ris_fast.files import StorageError
 from ris_fast.models.backprojection import Backprojection
 from ris_fast.report.eventlog import read_events
 from ris_fast.training.trainer import Trainer
+from tests.command_line import FEW_SCENES, SMALL_NETWORK, SMALL_TASK, settings
 
-SMALL = [
-    "--preset",
-    "original",
-    "--device",
-    "cpu",
-    "--no-compile",
-    "--batch-size",
-    "16",
-    *(
-        part
-        for text in (
-            "task.ris_horizontal=4",
-            "task.ris_vertical=4",
-            "task.bs_antennas=4",
-            "task.snapshots=4",
-            "data.train_scenes=64",
-            "data.val_scenes=32",
-            "data.test_scenes=60",
-            "report.every_steps=2",
-            "model.options.width=32",
-            "model.options.layers=1",
-            "model.options.heads=2",
-            "model.options.feedforward=32",
-            "model.options.grid=9",
-        )
-        for part in ("--set", text)
-    ),
-]
+BASE = ["--preset", "original", "--device", "cpu", "--no-compile", "--batch-size", "16"]
+SIZES = (*SMALL_TASK, *FEW_SCENES, "data.test_scenes=60", "report.every_steps=2", *SMALL_NETWORK)
+SMALL = [*BASE, *settings(*SIZES)]
 STALLED = 4  # a few steps of a small network teach it nothing
 
 
@@ -141,7 +117,7 @@ def test_evaluate_agrees_with_the_best_validation_nmse(trained: Path) -> None:
 @pytest.mark.slow
 def test_simulated_data_set_can_be_trained_and_evaluated(tmp_path, capsys) -> None:
     data, folder = tmp_path / "scenes", tmp_path / "run"
-    task = [part for text in SMALL if text.startswith("task.") for part in ("--set", text)]
+    task = settings(*SMALL_TASK)
     assert (
         main(["simulate", "--out", str(data), "--scenes", "48", "--preset", "original", "--device", "cpu", *task]) == 0
     )

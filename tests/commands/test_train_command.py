@@ -22,6 +22,7 @@ from ris_fast.training import batch_size as memory
 from ris_fast.training import trainer as loop
 from ris_fast.training.state import RunStopped
 from ris_fast.training.step import Step
+from tests.command_line import settings
 
 TINY = ["train", "--preset", "laptop", "--device", "cpu", "--set", "report.plots=false", "--batch-size", "64"]
 
@@ -143,37 +144,13 @@ def test_resumed_config_keeps_settings_and_provenance(tmp_path) -> None:
 
 
 def test_train_prints_findings_at_once_with_their_fix(tmp_path, capsys) -> None:
-    small = [
-        "--set",
-        "task.ris_horizontal=4",
-        "--set",
-        "task.ris_vertical=4",
-        "--set",
-        "task.bs_antennas=4",
-        "--set",
-        "data.train_scenes=128",
-        "--set",
-        "data.val_scenes=32",
-        "--set",
-        "model.options.width=16",
-        "--set",
-        "optimizer.backbone_lr=1e-9",
-        "--set",
-        "optimizer.head_lr=1e-9",
-    ]
-    assert main(
-        [
-            *TINY,
-            *small,
-            "--no-compile",
-            "--epochs",
-            "12",
-            "--set",
-            "training.max_seconds=0",
-            "--out",
-            str(tmp_path / "a run"),
-        ]
-    ) in (0, 4)
+    small = settings(
+        *("task.ris_horizontal=4", "task.ris_vertical=4", "task.bs_antennas=4", "data.train_scenes=128"),
+        *("data.val_scenes=32", "model.options.width=16", "optimizer.backbone_lr=1e-9", "optimizer.head_lr=1e-9"),
+        "training.max_seconds=0",
+    )
+    command = [*TINY, *small, "--no-compile", "--epochs", "12", "--out", str(tmp_path / "a run")]
+    assert main(command) in (0, 4)
     text = capsys.readouterr().out
     found = text.index("found before the first step: learning_rate_too_small: the whole run can move")
     assert found < text.index("  fix: ", found) < text.index("Epoch 001") < text.index("findings, most certain first: ")

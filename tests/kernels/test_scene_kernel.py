@@ -130,22 +130,7 @@ def test_scene_kernel_noise_has_the_power_of_the_snr() -> None:
 
 
 def test_make_scenes_names_wrong_shapes() -> None:
-    names = (
-        "index",
-        "seed",
-        "channel_stream",
-        "noise_stream",
-        "antennas",
-        "positions",
-        "codes",
-        "source",
-        "amplitude",
-        "power",
-        "los_direction",
-        "rician",
-        "snr_db",
-        "spherical",
-    )
+    names = [argument.name for argument in OPERATOR.call._schema.arguments]
     call = dict(zip(names, arguments("standard"), strict=True))
     index = call.pop("index")
     with pytest.raises(ValueError, match=r"make_scenes: los_direction is \(8, 2\) torch.float32, expected \(8, 3\)"):

@@ -1,6 +1,6 @@
 """The original pipeline's objective as its description gives it: dense complex covariances and terms scene by scene.
 
-Written from the description, at the weights of the preset `original`; the term whose gradient is not finite is left out.
+Written from the description, at the weights of the preset `original`, without the term whose gradient is not finite.
 
 Legend: B batch, N RIS elements, K sources (padded).
 """

@@ -13,45 +13,16 @@ from ris_fast.commands.cli import main
 from ris_fast.health.diagnose.printed_rows import printed_rows
 from ris_fast.health.diagnose.why import why
 from ris_fast.health.finding import Finding, explained, ranked
+from tests.command_line import FEW_SCENES, settings
 
 SMALL = [
-    "--preset",
-    "original",
-    "--device",
-    "cpu",
-    "--no-compile",
-    "--set",
-    "task.ris_horizontal=4",
-    "--set",
-    "task.ris_vertical=4",
-    "--set",
-    "task.bs_antennas=4",
-    "--set",
-    "task.snapshots=8",
-    "--set",
-    "task.max_sources=2",
-    "--set",
-    "data.train_scenes=64",
-    "--set",
-    "data.val_scenes=32",
-    "--set",
-    "data.test_scenes=32",
-    "--set",
-    "model.options.width=32",
-    "--set",
-    "model.options.heads=4",
-    "--set",
-    "model.options.grid=5",
-    "--set",
-    "model.options.feedforward=32",
-    "--set",
-    "model.options.layers=1",
-    "--batch-size",
-    "16",
-    "--set",
-    "optimizer.backbone_lr=2e-3",
-    "--set",
-    "optimizer.head_lr=2e-3",
+    *("--preset", "original", "--device", "cpu", "--no-compile", "--batch-size", "16"),
+    *settings("task.ris_horizontal=4", "task.ris_vertical=4", "task.bs_antennas=4", "task.snapshots=8"),
+    *settings("task.max_sources=2", *FEW_SCENES, "data.test_scenes=32", "model.options.width=32"),
+    *settings(
+        "model.options.heads=4", "model.options.grid=5", "model.options.feedforward=32", "model.options.layers=1"
+    ),
+    *settings("optimizer.backbone_lr=2e-3", "optimizer.head_lr=2e-3"),
 ]
 
 

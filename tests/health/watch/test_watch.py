@@ -15,21 +15,7 @@ from torch import Tensor, nn
 from ris_fast import FusedAdamW
 from ris_fast.health import watch
 from ris_fast.health.watch.watcher import Watcher
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
-
-
-def train(model, optimizer, steps: int = 12, before=lambda: None, clear: bool = True) -> None:
-    for _ in range(steps):
-        loss = (model(torch.randn(32, 8)) - 1.0).square().mean()
-        if clear:
-            optimizer.zero_grad()
-        loss.backward()
-        before()
-        optimizer.step()
+from tests.health.watch.loops import network, train
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])

@@ -14,11 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from ris_fast import FusedAdamW
 from ris_fast.health import Finding, watch
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+from tests.health.watch.loops import network
 
 
 def run(

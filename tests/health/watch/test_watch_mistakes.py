@@ -11,27 +11,7 @@ from torch import Tensor, nn
 
 from ris_fast import FusedAdamW
 from ris_fast.health import watch
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
-
-
-def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    steps: int = 12,
-    before: Callable[[], Any] = lambda: None,
-    clear: bool = True,
-) -> None:
-    for _ in range(steps):
-        loss = (model(torch.randn(32, 8)) - 1.0).square().mean()
-        if clear:
-            optimizer.zero_grad()
-        loss.backward()
-        before()
-        optimizer.step()
+from tests.health.watch.loops import network, train
 
 
 def certain_causes(make: Callable[..., Any], steps: int = 12, **habits: Any) -> list[str]:
