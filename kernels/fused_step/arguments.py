@@ -8,8 +8,8 @@ partial, tickets            (C, 2) float64 and (T + 2,) int32, scratch
 sums                        (T, 2) float64: sum of squares and non-finite count
 telemetry, steps            (T, 4) and (T,) float32
 coefficients                (T, 12), float32, or float64 for float64
-sources                     (2, T) int64, address and number of elements of each tensor's float32 gradient; None:
-                            they are in `grad`
+
+native.py, where microseconds of a small step count, spells them out; it alone takes `sources`.
 """
 
 from __future__ import annotations
@@ -28,5 +28,3 @@ Accumulate = namedtuple("Accumulate", [*TENSORS["accumulate"], "scale", "overwri
 Measure = namedtuple("Measure", [*TENSORS["measure"], "finish"])
 Decide = namedtuple("Decide", TENSORS["decide"])
 Apply = namedtuple("Apply", [*TENSORS["apply"], "clear"])
-MeasureFrom = namedtuple("MeasureFrom", [*Measure._fields, "sources"], defaults=[None])  # what only the C++ takes
-ApplyFrom = namedtuple("ApplyFrom", [*Apply._fields, "sources"], defaults=[None])

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..native import loader
-from .arguments import Accumulate, ApplyFrom, Decide, MeasureFrom
 
 CHUNK = 4096  # 16 kB of each buffer: as fast as longer ones on one thread, and shared out more evenly
 
@@ -29,51 +28,143 @@ def call(name: str, simd: str | None = None) -> Any:
     return loader.function(f"fused_step_{name}", _ARGUMENTS[name], simd)
 
 
-def _at(*tensors: Tensor | None) -> list[int | None]:
-    """Addresses, None for None. Raises: ValueError where a tensor is not contiguous."""
-    for tensor in tensors:
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(
-                f"fused_step: a tensor of shape {tuple(tensor.shape)} has strides {tensor.stride()}. Pass contiguous"
-                " flat buffers."
-            )
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+def _at(tensor: Tensor) -> int:
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"fused_step: a tensor of shape {tuple(tensor.shape)} has strides {tensor.stride()}. Pass contiguous flat"
+            " buffers."
+        )
+    return tensor.data_ptr()
 
 
-def _tables(a: Any) -> tuple[Any, ...]:
-    """Address and length of both tables."""
-    return *_at(a.chunks), len(a.chunks), *_at(a.segments), len(a.segments)
+def measure(
+    grad: Tensor,
+    chunks: Tensor,
+    segments: Tensor,
+    hyper: Tensor,
+    partial: Tensor,
+    sums: Tensor,
+    telemetry: Tensor,
+    steps: Tensor,
+    coefficients: Tensor,
+    state: Tensor,
+    tickets: Tensor,
+    finish: bool,
+    sources: Tensor | None = None,
+    simd: str | None = None,
+) -> None:
+    """sources: (2, T) int64, address and number of elements of each tensor's float32 gradient; None: they are in
+    `grad`."""
+    call("measure_from", simd)(
+        _at(grad),
+        None if sources is None else _at(sources),
+        grad.numel(),
+        _at(chunks),
+        chunks.shape[0],
+        _at(segments),
+        segments.shape[0],
+        _at(partial),
+        _at(sums),
+        _at(state),
+    )
+    if finish:
+        decide(segments, hyper, sums, telemetry, steps, coefficients, state, simd)
 
 
-def measure(*args: Any, simd: str | None = None) -> None:
-    """Pass one, of gradients at `sources` where they are given."""
-    a = MeasureFrom(*args)
-    call("measure_from", simd)(*_at(a.grad, a.sources), a.grad.numel(), *_tables(a), *_at(a.partial, a.sums, a.state))
-    if a.finish:
-        decide(a.segments, a.hyper, a.sums, a.telemetry, a.steps, a.coefficients, a.state, simd=simd)
-
-
-def decide(*args: Any, simd: str | None = None) -> None:
-    segments, *rest = Decide(*args)
-    call("decide", simd)(*_at(segments), len(segments), *_at(*rest))
-
-
-def apply(*args: Any, simd: str | None = None) -> None:
-    """Pass two; gradients at `sources` are only read, whatever `clear` says."""
-    a = ApplyFrom(*args)
-    call("apply_from", simd)(
-        *_at(a.param, a.grad, a.exp_avg, a.exp_avg_sq, a.ema, a.sources),
-        a.param.numel(),
-        *_tables(a),
-        *_at(a.hyper, a.partial, a.telemetry, a.coefficients, a.state),
-        a.clear and a.sources is None,
+def decide(
+    segments: Tensor,
+    hyper: Tensor,
+    sums: Tensor,
+    telemetry: Tensor,
+    steps: Tensor,
+    coefficients: Tensor,
+    state: Tensor,
+    simd: str | None = None,
+) -> None:
+    call("decide", simd)(
+        _at(segments),
+        segments.shape[0],
+        _at(hyper),
+        _at(sums),
+        _at(telemetry),
+        _at(steps),
+        _at(coefficients),
+        _at(state),
     )
 
 
-def accumulate(*args: Any, simd: str | None = None) -> None:
-    a = Accumulate(*args)
-    count = len(a.gradients)
-    pointers, numels = (c_int64 * count)(*_at(*a.gradients)), (c_int64 * count)(*map(Tensor.numel, a.gradients))
-    half = (c_int32 * count)(*(g.dtype == torch.bfloat16 for g in a.gradients))
-    sums = *_at(a.grad), a.grad.numel(), *_tables(a), *_at(a.partial, a.sums, a.state)
-    call("accumulate", simd)(pointers, numels, half, *sums, a.scale, a.overwrite, a.norm)
+def apply(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    ema: Tensor | None,
+    chunks: Tensor,
+    segments: Tensor,
+    hyper: Tensor,
+    partial: Tensor,
+    telemetry: Tensor,
+    coefficients: Tensor,
+    state: Tensor,
+    tickets: Tensor,
+    clear: bool,
+    sources: Tensor | None = None,
+    simd: str | None = None,
+) -> None:
+    """sources: as for `measure`; such gradients are only read, whatever `clear` says."""
+    call("apply_from", simd)(
+        _at(param),
+        _at(grad),
+        _at(exp_avg),
+        _at(exp_avg_sq),
+        None if ema is None else _at(ema),
+        None if sources is None else _at(sources),
+        param.numel(),
+        _at(chunks),
+        chunks.shape[0],
+        _at(segments),
+        segments.shape[0],
+        _at(hyper),
+        _at(partial),
+        _at(telemetry),
+        _at(coefficients),
+        _at(state),
+        clear and sources is None,
+    )
+
+
+def accumulate(
+    gradients: list[Tensor],
+    starts: list[int],
+    grad: Tensor,
+    chunks: Tensor,
+    segments: Tensor,
+    partial: Tensor,
+    sums: Tensor,
+    state: Tensor,
+    tickets: Tensor,
+    scale: float,
+    overwrite: bool,
+    norm: bool,
+    simd: str | None = None,
+) -> None:
+    count = len(gradients)
+    pointers, numels = (c_int64 * count)(*map(_at, gradients)), (c_int64 * count)(*map(Tensor.numel, gradients))
+    half = (c_int32 * count)(*(g.dtype == torch.bfloat16 for g in gradients))
+    call("accumulate", simd)(
+        pointers,
+        numels,
+        half,
+        _at(grad),
+        grad.numel(),
+        _at(chunks),
+        chunks.shape[0],
+        _at(segments),
+        segments.shape[0],
+        _at(partial),
+        _at(sums),
+        _at(state),
+        scale,
+        overwrite,
+        norm,
+    )

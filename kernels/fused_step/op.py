@@ -20,6 +20,7 @@ from ..native import loader
 from ..registration import register, triton_function
 from ..registry import Family, Operator
 from . import native, reference
+from .arguments import TENSORS
 from .samples import record
 
 _TABLES = "Tensor chunks, Tensor segments"
@@ -55,20 +56,19 @@ class Backend(NamedTuple):
     chunk: int
 
 
-def _lowest(phase: str, args: tuple[Any, ...]) -> torch.dtype:
-    """dtype that decides which implementation can serve a call."""
-    if phase == "accumulate":
-        odd = [g.dtype for g in args[0] if g.dtype not in (torch.float32, torch.bfloat16)]
-        return odd[0] if odd else args[2].dtype
-    return args[0].dtype if phase != "decide" else args[5].dtype
+_DECISIVE = {"accumulate": "grad", "measure": "grad", "decide": "coefficients", "apply": "param"}  # whose dtype counts
 
 
 def _served(kernels: Callable[..., None], phase: str, library: bool) -> Callable[..., None]:
     """The kernels for float32, the definition for every other dtype; library: the kernels need the C++ library."""
+    plain, position = getattr(reference, phase), TENSORS[phase].index(_DECISIVE[phase])
+    with_gradients = phase == "accumulate"
 
     def run(*args: Any) -> None:
-        ready = _lowest(phase, args) == torch.float32 and (not library or loader.available())
-        (kernels if ready else getattr(reference, phase))(*args)
+        ready = args[position].dtype == torch.float32 and (not library or loader.available())
+        if ready and with_gradients:
+            ready = all(gradient.dtype in (torch.float32, torch.bfloat16) for gradient in args[0])
+        (kernels if ready else plain)(*args)
 
     return run
 

@@ -55,8 +55,8 @@ def _refuse_lost_channel(source: SceneSource, config: Config) -> None:
             "no such key, only H = H c_l",
             f"the channel, which model '{config.model.name}' needs: H c_l cannot carry the answer",
             "Generate the shards with H_full. To train on H c_l all the same, as the original did, use --preset "
-            "original --set model.options.inputs=effective_channel --set health.mute=inputs_withhold_answer and expect a "
-            "validation NMSE near 0.97: the run ends as stalled, with exit code 4.",
+            "original --set model.options.inputs=effective_channel --set health.mute=inputs_withhold_answer and expect "
+            "a validation NMSE near 0.97: the run ends as stalled, with exit code 4.",
         )
 
 
