@@ -14,49 +14,40 @@ from torch import Tensor
 from ris_fast.kernels.fused_step.layout import Group, Hyper
 from ris_fast.kernels.fused_step.op import backends
 
-GROWTH_INTERVAL = 2000.0
+FIRST_SCALE, GROWTH_INTERVAL = 65536.0, 2000.0  # of a dynamic loss scale, as in torch.amp.GradScaler
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def refuse(message: str) -> None:
-    """Raises the ValueError of a bad argument."""
-    raise ValueError(f"FusedAdamW: {message}")
+def refuse_if(wrong: bool, message: str) -> None:
+    """Raises ValueError on a bad argument."""
+    if wrong:
+        raise ValueError(f"FusedAdamW: {message}")
 
 
 def check_kind(group: Mapping[str, Any]) -> None:
-    """Raises ValueError on a form of the step that there is none of."""
-    if group["amsgrad"]:
-        refuse("amsgrad=True is not supported. Leave it out, or use torch.optim.AdamW.")
-    if group["differentiable"]:
-        refuse("differentiable=True is not supported: the step is in place. Use torch.optim.AdamW.")
+    """Raises ValueError on a variant of the step that is not implemented."""
+    refuse_if(group["amsgrad"], "amsgrad=True is not supported. Leave it out, or use torch.optim.AdamW.")
+    wrong = group["differentiable"]
+    refuse_if(wrong, "differentiable=True is not supported: the step is in place. Use torch.optim.AdamW.")
 
 
 def check_group(group: Mapping[str, Any]) -> None:
     """Raises ValueError on a parameter group's value outside its range, naming it."""
     check_kind(group)
-    if group["foreach"] and group["fused"]:
-        refuse(
-            "foreach=True and fused=True exclude each other, as in torch. Leave both out: there is one implementation."
-        )
+    clash = "foreach=True and fused=True exclude each other, as in torch."
+    refuse_if(group["foreach"] and group["fused"], f"{clash} Leave both out: there is one implementation.")
     check_flags({key: group[key] for key in ("maximize", "decoupled_weight_decay")})
-    lr, betas = group["lr"], group["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        refuse(f"lr is a tensor of shape {tuple(lr.shape)}. Give one element.")
-    if not (isinstance(lr, Tensor) and lr.is_cuda) and not 0 <= _number(lr) < math.inf:
-        refuse(f"lr is {lr!r}. Give a finite number >= 0.")
-    if (
-        not isinstance(betas, (Sequence, np.ndarray))
-        or len(betas) != 2
-        or not all(0.0 <= _number(beta) < 1.0 for beta in betas)
-    ):
-        refuse(f"betas are {betas!r}. Give two numbers in [0, 1).")
-    if not torch.finfo(torch.float32).tiny <= _number(group["eps"]) < math.inf:
-        refuse(
-            f"eps is {group['eps']!r}. Give a number from 1.2e-38: without it a gradient that is always zero divides by"
-            " zero."
-        )
-    if not 0 <= _number(group["weight_decay"]) < math.inf:
-        refuse(f"weight_decay is {group['weight_decay']!r}. Give a finite number >= 0.")
+    lr, betas, eps, decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+    if isinstance(lr, Tensor):
+        refuse_if(lr.numel() != 1, f"lr is a tensor of shape {tuple(lr.shape)}. Give one element.")
+    if not (isinstance(lr, Tensor) and lr.is_cuda):  # else reading it would wait for the device
+        refuse_if(not 0 <= _number(lr) < math.inf, f"lr is {lr!r}. Give a finite number >= 0.")
+    pair = isinstance(betas, (Sequence, np.ndarray)) and len(betas) == 2
+    wrong = not pair or not all(0.0 <= _number(beta) < 1.0 for beta in betas)
+    refuse_if(wrong, f"betas are {betas!r}. Give two numbers in [0, 1).")
+    tiny, why = torch.finfo(torch.float32).tiny, "without it a gradient that is always zero divides by zero."
+    refuse_if(not tiny <= _number(eps) < math.inf, f"eps is {eps!r}. Give a number from 1.2e-38: {why}")
+    refuse_if(not 0 <= _number(decay) < math.inf, f"weight_decay is {decay!r}. Give a finite number >= 0.")
 
 
 def _number(value: Any) -> float:
@@ -68,8 +59,8 @@ def _number(value: Any) -> float:
 def check_flags(flags: Mapping[str, Any]) -> None:
     """Raises ValueError on a switch that is neither on nor off, naming it."""
     for name, value in flags.items():
-        if not isinstance(value, (Real, np.bool_)) or value not in (False, True):
-            refuse(f"{name} is {value!r}. Give True or False.")
+        wrong = not isinstance(value, (Real, np.bool_)) or value not in (False, True)
+        refuse_if(wrong, f"{name} is {value!r}. Give True or False.")
 
 
 def check_options(
@@ -77,59 +68,53 @@ def check_options(
     telemetry: bool, records: Any, backend: str,
 ) -> None:  # fmt: skip
     """Raises ValueError on an option of the whole optimizer outside its range, naming it."""
-    if max_grad_norm is not None and not _number(max_grad_norm) > 0:
-        refuse(f"max_grad_norm is {max_grad_norm!r}. Give a number > 0, or None for no clipping.")
-    _check_ema_decay(ema_decay)
-    if not (loss_scale is None or loss_scale == "dynamic" or 0 < _number(loss_scale) < math.inf):
-        refuse(f"loss_scale is {loss_scale!r}. Give None, 'dynamic' or a number > 0.")
-    if backend != "auto" and backend not in ("native", "triton", "reference"):
-        refuse(f"backend is {backend!r}. Give 'auto', 'native', 'triton' or 'reference'.")
+    wrong = max_grad_norm is not None and not _number(max_grad_norm) > 0
+    refuse_if(wrong, f"max_grad_norm is {max_grad_norm!r}. Give a number > 0, or None for no clipping.")
+    check_ema_decay(ema_decay, ema_decay)
+    wrong = not (loss_scale is None or loss_scale == "dynamic" or 0 < _number(loss_scale) < math.inf)
+    refuse_if(wrong, f"loss_scale is {loss_scale!r}. Give None, 'dynamic' or a number > 0.")
+    wrong = backend not in ("auto", "native", "triton", "reference")
+    refuse_if(wrong, f"backend is {backend!r}. Give 'auto', 'native', 'triton' or 'reference'.")
     check_flags(dict(ema_warmup=ema_warmup, clear_grads=clear_grads, telemetry=telemetry))
-    if not isinstance(records, int) or records < 0 or (records and not telemetry):
-        refuse(
-            f"records is {records!r} with telemetry={telemetry}. Give a whole number >= 0, and telemetry=True where it"
-            " is not 0."
-        )
+    refuse_if(
+        not isinstance(records, int) or records < 0 or (records > 0 and not telemetry),
+        f"records is {records!r} with telemetry={telemetry}. Give a whole number >= 0, and telemetry=True where it is"
+        " not 0.",
+    )
 
 
-def _check_ema_decay(ema_decay: float | None) -> None:
-    if ema_decay is not None and not 0.0 <= _number(ema_decay) < 1.0:
-        refuse(f"ema_decay is {ema_decay!r}. Give a number in [0, 1); with 1 the average never moves.")
-
-
-def check_ema_change(before: float | None, after: float | None) -> None:
+def check_ema_decay(before: float | None, after: float | None) -> None:
     """Raises ValueError on a decay out of range, or where there would be an average from now on, or none any more."""
     if (before is None) != (after is None):
         raise ValueError(
-            f"FusedAdamW.ema_decay: cannot change from {before} to {after}. Build the optimizer with or"
-            " without an average."
+            f"FusedAdamW.ema_decay: cannot change from {before} to {after}. Build the optimizer with or without an"
+            " average."
         )
-    _check_ema_decay(after)
+    wrong = after is not None and not 0.0 <= _number(after) < 1.0
+    refuse_if(wrong, f"ema_decay is {after!r}. Give a number in [0, 1); with 1 the average never moves.")
 
 
 def check_saved(name: str, like: Tensor, saved: Mapping[Any, Any]) -> None:
     """Raises ValueError where the saved state of a tensor has no moments, or something of another shape."""
     for key in MOMENTS:
-        if key not in saved:
-            refuse(
-                f"the saved state of {name} has no '{key}' (it has: {', '.join(map(str, saved))}); another kind of"
-                " optimizer saved it. Load a state of FusedAdamW or torch.optim.AdamW."
-            )
-    if torch.as_tensor(saved["step"]).numel() != 1:
-        refuse(f"the saved 'step' of {name} has shape {tuple(saved['step'].shape)}, expected one number.")
+        refuse_if(
+            key not in saved,
+            f"the saved state of {name} has no '{key}' (it has: {', '.join(map(str, saved))}); another kind of"
+            " optimizer saved it. Load a state of FusedAdamW or torch.optim.AdamW.",
+        )
+    step = torch.as_tensor(saved["step"])
+    refuse_if(step.numel() != 1, f"the saved 'step' of {name} has shape {tuple(step.shape)}, expected one number.")
     for key in ("exp_avg", "exp_avg_sq", "ema"):
-        if key in saved:
-            check_shape(key, name, like, saved[key])
+        check_shape(key, name, like, saved.get(key, like))
 
 
 def check_shape(key: str, name: str, like: Tensor, saved: Tensor) -> None:
     """Raises ValueError on a moment or an average that would be broadcast."""
-    if saved.shape != like.shape:
-        refuse(
-            f"the saved '{key}' of {name} has shape {tuple(saved.shape)}, but the parameter has shape"
-            f" {tuple(like.shape)}. Load the state of an optimizer over the same model, with its parameters in the same"
-            " order."
-        )
+    refuse_if(
+        saved.shape != like.shape,
+        f"the saved '{key}' of {name} has shape {tuple(saved.shape)}, but the parameter has shape {tuple(like.shape)}."
+        " Load the state of an optimizer over the same model, with its parameters in the same order.",
+    )
 
 
 def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -139,11 +124,11 @@ def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str
         return "reference"
     if wanted == "auto":
         return best if best in backends() else "reference"
-    if wanted != best or wanted not in backends():
-        refuse(
-            f"backend={wanted!r} cannot serve float32 parameters on {device} here (available: {', '.join(backends())})."
-            " Use 'auto'."
-        )
+    refuse_if(
+        wanted != best or wanted not in backends(),
+        f"backend={wanted!r} cannot serve float32 parameters on {device} here (available: {', '.join(backends())})."
+        " Use 'auto'.",
+    )
     return wanted
 
 
@@ -152,13 +137,15 @@ def host_values(
     telemetry: bool, loss_scale: Any,
 ) -> tuple[tuple[float, ...], list[tuple[int, Tensor]]]:  # fmt: skip
     """The hyperparameter vector, and (slot, tensor) for learning rates that live on a device."""
-    values = [0.0] * Hyper.GROUPS
-    values[Hyper.MAX_NORM] = math.inf if max_grad_norm is None else float(max_grad_norm)
-    values[Hyper.EMA_DECAY] = ema_decay or 0.0
-    values[Hyper.EMA_WARMUP] = float(ema_warmup)
-    values[Hyper.TELEMETRY] = float(telemetry)
-    values[Hyper.DYNAMIC] = float(loss_scale == "dynamic")
-    values[Hyper.GROWTH_INTERVAL] = GROWTH_INTERVAL
+    slots = {
+        Hyper.MAX_NORM: math.inf if max_grad_norm is None else max_grad_norm,
+        Hyper.EMA_DECAY: ema_decay or 0.0,
+        Hyper.EMA_WARMUP: ema_warmup,
+        Hyper.TELEMETRY: telemetry,
+        Hyper.DYNAMIC: loss_scale == "dynamic",
+        Hyper.GROWTH_INTERVAL: GROWTH_INTERVAL,
+    }
+    values = [float(slots.get(slot, 0.0)) for slot in range(Hyper.GROUPS)]
     on_device: list[tuple[int, Tensor]] = []
     for group in groups:
         check_kind(group)

@@ -1,10 +1,10 @@
-"""Bucket: the tensors of one device and dtype in flat buffers, and the passes of the fused step over them."""
+"""Bucket: the tensors of one device and dtype in flat buffers; adamw_step: the calls of the fused kernels over them."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -23,45 +23,35 @@ class Bucket:
     The buffers of P elements: `param`, `grad`, `exp_avg`, `exp_avg_sq`, and `ema` or None; the last three are float32
     where the parameters are half precision (in float16 (1 - beta2) g^2 is zero for gradients below 5e-3). `state`,
     `hyper`: see layout.py. `ring` (R, T, 4): the telemetry of the last R steps, in the slot (step mod R); `ring_steps`
-    (R,) float64: the number of the step in each slot, 0 where there is none yet.
-    Nothing here reads from the device.
+    (R,) float64: the number of the step in each slot, 0 where there is none yet. Nothing here reads from the device.
     """
 
     def __init__(
-        self,
-        like: Sequence[Tensor],
-        groups: Sequence[int],
-        group_count: int,
-        backend: str,
-        with_ema: bool,
+        self, like: Sequence[Tensor], groups: Sequence[int], group_count: int, backend: str, with_ema: bool,
         records: int,
-    ) -> None:
-        device, dtype = like[0].device, real_dtype(like[0])
-        self.backend, self._kernels = backend, backends()[backend]
-        self._groups = list(groups)
+    ) -> None:  # fmt: skip
+        self.device, dtype = like[0].device, real_dtype(like[0])
+        self.backend, self._kernels, self._groups = backend, backends()[backend], list(groups)
         self.numels = [real_numel(tensor) for tensor in like]
-        self._active: tuple[bool, ...] = ()
+        *self.starts, elements = accumulate(map(padded, self.numels), initial=0)
+        self._ends = [*self.starts[1:], elements]
         self.tables: dict[tuple[bool, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
-        self.starts = self._starts()
-        elements = sum(padded(n) for n in self.numels)
+        self._active: tuple[bool, ...] = ()
+        self._written: Sequence[float] = ()
+        self._had_scaler = True  # so that the first step without one writes the neutral values
 
-        def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(*shape, dtype=kind, device=device)
+        def zeros(*shape: int, kind: torch.dtype) -> Tensor:
+            return torch.zeros(*shape, dtype=kind, device=self.device)
 
         wide = torch.float32 if dtype in _HALF else dtype
-        self.param, self.grad = (flat_zeros(elements, dtype, device) for _ in range(2))
-        self.exp_avg, self.exp_avg_sq = (flat_zeros(elements, wide, device) for _ in range(2))
-        self.ema = flat_zeros(elements, wide, device) if with_ema else None
+        self.param, self.grad = (flat_zeros(elements, dtype, self.device) for _ in range(2))
+        self.exp_avg, self.exp_avg_sq = (flat_zeros(elements, wide, self.device) for _ in range(2))
+        self.ema = flat_zeros(elements, wide, self.device) if with_ema else None
         self.grads = [view_like(self.grad, start, tensor) for start, tensor in zip(self.starts, like, strict=True)]
         self.params, self.moments1, self.moments2, self.averages = (
-            (
-                []
-                if flat is None
-                else [window_like(flat, start, tensor) for start, tensor in zip(self.starts, like, strict=True)]
-            )
+            [window_like(flat, *each) for each in zip(self.starts, like, strict=True) if flat is not None]
             for flat in (self.param, self.exp_avg, self.exp_avg_sq, self.ema)
         )
-
         self._sources: tuple[Tensor, ...] = ()
         self._readable = [view.is_contiguous() and not view.is_complex() for view in self.grads]
         self._addresses, self._lengths = array("q", [view.data_ptr() for view in self.grads]), array("q", self.numels)
@@ -69,29 +59,15 @@ class Bucket:
         self.steps = zeros(tensors, kind=torch.float32)
         self.sums = zeros(tensors, 2, kind=torch.float64)
         self.telemetry = zeros(tensors, Telemetry.COUNT, kind=torch.float32)
-        self.ring, self.ring_steps = (
-            zeros(records, tensors, Telemetry.COUNT, kind=torch.float32),
-            zeros(records, kind=torch.float64),
-        )
-        self.coefficients = zeros(
-            tensors, Coefficient.COUNT, kind=torch.float64 if dtype == torch.float64 else torch.float32
-        )
+        self.ring = zeros(records, tensors, Telemetry.COUNT, kind=torch.float32)
+        self.ring_steps = zeros(records, kind=torch.float64)
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        self.coefficients = zeros(tensors, Coefficient.COUNT, kind=exact)
         self.hyper = zeros(Hyper.GROUPS + Group.COUNT * group_count, kind=torch.float64)
         fresh = [0.0] * State.COUNT
         fresh[State.CLIP] = fresh[State.SCALE] = fresh[State.EXTERNAL_SCALE] = 1.0
         fresh[State.FIRST_BAD] = -1.0
-        self.state = torch.tensor(fresh, dtype=torch.float64, device=device)
-
-    def _starts(self) -> list[int]:
-        starts, position = [], 0
-        for numel in self.numels:
-            starts.append(position)
-            position += padded(numel)
-        return starts
-
-    @property
-    def device(self) -> torch.device:
-        return self.param.device
+        self.state = torch.tensor(fresh, dtype=torch.float64, device=self.device)
 
     def attached(self) -> bool:
         """Whether every gradient view is still in the buffer; moving a module points `.grad.data` elsewhere."""
@@ -114,26 +90,28 @@ class Bucket:
             self.tables[self._active] = tuple(t.to(self.device) for t in made)  # type: ignore[assignment]
         self.work = self.segments, self.chunks, self.partial, self.tickets = self.tables[self._active]
 
-    def write_hyper(self, values: Sequence[float]) -> None:
-        """Copies the host's hyperparameters to the device without waiting for it."""
-        host = torch.tensor(values, dtype=torch.float64)
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        self.hyper.copy_(host, non_blocking=True)
+    def write_hyper(self, values: Sequence[float], on_device: Sequence[tuple[int, Tensor]]) -> None:
+        """Sends `values`, if they changed, and tensors that live on the device, by slot, without waiting for it."""
+        if values != self._written:
+            host = torch.tensor(values, dtype=torch.float64)
+            self.hyper.copy_(host.pin_memory() if self.device.type == "cuda" else host, non_blocking=True)
+            self._written = values
+        for slot, tensor in on_device:
+            self.hyper[slot].copy_(tensor.squeeze(), non_blocking=True)
 
     def write_scaler(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Hands scale and overflow flag of a torch.amp.GradScaler to the step; None where there is none."""
-        for slot, value, neutral in ((State.EXTERNAL_SCALE, scale, 1.0), (State.EXTERNAL_BAD, found_inf, 0.0)):
-            if value is None:
-                self.state[slot].fill_(neutral)
-            else:
-                self.state[slot].copy_(value.squeeze(), non_blocking=True)
+        """Hands scale and overflow flag of a torch.amp.GradScaler, present only during its step, to the kernels."""
+        has_scaler = scale is not None or found_inf is not None
+        if has_scaler or self._had_scaler:
+            for slot, value, neutral in ((State.EXTERNAL_SCALE, scale, 1.0), (State.EXTERNAL_BAD, found_inf, 0.0)):
+                at = self.state[slot]
+                at.fill_(neutral) if value is None else at.copy_(value.squeeze(), non_blocking=True)
+        self._had_scaler = has_scaler
 
     def accumulate(self, gradients: list[Tensor], scale: float, overwrite: bool, norm: bool) -> None:
         """grad <- (0 if overwrite else grad) + scale * gradients, one `dense` tensor each, empty where there is none.
 
-        norm: computes the sums of pass one as well.
-        """
+        norm: computes the sums of pass one as well."""
         self._kernels.accumulate(
             gradients, self.starts, self.grad, self.chunks, self.segments, self.partial, self.sums, self.state,
             self.tickets, scale, overwrite, norm,
@@ -146,23 +124,17 @@ class Bucket:
         only in the buffer's memory order and dtype; all others are copied into the buffer.
         """
         self._sources = ()
-        if not gradients:
-            return False
-        outside = [
-            i for i, (g, view) in enumerate(zip(gradients, self.grads, strict=True)) if g is not None and g is not view
-        ]
-        if in_place and self.backend == "native":
-            copied = [i for i in outside if not (self._readable[i] and _plain(gradients[i]))]
-        else:
-            copied = outside
+        pairs = enumerate(zip(gradients, self.grads, strict=True))
+        outside = [i for i, (grad, view) in pairs if grad is not None and grad is not view]
+        direct = in_place and self.backend == "native"
+        copied = [i for i in outside if not (direct and self._readable[i] and _plain(gradients[i]))]
         if copied:
             torch._foreach_copy_([self.grads[i] for i in copied], [gradients[i] for i in copied])
         if len(copied) == len(outside):
             return False
-        at, copied_too = self._addresses[:], set(copied)
-        for i in outside:
-            if i not in copied_too:
-                at[i] = gradients[i].data_ptr()
+        at = self._addresses[:]
+        for i in set(outside).difference(copied):
+            at[i] = gradients[i].data_ptr()
         self._sources = (torch.frombuffer(at + self._lengths, dtype=torch.int64).view(2, -1),)
         return True
 
@@ -191,22 +163,15 @@ class Bucket:
         if self.ema is None or all(self._active) or not self.ema.is_floating_point():
             return
         weight = (self.state[State.EMA_WEIGHT] * (1 - self.state[State.SKIP])).to(self.ema.dtype)
-        for begin, end in self._rest():
-            self.ema[begin:end].lerp_(self.param[begin:end].to(self.ema.dtype), weight)
-
-    def _rest(self) -> Iterator[tuple[int, int]]:
-        """First and last element of each run of neighbours without a gradient."""
-        ends = [start + padded(numel) for start, numel in zip(self.starts, self.numels, strict=True)]
-        for active, run in groupby(range(len(ends)), key=self._active.__getitem__):
+        for active, run in groupby(range(len(self.starts)), key=self._active.__getitem__):
             if not active:
-                members = list(run)
-                yield self.starts[members[0]], ends[members[-1]]
+                neighbours = list(run)
+                rest = slice(self.starts[neighbours[0]], self._ends[neighbours[-1]])
+                self.ema[rest].lerp_(self.param[rest].to(self.ema.dtype), weight)
 
     def record(self) -> None:
-        """Copies the telemetry of the last step into the ring.
-
-        The slot comes from the device's own count of steps, so each replay of a CUDA graph writes a slot of its own.
-        """
+        """Copies the telemetry of the last step into the ring, to a slot that the device counts: so that each replay of
+        a CUDA graph writes its own."""
         step = self.state[State.ATTEMPTED : State.ATTEMPTED + 1]
         slot = step.remainder(len(self.ring)).long()
         self.ring.index_copy_(0, slot, self.telemetry[None])
@@ -215,3 +180,38 @@ class Bucket:
 
 def _plain(gradient: Tensor) -> bool:
     return gradient.dtype == torch.float32 and gradient.is_contiguous() and not gradient.is_neg()
+
+
+def adamw_step(buckets: Sequence[Bucket], clear: bool, measured: bool, record: bool) -> None:
+    """Norm, clipping, AdamW, averaging and clearing in two passes over memory, without a host read.
+
+    Pass one takes the norm of all gradients, and counts elements that are not finite: if there is one, the step is
+    skipped. Pass two computes, for every element of tensors with a gradient (t: steps of the tensor so far),
+
+        g <- clip / scale * grad,   negative with maximize   (+ weight_decay * p for Adam)
+        exp_avg    <- beta1 exp_avg + (1 - beta1) g
+        exp_avg_sq <- beta2 exp_avg_sq + (1 - beta2) g^2
+        p   <- (1 - lr weight_decay) p - lr exp_avg / (1 - beta1^t) / (sqrt(exp_avg_sq / (1 - beta2^t)) + eps)
+        ema <- ema_decay ema + (1 - ema_decay) p
+
+    Args:
+        clear: leaves the gradients zero.
+        measured: the last accumulation did the sums of pass one, so only the decision is left.
+        record: copies the telemetry of the step into the ring.
+    """
+    alone = len(buckets) == 1
+    for bucket in () if measured else buckets:
+        bucket.measure(finish=alone)
+    if not alone:  # every bucket gets the sum of squares and the non-finite count over all of them
+        totals, first = slice(State.SUMSQ, State.BAD + 1), buckets[0].device
+        total = torch.stack([bucket.state[totals].to(first, non_blocking=True) for bucket in buckets]).sum(0)
+        for bucket in buckets:
+            bucket.state[totals].copy_(total, non_blocking=True)
+    if measured or not alone:
+        for bucket in buckets:
+            bucket.decide()
+    for bucket in buckets:
+        bucket.apply(clear)
+        bucket.average_rest()
+        if record:
+            bucket.record()

@@ -12,11 +12,9 @@ from torch.optim import Optimizer
 
 from ris_fast.kernels.fused_step.layout import State
 from ris_fast.training.optim import state_dict as saving
-from ris_fast.training.optim.adamw_step import adamw_step
-from ris_fast.training.optim.arguments import check_ema_change, check_group, check_options, host_values
-from ris_fast.training.optim.bucket import Bucket
+from ris_fast.training.optim.arguments import FIRST_SCALE, check_ema_decay, check_group, check_options, host_values
+from ris_fast.training.optim.bucket import Bucket, adamw_step
 from ris_fast.training.optim.flat_buffers import FlatBuffers
-from ris_fast.training.optim.readings import by_tensor, counter_states
 
 
 class FusedAdamW(Optimizer):
@@ -70,7 +68,8 @@ class FusedAdamW(Optimizer):
         for group in self.param_groups:
             check_group(group)
         self._build()
-        self.buffers.start_loss_scale(loss_scale)
+        for bucket in self.buckets if loss_scale is not None else ():
+            bucket.state[State.SCALE] = FIRST_SCALE if loss_scale == "dynamic" else float(loss_scale)
 
     def _build(self) -> None:
         options = self.wanted_backend, self._ema_decay is not None, self._record_count
@@ -83,22 +82,20 @@ class FusedAdamW(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step; returns what `closure` returned. No host read."""
         buffers, loss = self.buffers, None
-        buffers.refuse_step_inside_ema()
+        buffers.refuse_inside_ema("step", "Step outside, on the raw weights.")
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         buffers.follow(self.param_groups, self.state)
         if not buffers.take_gradients(self.state, self.clear_grads):
-            buffers.gradients.warn_none()
             return loss
-        if buffers.capturing():
-            buffers.keep_work_tables()
-        else:
+        if not buffers.capturing():
             self.sync_hyperparameters()
             buffers.moments.start_average(self.state)
-        buffers.write_grad_scaler(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        for bucket in self.buckets:
+            bucket.write_scaler(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         record = bool(self._record_count and self.measure_telemetry)
-        adamw_step(buffers.buckets, self.clear_grads, buffers.gradients.measured(), record)
+        adamw_step(self.buckets, self.clear_grads, buffers.gradients.measured(), record)
         buffers.note_step(self.clear_grads)
         return loss
 
@@ -109,11 +106,12 @@ class FusedAdamW(Optimizer):
         """`.grad` <- (0 if overwrite else .grad) + scale * gradients, in one launch a bucket: for torch.autograd.grad.
 
         `.grad` is then a view of the buffer, which later steps write to: clone what you keep. gradients: one for each
-        parameter, or None. last: measures the sum too, which saves the next step a pass; change no gradient in between.
-        """
-        self.buffers.gradients.check_count(gradients)
-        self.buffers.follow(self.param_groups, self.state)
-        self.buffers.accumulate(gradients, self.state, scale, overwrite, last)
+        parameter, or None. last: measures the sum too, which saves the next step a pass; change no gradient between."""
+        buffers = self.buffers
+        buffers.follow(self.param_groups, self.state)
+        active = buffers.gradients.present(gradients, overwrite)
+        buffers.moments.set_active(self.state, active)
+        buffers.gradients.accumulate(gradients, active, scale, overwrite, last)
 
     @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -127,17 +125,15 @@ class FusedAdamW(Optimizer):
             return loss
         return loss * self.buckets[0].state[State.SCALE].to(loss.device, torch.float32)
 
-    # ---- parameters and hyperparameters ------------------------------------------------------------------------------
-
     @property
     def buckets(self) -> list[Bucket]:
         """The flat buffers, one `Bucket` per device and dtype; others once the buffers are laid out again."""
-        return self.buffers.buckets
+        return self.buffers.placement.buckets
 
     @property
     def tensor_names(self) -> list[str]:
         """A name for each tensor of all groups in order: the one given with it, else group.index."""
-        return self.buffers.names
+        return self.buffers.placement.names
 
     @property
     def backend(self) -> str:
@@ -151,17 +147,21 @@ class FusedAdamW(Optimizer):
 
     @ema_decay.setter
     def ema_decay(self, value: float | None) -> None:
-        check_ema_change(self._ema_decay, value)
+        check_ema_decay(self._ema_decay, value)
         self._ema_decay = value
 
     def sync_hyperparameters(self) -> None:
         """Sends changed lr, betas, eps, weight decay, clip threshold and EMA decay to the device; does not wait."""
         options = self.max_grad_norm, self.ema_decay, self.ema_warmup, self.measure_telemetry, self.loss_scale
-        self.buffers.write_hyper(*host_values(self.param_groups, *options))
+        values, on_device = host_values(self.param_groups, *options)
+        for bucket in self.buckets:
+            bucket.write_hyper(values, on_device)
 
     def rebind(self) -> None:
         """Takes the parameters where they are now (after `model.to(...)`), with moments, averages and counters."""
-        self.buffers.rebind(self.param_groups, self.state)
+        self.buffers.refuse_inside_ema("rebind")
+        self.buffers.rebuild(self.param_groups, self.state)
+        self.buffers.stepped = False  # whoever else holds the memory, as before the first step
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch. Flat buffers are laid out again: capture CUDA graphs afterwards."""
@@ -180,40 +180,43 @@ class FusedAdamW(Optimizer):
 
     def count_replay(self) -> None:
         """Call it for each replay of a CUDA graph with a step in it: the graph cannot tell the host."""
-        self.buffers.counts.attempted += 1
+        self.buffers.attempted += 1
 
     def counter_states(self) -> Tensor:
         """What `counters` reads, still on the device: a copy that the next step does not change."""
-        return counter_states(self.buckets)
+        return torch.stack([bucket.state.to(self.buckets[0].device) for bucket in self.buckets])
 
     def counters(self, copied: Tensor | None = None) -> dict[str, Any]:
         """Steps attempted, applied, skipped, clipped; last gradient norm; first bad tensor of the last skipped step.
 
-        One host read; none where `copied`, a copy of `counter_states()` that has reached the host, is given.
-        """
+        One host read; none where `copied`, a copy of `counter_states()` that has reached the host, is given."""
         states = self.counter_states() if copied is None else copied
-        return self.buffers.counts.read(states.tolist(), self.buffers.placement, newest=copied is None)
+        counters = self.buffers.placement.counters(states.tolist())
+        self.buffers.skipped = counters["skipped"]
+        if copied is None:
+            self.buffers.attempted = counters["attempted"]
+        return counters
 
     def applied_steps(self) -> int:
         """Applied steps without a host read: a step skipped since the last `counters()` counts as applied."""
-        return self.buffers.counts.attempted - self.buffers.counts.skipped
+        return self.buffers.attempted - self.buffers.skipped
 
     def attempted_steps(self) -> int:
         """Attempted steps without a host read, those before a checkpoint that was loaded included."""
-        return self.buffers.counts.attempted
+        return self.buffers.attempted
 
     def telemetry(self) -> Tensor:
         """(T, 4) float32 by tensor: gradient norm before clipping, weight norm, update norm, non-finite count."""
         if not self.measure_telemetry:
             raise RuntimeError("FusedAdamW.telemetry: switched off. Set optimizer.measure_telemetry = True.")
-        return by_tensor([bucket.telemetry for bucket in self.buckets], self.buffers.placement)
+        return self.buffers.placement.by_tensor([bucket.telemetry for bucket in self.buckets])
 
     def records(self) -> tuple[Tensor, Tensor]:
         """(R, T, 4) float32, `telemetry()` after each of the last R attempted steps (R: the option `records`), and (R,)
         float64, their numbers, 0 where there is none yet. In no order; copies on the device, no host read. Of a skipped
         step: its gradients as they came, the weights as they stayed, updates of 0."""
-        rings = by_tensor([bucket.ring for bucket in self.buckets], self.buffers.placement)
-        return rings, self.buckets[0].ring_steps.clone()
+        rings = [bucket.ring for bucket in self.buckets]
+        return self.buffers.placement.by_tensor(rings), self.buckets[0].ring_steps.clone()
 
     # ---- saving and loading ------------------------------------------------------------------------------------------
 
@@ -224,15 +227,11 @@ class FusedAdamW(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state_dict of FusedAdamW or of torch.optim.AdamW, which leaves counters and averages as they are.
-
-        As in torch, a group that decays decoupled here keeps doing so. Averages are dropped, with a warning, if
-        torch.optim.AdamW has made steps since. Raises ValueError, and changes nothing, on a state that does not fit.
-        """
+        """Loads a state_dict of FusedAdamW or of torch.optim.AdamW, which leaves counters and averages as they are. As
+        in torch, a group that decays decoupled here keeps doing so. Averages are dropped, with a warning, if AdamW has
+        made steps since. Raises ValueError, and changes nothing, on a state that does not fit."""
         self.buffers.refuse_inside_ema("load_state_dict")
-        self.buffers.follow_lists(self.param_groups, self.state)
-        given = saving.load_with_torch(super().load_state_dict, self, state_dict, self.buffers.placement)
-        extra = saving.load_entries(given, self.buffers.moments, self.state)
+        extra = saving.load_state_dict(super().load_state_dict, self, state_dict, self.buffers)
         if "counters" in extra:
             self.load_extra_state(extra)
 
@@ -245,7 +244,8 @@ class FusedAdamW(Optimizer):
         """Restores `extra_state`; drops the records of earlier steps, which belong to another run."""
         self.buffers.refuse_inside_ema("load_extra_state")
         saving.load_extra_state(saved, self.buffers.moments, self.state)
-        self.buffers.counts.set(saved["counters"])
+        counted = (int(saved["counters"][slot]) for slot in (State.ATTEMPTED, State.SKIPPED))
+        self.buffers.attempted, self.buffers.skipped = counted
 
     def checkpoint_tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything but hyperparameters as {"optimizer": name -> tensor}, for files that hold tensors only."""
@@ -264,9 +264,8 @@ class FusedAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by load_state_dict (without options), and by unpickling and deepcopy (with them)."""
-        state = dict(state)
+        state, before = dict(state), self.__dict__.get("param_groups", [])
         options, extra = state.pop("_options", None), state.pop("_extra", None)
-        before = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         saving.complete_groups(self.param_groups, before, self.defaults)
         if options is not None:

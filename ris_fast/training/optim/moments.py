@@ -32,36 +32,25 @@ class Moments:
         self._shown: list[Any] = []
 
     def load(self, state: StateEntries, loaded: Mapping[Any, Any]) -> None:
-        """Copies the loaded entries into the buckets and shows them; a tensor without moments starts from zero.
-
-        Raises: ValueError on moments that are missing or of another shape, before anything is copied.
-        """
+        """Copies the loaded entries into the buckets and shows them; a tensor without moments starts from zero. Raises
+        ValueError on moments that are missing or of another shape, before anything is copied."""
         tensors = self.placement
         for name, p in zip(tensors.names, tensors.params, strict=True):
             if loaded.get(p):
                 check_saved(name, p, loaded[p])
         for i, p in enumerate(tensors.params):
-            saved = loaded.get(p)
-            self._load_one(i, saved)
-            if saved:
-                state[p] = {key: value for key, value in saved.items() if key not in _OURS} | self._entry(i)
-            else:
+            saved, entry = loaded.get(p), self._entry(i)
+            for key, view in entry.items():
+                view.copy_(torch.as_tensor(saved[key])) if saved else view.zero_()
+            if not saved:
                 state.pop(p, None)
+                continue
+            if self.averaging and "ema" in saved:
+                tensors.averages[i].copy_(saved["ema"])
+            state[p] = {key: value for key, value in saved.items() if key not in _OURS} | entry
         self.active = []
         self.note_earlier_steps()
         self.show(state)
-
-    def _load_one(self, i: int, saved: Mapping[str, Any] | None) -> None:
-        bucket, slot = self.placement.places[i]
-        if not saved:
-            for tensor in (bucket.moments1[slot], bucket.moments2[slot], bucket.steps[slot]):
-                tensor.zero_()
-            return
-        bucket.moments1[slot].copy_(saved["exp_avg"])
-        bucket.moments2[slot].copy_(saved["exp_avg_sq"])
-        bucket.steps[slot].copy_(torch.as_tensor(saved["step"]))
-        if self.averaging and "ema" in saved:
-            bucket.averages[slot].copy_(saved["ema"])
 
     def note_earlier_steps(self) -> None:
         """Step counts from elsewhere may be ahead of the applied steps; the difference stays what it is now."""
@@ -81,12 +70,11 @@ class Moments:
         params = self.placement.params
         holders = [i for i, p in enumerate(params) if state.get(p)]
         for i in holders:
-            extra = {"ema": self.placement.average(i)} if self.averaging else {}
-            extra |= {"counters": self.placement.buckets[0].state} if i == holders[0] else {}
             entry = state[params[i]]
             for key in ("ema", "counters"):
                 entry.pop(key, None)
-            entry.update(extra)
+            entry.update({"ema": self.placement.averages[i]} if self.averaging else {})
+            entry.update({"counters": self.placement.buckets[0].state} if i == holders[0] else {})
         self._shown = _values(state)
 
     def unchanged(self, state: StateEntries) -> bool:
@@ -116,11 +104,6 @@ class Moments:
             bucket.ema.copy_(bucket.param)
         self.averaging = True
         self.show(state)
-
-    def mark_modified(self) -> None:
-        """Tells autograd that the weights of the last step changed under tensors it has saved."""
-        pairs = zip(self.placement.params, self.active, strict=True)
-        torch.autograd.graph.increment_version([p for p, there in pairs if there])
 
 
 def _values(state: Mapping[Any, Any]) -> list[Any]:

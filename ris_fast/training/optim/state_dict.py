@@ -1,12 +1,9 @@
-"""What FusedAdamW saves and loads: torch's state_dict, extra state that torch does not know, and checkpoint tensors.
-
-The extra state is "counters" (16,) float64, and "ema.NAME" per tensor once there is an average.
-"""
+"""What FusedAdamW saves and loads: torch's state_dict, extra state that torch does not know, and checkpoint tensors."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ris_fast.kernels.fused_step.layout import State
-from ris_fast.training.optim.arguments import MOMENTS, check_group, check_saved, check_shape
+from ris_fast.training.optim.arguments import MOMENTS, check_group, check_saved, check_shape, refuse_if
+from ris_fast.training.optim.flat_buffers import FlatBuffers
 from ris_fast.training.optim.moments import Moments, StateEntries
-from ris_fast.training.optim.placement import Placement
+from ris_fast.training.optim.placement import Groups, Placement, listed
+from ris_fast.training.optim.views import identical
 
 OPTIONS = (
     "max_grad_norm", "_ema_decay", "ema_warmup", "loss_scale", "clear_grads", "measure_telemetry", "_record_count",
@@ -25,14 +24,11 @@ OPTIONS = (
 EXTRA = "ris_fast"  # key in state_dict that torch.optim.AdamW ignores
 
 
-# ---- extra state -----------------------------------------------------------------------------------------------------
-
-
 def extra_state(moments: Moments) -> dict[str, Tensor]:
-    """Counters and averages; views, not copies."""
+    """Counters (16,) float64, and "ema.NAME" per tensor once there is an average; views, not copies."""
     placement = moments.placement
-    averages = {f"ema.{name}": placement.average(i) for i, name in enumerate(placement.names) if moments.averaging}
-    return {"counters": placement.buckets[0].state} | averages
+    averages = zip(placement.names, placement.averages, strict=True) if moments.averaging else ()
+    return {"counters": placement.buckets[0].state} | {f"ema.{name}": average for name, average in averages}
 
 
 def load_extra_state(saved: Mapping[str, Tensor], moments: Moments, state: StateEntries) -> None:
@@ -44,31 +40,24 @@ def load_extra_state(saved: Mapping[str, Tensor], moments: Moments, state: State
         bucket.ring_steps.zero_()
     moments.note_earlier_steps()
     moments.averaging = False
-    if placement.buckets[0].ema is None or not _has_averages(saved):
+    if not placement.averages or not any(key.startswith("ema.") for key in saved):
         moments.show(state)
         return
     moments.start_average(state)
-    for i, name in enumerate(placement.names):
-        if f"ema.{name}" in saved:
-            placement.average(i).copy_(saved[f"ema.{name}"])
-
-
-def _has_averages(saved: Mapping[str, Tensor]) -> bool:
-    return any(key.startswith("ema.") for key in saved)
+    for name, average in zip(placement.names, placement.averages, strict=True):
+        average.copy_(saved.get(f"ema.{name}", average))
 
 
 def check_extra(saved: Mapping[str, Tensor], placement: Placement) -> None:
     """Raises ValueError on counters that are missing, or on counters or averages of another shape."""
     counters = saved.get("counters")
-    if counters is None or counters.shape != (State.COUNT,):
-        shape = "missing" if counters is None else f"of shape {tuple(counters.shape)}"
-        raise ValueError(
-            f"FusedAdamW: the saved 'counters' are {shape}, expected ({State.COUNT:d},). Load what FusedAdamW has"
-            " saved."
-        )
+    shape = "missing" if counters is None else f"of shape {tuple(counters.shape)}"
+    refuse_if(
+        counters is None or counters.shape != (State.COUNT,),
+        f"the saved 'counters' are {shape}, expected ({State.COUNT:d},). Load what FusedAdamW has saved.",
+    )
     for name, p in zip(placement.names, placement.params, strict=True):
-        if f"ema.{name}" in saved:
-            check_shape("ema", name, p, saved[f"ema.{name}"])
+        check_shape("ema", name, p, saved.get(f"ema.{name}", p))
 
 
 def hidden_extra_state(moments: Moments, state: StateEntries) -> dict[str, Tensor]:
@@ -78,25 +67,42 @@ def hidden_extra_state(moments: Moments, state: StateEntries) -> dict[str, Tenso
     return {key: value for key, value in extra_state(moments).items() if key not in shown}
 
 
-# ---- torch's state_dict ----------------------------------------------------------------------------------------------
+def load_state_dict(
+    load: Callable[[dict[str, Any]], None], optimizer: Optimizer, state_dict: dict[str, Any], buffers: FlatBuffers
+) -> dict[str, Tensor]:
+    """Loads groups and moments with torch's `load`; returns the extra state in it, for `load_extra_state`, or {}.
 
-
-def load_with_torch(
-    load: Callable[[dict[str, Any]], None], optimizer: Optimizer, state_dict: dict[str, Any], placement: Placement
-) -> dict[str, Any]:
-    """Runs torch's `load`; returns the state_dict that it saw, after the hooks of the user and our own check."""
-    seen: dict[str, Any] = {}
+    What torch sees, after the hooks of the user, is checked first. Warns, and leaves the averages out, if they are
+    older than the moments.
+    """
+    if not identical(listed(optimizer.param_groups), buffers.placement.params):
+        buffers.rebuild(optimizer.param_groups, optimizer.state)
+    moments, given = buffers.moments, dict[str, Any]()
 
     def check(_: Any, final: dict[str, Any]) -> None:
-        _check_loaded(final, optimizer.defaults, placement)
-        seen.update(final)
+        _check_loaded(final, optimizer.defaults, moments.placement)
+        given.update(final)
 
     last = optimizer.register_load_state_dict_pre_hook(check)
     try:
         load(state_dict)
     finally:
         last.remove()
-    return seen
+    params, entries = moments.placement.params, _entries(given)
+    # not what torch has made of the entries, which is rounded to the dtype of the parameter
+    moments.load(optimizer.state, dict(optimizer.state) | {params[i]: entry for i, entry in entries.items()})
+    extra = {f"ema.{moments.placement.names[i]}": entry["ema"] for i, entry in entries.items() if "ema" in entry}
+    held = [("counters", entry["counters"]) for entry in entries.values() if "counters" in entry]
+    extra |= dict(held) | given.get(EXTRA, {})
+    if not moments.placement.averages or not _stale(extra, entries):
+        return extra
+    warnings.warn(
+        "FusedAdamW.load_state_dict: the step counts have gone on since the averaged weights were saved; another"
+        " optimizer made those steps. The averages are dropped and begin again from the weights at the next step.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return {"counters": extra["counters"]}
 
 
 def _check_loaded(given: Mapping[str, Any], defaults: Mapping[str, Any], placement: Placement) -> None:
@@ -114,52 +120,22 @@ def _check_loaded(given: Mapping[str, Any], defaults: Mapping[str, Any], placeme
                 " it. Load a state of FusedAdamW or torch.optim.AdamW."
             )
         check_group({**defaults, **group})
-    for i, entry in saved_entries(given).items():
+    for i, entry in _entries(given).items():
         if i < len(placement.params):  # else torch refuses the number of tensors
             check_saved(placement.names[i], placement.params[i], entry)
     if EXTRA in given:
         check_extra(given[EXTRA], placement)
 
 
-def saved_entries(given: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+def _entries(given: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """The entries of a state_dict that are not empty, by the number of the tensor."""
     indices = [index for group in given["param_groups"] for index in group["params"]]
     return {i: given["state"][index] for i, index in enumerate(indices) if given["state"].get(index)}
 
 
-def saved_extra_state(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
-    """The extra state in a state_dict, from beside the moments and from under EXTRA; empty if there is none."""
-    entries = saved_entries(given)
-    extra = {f"ema.{names[i]}": entry["ema"] for i, entry in entries.items() if "ema" in entry}
-    for entry in entries.values():
-        if "counters" in entry:
-            extra["counters"] = entry["counters"]
-    return extra | given.get(EXTRA, {})
-
-
-def load_entries(given: Mapping[str, Any], moments: Moments, state: StateEntries) -> dict[str, Tensor]:
-    """Loads the moments of a state_dict that was checked; returns its extra state, for `load_extra_state`.
-
-    Warns, and leaves the averages out, if they are older than the moments.
-    """
-    params, entries = moments.placement.params, saved_entries(given)
-    extra = saved_extra_state(given, moments.placement.names)
-    # not what torch has made of the entries, which is rounded to the dtype of the parameter
-    moments.load(state, dict(state) | {params[i]: entry for i, entry in entries.items()})
-    if moments.placement.buckets[0].ema is None or not _stale(extra, entries):
-        return extra
-    warnings.warn(
-        "FusedAdamW.load_state_dict: the step counts have gone on since the averaged weights were saved; another"
-        " optimizer made those steps. The averages are dropped and begin again from the weights at the next step.",
-        RuntimeWarning,
-        stacklevel=4,
-    )
-    return {"counters": extra["counters"]}
-
-
 def _stale(extra: Mapping[str, Tensor], entries: Mapping[int, Mapping[str, Any]]) -> bool:
     """Whether another optimizer made steps after the averages: only FusedAdamW renews the counters with the moments."""
-    if "counters" not in extra or not entries or not _has_averages(extra):
+    if "counters" not in extra or not entries or not any(key.startswith("ema.") for key in extra):
         return False
     counters = extra["counters"]
     counted = float(counters[State.APPLIED] + counters[State.EARLIER])
@@ -167,35 +143,26 @@ def _stale(extra: Mapping[str, Tensor], entries: Mapping[int, Mapping[str, Any]]
     return max(float(entry["step"]) for entry in entries.values()) > counted * (1 + rounding)
 
 
-def complete_groups(
-    groups: Sequence[dict[str, Any]], before: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
-) -> None:
+def complete_groups(groups: Groups, before: Groups, defaults: Mapping[str, Any]) -> None:
     """Fills in the options that a loaded group lacks. A group that decayed decoupled before loading keeps doing so, as
     with torch.optim.AdamW; a saved state of Adam says False."""
     for group in groups:
-        for key, value in defaults.items():
-            group.setdefault(key, value)
+        group.update({**defaults, **group})
     for group, had in zip(groups, before, strict=False):
         group["decoupled_weight_decay"] = had["decoupled_weight_decay"] or group["decoupled_weight_decay"]
-
-
-# ---- checkpoint tensors ----------------------------------------------------------------------------------------------
 
 
 def checkpoint_tensors(moments: Moments, state: StateEntries) -> dict[str, Tensor]:
     """Extra state and moments as name -> tensor; views, not copies."""
     saved = extra_state(moments)
     for name, p in zip(moments.placement.names, moments.placement.params, strict=True):
-        entry = state.get(p, {})
-        saved |= {f"{key}.{name}": entry[key] for key in MOMENTS if key in entry}
+        saved |= {f"{key}.{name}": value for key, value in state.get(p, {}).items() if key in MOMENTS}
     return saved
 
 
 def load_checkpoint_moments(saved: Mapping[str, Tensor], moments: Moments, state: StateEntries) -> None:
-    """Restores the moments among `checkpoint_tensors`.
-
-    Raises: ValueError on tensors that fit no parameter here; nothing is changed then.
-    """
+    """Restores the moments among `checkpoint_tensors`. Raises ValueError, and changes nothing, if a tensor fits
+    none."""
     placement = moments.placement
     known = set(placement.names)
     unknown = [key for key in saved if "." in key and key.split(".", 1)[1] not in known]

@@ -31,8 +31,10 @@ def gradients(params: list[nn.Parameter], step: int) -> list[Tensor]:
     return [torch.randn(p.shape, generator=generator).to(p.dtype) * 10 ** (step % 5 - 2) for p in params]
 
 
-def train(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int, before: Callable[[int], None] = lambda _: None,
-          after: Callable[[int], None] = lambda _: None) -> None:  # fmt: skip
+def train(
+    params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int,
+    before: Callable[[int], None] = lambda _: None, after: Callable[[int], None] = lambda _: None,
+) -> None:  # fmt: skip
     for step in range(steps):
         optimizer.zero_grad()
         for p, gradient in zip(params, gradients(params, step), strict=True):
@@ -91,8 +93,10 @@ def test_fused_adamw_matches_torch_over_200_steps(backend: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("options", [{"betas": (0.0, 0.5)}, {"betas": (0.4, 0.3)}, {"eps": 1e-2}, {"maximize": True}, {"lr": 0.0}, {"weight_decay": 0.0},
-                                     {"lr": torch.tensor(1e-2)}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("options", [
+    {"betas": (0.0, 0.5)}, {"betas": (0.4, 0.3)}, {"eps": 1e-2}, {"maximize": True}, {"lr": 0.0},
+    {"weight_decay": 0.0}, {"lr": torch.tensor(1e-2)},
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("form", ["AdamW", "Adam"])
 def test_fused_adamw_matches_torch_in_every_setting(backend: str, options: dict[str, Any], form: str) -> None:
     options = {"lr": 1e-2, "weight_decay": 0.05} | options

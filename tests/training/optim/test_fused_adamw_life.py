@@ -228,7 +228,8 @@ def test_fused_adamw_names_a_saved_tensor_of_another_shape(key: str) -> None:
 
 
 @pytest.mark.parametrize("kind, words", [
-    (lambda params: torch.optim.SGD(params, momentum=0.9), "no 'betas'"), (torch.optim.SGD, "no 'betas'"), (torch.optim.Adagrad, "no 'betas'"),
+    (lambda params: torch.optim.SGD(params, momentum=0.9), "no 'betas'"), (torch.optim.SGD, "no 'betas'"),
+    (torch.optim.Adagrad, "no 'betas'"),
     (torch.optim.Adamax, "state of group0.0 has no 'exp_avg_sq'.*it has: step, exp_avg, exp_inf"),
 ])  # fmt: skip
 def test_fused_adamw_refuses_the_state_of_another_optimizer(kind: Any, words: str) -> None:
@@ -593,16 +594,21 @@ def test_fused_adamw_capture_needs_gradients_in_the_buffer(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"lr": -1.0}, "lr is -1.0"), ({"betas": (0.9, 1.0)}, "betas"), ({"eps": 0.0}, "eps is 0.0"), ({"weight_decay": -0.1}, "weight_decay"),
-    ({"amsgrad": True}, "amsgrad"), ({"differentiable": True}, "differentiable"), ({"foreach": True, "fused": True}, "exclude each other"),
-    ({"max_grad_norm": 0.0}, "max_grad_norm"), ({"ema_decay": 1.0}, "ema_decay"), ({"loss_scale": "static"}, "loss_scale"),
-    ({"backend": "cuda"}, "backend is 'cuda'"), ({"backend": "triton"}, "cannot serve float32 parameters on cpu"), ({"lr": torch.ones(2)}, "one element"),
-    ({"lr": "a"}, "lr is 'a'"), ({"lr": None}, "lr is None"), ({"lr": float("inf")}, "lr is inf"), ({"lr": float("nan")}, "lr is nan"),
-    ({"betas": 0.9}, "betas are 0.9"), ({"betas": ("a", 0.9)}, "betas are"), ({"eps": "x"}, "eps is 'x'"), ({"eps": float("inf")}, "eps is inf"),
-    ({"weight_decay": "x"}, "weight_decay is 'x'"), ({"weight_decay": float("inf")}, "weight_decay is inf"), ({"max_grad_norm": "x"}, "max_grad_norm is 'x'"),
-    ({"ema_decay": "x"}, "ema_decay is 'x'"), ({"records": 1.5}, "records is 1.5"), ({"records": "x"}, "records is 'x'"), ({"loss_scale": [1]}, "loss_scale is"),
-    ({"clear_grads": "no"}, "clear_grads is 'no'"), ({"maximize": "no"}, "maximize is 'no'"), ({"telemetry": "no"}, "telemetry is 'no'"),
-    ({"ema_warmup": None}, "ema_warmup is None"), ({"decoupled_weight_decay": 0.5}, "decoupled_weight_decay is 0.5"),
+    ({"lr": -1.0}, "lr is -1.0"), ({"betas": (0.9, 1.0)}, "betas"), ({"eps": 0.0}, "eps is 0.0"),
+    ({"weight_decay": -0.1}, "weight_decay"), ({"amsgrad": True}, "amsgrad"),
+    ({"differentiable": True}, "differentiable"), ({"foreach": True, "fused": True}, "exclude each other"),
+    ({"max_grad_norm": 0.0}, "max_grad_norm"), ({"ema_decay": 1.0}, "ema_decay"),
+    ({"loss_scale": "static"}, "loss_scale"), ({"backend": "cuda"}, "backend is 'cuda'"),
+    ({"backend": "triton"}, "cannot serve float32 parameters on cpu"), ({"lr": torch.ones(2)}, "one element"),
+    ({"lr": "a"}, "lr is 'a'"), ({"lr": None}, "lr is None"), ({"lr": float("inf")}, "lr is inf"),
+    ({"lr": float("nan")}, "lr is nan"), ({"betas": 0.9}, "betas are 0.9"), ({"betas": ("a", 0.9)}, "betas are"),
+    ({"eps": "x"}, "eps is 'x'"), ({"eps": float("inf")}, "eps is inf"), ({"weight_decay": "x"}, "weight_decay is 'x'"),
+    ({"weight_decay": float("inf")}, "weight_decay is inf"), ({"max_grad_norm": "x"}, "max_grad_norm is 'x'"),
+    ({"ema_decay": "x"}, "ema_decay is 'x'"), ({"records": 1.5}, "records is 1.5"),
+    ({"records": "x"}, "records is 'x'"), ({"loss_scale": [1]}, "loss_scale is"),
+    ({"clear_grads": "no"}, "clear_grads is 'no'"), ({"maximize": "no"}, "maximize is 'no'"),
+    ({"telemetry": "no"}, "telemetry is 'no'"), ({"ema_warmup": None}, "ema_warmup is None"),
+    ({"decoupled_weight_decay": 0.5}, "decoupled_weight_decay is 0.5"),
 ])  # fmt: skip
 def test_fused_adamw_names_wrong_arguments(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
