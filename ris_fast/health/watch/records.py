@@ -5,7 +5,7 @@ Legend: T tensors, those of the model that one optimizer holds and that have a n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,8 +54,12 @@ class StepRecord:
     no_grad: tuple[str, ...] = ()
 
     def on_host(self) -> StepRecord:
-        host = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return StepRecord(**host | {"rates": [float(rate) for rate in self.rates]})
+        host = {name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, rates=[float(rate) for rate in self.rates], **host)
+
+    def gradient_norms(self) -> tuple[float, float]:
+        """Of all tensors: as backward left the gradients, and as the optimizer found them."""
+        return float(self.grad_after_backward.norm()), float(self.grad_at_step.norm())
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,27 +77,19 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
-class GroupRecord:
-    """A group of an optimizer, at the report. options: all but its tensors."""
-
-    tensors: tuple[TensorRecord, ...]
-    options: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class OptimizerRecord:
     """One optimizer, at the report.
 
-    Args: kinds: names of its class and of those that it derives from; steps: made so far; records: of the steps that
-        were looked at; weight_norms: of the tensors, by name, that are the model's and have a norm;
-        trained: tensors that differ from what they were before the first step; frozen: those without requires_grad, and
-        with_grad: those with a gradient, at the last step;
+    Args: kinds: names of its class and of those that it derives from; groups: its `param_groups`, with records for
+        tensors; steps: made so far; records: of the steps that were looked at; weight_norms: of the tensors, by name,
+        that are the model's and have a norm; trained: tensors that differ from what they were before the first step;
+        frozen: those without requires_grad, and with_grad: those with a gradient, at the last step;
         arrived: norms of the gradients that came since the last step; passes: backward passes before the first step;
         cleared: those that found the gradients of the pass before gone.
     """
 
     kinds: frozenset[str]
-    groups: tuple[GroupRecord, ...]
+    groups: list[dict[str, Any]]
     steps: int
     records: list[StepRecord]
     weight_norms: dict[str, float]
@@ -107,26 +103,22 @@ class OptimizerRecord:
     @property
     def tensors(self) -> list[TensorRecord]:
         """Of all groups; one that is in two groups comes twice."""
-        return [tensor for group in self.groups for tensor in group.tensors]
+        return [tensor for group in self.groups for tensor in group["params"]]
 
 
 @dataclass(frozen=True)
 class LoopRecord:
     """A model and its optimizers, at the report.
 
-    Args: frozen: beginnings of names of parameters that are not meant to be trained; frozen_at_start: those without
-        requires_grad when the watch began.
+    Args: steps: made by the optimizer that has made most; frozen: beginnings of names of parameters that are not meant
+        to be trained; frozen_at_start: those without requires_grad when the watch began.
     """
 
     parameters: list[TensorRecord]
     optimizers: list[OptimizerRecord]
+    steps: int
     frozen: tuple[str, ...]
     frozen_at_start: set[TensorRecord]
-
-    @property
-    def steps(self) -> int:
-        """Steps made, by the optimizer that has made most."""
-        return max(optimizer.steps for optimizer in self.optimizers)
 
 
 def is_finite(values: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""All rules over what `watch` recorded, in their order, and those on when an optimizer steps."""
+"""All rules over what `watch` recorded, in their order, with those on one step and on when an optimizer steps."""
 
 from __future__ import annotations
 
@@ -9,47 +9,43 @@ from itertools import pairwise
 import torch
 
 from ris_fast.health.finding import Finding, ranked
-from ris_fast.health.watch import rules_gradients, rules_weights
-from ris_fast.health.watch.fixes import finding
+from ris_fast.health.watch import rules_gradients, rules_parameters
+from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
-from ris_fast.health.watch.rules_parameters import parameter_findings
-from ris_fast.health.watch.rules_step import single_step
 
 MANY_PASSES = 4096  # backward passes without a step, more than anybody adds up
 MANY_CLEARED = 64  # gradients thrown away before the first step, more than trials or a loss scaler take
 SCALER_STEPS = 24  # a loss scale halves its way to one that fits in fewer
+GROWN = 10.0  # factor on the weights' norm
+OTHERS_STEP = "Another optimizer makes steps: this one's may come in a later phase."
 
 
 def find_mistakes(loop: LoopRecord) -> list[Finding]:
     """All findings, most certain first."""
     by_optimizer = (each for optimizer in loop.optimizers for each in optimizer_findings(loop, optimizer))
-    return ranked([*parameter_findings(loop), *by_optimizer])
+    return ranked([*rules_parameters.parameter_findings(loop), *by_optimizer])
 
 
 def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Finding]:
     """What one optimizer's steps show."""
     if not optimizer.steps:
         return list(step_never_called(loop, optimizer))
-    if lost := list(rules_weights.nonfinite_step(optimizer)):
+    if lost := list(rules_parameters.nonfinite_step(optimizer)):
         return lost  # whatever later steps show comes from that
     records = optimizer.records
     return [
-        *(
-            each
-            for record in records
-            for each in single_step(record, next(r for r in records if r.names == record.names))
-        ),
+        *(each for record in records for each in single_step(record, records)),
         *rules_gradients.reversed_gradients(records),
         *rules_gradients.unused_head(optimizer, loop.frozen),
         *scaler_skips_all(records),
-        *rules_weights.zero_learning_rate(optimizer, loop.frozen),
+        *rules_parameters.zero_learning_rate(optimizer, loop.frozen),
         *rules_gradients.clip_too_small(records),
         *rules_gradients.gradients_never_cleared(records),
         *step_called_twice(records),
         *rules_gradients.zeroed_gradients(records, loop.frozen),
-        *rules_weights.learning_rate_too_small(records),
-        *rules_weights.weight_decay_too_large(optimizer),
-        *rules_weights.nonfinite_weights(optimizer),
+        *rules_parameters.learning_rate_too_small(records),
+        *rules_parameters.weight_decay_too_large(optimizer),
+        *rules_parameters.nonfinite_weights(optimizer),
     ]
 
 
@@ -59,32 +55,25 @@ def step_never_called(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[
 
     Gradients that are thrown away time after time betray a loop without a step, unless another optimizer steps in it.
     """
-    if not optimizer.arrived:
-        return
     bad = sum(not math.isfinite(norm) for norm in optimizer.arrived)
     skipped = f" {bad} of them are not finite: a loss scaler or a check may skip every step." if bad else ""
-    doubt = (
-        "Another optimizer makes steps: this one's may come in a later phase."
-        if loop.steps
-        else "If gradients are added up over several passes, the first step is still to come."
-    )
+    doubt = "If gradients are added up over several passes, the first step is still to come."
     certain = not loop.steps and (optimizer.passes > MANY_PASSES or optimizer.cleared > MANY_CLEARED)
-    yield finding(
-        "step_never_called",
-        f"{len(optimizer.arrived)} tensors have received gradients in {optimizer.passes} backward passes, "
-        f"{optimizer.cleared} of which found the gradients cleared, and the optimizer has made no step.{skipped}",
-        doubt="" if certain else doubt,
-    )
+    if optimizer.arrived:
+        yield finding(
+            "step_never_called",
+            f"{len(optimizer.arrived)} tensors have received gradients in {optimizer.passes} backward passes, "
+            f"{optimizer.cleared} of which found the gradients cleared, and the optimizer has made no step.{skipped}",
+            doubt="" if certain else OTHERS_STEP if loop.steps else doubt,
+        )
 
 
 def scaler_skips_all(records: list[StepRecord]) -> Iterator[Finding]:
     """A loss scaler is at work, and no step that was looked at had finite gradients."""
-    last = records[-1].step
-    if last >= SCALER_STEPS and all(record.scaled and not is_finite(record.grad_at_step) for record in records):
+    skipped = all(record.scaled and not is_finite(record.grad_at_step) for record in records)
+    if skipped and (last := records[-1].step) >= SCALER_STEPS:
         yield finding(
-            "scaler_skips_all",
-            f"the gradients of all {len(records)} steps that were looked at are not finite.",
-            last,
+            "scaler_skips_all", f"the gradients of all {len(records)} steps that were looked at are not finite.", last
         )
 
 
@@ -102,12 +91,70 @@ def step_called_twice(records: list[StepRecord]) -> Iterator[Finding]:
 
 def _same_gradients(last: StepRecord, now: StepRecord) -> bool:
     """Whether `now` follows `last`, no hook heard a backward, and the gradients are those that `last` left."""
-    no_backward = bool(now.hooked) and len(now.none_grads) == len(now.hooked) and not now.closure
     return (
         now.step == last.step + 1
         and now.names == last.names
-        and no_backward
+        and bool(now.hooked)
+        and len(now.none_grads) == len(now.hooked)
+        and not now.closure
         and last.grad_after_step is not None
         and torch.equal(now.grad_at_step, last.grad_after_step)
         and float(now.grad_at_step.norm()) > 0
     )
+
+
+def single_step(record: StepRecord, records: list[StepRecord]) -> list[Finding]:
+    """What one step shows: of the gradients, and of the weights unless something after backward broke the gradients."""
+    heard = not record.closure and len(record.none_grads) < len(record.hooked)
+    broken_there = is_finite(record.grad_after_backward) and not is_finite(record.grad_at_step)
+    if heard and broken_there and not record.scaled:
+        evidence = f"{_broken(record)}, which backward leaves finite: something after backward breaks them."
+        return [finding("nonfinite_gradients", evidence, record.step + 1, advice=LOOK_AFTER_BACKWARD)]
+    return [*_gradients(record), *_weights(record, next(each for each in records if each.names == record.names))]
+
+
+def _broken(record: StepRecord) -> str:
+    return f"{int((~record.grad_at_step.isfinite()).sum())} of {len(record.grad_at_step)} tensors"
+
+
+def _gradients(record: StepRecord) -> Iterator[Finding]:
+    """What arrived against what the optimizer found. A product with zero leaves negative zeros behind, and clearing
+    does not."""
+    (arrived, reached), step = record.gradient_norms(), record.step + 1
+    if not is_finite(record.grad_after_backward) and is_finite(record.grad_at_step):
+        bad = int((~record.grad_after_backward.isfinite()).sum())
+        yield finding(
+            "sanitised_gradients", f"{bad} tensors' gradients arrive non-finite and reach the optimizer finite.", step
+        )
+    elif not is_finite(record.grad_at_step) and not record.scaled:
+        yield finding("nonfinite_gradients", f"{_broken(record)}.", step)
+    elif arrived > 0 and reached == 0 and record.grad_change is not None and float(record.grad_change[1]) > 0:
+        yield finding(
+            "clip_too_small",
+            f"norm {arrived:.3g} arrives and the optimizer finds zeros, some of them negative, which a product with"
+            " zero leaves behind: a clip threshold of zero does that.",
+            step,
+        )
+    elif arrived > 0 and reached == 0:
+        yield finding(
+            "gradients_cleared_before_step", f"norm {arrived:.3g} arrives and the optimizer finds zero.", step
+        )
+
+
+def _weights(record: StepRecord, first: StepRecord) -> Iterator[Finding]:
+    """Where the weights are; `first`: the first step of the same tensors."""
+    if record.reset is not None and bool(record.reset):
+        evidence = "the weights are again, bit for bit, those of an earlier step; others came in between."
+        yield finding("weights_reset", evidence, record.step + 1)
+    if (grown := _growth(record, first)) > GROWN:
+        evidence = f"the weights' norm has grown by a factor of {grown:.3g}."
+        yield finding("learning_rate_too_large", evidence, record.step + 1, "Large targets ask for that.")
+
+
+def _growth(record: StepRecord, first: StepRecord) -> float:
+    """Factor on the norm of tensors that began at a usual size: what begins at zero or next to it has to grow."""
+    usual = first.weights_before >= 0.1 * torch.tensor(first.usual_norms)
+    if len(record.weights_after) != len(usual) or not usual.any():
+        return 1.0
+    grown = float(record.weights_after[usual].norm()) / float(first.weights_before[usual].norm())
+    return grown if grown == grown else 1.0  # another rule reports NaN

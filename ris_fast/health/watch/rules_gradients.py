@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -16,31 +17,26 @@ def unused_head(optimizer: OptimizerRecord, frozen: tuple[str, ...]) -> Iterator
     Where some came after others, or by turns, more may come.
     """
     hooked = Counter(name for record in optimizer.records for name in record.hooked)
-    missing = Counter(name for record in optimizer.records for name in _without_gradient(record))
+    missing = Counter(
+        name
+        for record in optimizer.records
+        for name, norm in zip(record.names, record.grad_at_step.tolist())
+        if norm == 0 and name in record.none_grads
+    )
     silent = [name for name, count in missing.items() if count == hooked[name]]
     trained = {tensor.name for tensor in optimizer.trained}
     unchanged = [name for name in silent if name in optimizer.weight_norms and name not in trained]
     turns = len(unchanged) < len(silent) or any(0 < missing[name] < hooked[name] for name in hooked)
-    if not (unused := [name for name in unchanged if not name.startswith(frozen)]):
-        return
-    doubt = (
-        "Others are trained in turn or came later: these may be to come."
-        if turns
-        else "Few steps have been made so far."
-    )
-    certain = not turns and optimizer.steps >= EARLY and max(hooked[name] for name in unused) > 1
-    yield finding(
-        "unused_head",
-        f"{len(unused)} of {len(hooked)} trainable tensors have received no gradient so far, and no step has changed "
-        f"them: {', '.join(unused[:3])}.",
-        optimizer.records[-1].step,
-        "" if certain else doubt,
-    )
-
-
-def _without_gradient(record: StepRecord) -> list[str]:
-    at_step = dict(zip(record.names, record.grad_at_step))
-    return [name for name in record.names if name in record.none_grads and at_step[name] == 0]
+    doubt = "Others are trained in turn or came later: these may be to come."
+    if unused := [name for name in unchanged if not name.startswith(frozen)]:
+        certain = not turns and optimizer.steps >= EARLY and max(hooked[name] for name in unused) > 1
+        yield finding(
+            "unused_head",
+            f"{len(unused)} of {len(hooked)} trainable tensors have received no gradient so far, and no step has "
+            f"changed them: {', '.join(unused[:3])}.",
+            optimizer.records[-1].step,
+            "" if certain else doubt if turns else "Few steps have been made so far.",
+        )
 
 
 def clip_too_small(records: list[StepRecord]) -> Iterator[Finding]:
@@ -50,7 +46,7 @@ def clip_too_small(records: list[StepRecord]) -> Iterator[Finding]:
     Where updates do not show it, norms that are the same in every step betray a threshold.
     """
     steps = [
-        (record, float(record.grad_after_backward.norm()), float(record.grad_at_step.norm()))
+        (record, *record.gradient_norms())
         for record in records
         if is_finite(record.grad_after_backward) and not record.closure and max(record.rates) > 0
     ]
@@ -79,44 +75,37 @@ def _hardly_moves(record: StepRecord, at_step: float) -> bool:
 
 
 def reversed_gradients(records: list[StepRecord]) -> Iterator[Finding]:
-    """Gradients that are turned round, or made one number, in all steps: what a threshold below zero does."""
-    steps = [record for record in records if record.grad_change is not None and _finite_and_not_zero(record)]
+    """Gradients that are turned round, or made one number, in all steps: what a threshold below zero does. Turned round
+    by hand where the norm stays the same."""
+    finite = [each for each in records if is_finite(each.grad_after_backward) and is_finite(each.grad_at_step)]
+    steps = [each for each in finite if each.grad_change is not None and float(each.grad_at_step.norm()) > 0]
     if len(steps) < 2:
         return
-    changes = [record.grad_change.tolist() for record in steps]
+    changes, norms = [each.grad_change.tolist() for each in steps], [each.gradient_norms() for each in steps]
+    (arrived, at_step), step = norms[0], steps[0].step + 1
     if all(spread > 1e-3 and spread_at_step < 1e-6 for _, _, spread, spread_at_step in changes):
         yield finding(
             "clip_too_small",
             "all entries of the gradient are the same number when they reach the optimizer: a threshold "
             "below zero in `clip_grad_value_` does that.",
-            steps[0].step + 1,
+            step,
         )
-    elif all(cosine < -0.999 for cosine, *_ in changes):
-        yield _turned_round(steps)
-
-
-def _finite_and_not_zero(record: StepRecord) -> bool:
-    finite = is_finite(record.grad_after_backward) and is_finite(record.grad_at_step)
-    return finite and float(record.grad_at_step.norm()) > 0
-
-
-def _turned_round(steps: list[StepRecord]) -> Finding:
-    """By hand where the norm stays the same, else by a clip."""
-    norms = [(float(each.grad_after_backward.norm()), float(each.grad_at_step.norm())) for each in steps]
-    arrived, at_step = norms[0]
-    if all(abs(after - before) <= 1e-3 * before for before, after in norms):
-        return finding(
+    elif any(cosine >= -0.999 for cosine, *_ in changes):
+        return
+    elif all(abs(after - before) <= 1e-3 * before for before, after in norms):
+        yield finding(
             "loss_sign",
             f"gradients are turned round between backward and the step, at the same norm ({at_step:.3g}).",
-            steps[0].step + 1,
+            step,
             MAY_BE_MEANT,
         )
-    return finding(
-        "clip_too_small",
-        f"gradients of norm {arrived:.3g} arrive and reach the optimizer turned round, at norm "
-        f"{at_step:.3g}: a threshold below zero in `clip_grad_norm_` does that.",
-        steps[0].step + 1,
-    )
+    else:
+        yield finding(
+            "clip_too_small",
+            f"gradients of norm {arrived:.3g} arrive and reach the optimizer turned round, at norm {at_step:.3g}: a "
+            "threshold below zero in `clip_grad_norm_` does that.",
+            step,
+        )
 
 
 def gradients_never_cleared(records: list[StepRecord]) -> Iterator[Finding]:
@@ -134,13 +123,14 @@ def gradients_never_cleared(records: list[StepRecord]) -> Iterator[Finding]:
 def zeroed_gradients(records: list[StepRecord], frozen: tuple[str, ...]) -> Iterator[Finding]:
     """Some tensors' gradients arrive and are zero at every step; those that are None there may be meant to stand
     still."""
-    arrived, zero, none = Counter[str](), Counter[str](), Counter[str]()
-    for record in (each for each in records if not each.closure and float(each.grad_at_step.norm()) > 0):
-        for name, before, at_step in zip(record.names, record.grad_after_backward, record.grad_at_step):
-            if bool(before.isfinite()) and before > 0:
-                arrived[name] += 1
-                zero[name] += bool(at_step == 0)
-                none[name] += name in record.no_grad
+    seen = [
+        (name, bool(at_step == 0), name in record.no_grad)
+        for record in records
+        if not record.closure and float(record.grad_at_step.norm()) > 0
+        for name, before, at_step in zip(record.names, record.grad_after_backward, record.grad_at_step)
+        if 0 < before < math.inf
+    ]
+    arrived, zero = Counter(name for name, *_ in seen), Counter(name for name, zero, _ in seen if zero)
     zeroed = [name for name, count in arrived.items() if count > 1 and zero[name] == count]
     if names := [name for name in zeroed if not name.startswith(frozen)]:
         yield finding(
@@ -148,5 +138,5 @@ def zeroed_gradients(records: list[StepRecord], frozen: tuple[str, ...]) -> Iter
             f"{len(names)} of {len(arrived)} tensors' gradients arrive and are zero at every step: "
             f"{', '.join(names[:3])}.",
             records[-1].step + 1,
-            MAY_BE_MEANT if all(none[name] for name in names) else "",
+            MAY_BE_MEANT if {name for name, _, none in seen if none}.issuperset(names) else "",
         )

@@ -1,8 +1,9 @@
-"""A watched loop: hooks on its optimizers, and the report on what they recorded."""
+"""A watched loop: checked arguments, hooks on its optimizers, and the report on what they recorded."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -10,10 +11,10 @@ from torch.optim import Optimizer
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.names import check_beginnings
-from ris_fast.health.watch.arguments import check_every, check_model, list_beginnings, list_optimizers
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.records import LoopRecord, StepRecord, TensorRecord
 from ris_fast.health.watch.rules import find_mistakes
+from ris_fast.health.watch.samples import held_tensors
 
 
 class Watcher:
@@ -26,7 +27,10 @@ class Watcher:
     def __init__(
         self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], every: int, frozen: Sequence[str]
     ) -> None:
-        check_model(model)
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"watch: model is {_shown(model)}. Give the torch.nn.Module that is trained, then its optimizer."
+            )
         self.model, self.optimizers, self.frozen = model, list_optimizers(optimizer), list_beginnings(frozen)
         check_every(every, len(self.optimizers))
         check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
@@ -54,10 +58,13 @@ class Watcher:
 
     def _record(self) -> LoopRecord:
         parameters = {id(p): _record_of(p, plain_name(name)) for name, p in self.model.named_parameters()}
-        others = {id(p): _record_of(p) for hooks in self.hooks for p in hooks.tensors() if id(p) not in parameters}
+        others = {
+            id(p): _record_of(p) for each in self.optimizers for p in held_tensors(each) if id(p) not in parameters
+        }
         return LoopRecord(
             parameters=list(parameters.values()),
             optimizers=[hooks.record(parameters | others) for hooks in self.hooks],
+            steps=self.steps,
             frozen=self.frozen,
             frozen_at_start={parameters[key] for key in self.frozen_at_start & parameters.keys()},
         )
@@ -66,3 +73,49 @@ class Watcher:
 def _record_of(tensor: Tensor, name: str = "") -> TensorRecord:
     shape, size = ((), 0) if is_lazy(tensor) else (tuple(tensor.shape), tensor.numel())
     return TensorRecord(name, shape, size, tensor.dtype, tensor.requires_grad)
+
+
+def list_optimizers(optimizer: Any) -> list[Optimizer]:
+    """One, or all of them, as a list. Raises: ValueError for anything else."""
+    optimizers = _all_of(optimizer, Optimizer)
+    wrong = [each for each in optimizers if not isinstance(each, Optimizer)]
+    if wrong:
+        within = "" if isinstance(optimizer, str) or wrong == [optimizer] else f", with {_shown(wrong[0])} in it"
+        raise ValueError(
+            f"watch: optimizer is {_shown(optimizer)}{within}. Give a torch.optim.Optimizer, or a list of them, e.g. "
+            "watch(model, optimizer)."
+        )
+    return optimizers
+
+
+def check_every(every: Any, optimizers: int) -> None:
+    """Raises: ValueError for no optimizer, and for what is no number of steps."""
+    if not optimizers or not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(
+            f"watch: {optimizers} optimizers and every={every!r}. Give at least one optimizer, and a whole number of"
+            " steps from 1 on."
+        )
+
+
+def list_beginnings(frozen: Any) -> tuple[str, ...]:
+    """Beginnings of names. Raises: ValueError for anything but texts."""
+    names = tuple(_all_of(frozen, str))
+    if any(not isinstance(name, str) for name in names):
+        raise ValueError(
+            f'watch: frozen={_shown(frozen)}. Give beginnings of parameters\' names, e.g. frozen=("encoder.",).'
+        )
+    return names
+
+
+def _all_of(value: Any, kind: type) -> list[Any]:
+    """What is in it; the value alone where it is of that kind or holds nothing."""
+    try:
+        return [value] if isinstance(value, kind) else list(value)
+    except TypeError:
+        return [value]
+
+
+def _shown(value: Any) -> str:
+    """Its repr where that is short, else its type."""
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
