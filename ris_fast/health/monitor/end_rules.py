@@ -58,13 +58,12 @@ def stalled_at_baseline(run: RunHistory) -> Iterator[Finding]:
         for what, figure in (("training", lambda row: float(row["train_loss"])), ("validation", validated))
     }
     if best >= NO_BETTER * constants[name] and all(share <= UNMOVED for share in moved.values()):
-        yield Finding(
+        yield run.finding(
             "stalled_at_baseline",
             f"after {run.step} steps and {len(whole)} whole epochs the best validation NMSE is {best:.4g}, beside"
             f" {constants[name]:.4g} for the constant answer '{name}'; between the first and the last third of the"
             f" epochs the training loss changed by {moved['training']:.2%} and validation by"
             f" {moved['validation']:.2%}.",
-            run.step,
         )
 
 

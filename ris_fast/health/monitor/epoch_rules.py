@@ -40,13 +40,12 @@ def collapsed(run: RunHistory) -> Iterator[Finding]:
     train = [trained(run, row) for row in run.epochs]
     kept = 0 < train[-1] <= STILL_LOW * min(train)
     if all(value > max(FALLEN * best, (best + baseline[1]) / 2) for value in values[-IN_A_ROW:]) and not kept:
-        yield Finding(
+        yield run.finding(
             "collapsed",
             f"the validation NMSE was {best:.3g} in epoch {values.index(best) + 1} and was {values[-2]:.3g} and"
             f" {values[-1]:.3g} in the last two, beside {baseline[1]:.3g} for the constant answer '{baseline[0]}'; the"
             f" training loss went from {run.epochs[values.index(best)]['train_loss']:.3g} to"
             f" {run.epochs[-1]['train_loss']:.3g}.",
-            run.step,
         )
 
 
@@ -65,18 +64,16 @@ def validation_apart(run: RunHistory) -> Iterator[Finding]:
         f" ({baseline[1]:.3g}), for {LONG} epochs"
     )
     if run.info.get("fresh"):
-        yield Finding(
+        yield run.finding(
             "validation_apart",
             f"{seen}. Training has new scenes in every epoch, so nothing is memorised: the validation scenes, their"
             " targets, or the weights or the mode that are validated are not those of training.",
-            run.step,
         )
     elif values[-1] <= 1.1 * min(values):  # where it rose, it is overfitting, which is reported at the end
-        yield Finding(
+        yield run.finding(
             "validation_apart",
             f"{seen}: the validation scenes, their targets, or the weights that are validated are not those of"
             f" training, or the network has memorised its {_scenes(run)}.",
-            run.step,
             certain=False,
         )
 
@@ -93,12 +90,11 @@ def overfitting(run: RunHistory) -> Iterator[Finding]:
         and min(values[-third:]) > NO_BETTER * min(values[:-third])
     ):
         best = min(values)
-        yield Finding(
+        yield run.finding(
             "overfitting",
             f"training scores {train[-1]:.3g} and validation {values[-1]:.3g} at the end; validation was best,"
             f" {best:.3g}, in epoch {values.index(best) + 1} of {len(values)}: the network memorises its"
             f" {_scenes(run)}.",
-            run.step,
             certain=False,
         )
 
@@ -129,12 +125,11 @@ def loss_without_the_truth(run: RunHistory) -> Iterator[Finding]:
         and sum(weighted[name] for name in others) > 0.5 * total
     ):
         named = " and ".join(f"{name} ({weighted[name] / total:.0%} of the loss)" for name in others)
-        yield Finding(
+        yield run.finding(
             "dominating_term",
             f"between the first and the last epoch the validation loss fell from {first['val_loss']:.3g} to"
             f" {last['val_loss']:.3g} and the validation NMSE rose from {first['val_nmse_raw']:.3g} to"
             f" {last['val_nmse_raw']:.3g}, no better than a constant: what falls is {named}.",
-            run.step,
             certain=False,
         )
 

@@ -35,6 +35,10 @@ class RunHistory:
         rows = [*self.steps[-1:], *self.epochs[-1:]]
         return max((int(row.get("step", 0)) for row in rows), default=0)
 
+    def finding(self, cause: str, evidence: str, certain: bool = True) -> Finding:
+        """A finding at the present step."""
+        return Finding(cause, evidence, self.step, certain=certain)
+
 
 Rule = Callable[[RunHistory], Iterator[Finding]]
 

@@ -21,18 +21,17 @@ def one_update_a_step(run: RunHistory) -> Iterator[Finding]:
     if not calls or attempted is None:
         return
     if attempted <= 0:
-        yield Finding(
-            "step_never_called", f"{calls} calls of the step up to step {run.step} made no optimizer step.", run.step
+        yield run.finding(
+            "step_never_called", f"{calls} calls of the step up to step {run.step} made no optimizer step."
         )
     elif attempted >= 2 * calls:
-        yield Finding("step_called_twice", f"{calls} calls of the step made {attempted} optimizer steps.", run.step)
+        yield run.finding("step_called_twice", f"{calls} calls of the step made {attempted} optimizer steps.")
     earlier = [row["health"]["applied"] for row in run.steps[:-1] if "applied" in (row.get("health") or {})]
     if earlier and run.reading["applied"] < max(earlier):
-        yield Finding(
+        yield run.finding(
             "optimizer_state_lost",
             f"the optimizer's count of updates falls from {max(earlier)} to "
             f"{run.reading['applied']}: it was built anew.",
-            run.step,
         )
 
 
@@ -44,36 +43,31 @@ def untouched_gradient(run: RunHistory) -> Iterator[Finding]:
         return
     seen = row["grad_norm"] * scale
     if reading["raw_nonfinite"] and math.isfinite(seen) and not reading["skipped"]:
-        yield Finding(
+        yield run.finding(
             "sanitised_gradients",
             f"backward leaves {reading['raw_nonfinite']} tensors with values that are not finite and "
             f"the optimizer receives a gradient of norm {seen:.3g}.",
-            run.step,
         )
     elif reading["raw_nonfinite"] and reading["skipped"] and scale == 1.0 and not reading["nonfinite_scenes"]:
-        yield Finding(
+        yield run.finding(
             "nonfinite_gradients",
             f"{reading['raw_nonfinite']} tensors have gradients that are not finite, though the scenes are.",
-            run.step,
         )
     elif math.isfinite(raw) and raw > 0 and scale == 1.0:
         if seen == 0:
-            yield Finding(
+            yield run.finding(
                 "gradients_cleared_before_step",
                 f"backward leaves a gradient of norm {raw:.3g} and the optimizer finds zero.",
-                run.step,
             )
         elif seen < (1 - TOUCHED) * raw:
-            yield Finding(
+            yield run.finding(
                 "zeroed_gradients",
                 f"between backward and the optimizer the gradient's norm falls from {raw:.3g} to {seen:.3g}.",
-                run.step,
             )
     if (reading.get("residual_grad_norm") or 0.0) > 1e-3 * max(raw if math.isfinite(raw) else 0.0, 1e-30):
-        yield Finding(
+        yield run.finding(
             "gradients_never_cleared",
             f"after clearing, the gradients still have norm {reading['residual_grad_norm']:.3g}.",
-            run.step,
         )
 
 
@@ -87,12 +81,11 @@ def nonfinite_between_reports(run: RunHistory) -> Iterator[Finding]:
         and not reading.get("raw_nonfinite")
         and not reading.get("nonfinite_scenes")
     ):
-        yield Finding(
+        yield run.finding(
             "nonfinite_gradients",
             f"{window['nonfinite_steps']} of the last {window['recorded']} steps had gradients that are not finite and"
             f" were not applied, first step {window['first_nonfinite_step']} in {window['first_nonfinite_tensor']};"
             " their scenes were not looked at.",
-            run.step,
             certain=False,
         )
 
@@ -101,24 +94,19 @@ def served_scenes(run: RunHistory) -> Iterator[Finding]:
     """No step has empty or broken scenes, or scenes that it or another step of the epoch has had."""
     reading = run.reading
     if reading.get("nonfinite_scenes"):
-        yield Finding(
-            "nonfinite_data",
-            f"{reading['nonfinite_scenes']} of {reading['scenes']} scenes of a step are not finite.",
-            run.step,
+        yield run.finding(
+            "nonfinite_data", f"{reading['nonfinite_scenes']} of {reading['scenes']} scenes of a step are not finite."
         )
     if reading.get("zero_scenes"):
-        yield Finding(
-            "empty_cache_slot",
-            f"{reading['zero_scenes']} of {reading['scenes']} scenes of a step are all zeros.",
-            run.step,
+        yield run.finding(
+            "empty_cache_slot", f"{reading['zero_scenes']} of {reading['scenes']} scenes of a step are all zeros."
         )
     repeated, scenes = _repeated(run)
     if reading.get("repeated") and repeated > max(1, scenes // 2):
         where = "a step" if scenes == reading["scenes"] else "the last steps that were read"
-        yield Finding(
+        yield run.finding(
             "repeated_batch",
             f"{repeated} of {scenes} scenes of {where} were in it twice or in another step of the same epoch.",
-            run.step,
         )
 
 
@@ -140,11 +128,10 @@ def _repeated(run: RunHistory) -> tuple[int, int]:
 def training_mode(run: RunHistory) -> Iterator[Finding]:
     """Every module is in training mode while it trains."""
     if run.reading.get("modules_in_eval_mode"):
-        yield Finding(
+        yield run.finding(
             "eval_mode_in_training",
             f"{run.reading['modules_in_eval_mode']} modules train in evaluation mode, first "
             f"{run.reading['first_module_in_eval_mode'] or 'the network'}.",
-            run.step,
         )
 
 
@@ -160,11 +147,10 @@ def planned_rate(run: RunHistory) -> Iterator[Finding]:
         return
     for name, rate in planned.items():
         if not _same_rate(row["lr"][name], rate):
-            yield Finding(
+            yield run.finding(
                 _off_plan(run, name),
                 f"the learning rate of {name} is {row['lr'][name]:.3g} and should be {rate:.3g} "
                 f"after {reading['applied']} updates.",
-                run.step,
             )
             return
 
@@ -190,8 +176,8 @@ def only_the_optimizer_moves_weights(run: RunHistory) -> Iterator[Finding]:
     """Between two updates no weight changes."""
     if run.reading.get("moved_before"):
         where = "to their first values" if run.reading["back_to_first"] else "by something else than the optimizer"
-        yield Finding(
-            "weights_reset", f"{run.reading['moved_before']} tensors were changed {where} between two steps.", run.step
+        yield run.finding(
+            "weights_reset", f"{run.reading['moved_before']} tensors were changed {where} between two steps."
         )
 
 
@@ -203,23 +189,19 @@ def movement(run: RunHistory) -> Iterator[Finding]:
         return
     if ratio > JUMP or reading["weight_norm"] > GROWN * first.get("weight_norm", math.inf):
         size = reading["weight_norm"] / math.sqrt(max(1, run.info.get("parameters") or 1))
-        yield Finding(
+        yield run.finding(
             "learning_rate_too_large",
             f"the median tensor moves by {ratio:.0%} of itself in one step; the weights' norm "
             f"went from {first.get('weight_norm', math.nan):.3g} to {reading['weight_norm']:.3g}.",
-            run.step,
             certain=not size < USUAL,
         )  # weights that begin tiny grow fast and learn
     elif reading["weight_norm"] < SHRUNK * first.get("weight_norm", 0.0):
-        yield Finding(
+        yield run.finding(
             "weight_decay_too_large",
             f"the weights' norm fell from {first['weight_norm']:.3g} to {reading['weight_norm']:.3g}.",
-            run.step,
         )
     elif 0 < ratio < STILL and len(run.steps) >= 5:
-        yield Finding(
-            "learning_rate_too_small", f"the median tensor moves by {ratio:.1e} of itself in one step.", run.step
-        )
+        yield run.finding("learning_rate_too_small", f"the median tensor moves by {ratio:.1e} of itself in one step.")
 
 
 STEP_RULES: tuple[Rule, ...] = (

@@ -83,9 +83,8 @@ def scale(context: PreflightContext) -> Iterator[Finding]:
         name = next(name for name in seen if _swallowed(seen[name], larger.get(name)))
         yield Finding(
             "epsilon_swallows_signal",
-            f"the input of {name} has rms {sizes[name]:.2g}, and "
-            f"{rms(larger[name]):.2g} for snapshots {LOUDER:g} times larger: a constant in "
-            "the normalisation is larger than the signal.",
+            f"the input of {name} has rms {sizes[name]:.2g}, and {rms(larger[name]):.2g} for snapshots {LOUDER:g}"
+            " times larger: a constant in the normalisation is larger than the signal.",
         )
         return
     if tiny:  # a network may weigh its inputs by the SNR; that has nothing to do with units

@@ -170,7 +170,7 @@ class OptimizerHooks:
         with_both = [p for p in parameters.values() if id(p) in self.arrived and p.grad is not None]
         both = [(self.arrived[id(p)][1], few_numbers([p.grad])) for p in with_both]
         both = [(arrived, at_step) for arrived, at_step in both if arrived.shape == at_step.shape]
-        return compare(*map(list, zip(*both))) if both else None
+        return compare(*zip(*both)) if both else None
 
     def _grad_norms(self, parameters: dict[str, Tensor]) -> Tensor:
         """(T,) norms of the gradients as they are; zero for none."""

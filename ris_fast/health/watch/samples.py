@@ -6,6 +6,7 @@ Legend: S numbers, a few of every tensor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,10 +64,14 @@ def few_numbers(tensors: list[Tensor]) -> Tensor:
     return torch.cat([each.to(device, non_blocking=True) for each in some]) if some else torch.zeros(0)
 
 
-def compare(arrived: list[Tensor], at_step: list[Tensor]) -> Tensor:
+def compare(arrived: Sequence[Tensor], at_step: Sequence[Tensor]) -> Tensor:
     """(4,) of gradients as backward left them against what the optimizer finds: the cosine, the share of negative zeros
     in the latter, and the spread over the size of each."""
-    before, now = few_numbers(arrived).float(), few_numbers(at_step).float()
+    device = arrived[0].device
+    before, now = (
+        torch.cat([each.to(device, torch.float32, non_blocking=device.type == "cuda") for each in side])
+        for side in (arrived, at_step)
+    )
     cosine = torch.nn.functional.cosine_similarity(before, now, dim=0)
     spreads = [(each - each.mean()).norm() / each.norm() for each in (before, now)]
     return torch.stack([cosine, (now.signbit() & (now == 0)).float().mean(), *spreads])
