@@ -60,7 +60,7 @@ def _difference(
         relative_change(answer, moved) < SAME or later > 0.1 * relative_change(wanted, written)
     ):
         return _stale(how, later, now)
-    if now > _tolerance(context):
+    if now > context.tolerance(CLOSE, 0.05):
         own = context.step.network is context.trainer.network and not context.by_torch
         return Finding(
             "compiled_differs",
@@ -126,7 +126,7 @@ def _compare_gradients(
     if not wanted:
         return None
     total = total_norm(wanted.values())
-    allowed = SLOPE if context.config.training.precision == "fp32" else SLOPE_LOW
+    allowed = context.tolerance(SLOPE, SLOPE_LOW)
     off = {
         name: float((called[name] - slope).norm()) / max(float(slope.norm()), FAINT * total)
         for name, slope in wanted.items()
@@ -146,7 +146,7 @@ def _gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The factor; and name of each trainable tensor -> gradient of a random sum of the outputs, empty where autograd
     leads nowhere."""
-    live = {name: parameter for name, parameter in context.parameters.items() if parameter.requires_grad}
+    live = context.trainable
     prediction = _model_prediction(context, scenes) if as_written else context.step.predict(scenes)
     outputs = [value for value in prediction if value is not None and value.requires_grad]
     answer = prediction.factor.detach().float().clone()
@@ -182,10 +182,6 @@ def _follows(context: PreflightContext, weights: list[nn.Parameter], directions:
     with context.moved(weights, directions, 0.3):
         fresh = context.groups[1][0] if context.by_torch else context.groups[1][0][:SMALL]
         return relative_change(model_factor(context, fresh), step_factor(context, fresh)) < CLOSE
-
-
-def _tolerance(context: PreflightContext) -> float:
-    return CLOSE if context.config.training.precision == "fp32" else 0.05
 
 
 def altered(context: PreflightContext, scenes: Scenes) -> list[str]:

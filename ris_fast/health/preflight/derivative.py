@@ -140,7 +140,7 @@ def parts(context: PreflightContext, held: StoppedValues | None = None) -> dict[
     Model: s(w) = sum_k <c_k, out_k(w)>, c_k the loss's gradient at output k for the weights as they are. There s has
         the loss's gradient. Args: held: what leaves the graph stays as it is while weights move.
     """
-    live = {name: parameter for name, parameter in context.parameters.items() if parameter.requires_grad}
+    live = context.trainable
     total, _, prediction = context.run(context.scenes[:FEW])
     outputs = {name: value for name, value in prediction._asdict().items() if value is not None and value.requires_grad}
     if not live or not outputs or not total.requires_grad or not bool(total.isfinite()):

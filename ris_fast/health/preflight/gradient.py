@@ -57,7 +57,7 @@ def _cut(total: Tensor, factor: Tensor) -> bool:
 
 def every_tensor(context: PreflightContext) -> Iterator[Finding]:
     """Every trainable tensor gets a gradient that is there, finite and not zero; else the reason."""
-    live = {name: parameter for name, parameter in context.parameters.items() if parameter.requires_grad}
+    live = context.trainable
     with context.full_precision():
         total, terms, _ = context.run()
         if not total.requires_grad or total.grad_fn is None or not live or not bool(total.isfinite()):

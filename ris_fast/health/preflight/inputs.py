@@ -62,7 +62,7 @@ def reads_scenes(context: PreflightContext) -> Iterator[Finding]:
         relative_change(answer[part], context.answer(scenes[part]))
         for part in (slice(0, half), slice(half, scenes.batch))
     )
-    if mixed > (CLOSE if context.config.training.precision == "fp32" else 0.1):
+    if mixed > context.tolerance(CLOSE, 0.1):
         yield Finding("scenes_mixed", f"answers change by {mixed:.2g} when other scenes of the batch are left out.")
 
 

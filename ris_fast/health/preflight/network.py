@@ -214,7 +214,7 @@ def _never_reached(context: PreflightContext) -> list[str]:
     One factor of a product may start at zero, as the last layer of a residual branch: it moves, and then the other one
     does.
     """
-    live = {name: p for name, p in context.parameters.items() if p.requires_grad}
+    live = context.trainable
     stuck = [name for name, p in live.items() if p.dim() > 1 and not bool(p.any())]
     generator, moved = torch.Generator().manual_seed(23), set[str]()
     with ExitStack() as stack:

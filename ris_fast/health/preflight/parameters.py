@@ -17,18 +17,10 @@ from ris_fast.health.preflight.probe import PreflightContext
 STANDARD = (nn.Linear, nn.modules.conv._ConvNd, nn.LayerNorm, nn.Embedding, nn.RMSNorm)
 
 
-def allowed_frozen(context: PreflightContext) -> tuple[str, ...]:
-    """Beginnings of names that may be frozen."""
-    return words(context.config.health.frozen)
-
-
 def frozen(context: PreflightContext) -> Iterator[Finding]:
     """Parameters that do not require a gradient and are not named in health.frozen."""
-    names = [
-        name
-        for name, parameter in context.parameters.items()
-        if not parameter.requires_grad and not name.startswith(allowed_frozen(context))
-    ]
+    allowed = words(context.config.health.frozen)
+    names = [n for n, p in context.parameters.items() if not p.requires_grad and not n.startswith(allowed)]
     if names:
         share = sum(context.parameters[name].numel() for name in names) / max(
             1, sum(p.numel() for p in context.parameters.values())

@@ -65,6 +65,14 @@ class PreflightContext:
         return dict(self.model.named_parameters())
 
     @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+
+    def tolerance(self, fp32: float, low: float) -> float:
+        """By the precision that the run trains in."""
+        return fp32 if self.config.training.precision == "fp32" else low
+
+    @property
     def compiled(self) -> bool:
         """Whether the step calls something other than the network itself."""
         return self.step.network is not self.model

@@ -20,7 +20,7 @@ def term_gradient_table(context: PreflightContext) -> dict[str, list[Any]]:
     with preserve_state(context.trainer), context.small():
         context.model.train()
         _, terms, _ = context.run()
-        live = {name: p for name, p in context.parameters.items() if p.requires_grad}
+        live = context.trainable
         weighted = {name: context.loss.weights.get(name, 0.0) * value for name, value in terms.items()}
         columns = {name: _gradients(value, list(live.values())) for name, value in weighted.items()}
         rows: list[list[Any]] = [

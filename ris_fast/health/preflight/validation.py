@@ -28,7 +28,7 @@ def same_loss(context: PreflightContext) -> Iterator[Finding]:
     if not (math.isfinite(trained) and math.isfinite(score.loss)):
         context.note = "not checked: the loss is not finite"
     gap = abs(trained - score.loss) / max(abs(trained), abs(score.loss), 1e-30)
-    allowed = EXACT if context.config.training.precision == "fp32" else LOW_PRECISION
+    allowed = context.tolerance(EXACT, LOW_PRECISION)
     if math.isfinite(trained) and math.isfinite(score.loss) and gap > allowed:
         yield Finding(
             "losses_differ",
