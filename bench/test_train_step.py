@@ -31,8 +31,8 @@ def seed_preset(precision: str) -> Config:
 @pytest.mark.benchmark(group="optimizer step, preset original")
 @pytest.mark.parametrize("precision, batch_size", CASES)
 def test_step_against_peers(benchmark: Any, precision: str, batch_size: int) -> None:
-    """Compile time is reported apart. Wanted, CPU: 4 times the original's, 1.3 times the eager loop; GPU: 100, 3, and 1.5 of
-    the compiled."""
+    """Compile time is reported apart. Wanted, CPU: 4 times the original's, 1.3 times the eager loop; GPU: 100, 3, and
+    1.5 of the compiled."""
     with threads(2 if DEVICE.type == "cpu" else torch.get_num_threads()):
         found = compare_steps(seed_preset(precision), batch_size, seconds=60.0 if DEVICE.type == "cpu" else 20.0)
         benchmark.extra_info.update(found, conditions=conditions(DEVICE))

@@ -45,7 +45,8 @@ class Trainer(Built):
 
     Args:
         folder: where checkpoints go; None writes nothing.
-        callbacks: called as the run proceeds, in order; also `trainer.callbacks`, a list that may be changed before `fit`.
+        callbacks: called as the run proceeds, in order; also `trainer.callbacks`, a list that may be changed before
+            `fit`.
         resume: continue from `folder`'s last checkpoint, or from the one of this name.
         progress: called with (scenes read, scenes in all) while data files are read and checked.
         observer: what `callbacks` was in earlier versions.

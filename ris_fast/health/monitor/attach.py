@@ -24,8 +24,8 @@ def attach_health(
     """The same trainer under watch: `attach_health(Trainer(config)).fit()`.
 
     The watchdog is the last of `trainer.callbacks`, so that it judges a row after the others have recorded it; the
-    findings are at `trainer.callbacks[-1].findings` and in the summary. `report` is called with each finding that the run
-    shows, when it is first made.
+    findings are at `trainer.callbacks[-1].findings` and in the summary. `report` is called with each finding that the
+    run shows, when it is first made.
     Raises: RunStopped (exit code 4) where preflight is certain of a structural mistake, unless `stop` is False.
     """
     watchdog = Watchdog(trainer, stop=stop, report=report)

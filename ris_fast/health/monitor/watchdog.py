@@ -23,7 +23,8 @@ class Watchdog(Callback):
     Args:
         muted: causes that are not reported; those of `health.mute` are added.
         stop: end the run (RunStopped, exit code 4) at a certain finding that is structural or breaks a contract.
-        report: called with each finding when a row first shows it; not with one that ends the run, which its error names.
+        report: called with each finding when a row first shows it; not with one that ends the run, which its error
+            names.
     """
 
     def __init__(
