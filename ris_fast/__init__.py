@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ris_fast.old_names import find_old_modules
+
 if TYPE_CHECKING:  # the names of _HOMES, for type checkers and editors
     from ris_fast.config.load import load_config as load_config
     from ris_fast.kernels.cov_nmse.op import cov_nmse as cov_nmse
@@ -39,6 +41,7 @@ _HOMES = {
     "build_model": "ris_fast.models",
 }
 __all__ = [*_HOMES, "__version__"]
+find_old_modules()
 
 if not TYPE_CHECKING:  # a type checker that sees it takes every name for one of ours
 

@@ -6,12 +6,30 @@ Only the standard library is imported here, so that anything may import this fil
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 PRESETS = {"seed": "original"}
 CAUSES = {"stalled_at_floor": "stalled_at_baseline"}
+SETTINGS = {"health.mute": CAUSES, "model.options.inputs": {"collapsed": "effective_channel"}}  # words in their values
+MODULES = {  # of names that people import, and that pickled objects refer to
+    "cli": "commands.cli",
+    "evaluation": "commands.evaluate",
+    "settings": "config.load",
+    "health.watchdog": "health.monitor.watchdog",
+    "health.watched": "health.monitor.attach",
+    "physics.floors": "physics.baselines",
+    "physics.pairs": "physics.real_complex",
+    "training.loop": "training.trainer",
+    "training.optimizer": "training.optim.fused_adamw",
+    "training.sample": "physics.least_squares",
+    "training.terms": "training.loss_terms",
+}
 KEYS = {  # of metrics.jsonl, summary.json and evaluation.json
     "floors": "baselines",
     "bayes": "mmse_bound",
@@ -41,6 +59,15 @@ def current_cause(name: str) -> str:
     return _current(name, CAUSES, "cause")
 
 
+def current_setting(key: str, value: Any) -> Any:
+    """The value of the setting 'section.key' in today's words. Warns: OldNameWarning for an old one."""
+    names = SETTINGS.get(key, {})
+    for old in names if isinstance(value, str) else ():
+        if old in value.replace(",", " ").split():
+            value = value.replace(old, _current(old, names, f"{key} ="))
+    return value
+
+
 def current_origin(origin: str) -> str:
     """'preset seed', in the provenance of an old config.toml, as it is called today."""
     kind, _, name = origin.partition(" ")
@@ -57,8 +84,16 @@ def current_names(value: Any, text: str, where: object) -> Any:
         return value
     if found := dict(_old_names(value)):
         renamed = ", ".join(f"{old} -> {new}" for old, new in sorted(found.items()))
-        _warn(f"{where} is from an earlier version and is read with the names of this one: {renamed}")
+        _warn(f"{where} is from an earlier version and is read with the names of this one: {renamed}", 5)
     return _renamed(value)
+
+
+def with_old_keys(value: Any) -> Any:
+    """A report with the keys of earlier versions beside today's, at every depth."""
+    if isinstance(value, Mapping):
+        value = {key: with_old_keys(each) for key, each in value.items()}
+        return {**{old: value[new] for old, new in KEYS.items() if new in value}, **value}
+    return value
 
 
 def renamed_field(kind: type, old: str, new: str) -> None:
@@ -68,27 +103,31 @@ def renamed_field(kind: type, old: str, new: str) -> None:
     @functools.wraps(construct)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         if old in kwargs:
-            _warn(said)
+            _warn(said, 3)
             kwargs[new] = kwargs.pop(old)
         construct(self, *args, **kwargs)
 
     def read(self: Any) -> Any:
-        _warn(said)
+        _warn(said, 3)
         return getattr(self, new)
 
-    kind.__init__ = __init__  # type: ignore[misc]
+    def __setstate__(self: Any, state: Mapping[str, Any]) -> None:  # of an object that an earlier version pickled
+        vars(self).update({new if name == old else name: value for name, value in state.items()})
+
+    kind.__init__, kind.__setstate__ = __init__, __setstate__  # type: ignore[misc, attr-defined]
     setattr(kind, old, property(read, doc=f"The name of `{new}` in earlier versions."))
 
 
 def _current(name: str, names: Mapping[str, str], what: str) -> str:
     if name not in names:
         return name
-    _warn(f"{what} '{name}' is called '{names[name]}' now")
+    _warn(f"{what} '{name}' is called '{names[name]}' now", 5)
     return names[name]
 
 
-def _warn(text: str) -> None:
-    warnings.warn(text, OldNameWarning, stacklevel=4)
+def _warn(text: str, level: int) -> None:
+    """`level`: of the caller that used the old name, counted from here."""
+    warnings.warn(text, OldNameWarning, stacklevel=level)
 
 
 def _old_names(value: Any) -> Iterator[tuple[str, str]]:
@@ -112,3 +151,28 @@ def _renamed(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_renamed(each) for each in value]
     return CAUSES.get(value, value) if isinstance(value, str) else value
+
+
+class OldModules:
+    """Finds a module under the name that it had in earlier versions, where nothing else finds it, with a warning."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        package, _, old = name.partition(".")
+        return ModuleSpec(name, cls()) if package == "ris_fast" and old in MODULES else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        new = f"ris_fast.{MODULES[spec.name.partition('.')[2]]}"
+        _warn(f"module {spec.name} is called {new} now", 3)
+        module = import_module(new)
+        self.spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec  # it stays the module of its new name
+
+
+def find_old_modules() -> None:
+    """Makes OldModules the last place that Python looks for a module in."""
+    if OldModules not in sys.meta_path:
+        sys.meta_path.append(OldModules)  # type: ignore[arg-type]

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+from ris_fast.old_names import with_old_keys
+
 
 class Callback:
     """Base class of the observers in `Trainer(config, callbacks=[...])`; every method does nothing.
@@ -31,36 +33,47 @@ class Callback:
         """After the epoch's validation and checkpoint."""
 
     def on_summary(self, summary: dict[str, Any]) -> None:
-        """At the end, also of a run that an error ended, before any `on_train_end`: to add to the summary."""
+        """At the end, also after an error in a step, before any `on_train_end`: to add to the summary."""
 
     def on_train_end(self, summary: dict[str, Any]) -> None:
-        """At the end, also of a run that an error ended, with the finished summary."""
+        """At the end, also after an error in a step, with the finished summary."""
 
 
 class ObserverCallback(Callback):
-    """An observer of earlier versions, an object with `start`, `step`, `epoch` and `finish`, as a callback."""
+    """An observer of earlier versions, an object with `start`, `step`, `epoch` and `finish`, as a callback: what it is
+    given has the keys of those versions too."""
 
     def __init__(self, observer: Any) -> None:
-        self.on_train_start, self.on_log = observer.start, observer.step
-        self.on_epoch_end, self.on_train_end = observer.epoch, observer.finish
+        calls = [getattr(observer, name, None) for name in ("start", "step", "epoch", "finish")]
+        if not all(map(callable, calls)):
+            raise TypeError(
+                f"Trainer: {observer!r} is no callback. Give callbacks=[...], a list of objects of a class derived from"
+                " ris_fast.Callback."
+            )
+        self.on_train_start, self.on_log, self.on_epoch_end, self.on_train_end = (
+            lambda values, call=call: call(with_old_keys(values)) for call in calls
+        )
 
 
 def callback_list(callbacks: Any, observer: Any) -> list[Callback]:
     """The callbacks as a list, with what was given as an observer, by keyword or in its old place, behind them."""
+    if isinstance(callbacks, Callback):
+        raise TypeError(f"Trainer: callbacks is a {type(callbacks).__name__}, expected a list: callbacks=[...].")
     if not isinstance(callbacks, Iterable):
         callbacks, observer = (), callbacks if observer is None else observer
     return [*callbacks, *([] if observer is None else [from_observer(observer)])]
 
 
-def from_observer(observer: Any) -> ObserverCallback:
+def from_observer(observer: Any) -> Callback:
     """The observer as a callback, with a warning that names what takes its place."""
+    callback = observer if isinstance(observer, Callback) else ObserverCallback(observer)
     warnings.warn(
         "Trainer: observer=x is callbacks=[x] now, with x a ris_fast.Callback whose methods on_train_start, on_log,"
         " on_epoch_end and on_train_end were start, step, epoch and finish; the next release takes callbacks only.",
         FutureWarning,
         stacklevel=4,
     )
-    return ObserverCallback(observer)
+    return callback
 
 
 def check_callbacks(callbacks: Iterable[Any]) -> None:

@@ -15,6 +15,7 @@ from ris_fast.config.schema import Config, ConfigError
 from ris_fast.config.schema import Training as TrainingConfig
 from ris_fast.data.source import SceneSource
 from ris_fast.files import BEST, CHECKPOINTS
+from ris_fast.old_names import current_setting
 from ris_fast.training.checkpoint import (
     CheckpointError,
     better_weights,
@@ -151,6 +152,7 @@ def _same_run(manifest: Mapping[str, Any], run: Path, config: Config, source: Sc
 def _known(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The identity in a manifest; of a run of the time when there was one seed, weights and scenes had that."""
     known = dict(manifest.get("identity") or {})
+    known = {key: current_setting(key, value) for key, value in known.items()}
     return {"data.seed": known.get("training.seed"), **known}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +17,9 @@ from ris_fast.commands.cli import main
 from ris_fast.config.load import load_config
 from ris_fast.config.schema import Task
 from ris_fast.health.names import known_causes
-from ris_fast.old_names import KEYS, OldNameWarning
+from ris_fast.old_names import KEYS, MODULES, OldNameWarning
 from ris_fast.physics.random import SceneGenerator
-from ris_fast.physics.scenes import simulate
+from ris_fast.physics.scenes import Scenes, simulate
 from ris_fast.report.eventlog import read_events
 from tests.command_line import FEW_SCENES, SMALL_NETWORK, SMALL_TASK, settings
 
@@ -151,3 +153,35 @@ def test_scenes_collapsed_is_effective_channel_with_a_warning() -> None:
         assert replace(scenes, collapsed=products).effective_channel is products
     with pytest.warns(OldNameWarning):
         assert scenes.collapsed is None
+
+
+@pytest.mark.parametrize("old", MODULES)
+def test_old_modules_are_found_under_their_new_names(old: str) -> None:
+    new = importlib.import_module(f"ris_fast.{MODULES[old]}")
+    with pytest.warns(OldNameWarning, match=f"ris_fast.{old} is called ris_fast.{MODULES[old]} now"):
+        sys.modules.pop(f"ris_fast.{old}", None)
+        assert importlib.import_module(f"ris_fast.{old}") is new
+    assert new.__spec__ is not None and new.__spec__.name == new.__name__ == f"ris_fast.{MODULES[old]}"
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("ris_fast.no_such_module")
+
+
+def test_scenes_pickled_by_an_earlier_version_keep_their_field() -> None:
+    scenes = simulate(Task(), torch.arange(2), SceneGenerator(seed=0, split="train"))
+    state = {name: value for name, value in vars(scenes).items() if name != "effective_channel"}
+    loaded = Scenes.__new__(Scenes)
+    loaded.__setstate__(state | {"collapsed": torch.ones(3)})
+    assert torch.equal(loaded.effective_channel, torch.ones(3)) and torch.equal(loaded.snapshots, scenes.snapshots)
+
+
+@pytest.mark.parametrize(
+    "setting, now",
+    [
+        ("health.mute=dead_units,stalled_at_floor", "dead_units,stalled_at_baseline"),
+        ("model.options.inputs=collapsed", "effective_channel"),
+    ],
+)
+def test_load_config_reads_old_words_in_values(setting: str, now: str) -> None:
+    with pytest.warns(OldNameWarning, match="is called"):
+        config = load_config(preset="original", overrides=[setting])
+    assert now in (config.health.mute, config.model.options.get("inputs"))

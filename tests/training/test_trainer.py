@@ -305,8 +305,10 @@ class OldObserver:
 
     def __init__(self) -> None:
         self.events: list[str] = []
+        self.given: list[dict[str, Any]] = []
         self.start, self.step, self.epoch, self.finish = (
-            lambda _, event=event: self.events.append(event) for event in ("start", "step", "epoch", "finish")
+            lambda values, event=event: (self.events.append(event), self.given.append(values))
+            for event in ("start", "step", "epoch", "finish")
         )
 
 
@@ -322,8 +324,16 @@ def test_trainer_observer_still_works_with_a_warning(way: str) -> None:
     assert said[0].filename == __file__
     trainer.fit()
     assert old.events == ["start", *["step"] * 4, "epoch", "finish"]
+    assert all(old.given[i]["floors"] == old.given[i]["baselines"] for i in (0, -1))
+    assert old.given[1]["health"]["left_over"] == old.given[1]["health"]["residual_grad_norm"]
     with pytest.raises(AttributeError, match="trainer.callbacks"):
         trainer.observer  # noqa: B018
+
+
+@pytest.mark.parametrize("given", [Recorder(), 3, Recorder], ids=["no list", "a number", "a class"])
+def test_trainer_asks_for_a_list_of_callbacks(given: Any) -> None:
+    with pytest.raises(TypeError, match=r"callbacks=\[\.\.\.\]"):
+        Trainer(small(), callbacks=given)
 
 
 def test_trainer_refuses_what_is_no_callback() -> None:
