@@ -45,7 +45,7 @@ class Ends:
 def run(outcome: Any, monkeypatch, tmp_path: Path) -> int:
     monkeypatch.setattr(Ends, "outcome", outcome)
     monkeypatch.setattr(loop, "Trainer", Ends)
-    monkeypatch.setattr(launch, "attach_run_health", lambda trainer, folder, *, preflight, tell: None)
+    monkeypatch.setattr(launch, "attach_run_health", lambda trainer, folder, *, preflight, report: None)
     return main([*TINY, "--out", str(tmp_path / "run")])
 
 
