@@ -113,20 +113,22 @@ def train(
         "health.anomaly": True if anomaly else None,
     }
     stage("loading torch")
-    from ris_fast.commands.run_folder import resumed_config
-    from ris_fast.commands.train import run_training
-    from ris_fast.training.batch_size import with_best_batch_size
-
     if resume is not None:
         refused = {"CONFIG": config, "--preset": preset, "--out": out, "--init": init}
+        from ris_fast.commands.run_folder import resumed_config
+
         resolved = resumed_config(resume, refused, set_ or (), flags)
     else:
         resolved = load_config(config, preset, set_ or (), flags)
     if batch_size == "auto":
+        from ris_fast.training.batch_size import with_best_batch_size
+
         resolved = with_best_batch_size(resolved)
     if print_config:
         print(render_toml(resolved), end="")
         return 0
+    from ris_fast.commands.train import run_training
+
     return run_training(resolved, out, resume=resume, profile=profile)
 
 

@@ -22,7 +22,6 @@ from ris_fast.files import METRICS, SUMMARY
 from ris_fast.report.eventlog import JsonlReport, write_json
 from ris_fast.report.record import Record
 from ris_fast.streams import stage
-from ris_fast.training.batch_size import advice
 from ris_fast.training.callback import Callback
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def _fit(
     """The summary of the run; None for one that had nothing left to do. `checkpoint` None: a new run."""
     from ris_fast.environment import fallback_note
     from ris_fast.report.console import counter
-    from ris_fast.training.batch_size import is_memory
+    from ris_fast.training.batch_size import advice, is_memory
     from ris_fast.training.footprint import OutOfMemory
     from ris_fast.training.trainer import Trainer
 
