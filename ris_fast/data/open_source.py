@@ -17,6 +17,7 @@ from ris_fast.data.npz import NpzSource
 from ris_fast.data.shards import ShardSource
 from ris_fast.data.simulated import SimulatedSource
 from ris_fast.data.source import SceneSource
+from ris_fast.old_names import current_setting
 
 
 def open_source(
@@ -48,7 +49,8 @@ def open_source(
 
 def _refuse_lost_channel(source: SceneSource, config: Config) -> None:
     """A network that needs H cannot be trained on H c_l; one that asks for H c_l may be, with a note."""
-    if not source.channel and config.model.options.get("inputs") not in ("effective_channel", "collapsed"):
+    inputs = current_setting("model.options.inputs", config.model.options.get("inputs"))
+    if not source.channel and inputs != "effective_channel":
         raise DataError(
             config.data.path,
             "H_full",

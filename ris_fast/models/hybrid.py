@@ -19,11 +19,11 @@ from ris_fast.models.hybrid_parts import AngleGrid, Block, CountHead, DiagonalMe
 from ris_fast.models.inputs import network_inputs
 from ris_fast.models.linear import Linear
 from ris_fast.models.prediction import Prediction
+from ris_fast.old_names import current_setting
 from ris_fast.physics.channel import backproject, effective_channel
 from ris_fast.physics.real_complex import power
 
 INPUTS = ("backprojection", "effective_channel")
-OLD_INPUTS = {"collapsed": "effective_channel"}  # in the files of earlier runs
 RANGE_SHARE = 0.3
 MIN_RANGE_M = 1e-3
 
@@ -58,7 +58,7 @@ class Hybrid(nn.Module):
         inputs: str = "backprojection",
     ) -> None:
         super().__init__()
-        inputs = OLD_INPUTS.get(inputs, inputs)
+        inputs = current_setting("model.options.inputs", inputs)
         _check({"width": width, "layers": layers, "heads": heads, "feedforward": feedforward}, grid, dropout, inputs)
         self.task, self.inputs = task, inputs
         antennas, elements, sources, half = task.bs_antennas, task.elements, task.max_sources, width // 2

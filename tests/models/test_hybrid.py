@@ -12,6 +12,7 @@ from ris_fast.config.schema import Loss, Task
 from ris_fast.models import build_model
 from ris_fast.models.hybrid_parts import DiagonalMeans, factor_statistics
 from ris_fast.models.prediction import Prediction
+from ris_fast.old_names import OldNameWarning
 from ris_fast.physics.channel import effective_channel
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.real_complex import to_complex
@@ -104,7 +105,8 @@ def test_hybrid_effective_channel_takes_h_or_its_products() -> None:
 
 
 def test_hybrid_inputs_collapsed_is_effective_channel() -> None:
-    assert small("collapsed").inputs == "effective_channel"
+    with pytest.warns(OldNameWarning, match="is called 'effective_channel' now"):
+        assert small("collapsed").inputs == "effective_channel"
 
 
 def test_hybrid_effective_channel_cannot_see_what_h_c_hides() -> None:
