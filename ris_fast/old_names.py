@@ -16,7 +16,10 @@ from typing import Any
 
 PRESETS = {"seed": "original"}
 CAUSES = {"stalled_at_floor": "stalled_at_baseline"}
-SETTINGS = {"health.mute": CAUSES, "model.options.inputs": {"collapsed": "effective_channel"}}  # words in their values
+SETTINGS = {
+    "health.mute": CAUSES,
+    "model.options.inputs": {"collapsed": "effective_channel", "backprojection": "channel"},
+}  # words in their values
 MODULES = {  # of names that people import, and that pickled objects refer to
     "cli": "commands.cli",
     "evaluation": "commands.evaluate",

@@ -1,12 +1,14 @@
 """The network of the report that started this project: 16,339,075 parameters on RIS-12x12, every one of them used.
 
-Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K sources, Q = 2 K factor columns, D width.
+Legend: B batch, L snapshots, M base-station antennas, N = N_V N_H RIS elements, K sources, Q = 2 K factor columns,
+T tokens, D width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,34 +17,51 @@ from torch.nn import functional as fn
 from ris_fast.config.schema import ConfigError, Task
 from ris_fast.config.spelling import did_you_mean
 from ris_fast.kernels.scale import rescaled
+from ris_fast.models.beams import Beams, FieldPrior
 from ris_fast.models.hybrid_parts import AngleGrid, Block, CountHead, DiagonalMeans, factor_statistics, position_code
 from ris_fast.models.inputs import network_inputs
 from ris_fast.models.linear import Linear
 from ris_fast.models.prediction import Prediction
 from ris_fast.old_names import current_setting
-from ris_fast.physics.channel import backproject, effective_channel
-from ris_fast.physics.real_complex import power
+from ris_fast.physics.channel import effective_channel
+from ris_fast.physics.least_squares import aperture_field
+from ris_fast.physics.matched_filter import least_squares_channel
 
-INPUTS = ("backprojection", "effective_channel")
+INPUTS = ("channel", "effective_channel")
 RANGE_SHARE = 0.3
 MIN_RANGE_M = 1e-3
+TAPS = 5  # of the first convolutions
+FIELD_STEPS, FIELD_SNR_DB = 8, (-40.0, 40.0)  # conjugate-gradient steps; beyond, the SNR makes no difference
+TINY = 1e-30
+
+
+class HybridFeatures(NamedTuple):
+    """What the trainable part sees; no unit, no parameter. Q focal planes, one for each column of the factor."""
+
+    re: Tensor  # (B, Q, N_H, N_V)   coefficient of each beam, the largest of a scene has modulus 1
+    im: Tensor  # (B, Q, N_H, N_V)
+    fine: Tensor  # (B, 2 L M)       moduli of more beams, of one plane, times sqrt(SNR / (1 + SNR))
+    field: Tensor  # (B, N, P, 2)    the estimate of the field that all are made of
 
 
 class Hybrid(nn.Module):
-    """Convolutions and a transformer over the snapshots, beside a channel path and a code path; many heads.
+    """Convolutions and a transformer over near-field beams, beside two paths that see all of them; many heads.
 
-    Args: inputs: what the (L, N, 2) input of the code path is. 'backprojection': conj(c_l) o (H^H y_l), which carries
-        the sensing operator; 'effective_channel': the codes alone, as in the original, where the network sees the
-        channel only as H c_l and its inputs cannot carry the answer. Both have the same parameters.
-    Model: F = [A_angle, sqrt(0.3) A_range]. Azimuth and elevation are the angle grid's soft-argmax plus the auxiliary
-        head's offset in grid steps. Every complex input is divided by its rms over the scene (measurements span
-        70 dB), and measurements are then scaled by sqrt(SNR/(1 + SNR)), the share of them that is signal. With
-        inputs='backprojection' the first column of A_angle is the matched filter, the sum of the back-projections,
-        plus what its head says: from a factor that does not depend on the scene, an odd function of the field is
-        invisible to the first-order gradient (F and -F are one covariance), and training stays on that plateau.
+    Args: inputs: what of the BS-RIS channel it is shown. 'channel': H itself; 'effective_channel': only H c_l, as the
+        original's network was, from which the answer cannot be found: the channel is then the smallest one that explains
+        them. Both have the same parameters.
+    Model: the field on the surface is estimated from the snapshots by linear least squares with a prior
+        (`aperture_field`, `FieldPrior`), and looked at through N beams in each of Q focal planes (`Beams`). The moduli
+        of these coefficients go into the network. What its factor heads say is a complex gain for each beam: column q
+        of F = [A_angle, sqrt(0.3) A_range] is the sum of plane q's beams, each times its coefficient and its gain.
+        So the phase of a scene, which a covariance does not have, never enters, and a network that has learned nothing
+        of directions still puts power only where some was measured. Azimuth and elevation are the angle grid's
+        soft-argmax plus the auxiliary head's offset in grid steps.
+        Where each snapshot has symbols of its own, a coefficient is the rms over the snapshots.
     Numerics: the units of snapshots and channel do not matter. Snapshots of zeros have no answer: a finite factor that
         means nothing.
-    Source: public repository TahmidZee/ris-localization-mvdr (layer sizes); written anew.
+    Source: public repository TahmidZee/ris-localization-mvdr (layer sizes); written anew. What its paths are fed and
+        what its factors multiply are ours; the lab book says why.
     """
 
     def __init__(
@@ -55,20 +74,26 @@ class Hybrid(nn.Module):
         feedforward: int = 512,
         grid: int = 61,
         dropout: float = 0.0,
-        inputs: str = "backprojection",
+        inputs: str = "channel",
     ) -> None:
         super().__init__()
         inputs = current_setting("model.options.inputs", inputs)
         _check({"width": width, "layers": layers, "heads": heads, "feedforward": feedforward}, grid, dropout, inputs)
         self.task, self.inputs = task, inputs
         antennas, elements, sources, half = task.bs_antennas, task.elements, task.max_sources, width // 2
-        self.y_mix = nn.Conv1d(2 * antennas, half, 5, padding=2)
-        self.y_depth = nn.Conv1d(half, half, 3, padding=1, groups=half)
-        self.y_widen = nn.Conv1d(half, width, 1)
-        self.register_buffer("position_LD", position_code(task.snapshots, width), persistent=False)
+        self.beams, self.prior = Beams(task, 2 * sources), FieldPrior(task)
+        self.fine_beams = Beams(task, 1, across=2 * task.snapshots, down=antennas)
+        numbers = 2 * sources * elements
+        tokens = math.ceil(numbers / (2 * antennas * TAPS))
+        self._wrap("token_index", tokens * TAPS * 2 * antennas, numbers)
+        self._wrap("plane_index", max(sources, TAPS) * 2 * elements, numbers)
+        self.token_mix = nn.Conv1d(2 * antennas, half, TAPS, stride=TAPS)
+        self.token_depth = nn.Conv1d(half, half, 3, padding=1, groups=half)
+        self.token_widen = nn.Conv1d(half, width, 1)
+        self.register_buffer("position_TD", position_code(tokens, width), persistent=False)
         self.blocks = nn.Sequential(*(Block(width, heads, feedforward, dropout) for _ in range(layers)))
-        self.channel_path = Linear(2 * task.snapshots * antennas, half)
-        self.code_path = nn.Conv1d(2 * elements, half, 5, padding=2)
+        self.fine_path = Linear(2 * task.snapshots * antennas, half)
+        self.plane_path = nn.Conv1d(2 * elements, half, TAPS)
         self.fuse = Linear(2 * width, width)
         self.angle_factor = Linear(width, 2 * elements * sources)
         self.range_factor = Linear(width, 2 * elements * sources)
@@ -82,6 +107,10 @@ class Hybrid(nn.Module):
         self.range_head = Linear(width, sources)
         self.count_head = CountHead(width, sources)
         self._initialise(layers)
+
+    def _wrap(self, name: str, count: int, numbers: int) -> None:
+        """Which of `numbers` beams feed `count` inputs: all, and the first ones again where some are left."""
+        self.register_buffer(name, torch.arange(count) % numbers, persistent=False)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The group with the higher learning rate, as in the original: factors, grid, auxiliary, count statistics."""
@@ -102,16 +131,10 @@ class Hybrid(nn.Module):
         """
         return self.trunk(self.features(snapshots, channel, codes, snr_db))
 
-    def trunk(self, features: tuple[Tensor, Tensor, Tensor]) -> Prediction:
+    def trunk(self, features: HybridFeatures) -> Prediction:
         """The trainable part, from what `features` returned."""
-        snapshots, seen, pattern = features
-        x_BD = self._fused(snapshots, seen, pattern)
-        angle_BNK, range_BNK = (
-            head(x_BD).float().view(x_BD.shape[0], self.task.elements, -1, 2)
-            for head in (self.angle_factor, self.range_factor)
-        )
-        if self.inputs == "backprojection":
-            angle_BNK = _add_to_first_column(angle_BNK, _unit_rms(pattern.sum(1).float()))
+        x_BD = self._fused(features)
+        angle_BNK, range_BNK = self._factors(x_BD, features)
         factor_BNQ = torch.cat((angle_BNK, math.sqrt(RANGE_SHARE) * range_BNK), dim=2)
         with torch.autocast(x_BD.device.type, enabled=False):
             means, statistics = self.diagonal_means(angle_BNK), factor_statistics(factor_BNQ, angle_BNK.shape[2])
@@ -123,10 +146,8 @@ class Hybrid(nn.Module):
         return Prediction(factor_BNQ, azimuth, elevation, range_m, count.float())
 
     @torch.no_grad()
-    def features(
-        self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The normalised inputs of the three paths: (B, L, M, 2), (B, L, M, 2) and (B or 1, L, N, 2)."""
+    def features(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> HybridFeatures:
+        """What the network is shown of scenes. Shapes as in `forward`."""
         given = network_inputs(
             "hybrid",
             self.task,
@@ -137,44 +158,66 @@ class Hybrid(nn.Module):
             products=self.inputs == "effective_channel",
             why=f" (inputs='{self.inputs}'; H c_l needs inputs='effective_channel')",
         )
-        if given.snapshots.shape[1] != self.task.snapshots:
-            raise ValueError(
-                f"hybrid: there are {given.snapshots.shape[1]} snapshots a scene, expected task.snapshots ="
-                f" {self.task.snapshots}: its layers are made for that many. Build it for a task with as many as the"
-                " data."
+        with torch.autocast(given.snapshots.device.type, enabled=False):
+            channel = self._channel(rescaled(given.channel), given.codes)
+            field = aperture_field(
+                channel,
+                given.codes,
+                rescaled(given.snapshots),
+                given.snr_db.clamp(*FIELD_SNR_DB),
+                static=self.task.symbols == "static",
+                root=self.prior,
+                steps=FIELD_STEPS,
             )
-        snapshots, channel, codes = rescaled(given.snapshots), rescaled(given.channel), given.codes
-        full = channel.shape[1:] == (self.task.bs_antennas, self.task.elements, 2)
-        share = torch.sigmoid(given.snr_db * (math.log(10.0) / 10.0)).sqrt()[
-            :, None, None, None
-        ]  # SNR / (1 + SNR), never inf / inf
-        seen = effective_channel(channel, codes) if full else channel
-        pattern = (
-            (codes if codes.dim() == 4 else codes[None])
-            if self.inputs == "effective_channel"
-            else _unit_rms(backproject(channel, codes, snapshots)) * share
-        )
-        return _unit_rms(snapshots) * share, _unit_rms(seen), pattern
+            re, im = _coefficients(*self.beams(field))
+            fine = _coefficients(*self.fine_beams(field))
+            share = torch.sigmoid(given.snr_db * (math.log(10.0) / 10.0)).sqrt()  # SNR / (1 + SNR), never inf / inf
+            return HybridFeatures(re, im, _modulus(*fine).flatten(1) * share[:, None], field)
 
-    def _fused(self, snapshots: Tensor, seen: Tensor, pattern: Tensor) -> Tensor:
+    def classical(self, features: HybridFeatures) -> tuple[str, Tensor]:
+        """What the features say without a network: the estimator's name, and its factor (B, N, P, 2)."""
+        return "lmmse", features.field
+
+    def _channel(self, channel: Tensor, codes: Tensor) -> Tensor:
+        """(B, M, N, 2), as the network may know it."""
+        if self.inputs == "channel":
+            return channel
+        full = channel.shape[1:] == (self.task.bs_antennas, self.task.elements, 2)
+        return least_squares_channel(effective_channel(channel, codes) if full else channel, codes)
+
+    def _fused(self, features: HybridFeatures) -> Tensor:
         """The fused features (B, D)."""
-        snapshots, seen, pattern = (each.to(self.fuse.weight.dtype) for each in (snapshots, seen, pattern))
-        y = fn.gelu(self.y_mix(snapshots.flatten(2).transpose(1, 2)))
-        y = fn.gelu(self.y_widen(self.y_depth(y))).transpose(1, 2)
-        y = self.blocks(y + self.position_LD).mean(1)
-        h = fn.gelu(self.channel_path(seen.flatten(1)))
-        c = fn.gelu(self.code_path(pattern.flatten(2).transpose(1, 2))).mean(2).expand(y.shape[0], -1)
+        moduli, dtype = _modulus(features.re, features.im), self.fuse.weight.dtype
+        by_direction = moduli.permute(0, 2, 3, 1).flatten(1)[:, self.token_index].to(dtype)
+        tokens = by_direction.unflatten(1, (-1, self.token_mix.in_channels)).transpose(1, 2)
+        y = fn.gelu(self.token_mix(tokens))
+        y = fn.gelu(self.token_widen(self.token_depth(y))).transpose(1, 2)
+        y = self.blocks(y + self.position_TD).mean(1)
+        h = fn.gelu(self.fine_path(features.fine.to(dtype)))
+        planes = moduli.flatten(1)[:, self.plane_index].to(dtype).unflatten(1, (-1, self.plane_path.in_channels))
+        c = fn.gelu(self.plane_path(planes.transpose(1, 2))).mean(2)
         return fn.gelu(self.fuse(torch.cat((y, h, c), dim=-1)))
+
+    def _factors(self, x_BD: Tensor, features: HybridFeatures) -> tuple[Tensor, Tensor]:
+        """A_angle and A_range, (B, N, K, 2) each: the beams of a plane to each column, as the heads weigh them."""
+        shape = (self.task.max_sources, *self.beams.size, 2)
+        gains = torch.cat(
+            [head(x_BD).float().unflatten(1, shape) for head in (self.angle_factor, self.range_factor)], 1
+        )
+        with torch.autocast(x_BD.device.type, enabled=False):
+            re, im = gains.unbind(-1)
+            columns = self.beams.field(re * features.re - im * features.im, re * features.im + im * features.re)
+        return columns.chunk(2, dim=2)
 
     @torch.no_grad()
     def _initialise(self, layers: int) -> None:
         """Keeps the variance of the features through the convolutions, which torch's default divides by 200."""
         for layer in (
-            self.y_mix,
-            self.y_depth,
-            self.y_widen,
-            self.channel_path,
-            self.code_path,
+            self.token_mix,
+            self.token_depth,
+            self.token_widen,
+            self.fine_path,
+            self.plane_path,
             self.fuse,
             self.refine,
         ):
@@ -189,15 +232,19 @@ class Hybrid(nn.Module):
         self.range_head.bias.fill_(0.5 * (self.task.range_min_m + self.task.range_max_m))
 
 
-def _add_to_first_column(factor_BNK: Tensor, field_BN: Tensor) -> Tensor:
-    return torch.cat((factor_BNK[:, :, :1] + field_BN[:, :, None], factor_BNK[:, :, 1:]), dim=2)
+def _modulus(re: Tensor, im: Tensor) -> Tensor:
+    return (re.square() + im.square()).sqrt()
 
 
-def _unit_rms(a: Tensor) -> Tensor:
-    """(B, ..., 2) divided by its rms over the scene, for entries whose squares are representable; all zeros stay
-    zeros."""
-    mean = power(a).flatten(1).mean(1).clamp_min(torch.finfo(a.dtype).tiny)
-    return a * mean.rsqrt().view(-1, *[1] * (a.dim() - 1))
+def _coefficients(re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
+    """Of one field (P = 1), or the rms over fields: (B, P, ...) twice -> (B, ...) twice, largest modulus 1."""
+    if re.shape[1] == 1:
+        re, im = re[:, 0], im[:, 0]
+    else:
+        re = (re.square() + im.square()).mean(1).sqrt()
+        im = torch.zeros_like(re)
+    largest = _modulus(re, im).flatten(1).amax(1).clamp_min(TINY).view(-1, *[1] * (re.dim() - 1))
+    return re / largest, im / largest
 
 
 def _check(sizes: Mapping[str, int], grid: int, dropout: float, inputs: str) -> None:

@@ -34,7 +34,11 @@ def peak_matmul_rate(device: torch.device, precision: str = "fp32", seconds: flo
 
 def plain_network(config: Config, device: torch.device) -> nn.Module:
     """The configured network with torch's own linear layers: same parameters, same function, fresh weights."""
-    model = build_model(config.model.name, config.task, **config.model.options).to(device)
+    return with_torch_layers(build_model(config.model.name, config.task, **config.model.options)).to(device)
+
+
+def with_torch_layers(model: nn.Module) -> nn.Module:
+    """The same network, its linear layers computed as torch computes them."""
     for module in model.modules():
         if type(module) is Linear:
             module.__class__ = nn.Linear

@@ -17,7 +17,7 @@ FAMILY = Family("parameters")
 
 @FAMILY.patch("left one layer frozen after an experiment", "frozen_parameters", "preflight")
 def one_layer_frozen(trainer: Trainer) -> None:
-    trainer.model.y_widen.requires_grad_(False)
+    trainer.model.token_widen.requires_grad_(False)
 
 
 @FAMILY.around(
@@ -31,7 +31,7 @@ def group_filter_misses_a_layer() -> Iterator[None]:
     def filtered(*args):
         found = groups(*args)
         for group in found:
-            group["params"] = [(name, value) for name, value in group["params"] if not name.startswith("channel_path")]
+            group["params"] = [(name, value) for name, value in group["params"] if not name.startswith("fine_path")]
         return found
 
     with replaced(step, "parameter_groups", filtered):

@@ -1,4 +1,4 @@
-"""The original pipeline's training step around our network, written from its description alone.
+"""The original pipeline's training step around its network, written from its description alone.
 
 What it does a step: the anti-diagonal pool by 287 gathers behind two products with diagonal matrices, the objective of
 `original_loss`, a finite test of every gradient that waits for the device, clipping and a second norm, AdamW as torch
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast.benchmarks.peers.original_loss import original_loss
+from ris_fast.benchmarks.peers.original_network import OriginalNetwork
 from ris_fast.config.schema import Config
-from ris_fast.models.hybrid import Hybrid
 from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes
-from ris_fast.training.mfu import plain_network
+from ris_fast.training.mfu import with_torch_layers
 from ris_fast.training.step import autocast, network_inputs, parameter_groups
 
 
@@ -46,9 +46,9 @@ class OriginalLoop:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.model = plain_network(config, device)
-        if not isinstance(self.model, Hybrid):
+        if config.model.name != "hybrid":
             raise ValueError(f"OriginalLoop: serves model 'hybrid', not '{config.model.name}'.")
+        self.model = with_torch_layers(OriginalNetwork(config.task, **config.model.options)).to(device)
         self.model.diagonal_means = AntiDiagonalPool(config.task.elements).to(device)
         groups = parameter_groups(self.model, config.optimizer)
         self.parts = {

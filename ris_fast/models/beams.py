@@ -1,0 +1,131 @@
+"""Near-field beams of a task, and what is known of a field before it is measured: constants, as small matrices.
+
+Everything is a product over the two axes of the array, so that it costs N (N_H + N_V) a field and no N x N array
+is formed. Fields and beams are planar in their last axis: [real | imaginary].
+
+Legend: B batch, P fields of a scene, N = V H elements (V rows of H), Q focal planes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ris_fast.config.schema import Task
+from ris_fast.models.constants import Constants
+from ris_fast.physics.array import RISArray
+
+RANGES = 2048  # at which a prior is averaged
+
+
+class Beams(Constants):
+    """`count` focal planes, evenly spaced in 1/sqrt(range) over the task's ranges, of across x down beams each.
+
+    Model: beam (p, q) of plane w is a_n = exp(j k (u_p x_n + v_q y_n - w (x_n^2 + y_n^2) / 2)) / sqrt(N), u and v
+        evenly spaced over the task's sector, w = 1/range. A Fresnel wavefront also where the task's is spherical:
+        beams are coordinates, and what is said in them need not be exact.
+    """
+
+    def __init__(self, task: Task, planes: int, across: int = 0, down: int = 0) -> None:
+        super().__init__()
+        array = RISArray.of(task)
+        x, y = (each.double() for each in array.positions())
+        self.shape = (task.ris_vertical, task.ris_horizontal)
+        self.across, self.down = across or task.ris_horizontal, down or task.ris_vertical
+        self.size = (self.across, self.down)
+        low, high = (range_m**-0.5 for range_m in (task.range_max_m, task.range_min_m))
+        curvature = torch.linspace(low, high, planes, dtype=torch.float64).square()
+        if planes == 1:
+            curvature = torch.tensor([((low + high) / 2) ** 2], dtype=torch.float64)
+        focus = 0.5 * array.wavenumber * curvature[:, None] * (x.square() + y.square())
+        row, column = x[: task.ris_horizontal], y[:: task.ris_horizontal]
+        sector = (math.radians(each) for each in (task.azimuth_deg, task.elevation_deg))
+        steer = [
+            _phases(-array.wavenumber * torch.outer(place, _spread(math.sin(end), count))) / math.sqrt(len(place))
+            for place, end, count in zip((row, column), sector, (self.across, self.down), strict=True)
+        ]
+        self._constant("focus_QN2", torch.stack((focus.cos(), focus.sin()), -1))
+        self._constant("horizontal", _planar(steer[0]))
+        self._constant("vertical", _planar(steer[1]))
+        self._constant("from_horizontal", _planar(steer[0].mH))
+        self._constant("from_vertical", _planar(steer[1].mH))
+
+    def _constant(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value.float().contiguous(), persistent=False)
+
+    def forward(self, field_BNP2: Tensor) -> tuple[Tensor, Tensor]:
+        """a^H x for every beam: real and imaginary parts, (B, P, Q, across, down) each."""
+        re, im = (each[:, :, None] for each in field_BNP2.transpose(1, 2).unbind(-1))
+        cos, sin = self.focus_QN2.unbind(-1)
+        planar = torch.stack((re * cos - im * sin, re * sin + im * cos), -2).unflatten(-1, self.shape)
+        return _both_axes(planar, self.horizontal, self.vertical)
+
+    def field(self, re: Tensor, im: Tensor) -> Tensor:
+        """sum of a times its coefficient, of each plane: (B, Q, across, down) twice -> (B, N, Q, 2)."""
+        planar = torch.stack((re, im), -3).transpose(-1, -2)
+        re, im = (each.transpose(-1, -2).flatten(2) for each in _both_axes(planar, *self._back()))
+        cos, sin = self.focus_QN2.unbind(-1)
+        return torch.stack((re * cos + im * sin, im * cos - re * sin), -1).transpose(1, 2)
+
+    def _back(self) -> tuple[Tensor, Tensor]:
+        return self.from_horizontal, self.from_vertical
+
+
+class FieldPrior(Constants):
+    """The covariance of a source's field before anything is measured, as its root: C = C_vertical (x) C_horizontal.
+
+    Model: C_axis[i, j] = E exp(j k (s (p_i - p_j) - w (p_i^2 - p_j^2) / 2)), s uniform over the sines of the sector
+        and w = 1/r with r uniform over the ranges; unit diagonal. The two axes share r, which a product ignores: on
+        RIS-12x12 the estimate that it makes has a shrunk NMSE of 0.570, with the mean covariance 0.565, without a
+        prior 0.620.
+    """
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        array = RISArray.of(task)
+        x, y = (each.double() for each in array.positions())
+        self.shape = (task.ris_vertical, task.ris_horizontal)
+        sector = (math.radians(each) for each in (task.azimuth_deg, task.elevation_deg))
+        for name, place, end in zip(("horizontal", "vertical"), (x[: self.shape[1]], y[:: self.shape[1]]), sector):
+            root = _root(_axis_covariance(place, array.wavenumber, math.sin(end), task))
+            self.register_buffer(name, _planar(root.t()).float().contiguous(), persistent=False)
+
+    def forward(self, field_BP2N: Tensor) -> Tensor:
+        """C^(1/2) x: planar (B, P, 2, N) -> (B, P, 2, N)."""
+        re, im = _both_axes(field_BP2N.unflatten(-1, self.shape), self.horizontal, self.vertical)
+        return torch.stack((re, im), 2).transpose(-1, -2).flatten(-2)
+
+
+def _spread(end: float, count: int) -> Tensor:
+    return torch.linspace(-end, end, count, dtype=torch.float64) if count > 1 else torch.zeros(1, dtype=torch.float64)
+
+
+def _phases(angle: Tensor) -> Tensor:
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def _planar(matrix: Tensor) -> Tensor:
+    """The real matrix (2n, 2m) that multiplies planar rows [re | im] as `matrix` (n, m) multiplies complex ones."""
+    return torch.cat((torch.cat((matrix.real, matrix.imag), 1), torch.cat((-matrix.imag, matrix.real), 1)), 0)
+
+
+def _both_axes(x: Tensor, horizontal: Tensor, vertical: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows times `horizontal`, then columns times `vertical`: (..., 2, V, H) -> real, imaginary (..., across, down)."""
+    x = x.transpose(-3, -2).flatten(-2) @ horizontal
+    x = x.unflatten(-1, (2, -1)).movedim(-1, -3).transpose(-1, -2).flatten(-2) @ vertical
+    return x.chunk(2, dim=-1)
+
+
+def _axis_covariance(place: Tensor, wavenumber: float, end: float, task: Task) -> Tensor:
+    """(n, n) complex128."""
+    ranges = torch.linspace(task.range_min_m, task.range_max_m, RANGES, dtype=torch.float64)
+    curved = _phases(-0.5 * wavenumber * place.square() / ranges[:, None])
+    apart = place[:, None] - place
+    return (curved.t() @ curved.conj()) / RANGES * torch.sinc(wavenumber * end * apart / math.pi)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp_min(0.0).sqrt()) @ vectors.mH
