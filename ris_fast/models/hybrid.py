@@ -33,6 +33,7 @@ MIN_RANGE_M = 1e-3
 TAPS = 5  # of the first convolutions
 FIELD_STEPS, FIELD_SNR_DB = 8, (-40.0, 40.0)  # conjugate-gradient steps; beyond, the SNR makes no difference
 TINY = 1e-30
+POWER_SCALE = 2.0  # brings the powers of a scene's beams, most of them small, nearer to the order of one
 
 
 class HybridFeatures(NamedTuple):
@@ -40,7 +41,7 @@ class HybridFeatures(NamedTuple):
 
     re: Tensor  # (B, Q, N_H, N_V)   coefficient of each beam, the largest of a scene has modulus 1
     im: Tensor  # (B, Q, N_H, N_V)
-    fine: Tensor  # (B, 2 L M)       moduli of more beams, of one plane, times sqrt(SNR / (1 + SNR))
+    fine: Tensor  # (B, 2 L M)       powers of more beams, of one plane, times SNR / (1 + SNR)
     field: Tensor  # (B, N, P, 2)    the estimate of the field that all are made of
 
 
@@ -48,10 +49,10 @@ class Hybrid(nn.Module):
     """Convolutions and a transformer over near-field beams, beside two paths that see all of them; many heads.
 
     Args: inputs: what of the BS-RIS channel it is shown. 'channel': H itself; 'effective_channel': only H c_l, as the
-        original's network was, from which the answer cannot be found: the channel is then the smallest one that explains
-        them. Both have the same parameters.
+        original's network was, from which the answer cannot be found: the channel is then the smallest one that
+        explains them. Both have the same parameters.
     Model: the field on the surface is estimated from the snapshots by linear least squares with a prior
-        (`aperture_field`, `FieldPrior`), and looked at through N beams in each of Q focal planes (`Beams`). The moduli
+        (`aperture_field`, `FieldPrior`), and looked at through N beams in each of Q focal planes (`Beams`). The powers
         of these coefficients go into the network. What its factor heads say is a complex gain for each beam: column q
         of F = [A_angle, sqrt(0.3) A_range] is the sum of plane q's beams, each times its coefficient and its gain.
         So the phase of a scene, which a covariance does not have, never enters, and a network that has learned nothing
@@ -171,8 +172,8 @@ class Hybrid(nn.Module):
             )
             re, im = _coefficients(*self.beams(field))
             fine = _coefficients(*self.fine_beams(field))
-            share = torch.sigmoid(given.snr_db * (math.log(10.0) / 10.0)).sqrt()  # SNR / (1 + SNR), never inf / inf
-            return HybridFeatures(re, im, _modulus(*fine).flatten(1) * share[:, None], field)
+            share = torch.sigmoid(given.snr_db * (math.log(10.0) / 10.0))  # SNR / (1 + SNR), never inf / inf
+            return HybridFeatures(re, im, POWER_SCALE * _power(*fine).flatten(1) * share[:, None], field)
 
     def classical(self, features: HybridFeatures) -> tuple[str, Tensor]:
         """What the features say without a network: the estimator's name, and its factor (B, N, P, 2)."""
@@ -187,14 +188,14 @@ class Hybrid(nn.Module):
 
     def _fused(self, features: HybridFeatures) -> Tensor:
         """The fused features (B, D)."""
-        moduli, dtype = _modulus(features.re, features.im), self.fuse.weight.dtype
-        by_direction = moduli.permute(0, 2, 3, 1).flatten(1)[:, self.token_index].to(dtype)
+        powers, dtype = _power(features.re, features.im) * POWER_SCALE, self.fuse.weight.dtype
+        by_direction = powers.permute(0, 2, 3, 1).flatten(1)[:, self.token_index].to(dtype)
         tokens = by_direction.unflatten(1, (-1, self.token_mix.in_channels)).transpose(1, 2)
         y = fn.gelu(self.token_mix(tokens))
         y = fn.gelu(self.token_widen(self.token_depth(y))).transpose(1, 2)
         y = self.blocks(y + self.position_TD).mean(1)
         h = fn.gelu(self.fine_path(features.fine.to(dtype)))
-        planes = moduli.flatten(1)[:, self.plane_index].to(dtype).unflatten(1, (-1, self.plane_path.in_channels))
+        planes = powers.flatten(1)[:, self.plane_index].to(dtype).unflatten(1, (-1, self.plane_path.in_channels))
         c = fn.gelu(self.plane_path(planes.transpose(1, 2))).mean(2)
         return fn.gelu(self.fuse(torch.cat((y, h, c), dim=-1)))
 
@@ -232,8 +233,8 @@ class Hybrid(nn.Module):
         self.range_head.bias.fill_(0.5 * (self.task.range_min_m + self.task.range_max_m))
 
 
-def _modulus(re: Tensor, im: Tensor) -> Tensor:
-    return (re.square() + im.square()).sqrt()
+def _power(re: Tensor, im: Tensor) -> Tensor:
+    return re.square() + im.square()
 
 
 def _coefficients(re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,10 +242,10 @@ def _coefficients(re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
     if re.shape[1] == 1:
         re, im = re[:, 0], im[:, 0]
     else:
-        re = (re.square() + im.square()).mean(1).sqrt()
+        re = _power(re, im).mean(1).sqrt()
         im = torch.zeros_like(re)
-    largest = _modulus(re, im).flatten(1).amax(1).clamp_min(TINY).view(-1, *[1] * (re.dim() - 1))
-    return re / largest, im / largest
+    largest = _power(re, im).flatten(1).amax(1).clamp_min(TINY).rsqrt().view(-1, *[1] * (re.dim() - 1))
+    return re * largest, im * largest
 
 
 def _check(sizes: Mapping[str, int], grid: int, dropout: float, inputs: str) -> None:
