@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("cov_nmse", "philox", "scenes", "pursuit", "fused_step")
+FAMILIES = ("cov_nmse", "philox", "scenes", "pursuit", "fused_step", "attention")
 
 
 @dataclass(frozen=True)

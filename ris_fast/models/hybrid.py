@@ -18,6 +18,7 @@ from ris_fast.config.schema import ConfigError, Task
 from ris_fast.config.spelling import did_you_mean
 from ris_fast.kernels.scale import rescaled
 from ris_fast.models.beams import Beams, FieldPrior
+from ris_fast.models.convolution import Conv1d
 from ris_fast.models.hybrid_parts import AngleGrid, Block, CountHead, DiagonalMeans, factor_statistics, position_code
 from ris_fast.models.inputs import network_inputs
 from ris_fast.models.linear import Linear
@@ -88,13 +89,13 @@ class Hybrid(nn.Module):
         tokens = math.ceil(numbers / (2 * antennas * TAPS))
         self._wrap("token_index", tokens * TAPS * 2 * antennas, numbers)
         self._wrap("plane_index", max(sources, TAPS) * 2 * elements, numbers)
-        self.token_mix = nn.Conv1d(2 * antennas, half, TAPS, stride=TAPS)
-        self.token_depth = nn.Conv1d(half, half, 3, padding=1, groups=half)
-        self.token_widen = nn.Conv1d(half, width, 1)
+        self.token_mix = Conv1d(2 * antennas, half, TAPS, stride=TAPS)
+        self.token_depth = Conv1d(half, half, 3, padding=1, groups=half)
+        self.token_widen = Conv1d(half, width, 1)
         self.register_buffer("position_TD", position_code(tokens, width), persistent=False)
         self.blocks = nn.Sequential(*(Block(width, heads, feedforward, dropout) for _ in range(layers)))
         self.fine_path = Linear(2 * task.snapshots * antennas, half)
-        self.plane_path = nn.Conv1d(2 * elements, half, TAPS)
+        self.plane_path = Conv1d(2 * elements, half, TAPS)
         self.fuse = Linear(2 * width, width)
         self.angle_factor = Linear(width, 2 * elements * sources)
         self.range_factor = Linear(width, 2 * elements * sources)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
+from ris_fast.kernels.attention.op import attention
 from ris_fast.models.constants import Constants
 from ris_fast.models.linear import Linear, linear
 from ris_fast.physics.real_complex import adjoint_matmul, power
@@ -33,10 +34,7 @@ class Block(nn.Module):
         return x_BLD + self._drop(self.narrow(fn.gelu(self.widen(self.norm_feed(x_BLD)))))
 
     def _attend(self, x_BLD: Tensor) -> Tensor:
-        batch, length, width = x_BLD.shape
-        qkv = self.qkv(x_BLD).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = fn.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return self.out(attention(self.qkv(x_BLD), self.heads))
 
     def _drop(self, x: Tensor) -> Tensor:
         return fn.dropout(x, self.dropout, self.training)
