@@ -34,13 +34,12 @@ MIN_RANGE_M = 1e-3
 TAPS = 5  # of the first convolutions
 FIELD_STEPS, FIELD_SNR_DB = 8, (-40.0, 40.0)  # conjugate-gradient steps; beyond, the SNR makes no difference
 TINY = 1e-30
-POWER_SCALE = 2.0  # brings the powers of a scene's beams, most of them small, nearer to the order of one
 
 
 class HybridFeatures(NamedTuple):
     """What the trainable part sees; no unit, no parameter. Q focal planes, one for each column of the factor."""
 
-    re: Tensor  # (B, Q, N_H, N_V)   coefficient of each beam, the largest of a scene has modulus 1
+    re: Tensor  # (B, Q, N_H, N_V)   coefficient of each beam; the powers of a scene have rms 1
     im: Tensor  # (B, Q, N_H, N_V)
     fine: Tensor  # (B, 2 L M)       powers of more beams, of one plane, times SNR / (1 + SNR)
     field: Tensor  # (B, N, P, 2)    the estimate of the field that all are made of
@@ -174,7 +173,7 @@ class Hybrid(nn.Module):
             re, im = _coefficients(*self.beams(field))
             fine = _coefficients(*self.fine_beams(field))
             share = torch.sigmoid(given.snr_db * (math.log(10.0) / 10.0))  # SNR / (1 + SNR), never inf / inf
-            return HybridFeatures(re, im, POWER_SCALE * _power(*fine).flatten(1) * share[:, None], field)
+            return HybridFeatures(re, im, _power(*fine).flatten(1) * share[:, None], field)
 
     def classical(self, features: HybridFeatures) -> tuple[str, Tensor]:
         """What the features say without a network: the estimator's name, and its factor (B, N, P, 2)."""
@@ -189,7 +188,7 @@ class Hybrid(nn.Module):
 
     def _fused(self, features: HybridFeatures) -> Tensor:
         """The fused features (B, D)."""
-        powers, dtype = _power(features.re, features.im) * POWER_SCALE, self.fuse.weight.dtype
+        powers, dtype = _power(features.re, features.im), self.fuse.weight.dtype
         by_direction = powers.permute(0, 2, 3, 1).flatten(1)[:, self.token_index].to(dtype)
         tokens = by_direction.unflatten(1, (-1, self.token_mix.in_channels)).transpose(1, 2)
         y = fn.gelu(self.token_mix(tokens))
@@ -239,14 +238,16 @@ def _power(re: Tensor, im: Tensor) -> Tensor:
 
 
 def _coefficients(re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
-    """Of one field (P = 1), or the rms over fields: (B, P, ...) twice -> (B, ...) twice, largest modulus 1."""
+    """Of one field (P = 1), or the rms over fields: (B, P, ...) twice -> (B, ...) twice, their powers with rms 1."""
     if re.shape[1] == 1:
         re, im = re[:, 0], im[:, 0]
     else:
         re = _power(re, im).mean(1).sqrt()
         im = torch.zeros_like(re)
-    largest = _power(re, im).flatten(1).amax(1).clamp_min(TINY).rsqrt().view(-1, *[1] * (re.dim() - 1))
-    return re * largest, im * largest
+    level = _power(re, im).flatten(1).amax(1).clamp_min(TINY)  # first, so that squares of powers stay representable
+    rms = (_power(re, im).flatten(1) / level[:, None]).square().mean(1).sqrt().clamp_min(1e-6)
+    scale = (level * rms).rsqrt().view(-1, *[1] * (re.dim() - 1))
+    return re * scale, im * scale
 
 
 def _check(sizes: Mapping[str, int], grid: int, dropout: float, inputs: str) -> None:
