@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from ris_fast.config.schema import Task
 from ris_fast.data.source import SceneSource
-from ris_fast.models import Prediction
-from ris_fast.models.features import SceneFeatures
+from ris_fast.models.classical import Classical, classical_estimate
+from ris_fast.models.features import Features
 from ris_fast.models.simultaneous_pursuit import features_for
 from ris_fast.physics.baselines import constant_nmse, mean_covariance, target_energy
 from ris_fast.physics.scenes import Scenes
 from ris_fast.report.baselines import FEW, mmse_bound_nmse
-from ris_fast.training.validation import scene_nmse
+from ris_fast.training.step import network_inputs
+from ris_fast.training.validation import estimate_nmse, estimate_parts, scene_nmse
 
 CHUNK = 500  # scenes at a time
 FACTS = ("count", "snr_db", "network")
@@ -30,34 +31,46 @@ SNR_BIN_DB = 5.0
 
 @torch.no_grad()
 def scene_figures(model: nn.Module, task: Task, source: SceneSource, size: int) -> dict[str, Tensor]:
-    """Per test scene: `count`, `snr_db`, `network` (its NMSE) and the NMSE of each baseline; (B,) on the CPU."""
+    """Per test scene: `count`, `snr_db`, `network` (its NMSE) and the NMSE of each baseline; (B,) on the CPU.
+
+    Behind the constant baselines: what the network's own inputs say without it, and the pursuit.
+    """
     constant = mean_covariance(scene_batches(source, "train", min(MEAN_SCENES, source.size("train"))))
-    classical = features_for(task, task.max_sources).to(source.device) if source.channel else None
-    parts = [_batch_figures(model, classical, scenes, constant) for scenes in scene_batches(source, "test", size)]
-    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    pursuit = Pursuit(task).to(source.device) if source.channel else None
+    parts = [_batch_figures(model, pursuit, task, scenes, constant) for scenes in scene_batches(source, "test", size)]
+    return {name: estimate_nmse(torch.cat([part[name] for part in parts])).cpu() for name in parts[0]}
+
+
+class Pursuit(nn.Module):
+    """The pursuit of a task as a network without a trainable part."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.features = features_for(task, task.max_sources)
+
+    def classical(self, features: Features) -> Classical:
+        """Columns s_k a_k of the atoms that were found, (B, N, K, 2)."""
+        return Classical("pursuit", self.features.sources(features))
 
 
 def _batch_figures(
-    model: nn.Module, classical: SceneFeatures | None, scenes: Scenes, constant: Tensor
+    model: nn.Module, pursuit: Pursuit | None, task: Task, scenes: Scenes, constant: Tensor
 ) -> dict[str, Tensor]:
-    channel = scenes.effective_channel if scenes.channel is None else scenes.channel
-    inputs = (scenes.snapshots, channel, scenes.codes, scenes.snr_db)
-    energy = target_energy(scenes)
-    pursuit = {} if classical is None else {"pursuit": scene_nmse(found_sources(classical, *inputs), scenes).double()}
-    return {
+    """Estimates in parts, see `estimate_nmse`."""
+    inputs, energy = network_inputs(scenes), target_energy(scenes)
+    figures = {
         "count": scenes.count,
         "snr_db": scenes.snr_db.double(),
         "network": scene_nmse(model(*inputs), scenes).double(),
         "zero": torch.ones_like(energy),
         "identity": 1.0 - scenes.codes.shape[-2] / energy,
         "mean": constant_nmse(constant, scenes),
-        **pursuit,
     }
-
-
-def found_sources(classical: SceneFeatures, *inputs: Tensor) -> Prediction:
-    """The pursuit's own answer: columns s_k a_k of the atoms it found, (B, N, K, 2), without any network."""
-    return Prediction(classical.sources(classical(*inputs)))
+    for each in filter(None, (model, pursuit)):
+        if "pursuit" not in figures:  # a network of a pursuit shows its own
+            found = classical_estimate(each, each.features(*inputs), scenes, static=task.symbols == "static")
+            figures |= {} if found is None else {found.name: estimate_parts(found, scenes, constant)}
+    return figures
 
 
 def group_figures(figures: dict[str, Tensor], standard: bool) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast.config.schema import ConfigError, Task
+from ris_fast.models.classical import Classical
 from ris_fast.models.features import Features
 from ris_fast.models.inputs import network_inputs
 from ris_fast.models.linear import Linear
@@ -71,9 +72,9 @@ class Backprojection(nn.Module):
             *network_inputs("backprojection", self.task, snapshots, channel, codes, snr_db, why=NO_PRODUCTS)
         )
 
-    def classical(self, features: Features) -> tuple[str, Tensor]:
-        """What the features say without a network: the estimator's name, and its factor (B, N, K, 2)."""
-        return "pursuit", self.extract.sources(features)
+    def classical(self, features: Features) -> Classical:
+        """What the features say without a network: the sources that the pursuit found, one by one."""
+        return Classical("pursuit", self.extract.sources(features))
 
     def trunk(self, features: Features) -> Prediction:
         """The trainable part: inputs -> coefficients -> factor (B, N, Q, 2)."""

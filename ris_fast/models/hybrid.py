@@ -18,6 +18,7 @@ from ris_fast.config.schema import ConfigError, Task
 from ris_fast.config.spelling import did_you_mean
 from ris_fast.kernels.scale import rescaled
 from ris_fast.models.beams import Beams, FieldPrior
+from ris_fast.models.classical import Classical
 from ris_fast.models.convolution import Conv1d
 from ris_fast.models.hybrid_parts import AngleGrid, Block, CountHead, DiagonalMeans, factor_statistics, position_code
 from ris_fast.models.inputs import network_inputs
@@ -175,9 +176,9 @@ class Hybrid(nn.Module):
             share = torch.sigmoid(given.snr_db * (math.log(10.0) / 10.0))  # SNR / (1 + SNR), never inf / inf
             return HybridFeatures(re, im, _power(*fine).flatten(1) * share[:, None], field)
 
-    def classical(self, features: HybridFeatures) -> tuple[str, Tensor]:
-        """What the features say without a network: the estimator's name, and its factor (B, N, P, 2)."""
-        return "lmmse", features.field
+    def classical(self, features: HybridFeatures) -> Classical:
+        """What the features say without a network: the estimate of the field that they are made of, (B, N, P, 2)."""
+        return Classical("lmmse", features.field, field=True)
 
     def _channel(self, channel: Tensor, codes: Tensor) -> Tensor:
         """(B, M, N, 2), as the network may know it."""

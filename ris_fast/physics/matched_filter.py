@@ -1,11 +1,9 @@
-"""The matched filter as a baseline: what the back-projections alone say of a scene, shrunk towards a constant answer.
+"""The matched filter, and what an estimate of the field is worth once it is shrunk towards a constant answer.
 
 Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K columns of an estimate.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,21 +20,9 @@ def matched_filter(pattern_BLN: Tensor, static: bool) -> Tensor:
     return (pattern_BLN.sum(1)[:, :, None] if static else pattern_BLN.transpose(1, 2)).float()
 
 
-def shown_matched_filter(shown: Any, codes: Tensor, static: bool) -> Tensor | None:
-    """The same from what a network is shown: snapshots (B, L, M, 2), H c_l (B, L, M, 2) and back-projections or codes
-    (B or 1, L, N, 2).
-
-    Where only H c_l and the codes are shown, the channel is the smallest that explains them. None for inputs of another
-    kind.
-    """
-    if not isinstance(shown, tuple) or len(shown) != 3 or shown[2].dim() != 4:
-        return None
-    snapshots, products, pattern = shown
-    if (
-        pattern.shape[0] == 1 < snapshots.shape[0] or codes.dim() == 4 and torch.equal(pattern, codes)
-    ):  # of the channel only H c_l
-        pattern = backproject(least_squares_channel(products, codes), codes, snapshots)
-    return matched_filter(pattern, static)
+def matched_filter_of_products(products_BLM: Tensor, codes: Tensor, snapshots: Tensor, static: bool) -> Tensor:
+    """The same where of the channel only H c_l is known: with the smallest channel that explains them."""
+    return matched_filter(backproject(least_squares_channel(products_BLM, codes), codes, snapshots), static)
 
 
 def least_squares_channel(products_BLM: Tensor, codes: Tensor) -> Tensor:
@@ -52,6 +38,13 @@ def shrunk_nmse(factor: Tensor, scenes: Scenes, constant: Tensor) -> tuple[Tenso
     Model: R = C + a (F F^H - C), both of trace N, one a for all scenes; a = 0 is the constant answer.
     Args: factor: F, (B, N, K, 2); constant: C, (N, N, 2).
     """
+    parts = shrinkage(factor, scenes, constant)
+    return shrunk(parts), parts[:, 0]
+
+
+def shrinkage(factor: Tensor, scenes: Scenes, constant: Tensor) -> Tensor:
+    """What `shrunk` needs of each scene: NMSE of the constant answer and, over the target's energy, the product of
+    F F^H - C with what the constant is wrong by, and its square: (B, 3) float64."""
     estimate, size = factor.double(), factor.shape[1]
     own, energy, length = power(estimate).sum((1, 2)), target_energy(scenes), power(constant).sum()
     alone = constant_nmse(constant, scenes)
@@ -63,9 +56,15 @@ def shrunk_nmse(factor: Tensor, scenes: Scenes, constant: Tensor) -> tuple[Tenso
     square = size**2 * power(adjoint_matmul(estimate, estimate)).sum((1, 2)) / own.square()
     across = (both - estimate_constant - target_constant + length) / energy
     away = (square - 2 * estimate_constant + length) / energy
+    return torch.stack((alone, across, away), 1)
+
+
+def shrunk(parts: Tensor) -> Tensor:
+    """NMSE of each scene with the one share that serves all of `parts`, (B, 3) of `shrinkage`, best: (B,) float64."""
+    alone, across, away = parts.unbind(1)
     known = across.isfinite() & away.isfinite()  # an estimator may find nothing in a scene
     share = across[known].sum() / away[known].sum().clamp_min(1e-30)
-    return torch.where(known, alone - 2 * share * across + share.square() * away, alone), alone
+    return torch.where(known, alone - 2 * share * across + share.square() * away, alone)
 
 
 def _overlap(estimate: Tensor, scenes: Scenes) -> Tensor:

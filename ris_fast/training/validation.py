@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast.kernels.cov_nmse.op import cov_nmse
+from ris_fast.models.classical import Classical, classical_estimate
 from ris_fast.models.modes import eval_mode
 from ris_fast.models.prediction import Prediction
-from ris_fast.physics.matched_filter import shown_matched_filter, shrunk_nmse
+from ris_fast.physics.matched_filter import shrinkage, shrunk
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.compiled_model import Network
 from ris_fast.training.loss import CovarianceLoss
@@ -105,18 +106,29 @@ def validate(
 def classical_baseline(
     model: nn.Module, network: Network, batches: Iterable[Scenes], constant: Tensor, static: bool
 ) -> dict[str, float]:
-    """NMSE of what the network's inputs say without it: of its own estimator, else of the matched filter; empty where
-    they have neither.
+    """Name and NMSE of what a classical estimator makes of the network's inputs; empty where there is none.
 
-    Args: constant: the mean covariance, towards which the matched filter is shrunk, (N, N, 2); static: one symbol a
-        source and scene.
+    Args: constant: the mean covariance, towards which an estimate of the field is shrunk, (N, N, 2); static: one symbol
+        a source and scene.
     """
-    scores, name = [], "matched_filter"
+    parts, name = [], ""
     for scenes in batches:
-        shown = network.inputs(*network_inputs(scenes))
-        if hasattr(model, "classical"):
-            name, factor = model.classical(shown)
-            scores.append(scene_nmse(Prediction(factor), scenes).double())
-        elif (factor := shown_matched_filter(shown, scenes.codes, static)) is not None:
-            scores.append(shrunk_nmse(factor, scenes, constant)[0])
-    return {name: torch.cat(scores).mean().item()} if scores else {}
+        found = classical_estimate(model, network.inputs(*network_inputs(scenes)), scenes, static=static)
+        if found is None:
+            return {}
+        name = found.name
+        parts.append(estimate_parts(found, scenes, constant))
+    return {name: estimate_nmse(torch.cat(parts)).mean().item()} if parts else {}
+
+
+def estimate_parts(found: Classical, scenes: Scenes, constant: Tensor) -> Tensor:
+    """What `estimate_nmse` needs of each scene: (B,) or, of a field, (B, 3) float64. Batches are concatenated."""
+    if found.field:
+        return shrinkage(found.factor, scenes, constant)
+    return scene_nmse(Prediction(found.factor), scenes).double()
+
+
+def estimate_nmse(parts: Tensor) -> Tensor:
+    """NMSE of each scene, (B,) float64: of sources as they were found, of a field shrunk towards the constant answer as
+    serves all these scenes best."""
+    return shrunk(parts) if parts.dim() == 2 else parts

@@ -136,7 +136,7 @@ def test_trainer_widens_the_sector_to_the_served_sources(tmp_path: Path) -> None
     beyond = (scenes.azimuth.abs().amax(1) > 1.05) & (scenes.snr_db > 0)
     inputs = scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db
     scores = [
-        scene_nmse(Prediction(run.model.classical(run.model.features(*inputs))[1]), scenes)[beyond].mean()
+        scene_nmse(Prediction(run.model.classical(run.model.features(*inputs)).factor), scenes)[beyond].mean()
         for run in (kept, wider)
     ]
     assert float(scores[1]) < 0.6 * float(scores[0])

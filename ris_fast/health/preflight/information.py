@@ -17,14 +17,15 @@ from torch import Tensor
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.pairing import with_factor
 from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.models.classical import Classical, classical_estimate
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.baselines import mean_covariance
 from ris_fast.physics.channel import backproject
-from ris_fast.physics.matched_filter import matched_filter, shown_matched_filter, shrunk_nmse
+from ris_fast.physics.matched_filter import matched_filter, shrunk_nmse
 from ris_fast.physics.real_complex import conj, to_complex
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.step import network_inputs
-from ris_fast.training.validation import scene_nmse
+from ris_fast.training.validation import estimate_nmse, estimate_parts, scene_nmse
 
 SCENES, FEWEST = 256, 64
 MIN_GAIN = 0.05  # gain over the constant answer from which an estimate with the channel says something of the sources
@@ -33,13 +34,10 @@ LOUD = 20.0  # dB of all snapshots and antennas together from which an estimator
 PART = 0.25  # of that gain; the inputs that RIS-12x12 is meant for keep all of it, H c_l a twentieth
 
 
-def estimates(context: PreflightContext, scenes: Scenes) -> tuple[str, Tensor] | None:
-    """The estimator's name and its factor (B, N, K, 2), from the network's inputs alone; None for unknown inputs."""
+def estimate(context: PreflightContext, scenes: Scenes) -> Classical | None:
+    """Of the scenes, from what the network is shown of them; None where nothing is known of the channel."""
     shown = context.model.features(*network_inputs(scenes))
-    if hasattr(context.model, "classical"):
-        return context.model.classical(shown)
-    factor = shown_matched_filter(shown, scenes.codes, _static(context))
-    return None if factor is None else ("the matched filter", factor)
+    return classical_estimate(context.model, shown, scenes, static=_static(context))
 
 
 def _static(context: PreflightContext) -> bool:
@@ -64,18 +62,16 @@ def input_information(context: PreflightContext) -> Iterator[Finding]:
         context.note = f"not checked: {why if finite else 'snapshots are not finite'}"
         return
     scenes = with_factor(scenes)
-    constant, found = mean_covariance([scenes]), estimates(context, scenes)
-    if found is None:
-        context.note = "not checked: the network's inputs are of no known kind"
-        return
-    name, factor = found
-    if hasattr(context.model, "classical"):
+    constant, found = mean_covariance([scenes]), estimate(context, scenes)
+    name, factor = found.name.replace("_", " "), found.factor
+    if not found.field:
         yield from _worse_than_zero(name, factor, scenes)
     shown, alone = gains(factor, scenes, constant)
     known, _ = gains(
         matched_filter(backproject(scenes.channel, scenes.codes, scenes.snapshots), _static(context)), scenes, constant
     )
-    context.note = f"{name} on the network's inputs {shown:.3f}, constant answer {alone:.3f}"
+    worth = float(estimate_nmse(estimate_parts(found, scenes, constant)).mean())
+    context.note = f"{name} on the network's inputs {worth:.3f}, constant answer {alone:.3f}"
     total_snr_db = float(scenes.snr_db.median()) + 10 * math.log10(scenes.snapshots[0, ..., 0].numel())
     if total_snr_db < MIN_SNR_DB and known > (1 - NOTHING) * alone:
         yield Finding(
