@@ -18,8 +18,8 @@ from ris_fast.models.classical import Classical, classical_estimate
 from ris_fast.models.features import Features
 from ris_fast.models.simultaneous_pursuit import features_for
 from ris_fast.physics.baselines import constant_nmse, mean_covariance, target_energy
+from ris_fast.physics.mmse_bound import mmse_bound
 from ris_fast.physics.scenes import Scenes
-from ris_fast.report.baselines import FEW, mmse_bound_nmse
 from ris_fast.training.step import network_inputs
 from ris_fast.training.validation import estimate_nmse, estimate_parts, scene_nmse
 
@@ -74,23 +74,13 @@ def _batch_figures(
 
 
 def group_figures(figures: dict[str, Tensor], standard: bool) -> dict[str, Any]:
-    """`scenes`, `nmse` (mean and median), `baselines` (means), `mmse_bound` (mean of the line at each scene, or None).
-
-    The line is an expectation: the mean over a few scenes may be on either side of it, so that fewer than FEW have
-        none.
-    """
-    network = figures["network"]
-    enough = standard and network.numel() >= FEW
-    mmse_bound = (
-        [mmse_bound_nmse(k, snr) for k, snr in zip(figures["count"].tolist(), figures["snr_db"].tolist())]
-        if enough
-        else []
-    )
+    """`scenes`, `nmse` (mean and median), `baselines` (means), `mmse_bound` (of these scenes, or None)."""
+    network, scenes = figures["network"], (figures["count"].tolist(), figures["snr_db"].tolist())
     return {
         "scenes": network.numel(),
         "nmse": {"mean": network.mean().item(), "median": network.quantile(0.5).item()},
         "baselines": {name: values.mean().item() for name, values in figures.items() if name not in FACTS},
-        "mmse_bound": math.fsum(mmse_bound) / len(mmse_bound) if mmse_bound else None,
+        "mmse_bound": mmse_bound(*scenes) if standard else None,
     }
 
 

@@ -162,6 +162,9 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "collapsed": "the run had learned and lost it again: validation went back up towards the constant answer",
         "validation_apart": "training has learned, and validation is no better than a constant answer",
         "overfitting": "the network memorises its few training scenes: training falls and validation does not",
+        "stalled_above_inputs": (
+            "the run stands still above what a classical estimator makes of the network's own inputs"
+        ),
         "stalled_at_baseline": "the run was long enough, and it learned no more than a constant answer knows",
     },
 }

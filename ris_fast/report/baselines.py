@@ -1,9 +1,11 @@
-"""What a validation NMSE is worth: the baselines in words, the milestones and the MMSE bound of the standard task."""
+"""What a validation NMSE is worth: the baselines in words, the milestones of the standard task, the MMSE bound."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+
+from ris_fast.physics.baseline_names import CONSTANT_BASELINES
 
 MEANINGS = {
     "zero": "predicts nothing",
@@ -15,6 +17,8 @@ MEANINGS = {
     "lmmse": "the linear MMSE field that the network is shown, shrunk towards the mean; no network",
 }
 
+BOUND = "about what the best estimator is expected to score on these scenes, by Monte Carlo: no run passes it"
+
 MILESTONES = {
     0.52: "rank-1 LMMSE",
     0.35: "several sources are seen",
@@ -23,56 +27,35 @@ MILESTONES = {
     0.04: "near blind maximum likelihood",
 }
 
-FEW = 100  # scenes, below which a mean is no comparison with an expectation
-
-# NMSE of the posterior mean on RIS-12x12 (static symbols, path loss), Monte Carlo with 40-250 scenes a cell: an
-# estimate of the bound, not the bound.
-MMSE_BOUND_SNR_DB = (-5.0, 5.0, 15.0)
-MMSE_BOUND_NMSE = {
-    1: (0.022, 0.004, 0.0004),
-    2: (0.072, 0.007, 0.0006),
-    3: (0.077, 0.010, 0.0016),
-    5: (0.142, 0.021, 0.0016),
-}
-
-
-def mmse_bound_nmse(sources: int, snr_db: float) -> float:
-    """The MMSE bound at one number of sources and one SNR in dB.
-
-    Straight lines in log NMSE against dB through the table; the last one continues to 20 dB, and four sources are the
-    geometric mean of three and five. Only for the standard task. Raises ValueError outside 1..5 sources.
-    """
-    if sources == 4:
-        return math.sqrt(mmse_bound_nmse(3, snr_db) * mmse_bound_nmse(5, snr_db))
-    if sources not in MMSE_BOUND_NMSE:
-        raise ValueError(f"mmse_bound_nmse: the table has 1 to 5 sources, got {sources}.")
-    low = 0 if snr_db < MMSE_BOUND_SNR_DB[1] else 1
-    share = (snr_db - MMSE_BOUND_SNR_DB[low]) / (MMSE_BOUND_SNR_DB[low + 1] - MMSE_BOUND_SNR_DB[low])
-    here, there = (math.log(each) for each in MMSE_BOUND_NMSE[sources][low : low + 2])
-    return math.exp(here + share * (there - here))
-
 
 def figure(value: float) -> str:
     """A score with three decimals, and below a tenth with three significant digits: 0.806, 0.0203."""
     return f"{value:#.3g}" if abs(value) < 0.1 else f"{value:.3f}"
 
 
-def baseline_lines(baselines: Mapping[str, float]) -> list[str]:
-    """One line a baseline, its figure beside what it means."""
+def baseline_lines(baselines: Mapping[str, float], mmse_bound: float | None = None) -> list[str]:
+    """One line a baseline, its figure beside what it means; the MMSE bound behind them where it is known."""
     wide = max([8, *map(len, baselines)])
-    return [
-        f"  {name.replace('_', ' '):<{wide}} {figure(value):>6}  {MEANINGS.get(name, '')}".rstrip()
-        for name, value in baselines.items()
-    ]
+    rows = [(name.replace("_", " "), value, MEANINGS.get(name, "")) for name, value in baselines.items()]
+    if mmse_bound is not None:
+        rows.append(("MMSE bound", mmse_bound, BOUND))
+        wide = max(wide, len("MMSE bound"))
+    return [f"  {name:<{wide}} {figure(value):>6}  {meaning}".rstrip() for name, value, meaning in rows]
 
 
 def milestone_line() -> str:
     return "  then: " + ", ".join(f"{value:g} {meaning}" for value, meaning in MILESTONES.items())
 
 
-def judge(nmse: float | None, baselines: Mapping[str, float], *, milestones: bool = True) -> str:
-    """A figure beside the constant answer, in words, and the last milestone that it has passed; None where nothing was
-    measured."""
+def judge(
+    nmse: float | None,
+    baselines: Mapping[str, float],
+    *,
+    mmse_bound: float | None = None,
+    milestones: bool = True,
+) -> str:
+    """A figure beside the constant answer, in words: which estimators without a network it does not beat, the last
+    milestone that it has passed, and how far it is from the MMSE bound of the scenes, where that is known."""
     mean = baselines.get("mean", 1.0)
     if nmse is None:
         return f"not measured (baseline {mean:.3f})"
@@ -80,5 +63,17 @@ def judge(nmse: float | None, baselines: Mapping[str, float], *, milestones: boo
         return f"not a number (baseline {mean:.3f})"
     if nmse >= mean:
         return f"{figure(nmse)}, no better than the constant answer ({mean:.3f})"
+    better = [(name, value) for name, value in baselines.items() if name not in CONSTANT_BASELINES and value <= nmse]
     passed = [meaning for value, meaning in MILESTONES.items() if milestones and nmse <= value]
-    return f"{figure(nmse)}, below the constant answer ({mean:.3f})" + (f"; passed: {passed[-1]}" if passed else "")
+    bound = f"{nmse / mmse_bound:.3g} times the MMSE bound of these scenes ({figure(mmse_bound)})" if mmse_bound else ""
+    return "; ".join(
+        filter(
+            None,
+            [
+                f"{figure(nmse)}, below the constant answer ({mean:.3f})",
+                ", ".join(f"not below the {name.replace('_', ' ')} ({figure(value)})" for name, value in better),
+                passed and f"passed: {passed[-1]}",
+                bound,
+            ],
+        )
+    )

@@ -58,7 +58,7 @@ class ConsoleReport(Callback):
             self._print(
                 "Validation NMSE: lower is better, and a network that has learned nothing stays at the baselines."
             )
-            self._print("\n".join(baseline_lines(self.baselines)))
+            self._print("\n".join(baseline_lines(self.baselines, info.get("mmse_bound"))))
         if self.baselines and self.standard_task:
             self._print(milestone_line(), "dim")
         if self.bar is not None:
@@ -197,7 +197,12 @@ def outcome_lines(summary: Mapping[str, Any], *, milestones: bool = True, run: P
     best = (
         stalled_because(summary)
         if summary["verdict"] == "stalled"
-        else judge(summary.get("best_val_nmse"), summary.get("baselines", {}), milestones=milestones)
+        else judge(
+            summary.get("best_val_nmse"),
+            summary.get("baselines", {}),
+            mmse_bound=summary.get("mmse_bound"),
+            milestones=milestones,
+        )
     )
     lines = [
         f"{summary['verdict']}: best validation NMSE {best}",

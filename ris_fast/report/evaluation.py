@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ris_fast.report.baselines import FEW, judge
+from ris_fast.physics.mmse_bound import FEW
+from ris_fast.report.baselines import judge
 from ris_fast.report.eventlog import write_json
 from ris_fast.report.tables import text_table
 
@@ -16,7 +17,8 @@ RECORD = "evaluation.json"
 
 def evaluation_text(result: Mapping[str, Any]) -> str:
     """The whole evaluation in plain text; `result` is what `evaluate` returns."""
-    mmse_bound = result["mmse_bound"]
+    bound = result["mmse_bound"]
+    judged = judge(result["nmse"]["mean"], result["baselines"], mmse_bound=bound, milestones=bound is not None)
     head = [
         (
             f"{result['model']}, {result['weights']} weights of epoch {result['epoch']} (checkpoint"
@@ -24,7 +26,7 @@ def evaluation_text(result: Mapping[str, Any]) -> str:
         ),
         result["source"],
         *(f"note: {note}" for note in result["notes"]),
-        f"mean NMSE {judge(result['nmse']['mean'], result['baselines'], milestones=mmse_bound is not None)}",
+        f"mean NMSE {judged}",
     ]
     tables = [
         _table(

@@ -8,6 +8,7 @@ from typing import Any
 from ris_fast.physics.baseline_names import CONSTANT_BASELINES
 from ris_fast.training.summary import LEARNED
 
+STANDS_STILL = "stalled_above_inputs"  # a cause of the watch
 FEW_STEPS = 200  # a network that learns shows it within as many
 
 
@@ -40,7 +41,8 @@ def stalled_because(summary: Mapping[str, Any]) -> str:
         beside = "not better" if best >= value else "not clearly better"
         return (
             f"{best:.3g} is below every constant answer ({lowest:.3g}) but {beside} than {name.replace('_', ' ')},"
-            f" {value:.3g}, which the network's inputs give without it: train longer"
+            f" {value:.3g}, which the network's inputs give without it: "
+            + ("it stands still there" if STANDS_STILL in (summary.get("findings") or ()) else "train longer")
         )
     if isinstance(start, (int, float)) and start < lowest:
         return (

@@ -61,6 +61,7 @@ def info(config: Config, source: SceneSource, **facts: Any) -> dict[str, Any]:
         "precision": training.precision,
         "source": source.describe(),
         "blend": config.loss.beta,
+        "loaded": config.loss.loading > 0.0 or config.loss.shrink > 0.0,  # then no term of the loss is the plain NMSE
         "fresh": source.name == "simulate" and not config.data.fixed,
         "train_scenes": source.size("train"),
         "batch_size": training.batch_size,

@@ -6,17 +6,19 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ris_fast.config.schema import Config, ConfigError
+from ris_fast.config.schema import Config, ConfigError, Task
 from ris_fast.data.open_source import open_source, widened_sector
 from ris_fast.data.source import SceneSource, epoch_batches
 from ris_fast.models import build_model
 from ris_fast.physics.baselines import baselines, mean_covariance
+from ris_fast.physics.mmse_bound import mmse_bound
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.callback import Callback, callback_list, check_callbacks, from_observer, step_callbacks
 from ris_fast.training.capture import CapturedCall, CapturedStep
@@ -92,7 +94,9 @@ class Trainer(Built):
         self.replanned_at: tuple[int, DeviceTimestamp] | None = None
         self.optimizer_batches = 0  # of the epoch, that were read
         self.validation: list[Scenes] = []  # this and what follows: from the start of `fit`
-        self.baselines: dict[str, float] = {}
+        self.baselines: dict[str, float] = {}  # on the validation scenes
+        self.mmse_bound: float | None = None  # of the validation scenes, where it is known
+        self.training_baselines: dict[str, float] = {}  # what the network's inputs say of some training scenes
         self.first_norms: Tensor | None = None  # of the weights that a resumed run began with
         self.weight_drift: WeightDriftMonitor | None = None
         self.weight_drift_between_epochs: dict[str, Any] = {}
@@ -122,9 +126,13 @@ class Trainer(Built):
         """What comes before the clock of the run starts: scenes to validate, baselines, compiling."""
         self.validation = self.validation or self._validation_scenes()  # the network knows them by their identity
         constant, static = mean_covariance(self._baseline_scenes()), self.config.task.symbols == "static"
-        self.baselines = baselines(constant, self.validation) | classical_baseline(
-            self.model, self.network, self.validation, constant, static
-        )
+
+        def classical(batches: Iterable[Scenes]) -> dict[str, float]:
+            return classical_baseline(self.model, self.network, batches, constant, static)
+
+        self.baselines = baselines(constant, self.validation) | classical(self.validation)
+        self.training_baselines = classical(islice(self._baseline_scenes(), 1))
+        self.mmse_bound = self._mmse_bound()
         self._compile()
         self._capture()
 
@@ -306,6 +314,8 @@ class Trainer(Built):
             notes=[*self.source.notes, *self.notes],
             planned_steps=self.plan.planned,
             baselines=self.baselines,
+            training_baselines=self.training_baselines,
+            mmse_bound=self.mmse_bound,
             compile=self.compile_note,
             epoch_steps=self.epoch_steps,
             ema_decay=self.optimizer.ema_decay,
@@ -319,6 +329,7 @@ class Trainer(Built):
             verdict,
             findings,
             from_weights=bool(self.config.training.init),
+            mmse_bound=self.mmse_bound,
             parameters=self.parameters,
             skipped_steps=self.reporter.counters["skipped"],
         )
@@ -357,6 +368,13 @@ class Trainer(Built):
     def _baseline_scenes(self) -> Iterator[Scenes]:
         size = min(4 * VALIDATION_CHUNK, self.source.size("train"))
         return (self.source.batch("train", index) for index in torch.arange(size).split(VALIDATION_CHUNK))
+
+    def _mmse_bound(self) -> float | None:
+        """Of the validation scenes; None for another task than the standard one, and for few scenes."""
+        if self.config.task != Task():
+            return None
+        counts, snr_db = (torch.cat([getattr(each, name) for each in self.validation]) for name in ("count", "snr_db"))
+        return mmse_bound(counts.tolist(), snr_db.tolist())
 
     def _compile(self) -> None:
         """Compiles before the clock of the run starts, on a batch that trains nothing, unless preflight has done so."""
