@@ -74,4 +74,8 @@ TWINS: dict[str, Callable[[], Config]] = {
     "path_loss": lambda: hybrid(**{"task.power": "path_loss"}),
     # four codes see a quarter of the array: H c_l no longer determines H
     "few_codes": lambda: hybrid(**{"task.ris_horizontal": 4, "task.ris_vertical": 4, "task.snapshots": 4}),
+    # 36 elements and a factor of four columns: no constant of that rank is the mean covariance
+    "wide": lambda: hybrid(
+        **{"task.ris_horizontal": 6, "task.ris_vertical": 6, "training.batch_size": 64, "data.train_scenes": 512}
+    ),
 }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
 from bench.faults.catalogue import Family
-from bench.faults.patches import layers, model_with, on_answer, on_factor, on_features
+from bench.faults.patches import layers, model_with, on_answer, on_factor, on_features, wrap
 from ris_fast.training.trainer import Trainer
 
 FAMILY = Family("model")
@@ -78,6 +78,29 @@ def prior_without_correction() -> Iterator[None]:
     def change(model: nn.Module) -> None:
         model.prior = nn.Parameter(torch.randn(model.task.elements, model.columns, 2))
         on_factor(model, lambda factor: model.prior + 0.0 * factor)
+
+    with model_with(change):
+        yield
+
+
+@FAMILY.around(
+    "reads the example that the network was exported with; the scene reaches its answer only by the matched filter",
+    "stalled_above_inputs",
+    "steps:240",
+    twin="wide",
+)
+def paths_read_an_example() -> Iterator[None]:
+    def change(model: nn.Module) -> None:
+        example: list[tuple[torch.Tensor, ...]] = []
+
+        def first(fused: Callable) -> Callable:
+            def of_the_example(*features: torch.Tensor) -> torch.Tensor:
+                example[:] = example or [tuple(each[:1].clone() for each in features)]
+                return fused(*example[0]).expand(len(features[0]), -1)
+
+            return of_the_example
+
+        wrap(model, "_fused", first)
 
     with model_with(change):
         yield

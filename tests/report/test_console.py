@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ris_fast.health.causes import CAUSES
 from ris_fast.report.console import ConsoleReport, counter, epoch_line, share_done, validation
 
 INFO = {
@@ -149,6 +150,26 @@ def test_console_report_explains_a_stall(best, baselines, start, said) -> None:
     )
     first = stream.getvalue().splitlines()[0]
     assert first.startswith("stalled: best validation NMSE ") and said in first
+
+
+def test_console_report_says_that_a_run_stands_still_above_its_inputs() -> None:
+    """Preset `original` as it stood at 0.856: "train longer" would be wrong."""
+    stream, found = io.StringIO(), "stalled_above_inputs"
+    ended = {"verdict": "stalled", "best_val_nmse": 0.856, "baselines": {"mean": 0.98, "matched_filter": 0.8}}
+    ConsoleReport(stream).on_train_end({**SUMMARY, **ended, "findings": [found]})
+    said = stream.getvalue()
+    assert "not better than matched filter, 0.8, which the network's inputs give without it: it stands still" in said
+    assert found in CAUSES and f"findings, most certain first: {found}" in said
+
+
+def test_console_report_shows_the_mmse_bound_of_the_scenes() -> None:
+    stream = io.StringIO()
+    report = ConsoleReport(stream)
+    report.on_train_start({**INFO, "mmse_bound": 0.0161})
+    report.on_train_end({**SUMMARY, "best_val_nmse": 0.0180, "mmse_bound": 0.0161})
+    said = stream.getvalue()
+    assert "  MMSE bound 0.0161  about what the best estimator" in said
+    assert "passed: near blind maximum likelihood; 1.12 times the MMSE bound of these scenes (0.0161)" in said
 
 
 def test_console_report_explains_the_peak_matmul_rate_once() -> None:

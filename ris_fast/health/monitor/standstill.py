@@ -15,12 +15,12 @@ from ris_fast.health.monitor.epoch_rules import constant, trained
 from ris_fast.health.monitor.history import Row, RunHistory, validated
 from ris_fast.physics.baseline_names import CONSTANT_BASELINES
 
-LOOK_BACK, LOOK_AHEAD = 4.0, 4.0  # from a quarter of the steps to now; to four times as many, however short the run
-FEWEST_STEPS, FEWEST_ROWS = 200, 12  # of the run, and in sight
+LOOK_BACK, LOOK_AHEAD = 4.0, 64.0  # from a quarter of the steps to now; to 64 times as many, however short the run
+FEWEST_STEPS, FEWEST_ROWS = 200, 16  # of the run, and in sight
 DEVIATIONS = 3.0
 CLEAR = 0.05  # of what the estimator gains over the constant answer: annealing may bring a run that is nearer below it
 MIN_GAIN = 0.05  # of the constant answer, which an estimator gains that says something of the scenes
-PATH = 0.3  # of its own size, which the median tensor has had the rates to move
+PATH = 0.5  # of its own size, which the median tensor has had the rates to move
 ROWS_A_DOUBLING = 64  # at which the rule looks at most, so that long runs cost little
 
 
@@ -107,12 +107,12 @@ def _report(run: RunHistory, row: Row) -> tuple[float, float, float, float]:
 
 def stalled_above_inputs(run: RunHistory) -> Iterator[Finding]:
     """A network does not stay above what its own inputs say without it."""
-    if run.step < FEWEST_STEPS or not _due(len(run.steps)) or _warming_up(run) or run.info.get("loaded"):
+    if run.step < FEWEST_STEPS or not _due(len(run.steps)) or run.info.get("loaded"):
         return
     figure, sight = inputs_figure(run), in_sight(run)
     if figure is None or len(sight.steps) < FEWEST_ROWS or not all(map(math.isfinite, sight.nmse)):
         return
-    if sight.path < PATH or any(validated(row) < figure.nmse for row in run.epochs):
+    if _warming_up(run) or sight.path < PATH or any(validated(row) < figure.nmse for row in run.epochs):
         return
     line = fitted([math.log2(step) for step in sight.steps], sight.nmse, sight.weights)
     planned = max(run.steps[-1].get("planned_steps") or 0, run.step)

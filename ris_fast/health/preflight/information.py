@@ -2,6 +2,7 @@
 
 A network cannot know more than its inputs. Where the channel would say something of the sources and an estimator on the
 network's own inputs says next to nothing, it is the front end that withholds the answer, whatever the network learns.
+Whether the network uses what they say shows only while it trains: `monitor/standstill.py` has the same figure.
 
 Legend: B batch, N RIS elements, K columns of an estimate.
 """
@@ -71,7 +72,9 @@ def input_information(context: PreflightContext) -> Iterator[Finding]:
         matched_filter(backproject(scenes.channel, scenes.codes, scenes.snapshots), _static(context)), scenes, constant
     )
     worth = float(estimate_nmse(estimate_parts(found, scenes, constant)).mean())
-    context.note = f"{name} on the network's inputs {worth:.3f}, constant answer {alone:.3f}"
+    context.note = (
+        f"{name} on the network's inputs {worth:.3f}, above which no run may stand still; constant answer {alone:.3f}"
+    )
     total_snr_db = float(scenes.snr_db.median()) + 10 * math.log10(scenes.snapshots[0, ..., 0].numel())
     if total_snr_db < MIN_SNR_DB and known > (1 - NOTHING) * alone:
         yield Finding(
