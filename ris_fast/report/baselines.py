@@ -17,7 +17,7 @@ MEANINGS = {
     "lmmse": "the linear MMSE field that the network is shown, shrunk towards the mean; no network",
 }
 
-BOUND = "about what the best estimator is expected to score on these scenes, by Monte Carlo: no run passes it"
+BOUND = "about what the best possible estimator scores on these scenes, estimated by Monte Carlo"
 
 MILESTONES = {
     0.52: "rank-1 LMMSE",

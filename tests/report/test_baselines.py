@@ -47,7 +47,7 @@ def test_judge_names_what_the_inputs_say_without_the_network() -> None:
 def test_baseline_lines_show_the_mmse_bound_behind_the_baselines() -> None:
     lines = baseline_lines({"zero": 1.0, "matched_filter": 0.8}, 0.0161)
     assert [line.split("  ")[1] for line in lines] == ["zero", "matched filter", "MMSE bound"]
-    assert "0.0161  about what the best estimator is expected" in lines[-1] and len(baseline_lines({"zero": 1.0})) == 1
+    assert "0.0161  about what the best possible estimator" in lines[-1] and len(baseline_lines({"zero": 1.0})) == 1
 
 
 def test_text_table_aligns_numbers_to_the_right() -> None:

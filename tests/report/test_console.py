@@ -168,7 +168,7 @@ def test_console_report_shows_the_mmse_bound_of_the_scenes() -> None:
     report.on_train_start({**INFO, "mmse_bound": 0.0161})
     report.on_train_end({**SUMMARY, "best_val_nmse": 0.0180, "mmse_bound": 0.0161})
     said = stream.getvalue()
-    assert "  MMSE bound 0.0161  about what the best estimator" in said
+    assert "  MMSE bound 0.0161  about what the best possible estimator" in said
     assert "passed: near blind maximum likelihood; 1.12 times the MMSE bound of these scenes (0.0161)" in said
 
 
