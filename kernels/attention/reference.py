@@ -26,7 +26,7 @@ def _weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def attention(qkv: Tensor, heads: int) -> Tensor:
-    """softmax(Q K^T / sqrt(D / H)) V of each head: (B, L, 3 D), as [Q | K | V] with heads side by side, -> (B, L, D)."""
+    """softmax(Q K^T / sqrt(D / H)) V of each head: (B, L, 3 D), [Q | K | V] with heads side by side, -> (B, L, D)."""
     q, k, v = _parts(qkv, heads)
     return (_weights(q, k) @ v).transpose(1, 2).flatten(2).to(qkv.dtype)
 

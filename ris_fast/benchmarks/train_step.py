@@ -66,7 +66,7 @@ def contestants(
     Peers get the dense target ready made. The original's step serves the network `hybrid` only.
     """
     trainer = trainer_of(config, batch_size, False)
-    device = trainer.device
+    device, config = trainer.device, replace(config, training=trainer.config.training)  # with the precision chosen
     scenes = trainer.source.batch("train", torch.arange(batch_size))
     dense = with_dense_target(scenes)
     calls: dict[str, Callable[[], Any]] = {f"{OURS}, eager": our_step(trainer, scenes)}
@@ -111,7 +111,7 @@ def _compared(
         "model": config.model.name,
         "parameters": trainer.parameters,
         "batch_size": batch_size,
-        "precision": config.training.precision,
+        "precision": trainer.config.training.precision,
         "compile_and_first_step_s": compile_s,
         "variants": found,
         "times_slower_than_ours": times_slower(found, ours),

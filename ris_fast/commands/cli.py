@@ -80,7 +80,7 @@ def train(
     max_seconds
         Anneal towards this many seconds and stop; 0: no limit.
     precision
-        fp32, bf16 or fp16; the loss is always fp32.
+        fp32, bf16, fp16, or auto: bf16 where it is measured to pay; the loss is always fp32.
     backend
         Kernels: auto (best available) or reference (plain torch).
     out

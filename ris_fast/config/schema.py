@@ -128,7 +128,9 @@ class Training(Section):
     batch_size: int = option(256, "scenes a micro-batch", low=1)
     accumulate: int = option(1, "micro-batches an optimizer step", low=1)
     precision: str = option(
-        "fp32", "arithmetic of the network; the loss is always fp32", choices=("fp32", "bf16", "fp16")
+        "fp32",
+        "arithmetic of the network, the loss is always fp32; auto: bf16 where it is measured to pay",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     max_seconds: float = option(0.0, "stop after this many seconds and anneal towards it; 0: no limit", low=0.0)
     seed: int = option(

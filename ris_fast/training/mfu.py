@@ -9,27 +9,12 @@ from torch import nn
 
 from ris_fast.config.schema import Config
 from ris_fast.models import build_model
-from ris_fast.models.linear import Linear, linear
+from ris_fast.models.linear import Linear
 from ris_fast.physics.scenes import Scenes
-from ris_fast.timing import alternate
 from ris_fast.training.callback import Callback
+from ris_fast.training.precision import peak_matmul_rate
 from ris_fast.training.step import network_inputs
 from ris_fast.training.trainer import Trainer
-
-
-def peak_matmul_rate(device: torch.device, precision: str = "fp32", seconds: float = 2.0) -> float:
-    """FLOP/s of one large matrix product in this precision, the best of all that fit into the time and at least six.
-
-    The best and not a median: other programs can only slow a product down, and one that takes a few milliseconds, as
-    long as a system lets a thread run at a stretch, finds a moment without them. On a CPU both libraries that torch may
-    call are tried, and the faster one counts.
-    """
-    size = 8192 if device.type == "cuda" else 128 * round(4.0 * torch.get_num_threads() ** 0.5)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    kinds = {"matmul": lambda: a @ b} | ({"linear": lambda: linear(a, b)} if device.type == "cpu" else {})
-    found = alternate(kinds, device, quiet=10**6, seconds=seconds, warm=1, least=6 // len(kinds))
-    return 2.0 * size**3 / min(each["fastest_s"] for each in found.values())
 
 
 def plain_network(config: Config, device: torch.device) -> nn.Module:

@@ -78,7 +78,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Low precision for the network; the loss stays outside of it."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
 def network_inputs(scenes: Scenes) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ris_fast.config.schema import Config, ConfigError, Task
 from ris_fast.data.open_source import open_source, widened_sector
 from ris_fast.data.source import SceneSource, epoch_batches
+from ris_fast.environment import keep_freed_memory
 from ris_fast.models import build_model
 from ris_fast.physics.baselines import baselines, mean_covariance
 from ris_fast.physics.mmse_bound import mmse_bound
@@ -26,6 +27,7 @@ from ris_fast.training.compiled_model import choose_device, compile_now, compile
 from ris_fast.training.footprint import refuse_too_large
 from ris_fast.training.loss import CovarianceLoss, served_by
 from ris_fast.training.parts import Built
+from ris_fast.training.precision import choose_precision
 from ris_fast.training.reporter import MetricsReporter, validation_reading
 from ris_fast.training.resume import restore, run_facts, save, start_from
 from ris_fast.training.schedule import Plan, steps_in_epoch
@@ -71,6 +73,8 @@ class Trainer(Built):
         self.callbacks = callback_list(callbacks, observer)
         self.folder = None if folder is None else Path(folder)
         self.device = choose_device(config.training.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(config.training.seed)
         self.source: SceneSource = open_source(config, self.device, progress)
         self.config = config = self._served(config, resumed=bool(resume))
@@ -79,6 +83,10 @@ class Trainer(Built):
         self.notes: list[str] = []  # what a person should read before training, besides the source's
         if config.training.init and not resume:
             self.notes += start_from(config.training.init, self.model)
+        if config.training.precision == "auto":
+            precision, why = choose_precision(self.model, self.loss, self.source, self.device)
+            self.config = config = replace(config, training=replace(config.training, precision=precision))
+            self.notes.append(why)
         self.optimizer = build_optimizer(self.model, config)
         self.network, self.compile_note = compiled(self.model, config, self.device)
         self.step = Step(self.network, self.loss, self.optimizer, config, self.device, self.model)
