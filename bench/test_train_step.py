@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from harness import record
 
-from bench.harness import record
 from ris_fast.benchmarks.device import launches_and_waits
 from ris_fast.benchmarks.train_step import ORIGINAL, OURS, compare_steps, contestants
 from ris_fast.config.load import load_config

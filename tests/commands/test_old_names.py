@@ -25,7 +25,7 @@ from tests.command_line import FEW_SCENES, SMALL_NETWORK, SMALL_TASK, settings
 
 QUIET = ("report.plots=false", "health.preflight=false")
 SMALL = settings(*SMALL_TASK, *FEW_SCENES, "data.test_scenes=20", *QUIET, *SMALL_NETWORK)
-FLAGS = ["--device", "cpu", "--no-compile", "--batch-size", "16"]
+FLAGS = ["--device", "cpu", "--no-compile", "--batch-size", "16", "--precision", "fp32"]
 STALLED = 4
 
 # As the version before wrote them, cut to what rules and reports read.

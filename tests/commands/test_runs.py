@@ -25,7 +25,7 @@ from ris_fast.report.eventlog import read_events
 from ris_fast.training.trainer import Trainer
 from tests.command_line import FEW_SCENES, SMALL_NETWORK, SMALL_TASK, settings
 
-BASE = ["--preset", "original", "--device", "cpu", "--no-compile", "--batch-size", "16"]
+BASE = ["--preset", "original", "--device", "cpu", "--no-compile", "--batch-size", "16", "--precision", "fp32"]
 SIZES = (*SMALL_TASK, *FEW_SCENES, "data.test_scenes=60", "report.every_steps=2", *SMALL_NETWORK)
 SMALL = [*BASE, *settings(*SIZES)]
 STALLED = 4  # a few steps of a small network teach it nothing

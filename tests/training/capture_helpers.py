@@ -26,6 +26,7 @@ TINY = [
     "training.batch_size=8",
     "training.epochs=2",
     "training.compile=false",
+    "training.precision=fp32",
     "report.every_steps=4",
 ]
 MODELS = {

@@ -27,6 +27,7 @@ SMALL = [
     "data.val_limit=40",
     "data.val_scenes=40",
     "training.compile=false",
+    "training.precision=fp32",
     "model.name=hybrid",
     "model.options.width=32",
     "model.options.heads=4",

@@ -25,6 +25,7 @@ SMALL = [
     "task.ris_vertical=4",
     "task.bs_antennas=4",
     "task.snapshots=8",
+    "training.precision=fp32",
     "data.train_scenes=64",
     "data.val_scenes=32",
     "data.test_scenes=32",
