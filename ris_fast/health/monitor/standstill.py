@@ -109,8 +109,11 @@ def stalled_above_inputs(run: RunHistory) -> Iterator[Finding]:
     """A network does not stay above what its own inputs say without it."""
     if run.step < FEWEST_STEPS or not _due(len(run.steps)) or run.info.get("loaded"):
         return
-    figure, sight = inputs_figure(run), in_sight(run)
-    if figure is None or len(sight.steps) < FEWEST_ROWS or not all(map(math.isfinite, sight.nmse)):
+    figure = inputs_figure(run)
+    if figure is None:
+        return
+    sight = in_sight(run)
+    if len(sight.steps) < FEWEST_ROWS or not all(map(math.isfinite, sight.nmse)):
         return
     if _warming_up(run) or sight.path < PATH or any(validated(row) < figure.nmse for row in run.epochs):
         return
@@ -153,7 +156,7 @@ def _seen(run: RunHistory, sight: Sight, line: Line, figure: Figure, planned: in
     behind = f", {scenes:,} scenes" if scenes else ""
     return (
         f"the NMSE of the training scenes stands at {level:.3g} (+-{error:.2g}) at step {run.step:,}{behind}; from step"
-        f" {sight.steps[0]:,.0f} on it has fallen by {-line.slope:.2g} (+-{line.slope_error:.2g}) in each doubling of"
-        f" the steps, which makes {last:.3g} at the end of the run, step {planned:,}. {figure.name.capitalize()} on the"
+        f" {sight.steps[0]:,.0f} on it changes by {line.slope:+.2g} (+-{line.slope_error:.2g}) in each doubling of the"
+        f" steps, which makes {last:.3g} at the end of the run, step {planned:,}. {figure.name.capitalize()} on the"
         f" network's own inputs has {figure.nmse:.3g} without a network, the constant answer {figure.constant:.3g}."
     )
