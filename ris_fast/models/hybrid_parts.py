@@ -30,11 +30,11 @@ class Block(nn.Module):
         self.widen, self.narrow = Linear(width, feedforward), Linear(feedforward, width)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        x_BLD = x_BLD + self._drop(self._attend(self.norm_attend(x_BLD)))
+        x_BLD = x_BLD + self._drop(self.out(self._mix(self.qkv(self.norm_attend(x_BLD)))))
         return x_BLD + self._drop(self.narrow(fn.gelu(self.widen(self.norm_feed(x_BLD)))))
 
-    def _attend(self, x_BLD: Tensor) -> Tensor:
-        return self.out(attention(self.qkv(x_BLD), self.heads))
+    def _mix(self, qkv: Tensor) -> Tensor:
+        return attention(qkv, self.heads)
 
     def _drop(self, x: Tensor) -> Tensor:
         return fn.dropout(x, self.dropout, self.training)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as fn
 
 from ris_fast.config.schema import Config
 from ris_fast.models import build_model
+from ris_fast.models.convolution import Conv1d
+from ris_fast.models.hybrid_parts import Block
 from ris_fast.models.linear import Linear
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.callback import Callback
@@ -17,16 +20,26 @@ from ris_fast.training.step import network_inputs
 from ris_fast.training.trainer import Trainer
 
 
+class PlainBlock(Block):
+    """The transformer layer with torch's own attention."""
+
+    def _mix(self, qkv: Tensor) -> Tensor:
+        query, key, value = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return fn.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+PLAIN = {Linear: nn.Linear, Conv1d: nn.Conv1d, Block: PlainBlock}
+
+
 def plain_network(config: Config, device: torch.device) -> nn.Module:
-    """The configured network with torch's own linear layers: same parameters, same function, fresh weights."""
+    """The configured network with torch's own layers: same parameters, same function, fresh weights."""
     return with_torch_layers(build_model(config.model.name, config.task, **config.model.options)).to(device)
 
 
 def with_torch_layers(model: nn.Module) -> nn.Module:
-    """The same network, its linear layers computed as torch computes them."""
+    """The same network, its layers computed as torch computes them."""
     for module in model.modules():
-        if type(module) is Linear:
-            module.__class__ = nn.Linear
+        module.__class__ = PLAIN.get(type(module), type(module))
     return model
 
 
