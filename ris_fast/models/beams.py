@@ -30,21 +30,14 @@ class Beams(Constants):
 
     def __init__(self, task: Task, planes: int, across: int = 0, down: int = 0) -> None:
         super().__init__()
-        array = RISArray.of(task)
-        x, y = (each.double() for each in array.positions())
+        self.size = across or task.ris_horizontal, down or task.ris_vertical
         self.shape = (task.ris_vertical, task.ris_horizontal)
-        self.across, self.down = across or task.ris_horizontal, down or task.ris_vertical
-        self.size = (self.across, self.down)
-        low, high = (range_m**-0.5 for range_m in (task.range_max_m, task.range_min_m))
-        curvature = torch.linspace(low, high, planes, dtype=torch.float64).square()
-        if planes == 1:
-            curvature = torch.tensor([((low + high) / 2) ** 2], dtype=torch.float64)
-        focus = 0.5 * array.wavenumber * curvature[:, None] * (x.square() + y.square())
-        row, column = x[: task.ris_horizontal], y[:: task.ris_horizontal]
-        sector = (math.radians(each) for each in (task.azimuth_deg, task.elevation_deg))
+        array = RISArray.of(task)
+        distance_squared = sum(place.double().square() for place in array.positions())
+        focus = 0.5 * array.wavenumber * _curvatures(task, planes)[:, None] * distance_squared
         steer = [
-            _phases(-array.wavenumber * torch.outer(place, _spread(math.sin(end), count))) / math.sqrt(len(place))
-            for place, end, count in zip((row, column), sector, (self.across, self.down), strict=True)
+            _phases(-array.wavenumber * torch.outer(place, _spread(end, count))) / math.sqrt(len(place))
+            for (place, end), count in zip(_axes(task), self.size, strict=True)
         ]
         self._constant("focus_QN2", torch.stack((focus.cos(), focus.sin()), -1))
         self._constant("horizontal", _planar(steer[0]))
@@ -77,25 +70,36 @@ class FieldPrior(Constants):
     """The covariance of a source's field before anything is measured, as its root: C = C_vertical (x) C_horizontal.
 
     Model: C_axis[i, j] = E exp(j k (s (p_i - p_j) - w (p_i^2 - p_j^2) / 2)), s uniform over the sines of the sector
-        and w = 1/r with r uniform over the ranges; unit diagonal. The two axes share r, which a product ignores: on
-        RIS-12x12 the estimate that it makes has a shrunk NMSE of 0.570, with the mean covariance 0.565, without a
-        prior 0.620.
+        and w = 1/r with r uniform over the ranges; unit diagonal. The two axes share r, which a product ignores. On
+        2,000 scenes of RIS-12x12 the field that it helps to find has an NMSE of 0.585, shrunk to the mean; with the
+        mean covariance as prior it would have 0.569, without a prior 0.623.
     """
 
     def __init__(self, task: Task) -> None:
         super().__init__()
-        array = RISArray.of(task)
-        x, y = (each.double() for each in array.positions())
         self.shape = (task.ris_vertical, task.ris_horizontal)
-        sector = (math.radians(each) for each in (task.azimuth_deg, task.elevation_deg))
-        for name, place, end in zip(("horizontal", "vertical"), (x[: self.shape[1]], y[:: self.shape[1]]), sector):
-            root = _root(_axis_covariance(place, array.wavenumber, math.sin(end), task))
+        for name, (place, end) in zip(("horizontal", "vertical"), _axes(task), strict=True):
+            root = _root(_axis_covariance(place, end, task))
             self.register_buffer(name, _planar(root.t()).float().contiguous(), persistent=False)
 
     def forward(self, field_BP2N: Tensor) -> Tensor:
         """C^(1/2) x: planar (B, P, 2, N) -> (B, P, 2, N)."""
         re, im = _both_axes(field_BP2N.unflatten(-1, self.shape), self.horizontal, self.vertical)
         return torch.stack((re, im), 2).transpose(-1, -2).flatten(-2)
+
+
+def _axes(task: Task) -> tuple[tuple[Tensor, float], tuple[Tensor, float]]:
+    """Positions of a row's elements in metres and the sine at the sector's edge; of a column's likewise."""
+    x, y = (each.double() for each in RISArray.of(task).positions())
+    row, column = x[: task.ris_horizontal], y[:: task.ris_horizontal]
+    return (row, math.sin(math.radians(task.azimuth_deg))), (column, math.sin(math.radians(task.elevation_deg)))
+
+
+def _curvatures(task: Task, planes: int) -> Tensor:
+    """1/range of each focal plane, 1/m."""
+    ends = task.range_max_m**-0.5, task.range_min_m**-0.5
+    middle = torch.tensor([sum(ends) / 2], dtype=torch.float64)
+    return (torch.linspace(*ends, planes, dtype=torch.float64) if planes > 1 else middle).square()
 
 
 def _spread(end: float, count: int) -> Tensor:
@@ -118,8 +122,9 @@ def _both_axes(x: Tensor, horizontal: Tensor, vertical: Tensor) -> tuple[Tensor,
     return x.chunk(2, dim=-1)
 
 
-def _axis_covariance(place: Tensor, wavenumber: float, end: float, task: Task) -> Tensor:
-    """(n, n) complex128."""
+def _axis_covariance(place: Tensor, end: float, task: Task) -> Tensor:
+    """(n, n) complex128 of elements at `place`, metres; `end`: the sine at the sector's edge."""
+    wavenumber = RISArray.of(task).wavenumber
     ranges = torch.linspace(task.range_min_m, task.range_max_m, RANGES, dtype=torch.float64)
     curved = _phases(-0.5 * wavenumber * place.square() / ranges[:, None])
     apart = place[:, None] - place
