@@ -33,6 +33,10 @@ MODULES = {  # of names that people import, and that pickled objects refer to
     "training.sample": "physics.least_squares",
     "training.terms": "training.loss_terms",
 }
+REPLACED = {  # a parameter that only a network of an earlier version has: what became of that network
+    "y_mix.weight": "it is network 'hybrid' of an earlier version, which did not learn and was replaced: train anew, or"
+    " use the version that made it."
+}
 KEYS = {  # of metrics.jsonl, summary.json and evaluation.json
     "floors": "baselines",
     "bayes": "mmse_bound",

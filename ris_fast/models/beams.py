@@ -58,12 +58,10 @@ class Beams(Constants):
     def field(self, re: Tensor, im: Tensor) -> Tensor:
         """sum of a times its coefficient, of each plane: (B, Q, across, down) twice -> (B, N, Q, 2)."""
         planar = torch.stack((re, im), -3).transpose(-1, -2)
-        re, im = (each.transpose(-1, -2).flatten(2) for each in _both_axes(planar, *self._back()))
+        fields = _both_axes(planar, self.from_horizontal, self.from_vertical)
+        re, im = (each.transpose(-1, -2).flatten(2) for each in fields)
         cos, sin = self.focus_QN2.unbind(-1)
         return torch.stack((re * cos + im * sin, im * cos - re * sin), -1).transpose(1, 2)
-
-    def _back(self) -> tuple[Tensor, Tensor]:
-        return self.from_horizontal, self.from_vertical
 
 
 class FieldPrior(Constants):

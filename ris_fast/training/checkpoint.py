@@ -16,6 +16,7 @@ from torch import Tensor
 from ris_fast import exit_codes
 from ris_fast.config.schema import ConfigError
 from ris_fast.files import BEST, CHECKPOINTS, LAST, save_tensors, write_text
+from ris_fast.old_names import REPLACED
 
 UNHASHED = "an earlier version wrote this checkpoint, without hashes: damage to it would not be noticed"
 Contents = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
@@ -170,6 +171,9 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], where: s
         for key in own.keys() & weights.keys()
         if own[key].shape != weights[key].shape
     ]
+    replaced = [todo for name, todo in REPLACED.items() if name in extra]
+    if replaced:
+        raise CheckpointError(f"{where} does not fit this network: {replaced[0]}")
     if missing or extra or shapes:
         raise CheckpointError(
             f"{where} does not fit this network. Missing: {missing[:5]}; not known: {extra[:5]}; "

@@ -214,6 +214,15 @@ def test_trainer_checkpoint_holds_what_was_validated(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "checkpoints" / "best.json").read_text()) == manifest
 
 
+@pytest.mark.parametrize("extra, said", [("y_mix.weight", "train anew"), ("stem.mass", "not known: .'stem.mass'")])
+def test_weights_of_another_network_say_what_to_do(extra: str, said: str) -> None:
+    from ris_fast.training.checkpoint import load_weights
+
+    model = Trainer(small()).model
+    with pytest.raises(CheckpointError, match=f"old does not fit this network.*{said}"):
+        load_weights(model, model.state_dict() | {extra: torch.zeros(1)}, "old")
+
+
 def test_trainer_names_a_damaged_checkpoint(tmp_path: Path) -> None:
     Trainer(small(), tmp_path).fit()
     file = tmp_path / "checkpoints" / "last.safetensors"
