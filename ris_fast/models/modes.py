@@ -18,3 +18,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a module drops outputs in training: one of torch's dropout layers, or one that has a share `dropout`."""
+    shares = [
+        getattr(module, "p" if "Dropout" in type(module).__name__ else "dropout", 0) for module in model.modules()
+    ]
+    return any(isinstance(share, float) and share > 0 for share in shares)

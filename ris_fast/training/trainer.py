@@ -18,6 +18,7 @@ from ris_fast.data.open_source import open_source, widened_sector
 from ris_fast.data.source import SceneSource, epoch_batches
 from ris_fast.environment import keep_freed_memory
 from ris_fast.models import build_model
+from ris_fast.models.modes import has_dropout
 from ris_fast.physics.baselines import baselines, mean_covariance
 from ris_fast.physics.mmse_bound import mmse_bound
 from ris_fast.physics.scenes import Scenes
@@ -324,6 +325,7 @@ class Trainer(Built):
             baselines=self.baselines,
             training_baselines=self.training_baselines,
             mmse_bound=self.mmse_bound,
+            dropout=has_dropout(self.model),
             compile=self.compile_note,
             epoch_steps=self.epoch_steps,
             ema_decay=self.optimizer.ema_decay,

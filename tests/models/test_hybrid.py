@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ris_fast.config.schema import Loss, Task
 from ris_fast.models import build_model
 from ris_fast.models.hybrid_parts import DiagonalMeans, factor_statistics
+from ris_fast.models.modes import has_dropout
 from ris_fast.models.prediction import Prediction
 from ris_fast.old_names import OldNameWarning
 from ris_fast.physics.channel import effective_channel
@@ -144,6 +146,20 @@ def test_hybrid_refuses_a_channel_of_the_wrong_shape(mode: str, shape: tuple[int
 def test_build_model_answers_wrong_names_and_options(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(name, TASK, **options)
+
+
+@pytest.mark.parametrize(
+    "model, expected",
+    [
+        (lambda: build_model("hybrid", TASK, **SMALL, dropout=0.1), True),
+        (small, False),
+        (lambda: nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), True),
+        (lambda: nn.Dropout(0.0), False),
+    ],
+    ids=["hybrid with", "hybrid without", "layer", "layer at zero"],
+)
+def test_has_dropout(model: Callable[[], nn.Module], expected: bool) -> None:
+    assert has_dropout(model()) is expected
 
 
 def test_diagonal_means_equal_the_dense_ones() -> None:

@@ -109,6 +109,8 @@ def stalled_above_inputs(run: RunHistory) -> Iterator[Finding]:
     """A network does not stay above what its own inputs say without it."""
     if run.step < FEWEST_STEPS or not _due(len(run.steps)) or run.info.get("loaded"):
         return
+    if run.info.get("dropout") and not run.epochs:  # which raises the NMSE of training, and not what is validated
+        return
     figure = inputs_figure(run)
     if figure is None:
         return
