@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ris_fast.config.schema import Config
+from ris_fast.config.schema import Config, ConfigError
 from ris_fast.config.schema import Optimizer as OptimizerConfig
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
@@ -74,11 +74,19 @@ def build_optimizer(model: nn.Module, config: Config) -> FusedAdamW:
     )
 
 
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Low precision for the network; the loss stays outside of it."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    if precision not in LOW:
+        raise ConfigError(
+            f"training.precision is '{precision}' where the network is called; a Trainer chooses it when it is made."
+            " Pass the configuration that it has, trainer.config."
+        )
+    return torch.autocast(device.type, LOW[precision])
 
 
 def network_inputs(scenes: Scenes) -> tuple[Tensor, Tensor, Tensor, Tensor]:

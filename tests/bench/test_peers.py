@@ -29,6 +29,7 @@ def small(overrides: list[str] | None = None) -> Config:
         None,
         "original",
         [
+            "training.precision=fp32",
             "task.ris_horizontal=4",
             "task.ris_vertical=3",
             "task.bs_antennas=4",

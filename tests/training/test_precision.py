@@ -10,6 +10,7 @@ import torch
 
 from ris_fast.commands.run_folder import RunFolder, run_config
 from ris_fast.config.load import load_config
+from ris_fast.config.schema import ConfigError
 from ris_fast.health.monitor.watchdog import Watchdog
 from ris_fast.training import precision as module
 from ris_fast.training.step import autocast
@@ -76,7 +77,7 @@ def test_preset_original_alone_chooses_its_precision() -> None:
 
 
 def test_autocast_takes_no_precision_that_was_not_chosen() -> None:
-    with pytest.raises(KeyError):
+    with pytest.raises(ConfigError, match="Pass the configuration that it has, trainer.config"):
         autocast(torch.device("cpu"), "auto")
 
 
