@@ -21,6 +21,7 @@ from ris_fast.config.load import load_config
 from ris_fast.config.schema import Config
 from ris_fast.timing import alternate, conditions, threads
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch.*")  # what torch's compiler says to its authors
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = [("fp32", 64), ("bf16", 64), ("bf16", 1024), ("bf16", 4096)] if DEVICE.type == "cuda" else [("fp32", 64)]
 
