@@ -58,8 +58,8 @@ def test_evaluate_last_uses_the_better_of_raw_and_ema(run: Path) -> None:
 def test_evaluate_shows_what_the_networks_inputs_say_beside_the_pursuit(run: Path) -> None:
     """The names of the run's own baselines, and the pursuit, which any network is compared with."""
     shown = evaluate(run, device="cpu")["baselines"]
-    assert ["zero", "identity", "mean", "pursuit"] == [name for name in shown if name != "matched_filter"]
-    assert set(MEANINGS) > set(shown) and 0 < shown["matched_filter"] < 1
+    assert ["zero", "identity", "mean", "pursuit"] == [name for name in shown if name != "lmmse"]
+    assert set(MEANINGS) > set(shown) and 0 < shown["lmmse"] < 1
 
 
 @pytest.mark.parametrize(

@@ -393,12 +393,12 @@ def test_callback_step_methods_surround_every_step() -> None:
 def test_verdict_learned_beats_every_baseline_clearly(best: float, verdict: str) -> None:
     trainer = Trainer(small(), callbacks=[told := Recorder()])
     trainer.fit()
-    assert {"zero", "identity", "mean", "matched_filter"} == set(told.info["baselines"]) and 0 < told.info["baselines"][
-        "matched_filter"
+    assert {"zero", "identity", "mean", "lmmse"} == set(told.info["baselines"]) and 0 < told.info["baselines"][
+        "lmmse"
     ] < 1
-    assert told.info["training_baselines"].keys() == {"matched_filter"} and told.info["mmse_bound"] is None
+    assert told.info["training_baselines"].keys() == {"lmmse"} and told.info["mmse_bound"] is None
     state = RunState(initial_nmse=0.99, best_nmse=best)
-    baselines = {"zero": 1.0, "mean": 0.986, "matched_filter": 0.803}
+    baselines = {"zero": 1.0, "mean": 0.986, "lmmse": 0.803}
     assert summary(state, baselines, from_weights=False)["verdict"] == verdict
 
 

@@ -12,6 +12,7 @@ from bench.faults.healthy_twins import changed
 from ris_fast.health.preflight import inputs as check_inputs
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.run import run_checks
+from ris_fast.models.hybrid import HybridFeatures
 from ris_fast.training.trainer import Trainer
 from tests.health.preflight.checking import small
 
@@ -67,10 +68,10 @@ def test_scale_check_names_an_input_in_its_own_unit(what: str) -> None:
     trainer = Trainer(small("hybrid"))
     forward, position = trainer.model.features, ("snapshots", "channel").index(what)
 
-    def features(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def features(*inputs: torch.Tensor) -> HybridFeatures:
         size = inputs[position].square().flatten(1).mean(1).sqrt().view(-1, 1, 1, 1)
-        snapshots, *rest = forward(*inputs)
-        return 30.0 * size * snapshots, *rest
+        shown = forward(*inputs)
+        return shown._replace(re=30.0 * size * shown.re)
 
     trainer.model.features = features
     trainer.network.features = features
