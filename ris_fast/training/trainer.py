@@ -86,7 +86,9 @@ class Trainer(Built):
             self.notes += start_from(config.training.init, self.model)
         if config.training.precision == "auto":
             precision, why = choose_precision(self.model, self.loss, self.source, self.device)
-            self.config = config = replace(config, training=replace(config.training, precision=precision))
+            origins = {**config.provenance, "training.precision": "precision auto"}
+            training = replace(config.training, precision=precision)
+            self.config = config = replace(config, training=training, provenance=origins)
             self.notes.append(why)
         self.optimizer = build_optimizer(self.model, config)
         self.network, self.compile_note = compiled(self.model, config, self.device)

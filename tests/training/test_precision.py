@@ -87,6 +87,8 @@ def test_run_folder_holds_the_precision_chosen(tmp_path: Path, monkeypatch: pyte
     trainer = automatic()
     RunFolder(tmp_path, trainer.config).on_train_start({})
     assert run_config(tmp_path).training.precision == "bf16"
+    (line,) = (each for each in (tmp_path / "config.toml").read_text().splitlines() if each.startswith("precision"))
+    assert line.split() == ["precision", "=", '"bf16"', "#", "precision", "auto"]
 
 
 def stopped(folder: Path, epochs: int) -> None:
