@@ -44,7 +44,7 @@ def draw(file: str | Path) -> None:
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="center right", frameon=False, fontsize=9.5, bbox_to_anchor=(1.0, 0.40))
+    axes.legend(loc="center right", frameon=False, fontsize=9.5, bbox_to_anchor=(1.0, 0.36))
     figure.savefig(file, dpi=150)
 
 
