@@ -58,6 +58,7 @@ def run_facts(config: Config, source: SceneSource, state: RunState, planned_step
         "model": config.model.name,
         "identity": identity(config, source),
         "step_scenes": training.batch_size * training.accumulate,
+        "precision": training.precision,
     }
 
 
@@ -68,6 +69,13 @@ def save(folder: Path, name: str, model: nn.Module, optimizer: FusedAdamW, facts
         with optimizer.ema():
             groups["ema"] = {key: value.clone() for key, value in model.state_dict().items()}
     save_checkpoint(folder / CHECKPOINTS, name, groups, {**facts, "parameters": trainable(model)})
+
+
+def precision_of(run: Path, name: str) -> str | None:
+    """The precision in which a run trained; None where its checkpoint does not say, or is not whole, which `restore`
+    reports."""
+    found = read_whole(run / CHECKPOINTS, name)
+    return found[1].get("precision") if found else None
 
 
 class Restored(NamedTuple):

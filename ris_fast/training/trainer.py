@@ -30,7 +30,7 @@ from ris_fast.training.loss import CovarianceLoss, served_by
 from ris_fast.training.parts import Built
 from ris_fast.training.precision import choose_precision
 from ris_fast.training.reporter import MetricsReporter, validation_reading
-from ris_fast.training.resume import restore, run_facts, save, start_from
+from ris_fast.training.resume import precision_of, restore, run_facts, save, start_from
 from ris_fast.training.schedule import Plan, steps_in_epoch
 from ris_fast.training.state import Meter, RunState, RunStopped, trainable
 from ris_fast.training.step import Step, build_optimizer, network_inputs
@@ -84,12 +84,9 @@ class Trainer(Built):
         self.notes: list[str] = []  # what a person should read before training, besides the source's
         if config.training.init and not resume:
             self.notes += start_from(config.training.init, self.model)
+        checkpoint = resume if isinstance(resume, str) else "last"
         if config.training.precision == "auto":
-            precision, why = choose_precision(self.model, self.loss, self.source, self.device)
-            origins = {**config.provenance, "training.precision": "precision auto"}
-            training = replace(config.training, precision=precision)
-            self.config = config = replace(config, training=training, provenance=origins)
-            self.notes.append(why)
+            self.config = config = self._with_precision(checkpoint if resume else None)
         self.optimizer = build_optimizer(self.model, config)
         self.network, self.compile_note = compiled(self.model, config, self.device)
         self.step = Step(self.network, self.loss, self.optimizer, config, self.device, self.model)
@@ -118,7 +115,7 @@ class Trainer(Built):
                 f" {scenes:,} scenes: each step takes all of them"
             )
         if resume:
-            self._restore(resume if isinstance(resume, str) else "last")
+            self._restore(checkpoint)
         self.reporter = MetricsReporter(config, self.step, self.state, self.plan, self.clock, self.epoch_steps)
         if resume:
             self.reporter.read_counters()
@@ -369,6 +366,15 @@ class Trainer(Built):
         wider, more = (config, []) if resumed else widened_sector(config, self.source.reach)
         self.source.notes += notes + more
         return replace(wider, loss=weights)
+
+    def _with_precision(self, checkpoint: str | None) -> Config:
+        """The configuration with the precision that the run began in, or else the one that pays on this machine."""
+        precision = precision_of(self.folder or Path("."), checkpoint) if checkpoint else None
+        if precision is None:
+            precision, why = choose_precision(self.model, self.loss, self.source, self.device)
+            self.notes.append(why)
+        origins = {**self.config.provenance, "training.precision": "precision auto"}
+        return replace(self.config, training=replace(self.config.training, precision=precision), provenance=origins)
 
     def _validation_scenes(self) -> list[Scenes]:
         size = min(self.config.data.val_limit, self.source.size("val"))

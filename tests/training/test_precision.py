@@ -51,6 +51,16 @@ def test_auto_precision_is_fp32_where_gradients_differ(monkeypatch: pytest.Monke
 
 
 @has_bf16
+def test_a_resumed_run_keeps_the_precision_that_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small("training.precision=auto")
+    rates(monkeypatch, 2e11, 8e11)
+    Trainer(config, tmp_path).fit()
+    rates(monkeypatch, 2e11, 1e11)
+    assert Trainer(config, tmp_path, resume=True).config.training.precision == "bf16"
+    assert Trainer(config, tmp_path).config.training.precision == "fp32"
+
+
+@has_bf16
 def test_gradient_gap_of_bf16_is_its_rounding() -> None:
     trainer = Trainer(small())
     scenes = trainer.source.batch("train", torch.arange(16))
