@@ -1,4 +1,4 @@
-"""The network of the report that started this project: 16,339,075 parameters on RIS-12x12, every one of them used.
+"""The network of the report that started this project: 16,339,075 parameters on RIS-12x12, all of them used there.
 
 Legend: B batch, L snapshots, M base-station antennas, N = N_V N_H RIS elements, K sources, Q = 2 K factor columns,
 T tokens, D width.
@@ -34,6 +34,7 @@ RANGE_SHARE = 0.3
 MIN_RANGE_M = 1e-3
 TAPS = 5  # of the first convolutions
 FIELD_STEPS, FIELD_SNR_DB = 8, (-40.0, 40.0)  # conjugate-gradient steps; beyond, the SNR makes no difference
+POWER_STEPS = 4  # of the iteration that finds the phases of several fields
 TINY = 1e-30
 
 
@@ -59,7 +60,8 @@ class Hybrid(nn.Module):
         So the phase of a scene, which a covariance does not have, never enters, and a network that has learned nothing
         of directions still puts power only where some was measured. Azimuth and elevation are the angle grid's
         soft-argmax plus the auxiliary head's offset in grid steps.
-        Where each snapshot has symbols of its own, a coefficient is the rms over the snapshots.
+        Where each snapshot has symbols of its own, a coefficient is the rms over the snapshots' fields, with the phase
+        of their principal component.
     Numerics: the units of snapshots and channel do not matter. Snapshots of zeros have no answer: a finite factor that
         means nothing.
     Source: public repository TahmidZee/ris-localization-mvdr (layer sizes); written anew. What its paths are fed and
@@ -239,16 +241,33 @@ def _power(re: Tensor, im: Tensor) -> Tensor:
 
 
 def _coefficients(re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
-    """Of one field (P = 1), or the rms over fields: (B, P, ...) twice -> (B, ...) twice, their powers with rms 1."""
-    if re.shape[1] == 1:
-        re, im = re[:, 0], im[:, 0]
-    else:
-        re = _power(re, im).mean(1).sqrt()
-        im = torch.zeros_like(re)
+    """Of a scene's fields, its coefficients, their powers with rms 1: (B, P, ...) twice -> (B, ...) twice."""
+    re, im = (re[:, 0], im[:, 0]) if re.shape[1] == 1 else _rms_in_phase(re, im)
     level = _power(re, im).flatten(1).amax(1).clamp_min(TINY)  # first, so that squares of powers stay representable
     rms = (_power(re, im).flatten(1) / level[:, None]).square().mean(1).sqrt().clamp_min(1e-6)
     scale = (level * rms).rsqrt().view(-1, *[1] * (re.dim() - 1))
     return re * scale, im * scale
+
+
+def _rms_in_phase(re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
+    """The rms over fields, with the phases of their principal component: (B, P, ...) twice -> (B, ...) twice.
+
+    By power iteration, from the fields' values in the strongest beam.
+    """
+    shape, x_re, x_im = re.shape[2:], re.flatten(2), im.flatten(2)
+    power = _power(x_re, x_im).mean(1)
+    x_re, x_im = (each * power.amax(1).clamp_min(TINY).rsqrt()[:, None, None] for each in (x_re, x_im))
+    strongest = power.argmax(1)[:, None, None].expand(-1, re.shape[1], 1)
+    v_re, v_im = x_re.gather(2, strongest), x_im.gather(2, strongest)  # (B, P, 1)
+    for _ in range(POWER_STEPS):
+        c_re, c_im = ((v_re * x_re + v_im * x_im).sum(1), (v_re * x_im - v_im * x_re).sum(1))  # v^H x, (B, ...)
+        v_re = (x_re * c_re[:, None] + x_im * c_im[:, None]).sum(2, keepdim=True)  # x c^H
+        v_im = (x_im * c_re[:, None] - x_re * c_im[:, None]).sum(2, keepdim=True)
+        size = _power(v_re, v_im).sum(1, keepdim=True).clamp_min(TINY).rsqrt()
+        v_re, v_im = v_re * size, v_im * size
+    c_re, c_im = (v_re * x_re + v_im * x_im).sum(1), (v_re * x_im - v_im * x_re).sum(1)
+    turn = power.sqrt() * _power(c_re, c_im).clamp_min(TINY).rsqrt()
+    return (c_re * turn).unflatten(1, shape), (c_im * turn).unflatten(1, shape)
 
 
 def _check(sizes: Mapping[str, int], grid: int, dropout: float, inputs: str) -> None:

@@ -1,6 +1,6 @@
 """The parts of the hybrid network: encoder block, factor statistics, angle grid, count head.
 
-Legend: B batch, L snapshots, N RIS elements, K sources, Q factor columns, D width, G grid points a side.
+Legend: B batch, L tokens, N RIS elements, K sources, Q factor columns, D width, G grid points a side.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TINY = 1e-12
 
 
 class Block(nn.Module):
-    """A pre-norm transformer layer: attention over the snapshots, then a two-layer perceptron."""
+    """A pre-norm transformer layer: attention over the tokens, then a two-layer perceptron."""
 
     def __init__(self, width: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 def position_code(length: int, width: int) -> Tensor:
-    """Fixed sinusoids (L, D): which code a snapshot belongs to, at no parameter."""
+    """Fixed sinusoids (L, D): which of the tokens each is, at no parameter."""
     rate = torch.exp(torch.arange(0, width, 2) * (-math.log(1e3) / width))
     angle = torch.arange(length)[:, None] * rate
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)

@@ -75,10 +75,11 @@ def _pairs(who: str, name: str, value: Tensor) -> Tensor:
 
 def _sizes(who: str, task: Task, given: Tensor, pairs: Tensor) -> tuple[int, int]:
     """B and L of the snapshots (B, L, M, 2)."""
-    if pairs.dim() != 4 or tuple(pairs.shape[2:]) != (task.bs_antennas, 2) or pairs.shape[1] < 1:
+    if pairs.dim() != 4 or tuple(pairs.shape[2:]) != (task.bs_antennas, 2) or min(pairs.shape[:2]) < 1:
         raise ValueError(
             f"{who}: snapshots are {tuple(given.shape)} {given.dtype}, expected (B, L, M, 2) real or (B, L, M) complex"
-            f" with M = task.bs_antennas = {task.bs_antennas}. Give a batch of scenes; one scene is snapshots[None]."
+            f" with M = task.bs_antennas = {task.bs_antennas}, B and L at least 1. Give a batch of scenes; one scene is"
+            " snapshots[None]."
         )
     return pairs.shape[0], pairs.shape[1]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ris_fast.config.schema import Loss, Task
 from ris_fast.models import build_model
+from ris_fast.models.hybrid import _coefficients
 from ris_fast.models.hybrid_parts import DiagonalMeans, factor_statistics
 from ris_fast.models.modes import has_dropout
 from ris_fast.models.prediction import Prediction
@@ -146,6 +147,25 @@ def test_hybrid_refuses_a_channel_of_the_wrong_shape(mode: str, shape: tuple[int
 def test_build_model_answers_wrong_names_and_options(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(name, TASK, **options)
+
+
+def test_coefficients_of_several_fields_keep_the_pattern_of_one_source() -> None:
+    """Symbols differ from snapshot to snapshot; the beams of one source keep their phases against each other."""
+    draw = torch.Generator().manual_seed(4)
+    beams, symbols = (torch.randn(*size, dtype=torch.complex64, generator=draw) for size in ((5, 1, 2, 3, 4), (5, 7)))
+    fields = beams * symbols[:, :, None, None, None]
+    several, one = (torch.complex(*_coefficients(each.real, each.imag)) for each in (fields, beams))
+    turn = (one.conj() * several).flatten(1).sum(1).sgn()[:, None, None, None]
+    torch.testing.assert_close(several, one * turn, rtol=1e-4, atol=1e-5)
+
+
+def test_coefficients_of_several_fields_follow_the_stronger_source() -> None:
+    first, second = torch.eye(2, 12, dtype=torch.complex64).roll(3, 1).mul(1j)  # one beam each, of its own symbols
+    first[4] = 0.5
+    symbols = torch.tensor([[2.0, 1.5j, -2.0], [0.3, 0.0, 0.3j]], dtype=torch.complex64)
+    fields = (symbols[0][:, None] * first + symbols[1][:, None] * second)[None]
+    found = torch.complex(*_coefficients(fields.real, fields.imag))[0]
+    assert (found[3] / found[4]).angle().item() == pytest.approx((first[3] / first[4]).angle().item(), abs=0.2)
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,13 @@ def test_networks_name_inputs_they_cannot_take(name: str, case: str) -> None:
     assert str(error.value).startswith(f"{name}: ")
 
 
+@networks
+def test_networks_name_a_batch_of_no_scenes(name: str) -> None:
+    scenes = drawn()
+    with pytest.raises(ValueError, match="B and L at least 1"):
+        network(name)(scenes.snapshots[:0], scenes.channel[:0], scenes.codes, scenes.snr_db[:0])
+
+
 def test_hybrid_takes_another_number_of_snapshots() -> None:
     scenes = drawn()
     fewer = replace(scenes, snapshots=scenes.snapshots[:, :5], codes=scenes.codes[:5])
