@@ -65,13 +65,13 @@ def targets_shuffled(trainer: Trainer) -> None:
 @FAMILY.patch("attends over the batch axis where the sequence axis is meant", "scenes_mixed", "preflight")
 def attention_over_the_batch(trainer: Trainer) -> None:
     block = trainer.model.blocks[0]
-    wrap(block, "_attend", lambda attend: lambda x: attend(x.transpose(0, 1)).transpose(0, 1))
+    wrap(block, "_mix", lambda mix: lambda qkv: mix(qkv.transpose(0, 1)).transpose(0, 1))
 
 
 @FAMILY.around("multiplied the normalised inputs by 1e-6", "input_scale", "preflight")
 def inputs_a_million_times_too_small() -> Iterator[None]:
-    right = hybrid._unit_rms
-    with replaced(hybrid, "_unit_rms", lambda a: 1e-6 * right(a)):
+    right = hybrid._coefficients
+    with replaced(hybrid, "_coefficients", lambda *field: tuple(1e-6 * each for each in right(*field))):
         yield
 
 

@@ -82,14 +82,14 @@ def backward_misses_the_weight(trainer: Trainer) -> None:
 
 
 @FAMILY.around(
-    "wrote H^T y where the matched filter is H^H y",
+    "takes the conjugate of the channel where the field is estimated",
     "conjugation_error inputs_withhold_answer",
     "share:0.01",
     twin="few_codes",
 )
 def transpose_in_front_end() -> Iterator[None]:
-    right = hybrid.backproject
-    with replaced(hybrid, "backproject", lambda channel, codes, y: right(conj(channel), codes, y)):
+    right = hybrid.aperture_field
+    with replaced(hybrid, "aperture_field", lambda channel, *rest, **options: right(conj(channel), *rest, **options)):
         yield
 
 

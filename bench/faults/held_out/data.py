@@ -42,7 +42,10 @@ def axes_reshaped_not_transposed(trainer: Trainer) -> None:
     twin="path_loss",
 )
 def raw_units_at_the_input() -> Iterator[None]:
-    with replaced(hybrid, "_unit_rms", lambda a: a):
+    with (
+        replaced(hybrid, "_coefficients", lambda re, im: (re[:, 0], im[:, 0])),
+        replaced(hybrid, "rescaled", lambda a: a),
+    ):
         yield
 
 

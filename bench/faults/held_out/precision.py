@@ -9,7 +9,6 @@ from torch import Tensor
 from bench.faults.catalogue import Family
 from bench.faults.patches import Backward, before_step, gradients, on_answer, optimizer_with, replaced
 from ris_fast.models import hybrid
-from ris_fast.physics.real_complex import power
 from ris_fast.training.trainer import Trainer
 
 FAMILY = Family("precision")
@@ -35,8 +34,10 @@ def gradients_underflow_in_half(trainer: Trainer) -> None:
     "put an epsilon of 1e6 under the root of the input's rms", "epsilon_swallows_signal input_scale", "preflight"
 )
 def large_epsilon_in_rms() -> Iterator[None]:
-    def unit_rms(a: Tensor) -> Tensor:
-        return a * (power(a).flatten(1).mean(1) + 1e6).rsqrt().view(-1, *[1] * (a.dim() - 1))
+    def coefficients(re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
+        re, im = re[:, 0], im[:, 0]
+        scale = ((re.square() + im.square()).flatten(1).mean(1) + 1e6).rsqrt().view(-1, *[1] * (re.dim() - 1))
+        return re * scale, im * scale
 
-    with replaced(hybrid, "_unit_rms", unit_rms):
+    with replaced(hybrid, "_coefficients", coefficients):
         yield

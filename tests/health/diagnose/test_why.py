@@ -17,7 +17,7 @@ from tests.command_line import FEW_SCENES, settings
 
 SMALL = [
     *("--preset", "original", "--device", "cpu", "--no-compile", "--batch-size", "16"),
-    *("--precision", "fp32"),
+    *settings("training.precision=fp32"),
     *settings("task.ris_horizontal=4", "task.ris_vertical=4", "task.bs_antennas=4", "task.snapshots=8"),
     *settings("task.max_sources=2", *FEW_SCENES, "data.test_scenes=32", "model.options.width=32"),
     *settings(
