@@ -9,6 +9,7 @@ from torch import nn
 
 from bench.faults.catalogue import Family
 from bench.faults.patches import layers, model_with, on_answer, on_factor, on_features, wrap
+from ris_fast.models.hybrid import HybridFeatures
 from ris_fast.training.trainer import Trainer
 
 FAMILY = Family("model")
@@ -35,7 +36,7 @@ def activation_dead_from_the_start(trainer: Trainer) -> None:
 
 @FAMILY.patch("a mask of the wrong dtype multiplies every normalised input by zero", "ignored_input", "preflight")
 def inputs_masked_out(trainer: Trainer) -> None:
-    on_features(trainer, lambda features: lambda *inputs: tuple(0.0 * x for x in features(*inputs)))
+    on_features(trainer, lambda features: lambda *inputs: HybridFeatures(*(0.0 * x for x in features(*inputs))))
 
 
 def zero_pair(inputs: int, outputs: int) -> nn.Sequential:
@@ -84,23 +85,31 @@ def prior_without_correction() -> Iterator[None]:
 
 
 @FAMILY.around(
-    "reads the example that the network was exported with; the scene reaches its answer only by the matched filter",
+    "reads the example that the network was exported with; only the moduli of its beams are those of the scene",
     "stalled_above_inputs",
     "steps:240",
     twin="wide",
 )
 def paths_read_an_example() -> Iterator[None]:
     def change(model: nn.Module) -> None:
-        example: list[tuple[torch.Tensor, ...]] = []
+        example: list[HybridFeatures] = []
 
         def first(fused: Callable) -> Callable:
-            def of_the_example(*features: torch.Tensor) -> torch.Tensor:
-                example[:] = example or [tuple(each[:1].clone() for each in features)]
-                return fused(*example[0]).expand(len(features[0]), -1)
+            def of_the_example(features: HybridFeatures) -> torch.Tensor:
+                example[:] = example or [HybridFeatures(*(each[:1].clone() for each in features))]
+                return fused(example[0]).expand(len(features.re), -1)
 
             return of_the_example
 
+        def moduli(factors: Callable) -> Callable:
+            def without_phases(x: torch.Tensor, features: HybridFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+                size = (features.re.square() + features.im.square()).sqrt()
+                return factors(x, features._replace(re=size, im=torch.zeros_like(size)))
+
+            return without_phases
+
         wrap(model, "_fused", first)
+        wrap(model, "_factors", moduli)
 
     with model_with(change):
         yield

@@ -134,7 +134,8 @@ def _entropies(gram_BQQ: Tensor, highest: int) -> Tensor:
         powers.append(powers[-1] @ powers[0])
     moments = [0.5 * (powers[k // 2 - 1] * powers[k - k // 2 - 1]).sum((1, 2)) for k in range(2, highest + 1)]
     order = torch.arange(1, highest, device=re.device)
-    return -(torch.stack(moments, -1) + TINY).log() / order
+    entropies = -(torch.stack(moments, -1) + TINY).log() / order
+    return entropies.clamp_max(math.log(gram_BQQ.shape[1]))  # the most there is; a zero factor would have more
 
 
 class AngleGrid(Constants):

@@ -50,7 +50,7 @@ def reads_scenes(context: PreflightContext) -> Iterator[Finding]:
         same = seen and all(map(_rows_alike, seen.values()))
         if _rows_alike(scenes.snapshots.flatten(1)):
             yield Finding("constant_input", f"all of {scenes.batch} scenes have the same snapshots.")
-        else:
+        elif same or bool(answer.any()):  # an answer of zeros to scenes that were seen is a dead network
             yield Finding(
                 "ignored_input",
                 f"{scenes.batch} different scenes get the same factor"

@@ -102,7 +102,8 @@ def _jolted(prediction: Prediction, size: float) -> Prediction:
 
     def noisy(value: Tensor) -> Tensor:
         noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
-        changed = value + size * value.abs().mean() * noise
+        level = value.abs().mean()
+        changed = value + size * torch.where(level > 0, level, 1.0) * noise
         return changed.abs() if (value > 0).all() else changed
 
     return prediction.apply(noisy)
