@@ -20,7 +20,7 @@ from ris_fast.kernels.scale import rescaled
 from ris_fast.models.beams import Beams, FieldPrior
 from ris_fast.models.classical import Classical
 from ris_fast.models.convolution import Conv1d
-from ris_fast.models.hybrid_parts import AngleGrid, Block, CountHead, DiagonalMeans, factor_statistics, position_code
+from ris_fast.models.hybrid_parts import AngleGrid, Block, CountHead, DiagonalMeans, PositionCode, factor_statistics
 from ris_fast.models.inputs import network_inputs
 from ris_fast.models.linear import Linear
 from ris_fast.models.prediction import Prediction
@@ -94,7 +94,7 @@ class Hybrid(nn.Module):
         self.token_mix = Conv1d(2 * antennas, half, TAPS, stride=TAPS)
         self.token_depth = Conv1d(half, half, 3, padding=1, groups=half)
         self.token_widen = Conv1d(half, width, 1)
-        self.register_buffer("position_TD", position_code(tokens, width), persistent=False)
+        self.position = PositionCode(tokens, width)
         self.blocks = nn.Sequential(*(Block(width, heads, feedforward, dropout) for _ in range(layers)))
         self.fine_path = Linear(2 * task.snapshots * antennas, half)
         self.plane_path = Conv1d(2 * elements, half, TAPS)
@@ -196,7 +196,7 @@ class Hybrid(nn.Module):
         tokens = by_direction.unflatten(1, (-1, self.token_mix.in_channels)).transpose(1, 2)
         y = fn.gelu(self.token_mix(tokens))
         y = fn.gelu(self.token_widen(self.token_depth(y))).transpose(1, 2)
-        y = self.blocks(y + self.position_TD).mean(1)
+        y = self.blocks(self.position(y, dtype)).mean(1)
         h = fn.gelu(self.fine_path(features.fine.to(dtype)))
         planes = powers.flatten(1)[:, self.plane_index].to(dtype).unflatten(1, (-1, self.plane_path.in_channels))
         c = fn.gelu(self.plane_path(planes.transpose(1, 2))).mean(2)

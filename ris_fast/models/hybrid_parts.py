@@ -40,11 +40,18 @@ class Block(nn.Module):
         return fn.dropout(x, self.dropout, self.training)
 
 
-def position_code(length: int, width: int) -> Tensor:
-    """Fixed sinusoids (L, D): which of the tokens each is, at no parameter."""
-    rate = torch.exp(torch.arange(0, width, 2) * (-math.log(1e3) / width))
-    angle = torch.arange(length)[:, None] * rate
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
+class PositionCode(Constants):
+    """Adds fixed sinusoids to tokens (B, L, D): which of them each is, at no parameter."""
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(1e3) / width))
+        angle = torch.arange(length)[:, None] * rate
+        self.register_buffer("code_LD", torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1), persistent=False)
+
+    def forward(self, x_BLD: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`dtype`: of the code in the sum."""
+        return x_BLD + self.code_LD.to(dtype)
 
 
 class DiagonalMeans(Constants):

@@ -6,6 +6,7 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def network_inputs(
     full, seen, shared = (batch, antennas, elements, 2), (batch, length, antennas, 2), (length, elements, 2)
     allowed = {"channel": (full, seen) if products else (full,), "codes": (shared, (batch, *shared))}
     for name, shapes in allowed.items():
-        if tuple(pairs[name].shape) not in shapes:
+        if not any(_equal(pairs[name].shape, shape) for shape in shapes):
             raise ValueError(
                 f"{who}: {name} is {tuple(given[name].shape)}, expected"
                 f" {' or '.join(map(str, shapes))}{why if name == 'channel' else ''} for snapshots"
@@ -61,6 +62,11 @@ def network_inputs(
                 " scenes."
             )
     return Inputs(*pairs.values(), _snr(who, snr_db, pairs["snapshots"]))
+
+
+def _equal(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    """Size by size: torch.compile(dynamic=True) does not trace a comparison of whole tuples of symbols."""
+    return len(shape) == len(expected) and all(size == wanted for size, wanted in zip(shape, expected))
 
 
 def _pairs(who: str, name: str, value: Tensor) -> Tensor:

@@ -143,12 +143,6 @@ def test_backprojection_learns_in_40_steps() -> None:
     assert start > 0.7 and end < 0.5 * start
 
 
-def test_backprojection_compiles_without_graph_break() -> None:
-    model, scenes = build_model("backprojection", SMALL, width=16), scenes_of(SMALL, 4)
-    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
-    torch.testing.assert_close(compiled(*inputs_of(scenes)).factor, model(*inputs_of(scenes)).factor)
-
-
 def test_backprojection_features_do_not_depend_on_threads() -> None:
     model, scenes, threads = (
         build_model("backprojection", SMALL, width=16),

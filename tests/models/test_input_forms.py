@@ -157,6 +157,23 @@ def test_networks_of_another_precision_answer_alike(
     assert (back - plain).norm() < close * plain.norm()
 
 
+@networks
+def test_constants_keep_their_precision_through_another_dtype(name: str) -> None:
+    model = network(name)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to(torch.bfloat16).float()
+    assert before and all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+@networks
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_networks_compile_without_graph_break(name: str, dynamic: bool) -> None:
+    model, scenes = network(name), drawn()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=dynamic)
+    torch.testing.assert_close(factor(compiled, scenes), factor(model, scenes))
+
+
 WRONG: dict[str, tuple[Callable[[Scenes], tuple], type[Exception], str]] = {
     "numpy": (lambda s: (s.snapshots.numpy(), s.channel, s.codes, s.snr_db), TypeError, "snapshots is a ndarray"),
     "no batch": (

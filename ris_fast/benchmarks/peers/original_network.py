@@ -13,7 +13,7 @@ from torch.nn import functional as fn
 
 from ris_fast.config.schema import Task
 from ris_fast.models.hybrid import Hybrid
-from ris_fast.models.hybrid_parts import position_code
+from ris_fast.models.hybrid_parts import PositionCode
 from ris_fast.physics.channel import effective_channel
 
 
@@ -25,7 +25,7 @@ class OriginalNetwork(Hybrid):
         half = self.fine_path.out_features
         self.token_mix = nn.Conv1d(2 * task.bs_antennas, half, 5, padding=2)
         self.plane_path = nn.Conv1d(2 * task.elements, half, 5, padding=2)
-        self.register_buffer("position_TD", position_code(task.snapshots, 2 * half), persistent=False)
+        self.position = PositionCode(task.snapshots, 2 * half)
 
     @torch.no_grad()
     def features(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> tuple[Tensor, ...]:
@@ -36,7 +36,7 @@ class OriginalNetwork(Hybrid):
         snapshots, products, codes = features
         y = fn.gelu(self.token_mix(snapshots.flatten(2).transpose(1, 2)))
         y = fn.gelu(self.token_widen(self.token_depth(y))).transpose(1, 2)
-        y = self.blocks(y + self.position_TD).mean(1)
+        y = self.blocks(self.position(y)).mean(1)
         h = fn.gelu(self.fine_path(products.flatten(1)))
         c = fn.gelu(self.plane_path(codes.flatten(2).transpose(1, 2))).mean(2).expand(y.shape[0], -1)
         return fn.gelu(self.fuse(torch.cat((y, h, c), dim=-1)))
