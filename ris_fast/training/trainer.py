@@ -6,24 +6,22 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ris_fast.config.schema import Config, ConfigError, Task
+from ris_fast.config.schema import Config, ConfigError
 from ris_fast.data.open_source import open_source, widened_sector
 from ris_fast.data.source import SceneSource, epoch_batches
 from ris_fast.environment import keep_freed_memory
 from ris_fast.models import build_model
 from ris_fast.models.modes import has_dropout
-from ris_fast.physics.baselines import baselines, mean_covariance
-from ris_fast.physics.mmse_bound import mmse_bound
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.callback import Callback, callback_list, check_callbacks, from_observer, step_callbacks
 from ris_fast.training.capture import CapturedCall, CapturedStep
+from ris_fast.training.comparisons import CHUNK, Comparisons, compare
 from ris_fast.training.compiled_model import choose_device, compile_now, compiled
 from ris_fast.training.footprint import refuse_too_large
 from ris_fast.training.loss import CovarianceLoss, served_by
@@ -37,9 +35,8 @@ from ris_fast.training.step import Step, build_optimizer, network_inputs
 from ris_fast.training.summary import info, summary
 from ris_fast.training.telemetry.async_copy import Clock, DeviceTimestamp, own_stream
 from ris_fast.training.telemetry.step_telemetry import WeightDriftMonitor, weight_norms
-from ris_fast.training.validation import Score, classical_baseline, validate
+from ris_fast.training.validation import Score, validate
 
-VALIDATION_CHUNK = 1000
 REPLAN_EVERY = 50  # steps between two looks at the device's clock
 
 
@@ -102,9 +99,7 @@ class Trainer(Built):
         self.replanned_at: tuple[int, DeviceTimestamp] | None = None
         self.optimizer_batches = 0  # of the epoch, that were read
         self.validation: list[Scenes] = []  # this and what follows: from the start of `fit`
-        self.baselines: dict[str, float] = {}  # on the validation scenes
-        self.mmse_bound: float | None = None  # of the validation scenes, where it is known
-        self.training_baselines: dict[str, float] = {}  # what the network's inputs say of some training scenes
+        self.comparisons = Comparisons()
         self.first_norms: Tensor | None = None  # of the weights that a resumed run began with
         self.weight_drift: WeightDriftMonitor | None = None
         self.weight_drift_between_epochs: dict[str, Any] = {}
@@ -133,14 +128,7 @@ class Trainer(Built):
     def _prepare(self) -> None:
         """What comes before the clock of the run starts: scenes to validate, baselines, compiling."""
         self.validation = self.validation or self._validation_scenes()  # the network knows them by their identity
-        constant, static = mean_covariance(self._baseline_scenes()), self.config.task.symbols == "static"
-
-        def classical(batches: Iterable[Scenes]) -> dict[str, float]:
-            return classical_baseline(self.model, self.network, batches, constant, static)
-
-        self.baselines = baselines(constant, self.validation) | classical(self.validation)
-        self.training_baselines = classical(islice(self._baseline_scenes(), 1))
-        self.mmse_bound = self._mmse_bound()
+        self.comparisons = compare(self.model, self.network, self.source, self.validation, self.config.task)
         self._compile()
         self._capture()
 
@@ -321,9 +309,7 @@ class Trainer(Built):
             device=str(self.device),
             notes=[*self.source.notes, *self.notes],
             planned_steps=self.plan.planned,
-            baselines=self.baselines,
-            training_baselines=self.training_baselines,
-            mmse_bound=self.mmse_bound,
+            **self.comparisons._asdict(),
             dropout=has_dropout(self.model),
             compile=self.compile_note,
             epoch_steps=self.epoch_steps,
@@ -334,11 +320,11 @@ class Trainer(Built):
     def _summary(self, verdict: str | None, findings: list[str]) -> dict[str, Any]:
         return summary(
             self.state,
-            self.baselines,
+            self.comparisons.baselines,
             verdict,
             findings,
             from_weights=bool(self.config.training.init),
-            mmse_bound=self.mmse_bound,
+            mmse_bound=self.comparisons.mmse_bound,
             parameters=self.parameters,
             skipped_steps=self.reporter.counters["skipped"],
         )
@@ -378,21 +364,10 @@ class Trainer(Built):
 
     def _validation_scenes(self) -> list[Scenes]:
         size = min(self.config.data.val_limit, self.source.size("val"))
-        batches = [self.source.batch("val", index) for index in torch.arange(size).split(VALIDATION_CHUNK)]
+        batches = [self.source.batch("val", index) for index in torch.arange(size).split(CHUNK)]
         for scenes in batches:
             self.network.remember(*network_inputs(scenes))
         return batches
-
-    def _baseline_scenes(self) -> Iterator[Scenes]:
-        size = min(4 * VALIDATION_CHUNK, self.source.size("train"))
-        return (self.source.batch("train", index) for index in torch.arange(size).split(VALIDATION_CHUNK))
-
-    def _mmse_bound(self) -> float | None:
-        """Of the validation scenes; None for another task than the standard one, and for few scenes."""
-        if self.config.task != Task():
-            return None
-        counts, snr_db = (torch.cat([getattr(each, name) for each in self.validation]) for name in ("count", "snr_db"))
-        return mmse_bound(counts.tolist(), snr_db.tolist())
 
     def _compile(self) -> None:
         """Compiles before the clock of the run starts, on a batch that trains nothing, unless preflight has done so."""
