@@ -92,7 +92,7 @@ def _across(OWN: tl.constexpr):
     return tl.arange(0, OWN)[None, :, None, None] * 8 + tl.arange(0, 8)[None, None, None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk"])  # it follows the number of scenes: one compilation serves every batch
 def gram_kernel(
     f_ptr,
     x_ptr,
@@ -172,7 +172,7 @@ def _residual(inputs, scene, n, weights, eye, Q: tl.constexpr, X: tl.constexpr, 
     return tl.sum(tl.sum(total, 1), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "groups"])  # as above
 def apply_kernel(
     f_ptr,
     x_ptr,

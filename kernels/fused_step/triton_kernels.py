@@ -156,6 +156,7 @@ def _decide(sumsq, bad, first_bad, segments_ptr, sums_ptr, state_ptr, outputs, t
     limit = tl.load(hyper_ptr + HYPER_MAX_NORM) / (norm + 1e-6)
     clip = tl.where(limit > 1.0, 1.0, limit)
     applied = tl.load(state_ptr + STATE_APPLIED) + taken
+    tl.debug_barrier()  # every warp has read the loss scale before one of them stores the next
     tl.store(state_ptr + STATE_ATTEMPTED, tl.load(state_ptr + STATE_ATTEMPTED) + 1.0)
     tl.store(state_ptr + STATE_APPLIED, applied)
     tl.store(state_ptr + STATE_SKIPPED, tl.load(state_ptr + STATE_SKIPPED) + 1.0 - taken)

@@ -91,7 +91,7 @@ def normal_pair(first, second):
     return r * cosine, r * sine
 
 
-@triton.jit(do_not_specialize=["seed", "stream"])
+@triton.jit(do_not_specialize=["rows", "seed", "stream"])
 def philox_kernel(
     out_ptr,
     index_ptr,

@@ -129,7 +129,8 @@ class Training(Section):
     accumulate: int = option(1, "micro-batches an optimizer step", low=1)
     precision: str = option(
         "fp32",
-        "arithmetic of the network, the loss is always fp32; auto: bf16 where it is measured to pay",
+        "arithmetic of the network; fp32: without TF32; bf16, fp16: of its products, weights stay fp32; the loss is"
+        " always fp32; auto: bf16 where it is measured to pay",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     max_seconds: float = option(0.0, "stop after this many seconds and anneal towards it; 0: no limit", low=0.0)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ris_fast.config.schema import Config
 from ris_fast.data.source import SceneSource
+from ris_fast.timing import no_garbage_collection
 from ris_fast.training.step import Step, StepResult
 
 WARM_UP = 3  # eager calls before a capture
@@ -46,7 +47,8 @@ class CudaGraph:
         current = torch.cuda.current_stream()
         stream = None if current == torch.cuda.default_stream() else current  # the default stream cannot be captured
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
+        # A dead graph that the collector finds during a capture would be destroyed within it, which spoils it.
+        with no_garbage_collection(), torch.cuda.graph(self.graph, stream=stream):
             self.result = body()
 
     def replay(self) -> Any:
@@ -151,7 +153,17 @@ def attempt(record: Record, body: Callable[[], Any], what: str) -> tuple[Recordi
     try:
         return record(body), ""
     except RuntimeError as error:  # what torch raises for whatever a capture forbids, and for too little memory
-        return None, _told((str(error) or type(error).__name__).splitlines()[0], what)
+        return None, _told(_reasons(error), what)
+
+
+def _reasons(error: BaseException | None) -> str:
+    """The first line of each exception of a chain, the earliest first: a capture that is broken off ends in an error of
+    its own, which says nothing of what broke it."""
+    found: list[str] = []
+    while error is not None:
+        found.insert(0, (str(error).strip() or type(error).__name__).splitlines()[0])
+        error = error.__cause__ or error.__context__
+    return "; then: ".join(dict.fromkeys(found))
 
 
 def _told(reason: str, what: str) -> str:

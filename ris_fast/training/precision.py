@@ -33,6 +33,13 @@ def peak_matmul_rate(device: torch.device, precision: str = "fp32", seconds: flo
     return 2.0 * size**3 / min(each["fastest_s"] for each in found.values())
 
 
+def refuse_tf32(device: torch.device, precision: str) -> None:
+    """Has fp32 mean fp32 on a GPU: cuDNN rounds the inputs of float32 convolutions to 11 bits unless told not to, which
+    torch leaves it free to do; matrix products are exact by default. For the whole process."""
+    if device.type == "cuda" and precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = False
+
+
 def choose_precision(
     model: nn.Module, loss: CovarianceLoss, source: SceneSource, device: torch.device
 ) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from ris_fast.training.compiled_model import choose_device, compile_now, compile
 from ris_fast.training.footprint import refuse_too_large
 from ris_fast.training.loss import CovarianceLoss, served_by
 from ris_fast.training.parts import Built
-from ris_fast.training.precision import choose_precision
+from ris_fast.training.precision import choose_precision, refuse_tf32
 from ris_fast.training.reporter import MetricsReporter, validation_reading
 from ris_fast.training.resume import precision_of, restore, run_facts, save, start_from
 from ris_fast.training.schedule import Plan, steps_in_epoch
@@ -84,6 +84,7 @@ class Trainer(Built):
         checkpoint = resume if isinstance(resume, str) else "last"
         if config.training.precision == "auto":
             self.config = config = self._with_precision(checkpoint if resume else None)
+        refuse_tf32(self.device, config.training.precision)
         self.optimizer = build_optimizer(self.model, config)
         self.network, self.compile_note = compiled(self.model, config, self.device)
         self.step = Step(self.network, self.loss, self.optimizer, config, self.device, self.model)

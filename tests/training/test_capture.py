@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ris_fast.training import trainer as loop
-from ris_fast.training.capture import CapturedCall, CapturedStep, why_not
+from ris_fast.training.capture import CapturedCall, CapturedStep, attempt, why_not
 from ris_fast.training.trainer import Trainer
 from tests.training.capture_helpers import Rerun, Rows, captured_trainer, change_settings, config_of, same
 
@@ -114,6 +114,26 @@ def test_capture_that_fails_warns_and_changes_nothing(monkeypatch: pytest.Monkey
         trainer.capture.refused
         == trainer.validation_runner.refused
         == "operation not permitted when stream is capturing"
+    )
+
+
+def test_capture_that_fails_says_what_broke_it() -> None:
+    """torch ends a capture whatever happened in it, and the error of that end replaces the one that mattered."""
+
+    def record(body: Any) -> Any:
+        try:
+            return body()
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nand more")
+
+    def body() -> None:
+        raise RuntimeError("Cannot copy between CPU and CUDA tensors during CUDA graph capture\nand more")
+
+    with pytest.warns(RuntimeWarning, match="kernel by kernel"):
+        recording, why = attempt(record, body, "the step")
+    assert recording is None and why == (
+        "Cannot copy between CPU and CUDA tensors during CUDA graph capture; then: "
+        "CUDA error: operation failed due to a previous error during capture"
     )
 
 

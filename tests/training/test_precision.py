@@ -13,6 +13,7 @@ from ris_fast.config.load import load_config
 from ris_fast.config.schema import ConfigError
 from ris_fast.health.monitor.watchdog import Watchdog
 from ris_fast.training import precision as module
+from ris_fast.training.precision import refuse_tf32
 from ris_fast.training.step import autocast
 from ris_fast.training.trainer import Trainer
 from tests.training.test_trainer import Recorder, small, weights
@@ -141,3 +142,12 @@ def test_telemetry_in_bf16_reads_fp32s_gradient_norms() -> None:
 
 def test_preflight_finds_nothing_in_a_run_in_bf16() -> None:
     assert [finding.cause for finding in Watchdog(Trainer(small("training.precision=bf16"))).preflight()] == []
+
+
+@pytest.mark.parametrize(
+    "device, precision, allowed", [("cuda", "fp32", False), ("cuda", "bf16", True), ("cpu", "fp32", True)]
+)
+def test_fp32_on_a_gpu_is_no_tf32(device: str, precision: str, allowed: bool) -> None:
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        refuse_tf32(torch.device(device), precision)
+        assert torch.backends.cudnn.allow_tf32 is allowed
