@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("cov_nmse", "philox", "scenes", "pursuit", "fused_step", "attention")
+FAMILIES = ("cov_nmse", "philox", "scenes", "pursuit", "fused_step", "attention", "field")
 
 
 @dataclass(frozen=True)

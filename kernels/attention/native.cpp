@@ -5,7 +5,7 @@
 // again in the backward pass: for few tokens that costs less than reading it back.
 #include <cmath>
 
-#include "native/simd.hpp"
+#include "native/product.hpp"
 #include "native/scratch.hpp"
 
 namespace RIS_NS {
@@ -39,76 +39,24 @@ struct Sizes {
 template <class T> struct Scratch {
     int64_t wide_l, wide_d;  // padded lengths of rows over tokens and over channels
     float* block = nullptr;
-    float *q_, *k_, *v_, *g_, *kt_, *vt_, *p_, *s_, *out_;
+    T *q, *k, *v, *g, *kt, *vt, *p, *s, *out;
     Sizes z;
 
     explicit Scratch(const Sizes& sizes)
         : wide_l(round_up(sizes.tokens, lanes<T>)), wide_d(round_up(sizes.channels, lanes<T>)), z(sizes) {
-        block = allocate(*this);
-        if (block) {
-            float *whole[] = {q_, k_, v_, g_}, *turned[] = {kt_, vt_};
-            for (float* rows : whole) std::memset(rows, 0, size_t(z.tokens * wide_d) * sizeof(T));
-            for (float* rows : turned) std::memset(rows, 0, size_t(z.channels * wide_l) * sizeof(T));
-        }
+        block = allocate(*this, true);
     }
     ~Scratch() { std::free(block); }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
 
     void cut(Cutter& c) {
-        constexpr int64_t unit = sizeof(T) / sizeof(float);
-        float **rows[] = {&q_, &k_, &v_, &g_, &out_}, **turned[] = {&kt_, &vt_}, **squares[] = {&p_, &s_};
-        for (float** each : rows) c.part(*each, unit * z.tokens * wide_d);
-        for (float** each : turned) c.part(*each, unit * z.channels * wide_l);
-        for (float** each : squares) c.part(*each, unit * z.tokens * wide_l);
+        T **rows[] = {&q, &k, &v, &g, &out}, **turned[] = {&kt, &vt}, **squares[] = {&p, &s};
+        for (T** each : rows) c.part(*each, z.tokens * wide_d);
+        for (T** each : turned) c.part(*each, z.channels * wide_l);
+        for (T** each : squares) c.part(*each, z.tokens * wide_l);
     }
-    T* q() const { return reinterpret_cast<T*>(q_); }
-    T* k() const { return reinterpret_cast<T*>(k_); }
-    T* v() const { return reinterpret_cast<T*>(v_); }
-    T* g() const { return reinterpret_cast<T*>(g_); }
-    T* kt() const { return reinterpret_cast<T*>(kt_); }
-    T* vt() const { return reinterpret_cast<T*>(vt_); }
-    T* p() const { return reinterpret_cast<T*>(p_); }
-    T* s() const { return reinterpret_cast<T*>(s_); }
-    T* out() const { return reinterpret_cast<T*>(out_); }
 };
-
-// R rows and N vectors of C = A B.
-template <class T, int R, int N>
-inline __attribute__((always_inline)) void tile(T* c, int64_t c_stride, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_stride, int64_t inner) {
-    Vec<T> sum[R][N] = {};
-    for (int64_t i = 0; i < inner; ++i) {
-        Vec<T> right[N];
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) right[n] = load(b + i * b_stride + n * lanes<T>);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const Vec<T> left = splat(a[r * a_row + i * a_column]);
-#pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) sum[r][n] += left * right[n];
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) store(c + r * c_stride + n * lanes<T>, sum[r][n]);
-}
-
-template <class T, int R>
-inline void row_block(T* c, int64_t wide, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t inner) {
-    constexpr int W = lanes<T>;
-    int64_t at = 0;
-    for (; at + 2 * W <= wide; at += 2 * W) tile<T, R, 2>(c + at, wide, a, a_row, a_column, b + at, wide, inner);
-    if (at < wide) tile<T, R, 1>(c + at, wide, a, a_row, a_column, b + at, wide, inner);
-}
-
-// C (rows, wide) = A B with A (rows, inner) of any strides and B (inner, wide); wide is whole vectors.
-template <class T>
-void product(T* c, int64_t rows, int64_t wide, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t inner) {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) row_block<T, 4>(c + r * wide, wide, a + r * a_row, a_row, a_column, b, inner);
-    for (; r < rows; ++r) row_block<T, 1>(c + r * wide, wide, a + r * a_row, a_row, a_column, b, inner);
-}
 
 // exp(x) for x <= 0; below -87 the least normal number; NaN stays NaN. 2^k e^f with |f| <= ln(2)/2, Taylor to f^7.
 inline Vec<float> exponential(Vec<float> x) {
@@ -163,19 +111,19 @@ inline void scatter(E* to, int64_t stride, const T* rows, int64_t wide, int64_t 
 // Reads a head and leaves the softmax in p.
 template <class T, class E> inline void weigh(const Scratch<T>& s, const E* qkv, T scale) {
     const int64_t l = s.z.tokens, d = s.z.channels, width = s.z.heads * d;
-    gather(s.q(), s.wide_d, qkv, 3 * width, l, d, scale);
-    gather(s.k(), s.wide_d, qkv + width, 3 * width, l, d, T(1));
-    gather(s.v(), s.wide_d, qkv + 2 * width, 3 * width, l, d, T(1));
-    transpose(s.kt(), s.wide_l, s.k(), s.wide_d, l, d);
-    product(s.p(), l, s.wide_l, s.q(), s.wide_d, int64_t(1), s.kt(), d);
-    for (int64_t i = 0; i < l; ++i) softmax(s.p() + i * s.wide_l, l, s.wide_l);
+    gather(s.q, s.wide_d, qkv, 3 * width, l, d, scale);
+    gather(s.k, s.wide_d, qkv + width, 3 * width, l, d, T(1));
+    gather(s.v, s.wide_d, qkv + 2 * width, 3 * width, l, d, T(1));
+    transpose(s.kt, s.wide_l, s.k, s.wide_d, l, d);
+    product(s.p, l, s.wide_l, s.q, s.wide_d, int64_t(1), s.kt, d);
+    for (int64_t i = 0; i < l; ++i) softmax(s.p + i * s.wide_l, l, s.wide_l);
 }
 
 template <class T, class E> inline void forward(const Scratch<T>& s, E* out, const E* qkv, T scale) {
     const int64_t l = s.z.tokens, d = s.z.channels;
     weigh(s, qkv, scale);
-    product(s.out(), l, s.wide_d, s.p(), s.wide_l, int64_t(1), s.v(), l);
-    scatter(out, s.z.heads * d, s.out(), s.wide_d, l, d, T(1));
+    product(s.out, l, s.wide_d, s.p, s.wide_l, int64_t(1), s.v, l);
+    scatter(out, s.z.heads * d, s.out, s.wide_d, l, d, T(1));
 }
 
 // P o (dP - rowsum(P o dP)) in place of dP; the padding stays zero, since P is zero there.
@@ -189,16 +137,16 @@ template <class T> inline void through_softmax(T* slope, const T* p, int64_t wid
 template <class T, class E> inline void backward(const Scratch<T>& s, E* out, const E* grad, const E* qkv, T scale) {
     const int64_t l = s.z.tokens, d = s.z.channels, width = s.z.heads * d;
     weigh(s, qkv, scale);
-    gather(s.g(), s.wide_d, grad, width, l, d, T(1));
-    transpose(s.vt(), s.wide_l, s.v(), s.wide_d, l, d);
-    product(s.s(), l, s.wide_l, s.g(), s.wide_d, int64_t(1), s.vt(), d);
-    for (int64_t i = 0; i < l; ++i) through_softmax(s.s() + i * s.wide_l, s.p() + i * s.wide_l, s.wide_l);
-    product(s.out(), l, s.wide_d, s.s(), s.wide_l, int64_t(1), s.k(), l);
-    scatter(out, 3 * width, s.out(), s.wide_d, l, d, scale);
-    product(s.out(), l, s.wide_d, s.s(), int64_t(1), s.wide_l, s.q(), l);  // q carries the scale
-    scatter(out + width, 3 * width, s.out(), s.wide_d, l, d, T(1));
-    product(s.out(), l, s.wide_d, s.p(), int64_t(1), s.wide_l, s.g(), l);
-    scatter(out + 2 * width, 3 * width, s.out(), s.wide_d, l, d, T(1));
+    gather(s.g, s.wide_d, grad, width, l, d, T(1));
+    transpose(s.vt, s.wide_l, s.v, s.wide_d, l, d);
+    product(s.s, l, s.wide_l, s.g, s.wide_d, int64_t(1), s.vt, d);
+    for (int64_t i = 0; i < l; ++i) through_softmax(s.s + i * s.wide_l, s.p + i * s.wide_l, s.wide_l);
+    product(s.out, l, s.wide_d, s.s, s.wide_l, int64_t(1), s.k, l);
+    scatter(out, 3 * width, s.out, s.wide_d, l, d, scale);
+    product(s.out, l, s.wide_d, s.s, int64_t(1), s.wide_l, s.q, l);  // q carries the scale
+    scatter(out + width, 3 * width, s.out, s.wide_d, l, d, T(1));
+    product(s.out, l, s.wide_d, s.p, int64_t(1), s.wide_l, s.g, l);
+    scatter(out + 2 * width, 3 * width, s.out, s.wide_d, l, d, T(1));
 }
 
 // Every head of every scene; grad: of the result, or null for the forward pass. Returns 0, or 1 without memory.

@@ -75,15 +75,14 @@ class FieldPrior(Constants):
 
     def __init__(self, task: Task) -> None:
         super().__init__()
-        self.shape = (task.ris_vertical, task.ris_horizontal)
         for name, (place, end) in zip(("horizontal", "vertical"), _axes(task), strict=True):
-            root = _root(_axis_covariance(place, end, task))
-            self.register_buffer(name, _planar(root.t()).float().contiguous(), persistent=False)
+            root = torch.view_as_real(_root(_axis_covariance(place, end, task)))
+            self.register_buffer(name, root.float().contiguous(), persistent=False)
 
-    def forward(self, field_BP2N: Tensor) -> Tensor:
-        """C^(1/2) x: planar (B, P, 2, N) -> (B, P, 2, N)."""
-        re, im = _both_axes(field_BP2N.unflatten(-1, self.shape), self.horizontal, self.vertical)
-        return torch.stack((re, im), 2).transpose(-1, -2).flatten(-2)
+    @property
+    def root(self) -> tuple[Tensor, Tensor]:
+        """C^(1/2) of a column, (V, V, 2), and of a row, (H, H, 2): Hermitian, as `aperture_field` takes them."""
+        return self.vertical, self.horizontal
 
 
 def _axes(task: Task) -> tuple[tuple[Tensor, float], tuple[Tensor, float]]:

@@ -16,6 +16,7 @@ from torch.nn import functional as fn
 
 from ris_fast.config.schema import ConfigError, Task
 from ris_fast.config.spelling import did_you_mean
+from ris_fast.kernels.field.op import aperture_field
 from ris_fast.kernels.scale import rescaled
 from ris_fast.models.beams import Beams, FieldPrior
 from ris_fast.models.classical import Classical
@@ -26,7 +27,6 @@ from ris_fast.models.linear import Linear
 from ris_fast.models.prediction import Prediction
 from ris_fast.old_names import current_setting
 from ris_fast.physics.channel import effective_channel
-from ris_fast.physics.least_squares import aperture_field
 from ris_fast.physics.matched_filter import least_squares_channel
 
 INPUTS = ("channel", "effective_channel")
@@ -170,7 +170,7 @@ class Hybrid(nn.Module):
                 rescaled(given.snapshots),
                 given.snr_db.clamp(*FIELD_SNR_DB),
                 static=self.task.symbols == "static",
-                root=self.prior,
+                root=self.prior.root,
                 steps=FIELD_STEPS,
             )
             re, im = _coefficients(*self.beams(field))

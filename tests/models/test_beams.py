@@ -61,10 +61,8 @@ def test_beams_of_one_plane_focus_between_the_ranges() -> None:
 
 def test_field_prior_is_the_root_of_the_covariance_of_each_axis() -> None:
     """The middle row, whose elements have y = 0, against sources drawn at random."""
-    prior, count = FieldPrior(TASK), 40_000
-    root = prior(torch.eye(TASK.elements)[:, None, None] * torch.tensor([1.0, 0.0])[:, None])  # columns of C^(1/2)
-    columns = torch.complex(root[:, 0, 0], root[:, 0, 1]).t()
-    covariance = columns @ columns.mH
+    count, root = 40_000, torch.kron(*(to_complex(each) for each in FieldPrior(TASK).root))
+    covariance = root @ root.mH
     torch.testing.assert_close(covariance.diagonal().real, torch.ones(TASK.elements), rtol=0, atol=1e-4)
     draw = torch.Generator().manual_seed(3)
     u = (2 * torch.rand(count, generator=draw) - 1) * math.sin(math.radians(TASK.azimuth_deg))
@@ -76,13 +74,5 @@ def test_field_prior_is_the_root_of_the_covariance_of_each_axis() -> None:
 
 
 def test_field_prior_is_hermitian() -> None:
-    prior, x, y = FieldPrior(TASK), field(), field(8)[4:]
-
-    def planar(value: Tensor) -> Tensor:
-        return value.permute(0, 2, 3, 1)
-
-    def inner(a: Tensor, b: Tensor) -> Tensor:
-        one, other = (torch.complex(each[:, 0, 0], each[:, 0, 1]) for each in (a, b))
-        return (one.conj() * other).sum(1)
-
-    torch.testing.assert_close(inner(planar(x), prior(planar(y))), inner(prior(planar(x)), planar(y)))
+    for root in FieldPrior(TASK).root:
+        torch.testing.assert_close(to_complex(root), to_complex(root).mH)

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from ris_fast.config.schema import Task
+from ris_fast.kernels.field.op import aperture_field
 from ris_fast.models import build_model
 from ris_fast.models.beams import FieldPrior
 from ris_fast.models.classical import Classical, classical_estimate
 from ris_fast.physics.baselines import mean_covariance
 from ris_fast.physics.channel import backproject, effective_channel
-from ris_fast.physics.least_squares import aperture_field, least_squares_factor
+from ris_fast.physics.least_squares import least_squares_factor
 from ris_fast.physics.matched_filter import least_squares_channel, matched_filter, shrunk_nmse
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
@@ -74,7 +75,8 @@ def test_classical_estimate_of_the_hybrid_is_the_field_that_it_is_shown(scenes: 
     )
     products = effective_channel(scenes.channel, scenes.codes)
     channel = scenes.channel if inputs == "channel" else least_squares_channel(products, scenes.codes)
-    expected = aperture_field(channel, scenes.codes, scenes.snapshots, scenes.snr_db, root=FieldPrior(TASK), steps=8)
+    root = FieldPrior(TASK).root
+    expected = aperture_field(channel, scenes.codes, scenes.snapshots, scenes.snr_db, root=root, steps=8)
     assert (found.name, found.field) == ("lmmse", True) and found.name in MEANINGS
     cosine = torch.cosine_similarity(found.factor.flatten(1), expected.flatten(1))  # each scene has a scale of its own
     assert cosine.quantile(0.1) > 0.999

@@ -1,0 +1,1 @@
+"""The field on the surface, estimated from the snapshots by linear least squares; no network."""
