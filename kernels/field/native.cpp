@@ -119,9 +119,12 @@ template <class T> void root(const Scratch<T>& s, T* to, const T* from) {
                 for (int64_t j = 0; j < h; ++j) s.grid[(2 * i + part) * h + j] = from[(plane + part) * s.wide_n + i * h + j];
         product(s.half, v, 2 * wide, s.grid, 2 * h, int64_t(1), s.across, 2 * h);
         product(s.whole, 2 * v, wide, s.down, 2 * v, int64_t(1), s.half, 2 * v);
-        for (int64_t part = 0; part < 2; ++part)
+        for (int64_t part = 0; part < 2; ++part) {
+            T* out = to + (plane + part) * s.wide_n;
             for (int64_t i = 0; i < v; ++i)
-                for (int64_t j = 0; j < h; ++j) to[(plane + part) * s.wide_n + i * h + j] = s.whole[(part * v + i) * wide + j];
+                for (int64_t j = 0; j < h; ++j) out[i * h + j] = s.whole[(part * v + i) * wide + j];
+            for (int64_t i = v * h; i < s.wide_n; ++i) out[i] = 0;  // a NaN of another scene may stand there
+        }
     }
 }
 
