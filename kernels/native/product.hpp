@@ -37,6 +37,8 @@ inline void row_block(T* c, int64_t wide, const T* a, int64_t a_row, int64_t a_c
 template <class T>
 void product(T* c, int64_t rows, int64_t wide, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t inner) {
     int64_t r = 0;
+    if (RIS_LEVEL_NUMBER == 2)
+        for (; r + 8 <= rows; r += 8) row_block<T, 8>(c + r * wide, wide, a + r * a_row, a_row, a_column, b, inner);
     for (; r + 4 <= rows; r += 4) row_block<T, 4>(c + r * wide, wide, a + r * a_row, a_row, a_column, b, inner);
     for (; r < rows; ++r) row_block<T, 1>(c + r * wide, wide, a + r * a_row, a_row, a_column, b, inner);
 }

@@ -39,7 +39,7 @@ class Beams(Constants):
             _phases(-array.wavenumber * torch.outer(place, _spread(end, count))) / math.sqrt(len(place))
             for (place, end), count in zip(_axes(task), self.size, strict=True)
         ]
-        self._constant("focus_QN2", torch.stack((focus.cos(), focus.sin()), -1))
+        self._constant("focus_2QN", torch.stack((focus.cos(), focus.sin())))
         self._constant("horizontal", _planar(steer[0]))
         self._constant("vertical", _planar(steer[1]))
         self._constant("from_horizontal", _planar(steer[0].mH))
@@ -50,8 +50,8 @@ class Beams(Constants):
 
     def forward(self, field_BNP2: Tensor) -> tuple[Tensor, Tensor]:
         """a^H x for every beam: real and imaginary parts, (B, P, Q, across, down) each."""
-        re, im = (each[:, :, None] for each in field_BNP2.transpose(1, 2).unbind(-1))
-        cos, sin = self.focus_QN2.unbind(-1)
+        re, im = field_BNP2.permute(3, 0, 2, 1).contiguous()[:, :, :, None]
+        cos, sin = self.focus_2QN
         planar = torch.stack((re * cos - im * sin, re * sin + im * cos), -2).unflatten(-1, self.shape)
         return _both_axes(planar, self.horizontal, self.vertical)
 
@@ -60,7 +60,7 @@ class Beams(Constants):
         planar = torch.stack((re, im), -3).transpose(-1, -2)
         fields = _both_axes(planar, self.from_horizontal, self.from_vertical)
         re, im = (each.transpose(-1, -2).flatten(2) for each in fields)
-        cos, sin = self.focus_QN2.unbind(-1)
+        cos, sin = self.focus_2QN
         return torch.stack((re * cos + im * sin, im * cos - re * sin), -1).transpose(1, 2)
 
 

