@@ -24,6 +24,7 @@ def aperture_field(
     Source: conjugate gradients, Golub and Van Loan, Matrix Computations, 11.3.
     """
     h, c, y = (torch.view_as_complex(each.contiguous()) for each in (channel, codes, snapshots))
+    h_conj, c_conj = h.conj_physical(), c.conj_physical()  # a lazy conjugate is ignored under a compiled graph
     ridge = (channel.square().sum((1, 2, 3)) / (h.shape[1] * 10.0 ** (snr_db / 10.0)))[:, None, None]
 
     def root(field: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def aperture_field(
         return (down @ field.unflatten(-1, (len(down), len(across))) @ across.mT).flatten(-2)
 
     def adjoint(received: Tensor) -> Tensor:
-        fields = c.conj() * (received @ h.conj())
+        fields = c_conj * (received @ h_conj)
         return root(fields.sum(1, keepdim=True) if static else fields)
 
     residual = adjoint(y)

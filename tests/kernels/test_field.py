@@ -9,6 +9,7 @@ from torch import Tensor
 from ris_fast.gradcheck import backends_here
 from ris_fast.kernels.field import reference
 from ris_fast.kernels.field.op import OPERATOR, aperture_field
+from ris_fast.kernels.native import loader
 
 BACKENDS = {"reference": reference.aperture_field} | backends_here(OPERATOR, "cpu")
 SAMPLES = {sample.name: sample for sample in OPERATOR.samples}
@@ -69,6 +70,16 @@ def test_aperture_field_gives_no_gradient_and_takes_mixed_precision() -> None:
     half = aperture_field(channel.detach().bfloat16(), codes, snapshots, snr_db, steps=4)
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, plain, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("compiler", [True, False], ids=["C++", "torch"])
+def test_aperture_field_is_the_same_compiled(compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiler:
+        monkeypatch.setattr(loader, "available", lambda: False)
+    *given, vertical, horizontal, static, steps = inputs("small")
+    run = lambda *a: aperture_field(*a, static=static, root=(vertical, horizontal), steps=steps)  # noqa: E731
+    found = torch.compile(run, fullgraph=True, backend="aot_eager")(*given)
+    torch.testing.assert_close(found, run(*given), rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize("name", ["small", "small-each-snapshot"])

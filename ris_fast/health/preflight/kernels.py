@@ -6,6 +6,7 @@ Legend: B batch, N RIS elements, Q factor columns.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,12 @@ from torch import Tensor
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.kernels.cov_nmse import reference
+from ris_fast.kernels.field.op import aperture_field
+from ris_fast.kernels.field.reference import aperture_field as field_definition
 from ris_fast.kernels.pursuit.reference import pursuit_features
 from ris_fast.kernels.pursuit.search import Geometry
+from ris_fast.kernels.scale import rescaled
+from ris_fast.models.beams import FieldPrior
 from ris_fast.models.features import PursuitFeatures
 from ris_fast.physics.least_squares import least_squares_factor
 from ris_fast.training.optim.fused_adamw import FusedAdamW
@@ -22,6 +27,7 @@ from ris_fast.training.step import network_inputs
 
 VALUE, GRADIENT, STEP = 1e-4, 1e-3, 1e-3  # relative; float32 against float64 is a hundred times closer
 FEATURES, FEW = 1e-2, 8  # of the median scene: two positions of nearly equal score may swap
+FIELD_STEPS = 3  # of conjugate gradients: many magnify rounding
 FAINT = 1e-3  # noise of 60 dB: with less, rounding alone chooses what a pursuit finds beyond the sources
 ROUNDING = 1e-6  # of the weights: a few roundings of float32, however short the way
 WEIGHTS = 2048  # of each tensor, in the copy that the optimizer steps on
@@ -84,9 +90,36 @@ def defined(context: PreflightContext, factor: Tensor, blend: bool) -> Tensor:
 # ---- features -------------------------------------------------------------------------------------------------------
 
 
+def field_kernel(context: PreflightContext) -> Iterator[Finding]:
+    """The estimate of the field of a few scenes against its plain form in float64, for a network that has its prior."""
+    prior = _first(context, FieldPrior)
+    if prior is None or context.scenes.channel is None:
+        return
+    scenes, static = context.scenes[:FEW], context.config.task.symbols == "static"
+    y, channel, codes, snr = network_inputs(scenes)
+    given = rescaled(channel.float()), codes.float(), rescaled(y.float()), snr.float()
+    found = aperture_field(*given, static=static, root=prior.root, steps=FIELD_STEPS)
+    wanted = field_definition(*(each.double() for each in (*given, *prior.root)), static, FIELD_STEPS)
+    gap = _median_gap(found, wanted)
+    if gap > VALUE:
+        yield Finding(
+            "kernel_differs", f"the field of the median scene differs from that of its plain form by {gap:.2g}."
+        )
+
+
+def _first(context: PreflightContext, kind: type) -> Any:
+    return next((module for module in context.model.modules() if isinstance(module, kind)), None)
+
+
+def _median_gap(found: Tensor, wanted: Tensor) -> float:
+    """Relative, of the median scene."""
+    gap = (found - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1).clamp_min(1e-30)
+    return float(gap.median())
+
+
 def feature_kernel(context: PreflightContext) -> Iterator[Finding]:
     """The pursuit of a few scenes against its plain form; nothing to compare for a network without one."""
-    extract = next((module for module in context.model.modules() if isinstance(module, PursuitFeatures)), None)
+    extract = _first(context, PursuitFeatures)
     if extract is None or context.scenes.channel is None:
         return
     scenes = context.scenes[:FEW]
@@ -99,7 +132,7 @@ def feature_kernel(context: PreflightContext) -> Iterator[Finding]:
         y, channel, codes, snr, [getattr(extract, name) for name in Geometry._fields], extract.wavenumber, extract.atoms
     )
     for what, a, b in (("inputs", found.inputs, wanted[0]), ("basis", found.basis, wanted[1])):
-        gap = float(((a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp_min(1e-30)).median())
+        gap = _median_gap(a, b)
         if gap > FEATURES:
             yield Finding(
                 "kernel_differs",
@@ -190,5 +223,6 @@ def _together(context: PreflightContext, copies: dict[str, Tensor]) -> Tensor:
 CHECKS = {
     "the loss and its gradient are their definition": loss_kernel,
     "features are their definition": feature_kernel,
+    "the estimate of the field is its definition": field_kernel,
     "the optimizer's kernels are their definition": step_kernel,
 }

@@ -76,9 +76,10 @@ def test_input_information_allows_low_snr(twin: str, snr_db: float) -> None:
         small("hybrid", **{"training.precision": "bf16", "training.backend": "reference", "optimizer.ema_decay": 0.0}),
         small("backprojection", **at(100.0)),
         small("backprojection", **at(120.0)),
+        small("hybrid", **at(120.0)),
         small("hybrid", **{"optimizer.max_grad_norm": 1e-12, "optimizer.backbone_lr": 1e-9}),
     ],
-    ids=["plain", "blend", "bf16", "loud", "loudest", "hardly a step"],
+    ids=["plain", "blend", "bf16", "loud", "loudest", "loudest field", "hardly a step"],
 )
 def test_kernel_checks_pass_every_configuration(config: Config, check: Any) -> None:
     assert causes(check, Trainer(config)) == []
@@ -98,6 +99,15 @@ def test_feature_kernel_check_names_wrong_numbers(monkeypatch: pytest.MonkeyPatc
     right = check_kernels.pursuit_features
     monkeypatch.setattr(check_kernels, "pursuit_features", lambda *given: tuple(1.1 * each for each in right(*given)))
     assert causes(check_kernels.feature_kernel, Trainer(small("backprojection"))) == ["kernel_differs"]
+
+
+@pytest.mark.parametrize("symbols", ["static", "per_snapshot"])
+def test_field_kernel_check_names_wrong_numbers(symbols: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(small("hybrid", **{"task.symbols": symbols}))
+    assert causes(check_kernels.field_kernel, trainer) == []
+    right = check_kernels.aperture_field
+    monkeypatch.setattr(check_kernels, "aperture_field", lambda *given, **more: 1.01 * right(*given, **more))
+    assert causes(check_kernels.field_kernel, trainer) == ["kernel_differs"]
 
 
 def test_step_kernel_check_names_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
