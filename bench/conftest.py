@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.gpu.rows import note
 from ris_fast import timing as measure
 
 
@@ -30,6 +31,17 @@ def threads(request: pytest.FixtureRequest, device: torch.device) -> Iterator[in
 def bandwidth(device: torch.device) -> float:
     """Copy bandwidth in bytes per second, measured in this run."""
     return measure.copy_bandwidth(device)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """In a run of bench/gpu.sh the figures of a benchmark are kept when it ends, not when all have ended."""
+    report = yield
+    benchmark = getattr(item, "funcargs", {}).get("benchmark")
+    if report.when == "call" and benchmark is not None:
+        failed = {} if report.passed else {"error": str(report.longrepr)[-2000:]}
+        note(item.nodeid, ok=report.passed, **benchmark.extra_info, **failed)
+    return report
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:

@@ -82,7 +82,7 @@ def test_source_scene_is_the_same_in_any_batch(tmp_path: Path, kind: str) -> Non
     assert "\n" not in source.describe()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["npz", "shards"])
 def test_file_sources_live_in_device_memory(tmp_path: Path, kind: str) -> None:
     config = files(tmp_path)[kind]

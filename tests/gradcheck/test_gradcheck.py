@@ -84,7 +84,7 @@ def test_triton_bodies_pass_gradcheck_in_the_interpreter() -> None:
     assert not [row for row in found if not row.passed]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.gpu
 def test_run_gradcheck_passes_on_the_gpu() -> None:
     assert not [row for row in gradcheck.run_gradcheck("cuda", interpreter=False) if not row.passed]
 

@@ -108,7 +108,7 @@ print("agrees")
     assert done.stdout.strip() == "agrees", done.stderr
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_philox_gpu_agrees() -> None:
     index = torch.arange(-50, 50)
     for count in (1, 20, 4608, 1023):

@@ -230,7 +230,7 @@ def test_pursuit_features_name_wrong_shapes() -> None:
         op.pursuit_features(y, h, codes, snr_db, constants, rest[0], 0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_pursuit_features_on_gpu_are_as_exact_as_eager() -> None:
     args = NAMED["standard"].make("cpu", torch.float32)
     moved = [

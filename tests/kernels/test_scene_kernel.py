@@ -92,7 +92,7 @@ print("agrees")
     assert done.stdout.strip() == "agrees", done.stderr
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", list(NAMED))
 def test_scene_kernel_on_gpu_is_as_exact_as_eager(name: str) -> None:
     single, exact = arguments(name), OPERATOR.reference(*arguments(name, torch.float64))

@@ -17,7 +17,6 @@ from ris_fast.training.capture import CapturedCall, CapturedStep, attempt, why_n
 from ris_fast.training.trainer import Trainer
 from tests.training.capture_helpers import Rerun, Rows, captured_trainer, change_settings, config_of, same
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SETTINGS = [
     ("hybrid", 1),
     ("hybrid", 2),
@@ -187,11 +186,12 @@ def test_captured_call_is_run_then_captured_then_replayed() -> None:
 # ---- on CUDA, with the graph itself -------------------------------------------------------------------------------
 
 
-@cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("model", "accumulate", "precision", "compile"),
     [(*setting, precision, False) for setting in SETTINGS for precision in ("fp32", "bf16")]
     + [("backprojection", 1, "bf16", True), ("backprojection", 2, "fp32", True), ("hybrid", 1, "bf16", True)],
+    ids=lambda value: ("compiled" if value else "as written") if isinstance(value, bool) else None,
 )
 def test_captured_replay_equals_eager_bitwise(model: str, accumulate: int, precision: str, compile: bool) -> None:
     """Weights, moments, averages, counters, every reported number and every validation, with settings that change."""
@@ -220,7 +220,7 @@ def test_captured_replay_equals_eager_bitwise(model: str, accumulate: int, preci
     assert through.rows == plain_rows.rows
 
 
-@cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize(("model", "accumulate"), SETTINGS)
 def test_captured_epoch_never_syncs(model: str, accumulate: int) -> None:
     """The second epoch, from its first scene number to its last step, reports included."""
@@ -239,7 +239,7 @@ def test_captured_epoch_never_syncs(model: str, accumulate: int) -> None:
     assert trainer.state.epoch == 2 and trainer.capture.recording is not None, trainer.capture.refused
 
 
-@cuda
+@pytest.mark.gpu
 def test_capture_takes_fp16_with_a_loss_scale() -> None:
     trainer = Trainer(config_of("hybrid", "training.precision=fp16", "training.device=cuda"))
     trainer.fit()

@@ -12,7 +12,7 @@ from torch import nn
 from ris_fast import FusedAdamW
 from ris_fast.training.telemetry.step_window import Window
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 SHAPES = [(64, 33), (1,), (300, 301), (0,), (4096,), (9000,)]
 
 
