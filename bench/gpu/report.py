@@ -17,7 +17,7 @@ from bench.gpu.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "bench" / "results" / "gpu"
-BEGIN, END = "<!-- measured on a GPU: python -m bench.gpu.report -->", "<!-- end -->"
+BEGIN, END = "<!--gpu-->", "<!--/gpu-->"  # around what `python -m bench.gpu.report` writes
 NOTHING = "**Nothing has run on a GPU yet**: Triton kernels are checked under its interpreter."
 MS = "{:.3g} ms"
 Row = Mapping[str, Any]

@@ -47,7 +47,7 @@ STAGES: dict[str, Stage] = {
         (*PYTEST, "tests/training/test_capture.py", "-k", "captured_call"),
     ),
     "fused_step": Stage(25, *_bench("fused_step", "16340000-150-1", "host_time and 2]")),
-    "cov_nmse": Stage(35, *_bench("cov_nmse", "512-144 or 4096-144 or 64-144", "1-thread-low-rank-64-64")),
+    "cov_nmse": Stage(60, *_bench("cov_nmse", "512-144 or 4096-144", "1-thread-low-rank-64-64")),
     "loop": Stage(60, *_bench("training", "rate and default and (2048 or 8192)", "rate and default-64]")),
     # ---- a second run: what is left of the time ----
     "train_original": Stage(130, *_train("original", 85)),

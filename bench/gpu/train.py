@@ -24,7 +24,7 @@ TARGETS = (0.5, 0.35, 0.187, 0.03)
 def main(preset: str, seconds: str, *options: str) -> int:
     common = ["--preset", preset, "--max-seconds", seconds, "--set", "report.plots=false", "--set", "health.stop=false"]
     code = train(preset, [*common, *options])
-    if code not in (DONE, NOT_LEARNED, INTERRUPTED) and "training.compile=false" not in options:
+    if code not in (DONE, INTERRUPTED) and "training.compile=false" not in options:
         code = train(f"{preset}, uncompiled", [*common, *options, "--set", "training.compile=false"])
     return code
 
@@ -39,8 +39,9 @@ def train(item: str, options: list[str]) -> int:
         ):  # the stage's end is the training's, which then saves its summary
             signal.signal(number, lambda *_: child.send_signal(signal.SIGINT))
         code = child.wait()
-        note(item, ok=code == DONE, exit_code=code, **curve(run))
-    return code
+        found = curve(run)
+        note(item, ok=found["summary"] is not None, exit_code=code, **found)
+    return DONE if code == NOT_LEARNED else code  # it ran to its end; what it learned is in the row
 
 
 def curve(run: Path) -> dict[str, Any]:
