@@ -50,7 +50,8 @@ def adjoint_matmul(a_BNM: Tensor, b_BNP: Tensor) -> Tensor:
 
 def power(a: Tensor) -> Tensor:
     """|a|^2 elementwise: (..., 2) -> (...)."""
-    return a.square().sum(-1)
+    re, im = a.unbind(-1)  # a sum over a last axis of 2 is four times as slow
+    return re.square() + im.square()
 
 
 def to_complex(a: Tensor) -> Tensor:

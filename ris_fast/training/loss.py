@@ -15,6 +15,7 @@ from ris_fast.config.schema import ConfigError, Loss, Task, section_of
 from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.least_squares import least_squares_factor
+from ris_fast.physics.real_complex import adjoint_matmul
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training import loss_terms as terms
 
@@ -106,30 +107,31 @@ class CovarianceLoss(nn.Module):
         wanted = self.weights.keys() & {"angle", "range", "chamfer"}
         if not wanted:
             return {}
-        active, angles, ranges = self._active(scenes), None, None
+        active = self._active(scenes)
+        losses: dict[str, Tensor] = {}
+        raw: dict[str, Tensor] = {}
         if wanted & {"angle", "chamfer"}:
             angles = terms.angle_gaps(prediction.azimuth, prediction.elevation, scenes.azimuth, scenes.elevation)
+            losses["angle"] = terms.huber(angles, terms.ANGLE_DELTA).sum(-1)
         if "range" in wanted:
             ranges = terms.log_range_gaps(prediction.range_m, scenes.range_m, active)
-        raw: dict[str, Tensor] = {}
+            losses["range"] = terms.huber(ranges, terms.RANGE_DELTA)
         if wanted & {"angle", "range"}:
-            slots = terms.match(terms.assignment_cost(angles, ranges), active, self.slots, self.table)
-            for name, gaps, delta in (("angle", angles, terms.ANGLE_DELTA), ("range", ranges, terms.RANGE_DELTA)):
-                if name in wanted:
-                    raw[name] = terms.matched_huber(gaps, slots, active, delta).mean()
+            slots = terms.match(terms.assignment_cost(losses), active, self.slots, self.table)
+            raw = {name: terms.matched(losses[name], slots, active).mean() for name in losses if name in wanted}
         if "chamfer" in wanted:
             raw["chamfer"] = terms.chamfer(angles, active).mean()
         return raw
 
     def _factor_terms(self, factor: Tensor, scenes: Scenes) -> dict[str, Tensor]:
-        """The terms that act on the factors alone."""
+        """The terms that act on the factors alone; the factor's Gram matrix and the true directions are shared."""
+        gram = terms.gram(factor) if self.weights.keys() & {"orthogonality", "cross", "subspace"} else None
+        steer = terms.unit_columns(scenes.factor) if self.weights.keys() & {"subspace", "contrast"} else None
         wanted: dict[str, Callable[[], Tensor]] = {
-            "orthogonality": lambda: terms.orthogonality(factor),
-            "cross": lambda: terms.cross(factor),
-            "subspace": lambda: terms.subspace(factor, terms.unit_columns(scenes.factor)),
-            "contrast": lambda: terms.contrast(
-                factor, terms.unit_columns(scenes.factor), self.ramp, self._active(scenes)
-            ),
+            "orthogonality": lambda: terms.orthogonality(gram),
+            "cross": lambda: terms.cross(gram),
+            "subspace": lambda: terms.subspace(gram, adjoint_matmul(steer, factor), terms.gram(steer)),
+            "contrast": lambda: terms.contrast(factor, steer, self.ramp, self._active(scenes)),
         }
         return {name: term().mean() for name, term in wanted.items() if name in self.weights}
 

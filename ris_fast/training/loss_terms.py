@@ -2,12 +2,14 @@
 
 None of them differentiates an eigen, singular value or QR decomposition, forms an N x N array or divides by the norm
 of a single column, so all are finite, with finite gradients, for rank-deficient, repeated and zero factors.
+What acts on a factor takes Gram matrices, which the terms share, where it can: they are N times smaller.
 Legend: B batch, N RIS elements, Q factor columns, K sources (padded), P predicted slots, S points of a stencil.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import permutations
 
 import torch
@@ -21,6 +23,7 @@ ANGLE_DELTA = math.radians(0.25)
 RANGE_DELTA = 0.2
 ANGLE_SCALE = math.radians(5.0)  # how far apart in angle, and in log-range, counts the same in the assignment
 RANGE_SCALE = 0.2
+WORTH = {"angle": ANGLE_DELTA * ANGLE_SCALE, "range": RANGE_DELTA * RANGE_SCALE}
 RIDGE = 1e-4  # of the true steering vectors' Gram matrix, whose diagonal is 1
 LOADING = 1e-3  # of the spectrum, as a share of the prediction's trace
 FLOOR = 1e-6  # floor of a denominator that may vanish, where the trace is 1
@@ -28,33 +31,53 @@ SMALLEST = 1e-24  # squared norm below which there is no direction to speak of
 
 
 def unit_factor(factor_BNQ: Tensor) -> Tensor:
-    """F/|F|, so that F F^H has trace 1. A factor of norm below 1e-12 counts as zero and is left as it is."""
-    total = power(factor_BNQ).sum((1, 2))
-    return factor_BNQ * torch.where(total > SMALLEST, total, 1.0).rsqrt()[:, None, None, None]
+    """F/|F|, so that F F^H has trace 1. Below a norm of 1e-12 the trace goes to zero with the factor."""
+    return factor_BNQ * _over(factor_BNQ.square().sum((1, 2, 3))).sqrt()
 
 
-def _gram(factor_BNQ: Tensor) -> Tensor:
+def gram(factor_BNQ: Tensor) -> Tensor:
+    """F^H F: (B, Q, Q, 2)."""
     return adjoint_matmul(factor_BNQ, factor_BNQ)
 
 
-def orthogonality(factor_BNQ: Tensor) -> Tensor:
+def orthogonality(gram_BQQ: Tensor) -> Tensor:
     """Mean squared coherence of the factor's columns, weighted by their powers: (B,) in [0, 1].
 
     Model: sum_{i != j} |C_ij|^2 / sum_{i != j} C_ii C_jj with C = F^H F; 0 for orthogonal columns, 1 for parallel ones.
     """
-    gram = _gram(unit_factor(factor_BNQ))
-    own = gram.diagonal(dim1=1, dim2=2)[:, 0].square().sum(-1)
-    return (power(gram).sum((1, 2)) - own) / (1.0 + FLOOR - own)
+    unit = gram_BQQ * _over(_trace(gram_BQQ))
+    own = _diagonal(unit).square().sum(-1)
+    return (_squares(unit) - own) / (1.0 + FLOOR - own)
 
 
-def cross(factor_BNQ: Tensor) -> Tensor:
+def cross(gram_BQQ: Tensor) -> Tensor:
     """How far the two halves [A_angle, A_range] of a factor disagree on which columns overlap: (B,).
 
     Model: sum_{i != j} |C_ij - D_ij|^2, C and D the trace-normalised Gram matrices of the halves; 0 for equal halves.
     """
-    first, second = (_gram(unit_factor(half)) for half in factor_BNQ.chunk(2, dim=2))
-    gap = power(first - second)
-    return gap.sum((1, 2)) - gap.diagonal(dim1=1, dim2=2).sum(-1)
+    half = gram_BQQ.shape[1] // 2
+    first, second = (part * _over(_trace(part)) for part in (gram_BQQ[:, :half, :half], gram_BQQ[:, half:, half:]))
+    gap = first - second
+    return _squares(gap) - _diagonal(gap).square().sum(-1)
+
+
+def _squares(matrix_BQQ: Tensor) -> Tensor:
+    """|C|_F^2: (B,)."""
+    return matrix_BQQ.square().sum((1, 2, 3))
+
+
+def _diagonal(gram_BQQ: Tensor) -> Tensor:
+    """Of a Hermitian matrix, whose diagonal is real: (B, Q)."""
+    return gram_BQQ[..., 0].diagonal(dim1=1, dim2=2)
+
+
+def _trace(gram_BQQ: Tensor) -> Tensor:
+    return _diagonal(gram_BQQ).sum(-1)
+
+
+def _over(total_B: Tensor) -> Tensor:
+    """1/total, finite, to multiply (B, ., ., 2) by."""
+    return total_B.clamp_min(SMALLEST).reciprocal()[:, None, None, None]
 
 
 def wrapped(angle: Tensor) -> Tensor:
@@ -102,14 +125,11 @@ def log_range_gaps(range_BP: Tensor, true_range_BK: Tensor, active_BK: Tensor) -
     return range_BP.log()[..., None] - torch.where(active_BK, true_range_BK, 1.0).log()[:, None]
 
 
-def assignment_cost(angles_BPK2: Tensor | None, log_ranges_BPK: Tensor | None) -> Tensor:
-    """The cost that pairs slots with sources: the Huber distances, 5 degrees worth as much as 0.2 in log-range."""
-    cost: Tensor | float = 0.0
-    if angles_BPK2 is not None:
-        cost = cost + huber(angles_BPK2, ANGLE_DELTA).sum(-1) / (ANGLE_DELTA * ANGLE_SCALE)
-    if log_ranges_BPK is not None:
-        cost = cost + huber(log_ranges_BPK, RANGE_DELTA) / (RANGE_DELTA * RANGE_SCALE)
-    return cost
+@torch.no_grad()
+def assignment_cost(losses: Mapping[str, Tensor]) -> Tensor:
+    """What it costs to pair each slot with each source, (B, P, K): the Huber losses "angle" and "range" of all pairs,
+    or one of them; 5 degrees are worth as much as 0.2 in log-range."""
+    return torch.stack([loss / WORTH[name] for name, loss in losses.items()]).sum(0)
 
 
 def huber(gap: Tensor, delta: float) -> Tensor:
@@ -117,11 +137,9 @@ def huber(gap: Tensor, delta: float) -> Tensor:
     return fn.huber_loss(gap, torch.zeros_like(gap), reduction="none", delta=delta)
 
 
-def matched_huber(gaps_BPK: Tensor, slots_BK: Tensor, active_BK: Tensor, delta: float) -> Tensor:
-    """Mean Huber loss over matched sources: (B,). `gaps_BPK`: (B, P, K) or (B, P, K, C), summed over C."""
-    losses = huber(gaps_BPK, delta)
-    losses = losses if losses.dim() == 3 else losses.sum(-1)
-    return source_mean(losses.gather(1, slots_BK[:, None]).squeeze(1), active_BK)
+def matched(losses_BPK: Tensor, slots_BK: Tensor, active_BK: Tensor) -> Tensor:
+    """Mean over the sources that are there of each one's loss with its slot: (B,)."""
+    return source_mean(losses_BPK.gather(1, slots_BK[:, None]).squeeze(1), active_BK)
 
 
 def chamfer(angles_BPK2: Tensor, active_BK: Tensor) -> Tensor:
@@ -142,20 +160,24 @@ def unit_columns(factor_BNK: Tensor) -> Tensor:
     A column 1e-12 times as long as a scene's longest counts as zero, whatever the unit of the powers.
     """
     factor_BNK = rescaled(factor_BNK.detach())
-    norm = power(factor_BNK).sum(1, keepdim=True)
-    return factor_BNK * norm.clamp_min(SMALLEST).rsqrt()[..., None]
+    norm = power(factor_BNK).sum(1, keepdim=True).clamp_min(SMALLEST)
+    return factor_BNK * norm.rsqrt()[..., None].repeat(1, 1, 1, 2)  # a broadcast along a last axis of 2 is slow
 
 
-def subspace(factor_BNQ: Tensor, steer_BNK: Tensor) -> Tensor:
-    """The share of the predicted covariance that lies outside the true steering vectors: (B,) in [0, 1].
+def subspace(gram_BQQ: Tensor, overlap_BKQ: Tensor, true_gram_BKK: Tensor) -> Tensor:
+    """The share of the predicted covariance that lies outside the true steering vectors A: (B,) in [0, 1].
 
-    Model: |P R P|_F^2 / |R|_F^2 with R = F F^H and P = I - A (A^H A + ridge I)^-1 A^H; with W = P F that is
-        |W^H W|_F^2 / |F^H F|_F^2. Only the true side is inverted, and it carries no gradient.
+    Model: |P R P|_F^2 / |R|_F^2 with R = F F^H and P = I - A M A^H, M = (A^H A + ridge I)^-1; with W = P F that is
+        |W^H W|_F^2 / |F^H F|_F^2, and W^H W = F^H F - S^H (M + ridge M^2) S with S = A^H F. Only the true side is
+        inverted, and it carries no gradient.
+    Args: F^H F, S = A^H F and A^H A.
     """
-    steer_BNK, unit = steer_BNK.detach(), unit_factor(factor_BNQ)
-    inverse = hermitian_inverse(_load(_gram(steer_BNK), RIDGE))
-    inside = matmul(steer_BNK, matmul(inverse, adjoint_matmul(steer_BNK, unit)))
-    return power(_gram(unit - inside)).sum((1, 2)) / power(_gram(unit)).sum((1, 2)).clamp_min(FLOOR)
+    with torch.no_grad():
+        inverse = hermitian_inverse(_load(true_gram_BKK, RIDGE))
+        weight = inverse + RIDGE * matmul(inverse, inverse)
+    inside = adjoint_matmul(overlap_BKQ, matmul(weight, overlap_BKQ))
+    over = _over(_trace(gram_BQQ))
+    return _squares((gram_BQQ - inside) * over) / _squares(gram_BQQ * over).clamp_min(FLOOR)
 
 
 def stencil(horizontal: int, vertical: int) -> Tensor:
@@ -181,7 +203,7 @@ def contrast(factor_BNQ: Tensor, steer_BNK: Tensor, ramp_NS: Tensor, active_BK: 
     around = multiply(steer_BNK.detach()[:, :, :, None], ramp_NS.to(steer_BNK.dtype)[:, None]).flatten(2, 3)
     unit = unit_factor(factor_BNQ)
     with torch.no_grad():
-        inverse = hermitian_inverse(_load(_gram(unit), LOADING))
+        inverse = hermitian_inverse(_load(gram(unit), LOADING))
         best = (around - matmul(unit, matmul(inverse, adjoint_matmul(unit, around)))) / LOADING
         linear = 2.0 * (around * best).sum((1, 3)) - LOADING * power(best).sum(1)
     inverse_spectrum = linear - power(adjoint_matmul(unit, best)).sum(1)

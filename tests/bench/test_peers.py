@@ -16,7 +16,7 @@ from ris_fast.config.schema import Config, Loss
 from ris_fast.models import build_model
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.random import SceneGenerator
-from ris_fast.physics.real_complex import to_complex
+from ris_fast.physics.real_complex import adjoint_matmul, to_complex
 from ris_fast.physics.scenes import Scenes, simulate
 from ris_fast.training import loss_terms as terms
 from ris_fast.training.loss import CovarianceLoss
@@ -84,7 +84,8 @@ def test_original_subspace_term_equals_ours() -> None:
     scenes = dense_scenes(config)
     factor = prediction_of(config, scenes).factor
     field = to_complex(factor)
-    ours = terms.subspace(factor, terms.unit_columns(scenes.factor)).mean()
+    steer = terms.unit_columns(scenes.factor)
+    ours = terms.subspace(terms.gram(factor), adjoint_matmul(steer, factor), terms.gram(steer)).mean()
     torch.testing.assert_close(
         subspace(field @ field.mH, to_complex(scenes.factor), scenes.count), ours, rtol=1e-3, atol=1e-5
     )
