@@ -34,7 +34,8 @@ class Beams(Constants):
         self.shape = (task.ris_vertical, task.ris_horizontal)
         array = RISArray.of(task)
         distance_squared = sum(place.double().square() for place in array.positions())
-        focus = 0.5 * array.wavenumber * _curvatures(task, planes)[:, None] * distance_squared
+        curved = 0.5 * array.wavenumber * _curvatures(task, planes)[:, None]
+        focus = curved * distance_squared
         steer = [
             _phases(-array.wavenumber * torch.outer(place, _spread(end, count))) / math.sqrt(len(place))
             for (place, end), count in zip(_axes(task), self.size, strict=True)
@@ -42,8 +43,9 @@ class Beams(Constants):
         self._constant("focus_2QN", torch.stack((focus.cos(), focus.sin())))
         self._constant("horizontal", _planar(steer[0]))
         self._constant("vertical", _planar(steer[1]))
-        self._constant("from_horizontal", _planar(steer[0].mH))
-        self._constant("from_vertical", _planar(steer[1].mH))
+        for name, matrix, (place, _) in zip(("from_horizontal", "from_vertical"), steer, _axes(task), strict=True):
+            focused = matrix.mH * _phases(-curved * place.square())[:, None]  # a plane's focus is a product of axes too
+            self._constant(f"{name}_Q", _planar(focused))
 
     def _constant(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value.float().contiguous(), persistent=False)
@@ -57,11 +59,11 @@ class Beams(Constants):
 
     def field(self, re: Tensor, im: Tensor) -> Tensor:
         """sum of a times its coefficient, of each plane: (B, Q, across, down) twice -> (B, N, Q, 2)."""
-        planar = torch.stack((re, im), -3).transpose(-1, -2)
-        fields = _both_axes(planar, self.from_horizontal, self.from_vertical)
-        re, im = (each.transpose(-1, -2).flatten(2) for each in fields)
-        cos, sin = self.focus_2QN
-        return torch.stack((re * cos + im * sin, im * cos - re * sin), -1).transpose(1, 2)
+        x = torch.cat((re.transpose(0, 1), im.transpose(0, 1)), -1)  # (Q, B, across, 2 down)
+        x = (x.flatten(1, 2) @ self.from_vertical_Q).view(*x.shape[:3], 2, -1)  # (Q, B, across, 2, V)
+        x = x.permute(0, 1, 4, 3, 2).flatten(-2)  # (Q, B, V, 2 across)
+        x = (x.flatten(1, 2) @ self.from_horizontal_Q).view(*x.shape[:3], 2, -1)  # (Q, B, V, 2, H)
+        return x.permute(1, 2, 4, 0, 3).flatten(1, 2)
 
 
 class FieldPrior(Constants):
@@ -108,8 +110,10 @@ def _phases(angle: Tensor) -> Tensor:
 
 
 def _planar(matrix: Tensor) -> Tensor:
-    """The real matrix (2n, 2m) that multiplies planar rows [re | im] as `matrix` (n, m) multiplies complex ones."""
-    return torch.cat((torch.cat((matrix.real, matrix.imag), 1), torch.cat((-matrix.imag, matrix.real), 1)), 0)
+    """The real matrix (..., 2n, 2m) that multiplies planar rows [re | im] as `matrix` (..., n, m) multiplies complex
+    ones."""
+    re, im = matrix.real, matrix.imag
+    return torch.cat((torch.cat((re, im), -1), torch.cat((-im, re), -1)), -2)
 
 
 def _both_axes(x: Tensor, horizontal: Tensor, vertical: Tensor) -> tuple[Tensor, Tensor]:

@@ -138,10 +138,10 @@ class Hybrid(nn.Module):
     def trunk(self, features: HybridFeatures) -> Prediction:
         """The trainable part, from what `features` returned."""
         x_BD = self._fused(features)
-        angle_BNK, range_BNK = self._factors(x_BD, features)
-        factor_BNQ = torch.cat((angle_BNK, math.sqrt(RANGE_SHARE) * range_BNK), dim=2)
+        factor_BNQ, sources = self._factor(x_BD, features), self.task.max_sources
         with torch.autocast(x_BD.device.type, enabled=False):
-            means, statistics = self.diagonal_means(angle_BNK), factor_statistics(factor_BNQ, angle_BNK.shape[2])
+            means = self.diagonal_means(factor_BNQ[:, :, :sources])
+            statistics = factor_statistics(factor_BNQ, sources)
         x_BD = fn.gelu(self.refine(torch.cat((x_BD, self.pool(means.to(self.pool.weight.dtype))), dim=-1)))
         offset = self.angle_offset(x_BD).view(x_BD.shape[0], -1, 2)
         azimuth, elevation = self.angle_grid(x_BD, offset)
@@ -202,16 +202,13 @@ class Hybrid(nn.Module):
         c = fn.gelu(self.plane_path(planes.transpose(1, 2))).mean(2)
         return fn.gelu(self.fuse(torch.cat((y, h, c), dim=-1)))
 
-    def _factors(self, x_BD: Tensor, features: HybridFeatures) -> tuple[Tensor, Tensor]:
-        """A_angle and A_range, (B, N, K, 2) each: the beams of a plane to each column, as the heads weigh them."""
-        shape = (self.task.max_sources, *self.beams.size, 2)
-        gains = torch.cat(
-            [head(x_BD).float().unflatten(1, shape) for head in (self.angle_factor, self.range_factor)], 1
-        )
+    def _factor(self, x_BD: Tensor, features: HybridFeatures) -> Tensor:
+        """F = [A_angle, sqrt(0.3) A_range]: to each column the beams of its plane, as the heads weigh them."""
+        angle, range_ = self.angle_factor(x_BD).float(), self.range_factor(x_BD).float()
+        gains = torch.cat((angle, math.sqrt(RANGE_SHARE) * range_), -1).unflatten(1, (-1, *self.beams.size, 2))
         with torch.autocast(x_BD.device.type, enabled=False):
             re, im = gains.unbind(-1)
-            columns = self.beams.field(re * features.re - im * features.im, re * features.im + im * features.re)
-        return columns.chunk(2, dim=2)
+            return self.beams.field(re * features.re - im * features.im, re * features.im + im * features.re)
 
     @torch.no_grad()
     def _initialise(self, layers: int) -> None:

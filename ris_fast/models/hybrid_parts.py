@@ -59,10 +59,11 @@ class DiagonalMeans(Constants):
 
     Model: with rows of A scaled to unit norm, sum_{i-j=s} R_ij is the autocorrelation of A's columns and
         sum_{i+j=s} R_ij their convolution with their own conjugate. Both are products after a Fourier transform of
-        length 2N (long enough not to wrap), here two products with constant matrices, so no complex dtype appears.
+        length 2N (long enough not to wrap), here two products with constant matrices, so no complex dtype appears:
+        with X(f) the transform of a column, |X(f)|^2 and, for f >= 0 alone, X(f) X(-f)^*, which X(-f) X(f)^* mirrors.
         Of a Hermitian R the anti-diagonal sums are real (2N - 1 numbers) and the diagonal sums come in conjugate
         pairs (N real and N - 1 imaginary parts); together 4N - 2 numbers, none of them zero for every input.
-    Cost: 16 B K N^2 + 12 B N^2 multiply-adds, O(B K N) memory.
+    Cost: 8 B K N^2 + 16 B N^2 multiply-adds, O(B K N) memory.
     """
 
     def __init__(self, elements: int) -> None:
@@ -74,14 +75,10 @@ class DiagonalMeans(Constants):
     def forward(self, factor_BNK: Tensor) -> Tensor:
         unit = factor_BNK * torch.rsqrt(power(factor_BNK).sum(-1) + TINY)[..., None, None]
         columns = unit.permute(0, 2, 3, 1).flatten(2)  # (B, K, 2N): real parts, then imaginary
-        re, im = linear(columns, self.forward_DFT.t()).chunk(2, dim=-1)  # (B, K, 2N) each
-        mirror_re, mirror_im = (each.flip(-1).roll(1, -1) for each in (re, im))
-        spectra = (
-            (re * re + im * im).sum(1),  # autocorrelation
-            (re * mirror_re + im * mirror_im).sum(1),
-            (im * mirror_re - re * mirror_im).sum(1),
-        )  # convolution
-        return linear(torch.cat(spectra, dim=-1), self.inverse_DFT.t())
+        re, im = linear(columns, self.forward_DFT.t()).chunk(2, dim=-1)  # (B, K, 2N + 2) each: at f, then at -f
+        (re_f, re_minus), (im_f, im_minus) = re.chunk(2, dim=-1), im.chunk(2, dim=-1)
+        spectra = (re * re + im * im, re_f * re_minus + im_f * im_minus, im_f * re_minus - re_f * im_minus)
+        return linear(torch.cat(spectra, dim=-1).sum(1), self.inverse_DFT.t())
 
 
 def _phases(rows: Tensor, columns: Tensor, period: int) -> Tensor:
@@ -90,23 +87,27 @@ def _phases(rows: Tensor, columns: Tensor, period: int) -> Tensor:
 
 
 def _forward_dft(elements: int) -> Tensor:
-    """(2N, 4N): [re | im] of a column -> [re | im] of its transform of length 2N."""
-    angle = _phases(torch.arange(elements), torch.arange(2 * elements), 2 * elements)
+    """(2N, 4N + 4): [re | im] of a column -> [re | im] of its transform of length 2N at f = 0 .. N and 0 .. -N."""
+    frequency = torch.arange(elements + 1)
+    angle = _phases(torch.arange(elements), torch.cat((frequency, -frequency)), 2 * elements)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((torch.cat((cos, -sin), 1), torch.cat((sin, cos), 1)), 0).float()
 
 
 def _inverse_dft(elements: int) -> Tensor:
-    """(6N, 4N - 2): the three spectra -> real and imaginary diagonal means, then anti-diagonal means."""
-    period, frequency = 2 * elements, torch.arange(2 * elements)
+    """(4N + 4, 4N - 2): the spectra -> real and imaginary diagonal means, then anti-diagonal means."""
+    period, frequency = 2 * elements, torch.arange(elements + 1)
+    both = torch.cat((frequency, -frequency))
     lag, total = torch.arange(elements), torch.arange(2 * elements - 1)
-    lag_angle, total_angle = _phases(frequency, lag, period), _phases(frequency, total, period)
-    lag_size, total_size = elements - lag, torch.minimum(total + 1, 2 * elements - 1 - total)
-    table = torch.zeros(3 * period, 4 * elements - 2, dtype=torch.float64)
-    table[:period, :elements] = lag_angle.cos() / lag_size
-    table[:period, elements : 2 * elements - 1] = (lag_angle.sin() / lag_size)[:, 1:]
-    table[period : 2 * period, 2 * elements - 1 :] = total_angle.cos() / total_size
-    table[2 * period :, 2 * elements - 1 :] = -total_angle.sin() / total_size
+    once = torch.where((frequency == 0) | (frequency == elements), 0.5, 1.0).double()[:, None]  # f and -f are one there
+    lag_angle, total_angle = _phases(both, lag, period), _phases(frequency, total, period)
+    lag_share = once.repeat(2, 1) / (elements - lag)
+    total_share = 2.0 * once / torch.minimum(total + 1, 2 * elements - 1 - total)
+    rows = len(both)
+    table = torch.zeros(2 * rows, 4 * elements - 2, dtype=torch.float64)
+    table[:rows, :elements] = lag_share * lag_angle.cos()
+    table[:rows, elements : 2 * elements - 1] = (lag_share * lag_angle.sin())[:, 1:]
+    table[rows:, 2 * elements - 1 :] = torch.cat((total_share * total_angle.cos(), -total_share * total_angle.sin()))
     return (table / period).float()
 
 

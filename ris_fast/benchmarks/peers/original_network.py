@@ -5,6 +5,7 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K sources
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as fn
 
 from ris_fast.config.schema import Task
-from ris_fast.models.hybrid import Hybrid
+from ris_fast.models.hybrid import RANGE_SHARE, Hybrid
 from ris_fast.models.hybrid_parts import PositionCode
 from ris_fast.physics.channel import effective_channel
 
@@ -41,7 +42,8 @@ class OriginalNetwork(Hybrid):
         c = fn.gelu(self.plane_path(codes.flatten(2).transpose(1, 2))).mean(2).expand(y.shape[0], -1)
         return fn.gelu(self.fuse(torch.cat((y, h, c), dim=-1)))
 
-    def _factors(self, x_BD: Tensor, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Heads as entries: (B, N, K, 2) each."""
+    def _factor(self, x_BD: Tensor, features: tuple[Tensor, ...]) -> Tensor:
+        """Heads as entries."""
         shape = (x_BD.shape[0], self.task.elements, self.task.max_sources, 2)
-        return tuple(head(x_BD).float().view(shape) for head in (self.angle_factor, self.range_factor))
+        angle, range_ = (head(x_BD).float().view(shape) for head in (self.angle_factor, self.range_factor))
+        return torch.cat((angle, math.sqrt(RANGE_SHARE) * range_), dim=2)
