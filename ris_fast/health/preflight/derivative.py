@@ -22,7 +22,7 @@ from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, StoppedVa
 from ris_fast.health.preflight.finite_difference import Along, Gap, gap_of, pooled
 from ris_fast.health.preflight.measures import listed, rms
 from ris_fast.health.preflight.probe import PreflightContext
-from ris_fast.health.preflight.terms import ASIDE, direction_of, doubled, leaf, moved
+from ris_fast.health.preflight.terms import ASIDE, direction_of, doubled, leaf, moved, sizes_of
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 
@@ -111,11 +111,11 @@ def _says_something(gradient: Tensor) -> bool:
 
 
 def _loss_error(context: PreflightContext, guess: Prediction, scenes: Scenes, name: str, gradient: Tensor) -> float:
-    generator, value = torch.Generator().manual_seed(11), getattr(guess, name)
+    generator, value, size = torch.Generator().manual_seed(11), getattr(guess, name), sizes_of(guess)[name]
 
     def lines() -> Iterator[Along]:
         for _ in range(DIRECTIONS):
-            direction = torch.randn(value.shape, generator=generator).to(value) * value.square().mean().sqrt()
+            direction = torch.randn(value.shape, generator=generator).to(value) * size
 
             @cache
             def loss(step: float, direction: Tensor = direction) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.measures import total_norm
 from ris_fast.health.preflight.probe import PreflightContext
-from ris_fast.health.preflight.terms import leaf
+from ris_fast.health.preflight.terms import leaf, sizes_of
 from ris_fast.health.preflight.truth import COVARIANCE, oracle, term_values
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
@@ -98,15 +98,15 @@ def dead_terms(context: PreflightContext) -> Iterator[Finding]:
 
 def _jolted(prediction: Prediction, size: float) -> Prediction:
     """A prediction with noise of this share of its own size in every output."""
-    generator = torch.Generator().manual_seed(5)
+    generator, levels = torch.Generator().manual_seed(5), sizes_of(prediction)
 
-    def noisy(value: Tensor) -> Tensor:
+    def noisy(name: str, value: Tensor) -> Tensor:
         noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
-        level = value.abs().mean()
+        level = levels[name]
         changed = value + size * torch.where(level > 0, level, 1.0) * noise
         return changed.abs() if (value > 0).all() else changed
 
-    return prediction.apply(noisy)
+    return prediction._replace(**{name: noisy(name, getattr(prediction, name)) for name in levels})
 
 
 def shares(context: PreflightContext, scenes: Scenes) -> dict[str, float]:

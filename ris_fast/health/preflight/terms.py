@@ -23,6 +23,7 @@ ASIDE = 1e-2  # outputs rounded to 16 bits are often equal, and an assignment ha
 WRONG = 1e-2  # relative; a right derivative is below 1e-6
 ROUNDING = 1e-12  # of a term of order one in float64
 FEW = 8
+FROM_ZERO, SMALLEST = ("azimuth", "elevation", "count_logits"), 0.1  # rad, rad, nats
 
 
 def each_term(context: PreflightContext) -> Iterator[Finding]:
@@ -70,15 +71,21 @@ def leaf(value: Tensor) -> Tensor:
     return value.detach().clone().requires_grad_()
 
 
+def sizes_of(guess: Prediction) -> dict[str, Tensor]:
+    """The size of each output: its rms. Angles and logits, whose unit is fixed, may start at or near zero, all slots in
+    one place: they count as a tenth at least, or no step of their own size would part them."""
+    sizes = {name: value.square().mean().sqrt() for name, value in guess._asdict().items() if value is not None}
+    return {name: size.clamp_min(SMALLEST) if name in FROM_ZERO else size for name, size in sizes.items()}
+
+
 def direction_of(guess: Prediction, seed: int) -> Prediction:
     """Noise of the size of each output."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, sizes = torch.Generator().manual_seed(seed), sizes_of(guess)
 
-    def noise(value: Tensor) -> Tensor:
-        drawn = torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
-        return value.square().mean().sqrt() * drawn
+    def noise(name: str, value: Tensor) -> Tensor:
+        return sizes[name] * torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
 
-    return guess.apply(noise)
+    return guess._replace(**{name: noise(name, getattr(guess, name)) for name in sizes})
 
 
 def _slope(value: Tensor, leaves: Prediction, direction: Prediction) -> float:

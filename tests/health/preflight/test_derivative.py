@@ -4,6 +4,7 @@ backward is one."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +14,15 @@ from torch import Tensor
 from bench.faults.healthy_twins import TWINS
 from bench.faults.patches import Backward, on_answer, wrap
 from ris_fast import load_config
+from ris_fast.config.schema import Loss
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import StoppedValues
 from ris_fast.health.preflight.derivative import loss_inputs, parts, right_derivative
+from ris_fast.health.preflight.loss import dead_terms
 from ris_fast.health.preflight.probe import PreflightContext
-from ris_fast.physics.real_complex import conj
+from ris_fast.health.preflight.terms import term_errors
+from ris_fast.physics.real_complex import conj, matmul
+from ris_fast.training.loss import CovarianceLoss
 from ris_fast.training.trainer import Trainer
 
 SMALL = [
@@ -139,3 +144,28 @@ def test_stopped_values_make_a_network_follow_its_gradient() -> None:
     error = {name: gap / size for name, (gap, size) in free.items() if size}
     assert max(error.values()) > 0.5 and max(gap / size for gap, size in held.values() if size) < 0.05
     assert max(loss_inputs(context).values()) < 0.05
+
+
+def angles_from_zero() -> Trainer:
+    """Angle heads start at zero, as heads often do: every slot of every scene is in one place, within rounding."""
+    trainer = Trainer(TWINS["hybrid"]())
+    with torch.no_grad():
+        for head in (trainer.model.angle_grid.logits, trainer.model.angle_offset):
+            head.weight.zero_()
+            head.bias.zero_()
+    return trainer
+
+
+def test_right_derivative_passes_angles_that_start_at_zero() -> None:
+    context = PreflightContext(angles_from_zero())
+    assert context.guess.azimuth.abs().max() < 1e-6
+    assert list(right_derivative(context)) == [] and max(term_errors(context).values()) < 1e-6
+
+
+def test_dead_terms_passes_angles_that_start_at_zero() -> None:
+    """Also where no factor tells what the truth is, so that only predictions near the network's are compared."""
+    context = PreflightContext(angles_from_zero())
+    covariance = matmul(context.scenes.factor, conj(context.scenes.factor).transpose(1, 2))
+    context.scenes = replace(context.scenes, factor=None, covariance=covariance)
+    context.loss = CovarianceLoss(Loss(angle=0.05, chamfer=0.05), context.config.task)
+    assert list(dead_terms(context)) == []
