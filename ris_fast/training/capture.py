@@ -47,8 +47,8 @@ class CudaGraph:
         current = torch.cuda.current_stream()
         stream = None if current == torch.cuda.default_stream() else current  # the default stream cannot be captured
         self.graph = torch.cuda.CUDAGraph()
-        # A dead graph that the collector finds during a capture would be destroyed within it, which spoils it; so would,
-        # but for the mode, what other threads ask of the device meanwhile, as one that writes a checkpoint does.
+        # A dead graph that the collector finds during a capture would be destroyed within it, which spoils it; so does,
+        # in the default mode, what another thread asks of the device meanwhile, as one that writes a checkpoint does.
         mode = {"capture_error_mode": "thread_local"}
         with no_garbage_collection(), torch.cuda.graph(self.graph, stream=stream, **mode):
             self.result = body()
