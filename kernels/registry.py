@@ -109,6 +109,7 @@ class Operator:
     backends: name -> same call forced through that backend ("cpp", "triton"), whatever the device.
     results: how many leading results are compared with the reference (the rest is scratch).
     mutates: positions of arguments that the call writes; they are compared too.
+    limits: backend -> what it serves and what happens beyond, for whoever asks what runs here.
     error_ratio: allowed error as a multiple of the error that the reference in eager float32 makes; 0: same bits.
     """
 
@@ -118,6 +119,7 @@ class Operator:
     samples: tuple[Sample, ...]
     cost: Callable[..., Cost]
     backends: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    limits: Mapping[str, str] = field(default_factory=dict)
     results: int = 1
     mutates: tuple[int, ...] = ()
     error_ratio: float = 2.0

@@ -160,4 +160,6 @@ def _kernel(operator: Any, device: str, wanted: str, choice: tuple[str, str]) ->
     backend, reason = choice
     if wanted not in operator.backends:
         backend, reason = "plain torch", f"{operator.name} has no {wanted} kernel"
+    elif wanted in operator.limits:
+        reason = f"{reason}, {operator.limits[wanted]}"
     return {"kernel": operator.name, "device": device, "backend": backend, "reason": reason}

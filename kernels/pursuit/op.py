@@ -1,7 +1,8 @@
 """Features of scenes by Newtonized orthogonal matching pursuit as one operator; not differentiable, it reads data only.
 
 Letters: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, F features, R columns, G grid points.
-On CPU one pass of C++, a scene at a time on each thread; elsewhere, and where no compiler was found, plain torch.
+On CPU one pass of C++, a scene at a time on each thread; on CUDA Triton, up to MOST_ATOMS and MOST_ELEMENTS; elsewhere,
+and where no compiler was found, plain torch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..native import loader
-from ..registration import cpp_or, register
+from ..registration import cpp_or, register, triton_function
 from ..registry import Family
 from ..values import check_shapes
 from . import reference
@@ -29,6 +30,8 @@ SCHEMA = (
 ARGUMENTS = [c_void_p] * 15 + [c_float] + [c_int64] * 8
 CPU_CHUNK = 128  # scenes of the plain form: 21 MB of normal equations
 CHOOSE = -1  # whether to form P = G^H G is left to the kernel; 1 and 0 force it
+MOST_ATOMS = 12  # of Triton: the system of a step is one square tile of registers
+MOST_ELEMENTS = 4096  # of Triton: a column is one row of lanes
 NO_FACTORS = 2  # what the C++ answers where it had to read a dictionary that is empty
 
 
@@ -127,6 +130,26 @@ def _plain(
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
+_launch = triton_function(__package__, "pursuit_features")
+
+
+def _triton(
+    snapshots: Tensor,
+    channel: Tensor,
+    codes: Tensor,
+    snr_db: Tensor,
+    constants: list[Tensor],
+    wavenumber: float,
+    stages: int,
+) -> tuple[Tensor, Tensor]:
+    """The Triton kernels where they serve the size, else plain torch."""
+    if stages > MOST_ATOMS or codes.shape[-2] > MOST_ELEMENTS:
+        return _plain(snapshots, channel, codes, snr_db, constants, wavenumber, stages)
+    _check(snapshots, channel, codes, snr_db, constants, stages)
+    geometry = with_dictionary(Geometry(*(each.float() for each in constants)), wavenumber)
+    return _launch(snapshots, channel, codes, snr_db, list(geometry), wavenumber, stages)
+
+
 def _fake(
     snapshots: Tensor,
     channel: Tensor,
@@ -144,12 +167,13 @@ def _fake(
 OPERATOR = register(
     SCHEMA,
     cpu=cpp_or(_plain, _cpp),
-    cuda=_plain,
+    cuda=_triton,
     fake=_fake,
     reference=reference.pursuit_features,
     samples=SAMPLES,
     cost=cost,
-    backends={"cpp": _cpp},
+    backends={"cpp": _cpp, "triton": _triton},
+    limits={"triton": f"up to {MOST_ATOMS} atoms and {MOST_ELEMENTS:,} elements, plain torch beyond"},
     results=2,
     dtypes=(torch.float32,),
 )

@@ -1,0 +1,61 @@
+"""Laws of the pursuit's Triton kernels under Triton's interpreter; test_pursuit_triton.py runs this file in a process
+of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ris_fast.kernels.pursuit import op
+from ris_fast.kernels.pursuit.samples import SAMPLES, scenes
+from tests.kernels.test_pursuit_kernel import closeness
+
+NAMED = {sample.name: sample for sample in SAMPLES}
+# (batch, N_H, N_V, M, L, K): antennas and snapshots below, at and beyond a tile; one and many atoms; a single row
+SIZES = [(2, 3, 1, 2, 3, 1), (1, 13, 11, 5, 33, 4), (1, 5, 5, 16, 16, 7), (1, 17, 1, 40, 8, 2), (1, 4, 4, 3, 9, 3)]
+
+
+@pytest.mark.parametrize("name", ["small", "small-own-codes", "odd", "spherical", "strided", "one-of-each"])
+def test_pursuit_triton_is_as_exact_as_eager(name: str) -> None:
+    args = NAMED[name].make("cpu", torch.float32)
+    args = (args[0][:3], args[1][:3], args[2][:3] if args[2].dim() == 4 else args[2], args[3][:3], *args[4:])
+    assert closeness(op._triton(*args), args) < 2
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_pursuit_triton_is_exact_at_any_size(sizes: tuple[int, ...]) -> None:
+    args = scenes(*sizes, sector=0.3 if sizes[1] > 16 else 0.8, seed=1)
+    assert closeness(op._triton(*args), args) < 2
+
+
+def test_pursuit_triton_takes_an_empty_batch() -> None:
+    args = NAMED["empty-batch"].make("cpu", torch.float32)
+    assert [each.shape for each in op._triton(*args)] == [each.shape for each in op._plain(*args)]
+
+
+def test_pursuit_triton_ignores_the_unit() -> None:
+    y, h, *rest = NAMED["small"].make("cpu", torch.float32)
+    plain = op._triton(y, h, *rest)
+    for one, other in zip(op._triton(1e-30 * y, 3e17 * h, *rest), plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # numpy's word on NaN
+def test_pursuit_triton_keeps_nan_within_its_scene_and_zeros_finite() -> None:
+    y, h, *rest = scenes(5, 4, 4, 6, 7, 2)
+    whole = op._triton(y, h, *rest)
+    y, h = y.clone(), h.clone()
+    y[1, 2], h[2, 1, 3], y[3], h[4] = float("nan"), float("inf"), 0.0, 0.0
+    found = op._triton(y, h, *rest)
+    for a, b in zip(found, whole, strict=True):
+        torch.testing.assert_close(a[0], b[0], rtol=1e-4, atol=1e-5)
+        assert not a[1].isfinite().all() and not a[2].isfinite().all() and a[3:].isfinite().all()
+    assert not found[1][3:].any()
+
+
+def test_pursuit_triton_clamps_the_snr_as_the_definition_does() -> None:
+    y, h, codes, snr_db, *rest = NAMED["small"].make("cpu", torch.float32)
+    for value in (-90.0, 70.0):
+        args = (y, h, codes, torch.full_like(snr_db, value), *rest)
+        for one, other in zip(op._triton(*args), op._plain(*args), strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)

@@ -1,0 +1,71 @@
+"""The pursuit's Triton kernels without a GPU: their laws under the interpreter, how many launches and bytes a call
+takes, and what they leave to plain torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from ris_fast import environment
+from ris_fast.kernels.pursuit import op
+from ris_fast.kernels.pursuit.samples import SAMPLES, scenes
+from tests.kernels.launch_count import counted, on_meta
+
+pytest.importorskip("triton", reason="the kernels are triton's")
+NAMED = {sample.name: sample for sample in SAMPLES}
+MOST_LAUNCHES, MOST_BYTES = 45, 1.9e6  # a micro-batch; a scene
+
+
+@pytest.mark.slow
+def test_pursuit_triton_obeys_its_laws_under_the_interpreter() -> None:
+    laws = Path(__file__).with_name("interpreted_pursuit.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(laws)],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.fixture
+def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """autocast does not know the meta device."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
+
+
+@pytest.mark.parametrize("spherical", [False, True], ids=["fresnel", "spherical"])
+def test_pursuit_triton_takes_few_launches_and_bytes(
+    spherical: bool, monkeypatch: pytest.MonkeyPatch, no_autocast: None
+) -> None:
+    """The standard task; the count does not depend on the batch, the bytes grow with it and hardly beyond."""
+    args = {batch: on_meta(scenes(batch, 12, 12, 16, 16, 5, spherical=spherical)) for batch in (64, 256)}
+    found = {}
+    for batch, given in args.items():
+        with counted(monkeypatch) as found[batch]:
+            op._triton(*given)
+    few, many = found.values()
+    assert len(few) == len(many) <= MOST_LAUNCHES
+    assert (many.bytes - few.bytes) / (256 - 64) <= MOST_BYTES
+    with counted(monkeypatch) as plain:
+        op._plain(*args[64])
+    assert len(plain) > 30 * len(few) and plain.bytes > 3 * few.bytes
+
+
+@pytest.mark.parametrize("most", ["MOST_ATOMS", "MOST_ELEMENTS"])
+def test_pursuit_triton_leaves_large_sizes_to_plain_torch(most: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = NAMED["small"].make("cpu", torch.float32)
+    monkeypatch.setattr(op, most, 1)
+    for one, other in zip(op._triton(*args), op._plain(*args), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_pursuit_triton_limits_are_named_where_the_backend_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = environment._kernel(op.OPERATOR, "cuda", "triton", ("Triton", "triton 3.6"))
+    assert line["backend"] == "Triton" and "12 atoms and 4,096 elements, plain torch beyond" in line["reason"]
