@@ -14,8 +14,8 @@ gram (B, N, 2N)        [Re P | -Im P]
 columns (B, 2C, 2N)    row c: [Re D_c | Im D_c], row C + c: [Im D_c | -Re D_c], C = T k columns of the k atoms so far
 image (B, 2C, N)       columns gram^T: row c: Re P D_c, row C + c: Im P D_c
 moment, residual (B, N, 2) pairs
-float32 throughout, tl.dot in "ieee": TF32 in b, residual or the systems costs accuracy. Every scene has its own bits
-but for the products of torch, whose order of summation may depend on the batch.
+float32 throughout, tl.dot in "ieee" (its default is TF32, which costs accuracy in b, the residual and the systems).
+Every scene has its own bits but for the products of torch, whose order of summation may depend on the batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from .triton_solve import UNKNOWNS, T, at_least, clamp, noise_of, solve_kernel
 DEPTH = tl.constexpr(16)  # antennas or snapshots a product takes at a time: the least that tl.dot takes
 SIDE = 32  # of a tile of P
 LANES = 1024  # entries a pass over a scene's numbers or its scores takes
-STRIP = 16  # elements a step of an inner product takes, of b and of the basis
+STRIP = 16  # elements a step of an inner product takes, and of the basis
+WIDE_STRIP = 32  # the same for b
 NOTHING = tl.constexpr(1e-18)  # of search.py
 TINY = tl.constexpr(1e-12)  # of reference.py
 WARPS = 4
@@ -123,20 +124,15 @@ def scene_kernel(
         for first in range(0, snapshots, DEPTH):
             shot = first + d
             back_re, back_im = tl.zeros([STRIP, DEPTH], tl.float32), tl.zeros([STRIP, DEPTH], tl.float32)
-            for low in range(0, antennas, DEPTH):
-                m = low + d
-                at = channel_ptr + 2 * (m[None, :] * elements + n[:, None])
-                inside = (m < antennas)[None, :] & (n < elements)[:, None]
-                h_re = h_scale * tl.load(at, mask=inside, other=0.0)
-                h_im = h_scale * tl.load(at + 1, mask=inside, other=0.0)
-                at = snapshots_ptr + 2 * (shot[None, :] * antennas + m[:, None])
-                inside = (m < antennas)[:, None] & (shot < snapshots)[None, :]
-                y_re = y_scale * tl.load(at, mask=inside, other=0.0)
-                y_im = y_scale * tl.load(at + 1, mask=inside, other=0.0)
-                back_re = tl.dot(h_re, y_re, back_re, input_precision="ieee")
-                back_re = tl.dot(h_im, y_im, back_re, input_precision="ieee")
-                back_im = tl.dot(h_re, y_im, back_im, input_precision="ieee")
-                back_im = tl.dot(-h_im, y_re, back_im, input_precision="ieee")
+            for m in tl.range(0, antennas, loop_unroll_factor=4):  # four entries of latency at a time
+                at = channel_ptr + 2 * (m * elements + n)
+                h_re = h_scale * tl.load(at, mask=n < elements, other=0.0)[:, None]
+                h_im = h_scale * tl.load(at + 1, mask=n < elements, other=0.0)[:, None]
+                at = snapshots_ptr + 2 * (shot * antennas + m)
+                y_re = y_scale * tl.load(at, mask=shot < snapshots, other=0.0)[None, :]
+                y_im = y_scale * tl.load(at + 1, mask=shot < snapshots, other=0.0)[None, :]
+                back_re += h_re * y_re + h_im * y_im
+                back_im += h_re * y_im - h_im * y_re
             at = codes_ptr + 2 * (shot[None, :] * elements + n[:, None])
             inside = (shot < snapshots)[None, :] & (n < elements)[:, None]
             c_re, c_im = tl.load(at, mask=inside, other=0.0), tl.load(at + 1, mask=inside, other=0.0)
@@ -557,7 +553,7 @@ def pursuit_features(
     residual = moment
     with torch.cuda.device_of(y), torch.autocast(y.device.type, enabled=False):
         scene_kernel[(batch,)](
-            levels, moment, y, h, c, stride, antennas, elements, length, LANES=LANES, STRIP=STRIP, num_warps=WARPS
+            levels, moment, y, h, c, stride, antennas, elements, length, LANES=LANES, STRIP=WIDE_STRIP, num_warps=WARPS
         )
         gram_kernel[(batch, tiles, tiles)](
             gram, h, c, levels, stride, antennas, elements, length, SIDE=SIDE, num_warps=WARPS
@@ -667,6 +663,6 @@ def pursuit_features(
             SPHERICAL=spherical,
             STRIP=STRIP,
             SIZE=power(reference.rank(stages)),
-            num_warps=WARPS,
+            num_warps=2 * WARPS,
         )
     return inputs, basis

@@ -92,7 +92,10 @@ def newton(
     PAIR: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """What the joint step changes: (re s, im s, u, v, w) of every atom, in SIZE lanes; s: `amplitudes`, PAIR lanes."""
+    """What the joint step changes: (re s, im s, u, v, w) of every atom, in SIZE lanes, and s in the lanes of its atom.
+
+    s: `amplitudes`, PAIR lanes.
+    """
     i, k = tl.arange(0, SIZE), tl.arange(0, PAIR)
     inside, atom, part = i < atoms * UNKNOWNS, i // UNKNOWNS, i % UNKNOWNS
     source = atom * T + tl.maximum(part - 1, 0)  # the column of G: an atom's own one serves both parts of its amplitude
@@ -114,14 +117,13 @@ def newton(
     both = inside[:, None] & inside[None, :]
     g_re = tl.load(gram_ptr + at, mask=both, other=0.0)
     g_im = tl.load(gram_ptr + COLUMNS * COLUMNS + at, mask=both, other=0.0)
-    right_re = g_re * turn_re[None, :] - g_im * turn_im[None, :]
-    right_im = g_re * turn_im[None, :] + g_im * turn_re[None, :]
-    a = right_re * turn_re[:, None] + right_im * turn_im[:, None]
+    a = g_re * (turn_re[:, None] * turn_re[None, :] + turn_im[:, None] * turn_im[None, :])
+    a += g_im * (turn_im[:, None] * turn_re[None, :] - turn_re[:, None] * turn_im[None, :])
     trust = tl.load(trust_ptr + tl.maximum(part - 2, 0))
     damping = tl.where(part < 2, ridge, tl.div_rn(noise + 0.0 * trust, trust * trust))
     a += tl.where((i[:, None] == i[None, :]) & inside[:, None], damping[:, None], 0.0)
     a = tl.where(i[None, :] == atoms * UNKNOWNS, side[:, None], a)
-    return spd_solve(a, atoms * UNKNOWNS, SIZE)
+    return spd_solve(a, atoms * UNKNOWNS, SIZE), here_re, here_im
 
 
 @triton.jit
@@ -168,33 +170,37 @@ def solve_kernel(
     moment_ptr += scene * (2 * COLUMNS)
     noise, ridge = noise_of(snr_db_ptr, scene, antennas, snapshots)
     s = amplitudes(gram_ptr, moment_ptr, ridge, atoms, COLUMNS, PAIR)
-    change = newton(gram_ptr, moment_ptr, trust_ptr, s, ridge, noise, atoms, COLUMNS, PAIR, SIZE)
+    change, s_re, s_im = newton(gram_ptr, moment_ptr, trust_ptr, s, ridge, noise, atoms, COLUMNS, PAIR, SIZE)
 
-    c = tl.arange(0, SIZE)
-    atom, part, inside = c // T, c % T, c < atoms * T
-    axis, moves = tl.maximum(part - 1, 0), inside & (part > 0)
-    s_re, s_im = gather(s, atom, PAIR), gather(s, atom + atoms, PAIR)
+    i = tl.arange(0, SIZE)
+    atom, part, inside = i // UNKNOWNS, i % UNKNOWNS, i < atoms * UNKNOWNS
+    axis, moves = tl.maximum(part - 2, 0), inside & (part > 1)
     most = 2.0 * tl.load(trust_ptr + axis)
-    move = clamp(gather(change, atom * UNKNOWNS + 1 + part, SIZE), -most, most)
-    fit_re = tl.where(part == 0, s_re + gather(change, atom * UNKNOWNS, SIZE), s_re * move)
-    fit_im = tl.where(part == 0, s_im + gather(change, atom * UNKNOWNS + 1, SIZE), s_im * move)
-    fit_re, fit_im = tl.where(inside, fit_re, 0.0), tl.where(inside, fit_im, 0.0)
-    tl.store(fit_ptr + scene * (2 * COLUMNS) + c, fit_re, mask=inside)
-    tl.store(fit_ptr + scene * (2 * COLUMNS) + COLUMNS + c, fit_im, mask=inside)
-
+    move = clamp(change, -most, most)
+    fit_re = tl.where(part == 0, s_re + change, s_re * move)
+    fit_im = tl.where(part == 1, s_im + change, s_im * move)
+    fit_ptr += scene * (2 * COLUMNS)
+    at = fit_ptr + atom * T + tl.maximum(part - 1, 0)
+    tl.store(at, fit_re, mask=inside & (part != 1))
+    tl.store(at + COLUMNS, fit_im, mask=inside & (part != 0))
     at = 3 * atom + axis
     position = tl.load(position_ptr + scene * (3 * STAGES) + at, mask=moves, other=0.0)
-    position += tl.div_rn(move, tl.load(scale_ptr + axis))
-    position = clamp(position, tl.load(low_ptr + axis), tl.load(high_ptr + axis))
-    tl.debug_barrier()  # several threads may hold one lane: all have read before one writes
+    position = clamp(
+        position + tl.div_rn(move, tl.load(scale_ptr + axis)), tl.load(low_ptr + axis), tl.load(high_ptr + axis)
+    )
+    tl.debug_barrier()  # several threads may hold one lane: all have read before one writes; the fit is read back below
     tl.store(position_ptr + scene * (3 * STAGES) + at, position, mask=moves)
     if atoms < STAGES:  # a later stage revises this
         early = atoms * (atoms - 1) // 2
         tl.store(stage_positions_ptr + scene * (3 * EARLY) + 3 * early + at, position, mask=moves)
         amplitude_ptr = stage_amplitudes_ptr + scene * (2 * EARLY) + early + atom
         tl.store(amplitude_ptr, fit_re, mask=inside & (part == 0))
-        tl.store(amplitude_ptr + EARLY, fit_im, mask=inside & (part == 0))
+        tl.store(amplitude_ptr + EARLY, fit_im, mask=inside & (part == 1))
 
+    c = tl.arange(0, SIZE)
+    inside = c < atoms * T
+    fit_re = tl.load(fit_ptr + c, mask=inside, other=0.0)
+    fit_im = tl.load(fit_ptr + COLUMNS + c, mask=inside, other=0.0)
     at, both = c[:, None] * COLUMNS + c[None, :], inside[:, None] & inside[None, :]
     g_re = tl.load(gram_ptr + at, mask=both, other=0.0)
     g_im = tl.load(gram_ptr + COLUMNS * COLUMNS + at, mask=both, other=0.0)
