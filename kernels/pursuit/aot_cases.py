@@ -10,7 +10,9 @@ from .triton_solve import solve_kernel
 POINTERS = ("snapshots", "channel", "codes", "snr_db", "levels", "moment", "gram", "columns", "image", "inner")
 POINTERS += ("residual", "scores", "grid", "position", "fit", "residual_correlation", "explained", "inputs", "basis")
 POINTERS += ("stage_positions", "stage_amplitudes", "x", "y", "curvature", "scale", "low", "high", "trust")
-INTEGERS = ("code_stride", "antennas", "elements", "snapshots", "positions", "atoms", "atom", "width")
+POINTERS += ("along_x", "along_y")
+INTEGERS = ("code_stride", "antennas", "elements", "snapshots", "positions", "atoms", "atom", "width", "wide", "high")
+INTEGERS += ("positions_u", "positions_v", "positions_w")
 TYPES = {f"{name}_ptr": "*fp32" for name in POINTERS} | dict.fromkeys(INTEGERS, "i32")
 TYPES |= {"norm": "fp32", "wavenumber": "fp32"}
 ALIGNED = (*(f"{name}_ptr" for name in POINTERS), "antennas", "elements", "snapshots", "positions", "code_stride")
@@ -19,17 +21,19 @@ LANES, WARPS = kernels.LANES, kernels.WARPS
 
 
 # Registers, for triton 3.6 and 3.9 together. A program of `solve` is one warp, a scene: twelve fit a multiprocessor.
-SOLVE_16, SOLVE_32, INNER_16, INNER_32, GRAM, SCENE, BASIS, LITTLE = 96, 168, 96, 216, 200, 80, 80, 48
+SOLVE_16, SOLVE_32, INNER_16, INNER_32, GRAM, SCENE, SEARCH, BASIS, LITTLE = 96, 168, 96, 216, 200, 80, 104, 48, 48
 
 
 def cases() -> list[AotCase]:
     """Every kernel of a call, in its order."""
     stages = {"STAGES": STAGES}
-    inner, basis = stages | {"STRIP": kernels.STRIP}, stages | {"ATOMS": 8, "STRIP": kernels.STRIP, "SIZE": 32}
+    inner, basis = stages | {"STRIP": kernels.STRIP}, stages | {"ATOMS": 8, "ROWS": kernels.ROWS, "SIZE": 32}
+    search = stages | {"WIDE": 16, "HIGH": 16, "TILE": kernels.TILE}
     inputs = stages | {"ATOMS": 8, "LANES": 32, "EARLY_LANES": 16}
     return [
         _case("scene", kernels.scene_kernel, {"LANES": LANES, "STRIP": kernels.WIDE_STRIP}, SCENE),
         _case("gram", kernels.gram_kernel, {"SIDE": kernels.SIDE}, GRAM),
+        _case("search", kernels.search_kernel, search, SEARCH, 2 * WARPS),
         _case("pick", kernels.pick_kernel, stages | {"LANES": LANES}, LITTLE),
         *_wavefronts("tangents", kernels.tangents_kernel, stages | {"LANES": ELEMENTS}, LITTLE),
         _case("inner-16", kernels.inner_kernel, inner | {"SIZE": 16}, INNER_16),
@@ -38,13 +42,13 @@ def cases() -> list[AotCase]:
         _case("solve-32", solve_kernel, stages | {"SIZE": 32}, SOLVE_32, warps=1),
         _case("residual", kernels.residual_kernel, stages | {"LANES": ELEMENTS}, LITTLE),
         _case("inputs", kernels.inputs_kernel, inputs, LITTLE, warps=1),
-        *_wavefronts("basis", kernels.basis_kernel, basis, BASIS, warps=2 * WARPS),
+        *_wavefronts("basis", kernels.basis_kernel, basis, BASIS),
     ]
 
 
-def _wavefronts(name: str, kernel: object, sizes: dict[str, int], most: int, warps: int = WARPS) -> list[AotCase]:
+def _wavefronts(name: str, kernel: object, sizes: dict[str, int], most: int) -> list[AotCase]:
     return [
-        _case(f"{name}-{kind}", kernel, sizes | {"SPHERICAL": kind == "spherical"}, most, warps)
+        _case(f"{name}-{kind}", kernel, sizes | {"SPHERICAL": kind == "spherical"}, most)
         for kind in ("fresnel", "spherical")
     ]
 

@@ -32,6 +32,7 @@ CPU_CHUNK = 128  # scenes of the plain form: 21 MB of normal equations
 CHOOSE = -1  # whether to form P = G^H G is left to the kernel; 1 and 0 force it
 MOST_ATOMS = 12  # of Triton: the system of a step is one square tile of registers
 MOST_ELEMENTS = 4096  # of Triton: a column is one row of lanes
+MOST_SIDE = 64  # of an array that Triton searches by factors: the residual is one tile; beyond, by the dictionary
 NO_FACTORS = 2  # what the C++ answers where it had to read a dictionary that is empty
 
 
@@ -40,6 +41,8 @@ def _check(
 ) -> None:
     batch, length, antennas, _ = snapshots.shape
     elements, positions, columns = codes.shape[-2], constants[7].shape[0], constants[8].shape[-1]
+    depths, wide, places, _ = constants[9].shape
+    factors = bool(depths and wide and places)
     own = (batch,) if codes.dim() == 4 else ()
     expected = {
         "channel": (batch, antennas, elements, 2),
@@ -54,6 +57,8 @@ def _check(
         "trust": (3,),
         "grid": (positions, 3),
         "dictionary": (2 * elements, 2 * positions if columns else 0),
+        "along_x": (depths, wide, places, 2),
+        "along_y": (depths, elements // wide, positions // (depths * places), 2) if factors else (0, 0, 0, 2),
     }
     given = dict(zip(expected, (channel, codes, snr_db, *constants), strict=True))
     of = f"snapshots {tuple(snapshots.shape)}. Pass the {{name}} of this task and these scenes."
@@ -69,10 +74,23 @@ def _native() -> Any:
     return loader.function("pursuit_features", ARGUMENTS, restype=c_int)
 
 
-def reads_dictionary(device: torch.device, wavenumber: float) -> bool:
-    """Whether the operator reads the dictionary there: everywhere but in C++ where the wavefront is Fresnel (wavenumber
-    0)."""
-    return bool(wavenumber) or device.type != "cpu" or not loader.available()
+def reads_dictionary(device: torch.device, geometry: Geometry, wavenumber: float, stages: int) -> bool:
+    """Whether the operator reads the dictionary there: not in C++ nor in Triton where the grid has factors."""
+    if wavenumber or not geometry.along_x.numel():
+        return True
+    if device.type == "cpu":
+        return not loader.available()
+    return not (device.type == "cuda" and _served(len(geometry.x), stages) and _tiled(geometry))
+
+
+def _tiled(geometry: Geometry) -> bool:
+    """Whether the Triton kernel takes the factors of the grid."""
+    return 0 < geometry.along_x.numel() and max(geometry.along_x.shape[1], geometry.along_y.shape[1]) <= MOST_SIDE
+
+
+def _served(elements: int, stages: int) -> bool:
+    """Whether the Triton kernels take the size."""
+    return elements <= MOST_ELEMENTS and stages <= MOST_ATOMS
 
 
 def _cpp(
@@ -86,7 +104,7 @@ def _cpp(
     dense: int = CHOOSE,
 ) -> tuple[Tensor, Tensor]:
     _check(snapshots, channel, codes, snr_db, constants, stages)
-    inputs = [each.float().contiguous() for each in (snapshots, channel, codes, snr_db, *constants)]
+    inputs = [each.float().contiguous() for each in (snapshots, channel, codes, snr_db, *constants[:9])]
     (batch, length, antennas, _), elements = snapshots.shape, codes.shape[-2]
     out = tuple(
         inputs[0].new_empty(shape)
@@ -143,11 +161,13 @@ def _triton(
     stages: int,
 ) -> tuple[Tensor, Tensor]:
     """The Triton kernels where they serve the size, else plain torch."""
-    if stages > MOST_ATOMS or codes.shape[-2] > MOST_ELEMENTS:
+    if not _served(codes.shape[-2], stages):
         return _plain(snapshots, channel, codes, snr_db, constants, wavenumber, stages)
     _check(snapshots, channel, codes, snr_db, constants, stages)
-    geometry = with_dictionary(Geometry(*(each.float() for each in constants)), wavenumber)
-    return _launch(snapshots, channel, codes, snr_db, list(geometry), wavenumber, stages)
+    geometry = Geometry(*(each.float() for each in constants))
+    factored = not wavenumber and _tiled(geometry)
+    constants = list(geometry if factored else with_dictionary(geometry, wavenumber))
+    return _launch(snapshots, channel, codes, snr_db, constants, wavenumber, stages, factored)
 
 
 def _fake(

@@ -61,6 +61,10 @@ class Geometry(NamedTuple):
     trust: Tensor  # (3,)       step that a Gauss-Newton step is damped to, times scale
     grid: Tensor  # (G, 3)     positions
     dictionary: Tensor  # (2N, 2G)   residual (N, 2), flattened, to the two parts of a^H r; (2N, 0): not made yet
+    along_x: (
+        Tensor  # (W, X, U, 2)   factors of the Fresnel steering vectors of the grid, G = U V W, N = X Y, by w: a = x y
+    )
+    along_y: Tensor  # (W, Y, V, 2)   (0, 0, 0, 2) both: the array is no rectangle
 
 
 def normal_equations(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Normal:
@@ -136,9 +140,8 @@ class Pursuit:
     """
 
     def __init__(self, geometry: Geometry, wavenumber: float, stages: int) -> None:
-        self.x, self.y, self.curvature, self.scale, self.low, self.high, self.trust, self.grid, self.dictionary = (
-            geometry
-        )
+        self.x, self.y, self.curvature, self.scale, self.low, self.high, self.trust, self.grid = geometry[:8]
+        self.dictionary = geometry.dictionary
         self.wavenumber, self.stages = wavenumber, stages
         if not self.dictionary.shape[1]:
             self.dictionary = self.correlator()

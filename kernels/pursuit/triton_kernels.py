@@ -1,9 +1,9 @@
-"""The pursuit of search.py on the GPU: five to seven launches a stage, a program a scene or a tile of one.
+"""The pursuit of search.py on the GPU: five launches a stage, a program a scene or a tile of one.
 
 once        scene_kernel      powers of two, levels, b = G^H y
             gram_kernel       P = (H^H H) o (C^H C), tiles of the upper triangle, mirrored
-a stage     residual_kernel   b - P x of the last fit; scores of the grid by torch.matmul with the dictionary
-            pick_kernel       the position with the largest score
+a stage     search_kernel     b - P x of the last fit, and the grid's position with the largest |a^H r|, by its factors;
+                              where it has none: residual_kernel, torch.matmul with the dictionary, pick_kernel
             tangents_kernel   D, stacked with -j D; P D by torch.bmm
             inner_kernel      D^H P D and D^H b
             solve_kernel      amplitudes, joint Newton step, what is left (triton_solve.py)
@@ -20,6 +20,8 @@ Every scene has its own bits but for the products of torch, whose order of summa
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -32,8 +34,8 @@ from .triton_solve import UNKNOWNS, T, at_least, clamp, noise_of, solve_kernel
 DEPTH = tl.constexpr(16)  # antennas or snapshots a product takes at a time: the least that tl.dot takes
 SIDE = 32  # of a tile of P
 LANES = 1024  # entries a pass over a scene's numbers or its scores takes
-STRIP = 16  # elements a step of an inner product takes, and of the basis
-WIDE_STRIP = 32  # the same for b
+TILE = 16  # positions along u and v that a step of the search takes
+STRIP, WIDE_STRIP, ROWS = 16, 32, 4  # elements that a step of an inner product, of b and of the basis takes
 NOTHING = tl.constexpr(1e-18)  # of search.py
 TINY = tl.constexpr(1e-12)  # of reference.py
 WARPS = 4
@@ -187,16 +189,12 @@ def gram_kernel(
             tl.store(at + elements, tl.trans(im), mask=inside)
 
 
-@triton.jit(do_not_specialize=["atoms"])
-def residual_kernel(
-    residual_ptr, moment_ptr, image_ptr, fit_ptr, atoms, elements, STAGES: tl.constexpr, LANES: tl.constexpr
-):
-    """residual (B, N, 2) = b - P x of the fit x (B, 2, TK); grid (B, blocks of LANES elements)."""
-    scene, count = tl.program_id(0).to(tl.int64), atoms * T
-    n = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    inside = n < elements
-    at = 2 * (scene * elements + n)
-    re, im = tl.load(moment_ptr + at, mask=inside, other=0.0), tl.load(moment_ptr + at + 1, mask=inside, other=0.0)
+@triton.jit
+def left_over(moment_ptr, image_ptr, fit_ptr, scene, n, inside, atoms, elements, STAGES: tl.constexpr):
+    """b - P x of the fit x (B, 2, TK) of `atoms` atoms, at elements n of any shape."""
+    count = atoms * T
+    at = moment_ptr + 2 * (scene * elements + n)
+    re, im = tl.load(at, mask=inside, other=0.0), tl.load(at + 1, mask=inside, other=0.0)
     image_ptr += scene * (2 * count * elements)
     fit_ptr += scene * (2 * T * STAGES)
     for c in range(count):
@@ -205,8 +203,84 @@ def residual_kernel(
         i_im = tl.load(image_ptr + (count + c) * elements + n, mask=inside, other=0.0)
         re -= x_re * i_re - x_im * i_im
         im -= x_re * i_im + x_im * i_re
-    tl.store(residual_ptr + at, re, mask=inside)
-    tl.store(residual_ptr + at + 1, im, mask=inside)
+    return re, im
+
+
+@triton.jit
+def place_atom(position_ptr, grid_ptr, scene, atom, found, STAGES: tl.constexpr):
+    """position (B, K, 3) of one atom becomes a position of the grid."""
+    axis = tl.arange(0, 4)
+    value = tl.load(grid_ptr + 3 * found + axis, mask=axis < 3, other=0.0)
+    tl.store(position_ptr + 3 * (scene * STAGES + atom) + axis, value, mask=axis < 3)
+
+
+@triton.jit(do_not_specialize=["atom"])
+def search_kernel(
+    position_ptr,
+    moment_ptr,
+    image_ptr,
+    fit_ptr,
+    along_x_ptr,
+    along_y_ptr,
+    grid_ptr,
+    atom,
+    wide,
+    high,
+    positions_u,
+    positions_v,
+    positions_w,
+    STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
+    HIGH: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """position (B, K, 3) of an atom: the first with the largest |a^H r|, r = b - P x of the `atom` atoms before it.
+
+    a = along_x (W, X, U, 2) times along_y (W, Y, V, 2), so that r, a tile (Y, X), is correlated along x and then along
+    y, for TILE values of u and of v at a time. NaN never is the largest. Grid (B,); WIDE >= X and HIGH >= Y.
+    """
+    scene, x, y, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDE), tl.arange(0, HIGH), tl.arange(0, TILE)
+    n, on_array = y[:, None] * wide + x[None, :], (y < high)[:, None] & (x < wide)[None, :]
+    r_re, r_im = left_over(moment_ptr, image_ptr, fit_ptr, scene, n, on_array, atom, wide * high, STAGES)
+    best, place = tl.full([TILE, TILE], -1.0, tl.float32), tl.zeros([TILE, TILE], tl.int32)
+    for w in range(positions_w):
+        for first in range(0, positions_u, TILE):
+            u = first + lane
+            at = along_x_ptr + 2 * ((w * wide + x)[:, None] * positions_u + u[None, :])
+            inside = (x < wide)[:, None] & (u < positions_u)[None, :]
+            x_re, x_im = tl.load(at, mask=inside, other=0.0), tl.load(at + 1, mask=inside, other=0.0)
+            z_re = tl.dot(r_re, x_re, input_precision="ieee")
+            z_re = tl.dot(r_im, x_im, z_re, input_precision="ieee")
+            z_im = tl.dot(r_im, x_re, input_precision="ieee")
+            z_im = tl.dot(-r_re, x_im, z_im, input_precision="ieee")
+            for low in range(0, positions_v, TILE):
+                v = low + lane
+                from_y = along_y_ptr + 2 * ((w * high + y)[None, :] * positions_v + v[:, None])
+                within = (y < high)[None, :] & (v < positions_v)[:, None]
+                y_re, y_im = tl.load(from_y, mask=within, other=0.0), tl.load(from_y + 1, mask=within, other=0.0)
+                re = tl.dot(y_re, z_re, input_precision="ieee")
+                re = tl.dot(y_im, z_im, re, input_precision="ieee")
+                im = tl.dot(y_re, z_im, input_precision="ieee")
+                im = tl.dot(-y_im, z_re, im, input_precision="ieee")
+                power, here = re * re + im * im, (u[None, :] * positions_v + v[:, None]) * positions_w + w
+                better = (power > best) | ((power == best) & (here < place))
+                better = better & (u < positions_u)[None, :] & (v < positions_v)[:, None]
+                best, place = tl.where(better, power, best), tl.where(better, here, place)
+    last = positions_u * positions_v * positions_w - 1
+    top = tl.max(tl.max(best, 1), 0)
+    place_atom(position_ptr, grid_ptr, scene, atom, tl.min(tl.min(tl.where(best == top, place, last), 1), 0), STAGES)
+
+
+@triton.jit(do_not_specialize=["atoms"])
+def residual_kernel(
+    residual_ptr, moment_ptr, image_ptr, fit_ptr, atoms, elements, STAGES: tl.constexpr, LANES: tl.constexpr
+):
+    """residual (B, N, 2) = b - P x of the fit x (B, 2, TK); grid (B, blocks of LANES elements)."""
+    scene, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * LANES + tl.arange(0, LANES)
+    re, im = left_over(moment_ptr, image_ptr, fit_ptr, scene, n, n < elements, atoms, elements, STAGES)
+    at = residual_ptr + 2 * (scene * elements + n)
+    tl.store(at, re, mask=n < elements)
+    tl.store(at + 1, im, mask=n < elements)
 
 
 @triton.jit(do_not_specialize=["atom"])
@@ -226,9 +300,7 @@ def pick_kernel(position_ptr, scores_ptr, grid_ptr, atom, positions, STAGES: tl.
         better = (power > best) & (at < positions)
         best, place = tl.where(better, power, best), tl.where(better, at, place)
     found = tl.min(tl.where(best == tl.max(best, 0), place, positions - 1), 0)
-    axis = tl.arange(0, 4)
-    value = tl.load(grid_ptr + 3 * found + axis, mask=axis < 3, other=0.0)
-    tl.store(position_ptr + 3 * (scene * STAGES + atom) + axis, value, mask=axis < 3)
+    place_atom(position_ptr, grid_ptr, scene, atom, found, STAGES)
 
 
 @triton.jit
@@ -462,7 +534,7 @@ def basis_kernel(
     STAGES: tl.constexpr,
     ATOMS: tl.constexpr,
     SPHERICAL: tl.constexpr,
-    STRIP: tl.constexpr,
+    ROWS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     """basis (B, N, 2R): amplitudes of norm one times tangents, then each earlier estimate less the final one.
@@ -472,7 +544,7 @@ def basis_kernel(
     COLUMNS: tl.constexpr = T * STAGES
     EARLY: tl.constexpr = STAGES * (STAGES - 1) // 2
     RANK: tl.constexpr = COLUMNS + EARLY
-    scene, k, r, lane = tl.program_id(0).to(tl.int64), tl.arange(0, ATOMS), tl.arange(0, SIZE), tl.arange(0, STRIP)
+    scene, k, r, lane = tl.program_id(0).to(tl.int64), tl.arange(0, ATOMS), tl.arange(0, SIZE), tl.arange(0, ROWS)
     fit_ptr += scene * (2 * COLUMNS)
     s_re = tl.load(fit_ptr + k * T, mask=k < STAGES, other=0.0)
     s_im = tl.load(fit_ptr + COLUMNS + k * T, mask=k < STAGES, other=0.0)
@@ -492,7 +564,7 @@ def basis_kernel(
     then_re = level * tl.load(at, mask=past, other=0.0)[None, :]
     then_im = level * tl.load(at + EARLY, mask=past, other=0.0)[None, :]
     mean = tl.zeros([SIZE], tl.float32)
-    for start in range(0, elements, STRIP):
+    for start in range(0, elements, ROWS):
         n = start + lane
         x, y, bend = array_at(x_ptr, y_ptr, curvature_ptr, n, elements)
         _, along_u, along_v, along_w = phase_slopes(x, y, bend, u, v, w, wavenumber, SPHERICAL)
@@ -500,7 +572,7 @@ def basis_kernel(
         mean += tl.sum(tl.where((n < elements)[:, None], slope, 0.0), 0)
     mean = tl.div_rn(mean, elements.to(tl.float32) + 0.0 * mean)
     scale = tl.load(scale_ptr + tl.maximum(axis, 0))
-    for start in range(0, elements, STRIP):
+    for start in range(0, elements, ROWS):
         n = start + lane
         x, y, bend = array_at(x_ptr, y_ptr, curvature_ptr, n, elements)
         psi, along_u, along_v, along_w = phase_slopes(x, y, bend, u, v, w, wavenumber, SPHERICAL)
@@ -521,6 +593,55 @@ def basis_kernel(
         tl.store(out + RANK, im, mask=written)
 
 
+def _by_factors(
+    position: Tensor,
+    moment: Tensor,
+    image: Tensor,
+    fit: Tensor,
+    grid: Tensor,
+    atom: int,
+    *,
+    along_x: Tensor,
+    along_y: Tensor,
+) -> None:
+    """Writes the position of a new atom: one launch."""
+    (depths, wide, places_u, _), (_, high, places_v, _) = along_x.shape, along_y.shape
+    search_kernel[(len(fit),)](
+        position,
+        moment,
+        image,
+        fit,
+        along_x,
+        along_y,
+        grid,
+        atom,
+        wide,
+        high,
+        places_u,
+        places_v,
+        depths,
+        STAGES=position.shape[1],
+        WIDE=max(triton.next_power_of_2(wide), TILE),
+        HIGH=max(triton.next_power_of_2(high), TILE),
+        TILE=TILE,
+        num_warps=2 * WARPS,  # with 4 registers run out
+    )
+
+
+def _by_dictionary(
+    position: Tensor, moment: Tensor, image: Tensor, fit: Tensor, grid: Tensor, atom: int, *, dictionary: Tensor
+) -> None:
+    """Writes the position of a new atom: a product of torch between two launches."""
+    (batch, elements, _), stages, residual = moment.shape, position.shape[1], moment
+    if atom:
+        residual, lanes = torch.empty_like(moment), min(LANES, triton.next_power_of_2(elements))
+        residual_kernel[(batch, triton.cdiv(elements, lanes))](
+            residual, moment, image, fit, atom, elements, STAGES=stages, LANES=lanes, num_warps=WARPS
+        )
+    scores = residual.flatten(1) @ dictionary
+    pick_kernel[(batch,)](position, scores, grid, atom, len(grid), STAGES=stages, LANES=LANES, num_warps=WARPS)
+
+
 @torch.no_grad()
 def pursuit_features(
     snapshots: Tensor,
@@ -530,13 +651,17 @@ def pursuit_features(
     constants: list[Tensor],
     wavenumber: float,
     stages: int,
+    factored: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The operator on the device of `snapshots`; arguments as in reference.py, the dictionary among them."""
+    """The operator on the device of `snapshots`; arguments as in reference.py.
+
+    factored: searches by the factors of the grid, else by the dictionary; what it does not read may be empty.
+    """
     y, h, c, snr_db, *constants = (
         each.float().contiguous() for each in (snapshots, channel, codes, snr_db, *constants)
     )
-    x, y_axis, curvature, scale, low, high, trust, grid, dictionary = constants
-    (batch, length, antennas, _), elements, positions = y.shape, h.shape[2], len(grid)
+    x, y_axis, curvature, scale, low, high, trust, grid, dictionary, along_x, along_y = constants
+    (batch, length, antennas, _), elements = y.shape, h.shape[2]
     columns, early = int(T) * stages, stages * (stages - 1) // 2
     new = y.new_empty
     inputs, basis = new((batch, reference.width(stages))), new((batch, elements, 2 * reference.rank(stages)))
@@ -550,7 +675,12 @@ def pursuit_features(
     array, spherical, norm = (x, y_axis, curvature, scale), bool(wavenumber), elements**-0.5
     stride = 2 * length * elements if c.dim() == 4 else 0
     tiles = triton.cdiv(elements, SIDE)
-    residual = moment
+    search = (
+        partial(_by_factors, along_x=along_x, along_y=along_y)
+        if factored
+        else partial(_by_dictionary, dictionary=dictionary)
+    )
+    image = moment  # of no atom: the first search reads none of it
     with torch.cuda.device_of(y), torch.autocast(y.device.type, enabled=False):
         scene_kernel[(batch,)](
             levels, moment, y, h, c, stride, antennas, elements, length, LANES=LANES, STRIP=WIDE_STRIP, num_warps=WARPS
@@ -559,10 +689,7 @@ def pursuit_features(
             gram, h, c, levels, stride, antennas, elements, length, SIDE=SIDE, num_warps=WARPS
         )
         for atoms in range(1, stages + 1):
-            scores = residual.flatten(1) @ dictionary
-            pick_kernel[(batch,)](
-                position, scores, grid, atoms - 1, positions, STAGES=stages, LANES=LANES, num_warps=WARPS
-            )
+            search(position, moment, image, fit, grid, atoms - 1)
             found = new((batch, 2 * int(T) * atoms, 2 * elements))
             tangents_kernel[(batch, atoms)](
                 found,
@@ -613,19 +740,6 @@ def pursuit_features(
                 SIZE=size,
                 num_warps=1 if size <= 32 else 2 * WARPS,
             )
-            if atoms < stages:
-                residual = torch.empty_like(moment)
-                residual_kernel[(batch, triton.cdiv(elements, LANES))](
-                    residual,
-                    moment,
-                    image,
-                    fit,
-                    atoms,
-                    elements,
-                    STAGES=stages,
-                    LANES=min(LANES, power(elements)),
-                    num_warps=WARPS,
-                )
         inputs_kernel[(batch,)](
             inputs,
             position,
@@ -661,8 +775,8 @@ def pursuit_features(
             STAGES=stages,
             ATOMS=power(stages),
             SPHERICAL=spherical,
-            STRIP=STRIP,
+            ROWS=ROWS,
             SIZE=power(reference.rank(stages)),
-            num_warps=2 * WARPS,
+            num_warps=WARPS,
         )
     return inputs, basis

@@ -79,7 +79,7 @@ class PursuitFeatures(SceneFeatures):
         self.width = width(stages)
 
     def reads_dictionary(self) -> bool:
-        return kernel.reads_dictionary(self.grid.device, self.wavenumber)
+        return kernel.reads_dictionary(self.grid.device, self.geometry(), self.wavenumber, self.atoms)
 
     @torch.no_grad()
     def forward(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Features:

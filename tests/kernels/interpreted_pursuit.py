@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ris_fast.kernels.pursuit import op
+from ris_fast.kernels.pursuit import op, triton_kernels
 from ris_fast.kernels.pursuit.samples import SAMPLES, scenes
-from tests.kernels.test_pursuit_kernel import closeness
+from tests.kernels.test_pursuit_kernel import closeness, no_factors
 
 NAMED = {sample.name: sample for sample in SAMPLES}
 # (batch, N_H, N_V, M, L, K): antennas and snapshots below, at and beyond a tile; one and many atoms; a single row
@@ -26,6 +26,18 @@ def test_pursuit_triton_is_as_exact_as_eager(name: str) -> None:
 def test_pursuit_triton_is_exact_at_any_size(sizes: tuple[int, ...]) -> None:
     args = scenes(*sizes, sector=0.3 if sizes[1] > 16 else 0.8, seed=1)
     assert closeness(op._triton(*args), args) < 2
+
+
+def test_pursuit_triton_searches_alike_by_factors_and_by_the_dictionary() -> None:
+    """More than a tile of positions along u, and along v."""
+    y, h, codes, snr_db, constants, *rest = scenes(1, 14, 25, 5, 9, 2, sector=1.0)
+    assert min(constants[9].shape[2], constants[10].shape[2]) > triton_kernels.TILE
+    found = [
+        op._triton(y, h, codes, snr_db, [*constants[:9], *factors], *rest)
+        for factors in (constants[9:], no_factors(constants))
+    ]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
 def test_pursuit_triton_takes_an_empty_batch() -> None:

@@ -19,6 +19,7 @@ class Launches:
     """Names and bytes of kernels in their order; a tensor argument counts once in each, whether read or written."""
 
     made: list[tuple[str, int]] = field(default_factory=list)
+    options: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # of Triton: fixed sizes, number of warps
 
     def __len__(self) -> int:
         return len(self.made)
@@ -62,8 +63,9 @@ def counted(monkeypatch: Any) -> Iterator[Launches]:
 
     launches = Launches()
 
-    def note(self: Any, *args: Any, **options: Any) -> None:
+    def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launches.note(self.fn.__name__, args)
+        launches.options.append((self.fn.__name__, options))
 
     with monkeypatch.context() as patch, _Operations(launches):
         patch.setattr(JITFunction, "run", note)

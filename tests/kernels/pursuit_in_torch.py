@@ -37,6 +37,27 @@ def gram_kernel(gram: Tensor, h: Tensor, codes: Tensor, levels: Tensor, *sizes: 
     gram.copy_(torch.cat((p.real, -p.imag), 2))
 
 
+def search_kernel(
+    position: Tensor,
+    moment: Tensor,
+    image: Tensor,
+    fit: Tensor,
+    along_x: Tensor,
+    along_y: Tensor,
+    grid: Tensor,
+    atom: int,
+    wide: int,
+    high: int,
+    *_: Any,
+) -> None:
+    residual = torch.empty_like(moment)
+    if atom:
+        residual_kernel(residual, moment, image, fit, atom)
+    rows = complex_of(residual if atom else moment).view(-1, high, wide)
+    scores = torch.einsum("byx,wxu,wyv->buvw", rows, complex_of(along_x).conj(), complex_of(along_y).conj())
+    position[:, atom] = grid[scores.abs().square().flatten(1).argmax(1)]
+
+
 def pick_kernel(position: Tensor, scores: Tensor, grid: Tensor, atom: int, *sizes: Any) -> None:
     real, imag = scores.chunk(2, 1)
     position[:, atom] = grid[(real.square() + imag.square()).argmax(1)]
@@ -205,7 +226,9 @@ def pursuit_of(
     x: Any = None, y: Any = None, curvature: Any = None, scale: Any = None, wavenumber: float = 0.0, **box: Any
 ):
     low, high = box.get("low"), box.get("high")
-    return Pursuit(Geometry(x, y, curvature, scale, low, high, None, None, torch.zeros(1, 1)), wavenumber, 0)
+    return Pursuit(
+        Geometry(x, y, curvature, scale, low, high, None, None, torch.zeros(1, 1), None, None), wavenumber, 0
+    )
 
 
 @contextmanager

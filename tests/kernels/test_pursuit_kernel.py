@@ -55,6 +55,10 @@ def closeness(found: tuple[Tensor, ...], args: tuple[Any, ...]) -> float:
     return worst
 
 
+def no_factors(constants: list[Tensor]) -> list[Tensor]:
+    return [each[:0, :0, :0] for each in constants[9:]]
+
+
 def force(monkeypatch: pytest.MonkeyPatch, simd: str) -> None:
     monkeypatch.setattr(op, "_native", lambda: loader.function("pursuit_features", op.ARGUMENTS, simd, op.c_int))
 
@@ -175,7 +179,8 @@ def test_pursuit_grid_factors_find_what_the_dictionary_finds() -> None:
     """A grid whose places are out of order is no box: the kernel then takes the whole dictionary."""
     y, h, codes, snr_db, constants, wavenumber, atoms = scenes(16, 12, 12, 16, 16, 4)
     order = torch.randperm(len(constants[7]), generator=torch.Generator().manual_seed(0))
-    shuffled = [*constants[:7], constants[7][order], constants[8].unflatten(1, (2, -1))[..., order].flatten(1)]
+    dictionary = constants[8].unflatten(1, (2, -1))[..., order].flatten(1)
+    shuffled = [*constants[:7], constants[7][order], dictionary, *no_factors(constants)]
     for a, b in zip(
         op._cpp(y, h, codes, snr_db, constants, wavenumber, atoms),
         op._cpp(y, h, codes, snr_db, shuffled, wavenumber, atoms),
@@ -196,9 +201,10 @@ def test_pursuit_grid_without_factors_needs_its_dictionary() -> None:
     y, h, codes, snr_db, constants, *rest = NAMED["small"].make("cpu", torch.float32)
     none, order = constants[8][:, :0], torch.randperm(len(constants[7]), generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="with_dictionary"):
-        op._cpp(y, h, codes, snr_db, [*constants[:7], constants[7][order], none], *rest)
+        op._cpp(y, h, codes, snr_db, [*constants[:7], constants[7][order], none, *no_factors(constants)], *rest)
     for a, b in zip(
-        op._plain(y, h, codes, snr_db, [*constants[:8], none], *rest), op._plain(y, h, codes, snr_db, constants, *rest)
+        op._plain(y, h, codes, snr_db, [*constants[:8], none, *constants[9:]], *rest),
+        op._plain(y, h, codes, snr_db, constants, *rest),
     ):
         assert torch.equal(a, b)
 

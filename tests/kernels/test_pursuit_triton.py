@@ -16,6 +16,7 @@ from ris_fast import environment
 from ris_fast.kernels.pursuit import op
 from ris_fast.kernels.pursuit.samples import SAMPLES, scenes
 from tests.kernels.launch_count import counted, on_meta
+from tests.kernels.test_pursuit_kernel import no_factors
 
 pytest.importorskip("triton", reason="the kernels are triton's")
 NAMED = {sample.name: sample for sample in SAMPLES}
@@ -56,6 +57,33 @@ def test_pursuit_triton_takes_few_launches_and_bytes(
     with counted(monkeypatch) as plain:
         op._plain(*args[64])
     assert len(plain) > 30 * len(few) and plain.bytes > 3 * few.bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes", [(4, 4, 3, 5, 1), (12, 12, 16, 16, 8), (32, 32, 16, 16, 3), (40, 1, 8, 40, 12)], ids=str
+)
+def test_pursuit_triton_compiles_at_other_sizes(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, no_autocast: None
+) -> None:
+    """Every kernel as a call launches it, for sm_90: shapes that agree at the standard sizes may not at others."""
+    from ris_fast.kernels.native.aot import compile_case
+    from ris_fast.kernels.pursuit import aot_cases, triton_kernels
+    from ris_fast.kernels.registry import aot_case
+
+    args = on_meta(scenes(2, *sizes, sector=0.3 if sizes[0] > 16 else 0.8))
+    with counted(monkeypatch) as launches:
+        op._triton(*args)
+        op._triton(*args[:4], [*args[4][:9], *no_factors(args[4])], 2.0, args[6])
+    kinds = {(name, tuple(sorted(options.items()))) for name, options in launches.options}
+    assert {name for name, _ in kinds} | {"residual_kernel"} == {
+        name for name in dir(triton_kernels) if name.endswith("_kernel")
+    }
+    for name, options in kinds:
+        constexprs = dict(options)
+        warps = constexprs.pop("num_warps")
+        kernel = getattr(triton_kernels, name)
+        compile_case(aot_case(name, kernel, aot_cases.TYPES, constexprs, aot_cases.ALIGNED[:-5], warps), 90)
 
 
 @pytest.mark.parametrize("most", ["MOST_ATOMS", "MOST_ELEMENTS"])
