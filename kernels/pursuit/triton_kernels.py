@@ -14,6 +14,7 @@ gram (B, N, 2N)        [Re P | -Im P]
 columns (B, 2C, 2N)    row c: [Re D_c | Im D_c], row C + c: [Im D_c | -Re D_c], C = T k columns of the k atoms so far
 image (B, 2C, N)       columns gram^T: row c: Re P D_c, row C + c: Im P D_c
 moment, residual (B, N, 2) pairs
+A size that is 1 is a constant to Triton, not a tensor: what must be a float comes as one.
 float32 throughout, tl.dot in "ieee" (its default is TF32, which costs accuracy in b, the residual and the systems).
 Every scene has its own bits but for the products of torch, whose order of summation may depend on the batch.
 """
@@ -99,12 +100,14 @@ def scene_kernel(
     antennas,
     elements,
     snapshots,
+    energy,
+    ratio,
     LANES: tl.constexpr,
     STRIP: tl.constexpr,
 ):
     """levels (B, 2): the channel's power of two, and 1 over the mean squared column of G; moment (B, N, 2). Grid (B,).
 
-    code_stride: floats from a scene's codes to the next one's, 0 where all share them.
+    code_stride: floats from a scene's codes to the next one's, 0 where all share them; energy: M L, ratio: L / N.
     """
     scene = tl.program_id(0).to(tl.int64)
     snapshots_ptr += scene * (2 * snapshots * antennas)
@@ -113,9 +116,8 @@ def scene_kernel(
     y_scale = unit_scale(snapshots_ptr, 2 * snapshots * antennas, LANES)
     h_scale = unit_scale(channel_ptr, 2 * antennas * elements, LANES)
     column = energy_of(channel_ptr, h_scale, 2 * antennas * elements, LANES)
-    column = at_least(column * tl.div_rn(snapshots.to(tl.float32), elements.to(tl.float32)), NOTHING)
-    level = energy_of(snapshots_ptr, y_scale, 2 * snapshots * antennas, LANES)
-    level = at_least(tl.div_rn(level, (snapshots * antennas).to(tl.float32)), NOTHING)
+    column = at_least(column * ratio, NOTHING)
+    level = at_least(tl.div_rn(energy_of(snapshots_ptr, y_scale, 2 * snapshots * antennas, LANES), energy), NOTHING)
     tl.store(levels_ptr + 2 * scene, h_scale)
     tl.store(levels_ptr + 2 * scene + 1, tl.div_rn(1.0, column))
     weight = tl.div_rn(1.0, tl.sqrt_rn(column * level))
@@ -344,7 +346,7 @@ def tangents_kernel(
     store_column(columns_ptr, n, re, im, turned, elements)
     for axis in tl.static_range(3):
         slope = along_u if axis == 0 else (along_v if axis == 1 else along_w)
-        mean = tl.div_rn(tl.sum(tl.where(inside, slope, 0.0), 0), elements.to(tl.float32))
+        mean = tl.sum(tl.where(inside, slope, 0.0), 0) * (norm * norm)
         weight = tl.div_rn(slope - mean, tl.load(scale_ptr + axis) + 0.0 * slope)
         store_column(columns_ptr + (axis + 1) * (2 * elements), n, -weight * im, weight * re, turned, elements)
 
@@ -424,8 +426,7 @@ def inputs_kernel(
     scale_ptr,
     low_ptr,
     high_ptr,
-    antennas,
-    snapshots,
+    energy,
     width,
     STAGES: tl.constexpr,
     ATOMS: tl.constexpr,
@@ -442,7 +443,7 @@ def inputs_kernel(
     gram_ptr += scene * (2 * COLUMNS * COLUMNS)
     position_ptr += scene * (3 * STAGES)
     explained_ptr += scene * STAGES
-    noise, _ = noise_of(snr_db_ptr, scene, antennas, snapshots)
+    noise, _ = noise_of(snr_db_ptr, scene, energy)
     k = tl.arange(0, ATOMS)
     real = k < STAGES
     s_re = tl.load(fit_ptr + k * T, mask=real, other=0.0)
@@ -499,7 +500,6 @@ def inputs_kernel(
     tl.store(at + STAGES * STAGES, a_re[:, None] * c_im - a_im[:, None] * c_re, mask=both)
     out += 2 * STAGES * STAGES
     tl.store(out, clamp(tl.load(snr_db_ptr + scene), -40.0, 20.0) / 10 - 1)
-    energy = (antennas * snapshots).to(tl.float32)
     left = at_least(energy - tl.load(explained_ptr + STAGES - 1), TINY)
     tl.store(out + 1, clamp(tl.log(tl.div_rn(left, energy * noise)), -4.0, 4.0))
 
@@ -570,7 +570,7 @@ def basis_kernel(
         _, along_u, along_v, along_w = phase_slopes(x, y, bend, u, v, w, wavenumber, SPHERICAL)
         slope = slope_along(axis[None, :], along_u, along_v, along_w)
         mean += tl.sum(tl.where((n < elements)[:, None], slope, 0.0), 0)
-    mean = tl.div_rn(mean, elements.to(tl.float32) + 0.0 * mean)
+    mean *= norm * norm
     scale = tl.load(scale_ptr + tl.maximum(axis, 0))
     for start in range(0, elements, ROWS):
         n = start + lane
@@ -673,7 +673,7 @@ def pursuit_features(
     position, explained = new((batch, stages, 3)), new((batch, stages))
     stage_positions, stage_amplitudes = new((batch, early, 3)), new((batch, 2, early))
     array, spherical, norm = (x, y_axis, curvature, scale), bool(wavenumber), elements**-0.5
-    stride = 2 * length * elements if c.dim() == 4 else 0
+    stride, energy = 2 * length * elements if c.dim() == 4 else 0, float(length * antennas)
     tiles = triton.cdiv(elements, SIDE)
     search = (
         partial(_by_factors, along_x=along_x, along_y=along_y)
@@ -683,7 +683,20 @@ def pursuit_features(
     image = moment  # of no atom: the first search reads none of it
     with torch.cuda.device_of(y), torch.autocast(y.device.type, enabled=False):
         scene_kernel[(batch,)](
-            levels, moment, y, h, c, stride, antennas, elements, length, LANES=LANES, STRIP=WIDE_STRIP, num_warps=WARPS
+            levels,
+            moment,
+            y,
+            h,
+            c,
+            stride,
+            antennas,
+            elements,
+            length,
+            energy,
+            length / elements,
+            LANES=LANES,
+            STRIP=WIDE_STRIP,
+            num_warps=WARPS,
         )
         gram_kernel[(batch, tiles, tiles)](
             gram, h, c, levels, stride, antennas, elements, length, SIDE=SIDE, num_warps=WARPS
@@ -734,8 +747,7 @@ def pursuit_features(
                 high,
                 trust,
                 atoms,
-                antennas,
-                length,
+                energy,
                 STAGES=stages,
                 SIZE=size,
                 num_warps=1 if size <= 32 else 2 * WARPS,
@@ -753,8 +765,7 @@ def pursuit_features(
             scale,
             low,
             high,
-            antennas,
-            length,
+            energy,
             inputs.shape[1],
             STAGES=stages,
             ATOMS=power(stages),

@@ -127,12 +127,11 @@ def newton(
 
 
 @triton.jit
-def noise_of(snr_db_ptr, scene, antennas, snapshots):
-    """The noise power 1 / (1 + snr), and the ridge of amplitudes: noise over the expected |x|^2."""
+def noise_of(snr_db_ptr, scene, energy):
+    """The noise power 1 / (1 + snr), and the ridge of amplitudes: noise over the expected |x|^2; energy: M L."""
     snr = tl.exp2(0.33219280948873623 * clamp(tl.load(snr_db_ptr + scene), -40.0, 20.0))  # WORKING_SNR_DB
     noise = tl.div_rn(1.0, 1.0 + snr)
-    size = (antennas * snapshots).to(tl.float32)
-    return noise, tl.div_rn(noise, size * snr * noise)
+    return noise, tl.div_rn(noise, energy * snr * noise)
 
 
 @triton.jit(do_not_specialize=["atoms"])
@@ -151,8 +150,7 @@ def solve_kernel(
     high_ptr,
     trust_ptr,
     atoms,
-    antennas,
-    snapshots,
+    energy,
     STAGES: tl.constexpr,
     SIZE: tl.constexpr,
 ):
@@ -168,7 +166,7 @@ def solve_kernel(
     scene = tl.program_id(0).to(tl.int64)
     gram_ptr += scene * (2 * COLUMNS * COLUMNS)
     moment_ptr += scene * (2 * COLUMNS)
-    noise, ridge = noise_of(snr_db_ptr, scene, antennas, snapshots)
+    noise, ridge = noise_of(snr_db_ptr, scene, energy)
     s = amplitudes(gram_ptr, moment_ptr, ridge, atoms, COLUMNS, PAIR)
     change, s_re, s_im = newton(gram_ptr, moment_ptr, trust_ptr, s, ridge, noise, atoms, COLUMNS, PAIR, SIZE)
 

@@ -19,7 +19,9 @@ class Launches:
     """Names and bytes of kernels in their order; a tensor argument counts once in each, whether read or written."""
 
     made: list[tuple[str, int]] = field(default_factory=list)
-    options: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # of Triton: fixed sizes, number of warps
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(
+        default_factory=list
+    )  # Triton's: kernel, arguments
 
     def __len__(self) -> int:
         return len(self.made)
@@ -65,7 +67,7 @@ def counted(monkeypatch: Any) -> Iterator[Launches]:
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launches.note(self.fn.__name__, args)
-        launches.options.append((self.fn.__name__, options))
+        launches.calls.append((self, args, options))
 
     with monkeypatch.context() as patch, _Operations(launches):
         patch.setattr(JITFunction, "run", note)

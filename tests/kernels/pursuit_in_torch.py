@@ -21,10 +21,10 @@ STRIP = 16
 
 
 def scene_kernel(levels: Tensor, moment: Tensor, y: Tensor, h: Tensor, codes: Tensor, *sizes: Any) -> None:
-    _, antennas, elements, snapshots = sizes
+    energy, ratio = sizes[-2:]
     y_scale, h_scale = power_of_two(y), power_of_two(h)
-    column = ((h_scale * h).square().sum((1, 2, 3)) * (snapshots / elements)).clamp_min(1e-18)
-    level = ((y_scale * y).square().sum((1, 2, 3)) / (snapshots * antennas)).clamp_min(1e-18)
+    column = ((h_scale * h).square().sum((1, 2, 3)) * ratio).clamp_min(1e-18)
+    level = ((y_scale * y).square().sum((1, 2, 3)) / energy).clamp_min(1e-18)
     levels.copy_(torch.stack((h_scale.flatten(), 1 / column), 1))
     back = torch.einsum("bmn,blm->bnl", complex_of(h_scale * h).conj(), complex_of(y_scale * y))
     b = torch.einsum("xln,bnl->bn" if codes.dim() == 3 else "bln,bnl->bn", sets(codes).conj(), back)
@@ -116,12 +116,11 @@ def solve_kernel(
     high: Tensor,
     trust: Tensor,
     atoms: int,
-    antennas: int,
-    snapshots: int,
+    energy: float,
     **_: Any,
 ) -> None:
     batch, count = len(fit), TANGENTS * atoms
-    noise, ridge = noise_of(snr_db, antennas * snapshots)
+    noise, ridge = noise_of(snr_db, energy)
     g = torch.complex(gram[:, 0, :count, :count], gram[:, 1, :count, :count])
     m = torch.complex(inner[:, 0, :count], inner[:, 1, :count])
     own, g_own = m[:, ::TANGENTS], g[:, ::TANGENTS, ::TANGENTS]
@@ -167,13 +166,11 @@ def inputs_kernel(
     scale: Tensor,
     low: Tensor,
     high: Tensor,
-    antennas: int,
-    snapshots: int,
+    energy: float,
     *_: Any,
     **__: Any,
 ) -> None:
-    stages, size = position.shape[1], antennas * snapshots
-    noise, _ = noise_of(snr_db, size)
+    stages, (noise, _) = position.shape[1], noise_of(snr_db, energy)
     gains = torch.diff(explained, dim=1, prepend=torch.zeros(len(fit), 1))
     found = Atoms(
         position,
@@ -184,7 +181,7 @@ def inputs_kernel(
         stage_positions,
         stage_amplitudes,
     )
-    normal = Normal(gram, gram, noise, noise, torch.full_like(noise, size))
+    normal = Normal(gram, gram, noise, noise, torch.full_like(noise, energy))
     inputs.copy_(_inputs(pursuit_of(scale=scale, low=low, high=high), normal, found, snr_db.clamp(*WORKING_SNR_DB)))
 
 
@@ -216,10 +213,10 @@ def sets(codes: Tensor) -> Tensor:
     return complex_of(codes if codes.dim() == 4 else codes[None])
 
 
-def noise_of(snr_db: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def noise_of(snr_db: Tensor, energy: float) -> tuple[Tensor, Tensor]:
     snr = 10.0 ** (snr_db.clamp(*WORKING_SNR_DB) / 10)
     noise = 1 / (1 + snr)
-    return noise, noise / (size * snr * noise).clamp_min(TINY)
+    return noise, noise / (energy * snr * noise).clamp_min(TINY)
 
 
 def pursuit_of(
