@@ -13,7 +13,7 @@ import torch
 from ..registry import Cost, Sample
 from . import reference
 from .geometry import geometry
-from .search import Pursuit, with_dictionary
+from .search import TANGENTS, Pursuit, with_dictionary
 
 WAVELENGTH_M = 0.3
 
@@ -106,3 +106,15 @@ def cost(
     read = 2 * antennas * (length + elements) + 1
     flops = 8 * elements * min(elements * (antennas + columns), antennas * length * columns)
     return Cost(4 * (batch * (written + read) + codes.numel()), batch * flops)
+
+
+def triton_bytes(antennas: int, snapshots: int, elements: int, stages: int) -> int:
+    """Bytes a scene that the Triton kernels and the products of torch between them move, each array once a launch.
+
+    P written once and read at every stage, D and P D of 4 k columns at stage k; codes and factors are shared.
+    """
+    columns = [TANGENTS * k for k in range(1, stages + 1)]
+    scene = 4 * antennas * elements + 2 * antennas * snapshots + 2 * elements
+    gram = 2 * elements**2 * (1 + stages)
+    stage = sum(elements * (16 * each - 4) + 6 * each**2 for each in columns)
+    return 4 * (scene + gram + stage + reference.width(stages) + 2 * elements * reference.rank(stages))

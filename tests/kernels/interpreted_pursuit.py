@@ -6,9 +6,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ris_fast.config.schema import Task
+from ris_fast.kernels.cov_nmse.op import cov_nmse
+from ris_fast.kernels.native import loader
 from ris_fast.kernels.pursuit import op, triton_kernels
 from ris_fast.kernels.pursuit.samples import SAMPLES, scenes
-from tests.kernels.test_pursuit_kernel import closeness, no_factors
+from ris_fast.models.features import Features
+from tests.kernels.test_pursuit_kernel import closeness, drawn, no_factors
 
 NAMED = {sample.name: sample for sample in SAMPLES}
 # (batch, N_H, N_V, M, L, K): antennas and snapshots below, at and beyond a tile; one and many atoms; a single row
@@ -71,3 +75,13 @@ def test_pursuit_triton_clamps_the_snr_as_the_definition_does() -> None:
         args = (y, h, codes, torch.full_like(snr_db, value), *rest)
         for one, other in zip(op._triton(*args), op._plain(*args), strict=True):
             torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built")
+def test_pursuit_triton_solves_the_task_as_well_as_cpp() -> None:
+    model, found, args = drawn(Task(), torch.arange(16), "test")
+    ours, native = (
+        float(cov_nmse(model.sources(Features(*run(*args))), target_factor=found.factor))
+        for run in (op._triton, op._cpp)
+    )
+    assert ours == pytest.approx(native, rel=0.01)

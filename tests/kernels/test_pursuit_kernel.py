@@ -13,7 +13,9 @@ from ris_fast.config.schema import Task
 from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.kernels.native import loader
 from ris_fast.kernels.pursuit import op, reference
+from ris_fast.kernels.pursuit.geometry import geometry
 from ris_fast.kernels.pursuit.samples import SAMPLES, scenes
+from ris_fast.kernels.pursuit.search import Geometry, Pursuit
 from ris_fast.models.features import Features, PursuitFeatures
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
@@ -107,9 +109,9 @@ def test_pursuit_features_scene_has_its_own_bits() -> None:
         torch.set_num_threads(threads)
 
 
-def drawn(task: Task, count: int) -> tuple[PursuitFeatures, Scenes, tuple[Any, ...]]:
-    """Features of a task, scenes of it, and the operator's arguments for them."""
-    model, found = PursuitFeatures(task, task.max_sources), simulate(task, count, SceneGenerator(5, "val"))
+def drawn(task: Task, which: int | Tensor, split: str = "val") -> tuple[PursuitFeatures, Scenes, tuple[Any, ...]]:
+    """Features of a task, scenes of it (how many, or their numbers), and the operator's arguments for them."""
+    model, found = PursuitFeatures(task, task.max_sources), simulate(task, which, SceneGenerator(5, split))
     return (
         model,
         found,
@@ -197,6 +199,27 @@ def test_pursuit_dictionary_is_made_only_where_it_is_read() -> None:
     assert PursuitFeatures(Task(wavefront="spherical"), 5).dictionary.numel() > 0
 
 
+def test_pursuit_on_cuda_reads_the_dictionary_only_without_factors() -> None:
+    box, cuda = PursuitFeatures(Task(), 5).geometry(), torch.device("cuda")
+    bare = box._replace(along_x=box.along_x[:0, :0, :0], along_y=box.along_y[:0, :0, :0])
+    assert not op.reads_dictionary(cuda, box, 0.0, 5)
+    for other, wavenumber, stages in ((box, 20.0, 5), (box, 0.0, op.MOST_ATOMS + 1), (bare, 0.0, 5)):
+        assert op.reads_dictionary(cuda, other, wavenumber, stages)
+
+
+def test_pursuit_geometry_has_factors_on_a_rectangle_alone() -> None:
+    """The product of the factors is the steering vector of the grid, up to its norm."""
+    _, _, _, _, constants, *_ = scenes(1, 5, 4, 2, 2, 1)
+    found = Geometry(*constants)
+    first, second = (torch.view_as_complex(each) for each in (found.along_x, found.along_y))
+    product = torch.einsum("wxu,wyv->yxuvw", first, second).flatten(0, 1).flatten(1) / 20**0.5
+    real, imag = Pursuit(found, 0.0, 0).steer(found.grid[None])[0].chunk(2, 1)
+    torch.testing.assert_close(product, torch.complex(real, imag), rtol=0, atol=1e-5)
+    for x, y in ((torch.arange(6.0), torch.tensor([0.0, 0, 0, 1, 1, 2])), (torch.arange(6.0), torch.zeros(6))):
+        other = geometry(x, y, 1.0, found.low, found.high)
+        assert (other.along_x.numel() > 0) == bool((y == y[0]).all())
+
+
 def test_pursuit_grid_without_factors_needs_its_dictionary() -> None:
     y, h, codes, snr_db, constants, *rest = NAMED["small"].make("cpu", torch.float32)
     none, order = constants[8][:, :0], torch.randperm(len(constants[7]), generator=torch.Generator().manual_seed(0))
@@ -237,8 +260,9 @@ def test_pursuit_features_name_wrong_shapes() -> None:
 
 
 @pytest.mark.gpu
-def test_pursuit_features_on_gpu_are_as_exact_as_eager() -> None:
-    args = NAMED["standard"].make("cpu", torch.float32)
+@pytest.mark.parametrize("name", [name for name in NAMED if name != "empty-batch"])
+def test_pursuit_features_on_gpu_are_as_exact_as_eager(name: str) -> None:
+    args = NAMED[name].make("cpu", torch.float32)
     moved = [
         [each.cuda() for each in a] if isinstance(a, list) else a.cuda() if isinstance(a, Tensor) else a for a in args
     ]

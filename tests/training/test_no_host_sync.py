@@ -19,8 +19,10 @@ from torch import Tensor
 
 from ris_fast.config.schema import Loss, Task
 from ris_fast.kernels.fused_step import op as fused_step
+from ris_fast.kernels.pursuit import op as pursuit_op
 from ris_fast.kernels.pursuit import reference as pursuit
 from ris_fast.models import build_model
+from ris_fast.models.features import PursuitFeatures
 from ris_fast.models.pursuit import geometry_of
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
@@ -28,6 +30,7 @@ from ris_fast.training.loss import TERMS, CovarianceLoss
 from ris_fast.training.step import Step
 from ris_fast.training.trainer import Trainer
 from ris_fast.training.validation import measure
+from tests.kernels.launch_count import counted
 from tests.operation_watch import Watch
 from tests.training.capture_helpers import MODELS, config_of
 
@@ -110,6 +113,19 @@ def test_pursuit_features_as_a_gpu_runs_them_never_sync(wavefront: str, no_autoc
             scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db, constants, wavenumber, task.max_sources
         )
     assert seen.names.total() > 500 and not seen.waits and not seen.solvers
+
+
+@pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
+def test_pursuit_features_in_triton_never_sync(
+    wavefront: str, monkeypatch: pytest.MonkeyPatch, no_autocast: None
+) -> None:
+    pytest.importorskip("triton", reason="the kernels are triton's")
+    task = Task(wavefront=wavefront)
+    model, scenes = PursuitFeatures(task, task.max_sources).to("meta"), scenes_on_meta(task)
+    inputs = (scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db, list(model.geometry()))
+    with Watch("meta") as seen, counted(monkeypatch) as launches:
+        pursuit_op._triton(*inputs, model.wavenumber, model.atoms)
+    assert len(launches) > 25 and seen.names["bmm"] == 5 and not seen.waits and not seen.solvers
 
 
 @pytest.mark.parametrize("looked_at", [False, True])
