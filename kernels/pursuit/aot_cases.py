@@ -32,7 +32,7 @@ def cases() -> list[AotCase]:
     inputs = stages | {"ATOMS": 8, "LANES": 32, "EARLY_LANES": 16}
     return [
         _case("scene", kernels.scene_kernel, {"LANES": LANES, "STRIP": kernels.WIDE_STRIP}, SCENE),
-        _case("gram", kernels.gram_kernel, {"SIDE": kernels.SIDE}, GRAM),
+        _case("gram", kernels.gram_kernel, {"SIDE": kernels.SIDE}, GRAM, wide=True),
         _case("search", kernels.search_kernel, search, SEARCH, 2 * WARPS),
         _case("pick", kernels.pick_kernel, stages | {"LANES": LANES}, LITTLE),
         *_wavefronts("tangents", kernels.tangents_kernel, stages | {"LANES": ELEMENTS}, LITTLE),
@@ -53,5 +53,7 @@ def _wavefronts(name: str, kernel: object, sizes: dict[str, int], most: int) -> 
     ]
 
 
-def _case(name: str, kernel: object, constexprs: dict[str, object], most: int, warps: int = WARPS) -> AotCase:
-    return aot_case(name, kernel, TYPES, constexprs, ALIGNED, warps, max_registers=most)
+def _case(
+    name: str, kernel: object, constexprs: dict[str, object], most: int, warps: int = WARPS, wide: bool = False
+) -> AotCase:
+    return aot_case(name, kernel, TYPES, constexprs, ALIGNED, warps, max_registers=most, wide=wide)
