@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from ris_fast.config.schema import Task
 from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.kernels.native import loader
-from ris_fast.kernels.pursuit import op, triton_kernels
+from ris_fast.kernels.pursuit import op, solve, triton_kernels
 from ris_fast.kernels.pursuit.samples import SAMPLES, scenes
+from ris_fast.kernels.pursuit.triton_solve import spd_solve
 from ris_fast.models.features import Features
 from tests.kernels.test_pursuit_kernel import closeness, drawn, no_factors
 
@@ -58,7 +61,7 @@ def test_pursuit_triton_ignores_the_unit() -> None:
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # numpy's word on NaN
 def test_pursuit_triton_keeps_nan_within_its_scene_and_zeros_finite() -> None:
-    y, h, *rest = scenes(5, 4, 4, 6, 7, 2)
+    y, h, *rest = scenes(5, 12, 12, 3, 4, 2)  # two positions along w, equal scores where all are 0
     whole = op._triton(y, h, *rest)
     y, h = y.clone(), h.clone()
     y[1, 2], h[2, 1, 3], y[3], h[4] = float("nan"), float("inf"), 0.0, 0.0
@@ -67,6 +70,29 @@ def test_pursuit_triton_keeps_nan_within_its_scene_and_zeros_finite() -> None:
         torch.testing.assert_close(a[0], b[0], rtol=1e-4, atol=1e-5)
         assert not a[1].isfinite().all() and not a[2].isfinite().all() and a[3:].isfinite().all()
     assert not found[1][3:].any()
+    wanted = op._plain(y, h, *rest)  # of equal scores the first counts
+    torch.testing.assert_close(found[0][3:], wanted[0][3:], rtol=1e-4, atol=1e-5)
+
+
+@triton.jit
+def solve_one(x_ptr, a_ptr, n, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(x_ptr + i, spd_solve(tl.load(a_ptr + i[:, None] * SIZE + i[None, :]), n, SIZE))
+
+
+@pytest.mark.parametrize("ridge", [1e-2, 0.0])
+def test_spd_solve_in_triton_raises_pivots_as_the_definition_does(ridge: float) -> None:
+    """Two equal unknowns: without a ridge the pivot of the second is 0, and is raised."""
+    n, size = 5, 8
+    matrix, side = torch.diag(torch.tensor([4.0, 4.0, 2.0, 4.0, 8.0])), torch.tensor([1.0, 2.0, 3.0, 2.001, 5.0])
+    matrix[1, 3] = matrix[3, 1] = 4.0
+    matrix[0, 2] = matrix[2, 0] = 1.0
+    wanted = solve.spd_solve(matrix[..., None], side[:, None], torch.full((n, 1), ridge))[:, 0]
+    tile = torch.zeros(size, size)
+    tile[:n, :n], tile[:n, n] = matrix + ridge * torch.eye(n), side
+    found = torch.empty(size)
+    solve_one[(1,)](found, tile, n, SIZE=size)
+    torch.testing.assert_close(found[:n], wanted, rtol=1e-5, atol=0)
 
 
 def test_pursuit_triton_clamps_the_snr_as_the_definition_does() -> None:
