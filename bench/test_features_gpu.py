@@ -16,6 +16,7 @@ from harness import record
 from ris_fast.config.schema import Task
 from ris_fast.kernels.pursuit import op
 from ris_fast.kernels.pursuit.samples import triton_bytes
+from ris_fast.kernels.pursuit.search import with_dictionary
 from ris_fast.models.features import PursuitFeatures
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import simulate
@@ -31,7 +32,7 @@ def arguments(batch: int, wavefront: str, device: torch.device) -> tuple[Any, ..
     task = Task(wavefront=wavefront)
     model = PursuitFeatures(task, task.max_sources).to(device)
     scenes = simulate(task, batch, SceneGenerator(3, "val", str(device)))
-    constants = list(model.geometry())
+    constants = list(with_dictionary(model.geometry(), model.wavenumber))  # plain torch reads it
     return scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db, constants, model.wavenumber, model.atoms
 
 
