@@ -99,6 +99,7 @@ FIGURES = (
         Figure(f"pursuit, {n:,} scenes, in a graph", "", "smoke", f"pursuit, {n} scenes", _path("graph_ms", form=MS))
         for n in (64, 512, 2048, 4096)
     ),
+    Figure("the same, plain torch, 2,048 scenes", "x 3", "features", "2048-fresnel", _slower("plain torch")),
     Figure("training of `full`, validation NMSE", "0.03 within 40 s", "train_full", "full", _trained, True),
     Figure("training of `original`, validation NMSE", "0.187", "train_original", "original", _trained, True),
     Figure("optimizer step, 16.34 M weights, torch's fused one", "x 1.3", *_OPTIMIZER, _slower("torch fused"), True),

@@ -62,5 +62,6 @@ STAGES: dict[str, Stage] = {
         (*PYTEST, "tests/training/test_capture.py", "-k", "captured_call"),
     ),
     "simulation": Stage(30, *_bench("simulation", "test_simulate and 1]", "test_simulate and 64-1]")),
+    "features": Stage(60, *_bench("features_gpu", "fresnel", "64-fresnel")),
     "host_time": Stage(25, *_bench("fused_step", "host_time", "host_time and 2]")),
 }
