@@ -192,7 +192,7 @@ def gram_kernel(
 
 
 @triton.jit
-def left_over(moment_ptr, image_ptr, fit_ptr, scene, n, inside, atoms, elements, STAGES: tl.constexpr):
+def residual_at(moment_ptr, image_ptr, fit_ptr, scene, n, inside, atoms, elements, STAGES: tl.constexpr):
     """b - P x of the fit x (B, 2, TK) of `atoms` atoms, at elements n of any shape."""
     count = atoms * T
     at = moment_ptr + 2 * (scene * elements + n)
@@ -209,7 +209,7 @@ def left_over(moment_ptr, image_ptr, fit_ptr, scene, n, inside, atoms, elements,
 
 
 @triton.jit
-def place_atom(position_ptr, grid_ptr, scene, atom, found, STAGES: tl.constexpr):
+def set_position(position_ptr, grid_ptr, scene, atom, found, STAGES: tl.constexpr):
     """position (B, K, 3) of one atom becomes a position of the grid."""
     axis = tl.arange(0, 4)
     value = tl.load(grid_ptr + 3 * found + axis, mask=axis < 3, other=0.0)
@@ -243,8 +243,8 @@ def search_kernel(
     """
     scene, x, y, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDE), tl.arange(0, HIGH), tl.arange(0, TILE)
     n, on_array = y[:, None] * wide + x[None, :], (y < high)[:, None] & (x < wide)[None, :]
-    r_re, r_im = left_over(moment_ptr, image_ptr, fit_ptr, scene, n, on_array, atom, wide * high, STAGES)
-    best, place = tl.full([TILE, TILE], -1.0, tl.float32), tl.zeros([TILE, TILE], tl.int32)
+    r_re, r_im = residual_at(moment_ptr, image_ptr, fit_ptr, scene, n, on_array, atom, wide * high, STAGES)
+    best, index = tl.full([TILE, TILE], -1.0, tl.float32), tl.zeros([TILE, TILE], tl.int32)
     for w in range(positions_w):
         for first in range(0, positions_u, TILE):
             u = first + lane
@@ -265,12 +265,12 @@ def search_kernel(
                 im = tl.dot(y_re, z_im, input_precision="ieee")
                 im = tl.dot(-y_im, z_re, im, input_precision="ieee")
                 power, here = re * re + im * im, (u[None, :] * positions_v + v[:, None]) * positions_w + w
-                better = (power > best) | ((power == best) & (here < place))
+                better = (power > best) | ((power == best) & (here < index))
                 better = better & (u < positions_u)[None, :] & (v < positions_v)[:, None]
-                best, place = tl.where(better, power, best), tl.where(better, here, place)
+                best, index = tl.where(better, power, best), tl.where(better, here, index)
     last = positions_u * positions_v * positions_w - 1
     top = tl.max(tl.max(best, 1), 0)
-    place_atom(position_ptr, grid_ptr, scene, atom, tl.min(tl.min(tl.where(best == top, place, last), 1), 0), STAGES)
+    set_position(position_ptr, grid_ptr, scene, atom, tl.min(tl.min(tl.where(best == top, index, last), 1), 0), STAGES)
 
 
 @triton.jit(do_not_specialize=["atoms"])
@@ -279,7 +279,7 @@ def residual_kernel(
 ):
     """residual (B, N, 2) = b - P x of the fit x (B, 2, TK); grid (B, blocks of LANES elements)."""
     scene, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * LANES + tl.arange(0, LANES)
-    re, im = left_over(moment_ptr, image_ptr, fit_ptr, scene, n, n < elements, atoms, elements, STAGES)
+    re, im = residual_at(moment_ptr, image_ptr, fit_ptr, scene, n, n < elements, atoms, elements, STAGES)
     at = residual_ptr + 2 * (scene * elements + n)
     tl.store(at, re, mask=n < elements)
     tl.store(at + 1, im, mask=n < elements)
@@ -293,16 +293,16 @@ def pick_kernel(position_ptr, scores_ptr, grid_ptr, atom, positions, STAGES: tl.
     """
     scene, lane = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)
     scores_ptr += scene * (2 * positions)
-    best, place = tl.full([LANES], -1.0, tl.float32), tl.zeros([LANES], tl.int32)
+    best, index = tl.full([LANES], -1.0, tl.float32), tl.zeros([LANES], tl.int32)
     for start in range(0, positions, LANES):
         at = start + lane
         re = tl.load(scores_ptr + at, mask=at < positions, other=0.0)
         im = tl.load(scores_ptr + positions + at, mask=at < positions, other=0.0)
         power = re * re + im * im
         better = (power > best) & (at < positions)
-        best, place = tl.where(better, power, best), tl.where(better, at, place)
-    found = tl.min(tl.where(best == tl.max(best, 0), place, positions - 1), 0)
-    place_atom(position_ptr, grid_ptr, scene, atom, found, STAGES)
+        best, index = tl.where(better, power, best), tl.where(better, at, index)
+    found = tl.min(tl.where(best == tl.max(best, 0), index, positions - 1), 0)
+    set_position(position_ptr, grid_ptr, scene, atom, found, STAGES)
 
 
 @triton.jit

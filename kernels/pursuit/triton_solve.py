@@ -65,15 +65,15 @@ def spd_solve(a, n, SIZE: tl.constexpr):
 def amplitudes(gram_ptr, moment_ptr, ridge, atoms, COLUMNS: tl.constexpr, SIZE: tl.constexpr):
     """Ridge least squares over the amplitudes alone: real parts, then imaginary parts, in SIZE lanes."""
     i = tl.arange(0, SIZE)
-    place, inside = (i % atoms) * T, i < 2 * atoms
+    first, inside = (i % atoms) * T, i < 2 * atoms
     lower, right = (i >= atoms)[:, None], (i >= atoms)[None, :]
-    at = place[:, None] * COLUMNS + place[None, :]
+    at = first[:, None] * COLUMNS + first[None, :]
     imaginary = lower != right
     a = tl.load(
         gram_ptr + at + tl.where(imaginary, COLUMNS * COLUMNS, 0), mask=inside[:, None] & inside[None, :], other=0.0
     )
     a = tl.where(imaginary & right, -a, a)
-    side = tl.load(moment_ptr + place + tl.where(i >= atoms, COLUMNS, 0), mask=inside, other=0.0)
+    side = tl.load(moment_ptr + first + tl.where(i >= atoms, COLUMNS, 0), mask=inside, other=0.0)
     a += tl.where((i[:, None] == i[None, :]) & inside[:, None], ridge, 0.0)
     a = tl.where(i[None, :] == 2 * atoms, side[:, None], a)
     return spd_solve(a, 2 * atoms, SIZE)
