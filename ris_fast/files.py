@@ -91,10 +91,12 @@ def locked(folder: str | Path) -> Iterator[None]:
         os.close(handle)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` so that a reader sees the old file or the new one, never half of either. Raises StorageError."""
+def write_text(path: str | Path, text: str) -> int:
+    """Writes `text` so that a reader sees the old file or the new one, never half of either. Returns its size in bytes.
+    Raises StorageError."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+        return partial.stat().st_size
 
 
 def append_text(path: str | Path, text: str) -> None:
@@ -104,8 +106,9 @@ def append_text(path: str | Path, text: str) -> None:
         file.write(text)
 
 
-def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a .safetensors file whole or not at all, readable as the umask says. Raises StorageError."""
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
+    """Writes a .safetensors file whole or not at all, readable as the umask says. Returns its size in bytes.
+    Raises StorageError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -118,6 +121,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
             raise StorageError(path, error) from error
         with suppress(PermissionError):  # a file system without modes
             partial.chmod(mode)  # safetensors makes a file that only its owner may read
+        return partial.stat().st_size
 
 
 def save_figure(path: str | Path, figure: Any, dpi: int) -> None:

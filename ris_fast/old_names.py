@@ -20,6 +20,9 @@ SETTINGS = {
     "health.mute": CAUSES,
     "model.options.inputs": {"collapsed": "effective_channel", "backprojection": "channel"},
 }  # words in their values
+RETIRED = {  # settings that are read and not used: what takes their place
+    "report.checkpoint_epochs": "the last checkpoint is written every report.checkpoint_seconds and at the end",
+}
 MODULES = {  # of names that people import, and that pickled objects refer to
     "cli": "commands.cli",
     "evaluation": "commands.evaluate",
@@ -73,6 +76,14 @@ def current_setting(key: str, value: Any) -> Any:
         if old in value.replace(",", " ").split():
             value = value.replace(old, _current(old, names, f"{key} ="))
     return value
+
+
+def retired_setting(key: str) -> bool:
+    """Whether the setting 'section.key' has no effect any more. Warns: OldNameWarning, with what takes its place."""
+    if key not in RETIRED:
+        return False
+    _warn(f"{key} has no effect any more: {RETIRED[key]}", 3)
+    return True
 
 
 def current_origin(origin: str) -> str:

@@ -17,7 +17,7 @@ from ris_fast.config.schema import SECTIONS, Config, ConfigError, Task
 from ris_fast.config.section import typed
 from ris_fast.config.spelling import closest, did_you_mean
 from ris_fast.files import read_text
-from ris_fast.old_names import current_preset, current_setting
+from ris_fast.old_names import current_preset, current_setting, retired_setting
 
 MANIFEST = "manifest.json"  # of a data set that `ris-fast simulate` has written
 PRESETS = ("laptop", "full", "original")
@@ -53,6 +53,8 @@ def load_config(
     provenance: dict[str, str] = {}
     for origin, layer in layers:
         for key, value in layer.items():
+            if retired_setting(key):
+                continue
             _merge(values, _known(key, origin), current_setting(key, value), origin)
             provenance[key] = origin
     return _build(name, values, provenance)

@@ -174,7 +174,9 @@ class Report(Section):
     """What a run writes."""
 
     every_steps: int = option(50, "write a row to metrics.jsonl every this many optimizer steps", low=1)
-    checkpoint_epochs: int = option(1, "write checkpoints every this many epochs", low=1)
+    checkpoint_seconds: float = option(
+        60.0, "write the last checkpoint every this many seconds and at the end; 0: at the end alone", low=0.0
+    )
     plots: bool = option(True, "draw loss curves into the run folder")
 
 

@@ -30,7 +30,7 @@ class Callback:
         """At each report: after each of the first steps, then every `report.every_steps`; on a GPU one report later."""
 
     def on_epoch_end(self, row: dict[str, Any]) -> None:
-        """After the epoch's validation and checkpoint."""
+        """After the epoch's validation."""
 
     def on_summary(self, summary: dict[str, Any]) -> None:
         """At the end, also after an error in a step, before any `on_train_end`: to add to the summary."""

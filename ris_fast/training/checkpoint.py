@@ -19,6 +19,7 @@ from ris_fast.files import BEST, CHECKPOINTS, LAST, save_tensors, write_text
 from ris_fast.old_names import REPLACED
 
 UNHASHED = "an earlier version wrote this checkpoint, without hashes: damage to it would not be noticed"
+Groups = Mapping[str, Mapping[str, Tensor]]
 Contents = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 
 
@@ -28,26 +29,34 @@ class CheckpointError(ValueError):
     exit_code = exit_codes.DATA
 
 
-def save_checkpoint(
-    folder: Path, name: str, groups: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
-) -> Path:
+def save_checkpoint(folder: Path, name: str, groups: Groups, manifest: Mapping[str, Any]) -> Path:
     """Writes NAME.safetensors, with the manifest in its header, and the manifest again as NAME.json for people.
 
-    `groups` maps a prefix ('model', 'ema', 'optimizer') to its tensors. The model's have their own names, the
-    others 'prefix/name', so that any reader of safetensors finds the weights. The manifest gets a SHA-256 of
-    every tensor, and the header one of the manifest, so that no flipped bit is loaded. Raises StorageError.
+    `groups` maps a prefix ('model', 'ema', 'optimizer') to its tensors, on the host and without shared memory. The
+    manifest gets a SHA-256 of every tensor, and the header one of the manifest, so that no flipped bit is loaded.
+    Raises StorageError.
     """
-    tensors = {
-        (key if prefix == "model" else f"{prefix}/{key}"): value.detach().cpu().contiguous().clone()
+    write_checkpoint(folder, name, named_as_in_file(groups), manifest)
+    return folder / f"{name}.safetensors"
+
+
+def named_as_in_file(groups: Groups) -> dict[str, Tensor]:
+    """The model's tensors by their own names, the others as 'prefix/name': any reader of safetensors finds the
+    weights."""
+    return {
+        key if prefix == "model" else f"{prefix}/{key}": value
         for prefix, group in groups.items()
         for key, value in group.items()
     }
+
+
+def write_checkpoint(folder: Path, name: str, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> int:
+    """`save_checkpoint` of tensors that have their names in the file. Returns the bytes that were written."""
     hashes = {key: tensor_hash(value) for key, value in tensors.items()}
     text = json.dumps({**manifest, "sha256": hashes}, indent=1, sort_keys=True)
-    path = folder / f"{name}.safetensors"
-    save_tensors(path, tensors, {"format": "pt", "manifest": text, "sha256": _text_hash(text)})
-    write_text(folder / f"{name}.json", text)
-    return path
+    metadata = {"format": "pt", "manifest": text, "sha256": _text_hash(text)}
+    size = save_tensors(folder / f"{name}.safetensors", tensors, metadata)
+    return size + write_text(folder / f"{name}.json", text)
 
 
 def load_checkpoint(folder: Path, name: str) -> Contents:

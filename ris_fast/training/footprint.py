@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from ris_fast.config.schema import Config
 from ris_fast.data.source import SceneSource
 from ris_fast.environment import free_memory
 from ris_fast.physics.scenes import Scenes
+from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.training.step import autocast, network_inputs
 
 SAFE = 0.6  # of what is free: a step takes up to 1.4 times what its scenes and saved tensors do (measured)
@@ -30,8 +32,10 @@ class MeasuredRun(Protocol):
 
     config: Config
     source: SceneSource
+    folder: Path | None
     device: torch.device
     model: torch.nn.Module
+    optimizer: FusedAdamW
     loss: torch.nn.Module
 
 
@@ -49,7 +53,7 @@ def refuse_too_large(run: MeasuredRun) -> None:
     if run.device.type != "cpu" or (at_once <= SMALL and sizes["data.train_scenes"] <= SMALL_EPOCH):
         return  # a GPU says so itself
     parts, free = needed_bytes(run), free_memory()
-    total = sum(parts.values())
+    total = sum(parts.values()) + checkpoint_bytes(run)
     if total <= free:
         return
     setting = max(parts, key=parts.__getitem__)
@@ -97,6 +101,13 @@ def needed_bytes(run: MeasuredRun) -> dict[str, float]:
         "data.val_limit": sizes["data.val_limit"] * held,
         "data.train_scenes": INDEX_BYTES * sizes["data.train_scenes"],
     }
+
+
+def checkpoint_bytes(run: MeasuredRun) -> int:
+    """Of the copies that checkpoints are written from: weights and averages twice, moments once; nothing without a
+    folder."""
+    weights = sum(value.nbytes for value in run.model.state_dict().values())
+    return 0 if run.folder is None else weights * (4 if run.optimizer.ema_decay is None else 6)
 
 
 def bytes_per_scene(run: MeasuredRun) -> tuple[float, float]:

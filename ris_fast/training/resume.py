@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ris_fast.config.schema import Config, ConfigError
 from ris_fast.config.schema import Training as TrainingConfig
@@ -23,11 +23,12 @@ from ris_fast.training.checkpoint import (
     load_checkpoint,
     load_weights,
     read_whole,
-    save_checkpoint,
 )
 from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.training.schedule import Plan
 from ris_fast.training.state import RunState, trainable
+
+MOMENTS = ("step.", "exp_avg.", "exp_avg_sq.")  # beginnings of their names among the optimizer's tensors
 
 
 def identity(config: Config, source: SceneSource) -> dict[str, Any]:
@@ -49,7 +50,9 @@ def identity(config: Config, source: SceneSource) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def run_facts(config: Config, source: SceneSource, state: RunState, planned_steps: int) -> dict[str, Any]:
+def run_facts(
+    config: Config, source: SceneSource, state: RunState, planned_steps: int, model: nn.Module
+) -> dict[str, Any]:
     """What a checkpoint remembers of its run besides tensors: its progress, and the settings it depends on."""
     training = config.training
     return {
@@ -59,16 +62,23 @@ def run_facts(config: Config, source: SceneSource, state: RunState, planned_step
         "identity": identity(config, source),
         "step_scenes": training.batch_size * training.accumulate,
         "precision": training.precision,
+        "parameters": trainable(model),
     }
 
 
-def save(folder: Path, name: str, model: nn.Module, optimizer: FusedAdamW, facts: Mapping[str, Any]) -> None:
-    """Writes checkpoint NAME into the run's folder: weights, optimizer, averaged weights, and `facts` (`run_facts`)."""
-    groups = {"model": model.state_dict(), **optimizer.checkpoint_tensors()}
-    if optimizer.ema_decay:
-        with optimizer.ema():
-            groups["ema"] = {key: value.clone() for key, value in model.state_dict().items()}
-    save_checkpoint(folder / CHECKPOINTS, name, groups, {**facts, "parameters": trainable(model)})
+def tensors_of(model: nn.Module, optimizer: FusedAdamW, *, moments: bool) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds, as views: the weights, their averages once there are any, the optimizer's counters and,
+    if asked for, its moments."""
+    saved = optimizer.checkpoint_tensors()["optimizer"]
+    averages = {key.removeprefix("ema."): value for key, value in saved.items() if key.startswith("ema.")}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    weights = model.state_dict(keep_vars=True)
+    groups = {"model": weights, "optimizer": {"counters": saved["counters"]}}
+    if moments:
+        groups["optimizer"] |= {key: value for key, value in saved.items() if key.startswith(MOMENTS)}
+    if averages:
+        groups["ema"] = {key: averages.get(names.get(id(value), ""), value) for key, value in weights.items()}
+    return groups
 
 
 def precision_of(run: Path, name: str) -> str | None:
@@ -103,11 +113,16 @@ def restore(
     folder = run / CHECKPOINTS
     groups, manifest = load_checkpoint(folder, name)
     _same_run(manifest, run, config, source)
-    load_weights(model, groups.pop("model"), str(folder / f"{name}.safetensors"))
-    groups.pop("ema", None)
-    optimizer.load_checkpoint_tensors(groups)
-    state = _state_of(manifest, folder / f"{name}.safetensors")
+    path = folder / f"{name}.safetensors"
+    load_weights(model, groups["model"], str(path))
+    saved = groups["optimizer"]
+    if "ema" in groups and not any(key.startswith("ema.") for key in saved):  # earlier versions wrote averages twice
+        saved |= {f"ema.{key}": groups["ema"][key] for key in optimizer.tensor_names}
+    optimizer.load_checkpoint_tensors({"optimizer": saved})
+    state = _state_of(manifest, path)
     notes = [manifest["note"]] if "note" in manifest else []
+    if state.step and not any(key.startswith(MOMENTS) for key in saved):
+        notes.append(f"{path} has no moments: AdamW starts them anew; learning rate, counts and averages go on")
     if name != BEST:
         notes += _take_best(state, folder, manifest)
     return Restored(state, manifest["planned_steps"], notes)
@@ -167,7 +182,7 @@ def _known(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def _take_best(state: RunState, folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Sets the best score so far to that of the best checkpoint itself, and returns what is to be said of it.
 
-    What the last checkpoint remembers may be older (a kill between the two saves, a last checkpoint put back) or of
+    What the last checkpoint remembers may be older (a kill before the next one, a last checkpoint put back) or of
     weights that are lost; a worse epoch must not replace the first, and nothing can replace the second.
     """
     path, found = folder / f"{BEST}.safetensors", read_whole(folder, BEST)
@@ -185,7 +200,7 @@ def _take_best(state: RunState, folder: Path, manifest: Mapping[str, Any]) -> li
     its = _state_of(best, path)
     if its.best_nmse != state.best_nmse:
         state.best_nmse, state.best_weights = its.best_nmse, its.best_weights
-        state.epochs_since_best = max(0, state.epoch - its.epoch)
+        state.epochs_since_best = state.epoch - its.epoch  # below zero until the run is there again
         return [
             f"the best checkpoint, of epoch {its.epoch}, scores {its.best_nmse:.4g}: only a better epoch replaces it"
         ]

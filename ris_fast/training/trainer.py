@@ -16,11 +16,13 @@ from ris_fast.config.schema import Config, ConfigError
 from ris_fast.data.open_source import open_source, widened_sector
 from ris_fast.data.source import SceneSource, epoch_batches
 from ris_fast.environment import keep_freed_memory
+from ris_fast.files import BEST, CHECKPOINTS, LAST
 from ris_fast.models import build_model
 from ris_fast.models.modes import has_dropout
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.callback import Callback, callback_list, check_callbacks, from_observer, step_callbacks
 from ris_fast.training.capture import CapturedCall, CapturedStep
+from ris_fast.training.checkpoint_writer import CheckpointWriter
 from ris_fast.training.comparisons import CHUNK, Comparisons, compare
 from ris_fast.training.compiled_model import choose_device, compile_now, compiled
 from ris_fast.training.footprint import refuse_too_large
@@ -28,7 +30,7 @@ from ris_fast.training.loss import CovarianceLoss, served_by
 from ris_fast.training.parts import Built
 from ris_fast.training.precision import choose_precision, refuse_tf32
 from ris_fast.training.reporter import MetricsReporter, validation_reading
-from ris_fast.training.resume import precision_of, restore, run_facts, save, start_from
+from ris_fast.training.resume import precision_of, restore, run_facts, start_from, tensors_of
 from ris_fast.training.schedule import Plan, steps_in_epoch
 from ris_fast.training.state import Meter, RunState, RunStopped, trainable
 from ris_fast.training.step import Step, build_optimizer, network_inputs
@@ -81,7 +83,7 @@ class Trainer(Built):
         self.notes: list[str] = []  # what a person should read before training, besides the source's
         if config.training.init and not resume:
             self.notes += start_from(config.training.init, self.model)
-        checkpoint = resume if isinstance(resume, str) else "last"
+        checkpoint = resume if isinstance(resume, str) else LAST
         if config.training.precision == "auto":
             self.config = config = self._with_precision(checkpoint if resume else None)
         refuse_tf32(self.device, config.training.precision)
@@ -89,6 +91,7 @@ class Trainer(Built):
         self.network, self.compile_note = compiled(self.model, config, self.device)
         self.step = Step(self.network, self.loss, self.optimizer, config, self.device, self.model)
         self.capture: CapturedStep | None = None  # the step as a graph, on CUDA
+        self.writer = CheckpointWriter()
         self.validation_runner: Callable[[Callable[[], Any]], Any] = lambda work: work()
 
         training, scenes = config.training, self.source.size("train")
@@ -97,6 +100,7 @@ class Trainer(Built):
         self.planned = 0  # length of the schedule that the last step used
         self.state = RunState()
         self.started, self.clock = time.monotonic(), Clock(self.device)  # started: when, had nothing interrupted it
+        self.saved = self.started  # when the last checkpoint was
         self.replanned_at: tuple[int, DeviceTimestamp] | None = None
         self.optimizer_batches = 0  # of the epoch, that were read
         self.validation: list[Scenes] = []  # this and what follows: from the start of `fit`
@@ -136,8 +140,9 @@ class Trainer(Built):
     def _fit(self) -> dict[str, Any]:
         self._notify("on_train_start", self._info())
         self.reporter.read_counters()  # steps that somebody made before are not the loop's
-        findings, verdict, ended_by = [], None, {}
-        self.started = time.monotonic() - self.state.seconds
+        findings, verdict, ended_by, begun = [], None, {}, self.state.step
+        self.saved = time.monotonic()
+        self.started = self.saved - self.state.seconds
         self.weight_drift, self.weight_drift_between_epochs = WeightDriftMonitor(self.model, self.first_norms), {}
         try:
             if self.state.step == 0:
@@ -148,15 +153,19 @@ class Trainer(Built):
                 self._epoch()
                 if 0 < settings.patience <= self.state.epochs_since_best:
                     break
+            if self.state.step > begun:
+                self._save_last()
         except RunStopped as stop:
             findings, verdict = [stop.finding], "stopped"
             raise
         except BaseException as error:
             verdict, ended_by = "stopped", {"ended_by": f"{type(error).__name__}: {error}"}
             if isinstance(error, KeyboardInterrupt):
-                self._save("last")
+                self._save_last()
             raise
         finally:
+            if lost := self.writer.close():
+                ended_by["checkpoint_error"] = lost
             outcome = self._summary(verdict, findings) | ended_by
             self._notify("on_summary", outcome)
             self._notify("on_train_end", outcome)
@@ -174,6 +183,7 @@ class Trainer(Built):
         # A captured step makes its scenes itself, from their numbers.
         step, batches = (self.step, self._groups()) if self.capture is None else (self.capture, self._index_groups())
         for batch in batches:
+            self._save_if_due()
             self.planned = self.plan.planned
             for callback in listeners:
                 callback.on_step_start()
@@ -266,9 +276,7 @@ class Trainer(Built):
         state.epoch, state.epoch_step = state.epoch + 1, 0
         if better:
             state.best_nmse, state.best_weights = score.nmse, weights
-            self._save("best")
-        if state.epoch % self.config.report.checkpoint_epochs == 0 or self._time_over():
-            self._save("last")
+            self._save(BEST)
         self.plan.update(state.step, state.seconds)
         self._notify("on_epoch_end", row)
 
@@ -282,9 +290,27 @@ class Trainer(Built):
             return score()
 
     def _save(self, name: str) -> None:
-        if self.folder is not None:
-            facts = run_facts(self.config, self.source, self.state, self.plan.planned)
-            save(self.folder, name, self.model, self.optimizer, facts)
+        """Has a checkpoint written of the run as it is now; the last one has the moments too."""
+        if self.folder is None:
+            return
+        if name == LAST:
+            self.saved = time.monotonic()
+        facts = run_facts(self.config, self.source, self.state, self.plan.planned, self.model)
+        tensors = tensors_of(self.model, self.optimizer, moments=name == LAST)
+        self.writer.save(self.folder / CHECKPOINTS, name, tensors, facts)
+
+    def _save_if_due(self) -> None:
+        """The last checkpoint after each `report.checkpoint_seconds`; later where the one before is not on disk yet."""
+        self.writer.poll()
+        seconds = self.config.report.checkpoint_seconds
+        if 0 < seconds <= time.monotonic() - self.saved and not self.writer.busy(LAST):
+            self._save(LAST)
+
+    def _save_last(self) -> None:
+        """The last checkpoint, of which one copy is in memory at a time, on disk."""
+        self.writer.finish()
+        self._save(LAST)
+        self.writer.finish()
 
     def _restore(self, name: str) -> None:
         self.first_norms = weight_norms(self.model)  # of the untrained network, as when the run began
@@ -328,6 +354,7 @@ class Trainer(Built):
             mmse_bound=self.comparisons.mmse_bound,
             parameters=self.parameters,
             skipped_steps=self.reporter.counters["skipped"],
+            checkpoints=self.writer.figures(),
         )
 
     @property

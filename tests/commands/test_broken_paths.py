@@ -18,7 +18,7 @@ from ris_fast.files import remove_leftovers
 from ris_fast.report.eventlog import read_events
 from tests.commands.test_runs import SMALL
 
-QUICK = [*SMALL, "--set", "health.preflight=false", "--set", "report.checkpoint_epochs=1"]
+QUICK = [*SMALL, "--set", "health.preflight=false"]
 LONG = "n" * 300
 
 

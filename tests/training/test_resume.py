@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,11 @@ from ris_fast.commands.run_folder import resumed_config, run_config
 from ris_fast.config.load import render_toml
 from ris_fast.config.schema import Config, ConfigError
 from ris_fast.files import StorageError
-from ris_fast.training import trainer as loop
-from ris_fast.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from ris_fast.training.resume import finished
+from ris_fast.training import checkpoint
+from ris_fast.training.callback import Callback
+from ris_fast.training.checkpoint import CheckpointError, load_checkpoint, read_whole, save_checkpoint
+from ris_fast.training.resume import finished, tensors_of
+from ris_fast.training.state import RunStopped
 from ris_fast.training.trainer import Trainer
 from tests.training.test_trainer import Recorder, small
 
@@ -102,15 +107,188 @@ def test_resume_measures_distance_from_the_first_weights(tmp_path: Path) -> None
     assert again.epochs[-1]["epochs"] == 3
 
 
-def test_summary_names_the_error_that_ended_the_run(tmp_path: Path, monkeypatch) -> None:
-    def full(*_: Any) -> None:
-        raise StorageError(tmp_path / "best.safetensors", OSError(28, "full"))
+def full(path: Path, *_: Any) -> int:
+    raise StorageError(path, OSError(28, "full"))
 
-    monkeypatch.setattr(loop, "save", full)
+
+def test_summary_names_the_error_that_ended_the_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
     trainer = Trainer(small(), tmp_path, callbacks=[told := Recorder()])
     with pytest.raises(StorageError):
         trainer.fit()
     assert told.summary["verdict"] == "stopped" and "No space left" in told.summary["ended_by"]
+
+
+class At(Callback):
+    """Does something before the step of this number, counted from 1."""
+
+    def __init__(self, step: int, then: Callable[[Trainer], None]) -> None:
+        self.number, self.then = step, then
+
+    def watch(self, trainer: Trainer) -> Trainer:
+        self.trainer = trainer
+        trainer.callbacks.append(self)
+        return trainer
+
+    def on_step_start(self) -> None:
+        if self.trainer.state.step == self.number - 1:
+            self.then(self.trainer)
+
+
+def save_at_the_next_step(trainer: Trainer) -> None:
+    trainer.saved -= 1e6
+
+
+def interrupt(trainer: Trainer) -> None:
+    raise KeyboardInterrupt
+
+
+def killed(trainer: Trainer) -> None:
+    trainer.writer.finish()  # a kill would leave what is on disk by now
+    raise ZeroDivisionError
+
+
+def run_until_killed(config: Config, folder: Path, step: int) -> None:
+    """A run whose last checkpoint falls due within its epoch, behind step 6 of 4 an epoch, and which then is killed."""
+    trainer = At(6, save_at_the_next_step).watch(At(step, killed).watch(Trainer(config, folder)))
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("kill", [8, 14])
+def test_resume_of_a_killed_run_from_a_timed_checkpoint_is_bitwise(kill: int, tmp_path: Path) -> None:
+    """Also where epochs, and better ones, had ended since."""
+    whole = Trainer(small("training.patience=1", epochs=4), tmp_path / "whole", callbacks=[told := Recorder()])
+    whole.fit()
+    assert told.summary["epochs"] == 4  # every epoch is the best: the patience is not what ends the run
+    run_until_killed(small("training.patience=1", epochs=4), tmp_path / "cut", kill)
+    resumed = Trainer(
+        small("training.patience=1", epochs=4), tmp_path / "cut", callbacks=[again := Recorder()], resume=True
+    )
+    assert (resumed.state.epoch, resumed.state.epoch_step) == (1, 2)
+    resumed.fit()
+    for name in ("last", "best"):
+        (groups, manifest), (expected, other) = (
+            load_checkpoint(tmp_path / run / "checkpoints", name) for run in ("cut", "whole")
+        )
+        assert groups.keys() == expected.keys()
+        assert all(
+            value.equal(expected[prefix][key]) for prefix, group in groups.items() for key, value in group.items()
+        )
+        apart = {key for key, value in manifest["state"].items() if value != other["state"][key]}
+        assert apart <= {"seconds", "train_loss"}  # the loss is that of the epoch's steps since
+    assert again.epochs[-1]["val_nmse_raw"] == told.epochs[-1]["val_nmse_raw"]
+
+
+def test_last_checkpoint_is_written_by_time(tmp_path: Path) -> None:
+    def saved(seconds: float) -> tuple[int, int]:
+        folder = tmp_path / str(seconds)
+        trainer = At(8, killed).watch(Trainer(small(f"report.checkpoint_seconds={seconds}", epochs=2), folder))
+        with pytest.raises(ZeroDivisionError):
+            trainer.fit()
+        last = read_whole(folder / "checkpoints", "last")
+        return trainer.writer.figures()["written"], last[1]["state"]["step"] if last else 0
+
+    assert saved(0.0) == saved(60.0) == (1, 0)  # the best one of the first epoch
+    written, step = saved(1e-6)
+    assert written > 1 and 0 < step < 8
+
+
+def test_best_checkpoint_has_no_moments_and_resumes(tmp_path: Path) -> None:
+    trained(tmp_path, epochs=2)
+    (last, _), (best, manifest) = (load_checkpoint(tmp_path / "checkpoints", name) for name in ("last", "best"))
+    assert manifest["state"]["epoch"] == 2 and best["optimizer"].keys() == {"counters"}
+    assert {key.partition(".")[0] for key in last["optimizer"]} == {"counters", "step", "exp_avg", "exp_avg_sq"}
+    whole, resumed = (Trainer(small(epochs=4), tmp_path, resume=name) for name in ("last", "best"))
+    assert any("best.safetensors has no moments" in note for note in resumed.notes) and not whole.notes
+    for key in ("model", "ema"):
+        groups = tensors_of(resumed.model, resumed.optimizer, moments=False)
+        assert all(value.equal(last[key][name]) for name, value in groups[key].items())
+    assert resumed.optimizer.counters() == whole.optimizer.counters() and not resumed.optimizer.state
+    told = [Recorder(), Recorder()]
+    for trainer, recorder in zip((whole, resumed), told):
+        trainer.callbacks.append(recorder)
+        trainer.folder = None
+        trainer.fit()
+    assert [row["lr"] for row in told[0].steps] == [row["lr"] for row in told[1].steps]
+    assert told[1].summary["optimizer_steps"] == 16
+
+
+def test_checkpoint_of_an_earlier_version_resumes_bitwise(tmp_path: Path) -> None:
+    """It had the averages twice, and moments in the best one too."""
+    whole = Trainer(small(epochs=3), tmp_path / "whole")
+    whole.fit()
+    with pytest.raises(KeyboardInterrupt):
+        At(9, interrupt).watch(Trainer(small(epochs=3), tmp_path)).fit()
+    folder = tmp_path / "checkpoints"
+    groups, manifest = load_checkpoint(folder, "last")
+    averages = {f"ema.{key}": value.clone() for key, value in groups["ema"].items()}
+    for name in ("last", "best"):
+        save_checkpoint(folder, name, groups | {"optimizer": groups["optimizer"] | averages}, manifest)
+        resumed = Trainer(small(epochs=3), tmp_path, resume=name)
+        assert not resumed.notes
+        resumed.folder = None
+        resumed.fit()
+        for one, other in zip(
+            *(tensors_of(each.model, each.optimizer, moments=True).items() for each in (whole, resumed))
+        ):
+            assert one[0] == other[0] and all(value.equal(other[1][key]) for key, value in one[1].items())
+
+
+def test_error_of_the_checkpoint_writer_ends_the_run_at_the_next_step(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
+    trainer = Trainer(small(epochs=5), tmp_path, callbacks=[told := Recorder()])
+
+    def until_the_thread_has_failed(trainer: Trainer) -> None:
+        trainer.writer._thread.join()
+
+    At(6, save_at_the_next_step).watch(At(7, until_the_thread_has_failed).watch(trainer))
+    monkeypatch.setattr(trainer.writer, "finish", trainer.writer.poll)
+    with pytest.raises(StorageError, match="No space left"):
+        trainer.fit()
+    assert told.summary["optimizer_steps"] < 8 and "checkpoint_error" not in told.summary
+
+
+def test_error_of_the_checkpoint_writer_is_told_beside_another(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
+
+    def stop(trainer: Trainer) -> None:
+        raise RunStopped("enough", "steps_skipped")
+
+    trainer = Trainer(small(epochs=5), tmp_path, callbacks=[told := Recorder()])
+    monkeypatch.setattr(trainer.writer, "poll", lambda: None)
+    At(5, stop).watch(trainer)
+    with pytest.raises(RunStopped, match="enough"):
+        trainer.fit()
+    assert "No space left" in told.summary["checkpoint_error"] and told.summary["findings"] == ["steps_skipped"]
+
+
+def test_interrupt_during_a_write_leaves_the_newest_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    write, entered = checkpoint.save_tensors, threading.Event()
+
+    def slow(path: Path, *values: Any) -> int:
+        entered.set()
+        time.sleep(0.3)
+        return write(path, *values)
+
+    def interrupt_the_write(trainer: Trainer) -> None:
+        assert entered.wait(60) and trainer.writer.busy("last")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_tensors", slow)
+    trainer = At(2, save_at_the_next_step).watch(At(3, interrupt_the_write).watch(Trainer(small(), tmp_path)))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert load_checkpoint(tmp_path / "checkpoints", "last")[1]["state"]["step"] == 2
+    assert trainer.writer.figures()["written"] == 2 and not trainer.writer.busy("last")
+
+
+def test_fit_of_a_finished_run_leaves_its_checkpoint(tmp_path: Path) -> None:
+    trained(tmp_path)
+    path = tmp_path / "checkpoints" / "last.safetensors"
+    before = path.read_bytes()
+    assert Trainer(small(), tmp_path, resume="best").fit()["epochs"] == 1
+    assert path.read_bytes() == before
 
 
 def test_resume_offers_best_where_last_is_damaged(tmp_path: Path) -> None:
