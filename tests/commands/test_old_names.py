@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ris_fast.commands.cli import main
-from ris_fast.config.load import load_config
+from ris_fast.config.load import load_config, render_toml
 from ris_fast.config.schema import Task
 from ris_fast.health.names import known_causes
 from ris_fast.old_names import KEYS, MODULES, OldNameWarning
@@ -88,6 +88,16 @@ def test_why_explains_an_old_run_with_the_new_names(old_run: Path, capsys) -> No
     ]
     assert "floors -> baselines" in said.err and "stalled_at_floor -> stalled_at_baseline" in said.err
     assert "FutureWarning" not in said.err and len(said.err.splitlines()) == 2
+
+
+def test_retired_setting_is_read_and_named(capsys, tmp_path: Path) -> None:
+    file = tmp_path / "old.toml"
+    file.write_text('preset = "original"\n[report]\ncheckpoint_epochs = 3\nevery_steps = 7\n')
+    with pytest.warns(OldNameWarning, match="report.checkpoint_epochs has no effect any more: .*checkpoint_seconds"):
+        config = load_config(file)
+    assert config.report.every_steps == 7 and "checkpoint_epochs" not in render_toml(config)
+    assert main(["train", str(file), "--set", "report.checkpoint_epochs=1", "--print-config"]) == 0
+    assert len(notes(capsys.readouterr().err)) == 1
 
 
 def test_resume_and_evaluate_an_old_run(old_run: Path, capsys) -> None:

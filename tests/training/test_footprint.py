@@ -37,6 +37,20 @@ def test_trainer_refuses_a_size_that_exceeds_memory(overrides: tuple[str, ...], 
         Trainer(small(*overrides))
 
 
+def test_footprint_counts_the_copies_of_checkpoints(tmp_path, monkeypatch) -> None:
+    """Weights and averages for the last and the best one, two moments for the last."""
+    config = small("training.batch_size=600", "data.train_scenes=600")
+    trainer = Trainer(config)
+    needed, weights = sum(footprint.needed_bytes(trainer).values()), 4 * trainer.parameters
+    trainer.folder = tmp_path
+    assert 6 * weights <= footprint.checkpoint_bytes(trainer) < 6.1 * weights  # buffers too
+    monkeypatch.setattr(footprint, "free_memory", lambda: needed + 5 * weights)
+    Trainer(config)
+    with pytest.raises(OutOfMemory, match="training.batch_size = 600"):
+        Trainer(config, tmp_path)
+    Trainer(replace(config, optimizer=replace(config.optimizer, ema_decay=0.0)), tmp_path)
+
+
 def test_train_exits_5_for_a_size_that_exceeds_memory(tmp_path, capsys) -> None:
     options = [
         part
