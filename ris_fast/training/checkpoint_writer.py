@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,9 @@ class CheckpointWriter:
     def _hand_over(self) -> None:
         for job in [job for job in self._copying.values() if job.arrived()]:
             with self._lock:
-                self._ready[job.name] = self._copying.pop(job.name)
+                self._ready[job.name] = replace(
+                    self._copying.pop(job.name), copied=None
+                )  # the event stays on this side
                 if self._thread is None:
                     thread = threading.Thread(target=self._work, name="checkpoints")
                     thread.start()

@@ -354,7 +354,7 @@ class Trainer(Built):
             mmse_bound=self.comparisons.mmse_bound,
             parameters=self.parameters,
             skipped_steps=self.reporter.counters["skipped"],
-            checkpoints=self.writer.figures(),
+            checkpoints=None if self.folder is None else self.writer.figures(),
         )
 
     @property

@@ -66,6 +66,8 @@ def test_train_writes_every_file_of_a_run_folder(trained: Path) -> None:
         "findings",
     } <= summary.keys()
     assert (summary["optimizer_steps"], summary["scenes_seen"]) == (8, 128)
+    assert summary["checkpoints"].keys() == {"written", "bytes", "waited_seconds", "writer_seconds"}
+    assert summary["checkpoints"]["written"] in (2, 3) and summary["checkpoints"]["bytes"] > 8 * summary["parameters"]
     assert summary["baselines"]["zero"] == 1.0 and json.loads((trained / "env.json").read_text())["versions"]["torch"]
 
 
