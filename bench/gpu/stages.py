@@ -52,7 +52,7 @@ STAGES: dict[str, Stage] = {
     # ---- a second run: what is left of the time ----
     "train_original": Stage(130, *_train("original", 85)),
     "gradcheck": Stage(90, *((*PYTHON, "bench.gpu.gradcheck"),) * 2),
-    "step": Stage(100, *_bench("train_step", "against_peers", "launches")),
+    "step": Stage(100, *_bench("train_step", "against_peers and not precisions", "launches")),
     "check": Stage(40, (*PYTHON, "ris_fast", "check", "--preset", "full"), (*PYTHON, "ris_fast", "env")),
     "loop_by_batch": Stage(60, *_bench("training", "rate or phases", "phases and 64]")),
     "efficiency": Stage(40, *_bench("training", "efficiency", "efficiency and default")),

@@ -5,7 +5,9 @@ On a CPU the graph is replaced by a second run of the captured function; on CUDA
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from ris_fast.training import trainer as loop
-from ris_fast.training.capture import CapturedCall, CapturedStep, attempt, why_not
+from ris_fast.training.capture import CapturedCall, CapturedStep, CudaGraph, attempt, why_not
 from ris_fast.training.trainer import Trainer
 from tests.training.capture_helpers import Rerun, Rows, captured_trainer, change_settings, config_of, same
 
@@ -134,6 +136,20 @@ def test_capture_that_fails_says_what_broke_it() -> None:
         "Cannot copy between CPU and CUDA tensors during CUDA graph capture; then: "
         "CUDA error: operation failed due to a previous error during capture"
     )
+
+
+def test_a_graph_is_captured_without_collection_and_beside_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    @contextmanager
+    def graph(*_: Any, **options: Any) -> Iterator[None]:
+        given.update(options, collecting=gc.isenabled())
+        yield
+
+    for name, value in (("CUDAGraph", object), ("graph", graph), ("current_stream", str), ("default_stream", str)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert CudaGraph(lambda: 7).result == 7
+    assert given == {"stream": None, "capture_error_mode": "thread_local", "collecting": False} and gc.isenabled()
 
 
 def test_capture_does_not_hide_an_error_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
