@@ -101,15 +101,15 @@ def paths_read_an_example() -> Iterator[None]:
 
             return of_the_example
 
-        def moduli(factors: Callable) -> Callable:
-            def without_phases(x: torch.Tensor, features: HybridFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+        def moduli(factor: Callable) -> Callable:
+            def without_phases(x: torch.Tensor, features: HybridFeatures) -> torch.Tensor:
                 size = (features.re.square() + features.im.square()).sqrt()
-                return factors(x, features._replace(re=size, im=torch.zeros_like(size)))
+                return factor(x, features._replace(re=size, im=torch.zeros_like(size)))
 
             return without_phases
 
         wrap(model, "_fused", first)
-        wrap(model, "_factors", moduli)
+        wrap(model, "_factor", moduli)
 
     with model_with(change):
         yield
