@@ -38,7 +38,7 @@ def connected(context: PreflightContext) -> Iterator[Finding]:
                 "the factors that the network returns require no gradient: it runs under "
                 f"no_grad or detaches its answer{via(exits.detached)}.",
             )
-    elif not total.requires_grad or _cut(total, prediction.factor):
+    elif not total.requires_grad or _cut(context, total, terms, prediction.factor):
         loose = [name for name in COVARIANCE if name in terms and not terms[name].requires_grad]
         cause = "loss_rebuilt" if exits.rebuilt and not exits.detached else "detached_loss"
         yield Finding(
@@ -48,8 +48,17 @@ def connected(context: PreflightContext) -> Iterator[Finding]:
         )
 
 
-def _cut(total: Tensor, factor: Tensor) -> bool:
-    return torch.autograd.grad(total, factor, retain_graph=True, allow_unused=True)[0] is None
+def _cut(context: PreflightContext, total: Tensor, terms: dict[str, Tensor], factor: Tensor) -> bool:
+    """Whether no covariance term depends on the factors. The total may all the same, through heads that read them;
+    it alone can tell where the terms are numbers without a history."""
+
+    def leads(value: Tensor) -> bool:
+        found = torch.autograd.grad(value, factor, retain_graph=True, allow_unused=True) if value.requires_grad else ()
+        return any(each is not None for each in found)
+
+    weighted = [terms[name] for name in COVARIANCE if context.loss.weights.get(name, 0) > 0 and name in terms]
+    told = weighted and any(value.requires_grad for value in terms.values())
+    return not leads(total) or bool(told and not any(map(leads, weighted)))
 
 
 # ---- each tensor -----------------------------------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench.faults.healthy import with_shards
 from bench.faults.healthy_twins import TWINS
@@ -23,6 +25,8 @@ from ris_fast.health.preflight import scenes as check_scenes
 from ris_fast.health.preflight import terms as check_terms
 from ris_fast.health.preflight import validation as check_validation
 from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.models.prediction import Prediction
+from ris_fast.physics.scenes import Scenes
 from ris_fast.training import loss
 from ris_fast.training import loss_terms as terms
 from ris_fast.training.loss import CovarianceLoss
@@ -182,6 +186,29 @@ def test_physics_check_names_wrong_validation_scenes(cause: str, wrong: Any) -> 
 
 # ---- the total
 # -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("twin", ["hybrid", "backprojection"])
+@pytest.mark.parametrize("what", ["as it is", "detached factor", "terms as numbers", "detached, terms as numbers"])
+def test_gradient_check_looks_at_the_covariance_terms(twin: str, what: str) -> None:
+    """Heads of the hybrid read its factor, so that other terms depend on it where the covariance's do not."""
+    trainer = Trainer(small(twin))
+
+    def changed(forward: Callable) -> Callable:
+        def run(prediction: Prediction, scenes: Scenes) -> tuple[Tensor, dict[str, Tensor]]:
+            if "detached" in what:
+                prediction = prediction._replace(factor=prediction.factor.detach())
+            total, named = forward(prediction, scenes)
+            return total, {name: each.detach() for name, each in named.items()} if "numbers" in what else named
+
+        return run
+
+    wrap(trainer.loss, "forward", changed)
+    found = causes(check_gradient.connected, trainer)
+    if (twin, what) == ("hybrid", "detached, terms as numbers"):
+        assert found == []  # the total depends on the factor through the heads, and nothing here tells more
+    else:
+        assert found == (["detached_loss"] if "detached" in what else [])
 
 
 @pytest.mark.slow
