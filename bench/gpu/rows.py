@@ -30,6 +30,13 @@ def note(item: str, **facts: Any) -> None:
             file.write(text.encode())
 
 
+def end_line(path: Path) -> None:
+    """Ends the torn last line that a kill has left, so that the next row begins a line of its own."""
+    if path.is_file() and (text := path.read_bytes()) and not text.endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")
+
+
 def trial() -> bool:
     """Whether only the flow of control is tried, in tiny sizes: such rows are no figures."""
     return os.environ.get(TRIAL, "0") not in ("", "0")

@@ -30,6 +30,7 @@ def main() -> int:
     if out.resolve() != KEPT.resolve() and (KEPT / RESULTS).is_file() and not (out / RESULTS).exists():
         shutil.copy(KEPT / RESULTS, out / RESULTS)  # what comes back is everything
     os.environ[rows.ROWS] = str(out / RESULTS)
+    rows.end_line(out / RESULTS)
     asked = os.environ.get("RIS_FAST_GPU_SH_STAGES", "").split()
     unknown = [name for name in asked if name not in STAGES]
     if unknown:

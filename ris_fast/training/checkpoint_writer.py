@@ -125,9 +125,8 @@ class CheckpointWriter:
                     self._copying.pop(job.name), copied=None
                 )  # the event stays on this side
                 if self._thread is None:
-                    thread = threading.Thread(target=self._work, name="checkpoints")
-                    thread.start()
-                    self._thread = thread
+                    self._thread = threading.Thread(target=self._work, name="checkpoints")
+                    self._thread.start()
 
     def _raise(self) -> None:
         if (error := self._error) is not None:

@@ -125,6 +125,7 @@ class CovarianceLoss(nn.Module):
 
     def _factor_terms(self, factor: Tensor, scenes: Scenes) -> dict[str, Tensor]:
         """The terms that act on the factors alone; the factor's Gram matrix and the true directions are shared."""
+        factor = terms.in_scale(factor)
         gram = terms.gram(factor) if self.weights.keys() & {"orthogonality", "cross", "subspace"} else None
         steer = terms.unit_columns(scenes.factor) if self.weights.keys() & {"subspace", "contrast"} else None
         wanted: dict[str, Callable[[], Tensor]] = {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as fn
 
-from ris_fast.kernels.scale import rescaled
+from ris_fast.kernels.scale import power_of_two, rescaled
 from ris_fast.physics.real_complex import adjoint_matmul, expi, matmul, multiply, power
 
 ANGLE_DELTA = math.radians(0.25)
@@ -28,10 +28,18 @@ RIDGE = 1e-4  # of the true steering vectors' Gram matrix, whose diagonal is 1
 LOADING = 1e-3  # of the spectrum, as a share of the prediction's trace
 FLOOR = 1e-6  # floor of a denominator that may vanish, where the trace is 1
 SMALLEST = 1e-24  # squared norm below which there is no direction to speak of
+FAINT = 1e-16  # trace that counts as zero, of factors in scale: the square of its reciprocal is representable
+LARGEST_SCALE = 2.0**40
+
+
+def in_scale(factor_BNQ: Tensor) -> Tensor:
+    """Each scene's factor times a power of two that makes its entries of order one, at most 2^40: what the terms on
+    factors are given, none of which depends on its scale. So neither do their gradients but by that power of two."""
+    return factor_BNQ * power_of_two(factor_BNQ).clamp_max(LARGEST_SCALE)
 
 
 def unit_factor(factor_BNQ: Tensor) -> Tensor:
-    """F/|F|, so that F F^H has trace 1. Below a norm of 1e-12 the trace goes to zero with the factor."""
+    """F/|F|, so that F F^H has trace 1; below a norm of 1e-8 the trace goes to zero with the factor."""
     return factor_BNQ * _over(factor_BNQ.square().sum((1, 2, 3))).sqrt()
 
 
@@ -77,7 +85,7 @@ def _trace(gram_BQQ: Tensor) -> Tensor:
 
 def _over(total_B: Tensor) -> Tensor:
     """1/total, finite, to multiply (B, ., ., 2) by."""
-    return total_B.clamp_min(SMALLEST).reciprocal()[:, None, None, None]
+    return total_B.clamp_min(FAINT).reciprocal()[:, None, None, None]
 
 
 def wrapped(angle: Tensor) -> Tensor:

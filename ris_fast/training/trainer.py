@@ -26,6 +26,7 @@ from ris_fast.training.checkpoint_writer import CheckpointWriter
 from ris_fast.training.comparisons import CHUNK, Comparisons, compare
 from ris_fast.training.compiled_model import choose_device, compile_now, compiled
 from ris_fast.training.footprint import refuse_too_large
+from ris_fast.training.interrupts import interrupts_held
 from ris_fast.training.loss import CovarianceLoss, served_by
 from ris_fast.training.parts import Built
 from ris_fast.training.precision import choose_precision, refuse_tf32
@@ -33,7 +34,7 @@ from ris_fast.training.reporter import MetricsReporter, validation_reading
 from ris_fast.training.resume import precision_of, restore, run_facts, start_from, tensors_of
 from ris_fast.training.schedule import Plan, steps_in_epoch
 from ris_fast.training.state import Meter, RunState, RunStopped, trainable
-from ris_fast.training.step import Step, build_optimizer, network_inputs
+from ris_fast.training.step import Step, StepResult, build_optimizer, network_inputs
 from ris_fast.training.summary import info, summary
 from ris_fast.training.telemetry.async_copy import Clock, DeviceTimestamp, own_stream
 from ris_fast.training.telemetry.step_telemetry import WeightDriftMonitor, weight_norms
@@ -103,6 +104,7 @@ class Trainer(Built):
         self.saved = self.started  # when the last checkpoint was
         self.replanned_at: tuple[int, DeviceTimestamp] | None = None
         self.optimizer_batches = 0  # of the epoch, that were read
+        self.attempted: int | None = None  # within a step: the optimizer's steps before it
         self.validation: list[Scenes] = []  # this and what follows: from the start of `fit`
         self.comparisons = Comparisons()
         self.first_norms: Tensor | None = None  # of the weights that a resumed run began with
@@ -160,7 +162,7 @@ class Trainer(Built):
             raise
         except BaseException as error:
             verdict, ended_by = "stopped", {"ended_by": f"{type(error).__name__}: {error}"}
-            if isinstance(error, KeyboardInterrupt):
+            if isinstance(error, KeyboardInterrupt) and not self._broken_off():
                 self._save_last()
             raise
         finally:
@@ -187,11 +189,8 @@ class Trainer(Built):
             self.planned = self.plan.planned
             for callback in listeners:
                 callback.on_step_start()
-            result = step(batch, self.planned)
-            for callback in listeners:
-                callback.on_step_end()
-            self._advance(result.scenes)
-            window.add(result)
+            with interrupts_held():
+                self._step(lambda batch=batch: step(batch, self.planned), listeners, window)
             if reporter.due(state.step):
                 self._log(reporter.enqueue(window, state.scenes_seen - scenes_before, self.planned))
                 epoch_meter.join(window)
@@ -203,6 +202,22 @@ class Trainer(Built):
         rate = (state.scenes_seen - scenes_before) / max(self.clock.record().seconds() - self.clock.began, 1e-9)
         reporter.check_epoch(epoch_meter.steps, before, cut_short=self._time_over())
         self._close_epoch(epoch_meter, before, rate)
+
+    def _step(self, step: Callable[[], StepResult], listeners: list[Callback], window: Meter) -> None:
+        """One step and its count, which follows whatever a callback raises: weights and count belong together."""
+        self.attempted = self.optimizer.attempted_steps()
+        result = step()
+        self.attempted = None
+        try:
+            for callback in listeners:
+                callback.on_step_end()
+        finally:
+            self._advance(result.scenes)
+            window.add(result)
+
+    def _broken_off(self) -> bool:
+        """Whether a second Ctrl-C fell into an update, so that weights, moments and counts do not belong together."""
+        return self.attempted is not None and self.optimizer.counters()["attempted"] != self.attempted
 
     def _groups(self) -> Iterator[list[Scenes]]:
         """The scenes of each optimizer step, `accumulate` micro-batches, from where the run is in its epoch."""
@@ -270,15 +285,16 @@ class Trainer(Built):
                 **validation_reading({"raw": raw} | ({"ema": ema} if ema else {}), self.weight_drift),
             },
         }
-        weights, score = ("ema", ema) if ema and ema.nmse < raw.nmse else ("raw", raw)
-        better = score.nmse < state.best_nmse
-        state.epochs_since_best = 0 if better else state.epochs_since_best + 1
-        state.epoch, state.epoch_step = state.epoch + 1, 0
-        if better:
-            state.best_nmse, state.best_weights = score.nmse, weights
-            self._save(BEST)
-        self.plan.update(state.step, state.seconds)
-        self._notify("on_epoch_end", row)
+        with interrupts_held():  # an epoch is counted, its best weights are saved and its row is written, or none of it
+            weights, score = ("ema", ema) if ema and ema.nmse < raw.nmse else ("raw", raw)
+            better = score.nmse < state.best_nmse
+            state.epochs_since_best = 0 if better else state.epochs_since_best + 1
+            state.epoch, state.epoch_step = state.epoch + 1, 0
+            if better:
+                state.best_nmse, state.best_weights = score.nmse, weights
+                self._save(BEST)
+            self.plan.update(state.step, state.seconds)
+            self._notify("on_epoch_end", row)
 
     def _score(self, averaged: bool = False) -> Score:
         def score() -> Score:

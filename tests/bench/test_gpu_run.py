@@ -85,6 +85,7 @@ def test_a_second_run_does_first_what_the_first_did_not_get_through(
     run.main()
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:2]] == ["fails", "waits"]
     assert ended(out)["waits"] == run.DONE
+    assert {"stage": "waits", "item": "a figure", "value": 2}.items() <= rows.read(out / run.RESULTS)[-2].items()
 
 
 def test_a_run_without_time_says_so(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

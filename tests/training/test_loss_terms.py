@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from ris_fast.config.schema import Loss, Task
 from ris_fast.physics.array import RISArray, steering
+from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.real_complex import adjoint_matmul, to_complex, to_pairs
+from ris_fast.physics.scenes import simulate
 from ris_fast.training import loss_terms as terms
+from ris_fast.training.loss import CovarianceLoss
 
 BATCH, SOURCES, ARRAY = 3, 3, RISArray(3, 3)
 COUNT = torch.tensor([3, 2, 1])
@@ -250,3 +255,26 @@ def test_hermitian_inverse_is_the_inverse() -> None:
     factor = to_complex(random_factor(5))
     gram = factor.mH @ factor + 1e-3 * torch.eye(5)
     torch.testing.assert_close(to_complex(terms.hermitian_inverse(to_pairs(gram))), torch.linalg.inv(gram))
+
+
+@pytest.mark.parametrize("scale", [2.0**-60, 1e-12, 1e-10, 1e12, 1e18])
+def test_factor_terms_and_their_gradients_ignore_the_scale(scale: float) -> None:
+    """One tiny or huge scene among ordinary ones; gradients go with one over the scale."""
+    names = ("orthogonality", "cross", "subspace", "contrast")
+    task = Task(ris_horizontal=4, ris_vertical=3, max_sources=SOURCES)
+    loss, scenes = (
+        CovarianceLoss(replace(Loss(), **dict.fromkeys(names, 0.1)), task),
+        simulate(task, 3, SceneGenerator(4)),
+    )
+    plain = torch.randn(3, task.elements, 2 * SOURCES, 2, generator=torch.Generator().manual_seed(2))
+    scales = torch.tensor([1.0, scale, 1.0])[:, None, None, None]
+    found = {}
+    for key, factor in (("plain", plain), ("scaled", plain * scales)):
+        factor = factor.clone().requires_grad_()
+        raw = loss._factor_terms(factor, scenes)
+        found[key] = [(value, torch.autograd.grad(value, factor, retain_graph=True)[0]) for value in raw.values()]
+    assert len(found["plain"]) == 4
+    for (value, gradient), (scaled, other) in zip(found["plain"], found["scaled"], strict=True):
+        torch.testing.assert_close(scaled, value, rtol=1e-5, atol=1e-6)
+        size = float(gradient.norm())
+        torch.testing.assert_close((other * scales), gradient, rtol=1e-3, atol=1e-4 * size)

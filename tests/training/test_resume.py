@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -261,6 +262,65 @@ def test_error_of_the_checkpoint_writer_is_told_beside_another(tmp_path: Path, m
     with pytest.raises(RunStopped, match="enough"):
         trainer.fit()
     assert "No space left" in told.summary["checkpoint_error"] and told.summary["findings"] == ["steps_skipped"]
+
+
+def same_checkpoint(one: Path, other: Path, name: str = "last") -> bool:
+    (groups, _), (expected, _) = (load_checkpoint(run / "checkpoints", name) for run in (one, other))
+    return groups.keys() == expected.keys() and all(
+        value.equal(expected[prefix][key]) for prefix, group in groups.items() for key, value in group.items()
+    )
+
+
+@pytest.mark.parametrize("where", ["behind the update", "before it", "in a callback", "while the best is saved"])
+def test_a_signal_anywhere_in_a_run_leaves_a_state_that_goes_on_bitwise(
+    where: str, tmp_path: Path, monkeypatch, terminal_signals: None
+) -> None:
+    trained(tmp_path / "whole", epochs=3)
+    trainer = Trainer(small(epochs=3), tmp_path / "cut")
+    step, save = trainer.optimizer.step, trainer._save
+
+    def update() -> None:
+        if where == "before it" and trainer.state.step == 5:
+            signal.raise_signal(signal.SIGINT)
+        step()
+        if where == "behind the update" and trainer.state.step == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    def saved(name: str) -> None:
+        if where == "while the best is saved" and (name, trainer.state.epoch) == ("best", 2):
+            signal.raise_signal(signal.SIGINT)
+        save(name)
+
+    trainer.optimizer.step, trainer._save = update, saved
+
+    class Interrupting(Callback):
+        def on_step_end(self) -> None:
+            if where == "in a callback" and trainer.state.step == 5:
+                signal.raise_signal(signal.SIGINT)
+
+    trainer.callbacks.append(Interrupting())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    resumed = Trainer(small(epochs=3), tmp_path / "cut", resume=True)
+    assert (resumed.state.step, resumed.state.epoch) == ((8, 2) if "best" in where else (6, 1))
+    resumed.fit()
+    assert all(same_checkpoint(tmp_path / "cut", tmp_path / "whole", name) for name in ("last", "best"))
+
+
+def test_a_second_signal_that_breaks_an_update_off_saves_nothing_of_it(tmp_path: Path, terminal_signals: None) -> None:
+    trainer = Trainer(small(), tmp_path)
+    step = trainer.optimizer.step
+
+    def update() -> None:
+        step()
+        if trainer.state.step == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    trainer.optimizer.step = update
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert read_whole(tmp_path / "checkpoints", "last") is None
 
 
 def test_interrupt_during_a_write_leaves_the_newest_checkpoint(tmp_path: Path, monkeypatch) -> None:
