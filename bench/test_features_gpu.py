@@ -21,6 +21,7 @@ from ris_fast.models.features import PursuitFeatures
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import simulate
 from ris_fast.timing import alternate
+from ris_fast.training.capture import CudaGraph
 
 BATCHES = (64, 512, 2048, 4096)
 PLAIN_BATCH = 2048  # beyond, plain torch takes more memory than it is worth
@@ -36,18 +37,11 @@ def arguments(batch: int, wavefront: str, device: torch.device) -> tuple[Any, ..
     return scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db, constants, model.wavenumber, model.atoms
 
 
-def captured(call: Callable[[], Any]) -> Callable[[], None]:
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     """The call as the replay of a graph; compiled and warm before."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    for _ in range(2):
         call()
-    return graph.replay
+    return CudaGraph(call).replay
 
 
 @pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])

@@ -11,7 +11,8 @@ from dataclasses import asdict
 import torch
 
 from bench.gpu.rows import note
-from ris_fast.gradcheck.rows import Row, network_row, operator_rows, sabotage_rows
+from ris_fast.gradcheck import rows_of
+from ris_fast.gradcheck.rows import Row, network_row
 from ris_fast.kernels.registry import operators
 
 PROCESSES = 12
@@ -24,7 +25,7 @@ def main() -> int:
     failed = 0
     processes = min(PROCESSES, os.cpu_count() or 1, len(names))
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(rows_of, name, device): name for name in names}
+        waiting = {pool.submit(named_rows, name, device): name for name in names}
         for done in as_completed(waiting):
             rows = done.result() if done.exception() is None else [broken(waiting[done], done.exception())]
             for row in rows:
@@ -34,13 +35,11 @@ def main() -> int:
     return int(failed > 0)
 
 
-def rows_of(name: str, device: str) -> list[Row]:
-    """Those of one operator, wrong backwards that must be caught included."""
+def named_rows(name: str, device: str) -> list[Row]:
+    """Those of one operator, or of the network."""
     if name == NETWORK:
         return [network_row(device)]
-    operator = next(each for each in operators() if each.name == name)
-    differentiable = any(sample.differentiable for sample in operator.samples)
-    return operator_rows(operator, device) + (sabotage_rows(operator, device) if differentiable else [])
+    return rows_of(next(each for each in operators() if each.name == name), device)
 
 
 def broken(name: str, error: BaseException) -> Row:

@@ -26,7 +26,7 @@ from ris_fast.gradcheck.rows import (
     sabotage_rows,
     sabotaged,
 )
-from ris_fast.kernels.registry import operators
+from ris_fast.kernels.registry import Operator, operators
 
 __all__ = [
     "WRONG",
@@ -37,6 +37,7 @@ __all__ = [
     "measure",
     "numerical",
     "outcome",
+    "rows_of",
     "run_gradcheck",
     "sabotaged",
     "tensors_of",
@@ -53,13 +54,17 @@ def run_gradcheck(device: str | torch.device | None = None, interpreter: bool = 
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows: list[Row] = []
     for operator in operators():
-        rows += operator_rows(operator, device)
-        if any(s.differentiable for s in operator.samples):
-            rows += sabotage_rows(operator, device)
+        rows += rows_of(operator, device)
     rows.append(network_row(device))
     if interpreter and _has_triton():
         rows += interpreted_rows()
     return rows
+
+
+def rows_of(operator: Operator, device: str) -> list[Row]:
+    """Those of one operator; wrong backwards that must be caught are among them where it has a gradient."""
+    differentiable = any(sample.differentiable for sample in operator.samples)
+    return operator_rows(operator, device) + (sabotage_rows(operator, device) if differentiable else [])
 
 
 def interpreted_rows() -> list[Row]:
