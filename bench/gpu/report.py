@@ -83,7 +83,17 @@ def _loss(target: str) -> tuple[str, str]:
     return "cov_nmse", f"{target}-4096-144"
 
 
-_OPTIMIZER, _STEP = ("fused_step", "test_against_torch[16340000-150-1"), ("step", "against_peers[bf16-1024")
+_OPTIMIZER, _STEP = ("fused_step", "test_against_torch[16340000-150-1"), ("step", "against_peers[original-bf16-1024")
+
+
+_FULL, _HOST = ("step_full", "against_peers[full-bf16-1024"), ("host_time", "host_time[150]")
+
+
+def _host(row: Row) -> str | None:
+    found = row.get("variants") or {}
+    if not {"torch fused", "FusedAdamW"} <= found.keys():
+        return None
+    return f"x {found['torch fused']['host_s'] / found['FusedAdamW']['host_s']:.3g}"
 
 
 def _operators(row: Row) -> str | None:
@@ -112,6 +122,9 @@ FIGURES = (
     Figure("step of `original`, 1,024 scenes, bf16, clean eager", "x 3", *_STEP, _slower("eager loop"), True),
     Figure("step of `original`, the same compiled", "x 1.5", *_STEP, _slower("eager loop, compiled"), True),
     Figure("step of `original`, the original's", "x 100", *_STEP, _slower("original's step"), True),
+    Figure("step of `full`, 1,024 scenes, bf16, clean eager", "x 3", *_FULL, _slower("eager loop")),
+    Figure("step of `full`, the same compiled", "x 1.5", *_FULL, _slower("eager loop, compiled")),
+    Figure("optimizer step, 150 tensors of 64, torch's fused one, host time", "x 10", *_HOST, _host),
     Figure("energy, `full`", "", "efficiency", "default", _path("energy", "joules_a_scene", form="{:.3g} J a scene")),
 )
 

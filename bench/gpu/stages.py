@@ -52,8 +52,10 @@ STAGES: dict[str, Stage] = {
     # ---- a second run: what is left of the time ----
     "train_original": Stage(130, *_train("original", 85)),
     "gradcheck": Stage(90, *((*PYTHON, "bench.gpu.gradcheck"),) * 2),
-    "step": Stage(100, *_bench("train_step", "against_peers and not precisions", "launches")),
+    "step": Stage(100, *_bench("train_step", "step_against_peers and original and bf16", "launches")),
     "check": Stage(40, (*PYTHON, "ris_fast", "check", "--preset", "full"), (*PYTHON, "ris_fast", "env")),
+    "step_full": Stage(80, *_bench("train_step", "step_against_peers and full", "launches")),
+    "cov_nmse_64": Stage(40, *_bench("cov_nmse", "rank-64-144 or dense-64-144", "1-thread-low-rank-64-64")),
     "loop_by_batch": Stage(60, *_bench("training", "rate or phases", "phases and 64]")),
     "efficiency": Stage(40, *_bench("training", "efficiency", "efficiency and default")),
     "tests_compiled": Stage(
