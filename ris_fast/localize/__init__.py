@@ -1,0 +1,1 @@
+"""From covariances and snapshots to positions: spectra, likelihood, bounds and how estimates are scored."""
