@@ -36,7 +36,7 @@ def pursuit_features(
         constants: the tensors of `Geometry` in order; wavenumber: rad/m where the wavefront is spherical, 0 where it is
             Fresnel. `snr_db` is clamped to WORKING_SNR_DB.
     Returns: inputs (B, F), numbers of order one; basis (B, N, 2R) planar: for atom k s_k times its T tangents, then
-        what earlier stages add. All float32 or all float64.
+        what lower orders add. All float32 or all float64.
     """
     with torch.autocast(snapshots.device.type, enabled=False):
         pursuit = Pursuit(Geometry(*constants), wavenumber, stages)
@@ -58,11 +58,12 @@ def rank(stages: int) -> int:
 
 def width(stages: int) -> int:
     """Features of a scene with this many atoms."""
-    return stages * (3 + 1 + 1 + 3 * TANGENTS + 2 * stages) + 4 * _early(stages) + 2
+    return stages * (3 + 1 + 1 + 1 + TANGENTS + 2 * stages) + 4 * _early(stages) + 2
 
 
 def _inputs(pursuit: Pursuit, normal: Normal, found: Atoms, snr_db: Tensor) -> Tensor:
-    """(B, F): per atom its position, share of power, evidence, Fisher information, scores and couplings; the scene."""
+    """(B, F): per atom its position, share of power, evidence and Fisher information, couplings; per order its evidence
+    and the volume of its posterior; the scene."""
     noise = normal.noise[:, None]
     s, power = found.amplitude, found.amplitude.square().sum(1).clamp_min(TINY)
     middle, half = (pursuit.high + pursuit.low) / 2, (pursuit.high - pursuit.low) / 2
@@ -71,14 +72,12 @@ def _inputs(pursuit: Pursuit, normal: Normal, found: Atoms, snr_db: Tensor) -> T
     evidence = (found.gains.clamp_min(0) / noise).log1p() / 4 - 1
     curvature = torch.diagonal(found.gram[:, 0].flatten(3).flatten(1, 2), dim1=1, dim2=2)
     information = (power[..., None] * curvature.unflatten(1, (-1, TANGENTS)) / noise[..., None]).clamp_min(TINY)
-    scores = _conj_times(s[..., None], found.residual_correlation) / (
-        noise[:, None, :, None] * information[:, None].sqrt()
-    )
     phase = s / power.sqrt()[:, None]
     overlap = _conj_times(phase[..., None], _times(found.gram[:, :, :, 0, :, 0], phase[:, :, None]))
     unexplained = (normal.energy - found.gains.sum(1)).clamp_min(TINY) / (normal.energy * normal.noise)
-    shift = (found.stage_positions - _repeat_early(found.position, 1)) * pursuit.scale
-    early_power = found.stage_amplitudes.square().sum(1) / power.sum(1, keepdim=True)
+    orders = torch.arange(1, s.shape[2] + 1, device=s.device, dtype=s.dtype)
+    shift = (found.order_positions - _repeat_early(found.position, 1)) * pursuit.scale
+    early_power = found.order_amplitudes.square().sum(1) / power.sum(1, keepdim=True)
     parts = [
         position,
         shift.clamp(-3, 3),
@@ -86,8 +85,8 @@ def _inputs(pursuit: Pursuit, normal: Normal, found: Atoms, snr_db: Tensor) -> T
         early_power.clamp_min(1e-6).log() / 4,
         evidence,
         information.log1p() / 4 - 1,
-        scores.clamp(-4, 4) / 2,
         overlap,
+        (found.log_det / (5 * orders) - noise.log()) / 4 - 1,
         snr_db / 10 - 1,
         unexplained.log().clamp(-4, 4),
     ]
@@ -95,15 +94,15 @@ def _inputs(pursuit: Pursuit, normal: Normal, found: Atoms, snr_db: Tensor) -> T
 
 
 def _basis(pursuit: Pursuit, found: Atoms) -> Tensor:
-    """Tangents at the final positions times amplitude; then, atom by atom, how each earlier stage's estimate differs.
+    """Tangents at the final positions times amplitude; then, atom by atom, how its estimate at each lower order differs.
 
     The amplitudes of a scene have norm one. The differences let a network go back to a smaller model order, whose
     estimates have not been spread over atoms that are noise.
     """
     level = found.amplitude.square().sum((1, 2), keepdim=True).clamp_min(TINY).sqrt()
-    now, early = found.amplitude / level, found.stage_amplitudes / level
+    now, early = found.amplitude / level, found.order_amplitudes / level
     real, imag = _planar_times(pursuit.tangents(found.position), now.repeat_interleave(TANGENTS, dim=2))
-    early_real, early_imag = _planar_times(pursuit.steer(found.stage_positions), early)
+    early_real, early_imag = _planar_times(pursuit.steer(found.order_positions), early)
     early_real = early_real - _repeat_early(real[..., ::TANGENTS], 2)
     early_imag = early_imag - _repeat_early(imag[..., ::TANGENTS], 2)
     return torch.cat((real, early_real, imag, early_imag), dim=2)

@@ -1,14 +1,24 @@
-"""Newtonized orthogonal matching pursuit: finds the sources of a scene through the sensing operator, unrolled.
+"""Newtonized orthogonal matching pursuit with elimination: the sources of a scene, at every model order.
 
-Each stage adds the dictionary atom that best explains the residual of G^H y, fits all amplitudes by ridge least
-squares, then takes one joint Gauss-Newton step on the amplitudes and positions of all atoms so far, on the true cost
-|y - G A s|^2. Shapes are static. No gradient passes through it; a network reads its outcome.
+Forward, each stage adds the dictionary atom that best explains the residual of G^H y and takes one joint Gauss-Newton
+step on the amplitudes and positions of all atoms so far, on the true cost |y - G A s|^2. Where what is left is more
+than noise, a few atoms too many are added: they lead out of a wrong choice. Backward, the atom that the fit misses
+least is taken away and the others are polished, down to one atom. Every order from K to 1 is thereby a hypothesis with
+its own estimate and cost; orders are nested, and atoms stand in the order of their worth, the last to go first.
+
+A step works on a linearisation: the tangents and their images P D stay at the atom's `base`, and the atom at
+base + offset is a + sum_d offset_d t_d, until the offset is no longer small. An implementation need form P D of the
+atoms that got a new base alone.
+
+Shapes are static. No gradient passes through it; a network reads its outcome.
 Source: Mamandipoor, Ramasamy, Madhow, "Newtonized orthogonal matching pursuit: frequency estimation over the
-continuum", IEEE Transactions on Signal Processing 64 (2016) 5066-5081; here with a step on all atoms jointly.
+continuum", IEEE Transactions on Signal Processing 64 (2016) 5066-5081; here with a step on all atoms jointly. Taking
+the least missed away is backward elimination: Couvreur, Bresler, "On the optimality of the backward greedy algorithm
+for the subset selection problem", SIAM Journal on Matrix Analysis 21 (2000) 797-808.
 
-Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, T = 4 tangents of an atom, G grid
-points. Complex arrays are planar here, (..., 2C) = [real C | imaginary C]: one real matrix product then does a complex
-one.
+Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms, T = 4 tangents of an atom, E = K (K - 1)
+/ 2 atoms of all lower orders, G grid points. Complex arrays are planar here, (..., 2C) = [real C | imaginary C]: one
+real matrix product then does a complex one.
 """
 
 from __future__ import annotations
@@ -20,10 +30,16 @@ import torch
 from torch import Tensor
 
 from ..scale import rescaled
-from .solve import spd_solve
+from .solve import spd_solve, spd_solve_log_det
 
 TANGENTS = 4  # a, and its normalised derivatives along u, v and w = 1/range
+REBASE = 0.05  # radians of phase, rms over the aperture: offsets beyond get a new base; it costs 1e-3 of the amplitude
+NOISE_REBASE = 0.5  # the same where noise hides more: offset^2 beyond this many noise over the atom's power
+POLISH = 2  # Gauss-Newton steps at an order, at most; the second where the first gave an atom a new base
+EXTRA = 3  # atoms beyond K where the fit of K leaves more than noise
+DOUBT = 1.5  # standard deviations of the noise's energy that count as more
 
+TINY_POWER = 1e-12
 NOTHING = 1e-18  # mean squares of rescaled numbers are far above it, unless all of them are zero
 
 
@@ -36,17 +52,35 @@ class Normal(NamedTuple):
     signal: Tensor  # (B,)        expected |x|^2
     energy: Tensor  # (B,)        |y|^2
 
+    @property
+    def ridge(self) -> Tensor:
+        """(B,) of an amplitude: the noise beside what is expected of |s|^2, at most."""
+        return self.noise / self.signal
+
 
 class Atoms(NamedTuple):
-    """What the pursuit found, atoms in the order of their discovery; D are the tangents before the last step."""
+    """What the pursuit found, the atom that was eliminated last first: the first k atoms are those of order k."""
 
     position: Tensor  # (B, K, 3)       u, v, w = 1/range
     amplitude: Tensor  # (B, 2, K)       s, real and imaginary parts
     gram: Tensor  # (B, 2, K, T, K, T)  D^H P D, real and imaginary parts
-    residual_correlation: Tensor  # (B, 2, K, T)    D^H (b - P x), x the linearised fit
-    gains: Tensor  # (B, K)          fall of the cost |y - G x|^2 at each stage
-    stage_positions: Tensor  # (B, E, 3)       positions after each earlier stage, E = K (K - 1) / 2
-    stage_amplitudes: Tensor  # (B, 2, E)       their amplitudes then
+    gains: Tensor  # (B, K)          fall of the cost |y - G x|^2 from the order below
+    log_det: Tensor  # (B, K)          of the last Gauss-Newton system at each order
+    order_positions: Tensor  # (B, E, 3)       positions at each lower order: 1, then 2, ... K - 1 atoms
+    order_amplitudes: Tensor  # (B, 2, E)       their amplitudes there
+
+
+class Fit(NamedTuple):
+    """Atoms at base + offset and their amplitudes by least squares."""
+
+    base: Tensor  # (B, K, 3)       where the tangents are
+    offset: Tensor  # (B, K, 3)       from there, times scale
+    image: Tensor  # (B, N, 2KT)     P D at the bases
+    gram: Tensor  # (B, 2, K, T, K, T)  D^H P D, the first column of each atom shifted by its offset
+    moment: Tensor  # (B, 2, K, T)    D^H b, likewise
+    amplitude: Tensor  # (B, 2, K)
+    cost: Tensor  # (B,)            |y - G x|^2
+    log_det: Tensor  # (B,)            of the last step's system
 
 
 class Geometry(NamedTuple):
@@ -134,15 +168,15 @@ def with_dictionary(geometry: Geometry, wavenumber: float) -> Geometry:
 
 
 class Pursuit:
-    """`stages` atoms found one after the other, each stage ending in a joint Gauss-Newton step.
+    """Finds `atoms` atoms and what is left of them at each lower order.
 
     Args: geometry: constants of the task; wavenumber: rad/m where the wavefront is spherical, 0 where it is Fresnel.
     """
 
-    def __init__(self, geometry: Geometry, wavenumber: float, stages: int) -> None:
+    def __init__(self, geometry: Geometry, wavenumber: float, atoms: int) -> None:
         self.x, self.y, self.curvature, self.scale, self.low, self.high, self.trust, self.grid = geometry[:8]
         self.dictionary = geometry.dictionary
-        self.wavenumber, self.stages = wavenumber, stages
+        self.wavenumber, self.atoms = wavenumber, atoms
         if not self.dictionary.shape[1]:
             self.dictionary = self.correlator()
 
@@ -181,30 +215,114 @@ class Pursuit:
         return torch.cat((psi.cos(), psi.sin()), dim=2) / math.sqrt(self.x.numel())
 
     def __call__(self, normal: Normal) -> Atoms:
-        """Runs all stages: static shapes, no host synchronisation, no gradient."""
-        position = normal.moment.new_zeros(normal.moment.shape[0], 0, 3)
-        residual, explained, gains = normal.moment, torch.zeros_like(normal.noise), []
-        positions, amplitudes_then = [position], [normal.moment.new_zeros(position.shape[0], 2, 0)]
-        for _ in range(self.stages):
-            position = torch.cat((position, self.strongest(residual)[:, None]), dim=1)
-            image, gram, moment = self.project(normal, position)
-            move, fit = self.step(gram, moment, normal)
-            position = torch.clamp(position + move / self.scale, self.low, self.high)
-            residual = normal.moment - combine(image, fit)
-            residual_correlation = moment - apply_gram(gram, fit)
-            reached = (fit * (moment + residual_correlation)).sum((1, 2, 3))
-            gains.append(reached - explained)
-            explained = reached
-            positions.append(position)
-            amplitudes_then.append(fit[..., 0])
+        """All of it: static shapes, no host synchronisation, no gradient."""
+        none = normal.moment.new_zeros(normal.moment.shape[0], 0, 3)
+        top = self.polished(normal, *self.extended(normal, none, none, normal.moment, self.atoms))
+        top = self.retried(normal, top)
+        fits, dropped = [top], []
+        for _ in range(self.atoms - 1):
+            least = least_missed(fits[-1], normal)
+            dropped.append(least)
+            fits.append(self.without(normal, fits[-1], least))
+        return self.ordered(normal, fits[::-1], dropped[::-1])
+
+    def extended(
+        self, normal: Normal, base: Tensor, offset: Tensor, residual: Tensor, atoms: int
+    ) -> tuple[Tensor, Tensor]:
+        """Bases and offsets of `atoms` atoms: those given, then each new one where the residual points, with a step of
+        all after each."""
+        for _ in range(atoms - base.shape[1]):
+            base = torch.cat((base, self.strongest(residual)[:, None]), dim=1)
+            offset = torch.cat((offset, torch.zeros_like(base[:, :1])), dim=1)
+            fit = self.fitted(normal, base, offset)
+            change, _ = newton(fit, self.trust, normal)
+            move = torch.clamp(change[..., 2:], -2 * self.trust, 2 * self.trust)
+            residual = unexplained(normal, fit, fit.amplitude + change[..., :2].transpose(1, 2), offset + move)
+            base, offset, _ = self.moved(normal, fit, move)
+        return base, offset
+
+    def polished(self, normal: Normal, base: Tensor, offset: Tensor) -> Fit:
+        """At most POLISH steps; a scene whose last step gave no atom a new base is done."""
+        going, log_det = torch.ones_like(normal.noise, dtype=torch.bool), torch.zeros_like(normal.noise)
+        for _ in range(POLISH):
+            fit = self.fitted(normal, base, offset)
+            change, determinant = newton(fit, self.trust, normal)
+            move = torch.clamp(change[..., 2:], -2 * self.trust, 2 * self.trust)
+            log_det = torch.where(going, determinant, log_det)
+            base, offset, far = self.moved(normal, fit, move * going[:, None, None])
+            going = going & far.any(1)
+        return self.fitted(normal, base, offset)._replace(log_det=log_det)
+
+    def fitted(self, normal: Normal, base: Tensor, offset: Tensor) -> Fit:
+        """Ridge least squares of the amplitudes at base + offset."""
+        image, gram, moment = self.project(normal, base)
+        gram, moment = shifted(gram, moment, offset)
+        s = amplitudes(gram, moment, normal)
+        cost = normal.energy - (s * moment[..., 0]).sum((1, 2)) - normal.ridge * s.square().sum((1, 2))
+        return Fit(base, offset, image, gram, moment, s, cost, torch.zeros_like(cost))
+
+    def moved(self, normal: Normal, fit: Fit, move: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Bases and offsets after the scaled move (B, K, 3), and which atoms got a new base (B, K)."""
+        target = torch.clamp(fit.base + (fit.offset + move) / self.scale, self.low, self.high)
+        offset = (target - fit.base) * self.scale
+        power = fit.amplitude.square().sum(1).clamp_min(TINY_POWER)
+        limit = (NOISE_REBASE * normal.noise[:, None] / power).clamp_min(REBASE**2)
+        far = offset.square().sum(-1) > limit
+        return torch.where(far[..., None], target, fit.base), torch.where(far[..., None], 0.0, offset), far
+
+    def doubtful(self, normal: Normal, fit: Fit) -> Tensor:
+        """(B,) whether the fit leaves more than noise: energy beyond its mean, less what the fit takes of it."""
+        expected = normal.energy - 2.5 * self.atoms + DOUBT * normal.energy.sqrt()
+        return fit.cost > normal.noise * expected
+
+    def retried(self, normal: Normal, top: Fit) -> Fit:
+        """The same fit; where it is doubtful, the fit of as many atoms by way of EXTRA more."""
+        doubtful = self.doubtful(normal, top)
+        if doubtful.device.type == "cpu":  # where reading costs nothing, only the scenes that need it
+            rows = doubtful.nonzero()[:, 0]
+            again = self.by_way_of_more(Normal(*(each[rows] for each in normal)), Fit(*(each[rows] for each in top)))
+            return Fit(*(each.index_copy(0, rows, new) for each, new in zip(top, again)))
+        again = self.by_way_of_more(normal, top)
+        return Fit(*(torch.where(doubtful.reshape(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(again, top)))
+
+    def by_way_of_more(self, normal: Normal, top: Fit) -> Fit:
+        residual = unexplained(normal, top, top.amplitude, top.offset)
+        fit = self.polished(normal, *self.extended(normal, top.base, top.offset, residual, self.atoms + EXTRA))
+        for _ in range(EXTRA):
+            fit = self.without(normal, fit, least_missed(fit, normal))
+        return fit
+
+    def without(self, normal: Normal, fit: Fit, atom: Tensor) -> Fit:
+        """One order lower: without the atom (B,) of each scene, the others polished."""
+        count = fit.base.shape[1]
+        kept = torch.arange(count - 1, device=atom.device).expand(len(atom), -1)
+        kept = (kept + (kept >= atom[:, None]))[..., None].expand(-1, -1, 3)
+        return self.polished(normal, fit.base.gather(1, kept), fit.offset.gather(1, kept))
+
+    def ordered(self, normal: Normal, fits: list[Fit], dropped: list[Tensor]) -> Atoms:
+        """Orders 1 to K, each with its atoms in the order of their worth; `dropped` from orders 2 to K."""
+        order, orders = torch.zeros(len(normal.noise), 1, dtype=torch.int64, device=normal.noise.device), []
+        for fit, gone in zip(fits, [None, *dropped]):
+            if gone is not None:
+                order = torch.cat((order + (order >= gone[:, None]), gone[:, None]), dim=1)
+            positions = (fit.base + fit.offset / self.scale).gather(1, order[..., None].expand(-1, -1, 3))
+            orders.append((positions, fit.amplitude.gather(2, order[:, None].expand(-1, 2, -1))))
+        *lower, (position, amplitude) = orders
+        gram = fits[-1].gram
+        for axis in (2, 4):
+            index = order.reshape(len(order), *(-1 if each == axis else 1 for each in range(1, 6)))
+            gram = gram.gather(
+                axis, index.expand(*(order.shape[1] if each == axis else gram.shape[each] for each in range(6)))
+            )
+        costs = torch.stack([normal.energy, *(fit.cost for fit in fits)], dim=1)
         return Atoms(
             position,
-            fit[..., 0],
+            amplitude,
             gram,
-            residual_correlation,
-            torch.stack(gains, dim=1),
-            torch.cat(positions[:-1], dim=1),
-            torch.cat(amplitudes_then[:-1], dim=2),
+            costs[:, :-1] - costs[:, 1:],
+            torch.stack([fit.log_det for fit in fits], dim=1),
+            torch.cat([position[:, :0], *(each for each, _ in lower)], dim=1),
+            torch.cat([amplitude[:, :, :0], *(each for _, each in lower)], dim=2),
         )
 
     def strongest(self, residual: Tensor) -> Tensor:
@@ -225,14 +343,6 @@ class Pursuit:
         gram = torch.stack((real, imag), dim=1).reshape(batch, 2, atoms, TANGENTS, atoms, TANGENTS)
         return image, gram, moment.reshape(batch, 2, atoms, TANGENTS)
 
-    def step(self, gram: Tensor, moment: Tensor, normal: Normal) -> tuple[Tensor, Tensor]:
-        """One joint Gauss-Newton step: the scaled move (B, K, 3), and the fit in the tangent space (B, 2, K, T)."""
-        s = amplitudes(gram, moment, normal)
-        change = newton(gram, moment, s, self.trust, normal)
-        move = torch.clamp(change[..., 2:], -2 * self.trust, 2 * self.trust)
-        first = s + change[..., :2].transpose(1, 2)
-        return move, torch.cat((first[..., None], s[..., None] * move[:, None]), dim=3)
-
 
 def combine(planar: Tensor, coefficient: Tensor) -> Tensor:
     """Complex product of a planar (B, N, 2KT) with (B, 2, K, T): (B, N, 2)."""
@@ -250,34 +360,65 @@ def apply_gram(gram: Tensor, s: Tensor) -> Tensor:
     return out.reshape(gram.shape[:4])
 
 
+def shifted(gram: Tensor, moment: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """D^H P D and D^H b with a + sum_d offset_d t_d in the place of each atom's a."""
+    change = torch.zeros(*offset.shape[:2], TANGENTS, TANGENTS, device=offset.device, dtype=offset.dtype)
+    change += torch.eye(TANGENTS, device=offset.device, dtype=offset.dtype)
+    change[..., 1:, 0] = offset
+    gram = torch.einsum("bkst,bckslu,bluv->bcktlv", change, gram, change)
+    return gram, torch.einsum("bkst,bcks->bckt", change, moment)
+
+
+def unexplained(normal: Normal, fit: Fit, s: Tensor, offset: Tensor) -> Tensor:
+    """G^H (y - G x) with the atoms s_k (a_k + sum_d offset_d t_d) at the bases of a fit: (B, N, 2)."""
+    return normal.moment - combine(fit.image, torch.cat((s[..., None], s[..., None] * offset[:, None]), dim=3))
+
+
+def least_missed(fit: Fit, normal: Normal) -> Tensor:
+    """The atom without which the regularised cost rises least: (B,).
+
+    The rise is |s_k|^2 over the k-th diagonal entry of the inverse normal matrix.
+    """
+    batch, _, atoms = fit.amplitude.shape
+    matrix, ridge = _amplitude_system(fit.gram, normal)
+    unit = torch.eye(2 * atoms, device=matrix.device, dtype=matrix.dtype)[..., None].expand(-1, -1, batch)
+    inverse = spd_solve(matrix, unit, ridge).diagonal(dim1=0, dim2=1)[:, :atoms]
+    return (fit.amplitude.square().sum(1) / inverse).argmin(1)
+
+
 def amplitudes(gram: Tensor, moment: Tensor, normal: Normal) -> Tensor:
     """Ridge least squares over the amplitudes alone: (B, 2, K)."""
     batch, _, atoms, _ = moment.shape
+    matrix, ridge = _amplitude_system(gram, normal)
+    return spd_solve(matrix, moment[..., 0].flatten(1).T, ridge).reshape(2, atoms, batch).permute(2, 0, 1)
+
+
+def _amplitude_system(gram: Tensor, normal: Normal) -> tuple[Tensor, Tensor]:
+    """The real normal matrix of [re s, im s], (2K, 2K, B), and its ridge, (2K, B)."""
     real, imag = gram[:, :, :, 0, :, 0].permute(1, 2, 3, 0).unbind(0)
     matrix = torch.cat((torch.cat((real, -imag), 1), torch.cat((imag, real), 1)), 0)
-    ridge = (normal.noise / normal.signal).expand(2 * atoms, batch)
-    solved = spd_solve(matrix, moment[..., 0].flatten(1).T, ridge)
-    return solved.reshape(2, atoms, batch).permute(2, 0, 1)
+    return matrix, normal.ridge.expand(len(matrix), -1)
 
 
-def newton(gram: Tensor, moment: Tensor, s: Tensor, trust: Tensor, normal: Normal) -> Tensor:
-    """The joint real system in (re s, im s, u, v, w) of every atom, damped by the grid's cell: (B, K, 5)."""
+def newton(fit: Fit, trust: Tensor, normal: Normal) -> tuple[Tensor, Tensor]:
+    """The joint real system in (re s, im s, u, v, w) of every atom, damped by the grid's cell: what it changes,
+    (B, K, 5), and the logarithm of its determinant, (B,)."""
+    s = fit.amplitude
     batch, _, atoms = s.shape
-    correlation = moment - apply_gram(gram[..., :1], s[..., None])
+    correlation = fit.moment - apply_gram(fit.gram[..., :1], s[..., None])
     unit = torch.eye(2, device=s.device, dtype=s.dtype)[:, None].expand(batch, 2, atoms, 2)
     turn_re, turn_im = torch.cat((unit, s[..., None].expand(batch, 2, atoms, 3)), dim=3).unbind(1)  # (B, K, 5)
     correlation_re, correlation_im = _twice_first(correlation).unbind(1)
     rhs = correlation_re * turn_re + correlation_im * turn_im
-    real, imag = _twice_first(_twice_first(gram).transpose(3, 5)).transpose(3, 5).unbind(1)
+    real, imag = _twice_first(_twice_first(fit.gram).transpose(3, 5)).transpose(3, 5).unbind(1)
     right_re = real * turn_re[:, None, None] - imag * turn_im[:, None, None]
     right_im = real * turn_im[:, None, None] + imag * turn_re[:, None, None]
     full = right_re * turn_re[:, :, :, None, None] + right_im * turn_im[:, :, :, None, None]
     size = 5 * atoms
-    ridge = torch.cat(
-        ((normal.noise / normal.signal)[:, None].expand(batch, 2), normal.noise[:, None] / trust.square()), dim=1
-    ).T.repeat(atoms, 1)
+    ridge = torch.cat((normal.ridge[:, None].expand(batch, 2), normal.noise[:, None] / trust.square()), dim=1)
     matrix = full.reshape(batch, size, size).permute(1, 2, 0).contiguous()
-    return spd_solve(matrix, rhs.reshape(batch, size).T, ridge).T.reshape(batch, atoms, 5)
+    solved, log_det = spd_solve_log_det(matrix, rhs.reshape(batch, size).T, ridge.T.repeat(atoms, 1))
+    return solved.T.reshape(batch, atoms, 5), log_det
 
 
 def _twice_first(x: Tensor) -> Tensor:

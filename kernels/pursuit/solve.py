@@ -19,13 +19,19 @@ def spd_solve(matrix_nnB: Tensor, rhs_nB: Tensor, ridge_nB: Tensor) -> Tensor:
         diagonal entry is raised to that, so that two equal atoms share a weight instead of giving infinities.
     Cost: n^3/3 multiply-adds a scene. Source: Golub and Van Loan, Matrix Computations, 4.2.
     """
+    return spd_solve_log_det(matrix_nnB, rhs_nB, ridge_nB)[0]
+
+
+def spd_solve_log_det(matrix_nnB: Tensor, rhs_nB: Tensor, ridge_nB: Tensor) -> tuple[Tensor, Tensor]:
+    """`spd_solve`, and the logarithm of the determinant: (B,)."""
     size = matrix_nnB.shape[0]
     diagonal = torch.diagonal(matrix_nnB, dim1=0, dim2=1).T + ridge_nB
     sides = rhs_nB if rhs_nB.dim() == 3 else rhs_nB[:, None]
     rest = torch.cat((matrix_nnB + torch.diag_embed(ridge_nB.T).permute(1, 2, 0), sides), dim=1)
-    rows = []
+    rows, pivots = [], []
     for k in range(size):
         pivot = torch.maximum(rest[0, 0], 1e-6 * diagonal[k])
+        pivots.append(pivot)
         row = rest[0, 1:] / pivot
         rows.append(row)
         if k + 1 < size:
@@ -36,4 +42,4 @@ def spd_solve(matrix_nnB: Tensor, rhs_nB: Tensor, ridge_nB: Tensor) -> Tensor:
         if solution:
             value = value - (row[: -sides.shape[1], None] * torch.stack(solution[::-1])).sum(0)
         solution.append(value)
-    return torch.stack(solution[::-1]).reshape(rhs_nB.shape)
+    return torch.stack(solution[::-1]).reshape(rhs_nB.shape), torch.stack(pivots).log().sum(0)
