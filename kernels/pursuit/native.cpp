@@ -7,6 +7,7 @@
 // Everything of a scene stays in the thread's scratch: P = G^H G and its images in the second-level cache for small
 // arrays; for large ones G is applied through H and the codes and nothing of N x N exists. A scene goes through the
 // same operations in the same order whatever the batch and the number of threads, so its bits are its own.
+#include <algorithm>
 #include <cmath>
 
 #include "grid.hpp"
@@ -429,7 +430,8 @@ inline void pursue(const Scratch& s, const Shared& shared, const Scene& scene) {
     extend(s, shared, scene, 0, atoms);
     float log_det = polish(s, shared, scene, atoms, atoms);
     int64_t used = atoms;
-    if (cost(s, scene, atoms) > scene.noise * (scene.energy - 2.5f * float(atoms) + DOUBT * __builtin_sqrtf(scene.energy))) {
+    const bool enough = 2 * std::min(s.z.elements, s.z.antennas * s.z.snapshots) >= 5 * slots;  // beyond, atoms would fit anything
+    if (enough && cost(s, scene, atoms) > scene.noise * (scene.energy - 2.5f * float(atoms) + DOUBT * __builtin_sqrtf(scene.energy))) {
         residual(s, scene, atoms, false);
         extend(s, shared, scene, atoms, slots);
         polish(s, shared, scene, slots, slots);
