@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from ris_fast.config.schema import Task
-from ris_fast.kernels.pursuit.solve import spd_solve
 from ris_fast.localize.measurement import Measurement, Point
 from ris_fast.localize.sources import Deviations, Sources
 
@@ -112,7 +111,7 @@ def _pruned(measurement: Measurement, point: Point, count: str | Tensor) -> tupl
     (B, K + 1)."""
     batch, most = point.active.shape
     length = point.cost.new_full((batch, most + 1), torch.inf)  # description length of each number of sources
-    length[:, 0] = measurement.energy() / measurement.noise
+    length[:, 0] = measurement.energy / measurement.noise
     position, active = point.position, torch.zeros_like(point.active)  # of the best so far: none
     best = _rank(length[:, 0], torch.zeros_like(point.active[:, 0], dtype=torch.int64), count)
     for slots in range(most, 0, -1):
@@ -142,14 +141,13 @@ def penalty(measurement: Measurement, count: str | Tensor) -> float:
 
 def _without_weakest(measurement: Measurement, point: Point, slots: int) -> Point:
     """Of scenes with more than `slots` sources the one is removed whose absence raises the objective least."""
-    real, imag = point.amplitude.square().chunk(2, dim=-1)
-    spread = torch.diagonal(point.inverse, dim1=-2, dim2=-1)[..., : real.shape[-1]]
-    loss = torch.where(point.active, ((real + imag) / spread).sum(1), torch.inf)
+    spread = torch.diagonal(point.inverse.real, dim1=-2, dim2=-1)
+    squares = torch.view_as_real(point.amplitude).square().sum(3)
+    loss = torch.where(point.active, (squares / spread).sum(1), torch.inf)
     weakest = one_hot(loss.argmin(1), loss.shape[1]).bool()
     active = point.active & ~(weakest & (point.active.sum(1, keepdim=True) > slots))
     order = active.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :slots]
-    position = point.position.gather(1, order[..., None].expand(-1, -1, 3))
-    return descend(measurement, measurement.at(position, active.gather(1, order)), PRUNING_STEPS)
+    return descend(measurement, measurement.among(point, order, active.gather(1, order)), PRUNING_STEPS)
 
 
 def _estimate(measurement: Measurement, point: Point, probability: Tensor) -> Estimate:
