@@ -19,6 +19,7 @@ from ris_fast.inference.given import given_measurements
 from ris_fast.inference.located import Located
 from ris_fast.inference.locating import choose_count, choose_method, locate_sources, with_snr
 from ris_fast.inference.opened_run import open_run
+from ris_fast.models.features import SceneFeatures
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.real_complex import to_pairs
 from ris_fast.training.compiled_model import choose_device
@@ -45,7 +46,7 @@ class Predictor:
         self.task, self.products = section_of("Predictor", "task", task, Task), products
         if not isinstance(model, nn.Module):
             raise TypeError(f"Predictor: model is a {type(model).__name__}, expected a torch module.")
-        self.model = model.eval()
+        self.model, self.atoms = model.eval(), any(isinstance(each, SceneFeatures) for each in model.modules())
 
     @property
     def device(self) -> torch.device:
@@ -71,8 +72,9 @@ class Predictor:
                 and estimated then.
             count: sources a scene, a number or (B,); 'mdl' or 'aic' by likelihood, 'network' as the network says; by
                 default MDL with a likelihood, else as many as the factor has.
-            method: 'likelihood' (default): maximum likelihood on the measurement; 'music', 'mvdr': the spectrum of the
-                factor; 'pursuit': the atoms of the matching pursuit.
+            method: 'likelihood' (default): maximum likelihood on the measurement, from the atoms of the network's own
+                pursuit or, where it has none, the peaks of its factor's spectrum; 'music', 'mvdr': these peaks;
+                'pursuit': the atoms of a matching pursuit.
             progress: called with (scenes done, scenes in all).
         Returns: `Located`, on the network's device.
         Raises: TypeError or ValueError that names the array, what it is and what is expected; ConfigError for a method
@@ -99,7 +101,7 @@ class Predictor:
         prediction = self._answer(measured, start)
         if isinstance(count, str) and count == "network":
             count = _count_of(prediction)
-        return locate_sources(self.task, prediction.factor, measured, method=method, count=count)
+        return locate_sources(self.task, prediction.factor, measured, method=method, count=count, atoms=self.atoms)
 
     def _answer(self, measured: Measured, start: int) -> Prediction:
         """The network's answer, its factor as real pairs. Raises: TypeError, PredictionError."""
