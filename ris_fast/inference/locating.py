@@ -72,8 +72,9 @@ def locate_sources(
         return Located.of(factor, _peaks(task, factor, method, count), snr_db=snr_db)
     inputs = _inputs(measured)
     if method == "likelihood":
-        likely = pursuit_sources(task, *inputs, task.max_sources) if atoms else _peaks(task, factor, "music")
-        found = refine(task, *inputs, likely, count=count, steps=STEPS)
+        given = None if isinstance(count, str) else count
+        near = pursuit_sources(task, *inputs, task.max_sources) if atoms else _peaks(task, factor, "music", given)
+        found = refine(task, *inputs, near, count=count, steps=STEPS)
     else:
         found = refine(task, *inputs, _start(task, factor, inputs, method, count), steps=0)
     chance = found.count_probability if isinstance(count, str) else None

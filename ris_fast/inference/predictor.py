@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ris_fast import exit_codes
 from ris_fast.config.schema import Task, section_of
 from ris_fast.data.measurements import Measured
-from ris_fast.inference.given import given_measurements
+from ris_fast.inference.given import given_count, given_measurements
 from ris_fast.inference.located import Located
 from ris_fast.inference.locating import choose_count, choose_method, locate_sources, with_snr
 from ris_fast.inference.opened_run import open_run
@@ -61,7 +61,7 @@ class Predictor:
         codes: ArrayLike | Tensor,
         snr_db: ArrayLike | Tensor | float | None = None,
         *,
-        count: int | str | Tensor | None = None,
+        count: int | str | ArrayLike | Tensor | None = None,
         method: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Located:
@@ -82,9 +82,10 @@ class Predictor:
         """
         given = given_measurements(self.task, snapshots, channel, codes, snr_db, products=self.products)
         total, parts = len(given.snapshots), []
+        count = given_count(count, total)
         for start, chunk in _chunks(given):
             rows = slice(start, start + CHUNK)
-            part = count[rows] if isinstance(count, Tensor) and count.dim() else count
+            part = count[rows].to(self.device) if isinstance(count, Tensor) else count
             parts.append(self.predict_measured(chunk, start, count=part, method=method))
             if progress is not None:
                 progress(min(start + CHUNK, total), total)
