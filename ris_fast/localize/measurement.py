@@ -14,6 +14,7 @@ are complex or pairs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,10 +25,11 @@ from ris_fast.config.schema import Task
 from ris_fast.kernels.pursuit.search import NOTHING, TANGENTS, Pursuit
 from ris_fast.kernels.pursuit.solve import spd_solve
 from ris_fast.kernels.scale import power_of_two
-from ris_fast.localize.sources import Deviations
+from ris_fast.localize.sources import Deviations, Sources
 from ris_fast.models.pursuit import geometry_of
 from ris_fast.physics.real_complex import to_complex
 
+CHUNK_BYTES = 2**26  # of the sensing operators of the scenes worked on at once
 TINY = 1e-12
 RIDGE = 0.1  # of noise over signal: as much as float32 needs to hold two equal sources apart, and too little to bias
 
@@ -76,6 +78,10 @@ class Measurement:
         ratio = units[1] / units[0]
         self.cost_unit = level / units[0].flatten().square()
         self.power_unit = level / column * ratio.flatten().square()  # of |s|^2, in the units of the scenes
+
+    def start(self, sources: Sources) -> Point:
+        """The point at the positions of sources, brought into the box of the task."""
+        return self.at(self.inside(sources.cosines()), sources.active)
 
     def at(self, position: Tensor, active: Tensor) -> Point:
         """Least squares of the symbols at positions (B, K, 3), and how the measurement leans on them."""
@@ -181,6 +187,17 @@ class Measurement:
         solved = spd_solve(matrix, unit, self.ridge.repeat_interleave(sets).expand(2 * size, -1))
         real, imag = solved.permute(2, 0, 1).unflatten(0, (batch, sets)).chunk(2, dim=2)
         return torch.complex(real, imag)
+
+
+def measurements(
+    task: Task, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor
+) -> Iterator[tuple[slice, Measurement]]:
+    """The scenes of a batch, as many at once as their sensing operators have room for."""
+    size = max(1, CHUNK_BYTES // max(1, channel[:1].nbytes * snapshots.shape[1]))
+    for first in range(0, max(1, len(snapshots)), size):
+        rows = slice(first, first + size)
+        own = codes[rows] if codes.dim() == 4 else codes
+        yield rows, Measurement(task, snapshots[rows], channel[rows], own, snr_db[rows])
 
 
 def position_deviations(position: Tensor, covariance: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:

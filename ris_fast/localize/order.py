@@ -1,0 +1,73 @@
+"""The number of sources of a scene by description length, from more candidates than it can have.
+
+Legend: B batch, L snapshots, M base-station antennas, K sources (padded), S sets of symbols.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, pad
+
+from ris_fast.localize.descent import descend
+from ris_fast.localize.measurement import Measurement, Point
+
+CRITERIA = ("mdl", "aic")
+
+
+def pruned(measurement: Measurement, point: Point, count: str | Tensor, largest: int) -> tuple[Point, Tensor]:
+    """Removes sources one by one and keeps the number asked for: the point there, and the probability of each number
+    (B, largest + 1)."""
+    batch = len(point.active)
+    length = point.cost.new_full((batch, largest + 1), torch.inf)  # description length of each number of sources
+    length[:, 0] = measurement.energy / measurement.noise
+    position = point.position.new_zeros(batch, largest, 3)  # of the best so far: none
+    active = torch.zeros_like(position[..., 0], dtype=torch.bool)
+    best = _rank(length[:, 0], active.sum(1), count)
+    for fewer in fewer_and_fewer(measurement, point, largest):
+        k = fewer.active.sum(1)
+        here = fewer.cost / measurement.noise + k * penalty(measurement, count)
+        length.scatter_reduce_(1, k[:, None], here[:, None], "amin")
+        rank = _rank(here, k, count)
+        better, best = rank < best, torch.minimum(rank, best)
+        rest = (0, largest - fewer.active.shape[1])
+        position = torch.where(better[:, None, None], pad(fewer.position, (0, 0, *rest)), position)
+        active = torch.where(better[:, None], pad(fewer.active, rest), active)
+    return descend(measurement, measurement.at(measurement.inside(position), active), 1), (-length).softmax(1)
+
+
+def fewer_and_fewer(measurement: Measurement, point: Point, largest: int) -> Iterator[Point]:
+    """Points with at most `largest` sources, with one fewer, and so on down to one, each refined from the last."""
+    for slots in range(point.active.shape[1], 0, -1):
+        if slots < point.active.shape[1]:
+            point = descend(measurement, _without_weakest(measurement, point, slots), 1)
+        if slots <= largest:
+            yield point
+
+
+def _rank(length: Tensor, k: Tensor, count: str | Tensor) -> Tensor:
+    """What is smallest at the number of sources to keep: (B,)."""
+    return (k - count).abs().to(length.dtype) if isinstance(count, Tensor) else length
+
+
+def penalty(measurement: Measurement, count: str | Tensor) -> float:
+    """Description length of one more source, in nats; that of MDL where the number is given."""
+    symbols = 2 * measurement.sets
+    if isinstance(count, str) and count == "aic":
+        return 3.0 + symbols
+    seen_by = 2 * measurement.size // measurement.sets  # measurements that a symbol takes part in
+    return 0.5 * (3 * math.log(2 * measurement.size) + symbols * math.log(seen_by))
+
+
+def _without_weakest(measurement: Measurement, point: Point, slots: int) -> Point:
+    """Of scenes with more than `slots` sources the one is removed whose absence raises the objective least."""
+    spread = torch.diagonal(point.inverse.real, dim1=-2, dim2=-1)
+    squares = torch.view_as_real(point.amplitude).square().sum(3)
+    loss = torch.where(point.active, (squares / spread).sum(1), torch.inf)
+    weakest = one_hot(loss.argmin(1), loss.shape[1]).bool()
+    active = point.active & ~(weakest & (point.active.sum(1, keepdim=True) > slots))
+    order = active.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :slots]
+    return measurement.among(point, order, active.gather(1, order))
