@@ -141,7 +141,7 @@ def test_measurements_are_read_as_they_are_asked_for(scenes: Scenes, tmp_path: P
     chunks = read_chunks(open_measurements(write_npz(tmp_path / "a.npz", given), SMALL), 2, SCENES)
     torch.testing.assert_close(next(chunks).snapshots, scenes.snapshots[:2])
     next(chunks)
-    with pytest.raises(DataError, match="key 'snapshots': found 1 NaN or infinite values, the first in scene 5"):
+    with pytest.raises(DataError, match="key 'snapshots': found NaN or infinite values, the first in scene 5"):
         next(chunks)
 
 
@@ -175,9 +175,9 @@ WRONG = {
     "text": (changed("snapshots", lambda a: a.astype(str)), "snapshots': found type <U.*numbers, complex"),
     "objects": (changed("channel", lambda a: a.astype(object)), "channel': found type object"),
     "complex snr": (changed("snr_db", lambda a: a + 1j), "snr_db': found type complex.*numbers of dB"),
-    "nan": (spoiled("channel", 3, np.nan), "channel': found 192 NaN or infinite values, the first in scene 3"),
-    "infinite snr": (spoiled("snr_db", 6, np.inf), "snr_db': found 1 NaN or infinite values, the first in scene 6"),
-    "beyond float32": (spoiled("snapshots", 1, 1e300), "snapshots': found 64 NaN or infinite values"),
+    "nan": (spoiled("channel", 3, np.nan), "channel': found NaN or infinite values, the first in scene 3"),
+    "infinite snr": (spoiled("snr_db", 6, np.inf), "snr_db': found NaN or infinite values, the first in scene 6"),
+    "beyond float32": (spoiled("snapshots", 1, 1e300), "snapshots': found NaN or infinite values"),
     "nan codes": (spoiled("codes", 0, np.nan), "codes': found NaN or infinite values"),
     "zeros": (spoiled("snapshots", 2, 0.0), "snapshots': found nothing but zeros in scene 2"),
 }
