@@ -8,6 +8,7 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K sources
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ def refine(
         wanted = count[rows] if isinstance(count, Tensor) else count
         largest = min(start.power.shape[1], task.max_sources)
         parts.append(_refined(measurement, start.take(rows), wanted, largest, steps))
-    return Estimate(*(_joined(each) for each in zip(*parts)))
+    return joined(parts)
 
 
 def _refined(
@@ -86,11 +87,12 @@ def _refined(
         found = point.active.sum(1)
         probability = one_hot(found, point.active.shape[1] + 1).to(point.cost.dtype)
     else:
-        point, probability = pruned(measurement, point, count, largest)
-    return _estimate(measurement, point, probability)
+        point, length = pruned(measurement, point, count, largest)
+        probability = (-length).softmax(1)
+    return estimate(measurement, point, probability)
 
 
-def _estimate(measurement: Measurement, point: Point, probability: Tensor) -> Estimate:
+def estimate(measurement: Measurement, point: Point, probability: Tensor) -> Estimate:
     """Sorted by power and in the units of the scenes."""
     power, deviations = measurement.power(point), measurement.deviations(point)
     key = torch.where(point.active, power, -1.0)
@@ -101,8 +103,8 @@ def _estimate(measurement: Measurement, point: Point, probability: Tensor) -> Es
     return Estimate(sources, deviations, point.cost * measurement.cost_unit, probability)
 
 
-def _joined(parts: tuple[Any, ...]) -> Any:
-    """Chunks of one field of an estimate, which may itself be a record."""
+def joined(parts: Sequence[Any]) -> Any:
+    """Lots of scenes as one: tensors, or records of them."""
     if isinstance(parts[0], Tensor):
-        return torch.cat(parts)
-    return type(parts[0])(*(torch.cat(each) for each in zip(*parts)))
+        return torch.cat(list(parts))
+    return type(parts[0])(*(joined(each) for each in zip(*parts)))

@@ -127,6 +127,16 @@ class Measurement:
         slope = _slope(residual, amplitude)
         return Point(position, active, gram, moment, amplitude, cost, objective, slope, information, inverse, coupling)
 
+    def left_over(self, point: Point) -> Tensor:
+        """G_s^H r_s of r = y - G A s, (B, S, N, 2): a search is for the largest sum_s |a^H G_s^H r_s|^2."""
+        real, imag = self.search.steer(point.position).chunk(2, dim=2)
+        field = torch.complex(real, imag)[:, None] @ point.amplitude[..., None]  # (B, S, N, 1)
+        real, imag = field.real[..., 0], field.imag[..., 0]
+        planes = torch.stack((real, imag, -imag, real), dim=3).unflatten(3, (2, 2)).flatten(2, 3)
+        operator = self.operator.unflatten(1, (self.sets, -1))  # (B, S, R, 2N)
+        back = (operator.mT @ (self.y - operator @ planes)).unflatten(2, (-1, 2))  # (B, S, N, 2, 2)
+        return torch.stack((back[..., 0, 0] + back[..., 1, 1], back[..., 0, 1] - back[..., 1, 0]), dim=-1)
+
     def inside(self, position: Tensor) -> Tensor:
         """Positions brought into the box of the task."""
         return torch.clamp(position, self.search.low, self.search.high)

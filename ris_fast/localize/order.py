@@ -19,31 +19,30 @@ CRITERIA = ("mdl", "aic")
 
 
 def pruned(measurement: Measurement, point: Point, count: str | Tensor, largest: int) -> tuple[Point, Tensor]:
-    """Removes sources one by one and keeps the number asked for: the point there, and the probability of each number
-    (B, largest + 1)."""
+    """Removes sources one by one and keeps the number asked for: the point there, and the description length of each
+    number (B, largest + 1), by MDL where the number is given."""
     batch = len(point.active)
-    length = point.cost.new_full((batch, largest + 1), torch.inf)  # description length of each number of sources
+    length = point.cost.new_full((batch, largest + 1), torch.inf)
     length[:, 0] = measurement.energy / measurement.noise
     position = point.position.new_zeros(batch, largest, 3)  # of the best so far: none
     active = torch.zeros_like(position[..., 0], dtype=torch.bool)
     best = _rank(length[:, 0], active.sum(1), count)
     for fewer in fewer_and_fewer(measurement, point, largest):
-        k = fewer.active.sum(1)
-        here = fewer.cost / measurement.noise + k * penalty(measurement, count)
+        k, here = fewer.active.sum(1), description(measurement, fewer, count)
         length.scatter_reduce_(1, k[:, None], here[:, None], "amin")
         rank = _rank(here, k, count)
         better, best = rank < best, torch.minimum(rank, best)
         rest = (0, largest - fewer.active.shape[1])
         position = torch.where(better[:, None, None], pad(fewer.position, (0, 0, *rest)), position)
         active = torch.where(better[:, None], pad(fewer.active, rest), active)
-    return descend(measurement, measurement.at(measurement.inside(position), active), 1), (-length).softmax(1)
+    return descend(measurement, measurement.at(measurement.inside(position), active), 1), length
 
 
 def fewer_and_fewer(measurement: Measurement, point: Point, largest: int) -> Iterator[Point]:
     """Points with at most `largest` sources, with one fewer, and so on down to one, each refined from the last."""
     for slots in range(point.active.shape[1], 0, -1):
         if slots < point.active.shape[1]:
-            point = descend(measurement, _without_weakest(measurement, point, slots), 1)
+            point = descend(measurement, without_weakest(measurement, point, point.active.sum(1) > slots, slots), 1)
         if slots <= largest:
             yield point
 
@@ -53,8 +52,13 @@ def _rank(length: Tensor, k: Tensor, count: str | Tensor) -> Tensor:
     return (k - count).abs().to(length.dtype) if isinstance(count, Tensor) else length
 
 
+def description(measurement: Measurement, point: Point, count: str | Tensor) -> Tensor:
+    """Description length in nats, (B,), up to a constant of the scene."""
+    return point.cost / measurement.noise + point.active.sum(1) * penalty(measurement, count)
+
+
 def penalty(measurement: Measurement, count: str | Tensor) -> float:
-    """Description length of one more source, in nats; that of MDL where the number is given."""
+    """Description length of one more source; that of MDL where the number is given."""
     symbols = 2 * measurement.sets
     if isinstance(count, str) and count == "aic":
         return 3.0 + symbols
@@ -62,12 +66,12 @@ def penalty(measurement: Measurement, count: str | Tensor) -> float:
     return 0.5 * (3 * math.log(2 * measurement.size) + symbols * math.log(seen_by))
 
 
-def _without_weakest(measurement: Measurement, point: Point, slots: int) -> Point:
-    """Of scenes with more than `slots` sources the one is removed whose absence raises the objective least."""
+def without_weakest(measurement: Measurement, point: Point, scenes: Tensor, slots: int) -> Point:
+    """In these scenes (B,) the source is removed whose absence raises the objective least; `slots` columns remain."""
     spread = torch.diagonal(point.inverse.real, dim1=-2, dim2=-1)
     squares = torch.view_as_real(point.amplitude).square().sum(3)
     loss = torch.where(point.active, (squares / spread).sum(1), torch.inf)
     weakest = one_hot(loss.argmin(1), loss.shape[1]).bool()
-    active = point.active & ~(weakest & (point.active.sum(1, keepdim=True) > slots))
+    active = point.active & ~(weakest & scenes[:, None])
     order = active.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :slots]
     return measurement.among(point, order, active.gather(1, order))
