@@ -69,7 +69,7 @@ def _another(
     for trial, valid in ((same, everyone), (fewer, everyone), (more, room)):
         here = torch.where(valid, description(measurement, trial, count), torch.inf)
         length = length.scatter_reduce(1, trial.active.sum(1, keepdim=True), here[:, None], "amin")
-        better = _score(here, trial, count) < _score(description(measurement, point, count), point, count)
+        better = valid & (_score(measurement, trial, count) < _score(measurement, point, count))
         point = choose(better, trial, point)
     return point, length
 
@@ -86,9 +86,11 @@ def _strongest(search: Pursuit, left: Tensor) -> Tensor:
     return search.grid[(real.square() + imag.square()).sum(1).argmax(1)]
 
 
-def _score(length: Tensor, point: Point, count: str | Tensor) -> Tensor:
+def _score(measurement: Measurement, point: Point, count: str | Tensor) -> Tensor:
     """What is least at the answer: (B,)."""
-    return length + FAR_OFF * (point.active.sum(1) - count).abs() if isinstance(count, Tensor) else length
+    if isinstance(count, str):
+        return description(measurement, point, count)
+    return point.cost / measurement.noise + FAR_OFF * (point.active.sum(1) - count).abs()
 
 
 def _search(task: Task, like: Tensor) -> Pursuit:

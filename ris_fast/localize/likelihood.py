@@ -51,13 +51,10 @@ def refine(
         cost is not taken, and the next one is a quarter of it. Positions stay in the box of the task. Where a number
         of sources is to be found, or fewer are wanted than `start` holds, the source whose absence costs least is
         removed, the others take a step, and so on down to one. Kept is the number k, at most the task's, that has the
-        least
-
-            cost_k / sigma^2 + k (3 log(2 L M) + 2 S log(2 L M / S)) / 2    (count = "mdl")
-            cost_k / sigma^2 + k (3 + 2 S)                                  (count = "aic")
-
-        with S = 1 symbol a source where symbols are static, L otherwise: each parameter of a source costs half the
-        logarithm of the number of real measurements that it takes part in, or one.
+        least -log p(y) + 2 k log(2 L M) (count = "mdl") or + 4 k (count = "aic"): 4 parameters a source, its position
+        and its power, each worth half the logarithm of the number of real measurements, or one. p(y) is that of symbols
+        drawn from circular Gaussians with the powers found: symbols of their own for every snapshot are then no
+        parameters, and where there is one symbol a source it makes no difference.
     Args: snapshots (B, L, M, 2), channel (B, M, N, 2), codes ([B,] L, N, 2), snr_db (B,); start: candidates, one column
         each; count: None keeps all of them, "mdl" and "aic" choose, a tensor (B,) says how many.
     Returns: `Estimate`, as wide as `start`, or as the task's largest number of sources where one is chosen;

@@ -49,6 +49,11 @@ class Point(NamedTuple):
     inverse: Tensor  # (B, S, K, K)    of the Gram matrix of the steered sources, with its ridge
     coupling: Tensor  # (B, S, K, 3K)   -ds / d(scaled position)
 
+    @property
+    def steer(self) -> Tensor:
+        """(B, S, K, K): the Gram matrix of the steered sources alone."""
+        return self.gram[..., ::TANGENTS, ::TANGENTS]
+
 
 class Measurement:
     """Scenes in units where y has mean power 1 and sum_l G_l^H G_l mean diagonal 1.
@@ -150,9 +155,13 @@ class Measurement:
 
     def power(self, point: Point) -> Tensor:
         """Mean over the sets of |s|^2 less what noise adds to it, in the units of the scenes: (B, K)."""
+        return torch.where(point.active, self.mean_square(point) * self.power_unit[:, None], 0.0)
+
+    def mean_square(self, point: Point) -> Tensor:
+        """The same in units of the measurement, and next to nothing where there is no source."""
         added = self.noise[:, None] * torch.diagonal(point.inverse.real, dim1=-2, dim2=-1).mean(1)
-        power = (torch.view_as_real(point.amplitude).square().sum(3).mean(1) - added).clamp_min(NOTHING)
-        return torch.where(point.active, power * self.power_unit[:, None], 0.0)
+        squares = torch.view_as_real(point.amplitude).square().sum(3).mean(1)
+        return torch.where(point.active, squares - added, 0.0).clamp_min(NOTHING)
 
     def deviations(self, point: Point) -> Deviations:
         """Standard deviations by the inverse of the Fisher information, 2 / sigma^2 times `information` and so on."""

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
+from ris_fast.kernels.pursuit.search import TANGENTS
 from ris_fast.localize.descent import descend
 from ris_fast.localize.measurement import Measurement, Point
 
 CRITERIA = ("mdl", "aic")
+PARAMETERS = 4  # of a source: three of its position, and its power
 
 
 def pruned(measurement: Measurement, point: Point, count: str | Tensor, largest: int) -> tuple[Point, Tensor]:
@@ -53,17 +55,29 @@ def _rank(length: Tensor, k: Tensor, count: str | Tensor) -> Tensor:
 
 
 def description(measurement: Measurement, point: Point, count: str | Tensor) -> Tensor:
-    """Description length in nats, (B,), up to a constant of the scene."""
-    return point.cost / measurement.noise + point.active.sum(1) * penalty(measurement, count)
+    """Description length of a scene's sources in nats, (B,), up to a constant of the scene; MDL if the number is given.
+
+    Model: -log p(y) where the symbols are circular Gaussian draws of the powers p found, y_s ~ CN(0, B_s diag(p) B_s^H
+        + sigma^2 I), plus what the parameters cost. Everything in it is a matrix of sources by sources: with s' the
+        mean of the symbols given y, y^H R^-1 y = |y - B s'|^2 / sigma^2 + s'^H diag(p)^-1 s'.
+    """
+    steer, s, noise = (each.to(torch.complex128) for each in (point.steer, point.amplitude, measurement.noise))
+    root = measurement.mean_square(point).double().sqrt()[:, None]
+    unit = torch.eye(root.shape[2], dtype=steer.dtype, device=steer.device)
+    inner = root[..., None] * steer * root[..., None, :] + noise[:, None, None, None] * unit  # sigma^2 I + P' B^H B P'
+    factor, _ = torch.linalg.cholesky_ex(inner)
+    moment = root * point.moment[..., ::TANGENTS]
+    drawn = torch.cholesky_solve(moment[..., None], factor)[..., 0]  # s' / sqrt(p)
+    apart = s - root * drawn
+    misfit = (apart.conj() * (2.0 * measurement.ridge[:, None, None] * s + (steer @ apart[..., None])[..., 0])).real
+    spread = 2.0 * torch.diagonal(factor, dim1=-2, dim2=-1).real.log().sum((1, 2)) - s[0].numel() * noise.real.log()
+    fit = (point.cost + misfit.sum((1, 2))) / measurement.noise + drawn.abs().square().sum((1, 2))
+    return (fit + spread).to(point.cost.dtype) + point.active.sum(1) * penalty(measurement, count)
 
 
 def penalty(measurement: Measurement, count: str | Tensor) -> float:
-    """Description length of one more source; that of MDL where the number is given."""
-    symbols = 2 * measurement.sets
-    if isinstance(count, str) and count == "aic":
-        return 3.0 + symbols
-    seen_by = 2 * measurement.size // measurement.sets  # measurements that a symbol takes part in
-    return 0.5 * (3 * math.log(2 * measurement.size) + symbols * math.log(seen_by))
+    """Description length of the parameters of one more source."""
+    return PARAMETERS * (1.0 if isinstance(count, str) and count == "aic" else 0.5 * math.log(2 * measurement.size))
 
 
 def without_weakest(measurement: Measurement, point: Point, scenes: Tensor, slots: int) -> Point:
