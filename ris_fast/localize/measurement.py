@@ -73,7 +73,7 @@ class Measurement:
         column = channel.square().sum((1, 2, 3)).mul(length / channel.shape[2]).clamp_min(NOTHING)
         scaled = channel * column.rsqrt()[:, None, None, None]
         y = snapshots * level.rsqrt()[:, None, None, None]
-        self.y = y.reshape(batch, self.sets, -1, 2)  # (B, S, R, 2)
+        self.y = y.flatten(1, 2).unflatten(1, (self.sets, length * antennas // self.sets))  # (B, S, R, 2)
         operator = to_complex(scaled)[:, None] * to_complex(codes).expand(batch, -1, -1)[:, :, None]
         self.operator = torch.view_as_real(operator).flatten(3).flatten(1, 2)  # (B, LM, 2N), pairs
         self.energy = self.y.square().sum((1, 2, 3))  # |y|^2, the cost without any source
@@ -138,7 +138,7 @@ class Measurement:
         field = torch.complex(real, imag)[:, None] @ point.amplitude[..., None]  # (B, S, N, 1)
         real, imag = field.real[..., 0], field.imag[..., 0]
         planes = torch.stack((real, imag, -imag, real), dim=3).unflatten(3, (2, 2)).flatten(2, 3)
-        operator = self.operator.unflatten(1, (self.sets, -1))  # (B, S, R, 2N)
+        operator = self.operator.unflatten(1, self.y.shape[1:3])  # (B, S, R, 2N)
         back = (operator.mT @ (self.y - operator @ planes)).unflatten(2, (-1, 2))  # (B, S, N, 2, 2)
         return torch.stack((back[..., 0, 0] + back[..., 1, 1], back[..., 0, 1] - back[..., 1, 0]), dim=-1)
 
@@ -195,7 +195,7 @@ class Measurement:
         real, imag = (self.search.tangents(position) * columns).chunk(2, dim=2)
         planes = torch.stack((real, imag, -imag, real), dim=2)
         planes = planes.unflatten(2, (2, 2)).flatten(3).flatten(1, 2)  # (B, 2N, 2KT), rows in pairs like the operator
-        return (self.operator @ planes).unflatten(1, (self.sets, -1))
+        return (self.operator @ planes).unflatten(1, self.y.shape[1:3])
 
     def _inverse(self, gram: Tensor) -> Tensor:
         """(gram + ridge)^-1, Hermitian: (B, S, K, K)."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.config.schema import Task
+from ris_fast.kernels.pursuit.search import NOTHING
 from ris_fast.localize.candidates import pursuit_sources
 from ris_fast.localize.descent import descend
 from ris_fast.localize.measurement import measurements
@@ -30,8 +31,8 @@ def estimate_snr(task: Task, snapshots: Tensor, channel: Tensor, codes: Tensor) 
         sigma^2 = cost_k / (L M - k d), d complex parameters a source; |G x|^2 is what they explain, less
         what they explain of the noise.
     Args: snapshots (B, L, M, 2), channel (B, M, N, 2), codes ([B,] L, N, 2).
-    Returns: between -40 and 120 dB. Without an error it is off by 0.65 dB (one standard deviation) at -5 dB and
-        L M = 256, and by 0.3 dB from 5 dB on: sigma^2 itself is known no better.
+    Returns: between -40 and 120 dB. On RIS-12x12 nine of ten scenes are within 1.4 dB at -5 to 0 dB and 0.6 dB above
+        5 dB, where sigma^2 itself is known no better; at -5 dB it reads 0.3 dB low, for sources too weak to be found.
     """
     snr_db = snapshots.new_full((len(snapshots),), WORKING_SNR_DB)
     start = pursuit_sources(task, snapshots, channel, codes, snr_db, task.max_sources + 1)
@@ -51,6 +52,6 @@ def estimate_snr(task: Task, snapshots: Tensor, channel: Tensor, codes: Tensor) 
             best = length if best is None else torch.minimum(length, best)
             noise = torch.where(better, per_measurement, noise)
             signal = torch.where(better, explained / size, signal)
-        ratio = 10.0 * (signal.clamp_min(0) / noise).log10()
+        ratio = 10.0 * (signal.clamp_min(0) / noise.clamp_min(NOTHING)).log10()
         parts.append(ratio.clamp(LEAST_DB, MOST_DB))
     return torch.cat(parts)

@@ -70,7 +70,10 @@ def description(measurement: Measurement, point: Point, count: str | Tensor) -> 
     drawn = torch.cholesky_solve(moment[..., None], factor)[..., 0]  # s' / sqrt(p)
     apart = s - root * drawn
     misfit = (apart.conj() * (2.0 * measurement.ridge[:, None, None] * s + (steer @ apart[..., None])[..., 0])).real
-    spread = 2.0 * torch.diagonal(factor, dim1=-2, dim2=-1).real.log().sum((1, 2)) - s[0].numel() * noise.real.log()
+    spread = (
+        2.0 * torch.diagonal(factor, dim1=-2, dim2=-1).real.log().sum((1, 2))
+        - s.shape[1] * s.shape[2] * noise.real.log()
+    )
     fit = (point.cost + misfit.sum((1, 2))) / measurement.noise + drawn.abs().square().sum((1, 2))
     return (fit + spread).to(point.cost.dtype) + point.active.sum(1) * penalty(measurement, count)
 
