@@ -6,6 +6,7 @@ Legend: B batch, K sources (padded).
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ris_fast.localize.measurement import Measurement, Point
 
@@ -19,10 +20,11 @@ def descend(measurement: Measurement, point: Point, steps: int) -> Point:
         trial = measurement.at(measurement.inside(point.position + move), point.active)
         better = trial.objective < point.objective
         length = torch.where(better, 1.0, length / 4)
-        point = _where(better, trial, point)
+        point = choose(better, trial, point)
     return point
 
 
-def _where(condition: torch.Tensor, one: Point, other: Point) -> Point:
+def choose(condition: Tensor, one: Point, other: Point) -> Point:
+    """Of each scene one point or the other: condition (B,)."""
     pairs = zip(one, other)
     return Point(*(torch.where(condition.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))

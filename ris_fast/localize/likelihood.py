@@ -8,6 +8,7 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K sources
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,13 +51,10 @@ def refine(
         cost is not taken, and the next one is a quarter of it. Positions stay in the box of the task. Where a number
         of sources is to be found, or fewer are wanted than `start` holds, the source whose absence costs least is
         removed, the others take a step, and so on down to one. Kept is the number k, at most the task's, that has the
-        least
-
-            cost_k / sigma^2 + k (3 log(2 L M) + 2 S log(2 L M / S)) / 2    (count = "mdl")
-            cost_k / sigma^2 + k (3 + 2 S)                                  (count = "aic")
-
-        with S = 1 symbol a source where symbols are static, L otherwise: each parameter of a source costs half the
-        logarithm of the number of real measurements that it takes part in, or one.
+        least -log p(y) + 2 k log(2 L M) (count = "mdl") or + 4 k (count = "aic"): 4 parameters a source, its position
+        and its power, each worth half the logarithm of the number of real measurements, or one. p(y) is that of symbols
+        drawn from circular Gaussians with the powers found: symbols of their own for every snapshot are then no
+        parameters, and where there is one symbol a source it makes no difference.
     Args: snapshots (B, L, M, 2), channel (B, M, N, 2), codes ([B,] L, N, 2), snr_db (B,); start: candidates, one column
         each; count: None keeps all of them, "mdl" and "aic" choose, a tensor (B,) says how many.
     Returns: `Estimate`, as wide as `start`, or as the task's largest number of sources where one is chosen;
@@ -75,7 +73,7 @@ def refine(
         wanted = count[rows] if isinstance(count, Tensor) else count
         largest = min(start.power.shape[1], task.max_sources)
         parts.append(_refined(measurement, start.take(rows), wanted, largest, steps))
-    return Estimate(*(_joined(each) for each in zip(*parts)))
+    return joined(parts)
 
 
 def _refined(
@@ -86,11 +84,12 @@ def _refined(
         found = point.active.sum(1)
         probability = one_hot(found, point.active.shape[1] + 1).to(point.cost.dtype)
     else:
-        point, probability = pruned(measurement, point, count, largest)
-    return _estimate(measurement, point, probability)
+        point, length = pruned(measurement, point, count, largest)
+        probability = (-length).softmax(1)
+    return estimate(measurement, point, probability)
 
 
-def _estimate(measurement: Measurement, point: Point, probability: Tensor) -> Estimate:
+def estimate(measurement: Measurement, point: Point, probability: Tensor) -> Estimate:
     """Sorted by power and in the units of the scenes."""
     power, deviations = measurement.power(point), measurement.deviations(point)
     key = torch.where(point.active, power, -1.0)
@@ -101,8 +100,8 @@ def _estimate(measurement: Measurement, point: Point, probability: Tensor) -> Es
     return Estimate(sources, deviations, point.cost * measurement.cost_unit, probability)
 
 
-def _joined(parts: tuple[Any, ...]) -> Any:
-    """Chunks of one field of an estimate, which may itself be a record."""
+def joined(parts: Sequence[Any]) -> Any:
+    """Lots of scenes as one: tensors, or records of them."""
     if isinstance(parts[0], Tensor):
-        return torch.cat(parts)
-    return type(parts[0])(*(torch.cat(each) for each in zip(*parts)))
+        return torch.cat(list(parts))
+    return type(parts[0])(*(joined(each) for each in zip(*parts)))

@@ -49,6 +49,11 @@ class Point(NamedTuple):
     inverse: Tensor  # (B, S, K, K)    of the Gram matrix of the steered sources, with its ridge
     coupling: Tensor  # (B, S, K, 3K)   -ds / d(scaled position)
 
+    @property
+    def steer(self) -> Tensor:
+        """(B, S, K, K): the Gram matrix of the steered sources alone."""
+        return self.gram[..., ::TANGENTS, ::TANGENTS]
+
 
 class Measurement:
     """Scenes in units where y has mean power 1 and sum_l G_l^H G_l mean diagonal 1.
@@ -68,7 +73,7 @@ class Measurement:
         column = channel.square().sum((1, 2, 3)).mul(length / channel.shape[2]).clamp_min(NOTHING)
         scaled = channel * column.rsqrt()[:, None, None, None]
         y = snapshots * level.rsqrt()[:, None, None, None]
-        self.y = y.reshape(batch, self.sets, -1, 2)  # (B, S, R, 2)
+        self.y = y.flatten(1, 2).unflatten(1, (self.sets, length * antennas // self.sets))  # (B, S, R, 2)
         operator = to_complex(scaled)[:, None] * to_complex(codes).expand(batch, -1, -1)[:, :, None]
         self.operator = torch.view_as_real(operator).flatten(3).flatten(1, 2)  # (B, LM, 2N), pairs
         self.energy = self.y.square().sum((1, 2, 3))  # |y|^2, the cost without any source
@@ -127,6 +132,16 @@ class Measurement:
         slope = _slope(residual, amplitude)
         return Point(position, active, gram, moment, amplitude, cost, objective, slope, information, inverse, coupling)
 
+    def left_over(self, point: Point) -> Tensor:
+        """G_s^H r_s of r = y - G A s, (B, S, N, 2): a search is for the largest sum_s |a^H G_s^H r_s|^2."""
+        real, imag = self.search.steer(point.position).chunk(2, dim=2)
+        field = torch.complex(real, imag)[:, None] @ point.amplitude[..., None]  # (B, S, N, 1)
+        real, imag = field.real[..., 0], field.imag[..., 0]
+        planes = torch.stack((real, imag, -imag, real), dim=3).unflatten(3, (2, 2)).flatten(2, 3)
+        operator = self.operator.unflatten(1, self.y.shape[1:3])  # (B, S, R, 2N)
+        back = (operator.mT @ (self.y - operator @ planes)).unflatten(2, (-1, 2))  # (B, S, N, 2, 2)
+        return torch.stack((back[..., 0, 0] + back[..., 1, 1], back[..., 0, 1] - back[..., 1, 0]), dim=-1)
+
     def inside(self, position: Tensor) -> Tensor:
         """Positions brought into the box of the task."""
         return torch.clamp(position, self.search.low, self.search.high)
@@ -140,9 +155,13 @@ class Measurement:
 
     def power(self, point: Point) -> Tensor:
         """Mean over the sets of |s|^2 less what noise adds to it, in the units of the scenes: (B, K)."""
+        return torch.where(point.active, self.mean_square(point) * self.power_unit[:, None], 0.0)
+
+    def mean_square(self, point: Point) -> Tensor:
+        """The same in units of the measurement, and next to nothing where there is no source."""
         added = self.noise[:, None] * torch.diagonal(point.inverse.real, dim1=-2, dim2=-1).mean(1)
-        power = (torch.view_as_real(point.amplitude).square().sum(3).mean(1) - added).clamp_min(NOTHING)
-        return torch.where(point.active, power * self.power_unit[:, None], 0.0)
+        squares = torch.view_as_real(point.amplitude).square().sum(3).mean(1)
+        return torch.where(point.active, squares - added, 0.0).clamp_min(NOTHING)
 
     def deviations(self, point: Point) -> Deviations:
         """Standard deviations by the inverse of the Fisher information, 2 / sigma^2 times `information` and so on."""
@@ -176,7 +195,7 @@ class Measurement:
         real, imag = (self.search.tangents(position) * columns).chunk(2, dim=2)
         planes = torch.stack((real, imag, -imag, real), dim=2)
         planes = planes.unflatten(2, (2, 2)).flatten(3).flatten(1, 2)  # (B, 2N, 2KT), rows in pairs like the operator
-        return (self.operator @ planes).unflatten(1, (self.sets, -1))
+        return (self.operator @ planes).unflatten(1, self.y.shape[1:3])
 
     def _inverse(self, gram: Tensor) -> Tensor:
         """(gram + ridge)^-1, Hermitian: (B, S, K, K)."""
