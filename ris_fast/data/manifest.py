@@ -53,7 +53,7 @@ def read_manifest(path: Path, task: Task) -> dict[str, Any]:
     if missing:
         raise DataError(file, sorted(missing)[0], "no such entry", "it", COPY_AGAIN)
     _check_entries(file, manifest)
-    there, asked = manifest["task"], asdict(task)
+    there, asked = asdict(Task()) | manifest["task"], asdict(task)  # a setting younger than the data has its default
     if wrong := [key for key in asked if there.get(key) != asked[key]]:
         raise DataError(
             file,
