@@ -1,4 +1,4 @@
-"""What network and estimators do not know of a scene: phase errors of the surface, and the error of the channel estimate.
+"""What network and estimators do not know of a scene: phase errors of the surface, errors of the channel estimate.
 
 Model: element n turns the phase by d_n more than its code says, y_l = H diag(c_l) diag(exp(j d)) x_l + n_l, d_n ~ N(0,
     sigma^2); the channel handed over is H + E, E white with E|E|^2 = mean |H|^2 / SNR of the scene. Snapshots are made
