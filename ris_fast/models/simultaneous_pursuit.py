@@ -130,13 +130,13 @@ class SimultaneousPursuit:
         return both.square_().unflatten(2, (2, -1)).sum((1, 2))
 
     def _by_factors(self, back: Tensor, along_x: Tensor, along_y: Tensor) -> Tensor:
-        """The same where a(u, v, w) is an outer product of a vector along y and one along x, for each w."""
-        (batch, length), (wide, tall) = back.shape[:2], (along_x.shape[1], along_y.shape[1])
+        """N times the same, where sqrt(N) a(u, v, w) is an outer product of a vector along y and one along x."""
+        (batch, length), (wide, columns), tall = back.shape[:2], along_x.shape[1:3], along_y.shape[1]
         rows, found = back.reshape(-1, 2 * wide), []
-        for across, up in zip(_conjugate_product(along_x), _conjugate_product(along_y)):
-            half = (rows @ across).view(batch * length, 2 * tall, -1)  # (BL, 2Y, U)
-            both = torch.bmm(up.T.expand(batch * length, -1, -1), half)  # (BL, 2V, U)
-            found.append(both.square_().view(batch, 2 * length, -1, both.shape[-1]).sum(1))
+        for across, up in zip(_conjugate_product(along_x), _conjugate_product(along_y).mT):  # each w stays in the cache
+            half = (rows @ across).view(batch * length, 2 * tall, columns)  # rows (y, re/im)
+            both = torch.bmm(up.expand(batch * length, -1, -1), half)  # (BL, 2V, U)
+            found.append(both.square_().view(batch, 2 * length, -1, columns).sum(1))
         return torch.stack(found, 3).transpose(1, 2).flatten(1)  # (B, UVW), the order of the grid
 
     def _images(self, position: Tensor, tangents: int = TANGENTS) -> Tensor:
@@ -144,7 +144,12 @@ class SimultaneousPursuit:
         atoms = position.shape[1]
         real, imag = self.search.tangents(position).unflatten(2, (2, atoms, TANGENTS))[..., :tangents].unbind(2)
         columns = torch.complex(real, imag).transpose(2, 3).flatten(2)  # (B, N, TK)
-        return (self.operator @ columns).view(len(self.y), self.length, self.antennas, tangents, atoms)
+        if atoms == 1:  # where reading G would take longer than its products
+            coded = (self.codes.mT[..., None] * columns[:, :, None]).flatten(2)  # (B, N, LT)
+            images = (self.channel @ coded).unflatten(2, (self.length, -1)).transpose(1, 2)
+        else:
+            images = self.operator @ columns
+        return images.reshape(len(self.y), self.length, self.antennas, tangents, atoms)
 
     def _fit(self, steer: Tensor) -> Fit:
         adjoint = steer.mH
@@ -236,8 +241,9 @@ def _power(x: Tensor) -> Tensor:
 
 
 def inverse_cholesky(gram: Tensor, ridge: Tensor) -> Tensor:
-    """W = C^-1 of S + ridge = C C^H, for the Hermitian S (B, L, K, K) of every snapshot and the ridge (B,) of its scene:
-    lower triangular, W^H W the inverse, W_k. the part of atom k that the atoms before it do not span.
+    """W = C^-1 of S + ridge = C C^H, lower triangular, so that W^H W is the inverse: (B, L, K, K).
+
+    Args: gram: the Hermitian S of every snapshot, (B, L, K, K); ridge: of every scene, (B,).
 
     Numerics: elimination without pivoting over all systems at once; a pivot below 1e-6 of its diagonal entry is raised
         to that, as in `spd_solve`.
