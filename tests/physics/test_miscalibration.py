@@ -11,6 +11,7 @@ import torch
 
 from ris_fast.config.schema import Task
 from ris_fast.health.preflight.pairing import as_believed, belonging
+from ris_fast.health.preflight.snr import labels_differ
 from ris_fast.physics.miscalibration import phase_errors, true_codes
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.real_complex import expi, multiply, power
@@ -89,3 +90,5 @@ def test_believed_snr_is_what_nominal_codes_and_channel_explain(symbols: str) ->
     scenes = simulate(task, 400, TRAIN)
     assert belonging(as_believed(scenes, task), symbols == "static").group()[0] == pytest.approx(1.0, abs=0.02)
     assert belonging(scenes, symbols == "static").group()[0] < 0.85
+    assert labels_differ("test", as_believed(scenes, task), symbols == "static")[0] is None
+    assert labels_differ("test", scenes, symbols == "static")[0] is not None
