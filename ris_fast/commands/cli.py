@@ -218,6 +218,7 @@ def mismatch(
     /,
     *others: Path,
     against: Against = None,
+    data: list[Path] | None = None,
     scenes: Whole = None,
     device: BestDevice = "auto",
     json: bool = False,
@@ -232,8 +233,10 @@ def mismatch(
         Run folder, whose best checkpoint is meant, or one checkpoint. Its task is the one that --against changes.
     others
         More runs, of the same array and number of snapshots.
+    data
+        Folder of a data set, of whatever task, whose test scenes are another row; may be given again.
     scenes
-        Simulated test scenes of each task; as many as the first run has by default.
+        Test scenes of each task; as many as the first run has by default, and all of a data set.
     json
         Print JSON instead of tables.
     out
@@ -242,7 +245,9 @@ def mismatch(
     stage("loading torch")
     from ris_fast.commands.mismatch import mismatch_command
 
-    return mismatch_command((run, *others), against=against or (), scenes=scenes, device=device, json=json, out=out)
+    return mismatch_command(
+        (run, *others), against=against or (), data=data or (), scenes=scenes, device=device, json=json, out=out
+    )
 
 
 @app.command

@@ -25,6 +25,7 @@ def mismatch_text(result: Mapping[str, Any]) -> str:
     means = [
         (
             task_name(test, result),
+            test["scenes"],
             *(_marked(test, name, "mean") for name in names),
             *(test["runs"][run]["baselines"][key] for run, key in classical.values()),
             test["runs"][names[0]]["baselines"]["mean"],
@@ -35,17 +36,17 @@ def mismatch_text(result: Mapping[str, Any]) -> str:
     medians = [(task_name(test, result), *(_marked(test, name, "median") for name in names)) for test in tests]
     return "\n\n".join(
         [
-            f"{result['scenes']:,} test scenes of each task; a row is a test task, by what differs from that of"
-            f" {names[0]}; * was trained on it",
-            text_table(("mean NMSE on", *names, *classical, "mean covariance", *bounds), means),
+            f"A row is a test task, by what differs from that of {names[0]}; * was trained on it.",
+            text_table(("mean NMSE on", "scenes", *names, *classical, "mean covariance", *bounds), means),
             text_table(("median NMSE on", *names), medians),
         ]
     )
 
 
 def task_name(test: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """'phase_error_deg 10, channel_snr_db 25', or whose task it is."""
-    return ", ".join(f"{key} {_short(value)}" for key, value in test["test"].items()) or f"task of {result['runs'][0]}"
+    """'phase_error_deg 10, channel_snr_db 25', or whose task it is; of files with the name of their folder."""
+    said = ", ".join(f"{key} {_short(value)}" for key, value in test["test"].items()) or f"task of {result['runs'][0]}"
+    return f"{Path(test['data']).name}: {said}" if test["data"] else said
 
 
 def save_mismatch(result: Mapping[str, Any], folder: Path) -> Path:

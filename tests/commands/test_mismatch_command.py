@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from ris_fast.commands.cli import main
-from ris_fast.commands.evaluate import evaluate
+from ris_fast.commands.evaluate import evaluate, open_run
 from ris_fast.commands.mismatch import changed_tasks, mismatch
 from ris_fast.commands.run_folder import RunFolder
 from ris_fast.config.schema import ConfigError, Task
+from ris_fast.data.write import write_shards
+from ris_fast.models import build_model
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import simulate
 from ris_fast.report.mismatch import mismatch_text
+from ris_fast.training.checkpoint import load_weights
 from ris_fast.training.trainer import Trainer
 from ris_fast.training.validation import scene_nmse
 from tests.training.test_trainer import small
@@ -48,10 +51,6 @@ def test_mismatch_network_believes_in_the_task_of_its_run(runs: dict[str, Path])
     against = ["task.wavefront=spherical", "task.spacing_wavelengths=0.4", "task.max_sources=3"]
     result = mismatch([runs["ideal"]], against, device="cpu")
     config = small(epochs=1)
-    from ris_fast.commands.evaluate import open_run
-    from ris_fast.models import build_model
-    from ris_fast.training.checkpoint import load_weights
-
     model = build_model(config.model.name, config.task, **config.model.options).eval()
     load_weights(model, open_run(runs["ideal"]).weights, "the run")
     for task, test in zip(changed_tasks(config.task, against), result["tests"][1:], strict=True):
@@ -68,10 +67,22 @@ def test_mismatch_prints_a_table_and_leaves_files(runs: dict[str, Path], tmp_pat
     rows = [line for line in text.splitlines() if line.startswith("phase_error_deg 45 ")]
     assert len(rows) == 2 and "phase_error_deg 0" not in text  # the ideal run's own task, which has its row
     record = json.loads((tmp_path / "new" / "report" / "mismatch.json").read_text())
-    assert mismatch_text(record) in text and len(record["tests"]) == 3 and record["scenes"] == 9
+    assert mismatch_text(record) in text and [test["scenes"] for test in record["tests"]] == [9, 9, 9]
     assert (tmp_path / "new" / "report" / "mismatch.png").stat().st_size > 10_000
     assert main([*words, "--scenes", "9", "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == record
+
+
+def test_mismatch_takes_the_test_scenes_of_a_data_set(runs: dict[str, Path], tmp_path: Path) -> None:
+    config = small("data.test_scenes=24", *CHANGES["rough"], epochs=1)
+    write_shards(config, tmp_path / "set", {"train": 40, "val": 8, "test": 24})
+    simulated, files = mismatch([runs["rough"], runs["ideal"]], data=[tmp_path / "set"], device="cpu")["tests"][::2]
+    assert (simulated["data"], files["data"]) == (None, str(tmp_path / "set"))
+    assert files["test"] == {} and files["scenes"] == 24
+    for name in ("rough", "ideal"):
+        assert files["runs"][name]["nmse"] == pytest.approx(simulated["runs"][name]["nmse"], rel=1e-4)
+        assert not files["runs"][name]["trained"]
+    assert "set: task of rough" in mismatch_text(mismatch([runs["rough"]], data=[tmp_path / "set"], device="cpu"))
 
 
 @pytest.mark.parametrize(
