@@ -29,7 +29,7 @@ from ris_fast.kernels.scale import rescaled
 from ris_fast.models.features import Features, PursuitFeatures, SceneFeatures
 from ris_fast.physics.real_complex import to_complex
 
-CHUNK_BYTES = 2**24  # of the sensing operators of the scenes worked on at once
+CHUNK_BYTES = 2**25  # of the sensing operators of the scenes worked on at once, at most
 
 
 class Fit(NamedTuple):
@@ -57,7 +57,8 @@ class SimultaneousFeatures(SceneFeatures):
     def forward(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Features:
         with torch.autocast(snapshots.device.type, enabled=False):
             codes = codes.expand(snapshots.shape[0], -1, -1, -1)
-            size = max(1, CHUNK_BYTES // (channel[:1].nbytes * snapshots.shape[1]))
+            most = CHUNK_BYTES // (channel[:1].nbytes * snapshots.shape[1])
+            size = 2 ** max(0, most.bit_length() - 1)  # which batches, and threads, divide evenly
             chunks = zip(*(each.split(size) for each in (snapshots, channel, codes, snr_db)))
             work = parallel_map if snapshots.device.type == "cpu" else _one_by_one
             return Features(*(torch.cat(each) for each in zip(*work(self._chunk, chunks))))
