@@ -29,7 +29,8 @@ from ris_fast.kernels.scale import rescaled
 from ris_fast.models.features import Features, PursuitFeatures, SceneFeatures
 from ris_fast.physics.real_complex import to_complex
 
-CHUNK_BYTES = 2**25  # of the sensing operators of the scenes worked on at once, at most
+CHUNK_BYTES = 2**25  # of the sensing operators of the scenes that one thread of a CPU works on at once, at most
+DEVICE_CHUNKS = 8  # as many at once on another device
 
 
 class Fit(NamedTuple):
@@ -57,10 +58,10 @@ class SimultaneousFeatures(SceneFeatures):
     def forward(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Features:
         with torch.autocast(snapshots.device.type, enabled=False):
             codes = codes.expand(snapshots.shape[0], -1, -1, -1)
-            most = CHUNK_BYTES // (channel[:1].nbytes * snapshots.shape[1])
-            size = 2 ** max(0, most.bit_length() - 1)  # which batches, and threads, divide evenly
+            work, room = (parallel_map, 1) if snapshots.device.type == "cpu" else (_one_by_one, DEVICE_CHUNKS)
+            most = room * CHUNK_BYTES // (channel[:1].nbytes * snapshots.shape[1])
+            size = 2 ** max(0, most.bit_length() - 1)  # a power of two, which divides most batches evenly
             chunks = zip(*(each.split(size) for each in (snapshots, channel, codes, snr_db)))
-            work = parallel_map if snapshots.device.type == "cpu" else _one_by_one
             return Features(*(torch.cat(each) for each in zip(*work(self._chunk, chunks))))
 
     def reads_dictionary(self) -> bool:
