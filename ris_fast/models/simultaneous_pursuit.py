@@ -59,7 +59,7 @@ class SimultaneousFeatures(SceneFeatures):
         with torch.autocast(snapshots.device.type, enabled=False):
             codes = codes.expand(snapshots.shape[0], -1, -1, -1)
             work, room = (parallel_map, 1) if snapshots.device.type == "cpu" else (_one_by_one, DEVICE_CHUNKS)
-            most = room * CHUNK_BYTES // (channel[:1].nbytes * snapshots.shape[1])
+            most = room * CHUNK_BYTES // (8 * snapshots.shape[1:3].numel() * channel.shape[2])
             size = 2 ** max(0, most.bit_length() - 1)  # a power of two, which divides most batches evenly
             chunks = zip(*(each.split(size) for each in (snapshots, channel, codes, snr_db)))
             return Features(*(torch.cat(each) for each in zip(*work(self._chunk, chunks))))
@@ -138,7 +138,7 @@ class SimultaneousPursuit:
         for across, up in zip(_conjugate_product(along_x), _conjugate_product(along_y).mT):  # each w stays in the cache
             half = (rows @ across).view(batch * length, 2 * tall, columns)  # rows (y, re/im)
             both = torch.bmm(up.expand(batch * length, -1, -1), half)  # (BL, 2V, U)
-            found.append(both.square_().view(batch, 2 * length, -1, columns).sum(1))
+            found.append(both.square_().view(batch, 2 * length, up.shape[0] // 2, columns).sum(1))
         return torch.stack(found, 3).transpose(1, 2).flatten(1)  # (B, UVW), the order of the grid
 
     def _images(self, position: Tensor, tangents: int = TANGENTS) -> Tensor:

@@ -50,6 +50,12 @@ def test_simultaneous_features_of_zeros_have_no_basis() -> None:
     assert features.inputs.isfinite().all() and not features.basis.any()
 
 
+def test_simultaneous_features_of_no_scenes_are_empty() -> None:
+    features = SimultaneousFeatures(SMALL, SMALL.max_sources)
+    found = features(*(each[:0] for each in inputs_of(scenes_of(2).with_own_codes())))
+    assert found.inputs.shape == (0, features.width) and found.basis.shape == (0, SMALL.elements, 2 * features.rank)
+
+
 def test_simultaneous_features_are_the_same_scene_by_scene(monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = scenes_of(6)
     features = SimultaneousFeatures(SMALL, SMALL.max_sources)
