@@ -15,6 +15,7 @@ from cyclopts import App, Parameter
 from ris_fast import __version__
 from ris_fast.commands.flags import (
     WHOLE,
+    Against,
     BestDevice,
     Device,
     NoCompile,
@@ -211,6 +212,44 @@ def evaluate(
     from ris_fast.commands.evaluate import evaluate_command
 
     return evaluate_command(run, scenes=scenes, device=device, data=absolute(data), json=json)
+
+
+@app.command
+def mismatch(
+    run: Path,
+    /,
+    *others: Path,
+    against: Against = None,
+    data: list[Path] | None = None,
+    scenes: Whole = None,
+    device: BestDevice = "auto",
+    json: bool = False,
+    out: Path | None = None,
+) -> int:
+    """NMSE of runs on scenes that they were not trained on: each run on the test scenes of every run's task, and of
+    tasks that differ in one setting.
+
+    Parameters
+    ----------
+    run
+        Run folder, whose best checkpoint is meant, or one checkpoint. Its task is the one that --against changes.
+    others
+        More runs, of the same array and number of snapshots.
+    data
+        Folder of a data set, of whatever task, whose test scenes are another row; may be given again.
+    scenes
+        Test scenes of each task; as many as the first run has by default, and all of a data set.
+    json
+        Print JSON instead of tables.
+    out
+        Write mismatch.json and mismatch.png into this folder.
+    """
+    stage("loading torch")
+    from ris_fast.commands.mismatch import mismatch_command
+
+    return mismatch_command(
+        (run, *others), against=against or (), data=data or (), scenes=scenes, device=device, json=json, out=out
+    )
 
 
 @app.command

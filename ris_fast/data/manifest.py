@@ -61,7 +61,8 @@ def read_manifest(path: Path, task: Task, only: Collection[str] | None = None, t
     if missing:
         raise DataError(file, sorted(missing)[0], "no such entry", "it", COPY_AGAIN)
     _check_entries(file, manifest)
-    there, asked = manifest["task"], {key: value for key, value in asdict(task).items() if only is None or key in only}
+    there = asdict(Task()) | manifest["task"]  # a setting younger than the data has its default
+    asked = {key: value for key, value in asdict(task).items() if only is None or key in only}
     if wrong := [key for key in asked if there.get(key) != asked[key]]:
         raise DataError(
             file,
