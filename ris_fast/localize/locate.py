@@ -36,8 +36,8 @@ def locate(
     """The sources of covariances R = F F^H, batched on the factor's device.
 
     Args: factor (B, N, Q, 2) or complex (B, N, Q), Q <= 32, of any scale; count: sources a scene, (B,), one number for
-            all, or None to count them in the factor (`count_sources`); method: "music" or "mvdr", the spectrum that is
-            searched; loading: MVDR's eps as a share of the trace.
+        all, or None to count them in the factor (`count_sources`); method: "music" or "mvdr", the spectrum that is
+        searched; loading: MVDR's eps as a share of the trace.
     Returns: `Sources`, float64, max_sources rows, strongest first. A scene has no more sources than its
         factor has rank. Powers are those of R, in the factor's unit squared, non-negative least squares of R on the
         steering vectors found.

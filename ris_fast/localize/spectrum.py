@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ris_fast.config.schema import Task
+from ris_fast.config.schema import Task, section_of
 from ris_fast.kernels.scale import rescaled
 from ris_fast.physics.real_complex import to_pairs
 
@@ -46,6 +46,7 @@ def check_factor(who: str, factor: Tensor, task: Task) -> Tensor:
 
     Raises: TypeError or ValueError that names `who`, the shape and what to do.
     """
+    section_of(who, "task", task, Task)
     if not isinstance(factor, Tensor):
         raise TypeError(f"{who}: factor is a {type(factor).__name__}, expected a tensor. Pass torch.as_tensor(factor).")
     pairs = to_pairs(factor)

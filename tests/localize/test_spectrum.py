@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ris_fast.config.schema import Task
+from ris_fast.config.schema import Config, ConfigError, Task
 from ris_fast.localize.angle_map import angle_map
 from ris_fast.localize.count import count_sources
 from ris_fast.localize.manifold import Manifold
@@ -132,6 +132,11 @@ def test_count_of_a_noisy_factor_leaves_out_its_noise() -> None:
 def test_check_factor_names_what_is_wrong(factor: object, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         check_factor("locate", factor, Task())
+
+
+def test_check_factor_names_a_wrong_task() -> None:
+    with pytest.raises(ConfigError, match="locate: task is a Config, expected a Task"):
+        check_factor("locate", torch.zeros(1, 144, 2, 2), Config())
 
 
 def test_signal_basis_refuses_what_has_no_meaning() -> None:
