@@ -36,8 +36,8 @@ def locate(
     """The sources of covariances R = F F^H, batched on the factor's device.
 
     Args: factor (B, N, Q, 2) or complex (B, N, Q), Q <= 32, of any scale; count: sources a scene, (B,), one number for
-            all, or None to count them in the factor (`count_sources`); method: "music" or "mvdr", the spectrum that is
-            searched; loading: MVDR's eps as a share of the trace.
+        all, or None to count them in the factor (`count_sources`); method: "music" or "mvdr", the spectrum that is
+        searched; loading: MVDR's eps as a share of the trace.
     Returns: `Sources`, float64, max_sources rows, strongest first. A scene has no more sources than its
         factor has rank. Powers are those of R, in the factor's unit squared, non-negative least squares of R on the
         steering vectors found.
@@ -48,7 +48,7 @@ def locate(
     number = None if count is None else _given_count(count, pairs, task.max_sources)
     manifold = Manifold.of(task, pairs.device)
     size = BLOCK if pairs.device.type == "cpu" else max(1, len(pairs))
-    blocks = zip(pairs.split(size), [None] * len(pairs) if number is None else number.split(size))
+    blocks = zip(pairs.split(size), [None] * max(1, len(pairs)) if number is None else number.split(size))
     found = [_locate_block(manifold, *block, task.max_sources, method, loading) for block in blocks]
     return Sources(*(torch.cat(each) for each in zip(*found)))
 
@@ -72,9 +72,9 @@ def source_powers(manifold: Manifold, position: Tensor, factor: Tensor, count: T
     Args: position (B, K, 3) float64; factor (B, N, Q) complex128; count (B,). Returns: (B, K), zero beyond the count.
     """
     there = torch.arange(position.shape[1], device=count.device) < count[:, None]
-    steer = torch.complex(*manifold.steer(position).chunk(2, dim=2)) * there[:, None]
-    gram = (steer.mH @ steer).abs().square()
-    return non_negative_least_squares(gram, (factor.mH @ steer).abs().square().sum(1))
+    steer = manifold.steer(position) * there[..., None]
+    gram = (steer.conj() @ steer.mT).abs().square()
+    return non_negative_least_squares(gram, (steer.conj() @ factor).abs().square().sum(2))
 
 
 def from_atoms(features: SceneFeatures, found: Features, count: Tensor | None = None, share: float = SHARE) -> Sources:
