@@ -15,6 +15,7 @@ from cyclopts import App, Parameter
 from ris_fast import __version__
 from ris_fast.commands.flags import (
     WHOLE,
+    Against,
     BestDevice,
     Device,
     NoCompile,
@@ -23,11 +24,13 @@ from ris_fast.commands.flags import (
     Settings,
     Whole,
     WholeOrAuto,
+    WholeOrWord,
     absolute,
     run_flags,
 )
 from ris_fast.commands.runner import run
 from ris_fast.config.load import load_config, render_toml
+from ris_fast.config.schema import ConfigError
 from ris_fast.streams import stage
 
 app = App(
@@ -209,6 +212,108 @@ def evaluate(
     from ris_fast.commands.evaluate import evaluate_command
 
     return evaluate_command(run, scenes=scenes, device=device, data=absolute(data), json=json)
+
+
+@app.command
+def mismatch(
+    run: Path,
+    /,
+    *others: Path,
+    against: Against = None,
+    data: list[Path] | None = None,
+    scenes: Whole = None,
+    device: BestDevice = "auto",
+    json: bool = False,
+    out: Path | None = None,
+) -> int:
+    """NMSE of runs on scenes that they were not trained on: each run on the test scenes of every run's task, and of
+    tasks that differ in one setting.
+
+    Parameters
+    ----------
+    run
+        Run folder, whose best checkpoint is meant, or one checkpoint. Its task is the one that --against changes.
+    others
+        More runs, of the same array and number of snapshots.
+    data
+        Folder of a data set, of whatever task, whose test scenes are another row; may be given again.
+    scenes
+        Test scenes of each task; as many as the first run has by default, and all of a data set.
+    json
+        Print JSON instead of tables.
+    out
+        Write mismatch.json and mismatch.png into this folder.
+    """
+    stage("loading torch")
+    from ris_fast.commands.mismatch import mismatch_command
+
+    return mismatch_command(
+        (run, *others), against=against or (), data=data or (), scenes=scenes, device=device, json=json, out=out
+    )
+
+
+@app.command
+def predict(
+    run: Path | None = None,
+    /,
+    *,
+    data: Path | None = None,
+    out: Path,
+    predictions: Path | None = None,
+    split: Literal["train", "val", "test"] | None = None,
+    scenes: Whole = None,
+    method: Literal["likelihood", "music", "mvdr", "pursuit"] | None = None,
+    count: WholeOrWord = None,
+    no_factor: bool = False,
+    device: BestDevice = "auto",
+    config: Path | None = None,
+    set_: Settings = None,
+) -> int:
+    """Covariance, positions, powers and standard deviations of the sources in measured scenes, written to a file.
+
+    Parameters
+    ----------
+    run
+        Run folder, whose best checkpoint is meant, or one checkpoint, RUN/checkpoints/NAME.safetensors.
+    data
+        Measurements: a .npz or .safetensors file with snapshots, channel, codes and perhaps snr_db; or a folder.
+    out
+        File to write: .npz, .safetensors (a row for each scene) or .csv (a row for each source), by its ending.
+    predictions
+        Covariances from elsewhere in place of a network's: a .npz or .safetensors file with factor or covariance.
+    split
+        Scenes of a folder with splits; test by default.
+    scenes
+        Predict the first this many scenes; all by default.
+    method
+        likelihood (default): maximum likelihood on the measurement; music or mvdr: the spectrum of the covariance;
+        pursuit: the atoms of the matching pursuit.
+    count
+        Sources in a scene: a number; mdl (default) or aic, by likelihood; network, as the network says.
+    no_factor
+        Leave the factors of the covariances out of the file.
+    config
+        TOML file whose [task] is that of --predictions, where there is no RUN.
+    """
+    stage("loading torch")
+    from ris_fast.commands.predict import predict_command, task_of
+
+    task = None if run is not None else task_of(config, data, set_ or ())
+    if run is not None and (config is not None or set_):
+        raise ConfigError("predict: a run has its own task for good. Leave --config and --set out.")
+    return predict_command(
+        run,
+        task,
+        data=data,
+        out=out,
+        predictions=predictions,
+        split=split,
+        scenes=scenes,
+        method=method,
+        count=count,
+        factor=not no_factor,
+        device=device,
+    )
 
 
 @app.command
