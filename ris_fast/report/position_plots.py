@@ -1,0 +1,146 @@
+"""Figures of positions: RMSE beside the Cramer-Rao bound, distribution of errors, confusion of the number of sources.
+
+Each shows one or several estimators, or several runs, side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from ris_fast.localize.groups import of_axis
+from ris_fast.localize.metrics import Scores, confusion
+from ris_fast.report.drawing import new_figure
+from ris_fast.report.evaluation_plots import snr_label
+from ris_fast.report.style import GRID, INK, MMSE_BOUND, drawable, legend_below, limits, log_axes, look, ticks, title
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PANELS = {"azimuth_deg": "azimuth in degrees", "elevation_deg": "elevation in degrees", "range_m": "range in metres"}
+FINEST, POINTS = 1e-4, 200  # of the tolerance, where a curve of errors begins, and the points of one
+CELL = 0.62  # inches of a cell of a confusion matrix
+
+
+def rmse_figure(estimators: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """RMSE of matched sources by SNR with its 95 % interval, beside the Cramer-Rao bound of the first one's."""
+    figure = new_figure(9.6, 4.2)
+    panels = figure.subplots(1, 3)
+    for axes, (name, label) in zip(panels, PANELS.items()):
+        for index, (who, each) in enumerate(estimators.items()):
+            groups = of_axis(each["groups"], "snr_db")
+            _rmse(axes, groups, name, index, who)
+        bound = of_axis(next(iter(estimators.values()))["groups"], "snr_db")
+        _line(axes, bound, f"crb_{name}", color=MMSE_BOUND, lw=1.5, ls=":", label="Cramer-Rao bound")
+        log_axes(axes, "")
+        drawn = [value for line in axes.get_lines() for value in line.get_ydata()]
+        axes.set_ylim(*limits([float(value) for value in drawn]))
+        ticks(axes)
+        axes.set_title(label, fontsize=10, color=INK)
+        axes.set_xlabel("SNR in dB", color=INK)
+        axes.set_xticks(range(len(bound)), [snr_label(group) for group in bound], fontsize=8)
+    panels[0].set_ylabel("RMSE of matched sources", color=INK)
+    legend_below(figure, panels[0])
+    return figure
+
+
+def _rmse(axes: Axes, groups: list[Mapping[str, Any]], name: str, index: int, who: str) -> None:
+    _line(axes, groups, f"rmse_{name}", **look(index).drawn, label=who)
+    ends = [group["intervals"].get(f"rmse_{name}", (math.nan, math.nan)) for group in groups]
+    low, high = zip(*ends)
+    axes.fill_between(range(len(groups)), low, high, color=look(index).color, alpha=0.15, lw=0.0)
+
+
+def _line(axes: Axes, groups: list[Mapping[str, Any]], metric: str, **style: Any) -> None:
+    values = [group["metrics"][metric] for group in groups]
+    axes.plot(range(len(groups)), [value if drawable(value) else math.nan for value in values], **style)
+
+
+def error_figure(scores: Mapping[str, Scores]) -> Figure:
+    """Share of all true sources that are found with an error below x; it ends at the recall within the wide tolerance.
+
+    Dotted: what errors at the Cramer-Rao bound would give on those sources of the first estimator whose bound is known.
+    """
+    from ris_fast.localize.matching import WIDE
+
+    figure = new_figure(9.6, 4.2)
+    panels = figure.subplots(1, 3, sharey=True)
+    for column, (axes, (_, label), widest) in enumerate(zip(panels, PANELS.items(), WIDE)):
+        at = np.geomspace(FINEST * widest, widest, POINTS)
+        for index, (who, each) in enumerate(scores.items()):
+            style = look(index).drawn | {"marker": look(index).marker, "markevery": (8 * index, 50)}
+            axes.plot(at, shares_below(each.error[..., column][each.true].abs(), at), **style, label=who)
+        first = next(iter(scores.values()))
+        bound = first.bound[..., column][first.true]
+        if bound.isfinite().any():
+            axes.plot(
+                at,
+                normal_shares(bound[bound.isfinite()], at),
+                color=MMSE_BOUND,
+                lw=1.5,
+                ls=":",
+                label="errors at the Cramer-Rao bound",
+            )
+        axes.set_xscale("log")
+        axes.set_ylim(0.0, 1.02)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.grid(True, which="major", color=GRID, lw=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(label, fontsize=10, color=INK)
+        axes.set_xlabel("|error| below", color=INK)
+    panels[0].set_ylabel("share of the true sources", color=INK)
+    legend_below(figure, panels[0])
+    return figure
+
+
+def shares_below(errors: Tensor, at: np.ndarray) -> np.ndarray:
+    """Share of the errors at or below each of `at`; NaN errors are above all of them."""
+    values = np.sort(errors.nan_to_num(math.inf).numpy())
+    return np.searchsorted(values, at, side="right") / max(1, len(values))
+
+
+def normal_shares(deviations: Tensor, at: np.ndarray) -> np.ndarray:
+    """Expected share of |x| below each of `at` where x is normal with one of these standard deviations each."""
+    return np.array([(value / deviations / math.sqrt(2)).erf().mean().item() for value in at])
+
+
+def count_figure(scores: Mapping[str, Scores]) -> Figure:
+    """Share of the scenes with each true number of sources (rows) that are given each number (columns)."""
+    tables = {who: confusion(each) for who, each in scores.items()}
+    wide = sum(table.shape[1] for table in tables.values())
+    rows = next(iter(tables.values())).shape[0]
+    figure = new_figure(CELL * wide + 0.9 * len(tables) + 0.6, CELL * rows + 1.5)
+    panels = figure.subplots(1, len(tables), squeeze=False, width_ratios=[table.shape[1] for table in tables.values()])[
+        0
+    ]
+    for axes, (who, table) in zip(panels, tables.items()):
+        _confusion(axes, table, who)
+    panels[0].set_ylabel("true number of sources", color=INK)
+    title(figure, "share of scenes in %, by true and estimated number of sources")
+    return figure
+
+
+def _confusion(axes: Axes, table: Tensor, who: str) -> None:
+    share = (table / table.sum(1, keepdim=True).clamp_min(1)).numpy()
+    axes.imshow(share, cmap="Blues", vmin=0.0, vmax=1.0, aspect="equal")
+    for row, column in np.ndindex(share.shape):
+        if table[row, column]:
+            color = "white" if share[row, column] > 0.55 else INK
+            axes.text(column, row, percent(share[row, column]), ha="center", va="center", color=color, fontsize=8)
+    axes.set_xticks(range(share.shape[1]))
+    axes.set_yticks(range(share.shape[0]), [str(each + 1) for each in range(share.shape[0])])
+    axes.set_xlabel("estimated", color=INK)
+    right = table.diagonal(1).sum() / table.sum().clamp_min(1)
+    axes.set_title(f"{who}: {percent(right.item())} % right", fontsize=9, color=INK)
+
+
+def percent(share: float) -> str:
+    """Two significant digits, and never 100 for less than all: 0.13, 4.5, 99.8"""
+    value = 100 * share
+    return f"{value:.2g}" if value < 10 else "100" if share == 1 else f"{min(value, 99.9):.1f}"
