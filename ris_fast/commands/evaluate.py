@@ -6,7 +6,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +14,20 @@ import torch
 from torch import Tensor
 
 from ris_fast import exit_codes
-from ris_fast.commands.run_folder import run_config
 from ris_fast.commands.scene_figures import by_count, by_snr, group_figures, scene_figures
 from ris_fast.commands.suspect_scenes import training_scenes, wrong_targets
-from ris_fast.config.schema import Config, ConfigError, Task
+from ris_fast.config.schema import ConfigError, Task
 from ris_fast.data.errors import DataError
 from ris_fast.data.open_source import open_source
 from ris_fast.data.source import SceneSource
-from ris_fast.models import build_model
+from ris_fast.inference.opened_run import OpenedRun, open_run
 from ris_fast.report.console import counter
 from ris_fast.report.evaluation import evaluation_text, save_evaluation
 from ris_fast.report.eventlog import dumps
 from ris_fast.streams import stage
-from ris_fast.training.checkpoint import CHECKPOINTS, better_weights, checkpoint_of, load_weights
 from ris_fast.training.compiled_model import choose_device
 
 SETTINGS_ADVICE = re.compile(r"--set|--preset|\btask\.|settings")  # what a run that is being evaluated cannot be given
-
-
-@dataclass(frozen=True)
-class OpenedRun:
-    """A run folder opened for reading: its settings, and the better of the two sets of weights of one checkpoint."""
-
-    folder: Path
-    config: Config
-    checkpoint: str  # its name: "best", "last"
-    weights: dict[str, Tensor]
-    kind: str  # "raw" or "ema"
-    epoch: int
-    notes: tuple[str, ...]
 
 
 class EvaluationError(ValueError):
@@ -85,10 +70,9 @@ def evaluate(
     config, on = opened.config, choose_device(device)
     source = _test_scenes(opened, on, progress)
     size = _test_size(source, scenes)
-    model = build_model(config.model.name, config.task, **config.model.options)
-    load_weights(model, opened.weights, str(opened.folder))
+    model = opened.network()
     began = time.monotonic()
-    figures = scene_figures(model.to(on).eval(), config.task, source, size)
+    figures = scene_figures(model.to(on), config.task, source, size)
     _refuse_nonfinite(figures["network"], opened)
     seconds = time.monotonic() - began
     standard = config.task == Task()
@@ -133,33 +117,12 @@ def _test_scenes(run: OpenedRun, device: torch.device, progress: Callable[[int, 
         ) from None
 
 
-def open_run(path: str | Path) -> OpenedRun:
-    """Reads the settings of a run and one checkpoint: the best one of a run folder, or the one that `path` names."""
-    path = Path(path)
-    folder, name = checkpoint_of(path)
-    if not (folder / "config.toml").is_file():
-        raise ConfigError(f"{path} is not a run folder: there is no config.toml. Give the folder that train printed.")
-    config = run_config(folder)
-    weights, kind, manifest = better_weights(folder / CHECKPOINTS, name)
-    return OpenedRun(
-        folder,
-        config,
-        name,
-        weights,
-        kind,
-        manifest["state"]["epoch"],
-        (manifest["note"],) if "note" in manifest else (),
-    )
-
-
 def _refuse_nonfinite(nmse: Tensor, run: OpenedRun) -> None:
     """Raises EvaluationError where the network's answer to a scene is not finite."""
     lost = (~nmse.isfinite()).nonzero().flatten()
     if not len(lost):
         return
-    weights = [
-        name for name, value in run.weights.items() if value.is_floating_point() and not bool(value.isfinite().all())
-    ]
+    weights = run.nonfinite_weights()
     why = f"its weights are not, first '{weights[0]}'" if weights else "its weights are"
     raise EvaluationError(
         f"{run.folder}, checkpoint '{run.checkpoint}': the network's answer is not finite for {len(lost)} of"

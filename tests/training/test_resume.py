@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from ris_fast.commands.run_folder import resumed_config, run_config
+from ris_fast.commands.run_folder import resumed_config
 from ris_fast.config.load import render_toml
 from ris_fast.config.schema import Config, ConfigError
 from ris_fast.files import StorageError
+from ris_fast.inference.opened_run import run_config
 from ris_fast.training import checkpoint
 from ris_fast.training.callback import Callback
 from ris_fast.training.checkpoint import CheckpointError, load_checkpoint, read_whole, save_checkpoint
