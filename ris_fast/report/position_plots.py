@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from ris_fast.localize.groups import of_axis
+from ris_fast.localize.matching import WIDE
 from ris_fast.localize.metrics import Scores, confusion
 from ris_fast.report.drawing import new_figure
 from ris_fast.report.evaluation_plots import snr_label
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS = {"azimuth_deg": "azimuth in degrees", "elevation_deg": "elevation in degrees", "range_m": "range in metres"}
-FINEST, POINTS = 1e-4, 200  # of the tolerance, where a curve of errors begins, and the points of one
+FINEST, POINTS = 1e-3, 200  # of the tolerance, where a curve of errors begins, and the points of one
 CELL = 0.62  # inches of a cell of a confusion matrix
 
 
@@ -66,8 +67,6 @@ def error_figure(scores: Mapping[str, Scores]) -> Figure:
 
     Dotted: what errors at the Cramer-Rao bound would give on those sources of the first estimator whose bound is known.
     """
-    from ris_fast.localize.matching import WIDE
-
     figure = new_figure(9.6, 4.2)
     panels = figure.subplots(1, 3, sharey=True)
     for column, (axes, (_, label), widest) in enumerate(zip(panels, PANELS.items(), WIDE)):
@@ -141,6 +140,5 @@ def _confusion(axes: Axes, table: Tensor, who: str) -> None:
 
 
 def percent(share: float) -> str:
-    """Two significant digits, and never 100 for less than all: 0.13, 4.5, 99.8"""
-    value = 100 * share
-    return f"{value:.2g}" if value < 10 else "100" if share == 1 else f"{min(value, 99.9):.1f}"
+    """One decimal; 100 for all, never for nearly all, and never zero for some: 99.9, <0.1."""
+    return "100" if share == 1 else "<0.1" if share < 0.0005 else f"{min(100 * share, 99.9):.1f}"
