@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ ENTRY = {"file": str, "scenes": int, "bytes": int, "sha256": str, "statistics": 
 WRITE_AGAIN = "Write the data set again with `ris-fast simulate`, or copy it again."
 
 
-def read_manifest(path: Path, task: Task) -> dict[str, Any]:
-    """The manifest, if it describes this very task. Raises: DataError."""
+def read_manifest(path: Path, task: Task, only: Collection[str] | None = None) -> dict[str, Any]:
+    """The manifest, if it describes this very task, or one that agrees in the settings `only`. Raises: DataError."""
     file = path / MANIFEST
     try:
         manifest = json.loads(file.read_text())
@@ -53,7 +54,7 @@ def read_manifest(path: Path, task: Task) -> dict[str, Any]:
     if missing:
         raise DataError(file, sorted(missing)[0], "no such entry", "it", COPY_AGAIN)
     _check_entries(file, manifest)
-    there, asked = manifest["task"], asdict(task)
+    there, asked = manifest["task"], {key: value for key, value in asdict(task).items() if only is None or key in only}
     if wrong := [key for key in asked if there.get(key) != asked[key]]:
         raise DataError(
             file,
