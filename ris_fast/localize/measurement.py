@@ -59,7 +59,7 @@ class Measurement:
     def __init__(self, task: Task, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> None:
         batch, length, antennas, _ = snapshots.shape
         self.sets = 1 if task.symbols == "static" else length
-        self.search = _search(task, snapshots)
+        self.search = search_of(task, snapshots)
         units = power_of_two(snapshots), power_of_two(channel)
         snapshots, channel = snapshots * units[0], channel * units[1]
         level = snapshots.square().sum(-1).mean((1, 2)).clamp_min(NOTHING)
@@ -141,14 +141,9 @@ class Measurement:
     def deviations(self, point: Point) -> Deviations:
         """Standard deviations by the inverse of the Fisher information, 2 / sigma^2 times `information` and so on."""
         covariance = self._covariance(point)
-        sources = point.position.shape[1]
-        blocks = covariance.unflatten(2, (sources, 3)).unflatten(1, (sources, 3))
-        cosines = torch.diagonal(blocks, dim1=1, dim2=3).permute(0, 3, 1, 2) / (
-            self.search.scale[:, None] * self.search.scale
-        )
-        angles = angle_deviations(point.position, cosines)
+        geometry = position_deviations(point.position, covariance, self.search.scale)
         power = self._power_variance(point, covariance).clamp_min(0).sqrt() * self.power_unit[:, None]
-        return Deviations(*(torch.where(point.active, each, 0.0) for each in (*angles, power)))
+        return Deviations(*(torch.where(point.active, each, 0.0) for each in (*geometry, power)))
 
     def _covariance(self, point: Point) -> Tensor:
         """Of the scaled positions: (B, 3K, 3K)."""
@@ -187,9 +182,14 @@ class Measurement:
         return torch.complex(real, imag)
 
 
-def angle_deviations(position: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Deviations of azimuth, elevation (rad) and range (m), (B, K) each, from positions (B, K, 3) of u, v, w and their
-    covariance (B, K, 3, 3): dv = cos(el) d el, du = cos(az) cos(el) d az - sin(az) sin(el) d el, dw = -w^2 dr."""
+def position_deviations(position: Tensor, covariance: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Deviations of azimuth, elevation (rad) and range (m), (B, K) each.
+
+    Model: dv = cos(el) d el, du = cos(az) cos(el) d az - sin(az) sin(el) d el, dw = -w^2 dr.
+    Args: position (B, K, 3) of u, v, w; covariance (B, 3K, 3K) of the same times scale (3,).
+    """
+    blocks = covariance.unflatten(2, (-1, 3)).unflatten(1, (-1, 3))
+    covariance = torch.diagonal(blocks, dim1=1, dim2=3).permute(0, 3, 1, 2) / (scale[:, None] * scale)
     u, v, w = position.unbind(-1)
     cosine = (1.0 - v.square()).clamp_min(TINY).sqrt()
     depth = (1.0 - u.square() - v.square()).clamp_min(TINY).sqrt()  # cos(az) cos(el)
@@ -200,7 +200,7 @@ def angle_deviations(position: Tensor, covariance: Tensor) -> tuple[Tensor, Tens
     return tuple(each.clamp_min(0).sqrt() for each in variances)
 
 
-def _search(task: Task, like: Tensor) -> Pursuit:
+def search_of(task: Task, like: Tensor) -> Pursuit:
     """The array and the box of positions of a task, without the dictionary of a search: nothing is searched here."""
     geometry, wavenumber = geometry_of(task)
     geometry = geometry._replace(dictionary=geometry.dictionary.new_empty(0, 1))
