@@ -56,6 +56,15 @@ class Measured(NamedTuple):
     codes: Tensor  # (L, N, 2) or (B, L, N, 2)
     snr_db: Tensor  # (B,); NaN where it is not known
 
+    def to(self, device: torch.device) -> Measured:
+        return Measured(*(None if each is None else each.to(device) for each in self))
+
+    def take(self, rows: slice) -> Measured:
+        """The same of some scenes."""
+        codes = self.codes[rows] if self.codes.dim() == 4 else self.codes
+        some = (None if each is None else each[rows] for each in self[:3])
+        return Measured(*some, codes, self.snr_db[rows])
+
 
 @dataclass(frozen=True)
 class MeasurementFile:
@@ -99,16 +108,24 @@ class MeasurementFile:
         return codes
 
     def _check(self, name: str, values: Tensor, start: int) -> None:
-        """Refuses what no estimate can be made of, with the first scene that has it."""
-        flat = values.flatten(1) if values.dim() > 1 else values[:, None]
-        wrong = flat.isinf() if name == "snr_db" else ~flat.isfinite()  # an SNR of NaN is one that is not known
-        key = self.columns[name].stored.key
-        if bool(wrong.any()):
-            found = f"{int(wrong.sum())} NaN or infinite values, the first in scene {start + _first(wrong)}"
-            raise DataError(self.path, key, found, "finite numbers", CLEAN)
-        silent = (flat == 0).all(1)[:, None]
-        if name != "snr_db" and bool(silent.any()):
-            raise DataError(self.path, key, f"zeros alone in scene {start + _first(silent)}", "a measurement", CLEAN)
+        if (found := unusable(name, values, start)) is not None:
+            raise DataError(self.path, self.columns[name].stored.key, *found, CLEAN)
+
+
+def unusable(name: str, values: Tensor, start: int) -> tuple[str, str] | None:
+    """What rows (B, ...) of an array have that no estimate can be made of, with the first scene that has it, and what
+    is expected; None where all is well. Rows are numbered from `start`."""
+    flat = values.flatten(1) if values.dim() > 1 else values[:, None]
+    wrong = flat.isinf() if name == "snr_db" else ~flat.isfinite()  # an SNR of NaN is one that is not known
+    if bool(wrong.any()):
+        return (
+            f"{int(wrong.sum())} NaN or infinite values, the first in scene {start + _first(wrong)}",
+            "finite numbers",
+        )
+    silent = (flat == 0).all(1)[:, None]
+    if name != "snr_db" and bool(silent.any()):
+        return f"nothing but zeros in scene {start + _first(silent)}", "a measurement"
+    return None
 
 
 def _first(wrong: Tensor) -> int:
