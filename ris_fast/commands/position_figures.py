@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ris_fast.commands.scene_figures import scene_batches
 from ris_fast.config.schema import Task
@@ -21,7 +21,10 @@ from ris_fast.localize.groups import group_scores, groups
 from ris_fast.localize.matching import NARROW, WIDE
 from ris_fast.localize.metrics import Scores, confusion, score
 from ris_fast.localize.sources import Deviations, Sources
+from ris_fast.localize.spectrum_map import spectrum_map
 from ris_fast.physics.scenes import Scenes
+from ris_fast.report.scene_plot import Example
+from ris_fast.training.step import network_inputs
 
 Estimator = Callable[[Scenes], Sources]
 
@@ -36,14 +39,16 @@ class Found(NamedTuple):
     milliseconds: dict[str, float]  # a scene
 
 
-def missing_for_positions(source: SceneSource) -> str | None:
-    """Why positions cannot be scored on these test scenes, for a person; None where they can."""
-    scenes = source.batch("test", torch.zeros(1, dtype=torch.int64, device=source.index_device))
-    if scenes.azimuth is None or scenes.power is None:
-        return "no positions are scored: these scenes carry no positions of their sources"
-    if scenes.channel is None:
-        return "no positions are scored: they need the channel, which these scenes do not carry"
-    return None
+def first_scene(source: SceneSource) -> Scenes:
+    """One test scene, which shows what all of them carry."""
+    return source.batch("test", torch.zeros(1, dtype=torch.int64, device=source.index_device))
+
+
+def missing_for_positions(scene: Scenes) -> str | None:
+    """Why positions cannot be scored on scenes like this one, for a person; None where they can."""
+    if scene.azimuth is not None and scene.power is not None:
+        return None
+    return "positions are not scored: the test scenes carry a covariance, but not the positions of their sources"
 
 
 @torch.no_grad()
@@ -54,7 +59,7 @@ def find_sources(
     size: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Found:
-    """The sources of the first `size` test scenes by each estimator, and the deterministic bound of the true ones."""
+    """The sources of the first `size` test scenes by each estimator, and the bound of the true ones."""
     truths, bounds, snrs, done = [], [], [], 0
     found: dict[str, list[Sources]] = {name: [] for name in estimators}
     seconds = dict.fromkeys(estimators, 0.0)
@@ -64,7 +69,7 @@ def find_sources(
             found[name].append(_on_cpu(estimate(scenes)))
             seconds[name] += time.monotonic() - began
         truths.append(_on_cpu(Sources.of_scenes(scenes)))
-        bounds.append(Deviations(*(each.cpu() for each in deterministic_bound(task, scenes))))
+        bounds.append(_bound(task, scenes))
         snrs.append(scenes.snr_db.cpu())
         done += scenes.batch
         if progress is not None:
@@ -76,6 +81,13 @@ def find_sources(
         {name: _joined(parts) for name, parts in found.items()},
         {name: 1e3 * each / size for name, each in seconds.items()},
     )
+
+
+def _bound(task: Task, scenes: Scenes) -> Deviations:
+    """The deterministic bound on the CPU; NaN without the channel, which it is made of."""
+    if scenes.channel is None:
+        return Deviations(*[torch.full(scenes.power.shape, torch.nan).double()] * 4)
+    return Deviations(*(each.cpu() for each in deterministic_bound(task, scenes)))
 
 
 def position_figures(found: Found, method: str) -> tuple[dict[str, Any], dict[str, Scores]]:
@@ -113,3 +125,15 @@ def _joined(parts: list[Sources]) -> Sources:
         [torch.nn.functional.pad(each, (0, wide - each.shape[1])) for each in part[:4]] + [part.count] for part in parts
     ]
     return Sources(*(torch.cat(each) for each in zip(*padded)))
+
+
+@torch.no_grad()
+def example_scene(model: nn.Module, task: Task, source: SceneSource, found: Found) -> Example:
+    """A scene for a picture: with three sources, or as near to that as there is, and of those nearest to 12.5 dB."""
+    unlike = 1000.0 * (found.truth.count - 3).abs() + (found.snr_db - 12.5).abs()
+    index = int(unlike.argmin())
+    scenes = source.batch("test", torch.tensor([index], device=source.index_device))
+    estimate, one = next(iter(found.estimates.values())), slice(index, index + 1)
+    factor = model(*network_inputs(scenes)).factor
+    spectrum = spectrum_map(factor, task, estimate.count[one].to(factor.device))
+    return Example(index, float(found.snr_db[index]), spectrum, found.truth.take(one), estimate.take(one))

@@ -99,7 +99,9 @@ class Predictor:
         count = choose_count(count, method, self.task)
         measurement = None
         if channel is None and bool(snr_db.isnan().any()):
-            raise ValueError("predict: snr_db is not known for every scene, and without the channel it cannot be estimated. Give it.")
+            raise ValueError(
+                "predict: snr_db is not known for every scene, and without the channel it cannot be estimated. Give it."
+            )
         if channel is not None:
             snr_db = known_snr(self.task, snapshots, channel, codes, snr_db)
             measurement = Measurement(snapshots, channel, codes, snr_db)

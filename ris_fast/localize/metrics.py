@@ -16,6 +16,7 @@ from ris_fast.localize.matching import NARROW, WIDE, match
 from ris_fast.localize.sources import Deviations, Sources
 
 COORDINATES = ("azimuth_deg", "elevation_deg", "range_m", "position_m")
+RESOLVABLE = 3.0  # standard deviations
 MEDIAN_OF_NORMAL = 0.6745  # median of |x| for a standard normal x
 
 
@@ -33,6 +34,12 @@ class Scores(NamedTuple):
     def count(self) -> Tensor:
         """True number of sources, (B,) int64."""
         return self.true.sum(1)
+
+    @property
+    def resolvable(self) -> Tensor:
+        """Sources that an efficient estimator would have within WIDE nearly always, whatever it did: (B, K) bool, where
+        RESOLVABLE standard deviations of the bound are within it in each coordinate."""
+        return self.true & (RESOLVABLE * self.bound[..., :3] <= torch.tensor(WIDE).double()).all(-1)
 
 
 class Ratio(NamedTuple):
@@ -89,13 +96,14 @@ def ratios(scores: Scores, sources: Tensor, *, all_ranges: bool = True) -> dict[
     """The metrics of some of the true sources, each a ratio of sums over scenes.
 
     RMSE, CRB (root mean square of its deviations) and their ratio are of the sources that are matched within WIDE, the
-    latter two of those whose bound is finite. Precision and the share of scenes whose number of sources is right belong
-    to whole scenes, and are left out where `sources` are those of some ranges only.
+    latter two of those whose bound is finite; with `resolvable_` in front, of those of them that are resolvable. There
+    the ratio can be read: of a source whose bound is wider than the tolerance, matching keeps lucky estimates only, and
+    few such sources decide a root mean square. Precision and the share of scenes whose number of sources is right
+    belong to whole scenes, and are left out where `sources` are those of some ranges only.
     Args: sources: (B, K) bool.
     """
     sources = sources & scores.true
     matched = sources & scores.wide
-    bounded = matched & scores.bound.isfinite().all(-1)
     found = {"recall_wide": Ratio(_sum(matched), _sum(sources))}
     found["recall_narrow"] = Ratio(_sum(sources & scores.narrow), _sum(sources))
     if all_ranges:
@@ -103,12 +111,20 @@ def ratios(scores: Scores, sources: Tensor, *, all_ranges: bool = True) -> dict[
         found["precision_wide"] = Ratio(_sum(matched), whole * scores.estimated.double())
         found["precision_narrow"] = Ratio(_sum(sources & scores.narrow), whole * scores.estimated.double())
         found["count_right"] = Ratio((whole & (scores.estimated == scores.count)).double(), whole.double())
+    found["share_resolvable"] = Ratio(_sum(sources & scores.resolvable), _sum(sources))
+    found["resolvable_recall"] = Ratio(_sum(matched & scores.resolvable), _sum(sources & scores.resolvable))
+    return found | _errors(scores, matched) | _errors(scores, matched & scores.resolvable, "resolvable_")
+
+
+def _errors(scores: Scores, matched: Tensor, prefix: str = "") -> dict[str, Ratio]:
+    bounded = matched & scores.bound.isfinite().all(-1)
     square, least = (each.square().nan_to_num() for each in (scores.error, scores.bound))
+    found = {}
     for index, name in enumerate(COORDINATES):
         ours, theirs = _sum(bounded * square[..., index]), _sum(bounded * least[..., index])
-        found[f"rmse_{name}"] = Ratio(_sum(matched * square[..., index]), _sum(matched), root=True)
-        found[f"crb_{name}"] = Ratio(theirs, _sum(bounded), root=True)
-        found[f"rmse_over_crb_{coordinate(name)}"] = Ratio(ours, theirs, root=True)
+        found[f"{prefix}rmse_{name}"] = Ratio(_sum(matched * square[..., index]), _sum(matched), root=True)
+        found[f"{prefix}crb_{name}"] = Ratio(theirs, _sum(bounded), root=True)
+        found[f"{prefix}rmse_over_crb_{coordinate(name)}"] = Ratio(ours, theirs, root=True)
     return found
 
 

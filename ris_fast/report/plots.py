@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ris_fast.files import METRICS, save_figure
+from ris_fast.files import METRICS
 from ris_fast.report.drawing import new_figure
 from ris_fast.report.eventlog import current_rows, read_events
-from ris_fast.report.style import EMA, FLOOR_SHADES, GRADIENT, INK, RAW, TRAIN, alike, drawable, limits, log_axes, ticks
+from ris_fast.report.style import EMA, FLOOR_SHADES, GRADIENT, INK, RAW, TRAIN, alike, drawable, limits, log_axes, save, ticks
 from ris_fast.training.callback import Callback
 
 if TYPE_CHECKING:
@@ -56,10 +56,6 @@ class PlotReport(Callback):
     def _draw(self) -> None:
         save(loss_figure(current_rows(self.rows), self.baselines), self.path)
         self.drawn = time.monotonic()
-
-
-def save(figure: Figure, path: str | Path) -> None:
-    save_figure(path, figure, 150)
 
 
 def loss_figure(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) -> Figure:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ris_fast.files import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,3 +113,8 @@ def legend_below(figure: Figure, axes: Axes, columns: int = 4) -> None:
 
 def title(figure: Figure, text: str) -> None:
     figure.suptitle(text, x=0.01, ha="left", fontsize=11, color=INK)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes a figure as its name says, .png or .pdf. Raises StorageError."""
+    save_figure(path, figure, 150)
