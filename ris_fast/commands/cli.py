@@ -23,11 +23,13 @@ from ris_fast.commands.flags import (
     Settings,
     Whole,
     WholeOrAuto,
+    WholeOrWord,
     absolute,
     run_flags,
 )
 from ris_fast.commands.runner import run
 from ris_fast.config.load import load_config, render_toml
+from ris_fast.config.schema import ConfigError
 from ris_fast.streams import stage
 
 app = App(
@@ -241,6 +243,70 @@ def evaluate(
         csv=csv,
         search=None if no_positions else Search(method, count),
         plots=plots,
+    )
+
+
+@app.command
+def predict(
+    run: Path | None = None,
+    /,
+    *,
+    data: Path | None = None,
+    out: Path,
+    predictions: Path | None = None,
+    split: Literal["train", "val", "test"] | None = None,
+    scenes: Whole = None,
+    method: Literal["likelihood", "music", "mvdr", "pursuit"] | None = None,
+    count: WholeOrWord = None,
+    no_factor: bool = False,
+    device: BestDevice = "auto",
+    config: Path | None = None,
+    set_: Settings = None,
+) -> int:
+    """Covariance, positions, powers and standard deviations of the sources in measured scenes, written to a file.
+
+    Parameters
+    ----------
+    run
+        Run folder, whose best checkpoint is meant, or one checkpoint, RUN/checkpoints/NAME.safetensors.
+    data
+        Measurements: a .npz or .safetensors file with snapshots, channel, codes and perhaps snr_db; or a folder.
+    out
+        File to write: .npz, .safetensors (a row for each scene) or .csv (a row for each source), by its ending.
+    predictions
+        Covariances from elsewhere in place of a network's: a .npz or .safetensors file with factor or covariance.
+    split
+        Scenes of a folder with splits; test by default.
+    scenes
+        Predict the first this many scenes; all by default.
+    method
+        likelihood (default): maximum likelihood on the measurement; music or mvdr: the spectrum of the covariance;
+        pursuit: the atoms of the matching pursuit.
+    count
+        Sources in a scene: a number; mdl (default) or aic, by likelihood; network, as the network says.
+    no_factor
+        Leave the factors of the covariances out of the file.
+    config
+        TOML file whose [task] is that of --predictions, where there is no RUN.
+    """
+    stage("loading torch")
+    from ris_fast.commands.predict import predict_command, task_of
+
+    task = None if run is not None else task_of(config, data, set_ or ())
+    if run is not None and (config is not None or set_):
+        raise ConfigError("predict: a run has its own task for good. Leave --config and --set out.")
+    return predict_command(
+        run,
+        task,
+        data=data,
+        out=out,
+        predictions=predictions,
+        split=split,
+        scenes=scenes,
+        method=method,
+        count=count,
+        factor=not no_factor,
+        device=device,
     )
 
 

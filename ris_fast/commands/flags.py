@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from ris_fast.commands.usage import whole_number, whole_number_or_auto
+from ris_fast.commands.usage import whole_number, whole_number_or_auto, whole_number_or_word
 
 WHOLE = Parameter(converter=whole_number, accepts_keys=False)
 PRESET_HELP = "laptop (default on a CPU), full (default on a GPU) or original."
@@ -18,6 +18,7 @@ SET_HELP = "Any other setting, section.key=value; may be given again."
 
 Whole = Annotated[int | None, WHOLE]
 WholeOrAuto = Annotated[int | str | None, Parameter(converter=whole_number_or_auto, accepts_keys=False)]
+WholeOrWord = Annotated[int | str | None, Parameter(converter=whole_number_or_word, accepts_keys=False)]
 Preset = Annotated[str | None, Parameter(help=PRESET_HELP)]
 Device = Annotated[str | None, Parameter(help=DEVICE_HELP)]
 BestDevice = Annotated[str, Parameter(help=DEVICE_HELP)]

@@ -142,7 +142,7 @@ def open_measurements(path: Path, task: Task, *, split: str | None = None) -> li
     if not path.exists():
         raise DataError(path, "", "no such file or folder", EXPECTED, "Give the right --data.")
     if path.is_dir() and (path / MANIFEST).is_file():
-        manifest = read_manifest(path, task, SAME_ARRAY)
+        manifest = read_manifest(path, task, SAME_ARRAY, OTHER_TASK)
         entries = manifest["splits"][split or "test"]["shards"]
         return [open_file(path / entry["file"], task, entry["sha256"]) for entry in entries]
     if path.is_dir() and any((path / name).is_dir() for name in SPLITS):

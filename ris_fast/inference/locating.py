@@ -5,12 +5,11 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, Q factor 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ris_fast.config.schema import ConfigError, Task
+from ris_fast.data.measurements import Measured
 from ris_fast.inference.located import Located
 from ris_fast.localize.candidates import pursuit_sources
 from ris_fast.localize.likelihood import CRITERIA, refine
@@ -19,17 +18,7 @@ from ris_fast.localize.sources import Sources
 
 METHODS = ("likelihood", "music", "mvdr", "pursuit")
 FIRST_SNR_DB = 10.0  # of the first search in scenes whose SNR is not known
-STEPS = 4  # of Gauss-Newton before sources are removed
 NEED_MEASUREMENT = ("likelihood", "pursuit")
-
-
-class Measurement(NamedTuple):
-    """What was measured of some scenes, on one device: real pairs, float32."""
-
-    snapshots: Tensor  # (B, L, M, 2)
-    channel: Tensor  # (B, M, N, 2)
-    codes: Tensor  # (L, N, 2) or (B, L, N, 2)
-    snr_db: Tensor  # (B,)
 
 
 def choose_method(method: str | None, measured: bool) -> str:
@@ -61,37 +50,66 @@ def choose_count(count: int | str | Tensor | None, method: str, task: Task) -> i
 def locate_sources(
     task: Task,
     factor: Tensor,
-    measurement: Measurement | None = None,
+    measured: Measured | None = None,
     *,
     method: str,
     count: int | str | Tensor | None,
-    snr_db: Tensor | None = None,
 ) -> Located:
-    """The sources of covariances F F^H; with a measurement their powers in its units, and standard deviations.
+    """The sources of covariances F F^H; where the channel is known, with powers in the units of the measurement.
 
-    Model: 'likelihood' takes the atoms of the pursuit and the peaks of the spectrum of F for starts, brings down
-        |y - G A s|^2 from there and keeps as many as the description length pays for; the other methods leave the
-        positions where they are.
-    Args: factor (B, N, Q, 2); method: one of `METHODS`; count: a number, (B,), 'mdl', 'aic', or None for as many as
-        the factor has.
+    Model: 'likelihood' starts from the atoms of the pursuit, brings down |y - G A s|^2, and keeps as many sources as
+        the description length pays for; the other methods leave the positions where they are.
+    Args: factor (B, N, Q, 2); measured: of the same scenes, see `with_snr`; method: one of `METHODS`; count: a number,
+        (B,), 'mdl', 'aic', or None for as many as the factor has.
     """
-    number = torch.full(factor.shape[:1], count, device=factor.device) if isinstance(count, int) else count
-    if measurement is None:
-        return Located.of(factor, _single(locate(factor, task, method=method, count=number)), snr_db=snr_db)
-    start, wanted, steps = _start(task, factor, measurement, method, number)
-    found = refine(task, *measurement, start, count=wanted, steps=steps)
-    chance = found.count_probability if method == "likelihood" else None
+    count = torch.full(factor.shape[:1], count, device=factor.device) if isinstance(count, int) else count
+    if measured is None or measured.channel is None:
+        snr_db = None if measured is None else measured.snr_db
+        return Located.of(factor, _single(locate(factor, task, method=method, count=count)), snr_db=snr_db)
+    inputs = _inputs(measured)
+    if method == "likelihood":
+        start = pursuit_sources(task, *inputs, task.max_sources)
+        found = refine(task, *inputs, start, count=count)
+    else:
+        found = refine(task, *inputs, _start(task, factor, inputs, method, count), steps=0)
+    chance = found.count_probability if isinstance(count, str) else None
     return Located.of(
-        factor, found.sources, deviations=found.deviations, count_probability=chance, snr_db=measurement.snr_db
+        factor, found.sources, deviations=found.deviations, count_probability=chance, snr_db=measured.snr_db
     )
 
 
-def known_snr(task: Task, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Tensor:
-    """The SNR (B,) in dB, estimated where it is NaN: what K_max sources leave of the snapshots is noise."""
-    unknown = snr_db.isnan()
+def _start(
+    task: Task, factor: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor], method: str, count: Tensor | None
+) -> Sources:
+    """What a method finds without the likelihood."""
+    if method != "pursuit":
+        return _single(locate(factor, task, method=method, count=count))
+    atoms = pursuit_sources(task, *inputs, task.max_sources)
+    return atoms._replace(count=locate(factor, task, count=count).count)
+
+
+def _inputs(measured: Measured) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert measured.channel is not None
+    return measured.snapshots, measured.channel, measured.codes, measured.snr_db
+
+
+def _single(sources: Sources) -> Sources:
+    """In the precision of measurements."""
+    return Sources(*(each.float() for each in sources[:4]), sources.count)
+
+
+def with_snr(task: Task, measured: Measured) -> Measured:
+    """The same with an SNR where it was NaN: what K_max sources leave of the snapshots is noise.
+
+    Raises: ValueError where the channel is not known, without which there is no telling.
+    """
+    unknown = measured.snr_db.isnan()
     if not bool(unknown.any()):
-        return snr_db
-    guess = torch.where(unknown, FIRST_SNR_DB, snr_db)
+        return measured
+    if measured.channel is None:
+        raise ValueError("predict: snr_db is not known, and cannot be estimated without the channel. Give it.")
+    snapshots, channel, codes, _ = _inputs(measured)
+    guess = torch.where(unknown, FIRST_SNR_DB, measured.snr_db)
     for _ in range(2):
         atoms = pursuit_sources(task, snapshots, channel, codes, guess, task.max_sources)
         cost = refine(task, snapshots, channel, codes, guess, atoms, steps=2).cost
@@ -99,22 +117,5 @@ def known_snr(task: Task, snapshots: Tensor, channel: Tensor, codes: Tensor, snr
         sets = 1 if task.symbols == "static" else task.snapshots
         free = max(1.0, size - task.max_sources * (1.5 + sets))
         signal = (energy - cost * size / free).clamp_min(1e-4 * energy)
-        guess = torch.where(unknown, 10.0 * (signal * free / (size * cost)).log10(), snr_db)
-    return guess
-
-
-def _start(
-    task: Task, factor: Tensor, measurement: Measurement, method: str, count: str | Tensor | None
-) -> tuple[Sources, str | Tensor | None, int]:
-    """Where the likelihood starts, how many of these it keeps (None: all), and in how many steps."""
-    if method == "likelihood":
-        return pursuit_sources(task, *measurement, task.max_sources), count, STEPS
-    if method == "pursuit":
-        atoms = pursuit_sources(task, *measurement, task.max_sources)
-        return atoms._replace(count=locate(factor, task, count=count).count), None, 0
-    return _single(locate(factor, task, method=method, count=count)), None, 0
-
-
-def _single(sources: Sources) -> Sources:
-    """In the precision of measurements."""
-    return Sources(*(each.float() for each in sources[:4]), sources.count)
+        guess = torch.where(unknown, 10.0 * (signal * free / (size * cost)).log10(), measured.snr_db)
+    return measured._replace(snr_db=guess)

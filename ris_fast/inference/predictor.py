@@ -17,7 +17,7 @@ from ris_fast.config.schema import Task, section_of
 from ris_fast.data.measurements import Measured
 from ris_fast.inference.given import given_measurements
 from ris_fast.inference.located import Located
-from ris_fast.inference.locating import Measurement, choose_count, choose_method, known_snr, locate_sources
+from ris_fast.inference.locating import choose_count, choose_method, locate_sources, with_snr
 from ris_fast.inference.opened_run import open_run
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.real_complex import to_pairs
@@ -93,26 +93,18 @@ class Predictor:
         self, measured: Measured, start: int = 0, *, count: int | str | Tensor | None = None, method: str | None = None
     ) -> Located:
         """The same of one chunk of scenes that are known to fit the task; `start` is the number of the first one."""
-        device = self.device
-        snapshots, channel, products, codes, snr_db = measured.to(device)
-        method = choose_method(method, channel is not None)
+        measured = with_snr(self.task, measured.to(self.device))
+        method = choose_method(method, measured.channel is not None)
         count = choose_count(count, method, self.task)
-        measurement = None
-        if channel is None and bool(snr_db.isnan().any()):
-            raise ValueError(
-                "predict: snr_db is not known for every scene, and without the channel it cannot be estimated. Give it."
-            )
-        if channel is not None:
-            snr_db = known_snr(self.task, snapshots, channel, codes, snr_db)
-            measurement = Measurement(snapshots, channel, codes, snr_db)
-        prediction = self._answer(snapshots, products if channel is None else channel, codes, snr_db, start)
+        prediction = self._answer(measured, start)
         if isinstance(count, str) and count == "network":
             count = _count_of(prediction)
-        return locate_sources(self.task, prediction.factor, measurement, method=method, count=count, snr_db=snr_db)
+        return locate_sources(self.task, prediction.factor, measured, method=method, count=count)
 
-    def _answer(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, start: int) -> Prediction:
+    def _answer(self, measured: Measured, start: int) -> Prediction:
         """The network's answer, its factor as real pairs. Raises: TypeError, PredictionError."""
-        answer = self.model(snapshots, channel, codes, snr_db)
+        channel = measured.effective_channel if measured.channel is None else measured.channel
+        answer = self.model(measured.snapshots, channel, measured.codes, measured.snr_db)
         prediction = answer if isinstance(answer, Prediction) else Prediction(answer)
         if not isinstance(prediction.factor, Tensor):
             kind = type(prediction.factor).__name__
