@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from ris_fast import exit_codes
 from ris_fast.commands.estimators import method_words, network_estimator
-from ris_fast.commands.position_figures import example_scene, find_sources, first_scene, missing_for_positions, position_figures
+from ris_fast.commands.position_figures import (
+    example_scene,
+    find_sources,
+    first_scene,
+    missing_for_positions,
+    position_figures,
+)
 from ris_fast.commands.scene_figures import Grouped, scene_figures
 from ris_fast.commands.suspect_scenes import training_scenes, wrong_targets
 from ris_fast.config.schema import ConfigError, Task
@@ -77,9 +83,7 @@ def evaluate_command(
     """Prints the evaluation of one run, or of several side by side; leaves records in their folders, and figures."""
     stage("opening the run and its test scenes")
     progress = _Bars()
-    done = {
-        name: evaluate_run(run, scenes, device, data, progress, search) for name, run in zip(run_names(runs), runs)
-    }
+    done = {name: evaluate_run(run, scenes, device, data, progress, search) for name, run in zip(run_names(runs), runs)}
     results = {name: each.result for name, each in done.items()}
     first, *others = done.values()
     if json:

@@ -75,13 +75,15 @@ def group_scores(scores: Scores, group: Group, bootstrap: Bootstrap | None) -> d
     """The group's label, `scenes`, `true_sources`, `matched`, `metrics` and their `intervals` (of those that are ratios
     of sums; empty without a bootstrap)."""
     found = ratios(scores, group.sources, all_ranges=group.all_ranges)
+    estimated = {name: ratio for name, ratio in found.items() if "crb_" not in name or "over" in name}
+    estimated = {name: ratio for name, ratio in estimated.items() if not name.startswith(("bound_", "share_"))}
     values = {name: ratio.value() for name, ratio in found.items()} | medians(scores, group.sources)
     return group.label | {
         "scenes": int(group.sources.any(1).sum()),
         "true_sources": int(group.sources.sum()),
         "matched": int((group.sources & scores.wide).sum()),
         "metrics": values,
-        "intervals": {} if bootstrap is None else bootstrap.intervals(found),
+        "intervals": {} if bootstrap is None else bootstrap.intervals(estimated),
     }
 
 

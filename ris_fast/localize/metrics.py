@@ -7,6 +7,7 @@ Legend: B batch, K true sources (padded), C = 4 coordinates: azimuth, elevation,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -106,6 +107,9 @@ def ratios(scores: Scores, sources: Tensor, *, all_ranges: bool = True) -> dict[
     matched = sources & scores.wide
     found = {"recall_wide": Ratio(_sum(matched), _sum(sources))}
     found["recall_narrow"] = Ratio(_sum(sources & scores.narrow), _sum(sources))
+    bounded = sources & scores.bound.isfinite().all(-1)
+    for name, tolerance in (("wide", WIDE), ("narrow", NARROW)):
+        found[f"bound_recall_{name}"] = Ratio(_sum(bounded * chance_within(scores.bound, tolerance)), _sum(bounded))
     if all_ranges:
         whole = sources.any(1)
         found["precision_wide"] = Ratio(_sum(matched), whole * scores.estimated.double())
@@ -126,6 +130,16 @@ def _errors(scores: Scores, matched: Tensor, prefix: str = "") -> dict[str, Rati
         found[f"{prefix}crb_{name}"] = Ratio(theirs, _sum(bounded), root=True)
         found[f"{prefix}rmse_over_crb_{coordinate(name)}"] = Ratio(ours, theirs, root=True)
     return found
+
+
+def chance_within(bound: Tensor, tolerance: Sequence[float]) -> Tensor:
+    """Probability that normal errors with the deviations (B, K, C) of the bound are within (azimuth deg, elevation deg,
+    range m), each coordinate for itself: (B, K), zero where the bound is not known.
+
+    The recall that an efficient unbiased estimator can be expected to have. Knowing the box of the task helps beyond
+    it, where the bound is wide."""
+    limits = torch.tensor(tolerance, dtype=torch.float64)
+    return (limits / bound[..., :3] / 2.0**0.5).erf().prod(-1).nan_to_num(0.0)
 
 
 def medians(scores: Scores, sources: Tensor) -> dict[str, float]:

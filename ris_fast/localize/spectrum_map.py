@@ -5,6 +5,7 @@ Legend: N RIS elements, Q factor columns, A azimuths, E elevations, R ranges.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from ris_fast.localize.manifold import Manifold
 from ris_fast.localize.spectrum import check_factor, decompose, signal_basis
 from ris_fast.physics.array import direction_cosines
 
-ANGLE_STEP_DEG, RANGES = 1.0, 28
+ANGLE_STEP_DEG, RANGES = 1.0, 40
 SMALLEST_NULL = 1e-6
 
 
@@ -24,7 +25,7 @@ class SpectrumMap(NamedTuple):
 
     azimuth_deg: Tensor  # (A,)
     elevation_deg: Tensor  # (E,)
-    range_m: Tensor  # (R,)    evenly spaced in 1/range
+    range_m: Tensor  # (R,)    evenly spaced in its logarithm
     by_angle: Tensor  # (E, A)  the highest of all ranges
     by_range: Tensor  # (R, A)  the highest of all elevations
 
@@ -40,13 +41,14 @@ def spectrum_map(factor: Tensor, task: Task, count: Tensor) -> SpectrumMap:
     device = factor.device
     manifold = Manifold.of(task, device)
     azimuth, elevation = (_angles(limit, device) for limit in (task.azimuth_deg, task.elevation_deg))
-    inverse = torch.linspace(1 / task.range_max_m, 1 / task.range_min_m, RANGES, device=device)
+    near, far = math.log(task.range_min_m), math.log(task.range_max_m)
+    range_m = torch.linspace(near, far, RANGES, device=device).exp()
     grid = torch.meshgrid(elevation.deg2rad(), azimuth.deg2rad(), indexing="ij")
     u, v = (each.flatten() for each in direction_cosines(grid[1], grid[0]))
-    planes = torch.stack([_spectrum(manifold, basis, u, v, w).view(grid[0].shape) for w in inverse])  # (R, E, A)
+    planes = torch.stack([_spectrum(manifold, basis, u, v, w).view(grid[0].shape) for w in 1 / range_m])  # (R, E, A)
     decibel = 10.0 * planes.log10()
     decibel = (decibel - decibel.amax()).cpu()
-    return SpectrumMap(azimuth.cpu(), elevation.cpu(), 1 / inverse.cpu(), decibel.amax(0), decibel.amax(1))
+    return SpectrumMap(azimuth.cpu(), elevation.cpu(), range_m.cpu(), decibel.amax(0), decibel.amax(1))
 
 
 def _spectrum(manifold: Manifold, basis: Tensor, u: Tensor, v: Tensor, w: Tensor) -> Tensor:

@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Any
 from ris_fast.files import METRICS
 from ris_fast.report.drawing import new_figure
 from ris_fast.report.eventlog import current_rows, read_events
-from ris_fast.report.style import EMA, FLOOR_SHADES, GRADIENT, INK, RAW, TRAIN, alike, drawable, limits, log_axes, save, ticks
+from ris_fast.report.style import (
+    EMA,
+    FLOOR_SHADES,
+    GRADIENT,
+    INK,
+    RAW,
+    TRAIN,
+    alike,
+    drawable,
+    limits,
+    log_axes,
+    save,
+    ticks,
+)
 from ris_fast.training.callback import Callback
 
 if TYPE_CHECKING:

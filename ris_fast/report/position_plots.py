@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ris_fast.localize.groups import of_axis
 from ris_fast.localize.matching import WIDE
-from ris_fast.localize.metrics import Scores, confusion
+from ris_fast.localize.metrics import Scores, chance_within, confusion
 from ris_fast.report.drawing import new_figure
 from ris_fast.report.evaluation_plots import snr_label
 from ris_fast.report.style import GRID, INK, MMSE_BOUND, drawable, legend_below, limits, log_axes, look, ticks, title
@@ -29,7 +29,10 @@ CELL = 0.62  # inches of a cell of a confusion matrix
 
 
 def rmse_figure(estimators: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """RMSE of matched sources by SNR with its 95 % interval, beside the Cramer-Rao bound of the first one's."""
+    """RMSE by SNR with its 95 % interval, beside the Cramer-Rao bound, both of matched resolvable sources.
+
+    The bound is that of the first one's matched sources.
+    """
     figure = new_figure(9.6, 4.2)
     panels = figure.subplots(1, 3)
     for axes, (name, label) in zip(panels, PANELS.items()):
@@ -37,7 +40,7 @@ def rmse_figure(estimators: Mapping[str, Mapping[str, Any]]) -> Figure:
             groups = of_axis(each["groups"], "snr_db")
             _rmse(axes, groups, name, index, who)
         bound = of_axis(next(iter(estimators.values()))["groups"], "snr_db")
-        _line(axes, bound, f"crb_{name}", color=MMSE_BOUND, lw=1.5, ls=":", label="Cramer-Rao bound")
+        _line(axes, bound, f"resolvable_crb_{name}", color=MMSE_BOUND, lw=1.5, ls=":", label="Cramer-Rao bound")
         log_axes(axes, "")
         drawn = [value for line in axes.get_lines() for value in line.get_ydata()]
         axes.set_ylim(*limits([float(value) for value in drawn]))
@@ -45,14 +48,14 @@ def rmse_figure(estimators: Mapping[str, Mapping[str, Any]]) -> Figure:
         axes.set_title(label, fontsize=10, color=INK)
         axes.set_xlabel("SNR in dB", color=INK)
         axes.set_xticks(range(len(bound)), [snr_label(group) for group in bound], fontsize=8)
-    panels[0].set_ylabel("RMSE of matched sources", color=INK)
+    panels[0].set_ylabel("RMSE of resolvable sources", color=INK)
     legend_below(figure, panels[0])
     return figure
 
 
 def _rmse(axes: Axes, groups: list[Mapping[str, Any]], name: str, index: int, who: str) -> None:
-    _line(axes, groups, f"rmse_{name}", **look(index).drawn, label=who)
-    ends = [group["intervals"].get(f"rmse_{name}", (math.nan, math.nan)) for group in groups]
+    _line(axes, groups, f"resolvable_rmse_{name}", **look(index).drawn, label=who)
+    ends = [group["intervals"].get(f"resolvable_rmse_{name}", (math.nan, math.nan)) for group in groups]
     low, high = zip(*ends)
     axes.fill_between(range(len(groups)), low, high, color=look(index).color, alpha=0.15, lw=0.0)
 
@@ -65,7 +68,7 @@ def _line(axes: Axes, groups: list[Mapping[str, Any]], metric: str, **style: Any
 def error_figure(scores: Mapping[str, Scores]) -> Figure:
     """Share of all true sources that are found with an error below x; it ends at the recall within the wide tolerance.
 
-    Dotted: what errors at the Cramer-Rao bound would give on those sources of the first estimator whose bound is known.
+    Dotted: the same of an efficient unbiased estimator, whose errors are as wide as the Cramer-Rao bound.
     """
     figure = new_figure(9.6, 4.2)
     panels = figure.subplots(1, 3, sharey=True)
@@ -75,11 +78,11 @@ def error_figure(scores: Mapping[str, Scores]) -> Figure:
             style = look(index).drawn | {"marker": look(index).marker, "markevery": (8 * index, 50)}
             axes.plot(at, shares_below(each.error[..., column][each.true].abs(), at), **style, label=who)
         first = next(iter(scores.values()))
-        bound = first.bound[..., column][first.true]
+        bound = first.bound[first.true]
         if bound.isfinite().any():
             axes.plot(
                 at,
-                normal_shares(bound[bound.isfinite()], at),
+                bound_shares(bound[bound.isfinite().all(-1)], column, at),
                 color=MMSE_BOUND,
                 lw=1.5,
                 ls=":",
@@ -104,9 +107,11 @@ def shares_below(errors: Tensor, at: np.ndarray) -> np.ndarray:
     return np.searchsorted(values, at, side="right") / max(1, len(values))
 
 
-def normal_shares(deviations: Tensor, at: np.ndarray) -> np.ndarray:
-    """Expected share of |x| below each of `at` where x is normal with one of these standard deviations each."""
-    return np.array([(value / deviations / math.sqrt(2)).erf().mean().item() for value in at])
+def bound_shares(bound: Tensor, column: int, at: np.ndarray) -> np.ndarray:
+    """Expected share of sources with deviations `bound` (S, C) that are within WIDE and, in one coordinate, within each
+    of `at`."""
+    limits = [[value if column == each else widest for each, widest in enumerate(WIDE)] for value in at]
+    return np.array([chance_within(bound, limit).mean().item() for limit in limits])
 
 
 def count_figure(scores: Mapping[str, Scores]) -> Figure:

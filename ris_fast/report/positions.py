@@ -7,7 +7,7 @@ from typing import Any
 
 from ris_fast.localize.groups import of_axis
 from ris_fast.localize.matching import NARROW, WIDE
-from ris_fast.localize.metrics import MEDIAN_OF_NORMAL
+from ris_fast.localize.metrics import MEDIAN_OF_NORMAL, RESOLVABLE
 from ris_fast.report.tables import text_table
 
 Groups = Sequence[Mapping[str, Any]]
@@ -27,24 +27,36 @@ def _headed(head: str, metric: str, names: Mapping[str, str]) -> Columns:
 
 DETECTION: Columns = (
     (f"recall {WIDE.short}", "recall_wide"),
-    (f"precision {WIDE.short}", "precision_wide"),
+    ("at the CRB", "bound_recall_wide"),
+    ("precision", "precision_wide"),
     (f"recall {NARROW.short}", "recall_narrow"),
-    (f"precision {NARROW.short}", "precision_narrow"),
+    ("at the CRB", "bound_recall_narrow"),
+    ("precision", "precision_narrow"),
     ("number right", "count_right"),
 )
 RMSE, MEDIAN = _headed("RMSE", "rmse", SHORT), _headed("median", "median", SHORT)
-RATIO = _headed("RMSE/CRB", "rmse_over_crb", ANGLES_AND_RANGE)
+RATIO = _headed("RMSE/CRB", "resolvable_rmse_over_crb", ANGLES_AND_RANGE)
 BOUND: Columns = (
-    *_headed("CRB", "crb", SHORT)[:3],
+    ("resolvable", "share_resolvable"),
+    ("recall", "resolvable_recall"),
     *RATIO,
+    *_headed("all matched: RMSE/CRB", "rmse_over_crb", ANGLES_AND_RANGE),
     *_headed("median/CRB", "median_over_crb", ANGLES_AND_RANGE),
+)
+BESIDE: Columns = (
+    *((header, key) for header, key in DETECTION if "precision_narrow" != key and "bound" not in key),
+    *RMSE[:3],
+    ("resolvable: recall", "resolvable_recall"),
+    *RATIO,
 )
 SIDE_BY_SIDE = {
     f"recall within {WIDE}": "recall_wide",
     "RMSE of azimuth in degrees": "rmse_azimuth_deg",
     "RMSE of elevation in degrees": "rmse_elevation_deg",
     "RMSE of range in metres": "rmse_range_m",
-    "RMSE of azimuth / CRB": "rmse_over_crb_azimuth",
+    "recall of resolvable sources": "resolvable_recall",
+    "RMSE of azimuth / CRB, resolvable sources": "resolvable_rmse_over_crb_azimuth",
+    "RMSE of range / CRB, resolvable sources": "resolvable_rmse_over_crb_range",
     "share of scenes with the right number of sources": "count_right",
 }
 
@@ -58,8 +70,9 @@ def positions_text(positions: Mapping[str, Any]) -> str:
         _interval_line(of_axis(network["groups"])[0]),
         _table(network["groups"], DETECTION),
         "Errors of matched sources\n" + _table(network["groups"], (*RMSE, *MEDIAN)),
-        "Errors beside the Cramer-Rao bound: root mean square of its deviations, RMSE in units of it, and the median of"
-        f" |error| / ({MEDIAN_OF_NORMAL} sd)\n" + _table(network["groups"], BOUND),
+        f"Errors beside the Cramer-Rao bound. Resolvable: {RESOLVABLE:g} of its standard deviations are within {WIDE};"
+        " of the others matching keeps\nlucky estimates only. RMSE/CRB: by the root mean square of the deviations;"
+        f" median/CRB: of |error| / ({MEDIAN_OF_NORMAL} sd)\n" + _table(network["groups"], BOUND),
         "Scenes by true (rows) and estimated (columns) number of sources\n" + confusion_table(network["confusion"]),
     ]
     if len(estimators) > 1:
@@ -69,12 +82,11 @@ def positions_text(positions: Mapping[str, Any]) -> str:
 
 def beside(estimators: Mapping[str, Mapping[str, Any]]) -> str:
     """A row for each estimator (or run): the metrics of all scenes."""
-    columns = (*DETECTION, *RMSE, *RATIO)
     rows = [
-        (name, *(of_axis(each["groups"])[0]["metrics"][key] for _, key in columns), each["milliseconds"])
+        (name, *(of_axis(each["groups"])[0]["metrics"][key] for _, key in BESIDE), each["milliseconds"])
         for name, each in estimators.items()
     ]
-    return text_table(("", *(header for header, _ in columns), "ms a scene"), rows)
+    return text_table(("", *(header for header, _ in BESIDE), "ms a scene"), rows)
 
 
 def side_by_side(estimators: Mapping[str, Mapping[str, Any]]) -> str:
@@ -119,7 +131,8 @@ def matching_note() -> str:
     return (
         f"An estimate is matched to at most one source, within {WIDE} of it (columns {WIDE.short}) or {NARROW}; as many"
         " pairs as can be, then the\nnearest. Errors are those of sources matched within the wide tolerance: one that"
-        " was missed has none, and counts in recall alone.\nThe bound is the deterministic CRB of these same sources."
+        " was missed has none, and counts in recall alone.\nAt the CRB: the recall of"
+        " an efficient unbiased estimator, whose errors have the deviations of the deterministic bound."
     )
 
 

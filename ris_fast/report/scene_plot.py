@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from torch import Tensor
 
 from ris_fast.localize.sources import Sources
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DEEPEST_DB = -30.0
+TRUE = {"ls": "", "marker": "o", "ms": 12, "mfc": "none", "mec": "white", "mew": 1.8, "label": "true source"}
+FOUND = {"ls": "", "marker": "x", "ms": 7, "mec": "#ff7f0e", "mew": 2.0, "label": "found source"}
 TICKS_M = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 
 
@@ -34,19 +35,23 @@ def scene_figure(example: Example) -> Figure:
     """The spectrum over azimuth and elevation, and over azimuth and range, each the highest along the third axis."""
     spectrum = example.spectrum
     figure = new_figure(9.6, 4.4)
+    from matplotlib.patheffects import withStroke
+
     left, right = figure.subplots(1, 2)
-    shown = _mesh(left, spectrum.azimuth_deg, spectrum.elevation_deg, spectrum.by_angle)
-    _mesh(right, spectrum.azimuth_deg, spectrum.range_m, spectrum.by_range)
-    for sources, style in ((example.truth, TRUE), (example.found, FOUND)):
+    deepest = max(DEEPEST_DB, float(spectrum.by_range.min()))
+    shown = _mesh(left, spectrum.azimuth_deg, spectrum.elevation_deg, spectrum.by_angle, deepest)
+    _mesh(right, spectrum.azimuth_deg, spectrum.range_m, spectrum.by_range, deepest)
+    outline = [withStroke(linewidth=4.0, foreground=INK)]  # white on the map, seen in the legend too
+    for sources, style in ((example.truth, TRUE | {"path_effects": outline}), (example.found, FOUND)):
         azimuth, elevation, range_m = (each[0, : int(sources.count[0])] for each in sources[:3])
         left.plot(azimuth.rad2deg(), elevation.rad2deg(), **style)
         right.plot(azimuth.rad2deg(), range_m, **style)
     left.set_ylabel("elevation in degrees", color=INK)
     right.set_ylabel("range in metres", color=INK)
-    low, high = spectrum.range_m.min().item(), spectrum.range_m.max().item()
-    right.set_yscale("function", functions=(_inverse, _inverse))  # 1/range, in which resolution is even
-    right.set_ylim(low * 0.98, high * 1.3)
+    right.set_yscale("log")
+    low, high = right.get_ylim()
     right.set_yticks([each for each in TICKS_M if low <= each <= high])
+    right.yaxis.set_minor_formatter(lambda value, _: "")
     right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for axes in (left, right):
         axes.set_xlabel("azimuth in degrees", color=INK)
@@ -58,14 +63,5 @@ def scene_figure(example: Example) -> Figure:
     return figure
 
 
-TRUE = {"ls": "", "marker": "o", "ms": 11, "mfc": "none", "mec": "white", "mew": 1.8, "label": "true"}
-FOUND = {"ls": "", "marker": "x", "ms": 7, "mec": "#ff7f0e", "mew": 2.0, "label": "found"}
-
-
-def _mesh(axes: Axes, x: Tensor, y: Tensor, values: Tensor):
-    return axes.pcolormesh(x, y, values, vmin=DEEPEST_DB, vmax=0.0, cmap="viridis", shading="nearest", rasterized=True)
-
-
-def _inverse(value: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore"):
-        return -1.0 / np.asarray(value, dtype=float)
+def _mesh(axes: Axes, x: Tensor, y: Tensor, values: Tensor, deepest: float) -> Any:
+    return axes.pcolormesh(x, y, values, vmin=deepest, vmax=0.0, cmap="viridis", shading="nearest", rasterized=True)
