@@ -102,7 +102,7 @@ def position_figures(found: Found, method: str) -> tuple[dict[str, Any], dict[st
         name: {
             "milliseconds": found.milliseconds[name],
             "confusion": confusion(each).tolist(),
-            "groups": [group_scores(each, group, bootstrap) for group in split],
+            "groups": group_scores(each, split, bootstrap),
         }
         for name, each in scores.items()
     }

@@ -16,7 +16,7 @@ from ris_fast.config.schema import Task
 from ris_fast.data.source import SceneSource
 from ris_fast.localize.bootstrap import Bootstrap
 from ris_fast.localize.groups import snr_bins
-from ris_fast.localize.metrics import Ratio
+from ris_fast.localize.metrics import Ratios
 from ris_fast.models.classical import Classical, classical_estimate
 from ris_fast.models.features import Features
 from ris_fast.models.simultaneous_pursuit import features_for
@@ -91,11 +91,13 @@ class Grouped:
         there = torch.ones_like(self.figures["count"], dtype=torch.bool) if there is None else there
         figures = {name: values[there] for name, values in self.figures.items()}
         network, scenes = figures["network"], (figures["count"].tolist(), figures["snr_db"].tolist())
-        whole = Ratio(there * self.figures["network"], there.double())
+        mean = Ratios(
+            ("nmse",), network[None], torch.ones_like(network)[None], torch.tensor([False]), there.nonzero()[:, 0]
+        )
         return {
             "scenes": network.numel(),
             "nmse": {"mean": network.mean().item(), "median": network.quantile(0.5).item()},
-            "nmse_interval": self.bootstrap.intervals({"nmse": whole})["nmse"],
+            "nmse_interval": self.bootstrap.intervals(mean)["nmse"],
             "baselines": {name: values.mean().item() for name, values in figures.items() if name not in FACTS},
             "mmse_bound": mmse_bound(*scenes) if self.standard else None,
         }

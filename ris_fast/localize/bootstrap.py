@@ -5,11 +5,9 @@ Legend: B scenes, R resamples, J metrics.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
-from ris_fast.localize.metrics import Ratio
+from ris_fast.localize.metrics import Ratios
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -29,13 +27,10 @@ class Bootstrap:
         generator = torch.Generator().manual_seed(seed)
         self.times = torch.poisson(torch.ones(scenes, resamples), generator=generator)
 
-    def intervals(self, metrics: Mapping[str, Ratio], level: float = LEVEL) -> dict[str, tuple[float, float]]:
+    def intervals(self, ratios: Ratios, level: float = LEVEL) -> dict[str, tuple[float, float]]:
         """Name -> (low, high), between which `level` of the resampled values are; NaN where none has a value."""
-        above, below = (torch.stack([each[side] for each in metrics.values()]) for side in (0, 1))
-        rows = (below != 0).any(0)  # the other scenes have no part in these metrics
-        times = self.times[rows]
-        values = (above[:, rows].float() @ times) / (below[:, rows].float() @ times)  # (J, R)
-        root = torch.tensor([each.root for each in metrics.values()])
-        values = torch.where(root[:, None], values.sqrt(), values).double()
+        times = self.times[ratios.scenes]
+        values = (ratios.above.float() @ times) / (ratios.below.float() @ times)  # (J, R)
+        values = torch.where(ratios.root[:, None], values.sqrt(), values).double()
         tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-        return dict(zip(metrics, map(tuple, values.nanquantile(tails, dim=1).T.tolist())))
+        return dict(zip(ratios.names, map(tuple, values.nanquantile(tails, dim=1).T.tolist())))

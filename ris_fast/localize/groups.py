@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.localize.bootstrap import Bootstrap
-from ris_fast.localize.metrics import Scores, medians, ratios
+from ris_fast.localize.metrics import WHOLE_SCENES, Metrics, Scores, medians
 
 SNR_BIN_DB = 5.0
 RANGE_EDGES_M = (0.5, 2.0, 5.0, 10.0)  # and what is nearer or farther than these, where it occurs
@@ -26,9 +26,9 @@ class Group(NamedTuple):
     label: dict[str, Any]  # of `snr_db` (from, to), `sources` and `range_m` (from, to) those that it is split by
     sources: Tensor  # (B, K) bool
 
-    @property
-    def all_ranges(self) -> bool:
-        return "range_m" not in self.label
+    def has(self, metric: str) -> bool:
+        """Whether a metric means something here: those of whole scenes need all sources of a scene."""
+        return metric not in WHOLE_SCENES or "range_m" not in self.label
 
 
 def snr_bins(snr_db: Tensor) -> tuple[Tensor, list[tuple[float, float]]]:
@@ -71,20 +71,32 @@ def groups(true: Tensor, snr_db: Tensor, range_m: Tensor) -> Iterator[Group]:
                 yield Group({name: label for name, (label, _) in zip(split, cell)}, sources)
 
 
-def group_scores(scores: Scores, group: Group, bootstrap: Bootstrap | None) -> dict[str, Any]:
-    """The group's label, `scenes`, `true_sources`, `matched`, `metrics` and their `intervals` (of those that are ratios
-    of sums; empty without a bootstrap)."""
-    found = ratios(scores, group.sources, all_ranges=group.all_ranges)
-    estimated = {name: ratio for name, ratio in found.items() if "crb_" not in name or "over" in name}
-    estimated = {name: ratio for name, ratio in estimated.items() if not name.startswith(("bound_", "share_"))}
-    values = {name: ratio.value() for name, ratio in found.items()} | medians(scores, group.sources)
-    return group.label | {
-        "scenes": int(group.sources.any(1).sum()),
-        "true_sources": int(group.sources.sum()),
-        "matched": int((group.sources & scores.wide).sum()),
-        "metrics": values,
-        "intervals": {} if bootstrap is None else bootstrap.intervals(estimated),
-    }
+def group_scores(scores: Scores, split: Sequence[Group], bootstrap: Bootstrap | None) -> list[dict[str, Any]]:
+    """Of each group its label, `scenes`, `true_sources`, `matched`, `metrics`, and `intervals` of those that are ratios
+    of sums and say something of the estimates; no intervals without a bootstrap.
+
+    Precision and the share of scenes whose number of sources is right are left out of groups by range."""
+    metrics, found = Metrics(scores), []
+    for group in split:
+        ratios = metrics.of(group.sources)
+        values = ratios.values() | medians(scores, group.sources)
+        intervals = {} if bootstrap is None else bootstrap.intervals(ratios)
+        found.append(
+            group.label
+            | {
+                "scenes": len(ratios.scenes),
+                "true_sources": int(group.sources.sum()),
+                "matched": int((group.sources & scores.wide).sum()),
+                "metrics": {name: value for name, value in values.items() if group.has(name)},
+                "intervals": {name: ends for name, ends in intervals.items() if group.has(name) and _estimated(name)},
+            }
+        )
+    return found
+
+
+def _estimated(name: str) -> bool:
+    """Whether a metric is of the estimates, not of the bound."""
+    return not name.removeprefix("resolvable_").startswith(("bound_", "share_", "crb_"))
 
 
 def of_axis(entries: Sequence[dict[str, Any]], *axes: str) -> list[dict[str, Any]]:

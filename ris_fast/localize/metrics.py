@@ -7,7 +7,7 @@ Legend: B batch, K true sources (padded), C = 4 coordinates: azimuth, elevation,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from ris_fast.localize.matching import NARROW, WIDE, match
 from ris_fast.localize.sources import Deviations, Sources
 
 COORDINATES = ("azimuth_deg", "elevation_deg", "range_m", "position_m")
+WHOLE_SCENES = ("precision_wide", "precision_narrow", "count_right")
 RESOLVABLE = 3.0  # standard deviations
 MEDIAN_OF_NORMAL = 0.6745  # median of |x| for a standard normal x
 
@@ -43,17 +44,19 @@ class Scores(NamedTuple):
         return self.true & (RESOLVABLE * self.bound[..., :3] <= torch.tensor(WIDE).double()).all(-1)
 
 
-class Ratio(NamedTuple):
-    """A metric as a ratio of two sums over scenes, or its square root: what a bootstrap over scenes resamples."""
+class Ratios(NamedTuple):
+    """Metrics as ratios of two sums over scenes, or as roots of such: what a bootstrap over scenes resamples."""
 
-    above: Tensor  # (B,)
-    below: Tensor  # (B,)
-    root: bool = False
+    names: tuple[str, ...]
+    above: Tensor  # (J, B')
+    below: Tensor  # (J, B')
+    root: Tensor  # (J,) bool
+    scenes: Tensor  # (B',) int64  numbers of the scenes
 
-    def value(self) -> float:
-        """NaN where no scene counts."""
-        value = (self.above.sum() / self.below.sum()).item()
-        return value**0.5 if self.root else value
+    def values(self) -> dict[str, float]:
+        """By name; NaN where no scene counts."""
+        value = self.above.sum(1) / self.below.sum(1)
+        return dict(zip(self.names, torch.where(self.root, value.sqrt(), value).tolist()))
 
 
 def score(estimate: Sources, truth: Sources, bound: Deviations | None = None) -> Scores:
@@ -93,43 +96,53 @@ def bound_of(bound: Deviations, truth: Sources) -> Tensor:
     return deviations.masked_fill(~known[..., None], torch.nan)
 
 
-def ratios(scores: Scores, sources: Tensor, *, all_ranges: bool = True) -> dict[str, Ratio]:
-    """The metrics of some of the true sources, each a ratio of sums over scenes.
+class Metrics:
+    """The metrics that are ratios of sums, of any of the true sources.
 
     RMSE, CRB (root mean square of its deviations) and their ratio are of the sources that are matched within WIDE, the
     latter two of those whose bound is finite; with `resolvable_` in front, of those of them that are resolvable. There
     the ratio can be read: of a source whose bound is wider than the tolerance, matching keeps lucky estimates only, and
-    few such sources decide a root mean square. Precision and the share of scenes whose number of sources is right
-    belong to whole scenes, and are left out where `sources` are those of some ranges only.
-    Args: sources: (B, K) bool.
+    few such sources decide a root mean square. `bound_recall` is that of an efficient unbiased estimator.
     """
-    sources = sources & scores.true
-    matched = sources & scores.wide
-    found = {"recall_wide": Ratio(_sum(matched), _sum(sources))}
-    found["recall_narrow"] = Ratio(_sum(sources & scores.narrow), _sum(sources))
-    bounded = sources & scores.bound.isfinite().all(-1)
-    for name, tolerance in (("wide", WIDE), ("narrow", NARROW)):
-        found[f"bound_recall_{name}"] = Ratio(_sum(bounded * chance_within(scores.bound, tolerance)), _sum(bounded))
-    if all_ranges:
-        whole = sources.any(1)
-        found["precision_wide"] = Ratio(_sum(matched), whole * scores.estimated.double())
-        found["precision_narrow"] = Ratio(_sum(sources & scores.narrow), whole * scores.estimated.double())
-        found["count_right"] = Ratio((whole & (scores.estimated == scores.count)).double(), whole.double())
-    found["share_resolvable"] = Ratio(_sum(sources & scores.resolvable), _sum(sources))
-    found["resolvable_recall"] = Ratio(_sum(matched & scores.resolvable), _sum(sources & scores.resolvable))
-    return found | _errors(scores, matched) | _errors(scores, matched & scores.resolvable, "resolvable_")
 
+    def __init__(self, scores: Scores) -> None:
+        self.names: list[str] = []
+        self.roots: list[bool] = []
+        above, below, true = [], [], scores.true
 
-def _errors(scores: Scores, matched: Tensor, prefix: str = "") -> dict[str, Ratio]:
-    bounded = matched & scores.bound.isfinite().all(-1)
-    square, least = (each.square().nan_to_num() for each in (scores.error, scores.bound))
-    found = {}
-    for index, name in enumerate(COORDINATES):
-        ours, theirs = _sum(bounded * square[..., index]), _sum(bounded * least[..., index])
-        found[f"{prefix}rmse_{name}"] = Ratio(_sum(matched * square[..., index]), _sum(matched), root=True)
-        found[f"{prefix}crb_{name}"] = Ratio(theirs, _sum(bounded), root=True)
-        found[f"{prefix}rmse_over_crb_{coordinate(name)}"] = Ratio(ours, theirs, root=True)
-    return found
+        def add(name: str, over: Tensor, under: Tensor, root: bool = False) -> None:
+            self.names.append(name)
+            self.roots.append(root)
+            above.append(over.double())
+            below.append(under.double())
+
+        bounded = true & scores.bound.isfinite().all(-1)
+        first = true & (torch.arange(true.shape[1]) == 0)  # what a scene has once is counted at its first source
+        estimates = first * scores.estimated[:, None]
+        for name, tolerance, matched in (("wide", WIDE, scores.wide), ("narrow", NARROW, scores.narrow)):
+            add(f"recall_{name}", matched, true)
+            add(f"bound_recall_{name}", bounded * chance_within(scores.bound, tolerance), bounded)
+            add(f"precision_{name}", matched, estimates)
+        add("count_right", first & (scores.estimated == scores.count)[:, None], first)
+        add("share_resolvable", scores.resolvable, true)
+        add("resolvable_recall", scores.resolvable & scores.wide, scores.resolvable)
+        square, least = (each.square().nan_to_num() for each in (scores.error, scores.bound))
+        for prefix, matched in (("", scores.wide), ("resolvable_", scores.wide & scores.resolvable)):
+            both = matched & bounded
+            for index, name in enumerate(COORDINATES):
+                ours, theirs = square[..., index], both * least[..., index]
+                add(f"{prefix}rmse_{name}", matched * ours, matched, root=True)
+                add(f"{prefix}crb_{name}", theirs, both, root=True)
+                add(f"{prefix}rmse_over_crb_{coordinate(name)}", both * ours, theirs, root=True)
+        self.above, self.below = torch.stack(above), torch.stack(below)  # (J, B, K)
+
+    def of(self, sources: Tensor) -> Ratios:
+        """Those of some of the true sources, (B, K) bool; the metrics of `WHOLE_SCENES` mean something where these are
+        all sources of their scenes."""
+        scenes = sources.any(1).nonzero()[:, 0]
+        here = sources[scenes].double()
+        above, below = ((each[:, scenes] * here).sum(2) for each in (self.above, self.below))
+        return Ratios(tuple(self.names), above, below, torch.tensor(self.roots), scenes)
 
 
 def chance_within(bound: Tensor, tolerance: Sequence[float]) -> Tensor:
@@ -172,10 +185,6 @@ def coordinate(name: str) -> str:
 
 def _median(values: Tensor) -> float:
     return values.quantile(0.5).item() if values.numel() else float("nan")
-
-
-def _sum(values: Tensor) -> Tensor:
-    return values.double().sum(1)
 
 
 def _exact(sources: Sources) -> Sources:

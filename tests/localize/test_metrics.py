@@ -13,7 +13,7 @@ from ris_fast.config.schema import Task
 from ris_fast.localize.bootstrap import Bootstrap
 from ris_fast.localize.groups import group_scores, groups, of_axis
 from ris_fast.localize.matching import NARROW, WIDE, match
-from ris_fast.localize.metrics import COORDINATES, Ratio, bound_of, confusion, medians, ratios, score
+from ris_fast.localize.metrics import COORDINATES, Metrics, Ratios, bound_of, confusion, medians, score
 from ris_fast.localize.sources import Deviations, Sources
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
@@ -48,7 +48,7 @@ def around(truth: Sources, bound: Deviations, seed: int = 2) -> Sources:
 
 def metrics(estimate: Sources, truth: Sources, bound: Deviations | None = None) -> dict[str, float]:
     scores = score(estimate, truth, bound)
-    return {name: each.value() for name, each in ratios(scores, scores.true).items()} | medians(scores, scores.true)
+    return Metrics(scores).of(scores.true).values() | medians(scores, scores.true)
 
 
 def test_perfect_estimates_have_no_error_and_full_recall_and_precision(truth: Sources) -> None:
@@ -183,7 +183,7 @@ def test_sources_without_a_finite_bound_stay_out_of_its_ratio(truth: Sources) ->
     bound = some_bound(truth)
     estimate = around(truth, bound)
     lost = Deviations(*(each.index_fill(0, torch.arange(500), torch.inf) for each in bound))
-    half = {name: each.value() for name, each in ratios(score(estimate, truth, lost), truth.active).items()}
+    half = metrics(estimate, truth, lost)
     rows = slice(500, None)
     expected = metrics(estimate.take(rows), truth.take(rows), Deviations(*(each[rows] for each in bound)))
     assert half["rmse_over_crb_azimuth"] == pytest.approx(expected["rmse_over_crb_azimuth"], rel=1e-12)
@@ -199,7 +199,7 @@ def test_confusion_counts_each_scene_once(truth: Sources) -> None:
 def test_groups_of_a_margin_hold_every_source_once(scenes: Scenes, truth: Sources) -> None:
     bound = some_bound(truth)
     scores = score(around(truth, bound), truth, bound)
-    made = [group_scores(scores, group, None) for group in groups(scores.true, scenes.snr_db, truth.range_m)]
+    made = group_scores(scores, list(groups(scores.true, scenes.snr_db, truth.range_m)), None)
     (whole,) = of_axis(made)
     assert whole["true_sources"] == int(truth.count.sum()) and whole["scenes"] == 1000
     for axes in (["snr_db"], ["sources"], ["range_m"], ["snr_db", "sources"], ["snr_db", "sources", "range_m"]):
@@ -216,9 +216,15 @@ def test_groups_of_a_margin_hold_every_source_once(scenes: Scenes, truth: Source
         assert part["true_sources"] == int(inside.sum())
 
 
-def test_bootstrap_repeats_bit_for_bit_and_ignores_other_scenes() -> None:
-    values = torch.rand(60, generator=torch.Generator().manual_seed(0)).double()
-    ratio = {"mean": Ratio(values, torch.ones(60).double())}
+def means(values: torch.Tensor, root: bool = False, names: tuple[str, ...] = ("x",)) -> Ratios:
+    """Means of the rows, or the roots of these."""
+    return Ratios(
+        names, values, torch.ones_like(values), torch.tensor([root] * len(values)), torch.arange(values.shape[1])
+    )
+
+
+def test_bootstrap_repeats_bit_for_bit() -> None:
+    ratio = means(torch.rand(1, 60, generator=torch.Generator().manual_seed(0)).double())
     assert Bootstrap(60, seed=4).intervals(ratio) == Bootstrap(60, seed=4).intervals(ratio)
     assert Bootstrap(60, seed=4).intervals(ratio) != Bootstrap(60, seed=5).intervals(ratio)
 
@@ -229,11 +235,11 @@ def test_bootstrap_interval_covers_the_true_value(root: bool) -> None:
     percentiles of a skewed statistic lose."""
     trials = 400
     values = torch.randn(trials, 200, generator=torch.Generator().manual_seed(1)).double().square()  # mean 1, root 1
-    metrics = {str(trial): Ratio(row, torch.ones(200).double(), root) for trial, row in enumerate(values)}
-    covered = [low <= 1.0 <= high for low, high in Bootstrap(200, resamples=400).intervals(metrics).values()]
+    intervals = Bootstrap(200, resamples=400).intervals(means(values, root, tuple(map(str, range(trials)))))
+    covered = [low <= 1.0 <= high for low, high in intervals.values()]
     assert 0.95 - 0.02 - 4 * math.sqrt(0.95 * 0.05 / trials) < sum(covered) / trials < 0.995
 
 
 def test_bootstrap_of_nothing_is_not_a_number() -> None:
-    nothing = {"x": Ratio(torch.zeros(5).double(), torch.zeros(5).double())}
+    nothing = means(torch.zeros(1, 5).double())._replace(below=torch.zeros(1, 5).double())
     assert all(math.isnan(each) for each in Bootstrap(5).intervals(nothing)["x"])
