@@ -7,7 +7,7 @@ Legend: B batch, K true sources (padded), C = 4 coordinates: azimuth, elevation,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
