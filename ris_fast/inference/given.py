@@ -45,6 +45,18 @@ def given_measurements(
     return measured
 
 
+def given_count(count: Any, batch: int) -> int | str | Tensor | None:
+    """A number of sources, one a scene as a tensor (B,), a word or None. Raises: TypeError, ValueError."""
+    if count is None or isinstance(count, str):
+        return count
+    values = _tensor("count", count)
+    if values.is_floating_point() or values.is_complex():
+        raise TypeError(f"predict: count is {values.dtype}, expected a whole number, or integers ({batch},).")
+    if values.shape not in ((), (batch,)):
+        raise _misshapen("count", count, f"({batch},), or one number", f"There are {batch} scenes.")
+    return int(values) if values.dim() == 0 else values.long()
+
+
 def _tensor(name: str, value: Any) -> Tensor:
     """A tensor of numbers. Raises: TypeError."""
     if isinstance(value, Tensor) and value.dtype != torch.bool:

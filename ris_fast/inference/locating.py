@@ -18,6 +18,7 @@ from ris_fast.localize.sources import Sources
 
 METHODS = ("likelihood", "music", "mvdr", "pursuit")
 FIRST_SNR_DB = 10.0  # of the first search in scenes whose SNR is not known
+STEPS = 2  # of Gauss-Newton before sources are removed: starts are near
 NEED_MEASUREMENT = ("likelihood", "pursuit")
 
 
@@ -54,22 +55,26 @@ def locate_sources(
     *,
     method: str,
     count: int | str | Tensor | None,
+    atoms: bool = False,
 ) -> Located:
     """The sources of covariances F F^H; where the channel is known, with powers in the units of the measurement.
 
-    Model: 'likelihood' starts from the atoms of the pursuit, brings down |y - G A s|^2, and keeps as many sources as
-        the description length pays for; the other methods leave the positions where they are.
+    Model: 'likelihood' starts from the peaks of the factor's spectrum or the atoms of a pursuit, brings down
+        |y - G A s|^2, and keeps as many sources as the description length pays for; the other methods leave the
+        positions where they are.
     Args: factor (B, N, Q, 2); measured: of the same scenes, see `with_snr`; method: one of `METHODS`; count: a number,
-        (B,), 'mdl', 'aic', or None for as many as the factor has.
+        (B,), 'mdl', 'aic', or None for as many as the factor has; atoms: start from the pursuit, as a network that is
+        fed by one does.
     """
     count = torch.full(factor.shape[:1], count, device=factor.device) if isinstance(count, int) else count
     if measured is None or measured.channel is None:
         snr_db = None if measured is None else measured.snr_db
-        return Located.of(factor, _single(locate(factor, task, method=method, count=count)), snr_db=snr_db)
+        return Located.of(factor, _peaks(task, factor, method, count), snr_db=snr_db)
     inputs = _inputs(measured)
     if method == "likelihood":
-        start = pursuit_sources(task, *inputs, task.max_sources)
-        found = refine(task, *inputs, start, count=count)
+        given = None if isinstance(count, str) else count
+        near = pursuit_sources(task, *inputs, task.max_sources) if atoms else _peaks(task, factor, "music", given)
+        found = refine(task, *inputs, near, count=count, steps=STEPS)
     else:
         found = refine(task, *inputs, _start(task, factor, inputs, method, count), steps=0)
     chance = found.count_probability if isinstance(count, str) else None
@@ -83,7 +88,7 @@ def _start(
 ) -> Sources:
     """What a method finds without the likelihood."""
     if method != "pursuit":
-        return _single(locate(factor, task, method=method, count=count))
+        return _peaks(task, factor, method, count)
     atoms = pursuit_sources(task, *inputs, task.max_sources)
     return atoms._replace(count=locate(factor, task, count=count).count)
 
@@ -93,8 +98,9 @@ def _inputs(measured: Measured) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return measured.snapshots, measured.channel, measured.codes, measured.snr_db
 
 
-def _single(sources: Sources) -> Sources:
-    """In the precision of measurements."""
+def _peaks(task: Task, factor: Tensor, method: str, count: Tensor | None = None) -> Sources:
+    """Of the factor's spectrum, in the precision of measurements."""
+    sources = locate(factor, task, method=method, count=count)
     return Sources(*(each.float() for each in sources[:4]), sources.count)
 
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ris_fast import exit_codes
 from ris_fast.config.schema import Task, section_of
 from ris_fast.data.measurements import Measured
-from ris_fast.inference.given import given_measurements
+from ris_fast.inference.given import given_count, given_measurements
 from ris_fast.inference.located import Located
 from ris_fast.inference.locating import choose_count, choose_method, locate_sources, with_snr
 from ris_fast.inference.opened_run import open_run
+from ris_fast.models.features import SceneFeatures
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.real_complex import to_pairs
 from ris_fast.training.compiled_model import choose_device
@@ -45,7 +46,7 @@ class Predictor:
         self.task, self.products = section_of("Predictor", "task", task, Task), products
         if not isinstance(model, nn.Module):
             raise TypeError(f"Predictor: model is a {type(model).__name__}, expected a torch module.")
-        self.model = model.eval()
+        self.model, self.atoms = model.eval(), any(isinstance(each, SceneFeatures) for each in model.modules())
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +61,7 @@ class Predictor:
         codes: ArrayLike | Tensor,
         snr_db: ArrayLike | Tensor | float | None = None,
         *,
-        count: int | str | Tensor | None = None,
+        count: int | str | ArrayLike | Tensor | None = None,
         method: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Located:
@@ -71,8 +72,9 @@ class Predictor:
                 and estimated then.
             count: sources a scene, a number or (B,); 'mdl' or 'aic' by likelihood, 'network' as the network says; by
                 default MDL with a likelihood, else as many as the factor has.
-            method: 'likelihood' (default): maximum likelihood on the measurement; 'music', 'mvdr': the spectrum of the
-                factor; 'pursuit': the atoms of the matching pursuit.
+            method: 'likelihood' (default): maximum likelihood on the measurement, from the atoms of the network's own
+                pursuit or, where it has none, the peaks of its factor's spectrum; 'music', 'mvdr': these peaks;
+                'pursuit': the atoms of a matching pursuit.
             progress: called with (scenes done, scenes in all).
         Returns: `Located`, on the network's device.
         Raises: TypeError or ValueError that names the array, what it is and what is expected; ConfigError for a method
@@ -80,9 +82,10 @@ class Predictor:
         """
         given = given_measurements(self.task, snapshots, channel, codes, snr_db, products=self.products)
         total, parts = len(given.snapshots), []
+        count = given_count(count, total)
         for start, chunk in _chunks(given):
             rows = slice(start, start + CHUNK)
-            part = count[rows] if isinstance(count, Tensor) and count.dim() else count
+            part = count[rows].to(self.device) if isinstance(count, Tensor) else count
             parts.append(self.predict_measured(chunk, start, count=part, method=method))
             if progress is not None:
                 progress(min(start + CHUNK, total), total)
@@ -99,7 +102,7 @@ class Predictor:
         prediction = self._answer(measured, start)
         if isinstance(count, str) and count == "network":
             count = _count_of(prediction)
-        return locate_sources(self.task, prediction.factor, measured, method=method, count=count)
+        return locate_sources(self.task, prediction.factor, measured, method=method, count=count, atoms=self.atoms)
 
     def _answer(self, measured: Measured, start: int) -> Prediction:
         """The network's answer, its factor as real pairs. Raises: TypeError, PredictionError."""

@@ -67,12 +67,12 @@ def refine(
     """
     if isinstance(count, str) and count not in CRITERIA:
         raise ValueError(f"refine: count is {count!r}, expected one of {', '.join(CRITERIA)}, a tensor (B,) or None.")
-    codes = codes.expand(len(snapshots), -1, -1, -1)
     size = max(1, CHUNK_BYTES // max(1, channel[:1].nbytes * snapshots.shape[1]))
     parts = []
     for first in range(0, max(1, len(snapshots)), size):
         rows = slice(first, first + size)
-        measurement = Measurement(task, *(each[rows] for each in (snapshots, channel, codes, snr_db)))
+        own = codes[rows] if codes.dim() == 4 else codes
+        measurement = Measurement(task, snapshots[rows], channel[rows], own, snr_db[rows])
         wanted = count[rows] if isinstance(count, Tensor) else count
         parts.append(_refined(measurement, start.take(rows), wanted, steps))
     return Estimate(*(_joined(each) for each in zip(*parts)))

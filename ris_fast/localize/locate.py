@@ -21,6 +21,8 @@ from ris_fast.models.features import Features, SceneFeatures
 from ris_fast.physics.non_negative import non_negative_least_squares
 from ris_fast.physics.real_complex import power as power_of
 
+BLOCK = 64  # scenes that a CPU takes at once: their tensors stay in its caches
+
 
 @torch.no_grad()
 def locate(
@@ -43,17 +45,23 @@ def locate(
     Raises: TypeError or ValueError that names the argument.
     """
     pairs = check_factor("locate", factor, task)
-    parts = decompose(pairs)
-    most = task.max_sources
-    if count is None:
-        number = count_sources(parts, most)
-    else:
-        number = torch.minimum(_given_count(count, pairs, most), parts.rank)
+    number = None if count is None else _given_count(count, pairs, task.max_sources)
     manifold = Manifold.of(task, pairs.device)
-    position = find_positions(manifold, signal_basis(parts, number, method, loading), number, most)
-    scale = pairs.double().square().sum((1, 2, 3)).nan_to_num(0.0, 0.0, 0.0)
-    power = source_powers(manifold, position, parts.factor, number) * scale[:, None]
-    return Sources.of_cosines(position, power, number)
+    size = BLOCK if pairs.device.type == "cpu" else max(1, len(pairs))
+    blocks = zip(pairs.split(size), [None] * len(pairs) if number is None else number.split(size))
+    found = [_locate_block(manifold, *block, task.max_sources, method, loading) for block in blocks]
+    return Sources(*(torch.cat(each) for each in zip(*found)))
+
+
+def _locate_block(
+    manifold: Manifold, factor: Tensor, count: Tensor | None, most: int, method: str, loading: float
+) -> Sources:
+    parts = decompose(factor)
+    count = count_sources(parts, most) if count is None else torch.minimum(count, parts.rank)
+    position = find_positions(manifold, signal_basis(parts, count, most, method, loading), count, most)
+    scale = factor.double().square().sum((1, 2, 3)).nan_to_num(0.0, 0.0, 0.0)
+    power = source_powers(manifold, position, parts.factor, count) * scale[:, None]
+    return Sources.of_cosines(position, power, count)
 
 
 def source_powers(manifold: Manifold, position: Tensor, factor: Tensor, count: Tensor) -> Tensor:
@@ -63,7 +71,7 @@ def source_powers(manifold: Manifold, position: Tensor, factor: Tensor, count: T
     Args: position (B, K, 3) float64; factor (B, N, Q) complex128; count (B,). Returns: (B, K), zero beyond the count.
     """
     there = torch.arange(position.shape[1], device=count.device) < count[:, None]
-    steer = manifold.steer(position) * there[:, None]
+    steer = torch.complex(*manifold.steer(position).chunk(2, dim=2)) * there[:, None]
     gram = (steer.mH @ steer).abs().square()
     return non_negative_least_squares(gram, (factor.mH @ steer).abs().square().sum(1))
 

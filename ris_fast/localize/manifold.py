@@ -1,14 +1,14 @@
-"""Steering vectors of a task as complex tensors: at any position, their tangents, and a coarse grid over the box.
+"""The steering vectors of a task: at any position, their tangents, and a coarse grid over the box.
 
 Positions are (u, v, w): direction cosines and w = 1/range. In w the phase of a steering vector is linear (Fresnel) or
 nearly so (spherical), so that a grid and a Newton step are as good far away as near.
 
-Legend: B batch, N RIS elements, C columns, K positions, G grid points, U V W of them along u, v and w.
+Legend: B batch, N RIS elements, C columns, K positions, T = 4 tangents, G grid points, U V W of them along u, v and
+w. Complex arrays are planar here, (..., 2C) = [real C | imaginary C].
 """
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import torch
@@ -27,7 +27,7 @@ class Manifold:
         geometry, self.wavenumber = geometry_of(task)
         geometry = Geometry(*(each.to(device) for each in geometry))
         unread = geometry._replace(dictionary=geometry.x.new_empty(0, 1))  # nothing asked of a pursuit here reads it
-        self._phases = {
+        self._pursuit = {
             dtype: Pursuit(Geometry(*(each.to(dtype) for each in unread)), self.wavenumber, 0)
             for dtype in (torch.float32, torch.float64)
         }
@@ -42,7 +42,7 @@ class Manifold:
             (depth, _, across), up = self.along_x.shape, self.along_y.shape[2]
             self.grid = self.grid.view(across, up, depth, 3).permute(2, 0, 1, 3).reshape(-1, 3)
         else:
-            self.dictionary = self.steer(self.grid[None])[0]  # (N, G)
+            self.dictionary = torch.complex(*self.steer(self.grid[None])[0].chunk(2, dim=1))  # (N, G)
 
     @staticmethod
     @lru_cache(maxsize=8)
@@ -50,40 +50,33 @@ class Manifold:
         return Manifold(task, device)
 
     def steer(self, position: Tensor) -> Tensor:
-        """Unit-norm steering vectors: (B, K, 3) -> (B, N, K) complex, float32's or float64's as `position` is."""
-        return self._vectors(self._phases[position.dtype].phase_slopes(position)[0])
+        """Unit-norm steering vectors, planar, in the precision of `position`: (B, K, 3) -> (B, N, 2K)."""
+        return self._pursuit[position.dtype].steer(position)
 
-    def tangents(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Steering vectors (B, N, K), and their derivatives by scale * (u, v, w), (B, N, K, 3).
+    def tangents(self, position: Tensor) -> Tensor:
+        """Each steering vector and its derivatives by scale * (u, v, w), planar: (B, K, 3) -> (B, N, 2KT).
 
         The mean slope of the phase is taken off: it turns the whole vector, which no covariance sees.
         """
-        phase, *slopes = self._phases[position.dtype].phase_slopes(position)
-        steer = self._vectors(phase)
-        slope = torch.stack(slopes, dim=-1)
-        slope = (slope - slope.mean(1, keepdim=True)) / self.scale.to(slope)
-        return steer, torch.complex(-steer.imag[..., None] * slope, steer.real[..., None] * slope)
-
-    def _vectors(self, phase: Tensor) -> Tensor:
-        return torch.polar(torch.full_like(phase, 1.0 / math.sqrt(self.elements)), phase)
+        return self._pursuit[position.dtype].tangents(position)
 
     def clamp(self, position: Tensor) -> Tensor:
         """The nearest position of the box."""
         return torch.minimum(torch.maximum(position, self.low.to(position)), self.high.to(position))
 
     def grid_power(self, columns: Tensor) -> Tensor:
-        """sum_c |column_c^H a_g|^2 for all grid points, complex64: (B, N, C) -> (B, G).
+        """sum_c |column_c^H a_g|^2 for all grid points, of planar float32 columns: (B, N, 2C) -> (B, G).
 
         Cost: 8 C (N U + Y U V) W FLOPs a scene for an array of Y rows where the steering vectors are separable, else
             8 C N G.
         """
-        columns = columns.to(torch.complex64)
+        real, imag = columns.chunk(2, dim=2)
+        columns = torch.complex(real, -imag).mT
         if not self.separable:
-            return _power(columns.mH @ self.dictionary).sum(1)
-        batch, _, count = columns.shape
+            return _power(columns @ self.dictionary).sum(1)
+        batch, count, _ = columns.shape
         (depth, wide, across), (_, tall, up) = self.along_x.shape, self.along_y.shape
-        planes = columns.conj().transpose(1, 2).reshape(-1, wide)
-        planes = torch.matmul(planes, self.along_x).view(depth, batch * count, tall, across)
+        planes = torch.matmul(columns.reshape(-1, wide), self.along_x).view(depth, batch * count, tall, across)
         planes = torch.matmul(planes.transpose(2, 3).reshape(depth, -1, tall), self.along_y)
         power = _power(planes).view(depth, batch, count, across * up).sum(2)
         return power.transpose(0, 1).reshape(batch, -1) / self.elements

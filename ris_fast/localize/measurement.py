@@ -26,7 +26,7 @@ from ris_fast.kernels.pursuit.solve import spd_solve
 from ris_fast.kernels.scale import power_of_two
 from ris_fast.localize.sources import Deviations
 from ris_fast.models.pursuit import geometry_of
-from ris_fast.physics.real_complex import multiply
+from ris_fast.physics.real_complex import to_complex
 
 TINY = 1e-12
 RIDGE = 0.1  # of noise over signal: as much as float32 needs to hold two equal sources apart, and too little to bias
@@ -67,8 +67,8 @@ class Measurement:
         scaled = channel * column.rsqrt()[:, None, None, None]
         y = snapshots * level.rsqrt()[:, None, None, None]
         self.y = y.reshape(batch, self.sets, -1, 2)  # (B, S, R, 2)
-        operator = multiply(scaled[:, None], codes.expand(batch, -1, -1, -1)[:, :, None])
-        self.operator = torch.cat(operator.flatten(1, 2).unbind(-1), dim=-1)  # (B, LM, 2N)
+        operator = to_complex(scaled)[:, None] * to_complex(codes).expand(batch, -1, -1)[:, :, None]
+        self.operator = torch.view_as_real(operator).flatten(3).flatten(1, 2)  # (B, LM, 2N), pairs
         self.energy = self.y.square().sum((1, 2, 3))  # |y|^2, the cost without any source
         self.noise = 1.0 / (1.0 + 10.0 ** (snr_db / 10.0))
         self.size = length * antennas
@@ -168,7 +168,8 @@ class Measurement:
         """G_l times the tangents, zero where there is no source: (B, S, R, 2KT), planar."""
         columns = active.repeat_interleave(TANGENTS, dim=1).repeat(1, 2)[:, None].to(self.y.dtype)
         real, imag = (self.search.tangents(position) * columns).chunk(2, dim=2)
-        planes = torch.cat((torch.cat((real, imag), 2), torch.cat((-imag, real), 2)), dim=1)  # (B, 2N, 2KT)
+        planes = torch.stack((real, imag, -imag, real), dim=2)
+        planes = planes.unflatten(2, (2, 2)).flatten(3).flatten(1, 2)  # (B, 2N, 2KT), rows in pairs like the operator
         return (self.operator @ planes).unflatten(1, (self.sets, -1))
 
     def _inverse(self, gram: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ris_fast.kernels.pursuit.search import TANGENTS
 from ris_fast.localize.manifold import Manifold
 
-STAGE_STEPS, FINAL_STEPS = 3, 6
+STAGE_STEPS, FINAL_STEPS = 2, 5
 OCCUPIED = 1e-3  # |P a|^2 of a grid point that is as good as found
 DAMPING = 0.05  # first, times the share of B that is not yet explained
 SMALLEST_DAMPING = 1e-9
@@ -41,7 +42,8 @@ def find_positions(manifold: Manifold, basis: Tensor, count: Tensor, most: int) 
 
     Rows beyond the count are positions of the grid that mean nothing.
     """
-    coarse = basis.to(torch.complex64)
+    basis = torch.cat((basis.real, basis.imag), dim=2)
+    coarse = basis.float()
     null = 1.0 - manifold.grid_power(coarse)
     left = torch.ones_like(null)
     position = manifold.grid.new_zeros(basis.shape[0], 0, 3)
@@ -62,7 +64,7 @@ def refine(manifold: Manifold, basis: Tensor, position: Tensor, active: Tensor, 
     A step that does not lower f is taken back and damped more. No step exceeds twice a grid cell's trust.
     """
     reach = 2.0 * manifold.trust.to(position)
-    total = basis.real.square().sum((1, 2)) + basis.imag.square().sum((1, 2))
+    total = basis.square().sum((1, 2))
     best, at, damping = position, None, None
     for _ in range(steps):
         tried = equations(manifold, basis, position, active)
@@ -74,30 +76,39 @@ def refine(manifold: Manifold, basis: Tensor, position: Tensor, active: Tensor, 
             best = torch.where(lower[:, None, None], position, best)
             damping = torch.where(lower, damping * 0.2, damping * 8.0 + 1e-3)
         position = manifold.clamp(best + (_solve(at, damping).clamp(-reach, reach)) / manifold.scale.to(best))
-    last = equations(manifold, basis, position, active).cost < at.cost
-    return torch.where(last[:, None, None], position, best)
+    return position
 
 
 def equations(manifold: Manifold, basis: Tensor, position: Tensor, active: Tensor) -> Equations:
-    """`Equations` at (B, K, 3) positions, in the precision of `position`."""
+    """`Equations` at (B, K, 3) positions for a planar basis (B, N, 2Q), in the precision of both."""
     batch, sources, _ = position.shape
-    steer, slopes = manifold.tangents(position)
-    there = active[:, None]
-    model = torch.cat((steer * there, (slopes * there[..., None]).flatten(2)), dim=2)
-    products = model.mH @ torch.cat((model, basis), dim=2)
-    eye = torch.eye(sources, dtype=position.dtype, device=position.device)
-    gram = products[:, :sources, :sources] + torch.diag_embed((~active).to(position)) + 1e-12 * eye
-    solved = torch.linalg.solve_ex(gram, products[:, :sources, sources:])[0]
-    amplitude = solved[..., 3 * sources :]  # A^+ B
-    projected = products[:, sources:, sources:] - products[:, sources:, :sources] @ solved
-    among, against = projected[..., : 3 * sources], projected[..., 3 * sources :]
-    coupling = amplitude.conj() @ amplitude.transpose(1, 2)
+    model = manifold.tangents(position)
+    there = active.to(position).repeat_interleave(TANGENTS, dim=1)
+    own = _adjoint(model, model) * (there[:, :, None] * there[:, None])
+    cross = _adjoint(model, basis) * there[:, :, None]
+    own = own.view(batch, sources, TANGENTS, sources, TANGENTS)
+    cross = cross.view(batch, sources, TANGENTS, -1)
+    gram = own[:, :, 0, :, 0] + torch.diag_embed(1.0 - there[:, ::TANGENTS] + 1e-12)
+    seen = own[:, :, 0, :, 1:].flatten(2)  # A^H D
+    solved = torch.linalg.solve_ex(gram, torch.cat((cross[:, :, 0], seen), dim=2))[0]
+    amplitude, lift = solved[..., : basis.shape[2] // 2], solved[..., basis.shape[2] // 2 :]  # A^+ B, A^+ D
+    among = own[:, :, 1:, :, 1:].reshape(batch, 3 * sources, 3 * sources) - seen.mH @ lift
+    against = cross[:, :, 1:].flatten(1, 2) - seen.mH @ amplitude
+    coupling = amplitude.conj() @ amplitude.mT
     curvature = (among.view(batch, sources, 3, sources, 3) * coupling[:, :, None, :, None]).real
     slope = (against.view(batch, sources, 3, -1) * amplitude.conj()[:, :, None]).real.sum(-1)
-    explained = (products[:, :sources, 4 * sources :].conj() * amplitude).real.sum((1, 2))
-    size = basis.real.square().sum((1, 2)) + basis.imag.square().sum((1, 2))
-    weight = coupling.diagonal(dim1=1, dim2=2).real + (~active).to(position)
-    return Equations((size - explained).clamp_min(0.0), slope, curvature.reshape(batch, 3 * sources, -1), weight)
+    explained = (cross[:, :, 0].conj() * amplitude).real.sum((1, 2))
+    weight = coupling.diagonal(dim1=1, dim2=2).real + (1.0 - there[:, ::TANGENTS])
+    cost = (basis.square().sum((1, 2)) - explained).clamp_min(0.0)
+    return Equations(cost, slope, curvature.reshape(batch, 3 * sources, -1), weight)
+
+
+def _adjoint(left: Tensor, right: Tensor) -> Tensor:
+    """left^H right of planar (B, N, 2C) and (B, N, 2D): (B, C, D) complex, by one real product."""
+    product = left.mT @ right
+    rows, columns = left.shape[2] // 2, right.shape[2] // 2
+    (rr, ri), (ir, ii) = ((half[..., :columns], half[..., columns:]) for half in (product[:, :rows], product[:, rows:]))
+    return torch.complex(rr + ii, ri - ir)
 
 
 def _solve(at: Equations, damping: Tensor) -> Tensor:
@@ -113,5 +124,6 @@ def _like(mask: Tensor, value: Tensor) -> Tensor:
 
 
 def _orthonormal(steer: Tensor, active: Tensor) -> Tensor:
-    """An orthonormal basis of the active columns of (B, N, K), zeros beyond; active ones come first."""
-    return torch.linalg.qr(steer)[0] * active[:, None]
+    """An orthonormal basis of the active columns of a planar (B, N, 2K), zeros beyond; active ones come first."""
+    basis = torch.linalg.qr(torch.complex(*steer.chunk(2, dim=2)))[0] * active[:, None]
+    return torch.cat((basis.real, basis.imag), dim=2)

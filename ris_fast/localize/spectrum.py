@@ -77,7 +77,9 @@ def decompose(factor: Tensor) -> Decomposition:
     return Decomposition(columns, value.flip(-1).clamp_min(0.0), vector.flip(-1))
 
 
-def signal_basis(parts: Decomposition, count: Tensor, method: str = "music", loading: float = LOADING) -> Tensor:
+def signal_basis(
+    parts: Decomposition, count: Tensor, most: int, method: str = "music", loading: float = LOADING
+) -> Tensor:
     """The basis B of the file's model: (B, N, Q') complex128.
 
     Args: count (B,): K, which MUSIC needs; method: "music" or "mvdr"; loading: MVDR's eps, as a share of the trace.
@@ -93,4 +95,4 @@ def signal_basis(parts: Decomposition, count: Tensor, method: str = "music", loa
     else:
         kept = torch.arange(parts.value.shape[1], device=count.device) < torch.minimum(count, parts.rank)[:, None]
         weight = torch.where(kept, parts.value.clamp_min(1e-300).rsqrt(), 0.0)
-    return parts.factor @ (parts.vector * weight[:, None])
+    return parts.factor @ (parts.vector * weight[:, None])[..., :most]
