@@ -9,41 +9,25 @@ from itertools import permutations
 import pytest
 import torch
 
-from ris_fast.config.schema import Task
 from ris_fast.localize.bootstrap import Bootstrap
 from ris_fast.localize.groups import group_scores, groups, of_axis
 from ris_fast.localize.matching import NARROW, WIDE, match
 from ris_fast.localize.metrics import COORDINATES, Metrics, Ratios, bound_of, confusion, medians, score
 from ris_fast.localize.sources import Deviations, Sources
-from ris_fast.physics.random import SceneGenerator
-from ris_fast.physics.scenes import Scenes, simulate
+from ris_fast.physics.scenes import Scenes
+from tests.localize.made_up import around, some_bound, some_scenes
 
 PARTS = ("recall_wide", "precision_wide", "recall_narrow", "precision_narrow")
 
 
 @pytest.fixture(scope="module")
 def scenes() -> Scenes:
-    return simulate(Task(bs_antennas=2, ris_horizontal=2, ris_vertical=2, snapshots=2), 1000, SceneGenerator(0, "test"))
+    return some_scenes()
 
 
 @pytest.fixture(scope="module")
 def truth(scenes: Scenes) -> Sources:
     return Sources.of_scenes(scenes)
-
-
-def some_bound(truth: Sources, seed: int = 1) -> Deviations:
-    """A bound of its own for every source: 0.01 to 0.1 degrees, 1 to 10 cm."""
-    generator = torch.Generator().manual_seed(seed)
-    size = torch.rand(truth.power.shape, generator=generator).double() * 0.9 + 0.1
-    return Deviations(*(truth.active * size * each for each in (math.radians(0.1), math.radians(0.1), 0.1, 1.0)))
-
-
-def around(truth: Sources, bound: Deviations, seed: int = 2) -> Sources:
-    """Estimates that are off by normal errors of these standard deviations."""
-    generator = torch.Generator().manual_seed(seed)
-    normal = [torch.randn(truth.power.shape, generator=generator).double() for _ in range(3)]
-    moved = (value + each * sd for value, each, sd in zip(truth[:3], normal, bound))
-    return Sources(*moved, truth.power, truth.count)
 
 
 def metrics(estimate: Sources, truth: Sources, bound: Deviations | None = None) -> dict[str, float]:
@@ -188,6 +172,27 @@ def test_sources_without_a_finite_bound_stay_out_of_its_ratio(truth: Sources) ->
     expected = metrics(estimate.take(rows), truth.take(rows), Deviations(*(each[rows] for each in bound)))
     assert half["rmse_over_crb_azimuth"] == pytest.approx(expected["rmse_over_crb_azimuth"], rel=1e-12)
     assert half["crb_azimuth_deg"] == pytest.approx(expected["crb_azimuth_deg"], rel=1e-12)
+
+
+def test_bound_recall_is_the_recall_of_errors_drawn_from_the_bound(truth: Sources) -> None:
+    """Deviations near the tolerances: a third of the sources is lost."""
+    bound = Deviations(*(50 * each for each in some_bound(truth)[:2]), 10 * some_bound(truth).range_m, truth.power)
+    apart = truth._replace(count=truth.count.clamp_max(1))  # no other source to be matched to
+    found, n = metrics(around(apart, bound), apart, bound), len(truth.count)
+    for name in ("wide", "narrow"):
+        expected = found[f"bound_recall_{name}"]
+        assert 0.05 < expected < 0.95
+        assert found[f"recall_{name}"] == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / n))
+
+
+def test_resolvable_sources_are_those_of_a_narrow_bound(truth: Sources) -> None:
+    bound = some_bound(truth)
+    wide = Deviations(*(each.index_fill(0, torch.arange(500), 10.0) for each in bound))
+    scores = score(truth, truth, wide)
+    assert not scores.resolvable[:500].any() and torch.equal(scores.resolvable[500:], truth.active[500:])
+    found = Metrics(scores).of(scores.true).values()
+    assert found["share_resolvable"] == pytest.approx((truth.count[500:].sum() / truth.count.sum()).item())
+    assert found["resolvable_recall"] == 1.0
 
 
 def test_confusion_counts_each_scene_once(truth: Sources) -> None:
