@@ -24,6 +24,7 @@ from ris_fast.localize.sources import Deviations, Sources
 from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes
 
+SINGULAR = 1e-7  # pivot of a matrix with a unit diagonal: its square is what rounding leaves of float64
 CHUNK_BYTES = 2**26  # of the sensing operators of the scenes worked on at once
 
 
@@ -89,7 +90,11 @@ def _truth(task: Task, scenes: Scenes, symbols: Tensor | None) -> Truth:
     real, imag = search.tangents(position).chunk(2, dim=2)
     tangents = torch.complex(real, imag) * sources.active.repeat_interleave(TANGENTS, dim=1)[:, None]
     operator = channel[:, None] * codes.expand(scenes.batch, -1, -1)[:, :, None]  # (B, L, M, N)
-    images = (operator.flatten(1, 2) @ tangents).unflatten(1, (sets, -1)).unflatten(3, (-1, TANGENTS))
+    images = (
+        (operator.flatten(1, 2) @ tangents)
+        .unflatten(1, (sets, snapshots.shape[1] * snapshots.shape[2] // sets))
+        .unflatten(3, (-1, TANGENTS))
+    )
     if symbols is None:
         symbols = _fitted_symbols(images[..., 0], snapshots.reshape(*images.shape[:3]), sources)
     else:
@@ -116,8 +121,9 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     """matrix^-1 right, Hermitian positive definite matrices scaled to a unit diagonal; NaN where one is singular."""
     scale = torch.diagonal(matrix, dim1=-2, dim2=-1).real.clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
     factor, failed = torch.linalg.cholesky_ex(matrix * scale[..., None] * scale[..., None, :])
+    least = torch.diagonal(factor, dim1=-2, dim2=-1).real.amin(-1)
     solved = scale[..., None] * torch.cholesky_solve(right * scale[..., None], factor)
-    return torch.where((failed > 0)[..., None, None], torch.nan, solved)
+    return torch.where(((failed > 0) | ~(least > SINGULAR))[..., None, None], torch.nan, solved)
 
 
 def _deterministic(truth: Truth) -> Deviations:
@@ -137,27 +143,37 @@ def _deterministic(truth: Truth) -> Deviations:
 
 
 def _stochastic(truth: Truth) -> Deviations:
-    """With b = sqrt(p) G a, dR/di = d_i b^H + b d_i^H: d is a derivative of b for a position and b / 2 for log p."""
     sources, images, _, noise, _ = truth
-    rows, count = images.shape[2:4]
-    level = noise[:, None, None, None]
-    slopes = images * sources.power.sqrt()[:, None, None, :, None]
-    steer, halves = slopes[..., 0], images.new_tensor([0.5, 1.0, 1.0, 1.0])
-    slopes, repeated = (slopes * halves).flatten(3), steer.repeat_interleave(TANGENTS, dim=3)
-    unit = torch.eye(count, dtype=steer.dtype, device=steer.device)
-    inner = steer.mH @ steer + level * unit
-    white_slopes, white = ((each - steer @ _solve(inner, steer.mH @ each)) / level for each in (slopes, repeated))
-    crossed = repeated.mH @ white_slopes
-    fisher = 2.0 * (crossed * crossed.mT + (repeated.mH @ white).mT * (slopes.mH @ white_slopes)).real.sum(1)
-    with_noise = 2.0 * noise[:, None] * (white.conj() * white_slopes).real.sum((1, 2))  # and log sigma^2
-    of_inner = _solve(inner, unit.expand_as(inner)).abs().square().sum((2, 3))
-    own = (rows - count + noise.square()[:, None] * of_inner).sum(1)
-    fisher = torch.cat((fisher, with_noise[:, None]), dim=1)
-    fisher = torch.cat((fisher, torch.cat((with_noise, own[:, None]), dim=1)[:, :, None]), dim=2)
+    count = images.shape[3]
+    fisher = gaussian_fisher(images * sources.power.sqrt()[:, None, None, :, None], noise)
     there = pad(sources.active.repeat_interleave(TANGENTS, dim=1), (0, 1), value=True)
     covariance = _covariance(fisher, there)[:, :-1, :-1].unflatten(2, (count, TANGENTS)).unflatten(1, (count, TANGENTS))
     variance = sources.power.square() * torch.diagonal(covariance[:, :, 0, :, 0], dim1=1, dim2=2)
     return _deviations(truth, covariance[:, :, 1:, :, 1:].flatten(3).flatten(1, 2), variance)
+
+
+def gaussian_fisher(columns: Tensor, noise: Tensor) -> Tensor:
+    """The Fisher matrix of the covariances R_s = sum_k b_sk b_sk^H + sigma^2 I of circular Gaussian measurements.
+
+    Model: F_ij = sum_s tr(R_s^-1 dR_s/di R_s^-1 dR_s/dj), dR/di = d_i b^H + b d_i^H, with d a derivative of b for a
+        position and b / 2 for the logarithm of a power.
+    Args: columns (B, S, R, K, 1 + G) complex: b = sqrt(p) G a and its G derivatives; noise (B,): sigma^2.
+    Returns: (B, K (1 + G) + 1, ...): log power and G positions of each source, then log sigma^2.
+    """
+    rows, count, each = columns.shape[2:]
+    level = noise[:, None, None, None]
+    steer, halves = columns[..., 0], columns.new_tensor([0.5] + [1.0] * (each - 1))
+    slopes, repeated = (columns * halves).flatten(3), steer.repeat_interleave(each, dim=3)
+    unit = torch.eye(count, dtype=steer.dtype, device=steer.device)
+    inner = steer.mH @ steer + level * unit
+    white_slopes, white = ((part - steer @ _solve(inner, steer.mH @ part)) / level for part in (slopes, repeated))
+    crossed = repeated.mH @ white_slopes
+    fisher = 2.0 * (crossed * crossed.mT + (repeated.mH @ white).mT * (slopes.mH @ white_slopes)).real.sum(1)
+    with_noise = 2.0 * noise[:, None] * (white.conj() * white_slopes).real.sum((1, 2))
+    of_inner = _solve(inner, unit.expand_as(inner)).abs().square().sum((2, 3))
+    own = (rows - count + noise.square()[:, None] * of_inner).sum(1)
+    last = torch.cat((with_noise, own[:, None]), dim=1)
+    return torch.cat((torch.cat((fisher, with_noise[:, None]), dim=1), last[:, :, None]), dim=2)
 
 
 def _covariance(fisher: Tensor, there: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ are complex or pairs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,10 +25,11 @@ from ris_fast.config.schema import Task
 from ris_fast.kernels.pursuit.search import NOTHING, TANGENTS, Pursuit
 from ris_fast.kernels.pursuit.solve import spd_solve
 from ris_fast.kernels.scale import power_of_two
-from ris_fast.localize.sources import Deviations
+from ris_fast.localize.sources import Deviations, Sources
 from ris_fast.models.pursuit import geometry_of
 from ris_fast.physics.real_complex import to_complex
 
+CHUNK_BYTES = 2**26  # of the sensing operators of the scenes worked on at once
 TINY = 1e-12
 RIDGE = 0.1  # of noise over signal: as much as float32 needs to hold two equal sources apart, and too little to bias
 
@@ -46,6 +48,11 @@ class Point(NamedTuple):
     information: Tensor  # (B, 3K, 3K)     Re of the Gram matrix of the slopes of y, symbols eliminated
     inverse: Tensor  # (B, S, K, K)    of the Gram matrix of the steered sources, with its ridge
     coupling: Tensor  # (B, S, K, 3K)   -ds / d(scaled position)
+
+    @property
+    def steer(self) -> Tensor:
+        """(B, S, K, K): the Gram matrix of the steered sources alone."""
+        return self.gram[..., ::TANGENTS, ::TANGENTS]
 
 
 class Measurement:
@@ -66,7 +73,7 @@ class Measurement:
         column = channel.square().sum((1, 2, 3)).mul(length / channel.shape[2]).clamp_min(NOTHING)
         scaled = channel * column.rsqrt()[:, None, None, None]
         y = snapshots * level.rsqrt()[:, None, None, None]
-        self.y = y.reshape(batch, self.sets, -1, 2)  # (B, S, R, 2)
+        self.y = y.flatten(1, 2).unflatten(1, (self.sets, length * antennas // self.sets))  # (B, S, R, 2)
         operator = to_complex(scaled)[:, None] * to_complex(codes).expand(batch, -1, -1)[:, :, None]
         self.operator = torch.view_as_real(operator).flatten(3).flatten(1, 2)  # (B, LM, 2N), pairs
         self.energy = self.y.square().sum((1, 2, 3))  # |y|^2, the cost without any source
@@ -76,6 +83,10 @@ class Measurement:
         ratio = units[1] / units[0]
         self.cost_unit = level / units[0].flatten().square()
         self.power_unit = level / column * ratio.flatten().square()  # of |s|^2, in the units of the scenes
+
+    def start(self, sources: Sources) -> Point:
+        """The point at the positions of sources, brought into the box of the task."""
+        return self.at(self.inside(sources.cosines()), sources.active)
 
     def at(self, position: Tensor, active: Tensor) -> Point:
         """Least squares of the symbols at positions (B, K, 3), and how the measurement leans on them."""
@@ -121,6 +132,16 @@ class Measurement:
         slope = _slope(residual, amplitude)
         return Point(position, active, gram, moment, amplitude, cost, objective, slope, information, inverse, coupling)
 
+    def left_over(self, point: Point) -> Tensor:
+        """G_s^H r_s of r = y - G A s, (B, S, N, 2): a search is for the largest sum_s |a^H G_s^H r_s|^2."""
+        real, imag = self.search.steer(point.position).chunk(2, dim=2)
+        field = torch.complex(real, imag)[:, None] @ point.amplitude[..., None]  # (B, S, N, 1)
+        real, imag = field.real[..., 0], field.imag[..., 0]
+        planes = torch.stack((real, imag, -imag, real), dim=3).unflatten(3, (2, 2)).flatten(2, 3)
+        operator = self.operator.unflatten(1, self.y.shape[1:3])  # (B, S, R, 2N)
+        back = (operator.mT @ (self.y - operator @ planes)).unflatten(2, (-1, 2))  # (B, S, N, 2, 2)
+        return torch.stack((back[..., 0, 0] + back[..., 1, 1], back[..., 0, 1] - back[..., 1, 0]), dim=-1)
+
     def inside(self, position: Tensor) -> Tensor:
         """Positions brought into the box of the task."""
         return torch.clamp(position, self.search.low, self.search.high)
@@ -134,9 +155,13 @@ class Measurement:
 
     def power(self, point: Point) -> Tensor:
         """Mean over the sets of |s|^2 less what noise adds to it, in the units of the scenes: (B, K)."""
+        return torch.where(point.active, self.mean_square(point) * self.power_unit[:, None], 0.0)
+
+    def mean_square(self, point: Point) -> Tensor:
+        """The same in units of the measurement, and next to nothing where there is no source."""
         added = self.noise[:, None] * torch.diagonal(point.inverse.real, dim1=-2, dim2=-1).mean(1)
-        power = (torch.view_as_real(point.amplitude).square().sum(3).mean(1) - added).clamp_min(NOTHING)
-        return torch.where(point.active, power * self.power_unit[:, None], 0.0)
+        squares = torch.view_as_real(point.amplitude).square().sum(3).mean(1)
+        return torch.where(point.active, squares - added, 0.0).clamp_min(NOTHING)
 
     def deviations(self, point: Point) -> Deviations:
         """Standard deviations by the inverse of the Fisher information, 2 / sigma^2 times `information` and so on."""
@@ -170,7 +195,7 @@ class Measurement:
         real, imag = (self.search.tangents(position) * columns).chunk(2, dim=2)
         planes = torch.stack((real, imag, -imag, real), dim=2)
         planes = planes.unflatten(2, (2, 2)).flatten(3).flatten(1, 2)  # (B, 2N, 2KT), rows in pairs like the operator
-        return (self.operator @ planes).unflatten(1, (self.sets, -1))
+        return (self.operator @ planes).unflatten(1, self.y.shape[1:3])
 
     def _inverse(self, gram: Tensor) -> Tensor:
         """(gram + ridge)^-1, Hermitian: (B, S, K, K)."""
@@ -181,6 +206,17 @@ class Measurement:
         solved = spd_solve(matrix, unit, self.ridge.repeat_interleave(sets).expand(2 * size, -1))
         real, imag = solved.permute(2, 0, 1).unflatten(0, (batch, sets)).chunk(2, dim=2)
         return torch.complex(real, imag)
+
+
+def measurements(
+    task: Task, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor
+) -> Iterator[tuple[slice, Measurement]]:
+    """The scenes of a batch, as many at once as their sensing operators have room for."""
+    size = max(1, CHUNK_BYTES // max(1, channel[:1].nbytes * snapshots.shape[1]))
+    for first in range(0, max(1, len(snapshots)), size):
+        rows = slice(first, first + size)
+        own = codes[rows] if codes.dim() == 4 else codes
+        yield rows, Measurement(task, snapshots[rows], channel[rows], own, snr_db[rows])
 
 
 def position_deviations(position: Tensor, covariance: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
