@@ -106,6 +106,14 @@ def append_text(path: str | Path, text: str) -> None:
         file.write(text)
 
 
+def check_writable(path: str | Path) -> None:
+    """Before minutes of work: raises StorageError where its result could not be written to `path` afterwards."""
+    new = not os.path.exists(path)
+    append_text(path, "")
+    if new:
+        os.unlink(path)
+
+
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
     """Writes a .safetensors file whole or not at all, readable as the umask says. Returns its size in bytes.
     Raises StorageError."""

@@ -16,7 +16,7 @@ from ris_fast.config.load import load_config
 from ris_fast.config.schema import ConfigError, Task
 from ris_fast.data.errors import DataError
 from ris_fast.data.factors import FactorFile, open_factors
-from ris_fast.data.measurements import MeasurementFile, open_measurements, read_chunks
+from ris_fast.data.measurements import MeasurementFile, check_values, open_measurements, read_chunks
 from ris_fast.inference.located import Located
 from ris_fast.inference.locating import choose_count, choose_method, locate_sources, with_snr
 from ris_fast.inference.opened_run import open_run
@@ -62,6 +62,9 @@ def predict_command(
     count = choose_count(count, method, task)
     _check_inputs(files, factors, predictor, count)
     check_output(out)
+    check_values(files, CHUNK, total, counter("scenes read"))
+    if factors is not None:
+        factors.check_values(total)
     about = {"made_by": "ris-fast predict", "method": method, "run": str(run or ""), "data": str(data or "")}
     began, found, done, show = time.monotonic(), 0, 0, counter("scenes")
     with predictions_file(out, total, about, factor=factor) as file:

@@ -39,8 +39,8 @@ class FactorFile:
         return self.column.rows
 
     def reader(self, limit: int) -> Callable[[int], Tensor]:
-        """A function that returns the factors (B, N, Q, 2) of the next B of the first `limit` scenes. Raises:
-        DataError."""
+        """A function that returns the factors (B, N, Q, 2) of the next B of the first `limit` scenes, their values
+        unchecked. Raises: DataError."""
         chunks, done = self._chunks(limit), 0
         held = next(chunks)
 
@@ -55,10 +55,14 @@ class FactorFile:
 
         return read
 
-    def _chunks(self, limit: int) -> Iterator[Tensor]:
+    def check_values(self, limit: int) -> None:
+        """Reads the first `limit` scenes once, before work on them begins. Raises: DataError."""
         for number, chunk in enumerate(self.column.chunks(ROWS, limit)):
+            self._check(torch.from_numpy(chunk), number * ROWS)
+
+    def _chunks(self, limit: int) -> Iterator[Tensor]:
+        for chunk in self.column.chunks(ROWS, limit):
             values = torch.from_numpy(chunk)
-            self._check(values, number * ROWS)
             yield leading_factor(values, self.columns) if self.dense else values
 
     def _check(self, values: Tensor, start: int) -> None:
@@ -70,8 +74,7 @@ class FactorFile:
             found, expected = "no Hermitian matrix", f"|R - R^H| below {SKEW:g} |R|"
         if bool(wrong.any()):
             stored, first = self.column.stored, start + int(wrong.nonzero()[0])
-            where = f"{found} in {int(wrong.sum())} scenes here, the first of them scene {first}"
-            raise DataError(stored.file, stored.key, where, expected, CLEAN)
+            raise DataError(stored.file, stored.key, f"{found}, first in scene {first}", expected, CLEAN)
 
 
 def open_factors(path: Path, task: Task) -> FactorFile:

@@ -7,7 +7,7 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -118,10 +118,7 @@ def unusable(name: str, values: Tensor, start: int) -> tuple[str, str] | None:
     flat = values.flatten(1) if values.dim() > 1 else values[:, None]
     wrong = flat.isinf() if name == "snr_db" else ~flat.isfinite()  # an SNR of NaN is one that is not known
     if bool(wrong.any()):
-        return (
-            f"{int(wrong.sum())} NaN or infinite values, the first in scene {start + _first(wrong)}",
-            "finite numbers",
-        )
+        return f"NaN or infinite values, the first in scene {start + _first(wrong)}", "finite numbers"
     silent = (flat == 0).all(1)[:, None]
     if name != "snr_db" and bool(silent.any()):
         return f"nothing but zeros in scene {start + _first(silent)}", "a measurement"
@@ -248,6 +245,14 @@ def expected_shape(name: str, row: Sequence[int]) -> str:
     sizes = ", ".join(map(str, row[:-1]))
     shared = f"({sizes}) or " if name == "codes" else ""
     return f"{shared}(scenes, {sizes}) complex, or real pairs with a last axis of 2"
+
+
+def check_values(files: Sequence[MeasurementFile], rows: int, limit: int, progress: Callable[[int, int], None]) -> None:
+    """Reads the first `limit` scenes once, so that hours of work on them do not end at a NaN. Raises: DataError."""
+    done = 0
+    for measured in read_chunks(files, rows, limit):
+        done += len(measured.snapshots)
+        progress(done, limit)
 
 
 def read_chunks(files: Sequence[MeasurementFile], rows: int, limit: int) -> Iterator[Measured]:

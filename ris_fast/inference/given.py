@@ -45,7 +45,7 @@ def given_measurements(
     return measured
 
 
-def given_count(count: Any, batch: int) -> int | str | Tensor | None:
+def given_count(count: Any, batch: int, most: int) -> int | str | Tensor | None:
     """A number of sources, one a scene as a tensor (B,), a word or None. Raises: TypeError, ValueError."""
     if count is None or isinstance(count, str):
         return count
@@ -54,6 +54,9 @@ def given_count(count: Any, batch: int) -> int | str | Tensor | None:
         raise TypeError(f"predict: count is {values.dtype}, expected a whole number, or integers ({batch},).")
     if values.shape not in ((), (batch,)):
         raise _misshapen("count", count, f"({batch},), or one number", f"There are {batch} scenes.")
+    if bool(((values < 0) | (values > most)).any()):
+        low, high = int(values.min()), int(values.max())
+        raise ValueError(f"predict: count goes from {low} to {high}; expected 0 to {most} (task.max_sources).")
     return int(values) if values.dim() == 0 else values.long()
 
 
@@ -65,7 +68,8 @@ def _tensor(name: str, value: Any) -> Tensor:
     if array.dtype.kind not in KINDS:
         what = array.dtype if isinstance(value, (Tensor, np.ndarray)) else f"a {type(value).__name__}"
         raise TypeError(f"predict: {name} is {what}, expected numbers. Give a tensor or a numpy array of them.")
-    return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
+    copy = None if array.flags.writeable else True  # torch warns of memory that it could not write to
+    return torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C", copy=copy))
 
 
 def _snr(snr_db: Any, batch: int) -> Tensor:

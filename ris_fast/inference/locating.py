@@ -12,12 +12,13 @@ from ris_fast.config.schema import ConfigError, Task
 from ris_fast.data.measurements import Measured
 from ris_fast.inference.located import Located
 from ris_fast.localize.candidates import pursuit_sources
-from ris_fast.localize.likelihood import CRITERIA, refine
+from ris_fast.localize.likelihood import refine
 from ris_fast.localize.locate import locate
+from ris_fast.localize.noise import estimate_snr
+from ris_fast.localize.order import CRITERIA
 from ris_fast.localize.sources import Sources
 
 METHODS = ("likelihood", "music", "mvdr", "pursuit")
-FIRST_SNR_DB = 10.0  # of the first search in scenes whose SNR is not known
 STEPS = 2  # of Gauss-Newton before sources are removed: starts are near
 NEED_MEASUREMENT = ("likelihood", "pursuit")
 
@@ -105,23 +106,12 @@ def _peaks(task: Task, factor: Tensor, method: str, count: Tensor | None = None)
 
 
 def with_snr(task: Task, measured: Measured) -> Measured:
-    """The same with an SNR where it was NaN: what K_max sources leave of the snapshots is noise.
-
-    Raises: ValueError where the channel is not known, without which there is no telling.
-    """
+    """The same with an estimated SNR where it was NaN. Raises: ValueError where the channel is not known, without which
+    there is no estimate."""
     unknown = measured.snr_db.isnan()
     if not bool(unknown.any()):
         return measured
     if measured.channel is None:
         raise ValueError("predict: snr_db is not known, and cannot be estimated without the channel. Give it.")
-    snapshots, channel, codes, _ = _inputs(measured)
-    guess = torch.where(unknown, FIRST_SNR_DB, measured.snr_db)
-    for _ in range(2):
-        atoms = pursuit_sources(task, snapshots, channel, codes, guess, task.max_sources)
-        cost = refine(task, snapshots, channel, codes, guess, atoms, steps=2).cost
-        energy, size = snapshots.square().sum((1, 2, 3)), snapshots[0].numel() / 2
-        sets = 1 if task.symbols == "static" else task.snapshots
-        free = max(1.0, size - task.max_sources * (1.5 + sets))
-        signal = (energy - cost * size / free).clamp_min(1e-4 * energy)
-        guess = torch.where(unknown, 10.0 * (signal * free / (size * cost)).log10(), measured.snr_db)
-    return measured._replace(snr_db=guess)
+    estimate = estimate_snr(task, *_inputs(measured)[:3])
+    return measured._replace(snr_db=torch.where(unknown, estimate, measured.snr_db))

@@ -19,7 +19,7 @@ from typing import IO, Protocol, TextIO
 import numpy as np
 
 from ris_fast.config.schema import ConfigError
-from ris_fast.files import append_text, replacing
+from ris_fast.files import check_writable, replacing
 from ris_fast.inference.located import Located
 
 DTYPES = {"float32": "F32", "int64": "I64"}  # as a .safetensors file calls them
@@ -48,6 +48,7 @@ def predictions_file(path: Path, scenes: int, metadata: Mapping[str, str], *, fa
 
 
 def check_ending(path: Path) -> None:
+    """Raises: ConfigError."""
     if path.suffix not in WRITERS:
         raise ConfigError(f"--out {path}: the ending says what to write. Give a name in {', '.join(WRITERS)}.")
 
@@ -56,10 +57,7 @@ def check_output(path: Path) -> None:
     """Before anything is computed. Raises: ConfigError for another ending, StorageError where nothing can be
     written."""
     check_ending(path)
-    new = not path.exists()
-    append_text(path, "")
-    if new:
-        path.unlink()
+    check_writable(path)
 
 
 class _Rows:

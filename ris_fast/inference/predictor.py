@@ -82,7 +82,7 @@ class Predictor:
         """
         given = given_measurements(self.task, snapshots, channel, codes, snr_db, products=self.products)
         total, parts = len(given.snapshots), []
-        count = given_count(count, total)
+        count = given_count(count, total, self.task.max_sources)
         for start, chunk in _chunks(given):
             rows = slice(start, start + CHUNK)
             part = count[rows].to(self.device) if isinstance(count, Tensor) else count

@@ -126,7 +126,7 @@ def test_bench_checks_its_json_path_before_measuring(capsys, monkeypatch, tmp_pa
     monkeypatch.setattr("ris_fast.commands.bench.run_bench", lambda *_: pytest.fail("measured"))
     assert main(["bench", "--device", "cpu", "--json", str(tmp_path)]) == 3
     assert f"{tmp_path} cannot be written: Is a directory" in capsys.readouterr().err
-    from ris_fast.commands.bench import check_writable
+    from ris_fast.files import check_writable
 
     check_writable(tmp_path / "new" / "figures.json")
     (tmp_path / "old.json").write_text("{}")
