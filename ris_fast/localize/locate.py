@@ -16,7 +16,7 @@ from ris_fast.localize.count import SHARE, count_sources
 from ris_fast.localize.manifold import Manifold
 from ris_fast.localize.search import find_positions
 from ris_fast.localize.sources import Sources
-from ris_fast.localize.spectrum import LOADING, check_factor, decompose, signal_basis
+from ris_fast.localize.spectrum import LOADING, check_factor, decompose, signal_basis, signal_factor
 from ris_fast.models.features import Features, SceneFeatures
 from ris_fast.physics.non_negative import non_negative_least_squares
 from ris_fast.physics.real_complex import power as power_of
@@ -58,7 +58,8 @@ def _locate_block(
 ) -> Sources:
     parts = decompose(factor)
     count = count_sources(parts, most) if count is None else torch.minimum(count, parts.rank)
-    position = find_positions(manifold, signal_basis(parts, count, most, method, loading), count, most)
+    basis, signal = signal_basis(parts, count, most, method, loading), signal_factor(parts, count, most)
+    position = find_positions(manifold, basis, signal, count, most)
     scale = factor.double().square().sum((1, 2, 3)).nan_to_num(0.0, 0.0, 0.0)
     power = source_powers(manifold, position, parts.factor, count) * scale[:, None]
     return Sources.of_cosines(position, power, count)

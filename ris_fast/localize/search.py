@@ -37,13 +37,12 @@ class Equations(NamedTuple):
     weight: Tensor  # (B, K)        |row k of A^+ B|^2, which a source's damping is measured in; 1 where it is not there
 
 
-def find_positions(manifold: Manifold, basis: Tensor, count: Tensor, most: int) -> Tensor:
+def find_positions(manifold: Manifold, basis: Tensor, factor: Tensor, count: Tensor, most: int) -> Tensor:
     """Positions (u, v, w) of `count` (B,) sources, at most `most`, in the order they were found: (B, most, 3) float64.
 
     Rows beyond the count are positions of the grid that mean nothing.
     """
-    basis = torch.cat((basis.real, basis.imag), dim=2)
-    coarse = basis.float()
+    coarse = torch.cat((basis.real, basis.imag), dim=2).float()
     null = 1.0 - manifold.grid_power(coarse)
     left = torch.ones_like(null)
     position = manifold.grid.new_zeros(basis.shape[0], 0, 3)
@@ -55,7 +54,8 @@ def find_positions(manifold: Manifold, basis: Tensor, count: Tensor, most: int) 
         if found + 1 < most:
             left = 1.0 - manifold.grid_power(_orthonormal(manifold.steer(position), active))
     active = torch.arange(most, device=count.device) < count[:, None]
-    return refine(manifold, basis, position.double(), active, FINAL_STEPS)
+    factor = torch.cat((factor.real, factor.imag), dim=2)
+    return refine(manifold, factor, position.double(), active, FINAL_STEPS)
 
 
 def refine(manifold: Manifold, basis: Tensor, position: Tensor, active: Tensor, steps: int) -> Tensor:

@@ -25,7 +25,7 @@ from ris_fast.physics.real_complex import to_pairs
 MOST_COLUMNS = 32
 RANK_FLOOR = 1e-12  # of the largest eigenvalue: a float32 factor's rounding leaves 1e-14
 METHODS = ("music", "mvdr")
-LOADING = 1e-3  # of the trace: where a network at NMSE 0.01 to 0.1 has its first eigenvalues that mean nothing
+LOADING = 1e-2  # of the trace: above the eigenvalues of a network's own error, which would count as sources below it
 
 
 class Decomposition(NamedTuple):
@@ -89,10 +89,19 @@ def signal_basis(
     if method == "mvdr":
         if not loading > 0:
             raise ValueError(
-                f"signal_basis: loading is {loading}, expected a share of the trace above 0, such as 1e-3."
+                f"signal_basis: loading is {loading}, expected a share of the trace above 0, such as 1e-2."
             )
-        weight = (parts.value + loading).rsqrt()
-    else:
-        kept = torch.arange(parts.value.shape[1], device=count.device) < torch.minimum(count, parts.rank)[:, None]
-        weight = torch.where(kept, parts.value.clamp_min(1e-300).rsqrt(), 0.0)
+        return parts.factor @ (parts.vector * (parts.value + loading).rsqrt()[:, None])
+    kept = torch.arange(parts.value.shape[1], device=count.device) < torch.minimum(count, parts.rank)[:, None]
+    weight = torch.where(kept, parts.value.clamp_min(1e-300).rsqrt(), 0.0)
     return parts.factor @ (parts.vector * weight[:, None])[..., :most]
+
+
+def signal_factor(parts: Decomposition, count: Tensor, most: int) -> Tensor:
+    """The nearest factor of rank `count` (B,), [sqrt(l_1) u_1, ... sqrt(l_K) u_K]: (B, N, most) complex128.
+
+    Its columns carry the weights with which subspace fitting has least variance where noise is weak (Viberg and
+    Ottersten 1991, W = (L - sigma^2 I)^2 / L): an eigenvector of little power holds the error of all others.
+    """
+    kept = torch.arange(parts.value.shape[1], device=count.device) < count[:, None]
+    return parts.factor @ (parts.vector * kept[:, None])[..., :most]
