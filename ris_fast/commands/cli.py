@@ -201,6 +201,7 @@ def evaluate(
     method: str | None = None,
     count: WholeOrWord = None,
     no_positions: bool = False,
+    opponents: bool = False,
     json: bool = False,
     csv: Path | None = None,
     plots: Path | None = None,
@@ -224,6 +225,8 @@ def evaluate(
         Sources in a scene: mdl (default), aic, network or a number.
     no_positions
         NMSE only.
+    opponents
+        Classical estimators on the same scenes as well: least squares, LMMSE, matching pursuit, maximum likelihood.
     json
         Print JSON instead of tables.
     csv
@@ -241,7 +244,7 @@ def evaluate(
         data=absolute(data),
         json=json,
         csv=csv,
-        search=None if no_positions else Search(method, count),
+        search=None if no_positions else Search(method, count, opponents),
         plots=plots,
     )
 

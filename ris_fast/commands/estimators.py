@@ -5,10 +5,14 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K sources
 
 from __future__ import annotations
 
+from functools import partial
+
 from ris_fast.commands.position_figures import Estimator
+from ris_fast.config.schema import Task
 from ris_fast.data.measurements import Measured
 from ris_fast.inference.located import Located
 from ris_fast.inference.predictor import Predictor
+from ris_fast.localize.opponents import OPPONENTS, Answer
 from ris_fast.localize.sources import Sources
 from ris_fast.physics.scenes import Scenes
 
@@ -23,10 +27,16 @@ METHODS = {
 def network_estimator(predictor: Predictor, method: str | None, count: int | str | None) -> Estimator:
     """What `ris-fast predict` finds with this method and count; see `Predictor.predict`."""
 
-    def estimate(scenes: Scenes) -> Sources:
-        return sources_of(predictor.predict_measured(measured(scenes), count=count, method=method))
+    def estimate(scenes: Scenes) -> Answer:
+        located = predictor.predict_measured(measured(scenes), count=count, method=method)
+        return Answer(located.factor, sources_of(located))
 
     return estimate
+
+
+def opponents(task: Task) -> dict[str, Estimator]:
+    """The classical estimators by name, for scenes with a channel."""
+    return {name: partial(estimate, task) for name, estimate in OPPONENTS.items()}
 
 
 def measured(scenes: Scenes) -> Measured:

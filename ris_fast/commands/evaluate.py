@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast import exit_codes
-from ris_fast.commands.estimators import method_words, network_estimator
+from ris_fast.commands.estimators import method_words, network_estimator, opponents
 from ris_fast.commands.position_figures import (
     example_scene,
     find_sources,
@@ -22,7 +22,7 @@ from ris_fast.commands.position_figures import (
     missing_for_positions,
     position_figures,
 )
-from ris_fast.commands.scene_figures import Grouped, scene_figures
+from ris_fast.commands.scene_figures import Grouped, scene_figures, training_mean
 from ris_fast.commands.suspect_scenes import training_scenes, wrong_targets
 from ris_fast.config.schema import ConfigError, Task
 from ris_fast.data.errors import DataError
@@ -57,6 +57,7 @@ class Search:
 
     method: str | None = None
     count: int | str | None = None
+    opponents: bool = False  # classical estimators on the same scenes
 
 
 @dataclass(frozen=True)
@@ -177,10 +178,12 @@ def evaluate_run(
     size = _test_size(source, scenes)
     model = opened.network().to(on)
     began = time.monotonic()
-    figures = scene_figures(model, config.task, source, size)
+    constant = training_mean(source)
+    figures = scene_figures(model, config.task, source, size, constant)
     _refuse_nonfinite(figures["network"], opened)
     seconds = time.monotonic() - began
-    positions = _positions(model, config.task, source, size, progress, search)
+    positions = _positions(model, config.task, source, size, constant, progress, search)
+    figures |= positions.nmse
     standard = config.task == Task()
     grouped = Grouped(figures, standard)
     notes = [*opened.notes, *training_scenes(source, size), *wrong_targets(source, config.task, size), *positions.notes]
@@ -209,23 +212,35 @@ class _Positions(NamedTuple):
     figures: dict[str, Any] | None
     scores: dict[str, Scores]
     example: Example | None
+    nmse: dict[str, Tensor]  # (B,) of the classical estimators
     notes: list[str]  # why there are none
 
 
 def _positions(
-    model: nn.Module, task: Task, source: SceneSource, size: int, progress: Progress | None, search: Search | None
+    model: nn.Module,
+    task: Task,
+    source: SceneSource,
+    size: int,
+    constant: Tensor,
+    progress: Progress | None,
+    search: Search | None,
 ) -> _Positions:
+    if search is None:
+        return _Positions(None, {}, None, {}, [])
     scene = first_scene(source)
-    missing = missing_for_positions(scene) if search else None
-    if search is None or missing:
-        return _Positions(None, {}, None, [missing] if missing else [])
+    missing = missing_for_positions(scene, search.opponents)
+    if scene.azimuth is None:
+        return _Positions(None, {}, None, {}, missing)
     method = choose_method(search.method, scene.channel is not None)
     count = choose_count(search.count, method, task)
-    estimate = network_estimator(Predictor(model, task, products=scene.channel is None), method, count)
+    estimators = {"network": network_estimator(Predictor(model, task, products=scene.channel is None), method, count)}
+    if search.opponents and scene.channel is not None:
+        estimators |= opponents(task)
     shown = progress and (lambda *counts: progress("scenes located", *counts))
-    found = find_sources({"network": estimate}, task, source, size, shown)
+    found = find_sources(estimators, task, source, size, constant, shown)
     figures, scores = position_figures(found, method_words(method, count))
-    return _Positions(figures, scores, example_scene(model, task, source, found), [])
+    nmse = {name: each for name, each in found.nmse.items() if name != "network"}
+    return _Positions(figures, scores, example_scene(model, task, source, found), nmse, missing)
 
 
 def _with_data(run: OpenedRun, data: str) -> OpenedRun:

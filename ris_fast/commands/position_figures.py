@@ -15,18 +15,24 @@ from torch import Tensor, nn
 from ris_fast.commands.scene_figures import scene_batches
 from ris_fast.config.schema import Task
 from ris_fast.data.source import SceneSource
+from ris_fast.localize.angle_map import AngleMap, angle_map
 from ris_fast.localize.bootstrap import LEVEL, RESAMPLES, Bootstrap
 from ris_fast.localize.bounds import deterministic_bound
 from ris_fast.localize.groups import group_scores, groups
+from ris_fast.localize.locate import locate
 from ris_fast.localize.matching import NARROW, WIDE
 from ris_fast.localize.metrics import Scores, confusion, score
+from ris_fast.localize.opponents import Answer
 from ris_fast.localize.sources import Deviations, Sources
-from ris_fast.localize.spectrum_map import spectrum_map
+from ris_fast.models.classical import Classical
 from ris_fast.physics.scenes import Scenes
 from ris_fast.report.scene_plot import Example
 from ris_fast.training.step import network_inputs
+from ris_fast.training.validation import estimate_nmse, estimate_parts
 
-Estimator = Callable[[Scenes], Sources]
+MAP = (121, 241, 20)  # elevations, azimuths and ranges of the spectrum that is drawn
+
+Estimator = Callable[[Scenes], Answer]
 
 
 class Found(NamedTuple):
@@ -36,6 +42,7 @@ class Found(NamedTuple):
     bound: Deviations
     snr_db: Tensor  # (B,)
     estimates: dict[str, Sources]
+    nmse: dict[str, Tensor]  # (B,) of the covariance of each estimator
     milliseconds: dict[str, float]  # a scene
 
 
@@ -44,11 +51,23 @@ def first_scene(source: SceneSource) -> Scenes:
     return source.batch("test", torch.zeros(1, dtype=torch.int64, device=source.index_device))
 
 
-def missing_for_positions(scene: Scenes) -> str | None:
-    """Why positions cannot be scored on scenes like this one, for a person; None where they can."""
-    if scene.azimuth is not None and scene.power is not None:
-        return None
-    return "positions are not scored: the test scenes carry a covariance, but not the positions of their sources"
+def missing_for_positions(scene: Scenes, opponents: bool) -> list[str]:
+    """What cannot be scored on scenes like this one, and why, for a person."""
+    if scene.azimuth is None:
+        return ["positions are not scored: the test scenes carry no positions of their sources"]
+    which = {"the Cramer-Rao bound": scene.channel is None or scene.power is None}
+    which |= {"classical estimators": opponents and scene.channel is None}
+    lost = [name for name, missing in which.items() if missing]
+    carried = "channel" if scene.channel is None else "powers of their sources"
+    return [f"positions are scored without {' and '.join(lost)}: the test scenes carry no {carried}"] if lost else []
+
+
+def true_sources(scenes: Scenes) -> Sources:
+    """The truth of scenes that carry positions; of unit power, in the scene's order, where powers are not known."""
+    if scenes.power is not None:
+        return Sources.of_scenes(scenes)
+    there = torch.arange(scenes.azimuth.shape[1], device=scenes.count.device) < scenes.count[:, None]
+    return Sources(scenes.azimuth, scenes.elevation, scenes.range_m, there.float(), scenes.count)
 
 
 @torch.no_grad()
@@ -57,18 +76,25 @@ def find_sources(
     task: Task,
     source: SceneSource,
     size: int,
+    constant: Tensor,
     progress: Callable[[int, int], None] | None = None,
 ) -> Found:
-    """The sources of the first `size` test scenes by each estimator, and the bound of the true ones."""
-    truths, bounds, snrs, done = [], [], [], 0
-    found: dict[str, list[Sources]] = {name: [] for name in estimators}
-    seconds = dict.fromkeys(estimators, 0.0)
+    """The sources of the first `size` test scenes by each estimator, and the bound of the true ones.
+
+    Args: constant: the mean covariance (N, N, 2), towards which an estimate of the field is shrunk for its NMSE.
+    """
+    found, parts = ({name: [] for name in estimators} for _ in range(2))
+    seconds, truths, bounds, snrs, done = dict.fromkeys(estimators, 0.0), [], [], [], 0
     for scenes in scene_batches(source, "test", size):
         for name, estimate in estimators.items():
             began = time.monotonic()
-            found[name].append(_on_cpu(estimate(scenes)))
+            answer = estimate(scenes)
+            sources = locate(answer.factor, task) if answer.sources is None else answer.sources
+            found[name].append(_on_cpu(sources))
             seconds[name] += time.monotonic() - began
-        truths.append(_on_cpu(Sources.of_scenes(scenes)))
+            classical = Classical(name, answer.factor, field=answer.sources is None)
+            parts[name].append(estimate_parts(classical, scenes, constant))
+        truths.append(_on_cpu(true_sources(scenes)))
         bounds.append(_bound(task, scenes))
         snrs.append(scenes.snr_db.cpu())
         done += scenes.batch
@@ -78,15 +104,16 @@ def find_sources(
         _joined(truths),
         Deviations(*(torch.cat(each) for each in zip(*bounds))),
         torch.cat(snrs),
-        {name: _joined(parts) for name, parts in found.items()},
+        {name: _joined(each) for name, each in found.items()},
+        {name: estimate_nmse(torch.cat(each)).cpu() for name, each in parts.items()},
         {name: 1e3 * each / size for name, each in seconds.items()},
     )
 
 
 def _bound(task: Task, scenes: Scenes) -> Deviations:
-    """The deterministic bound on the CPU; NaN without the channel, which it is made of."""
-    if scenes.channel is None:
-        return Deviations(*[torch.full(scenes.power.shape, torch.nan).double()] * 4)
+    """The deterministic bound on the CPU; NaN without the channel and the powers, which it is made of."""
+    if scenes.channel is None or scenes.power is None:
+        return Deviations(*[torch.full(scenes.azimuth.shape, torch.nan).double()] * 4)
     return Deviations(*(each.cpu() for each in deterministic_bound(task, scenes)))
 
 
@@ -134,6 +161,12 @@ def example_scene(model: nn.Module, task: Task, source: SceneSource, found: Foun
     index = int(unlike.argmin())
     scenes = source.batch("test", torch.tensor([index], device=source.index_device))
     estimate, one = next(iter(found.estimates.values())), slice(index, index + 1)
-    factor = model(*network_inputs(scenes)).factor
-    spectrum = spectrum_map(factor, task, estimate.count[one].to(factor.device))
-    return Example(index, float(found.snr_db[index]), spectrum, found.truth.take(one), estimate.take(one))
+    factor = model(*network_inputs(scenes)).factor[0]
+    spectrum = angle_map(factor, task, count=max(1, int(estimate.count[index])), shape=MAP)
+    return Example(
+        index,
+        float(found.snr_db[index]),
+        AngleMap(*(each.cpu() for each in spectrum)),
+        found.truth.take(one),
+        estimate.take(one),
+    )

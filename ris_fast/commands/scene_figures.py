@@ -32,15 +32,20 @@ MEAN_SCENES = 4000  # training scenes behind the baseline `mean`
 
 
 @torch.no_grad()
-def scene_figures(model: nn.Module, task: Task, source: SceneSource, size: int) -> dict[str, Tensor]:
+def scene_figures(model: nn.Module, task: Task, source: SceneSource, size: int, constant: Tensor) -> dict[str, Tensor]:
     """Per test scene: `count`, `snr_db`, `network` (its NMSE) and the NMSE of each baseline; (B,) on the CPU.
 
     Behind the constant baselines: what the network's own inputs say without it, and the pursuit.
+    Args: constant: the mean covariance, see `training_mean`.
     """
-    constant = mean_covariance(scene_batches(source, "train", min(MEAN_SCENES, source.size("train"))))
     pursuit = Pursuit(task).to(source.device) if source.channel else None
     parts = [_batch_figures(model, pursuit, task, scenes, constant) for scenes in scene_batches(source, "test", size)]
     return {name: estimate_nmse(torch.cat([part[name] for part in parts])).cpu() for name in parts[0]}
+
+
+def training_mean(source: SceneSource) -> Tensor:
+    """The mean covariance of some training scenes, (N, N, 2)."""
+    return mean_covariance(scene_batches(source, "train", min(MEAN_SCENES, source.size("train"))))
 
 
 class Pursuit(nn.Module):

@@ -145,5 +145,7 @@ def _confusion(axes: Axes, table: Tensor, who: str) -> None:
 
 
 def percent(share: float) -> str:
-    """One decimal; 100 for all, never for nearly all, and never zero for some: 99.9, <0.1."""
-    return "100" if share == 1 else "<0.1" if share < 0.0005 else f"{min(100 * share, 99.9):.1f}"
+    """One decimal; 0 for none and 100 for all, but neither for nearly so: <0.1, 99.9."""
+    return (
+        f"{share:.0%}".rstrip("%") if share in (0, 1) else "<0.1" if share < 0.0005 else f"{min(100 * share, 99.9):.1f}"
+    )

@@ -1,4 +1,4 @@
-"""Sources that tests of scores share: the truth of simulated scenes, a bound of its own for each, estimates around it."""
+"""Sources that tests of scores share: those of simulated scenes, a bound for each, and estimates around them."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ import math
 import pytest
 from matplotlib.image import imread
 
-from ris_fast.report.eventlog import JsonlReport, current_rows
 from ris_fast.report.evaluation_plots import evaluation_figure
+from ris_fast.report.eventlog import JsonlReport, current_rows
 from ris_fast.report.plots import PlotReport, loss_figure
 from ris_fast.report.style import alike
 

@@ -20,7 +20,7 @@ def positions():
     bound = some_bound(truth)
     estimates = {"network": around(truth, bound), "other": truth}
     return position_figures(
-        Found(truth, bound, scenes.snr_db, estimates, {"network": 0.25, "other": 7.5}), "some words"
+        Found(truth, bound, scenes.snr_db, estimates, {}, {"network": 0.25, "other": 7.5}), "some words"
     )[0]
 
 
