@@ -40,6 +40,8 @@ class Predictor:
             a `Prediction` or a factor, (B, N, Q, 2) or complex (B, N, Q); it is put into evaluation mode.
         task: array and ranges of the scenes.
         products: whether it can be shown H c_l where the channel is not known.
+    `atoms`: whether a likelihood starts from the atoms of a pursuit, as of a network that is fed by one, or from the
+    peaks of the network's factor.
     """
 
     def __init__(self, model: nn.Module, task: Task, *, products: bool = False) -> None:
