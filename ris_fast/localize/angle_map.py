@@ -63,7 +63,7 @@ def angle_map(
     number = count_sources(parts, task.max_sources) if count is None else torch.full_like(parts.rank, count)
     planar = signal_basis(parts, number, parts.value.shape[1], method, loading)[0].to(torch.complex64)
     axes = [
-        torch.linspace(low, high, points, device=planar.device)
+        torch.linspace(low, high, points, dtype=torch.float32, device=planar.device)
         for low, high, points in zip(
             (-math.radians(task.elevation_deg), -math.radians(task.azimuth_deg), 1.0 / task.range_max_m),
             (math.radians(task.elevation_deg), math.radians(task.azimuth_deg), 1.0 / task.range_min_m),

@@ -48,7 +48,7 @@ def locate(
     number = None if count is None else _given_count(count, pairs, task.max_sources)
     manifold = Manifold.of(task, pairs.device)
     size = BLOCK if pairs.device.type == "cpu" else max(1, len(pairs))
-    blocks = zip(pairs.split(size), [None] * len(pairs) if number is None else number.split(size))
+    blocks = zip(pairs.split(size), [None] * max(1, len(pairs)) if number is None else number.split(size))
     found = [_locate_block(manifold, *block, task.max_sources, method, loading) for block in blocks]
     return Sources(*(torch.cat(each) for each in zip(*found)))
 

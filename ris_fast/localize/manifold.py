@@ -79,7 +79,7 @@ class Manifold:
         planes = torch.matmul(columns.reshape(-1, wide), self.along_x).view(depth, batch * count, tall, across)
         planes = torch.matmul(planes.transpose(2, 3).reshape(depth, -1, tall), self.along_y)
         power = _power(planes).view(depth, batch, count, across * up).sum(2)
-        return power.transpose(0, 1).reshape(batch, -1) / self.elements
+        return power.transpose(0, 1).flatten(1) / self.elements
 
 
 def _power(value: Tensor) -> Tensor:

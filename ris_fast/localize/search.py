@@ -4,7 +4,8 @@ Model: n(a) = 1 - |B^H a|^2 vanishes at the sources. Next to one that is found i
 where n(a) / |P a|^2 is least on the grid, with P the projection off the steering vectors found so far: a lobe gives
 one source. After each, all positions move by Levenberg-Marquardt steps on
     f = |B - A A^+ B|^2,   A = [a_1 ... a_k],
-whose Gauss-Newton form with the amplitudes eliminated needs only products of A, its tangents and B.
+whose Gauss-Newton form with the amplitudes eliminated needs only products of A, its tangents and B. The last steps, in
+double precision, put the signal factor S S^H ~ R in the place of B: that weighs each eigenvector by its power.
 Source: Mosher and Leahy, "Source localization using recursively applied and projected (RAP) MUSIC" (IEEE Trans. SP 47,
 1999); Viberg and Ottersten, "Sensor array processing based on subspace fitting" (IEEE Trans. SP 39, 1991); Kaufman's
 form of the Jacobian (BIT 15, 1975).
@@ -61,7 +62,8 @@ def find_positions(manifold: Manifold, basis: Tensor, factor: Tensor, count: Ten
 def refine(manifold: Manifold, basis: Tensor, position: Tensor, active: Tensor, steps: int) -> Tensor:
     """Levenberg-Marquardt on f from `position` (B, K, 3) for the `active` (B, K) sources, inside the box.
 
-    A step that does not lower f is taken back and damped more. No step exceeds twice a grid cell's trust.
+    A step that does not lower f is taken back and damped more; the last one is taken unseen. No step exceeds twice a
+    grid cell's trust.
     """
     reach = 2.0 * manifold.trust.to(position)
     total = basis.square().sum((1, 2))
@@ -81,26 +83,26 @@ def refine(manifold: Manifold, basis: Tensor, position: Tensor, active: Tensor, 
 
 def equations(manifold: Manifold, basis: Tensor, position: Tensor, active: Tensor) -> Equations:
     """`Equations` at (B, K, 3) positions for a planar basis (B, N, 2Q), in the precision of both."""
-    batch, sources, _ = position.shape
+    sources = position.shape[1]
     model = manifold.tangents(position)
     there = active.to(position).repeat_interleave(TANGENTS, dim=1)
     own = _adjoint(model, model) * (there[:, :, None] * there[:, None])
     cross = _adjoint(model, basis) * there[:, :, None]
-    own = own.view(batch, sources, TANGENTS, sources, TANGENTS)
-    cross = cross.view(batch, sources, TANGENTS, -1)
+    own = own.unflatten(2, (sources, TANGENTS)).unflatten(1, (sources, TANGENTS))
+    cross = cross.unflatten(1, (sources, TANGENTS))
     gram = own[:, :, 0, :, 0] + torch.diag_embed(1.0 - there[:, ::TANGENTS] + 1e-12)
     seen = own[:, :, 0, :, 1:].flatten(2)  # A^H D
     solved = torch.linalg.solve_ex(gram, torch.cat((cross[:, :, 0], seen), dim=2))[0]
     amplitude, lift = solved[..., : basis.shape[2] // 2], solved[..., basis.shape[2] // 2 :]  # A^+ B, A^+ D
-    among = own[:, :, 1:, :, 1:].reshape(batch, 3 * sources, 3 * sources) - seen.mH @ lift
+    among = own[:, :, 1:, :, 1:].flatten(3).flatten(1, 2) - seen.mH @ lift
     against = cross[:, :, 1:].flatten(1, 2) - seen.mH @ amplitude
     coupling = amplitude.conj() @ amplitude.mT
-    curvature = (among.view(batch, sources, 3, sources, 3) * coupling[:, :, None, :, None]).real
-    slope = (against.view(batch, sources, 3, -1) * amplitude.conj()[:, :, None]).real.sum(-1)
+    curvature = (among.unflatten(2, (sources, 3)).unflatten(1, (sources, 3)) * coupling[:, :, None, :, None]).real
+    slope = (against.unflatten(1, (sources, 3)) * amplitude.conj()[:, :, None]).real.sum(-1)
     explained = (cross[:, :, 0].conj() * amplitude).real.sum((1, 2))
     weight = coupling.diagonal(dim1=1, dim2=2).real + (1.0 - there[:, ::TANGENTS])
     cost = (basis.square().sum((1, 2)) - explained).clamp_min(0.0)
-    return Equations(cost, slope, curvature.reshape(batch, 3 * sources, -1), weight)
+    return Equations(cost, slope, curvature.flatten(3).flatten(1, 2), weight)
 
 
 def _adjoint(left: Tensor, right: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Decomposition(NamedTuple):
 
 
 def check_factor(who: str, factor: Tensor, task: Task) -> Tensor:
-    """The factor as real pairs (B, N, Q, 2); a complex (B, N, Q) is taken too.
+    """The factors of scenes as real pairs (B, N, Q, 2); complex (B, N, Q) are taken too.
 
     Raises: TypeError or ValueError that names `who`, the shape and what to do.
     """
@@ -69,7 +69,7 @@ def decompose(factor: Tensor) -> Decomposition:
     """
     factor = factor.detach()
     finite = factor.isfinite().all(dim=3).all(dim=2).all(dim=1)
-    pairs = rescaled(torch.where(finite[:, None, None, None], factor, 0.0).contiguous()).double()
+    pairs = rescaled(torch.where(finite[:, None, None, None], factor, 0.0).double().contiguous())
     size = pairs.square().sum((1, 2, 3), keepdim=True)
     pairs = torch.where(size > 0, pairs * size.rsqrt(), 0.0)
     columns = torch.view_as_complex(pairs)
