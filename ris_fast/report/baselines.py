@@ -30,6 +30,14 @@ MILESTONES = {
 }
 
 
+LABELS = {"lmmse": "LMMSE", "omp": "OMP"}
+
+
+def label(name: str) -> str:
+    """The name of an estimator as a person writes it."""
+    return LABELS.get(name, name.replace("_", " "))
+
+
 def figure(value: float) -> str:
     """A score with three decimals, and below a tenth with three significant digits: 0.806, 0.0203."""
     return f"{value:#.3g}" if abs(value) < 0.1 else f"{value:.3f}"

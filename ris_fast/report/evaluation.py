@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ris_fast.physics.mmse_bound import FEW
-from ris_fast.report.baselines import judge
+from ris_fast.report.baselines import judge, label
 from ris_fast.report.eventlog import write_json
 from ris_fast.report.positions import beside, group_label, matching_note, positions_text, side_by_side
 from ris_fast.report.tables import text_table
@@ -115,7 +115,7 @@ def _head(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _nmse_table(label: str, groups: list[tuple[str, Mapping[str, Any]]], whole: Mapping[str, Any]) -> str:
+def _nmse_table(axis: str, groups: list[tuple[str, Mapping[str, Any]]], whole: Mapping[str, Any]) -> str:
     baselines = list(whole["baselines"])
     rows = [
         (
@@ -129,7 +129,9 @@ def _nmse_table(label: str, groups: list[tuple[str, Mapping[str, Any]]], whole: 
         )
         for name, group in [*groups, ("all", whole)]
     ]
-    return text_table((label, "scenes", "NMSE mean", "95 % interval", "median", "MMSE bound", *baselines), rows)
+    return text_table(
+        (axis, "scenes", "NMSE mean", "95 % interval", "median", "MMSE bound", *map(label, baselines)), rows
+    )
 
 
 def _nmse_beside(results: Results) -> str:
@@ -142,9 +144,9 @@ def _nmse_beside(results: Results) -> str:
         rows["all"] = rows.pop("all", {}) | {name: result}  # last
     names, baselines = list(results), [name for name in first["baselines"] if name != "zero"]
     table = []
-    for label, row in rows.items():
+    for group, row in rows.items():
         known = row.get(names[0])
         bound = known and known["mmse_bound"]
         others = [known and known["baselines"][each] for each in baselines]
-        table.append((label, *(row[name]["nmse"]["mean"] if name in row else None for name in names), bound, *others))
-    return "Mean NMSE\n" + text_table(("", *names, "MMSE bound", *baselines), table)
+        table.append((group, *(row[name]["nmse"]["mean"] if name in row else None for name in names), bound, *others))
+    return "Mean NMSE\n" + text_table(("", *names, "MMSE bound", *map(label, baselines)), table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ris_fast.report.baselines import label as baseline_label
 from ris_fast.report.drawing import new_figure
 from ris_fast.report.style import (
     FLOOR_SHADES,
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+DASHES = tuple(
+    (0, each) for each in ((4, 2), (2, 1), (7, 2), (4, 1, 1, 1), (4, 1, 1, 1, 1, 1), (7, 1, 2, 1), (9, 4), (2, 4))
+)
 Results = Mapping[str, Mapping[str, Any]]  # by the name of each run
 
 
@@ -59,11 +63,11 @@ def _groups(axes: Axes, runs: Mapping[str, Sequence[Mapping[str, Any]]], name_of
     }
     values = [value for groups in runs.values() for group in groups for value in group["nmse"].values()]
     span = limits([*values, *(value for each in baselines.values() for value in each)])
-    for together, shade in zip(alike(baselines, span), FLOOR_SHADES):
+    for together, shade, dashes in zip(alike(baselines, span), FLOOR_SHADES, DASHES):
         low, high = ([edge(each) for each in zip(*(baselines[name] for name in together))] for edge in (min, max))
         axes.fill_between(at, low, high, color=shade, alpha=0.25, lw=0.0)
-        label = " / ".join(name.replace("_", " ") for name in together)
-        axes.plot(at, low, color=shade, lw=1.0, ls="--", marker="_", label=label)
+        names_shown = " / ".join(map(baseline_label, together))
+        axes.plot(at, low, color=shade, lw=1.0, ls=dashes, label=names_shown)
     for index, (run, groups) in enumerate(runs.items()):
         here = [names.index(name_of(group)) for group in groups]
         means = [group["nmse"]["mean"] for group in groups]

@@ -6,7 +6,7 @@ Each shows one or several estimators, or several runs, side by side.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from ris_fast.localize.groups import of_axis
 from ris_fast.localize.matching import WIDE
 from ris_fast.localize.metrics import Scores, chance_within, confusion
+from ris_fast.report.baselines import label as label_of
 from ris_fast.report.drawing import new_figure
 from ris_fast.report.evaluation_plots import snr_label
 from ris_fast.report.style import GRID, INK, MMSE_BOUND, drawable, legend_below, limits, log_axes, look, ticks, title
@@ -25,44 +26,49 @@ if TYPE_CHECKING:
 
 PANELS = {"azimuth_deg": "azimuth in degrees", "elevation_deg": "elevation in degrees", "range_m": "range in metres"}
 FINEST, POINTS = 1e-3, 200  # of the tolerance, where a curve of errors begins, and the points of one
-CELL = 0.62  # inches of a cell of a confusion matrix
+CELL, SIDE_BY_SIDE = 0.55, 3  # inches of a cell of a confusion matrix, and matrices in a row
 
 
 def rmse_figure(estimators: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """RMSE by SNR with its 95 % interval, beside the Cramer-Rao bound, both of matched resolvable sources.
+    """RMSE by SNR, beside the Cramer-Rao bound, both of matched resolvable sources; the first one's with its interval.
 
-    The bound is that of the first one's matched sources.
+    The bound is that of the first one's matched sources. Where it is not known, all matched sources count.
     """
+    first = next(iter(estimators.values()))
+    known = math.isfinite(of_axis(first["groups"])[0]["metrics"]["resolvable_recall"])
+    prefix, which = ("resolvable_", "resolvable") if known else ("", "matched")
+    by_snr = {who: of_axis(each["groups"], "snr_db") for who, each in estimators.items()}
+    bins = list(dict.fromkeys(snr_label(group) for groups in by_snr.values() for group in groups))
     figure = new_figure(9.6, 4.2)
     panels = figure.subplots(1, 3)
     for axes, (name, label) in zip(panels, PANELS.items()):
-        for index, (who, each) in enumerate(estimators.items()):
-            groups = of_axis(each["groups"], "snr_db")
-            _rmse(axes, groups, name, index, who)
-        bound = of_axis(next(iter(estimators.values()))["groups"], "snr_db")
-        _line(axes, bound, f"resolvable_crb_{name}", color=MMSE_BOUND, lw=1.5, ls=":", label="Cramer-Rao bound")
+        for index, (who, groups) in enumerate(by_snr.items()):
+            _line(axes, bins, groups, f"{prefix}rmse_{name}", **look(index).drawn, label=label_of(who))
+            if not index:
+                _interval(axes, bins, groups, f"{prefix}rmse_{name}", look(index).color)
+        if known:
+            style = {"color": MMSE_BOUND, "lw": 1.5, "ls": ":", "label": "Cramer-Rao bound"}
+            _line(axes, bins, next(iter(by_snr.values())), f"{prefix}crb_{name}", **style)
         log_axes(axes, "")
-        drawn = [value for line in axes.get_lines() for value in line.get_ydata()]
-        axes.set_ylim(*limits([float(value) for value in drawn]))
+        axes.set_ylim(*limits([float(value) for line in axes.get_lines() for value in line.get_ydata()]))
         ticks(axes)
         axes.set_title(label, fontsize=10, color=INK)
         axes.set_xlabel("SNR in dB", color=INK)
-        axes.set_xticks(range(len(bound)), [snr_label(group) for group in bound], fontsize=8)
-    panels[0].set_ylabel("RMSE of resolvable sources", color=INK)
+        axes.set_xticks(range(len(bins)), bins, fontsize=8)
+    panels[0].set_ylabel(f"RMSE of {which} sources", color=INK)
     legend_below(figure, panels[0])
     return figure
 
 
-def _rmse(axes: Axes, groups: list[Mapping[str, Any]], name: str, index: int, who: str) -> None:
-    _line(axes, groups, f"resolvable_rmse_{name}", **look(index).drawn, label=who)
-    ends = [group["intervals"].get(f"resolvable_rmse_{name}", (math.nan, math.nan)) for group in groups]
-    low, high = zip(*ends)
-    axes.fill_between(range(len(groups)), low, high, color=look(index).color, alpha=0.15, lw=0.0)
+def _interval(axes: Axes, bins: Sequence[str], groups: Sequence[Mapping[str, Any]], metric: str, color: str) -> None:
+    known = [(bins.index(snr_label(group)), *group["intervals"][metric]) for group in groups]
+    axes.fill_between(*zip(*known), color=color, alpha=0.15, lw=0.0)
 
 
-def _line(axes: Axes, groups: list[Mapping[str, Any]], metric: str, **style: Any) -> None:
+def _line(axes: Axes, bins: Sequence[str], groups: Sequence[Mapping[str, Any]], metric: str, **style: Any) -> None:
     values = [group["metrics"][metric] for group in groups]
-    axes.plot(range(len(groups)), [value if drawable(value) else math.nan for value in values], **style)
+    at = [bins.index(snr_label(group)) for group in groups]
+    axes.plot(at, [value if drawable(value) else math.nan for value in values], **style)
 
 
 def error_figure(scores: Mapping[str, Scores]) -> Figure:
@@ -76,7 +82,7 @@ def error_figure(scores: Mapping[str, Scores]) -> Figure:
         at = np.geomspace(FINEST * widest, widest, POINTS)
         for index, (who, each) in enumerate(scores.items()):
             style = look(index).drawn | {"marker": look(index).marker, "markevery": (8 * index, 50)}
-            axes.plot(at, shares_below(each.error[..., column][each.true].abs(), at), **style, label=who)
+            axes.plot(at, shares_below(each.error[..., column][each.true].abs(), at), **style, label=label_of(who))
         first = next(iter(scores.values()))
         bound = first.bound[first.true]
         if bound.isfinite().any():
@@ -117,15 +123,17 @@ def bound_shares(bound: Tensor, column: int, at: np.ndarray) -> np.ndarray:
 def count_figure(scores: Mapping[str, Scores]) -> Figure:
     """Share of the scenes with each true number of sources (rows) that are given each number (columns)."""
     tables = {who: confusion(each) for who, each in scores.items()}
-    wide = sum(table.shape[1] for table in tables.values())
-    rows = next(iter(tables.values())).shape[0]
-    figure = new_figure(CELL * wide + 0.9 * len(tables) + 0.6, CELL * rows + 1.5)
-    panels = figure.subplots(1, len(tables), squeeze=False, width_ratios=[table.shape[1] for table in tables.values()])[
-        0
-    ]
+    columns, (high, wide) = min(len(tables), SIDE_BY_SIDE), next(iter(tables.values())).shape
+    rows = math.ceil(len(tables) / columns)
+    figure = new_figure((CELL * wide + 0.8) * columns + 0.3, (CELL * high + 0.9) * rows + 0.4)
+    figure.get_layout_engine().set(h_pad=0.09)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (who, table) in zip(panels, tables.items()):
         _confusion(axes, table, who)
-    panels[0].set_ylabel("true number of sources", color=INK)
+    for axes in panels[len(tables) :]:
+        axes.remove()
+    for axes in panels[: len(tables) : columns]:
+        axes.set_ylabel("true number of sources", color=INK)
     title(figure, "share of scenes in %, by true and estimated number of sources")
     return figure
 
@@ -141,7 +149,7 @@ def _confusion(axes: Axes, table: Tensor, who: str) -> None:
     axes.set_yticks(range(share.shape[0]), [str(each + 1) for each in range(share.shape[0])])
     axes.set_xlabel("estimated", color=INK)
     right = table.diagonal(1).sum() / table.sum().clamp_min(1)
-    axes.set_title(f"{who}: {percent(right.item())} % right", fontsize=9, color=INK)
+    axes.set_title(f"{label_of(who)}: {percent(right.item())} % right", fontsize=9, color=INK)
 
 
 def percent(share: float) -> str:

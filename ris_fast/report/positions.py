@@ -8,6 +8,7 @@ from typing import Any
 from ris_fast.localize.groups import of_axis
 from ris_fast.localize.matching import NARROW, WIDE
 from ris_fast.localize.metrics import MEDIAN_OF_NORMAL, RESOLVABLE
+from ris_fast.report.baselines import label as estimator_label
 from ris_fast.report.tables import text_table
 
 Groups = Sequence[Mapping[str, Any]]
@@ -83,7 +84,11 @@ def positions_text(positions: Mapping[str, Any]) -> str:
 def beside(estimators: Mapping[str, Mapping[str, Any]]) -> str:
     """A row for each estimator (or run): the metrics of all scenes."""
     rows = [
-        (name, *(of_axis(each["groups"])[0]["metrics"][key] for _, key in BESIDE), each["milliseconds"])
+        (
+            estimator_label(name),
+            *(of_axis(each["groups"])[0]["metrics"][key] for _, key in BESIDE),
+            each["milliseconds"],
+        )
         for name, each in estimators.items()
     ]
     return text_table(("", *(header for header, _ in BESIDE), "ms a scene"), rows)

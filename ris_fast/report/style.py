@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 INK, GRID = "#222222", "#dddddd"
 TRAIN, RAW, EMA, GRADIENT, MMSE_BOUND = "#9aa7b8", "#d9822b", "#1f5fa8", "#5a7d4f", "#444444"
-FLOOR_SHADES = ("#b04a5a", "#8a5fa0", "#4f8a8b", "#a08a4f", "#707070")
+FLOOR_SHADES = ("#b04a5a", "#8a5fa0", "#4f8a8b", "#a08a4f", "#707070", "#4a6fb0", "#a05f2f", "#3f3f3f")
 ONE_LINE = 0.02  # of the axis: what is closer together looks like one line, and is drawn as one band
 
 
