@@ -133,8 +133,8 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
 
 
 def save_figure(path: str | Path, figure: Any, dpi: int) -> None:
-    """Draws a matplotlib figure into a .png or .pdf, whole or not at all. Raises StorageError."""
-    form = Path(path).suffix[1:]
+    """Draws a matplotlib figure, into a .pdf as vectors, else into a .png, whole or not at all. Raises StorageError."""
+    form = "pdf" if Path(path).suffix == ".pdf" else "png"
     with replacing(path) as partial:  # a .pdf without the date: equal figures are equal files
         figure.savefig(partial, dpi=dpi, format=form, metadata={"CreationDate": None} if form == "pdf" else None)
 
