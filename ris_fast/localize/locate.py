@@ -72,9 +72,9 @@ def source_powers(manifold: Manifold, position: Tensor, factor: Tensor, count: T
     Args: position (B, K, 3) float64; factor (B, N, Q) complex128; count (B,). Returns: (B, K), zero beyond the count.
     """
     there = torch.arange(position.shape[1], device=count.device) < count[:, None]
-    steer = torch.complex(*manifold.steer(position).chunk(2, dim=2)) * there[:, None]
-    gram = (steer.mH @ steer).abs().square()
-    return non_negative_least_squares(gram, (factor.mH @ steer).abs().square().sum(1))
+    steer = manifold.steer(position) * there[..., None]
+    gram = (steer.conj() @ steer.mT).abs().square()
+    return non_negative_least_squares(gram, (steer.conj() @ factor).abs().square().sum(2))
 
 
 def from_atoms(features: SceneFeatures, found: Features, count: Tensor | None = None, share: float = SHARE) -> Sources:

@@ -3,19 +3,19 @@
 Positions are (u, v, w): direction cosines and w = 1/range. In w the phase of a steering vector is linear (Fresnel) or
 nearly so (spherical), so that a grid and a Newton step are as good far away as near.
 
-Legend: B batch, N RIS elements, C columns, K positions, T = 4 tangents, G grid points, U V W of them along u, v and
-w. Complex arrays are planar here, (..., 2C) = [real C | imaginary C].
+Legend: B batch, N RIS elements, C rows, K positions, T = 4 tangents, G grid points, U V W of them along u, v and w.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ris_fast.config.schema import Task
-from ris_fast.kernels.pursuit.search import Geometry, Pursuit
+from ris_fast.kernels.pursuit.search import TANGENTS, Geometry, Pursuit
 from ris_fast.models.pursuit import geometry_of
 
 
@@ -42,7 +42,7 @@ class Manifold:
             (depth, _, across), up = self.along_x.shape, self.along_y.shape[2]
             self.grid = self.grid.view(across, up, depth, 3).permute(2, 0, 1, 3).reshape(-1, 3)
         else:
-            self.dictionary = torch.complex(*self.steer(self.grid[None])[0].chunk(2, dim=1))  # (N, G)
+            self.dictionary = self.steer(self.grid[None])[0].T.contiguous()  # (N, G)
 
     @staticmethod
     @lru_cache(maxsize=8)
@@ -50,28 +50,35 @@ class Manifold:
         return Manifold(task, device)
 
     def steer(self, position: Tensor) -> Tensor:
-        """Unit-norm steering vectors, planar, in the precision of `position`: (B, K, 3) -> (B, N, 2K)."""
-        return self._pursuit[position.dtype].steer(position)
+        """Unit-norm steering vectors as rows, complex: (B, K, 3) -> (B, K, N), in the precision of `position`."""
+        phase = self._pursuit[position.dtype].phase_slopes(position.reshape(-1, 1, 3))[0]
+        size = torch.full_like(phase, 1.0 / math.sqrt(self.elements))
+        return torch.polar(size, phase).view(*position.shape[:2], self.elements)
 
     def tangents(self, position: Tensor) -> Tensor:
-        """Each steering vector and its derivatives by scale * (u, v, w), planar: (B, K, 3) -> (B, N, 2KT).
+        """Each steering vector and its derivatives by scale * (u, v, w), real and imaginary parts, as rows:
+        (B, K, 3) -> (B, K, 2, T, N).
 
         The mean slope of the phase is taken off: it turns the whole vector, which no covariance sees.
         """
-        return self._pursuit[position.dtype].tangents(position)
+        pursuit, size = self._pursuit[position.dtype], 1.0 / math.sqrt(self.elements)
+        phase, *slopes = (each[..., 0] for each in pursuit.phase_slopes(position.reshape(-1, 1, 3)))
+        weights = [(slope - slope.mean(1, keepdim=True)) / scale for slope, scale in zip(slopes, pursuit.scale)]
+        real, imag = phase.cos() * size, phase.sin() * size
+        rows = [real, *(-weight * imag for weight in weights), imag, *(weight * real for weight in weights)]
+        return torch.stack(rows, dim=1).view(*position.shape[:2], 2, TANGENTS, self.elements)
 
     def clamp(self, position: Tensor) -> Tensor:
         """The nearest position of the box."""
         return torch.minimum(torch.maximum(position, self.low.to(position)), self.high.to(position))
 
-    def grid_power(self, columns: Tensor) -> Tensor:
-        """sum_c |column_c^H a_g|^2 for all grid points, of planar float32 columns: (B, N, 2C) -> (B, G).
+    def grid_power(self, rows: Tensor) -> Tensor:
+        """sum_c |c^H a_g|^2 over rows c for all grid points: (B, C, N) complex64 -> (B, G).
 
         Cost: 8 C (N U + Y U V) W FLOPs a scene for an array of Y rows where the steering vectors are separable, else
             8 C N G.
         """
-        real, imag = columns.chunk(2, dim=2)
-        columns = torch.complex(real, -imag).mT
+        columns = rows.conj().resolve_conj()
         if not self.separable:
             return _power(columns @ self.dictionary).sum(1)
         batch, count, _ = columns.shape

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ris_fast.kernels.pursuit.search import TANGENTS
 from ris_fast.localize.manifold import Manifold
 
 STAGE_STEPS, FINAL_STEPS = 2, 5
@@ -41,10 +40,12 @@ class Equations(NamedTuple):
 def find_positions(manifold: Manifold, basis: Tensor, factor: Tensor, count: Tensor, most: int) -> Tensor:
     """Positions (u, v, w) of `count` (B,) sources, at most `most`, in the order they were found: (B, most, 3) float64.
 
-    Rows beyond the count are positions of the grid that mean nothing.
+    No more are looked for than the array has elements. Rows beyond the count mean nothing.
     """
-    coarse = torch.cat((basis.real, basis.imag), dim=2).float()
+    rows, most = most, min(most, manifold.elements)
+    coarse = basis.mT.to(torch.complex64)
     null = 1.0 - manifold.grid_power(coarse)
+    coarse = rows_of(coarse)
     left = torch.ones_like(null)
     position = manifold.grid.new_zeros(basis.shape[0], 0, 3)
     for found in range(most):
@@ -55,8 +56,8 @@ def find_positions(manifold: Manifold, basis: Tensor, factor: Tensor, count: Ten
         if found + 1 < most:
             left = 1.0 - manifold.grid_power(_orthonormal(manifold.steer(position), active))
     active = torch.arange(most, device=count.device) < count[:, None]
-    factor = torch.cat((factor.real, factor.imag), dim=2)
-    return refine(manifold, factor, position.double(), active, FINAL_STEPS)
+    position = refine(manifold, rows_of(factor.mT), position.double(), active, FINAL_STEPS)
+    return torch.nn.functional.pad(position, (0, 0, 0, rows - most), value=1.0)
 
 
 def refine(manifold: Manifold, basis: Tensor, position: Tensor, active: Tensor, steps: int) -> Tensor:
@@ -66,7 +67,7 @@ def refine(manifold: Manifold, basis: Tensor, position: Tensor, active: Tensor, 
     grid cell's trust.
     """
     reach = 2.0 * manifold.trust.to(position)
-    total = basis.square().sum((1, 2))
+    total = basis.square().sum((1, 2, 3))
     best, at, damping = position, None, None
     for _ in range(steps):
         tried = equations(manifold, basis, position, active)
@@ -82,35 +83,39 @@ def refine(manifold: Manifold, basis: Tensor, position: Tensor, active: Tensor, 
 
 
 def equations(manifold: Manifold, basis: Tensor, position: Tensor, active: Tensor) -> Equations:
-    """`Equations` at (B, K, 3) positions for a planar basis (B, N, 2Q), in the precision of both."""
-    sources = position.shape[1]
+    """`Equations` at (B, K, 3) positions for the rows of a basis (B, 2, Q, N), in the precision of both."""
+    sources, there = position.shape[1], active.to(position)
     model = manifold.tangents(position)
-    there = active.to(position).repeat_interleave(TANGENTS, dim=1)
-    own = _adjoint(model, model) * (there[:, :, None] * there[:, None])
-    cross = _adjoint(model, basis) * there[:, :, None]
-    own = own.unflatten(2, (sources, TANGENTS)).unflatten(1, (sources, TANGENTS))
-    cross = cross.unflatten(1, (sources, TANGENTS))
-    gram = own[:, :, 0, :, 0] + torch.diag_embed(1.0 - there[:, ::TANGENTS] + 1e-12)
+    own, cross = _products(model, model, there), _products(model, basis[:, None], there)
+    own, cross = own * there[:, None, None, :, None], cross[:, :, :, 0]
+    gram = own[:, :, 0, :, 0] + torch.diag_embed(1.0 - there + 1e-12)
     seen = own[:, :, 0, :, 1:].flatten(2)  # A^H D
-    solved = torch.linalg.solve_ex(gram, torch.cat((cross[:, :, 0], seen), dim=2))[0]
-    amplitude, lift = solved[..., : basis.shape[2] // 2], solved[..., basis.shape[2] // 2 :]  # A^+ B, A^+ D
+    solved = torch.linalg.solve_ex(gram, torch.cat((seen, cross[:, :, 0]), dim=2))[0]
+    lift, amplitude = solved[..., : 3 * sources], solved[..., 3 * sources :]  # A^+ D, A^+ B
     among = own[:, :, 1:, :, 1:].flatten(3).flatten(1, 2) - seen.mH @ lift
     against = cross[:, :, 1:].flatten(1, 2) - seen.mH @ amplitude
     coupling = amplitude.conj() @ amplitude.mT
-    curvature = (among.unflatten(2, (sources, 3)).unflatten(1, (sources, 3)) * coupling[:, :, None, :, None]).real
-    slope = (against.unflatten(1, (sources, 3)) * amplitude.conj()[:, :, None]).real.sum(-1)
+    curvature = among.unflatten(2, (sources, 3)).unflatten(1, (sources, 3)) * coupling[:, :, None, :, None]
+    slope = against.unflatten(1, (sources, 3)) * amplitude.conj()[:, :, None]
     explained = (cross[:, :, 0].conj() * amplitude).real.sum((1, 2))
-    weight = coupling.diagonal(dim1=1, dim2=2).real + (1.0 - there[:, ::TANGENTS])
-    cost = (basis.square().sum((1, 2)) - explained).clamp_min(0.0)
-    return Equations(cost, slope, curvature.flatten(3).flatten(1, 2), weight)
+    cost = (basis.square().sum((1, 2, 3)) - explained).clamp_min(0.0)
+    weight = coupling.diagonal(dim1=1, dim2=2).real + 1.0 - there
+    return Equations(cost, slope.real.sum(-1), curvature.real.flatten(3).flatten(1, 2), weight)
 
 
-def _adjoint(left: Tensor, right: Tensor) -> Tensor:
-    """left^H right of planar (B, N, 2C) and (B, N, 2D): (B, C, D) complex, by one real product."""
-    product = left.mT @ right
-    rows, columns = left.shape[2] // 2, right.shape[2] // 2
-    (rr, ri), (ir, ii) = ((half[..., :columns], half[..., columns:]) for half in (product[:, :rows], product[:, rows:]))
-    return torch.complex(rr + ii, ri - ir)
+def rows_of(columns: Tensor) -> Tensor:
+    """Real and imaginary parts of complex rows: (B, Q, N) -> (B, 2, Q, N)."""
+    return torch.stack((columns.real, columns.imag), dim=1)
+
+
+def _products(left: Tensor, right: Tensor, there: Tensor) -> Tensor:
+    """left^H right of rows (B, K, 2, T, N) and (B, J, 2, R, N), by one real product: (B, K, T, J, R) complex, zero for
+    sources that are not `there` (B, K)."""
+    both = left.flatten(1, 3) @ right.flatten(1, 3).mT
+    both = both.unflatten(2, right.shape[1:4]).unflatten(1, left.shape[1:4])
+    both = both * there[:, :, None, None, None, None, None]
+    real = both[:, :, 0, :, :, 0] + both[:, :, 1, :, :, 1]
+    return torch.complex(real, both[:, :, 0, :, :, 1] - both[:, :, 1, :, :, 0])
 
 
 def _solve(at: Equations, damping: Tensor) -> Tensor:
@@ -126,6 +131,5 @@ def _like(mask: Tensor, value: Tensor) -> Tensor:
 
 
 def _orthonormal(steer: Tensor, active: Tensor) -> Tensor:
-    """An orthonormal basis of the active columns of a planar (B, N, 2K), zeros beyond; active ones come first."""
-    basis = torch.linalg.qr(torch.complex(*steer.chunk(2, dim=2)))[0] * active[:, None]
-    return torch.cat((basis.real, basis.imag), dim=2)
+    """An orthonormal basis of the active rows of (B, K, N), zeros beyond; active ones come first."""
+    return torch.linalg.qr(steer.mT)[0].mT * active[..., None]

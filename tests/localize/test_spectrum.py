@@ -37,7 +37,7 @@ def test_grid_power_is_the_dense_spectrum(wavefront: str, method: str) -> None:
     factor = random_factor(task)
     basis = signal_basis(decompose(factor), count, 5 if method == "music" else 7, method, loading)
     manifold = Manifold.of(task, torch.device("cpu"))
-    found = 1 - manifold.grid_power(torch.cat((basis.real, basis.imag), 2).float())
+    found = 1 - manifold.grid_power(basis.mT.to(torch.complex64))
     f = to_complex(factor.double())
     r = f @ f.mH / f.abs().square().sum((1, 2), keepdim=True)
     value, vector = torch.linalg.eigh(r)
