@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import time
@@ -106,10 +107,8 @@ def evaluate_command(
 def run_names(runs: Sequence[Path]) -> list[str]:
     """What each run is called in tables: its folder, and the checkpoint where one is given; the path where two runs
     would have one name."""
-    names = [
-        f"{run.parent.parent.resolve().name}/{run.stem}" if run.suffix == ".safetensors" else run.resolve().name
-        for run in runs
-    ]
+    paths = [Path(os.path.realpath(run)) for run in runs]
+    names = [f"{path.parent.parent.name}/{path.stem}" if path.suffix == ".safetensors" else path.name for path in paths]
     names = [str(run) if names.count(name) > 1 else name for name, run in zip(names, runs)]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
