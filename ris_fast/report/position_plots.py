@@ -39,6 +39,7 @@ def rmse_figure(estimators: Mapping[str, Mapping[str, Any]]) -> Figure:
     prefix, which = ("resolvable_", "resolvable") if known else ("", "matched")
     by_snr = {who: of_axis(each["groups"], "snr_db") for who, each in estimators.items()}
     bins = list(dict.fromkeys(snr_label(group) for groups in by_snr.values() for group in groups))
+    first_groups = next(iter(by_snr.values()))
     figure = new_figure(9.6, 4.2)
     panels = figure.subplots(1, 3)
     for axes, (name, label) in zip(panels, PANELS.items()):
@@ -48,9 +49,10 @@ def rmse_figure(estimators: Mapping[str, Mapping[str, Any]]) -> Figure:
                 _interval(axes, bins, groups, f"{prefix}rmse_{name}", look(index).color)
         if known:
             style = {"color": MMSE_BOUND, "lw": 1.5, "ls": ":", "label": "Cramer-Rao bound"}
-            _line(axes, bins, next(iter(by_snr.values())), f"{prefix}crb_{name}", **style)
+            _line(axes, bins, first_groups, f"{prefix}crb_{name}", **style)
         log_axes(axes, "")
-        axes.set_ylim(*limits([float(value) for line in axes.get_lines() for value in line.get_ydata()]))
+        edges = [end for group in first_groups for end in group["intervals"][f"{prefix}rmse_{name}"]]
+        axes.set_ylim(*limits([*edges, *(float(value) for line in axes.get_lines() for value in line.get_ydata())]))
         ticks(axes)
         axes.set_title(label, fontsize=10, color=INK)
         axes.set_xlabel("SNR in dB", color=INK)
