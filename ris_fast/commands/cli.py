@@ -193,25 +193,61 @@ def why(run: Path | None = None, /, *, explain: str | None = None, json: bool = 
 
 @app.command
 def evaluate(
-    run: Path, /, *, scenes: Whole = None, data: Path | None = None, device: BestDevice = "auto", json: bool = False
+    run: Path,
+    /,
+    *others: Path,
+    scenes: Whole = None,
+    data: Path | None = None,
+    device: BestDevice = "auto",
+    method: str | None = None,
+    count: WholeOrWord = None,
+    no_positions: bool = False,
+    opponents: bool = False,
+    json: bool = False,
+    csv: Path | None = None,
+    plots: Path | None = None,
 ) -> int:
-    """NMSE of a trained run on the test scenes, by SNR and number of sources, beside the baselines and the MMSE bound.
+    """NMSE and positions of trained runs on the test scenes, by SNR, number of sources and range, beside the baselines
+    and the bounds.
 
     Parameters
     ----------
     run
         Run folder, whose best checkpoint is meant, or one checkpoint, RUN/checkpoints/NAME.safetensors.
+    others
+        More runs, shown side by side with the first.
     scenes
         Test scenes to use; all of the run's by default.
     data
         Folder of another data set of the same task; the run's own by default.
+    method
+        How sources are found: likelihood (default), music, mvdr or pursuit, as `predict` does.
+    count
+        Sources in a scene: mdl (default), aic, network or a number.
+    no_positions
+        NMSE only.
+    opponents
+        Classical estimators on the same scenes as well: least squares, LMMSE, matching pursuit, maximum likelihood.
     json
         Print JSON instead of tables.
+    csv
+        Write every figure into this table, one row for each group and metric.
+    plots
+        Folder of the figures; RUN/plots of the first run by default.
     """
     stage("loading torch")
-    from ris_fast.commands.evaluate import evaluate_command
+    from ris_fast.commands.evaluate import Search, evaluate_command
 
-    return evaluate_command(run, scenes=scenes, device=device, data=absolute(data), json=json)
+    return evaluate_command(
+        (run, *others),
+        scenes=scenes,
+        device=device,
+        data=absolute(data),
+        json=json,
+        csv=csv,
+        search=None if no_positions else Search(method, count, opponents),
+        plots=plots,
+    )
 
 
 @app.command

@@ -14,14 +14,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ris_fast import exit_codes
-from ris_fast.commands.evaluate import open_run
 from ris_fast.commands.flags import absolute
-from ris_fast.commands.scene_figures import FACTS, scene_figures
+from ris_fast.commands.scene_figures import FACTS, scene_figures, training_mean
 from ris_fast.config.load import load_config
 from ris_fast.config.schema import Config, ConfigError, Task
 from ris_fast.config.section import LARGEST_INT
 from ris_fast.config.spelling import did_you_mean
 from ris_fast.data.open_source import open_source
+from ris_fast.inference.opened_run import open_run
 from ris_fast.models import build_model
 from ris_fast.physics.mmse_bound import mmse_bound
 from ris_fast.report.console import counter
@@ -97,8 +97,9 @@ def mismatch(
         size = min(test.data.test_scenes, source.size("test"))
         if size < 1:
             raise ConfigError(f"mismatch: there are no test scenes ({source.describe()}). Give --scenes 1 or more.")
+        constant = training_mean(source)
         for each in trained:
-            figures = scene_figures(each.model.to(on).eval(), each.config.task, source, size)
+            figures = scene_figures(each.model.to(on).eval(), each.config.task, source, size, constant)
             same = test.task == each.config.task and test.data.path in ("", each.config.data.path)
             cells[each.name] = {"trained": same, **_cell(figures)}
             if progress is not None:

@@ -36,7 +36,7 @@ from ris_fast.config.load import load_config
         (["bench", "--config", "a.toml"], "ris-fast bench --help"),
         (["train", "--seed", "1", "--seed", "2"], "--seed specified multiple times"),
         (["train", "--seed", "x"], "'x' is not a whole number"),
-        (["evaluate", "a", "b", "c"], "Too many arguments: b c."),
+        (["why", "a", "b", "c"], "Too many arguments: b c."),
         (["bench", "kernel"], 'Did you mean "kernels"?'),
         (["bench", "--device", "gpu"], "--device is 'gpu'; expected auto, cpu, cuda or cuda:N"),
         (["gradcheck", "--device", "cpu:3"], "there is one CPU"),
