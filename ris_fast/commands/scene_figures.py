@@ -53,10 +53,10 @@ class Pursuit(nn.Module):
 
     def __init__(self, task: Task) -> None:
         super().__init__()
-        self.features = features_for(task, task.max_sources)
+        self.features = features_for(task)
 
     def classical(self, features: Features) -> Classical:
-        """Columns s_k a_k of the atoms that were found, (B, N, K, 2)."""
+        """Columns s_k a_k of the sources that it answers with, (B, N, K, 2)."""
         return Classical("pursuit", self.features.sources(features))
 
 

@@ -74,7 +74,7 @@ def locate_sources(
     inputs = _inputs(measured)
     if method == "likelihood":
         given = None if isinstance(count, str) else count
-        near = pursuit_sources(task, *inputs, task.max_sources) if atoms else _peaks(task, factor, "music", given)
+        near = pursuit_sources(task, *inputs) if atoms else _peaks(task, factor, "music", given)
         found = refine(task, *inputs, near, count=count, steps=STEPS)
     else:
         found = refine(task, *inputs, _start(task, factor, inputs, method, count), steps=0)
@@ -90,8 +90,7 @@ def _start(
     """What a method finds without the likelihood."""
     if method != "pursuit":
         return _peaks(task, factor, method, count)
-    atoms = pursuit_sources(task, *inputs, task.max_sources)
-    return atoms._replace(count=locate(factor, task, count=count).count)
+    return pursuit_sources(task, *inputs, count="order" if count is None else count)
 
 
 def _inputs(measured: Measured) -> tuple[Tensor, Tensor, Tensor, Tensor]:

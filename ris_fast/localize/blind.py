@@ -42,7 +42,7 @@ def maximum_likelihood(
     Cost: about 10 ms of one core a scene of RIS-12x12, 3 ms for each round more.
     """
     largest = task.max_sources
-    start = pursuit_sources(task, snapshots, channel, codes, snr_db, largest + 1)
+    start = pursuit_sources(task, snapshots, channel, codes, snr_db)
     search, parts = _search(task, snapshots), []
     for rows, measurement in measurements(task, snapshots, channel, codes, snr_db):
         wanted = count[rows] if isinstance(count, Tensor) else count

@@ -6,6 +6,7 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K atoms.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,20 +19,33 @@ from ris_fast.models.simultaneous_pursuit import SimultaneousFeatures, features_
 
 @torch.no_grad()
 def pursuit_sources(
-    task: Task, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor, atoms: int
+    task: Task,
+    snapshots: Tensor,
+    channel: Tensor,
+    codes: Tensor,
+    snr_db: Tensor,
+    atoms: int = 0,
+    count: Tensor | Literal["order"] | None = None,
 ) -> Sources:
-    """The `atoms` sources that the pursuit finds in each scene, as many in every scene, strongest first.
+    """The atoms that the pursuit finds in each scene, strongest first.
 
-    Args: snapshots (B, L, M, 2), channel (B, M, N, 2), codes ([B,] L, N, 2), snr_db (B,).
+    Args: snapshots (B, L, M, 2), channel (B, M, N, 2), codes ([B,] L, N, 2), snr_db (B,); atoms: how many it looks for;
+            0: one more than the task has sources;
+        count: sources a scene, (B,), taken in the order of their worth; "order": as many as the pursuit answers with;
+            None: all atoms.
     Returns: powers are shares of a scene that sum to one. Float32 inside, whatever is given.
     """
-    module = _features(task, atoms, snapshots.device)
+    module = _features(task, atoms or task.max_sources + 1, snapshots.device)
     features = module(*(each.float() for each in (snapshots, channel, codes, snr_db)))
-    low, high = module.low, module.high
+    low, high, atoms = module.low, module.high, module.atoms
     position = features.inputs[:, : 3 * atoms].unflatten(1, (atoms, 3)) * ((high - low) / 2) + (high + low) / 2
-    power = module.sources(features).square().sum((1, 3))
+    if count is None:
+        count = torch.full((len(snapshots),), atoms, device=position.device)
+    elif isinstance(count, str):
+        count = module.order(features)
+    kept = torch.arange(atoms, device=position.device) < count[:, None]
+    power = module.atom_columns(features).square().sum((1, 3)) * kept
     total = power.sum(1, keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
-    count = torch.full((len(snapshots),), atoms, device=power.device)
     return Sources.of_cosines(position.to(snapshots.dtype), (power / total).to(snapshots.dtype), count)
 
 

@@ -1,4 +1,4 @@
-"""Source positions, powers and their number from covariance factors, and from a pursuit's atoms.
+"""Source positions, powers and their number from covariance factors.
 
 Legend: B batch, N RIS elements, Q factor columns, K sources (padded).
 """
@@ -12,14 +12,12 @@ from torch import Tensor
 
 from ris_fast.config.schema import Task
 from ris_fast.kernels.values import readable
-from ris_fast.localize.count import SHARE, count_sources
+from ris_fast.localize.count import count_sources
 from ris_fast.localize.manifold import Manifold
 from ris_fast.localize.search import find_positions
 from ris_fast.localize.sources import Sources
 from ris_fast.localize.spectrum import LOADING, check_factor, decompose, signal_basis, signal_factor
-from ris_fast.models.features import Features, SceneFeatures
 from ris_fast.physics.non_negative import non_negative_least_squares
-from ris_fast.physics.real_complex import power as power_of
 
 BLOCK = 64  # scenes that a CPU takes at once: their tensors stay in its caches
 
@@ -75,26 +73,6 @@ def source_powers(manifold: Manifold, position: Tensor, factor: Tensor, count: T
     steer = manifold.steer(position) * there[..., None]
     gram = (steer.conj() @ steer.mT).abs().square()
     return non_negative_least_squares(gram, (steer.conj() @ factor).abs().square().sum(2))
-
-
-def from_atoms(features: SceneFeatures, found: Features, count: Tensor | None = None, share: float = SHARE) -> Sources:
-    """The sources that a pursuit found, without a network.
-
-    Model: an atom's position is its first three inputs, scaled by the box; its power |s|^2, the squared norm of its
-        column s a in the basis. The strongest count first.
-    Args: features: the pursuit of the task (`ris_fast.models.simultaneous_pursuit.features_for`); found: what it gave;
-        count (B,) int64: sources a scene; None: every atom with more than `share` of the scene's power.
-    Returns: `Sources` with a row for each atom. The powers of a scene sum to one over all its atoms.
-    """
-    atoms = features.atoms
-    inputs = found.inputs[:, : 3 * atoms].unflatten(1, (atoms, 3)).double()
-    low, high = features.low.double(), features.high.double()
-    power = power_of(features.sources(found).double()).sum(1)
-    power = power / power.sum(1, keepdim=True).clamp_min(1e-300)
-    usable = power.isfinite().all(1) & inputs.isfinite().all(2).all(1)
-    inputs, power = torch.where(usable[:, None, None], inputs, 0.0), torch.where(usable[:, None], power, 0.0)
-    number = (power > share).sum(1) if count is None else count.clamp(0, atoms) * usable
-    return Sources.of_cosines((high + low) / 2 + inputs * (high - low) / 2, power, number)
 
 
 def _given_count(count: Tensor | int, factor: Tensor, most: int) -> Tensor:

@@ -35,7 +35,7 @@ def estimate_snr(task: Task, snapshots: Tensor, channel: Tensor, codes: Tensor) 
         5 dB, where sigma^2 itself is known no better; at -5 dB it reads 0.3 dB low, for sources too weak to be found.
     """
     snr_db = snapshots.new_full((len(snapshots),), WORKING_SNR_DB)
-    start = pursuit_sources(task, snapshots, channel, codes, snr_db, task.max_sources + 1)
+    start = pursuit_sources(task, snapshots, channel, codes, snr_db)
     parts = []
     for rows, measurement in measurements(task, snapshots, channel, codes, snr_db):
         point = descend(measurement, measurement.start(start.take(rows)), STEPS)

@@ -76,9 +76,12 @@ def _one_by_one(work: Callable[..., Any], chunks: Iterable[tuple[Any, ...]]) -> 
     return [work(*chunk) for chunk in chunks]
 
 
-def features_for(task: Task, stages: int) -> PursuitFeatures | SimultaneousFeatures:
-    """The pursuit that fits the symbols of a task."""
-    return (PursuitFeatures if task.symbols == "static" else SimultaneousFeatures)(task, stages)
+def features_for(task: Task, atoms: int = 0) -> PursuitFeatures | SimultaneousFeatures:
+    """The pursuit that fits the symbols of a task. atoms: 0 for K_max where they change from snapshot to snapshot, and
+    one more where they are static, so that there is a choice."""
+    if task.symbols == "static":
+        return PursuitFeatures(task, atoms or task.max_sources + 1)
+    return SimultaneousFeatures(task, atoms or task.max_sources)
 
 
 class SimultaneousPursuit:

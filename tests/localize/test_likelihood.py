@@ -25,7 +25,7 @@ def refined(task: Task, scenes: Scenes, start: Sources, **options: object) -> Es
 
 def found(task: Task, scenes: Scenes, count: str | Tensor = "mdl") -> Estimate:
     given = scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db
-    return refine(task, *given, pursuit_sources(task, *given, task.max_sources + 1), count=count)
+    return refine(task, *given, pursuit_sources(task, *given), count=count)
 
 
 @pytest.mark.parametrize("symbols", ["static", "per_snapshot"])

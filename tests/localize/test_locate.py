@@ -9,10 +9,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from ris_fast.config.schema import Task
-from ris_fast.localize.locate import from_atoms, locate
+from ris_fast.localize.locate import locate
 from ris_fast.localize.sources import Sources
-from ris_fast.models.features import Features
-from ris_fast.models.simultaneous_pursuit import features_for
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes, simulate
@@ -156,21 +154,3 @@ def test_locate_finds_no_more_sources_than_the_rank() -> None:
 def test_locate_names_a_wrong_count(count: object, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         locate(torch.ones(3, 144, 2, 2), Task(), count=count)
-
-
-@pytest.mark.parametrize("symbols", ("static", "per_snapshot"))
-def test_from_atoms_gives_the_sources_of_the_pursuit(symbols: str) -> None:
-    """At 40 dB a lone source is the first atom: its place, its power, whatever the number of atoms."""
-    task = Task(symbols=symbols, snr_min_db=40, snr_max_db=40)
-    scenes = scenes_with(task, 1, 8)
-    features = features_for(task, 2)
-    found = features(scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db)
-    sources = from_atoms(features, found, scenes.count)
-    assert (errors(sources, scenes).amax(0) < torch.tensor([0.5, 0.5, 0.5])).all()
-    assert (sources.power[:, 0] > 0.9).all() and (sources.power[:, 1] == 0).all()
-    every = from_atoms(features, found, share=0.0)
-    torch.testing.assert_close(every.power.sum(1), torch.ones(8, dtype=torch.float64))
-    columns = features.sources(found).double().square().sum((1, 3)).sort(descending=True)[0]
-    torch.testing.assert_close(every.power, columns / columns.sum(1, keepdim=True))
-    broken = Features(found.inputs * torch.nan, found.basis)
-    assert (from_atoms(features, broken).count == 0).all()
