@@ -33,12 +33,13 @@ def pursuit_sources(
             0: one more than the task has sources;
         count: sources a scene, (B,), taken in the order of their worth; "order": as many as the pursuit answers with;
             None: all atoms.
-    Returns: powers are shares of a scene that sum to one. Float32 inside, whatever is given.
+    Returns: a row for each atom, or of each source that the task can have where `count` is given; powers are shares of a scene that sum to one. Float32 inside, whatever is given.
     """
     module = _features(task, atoms or task.max_sources + 1, snapshots.device)
     features = module(*(each.float() for each in (snapshots, channel, codes, snr_db)))
     low, high, atoms = module.low, module.high, module.atoms
     position = features.inputs[:, : 3 * atoms].unflatten(1, (atoms, 3)) * ((high - low) / 2) + (high + low) / 2
+    most = None if count is None else task.max_sources
     if count is None:
         count = torch.full((len(snapshots),), atoms, device=position.device)
     elif isinstance(count, str):
@@ -46,7 +47,8 @@ def pursuit_sources(
     kept = torch.arange(atoms, device=position.device) < count[:, None]
     power = module.atom_columns(features).square().sum((1, 3)) * kept
     total = power.sum(1, keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
-    return Sources.of_cosines(position.to(snapshots.dtype), (power / total).to(snapshots.dtype), count)
+    found = Sources.of_cosines(position.to(snapshots.dtype), (power / total).to(snapshots.dtype), count)
+    return found if most is None else Sources(*(each[:, :most] for each in found[:4]), found.count)
 
 
 @lru_cache(maxsize=8)
