@@ -33,7 +33,8 @@ def pursuit_sources(
             0: one more than the task has sources;
         count: sources a scene, (B,), taken in the order of their worth; "order": as many as the pursuit answers with;
             None: all atoms.
-    Returns: a row for each atom, or of each source that the task can have where `count` is given; powers are shares of a scene that sum to one. Float32 inside, whatever is given.
+    Returns: a row for each atom, or for each source that the task can have where `count` is given; powers are shares of
+        a scene that sum to one. Float32 inside, whatever is given.
     """
     module = _features(task, atoms or task.max_sources + 1, snapshots.device)
     features = module(*(each.float() for each in (snapshots, channel, codes, snr_db)))
