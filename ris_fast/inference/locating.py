@@ -19,7 +19,7 @@ from ris_fast.localize.order import CRITERIA
 from ris_fast.localize.sources import Sources
 
 METHODS = ("likelihood", "music", "mvdr", "pursuit")
-STEPS = 2  # of Gauss-Newton before sources are removed: starts are near
+STEPS = 1  # of Gauss-Newton before sources are removed: starts are near
 NEED_MEASUREMENT = ("likelihood", "pursuit")
 
 
@@ -77,7 +77,7 @@ def locate_sources(
         near = pursuit_sources(task, *inputs, task.max_sources) if atoms else _peaks(task, factor, "music", given)
         found = refine(task, *inputs, near, count=count, steps=STEPS)
     else:
-        found = refine(task, *inputs, _start(task, factor, inputs, method, count), steps=0)
+        found = refine(task, *inputs, _start(task, factor, inputs, method, count), steps=0, range_prior=False)
     chance = found.count_probability if isinstance(count, str) else None
     return Located.of(
         factor, found.sources, deviations=found.deviations, count_probability=chance, snr_db=measured.snr_db
