@@ -26,6 +26,8 @@ def evidence(measurement: Measurement, point: Point) -> Tensor:
         -log p(y | k) = -log p(y | positions) - log p(positions) + 1/2 log det((F + W) / 2 pi) - log k!,
         F their Fisher information and W = 12 / width^2 the precision of a uniform prior, for what the measurement does
         not say; k! orders of the sources are one answer.
+    Numerics: too sure of itself, as the best positions and q are all it looks at: with three sources at 5 to 15 dB a
+        number that is given 0.99 on average is right in 0.90 of the scenes.
     Source: MacKay, "Bayesian interpolation", Neural Computation 4 (1992) 415-447.
     """
     task, search, there = measurement.task, measurement.search, point.active

@@ -103,27 +103,25 @@ def estimate(measurement: Measurement, point: Point, probability: Tensor, range_
     """Sorted by power and in the units of the scenes."""
     covariance = measurement.covariance(point)
     power, deviations = measurement.power(point), measurement.deviations(point, covariance)
+    position = point.position
+    if range_prior:
+        ranges, spread = _posterior_ranges(measurement, point, covariance)
+        position = torch.cat((position[..., :2], 1.0 / ranges[..., None]), dim=2)
+        deviations = deviations._replace(range_m=torch.where(point.active, spread, 0.0))
     key = torch.where(point.active, power, -1.0)
     order = key.argsort(dim=1, descending=True, stable=True)
-    position = point.position.gather(1, order[..., None].expand(-1, -1, 3))
+    position = position.gather(1, order[..., None].expand(-1, -1, 3))
     sources = Sources.of_cosines(position, power.gather(1, order), point.active.sum(1))
     deviations = Deviations(*(each.gather(1, order) for each in deviations))
-    if range_prior:
-        inverse = measurement.newton(point, covariance)[..., 2].gather(1, order)
-        sources, deviations = _with_range_prior(measurement.task, sources, deviations, inverse)
     return Estimate(sources, deviations, point.cost * measurement.cost_unit, probability)
 
 
-def _with_range_prior(
-    task: Task, sources: Sources, deviations: Deviations, inverse: Tensor
-) -> tuple[Sources, Deviations]:
-    """The same with posterior ranges; inverse (B, K): 1/range where the likelihood would be largest, box or not."""
-    there, at = sources.active, sources.cosines()[..., 2]
-    spread = torch.where(there, deviations.range_m * at.square(), 1.0)
-    inverse = torch.where(there, inverse, 1.0 / task.range_max_m)
-    median, deviation = range_posterior(inverse, spread, task.range_min_m, task.range_max_m)
-    ranges, spreads = (torch.where(there, each, 0.0) for each in (median, deviation))
-    return sources._replace(range_m=ranges), deviations._replace(range_m=spreads)
+def _posterior_ranges(measurement: Measurement, point: Point, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Medians and deviations of ranges, (B, K) each, everything else in the likelihood at its best."""
+    task, scale = measurement.task, measurement.search.scale[2]
+    deviation = torch.diagonal(covariance, dim1=1, dim2=2)[:, 2::3].clamp_min(0).sqrt() / scale
+    inverse = measurement.newton(point, covariance)[..., 2]
+    return range_posterior(inverse, deviation, task.range_min_m, task.range_max_m)
 
 
 def joined(parts: Sequence[Any]) -> Any:
