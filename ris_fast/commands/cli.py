@@ -322,10 +322,10 @@ def predict(
     scenes
         Predict the first this many scenes; all by default.
     method
-        likelihood (default): maximum likelihood on the measurement; music or mvdr: the spectrum of the covariance;
-        pursuit: the atoms of the matching pursuit.
+        likelihood (default): maximum likelihood on the measurement, ranges from their posterior in the task's limits;
+        music or mvdr: the spectrum of the covariance; pursuit: the atoms of the matching pursuit.
     count
-        Sources in a scene: a number; mdl (default) or aic, by likelihood; network, as the network says.
+        Sources in a scene: a number; mdl (default), aic or evidence, by likelihood; network, as the network says.
     no_factor
         Leave the factors of the covariances out of the file.
     config

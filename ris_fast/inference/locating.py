@@ -19,7 +19,7 @@ from ris_fast.localize.order import CRITERIA
 from ris_fast.localize.sources import Sources
 
 METHODS = ("likelihood", "music", "mvdr", "pursuit")
-STEPS = 2  # of Gauss-Newton before sources are removed: starts are near
+STEPS = 1  # of Gauss-Newton before sources are removed: starts are near
 NEED_MEASUREMENT = ("likelihood", "pursuit")
 
 
@@ -36,7 +36,7 @@ def choose_method(method: str | None, measured: bool) -> str:
 
 
 def choose_count(count: int | str | Tensor | None, method: str, task: Task) -> int | str | Tensor | None:
-    """The number of sources, checked: a number, one a scene, 'mdl', 'aic', 'network', or the method's own. Raises:
+    """The number of sources, checked: a number, one a scene, one of `CRITERIA`, 'network', or the method's own. Raises:
     ConfigError."""
     if count is None:
         return "mdl" if method == "likelihood" else None
@@ -61,11 +61,11 @@ def locate_sources(
     """The sources of covariances F F^H; where the channel is known, with powers in the units of the measurement.
 
     Model: 'likelihood' starts from the peaks of the factor's spectrum or the atoms of a pursuit, brings down
-        |y - G A s|^2, and keeps as many sources as the description length pays for; the other methods leave the
-        positions where they are.
+        |y - G A s|^2, keeps as many sources as the description length pays for, and takes the posterior medians of
+        their ranges; the other methods leave the positions where they are.
     Args: factor (B, N, Q, 2); measured: of the same scenes, see `with_snr`; method: one of `METHODS`; count: a number,
-        (B,), 'mdl', 'aic', or None for as many as the factor has; atoms: start from the pursuit, as a network that is
-        fed by one does.
+        (B,), one of `CRITERIA`, or None for as many as the factor has; atoms: start from the pursuit, as a network
+        that is fed by one does.
     """
     count = torch.full(factor.shape[:1], count, device=factor.device) if isinstance(count, int) else count
     if measured is None or measured.channel is None:
@@ -77,7 +77,7 @@ def locate_sources(
         near = pursuit_sources(task, *inputs) if atoms else _peaks(task, factor, "music", given)
         found = refine(task, *inputs, near, count=count, steps=STEPS)
     else:
-        found = refine(task, *inputs, _start(task, factor, inputs, method, count), steps=0)
+        found = refine(task, *inputs, _start(task, factor, inputs, method, count), steps=0, range_prior=False)
     chance = found.count_probability if isinstance(count, str) else None
     return Located.of(
         factor, found.sources, deviations=found.deviations, count_probability=chance, snr_db=measured.snr_db

@@ -72,11 +72,12 @@ class Predictor:
         Args: snapshots (B, L, M), channel (B, M, N), codes (L, N) or (B, L, N): tensors or numpy arrays, complex or
                 real pairs (..., 2), of any precision; snr_db: (B,) or one number, None and NaN where it is not known,
                 and estimated then.
-            count: sources a scene, a number or (B,); 'mdl' or 'aic' by likelihood, 'network' as the network says; by
-                default MDL with a likelihood, else as many as the factor has.
+            count: sources a scene, a number or (B,); 'mdl', 'aic' or 'evidence' by likelihood, 'network' as the network
+                says; by default MDL with a likelihood, else as many as the factor has.
             method: 'likelihood' (default): maximum likelihood on the measurement, from the atoms of the network's own
-                pursuit or, where it has none, the peaks of its factor's spectrum; 'music', 'mvdr': these peaks;
-                'pursuit': the atoms of a matching pursuit.
+                pursuit or, where it has none, the peaks of its factor's spectrum, and ranges as medians of their
+                posterior in the task's limits; 'music', 'mvdr': these peaks; 'pursuit': the atoms of a matching
+                pursuit.
             progress: called with (scenes done, scenes in all).
         Returns: `Located`, on the network's device.
         Raises: TypeError or ValueError that names the array, what it is and what is expected; ConfigError for a method

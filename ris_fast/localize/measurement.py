@@ -65,6 +65,7 @@ class Measurement:
 
     def __init__(self, task: Task, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> None:
         batch, length, antennas, _ = snapshots.shape
+        self.task = task
         self.sets = 1 if task.symbols == "static" else length
         self.search = search_of(task, snapshots)
         units = power_of_two(snapshots), power_of_two(channel)
@@ -163,15 +164,24 @@ class Measurement:
         squares = torch.view_as_real(point.amplitude).square().sum(3).mean(1)
         return torch.where(point.active, squares - added, 0.0).clamp_min(NOTHING)
 
-    def deviations(self, point: Point) -> Deviations:
-        """Standard deviations by the inverse of the Fisher information, 2 / sigma^2 times `information` and so on."""
-        covariance = self._covariance(point)
+    def fall(self, point: Point) -> Tensor:
+        """By how much the next step is expected to bring down the cost, at least: (B,)."""
+        move = self.inside(point.position + self.step(point)) - point.position
+        return ((move * self.search.scale).flatten(1) * point.slope).sum(1).clamp_min(0)
+
+    def newton(self, point: Point, covariance: Tensor) -> Tensor:
+        """Where an undamped step leads, inside the box or not: (B, K, 3)."""
+        move = (covariance @ point.slope[..., None])[..., 0] * (2 / self.noise)[:, None]
+        return point.position + move.unflatten(1, (-1, 3)) / self.search.scale
+
+    def deviations(self, point: Point, covariance: Tensor) -> Deviations:
+        """Standard deviations by the inverse of the Fisher information, `covariance` and so on."""
         geometry = position_deviations(point.position, covariance, self.search.scale)
         power = self._power_variance(point, covariance).clamp_min(0).sqrt() * self.power_unit[:, None]
         return Deviations(*(torch.where(point.active, each, 0.0) for each in (*geometry, power)))
 
-    def _covariance(self, point: Point) -> Tensor:
-        """Of the scaled positions: (B, 3K, 3K)."""
+    def covariance(self, point: Point) -> Tensor:
+        """Of the scaled positions, the inverse of 2 / sigma^2 times `information`: (B, 3K, 3K)."""
         size = point.slope.shape[1]
         unit = torch.eye(size, device=point.slope.device, dtype=point.slope.dtype)
         ridge = torch.where(point.active, 0.0, 1.0).repeat_interleave(3, dim=1).T

@@ -85,7 +85,7 @@ def lmmse(task: Task, scenes: Scenes) -> Answer:
 def omp(task: Task, scenes: Scenes) -> Answer:
     """Orthogonal matching pursuit on a grid, refined by likelihood, the number of sources by MDL."""
     given = scenes.snapshots, scenes.channel, scenes.codes, scenes.snr_db
-    sources = refine(task, *given, pursuit_sources(task, *given), count="mdl").sources
+    sources = refine(task, *given, pursuit_sources(task, *given), count="mdl", range_prior=False).sources
     return Answer(factor_of(task, sources), sources)
 
 

@@ -1,6 +1,6 @@
 """The number of sources of a scene by description length, from more candidates than it can have.
 
-Legend: B batch, L snapshots, M base-station antennas, K sources (padded), S sets of symbols.
+Legend: B batch, L snapshots, M base-station antennas, K sources (padded).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from ris_fast.kernels.pursuit.search import TANGENTS
 from ris_fast.localize.descent import descend
+from ris_fast.localize.evidence import evidence, gaussian_symbols
 from ris_fast.localize.measurement import Measurement, Point
 
-CRITERIA = ("mdl", "aic")
+CRITERIA = ("mdl", "aic", "evidence")
 PARAMETERS = 4  # of a source: three of its position, and its power
 
 
@@ -41,12 +41,15 @@ def pruned(measurement: Measurement, point: Point, count: str | Tensor, largest:
 
 
 def fewer_and_fewer(measurement: Measurement, point: Point, largest: int) -> Iterator[Point]:
-    """Points with at most `largest` sources, with one fewer, and so on down to one, each refined from the last."""
+    """Points with at most `largest` sources, with one fewer, and so on down to one, at positions that stay as they are.
+
+    The cost of each is what it would be after a step from there: found without another look at the measurement.
+    """
     for slots in range(point.active.shape[1], 0, -1):
         if slots < point.active.shape[1]:
-            point = descend(measurement, without_weakest(measurement, point, point.active.sum(1) > slots, slots), 1)
+            point = without_weakest(measurement, point, point.active.sum(1) > slots, slots)
         if slots <= largest:
-            yield point
+            yield point._replace(cost=(point.cost - measurement.fall(point)).clamp_min(0))
 
 
 def _rank(length: Tensor, k: Tensor, count: str | Tensor) -> Tensor:
@@ -57,25 +60,13 @@ def _rank(length: Tensor, k: Tensor, count: str | Tensor) -> Tensor:
 def description(measurement: Measurement, point: Point, count: str | Tensor) -> Tensor:
     """Description length of a scene's sources in nats, (B,), up to a constant of the scene; MDL if the number is given.
 
-    Model: -log p(y) where the symbols are circular Gaussian draws of the powers p found, y_s ~ CN(0, B_s diag(p) B_s^H
-        + sigma^2 I), plus what the parameters cost. Everything in it is a matrix of sources by sources: with s' the
-        mean of the symbols given y, y^H R^-1 y = |y - B s'|^2 / sigma^2 + s'^H diag(p)^-1 s'.
+    Model: -log p(y) of symbols drawn with the powers found, plus what the parameters cost; or the negative logarithm of
+        the evidence.
     """
-    steer, s, noise = (each.to(torch.complex128) for each in (point.steer, point.amplitude, measurement.noise))
-    root = measurement.mean_square(point).double().sqrt()[:, None]
-    unit = torch.eye(root.shape[2], dtype=steer.dtype, device=steer.device)
-    inner = root[..., None] * steer * root[..., None, :] + noise[:, None, None, None] * unit  # sigma^2 I + P' B^H B P'
-    factor, _ = torch.linalg.cholesky_ex(inner)
-    moment = root * point.moment[..., ::TANGENTS]
-    drawn = torch.cholesky_solve(moment[..., None], factor)[..., 0]  # s' / sqrt(p)
-    apart = s - root * drawn
-    misfit = (apart.conj() * (2.0 * measurement.ridge[:, None, None] * s + (steer @ apart[..., None])[..., 0])).real
-    spread = (
-        2.0 * torch.diagonal(factor, dim1=-2, dim2=-1).real.log().sum((1, 2))
-        - s.shape[1] * s.shape[2] * noise.real.log()
-    )
-    fit = (point.cost + misfit.sum((1, 2))) / measurement.noise + drawn.abs().square().sum((1, 2))
-    return (fit + spread).to(point.cost.dtype) + point.active.sum(1) * penalty(measurement, count)
+    if isinstance(count, str) and count == "evidence":
+        return evidence(measurement, point)
+    found = gaussian_symbols(measurement, point, measurement.mean_square(point))
+    return found + point.active.sum(1) * penalty(measurement, count)
 
 
 def penalty(measurement: Measurement, count: str | Tensor) -> float:

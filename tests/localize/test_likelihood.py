@@ -114,6 +114,21 @@ def test_numbers_that_say_nothing_make_no_fault() -> None:
     assert found(task, scenes[:0]).sources.power.shape == (0, 5)
 
 
+def test_posterior_ranges_are_nearer_and_the_rest_is_as_without() -> None:
+    task = Task(max_sources=1, snr_min_db=-5.0, snr_max_db=-5.0)
+    scenes, true = scenes_of(task, 300)
+    with_prior, without = (refined(task, scenes, true, range_prior=prior) for prior in (True, False))
+    for name in ("azimuth", "elevation", "power", "count"):
+        torch.testing.assert_close(getattr(with_prior.sources, name), getattr(without.sources, name))
+    torch.testing.assert_close(with_prior.cost, without.cost)
+    found = with_prior.sources.range_m
+    assert found.min() >= 0.5 and found.max() <= 10.0
+    assert with_prior.deviations.range_m.max() < 9.5 / 2
+    errors = [(each.sources.range_m - true.range_m).square().mean() for each in (with_prior, without)]
+    assert errors[0] < 0.95 * errors[1]
+    assert 0.8 < errors[0] / with_prior.deviations.range_m.square().mean() < 1.25
+
+
 def test_criterion_is_named() -> None:
     task = Task()
     scenes, true = scenes_of(task, 2)

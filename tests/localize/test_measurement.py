@@ -7,6 +7,7 @@ import torch
 
 from ris_fast.config.schema import Task
 from ris_fast.kernels.pursuit.search import TANGENTS
+from ris_fast.localize.descent import descend
 from ris_fast.localize.measurement import Measurement, Point
 from ris_fast.localize.order import PARAMETERS, description
 from ris_fast.localize.sources import Sources
@@ -97,3 +98,25 @@ def test_left_over_is_what_the_sources_do_not_explain() -> None:
     seen = (torch.complex(real, imag).mH @ field[..., None])[..., 0]  # zero at least squares, but for the ridge
     expected = measurement.ridge[:, None] * point.amplitude[:, 0]
     torch.testing.assert_close(seen[point.active], expected[point.active], atol=1e-9, rtol=1e-6)
+
+
+def test_the_fall_is_that_of_the_next_step() -> None:
+    measurement, point = measured()
+    point = descend(measurement, point, 30)
+    off = measurement.at(measurement.inside(point.position + 1e-3), point.active)
+    position = measurement.inside(off.position + measurement.step(off))
+    fall, real = measurement.fall(off), off.objective - measurement.at(position, off.active).objective
+    clear = fall > 1e-6
+    assert clear.sum() > 8
+    assert ((real / fall)[clear] > 0.8).all() and ((real / fall)[clear] < 2.0).all()
+
+
+def test_an_undamped_step_leads_back_where_the_measurement_says_where() -> None:
+    measurement, point = measured()
+    symbols = torch.randn(point.amplitude.shape, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    measurement.y = torch.view_as_real((steered(measurement, point) @ symbols[..., None])[..., 0])
+    measurement.energy = measurement.y.square().sum((1, 2, 3))
+    measurement.ridge = torch.full_like(measurement.ridge, 1e-12)
+    off = measurement.at(point.position + 1e-4, point.active)
+    back = measurement.newton(off, measurement.covariance(off)) - point.position
+    assert back[point.active].abs().median() < 1e-6
