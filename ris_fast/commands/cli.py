@@ -223,7 +223,7 @@ def evaluate(
     method
         How sources are found: likelihood (default), music, mvdr or pursuit, as `predict` does.
     count
-        Sources in a scene: mdl (default), aic, network or a number.
+        Sources in a scene: mdl (default), aic, evidence, network or a number.
     no_positions
         NMSE only.
     opponents

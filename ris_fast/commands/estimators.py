@@ -54,6 +54,7 @@ def method_words(method: str, count: int | str | None) -> str:
     """How positions are found, for a person."""
     words = {
         "mdl": "counted by MDL",
+        "evidence": "counted by the evidence",
         "aic": "counted by AIC",
         "network": "counted by the network",
         None: "as many as it has",

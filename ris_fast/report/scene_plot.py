@@ -30,6 +30,12 @@ class Example(NamedTuple):
     found: Sources
 
 
+def _around(low: float, high: float) -> tuple[float, float]:
+    """The ticks next below and next above, so that at least two are shown."""
+    below, above = [each for each in TICKS_M if each < low], [each for each in TICKS_M if each > high]
+    return (below or [low])[-1], (above or [high])[0]
+
+
 def scene_figure(example: Example) -> Figure:
     """The spectrum over azimuth and elevation, the highest over range, and the sources over azimuth and range."""
     from matplotlib.patheffects import withStroke
@@ -59,9 +65,9 @@ def scene_figure(example: Example) -> Figure:
     right.set_ylabel("range in metres", color=INK)
     right.set_xlim(left.get_xlim())
     right.set_yscale("log")
-    low, high = right.get_ylim()
-    right.set_ylim(low / 1.3, high * 1.3)
-    right.set_yticks([each for each in TICKS_M if low / 1.3 <= each <= high * 1.3])
+    low, high = _around(*right.get_ylim())
+    right.set_ylim(low / 1.1, high * 1.1)
+    right.set_yticks([each for each in TICKS_M if low <= each <= high])
     right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     right.yaxis.set_minor_formatter(lambda value, _: "")
     right.grid(True, color=GRID, lw=0.7)
