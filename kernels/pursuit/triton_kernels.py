@@ -11,15 +11,18 @@ each of 3 more    the same two      of the doubtful scenes alone; with the last 
 once              step_kernel       every lower order
                   inputs_kernel, basis_kernel                                                         (triton_answer.py)
 
-Which scenes are doubtful and which steps they need, a program decides for its scene: the host launches a fixed sequence.
+Which scenes are doubtful and which steps they need, a program decides for its scene; the host launches a fixed
+sequence.
 
-Layouts: gram (B, N, 2N) [Re P | -Im P]; moment, residual (B, N, 2) pairs; a scene's state in triton_step.py.
+Layouts: gram (B, N, 2N) [Re P | -Im P]; moment, residual (B, N, 2) pairs; a scene's state in triton_state.py.
 A size that is 1 is a constant to Triton, not a tensor: what must be a float comes as one.
 float32 throughout. Every scene has its own bits but for the product with the dictionary, whose order of summation may
 depend on the batch.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import triton
@@ -29,8 +32,8 @@ from . import reference
 from .search import EXTRA
 from .triton_answer import basis_kernel, inputs_kernel
 from .triton_normal import gram_kernel, scene_kernel
-from .triton_search import pick_kernel, residual_kernel, search_by, search_kernel
-from .triton_solve import UNKNOWNS, T
+from .triton_search import add_by_dictionary, add_by_factors, pick_kernel, residual_kernel, search_kernel
+from .triton_state import UNKNOWNS, T, state_size
 from .triton_step import POLISH, step_kernel
 
 SIDE = 32  # of a tile of P
@@ -53,7 +56,7 @@ def step_sizes(atoms: int, elements: int) -> dict[str, int]:
     """Tile, lanes and warps of a step: a warp a scene, so that its sums need no barrier, until registers run out."""
     size = max(triton.next_power_of_2(int(UNKNOWNS) * atoms + 1), 16)
     wide = triton.next_power_of_2(elements)
-    warps = max(WARPS if size > 32 else 1, min(wide // 256, 2 * WARPS))
+    warps = max(2 * WARPS if size > 32 else 2, min(wide // 256, 2 * WARPS))
     return {"SIZE": size, "LANES": min(wide, 128 * warps), "num_warps": warps}
 
 
@@ -78,47 +81,32 @@ def pursuit_features(
     x, y_axis, bend, scale, low, high, trust, grid, dictionary, along_x, along_y = constants
     (batch, length, antennas, _), elements = y.shape, h.shape[2]
     slots, early = stages + EXTRA, stages * (stages - 1) // 2
-    columns = int(T) * slots
     new, power = y.new_empty, triton.next_power_of_2
     inputs, basis = new((batch, reference.width(stages))), new((batch, elements, 2 * reference.rank(stages)))
     if batch == 0:
         return inputs, basis
     levels, moment, normal = new((batch, 2)), new((batch, elements, 2)), new((batch, elements, 2 * elements))
-    base, offset, change, fit = (new((batch, slots, size)) for size in (3, 3, int(UNKNOWNS), 2 * int(T)))
-    fresh, live, doubtful = (new((batch, size), dtype=torch.int32) for size in (slots, slots, 1))
-    inverse, cost, log_det = (new((batch, slots)) for _ in range(3))
-    positions, amplitudes, overlap = (new((batch, size, slots, slots)) for size in (3, 2, 2))
-    found, image = (new((batch, columns, 2 * elements)) for _ in range(2))
-    gram, inner, curvature = new((batch, 4, columns, columns)), new((batch, 4, columns)), new((batch, columns))
-    array, spherical, norm = (x, y_axis, bend, scale), bool(wavenumber), elements**-0.5
+    found, image = (new((batch, int(T) * slots, 2 * elements)) for _ in range(2))
+    state, flags = new((batch, state_size(slots))), new((batch, 2 * slots + 1), dtype=torch.int32)
+    task = torch.cat((scale, low, high, trust, x, y_axis, bend))
+    spherical, norm = bool(wavenumber), elements**-0.5
     stride, energy = 2 * length * elements if c.dim() == 4 else 0, float(length * antennas)
-    tiles, state = triton.cdiv(elements, SIDE), (base, offset, fresh, live)
-    search = search_by(state, doubtful, moment, image, fit, grid, along_x, along_y, dictionary, factored)
+    tiles, sizes = triton.cdiv(elements, SIDE), {"STAGES": stages, "A": slots}
+    if factored:
+        add = partial(add_by_factors, state, flags, moment, image, grid, along_x, along_y, slots)
+    else:
+        add = partial(add_by_dictionary, state, flags, moment, image, grid, dictionary, slots)
 
     def step(atoms: int, last: int, steps: int, retry: int) -> None:
         step_kernel[(batch,)](
-            *state,
-            fit,
-            change,
-            inverse,
-            positions,
-            amplitudes,
-            cost,
-            log_det,
-            curvature,
-            overlap,
-            doubtful,
+            state,
+            flags,
             found,
             image,
-            gram,
-            inner,
             normal,
             moment,
             snr_db,
-            *array,
-            low,
-            high,
-            trust,
+            task,
             atoms,
             last,
             steps,
@@ -127,8 +115,7 @@ def pursuit_features(
             energy,
             norm,
             wavenumber,
-            STAGES=stages,
-            SLOTS=slots,
+            **sizes,
             SPHERICAL=spherical,
             **step_sizes(atoms, elements),
         )
@@ -155,26 +142,18 @@ def pursuit_features(
         )
         for atoms in range(1, slots + 1):
             retry = int(atoms > stages)
-            search(atoms - 1, retry)
+            add(atoms - 1, retry)
             step(atoms, stages if atoms in (stages, slots) else atoms + 1, -1, retry)
         step(stages, 1, int(POLISH), 0)
         inputs_kernel[(batch,)](
             inputs,
-            live,
-            positions,
-            amplitudes,
-            cost,
-            log_det,
-            curvature,
-            overlap,
+            state,
+            flags,
             snr_db,
-            scale,
-            low,
-            high,
+            task,
             energy,
             inputs.shape[1],
-            STAGES=stages,
-            SLOTS=slots,
+            **sizes,
             ATOMS=power(stages),
             LANES=power(int(T) * stages),
             EARLY_LANES=power(max(early, 1)),
@@ -182,15 +161,13 @@ def pursuit_features(
         )
         basis_kernel[(batch,)](
             basis,
-            live,
-            positions,
-            amplitudes,
-            *array,
+            state,
+            flags,
+            task,
             elements,
             norm,
             wavenumber,
-            STAGES=stages,
-            SLOTS=slots,
+            **sizes,
             ATOMS=power(stages),
             SPHERICAL=spherical,
             ROWS=ROWS,

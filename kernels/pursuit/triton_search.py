@@ -1,20 +1,17 @@
 """The search of the pursuit on the GPU: what the fit leaves of b, and the grid's position that best explains it.
 
-By the factors of the grid where it has them (search_kernel), else by the dictionary: residual_kernel, a product of torch,
-pick_kernel. The position found becomes the base of a new atom. retry: 1 for the doubtful scenes alone.
+By the factors of the grid where it has them (search_kernel), else by the dictionary: residual_kernel, a product of
+torch, pick_kernel. The position found becomes the base of a new atom. retry: 1 for the doubtful scenes alone.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_solve import T
+from .triton_state import T, fit_of, flags_at, is_doubtful, live_of, offset_of, state_at
 
 LANES = 1024  # scores that a pass takes
 TILE = 16  # positions along u and v that a step of the search takes
@@ -22,15 +19,14 @@ WARPS = 4
 
 
 @triton.jit
-def residual_at(moment_ptr, image_ptr, fit_ptr, scene, n, inside, atoms, elements, SLOTS: tl.constexpr):
-    """b - P x of the fit x (B, 2, C) of the first `atoms` atoms, at elements n of any shape."""
-    COLUMNS: tl.constexpr = T * SLOTS
+def residual_at(moment_ptr, image_ptr, state_ptr, scene, n, inside, atoms, elements, A: tl.constexpr):
+    """b - P x of the last fit, of the first `atoms` atoms, at elements n of any shape."""
     at = moment_ptr + 2 * (scene * elements + n)
     re, im = tl.load(at, mask=inside, other=0.0), tl.load(at + 1, mask=inside, other=0.0)
-    image_ptr += scene * (2 * COLUMNS * elements)
-    fit_ptr += scene * (2 * COLUMNS)
+    image_ptr += scene * (2 * T * A * elements)
+    fit_ptr = fit_of(state_at(state_ptr, scene, A), A)
     for c in range(atoms * T):
-        x_re, x_im = tl.load(fit_ptr + c), tl.load(fit_ptr + COLUMNS + c)
+        x_re, x_im = tl.load(fit_ptr + c), tl.load(fit_ptr + T * A + c)
         i_re = tl.load(image_ptr + 2 * c * elements + n, mask=inside, other=0.0)
         i_im = tl.load(image_ptr + (2 * c + 1) * elements + n, mask=inside, other=0.0)
         re -= x_re * i_re - x_im * i_im
@@ -39,25 +35,22 @@ def residual_at(moment_ptr, image_ptr, fit_ptr, scene, n, inside, atoms, element
 
 
 @triton.jit
-def add_atom(base_ptr, offset_ptr, fresh_ptr, live_ptr, grid_ptr, scene, atom, found, SLOTS: tl.constexpr):
+def add_atom(state_ptr, flags_ptr, grid_ptr, scene, atom, found, A: tl.constexpr):
     """A new atom in the slot of its number, its base a position of the grid."""
-    axis, slot = tl.arange(0, 4), scene * SLOTS + atom
-    tl.store(base_ptr + 3 * slot + axis, tl.load(grid_ptr + 3 * found + axis, mask=axis < 3, other=0.0), mask=axis < 3)
-    tl.store(offset_ptr + 3 * slot + axis, tl.zeros([4], tl.float32), mask=axis < 3)
-    tl.store(fresh_ptr + slot, 1)
-    tl.store(live_ptr + slot, atom)
+    state_ptr, flags_ptr, axis = state_at(state_ptr, scene, A), flags_at(flags_ptr, scene, A), tl.arange(0, 4)
+    base = tl.load(grid_ptr + 3 * found + axis, mask=axis < 3, other=0.0)
+    tl.store(state_ptr + 3 * atom + axis, base, mask=axis < 3)
+    tl.store(offset_of(state_ptr, A) + 3 * atom + axis, tl.zeros([4], tl.float32), mask=axis < 3)
+    tl.store(flags_ptr + atom, 1)
+    tl.store(live_of(flags_ptr, A) + atom, atom)
 
 
 @triton.jit(do_not_specialize=["atom", "retry"])
 def search_kernel(
-    base_ptr,
-    offset_ptr,
-    fresh_ptr,
-    live_ptr,
-    doubtful_ptr,
+    state_ptr,
+    flags_ptr,
     moment_ptr,
     image_ptr,
-    fit_ptr,
     along_x_ptr,
     along_y_ptr,
     grid_ptr,
@@ -68,7 +61,7 @@ def search_kernel(
     positions_u,
     positions_v,
     positions_w,
-    SLOTS: tl.constexpr,
+    A: tl.constexpr,
     WIDE: tl.constexpr,
     HIGH: tl.constexpr,
     TILE: tl.constexpr,
@@ -80,8 +73,8 @@ def search_kernel(
     """
     scene, x, y, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDE), tl.arange(0, HIGH), tl.arange(0, TILE)
     n, on_array = y[:, None] * wide + x[None, :], (y < high)[:, None] & (x < wide)[None, :]
-    if (retry == 0) | (tl.load(doubtful_ptr + scene) != 0):
-        r_re, r_im = residual_at(moment_ptr, image_ptr, fit_ptr, scene, n, on_array, atom, wide * high, SLOTS)
+    if (retry == 0) | (is_doubtful(flags_ptr, scene, A)):
+        r_re, r_im = residual_at(moment_ptr, image_ptr, state_ptr, scene, n, on_array, atom, wide * high, A)
         best, index = tl.full([TILE, TILE], -1.0, tl.float32), tl.zeros([TILE, TILE], tl.int32)
         for w in range(positions_w):
             for first in range(0, positions_u, TILE):
@@ -109,7 +102,7 @@ def search_kernel(
         last = positions_u * positions_v * positions_w - 1
         top = tl.max(tl.max(best, 1), 0)
         found = tl.min(tl.min(tl.where(best == top, index, last), 1), 0)
-        add_atom(base_ptr, offset_ptr, fresh_ptr, live_ptr, grid_ptr, scene, atom, found, SLOTS)
+        add_atom(state_ptr, flags_ptr, grid_ptr, scene, atom, found, A)
 
 
 @triton.jit(do_not_specialize=["atoms", "retry"])
@@ -117,18 +110,18 @@ def residual_kernel(
     residual_ptr,
     moment_ptr,
     image_ptr,
-    fit_ptr,
-    doubtful_ptr,
+    state_ptr,
+    flags_ptr,
     atoms,
     retry,
     elements,
-    SLOTS: tl.constexpr,
+    A: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """residual (B, N, 2) = b - P x of the fit x (B, 2, C); grid (B, blocks of LANES elements)."""
     scene, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * LANES + tl.arange(0, LANES)
-    if (retry == 0) | (tl.load(doubtful_ptr + scene) != 0):
-        re, im = residual_at(moment_ptr, image_ptr, fit_ptr, scene, n, n < elements, atoms, elements, SLOTS)
+    if (retry == 0) | (is_doubtful(flags_ptr, scene, A)):
+        re, im = residual_at(moment_ptr, image_ptr, state_ptr, scene, n, n < elements, atoms, elements, A)
         at = residual_ptr + 2 * (scene * elements + n)
         tl.store(at, re, mask=n < elements)
         tl.store(at + 1, im, mask=n < elements)
@@ -136,17 +129,14 @@ def residual_kernel(
 
 @triton.jit(do_not_specialize=["atom", "retry"])
 def pick_kernel(
-    base_ptr,
-    offset_ptr,
-    fresh_ptr,
-    live_ptr,
-    doubtful_ptr,
+    state_ptr,
+    flags_ptr,
     scores_ptr,
     grid_ptr,
     atom,
     retry,
     positions,
-    SLOTS: tl.constexpr,
+    A: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """A new atom at the first position of the largest score (B, 2G) = [real | imaginary]; NaN never is.
@@ -154,7 +144,7 @@ def pick_kernel(
     Grid (B,).
     """
     scene, lane = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)
-    if (retry == 0) | (tl.load(doubtful_ptr + scene) != 0):
+    if (retry == 0) | (is_doubtful(flags_ptr, scene, A)):
         scores_ptr += scene * (2 * positions)
         best, index = tl.full([LANES], -1.0, tl.float32), tl.zeros([LANES], tl.int32)
         for start in range(0, positions, LANES):
@@ -165,39 +155,28 @@ def pick_kernel(
             better = (power > best) & (at < positions)
             best, index = tl.where(better, power, best), tl.where(better, at, index)
         found = tl.min(tl.where(best == tl.max(best, 0), index, positions - 1), 0)
-        add_atom(base_ptr, offset_ptr, fresh_ptr, live_ptr, grid_ptr, scene, atom, found, SLOTS)
+        add_atom(state_ptr, flags_ptr, grid_ptr, scene, atom, found, A)
 
 
-Where = tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor, Tensor, Tensor]  # state, doubtful, moment, image, fit, grid
-
-
-def search_by(
-    state: tuple[Tensor, ...],
-    doubtful: Tensor,
+def add_by_factors(
+    state: Tensor,
+    flags: Tensor,
     moment: Tensor,
     image: Tensor,
-    fit: Tensor,
     grid: Tensor,
     along_x: Tensor,
     along_y: Tensor,
-    dictionary: Tensor,
-    factored: bool,
-) -> Callable[[int, int], None]:
-    """A function (atom, retry) that adds an atom to the state: base, offset, fresh and live."""
-    where = (state, doubtful, moment, image, fit, grid)
-    return partial(_by_factors, where, along_x, along_y) if factored else partial(_by_dictionary, where, dictionary)
-
-
-def _by_factors(where: Where, along_x: Tensor, along_y: Tensor, atom: int, retry: int) -> None:
-    """One launch."""
-    state, doubtful, moment, image, fit, grid = where
+    slots: int,
+    atom: int,
+    retry: int,
+) -> None:
+    """Adds an atom: one launch."""
     (depths, wide, places_u, _), (_, high, places_v, _) = along_x.shape, along_y.shape
-    search_kernel[(len(fit),)](
-        *state,
-        doubtful,
+    search_kernel[(len(state),)](
+        state,
+        flags,
         moment,
         image,
-        fit,
         along_x,
         along_y,
         grid,
@@ -208,7 +187,7 @@ def _by_factors(where: Where, along_x: Tensor, along_y: Tensor, atom: int, retry
         places_u,
         places_v,
         depths,
-        SLOTS=state[0].shape[1],
+        A=slots,
         WIDE=max(triton.next_power_of_2(wide), TILE),
         HIGH=max(triton.next_power_of_2(high), TILE),
         TILE=TILE,
@@ -216,16 +195,23 @@ def _by_factors(where: Where, along_x: Tensor, along_y: Tensor, atom: int, retry
     )
 
 
-def _by_dictionary(where: Where, dictionary: Tensor, atom: int, retry: int) -> None:
-    """A product of torch between two launches; it takes every scene."""
-    state, doubtful, moment, image, fit, grid = where
-    (batch, elements, _), slots, residual = moment.shape, state[0].shape[1], moment
+def add_by_dictionary(
+    state: Tensor,
+    flags: Tensor,
+    moment: Tensor,
+    image: Tensor,
+    grid: Tensor,
+    dictionary: Tensor,
+    slots: int,
+    atom: int,
+    retry: int,
+) -> None:
+    """Adds an atom: a product of torch, which takes every scene, between two launches."""
+    (batch, elements, _), residual = moment.shape, moment
     if atom:
         residual, lanes = torch.empty_like(moment), min(LANES, triton.next_power_of_2(elements))
         residual_kernel[(batch, triton.cdiv(elements, lanes))](
-            residual, moment, image, fit, doubtful, atom, retry, elements, SLOTS=slots, LANES=lanes, num_warps=WARPS
+            residual, moment, image, state, flags, atom, retry, elements, A=slots, LANES=lanes, num_warps=WARPS
         )
     scores = residual.flatten(1) @ dictionary
-    pick_kernel[(batch,)](
-        *state, doubtful, scores, grid, atom, retry, len(grid), SLOTS=slots, LANES=LANES, num_warps=WARPS
-    )
+    pick_kernel[(batch,)](state, flags, scores, grid, atom, retry, len(grid), A=slots, LANES=LANES, num_warps=WARPS)
