@@ -1,9 +1,13 @@
-// Newtonized orthogonal matching pursuit (search.py) of a batch of scenes: network inputs and factor columns, one
-// scene at a time per thread.
+// Newtonized orthogonal matching pursuit with elimination (search.py) of a batch of scenes: network inputs and factor
+// columns, one scene at a time per thread.
+//
+// Atoms live in slots: columns, images and inner products of a slot stay where they are while other atoms come and go,
+// and are made again only when its atom gets a new base. A scene does no more steps than it needs.
 //
 // Everything of a scene stays in the thread's scratch: P = G^H G and its images in the second-level cache for small
 // arrays; for large ones G is applied through H and the codes and nothing of N x N exists. A scene goes through the
 // same operations in the same order whatever the batch and the number of threads, so its bits are its own.
+#include <algorithm>
 #include <cmath>
 
 #include "grid.hpp"
@@ -14,7 +18,8 @@ namespace RIS_NS {
 namespace pursuit {
 
 constexpr float TINY = 1e-12f;
-constexpr float NOTHING = 1e-18f;  // of search.py
+constexpr float NOTHING = 1e-18f, TINY_POWER = 1e-12f, REBASE = 0.05f, NOISE_REBASE = 0.5f, DOUBT = 1.5f;  // of search.py
+constexpr int64_t POLISH = 2, EXTRA = 3;   // of search.py
 constexpr float LEAST_DB = -40.0f, MOST_DB = 20.0f;  // WORKING_SNR_DB of reference.py, which says why
 
 struct Sizes {
@@ -24,8 +29,9 @@ struct Sizes {
     bool own_codes;  // one set of codes a scene; else one for all
     int64_t early() const { return atoms * (atoms - 1) / 2; }
     int64_t columns() const { return T * atoms; }
+    int64_t slots() const { return atoms + EXTRA; }
     int64_t rank() const { return columns() + early(); }
-    int64_t width() const { return atoms * (3 + 1 + 1 + 3 * T + 2 * atoms) + 4 * early() + 2; }
+    int64_t width() const { return atoms * (3 + 1 + 1 + 1 + T + 2 * atoms) + 4 * early() + 2; }
     int64_t received() const { return antennas * lp; }  // floats a plane of one snapshot matrix
 };
 
@@ -83,17 +89,26 @@ struct Shared {
     ~Shared() { std::free(block); }
 };
 
-// One thread's scratch.
+// One thread's scratch. Arrays of S = K + EXTRA slots, then of the atoms in the fit (compact), then of the answer.
 struct Scratch {
     const Sizes& z;
     float *planes, *gram, *received, *rest, *moment, *residual, *columns, *images, *slopes, *scores;
-    float *gram_re, *gram_im, *moment_re, *moment_im, *fit_re, *fit_im, *residual_correlation, *matrix, *ridge, *amplitude, *change;
-    float *position, *stage_positions, *stage_amplitudes, *gains, *basis;
+    float *gram_re, *gram_im, *moment_re, *moment_im, *base, *offset;                          // of slots
+    float *fit_re, *fit_im, *fit_moment_re, *fit_moment_im, *amplitude, *coefficient, *change, *correlation;  // of the fit
+    float *matrix, *ridge;
+    float *raw_positions, *raw_amplitudes, *costs, *log_det;  // of orders 1 to K, in the order of the slots
+    float *diagonal, *inner, *positions, *amplitudes, *basis;  // of the answer: positions and amplitudes of orders 1 to K, sorted
+    float* integers;
     Codes codes;
     float* block;
 
+    int64_t* live() const { return reinterpret_cast<int64_t*>(integers); }  // slots of the fit
+    int64_t* stale() const { return live() + z.slots(); }                   // whether a slot has a new base
+    int64_t* dropped() const { return stale() + z.slots(); }                // place of the atom that left order k
+    int64_t* order() const { return dropped() + z.slots(); }
+
     void cut(Cutter& c) {
-        const int64_t full = z.columns(), k = z.atoms, system = 5 * k;
+        const int64_t slots = z.slots(), full = T * slots, k = z.atoms, system = 5 * slots, all = z.early() + k;
         c.part(planes, 2 * z.antennas * z.wide);
         c.part(gram, z.dense ? 2 * z.wide * z.elements : 0);
         c.part(received, 2 * z.received());
@@ -104,20 +119,28 @@ struct Scratch {
         c.part(images, 2 * full * (z.dense ? z.wide : z.received()));
         c.part(slopes, 3 * z.wide);
         c.part(scores, z.scores);
-        c.part(gram_re, full * full);
-        c.part(gram_im, full * full);
-        float** rows[] = {&moment_re, &moment_im, &fit_re, &fit_im};
+        float** squares[] = {&gram_re, &gram_im, &fit_re, &fit_im};
+        for (float** square : squares) c.part(*square, full * full);
+        float** rows[] = {&moment_re, &moment_im, &fit_moment_re, &fit_moment_im};
         for (float** row : rows) c.part(*row, full);
-        c.part(residual_correlation, 2 * full);
+        c.part(base, 3 * slots);
+        c.part(offset, 3 * slots);
+        c.part(amplitude, 2 * slots);
+        c.part(coefficient, 2 * full);
+        c.part(change, system);
+        c.part(correlation, 2 * full);
         c.part(matrix, system * padded(system + 1));
         c.part(ridge, system);
-        c.part(amplitude, 2 * k);
-        c.part(change, system);
-        c.part(position, 3 * k);
-        c.part(stage_positions, 3 * z.early());
-        c.part(stage_amplitudes, 2 * z.early());
-        c.part(gains, k);
+        c.part(raw_positions, 3 * all);
+        c.part(raw_amplitudes, 2 * all);
+        c.part(costs, k + 1);
+        c.part(log_det, k);
+        c.part(diagonal, T * k);
+        c.part(inner, 2 * k * k);
+        c.part(positions, 3 * all);
+        c.part(amplitudes, 2 * all);
         c.part(basis, 2 * z.early() * z.wide);
+        c.part(integers, 4 * slots * int64_t(sizeof(int64_t) / sizeof(float)));
         if (z.own_codes) codes.cut(c, z);
     }
     explicit Scratch(const Sizes& sizes) : z(sizes) { block = allocate(*this); }
@@ -201,121 +224,273 @@ inline void normal_equations(const Scratch& s, Scene& scene) {
     adjoint(s.moment, s.planes, scene.codes.re, scene.codes.im, s.received, scene.column, z.antennas, n, z.wide, z.lp);
 }
 
-// D^H P D and D^H b of the first `atoms` atoms, whose positions have moved.
-inline void project(const Scratch& s, const Shared& shared, const Scene& scene, int64_t atoms) {
+// D^H P D and D^H b of slots with a new base, against the first `slots` slots.
+inline void project(const Scratch& s, const Shared& shared, const Scene& scene, int64_t slots) {
     const Sizes& z = s.z;
-    for (int64_t k = 0; k < atoms; ++k) tangents(s.columns + 2 * T * k * z.wide, shared.arms, shared.g, s.position + 3 * k, s.slopes, z.wide);
-    if (z.dense) {
-        image_of(s.images, s.gram, s.columns, atoms, z.elements, z.wide);
-        inner_products(s.gram_re, s.gram_im, s.columns, s.images, atoms, z.wide);
-    } else {
-        for (int64_t c = 0; c < T * atoms; ++c)
-            apply(s.images + 2 * c * z.received(), scene.channel, scene.codes.re, scene.codes.im, s.columns + 2 * c * z.wide, scene.root,
-                  scene.rest * scene.column, z.antennas, z.elements, z.wide, z.lp);
-        inner_products(s.gram_re, s.gram_im, s.images, s.images, atoms, z.received());
+    const int64_t stride = T * z.slots(), plane = z.dense ? z.wide : z.received();
+    for (int64_t k = 0; k < slots; ++k) {
+        if (!s.stale()[k]) continue;
+        float *column = s.columns + 2 * T * k * z.wide, *image = s.images + 2 * T * k * plane;
+        tangents(column, shared.arms, shared.g, s.base + 3 * k, s.slopes, z.wide);
+        if (z.dense) image_of(image, s.gram, column, 1, z.elements, z.wide);
+        else
+            for (int64_t t = 0; t < T; ++t)
+                apply(image + 2 * t * plane, scene.channel, scene.codes.re, scene.codes.im, column + 2 * t * z.wide, scene.root,
+                      scene.rest * scene.column, z.antennas, z.elements, z.wide, z.lp);
+        inner_tile<T, 1>(s.moment_re + T * k, s.moment_im + T * k, column, s.moment, z.wide, 1);
     }
-    for (int64_t c = 0; c < T * atoms; c += T) inner_tile<T, 1>(s.moment_re + c, s.moment_im + c, s.columns + 2 * c * z.wide, s.moment, z.wide, 1);
+    const float* left = z.dense ? s.columns : s.images;
+    for (int64_t j = 0; j < slots; ++j)
+        for (int64_t i = 0; i <= j; ++i)
+            if (s.stale()[i] || s.stale()[j]) inner_block(s.gram_re, s.gram_im, left, s.images, i, j, stride, plane);
+    for (int64_t k = 0; k < slots; ++k) s.stale()[k] = 0;
 }
 
-// b - P x of the linearised fit x.
-inline void residual(const Scratch& s, const Scene& scene, int64_t atoms) {
+// What the fit of `count` live atoms sees: D^H P D and D^H b with a + sum_d offset_d t_d in the place of a, compact.
+inline void shift(const Scratch& s, int64_t count) {
+    const int64_t stride = T * s.z.slots(), full = T * count;
+    for (int64_t p = 0; p < count; ++p) {
+        const int64_t i = s.live()[p];
+        const float* left = s.offset + 3 * i;
+        float *re = s.fit_moment_re + T * p, *im = s.fit_moment_im + T * p;
+        for (int t = 0; t < T; ++t) re[t] = s.moment_re[T * i + t], im[t] = s.moment_im[T * i + t];
+        for (int d = 0; d < 3; ++d) re[0] += left[d] * re[d + 1], im[0] += left[d] * im[d + 1];
+        for (int64_t q = 0; q < count; ++q) {
+            const int64_t j = s.live()[q];
+            const float* right = s.offset + 3 * j;
+            const float* const from[] = {s.gram_re + T * i * stride + T * j, s.gram_im + T * i * stride + T * j};
+            float* const to[] = {s.fit_re + T * p * full + T * q, s.fit_im + T * p * full + T * q};
+            for (int part = 0; part < 2; ++part) {
+                float rows[T][T];
+                for (int t = 0; t < T; ++t) {
+                    for (int c = 0; c < T; ++c) rows[t][c] = from[part][t * stride + c];
+                    rows[t][0] += right[0] * rows[t][1] + right[1] * rows[t][2] + right[2] * rows[t][3];
+                }
+                for (int c = 0; c < T; ++c) rows[0][c] += left[0] * rows[1][c] + left[1] * rows[2][c] + left[2] * rows[3][c];
+                for (int t = 0; t < T; ++t)
+                    for (int c = 0; c < T; ++c) to[part][t * full + c] = rows[t][c];
+            }
+        }
+    }
+}
+
+// Amplitudes of the live atoms by ridge least squares where they are.
+inline void fit(const Scratch& s, const Shared& shared, const Scene& scene, int64_t count, int64_t slots) {
+    project(s, shared, scene, slots);
+    shift(s, count);
+    amplitudes(s.amplitude, s.matrix, s.ridge, s.fit_re, s.fit_im, s.fit_moment_re, s.fit_moment_im, scene.weight, count);
+}
+
+// |y - G x|^2 of that fit.
+inline float cost(const Scratch& s, const Scene& scene, int64_t count) {
+    float left = scene.energy;
+    for (int64_t k = 0; k < count; ++k) {
+        const float re = s.amplitude[k], im = s.amplitude[count + k];
+        left -= re * s.fit_moment_re[T * k] + im * s.fit_moment_im[T * k] + scene.weight * (re * re + im * im);
+    }
+    return left;
+}
+
+// What a Gauss-Newton step changes, moves within twice the trust; returns the logarithm of its system's determinant.
+inline float direction(const Scratch& s, const Geometry& g, const Scene& scene, int64_t count) {
+    const float log_det = newton(s.change, s.matrix, s.ridge, s.correlation, s.fit_re, s.fit_im, s.fit_moment_re, s.fit_moment_im, s.amplitude,
+                                 g.trust, scene.noise, scene.weight, count);
+    for (int64_t k = 0; k < count; ++k)
+        for (int d = 0; d < 3; ++d) s.change[5 * k + 2 + d] = clamp(s.change[5 * k + 2 + d], -2 * g.trust[d], 2 * g.trust[d]);
+    return log_det;
+}
+
+// Takes the moves; whether an atom got a new base.
+inline bool move(const Scratch& s, const Geometry& g, const Scene& scene, int64_t count) {
+    bool any = false;
+    for (int64_t k = 0; k < count; ++k) {
+        const int64_t slot = s.live()[k];
+        float *base = s.base + 3 * slot, *offset = s.offset + 3 * slot, target[3], length = 0;
+        for (int d = 0; d < 3; ++d) {
+            target[d] = clamp(base[d] + (offset[d] + s.change[5 * k + 2 + d]) / g.scale[d], g.low[d], g.high[d]);
+            offset[d] = (target[d] - base[d]) * g.scale[d];
+            length += offset[d] * offset[d];
+        }
+        const float re = s.amplitude[k], im = s.amplitude[count + k];
+        if (!(length > at_least(NOISE_REBASE * scene.noise / at_least(re * re + im * im, TINY_POWER), REBASE * REBASE))) continue;
+        for (int d = 0; d < 3; ++d) base[d] = target[d], offset[d] = 0;
+        s.stale()[slot] = 1;
+        any = true;
+    }
+    return any;
+}
+
+// b - P x of x = sum_k c_k (a_k + sum_d move_d t_d) over the first `atoms` slots, all live; moves: whether the last step counts.
+inline void residual(const Scratch& s, const Scene& scene, int64_t atoms, bool moves) {
     const Sizes& z = s.z;
+    float *re = s.coefficient, *im = re + T * z.slots();
+    for (int64_t k = 0; k < atoms; ++k) {
+        const float* change = s.change + 5 * k;
+        re[T * k] = s.amplitude[k] + (moves ? change[0] : 0);
+        im[T * k] = s.amplitude[atoms + k] + (moves ? change[1] : 0);
+        for (int d = 0; d < 3; ++d) {
+            const float offset = s.offset[3 * k + d] + (moves ? change[2 + d] : 0);
+            re[T * k + 1 + d] = re[T * k] * offset;
+            im[T * k + 1 + d] = im[T * k] * offset;
+        }
+    }
     if (z.dense) {
-        subtract(s.residual, s.moment, s.images, s.fit_re, s.fit_im, T * atoms, z.wide);
+        subtract(s.residual, s.moment, s.images, re, im, T * atoms, z.wide);
         return;
     }
-    subtract(s.rest, s.received, s.images, s.fit_re, s.fit_im, T * atoms, z.received());
+    subtract(s.rest, s.received, s.images, re, im, T * atoms, z.received());
     adjoint(s.residual, s.planes, scene.codes.re, scene.codes.im, s.rest, scene.column, z.antennas, z.elements, z.wide, z.lp);
 }
 
-// Amplitudes and positions of the first `atoms` atoms take one Gauss-Newton step; fit is the tangent space's.
-inline void step(const Scratch& s, const Geometry& g, const Scene& scene, int64_t atoms) {
-    amplitudes(s.amplitude, s.matrix, s.ridge, s.gram_re, s.gram_im, s.moment_re, s.moment_im, scene.weight, atoms);
-    newton(s.change, s.matrix, s.ridge, s.residual_correlation, s.gram_re, s.gram_im, s.moment_re, s.moment_im, s.amplitude, g.trust, scene.noise, scene.weight, atoms);
-    for (int64_t k = 0; k < atoms; ++k) {
-        const float *change = s.change + 5 * k, re = s.amplitude[k], im = s.amplitude[atoms + k];
-        s.fit_re[T * k] = re + change[0];
-        s.fit_im[T * k] = im + change[1];
-        for (int d = 0; d < 3; ++d) {
-            const float move = clamp(change[2 + d], -2 * g.trust[d], 2 * g.trust[d]);
-            s.fit_re[T * k + 1 + d] = re * move;
-            s.fit_im[T * k + 1 + d] = im * move;
-            s.position[3 * k + d] = clamp(s.position[3 * k + d] + move / g.scale[d], g.low[d], g.high[d]);
+// Atoms from `have` on, up to `want`, each where the residual points and followed by a step of all.
+inline void extend(const Scratch& s, const Shared& shared, const Scene& scene, int64_t have, int64_t want) {
+    const Sizes& z = s.z;
+    for (int64_t slot = have; slot < want; ++slot) {
+        const float* from = slot ? s.residual : s.moment;
+        const int64_t best = shared.factors.nu ? strongest(shared.factors, from, from + z.wide, s.scores)
+                                               : strongest(shared.g, from, from + z.wide, s.scores);
+        for (int d = 0; d < 3; ++d) s.base[3 * slot + d] = shared.g.grid[3 * best + d], s.offset[3 * slot + d] = 0;
+        s.live()[slot] = slot;
+        s.stale()[slot] = 1;
+        fit(s, shared, scene, slot + 1, slot + 1);
+        direction(s, shared.g, scene, slot + 1);
+        if (slot + 1 < want) residual(s, scene, slot + 1, true);
+        move(s, shared.g, scene, slot + 1);
+    }
+}
+
+// Steps until none gives an atom a new base, POLISH at most, then the fit; returns the last step's log determinant.
+inline float polish(const Scratch& s, const Shared& shared, const Scene& scene, int64_t count, int64_t slots) {
+    float log_det = 0;
+    for (int64_t step = 0; step < POLISH; ++step) {
+        fit(s, shared, scene, count, slots);
+        log_det = direction(s, shared.g, scene, count);
+        if (!move(s, shared.g, scene, count)) break;
+    }
+    fit(s, shared, scene, count, slots);
+    return log_det;
+}
+
+// Takes the atom away without which the fit's cost rises least; returns its place among the live ones.
+inline int64_t drop(const Scratch& s, const Scene& scene, int64_t count) {
+    inverse_diagonal(s.change, s.matrix, s.fit_re, s.fit_im, scene.weight, count);
+    int64_t least = 0;
+    float lowest = 0;
+    for (int64_t k = 0; k < count; ++k) {
+        const float re = s.amplitude[k], im = s.amplitude[count + k], rise = (re * re + im * im) / s.change[k];
+        if (k && !(rise < lowest)) continue;
+        lowest = rise;
+        least = k;
+    }
+    std::memmove(s.live() + least, s.live() + least + 1, size_t(count - 1 - least) * sizeof(int64_t));
+    return least;
+}
+
+// One order's estimate, atoms in the order of the slots.
+inline void keep(const Scratch& s, const Geometry& g, const Scene& scene, int64_t count, float log_det) {
+    float *positions = s.raw_positions + 3 * (count * (count - 1) / 2), *found = s.raw_amplitudes + count * (count - 1);
+    for (int64_t k = 0; k < count; ++k) {
+        const int64_t slot = s.live()[k];
+        for (int d = 0; d < 3; ++d) positions[3 * k + d] = s.base[3 * slot + d] + s.offset[3 * slot + d] / g.scale[d];
+        found[2 * k] = s.amplitude[k];
+        found[2 * k + 1] = s.amplitude[count + k];
+    }
+    s.costs[count] = cost(s, scene, count);
+    s.log_det[count - 1] = log_det;
+}
+
+// Inner products of the atoms of the highest order, in the order of the slots.
+inline void keep_products(const Scratch& s, int64_t count) {
+    const int64_t full = T * count;
+    for (int64_t i = 0; i < full; ++i) s.diagonal[i] = s.fit_re[i * full + i];
+    for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < count; ++j) {
+            s.inner[2 * (i * count + j)] = s.fit_re[T * i * full + T * j];
+            s.inner[2 * (i * count + j) + 1] = s.fit_im[T * i * full + T * j];
+        }
+}
+
+// Every order's atoms, the last to be dropped first.
+inline void sort(const Scratch& s) {
+    int64_t* order = s.order();
+    for (int64_t count = 1; count <= s.z.atoms; ++count) {
+        const int64_t gone = count > 1 ? s.dropped()[count - 1] : 0, from = count * (count - 1) / 2;
+        for (int64_t k = 0; k < count - 1; ++k) order[k] += order[k] >= gone;
+        order[count - 1] = gone;
+        for (int64_t k = 0; k < count; ++k) {
+            std::memcpy(s.positions + 3 * (from + k), s.raw_positions + 3 * (from + order[k]), 3 * sizeof(float));
+            std::memcpy(s.amplitudes + 2 * (from + k), s.raw_amplitudes + 2 * (from + order[k]), 2 * sizeof(float));
         }
     }
 }
 
-// All stages: positions, fit, gram, correlation of the residual, gains and what earlier stages said.
+// The sources at every order.
 inline void pursue(const Scratch& s, const Shared& shared, const Scene& scene) {
-    const Sizes& z = s.z;
-    float explained = 0;
-    for (int64_t atoms = 1, early = 0; atoms <= z.atoms; early += atoms++) {
-        const float* from = atoms == 1 ? s.moment : s.residual;
-        const int64_t best = shared.factors.nu ? strongest(shared.factors, from, from + z.wide, s.scores)
-                                               : strongest(shared.g, from, from + z.wide, s.scores);
-        std::memcpy(s.position + 3 * (atoms - 1), shared.g.grid + 3 * best, 3 * sizeof(float));
-        project(s, shared, scene, atoms);
-        step(s, shared.g, scene, atoms);
-        correlate_residual(s.residual_correlation, s.gram_re, s.gram_im, s.moment_re, s.moment_im, s.fit_re, s.fit_im, atoms);
-        float reached = 0;
-        for (int64_t c = 0; c < T * atoms; ++c)
-            reached += s.fit_re[c] * (s.moment_re[c] + s.residual_correlation[c]) + s.fit_im[c] * (s.moment_im[c] + s.residual_correlation[T * atoms + c]);
-        s.gains[atoms - 1] = reached - explained;
-        explained = reached;
-        if (atoms == z.atoms) return;
-        residual(s, scene, atoms);
-        std::memcpy(s.stage_positions + 3 * early, s.position, size_t(3 * atoms) * sizeof(float));
-        for (int64_t k = 0; k < atoms; ++k) {
-            s.stage_amplitudes[2 * (early + k)] = s.fit_re[T * k];
-            s.stage_amplitudes[2 * (early + k) + 1] = s.fit_im[T * k];
+    const int64_t atoms = s.z.atoms, slots = s.z.slots();
+    extend(s, shared, scene, 0, atoms);
+    float log_det = polish(s, shared, scene, atoms, atoms);
+    int64_t used = atoms;
+    const bool enough = 2 * std::min(s.z.elements, s.z.antennas * s.z.snapshots) >= 5 * slots;  // beyond, atoms would fit anything
+    if (enough && cost(s, scene, atoms) > scene.noise * (scene.energy - 2.5f * float(atoms) + DOUBT * __builtin_sqrtf(scene.energy))) {
+        residual(s, scene, atoms, false);
+        extend(s, shared, scene, atoms, slots);
+        polish(s, shared, scene, slots, slots);
+        for (int64_t count = slots; count > atoms; --count) {
+            drop(s, scene, count);
+            log_det = polish(s, shared, scene, count - 1, slots);
         }
+        used = slots;
     }
+    keep_products(s, atoms);
+    keep(s, shared.g, scene, atoms, log_det);
+    for (int64_t count = atoms; count > 1; --count) {
+        s.dropped()[count - 1] = drop(s, scene, count);
+        log_det = polish(s, shared, scene, count - 1, used);
+        keep(s, shared.g, scene, count - 1, log_det);
+    }
+    s.costs[0] = scene.energy;
+    sort(s);
 }
 
 // The network's numbers, in the order of the definition: (width).
 inline void inputs(float* out, const Scratch& s, const Geometry& g, const Scene& scene) {
-    const int64_t atoms = s.z.atoms, full = T * atoms, early = s.z.early();
-    float* const powers = s.ridge;  // 5 K floats that the last step is done with
-    float total = 0, gains = 0;
+    const int64_t atoms = s.z.atoms, early = s.z.early();
+    const float *positions = s.positions + 3 * early, *found = s.amplitudes + 2 * early;  // of the highest order
+    const int64_t* order = s.order();
+    float* const powers = s.ridge;  // floats that the last step is done with
+    float total = 0;
     for (int64_t k = 0; k < atoms; ++k) {
-        powers[k] = at_least(s.fit_re[T * k] * s.fit_re[T * k] + s.fit_im[T * k] * s.fit_im[T * k], TINY);
+        powers[k] = at_least(found[2 * k] * found[2 * k] + found[2 * k + 1] * found[2 * k + 1], TINY);
         total += powers[k];
-        gains += s.gains[k];
     }
     for (int64_t k = 0; k < atoms; ++k)
         for (int d = 0; d < 3; ++d)
-            *out++ = (s.position[3 * k + d] - (g.high[d] + g.low[d]) / 2) / at_least((g.high[d] - g.low[d]) / 2, TINY);
-    for (int64_t stage = 1, e = 0; stage < atoms; ++stage)
-        for (int64_t k = 0; k < stage; ++k, ++e)
-            for (int d = 0; d < 3; ++d) *out++ = clamp((s.stage_positions[3 * e + d] - s.position[3 * k + d]) * g.scale[d], -3, 3);
+            *out++ = (positions[3 * k + d] - (g.high[d] + g.low[d]) / 2) / at_least((g.high[d] - g.low[d]) / 2, TINY);
+    for (int64_t count = 1, e = 0; count < atoms; ++count)
+        for (int64_t k = 0; k < count; ++k, ++e)
+            for (int d = 0; d < 3; ++d) *out++ = clamp((s.positions[3 * e + d] - positions[3 * k + d]) * g.scale[d], -3, 3);
     for (int64_t k = 0; k < atoms; ++k) *out++ = std::log(at_least(powers[k] / total, 1e-6f)) / 4;
     for (int64_t e = 0; e < early; ++e) {
-        const float re = s.stage_amplitudes[2 * e], im = s.stage_amplitudes[2 * e + 1];
+        const float re = s.amplitudes[2 * e], im = s.amplitudes[2 * e + 1];
         *out++ = std::log(at_least((re * re + im * im) / total, 1e-6f)) / 4;
     }
-    for (int64_t k = 0; k < atoms; ++k) *out++ = std::log1p(at_least(s.gains[k], 0) / scene.noise) / 4 - 1;
-    for (int64_t i = 0; i < full; ++i) {
-        const int64_t k = i / T;
-        const float information = at_least(powers[k] * s.gram_re[i * full + i] / scene.noise, TINY);
-        const float re = s.fit_re[T * k], im = s.fit_im[T * k], unit = 1.0f / (scene.noise * __builtin_sqrtf(information));
-        out[i] = std::log1p(information) / 4 - 1;
-        out[full + i] = clamp((re * s.residual_correlation[i] + im * s.residual_correlation[full + i]) * unit, -4, 4) / 2;
-        out[2 * full + i] = clamp((re * s.residual_correlation[full + i] - im * s.residual_correlation[i]) * unit, -4, 4) / 2;
-    }
-    out += 3 * full;
+    for (int64_t k = 0; k < atoms; ++k) *out++ = std::log1p(at_least(s.costs[k] - s.costs[k + 1], 0) / scene.noise) / 4 - 1;
+    for (int64_t k = 0; k < atoms; ++k)
+        for (int t = 0; t < T; ++t) *out++ = std::log1p(at_least(powers[k] * s.diagonal[T * order[k] + t] / scene.noise, TINY)) / 4 - 1;
     for (int64_t i = 0; i < atoms; ++i)
         for (int64_t j = 0; j < atoms; ++j) {
             const float unit_i = 1.0f / __builtin_sqrtf(powers[i]), unit_j = 1.0f / __builtin_sqrtf(powers[j]);
-            const float ar = s.fit_re[T * i] * unit_i, ai = s.fit_im[T * i] * unit_i;
-            const float br = s.fit_re[T * j] * unit_j, bi = s.fit_im[T * j] * unit_j;
-            const float gr = s.gram_re[T * i * full + T * j], gi = s.gram_im[T * i * full + T * j];
-            const float cr = gr * br - gi * bi, ci = gr * bi + gi * br;
+            const float ar = found[2 * i] * unit_i, ai = found[2 * i + 1] * unit_i;
+            const float br = found[2 * j] * unit_j, bi = found[2 * j + 1] * unit_j;
+            const float* inner = s.inner + 2 * (order[i] * atoms + order[j]);
+            const float cr = inner[0] * br - inner[1] * bi, ci = inner[0] * bi + inner[1] * br;
             out[i * atoms + j] = ar * cr + ai * ci;
             out[(atoms + i) * atoms + j] = ar * ci - ai * cr;
         }
     out += 2 * atoms * atoms;
+    for (int64_t k = 0; k < atoms; ++k) *out++ = (s.log_det[k] / float(5 * (k + 1)) - std::log(scene.noise)) / 4 - 1;
     out[0] = scene.snr_db / 10 - 1;
-    out[1] = clamp(std::log(at_least(scene.energy - gains, TINY) / (scene.energy * scene.noise)), -4, 4);
+    out[1] = clamp(std::log(at_least(s.costs[atoms], TINY) / (scene.energy * scene.noise)), -4, 4);
 }
 
 // columns *= s, planar complex.
@@ -336,27 +511,28 @@ inline void transpose(float* out, const float* columns, int64_t count, int64_t n
         }
 }
 
-// (N, 2 R): tangents at the final positions times amplitude, then how each earlier estimate differs; amplitudes of norm one.
+// (N, 2 R): tangents at the final positions times amplitude, then how each lower order differs; amplitudes of norm one.
 inline void basis(float* out, const Scratch& s, const Shared& shared) {
     const Sizes& z = s.z;
-    const int64_t wide = z.wide, rank = z.rank();
+    const int64_t wide = z.wide, rank = z.rank(), early = z.early();
+    const float *positions = s.positions + 3 * early, *found = s.amplitudes + 2 * early;
     float total = 0;
-    for (int64_t k = 0; k < z.atoms; ++k) total += s.fit_re[T * k] * s.fit_re[T * k] + s.fit_im[T * k] * s.fit_im[T * k];
+    for (int64_t k = 0; k < 2 * z.atoms; ++k) total += found[k] * found[k];
     const float unit = 1.0f / __builtin_sqrtf(at_least(total, TINY));
     for (int64_t k = 0; k < z.atoms; ++k) {
-        tangents(s.columns + 2 * T * k * wide, shared.arms, shared.g, s.position + 3 * k, s.slopes, wide);
-        for (int t = 0; t < T; ++t) scale_column(s.columns + 2 * (T * k + t) * wide, s.fit_re[T * k] * unit, s.fit_im[T * k] * unit, wide);
+        tangents(s.columns + 2 * T * k * wide, shared.arms, shared.g, positions + 3 * k, s.slopes, wide);
+        for (int t = 0; t < T; ++t) scale_column(s.columns + 2 * (T * k + t) * wide, found[2 * k] * unit, found[2 * k + 1] * unit, wide);
     }
-    for (int64_t stage = 1, e = 0; stage < z.atoms; ++stage)
-        for (int64_t k = 0; k < stage; ++k, ++e) {
+    for (int64_t count = 1, e = 0; count < z.atoms; ++count)
+        for (int64_t k = 0; k < count; ++k, ++e) {
             float* column = s.basis + 2 * e * wide;
-            steer(column, shared.arms, s.stage_positions + 3 * e, shared.g.wavenumber, wide);
-            scale_column(column, s.stage_amplitudes[2 * e] * unit, s.stage_amplitudes[2 * e + 1] * unit, wide);
+            steer(column, shared.arms, s.positions + 3 * e, shared.g.wavenumber, wide);
+            scale_column(column, s.amplitudes[2 * e] * unit, s.amplitudes[2 * e + 1] * unit, wide);
             const float* now = s.columns + 2 * T * k * wide;
             for (int64_t i = 0; i < 2 * wide; i += W) store(column + i, load(column + i) - load(now + i));
         }
     transpose(out, s.columns, z.columns(), z.elements, wide, 2 * rank, rank);
-    transpose(out + z.columns(), s.basis, z.early(), z.elements, wide, 2 * rank, rank);
+    transpose(out + z.columns(), s.basis, early, z.elements, wide, 2 * rank, rank);
 }
 
 }  // namespace pursuit

@@ -196,20 +196,18 @@ void inner_tile(float* re, float* im, const float* a, const float* b, int64_t si
         }
 }
 
-// All of left^H right for `atoms` atoms a side, Hermitian: only the blocks on and above the diagonal are formed.
-inline void inner_products(float* re, float* im, const float* left, const float* right, int64_t atoms, int64_t size) {
-    const int64_t stride = T * atoms;
-    for (int64_t j = 0; j < atoms; ++j)
-        for (int64_t i = 0; i <= j; ++i)
-            for (int64_t c = 0; c < T; c += 2)
-                for (int64_t r = 0; r < T; r += 2) {
-                    const int64_t at = (T * i + r) * stride + T * j + c;
-                    inner_tile<2, 2>(re + at, im + at, left + 2 * (T * i + r) * size, right + 2 * (T * j + c) * size, size, stride);
-                }
-    for (int64_t i = 0; i < stride; ++i)
-        for (int64_t j = 0; j < i / T * T; ++j) {
-            re[i * stride + j] = re[j * stride + i];
-            im[i * stride + j] = -im[j * stride + i];
+// left^H right of slots i <= j, T columns each, and its mirror image: into rows of `stride` floats.
+inline void inner_block(float* re, float* im, const float* left, const float* right, int64_t i, int64_t j, int64_t stride, int64_t size) {
+    for (int64_t c = 0; c < T; c += 2)
+        for (int64_t r = 0; r < T; r += 2) {
+            const int64_t at = (T * i + r) * stride + T * j + c;
+            inner_tile<2, 2>(re + at, im + at, left + 2 * (T * i + r) * size, right + 2 * (T * j + c) * size, size, stride);
+        }
+    if (i == j) return;
+    for (int64_t r = T * i; r < T * i + T; ++r)
+        for (int64_t c = T * j; c < T * j + T; ++c) {
+            re[c * stride + r] = re[r * stride + c];
+            im[c * stride + r] = -im[r * stride + c];
         }
 }
 

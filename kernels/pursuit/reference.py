@@ -94,7 +94,7 @@ def _inputs(pursuit: Pursuit, normal: Normal, found: Atoms, snr_db: Tensor) -> T
 
 
 def _basis(pursuit: Pursuit, found: Atoms) -> Tensor:
-    """Tangents at the final positions times amplitude; then, atom by atom, how its estimate at each lower order differs.
+    """Tangents at the final positions times amplitude; then, atom by atom, how it differs at each lower order.
 
     The amplitudes of a scene have norm one. The differences let a network go back to a smaller model order, whose
     estimates have not been spread over atoms that are noise.

@@ -51,6 +51,7 @@ class Normal(NamedTuple):
     noise: Tensor  # (B,)        sigma^2
     signal: Tensor  # (B,)        expected |x|^2
     energy: Tensor  # (B,)        |y|^2
+    measurements: int  # L M
 
     @property
     def ridge(self) -> Tensor:
@@ -125,7 +126,9 @@ def normal_equations(snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: 
     moment = _conj_multiply(codes.transpose(-3, -2), back).sum(2) * (column * level).rsqrt()[:, None, None]
     snr = 10.0 ** (snr_db / 10.0)
     size = float(length * antennas)
-    return Normal(gram, moment, 1.0 / (1.0 + snr), size * snr / (1.0 + snr), torch.full_like(snr, size))
+    return Normal(
+        gram, moment, 1.0 / (1.0 + snr), size * snr / (1.0 + snr), torch.full_like(snr, size), length * antennas
+    )
 
 
 def _times(real: Tensor, imag: Tensor, other_real: Tensor, other_imag: Tensor) -> Tensor:
@@ -277,10 +280,14 @@ class Pursuit:
 
     def retried(self, normal: Normal, top: Fit) -> Fit:
         """The same fit; where it is doubtful, the fit of as many atoms by way of EXTRA more."""
+        if 2 * min(len(self.x), normal.measurements) < 5 * (self.atoms + EXTRA):
+            return top  # so many atoms would fit anything
         doubtful = self.doubtful(normal, top)
         if doubtful.device.type == "cpu":  # where reading costs nothing, only the scenes that need it
             rows = doubtful.nonzero()[:, 0]
-            again = self.by_way_of_more(Normal(*(each[rows] for each in normal)), Fit(*(each[rows] for each in top)))
+            again = self.by_way_of_more(
+                Normal(*(each[rows] for each in normal[:-1]), normal.measurements), Fit(*(each[rows] for each in top))
+            )
             return Fit(*(each.index_copy(0, rows, new) for each, new in zip(top, again)))
         again = self.by_way_of_more(normal, top)
         return Fit(*(torch.where(doubtful.reshape(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(again, top)))
@@ -310,10 +317,8 @@ class Pursuit:
         *lower, (position, amplitude) = orders
         gram = fits[-1].gram
         for axis in (2, 4):
-            index = order.reshape(len(order), *(-1 if each == axis else 1 for each in range(1, 6)))
-            gram = gram.gather(
-                axis, index.expand(*(order.shape[1] if each == axis else gram.shape[each] for each in range(6)))
-            )
+            index = order.reshape(len(order), *(self.atoms if each == axis else 1 for each in range(1, 6)))
+            gram = gram.gather(axis, index.expand(gram.shape))
         costs = torch.stack([normal.energy, *(fit.cost for fit in fits)], dim=1)
         return Atoms(
             position,

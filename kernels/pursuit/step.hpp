@@ -1,7 +1,10 @@
-// One joint Gauss-Newton step of the pursuit: two small symmetric systems, without pivoting, in the scratch of a thread.
+// The small systems of the pursuit, without pivoting, in the scratch of a thread: amplitudes, a joint Gauss-Newton step, and
+// what an atom is worth.
 //
 // K atoms, T = 4 columns each. gram and moment are D^H P D and D^H b, row-major, real and imaginary parts apart.
 #pragma once
+#include <cmath>
+
 #include "products.hpp"
 
 namespace RIS_NS {
@@ -9,12 +12,15 @@ namespace pursuit {
 
 // Solves (A + diag(ridge)) x = r; a holds rows of `stride` floats (a multiple of the lanes, above n), r in column n.
 // Only the upper triangle is read; a pivot below 1e-6 of its diagonal entry is raised to that. a is destroyed.
-inline void spd_solve(float* x, float* a, const float* ridge, int64_t n, int64_t stride) {
+// Returns the logarithm of the determinant.
+inline float spd_solve(float* x, float* a, const float* ridge, int64_t n, int64_t stride) {
     for (int64_t k = 0; k < n; ++k) a[k * stride + k] += ridge[k];
     for (int64_t k = 0; k < n; ++k) x[k] = 1e-6f * a[k * stride + k];
+    float log_det = 0;
     for (int64_t k = 0; k < n; ++k) {
         float* row = a + k * stride;
         const float pivot = row[k] > x[k] ? row[k] : x[k], inverse = 1.0f / pivot;
+        log_det += std::log(pivot);
         for (int64_t i = k + 1; i < n; ++i) {
             const float factor = row[i] * inverse;
             float* other = a + i * stride;
@@ -28,6 +34,7 @@ inline void spd_solve(float* x, float* a, const float* ridge, int64_t n, int64_t
         for (int64_t j = k + 1; j < n; ++j) value -= row[j] * x[j];
         x[k] = value * x[k];
     }
+    return log_det;
 }
 
 inline float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
@@ -51,9 +58,10 @@ inline void amplitudes(float* s, float* a, float* ridge, const float* gram_re, c
     spd_solve(s, a, ridge, n, stride);
 }
 
-// What the joint step changes: (K, 5) of (re s, im s, u, v, w), moves in units of the aperture's phase spread.
+// What the joint step changes: (K, 5) of (re s, im s, u, v, w), moves in units of the aperture's phase spread. Returns the
+// logarithm of the system's determinant.
 // correlation: scratch of 2 T K floats; trust: the move that noise is damped to.
-inline void newton(float* change, float* a, float* ridge, float* correlation, const float* gram_re, const float* gram_im, const float* moment_re,
+inline float newton(float* change, float* a, float* ridge, float* correlation, const float* gram_re, const float* gram_im, const float* moment_re,
                    const float* moment_im, const float* s, const float* trust, float noise, float weight, int64_t atoms) {
     const int64_t n = 5 * atoms, stride = padded(n + 1), full = T * atoms;
     const float* s_im = s + atoms;
@@ -88,22 +96,44 @@ inline void newton(float* change, float* a, float* ridge, float* correlation, co
             }
         }
     }
-    spd_solve(change, a, ridge, n, stride);
+    return spd_solve(change, a, ridge, n, stride);
 }
 
-// D^H (b - P x) = moment - gram fit: correlation (re: T K, im: T K).
-inline void correlate_residual(float* correlation, const float* gram_re, const float* gram_im, const float* moment_re, const float* moment_im,
-                      const float* fit_re, const float* fit_im, int64_t atoms) {
-    const int64_t full = T * atoms;
-    for (int64_t i = 0; i < full; ++i) {
-        float re = 0, im = 0;
-        for (int64_t j = 0; j < full; ++j) {
-            const float gr = gram_re[i * full + j], gi = gram_im[i * full + j];
-            re += gr * fit_re[j] - gi * fit_im[j];
-            im += gr * fit_im[j] + gi * fit_re[j];
+// Diagonal of the inverse of the complex normal matrix of the amplitudes, ridge included: (K). a: scratch of 2 K^2 floats.
+// By L D L^H, whose inverse has the diagonal sum_i |(L^-1)_ij|^2 / d_i.
+inline void inverse_diagonal(float* out, float* a, const float* gram_re, const float* gram_im, float weight, int64_t atoms) {
+    const int64_t n = atoms, full = T * atoms;
+    float *re = a, *im = a + n * n;  // lower triangle: L below the diagonal, then L^-1 in its place
+    for (int64_t j = 0; j < n; ++j) {
+        const float diagonal = gram_re[T * j * full + T * j] + weight;
+        float pivot = diagonal;
+        for (int64_t k = 0; k < j; ++k) pivot -= (re[j * n + k] * re[j * n + k] + im[j * n + k] * im[j * n + k]) * re[k * n + k];
+        pivot = pivot > 1e-6f * diagonal ? pivot : 1e-6f * diagonal;
+        re[j * n + j] = pivot;
+        for (int64_t i = j + 1; i < n; ++i) {
+            float vr = gram_re[T * i * full + T * j], vi = gram_im[T * i * full + T * j];
+            for (int64_t k = 0; k < j; ++k) {
+                const float d = re[k * n + k], lr = re[i * n + k], li = im[i * n + k], mr = re[j * n + k], mi = im[j * n + k];
+                vr -= (lr * mr + li * mi) * d;
+                vi -= (li * mr - lr * mi) * d;
+            }
+            re[i * n + j] = vr / pivot;
+            im[i * n + j] = vi / pivot;
         }
-        correlation[i] = moment_re[i] - re;
-        correlation[full + i] = moment_im[i] - im;
+    }
+    for (int64_t j = 0; j < n; ++j) {
+        out[j] = 1.0f / re[j * n + j];
+        for (int64_t i = j + 1; i < n; ++i) {  // column j of L^-1, from the top
+            float vr = -re[i * n + j], vi = -im[i * n + j];
+            for (int64_t k = j + 1; k < i; ++k) {
+                const float lr = re[i * n + k], li = im[i * n + k], mr = re[k * n + j], mi = im[k * n + j];
+                vr -= lr * mr - li * mi;
+                vi -= lr * mi + li * mr;
+            }
+            re[i * n + j] = vr;
+            im[i * n + j] = vi;
+            out[j] += (vr * vr + vi * vi) / re[i * n + i];
+        }
     }
 }
 

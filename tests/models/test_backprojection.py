@@ -7,6 +7,7 @@ import torch
 
 from ris_fast.config.schema import ConfigError, Task
 from ris_fast.kernels.cov_nmse.op import cov_nmse
+from ris_fast.kernels.pursuit.reference import WORKING_SNR_DB
 from ris_fast.kernels.pursuit.search import TANGENTS, Geometry, Pursuit, normal_equations
 from ris_fast.kernels.pursuit.solve import spd_solve
 from ris_fast.models import build_model
@@ -89,7 +90,8 @@ def test_pursuit_tangents_are_derivatives_of_the_steering(wavefront: str) -> Non
 def test_pursuit_finds_a_single_source_without_noise() -> None:
     task = Task(max_sources=1, snr_min_db=60.0, snr_max_db=60.0)
     scenes = scenes_of(task, 64)
-    found = pursuit_of(task, 2)(normal_equations(*inputs_of(scenes)))
+    y, h, c, snr_db = inputs_of(scenes)
+    found = pursuit_of(task, 2)(normal_equations(y, h, c, snr_db.clamp(*WORKING_SNR_DB)))
     u = scenes.azimuth[:, 0].sin() * scenes.elevation[:, 0].cos()
     truth = torch.stack((u, scenes.elevation[:, 0].sin(), 1 / scenes.range_m[:, 0]), dim=1)
     strongest = found.amplitude.square().sum(1).argmax(1)

@@ -82,7 +82,12 @@ def test_backprojection_of_a_scene_of_zeros_is_zero(compiler: bool, monkeypatch:
         value = getattr(scenes, name).clone()
         value[1] = 0.0
         answer = factor(model, replace(scenes, **{name: value}))
-        assert not answer[1].any() and torch.equal(answer[[0, 2, 3]], plain[[0, 2, 3]])
+        assert not answer[1].any()
+        others = answer[[0, 2, 3]], plain[[0, 2, 3]]
+        if compiler:
+            assert torch.equal(*others)
+        else:  # plain torch works on the doubtful scenes together, and the scene of zeros is one
+            torch.testing.assert_close(*others, rtol=1e-3, atol=1e-4)
 
 
 def test_network_gradients_of_scenes_of_zeros_are_finite() -> None:
