@@ -6,9 +6,21 @@ from __future__ import annotations
 from ..registry import AotCase, aot_case
 from . import triton_kernels as kernels
 from .search import EXTRA
-from .triton_search import LANES, TILE
+from .triton_search import LANES, TILE, pick_kernel, residual_kernel, search_kernel
 
-POINTERS = ("snapshots", "channel", "codes", "snr_db", "levels", "moment", "gram", "normal", "columns", "image", "state")
+POINTERS = (
+    "snapshots",
+    "channel",
+    "codes",
+    "snr_db",
+    "levels",
+    "moment",
+    "gram",
+    "normal",
+    "columns",
+    "image",
+    "state",
+)
 POINTERS += ("task", "residual", "scores", "grid", "inputs", "basis", "along_x", "along_y")
 INTEGERS = ("code_stride", "antennas", "elements", "snapshots", "positions", "atoms", "atom", "last", "steps", "retry")
 INTEGERS += ("width", "wide", "high", "positions_u", "positions_v", "positions_w")
@@ -18,8 +30,9 @@ ALIGNED = (*(f"{name}_ptr" for name in (*POINTERS, "flags")), "antennas", "eleme
 ALIGNED += ("positions",)
 STAGES, ELEMENTS, WARPS = 5, 144, kernels.WARPS
 
-# Registers, for triton 3.6 and 3.9 together. A program of `step` is one warp, a scene: twelve fit a multiprocessor.
-STEP_16, STEP_32, STEP_64, GRAM, SCENE, SEARCH, BASIS, LITTLE = 168, 168, 255, 200, 80, 104, 48, 48
+# Registers, for triton 3.6 and 3.9 together. A program of `step` is two warps, a scene, up to 32 unknowns and eight
+# beyond: at 168 registers six fit a multiprocessor, at 255 four.
+STEP, GRAM, SCENE, SEARCH, BASIS, LITTLE = 255, 200, 80, 104, 48, 48
 
 
 def cases() -> list[AotCase]:
@@ -31,20 +44,21 @@ def cases() -> list[AotCase]:
     return [
         _case("scene", kernels.scene_kernel, {"LANES": kernels.LANES, "STRIP": kernels.WIDE_STRIP}, SCENE),
         _case("gram", kernels.gram_kernel, {"SIDE": kernels.SIDE}, GRAM, wide=True),
-        _case("search", kernels.search_kernel, search, SEARCH, 2 * WARPS),
-        _case("residual", kernels.residual_kernel, slots | {"LANES": 256}, LITTLE),
-        _case("pick", kernels.pick_kernel, slots | {"LANES": LANES}, LITTLE),
-        *_steps(3, STEP_16),
-        *_steps(STAGES, STEP_32),
-        *_steps(STAGES + EXTRA, STEP_64),
+        _case("search", search_kernel, search, SEARCH, 2 * WARPS),
+        _case("residual", residual_kernel, slots | {"LANES": 256}, LITTLE),
+        _case("pick", pick_kernel, slots | {"LANES": LANES}, LITTLE),
+        *_steps(3),
+        *_steps(STAGES),
+        *_steps(STAGES + EXTRA),
         _case("inputs", kernels.inputs_kernel, inputs, LITTLE, warps=1),
         *_wavefronts("basis", kernels.basis_kernel, both | {"ATOMS": 8, "ROWS": kernels.ROWS, "SIZE": 32}, BASIS),
     ]
 
 
-def _steps(atoms: int, most: int) -> list[AotCase]:
+def _steps(atoms: int) -> list[AotCase]:
     sizes = {"STAGES": STAGES, "A": STAGES + EXTRA, **kernels.step_sizes(atoms, ELEMENTS)}
-    return _wavefronts(f"step-{sizes['SIZE']}", kernels.step_kernel, sizes, most, sizes.pop("num_warps"))
+    warps = sizes.pop("num_warps")
+    return _wavefronts(f"step-{sizes['SIZE']}", kernels.step_kernel, sizes, STEP, warps)
 
 
 def _wavefronts(name: str, kernel: object, sizes: dict[str, int], most: int, warps: int = WARPS) -> list[AotCase]:

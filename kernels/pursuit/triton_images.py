@@ -14,7 +14,6 @@ from .triton_wave import phase_slopes, unit
 
 DEPTH = tl.constexpr(16)  # elements that an inner product takes at a time: the least that tl.dot takes
 SIDE = tl.constexpr(16)  # columns of D that it takes
-ROWS = tl.constexpr(4)  # rows of P that a step of P D takes
 
 
 @triton.jit
@@ -89,7 +88,7 @@ def times(re, im, p_re, p_im, column_ptr, m, elements):
 
 
 @triton.jit(noinline=True)
-def images(image_ptr, columns_ptr, normal_ptr, slot, elements, LANES: tl.constexpr):
+def images(image_ptr, columns_ptr, normal_ptr, slot, elements, LANES: tl.constexpr, ROWS: tl.constexpr):
     """P D of the T columns of a slot. P is Hermitian: a lane an element n, down the rows m of conj P(m, n)."""
     lane, row, step = tl.arange(0, LANES), tl.arange(0, ROWS), 2 * elements
     column_ptr = columns_ptr + slot * (T * step)
@@ -160,8 +159,9 @@ def renew(
     A: tl.constexpr,
     SPHERICAL: tl.constexpr,
     LANES: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Everything of the atoms whose flag says that their base is new: first the tangents of all, then what they give."""
+    """Everything of the atoms whose flag says that their base is new: the tangents of all, then what they give."""
     for k in range(atoms):
         slot = tl.load(live_of(flags_ptr, A) + k)
         if tl.load(flags_ptr + slot) != 0:
@@ -171,7 +171,7 @@ def renew(
     for k in range(atoms):
         slot = tl.load(live_of(flags_ptr, A) + k)
         if tl.load(flags_ptr + slot) != 0:
-            images(image_ptr, columns_ptr, normal_ptr, slot, elements, LANES)
+            images(image_ptr, columns_ptr, normal_ptr, slot, elements, LANES, ROWS)
             tl.store(flags_ptr + slot, 0)
             products(state_ptr, flags_ptr, columns_ptr, image_ptr, slot, atoms, elements, A)
 

@@ -32,32 +32,22 @@ from . import reference
 from .search import EXTRA
 from .triton_answer import basis_kernel, inputs_kernel
 from .triton_normal import gram_kernel, scene_kernel
-from .triton_search import add_by_dictionary, add_by_factors, pick_kernel, residual_kernel, search_kernel
+from .triton_search import add_by_dictionary, add_by_factors
 from .triton_state import UNKNOWNS, T, state_size
 from .triton_step import POLISH, step_kernel
 
 SIDE = 32  # of a tile of P
 LANES = 1024  # entries a pass over a scene's numbers takes
-WIDE_STRIP, ROWS = 32, 4  # elements that a step of b and of the basis takes
+WIDE_STRIP, ROWS = 32, 4  # elements that a step of b takes, and one of the basis and of P D
 WARPS = 4
-KERNELS = (
-    scene_kernel,
-    gram_kernel,
-    search_kernel,
-    residual_kernel,
-    pick_kernel,
-    step_kernel,
-    inputs_kernel,
-    basis_kernel,
-)
 
 
 def step_sizes(atoms: int, elements: int) -> dict[str, int]:
-    """Tile, lanes and warps of a step: a warp a scene, so that its sums need no barrier, until registers run out."""
+    """Tile, lanes and warps of a step: as few warps as registers allow, since a sum over several needs a barrier."""
     size = max(triton.next_power_of_2(int(UNKNOWNS) * atoms + 1), 16)
     wide = triton.next_power_of_2(elements)
     warps = max(2 * WARPS if size > 32 else 2, min(wide // 256, 2 * WARPS))
-    return {"SIZE": size, "LANES": min(wide, 128 * warps), "num_warps": warps}
+    return {"SIZE": size, "LANES": min(wide, 128 * warps), "ROWS": ROWS, "num_warps": warps}
 
 
 @torch.no_grad()
@@ -80,7 +70,8 @@ def pursuit_features(
     )
     x, y_axis, bend, scale, low, high, trust, grid, dictionary, along_x, along_y = constants
     (batch, length, antennas, _), elements = y.shape, h.shape[2]
-    slots, early = stages + EXTRA, stages * (stages - 1) // 2
+    enough = 2 * min(elements, length * antennas) >= int(UNKNOWNS) * (stages + EXTRA)  # else more would fit anything
+    slots, early = stages + EXTRA * enough, stages * (stages - 1) // 2
     new, power = y.new_empty, triton.next_power_of_2
     inputs, basis = new((batch, reference.width(stages))), new((batch, elements, 2 * reference.rank(stages)))
     if batch == 0:

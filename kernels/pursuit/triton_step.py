@@ -183,13 +183,15 @@ def step_kernel(
     A: tl.constexpr,
     SPHERICAL: tl.constexpr,
     LANES: tl.constexpr,
+    ROWS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """A step of `atoms` atoms; where `last` is no larger, also the polish of that order and its record, and the same for
-    each lower order down to `last`, without the least missed atom of the one above. Grid (B,).
+    """A step of `atoms` atoms; where `last` is no larger, also the polish and record of that order and of each lower
+    one down to `last`, each without the least missed atom of the one above. Grid (B,).
 
     steps: -1 where the first step is the forward one, which is not counted; POLISH where the first order is polished.
-    retry: 1 for the doubtful scenes alone. SIZE: a power of two above 5 `atoms`; LANES: elements at a time.
+    retry: 1 for the doubtful scenes alone. SIZE: a power of two above 5 `atoms`; LANES and ROWS: elements
+    at a time, along and down P.
     """
     scene = tl.program_id(0).to(tl.int64)
     more = (retry == 0) | is_doubtful(flags_ptr, scene, A)
@@ -216,6 +218,7 @@ def step_kernel(
             A,
             SPHERICAL,
             LANES,
+            ROWS,
         )
         shift(state_ptr, flags_ptr, atoms, A, SIZE)
         explained = amplitudes(state_ptr, flags_ptr, ridge, atoms, A, SIZE // 2)
