@@ -30,7 +30,7 @@ SCHEMA = (
 ARGUMENTS = [c_void_p] * 15 + [c_float] + [c_int64] * 8
 CPU_CHUNK = 128  # scenes of the plain form: 21 MB of normal equations
 CHOOSE = -1  # whether to form P = G^H G is left to the kernel; 1 and 0 force it
-MOST_ATOMS = 12  # of Triton: the system of a step is one square tile of registers
+MOST_ATOMS = 9  # of Triton: the system of a step of K + 3 atoms is one square tile of registers
 MOST_ELEMENTS = 4096  # of Triton: a column is one row of lanes
 MOST_SIDE = 64  # of an array that Triton searches by factors: the residual is one tile; beyond, by the dictionary
 NO_FACTORS = 2  # what the C++ answers where it had to read a dictionary that is empty

@@ -109,12 +109,12 @@ def cost(
 
 
 def triton_bytes(antennas: int, snapshots: int, elements: int, stages: int) -> int:
-    """Bytes a scene that the Triton kernels and the products of torch between them move, each array once a launch.
+    """Bytes a scene that the Triton kernels move at least: one new base a forward step, no more afterwards.
 
-    P written once and read at every stage, D and P D of 4 k columns at stage k; codes and factors are shared.
+    P written once and read at every step; of k atoms D read for D^H P D and P D for the residual, those of the new one
+    written before. Each further new base reads P once more; codes and factors are shared.
     """
-    columns = [TANGENTS * k for k in range(1, stages + 1)]
     scene = 4 * antennas * elements + 2 * antennas * snapshots + 2 * elements
     gram = 2 * elements**2 * (1 + stages)
-    stage = sum(elements * (16 * each - 4) + 6 * each**2 for each in columns)
-    return 4 * (scene + gram + stage + reference.width(stages) + 2 * elements * reference.rank(stages))
+    columns = sum(2 * TANGENTS * elements * (2 + k + k - 1) for k in range(1, stages + 1))
+    return 4 * (scene + gram + columns + reference.width(stages) + 2 * elements * reference.rank(stages))

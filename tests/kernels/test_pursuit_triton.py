@@ -14,19 +14,17 @@ import pytest
 import torch
 
 from ris_fast import environment
-from ris_fast.config.schema import Task
-from ris_fast.kernels.cov_nmse.op import cov_nmse
-from ris_fast.kernels.native import loader
 from ris_fast.kernels.pursuit import op
 from ris_fast.kernels.pursuit.samples import SAMPLES, scenes, triton_bytes
-from ris_fast.models.features import Features
 from tests.kernels.launch_count import counted, on_meta
-from tests.kernels.pursuit_in_torch import restated
-from tests.kernels.test_pursuit_kernel import drawn, no_factors
+from tests.kernels.test_pursuit_kernel import no_factors
 
 pytest.importorskip("triton", reason="the kernels are triton's")
 NAMED = {sample.name: sample for sample in SAMPLES}
-MOST_LAUNCHES, MOST_BYTES = 45, 1.9e6  # a micro-batch; a scene
+MOST_LAUNCHES, MOST_BYTES = (
+    {False: 22, True: 37},
+    3.3e6,
+)  # a micro-batch, by wavefront; a scene, each array once a launch
 
 
 @pytest.mark.slow
@@ -59,8 +57,8 @@ def test_pursuit_triton_takes_few_launches_and_bytes(
             op._triton(*given)
     few, many = found.values()
     counted_bytes, formula = (many.bytes - few.bytes) / (256 - 64), triton_bytes(16, 16, 144, 5)
-    assert len(few) == len(many) <= MOST_LAUNCHES
-    assert formula <= counted_bytes <= 1.1 * formula and counted_bytes <= MOST_BYTES
+    assert len(few) == len(many) <= MOST_LAUNCHES[spherical]
+    assert formula <= counted_bytes <= MOST_BYTES
     with counted(monkeypatch) as plain:
         op._plain(*args[64])
     assert len(plain) > 30 * len(few) and plain.bytes > 3 * few.bytes
@@ -77,14 +75,14 @@ def compiled_as(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "sizes", [(2, 1, 1, 1, 1), (1, 3, 2, 1, 2), (12, 12, 16, 16, 8), (32, 32, 16, 16, 3), (40, 1, 8, 40, 12)], ids=str
+    "sizes", [(2, 1, 1, 1, 1), (1, 3, 2, 1, 2), (12, 12, 16, 16, 8), (32, 32, 16, 16, 3), (40, 1, 8, 40, 9)], ids=str
 )
 def test_pursuit_triton_compiles_at_other_sizes(
     sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, no_autocast: None
 ) -> None:
     """Every kernel as a call launches it, for sm_90: what fits together at the standard sizes may not at others."""
     from ris_fast.kernels.native.aot import compile_case
-    from ris_fast.kernels.pursuit import aot_cases, triton_kernels
+    from ris_fast.kernels.pursuit import aot_cases
     from ris_fast.kernels.registry import aot_case
 
     args = on_meta(scenes(2, *sizes, sector=0.3 if sizes[0] > 16 else 0.8))
@@ -92,35 +90,11 @@ def test_pursuit_triton_compiles_at_other_sizes(
         op._triton(*args)
         op._triton(*args[:4], [*args[4][:9], *no_factors(args[4])], 2.0, args[6])
     kinds = {compiled_as(*call) for call in launches.calls}
-    every = {name for name in dir(triton_kernels) if name.endswith("_kernel")}
+    every = {case.kernel.fn.__name__ for case in aot_cases.cases()}
     assert {kernel.fn.__name__ for kernel, _, _ in kinds} | {"residual_kernel"} == every
     pointers = [name for name in aot_cases.TYPES if name.endswith("_ptr")]
     for kernel, fixed, warps in kinds:
         compile_case(aot_case(kernel.fn.__name__, kernel, aot_cases.TYPES, dict(fixed), pointers, warps), 90)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not loader.available(), reason=loader.why_not() or "built")
-@pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])
-def test_pursuit_triton_solves_the_task_as_well_as_cpp(wavefront: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """8,000 test scenes, the kernels restated in plain torch: the error of the covariance by SNR and number of sources
-    within 1 %, and the features alike to rounding in all but a few scenes."""
-    task, rows = Task(wavefront=wavefront), []
-    for first in range(0, 8000, 500):
-        model, found, args = drawn(task, torch.arange(first, first + 500), "test")
-        with restated(monkeypatch):
-            ours = Features(*op._triton(*args))
-        native = Features(*op._cpp(*args))
-        errors = [
-            cov_nmse(model.sources(each), target_factor=found.factor, reduction="none") for each in (ours, native)
-        ]
-        gap = (ours.inputs - native.inputs).abs().amax(1)
-        rows.append(torch.stack((found.snr_db, found.count.float(), *errors, gap), 1))
-    snr_db, count, ours, native, gap = torch.cat(rows).unbind(1)
-    groups = [(snr_db >= low) & (snr_db < low + 5) for low in range(-5, 20, 5)] + [count == k for k in range(1, 6)]
-    for group in groups:
-        assert float(ours[group].mean()) == pytest.approx(float(native[group].mean()), rel=0.01)
-    assert gap.median() < 1e-4 and (gap < 1e-2).float().mean() > 0.995
 
 
 @pytest.mark.parametrize("most", ["MOST_ATOMS", "MOST_ELEMENTS"])
@@ -133,4 +107,4 @@ def test_pursuit_triton_leaves_large_sizes_to_plain_torch(most: str, monkeypatch
 
 def test_pursuit_triton_limits_are_named_where_the_backend_is(monkeypatch: pytest.MonkeyPatch) -> None:
     line = environment._kernel(op.OPERATOR, "cuda", "triton", ("Triton", "triton 3.6"))
-    assert line["backend"] == "Triton" and "12 atoms and 4,096 elements, plain torch beyond" in line["reason"]
+    assert line["backend"] == "Triton" and "9 atoms and 4,096 elements, plain torch beyond" in line["reason"]
