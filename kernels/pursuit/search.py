@@ -253,7 +253,9 @@ class Pursuit:
             change, determinant = newton(fit, self.trust, normal)
             move = torch.clamp(change[..., 2:], -2 * self.trust, 2 * self.trust)
             log_det = torch.where(going, determinant, log_det)
-            base, offset, far = self.moved(normal, fit, move * going[:, None, None])
+            there, off, far = self.moved(normal, fit, move)
+            base = torch.where(going[:, None, None], there, base)
+            offset = torch.where(going[:, None, None], off, offset)
             going = going & far.any(1)
         return self.fitted(normal, base, offset)._replace(log_det=log_det)
 

@@ -11,7 +11,7 @@ MEANINGS = {
     "zero": "predicts nothing",
     "identity": "power from everywhere alike",
     "mean": "the mean training covariance, about the best answer that ignores the input",
-    "pursuit": "matching pursuit through the known channel, its order by description length; no network",
+    "pursuit": "matching pursuit through the known channel; no network",
     "matched_filter": "the back-projections that the network is shown, shrunk towards the mean; no network",
     "least_squares": "the field by least squares through the known channel, shrunk towards the mean; no network",
     "lmmse": "the linear MMSE field that the network is shown, shrunk towards the mean; no network",
