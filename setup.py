@@ -102,7 +102,7 @@ def packages() -> list[str]:
     return [*find_packages(str(ROOT), include=["ris_fast", "ris_fast.*"]), *kernels]
 
 
-TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "scipy>=1.11"]
+TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"]
 LINT = ["ruff>=0.17,<0.18", "import-linter>=2.17,<3", "mypy>=2.4,<2.5"]  # what ruff formats differs between versions
 setup(
     name="ris-fast",
@@ -125,6 +125,7 @@ setup(
         "torch>=2.11,<2.14",
         "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.26",
+        "scipy>=1.11",
         "cyclopts>=3",
         "safetensors>=0.4",
         "matplotlib>=3.8",

@@ -12,6 +12,8 @@ from ris_fast.old_names import find_old_modules
 
 if TYPE_CHECKING:  # the names of _HOMES, for type checkers and editors
     from ris_fast.config.load import load_config as load_config
+    from ris_fast.inference.predictor import Predictor as Predictor
+    from ris_fast.inference.predictor import load as load
     from ris_fast.kernels.cov_nmse.op import cov_nmse as cov_nmse
     from ris_fast.models import build_model as build_model
     from ris_fast.physics.array import RISArray as RISArray
@@ -39,6 +41,8 @@ _HOMES = {
     "SceneGenerator": "ris_fast.physics.random",
     "simulate": "ris_fast.physics.scenes",
     "build_model": "ris_fast.models",
+    "load": "ris_fast.inference.predictor",
+    "Predictor": "ris_fast.inference.predictor",
 }
 __all__ = [*_HOMES, "__version__"]
 find_old_modules()

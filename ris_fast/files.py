@@ -106,6 +106,14 @@ def append_text(path: str | Path, text: str) -> None:
         file.write(text)
 
 
+def check_writable(path: str | Path) -> None:
+    """Before minutes of work: raises StorageError where its result could not be written to `path` afterwards."""
+    new = not os.path.exists(path)
+    append_text(path, "")
+    if new:
+        os.unlink(path)
+
+
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
     """Writes a .safetensors file whole or not at all, readable as the umask says. Returns its size in bytes.
     Raises StorageError."""
@@ -125,9 +133,10 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
 
 
 def save_figure(path: str | Path, figure: Any, dpi: int) -> None:
-    """Draws a matplotlib figure into a .png, whole or not at all. Raises StorageError."""
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=dpi, format="png")
+    """Draws a matplotlib figure, into a .pdf as vectors, else into a .png, whole or not at all. Raises StorageError."""
+    form = "pdf" if Path(path).suffix == ".pdf" else "png"
+    with replacing(path) as partial:  # a .pdf without the date: equal figures are equal files
+        figure.savefig(partial, dpi=dpi, format=form, metadata={"CreationDate": None} if form == "pdf" else None)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ namespace RIS_NS {
 namespace pursuit {
 
 constexpr float TINY = 1e-12f;
-constexpr float NOTHING = 1e-18f, TINY_POWER = 1e-12f, REBASE = 0.05f, NOISE_REBASE = 0.5f, DOUBT = 1.5f;  // of search.py
+constexpr float NOTHING = 1e-18f, TINY_POWER = 1e-12f, REBASE = 0.05f, NOISE_REBASE = 0.5f, DOUBT = 1.5f, SHARE = 0.1f;  // of search.py
 constexpr int64_t POLISH = 2, EXTRA = 3;   // of search.py
 constexpr float LEAST_DB = -40.0f, MOST_DB = 20.0f;  // WORKING_SNR_DB of reference.py, which says why
 
@@ -151,7 +151,7 @@ struct Scratch {
 struct Scene {
     const float *snapshots, *channel;
     const Codes& codes;
-    float snr_db, noise, weight, column;  // sigma^2; sigma^2 over the expected |x|^2; 1/sqrt of G's mean squared column
+    float snr_db, noise, weight, column;  // sigma^2; sigma^2 over the expected |s|^2 of an atom; 1/sqrt of G's mean squared column
     float scale, root, rest;              // power of two that takes the channel's largest entry into [1, 4) = root times rest, of like size
     float energy;
 };
@@ -202,7 +202,7 @@ inline void normal_equations(const Scratch& s, Scene& scene) {
     const float snr = std::pow(10.0f, scene.snr_db / 10.0f), size = float(z.snapshots * z.antennas);
     scene.energy = size;
     scene.noise = 1.0f / (1.0f + snr);
-    scene.weight = scene.noise / (size * snr / (1.0f + snr));
+    scene.weight = scene.noise / (SHARE * size * snr / (1.0f + snr));
     scene.column = 1.0f / __builtin_sqrtf(column);
     for (int64_t m = 0; m < z.antennas; ++m) {
         float* row = s.planes + 2 * m * z.wide;
@@ -281,13 +281,10 @@ inline void fit(const Scratch& s, const Shared& shared, const Scene& scene, int6
     amplitudes(s.amplitude, s.matrix, s.ridge, s.fit_re, s.fit_im, s.fit_moment_re, s.fit_moment_im, scene.weight, count);
 }
 
-// |y - G x|^2 of that fit.
+// |y - G x|^2 + weight |s|^2 of that fit, which least squares makes |y|^2 - Re s^H b.
 inline float cost(const Scratch& s, const Scene& scene, int64_t count) {
     float left = scene.energy;
-    for (int64_t k = 0; k < count; ++k) {
-        const float re = s.amplitude[k], im = s.amplitude[count + k];
-        left -= re * s.fit_moment_re[T * k] + im * s.fit_moment_im[T * k] + scene.weight * (re * re + im * im);
-    }
+    for (int64_t k = 0; k < count; ++k) left -= s.amplitude[k] * s.fit_moment_re[T * k] + s.amplitude[count + k] * s.fit_moment_im[T * k];
     return left;
 }
 

@@ -61,6 +61,11 @@ def width(stages: int) -> int:
     return stages * (3 + 1 + 1 + 1 + TANGENTS + 2 * stages) + 4 * _early(stages) + 2
 
 
+def evidence_at(stages: int) -> int:
+    """Where the features say what each order gains: log1p(fall of the cost / sigma^2) / 4 - 1, K of them."""
+    return stages * (3 + 1) + 4 * _early(stages)
+
+
 def _inputs(pursuit: Pursuit, normal: Normal, found: Atoms, snr_db: Tensor) -> Tensor:
     """(B, F): per atom its position, share of power, evidence and Fisher information, couplings; per order its evidence
     and the volume of its posterior; the scene."""

@@ -37,6 +37,7 @@ REBASE = 0.05  # radians of phase, rms over the aperture: offsets beyond get a n
 NOISE_REBASE = 0.5  # the same where noise hides more: offset^2 beyond this many noise over the atom's power
 POLISH = 2  # Gauss-Newton steps at an order, at most; the second where the first gave an atom a new base
 EXTRA = 3  # atoms beyond K where the fit of K leaves more than noise
+SHARE = 0.1  # of the field's energy that an atom is expected to have: keeps close atoms from growing against each other
 DOUBT = 1.5  # standard deviations of the noise's energy that count as more
 
 TINY_POWER = 1e-12
@@ -55,8 +56,8 @@ class Normal(NamedTuple):
 
     @property
     def ridge(self) -> Tensor:
-        """(B,) of an amplitude: the noise beside what is expected of |s|^2, at most."""
-        return self.noise / self.signal
+        """(B,) of an amplitude: the noise beside what is expected of |s|^2."""
+        return self.noise / (SHARE * self.signal)
 
 
 class Atoms(NamedTuple):
@@ -65,7 +66,7 @@ class Atoms(NamedTuple):
     position: Tensor  # (B, K, 3)       u, v, w = 1/range
     amplitude: Tensor  # (B, 2, K)       s, real and imaginary parts
     gram: Tensor  # (B, 2, K, T, K, T)  D^H P D, real and imaginary parts
-    gains: Tensor  # (B, K)          fall of the cost |y - G x|^2 from the order below
+    gains: Tensor  # (B, K)          fall of the cost |y - G x|^2 + ridge |s|^2 from the order below
     log_det: Tensor  # (B, K)          of the last Gauss-Newton system at each order
     order_positions: Tensor  # (B, E, 3)       positions at each lower order: 1, then 2, ... K - 1 atoms
     order_amplitudes: Tensor  # (B, 2, E)       their amplitudes there
@@ -80,7 +81,7 @@ class Fit(NamedTuple):
     gram: Tensor  # (B, 2, K, T, K, T)  D^H P D, the first column of each atom shifted by its offset
     moment: Tensor  # (B, 2, K, T)    D^H b, likewise
     amplitude: Tensor  # (B, 2, K)
-    cost: Tensor  # (B,)            |y - G x|^2
+    cost: Tensor  # (B,)            |y - G x|^2 + ridge |s|^2
     log_det: Tensor  # (B,)            of the last step's system
 
 
@@ -261,7 +262,7 @@ class Pursuit:
         image, gram, moment = self.project(normal, base)
         gram, moment = shifted(gram, moment, offset)
         s = amplitudes(gram, moment, normal)
-        cost = normal.energy - (s * moment[..., 0]).sum((1, 2)) - normal.ridge * s.square().sum((1, 2))
+        cost = normal.energy - (s * moment[..., 0]).sum((1, 2))
         return Fit(base, offset, image, gram, moment, s, cost, torch.zeros_like(cost))
 
     def moved(self, normal: Normal, fit: Fit, move: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from ris_fast.benchmarks.kernels import compare_kernels
 from ris_fast.benchmarks.train_step import compare_steps
 from ris_fast.config.load import load_config
 from ris_fast.config.schema import Config
-from ris_fast.files import append_text
+from ris_fast.files import check_writable
 from ris_fast.report.eventlog import write_json
 from ris_fast.report.tables import text_table
 from ris_fast.streams import stage
@@ -66,14 +66,6 @@ def run_bench(
         except KeyboardInterrupt as interrupt:
             return result | {"stopped": kind} | ({kind: found} if (found := getattr(interrupt, "found", None)) else {})
     return result
-
-
-def check_writable(path: Path) -> None:
-    """Before minutes of measuring: raises StorageError where the figures could not be written to `path` afterwards."""
-    new = not path.exists()
-    append_text(path, "")
-    if new:
-        path.unlink()
 
 
 def configured(preset: str, device: torch.device) -> Config:

@@ -15,6 +15,7 @@ from cyclopts import App, Parameter
 from ris_fast import __version__
 from ris_fast.commands.flags import (
     WHOLE,
+    Against,
     BestDevice,
     Device,
     NoCompile,
@@ -23,11 +24,13 @@ from ris_fast.commands.flags import (
     Settings,
     Whole,
     WholeOrAuto,
+    WholeOrWord,
     absolute,
     run_flags,
 )
 from ris_fast.commands.runner import run
 from ris_fast.config.load import load_config, render_toml
+from ris_fast.config.schema import ConfigError
 from ris_fast.streams import stage
 
 app = App(
@@ -190,25 +193,163 @@ def why(run: Path | None = None, /, *, explain: str | None = None, json: bool = 
 
 @app.command
 def evaluate(
-    run: Path, /, *, scenes: Whole = None, data: Path | None = None, device: BestDevice = "auto", json: bool = False
+    run: Path,
+    /,
+    *others: Path,
+    scenes: Whole = None,
+    data: Path | None = None,
+    device: BestDevice = "auto",
+    method: str | None = None,
+    count: WholeOrWord = None,
+    no_positions: bool = False,
+    opponents: bool = False,
+    json: bool = False,
+    csv: Path | None = None,
+    plots: Path | None = None,
 ) -> int:
-    """NMSE of a trained run on the test scenes, by SNR and number of sources, beside the baselines and the MMSE bound.
+    """NMSE and positions of trained runs on the test scenes, by SNR, number of sources and range, beside the baselines
+    and the bounds.
 
     Parameters
     ----------
     run
         Run folder, whose best checkpoint is meant, or one checkpoint, RUN/checkpoints/NAME.safetensors.
+    others
+        More runs, shown side by side with the first.
     scenes
         Test scenes to use; all of the run's by default.
     data
         Folder of another data set of the same task; the run's own by default.
+    method
+        How sources are found: likelihood (default), music, mvdr or pursuit, as `predict` does.
+    count
+        Sources in a scene: mdl (default), aic, network or a number.
+    no_positions
+        NMSE only.
+    opponents
+        Classical estimators on the same scenes as well: least squares, LMMSE, matching pursuit, maximum likelihood.
     json
         Print JSON instead of tables.
+    csv
+        Write every figure into this table, one row for each group and metric.
+    plots
+        Folder of the figures; RUN/plots of the first run by default.
     """
     stage("loading torch")
-    from ris_fast.commands.evaluate import evaluate_command
+    from ris_fast.commands.evaluate import Search, evaluate_command
 
-    return evaluate_command(run, scenes=scenes, device=device, data=absolute(data), json=json)
+    return evaluate_command(
+        (run, *others),
+        scenes=scenes,
+        device=device,
+        data=absolute(data),
+        json=json,
+        csv=csv,
+        search=None if no_positions else Search(method, count, opponents),
+        plots=plots,
+    )
+
+
+@app.command
+def mismatch(
+    run: Path,
+    /,
+    *others: Path,
+    against: Against = None,
+    data: list[Path] | None = None,
+    scenes: Whole = None,
+    device: BestDevice = "auto",
+    json: bool = False,
+    out: Path | None = None,
+) -> int:
+    """NMSE of runs on scenes that they were not trained on: each run on the test scenes of every run's task, and of
+    tasks that differ in one setting.
+
+    Parameters
+    ----------
+    run
+        Run folder, whose best checkpoint is meant, or one checkpoint. Its task is the one that --against changes.
+    others
+        More runs, of the same array and number of snapshots.
+    data
+        Folder of a data set, of whatever task, whose test scenes are another row; may be given again.
+    scenes
+        Test scenes of each task; as many as the first run has by default, and all of a data set.
+    json
+        Print JSON instead of tables.
+    out
+        Write mismatch.json and mismatch.png into this folder.
+    """
+    stage("loading torch")
+    from ris_fast.commands.mismatch import mismatch_command
+
+    return mismatch_command(
+        (run, *others), against=against or (), data=data or (), scenes=scenes, device=device, json=json, out=out
+    )
+
+
+@app.command
+def predict(
+    run: Path | None = None,
+    /,
+    *,
+    data: Path | None = None,
+    out: Path,
+    predictions: Path | None = None,
+    split: Literal["train", "val", "test"] | None = None,
+    scenes: Whole = None,
+    method: Literal["likelihood", "music", "mvdr", "pursuit"] | None = None,
+    count: WholeOrWord = None,
+    no_factor: bool = False,
+    device: BestDevice = "auto",
+    config: Path | None = None,
+    set_: Settings = None,
+) -> int:
+    """Covariance, positions, powers and standard deviations of the sources in measured scenes, written to a file.
+
+    Parameters
+    ----------
+    run
+        Run folder, whose best checkpoint is meant, or one checkpoint, RUN/checkpoints/NAME.safetensors.
+    data
+        Measurements: a .npz or .safetensors file with snapshots, channel, codes and perhaps snr_db; or a folder.
+    out
+        File to write: .npz, .safetensors (a row for each scene) or .csv (a row for each source), by its ending.
+    predictions
+        Covariances from elsewhere in place of a network's: a .npz or .safetensors file with factor or covariance.
+    split
+        Scenes of a folder with splits; test by default.
+    scenes
+        Predict the first this many scenes; all by default.
+    method
+        likelihood (default): maximum likelihood on the measurement; music or mvdr: the spectrum of the covariance;
+        pursuit: the atoms of the matching pursuit.
+    count
+        Sources in a scene: a number; mdl (default) or aic, by likelihood; network, as the network says.
+    no_factor
+        Leave the factors of the covariances out of the file.
+    config
+        TOML file whose [task] is that of --predictions, where there is no RUN.
+    """
+    stage("loading torch")
+    from ris_fast.commands.predict import predict_command, task_of
+
+    task = None if run is not None else task_of(config, data, set_ or ())
+    if run is not None and (config is not None or set_):
+        raise ConfigError("predict: a run has its own task for good. Leave --config and --set out.")
+    return predict_command(
+        run,
+        task,
+        data=data,
+        out=out,
+        predictions=predictions,
+        split=split,
+        scenes=scenes,
+        method=method,
+        count=count,
+        factor=not no_factor,
+        device=device,
+    )
 
 
 @app.command

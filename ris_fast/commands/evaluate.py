@@ -1,48 +1,49 @@
-"""`ris-fast evaluate`: NMSE of a trained run on its test scenes, beside the baselines and the MMSE bound."""
+"""`ris-fast evaluate`: NMSE and positions of trained runs on their test scenes, beside baselines and bounds."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ris_fast import exit_codes
-from ris_fast.commands.run_folder import run_config
-from ris_fast.commands.scene_figures import by_count, by_snr, group_figures, scene_figures
+from ris_fast.commands.estimators import method_words, network_estimator, opponents
+from ris_fast.commands.position_figures import (
+    example_scene,
+    find_sources,
+    first_scene,
+    missing_for_positions,
+    position_figures,
+)
+from ris_fast.commands.scene_figures import Grouped, scene_figures, training_mean
 from ris_fast.commands.suspect_scenes import training_scenes, wrong_targets
-from ris_fast.config.schema import Config, ConfigError, Task
+from ris_fast.config.schema import ConfigError, Task
 from ris_fast.data.errors import DataError
 from ris_fast.data.open_source import open_source
 from ris_fast.data.source import SceneSource
-from ris_fast.models import build_model
+from ris_fast.inference.locating import choose_count, choose_method
+from ris_fast.inference.opened_run import OpenedRun, open_run
+from ris_fast.inference.predictor import Predictor
+from ris_fast.localize.metrics import Scores
 from ris_fast.report.console import counter
-from ris_fast.report.evaluation import evaluation_text, save_evaluation
+from ris_fast.report.evaluation import comparison_text, evaluation_text, save_figures, save_record
+from ris_fast.report.evaluation_csv import write_csv
 from ris_fast.report.eventlog import dumps
+from ris_fast.report.scene_plot import Example
 from ris_fast.streams import stage
-from ris_fast.training.checkpoint import CHECKPOINTS, better_weights, checkpoint_of, load_weights
 from ris_fast.training.compiled_model import choose_device
 
 SETTINGS_ADVICE = re.compile(r"--set|--preset|\btask\.|settings")  # what a run that is being evaluated cannot be given
 
-
-@dataclass(frozen=True)
-class OpenedRun:
-    """A run folder opened for reading: its settings, and the better of the two sets of weights of one checkpoint."""
-
-    folder: Path
-    config: Config
-    checkpoint: str  # its name: "best", "last"
-    weights: dict[str, Tensor]
-    kind: str  # "raw" or "ema"
-    epoch: int
-    notes: tuple[str, ...]
+Progress = Callable[[str, int, int], None]  # what is counted, how many are done, of how many
 
 
 class EvaluationError(ValueError):
@@ -51,15 +52,90 @@ class EvaluationError(ValueError):
     exit_code = exit_codes.DATA
 
 
-def evaluate_command(run: Path, *, scenes: int | None, device: str, data: str | None, json: bool) -> int:
-    """Prints the evaluation and leaves it, with a figure, in the run folder."""
+@dataclass(frozen=True)
+class Search:
+    """How the sources of a scene are found, see `Predictor.predict`; None: the best that the data allow."""
+
+    method: str | None = None
+    count: int | str | None = None
+    opponents: bool = False  # classical estimators on the same scenes
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` returns, and what figures need beside it."""
+
+    result: dict[str, Any]
+    scores: dict[str, Scores]  # by estimator; empty where no positions are scored
+    example: Example | None
+    scenes: tuple[Tensor, Tensor]  # number of sources and SNR in dB of each test scene
+
+
+def evaluate_command(
+    runs: Sequence[Path],
+    *,
+    scenes: int | None,
+    device: str,
+    data: str | None,
+    json: bool,
+    csv: Path | None,
+    search: Search | None,
+    plots: Path | None,
+) -> int:
+    """Prints the evaluation of one run, or of several side by side; leaves records in their folders, and figures."""
     stage("opening the run and its test scenes")
-    result = evaluate(run, scenes, device, data, counter("scenes read"))
-    print(dumps(result, indent=2) if json else evaluation_text(result))
-    figure = save_evaluation(result)  # after printing: a folder that cannot be written costs no figure
+    progress = _Bars()
+    done = {name: evaluate_run(run, scenes, device, data, progress, search) for name, run in zip(run_names(runs), runs)}
+    results = {name: each.result for name, each in done.items()}
+    first, *others = done.values()
+    if json:
+        print(dumps({"runs": list(results.values())} if others else first.result, indent=2))
+    else:
+        print(comparison_text(results, different_scenes(done)) if others else evaluation_text(first.result))
+    for result in results.values():  # after printing: a folder that cannot be written costs no figure
+        save_record(result)
+    if csv is not None:
+        write_csv(csv, results)
+    scores = {name: next(iter(each.scores.values())) for name, each in done.items() if each.scores}
+    folder = Path(first.result["run"]) / "plots" if plots is None else plots
+    saved = save_figures(results, scores if others else first.scores, None if others else first.example, folder)
     if not json:
-        print(f"\nfigure: {figure}")
+        print("\nfigures, and a .pdf of each: " + ", ".join(map(str, saved.values())))
     return exit_codes.DONE
+
+
+def run_names(runs: Sequence[Path]) -> list[str]:
+    """What each run is called in tables: its folder, and the checkpoint where one is given; the path where two runs
+    would have one name."""
+    paths = [Path(os.path.realpath(run)) for run in runs]
+    names = [f"{path.parent.parent.name}/{path.stem}" if path.suffix == ".safetensors" else path.name for path in paths]
+    names = [str(run) if names.count(name) > 1 else name for name, run in zip(names, runs)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"evaluate: {twice} is given twice. Give each run once.")
+    return names
+
+
+def different_scenes(done: Mapping[str, Evaluation]) -> list[str]:
+    """What is to be said of runs that were evaluated on other scenes than the first."""
+    (name, first), *others = done.items()
+    return [
+        f"{other} has other test scenes than {name}: its figures beside those of {name} compare scenes as well as runs"
+        for other, each in others
+        if not all(map(torch.equal, first.scenes, each.scenes))
+    ]
+
+
+class _Bars:
+    """A progress bar for each thing that is counted."""
+
+    def __init__(self) -> None:
+        self.what, self.show = "", counter("")
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what != self.what or done <= 1:
+            self.what, self.show = what, counter(what)
+        self.show(done, total)
 
 
 def evaluate(
@@ -67,48 +143,103 @@ def evaluate(
     scenes: int | None = None,
     device: str = "auto",
     data: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    search: Search | None = None,
 ) -> dict[str, Any]:
-    """NMSE of a run's weights on its test scenes, in float32 and evaluation mode.
+    """NMSE and positions of a run's weights on its test scenes, in float32 and evaluation mode.
 
     Args: run: run folder or its checkpoints folder, whose best checkpoint is meant, or a checkpoint.
         scenes: how many test scenes; all by default.
         data: folder of another data set of the same task, or of the run's own where it was moved.
-        progress: called with (scenes read, scenes in all) while data files are read.
-    Returns: plain numbers and texts: `nmse` (mean, median), `baselines`, `mmse_bound` (None for another task than
-        RIS-12x12, and for fewer than FEW scenes), and the same for each group of `by_snr` and `by_count`, see
-        `group_figures`; `notes` for a person.
+        progress: called with what is counted, how many are done and how many there are.
+        search: how sources are found; by default they are not.
+    Returns: plain numbers and texts: `nmse` (mean, median), `nmse_interval`, `baselines`, `mmse_bound` (None for
+        another task than RIS-12x12, and for fewer than FEW scenes), the same for each group of `by_snr`, `by_count` and
+        `by_snr_and_count`, see `Grouped`; `positions`, see `position_figures`, or None; `notes` for a person.
     Raises: ConfigError where there is no run or too few scenes, CheckpointError, DataError; EvaluationError where the
         network's answers are not finite.
     """
+    return evaluate_run(run, scenes, device, data, progress, search).result
+
+
+def evaluate_run(
+    run: str | Path,
+    scenes: int | None,
+    device: str,
+    data: str | None,
+    progress: Progress | None,
+    search: Search | None,
+) -> Evaluation:
+    """`evaluate`, with the scores of single sources."""
     opened = open_run(run) if data is None else _with_data(open_run(run), data)
     config, on = opened.config, choose_device(device)
-    source = _test_scenes(opened, on, progress)
+    source = _test_scenes(opened, on, progress and (lambda *counts: progress("scenes read", *counts)))
     size = _test_size(source, scenes)
-    model = build_model(config.model.name, config.task, **config.model.options)
-    load_weights(model, opened.weights, str(opened.folder))
+    model = opened.network().to(on)
     began = time.monotonic()
-    figures = scene_figures(model.to(on).eval(), config.task, source, size)
+    constant = training_mean(source)
+    figures = scene_figures(model, config.task, source, size, constant)
     _refuse_nonfinite(figures["network"], opened)
     seconds = time.monotonic() - began
+    positions = _positions(model, config.task, source, size, constant, progress, search)
+    figures |= positions.nmse
     standard = config.task == Task()
-    return {
+    grouped = Grouped(figures, standard)
+    notes = [*opened.notes, *training_scenes(source, size), *wrong_targets(source, config.task, size), *positions.notes]
+    result = {
         "run": str(opened.folder),
         "model": config.model.name,
         "checkpoint": opened.checkpoint,
         "weights": opened.kind,
-        "notes": [*opened.notes, *training_scenes(source, size), *wrong_targets(source, config.task, size)],
+        "notes": notes,
         "standard": standard,
         "epoch": opened.epoch,
         "parameters": sum(each.numel() for each in model.parameters()),
         "device": str(on),
         "source": source.describe(),
-        "scenes": size,
         "seconds": seconds,
-        **group_figures(figures, standard),
-        "by_snr": by_snr(figures, standard),
-        "by_count": by_count(figures, standard),
+        **grouped.group(),
+        "by_snr": grouped.by("snr_db"),
+        "by_count": grouped.by("sources"),
+        "by_snr_and_count": grouped.by("snr_db", "sources"),
+        "positions": positions.figures,
     }
+    return Evaluation(result, positions.scores, positions.example, (figures["count"], figures["snr_db"]))
+
+
+class _Positions(NamedTuple):
+    figures: dict[str, Any] | None
+    scores: dict[str, Scores]
+    example: Example | None
+    nmse: dict[str, Tensor]  # (B,) of the classical estimators
+    notes: list[str]  # why there are none
+
+
+def _positions(
+    model: nn.Module,
+    task: Task,
+    source: SceneSource,
+    size: int,
+    constant: Tensor,
+    progress: Progress | None,
+    search: Search | None,
+) -> _Positions:
+    if search is None:
+        return _Positions(None, {}, None, {}, [])
+    scene = first_scene(source)
+    missing = missing_for_positions(scene, search.opponents)
+    if scene.azimuth is None:
+        return _Positions(None, {}, None, {}, missing)
+    method = choose_method(search.method, scene.channel is not None)
+    count = choose_count(search.count, method, task)
+    estimators = {"network": network_estimator(Predictor(model, task, products=scene.channel is None), method, count)}
+    if search.opponents and scene.channel is not None:
+        estimators |= opponents(task)
+    shown = progress and (lambda *counts: progress("scenes located", *counts))
+    found = find_sources(estimators, task, source, size, constant, shown)
+    figures, scores = position_figures(found, method_words(method, count))
+    nmse = {name: each for name, each in found.nmse.items() if name != "network"}
+    return _Positions(figures, scores, example_scene(model, task, source, found), nmse, missing)
 
 
 def _with_data(run: OpenedRun, data: str) -> OpenedRun:
@@ -133,33 +264,12 @@ def _test_scenes(run: OpenedRun, device: torch.device, progress: Callable[[int, 
         ) from None
 
 
-def open_run(path: str | Path) -> OpenedRun:
-    """Reads the settings of a run and one checkpoint: the best one of a run folder, or the one that `path` names."""
-    path = Path(path)
-    folder, name = checkpoint_of(path)
-    if not (folder / "config.toml").is_file():
-        raise ConfigError(f"{path} is not a run folder: there is no config.toml. Give the folder that train printed.")
-    config = run_config(folder)
-    weights, kind, manifest = better_weights(folder / CHECKPOINTS, name)
-    return OpenedRun(
-        folder,
-        config,
-        name,
-        weights,
-        kind,
-        manifest["state"]["epoch"],
-        (manifest["note"],) if "note" in manifest else (),
-    )
-
-
 def _refuse_nonfinite(nmse: Tensor, run: OpenedRun) -> None:
     """Raises EvaluationError where the network's answer to a scene is not finite."""
     lost = (~nmse.isfinite()).nonzero().flatten()
     if not len(lost):
         return
-    weights = [
-        name for name, value in run.weights.items() if value.is_floating_point() and not bool(value.isfinite().all())
-    ]
+    weights = run.nonfinite_weights()
     why = f"its weights are not, first '{weights[0]}'" if weights else "its weights are"
     raise EvaluationError(
         f"{run.folder}, checkpoint '{run.checkpoint}': the network's answer is not finite for {len(lost)} of"

@@ -8,21 +8,24 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from ris_fast.commands.usage import whole_number, whole_number_or_auto
+from ris_fast.commands.usage import whole_number, whole_number_or_auto, whole_number_or_word
 
 WHOLE = Parameter(converter=whole_number, accepts_keys=False)
 PRESET_HELP = "laptop (default on a CPU), full (default on a GPU) or original."
 DEVICE_HELP = "auto, cpu, cuda or cuda:N."
 SEED_HELP = "Seed of the weights and of the order of the scenes; --set data.seed=N draws other scenes."
+AGAINST_HELP = "Test tasks: the first run's with task.key=value,value,... in turn; may be given again."
 SET_HELP = "Any other setting, section.key=value; may be given again."
 
 Whole = Annotated[int | None, WHOLE]
 WholeOrAuto = Annotated[int | str | None, Parameter(converter=whole_number_or_auto, accepts_keys=False)]
+WholeOrWord = Annotated[int | str | None, Parameter(converter=whole_number_or_word, accepts_keys=False)]
 Preset = Annotated[str | None, Parameter(help=PRESET_HELP)]
 Device = Annotated[str | None, Parameter(help=DEVICE_HELP)]
 BestDevice = Annotated[str, Parameter(help=DEVICE_HELP)]
 Seed = Annotated[int | None, WHOLE, Parameter(help=SEED_HELP)]
 NoCompile = Annotated[bool, Parameter(help="Run without torch.compile.")]
+Against = Annotated[list[str] | None, Parameter(help=AGAINST_HELP)]
 Settings = Annotated[list[str] | None, Parameter(name="--set", help=SET_HELP)]
 
 

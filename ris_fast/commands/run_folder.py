@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ris_fast.config.load import load_config, render_toml
+from ris_fast.config.load import render_toml
 from ris_fast.config.schema import Config, ConfigError
 from ris_fast.files import (
     BEST,
@@ -29,6 +29,7 @@ from ris_fast.files import (
     write_text,
     writing,
 )
+from ris_fast.inference.opened_run import run_config
 from ris_fast.old_names import current_origin
 from ris_fast.report.eventlog import write_json
 from ris_fast.training.callback import Callback
@@ -104,18 +105,6 @@ def run_lock(folder: Path) -> Iterator[None]:
             ) from error
         remove_leftovers(folder)
         yield
-
-
-def run_config(folder: Path, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None) -> Config:
-    """The settings in a run's config.toml, with --set and flags on top.
-
-    A run of the time when one seed drew weights and scenes keeps its scenes.
-    """
-    config = load_config(folder / CONFIG, None, overrides, flags)
-    if "data.seed" in config.provenance:
-        return config
-    recorded = load_config(folder / CONFIG)
-    return replace(config, data=replace(config.data, seed=recorded.training.seed))
 
 
 def resumed_config(run: Path, refused: Mapping[str, Any], overrides: Iterable[str], flags: Mapping[str, Any]) -> Config:

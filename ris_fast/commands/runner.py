@@ -19,7 +19,7 @@ from ris_fast.commands.usage import empty_value, usage_message, without_set
 from ris_fast.old_names import OldNameWarning
 from ris_fast.streams import unbreakable
 
-LEAVES_A_RECORD = ("train", "simulate", "evaluate")  # what these print can be read in their folder
+LEAVES_A_RECORD = ("train", "simulate", "evaluate", "predict")  # what these print can be read in their folder
 
 
 def run(app: App, tokens: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from ris_fast.config.schema import Task
 from ris_fast.data.fingerprints import find_overlap, scene_hashes
 from ris_fast.data.npz_load import APART, clearly_apart
 from ris_fast.data.source import SceneSource
-from ris_fast.health.preflight.pairing import belonging, with_factor
+from ris_fast.health.preflight.pairing import as_believed, belonging, with_factor
 from ris_fast.health.preflight.probe import FEWEST
 
 
@@ -45,7 +45,7 @@ def wrong_targets(source: SceneSource, task: Task, size: int) -> list[str]:
             " figures compare with wrong targets"
         ]
     few = torch.linspace(0, size - 1, min(size, CHUNK), device=source.index_device).long()
-    scenes = with_factor(source.batch("test", few))
+    scenes = as_believed(with_factor(source.batch("test", few)), task)
     if scenes.channel is None or scenes.factor is None:
         return []
     found = belonging(scenes, task.symbols == "static")

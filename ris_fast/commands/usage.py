@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from cyclopts import CycloptsError, Token, UnusedCliTokensError
 
-TAKE_SETTINGS = ("train", "check", "simulate")
+TAKE_SETTINGS = ("train", "check", "simulate", "predict")
 SETTINGS_FILE = re.compile(
     r'Unknown (?:option|command):? "?(?:(?:--config|-c)(?:=[^"]*?)?|([^-"][^"]*\.toml))"?\.(?!\w)'
 )
@@ -43,6 +43,12 @@ def whole_number_or_auto(kind: type, tokens: Sequence[Token]) -> int | str:
         return "auto" if tokens[0].value == "auto" else whole_number(kind, tokens)
     except ValueError as error:
         raise ValueError(f"{error}, nor auto") from None
+
+
+def whole_number_or_word(kind: type, tokens: Sequence[Token]) -> int | str:
+    """A whole number where the text is one of digits, else the word itself."""
+    text = tokens[0].value
+    return text if text.isalpha() else whole_number(kind, tokens)
 
 
 def empty_value(tokens: Sequence[str]) -> str | None:

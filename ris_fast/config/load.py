@@ -68,7 +68,7 @@ def _task_of_data(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, 
         return {}
     try:
         table = json.loads((Path(said["data.path"]) / MANIFEST).read_text(encoding="utf-8"))["task"]
-        task = Task(**{item.name: table[item.name] for item in fields(Task)})
+        task = Task(**{item.name: table[item.name] for item in fields(Task) if item.name in table})
     except (OSError, ValueError, TypeError, KeyError):  # no data set of ours, or a damaged one: its reader says which
         return {}
     return {f"task.{name}": value for name, value in asdict(task).items()}

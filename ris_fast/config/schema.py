@@ -40,6 +40,18 @@ class Task(Section):
     power: str = option(
         "path_loss", "source powers: by free-space path loss or all equal", choices=("path_loss", "equal")
     )
+    phase_error_deg: float = option(
+        0.0, "rms phase error of a RIS element in degrees, unknown to network and estimators", low=0.0, high=180.0
+    )
+    phase_error_surface: int = option(
+        0, "number of the surface whose phase errors all scenes share; 0: each scene draws its own", low=0
+    )
+    channel_snr_db: float = option(
+        0.0,
+        "SNR in dB of the channel estimate that network and estimators get; 0: the channel itself",
+        low=0.0,
+        high=120.0,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

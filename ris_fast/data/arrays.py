@@ -21,7 +21,16 @@ from ris_fast.data.errors import DataError
 COPY_AGAIN = "A copy or a writer that stopped early leaves such a file: copy or generate it again."
 PIECE = 2**20
 MOST_DEFLATED = 1040  # bytes from one compressed byte; deflate reaches 1032
-_SAFETENSORS_DTYPES = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "|u1"}
+_SAFETENSORS_DTYPES = {
+    "F32": "<f4",
+    "F64": "<f8",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "U8": "|u1",
+    "C64": "<c8",
+}
 
 
 @contextmanager
@@ -225,19 +234,16 @@ def _data_offset(path: Path, key: str, info: zipfile.ZipInfo, header: int) -> in
     return offset
 
 
-def safetensors_arrays(path: Path) -> dict[str, StoredArray]:
-    """Every tensor of a .safetensors file by name, from its header alone. Raises: DataError.
+def safetensors_arrays(path: Path, wanted: Collection[str] | None = None) -> dict[str, StoredArray]:
+    """The `wanted` tensors of a .safetensors file by name (None: all), from its header alone. Raises: DataError.
 
     Source: the format's own description: 8 bytes little-endian length, that much JSON, then the tensors' bytes.
     """
-    refuse_other_than_file(path)
-    size = path.stat().st_size
-    with damage(path, "", "no readable safetensors header", "a shard written by `ris-fast simulate`"):
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, size)))
-        header.pop("__metadata__", None)
-        found = [_tensor(path, key, item, 8 + length) for key, item in header.items()]
+    size = path.stat().st_size if path.is_file() else 0
+    with damage(path, "", "no readable safetensors header", "the header of a safetensors file"):
+        header, length = _safetensors_header(path)
+        chosen = {key: item for key, item in header.items() if wanted is None or key in wanted}
+        found = [_tensor(path, key, item, 8 + length) for key, item in chosen.items()]
     for array in found:
         if array.offset + array.bytes > size:
             raise DataError(
@@ -246,9 +252,27 @@ def safetensors_arrays(path: Path) -> dict[str, StoredArray]:
     return {a.key: a for a in found}
 
 
+def safetensors_keys(path: Path) -> list[str]:
+    """The names of all tensors of a .safetensors file whose header is readable."""
+    return sorted(_safetensors_header(path)[0])
+
+
+def _safetensors_header(path: Path) -> tuple[dict, int]:
+    """What the file says of its tensors, and how many bytes it takes to say so."""
+    refuse_other_than_file(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, path.stat().st_size)))
+    header.pop("__metadata__", None)
+    return header, length
+
+
 def _tensor(path: Path, key: str, item: dict, start: int) -> StoredArray:
     """One entry of a header. Raises: any exception for one that is none."""
     shape, offset = tuple(item["shape"]), item["data_offsets"][0]
     if any(type(number) is not int or number < 0 for number in (*shape, offset)):
         raise ValueError(f"shape {shape} at {offset}")
+    if item["dtype"] not in _SAFETENSORS_DTYPES:
+        known = ", ".join(_SAFETENSORS_DTYPES)
+        raise DataError(path, key, f"type {item['dtype']}", f"one of {known}", "Convert it, and write the file again.")
     return StoredArray(path, key, np.dtype(_SAFETENSORS_DTYPES[item["dtype"]]), shape, start + offset)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ris_fast.physics.array import RISArray, cosine_steering, direction_cosines
+from ris_fast.physics.non_negative import non_negative_least_squares
 
-SWEEPS = 200
 EXACT = 1e-6  # NMSE of R against its own factors: float32 phases leave up to 1e-9, element jitter 1e-2
 BETTER = 0.5  # of the misfit of the known offsets, at which another one is believed
 FEW, ROUNDS = 32, 20  # scenes that tell where the array sits, and looks at them
@@ -99,7 +99,7 @@ def recover_powers(
     a32, r32 = a_BNK.to(torch.complex64), torch.view_as_complex(covariance)
     gram = (a_BNK.mH @ a_BNK).abs().square()
     right = (a32.conj() * (r32 @ a32)).sum(1).real.double()
-    power = _non_negative(gram, right)
+    power = non_negative_least_squares(gram, right)
     residual = torch.baddbmm(r32, a32 * power.float()[:, None], a32.mH, alpha=-1)
     misfit, size = (torch.view_as_real(each).flatten(1).norm(dim=1).double() for each in (residual, r32))
     return power, (misfit / size).square()
@@ -158,24 +158,6 @@ def estimate_offset(
 def _neighbours(blocks: Tensor) -> Tensor:
     """R between neighbours along one axis, summed over the other: (B, n, n, other) -> (B, n - 1)."""
     return blocks.diagonal(offset=-1, dim1=1, dim2=2).sum(1)
-
-
-def _non_negative(gram_BKK: Tensor, right_BK: Tensor) -> Tensor:
-    """Solve, and where a component comes out negative sweep by coordinates with a clamp at zero."""
-    diagonal = gram_BKK.diagonal(dim1=1, dim2=2)
-    ridge = torch.diag_embed(torch.where(diagonal > 0, 1e-13, 1.0).to(gram_BKK))
-    power = torch.linalg.solve(gram_BKK + ridge, right_BK)
-    bad = (power < 0).any(1)
-    power = power.clamp_min(0.0)
-    for _ in range(SWEEPS if bool(bad.any()) else 0):
-        before = power.clone()
-        for k in range(power.shape[1]):
-            slope = right_BK[:, k] - (gram_BKK[:, k] * power).sum(1)
-            better = (power[:, k] + slope / diagonal[:, k].clamp_min(1e-30)).clamp_min(0.0)
-            power[:, k] = torch.where(bad & (diagonal[:, k] > 0), better, power[:, k])
-        if bool(((power - before).abs().amax(1) <= 1e-9 * power.amax(1)).all()):
-            break
-    return power
 
 
 def leading_factor(covariance: Tensor, columns: int) -> Tensor:

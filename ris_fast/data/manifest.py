@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,18 @@ FORMAT = "ris-fast scenes"
 VERSION = 1
 COLUMNS = ("snapshots", "channel", "azimuth", "elevation", "range_m", "power", "snr_db", "count")
 ENTRY = {"file": str, "scenes": int, "bytes": int, "sha256": str, "statistics": dict}
+OWN_TASK = (
+    "A data set brings its own task, which every command and load_config take from it: leave these settings away, or"
+    " write a data set of this task with `ris-fast simulate`."
+)
 WRITE_AGAIN = "Write the data set again with `ris-fast simulate`, or copy it again."
 
 
-def read_manifest(path: Path, task: Task) -> dict[str, Any]:
-    """The manifest, if it describes this very task. Raises: DataError."""
+def read_manifest(path: Path, task: Task, only: Collection[str] | None = None, todo: str = OWN_TASK) -> dict[str, Any]:
+    """The manifest, if it describes this very task, or one that agrees in the settings `only`.
+
+    Raises: DataError, with the advice `todo` for one of another task.
+    """
     file = path / MANIFEST
     try:
         manifest = json.loads(file.read_text())
@@ -53,15 +61,15 @@ def read_manifest(path: Path, task: Task) -> dict[str, Any]:
     if missing:
         raise DataError(file, sorted(missing)[0], "no such entry", "it", COPY_AGAIN)
     _check_entries(file, manifest)
-    there, asked = manifest["task"], asdict(task)
+    there = asdict(Task()) | manifest["task"]  # a setting younger than the data has its default
+    asked = {key: value for key, value in asdict(task).items() if only is None or key in only}
     if wrong := [key for key in asked if there.get(key) != asked[key]]:
         raise DataError(
             file,
             "task",
             ", ".join(f"{key} {there.get(key)!r}" for key in wrong),
             ", ".join(f"{key} {asked[key]!r}" for key in wrong) + ", as configured",
-            "A data set brings its own task, which every command and load_config take from it: leave these settings"
-            " away, or write a data set of this task with `ris-fast simulate`.",
+            todo,
         )
     return manifest
 

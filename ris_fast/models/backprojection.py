@@ -44,7 +44,7 @@ class Backprojection(nn.Module):
     Args:
         task: array, codes, symbols and ranges of the scenes.
         width, depth: of the perceptron; 2 width^2 parameters a block.
-        atoms: sources that the pursuit looks for; 0: K_max. More than K_max lets the network choose.
+        atoms: sources that the pursuit looks for; 0: as many as `features_for` says.
     """
 
     def __init__(self, task: Task, *, width: int = 512, depth: int = 2, atoms: int = 0) -> None:
@@ -52,7 +52,7 @@ class Backprojection(nn.Module):
         if min(width, depth + 1) < 1 or atoms < 0:
             raise ConfigError(f"backprojection: width {width}, depth {depth} and atoms {atoms} must be positive.")
         self.task, self.columns = task, 2 * task.max_sources
-        self.extract = features_for(task, atoms or task.max_sources)
+        self.extract = features_for(task, atoms)
         self.rank = self.extract.rank
         self.stem = Linear(self.extract.width, width)
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(depth)))

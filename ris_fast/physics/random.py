@@ -15,7 +15,8 @@ from torch import Tensor
 from ris_fast.kernels.philox.op import philox_normal, philox_uniform
 
 SPLITS = ("train", "val", "test")
-QUANTITIES = ("scene", "symbols", "channel", "noise")
+QUANTITIES = ("scene", "symbols", "channel", "noise", "phase_error", "channel_error")
+SURFACES = len(SPLITS) * 256  # the stream that no split has: surfaces are the same in all of them
 
 
 @dataclass(frozen=True)
@@ -44,3 +45,8 @@ class SceneGenerator:
     def normal(self, index: Tensor, quantity: str, count: int) -> Tensor:
         """(B,) int64 scene indices -> (B, count) float32 standard normal."""
         return philox_normal(index, self.seed, self.stream(quantity), count)
+
+
+def surface_normal(surface: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """(count,) float32 standard normal of a numbered surface, the same for every split and seed of scenes."""
+    return philox_normal(torch.tensor([surface], device=device), 0, SURFACES, count)[0]

@@ -21,6 +21,7 @@ from ris_fast.old_names import renamed_field
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.channel import FAR_RANGE_M, free_space_amplitude
 from ris_fast.physics.codes import dft_codes
+from ris_fast.physics.miscalibration import estimated_channel, true_codes
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.real_complex import power, to_pairs
 
@@ -109,7 +110,9 @@ def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator, codes:
     """Scenes of a split, by number: the same scene whatever the batch, order or device.
 
     Model: H = sqrt(k/(k+1)) a_BS a_RIS^H + sqrt(1/(k+1)) W, W entries CN(0, 1/M), k the Rician factor, a_RIS from 100
-        m; y_l = H diag(c_l) x_l + n_l, x_l = sum_k g_k s_kl a_k; n white, its power set by the scene's SNR.
+        m; y_l = H diag(c_l) x_l + n_l, x_l = sum_k g_k s_kl a_k; n white, its power set by the scene's SNR. A task may
+        add phase errors and an error of the channel estimate, see `miscalibration`: codes and channel are then those
+        that a receiver believes in.
     Args: scenes: how many (0, 1, ...), or (B,) int64 indices; generator: seed, split and device;
         codes: (L, N, 2), or (B, L, N, 2) for a set a scene; the task's own if none are given.
     Returns: `Scenes` with every field but `effective_channel` and `covariance`.
@@ -130,7 +133,7 @@ def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator, codes:
         noise_stream=generator.stream("noise"),
         antennas=task.bs_antennas,
         positions=task_positions(task, str(device)),
-        codes=codes,
+        codes=true_codes(task, codes, index, generator),
         amplitude=amplitude,
         power=source_power,
         rician=draw["rician"],
@@ -145,7 +148,7 @@ def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator, codes:
         snr_db=draw["snr_db"],
         count=draw["count"],
         index=index,
-        channel=channel,
+        channel=estimated_channel(task, channel, index, generator),
         factor=factor,
         power=source_power,
         **{key: draw[key] * active for key in ("azimuth", "elevation", "range_m")},

@@ -15,6 +15,8 @@ MEANINGS = {
     "matched_filter": "the back-projections that the network is shown, shrunk towards the mean; no network",
     "least_squares": "the field by least squares through the known channel, shrunk towards the mean; no network",
     "lmmse": "the linear MMSE field that the network is shown, shrunk towards the mean; no network",
+    "omp": "orthogonal matching pursuit, refined by likelihood; no network",
+    "blind_likelihood": "blind maximum likelihood from many starts; no network",
 }
 
 BOUND = "about what the best possible estimator scores on these scenes, estimated by Monte Carlo"
@@ -26,6 +28,14 @@ MILESTONES = {
     0.10: "good enough to localise",
     0.04: "near blind maximum likelihood",
 }
+
+
+LABELS = {"lmmse": "LMMSE", "omp": "OMP"}
+
+
+def label(name: str) -> str:
+    """The name of an estimator as a person writes it."""
+    return LABELS.get(name, name.replace("_", " "))
 
 
 def figure(value: float) -> str:

@@ -20,6 +20,8 @@ from ris_fast.report.baselines import baseline_lines, figure, judge, milestone_l
 from ris_fast.report.verdict import lost_again, ruled_out, stalled_because
 from ris_fast.training.callback import Callback
 
+BAR_WIDTH = 24
+
 
 class ConsoleReport(Callback):
     """Prints. On a terminal with a bar, time left and colours; plain lines in a file or a pipe.
@@ -120,12 +122,16 @@ class ConsoleReport(Callback):
 
 
 def counter(what: str, stream: TextIO | None = None) -> Callable[[int, int], None]:
-    """Shows `what done of total` in place on a terminal; silent in a file."""
-    stream = stream or sys.stderr
+    """Shows a bar, `what done of total` and the time left in place on a terminal; silent in a file."""
+    stream, began = stream or sys.stderr, time.monotonic()
 
     def show(done: int, total: int) -> None:
         if stream.isatty():
-            print(f"\r{what} {done:,} of {total:,}", end="\n" if done == total else "", file=stream, flush=True)
+            filled = BAR_WIDTH * done // max(1, total)
+            left = round((time.monotonic() - began) * (total - done) / max(1, done))
+            bar = f"[{'=' * filled}{' ' * (BAR_WIDTH - filled)}]"
+            text = f"\r\x1b[2K{what} {bar} {done:,} of {total:,}" + (f", {left} s left" if done < total else "")
+            print(text, end="\n" if done == total else "", file=stream, flush=True)
 
     return show
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ris_fast.config.schema import Config, ConfigError
+from ris_fast.config.schema import Config, ConfigError, Task
 from ris_fast.config.schema import Training as TrainingConfig
 from ris_fast.data.source import SceneSource
 from ris_fast.files import BEST, CHECKPOINTS
@@ -176,7 +176,8 @@ def _known(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The identity in a manifest; of a run of the time when there was one seed, weights and scenes had that."""
     known = dict(manifest.get("identity") or {})
     known = {key: current_setting(key, value) for key, value in known.items()}
-    return {"data.seed": known.get("training.seed"), **known}
+    younger = {f"task.{key}": value for key, value in asdict(Task()).items()}  # settings that the run did not have yet
+    return {"data.seed": known.get("training.seed"), **younger, **known}
 
 
 def _take_best(state: RunState, folder: Path, manifest: Mapping[str, Any]) -> list[str]:

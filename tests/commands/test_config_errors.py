@@ -59,6 +59,8 @@ def test_config_refuses_values_out_of_range(kind: type, given: dict[str, float])
         {"range_min_m": 1e-3, "range_max_m": 1e-3},
         {"snr_min_db": -100.0},
         {"snr_max_db": 120.0},
+        {"phase_error_deg": 180.0, "phase_error_surface": 2**63 - 1},
+        {"channel_snr_db": 120.0},
     ],
 )
 @pytest.mark.parametrize("wavefront", ["fresnel", "spherical"])

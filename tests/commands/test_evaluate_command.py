@@ -12,7 +12,7 @@ import torch
 from ris_fast.commands.cli import main
 from ris_fast.commands.evaluate import EvaluationError, evaluate
 from ris_fast.commands.run_folder import RunFolder
-from ris_fast.commands.scene_figures import group_figures
+from ris_fast.commands.scene_figures import Grouped
 from ris_fast.config.load import load_config
 from ris_fast.physics.mmse_bound import FEW
 from ris_fast.report.baselines import MEANINGS, MILESTONES, judge
@@ -104,8 +104,8 @@ def figures(scenes: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("scenes, compared", [(1, False), (FEW - 1, False), (FEW, True)])
-def test_group_figures_omit_mmse_bound_for_few_scenes(scenes: int, compared: bool) -> None:
-    group = group_figures(figures(scenes), True)
+def test_grouped_figures_omit_mmse_bound_for_few_scenes(scenes: int, compared: bool) -> None:
+    group = Grouped(figures(scenes), True).group()
     result = {
         "model": "m",
         "weights": "raw",
@@ -118,6 +118,7 @@ def test_group_figures_omit_mmse_bound_for_few_scenes(scenes: int, compared: boo
         "standard": True,
         "by_snr": [{"snr_db": (-5.0, 0.0), **group}],
         "by_count": [{"sources": 1, **group}],
+        "positions": None,
         **group,
     }
     text = evaluation_text(result)

@@ -16,7 +16,7 @@ import pytest
 from ris_fast.commands.cli import main
 from ris_fast.commands.evaluate import evaluate
 from ris_fast.commands.run_folder import run_lock
-from ris_fast.commands.scene_figures import scene_figures
+from ris_fast.commands.scene_figures import scene_figures, training_mean
 from ris_fast.config.load import load_config
 from ris_fast.data.simulated import SimulatedSource
 from ris_fast.files import StorageError
@@ -153,7 +153,9 @@ def test_scene_figures_pursuit_solves_an_easy_task() -> None:
     """Without any network a single source at high SNR is found: what a network must beat is not zero but this."""
     config = load_config(None, "laptop", ["task.max_sources=1", "task.snr_min_db=15.0"], {"training.device": "cpu"})
     source = SimulatedSource(config, "cpu")
-    figures = scene_figures(Backprojection(config.task, width=8, depth=0), config.task, source, 64)
+    figures = scene_figures(
+        Backprojection(config.task, width=8, depth=0), config.task, source, 64, training_mean(source)
+    )
     assert figures["pursuit"].quantile(0.5) < 0.05
     assert figures["zero"].eq(1.0).all() and figures["network"].mean() > figures["pursuit"].mean()
 

@@ -36,7 +36,7 @@ from ris_fast.config.load import load_config
         (["bench", "--config", "a.toml"], "ris-fast bench --help"),
         (["train", "--seed", "1", "--seed", "2"], "--seed specified multiple times"),
         (["train", "--seed", "x"], "'x' is not a whole number"),
-        (["evaluate", "a", "b", "c"], "Too many arguments: b c."),
+        (["why", "a", "b", "c"], "Too many arguments: b c."),
         (["bench", "kernel"], 'Did you mean "kernels"?'),
         (["bench", "--device", "gpu"], "--device is 'gpu'; expected auto, cpu, cuda or cuda:N"),
         (["gradcheck", "--device", "cpu:3"], "there is one CPU"),
@@ -126,7 +126,7 @@ def test_bench_checks_its_json_path_before_measuring(capsys, monkeypatch, tmp_pa
     monkeypatch.setattr("ris_fast.commands.bench.run_bench", lambda *_: pytest.fail("measured"))
     assert main(["bench", "--device", "cpu", "--json", str(tmp_path)]) == 3
     assert f"{tmp_path} cannot be written: Is a directory" in capsys.readouterr().err
-    from ris_fast.commands.bench import check_writable
+    from ris_fast.files import check_writable
 
     check_writable(tmp_path / "new" / "figures.json")
     (tmp_path / "old.json").write_text("{}")

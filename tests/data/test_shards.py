@@ -310,3 +310,26 @@ def test_shard_source_of_another_task_lists_all_differences(written: Path) -> No
     with pytest.raises(DataError, match=said):
         ShardSource(config(written, task=Task()), "cpu")
     assert ShardSource(load_config(preset="laptop", flags={"data.path": written}), "cpu").size("train")
+
+
+@pytest.mark.parametrize("surface", [0, 3])
+def test_shards_of_a_miscalibrated_task_hold_what_its_receiver_is_told(tmp_path: Path, surface: int) -> None:
+    task = replace(SMALL, phase_error_deg=30.0, phase_error_surface=surface, channel_snr_db=15.0)
+    write_shards(config(task=task), tmp_path / "set", SIZES)
+    loaded = load_config(preset="laptop", flags={"data.path": tmp_path / "set"})
+    assert loaded.task == task
+    source, index = ShardSource(loaded, "cpu"), torch.arange(SIZES["test"])
+    found, made = source.batch("test", index), SimulatedSource(config(task=task), "cpu").batch("test", index)
+    assert all(torch.equal(getattr(found, name), getattr(made, name)) for name in ("snapshots", "channel", "codes"))
+    assert verify_manifest(source) == []
+    with pytest.raises(DataError, match="found phase_error_deg 30.0, .*; expected phase_error_deg 0.0"):
+        ShardSource(config(tmp_path / "set"), "cpu")
+
+
+def test_shards_written_before_a_setting_was_there_have_its_default(written: Path) -> None:
+    edit_manifest(
+        written, lambda manifest: [manifest["task"].pop(key) for key in ("phase_error_deg", "channel_snr_db")]
+    )
+    assert ShardSource(load_config(preset="laptop", flags={"data.path": written}), "cpu").task == SMALL
+    with pytest.raises(DataError, match="found channel_snr_db 0.0; expected channel_snr_db 20.0"):
+        ShardSource(config(written, task=replace(SMALL, channel_snr_db=20.0)), "cpu")

@@ -12,6 +12,7 @@ from ris_fast.kernels.pursuit.search import TANGENTS, Geometry, Pursuit, normal_
 from ris_fast.kernels.pursuit.solve import spd_solve
 from ris_fast.models import build_model
 from ris_fast.models.pursuit import geometry_of
+from ris_fast.models.simultaneous_pursuit import features_for
 from ris_fast.physics.array import RISArray, cosine_steering
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
@@ -179,3 +180,22 @@ def test_pursuit_features_pass_opcheck() -> None:
         torch.ops.ris_fast.pursuit_features.default,
         (*inputs_of(scenes), constants, model.extract.wavenumber, model.extract.atoms),
     )
+
+
+def test_pursuit_answers_with_the_order_of_least_description_length() -> None:
+    scenes = scenes_of(Task(), 256)
+    features = features_for(Task())
+    found = features(*inputs_of(scenes))
+    order, sources = features.order(found), features.sources(found)
+    assert ((sources.square().sum((1, 3)) > 0).sum(1) == order).all()
+    assert order.min() >= 1 and order.max() <= 5
+    every, chosen = (cov_nmse(each, target_factor=scenes.factor) for each in (features.atom_columns(found), sources))
+    assert chosen < 0.8 * every
+
+
+def test_pursuit_of_one_strong_source_answers_with_one() -> None:
+    task = Task(max_sources=3, snr_min_db=20.0)
+    scenes = scenes_of(task, 128)
+    features = features_for(task)
+    order = features.order(features(*inputs_of(scenes)))
+    assert (order[scenes.count == 1] == 1).float().mean() > 0.9

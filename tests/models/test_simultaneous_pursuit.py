@@ -11,7 +11,7 @@ from ris_fast.config.schema import Task
 from ris_fast.kernels.pursuit.solve import spd_solve
 from ris_fast.models import build_model, simultaneous_pursuit
 from ris_fast.models.prediction import Prediction
-from ris_fast.models.simultaneous_pursuit import SimultaneousFeatures, _eliminated
+from ris_fast.models.simultaneous_pursuit import SimultaneousFeatures, SimultaneousPursuit, inverse_cholesky
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
 from ris_fast.training.validation import scene_nmse
@@ -50,6 +50,12 @@ def test_simultaneous_features_of_zeros_have_no_basis() -> None:
     assert features.inputs.isfinite().all() and not features.basis.any()
 
 
+def test_simultaneous_features_of_no_scenes_are_empty() -> None:
+    features = SimultaneousFeatures(SMALL, SMALL.max_sources)
+    found = features(*(each[:0] for each in inputs_of(scenes_of(2).with_own_codes())))
+    assert found.inputs.shape == (0, features.width) and found.basis.shape == (0, SMALL.elements, 2 * features.rank)
+
+
 def test_simultaneous_features_are_the_same_scene_by_scene(monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = scenes_of(6)
     features = SimultaneousFeatures(SMALL, SMALL.max_sources)
@@ -65,15 +71,72 @@ def test_simultaneous_features_are_the_same_scene_by_scene(monkeypatch: pytest.M
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-def test_eliminated_is_the_schur_complement() -> None:
+def test_inverse_cholesky_is_the_inverse_of_the_lower_triangular_factor() -> None:
     generator = torch.Generator().manual_seed(0)
-    root, right = torch.randn(5, 7, 9, generator=generator).double(), torch.randn(5, 7, generator=generator).double()
-    matrix, ridge = root @ root.mT, torch.rand(5, 4, generator=generator).double()
-    inner = matrix[:, :4, :4] + torch.diag_embed(ridge)
-    solved = torch.linalg.solve(inner, torch.cat((matrix[:, :4, 4:], right[:, :4, None]), 2))
-    expected = torch.cat((matrix[:, 4:, 4:], right[:, 4:, None]), 2) - matrix[:, 4:, :4] @ solved
-    found = _eliminated(matrix.permute(1, 2, 0), right.T, ridge.T)
-    torch.testing.assert_close(torch.cat((found[0], found[1][:, None]), 1).permute(2, 0, 1), expected)
+    root = torch.randn(2, 3, 5, 9, dtype=torch.complex128, generator=generator)
+    gram, ridge = root @ root.mH, torch.tensor([0.1, 2.0], dtype=torch.float64)
+    loaded = gram + ridge[:, None, None, None] * torch.eye(5)
+    torch.testing.assert_close(inverse_cholesky(gram, ridge), torch.linalg.inv(torch.linalg.cholesky(loaded)))
+
+
+def test_inverse_cholesky_of_equal_atoms_is_finite() -> None:
+    gram = torch.ones(1, 1, 3, 3, dtype=torch.complex64)
+    assert torch.view_as_real(inverse_cholesky(gram, torch.zeros(1))).isfinite().all()
+
+
+def test_simultaneous_search_by_factors_is_the_search_by_dictionary() -> None:
+    scenes = scenes_of(5)
+    by_factors, by_dictionary = (SimultaneousFeatures(SMALL, SMALL.max_sources) for _ in range(2))
+    by_dictionary.along_x = by_dictionary.along_x[:0]  # an array that is no rectangle has no factors
+    by_dictionary._complete()
+    assert not by_factors.dictionary.shape[1] and by_dictionary.dictionary.shape[1]
+    back, found = torch.randn(5, 12, 48, 2, generator=torch.Generator().manual_seed(0)), []
+    for features in (by_factors, by_dictionary):
+        pursuit = SimultaneousPursuit(features, *(each[:5] for each in inputs_of(scenes.with_own_codes())))
+        search = pursuit._by_dictionary if pursuit.factors is None else pursuit._by_factors
+        found.append(search(back, *(pursuit.factors or ())))
+    torch.testing.assert_close(found[0], SMALL.elements * found[1])  # factors have entries of modulus one
+
+
+@pytest.mark.parametrize("changes", [{}, {"wavefront": "spherical"}])
+def test_simultaneous_step_has_the_slope_and_the_information_of_its_cost(changes: dict[str, str]) -> None:
+    """The slope against finite differences of the cost of ridge least squares; the information against the projector
+    formed as a matrix. In float64."""
+    task = replace(SMALL, **changes)
+    scenes = simulate(task, 2, SceneGenerator(3, "test"))
+    features = SimultaneousFeatures(task, 2).eval()
+    inputs = [each.double() for each in inputs_of(scenes.with_own_codes())]
+    for name, value in features.named_buffers():
+        setattr(features, name, value.double())
+    pursuit = SimultaneousPursuit(features, *inputs)
+    middle = (pursuit.search.low + pursuit.search.high) / 2
+    position = middle + torch.tensor([[0.2, 0.1, -0.3], [-0.3, 0.05, 0.2]], dtype=torch.float64).expand(2, 2, 3)
+
+    def weighted(at: torch.Tensor) -> torch.Tensor:  # its square is the cost: residual, and the ridge's share of it
+        fit = pursuit._fit(pursuit._images(at, 1)[..., 0, :])
+        share = pursuit.ridge.sqrt()[:, None, None] * fit.amplitude
+        return torch.view_as_real(torch.cat((fit.residual.flatten(1), share.flatten(1)), 1)).flatten(1)
+
+    step = 1e-6 / pursuit.search.scale
+    gradient = torch.zeros(2, 2, 3, dtype=torch.float64)
+    for k in range(2):
+        for axis in range(3):
+            moved = position.clone()
+            moved[:, k, axis] += step[axis]
+            back = position.clone()
+            back[:, k, axis] -= step[axis]
+            change = weighted(moved).square().sum(1) - weighted(back).square().sum(1)
+            gradient[:, k, axis] = -change / 4e-6  # half the slope of the cost, downhill
+    images = pursuit._images(position)
+    fit = pursuit._fit(images[..., 0, :])
+    jacobian = images[..., 1:, :] * fit.amplitude[:, :, None, None]  # (B, L, M, 3, K)
+    slope = (jacobian.conj() * fit.residual[..., None, None]).sum((1, 2)).real.mT
+    torch.testing.assert_close(slope, gradient, rtol=1e-4, atol=1e-6)
+    loaded = fit.steer.mH @ fit.steer + pursuit.ridge[:, None, None, None] * torch.eye(2)
+    left = jacobian.flatten(3) - fit.steer @ torch.linalg.solve(loaded, fit.steer.mH @ jacobian.flatten(3))
+    information = (jacobian.flatten(3).conj() * left).sum((1, 2)).real.unflatten(1, (3, 2)).mT
+    found = pursuit._refined(position, images, fit)[1] * pursuit.noise[:, None, None]
+    torch.testing.assert_close(found, information)
 
 
 def test_spd_solve_takes_several_right_sides() -> None:

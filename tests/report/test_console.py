@@ -217,8 +217,12 @@ def test_console_report_prints_notes_of_the_data() -> None:
 def test_counter_counts_on_a_terminal_and_not_in_a_file() -> None:
     terminal, file = Terminal(), io.StringIO()
     for stream in (terminal, file):
-        counter("scenes", stream)(1000, 2000)
-    assert terminal.getvalue() == "\rscenes 1,000 of 2,000" and file.getvalue() == ""
+        show = counter("scenes", stream)
+        show(1000, 2000)
+        show(2000, 2000)
+    half, whole = terminal.getvalue().split("\r\x1b[2K")[1:]
+    assert half == f"scenes [{'=' * 12}{' ' * 12}] 1,000 of 2,000, 0 s left"
+    assert whole == f"scenes [{'=' * 24}] 2,000 of 2,000\n" and file.getvalue() == ""
 
 
 def test_console_report_takes_a_best_nmse_of_none() -> None:

@@ -7,8 +7,10 @@ import math
 import pytest
 from matplotlib.image import imread
 
+from ris_fast.report.evaluation_plots import evaluation_figure
 from ris_fast.report.eventlog import JsonlReport, current_rows
-from ris_fast.report.plots import PlotReport, alike, evaluation_figure, loss_figure
+from ris_fast.report.plots import PlotReport, loss_figure
+from ris_fast.report.style import alike
 
 BASELINES = {"zero": 1.0, "identity": 0.987, "mean": 0.978}
 
@@ -72,7 +74,7 @@ def test_evaluation_figure_shows_baselines_and_mmse_bound() -> None:
         "by_snr": [{"snr_db": (-5.0, 0.0), **group}],
         "by_count": [{"sources": 2, **group}],
     }
-    labels = lines(evaluation_figure(result))
+    labels = lines(evaluation_figure({"network": result}))
     assert {"zero / identity / mean", "network, mean", "network, median", "MMSE bound, estimated"} <= set(labels)
     assert list(labels["MMSE bound, estimated"].get_ydata()) == [0.02]
 
@@ -106,15 +108,14 @@ def test_loss_figure_axes_always_have_numbers(norms: tuple[float, ...]) -> None:
 
 def test_figure_legends_cover_no_curve() -> None:
     group = {"nmse": {"mean": 0.3, "median": 0.2}, "baselines": BASELINES, "mmse_bound": 0.02}
-    evaluated = evaluation_figure(
-        {
-            "model": "m",
-            "scenes": 8,
-            **group,
-            "by_snr": [{"snr_db": (-5.0, 0.0), **group}],
-            "by_count": [{"sources": 2, **group}],
-        }
-    )
+    result = {
+        "model": "m",
+        "scenes": 8,
+        **group,
+        "by_snr": [{"snr_db": (-5.0, 0.0), **group}],
+        "by_count": [{"sources": 2, **group}],
+    }
+    evaluated = evaluation_figure({"network": result})
     for figure in (loss_figure(rows(), BASELINES), evaluated):
         figure.canvas.draw()
         (legend,) = figure.legends

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from ris_fast.commands.run_folder import RunFolder, run_config
+from ris_fast.commands.run_folder import RunFolder
 from ris_fast.config.load import load_config
 from ris_fast.config.schema import ConfigError
 from ris_fast.health.monitor.watchdog import Watchdog
+from ris_fast.inference.opened_run import run_config
 from ris_fast.training import precision as module
 from ris_fast.training.precision import refuse_tf32
 from ris_fast.training.step import autocast

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from ris_fast.commands.run_folder import resumed_config, run_config
+from ris_fast.commands.run_folder import resumed_config
 from ris_fast.config.load import render_toml
 from ris_fast.config.schema import Config, ConfigError
 from ris_fast.files import StorageError
+from ris_fast.inference.opened_run import run_config
 from ris_fast.training import checkpoint
 from ris_fast.training.callback import Callback
 from ris_fast.training.checkpoint import CheckpointError, load_checkpoint, read_whole, save_checkpoint
@@ -404,3 +405,14 @@ def test_resume_of_a_run_with_one_seed_keeps_its_scenes(tmp_path: Path) -> None:
     del manifest["identity"]["data.seed"]
     save_checkpoint(path.parent, "last", groups, manifest)
     assert Trainer(again, tmp_path, resume=True).fit()["epochs"] == 2
+
+
+def test_resume_of_a_run_from_before_a_setting_was_there(tmp_path: Path) -> None:
+    trained(tmp_path)
+    for name in ("last", "best"):
+        groups, manifest = load_checkpoint(tmp_path / "checkpoints", name)
+        del manifest["identity"]["task.phase_error_deg"]
+        save_checkpoint(tmp_path / "checkpoints", name, groups, manifest)
+    assert Trainer(small(epochs=2), tmp_path, resume=True).fit()["epochs"] == 2
+    with pytest.raises(ConfigError, match="task.phase_error_deg was 0.0 and is 5.0"):
+        Trainer(small("task.phase_error_deg=5", epochs=3), tmp_path, resume=True)

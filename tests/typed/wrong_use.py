@@ -10,12 +10,14 @@ from ris_fast import (
     Callback,
     CovarianceLoss,
     FusedAdamW,
+    Predictor,
     RISArray,
     SceneGenerator,
     Scenes,
     Trainer,
     build_model,
     cov_nmse,
+    load,
     load_config,
     simulate,
     steering,
@@ -41,5 +43,8 @@ FusedAdamW(model.parameters(), learning_rate=1e-3)  # type: ignore[call-arg]
 Trainer("laptop")  # type: ignore[arg-type]
 Trainer(config, callbacks=[Callback]).fit()  # type: ignore[list-item]
 Trainer(config).train()  # type: ignore[attr-defined]
+load("runs/mine", devise="cpu")  # type: ignore[call-arg]
+load("runs/mine").predict(angles)  # type: ignore[call-arg]
+Predictor(model, config)  # type: ignore[arg-type]
 watch(model)  # type: ignore[call-arg]
 watch(model, torch.optim.SGD(model.parameters(), lr=0.1)).reports()  # type: ignore[attr-defined]

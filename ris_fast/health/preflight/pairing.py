@@ -16,8 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ris_fast.config.schema import Task
 from ris_fast.data.geometry import leading_factor
 from ris_fast.physics.channel import sense
+from ris_fast.physics.miscalibration import believed_snr_db
 from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes
 
@@ -34,6 +36,12 @@ def with_factor(scenes: Scenes) -> Scenes:
     if scenes.factor is not None or scenes.covariance is None:
         return scenes
     return replace(scenes, factor=leading_factor(scenes.covariance, scenes.range_m.shape[1]))
+
+
+def as_believed(scenes: Scenes, task: Task) -> Scenes:
+    """The scenes with the SNR that is left to whoever trusts codes and channel; of a task that knows its array, as they
+    are."""
+    return replace(scenes, snr_db=believed_snr_db(task, scenes.snr_db))
 
 
 def explained(snapshots: Tensor, channel: Tensor, codes: Tensor, factor: Tensor, static: bool) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.preflight.pairing import DEVIATIONS, HALF, WHOLE, Belonging, belonging, with_factor
+from ris_fast.health.preflight.pairing import DEVIATIONS, HALF, WHOLE, Belonging, as_believed, belonging, with_factor
 from ris_fast.health.preflight.probe import FEWEST, PreflightContext
 from ris_fast.health.preflight.scenes import all_scenes
 from ris_fast.health.preflight.snr import labels_differ
@@ -38,7 +38,7 @@ def physics(context: PreflightContext) -> Iterator[Finding]:
     """Snapshots, channel and target of one scene belong together, where the run trains and where it validates."""
     seen: dict[str, str] = {}  # what is said once of a kind of scenes, not of the files and of the loop
     for what, whole, of_files in _looked_at(context):
-        scenes = with_factor(whole)
+        scenes = as_believed(with_factor(whole), context.config.task)
         if scenes.channel is None or scenes.factor is None:
             context.note = f"not checked: the scenes have no {'channel' if scenes.channel is None else 'target'}"
             return

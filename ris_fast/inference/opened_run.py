@@ -1,0 +1,66 @@
+"""A run opened for reading: its settings, and the better of the two sets of weights of one checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ris_fast.config.load import load_config
+from ris_fast.config.schema import Config, ConfigError
+from ris_fast.files import CHECKPOINTS, CONFIG
+from ris_fast.models import build_model
+from ris_fast.training.checkpoint import better_weights, checkpoint_of, load_weights
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """`checkpoint` is its name, "best" or "last"; `kind` of its weights is "raw" or "ema"."""
+
+    folder: Path
+    config: Config
+    checkpoint: str
+    weights: dict[str, Tensor]
+    kind: str
+    epoch: int
+    notes: tuple[str, ...]
+
+    def network(self) -> nn.Module:
+        """The network with these weights, on the CPU. Raises: ConfigError, CheckpointError where they do not fit."""
+        model = build_model(self.config.model.name, self.config.task, **self.config.model.options)
+        load_weights(model, self.weights, str(self.folder))
+        return model.eval()
+
+    def nonfinite_weights(self) -> list[str]:
+        """Names of the tensors that hold NaN or infinity."""
+        return [name for name, each in self.weights.items() if each.is_floating_point() and not each.isfinite().all()]
+
+
+def open_run(path: str | Path) -> OpenedRun:
+    """Reads the settings of a run and one checkpoint: the best one of a run folder, or the one that `path` names.
+
+    Raises: ConfigError where there is no run, CheckpointError for a checkpoint that is missing or damaged.
+    """
+    path = Path(path)
+    folder, name = checkpoint_of(path)
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"{path} is not a run folder: there is no {CONFIG}. Give the folder that train printed.")
+    config = run_config(folder)
+    weights, kind, manifest = better_weights(folder / CHECKPOINTS, name)
+    notes = (manifest["note"],) if "note" in manifest else ()
+    return OpenedRun(folder, config, name, weights, kind, manifest["state"]["epoch"], notes)
+
+
+def run_config(folder: Path, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None) -> Config:
+    """The settings in a run's config.toml, with --set and flags on top.
+
+    A run of the time when one seed drew weights and scenes keeps its scenes.
+    """
+    config = load_config(folder / CONFIG, None, overrides, flags)
+    if "data.seed" in config.provenance:
+        return config
+    recorded = load_config(folder / CONFIG)
+    return replace(config, data=replace(config.data, seed=recorded.training.seed))
