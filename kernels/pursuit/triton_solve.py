@@ -1,7 +1,7 @@
 """The small systems of the pursuit on the GPU, one scene a program.
 
 With G = D^H P D and m = D^H b, the first column of each atom shifted by its offset, as in search.py:
-amplitudes   (G_00 + noise / signal) s = m_0                            2 K real unknowns
+amplitudes   (G_00 + ridge) s = m_0                                     2 K real unknowns
 Newton       (Re turn^H G turn + ridge) x = Re turn^H (m - G_0 s)       5 K real unknowns: re s, im s, u, v, w of each
 A system is a square tile of registers with its right-hand side in column and row n; float32 throughout.
 """
@@ -23,6 +23,7 @@ from .triton_state import (
     live_of,
 )
 
+SHARE = tl.constexpr(0.1)  # of search.py
 LEAST_PIVOT = tl.constexpr(1e-6)  # of its diagonal entry
 
 
@@ -40,10 +41,10 @@ def clamp(x, low, high):
 
 @triton.jit
 def noise_of(snr_db_ptr, scene, energy):
-    """The noise power 1 / (1 + snr), and the ridge of amplitudes: noise over the expected |x|^2; energy: M L."""
+    """The noise power 1 / (1 + snr), and the ridge of amplitudes: noise over the expected |s|^2; energy: M L."""
     snr = tl.exp2(0.33219280948873623 * clamp(tl.load(snr_db_ptr + scene), -40.0, 20.0))  # WORKING_SNR_DB
     noise = tl.div_rn(1.0, 1.0 + snr)
-    return noise, tl.div_rn(noise, energy * snr * noise)
+    return noise, tl.div_rn(noise, SHARE * (energy * snr * noise))
 
 
 @triton.jit
@@ -95,9 +96,8 @@ def amplitudes(state_ptr, flags_ptr, ridge, atoms, A: tl.constexpr, SIZE: tl.con
     tl.store(amplitudes_of(state_ptr, atoms, A) + slot + tl.where(second, A, 0), x, mask=inside)
     inverse = -tl.sum(tl.where(i[:, None] == i[None, :], a, 0.0), 0)
     tl.store(inverse_of(state_ptr, A) + slot, inverse, mask=i < atoms)
-    x = tl.where(inside, x, 0.0)
     tl.debug_barrier()
-    return tl.sum(x * side, 0) + ridge * tl.sum(x * x, 0)
+    return tl.sum(tl.where(inside, x * side, 0.0), 0)
 
 
 @triton.jit(noinline=True)
