@@ -23,8 +23,8 @@ from .triton_state import (
     live_of,
 )
 
-LEAST_PIVOT = tl.constexpr(1e-6)  # of its diagonal entry
 SHARE = tl.constexpr(0.1)  # of search.py
+LEAST_PIVOT = tl.constexpr(1e-6)  # of its diagonal entry
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def noise_of(snr_db_ptr, scene, energy):
     """The noise power 1 / (1 + snr), and the ridge of amplitudes: noise over the expected |s|^2; energy: M L."""
     snr = tl.exp2(0.33219280948873623 * clamp(tl.load(snr_db_ptr + scene), -40.0, 20.0))  # WORKING_SNR_DB
     noise = tl.div_rn(1.0, 1.0 + snr)
-    return noise, tl.div_rn(noise, SHARE * energy * snr * noise)
+    return noise, tl.div_rn(noise, SHARE * (energy * snr * noise))
 
 
 @triton.jit
@@ -96,9 +96,8 @@ def amplitudes(state_ptr, flags_ptr, ridge, atoms, A: tl.constexpr, SIZE: tl.con
     tl.store(amplitudes_of(state_ptr, atoms, A) + slot + tl.where(second, A, 0), x, mask=inside)
     inverse = -tl.sum(tl.where(i[:, None] == i[None, :], a, 0.0), 0)
     tl.store(inverse_of(state_ptr, A) + slot, inverse, mask=i < atoms)
-    x = tl.where(inside, x, 0.0)
     tl.debug_barrier()
-    return tl.sum(x * side, 0)
+    return tl.sum(tl.where(inside, x * side, 0.0), 0)
 
 
 @triton.jit(noinline=True)
