@@ -40,6 +40,10 @@ REPLACED = {  # a parameter that only a network of an earlier version has: what 
     "y_mix.weight": "it is network 'hybrid' of an earlier version, which did not learn and was replaced: train anew, or"
     " use the version that made it."
 }
+RESHAPED = {  # a parameter whose shape an earlier version of its network had otherwise
+    "stem.weight": "Where the settings are the run's own, an earlier version made it, whose pursuit gave the network"
+    " other features: train anew, or use the version that made it.",
+}
 KEYS = {  # of metrics.jsonl, summary.json and evaluation.json
     "floors": "baselines",
     "bayes": "mmse_bound",

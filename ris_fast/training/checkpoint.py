@@ -16,7 +16,7 @@ from torch import Tensor
 from ris_fast import exit_codes
 from ris_fast.config.schema import ConfigError
 from ris_fast.files import BEST, CHECKPOINTS, LAST, save_tensors, write_text
-from ris_fast.old_names import REPLACED
+from ris_fast.old_names import REPLACED, RESHAPED
 
 UNHASHED = "an earlier version wrote this checkpoint, without hashes: damage to it would not be noticed"
 Groups = Mapping[str, Mapping[str, Tensor]]
@@ -184,8 +184,11 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], where: s
     if replaced:
         raise CheckpointError(f"{where} does not fit this network: {replaced[0]}")
     if missing or extra or shapes:
+        known = "".join(
+            f" {RESHAPED[name]}" for name in RESHAPED if any(each.startswith(f"{name}:") for each in shapes)
+        )
         raise CheckpointError(
             f"{where} does not fit this network. Missing: {missing[:5]}; not known: {extra[:5]}; "
-            f"other shapes: {shapes[:5]}. Use the configuration that the checkpoint was made with."
+            f"other shapes: {sorted(shapes)[:5]}. Use the configuration that the checkpoint was made with.{known}"
         )
     model.load_state_dict(dict(weights))

@@ -214,7 +214,14 @@ def test_trainer_checkpoint_holds_what_was_validated(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "checkpoints" / "best.json").read_text()) == manifest
 
 
-@pytest.mark.parametrize("extra, said", [("y_mix.weight", "train anew"), ("stem.mass", "not known: .'stem.mass'")])
+@pytest.mark.parametrize(
+    "extra, said",
+    [
+        ("y_mix.weight", "train anew"),
+        ("stem.weight", "other features: train anew"),
+        ("stem.mass", "not known: .'stem.mass'"),
+    ],
+)
 def test_weights_of_another_network_say_what_to_do(extra: str, said: str) -> None:
     from ris_fast.training.checkpoint import load_weights
 
