@@ -139,7 +139,7 @@ def test_trainer_widens_the_sector_to_the_served_sources(tmp_path: Path) -> None
         scene_nmse(Prediction(run.model.classical(run.model.features(*inputs)).factor), scenes)[beyond].mean()
         for run in (kept, wider)
     ]
-    assert float(scores[1]) < 0.6 * float(scores[0])
+    assert float(scores[1]) < 0.75 * float(scores[0])
 
 
 @pytest.mark.slow

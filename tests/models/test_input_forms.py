@@ -72,6 +72,12 @@ def test_pursuit_features_of_large_arrays_ignore_the_unit() -> None:
             assert torch.equal(one, other)
 
 
+def assert_same(one: Tensor, other: Tensor, exact: bool) -> None:
+    """Bit for bit; where it is not exact, as plain torch answers, which works on the doubtful scenes of a pursuit
+    together."""
+    torch.testing.assert_close(one, other, rtol=0 if exact else 1e-3, atol=0 if exact else 1e-4)
+
+
 @backends
 def test_backprojection_of_a_scene_of_zeros_is_zero(compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiler:
@@ -83,11 +89,7 @@ def test_backprojection_of_a_scene_of_zeros_is_zero(compiler: bool, monkeypatch:
         value[1] = 0.0
         answer = factor(model, replace(scenes, **{name: value}))
         assert not answer[1].any()
-        others = answer[[0, 2, 3]], plain[[0, 2, 3]]
-        if compiler:
-            assert torch.equal(*others)
-        else:  # plain torch works on the doubtful scenes together, and the scene of zeros is one
-            torch.testing.assert_close(*others, rtol=1e-3, atol=1e-4)
+        assert_same(answer[[0, 2, 3]], plain[[0, 2, 3]], compiler)
 
 
 def test_network_gradients_of_scenes_of_zeros_are_finite() -> None:
@@ -106,7 +108,8 @@ def test_networks_keep_nan_in_its_scene(name: str, compiler: bool, monkeypatch: 
     plain, broken = factor(model, scenes), scenes.snapshots.clone()
     broken[2, 3, 1, 0] = float("nan")
     answer = factor(model, replace(scenes, snapshots=broken))
-    assert answer[2].isnan().any() and torch.equal(answer[[0, 1, 3]], plain[[0, 1, 3]])
+    assert answer[2].isnan().any()
+    assert_same(answer[[0, 1, 3]], plain[[0, 1, 3]], compiler or name != "backprojection")
 
 
 FORMS: dict[str, tuple[Callable[[Scenes], tuple], float]] = {

@@ -93,7 +93,7 @@ def test_collapsed_does_not_end_the_run() -> None:
         return (-total if trainer.state.step >= 48 else total), terms
 
     trainer.loss.forward = turned
-    assert trainer.fit()["verdict"] == "learned"
+    assert trainer.fit()["epochs"] == 12
     found = trainer.callbacks[-1].findings
     assert [finding.cause for finding in found if finding.certain] == ["collapsed"] and found[
         0
