@@ -152,7 +152,11 @@ WRONG_USE: dict[str, tuple[list[str], int, str]] = {
     "neither": (["--data", "data.npz", "--out", "a.npz"], 2, "Give a RUN, or covariances with --predictions"),
     "no scenes": (["RUN", "--out", "a.npz"], 2, "there are no scenes. Give --data"),
     "no out": (["RUN", "--data", "data.npz"], 2, "--out"),
-    "over the data": (["RUN", "--data", "data.npz", "--out", "./data.npz"], 2, "would write over what is read"),
+    "over the data": (
+        ["RUN", "--data", "data.npz", "--out", "./data.npz"],
+        2,
+        "would write over what is read or recorded",
+    ),
     "a folder": (["RUN", "--data", "data.npz", "--out", "folder.npz"], 3, "folder.npz cannot be written"),
     "method": (["RUN", "--data", "data.npz", "--out", "a.npz", "--method", "esprit"], 2, "esprit"),
     "count": (["RUN", "--data", "data.npz", "--out", "a.npz", "--count", "9"], 2, "count is 9; expected 0 to 2"),
@@ -201,6 +205,37 @@ def test_predict_answers_wrong_use_in_one_line_and_leaves_nothing(
     assert said.err.startswith("ris-fast: ") and says in said.err and said.err.count("\n") == 1 and said.out == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.npz", "f.npz", "folder.npz"]
     np.testing.assert_array_equal(opened(data)["snapshots"], measured()["snapshots"])
+
+
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize(
+    "out", ["set/a.npz", "set/new.csv", "set/below/new.npz", "elsewhere.npz", "RUN", "RUN/new.npz", "RUN/own"]
+)
+def test_predict_never_writes_among_what_it_reads(
+    out: str, link: bool, run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither over measurements and checkpoints, nor beside them, where they would be read as such."""
+    (tmp_path / "set").mkdir()
+    data.rename(tmp_path / "elsewhere.npz")
+    (tmp_path / "set" / "a.npz").symlink_to(tmp_path / "elsewhere.npz")
+    (tmp_path / "run").symlink_to(run)
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    before = {path: path.read_bytes() for each in (tmp_path, run) for path in each.rglob("*") if path.is_file()}
+    checkpoints = run / "checkpoints"
+    own = {
+        "RUN": checkpoints / "best.safetensors",
+        "RUN/new.npz": checkpoints / "new.npz",
+        "RUN/own": run / "tensors.csv",
+    }
+    given = own.get(out, tmp_path / out)
+    runs, folder = (tmp_path / "run", tmp_path / "link") if link else (run, tmp_path / "set")
+    for each in (runs, runs / "checkpoints" / "best.safetensors"):
+        assert predict(each, "--data", folder, "--out", given) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("ris-fast: predict: --out") and said.count("\n") == 1
+    after = {path: path.read_bytes() for each in (tmp_path, run) for path in each.rglob("*") if path.is_file()}
+    assert after == before and predict(run, "--data", folder, "--out", run / "predictions.npz") == 0
+    (run / "predictions.npz").unlink()
 
 
 def test_predict_refuses_a_data_set_of_another_array(
