@@ -16,7 +16,7 @@ from ris_fast.config.load import load_config
 from ris_fast.config.schema import ConfigError, Task
 from ris_fast.data.errors import DataError
 from ris_fast.data.factors import FactorFile, open_factors
-from ris_fast.data.measurements import MeasurementFile, check_values, open_measurements, read_chunks
+from ris_fast.data.measurements import NEEDS_SNR, MeasurementFile, check_values, open_measurements, read_chunks
 from ris_fast.files import CHECKPOINTS
 from ris_fast.inference.located import Located
 from ris_fast.inference.locating import choose_count, choose_method, locate_sources, with_snr
@@ -54,6 +54,8 @@ def predict_command(
     stage("opening the run and the scenes")
     on = choose_device(device, "--device")
     predictor = load(run, device=str(on)) if run is not None and predictions is None else None
+    if count == "network" and predictor is not None and not predictor.says_count():
+        raise ConfigError("predict: --count network, but this run's network says no number of sources. Leave it out.")
     if run is not None:
         task = open_run(run).config.task if predictor is None else predictor.task
     assert task is not None
@@ -144,6 +146,9 @@ def _check_inputs(
     if factors is None and predictor is not None and "channel" not in files[0].columns and not predictor.products:
         what = "it, which the network of this run needs: H c_l cannot carry the answer"
         raise DataError(files[0].path, "channel", "no such array", what, "Write the channel H into the file.")
+    for file in files:
+        if "channel" not in file.columns and "snr_db" not in file.columns:
+            raise DataError(file.path, "snr_db", "no such array", NEEDS_SNR, "Write it into the file.")
 
 
 def _total(files: list[MeasurementFile], factors: FactorFile | None, scenes: int | None) -> int:
