@@ -16,14 +16,17 @@ from ris_fast.config.load import load_config
 from ris_fast.config.schema import ConfigError, Task
 from ris_fast.data.errors import DataError
 from ris_fast.data.factors import FactorFile, open_factors
-from ris_fast.data.measurements import MeasurementFile, check_values, open_measurements, read_chunks
+from ris_fast.data.measurements import NEEDS_SNR, MeasurementFile, check_values, open_measurements, read_chunks
+from ris_fast.files import CHECKPOINTS
 from ris_fast.inference.located import Located
 from ris_fast.inference.locating import choose_count, choose_method, locate_sources, with_snr
 from ris_fast.inference.opened_run import open_run
 from ris_fast.inference.output import check_output, predictions_file
 from ris_fast.inference.predictor import CHUNK, Predictor, load
 from ris_fast.report.console import counter
+from ris_fast.report.tensor_log import TABLE
 from ris_fast.streams import stage
+from ris_fast.training.checkpoint import checkpoint_of
 from ris_fast.training.compiled_model import choose_device
 
 
@@ -51,10 +54,13 @@ def predict_command(
     stage("opening the run and the scenes")
     on = choose_device(device, "--device")
     predictor = load(run, device=str(on)) if run is not None and predictions is None else None
+    if count == "network" and predictor is not None and not predictor.says_count():
+        raise ConfigError("predict: --count network, but this run's network says no number of sources. Leave it out.")
     if run is not None:
         task = open_run(run).config.task if predictor is None else predictor.task
     assert task is not None
     files = [] if data is None else open_measurements(data, task, split=split)
+    _keep([file.path for file in files], out)  # a folder may hold links to files elsewhere
     factors = None if predictions is None else open_factors(predictions, task)
     total = _total(files, factors, scenes)
     measured = bool(files) and "channel" in files[0].columns
@@ -116,8 +122,19 @@ def _check_arguments(run: Path | None, data: Path | None, out: Path, predictions
         raise ConfigError("predict: nothing to predict with. Give a RUN, or covariances with --predictions FILE.")
     if data is None and predictions is None:
         raise ConfigError("predict: there are no scenes. Give --data with a file or folder of measurements.")
-    if any(each is not None and os.path.realpath(each) == os.path.realpath(out) for each in (data, predictions)):
-        raise ConfigError(f"predict: --out {out} would write over what is read. Give another name.")
+    folder_of_run = None if run is None else checkpoint_of(run)[0]
+    own = None if folder_of_run is None else folder_of_run / TABLE
+    _keep([each for each in (data, predictions, own) if each is not None], out)
+    checkpoints = None if folder_of_run is None else folder_of_run / CHECKPOINTS
+    for folder, what in ((data, "the data"), (checkpoints, "the run's checkpoints")):
+        if folder is not None and Path(os.path.realpath(folder)) in Path(os.path.realpath(out)).parents:
+            raise ConfigError(f"predict: --out {out} is among {what}, in {folder}. Write outside of that folder.")
+
+
+def _keep(inputs: Iterable[Path], out: Path) -> None:
+    """Raises: ConfigError where `out` is one of the files that are read, by whatever name."""
+    if any(os.path.realpath(each) == os.path.realpath(out) for each in inputs):
+        raise ConfigError(f"predict: --out {out} would write over what is read or recorded. Give another name.")
 
 
 def _check_inputs(
@@ -129,6 +146,9 @@ def _check_inputs(
     if factors is None and predictor is not None and "channel" not in files[0].columns and not predictor.products:
         what = "it, which the network of this run needs: H c_l cannot carry the answer"
         raise DataError(files[0].path, "channel", "no such array", what, "Write the channel H into the file.")
+    for file in files:
+        if "channel" not in file.columns and "snr_db" not in file.columns:
+            raise DataError(file.path, "snr_db", "no such array", NEEDS_SNR, "Write it into the file.")
 
 
 def _total(files: list[MeasurementFile], factors: FactorFile | None, scenes: int | None) -> int:

@@ -81,9 +81,9 @@ def open_factors(path: Path, task: Task) -> FactorFile:
     """A file of predictions, its shapes and types checked against the task; reads no array. Raises: DataError."""
     if not path.exists():
         raise DataError(path, "", "no such file", EXPECTED, "Give the right --predictions.")
-    if path.suffix not in ENDINGS:
+    if path.suffix.lower() not in ENDINGS:
         raise DataError(path, "", "a file of another kind", EXPECTED, "Give a file whose name ends in one of these.")
-    read, keys = (npz_arrays, npz_keys) if path.suffix == ".npz" else (safetensors_arrays, safetensors_keys)
+    read, keys = (npz_arrays, npz_keys) if path.suffix.lower() == ".npz" else (safetensors_arrays, safetensors_keys)
     found = read(path, ("factor", "covariance"))
     if len(found) != 1:
         there = "both of them" if found else f"no such array, but {', '.join(keys(path)) or 'nothing'}"

@@ -18,7 +18,7 @@ from torch import Tensor
 from ris_fast.config.load import MANIFEST
 from ris_fast.config.schema import Task
 from ris_fast.data.arrays import COPY_AGAIN, StoredArray, npz_arrays, npz_keys, safetensors_arrays, safetensors_keys
-from ris_fast.data.column import Column
+from ris_fast.data.column import Column, without_ones
 from ris_fast.data.errors import DataError
 from ris_fast.data.manifest import file_hash, read_manifest
 from ris_fast.physics.random import SPLITS
@@ -44,7 +44,8 @@ SAME_ARRAY = (  # settings of a task without which measurements of it mean somet
 KINDS = "fiuc"  # what numpy calls the types of numbers
 EXPECTED = "a folder of data, or one .npz or .safetensors file with snapshots, channel and codes"
 OTHER_TASK = "Give scenes of this task, or the run of theirs."
-CLEAN = "Leave these scenes out, or measure them again."
+CLEAN = "Leave these scenes out, measure them again, or give them in other units."
+NEEDS_SNR = "dB: without the channel the SNR cannot be estimated"
 
 
 class Measured(NamedTuple):
@@ -65,6 +66,12 @@ class Measured(NamedTuple):
         some = (None if each is None else each[rows] for each in self[:3])
         return Measured(*some, codes, self.snr_db[rows])
 
+    def with_unit_codes(self) -> Measured:
+        """The same measurement with codes of rms 1: their scale goes into the channel, and H diag(c_l) stays."""
+        scale = (2 * self.codes.double().square().mean((-3, -2, -1))).sqrt().float()[..., None, None, None]
+        channel = None if self.channel is None else self.channel * scale
+        return self._replace(channel=channel, codes=self.codes / scale)
+
 
 @dataclass(frozen=True)
 class MeasurementFile:
@@ -80,8 +87,8 @@ class MeasurementFile:
         return self.columns["snapshots"].rows
 
     def chunks(self, rows: int, limit: int) -> Iterator[Measured]:
-        """The first `limit` scenes in order, `rows` at a time. Raises: DataError for damaged bytes, NaN, infinity and
-        scenes of zeros."""
+        """The first `limit` scenes in order, `rows` at a time, codes of rms 1. Raises: DataError for damaged bytes,
+        NaN, infinity, scenes of zeros, and an unknown SNR where there is no channel to estimate it with."""
         if self.sha256 is not None and file_hash(self.path) != self.sha256:
             raise DataError(self.path, "", "other bytes than were written", "the manifest's SHA-256", COPY_AGAIN)
         shared = None if self.shared_codes is None else self._codes(self.shared_codes)
@@ -97,19 +104,24 @@ class MeasurementFile:
                 taken.get("effective_channel"),
                 taken["codes"] if shared is None else shared,
                 taken.get("snr_db", torch.full((size,), torch.nan)),
-            )
+            ).with_unit_codes()
         for stream in streams.values():
             next(stream, None)  # a zip's checksum is compared at the end of its array
 
     def _codes(self, column: Column) -> Tensor:
         codes = torch.from_numpy(next(column.chunks(column.rows, column.rows)))
         if not bool(codes.isfinite().all()):
-            raise DataError(self.path, "codes", "NaN or infinite values", "finite numbers", CLEAN)
+            raise DataError(self.path, "codes", "NaN or infinite values", "finite numbers", "Give the codes in use.")
+        if not bool(codes.any()):
+            raise DataError(self.path, "codes", "nothing but zeros", "codes", "Give the codes in use.")
         return codes
 
     def _check(self, name: str, values: Tensor, start: int) -> None:
         if (found := unusable(name, values, start)) is not None:
             raise DataError(self.path, self.columns[name].stored.key, *found, CLEAN)
+        if name == "snr_db" and "channel" not in self.columns and bool((unknown := values.isnan()).any()):
+            found = f"NaN, the first in scene {start + int(unknown.nonzero()[0])}", NEEDS_SNR
+            raise DataError(self.path, self.columns[name].stored.key, *found, "Give the SNR of each scene.")
 
 
 def unusable(name: str, values: Tensor, start: int) -> tuple[str, str] | None:
@@ -118,10 +130,11 @@ def unusable(name: str, values: Tensor, start: int) -> tuple[str, str] | None:
     flat = values.flatten(1) if values.dim() > 1 else values[:, None]
     wrong = flat.isinf() if name == "snr_db" else ~flat.isfinite()  # an SNR of NaN is one that is not known
     if bool(wrong.any()):
-        return f"NaN or infinite values, the first in scene {start + _first(wrong)}", "finite numbers"
+        what = "NaN or infinite values" if bool(flat.isnan().any()) else "infinite values or numbers beyond 3.4e38"
+        return f"{what}, the first in scene {start + _first(wrong)}", "finite numbers in float32"
     silent = (flat == 0).all(1)[:, None]
     if name != "snr_db" and bool(silent.any()):
-        return f"nothing but zeros in scene {start + _first(silent)}", "a measurement"
+        return f"nothing but zeros in scene {start + _first(silent)}, in float32", "numbers above 1e-45"
     return None
 
 
@@ -165,7 +178,7 @@ def open_measurements(path: Path, task: Task, *, split: str | None = None) -> li
 def _files(folder: Path) -> list[Path]:
     """The .npz or .safetensors files of a folder, sorted. Hidden ones are other systems' notes."""
     there = sorted(folder.iterdir()) if folder.is_dir() else []
-    files = [path for path in there if path.suffix in ENDINGS and not path.name.startswith(".")]
+    files = [path for path in there if path.suffix.lower() in ENDINGS and not path.name.startswith(".")]
     if not files:
         found = "no .npz or .safetensors file" if folder.is_dir() else "no such folder"
         raise DataError(folder, "", found, "scenes", "Give the right --data, or another --split.")
@@ -204,9 +217,9 @@ def open_file(path: Path, task: Task, sha256: str | None = None) -> MeasurementF
 def _arrays(path: Path) -> dict[str, StoredArray]:
     """The arrays of a file by the names of `Measured`. Raises: DataError where one is missing or not of numbers."""
     wanted = {key for keys in NAMES.values() for key in keys}
-    if path.suffix not in ENDINGS:
+    if path.suffix.lower() not in ENDINGS:
         raise DataError(path, "", "a file of another kind", EXPECTED, "Give a file whose name ends in one of these.")
-    read, keys = (npz_arrays, npz_keys) if path.suffix == ".npz" else (safetensors_arrays, safetensors_keys)
+    read, keys = (npz_arrays, npz_keys) if path.suffix.lower() == ".npz" else (safetensors_arrays, safetensors_keys)
     found = read(path, wanted)
     arrays = {name: found[key] for name, names in NAMES.items() for key in names[::-1] if key in found}
     missing = [name for name in ("snapshots", "codes") if name not in arrays]
@@ -231,11 +244,21 @@ def _axes(stored: StoredArray) -> tuple[int, ...]:
 def _check_column(name: str, column: Column, scenes: int) -> None:
     """Rows of the task's shape, as many as there are snapshots. Raises: DataError."""
     stored = column.stored
+    if not column.fits and stored.dtype.kind != "c" and _lacks_pairs(stored.shape, column.row):
+        todo = "Write real and imaginary parts."
+        raise DataError(
+            stored.file, stored.key, f"real numbers, {stored.shape}", expected_shape(name, column.row), todo
+        )
     if not column.fits:
         raise DataError(stored.file, stored.key, f"shape {stored.shape}", expected_shape(name, column.row), OTHER_TASK)
     if column.rows != scenes:
         what = f"{scenes}, as there are snapshots"
         raise DataError(stored.file, stored.key, f"{column.rows} scenes", what, "Write all arrays of the same scenes.")
+
+
+def _lacks_pairs(shape: tuple[int, ...], row: tuple[int, ...]) -> bool:
+    """Whether real numbers have the shape of complex ones, for some scenes or, as of codes, for all."""
+    return bool(row) and without_ones(row[:-1]) in (without_ones(shape), without_ones(shape[1:]))
 
 
 def expected_shape(name: str, row: Sequence[int]) -> str:

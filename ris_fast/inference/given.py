@@ -19,7 +19,7 @@ from ris_fast.physics.real_complex import to_pairs
 def given_measurements(
     task: Task, snapshots: Any, channel: Any, codes: Any, snr_db: Any = None, *, products: bool = False
 ) -> Measured:
-    """The arguments of `Predictor.predict` as real pairs in float32, where the snapshots are.
+    """The arguments of `Predictor.predict` as real pairs in float32, where the snapshots are, with codes of rms 1.
 
     Args: products: whether `channel` may be H c_l, (B, L, M).
     Raises: TypeError or ValueError that names the array, what it is and what is expected.
@@ -42,7 +42,9 @@ def given_measurements(
     for name, values in named.items():
         if (found := unusable(name, values, 0)) is not None:
             raise ValueError(f"predict: {name} has {found[0]}; expected {found[1]}. {CLEAN}")
-    return measured
+    if not known and bool(measured.snr_db.isnan().any()):
+        raise ValueError("predict: snr_db is not known, and cannot be estimated without the channel. Give it.")
+    return measured.with_unit_codes()
 
 
 def given_count(count: Any, batch: int, most: int) -> int | str | Tensor | None:
@@ -82,4 +84,6 @@ def _snr(snr_db: Any, batch: int) -> Tensor:
 
 def _misshapen(name: str, value: Any, expected: str, todo: str) -> ValueError:
     shape, kind = tuple(np.shape(value)), getattr(value, "dtype", type(value).__name__)
+    if name in ("snapshots", "channel", "codes") and shape[-1:] != (2,) and "complex" not in str(kind):
+        kind = f"{kind}, which is real"
     return ValueError(f"predict: {name} has shape {shape} of {kind}; expected {expected}. {todo}")

@@ -19,11 +19,12 @@ class Located(NamedTuple):
 
     Positions are seen from the centre of the array. Where a measurement was given, powers are mean_l |s_l|^2 in the
     units of its snapshots and channel, deviations are those of an efficient estimator (the Fisher information at the
-    estimate), and `count_probability` follows from the description lengths. From a factor alone powers are shares of
-    its trace, and the rest is NaN.
+    estimate), and `count_probability` compares one chain of candidates: it is overconfident, and no probability of
+    being right. All of these take the nominal array and the channel for the true ones. From a factor alone powers are
+    shares of its trace, and the rest is NaN.
     """
 
-    factor: Tensor  # (B, N, Q, 2)   the covariance is F F^H, up to its scale
+    factor: Tensor  # (B, N, Q, 2)   the covariance is F F^H up to its scale, which is not that of `power`
     count: Tensor  # (B,)           int64, sources found
     azimuth_deg: Tensor  # (B, K)
     elevation_deg: Tensor  # (B, K)
@@ -33,7 +34,7 @@ class Located(NamedTuple):
     elevation_sd_deg: Tensor  # (B, K)
     range_sd_m: Tensor  # (B, K)
     power_sd: Tensor  # (B, K)
-    count_probability: Tensor  # (B, K + 1)     of 0, 1, ... K sources
+    count_probability: Tensor  # (B, K + 1)     weights of 0, 1, ... K sources
     snr_db: Tensor  # (B,)           as given, or estimated
 
     def numpy(self) -> dict[str, np.ndarray]:

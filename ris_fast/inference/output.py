@@ -43,13 +43,13 @@ def predictions_file(path: Path, scenes: int, metadata: Mapping[str, str], *, fa
     Raises: ConfigError for another ending, StorageError where the file system refuses.
     """
     check_ending(path)
-    with replacing(path) as partial, WRITERS[path.suffix](partial, scenes, metadata, factor) as writer:
+    with replacing(path) as partial, WRITERS[path.suffix.lower()](partial, scenes, metadata, factor) as writer:
         yield writer
 
 
 def check_ending(path: Path) -> None:
     """Raises: ConfigError."""
-    if path.suffix not in WRITERS:
+    if path.suffix.lower() not in WRITERS:
         raise ConfigError(f"--out {path}: the ending says what to write. Give a name in {', '.join(WRITERS)}.")
 
 

@@ -21,7 +21,9 @@ from ris_fast.inference.locating import choose_count, choose_method, locate_sour
 from ris_fast.inference.opened_run import open_run
 from ris_fast.models.features import SceneFeatures
 from ris_fast.models.prediction import Prediction
+from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.real_complex import to_pairs
+from ris_fast.physics.scenes import simulate
 from ris_fast.training.compiled_model import choose_device
 
 CHUNK = 512  # scenes at a time
@@ -55,6 +57,13 @@ class Predictor:
         """Where the network is; the CPU for one without tensors."""
         tensors = (*self.model.parameters(), *self.model.buffers())
         return tensors[0].device if tensors else torch.device("cpu")
+
+    @torch.no_grad()
+    def says_count(self) -> bool:
+        """Whether the network says how many sources there are: it is asked of one simulated scene."""
+        scene = simulate(self.task, 1, SceneGenerator(0, "test"))
+        given = Measured(scene.snapshots, scene.channel, scene.effective_channel, scene.codes, scene.snr_db)
+        return self._answer(given.to(self.device), 0).count_logits is not None
 
     def predict(
         self,

@@ -63,8 +63,9 @@ def refine(
         range_prior: whether ranges are medians of their posterior, see `range_posterior`, with its deviations; else
         both are those of the likelihood. The two differ where a source is weak or far.
     Returns: `Estimate`, as wide as `start`, or as the task's largest number of sources where one is chosen;
-        `count_probability` is proportional to exp(-description length), or is that of the evidence. Powers are
-        mean_l |s_l|^2 less what noise adds to it, in the unit of `Scenes.power`.
+        `count_probability` is proportional to exp(-description length), or is that of the evidence; it compares this
+        one chain of candidates, is overconfident, and no probability of being right. Powers are mean_l |s_l|^2 less
+        what noise adds to it, in the unit of `Scenes.power`.
     Raises: ValueError for an unknown criterion.
     Numerics: in the dtype of the snapshots. Symbols have a ridge of 0.1 sigma^2 / signal, which leaves two equal
         sources a finite answer.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ris_fast import Predictor, SceneGenerator, load, load_config, simulate
+from ris_fast import Predictor, SceneGenerator, build_model, load, load_config, simulate
 from ris_fast.commands.cli import main
 from ris_fast.commands.run_folder import RunFolder
 from ris_fast.data.write import write_shards
@@ -125,7 +125,7 @@ WRONG_DATA: dict[str, tuple[Callable[[dict[str, np.ndarray]], dict[str, np.ndarr
     "nan": (lambda a: a | {"channel": a["channel"] * np.nan}, "'channel': found NaN or infinite values"),
     "late nan": (
         lambda a: a | {"snr_db": np.where(np.arange(12) == 9, np.inf, a["snr_db"])},
-        "'snr_db': found NaN or infinite values, the first in scene 9",
+        "'snr_db': found infinite values or numbers beyond 3.4e38, the first in scene 9",
     ),
 }
 
@@ -152,7 +152,11 @@ WRONG_USE: dict[str, tuple[list[str], int, str]] = {
     "neither": (["--data", "data.npz", "--out", "a.npz"], 2, "Give a RUN, or covariances with --predictions"),
     "no scenes": (["RUN", "--out", "a.npz"], 2, "there are no scenes. Give --data"),
     "no out": (["RUN", "--data", "data.npz"], 2, "--out"),
-    "over the data": (["RUN", "--data", "data.npz", "--out", "./data.npz"], 2, "would write over what is read"),
+    "over the data": (
+        ["RUN", "--data", "data.npz", "--out", "./data.npz"],
+        2,
+        "would write over what is read or recorded",
+    ),
     "a folder": (["RUN", "--data", "data.npz", "--out", "folder.npz"], 3, "folder.npz cannot be written"),
     "method": (["RUN", "--data", "data.npz", "--out", "a.npz", "--method", "esprit"], 2, "esprit"),
     "count": (["RUN", "--data", "data.npz", "--out", "a.npz", "--count", "9"], 2, "count is 9; expected 0 to 2"),
@@ -201,6 +205,71 @@ def test_predict_answers_wrong_use_in_one_line_and_leaves_nothing(
     assert said.err.startswith("ris-fast: ") and says in said.err and said.err.count("\n") == 1 and said.out == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.npz", "f.npz", "folder.npz"]
     np.testing.assert_array_equal(opened(data)["snapshots"], measured()["snapshots"])
+
+
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize(
+    "out", ["set/a.npz", "set/new.csv", "set/below/new.npz", "elsewhere.npz", "RUN", "RUN/new.npz", "RUN/own"]
+)
+def test_predict_never_writes_among_what_it_reads(
+    out: str, link: bool, run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither over measurements and checkpoints, nor beside them, where they would be read as such."""
+    (tmp_path / "set").mkdir()
+    data.rename(tmp_path / "elsewhere.npz")
+    (tmp_path / "set" / "a.npz").symlink_to(tmp_path / "elsewhere.npz")
+    (tmp_path / "run").symlink_to(run)
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    before = {path: path.read_bytes() for each in (tmp_path, run) for path in each.rglob("*") if path.is_file()}
+    checkpoints = run / "checkpoints"
+    own = {
+        "RUN": checkpoints / "best.safetensors",
+        "RUN/new.npz": checkpoints / "new.npz",
+        "RUN/own": run / "tensors.csv",
+    }
+    given = own.get(out, tmp_path / out)
+    runs, folder = (tmp_path / "run", tmp_path / "link") if link else (run, tmp_path / "set")
+    for each in (runs, runs / "checkpoints" / "best.safetensors"):
+        assert predict(each, "--data", folder, "--out", given) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("ris-fast: predict: --out") and said.count("\n") == 1
+    after = {path: path.read_bytes() for each in (tmp_path, run) for path in each.rglob("*") if path.is_file()}
+    assert after == before and predict(run, "--data", folder, "--out", run / "predictions.npz") == 0
+    (run / "predictions.npz").unlink()
+
+
+@pytest.mark.parametrize("snr", [None, np.nan])
+def test_predict_from_products_asks_for_the_snr_before_any_work(
+    snr: float | None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = measured()
+    given |= {"H": given["snapshots"]} | ({} if snr is None else {"snr_db": np.full(SCENES, snr)})
+    for name in ("channel", *(["snr_db"] if snr is None else [])):
+        given.pop(name)
+    factor = {"factor": np.ones((SCENES, 16, 2), np.complex64)}
+    task = [*SETTINGS, "--predictions", write_npz(tmp_path / "f.npz", factor)]
+    monkeypatch.setattr("ris_fast.commands.predict.locate_sources", lambda *_, **__: pytest.fail("computed"))
+    assert predict(*task, "--data", write_npz(data, given), "--out", tmp_path / "a.npz") == 3
+    said = capsys.readouterr().err
+    assert "data.npz, key 'snr_db': found" in said and "without the channel" in said and said.count("\n") == 1
+
+
+def test_predict_counts_by_a_network_only_where_it_counts(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before any data are read."""
+    task = small(epochs=1).task
+    silent = Predictor(build_model("backprojection", task, width=16), task)
+    monkeypatch.setattr("ris_fast.commands.predict.load", lambda *_, **__: silent)
+    assert predict(run, "--data", tmp_path / "no.npz", "--out", tmp_path / "a.npz", "--count", "network") == 2
+    assert "says no number of sources. Leave it out." in capsys.readouterr().err
+
+
+def test_predict_takes_endings_of_either_case(run: Path, data: Path, tmp_path: Path) -> None:
+    for ending in ("NPZ", "SafeTensors", "CSV"):
+        assert predict(run, "--data", data.rename(tmp_path / "DATA.NPZ"), "--out", tmp_path / f"a.{ending}") == 0
+        (tmp_path / "DATA.NPZ").rename(data)
+    assert opened(tmp_path / "a.NPZ")["count"].shape == (SCENES,)
 
 
 def test_predict_refuses_a_data_set_of_another_array(

@@ -124,6 +124,31 @@ def test_measurements_without_channel_carry_the_products(tmp_path: Path) -> None
         read(tmp_path)
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_measurements_have_codes_of_rms_one_whatever_their_scale(own: bool, scenes: Scenes, tmp_path: Path) -> None:
+    """H diag(c_l) is all that physics knows: its scale goes into the channel, scene by scene."""
+    given, scale = arrays(scenes), np.geomspace(1e-3, 1e3, SCENES)[:, None, None, None] if own else np.float64(40)
+    changed_codes = given["codes"] * scale
+    same(
+        read(write_npz(tmp_path / "a.npz", given | {"codes": changed_codes, "channel": given["channel"] / scale})),
+        scenes,
+    )
+
+
+def test_measurements_without_channel_need_the_snr_of_every_scene(tmp_path: Path) -> None:
+    given = original_arrays(3)
+    given = {name: given[name] for name in ("y", "H", "codes")} | {"snr": np.array([3.0, np.nan, 5.0])}
+    with pytest.raises(DataError, match="a.npz, key 'snr': found NaN, the first in scene 1; expected dB"):
+        read(write_npz(tmp_path / "a.npz", given))
+
+
+def test_measurements_are_known_by_endings_of_either_case(scenes: Scenes, tmp_path: Path) -> None:
+    save_file(arrays(scenes), tmp_path / "A.SafeTensors")
+    same(read(tmp_path), scenes)
+    write_npz(tmp_path / "a.npz", arrays(scenes)).rename(tmp_path / "B.NPZ")
+    same(read(tmp_path / "B.NPZ"), scenes)
+
+
 def test_measurements_of_a_flat_folder_come_in_order(scenes: Scenes, tmp_path: Path) -> None:
     given = arrays(scenes)
     for name, rows in (("a", slice(0, 4)), ("b", slice(4, 7))):
@@ -176,9 +201,16 @@ WRONG = {
     "objects": (changed("channel", lambda a: a.astype(object)), "channel': found type object"),
     "complex snr": (changed("snr_db", lambda a: a + 1j), "snr_db': found type complex.*numbers of dB"),
     "nan": (spoiled("channel", 3, np.nan), "channel': found NaN or infinite values, the first in scene 3"),
-    "infinite snr": (spoiled("snr_db", 6, np.inf), "snr_db': found NaN or infinite values, the first in scene 6"),
-    "beyond float32": (spoiled("snapshots", 1, 1e300), "snapshots': found NaN or infinite values"),
+    "infinite snr": (
+        spoiled("snr_db", 6, np.inf),
+        "snr_db': found infinite values or numbers beyond 3.4e38, the first in scene 6",
+    ),
+    "beyond float32": (spoiled("snapshots", 1, 1e300), "snapshots': found infinite values or numbers beyond 3.4e38"),
     "nan codes": (spoiled("codes", 0, np.nan), "codes': found NaN or infinite values"),
+    "zero codes": (changed("codes", np.zeros_like), "codes': found nothing but zeros"),
+    "below float32": (changed("snapshots", lambda a: a * 1e-60), "nothing but zeros in scene 0, in float32"),
+    "real": (changed("snapshots", lambda a: a[..., 0]), r"found real numbers, \(7, 8, 4\).*\(scenes, 8, 4\) complex"),
+    "real codes": (changed("codes", lambda a: a[..., 0]), r"codes': found real numbers, \(8, 24\).*imaginary"),
     "zeros": (spoiled("snapshots", 2, 0.0), "snapshots': found nothing but zeros in scene 2"),
 }
 

@@ -160,6 +160,23 @@ def test_predict_answers_in_the_units_of_the_measurement(
         assert float(((value - again).abs() / deviation).nan_to_num(0.0).max()) < 0.05
 
 
+@pytest.mark.parametrize("unit", [1e-3, 40.0])
+def test_predict_does_not_see_how_codes_and_channel_share_their_scale(
+    unit: float, predictor: Predictor, scenes: Scenes
+) -> None:
+    y, h, c, snr = inputs(scenes)
+    same(predictor.predict(y, h * unit, c, snr), predictor.predict(y, h, c * unit, snr))
+    found, again = predictor.predict(y, h, c, snr), predictor.predict(y, h / unit, c * unit, snr)
+    assert torch.equal(found.count, again.count)
+    torch.testing.assert_close(found.power, again.power, equal_nan=True, rtol=1e-3, atol=0.0)
+
+
+def test_predictor_knows_whether_its_network_counts(predictor: Predictor) -> None:
+    task = small(epochs=1).task
+    counts = build_model("hybrid", task, width=16, heads=2, layers=1, feedforward=16, grid=3)
+    assert Predictor(counts, task).says_count() and not predictor.says_count()
+
+
 def test_predict_estimates_the_snr_where_it_is_not_known(predictor: Predictor, scenes: Scenes) -> None:
     y, h, c, snr = inputs(scenes)
     unknown = predictor.predict(y, h, c).snr_db
@@ -253,14 +270,21 @@ WRONG: dict[str, tuple[Callable[..., tuple[Any, ...]], type[Exception], str]] = 
     "products": (lambda y, h, c, snr: (y, y, c), ValueError, r"channel has shape \(24, 8, 8, 2\)"),
     "snr": (lambda y, h, c, snr: (y, h, c, snr[:3]), ValueError, r"snr_db has shape \(3,\).*\(24,\), or one number"),
     "nan": (lambda y, h, c, snr: (spoiled(y, 7, np.nan), h, c), ValueError, "snapshots has NaN .* scene 7;"),
-    "infinite": (lambda y, h, c, snr: (y, spoiled(h, 9, np.inf), c), ValueError, "channel has NaN .* scene 9;"),
+    "infinite": (lambda y, h, c, snr: (y, spoiled(h, 9, np.inf), c), ValueError, "channel has infinite .* scene 9;"),
+    "beyond float32": (lambda y, h, c, snr: (y.double() * 1e60, h, c), ValueError, "snapshots has .* beyond 3.4e38"),
+    "real": (lambda y, h, c, snr: (y[..., 0], h, c), ValueError, r"snapshots has shape \(24, 8, 8\) of .* real"),
+    "zero codes": (lambda y, h, c, snr: (y, h, 0 * c), ValueError, "codes has nothing but zeros"),
     "nan codes": (lambda y, h, c, snr: (y, h, c * np.nan), ValueError, "codes has NaN or infinite values"),
     "zeros": (
         lambda y, h, c, snr: (spoiled(y, 2, 0.0), h, c),
         ValueError,
         "snapshots has nothing but zeros in scene 2",
     ),
-    "infinite snr": (lambda y, h, c, snr: (y, h, c, np.inf), ValueError, "snr_db has NaN or infinite"),
+    "infinite snr": (
+        lambda y, h, c, snr: (y, h, c, np.inf),
+        ValueError,
+        "snr_db has infinite values or numbers beyond",
+    ),
 }
 
 
