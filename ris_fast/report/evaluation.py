@@ -74,8 +74,8 @@ def save_record(result: Mapping[str, Any]) -> None:
     without; a note on standard error says so. Raises StorageError."""
     path = Path(result["run"]) / RECORD
     scenes, positions = _recorded(path)
-    less = [f"{scenes} scenes, not {result['scenes']}"] if scenes > result["scenes"] else []
-    less += ["positions"] if positions and not result["positions"] else []
+    less = ["positions"] if positions and not result["positions"] else []
+    less += [f"more scenes ({scenes}, not {result['scenes']})"] if scenes > result["scenes"] else []
     if less:
         print(f"note: {path} is left as it was: it has {' and '.join(less)}.", file=sys.stderr)
     else:

@@ -101,9 +101,9 @@ def test_no_positions_leaves_them_out(run: Path, tmp_path: Path, capsys) -> None
 @pytest.mark.parametrize(
     "old, flags, kept",
     [
-        ({"scenes": 40, "positions": None}, ["--scenes", "9"], "40 scenes, not 9"),
+        ({"scenes": 40, "positions": None}, ["--scenes", "9"], "more scenes (40, not 9)"),
         ({"scenes": 9, "positions": {"method": "m"}}, [], "positions"),
-        ({"scenes": 40, "positions": {"method": "m"}}, ["--scenes", "9"], "40 scenes, not 9 and positions"),
+        ({"scenes": 40, "positions": {"method": "m"}}, ["--scenes", "9"], "positions and more scenes (40, not 9)"),
         ({"scenes": 40, "positions": None}, [], ""),
         ({"of": "another version"}, ["--scenes", "9"], ""),
     ],
