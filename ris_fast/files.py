@@ -107,11 +107,16 @@ def append_text(path: str | Path, text: str) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Before minutes of work: raises StorageError where its result could not be written to `path` afterwards."""
+    """Before minutes of work: raises StorageError where its result could not be written to `path` afterwards.
+    Leaves nothing behind."""
     new = not os.path.exists(path)
+    made = [folder for folder in Path(path).parents if not folder.exists()]
     append_text(path, "")
     if new:
         os.unlink(path)
+    for folder in made:
+        with suppress(OSError):  # another process has put something there
+            folder.rmdir()
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:

@@ -235,6 +235,10 @@ def evaluate(
     plots
         Folder of the figures; RUN/plots of the first run by default.
     """
+    unused = {"--method": method is not None, "--count": count is not None, "--opponents": opponents}
+    if no_positions and any(unused.values()):
+        given = ", ".join(flag for flag, there in unused.items() if there)
+        raise ConfigError(f"evaluate: --no-positions leaves nothing for {given} to do. Leave one or the other out.")
     stage("loading torch")
     from ris_fast.commands.evaluate import Search, evaluate_command
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast import exit_codes
+from ris_fast.commands.comparison import comparison_notes, run_names
 from ris_fast.commands.estimators import method_words, network_estimator, opponents
 from ris_fast.commands.position_figures import (
     example_scene,
@@ -23,20 +23,22 @@ from ris_fast.commands.position_figures import (
     missing_for_positions,
     position_figures,
 )
+from ris_fast.commands.runner import writing_results
 from ris_fast.commands.scene_figures import Grouped, scene_figures, training_mean
 from ris_fast.commands.suspect_scenes import training_scenes, wrong_targets
 from ris_fast.config.schema import ConfigError, Task
 from ris_fast.data.errors import DataError
 from ris_fast.data.open_source import open_source
 from ris_fast.data.source import SceneSource
+from ris_fast.files import check_writable
 from ris_fast.inference.locating import choose_count, choose_method
 from ris_fast.inference.opened_run import OpenedRun, open_run
 from ris_fast.inference.predictor import Predictor
 from ris_fast.localize.metrics import Scores
 from ris_fast.report.console import counter
-from ris_fast.report.evaluation import comparison_text, evaluation_text, save_figures, save_record
+from ris_fast.report.evaluation import COMPARISON, comparison_text, evaluation_text, save_figures, save_record
 from ris_fast.report.evaluation_csv import write_csv
-from ris_fast.report.eventlog import dumps
+from ris_fast.report.eventlog import dumps, write_json
 from ris_fast.report.scene_plot import Example
 from ris_fast.streams import stage
 from ris_fast.training.compiled_model import choose_device
@@ -68,6 +70,7 @@ class Evaluation:
     result: dict[str, Any]
     scores: dict[str, Scores]  # by estimator; empty where no positions are scored
     example: Example | None
+    task: Task
     scenes: tuple[Tensor, Tensor]  # number of sources and SNR in dB of each test scene
 
 
@@ -82,48 +85,39 @@ def evaluate_command(
     search: Search | None,
     plots: Path | None,
 ) -> int:
-    """Prints the evaluation of one run, or of several side by side; leaves records in their folders, and figures."""
+    """Prints the evaluation of one run, or of several side by side; leaves records in their folders, and figures.
+
+    Several runs with `plots` leave everything in that folder.
+    """
+    names = run_names(runs)
+    for path in (csv, plots and plots / COMPARISON):
+        if path is not None:
+            check_writable(path)
     stage("opening the run and its test scenes")
     progress = _Bars()
-    done = {name: evaluate_run(run, scenes, device, data, progress, search) for name, run in zip(run_names(runs), runs)}
+    done = {name: evaluate_run(run, scenes, device, data, progress, search) for name, run in zip(names, runs)}
     results = {name: each.result for name, each in done.items()}
     first, *others = done.values()
+    notes = comparison_notes(done)
+    together = {"notes": notes, "runs": list(results.values())}
     if json:
-        print(dumps({"runs": list(results.values())} if others else first.result, indent=2))
+        print(dumps(together if others else first.result, indent=2))
     else:
-        print(comparison_text(results, different_scenes(done)) if others else evaluation_text(first.result))
-    for result in results.values():  # after printing: a folder that cannot be written costs no figure
-        save_record(result)
-    if csv is not None:
-        write_csv(csv, results)
+        print(comparison_text(results, notes) if others else evaluation_text(first.result))
     scores = {name: next(iter(each.scores.values())) for name, each in done.items() if each.scores}
     folder = Path(first.result["run"]) / "plots" if plots is None else plots
-    saved = save_figures(results, scores if others else first.scores, None if others else first.example, folder)
+    with writing_results():  # after printing: a folder that cannot be written costs no figure
+        if others and plots is not None:
+            write_json(plots / COMPARISON, together)
+        else:
+            for result in results.values():
+                save_record(result)
+        if csv is not None:
+            write_csv(csv, results)
+        saved = save_figures(results, scores if others else first.scores, None if others else first.example, folder)
     if not json:
         print("\nfigures, and a .pdf of each: " + ", ".join(map(str, saved.values())))
     return exit_codes.DONE
-
-
-def run_names(runs: Sequence[Path]) -> list[str]:
-    """What each run is called in tables: its folder, and the checkpoint where one is given; the path where two runs
-    would have one name."""
-    paths = [Path(os.path.realpath(run)) for run in runs]
-    names = [f"{path.parent.parent.name}/{path.stem}" if path.suffix == ".safetensors" else path.name for path in paths]
-    names = [str(run) if names.count(name) > 1 else name for name, run in zip(names, runs)]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"evaluate: {twice} is given twice. Give each run once.")
-    return names
-
-
-def different_scenes(done: Mapping[str, Evaluation]) -> list[str]:
-    """What is to be said of runs that were evaluated on other scenes than the first."""
-    (name, first), *others = done.items()
-    return [
-        f"{other} has other test scenes than {name}: its figures beside those of {name} compare scenes as well as runs"
-        for other, each in others
-        if not all(map(torch.equal, first.scenes, each.scenes))
-    ]
 
 
 class _Bars:
@@ -204,7 +198,7 @@ def evaluate_run(
         "by_snr_and_count": grouped.by("snr_db", "sources"),
         "positions": positions.figures,
     }
-    return Evaluation(result, positions.scores, positions.example, (figures["count"], figures["snr_db"]))
+    return Evaluation(result, positions.scores, positions.example, config.task, (figures["count"], figures["snr_db"]))
 
 
 class _Positions(NamedTuple):

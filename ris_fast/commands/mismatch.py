@@ -14,19 +14,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from ris_fast import exit_codes
+from ris_fast.commands.comparison import differences
 from ris_fast.commands.flags import absolute
+from ris_fast.commands.runner import writing_results
 from ris_fast.commands.scene_figures import FACTS, scene_figures, training_mean
 from ris_fast.config.load import load_config
 from ris_fast.config.schema import Config, ConfigError, Task
 from ris_fast.config.section import LARGEST_INT
 from ris_fast.config.spelling import did_you_mean
 from ris_fast.data.open_source import open_source
+from ris_fast.files import check_writable
 from ris_fast.inference.opened_run import open_run
 from ris_fast.models import build_model
 from ris_fast.physics.mmse_bound import mmse_bound
 from ris_fast.report.console import counter
 from ris_fast.report.eventlog import dumps
-from ris_fast.report.mismatch import mismatch_text, save_mismatch
+from ris_fast.report.mismatch import RECORD, mismatch_text, save_mismatch
 from ris_fast.streams import stage
 from ris_fast.training.checkpoint import load_weights
 from ris_fast.training.compiled_model import choose_device
@@ -54,11 +57,16 @@ def mismatch_command(
     out: Path | None,
 ) -> int:
     """Prints the table; with `out`, leaves it there as mismatch.json and mismatch.png."""
+    if scenes is not None and scenes < 1:
+        raise ConfigError(f"mismatch: --scenes {scenes} asked for. Give --scenes 1 or more.")
+    if out is not None:
+        check_writable(out / RECORD)
     stage("opening the runs")
     result = mismatch(runs, against, data, scenes, device, counter("evaluations"))
     print(dumps(result, indent=2) if json else mismatch_text(result))
     if out is not None:
-        figure = save_mismatch(result, out)
+        with writing_results():
+            figure = save_mismatch(result, out)
         if not json:
             print(f"\nfigure: {figure}")
     return exit_codes.DONE
@@ -137,11 +145,6 @@ def changed_tasks(task: Task, against: Iterable[str]) -> list[Task]:
             raise ConfigError(f"--against {text}: [task] has no key '{name}'.{did_you_mean(name, names)}")
         tasks += [replace(task, **{name: _value(each)}) for each in values.split(",")]
     return tasks
-
-
-def differences(base: Task, task: Task) -> dict[str, Any]:
-    """The settings of a task that are not those of another, by name."""
-    return {key: value for key, value in asdict(task).items() if getattr(base, key) != value}
 
 
 def _value(text: str) -> Any:

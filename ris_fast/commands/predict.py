@@ -80,7 +80,8 @@ def predict_command(
             show(done, total)
     seconds = time.monotonic() - began
     print(
-        f"{total:,} scenes in {seconds:.1f} s ({total / seconds:,.0f} scenes/s): {found:,} sources, {found / total:.2f}"
+        f"{total:,} scene{'s' * (total != 1)} in {seconds:.1f} s ({total / seconds:,.0f} scenes/s): {found:,}"
+        f" source{'s' * (found != 1)}, {found / total:.2f}"
         f" a scene, by {method}\nwritten: {out}"
     )
     return exit_codes.DONE

@@ -20,6 +20,8 @@ from ris_fast.old_names import OldNameWarning
 from ris_fast.streams import unbreakable
 
 LEAVES_A_RECORD = ("train", "simulate", "evaluate", "predict")  # what these print can be read in their folder
+NOTHING_WRITTEN = "interrupted: nothing was written, and a file of an earlier call is as it was"
+WRITE_AT_THE_END = {"predict", "evaluate", "mismatch"}  # each file whole; see `writing_results` for the end itself
 
 
 def run(app: App, tokens: Sequence[str]) -> int:
@@ -45,7 +47,8 @@ def _run(app: App, tokens: Sequence[str]) -> int:
     except CycloptsError as error:
         return _complain(usage_message(error), exit_codes.USAGE)
     except KeyboardInterrupt as interrupt:
-        return _complain(str(interrupt) or "interrupted", exit_codes.INTERRUPTED)
+        plain = NOTHING_WRITTEN if set(tokens[:1]) & WRITE_AT_THE_END else "interrupted"
+        return _complain(str(interrupt) or plain, exit_codes.INTERRUPTED)
     except Exception as error:
         return _explain(error)
 
@@ -60,6 +63,17 @@ def _explain(error: Exception) -> int:
         return _complain(f"{error.filename}: {error.strerror}. {advice}", exit_codes.DATA)
     traceback.print_exc()
     return exit_codes.BUG
+
+
+@contextmanager
+def writing_results() -> Iterator[None]:
+    """Within the block several files are written, each whole or not at all: an interrupt says just that."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "interrupted while writing: each file is whole, from this call or as it was. Run the same command again"
+        ) from None
 
 
 @contextmanager

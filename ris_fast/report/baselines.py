@@ -34,8 +34,8 @@ LABELS = {"lmmse": "LMMSE", "omp": "OMP"}
 
 
 def label(name: str) -> str:
-    """The name of an estimator as a person writes it."""
-    return LABELS.get(name, name.replace("_", " "))
+    """The name of an estimator as a person writes it; the name of a run as it is."""
+    return LABELS.get(name, name.replace("_", " ") if name in MEANINGS else name)
 
 
 def figure(value: float) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ris_fast.files import read_text
 from ris_fast.physics.mmse_bound import FEW
 from ris_fast.report.baselines import judge, label
 from ris_fast.report.eventlog import write_json
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from ris_fast.localize.metrics import Scores
     from ris_fast.report.scene_plot import Example
 
-RECORD = "evaluation.json"
+RECORD, COMPARISON = "evaluation.json", "compare.json"
 ALONE, TOGETHER = "evaluate", "compare"  # beginnings of the names of figures
 Results = Mapping[str, Mapping[str, Any]]  # what `evaluate` returns, by the name of each run
 
@@ -67,8 +70,25 @@ def mmse_bound_note(result: Mapping[str, Any]) -> str:
 
 
 def save_record(result: Mapping[str, Any]) -> None:
-    """Writes evaluation.json into the run folder. Raises StorageError."""
-    write_json(Path(result["run"]) / RECORD, result)
+    """Writes evaluation.json into the run folder, but not over one of more scenes, nor one with positions by one
+    without; a note on standard error says so. Raises StorageError."""
+    path = Path(result["run"]) / RECORD
+    scenes, positions = _recorded(path)
+    less = ["positions"] if positions and not result["positions"] else []
+    less += [f"more scenes ({scenes}, not {result['scenes']})"] if scenes > result["scenes"] else []
+    if less:
+        print(f"note: {path} is left as it was: it has {' and '.join(less)}.", file=sys.stderr)
+    else:
+        write_json(path, result)
+
+
+def _recorded(path: Path) -> tuple[int, bool]:
+    """How many scenes a record has, and whether it has positions; none where there is no record that can be read."""
+    try:
+        old = json.loads(read_text(path))
+        return int(old["scenes"]), bool(old.get("positions"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return 0, False
 
 
 def save_figures(

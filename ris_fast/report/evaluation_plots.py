@@ -46,7 +46,8 @@ def evaluation_figure(results: Results) -> Figure:
     legend_below(figure, left)
     means = ", ".join(f"{name} {each['nmse']['mean']:.3g}" for name, each in results.items())
     alone = f"{first['model']}: mean NMSE {first['nmse']['mean']:.3g}, median {first['nmse']['median']:.3g}"
-    title(figure, f"{alone if len(results) == 1 else f'mean NMSE: {means}'} on {first['scenes']:,} test scenes")
+    scenes = f"{first['scenes']:,} test scene{'s' * (first['scenes'] != 1)}"
+    title(figure, f"{alone if len(results) == 1 else f'mean NMSE: {means}'} on {scenes}")
     return figure
 
 

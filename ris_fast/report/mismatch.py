@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from ris_fast.files import make_folder, save_figure
 from ris_fast.physics.baseline_names import CONSTANT_BASELINES
+from ris_fast.report.baselines import label
 from ris_fast.report.drawing import new_figure
 from ris_fast.report.eventlog import write_json
+from ris_fast.report.style import FLOOR_SHADES, GRID, INK, look
 from ris_fast.report.tables import text_table
 
 RECORD, FIGURE = "mismatch.json", "mismatch.png"
-COLOURS = ("#1f5fa8", "#d9822b", "#5a7d4f", "#8a5fa0", "#b04a5a", "#4f8a8b")
-INK, GRID = "#222222", "#dddddd"
+TICKS = ("|", "x", "+", "1", "2", "3", "4", "_")  # markers of the estimates without a network
 
 
 def mismatch_text(result: Mapping[str, Any]) -> str:
@@ -62,13 +64,15 @@ def mismatch_figure(result: Mapping[str, Any]) -> Any:
     tests, names = result["tests"], result["runs"]
     figure = new_figure(8.0, 1.6 + 0.42 * len(tests))
     axes, rows = figure.subplots(), range(len(tests))
-    for key, (run, baseline) in _classical(result).items():
-        axes.plot([t["runs"][run]["baselines"][baseline] for t in tests], rows, "|", color=INK, ms=11, label=key)
-    for name, colour in zip(names, COLOURS * len(names)):
+    for (key, (run, baseline)), marker, colour in zip(_classical(result).items(), cycle(TICKS), cycle(FLOOR_SHADES)):
+        style = {"ls": "", "marker": marker, "color": colour, "ms": 11, "mew": 1.5}
+        axes.plot([test["runs"][run]["baselines"][baseline] for test in tests], rows, **style, label=key)
+    for index, name in enumerate(names):
         cells = [test["runs"][name] for test in tests]
-        axes.plot([cell["nmse"]["mean"] for cell in cells], rows, "o", mfc="none", color=colour, ms=7, label=name)
+        style = {"ls": "", "marker": look(index).marker, "color": look(index).color, "ms": 7}
+        axes.plot([cell["nmse"]["mean"] for cell in cells], rows, **style, mfc="none", label=name)
         own = [(cell["nmse"]["mean"], row) for row, cell in enumerate(cells) if cell["trained"]]
-        axes.plot(*zip(*own), "o", color=colour, ms=7)
+        axes.plot(*zip(*own), **style)
     bounds = [(test["mmse_bound"], row) for row, test in enumerate(tests) if test["mmse_bound"] is not None]
     if bounds:
         axes.plot(*zip(*bounds), "d", color=INK, ms=5, label="MMSE bound, estimated")
@@ -93,8 +97,8 @@ def _classical(result: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
         for key in result["tests"][0]["runs"][run]["baselines"]:
             before = [(r, k) for r, k in found.values() if k == key]
             if key not in CONSTANT_BASELINES and not any(_same(result, run, r, key) for r, _ in before):
-                found[f"{key} of {run}" if before else key] = (run, key)
-    return {key.replace("_", " "): value for key, value in found.items()}
+                found[f"{label(key)} of {run}" if before else label(key)] = (run, key)
+    return found
 
 
 def _same(result: Mapping[str, Any], one: str, other: str, key: str) -> bool:

@@ -136,7 +136,7 @@ def count_figure(scores: Mapping[str, Scores]) -> Figure:
         axes.remove()
     for axes in panels[: len(tables) : columns]:
         axes.set_ylabel("true number of sources", color=INK)
-    title(figure, "share of scenes in %, by true and estimated number of sources")
+    title(figure, "share of scenes in %")  # a single matrix has no room for more
     return figure
 
 

@@ -89,11 +89,53 @@ def test_evaluate_leaves_each_figure_as_png_and_pdf(evaluated) -> None:
             assert (Path(evaluated[2]) / f"evaluate{name}.{ending}").stat().st_size > 1000
 
 
-def test_no_positions_leaves_them_out(run: Path, capsys) -> None:
-    assert main(["evaluate", str(run), "--device", "cpu", "--no-positions"]) == 0
+def test_no_positions_leaves_them_out(run: Path, tmp_path: Path, capsys) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("evaluation.json"))
+    assert main(["evaluate", str(copy), "--device", "cpu", "--no-positions"]) == 0
     text = capsys.readouterr().out
     assert "Positions" not in text and "mean NMSE" in text
-    assert json.loads((run / "evaluation.json").read_text())["positions"] is None
+    assert json.loads((copy / "evaluation.json").read_text())["positions"] is None
+
+
+@pytest.mark.parametrize(
+    "old, flags, kept",
+    [
+        ({"scenes": 40, "positions": None}, ["--scenes", "9"], "more scenes (40, not 9)"),
+        ({"scenes": 9, "positions": {"method": "m"}}, [], "positions"),
+        ({"scenes": 40, "positions": {"method": "m"}}, ["--scenes", "9"], "positions and more scenes (40, not 9)"),
+        ({"scenes": 40, "positions": None}, [], ""),
+        ({"of": "another version"}, ["--scenes", "9"], ""),
+    ],
+)
+def test_a_record_is_not_replaced_by_a_lesser_one(
+    old: dict, flags: list[str], kept: str, run: Path, tmp_path: Path, capsys
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    record = copy / "evaluation.json"
+    record.write_text(json.dumps(old))
+    assert main(["evaluate", str(copy), "--device", "cpu", "--no-positions", *flags]) == 0
+    assert (json.loads(record.read_text()) == old) == bool(kept)
+    assert (f"note: {record} is left as it was: it has {kept}." in capsys.readouterr().err) == bool(kept)
+
+
+def test_several_runs_with_plots_leave_their_folders_alone(run: Path, tmp_path: Path, capsys) -> None:
+    """Another task of the same seed has the same numbers of sources and SNRs: the note comes from the settings."""
+    first, second, plots = tmp_path / "one", tmp_path / "two", tmp_path / "plots"
+    for copy in (first, second):
+        shutil.copytree(run, copy)
+        (copy / "evaluation.json").write_text("{}")
+    text = (second / "config.toml").read_text()
+    (second / "config.toml").write_text(text.replace("phase_error_deg = 0.0", "phase_error_deg = 20.0"))
+    words = ["--device", "cpu", "--no-positions", "--plots", str(plots)]
+    assert main(["evaluate", str(first), str(second), *words]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "two has another task than one (task.phase_error_deg = 20.0, not 0.0)" in said
+    assert "Baselines and bounds shown are those of one" in said
+    assert [(copy / "evaluation.json").read_text() for copy in (first, second)] == ["{}"] * 2
+    record = json.loads((plots / "compare.json").read_text())
+    assert [Path(each["run"]).name for each in record["runs"]] == ["one", "two"] and len(record["notes"]) == 1
 
 
 def test_method_and_count_are_those_of_predict(run: Path) -> None:

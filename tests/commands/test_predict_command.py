@@ -282,7 +282,7 @@ def test_predict_refuses_a_data_set_of_another_array(
 
 
 def test_predict_interrupted_leaves_the_old_file(
-    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls: list[int] = []
     whole = Predictor.predict_measured
@@ -298,6 +298,7 @@ def test_predict_interrupted_leaves_the_old_file(
     (tmp_path / "a.csv").write_text("old")
     assert predict(run, "--data", data, "--out", tmp_path / "a.csv") == 130
     assert (tmp_path / "a.csv").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+    assert "nothing was written, and a file of an earlier call is as it was" in capsys.readouterr().err
 
 
 def test_predict_names_the_scene_without_a_finite_answer(

@@ -131,7 +131,41 @@ def test_bench_checks_its_json_path_before_measuring(capsys, monkeypatch, tmp_pa
     check_writable(tmp_path / "new" / "figures.json")
     (tmp_path / "old.json").write_text("{}")
     check_writable(tmp_path / "old.json")
-    assert (
-        sorted(path.name for path in tmp_path.rglob("*")) == ["new", "old.json"]
-        and (tmp_path / "old.json").read_text() == "{}"
-    )
+    assert [path.name for path in tmp_path.rglob("*")] == ["old.json"] and (tmp_path / "old.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("flags", [["--opponents"], ["--count", "2"], ["--method", "music"]])
+def test_evaluate_refuses_flags_that_no_positions_makes_idle(flags: list[str], capsys, tmp_path) -> None:
+    assert main(["evaluate", str(tmp_path), "--no-positions", *flags]) == 2
+    said = capsys.readouterr().err
+    assert f"--no-positions leaves nothing for {flags[0]} to do" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command, flag", [("evaluate", "--csv"), ("evaluate", "--plots"), ("mismatch", "--out")])
+def test_outputs_are_checked_before_the_work(command: str, flag: str, capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("ris_fast.commands.evaluate.evaluate_run", lambda *_: pytest.fail("evaluated"))
+    monkeypatch.setattr("ris_fast.commands.mismatch.mismatch", lambda *_: pytest.fail("evaluated"))
+    (tmp_path / "file").write_text("")
+    assert main([command, str(tmp_path / "run"), flag, str(tmp_path / "file" / "below")]) == 3
+    assert " cannot be written: " in capsys.readouterr().err
+
+
+def test_mismatch_names_the_flag_of_too_few_scenes(capsys, tmp_path) -> None:
+    assert main(["mismatch", str(tmp_path), "--scenes", "0"]) == 2
+    assert "--scenes 0 asked for. Give --scenes 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "mismatch"])
+def test_an_interrupt_says_what_was_written(command: str, capsys, monkeypatch, tmp_path) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ris_fast.commands.evaluate.evaluate_run", interrupted)
+    monkeypatch.setattr("ris_fast.commands.mismatch.mismatch", interrupted)
+    assert main([command, str(tmp_path)]) == 130
+    assert "interrupted: nothing was written, and a file of an earlier call is as it was" in capsys.readouterr().err
+    monkeypatch.setattr("ris_fast.commands.mismatch.mismatch", lambda *_: {})
+    monkeypatch.setattr("ris_fast.commands.mismatch.mismatch_text", str)
+    monkeypatch.setattr("ris_fast.commands.mismatch.save_mismatch", interrupted)
+    assert main(["mismatch", str(tmp_path), "--out", str(tmp_path / "new")]) == 130
+    assert "interrupted while writing: each file is whole" in capsys.readouterr().err

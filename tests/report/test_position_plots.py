@@ -73,6 +73,16 @@ def test_count_figure_shows_all_scenes_of_each_row(made) -> None:
     assert "100 % right" in right.get_title() and wrong.get_title() == "other: 0 % right"
 
 
+def test_count_figure_of_one_has_its_title_whole_and_a_runs_name_as_it_is(made) -> None:
+    figure = count_figure({"my_first_run": made[1]["network"]})
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert axes.get_title().startswith("my_first_run: ")
+    for text in (figure._suptitle, axes.title):
+        box = text.get_window_extent()
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.width
+
+
 @pytest.mark.parametrize("share, text", [(0.0, "0"), (1.0, "100"), (0.9999, "99.9"), (0.5, "50.0"), (0.0001, "<0.1")])
 def test_percent_never_rounds_to_all_or_none(share: float, text: str) -> None:
     assert percent(share) == text
