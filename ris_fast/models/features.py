@@ -27,7 +27,7 @@ class Features(NamedTuple):
     """What the trainable part sees, and the columns that its factors are made of."""
 
     inputs: Tensor  # (B, F)      numbers of order one
-    basis: Tensor  # (B, N, 2R)  planar; atom k: s_k times its T tangents; then what earlier stages add
+    basis: Tensor  # (B, N, 2R)  planar; atom k: s_k times its T tangents; then how lower orders differ
 
 
 class SceneFeatures(Constants):
