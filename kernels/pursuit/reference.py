@@ -47,7 +47,7 @@ def pursuit_features(
 
 
 def _early(stages: int) -> int:
-    """Atoms of all stages but the last, counted once a stage."""
+    """Atoms of all lower orders: 1 + 2 + ... K - 1."""
     return stages * (stages - 1) // 2
 
 
@@ -114,7 +114,7 @@ def _basis(pursuit: Pursuit, found: Atoms) -> Tensor:
 
 
 def _repeat_early(per_atom: Tensor, dim: int) -> Tensor:
-    """The first atom, the first two, ... the first K - 1 of an axis: one entry for each earlier estimate."""
+    """The first atom, the first two, ... the first K - 1 of an axis: one entry for each estimate of a lower order."""
     return torch.cat([per_atom.narrow(dim, 0, count) for count in range(per_atom.shape[dim])], dim=dim)
 
 
