@@ -90,6 +90,8 @@ def evaluate_command(
     Several runs with `plots` leave everything in that folder.
     """
     names = run_names(runs)
+    if csv is not None and csv.suffix.lower() != ".csv":  # it could be a checkpoint or somebody's measurements
+        raise ConfigError(f"evaluate: --csv {csv}: expected a name that ends in .csv.")
     for path in (csv, plots and plots / COMPARISON):
         if path is not None:
             check_writable(path)

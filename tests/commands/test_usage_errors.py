@@ -146,7 +146,7 @@ def test_outputs_are_checked_before_the_work(command: str, flag: str, capsys, mo
     monkeypatch.setattr("ris_fast.commands.evaluate.evaluate_run", lambda *_: pytest.fail("evaluated"))
     monkeypatch.setattr("ris_fast.commands.mismatch.mismatch", lambda *_: pytest.fail("evaluated"))
     (tmp_path / "file").write_text("")
-    assert main([command, str(tmp_path / "run"), flag, str(tmp_path / "file" / "below")]) == 3
+    assert main([command, str(tmp_path / "run"), flag, str(tmp_path / "file" / "below.csv")]) == 3
     assert " cannot be written: " in capsys.readouterr().err
 
 
@@ -169,3 +169,12 @@ def test_an_interrupt_says_what_was_written(command: str, capsys, monkeypatch, t
     monkeypatch.setattr("ris_fast.commands.mismatch.save_mismatch", interrupted)
     assert main(["mismatch", str(tmp_path), "--out", str(tmp_path / "new")]) == 130
     assert "interrupted while writing: each file is whole" in capsys.readouterr().err
+
+
+def test_evaluate_writes_no_table_over_another_kind_of_file(capsys, tmp_path) -> None:
+    kept = tmp_path / "best.safetensors"
+    kept.write_bytes(b"weights")
+    assert main(["evaluate", str(tmp_path), "--csv", str(kept)]) == 2
+    said = capsys.readouterr().err
+    assert "expected a name that ends in .csv" in said and said.count("\n") == 1
+    assert kept.read_bytes() == b"weights"
