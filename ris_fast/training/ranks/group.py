@@ -54,9 +54,9 @@ class Ranks:
         """(size, *shape): the tensors of all ranks, which have the same shape, in order."""
         if self.alone:
             return tensor[None]
-        flat = tensor.new_empty(self.size * tensor.numel())
-        dist.all_gather_into_tensor(flat, tensor.flatten())
-        return flat.view(self.size, *tensor.shape)
+        out = tensor.new_empty((self.size, *tensor.shape))
+        dist.all_gather(list(out.unbind()), tensor.contiguous())
+        return out
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """The tensor, with rank 0's values in place."""
