@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ris_fast.config.schema import Config, ConfigError, Task
 from ris_fast.config.schema import Training as TrainingConfig
+from ris_fast.data.order import ORDER
 from ris_fast.data.source import SceneSource
 from ris_fast.files import BEST, CHECKPOINTS
 from ris_fast.old_names import current_setting
@@ -62,6 +63,7 @@ def run_facts(
         "identity": identity(config, source),
         "step_scenes": training.batch_size * training.accumulate,
         "precision": training.precision,
+        "order": ORDER,
         "parameters": trainable(model),
     }
 
@@ -121,6 +123,11 @@ def restore(
     optimizer.load_checkpoint_tensors({"optimizer": saved})
     state = _state_of(manifest, path)
     notes = [manifest["note"]] if "note" in manifest else []
+    if state.epoch_step and manifest.get("order") != ORDER:
+        notes.append(
+            f"{path} is of an earlier version, within epoch {state.epoch + 1}: what is left of that epoch comes in"
+            " another order, so that some of its scenes are seen twice and some not at all; later epochs are whole"
+        )
     if state.step and not any(key.startswith(MOMENTS) for key in saved):
         notes.append(f"{path} has no moments: AdamW starts them anew; learning rate, counts and averages go on")
     if name != BEST:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -227,10 +228,13 @@ class Trainer(Built):
     def _index_groups(self) -> Iterator[list[Tensor]]:
         """The numbers of those scenes."""
         settings, fixed = self.config.training, self.config.data.fixed
-        batches = list(epoch_batches(self.source, "train", self.state.epoch, settings.batch_size, settings.seed, fixed))
-        for first in range(self.state.epoch_step * settings.accumulate, len(batches), settings.accumulate):
+        done = self.state.epoch_step * settings.accumulate * settings.batch_size
+        batches = epoch_batches(
+            self.source, "train", self.state.epoch, settings.batch_size, settings.seed, fixed, start=done
+        )
+        while group := list(islice(batches, settings.accumulate)):
             self.optimizer_batches += 1
-            yield batches[first : first + settings.accumulate]
+            yield group
 
     def _advance(self, scenes: int) -> None:
         """Counts one attempted step."""
