@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ris_fast.config.schema import Config, ConfigError
 from ris_fast.data.open_source import open_source, widened_sector
+from ris_fast.data.prefetch import reads_ahead, scene_groups
 from ris_fast.data.source import SceneSource, epoch_batches
 from ris_fast.environment import keep_freed_memory
 from ris_fast.files import BEST, CHECKPOINTS, LAST
@@ -105,6 +107,7 @@ class Trainer(Built):
         self.saved = self.started  # when the last checkpoint was
         self.replanned_at: tuple[int, DeviceTimestamp] | None = None
         self.optimizer_batches = 0  # of the epoch, that were read
+        self.batches: Iterator[Any] = iter(())  # of the epoch, still to come
         self.attempted: int | None = None  # within a step: the optimizer's steps before it
         self.validation: list[Scenes] = []  # this and what follows: from the start of `fit`
         self.comparisons = Comparisons()
@@ -167,6 +170,8 @@ class Trainer(Built):
                 self._save_last()
             raise
         finally:
+            if isinstance(self.batches, Generator):
+                self.batches.close()  # ends a thread that reads ahead
             if lost := self.writer.close():
                 ended_by["checkpoint_error"] = lost
             outcome = self._summary(verdict, findings) | ended_by
@@ -184,7 +189,9 @@ class Trainer(Built):
         self.model.train()
         self.clock.start()
         # A captured step makes its scenes itself, from their numbers.
-        step, batches = (self.step, self._groups()) if self.capture is None else (self.capture, self._index_groups())
+        plain = self.capture is None or reads_ahead(self.source)
+        step, batches = (self.step, self._groups()) if plain else (self.capture, self._index_groups())
+        self.batches = batches
         for batch in batches:
             self._save_if_due()
             self.planned = self.plan.planned
@@ -222,8 +229,9 @@ class Trainer(Built):
 
     def _groups(self) -> Iterator[list[Scenes]]:
         """The scenes of each optimizer step, `accumulate` micro-batches, from where the run is in its epoch."""
-        for indices in self._index_groups():
-            yield [self.source.batch("train", index) for index in indices]
+        with closing(scene_groups(self.source, "train", self._index_groups())) as groups:
+            for _, scenes in groups:
+                yield scenes
 
     def _index_groups(self) -> Iterator[list[Tensor]]:
         """The numbers of those scenes."""
