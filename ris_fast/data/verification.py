@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ris_fast.environment import local_ranks
 
-MOST_THREADS = 8  # a disk has enough to do
+MOST_THREADS = 16  # a disk has enough to do
 
 
 @dataclass(frozen=True)
