@@ -87,6 +87,12 @@ def free_memory() -> float:
     return free / int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
+def local_ranks() -> tuple[int, int]:
+    """This process's number among those of the run on this machine, and how many these are, as torchrun says."""
+    size = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    return min(int(os.environ.get("LOCAL_RANK") or 0), size - 1), size
+
+
 def _available_memory() -> float:
     """The kernel's estimate; half of the memory on a system that has none."""
     try:

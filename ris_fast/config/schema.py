@@ -83,6 +83,12 @@ class Data(Section):
     test_scenes: int = option(8_000, "test scenes in the split", low=1)
     val_limit: int = option(4_000, "validate on the first this many validation scenes during training", low=1)
     seed: int = option(0, "seed of the simulated scenes, all splits; weights and order have training.seed", low=0)
+    memory: str = option(
+        "auto",
+        "where scenes of files stay while training; auto: on the device, on the host or in the files, as they fit",
+        choices=("auto", "device", "host", "files"),
+    )
+    verify: bool = option(True, "check every byte of our shards on opening; false: only headers and sizes")
     fixed: bool = option(False, "simulate the same training scenes in every epoch instead of fresh ones")
 
 

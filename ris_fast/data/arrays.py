@@ -90,8 +90,8 @@ class StoredArray:
         """
         sizes = [min(rows, limit - start) for start in range(0, limit, rows)]
         with damage(self.file, self.key, "damaged bytes", "an intact array"):
-            if self.member and not self.fortran:
-                yield from self._streamed(sizes, limit)
+            if not self.fortran:
+                yield from self._streamed(sizes, limit) if self.member else self._plain(sizes)
                 return
             whole = self._whole() if self.member else self.map()
             yield from (np.array(whole[i * rows : i * rows + size]) for i, size in enumerate(sizes))
@@ -103,6 +103,15 @@ class StoredArray:
                 yield self._chunk(stream.read(size * self.row_bytes), size)
             if limit == self.shape[0] and stream.read(1):
                 raise zipfile.BadZipFile("more bytes than the header announces")
+
+    def _plain(self, sizes: list[int]) -> Iterator[np.ndarray]:
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.offset or 0)
+            for size in sizes:
+                chunk = np.empty((size, *self.shape[1:]), self.dtype)
+                if chunk.nbytes and file.readinto(memoryview(chunk.reshape(-1).view(np.uint8))) != chunk.nbytes:
+                    raise EOFError(f"the file ends within the {size} rows")
+                yield chunk
 
     def _chunk(self, raw: bytes, rows: int) -> np.ndarray:
         if len(raw) != rows * self.row_bytes:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ris_fast.data.arrays import StoredArray
+from ris_fast.data.file_rows import FileRows, OpenFiles
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,12 @@ class Column:
     def row_bytes(self) -> int:
         return self.dtype.itemsize * int(np.prod(self.row, dtype=np.int64))
 
+    @property
+    def as_stored(self) -> bool:
+        """Whether the file has the very bytes of this column, in C order."""
+        number = np.dtype(np.complex64) if self.stored.dtype.kind == "c" else self.dtype
+        return not self.stored.fortran and self.stored.dtype == number
+
     def plain(self, raw_B: np.ndarray) -> np.ndarray:
         """Rows as they are in the file -> (B, *row); a number beyond float32 becomes infinite."""
         with np.errstate(over="ignore", invalid="ignore"):
@@ -58,31 +65,47 @@ class Column:
         """The first `limit` rows in order, `rows` at a time. Raises: DataError for damaged bytes."""
         return (self.plain(raw) for raw in self.stored.chunks(rows, limit))
 
-    def map(self) -> MappedColumn:
-        """The rows by number, without reading more. Only where the file is not compressed."""
-        return MappedColumn(self, self.stored.map())
+    def by_number(self, files: OpenFiles) -> ColumnRows:
+        """The rows by number, without reading any. Only where the file is not compressed."""
+        return ColumnRows(self, None if self.stored.fortran else FileRows(self.stored, files), files)
 
 
 @dataclass(frozen=True)
-class MappedColumn:
-    """A column's rows in their file, made plain when they are taken."""
+class ColumnRows:
+    """A column's rows in their file, made plain when they are taken; in Fortran order, where they lie apart, through a
+    memory map (`rows` is None then)."""
 
     column: Column
-    array: np.ndarray
+    rows: FileRows | None
+    files: OpenFiles
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self.array), *self.column.row)
+        return (len(self), *self.column.row)
 
     @property
     def dtype(self) -> np.dtype:
         return self.column.dtype
 
     def __len__(self) -> int:
-        return len(self.array)
+        return self.column.rows
 
-    def __getitem__(self, rows_B: np.ndarray) -> np.ndarray:
-        return self.column.plain(self.array[rows_B])
+    def announce(self, rows_B: np.ndarray) -> None:
+        if self.rows is not None:
+            self.rows.announce(rows_B)
+
+    def read(self, rows_B: np.ndarray, out: np.ndarray, places_B: np.ndarray) -> None:
+        """Rows of the file to rows `places_B` of `out`. Raises: DataError for a file that changed or ends early."""
+        stored = self.column.stored
+        if self.rows is None:
+            self.files.descriptor(stored.file)  # refuses one that shrank: reading its map would kill the process
+            out[places_B] = self.column.plain(stored.map()[rows_B])
+        elif self.column.as_stored:
+            self.rows.read(rows_B, out, places_B)
+        else:
+            raw = np.empty((len(rows_B), *stored.shape[1:]), stored.dtype)
+            self.rows.read(rows_B, raw, np.arange(len(rows_B)))
+            out[places_B] = self.column.plain(raw)
 
 
 def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,29 +108,43 @@ class NpzSource:
                 f"a folder {split}/ with shards",
                 "Add it, or put all shards into one flat folder to have them split by number.",
             )
-        loaded = self._load(split)
-        index = index.to(loaded.table.device, torch.int64)
+        return self.assemble(split, self.read(split, index))
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether training gains by a thread that reads ahead, as of shards."""
+        tier = self._load("train").memory.tier
+        return tier == "files" or (tier == "host" and self.device.type == "cuda")
+
+    def read(self, split: str, index: Tensor) -> dict[str, Tensor]:
+        """The columns of scenes by number, where they are kept; on any thread."""
+        table = self._load(split).table
+        index = index.to(table.device, torch.int64)
         rows = self._rows[split][index] if self._rows else index
-        taken = {
-            name: value.to(self.device) for name in COLUMNS if (value := loaded.table.take(name, rows)) is not None
-        }
-        codes = self._codes(loaded, rows)
+        taken = {name: value for name in (*COLUMNS, *PACKED) if (value := table.take(name, rows)) is not None}
+        return taken | {"index": index}
+
+    def assemble(self, split: str, columns: dict[str, Tensor]) -> Scenes:
+        """The scenes of these columns on the source's device."""
+        loaded = self._load(split)
+        taken = {name: value.to(self.device, non_blocking=True) for name, value in columns.items()}
+        codes = self._codes(loaded, *(taken.pop(name, None) for name in PACKED), taken["index"].numel())
         if loaded.facts.exact:
             u, v = taken.pop("u"), taken.pop("v")
             taken["factor"] = target_factor(self.array, u, v, taken["range_m"], taken["power"])
         else:
             trace = taken["covariance"][..., 0].diagonal(dim1=1, dim2=2).sum(1)
             taken["covariance"] = taken["covariance"] * (self.array.elements / trace)[:, None, None, None]
-        return Scenes(codes=codes, index=index.to(self.device), **taken)
+        return Scenes(codes=codes, **taken)
 
-    def _codes(self, loaded: LoadedSplit, rows_B: Tensor) -> Tensor:
+    def _codes(self, loaded: LoadedSplit, own: Tensor | None, unit: Tensor | None, scenes: int) -> Tensor:
         """(L, N, 2), or (B, L, N, 2) as soon as the scenes of any split in memory have codes of their own."""
-        if loaded.codes is None:
-            codes, unit = (loaded.table.take(name, rows_B) for name in PACKED)
-            return (codes if unit is None else unpack_codes(codes, unit)).to(self.device)
+        if own is not None:
+            return own if unit is None else unpack_codes(own, unit)
+        assert loaded.codes is not None
         shared = loaded.codes.to(self.device)
-        own = any(each.codes is None for each in self._loaded.values())
-        return shared.repeat(rows_B.numel(), 1, 1, 1) if own else shared
+        each = any(other.codes is None for other in self._loaded.values())
+        return shared.repeat(scenes, 1, 1, 1) if each else shared
 
     def describe(self) -> str:
         """One line: how many scenes, what the inputs carry, what the target is, where it all lives."""
@@ -187,15 +202,17 @@ class NpzSource:
         part = ONE_POOL if self._rows else split
         if part not in self._loaded:
             rows = sum(self._sizes.values()) if self._rows else self._sizes[split]
-            self._loaded[part] = load_split(self.path, self._shards[part], rows, self.task, self.device, self._progress)
+            self._loaded[part] = load_split(
+                self.path, self._shards[part], rows, self.task, self.device, self._progress, self._config.data.memory
+            )
         return self._loaded[part]
 
-    def hashes(self, split: str) -> list[bytes]:
-        """16 bytes for each scene of a split, in order."""
+    def hashes(self, split: str) -> np.ndarray:
+        """(scenes,) uint64: a hash for each scene of a split, in order."""
         if split == "test" and not self._rows and split not in self._loaded:
             return hash_snapshots(self._shards.get(split, ()), self._sizes[split])
-        all_rows = self._load(split).facts.hashes
-        return [all_rows[i] for i in self._rows[split].tolist()] if self._rows else all_rows
+        all_rows = np.concatenate(self._load(split).facts.hashes)
+        return all_rows[self._rows[split].cpu().numpy()] if self._rows else all_rows
 
     def _find_overlaps(self) -> list[Overlap]:
         train, val, test = (self.hashes(split) for split in SPLITS)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +44,7 @@ class Facts:
     served: Reach = field(default_factory=Reach)  # of the sources as seen from the centre of the array
     wrong_channel: int = 0  # scenes in which H is not H_full c_l
     conjugate_codes: int = 0  # of these, H is H_full times the conjugate of the codes
-    hashes: list[bytes] = field(default_factory=list)
+    hashes: list[np.ndarray] = field(default_factory=list)  # of the scenes, chunk by chunk
     fits: list[Tensor] = field(default_factory=list)  # NMSE of R on the scene's own sources, chunk by chunk
 
 
@@ -70,16 +71,18 @@ def load_split(
     task: Task,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
+    memory: str = "auto",
 ) -> LoadedSplit:
     """Read the first `rows` scenes of the shards once, check every value, keep what training needs.
 
+    Args: memory: data.memory.
     Raises: DataError for any file that cannot be used, and where the scenes fit nowhere; nothing large is allocated
         before that is known.
     """
     known: dict[str, bool] = {}
     while True:
         try:
-            return _Loader(where, shards, rows, task, device, **known).run(progress)
+            return _Loader(where, shards, rows, task, device, memory, **known).run(progress)
         except _Assumption as found:
             known[found.setting] = False
 
@@ -95,6 +98,7 @@ class _Loader:
         rows: int,
         task: Task,
         device: torch.device,
+        memory: str = "auto",
         exact: bool = True,
         shared: bool = True,
     ) -> None:
@@ -104,8 +108,10 @@ class _Loader:
         row_bytes = sum(shards[0].columns[key].row_bytes for key in self.keep)
         row_bytes += 4 * 9 * task.max_sources + 12 + (0 if shared else packed_bytes(task.snapshots, task.elements))
         decoded = max(sum(column.stored.decoded_bytes for column in shard.columns.values()) for shard in shards)
-        self.memory = choose_memory(where, rows * row_bytes + decoded, device, mappable=all(s.mappable for s in shards))
-        self.table = Table(rows, device if self.memory.tier == "device" else torch.device("cpu"))
+        streamable = all(shard.mappable for shard in shards)
+        self.memory = choose_memory(where, rows, row_bytes, device, streamable=streamable, wanted=memory, extra=decoded)
+        resident = self.memory.tier == "device"
+        self.table = Table(rows, device if resident else torch.device("cpu"), device.type == "cuda" and not resident)
         self.codes: Tensor | None = None
 
     def run(self, progress: Callable[[int, int], None] | None) -> LoadedSplit:
@@ -114,17 +120,19 @@ class _Loader:
             take = min(shard.scenes, self.rows - start)
             if take <= 0:
                 break
+            if self.memory.tier == "files":
+                self.table.files.see(shard.path)
             for at, chunk in _chunks(shard, take):
                 check_values(shard.path, chunk, at, self.task)
                 self._compare_codes(chunk["codes"])
                 self._keep(chunk, start + at)
                 if progress is not None:
                     progress(start + at + chunk["K"].numel(), self.rows)
-            if self.memory.tier == "mapped":
+            if self.memory.tier == "files":
                 for key, column in self.keep.items():
-                    self.table.attach(column, shard.columns[key].map())
+                    self.table.attach(column, shard.columns[key])
                 if not self.shared:
-                    self.table.attach("codes", shard.columns["codes"].map())
+                    self.table.attach("codes", shard.columns["codes"])
             start += take
         assert self.codes is not None
         codes = self.codes.to(self.table.device) if self.shared else None
@@ -139,7 +147,7 @@ class _Loader:
     def _keep(self, chunk: dict[str, Tensor], start: int) -> None:
         self._target(chunk, start)
         self._note(chunk)
-        if self.memory.tier != "mapped":
+        if self.memory.tier != "files":
             for key, column in self.keep.items():
                 self.table.write(start, column, chunk[key])
             if not self.shared:
@@ -177,7 +185,7 @@ class _Loader:
             wrong = self._wrong_channel(chunk, codes)
             self.facts.wrong_channel += wrong
             self.facts.conjugate_codes += wrong and len(chunk["H"]) - self._wrong_channel(chunk, conj(codes))
-        self.facts.hashes += scene_hashes(chunk["y"])
+        self.facts.hashes.append(scene_hashes(chunk["y"]))
 
     @staticmethod
     def _wrong_channel(chunk: dict[str, Tensor], codes: Tensor) -> int:
@@ -202,11 +210,11 @@ def _chunks(shard: NpzShard, limit: int) -> Iterator[tuple[int, dict[str, Tensor
         next(stream, None)
 
 
-def hash_snapshots(shards: Sequence[NpzShard], rows: int) -> list[bytes]:
+def hash_snapshots(shards: Sequence[NpzShard], rows: int) -> np.ndarray:
     """The hashes of a split whose other arrays are not needed yet: reads y alone."""
-    hashes: list[bytes] = []
+    hashes = [np.empty(0, np.uint64)]
     for shard in shards:
-        limit = min(shard.scenes, rows - len(hashes))
-        for chunk in shard.columns["y"].chunks(CHUNK, limit):
-            hashes += scene_hashes(torch.from_numpy(chunk))
-    return hashes
+        limit = min(shard.scenes, rows)
+        rows -= limit
+        hashes += [scene_hashes(torch.from_numpy(chunk)) for chunk in shard.columns["y"].chunks(CHUNK, limit)]
+    return np.concatenate(hashes)

@@ -17,13 +17,16 @@ from torch import Tensor
 from ris_fast.config.schema import Config, Task
 from ris_fast.data.arrays import COPY_AGAIN, StoredArray, safetensors_arrays
 from ris_fast.data.errors import DataError
+from ris_fast.data.file_rows import unreadable
 from ris_fast.data.fingerprints import Overlap, find_overlap, scene_hashes
 from ris_fast.data.geometry import target_factor
 from ris_fast.data.manifest import COLUMNS, WRITE_AGAIN, file_hash, read_manifest
 from ris_fast.data.npz_format import check_finite
+from ris_fast.data.prefetch import in_threads
 from ris_fast.data.splits import size_notes
 from ris_fast.data.statistics import differences, measure
-from ris_fast.data.table import Table, TableMemory, choose_memory
+from ris_fast.data.table import SHARE, Table, TableMemory, choose_memory
+from ris_fast.data.verification import Verification, threads_to_open
 from ris_fast.physics.array import RISArray, direction_cosines
 from ris_fast.physics.random import SPLITS
 from ris_fast.physics.scenes import Scenes
@@ -49,9 +52,7 @@ class OwnShard:
         try:
             found = file_hash(self.path)
         except OSError as problem:
-            raise DataError(
-                self.path, "", f"a file that cannot be read ({problem.strerror})", "a shard", COPY_AGAIN
-            ) from None
+            raise unreadable(self.path, problem) from None
         if found != self.sha256:
             raise DataError(
                 self.path,
@@ -89,11 +90,12 @@ class ShardSource:
             split: [open_own_shard(path, entry, self.task) for path, entry in self.files(split)] for split in SPLITS
         }
         self._loaded: dict[str, tuple[Table, Tensor, TableMemory]] = {}
-        self._hashes: dict[str, list[bytes]] = {}
+        self._memory, self._verification = config.data.memory, Verification.here(config.data.verify)
+        self._hashes: dict[str, np.ndarray] = {}
         for split in SPLITS[:2]:
             self._load(split)
         self.overlaps = self._find_overlaps()
-        self.notes = [str(overlap) for overlap in self.overlaps]
+        self.notes = [*self._verification.notes, *(str(overlap) for overlap in self.overlaps)]
         self.notes += size_notes(config, self._found, self._sizes)
 
     @property
@@ -104,14 +106,30 @@ class ShardSource:
     def size(self, split: str) -> int:
         return self._sizes[split]
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether training gains by a thread that reads ahead: for a GPU from host memory or files, for a CPU from
+        files."""
+        tier = self._load("train")[2].tier
+        return tier == "files" or (tier == "host" and self.device.type == "cuda")
+
     def batch(self, split: str, index: Tensor) -> Scenes:
         """Scenes by their number in the split, any order: on the source's device."""
-        table, codes, _ = self._load(split)
+        return self.assemble(split, self.read(split, index))
+
+    def read(self, split: str, index: Tensor) -> dict[str, Tensor]:
+        """The columns of scenes by number, where they are kept; on any thread."""
+        table = self._load(split)[0]
         index = index.to(table.device, torch.int64)
-        taken = {name: value.to(self.device) for name in COLUMNS if (value := table.take(name, index)) is not None}
+        taken = {name: value for name in COLUMNS if (value := table.take(name, index)) is not None}
+        return taken | {"index": index}
+
+    def assemble(self, split: str, columns: dict[str, Tensor]) -> Scenes:
+        """The scenes of these columns on the source's device."""
+        taken = {name: value.to(self.device, non_blocking=True) for name, value in columns.items()}
         u, v = direction_cosines(taken["azimuth"], taken["elevation"])
         factor = target_factor(self.array, u, v, taken["range_m"], taken["power"])
-        return Scenes(codes=codes.to(self.device), index=index.to(self.device), factor=factor, **taken)
+        return Scenes(codes=self._load(split)[1].to(self.device), factor=factor, **taken)
 
     def describe(self) -> str:
         sizes = ", ".join(f"{self._sizes[split]} {split}" for split in SPLITS)
@@ -129,26 +147,47 @@ class ShardSource:
             self._loaded[split], self._hashes[split] = self._read(self._shards[split], self._sizes[split])
         return self._loaded[split]
 
-    def _read(self, shards: Sequence[OwnShard], rows: int) -> tuple[tuple[Table, Tensor, TableMemory], list[bytes]]:
-        """One pass in order: contents, finite values, hashes of scenes, and the columns where they will stay."""
-        row_bytes = sum(shards[0].arrays[name].row_bytes for name in COLUMNS)
-        memory = choose_memory(self.path, rows * row_bytes, self.device, mappable=True)
-        table = Table(rows, self.device if memory.tier == "device" else torch.device("cpu"))
-        hashes: list[bytes] = []
-        codes: Tensor | None = None
-        start = 0
-        for shard in shards:
-            take = min(shard.scenes, rows - start)
-            if take <= 0:
-                break
-            shard.check_contents()  # at once before it is read, while the system still has it in memory
+    def _read(self, shards: Sequence[OwnShard], rows: int) -> tuple[tuple[Table, Tensor, TableMemory], np.ndarray]:
+        """One pass, several files at a time: contents, finite values, hashes of scenes, and the columns where they will
+        stay."""
+        bytes_of = {name: shards[0].arrays[name].row_bytes for name in COLUMNS}
+        memory = choose_memory(
+            self.path, rows, sum(bytes_of.values()), self.device, streamable=True, wanted=self._memory
+        )
+        resident = memory.tier == "device"
+        table = Table(
+            rows, self.device if resident else torch.device("cpu"), self.device.type == "cuda" and not resident
+        )
+        left = BIG if memory.tier == "files" else ()
+        if left and rows * sum(size for name, size in bytes_of.items() if name not in left) > SHARE * memory.free:
+            left = COLUMNS
+        starts = np.cumsum([0, *(shard.scenes for shard in shards)]).tolist()
+        spans = [
+            (number, shard, start, min(shard.scenes, rows - start))
+            for number, (shard, start) in enumerate(zip(shards, starts))
+            if start < rows
+        ]
+        hashes, codes, threads = [], None, threads_to_open()
+        looks = in_threads(lambda span: self._look(span, table, left), spans, threads, 2 * threads)
+        for (_, shard, start, take), found in zip(spans, looks):
+            hashes.append(found)
             codes = _same_codes(shard, codes)
-            hashes += _keep(shard, table, start, take, BIG if memory.tier == "mapped" else ())
-            start += take
+            for name in left:
+                table.attach(name, shard.arrays[name])
             if self._progress is not None:
-                self._progress(start, rows)
+                self._progress(start + take, rows)
         assert codes is not None
-        return (table, codes.to(table.device), memory), hashes
+        return (table, codes.to(table.device), memory), np.concatenate(hashes)
+
+    def _look(self, span: tuple[int, OwnShard, int, int], table: Table, left: Sequence[str]) -> np.ndarray:
+        """Checks a file and keeps its scenes; on a thread."""
+        number, shard, start, take = span
+        if left:
+            table.files.see(shard.path)
+        checked = self._verification.file(number)
+        if checked:
+            shard.check_contents()  # at once before it is read, while the system still has it in memory
+        return _keep(shard, table, start, take, left, checked=checked, hashed=self._verification.scenes)
 
     def _find_overlaps(self) -> list[Overlap]:
         overlap = find_overlap("train", self._hashes["train"], "val", self._hashes["val"])
@@ -158,7 +197,7 @@ class ShardSource:
 def _same_codes(shard: OwnShard, codes: Tensor | None) -> Tensor:
     """The codes of a shard, which must be those of the shards before it. Raises: DataError."""
     stored = shard.arrays["codes"]
-    own = torch.from_numpy(np.array(stored.map()))
+    own = torch.from_numpy(next(stored.chunks(stored.shape[0], stored.shape[0])))
     check_finite(shard.path, "codes", own, 0)
     if codes is not None and not torch.equal(own, codes):
         raise DataError(
@@ -167,19 +206,25 @@ def _same_codes(shard: OwnShard, codes: Tensor | None) -> Tensor:
     return own
 
 
-def _keep(shard: OwnShard, table: Table, start: int, take: int, mapped: Sequence[str]) -> list[bytes]:
-    """Copies or maps the first `take` scenes of a shard to rows start, ...; returns their hashes. Raises: DataError."""
-    hashes: list[bytes] = []
+def _keep(
+    shard: OwnShard, table: Table, start: int, take: int, left: Sequence[str], *, checked: bool, hashed: bool
+) -> np.ndarray:
+    """Copies the first `take` scenes of a shard to rows start, ..., except for columns that are `left` in the file:
+    these are read where they are `checked`, and snapshots where they are `hashed`. Returns the hashes. Raises:
+    DataError."""
+    hashes = [np.empty(0, np.uint64)]
     for name in COLUMNS:
+        hashing = hashed and name == "snapshots"
+        if name in left and not (checked or hashing):
+            continue
         for at, raw in zip(range(0, take, CHUNK), shard.arrays[name].chunks(CHUNK, take)):
             chunk = torch.from_numpy(raw)
             check_finite(shard.path, name, chunk, at)
-            hashes += scene_hashes(chunk) if name == "snapshots" else []
-            if name not in mapped:
+            if hashing:
+                hashes.append(scene_hashes(chunk))
+            if name not in left:
                 table.write(start + at, name, chunk)
-        if name in mapped:
-            table.attach(name, shard.arrays[name].map())
-    return hashes
+    return np.concatenate(hashes)
 
 
 def open_own_shard(path: Path, entry: dict[str, Any], task: Task) -> OwnShard:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ris_fast.data.geometry import Reach
+from ris_fast.data.order import BLOCK, EpochOrder
 from ris_fast.physics.scenes import Scenes
 
 
@@ -40,26 +42,35 @@ class SceneSource(Protocol):
 
 
 def epoch_batches(
-    source: SceneSource, split: str, epoch: int, batch_size: int, seed: int, fixed: bool, drop_last: bool = False
+    source: SceneSource,
+    split: str,
+    epoch: int,
+    batch_size: int,
+    seed: int,
+    fixed: bool,
+    drop_last: bool = False,
+    start: int = 0,
 ) -> Iterator[Tensor]:
     """Index tensors of one epoch: every scene exactly once, the ragged last batch included unless `drop_last`.
 
     Training scenes come in a random order that (seed, epoch) determines; validation and test in their own. From an
     endless source, unless `fixed`, epoch e has the fresh scenes e * size + i.
-    Args: epoch counts from 0. Yields: (<= batch_size,) int64 on the source's index device.
+    Args: epoch counts from 0. start: scenes of the epoch that are done; it goes on behind them, at no cost.
+    Yields: (<= batch_size,) int64 on the source's index device. No more than a block of the order is in memory.
     """
-    if batch_size < 1 or epoch < 0:
-        raise ValueError(f"epoch_batches: batch_size is {batch_size} and epoch {epoch}; at least 1 and 0 are needed.")
+    if batch_size < 1 or epoch < 0 or start < 0:
+        raise ValueError(
+            f"epoch_batches: batch_size is {batch_size}, epoch {epoch} and start {start}; at least 1, 0 and 0 are"
+            " needed."
+        )
     scenes = source.size(split)
-    order = torch.arange(scenes)
-    if split == "train":
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        order = torch.randperm(scenes, generator=generator)
-        if source.endless and not fixed:
-            order += epoch * scenes
-    if source.index_device.type == "cuda":
-        order = order.pin_memory()
-    order = order.to(source.index_device, non_blocking=True)
+    order, first = EpochOrder(scenes, seed, epoch) if split == "train" else np.arange, 0
+    if split == "train" and source.endless and not fixed:
+        first = epoch * scenes
     last = scenes - scenes % batch_size if drop_last else scenes
-    for start in range(0, last, batch_size):
-        yield order[start : min(start + batch_size, last)]
+    block = batch_size * max(1, BLOCK // batch_size)
+    for at in range(start, last, block):
+        index = torch.from_numpy(order(at, min(at + block, last)) + first)
+        if source.index_device.type == "cuda":
+            index = index.pin_memory()
+        yield from index.to(source.index_device, non_blocking=True).split(batch_size)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ris_fast.config.schema import Config, ConfigError, Task
 from ris_fast.config.schema import Training as TrainingConfig
+from ris_fast.data.order import ORDER
 from ris_fast.data.source import SceneSource
 from ris_fast.files import BEST, CHECKPOINTS
 from ris_fast.old_names import current_setting
@@ -69,6 +70,7 @@ def run_facts(
         "accumulate": training.accumulate,
         "ranks": ranks,
         "precision": training.precision,
+        "order": ORDER,
         "parameters": trainable(model),
     }
 
@@ -124,6 +126,11 @@ def find(run: Path, name: str, config: Config, source: SceneSource) -> Found:
         product = manifest.get("step_scenes", config.training.batch_size * config.training.accumulate)
         state.epoch_scenes = min(state.epoch_step * product, source.size("train"))
     notes = [manifest["note"]] if "note" in manifest else []
+    if state.epoch_step and manifest.get("order") != ORDER:
+        notes.append(
+            f"{path} is of an earlier version, within epoch {state.epoch + 1}: what is left of that epoch comes in"
+            " another order, so that some of its scenes are seen twice and some not at all; later epochs are whole"
+        )
     if state.step and not any(key.startswith(MOMENTS) for key in groups["optimizer"]):
         notes.append(f"{path} has no moments: AdamW starts them anew; learning rate, counts and averages go on")
     if name != BEST:

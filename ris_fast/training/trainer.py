@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from ris_fast.config.schema import Config, ConfigError
 from ris_fast.data.open_source import open_source
+from ris_fast.data.prefetch import reads_ahead, scene_groups
 from ris_fast.data.source import SceneSource, epoch_batches
 from ris_fast.environment import keep_freed_memory
 from ris_fast.files import BEST, CHECKPOINTS, LAST
@@ -115,6 +118,7 @@ class Trainer(Built):
         self.saved = self.started  # when the last checkpoint was
         self.replanned_at: tuple[int, DeviceTimestamp] | None = None
         self.optimizer_batches = 0  # of the epoch, that were read
+        self.batches: Iterator[Any] = iter(())  # of the epoch, still to come
         self.attempted: int | None = None  # within a step: the optimizer's steps before it
         self.last_scenes = 0  # of the last step
         self.agreement = Agreement(self.ranks)
@@ -184,6 +188,8 @@ class Trainer(Built):
                 self.save_last()
             raise
         finally:
+            if isinstance(self.batches, Generator):
+                self.batches.close()  # ends a thread that reads ahead
             if lost := self.writer.close():
                 ended_by["checkpoint_error"] = lost
             outcome = self._summary(verdict, findings) | ended_by
@@ -201,7 +207,9 @@ class Trainer(Built):
         self.model.train()
         self.clock.start()
         # A captured step makes its scenes itself, from their numbers.
-        step, batches = (self.step, self._groups()) if self.capture is None else (self.capture, self._index_groups())
+        plain = self.capture is None or reads_ahead(self.source)
+        step, batches = (self.step, self._groups()) if plain else (self.capture, self._index_groups())
+        self.batches = batches
         for batch in batches:
             self._save_if_due()
             self.planned = self.plan.planned
@@ -242,17 +250,17 @@ class Trainer(Built):
 
     def _groups(self) -> Iterator[Group]:
         """The scenes of each optimizer step, `accumulate` micro-batches, from where the run is in its epoch."""
-        for indices in self._index_groups():
-            yield Group([self.source.batch("train", index) for index in indices], indices.scenes)
+        with closing(scene_groups(self.source, "train", self._index_groups())) as groups:
+            for indices, scenes in groups:
+                yield Group(scenes, indices.scenes)
 
     def _index_groups(self) -> Iterator[Group]:
         """The numbers of those scenes; with several ranks this one's share of each micro-batch."""
-        settings, fixed, scenes = self.config.training, self.config.data.fixed, self.source.size("train")
-        (order,) = epoch_batches(self.source, "train", self.state.epoch, scenes, settings.seed, fixed)
-        batches = order[self.state.epoch_scenes :].split(self.micro_batch)
-        for first in range(0, len(batches) if self._steps_left() else 0, settings.accumulate):
+        settings, fixed, done = self.config.training, self.config.data.fixed, self.state.epoch_scenes
+        epoch = self.source, "train", self.state.epoch
+        batches = epoch_batches(*epoch, self.micro_batch, settings.seed, fixed, start=done)
+        while group := list(islice(batches, settings.accumulate)):
             self.optimizer_batches += 1
-            group = batches[first : first + settings.accumulate]
             yield Group(map(self.ranks.share, group), sum(map(len, group)))
 
     def _steps_left(self) -> int:

@@ -278,7 +278,7 @@ def test_npz_source_maps_shards_larger_than_memory(
     resident = open_npz(write_folders(tmp_path, jitter=jitter))
     monkeypatch.setattr(table, "free_memory", lambda: 1000)
     mapped = open_npz(tmp_path)
-    assert "memory-mapped" in mapped.describe() and "host memory" in resident.describe()
+    assert "streamed from files" in mapped.describe() and "host memory" in resident.describe()
     rows = torch.tensor([39, 12, 13, 0, 39])
     a, b = resident.batch("train", rows), mapped.batch("train", rows)
     for name in ("snapshots", "channel", "factor", "covariance", "power", "azimuth", "snr_db", "count"):

@@ -46,7 +46,7 @@ def test_shard_source_equals_the_simulator(
     if mapped:
         monkeypatch.setattr(table, "free_memory", lambda: 1000)
     source = ShardSource(config(written), "cpu")
-    assert ("memory-mapped" in source.describe()) == mapped
+    assert ("streamed from files" in source.describe()) == mapped
     index = torch.randperm(SIZES[split], generator=torch.Generator().manual_seed(0))
     found, made = source.batch(split, index), SimulatedSource(config(), "cpu").batch(split, index)
     assert float((found.factor - made.factor).norm() / made.factor.norm()) < 1e-5

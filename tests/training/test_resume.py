@@ -19,7 +19,7 @@ from ris_fast.config.load import render_toml
 from ris_fast.config.schema import Config, ConfigError
 from ris_fast.files import StorageError
 from ris_fast.inference.opened_run import run_config
-from ris_fast.training import checkpoint
+from ris_fast.training import checkpoint, resume
 from ris_fast.training.callback import Callback
 from ris_fast.training.checkpoint import CheckpointError, load_checkpoint, read_whole, save_checkpoint
 from ris_fast.training.resume import finished, tensors_of
@@ -101,6 +101,20 @@ def test_resume_within_an_epoch_shows_each_scene_once(
     assert parted.plan.planned == steps
     summary = parted.fit()
     assert (summary["optimizer_steps"], summary["scenes_seen"]) == (steps, 64)
+
+
+def test_resume_says_where_an_epoch_continues_in_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of a version with another order of scenes: noted within an epoch, nothing to say between two."""
+    with monkeypatch.context() as older:
+        older.setattr(resume, "ORDER", None)
+        stopped_within_an_epoch(tmp_path / "within", small())
+        trained(tmp_path / "between")
+    within = Trainer(small(), tmp_path / "within", resume=True)
+    assert any("within epoch 1: what is left of that epoch comes in another order" in note for note in within.notes)
+    assert within.fit()["scenes_seen"] == 64
+    assert not any("order" in note for note in Trainer(small(epochs=2), tmp_path / "between", resume=True).notes)
+    stopped_within_an_epoch(tmp_path / "now", small())
+    assert not any("order" in note for note in Trainer(small(), tmp_path / "now", resume=True).notes)
 
 
 def test_resume_after_an_epoch_replans_for_a_larger_batch(tmp_path: Path) -> None:

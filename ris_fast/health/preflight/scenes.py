@@ -141,7 +141,7 @@ def _fresh_split(source: Any) -> str:
 def _overlap(source: Any) -> Overlap:
     """The first validation scenes among the first training scenes."""
 
-    def hashes(split: str, most: int) -> list[bytes]:
+    def hashes(split: str, most: int) -> list[int]:
         index = torch.arange(min(most, source.size(split)))
         return [value for part in index.split(512) for value in scene_hashes(source.batch(split, part).snapshots)]
 
