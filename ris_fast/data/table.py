@@ -66,7 +66,7 @@ def choose_memory(
         the host. extra: bytes that reading takes besides the rows.
     Raises: DataError where the memory that is wanted has too little free, or nothing fits and the files are compressed.
     """
-    free = {"host": free_memory() / local_ranks()[1]}
+    free = {"host": free_memory()}  # of which the processes of a machine have each its part
     if device.type == "cuda":
         sharing = math.ceil(local_ranks()[1] / max(1, torch.cuda.device_count()))
         free = {"device": torch.cuda.mem_get_info(device)[0] / sharing, **free}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from ris_fast import environment
 from ris_fast.config.load import load_config
 from ris_fast.config.schema import Config, ConfigError, Data
 from ris_fast.data import table
@@ -26,7 +27,8 @@ GIB = 2**30
 @pytest.fixture()
 def free(monkeypatch: pytest.MonkeyPatch) -> None:
     """10 GiB of host memory."""
-    monkeypatch.setattr(table, "free_memory", lambda: 10.0 * GIB)
+    monkeypatch.setattr(environment, "_available_memory", lambda: 10 * GIB)
+    monkeypatch.setattr(environment, "Path", lambda *_: Path("/no/control/group"))
 
 
 def choose(gib: float, **options: Any) -> table.TableMemory:
