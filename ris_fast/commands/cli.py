@@ -8,13 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from cyclopts import App, Parameter
 
 from ris_fast import __version__
 from ris_fast.commands.flags import (
-    WHOLE,
     Against,
     BestDevice,
     Device,
@@ -26,6 +25,7 @@ from ris_fast.commands.flags import (
     WholeOrAuto,
     WholeOrWord,
     absolute,
+    alone,
     run_flags,
 )
 from ris_fast.commands.runner import run
@@ -397,14 +397,16 @@ def simulate(
     config: Path | None = None,
     /,
     *,
-    out: Path,
-    scenes: Annotated[int, WHOLE],
+    out: Path | None = None,
+    scenes: Whole = None,
+    jobs: Whole = None,
+    check: Path | None = None,
     preset: Preset = None,
     device: Device = None,
     seed: Whole = None,
     set_: Settings = None,
 ) -> int:
-    """Write a data set of simulated scenes that `ris-fast train --data DIR` reads.
+    """Write a data set of simulated scenes that `ris-fast train --data DIR` reads, or check one.
 
     Parameters
     ----------
@@ -414,14 +416,25 @@ def simulate(
         Folder to write; it appears when the data set is whole, and the same command continues a broken one.
     scenes
         Training scenes; a quarter as many validation and a twentieth as many test scenes come with them.
+    jobs
+        Processes, each of which writes whole shards; on a CPU all cores where there is enough to do. The data set is
+        the same to the last bit.
+    check
+        Check every byte, the statistics and the splits of this data set, and some of its scenes against the simulator;
+        of an unfinished one, say what is there.
     seed
         Seed of the scenes.
     """
     stage("loading torch")
-    from ris_fast.commands.simulate import simulate_command
+    from ris_fast.commands.simulate import check_set_command, simulate_command
 
+    if check is not None:
+        alone(
+            "simulate", "--check", {"CONFIG": config, "--out": out, "--scenes": scenes, "--seed": seed, "--set": set_}
+        )
+        return check_set_command(check, jobs)
     resolved = load_config(config, preset, set_ or (), {"data.seed": seed, "training.device": device})
-    return simulate_command(resolved, out, scenes, preset)
+    return simulate_command(resolved, out, scenes, preset, jobs)
 
 
 @app.command

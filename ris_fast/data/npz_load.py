@@ -18,7 +18,7 @@ from ris_fast.config.schema import Task
 from ris_fast.data.fingerprints import scene_hashes
 from ris_fast.data.geometry import CENTRED, EXACT, Reach, centre, find_offset, recover_powers
 from ris_fast.data.npz_format import NpzShard, check_values, split_ptr
-from ris_fast.data.packed_codes import pack_codes, packed_bytes
+from ris_fast.data.packed_codes import PACKED, pack_codes, packed_bytes
 from ris_fast.data.table import Table, TableMemory, choose_memory
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.channel import effective_channel
@@ -28,7 +28,6 @@ CHUNK = 256
 SAME_CODES = 1e-5
 APART = 0.5  # NMSE of the R of another scene: 0.99; of elements that move as the original's do: up to 0.04
 GAP = 0.25  # the R of other sources are above 1 - GAP; heavy element jitter fills what is between GAP and that
-PACKED = ("codes", "codes_unit")
 BIG = {"y": "snapshots", "H_full": "channel", "H": "effective_channel", "R": "covariance"}
 
 
