@@ -57,7 +57,7 @@ def check_set(folder: Path, jobs: int, progress: Callable[[int, int], None] | No
                 return _check_unfinished(there, jobs, progress)
     manifest = read_any_manifest(folder)
     found = SetCheck()
-    hashes: dict[str, list[bytes]] = {}
+    hashes: dict[str, list[bytes]] = {split: [] for split in SPLITS}
     work = [(split, entry) for split in SPLITS for entry in manifest["splits"][split]["shards"]]
     done, total = 0, sum(entry["scenes"] for _, entry in work)
     task = _task(folder, manifest)
@@ -65,7 +65,7 @@ def check_set(folder: Path, jobs: int, progress: Callable[[int, int], None] | No
         one = given(_check_shard, folder, task, columns_of(manifest))
         for (split, entry), result in zip(work, pool.map(one, [entry for _, entry in work])):
             found.wrong += [result] if isinstance(result, str) else []
-            hashes.setdefault(split, []).extend([] if isinstance(result, str) else result)
+            hashes[split].extend([] if isinstance(result, str) else result)
             done += entry["scenes"]
             if progress is not None:
                 progress(done, total)
@@ -119,6 +119,8 @@ def _check_splits(folder: Path, manifest: Mapping[str, Any], hashes: Mapping[str
     """Statistics of whole splits, and scenes that are in two of them."""
     for split in SPLITS:
         entry = manifest["splits"][split]
+        if not entry["shards"]:
+            continue
         whole = merge([each["statistics"] for each in entry["shards"]])
         if wrong := differences(entry.get("statistics", {}), whole):
             yield f"{folder / MANIFEST}: splits.{split}: {', '.join(wrong)}. {COPY_AGAIN}"

@@ -133,7 +133,8 @@ def _check_entries(file: Path, manifest: dict[str, Any]) -> None:
     for split in SPLITS:
         entry = manifest["splits"][split]
         shards = entry.get("shards")
-        whole = isinstance(shards, list) and len(shards) > 0 and all(is_entry(each) for each in shards)
+        least = 0 if split == "test" and manifest["version"] > 1 else 1  # other people's files may have no test scenes
+        whole = isinstance(shards, list) and len(shards) >= least and all(is_entry(each) for each in shards)
         if (
             not whole
             or type(entry.get("scenes")) is not int

@@ -123,6 +123,9 @@ class ShardSource:
 
     def batch(self, split: str, index: Tensor) -> Scenes:
         """Scenes by their number in the split, any order: on the source's device."""
+        if not self._sizes[split]:
+            todo = "Convert them together with the others, or use another split."
+            raise DataError(self.path, "", f"no {split} scenes", "some", todo)
         table, codes, _ = self._load(split)
         index = index.to(table.device, torch.int64)
         names = [name for name in self.columns if name not in (CODES, "target_nmse")]
