@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
@@ -435,6 +435,38 @@ def simulate(
         return check_set_command(check, jobs)
     resolved = load_config(config, preset, set_ or (), {"data.seed": seed, "training.device": device})
     return simulate_command(resolved, out, scenes, preset, jobs)
+
+
+@app.command
+def convert(
+    *,
+    data: Path,
+    out: Path | None = None,
+    map_: Annotated[Path | None, Parameter(name="--map")] = None,
+    check: bool = False,
+    new_map: Path | None = None,
+    preset: Preset = None,
+    set_: Settings = None,
+) -> int:
+    """Turn the original pipeline's .npz shards, or HDF5 and MATLAB files that a mapping explains, into a data set.
+
+    Parameters
+    ----------
+    data
+        File or folder to convert.
+    out
+        Folder to write; it appears when the data set is whole, and the same command continues a broken one.
+    map_
+        TOML file that says which array of HDF5 or .mat files is what, see docs/data.md.
+    check
+        Say what is understood of the first scenes and what would be written, and write nothing.
+    new_map
+        Write a mapping file to begin with, from the arrays of --data.
+    """
+    stage("loading torch")
+    from ris_fast.commands.convert import convert_command
+
+    return convert_command(data, out, mapping=map_, new_map=new_map, check=check, preset=preset, settings=set_ or ())
 
 
 @app.command

@@ -8,8 +8,8 @@ Legend: B batch, N RIS elements, K sources (padded to K_max).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,10 @@ class Conversion:
     @classmethod
     def of(cls, config: Config, files: Files, exact: bool = True, shared: bool = True) -> Conversion:
         totals = {part: sum(file.scenes for file in each) for part, each in files.parts.items()}
-        rows = _pool_rows(config, files.root, totals[ONE_POOL]) if ONE_POOL in totals else {}
-        sizes = {split: len(rows[split]) if rows else totals.get(split, 0) for split in SPLITS}
+        rows = dict(files.rows)
+        if ONE_POOL in totals and not rows:
+            rows = _pool_rows(config, files.root, totals[ONE_POOL])
+        sizes = {split: len(rows.get(split, ())) if rows else totals.get(split, 0) for split in SPLITS}
         keys = next(iter(files.parts.values()))[0].keys
         exact = exact and "ptr" in keys
         offsets, codes = {}, {}
@@ -151,7 +153,9 @@ class Conversion:
             for part, each in self.files.parts.items():
                 start = 0
                 for file in each:
-                    for at, chunk in file.chunks(lambda a, b, part=part, start=start: one.needs(part, start + a, start + b)):
+                    for at, chunk in file.chunks(
+                        lambda a, b, part=part, start=start: one.needs(part, start + a, start + b)
+                    ):
                         checked(file, chunk, at, self.config)
                         one.take(part, start + at, chunk)
                         one.settle(end_of_file=not file.checked_at_end)
@@ -205,14 +209,17 @@ class _Pass:
         size = self.plan.shard_scenes
         for split in SPLITS if part == ONE_POOL else (part,):
             if part == ONE_POOL:
-                chosen = self.plan.rows[split]
+                chosen = self.plan.rows.get(split, torch.zeros(0, dtype=torch.int64))
                 first, last = (int(torch.searchsorted(chosen, end_)) for end_ in (start, end))
             else:
                 first, last = start, end
             for number in range(first // size, -(-last // size)):
                 low, high = max(first, number * size), min(last, (number + 1) * size)
                 if low < high and (split, number) not in self.receipts:
-                    yield (split, number), self.plan.rows[split][low:high] if part == ONE_POOL else torch.arange(low, high)
+                    yield (
+                        (split, number),
+                        self.plan.rows[split][low:high] if part == ONE_POOL else torch.arange(low, high),
+                    )
 
     def take(self, part: str, start: int, chunk: dict[str, Tensor]) -> None:
         """Rows start, ... of a part, into the shards that they belong to."""
@@ -308,7 +315,3 @@ def _pool_rows(config: Config, root: Path, total: int) -> dict[str, Tensor]:
     wanted = {split: getattr(config.data, f"{split}_scenes") for split in SPLITS}
     times = max(1, -(-total // sum(wanted.values())))
     return split_rows(root, total, {split: times * each for split, each in wanted.items()})
-
-
-def with_task(config: Config, settings: Mapping[str, Any]) -> Config:
-    return replace(config, task=replace(config.task, **settings)) if settings else config

@@ -82,6 +82,7 @@ class Files:
     origin: str
     offset: tuple[float, float] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)  # of each split in the one pool; empty: by number
 
     def listing(self) -> list[list[Any]]:
         """Name, size and time of every file: a changed one begins another data set."""
