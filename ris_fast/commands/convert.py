@@ -48,9 +48,8 @@ def convert_command(
     manifest = convert(config, files, out, progress=counter("scenes"))
     for note in manifest_notes(read_any_manifest(manifest.parent)):
         print(f"note: {note}")
-    print(
-        f"data set: {manifest.parent}\ntrain on it: {train_command(manifest.parent, config.preset if preset else None)}"
-    )
+    command = train_command(manifest.parent, config.preset if preset else None)
+    print(f"data set: {manifest.parent}\ntrain on it: {command}")
     return exit_codes.DONE
 
 
@@ -70,8 +69,8 @@ def _files(data: Path, mapping: FileMapping | None, config: Config) -> Files:
     )
     if foreign and not any(npz_files(folder) for folder in folders):
         raise ConfigError(
-            f"convert: what is in {data} needs a mapping file, --map FILE.toml, that says which array is what. Begin with"
-            f" `ris-fast convert --new-map FILE.toml --data {data}`."
+            f"convert: what is in {data} needs a mapping file, --map FILE.toml, that says which array is what. Begin"
+            f" with `ris-fast convert --new-map FILE.toml --data {data}`."
         )
     return npz_files_of(root, config.task)
 

@@ -134,8 +134,8 @@ def _to_convert(path: Path, found: str) -> DataError:
         "",
         found,
         EXPECTED,
-        f"Convert it: `ris-fast convert --new-map FILE.toml --data {data}` begins a mapping file that says which array is"
-        f" what, `ris-fast convert --map FILE.toml --data {data} --out DIR` makes the folder to train on.",
+        f"Convert it: `ris-fast convert --new-map FILE.toml --data {data}` begins a mapping file that says which array"
+        f" is what, `ris-fast convert --map FILE.toml --data {data} --out DIR` makes the folder to train on.",
     )
 
 

@@ -124,7 +124,7 @@ class Conversion:
 
     @property
     def shard_scenes(self) -> int:
-        return max(16, min(SHARD_SCENES, SHARD_BYTES // scene_bytes(self.config.task, self.columns)))
+        return max(1, min(SHARD_SCENES, SHARD_BYTES // scene_bytes(self.config.task, self.columns)))
 
     @property
     def total(self) -> int:

@@ -17,6 +17,7 @@ from ris_fast.data.conversion.quantities import METRES
 from ris_fast.data.errors import DataError
 
 MOST_DB = 60.0  # no measurement is this good on the whole
+MOSTLY = 0.95  # share of values within limits that settles their unit
 FEWEST = 8  # scenes from which a unit is doubted
 
 
@@ -56,10 +57,10 @@ def _check_angles(path: Path, mapping: FileMapping, found: Mapping[str, np.ndarr
 
 
 def _check_range(path: Path, mapping: FileMapping, range_m: np.ndarray, task: Task) -> None:
-    """Ranges that are all outside the task's limits, where another unit would put them inside."""
+    """Ranges that leave the task's limits, where another unit would put all of them inside."""
     there = range_m[np.isfinite(range_m) & (range_m != 0)]
     low, high = 0.9 * task.range_min_m, 1.1 * task.range_max_m
-    if there.size < FEWEST or bool(((there >= low) & (there <= high)).any()):
+    if there.size < FEWEST or ((there >= low) & (there <= high)).mean() > MOSTLY:
         return
     raw = there / METRES[mapping.entries["range"].unit]
     for unit, metres in METRES.items():

@@ -33,7 +33,8 @@ def final_manifest(
     """The manifest of the shards in `folder`. Its task has a sector that holds the sources as they are served."""
     columns, exact = plan["columns"], "power" in plan["columns"]
     offset = plan["offsets"].get("train", plan["offsets"].get(ONE_POOL, CENTRED))
-    facts = together(exact, tuple(offset), [each["facts"] for each in receipts["train"]])
+    seen = SPLITS if ONE_POOL in plan["offsets"] else ("train",)  # as `NpzSource` sees them
+    facts = together(exact, tuple(offset), [each["facts"] for split in seen for each in receipts[split]])
     reach = (facts.stored, facts.served) if "azimuth" in columns else None
     wider, notes = widened_sector(config, reach)
     if "target_nmse" in columns:

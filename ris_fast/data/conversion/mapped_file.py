@@ -66,7 +66,7 @@ class MappedFile:
         for name, entry in self.mapping.entries.items():
             with damage(self.path, entry.key or entry.real or name, "bytes that cannot be read", "an intact array"):
                 raw = read_entry(arrays, entry, start, end)
-            found[name] = np.broadcast_to(raw, (end - start, *raw.shape[1:]))
+            found[name] = raw if entry.scene_axis is not None else np.repeat(raw, end - start, axis=0)
         check_units(self.path, self.mapping, found, start, self.task)
         chunk = {
             self.mapping.entries[name].quantity.key: _pairs(found[name])

@@ -75,9 +75,9 @@ def _entry(path: Path, name: str, table: Mapping[str, Any]) -> Entry:
         given = f"unit = '{unit}'" if unit else "no unit"
         choices = " or ".join(f"unit = '{each}'" for each in quantity.units) or "none"
         raise ConfigError(f"{path}: [{name}] has {given}; expected {choices}.")
+    axes = () if "value" in table else _axes(path, name, quantity, table.get("axes"))
     try:
         plain = {key: table[key] for key in ("key", "real", "imag", "value", "scale", "conjugate") if key in table}
-        axes = () if "value" in table else _axes(path, name, quantity, table.get("axes"))
         entry = Entry(name, axes, unit, **plain)
         float(entry.scale), float(entry.value or 0.0)
     except (TypeError, ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ris_fast.data.conversion.array_file import arrays_of
+from ris_fast.data.conversion.mapped_file import first_file
 from ris_fast.data.conversion.quantities import QUANTITIES
 from ris_fast.files import write_text
 
@@ -26,8 +27,6 @@ OPTIONAL = ("effective_channel", "power", "covariance", "count")
 
 def starting_map(data: Path) -> str:
     """The text of a mapping file for the arrays of one file, or of the first one in a folder. Raises: DataError."""
-    from ris_fast.data.conversion.mapped_file import first_file
-
     path = first_file(data)
     with arrays_of(path, None) as arrays:
         listed = {name: (array.shape, array.type) for name, array in arrays.items()}
@@ -37,9 +36,9 @@ def starting_map(data: Path) -> str:
         f"#   {name:32} {'x'.join(map(str, shape)) or 'one number'} {kind}" for name, (shape, kind) in listed.items()
     ]
     lines += [
-        "# In each section: key (or real and imag), axes in the array's order ('scene' is the scenes; 'pair' an axis of",
-        "# real and imaginary parts; a number takes an axis at that place), unit, scale, conjugate = true; or value = 1.0",
-        "# for all scenes. Take away what there is not. Then: ris-fast convert --map THIS --data DATA --check",
+        "# In each section: key (or real and imag), or value = 1.0 for all scenes; axes in the array's order ('scene':",
+        "# the scenes; 'pair' an axis of real and imaginary parts; a number takes an axis at that place from 0); unit,",
+        "# scale, conjugate = true. Take away what there is not. Then: ris-fast convert --map THIS --data DATA --check",
         "",
         "# [files]  # of each split; without it scenes are split by number",
         "# train = 'train*.mat'",

@@ -33,7 +33,8 @@ def understood(config: Config, files: Files) -> Iterator[str]:
     part, listed = next(iter(files.parts.items()))
     plan = Conversion.of(config, files)
     _, chunk = next(listed[0].chunks(lambda *_: True))
-    yield f"{files.root}: {sum(len(each) for each in files.parts.values())} files; the first scenes of {listed[0].path.name}:"
+    count = sum(len(each) for each in files.parts.values())
+    yield f"{files.root}: {count} files; the first scenes of {listed[0].path.name}:"
     for key, values in chunk.items():
         if key in MEANING:
             yield f"  {MEANING[key][0]:18} {_range(values, MEANING[key][1])}"
