@@ -102,6 +102,7 @@ def packages() -> list[str]:
     return [*find_packages(str(ROOT), include=["ris_fast", "ris_fast.*"]), *kernels]
 
 
+HDF5 = ["h5py>=3.10"]  # read by `ris-fast convert` alone
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"]
 LINT = ["ruff>=0.17,<0.18", "import-linter>=2.17,<3", "mypy>=2.4,<2.5"]  # what ruff formats differs between versions
 setup(
@@ -132,7 +133,7 @@ setup(
         "rich>=13",
         "nvidia-ml-py>=12",
     ],
-    extras_require={"test": [*TEST, *LINT]},
+    extras_require={"hdf5": HDF5, "test": [*TEST, *LINT, *HDF5]},
     entry_points={"console_scripts": ["ris-fast = ris_fast.commands.cli:main"]},
     zip_safe=False,
 )

@@ -14,7 +14,6 @@ from cyclopts import App, Parameter
 
 from ris_fast import __version__
 from ris_fast.commands.flags import (
-    WHOLE,
     Against,
     BestDevice,
     Device,
@@ -26,6 +25,7 @@ from ris_fast.commands.flags import (
     WholeOrAuto,
     WholeOrWord,
     absolute,
+    alone,
     run_flags,
 )
 from ris_fast.commands.launch import check_restarts, restart_count
@@ -410,14 +410,16 @@ def simulate(
     config: Path | None = None,
     /,
     *,
-    out: Path,
-    scenes: Annotated[int, WHOLE],
+    out: Path | None = None,
+    scenes: Whole = None,
+    jobs: Whole = None,
+    check: Path | None = None,
     preset: Preset = None,
     device: Device = None,
     seed: Whole = None,
     set_: Settings = None,
 ) -> int:
-    """Write a data set of simulated scenes that `ris-fast train --data DIR` reads.
+    """Write a data set of simulated scenes that `ris-fast train --data DIR` reads, or check one.
 
     Parameters
     ----------
@@ -427,14 +429,57 @@ def simulate(
         Folder to write; it appears when the data set is whole, and the same command continues a broken one.
     scenes
         Training scenes; a quarter as many validation and a twentieth as many test scenes come with them.
+    jobs
+        Processes, each of which writes whole shards; on a CPU all cores where there is enough to do. The data set is
+        the same to the last bit.
+    check
+        Check every byte, the statistics and the splits of this data set, and some of its scenes against the simulator;
+        of an unfinished one, say what is there.
     seed
         Seed of the scenes.
     """
     stage("loading torch")
-    from ris_fast.commands.simulate import simulate_command
+    from ris_fast.commands.simulate import check_set_command, simulate_command
 
+    if check is not None:
+        alone(
+            "simulate", "--check", {"CONFIG": config, "--out": out, "--scenes": scenes, "--seed": seed, "--set": set_}
+        )
+        return check_set_command(check, jobs)
     resolved = load_config(config, preset, set_ or (), {"data.seed": seed, "training.device": device})
-    return simulate_command(resolved, out, scenes, preset)
+    return simulate_command(resolved, out, scenes, preset, jobs)
+
+
+@app.command
+def convert(
+    *,
+    data: Path,
+    out: Path | None = None,
+    map_: Annotated[Path | None, Parameter(name="--map")] = None,
+    check: bool = False,
+    new_map: Path | None = None,
+    preset: Preset = None,
+    set_: Settings = None,
+) -> int:
+    """Turn the original pipeline's .npz shards, or HDF5 and MATLAB files that a mapping explains, into a data set.
+
+    Parameters
+    ----------
+    data
+        File or folder to convert.
+    out
+        Folder to write; it appears when the data set is whole, and the same command continues a broken one.
+    map_
+        TOML file that says which array of HDF5 or .mat files is what, see docs/data.md.
+    check
+        Say what is understood of the first scenes and what would be written, and write nothing.
+    new_map
+        Write a mapping file to begin with, from the arrays of --data.
+    """
+    stage("loading torch")
+    from ris_fast.commands.convert import convert_command
+
+    return convert_command(data, out, mapping=map_, new_map=new_map, check=check, preset=preset, settings=set_ or ())
 
 
 @app.command

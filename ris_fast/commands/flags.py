@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ris_fast.commands.usage import whole_number, whole_number_or_auto, whole_number_or_word
+from ris_fast.config.schema import ConfigError
 
 WHOLE = Parameter(converter=whole_number, accepts_keys=False)
 PRESET_HELP = "laptop (default on a CPU), full (default on a GPU) or original."
@@ -42,3 +43,9 @@ def run_flags(device: str | None, data: Path | None, seed: int | None, no_compil
 def absolute(path: Path | None) -> str | None:
     """The absolute path. Unlike Path.resolve, os.path.realpath takes links that lead in a circle."""
     return None if path is None else os.path.realpath(os.path.expanduser(path))
+
+
+def alone(command: str, flag: str, others: dict[str, Any]) -> None:
+    """Refuses what has no meaning beside a flag. Raises: ConfigError."""
+    if given := ", ".join(name for name, value in others.items() if value is not None):
+        raise ConfigError(f"{command}: {flag} leaves nothing for {given} to do. Leave one or the other out.")

@@ -21,7 +21,13 @@ from ris_fast.environment import rank_number
 from ris_fast.old_names import OldNameWarning
 from ris_fast.streams import unbreakable
 
-LEAVES_A_RECORD = ("train", "simulate", "evaluate", "predict")  # what these print can be read in their folder
+LEAVES_A_RECORD = (
+    "train",
+    "simulate",
+    "convert",
+    "evaluate",
+    "predict",
+)  # what these print can be read in their folder
 NOTHING_WRITTEN = "interrupted: nothing was written, and a file of an earlier call is as it was"
 WRITE_AT_THE_END = {"predict", "evaluate", "mismatch"}  # each file whole; see `writing_results` for the end itself
 

@@ -128,16 +128,17 @@ def _origin(config: Config, *keys: str) -> str:
 
 
 def _line(key: str, value: Any, origin: str) -> str:
-    return f"{key} = {_toml(value)}".ljust(40) + f"  # {origin}"
+    return f"{key} = {toml_value(value)}".ljust(40) + f"  # {origin}"
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # otherwise TOML's escapes are JSON's
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml(each) for each in value) + "]"
+        return "[" + ", ".join(toml_value(each) for each in value) + "]"
     return repr(value)
 
 

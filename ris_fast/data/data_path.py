@@ -13,6 +13,7 @@ from ris_fast.physics.random import SPLITS
 
 PLAN = "plan.json"  # lies in work that `ris-fast simulate` has not finished
 ONE_POOL = "all"  # the name of the only part where there are no folders train/, val/, test/
+FOREIGN = (".h5", ".hdf5", ".he5", ".mat")  # what `ris-fast convert` reads with a mapping
 EXPECTED = "a folder of shards from `ris-fast simulate` or the original pipeline, or one .npz file"
 
 
@@ -108,11 +109,13 @@ def _unfinished(path: Path, found: str) -> DataError:
         "",
         found,
         "a whole data set",
-        "Run the same `ris-fast simulate` command again: it continues where it stopped.",
+        "Run the same command (`ris-fast simulate`, or convert) again: it continues where it stopped.",
     )
 
 
 def _wrong_file(path: Path) -> DataError:
+    if path.suffix.lower() in FOREIGN:
+        return _to_convert(path, "a file that has to be converted first")
     own = path.suffix == ".safetensors" or path.name == MANIFEST
     found = "one file of a data set" if own else "a file that is no .npz"
     return DataError(
@@ -121,6 +124,18 @@ def _wrong_file(path: Path) -> DataError:
         found,
         EXPECTED,
         f"Give the folder: --data {shlex.quote(str(path.parent))}." if own else "Give the right --data DIR.",
+    )
+
+
+def _to_convert(path: Path, found: str) -> DataError:
+    data = shlex.quote(str(path))
+    return DataError(
+        path,
+        "",
+        found,
+        EXPECTED,
+        f"Convert it: `ris-fast convert --new-map FILE.toml --data {data}` begins a mapping file that says which array"
+        f" is what, `ris-fast convert --map FILE.toml --data {data} --out DIR` makes the folder to train on.",
     )
 
 
@@ -137,6 +152,8 @@ def _no_data(path: Path) -> DataError:
             "Copy the whole folder, or run `ris-fast simulate` again.",
         )
     names = sorted(each.name for each in path.iterdir())
+    if foreign := [name for name in names if name.lower().endswith(FOREIGN)]:
+        return _to_convert(path, f"files that have to be converted first ({foreign[0]})")
     inside = next(
         (
             each

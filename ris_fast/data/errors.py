@@ -20,3 +20,6 @@ class DataError(Exception):
         self.where, self.key, self.found, self.expected, self.todo = str(where), key, found, expected, todo
         location = f"{where}, key '{key}'" if key else f"{where}"
         super().__init__(f"{location}: found {found}; expected {expected}. {todo}")
+
+    def __reduce__(self) -> tuple:
+        return DataError, (self.where, self.key, self.found, self.expected, self.todo)  # from another process

@@ -20,9 +20,9 @@ from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import Overlap, find_copies, find_overlap
 from ris_fast.data.geometry import Reach, target_factor
 from ris_fast.data.npz_format import open_shard
-from ris_fast.data.npz_load import PACKED, LoadedSplit, hash_snapshots, load_split
+from ris_fast.data.npz_load import LoadedSplit, hash_snapshots, load_split
 from ris_fast.data.npz_notes import NO_CHANNEL, channel_notes, fit_note, geometry_notes, snr_notes
-from ris_fast.data.packed_codes import packed_bytes, unpack_codes
+from ris_fast.data.packed_codes import PACKED, packed_bytes, unpack_codes
 from ris_fast.data.splits import size_notes, split_rows
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.random import SPLITS

@@ -167,6 +167,13 @@ def check_values(path: Path, chunk: dict[str, Tensor], start: int, task: Task) -
     )
     silent = chunk["y"].abs().flatten(1).amax(1)
     _refuse(path, "y", silent == 0, start, silent, "snapshots that are not all zero")
+    if "ptr" in chunk:
+        _check_positions(path, chunk, start)
+    if "R" in chunk:
+        check_target(path, chunk["R"], start)
+
+
+def _check_positions(path: Path, chunk: dict[str, Tensor], start: int) -> None:
     azimuth, elevation, range_m, active = split_ptr(chunk["ptr"], chunk["K"])
     angle = torch.maximum(azimuth.abs(), elevation.abs()).amax(1)
     _refuse(path, "ptr", angle > math.pi / 2, start, angle, "angles within pi/2 (radians, not degrees)")
@@ -179,7 +186,6 @@ def check_values(path: Path, chunk: dict[str, Tensor], start: int, task: Task) -
         nearest,
         "a positive range for every source; ptr is [azimuths, elevations, ranges], zero padded",
     )
-    check_target(path, chunk["R"], start)
 
 
 def check_target(path: Path, covariance: Tensor, start: int) -> None:

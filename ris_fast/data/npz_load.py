@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ris_fast.config.schema import Task
 from ris_fast.data.fingerprints import scene_hashes
-from ris_fast.data.geometry import CENTRED, EXACT, Reach, centre, find_offset, recover_powers
+from ris_fast.data.geometry import CENTRED, EXACT, CentredSources, Reach, centre, find_offset, recover_powers
 from ris_fast.data.npz_format import NpzShard, check_values, split_ptr
-from ris_fast.data.packed_codes import pack_codes, packed_bytes
+from ris_fast.data.packed_codes import PACKED, pack_codes, packed_bytes
 from ris_fast.data.table import Table, TableMemory, choose_memory
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.channel import effective_channel
@@ -29,7 +29,6 @@ CHUNK = 256
 SAME_CODES = 1e-5
 APART = 0.5  # NMSE of the R of another scene: 0.99; of elements that move as the original's do: up to 0.04
 GAP = 0.25  # the R of other sources are above 1 - GAP; heavy element jitter fills what is between GAP and that
-PACKED = ("codes", "codes_unit")
 BIG = {"y": "snapshots", "H_full": "channel", "H": "effective_channel", "R": "covariance"}
 
 
@@ -48,8 +47,8 @@ class Facts:
     fits: list[Tensor] = field(default_factory=list)  # NMSE of R on the scene's own sources, chunk by chunk
 
 
-class _Assumption(Exception):
-    """What the pass took for granted does not hold: `setting` of _Loader must be False."""
+class Assumption(Exception):
+    """What a pass took for granted does not hold: its `setting`, exact or shared, must be False."""
 
     def __init__(self, setting: str) -> None:
         super().__init__(setting)
@@ -83,7 +82,7 @@ def load_split(
     while True:
         try:
             return _Loader(where, shards, rows, task, device, memory, **known).run(progress)
-        except _Assumption as found:
+        except Assumption as found:
             known[found.setting] = False
 
 
@@ -122,7 +121,7 @@ class _Loader:
                 break
             if self.memory.tier == "files":
                 self.table.files.see(shard.path)
-            for at, chunk in _chunks(shard, take):
+            for at, chunk in shard_chunks(shard, take):
                 check_values(shard.path, chunk, at, self.task)
                 self._compare_codes(chunk["codes"])
                 self._keep(chunk, start + at)
@@ -139,10 +138,10 @@ class _Loader:
         return LoadedSplit(self.table, codes, self.facts, self.memory)
 
     def _compare_codes(self, codes: Tensor) -> None:
-        """Whether all scenes have the first one's codes, to a relative 1e-5."""
+        """Whether all scenes have the first one's codes."""
         self.codes = codes[0].clone() if self.codes is None else self.codes
-        if self.shared and float((codes - self.codes).abs().max()) > SAME_CODES * float(self.codes.abs().max()):
-            raise _Assumption("shared")
+        if self.shared and not same_codes(codes, self.codes):
+            raise Assumption("shared")
 
     def _keep(self, chunk: dict[str, Tensor], start: int) -> None:
         self._target(chunk, start)
@@ -158,40 +157,71 @@ class _Loader:
 
     def _target(self, chunk: dict[str, Tensor], start: int) -> None:
         """Source positions on the centred array, and their powers where R is exactly their sum."""
-        azimuth, elevation, range_m, active = split_ptr(chunk["ptr"].double(), chunk["K"])
         if start == 0:
-            self.facts.offset = find_offset(self.array, azimuth, elevation, range_m, active, chunk["R"])
-        sources = centre(self.array, self.facts.offset, azimuth, elevation, range_m, active)
-        self.facts.clamped += int(sources.clamped.sum())
-        self.facts.stored.include(azimuth, elevation, range_m, active)
-        self.facts.served.include(sources.azimuth, sources.elevation, sources.range_m, active)
-        columns = {"azimuth": sources.azimuth, "elevation": sources.elevation, "range_m": sources.range_m * active}
-        power, fit = recover_powers(self.array, sources, active, chunk["R"])
-        self.facts.fits.append(fit)
-        if self.facts.exact:
-            if float(fit.max()) > EXACT:
-                raise _Assumption("exact")
-            power = power * (self.task.elements / power.sum(1, keepdim=True))
-            columns |= {"power": power, "u": sources.u, "v": sources.v}
-        else:
+            self.facts.offset = find_offset_of(self.array, chunk)
+        columns = target_columns(self.array, self.facts, chunk)
+        if not self.facts.exact:
             columns["ptr"] = chunk["ptr"]
         for name, values in columns.items():
-            self.table.write(start, name, values.float())
+            self.table.write(start, name, values)
 
     def _note(self, chunk: dict[str, Tensor]) -> None:
         """H against H_full, and the hashes."""
-        if "H" in chunk and "H_full" in chunk and self.codes is not None:
-            codes = self.codes if self.shared else chunk["codes"]
-            wrong = self._wrong_channel(chunk, codes)
-            self.facts.wrong_channel += wrong
-            self.facts.conjugate_codes += wrong and len(chunk["H"]) - self._wrong_channel(chunk, conj(codes))
+        if self.codes is not None:
+            compare_channels(self.facts, chunk, self.codes if self.shared else chunk["codes"])
         self.facts.hashes.append(scene_hashes(chunk["y"]))
 
-    @staticmethod
-    def _wrong_channel(chunk: dict[str, Tensor], codes: Tensor) -> int:
-        """In how many scenes H is not H_full c_l."""
-        away = (effective_channel(chunk["H_full"], codes) - chunk["H"]).flatten(1).norm(dim=1)
-        return int((away > 1e-3 * chunk["H"].flatten(1).norm(dim=1)).sum())
+
+def same_codes(codes: Tensor, first: Tensor) -> bool:
+    """Whether all scenes (B, L, N, 2) have these codes, to a relative 1e-5."""
+    return float((codes - first).abs().max()) <= SAME_CODES * float(first.abs().max())
+
+
+def find_offset_of(array: RISArray, chunk: dict[str, Tensor]) -> tuple[float, float]:
+    """Where the files' array sits, in spacings off the origin, from the first scenes of a split."""
+    return find_offset(array, *split_ptr(chunk["ptr"].double(), chunk["K"]), chunk["R"])
+
+
+def target_columns(array: RISArray, facts: Facts, chunk: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Source positions on the centred array, float32, and with `facts.exact` the powers of which R is the sum.
+
+    What it sees goes into `facts`. Raises: Assumption where R is not exactly their sum.
+    """
+    sources, active = centred_sources(array, facts, chunk)
+    columns = {"azimuth": sources.azimuth, "elevation": sources.elevation, "range_m": sources.range_m * active}
+    power, fit = recover_powers(array, sources, active, chunk["R"])
+    facts.fits.append(fit)
+    if facts.exact:
+        if float(fit.max()) > EXACT:
+            raise Assumption("exact")
+        power = power * (array.elements / power.sum(1, keepdim=True))
+        columns |= {"power": power, "u": sources.u, "v": sources.v}
+    return {name: values.float() for name, values in columns.items()}
+
+
+def centred_sources(array: RISArray, facts: Facts, chunk: dict[str, Tensor]) -> tuple[CentredSources, Tensor]:
+    """The sources as the centred array sees them, and which of them are there, (B, K); what is seen goes into
+    `facts`."""
+    azimuth, elevation, range_m, active = split_ptr(chunk["ptr"].double(), chunk["K"])
+    sources = centre(array, facts.offset, azimuth, elevation, range_m, active)
+    facts.clamped += int(sources.clamped.sum())
+    facts.stored.include(azimuth, elevation, range_m, active)
+    facts.served.include(sources.azimuth, sources.elevation, sources.range_m, active)
+    return sources, active
+
+
+def compare_channels(facts: Facts, chunk: dict[str, Tensor], codes: Tensor) -> None:
+    """Counts the scenes in which H is not H_full c_l, where both are there."""
+    if "H" in chunk and "H_full" in chunk:
+        wrong = _wrong_channel(chunk, codes)
+        facts.wrong_channel += wrong
+        facts.conjugate_codes += wrong and len(chunk["H"]) - _wrong_channel(chunk, conj(codes))
+
+
+def _wrong_channel(chunk: dict[str, Tensor], codes: Tensor) -> int:
+    """In how many scenes H is not H_full c_l."""
+    away = (effective_channel(chunk["H_full"], codes) - chunk["H"]).flatten(1).norm(dim=1)
+    return int((away > 1e-3 * chunk["H"].flatten(1).norm(dim=1)).sum())
 
 
 def clearly_apart(fit: Tensor) -> int:
@@ -201,7 +231,7 @@ def clearly_apart(fit: Tensor) -> int:
     return int((fit > APART).sum()) if int((fit > 1 - GAP).sum()) > int(between.sum()) else 0
 
 
-def _chunks(shard: NpzShard, limit: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+def shard_chunks(shard: NpzShard, limit: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """All keys of a shard in lockstep: (first row, {key: rows})."""
     streams = {key: column.chunks(CHUNK, limit) for key, column in shard.columns.items()}
     for at in range(0, limit, CHUNK):

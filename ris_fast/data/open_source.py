@@ -11,10 +11,10 @@ import torch
 
 from ris_fast.config.schema import Config
 from ris_fast.data.data_path import check_data_path, guess_source
+from ris_fast.data.dense_shards import open_shards
 from ris_fast.data.errors import DataError
 from ris_fast.data.geometry import Reach
 from ris_fast.data.npz import NpzSource
-from ris_fast.data.shards import ShardSource
 from ris_fast.data.simulated import SimulatedSource
 from ris_fast.data.source import SceneSource
 from ris_fast.old_names import current_setting
@@ -38,12 +38,15 @@ def open_source(
                 "data.path", "", "nothing", f"a folder, because data.source is '{kind}'", "Give --data DIR."
             )
         check_data_path(Path(config.data.path))
+    source: SceneSource
     if kind == "npz":
         source = NpzSource(config, device, progress)
         _refuse_lost_channel(source, config)
         return source
     if kind == "shards":
-        return ShardSource(config, device, progress)
+        source = open_shards(config, device, progress)
+        _refuse_lost_channel(source, config)
+        return source
     return SimulatedSource(config, device)
 
 

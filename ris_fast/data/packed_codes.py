@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 LEVELS = 32767.0
+PACKED = ("codes", "codes_unit")  # the columns of a table that holds them
 
 
 def pack_codes(codes: Tensor) -> tuple[Tensor, Tensor]:

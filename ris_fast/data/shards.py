@@ -1,4 +1,4 @@
-"""Reader of our own data sets (see write.py), and the check of a data set against its manifest.
+"""Reader of our own data sets (see write.py and converted.py), and the check of a data set against its manifest.
 
 Legend: B batch, L snapshots, M base-station antennas, N RIS elements, K sources (padded to K_max).
 """
@@ -19,10 +19,12 @@ from ris_fast.data.arrays import COPY_AGAIN, StoredArray, safetensors_arrays
 from ris_fast.data.errors import DataError
 from ris_fast.data.file_rows import unreadable
 from ris_fast.data.fingerprints import Overlap, find_overlap, scene_hashes
-from ris_fast.data.geometry import target_factor
-from ris_fast.data.manifest import COLUMNS, WRITE_AGAIN, file_hash, read_manifest
+from ris_fast.data.geometry import Reach, target_factor
+from ris_fast.data.manifest import WRITE_AGAIN, columns_of, file_hash, manifest_notes, read_manifest
 from ris_fast.data.npz_format import check_finite
+from ris_fast.data.packed_codes import PACKED, pack_codes, packed_bytes, unpack_codes
 from ris_fast.data.prefetch import in_threads
+from ris_fast.data.shard_columns import BIG, CODES, column_type, row_bytes, shard_shapes
 from ris_fast.data.splits import size_notes
 from ris_fast.data.statistics import differences, measure
 from ris_fast.data.table import SHARE, Table, TableMemory, choose_memory
@@ -31,8 +33,8 @@ from ris_fast.physics.array import RISArray, direction_cosines
 from ris_fast.physics.random import SPLITS
 from ris_fast.physics.scenes import Scenes
 
-BIG = ("snapshots", "channel")
 CHUNK = 512
+GEOMETRY = ("azimuth", "elevation", "range_m")
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,14 @@ class OwnShard:
 
 
 class ShardSource:
-    """Scenes of a folder written by `ris-fast simulate`.
+    """Scenes of a folder written by `ris-fast simulate` or `ris-fast convert`.
 
     On opening every file must be there in its full size. train and val are read then, test when first asked for; the
     contents of what is read must have the manifest's SHA-256. Raises: DataError on opening, or on first use of test.
     """
 
     name = "shards"
-    channel = True
     endless = False
-    lacks = ()
-    reach = None
 
     def __init__(
         self, config: Config, device: torch.device | str, progress: Callable[[int, int], None] | None = None
@@ -82,21 +81,39 @@ class ShardSource:
         self.task, self.path, self.device = config.task, Path(config.data.path), torch.device(device)
         self.array, self._progress = RISArray.of(config.task), progress
         self.manifest = read_manifest(self.path, config.task)
+        self.columns = columns_of(self.manifest)
         self._found = {split: self.manifest["splits"][split]["scenes"] for split in SPLITS}
         self._sizes = {
             split: min(found, getattr(config.data, f"{split}_scenes")) for split, found in self._found.items()
         }
         self._shards = {
-            split: [open_own_shard(path, entry, self.task) for path, entry in self.files(split)] for split in SPLITS
+            split: [open_own_shard(path, entry, self.task, self.columns) for path, entry in self.files(split)]
+            for split in SPLITS
         }
-        self._loaded: dict[str, tuple[Table, Tensor, TableMemory]] = {}
+        self._loaded: dict[str, tuple[Table, Tensor | None, TableMemory]] = {}
         self._memory, self._verification = config.data.memory, Verification.here(config.data.verify)
         self._hashes: dict[str, np.ndarray] = {}
         for split in SPLITS[:2]:
             self._load(split)
         self.overlaps = self._find_overlaps()
-        self.notes = [*self._verification.notes, *(str(overlap) for overlap in self.overlaps)]
+        self.notes = [*manifest_notes(self.manifest), *self._verification.notes, *map(str, self.overlaps)]
         self.notes += size_notes(config, self._found, self._sizes)
+
+    @property
+    def channel(self) -> bool:
+        return "channel" in self.columns
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """The fields of `Scenes` that the scenes do not have."""
+        missing = [name for name in ("channel", *GEOMETRY) if name not in self.columns]
+        return (*(() if "power" in self.columns else ("factor", "power")), *missing)
+
+    @property
+    def reach(self) -> tuple[Reach, Reach] | None:
+        """How far the training sources go, where they were converted from positions of files."""
+        found = self.manifest.get("origin", {}).get("reach")
+        return None if found is None else (Reach(*found["stored"]), Reach(*found["served"]))
 
     @property
     def index_device(self) -> torch.device:
@@ -119,38 +136,52 @@ class ShardSource:
 
     def read(self, split: str, index: Tensor) -> dict[str, Tensor]:
         """The columns of scenes by number, where they are kept; on any thread."""
+        if not self._sizes[split]:
+            todo = "Convert them together with the others, or use another split."
+            raise DataError(self.path, "", f"no {split} scenes", "some", todo)
         table = self._load(split)[0]
         index = index.to(table.device, torch.int64)
-        taken = {name: value for name in COLUMNS if (value := table.take(name, index)) is not None}
+        names = [*(name for name in self.columns if name != "target_nmse"), PACKED[1]]
+        taken = {name: value for name in names if (value := table.take(name, index)) is not None}
         return taken | {"index": index}
 
     def assemble(self, split: str, columns: dict[str, Tensor]) -> Scenes:
         """The scenes of these columns on the source's device."""
         taken = {name: value.to(self.device, non_blocking=True) for name, value in columns.items()}
-        u, v = direction_cosines(taken["azimuth"], taken["elevation"])
-        factor = target_factor(self.array, u, v, taken["range_m"], taken["power"])
-        return Scenes(codes=self._load(split)[1].to(self.device), factor=factor, **taken)
+        shared, unit = self._load(split)[1], taken.pop(PACKED[1], None)
+        codes = taken.pop(CODES) if shared is None else shared.to(self.device)
+        if "power" in taken:
+            u, v = (taken.pop(name, None) for name in ("u", "v"))
+            if u is None or v is None:
+                u, v = direction_cosines(taken["azimuth"], taken["elevation"])
+            taken["factor"] = target_factor(self.array, u, v, taken["range_m"], taken["power"])
+        return Scenes(codes=codes if unit is None else unpack_codes(codes, unit), **taken)
 
     def describe(self) -> str:
         sizes = ", ".join(f"{self._sizes[split]} {split}" for split in SPLITS)
-        return (
-            f"{self.path} (shards, seed {self.manifest['seed']}): {sizes} scenes, with the channel; "
-            f"target: exact factors; {self._load('train')[2]}"
-        )
+        origin = self.manifest.get("origin", {}).get("format")
+        made = f"seed {self.manifest['seed']}" if origin is None else f"converted from {origin}"
+        carries = "with the channel" if self.channel else "WITHOUT the channel: these inputs cannot carry the answer"
+        target = "exact factors" if "power" in self.columns else "the dense R"
+        return f"{self.path} (shards, {made}): {sizes} scenes, {carries}; target: {target}; {self._load('train')[2]}"
 
     def files(self, split: str) -> list[tuple[Path, dict[str, Any]]]:
         """The shard files of a split with their entries in the manifest."""
         return [(self.path / entry["file"], entry) for entry in self.manifest["splits"][split]["shards"]]
 
-    def _load(self, split: str) -> tuple[Table, Tensor, TableMemory]:
+    def _load(self, split: str) -> tuple[Table, Tensor | None, TableMemory]:
         if split not in self._loaded:
             self._loaded[split], self._hashes[split] = self._read(self._shards[split], self._sizes[split])
         return self._loaded[split]
 
-    def _read(self, shards: Sequence[OwnShard], rows: int) -> tuple[tuple[Table, Tensor, TableMemory], np.ndarray]:
+    def _read(
+        self, shards: Sequence[OwnShard], rows: int
+    ) -> tuple[tuple[Table, Tensor | None, TableMemory], np.ndarray]:
         """One pass, several files at a time: contents, finite values, hashes of scenes, and the columns where they will
         stay."""
-        bytes_of = {name: shards[0].arrays[name].row_bytes for name in COLUMNS}
+        bytes_of = {name: row_bytes(self.task, name) for name in self.columns}
+        if CODES in bytes_of:
+            bytes_of[CODES] = packed_bytes(self.task.snapshots, self.task.elements)
         memory = choose_memory(
             self.path, rows, sum(bytes_of.values()), self.device, streamable=True, wanted=self._memory
         )
@@ -160,24 +191,24 @@ class ShardSource:
         )
         left = BIG if memory.tier == "files" else ()
         if left and rows * sum(size for name, size in bytes_of.items() if name not in left) > SHARE * memory.free:
-            left = COLUMNS
+            left = self.columns
+        left = [name for name in self.columns if name in left]
         starts = np.cumsum([0, *(shard.scenes for shard in shards)]).tolist()
         spans = [
             (number, shard, start, min(shard.scenes, rows - start))
             for number, (shard, start) in enumerate(zip(shards, starts))
             if start < rows
         ]
-        hashes, codes, threads = [], None, threads_to_open()
+        hashes, codes, threads = [np.empty(0, np.uint64)], None, threads_to_open()
         looks = in_threads(lambda span: self._look(span, table, left), spans, threads, 2 * threads)
         for (_, shard, start, take), found in zip(spans, looks):
             hashes.append(found)
-            codes = _same_codes(shard, codes)
+            codes = None if CODES in self.columns else _same_codes(shard, codes)
             for name in left:
                 table.attach(name, shard.arrays[name])
             if self._progress is not None:
                 self._progress(start + take, rows)
-        assert codes is not None
-        return (table, codes.to(table.device), memory), np.concatenate(hashes)
+        return (table, None if codes is None else codes.to(table.device), memory), np.concatenate(hashes)
 
     def _look(self, span: tuple[int, OwnShard, int, int], table: Table, left: Sequence[str]) -> np.ndarray:
         """Checks a file and keeps its scenes; on a thread."""
@@ -187,7 +218,8 @@ class ShardSource:
         checked = self._verification.file(number)
         if checked:
             shard.check_contents()  # at once before it is read, while the system still has it in memory
-        return _keep(shard, table, start, take, left, checked=checked, hashed=self._verification.scenes)
+        hashed = self._verification.scenes
+        return _keep(shard, self.columns, table, start, take, left, checked=checked, hashed=hashed)
 
     def _find_overlaps(self) -> list[Overlap]:
         overlap = find_overlap("train", self._hashes["train"], "val", self._hashes["val"])
@@ -207,13 +239,21 @@ def _same_codes(shard: OwnShard, codes: Tensor | None) -> Tensor:
 
 
 def _keep(
-    shard: OwnShard, table: Table, start: int, take: int, left: Sequence[str], *, checked: bool, hashed: bool
+    shard: OwnShard,
+    columns: Sequence[str],
+    table: Table,
+    start: int,
+    take: int,
+    left: Sequence[str],
+    *,
+    checked: bool,
+    hashed: bool,
 ) -> np.ndarray:
     """Copies the first `take` scenes of a shard to rows start, ..., except for columns that are `left` in the file:
     these are read where they are `checked`, and snapshots where they are `hashed`. Returns the hashes. Raises:
     DataError."""
     hashes = [np.empty(0, np.uint64)]
-    for name in COLUMNS:
+    for name in columns:
         hashing = hashed and name == "snapshots"
         if name in left and not (checked or hashing):
             continue
@@ -222,12 +262,14 @@ def _keep(
             check_finite(shard.path, name, chunk, at)
             if hashing:
                 hashes.append(scene_hashes(chunk))
-            if name not in left:
-                table.write(start + at, name, chunk)
+            if name in left:
+                continue
+            for key, values in zip(PACKED, pack_codes(chunk)) if name == CODES else ((name, chunk),):
+                table.write(start + at, key, values)
     return np.concatenate(hashes)
 
 
-def open_own_shard(path: Path, entry: dict[str, Any], task: Task) -> OwnShard:
+def open_own_shard(path: Path, entry: dict[str, Any], task: Task, columns: Sequence[str]) -> OwnShard:
     """One shard, its size, types and shapes checked against the manifest; reads no array. Raises: DataError."""
     if not path.is_file():
         raise DataError(path, "", "no such file", "it, because the manifest lists it", COPY_AGAIN)
@@ -235,17 +277,8 @@ def open_own_shard(path: Path, entry: dict[str, Any], task: Task) -> OwnShard:
     if size != entry["bytes"]:
         raise DataError(path, "", f"{size} bytes", f"{entry['bytes']} bytes, as the manifest says", COPY_AGAIN)
     arrays = safetensors_arrays(path)
-    length, m, n, k, rows = task.snapshots, task.bs_antennas, task.elements, task.max_sources, entry["scenes"]
-    shapes = {
-        "codes": (length, n, 2),
-        "snapshots": (rows, length, m, 2),
-        "channel": (rows, m, n, 2),
-        "snr_db": (rows,),
-        "count": (rows,),
-        **{name: (rows, k) for name in ("azimuth", "elevation", "range_m", "power")},
-    }
-    for name, shape in shapes.items():
-        dtype = np.dtype(np.int64 if name == "count" else np.float32)
+    for name, shape in shard_shapes(task, columns, entry["scenes"]).items():
+        dtype = column_type(name)
         found = arrays.get(name)
         if found is None or found.shape != shape or found.dtype != dtype:
             what = "no such array" if found is None else f"shape {found.shape} of {found.dtype}"

@@ -15,6 +15,7 @@ import torch
 
 from ris_fast.config.schema import Config, Data
 from ris_fast.data.errors import DataError
+from ris_fast.data.manifest import sealed
 from ris_fast.data.open_source import open_source
 from ris_fast.data.write import write_shards
 from ris_fast.physics.random import SPLITS
@@ -156,5 +157,5 @@ def test_mutated_manifests_are_read_or_refused(tmp_path: Path, bounded: None) ->
             del inner[place[-1]]
         else:
             inner[place[-1]] = rng.choice(BROKEN)
-        manifest.write_text(json.dumps(value))
+        manifest.write_text(json.dumps(sealed(value)))  # with a checksum that agrees: the other checks are meant
         outcome(tmp_path / "set")

@@ -17,7 +17,7 @@ from ris_fast.config.load import load_config
 from ris_fast.config.schema import Config, Data, Task
 from ris_fast.data import table
 from ris_fast.data.errors import DataError
-from ris_fast.data.manifest import file_hash
+from ris_fast.data.manifest import file_hash, sealed
 from ris_fast.data.open_source import open_source
 from ris_fast.data.shards import ShardSource, verify_manifest
 from ris_fast.data.simulated import SimulatedSource
@@ -210,7 +210,7 @@ def replace_shard(folder: Path, name: str, damage: Callable[[dict[str, torch.Ten
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
 
 
 def cut(share: float) -> Callable[[Path], None]:

@@ -35,12 +35,12 @@ def test_write_shards_continues_an_interrupted_write(tmp_path: Path, monkeypatch
     out = tmp_path / "set"
     with pytest.raises(KeyboardInterrupt):
         write_shards(config(), out, SIZES, shard_scenes=16, progress=stop_after)
-    assert not out.exists() and len(list((tmp_path / "set.partial").glob("train-*"))) == 2
+    assert not out.exists() and len(list((tmp_path / "set.partial").glob("train-*.safetensors"))) == 2
     (tmp_path / "set.partial" / "train-00001.safetensors").write_bytes(b"half")
     (tmp_path / "set.partial" / ".train-00002.safetensors.1.partial").write_bytes(b"what a killed writer leaves")
     made: list[int] = []
-    simulate = write._simulate
-    monkeypatch.setattr(write, "_simulate", lambda *a: (made.append(a[2]), simulate(*a))[1])
+    simulate = write.simulated_columns
+    monkeypatch.setattr(write, "simulated_columns", lambda *a: (made.append(a[2]), simulate(*a))[1])
     seen: list[tuple[int, int]] = []
     write_shards(config(), out, SIZES, shard_scenes=16, progress=lambda done, total: seen.append((done, total)))
     assert made == [16, 32, 48, 0, 0] and seen[-1] == (70, 70) and not (tmp_path / "set.partial").exists()
@@ -82,9 +82,9 @@ def test_write_shards_names_a_full_disk_and_finishes_later(tmp_path: Path, monke
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    simulate = write._simulate
+    simulate = write.simulated_columns
     with monkeypatch.context() as patch, pytest.raises(StorageError, match="train-00000.* No space left on device"):
-        patch.setattr(write, "_simulate", lambda *a: (patch.setattr("os.fsync", full), simulate(*a))[1])
+        patch.setattr(write, "simulated_columns", lambda *a: (patch.setattr("os.fsync", full), simulate(*a))[1])
         write_shards(config(), tmp_path / "set", SIZES)
     assert not (tmp_path / "set").exists()
     assert write_shards(config(), tmp_path / "set", SIZES).exists()
@@ -92,7 +92,7 @@ def test_write_shards_names_a_full_disk_and_finishes_later(tmp_path: Path, monke
 
 def test_write_shards_ignores_a_plan_without_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(write, "_simulate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(write, "simulated_columns", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         write_shards(config(), tmp_path / "set", SIZES)
     assert (tmp_path / "set.partial" / "plan.json").exists()
     assert write_shards(config(seed=6), tmp_path / "set", SIZES).exists()
@@ -103,7 +103,7 @@ def test_write_shards_refuses_more_than_the_disk_holds(tmp_path: Path, monkeypat
         path.stat().st_size for path in write_shards(config(), tmp_path / "a", SIZES).parent.glob("*.safetensors")
     )
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(write, "_simulate", lambda *_: pytest.fail("simulated"))
+    monkeypatch.setattr(write, "simulated_columns", lambda *_: pytest.fail("simulated"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=size // 2))
     with pytest.raises(DataError, match="0.0 GB free; expected .* for 70 scenes"):
         write_shards(config(), tmp_path / "b", SIZES)

@@ -16,6 +16,7 @@ from bench.faults.healthy import with_shards
 from bench.faults.healthy_twins import TWINS
 from bench.faults.patches import Backward, on_batches, put, wrap
 from ris_fast.config.schema import Config, Loss
+from ris_fast.data.manifest import sealed
 from ris_fast.health.preflight import gradient as check_gradient
 from ris_fast.health.preflight import information as check_information
 from ris_fast.health.preflight import kernels as check_kernels
@@ -160,7 +161,7 @@ def test_manifest_check_names_scenes_that_differ(tmp_path: Path) -> None:
     file = tmp_path / "manifest.json"
     manifest = json.loads(file.read_text())
     manifest["splits"]["train"]["shards"][0]["statistics"]["channel_rms"] *= 2
-    file.write_text(json.dumps(manifest))
+    file.write_text(json.dumps(sealed(manifest)))
     assert causes(check_scenes.manifest, Trainer(config)) == ["manifest_differs"]
 
 
