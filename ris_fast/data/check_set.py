@@ -21,7 +21,7 @@ from ris_fast.data.arrays import COPY_AGAIN
 from ris_fast.data.data_path import PLAN
 from ris_fast.data.errors import DataError
 from ris_fast.data.fingerprints import find_copies, find_overlap, scene_hashes
-from ris_fast.data.manifest import MANIFEST, columns_of, manifest_notes, read_any_manifest
+from ris_fast.data.manifest import CHECKSUM, MANIFEST, NO_CHECKSUM, columns_of, read_any_manifest
 from ris_fast.data.npz_format import check_finite
 from ris_fast.data.shard_columns import COLUMNS
 from ris_fast.data.shards import OwnShard, open_own_shard
@@ -76,9 +76,8 @@ def check_set(folder: Path, jobs: int, progress: Callable[[int, int], None] | No
     unknown = sorted(path for path in folder.glob("*.safetensors") if path.name not in listed)
     found.wrong += [f"{path}: the manifest does not list it. Remove it." for path in unknown]
     size = sum(entry["bytes"] for _, entry in work)
-    found.summary = "; ".join(
-        (f"{total:,} scenes in {len(work)} shards, {size / 1e9:.2f} GB", *manifest_notes(manifest))
-    )
+    found.summary = f"{total:,} scenes in {len(work)} shards, {size / 1e9:.2f} GB"
+    found.summary += "" if CHECKSUM in manifest else f"; {NO_CHECKSUM}"
     return found
 
 

@@ -109,7 +109,7 @@ def _unfinished(path: Path, found: str) -> DataError:
         "",
         found,
         "a whole data set",
-        "Run the same command (`ris-fast simulate`, or convert) again: it continues where it stopped.",
+        "Run the same `ris-fast simulate` command again, or convert: it continues where it stopped.",
     )
 
 
@@ -142,7 +142,7 @@ def _to_convert(path: Path, found: str) -> DataError:
 def _no_data(path: Path) -> DataError:
     """For a folder with things in it, none of which is a data set."""
     if (path / PLAN).is_file():
-        return _unfinished(path, "unfinished work of `ris-fast simulate`")
+        return _unfinished(path, "unfinished work of `ris-fast simulate` or convert")
     if any(path.glob("*.safetensors")):
         return DataError(
             path,

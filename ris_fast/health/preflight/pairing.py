@@ -35,7 +35,8 @@ def with_factor(scenes: Scenes) -> Scenes:
     vector."""
     if scenes.factor is not None or scenes.covariance is None:
         return scenes
-    return replace(scenes, factor=leading_factor(scenes.covariance, scenes.range_m.shape[1]))
+    most = int(scenes.count.max()) if scenes.range_m is None else scenes.range_m.shape[1]
+    return replace(scenes, factor=leading_factor(scenes.covariance, most))
 
 
 def as_believed(scenes: Scenes, task: Task) -> Scenes:
