@@ -39,13 +39,13 @@ class StorageError(OSError):
 
     def __init__(self, path: str | Path, error: Exception) -> None:
         self.path, number = Path(path), _number(error)
-        self.said = os.strerror(number) if number else str(error)
+        self.reason = os.strerror(number) if number else str(error)
         todo = ADVICE.get(number or 0, "Check that path")
-        super().__init__(f"{path} cannot be written: {self.said}. {todo}, or write elsewhere (--out).")
+        super().__init__(f"{path} cannot be written: {self.reason}. {todo}, or write elsewhere (--out).")
         self.errno = number
 
     def __reduce__(self) -> tuple:
-        told = (self.errno, self.said) if self.errno else (self.said,)
+        told = (self.errno, self.reason) if self.errno else (self.reason,)
         return StorageError, (self.path, OSError(*told))  # from another process
 
 
