@@ -29,7 +29,8 @@ def ranks_hold_the_same_weights(run: RunHistory) -> Iterator[Finding]:
     common = weights[0] if counts[weights[0]] == most else counts.most_common(1)[0][0]
     others = [rank for rank, each in enumerate(weights) if each != common]
     if most > 1:
-        seen = f"{named(others)} of {len(weights)} {'holds' if len(others) == 1 else 'hold'} other weights than the majority"
+        verb = "holds" if len(others) == 1 else "hold"
+        seen = f"{named(others)} of {len(weights)} {verb} other weights than the majority"
     elif len(weights) == 2:
         seen = "rank 1 holds other weights than rank 0"
     else:
@@ -124,11 +125,13 @@ def _explained(run: RunHistory, off: list[int], own: list, summed: list, total: 
         return run.finding("rank_gradient_missing", f"in step {step} {named(alone)} of {many} {_steps_alone(alone)}.")
     reached = summed[off[0]]
     if all(_near(summed[rank], reached, slack) for rank in off):
-        lacking = [rank for rank in range(many) if _near(reached, _less(total, own[rank]), slack)]
-        if lacking:
-            where = "" if len(off) == many else f" that {named(off)} step{'s' if len(off) == 1 else ''} with"
-            seen = f"the gradient of {named(lacking[:1])} of {many} is not in the sum{where}"
-            return run.finding("rank_gradient_missing", f"in step {step} {seen}.")
+        for rank in range(many):
+            weight = _weight(reached, total, own[rank], slack)
+            if weight is not None:
+                where = "" if len(off) == many else f" that {named(off)} {'steps' if len(off) == 1 else 'step'} with"
+                seen = "is not in" if abs(weight) < 1e-3 else f"counts {weight:.4g} times in"
+                seen = f"the gradient of {named([rank])} of {many} {seen} the sum{where}"
+                return run.finding("rank_gradient_missing", f"in step {step} {seen}.")
         factor = sum(a * b for a, b in zip(reached, total)) / sum(b * b for b in total)
         if len(off) == many and _near(reached, [factor * each for each in total], slack):
             seen = f"all {many} ranks step with {factor:.6g} times the sum of their gradients"
@@ -165,8 +168,11 @@ def _near(one: Sequence[float], other: Sequence[float], slack: float) -> bool:
     return all(abs(a - b) <= slack for a, b in zip(one, other))
 
 
-def _less(total: Sequence[float], part: Sequence[float]) -> list[float]:
-    return [a - b for a, b in zip(total, part)]
+def _weight(reached: Sequence[float], total: Sequence[float], part: Sequence[float], slack: float) -> float | None:
+    """How often `part` is in `reached`, where that is all that sets it apart from `total`; None where it is not."""
+    rest = [a - b for a, b in zip(reached, total)]
+    extra = sum(a * b for a, b in zip(rest, part)) / max(sum(b * b for b in part), 1e-300)
+    return 1 + extra if _near(rest, [extra * each for each in part], slack) else None
 
 
 def _flat(ranks: Row) -> list[float]:
