@@ -218,7 +218,7 @@ def healthy_config(size: int) -> Config:
     return backprojection(
         **{
             "training.epochs": 2, "training.batch_size": 8, "training.accumulate": 2, "report.every_steps": 2,
-            "data.train_scenes": 6 * 16 * size + 1, "data.val_scenes": 8 * size, "data.val_limit": 8 * size,
+            "health.min_applied": 0.5, "data.train_scenes": 6 * 16 * size + 1, "data.val_scenes": 8 * size, "data.val_limit": 8 * size,
         }
     )  # fmt: skip
 
@@ -288,7 +288,7 @@ def found_by(size: int, wanted: list[str] | None = None) -> dict[str, list[dict[
             [sys.executable, *words, "--worker", str(out), *(wanted or [])], env=environ, capture_output=True, text=True
         )
         if done.returncode:
-            raise RuntimeError(f"{size} ranks ended with {done.returncode}:\n{done.stderr[-4000:]}")
+            raise RuntimeError(f"{size} ranks ended with {done.returncode}:\n{done.stderr[-8000:]}")
         return json.loads(out.read_text())
 
 

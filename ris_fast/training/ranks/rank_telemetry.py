@@ -25,8 +25,20 @@ from ris_fast.training.ranks.group import Ranks
 
 BLOCK = 64  # floats: every tensor begins a block of its own in a flat buffer, and fills its last one with zeros
 PROBES = 2  # vectors u: with two, a factor on the whole sum and a missing part cannot be taken for each other
-HEADER = ("checksum", "scenes", "nonfinite", "norm", "share", "own", "own_norm", "expected", "expected_norm")
-WHOLE = 3  # words of the header that are whole numbers; the others are float64, bit by bit
+HEADER = (
+    "checksum",
+    "scenes",
+    "nonfinite",
+    "zero_scenes",
+    "nonfinite_scenes",
+    "norm",
+    "share",
+    "own",
+    "own_norm",
+    "expected",
+    "expected_norm",
+)
+WHOLE = 5  # words of the header that are whole numbers; the others are float64, bit by bit
 
 
 class Probe:
@@ -91,6 +103,7 @@ class RankTelemetry:
         self.hashes: list[Tensor] = []
         self.before: Tensor | None = None
         self.first: Tensor | None = None
+        self.invalid: Tensor | None = None
         self.local: tuple[Tensor, Tensor] | None = None
         self.gathered: Tensor | None = None  # (R, W) int64
 
@@ -102,27 +115,30 @@ class RankTelemetry:
             self.probe = Probe(weights[0].device, sum(-(-real_numel(tensor) // BLOCK) for tensor in weights))
         self.before = self.probe.checksum(weights)
 
-    def shown(self, scenes: Scenes, hashes: Tensor) -> None:
-        """One micro-batch as the network received it. Args: hashes: (B,) int64 of its rows."""
+    def shown(self, scenes: Scenes, hashes: Tensor, invalid: Tensor) -> None:
+        """One micro-batch as the network received it. Args: hashes: (B,) int64 of its rows; invalid: (2,) int64, rows
+        of zeros and rows that are not finite."""
         if self.first is None and scenes.batch:
             self.first = self.probe.signature(scenes)
         self.hashes.append(hashes)
+        self.invalid = invalid if self.invalid is None else self.invalid + invalid
         self.scenes += scenes.batch
 
     def weighted(self, share: float) -> None:
         """A micro-batch whose loss counts for this share of the step's."""
         self.share += share
 
-    def before_sum(self, norms: Tensor) -> None:
-        """After backward, this rank's own gradient. Args: norms: (T,) of its tensors."""
-        self.local = norms, self.probe.projections(self._gradients())
+    def before_sum(self, norms: Tensor, gradients: Sequence[Tensor]) -> None:
+        """This rank's own gradient, as flat buffers. Args: norms: (T,) of its tensors."""
+        self.local = norms, self.probe.projections(gradients)
 
-    def after_sum(self) -> None:
-        """After the all-reduce, what this rank steps with. Gathers the records of all ranks."""
+    def after_sum(self, gradients: Sequence[Tensor]) -> None:
+        """What this rank steps with, in the same buffers. Gathers the records of all ranks."""
         norms, own = self.local
-        summed, before = self.probe.projections(self._gradients()), self.before
+        summed, before = self.probe.projections(gradients), self.before
         first = self.probe.signature(None) if self.first is None else self.first
         whole = [before, torch.full_like(before, self.scenes), (~norms.isfinite()).sum()]
+        whole += [*(torch.zeros_like(before).expand(2) if self.invalid is None else self.invalid)]
         figures = [norms.double().norm(), torch.full_like(own[0], self.share)]
         figures += [*first, *self.probe.signature(self.expected), *own, *summed]
         hashes = torch.zeros(self.capacity, dtype=torch.int64, device=before.device)
@@ -132,9 +148,6 @@ class RankTelemetry:
         record = torch.cat([torch.stack(whole), torch.stack(figures).view(torch.int64), hashes])
         self.gathered, self.expected = self.ranks.gathered(record), None
 
-    def _gradients(self) -> list[Tensor]:
-        return [bucket.grad for bucket in self.optimizer.buckets]
-
     def _weights(self) -> list[Tensor]:
         """The flat buffers that the optimizer steps, and the tensors of the network that are in none of them."""
         stepped = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
@@ -142,7 +155,7 @@ class RankTelemetry:
         return [bucket.param for bucket in self.optimizer.buckets] + rest
 
 
-def read(gathered: Tensor) -> dict[str, Any]:
+def read_ranks(gathered: Tensor) -> dict[str, Any]:
     """The gathered records (R, W), on the host, in plain numbers: lists by rank, and pairs that share scenes."""
     floats = len(HEADER) - WHOLE + 2 * PROBES
     whole, figures, hashes = gathered[:, :WHOLE], gathered[:, WHOLE : WHOLE + floats], gathered[:, WHOLE + floats :]
@@ -153,6 +166,8 @@ def read(gathered: Tensor) -> dict[str, Any]:
         "weights": [f"{word & (2**64 - 1):016x}" for word in whole[:, 0].tolist()],
         "scenes": scenes,
         "nonfinite": whole[:, 2].tolist(),
+        "zero_scenes": whole[:, 3].tolist(),
+        "nonfinite_scenes": whole[:, 4].tolist(),
         "grad_norm": named["norm"],
         "share": named["share"],
         "as_numbered": _as_numbered(named),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ris_fast.training.ranks.rank_telemetry import BLOCK, Probe, read
+from ris_fast.training.ranks.rank_telemetry import BLOCK, Probe, read_ranks
 
 
 def made(blocks: int = 40) -> tuple[Probe, torch.Tensor]:
@@ -44,13 +44,14 @@ def test_projections_are_linear_to_rounding() -> None:
 
 
 def test_read_tells_shared_scenes_and_scenes_that_are_not_as_numbered() -> None:
-    whole = torch.tensor([[5, 2, 0], [5, 3, 1], [-1, 0, 0]])
+    whole = torch.tensor([[5, 2, 0, 1, 0], [5, 3, 1, 0, 2], [-1, 0, 0, 0, 0]])
     first = [[0.1, 9.0], [0.2, 9.0], [0.0, 0.0]]  # of each rank's first scene; the last rank has none
     expected = [[0.2, 9.00001], [0.0, 0.0], [0.3, 9.0]]  # what each makes of the next rank's
     figures = torch.tensor([[1.0, 0.4, *a, *b, 1.0, 2.0, 3.0, 4.0] for a, b in zip(first, expected)]).double()
     hashes = torch.tensor([[7, 8, 0], [8, 9, 10], [0, 0, 0]])
-    found = read(torch.cat([whole, figures.view(torch.int64), hashes], 1))
+    found = read_ranks(torch.cat([whole, figures.view(torch.int64), hashes], 1))
     assert found["weights"] == ["0" * 15 + "5"] * 2 + ["f" * 16] and found["scenes"] == [2, 3, 0]
+    assert (found["zero_scenes"], found["nonfinite_scenes"]) == ([1, 0, 0], [0, 2, 0])
     assert found["nonfinite"] == [0, 1, 0] and found["shared"] == [[0, 1, 1]]
     assert found["as_numbered"] == [False, True, None]
     assert found["own"] == [[1.0, 2.0]] * 3 and found["summed"] == [[3.0, 4.0]] * 3
