@@ -61,8 +61,19 @@ def keep_freed_memory() -> bool:
     return all([tell(c_int(option), c_int(value)) for option, value in options.items()])
 
 
+def launched() -> bool:
+    """Whether torchrun, or another launcher that sets its variables, started this process as one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def rank_number() -> int:
+    """Of this process among those that were started together; 0 where it is the only one."""
+    return int(os.environ["RANK"]) if launched() else 0
+
+
 def free_memory() -> float:
-    """Bytes that this process may still take: what the machine has available, or its control group allows, if less."""
+    """Bytes that this process may still take: what the machine has available, or its control group allows, if less; of
+    several ranks on a machine each may take its part."""
     free = _available_memory()
     for limit, used in (
         ("memory.max", "memory.current"),
@@ -73,7 +84,7 @@ def free_memory() -> float:
             free = min(free, max(0, most - now))
         except (OSError, ValueError):  # no such group, or "max"
             continue
-    return free
+    return free / int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def _available_memory() -> float:

@@ -19,11 +19,13 @@ READER_LEFT = (errno.EPIPE, errno.ECONNRESET, errno.EIO, errno.ESHUTDOWN)  # EIO
 class Output:
     """A text stream whose writes never raise. After the first one that fails it is silent, and `lost` says why.
 
-    A line of `stage` is shown in place on a terminal, and disappears before anything else is written.
+    A line of `stage` is shown in place on a terminal, and disappears before anything else is written. With a `prefix`,
+    which each line begins with, it is no terminal's.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, prefix: str = "") -> None:
         self.stream, self.lost, self.staged = stream, None, False  # lost: the OSError that ended the stream
+        self.prefix, self.within_line = prefix, False
         self.peer: Output | None = None  # on the same terminal
 
     def __getattr__(self, name: str) -> Any:
@@ -34,8 +36,15 @@ class Output:
             if each is not None and each.staged:
                 each.staged = False
                 each._attempt(lambda each=each: each.stream.write("\r\x1b[2K"), flush=True)
-        self._attempt(lambda: self.stream.write(text))
+        self._attempt(lambda: self.stream.write(self._prefixed(text)))
         return len(text)
+
+    def _prefixed(self, text: str) -> str:
+        if not self.prefix or not text:
+            return text
+        begun, self.within_line = self.within_line, not text.endswith("\n")
+        lines = "".join(self.prefix + line for line in text.splitlines(keepends=True))
+        return lines.removeprefix(self.prefix) if begun else lines
 
     def writelines(self, lines: Any) -> None:
         for line in lines:
@@ -46,7 +55,7 @@ class Output:
 
     def isatty(self) -> bool:
         with suppress(OSError, ValueError):
-            return self.stream.isatty()
+            return not self.prefix and self.stream.isatty()
         return False
 
     def stage(self, text: str) -> None:
@@ -90,14 +99,16 @@ def stage(text: str) -> None:
 
 
 @contextmanager
-def unbreakable() -> Iterator[tuple[Output, Output]]:
-    """Puts `Output` around standard output and error within the block.
+def unbreakable(rank: int = 0) -> Iterator[tuple[Output, Output]]:
+    """Puts `Output` around standard output and error within the block; of ranks but the first, nothing is put out, and
+    errors begin with their number.
 
     A closed descriptor is opened to nowhere first: the next file that is opened, a checkpoint, would get its number.
     """
     before = sys.stdout, sys.stderr
     _fill_standard_descriptors()
-    outputs = tuple(Output(_lenient(stream)) for stream in before)
+    streams = before if rank == 0 else (None, before[1])
+    outputs = tuple(Output(_lenient(stream), f"rank {rank}: " if rank else "") for stream in streams)
     outputs[0].peer, outputs[1].peer = outputs[1], outputs[0]
     sys.stdout, sys.stderr = outputs
     try:

@@ -28,9 +28,12 @@ from ris_fast.commands.flags import (
     absolute,
     run_flags,
 )
+from ris_fast.commands.launch import check_restarts, restart_count
 from ris_fast.commands.runner import run
 from ris_fast.config.load import load_config, render_toml
 from ris_fast.config.schema import ConfigError
+from ris_fast.environment import launched
+from ris_fast.files import CONFIG
 from ris_fast.streams import stage
 
 app = App(
@@ -115,8 +118,18 @@ def train(
         "health.log_tensors": True if log_tensors else None,
         "health.anomaly": True if anomaly else None,
     }
+    check_restarts(out, resume)
+    if batch_size == "auto" and launched():
+        raise ConfigError(
+            "--batch-size auto tries sizes in one process. Run it once without torchrun, and give the number it finds."
+        )
     stage("loading torch")
-    if resume is not None:
+    again = out if restart_count() and resume is None and out is not None and (out / CONFIG).is_file() else None
+    if again is not None:  # torchrun starts the run anew, and it has settings already
+        from ris_fast.commands.run_folder import resumed_config
+
+        resume, resolved = again, resumed_config(again, {}, set_ or (), flags)
+    elif resume is not None:
         refused = {"CONFIG": config, "--preset": preset, "--out": out, "--init": init}
         from ris_fast.commands.run_folder import resumed_config
 

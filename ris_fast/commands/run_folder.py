@@ -90,13 +90,28 @@ def drop_if_empty(folder: Path) -> None:
             folder.parent.rmdir()
 
 
-@contextlib.contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Keeps two processes from writing one run, and removes what an earlier one was killed in writing. Raises
-    ConfigError."""
-    with ExitStack() as held:
+def _enter(held: ExitStack, folder: Path, deadline: float) -> None:
+    """Takes the lock, once another process lets go of it. Raises BlockingIOError where none does until then."""
+    while True:
         try:
-            held.enter_context(locked(folder))
+            return held.enter_context(locked(folder))
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path, wait: float = 0.0) -> Iterator[None]:
+    """Keeps two processes from writing one run, and removes what an earlier one was killed in writing. Raises
+    ConfigError.
+
+    Args: wait: seconds in which another process may let go of it.
+    """
+    with ExitStack() as held:
+        deadline = time.monotonic() + wait
+        try:
+            _enter(held, folder, deadline)
         except BlockingIOError:
             raise ConfigError(f"{folder}: another process is training this run. Wait for it or stop it.") from None
         except OSError as error:

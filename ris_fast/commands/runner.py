@@ -15,7 +15,9 @@ from typing import Any
 from cyclopts import App, CycloptsError
 
 from ris_fast import exit_codes
+from ris_fast.commands.launch import one_process_only, tell_launcher
 from ris_fast.commands.usage import empty_value, usage_message, without_set
+from ris_fast.environment import rank_number
 from ris_fast.old_names import OldNameWarning
 from ris_fast.streams import unbreakable
 
@@ -30,7 +32,7 @@ def run(app: App, tokens: Sequence[str]) -> int:
     Output that nobody can receive any more ends nothing. A bug prints its traceback and ends with 70, so that 1,
     Python's own code for it, says that a gradient check failed and nothing else.
     """
-    with unbreakable() as (output, _), endings_as_interrupts(), old_names_as_notes():
+    with unbreakable(rank_number()) as (output, _), endings_as_interrupts(), old_names_as_notes():
         code = _run(app, tokens)
         output.flush()
         if output.failed and code == exit_codes.DONE and tokens[:1] and tokens[0] not in LEAVES_A_RECORD:
@@ -40,6 +42,8 @@ def run(app: App, tokens: Sequence[str]) -> int:
 
 def _run(app: App, tokens: Sequence[str]) -> int:
     if (refused := empty_value(tokens) or without_set(tokens)) is not None:
+        return _complain(refused, exit_codes.USAGE)
+    if (refused := one_process_only(tokens)) is not None:
         return _complain(refused, exit_codes.USAGE)
     try:
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
@@ -56,8 +60,9 @@ def _run(app: App, tokens: Sequence[str]) -> int:
 def _explain(error: Exception) -> int:
     """Says what went wrong: the error's own message where it is meant for the user, else its traceback."""
     code = getattr(error, "exit_code", None)
+    tell_launcher(error)
     if code is not None:
-        return _complain(str(error), code)
+        return code if getattr(error, "said", False) else _complain(str(error), code)
     if isinstance(error, OSError) and error.filename is not None:
         advice = f"Give another path{_variable(error.filename)}."
         return _complain(f"{error.filename}: {error.strerror}. {advice}", exit_codes.DATA)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ris_fast import exit_codes
+from ris_fast.commands.launch import outcome_of, restart_count, restarts_allowed
 from ris_fast.commands.run_folder import (
     RunFolder,
     drop_if_empty,
@@ -18,15 +20,18 @@ from ris_fast.commands.run_folder import (
     run_lock,
 )
 from ris_fast.config.schema import Config, Task
-from ris_fast.files import METRICS, SUMMARY
+from ris_fast.files import LAST, METRICS, SUMMARY
 from ris_fast.report.eventlog import JsonlReport, write_json
 from ris_fast.report.record import Record
 from ris_fast.streams import stage
 from ris_fast.training.callback import Callback
 
+LOCK_WAIT = 60.0  # seconds in which the processes of a run that is started again may still end
+
 if TYPE_CHECKING:
     from ris_fast.health import Watchdog
     from ris_fast.report.console import ConsoleReport
+    from ris_fast.training.ranks.group import Ranks
 
 
 def run_training(config: Config, out: Path | None, *, resume: Path | None = None, profile: bool = False) -> int:
@@ -36,26 +41,70 @@ def run_training(config: Config, out: Path | None, *, resume: Path | None = None
     Args: resume: a run folder, or a checkpoint of one.
     Raises ConfigError for a folder that holds another run, DataError, and OutOfMemory with a batch size that fits.
     """
+    from ris_fast.training.ranks.group import join, rank_device
+    from ris_fast.training.ranks.lost import AllInterrupted, EndedByFirst
+    from ris_fast.training.state import RunStopped
+
+    ranks = join(rank_device(config.training.device))
+    try:
+        code = _run(config, ranks, out, resume, profile)
+    except (EndedByFirst, RunStopped, AllInterrupted) as error:  # known to all ranks, and said by rank 0
+        if ranks.first:
+            raise
+        code = getattr(error, "exit_code", exit_codes.INTERRUPTED)
+    if code == exit_codes.DONE:
+        ranks.leave()
+    else:
+        ranks.outlast_first()
+    return code
+
+
+def _run(config: Config, ranks: Ranks, out: Path | None, resume: Path | None, profile: bool) -> int:
+    """`run_training` on one of the ranks; what rank 0 does for all it does while the others wait."""
     from ris_fast.report.console import ConsoleReport
+    from ris_fast.training.ranks.lost import RankLost
 
     ours = resume is None and (out is None or not out.exists())
-    folder, checkpoint = (new_folder(config, out), None) if resume is None else run_and_checkpoint(resume)
+    folder, checkpoint = ranks.by_first(
+        lambda: (new_folder(config, out), None) if resume is None else run_and_checkpoint(resume)
+    )
     console = ConsoleReport(standard_task=config.task == Task(), run=folder)
     try:
-        with run_lock(folder):
+        with ExitStack() as held:
+            ranks.by_first(lambda: held.enter_context(run_lock(folder, wait=LOCK_WAIT if restart_count() else 0.0)))
+            if (ended := ranks.by_first(lambda: _ended(folder))) is not None:
+                return ended
             summary = _fit(config, folder, checkpoint, profile, console)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RankLost) as error:
         console.close()
-        print(f"\nris-fast: interrupted. {how_to_resume(folder)}", file=sys.stderr)
+        if not ranks.first:
+            raise
+        said = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        print(f"\nris-fast: {said}. {how_to_resume(folder)}", file=sys.stderr)
         return exit_codes.INTERRUPTED
     finally:
         console.close()
-        if ours:
+        if ours and ranks.first:
             drop_if_empty(folder)
     if summary is None:
         return exit_codes.DONE
     print(f"run folder: {folder}")
+    return _code(summary)
+
+
+def _code(summary: Mapping[str, Any]) -> int:
     return exit_codes.DONE if summary["verdict"] == "learned" else exit_codes.NOT_LEARNED
+
+
+def _ended(folder: Path) -> int | None:
+    """The exit code of a run that torchrun starts again though it came to its own end, as one that has not learned
+    does; None of any other. Before the first start the summary of an earlier end is taken away."""
+    if restart_count() and (summary := outcome_of(folder)) is not None:
+        print(f"not started again: the run has ended, verdict {summary['verdict']}\nrun folder: {folder}")
+        return _code(summary)
+    if restarts_allowed() and not restart_count():
+        (folder / SUMMARY).unlink(missing_ok=True)
+    return None
 
 
 def _fit(
@@ -73,8 +122,12 @@ def _fit(
         trainer = Trainer(config, folder, resume=checkpoint or False, progress=counter("scenes read"))
         if checkpoint is not None and report_resume_point(trainer, folder, checkpoint):
             return None
-        trainer.callbacks += _callbacks(trainer, folder, console)
-        console.show_notes([*trainer.source.notes, *trainer.notes])
+        if restarts_allowed() and checkpoint not in (None, "", LAST):
+            trainer.save_last()  # what the run is continued from, should it be started again
+        first = trainer.ranks.first
+        trainer.callbacks += _callbacks(trainer, folder, console) if first else []
+        if first:
+            console.show_notes([*trainer.source.notes, *trainer.notes])
         if (note := fallback_note()) and trainer.device.type == "cpu":
             print(f"note: {note}")
         if trainer.network.compiled:
@@ -83,8 +136,11 @@ def _fit(
                 " (training.compile=false: none)",
                 flush=True,
             )
-        attach_run_health(trainer, folder, preflight=config.health.preflight and not checkpoint, report=console.found)
-        if profile:
+        preflight = config.health.preflight and not checkpoint
+        trainer.ranks.by_first(
+            lambda: attach_run_health(trainer, folder, preflight=preflight, report=console.found) and None
+        )
+        if profile and first:
             from ris_fast.training.profile import Profile
 
             trainer.callbacks.append(Profile(folder / "profile", print))
@@ -132,10 +188,10 @@ def fit_with_nan_replay(trainer: Any) -> dict[str, Any]:
         ):
             from ris_fast.health.monitor.nan_replay import replay
 
-            print(
-                "\n".join(f"anomaly: {culprit}" for culprit in replay(trainer))
-                or "anomaly: the replayed step is finite"
-            )
+            found = [f"anomaly: {culprit}" for culprit in replay(trainer)]  # of this rank's scenes
+            if found and not trainer.ranks.first:
+                print("\n".join(found), file=sys.stderr)
+            print("\n".join(found) or "anomaly: the replayed step is finite")
         raise
 
 

@@ -12,6 +12,7 @@ import torch
 from ris_fast.config.schema import Config
 from ris_fast.environment import free_memory
 from ris_fast.training.footprint import OutOfMemory
+from ris_fast.training.ranks.group import ALONE
 from ris_fast.training.trainer import Trainer
 
 SIZES = tuple(2**power for power in range(5, 15))
@@ -94,7 +95,8 @@ def try_size(config: Config, size: int) -> Trial:
     before = _resident()
     try:
         data = replace(config.data, train_scenes=max(size, config.data.train_scenes))
-        trainer = Trainer(replace(config, data=data, training=replace(config.training, batch_size=size, compile=False)))
+        alone = replace(config, data=data, training=replace(config.training, batch_size=size, compile=False))
+        trainer = Trainer(alone, ranks=ALONE)
         trainer.model.train()
         index = torch.arange(size, device=trainer.source.index_device) % trainer.source.size("train")
         times = [_timed(trainer, index)]
@@ -132,7 +134,7 @@ def one_step_fits(config: Config) -> bool:
     _clean()
     try:
         # Eager: it needs more memory than compiled, and no compiler's time.
-        trainer = Trainer(replace(config, training=replace(config.training, compile=False)))
+        trainer = Trainer(replace(config, training=replace(config.training, compile=False)), ranks=ALONE)
         trainer.step([trainer.source.batch("train", torch.arange(config.training.batch_size))], 1)
         return True
     except (MemoryError, RuntimeError) as error:

@@ -29,7 +29,8 @@ from torch import Tensor
 from ris_fast.config.schema import Config
 from ris_fast.data.source import SceneSource
 from ris_fast.timing import no_garbage_collection
-from ris_fast.training.step import Step, StepResult
+from ris_fast.training.ranks.group import ALONE, Ranks
+from ris_fast.training.step import Group, Step, StepResult
 
 WARM_UP = 3  # eager calls before a capture
 
@@ -68,20 +69,24 @@ class CapturedStep:
         function.
     """
 
-    def __init__(self, step: Step, source: SceneSource, config: Config, record: Record = CudaGraph) -> None:
+    def __init__(
+        self, step: Step, source: SceneSource, config: Config, record: Record = CudaGraph, ranks: Ranks = ALONE
+    ) -> None:
         training = config.training
+        self.scenes = training.batch_size * training.accumulate * ranks.size  # of a full group, on all ranks
         self.step, self.source, self.record = step, source, record
         self.index = [
             torch.zeros(training.batch_size, dtype=torch.int64, device=source.index_device)
             for _ in range(training.accumulate)
         ]
-        self.refused = why_not(step, source, config)
+        self.refused = why_not(step, source, config, ranks)
         self.warm, self.recording = 0, None
 
     def __call__(self, indices: Sequence[Tensor], planned: int) -> StepResult:
         """Args: indices: scene numbers of each micro-batch, (B,) int64; planned: length of the schedule in steps."""
-        if [len(index) for index in indices] != [len(index) for index in self.index]:
-            return self.step([self.source.batch("train", index) for index in indices], planned)
+        if not self._full(indices):
+            batches = [self.source.batch("train", index) for index in indices]
+            return self.step(Group(batches, getattr(indices, "scenes", sum(map(len, indices)))), planned)
         torch._foreach_copy_(self.index, list(indices))
         telemetry = self.step.telemetry
         telemetry.begin()
@@ -90,9 +95,19 @@ class CapturedStep:
             return self._update(planned)
         return self._replay(planned)
 
+    def _full(self, indices: Sequence[Tensor]) -> bool:
+        """Whether these are as many scenes as the graph takes; with several ranks, whether all have as many, so that
+        all replay their graphs or none does."""
+        if self.step.reduction is not None:
+            return indices.scenes == self.scenes
+        return [len(index) for index in indices] == [len(index) for index in self.index]
+
     def _update(self, planned: int) -> StepResult:
-        """What is captured: the step over the scenes whose numbers are in `index`."""
-        return self.step.update([self.source.batch("train", index) for index in self.index], planned)
+        """What is captured: the step over the scenes whose numbers are in `index`, the sum of the gradients over ranks
+        included."""
+        return self.step.update(
+            Group([self.source.batch("train", index) for index in self.index], self.scenes), planned
+        )
 
     def _ready(self, planned: int) -> bool:
         """Whether there is a graph to replay; captures it when everything is warm, once."""
@@ -139,7 +154,7 @@ class CapturedCall:
         return body() if self.recording is None else self.recording.replay()
 
 
-def why_not(step: Step, source: SceneSource, config: Config) -> str:
+def why_not(step: Step, source: SceneSource, config: Config, ranks: Ranks = ALONE) -> str:
     """What is known beforehand to prevent the capture of a step; empty if nothing is."""
     if not config.training.capture:
         return "as asked"
@@ -147,6 +162,8 @@ def why_not(step: Step, source: SceneSource, config: Config) -> str:
         return "the data are not in the device's memory"
     if step.optimizer.backend != "triton":
         return f"the optimizer step runs as '{step.optimizer.backend}', not as a kernel"
+    if not ranks.alone and ranks.engine != "nccl":
+        return f"the ranks' gradients are summed by {ranks.engine}, and a graph can hold NCCL's sums only"
     return ""
 
 

@@ -72,7 +72,7 @@ class MfuCallback(Callback):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the run's random numbers stay
             peak = peak_matmul_rate(device, config.training.precision, seconds=0.3)
             scenes = self.trainer.source.batch("val", torch.arange(1))
-            self.peak_scenes_per_s = peak / max(step_flops(config, scenes), 1)
+            self.peak_scenes_per_s = self.trainer.ranks.size * peak / max(step_flops(config, scenes), 1)
         info["peak_matmul_flop_per_s"] = peak
 
     def on_log(self, row: dict[str, Any]) -> None:

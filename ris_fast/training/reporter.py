@@ -89,15 +89,15 @@ class MetricsReporter:
 
     # ---- what must hold -----------------------------------------------------------------------------------------
 
-    def check_epoch(self, made: int, before: dict[str, Any], *, cut_short: bool) -> None:
+    def check_epoch(self, made: int, expected: int, before: dict[str, Any], *, cut_short: bool) -> None:
         """Attempted steps must be what the data imply, and most of them must have been applied. Raises: RunStopped.
 
-        Args: made: steps of the epoch that this process made; before: the counters at its start.
+        Args: made: steps of the epoch that this process made; expected: those that the scenes left at its start imply;
+            before: the counters then.
         """
         self.read_counters()
         attempted = self.counters["attempted"] - before["attempted"]
-        if self.state.epoch_step >= self.epoch_steps or not cut_short:
-            expected = self.epoch_steps - (self.state.epoch_step - made)
+        if made >= expected or not cut_short:
             if attempted != expected:
                 raise RunStopped(
                     f"Epoch {self.state.epoch + 1} made {attempted} optimizer steps; its scenes, batch size "

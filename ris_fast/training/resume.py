@@ -25,6 +25,7 @@ from ris_fast.training.checkpoint import (
     read_whole,
 )
 from ris_fast.training.optim.fused_adamw import FusedAdamW
+from ris_fast.training.ranks.group import ALONE, Ranks
 from ris_fast.training.schedule import Plan
 from ris_fast.training.state import RunState, trainable
 
@@ -51,16 +52,22 @@ def identity(config: Config, source: SceneSource) -> dict[str, Any]:
 
 
 def run_facts(
-    config: Config, source: SceneSource, state: RunState, planned_steps: int, model: nn.Module
+    config: Config, source: SceneSource, state: RunState, planned_steps: int, model: nn.Module, ranks: int = 1
 ) -> dict[str, Any]:
-    """What a checkpoint remembers of its run besides tensors: its progress, and the settings it depends on."""
+    """What a checkpoint remembers of its run besides tensors: its progress, and the settings it depends on.
+
+    Args: ranks: how many train it.
+    """
     training = config.training
     return {
         "state": state.to_json(),
         "planned_steps": planned_steps,
         "model": config.model.name,
         "identity": identity(config, source),
-        "step_scenes": training.batch_size * training.accumulate,
+        "step_scenes": training.batch_size * training.accumulate * ranks,
+        "batch_size": training.batch_size,
+        "accumulate": training.accumulate,
+        "ranks": ranks,
         "precision": training.precision,
         "parameters": trainable(model),
     }
@@ -81,58 +88,83 @@ def tensors_of(model: nn.Module, optimizer: FusedAdamW, *, moments: bool) -> dic
     return groups
 
 
-def precision_of(run: Path, name: str) -> str | None:
-    """The precision in which a run trained; None where its checkpoint does not say, or is not whole, which `restore`
-    reports."""
-    found = read_whole(run / CHECKPOINTS, name)
-    return found[1].get("precision") if found else None
+class Found(NamedTuple):
+    """A checkpoint to continue from: its tensors on the host, its manifest, where its run stood, the length of its
+    schedule in steps, and what a person should read of it. Of plain values, so that one rank can send it to others."""
 
-
-class Restored(NamedTuple):
-    """Where a checkpoint's run stood, the length of its schedule in steps, and what a person should read of it."""
-
+    path: str
+    groups: dict[str, dict[str, Tensor]]
+    manifest: dict[str, Any]
     state: RunState
     planned_steps: int
     notes: list[str]
 
-    def plan(self, training: TrainingConfig, epoch_steps: int) -> Plan:
-        """The schedule from here on; one that time limits starts from the length that it had."""
-        rest = (training.epochs - self.state.epoch) * epoch_steps - self.state.epoch_step
+    def plan(self, training: TrainingConfig, epoch_steps: int, left: int) -> Plan:
+        """The schedule from here on; one that time limits starts from the length that it had.
+
+        Args: left: steps of the epoch under way that are still to be made.
+        """
+        rest = (training.epochs - self.state.epoch - 1) * epoch_steps + left
         planned = self.planned_steps if training.max_seconds else 0
         return Plan(self.state.step + max(0, rest), training.max_seconds, planned)
 
 
-def restore(
-    run: Path, name: str, config: Config, source: SceneSource, model: nn.Module, optimizer: FusedAdamW
-) -> Restored:
-    """Gives model and optimizer what checkpoint NAME of the folder `run` holds, and returns where its run stood.
+def find(run: Path, name: str, config: Config, source: SceneSource) -> Found:
+    """What checkpoint NAME of the folder `run` holds.
 
-    Raises: CheckpointError for a file that is not whole or fits no such network; ConfigError where settings changed so
-    that the run would not be the same one.
+    Raises: CheckpointError for a file that is not whole; ConfigError where settings changed so that the run would not
+    be the same one.
     """
     folder = run / CHECKPOINTS
     groups, manifest = load_checkpoint(folder, name)
     _same_run(manifest, run, config, source)
     path = folder / f"{name}.safetensors"
-    load_weights(model, groups["model"], str(path))
+    state = _state_of(manifest, path)
+    if state.epoch_step and not state.epoch_scenes:  # earlier versions counted steps only
+        product = manifest.get("step_scenes", config.training.batch_size * config.training.accumulate)
+        state.epoch_scenes = min(state.epoch_step * product, source.size("train"))
+    notes = [manifest["note"]] if "note" in manifest else []
+    if state.step and not any(key.startswith(MOMENTS) for key in groups["optimizer"]):
+        notes.append(f"{path} has no moments: AdamW starts them anew; learning rate, counts and averages go on")
+    if name != BEST:
+        notes += _take_best(state, folder, manifest)
+    return Found(str(path), groups, manifest, state, manifest["planned_steps"], notes)
+
+
+def restore(found: Found, model: nn.Module, optimizer: FusedAdamW) -> None:
+    """Gives model and optimizer what was found. Raises: CheckpointError where it fits no such network."""
+    groups = found.groups
+    load_weights(model, groups["model"], found.path)
     saved = groups["optimizer"]
     if "ema" in groups and not any(key.startswith("ema.") for key in saved):  # earlier versions wrote averages twice
         saved |= {f"ema.{key}": groups["ema"][key] for key in optimizer.tensor_names}
     optimizer.load_checkpoint_tensors({"optimizer": saved})
-    state = _state_of(manifest, path)
-    notes = [manifest["note"]] if "note" in manifest else []
-    if state.step and not any(key.startswith(MOMENTS) for key in saved):
-        notes.append(f"{path} has no moments: AdamW starts them anew; learning rate, counts and averages go on")
-    if name != BEST:
-        notes += _take_best(state, folder, manifest)
-    return Restored(state, manifest["planned_steps"], notes)
 
 
-def start_from(place: str, model: nn.Module) -> list[str]:
-    """Gives a new run's model the better weights of another run's best checkpoint, or of the checkpoint that is named;
-    returns what a person should read of them."""
-    folder, name = checkpoint_of(place)
-    weights, kind, manifest = better_weights(folder / CHECKPOINTS, name)
+def kept_product(found: Found, training: TrainingConfig, ranks: int) -> int | None:
+    """The accumulation with which this number of ranks makes steps of as many scenes as the run's so far; None where
+    nothing has to change, or where no accumulation does it, or where somebody changed batch size or accumulation."""
+    before = found.manifest
+    if before.get("ranks", 1) == ranks or "step_scenes" not in before:
+        return None
+    if (before.get("batch_size"), before.get("accumulate")) not in (
+        (training.batch_size, training.accumulate),
+        (None, None),  # earlier versions, of one rank, kept the product only
+    ):
+        return None
+    accumulate, rest = divmod(before["step_scenes"], training.batch_size * ranks)
+    return accumulate if accumulate and not rest else None
+
+
+def start_from(place: str, model: nn.Module, ranks: Ranks = ALONE) -> list[str]:
+    """Gives a new run's model the better weights of another run's best checkpoint, or of the checkpoint that is named,
+    which rank 0 reads; returns what a person should read of them."""
+
+    def read() -> tuple[Path, str, tuple[dict[str, Tensor], str, dict[str, Any]]]:
+        folder, name = checkpoint_of(place)
+        return folder, name, better_weights(folder / CHECKPOINTS, name)
+
+    folder, name, (weights, kind, manifest) = ranks.by_first(read)
     load_weights(model, weights, f"training.init = {place}")
     return [
         f"starts from the {kind} weights of epoch {manifest['state']['epoch']} of {folder}, checkpoint '{name}'",
@@ -162,13 +194,6 @@ def _same_run(manifest: Mapping[str, Any], run: Path, config: Config, source: Sc
         raise ConfigError(
             f"--resume {run}: {'; '.join(changed[:3])}. The scores and scenes so far would not be those "
             "of such a run. Leave it as it was, or start a new run."
-        )
-    size = config.training.batch_size * config.training.accumulate
-    if manifest["state"]["epoch_step"] and manifest.get("step_scenes", size) != size:
-        raise ConfigError(
-            f"--resume {run}: the run is within an epoch of steps of {manifest['step_scenes']} scenes, "
-            f"and batch size times accumulation is {size} now. Keep the product, {manifest['step_scenes']}, or resume "
-            "from a checkpoint at the end of an epoch."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ class RunState:
 
     epoch: int = 0  # epochs completed
     epoch_step: int = 0  # optimizer steps made in the epoch under way
+    epoch_scenes: int = 0  # scenes of it that these steps took, on all ranks
     step: int = 0  # optimizer steps attempted
     scenes_seen: int = 0
     seconds: float = 0.0  # training and validation, not start-up
@@ -81,6 +82,11 @@ class Meter:
         )
         if other.sums is not None:
             self.sums = other.sums if self.sums is None else self.sums + other.sums
+
+    def join_ranks(self, sum_: Callable[[Tensor], Tensor]) -> None:
+        """Adds what other ranks have seen in the same steps, whose scenes are counted already, by `Ranks.sum_`."""
+        if self.sums is not None:
+            sum_(self.sums)
 
     def read(self, copied: Tensor | None = None) -> None:
         """Waits for the sums and brings them to the host; takes `copied`, a copy that is there already, where given."""

@@ -6,7 +6,7 @@ Nothing else in the project touches gradients or learning rates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -24,11 +24,23 @@ from ris_fast.training.telemetry.step_telemetry import StepTelemetry
 from ris_fast.training.telemetry.step_window import ring_size
 
 
+class Group(list):
+    """The micro-batches of one optimizer step on this rank, and how many scenes the step has on all ranks together."""
+
+    def __init__(self, batches: Iterable, scenes: int) -> None:
+        super().__init__(batches)
+        self.scenes = scenes
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step saw; tensors stay on the device until somebody reads them."""
+    """What one optimizer step saw; tensors stay on the device until somebody reads them.
 
-    scenes: int
+    With several ranks `loss` and `terms` are this rank's part of the mean over the scenes of all: their sum over ranks
+    is the mean.
+    """
+
+    scenes: int  # of all ranks
     loss: Tensor  # (), mean over the step's scenes
     terms: dict[str, Tensor]  # name -> (), raw, mean over the step's scenes
 
@@ -105,6 +117,8 @@ class Step:
     Args:
         network: (snapshots, channel, codes, snr_db) -> Prediction, compiled or not, sharing `optimizer`'s parameters.
         model: the module that holds them.
+
+    `reduction`: sums the gradients over ranks, within `Trainer.fit`; None: the step is this process's alone.
     """
 
     def __init__(
@@ -120,6 +134,7 @@ class Step:
         self.config, self.device = config, device
         self.telemetry = StepTelemetry(model, optimizer, config.report.every_steps)
         self.rates: list[float | Tensor] = []
+        self.reduction: Callable[[], None] | None = None
 
     def predict(self, scenes: Scenes) -> Prediction:
         """The network's answer in the run's precision."""
@@ -136,10 +151,14 @@ class Step:
 
     def update(self, group: Sequence[Scenes], planned: int) -> StepResult:
         """The step from clearing to averaging, without a host read: what a CUDA graph holds."""
-        total = sum(scenes.batch for scenes in group)
+        total = group.scenes if self.reduction is not None else sum(scenes.batch for scenes in group)
         self.optimizer.zero_grad(set_to_none=False)  # one buffer, zero already after the last step
         self.telemetry.cleared()
-        losses, terms = zip(*(self._accumulate(scenes, scenes.batch / total) for scenes in group))
+        parts = [self._accumulate(scenes, scenes.batch / total) for scenes in group if scenes.batch]
+        losses, terms = zip(*(parts or [self._nothing()]))
+        if self.reduction is not None:
+            self.telemetry.before_reduction()
+            self.reduction()
         self.telemetry.differentiated()
         self.schedule(planned)
         self.note_rates()
@@ -150,6 +169,11 @@ class Step:
             torch.stack(losses).sum(),
             {name: torch.stack([each[name] for each in terms]).sum() for name in terms[0]},
         )
+
+    def _nothing(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a rank without scenes adds to a ragged last group."""
+        zero = torch.zeros((), device=self.device)
+        return zero, dict.fromkeys(self.loss.weights, zero)
 
     def _accumulate(self, scenes: Scenes, share: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of one micro-batch, weighted by its share of the step's scenes."""

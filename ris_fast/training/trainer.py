@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.config.schema import Config, ConfigError
-from ris_fast.data.open_source import open_source, widened_sector
+from ris_fast.data.open_source import open_source
 from ris_fast.data.source import SceneSource, epoch_batches
 from ris_fast.environment import keep_freed_memory
 from ris_fast.files import BEST, CHECKPOINTS, LAST
@@ -24,21 +23,26 @@ from ris_fast.training.callback import Callback, callback_list, check_callbacks,
 from ris_fast.training.capture import CapturedCall, CapturedStep
 from ris_fast.training.checkpoint_writer import CheckpointWriter
 from ris_fast.training.comparisons import CHUNK, Comparisons, compare
-from ris_fast.training.compiled_model import choose_device, compile_now, compiled
+from ris_fast.training.compiled_model import compiled
 from ris_fast.training.footprint import refuse_too_large
 from ris_fast.training.interrupts import interrupts_held
-from ris_fast.training.loss import CovarianceLoss, served_by
+from ris_fast.training.loss import CovarianceLoss
 from ris_fast.training.parts import Built
-from ris_fast.training.precision import choose_precision, refuse_tf32
+from ris_fast.training.precision import refuse_tf32
+from ris_fast.training.preparation import compile_step, served, shared_out, with_precision
+from ris_fast.training.ranks.agreement import Agreement
+from ris_fast.training.ranks.group import Ranks, join, rank_device
+from ris_fast.training.ranks.lost import RankLost
+from ris_fast.training.ranks.reduction import GradientReduction
 from ris_fast.training.reporter import MetricsReporter, validation_reading
-from ris_fast.training.resume import precision_of, restore, run_facts, start_from, tensors_of
+from ris_fast.training.resume import Found, find, restore, run_facts, start_from, tensors_of
 from ris_fast.training.schedule import Plan, steps_in_epoch
 from ris_fast.training.state import Meter, RunState, RunStopped, trainable
-from ris_fast.training.step import Step, StepResult, build_optimizer, network_inputs
+from ris_fast.training.step import Group, Step, StepResult, build_optimizer, network_inputs
 from ris_fast.training.summary import info, summary
 from ris_fast.training.telemetry.async_copy import Clock, DeviceTimestamp, own_stream
 from ris_fast.training.telemetry.step_telemetry import WeightDriftMonitor, weight_norms
-from ris_fast.training.validation import Score, validate
+from ris_fast.training.validation import Score, ValidationShare, validate
 
 REPLAN_EVERY = 50  # steps between two looks at the device's clock
 
@@ -53,6 +57,7 @@ class Trainer(Built):
         callbacks: called as the run proceeds, in order; also `trainer.callbacks`, a list that may be changed before
             `fit`.
         resume: continue from `folder`'s last checkpoint, or from the one of this name.
+        ranks: the processes that train it together; those that torchrun has started by default.
         progress: called with (scenes read, scenes in all) while data files are read and checked.
         observer: what `callbacks` was in earlier versions.
     """
@@ -66,6 +71,7 @@ class Trainer(Built):
         resume: bool | str = False,
         progress: Callable[[int, int], None] | None = None,
         observer: Any = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if not isinstance(config, Config):
             raise ConfigError(
@@ -73,21 +79,25 @@ class Trainer(Built):
             )
         self.callbacks = callback_list(callbacks, observer)
         self.folder = None if folder is None else Path(folder)
-        self.device = choose_device(config.training.device)
+        self.device = rank_device(config.training.device)
+        self.ranks = join(self.device) if ranks is None else ranks
         if self.device.type == "cpu":
             keep_freed_memory()
         torch.manual_seed(config.training.seed)
         self.source: SceneSource = open_source(config, self.device, progress)
-        self.config = config = self._served(config, resumed=bool(resume))
+        self.config = config = served(config, self.source, resumed=bool(resume))
+        found = self._found(resume if isinstance(resume, str) else LAST) if resume else None
         self.loss = CovarianceLoss(config.loss, config.task).to(self.device)
         self.model = build_model(config.model.name, config.task, **config.model.options).to(self.device)
         self.notes: list[str] = []  # what a person should read before training, besides the source's
         if config.training.init and not resume:
-            self.notes += start_from(config.training.init, self.model)
-        checkpoint = resume if isinstance(resume, str) else LAST
+            self.notes += start_from(config.training.init, self.model, self.ranks)
         if config.training.precision == "auto":
-            self.config = config = self._with_precision(checkpoint if resume else None)
+            config, notes = with_precision(config, found, self.model, self.loss, self.source, self.ranks)
+            self.notes += notes
         refuse_tf32(self.device, config.training.precision)
+        config, notes = shared_out(config, self.source, found, self.ranks)
+        self.config = config
         self.optimizer = build_optimizer(self.model, config)
         self.network, self.compile_note = compiled(self.model, config, self.device)
         self.step = Step(self.network, self.loss, self.optimizer, config, self.device, self.model)
@@ -96,7 +106,8 @@ class Trainer(Built):
         self.validation_runner: Callable[[Callable[[], Any]], Any] = lambda work: work()
 
         training, scenes = config.training, self.source.size("train")
-        self.epoch_steps = steps_in_epoch(scenes, training.batch_size, training.accumulate)
+        self.micro_batch = training.batch_size * self.ranks.size  # scenes, on all ranks
+        self.epoch_steps = self.epoch_left = steps_in_epoch(scenes, self.micro_batch, training.accumulate)
         self.plan = Plan(training.epochs * self.epoch_steps, training.max_seconds)
         self.planned = 0  # length of the schedule that the last step used
         self.state = RunState()
@@ -105,19 +116,18 @@ class Trainer(Built):
         self.replanned_at: tuple[int, DeviceTimestamp] | None = None
         self.optimizer_batches = 0  # of the epoch, that were read
         self.attempted: int | None = None  # within a step: the optimizer's steps before it
+        self.last_scenes = 0  # of the last step
+        self.agreement = Agreement(self.ranks)
         self.validation: list[Scenes] = []  # this and what follows: from the start of `fit`
         self.comparisons = Comparisons()
         self.first_norms: Tensor | None = None  # of the weights that a resumed run began with
         self.weight_drift: WeightDriftMonitor | None = None
         self.weight_drift_between_epochs: dict[str, Any] = {}
         refuse_too_large(self)
-        if (group := training.batch_size * training.accumulate) > scenes:
-            self.notes.append(
-                f"training.batch_size times training.accumulate is {group:,}, and an epoch has"
-                f" {scenes:,} scenes: each step takes all of them"
-            )
-        if resume:
-            self._restore(checkpoint)
+        self.notes += notes
+        if found is not None:
+            self._restore(found)
+        self._share_start()
         self.reporter = MetricsReporter(config, self.step, self.state, self.plan, self.clock, self.epoch_steps)
         if resume:
             self.reporter.read_counters()
@@ -130,17 +140,25 @@ class Trainer(Built):
         check_callbacks(self.callbacks)
         with own_stream(self.device):
             self._prepare()
-            return self._fit()
+            self.agreement = Agreement(self.ranks)
+            self.step.reduction = None if self.ranks.alone else GradientReduction(self.ranks, self.optimizer)
+            try:
+                with self.agreement.signals_held():
+                    return self._fit()
+            finally:
+                self.step.reduction = None
 
     def _prepare(self) -> None:
         """What comes before the clock of the run starts: scenes to validate, baselines, compiling."""
         self.validation = self.validation or self._validation_scenes()  # the network knows them by their identity
-        self.comparisons = compare(self.model, self.network, self.source, self.validation, self.config.task)
+        self.comparisons = self.ranks.by_first(self._compare)
         self._compile()
         self._capture()
 
     def _fit(self) -> dict[str, Any]:
-        self._notify("on_train_start", self._info())
+        with self.agreement.held():
+            self._notify("on_train_start", self._info())
+        self._ends(now=True)
         self.reporter.read_counters()  # steps that somebody made before are not the loop's
         findings, verdict, ended_by, begun = [], None, {}, self.state.step
         self.saved = time.monotonic()
@@ -151,19 +169,19 @@ class Trainer(Built):
                 self.state.initial_nmse = self._score().nmse
                 self.started = time.monotonic()
             settings = self.config.training
-            while self.state.epoch < settings.epochs and not self._time_over():
+            while self.state.epoch < settings.epochs and not self._ends(now=True):
                 self._epoch()
                 if 0 < settings.patience <= self.state.epochs_since_best:
                     break
             if self.state.step > begun:
-                self._save_last()
+                self.save_last()
         except RunStopped as stop:
             findings, verdict = [stop.finding], "stopped"
             raise
         except BaseException as error:
             verdict, ended_by = "stopped", {"ended_by": f"{type(error).__name__}: {error}"}
-            if isinstance(error, KeyboardInterrupt) and not self._broken_off():
-                self._save_last()
+            if isinstance(error, (KeyboardInterrupt, RankLost)) and not self._broken_off():
+                self.save_last()
             raise
         finally:
             if lost := self.writer.close():
@@ -178,7 +196,7 @@ class Trainer(Built):
         reporter, state, listeners = self.reporter, self.state, step_callbacks(self.callbacks)
         epoch_meter, window = Meter(), Meter()
         before, scenes_before = dict(reporter.counters), state.scenes_seen
-        self.optimizer_batches, self.replanned_at = 0, None
+        self.optimizer_batches, self.replanned_at, self.epoch_left = 0, None, self._steps_left()
         self.weight_drift_between_epochs = self.weight_drift.check()
         self.model.train()
         self.clock.start()
@@ -191,16 +209,19 @@ class Trainer(Built):
                 callback.on_step_start()
             with interrupts_held():
                 self._step(lambda batch=batch: step(batch, self.planned), listeners, window)
-            if reporter.due(state.step):
+            if reported := reporter.due(state.step):
+                window.join_ranks(self.ranks.sum_)
                 self._log(reporter.enqueue(window, state.scenes_seen - scenes_before, self.planned))
                 epoch_meter.join(window)
                 window = Meter()
-            if self._time_over():
+            if self._ends(now=reported):
                 break
+        window.join_ranks(self.ranks.sum_)
         epoch_meter.join(window)
         self._log(reporter.flush())
+        self._ends(now=True)
         rate = (state.scenes_seen - scenes_before) / max(self.clock.record().seconds() - self.clock.began, 1e-9)
-        reporter.check_epoch(epoch_meter.steps, before, cut_short=self._time_over())
+        reporter.check_epoch(epoch_meter.steps, self.epoch_left, before, cut_short=self.agreement.over)
         self._close_epoch(epoch_meter, before, rate)
 
     def _step(self, step: Callable[[], StepResult], listeners: list[Callback], window: Meter) -> None:
@@ -219,27 +240,32 @@ class Trainer(Built):
         """Whether a second Ctrl-C fell into an update, so that weights, moments and counts do not belong together."""
         return self.attempted is not None and self.optimizer.counters()["attempted"] != self.attempted
 
-    def _groups(self) -> Iterator[list[Scenes]]:
+    def _groups(self) -> Iterator[Group]:
         """The scenes of each optimizer step, `accumulate` micro-batches, from where the run is in its epoch."""
         for indices in self._index_groups():
-            yield [self.source.batch("train", index) for index in indices]
+            yield Group([self.source.batch("train", index) for index in indices], indices.scenes)
 
-    def _index_groups(self) -> Iterator[list[Tensor]]:
-        """The numbers of those scenes."""
-        settings, fixed = self.config.training, self.config.data.fixed
-        batches = list(epoch_batches(self.source, "train", self.state.epoch, settings.batch_size, settings.seed, fixed))
-        for first in range(self.state.epoch_step * settings.accumulate, len(batches), settings.accumulate):
+    def _index_groups(self) -> Iterator[Group]:
+        """The numbers of those scenes; with several ranks this one's share of each micro-batch."""
+        settings, fixed, scenes = self.config.training, self.config.data.fixed, self.source.size("train")
+        (order,) = epoch_batches(self.source, "train", self.state.epoch, scenes, settings.seed, fixed)
+        batches = order[self.state.epoch_scenes :].split(self.micro_batch)
+        for first in range(0, len(batches) if self._steps_left() else 0, settings.accumulate):
             self.optimizer_batches += 1
-            yield batches[first : first + settings.accumulate]
+            group = batches[first : first + settings.accumulate]
+            yield Group(map(self.ranks.share, group), sum(map(len, group)))
+
+    def _steps_left(self) -> int:
+        """Of the epoch under way."""
+        scenes = self.source.size("train") - self.state.epoch_scenes
+        return steps_in_epoch(scenes, self.micro_batch, self.config.training.accumulate)
 
     def _advance(self, scenes: int) -> None:
         """Counts one attempted step."""
         state = self.state
-        state.step, state.epoch_step, state.scenes_seen = (
-            state.step + 1,
-            state.epoch_step + 1,
-            state.scenes_seen + scenes,
-        )
+        self.last_scenes = scenes
+        state.step, state.epoch_step = state.step + 1, state.epoch_step + 1
+        state.epoch_scenes, state.scenes_seen = state.epoch_scenes + scenes, state.scenes_seen + scenes
         state.seconds = time.monotonic() - self.started
         if state.step in (5, 10, 20) or state.step % REPLAN_EVERY == 0:
             self._replan_schedule()
@@ -253,11 +279,18 @@ class Trainer(Built):
         before, self.replanned_at = self.replanned_at, (self.state.step, self.clock.record())
         step, moment = (self.replanned_at if self.device.type == "cpu" else before) or (0, None)
         if moment is not None:
-            self.plan.update(step, moment.seconds() - self.started)
+            self._plan_by(step, moment.seconds() - self.started)
 
-    def _time_over(self) -> bool:
+    def _plan_by(self, step: int, seconds: float) -> None:
+        """Plans by the clock of rank 0."""
+        self.plan.update(step, seconds)
+        if self.plan.max_seconds > 0:
+            self.plan.planned = self.ranks.from_first(self.plan.planned)
+
+    def _ends(self, *, now: bool = False) -> bool:
+        """Whether the time is over, on all ranks. Raises what ends the run on all of them: see `Agreement`."""
         limit = self.config.training.max_seconds
-        return limit > 0 and time.monotonic() - self.started >= limit
+        return self.agreement.after(self.state.step, 0 < limit <= time.monotonic() - self.started, now=now)
 
     # ---- validation and checkpoints -----------------------------------------------------------------------------
 
@@ -279,8 +312,8 @@ class Trainer(Built):
             "health": {
                 "steps": meter.steps,
                 "optimizer_batches": self.optimizer_batches,
-                "epoch_steps": self.epoch_steps - (state.epoch_step - meter.steps),  # without those before a resumption
-                "cut_short": self._time_over(),
+                "epoch_steps": self.epoch_left,  # without those before a resumption
+                "cut_short": self.agreement.over,
                 "weight_drift_between_epochs": self.weight_drift_between_epochs,
                 **validation_reading({"raw": raw} | ({"ema": ema} if ema else {}), self.weight_drift),
             },
@@ -289,16 +322,18 @@ class Trainer(Built):
             weights, score = ("ema", ema) if ema and ema.nmse < raw.nmse else ("raw", raw)
             better = score.nmse < state.best_nmse
             state.epochs_since_best = 0 if better else state.epochs_since_best + 1
-            state.epoch, state.epoch_step = state.epoch + 1, 0
+            state.epoch, state.epoch_step, state.epoch_scenes = state.epoch + 1, 0, 0
             if better:
                 state.best_nmse, state.best_weights = score.nmse, weights
                 self._save(BEST)
-            self.plan.update(state.step, state.seconds)
-            self._notify("on_epoch_end", row)
+            self._plan_by(state.step, state.seconds)
+            with self.agreement.held():
+                self._notify("on_epoch_end", row)
 
     def _score(self, averaged: bool = False) -> Score:
         def score() -> Score:
-            return validate(self.model, self.step.predict, self.loss, self.validation, self.validation_runner)
+            share = None if self.ranks.alone else self._validation_share()
+            return validate(self.model, self.step.predict, self.loss, self.validation, self.validation_runner, share)
 
         if not averaged:
             return score()
@@ -306,12 +341,12 @@ class Trainer(Built):
             return score()
 
     def _save(self, name: str) -> None:
-        """Has a checkpoint written of the run as it is now; the last one has the moments too."""
-        if self.folder is None:
+        """Has a checkpoint written of the run as it is now, by rank 0; the last one has the moments too."""
+        if self.folder is None or not self.ranks.first:
             return
         if name == LAST:
             self.saved = time.monotonic()
-        facts = run_facts(self.config, self.source, self.state, self.plan.planned, self.model)
+        facts = run_facts(self.config, self.source, self.state, self.plan.planned, self.model, self.ranks.size)
         tensors = tensors_of(self.model, self.optimizer, moments=name == LAST)
         self.writer.save(self.folder / CHECKPOINTS, name, tensors, facts)
 
@@ -322,17 +357,31 @@ class Trainer(Built):
         if 0 < seconds <= time.monotonic() - self.saved and not self.writer.busy(LAST):
             self._save(LAST)
 
-    def _save_last(self) -> None:
+    def save_last(self) -> None:
         """The last checkpoint, of which one copy is in memory at a time, on disk."""
         self.writer.finish()
         self._save(LAST)
         self.writer.finish()
 
-    def _restore(self, name: str) -> None:
+    def _found(self, name: str) -> Found:
+        """The checkpoint to continue from, which rank 0 reads."""
+        return self.ranks.by_first(lambda: find(self.folder or Path("."), name, self.config, self.source))
+
+    def _restore(self, found: Found) -> None:
         self.first_norms = weight_norms(self.model)  # of the untrained network, as when the run began
-        found = restore(self.folder or Path("."), name, self.config, self.source, self.model, self.optimizer)
-        self.state, self.plan = found.state, found.plan(self.config.training, self.epoch_steps)
+        restore(found, self.model, self.optimizer)
+        self.state = found.state
+        self.plan = found.plan(self.config.training, self.epoch_steps, self._steps_left())
         self.notes += found.notes
+
+    def _share_start(self) -> None:
+        """Gives every rank the weights of rank 0, bit for bit, and random numbers of its own."""
+        if self.ranks.alone:
+            return
+        for value in self.model.state_dict().values():
+            self.ranks.broadcast_(value)
+        if not self.ranks.first:
+            torch.manual_seed(self.config.training.seed + 1_000_003 * self.ranks.rank)
 
     # ---- what callbacks receive ---------------------------------------------------------------------------------
 
@@ -341,8 +390,9 @@ class Trainer(Built):
             getattr(callback, event)(values)
 
     def _log(self, row: dict[str, Any] | None) -> None:
-        if row is not None:
-            self._notify("on_log", row)
+        with self.agreement.held():
+            if row is not None:
+                self._notify("on_log", row)
 
     def _info(self) -> dict[str, Any]:
         return info(
@@ -390,50 +440,31 @@ class Trainer(Built):
 
     # ---- preparation --------------------------------------------------------------------------------------------
 
-    def _served(self, config: Config, *, resumed: bool) -> Config:
-        """The configuration with what the data make of it; a resumed run keeps the sector it began with."""
-        weights, notes = served_by(config.loss, self.source.lacks)
-        wider, more = (config, []) if resumed else widened_sector(config, self.source.reach)
-        self.source.notes += notes + more
-        return replace(wider, loss=weights)
-
-    def _with_precision(self, checkpoint: str | None) -> Config:
-        """The configuration with the precision that the run began in, or else the one that pays on this machine."""
-        precision = precision_of(self.folder or Path("."), checkpoint) if checkpoint else None
-        if precision is None:
-            precision, why = choose_precision(self.model, self.loss, self.source, self.device)
-            self.notes.append(why)
-        origins = {**self.config.provenance, "training.precision": "precision auto"}
-        return replace(self.config, training=replace(self.config.training, precision=precision), provenance=origins)
+    def _validation_share(self) -> ValidationShare:
+        return ValidationShare(self.ranks, min(self.config.data.val_limit, self.source.size("val")), CHUNK)
 
     def _validation_scenes(self) -> list[Scenes]:
-        size = min(self.config.data.val_limit, self.source.size("val"))
-        batches = [self.source.batch("val", index) for index in torch.arange(size).split(CHUNK)]
+        """Of this rank's share; with their features, which stay the same."""
+        batches = [self.source.batch("val", index) for index in self._validation_share().own()]
         for scenes in batches:
             self.network.remember(*network_inputs(scenes))
         return batches
 
+    def _compare(self) -> Comparisons:
+        whole = self.validation
+        if not self.ranks.alone:
+            whole = [self.source.batch("val", index) for index in self._validation_share().chunks()]
+        return compare(self.model, self.network, self.source, whole, self.config.task)
+
     def _compile(self) -> None:
-        """Compiles before the clock of the run starts, on a batch that trains nothing, unless preflight has done so."""
-        if self.step.network is not self.network or not self.network.compiled or self.network.ready:
-            return
-        size = self.config.training.batch_size
-        if self.source.size("train") < size:
-            self.compile_note = f"eager: no batch reaches {size} scenes, so that compiling would not pay"
-            return
-        scenes = self.source.batch("train", torch.arange(size, device=self.source.index_device))
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
-        def train() -> None:
-            torch.autograd.grad(self.loss(self.step.predict(scenes), scenes)[0], trained, allow_unused=True)
-
-        self.compile_note = compile_now(self.network, train, self.device)
+        note = compile_step(self.network, self.step, self.source, self.model, self.ranks)
+        self.compile_note = note or self.compile_note
 
     def _capture(self) -> None:
         """On CUDA, steps and validation become graphs; the note says why where they do not."""
         if self.device.type != "cuda":
             return
-        self.capture = CapturedStep(self.step, self.source, self.config)
+        self.capture = CapturedStep(self.step, self.source, self.config, ranks=self.ranks)
         if self.config.training.capture:
             self.validation_runner = CapturedCall("validation")
         refused = self.capture.refused

@@ -20,6 +20,7 @@ from ris_fast.physics.matched_filter import shrinkage, shrunk
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.compiled_model import Network
 from ris_fast.training.loss import CovarianceLoss
+from ris_fast.training.ranks.group import Ranks
 from ris_fast.training.step import network_inputs
 from ris_fast.training.telemetry.step_telemetry import row_hashes, weight_norms
 
@@ -47,9 +48,10 @@ def scene_nmse(prediction: Prediction, scenes: Scenes) -> Tensor:
 
 
 class Measured(NamedTuple):
-    """Scores on the device: loss (), NMSE (B,) float64, sum of the factors' hashes (), norms of the weights (T,)."""
+    """Scores on the device: loss of each batch times its scenes (C,) float64, NMSE (B,) float64, sum of the factors'
+    hashes (), norms of the weights (T,)."""
 
-    loss: Tensor
+    losses: Tensor
     nmse: Tensor
     prediction_hash: Tensor
     weights: Tensor
@@ -68,10 +70,43 @@ def measure(
         hashes.append(row_hashes(prediction.factor).sum())
         losses.append(loss(prediction, scenes)[0].double() * scenes.batch)
         scores.append(scene_nmse(prediction, scenes))
+    if not losses:  # a rank without scenes
+        none = weights.new_zeros(0, dtype=torch.float64)
+        return Measured(none, none, none.long().sum(), weights, 0)
     nmse = torch.cat(scores).double()
-    return Measured(
-        torch.stack(losses).sum() / nmse.numel(), nmse, torch.stack(hashes).sum(), weights, modules_in_train_mode
-    )
+    return Measured(torch.stack(losses), nmse, torch.stack(hashes).sum(), weights, modules_in_train_mode)
+
+
+class ValidationShare:
+    """The part of the validation scenes that each rank scores: chunk c of them is rank (c mod size)'s.
+
+    Args: scenes: of the whole set; chunk: scenes at a time, fewer where else a rank had none.
+    """
+
+    def __init__(self, ranks: Ranks, scenes: int, chunk: int) -> None:
+        self.ranks, self.scenes, self.chunk = ranks, scenes, max(1, min(chunk, -(-scenes // ranks.size)))
+
+    def chunks(self) -> list[Tensor]:
+        """The numbers of the whole set's scenes."""
+        return list(torch.arange(self.scenes).split(self.chunk))
+
+    def own(self) -> list[Tensor]:
+        return self.chunks()[self.ranks.rank :: self.ranks.size]
+
+    def whole(self, found: Measured) -> Measured:
+        """What one process would have measured with these chunks, bit for bit: every figure is put where it belongs,
+        and the zeros of the other ranks are added."""
+        if self.ranks.alone:
+            return found
+        table = found.nmse.new_zeros(len(self.chunks()), self.chunk + 1)  # NMSE of a chunk's scenes, then its loss
+        rows = table[self.ranks.rank :: self.ranks.size]
+        for row, loss, nmse in zip(rows, found.losses, found.nmse.split(self.chunk)):
+            row[: len(nmse)], row[-1] = nmse, loss
+        self.ranks.sum_(table)
+        nmse = table[:, :-1].flatten()[: self.scenes]
+        return found._replace(
+            losses=table[:, -1], nmse=nmse, prediction_hash=self.ranks.sum_(found.prediction_hash.clone())
+        )
 
 
 def _modules_in_train_mode(model: nn.Module) -> int:
@@ -84,16 +119,19 @@ def validate(
     loss: CovarianceLoss,
     batches: Iterable[Scenes],
     run: Callable[[Callable[[], Measured]], Measured] = lambda work: work(),
+    share: ValidationShare | None = None,
 ) -> Score:
     """Scores the model's present weights; the mode of each of its modules is put back afterwards.
 
-    `run`: calls the work, or stands in for it with a captured graph of the same.
+    `run`: calls the work, or stands in for it with a captured graph of the same. `share`: where `batches` are a part of
+    the set, and the other ranks score the rest.
     """
     with eval_mode(model):
         found = run(lambda: measure(model, predict, loss, batches))
+        found = found if share is None else share.whole(found)
         modules_in_train_mode = found.modules_in_train_mode + _modules_in_train_mode(model)
     return Score(
-        found.loss.item(),
+        (found.losses.sum() / found.nmse.numel()).item(),
         found.nmse.mean().item(),
         found.nmse.median().item(),
         modules_in_train_mode == 0,

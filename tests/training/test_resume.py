@@ -81,14 +81,26 @@ def test_resume_allows_new_rates_loss_weights_and_precision(tmp_path: Path) -> N
     assert again.fit()["epochs"] == 2
 
 
-def test_resume_within_an_epoch_keeps_the_scenes_of_a_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "batch, accumulate, steps, earlier", [(8, 2, 4, False), (32, 1, 3, False), (24, 1, 4, False), (8, 2, 4, True)]
+)
+def test_resume_within_an_epoch_shows_each_scene_once(
+    batch: int, accumulate: int, steps: int, earlier: bool, tmp_path: Path
+) -> None:
+    """Whatever the scenes of a step; also from a checkpoint of an earlier version, which counts steps only."""
+    whole = torch.cat([index for group in Trainer(small())._index_groups() for index in group])
     stopped_within_an_epoch(tmp_path, small())
-    with pytest.raises(ConfigError, match="steps of 16 scenes"):
-        Trainer(small(batch=32), tmp_path, resume=True)
-    parted = Trainer(small("training.accumulate=2", batch=8), tmp_path, resume=True)
-    assert parted.state.epoch_step == 2
+    if earlier:
+        groups, manifest = load_checkpoint(tmp_path / "checkpoints", "last")
+        del manifest["sha256"], manifest["state"]["epoch_scenes"]
+        save_checkpoint(tmp_path / "checkpoints", "last", groups, manifest)
+    parted = Trainer(small(f"training.accumulate={accumulate}", batch=batch), tmp_path, resume=True)
+    assert (parted.state.epoch_step, parted.state.epoch_scenes) == (2, 32)
+    left = torch.cat([index for group in parted._index_groups() for index in group])
+    assert left.equal(whole[32:])
+    assert parted.plan.planned == steps
     summary = parted.fit()
-    assert (summary["optimizer_steps"], summary["scenes_seen"]) == (4, 64)
+    assert (summary["optimizer_steps"], summary["scenes_seen"]) == (steps, 64)
 
 
 def test_resume_after_an_epoch_replans_for_a_larger_batch(tmp_path: Path) -> None:

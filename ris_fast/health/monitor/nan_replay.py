@@ -35,14 +35,14 @@ class Culprit:
 
 def replay(trainer: Trainer) -> list[Culprit]:
     """The step that the run has just made, once more under anomaly mode, a term at a time; empty if all is finite."""
-    state, before = trainer.state, trainer.state.epoch_step
-    state.epoch_step = max(0, before - 1)
+    state, before = trainer.state, trainer.state.epoch_scenes
+    state.epoch_scenes = max(0, before - trainer.last_scenes)
     groups = trainer._groups()
     try:
         group = next(groups, None)
     finally:
         groups.close()
-        state.epoch_step = before
+        state.epoch_scenes = before
     return [] if group is None else culprits(PreflightContext(trainer), group)
 
 

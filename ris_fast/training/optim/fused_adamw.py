@@ -113,6 +113,21 @@ class FusedAdamW(Optimizer):
         buffers.moments.set_active(self.state, active)
         buffers.gradients.accumulate(gradients, active, scale, overwrite, last)
 
+    @torch.no_grad()
+    def flat_gradients(self, having: Sequence[int]) -> list[Tensor]:
+        """The gradients in the flat buffers, one tensor a bucket: what is written there is what the next step takes.
+
+        having: tensors, by number, that get a gradient of zeros where they have none. For `clear_grads`."""
+        buffers = self.buffers
+        buffers.follow(self.param_groups, self.state)
+        for i in having:
+            if (p := buffers.placement.params[i]).grad is None:
+                p.grad = buffers.gradients.views[i].zero_()
+        buffers.take_gradients(self.state, self.clear_grads)
+        for bucket in self.buckets:
+            torch.autograd.graph.increment_version(bucket.grad)  # a collective does not count as a write
+        return [bucket.grad for bucket in self.buckets]
+
     @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch. With False, clears gradients in the buffers at once; free right after a `clear_grads` step."""

@@ -7,7 +7,8 @@ engines of PyTorch's: NCCL for tensors on a GPU, gloo for tensors on the host an
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,21 +16,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ris_fast import exit_codes
 from ris_fast.config.schema import ConfigError
+from ris_fast.environment import launched
+from ris_fast.training.compiled_model import choose_device
+from ris_fast.training.ranks.lost import EndedByFirst, RankLost, name_the_lost
 
 Value = TypeVar("Value")
-PATIENCE = timedelta(minutes=10)  # for a rank that lives and does not come; of one that died the others hear at once
+PATIENCE = timedelta(minutes=30)  # for a rank that lives and does not come; of one that died the others hear at once
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 class Ranks:
     """One process of a run: its number `rank` among `size`, and `local_rank` among the `local_size` of its machine.
 
-    The only one of a run is `ALONE`; every method then returns what it was given, and nothing is sent.
+    The only one of a run is `ALONE`; every method then returns what it was given, and nothing is sent. Every method
+    that sends raises RankLost where another rank has ended. `engine`: what carries tensors of the run's device.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1, *, store: Any = None,
+        engine: str = "",
+    ) -> None:  # fmt: skip
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
+        self.store, self.engine = store, engine
 
     @property
     def first(self) -> bool:
@@ -47,7 +57,8 @@ class Ranks:
     def sum_(self, tensor: Tensor) -> Tensor:
         """The tensor, summed over ranks in place. All ranks get the same bits."""
         if not self.alone:
-            dist.all_reduce(tensor)
+            with self._heard():
+                dist.all_reduce(tensor)
         return tensor
 
     def gathered(self, tensor: Tensor) -> Tensor:
@@ -55,29 +66,52 @@ class Ranks:
         if self.alone:
             return tensor[None]
         out = tensor.new_empty((self.size, *tensor.shape))
-        dist.all_gather(list(out.unbind()), tensor.contiguous())
+        with self._heard():
+            dist.all_gather(list(out.unbind()), tensor.contiguous())
         return out
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """The tensor, with rank 0's values in place."""
         if not self.alone:
-            dist.broadcast(tensor, 0)
+            with self._heard():
+                dist.broadcast(tensor, 0)
         return tensor
 
     def from_first(self, value: Value) -> Value:
-        """Rank 0's value, of plain Python; what the others give is not looked at."""
+        """Rank 0's value, of plain Python or tensors on the host; what the others give is not looked at."""
         if self.alone:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        box = [value if self.first else None]
+        with self._heard():
+            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
+
+    def by_first(self, work: Callable[[], Value]) -> Value:
+        """What `work()` returns on rank 0, the only one that calls it; the others wait for it.
+
+        Raises: on rank 0 what it raises; on the others EndedByFirst, with the exit code of that.
+        """
+        if self.alone:
+            return work()
+        if not self.first:
+            ended, value = self.from_first(None)
+            if ended is not None:
+                raise EndedByFirst(ended)
+            return value
+        try:
+            value = work()
+        except Exception as error:
+            self.from_first((getattr(error, "exit_code", exit_codes.BUG), None))
+            raise
+        return self.from_first((None, value))[1]
 
     def largest(self, values: Sequence[int]) -> list[int]:
         """Of each whole number the largest among all ranks. Over the host: no device waits."""
         if self.alone:
             return list(values)
         shared = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        with self._heard():
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
         return shared.tolist()
 
     def all_values(self, value: Any) -> list[Any]:
@@ -85,33 +119,68 @@ class Ranks:
         if self.alone:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        with self._heard():
+            dist.all_gather_object(found, value)
         return found
 
     def wait(self) -> None:
         """Until every rank is here."""
         self.largest([0])
 
+    def outlast_first(self) -> None:
+        """Where all ranks end: the others wait here until rank 0, which may still write, has gone. A launcher that sees
+        one of them end with an exit code other than 0 stops the rest."""
+        if not self.first:
+            with suppress(RuntimeError):
+                dist.barrier()
+
     def leave(self) -> None:
         """Ends the connection, at the end of a run that ended well on every rank."""
         if not self.alone and dist.is_initialized():
             dist.destroy_process_group()
 
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        """Turns what an engine raises, which names an address at most, into RankLost."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankLost(name_the_lost(self.store, self.rank, self.size), str(error)) from error
+
 
 ALONE = Ranks()
 
 
-def launched() -> bool:
-    """Whether torchrun, or another launcher that sets its variables, started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+def rank_device(name: str) -> torch.device:
+    """The device of this process: of several on a machine with GPUs each has the GPU of its local number.
+
+    Raises: ConfigError for a device that this machine does not have, or that several ranks would share.
+    """
+    device = choose_device(name)
+    if not launched() or device.type == "cpu":
+        return device
+    local_rank, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if device.index is not None:
+        raise ConfigError(
+            f"training.device is '{name}' with {os.environ['WORLD_SIZE']} ranks; each rank takes the GPU of its local"
+            " number. Write cuda, and choose GPUs with CUDA_VISIBLE_DEVICES."
+        )
+    if local_rank >= there:
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: torch sees {there} here. Start torchrun with --nproc-per-node={there}"
+            " at most, or train on the processor with --device cpu."
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def join(device: torch.device) -> Ranks:
     """This process's place among those that torchrun started, connected to them; `ALONE` where it started none or one.
 
-    Raises: ConfigError where the variables of the launcher are incomplete, or the engine is missing in this torch.
+    Raises: ConfigError where the variables of the launcher are incomplete.
     """
-    if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    if not launched():
         return ALONE
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if name not in os.environ]
     if missing:
@@ -119,9 +188,32 @@ def join(device: torch.device) -> Ranks:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set. Start the ranks with"
             " torchrun --nproc-per-node=N -m ris_fast train ..., or unset WORLD_SIZE to train in one process."
         )
-    if not dist.is_initialized():
-        bound = {"device_id": device} if device.type == "cuda" else {}
-        dist.init_process_group(BACKENDS[device.type], timeout=PATIENCE, **bound)
-    local_rank = int(os.environ["LOCAL_RANK"])
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_size)
+    if not dist.is_initialized():  # else by the script that the trainer is a part of
+        _connect(device)
+    engines = dict(part.split(":") for part in dist.get_backend_config().split(","))
+    if not {"cpu", device.type} <= engines.keys():
+        raise ConfigError(
+            f"the process group carries tensors of {' and '.join(engines)} only. Make it with"
+            f" init_process_group('{BACKENDS[device.type]}'), or leave that to the Trainer."
+        )
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return Ranks(
+        dist.get_rank(), dist.get_world_size(), local_rank, local_size, store=_store, engine=engines[device.type]
+    )
+
+
+_store: Any = None  # torch has one process group a process, and this is where it meets
+
+
+def _connect(device: torch.device) -> None:
+    global _store
+    _store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    bound = {"device_id": device} if device.type == "cuda" else {}
+    dist.init_process_group(
+        BACKENDS[device.type],
+        store=dist.PrefixStore("ris_fast", _store),
+        rank=rank,
+        world_size=size,
+        timeout=PATIENCE,
+        **bound,
+    )

@@ -97,6 +97,7 @@ class StepTelemetry:
 
     def _clear(self) -> None:
         self.residual_grad_norm: Tensor | None = None
+        self.own: Tensor | None = None
         self.raw: Tensor | None = None
         self.before: Tensor | None = None
         self.after: Tensor | None = None
@@ -135,8 +136,13 @@ class StepTelemetry:
         if len(factor) > 1:
             self.spread = spread(factor.detach().float())
 
+    def before_reduction(self) -> None:
+        """After backward, with this rank's own gradients; called where there are several ranks."""
+        if self.sampled:
+            self.own = norms(self._gradients())
+
     def differentiated(self) -> None:
-        """After backward, before anything else has touched the gradients."""
+        """After backward and the sum over ranks, before anything else has touched the gradients."""
         if self.sampled:
             self.raw = norms(self._gradients())
 
