@@ -100,8 +100,7 @@ def scenes_of_rank_0(trainer: Trainer, ranks: Ranks) -> None:
 @fault("a rank makes scenes of another seed", "rank_sees_other_data")
 def other_seed(trainer: Trainer, ranks: Ranks) -> None:
     if ranks.rank == ONE:
-        training = replace(trainer.config.training, seed=99)
-        other = open_source(replace(trainer.config, training=training), trainer.device, None)
+        other = open_source(replace(trainer.config, data=replace(trainer.config.data, seed=99)), trainer.device, None)
         wrap(trainer.source, "batch", lambda batch: lambda split, index: other.batch(split, index))
 
 
@@ -198,7 +197,7 @@ class Changed:
 
 def put_ranks(trainer: Trainer, ranks: Ranks, **methods: Callable) -> None:
     """The trainer's ranks, with methods of its own."""
-    trainer.ranks = Changed(ranks, **methods)
+    put(trainer, "ranks", Changed(ranks, **methods))
 
 
 def on_sum(trainer: Trainer, ranks: Ranks, change: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]) -> None:
@@ -218,7 +217,8 @@ def healthy_config(size: int) -> Config:
     return backprojection(
         **{
             "training.epochs": 2, "training.batch_size": 8, "training.accumulate": 2, "report.every_steps": 2,
-            "health.min_applied": 0.5, "data.train_scenes": 6 * 16 * size + 1, "data.val_scenes": 8 * size, "data.val_limit": 8 * size,
+            "health.min_applied": 0.5,
+            "data.train_scenes": 6 * 16 * size + 1, "data.val_scenes": 8 * size, "data.val_limit": 8 * size,
         }
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.loss import CovarianceLoss
 from ris_fast.training.optim.fused_adamw import FusedAdamW
+from ris_fast.training.ranks.reduction import GradientReduction
 from ris_fast.training.schedule import learning_rate_factor
 from ris_fast.training.telemetry.step_telemetry import StepTelemetry
 from ris_fast.training.telemetry.step_window import ring_size
@@ -134,7 +135,7 @@ class Step:
         self.config, self.device = config, device
         self.telemetry = StepTelemetry(model, optimizer, config.report.every_steps)
         self.rates: list[float | Tensor] = []
-        self.reduction: Callable[[], None] | None = None
+        self.reduction: GradientReduction | None = None
 
     def predict(self, scenes: Scenes) -> Prediction:
         """The network's answer in the run's precision."""
@@ -157,8 +158,10 @@ class Step:
         parts = [self._accumulate(scenes, scenes.batch / total) for scenes in group if scenes.batch]
         losses, terms = zip(*(parts or [self._nothing()]))
         if self.reduction is not None:
-            self.telemetry.before_reduction()
-            self.reduction()
+            gradients = self.reduction.gradients()
+            self.telemetry.before_sum(gradients)
+            self.reduction.sum_(gradients)
+            self.telemetry.after_sum(gradients)
         self.telemetry.differentiated()
         self.schedule(planned)
         self.note_rates()
@@ -178,6 +181,7 @@ class Step:
     def _accumulate(self, scenes: Scenes, share: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of one micro-batch, weighted by its share of the step's scenes."""
         loss, terms = self.loss(self.predict(scenes), scenes)
+        self.telemetry.weighted(share)
         self.optimizer.scale(loss * share).backward()
         return loss.detach() * share, {name: value.detach() * share for name, value in terms.items()}
 

@@ -33,6 +33,7 @@ from ris_fast.training.preparation import compile_step, served, shared_out, with
 from ris_fast.training.ranks.agreement import Agreement
 from ris_fast.training.ranks.group import Ranks, join, rank_device
 from ris_fast.training.ranks.lost import RankLost
+from ris_fast.training.ranks.rank_telemetry import RankTelemetry
 from ris_fast.training.ranks.reduction import GradientReduction
 from ris_fast.training.reporter import MetricsReporter, validation_reading
 from ris_fast.training.resume import Found, find, restore, run_facts, start_from, tensors_of
@@ -141,12 +142,15 @@ class Trainer(Built):
         with own_stream(self.device):
             self._prepare()
             self.agreement = Agreement(self.ranks)
-            self.step.reduction = None if self.ranks.alone else GradientReduction(self.ranks, self.optimizer)
+            if not self.ranks.alone:
+                self.step.reduction = GradientReduction(self.ranks, self.optimizer)
+                capacity = self.config.training.batch_size * self.config.training.accumulate
+                self.step.telemetry.ranks = RankTelemetry(self.ranks, self.model, self.optimizer, capacity)
             try:
                 with self.agreement.signals_held():
                     return self._fit()
             finally:
-                self.step.reduction = None
+                self.step.reduction = self.step.telemetry.ranks = None
 
     def _prepare(self) -> None:
         """What comes before the clock of the run starts: scenes to validate, baselines, compiling."""
@@ -253,7 +257,16 @@ class Trainer(Built):
         for first in range(0, len(batches) if self._steps_left() else 0, settings.accumulate):
             self.optimizer_batches += 1
             group = batches[first : first + settings.accumulate]
+            self._expect(group[0])
             yield Group(map(self.ranks.share, group), sum(map(len, group)))
+
+    def _expect(self, index: Tensor) -> None:
+        """Makes the first scene of the next rank too, of a micro-batch (B,) of all ranks, for a step whose telemetry
+        compares it with what that rank is shown."""
+        telemetry = self.step.telemetry
+        if telemetry.ranks is not None and telemetry.next_due():
+            next_one = index[(self.ranks.rank + 1) % self.ranks.size :][:1]
+            telemetry.ranks.expected = self.source.batch("train", next_one) if len(next_one) else None
 
     def _steps_left(self) -> int:
         """Of the epoch under way."""

@@ -11,11 +11,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.monitor.history import Row, Rule, RunHistory
+from ris_fast.health.monitor.history import NAMED, Row, Rule, RunHistory, named
 from ris_fast.health.monitor.step_rules import ENOUGH_SCENES
 
 ROUNDING = 16 * 2.0**-23  # of the sum of norms, times the root of the ranks: what a sum in float32 may lose
-NAMED = 8  # ranks in one message
 
 
 def ranks_hold_the_same_weights(run: RunHistory) -> Iterator[Finding]:
@@ -121,9 +120,11 @@ def every_rank_is_in_the_sum(run: RunHistory) -> Iterator[Finding]:
 def _explained(run: RunHistory, off: list[int], own: list, summed: list, total: list, slack: float) -> Finding:
     """Why some ranks do not step with the sum of all gradients."""
     step, many = _call(run.steps[-1]), len(own)
-    if alone := [rank for rank in off if _near(summed[rank], own[rank], slack)]:
-        return run.finding("rank_gradient_missing", f"in step {step} {named(alone)} of {many} {_steps_alone(alone)}.")
     reached = summed[off[0]]
+    same = all(_near(each, reached, slack) for each in summed)
+    alone = [] if same else [rank for rank in off if _near(summed[rank], own[rank], slack)]
+    if alone:
+        return run.finding("rank_gradient_missing", f"in step {step} {named(alone)} of {many} {_steps_alone(alone)}.")
     if all(_near(summed[rank], reached, slack) for rank in off):
         for rank in range(many):
             weight = _weight(reached, total, own[rank], slack)
@@ -186,15 +187,6 @@ def _ranks(row: Row) -> Row:
 def _call(row: Row) -> int:
     """The number of the step that was read."""
     return row["health"].get("call", row.get("step", 0))
-
-
-def named(ranks: Sequence[int]) -> str:
-    """'rank 1', 'ranks 1 and 3', 'ranks 1, 2, ... and 40 more'."""
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    shown, rest = [str(rank) for rank in ranks[:NAMED]], len(ranks) - NAMED
-    last = f"{rest} more" if rest > 0 else shown.pop()
-    return f"ranks {', '.join(shown)} and {last}"
 
 
 RANK_RULES: tuple[Rule, ...] = (

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.monitor.history import RunHistory
-from ris_fast.health.monitor.rank_rules import RANK_RULES, named
+from ris_fast.health.monitor.history import RunHistory, named
+from ris_fast.health.monitor.rank_rules import RANK_RULES
 
 Ranks = dict[str, Any]
 
@@ -112,6 +112,14 @@ def test_rank_gradient_missing_names_the_rank() -> None:
     left_out["summed"] = [[a - b for a, b in zip(left_out["summed"][0], left_out["own"][1])]] * 3
     assert "the gradient of rank 1 of 3 is not in the sum" in only(left_out)[1]
 
+    first_only = healthy(2)
+    first_only["summed"] = [first_only["own"][0]] * 2
+    assert "the gradient of rank 1 of 2 is not in the sum" in only(first_only)[1]
+
+    twice = healthy(3)
+    twice["summed"] = [[a + b for a, b in zip(twice["summed"][0], twice["own"][1])]] * 3
+    assert "the gradient of rank 1 of 3 counts 2 times in the sum" in only(twice)[1]
+
     alone = healthy(3)
     alone["summed"] = [alone["summed"][0], alone["own"][1], alone["summed"][2]]
     assert "rank 1 of 3 steps with its own gradient alone" in only(alone)[1]
@@ -119,7 +127,7 @@ def test_rank_gradient_missing_names_the_rank() -> None:
     odd = healthy(3)
     odd["summed"] = [odd["summed"][0], [7.0, -3.0], odd["summed"][2]]
     assert "rank 1 of 3 steps with another gradient than the sum" in only(odd)[1]
-    assert {only(each)[0] for each in (zero, left_out, alone, odd)} == {"rank_gradient_missing"}
+    assert {only(each)[0] for each in (zero, left_out, first_only, twice, alone, odd)} == {"rank_gradient_missing"}
 
 
 def test_a_wrong_scale_of_the_sum_or_of_a_share_is_found() -> None:
