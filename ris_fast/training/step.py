@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from ris_fast.training.loss import CovarianceLoss
 from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.training.ranks.reduction import GradientReduction
 from ris_fast.training.schedule import learning_rate_factor
+from ris_fast.training.step_result import StepResult
 from ris_fast.training.telemetry.step_telemetry import StepTelemetry
 from ris_fast.training.telemetry.step_window import ring_size
 
@@ -31,19 +31,6 @@ class Group(list):
     def __init__(self, batches: Iterable, scenes: int) -> None:
         super().__init__(batches)
         self.scenes = scenes
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step saw; tensors stay on the device until somebody reads them.
-
-    With several ranks `loss` and `terms` are this rank's part of the mean over the scenes of all: their sum over ranks
-    is the mean.
-    """
-
-    scenes: int  # of all ranks
-    loss: Tensor  # (), mean over the step's scenes
-    terms: dict[str, Tensor]  # name -> (), raw, mean over the step's scenes
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
