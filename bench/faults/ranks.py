@@ -27,9 +27,11 @@ from ris_fast.config.schema import Config
 from ris_fast.data.open_source import open_source
 from ris_fast.health.monitor.watchdog import Watchdog
 from ris_fast.training.ranks.group import Ranks, join
+from ris_fast.training.state import RunStopped
 from ris_fast.training.trainer import Trainer
 
 GRADIENT = 256  # elements: of the sums over ranks only those of gradients are larger
+STOPPED = "all ranks end with the one that finds a fault"
 ONE = 1  # the rank that has the fault, where one has it
 
 
@@ -212,11 +214,11 @@ def on_sum(trainer: Trainer, ranks: Ranks, change: Callable[[Tensor, Callable[[T
 # ---- healthy runs -------------------------------------------------------------------------------------------------
 
 
-def healthy_config(size: int) -> Config:
-    """Two epochs of seven steps of two micro-batches; in the last group rank 0 has one scene and the others none."""
+def healthy_config(size: int, epochs: int = 1) -> Config:
+    """Epochs of seven steps of two micro-batches; in the last group rank 0 has one scene and the others none."""
     return backprojection(
         **{
-            "training.epochs": 2, "training.batch_size": 8, "training.accumulate": 2, "report.every_steps": 2,
+            "training.epochs": epochs, "training.batch_size": 8, "training.accumulate": 2, "report.every_steps": 2,
             "health.min_applied": 0.5,
             "data.train_scenes": 6 * 16 * size + 1, "data.val_scenes": 8 * size, "data.val_limit": 8 * size,
         }
@@ -243,9 +245,9 @@ HEALTHY: dict[str, tuple[Callable[[Trainer, Ranks], None], set[str]]] = {
 # ---- trials -------------------------------------------------------------------------------------------------------
 
 
-def trial(plant: Callable[[Trainer, Ranks], None], ranks: Ranks) -> list[dict[str, Any]]:
+def trial(plant: Callable[[Trainer, Ranks], None], ranks: Ranks, epochs: int = 1) -> list[dict[str, Any]]:
     """What rank 0 finds in a run with the fault: causes in the order in which they were found."""
-    trainer = Trainer(healthy_config(ranks.size))
+    trainer = Trainer(healthy_config(ranks.size, epochs))
     watchdog = Watchdog(trainer)
     if ranks.first:
         trainer.callbacks.append(watchdog)
@@ -253,6 +255,19 @@ def trial(plant: Callable[[Trainer, Ranks], None], ranks: Ranks) -> list[dict[st
     trainer.fit()
     found = sorted(watchdog.findings, key=lambda finding: finding.step)
     return [{"cause": each.cause, "step": each.step, "evidence": each.evidence} for each in found]
+
+
+def stopped(ranks: Ranks) -> list[dict[str, Any]]:
+    """What every rank of a run says that rank 0's watchdog ends, and after which step."""
+    trainer, said = Trainer(healthy_config(ranks.size)), ""
+    if ranks.first:
+        trainer.callbacks.append(Watchdog(trainer, stop=True))
+    nothing_summed(trainer, ranks)
+    try:
+        trainer.fit()
+    except RunStopped as stop:
+        said = stop.finding
+    return ranks.all_values({"cause": said, "step": trainer.state.step, "evidence": ""})
 
 
 @contextmanager
@@ -272,7 +287,9 @@ def worker(out: Path, wanted: list[str]) -> None:
     for name, plant in plants.items():
         if not wanted or name in wanted:
             with in_time(ranks):
-                found[name] = trial(plant, ranks)
+                found[name] = trial(plant, ranks, epochs=2 if name in HEALTHY else 1)
+    if STOPPED in wanted or not wanted:
+        found[STOPPED] = stopped(ranks)
     if ranks.first:
         out.write_text(json.dumps(found))
     ranks.leave()
@@ -311,7 +328,10 @@ def main() -> int:
     missed = 0
     for size in given.ranks:
         for name, found in found_by(size, given.names).items():
-            if name in HEALTHY:
+            if name == STOPPED:
+                bad = len({(each["cause"], each["step"]) for each in found}) > 1
+                verdict = "APART" if bad else "together"
+            elif name in HEALTHY:
                 bad = not {each["cause"] for each in found} <= HEALTHY[name][1]
                 verdict = "NOT SILENT" if bad else "silent"
             else:

@@ -39,7 +39,8 @@ from ris_fast.training.reporter import MetricsReporter, validation_reading
 from ris_fast.training.resume import Found, find, restore, run_facts, start_from, tensors_of
 from ris_fast.training.schedule import Plan, steps_in_epoch
 from ris_fast.training.state import Meter, RunState, RunStopped, trainable
-from ris_fast.training.step import Group, Step, StepResult, build_optimizer, network_inputs
+from ris_fast.training.step import Group, Step, build_optimizer, network_inputs
+from ris_fast.training.step_result import StepResult
 from ris_fast.training.summary import info, summary
 from ris_fast.training.telemetry.async_copy import Clock, DeviceTimestamp, own_stream
 from ris_fast.training.telemetry.step_telemetry import WeightDriftMonitor, weight_norms

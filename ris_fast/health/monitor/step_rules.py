@@ -53,8 +53,8 @@ def untouched_gradient(run: RunHistory) -> Iterator[Finding]:
     ):
         yield run.finding(
             "nonfinite_gradients",
-            f"{reading['raw_nonfinite']} tensors have gradients that are not finite{_on_ranks(run, 'nonfinite')}, though the"
-            " scenes are.",
+            f"{reading['raw_nonfinite']} tensors have gradients that are not finite{_on_ranks(run, 'nonfinite')},"
+            " though the scenes are.",
         )
     elif math.isfinite(raw) and raw > 0 and scale == 1.0:
         if seen == 0:
