@@ -127,7 +127,7 @@ def ranks_or_threads(machine: Machine) -> dict[str, Any]:
     found = {}
     for batch in (SMALL, LARGE):
         ranks, threads = [], []
-        for _ in range(3):
+        for _ in range(2):
             given = {"preset": "laptop", "steps": STEPS}
             ranks.append(machine.run("train", given | {"batch": batch}, 2)["step_s"])
             threads.append(machine.run("train", given | {"batch": 2 * batch, "threads": 2})["step_s"])

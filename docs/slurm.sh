@@ -27,11 +27,11 @@ fi
 
 # One torchrun a node; it starts and watches the ranks of its node. With eight GPUs and 32 cores a rank has four threads.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK / ranks > 0 ? SLURM_CPUS_PER_TASK / ranks : 1))}
-exec srun torchrun \
+exec srun --kill-on-bad-exit=1 torchrun \
     --nnodes="$SLURM_NNODES" \
     --nproc-per-node="$ranks" \
     --rdzv-backend=c10d \
     --rdzv-endpoint="$first:${PORT:-29400}" \
     --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
-    --max-restarts=3 \
+    --max-restarts="${RESTARTS:-3}" \
     -m ris_fast train "${where[@]}" "$@"
