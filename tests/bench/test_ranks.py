@@ -64,7 +64,7 @@ def test_slurm_script_starts_one_torchrun_a_node_and_continues_a_run(tmp_path: P
     script = str(ROOT / "docs" / "slurm.sh")
     done = subprocess.run(["bash", script, "--set", "a=b c"], env=environ, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
-        "4", "--kill-on-bad-exit=1", "torchrun", "--nnodes=2", "--nproc-per-node=8", "--rdzv-backend=c10d", "--rdzv-endpoint=n7:29400",
-        "--rdzv-id=5.0", "--max-restarts=3", "-m", "ris_fast", "train", "--resume" if resumed else "--out", str(run),
-        "--set", "a=b c",
+        "4", "--kill-on-bad-exit=1", "torchrun", "--nnodes=2", "--nproc-per-node=8", "--rdzv-backend=c10d",
+        "--rdzv-endpoint=n7:29400", "--rdzv-id=5.0", "--max-restarts=3", "-m", "ris_fast", "train",
+        "--resume" if resumed else "--out", str(run), "--set", "a=b c",
     ]  # fmt: skip

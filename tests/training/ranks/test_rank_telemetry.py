@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import pytest
 import torch
 
-from ris_fast.training.ranks.rank_telemetry import BLOCK, Probe, read_ranks
+from bench.faults.healthy_twins import backprojection
+from ris_fast.training.ranks.group import Ranks
+from ris_fast.training.ranks.rank_telemetry import BLOCK, Probe, RankTelemetry, read_ranks
+from ris_fast.training.ranks.reduction import GradientReduction
+from ris_fast.training.trainer import Trainer
+from tests.operation_watch import Watch
 
 
 def made(blocks: int = 40) -> tuple[Probe, torch.Tensor]:
@@ -55,3 +63,56 @@ def test_read_tells_shared_scenes_and_scenes_that_are_not_as_numbered() -> None:
     assert found["nonfinite"] == [0, 1, 0] and found["shared"] == [[0, 1, 1]]
     assert found["as_numbered"] == [False, True, None]
     assert found["own"] == [[1.0, 2.0]] * 3 and found["summed"] == [[3.0, 4.0]] * 3
+
+
+class Echo(Ranks):
+    """Two ranks of which the other one says the same, and adds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def gathered(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack([tensor, tensor])
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        return list(values)
+
+
+def with_echo() -> Trainer:
+    trainer, ranks = Trainer(backprojection(**{"training.batch_size": 8})), Echo()
+    trainer.step.reduction = GradientReduction(ranks, trainer.optimizer)
+    trainer.step.telemetry.ranks = RankTelemetry(ranks, trainer.model, trainer.optimizer, 8)
+    return trainer
+
+
+def test_a_step_that_is_read_waits_for_no_device() -> None:
+    trainer = with_echo()
+    groups = trainer._groups()
+    trainer.step(next(groups), 10)
+    group = next(groups)
+    with Watch("cpu") as seen:
+        trainer.step(group, 10)
+    assert trainer.step.telemetry.ranks.gathered is not None and not seen.waits and not seen.solvers
+
+
+def test_only_a_step_that_is_read_has_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = with_echo()
+    groups = trainer._groups()
+    trainer.step(next(groups), 10)
+    telemetry = trainer.step.telemetry
+    found = telemetry.read(telemetry.sample(), 0)["ranks"]
+    assert found["weights"][0] == found["weights"][1] and found["scenes"] == [8, 8] and found["shared"] == [[0, 1, 8]]
+    assert found["own"] == found["summed"] and found["share"] == [1.0, 1.0] and found["grad_norm"][0] > 0
+    group, telemetry.enabled = next(groups), False
+    monkeypatch.setattr(telemetry.ranks, "begin", lambda: pytest.fail("a step that is not read"))
+    trainer.step(group, 10)
+    assert "ranks" not in (telemetry.sample().tensors if telemetry.sample() else {})
+
+
+def test_one_rank_has_no_record() -> None:
+    trainer = Trainer(backprojection())
+    trainer.step(next(trainer._groups()), 10)
+    assert trainer.step.telemetry.ranks is None and "ranks" not in trainer.step.telemetry.sample().tensors
