@@ -51,7 +51,9 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "empty_cache_slot": "some batches arrive as zeros",
         "constant_input": "every scene shows the network the same input",
         "constant_targets": "all scenes have the same target",
-        "rank_sees_other_data": "ranks train on the same scenes instead of their own",
+        "rank_sees_other_data": (
+            "a rank trains on other scenes than its own: on another rank's, or on others than their numbers stand for"
+        ),
         "repeated_batch": "the same scenes are served again and again",
         "stale_cache": "part of a batch comes from an earlier one",
         "task_differs": (
@@ -66,7 +68,7 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "snr_labels_differ": "the SNR that scenes are labelled with is not the one that their snapshots have",
         "split_overlap": "validation scenes are training scenes",
         "stale_optimizer_parameters": "the optimizer holds tensors that the network does not use",
-        "ranks_diverged": "ranks hold different weights",
+        "ranks_diverged": "ranks, which should hold the same weights to the last bit, hold different ones",
         "stale_compiled_graph": (
             "a compiled or copied network computes with weights that are not the ones being trained"
         ),
@@ -128,7 +130,7 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "clip_before_unscale": "gradients are clipped while still multiplied by the loss scale",
         "gradients_never_cleared": "gradients of all earlier steps are added up",
         "last_micro_batch_only": "only one micro-batch of a step contributes to the gradient",
-        "rank_gradient_missing": "a rank's gradient is not in the sum",
+        "rank_gradient_missing": "a rank's gradient is zero, or not in the sum that every rank should step with",
         "accumulation_not_divided": "micro-batches are summed with other weights than their share of the step",
         "schedule_per_epoch": "the learning rate is planned in steps and advanced once an epoch",
         "schedule_per_batch": "the learning rate follows micro-batches instead of optimizer steps",

@@ -30,7 +30,8 @@ from ris_fast.config.schema import Config
 from ris_fast.data.source import SceneSource
 from ris_fast.timing import no_garbage_collection
 from ris_fast.training.ranks.group import ALONE, Ranks
-from ris_fast.training.step import Group, Step, StepResult
+from ris_fast.training.step import Group, Step
+from ris_fast.training.step_result import StepResult
 
 WARM_UP = 3  # eager calls before a capture
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast import exit_codes
-from ris_fast.training.step import StepResult
+from ris_fast.training.step_result import StepResult
 
 
 def trainable(model: nn.Module) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,30 +18,20 @@ from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.loss import CovarianceLoss
 from ris_fast.training.optim.fused_adamw import FusedAdamW
+from ris_fast.training.ranks.reduction import GradientReduction
 from ris_fast.training.schedule import learning_rate_factor
+from ris_fast.training.step_result import StepResult
 from ris_fast.training.telemetry.step_telemetry import StepTelemetry
 from ris_fast.training.telemetry.step_window import ring_size
 
 
 class Group(list):
-    """The micro-batches of one optimizer step on this rank, and how many scenes the step has on all ranks together."""
+    """The micro-batches of one optimizer step on this rank, how many scenes the step has on all ranks together, and the
+    number of the first scene that the next rank is shown, (1,), or none, (0,)."""
 
-    def __init__(self, batches: Iterable, scenes: int) -> None:
+    def __init__(self, batches: Iterable, scenes: int, neighbour: Tensor | None = None) -> None:
         super().__init__(batches)
-        self.scenes = scenes
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step saw; tensors stay on the device until somebody reads them.
-
-    With several ranks `loss` and `terms` are this rank's part of the mean over the scenes of all: their sum over ranks
-    is the mean.
-    """
-
-    scenes: int  # of all ranks
-    loss: Tensor  # (), mean over the step's scenes
-    terms: dict[str, Tensor]  # name -> (), raw, mean over the step's scenes
+        self.scenes, self.neighbour = scenes, neighbour
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
@@ -134,7 +123,7 @@ class Step:
         self.config, self.device = config, device
         self.telemetry = StepTelemetry(model, optimizer, config.report.every_steps)
         self.rates: list[float | Tensor] = []
-        self.reduction: Callable[[], None] | None = None
+        self.reduction: GradientReduction | None = None
 
     def predict(self, scenes: Scenes) -> Prediction:
         """The network's answer in the run's precision."""
@@ -157,8 +146,10 @@ class Step:
         parts = [self._accumulate(scenes, scenes.batch / total) for scenes in group if scenes.batch]
         losses, terms = zip(*(parts or [self._nothing()]))
         if self.reduction is not None:
-            self.telemetry.before_reduction()
-            self.reduction()
+            gradients = self.reduction.gradients()
+            self.telemetry.before_sum(gradients)
+            self.reduction.sum_(gradients)
+            self.telemetry.after_sum(gradients)
         self.telemetry.differentiated()
         self.schedule(planned)
         self.note_rates()
@@ -178,6 +169,7 @@ class Step:
     def _accumulate(self, scenes: Scenes, share: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of one micro-batch, weighted by its share of the step's scenes."""
         loss, terms = self.loss(self.predict(scenes), scenes)
+        self.telemetry.weighted(share)
         self.optimizer.scale(loss * share).backward()
         return loss.detach() * share, {name: value.detach() * share for name, value in terms.items()}
 

@@ -36,12 +36,14 @@ from ris_fast.training.preparation import compile_step, served, shared_out, with
 from ris_fast.training.ranks.agreement import Agreement
 from ris_fast.training.ranks.group import Ranks, join, rank_device
 from ris_fast.training.ranks.lost import RankLost
+from ris_fast.training.ranks.rank_telemetry import RankTelemetry
 from ris_fast.training.ranks.reduction import GradientReduction
 from ris_fast.training.reporter import MetricsReporter, validation_reading
 from ris_fast.training.resume import Found, find, restore, run_facts, start_from, tensors_of
 from ris_fast.training.schedule import Plan, steps_in_epoch
 from ris_fast.training.state import Meter, RunState, RunStopped, trainable
-from ris_fast.training.step import Group, Step, StepResult, build_optimizer, network_inputs
+from ris_fast.training.step import Group, Step, build_optimizer, network_inputs
+from ris_fast.training.step_result import StepResult
 from ris_fast.training.summary import info, summary
 from ris_fast.training.telemetry.async_copy import Clock, DeviceTimestamp, own_stream
 from ris_fast.training.telemetry.step_telemetry import WeightDriftMonitor, weight_norms
@@ -145,12 +147,15 @@ class Trainer(Built):
         with own_stream(self.device):
             self._prepare()
             self.agreement = Agreement(self.ranks)
-            self.step.reduction = None if self.ranks.alone else GradientReduction(self.ranks, self.optimizer)
+            if not self.ranks.alone:
+                self.step.reduction = GradientReduction(self.ranks, self.optimizer)
+                capacity = self.config.training.batch_size * self.config.training.accumulate
+                self.step.telemetry.ranks = RankTelemetry(self.ranks, self.model, self.optimizer, capacity)
             try:
                 with self.agreement.signals_held():
                     return self._fit()
             finally:
-                self.step.reduction = None
+                self.step.reduction = self.step.telemetry.ranks = None
 
     def _prepare(self) -> None:
         """What comes before the clock of the run starts: scenes to validate, baselines, compiling."""
@@ -212,6 +217,7 @@ class Trainer(Built):
         self.batches = batches
         for batch in batches:
             self._save_if_due()
+            self._expect(batch.neighbour)
             self.planned = self.plan.planned
             for callback in listeners:
                 callback.on_step_start()
@@ -252,7 +258,7 @@ class Trainer(Built):
         """The scenes of each optimizer step, `accumulate` micro-batches, from where the run is in its epoch."""
         with closing(scene_groups(self.source, "train", self._index_groups())) as groups:
             for indices, scenes in groups:
-                yield Group(scenes, indices.scenes)
+                yield Group(scenes, indices.scenes, indices.neighbour)
 
     def _index_groups(self) -> Iterator[Group]:
         """The numbers of those scenes; with several ranks this one's share of each micro-batch."""
@@ -261,7 +267,15 @@ class Trainer(Built):
         batches = epoch_batches(*epoch, self.micro_batch, settings.seed, fixed, start=done)
         while group := list(islice(batches, settings.accumulate)):
             self.optimizer_batches += 1
-            yield Group(map(self.ranks.share, group), sum(map(len, group)))
+            neighbour = group[0][(self.ranks.rank + 1) % self.ranks.size :][:1]
+            yield Group(map(self.ranks.share, group), sum(map(len, group)), neighbour)
+
+    def _expect(self, neighbour: Tensor) -> None:
+        """Makes the first scene of the next rank too, by its number, (1,) or (0,), for a step whose telemetry compares
+        it with what that rank is shown."""
+        telemetry = self.step.telemetry
+        if telemetry.ranks is not None and telemetry.next_due():
+            telemetry.ranks.expected = self.source.batch("train", neighbour) if len(neighbour) else None
 
     def _steps_left(self) -> int:
         """Of the epoch under way."""

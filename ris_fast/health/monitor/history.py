@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ris_fast.health.finding import Finding
 
 Row = Mapping[str, Any]
+NAMED = 8  # ranks in one message
 
 
 @dataclass
@@ -47,3 +48,12 @@ def validated(row: Row) -> float:
     """Validation NMSE of an epoch: the better of raw and averaged weights, as far as they have a figure."""
     figures = [float(row[key]) for key in ("val_nmse_raw", "val_nmse_ema") if row.get(key) is not None]
     return min((value for value in figures if math.isfinite(value)), default=math.nan)
+
+
+def named(ranks: Sequence[int]) -> str:
+    """'rank 1', 'ranks 1 and 3', 'ranks 1, 2, ... and 40 more'."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    shown, rest = [str(rank) for rank in ranks[:NAMED]], len(ranks) - NAMED
+    last = f"{rest} more" if rest > 0 else shown.pop()
+    return f"ranks {', '.join(shown)} and {last}"

@@ -7,6 +7,7 @@ from ris_fast.health.monitor.end_rules import END_RULES
 from ris_fast.health.monitor.epoch_contracts import CONTRACT_RULES
 from ris_fast.health.monitor.epoch_rules import WHILE_IT_RUNS
 from ris_fast.health.monitor.history import Rule, RunHistory
+from ris_fast.health.monitor.rank_rules import RANK_RULES
 from ris_fast.health.monitor.standstill import stalled_above_inputs
 from ris_fast.health.monitor.step_rules import STEP_RULES
 
@@ -15,7 +16,7 @@ EPOCH_RULES: tuple[Rule, ...] = (*CONTRACT_RULES, *WHILE_IT_RUNS)
 
 def rules_of(event: str) -> tuple[Rule, ...]:
     """The rules that a row of this kind can set off: "step", "epoch" or "finish"."""
-    return {"step": (*STEP_RULES, stalled_above_inputs), "epoch": EPOCH_RULES, "finish": END_RULES}[event]
+    return {"step": (*RANK_RULES, *STEP_RULES, stalled_above_inputs), "epoch": EPOCH_RULES, "finish": END_RULES}[event]
 
 
 def replay(run: RunHistory) -> list[Finding]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.monitor.history import Rule, RunHistory
+from ris_fast.health.monitor.history import Rule, RunHistory, named
 
 TOUCHED = 0.02  # relative: more than rounding in a sum
 ENOUGH_SCENES = 8  # of one step, or of several together, of which more than half were served before
@@ -48,10 +48,13 @@ def untouched_gradient(run: RunHistory) -> Iterator[Finding]:
             f"backward leaves {reading['raw_nonfinite']} tensors with values that are not finite and "
             f"the optimizer receives a gradient of norm {seen:.3g}.",
         )
-    elif reading["raw_nonfinite"] and reading["skipped"] and scale == 1.0 and not reading["nonfinite_scenes"]:
+    elif (
+        reading["raw_nonfinite"] and reading["skipped"] and scale == 1.0 and not _of_all_ranks(run, "nonfinite_scenes")
+    ):
         yield run.finding(
             "nonfinite_gradients",
-            f"{reading['raw_nonfinite']} tensors have gradients that are not finite, though the scenes are.",
+            f"{reading['raw_nonfinite']} tensors have gradients that are not finite{_on_ranks(run, 'nonfinite')},"
+            " though the scenes are.",
         )
     elif math.isfinite(raw) and raw > 0 and scale == 1.0:
         if seen == 0:
@@ -79,7 +82,7 @@ def nonfinite_between_reports(run: RunHistory) -> Iterator[Finding]:
         window.get("nonfinite_steps")
         and not scaled
         and not reading.get("raw_nonfinite")
-        and not reading.get("nonfinite_scenes")
+        and not _of_all_ranks(run, "nonfinite_scenes")
     ):
         yield run.finding(
             "nonfinite_gradients",
@@ -93,14 +96,13 @@ def nonfinite_between_reports(run: RunHistory) -> Iterator[Finding]:
 def served_scenes(run: RunHistory) -> Iterator[Finding]:
     """No step has empty or broken scenes, or scenes that it or another step of the epoch has had."""
     reading = run.reading
-    if reading.get("nonfinite_scenes"):
-        yield run.finding(
-            "nonfinite_data", f"{reading['nonfinite_scenes']} of {reading['scenes']} scenes of a step are not finite."
-        )
-    if reading.get("zero_scenes"):
-        yield run.finding(
-            "empty_cache_slot", f"{reading['zero_scenes']} of {reading['scenes']} scenes of a step are all zeros."
-        )
+    scenes = _of_all_ranks(run, "scenes")
+    if count := _of_all_ranks(run, "nonfinite_scenes"):
+        where = _on_ranks(run, "nonfinite_scenes")
+        yield run.finding("nonfinite_data", f"{count} of {scenes} scenes of a step are not finite{where}.")
+    if count := _of_all_ranks(run, "zero_scenes"):
+        where = _on_ranks(run, "zero_scenes")
+        yield run.finding("empty_cache_slot", f"{count} of {scenes} scenes of a step are all zeros{where}.")
     repeated, scenes = _repeated(run)
     if reading.get("repeated") and repeated > max(1, scenes // 2):
         where = "a step" if scenes == reading["scenes"] else "the last steps that were read"
@@ -108,6 +110,17 @@ def served_scenes(run: RunHistory) -> Iterator[Finding]:
             "repeated_batch",
             f"{repeated} of {scenes} scenes of {where} were in it twice or in another step of the same epoch.",
         )
+
+
+def _of_all_ranks(run: RunHistory, key: str) -> int:
+    """A count of the step that was read, over all ranks."""
+    return sum((run.reading.get("ranks") or {}).get(key) or [run.reading.get(key) or 0])
+
+
+def _on_ranks(run: RunHistory, key: str) -> str:
+    """Where a count is not zero; empty for one rank."""
+    counts = (run.reading.get("ranks") or {}).get(key) or []
+    return f", on {named([rank for rank, count in enumerate(counts) if count])}" if any(counts) else ""
 
 
 def _repeated(run: RunHistory) -> tuple[int, int]:

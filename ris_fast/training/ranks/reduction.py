@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,8 +31,8 @@ class GradientReduction:
         self.having: list[int] | None = None  # tensors that have a gradient on any rank
 
     @torch.no_grad()
-    def __call__(self) -> None:
-        """Sums the gradients; `.grad` of every tensor that has one anywhere is a view of the sum.
+    def gradients(self) -> list[Tensor]:
+        """The flat buffers with this rank's own gradients; `.grad` of every tensor that has one anywhere is a view.
 
         Raises: RuntimeError where a tensor has its first gradient after the first step, of which the others know
             nothing.
@@ -45,7 +47,12 @@ class GradientReduction:
                 f"rank {self.ranks.rank}: '{self.optimizer.tensor_names[min(new)]}' has a gradient, and had none on any"
                 " rank in the first step. With several ranks a tensor is trained from the first step on, or never."
             )
-        for buffer in self.optimizer.flat_gradients(self.having):
+        return self.optimizer.flat_gradients(self.having)
+
+    @torch.no_grad()
+    def sum_(self, gradients: Sequence[Tensor]) -> None:
+        """Sums the buffers over ranks, in place."""
+        for buffer in gradients:
             self.ranks.sum_(buffer)
 
     def _parameters(self) -> list[Tensor]:

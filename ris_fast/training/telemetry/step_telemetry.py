@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast.physics.scenes import Scenes
+from ris_fast.training.ranks.rank_telemetry import RankTelemetry, read_ranks
 from ris_fast.training.telemetry.step_window import Window, median
 
 DENSE = 8  # the contracts of the loop show in the first steps
@@ -82,7 +83,8 @@ class StepSample:
 class StepTelemetry:
     """Readings of one optimizer step at a time; `Step` calls the methods in their order.
 
-    `every`: a step is read on the first eight and then each time this many steps have passed.
+    `every`: a step is read on the first eight and then each time this many steps have passed. `ranks`: reads what the
+    ranks of the run say of themselves, within `Trainer.fit`; None where there is one.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, every: int) -> None:
@@ -93,17 +95,22 @@ class StepTelemetry:
         self.window: Window | None = None  # what the last report brought
         self.last_reported, self.reported_calls = 0, 0  # number of the last step in a window; calls until then
         self.seen: list[tuple[int, frozenset[int]]] = []
+        self.ranks: RankTelemetry | None = None
         self._clear()
 
     def _clear(self) -> None:
         self.residual_grad_norm: Tensor | None = None
-        self.own: Tensor | None = None
         self.raw: Tensor | None = None
         self.before: Tensor | None = None
         self.after: Tensor | None = None
         self.spread: Tensor | None = None
         self.row_hashes: list[Tensor] = []
         self.invalid_rows: list[Tensor] = []
+
+    def next_due(self) -> bool:
+        """Whether the step that comes is read."""
+        made = self.optimizer.attempted_steps() if self.fresh else self.calls
+        return self.due(made + 1)
 
     def due(self, call: int) -> bool:
         """Whether the step of this number, counted from 1, is read."""
@@ -117,6 +124,8 @@ class StepTelemetry:
         self.calls, self.fresh = self.calls + 1, False
         self.sampled = self.due(self.calls)
         self._clear()
+        if self._ranks_read:
+            self.ranks.begin()
         if self.sampled:
             self.before = weight_norms(self.model)
             self.first = self.before if self.first is None else self.first
@@ -133,13 +142,25 @@ class StepTelemetry:
             return
         self.row_hashes.append(row_hashes(scenes.snapshots))
         self.invalid_rows.append(count_invalid_rows(scenes.snapshots))
+        if self._ranks_read:
+            self.ranks.shown(scenes, self.row_hashes[-1], self.invalid_rows[-1])
         if len(factor) > 1:
             self.spread = spread(factor.detach().float())
 
-    def before_reduction(self) -> None:
-        """After backward, with this rank's own gradients; called where there are several ranks."""
-        if self.sampled:
-            self.own = norms(self._gradients())
+    def weighted(self, share: float) -> None:
+        """A micro-batch whose loss counts for this share of the step's."""
+        if self._ranks_read:
+            self.ranks.weighted(share)
+
+    def before_sum(self, gradients: Sequence[Tensor]) -> None:
+        """After backward, with this rank's own gradients, as flat buffers; where there are several ranks."""
+        if self._ranks_read:
+            self.ranks.before_sum(norms(self._gradients()), gradients)
+
+    def after_sum(self, gradients: Sequence[Tensor]) -> None:
+        """With the sum of all ranks' gradients in those buffers."""
+        if self._ranks_read:
+            self.ranks.after_sum(gradients)
 
     def differentiated(self) -> None:
         """After backward and the sum over ranks, before anything else has touched the gradients."""
@@ -150,6 +171,10 @@ class StepTelemetry:
         """After the optimizer's step."""
         if self.sampled:
             self.after = weight_norms(self.model)
+
+    @property
+    def _ranks_read(self) -> bool:
+        return self.sampled and self.ranks is not None
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -171,6 +196,7 @@ class StepTelemetry:
                 "spread": self.spread,
                 "row_hashes": torch.cat(self.row_hashes) if self.row_hashes else None,
                 "invalid_rows": torch.stack(self.invalid_rows).sum(0) if self.invalid_rows else None,
+                "ranks": self.ranks.gathered if self._ranks_read else None,
             }
         records, numbers = self.optimizer.records()
         if len(numbers):
@@ -227,7 +253,7 @@ class StepTelemetry:
             "weight_norm": float(after.norm()),
         }
         self.kept = (sample.call, after)
-        return reading
+        return reading | ({"ranks": read_ranks(seen["ranks"])} if "ranks" in seen else {})
 
     def _moved_before(self, call: int, before: Tensor) -> int:
         """Tensors that changed between the update of the step before and this step: something else moved them."""
