@@ -1,9 +1,9 @@
 """A process that has imported everything and forks once a command: `python -m bench.durability.server`.
 
 Reads one request a line from standard input, as JSON: arguments, folder to be in, file for the output, and optionally
-`powerless` (root may then no more than its files' modes say), `file_limit` (bytes a file may have). Answers with the number of the new process, and with
-its status as `waitpid` gives it once it has ended. The command runs from the outermost frame, so that Python ends in it
-as it does after `python -m ris_fast`.
+`powerless` (root may then no more than its files' modes say) and `file_limit` (bytes a file may have). Answers with the
+number of the new process, and with its status as `waitpid` gives it once it has ended. The command runs from the
+outermost frame, so that Python ends in it as it does after `python -m ris_fast`.
 """
 
 from __future__ import annotations
