@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from bench.durability import reading
-from bench.durability.tasks import MODES, moment, resume_arguments, simulate_arguments
+from bench.durability.tasks import MODES, TRIES, moment, resume_arguments, simulate_arguments
 from bench.durability.trial import CONTINUED, LOST, SILENT, Outcome, Part, Trial, compared, fresh_folder
-
-TRIES = 8  # to hit a command before it ends
 
 
 def kill_train(trial: Trial) -> Outcome:

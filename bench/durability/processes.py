@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Server:
         self._read = b""
         assert self._line(PATIENCE) == "ready"
         self.pid, self.log, self.began = 0, Path(os.devnull), 0.0
+        self.ended: Ended | None = None  # of the last command
 
     def start(self, arguments: Sequence[str], folder: Path, name: str = "log", **limits: Any) -> None:
         """Starts a command in `folder`; its output goes to the file `name` there."""
@@ -59,15 +61,14 @@ class Server:
         request = {"arguments": list(arguments), "folder": str(folder), "log": str(self.log), **limits}
         self.process.stdin.write((json.dumps(request) + "\n").encode())
         self.process.stdin.flush()
-        self.pid, self.began = int(self._line(PATIENCE)), time.monotonic()
+        self.pid, self.began, self.ended = int(self._line(PATIENCE)), time.monotonic(), None
 
     def wait(self, seconds: float = PATIENCE) -> Ended | None:
         """How the command ended; None where it has not within these seconds."""
-        line = self._line(seconds)
-        if line is None:
-            return None
-        text = self.log.read_text(errors="replace")
-        return Ended(os.waitstatus_to_exitcode(int(line)), time.monotonic() - self.began, text)
+        if self.ended is None and (line := self._line(seconds)) is not None:
+            text = self.log.read_text(errors="replace")
+            self.ended = Ended(os.waitstatus_to_exitcode(int(line)), time.monotonic() - self.began, text)
+        return self.ended
 
     def run(self, arguments: Sequence[str], folder: Path, name: str = "log", **limits: Any) -> Ended:
         """Starts a command and waits for its end. Raises: RuntimeError for one that hangs."""
@@ -77,14 +78,13 @@ class Server:
             raise RuntimeError(f"ris-fast {' '.join(arguments)} still runs after {PATIENCE:g} s")
         return ended
 
-    def send(self, number: int) -> None:
-        os.kill(self.pid, number)
-
     def kill(self, number: int = signal.SIGKILL) -> Ended:
-        """Sends the signal and waits."""
-        self.send(number)
-        ended = self.wait()
-        assert ended is not None
+        """Sends the signal and waits; where the command has ended by now, how it did. Raises: RuntimeError."""
+        if self.ended is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+        if (ended := self.wait()) is None:
+            raise RuntimeError(f"a process goes on after signal {number}")
         return ended
 
     def close(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 import signal
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,6 +110,7 @@ def prepare(folder: Path, server: Server) -> Prepared:
     return prepared
 
 
+TRIES = 8  # to hit a command before it ends
 HALF = ("hybrid, simulated, accumulated", "shards", "npz")  # modes of which there is a run that was interrupted
 
 
@@ -120,14 +120,16 @@ def half_done(prepared: Prepared, name: str) -> Path:
 
 
 def _half_done(server: Server, prepared: Prepared, name: str) -> None:
-    run, deadline = half_done(prepared, name), time.monotonic() + 60
-    server.start(MODES[name].arguments(run, prepared), prepared.folder)
-    while reading.best_score(run) is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    ended = server.kill(signal.SIGINT)
-    if ended.code != 130 or reading.checkpoint(run, "last") is None:
-        shutil.rmtree(run)
-        raise RuntimeError(f"half of '{name}': {ended.code} {ended.text[-400:]}")
+    run = half_done(prepared, name)
+    for _ in range(TRIES):
+        shutil.rmtree(run, ignore_errors=True)
+        server.start(MODES[name].arguments(run, prepared), prepared.folder)
+        while reading.best_score(run) is None and server.wait(0.01) is None:
+            pass
+        ended = server.kill(signal.SIGINT)
+        if ended.code == 130 and reading.checkpoint(run, "last") is not None:
+            return
+    raise RuntimeError(f"half of '{name}': {ended.code} {ended.text[-400:]}")
 
 
 def _run(server: Server, arguments: list[str], folder: Path) -> Any:
