@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"  # in the folder of a run
 CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"  # its folder of checkpoints, and their names
+WRITER = "checkpoints"  # name of the thread that writes them
 ADVICE = {
     errno.ENOSPC: "Free space there",
     errno.EDQUOT: "Free space there",
@@ -43,6 +44,11 @@ class StorageError(OSError):
         todo = ADVICE.get(number or 0, "Check that path")
         super().__init__(f"{path} cannot be written: {said}. {todo}, or write elsewhere (--out).")
         self.errno = number
+
+    def add(self, advice: str) -> StorageError:
+        """Adds a sentence to the message."""
+        self.args = (f"{self} {advice}",)
+        return self
 
 
 def _number(error: Exception) -> int | None:

@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import resource
+import signal
 import sys
 
 NEEDED = (
@@ -31,6 +32,9 @@ def give_up_capabilities() -> None:
 def become(request: dict) -> None:
     """Makes this new process what the request asks for."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a campaign in the background ignores
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     output = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     empty = os.open(os.devnull, os.O_RDONLY)
     for descriptor, number in ((empty, 0), (output, 1), (output, 2)):

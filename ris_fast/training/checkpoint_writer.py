@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ris_fast.files import WRITER
 from ris_fast.training.checkpoint import Groups, named_as_in_file, write_checkpoint
 
 Copy = dict[str, Tensor]
@@ -125,7 +126,7 @@ class CheckpointWriter:
                     self._copying.pop(job.name), copied=None
                 )  # the event stays on this side
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._work, name="checkpoints")
+                    self._thread = threading.Thread(target=self._work, name=WRITER)
                     self._thread.start()
 
     def _raise(self) -> None:

@@ -9,8 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from ris_fast.config.load import plain_settings
 from ris_fast.config.schema import Config, ConfigError, Task
 from ris_fast.config.schema import Training as TrainingConfig
 from ris_fast.data.source import SceneSource
@@ -26,7 +28,7 @@ from ris_fast.training.checkpoint import (
 )
 from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.training.schedule import Plan
-from ris_fast.training.state import RunState, trainable
+from ris_fast.training.state import EpochMeters, RunState, trainable
 
 MOMENTS = ("step.", "exp_avg.", "exp_avg_sq.")  # beginnings of their names among the optimizer's tensors
 
@@ -63,6 +65,8 @@ def run_facts(
         "step_scenes": training.batch_size * training.accumulate,
         "precision": training.precision,
         "parameters": trainable(model),
+        "preset": config.preset,
+        "settings": plain_settings(config),
     }
 
 
@@ -94,12 +98,24 @@ class Restored(NamedTuple):
     state: RunState
     planned_steps: int
     notes: list[str]
+    manifest: dict[str, Any]
+    sums: Tensor | None  # of the meters
 
     def plan(self, training: TrainingConfig, epoch_steps: int) -> Plan:
         """The schedule from here on; one that time limits starts from the length that it had."""
         rest = (training.epochs - self.state.epoch) * epoch_steps - self.state.epoch_step
         planned = self.planned_steps if training.max_seconds else 0
-        return Plan(self.state.step + max(0, rest), training.max_seconds, planned)
+        plan = Plan(self.state.step + max(0, rest), training.max_seconds, planned)
+        if training.max_seconds != self.manifest.get("settings", {}).get("training.max_seconds", training.max_seconds):
+            plan.update(self.state.step, self.state.seconds)  # at the rate of the steps so far
+        return plan
+
+    def meters(self, terms: list[str], device: torch.device) -> EpochMeters | None:
+        """What was measured of the epoch under way; None where there is none, or where the loss has other terms now."""
+        values = self.manifest.get("meters")
+        if values is None or self.sums is None or not self.state.epoch_step or set(values["names"]) - set(terms):
+            return None
+        return EpochMeters.from_json(values, self.sums, device)
 
 
 def restore(
@@ -125,7 +141,7 @@ def restore(
         notes.append(f"{path} has no moments: AdamW starts them anew; learning rate, counts and averages go on")
     if name != BEST:
         notes += _take_best(state, folder, manifest)
-    return Restored(state, manifest["planned_steps"], notes)
+    return Restored(state, manifest["planned_steps"], notes, manifest, groups.get("meters", {}).get("sums"))
 
 
 def start_from(place: str, model: nn.Module) -> list[str]:

@@ -31,10 +31,11 @@ from ris_fast.training.loss import CovarianceLoss, served_by
 from ris_fast.training.parts import Built
 from ris_fast.training.precision import choose_precision, refuse_tf32
 from ris_fast.training.reporter import MetricsReporter, validation_reading
-from ris_fast.training.resume import precision_of, restore, run_facts, start_from, tensors_of
+from ris_fast.training.resume import finished, precision_of, restore, run_facts, start_from, tensors_of
 from ris_fast.training.schedule import Plan, steps_in_epoch
-from ris_fast.training.state import Meter, RunState, RunStopped, trainable
+from ris_fast.training.state import EpochMeters, Meter, RunState, RunStopped, trainable
 from ris_fast.training.step import Step, StepResult, build_optimizer, network_inputs
+from ris_fast.training.step_seed import seed_step
 from ris_fast.training.summary import info, summary
 from ris_fast.training.telemetry.async_copy import Clock, DeviceTimestamp, own_stream
 from ris_fast.training.telemetry.step_telemetry import WeightDriftMonitor, weight_norms
@@ -104,6 +105,8 @@ class Trainer(Built):
         self.saved = self.started  # when the last checkpoint was
         self.replanned_at: tuple[int, DeviceTimestamp] | None = None
         self.optimizer_batches = 0  # of the epoch, that were read
+        self.preflight: list[str] = []  # names of the checks that the run has passed, before a resumption too
+        self.meters, self.resumed_meters = EpochMeters(), None  # of the epoch under way; what a checkpoint had of it
         self.attempted: int | None = None  # within a step: the optimizer's steps before it
         self.validation: list[Scenes] = []  # this and what follows: from the start of `fit`
         self.comparisons = Comparisons()
@@ -151,10 +154,8 @@ class Trainer(Built):
                 self.state.initial_nmse = self._score().nmse
                 self.started = time.monotonic()
             settings = self.config.training
-            while self.state.epoch < settings.epochs and not self._time_over():
+            while not finished(settings, self.state) and not self._time_over():
                 self._epoch()
-                if 0 < settings.patience <= self.state.epochs_since_best:
-                    break
             if self.state.step > begun:
                 self._save_last()
         except RunStopped as stop:
@@ -176,8 +177,8 @@ class Trainer(Built):
     def _epoch(self) -> None:
         """One epoch: its steps, their reports, then validation, checkpoints and the epoch's row."""
         reporter, state, listeners = self.reporter, self.state, step_callbacks(self.callbacks)
-        epoch_meter, window = Meter(), Meter()
-        before, scenes_before = dict(reporter.counters), state.scenes_seen
+        before, scenes_before, begun = dict(reporter.counters), state.scenes_seen, state.epoch_step
+        meters = self.meters = self._begun_meters(before)
         self.optimizer_batches, self.replanned_at = 0, None
         self.weight_drift_between_epochs = self.weight_drift.check()
         self.model.train()
@@ -190,22 +191,28 @@ class Trainer(Built):
             for callback in listeners:
                 callback.on_step_start()
             with interrupts_held():
-                self._step(lambda batch=batch: step(batch, self.planned), listeners, window)
+                self._step(lambda batch=batch: step(batch, self.planned), listeners, meters.window)
             if reporter.due(state.step):
-                self._log(reporter.enqueue(window, state.scenes_seen - scenes_before, self.planned))
-                epoch_meter.join(window)
-                window = Meter()
+                self._log(reporter.enqueue(meters.window, state.scenes_seen - scenes_before, self.planned))
+                meters.close_window()
             if self._time_over():
                 break
-        epoch_meter.join(window)
+        meters.close_window()
         self._log(reporter.flush())
         rate = (state.scenes_seen - scenes_before) / max(self.clock.record().seconds() - self.clock.began, 1e-9)
-        reporter.check_epoch(epoch_meter.steps, before, cut_short=self._time_over())
-        self._close_epoch(epoch_meter, before, rate)
+        reporter.check_epoch(state.epoch_step - begun, before, cut_short=self._time_over())
+        self._close_epoch(meters, state.epoch_step - begun, rate)
+
+    def _begun_meters(self, counters: dict[str, Any]) -> EpochMeters:
+        """Those of the epoch that begins, or those that a checkpoint within it had."""
+        meters, self.resumed_meters = self.resumed_meters or EpochMeters(before=counters), None
+        self.reporter.counters = {**counters, **meters.reported}
+        return meters
 
     def _step(self, step: Callable[[], StepResult], listeners: list[Callback], window: Meter) -> None:
         """One step and its count, which follows whatever a callback raises: weights and count belong together."""
         self.attempted = self.optimizer.attempted_steps()
+        seed_step(self.device, self.config.training.seed, self.state.step)
         result = step()
         self.attempted = None
         try:
@@ -261,7 +268,9 @@ class Trainer(Built):
 
     # ---- validation and checkpoints -----------------------------------------------------------------------------
 
-    def _close_epoch(self, meter: Meter, before: dict[str, int], rate: float) -> None:
+    def _close_epoch(self, meters: EpochMeters, made: int, rate: float) -> None:
+        """Args: made: steps of the epoch that this process made."""
+        meter = meters.epoch
         self.weight_drift.check()
         meter.read()
         raw = self._score()
@@ -270,16 +279,16 @@ class Trainer(Built):
         state.train_loss, state.val_nmse_raw = meter.mean_loss(), raw.nmse
         state.val_nmse_ema = ema.nmse if ema else math.nan
         state.seconds = time.monotonic() - self.started
-        row = self.reporter.position() | self.reporter.figures(meter, before, rate, self.planned)
+        row = self.reporter.position() | self.reporter.figures(meter, meters.before, rate, self.planned)
         row |= {
             "val_loss": raw.loss,
             "val_nmse_raw": raw.nmse,
             "val_nmse_median": raw.median,
             "val_nmse_ema": ema.nmse if ema else None,
             "health": {
-                "steps": meter.steps,
+                "steps": made,
                 "optimizer_batches": self.optimizer_batches,
-                "epoch_steps": self.epoch_steps - (state.epoch_step - meter.steps),  # without those before a resumption
+                "epoch_steps": self.epoch_steps - (state.epoch_step - made),  # without those before a resumption
                 "cut_short": self._time_over(),
                 "weight_drift_between_epochs": self.weight_drift_between_epochs,
                 **validation_reading({"raw": raw} | ({"ema": ema} if ema else {}), self.weight_drift),
@@ -289,11 +298,11 @@ class Trainer(Built):
             weights, score = ("ema", ema) if ema and ema.nmse < raw.nmse else ("raw", raw)
             better = score.nmse < state.best_nmse
             state.epochs_since_best = 0 if better else state.epochs_since_best + 1
-            state.epoch, state.epoch_step = state.epoch + 1, 0
+            state.epoch, state.epoch_step, self.meters = state.epoch + 1, 0, EpochMeters()
+            self.plan.update(state.step, state.seconds)
             if better:
                 state.best_nmse, state.best_weights = score.nmse, weights
                 self._save(BEST)
-            self.plan.update(state.step, state.seconds)
             self._notify("on_epoch_end", row)
 
     def _score(self, averaged: bool = False) -> Score:
@@ -313,6 +322,10 @@ class Trainer(Built):
             self.saved = time.monotonic()
         facts = run_facts(self.config, self.source, self.state, self.plan.planned, self.model)
         tensors = tensors_of(self.model, self.optimizer, moments=name == LAST)
+        if name == LAST:
+            self.meters.reported = self.reporter.counters if self.reporter.pending is None else {}
+            facts["meters"] = self.meters.to_json()
+            tensors["meters"] = {"sums": self.meters.sums(len(self.loss.weights), self.device)}
         self.writer.save(self.folder / CHECKPOINTS, name, tensors, facts)
 
     def _save_if_due(self) -> None:
@@ -332,6 +345,7 @@ class Trainer(Built):
         self.first_norms = weight_norms(self.model)  # of the untrained network, as when the run began
         found = restore(self.folder or Path("."), name, self.config, self.source, self.model, self.optimizer)
         self.state, self.plan = found.state, found.plan(self.config.training, self.epoch_steps)
+        self.resumed_meters = found.meters(list(self.loss.weights), self.device)
         self.notes += found.notes
 
     # ---- what callbacks receive ---------------------------------------------------------------------------------
@@ -357,6 +371,7 @@ class Trainer(Built):
             compile=self.compile_note,
             epoch_steps=self.epoch_steps,
             ema_decay=self.optimizer.ema_decay,
+            preflight=self.preflight,
             optimizer_backend=self.optimizer.backend,
         )
 
