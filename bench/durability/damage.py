@@ -70,19 +70,29 @@ def damaged_checkpoint(trial: Trial) -> Outcome:
 def damaged_settings(trial: Trial) -> Outcome:
     """config.toml of a run."""
     name, run = _half(trial)
-    before = (run / "config.toml").read_text()
-    done = damage(trial, run / "config.toml")
+    file = run / "config.toml"
+    keys = _keys(file.read_text())
+    done = damage(trial, file)
     ended = trial.run(resume_arguments(run))
-    if said_of(ended, "config.toml"):
+    if said_of(ended, *(f"{key} was " for key in keys)):
         return Outcome(SAID)
+    if said_of(ended, str(file)):
+        return _with_settings_of_the_checkpoint(trial, run, name, ended)
     outcome = compared(trial, ended, run, name, leave=("train_loss",))
     if outcome.verdict == LOST and ended.code in (2, 3) and "Traceback" not in ended.text:
         return Outcome(LOST, f"{done}: does not name the file: {ended.last_line}")
-    if outcome.verdict == SILENT and any(
-        f"note: {key} was" in ended.text or f"; {key} was" in ended.text for key in _keys(before)
-    ):
+    if outcome.verdict == SILENT and any(f"note: {key} was " in ended.text for key in keys):
         return Outcome(SAID)
     return Outcome(outcome.verdict, f"{done}: {outcome.detail}" if outcome.detail else "")
+
+
+def _with_settings_of_the_checkpoint(trial: Trial, run: Path, name: str, ended: Ended) -> Outcome:
+    """Follows the advice to remove the file: the run then is the undisturbed one."""
+    if f"Or remove {run / 'config.toml'}" not in ended.text:
+        return Outcome(SAID)
+    (run / "config.toml").unlink()
+    outcome = compared(trial, trial.run(resume_arguments(run)), run, name, leave=("train_loss",))
+    return Outcome(SAID) if outcome.verdict == CONTINUED else outcome
 
 
 def _keys(text: str) -> list[str]:
@@ -161,7 +171,7 @@ def _npz(folder: Path) -> list[Path]:
 
 PARTS = (
     Part("damaged checkpoint", 65, damaged_checkpoint),
-    Part("damaged config.toml", 30, damaged_settings),
+    Part("damaged settings", 30, damaged_settings),
     Part("damaged record", 25, damaged_record),
     Part("damaged manifest", 20, _damaged_data("shards", _manifest)),
     Part("damaged shard", 20, _damaged_data("shards", _shards)),

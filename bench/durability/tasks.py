@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,8 @@ class Prepared:
     files: dict[str, str] = field(default_factory=dict)  # of the data set "simulated"
 
 
-def prepare(folder: Path, server: Server) -> Prepared:
-    """Makes the data sets, runs every mode undisturbed, and leaves runs that are half done."""
+def prepare(folder: Path, server: Server, only: Collection[str] = MODES) -> Prepared:
+    """Makes the data sets, runs modes undisturbed, all or `only` these, and leaves runs that are half done."""
     from tests.data.make_npz import SMALL, write_folders  # imports torch
 
     prepared = Prepared(folder)
@@ -100,12 +101,12 @@ def prepare(folder: Path, server: Server) -> Prepared:
     write_folders(folder / "npz", train=36, val=24, test=8, task=SMALL)
     ended = _run(server, simulate_arguments(folder / "simulated"), folder)
     prepared.seconds["simulate"], prepared.files = ended.seconds, reading.files(folder / "simulated")
-    for name, way in MODES.items():
+    for name in only:
         run = folder / f"run {name}"
-        ended = _run(server, way.arguments(run, prepared), folder)
+        ended = _run(server, MODES[name].arguments(run, prepared), folder)
         prepared.results[name], prepared.epochs[name] = reading.result(run), reading.epochs(run)
         prepared.seconds[name] = ended.seconds
-    for name in HALF:
+    for name in set(HALF) & set(only):
         _half_done(server, prepared, name)
     return prepared
 

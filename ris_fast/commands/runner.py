@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -61,7 +62,9 @@ def _await_checkpoints() -> None:
     for thread in threading.enumerate():
         while thread.name == WRITER and thread.is_alive():
             try:
-                thread.join()
+                time.sleep(
+                    0.02
+                )  # not Thread.join: after an interrupt in it Python takes the thread for ended (gh-90882)
             except KeyboardInterrupt:
                 print(
                     "ris-fast: this ends when the checkpoint is on disk. kill -9 leaves the one before", file=sys.stderr

@@ -143,12 +143,12 @@ class MetricsReporter:
             "grad_norm": self.counters["grad_norm"],
             "clipped": (self.counters["clipped"] - before["clipped"]) / steps,
             "skipped": (self.counters["skipped"] - before["skipped"]) / steps,
-            "lr_planned": self._planned_rates(planned),
+            "lr_planned": self.planned_rates(planned),
             "scenes_per_s": rate,
             "loss_scale": self.counters.get("loss_scale"),
         }
 
-    def _planned_rates(self, planned: int) -> dict[str, float]:
+    def planned_rates(self, planned: int) -> dict[str, float]:
         """The learning rates that the last update should have had, from the count of updates that were applied."""
         settings, counters = self.config.optimizer, self.counters
         skipped_last = self.state.skipping > 0

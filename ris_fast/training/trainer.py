@@ -207,6 +207,9 @@ class Trainer(Built):
         """Those of the epoch that begins, or those that a checkpoint within it had."""
         meters, self.resumed_meters = self.resumed_meters or EpochMeters(before=counters), None
         self.reporter.counters = {**counters, **meters.reported}
+        if self.state.step and not self.step.rates:  # what the last update had, where the epoch may have none to come
+            self.planned = self.plan.planned
+            self.step.rates = list(self.reporter.planned_rates(self.planned).values())
         return meters
 
     def _step(self, step: Callable[[], StepResult], listeners: list[Callback], window: Meter) -> None:
