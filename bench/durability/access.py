@@ -119,7 +119,7 @@ def _then(trial: Trial, case: Case, arguments: list[str], ended: Ended) -> Outco
         wrong = reading.apart(reading.files(trial.folder / "out" / "scenes"), trial.prepared.files)
         return Outcome(SILENT, f"differs in {wrong}") if wrong else Outcome(CONTINUED)
     run = trial.folder / ("run" if case.command == "resume" else "out/run")
-    return compared(trial, ended, run, case.half, leave=("train_loss",))
+    return compared(trial, ended, run, case.half)
 
 
 def rivals(trial: Trial) -> Outcome:
@@ -151,7 +151,7 @@ def rivals(trial: Trial) -> Outcome:
     wrong = (
         reading.apart(reading.files(out), trial.prepared.files)
         if kind == "two simulate"
-        else reading.apart(reading.result(run), trial.prepared.results[name], ("train_loss",))
+        else reading.apart(reading.result(run), trial.prepared.results[name])
     )
     return Outcome(SILENT, f"{kind}: differs in {wrong[:4]}") if wrong else Outcome(SAID if refused else CONTINUED)
 

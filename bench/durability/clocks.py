@@ -67,7 +67,7 @@ def _jump(day: float, monotonic: float = 0.0):
             clock.set(-day)
         ended = server.wait()
         trial.tell(["train", f"{day:+g} s", f"{monotonic:+g} s"], ended)
-        outcome = compared(trial, ended, run, NAME, leave=("train_loss",))
+        outcome = compared(trial, ended, run, NAME)
         took = json.loads((run / "summary.json").read_text())["seconds"]
         if outcome.verdict == CONTINUED and not 0 < took < ended.seconds + monotonic + 1:
             return Outcome(LOST, f"the run says that it took {took:g} s")
@@ -126,7 +126,7 @@ def _names(trial: Trial, server: Server, clock: Clock) -> Outcome:
         clock.set(1_000_000_000.0 - time.time())  # the same second again
         trial.tell(arguments, server.run(arguments, trial.folder))
     runs = sorted((trial.folder / "runs").iterdir())
-    wrong = [reading.apart(reading.result(run), trial.prepared.results[NAME], ("train_loss",)) for run in runs]
+    wrong = [reading.apart(reading.result(run), trial.prepared.results[NAME]) for run in runs]
     if len(runs) != 2 or any(wrong):
         return Outcome(SILENT, f"{[run.name for run in runs]} {wrong}")
     return Outcome(CONTINUED)
@@ -142,7 +142,7 @@ def _old_files(trial: Trial, server: Server, clock: Clock) -> Outcome:
     clock.set(-1e9)
     ended = server.run(resume_arguments(run), trial.folder)
     trial.tell(["train", "--resume"], ended)
-    return compared(trial, ended, run, NAME, leave=("train_loss",))
+    return compared(trial, ended, run, NAME)
 
 
 KINDS = (_jump(5 * HOURS), _jump(-5 * HOURS), _jump(0.0, 5 * HOURS), _limited, _slept, _names, _old_files)

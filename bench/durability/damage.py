@@ -61,7 +61,7 @@ def damaged_checkpoint(trial: Trial) -> Outcome:
         if best is not None and "last" in file and reading.best_score(run) > best:
             return Outcome(LOST, f"{done}: the best got worse")
         return Outcome(SAID)
-    outcome = compared(trial, ended, run, name, leave=("train_loss",))
+    outcome = compared(trial, ended, run, name)
     if outcome.verdict == SILENT and f"checkpoints/{file} is damaged" in ended.text:
         return Outcome(SAID)
     return Outcome(outcome.verdict, f"{done}: {outcome.detail}" if outcome.detail else "")
@@ -78,7 +78,7 @@ def damaged_settings(trial: Trial) -> Outcome:
         return Outcome(SAID)
     if said_of(ended, str(file)):
         return _with_settings_of_the_checkpoint(trial, run, name, ended)
-    outcome = compared(trial, ended, run, name, leave=("train_loss",))
+    outcome = compared(trial, ended, run, name)
     if outcome.verdict == LOST and ended.code in (2, 3) and "Traceback" not in ended.text:
         return Outcome(LOST, f"{done}: does not name the file: {ended.last_line}")
     if outcome.verdict == SILENT and any(f"note: {key} was " in ended.text for key in keys):
@@ -91,7 +91,7 @@ def _with_settings_of_the_checkpoint(trial: Trial, run: Path, name: str, ended: 
     if f"Or remove {run / 'config.toml'}" not in ended.text:
         return Outcome(SAID)
     (run / "config.toml").unlink()
-    outcome = compared(trial, trial.run(resume_arguments(run)), run, name, leave=("train_loss",))
+    outcome = compared(trial, trial.run(resume_arguments(run)), run, name)
     return Outcome(SAID) if outcome.verdict == CONTINUED else outcome
 
 
@@ -114,7 +114,7 @@ def damaged_record(trial: Trial) -> Outcome:
     why = trial.run(["why", str(run)])
     if "Traceback" in why.text or why.code not in (0, 2, 3, 4):
         return Outcome(LOST, f"{done}: why ends with {why.code}: {why.last_line}")
-    outcome = compared(trial, trial.run(resume_arguments(run)), run, name, leave=("train_loss",))
+    outcome = compared(trial, trial.run(resume_arguments(run)), run, name)
     return Outcome(outcome.verdict, f"{done}: {outcome.detail}" if outcome.detail else "")
 
 
@@ -130,7 +130,7 @@ def _damaged_data(kind: str, choose: Callable[[Path], list[Path]]) -> Callable[[
             return Outcome(SAID)
         if path.name == "manifest.json" and said_of(ended, str(path.parent)):
             return Outcome(SAID)
-        outcome = compared(trial, ended, run, kind, leave=("train_loss",))
+        outcome = compared(trial, ended, run, kind)
         return Outcome(outcome.verdict, f"{done}: {outcome.detail}" if outcome.detail else "")
 
     return trial_of

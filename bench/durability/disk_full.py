@@ -49,7 +49,7 @@ def full_train(trial: Trial) -> Outcome:
     start = MODES[name].arguments(run, trial.prepared)
 
     def then() -> Outcome:
-        return compared(trial, trial.continued(run, start), run, name, leave=("train_loss",))
+        return compared(trial, trial.continued(run, start), run, name)
 
     return _full(trial, disk, start, RUN_BYTES, trial.prepared.seconds[name], then)
 

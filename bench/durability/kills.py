@@ -22,7 +22,7 @@ def kill_train(trial: Trial) -> Outcome:
         if again is None or again > best:
             return Outcome(LOST, f"the best one scored {best}, and {again} after the second kill")
     ended = trial.continued(run, start)
-    outcome = compared(trial, ended, run, name, leave=("train_loss",))
+    outcome = compared(trial, ended, run, name, rows=True)
     left = list(run.rglob("*.partial"))
     return Outcome(LOST, f"{left[0].name} stays") if outcome.verdict == CONTINUED and left else outcome
 

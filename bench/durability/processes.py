@@ -90,6 +90,7 @@ class Server:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
     def _line(self, seconds: float) -> str | None:
         until = time.monotonic() + seconds

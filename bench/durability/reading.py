@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,6 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
-def apart(found: Mapping[str, Any], expected: Mapping[str, Any], leave: Iterable[str] = ()) -> list[str]:
-    """What differs, in names; without those that hold a word of `leave`."""
-    return [
-        key
-        for key in sorted(found.keys() | expected.keys())
-        if found.get(key) != expected.get(key) and not any(word in key for word in leave)
-    ]
+def apart(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """What differs, in names."""
+    return [key for key in sorted(found.keys() | expected.keys()) if found.get(key) != expected.get(key)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from bench.durability.tasks import Prepared, resume_arguments
 
 CONTINUED, SAID, LOST, SILENT = "continued", "said", "lost", "silent"
 VERDICTS = (CONTINUED, SAID, LOST, SILENT)
-PARTIAL_LOSS = "train_loss"
 
 
 @dataclass(frozen=True)
@@ -82,14 +81,19 @@ class Part:
     trial: Callable[[Trial], Outcome]
 
 
-def compared(trial: Trial, ended: Ended, run: Path, mode: str, leave: Iterable[str] = ()) -> Outcome:
-    """The verdict on a run that was trained to its end, against the undisturbed one. `leave`: names not compared."""
+def compared(trial: Trial, ended: Ended, run: Path, mode: str, *, rows: bool = False) -> Outcome:
+    """The verdict on a run that was trained to its end, against the undisturbed one; with `rows` on what its
+    metrics.jsonl says of its epochs, too."""
     if "Traceback" in ended.text:
         return Outcome(LOST, "a traceback")
     if not ended.trained:
         return Outcome(LOST, f"exit code {ended.code}: {ended.last_line}")
     expected = trial.prepared.results[mode]
-    wrong = reading.apart(reading.result(run), expected, leave)
+    wrong = reading.apart(reading.result(run), expected)
+    if wrong and "has no moments" in ended.text:
+        return Outcome(SAID, "killed before the first last checkpoint")
+    if rows:
+        wrong += reading.apart(reading.epochs(run), trial.prepared.epochs[mode])
     return Outcome(SILENT, f"differs in {', '.join(wrong[:4])} ({len(wrong)})") if wrong else Outcome(CONTINUED)
 
 
