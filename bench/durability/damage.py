@@ -140,12 +140,13 @@ def damaged_work(trial: Trial) -> Outcome:
     """What an interrupted `simulate` has done so far: it is made anew where it is not as it was written."""
     out = fresh_folder(trial.folder) / "scenes"
     arguments, partial = simulate_arguments(out), trial.folder / "scenes.partial"
-    share = trial.random.uniform(0.2, 1.0)
+    wanted = trial.random.randint(1, 6)  # files, the plan among them
     trial.server.start(arguments, trial.folder)
-    if trial.server.wait(share * trial.prepared.seconds["simulate"]) is None:
-        trial.server.kill()
-    found = [path for path in partial.iterdir() if not path.name.startswith(".")] if partial.is_dir() else []
-    done = damage(trial, trial.random.choice(sorted(found))) if found else "nothing yet"
+    while len(_visible(partial)) < wanted and trial.server.wait(0.002) is None:
+        pass
+    trial.server.kill()
+    found = _visible(partial)
+    done = damage(trial, trial.random.choice(found)) if found else "nothing yet"
     ended = trial.run(arguments) if not out.exists() else None
     if ended is not None and said_of(ended, str(partial)):
         if not found or "Remove it" not in ended.text:
@@ -155,6 +156,11 @@ def damaged_work(trial: Trial) -> Outcome:
         return Outcome(LOST, f"{done}: {ended.code}: {ended.last_line}")
     wrong = reading.apart(reading.files(out), trial.prepared.files)
     return Outcome(SILENT, f"{done}: differs in {', '.join(wrong)}") if wrong else Outcome(CONTINUED)
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Files that no writer is still busy with."""
+    return sorted(path for path in folder.glob("[!.]*"))
 
 
 def _manifest(folder: Path) -> list[Path]:
