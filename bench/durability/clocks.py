@@ -11,6 +11,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -40,18 +41,26 @@ def clock_jumps(trial: Trial) -> Outcome:
     if len(trial.servers) < 3:  # kept for the trials to come
         trial.servers.append(_server(trial))
     server = trial.servers[2]
-    clock = Clock(Path(server.environment["DURABILITY_CLOCK"]))
+    clock = Clock(Path(server.environment["DURABILITY_CLOCK"]))  # back at the true time
     return KINDS[trial.number % len(KINDS)](trial, server, clock)
 
 
 def _server(trial: Trial) -> Server:
     """A server whose commands see the clocks of the campaign."""
-    place = trial.folder.with_name(f"clock {trial.number}")
+    place = trial.folder.with_name(f"clock-{trial.number}")  # LD_PRELOAD takes a space for an end
     place.mkdir()
     source = Path(__file__).with_name("clock.c")
     subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", place / "clock.so", source, "-ldl", "-lm"], check=True)
     clock = Clock(place / "now")
-    return Server({"LD_PRELOAD": str(place / "clock.so"), "DURABILITY_CLOCK": str(clock.path)})
+    environment = {"LD_PRELOAD": str(place / "clock.so"), "DURABILITY_CLOCK": str(clock.path)}
+    clock.set(5 * HOURS, HOURS)
+    asked = [sys.executable, "-c", "import time; print(time.time(), time.monotonic())"]
+    said = subprocess.run(asked, env={**os.environ, **environment}, capture_output=True, text=True, check=True).stdout
+    day, monotonic = (float(word) for word in said.split())
+    if day < time.time() + 4 * HOURS or monotonic < time.monotonic() + 0.9 * HOURS:
+        raise RuntimeError("the clocks of the campaign do not move")
+    clock.set()
+    return Server(environment)
 
 
 def _jump(day: float, monotonic: float = 0.0):
