@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"  # in the folder of a run
 CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"  # its folder of checkpoints, and their names
+WRITER = "checkpoints"  # name of the thread that writes them
 ADVICE = {
     errno.ENOSPC: "Free space there",
     errno.EDQUOT: "Free space there",
@@ -47,6 +48,11 @@ class StorageError(OSError):
     def __reduce__(self) -> tuple:
         told = (self.errno, self.reason) if self.errno else (self.reason,)
         return StorageError, (self.path, OSError(*told))  # from another process
+
+    def add(self, advice: str) -> StorageError:
+        """Adds a sentence to the message."""
+        self.args = (f"{self} {advice}",)
+        return self
 
 
 def _number(error: Exception) -> int | None:

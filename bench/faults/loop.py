@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from bench.faults.catalogue import Family
 from bench.faults.patches import before_step, optimizer_with, snapshot, wrap
-from ris_fast.training.state import Meter
+from ris_fast.training.state import EpochMeters, Meter
 from ris_fast.training.trainer import Trainer
 
 FAMILY = Family("loop")
@@ -60,14 +60,15 @@ FAMILY.setting(
 )
 def body_behind_the_loop(trainer: Trainer) -> None:
     def epoch() -> None:
-        before, meter = dict(trainer.reporter.counters), Meter()
+        meter = Meter()
+        meters = EpochMeters(meter, before=dict(trainer.reporter.counters))
         trainer.model.train()
         *_, group = trainer._groups()
         result = trainer.step(group, trainer.plan.planned)
         trainer._advance(result.scenes)
         meter.add(replace(result, loss=result.loss / trainer.epoch_steps))
         trainer.reporter.read_counters()
-        trainer._close_epoch(meter, before, 0.0)
+        trainer._close_epoch(meters, 1, 0.0)
 
     trainer._epoch = epoch
     wrap(trainer, "_score", lambda score: lambda averaged=False: score(averaged=True))

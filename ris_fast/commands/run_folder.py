@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ris_fast.config.load import render_toml
+from ris_fast.config.load import load_config, render_toml
 from ris_fast.config.schema import Config, ConfigError
 from ris_fast.files import (
     BEST,
@@ -29,10 +29,11 @@ from ris_fast.files import (
     write_text,
     writing,
 )
-from ris_fast.inference.opened_run import run_config
+from ris_fast.inference.opened_run import changed_settings, run_config
 from ris_fast.old_names import current_origin
 from ris_fast.report.eventlog import write_json
 from ris_fast.training.callback import Callback
+from ris_fast.training.checkpoint import read_settings
 
 RUNS = "runs"
 
@@ -127,13 +128,16 @@ def resumed_config(run: Path, refused: Mapping[str, Any], overrides: Iterable[st
     extra = [name for name, value in refused.items() if value is not None]
     if extra:
         raise ConfigError(f"--resume continues {run} with its own settings and folder. Leave {', '.join(extra)} away.")
-    file = run_and_checkpoint(run)[0] / CONFIG
-    if not file.is_file():
+    folder, checkpoint = run_and_checkpoint(run)
+    file = folder / CONFIG
+    if not file.is_file() and not _written_anew(file, checkpoint):
         raise ConfigError(
             f"--resume {run}: there is no {CONFIG}: not a run folder, or a run that ended before it had saved anything."
             " Give the folder that train printed, or start anew."
         )
-    config = run_config(file.parent, overrides, flags)
+    config = _read_config(file, checkpoint, overrides, flags)
+    for changed in changed_settings(folder, checkpoint, config):
+        print(f"note: {changed}")
     recorded = recorded_provenance(read_text(file))
     return replace(
         config,
@@ -142,6 +146,33 @@ def resumed_config(run: Path, refused: Mapping[str, Any], overrides: Iterable[st
             for key, origin in config.provenance.items()
         },
     )
+
+
+def _written_anew(file: Path, checkpoint: str) -> bool:
+    """Whether a lost config.toml could be written from the settings that the checkpoint was trained with."""
+    found = read_settings(file.parent / CHECKPOINTS, checkpoint)
+    if found is None:
+        return False
+    preset, settings = found
+    write_text(file, render_toml(load_config(None, preset, (), settings)))
+    print(f"note: {file} is missing: written anew from the settings in checkpoint '{checkpoint}'")
+    return True
+
+
+def _read_config(file: Path, checkpoint: str, overrides: Iterable[str], flags: Mapping[str, Any]) -> Config:
+    """The settings in a run's config.toml, with those on top. Raises ConfigError, which names the file where that is
+    what cannot be used, and says how to continue without it."""
+    try:
+        return run_config(file.parent, overrides, flags)
+    except ConfigError as error:
+        try:
+            load_config(file)
+        except ConfigError as of_file:
+            said = str(of_file) if str(file) in str(of_file) else f"{file}: {of_file}"
+            if read_settings(file.parent / CHECKPOINTS, checkpoint) is not None:
+                said += f" Or remove {file}: --resume then writes it anew from checkpoint '{checkpoint}'."
+            raise ConfigError(said) from error
+        raise
 
 
 def run_and_checkpoint(place: Path) -> tuple[Path, str]:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from ris_fast import exit_codes
 from ris_fast.commands.launch import one_process_only, tell_launcher
 from ris_fast.commands.usage import empty_value, usage_message, without_set
 from ris_fast.environment import rank_number
+from ris_fast.files import WRITER
 from ris_fast.old_names import OldNameWarning
 from ris_fast.streams import unbreakable
 
@@ -40,6 +42,7 @@ def run(app: App, tokens: Sequence[str]) -> int:
     """
     with unbreakable(rank_number()) as (output, _), endings_as_interrupts(), old_names_as_notes():
         code = _run(app, tokens)
+        _await_checkpoints()
         output.flush()
         if output.failed and code == exit_codes.DONE and tokens[:1] and tokens[0] not in LEAVES_A_RECORD:
             return _complain(f"standard output cannot be written: {output.lost}.", exit_codes.DATA)
@@ -61,6 +64,21 @@ def _run(app: App, tokens: Sequence[str]) -> int:
         return _complain(str(interrupt) or plain, exit_codes.INTERRUPTED)
     except Exception as error:
         return _explain(error)
+
+
+def _await_checkpoints() -> None:
+    """Waits for the thread that still writes a checkpoint, for which Python would wait too, but would not outlive
+    another SIGTERM."""
+    for thread in threading.enumerate():
+        while thread.name == WRITER and thread.is_alive():
+            try:
+                time.sleep(
+                    0.02
+                )  # not Thread.join: after an interrupt in it Python takes the thread for ended (gh-90882)
+            except KeyboardInterrupt:
+                print(
+                    "ris-fast: this ends when the checkpoint is on disk. kill -9 leaves the one before", file=sys.stderr
+                )
 
 
 def _explain(error: Exception) -> int:

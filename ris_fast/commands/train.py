@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -20,8 +21,8 @@ from ris_fast.commands.run_folder import (
     run_lock,
 )
 from ris_fast.config.schema import Config, Task
-from ris_fast.files import LAST, METRICS, SUMMARY
-from ris_fast.report.eventlog import JsonlReport, write_json
+from ris_fast.files import CONFIG, LAST, METRICS, SUMMARY, StorageError, read_text
+from ris_fast.report.eventlog import JsonlReport, read_events, write_json
 from ris_fast.report.record import Record
 from ris_fast.streams import stage
 from ris_fast.training.callback import Callback
@@ -82,6 +83,10 @@ def _run(config: Config, ranks: Ranks, out: Path | None, resume: Path | None, pr
         said = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
         print(f"\nris-fast: {said}. {how_to_resume(folder)}", file=sys.stderr)
         return exit_codes.INTERRUPTED
+    except StorageError as error:
+        if (folder / CONFIG).exists():
+            error.add(how_to_resume(folder))
+        raise
     finally:
         console.close()
         if ours and ranks.first:
@@ -136,6 +141,8 @@ def _fit(
                 " (training.compile=false: none)",
                 flush=True,
             )
+        if checkpoint and first:
+            trainer.preflight = checks_passed(folder)
         preflight = config.health.preflight and not checkpoint
         trainer.ranks.by_first(
             lambda: attach_run_health(trainer, folder, preflight=preflight, report=console.found) and None
@@ -160,6 +167,9 @@ def report_resume_point(trainer: Any, folder: Path, checkpoint: str) -> bool:
     from ris_fast.training.resume import finished
 
     done = finished(trainer.config.training, trainer.state)
+    if done and not _has_summary(folder, trainer.state.step):
+        print(f"nothing to train: {done}; {SUMMARY} is missing or of an earlier end, and is written now")
+        return False
     if done:
         print(f"nothing to do: {done}\nrun folder: {folder}")
     elif not checkpoint:
@@ -171,6 +181,16 @@ def report_resume_point(trainer: Any, folder: Path, checkpoint: str) -> bool:
             f" {state.seconds:.0f} s"
         )
     return bool(done)
+
+
+def _has_summary(folder: Path, steps: int) -> bool:
+    """Whether summary.json is that of a run of so many steps: a kill behind the last checkpoint leaves another or
+    none."""
+    try:
+        found = json.loads(read_text(folder / SUMMARY))
+        return found["optimizer_steps"] == steps and "ended_by" not in found
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def fit_with_nan_replay(trainer: Any) -> dict[str, Any]:
@@ -222,6 +242,17 @@ def attach_run_health(trainer: Any, folder: Path, *, preflight: bool, report: Ca
         for finding in watchdog.findings:
             report(finding)
     return watchdog
+
+
+def checks_passed(folder: Path) -> list[str]:
+    """Names of the preflight checks that a run passed when it began, as its metrics.jsonl says; none where it does
+    not."""
+    try:
+        rows = read_events(folder, skip_broken=True)
+    except OSError:
+        return []
+    starts = [row.get("preflight") for row in rows if row.get("event") == "start"]
+    return next((list(names) for names in reversed(starts) if isinstance(names, list) and names), [])
 
 
 def preflight_line(watchdog: Any, seconds: float) -> str:

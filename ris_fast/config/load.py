@@ -123,6 +123,19 @@ def render_toml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plain_settings(config: Config) -> dict[str, Any]:
+    """'section.key' -> plain value of every setting, as `load_config` takes them for flags."""
+    found: dict[str, Any] = {}
+    for section in SECTIONS:
+        for key, value in asdict(getattr(config, section)).items():
+            found |= (
+                {f"model.options.{name}": each for name, each in value.items()}
+                if key == "options"
+                else {f"{section}.{key}": value}
+            )
+    return json.loads(json.dumps(found))
+
+
 def _origin(config: Config, *keys: str) -> str:
     return next((config.provenance[key] for key in keys if key in config.provenance), "default")
 

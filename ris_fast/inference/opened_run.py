@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ris_fast.config.load import load_config
+from ris_fast.config.load import load_config, plain_settings
 from ris_fast.config.schema import Config, ConfigError
 from ris_fast.files import CHECKPOINTS, CONFIG
 from ris_fast.models import build_model
-from ris_fast.training.checkpoint import better_weights, checkpoint_of, load_weights
+from ris_fast.training.checkpoint import better_weights, checkpoint_of, load_weights, read_settings
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ def open_run(path: str | Path) -> OpenedRun:
         raise ConfigError(f"{path} is not a run folder: there is no {CONFIG}. Give the folder that train printed.")
     config = run_config(folder)
     weights, kind, manifest = better_weights(folder / CHECKPOINTS, name)
-    notes = (manifest["note"],) if "note" in manifest else ()
-    return OpenedRun(folder, config, name, weights, kind, manifest["state"]["epoch"], notes)
+    notes = [manifest["note"]] if "note" in manifest else []
+    notes += changed_settings(folder, name, config, ("task.", "model.", "data."))
+    return OpenedRun(folder, config, name, weights, kind, manifest["state"]["epoch"], tuple(notes))
 
 
 def run_config(folder: Path, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None) -> Config:
@@ -64,3 +65,21 @@ def run_config(folder: Path, overrides: Iterable[str] = (), flags: Mapping[str, 
         return config
     recorded = load_config(folder / CONFIG)
     return replace(config, data=replace(config.data, seed=recorded.training.seed))
+
+
+def changed_settings(folder: Path, checkpoint: str, config: Config, beginnings: tuple[str, ...] = ("",)) -> list[str]:
+    """What a run's config.toml says otherwise than the settings that the checkpoint was trained with.
+
+    Left out: settings that `--set` or a flag gave, and those that the checkpoint's version did not have. Args:
+        config: as `run_config` reads it; beginnings: of the names of the settings that matter.
+    """
+    found = read_settings(folder / CHECKPOINTS, checkpoint)
+    trained, now = {} if found is None else found[1], plain_settings(config)
+    asked = {key for key, origin in config.provenance.items() if origin in ("--set", "flag")}
+    keys = [key for key in trained if key in now or key.startswith("model.options.")]
+    keys += [key for key in now if key.startswith("model.options.") and trained and key not in trained]
+    return [
+        f"{key} was {trained.get(key)!r} in the checkpoint and is {now.get(key)!r} in {CONFIG}"
+        for key in keys
+        if trained.get(key) != now.get(key) and key not in asked and key.startswith(beginnings)
+    ]

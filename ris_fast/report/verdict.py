@@ -82,7 +82,7 @@ def ruled_out(summary: Mapping[str, Any], *, names: bool = True) -> list[str]:
             (
                 f"{len(checks)} preflight checks passed"
                 if checks
-                else "no preflight check ran (a resumed run, or health.preflight=false)"
+                else "no preflight check ran (health.preflight=false, or a run resumed without its metrics.jsonl)"
             ),
             checks,
         ),

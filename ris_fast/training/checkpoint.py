@@ -85,6 +85,20 @@ def read_whole(folder: Path, name: str) -> Contents | None:
         return None
 
 
+def read_settings(folder: Path, name: str) -> tuple[str, dict[str, Any]] | None:
+    """The preset and the settings that a checkpoint was trained with, 'section.key' -> plain value, from its header
+    alone; None for a file that is missing, damaged there, or from a version that did not write them."""
+    try:
+        with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
+            metadata = file.metadata()
+        if metadata["sha256"] != _text_hash(metadata["manifest"]):
+            return None
+        manifest = json.loads(metadata["manifest"])
+        return manifest["preset"], manifest["settings"]
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError, RuntimeError):
+        return None
+
+
 def tensor_hash(value: Tensor) -> str:
     """SHA-256 of a CPU tensor's type, shape and bytes."""
     digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ris_fast.files import WRITER
 from ris_fast.training.checkpoint import Groups, named_as_in_file, write_checkpoint
 
 Copy = dict[str, Tensor]
@@ -56,6 +57,8 @@ class CheckpointWriter:
         self._ready: dict[str, Job] = {}
         self._spare: dict[Layout, list[Copy]] = defaultdict(list)
         self._thread: threading.Thread | None = None
+        self._idle = threading.Event()  # there is no thread, or it has nothing left to write
+        self._idle.set()
         self._error: BaseException | None = None
         self._writing = ""  # a name
         self._written, self._bytes, self._waited, self._seconds = 0, 0, 0.0, 0.0
@@ -87,8 +90,7 @@ class CheckpointWriter:
                 if job.copied is not None:
                     job.copied.synchronize()
             self._hand_over()
-            if (thread := self._thread) is not None:
-                thread.join()
+            self._idle.wait()  # an interrupt in Thread.join would make Python take the thread for ended (gh-90882)
             self._raise()
 
     def close(self) -> str:
@@ -125,7 +127,8 @@ class CheckpointWriter:
                     self._copying.pop(job.name), copied=None
                 )  # the event stays on this side
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._work, name="checkpoints")
+                    self._idle.clear()
+                    self._thread = threading.Thread(target=self._work, name=WRITER)
                     self._thread.start()
 
     def _raise(self) -> None:
@@ -163,6 +166,7 @@ class CheckpointWriter:
             self._writing = next(iter(self._ready), "")
             if not self._writing:
                 self._thread = None
+                self._idle.set()
             return self._ready.pop(self._writing, None)
 
 

@@ -42,7 +42,6 @@ class MetricsReporter:
         self.config, self.step, self.state, self.plan = config, step, state, plan
         self.clock, self.epoch_steps, self.device = clock, epoch_steps, clock.device
         self.counters: dict[str, Any] = dict.fromkeys(("attempted", "applied", "clipped", "skipped"), 0)
-        self.skipping = 0  # steps skipped in a row, as reports saw it
         self.pending: PendingReport | None = None
 
     def due(self, step: int) -> bool:
@@ -113,10 +112,10 @@ class MetricsReporter:
             )
 
     def _check_skipped(self, skipped: int, steps: int) -> None:
-        self.skipping = self.skipping + steps if skipped >= steps else 0
-        if self.skipping >= self.config.training.max_skipped:
+        self.state.skipping = self.state.skipping + steps if skipped >= steps else 0
+        if self.state.skipping >= self.config.training.max_skipped:
             raise RunStopped(
-                f"Every gradient of the last {self.skipping} steps was non-finite, first in "
+                f"Every gradient of the last {self.state.skipping} steps was non-finite, first in "
                 f"'{self.counters.get('first_bad_tensor')}'. No step was applied; the weights are unharmed.",
                 "steps_skipped",
             )
@@ -144,15 +143,15 @@ class MetricsReporter:
             "grad_norm": self.counters["grad_norm"],
             "clipped": (self.counters["clipped"] - before["clipped"]) / steps,
             "skipped": (self.counters["skipped"] - before["skipped"]) / steps,
-            "lr_planned": self._planned_rates(planned),
+            "lr_planned": self.planned_rates(planned),
             "scenes_per_s": rate,
             "loss_scale": self.counters.get("loss_scale"),
         }
 
-    def _planned_rates(self, planned: int) -> dict[str, float]:
+    def planned_rates(self, planned: int) -> dict[str, float]:
         """The learning rates that the last update should have had, from the count of updates that were applied."""
         settings, counters = self.config.optimizer, self.counters
-        skipped_last = self.skipping > 0
+        skipped_last = self.state.skipping > 0
         factor = learning_rate_factor(
             counters["applied"] - (not skipped_last), planned, settings.warmup, settings.final_lr
         )

@@ -9,8 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from ris_fast.config.load import plain_settings
 from ris_fast.config.schema import Config, ConfigError, Task
 from ris_fast.config.schema import Training as TrainingConfig
 from ris_fast.data.order import ORDER
@@ -28,7 +30,7 @@ from ris_fast.training.checkpoint import (
 from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.training.ranks.group import ALONE, Ranks
 from ris_fast.training.schedule import Plan
-from ris_fast.training.state import RunState, trainable
+from ris_fast.training.state import EpochMeters, RunState, trainable
 
 MOMENTS = ("step.", "exp_avg.", "exp_avg_sq.")  # beginnings of their names among the optimizer's tensors
 
@@ -72,6 +74,8 @@ def run_facts(
         "precision": training.precision,
         "order": ORDER,
         "parameters": trainable(model),
+        "preset": config.preset,
+        "settings": plain_settings(config),
     }
 
 
@@ -108,7 +112,17 @@ class Found(NamedTuple):
         """
         rest = (training.epochs - self.state.epoch - 1) * epoch_steps + left
         planned = self.planned_steps if training.max_seconds else 0
-        return Plan(self.state.step + max(0, rest), training.max_seconds, planned)
+        plan = Plan(self.state.step + max(0, rest), training.max_seconds, planned)
+        if training.max_seconds != self.manifest.get("settings", {}).get("training.max_seconds", training.max_seconds):
+            plan.update(self.state.step, self.state.seconds)  # at the rate of the steps so far
+        return plan
+
+    def meters(self, terms: list[str], device: torch.device) -> EpochMeters | None:
+        """What was measured of the epoch under way; None where there is none, or where the loss has other terms now."""
+        values, sums = self.manifest.get("meters"), self.groups.get("meters", {}).get("sums")
+        if values is None or sums is None or not self.state.epoch_step or set(values["names"]) - set(terms):
+            return None
+        return EpochMeters.from_json(values, sums, device)
 
 
 def find(run: Path, name: str, config: Config, source: SceneSource) -> Found:
@@ -240,11 +254,14 @@ def _take_best(state: RunState, folder: Path, manifest: Mapping[str, Any]) -> li
     return []
 
 
-def finished(training: TrainingConfig, state: RunState) -> str:
-    """Why a resumed run has nothing left to do, and what would give it more; empty where it has."""
+def finished(training: TrainingConfig, state: RunState, *, by_time: bool = True) -> str:
+    """Why a run has nothing left to do, and what would give it more; empty where it has.
+
+    Args: by_time: also because its time is used up, which is by the clock of one process.
+    """
     if state.epoch >= training.epochs:
         return f"{state.epoch} epochs are done and {training.epochs} are asked for; give a larger --epochs to train on"
-    if 0 < training.max_seconds <= state.seconds:
+    if by_time and 0 < training.max_seconds <= state.seconds:
         return (
             f"{state.seconds:.0f} seconds are used and {training.max_seconds:g} were given; give a larger --max-seconds"
             " to train on"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class RunState:
     train_loss: float = math.nan
     val_nmse_raw: float = math.nan
     val_nmse_ema: float = math.nan
+    skipping: int = 0  # steps skipped in a row, as reports saw it
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -100,3 +101,50 @@ class Meter:
         """name -> raw and weighted mean."""
         means = zip(self.names, [] if self.sums is None else (self.sums[1:] / self.scenes).tolist())
         return {name: {"raw": mean, "weighted": mean * weights[name]} for name, mean in means}
+
+
+COUNTED = ("attempted", "applied", "clipped", "skipped")  # the optimizer's counters that reports are made of
+
+
+@dataclass
+class EpochMeters:
+    """What has been measured of the epoch under way: up to the last report, and since.
+
+    `before`, `reported`: the optimizer's counters at the start of the epoch and at the last report.
+    """
+
+    epoch: Meter = field(default_factory=Meter)
+    window: Meter = field(default_factory=Meter)
+    before: dict[str, Any] = field(default_factory=dict)
+    reported: dict[str, Any] = field(default_factory=dict)
+
+    def close_window(self) -> None:
+        """Adds the window to the epoch and begins another; an interrupt finds both done or neither."""
+        joined = replace(self.epoch)
+        joined.join(self.window)
+        self.epoch, self.window = joined, Meter()
+
+    def sums(self, terms: int, device: torch.device) -> Tensor:
+        """(2, 1 + terms) float64: of the epoch and of the window; zeros where nothing was measured yet."""
+        nothing = torch.zeros(1 + terms, dtype=torch.float64, device=device)
+        parts = (nothing if meter.sums is None else meter.sums.to(device) for meter in (self.epoch, self.window))
+        return torch.stack(list(parts))
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the sums."""
+        return {
+            "names": list(self.epoch.names or self.window.names),
+            "scenes": [self.epoch.scenes, self.window.scenes],
+            "steps": [self.epoch.steps, self.window.steps],
+            "before": {key: self.before[key] for key in COUNTED if key in self.before},
+            "reported": {key: self.reported[key] for key in COUNTED if key in self.reported},
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], sums: Tensor, device: torch.device) -> EpochMeters:
+        """What `to_json` and `sums` were made of."""
+        meters = [
+            Meter(scenes, steps, tuple(values["names"]), row.to(device)) if steps else Meter()
+            for scenes, steps, row in zip(values["scenes"], values["steps"], sums)
+        ]
+        return cls(*meters, values["before"], values["reported"])

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,11 +40,12 @@ from ris_fast.training.ranks.lost import RankLost
 from ris_fast.training.ranks.rank_telemetry import RankTelemetry
 from ris_fast.training.ranks.reduction import GradientReduction
 from ris_fast.training.reporter import MetricsReporter, validation_reading
-from ris_fast.training.resume import Found, find, restore, run_facts, start_from, tensors_of
+from ris_fast.training.resume import Found, find, finished, restore, run_facts, start_from, tensors_of
 from ris_fast.training.schedule import Plan, steps_in_epoch
-from ris_fast.training.state import Meter, RunState, RunStopped, trainable
+from ris_fast.training.state import EpochMeters, Meter, RunState, RunStopped, trainable
 from ris_fast.training.step import Group, Step, build_optimizer, network_inputs
 from ris_fast.training.step_result import StepResult
+from ris_fast.training.step_seed import seed_step
 from ris_fast.training.summary import info, summary
 from ris_fast.training.telemetry.async_copy import Clock, DeviceTimestamp, own_stream
 from ris_fast.training.telemetry.step_telemetry import WeightDriftMonitor, weight_norms
@@ -121,6 +123,8 @@ class Trainer(Built):
         self.replanned_at: tuple[int, DeviceTimestamp] | None = None
         self.optimizer_batches = 0  # of the epoch, that were read
         self.batches: Iterator[Any] = iter(())  # of the epoch, still to come
+        self.preflight: list[str] = []  # names of the checks that the run has passed, before a resumption too
+        self.meters, self.resumed_meters = EpochMeters(), None  # of the epoch under way; what a checkpoint had of it
         self.attempted: int | None = None  # within a step: the optimizer's steps before it
         self.last_scenes = 0  # of the last step
         self.agreement = Agreement(self.ranks)
@@ -178,10 +182,8 @@ class Trainer(Built):
                 self.state.initial_nmse = self._score().nmse
                 self.started = time.monotonic()
             settings = self.config.training
-            while self.state.epoch < settings.epochs and not self._ends(now=True):
+            while not finished(settings, self.state, by_time=False) and not self._ends(now=True):
                 self._epoch()
-                if 0 < settings.patience <= self.state.epochs_since_best:
-                    break
             if self.state.step > begun:
                 self.save_last()
         except RunStopped as stop:
@@ -205,8 +207,8 @@ class Trainer(Built):
     def _epoch(self) -> None:
         """One epoch: its steps, their reports, then validation, checkpoints and the epoch's row."""
         reporter, state, listeners = self.reporter, self.state, step_callbacks(self.callbacks)
-        epoch_meter, window = Meter(), Meter()
-        before, scenes_before = dict(reporter.counters), state.scenes_seen
+        before, scenes_before, begun = dict(reporter.counters), state.scenes_seen, state.epoch_step
+        meters = self.meters = self._begun_meters(before)
         self.optimizer_batches, self.replanned_at, self.epoch_left = 0, None, self._steps_left()
         self.weight_drift_between_epochs = self.weight_drift.check()
         self.model.train()
@@ -222,25 +224,36 @@ class Trainer(Built):
             for callback in listeners:
                 callback.on_step_start()
             with interrupts_held():
-                self._step(lambda batch=batch: step(batch, self.planned), listeners, window)
+                self._step(lambda batch=batch: step(batch, self.planned), listeners, meters.window)
             if reported := reporter.due(state.step):
-                window.join_ranks(self.ranks.sum_)
-                self._log(reporter.enqueue(window, state.scenes_seen - scenes_before, self.planned))
-                epoch_meter.join(window)
-                window = Meter()
+                meters.window.join_ranks(self.ranks.sum_)
+                self._log(reporter.enqueue(meters.window, state.scenes_seen - scenes_before, self.planned))
+                meters.close_window()
             if self._ends(now=reported):
                 break
-        window.join_ranks(self.ranks.sum_)
-        epoch_meter.join(window)
+        meters.window.join_ranks(self.ranks.sum_)
+        meters.close_window()
         self._log(reporter.flush())
         self._ends(now=True)
         rate = (state.scenes_seen - scenes_before) / max(self.clock.record().seconds() - self.clock.began, 1e-9)
-        reporter.check_epoch(epoch_meter.steps, self.epoch_left, before, cut_short=self.agreement.over)
-        self._close_epoch(epoch_meter, before, rate)
+        reporter.check_epoch(state.epoch_step - begun, self.epoch_left, before, cut_short=self.agreement.over)
+        self._close_epoch(meters, state.epoch_step - begun, rate)
+
+    def _begun_meters(self, counters: dict[str, Any]) -> EpochMeters:
+        """Those of the epoch that begins, or those that a checkpoint within it had."""
+        meters, self.resumed_meters = self.resumed_meters or EpochMeters(before=counters), None
+        if not self.ranks.alone:
+            meters.close_window()  # of all ranks: what each measures from here on is summed over them
+        self.reporter.counters = {**counters, **meters.reported}
+        if self.state.step and not self.step.rates:  # what the last update had, where the epoch may have none to come
+            self.planned = self.plan.planned
+            self.step.rates = list(self.reporter.planned_rates(self.planned).values())
+        return meters
 
     def _step(self, step: Callable[[], StepResult], listeners: list[Callback], window: Meter) -> None:
         """One step and its count, which follows whatever a callback raises: weights and count belong together."""
         self.attempted = self.optimizer.attempted_steps()
+        seed_step(self.device, self.config.training.seed, self.state.step, self.ranks.rank)
         result = step()
         self.attempted = None
         try:
@@ -316,7 +329,9 @@ class Trainer(Built):
 
     # ---- validation and checkpoints -----------------------------------------------------------------------------
 
-    def _close_epoch(self, meter: Meter, before: dict[str, int], rate: float) -> None:
+    def _close_epoch(self, meters: EpochMeters, made: int, rate: float) -> None:
+        """Args: made: steps of the epoch that this process made."""
+        meter = meters.epoch
         self.weight_drift.check()
         meter.read()
         raw = self._score()
@@ -325,14 +340,14 @@ class Trainer(Built):
         state.train_loss, state.val_nmse_raw = meter.mean_loss(), raw.nmse
         state.val_nmse_ema = ema.nmse if ema else math.nan
         state.seconds = time.monotonic() - self.started
-        row = self.reporter.position() | self.reporter.figures(meter, before, rate, self.planned)
+        row = self.reporter.position() | self.reporter.figures(meter, meters.before, rate, self.planned)
         row |= {
             "val_loss": raw.loss,
             "val_nmse_raw": raw.nmse,
             "val_nmse_median": raw.median,
             "val_nmse_ema": ema.nmse if ema else None,
             "health": {
-                "steps": meter.steps,
+                "steps": made,
                 "optimizer_batches": self.optimizer_batches,
                 "epoch_steps": self.epoch_left,  # without those before a resumption
                 "cut_short": self.agreement.over,
@@ -345,10 +360,11 @@ class Trainer(Built):
             better = score.nmse < state.best_nmse
             state.epochs_since_best = 0 if better else state.epochs_since_best + 1
             state.epoch, state.epoch_step, state.epoch_scenes = state.epoch + 1, 0, 0
+            self.meters = EpochMeters()
+            self._plan_by(state.step, state.seconds)
             if better:
                 state.best_nmse, state.best_weights = score.nmse, weights
                 self._save(BEST)
-            self._plan_by(state.step, state.seconds)
             with self.agreement.held():
                 self._notify("on_epoch_end", row)
 
@@ -370,6 +386,11 @@ class Trainer(Built):
             self.saved = time.monotonic()
         facts = run_facts(self.config, self.source, self.state, self.plan.planned, self.model, self.ranks.size)
         tensors = tensors_of(self.model, self.optimizer, moments=name == LAST)
+        if name == LAST:
+            self.meters.reported = self.reporter.counters if self.reporter.pending is None else {}
+            meters = self.meters if self.ranks.alone else replace(self.meters, window=Meter())  # a part of all ranks'
+            facts["meters"] = meters.to_json()
+            tensors["meters"] = {"sums": meters.sums(len(self.loss.weights), self.device)}
         self.writer.save(self.folder / CHECKPOINTS, name, tensors, facts)
 
     def _save_if_due(self) -> None:
@@ -394,16 +415,13 @@ class Trainer(Built):
         restore(found, self.model, self.optimizer)
         self.state = found.state
         self.plan = found.plan(self.config.training, self.epoch_steps, self._steps_left())
+        self.resumed_meters = found.meters(list(self.loss.weights), self.device)
         self.notes += found.notes
 
     def _share_start(self) -> None:
-        """Gives every rank the weights of rank 0, bit for bit, and random numbers of its own."""
-        if self.ranks.alone:
-            return
+        """Gives every rank the weights of rank 0, bit for bit."""
         for value in self.model.state_dict().values():
             self.ranks.broadcast_(value)
-        if not self.ranks.first:
-            torch.manual_seed(self.config.training.seed + 1_000_003 * self.ranks.rank)
 
     # ---- what callbacks receive ---------------------------------------------------------------------------------
 
@@ -429,6 +447,7 @@ class Trainer(Built):
             compile=self.compile_note,
             epoch_steps=self.epoch_steps,
             ema_decay=self.optimizer.ema_decay,
+            preflight=self.preflight,
             optimizer_backend=self.optimizer.backend,
         )
 

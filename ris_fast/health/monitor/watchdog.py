@@ -52,6 +52,7 @@ class Watchdog(Callback):
     def preflight(self, progress: Callable[[Result], None] | None = None) -> list[Finding]:
         """The checks before the first step; the trainer is left as it was."""
         self.checks = run_checks(self.trainer, progress=progress)
+        self.trainer.preflight = [check.name for check in self.checks if check.passed and check.reached]
         self._found += [finding for check in self.checks for finding in check.findings]
         return self.findings
 
@@ -59,7 +60,7 @@ class Watchdog(Callback):
     def ruled_out(self) -> dict[str, list[str]]:
         """Names of the checks that passed and of the rules that looked at the run and found nothing."""
         return {
-            "checks": [check.name for check in self.checks if check.passed and check.reached],
+            "checks": list(self.trainer.preflight),
             "rules": [name for name, found in self._rules.items() if not found],
         }
 
