@@ -119,6 +119,8 @@ def unbreakable(rank: int = 0) -> Iterator[tuple[Output, Output]]:
         sys.stdout, sys.stderr = (
             stream if stream is not None else output.stream for stream, output in zip(before, outputs)
         )
+        if rank:
+            outputs[0].stream.close()
 
 
 def _fill_standard_descriptors() -> None:

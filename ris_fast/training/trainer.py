@@ -57,7 +57,7 @@ class Trainer(Built):
     Args:
         folder: where checkpoints go; None writes nothing.
         callbacks: called as the run proceeds, in order; also `trainer.callbacks`, a list that may be changed before
-            `fit`.
+            `fit`. With several ranks each calls its own; `trainer.ranks.first` is true on the one that writes.
         resume: continue from `folder`'s last checkpoint, or from the one of this name.
         ranks: the processes that train it together; those that torchrun has started by default.
         progress: called with (scenes read, scenes in all) while data files are read and checked.

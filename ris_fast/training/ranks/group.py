@@ -206,14 +206,10 @@ _store: Any = None  # torch has one process group a process, and this is where i
 
 
 def _connect(device: torch.device) -> None:
+    """Connects the ranks. torchrun keeps its store when it starts them again, and with it the addresses of those that
+    have ended: each start has names of its own."""
     global _store
-    _store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    _store = dist.PrefixStore(f"ris_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{size}", store)
     bound = {"device_id": device} if device.type == "cuda" else {}
-    dist.init_process_group(
-        BACKENDS[device.type],
-        store=dist.PrefixStore("ris_fast", _store),
-        rank=rank,
-        world_size=size,
-        timeout=PATIENCE,
-        **bound,
-    )
+    dist.init_process_group(BACKENDS[device.type], store=_store, rank=rank, world_size=size, timeout=PATIENCE, **bound)

@@ -47,11 +47,11 @@ def name_the_lost(store: Any, rank: int, size: int) -> list[int]:
     if store is None:
         return []
     try:
-        store.set(f"ris_fast/alive/{rank}", "")
+        store.set(f"alive/{rank}", "")
         others = [other for other in range(size) if other != rank]
         deadline = time.monotonic() + GATHERING
         while True:
-            silent = [other for other in others if not store.check([f"ris_fast/alive/{other}"])]
+            silent = [other for other in others if not store.check([f"alive/{other}"])]
             if len(silent) <= 1 and size > 2 or time.monotonic() > deadline:
                 return silent
             time.sleep(0.1)
