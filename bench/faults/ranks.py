@@ -25,6 +25,7 @@ from bench.faults.healthy_twins import backprojection
 from bench.faults.patches import after_step, on_batches, put, wrap
 from ris_fast.config.schema import Config
 from ris_fast.data.open_source import open_source
+from ris_fast.health.monitor.history import named
 from ris_fast.health.monitor.watchdog import Watchdog
 from ris_fast.training.ranks.group import Ranks, join
 from ris_fast.training.state import RunStopped
@@ -64,7 +65,7 @@ def fault(mistake: str, expect: str, step: int = 1, names: Callable[[int], str] 
 
 
 def everyone(size: int) -> str:
-    return "ranks 0 and 1" if size == 2 else "ranks 0, 1 and 2"
+    return named(range(size))
 
 
 @fault("the weights of a rank are loaded from elsewhere after the start", "ranks_diverged")

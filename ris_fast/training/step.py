@@ -147,9 +147,9 @@ class Step:
         losses, terms = zip(*(parts or [self._nothing()]))
         if self.reduction is not None:
             gradients = self.reduction.gradients()
-            self.telemetry.before_sum(gradients)
+            self.telemetry.before_reduction(gradients)
             self.reduction.sum_(gradients)
-            self.telemetry.after_sum(gradients)
+            self.telemetry.after_reduction(gradients)
         self.telemetry.differentiated()
         self.schedule(planned)
         self.note_rates()

@@ -7,8 +7,11 @@ import runpy
 import stat
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from bench import ranks
 
@@ -46,6 +49,40 @@ def test_documented_gradient_bytes_are_those_of_the_presets() -> None:
         assert (preset.batch, preset.scenes, preset.epochs) == (
             config.training.batch_size, config.data.train_scenes, config.training.epochs,
         )  # fmt: skip
+
+
+class Ideal(ranks.Machine):
+    """Measures what the formula says, at 1 ms a scene, 2 ms a step, 0.1 ms a hop and 2 GB/s; ranks train the same."""
+
+    def run(self, kind: str, given: dict[str, Any], ranks_: int = 1, copies: int = 1) -> dict[str, Any]:
+        def added(size: int) -> float:
+            return ranks.reduction(size, ranks_, 1e-4, 1 / 2e9, 2)
+
+        if kind == "all_reduce":
+            return {"seconds": [added(size) for size in given["bytes"]]}
+        if "weights" in given:
+            save_file({"w": torch.full((4,), 1.0 + 1e-6 * (ranks_ == 4))}, given["weights"])
+        crowd = 1.1 * max(1, copies / 2, ranks_ / 2) if copies > 1 or ranks_ > 1 else 1.0
+        step = crowd * (2e-3 + 1e-3 * given["batch"]) + added(10**7)
+        return {"step_s": step, "bytes": 10**7, "tensors": 1}
+
+
+def test_bench_predicts_what_an_ideal_machine_measures(tmp_path: Path) -> None:
+    machine = Ideal(tmp_path)
+    machine.cores = 2
+    found: dict[str, Any] = {"all_reduce": ranks.all_reduces(machine), "seconds": 1.0}
+    hop, byte = found["all_reduce"]["hop_s"], 1 / found["all_reduce"]["bytes_per_s"]
+    found["steps"] = {"laptop": ranks.steps(machine, "laptop", 40, hop, byte)}
+    found |= {"ranks_or_threads": ranks.ranks_or_threads(machine), "equality": ranks.equality(machine)}
+    steps = found["steps"]["laptop"]
+    assert (steps["fixed_s"], steps["per_scene_s"]) == (pytest.approx(2e-3), pytest.approx(1e-3))
+    for row in (*steps["rows"], *found["all_reduce"]["rows"]):
+        pairs = [(row[key], row[key.replace("formula", "measured")]) for key in row if key.startswith("formula")]
+        assert pairs and all(formula == pytest.approx(measured) for formula, measured in pairs)
+    apart = found["equality"]["relative_difference"]
+    assert apart["2"] == 0 and apart["4"] == pytest.approx(1e-6, rel=0.1)
+    text = ranks.printed(found)
+    assert "4 ranks" in text and "(+0%)" in text and "2 ranks x 1 thread, 64 scenes a step" in text
 
 
 @pytest.mark.parametrize("resumed", [False, True])

@@ -152,12 +152,12 @@ class StepTelemetry:
         if self._ranks_read:
             self.ranks.weighted(share)
 
-    def before_sum(self, gradients: Sequence[Tensor]) -> None:
+    def before_reduction(self, gradients: Sequence[Tensor]) -> None:
         """After backward, with this rank's own gradients, as flat buffers; where there are several ranks."""
         if self._ranks_read:
             self.ranks.before_sum(norms(self._gradients()), gradients)
 
-    def after_sum(self, gradients: Sequence[Tensor]) -> None:
+    def after_reduction(self, gradients: Sequence[Tensor]) -> None:
         """With the sum of all ranks' gradients in those buffers."""
         if self._ranks_read:
             self.ranks.after_sum(gradients)

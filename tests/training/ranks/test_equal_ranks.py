@@ -43,10 +43,10 @@ def trained(config: Config, ranks: Ranks | None = None, poison: int = -1) -> dic
     """A whole run. poison: the rank whose fourth step has a gradient that is not a number."""
     recorder = Recorder()
     trainer = Trainer(config, callbacks=[recorder], ranks=ranks)
-    differentiated = trainer.step.telemetry.before_reduction
+    before_reduction = trainer.step.telemetry.before_reduction
 
-    def poisoned() -> None:
-        differentiated()
+    def poisoned(gradients: list[Tensor]) -> None:
+        before_reduction(gradients)
         if trainer.ranks.rank == poison and trainer.state.step == 3:
             next(trainer.model.parameters()).grad.view(-1)[0] = torch.nan
 
