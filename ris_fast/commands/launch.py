@@ -15,14 +15,10 @@ from ris_fast.config.schema import ConfigError
 from ris_fast.environment import launched
 from ris_fast.files import SUMMARY
 
-ONE_PROCESS = (
-    "check", "why", "evaluate", "mismatch", "predict", "gradcheck", "bench", "simulate", "env",
-)  # fmt: skip
-
 
 def one_process_only(tokens: Sequence[str]) -> str | None:
     """What is wrong where torchrun has started several processes of a command that is one; None where nothing is."""
-    if not launched() or not tokens or tokens[0] not in ONE_PROCESS:
+    if not launched() or not tokens or tokens[0] == "train" or tokens[0].startswith("-"):
         return None
     return (
         f"{tokens[0]} runs in one process, and {os.environ['WORLD_SIZE']} were started. Start it without torchrun, or"

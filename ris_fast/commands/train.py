@@ -50,14 +50,24 @@ def run_training(config: Config, out: Path | None, *, resume: Path | None = None
     try:
         code = _run(config, ranks, out, resume, profile)
     except (EndedByFirst, RunStopped, AllInterrupted) as error:  # known to all ranks, and said by rank 0
-        if ranks.first:
-            raise
         code = getattr(error, "exit_code", exit_codes.INTERRUPTED)
+        if ranks.first and not _at_its_own_end(code):
+            raise
+        if ranks.first:
+            print(f"ris-fast: {error}", file=sys.stderr)
+    if _at_its_own_end(code):
+        print(f"exit code 0 and not {code}, upon which torchrun would start this run again; {SUMMARY} has the verdict")
+        code = exit_codes.DONE
     if code == exit_codes.DONE:
         ranks.leave()
     else:
         ranks.outlast_first()
     return code
+
+
+def _at_its_own_end(code: int) -> bool:
+    """Whether a launcher that restarts what fails has to be kept from it: the run did not fail, it did not learn."""
+    return code == exit_codes.NOT_LEARNED and restarts_allowed()
 
 
 def _run(config: Config, ranks: Ranks, out: Path | None, resume: Path | None, profile: bool) -> int:
