@@ -140,7 +140,7 @@ def rivals(trial: Trial) -> Outcome:
     one.start(first, trial.folder, "first")
     waited = one.wait(moment(trial.random, trial.prepared.seconds["simulate" if "simul" in kind else name]))
     other.start(second, trial.folder, "second")
-    ends = [waited or one.wait(), other.wait()]
+    ends = [waited or one.end(), other.end()]
     trial.story += [f"{kind}: {ended.code} {ended.last_line}" for ended in ends]
     if any("Traceback" in ended.text for ended in ends):
         return Outcome(LOST, f"{kind}: a traceback")

@@ -74,7 +74,7 @@ def _jump(day: float, monotonic: float = 0.0):
         if monotonic == 0.0:
             server.wait(0.3)
             clock.set(-day)
-        ended = server.wait()
+        ended = server.end()
         trial.tell(["train", f"{day:+g} s", f"{monotonic:+g} s"], ended)
         outcome = compared(trial, ended, run, NAME)
         took = json.loads((run / "summary.json").read_text())["seconds"]
@@ -94,7 +94,7 @@ def _limited(trial: Trial, server: Server, clock: Clock) -> Outcome:
     clock.set(-5 * HOURS)
     server.wait(0.5)
     clock.set(5 * HOURS)
-    ended = server.wait()
+    ended = server.end()
     trial.tell(endless, ended)
     took = json.loads((run / "summary.json").read_text())["seconds"] if ended.trained else -1.0
     if not limit <= took < limit + 1.5:
@@ -113,7 +113,7 @@ def _slept(trial: Trial, server: Server, clock: Clock) -> Outcome:
     while reading.best_score(run) is None and server.wait(0.05) is None:
         pass
     clock.set(0.0, HOURS)
-    ended = server.wait()
+    ended = server.end()
     trial.tell(endless, ended)
     if not ended.trained:
         return Outcome(LOST, f"{ended.code}: {ended.last_line}")

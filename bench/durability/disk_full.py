@@ -83,7 +83,7 @@ def _full(trial: Trial, disk: Path, start: list[str], needed: int, seconds: floa
             if ended is None:
                 fill(ballast)
         if early or ended is None:
-            ended = trial.server.wait()
+            ended = trial.server.end()
         trial.tell(start, ended)
 
         def freed() -> Outcome:

@@ -63,7 +63,14 @@ class Server:
         self.process.stdin.flush()
         self.pid, self.began, self.ended = int(self._line(PATIENCE)), time.monotonic(), None
 
-    def wait(self, seconds: float = PATIENCE) -> Ended | None:
+    def end(self) -> Ended:
+        """Waits for the end of the command. Raises: RuntimeError for one that hangs, and kills it."""
+        if (ended := self.wait(PATIENCE)) is None:
+            self.kill()
+            raise RuntimeError(f"a command still runs after {PATIENCE:g} s: {self.log}")
+        return ended
+
+    def wait(self, seconds: float) -> Ended | None:
         """How the command ended; None where it has not within these seconds."""
         if self.ended is None and (line := self._line(seconds)) is not None:
             text = self.log.read_text(errors="replace")
@@ -71,19 +78,16 @@ class Server:
         return self.ended
 
     def run(self, arguments: Sequence[str], folder: Path, name: str = "log", **limits: Any) -> Ended:
-        """Starts a command and waits for its end. Raises: RuntimeError for one that hangs."""
+        """Starts a command and waits for its end. Raises: RuntimeError."""
         self.start(arguments, folder, name, **limits)
-        if (ended := self.wait()) is None:
-            self.kill()
-            raise RuntimeError(f"ris-fast {' '.join(arguments)} still runs after {PATIENCE:g} s")
-        return ended
+        return self.end()
 
     def kill(self, number: int = signal.SIGKILL) -> Ended:
         """Sends the signal and waits; where the command has ended by now, how it did. Raises: RuntimeError."""
         if self.ended is None:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
-        if (ended := self.wait()) is None:
+        if (ended := self.wait(PATIENCE)) is None:
             raise RuntimeError(f"a process goes on after signal {number}")
         return ended
 
