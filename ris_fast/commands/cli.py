@@ -28,7 +28,7 @@ from ris_fast.commands.flags import (
     alone,
     run_flags,
 )
-from ris_fast.commands.launch import check_restarts, restart_count
+from ris_fast.commands.launch import check_restarts, restarts_allowed
 from ris_fast.commands.runner import run
 from ris_fast.config.load import load_config, render_toml
 from ris_fast.config.schema import ConfigError
@@ -124,8 +124,8 @@ def train(
             "--batch-size auto tries sizes in one process. Run it once without torchrun, and give the number it finds."
         )
     stage("loading torch")
-    again = out if restart_count() and resume is None and out is not None and (out / CONFIG).is_file() else None
-    if again is not None:  # torchrun starts the run anew, and it has settings already
+    again = out if restarts_allowed() and resume is None and out is not None and (out / CONFIG).is_file() else None
+    if again is not None:  # torchrun starts the run anew, or it was begun before: it has settings already
         from ris_fast.commands.run_folder import resumed_config
 
         resume, resolved = again, resumed_config(again, {}, set_ or (), flags)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def _files(data: Path, mapping: FileMapping | None, config: Config) -> Files:
     if foreign and not any(npz_files(folder) for folder in folders):
         raise ConfigError(
             f"convert: what is in {data} needs a mapping file, --map FILE.toml, that says which array is what. Begin"
-            f" with `ris-fast convert --new-map FILE.toml --data {data}`."
+            f" with `ris-fast convert --new-map FILE.toml --data {shlex.quote(str(data))}`."
         )
     return npz_files_of(root, config.task)
 
@@ -79,5 +80,6 @@ def _new_map(path: Path, data: Path) -> int:
     if path.exists():
         raise ConfigError(f"convert: {path} is there already. Give --new-map another name, or remove it.")
     write_starting_map(path, data)
-    print(f"mapping file to complete: {path}\nsee what it does: ris-fast convert --map {path} --data {data} --check")
+    words = f"--map {shlex.quote(str(path))} --data {shlex.quote(str(data))}"
+    print(f"mapping file to complete: {path}\nsee what it does: ris-fast convert {words} --check")
     return exit_codes.DONE

@@ -82,7 +82,7 @@ def _run(config: Config, ranks: Ranks, out: Path | None, resume: Path | None, pr
     console = ConsoleReport(standard_task=config.task == Task(), run=folder)
     try:
         with ExitStack() as held:
-            ranks.by_first(lambda: held.enter_context(run_lock(folder, wait=LOCK_WAIT if restart_count() else 0.0)))
+            ranks.by_first(lambda: held.enter_context(run_lock(folder, wait=LOCK_WAIT if restarts_allowed() else 0.0)))
             if (ended := ranks.by_first(lambda: _ended(folder))) is not None:
                 return ended
             summary = _fit(config, folder, checkpoint, profile, console)

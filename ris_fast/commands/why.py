@@ -9,6 +9,7 @@ from typing import Any
 from ris_fast import exit_codes
 from ris_fast.config.schema import ConfigError
 from ris_fast.config.spelling import did_you_mean
+from ris_fast.files import METRICS, SUMMARY
 from ris_fast.old_names import current_cause
 from ris_fast.report.eventlog import dumps
 from ris_fast.report.verdict import lost_again, ruled_out, stalled_because
@@ -26,8 +27,16 @@ def say_why(run: Path | None, *, json: bool = False) -> int:
     if run is None:
         raise ConfigError("why: give a run folder or a metrics.jsonl, or --explain with the name of a cause.")
     rows, summary = _read(run)
-    answer = why(run, rows, summary)
-    reason = _reason(run, rows, summary, answer)
+    try:
+        answer = why(run, rows, summary)
+        reason = _reason(run, rows, summary, answer)
+    except ConfigError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # entries that no writer of rows leaves out
+        raise ConfigError(
+            f"why: the rows of {run} cannot be judged ({type(error).__name__}: {error}): {METRICS} or {SUMMARY} is"
+            " damaged. Restore them, or continue the run: its checkpoints have checksums of their own."
+        ) from error
     if json:
         print(dumps(answer.to_json() | ({"reason": reason} if reason else {}), indent=2))
     else:

@@ -60,9 +60,11 @@ def channel_notes(facts: Facts) -> list[str]:
 
 
 def snr_notes(snr: Tensor, task: Task) -> list[str]:
-    """Labels beyond the task's range, and labels that were clipped. Args: snr: (scenes,) dB."""
+    """Labels beyond the task's range, and labels that were clipped; one label for all is neither. Args: snr: (scenes,)
+    dB."""
     ends = {float(end): int((snr == end).sum()) for end in torch.aminmax(snr)}
-    clipped = [f"{count} at {end:g} dB" for end, count in ends.items() if count > max(3, 0.002 * snr.numel())]
+    many = max(3, 0.002 * snr.numel())
+    clipped = [f"{count} at {end:g} dB" for end, count in ends.items() if count > many and len(ends) > 1]
     notes = []
     if max(ends) > task.snr_max_db + BEYOND_DB:
         notes.append(f"snr labels go up to {max(ends):.3g} dB; the task says {task.snr_max_db:g}")

@@ -91,8 +91,21 @@ def finish(partial: Path, out: Path, manifest: Mapping[str, Any]) -> None:
     write_text(partial / MANIFEST, json.dumps(sealed(manifest), indent=1) + "\n")
     with writing(out):
         os.replace(partial, out)
+    _tidy(out)
+
+
+def completed(out: Path, plan: Mapping[str, Any]) -> bool:
+    """Whether OUT is this very data set, but for the tidying before which a call was killed; tidies it then."""
+    if not (out / MANIFEST).is_file() or read_plan(out) != json.loads(json.dumps(plan)):
+        return False
+    _tidy(out)
+    return True
+
+
+def _tidy(out: Path) -> None:
+    """The plan last: while it is there, the same command again does the rest."""
     with suppress(OSError):
-        for left in (out / PLAN, *out.glob(f"*-*{RECEIPT}"), *out.glob(".*.partial")):
+        for left in (*out.glob(f"*-*{RECEIPT}"), *out.glob(".*.partial"), out / PLAN):
             left.unlink(missing_ok=True)
 
 

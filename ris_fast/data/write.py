@@ -22,7 +22,7 @@ from ris_fast.data.parallel import each_in_order
 from ris_fast.data.shard_columns import COLUMNS, FORMAT, scene_bytes
 from ris_fast.data.splits import split_sizes
 from ris_fast.data.statistics import measure, merge
-from ris_fast.data.unfinished import finish, keep, kept, unfinished, write_shard
+from ris_fast.data.unfinished import completed, finish, keep, kept, unfinished, write_shard
 from ris_fast.physics.random import SPLITS, SceneGenerator
 from ris_fast.physics.scenes import Scenes, simulate
 
@@ -71,6 +71,8 @@ def write_shards(
     _check_request(sizes, shard_scenes, jobs)
     out = Path(os.path.realpath(out_dir))
     plan, total = _plan(config, sizes, shard_scenes), sum(sizes.values())
+    if completed(out, plan):
+        return out / MANIFEST
     with unfinished(out, plan, total * scene_bytes(config.task, COLUMNS), total) as partial:
         splits = _write_splits(config, partial, sizes, shard_scenes, device, progress, jobs)
         finish(partial, out, {**plan, "splits": splits})

@@ -242,8 +242,9 @@ class Trainer(Built):
     def _begun_meters(self, counters: dict[str, Any]) -> EpochMeters:
         """Those of the epoch that begins, or those that a checkpoint within it had."""
         meters, self.resumed_meters = self.resumed_meters or EpochMeters(before=counters), None
-        if not self.ranks.alone:
-            meters.close_window()  # of all ranks: what each measures from here on is summed over them
+        if not self.ranks.alone:  # what each rank measures from here on is summed over them
+            meters.close_window()
+            meters.reported = {}
         self.reporter.counters = {**counters, **meters.reported}
         if self.state.step and not self.step.rates:  # what the last update had, where the epoch may have none to come
             self.planned = self.plan.planned
@@ -388,7 +389,8 @@ class Trainer(Built):
         tensors = tensors_of(self.model, self.optimizer, moments=name == LAST)
         if name == LAST:
             self.meters.reported = self.reporter.counters if self.reporter.pending is None else {}
-            meters = self.meters if self.ranks.alone else replace(self.meters, window=Meter())  # a part of all ranks'
+            # The window of several ranks is in parts on all of them: its steps are left out, of counts too.
+            meters = self.meters if self.ranks.alone else replace(self.meters, window=Meter(), reported={})
             facts["meters"] = meters.to_json()
             tensors["meters"] = {"sums": meters.sums(len(self.loss.weights), self.device)}
         self.writer.save(self.folder / CHECKPOINTS, name, tensors, facts)

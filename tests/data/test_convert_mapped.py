@@ -196,3 +196,24 @@ def test_without_h5py_the_error_names_it(
     monkeypatch.setitem(sys.modules, "h5py", None)
     assert convert("--map", text, "--data", lab, "--check") == 2
     assert "pip install 'ris-fast[hdf5]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "mistake, said",
+    [
+        (("[covariance]\n", "[covariance]\nconjugate = true\n"), "the covariance conjugated"),
+        (("truth/azimuth", "truth/elevation", "truth/elevation", "truth/azimuth"), "azimuth and elevation exchanged"),
+    ],
+    ids=["conjugate", "exchanged"],
+)
+def test_covariances_of_other_sources_are_refused_with_what_was_mistaken(
+    mistake: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = mapping_of_docs(1)
+    if len(mistake) == 4:
+        text = text.replace(mistake[0], "#").replace(mistake[1], mistake[0]).replace("#", mistake[1])
+    else:
+        text = text.replace(*mistake)
+    lab = write_hdf5(tmp_path / "lab.h5", original_arrays(60))
+    assert convert("--map", written(tmp_path / "lab.toml", text), "--data", lab, "--out", tmp_path / "set") == 3
+    assert f"They fit with {said}" in capsys.readouterr().err and not (tmp_path / "set").exists()

@@ -72,18 +72,24 @@ def test_a_shard_without_a_receipt_is_made_again(tmp_path: Path, straight: dict[
     assert contents(write_shards(CONFIG, tmp_path / "set", SIZES, shard_scenes=16).parent) == straight
 
 
-def test_a_kill_while_finishing_leaves_a_whole_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", ["plan.json", "val-00000.json"])
+def test_a_kill_while_finishing_leaves_a_whole_set_that_the_same_call_tidies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, straight: dict[str, str], before: str
+) -> None:
     unlink = Path.unlink
 
     def killed(path: Path, missing_ok: bool = False) -> None:
-        if path.name == "plan.json":
+        if path.name == before:
             raise KeyboardInterrupt
         unlink(path, missing_ok)
 
-    monkeypatch.setattr(Path, "unlink", killed)
-    with pytest.raises(KeyboardInterrupt):
-        write_shards(CONFIG, tmp_path / "set", SIZES)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        write_shards(CONFIG, tmp_path / "set", SIZES, shard_scenes=16)
     assert (tmp_path / "set" / "manifest.json").is_file() and not (tmp_path / "set.partial").exists()
+    assert contents(write_shards(CONFIG, tmp_path / "set", SIZES, shard_scenes=16).parent) == straight
+    with pytest.raises(DataError, match="something there already"):
+        write_shards(CONFIG, tmp_path / "set", SIZES, shard_scenes=16)
 
 
 def test_two_processes_write_what_one_writes(tmp_path: Path, straight: dict[str, str]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ris_fast.config.schema import Config
 from ris_fast.data.conversion.building import Building
+from ris_fast.data.conversion.labels import refuse_unrelated
 from ris_fast.data.conversion.manifest import final_manifest
 from ris_fast.data.conversion.scene_file import Files, SceneFile
 from ris_fast.data.data_path import ONE_POOL
@@ -36,7 +37,7 @@ from ris_fast.data.npz_load import (
 )
 from ris_fast.data.shard_columns import CODES, FORMAT, scene_bytes
 from ris_fast.data.splits import split_rows
-from ris_fast.data.unfinished import finish, keep, kept, partial_of, read_plan, unfinished
+from ris_fast.data.unfinished import completed, finish, keep, kept, partial_of, read_plan, unfinished
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.random import SPLITS
 
@@ -59,6 +60,8 @@ def convert(
     known = _assumptions(out)
     while True:
         one = Conversion.of(config, files, **known)
+        if completed(out, one.plan):
+            return out / MANIFEST
         with unfinished(out, one.plan, one.total * scene_bytes(config.task, one.columns), one.total) as partial:
             try:
                 receipts = one.run(partial, progress)
@@ -73,7 +76,7 @@ def convert(
 
 def _assumptions(out: Path) -> dict[str, bool]:
     """What an earlier call had found out; nothing where there was none."""
-    plan = read_plan(partial_of(out))
+    plan = read_plan(partial_of(out)) or read_plan(out)
     columns = plan.get("columns", ()) if isinstance(plan, dict) else ()
     return {"exact": "power" in columns, "shared": CODES not in columns} if columns else {}
 
@@ -108,6 +111,8 @@ class Conversion:
             found = "R" in chunk and "ptr" in chunk and files.offset is None
             offset = find_offset_of(RISArray.of(config.task), chunk) if found else files.offset or CENTRED
             offsets[part] = (float(offset[0]), float(offset[1]))
+            if "R" in chunk and "ptr" in chunk:
+                refuse_unrelated(files.root, config.task, offsets[part], chunk)
         return cls(config, files, exact, shared, sizes, rows, offsets, codes)
 
     @property

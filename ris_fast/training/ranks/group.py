@@ -7,6 +7,8 @@ engines of PyTorch's: NCCL for tensors on a GPU, gloo for tensors on the host an
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -206,10 +208,55 @@ _store: Any = None  # torch has one process group a process, and this is where i
 
 
 def _connect(device: torch.device) -> None:
-    """Connects the ranks. torchrun keeps its store when it starts them again, and with it the addresses of those that
-    have ended: each start has names of its own."""
+    """Connects the ranks."""
     global _store
-    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
-    _store = dist.PrefixStore(f"ris_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{size}", store)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = _launchers_store(rank, size)
+    _store = dist.PrefixStore(f"ris_fast/{_name_of_start(store, rank, size)}", store)
     bound = {"device_id": device} if device.type == "cuda" else {}
     dist.init_process_group(BACKENDS[device.type], store=_store, rank=rank, world_size=size, timeout=PATIENCE, **bound)
+
+
+def _launchers_store(rank: int, size: int) -> Any:
+    """The store of the launcher. That of torchrun without the prefix that torch gives it, a count of restarts: torchrun
+    counts them on the node whose process failed, and not on the others."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=PATIENCE)
+    return next(dist.rendezvous("env://", rank, size, timeout=PATIENCE))[0]
+
+
+def _name_of_start(store: Any, rank: int, size: int) -> str:
+    """A name that the ranks of this start have in common, and those of no other.
+
+    torchrun keeps its store when it starts the ranks again, and with it the addresses of those that have ended. Every
+    rank leaves a word of its own; rank 0 answers each word with the name, until all ranks have confirmed it, so that
+    words of ranks that have ended do no harm. Raises: RankLost after PATIENCE.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"ris_fast/hello/{rank}", own)
+    if rank:
+        answer = f"ris_fast/start/{own}"
+        _wait_until(lambda: store.check([answer]), [0])
+        name = store.get(answer).decode()
+        store.set(f"ris_fast/here/{name}/{rank}", "")
+        return name
+    others, answered = range(1, size), set()
+
+    def all_here() -> bool:
+        for hello in (f"ris_fast/hello/{other}" for other in others):
+            if store.check([hello]) and (word := store.get(hello).decode()) not in answered:
+                answered.add(word)
+                store.set(f"ris_fast/start/{word}", own)
+        return store.check([f"ris_fast/here/{own}/{other}" for other in others])
+
+    _wait_until(all_here, others)
+    return own
+
+
+def _wait_until(come: Callable[[], bool], whose: Sequence[int]) -> None:
+    """In short sleeps, so that signals are heard. Raises: RankLost after PATIENCE."""
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    while not come():
+        if time.monotonic() > deadline:
+            raise RankLost(list(whose), "nothing since the start")
+        time.sleep(0.02)

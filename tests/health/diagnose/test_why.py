@@ -324,3 +324,13 @@ def test_why_names_a_damaged_summary_and_rows_without_numbers(tmp_path: Path, ca
     (tmp_path / "rows.jsonl").write_text('{"train_loss": "x", "val_loss": null}\n' * 3)
     (tmp_path / "summary.json").unlink()
     assert main(["why", str(tmp_path / "rows.jsonl")]) == 2 and "none of them has a number" in capsys.readouterr().err
+
+
+def test_why_names_a_record_in_which_an_entry_changed_its_name(tmp_path: Path, capsys) -> None:
+    """As one flipped bit does it."""
+    health = {"call": 1, "steps": 1, "attempted": 1, "applied": 1, "moved": 3, "tensors": 3}
+    rows = [{"event": "step", "step": step, "train_loss": 1.0, "health": health} for step in (1, 2)]
+    text = "\n".join(map(json.dumps, [{"event": "start", "epoch_steps": 4}, *rows])) + "\n"
+    (tmp_path / "metrics.jsonl").write_text("applhed".join(text.rsplit("applied", 1)))
+    assert main(["why", str(tmp_path)]) == 2
+    assert "damaged" in (said := capsys.readouterr().err) and "Traceback" not in said

@@ -120,3 +120,37 @@ def part(folder: str, size: int, accumulate: int, until: int) -> dict[str, Any]:
     except KeyboardInterrupt:
         pass
     return {"scenes": seen, "weights": flat(trainer.model), "accumulate": trainer.config.training.accumulate}
+
+
+def test_reports_after_a_resumption_count_what_the_optimizer_counts(tmp_path: Path) -> None:
+    """Two ranks end between two reports; the next report of a resumed run is of the steps since, in both counts."""
+    values(2, counted, str(tmp_path), 13, False)
+    for size in (2, 1):
+        again = (
+            values(size, counted, str(tmp_path), 15, True) if size > 1 else [counted(str(tmp_path), 22, True, ALONE)]
+        )
+        assert all(steps == attempted for rank in again for steps, attempted in rank), again
+    assert again[0][-1] == (5, 5)
+
+
+def counted(folder: str, until: int, resume: bool, ranks: Any = None) -> list[tuple[int, int]]:
+    """Steps and attempted steps of each report of a run until a step."""
+    trainer = Trainer(
+        small("data.val_limit=4", "report.every_steps=10", scenes=160, batch=4), folder, resume=resume, ranks=ranks
+    )
+    reports: list[tuple[int, int]] = []
+
+    class Until(Callback):
+        def on_log(self, row: dict[str, Any]) -> None:
+            reports.append((row["health"]["steps"], row["health"]["attempted"]))
+
+        def on_step_end(self) -> None:
+            if trainer.state.step + 1 == until:
+                raise KeyboardInterrupt
+
+    trainer.callbacks.append(Until())
+    try:
+        trainer.fit()
+    except KeyboardInterrupt:
+        pass
+    return reports
