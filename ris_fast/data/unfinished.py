@@ -138,7 +138,11 @@ def _check_target(out: Path, partial: Path, plan: Mapping[str, Any]) -> None:
             f"Give --out {shlex.quote(str(out / 'scenes'))}.",
         )
     begun = any(path.name != PLAN for path in partial.glob("[!.]*"))
-    if begun and read_plan(partial) != json.loads(json.dumps(plan)):
+    there = read_plan(partial)
+    if begun and there is None:
+        todo = f"Get the right to read it, or remove {shlex.quote(str(partial))} to begin anew."
+        raise DataError(partial / PLAN, "", "no file that can be read as a plan", "that of the unfinished work", todo)
+    if begun and there != json.loads(json.dumps(plan)):
         raise DataError(
             partial,
             "",

@@ -326,7 +326,10 @@ class Trainer(Built):
     def _ends(self, *, now: bool = False) -> bool:
         """Whether the time is over, on all ranks. Raises what ends the run on all of them: see `Agreement`."""
         limit = self.config.training.max_seconds
-        return self.agreement.after(self.state.step, 0 < limit <= time.monotonic() - self.started, now=now)
+        over = self.agreement.after(self.state.step, 0 < limit <= time.monotonic() - self.started, now=now)
+        if over:  # what a resumed run goes by, which was counted at the last step or validation
+            self.state.seconds = max(self.state.seconds, limit)
+        return over
 
     # ---- validation and checkpoints -----------------------------------------------------------------------------
 
