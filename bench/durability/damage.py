@@ -149,7 +149,7 @@ def damaged_work(trial: Trial) -> Outcome:
     done = damage(trial, trial.random.choice(found)) if found else "nothing yet"
     ended = trial.run(arguments) if not out.exists() else None
     if ended is not None and said_of(ended, str(partial)):
-        if not found or "Remove it" not in ended.text:
+        if not found or "emove " not in ended.text:
             return Outcome(LOST, f"{done}: {ended.last_line}")
         return Outcome(SAID)
     if ended is not None and ended.code != 0:

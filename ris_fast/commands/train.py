@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +23,7 @@ from ris_fast.commands.run_folder import (
 )
 from ris_fast.config.schema import Config, Task
 from ris_fast.files import CONFIG, LAST, METRICS, SUMMARY, StorageError, read_text
+from ris_fast.old_names import OldNameWarning
 from ris_fast.report.eventlog import JsonlReport, read_events, write_json
 from ris_fast.report.record import Record
 from ris_fast.streams import stage
@@ -258,7 +260,9 @@ def checks_passed(folder: Path) -> list[str]:
     """Names of the preflight checks that a run passed when it began, as its metrics.jsonl says; none where it does
     not."""
     try:
-        rows = read_events(folder, skip_broken=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OldNameWarning)  # of entries that are not looked at here
+            rows = read_events(folder, skip_broken=True)
     except OSError:
         return []
     starts = [row.get("preflight") for row in rows if row.get("event") == "start"]

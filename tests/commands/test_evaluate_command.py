@@ -150,7 +150,9 @@ def test_evaluate_notes_test_scenes_seen_in_training(tmp_path: Path) -> None:
         ]
         config = load_config(preset="laptop", overrides=options, flags={"training.device": "cpu"})
         folder = tmp_path / f"run-{copied}"
-        Trainer(config, folder, callbacks=[RunFolder(folder, config)]).fit()
+        trainer = Trainer(config, folder)
+        trainer.callbacks.append(RunFolder(folder, trainer.config))  # with the sector that the files ask for
+        trainer.fit()
         result = evaluate(folder, device="cpu")
         expected = [
             f"{result['scenes']} of {result['scenes']} test scenes are training scenes: these figures say nothing of"

@@ -20,6 +20,7 @@ from ris_fast.config.schema import ConfigError
 from ris_fast.data.errors import DataError
 from ris_fast.training import batch_size as memory
 from ris_fast.training import trainer as loop
+from ris_fast.training.ranks.group import ALONE
 from ris_fast.training.state import RunStopped
 from ris_fast.training.step import Step
 from tests.command_line import settings
@@ -35,6 +36,7 @@ class Ends:
     def __init__(self, config: Any, folder: Path | None = None, **_: Any) -> None:
         self.config, self.folder, self.callbacks, self.device = config, folder, [], torch.device("cpu")
         self.source, self.notes, self.network = SimpleNamespace(notes=[]), [], SimpleNamespace(compiled=False)
+        self.ranks = ALONE
 
     def fit(self) -> dict[str, Any]:
         if isinstance(self.outcome, BaseException):
