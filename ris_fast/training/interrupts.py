@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 INTERRUPTS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -30,12 +31,19 @@ def interrupts_held() -> Iterator[None]:
             handlers[number](number, frame)
         waiting.append((number, frame))
 
-    for number in handlers:
-        signal.signal(number, hold)
+    with handled_by(hold, handlers):
+        yield
+    for number, frame in waiting[:1]:
+        handlers[number](number, frame)
+
+
+@contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], None], before: Mapping[int, Any]) -> Iterator[None]:
+    """Within the block the signals of `before` go to `handler`, behind it to the handlers in `before` again."""
+    for number in before:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    for number, frame in waiting[:1]:
-        handlers[number](number, frame)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

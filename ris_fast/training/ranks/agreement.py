@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from ris_fast.training.interrupts import INTERRUPTS
+from ris_fast.training.interrupts import INTERRUPTS, handled_by
 from ris_fast.training.ranks.group import Ranks
 from ris_fast.training.ranks.lost import AllInterrupted
 from ris_fast.training.state import RunStopped
@@ -91,10 +91,5 @@ class Agreement:
                 signal.signal(number, before[number])
                 signal.raise_signal(number)
 
-        for number in before:
-            signal.signal(number, note)
-        try:
+        with handled_by(note, before):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
