@@ -7,9 +7,10 @@ The formula, for N ranks of one thread on C cores, B scenes a rank and S bytes o
 
     t(N) = u(N) (o + k B) + r(N),      r(N) = max(1, N / C) (2 (N - 1) a + 2 (1 - 1 / N) S / b)
 
-o and k are of a rank alone, from two batch sizes. u(N) = u max(1, N / C) is how much slower N processes are beside each
-other that say nothing to each other: ranks share cores, their caches and the memory. a and b are fitted to all-reduces
-of two ranks; those of four, and every step of several ranks, are predicted.
+o and k are of a rank alone, from two batch sizes. u(N) = u max(1, N / C), where u is how much longer a step of two
+ranks takes that only meet where they would sum: they share caches and memory, which both want at the same moments, and
+wait for the slower one. a and b are fitted to all-reduces of two ranks; those of four, and every step of several ranks
+that sum, are predicted.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ RESULTS = Path(__file__).parent / "results" / "ranks.json"
 SIZES = [4 * 4**power for power in range(5, 13)]  # bytes, 4 KB to 64 MB
 SMALL, LARGE = 32, 128  # scenes a rank; the formula's o and k come from these two
 STEPS = 40
-NETWORKS = {"laptop": STEPS, "original": 16}  # preset -> steps; of `original` the all-reduce is a large part
+NETWORKS = {"laptop": STEPS, "original": 24}  # preset -> steps; of `original` the all-reduce is a large part
 EQUAL = {"preset": "laptop", "steps": 50, "epochs": 2, "accumulate": 2, "ragged": 19}  # ragged: 16 scenes and 3
 
 
@@ -45,21 +46,16 @@ class Machine:
     def __init__(self, folder: Path) -> None:
         self.folder, self.cores, self.started = folder, len(os.sched_getaffinity(0)), 0
 
-    def run(self, kind: str, given: dict[str, Any], ranks: int = 1, copies: int = 1) -> dict[str, Any]:
-        """One measurement; of several copies beside each other, the mean of their times."""
-        outs, processes = [], []
-        for _ in range(copies):
-            self.started += 1
-            outs.append(self.folder / f"{self.started}.json")
-            words = ["-m", "bench.ranks_worker", kind, json.dumps(given | {"ranks": ranks}), str(outs[-1])]
-            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-            environ = os.environ | {"OMP_NUM_THREADS": str(given.get("threads", 1)), "OMP_WAIT_POLICY": "passive"}
-            processes.append(subprocess.Popen([sys.executable, *launch, *words], env=environ))
-        if any([process.wait() for process in processes]):
+    def run(self, kind: str, given: dict[str, Any], ranks: int = 1) -> dict[str, Any]:
+        """One measurement."""
+        self.started += 1
+        out = self.folder / f"{self.started}.json"
+        words = ["-m", "bench.ranks_worker", kind, json.dumps(given | {"ranks": ranks}), str(out)]
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        environ = os.environ | {"OMP_NUM_THREADS": str(given.get("threads", 1)), "OMP_WAIT_POLICY": "passive"}
+        if subprocess.run([sys.executable, *launch, *words], env=environ).returncode:
             raise SystemExit(f"bench.ranks: a worker of {kind} {given} failed; its error is above.")
-        found = [json.loads(out.read_text()) for out in outs]
-        times = {key: statistics.mean(each[key] for each in found) for key in found[0] if key == "step_s"}
-        return found[0] | times
+        return json.loads(out.read_text())
 
 
 def fitted(sizes: Sequence[int], seconds: Sequence[float], ranks: int) -> tuple[float, float]:
@@ -96,13 +92,13 @@ def steps(machine: Machine, preset: str, count: int, hop: float, byte: float) ->
     """Steps of 1, 2 and 4 ranks of `SMALL` scenes, measured and by the formula; 1 and 2 twice, alternating."""
     given = {"preset": preset, "steps": count, "batch": SMALL}
     large = machine.run("train", given | {"batch": LARGE})
-    alone, pair, beside = [], [], []
+    alone, pair, meeting = [], [], []
     for _ in range(2):
         alone.append(machine.run("train", given))
-        beside.append(machine.run("train", given, copies=2))
+        meeting.append(machine.run("train", given | {"lockstep": True}, 2))
         pair.append(machine.run("train", given, 2))
     four = machine.run("train", given, 4)
-    one, two, slowed = (statistics.median(each["step_s"] for each in found) for found in (alone, pair, beside))
+    one, two, slowed = (statistics.median(each["step_s"] for each in found) for found in (alone, pair, meeting))
     per_scene = (large["step_s"] - one) / (LARGE - SMALL)
     share = slowed / one / max(1.0, 2 / machine.cores)
     rows = []
@@ -118,7 +114,7 @@ def steps(machine: Machine, preset: str, count: int, hop: float, byte: float) ->
         )  # fmt: skip
     return {
         "bytes": alone[0]["bytes"], "tensors": alone[0]["tensors"], "fixed_s": one - per_scene * SMALL,
-        "per_scene_s": per_scene, "two_beside_each_other": slowed / one, "scenes_a_rank": SMALL, "rows": rows,
+        "per_scene_s": per_scene, "two_in_lockstep": slowed / one, "scenes_a_rank": SMALL, "rows": rows,
     }  # fmt: skip
 
 
@@ -172,8 +168,8 @@ def printed(found: dict[str, Any]) -> str:
         lines.append(f"  {row['bytes']:>10,}" + "".join(f"{ms:>14.3f} ({by:.3f})" for ms, by in pairs))
     for preset, each in found["steps"].items():
         lines.append(
-            f"{preset}, {each['bytes'] / 1e6:.1f} MB of gradients, {each['scenes_a_rank']} scenes a rank; two processes"
-            f" beside each other take {each['two_beside_each_other']:.2f} times as long"
+            f"{preset}, {each['bytes'] / 1e6:.1f} MB of gradients, {each['scenes_a_rank']} scenes a rank; two ranks"
+            f" in lockstep that sum nothing take {each['two_in_lockstep']:.2f} times as long as one"
         )
         lines += [
             f"  {row['ranks']} ranks: {row['measured_s'] * 1e3:7.1f} ms a step, formula {row['formula_s'] * 1e3:7.1f}"

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from ris_fast import Callback, load_config
 from ris_fast.training.ranks.group import join
+from ris_fast.training.ranks.reduction import GradientReduction
 from ris_fast.training.trainer import Trainer
 
 WARM = 10  # steps before the first that counts: telemetry reads the first eight
@@ -43,7 +44,10 @@ class StepTimes(Callback):
 
 def train(given: dict[str, Any]) -> dict[str, Any]:
     """Steps of a trainer. preset, batch (a rank's), steps; ranks, threads and accumulate: 1; ragged: scenes of a last
-    group in each of `epochs`; weights: file to write at the end."""
+    group in each of `epochs`; weights: file to write at the end; lockstep: whether ranks only meet where they would
+    sum."""
+    if given.get("lockstep"):
+        GradientReduction.sum_ = lambda self, gradients: self.ranks.wait()
     torch.set_num_threads(given.get("threads", 1))
     accumulate, epochs = given.get("accumulate", 1), given.get("epochs", 1)
     group, ragged = given["batch"] * given.get("ranks", 1) * accumulate, given.get("ragged", 0)
@@ -53,6 +57,7 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
         "training.batch_size": given["batch"], "training.accumulate": accumulate, "training.epochs": epochs,
         "training.max_seconds": 0, "training.compile": "false", "training.precision": "fp32",
         "training.device": "cpu", "report.every_steps": 10_000,
+        "health.stop": str(not given.get("lockstep")).lower(),
     }  # fmt: skip
     times = StepTimes()
     config = load_config(preset=given["preset"], overrides=[f"{key}={value}" for key, value in settings.items()])

@@ -261,8 +261,8 @@ class Trainer(Built):
             for callback in listeners:
                 callback.on_step_end()
         finally:
-            self._advance(result.scenes)
             window.add(result)
+            self._advance(result.scenes)
 
     def _broken_off(self) -> bool:
         """Whether a second Ctrl-C fell into an update, so that weights, moments and counts do not belong together."""

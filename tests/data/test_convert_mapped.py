@@ -153,7 +153,9 @@ def test_a_mistake_in_a_mapping_is_one_line(tmp_path: Path, name: str, capsys: p
     [
         ("snr", lambda t: 10 ** ((t + 25) / 10), "unit = 'linear' in [snr] fits"),
         ("doa", np.radians, "unit = 'rad' in [azimuth] and [elevation] fits"),
-        ("Y", lambda t: np.where(np.arange(t.size).reshape(t.shape) == 7, np.nan, t), "NaN or infinite values"),
+        ("Y", lambda t: np.where(np.arange(t.size).reshape(t.shape) == 7, np.nan, t), "key 'Y': found NaN or infinite"),
+        ("doa", lambda t: np.where(np.arange(t.size).reshape(t.shape) == 7, np.nan, t), "key 'doa, dist': found NaN"),
+        ("dist", np.zeros_like, "key 'dist': found 0 in scene 0"),
     ],
 )
 def test_values_of_another_unit_are_refused(
@@ -167,6 +169,14 @@ def test_values_of_another_unit_are_refused(
     assert convert("--map", text, "--data", tmp_path / "lab", "--out", tmp_path / "set") == 3
     said = capsys.readouterr().err
     assert answer in said and "key '" in said and said.count("\n") == 1, said
+
+
+def test_a_split_beyond_the_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_hdf5(tmp_path / "a.h5", original_arrays(51))
+    text = written(tmp_path / "a.toml", mapping_of_docs(1))
+    assert convert("--map", text, "--data", file, "--check") == 3
+    said = capsys.readouterr().err
+    assert "found 51 scenes; expected scenes 40 to 51 for val, counted from 0. Mend [split] val = [40, 52]." in said
 
 
 def test_a_new_map_lists_the_arrays_and_says_what_is_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from ris_fast.training import trainer as loop
 from ris_fast.training.capture import CapturedCall, CapturedStep, CudaGraph, attempt, why_not
+from ris_fast.training.step_seed import seed_step
 from ris_fast.training.trainer import Trainer
 from tests.training.capture_helpers import Rerun, Rows, captured_trainer, change_settings, config_of, same
 
@@ -68,6 +69,7 @@ def test_captured_run_report_that_arrives_late_is_the_same(monkeypatch: pytest.M
     Trainer(config, callbacks=[prompt := Rows()]).fit()
     trainer = captured_trainer(config, monkeypatch, late := Rows())
     monkeypatch.setattr(loop, "own_stream", lambda device: nullcontext())
+    monkeypatch.setattr(loop, "seed_step", lambda device, *place: seed_step(torch.device("cpu"), *place))
     delivered = []
     reporter, flush = trainer.reporter, trainer.reporter.flush
     reporter.flush = lambda: (delivered.append((reporter.pending is not None, trainer.state.step)), flush())[1]

@@ -20,7 +20,7 @@ from ris_fast.data.arrays import damage
 from ris_fast.data.conversion.array_file import FileArray, arrays_of
 from ris_fast.data.conversion.doubts import check_units
 from ris_fast.data.conversion.mapping import FileMapping
-from ris_fast.data.conversion.quantities import NAMES, PAIR, SCENE, Entry, lengths
+from ris_fast.data.conversion.quantities import PAIR, SCENE, Entry, lengths
 from ris_fast.data.conversion.scene_file import Chunks, Files, SceneFile, Wanted, check_alike
 from ris_fast.data.data_path import FOREIGN, ONE_POOL
 from ris_fast.data.errors import DataError
@@ -41,7 +41,15 @@ class MappedFile:
 
     @property
     def names(self) -> Mapping[str, str]:
-        return NAMES
+        """The arrays of the file that each of our keys comes from; a value for all scenes by its section. Without
+        [count] sources are counted by their ranges."""
+        given: dict[str, dict[str, None]] = {}
+        counted = "count" if "count" in self.mapping.entries else "range"
+        for name, entry in self.mapping.entries.items():
+            theirs = [key for key in (entry.key, entry.real, entry.imag) if key]
+            for key in {entry.quantity.key, "K"} if name == counted else {entry.quantity.key}:
+                given.setdefault(key, {}).update(dict.fromkeys(theirs or [f"[{name}]"]))
+        return {key: ", ".join(theirs) for key, theirs in given.items()}
 
     @property
     def keys(self) -> frozenset[str]:
@@ -183,8 +191,10 @@ def mapped_files_of(root: Path, mapping: FileMapping, task: Task) -> Files:
     settings: dict[str, Any] = {"mapping": mapping.text}
     ranges = {split: torch.arange(*each) for split, each in mapping.ranges.items()}
     total = sum(file.scenes for file in parts.get(ONE_POOL, []))
-    if ranges and max(int(each[-1]) for each in ranges.values()) >= total:
-        raise DataError(root, "", f"{total} scenes", "those of [split]", "Mend [split] in the mapping file.")
+    for split, (first, end) in mapping.ranges.items():
+        if end > total:
+            wanted = f"scenes {first} to {end - 1} for {split}, counted from 0"
+            raise DataError(root, "", f"{total} scenes", wanted, f"Mend [split] {split} = [{first}, {end}].")
     return Files(root, parts, "files of a mapping", mapping.offset, settings, ranges)
 
 

@@ -47,7 +47,6 @@ QUANTITIES = {
     "snr": Quantity((), "signal over noise, per antenna and snapshot", ("dB", "linear"), must=True, key="snr"),
 }
 METRES = {"m": 1.0, "cm": 1e-2, "mm": 1e-3, "km": 1e3}
-NAMES = {each.key: name for name, each in QUANTITIES.items()} | {"ptr": "azimuth, elevation, range", "K": "count"}
 
 
 def lengths(task: Task) -> dict[str, int]:
