@@ -115,6 +115,7 @@ class FileRows:
             try:
                 for offset, place in zip(self._offsets(rows_B), (places_B * size).tolist()):
                     if os.preadv(descriptor, [room[place : place + size]], offset) != size:
+                        self.files.see(self.stored.file)  # one that shrank only now is said to have changed
                         raise DataError(self.stored.file, self.stored.key, "an early end", "all rows", COPY_AGAIN)
             except OSError as problem:
                 raise unreadable(self.stored.file, problem) from None

@@ -54,7 +54,7 @@ def test_documented_gradient_bytes_are_those_of_the_presets() -> None:
 class Ideal(ranks.Machine):
     """Measures what the formula says, at 1 ms a scene, 2 ms a step, 0.1 ms a hop and 2 GB/s; ranks train the same."""
 
-    def run(self, kind: str, given: dict[str, Any], ranks_: int = 1, copies: int = 1) -> dict[str, Any]:
+    def run(self, kind: str, given: dict[str, Any], ranks_: int = 1) -> dict[str, Any]:
         def added(size: int) -> float:
             return ranks.reduction(size, ranks_, 1e-4, 1 / 2e9, 2)
 
@@ -62,8 +62,8 @@ class Ideal(ranks.Machine):
             return {"seconds": [added(size) for size in given["bytes"]]}
         if "weights" in given:
             save_file({"w": torch.full((4,), 1.0 + 1e-6 * (ranks_ == 4))}, given["weights"])
-        crowd = 1.1 * max(1, copies / 2, ranks_ / 2) if copies > 1 or ranks_ > 1 else 1.0
-        step = crowd * (2e-3 + 1e-3 * given["batch"]) + added(10**7)
+        crowd = 1.1 * max(1, ranks_ / 2) if ranks_ > 1 else 1.0
+        step = crowd * (2e-3 + 1e-3 * given["batch"]) + (0.0 if given.get("lockstep") else added(10**7))
         return {"step_s": step, "bytes": 10**7, "tensors": 1}
 
 

@@ -153,8 +153,8 @@ def test_a_mistake_in_a_mapping_is_one_line(tmp_path: Path, name: str, capsys: p
     [
         ("snr", lambda t: 10 ** ((t + 25) / 10), "unit = 'linear' in [snr] fits"),
         ("doa", np.radians, "unit = 'rad' in [azimuth] and [elevation] fits"),
-        ("Y", lambda t: np.where(np.arange(t.size).reshape(t.shape) == 7, np.nan, t), "key 'Y': found NaN or infinite"),
-        ("doa", lambda t: np.where(np.arange(t.size).reshape(t.shape) == 7, np.nan, t), "key 'doa, dist': found NaN"),
+        ("Y", lambda t: np.where(np.arange(t.size).reshape(t.shape) == 7, np.nan, t), "key 'Y': found 1 NaN"),
+        ("doa", lambda t: np.where(np.arange(t.size).reshape(t.shape) == 7, np.nan, t), "key 'doa, dist': found 1 NaN"),
         ("dist", np.zeros_like, "key 'dist': found 0 in scene 0"),
     ],
 )

@@ -135,6 +135,19 @@ def test_a_file_that_changes_while_it_is_in_use_is_named(
     assert "changed while it was in use" in str(caught.value) or "cannot be read" in str(caught.value)
 
 
+def test_a_file_cut_between_two_of_its_rows_is_named(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, read = ShardSource(config(written), "cpu"), os.preadv
+    source.batch("train", torch.tensor([0]))
+
+    def cut_before(*given: Any) -> int:
+        emptied(written / "train-00000.safetensors")
+        return read(*given)
+
+    monkeypatch.setattr(os, "preadv", cut_before)
+    with pytest.raises(DataError, match="train-00000.*changed while it was in use"):
+        source.batch("train", torch.tensor([0, 1]))
+
+
 def test_rows_left_alone_by_a_change_are_still_read(written: Path) -> None:
     source = ShardSource(config(written), "cpu")
     shrunk(written / "train-00006.safetensors")
