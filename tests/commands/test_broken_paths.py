@@ -16,7 +16,7 @@ from ris_fast.commands.cli import main
 from ris_fast.commands.run_folder import run_lock
 from ris_fast.files import remove_leftovers
 from ris_fast.report.eventlog import read_events
-from tests.commands.test_runs import SMALL
+from tests.commands.test_runs import PLOTS, SMALL
 
 QUICK = [*SMALL, "--set", "health.preflight=false"]
 LONG = "n" * 300
@@ -25,7 +25,7 @@ LONG = "n" * 300
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    assert main(["train", *QUICK, "--epochs", "1", "--out", str(folder)]) == 4
+    assert main(["train", *QUICK, *PLOTS, "--epochs", "1", "--out", str(folder)]) == 4
     return folder
 
 

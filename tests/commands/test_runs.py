@@ -27,14 +27,15 @@ from tests.command_line import FEW_SCENES, SMALL_NETWORK, SMALL_TASK, settings
 
 BASE = ["--preset", "original", "--device", "cpu", "--no-compile", "--batch-size", "16", "--precision", "fp32"]
 SIZES = (*SMALL_TASK, *FEW_SCENES, "data.test_scenes=60", "report.every_steps=2", *SMALL_NETWORK)
-SMALL = [*BASE, *settings(*SIZES)]
+SMALL = [*BASE, *settings(*SIZES, "report.plots=false")]  # drawing takes longer than such a run
+PLOTS, QUICK = settings("report.plots=true"), settings("health.preflight=false")
 STALLED = 4  # a few steps of a small network teach it nothing
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    assert main(["train", *SMALL, "--epochs", "2", "--out", str(folder)]) == STALLED
+    assert main(["train", *SMALL, *PLOTS, "--epochs", "2", "--out", str(folder)]) == STALLED
     return folder
 
 
@@ -177,7 +178,7 @@ def test_evaluate_names_a_missing_best_checkpoint(trained: Path, tmp_path, capsy
 def test_train_interrupted_by_a_signal_saves_and_resumes(tmp_path, sent: signal.Signals) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "-m", "ris_fast", "train", *SMALL, "--epochs", "100000", "--out", str(folder)],
+        [sys.executable, "-m", "ris_fast", "train", *SMALL, *QUICK, "--epochs", "100000", "--out", str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -8,8 +8,6 @@ import pytest
 from bench.faults import ranks
 from bench.faults.ranks import FAULTS, HEALTHY, STOPPED, found_by, judged
 
-MAJORITY = ["healthy", "a_bit_flips", "other_seed", "scenes_of_rank_0", "zeros_in_the_sum", "changed_after_the_sum"]
-
 
 @pytest.mark.slow
 def test_two_ranks_name_every_planted_fault() -> None:
@@ -20,13 +18,6 @@ def test_two_ranks_name_every_planted_fault() -> None:
     for name, (_, allowed) in HEALTHY.items():
         assert {each["cause"] for each in found[name]} == allowed, name
     assert found[STOPPED] == [{"cause": "rank_gradient_missing", "step": 1, "evidence": ""}] * 2
-
-
-@pytest.mark.slow
-def test_three_ranks_name_the_one_that_differs_from_the_majority() -> None:
-    found = found_by(3, MAJORITY)
-    assert found.pop("healthy") == [] and len(found) == len(MAJORITY) - 1
-    assert not {name: each[:1] for name, each in found.items() if not all(judged(name, each, 3))}
 
 
 def test_every_rank_fault_has_a_cause_of_its_own_page() -> None:
