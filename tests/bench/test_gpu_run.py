@@ -109,7 +109,7 @@ def test_the_first_stages_fit_into_the_first_run() -> None:
 
 
 COLLECT = """
-import json, os, sys, hypothesis, pytest, torch, ris_fast.training.trainer
+import json, os, sys, pytest, torch, ris_fast.training.trainer
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
 for name, words in json.loads(sys.argv[1]).items():
     if (child := os.fork()) == 0:  # files of bench and of tests have the same names: each stage by itself

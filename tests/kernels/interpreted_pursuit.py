@@ -20,7 +20,7 @@ from tests.kernels.test_pursuit_kernel import closeness, drawn, no_factors
 
 NAMED = {sample.name: sample for sample in SAMPLES}
 # (batch, N_H, N_V, M, L, K): antennas and snapshots below, at and beyond a tile; one and many atoms; a single row
-SIZES = [(2, 3, 1, 2, 3, 1), (1, 13, 11, 5, 33, 4), (1, 5, 5, 16, 16, 5), (1, 17, 1, 40, 8, 2), (1, 4, 4, 3, 9, 3)]
+SIZES = [(2, 3, 1, 2, 3, 1), (1, 13, 11, 5, 33, 4), (1, 5, 5, 16, 16, 5), (1, 17, 1, 40, 8, 2)]
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def first(args: tuple, scenes: int) -> tuple:
 
 @pytest.mark.parametrize("name", ["small", "small-own-codes", "odd", "spherical", "strided", "one-of-each"])
 def test_pursuit_triton_is_as_exact_as_eager(name: str) -> None:
-    args = first(NAMED[name].make("cpu", torch.float32), 1 if name == "spherical" else 2)
+    args = first(NAMED[name].make("cpu", torch.float32), 2 if name in ("small", "strided") else 1)
     assert closeness(op._triton(*args), args) < 2
 
 
@@ -132,7 +132,7 @@ def test_pursuit_triton_clamps_the_snr_as_the_definition_does(large_strips: None
 
 
 def test_pursuit_triton_solves_the_task_as_well_as_plain_torch(large_strips: None) -> None:
-    model, found, args = drawn(Task(), torch.arange(3), "test")
+    model, found, args = drawn(Task(), torch.arange(2), "test")
     ours, plain = (
         float(cov_nmse(model.sources(Features(*run(*args))), target_factor=found.factor))
         for run in (op._triton, op._plain)
