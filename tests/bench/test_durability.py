@@ -14,7 +14,7 @@ from bench.durability.trial import CONTINUED, SAID, Outcome, Part, Trial
 
 MODE = "shards"
 SAMPLE = [
-    *((kills.PARTS[0], list(MODES).index(MODE) + number * len(MODES)) for number in range(2)),
+    (kills.PARTS[0], list(MODES).index(MODE) + len(MODES)),
     (kills.PARTS[1], 1),
     *((part, 1) for part in damage.PARTS),  # number 1 of each has the mode "shards" or none
     (access.PARTS[0], 18),
