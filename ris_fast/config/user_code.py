@@ -65,7 +65,7 @@ def load_reference(
         if only and len(own) == 1:
             return next(iter(own.values()))
         found = f"it defines {', '.join(own)}" if own else f"it defines nothing that is {what}"
-        raise ConfigError(f"{setting} = '{text}' does not say which object is meant: {found}. Write {text}:NAME.")
+        raise ConfigError(f"{setting} = '{text}' does not say which object is meant: {found}. Write {place}:NAME.")
     found = module
     for part in name.split("."):
         if not hasattr(found, part):
