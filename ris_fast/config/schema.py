@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ris_fast.config.section import SMALLEST_FLOAT, ConfigError, Section, option
+from ris_fast.config.spelling import closest
+from ris_fast.config.user_code import FORMS, absolute_reference, is_reference
+
+MODELS = ("backprojection", "hybrid")
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,22 @@ class Data(Section):
 class Model(Section):
     """The network. Options that a model does not have are refused when it is built."""
 
-    name: str = option("backprojection", "network", choices=("backprojection", "hybrid"))
+    name: str = option("backprojection", f"network: backprojection, hybrid, or one of your own, {FORMS}")
     options: Mapping[str, Any] = field(
         default_factory=dict,
         metadata={"help": "options of this network, such as width or depth", "choices": (), "low": None, "high": None},
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if is_reference(self.name):
+            object.__setattr__(self, "name", absolute_reference(self.name))  # frozen: this is its construction
+        elif self.name not in MODELS:
+            raise ConfigError(
+                f"model.name is {self.name!r}; it must be one of: {', '.join(MODELS)}; or a network of your own,"
+                f" {FORMS}."
+                + (f" Did you mean '{near}'?" if (near := closest(self.name, MODELS)) else "")
+            )
 
 
 @dataclass(frozen=True)
@@ -120,6 +135,15 @@ class Loss(Section):
     beta: float = option(0.0, "blend of a sample covariance into the prediction", low=0.0, high=0.95)
     loading: float = option(0.0, "diagonal loading eps, on both sides", low=0.0)
     shrink: float = option(0.0, "shrinkage alpha_0, on both sides", low=0.0, high=1.0)
+    own: str = option("", f"a term of your own, {FORMS}: (prediction, scenes) -> one number a scene; empty: none")
+    own_weight: float = option(1.0, "weight: the term of your own", low=0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if is_reference(self.own):
+            object.__setattr__(self, "own", absolute_reference(self.own))  # frozen: this is its construction
+        elif self.own:
+            raise ConfigError(f"loss.own is {self.own!r}; expected {FORMS}, or nothing.")
 
 
 @dataclass(frozen=True)
