@@ -113,8 +113,7 @@ class Model(Section):
         elif self.name not in MODELS:
             raise ConfigError(
                 f"model.name is {self.name!r}; it must be one of: {', '.join(MODELS)}; or a network of your own,"
-                f" {FORMS}."
-                + (f" Did you mean '{near}'?" if (near := closest(self.name, MODELS)) else "")
+                f" {FORMS}." + (f" Did you mean '{near}'?" if (near := closest(self.name, MODELS)) else "")
             )
 
 

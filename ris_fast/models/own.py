@@ -119,6 +119,11 @@ def adapted(net: Any, task: Task, who: str) -> Any:
     if type(net).__module__.startswith("ris_fast."):
         return net
     _refuse_hidden(net, who)
+    if lazy := [name for name, each in net.named_parameters() if isinstance(each, nn.UninitializedParameter)]:
+        raise ConfigError(
+            f"{who}: {lazy[0]} has no shape yet: a lazy layer gets one in its first call, and a checkpoint is loaded"
+            " before any. Give its sizes, which the task has."
+        )
     return OwnNetwork(net, task, who)
 
 

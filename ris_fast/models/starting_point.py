@@ -33,8 +33,8 @@ class BeamNet(nn.Module):
         self.head = nn.Linear(width, 2 * self.columns * task.elements)
 
     def forward(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Prediction:
-        """Snapshots y (B, L, M, 2), channel H (B, M, N, 2), codes c (L, N, 2) or (B, L, N, 2), snr_db (B,) in dB, all of
-        them float32: y_l = H diag(c_l) x + noise. Returns the factor F of the covariance R = F F^H of x, as real pairs
+        """Snapshots y (B, L, M, 2), channel H (B, M, N, 2), codes c (L, N, 2) or (B, L, N, 2), snr_db (B,) in dB, all
+        float32: y_l = H diag(c_l) x + noise. Returns the factor F of the covariance R = F F^H of x, as real pairs
         (B, N, Q, 2) or complex (B, N, Q). Its scale does not matter: the loss compares covariances of trace 1.
         """
         return self.trunk(self.features(snapshots, channel, codes, snr_db))

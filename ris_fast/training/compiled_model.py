@@ -104,6 +104,7 @@ def compile_now(network: Network, train: Callable[[], None], device: torch.devic
             "ignore", category=FutureWarning, module="torch"
         )  # what torch's compiler says to its authors
         warnings.filterwarnings("ignore", message="TensorFloat32")  # fp32 was asked for
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # torch looks at it between graphs
         broken = ""
         try:
             train()

@@ -81,8 +81,8 @@ def _check_parameters(model: OwnNetwork) -> None:
     if wrong:
         raise ConfigError(
             f"{model.name}: parameter {wrong[0]} is {parameters[wrong[0]].dtype}; expected torch.float32. Leave"
-            " .half(), .double() and complex parameters out (a complex weight is real pairs): training.precision chooses"
-            " the arithmetic."
+            " .half(), .double() and complex parameters out (a complex weight is real pairs):"
+            " training.precision chooses the arithmetic."
         )
     heads = model.head_parameters()
     own = {id(each) for each in parameters.values()}
