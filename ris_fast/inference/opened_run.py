@@ -51,9 +51,12 @@ def open_run(path: str | Path) -> OpenedRun:
     """
     path = Path(path)
     folder, name = checkpoint_of(path)
-    if not (folder / CONFIG).is_file():
+    if (folder / CONFIG).is_file():
+        config = run_config(folder)
+    elif (trained := read_settings(folder / CHECKPOINTS, name)) is not None:  # a Trainer in somebody's own program
+        config = load_config(None, trained[0], (), trained[1])
+    else:
         raise ConfigError(f"{path} is not a run folder: there is no {CONFIG}. Give the folder that train printed.")
-    config = run_config(folder)
     weights, kind, manifest = better_weights(folder / CHECKPOINTS, name)
     notes = [manifest["note"]] if "note" in manifest else []
     notes += changed_settings(folder, name, config, ("task.", "model.", "data."))
