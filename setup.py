@@ -106,7 +106,7 @@ def packages() -> list[str]:
 def version() -> str:
     """What `ris_fast.__version__` says, read without an import: a build has no torch."""
     found = re.search(r'^__version__ = "(.+)"$', (ROOT / "ris_fast" / "__init__.py").read_text(), re.M)
-    assert found is not None, "ris_fast/__init__.py has no line __version__ = \"...\""
+    assert found is not None, 'ris_fast/__init__.py has no line __version__ = "..."'
     return found[1]
 
 

@@ -18,7 +18,7 @@ SECTIONS = ("Model", "Args", "Returns", "Raises", "Numerics", "Cost", "Source", 
 HEADING = re.compile(rf"^({'|'.join(SECTIONS)}): ?", re.M)
 INLINE = re.compile(r"(?<=[.;)]) (Returns|Raises): ")  # behind the arguments, in their line
 CODE = re.compile(r"(`[^`]*`)")
-MARKUP = re.compile(r"([\\*_{}\[\]<>#|])")
+MARKUP = re.compile(r"([\\*_{}\[\]>#|])")
 
 
 class Docstrings(griffe.Extension):
@@ -122,4 +122,5 @@ def flat(text: str) -> str:
 
 def escaped(text: str) -> str:
     """Formulas are plain text: y_l, |R|^2 and [B,] are no markup. What is in backticks stays as it is."""
-    return "".join(part if part.startswith("`") else MARKUP.sub(r"\\\1", part) for part in CODE.split(text))
+    parts = CODE.split(text)
+    return "".join(part if part.startswith("`") else MARKUP.sub(r"\\\1", part).replace("<", "&lt;") for part in parts)

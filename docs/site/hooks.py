@@ -32,6 +32,20 @@ PICTURES = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg"}
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """A notebook is in the navigation under its own name, and becomes a page."""
+    config.nav = as_pages(config.nav)
+    return config
+
+
+def as_pages(nav: Any) -> Any:
+    if isinstance(nav, list):
+        return [as_pages(each) for each in nav]
+    if isinstance(nav, dict):
+        return {title: as_pages(each) for title, each in nav.items()}
+    return f"{nav.removesuffix('.ipynb')}.md" if isinstance(nav, str) and nav.endswith(".ipynb") else nav
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that lie elsewhere, the notebooks as pages, and the colours of code."""
     for path, page in PAGES.items():
@@ -55,6 +69,23 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     home = "" if page.file.src_uri in PAGES.values() else "docs"
     folder = posixpath.join(home, posixpath.dirname(page.file.src_uri))
     return LINK.sub(lambda found: link(found, folder, page.file.src_uri), made)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Cells of wide tables say what they are, for a phone, where a row is shown as a card."""
+    return re.sub(r"<table>.*?</table>", lambda found: labelled(found[0]), html, flags=re.S)
+
+
+def labelled(table: str) -> str:
+    heads = [re.sub(r"<[^>]+>", "", head) for head in re.findall(r"<th[^>]*>(.*?)</th>", table, re.S)]
+    if len(heads) < 3:
+        return table
+
+    def row(found: re.Match[str]) -> str:
+        numbers = iter(range(len(heads)))
+        return re.sub(r"<td", lambda _: f'<td data-label="{heads[next(numbers)]}"', found[0])
+
+    return re.sub(r"<tr>.*?</tr>", row, table, flags=re.S)
 
 
 def link(found: re.Match[str], folder: str, source: str) -> str:
@@ -157,7 +188,9 @@ def examples() -> str:
     """The programs in examples/, whole."""
     files = sorted((ROOT / "examples").glob("*.py"))
     parts = [f"## {file.name}\n\n```python\n{file.read_text().strip()}\n```" for file in files]
-    return "\n\n".join(["# Examples", "Each runs as it is, `python examples/NAME.py`, and is run by the tests.", *parts])
+    return "\n\n".join(
+        ["# Examples", "Each runs as it is, `python examples/NAME.py`, and is run by the tests.", *parts]
+    )
 
 
 def notebook(content: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]:
