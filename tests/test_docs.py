@@ -17,10 +17,11 @@ import pytest
 import ris_fast
 from ris_fast import exit_codes
 from ris_fast.config.schema import SECTIONS
+from ris_fast.health.causes import CAUSES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BESIDE = ("config.ConfigError", "health.watch", "health.Finding", "models.Prediction", "inference.located.Located")
+BESIDE = ("config.ConfigError", "health.watch.watch", "health.Finding", "models.Prediction", "inference.located.Located")
 needs_mkdocs = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("mkdocs", "mkdocstrings")),
     reason="the extra docs is not here",
@@ -101,6 +102,12 @@ def test_commands_page_has_every_flag_and_exit_code(site: Path) -> None:
     assert not [flag for flag in flags if not re.search(rf"{flag}(?![\w-])", commands.text)]
     codes = [name for name, value in vars(exit_codes).items() if isinstance(value, int)]
     assert codes and not [name for name in codes if name not in commands.text]
+
+
+@pytest.mark.slow
+@needs_mkdocs
+def test_causes_page_has_every_cause(site: Path) -> None:
+    assert CAUSES.keys() <= page(site, "causes").ids
 
 
 @pytest.mark.slow

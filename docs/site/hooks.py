@@ -184,6 +184,17 @@ def exit_codes() -> str:
     return "| code | name | when |\n|---|---|---|\n" + "\n".join(lines)
 
 
+def causes() -> str:
+    """Every cause that a finding names, with what `ris-fast why --explain` prints of it."""
+    from ris_fast.health.causes import CAUSES
+
+    parts = []
+    for name, cause in CAUSES.items():
+        page = re.sub(r"^## (.+)$", r"**\1**", cause.body.strip(), flags=re.M)
+        parts.append(f"## {name}\n\n*{cause.level}* {cause.meaning[0].upper()}{cause.meaning[1:]}.\n\n{page}")
+    return "\n\n".join(parts)
+
+
 def examples() -> str:
     """The programs in examples/, whole."""
     files = sorted((ROOT / "examples").glob("*.py"))
@@ -230,4 +241,10 @@ def fenced(language: str, text: str) -> str:
     return f"{fence}{language}\n{text.rstrip()}\n{fence}" if text.strip() else ""
 
 
-TABLES = {"settings": settings, "presets": presets, "commands": commands, "exit_codes": exit_codes}
+TABLES = {
+    "causes": causes,
+    "commands": commands,
+    "exit_codes": exit_codes,
+    "presets": presets,
+    "settings": settings,
+}
