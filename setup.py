@@ -112,8 +112,9 @@ def version() -> str:
 
 HDF5 = ["h5py>=3.10"]  # read by `ris-fast convert` alone
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"]
-LINT = ["ruff>=0.17,<0.18", "import-linter>=2.17,<3", "mypy>=2.4,<2.5"]  # what ruff formats differs between versions
-DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=1,<2"]
+RUFF = "ruff>=0.17,<0.18"  # what it formats differs between versions
+LINT = [RUFF, "import-linter>=2.17,<3", "mypy>=2.4,<2.5"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=1,<2", RUFF]  # ruff breaks the lines of signatures
 setup(
     name="ris-fast",
     version=version(),

@@ -21,7 +21,13 @@ from ris_fast.health.causes import CAUSES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BESIDE = ("config.ConfigError", "health.watch.watch", "health.Finding", "models.Prediction", "inference.located.Located")
+BESIDE = (
+    "config.ConfigError",
+    "health.watch.watch",
+    "health.Finding",
+    "models.Prediction",
+    "inference.located.Located",
+)
 needs_mkdocs = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("mkdocs", "mkdocstrings")),
     reason="the extra docs is not here",
@@ -127,20 +133,21 @@ def test_site_shows_a_notebook_and_refuses_a_dead_link(tmp_path: Path) -> None:
             (tmp_path / path.name).symlink_to(path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     (tmp_path / "docs" / "reference.md").write_text("# Nothing of the code, which takes its time\n\n## Versions\n")
-    (tmp_path / "docs" / "trial.ipynb").write_text(NOTEBOOK)
-    settings = (ROOT / "mkdocs.yml").read_text().replace("nav:\n", "nav:\n  - Trial: trial.ipynb\n")
+    (tmp_path / "docs" / "notebooks").mkdir(exist_ok=True)
+    (tmp_path / "docs" / "notebooks" / "trial.ipynb").write_text(NOTEBOOK)
+    settings = (ROOT / "mkdocs.yml").read_text().replace("nav:\n", "nav:\n  - Trial: notebooks/trial.ipynb\n")
     (tmp_path / "mkdocs.yml").write_text(settings)
     done = build(tmp_path, tmp_path / "site")
     assert done.returncode == 0, done.stderr
-    shown = page(tmp_path / "site", "trial").text
+    shown = page(tmp_path / "site", "notebooks/trial").text
     assert "print ( 1 + 1 )" in shown and " 2 " in shown and "A heading" in shown
-    assert (tmp_path / "site" / "trial-1.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "site" / "notebooks" / "trial-1.png").read_bytes()[:4] == b"\x89PNG"
     (tmp_path / "docs" / "data.md").write_text("[nowhere](no-such-page.md)\n")
     assert "no-such-page.md" in (refused := build(tmp_path, tmp_path / "site")).stderr and refused.returncode != 0
 
 
 NOTEBOOK = """{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [
-{"cell_type": "markdown", "metadata": {}, "source": ["# A heading\\n", "and the [settings](settings.md)"]},
+{"cell_type": "markdown", "metadata": {}, "source": ["# A heading\\n", "and the [settings](../settings.md)"]},
 {"cell_type": "code", "metadata": {}, "execution_count": 1, "source": ["print(1 + 1)"], "outputs": [
  {"output_type": "stream", "name": "stdout", "text": ["2\\n"]},
  {"output_type": "display_data", "metadata": {}, "data": {"text/plain": ["<Figure size 1x1>"], "image/png":

@@ -190,8 +190,8 @@ def causes() -> str:
 
     parts = []
     for name, cause in CAUSES.items():
-        page = re.sub(r"^## (.+)$", r"**\1**", cause.body.strip(), flags=re.M)
-        parts.append(f"## {name}\n\n*{cause.level}* {cause.meaning[0].upper()}{cause.meaning[1:]}.\n\n{page}")
+        page = re.sub(r"^## (.+)\n\n", r"**\1:** ", cause.body.strip(), flags=re.M)
+        parts.append(f"## {name}\n\n*{cause.level}:* {cause.meaning}.\n\n{page}")
     return "\n\n".join(parts)
 
 
