@@ -7,6 +7,7 @@ needs neither torch nor Python headers and one wheel serves every Python and tor
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -102,12 +103,21 @@ def packages() -> list[str]:
     return [*find_packages(str(ROOT), include=["ris_fast", "ris_fast.*"]), *kernels]
 
 
+def version() -> str:
+    """What `ris_fast.__version__` says, read without an import: a build has no torch."""
+    found = re.search(r'^__version__ = "(.+)"$', (ROOT / "ris_fast" / "__init__.py").read_text(), re.M)
+    assert found is not None, 'ris_fast/__init__.py has no line __version__ = "..."'
+    return found[1]
+
+
 HDF5 = ["h5py>=3.10"]  # read by `ris-fast convert` alone
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"]
-LINT = ["ruff>=0.17,<0.18", "import-linter>=2.17,<3", "mypy>=2.4,<2.5"]  # what ruff formats differs between versions
+RUFF = "ruff>=0.17,<0.18"  # what it formats differs between versions
+LINT = [RUFF, "import-linter>=2.17,<3", "mypy>=2.4,<2.5"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=1,<2", RUFF]  # ruff breaks the lines of signatures
 setup(
     name="ris-fast",
-    version="0.1.0",
+    version=version(),
     description="Covariance networks behind a reconfigurable intelligent surface, trained fast and watched closely",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
@@ -133,7 +143,7 @@ setup(
         "rich>=13",
         "nvidia-ml-py>=12",
     ],
-    extras_require={"hdf5": HDF5, "test": [*TEST, *LINT, *HDF5]},
+    extras_require={"hdf5": HDF5, "docs": DOCS, "test": [*TEST, *LINT, *HDF5, *DOCS]},
     entry_points={"console_scripts": ["ris-fast = ris_fast.commands.cli:main"]},
     zip_safe=False,
 )

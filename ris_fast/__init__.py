@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # the names of _HOMES, for type checkers and editors
     from ris_fast.training.optim.fused_adamw import FusedAdamW as FusedAdamW
     from ris_fast.training.trainer import Trainer as Trainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "cov_nmse": "ris_fast.kernels.cov_nmse.op",

@@ -31,8 +31,11 @@ def load_config(
 ) -> Config:
     """The resolved configuration; later layers win: defaults < preset < the data set's own task < file < --set < flags.
 
-    `overrides` are 'section.key=value' strings, `flags` maps 'section.key' to a value (None: not given).
-    Raises ConfigError for an unknown preset, section, key or value.
+    Args: path: TOML file with settings;
+        preset: "laptop", "full" or "original"; by default the file's, else laptop on a CPU and full on a GPU;
+        overrides: 'section.key=value' strings, as `--set` takes them;
+        flags: 'section.key' to a value (None: not given).
+    Raises: ConfigError for a file that cannot be read and for an unknown preset, section, key or value.
     """
     overrides = _checked(path, overrides, flags)
     table = _read_toml(Path(path)) if path else {}

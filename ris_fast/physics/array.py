@@ -19,7 +19,13 @@ from ris_fast.physics.real_complex import expi
 
 @dataclass(frozen=True)
 class RISArray:
-    """A centred planar array; element n = j * horizontal + i, horizontal index fastest."""
+    """A centred planar array; element n = j * horizontal + i, horizontal index fastest.
+
+    Args: horizontal, vertical: elements in a row and in a column; N is their product;
+        wavelength_m, spacing_m: metres, above 0;
+        wavefront: "fresnel" or "spherical", the phase that `steering` gives a near-field source.
+    Raises: TypeError or ValueError naming the argument.
+    """
 
     horizontal: int = 12
     vertical: int = 12
@@ -47,11 +53,13 @@ class RISArray:
 
     @classmethod
     def of(cls, task: Task) -> RISArray:
+        """The array of a task. Raises: ConfigError where it is no `Task`."""
         section_of("RISArray.of", "task", task, Task)
         return cls(task.ris_horizontal, task.ris_vertical, task.wavelength_m, task.spacing_m, task.wavefront)
 
     @property
     def elements(self) -> int:
+        """N, the number of elements."""
         return self.horizontal * self.vertical
 
     @property
@@ -62,7 +70,7 @@ class RISArray:
     def positions(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        """x_N and y_N in metres, the array centred on the origin."""
+        """x and y of the elements, (N,) each, in metres, the array centred on the origin."""
         x = (torch.arange(self.horizontal, device=device, dtype=dtype) - (self.horizontal - 1) / 2) * self.spacing_m
         y = (torch.arange(self.vertical, device=device, dtype=dtype) - (self.vertical - 1) / 2) * self.spacing_m
         return x.repeat(self.vertical), y.repeat_interleave(self.horizontal)

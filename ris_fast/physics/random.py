@@ -21,7 +21,13 @@ SURFACES = len(SPLITS) * 256  # the stream that no split has: surfaces are the s
 
 @dataclass(frozen=True)
 class SceneGenerator:
-    """Draws for the scenes of one split. `seed` picks the world, `split` the stream."""
+    """Draws for the scenes of one split.
+
+    Args: seed: which scenes, a whole number in 0 .. 2^63 - 1;
+        split: "train", "val" or "test": a stream of its own, so that splits share no scene;
+        device: where the numbers are made; they are the same on every one.
+    Raises: TypeError or ValueError naming the argument.
+    """
 
     seed: int = 0
     split: str = "train"
@@ -36,6 +42,7 @@ class SceneGenerator:
             raise ValueError(f"SceneGenerator: seed is {self.seed}; it must be in 0 .. 2^63 - 1.")
 
     def stream(self, quantity: str) -> int:
+        """Number of the stream of one of `QUANTITIES` in this split."""
         return SPLITS.index(self.split) * 256 + QUANTITIES.index(quantity)
 
     def uniform(self, index: Tensor, quantity: str, count: int) -> Tensor:

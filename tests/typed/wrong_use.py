@@ -23,6 +23,9 @@ from ris_fast import (
     steering,
 )
 from ris_fast.health import watch
+from ris_fast.models import Prediction
+from ris_fast.physics.channel import sense
+from ris_fast.physics.least_squares import least_squares_factor
 
 config, model, angles = load_config(), nn.Linear(4, 1), torch.zeros(3)
 
@@ -40,6 +43,10 @@ cov_nmse(angles, target_factor=[0.0])  # type: ignore[arg-type]
 CovarianceLoss(config.task)  # type: ignore[arg-type]
 build_model(model)  # type: ignore[arg-type]
 FusedAdamW(model.parameters(), learning_rate=1e-3)  # type: ignore[call-arg]
+FusedAdamW(0.1)  # type: ignore[arg-type]
+sense(angles, angles)  # type: ignore[call-arg]
+least_squares_factor(angles)  # type: ignore[arg-type]
+Prediction(factors=angles)  # type: ignore[call-arg]
 Trainer("laptop")  # type: ignore[arg-type]
 Trainer(config, callbacks=[Callback]).fit()  # type: ignore[list-item]
 Trainer(config).train()  # type: ignore[attr-defined]
