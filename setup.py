@@ -114,6 +114,7 @@ HDF5 = ["h5py>=3.10"]  # read by `ris-fast convert` alone
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"]
 RUFF = "ruff>=0.17,<0.18"  # what it formats differs between versions
 LINT = [RUFF, "import-linter>=2.17,<3", "mypy>=2.4,<2.5"]
+NOTEBOOKS = ["nbclient>=0.10,<1", "ipykernel>=6"]  # the three of docs/notebooks are executed
 DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=1,<2", RUFF]  # ruff breaks the lines of signatures
 setup(
     name="ris-fast",
@@ -143,7 +144,7 @@ setup(
         "rich>=13",
         "nvidia-ml-py>=12",
     ],
-    extras_require={"hdf5": HDF5, "docs": DOCS, "test": [*TEST, *LINT, *HDF5, *DOCS]},
+    extras_require={"hdf5": HDF5, "docs": DOCS, "test": [*TEST, *LINT, *HDF5, *DOCS, *NOTEBOOKS]},
     entry_points={"console_scripts": ["ris-fast = ris_fast.commands.cli:main"]},
     zip_safe=False,
 )

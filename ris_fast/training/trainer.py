@@ -480,6 +480,7 @@ class Trainer(Built):
 
     @property
     def parameters(self) -> int:
+        """How many numbers are trained."""
         return trainable(self.model)
 
     @property
