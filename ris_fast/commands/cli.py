@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 from ris_fast import __version__
+from ris_fast.commands.experiments import track
 from ris_fast.commands.flags import (
     Against,
     BestDevice,
@@ -494,6 +495,10 @@ def env(*, json: bool = False) -> int:
     from ris_fast.commands.env import env_command
 
     return env_command(json=json)
+
+
+for command in (track,):  # those with a file of their own for their flags
+    app.command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -75,8 +75,10 @@ def _at_its_own_end(code: int) -> bool:
 def _run(config: Config, ranks: Ranks, out: Path | None, resume: Path | None, profile: bool) -> int:
     """`run_training` on one of the ranks; what rank 0 does for all it does while the others wait."""
     from ris_fast.report.console import ConsoleReport
+    from ris_fast.report.trackers import check_trackers
     from ris_fast.training.ranks.lost import RankLost
 
+    check_trackers(config.report.tracker)
     ours = resume is None and (out is None or not out.exists())
     folder, checkpoint = ranks.by_first(
         lambda: (new_folder(config, out), None) if resume is None else run_and_checkpoint(resume)
@@ -282,6 +284,7 @@ def preflight_line(watchdog: Any, seconds: float) -> str:
 def _callbacks(trainer: Any, folder: Path, console: ConsoleReport) -> list[Callback]:
     """In the order in which they are called; the watchdog of `attach_run_health` comes behind them."""
     from ris_fast.report.tensor_log import TensorLog
+    from ris_fast.report.trackers import trackers
     from ris_fast.training.mfu import MfuCallback
 
     table, pictures = trainer.config.health.log_tensors, trainer.config.report.plots
@@ -290,6 +293,7 @@ def _callbacks(trainer: Any, folder: Path, console: ConsoleReport) -> list[Callb
         RunFolder(folder, trainer.config),  # the settings with what the data made of them
         Record(JsonlReport(folder), f"{METRICS} or {SUMMARY}", print),
         console,
+        *trackers(trainer.config, folder),
     ]
     if pictures:
         from ris_fast.report.plots import PlotReport
