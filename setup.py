@@ -103,6 +103,7 @@ def packages() -> list[str]:
 
 
 HDF5 = ["h5py>=3.10"]  # read by `ris-fast convert` alone
+TENSORBOARD, TRACKIO, WANDB, OPTUNA = ["tensorboard>=2.16"], ["trackio>=0.20"], ["wandb>=0.31"], ["optuna>=4"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"]
 LINT = ["ruff>=0.17,<0.18", "import-linter>=2.17,<3", "mypy>=2.4,<2.5"]  # what ruff formats differs between versions
 setup(
@@ -116,7 +117,7 @@ setup(
     packages=packages(),
     package_dir={"ris_fast": "ris_fast", "ris_fast.kernels": "kernels"},
     package_data={
-        "ris_fast": ["py.typed", "config/presets/*.toml", "health/pages/*.md"],
+        "ris_fast": ["py.typed", "config/presets/*.toml", "tuning/spaces/*.toml", "health/pages/*.md"],
         "ris_fast.kernels": ["py.typed"],
     },
     ext_modules=[] if without_native() else [Extension("ris_fast.kernels.native.libris_fast", sources=[])],
@@ -133,7 +134,14 @@ setup(
         "rich>=13",
         "nvidia-ml-py>=12",
     ],
-    extras_require={"hdf5": HDF5, "test": [*TEST, *LINT, *HDF5]},
+    extras_require={
+        "hdf5": HDF5,
+        "tensorboard": TENSORBOARD,
+        "trackio": TRACKIO,
+        "wandb": WANDB,
+        "tune": OPTUNA,
+        "test": [*TEST, *LINT, *HDF5, *TENSORBOARD, *OPTUNA],  # tests of the others are skipped where they are missing
+    },
     entry_points={"console_scripts": ["ris-fast = ris_fast.commands.cli:main"]},
     zip_safe=False,
 )

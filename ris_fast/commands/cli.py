@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 from ris_fast import __version__
-from ris_fast.commands.experiments import track
+from ris_fast.commands.experiments import compare, track, tune
 from ris_fast.commands.flags import (
     Against,
     BestDevice,
@@ -497,7 +497,7 @@ def env(*, json: bool = False) -> int:
     return env_command(json=json)
 
 
-for command in (track,):  # those with a file of their own for their flags
+for command in (compare, track, tune):  # those with a file of their own for their flags
     app.command(command)
 
 

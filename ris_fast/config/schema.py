@@ -15,6 +15,7 @@ from ris_fast.config.spelling import did_you_mean, words
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
+
 @dataclass(frozen=True)
 class Task(Section):
     """The scenes: array, channel, codes and the ranges they are drawn from. Defaults are RIS-12x12."""

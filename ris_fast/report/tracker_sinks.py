@@ -99,7 +99,9 @@ class Wandb:
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=self.folder.name,
             id=self.id,
-            resume=None if mode == "offline" else "allow",  # offline parts of one run become one when they are synchronised
+            resume=None
+            if mode == "offline"
+            else "allow",  # offline parts of one run become one when they are synchronised
             dir=str(self.folder),
             config=dict(settings),
             settings=wandb.Settings(
