@@ -16,7 +16,7 @@ from ris_fast.report.baselines import label
 from ris_fast.report.drawing import new_figure
 from ris_fast.report.eventlog import write_json
 from ris_fast.report.plots import draw_baselines, thousands
-from ris_fast.report.style import INK, drawable, limits, log_axes, look, ticks, title
+from ris_fast.report.style import INK, MMSE_BOUND, drawable, limits, log_axes, look, ticks, title
 from ris_fast.report.tables import text_table
 
 if TYPE_CHECKING:
@@ -44,8 +44,14 @@ def comparison(runs: Mapping[str, Run], reach: Sequence[float]) -> dict[str, Any
     Args: reach: validation NMSEs for which the scenes are told that a run took to reach them.
     """
     groups, levels = grouped(runs), list(reach) or _levels(runs)
+    base = next(iter(runs.values()))
     told = {
-        name: {**run, "reach": {f"{level:g}": _reached(run, level) for level in levels}} for name, run in runs.items()
+        name: {
+            **run,
+            "reach": {f"{level:g}": _reached(run, level) for level in levels},
+            "same_task": not _differences(base, run, "task."),
+        }
+        for name, run in runs.items()
     }
     return {
         "runs": told,
@@ -201,20 +207,32 @@ def comparison_figure(result: Mapping[str, Any]) -> Figure:
     for index, (name, group) in enumerate(result["groups"].items()):
         curves = [curve for each in group["runs"] if (curve := _drawable(runs[each]["curve"]))]
         values += [y for curve in curves for _, y in curve]
-        _draw(axes, curves, f"{name} ({len(curves)} runs)" if len(curves) > 1 else name, index)
+        said = [f"{len(curves)} runs"] * (len(curves) > 1) + ["another task"] * (not _same_task(result, group))
+        _draw(axes, curves, f"{name} ({', '.join(said)})" if said else name, index)
     base = next(iter(runs.values()))
     log_axes(axes, "validation NMSE")
-    bounds = {"MMSE bound": base["mmse_bound"]} if drawable(base["mmse_bound"]) else {}
-    axes.set_ylim(*limits([*values, *base["baselines"].values(), *bounds.values()]))
-    draw_baselines(axes, {label(key): value for key, value in (base["baselines"] | bounds).items()})
+    bound = base["mmse_bound"]
+    axes.set_ylim(*limits([*values, *base["baselines"].values(), *[bound] * drawable(bound)]))
+    draw_baselines(axes, {label(key): value for key, value in base["baselines"].items()})
+    if drawable(bound):
+        axes.axhline(bound, color=MMSE_BOUND, lw=1.0, ls=":", label=f"MMSE bound {bound:#.3g}", zorder=1)
     ticks(axes)
     axes.set_xlim(left=0.0)
     axes.set_xlabel("training scenes seen", color=INK)
     axes.xaxis.set_major_formatter(thousands)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    best = [(group["val_nmse"]["mean"], name) for name, group in result["groups"].items() if group["val_nmse"]["n"]]
+    best = [
+        (group["val_nmse"]["mean"], name)
+        for name, group in result["groups"].items()
+        if group["val_nmse"]["n"] and _same_task(result, group)
+    ]
     title(figure, "best validation NMSE: {1} {0:.3g}".format(*min(best)) if best else "no validation yet")
     return figure
+
+
+def _same_task(result: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    """Whether a group has the task of the first run."""
+    return result["runs"][group["runs"][0]]["same_task"]
 
 
 def _draw(axes: Any, curves: Sequence[Sequence[tuple[float, float]]], name: str, index: int) -> None:
@@ -309,4 +327,4 @@ def _range(group: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "default" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
