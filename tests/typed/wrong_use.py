@@ -14,6 +14,7 @@ from ris_fast import (
     RISArray,
     SceneGenerator,
     Scenes,
+    Tracker,
     Trainer,
     build_model,
     cov_nmse,
@@ -40,6 +41,7 @@ cov_nmse(angles, target_factor=[0.0])  # type: ignore[arg-type]
 CovarianceLoss(config.task)  # type: ignore[arg-type]
 build_model(model)  # type: ignore[arg-type]
 FusedAdamW(model.parameters(), learning_rate=1e-3)  # type: ignore[call-arg]
+Tracker("tensorboard")  # type: ignore[call-arg]
 Trainer("laptop")  # type: ignore[arg-type]
 Trainer(config, callbacks=[Callback]).fit()  # type: ignore[list-item]
 Trainer(config).train()  # type: ignore[attr-defined]
