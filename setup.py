@@ -103,7 +103,7 @@ def packages() -> list[str]:
 
 
 HDF5 = ["h5py>=3.10"]  # read by `ris-fast convert` alone
-TENSORBOARD, TRACKIO, WANDB, OPTUNA = ["tensorboard>=2.16"], ["trackio>=0.20"], ["wandb>=0.31"], ["optuna>=4"]
+TENSORBOARD, TRACKIO, WANDB, OPTUNA = ["tensorboard>=2.17"], ["trackio>=0.43"], ["wandb>=0.31"], ["optuna>=4"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"]
 LINT = ["ruff>=0.17,<0.18", "import-linter>=2.17,<3", "mypy>=2.4,<2.5"]  # what ruff formats differs between versions
 setup(

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ris_fast import exit_codes
 from ris_fast.commands.run_folder import RUNS, run_lock
 from ris_fast.commands.train import fit_in_folder
@@ -94,7 +96,7 @@ def tune_command(
             tuning.trial(found)
     except KeyboardInterrupt:
         code = exit_codes.INTERRUPTED
-        print("ris-fast: interrupted. The same command with --out and --study goes on with the study", file=sys.stderr)
+        print(f"ris-fast: interrupted. The same command with --out {folder} goes on with the study", file=sys.stderr)
     print(f"\n{trials_text(found, list(space))}\n")
     best = best_trial(found)
     if best is None:
@@ -130,6 +132,13 @@ def trial_line(study: Any, number: int, seconds: float) -> str:
         " ".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in trial.params.items()),
     ]
     return "; ".join(part for part in said if part)
+
+
+def release_memory() -> None:
+    """Frees a trial's network, moments and graphs before the next one; called when no error holds them any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _short(value: Any) -> str:
@@ -184,6 +193,7 @@ class Tuning:
             state, raised = (TrialState.PRUNED, None) if is_memory(error) else (state, error)
         except BaseException as error:
             ended, raised = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error), error
+        release_memory()
         if ended:
             trial.set_user_attr(ENDED, ended)
         if state != TrialState.FAIL:
@@ -217,7 +227,6 @@ class Tuning:
                 self.preflight = False
                 trial.set_user_attr("epochs", pruning.epochs)
                 trial.set_user_attr("seconds", round(pruning.seconds, 1))
-                gc.collect()  # a network and its moments, before the next one
         best = None if summary is None else summary["best_val_nmse"]
         return None if best is None or not math.isfinite(best) else best
 

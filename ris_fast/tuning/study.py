@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from ris_fast.config.load import plain_settings
@@ -200,6 +201,7 @@ def trials_text(study: Any, space: Sequence[str]) -> str:
     worth = importances(study)
     said = ", ".join(f"{key} {value:.0%}" for key, value in sorted(worth.items(), key=lambda item: -item[1]))
     none = f"not computed: fewer than {FEWEST} whole trials, or none that differ"
+    rows = [[*row[:-1], shorten(row[-1], 60, placeholder=" ...")] for row in rows]
     return f"{text_table(short, rows)}\n\nimportance of the settings: {said or none}"
 
 
