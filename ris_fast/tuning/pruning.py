@@ -4,13 +4,15 @@ behind."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from statistics import median
 from typing import Any, Protocol
 
 from ris_fast.config.schema import Config
 from ris_fast.report.console import validation
 from ris_fast.training.callback import Callback
 
-PARTS = 20  # of a trial's budget: the points at which trials are compared
+PARTS = 100  # of a trial's budget: a trial is heard once in each at most, and compared by the percent
 
 
 class TrialPruned(Exception):
@@ -25,31 +27,29 @@ class Judge(Protocol):
 
 
 class Pruning(Callback):
-    """Reports the best validation NMSE so far, at each twentieth of the budget, and ends a run that is behind.
+    """Reports the best validation NMSE so far with the percent of the budget that is spent, and ends a run that is
+    behind.
 
-    Trials are compared after the same share of their budget, of time or of epochs, whichever is further: a small
-    network makes more epochs in the same time, and would be behind at each of them.
+    The budget is of time or of epochs, whichever is spent further: a small network makes more epochs in the same time,
+    and would be behind at each of them.
     """
 
     def __init__(self, trial: Judge, config: Config, *, prune: bool = True) -> None:
         self.trial, self.training, self.prune = trial, config.training, prune
-        self.best, self.reported, self.pruned = math.nan, 0, False
+        self.best, self.reported, self.pruned = math.nan, -1, False
         self.epochs, self.seconds = 0, 0.0  # of the run so far
 
     def on_epoch_end(self, row: dict[str, Any]) -> None:
         self.epochs, self.seconds = row["epoch"], row["seconds"]
-        before, value = self.best, validation(row)
-        self.best = value if math.isnan(before) or value < before else before
-        part = math.floor(PARTS * self._share(row))
-        for passed in range(self.reported + 1, part):
-            if not math.isnan(before):
-                self.trial.report(before, passed)
-        if part > self.reported:
-            self.trial.report(self.best, part)
-            self.reported = part
-            if self.prune and self.trial.should_prune():
-                self.pruned = True
-                raise TrialPruned(f"NMSE {self.best:.4g} after {part / PARTS:.0%} of the budget is behind the others'")
+        value, part = validation(row), math.floor(PARTS * self._share(row))
+        self.best = value if math.isnan(self.best) or value < self.best else self.best
+        if part == self.reported:
+            return
+        self.trial.report(self.best, part)
+        self.reported = part
+        if self.prune and self.trial.should_prune():
+            self.pruned = True
+            raise TrialPruned(f"NMSE {self.best:.4g} after {part / PARTS:.0%} of the budget is behind the others'")
 
     def on_summary(self, summary: dict[str, Any]) -> None:
         if self.pruned:
@@ -58,3 +58,18 @@ class Pruning(Callback):
     def _share(self, row: dict[str, Any]) -> float:
         seconds = row["seconds"] / self.training.max_seconds if self.training.max_seconds else 0.0
         return min(1.0, max(seconds, row["epoch"] / self.training.epochs))
+
+
+def behind(trial: Mapping[int, float], others: Iterable[Mapping[int, float]], *, grace: int, fewest: int) -> bool:
+    """Whether a trial's best is above the median of what the others had by the same part of their budget, or not a
+    number.
+
+    Args: trial, others: part of the budget -> NMSE; grace: part before which no trial is behind; fewest: others that
+        must have been validated by then.
+    """
+    part = max(trial, default=-1)
+    if part < grace:
+        return False
+    reached = [min(known) for each in others if (known := [value for at, value in each.items() if at <= part])]
+    best = min(trial.values())
+    return len(reached) >= fewest and (math.isnan(best) or best > median(reached))

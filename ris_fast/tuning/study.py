@@ -19,11 +19,11 @@ from ris_fast.config.load import plain_settings
 from ris_fast.config.schema import Config, ConfigError
 from ris_fast.files import make_folder, writing
 from ris_fast.report.tables import text_table
-from ris_fast.tuning.pruning import PARTS
+from ris_fast.tuning.pruning import PARTS, behind
 from ris_fast.tuning.space import Space
 
 STARTUP = 10  # trials with random settings, before those that are left say where to look
-COMPARED_WITH = 4  # whole trials, before any is ended early
+COMPARED_WITH = 4  # whole trials, before any other is ended early
 GRACE = 0.2  # of the budget, in which none is
 FREE = ("training.device", "training.compile", "training.capture", "training.seed", "report.", "health.")  # may differ
 FEWEST = 4  # whole trials from which importances are computed
@@ -51,7 +51,7 @@ def open_study(storage: str, name: str, seed: int, config: Config, space: Space,
             storage=_storage(storage),
             study_name=name,
             sampler=seeded_sampler(seed),
-            pruner=optuna.pruners.MedianPruner(COMPARED_WITH, math.ceil(GRACE * PARTS)) if prune else None,
+            pruner=median_pruner() if prune else optuna.pruners.NopPruner(),
             load_if_exists=True,
         )
     _same(study, f"study '{name}' in {storage}", {"settings": _common(config, space), "space": _plain(space)})
@@ -78,6 +78,19 @@ def _storage(storage: str) -> Any:
         return optuna.storages.get_storage(storage)
     except Exception as error:  # of SQLAlchemy, of a driver that is missing, of the server
         raise ConfigError(f"tune: --storage {storage} cannot be opened: {str(error).splitlines()[0]}") from error
+
+
+def median_pruner() -> Any:
+    """Ends a trial that is behind the median of the whole ones; see `behind`."""
+    import optuna
+
+    class MedianByBudget(optuna.pruners.BasePruner):
+        def prune(self, study: Any, trial: Any) -> bool:
+            whole = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+            others = (each.intermediate_values for each in whole)
+            return behind(trial.intermediate_values, others, grace=math.ceil(GRACE * PARTS), fewest=COMPARED_WITH)
+
+    return MedianByBudget()
 
 
 def seeded_sampler(seed: int) -> Any:

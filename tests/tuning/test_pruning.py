@@ -10,7 +10,7 @@ import pytest
 optuna = pytest.importorskip("optuna", reason="Optuna comes with the test extra")
 
 from ris_fast.config.load import load_config  # noqa: E402
-from ris_fast.tuning.pruning import PARTS, Pruning, TrialPruned  # noqa: E402
+from ris_fast.tuning.pruning import PARTS, Pruning, TrialPruned, behind  # noqa: E402
 from ris_fast.tuning.space import default_space  # noqa: E402
 from ris_fast.tuning.study import open_study, quiet, seeded_sampler  # noqa: E402
 
@@ -36,12 +36,12 @@ def row(epoch: int, seconds: float, nmse: float) -> dict[str, Any]:
     return {"epoch": epoch, "seconds": seconds, "val_nmse_raw": nmse, "val_nmse_ema": 2 * nmse}
 
 
-def test_pruning_reports_the_best_so_far_at_every_part_of_the_budget() -> None:
+def test_pruning_reports_the_best_so_far_by_percent_of_the_budget() -> None:
     heard = Heard()
     pruning = Pruning(heard, CONFIG)
-    for each in (row(1, 1.0, 0.5), row(2, 1.2, 0.4), row(3, 2.1, 0.6), row(4, 10.5, float("nan"))):
+    for each in (row(1, 1.0, 0.5), row(2, 1.2, 0.4), row(3, 2.1, 0.6), row(3, 2.101, 0.6), row(4, 10.5, float("nan"))):
         pruning.on_epoch_end(each)
-    assert heard.reports == {2: 0.5, 3: 0.4, **dict.fromkeys(range(4, PARTS + 1), 0.4)}
+    assert heard.reports == {10: 0.5, 12: 0.4, 21: 0.4, PARTS: 0.4}
 
 
 def test_pruning_goes_by_epochs_where_no_time_is_set() -> None:
@@ -49,7 +49,7 @@ def test_pruning_goes_by_epochs_where_no_time_is_set() -> None:
     pruning = Pruning(heard, load_config(preset="laptop", overrides=["training.max_seconds=0", "training.epochs=4"]))
     for epoch in (1, 2):
         pruning.on_epoch_end(row(epoch, 1e4, 1.0 / epoch))
-    assert heard.reports == {5: 1.0, **dict.fromkeys(range(6, 10), 1.0), 10: 0.5}
+    assert heard.reports == {25: 1.0, 50: 0.5}
 
 
 def test_pruned_run_is_marked_as_pruned() -> None:
@@ -59,6 +59,14 @@ def test_pruned_run_is_marked_as_pruned() -> None:
     pruning.on_summary(summary)
     assert summary["verdict"] == "pruned"
     Pruning(Heard(prune=True), CONFIG, prune=False).on_epoch_end(row(1, 1.0, 0.5))
+
+
+def test_behind_compares_what_trials_had_by_the_same_part() -> None:
+    others = [{10: 0.9, 50: 0.1}, {30: 0.5}, {20: 0.4, 25: 0.6}, {60: 0.01}]
+    assert not behind({29: 0.6}, others, grace=0, fewest=3)  # of the others two had been validated
+    assert behind({31: 0.51}, others, grace=0, fewest=3) and not behind({31: 0.5}, others, grace=0, fewest=3)
+    assert not behind({31: 0.51}, others, grace=32, fewest=3) and not behind({}, others, grace=0, fewest=3)
+    assert behind({31: float("nan")}, others, grace=0, fewest=3)
 
 
 def curve(trial: Any, final: float) -> str:
@@ -83,7 +91,7 @@ def test_study_prunes_bad_trials_and_no_good_ones(tmp_path) -> None:
         assert trial.number == number
     assert [final for final, how in ended.items() if how == "pruned"] == [0.9, 0.6]
     told = study.trials[4].intermediate_values
-    assert max(told) == 4  # the first validation after a fifth of the budget
+    assert max(told) == 20  # the first validation after a fifth of the budget
 
 
 def test_sampler_draws_by_seed_and_number_of_the_trial() -> None:
