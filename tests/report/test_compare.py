@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from ris_fast.commands.cli import main
 from ris_fast.commands.compare import compare
 from ris_fast.config.load import load_config, render_toml
-from ris_fast.report.compare import band, comparison_figure
+from ris_fast.report.compare_plot import band, comparison_figure
 from ris_fast.report.eventlog import JsonlReport
 
 BASELINES = {"zero": 1.0, "mean": 0.9, "pursuit": 0.02}
