@@ -111,6 +111,7 @@ def version() -> str:
 
 
 HDF5 = ["h5py>=3.10"]  # read by `ris-fast convert` alone
+TENSORBOARD, TRACKIO, WANDB, OPTUNA = ["tensorboard>=2.17"], ["trackio>=0.43"], ["wandb>=0.31"], ["optuna>=4"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"]
 RUFF = "ruff>=0.17,<0.18"  # what it formats differs between versions
 LINT = [RUFF, "import-linter>=2.17,<3", "mypy>=2.4,<2.5"]
@@ -127,7 +128,7 @@ setup(
     packages=packages(),
     package_dir={"ris_fast": "ris_fast", "ris_fast.kernels": "kernels"},
     package_data={
-        "ris_fast": ["py.typed", "config/presets/*.toml", "health/pages/*.md"],
+        "ris_fast": ["py.typed", "config/presets/*.toml", "tuning/spaces/*.toml", "health/pages/*.md"],
         "ris_fast.kernels": ["py.typed"],
     },
     ext_modules=[] if without_native() else [Extension("ris_fast.kernels.native.libris_fast", sources=[])],
@@ -144,7 +145,16 @@ setup(
         "rich>=13",
         "nvidia-ml-py>=12",
     ],
-    extras_require={"hdf5": HDF5, "docs": DOCS, "test": [*TEST, *LINT, *HDF5, *DOCS, *NOTEBOOKS]},
+    extras_require={
+        "hdf5": HDF5,
+        "tensorboard": TENSORBOARD,
+        "trackio": TRACKIO,
+        "wandb": WANDB,
+        "tune": OPTUNA,
+        "docs": DOCS,
+        # Tests of the other trackers are skipped where they are missing.
+        "test": [*TEST, *LINT, *HDF5, *TENSORBOARD, *OPTUNA, *DOCS, *NOTEBOOKS],
+    },
     entry_points={"console_scripts": ["ris-fast = ris_fast.commands.cli:main"]},
     zip_safe=False,
 )

@@ -38,8 +38,9 @@ def load_config(
     Raises: ConfigError for a file that cannot be read and for an unknown preset, section, key or value.
     """
     overrides = _checked(path, overrides, flags)
-    table = _read_toml(Path(path)) if path else {}
+    table = read_toml(Path(path)) if path else {}
     named = table.pop("preset", None)
+    table.pop("tune", None)  # the space of `ris-fast tune`
     given = [
         (str(path), _flatten(table, str(path))),
         ("--set", dict(_parse_override(text) for text in overrides)),
@@ -158,7 +159,8 @@ def toml_value(value: Any) -> str:
     return repr(value)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in a TOML file. Raises: ConfigError."""
     if path.is_dir():
         raise ConfigError(f"'{path}' is a folder. Give a TOML file, such as the config.toml of a run.")
     if not path.is_file():

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ris_fast.config.section import SMALLEST_FLOAT, ConfigError, Section, option
-from ris_fast.config.spelling import closest
+from ris_fast.config.spelling import closest, did_you_mean, words
 from ris_fast.config.user_code import FORMS, absolute_reference, is_reference
 
 MODELS = ("backprojection", "hybrid")
+TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,15 @@ class Report(Section):
         60.0, "write the last checkpoint every this many seconds and at the end; 0: at the end alone", low=0.0
     )
     plots: bool = option(True, "draw loss curves into the run folder")
+    tracker: str = option(
+        "", "mirror the rows in tensorboard, trackio or wandb; several with commas between them; empty: in none"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in words(self.tracker):
+            if name not in TRACKERS:
+                raise ConfigError(f"report.tracker: there is no tracker '{name}'.{did_you_mean(name, TRACKERS)}")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ris_fast import (
     RISArray,
     SceneGenerator,
     Scenes,
+    Tracker,
     Trainer,
     __version__,
     build_model,
@@ -105,4 +106,5 @@ class Losses(Callback):
 
 
 def whole_run(config: Config) -> dict[str, Any]:
-    return Trainer(config, folder="runs/mine", callbacks=[Losses()], resume=False).fit()
+    tracker = Tracker("tensorboard", "runs/mine", config, report=print)
+    return Trainer(config, folder="runs/mine", callbacks=[Losses(), tracker], resume=False).fit()

@@ -14,6 +14,7 @@ from ris_fast import (
     RISArray,
     SceneGenerator,
     Scenes,
+    Tracker,
     Trainer,
     build_model,
     cov_nmse,
@@ -47,6 +48,7 @@ FusedAdamW(0.1)  # type: ignore[arg-type]
 sense(angles, angles)  # type: ignore[call-arg]
 least_squares_factor(angles)  # type: ignore[arg-type]
 Prediction(factors=angles)  # type: ignore[call-arg]
+Tracker("tensorboard")  # type: ignore[call-arg]
 Trainer("laptop")  # type: ignore[arg-type]
 Trainer(config, callbacks=[Callback]).fit()  # type: ignore[list-item]
 Trainer(config).train()  # type: ignore[attr-defined]
