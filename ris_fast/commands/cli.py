@@ -35,6 +35,7 @@ from ris_fast.config.schema import ConfigError
 from ris_fast.environment import launched
 from ris_fast.files import CONFIG
 from ris_fast.streams import stage
+from ris_fast.thread_policy import set_thread_policy
 
 app = App(
     name="ris-fast",
@@ -498,4 +499,5 @@ def env(*, json: bool = False) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; every expected error ends as a message on standard error and its exit code."""
+    set_thread_policy()
     return run(app, list(sys.argv[1:] if arguments is None else arguments))
