@@ -103,6 +103,7 @@ def packages() -> list[str]:
 
 
 HDF5 = ["h5py>=3.10"]  # read by `ris-fast convert` alone
+ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]  # written by `ris-fast export` alone
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"]
 LINT = ["ruff>=0.17,<0.18", "import-linter>=2.17,<3", "mypy>=2.4,<2.5"]  # what ruff formats differs between versions
 setup(
@@ -133,7 +134,7 @@ setup(
         "rich>=13",
         "nvidia-ml-py>=12",
     ],
-    extras_require={"hdf5": HDF5, "test": [*TEST, *LINT, *HDF5]},
+    extras_require={"hdf5": HDF5, "onnx": ONNX, "test": [*TEST, *LINT, *HDF5]},
     entry_points={"console_scripts": ["ris-fast = ris_fast.commands.cli:main"]},
     zip_safe=False,
 )

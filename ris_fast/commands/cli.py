@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 from ris_fast import __version__
+from ris_fast.commands.export import export
 from ris_fast.commands.flags import (
     Against,
     BestDevice,
@@ -368,6 +369,9 @@ def predict(
         factor=not no_factor,
         device=device,
     )
+
+
+app.command(export)
 
 
 @app.command
