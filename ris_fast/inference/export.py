@@ -12,7 +12,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -247,16 +247,20 @@ def _traced(model: Answers, inputs: tuple[Tensor, ...], plain: bool) -> torch.ex
     sizes = {name: {0: batch} if _has_batch(i, x) else {} for i, (name, x) in _named(inputs)}
     try:
         with torch.no_grad(), _quiet():
-            if plain:
-                with PlainForms():
-                    return torch.export.export(model, inputs, dynamic_shapes=sizes, strict=False)
-            return torch.export.export(model, inputs, dynamic_shapes=sizes, strict=False)
+            with PlainForms() if plain else nullcontext():
+                program = torch.export.export(model, inputs, dynamic_shapes=sizes, strict=False)
+            nested = len(_graphs(program)) > 1  # regions of autocast, which torch 2.13 saves and cannot load again
+            return program.run_decompositions({}) if nested else program
     except Exception as error:  # torch.export has no common class for what it cannot trace
         raise ExportError(
             f"export: torch.export cannot trace this network for any batch size: {_first_line(error)} Nothing was"
             " written. Take Python branches on values and fixed batch sizes out of forward, or use --format"
             " safetensors."
         ) from error
+
+
+def _graphs(program: torch.export.ExportedProgram) -> list[torch.fx.Graph]:
+    return [each.graph for each in program.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
 
 
 def _torch_export(
@@ -269,8 +273,8 @@ def _torch_export(
     portable: bool,
 ) -> dict[str, Any]:
     program = _traced(model, inputs, portable)
-    graphs = [each.graph for each in program.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
-    needed = {name.partition(".")[0] for graph in graphs for name in foreign(node.target for node in graph.nodes)}
+    called = foreign(node.target for graph in _graphs(program) for node in graph.nodes)
+    needed = {name.partition(".")[0] for name in called}
     about["needs"] = [f"import {NAMESPACE}.inference.operators"] * (NAMESPACE in needed)
     about["needs"] += [f"the operators {name}::*" for name in sorted(needed - {NAMESPACE})]
     loaded = torch.export.load(io.BytesIO(_saved(program, about)))
