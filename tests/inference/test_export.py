@@ -63,11 +63,7 @@ def answers(run: Path, given: tuple[Tensor, ...]) -> list[Tensor]:
         return [each for each in open_run(run).network()(*given) if each is not None]
 
 
-def runs(*names: str) -> Any:
-    return pytest.mark.parametrize("name", names)
-
-
-@runs("hybrid", "pursuit")
+@pytest.mark.parametrize("name", [pytest.param("hybrid", marks=pytest.mark.slow), "pursuit"])
 def test_torch_export_answers_as_the_run_at_any_batch_size(name: str, request: Any, tmp_path: Path) -> None:
     run, extra = request.getfixturevalue(name), {META: ""}
     found = export_run(run, "torch-export", tmp_path / "net.pt2", scenes=8)
@@ -82,7 +78,7 @@ def test_torch_export_answers_as_the_run_at_any_batch_size(name: str, request: A
 
 
 @pytest.mark.slow
-@runs("hybrid", "pursuit")
+@pytest.mark.parametrize("name", ["hybrid", "pursuit"])
 def test_portable_export_runs_where_ris_fast_cannot_be_imported(name: str, request: Any, tmp_path: Path) -> None:
     run = request.getfixturevalue(name)
     assert export_run(run, "torch-export", tmp_path / "net.pt2", portable=True, scenes=12)["needs"] == []
