@@ -32,8 +32,8 @@ POLICIES: dict[str, dict[str, str]] = {
     "`GOMP_SPINCOUNT=1000`": {"GOMP_SPINCOUNT": "1000"},
     "`OMP_WAIT_POLICY=passive`": {"OMP_WAIT_POLICY": "passive"},
 }
-BUSY = [sys.executable, "-c", "while True: pass"]
-TESTS = ["sh", "-c", f"while :; do {sys.executable} -m pytest -n 2 tests/physics; done"]
+BUSY = [sys.executable, "-c", "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"]
+TESTS = ["sh", "-c", f"while kill -0 $PPID; do {sys.executable} -m pytest -n 2 tests/physics; done"]
 LOADS: dict[str, list[list[str]]] = {
     "alone": [],
     "beside one busy loop": [BUSY],
@@ -181,6 +181,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.worker is not None:
         return worker(given.worker)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the loads are ended too
     found = compare(given.preset, given.rounds, given.seconds, LIMIT)
     from ris_fast.environment import environment  # torch is imported here, after everything is measured
     from ris_fast.files import write_text

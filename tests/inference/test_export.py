@@ -78,14 +78,12 @@ def test_torch_export_answers_as_the_run_at_any_batch_size(name: str, request: A
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hybrid", "pursuit"])
-def test_portable_export_runs_where_ris_fast_cannot_be_imported(name: str, request: Any, tmp_path: Path) -> None:
-    run = request.getfixturevalue(name)
-    assert export_run(run, "torch-export", tmp_path / "net.pt2", portable=True, scenes=12)["needs"] == []
-    given, files = scenes_for(run, 6), [str(tmp_path / each) for each in ("net.pt2", "given.pt", "found.pt")]
+def test_portable_export_runs_where_ris_fast_cannot_be_imported(hybrid: Path, tmp_path: Path) -> None:
+    assert export_run(hybrid, "torch-export", tmp_path / "net.pt2", portable=True, scenes=12)["needs"] == []
+    given, files = scenes_for(hybrid, 6), [str(tmp_path / each) for each in ("net.pt2", "given.pt", "found.pt")]
     torch.save(given, files[1])
     subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_US, *files], check=True, cwd=tmp_path)
-    for ours, theirs in zip(answers(run, given), torch.load(files[2]), strict=True):
+    for ours, theirs in zip(answers(hybrid, given), torch.load(files[2]), strict=True):
         torch.testing.assert_close(theirs, ours, rtol=2e-3, atol=2e-3)
 
 
