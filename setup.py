@@ -111,6 +111,7 @@ def version() -> str:
 
 
 HDF5 = ["h5py>=3.10"]  # read by `ris-fast convert` alone
+ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]  # written by `ris-fast export` alone
 TENSORBOARD, TRACKIO, WANDB, OPTUNA = ["tensorboard>=2.17"], ["trackio>=0.43"], ["wandb>=0.31"], ["optuna>=4"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"]
 RUFF = "ruff>=0.17,<0.18"  # what it formats differs between versions
@@ -151,6 +152,7 @@ setup(
         "trackio": TRACKIO,
         "wandb": WANDB,
         "tune": OPTUNA,
+        "onnx": ONNX,
         "docs": DOCS,
         # Tests of the other trackers are skipped where they are missing.
         "test": [*TEST, *LINT, *HDF5, *TENSORBOARD, *OPTUNA, *DOCS, *NOTEBOOKS],

@@ -23,6 +23,8 @@ def power_of_two(a: Tensor) -> Tensor:
     """
     whole, mantissa, largest = LAYOUTS[a.dtype]
     peak = a.detach().abs().amax(tuple(range(1, a.dim())), keepdim=True)
+    if torch.compiler.is_exporting():  # other runtimes, ONNX first, cannot look at the bits of a number
+        return peak.log2().floor().clamp(1 - largest // 2, largest // 2 - 1).neg().exp2()
     exponent = peak.view(whole) >> mantissa
     return ((largest - exponent.clamp(1, largest - 1)) << mantissa).view(a.dtype)
 

@@ -11,11 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ris_fast.thread_policy import thread_policy
+
 PACKAGES = ("ris-fast", "torch", "triton", "numpy", "safetensors", "cyclopts", "rich", "matplotlib")
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, memory, GPUs, and the backend of each kernel on each device with the reason.
+    """Versions, processor, memory, thread policy, GPUs, and the backend of each kernel on each device with the reason.
 
     Plain texts and numbers only, so that it can be written as JSON.
     """
@@ -24,6 +26,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in PACKAGES},
         "cpu": _cpu(),
+        "threads": thread_policy(),
         "gpus": _gpus(),
         "kernels": _kernels(),
     }

@@ -286,7 +286,8 @@ class Pursuit:
         if 2 * min(len(self.x), normal.measurements) < 5 * (self.atoms + EXTRA):
             return top  # so many atoms would fit anything
         doubtful = self.doubtful(normal, top)
-        if doubtful.device.type == "cpu":  # where reading costs nothing, only the scenes that need it
+        readable = doubtful.device.type == "cpu" and not torch.compiler.is_exporting()
+        if readable:  # where reading costs nothing, only the scenes that need it
             rows = doubtful.nonzero()[:, 0]
             again = self.by_way_of_more(
                 Normal(*(each[rows] for each in normal[:-1]), normal.measurements), Fit(*(each[rows] for each in top))
@@ -305,13 +306,13 @@ class Pursuit:
     def without(self, normal: Normal, fit: Fit, atom: Tensor) -> Fit:
         """One order lower: without the atom (B,) of each scene, the others polished."""
         count = fit.base.shape[1]
-        kept = torch.arange(count - 1, device=atom.device).expand(len(atom), -1)
+        kept = torch.arange(count - 1, device=atom.device).expand(atom.shape[0], -1)
         kept = (kept + (kept >= atom[:, None]))[..., None].expand(-1, -1, 3)
         return self.polished(normal, fit.base.gather(1, kept), fit.offset.gather(1, kept))
 
     def ordered(self, normal: Normal, fits: list[Fit], dropped: list[Tensor]) -> Atoms:
         """Orders 1 to K, each with its atoms in the order of their worth; `dropped` from orders 2 to K."""
-        order, orders = torch.zeros(len(normal.noise), 1, dtype=torch.int64, device=normal.noise.device), []
+        order, orders = torch.zeros(normal.noise.shape[0], 1, dtype=torch.int64, device=normal.noise.device), []
         for fit, gone in zip(fits, [None, *dropped]):
             if gone is not None:
                 order = torch.cat((order + (order >= gone[:, None]), gone[:, None]), dim=1)
@@ -320,7 +321,7 @@ class Pursuit:
         *lower, (position, amplitude) = orders
         gram = fits[-1].gram
         for axis in (2, 4):
-            index = order.reshape(len(order), *(self.atoms if each == axis else 1 for each in range(1, 6)))
+            index = order.reshape(order.shape[0], *(self.atoms if each == axis else 1 for each in range(1, 6)))
             gram = gram.gather(axis, index.expand(gram.shape))
         costs = torch.stack([normal.energy, *(fit.cost for fit in fits)], dim=1)
         return Atoms(

@@ -14,6 +14,7 @@ from cyclopts import App, Parameter
 
 from ris_fast import __version__
 from ris_fast.commands.experiments import compare, track, tune
+from ris_fast.commands.export import export
 from ris_fast.commands.flags import (
     Against,
     BestDevice,
@@ -37,6 +38,7 @@ from ris_fast.config.schema import ConfigError
 from ris_fast.environment import launched
 from ris_fast.files import CONFIG
 from ris_fast.streams import stage
+from ris_fast.thread_policy import set_thread_policy
 
 app = App(
     name="ris-fast",
@@ -371,6 +373,8 @@ def predict(
     )
 
 
+
+
 @app.command
 def gradcheck(*, device: BestDevice = "auto", no_interpreter: bool = False, json: bool = False) -> int:
     """Check value and gradient of every kernel in every backend of this machine; exit code 1 where one is wrong.
@@ -498,10 +502,11 @@ def env(*, json: bool = False) -> int:
     return env_command(json=json)
 
 
-for command in (compare, new_model, track, tune):  # those with a file of their own for their flags
+for command in (compare, export, new_model, track, tune):  # those with a file of their own for their flags
     app.command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; every expected error ends as a message on standard error and its exit code."""
+    set_thread_policy()
     return run(app, list(sys.argv[1:] if arguments is None else arguments))

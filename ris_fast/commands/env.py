@@ -19,7 +19,7 @@ def env_command(*, json: bool) -> int:
 
 def environment_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     """The environment as (what, value) lines of a table."""
-    cpu = found["cpu"]
+    cpu, threads = found["cpu"], found["threads"]
     rows = [("python", found["python"]), ("platform", found["platform"])]
     rows += [(name, version or "not installed") for name, version in found["versions"].items()]
     rows.append(
@@ -31,6 +31,13 @@ def environment_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
             ),
         )
     )
+    rows += [
+        (
+            "threads",
+            f"{cpu['torch_threads']} of {threads['runtime'] or 'an OpenMP runtime that the system does not name'}",
+        ),
+        ("wait policy", f"{threads['policy']}, set by {threads['set_by']}"),
+    ]
     rows += [
         (
             f"gpu {gpu['index']}",

@@ -37,6 +37,7 @@ WRITE_AT_THE_END = {
     "evaluate",
     "mismatch",
     "compare",
+    "export",
 }  # each file whole; see `writing_results` for the end itself
 
 

@@ -59,6 +59,11 @@ from ris_fast.config.load import load_config
         (["simulate", "--scenes", "4"], "--out"),
         (["simulate", "--out", "x", "--scenes", "4", "--preset", "original", "--device", "gpu"], "auto, cpu, cuda"),
         (["evaluate", "no-such-run"], "not a run folder"),
+        (["export", "no-such-run", "--format", "onx", "--out", "x.onnx"], 'Did you mean "onnx"?'),
+        (["export", "no-such-run", "--format", "safetensors"], "--out"),
+        (["export", "no-such-run", "--format", "safetensors", "--out", "x.pt2"], "ends in .safetensors"),
+        (["export", "no-such-run", "--format", "safetensors", "--out", "x.safetensors"], "not a run folder"),
+        (["export", "x", "--format", "safetensors", "--out", "x.safetensors", "--portable"], "--portable is for"),
         (["train", "--resume", "no-such-run"], "not a run folder"),
     ],
 )

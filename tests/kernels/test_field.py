@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.gradcheck import backends_here
-from ris_fast.kernels.field import reference
+from ris_fast.kernels.field import real, reference
 from ris_fast.kernels.field.op import OPERATOR, aperture_field
 from ris_fast.kernels.native import loader
 
@@ -107,3 +107,9 @@ def test_aperture_field_names_what_does_not_fit(at: int, wrong: Tensor | None, m
     args[at] = wrong
     with pytest.raises(ValueError, match=f"aperture_field: {message}"):
         OPERATOR.call(*args)
+
+
+@pytest.mark.parametrize("name", ["odd", "odd-each-snapshot", "identity", "no-steps"])
+def test_aperture_field_in_real_arithmetic_is_the_definition(name: str) -> None:
+    given = next(each for each in OPERATOR.samples if each.name == name).make("cpu", torch.float64)
+    torch.testing.assert_close(real.aperture_field(*given), reference.aperture_field(*given), equal_nan=True)
