@@ -34,7 +34,8 @@ from ris_fast.streams import stage
 from ris_fast.training.checkpoint import load_weights
 from ris_fast.training.compiled_model import choose_device
 
-SHAPES = ("bs_antennas", "ris_horizontal", "ris_vertical", "snapshots")  # settings that a network's inputs have
+SHAPES = ("bs_antennas", "snapshots")  # settings that a network's inputs have
+GRID = ("ris_horizontal", "ris_vertical")  # two more, where the elements are in rows and columns
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def changed_tasks(task: Task, against: Iterable[str]) -> list[Task]:
             )
         if name not in names:
             raise ConfigError(f"--against {text}: [task] has no key '{name}'.{did_you_mean(name, names)}")
-        tasks += [replace(task, **{name: _value(each)}) for each in values.split(",")]
+        tasks += [task.changed(**{name: _value(each)}) for each in values.split(",")]
     return tasks
 
 
@@ -175,7 +176,11 @@ def _open(name: str, run: Path) -> Trained:
 
 
 def _check_shapes(run: Trained, task: Task) -> None:
-    wrong = [key for key in SHAPES if getattr(task, key) != getattr(run.config.task, key)]
+    own = run.config.task
+    rows = GRID if not (own.elements_file or task.elements_file) else ()
+    wrong = [key for key in (*SHAPES, *rows) if getattr(task, key) != getattr(own, key)]
+    if not wrong and task.elements != own.elements:
+        wrong = ["elements_file", "ris_elements", *GRID]
     if wrong:
         raise ConfigError(
             f"mismatch: scenes with {_settings(task, wrong)} do not fit the network of {run.name}, which was trained"

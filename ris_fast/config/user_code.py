@@ -132,9 +132,7 @@ def _imported(setting: str, text: str, place: str) -> ModuleType:
             at = f" ({os.path.basename(error.filename)}, line {error.lineno})"
             error = type(error)(error.msg)
         mend = "Mend that line" if at else "Mend that module"
-        raise ConfigError(
-            f"{setting} = '{text}' cannot be imported: {first_line(error)}{at}. {mend}."
-        ) from error
+        raise ConfigError(f"{setting} = '{text}' cannot be imported: {first_line(error)}{at}. {mend}.") from error
 
 
 class _Missing(Exception):
