@@ -46,6 +46,7 @@ def differences(base: Task, task: Task) -> dict[str, Any]:
             changed.pop(place, None)
         elif place in changed:
             changed = {key: value for key, value in changed.items() if key not in contents}
+            changed[place] = changed[place] or "built in"
     return changed
 
 

@@ -180,7 +180,11 @@ def _check_shapes(run: Trained, task: Task) -> None:
     rows = GRID if not (own.elements_file or task.elements_file) else ()
     wrong = [key for key in (*SHAPES, *rows) if getattr(task, key) != getattr(own, key)]
     if not wrong and task.elements != own.elements:
-        wrong = ["elements_file", "ris_elements", *GRID]
+        raise ConfigError(
+            f"mismatch: scenes of {task.elements} elements do not fit the network of {run.name}, which was trained with"
+            f" {own.elements}. Compare runs and tasks of as many elements (task.elements_file, task.ris_horizontal,"
+            " task.ris_vertical)."
+        )
     if wrong:
         raise ConfigError(
             f"mismatch: scenes with {_settings(task, wrong)} do not fit the network of {run.name}, which was trained"

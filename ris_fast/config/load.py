@@ -256,4 +256,10 @@ def _forget_contents(values: dict[str, Any], provenance: dict[str, str], layer: 
 
 def _build(name: str, values: Mapping[str, Mapping[str, Any]], provenance: Mapping[str, str]) -> Config:
     sections = {key: SECTIONS[key](**entries) for key, entries in values.items()}
-    return Config(preset=name, provenance=provenance, **sections)
+    found = {
+        f"task.{name}": provenance[f"task.{place}"]
+        for place, contents in CONTENTS.items()
+        for name in contents
+        if f"task.{place}" in provenance
+    }
+    return Config(preset=name, provenance={**found, **provenance}, **sections)

@@ -169,6 +169,7 @@ def _read(setting: str, path: str) -> Any:
         raise _unreadable(setting, path, error) from None
     except Exception as error:  # each format has its own for a file that is none
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        said = "it is none, or holds Python objects" if "pickle" in said else said
         raise _wrong(setting, path, f"cannot be read as {ending} ({said})") from None
 
 
@@ -177,9 +178,11 @@ def _table(file: Path) -> Any:
     import numpy as np
 
     lines = [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    rows = [(number, line.replace(",", " ").replace(";", " ").split()) for number, line in enumerate(lines, 1) if line]
-    if rows and not _is_number(rows[0][1][0]):
+    rows = [(number, _cells(line)) for number, line in enumerate(lines, 1) if line]
+    if rows and not any(map(_is_number, rows[0][1])):
         rows = rows[1:]
+    if not rows:
+        raise ValueError("it holds no numbers")
     wide = {len(row) for _, row in rows}
     if len(wide) > 1:
         number, row = next((number, row) for number, row in rows if len(row) != len(rows[0][1]))
@@ -188,6 +191,11 @@ def _table(file: Path) -> Any:
         if other := [each for each in row if not _is_number(each)]:
             raise ValueError(f"line {number}: '{other[0]}' is no number")
     return np.array([[float(each) for each in row] for _, row in rows])
+
+
+def _cells(line: str) -> list[str]:
+    between = next((each for each in (";", ",") if each in line), None)
+    return [each.strip() for each in line.split(between)]
 
 
 def _is_number(text: str) -> bool:
@@ -234,8 +242,8 @@ def _unreadable(setting: str, path: str, error: OSError) -> ConfigError:
     if isinstance(error, FileNotFoundError):
         near = did_you_mean(file.name, _beside(file))
         return ConfigError(
-            f"{setting} = '{path}': there is no such file.{near} Give its place with --set {setting}=FILE; of a run or"
-            " a data set, the place may change and the content may not."
+            f"{setting} = '{path}': there is no such file.{near} Give its place with --set {setting}=FILE, or in the"
+            " config.toml of a run that has no --set: the place may change, the content may not."
         )
     return ConfigError(f"{setting} = '{path}' cannot be read: {error.strerror}. Give {FORMS[setting]}.")
 

@@ -48,14 +48,15 @@ def check_channel(task: Task, device: str) -> tuple[str, ...]:
         generator = OwnGenerator(0, split, device)
         together = _drawn(task, sampler, numbers, generator)
         if not bool(together.isfinite().all()):
-            raise _wrong(task, "gives NaN or infinity", f"scene {_first(numbers, ~together.isfinite())} of {split}")
+            number = _first(numbers, ~together.isfinite())
+            raise _wrong(task, f"gives NaN or infinity in scene {number} of {split}", "every entry is a finite number")
         level = together.square().sum(-1).mean((1, 2)).sqrt()
         if not bool(((level > LEVELS[0]) & (level < LEVELS[1])).all()):
             number = _first(numbers, (level <= LEVELS[0]) | (level >= LEVELS[1]))
             raise _wrong(
                 task,
-                f"gives a channel of rms {float(level.min()):.3g} to {float(level.max()):.3g}",
-                f"scene {number} of {split}; the SNR sets the noise, so any scale between 1e-12 and 1e12 will do",
+                f"gives a channel of rms {float(level.min()):.3g} to {float(level.max()):.3g} (scene {number} of {split})",
+                "the SNR sets the noise: any scale between 1e-12 and 1e12 will do",
             )
         again = _drawn(task, sampler, numbers, generator)
         if not torch.equal(together, again):
@@ -93,9 +94,7 @@ def _drawn(task: Task, sampler: Sampler, index: Tensor, generator: SceneGenerato
     try:
         found = sampler(task, given, generator)
     except Exception as error:  # whatever their function raises
-        raise _wrong(
-            task, f"raises {first_line(error)}{where_raised(error)}", f"it is called as {SIGNATURE}"
-        ) from error
+        raise _wrong(task, f"raises {first_line(error)}{where_raised(error)}", "mend that line") from error
     if not isinstance(found, Tensor):
         raise _wrong(task, f"gives a {type(found).__name__}", "return a tensor: torch.as_tensor(...)")
     if readable(index) and not torch.equal(given, index):
@@ -124,6 +123,6 @@ def _first(numbers: Tensor, wrong: Tensor) -> int:
 def _wrong(task: Task, what: str, todo: str) -> ConfigError:
     batch = f"(B, {task.bs_antennas}, {task.elements}"
     return ConfigError(
-        f"{SETTING} = {short_reference(task.channel)} {what} ({todo}); expected {SIGNATURE} -> H, complex {batch}) or"
-        f" real pairs {batch}, 2)."
+        f"{SETTING} = {short_reference(task.channel)} {what}; expected {SIGNATURE} -> H, complex {batch}) or real"
+        f" pairs {batch}, 2). {todo[0].upper()}{todo[1:]}."
     )
