@@ -51,17 +51,18 @@ def check_channel(task: Task, device: str) -> tuple[str, ...]:
             number = _first(numbers, ~together.isfinite())
             raise _wrong(task, f"gives NaN or infinity in scene {number} of {split}", "every entry is a finite number")
         level = together.square().sum(-1).mean((1, 2)).sqrt()
-        if not bool(((level > LEVELS[0]) & (level < LEVELS[1])).all()):
-            number = _first(numbers, (level <= LEVELS[0]) | (level >= LEVELS[1]))
+        if bool((odd := (level <= LEVELS[0]) | (level >= LEVELS[1])).any()):
             raise _wrong(
                 task,
-                f"gives a channel of rms {float(level.min()):.3g} to {float(level.max()):.3g} (scene {number} of {split})",
+                f"gives a channel of rms {float(level[odd][0]):.3g} in scene {_first(numbers, odd)} of {split}",
                 "the SNR sets the noise: any scale between 1e-12 and 1e12 will do",
             )
         again = _drawn(task, sampler, numbers, generator)
         if not torch.equal(together, again):
             raise _wrong(
-                task, "gives another channel when it is called again", "draw with the generator it is given alone"
+                task,
+                "gives another channel when it is called again",
+                "draw with the generator that it is given, and with nothing else",
             )
         other = _drawn(task, sampler, numbers.flip(0), generator).flip(0)
         alone = torch.cat([_drawn(task, sampler, each, generator) for each in numbers.split(1)])
