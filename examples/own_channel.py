@@ -17,7 +17,7 @@ def two_paths(task: Task, index: Tensor, generator: SceneGenerator) -> Tensor:
     m = torch.arange(task.bs_antennas, device=index.device) * 0.5  # wavelengths
     u, v, w = generator.uniform(index, "directions", 6).mul(2).sub(1).view(-1, 3, 2, 1).unbind(1)  # (B, 2, 1) sines
     gain = torch.view_as_complex(generator.normal(index, "gains", 4).view(-1, 2, 2))
-    gain = gain * torch.tensor([1.0, 10 ** (ECHO_DB / 20)], device=index.device)
+    gain = gain * 10 ** (ECHO_DB / 20 * torch.arange(2, device=index.device))
     away = torch.exp(2j * math.pi * w * m)  # (B, 2, M) at the base station
     arriving = torch.exp(2j * math.pi / task.wavelength_m * 0.7 * (u * x + v * y))  # (B, 2, N) at the surface
     return torch.einsum("bp,bpm,bpn->bmn", gain, away, arriving) / math.sqrt(task.bs_antennas * task.elements)

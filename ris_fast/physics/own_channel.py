@@ -95,6 +95,8 @@ def _drawn(task: Task, sampler: Sampler, index: Tensor, generator: SceneGenerato
     try:
         found = sampler(task, given, generator)
     except Exception as error:  # whatever their function raises
+        if torch.cuda.is_current_stream_capturing():
+            raise  # what a graph cannot hold: the step then goes without one
         raise _wrong(task, f"raises {first_line(error)}{where_raised(error)}", "mend that line") from error
     if not isinstance(found, Tensor):
         raise _wrong(task, f"gives a {type(found).__name__}", "return a tensor: torch.as_tensor(...)")

@@ -94,6 +94,35 @@ def test_own_channel_is_noted_where_all_scenes_share_it_or_only_rounding_differs
     assert "which is rounding" in note
 
 
+def test_own_channel_error_within_a_capture_is_the_capture_s_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A RuntimeError, which sends a training step back to eager launches, and no ConfigError, which would end it."""
+    task = own(tmp_path, "raise RuntimeError('not permitted when stream is capturing')")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        simulate(task, 2, SceneGenerator(0))
+
+
+@pytest.mark.gpu
+def test_own_channel_is_captured_with_a_training_step() -> None:
+    """The example's two paths, on the task's own device; replays make the scenes of their numbers."""
+    example = Path(__file__).parents[2] / "examples" / "own_channel.py"
+    task = Task(channel=f"{example}:two_paths")
+    index = torch.arange(8, device="cuda")
+    generator = SceneGenerator(0, device="cuda")
+    assert check_physics(task, "cuda") is not None
+    simulate(task, index, generator)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = simulate(task, index, generator)
+    index += 5
+    graph.replay()
+    eager = simulate(task, torch.arange(5, 13, device="cuda"), generator)
+    for name in ("channel", "snapshots", "factor"):
+        assert torch.equal(getattr(made, name), getattr(eager, name)), name
+
+
 def test_own_channel_source_is_part_of_the_task(tmp_path: Path) -> None:
     before = own(tmp_path, f"return {NORMAL}")
     after = own(tmp_path, f"return 2 * {NORMAL}")
