@@ -95,7 +95,7 @@ def _drawn(task: Task, sampler: Sampler, index: Tensor, generator: SceneGenerato
     try:
         found = sampler(task, given, generator)
     except Exception as error:  # whatever their function raises
-        if torch.cuda.is_current_stream_capturing():
+        if _captured(index):
             raise  # what a graph cannot hold: the step then goes without one
         raise _wrong(task, f"raises {first_line(error)}{where_raised(error)}", "mend that line") from error
     if not isinstance(found, Tensor):
@@ -116,6 +116,10 @@ def _drawn(task: Task, sampler: Sampler, index: Tensor, generator: SceneGenerato
     if found.device != index.device:
         raise _wrong(task, f"gives a channel on {found.device}", f"make it on index.device, {index.device}")
     return pairs.detach().to(torch.float32)
+
+
+def _captured(index: Tensor) -> bool:
+    return index.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _first(numbers: Tensor, wrong: Tensor) -> int:

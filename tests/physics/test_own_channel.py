@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ris_fast.config.schema import ConfigError, Task
+from ris_fast.physics import own_channel
 from ris_fast.physics.channel import effective_channel
 from ris_fast.physics.random import QUANTITIES, SPLITS, OwnGenerator, SceneGenerator
 from ris_fast.physics.real_complex import to_complex
@@ -99,7 +100,7 @@ def test_own_channel_error_within_a_capture_is_the_capture_s_own(
 ) -> None:
     """A RuntimeError, which sends a training step back to eager launches, and no ConfigError, which would end it."""
     task = own(tmp_path, "raise RuntimeError('not permitted when stream is capturing')")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(own_channel, "_captured", lambda _: True)
     with pytest.raises(RuntimeError, match="not permitted"):
         simulate(task, 2, SceneGenerator(0))
 
