@@ -26,6 +26,7 @@ FORMS = {
     POSITIONS: "positions (N, 2): x to the right and y up, in metres",
     CODES: "a code book: complex (L, N), its real pairs (L, N, 2), or phases in rad (L, N)",
 }
+MOST_PHASE = 13.0  # rad, two turns: beyond, phases may be degrees
 MOST_MODULUS = 1 + 1e-4  # of a code: float16 rounds to that
 
 
@@ -137,6 +138,14 @@ def read_codes(path: str) -> np.ndarray:
     if (dark := np.flatnonzero(modulus.max(1) == 0)).size:
         raise _wrong(CODES, path, f"is zero at every element of code {dark[0]}", "Leave that code out.")
     return codes
+
+
+def doubt_of_codes(path: str) -> str:
+    """What a person should know of a code book that can be read; empty where there is nothing."""
+    found = _read(CODES, path)
+    if found.dtype.kind != "f" or found.ndim != 2 or (most := float(abs(found).max())) <= MOST_PHASE:
+        return ""
+    return f"{CODES} = '{path}' holds phases up to {most:.4g}, taken as radians. If they are degrees, convert them"
 
 
 def _whole(found: np.ndarray) -> bool:

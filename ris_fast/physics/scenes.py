@@ -14,6 +14,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from ris_fast.config.own_physics import doubt_of_codes
 from ris_fast.config.schema import Task, section_of
 from ris_fast.kernels.scenes.op import make_scenes
 from ris_fast.kernels.values import readable
@@ -115,7 +116,8 @@ def check_physics(task: Task, device: torch.device | str) -> list[str]:
     section_of("check_physics", "task", task, Task)
     task_positions(task, str(device))
     task_codes(task, str(device))
-    return list(check_channel(task, str(device))) if task.channel else []
+    doubt = doubt_of_codes(task.codes_file) if task.codes_file else ""
+    return [*filter(None, [doubt]), *(check_channel(task, str(device)) if task.channel else ())]
 
 
 def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator, codes: Tensor | None = None) -> Scenes:

@@ -52,6 +52,14 @@ def test_codes_in_a_file_are_the_codes_in_every_form(tmp_path: Path) -> None:
         assert torch.allclose(own[name], torch.from_numpy(pairs).float(), atol=1e-6), name
 
 
+def test_codes_that_may_be_degrees_are_noted(tmp_path: Path) -> None:
+    task = Task(snapshots=8, elements_file=saved(tmp_path / "p.npy", PLACES))
+    phases = np.angle(BOOK)
+    assert check_physics(task.changed(codes_file=saved(tmp_path / "rad.npy", phases)), "cpu") == []
+    (note,) = check_physics(task.changed(codes_file=saved(tmp_path / "deg.npy", np.degrees(phases))), "cpu")
+    assert "If they are degrees, convert them" in note
+
+
 def test_prior_of_elements_anywhere_is_that_of_a_grid(tmp_path: Path) -> None:
     """Entry by entry over all pairs of elements, what the grid has as a product of its axes."""
     plain = Task(ris_horizontal=5, ris_vertical=4)
