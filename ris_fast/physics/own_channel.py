@@ -32,6 +32,8 @@ def draw_channel(task: Task, index: Tensor, generator: SceneGenerator) -> Tensor
 
     Raises: ConfigError, one line that names the function and what is wrong.
     """
+    if not len(index):
+        return torch.empty(0, task.bs_antennas, task.elements, 2, device=index.device)
     return _drawn(task, _sampler(task), index, OwnGenerator(generator.seed, generator.split, generator.device))
 
 
@@ -42,47 +44,63 @@ def check_channel(task: Task, device: str) -> tuple[str, ...]:
 
     Raises: ConfigError, one line that names the function and what is wrong.
     """
-    sampler, numbers = _sampler(task), torch.tensor(NUMBERS, device=device)
-    worst = 0.0
+    numbers, worst, name = torch.tensor(NUMBERS, device=device), 0.0, short_reference(task.channel)
     for split in SPLITS:
-        generator = OwnGenerator(0, split, device)
-        together = _drawn(task, sampler, numbers, generator)
-        if not bool(together.isfinite().all()):
-            number = _first(numbers, ~together.isfinite())
-            raise _wrong(task, f"gives NaN or infinity in scene {number} of {split}", "every entry is a finite number")
-        level = together.square().sum(-1).mean((1, 2)).sqrt()
-        if bool((odd := (level <= LEVELS[0]) | (level >= LEVELS[1])).any()):
-            raise _wrong(
-                task,
-                f"gives a channel of rms {float(level[odd][0]):.3g} in scene {_first(numbers, odd)} of {split}",
-                "the SNR sets the noise: any scale between 1e-12 and 1e12 will do",
-            )
-        again = _drawn(task, sampler, numbers, generator)
-        if not torch.equal(together, again):
-            raise _wrong(
-                task,
-                "gives another channel when it is called again",
-                "draw with the generator that it is given, and with nothing else",
-            )
-        other = _drawn(task, sampler, numbers.flip(0), generator).flip(0)
-        alone = torch.cat([_drawn(task, sampler, each, generator) for each in numbers.split(1)])
-        for found, how in ((other, "in another order"), (alone, "alone")):
-            away = (found - together).square().mean((1, 2, 3)).sqrt() / level
-            if not bool((away <= ROUNDING).all()):
-                raise _wrong(
-                    task,
-                    f"gives scene {_first(numbers, ~(away <= ROUNDING))} of {split} another channel {how}",
-                    "a scene is the same in any batch: draw it from its number, generator.normal(index, NAME, COUNT)",
-                )
-            worst = max(worst, float(away.max()))
-        if torch.equal(together[:1].expand_as(together), together) and bool(together[0].any()):
-            return (f"{SETTING} = {short_reference(task.channel)} gives all scenes one channel",)
-    if worst:
-        return (
-            f"{SETTING} = {short_reference(task.channel)}: the channel of a scene depends on its batch by a relative"
-            f" {worst:.1g}, which is rounding; a scene is not the same to the last bit in every batch",
+        together, away = _differences(task, split, numbers)
+        if torch.equal(together[:1].expand_as(together), together):
+            return (f"{SETTING} = {name} gives all scenes one channel",)
+        worst = max(worst, away)
+    if not worst:
+        return ()
+    return (
+        f"{SETTING} = {name}: the channel of a scene depends on its batch by a relative {worst:.1g}, which is rounding;"
+        " a scene is not the same to the last bit in every batch",
+    )
+
+
+def _differences(task: Task, split: str, numbers: Tensor) -> tuple[Tensor, float]:
+    """The channel of these scenes of a split, and how far a scene's is from it in another batch, relative to its rms.
+
+    Raises: ConfigError where it is another channel.
+    """
+
+    def drawn(index: Tensor) -> Tensor:
+        return _drawn(task, _sampler(task), index, OwnGenerator(0, split, numbers.device))
+
+    together, worst = drawn(numbers), 0.0
+    level = _level(task, split, numbers, together)
+    if not torch.equal(together, drawn(numbers)):
+        raise _wrong(
+            task,
+            "gives another channel when it is called again",
+            "draw with the generator that it is given, and with nothing else",
         )
-    return ()
+    other, alone = drawn(numbers.flip(0)).flip(0), torch.cat([drawn(each) for each in numbers.split(1)])
+    for found, how in ((other, "in another order"), (alone, "alone")):
+        away = (found - together).square().mean((1, 2, 3)).sqrt() / level
+        if bool((apart := ~(away <= ROUNDING)).any()):
+            raise _wrong(
+                task,
+                f"gives scene {_first(numbers, apart)} of {split} another channel {how}",
+                "a scene is the same in any batch: draw it from its number, generator.normal(index, NAME, COUNT)",
+            )
+        worst = max(worst, float(away.max()))
+    return together, worst
+
+
+def _level(task: Task, split: str, numbers: Tensor, channel: Tensor) -> Tensor:
+    """The rms of every scene's channel, (B,). Raises: ConfigError where it is not finite, or no rms to work with."""
+    if bool((odd := ~channel.isfinite()).any()):
+        number = _first(numbers, odd)
+        raise _wrong(task, f"gives NaN or infinity in scene {number} of {split}", "every entry is a finite number")
+    level = channel.square().sum(-1).mean((1, 2)).sqrt()
+    if bool((odd := (level <= LEVELS[0]) | (level >= LEVELS[1])).any()):
+        raise _wrong(
+            task,
+            f"gives a channel of rms {float(level[odd][0]):.3g} in scene {_first(numbers, odd)} of {split}",
+            "the SNR sets the noise: any scale between 1e-12 and 1e12 will do",
+        )
+    return level
 
 
 @lru_cache(maxsize=16)
