@@ -29,6 +29,7 @@ from ris_fast.commands.flags import (
     run_flags,
 )
 from ris_fast.commands.launch import check_restarts, restarts_allowed
+from ris_fast.commands.new_model import new_model
 from ris_fast.commands.runner import run
 from ris_fast.config.load import load_config, render_toml
 from ris_fast.config.schema import ConfigError
@@ -494,6 +495,9 @@ def env(*, json: bool = False) -> int:
     from ris_fast.commands.env import env_command
 
     return env_command(json=json)
+
+
+app.command(new_model)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from ris_fast.commands.runner import writing_results
 from ris_fast.commands.scene_figures import Grouped, scene_figures, training_mean
 from ris_fast.commands.suspect_scenes import training_scenes, wrong_targets
 from ris_fast.config.schema import ConfigError, Task
+from ris_fast.config.user_code import short_reference
 from ris_fast.data.errors import DataError
 from ris_fast.data.open_source import open_source
 from ris_fast.data.source import SceneSource
@@ -184,7 +185,7 @@ def evaluate_run(
     notes = [*opened.notes, *training_scenes(source, size), *wrong_targets(source, config.task, size), *positions.notes]
     result = {
         "run": str(opened.folder),
-        "model": config.model.name,
+        "model": short_reference(config.model.name),
         "checkpoint": opened.checkpoint,
         "weights": opened.kind,
         "notes": notes,

@@ -25,13 +25,11 @@ from ris_fast.config.spelling import did_you_mean
 from ris_fast.data.open_source import open_source
 from ris_fast.files import check_writable
 from ris_fast.inference.opened_run import open_run
-from ris_fast.models import build_model
 from ris_fast.physics.mmse_bound import mmse_bound
 from ris_fast.report.console import counter
 from ris_fast.report.eventlog import dumps
 from ris_fast.report.mismatch import RECORD, mismatch_text, save_mismatch
 from ris_fast.streams import stage
-from ris_fast.training.checkpoint import load_weights
 from ris_fast.training.compiled_model import choose_device
 
 SHAPES = ("bs_antennas", "snapshots")  # settings that a network's inputs have
@@ -170,9 +168,7 @@ def _named(runs: Sequence[str | Path]) -> list[tuple[str, Path]]:
 
 def _open(name: str, run: Path) -> Trained:
     opened = open_run(run)
-    model = build_model(opened.config.model.name, opened.config.task, **opened.config.model.options)
-    load_weights(model, opened.weights, str(opened.folder))
-    return Trained(name, opened.config, model)
+    return Trained(name, opened.config, opened.network())
 
 
 def _check_shapes(run: Trained, task: Task) -> None:

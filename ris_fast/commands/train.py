@@ -130,8 +130,8 @@ def _fit(
     """The summary of the run; None for one that had nothing left to do. `checkpoint` None: a new run."""
     from ris_fast.environment import fallback_note
     from ris_fast.report.console import counter
-    from ris_fast.training.batch_size import advice, is_memory
-    from ris_fast.training.footprint import OutOfMemory
+    from ris_fast.training.batch_size import advice
+    from ris_fast.training.footprint import OutOfMemory, is_memory
     from ris_fast.training.trainer import Trainer
 
     try:

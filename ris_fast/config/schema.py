@@ -13,8 +13,10 @@ from typing import Any
 
 from ris_fast.config.own_physics import elements_in, file_hash, function_hash
 from ris_fast.config.section import SMALLEST_FLOAT, ConfigError, Section, option
-from ris_fast.config.user_code import absolute_reference
+from ris_fast.config.spelling import closest
+from ris_fast.config.user_code import FORMS, absolute_reference, is_reference
 
+MODELS = ("backprojection", "hybrid")
 # Where a task's own files and function are, and what is known of their content: this and not the place is what a run
 # depends on. A layer that gives the place without the content means whatever lies there.
 CONTENTS = {
@@ -157,11 +159,21 @@ class Data(Section):
 class Model(Section):
     """The network. Options that a model does not have are refused when it is built."""
 
-    name: str = option("backprojection", "network", choices=("backprojection", "hybrid"))
+    name: str = option("backprojection", f"network: backprojection, hybrid, or one of your own, {FORMS}")
     options: Mapping[str, Any] = field(
         default_factory=dict,
         metadata={"help": "options of this network, such as width or depth", "choices": (), "low": None, "high": None},
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if is_reference(self.name):
+            object.__setattr__(self, "name", absolute_reference(self.name))  # frozen: this is its construction
+        elif self.name not in MODELS:
+            raise ConfigError(
+                f"model.name is {self.name!r}; it must be one of: {', '.join(MODELS)}; or a network of your own,"
+                f" {FORMS}." + (f" Did you mean '{near}'?" if (near := closest(self.name, MODELS)) else "")
+            )
 
 
 @dataclass(frozen=True)
@@ -181,6 +193,15 @@ class Loss(Section):
     beta: float = option(0.0, "blend of a sample covariance into the prediction", low=0.0, high=0.95)
     loading: float = option(0.0, "diagonal loading eps, on both sides", low=0.0)
     shrink: float = option(0.0, "shrinkage alpha_0, on both sides", low=0.0, high=1.0)
+    own: str = option("", f"a term of your own, {FORMS}: (prediction, scenes) -> one number a scene; empty: none")
+    own_weight: float = option(1.0, "weight: the term of your own", low=0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if is_reference(self.own):
+            object.__setattr__(self, "own", absolute_reference(self.own))  # frozen: this is its construction
+        elif self.own:
+            raise ConfigError(f"loss.own is {self.own!r}; expected {FORMS}, or nothing.")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from typing import Any
 from ris_fast.config.section import ConfigError
 from ris_fast.config.spelling import did_you_mean
 
+OBJECT = "object:"  # beginning of the name of what was handed over as an object, and has no other
 FORMS = "'package.module:NAME' or 'path/to/file.py:NAME'"
 
 
@@ -43,7 +44,12 @@ def short_reference(text: str) -> str:
 
 
 def load_reference(
-    setting: str, text: str, what: str, accepts: Callable[[Any], bool] = callable, *, only: bool = False
+    setting: str,
+    text: str,
+    what: str,
+    accepts: Callable[[Any], bool] = callable,
+    *,
+    sole: Callable[[Any], bool] | None = None,
 ) -> Any:
     """What `text` names. The working folder, or that of the file, is searched for modules that it imports.
 
@@ -51,19 +57,17 @@ def load_reference(
         setting: what an error calls it, such as 'model.name'.
         what: that is expected there, for the error, such as 'a class derived from torch.nn.Module'.
         accepts: whether an object is that.
-        only: a file's name alone means the one object defined in it that `accepts` takes.
+        sole: a file's name alone means the one object defined in it that this takes.
     Raises: ConfigError, one line: no such file, module or name; the import's own error with its place; another kind.
     """
     place, name = _parts(text)
     module = _imported(setting, text, place)
-    own = {
-        key: value
-        for key, value in vars(module).items()
-        if getattr(value, "__module__", None) == module.__name__ and _accepted(accepts, value)
-    }
+    defined = {k: each for k, each in vars(module).items() if getattr(each, "__module__", None) == module.__name__}
+    own = [key for key, value in defined.items() if _accepted(accepts, value)]
     if not name:
-        if only and len(own) == 1:
-            return next(iter(own.values()))
+        meant = [value for value in defined.values() if sole is not None and _accepted(sole, value)]
+        if len(meant) == 1:
+            return meant[0]
         found = f"it defines {', '.join(own)}" if own else f"it defines nothing that is {what}"
         raise ConfigError(f"{setting} = '{text}' does not say which object is meant: {found}. Write {place}:NAME.")
     found = module

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ris_fast.config.schema import Config
+from ris_fast.config.user_code import is_reference, short_reference
 from ris_fast.data.data_path import check_data_path, guess_source
 from ris_fast.data.dense_shards import open_shards
 from ris_fast.data.errors import DataError
@@ -53,7 +54,11 @@ def open_source(
 def _refuse_lost_channel(source: SceneSource, config: Config) -> None:
     """A network that needs H cannot be trained on H c_l; one that asks for H c_l may be, with a note."""
     inputs = current_setting("model.options.inputs", config.model.options.get("inputs"))
-    if not source.channel and inputs != "effective_channel":
+    if is_reference(config.model.name) and not source.channel:
+        source.notes.append(
+            f"the files have no channel: {short_reference(config.model.name)} is shown H c_l, (B, L, M, 2)"
+        )
+    elif not source.channel and inputs != "effective_channel":
         raise DataError(
             config.data.path,
             "H_full",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from ris_fast.config.load import load_config, plain_settings
 from ris_fast.config.schema import Config, ConfigError
 from ris_fast.files import CHECKPOINTS, CONFIG
-from ris_fast.models import build_model
 from ris_fast.training.checkpoint import better_weights, checkpoint_of, load_weights, read_settings
+from ris_fast.training.parts import network_of
+from ris_fast.training.resume import changed_sources
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,12 @@ class OpenedRun:
     epoch: int
     notes: tuple[str, ...]
 
-    def network(self) -> nn.Module:
-        """The network with these weights, on the CPU. Raises: ConfigError, CheckpointError where they do not fit."""
-        model = build_model(self.config.model.name, self.config.task, **self.config.model.options)
+    def network(self, model: nn.Module | None = None) -> nn.Module:
+        """The network with these weights, on the CPU. Raises: ConfigError, CheckpointError where they do not fit.
+
+        Args: model: the network, of a run whose network was handed to `Trainer` as an object.
+        """
+        model = network_of(self.config, model)
         load_weights(model, self.weights, str(self.folder))
         return model.eval()
 
@@ -46,12 +51,17 @@ def open_run(path: str | Path) -> OpenedRun:
     """
     path = Path(path)
     folder, name = checkpoint_of(path)
-    if not (folder / CONFIG).is_file():
+    if (folder / CONFIG).is_file():
+        config = run_config(folder)
+    elif (trained := read_settings(folder / CHECKPOINTS, name)) is not None:  # a Trainer in somebody's own program
+        config = load_config(None, trained[0], (), trained[1])
+    else:
         raise ConfigError(f"{path} is not a run folder: there is no {CONFIG}. Give the folder that train printed.")
-    config = run_config(folder)
     weights, kind, manifest = better_weights(folder / CHECKPOINTS, name)
     notes = [manifest["note"]] if "note" in manifest else []
     notes += changed_settings(folder, name, config, ("task.", "model.", "data."))
+    with suppress(ConfigError):  # code that is not there: `network` says so where it is wanted
+        notes += changed_sources(manifest, config)
     return OpenedRun(folder, config, name, weights, kind, manifest["state"]["epoch"], tuple(notes))
 
 

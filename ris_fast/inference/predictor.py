@@ -20,6 +20,7 @@ from ris_fast.inference.located import Located
 from ris_fast.inference.locating import choose_count, choose_method, locate_sources, with_snr
 from ris_fast.inference.opened_run import open_run
 from ris_fast.models.features import SceneFeatures
+from ris_fast.models.own import OwnNetwork
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.real_complex import to_pairs
@@ -136,15 +137,18 @@ class Predictor:
         return prediction._replace(factor=factor)
 
 
-def load(run: str | Path, *, device: str = "auto") -> Predictor:
+def load(run: str | Path, *, device: str = "auto", model: nn.Module | None = None) -> Predictor:
     """The network of a run, with the better weights of its best checkpoint or of the checkpoint `run` names.
 
-    Args: run: the folder that `ris-fast train` printed, or a checkpoint; device: auto, cpu, cuda or cuda:N.
+    Args: run: the folder that `ris-fast train` printed, or a checkpoint; device: auto, cpu, cuda or cuda:N; model: the
+        network to load them into, of a run whose network was handed to `Trainer` as an object.
     Raises: ConfigError where there is no run or no such device, CheckpointError for a damaged checkpoint.
     """
     opened, on = open_run(run), choose_device(device, "load: device")
-    products = opened.config.model.options.get("inputs") in ("effective_channel", "collapsed")
-    return Predictor(opened.network().to(on), opened.config.task, products=products)
+    network = opened.network(model).to(on)
+    own = isinstance(network, OwnNetwork)  # it is shown what there is
+    products = own or opened.config.model.options.get("inputs") in ("effective_channel", "collapsed")
+    return Predictor(network, opened.config.task, products=products)
 
 
 def _chunks(given: Measured) -> Iterator[tuple[int, Measured]]:

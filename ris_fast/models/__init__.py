@@ -11,6 +11,7 @@ from torch import nn
 from ris_fast.config.schema import ConfigError, Task, section_of
 from ris_fast.config.section import typed
 from ris_fast.config.spelling import did_you_mean
+from ris_fast.config.user_code import OBJECT, is_reference
 from ris_fast.models.prediction import Prediction
 
 MODELS = {
@@ -24,11 +25,24 @@ __all__ = ["MODELS", "Prediction", "build_model"]
 def build_model(name: str, task: Task | None = None, **options: Any) -> nn.Module:
     """The network `name` for this task (RIS-12x12 if none is given), fresh weights from torch's generator.
 
+    Args: name: 'backprojection', 'hybrid', or one of your own, 'package.module:NAME' or 'path/to/file.py:NAME', which
+        is made as NAME(task, **options).
     Raises: ConfigError naming the nearest valid name, for a model or an option that does not exist; or what a value
-        must be.
+        must be; or what is wrong with a module of your own.
     """
+    task = Task() if task is None else section_of("build_model", "task", task, Task)
+    if isinstance(name, str) and name.startswith(OBJECT):
+        raise ConfigError(
+            f"The network of this run was handed to Trainer as an object, {name.removeprefix(OBJECT)}, which no command"
+            " can make. Pass it, ris_fast.load(RUN, model=net); or set model.name = 'file.py:NAME' in the run's"
+            " config.toml."
+        )
+    if isinstance(name, str) and is_reference(name):
+        from ris_fast.models.own import own_network
+
+        return own_network(name, task, options)
     if not isinstance(name, str) or name not in MODELS:
-        raise ConfigError(f"build_model: there is no model '{name}'.{did_you_mean(name, MODELS)}")
+        raise ConfigError(f"build_model: there is no model '{name}'.{did_you_mean(str(name), MODELS)}")
     module, kind = MODELS[name]
     model = getattr(import_module(module), kind)
     known = {key: str(each.annotation) for key, each in inspect.signature(model).parameters.items() if key != "task"}
@@ -36,4 +50,4 @@ def build_model(name: str, task: Task | None = None, **options: Any) -> nn.Modul
         if key not in known:
             raise ConfigError(f"build_model: model '{name}' has no option '{key}'.{did_you_mean(key, known)}")
         options[key] = typed(known[key], value, f"build_model: {name}'s {key}")
-    return model(Task() if task is None else section_of("build_model", "task", task, Task), **options)
+    return model(task, **options)

@@ -11,7 +11,7 @@ import torch
 
 from ris_fast.config.schema import Config
 from ris_fast.environment import free_memory
-from ris_fast.training.footprint import OutOfMemory
+from ris_fast.training.footprint import is_memory
 from ris_fast.training.ranks.group import ALONE
 from ris_fast.training.trainer import Trainer
 
@@ -141,15 +141,6 @@ def one_step_fits(config: Config) -> bool:
         if not is_memory(error):
             raise
         return False
-
-
-def is_memory(error: BaseException) -> bool:
-    """torch names it OutOfMemoryError on a GPU; its CPU allocator raises a plain RuntimeError."""
-    return (
-        isinstance(error, (MemoryError, OutOfMemory))
-        or type(error).__name__ == "OutOfMemoryError"
-        or "allocate memory" in str(error)
-    )
 
 
 def _timed(trainer: Trainer, index: torch.Tensor) -> float:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast.config.schema import Config, ConfigError
+from ris_fast.config.user_code import first_line
+from ris_fast.models.own import OwnNetwork
 from ris_fast.models.prediction import Prediction
 
 REMEMBERED_BYTES = 2**30
@@ -52,6 +54,7 @@ class Network:
     def __init__(self, model: nn.Module, compile: bool, batch_size: int | None = None) -> None:
         self.features, self.as_written, self.batch_size = model.features, model.trunk, batch_size
         self.trunk = torch.compile(model.trunk, fullgraph=True, dynamic=False) if compile else self.as_written
+        self.own = isinstance(model, OwnNetwork)
         self.ready = False  # a first call has compiled it
         self.known: dict[int, tuple[Tensor, ...]] = {}
 
@@ -101,16 +104,31 @@ def compile_now(network: Network, train: Callable[[], None], device: torch.devic
             "ignore", category=FutureWarning, module="torch"
         )  # what torch's compiler says to its authors
         warnings.filterwarnings("ignore", message="TensorFloat32")  # fp32 was asked for
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # torch looks at it between graphs
+        broken = ""
         try:
             train()
         except Exception as error:  # compilers raise anything; whose fault it is shows when the same runs without
-            network.trunk = network.as_written
-            train()
-            return f"eager: compilation failed ({(str(error) or type(error).__name__).strip().splitlines()[0]})"
+            failed = _compile_in_parts(network, train) if network.own else error
+            if failed is not None:
+                network.trunk = network.as_written
+                train()
+                return f"eager: compilation failed ({(str(failed) or type(failed).__name__).strip().splitlines()[0]})"
+            broken = f", in parts, because the network cannot be compiled whole ({first_line(error)})"
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     network.ready = True
-    return f"compiled with torch.compile in {time.monotonic() - began:.1f} s"
+    return f"compiled with torch.compile in {time.monotonic() - began:.1f} s{broken}"
+
+
+def _compile_in_parts(network: Network, train: Callable[[], None]) -> Exception | None:
+    """What a network of the user's own does between two graphs runs as written. Returns: why even that failed."""
+    network.trunk = torch.compile(network.as_written, dynamic=False)
+    try:
+        train()
+    except Exception as error:
+        return error
+    return None
 
 
 def missing_compiler(device: torch.device) -> str | None:

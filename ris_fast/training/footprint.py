@@ -45,6 +45,15 @@ class OutOfMemory(RuntimeError):
     exit_code = exit_codes.OUT_OF_MEMORY
 
 
+def is_memory(error: BaseException) -> bool:
+    """torch names it OutOfMemoryError on a GPU; its CPU allocator raises a plain RuntimeError."""
+    return (
+        isinstance(error, (MemoryError, OutOfMemory))
+        or type(error).__name__ == "OutOfMemoryError"
+        or "allocate memory" in str(error)
+    )
+
+
 def refuse_too_large(run: MeasuredRun) -> None:
     """Raises OutOfMemory where what a step and the validation set hold at once is more than a CPU has free, naming the
     setting."""

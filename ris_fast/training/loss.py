@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast.config.schema import ConfigError, Loss, Task, section_of
+from ris_fast.config.user_code import load_reference
 from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.array import RISArray
@@ -36,24 +37,32 @@ SCENE_NEEDS = {
     "contrast": ("factor",),
 }
 MOST_MATCHED = 7
+OWN_TERM = "a function of (prediction, scenes) that returns one number a scene"
 
 
 class CovarianceLoss(nn.Module):
     """Weighted sum of named terms; a term of weight zero is not computed.
 
     Model: lam_cov NMSE(R_blend) + lam_cov_pred NMSE(R_pred) + auxiliary terms, every term a mean over the scenes.
+    Args: own: one more term, (Prediction, Scenes) -> (B,) or 0-d, with the weight loss.own_weight; by default the one
+        that loss.own names. docs/own-network.md is its contract.
     Raises: ConfigError (a ValueError) if no weight tells the covariance factors what the truth is, or a section is of
-        another kind.
+        another kind, or the own term cannot be used.
     Numerics: always float32 or wider, whatever autocast says.
     """
 
-    def __init__(self, weights: Loss | None = None, task: Task | None = None) -> None:
+    def __init__(
+        self, weights: Loss | None = None, task: Task | None = None, own: Callable[..., Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.settings = Loss() if weights is None else section_of("CovarianceLoss", "weights", weights, Loss)
         task = Task() if task is None else section_of("CovarianceLoss", "task", task, Task)
         self.sources = task.max_sources
         self.weights = {name: getattr(self.settings, name) for name in TERMS if getattr(self.settings, name) > 0.0}
-        _check(self.weights, task)
+        self.own, self.own_name = own_term(self.settings.own, own)
+        if self.own is not None and self.settings.own_weight > 0.0:
+            self.weights[self.own_name] = self.settings.own_weight
+        _check(self.weights, task, self.own_name)
         if {"angle", "range"} & self.weights.keys():
             slots, table = terms.assignments(task.max_sources)
             self.register_buffer("slots", slots, persistent=False)
@@ -74,6 +83,8 @@ class CovarianceLoss(nn.Module):
             raw |= self._factor_terms(prediction.factor, scenes)
             if "count" in self.weights:
                 raw["count"] = terms.count_entropy(prediction.count_logits, scenes.count).mean()
+            if self.own_name in self.weights:
+                raw[self.own_name] = self.own(prediction, scenes).mean()
             total = torch.stack([self.weights[name] * raw[name] for name in self.weights]).sum()
         return total, {name: raw[name] for name in self.weights}
 
@@ -200,8 +211,32 @@ def _wide(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
-def _check(weights: dict[str, float], task: Task) -> None:
-    if not set(TRUTH_TERMS) & set(weights):
+def own_term(setting: str, given: Callable[..., Tensor] | None) -> tuple[Callable[..., Tensor] | None, str]:
+    """The term of the user's own, given or named by loss.own, and what reports call it; (None, '') where there is none.
+
+    Raises: ConfigError.
+    """
+    if given is None and not setting:
+        return None, ""
+    term = load_reference("loss.own", setting, OWN_TERM) if given is None else given
+    if not callable(term):
+        raise ConfigError(f"CovarianceLoss: own is a {type(term).__name__}; expected {OWN_TERM}.")
+    if isinstance(term, nn.Module) and any(each.requires_grad for each in term.parameters()):
+        raise ConfigError(
+            "CovarianceLoss: own has parameters, which no optimizer would train. Make them part of the network, or"
+            " freeze them."
+        )
+    name = getattr(term, "__name__", type(term).__name__)
+    if name in TERMS or not name.isidentifier():
+        raise ConfigError(
+            f"CovarianceLoss: the own term is called '{name}', which reports cannot tell from the others. Give the"
+            " function a name of its own."
+        )
+    return term, name
+
+
+def _check(weights: dict[str, float], task: Task, own: str) -> None:
+    if not {*TRUTH_TERMS, own} & set(weights):
         raise ConfigError(
             f"CovarianceLoss: {', '.join(f'loss.{name} = 0' for name in TRUTH_TERMS)}: no term tells the "
             "covariance factors what the truth is, so they would not learn. Set loss.cov above zero."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from ris_fast.models import build_model
 from ris_fast.models.convolution import Conv1d
 from ris_fast.models.hybrid_parts import Block
 from ris_fast.models.linear import Linear
+from ris_fast.models.own import OwnNetwork
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.callback import Callback
 from ris_fast.training.precision import peak_matmul_rate
@@ -43,14 +46,17 @@ def with_torch_layers(model: nn.Module) -> nn.Module:
     return model
 
 
-def step_flops(config: Config, scenes: Scenes) -> float:
+def step_flops(config: Config, scenes: Scenes, model: nn.Module | None = None) -> float:
     """FLOPs a scene of forward and backward of the trainable part, counted on these scenes by torch's counter.
+
+    Args: model: a network of the user's own, of which a copy is counted, since its object may be all that there is.
 
     Features, loss, optimizer and simulation are not counted: MFU is that of useful products.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = plain_network(config, scenes.snapshots.device)
+    own = isinstance(model, OwnNetwork)
+    model = with_torch_layers(deepcopy(model)) if own else plain_network(config, scenes.snapshots.device)
     with FlopCounterMode(display=False) as counter:
         prediction = model(*network_inputs(scenes))
         sum(each.float().square().sum() for each in prediction if each is not None).backward()
@@ -72,11 +78,12 @@ class MfuCallback(Callback):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the run's random numbers stay
             peak = peak_matmul_rate(device, config.training.precision, seconds=0.3)
             scenes = self.trainer.source.batch("val", torch.arange(1))
-            self.peak_scenes_per_s = self.trainer.ranks.size * peak / max(step_flops(config, scenes), 1)
+            flops = step_flops(config, scenes, self.trainer.model)
+            self.peak_scenes_per_s = self.trainer.ranks.size * peak / flops if flops else 0.0
         info["peak_matmul_flop_per_s"] = peak
 
     def on_log(self, row: dict[str, Any]) -> None:
-        share = row["scenes_per_s"] / self.peak_scenes_per_s
-        row["mfu"] = share if share <= 1.0 else None  # above: other work ran while the peak was measured
+        share = row["scenes_per_s"] / self.peak_scenes_per_s if self.peak_scenes_per_s else math.inf
+        row["mfu"] = share if share <= 1.0 else None  # above: nothing to count, or other work beside the measurement
 
     on_epoch_end = on_log

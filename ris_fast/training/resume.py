@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ris_fast.config.load import plain_settings
 from ris_fast.config.schema import Config, ConfigError, Task
 from ris_fast.config.schema import Training as TrainingConfig
+from ris_fast.config.user_code import OBJECT, is_reference, load_reference, short_reference, source_hash
 from ris_fast.data.order import ORDER
 from ris_fast.data.source import SceneSource
 from ris_fast.files import BEST, CHECKPOINTS
@@ -39,7 +41,7 @@ def identity(config: Config, source: SceneSource) -> dict[str, Any]:
     value."""
     settings = {f"task.{key}": value for key, value in config.task.identity().items()}
     settings |= {
-        "model.name": config.model.name,
+        "model.name": short_reference(config.model.name),
         **{f"model.options.{key}": value for key, value in config.model.options.items()},
     }
     settings |= {
@@ -64,7 +66,8 @@ def run_facts(
     return {
         "state": state.to_json(),
         "planned_steps": planned_steps,
-        "model": config.model.name,
+        "model": short_reference(config.model.name),
+        "sources": sources(config),
         "identity": identity(config, source),
         "step_scenes": training.batch_size * training.accumulate * ranks,
         "batch_size": training.batch_size,
@@ -76,6 +79,28 @@ def run_facts(
         "preset": config.preset,
         "settings": plain_settings(config),
     }
+
+
+def sources(config: Config) -> dict[str, str]:
+    """SHA-256 of each file of the user's own code that the settings name, by setting."""
+    named = {"model.name": config.model.name, "loss.own": config.loss.own}
+    return {
+        key: source_hash(load_reference(key, text, "code", lambda found: True, sole=inspect.isclass))
+        for key, text in named.items()
+        if is_reference(text) and not text.startswith(OBJECT)
+    }
+
+
+def changed_sources(manifest: Mapping[str, Any], config: Config) -> list[str]:
+    """What a person should know of code of the user's own that is another one than the checkpoint was trained with."""
+    before = manifest.get("sources", {})
+    return [
+        f"the source of {key} = '{short_reference(getattr(getattr(config, section), name))}' has changed since the"
+        " checkpoint was written: its weights may mean something else in it"
+        for key, now in sources(config).items()
+        if before.get(key, now) != now
+        for section, name in [key.split(".")]
+    ]
 
 
 def tensors_of(model: nn.Module, optimizer: FusedAdamW, *, moments: bool) -> dict[str, dict[str, Tensor]]:
@@ -221,9 +246,7 @@ def _known(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The identity in a manifest; of a run of the time when there was one seed, weights and scenes had that."""
     known = dict(manifest.get("identity") or {})
     known = {key: current_setting(key, value) for key, value in known.items()}
-    younger = {
-        f"task.{key}": value for key, value in Task().identity().items()
-    }  # settings that the run did not have yet
+    younger = {f"task.{key}": value for key, value in Task().identity().items()}  # which the run did not have yet
     return {"data.seed": known.get("training.seed"), **younger, **known}
 
 

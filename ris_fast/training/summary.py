@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ris_fast.config.user_code import short_reference
+
 if TYPE_CHECKING:  # a report reads LEARNED without torch
     from ris_fast.config.schema import Config
     from ris_fast.data.source import SceneSource
@@ -57,7 +59,7 @@ def info(config: Config, source: SceneSource, **facts: Any) -> dict[str, Any]:
     training = config.training
     return {
         "preset": config.preset,
-        "model": config.model.name,
+        "model": short_reference(config.model.name),
         "precision": training.precision,
         "source": source.describe(),
         "blend": config.loss.beta,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ris_fast.config.schema import Config, ConfigError
 from ris_fast.data.open_source import open_source
@@ -20,7 +20,6 @@ from ris_fast.data.prefetch import reads_ahead, scene_groups
 from ris_fast.data.source import SceneSource, epoch_batches
 from ris_fast.environment import keep_freed_memory
 from ris_fast.files import BEST, CHECKPOINTS, LAST
-from ris_fast.models import build_model
 from ris_fast.models.modes import has_dropout
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.callback import Callback, callback_list, check_callbacks, from_observer, step_callbacks
@@ -28,10 +27,11 @@ from ris_fast.training.capture import CapturedCall, CapturedStep
 from ris_fast.training.checkpoint_writer import CheckpointWriter
 from ris_fast.training.comparisons import CHUNK, Comparisons, compare
 from ris_fast.training.compiled_model import compiled
+from ris_fast.training.contract import check_contract
 from ris_fast.training.footprint import refuse_too_large
 from ris_fast.training.interrupts import interrupts_held
 from ris_fast.training.loss import CovarianceLoss
-from ris_fast.training.parts import Built
+from ris_fast.training.parts import Built, network_of, with_objects
 from ris_fast.training.precision import refuse_tf32
 from ris_fast.training.preparation import compile_step, served, shared_out, with_precision
 from ris_fast.training.ranks.agreement import Agreement
@@ -40,7 +40,7 @@ from ris_fast.training.ranks.lost import RankLost
 from ris_fast.training.ranks.rank_telemetry import RankTelemetry
 from ris_fast.training.ranks.reduction import GradientReduction
 from ris_fast.training.reporter import MetricsReporter, validation_reading
-from ris_fast.training.resume import Found, find, finished, restore, run_facts, start_from, tensors_of
+from ris_fast.training.resume import Found, changed_sources, find, finished, restore, run_facts, start_from, tensors_of
 from ris_fast.training.schedule import Plan, steps_in_epoch
 from ris_fast.training.state import EpochMeters, Meter, RunState, RunStopped, trainable
 from ris_fast.training.step import Group, Step, build_optimizer, network_inputs
@@ -61,6 +61,9 @@ class Trainer(Built):
 
     Args:
         folder: where checkpoints go; None writes nothing.
+        model: a network of your own in place of the one that `config.model` names; docs/own-network.md is its contract.
+            It is trained in place; `trainer.model` is what the trainer makes of it, with the same parameters.
+        loss: one more term of your own, as `CovarianceLoss` takes it, with the weight `config.loss.own_weight`.
         callbacks: called as the run proceeds, in order; also `trainer.callbacks`, a list that may be changed before
             `fit`. With several ranks each calls its own; `trainer.ranks.first` is true on the one that writes.
         resume: continue from `folder`'s last checkpoint, or from the one of this name.
@@ -75,6 +78,8 @@ class Trainer(Built):
         folder: str | Path | None = None,
         callbacks: Iterable[Callback] = (),
         *,
+        model: nn.Module | None = None,
+        loss: Callable[..., Tensor] | None = None,
         resume: bool | str = False,
         progress: Callable[[int, int], None] | None = None,
         observer: Any = None,
@@ -90,13 +95,16 @@ class Trainer(Built):
         self.ranks = join(self.device) if ranks is None else ranks
         if self.device.type == "cpu":
             keep_freed_memory()
+        config = with_objects(config, model, loss)
         torch.manual_seed(config.training.seed)
         self.source: SceneSource = open_source(config, self.device, progress)
         self.config = config = served(config, self.source, resumed=bool(resume))
         found = self._found(resume if isinstance(resume, str) else LAST) if resume else None
-        self.loss = CovarianceLoss(config.loss, config.task).to(self.device)
-        self.model = build_model(config.model.name, config.task, **config.model.options).to(self.device)
-        self.notes: list[str] = []  # what a person should read before training, besides the source's
+        self.loss = CovarianceLoss(config.loss, config.task, loss).to(self.device)
+        self.model = network_of(config, model).to(self.device)
+        # What a person should read before training, besides the source's.
+        self.notes: list[str] = check_contract(self.model, self.loss, config, self.source)
+        self.notes += [] if found is None else changed_sources(found.manifest, config)
         if config.training.init and not resume:
             self.notes += start_from(config.training.init, self.model, self.ranks)
         if config.training.precision == "auto":

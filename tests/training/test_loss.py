@@ -222,7 +222,7 @@ def test_least_squares_factor_solves_the_normal_equations() -> None:
 
 
 def test_loss_weights_of_the_config_are_the_terms() -> None:
-    settings = {"beta", "loading", "shrink"}
+    settings = {"beta", "loading", "shrink", "own", "own_weight"}
     assert {item.name for item in fields(Loss)} - settings == set(TERMS)
 
 

@@ -26,6 +26,8 @@ AGAINST = -0.5  # cosine of two gradients; what is added to a total turns it by 
 def weights(context: PreflightContext) -> Iterator[Finding]:
     """Some term above zero tells the factors what the truth is, and the main one is among them."""
     given: Mapping[str, float] = context.loss.weights
+    if given.get(getattr(context.loss, "own_name", ""), 0.0) > 0:
+        return  # a term of the user's own may be the main one
     if not any(given.get(name, 0.0) > 0 for name in TRUTH_TERMS):
         yield Finding(
             "zero_loss_weight", f"no term tells the factors what the truth is: the weights are {_shown(given)}."
@@ -140,7 +142,7 @@ def balance(context: PreflightContext) -> Iterator[Finding]:
             "dominating_term",
             f"{name} (weight {context.loss.weights[name]:g}) supplies {largest / total:.1%} of "
             "the gradient at the start.",
-            certain=context.loss.weights[name] > truth,
+            certain=context.loss.weights[name] > truth and name != getattr(context.loss, "own_name", ""),
         )
 
 

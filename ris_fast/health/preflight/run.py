@@ -33,7 +33,7 @@ from ris_fast.health.preflight import (
 )
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.restore import TensorCopies, preserve_state
-from ris_fast.training.batch_size import is_memory
+from ris_fast.training.footprint import is_memory
 from ris_fast.training.trainer import Trainer
 
 Check = Callable[[PreflightContext], Iterator[Finding]]
