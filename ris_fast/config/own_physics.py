@@ -45,7 +45,7 @@ def function_hash(setting: str, reference: str) -> str:
 
 def load_function(setting: str, reference: str) -> Any:
     """The function that a setting names."""
-    return load_reference(setting, reference, "a function", only=True)
+    return load_reference(setting, reference, "a function", sole=callable)
 
 
 def _hash_of(function: Any, setting: str, reference: str) -> str:
