@@ -7,6 +7,7 @@ needs neither torch nor Python headers and one wheel serves every Python and tor
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -102,12 +103,23 @@ def packages() -> list[str]:
     return [*find_packages(str(ROOT), include=["ris_fast", "ris_fast.*"]), *kernels]
 
 
+def version() -> str:
+    """What `ris_fast.__version__` says, read without an import: a build has no torch."""
+    found = re.search(r'^__version__ = "(.+)"$', (ROOT / "ris_fast" / "__init__.py").read_text(), re.M)
+    assert found is not None, 'ris_fast/__init__.py has no line __version__ = "..."'
+    return found[1]
+
+
 HDF5 = ["h5py>=3.10"]  # read by `ris-fast convert` alone
+TENSORBOARD, TRACKIO, WANDB, OPTUNA = ["tensorboard>=2.17"], ["trackio>=0.43"], ["wandb>=0.31"], ["optuna>=4"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"]
-LINT = ["ruff>=0.17,<0.18", "import-linter>=2.17,<3", "mypy>=2.4,<2.5"]  # what ruff formats differs between versions
+RUFF = "ruff>=0.17,<0.18"  # what it formats differs between versions
+LINT = [RUFF, "import-linter>=2.17,<3", "mypy>=2.4,<2.5"]
+NOTEBOOKS = ["nbclient>=0.10,<1", "ipykernel>=6"]  # the three of docs/notebooks are executed
+DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=1,<2", RUFF]  # ruff breaks the lines of signatures
 setup(
     name="ris-fast",
-    version="0.1.0",
+    version=version(),
     description="Covariance networks behind a reconfigurable intelligent surface, trained fast and watched closely",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
@@ -116,7 +128,7 @@ setup(
     packages=packages(),
     package_dir={"ris_fast": "ris_fast", "ris_fast.kernels": "kernels"},
     package_data={
-        "ris_fast": ["py.typed", "config/presets/*.toml", "health/pages/*.md"],
+        "ris_fast": ["py.typed", "config/presets/*.toml", "tuning/spaces/*.toml", "health/pages/*.md"],
         "ris_fast.kernels": ["py.typed"],
     },
     ext_modules=[] if without_native() else [Extension("ris_fast.kernels.native.libris_fast", sources=[])],
@@ -133,7 +145,16 @@ setup(
         "rich>=13",
         "nvidia-ml-py>=12",
     ],
-    extras_require={"hdf5": HDF5, "test": [*TEST, *LINT, *HDF5]},
+    extras_require={
+        "hdf5": HDF5,
+        "tensorboard": TENSORBOARD,
+        "trackio": TRACKIO,
+        "wandb": WANDB,
+        "tune": OPTUNA,
+        "docs": DOCS,
+        # Tests of the other trackers are skipped where they are missing.
+        "test": [*TEST, *LINT, *HDF5, *TENSORBOARD, *OPTUNA, *DOCS, *NOTEBOOKS],
+    },
     entry_points={"console_scripts": ["ris-fast = ris_fast.commands.cli:main"]},
     zip_safe=False,
 )

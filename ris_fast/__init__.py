@@ -21,12 +21,13 @@ if TYPE_CHECKING:  # the names of _HOMES, for type checkers and editors
     from ris_fast.physics.random import SceneGenerator as SceneGenerator
     from ris_fast.physics.scenes import Scenes as Scenes
     from ris_fast.physics.scenes import simulate as simulate
+    from ris_fast.report.trackers import Tracker as Tracker
     from ris_fast.training.callback import Callback as Callback
     from ris_fast.training.loss import CovarianceLoss as CovarianceLoss
     from ris_fast.training.optim.fused_adamw import FusedAdamW as FusedAdamW
     from ris_fast.training.trainer import Trainer as Trainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "cov_nmse": "ris_fast.kernels.cov_nmse.op",
@@ -34,6 +35,7 @@ _HOMES = {
     "FusedAdamW": "ris_fast.training.optim.fused_adamw",
     "Trainer": "ris_fast.training.trainer",
     "Callback": "ris_fast.training.callback",
+    "Tracker": "ris_fast.report.trackers",
     "load_config": "ris_fast.config.load",
     "RISArray": "ris_fast.physics.array",
     "steering": "ris_fast.physics.array",

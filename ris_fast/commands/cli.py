@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 from ris_fast import __version__
+from ris_fast.commands.experiments import compare, track, tune
 from ris_fast.commands.flags import (
     Against,
     BestDevice,
@@ -497,7 +498,8 @@ def env(*, json: bool = False) -> int:
     return env_command(json=json)
 
 
-app.command(new_model)
+for command in (compare, new_model, track, tune):  # those with a file of their own for their flags
+    app.command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

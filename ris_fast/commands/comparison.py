@@ -26,7 +26,7 @@ class Tested(Protocol):
         """Number of sources and SNR in dB of each test scene."""
 
 
-def run_names(runs: Sequence[Path]) -> list[str]:
+def run_names(runs: Sequence[Path], command: str = "evaluate") -> list[str]:
     """What each run is called in tables: its folder, and the checkpoint where one is given; the path where two runs
     would have one name."""
     paths = [Path(os.path.realpath(run)) for run in runs]
@@ -34,7 +34,7 @@ def run_names(runs: Sequence[Path]) -> list[str]:
     names = [str(run) if names.count(name) > 1 else name for name, run in zip(names, runs)]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ConfigError(f"evaluate: {twice} is given twice. Give each run once.")
+        raise ConfigError(f"{command}: {twice} is given twice. Give each run once.")
     return names
 
 

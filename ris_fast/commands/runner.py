@@ -25,13 +25,19 @@ from ris_fast.streams import unbreakable
 
 LEAVES_A_RECORD = (
     "train",
+    "tune",
     "simulate",
     "convert",
     "evaluate",
     "predict",
 )  # what these print can be read in their folder
 NOTHING_WRITTEN = "interrupted: nothing was written, and a file of an earlier call is as it was"
-WRITE_AT_THE_END = {"predict", "evaluate", "mismatch"}  # each file whole; see `writing_results` for the end itself
+WRITE_AT_THE_END = {
+    "predict",
+    "evaluate",
+    "mismatch",
+    "compare",
+}  # each file whole; see `writing_results` for the end itself
 
 
 def run(app: App, tokens: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,8 +75,10 @@ def _at_its_own_end(code: int) -> bool:
 def _run(config: Config, ranks: Ranks, out: Path | None, resume: Path | None, profile: bool) -> int:
     """`run_training` on one of the ranks; what rank 0 does for all it does while the others wait."""
     from ris_fast.report.console import ConsoleReport
+    from ris_fast.report.trackers import check_trackers
     from ris_fast.training.ranks.lost import RankLost
 
+    check_trackers(config.report.tracker)
     ours = resume is None and (out is None or not out.exists())
     folder, checkpoint = ranks.by_first(
         lambda: (new_folder(config, out), None) if resume is None else run_and_checkpoint(resume)
@@ -87,7 +89,7 @@ def _run(config: Config, ranks: Ranks, out: Path | None, resume: Path | None, pr
             ranks.by_first(lambda: held.enter_context(run_lock(folder, wait=LOCK_WAIT if restarts_allowed() else 0.0)))
             if (ended := ranks.by_first(lambda: _ended(folder))) is not None:
                 return ended
-            summary = _fit(config, folder, checkpoint, profile, console)
+            summary = fit_in_folder(config, folder, console, checkpoint=checkpoint, profile=profile)
     except (KeyboardInterrupt, RankLost) as error:
         console.close()
         if not ranks.first:
@@ -124,10 +126,21 @@ def _ended(folder: Path) -> int | None:
     return None
 
 
-def _fit(
-    config: Config, folder: Path, checkpoint: str | None, profile: bool, console: ConsoleReport
+def fit_in_folder(
+    config: Config,
+    folder: Path,
+    console: ConsoleReport,
+    *,
+    checkpoint: str | None = None,
+    profile: bool = False,
+    preflight: bool = True,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any] | None:
-    """The summary of the run; None for one that had nothing left to do. `checkpoint` None: a new run."""
+    """The summary of the run; None for one that had nothing left to do.
+
+    Args: checkpoint: None: a new run; preflight: false: none, whatever the settings say; callbacks: behind those of
+        every run.
+    """
     from ris_fast.environment import fallback_note
     from ris_fast.report.console import counter
     from ris_fast.training.batch_size import advice
@@ -155,7 +168,7 @@ def _fit(
             )
         if checkpoint and first:
             trainer.preflight = checks_passed(folder)
-        preflight = config.health.preflight and not checkpoint
+        preflight = preflight and config.health.preflight and not checkpoint
         trainer.ranks.by_first(
             lambda: attach_run_health(trainer, folder, preflight=preflight, report=console.found) and None
         )
@@ -163,6 +176,7 @@ def _fit(
             from ris_fast.training.profile import Profile
 
             trainer.callbacks.append(Profile(folder / "profile", print))
+        trainer.callbacks += callbacks
         stage("measuring the baselines, compiling")
         return fit_with_nan_replay(trainer)
     except (MemoryError, RuntimeError) as error:
@@ -282,6 +296,7 @@ def preflight_line(watchdog: Any, seconds: float) -> str:
 def _callbacks(trainer: Any, folder: Path, console: ConsoleReport) -> list[Callback]:
     """In the order in which they are called; the watchdog of `attach_run_health` comes behind them."""
     from ris_fast.report.tensor_log import TensorLog
+    from ris_fast.report.trackers import trackers
     from ris_fast.training.mfu import MfuCallback
 
     table, pictures = trainer.config.health.log_tensors, trainer.config.report.plots
@@ -290,6 +305,7 @@ def _callbacks(trainer: Any, folder: Path, console: ConsoleReport) -> list[Callb
         RunFolder(folder, trainer.config),  # the settings with what the data made of them
         Record(JsonlReport(folder), f"{METRICS} or {SUMMARY}", print),
         console,
+        *trackers(trainer.config, folder),
     ]
     if pictures:
         from ris_fast.report.plots import PlotReport

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from cyclopts import CycloptsError, Token, UnusedCliTokensError
 
-TAKE_SETTINGS = ("train", "check", "simulate", "convert", "predict")
+TAKE_SETTINGS = ("train", "check", "simulate", "convert", "predict", "tune")
 SETTINGS_FILE = re.compile(
     r'Unknown (?:option|command):? "?(?:(?:--config|-c)(?:=[^"]*?)?|([^-"][^"]*\.toml))"?\.(?!\w)'
 )

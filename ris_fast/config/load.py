@@ -31,12 +31,16 @@ def load_config(
 ) -> Config:
     """The resolved configuration; later layers win: defaults < preset < the data set's own task < file < --set < flags.
 
-    `overrides` are 'section.key=value' strings, `flags` maps 'section.key' to a value (None: not given).
-    Raises ConfigError for an unknown preset, section, key or value.
+    Args: path: TOML file with settings;
+        preset: "laptop", "full" or "original"; by default the file's, else laptop on a CPU and full on a GPU;
+        overrides: 'section.key=value' strings, as `--set` takes them;
+        flags: 'section.key' to a value (None: not given).
+    Raises: ConfigError for a file that cannot be read and for an unknown preset, section, key or value.
     """
     overrides = _checked(path, overrides, flags)
-    table = _read_toml(Path(path)) if path else {}
+    table = read_toml(Path(path)) if path else {}
     named = table.pop("preset", None)
+    table.pop("tune", None)  # the space of `ris-fast tune`
     given = [
         (str(path), _flatten(table, str(path))),
         ("--set", dict(_parse_override(text) for text in overrides)),
@@ -156,7 +160,8 @@ def toml_value(value: Any) -> str:
     return repr(value)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in a TOML file. Raises: ConfigError."""
     if path.is_dir():
         raise ConfigError(f"'{path}' is a folder. Give a TOML file, such as the config.toml of a run.")
     if not path.is_file():

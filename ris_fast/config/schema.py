@@ -13,10 +13,11 @@ from typing import Any
 
 from ris_fast.config.own_physics import elements_in, file_hash, function_hash
 from ris_fast.config.section import SMALLEST_FLOAT, ConfigError, Section, option
-from ris_fast.config.spelling import closest
+from ris_fast.config.spelling import closest, did_you_mean, words
 from ris_fast.config.user_code import FORMS, absolute_reference, is_reference
 
 MODELS = ("backprojection", "hybrid")
+TRACKERS = ("tensorboard", "trackio", "wandb")
 # Where a task's own files and function are, and what is known of their content: this and not the place is what a run
 # depends on. A layer that gives the place without the content means whatever lies there.
 CONTENTS = {
@@ -278,6 +279,15 @@ class Report(Section):
         60.0, "write the last checkpoint every this many seconds and at the end; 0: at the end alone", low=0.0
     )
     plots: bool = option(True, "draw loss curves into the run folder")
+    tracker: str = option(
+        "", "mirror the rows in tensorboard, trackio or wandb; several with commas between them; empty: in none"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in words(self.tracker):
+            if name not in TRACKERS:
+                raise ConfigError(f"report.tracker: there is no tracker '{name}'.{did_you_mean(name, TRACKERS)}")
 
 
 @dataclass(frozen=True)

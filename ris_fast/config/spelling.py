@@ -21,3 +21,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     known = list(known)
     near = closest(word, known)
     return f" Did you mean '{near}'?" if near else f" There are: {', '.join(known)}."
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Names with commas or spaces between them."""
+    return tuple(text.replace(",", " ").split())

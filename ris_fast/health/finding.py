@@ -33,9 +33,11 @@ class Finding:
 
     @property
     def meaning(self) -> str:
+        """What the cause means, in a sentence."""
         return CAUSES[self.cause].meaning
 
     def to_json(self) -> dict[str, Any]:
+        """The fields and the meaning by name, of plain numbers and texts."""
         return asdict(self) | {"meaning": self.meaning}
 
     def __str__(self) -> str:

@@ -10,11 +10,6 @@ from ris_fast.health.causes import CAUSES
 from ris_fast.old_names import current_cause
 
 
-def words(text: str) -> tuple[str, ...]:
-    """Names with commas or spaces between them."""
-    return tuple(text.replace(",", " ").split())
-
-
 def known_causes(names: Iterable[str], setting: str) -> frozenset[str]:
     """The names as a set. Raises: ConfigError for one that is no cause, which would mute nothing; `setting`: where it
     was written."""

@@ -23,10 +23,13 @@ __all__ = ["MODELS", "Prediction", "build_model"]
 
 
 def build_model(name: str, task: Task | None = None, **options: Any) -> nn.Module:
-    """The network `name` for this task (RIS-12x12 if none is given), fresh weights from torch's generator.
+    """The network `name` for this task, fresh weights from torch's generator.
 
-    Args: name: 'backprojection', 'hybrid', or one of your own, 'package.module:NAME' or 'path/to/file.py:NAME', which
-        is made as NAME(task, **options).
+    Args: name: "backprojection", "hybrid", or one of your own, "package.module:NAME" or "path/to/file.py:NAME", which
+            is made as NAME(task, **options);
+        task: the scenes, RIS-12x12 if none is given;
+        options: what this network can be asked for, such as width or depth.
+    Returns: a module that is called with (snapshots, channel, codes, snr_db) and returns a `Prediction`.
     Raises: ConfigError naming the nearest valid name, for a model or an option that does not exist; or what a value
         must be; or what is wrong with a module of your own.
     """

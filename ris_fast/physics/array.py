@@ -23,8 +23,12 @@ from ris_fast.physics.real_complex import expi
 class RISArray:
     """A planar array: a centred grid, element n = j * horizontal + i, horizontal index fastest; or elements anywhere.
 
-    `places` holds (x, y) of every element in metres, and there is no grid then: horizontal, vertical and spacing_m mean
-    nothing. Angles and ranges are seen from x = y = 0.
+    Args: horizontal, vertical: elements in a row and in a column; N is their product;
+        wavelength_m, spacing_m: metres, above 0;
+        wavefront: "fresnel" or "spherical", the phase that `steering` gives a near-field source;
+        places: (x, y) of every element in metres. There is no grid then: horizontal, vertical and spacing_m mean
+            nothing. Angles and ranges are seen from x = y = 0.
+    Raises: TypeError or ValueError naming the argument.
     """
 
     horizontal: int = 12
@@ -57,7 +61,8 @@ class RISArray:
 
     @classmethod
     def of(cls, task: Task) -> RISArray:
-        """The array of a task. Raises: ConfigError where its elements_file is missing, changed or of no use."""
+        """The array of a task. Raises: ConfigError where it is no `Task`, and where its elements_file is missing,
+        changed or of no use."""
         section_of("RISArray.of", "task", task, Task)
         if task.elements_file:
             return _of_file(task)
@@ -65,6 +70,7 @@ class RISArray:
 
     @property
     def elements(self) -> int:
+        """N, the number of elements."""
         return len(self.places) or self.horizontal * self.vertical
 
     @property
@@ -80,7 +86,7 @@ class RISArray:
     def positions(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        """x_N and y_N in metres, a grid centred on the origin."""
+        """x and y of the elements, (N,) each, in metres, a grid centred on the origin."""
         if self.places:
             key = (str(torch.device(device)), dtype)
             if key not in self._made:

@@ -34,7 +34,10 @@ def backproject(channel: Tensor, codes: Tensor, snapshots: Tensor) -> Tensor:
 
 
 def effective_channel(channel: Tensor, codes: Tensor) -> Tensor:
-    """H c_l, all that the original pipeline's network was shown: (B, M, N, 2), ([B,] L, N, 2) -> (B, L, M, 2)."""
+    """H c_l, all that the original pipeline's network was shown.
+
+    Args: channel (B, M, N, 2), codes ([B,] L, N, 2). Returns: (B, L, M, 2).
+    """
     right = codes.transpose(-3, -2).expand(channel.shape[0], -1, -1, -1)
     return matmul(channel, right).transpose(1, 2)
 

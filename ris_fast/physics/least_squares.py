@@ -17,8 +17,10 @@ STEPS = 6  # of conjugate gradients
 
 @torch.no_grad()
 def least_squares_factor(scenes: Scenes, steps: int = STEPS) -> Tensor:
-    """A sample covariance for the blend, R_samp = x x^H, as its factor (B, N, 1, 2): x = `aperture_field`.
+    """A sample covariance for the blend, R_samp = x x^H, as its factor x: the field that `aperture_field` estimates.
 
+    Args: scenes: with channel, codes, snapshots and snr_db; steps: of conjugate gradients.
+    Returns: (B, N, 1, 2), without a gradient.
     Raises: ValueError where the scenes carry no channel.
     """
     if scenes.channel is None:

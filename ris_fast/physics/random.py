@@ -24,7 +24,13 @@ OWN_STREAMS = 2**31  # the upper half of all streams belongs to draws of the use
 
 @dataclass(frozen=True)
 class SceneGenerator:
-    """Draws for the scenes of one split. `seed` picks the world, `split` the stream."""
+    """Draws for the scenes of one split.
+
+    Args: seed: which scenes, a whole number in 0 .. 2^63 - 1;
+        split: "train", "val" or "test": a stream of its own, so that splits share no scene;
+        device: where the numbers are made; they are the same on every one.
+    Raises: TypeError or ValueError naming the argument.
+    """
 
     seed: int = 0
     split: str = "train"
@@ -39,6 +45,7 @@ class SceneGenerator:
             raise ValueError(f"SceneGenerator: seed is {self.seed}; it must be in 0 .. 2^63 - 1.")
 
     def stream(self, quantity: str) -> int:
+        """Number of the stream of one of `QUANTITIES` in this split."""
         if quantity not in QUANTITIES:
             raise ValueError(f"SceneGenerator: there is no quantity {quantity!r}.{did_you_mean(quantity, QUANTITIES)}")
         return SPLITS.index(self.split) * 256 + QUANTITIES.index(quantity)

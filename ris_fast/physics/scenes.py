@@ -52,6 +52,7 @@ class Scenes:
 
     @property
     def batch(self) -> int:
+        """B, the number of scenes."""
         return self.snapshots.shape[0]
 
     @property
@@ -69,9 +70,11 @@ class Scenes:
         return replace(self, **changed)
 
     def __getitem__(self, rows: slice | Tensor) -> Scenes:
+        """The scenes of a slice, of a mask (B,) or of row numbers."""
         return self.apply(lambda value: value[rows])
 
     def to(self, device: torch.device | str) -> Scenes:
+        """The same scenes on another device."""
         return self.apply(lambda value: value.to(device), codes=True)
 
     def with_own_codes(self) -> Scenes:
@@ -80,6 +83,7 @@ class Scenes:
 
     @staticmethod
     def concatenate(parts: list[Scenes]) -> Scenes:
+        """One batch of several that have the same fields; codes become one set a scene where a part has that."""
         first = parts[0]
         if len(parts) == 1:
             return first

@@ -56,10 +56,11 @@ def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     write_text(path, dumps(value, indent=2) + "\n")
 
 
-def read_events(path: str | Path, *, skip_broken: bool = False) -> list[dict[str, Any]]:
+def read_events(path: str | Path, *, skip_broken: bool = False, superseded: bool = False) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl (or of the run folder that holds one), numbers that were not finite put back.
 
-    A torn last line (a killed run) is left out. Rows that a resumed run went over again count once: the later ones.
+    A torn last line (a killed run) is left out. Rows that a resumed run went over again count once: the later ones;
+    with `superseded` both are there.
     Raises FileNotFoundError where there is no such file, ValueError with the line number for any other bad line unless
     `skip_broken`.
     """
@@ -73,7 +74,7 @@ def read_events(path: str | Path, *, skip_broken: bool = False) -> list[dict[str
     ours = [row for row in rows if row is not None]
     if any("event" in row for row in ours):  # another trainer's rows keep their names
         ours = current_names(ours, text, path)
-    return current_rows(ours)
+    return ours if superseded else current_rows(ours)
 
 
 def current_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -81,15 +82,15 @@ def current_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     kept: list[dict[str, Any]] = []
     last = (-1, False)
     for row in rows:
-        place = _place(row)
+        place = row_place(row)
         if place is not None and place <= last:
-            kept = [each for each in kept if (_place(each) or (-1, False)) < place]
+            kept = [each for each in kept if (row_place(each) or (-1, False)) < place]
         last = last if place is None else place
         kept.append(row)
     return kept
 
 
-def _place(row: Mapping[str, Any]) -> tuple[int, bool] | None:
+def row_place(row: Mapping[str, Any]) -> tuple[int, bool] | None:
     """Order of a row in its run: by step, an epoch's own row after the step's. None for rows without a step."""
     return (row["step"], row.get("event") == "epoch") if isinstance(row.get("step"), int) else None
 

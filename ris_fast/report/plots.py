@@ -85,7 +85,7 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, float
     )
     log_axes(top, "NMSE")
     top.set_ylim(*limits([0.4, *baselines.values(), *(y for line in top.get_lines() for y in line.get_ydata())]))
-    _baselines(top, baselines)
+    draw_baselines(top, baselines)
     ticks(top)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     top.set_title(_headline(epochs), loc="left", fontsize=11, color=INK)
@@ -94,7 +94,7 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, float
     ticks(bottom)
     bottom.set_xlim(left=0.0)
     bottom.set_xlabel("training scenes seen", color=INK)
-    bottom.xaxis.set_major_formatter(_thousands)
+    bottom.xaxis.set_major_formatter(thousands)
     return figure
 
 
@@ -103,7 +103,7 @@ def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], l
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _baselines(axes: Axes, baselines: Mapping[str, float]) -> None:
+def draw_baselines(axes: Axes, baselines: Mapping[str, float]) -> None:
     """A band for baselines that lie within a few percent of each other, a line for the others; the legend has each
     figure."""
     for names, shade in zip(alike(baselines, axes.get_ylim()), FLOOR_SHADES):
@@ -119,5 +119,5 @@ def _headline(epochs: Sequence[Mapping[str, Any]]) -> str:
     return f"best validation NMSE {min(scores):.3g}" if scores else "no validation yet"
 
 
-def _thousands(value: float, _: int) -> str:
+def thousands(value: float, _: int) -> str:
     return f"{value / 1e6:g} M" if abs(value) >= 1e6 else f"{value / 1e3:g} k" if abs(value) >= 1e3 else f"{value:g}"

@@ -44,8 +44,9 @@ class CovarianceLoss(nn.Module):
     """Weighted sum of named terms; a term of weight zero is not computed.
 
     Model: lam_cov NMSE(R_blend) + lam_cov_pred NMSE(R_pred) + auxiliary terms, every term a mean over the scenes.
-    Args: own: one more term, (Prediction, Scenes) -> (B,) or 0-d, with the weight loss.own_weight; by default the one
-        that loss.own names. docs/own-network.md is its contract.
+    Args: weights: the section [loss] of a configuration, its defaults if none is given; task: RIS-12x12 if none is;
+        own: one more term, (Prediction, Scenes) -> (B,) or 0-d, with the weight loss.own_weight; by default the one
+            that loss.own names. docs/own-network.md is its contract.
     Raises: ConfigError (a ValueError) if no weight tells the covariance factors what the truth is, or a section is of
         another kind, or the own term cannot be used.
     Numerics: always float32 or wider, whatever autocast says.

@@ -60,6 +60,7 @@ class Trainer(Built):
     Its model, loss, optimizer, source, device and configuration stay those it was made with (see `Built`).
 
     Args:
+        config: the settings, such as `load_config` makes them.
         folder: where checkpoints go; None writes nothing.
         model: a network of your own in place of the one that `config.model` names; docs/own-network.md is its contract.
             It is trained in place; `trainer.model` is what the trainer makes of it, with the same parameters.
@@ -479,6 +480,7 @@ class Trainer(Built):
 
     @property
     def parameters(self) -> int:
+        """How many numbers are trained."""
         return trainable(self.model)
 
     @property

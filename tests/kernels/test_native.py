@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,20 @@ def test_native_kernels_use_torchs_threads() -> None:
             assert loader._open()[0].ris_threads() == count
     finally:
         torch.set_num_threads(before)
+
+
+@needs_library
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="wheels are for Linux on x86-64")
+def test_library_asks_for_no_more_than_its_wheel_promises() -> None:
+    """The names of the versions that a library needs stand in it as text; auditwheel reads the same in `.ci/wheel`."""
+    root, library = Path(__file__).parents[2], loader.PATH.read_bytes()
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    policy = project["tool"]["cibuildwheel"]["manylinux-x86_64-image"]
+    assert f"--plat {policy}_x86_64" in (root / ".ci" / "wheel").read_text()
+    promised = tuple(map(int, policy.removeprefix("manylinux_").split("_")))
+    needed = {tuple(map(int, each)) for each in re.findall(rb"GLIBC_(\d+)\.(\d+)", library)}
+    assert needed and max(needed) <= promised
+    assert not re.findall(rb"libstdc\+\+|libgomp|GLIBCXX|CXXABI|libgcc_s", library)
 
 
 @needs_library

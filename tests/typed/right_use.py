@@ -16,6 +16,7 @@ from ris_fast import (
     RISArray,
     SceneGenerator,
     Scenes,
+    Tracker,
     Trainer,
     __version__,
     build_model,
@@ -28,7 +29,10 @@ from ris_fast import (
 from ris_fast.config import Config, ConfigError
 from ris_fast.health import Finding, watch
 from ris_fast.inference.located import Located
+from ris_fast.kernels.field.op import aperture_field
 from ris_fast.models import Prediction
+from ris_fast.physics.channel import backproject, effective_channel, sense
+from ris_fast.physics.least_squares import least_squares_factor
 
 
 def settings() -> Config:
@@ -53,6 +57,18 @@ def near_field(config: Config) -> Tensor:
     array: RISArray = RISArray.of(config.task)
     x, y = RISArray(horizontal=12, vertical=12, wavelength_m=0.3, spacing_m=0.15).positions()
     return steering(array, angles, angles, range_m=torch.ones(3)) + x.sum() + y.sum()
+
+
+class OwnNetwork(nn.Module):
+    def forward(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Prediction:
+        matched: Tensor = backproject(channel, codes, snapshots).sum(1)
+        field: Tensor = aperture_field(channel, codes, snapshots, snr_db, steps=6)
+        left: Tensor = snapshots - sense(channel, codes, field[:, :, 0]) * effective_channel(channel, codes)
+        return Prediction(field + matched[:, :, None] + left.sum())
+
+
+def sampled(batch: Scenes) -> Tensor:
+    return least_squares_factor(Scenes.concatenate([batch, batch[torch.arange(2)]]), steps=3)
 
 
 def losses(config: Config, batch: Scenes, prediction: Prediction) -> Tensor:
@@ -90,4 +106,5 @@ class Losses(Callback):
 
 
 def whole_run(config: Config) -> dict[str, Any]:
-    return Trainer(config, folder="runs/mine", callbacks=[Losses()], resume=False).fit()
+    tracker = Tracker("tensorboard", "runs/mine", config, report=print)
+    return Trainer(config, folder="runs/mine", callbacks=[Losses(), tracker], resume=False).fit()

@@ -14,6 +14,7 @@ from ris_fast import (
     RISArray,
     SceneGenerator,
     Scenes,
+    Tracker,
     Trainer,
     build_model,
     cov_nmse,
@@ -23,6 +24,9 @@ from ris_fast import (
     steering,
 )
 from ris_fast.health import watch
+from ris_fast.models import Prediction
+from ris_fast.physics.channel import sense
+from ris_fast.physics.least_squares import least_squares_factor
 
 config, model, angles = load_config(), nn.Linear(4, 1), torch.zeros(3)
 
@@ -40,6 +44,11 @@ cov_nmse(angles, target_factor=[0.0])  # type: ignore[arg-type]
 CovarianceLoss(config.task)  # type: ignore[arg-type]
 build_model(model)  # type: ignore[arg-type]
 FusedAdamW(model.parameters(), learning_rate=1e-3)  # type: ignore[call-arg]
+FusedAdamW(0.1)  # type: ignore[arg-type]
+sense(angles, angles)  # type: ignore[call-arg]
+least_squares_factor(angles)  # type: ignore[arg-type]
+Prediction(factors=angles)  # type: ignore[call-arg]
+Tracker("tensorboard")  # type: ignore[call-arg]
 Trainer("laptop")  # type: ignore[arg-type]
 Trainer(config, callbacks=[Callback]).fit()  # type: ignore[list-item]
 Trainer(config).train()  # type: ignore[attr-defined]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ris_fast.config.spelling import words
 from ris_fast.health.finding import Finding, ranked
 from ris_fast.health.monitor.history import RunHistory
 from ris_fast.health.monitor.rules import rules_of
-from ris_fast.health.names import check_beginnings, known_causes, words
+from ris_fast.health.names import check_beginnings, known_causes
 from ris_fast.health.preflight.run import Result, run_checks
 from ris_fast.training.callback import Callback
 from ris_fast.training.state import RunStopped

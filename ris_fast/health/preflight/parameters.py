@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ris_fast.config.spelling import words
 from ris_fast.health.finding import Finding
-from ris_fast.health.names import words
 from ris_fast.health.preflight.autograd import graph_of
 from ris_fast.health.preflight.measures import listed
 from ris_fast.health.preflight.probe import PreflightContext

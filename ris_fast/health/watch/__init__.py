@@ -23,11 +23,13 @@ def watch(
 ) -> Watcher:
     """Begins to watch a plain PyTorch loop; call before training, and `report()` on the result when you want to know.
 
-    Args: optimizer: one, or all of them, so that each parameter is looked for where it is;
+    Args: model: the module that is trained;
+        optimizer: one, or all of them, so that each parameter is looked for where it is;
         every: after the first eight steps of an optimizer, one step in this many is looked at;
         frozen: beginnings of names of parameters that are not meant to be trained.
+    Returns: a `Watcher`, whose `report()` gives the findings.
     Raises: ValueError for an argument of another kind; ConfigError, which is one, for the beginning of no parameter's
-    name.
+        name.
     """
     from ris_fast.health.watch.watcher import Watcher
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from ris_fast.kernels.fused_step.layout import State
 from ris_fast.training.optim import state_dict as saving
@@ -47,7 +48,7 @@ class FusedAdamW(Optimizer):
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets grad_scale and found_inf for its step
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        self, params: ParamsT, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 1e-2, amsgrad: bool = False, *, maximize: bool = False, foreach: bool | None = None,
         capturable: bool = False, differentiable: bool = False, fused: bool | None = None,
         decoupled_weight_decay: bool = True, max_grad_norm: float | None = None, ema_decay: float | None = None,
