@@ -185,11 +185,11 @@ inline void add_noise(const Scratch& s, float* snapshots, float snr_db, const Si
 }  // namespace RIS_NS
 
 // channel (B, M, N, 2), snapshots (B, L, M, 2), factor (B, N, K, 2) from index (B), positions (2, N), codes (L, N, 2), or (B, L, N, 2)
-// where own_codes is 1, source (B, K, 3), amplitude (B, S, K, 2), power (B, K), los_direction (B, 3), Rician factor (B), snr in dB (B).
+// where own_codes is 1, source (B, K, 3), amplitude (B, S, K, 2), power (B, K), los_direction (B, 3), Rician factor (B), the channel if it is given and not drawn, snr in dB (B).
 // Returns 0, or 1 if there was no memory for scratch.
 RIS_EXPORT(int, scenes)
 (float* channel, float* snapshots, float* factor, const int64_t* index, const float* positions, const float* codes,
- const float* source, const float* amplitude, const float* power, const float* los_direction, const float* rician, const float* snr_db, int64_t batch, int64_t antennas, int64_t elements, int64_t n_snapshots, int64_t n_sources, int64_t symbols,
+ const float* source, const float* amplitude, const float* power, const float* los_direction, const float* rician, const float* given, const float* snr_db, int64_t batch, int64_t antennas, int64_t elements, int64_t n_snapshots, int64_t n_sources, int64_t symbols,
  int64_t seed, int64_t channel_stream, int64_t noise_stream, int64_t spherical, int64_t own_codes) {
     using namespace RIS_NS;
     const scenes::Sizes z{antennas, elements, n_snapshots, n_sources, symbols};
@@ -210,14 +210,15 @@ RIS_EXPORT(int, scenes)
             if (own_codes) scenes::transpose_codes(s, codes + 2 * b * n_snapshots * elements, z);
             float *H = channel + b * h, *S = factor + 2 * b * elements * n_sources;
             const float *q = source + 3 * b * n_sources, *g = amplitude + 2 * b * symbols * n_sources, *p = power + b * n_sources;
-            philox::fill_row<philox::normal_block>(H, 0, (h + 3) / 4, h, uint32_t(channel_stream), uint64_t(index[b]), uint64_t(seed));
+            if (given) std::memcpy(H, given + b * h, size_t(h) * sizeof(float));
+            else philox::fill_row<philox::normal_block>(H, 0, (h + 3) / 4, h, uint32_t(channel_stream), uint64_t(index[b]), uint64_t(seed));
             philox::fill_row<philox::normal_block>(s.noise, 0, (v + 3) / 4, v, uint32_t(noise_stream), uint64_t(index[b]), uint64_t(seed));
             if (spherical) {
                 scenes::sources<true>(s, S, x, y, q, g, p, z);
-                scenes::line_of_sight<true>(s, H, x, y, los_direction + 3 * b, rician[b], z);
+                if (!given) scenes::line_of_sight<true>(s, H, x, y, los_direction + 3 * b, rician[b], z);
             } else {
                 scenes::sources<false>(s, S, x, y, q, g, p, z);
-                scenes::line_of_sight<false>(s, H, x, y, los_direction + 3 * b, rician[b], z);
+                if (!given) scenes::line_of_sight<false>(s, H, x, y, los_direction + 3 * b, rician[b], z);
             }
             scenes::encode(s, z);
             scenes::receive(s, H, z);

@@ -23,10 +23,10 @@ from .samples import SAMPLES, cost
 
 SCHEMA = (
     "scenes(Tensor index, int seed, int channel_stream, int noise_stream, int antennas, Tensor positions, Tensor codes,"
-    " Tensor source, Tensor amplitude, Tensor power, Tensor los_direction, Tensor rician, Tensor snr_db,"
-    " bool spherical) -> (Tensor, Tensor, Tensor)"
+    " Tensor source, Tensor amplitude, Tensor power, Tensor los_direction, Tensor rician, Tensor? channel,"
+    " Tensor snr_db, bool spherical) -> (Tensor, Tensor, Tensor)"
 )
-ARGUMENTS = [c_void_p] * 12 + [c_int64] * 11
+ARGUMENTS = [c_void_p] * 13 + [c_int64] * 11
 
 
 def make_scenes(
@@ -45,6 +45,7 @@ def make_scenes(
     rician: Tensor,
     snr_db: Tensor,
     spherical: bool,
+    channel: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Channel, noisy snapshots and target factor of scenes whose geometry is drawn already.
 
@@ -55,7 +56,8 @@ def make_scenes(
         codes (L, N, 2) or a set a scene (B, L, N, 2), source (B, K, 3) azimuth, elevation, range, amplitude (B, S, K,
         2), power (B, K), los_direction (B, 3) azimuth, elevation, range of the base station, rician (B,), snr_db (B,);
         angles in radians, lengths in wavelengths;
-        spherical: exact wavefront instead of the Fresnel one.
+        spherical: exact wavefront instead of the Fresnel one; channel (B, M, N, 2): the H of these scenes, in the
+        place of the drawn one.
     Returns: channel (B, M, N, 2), snapshots (B, L, M, 2), factor (B, N, K, 2), float32.
     Raises: ValueError: shapes or dtypes that do not fit together.
     Numerics: scene b depends on its own parameters alone, bit for bit, whatever the batch and the number of threads.
@@ -68,15 +70,16 @@ def make_scenes(
         "power": power,
         "los_direction": los_direction,
         "rician": rician,
+        "channel": channel,
         "snr_db": snr_db,
     }
-    _check(index, tensors)
+    _check(index, antennas, {name: each for name, each in tensors.items() if each is not None})
     return torch.ops.ris_fast.scenes(
         index, philox.signed(seed), channel_stream, noise_stream, antennas, *tensors.values(), spherical
     )
 
 
-def _check(index: Tensor, tensors: dict[str, Tensor]) -> None:
+def _check(index: Tensor, antennas: int, tensors: dict[str, Tensor]) -> None:
     batch, elements, sources = index.numel(), tensors["positions"].shape[-1], tensors["source"].shape[1]
     codes, symbols = tensors["codes"], tensors["amplitude"].shape[1]
     snapshots, own = codes.shape[-3], (batch,) if codes.dim() == 4 else ()
@@ -88,8 +91,10 @@ def _check(index: Tensor, tensors: dict[str, Tensor]) -> None:
         "power": (batch, sources),
         "los_direction": (batch, 3),
         "rician": (batch,),
+        "channel": (batch, antennas, elements, 2),
         "snr_db": (batch,),
     }
+    expected = {name: shape for name, shape in expected.items() if name in tensors}
     of = f"{batch} scenes. Pass the {{name}} of these scenes."
     check_shapes("make_scenes", tensors, expected, of, torch.float32)
 
@@ -107,12 +112,13 @@ def _native() -> Any:
 def _cpp(
     index: Tensor, seed: int, channel_stream: int, noise_stream: int, antennas: int, *rest: Any
 ) -> tuple[Tensor, ...]:
-    inputs, spherical = [each.contiguous() for each in (index, *rest[:-1])], rest[-1]
+    inputs = [None if each is None else each.contiguous() for each in (index, *rest[:-1])]
+    spherical = rest[-1]
     codes, source, amplitude = inputs[2:5]
     out = tuple(source.new_empty(shape) for shape in _shapes(antennas, codes, source))
     sizes = (len(source), antennas, codes.shape[-2], codes.shape[-3], source.shape[1], amplitude.shape[1])
     if _native()(
-        *(each.data_ptr() for each in (*out, *inputs)),
+        *(None if each is None else each.data_ptr() for each in (*out, *inputs)),
         *sizes,
         seed,
         channel_stream,

@@ -43,6 +43,7 @@ def scenes(
     power_BK: Tensor,
     los_direction_B3: Tensor,
     rician_B: Tensor,
+    channel_BMN2: Tensor | None,
     snr_db_B: Tensor,
     spherical: bool,
     normal: Callable[..., Tensor] = philox.normal,
@@ -52,19 +53,23 @@ def scenes(
     Args: codes (L, N, 2) or one set a scene, (B, L, N, 2); the others have their shape in the name.
 
     Model: H = sqrt(k/(k+1)) b a^H + W / sqrt(2 M (k+1)) with k `rician_B`, a the steering vector of `los_direction_B3`,
-        b the far-field one of a line of M antennas at half a wavelength, W standard normal in both parts;
+        b the far-field one of a line of M antennas at half a wavelength, W standard normal in both parts,
+        or `channel_BMN2` where it is given;
         y_l = H (c_l o sum_k amplitude_k a_k) + n_l, n_l complex white with E|n|^2 = mean |y|^2 / 10^(snr_db / 10);
         column k of the factor is sqrt(power_k) a_k.
     Numbers: element e of W and of n, counted row by row with (re, im) innermost, is normal e of its stream.
     """
     dtype, m, n, count = source_BK3.dtype, antennas, positions_2N.shape[1], index_B.numel()
     codes, amplitude_BSK = (torch.view_as_complex(a.contiguous()) for a in (codes, amplitude_BSK2))
-    offset_M = torch.arange(m, device=index_B.device, dtype=dtype) - (m - 1) / 2
-    phase_BM = math.pi * offset_M * (los_direction_B3[:, :1].sin() * los_direction_B3[:, 1:2].cos())
-    b_BM = torch.polar((rician_B / (rician_B + 1) / m).sqrt()[:, None].expand(-1, m), phase_BM)
-    w_BMN2 = normal(index_B, seed, channel_stream, 2 * m * n).to(dtype).view(count, m, n, 2)
-    line_BMN = b_BM[:, :, None] * steering(positions_2N, los_direction_B3, spherical).conj()[:, None, :]
-    channel_BMN = line_BMN + (0.5 / (m * (rician_B + 1))).sqrt()[:, None, None] * torch.view_as_complex(w_BMN2)
+    if channel_BMN2 is None:
+        offset_M = torch.arange(m, device=index_B.device, dtype=dtype) - (m - 1) / 2
+        phase_BM = math.pi * offset_M * (los_direction_B3[:, :1].sin() * los_direction_B3[:, 1:2].cos())
+        b_BM = torch.polar((rician_B / (rician_B + 1) / m).sqrt()[:, None].expand(-1, m), phase_BM)
+        w_BMN2 = normal(index_B, seed, channel_stream, 2 * m * n).to(dtype).view(count, m, n, 2)
+        line_BMN = b_BM[:, :, None] * steering(positions_2N, los_direction_B3, spherical).conj()[:, None, :]
+        channel_BMN = line_BMN + (0.5 / (m * (rician_B + 1))).sqrt()[:, None, None] * torch.view_as_complex(w_BMN2)
+    else:
+        channel_BMN = torch.view_as_complex(channel_BMN2.to(dtype).clone(memory_format=torch.contiguous_format))
     steer_BKN = steering(positions_2N, source_BK3, spherical)
     clean_BLM = (codes * (amplitude_BSK @ steer_BKN)) @ channel_BMN.transpose(1, 2)
     noise_BLM2 = normal(index_B, seed, noise_stream, 2 * clean_BLM[:1].numel()).to(dtype).view(*clean_BLM.shape, 2)

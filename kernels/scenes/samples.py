@@ -29,6 +29,7 @@ def _sample(
     strided: bool = False,
     small: bool = False,
     own_codes: bool = False,
+    own_channel: bool = False,
 ) -> Sample:
     """Random geometry on a square array, 1 .. K sources a scene, values that float32 holds exactly."""
 
@@ -68,6 +69,7 @@ def _sample(
             power,
             los_direction,
             uniform(0.5, 10, batch),
+            uniform(-1, 1, batch, antennas, side * side, 2) if own_channel else None,
             uniform(-5, 20, batch),
             spherical,
         )
@@ -89,6 +91,8 @@ SAMPLES = (
     _sample("empty-batch", 0, 4, 2, 2, 2),
     _sample("own-codes", 6, 7, 5, 11, 3, moving=True, own_codes=True),
     _sample("small-own-codes", 4, 5, 4, 6, 3, own_codes=True, small=True),
+    _sample("own-channel", 6, 7, 5, 11, 3, own_channel=True),
+    _sample("small-own-channel", 4, 5, 4, 6, 3, moving=True, own_channel=True, small=True),
 )
 
 
@@ -108,7 +112,7 @@ def cost(
     batch, sources, _ = source.shape
     (snapshots, elements, _), symbols = codes.shape[-3:], amplitude.shape[1]
     results = 2 * batch * (antennas * elements + snapshots * antennas + elements * sources)
-    inputs = sum(each.numel() for each in (positions, codes, source, amplitude, *rest[:-1]))
+    inputs = sum(each.numel() for each in (positions, codes, source, amplitude, *rest[:-1]) if each is not None)
     products = (
         snapshots * antennas * elements + antennas * elements + snapshots * elements + symbols * sources * elements
     )

@@ -183,31 +183,35 @@ def scenes(
     index: Tensor, seed: int, channel_stream: int, noise_stream: int, m: int, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator on the device of `index`; arguments as in reference.py, float32."""
-    tensors, spherical = [each.contiguous() for each in (index, *rest[:-1])], bool(rest[-1])
-    index, positions, codes, source, amplitude, power, los_direction, rician, snr_db = tensors
+    tensors = [None if each is None else each.contiguous() for each in (index, *rest[:-1])]
+    index, positions, codes, source, amplitude, power, los_direction, rician, given, snr_db = tensors
+    spherical = bool(rest[-1])
     (batch, k, _), (snapshots, n, _), symbols = source.shape, codes.shape[-3:], amplitude.shape[1]
     channel, received = source.new_empty((batch, m, n, 2)), source.new_empty((batch, snapshots, m, 2))
+    if given is not None:
+        channel.copy_(given)
     factor, field = source.new_empty((batch, n, k, 2)), source.new_empty((batch, symbols, n, 2))
     if batch == 0:
         return channel, received, factor
     scale = n**-0.5
     with torch.cuda.device_of(index):  # does nothing on CPU, where the interpreter runs
-        channel_kernel[(batch, triton.cdiv(m * n, BLOCK))](
-            channel,
-            index,
-            positions,
-            los_direction,
-            rician,
-            m,
-            n,
-            scale,
-            m**-0.5,
-            seed,
-            channel_stream,
-            SPHERICAL=spherical,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-        )
+        if given is None:
+            channel_kernel[(batch, triton.cdiv(m * n, BLOCK))](
+                channel,
+                index,
+                positions,
+                los_direction,
+                rician,
+                m,
+                n,
+                scale,
+                m**-0.5,
+                seed,
+                channel_stream,
+                SPHERICAL=spherical,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
         field_kernel[(batch, triton.cdiv(symbols * n, BLOCK))](
             factor,
             field,

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ris_fast.config.schema import ConfigError, Task
+from ris_fast.config.schema import CONTENTS, ConfigError, Task
 
 
 class Tested(Protocol):
@@ -40,7 +40,14 @@ def run_names(runs: Sequence[Path], command: str = "evaluate") -> list[str]:
 
 def differences(base: Task, task: Task) -> dict[str, Any]:
     """The settings of a task that are not those of another, by name."""
-    return {key: value for key, value in asdict(task).items() if getattr(base, key) != value}
+    changed = {key: value for key, value in asdict(task).items() if getattr(base, key) != value}
+    for place, contents in CONTENTS.items():  # a file and a function by their place, where their content differs
+        if contents[0] not in changed:
+            changed.pop(place, None)
+        elif place in changed:
+            changed = {key: value for key, value in changed.items() if key not in contents}
+            changed[place] = changed[place] or "built in"
+    return changed
 
 
 def comparison_notes(tested: Mapping[str, Tested]) -> list[str]:

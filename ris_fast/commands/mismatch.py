@@ -32,7 +32,8 @@ from ris_fast.report.mismatch import RECORD, mismatch_text, save_mismatch
 from ris_fast.streams import stage
 from ris_fast.training.compiled_model import choose_device
 
-SHAPES = ("bs_antennas", "ris_horizontal", "ris_vertical", "snapshots")  # settings that a network's inputs have
+SHAPES = ("bs_antennas", "snapshots")  # settings that a network's inputs have
+GRID = ("ris_horizontal", "ris_vertical")  # two more, where the elements are in rows and columns
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def changed_tasks(task: Task, against: Iterable[str]) -> list[Task]:
             )
         if name not in names:
             raise ConfigError(f"--against {text}: [task] has no key '{name}'.{did_you_mean(name, names)}")
-        tasks += [replace(task, **{name: _value(each)}) for each in values.split(",")]
+        tasks += [task.changed(**{name: _value(each)}) for each in values.split(",")]
     return tasks
 
 
@@ -171,7 +172,15 @@ def _open(name: str, run: Path) -> Trained:
 
 
 def _check_shapes(run: Trained, task: Task) -> None:
-    wrong = [key for key in SHAPES if getattr(task, key) != getattr(run.config.task, key)]
+    own = run.config.task
+    rows = GRID if not (own.elements_file or task.elements_file) else ()
+    wrong = [key for key in (*SHAPES, *rows) if getattr(task, key) != getattr(own, key)]
+    if not wrong and task.elements != own.elements:
+        raise ConfigError(
+            f"mismatch: scenes of {task.elements} elements do not fit the network of {run.name}, which was trained with"
+            f" {own.elements}. Compare runs and tasks of as many elements (task.elements_file, task.ris_horizontal,"
+            " task.ris_vertical)."
+        )
     if wrong:
         raise ConfigError(
             f"mismatch: scenes with {_settings(task, wrong)} do not fit the network of {run.name}, which was trained"

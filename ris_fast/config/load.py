@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from ris_fast.config.schema import SECTIONS, Config, ConfigError, Task
+from ris_fast.config.schema import CONTENTS, SECTIONS, Config, ConfigError, Task
 from ris_fast.config.section import typed
 from ris_fast.config.spelling import closest, did_you_mean
 from ris_fast.files import read_text
@@ -56,6 +56,7 @@ def load_config(
     values: dict[str, Any] = {}
     provenance: dict[str, str] = {}
     for origin, layer in layers:
+        _forget_contents(values, provenance, layer)
         for key, value in layer.items():
             if retired_setting(key):
                 continue
@@ -250,6 +251,20 @@ def _merge(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
     table[name] = typed(kind, value, f"{origin}: {key}")
 
 
+def _forget_contents(values: dict[str, Any], provenance: dict[str, str], layer: Mapping[str, Any]) -> None:
+    """A layer that names a file or a function means what lies there now, not what an earlier layer knew of another."""
+    for place, contents in CONTENTS.items():
+        for name in contents if f"task.{place}" in layer else ():
+            values.get("task", {}).pop(name, None)
+            provenance.pop(f"task.{name}", None)
+
+
 def _build(name: str, values: Mapping[str, Mapping[str, Any]], provenance: Mapping[str, str]) -> Config:
     sections = {key: SECTIONS[key](**entries) for key, entries in values.items()}
-    return Config(preset=name, provenance=provenance, **sections)
+    found = {
+        f"task.{name}": provenance[f"task.{place}"]
+        for place, contents in CONTENTS.items()
+        for name in contents
+        if f"task.{place}" in provenance
+    }
+    return Config(preset=name, provenance={**found, **provenance}, **sections)

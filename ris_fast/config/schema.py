@@ -6,16 +6,25 @@ Every field carries its help text, and its value is checked when its section is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ris_fast.config.own_physics import elements_in, file_hash, function_hash
 from ris_fast.config.section import SMALLEST_FLOAT, ConfigError, Section, option
 from ris_fast.config.spelling import closest, did_you_mean, words
 from ris_fast.config.user_code import FORMS, absolute_reference, is_reference
 
 MODELS = ("backprojection", "hybrid")
 TRACKERS = ("tensorboard", "trackio", "wandb")
+# Where a task's own files and function are, and what is known of their content: this and not the place is what a run
+# depends on. A layer that gives the place without the content means whatever lies there.
+CONTENTS = {
+    "elements_file": ("elements_hash", "ris_elements"),
+    "codes_file": ("codes_hash",),
+    "channel": ("channel_hash",),
+}
 
 
 @dataclass(frozen=True)
@@ -57,16 +66,66 @@ class Task(Section):
         low=0.0,
         high=120.0,
     )
+    elements_file: str = option(
+        "", "file with the positions of the elements, (N, 2) in metres; empty: the regular grid", compare=False
+    )
+    elements_hash: str = option("", "content of elements_file; filled in, and checked from then on")
+    ris_elements: int = option(0, "elements in elements_file; filled in", low=0)
+    codes_file: str = option("", "file with the code book, (L, N); empty: DFT beams", compare=False)
+    codes_hash: str = option("", "content of codes_file; filled in, and checked from then on")
+    channel: str = option(
+        "", "function that draws the BS-RIS channel, module:NAME or file.py:NAME; empty: Rician", compare=False
+    )
+    channel_hash: str = option("", "source of that function; filled in, and checked from then on")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._find_contents()
         for low, high in (("range_min_m", "range_max_m"), ("snr_min_db", "snr_max_db"), ("rician_min", "rician_max")):
             if getattr(self, low) > getattr(self, high):
                 raise ConfigError(f"task.{low} = {getattr(self, low)} is above task.{high} = {getattr(self, high)}.")
 
+    def _find_contents(self) -> None:
+        """Makes the places of own files and code absolute, and records what lies there where nothing is recorded."""
+        for place, contents in CONTENTS.items():
+            given = getattr(self, place)
+            if not given:
+                if stray := [name for name in contents if getattr(self, name)]:
+                    raise ConfigError(f"task.{stray[0]} = {getattr(self, stray[0])!r} without task.{place}: give both.")
+                continue
+            value = absolute_reference(given) if place == "channel" else os.path.abspath(os.path.expanduser(given))
+            object.__setattr__(self, place, value)
+            if not getattr(self, contents[0]):
+                find = function_hash if place == "channel" else file_hash
+                object.__setattr__(self, contents[0], find(f"task.{place}", value))
+                if place == "elements_file":
+                    self._count_elements()
+
+    def _count_elements(self) -> None:
+        found = elements_in(self.elements_file)
+        if self.ris_elements not in (0, found):
+            raise ConfigError(
+                f"task.ris_elements = {self.ris_elements}, and there are {found} elements in task.elements_file ="
+                f" '{self.elements_file}'. Leave task.ris_elements out."
+            )
+        object.__setattr__(self, "ris_elements", found)
+
     @property
     def elements(self) -> int:
-        return self.ris_horizontal * self.ris_vertical
+        """N: of elements_file where there is one, else N_H N_V."""
+        return self.ris_elements or self.ris_horizontal * self.ris_vertical
+
+    def identity(self) -> dict[str, Any]:
+        """Every setting by name, of own files and code their content and not their place: what a run depends on."""
+        return {key: value for key, value in asdict(self).items() if key not in CONTENTS}
+
+    def changed(self, **settings: Any) -> Task:
+        """The task with other settings; another file or function brings its own content."""
+        fresh: dict[str, Any] = {}
+        for place, contents in CONTENTS.items():
+            if place in settings:
+                fresh |= {name: type(getattr(self, name))() for name in contents}
+        return replace(self, **{**fresh, **settings})
 
     @property
     def spacing_m(self) -> float:

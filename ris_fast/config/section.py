@@ -36,9 +36,17 @@ class ConfigError(ValueError):
 
 
 def option(
-    default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    compare: bool = True,
 ) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+    """A setting. Args: compare: whether sections that differ in it alone are different ones."""
+    rule = {"help": help, "choices": choices, "low": low, "high": high}
+    return field(default=default, compare=compare, metadata=rule)
 
 
 def typed(kind: str, value: Any, where: str) -> Any:

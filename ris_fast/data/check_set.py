@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ris_fast.config.schema import Task
+from ris_fast.config.schema import ConfigError, Task
 from ris_fast.data.arrays import COPY_AGAIN
 from ris_fast.data.data_path import PLAN
 from ris_fast.data.errors import DataError
@@ -56,7 +56,7 @@ def check_set(folder: Path, jobs: int, progress: Callable[[int, int], None] | No
             if (there / PLAN).is_file():
                 return _check_unfinished(there, jobs, progress)
     manifest = read_any_manifest(folder)
-    found = SetCheck()
+    found, unmade = SetCheck(), ""
     hashes = {split: [np.empty(0, np.uint64)] for split in SPLITS}
     work = [(split, entry) for split in SPLITS for entry in manifest["splits"][split]["shards"]]
     done, total = 0, sum(entry["scenes"] for _, entry in work)
@@ -71,13 +71,16 @@ def check_set(folder: Path, jobs: int, progress: Callable[[int, int], None] | No
                 progress(done, total)
     found.wrong += _check_splits(folder, manifest, {split: np.concatenate(each) for split, each in hashes.items()})
     if manifest["version"] == 1 and found.whole:
-        found.wrong += _simulated_again(folder, task, manifest)
+        try:
+            found.wrong += _simulated_again(folder, task, manifest)
+        except ConfigError as problem:  # its own codes or channel are not here, which reading it does not need
+            unmade = f"; no scene could be simulated again: {problem}"
     listed = {entry["file"] for _, entry in work}
     unknown = sorted(path for path in folder.glob("*.safetensors") if path.name not in listed)
     found.wrong += [f"{path}: the manifest does not list it. Remove it." for path in unknown]
     size = sum(entry["bytes"] for _, entry in work)
     found.summary = f"{total:,} scenes in {len(work)} shards, {size / 1e9:.2f} GB"
-    found.summary += "" if CHECKSUM in manifest else f"; {NO_CHECKSUM}"
+    found.summary += unmade + ("" if CHECKSUM in manifest else f"; {NO_CHECKSUM}")
     return found
 
 

@@ -114,6 +114,8 @@ def fit_array(task: RISArray, labels: Labels, *, every_size: bool = True) -> Fou
     Args: every_size: try every H V = N, not only the task's own and those exchanged.
     Cost: about a second on one core for 12 x 12 elements; 7 where no size fits.
     """
+    if not task.grid:
+        return None  # only grids are tried
     labels = labels[:256]
     clear = _Clear.of(labels)
     layout, start = _best_start(task, clear, every_size)

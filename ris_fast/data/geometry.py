@@ -22,7 +22,10 @@ CENTRED = (0.0, 0.0)
 
 
 def original_offset(array: RISArray) -> tuple[float, float]:
-    """How many elements along x and y the original's array is off-centre: it places element i at (i - N_H // 2) d."""
+    """How many elements along x and y the original's array is off-centre: it places element i at (i - N_H // 2) d.
+    Elements anywhere are where they are."""
+    if not array.grid:
+        return CENTRED
     return (-0.5 if array.horizontal % 2 == 0 else 0.0, -0.5 if array.vertical % 2 == 0 else 0.0)
 
 
@@ -109,7 +112,9 @@ def find_offset(
     array: RISArray, azimuth: Tensor, elevation: Tensor, range_m: Tensor, active: Tensor, covariance: Tensor
 ) -> tuple[float, float]:
     """Where the files' array sits, in spacings off the origin: the original's half element, nowhere, or where R itself
-    says, whichever explains the first scenes' R best."""
+    says, whichever explains the first scenes' R best. Elements anywhere are where they are."""
+    if not array.grid:
+        return CENTRED
 
     def misfit(offset: tuple[float, float]) -> float:
         few = [t[:FEW] for t in (azimuth, elevation, range_m, active)]

@@ -41,7 +41,7 @@ def read_manifest(path: Path, task: Task, only: Collection[str] | None = None, t
     """
     file, manifest = path / MANIFEST, read_any_manifest(path)
     there = asdict(Task()) | manifest["task"]  # a setting younger than the data has its default
-    asked = {key: value for key, value in asdict(task).items() if only is None or key in only}
+    asked = {key: value for key, value in task.identity().items() if only is None or key in only}
     if wrong := [key for key in asked if there.get(key) != asked[key]]:
         raise DataError(
             file,

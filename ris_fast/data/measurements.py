@@ -35,6 +35,7 @@ SAME_ARRAY = (  # settings of a task without which measurements of it mean somet
     "bs_antennas",
     "ris_horizontal",
     "ris_vertical",
+    "elements_hash",
     "snapshots",
     "wavelength_m",
     "spacing_wavelengths",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ris_fast.config.schema import Config
 from ris_fast.physics.random import SceneGenerator
-from ris_fast.physics.scenes import Scenes, simulate
+from ris_fast.physics.scenes import Scenes, check_physics, simulate
 
 
 class SimulatedSource:
@@ -22,7 +22,7 @@ class SimulatedSource:
     def __init__(self, config: Config, device: torch.device | str) -> None:
         self.task, self.data, self.seed = config.task, config.data, config.data.seed
         self.device = torch.device(device)
-        self.notes: list[str] = []
+        self.notes = check_physics(config.task, self.device)
 
     @property
     def index_device(self) -> torch.device:

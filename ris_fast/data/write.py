@@ -24,7 +24,7 @@ from ris_fast.data.splits import split_sizes
 from ris_fast.data.statistics import measure, merge
 from ris_fast.data.unfinished import completed, finish, keep, kept, unfinished, write_shard
 from ris_fast.physics.random import SPLITS, SceneGenerator
-from ris_fast.physics.scenes import Scenes, simulate
+from ris_fast.physics.scenes import Scenes, check_physics, simulate
 
 SHARD_SCENES = 4096
 CHUNK = 512  # scenes simulated at a time
@@ -69,6 +69,7 @@ def write_shards(
     """
     sizes = split_sizes(scenes) if isinstance(scenes, int) else dict(scenes)
     _check_request(sizes, shard_scenes, jobs)
+    check_physics(config.task, device)
     out = Path(os.path.realpath(out_dir))
     plan, total = _plan(config, sizes, shard_scenes), sum(sizes.values())
     if completed(out, plan):

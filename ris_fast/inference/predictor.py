@@ -62,7 +62,7 @@ class Predictor:
     @torch.no_grad()
     def says_count(self) -> bool:
         """Whether the network says how many sources there are: it is asked of one simulated scene."""
-        scene = simulate(self.task, 1, SceneGenerator(0, "test"))
+        scene = simulate(self.task.changed(codes_file="", channel=""), 1, SceneGenerator(0, "test"))
         given = Measured(scene.snapshots, scene.channel, scene.effective_channel, scene.codes, scene.snr_db)
         return self._answer(given.to(self.device), 0).count_logits is not None
 

@@ -55,7 +55,8 @@ def angle_map(
 
     Args: count, method, loading: as `locate` has them; shape: elevations, azimuths and ranges, these
             uniform in 1/range.
-    Cost: 8 E A W X C FLOPs for a Fresnel array, Y times that for a spherical wavefront, which has no factors.
+    Cost: 8 E A W X C FLOPs for a Fresnel grid, N / X times that for a spherical wavefront or elements anywhere, which
+        have no factors.
     Raises: TypeError or ValueError that names the argument.
     """
     pairs = check_factor("angle_map", factor[None] if isinstance(factor, Tensor) else factor, task)
@@ -71,7 +72,7 @@ def angle_map(
         )
     ]
     array, conjugate = RISArray.of(task), planar.conj().resolve_conj()
-    rows = _fresnel_rows if array.wavefront == "fresnel" else _any_rows
+    rows = _fresnel_rows if array.grid and array.wavefront == "fresnel" else _any_rows
     power, plane = zip(*(rows(array, conjugate, part, *axes[1:]).max(1) for part in axes[0].split(ROWS)))
     level = 1.0 / (1.0 - torch.cat(power)).clamp(SMALLEST_NULL, 1.0)
     return AngleMap(axes[1], axes[0], level, 1.0 / axes[2][torch.cat(plane)])
@@ -91,7 +92,7 @@ def _fresnel_rows(array: RISArray, columns: Tensor, elevation: Tensor, azimuth: 
 
 
 def _any_rows(array: RISArray, columns: Tensor, elevation: Tensor, azimuth: Tensor, near: Tensor) -> Tensor:
-    """The same for any wavefront, by the steering vectors themselves, one elevation after the other."""
+    """The same for any wavefront and any array, by the steering vectors themselves, one elevation after the other."""
     shape, rows = (len(near), len(azimuth)), []
     for each in elevation:
         u, v = direction_cosines(azimuth, each.expand_as(azimuth))

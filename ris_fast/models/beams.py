@@ -18,6 +18,10 @@ from ris_fast.models.constants import Constants
 from ris_fast.physics.array import RISArray
 
 RANGES = 2048  # at which a prior is averaged
+GRID_ONLY = (
+    "Elements from task.elements_file are in none: take model 'backprojection' or a network of your own, or leave the"
+    " file away."
+)
 
 
 class Beams(Constants):
@@ -70,27 +74,34 @@ class FieldPrior(Constants):
     """The covariance of a source's field before anything is measured, as its root: C = C_vertical (x) C_horizontal.
 
     Model: C_axis[i, j] = E exp(j k (s (p_i - p_j) - w (p_i^2 - p_j^2) / 2)), s uniform over the sines of the sector
-        and w = 1/r with r uniform over the ranges; unit diagonal. The two axes share r, which a product ignores. On
+        and w = 1/r with r uniform over the ranges; unit diagonal. The two axes share r, which a product ignores. Of
+        elements anywhere it is the same, entry by entry, and its root is dense. On
         2,000 scenes of RIS-12x12 the field that it helps to find has an NMSE of 0.585, shrunk to the mean; with the
         mean covariance as prior it would have 0.569, without a prior 0.623.
     """
 
     def __init__(self, task: Task) -> None:
         super().__init__()
-        for name, (place, end) in zip(("horizontal", "vertical"), _axes(task), strict=True):
-            root = torch.view_as_real(_root(_axis_covariance(place, end, task)))
+        across, down = (_axis_covariance(place, end, task) for place, end in _axes(task))
+        if not RISArray.of(task).grid:
+            across, down = torch.ones(1, 1, dtype=across.dtype), across * down
+        for name, covariance in (("horizontal", across), ("vertical", down)):
+            root = torch.view_as_real(_root(covariance))
             self.register_buffer(name, root.float().contiguous(), persistent=False)
 
     @property
     def root(self) -> tuple[Tensor, Tensor]:
-        """C^(1/2) of a column, (V, V, 2), and of a row, (H, H, 2): Hermitian, as `aperture_field` takes them."""
+        """C^(1/2) of a column, (V, V, 2), and of a row, (H, H, 2): Hermitian, as `aperture_field` takes them. (N, N, 2)
+        and (1, 1, 2) of elements anywhere."""
         return self.vertical, self.horizontal
 
 
 def _axes(task: Task) -> tuple[tuple[Tensor, float], tuple[Tensor, float]]:
-    """Positions of a row's elements in metres and the sine at the sector's edge; of a column's likewise."""
-    x, y = (each.double() for each in RISArray.of(task).positions())
-    row, column = x[: task.ris_horizontal], y[:: task.ris_horizontal]
+    """Positions of a row's elements in metres and the sine at the sector's edge; of a column's likewise. All x and all
+    y of elements anywhere."""
+    array = RISArray.of(task)
+    x, y = (each.double() for each in array.positions())
+    row, column = (x[: array.horizontal], y[:: array.horizontal]) if array.grid else (x, y)
     return (row, math.sin(math.radians(task.azimuth_deg))), (column, math.sin(math.radians(task.elevation_deg)))
 
 

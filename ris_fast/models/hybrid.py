@@ -18,7 +18,7 @@ from ris_fast.config.schema import ConfigError, Task
 from ris_fast.config.spelling import did_you_mean
 from ris_fast.kernels.field.op import aperture_field
 from ris_fast.kernels.scale import rescaled
-from ris_fast.models.beams import Beams, FieldPrior
+from ris_fast.models.beams import GRID_ONLY, Beams, FieldPrior
 from ris_fast.models.classical import Classical
 from ris_fast.models.convolution import Conv1d
 from ris_fast.models.hybrid_parts import AngleGrid, Block, CountHead, DiagonalMeans, PositionCode, factor_statistics
@@ -81,6 +81,8 @@ class Hybrid(nn.Module):
         inputs: str = "channel",
     ) -> None:
         super().__init__()
+        if task.elements_file:
+            raise ConfigError(f"hybrid: its beams are products over rows and columns of elements. {GRID_ONLY}")
         inputs = current_setting("model.options.inputs", inputs)
         _check({"width": width, "layers": layers, "heads": heads, "feedforward": feedforward}, grid, dropout, inputs)
         self.task, self.inputs = task, inputs

@@ -6,24 +6,28 @@ Legend: N elements, K sources. Lengths in metres, angles in radians.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-from ris_fast.config.schema import Task, section_of
+from ris_fast.config.own_physics import POSITIONS, read_positions, unchanged_file
+from ris_fast.config.schema import ConfigError, Task, section_of
 from ris_fast.kernels.values import readable
 from ris_fast.physics.real_complex import expi
 
 
 @dataclass(frozen=True)
 class RISArray:
-    """A centred planar array; element n = j * horizontal + i, horizontal index fastest.
+    """A planar array: a centred grid, element n = j * horizontal + i, horizontal index fastest; or elements anywhere.
 
     Args: horizontal, vertical: elements in a row and in a column; N is their product;
         wavelength_m, spacing_m: metres, above 0;
-        wavefront: "fresnel" or "spherical", the phase that `steering` gives a near-field source.
+        wavefront: "fresnel" or "spherical", the phase that `steering` gives a near-field source;
+        places: (x, y) of every element in metres. There is no grid then: horizontal, vertical and spacing_m mean
+            nothing. Angles and ranges are seen from x = y = 0.
     Raises: TypeError or ValueError naming the argument.
     """
 
@@ -32,6 +36,10 @@ class RISArray:
     wavelength_m: float = 0.3
     spacing_m: float = 0.15
     wavefront: str = "fresnel"
+    places: tuple[tuple[float, float], ...] = ()
+    _made: dict[tuple[str, torch.dtype], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         for name in ("horizontal", "vertical"):
@@ -53,14 +61,22 @@ class RISArray:
 
     @classmethod
     def of(cls, task: Task) -> RISArray:
-        """The array of a task. Raises: ConfigError where it is no `Task`."""
+        """The array of a task. Raises: ConfigError where it is no `Task`, and where its elements_file is missing,
+        changed or of no use."""
         section_of("RISArray.of", "task", task, Task)
+        if task.elements_file:
+            return _of_file(task)
         return cls(task.ris_horizontal, task.ris_vertical, task.wavelength_m, task.spacing_m, task.wavefront)
 
     @property
     def elements(self) -> int:
         """N, the number of elements."""
-        return self.horizontal * self.vertical
+        return len(self.places) or self.horizontal * self.vertical
+
+    @property
+    def grid(self) -> bool:
+        """Whether the elements are in rows and columns."""
+        return not self.places
 
     @property
     def wavenumber(self) -> float:
@@ -70,10 +86,61 @@ class RISArray:
     def positions(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        """x and y of the elements, (N,) each, in metres, the array centred on the origin."""
+        """x and y of the elements, (N,) each, in metres, a grid centred on the origin."""
+        if self.places:
+            key = (str(torch.device(device)), dtype)
+            if key not in self._made:
+                x_N, y_N = torch.tensor(self.places, dtype=torch.float64).T.contiguous().to(device, dtype)
+                self._made[key] = x_N, y_N
+            return self._made[key]
         x = (torch.arange(self.horizontal, device=device, dtype=dtype) - (self.horizontal - 1) / 2) * self.spacing_m
         y = (torch.arange(self.vertical, device=device, dtype=dtype) - (self.vertical - 1) / 2) * self.spacing_m
         return x.repeat(self.vertical), y.repeat_interleave(self.horizontal)
+
+    def shares(self) -> tuple[Tensor, Tensor]:
+        """x_N and y_N as shares of the aperture's width and height, float64; a grid of n columns is n spacings wide,
+        and so are n different x."""
+        if self.places:
+            x, y = (_share(each) for each in self.positions("cpu", torch.float64))
+            return x, y
+        i = torch.arange(self.horizontal, dtype=torch.float64) - (self.horizontal - 1) / 2
+        j = torch.arange(self.vertical, dtype=torch.float64) - (self.vertical - 1) / 2
+        return (i / self.horizontal).repeat(self.vertical), (j / self.vertical).repeat_interleave(self.horizontal)
+
+
+def _share(place: Tensor) -> Tensor:
+    width = float(place.max() - place.min())
+    if not width:
+        return torch.zeros_like(place)
+    different = 1 + int((place.sort()[0].diff() > 1e-6 * width).sum())
+    share = (place - (place.max() + place.min()) / 2) / (width * different / (different - 1))
+    return share.mul(2**32).round().div(2**32)  # a grid's own, whatever the rounding of its positions
+
+
+@lru_cache(maxsize=16)
+def _of_file(task: Task) -> RISArray:
+    """The array of a task that names a file of positions, once it is known to be the one that is meant."""
+    unchanged_file(POSITIONS, task.elements_file, task.elements_hash)
+    found = read_positions(task.elements_file)
+    if len(found) != task.ris_elements:
+        raise ConfigError(
+            f"{POSITIONS} = '{task.elements_file}' holds {len(found)} elements, and task.ris_elements is"
+            f" {task.ris_elements}. Leave task.ris_elements out."
+        )
+    far = float((found**2).sum(1).max() ** 0.5)
+    if far > task.range_max_m:
+        raise ConfigError(
+            f"{POSITIONS} = '{task.elements_file}' has an element {far:.4g} m from the origin, beyond the farthest"
+            f" source (task.range_max_m = {task.range_max_m:g}). Give metres, from the centre of the array."
+        )
+    return RISArray(
+        task.ris_horizontal,
+        task.ris_vertical,
+        task.wavelength_m,
+        task.spacing_m,
+        task.wavefront,
+        tuple((x, y) for x, y in found.tolist()),
+    )
 
 
 def direction_cosines(azimuth: Tensor, elevation: Tensor) -> tuple[Tensor, Tensor]:

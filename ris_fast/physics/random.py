@@ -6,17 +6,20 @@ Philox4x32-10, so train, validation and test can never share a scene.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from ris_fast.config.spelling import did_you_mean
 from ris_fast.kernels.philox.op import philox_normal, philox_uniform
 
 SPLITS = ("train", "val", "test")
 QUANTITIES = ("scene", "symbols", "channel", "noise", "phase_error", "channel_error")
 SURFACES = len(SPLITS) * 256  # the stream that no split has: surfaces are the same in all of them
+OWN_STREAMS = 2**31  # the upper half of all streams belongs to draws of the user's own
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class SceneGenerator:
 
     def stream(self, quantity: str) -> int:
         """Number of the stream of one of `QUANTITIES` in this split."""
+        if quantity not in QUANTITIES:
+            raise ValueError(f"SceneGenerator: there is no quantity {quantity!r}.{did_you_mean(quantity, QUANTITIES)}")
         return SPLITS.index(self.split) * 256 + QUANTITIES.index(quantity)
 
     def uniform(self, index: Tensor, quantity: str, count: int) -> Tensor:
@@ -52,6 +57,14 @@ class SceneGenerator:
     def normal(self, index: Tensor, quantity: str, count: int) -> Tensor:
         """(B,) int64 scene indices -> (B, count) float32 standard normal."""
         return philox_normal(index, self.seed, self.stream(quantity), count)
+
+
+class OwnGenerator(SceneGenerator):
+    """Draws for code of the user's own: a quantity has any name, and none of ours is drawn twice."""
+
+    def stream(self, quantity: str) -> int:
+        name = hashlib.sha256(f"{self.split}:{quantity}".encode()).digest()
+        return OWN_STREAMS + int.from_bytes(name[:4], "big") % OWN_STREAMS
 
 
 def surface_normal(surface: int, count: int, device: torch.device | str = "cpu") -> Tensor:

@@ -14,14 +14,16 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from ris_fast.config.own_physics import doubt_of_codes
 from ris_fast.config.schema import Task, section_of
 from ris_fast.kernels.scenes.op import make_scenes
 from ris_fast.kernels.values import readable
 from ris_fast.old_names import renamed_field
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.channel import FAR_RANGE_M, free_space_amplitude
-from ris_fast.physics.codes import dft_codes
+from ris_fast.physics.codes import dft_codes, own_codes
 from ris_fast.physics.miscalibration import estimated_channel, true_codes
+from ris_fast.physics.own_channel import check_channel, draw_channel
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.real_complex import power, to_pairs
 
@@ -100,7 +102,7 @@ renamed_field(Scenes, "collapsed", "effective_channel")
 
 @lru_cache(maxsize=16)
 def task_codes(task: Task, device: str) -> Tensor:
-    return dft_codes(task, device)
+    return own_codes(task, device) if task.codes_file else dft_codes(task, device)
 
 
 @lru_cache(maxsize=16)
@@ -110,13 +112,25 @@ def task_positions(task: Task, device: str) -> Tensor:
     return (positions_m / task.wavelength_m).float()
 
 
+def check_physics(task: Task, device: torch.device | str) -> list[str]:
+    """Notes on a task that scenes are to be made of, once its own array, codes and channel are known to be of use.
+
+    Raises: ConfigError, one line that says which is not, and why.
+    """
+    section_of("check_physics", "task", task, Task)
+    task_positions(task, str(device))
+    task_codes(task, str(device))
+    doubt = doubt_of_codes(task.codes_file) if task.codes_file else ""
+    return [*filter(None, [doubt]), *(check_channel(task, str(device)) if task.channel else ())]
+
+
 def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator, codes: Tensor | None = None) -> Scenes:
     """Scenes of a split, by number: the same scene whatever the batch, order or device.
 
     Model: H = sqrt(k/(k+1)) a_BS a_RIS^H + sqrt(1/(k+1)) W, W entries CN(0, 1/M), k the Rician factor, a_RIS from 100
-        m; y_l = H diag(c_l) x_l + n_l, x_l = sum_k g_k s_kl a_k; n white, its power set by the scene's SNR. A task may
-        add phase errors and an error of the channel estimate, see `miscalibration`: codes and channel are then those
-        that a receiver believes in.
+        m, or what the task's own `channel` draws; y_l = H diag(c_l) x_l + n_l, x_l = sum_k g_k s_kl a_k; n white, its
+        power set by the scene's SNR. A task may add phase errors and an error of the channel estimate, see
+        `miscalibration`: codes and channel are then those that a receiver believes in.
     Args: scenes: how many (0, 1, ...), or (B,) int64 indices; generator: seed, split and device;
         codes: (L, N, 2), or (B, L, N, 2) for a set a scene; the task's own if none are given.
     Returns: `Scenes` with every field but `effective_channel` and `covariance`.
@@ -141,6 +155,7 @@ def simulate(task: Task, scenes: int | Tensor, generator: SceneGenerator, codes:
         amplitude=amplitude,
         power=source_power,
         rician=draw["rician"],
+        channel=draw_channel(task, index, generator) if task.channel else None,
         snr_db=draw["snr_db"],
         spherical=task.wavefront == "spherical",
         **_places(task, draw),

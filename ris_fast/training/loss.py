@@ -15,6 +15,7 @@ from ris_fast.config.schema import ConfigError, Loss, Task, section_of
 from ris_fast.config.user_code import load_reference
 from ris_fast.kernels.cov_nmse.op import cov_nmse
 from ris_fast.models.prediction import Prediction
+from ris_fast.physics.array import RISArray
 from ris_fast.physics.least_squares import least_squares_factor
 from ris_fast.physics.real_complex import adjoint_matmul
 from ris_fast.physics.scenes import Scenes
@@ -67,7 +68,7 @@ class CovarianceLoss(nn.Module):
             slots, table = terms.assignments(task.max_sources)
             self.register_buffer("slots", slots, persistent=False)
             self.register_buffer("table", table, persistent=False)
-        self.register_buffer("ramp", terms.stencil(task.ris_horizontal, task.ris_vertical), persistent=False)
+        self.register_buffer("ramp", terms.stencil(*RISArray.of(task).shares()), persistent=False)
 
     def forward(self, prediction: Prediction, scenes: Scenes) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted total (0-d) and every enabled term before its weight (0-d each).

@@ -188,16 +188,15 @@ def subspace(gram_BQQ: Tensor, overlap_BKQ: Tensor, true_gram_BKK: Tensor) -> Te
     return _squares((gram_BQQ - inside) * over) / _squares(gram_BQQ * over).clamp_min(FLOOR)
 
 
-def stencil(horizontal: int, vertical: int) -> Tensor:
+def stencil(x_N: Tensor, y_N: Tensor) -> Tensor:
     """Phase ramps that tilt a steering vector by -1, 0, 1 quarter beamwidths in either axis: (N, 9, 2), centre first.
 
-    A beamwidth is the distance 1/(N_H d/lambda) in u to the first zero of the array's pattern, so the ramp depends on
-    the number of elements alone; a tilt in (u, v) keeps the curvature of the wavefront and with it the range.
+    Args: x, y of the elements as shares of the aperture (`RISArray.shares`). A beamwidth is the distance 1/(N_H
+    d/lambda) in u to the first zero of the array's pattern, which the width N_H d alone sets; a tilt in (u, v) keeps
+    the curvature of the wavefront and with it the range.
     """
-    x = (torch.arange(horizontal) - (horizontal - 1) / 2).repeat(vertical) / horizontal
-    y = (torch.arange(vertical) - (vertical - 1) / 2).repeat_interleave(horizontal) / vertical
     tilts = sorted(((p, q) for p in (-1, 0, 1) for q in (-1, 0, 1)), key=lambda tilt: tilt != (0, 0))
-    return expi(torch.stack([0.5 * math.pi * (p * x + q * y) for p, q in tilts], dim=-1))
+    return expi(torch.stack([0.5 * math.pi * (p * x_N + q * y_N) for p, q in tilts], dim=-1).float())
 
 
 def contrast(factor_BNQ: Tensor, steer_BNK: Tensor, ramp_NS: Tensor, active_BK: Tensor) -> Tensor:

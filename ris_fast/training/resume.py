@@ -6,7 +6,6 @@ import inspect
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +39,7 @@ MOMENTS = ("step.", "exp_avg.", "exp_avg_sq.")  # beginnings of their names amon
 def identity(config: Config, source: SceneSource) -> dict[str, Any]:
     """Settings without which a run's earlier scores and its scenes would not be its own: 'section.key' -> plain
     value."""
-    settings = {f"task.{key}": value for key, value in asdict(config.task).items()}
+    settings = {f"task.{key}": value for key, value in config.task.identity().items()}
     settings |= {
         "model.name": short_reference(config.model.name),
         **{f"model.options.{key}": value for key, value in config.model.options.items()},
@@ -247,7 +246,7 @@ def _known(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The identity in a manifest; of a run of the time when there was one seed, weights and scenes had that."""
     known = dict(manifest.get("identity") or {})
     known = {key: current_setting(key, value) for key, value in known.items()}
-    younger = {f"task.{key}": value for key, value in asdict(Task()).items()}  # settings that the run did not have yet
+    younger = {f"task.{key}": value for key, value in Task().identity().items()}  # which the run did not have yet
     return {"data.seed": known.get("training.seed"), **younger, **known}
 
 

@@ -350,3 +350,15 @@ def test_npz_source_notes_a_split_smaller_than_asked(tmp_path: Path, flat: bool)
     )
     told = [note for note in open_source(config, "cpu").notes if "data.train_scenes is 160 (flag)" in note]
     assert len(told) == 1 and "there are 40 train scenes" in told[0]
+
+
+def test_npz_with_elements_from_a_file_are_seen_from_where_it_puts_the_origin(tmp_path: Path) -> None:
+    """The original's off-centre grid as positions: the files' own angles, and R exactly the sum of their sources."""
+    x, y = (SMALL.spacing_m * (np.arange(n) - n // 2) for n in (SMALL.ris_horizontal, SMALL.ris_vertical))
+    np.save(tmp_path / "grid.npy", np.stack((np.tile(x, len(y)), np.repeat(y, len(x))), 1))
+    folder = write_folders(tmp_path / "npz")
+    scenes = all_scenes(open_npz(folder, SMALL.changed(elements_file=str(tmp_path / "grid.npy"))), "val")
+    with np.load(folder / "val" / "shard_000.npz") as stored:
+        assert np.array_equal(scenes.azimuth, stored["ptr"][:, : SMALL.max_sources])
+        dense = as_complex(stored["R"])
+    assert np.abs(outer(scenes.factor) - dense).max() < 1e-5 * np.abs(dense).max()

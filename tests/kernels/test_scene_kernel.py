@@ -44,7 +44,7 @@ def test_scene_kernel_at_every_simd_is_as_exact_as_eager(name: str, simd: str, m
             assert (fast - true).abs().max() <= 4 * (eager - true).abs().max()
 
 
-@pytest.mark.parametrize("name", ["standard", "moving", "spherical", "odd", "own-codes"])
+@pytest.mark.parametrize("name", ["standard", "moving", "spherical", "odd", "own-codes", "own-channel"])
 def test_scene_kernel_scene_has_its_own_bits(name: str) -> None:
     """Order, batch size and number of threads change nothing."""
     args = arguments(name)

@@ -46,7 +46,7 @@ def orthogonal_factor(columns: int) -> Tensor:
     return to_pairs(unitary * torch.linspace(0.1, 2.0, columns))
 
 
-RAMP = terms.stencil(ARRAY.horizontal, ARRAY.vertical)
+RAMP = terms.stencil(*ARRAY.shares())
 
 
 def subspace(factor: Tensor, steer: Tensor) -> Tensor:

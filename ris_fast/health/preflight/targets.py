@@ -218,7 +218,9 @@ def _no_rows(context: PreflightContext, split: str, rows: Tensor, labels: Labels
 
 def _made_of_sources(array: RISArray, labels: Labels) -> bool:
     """Whether the strongest source of the clearest R is a wave: a product of a row and a column over the array,
-    nearly."""
+    nearly. Not known of elements that are in no rows and columns."""
+    if not array.grid:
+        return False
     vector = torch.view_as_complex(leading_factor(labels.covariance, labels.active.shape[1]))
     strength = vector.abs().square().sum(1)
     clearest = (strength[:, 0] / strength.sum(1)).topk(min(CLEAREST, len(strength)))[1]
