@@ -373,8 +373,6 @@ def predict(
     )
 
 
-
-
 @app.command
 def gradcheck(*, device: BestDevice = "auto", no_interpreter: bool = False, json: bool = False) -> int:
     """Check value and gradient of every kernel in every backend of this machine; exit code 1 where one is wrong.
