@@ -26,6 +26,7 @@ from ris_fast import __version__, exit_codes
 from ris_fast.config.load import render_toml
 from ris_fast.config.schema import ConfigError
 from ris_fast.config.spelling import did_you_mean
+from ris_fast.config.user_code import short_reference
 from ris_fast.data.open_source import open_source
 from ris_fast.data.source import SceneSource
 from ris_fast.files import check_writable, replacing, save_tensors
@@ -35,6 +36,7 @@ from ris_fast.models import Prediction
 from ris_fast.physics.real_complex import to_pairs
 from ris_fast.physics.scenes import Scenes
 from ris_fast.streams import stage
+from ris_fast.training.resume import sources
 from ris_fast.training.step import network_inputs
 from ris_fast.training.validation import scene_nmse
 
@@ -166,7 +168,8 @@ def _about(opened: OpenedRun, form: str, outputs: tuple[str, ...], inputs: tuple
     return {
         "made_by": f"ris-fast {__version__} export",
         "format": form,
-        "model": config.model.name,
+        "model": short_reference(config.model.name),
+        "sources": sources(config),
         "options": dict(config.model.options),
         "checkpoint": opened.checkpoint,
         "weights": opened.kind,
