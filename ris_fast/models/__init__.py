@@ -8,16 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from ris_fast.config.schema import ConfigError, Task, section_of
+from ris_fast.config.schema import MODELS, ConfigError, Task, section_of
 from ris_fast.config.section import typed
 from ris_fast.config.spelling import did_you_mean
 from ris_fast.config.user_code import OBJECT, is_reference
 from ris_fast.models.prediction import Prediction
-
-MODELS = {
-    "backprojection": ("ris_fast.models.backprojection", "Backprojection"),
-    "hybrid": ("ris_fast.models.hybrid", "Hybrid"),
-}
 
 __all__ = ["MODELS", "Prediction", "build_model"]
 
@@ -46,8 +41,7 @@ def build_model(name: str, task: Task | None = None, **options: Any) -> nn.Modul
         return own_network(name, task, options)
     if not isinstance(name, str) or name not in MODELS:
         raise ConfigError(f"build_model: there is no model '{name}'.{did_you_mean(str(name), MODELS)}")
-    module, kind = MODELS[name]
-    model = getattr(import_module(module), kind)
+    model = getattr(import_module(f"ris_fast.models.{name}"), name.capitalize())
     known = {key: str(each.annotation) for key, each in inspect.signature(model).parameters.items() if key != "task"}
     for key, value in options.items():
         if key not in known:
