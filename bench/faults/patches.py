@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training import step
+from ris_fast.training import parts
 from ris_fast.training import trainer as loop
 from ris_fast.training.compiled_model import compiled
 from ris_fast.training.optim.fused_adamw import FusedAdamW
@@ -137,14 +138,14 @@ def optimizer_with(**options: Any) -> AbstractContextManager:
 
 def model_with(change: Callable[[nn.Module], Any]) -> AbstractContextManager:
     """Trainers are built with a network that went through `change` before the optimizer saw it."""
-    build = loop.build_model
+    build = parts.build_model
 
     def build_and_change(*args: Any, **options: Any) -> nn.Module:
         model = build(*args, **options)
         change(model)
         return model
 
-    return replaced(loop, "build_model", build_and_change)
+    return replaced(parts, "build_model", build_and_change)
 
 
 def layers(model: nn.Module) -> list[nn.Module]:

@@ -172,13 +172,17 @@ class Tuning:
 
     def trial(self, study: Any) -> None:
         """Chooses, trains and records one trial. Raises what ends the study: an interrupt, a full disk, wrong data."""
+        with ExitStack() as held:  # its folder, until it is recorded: another process takes a free one's trial for dead
+            self._trial(study, held)
+
+    def _trial(self, study: Any, held: ExitStack) -> None:
         from optuna.trial import TrialState
 
         trial, began = study.ask(), time.monotonic()
         state, value, ended, raised = TrialState.FAIL, None, "", None
         try:
             params = {key: each.suggest(trial) for key, each in self.space.items()}
-            value = self._train(trial, f"{study.study_name}-{trial.number:04d}", params)
+            value = self._train(trial, f"{study.study_name}-{trial.number:04d}", params, held)
             state, ended = (TrialState.PRUNED, "no finite validation") if value is None else (TrialState.COMPLETE, "")
         except TrialPruned as error:
             state, ended = TrialState.PRUNED, str(error)
@@ -204,9 +208,9 @@ class Tuning:
         if raised is not None:
             raise raised
 
-    def _train(self, trial: Any, name: str, params: Mapping[str, Any]) -> float | None:
-        """Trains a trial in its folder, where output.txt has what `ris-fast train` would have printed. Returns: its
-        best validation NMSE."""
+    def _train(self, trial: Any, name: str, params: Mapping[str, Any], lock: ExitStack) -> float | None:
+        """Trains a trial in its folder, which stays locked as long as `lock` is open, and where output.txt has what
+        `ris-fast train` would have printed. Returns: its best validation NMSE."""
         config, folder = self.settings(params, f"trial {trial.number}"), self.folder / name
         try:
             folder.mkdir()
@@ -214,8 +218,8 @@ class Tuning:
             raise StorageError(folder, FileExistsError(17, "it holds another trial")) from None
         except OSError as error:
             raise StorageError(folder, error) from error
+        lock.enter_context(run_lock(folder))
         with ExitStack() as held:
-            held.enter_context(run_lock(folder))
             trial.set_user_attr(FOLDER, str(folder.absolute()))
             text = held.enter_context(open(folder / OUTPUT, "w", encoding="utf-8", buffering=1))
             held.enter_context(redirect_stdout(text))

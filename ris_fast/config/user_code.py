@@ -60,6 +60,12 @@ def load_reference(
         sole: a file's name alone means the one object defined in it that this takes.
     Raises: ConfigError, one line: no such file, module or name; the import's own error with its place; another kind.
     """
+    if text.startswith(OBJECT):
+        raise ConfigError(
+            f"{setting} = '{text}': it was handed to Trainer as an object, which no command can make. Hand it over"
+            " again, with Trainer(...) or ris_fast.load(RUN, model=net); what is defined in a file has a name that commands"
+            " find."
+        )
     place, name = _parts(text)
     module = _imported(setting, text, place)
     defined = {k: each for k, each in vars(module).items() if getattr(each, "__module__", None) == module.__name__}
@@ -130,6 +136,11 @@ def _imported(setting: str, text: str, place: str) -> ModuleType:
         return _from_file(Path(os.path.abspath(os.path.expanduser(place)))) if _is_file(place) else _from_name(place)
     except _Missing as missing:
         raise ConfigError(f"{setting} = '{text}': {missing}") from None
+    except SystemExit as left:
+        raise ConfigError(
+            f"{setting} = '{text}' ends the program when it is imported{where_raised(left)}. Put what it does as a"
+            " script, its arguments too, below `if __name__ == '__main__':`."
+        ) from left
     except Exception as error:  # whatever their module raises
         at = where_raised(error)
         if isinstance(error, SyntaxError) and error.filename:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ris_fast.config.load import load_config, plain_settings
 from ris_fast.config.schema import Config, ConfigError
 from ris_fast.files import CHECKPOINTS, CONFIG
-from ris_fast.training.checkpoint import better_weights, checkpoint_of, load_weights, read_settings
+from ris_fast.training.checkpoint import CheckpointError, better_weights, checkpoint_of, load_weights, read_settings
 from ris_fast.training.parts import network_of
-from ris_fast.training.resume import changed_sources
+from ris_fast.training.resume import CHANGED, changed_sources
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,11 @@ class OpenedRun:
         Args: model: the network, of a run whose network was handed to `Trainer` as an object.
         """
         model = network_of(self.config, model)
-        load_weights(model, self.weights, str(self.folder))
+        try:
+            load_weights(model, self.weights, str(self.folder))
+        except CheckpointError as error:
+            changed = [note for note in self.notes if note.startswith(CHANGED)]
+            raise CheckpointError(". ".join((*changed, str(error)))) from error
         return model.eval()
 
     def nonfinite_weights(self) -> list[str]:

@@ -11,7 +11,7 @@ from torch import nn
 from ris_fast.config.schema import MODELS, ConfigError, Task, section_of
 from ris_fast.config.section import typed
 from ris_fast.config.spelling import did_you_mean
-from ris_fast.config.user_code import OBJECT, is_reference
+from ris_fast.config.user_code import is_reference
 from ris_fast.models.prediction import Prediction
 
 __all__ = ["MODELS", "Prediction", "build_model"]
@@ -29,12 +29,6 @@ def build_model(name: str, task: Task | None = None, **options: Any) -> nn.Modul
         must be; or what is wrong with a module of your own.
     """
     task = Task() if task is None else section_of("build_model", "task", task, Task)
-    if isinstance(name, str) and name.startswith(OBJECT):
-        raise ConfigError(
-            f"The network of this run was handed to Trainer as an object, {name.removeprefix(OBJECT)}, which no command"
-            " can make. Pass it, ris_fast.load(RUN, model=net); or set model.name = 'file.py:NAME' in the run's"
-            " config.toml."
-        )
     if isinstance(name, str) and is_reference(name):
         from ris_fast.models.own import own_network
 

@@ -21,6 +21,13 @@ from ris_fast.physics.real_complex import to_pairs
 
 WHAT = "a class derived from torch.nn.Module, or a function that makes one"
 SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+WRAPPED = {  # what others make of a module: what to do instead
+    "OptimizedModule": "Leave torch.compile(...) out; training.compile has it compiled",
+    "RecursiveScriptModule": "Leave torch.jit.script(...) out; training.compile has it compiled",
+    "TopLevelTracedModule": "Leave torch.jit.trace(...) out; training.compile has it compiled",
+    "DataParallel": "Leave it out; several GPUs are torchrun's, docs/ranks.md",
+    "DistributedDataParallel": "Leave it out; several GPUs are torchrun's, docs/ranks.md",
+}
 OPTIONAL = ("head_parameters", "classical")
 LOCATED = ("azimuth", "elevation", "range_m", "count_logits")
 
@@ -118,6 +125,8 @@ def adapted(net: Any, task: Task, who: str) -> Any:
         raise ConfigError(f"{who} is a {type(net).__name__}; expected a torch.nn.Module.")
     if type(net).__module__.startswith("ris_fast."):
         return net
+    if instead := next((todo for kind, todo in WRAPPED.items() if type(net).__name__ == kind), None):
+        raise ConfigError(f"{who} is a {type(net).__name__}; expected the module that is in it. {instead}.")
     _refuse_hidden(net, who)
     if lazy := [name for name, each in net.named_parameters() if isinstance(each, nn.UninitializedParameter)]:
         raise ConfigError(

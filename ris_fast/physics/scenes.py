@@ -77,6 +77,10 @@ class Scenes:
         """The same scenes on another device."""
         return self.apply(lambda value: value.to(device), codes=True)
 
+    def double(self) -> Scenes:
+        """The same scenes in float64, numbers of scenes and of sources left whole."""
+        return self.apply(lambda value: value.double() if value.is_floating_point() else value, codes=True)
+
     def with_own_codes(self) -> Scenes:
         """The same scenes with codes (B, L, N, 2); shared ones are repeated without a copy."""
         return replace(self, codes=self.codes.expand(self.batch, -1, -1, -1))

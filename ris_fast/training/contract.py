@@ -22,6 +22,7 @@ from ris_fast.data.source import SceneSource
 from ris_fast.models.classical import classical_estimate
 from ris_fast.models.own import OwnNetwork
 from ris_fast.models.prediction import Prediction
+from ris_fast.physics.real_complex import conj
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.footprint import is_memory
 from ris_fast.training.loss import CovarianceLoss
@@ -52,18 +53,36 @@ def check_contract(model: nn.Module, loss: CovarianceLoss, config: Config, sourc
 def _check_network(model: OwnNetwork, config: Config, scenes: Scenes) -> list[str]:
     _check_parameters(model)
     _check_signature(model)
+    names = [*model.state_dict()]
     with _buffers_kept(model):
         model.eval()
         prediction = _called(model, config, scenes)
         _check_values(model, config, scenes, prediction)
         _check_parts(model, config, scenes)
+        _called(model, config, scenes[:1])
         model.train()
         _called(model, config, scenes)
-    rank, sources = prediction.factor.shape[2], config.task.max_sources
-    if rank < sources:
+    if made := [name for name in model.state_dict() if name not in names]:
+        raise ConfigError(
+            f"{model.name}.forward makes {made[0]}: it comes too late for the optimizer, and a checkpoint that has it"
+            " fits no new network. Make layers in __init__."
+        )
+    return _columns(model.name, prediction.factor, config.task.max_sources)
+
+
+def _columns(name: str, factor: Tensor, sources: int) -> list[str]:
+    """What the number and the symmetry of a factor's columns say."""
+    if factor.shape[2] < sources:
         return [
-            f"{model.name} returns {rank} columns, so that R has rank {rank} at most, and scenes have up to {sources}"
-            " sources: more columns, 2 task.max_sources say, can say more"
+            f"{name} returns {factor.shape[2]} columns, so that R has rank {factor.shape[2]} at most, and scenes have"
+            f" up to {sources} sources: more columns, 2 task.max_sources say, can say more"
+        ]
+    adjoint = conj(factor).transpose(1, 2)
+    rounding = 1e-6 * float(factor.abs().max())
+    if factor.shape == adjoint.shape and torch.allclose(factor, adjoint, rtol=1e-3, atol=rounding):
+        return [
+            f"{name} returns a Hermitian matrix (N, N): if that is the covariance R itself, it is taken for the factor"
+            " F of R = F F^H. Return F, of a few columns"
         ]
     return []
 
@@ -83,6 +102,17 @@ def _check_parameters(model: OwnNetwork) -> None:
             f"{model.name}: parameter {wrong[0]} is {parameters[wrong[0]].dtype}; expected torch.float32. Leave"
             " .half(), .double() and complex parameters out (a complex weight is real pairs):"
             " training.precision chooses the arithmetic."
+        )
+    saved = model.state_dict()
+    if lost := [name for name in parameters if not isinstance(saved.get(name), Tensor)]:
+        raise ConfigError(
+            f"{model.name}.state_dict() has no tensor {lost[0]}: a checkpoint would lose it. Leave state_dict as torch"
+            " has it."
+        )
+    if odd := [name for name, value in saved.items() if not isinstance(value, Tensor)]:
+        raise ConfigError(
+            f"{model.name}.state_dict() has {odd[0]}, a {type(saved[odd[0]]).__name__}; a checkpoint holds tensors."
+            " Leave get_extra_state and the like out."
         )
     heads = model.head_parameters()
     own = {id(each) for each in parameters.values()}
@@ -138,6 +168,11 @@ def _called(model: OwnNetwork, config: Config, scenes: Scenes) -> Prediction:
 
 
 def _check_values(model: OwnNetwork, config: Config, scenes: Scenes, prediction: Prediction) -> None:
+    if not bool(prediction.factor.any()):
+        raise ConfigError(
+            f"{model.name} returns zeros for every scene, before any training: R = F F^H has no gradient there, so that"
+            " it never learns. Initialise the last layer with small numbers in place of zeros, and end without a ReLU."
+        )
     for name, value in prediction._asdict().items():
         if value is None or bool(value.isfinite().all()):
             continue
@@ -145,8 +180,7 @@ def _check_values(model: OwnNetwork, config: Config, scenes: Scenes, prediction:
         raise ConfigError(
             f"{model.name} returned a {name} that is not finite ({float((~value.isfinite()).float().mean()):.0%} of its"
             f" numbers) for {len(scenes.snr_db)} finite scenes, before any training{part}. Look for a division by zero,"
-            " a logarithm or a root there; snapshots are of the order of"
-            f" {float(scenes.snapshots.square().mean().sqrt()):.1g}."
+            " a logarithm or a root of a negative number there."
         )
 
 
@@ -155,9 +189,10 @@ def _first_not_finite(model: OwnNetwork, config: Config, scenes: Scenes) -> str:
 
     def look(name: str) -> Any:
         def hook(module: nn.Module, given: Any, answer: Any) -> None:
-            tensors = [each for each in (answer if isinstance(answer, (tuple, list)) else (answer,))]
-            if any(isinstance(each, Tensor) and not bool(each.isfinite().all()) for each in tensors):
-                found.append(name)
+            if not _all_finite(given):
+                found.append(f"; already in the input of its part '{name}'")
+            elif not _all_finite(answer):
+                found.append(f"; first in its part '{name}'")
 
         return hook
 
@@ -167,7 +202,12 @@ def _first_not_finite(model: OwnNetwork, config: Config, scenes: Scenes) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return f"; first in its part '{found[0]}'" if found else ""
+    return found[0] if found else ""
+
+
+def _all_finite(values: Any) -> bool:
+    tensors = values if isinstance(values, (tuple, list)) else (values,)
+    return all(bool(each.isfinite().all()) for each in tensors if isinstance(each, Tensor))
 
 
 def _check_parts(model: OwnNetwork, config: Config, scenes: Scenes) -> None:
@@ -222,6 +262,12 @@ def _check_term(loss: CovarianceLoss, model: nn.Module, config: Config, scenes: 
         )
     if not bool(value.isfinite().all()):
         raise ConfigError(f"loss.own {name} is not finite for finite predictions and scenes: {value.tolist()}.")
+    wide = loss.own(leaves.apply(Tensor.double), scenes.double())
+    if wide.dtype != torch.float64:
+        raise ConfigError(
+            f"loss.own {name} returns {wide.dtype} for a prediction in float64, in which its gradient is checked. Leave"
+            " .float() and dtype=torch.float32 out."
+        )
     if not value.requires_grad:
         raise ConfigError(
             f"loss.own {name} does not depend on the prediction through autograd, so it would train nothing. Compute it"

@@ -57,6 +57,7 @@ def step_flops(config: Config, scenes: Scenes, model: nn.Module | None = None) -
 
     own = isinstance(model, OwnNetwork)
     model = with_torch_layers(deepcopy(model)) if own else plain_network(config, scenes.snapshots.device)
+    model.eval()  # one scene has no batch statistics
     with FlopCounterMode(display=False) as counter:
         prediction = model(*network_inputs(scenes))
         sum(each.float().square().sum() for each in prediction if each is not None).backward()

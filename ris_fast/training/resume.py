@@ -33,6 +33,7 @@ from ris_fast.training.ranks.group import ALONE, Ranks
 from ris_fast.training.schedule import Plan
 from ris_fast.training.state import EpochMeters, RunState, trainable
 
+CHANGED = "the source of "  # beginning of a note
 MOMENTS = ("step.", "exp_avg.", "exp_avg_sq.")  # beginnings of their names among the optimizer's tensors
 
 
@@ -95,7 +96,7 @@ def changed_sources(manifest: Mapping[str, Any], config: Config) -> list[str]:
     """What a person should know of code of the user's own that is another one than the checkpoint was trained with."""
     before = manifest.get("sources", {})
     return [
-        f"the source of {key} = '{short_reference(getattr(getattr(config, section), name))}' has changed since the"
+        f"{CHANGED}{key} = '{short_reference(getattr(getattr(config, section), name))}' has changed since the"
         " checkpoint was written: its weights may mean something else in it"
         for key, now in sources(config).items()
         if before.get(key, now) != now

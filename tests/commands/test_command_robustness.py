@@ -176,7 +176,7 @@ def test_messages_name_existing_commands_and_flags() -> None:
     seen = 0
     for where, text in texts().items():
         for name, rest in re.findall(r"ris-fast ([a-z]+(?:-[a-z]+)*)((?: (?:--?[\w-]+|[A-Z]+|\S+\.toml))*)", text):
-            if name in ("and", "with", "scenes"):  # of a sentence or of the format, not commands
+            if name in ("and", "is", "with", "scenes"):  # of a sentence or of the format, not commands
                 continue
             assert name in commands, f"{where}: ris-fast {name}"
             wrong = set(re.findall(r"--[\w-]+", rest)) - flags[name] - {"--help"}

@@ -19,7 +19,7 @@ from ris_fast.data.open_source import open_source
 from ris_fast.health.preflight import truth
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.models import Prediction
-from ris_fast.training import trainer as loop
+from ris_fast.training import parts
 from ris_fast.training.trainer import Trainer
 from ris_fast.training.validation import scene_nmse
 from tests.data.make_npz import SMALL, original_arrays, write_folders, write_npz
@@ -100,7 +100,7 @@ def test_trainer_refuses_unserved_terms_before_building(
     def build(*_: object, **__: object) -> None:
         raise AssertionError("a network was built")
 
-    monkeypatch.setattr(loop, "build_model", build)
+    monkeypatch.setattr(parts, "build_model", build)
     asked = (
         ["model.options.inputs=effective_channel", "loss.beta=0.1"]
         if "drop" in options

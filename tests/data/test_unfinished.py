@@ -119,7 +119,7 @@ def test_errors_of_other_processes_arrive_whole() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_outlives_the_command(tmp_path: Path, ending: signal.Signals) -> None:
-    command = [sys.executable, "-m", "ris_fast", "simulate", "--out", "set", "--scenes", "200000", "--jobs", "2"]
+    command = [sys.executable, "-m", "ris_fast", "simulate", "--out", "set", "--scenes", "2000000", "--jobs", "2"]
     run = subprocess.Popen(
         [*command, *settings(*SMALL_TASK)], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -107,7 +107,7 @@ def test_an_object_trains_as_the_same_network_by_name(tmp_path: Path) -> None:
 def test_a_run_of_an_object_is_loaded_into_one(tmp_path: Path) -> None:
     trainer = Trainer(config(), tmp_path, model=broken_networks.Right(config().task))
     trainer.fit()
-    with pytest.raises(ConfigError, match=r"handed to Trainer as an object, Right.*load\(RUN, model=net\)"):
+    with pytest.raises(ConfigError, match=r"object:Right.*handed to Trainer.*load\(RUN, model=net\)"):
         load(tmp_path)
     found = load(tmp_path, model=broken_networks.Right(config().task))
     scenes = trainer.source.batch("test", torch.arange(3))

@@ -22,7 +22,7 @@ from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, StoppedVa
 from ris_fast.health.preflight.finite_difference import Along, Gap, gap_of, pooled
 from ris_fast.health.preflight.measures import listed, rms
 from ris_fast.health.preflight.probe import PreflightContext
-from ris_fast.health.preflight.terms import ASIDE, direction_of, doubled, leaf, moved, sizes_of
+from ris_fast.health.preflight.terms import ASIDE, direction_of, leaf, moved, sizes_of
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 
@@ -46,6 +46,9 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
             return
         gaps = parts(context)
         errors = {name: error for name, gap in gaps.items() if (error := pooled([gap])) > DISAGREES}
+        if errors:  # outputs with a freedom of their own, such as the phases of singular vectors, may jump
+            whole = parts(context, by_loss=True)
+            errors = {name: error for name, error in errors.items() if pooled([whole[name]]) > DISAGREES}
         if not errors:
             return
         exits = Exits()
@@ -82,7 +85,7 @@ def loss_inputs(context: PreflightContext) -> dict[str, float]:
     The loss is asked with gradients on, as in training: one that differs without them is another mistake.
     """
     guess = context.guess.apply(Tensor.double)
-    guess, scenes = moved(guess, direction_of(guess, 19), ASIDE), doubled(context.scenes)
+    guess, scenes = moved(guess, direction_of(guess, 19), ASIDE), context.scenes.double()
     narrow_slopes, errors = _slopes(context, guess.apply(Tensor.float), context.scenes), {}
     for name, gradient in _slopes(context, guess, scenes).items():
         narrow = narrow_slopes.get(name)
@@ -134,11 +137,12 @@ def _loss_error(context: PreflightContext, guess: Prediction, scenes: Scenes, na
 # ------------------------------------------------------------------------------------------------------
 
 
-def parts(context: PreflightContext, held: StoppedValues | None = None) -> dict[str, Gap]:
+def parts(context: PreflightContext, held: StoppedValues | None = None, *, by_loss: bool = False) -> dict[str, Gap]:
     """How far the derivative along random directions of each child of the network is off, and how large it is.
 
     Model: s(w) = sum_k <c_k, out_k(w)>, c_k the loss's gradient at output k for the weights as they are. There s has
-        the loss's gradient. Args: held: what leaves the graph stays as it is while weights move.
+        the loss's gradient. Args: held: what leaves the graph stays as it is while weights move; by_loss: of the loss
+        itself, whose rounding is larger and is not allowed for: an agreement is one.
     """
     live = context.trainable
     total, _, prediction = context.run(context.scenes[:FEW])
@@ -163,7 +167,8 @@ def parts(context: PreflightContext, held: StoppedValues | None = None) -> dict[
         for name, gradient in zip(live, found)
         if gradient is not None and bool(gradient.isfinite().all())
     }
-    projected, generator = ProjectedOutputs(context, cotangents, held), torch.Generator().manual_seed(7)
+    kind, generator = LossItself if by_loss else ProjectedOutputs, torch.Generator().manual_seed(7)
+    projected = kind(context, cotangents, held)
     members: dict[str, list[str]] = {}
     for name in gradients:
         members.setdefault(name.partition(".")[0], []).append(name)
@@ -175,6 +180,8 @@ def parts(context: PreflightContext, held: StoppedValues | None = None) -> dict[
 
 class ProjectedOutputs:
     """The network's outputs around the weights as they are, each times the loss's gradient at it."""
+
+    noise = NOISE
 
     def __init__(self, context: PreflightContext, cotangents: dict[str, Tensor], held: StoppedValues | None) -> None:
         self.context, self.cotangents, self.held = context, cotangents, held
@@ -208,8 +215,24 @@ class ProjectedOutputs:
         return (
             float(sum((g * d).sum() for g, d in zip(gradients, directions))),
             lambda step: float(sum(way.sum() for way in gone(step))) if step else 0.0,
-            NOISE * math.sqrt(size),
+            self.noise * math.sqrt(size),
         )
+
+
+class LossItself(ProjectedOutputs):
+    """The loss in the place of the outputs."""
+
+    noise = 0.0
+
+    def __init__(self, context: PreflightContext, cotangents: dict[str, Tensor], held: StoppedValues | None) -> None:
+        self.scenes = context.scenes[:FEW].double()
+        super().__init__(context, {"loss": torch.ones((), dtype=torch.float64)}, held)
+
+    def _outputs(self) -> list[Tensor]:
+        torch.manual_seed(0)
+        prediction = self.context.step.predict(self.context.scenes[:FEW])
+        with torch.no_grad():
+            return [self.context.loss(prediction.apply(Tensor.double), self.scenes)[0].double()]
 
 
 def _part_gap(

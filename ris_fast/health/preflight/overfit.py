@@ -32,7 +32,9 @@ def overfit_batch(context: PreflightContext) -> Iterator[Finding]:
             break
     context.reached = score < GOAL
     context.note = f"NMSE of {context.scenes.batch} scenes {start:.3f} -> {score:.3f} in {taken} steps" + (
-        "" if score < GOAL else f"; the goal of {GOAL:g} in {STEPS} was not reached"
+        ""
+        if score < GOAL
+        else f"; the goal of {GOAL:g} was not reached in {'the time for it' if taken < STEPS else f'{STEPS} steps'}"
     )
     if not score < start:
         yield from _reason(context, start, score)

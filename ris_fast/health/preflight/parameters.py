@@ -7,12 +7,14 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ris_fast.config.spelling import words
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import graph_of
 from ris_fast.health.preflight.measures import listed
 from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.models.own import OwnNetwork
 
 STANDARD = (nn.Linear, nn.modules.conv._ConvNd, nn.LayerNorm, nn.Embedding, nn.RMSNorm)
 
@@ -68,7 +70,11 @@ def tied(context: PreflightContext) -> Iterator[Finding]:
         by_address.setdefault(parameter.data_ptr() if parameter.numel() else id(parameter), []).append(name)
     shared = [names for names in by_address.values() if len(names) > 1]
     if shared:
-        yield Finding("tied_parameters", f"{len(shared)} tensors have more than one name: {' = '.join(shared[0])}.")
+        yield Finding(
+            "tied_parameters",
+            f"{len(shared)} tensors have more than one name: {' = '.join(shared[0])}.",
+            certain=not isinstance(context.model, OwnNetwork),  # theirs may share on purpose
+        )
 
 
 def unregistered(context: PreflightContext) -> Iterator[Finding]:
@@ -76,18 +82,27 @@ def unregistered(context: PreflightContext) -> Iterator[Finding]:
     plain = [
         f"{name}.weight"
         for name, module in context.model.named_modules()
-        if isinstance(module, STANDARD) and "weight" not in module._parameters
+        if isinstance(module, STANDARD) and "weight" not in module._parameters and not _made_of_others(module)
     ]
     if plain:
         yield Finding("unregistered_parameters", f"{listed(plain)} is a buffer or a plain attribute, not a parameter.")
     own = {id(parameter) for parameter in context.parameters.values()}
-    strangers = [leaf for key, leaf in eager_leaves(context).items() if key not in own]
+    found = eager_leaves(context)  # held, so that no other tensor gets the identity of one of them
+    strangers = [leaf for key, leaf in found.items() if key not in own]
+    if strangers and not any(isinstance(leaf, nn.Parameter) for leaf in strangers):
+        again = eager_leaves(context)  # an activation is a new one in each call, a weight is the same
+        strangers = [leaf for leaf in strangers if id(leaf) in again]
     if strangers:
         yield Finding(
             "unregistered_parameters",
             f"the loss reaches {len(strangers)} tensors that are parameters of no module "
             f"of the network, the first of shape {tuple(strangers[0].shape)}.",
         )
+
+
+def _made_of_others(module: nn.Module) -> bool:
+    """Whether its weight is computed from parameters: by torch's parametrizations, or its older weight_norm."""
+    return is_parametrized(module, "weight") or any(name.startswith("weight_") for name in module._parameters)
 
 
 def eager_leaves(context: PreflightContext) -> dict[int, torch.Tensor]:

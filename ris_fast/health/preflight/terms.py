@@ -6,7 +6,6 @@ Legend: B batch, N RIS elements, Q factor columns.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ def each_term(context: PreflightContext) -> Iterator[Finding]:
 
 def term_errors(context: PreflightContext) -> dict[str, float]:
     """Name of each term that has a gradient -> relative error of its derivative along one random direction."""
-    scenes = doubled(context.scenes[:FEW])
+    scenes = context.scenes[:FEW].double()
     with torch.no_grad():
         guess = context.run(context.scenes[:FEW])[2]
     guess = guess.apply(torch.Tensor.double)
@@ -54,16 +53,6 @@ def term_errors(context: PreflightContext) -> dict[str, float]:
         name: min(_error(context, scenes, guess, direction, name, slope, step) for step in STEPS)
         for name, slope in slopes.items()
     }
-
-
-def doubled(scenes: Scenes) -> Scenes:
-    """The same scenes in float64, numbers of scenes and of sources left whole."""
-    wide = {
-        field.name: value.double()
-        for field in fields(scenes)
-        if isinstance(value := getattr(scenes, field.name), Tensor) and value.is_floating_point()
-    }
-    return replace(scenes, **wide)
 
 
 def leaf(value: Tensor) -> Tensor:
