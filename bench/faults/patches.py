@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
-from ris_fast.training import step
-from ris_fast.training import parts
-from ris_fast.training import trainer as loop
+from ris_fast.training import parts, step
 from ris_fast.training.compiled_model import compiled
 from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.training.trainer import Trainer

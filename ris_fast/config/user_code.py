@@ -63,8 +63,7 @@ def load_reference(
     if text.startswith(OBJECT):
         raise ConfigError(
             f"{setting} = '{text}': it was handed to Trainer as an object, which no command can make. Hand it over"
-            " again, with Trainer(...) or ris_fast.load(RUN, model=net); what is defined in a file has a name that commands"
-            " find."
+            " again, with Trainer(...) or ris_fast.load(RUN, model=net); what a file defines has a name that commands find."
         )
     place, name = _parts(text)
     module = _imported(setting, text, place)
@@ -116,8 +115,8 @@ def first_line(error: BaseException) -> str:
 
 def _is_users(filename: str) -> bool:
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    libraries = f"{os.sep}site-packages{os.sep}", f"{os.sep}importlib{os.sep}", "<frozen"
-    return not filename.startswith(package) and not any(each in filename for each in libraries)
+    libraries = package, os.path.dirname(os.__file__), "<frozen"
+    return not filename.startswith(libraries) and f"{os.sep}site-packages{os.sep}" not in filename
 
 
 def _parts(text: str) -> tuple[str, str]:

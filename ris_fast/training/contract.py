@@ -44,13 +44,15 @@ def check_contract(model: nn.Module, loss: CovarianceLoss, config: Config, sourc
     scenes = source.batch("train", torch.arange(min(SCENES, source.size("train")), device=source.index_device))
     with torch.random.fork_rng([source.device] if torch.device(source.device).type == "cuda" else []):
         torch.manual_seed(0)
-        notes = _check_network(model, config, scenes) if own else []
+        alone = source.size("train") % config.training.batch_size == 1
+        notes = _check_network(model, config, scenes, alone) if own else []
         if loss.own is not None:
             _check_term(loss, model, config, scenes)
     return notes
 
 
-def _check_network(model: OwnNetwork, config: Config, scenes: Scenes) -> list[str]:
+def _check_network(model: OwnNetwork, config: Config, scenes: Scenes, alone: bool) -> list[str]:
+    """Args: alone: whether the last scene of an epoch is a micro-batch by itself."""
     _check_parameters(model)
     _check_signature(model)
     names = [*model.state_dict()]
@@ -62,12 +64,14 @@ def _check_network(model: OwnNetwork, config: Config, scenes: Scenes) -> list[st
         _called(model, config, scenes[:1])
         model.train()
         _called(model, config, scenes)
+        if alone:
+            _called(model, config, scenes[:1])
     if made := [name for name in model.state_dict() if name not in names]:
         raise ConfigError(
             f"{model.name}.forward makes {made[0]}: it comes too late for the optimizer, and a checkpoint that has it"
             " fits no new network. Make layers in __init__."
         )
-    return _columns(model.name, prediction.factor, config.task.max_sources)
+    return _columns(model.name, prediction.factor.detach(), config.task.max_sources)
 
 
 def _columns(name: str, factor: Tensor, sources: int) -> list[str]:
@@ -144,8 +148,9 @@ def _called(model: OwnNetwork, config: Config, scenes: Scenes) -> Prediction:
     try:
         with autocast(scenes.snapshots.device, config.training.precision if low else "fp32"):
             prediction = model(*inputs)
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        lone = " These were the scenes of a batch of one, which evaluate and predict may have." * (scenes.batch == 1)
+        raise ConfigError(f"{error}{lone}") from None
     except Exception as error:  # whatever their forward raises
         if is_memory(error):
             raise

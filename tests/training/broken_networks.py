@@ -220,3 +220,108 @@ def no_network(task):
 
 def factory(task, width: int = 8):
     return Right(task, width)
+
+
+class LateLayer(Right):
+    def forward(self, *inputs):
+        if not hasattr(self, "late"):
+            self.late = nn.Linear(2, 2)
+        return self.late(super().forward(*inputs))
+
+
+class StateLost(Right):
+    def state_dict(self, *args, **kwargs):
+        return {}
+
+
+class ExtraState(Right):
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+class Zeros(Right):
+    def __init__(self, task):
+        super().__init__(task)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+
+class Squeezed(Right):
+    def forward(self, *inputs):
+        return super().forward(*inputs).squeeze(0)
+
+
+class NotFiniteBefore(Right):
+    def forward(self, snapshots, channel, codes, snr_db):
+        return super().forward(snapshots * (snr_db - 100.0).sqrt()[:, None, None, None], channel, codes, snr_db)
+
+
+class NeedsTwo(Right):
+    """Batch normalisation over a dimension that one scene alone does not fill."""
+
+    def __init__(self, task):
+        super().__init__(task)
+        self.norm = nn.BatchNorm1d(8, track_running_stats=False)
+
+    def forward(self, snapshots, channel, codes, snr_db):
+        return self.out(self.norm(self.hidden(snapshots.flatten(1)))).unflatten(1, self.shape)
+
+
+def compiled(task):
+    return torch.compile(Right(task))
+
+
+def parallel(task):
+    return nn.DataParallel(Right(task))
+
+
+# ---- unusual, and right ----------------------------------------------------------------------------------------------
+
+
+class Covariance(Right):
+    """Returns R in the place of F, which no shape can tell."""
+
+    def forward(self, *inputs):
+        factor = torch.view_as_complex(super().forward(*inputs))
+        return factor @ factor.mH
+
+
+class Tied(Right):
+    def __init__(self, task):
+        super().__init__(task)
+        self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.third.weight = self.second.weight
+
+    def forward(self, snapshots, channel, codes, snr_db):
+        x = snapshots.flatten(1)
+        x = torch.tanh(self.hidden(x / x.norm(dim=1, keepdim=True)))
+        return self.out(self.third(torch.tanh(self.second(x)))).unflatten(1, self.shape)
+
+
+class Parametrized(Right):
+    def __init__(self, task):
+        super().__init__(task)
+        nn.utils.parametrizations.weight_norm(self.hidden)
+        nn.utils.parametrizations.spectral_norm(self.out)
+
+
+class Singular(Right):
+    """Columns made of singular vectors, whose phases are free: they may jump, and R does not."""
+
+    def forward(self, *inputs):
+        u, s, _ = torch.linalg.svd(torch.view_as_complex(super().forward(*inputs)), full_matrices=False)
+        return u * s[:, None]
+
+
+class InputGradient(Right):
+    def forward(self, snapshots, *others):
+        return super().forward((snapshots * 1.0).requires_grad_(), *others)
+
+
+class NeverUpdated(Normalised):
+    def __init__(self, task):
+        super().__init__(task)
+        self.norm.momentum = 0.0

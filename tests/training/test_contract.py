@@ -11,9 +11,14 @@ from torch import Tensor, nn
 
 from ris_fast import Callback, CovarianceLoss, Scenes, Trainer, build_model, load_config
 from ris_fast.config.schema import Config, ConfigError
+from ris_fast.health.preflight import derivative, network, parameters
+from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.restore import preserve_state
 from ris_fast.inference.predictor import load
 from ris_fast.models import Prediction
+from ris_fast.training.checkpoint import CheckpointError
 from ris_fast.training.loss import own_term
+from ris_fast.training.mfu import step_flops
 from ris_fast.training.step import network_inputs
 from tests.command_line import SMALL_TASK
 from tests.training import broken_networks
@@ -59,6 +64,15 @@ BREACHES = {
     "LearnedFeatures": "features holds parameters",
     "StrayHeads": r"head_parameters\(\) must return a list of its own parameters",
     "WrongClassical": r"classical\(features\) raised or returned what is no estimate",
+    "LateLayer": "forward makes late.weight: it comes too late .* Make layers in __init__",
+    "StateLost": r"state_dict\(\) has no tensor hidden.weight",
+    "ExtraState": r"state_dict\(\) has _extra_state, a dict; a checkpoint holds tensors",
+    "Zeros": "returns zeros for every scene, before any training",
+    "Squeezed": r"returned a factor \(16, 2, 2\).* a batch of one",
+    "NotFiniteBefore": "not finite .* already in the input of its part 'hidden'",
+    "NeedsTwo": r"forward raised ValueError: Expected more than 1 value.*snapshots \(1, 4, 4, 2\)",
+    "compiled": "is a OptimizedModule; .* Leave torch.compile",
+    "parallel": "is a DataParallel; .* torchrun",
     "no_network": "is a int; expected a torch.nn.Module",
     "Rihgt": "has no 'Rihgt'. Did you mean 'Right'",
 }
@@ -132,6 +146,54 @@ def test_few_columns_are_noted() -> None:
     assert any("R has rank 2 at most" in note for note in Trainer(config("Right")).notes)
 
 
+def test_a_covariance_in_the_place_of_its_factor_is_noted() -> None:
+    assert any("returns a Hermitian matrix (N, N)" in note for note in Trainer(config("Covariance")).notes)
+
+
+def test_an_epoch_that_ends_with_one_scene_is_tried_as_one() -> None:
+    Trainer(config("Normalised"))
+    with pytest.raises(ConfigError, match="Expected more than 1 value per channel when training"):
+        Trainer(config("Normalised", "data.train_scenes=33"))
+
+
+def test_a_changed_source_is_named_where_the_weights_do_not_fit(tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(FILE.read_text())
+    Trainer(load_config(overrides=[*SMALL, f'model.name="{file}:Right"']), tmp_path / "run").fit()
+    file.write_text(FILE.read_text().replace("self.hidden", "self.body"))
+    with pytest.raises(CheckpointError, match="the source of model.name = 'net.py:Right' has changed.*body.weight"):
+        load(tmp_path / "run")
+
+
+def test_a_file_that_ends_the_program_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("import sys\nsys.exit(3)\n")
+    with pytest.raises(ConfigError, match=r"ends the program when it is imported \(net.py, line 2\)"):
+        build_model(f"{tmp_path}/net.py:Net")
+
+
+# ---- unusual and right: no check is certain of a mistake -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Tied", "Parametrized", "Singular", "InputGradient", "Normalised"])
+def test_no_check_is_certain_about_a_network_that_is_right(name: str) -> None:
+    context = PreflightContext(Trainer(config(name, "task.max_sources=2")))
+    for check in (parameters.tied, parameters.unregistered, network.randomness, derivative.right_derivative):
+        with preserve_state(context.trainer):
+            assert not [each for each in check(context) if each.certain], check.__name__
+
+
+def test_running_statistics_that_stay_behind_are_named() -> None:
+    context = PreflightContext(Trainer(config("NeverUpdated", "task.max_sources=2")))
+    with preserve_state(context.trainer):
+        assert [each.cause for each in network.randomness(context)] == ["batchnorm_statistics"]
+
+
+def test_mfu_of_batch_normalisation_is_measured_on_one_scene() -> None:
+    trainer = Trainer(config("Normalised"))
+    scenes = trainer.source.batch("val", torch.arange(1))
+    assert step_flops(trainer.config, scenes, trainer.model) > 0 and trainer.model.training
+
+
 def test_a_changed_source_is_noted_and_the_weights_still_open(tmp_path: Path) -> None:
     file = tmp_path / "net.py"
     file.write_text(FILE.read_text())
@@ -193,6 +255,7 @@ TERMS = {
     "does not depend on the prediction": lambda prediction, scenes: scenes.snr_db,
     "is not finite": lambda prediction, scenes: (prediction.factor * torch.nan).mean(),
     "raised KeyError": lambda prediction, scenes: {}["missing"],
+    "returns torch.float32 for a prediction in float64": lambda p, s: p.factor.float().square().mean(),
 }
 
 
