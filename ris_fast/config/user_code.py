@@ -63,7 +63,7 @@ def load_reference(
     if text.startswith(OBJECT):
         raise ConfigError(
             f"{setting} = '{text}': it was handed to Trainer as an object, which no command can make. Hand it over"
-            " again, with Trainer(...) or ris_fast.load(RUN, model=net); what a file defines has a name that commands find."
+            " again, Trainer(...) or ris_fast.load(RUN, model=net); what a file defines has a name that commands find."
         )
     place, name = _parts(text)
     module = _imported(setting, text, place)
