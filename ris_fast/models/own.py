@@ -47,13 +47,12 @@ class OwnNetwork(nn.Module):
         mode = net.training
         self.__dict__["net"] = net  # not a submodule: its parts are this module's own
         super().__init__()
-        for part in SHARED:
-            self.__dict__[part] = net.__dict__[part]
-        self.task, self.name, self.training = task, name, mode
-        self.in_two = all(_is_method(net, part) for part in ("features", "trunk"))
-        for part in OPTIONAL:
-            if _is_method(net, part):
-                setattr(self, part, getattr(net, part))
+        self.training = mode
+        # By way of __dict__, because their network may have submodules of these names.
+        self.__dict__ |= {part: net.__dict__[part] for part in SHARED}
+        self.__dict__ |= {part: getattr(net, part) for part in OPTIONAL if _is_method(net, part)}
+        in_two = all(_is_method(net, part) for part in ("features", "trunk"))
+        self.__dict__ |= {"task": task, "name": name, "in_two": in_two}
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The group with a learning rate of its own; the network's own method takes the place of this one."""

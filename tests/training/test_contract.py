@@ -85,7 +85,9 @@ def test_a_breach_is_one_line_about_their_module(name: str) -> None:
     assert "\n" not in str(raised.value) and name in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["Right", "Complex", "WithFeatures", "TorchvisionLike", "Normalised", "factory"])
+@pytest.mark.parametrize(
+    "name", ["Right", "Complex", "WithFeatures", "TorchvisionLike", "Names", "Normalised", "factory"]
+)
 def test_what_keeps_the_contract_trains_and_is_opened_again(name: str, tmp_path: Path) -> None:
     settings = config(name)
     trainer = Trainer(settings, tmp_path)
