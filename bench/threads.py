@@ -190,7 +190,8 @@ def main() -> None:
     result = {"env": known, "preset": given.preset, "seconds": given.seconds, "scenes_per_s": found}
     write_text(given.out, json.dumps(result, indent=1) + "\n")
     print(table(found))
-    print("\n`*`: other programs disturbed these", file=sys.stderr)
+    if any(each["disturbed"] for load in found.values() for policy in load.values() for each in policy):
+        print("\n`*`: other programs disturbed these", file=sys.stderr)
 
 
 if __name__ == "__main__":
