@@ -310,9 +310,10 @@ def _onnx(
                 program, (), dynamo=True, verbose=False, output_names=about["outputs"]
             ).model_proto
     except Exception as error:
+        cause = _last_line(error)
+        todo = "Work with real pairs in place of complex numbers, or use" if "complex" in cause else "Use"
         raise ExportError(
-            f"export: ONNX cannot express this network: {_last_line(error)} Nothing was written. Use --format"
-            " torch-export."
+            f"export: ONNX cannot express this network: {cause} Nothing was written. {todo} --format torch-export."
         ) from error
     if proto.ByteSize() > MOST_BYTES:
         raise ExportError(f"export: {proto.ByteSize():,} bytes are more than one ONNX file holds. Use torch-export.")
