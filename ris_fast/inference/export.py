@@ -373,7 +373,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:300]
+    """As a sentence."""
+    said = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {said[0]}"[:300].rstrip(".") + "."
 
 
 def _last_line(error: Exception) -> str:
