@@ -66,7 +66,9 @@ def scenes(
         phase_BM = math.pi * offset_M * (los_direction_B3[:, :1].sin() * los_direction_B3[:, 1:2].cos())
         b_BM = torch.polar((rician_B / (rician_B + 1) / m).sqrt()[:, None].expand(-1, m), phase_BM)
         w_BMN2 = normal(index_B, seed, channel_stream, 2 * m * n).to(dtype).view(count, m, n, 2)
-        line_BMN = b_BM[:, :, None] * steering(positions_2N, los_direction_B3, spherical).conj()[:, None, :]
+        # Not .conj(): torch.compile calls an operator where a conjugate that is still to be taken is forgotten.
+        a_BN = torch.conj_physical(steering(positions_2N, los_direction_B3, spherical))
+        line_BMN = b_BM[:, :, None] * a_BN[:, None, :]
         channel_BMN = line_BMN + (0.5 / (m * (rician_B + 1))).sqrt()[:, None, None] * torch.view_as_complex(w_BMN2)
     else:
         channel_BMN = torch.view_as_complex(channel_BMN2.to(dtype).clone(memory_format=torch.contiguous_format))

@@ -139,7 +139,10 @@ def test_make_scenes_names_wrong_shapes() -> None:
         op.make_scenes(index, **call | {"snr_db": call["snr_db"].double()})
 
 
-def test_scene_kernel_compiles_without_graph_break() -> None:
+@pytest.mark.parametrize("native", [True, False], ids=["as here", "plain torch"])
+def test_scene_kernel_compiles_without_graph_break(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(loader, "available", lambda: False)
     args = arguments("one-scene")
     compiled = torch.compile(lambda *a: OPERATOR.call(*a)[1] * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*args), OPERATOR.call(*args)[1] * 2)
