@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,6 +109,19 @@ class Agreement:
         )
 
 
+@dataclass(frozen=True)
+class Job:
+    """What one export needs. `about`: what the file says of itself, to which the format adds; `compare`: with the run."""
+
+    opened: OpenedRun
+    model: Answers
+    inputs: tuple[Tensor, ...]
+    out: Path
+    about: dict[str, Any]
+    compare: Callable[[Call], Agreement]
+    portable: bool
+
+
 def export_run(
     run: str | Path, form: str, out: str | Path, *, portable: bool = False, scenes: int = SCENES
 ) -> dict[str, Any]:
@@ -136,7 +150,8 @@ def export_run(
     about = _about(opened, form, model.names(inputs), inputs)
     stage(f"exporting: {form}")
     write = {"torch-export": _torch_export, "onnx": _onnx, "safetensors": _safetensors}[form]
-    return write(opened, model, inputs, out, about, lambda call: _compare(model, call, source, split, scenes), portable)
+    compare = partial(_compare, model, source=source, split=split, scenes=scenes)
+    return write(Job(opened, model, inputs, out, about, compare, portable))
 
 
 def _check(form: str, out: Path, portable: bool, scenes: int) -> None:
@@ -266,23 +281,15 @@ def _graphs(program: torch.export.ExportedProgram) -> list[torch.fx.Graph]:
     return [each.graph for each in program.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
 
 
-def _torch_export(
-    opened: OpenedRun,
-    model: Answers,
-    inputs: tuple[Tensor, ...],
-    out: Path,
-    about: dict[str, Any],
-    compare: Callable[[Call], Agreement],
-    portable: bool,
-) -> dict[str, Any]:
-    program = _traced(model, inputs, portable)
+def _torch_export(job: Job) -> dict[str, Any]:
+    program = _traced(job.model, job.inputs, job.portable)
     called = foreign(node.target for graph in _graphs(program) for node in graph.nodes)
     needed = {name.partition(".")[0] for name in called}
-    about["needs"] = [f"import {NAMESPACE}.inference.operators"] * (NAMESPACE in needed)
-    about["needs"] += [f"the operators {name}::*" for name in sorted(needed - {NAMESPACE})]
-    loaded = torch.export.load(io.BytesIO(_saved(program, about)))
-    about["agreement"] = vars(compare(loaded.module()))
-    return _written(out, _saved(program, about), about)
+    job.about["needs"] = [f"import {NAMESPACE}.inference.operators"] * (NAMESPACE in needed)
+    job.about["needs"] += [f"the operators {name}::*" for name in sorted(needed - {NAMESPACE})]
+    loaded = torch.export.load(io.BytesIO(_saved(program, job.about)))
+    job.about["agreement"] = vars(job.compare(loaded.module()))
+    return _written(job.out, _saved(program, job.about), job.about)
 
 
 def _saved(program: torch.export.ExportedProgram, about: Mapping[str, Any]) -> bytes:
@@ -292,22 +299,14 @@ def _saved(program: torch.export.ExportedProgram, about: Mapping[str, Any]) -> b
     return buffer.getvalue()
 
 
-def _onnx(
-    opened: OpenedRun,
-    model: Answers,
-    inputs: tuple[Tensor, ...],
-    out: Path,
-    about: dict[str, Any],
-    compare: Callable[[Call], Agreement],
-    portable: bool,
-) -> dict[str, Any]:
+def _onnx(job: Job) -> dict[str, Any]:
     import onnxruntime
 
-    program = _traced(model, inputs, True)
+    program = _traced(job.model, job.inputs, True)
     try:
         with _quiet():
             proto = torch.onnx.export(
-                program, (), dynamo=True, verbose=False, output_names=about["outputs"]
+                program, (), dynamo=True, verbose=False, output_names=job.about["outputs"]
             ).model_proto
     except Exception as error:
         cause = _last_line(error)
@@ -317,7 +316,7 @@ def _onnx(
         ) from error
     if proto.ByteSize() > MOST_BYTES:
         raise ExportError(f"export: {proto.ByteSize():,} bytes are more than one ONNX file holds. Use torch-export.")
-    about["opset"] = max(each.version for each in proto.opset_import if each.domain in ("", "ai.onnx"))
+    job.about["opset"] = max(each.version for each in proto.opset_import if each.domain in ("", "ai.onnx"))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -325,32 +324,24 @@ def _onnx(
 
     def call(*given: Tensor) -> tuple[Tensor, ...]:
         named = {name: value.numpy() for name, value in zip(INPUTS, given) if name in taken}
-        return tuple(torch.from_numpy(each) for each in session.run(about["outputs"], named))
+        return tuple(torch.from_numpy(each) for each in session.run(job.about["outputs"], named))
 
-    about["agreement"] = vars(compare(call))
-    for key, value in about.items():
+    job.about["agreement"] = vars(job.compare(call))
+    for key, value in job.about.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
-    return _written(out, proto.SerializeToString(), about)
+    return _written(job.out, proto.SerializeToString(), job.about)
 
 
-def _safetensors(
-    opened: OpenedRun,
-    model: Answers,
-    inputs: tuple[Tensor, ...],
-    out: Path,
-    about: dict[str, Any],
-    compare: Callable[[Call], Agreement],
-    portable: bool,
-) -> dict[str, Any]:
+def _safetensors(job: Job) -> dict[str, Any]:
     from safetensors.torch import load, save
 
-    weights = {name: value.detach().clone().contiguous() for name, value in model.network.state_dict().items()}
-    again = Answers(opened.network())
+    weights = {name: value.detach().clone().contiguous() for name, value in job.model.network.state_dict().items()}
+    again = Answers(job.opened.network())
     again.network.load_state_dict(load(save(weights)))
-    about["agreement"] = vars(compare(again.eval()))
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
-    return about | {"out": str(out), "bytes": save_tensors(out, weights, texts)}
+    job.about["agreement"] = vars(job.compare(again.eval()))
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in job.about.items()}
+    return job.about | {"out": str(job.out), "bytes": save_tensors(job.out, weights, texts)}
 
 
 def _written(out: Path, content: bytes, about: dict[str, Any]) -> dict[str, Any]:

@@ -80,14 +80,20 @@ class TensorBoard:
         self.writer.close()
 
 
-class Wandb:
-    """A run of Weights & Biases, by the environment's account and mode; its own files are in RUN/wandb."""
+class Stored:
+    """A tracker with a store of its own, in which a step stays as it is: `id` is the run's name there."""
 
-    title, replaces = "W&B", False
+    replaces, tracker = False, ""
 
     def __init__(self, folder: Path, *, anew: bool = False) -> None:
         self.folder = folder
-        self.id, self.known = _recorded(folder, "wandb", anew)
+        self.id, self.known = _recorded(folder, self.tracker, anew)
+
+
+class Wandb(Stored):
+    """A run of Weights & Biases, by the environment's account and mode; its own files are in RUN/wandb."""
+
+    title, tracker = "W&B", "wandb"
 
     def open(self, settings: Mapping[str, Any]) -> None:
         import wandb
@@ -108,10 +114,7 @@ class Wandb:
                 console="off", silent=True, x_disable_stats=True, disable_git=True, disable_code=True, init_timeout=20
             ),
         )
-        _record(self.folder, "wandb", self.id)
-
-    def drop_from(self, step: int) -> None:
-        raise NotImplementedError("a step that W&B has stays as it is")
+        _record(self.folder, self.tracker, self.id)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         self.run.log(dict(numbers), step=step)
@@ -121,14 +124,10 @@ class Wandb:
         self.run.finish()
 
 
-class Trackio:
+class Trackio(Stored):
     """A run of Trackio, in its local store unless the environment names a Space or a server."""
 
-    title, replaces = "Trackio", False
-
-    def __init__(self, folder: Path, *, anew: bool = False) -> None:
-        self.folder = folder
-        self.id, self.known = _recorded(folder, "trackio", anew)
+    title, tracker = "Trackio", "trackio"
 
     def open(self, settings: Mapping[str, Any]) -> None:
         import trackio
@@ -142,10 +141,7 @@ class Trackio:
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
-        _record(self.folder, "trackio", self.id)
-
-    def drop_from(self, step: int) -> None:
-        raise NotImplementedError("a step that Trackio has stays as it is")
+        _record(self.folder, self.tracker, self.id)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         self.run.log(dict(numbers), step=step)
