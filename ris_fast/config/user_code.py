@@ -12,7 +12,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -99,11 +99,10 @@ def source_hash(thing: Any) -> str:
         return ""
 
 
-def where_raised(error: BaseException, files: Iterable[str] = ()) -> str:
-    """' (file.py, line N)' of the last line of the traceback that lies in one of these files, or of any that is neither
-    torch's nor ours; '' where there is none."""
-    wanted, frames = set(files), traceback.extract_tb(error.__traceback__)
-    own = [each for each in frames if (each.filename in wanted if wanted else _is_users(each.filename))]
+def where_raised(error: BaseException) -> str:
+    """' (file.py, line N)' of the last line of the traceback that is neither a library's nor ours; '' where there is
+    none."""
+    own = [each for each in traceback.extract_tb(error.__traceback__) if _is_users(each.filename)]
     return f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else ""
 
 

@@ -111,7 +111,8 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Job:
-    """What one export needs. `about`: what the file says of itself, to which the format adds; `compare`: with the run."""
+    """What one export needs. `about`: what the file says of itself, to which the format adds; `compare`: a file's
+    answers with the run's."""
 
     opened: OpenedRun
     model: Answers
