@@ -153,9 +153,12 @@ class _Missing(Exception):
 
 
 def _from_name(name: str) -> ModuleType:
-    if os.getcwd() not in sys.path and "" not in sys.path:
+    """The working folder comes first while it is imported, as for `python -c`, and stays on the path, at its end."""
+    if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    before = sys.path[:]
     try:
+        sys.path.insert(0, os.getcwd())
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
@@ -165,6 +168,8 @@ def _from_name(name: str) -> ModuleType:
         raise _Missing(
             f"there is no module '{error.name}' on Python's path or in {os.getcwd()}. {hint}, or install it here."
         ) from None
+    finally:
+        sys.path[:] = [*before, *(each for each in sys.path if each not in before)]
 
 
 def _from_file(path: Path) -> ModuleType:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ris_fast import Callback, CovarianceLoss, Scenes, Trainer, build_model, load_config
 from ris_fast.config.schema import Config, ConfigError
+from ris_fast.config.user_code import load_reference
 from ris_fast.health.preflight import derivative, network, parameters
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.restore import preserve_state
@@ -165,6 +166,17 @@ def test_a_changed_source_is_named_where_the_weights_do_not_fit(tmp_path: Path) 
     file.write_text(FILE.read_text().replace("self.hidden", "self.body"))
     with pytest.raises(CheckpointError, match="the source of model.name = 'net.py:Right' has changed.*body.weight"):
         load(tmp_path / "run")
+
+
+def test_a_module_of_the_working_folder_comes_before_one_beside_an_earlier_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (("a", "ONE = print\n"), ("b", "TWO = print\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "beside_and_here.py").write_text(text)
+    load_reference("x", f"{tmp_path}/a/beside_and_here.py:ONE", "code")
+    monkeypatch.chdir(tmp_path / "b")
+    assert load_reference("x", "beside_and_here:TWO", "code") is print
 
 
 def test_a_file_that_ends_the_program_is_one_line(tmp_path: Path) -> None:
