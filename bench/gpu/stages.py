@@ -37,7 +37,7 @@ def _train(preset: str, seconds: int, *options: str) -> tuple[tuple[str, ...], t
     )
 
 
-_GPU_TESTS = ("tests/kernels", "tests/training", "tests/data", "tests/gradcheck", "-m", "gpu")
+_GPU_TESTS = ("tests/kernels", "tests/training", "tests/data", "tests/gradcheck", "tests/physics", "-m", "gpu")
 STAGES: dict[str, Stage] = {
     "smoke": Stage(75, *((*PYTHON, "bench.gpu.smoke"),) * 2),
     "train_full": Stage(110, *_train("full", 40)),

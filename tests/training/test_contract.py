@@ -145,6 +145,14 @@ def test_a_network_that_cannot_be_compiled_whole_is_compiled_in_parts() -> None:
     assert trainer.fit()["optimizer_steps"] == 4
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["Right", "Complex", "WithFeatures", "Normalised"])
+def test_an_own_network_is_captured_and_trains_on_a_gpu(name: str) -> None:
+    trainer = Trainer(config(name, "training.device=cuda"))
+    assert trainer.fit()["optimizer_steps"] == 4
+    assert "each step one CUDA graph" in trainer.compile_note
+
+
 def test_few_columns_are_noted() -> None:
     assert any("R has rank 2 at most" in note for note in Trainer(config("Right")).notes)
 
