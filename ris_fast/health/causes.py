@@ -55,6 +55,7 @@ _MEANINGS: dict[str, dict[str, str]] = {
             "a rank trains on other scenes than its own: on another rank's, or on others than their numbers stand for"
         ),
         "repeated_batch": "the same scenes are served again and again",
+        "scenes_change": "a scene that is read twice is not the same scene",
         "stale_cache": "part of a batch comes from an earlier one",
         "task_differs": (
             "the task is not the one that the data were made with: its array, wavelength or symbols are others"
@@ -66,6 +67,9 @@ _MEANINGS: dict[str, dict[str, str]] = {
             "snapshots, channel and target of a scene do not belong together, in no order that was tried"
         ),
         "snr_labels_differ": "the SNR that scenes are labelled with is not the one that their snapshots have",
+        "distributions_differ": (
+            "training scenes, validation scenes and the task's settings do not have the same distribution"
+        ),
         "split_overlap": "validation scenes are training scenes",
         "stale_optimizer_parameters": "the optimizer holds tensors that the network does not use",
         "ranks_diverged": "ranks, which should hold the same weights to the last bit, hold different ones",
@@ -77,16 +81,21 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "unregistered_parameters": (
             "tensors that the loss reaches are parameters of no module, so nothing updates or saves them"
         ),
+        "shadowed_parameters": "the model's own list of parameters or modes leaves out layers that it uses",
         "tied_parameters": "two layers that should differ share one tensor",
         "duplicate_parameters": "a parameter is updated twice: by two groups or by two optimizers",
         "frozen_parameters": "parameters that training is supposed to move have requires_grad=False",
         "missing_from_optimizer": "trainable parameters of the network are in no group of the optimizer",
         "low_precision_weights": "updates are smaller than the spacing of the weights' number format",
+        "step_without_effect": (
+            "the optimizer's step leaves weights as they are although gradient and rate are above zero"
+        ),
         "zero_learning_rate": "the learning rate of a group is zero",
         "zero_loss_weight": "a term that should drive training has weight zero",
         "batchnorm_statistics": "a normalisation validates with running statistics unlike those it trains with",
         "eval_mode_in_training": "the network, or a part of it, trains in evaluation mode",
         "train_mode_in_validation": "dropout is active while the network is validated",
+        "unsettled_buffers": "a layer is evaluated with buffers that no training pass has updated yet",
         "loss_rebuilt": "the loss that is differentiated is a new tensor made from a number or an array",
         "detached_loss": "the covariance loss does not depend on the factors through autograd",
         "dead_loss_term": "an enabled term of the loss is constant",
@@ -96,13 +105,17 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "wrong_units": "angles or other quantities are compared in different units",
         "loss_sign": "the loss grows as the prediction gets better",
         "target_scale_differs": "prediction and target are normalised or loaded differently, so the truth has a loss",
+        "shapes_broadcast": "prediction and target have different shapes and are broadcast against each other",
+        "softmax_twice": "a softmax or sigmoid is applied to outputs before a loss that applies it itself",
         "scenes_mixed": "what the network answers for one scene depends on the others of its batch",
+        "batch_shrinks": "the batch has fewer scenes inside the network than it was given",
         "heavy_dropout": "dropout removes nearly all of the signal",
         "epsilon_swallows_signal": "an epsilon in a denominator is larger than the signal beside it",
         "input_scale": "an input reaches the network many orders of magnitude too small or too unequal",
         "inputs_withhold_answer": "the network's inputs do not contain what the target is made of",
         "ignored_input": "the output does not depend on the input",
         "saturated_output": "the output sits at the ends of a saturating function",
+        "limited_output": "the output cannot take values that the targets have",
         "clamped_loss": "the loss is clamped, so that it has no gradient where training starts",
         "symmetric_init": "units start equal and receive equal gradients, so they stay equal",
         "zero_product_init": "both factors of a product start at zero, where its gradient vanishes",
@@ -113,16 +126,26 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "detached_backbone": "gradients stop inside the network, before they reach all of it",
         "losses_differ": "training and validation give the same scenes another loss",
         "wrong_backward": "an operator's backward is not the derivative of its forward",
+        "recomputed_differently": (
+            "the backward pass differentiates another forward pass than the one that made the loss"
+        ),
+        "gradient_scale_differs": (
+            "one part of the network receives its gradient at another scale than the derivative of the loss"
+        ),
+        "scenes_left_out": "some scenes of a batch have no gradient at the output",
         "output_rank_too_low": "the output has fewer independent columns than the scenes have sources",
+        "cannot_memorise": "the network does not learn even a few scenes that it sees again and again",
         "unused_head": "parameters whose output no term of the loss uses",
         "kernel_differs": "a kernel gives other numbers than its plain definition",
     },
     "contract": {
         "step_never_called": "gradients are computed and the optimizer never steps",
+        "forwards_without_backward": "most forward passes in training reach no backward",
         "step_called_twice": "the optimizer steps more than once a batch",
         "step_once_per_epoch": "forward, backward and step run once an epoch instead of once a batch",
         "batches_skipped": "batches of the epoch never reach the network",
         "scaler_skips_all": "the loss scale overflows every gradient, so every step is skipped",
+        "unscaled_twice": "the loss scale is taken out of the gradients twice",
         "sanitised_gradients": "NaN or infinite gradients are replaced by numbers before the optimizer sees them",
         "fp16_overflow": "an activation or the loss leaves the range of its number format",
         "gradient_underflow": "gradients fall below the smallest number of their format and become zero",
@@ -130,12 +153,16 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "clip_before_unscale": "gradients are clipped while still multiplied by the loss scale",
         "gradients_never_cleared": "gradients of all earlier steps are added up",
         "last_micro_batch_only": "only one micro-batch of a step contributes to the gradient",
+        "micro_batches_differ": "micro-batches of a step reach different parts of the network",
         "rank_gradient_missing": "a rank's gradient is zero, or not in the sum that every rank should step with",
+        "clipped_apart": "gradients are scaled by different factors on different ranks or tensors",
         "accumulation_not_divided": "micro-batches are summed with other weights than their share of the step",
         "schedule_per_epoch": "the learning rate is planned in steps and advanced once an epoch",
         "schedule_per_batch": "the learning rate follows micro-batches instead of optimizer steps",
         "learning_rate_off_plan": "something sets the learning rate to other values than its schedule has",
         "weights_reset": "weights are put back to earlier values while training goes on",
+        "weights_changed_outside": "something other than the optimizer changes the weights between steps",
+        "settings_changed": "what is trained, or how, changed during the run",
         "ema_saved_over_raw": "averaged weights replace the raw ones, and training goes on from them",
         "optimizer_state_lost": "the optimizer is built anew during the run and forgets its moments",
         "ema_nonfinite": "the averaged weights are not finite while the raw ones are",
@@ -151,6 +178,7 @@ _MEANINGS: dict[str, dict[str, str]] = {
             "gradients, or the loss that they come from, are NaN or infinite although the data are finite"
         ),
         "dominating_term": "one auxiliary term supplies nearly all of the gradient",
+        "vanishing_gradient": "gradients arrive and are exactly zero",
         "clip_too_small": "the clip threshold leaves next to nothing of the gradient",
     },
     "movement": {
@@ -158,11 +186,13 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "learning_rate_too_large": "updates are as large as the weights, and training diverges",
         "weight_decay_too_large": "weight decay shrinks the weights faster than the gradient moves them",
         "learning_rate_too_small": "updates are too small beside the weights to matter within the run",
+        "no_progress": "no step has been made for a long time",
     },
     "outcome": {
         "ema_cold": "the averaged weights are still mostly the initial ones when they are validated",
         "collapsed": "the run had learned and lost it again: validation went back up towards the constant answer",
         "validation_apart": "training has learned, and validation is no better than a constant answer",
+        "part_not_learned": "some scenes are learned and others are not at all",
         "overfitting": "the network memorises its few training scenes: training falls and validation does not",
         "stalled_above_inputs": (
             "the run stands still above what a classical estimator makes of the network's own inputs"
