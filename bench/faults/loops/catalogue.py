@@ -1,0 +1,64 @@
+"""What a loop under `watch` is: one function with the mistake in an `if`, so that its healthy twin differs by that alone.
+
+A function that is called with `wrong=False` is a right loop of an unusual kind, or the twin of a mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ris_fast.health.causes import CAUSES
+
+# `attach(model, optimizer, **options)` returns a Watcher, and the trial asks it for its report when the loop is over.
+Attach = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One loop.
+
+    Args:
+        name: of the function; group: of its file.
+        story: the mistake, or what is unusual about a loop that is right, in one line.
+        run: run(attach, wrong, seed): builds model and optimizer, attaches the watch and trains for some seconds.
+        expect: causes any one of which is a right first answer; empty for a loop that is right.
+        ranks: processes that run it, in one gloo group, where torch.distributed is initialised before the call.
+        source: where the mistake was published, if it was.
+    """
+
+    name: str
+    group: str
+    story: str
+    run: Callable[[Attach, bool, int], None]
+    expect: tuple[str, ...] = ()
+    ranks: int = 1
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if unknown := [cause for cause in self.expect if cause not in CAUSES]:
+            raise ValueError(f"loop {self.name}: there is no cause {', '.join(unknown)}.")
+
+
+class Group:
+    """Collects the loops of one file."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.loops: list[Loop] = []
+
+    def mistake(self, story: str, expect: str, ranks: int = 1, source: str = "") -> Callable[[Callable], Callable]:
+        """Decorator of `name(attach, wrong, seed)`, which makes the mistake where `wrong`."""
+        return self._keep(story, tuple(expect.split()), ranks, source)
+
+    def right(self, story: str, ranks: int = 1) -> Callable[[Callable], Callable]:
+        """Decorator of `name(attach, wrong, seed)` without a mistake; `wrong` is never true."""
+        return self._keep(story, (), ranks, "")
+
+    def _keep(self, story: str, expect: tuple[str, ...], ranks: int, source: str) -> Callable[[Callable], Callable]:
+        def keep(function: Callable) -> Callable:
+            self.loops.append(Loop(function.__name__, self.name, story, function, expect, ranks, source))
+            return function
+
+        return keep
