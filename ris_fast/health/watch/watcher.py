@@ -13,6 +13,7 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.names import check_beginnings
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.records import LoopRecord, StepRecord, TensorRecord
+from ris_fast.health.watch.rivals import Rivals
 from ris_fast.health.watch.rules import find_mistakes
 from ris_fast.health.watch.samples import held_tensors
 
@@ -34,7 +35,8 @@ class Watcher:
         self.model, self.optimizers, self.frozen = model, list_optimizers(optimizer), list_beginnings(frozen)
         check_every(every, len(self.optimizers))
         check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
-        self.hooks = [OptimizerHooks(model, each, every) for each in self.optimizers]
+        self.rivals = Rivals(self.optimizers, lambda: {id(p) for p in model.parameters()})
+        self.hooks = [OptimizerHooks(model, each, every, self.rivals) for each in self.optimizers]
         self.frozen_at_start = {id(p) for p in model.parameters() if not p.requires_grad}
 
     @property
@@ -49,6 +51,7 @@ class Watcher:
 
     def close(self) -> None:
         """Takes every hook away."""
+        self.rivals.close()
         for hooks in self.hooks:
             hooks.close()
 
@@ -67,6 +70,7 @@ class Watcher:
             steps=self.steps,
             frozen=self.frozen,
             frozen_at_start={parameters[key] for key in self.frozen_at_start & parameters.keys()},
+            rival_tensors={parameters[key] for each in self.rivals.rivals for key in each.shared & parameters.keys()},
         )
 
 
