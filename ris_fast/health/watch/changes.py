@@ -27,7 +27,7 @@ class OutsideChange:
     Args: step: the one that left the weights; names, sizes: (T,) of the tensors; before, after: (S,) around that step;
         later: (S,) at the start of the next; gradient: (S,) at that step, empty where it was not looked at;
         explained: another optimizer stepped on the same tensors in between; state_reset: the optimizer's state was
-        loaded or emptied there too.
+        loaded or emptied there too; first: (S,) before the first step that was looked at.
     """
 
     step: int
@@ -39,6 +39,7 @@ class OutsideChange:
     gradient: Tensor
     explained: bool
     state_reset: bool
+    first: Tensor
 
     def on_host(self) -> OutsideChange:
         return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
@@ -68,10 +69,12 @@ class OutsideWatch:
         self.armed = 0  # changes that the version counters have told
         self.changes: list[OutsideChange] = []
         self.pairs, self.changed = 0, 0
+        self.first = torch.zeros(0)
 
     def wait(self, sample: ParameterSample, tensors: list[Tensor]) -> None:
         """After a step that was looked at."""
         self.waiting = Sides(sample.step, sample.before, sample.after, sample.gradient)
+        self.first = self.first if sample.names == self.names else sample.before
         self.names, self.tensors, self.samples, self.looked = sample.names, tensors, sample.samples, True
 
     def begin_light(self, step: int, step_s: float) -> None:
@@ -117,5 +120,6 @@ class OutsideWatch:
             last.gradient,
             explained,
             state_reset,
+            self.first if self.first.shape == later.shape else later[:0],
         )
         self.changes = [*self.changes[:FIRST], *self.changes[FIRST:][-(LAST - 1) :], change]

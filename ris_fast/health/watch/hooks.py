@@ -93,6 +93,7 @@ class OptimizerHooks:
             denominators=denominators(self.optimizer, parameters),
             rivals=[each for each in self.rivals.rivals if each.shared & ids],
             loads=self.loads,
+            span=self.rivals.span(self.optimizer),
         )
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ def kind_of_change(before: Tensor, after: Tensor, later: Tensor, gradient: Tenso
     before, after, later, gradient = (each.double() for each in (before, after, later, gradient))
     if not later.isfinite().all():
         return "nonfinite" if after.isfinite().all() else ""
-    if torch.equal(later[changed], before[changed]):
+    if torch.equal(later, before):
         return "undone"
     if float((later - after).norm()) <= 1e-5 * float(after.norm()):
         return "rounding"
@@ -40,7 +40,7 @@ def _by_value(after: Tensor, later: Tensor, changed: Tensor) -> str:
     low, high = new.min(), new.max()
     at_high, at_low = (new == high) & (old > high), (new == low) & (old < low)
     if bool((at_high | at_low).all()) and float(later.max()) <= max(float(high), float(low)):
-        return "clipped" if len(new) < len(later) or float(low) != float(high) else "constant"
+        return "constant" if len(new) == len(later) > 1 and float(low) == float(high) else "clipped"
     if not new.any():
         return "zeroed" if len(new) == len(later) and len(later) > 1 else "masked"
     if any(torch.equal(later, later.to(dtype).double()) for dtype in (torch.bfloat16, torch.float16)):

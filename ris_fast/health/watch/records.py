@@ -101,7 +101,8 @@ class OptimizerRecord:
         plain: what is known of every step; between: backward passes between two steps; numbers: of the tensors that
         have been in a step that was looked at, by name; outside: changes of weights between two steps, of `pairs` that
         were compared; denominators: see `denominators`; rivals: optimizers that the watch was not given, which step on
-        tensors of this one; loads: how often its state was loaded.
+        tensors of this one; loads: how often its state was loaded;
+        span: its first and last step, counted in those of all optimizers.
     """
 
     kinds: frozenset[str]
@@ -124,6 +125,7 @@ class OptimizerRecord:
     denominators: dict[str, tuple[float, float]]
     rivals: list[Rival]
     loads: int
+    span: tuple[int, int] | None
 
     @property
     def tensors(self) -> list[TensorRecord]:
@@ -137,7 +139,9 @@ class LoopRecord:
 
     Args: steps: made by the optimizer that has made most; frozen: beginnings of names of parameters that are not meant
         to be trained; frozen_at_start: those without requires_grad when the watch began; rival_tensors: those that an
-        optimizer which the watch was not given has stepped on.
+        optimizer which the watch was not given has stepped on; masters: the
+        optimizers' tensors that never were the model's; moved_frozen: those of `frozen_at_start` that have
+        changed.
     """
 
     parameters: list[TensorRecord]
@@ -146,6 +150,8 @@ class LoopRecord:
     frozen: tuple[str, ...]
     frozen_at_start: set[TensorRecord]
     rival_tensors: set[TensorRecord]
+    masters: set[TensorRecord]
+    moved_frozen: set[TensorRecord]
 
 
 def is_finite(values: Tensor) -> bool:

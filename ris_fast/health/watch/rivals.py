@@ -76,6 +76,11 @@ class Rivals:
             self.rivals = [*self.rivals[: KEPT // 2], *self.rivals[KEPT // 2 :][-KEPT // 2 :], rival]
         return rival
 
+    def span(self, optimizer: Optimizer) -> tuple[int, int] | None:
+        """Its first and last step."""
+        known = self.known.get(id(optimizer))
+        return (known[1].first, known[1].last) if known and known[0]() is optimizer else None
+
     def _wraps(self, optimizer: Optimizer) -> bool:
         """Whether it is made of an optimizer that was given."""
         given = [each() for each in self.given]

@@ -45,7 +45,7 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
         *rules_gradients.reversed_gradients(records),
         *rules_gradients.unused_head(optimizer, loop.frozen),
         *rules_gradients.last_micro_batch_only(optimizer),
-        *rules_gradients.steps_stopped(optimizer),
+        *rules_gradients.steps_stopped(loop, optimizer),
         *scaler_skips_all(records),
         *scale_or_clip(optimizer),
         *rules_gradients.gradients_never_cleared(records),

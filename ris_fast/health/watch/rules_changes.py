@@ -51,7 +51,9 @@ Kinds = list[tuple[OutsideChange, dict[str, str]]]
 
 def weights_reset(optimizer: OptimizerRecord, changes: Kinds) -> Iterator[Finding]:
     """Weights are again what they were before, bit for bit, while the optimizer's state goes on."""
-    undone = [c.step + 1 for c, kinds in changes if not c.state_reset and _most(kinds, "undone")]
+    undone = [
+        change.step + 1 for change, kinds in changes if not change.state_reset and _is_reset(change, kinds, changes)
+    ]
     again = [record.step for record in optimizer.records if record.reset is not None and bool(record.reset)]
     if steps := sorted({*undone, *again}):
         yield finding(
@@ -63,8 +65,10 @@ def weights_reset(optimizer: OptimizerRecord, changes: Kinds) -> Iterator[Findin
         )
 
 
-def _most(kinds: dict[str, str], kind: str) -> bool:
-    return 2 * sum(each == kind for each in kinds.values()) > len(kinds)
+def _is_reset(change: OutsideChange, kinds: dict[str, str], changes: Kinds) -> bool:
+    """Whether the weights are those before the step, of the beginning, or those of another change."""
+    others = [each.later for each, _ in changes if each is not change]
+    return set(kinds.values()) == {"undone"} or any(torch.equal(change.later, each) for each in (change.first, *others))
 
 
 def _steps(steps: list[int]) -> str:
@@ -75,8 +79,10 @@ def _steps(steps: list[int]) -> str:
 
 def weights_changed_outside(optimizer: OptimizerRecord, changes: Kinds) -> Iterator[Finding]:
     """Changes that no constraint explains. Clips, masks, and factors near one after each step are constraints."""
-    seen = [(c, {n: k for n, k in kinds.items() if k in SPOKEN}) for c, kinds in changes if not c.state_reset]
-    if not (seen := [(change, kinds) for change, kinds in seen if kinds]):
+    free = [(c, kinds) for c, kinds in changes if not c.state_reset and not _is_reset(c, kinds, changes)]
+    seen = [(c, {n: k for n, k in kinds.items() if k in SPOKEN}) for c, kinds in free]
+    seen = [(change, kinds) for change, kinds in seen if kinds]
+    if not seen or (len(seen) == 1 and set(seen[0][1].values()) == {"scaled"}):  # a constraint, for the first time
         return
     change, kinds = max(seen, key=lambda each: len(each[1]))
     (kind, _), *_ = Counter(kinds.values()).most_common(1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
-from ris_fast.health.watch.records import OptimizerRecord, StepRecord, is_finite
+from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 from ris_fast.health.watch.rules_scale import is_square_of_scale
 
 LONG = 1000  # steps without a gradient after which a tensor is no longer waited for
@@ -22,11 +23,18 @@ def unused_head(optimizer: OptimizerRecord, frozen: tuple[str, ...]) -> Iterator
     """
     histories = {tensor: each for tensor, each in optimizer.histories.items() if tensor.name in optimizer.weight_norms}
     free = {tensor: each for tensor, each in histories.items() if each.free and tensor.trainable}
-    silent = [tensor for tensor, each in free.items() if not each.with_grad and tensor not in optimizer.trained]
+    came = {name for record in optimizer.records for name in record.hooked if name not in record.none_grads}
+    silent = [
+        tensor
+        for tensor, each in free.items()
+        if not each.with_grad and tensor not in optimizer.trained and tensor.name not in came
+    ]
     unused = sorted((each for each in silent if not each.name.startswith(frozen)), key=lambda each: -each.size)
+    turns = any(0 < each.with_grad < each.steps for each in histories.values())
+    peers = {_peer(tensor.name) for tensor, each in histories.items() if 0 < each.with_grad < each.steps}
+    unused = [tensor for tensor in unused if _peer(tensor.name) not in peers]
     if not unused:
         return
-    turns = any(0 < each.with_grad < each.steps for each in histories.values())
     share = sum(each.size for each in unused) / max(1, sum(each.size for each in histories))
     yield finding(
         "unused_head",
@@ -39,6 +47,11 @@ def unused_head(optimizer: OptimizerRecord, frozen: tuple[str, ...]) -> Iterator
         if optimizer.steps >= LONG
         else "A later phase may be the first to use them.",
     )
+
+
+def _peer(name: str) -> str:
+    """The same name for all experts of a list: those of them that a batch does not choose have no gradient."""
+    return re.sub(r"\d+", "#", name)
 
 
 def last_micro_batch_only(optimizer: OptimizerRecord) -> Iterator[Finding]:
@@ -62,16 +75,17 @@ def last_micro_batch_only(optimizer: OptimizerRecord) -> Iterator[Finding]:
         )
 
 
-def steps_stopped(optimizer: OptimizerRecord) -> Iterator[Finding]:
+def steps_stopped(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
     """Backward passes go on, and no step has come for far longer than ever before."""
     usual = max((passes for passes, *_ in optimizer.between.intervals), default=0)
-    if usual and optimizer.between.since > max(64, 16 * usual):
+    alone = len(loop.optimizers) == 1 and not optimizer.rivals
+    if alone and usual and optimizer.between.since > max(64, 16 * usual):
         yield finding(
             "step_never_called",
             f"{optimizer.between.since} backward passes since step {optimizer.steps} and no step; before, there were at most"
             f" {usual} for each.",
             optimizer.steps,
-            "Another optimizer may have taken over.",
+            "The loop may have come to a phase that only reads gradients.",
         )
 
 

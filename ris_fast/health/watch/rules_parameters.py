@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 
@@ -28,9 +29,11 @@ def parameter_findings(loop: LoopRecord) -> list[Finding]:
 
 
 def _missing(loop: LoopRecord, missing: list[TensorRecord]) -> Iterator[Finding]:
-    """Not those that another optimizer steps on. The larger part of a network may be meant to stand still."""
-    theirs = loop.rival_tensors
-    missing = [each for each in missing if each not in theirs]
+    """Not those that another optimizer steps on, or that have copies which are trained: masters in another precision.
+    The larger part of a network may be meant to stand still."""
+    served = {each for by in loop.optimizers for each, history in by.histories.items() if history.with_grad}
+    copies = {each.shape for each in loop.masters & served}
+    missing = [each for each in missing if each not in loop.rival_tensors and each.shape not in copies]
     share = sum(each.size for each in missing) / max(1, sum(each.size for each in loop.parameters))
     largest = sorted(missing, key=lambda tensor: -tensor.size)
     if missing:
@@ -46,10 +49,12 @@ def _missing(loop: LoopRecord, missing: list[TensorRecord]) -> Iterator[Finding]
 
 def _twice(loop: LoopRecord, held: Counter[TensorRecord]) -> Iterator[Finding]:
     """In two groups of one optimizer, which cannot be meant, or in two optimizers, which may step in turn."""
-    twice = [tensor for tensor, count in held.items() if count > 1]
+    spans = sorted(by.span for by in loop.optimizers if by.span)
+    in_phases = len(spans) > 1 and all(last < first for (_, last), (first, _) in pairwise(spans))
+    twice = [] if in_phases else [tensor for tensor, count in held.items() if count > 1]
     within = [tensor for by in loop.optimizers for tensor, count in Counter(by.tensors).items() if count > 1]
     doubt = "" if within else "Two optimizers hold them: they may be meant to step in turn."
-    if twice:
+    if within or twice:
         names = ", ".join(tensor.name or "?" for tensor in (within or twice)[:3])
         yield finding("duplicate_parameters", f"{len(within or twice)}: {names}.", loop.steps, doubt)
 
@@ -59,14 +64,18 @@ def _frozen(
 ) -> Iterator[Finding]:
     """Frozen now and in the last step of their optimizer: what is frozen afterwards trains all the same.
 
-    Nothing tells a fixed table or a base that is kept from a layer that was forgotten, so it is never certain; tensors
-    of no layer, which are fixed from the start, are left alone.
+    Nothing tells a base that is kept from a layer that was forgotten, so it is never certain. Left alone are, if frozen
+    from the start, tensors of no layer, a base that is most of the network and in no optimizer, and what something else
+    moves, such as a teacher.
     """
     free = {each for by in loop.optimizers if by.steps for each in by.tensors if each not in by.frozen}
     in_turn = {each for by in loop.optimizers for each, history in by.histories.items() if history.turns > 1}
     still = [each for each in loop.parameters if not each.trainable and each not in free | meant | in_turn]
     tables = {each for each in loop.frozen_at_start if each.name.rpartition(".")[2] not in ("weight", "bias")}
-    frozen = [each for each in still if each not in trained and each not in tables]
+    apart = [each for each in loop.frozen_at_start if each not in held]
+    most = 2 * sum(each.size for each in apart) > sum(each.size for each in loop.parameters)
+    meant_so = tables | loop.moved_frozen | (set(apart) if most else set())
+    frozen = [each for each in still if each not in trained and each not in meant_so]
     if frozen or (since := [each for each in still if each in trained]):
         ends = [
             by.histories[each].last_free for by in loop.optimizers for each in frozen or since if each in by.histories

@@ -66,7 +66,7 @@ def _always_zero(name: str, looks: list[StepRecord]) -> bool:
 def _at_zero(zero: list[str], looks: list[StepRecord]) -> list[str]:
     """Those whose weights are all zero at every look, and are no biases: as a LoRA pair that both start there."""
     weights = {
-        name: max((float(each.weights_before[each.names.index(name)]) for each in looks if name in each.names))
+        name: max(float(each.weights_before[each.names.index(name)]) for each in looks if name in each.names)
         for name in zero
     }
     return [name for name, norm in weights.items() if norm == 0 and not name.endswith("bias")]
