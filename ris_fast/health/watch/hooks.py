@@ -117,7 +117,6 @@ class OptimizerHooks:
             self.passes.follow(arrived[-1] if arrived else wanted[-1])
 
     @torch.compiler.disable
-    @torch.no_grad()
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A step within a step, of a class that calls its base's, is one step."""
         self.inside, self.rivals.inside = True, self.optimizer
@@ -140,6 +139,7 @@ class OptimizerHooks:
             self.outside.compare(self.steps, rival_steps > self.rival_steps, state_reset)
             self.cost_s += perf_counter() - began
 
+    @torch.no_grad()
     def _look_before(self) -> None:
         parameters = self.found = self.parameters()
         self.origin.note()
@@ -172,7 +172,6 @@ class OptimizerHooks:
         return self.resets > before
 
     @torch.compiler.disable
-    @torch.no_grad()
     def _after(self, *_: Any) -> None:
         if not self.inside:
             return
@@ -195,6 +194,7 @@ class OptimizerHooks:
         if looked or self.schedule.due(self.steps):
             self._hook_gradients()
 
+    @torch.no_grad()
     def _finish(self, record: StepRecord, uncleared: Tensor | None) -> None:
         parameters = self.found
         record.uncleared = uncleared

@@ -94,7 +94,8 @@ def weights_changed_outside(optimizer: OptimizerRecord, changes: Kinds) -> Itera
         f"{len(kinds)} of {len(change.names)} tensors are not what the step before left, before "
         f"{_steps([each.step + 1 for each, _ in seen])}: {', '.join(list(kinds)[:3])} went {SPOKEN[kind]}.{writes}",
         seen[0][0].step + 2,
-        "A copy of an average, weights loaded on purpose, noise and another process look the same: see what runs between"
+        "A copy of an average, weights loaded on purpose, noise and another process look the same: see what runs "
+        "between"
         " these two steps. " + MAY_BE_MEANT,
     )
 
@@ -121,7 +122,8 @@ def low_precision_weights(optimizer: OptimizerRecord, changes: Kinds) -> Iterato
     if optimizer.steps >= 32 and live >= 64 and held >= 0.75 * live and _rate_moves(optimizer):
         yield finding(
             "low_precision_weights",
-            f"{held / live:.0%} of the numbers that receive a gradient are the same bits after {optimizer.steps} steps: "
+            f"{held / live:.0%} of the numbers that receive a gradient are the same bits after {optimizer.steps} "
+            "steps: "
             "updates are smaller than half the spacing of the 16-bit format.",
             optimizer.steps,
             "" if optimizer.steps >= 100 and held >= 0.9 * live else "Later steps may be larger.",
@@ -131,7 +133,8 @@ def low_precision_weights(optimizer: OptimizerRecord, changes: Kinds) -> Iterato
     if optimizer.steps >= 4 and moved and all(each.short == each.sampled for each in moved):
         yield finding(
             "low_precision_weights",
-            f"all numbers of {len(moved)} float32 tensors that training has moved have a 16-bit format's values: something"
+            f"all numbers of {len(moved)} float32 tensors that training has moved have a 16-bit format's values: "
+            "something"
             " rounds them.",
             optimizer.steps,
             MAY_BE_MEANT,
@@ -156,7 +159,8 @@ def step_without_effect(optimizer: OptimizerRecord) -> Iterator[Finding]:
         unmoved = not any(each.changed for each in optimizer.numbers.values())
         yield finding(
             "step_without_effect",
-            f"in all {len(idle)} steps that were looked at, gradients of norm {float(idle[-1].grad_at_step.norm()):.3g} at a"
+            f"in all {len(idle)} steps that were looked at, gradients of norm "
+            f"{float(idle[-1].grad_at_step.norm()):.3g} at a"
             f" rate of {max(idle[-1].rates):.3g} have changed no number of {len(idle[-1].names)} tensors.",
             idle[0].step + 1,
             "" if len(idle) >= UPDATED and unmoved else "An optimizer that gathers several steps does that.",
@@ -166,7 +170,8 @@ def step_without_effect(optimizer: OptimizerRecord) -> Iterator[Finding]:
     if still and len(still) < len(looks[-1].names):
         yield finding(
             "step_without_effect",
-            f"{len(still)} of {len(looks[-1].names)} tensors receive gradients and have not changed in any of {len(looks)} "
+            f"{len(still)} of {len(looks[-1].names)} tensors receive gradients and have not changed in any of "
+            f"{len(looks)} "
             f"steps that were looked at: {', '.join(still[:3])}.",
             looks[-1].step + 1,
             MAY_BE_MEANT,
@@ -174,7 +179,7 @@ def step_without_effect(optimizer: OptimizerRecord) -> Iterator[Finding]:
 
 
 def _should_move(optimizer: OptimizerRecord, record: StepRecord) -> bool:
-    """Whether some update is large enough for float32: by the rate for Adam and its kin, by rate times gradient else."""
+    """Whether some update is large enough for float32: by the rate for Adam's kin, else by rate times gradient."""
     if (
         record.closure
         or not record.rates

@@ -38,7 +38,8 @@ def unused_head(optimizer: OptimizerRecord, frozen: tuple[str, ...]) -> Iterator
     share = sum(each.size for each in unused) / max(1, sum(each.size for each in histories))
     yield finding(
         "unused_head",
-        f"{len(unused)} of {len(free)} trainable tensors, with {share:.0%} of the weights, have received no gradient in any"
+        f"{len(unused)} of {len(free)} trainable tensors, with {share:.0%} of the weights, have received no gradient "
+        "in any"
         f" of {optimizer.steps} steps: {', '.join(each.name for each in unused[:3])}.",
         optimizer.steps,
         "Others are trained in turn or came later: these may be to come."
@@ -67,7 +68,8 @@ def last_micro_batch_only(optimizer: OptimizerRecord) -> Iterator[Finding]:
         passes, cleared = max(thrown)
         yield finding(
             "last_micro_batch_only",
-            f"each of {steps} steps came after {passes} backward passes, {cleared} of which were thrown away: each found the"
+            f"each of {steps} steps came after {passes} backward passes, {cleared} of which were thrown away: each "
+            "found the"
             " gradient of the one before gone.",
             optimizer.steps,
             "Adversarial inputs and trial passes look the same; then the last pass is the only one that should count.",
@@ -82,7 +84,8 @@ def steps_stopped(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Find
     if alone and usual and optimizer.between.since > max(64, 16 * usual):
         yield finding(
             "step_never_called",
-            f"{optimizer.between.since} backward passes since step {optimizer.steps} and no step; before, there were at most"
+            f"{optimizer.between.since} backward passes since step {optimizer.steps} and no step; before, there were "
+            "at most"
             f" {usual} for each.",
             optimizer.steps,
             "The loop may have come to a phase that only reads gradients.",
@@ -168,7 +171,8 @@ def _reversed_at_times(steps: list[StepRecord]) -> Iterator[Finding]:
     if len(turned) > 1:
         yield finding(
             "loss_sign",
-            f"gradients are turned round between backward and the step in {len(turned)} of {len(steps)} steps that were "
+            f"gradients are turned round between backward and the step in {len(turned)} of {len(steps)} steps that "
+            "were "
             "looked at.",
             turned[0].step + 1,
             MAY_BE_MEANT,

@@ -92,11 +92,12 @@ def negative_rate(optimizer: OptimizerRecord) -> Iterator[Finding]:
             before = f"; it was {history.largest:.3g} before" if history.largest > 0 else ""
             yield finding(
                 "learning_rate_off_plan",
-                f"the rate of group {number} is {history.last:.3g}, below zero, since step {since + 1}{before}: each step"
+                f"the rate of group {number} is {history.last:.3g}, below zero, since step {since + 1}{before}: each "
+                "step"
                 " goes uphill.",
                 since + 1,
-                "A linear schedule that runs on after its end does that; a sign in front of the loss would be loss_sign. "
-                + MAY_BE_MEANT,
+                "A linear schedule that runs on after its end does that; a sign in front of the loss would be "
+                "loss_sign. " + MAY_BE_MEANT,
                 "Stop the schedule where it reaches zero, e.g. `max(0.0, 1 - step / steps)`.",
             )
 
@@ -118,7 +119,7 @@ def learning_rate_too_small(records: list[StepRecord]) -> Iterator[Finding]:
 
 
 def rate_that_waits(optimizer: OptimizerRecord) -> Iterator[Finding]:
-    """A scheduler was built, and holds the rate at a small share of its base: nothing advances it, or each epoch only."""
+    """A scheduler holds the rate at a small share of its base: nothing advances it, or each epoch only."""
     for number, history in optimizer.plain.rates.items():
         group = optimizer.groups[number]
         base = group.get("max_lr", group.get("initial_lr"))
@@ -183,7 +184,8 @@ def epsilon_swallows_signal(optimizer: OptimizerRecord) -> Iterator[Finding]:
         eps, root = max(each for each, _ in swallowed.values()), median(root for _, root in swallowed.values())
         yield finding(
             "epsilon_swallows_signal",
-            f"eps is {eps:.3g} and the root of the mean squared gradient beside it is {root:.2g} in {len(swallowed)} of "
+            f"eps is {eps:.3g} and the root of the mean squared gradient beside it is {root:.2g} in {len(swallowed)} "
+            "of "
             f"{len(optimizer.denominators)} tensors, from the first step on: steps are {root / eps:.1g} of what they"
             " would be without it.",
             optimizer.steps,

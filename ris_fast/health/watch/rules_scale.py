@@ -23,7 +23,8 @@ def scale_findings(optimizer: OptimizerRecord) -> Iterator[Finding]:
         scale = looks[0][1]
         yield finding(
             "unscaled_twice",
-            f"gradients reach the optimizer at {factors[0][2]:.3g} of what arrives in all {len(looks)} steps that were looked"
+            f"gradients reach the optimizer at {factors[0][2]:.3g} of what arrives in all {len(looks)} steps that "
+            "were looked"
             f" at: the square of 1 / {scale:g}, the loss scale.",
             looks[0][0].step + 1,
         )

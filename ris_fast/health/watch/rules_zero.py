@@ -16,10 +16,11 @@ from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecor
 LOOKS = 8  # of which none has another gradient
 SEVERAL = 4
 WHOLE = (
-    "A rounding, a sign or an argmax in front of the loss does that (non_differentiable), an output unit that is off for "
+    "A rounding, a sign or an argmax in front of the loss does that (non_differentiable), an output unit that is off "
+    "for "
     "every input (dead_units), or a clamp; print the outputs and their `grad_fn`."
 )
-PARTLY = "A rounding, a comparison or a factor of zero on the way does that; a branch that is switched off for now would too."
+PARTLY = "A rounding, a comparison or a factor of zero on the way does that, and so does a branch that is off for now."
 
 
 def zero_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
@@ -38,7 +39,8 @@ def zero_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Find
         certain = min(map(len, heard.values())) >= LOOKS and looks[0].step == 0 and len(heard) == len(looks[-1].hooked)
         yield finding(
             "vanishing_gradient",
-            f"the gradients of all {len(zero)} tensors arrive in each of {len(looks)} steps that were looked at, and every"
+            f"the gradients of all {len(zero)} tensors arrive in each of {len(looks)} steps that were looked at, and "
+            "every"
             f" number is zero.{'' if not certain else ' ' + WHOLE}",
             at,
             "" if certain else WHOLE,
@@ -75,8 +77,10 @@ def _at_zero(zero: list[str], looks: list[StepRecord]) -> list[str]:
 def _product(names: list[str], count: int, step: int, *, certain: bool) -> Finding:
     return finding(
         "zero_product_init",
-        f"{len(names)} tensors are all zeros and their gradients arrive and are all zeros: {', '.join(names[:3])}. Each is"
-        f" a factor of the other's gradient.{f' {count - len(names)} more tensors are cut off.' if count > len(names) else ''}",
+        f"{len(names)} tensors are all zeros and their gradients arrive and are all zeros: {', '.join(names[:3])}. "
+        "Each is"
+        " a factor of the other's "
+        f"gradient.{f' {count - len(names)} more tensors are cut off.' if count > len(names) else ''}",
         step,
         "" if certain else "Few steps have been looked at so far.",
     )
@@ -104,7 +108,8 @@ def _partly(zero: list[str], others: list[str], step: int) -> Iterator[Finding]:
     elif weights := [name for name in fed_zeros if _others_before(name, [*zero, *others], others)]:
         yield finding(
             "zeroed_gradients",
-            f"{said}: {', '.join(weights[:3])}, while the bias of the same layer has one: a hook sets it to zero, or the"
+            f"{said}: {', '.join(weights[:3])}, while the bias of the same layer has one: a hook sets it to zero, or "
+            "the"
             " layer's inputs are zeros (constant_input).",
             step,
             "A forward hook that prints the layer's input tells the two apart.",
@@ -128,7 +133,8 @@ def dead_units(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding
         if 0 < max(shares) <= 0.05 and math.isfinite(numbers.size):
             yield finding(
                 "dead_units",
-                f"{1 - shares[0]:.0%} of the units of {layer} have had no gradient in any of {len(optimizer.records)} steps"
+                f"{1 - shares[0]:.0%} of the units of {layer} have had no gradient in any of "
+                f"{len(optimizer.records)} steps"
                 " that were looked at.",
                 optimizer.records[-1].step + 1,
                 "A layer of which each input uses a small part, as an expert or a table, looks so, too.",
