@@ -114,8 +114,9 @@ class Passes:
     """Backward passes that reached one tensor, counted between two steps.
 
     Args: intervals: how often a step came after so many passes, of which so many found the gradient before them gone,
-        with the weights moved in between or not; unused: steps that found none although a pass had left one;
-        replaced: steps that found another gradient than the last pass left; since: passes since the last step.
+        and whether all came from one line, with the weights at rest; unused: steps that found none although a pass had
+        left one; replaced: steps that found another gradient than the last pass left; since: passes since the last
+        step.
     """
 
     intervals: dict[tuple[int, int, bool], int] = field(default_factory=dict)
@@ -129,8 +130,8 @@ class NumbersRecord:
     """A few numbers of a tensor now, beside those before the first step.
 
     Args: sampled: how many; changed: those that are others now; live: those that had a gradient other than zero in a
-        step that was looked at; held: those of them that are not changed; short: those whose last 16 bits of 32 are
-        zero; distinct: different ones; size: their mean magnitude.
+        step that was looked at; held: those of them that are not changed; short: finite ones whose last 13 bits of 32
+        are zero, as those of 16-bit formats are; distinct: different ones; size: their mean magnitude.
     """
 
     sampled: int

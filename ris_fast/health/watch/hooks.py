@@ -47,7 +47,7 @@ class OptimizerHooks:
         self.samples = WeightSamples()
         self.current: StepRecord | None = None
         self.sample: ParameterSample | None = None
-        self.inside, self.closure = False, False
+        self.depth, self.closure = 0, False
         self.cost_s, self.rival_steps, self.loads, self.loads_before, self.resets = 0.0, 0, 0, 0, 0
         self.handles = [
             optimizer.register_step_pre_hook(self._before),
@@ -118,9 +118,12 @@ class OptimizerHooks:
 
     @torch.compiler.disable
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A step within a step, of a class that calls its base's, is one step."""
-        self.inside, self.rivals.inside = True, self.optimizer
-        self.closure = any(callable(each) and not isinstance(each, Optimizer) for each in (*args, *kwargs.values()))
+        """A step within a step, of a class that calls its base's, is part of it; what raised an error is forgotten."""
+        if self.depth and not self.passes.passes:
+            self.depth += 1
+            return
+        self.depth, self.rivals.inside = 1, self.optimizer
+        self.closure = (len(args) > 1 or bool(kwargs)) and _has_closure(*args, *kwargs.values())
         self.every_step.before(held_tensors(self.optimizer), self.closure)
         self.passes.before()
         self._compare_outside()
@@ -173,9 +176,10 @@ class OptimizerHooks:
 
     @torch.compiler.disable
     def _after(self, *_: Any) -> None:
-        if not self.inside:
+        self.depth = max(0, self.depth - 1)
+        if self.depth or self.rivals.inside is not self.optimizer:
             return
-        self.inside, self.rivals.inside, began = False, None, perf_counter()
+        self.rivals.inside, began = None, perf_counter()
         uncleared = self.gradients.take_stale()
         self.every_step.after(held_tensors(self.optimizer), self.closure)
         self.passes.restart()
@@ -219,6 +223,10 @@ def plain_name(name: str) -> str:
 def _weight_norms(parameters: dict[str, Tensor]) -> Tensor:
     """(T,)"""
     return norms([local_values(tensor) for tensor in parameters.values()])
+
+
+def _has_closure(*args: Any) -> bool:
+    return any(callable(each) and not isinstance(each, Optimizer) for each in args)
 
 
 def _loss_scale() -> float | Tensor | None:

@@ -39,13 +39,22 @@ def _by_value(after: Tensor, later: Tensor, changed: Tensor) -> str:
     new, old = later[changed], after[changed]
     low, high = new.min(), new.max()
     at_high, at_low = (new == high) & (old > high), (new == low) & (old < low)
-    if bool((at_high | at_low).all()) and float(later.max()) <= max(float(high), float(low)):
+    within = (not at_high.any() or later.max() <= high) and (not at_low.any() or later.min() >= low)
+    if bool((at_high | at_low).all()) and within:
         return "constant" if len(new) == len(later) > 1 and float(low) == float(high) else "clipped"
     if not new.any():
         return "zeroed" if len(new) == len(later) and len(later) > 1 else "masked"
+    if _is_one(old.abs() - new.abs()) and bool((new.sign() * old.sign() >= 0).all()):
+        return "shrunk"
     if any(torch.equal(later, later.to(dtype).double()) for dtype in (torch.bfloat16, torch.float16)):
         return "rounded"
     return "constant" if len(later) > 1 and float(later.min()) == float(later.max()) else ""
+
+
+def _is_one(amounts: Tensor) -> bool:
+    """Whether all, but those that reach zero, are the same amount."""
+    most = float(amounts.max())
+    return most > 0 and float((amounts > 0.999 * most).double().mean()) > 0.5 and float(amounts.min()) >= 0
 
 
 def _by_factor(after: Tensor, later: Tensor, shape: tuple[int, ...]) -> str:

@@ -103,7 +103,8 @@ def weights_changed_outside(optimizer: OptimizerRecord, changes: Kinds) -> Itera
 def second_optimizer(optimizer: OptimizerRecord) -> Iterator[Finding]:
     """An optimizer that nobody named makes as many steps, on the same tensors."""
     for rival in optimizer.rivals:
-        if rival.steps >= 8 and not rival.nested and 0.5 <= rival.steps / optimizer.steps <= 2:
+        meets = optimizer.span is not None and rival.first < optimizer.span[1]
+        if meets and rival.steps >= 8 and not rival.nested and 0.5 <= rival.steps / optimizer.steps <= 2:
             yield finding(
                 "duplicate_parameters",
                 f"a {rival.kind} that `watch` was not given has made {rival.steps} steps on {len(rival.shared)} of the "

@@ -56,13 +56,14 @@ def _peer(name: str) -> str:
 
 
 def last_micro_batch_only(optimizer: OptimizerRecord) -> Iterator[Finding]:
-    """Most backward passes of every step find the gradient of the pass before gone, and weights that did not move."""
+    """Most backward passes of every step find the gradient of the pass before gone. Attacks on the inputs and ascents
+    of the weights come from other lines, or move them."""
     between = optimizer.between
     steps = sum(between.intervals.values())
     thrown = [
         (passes, cleared)
-        for passes, cleared, moved in between.intervals
-        if not moved and cleared == passes - 1 and passes >= 3
+        for passes, cleared, alike in between.intervals
+        if alike and cleared == passes - 1 and passes >= 3
     ]
     if steps >= 4 and len(thrown) == len(between.intervals) and not between.replaced:
         passes, cleared = max(thrown)
@@ -72,7 +73,7 @@ def last_micro_batch_only(optimizer: OptimizerRecord) -> Iterator[Finding]:
             "found the"
             " gradient of the one before gone.",
             optimizer.steps,
-            "Adversarial inputs and trial passes look the same; then the last pass is the only one that should count.",
+            "A search that repeats a pass until it is good enough looks the same.",
             "Clear gradients after the step only, so that micro-batches add up.",
         )
 

@@ -70,7 +70,11 @@ def _frozen(
     """
     free = {each for by in loop.optimizers if by.steps for each in by.tensors if each not in by.frozen}
     in_turn = {each for by in loop.optimizers for each, history in by.histories.items() if history.turns > 1}
-    still = [each for each in loop.parameters if not each.trainable and each not in free | meant | in_turn]
+    still = [
+        each
+        for each in loop.parameters
+        if not each.trainable and each not in free | meant | in_turn | loop.rival_tensors
+    ]
     tables = {each for each in loop.frozen_at_start if each.name.rpartition(".")[2] not in ("weight", "bias")}
     apart = [each for each in loop.frozen_at_start if each not in held]
     most = 2 * sum(each.size for each in apart) > sum(each.size for each in loop.parameters)

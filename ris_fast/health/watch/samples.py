@@ -257,7 +257,7 @@ def _numbers(was: Tensor, now: Tensor, live: Tensor) -> NumbersRecord:
         changed=int((~held).sum()),
         live=int(live.sum()),
         held=int((held & live).sum()),
-        short=int((narrow & 0xFFFF == 0).sum()),
+        short=int(((narrow & 0x1FFF == 0) & now.isfinite()).sum()),
         distinct=len(now.unique()),
         size=float(now.float().abs().mean()) if len(now) else 0.0,
     )
