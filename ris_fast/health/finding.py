@@ -15,8 +15,8 @@ class Finding:
 
     Args: cause: a name of `causes.CAUSES`; evidence: tensors, steps and numbers in one or two sentences;
         step: optimizer steps attempted when it was seen, 0 before the first; severity: the cause's level;
-        advice: the cause's fix, unless there is a better one; harm: share of the weights that it leaves untrained, or of
-        the steps without effect, where it is not all of them.
+        advice: the cause's fix, unless there is a better one; harm: share of the weights that it leaves untrained, or
+        of the steps without effect, where it is not all of them.
     """
 
     cause: str

@@ -8,7 +8,7 @@ SHOWN = 3
 
 
 def describe_tensors(sizes: Mapping[str, int], whole: int) -> str:
-    """Count, share of all weights, and the largest by name: '64 tensors, 56 % of the weights; the largest: a 34 %, ...'.
+    """Count, share of the weights, and the largest: '64 tensors, 56 % of the weights; the largest: a 34 %, ...'.
 
     Args: sizes: numbers in each tensor, by its name; whole: numbers in all of the model's tensors.
     """
