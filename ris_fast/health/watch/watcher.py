@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.names import check_beginnings
+from ris_fast.health.watch.forward import ForwardHooks
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.records import LoopRecord, StepRecord, TensorRecord
 from ris_fast.health.watch.rules import find_mistakes
@@ -35,6 +36,7 @@ class Watcher:
         check_every(every, len(self.optimizers))
         check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
         self.hooks = [OptimizerHooks(model, each, every) for each in self.optimizers]
+        self.forward = ForwardHooks(model, self.hooks, every)
         self.frozen_at_start = {id(p) for p in model.parameters() if not p.requires_grad}
 
     @property
@@ -51,6 +53,7 @@ class Watcher:
         """Takes every hook away."""
         for hooks in self.hooks:
             hooks.close()
+        self.forward.close()
 
     def report(self) -> list[Finding]:
         """Findings on the steps so far, most certain first. Reads the device."""
@@ -67,6 +70,7 @@ class Watcher:
             steps=self.steps,
             frozen=self.frozen,
             frozen_at_start={parameters[key] for key in self.frozen_at_start & parameters.keys()},
+            forward=self.forward.record(),
         )
 
 
