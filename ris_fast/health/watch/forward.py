@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from ris_fast.health.watch.samples import held_tensors
 from ris_fast.health.watch.tensors import few_rows, has_nan, rows_with_gradient, tensors_of
 
 FIRST, LONGEST = 256, 4096  # passes that are all looked at; where most of them reach no backward
-NUMBERS = 48  # passes in training and as many in evaluation of which a few numbers are kept
+NUMBERS = 48  # passes in training, and as many in evaluation, of which a few numbers are kept
 WALKED = 12  # training passes whose graph is walked
 PARTS = 4  # training passes in which the hooks on parts stay
 LATE = 64  # passes that are looked at after the first
@@ -61,7 +62,7 @@ class ForwardHooks:
         self.passes: list[PassRecord] = []
         self.first = FIRST
         self.count = self.late = self.foreign_steps = 0
-        self.kept = {True: 0, False: 0}  # passes with numbers, in training mode or not
+        self.kept: Counter[tuple[bool, bool]] = Counter()  # passes with numbers, by mode and whether with gradients
         self.leaves = GraphLeaves(model)
         self.called: dict[int, bool] = {}  # by id of a part: whether gradients were enabled in a call of it
         self.optimizers: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()  # whether foreign
@@ -74,7 +75,7 @@ class ForwardHooks:
             register_optimizer_step_post_hook(_StepHook(self)),
         ]
         of_part = _Hook(self._part)
-        parts = [] if _compiled_before(model) else [part for part in model.modules() if part is not model]
+        parts = [] if _compiled(model) else [part for part in model.modules() if part is not model]
         self.part_hooks = [part.register_forward_hook(of_part) for part in parts]
 
     @property
@@ -140,8 +141,8 @@ class ForwardHooks:
         self.passes.append(now)
         if now.grad:
             self._follow(now, inputs, outputs)
-        if self.kept[now.training] < NUMBERS or self.count > self.first:
-            self.kept[now.training] += 1
+        if self.kept[now.training, now.grad] < NUMBERS or self.count > self.first:
+            self.kept[now.training, now.grad] += 1
             now.input, now.output = few_rows(inputs), few_rows(outputs)
             now.nan_in, now.nan_out = has_nan(inputs), has_nan(outputs)
 
@@ -194,9 +195,10 @@ def is_modal(part: nn.Module) -> bool:
     return running or (isinstance(dropout, float) and dropout > 0)
 
 
-def _compiled_before(model: nn.Module) -> bool:
-    """Whether it may be part of a compiled function already, which hooks would compile again."""
-    return "torch._dynamo" in sys.modules and (
-        bool(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        or any(isinstance(part, torch._dynamo.OptimizedModule) for part in model.modules())
+def _compiled(model: nn.Module) -> bool:
+    """Whether it has a compiled part, which would be compiled again when hooks come or go."""
+    optimized = sys.modules.get("torch._dynamo.eval_frame")
+    return any(
+        part._compiled_call_impl is not None or (optimized and isinstance(part, optimized.OptimizedModule))
+        for part in model.modules()
     )

@@ -5,6 +5,7 @@ Legend: T tensors, those of the model that one optimizer holds and that have a n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,7 +112,8 @@ class LoopRecord:
     """A model and its optimizers, at the report.
 
     Args: steps: made by the optimizer that has made most; frozen: beginnings of names of parameters that are not meant
-        to be trained; frozen_at_start: those without requires_grad when the watch began; forward: the model's passes.
+        to be trained; frozen_at_start: those without requires_grad when the watch began; forward: the model's passes;
+        losses: those that `seen.loss` was given.
     """
 
     parameters: list[TensorRecord]
@@ -120,6 +122,7 @@ class LoopRecord:
     frozen: tuple[str, ...]
     frozen_at_start: set[TensorRecord]
     forward: ForwardRecord | None = None
+    losses: Sequence[LossRecord] = ()
 
 
 @dataclass
@@ -204,6 +207,61 @@ class ForwardRecord:
     leaves: list[LeafRecord]
     walked: int
     outside_graph: list[str]
+
+
+@dataclass
+class Numbers:
+    """Of outputs or targets. Numbers stay on their device until `on_host`.
+
+    Args: whole: classes or counts; least, most: (), of real and imaginary parts; imaginary: (), largest imaginary part;
+        nan: (), whether there is a NaN; few: (R, F) a few numbers.
+    """
+
+    shape: tuple[int, ...]
+    whole: bool
+    complex: bool
+    least: Tensor
+    most: Tensor
+    imaginary: Tensor
+    nan: Tensor | None
+    few: Tensor | None
+
+    def on_host(self) -> Numbers:
+        return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
+
+
+@dataclass
+class LossRecord:
+    """One loss that `seen.loss` was given in training.
+
+    Args: step: made before it by the watched optimizers, all together; tensor: it is one; made_anew: it requires a
+        gradient and has no history; chain, chain_shapes: operations from the root on while each has one operand with a
+        gradient, and shapes of what they give; direct: the chain ends at the operation that made the outputs; behind:
+        the chain from there on; of_model: it depends on the model's parameters, None where that was not looked at;
+        twice: a softmax or sigmoid that is applied to another, both names; value: (), its mean; rows: (B,) scenes with
+        a gradient at the first output.
+    """
+
+    step: int
+    tensor: bool
+    requires_grad: bool
+    made_anew: bool
+    chain: list[str]
+    chain_shapes: list[tuple[int, ...]]
+    direct: bool
+    behind: list[str]
+    outputs_require_grad: bool
+    outputs: Numbers | None
+    targets: Numbers | None
+    value: Tensor | None
+    of_model: bool | None = None
+    twice: tuple[str, ...] = ()
+    rows: Tensor | None = None
+
+    def on_host(self) -> LossRecord:
+        host = {name: each.cpu() for name, each in vars(self).items() if isinstance(each, Tensor)}
+        host |= {name: each.on_host() for name, each in vars(self).items() if isinstance(each, Numbers)}
+        return replace(self, **host)
 
 
 def is_finite(values: Tensor) -> bool:

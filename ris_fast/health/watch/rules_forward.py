@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, pairwise
+
+import torch
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.describe import describe_steps, describe_tensors, share
@@ -19,6 +21,7 @@ def forward_findings(loop: LoopRecord) -> list[Finding]:
     if loop.forward is None or not loop.forward.passes:
         return []
     return [
+        *no_backward(loop, loop.forward),
         *forwards_without_backward(loop.forward),
         *unregistered_parameters(loop, loop.forward),
         *detached_backbone(loop, loop.forward),
@@ -26,6 +29,24 @@ def forward_findings(loop: LoopRecord) -> list[Finding]:
         *eval_mode_in_training(loop.forward),
         *train_mode_in_validation(loop.forward),
     ]
+
+
+def no_backward(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:
+    """Steps are made, and in none a gradient came to an output or a parameter, nor did anything train them by hand. A
+    loss that `seen.loss` was given says more."""
+    passes = [each for each in forward.passes if each.training and each.grad and each.step < forward.steps]
+    heard = [record for each in loop.optimizers for record in each.records if record.hooked]
+    silent = all(len(each.none_grads) == len(each.hooked) and float(each.grad_at_step.norm()) == 0 for each in heard)
+    if loop.losses or len(passes) < EARLY or len(heard) < EARLY or not silent or any(each.reached for each in passes):
+        return
+    if not any(each.trained for each in loop.optimizers):
+        yield finding(
+            "loss_rebuilt",
+            f"{forward.steps} steps were made, and of {len(passes)} forward passes in training none was reached by a"
+            " backward pass, nor was any parameter: the loss is a new tensor made of numbers, or `backward()` is not"
+            " called. `loss.grad_fn` is None in the first case.",
+            passes[0].step + 1,
+        )
 
 
 def forwards_without_backward(forward: ForwardRecord) -> Iterator[Finding]:
@@ -74,7 +95,7 @@ def _no_healthy_loop(passes: list[PassRecord], rounds: list[list[PassRecord]], t
         len(rounds) >= ROUNDS
         and len(rounds[0]) >= FORWARD_IN_STEP
         and steps[0] == 0
-        and all(later - step == steps[1] - steps[0] for step, later in zip(steps, steps[1:]))
+        and all(later - step == steps[1] - steps[0] for step, later in pairwise(steps))
         and passes[-1].foreign_steps == passes[0].foreign_steps
         and len(nodes) == 1
         and len({each.shape[1:] for each in passes}) == 1
@@ -211,6 +232,7 @@ def train_mode_in_validation(forward: ForwardRecord) -> Iterator[Finding]:
     trained = {each.step for each in forward.passes if each.reached}
     runs = [list(each) for _, each in groupby(quiet, lambda each: each.step)]
     rounds = [each for each in runs if len(each) > 1 and all(one.training and one.parts_training for one in each)]
+    rounds = [each for each in rounds if not _same_inputs(each)]  # samples of dropout
     if len(rounds) > 1 and not evaluated and 2 * len(rounds) <= len(trained):
         yield finding(
             "train_mode_in_validation",
@@ -219,3 +241,9 @@ def train_mode_in_validation(forward: ForwardRecord) -> Iterator[Finding]:
             rounds[0][0].step,
             "Statistics that are gathered anew, or averages over dropout, look the same.",
         )
+
+
+def _same_inputs(passes: list[PassRecord]) -> bool:
+    """Whether an input is given again within a round."""
+    inputs = [each.input for each in passes if each.input is not None]
+    return any(torch.equal(one, other) for one, other in pairwise(inputs))
