@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.names import check_beginnings
+from ris_fast.health.watch.forward import ForwardHooks
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
+from ris_fast.health.watch.loss import LossHook
 from ris_fast.health.watch.records import LoopRecord, StepRecord, TensorRecord
 from ris_fast.health.watch.rules import find_mistakes
 from ris_fast.health.watch.samples import held_tensors
@@ -35,6 +37,8 @@ class Watcher:
         check_every(every, len(self.optimizers))
         check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
         self.hooks = [OptimizerHooks(model, each, every) for each in self.optimizers]
+        self.forward = ForwardHooks(model, self.hooks, every)
+        self.losses = LossHook(self.forward.leaves, lambda: (self.forward.steps, self.steps), every)
         self.frozen_at_start = {id(p) for p in model.parameters() if not p.requires_grad}
 
     @property
@@ -47,10 +51,21 @@ class Watcher:
         """Steps that were looked at, one optimizer after the other."""
         return [record for hooks in self.hooks for record in hooks.records]
 
+    def loss(self, value: Any, outputs: Any = None, targets: Any = None) -> Any:
+        """Looks at a loss in training, on request; reads nothing from the device.
+
+        Args: value: the tensor that `backward()` starts from; outputs, targets: what it was made of, as tensors or in
+            tuples, dicts or other objects; the first tensor in each is looked at.
+        Returns: value.
+        """
+        self.losses.note(value, outputs, targets, self.model.training)
+        return value
+
     def close(self) -> None:
         """Takes every hook away."""
         for hooks in self.hooks:
             hooks.close()
+        self.forward.close()
 
     def report(self) -> list[Finding]:
         """Findings on the steps so far, most certain first. Reads the device."""
@@ -67,6 +82,8 @@ class Watcher:
             steps=self.steps,
             frozen=self.frozen,
             frozen_at_start={parameters[key] for key in self.frozen_at_start & parameters.keys()},
+            forward=self.forward.record(),
+            losses=[each.on_host() for each in self.losses.records],
         )
 
 
