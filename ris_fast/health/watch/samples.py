@@ -89,6 +89,7 @@ class StaleGradientProbe:
         self.same = self.norm > 0
         self.hook: Any = parameter.register_hook(self._found)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def _found(self, _: Tensor) -> None:
         """Before backward adds what came."""
