@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.records import OptimizerRecord, StepRecord, TensorRecord
 from ris_fast.health.watch.samples import (
     Origin,
@@ -207,11 +208,11 @@ class OptimizerHooks:
 
 
 def _gradient_hook(hooks: OptimizerHooks) -> Callable[[Tensor], None]:
-    """Called after backward has added to a gradient. One function for all tensors and steps, which dynamo leaves alone:
-    backward runs hooks where a compiled function calls it."""
+    """Called after backward has added to a gradient. One function for all tensors and steps: compiled autograd would
+    take another for another graph."""
     me = weakref.ref(hooks)
 
-    @torch.compiler.disable
+    @eager_hook
     def arrived(parameter: Tensor) -> None:
         if (hooks := me()) is not None and parameter.grad is not None:
             hooks._arrive(parameter)
