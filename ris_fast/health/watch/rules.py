@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from ris_fast.health.finding import Finding, ranked
-from ris_fast.health.watch import rules_gradients, rules_parameters
+from ris_fast.health.watch import rules_clip, rules_gradients, rules_parameters, rules_ranks
 from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
@@ -23,7 +23,7 @@ OTHERS_STEP = "Another optimizer makes steps: this one's may come in a later pha
 def find_mistakes(loop: LoopRecord) -> list[Finding]:
     """All findings, most certain first."""
     by_optimizer = (each for optimizer in loop.optimizers for each in optimizer_findings(loop, optimizer))
-    return ranked([*rules_parameters.parameter_findings(loop), *by_optimizer])
+    return ranked([*rules_parameters.parameter_findings(loop), *by_optimizer, *rules_ranks.rank_findings(loop)])
 
 
 def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Finding]:
@@ -46,6 +46,7 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
         *rules_parameters.learning_rate_too_small(records),
         *rules_parameters.weight_decay_too_large(optimizer),
         *rules_parameters.nonfinite_weights(optimizer),
+        *(rules_clip.clipped_in_part(records) if loop.ranks is None else ()),
     ]
 
 

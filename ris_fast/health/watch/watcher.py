@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ris_fast.health.finding import Finding
 from ris_fast.health.names import check_beginnings
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
+from ris_fast.health.watch.ranks import RankObserver
 from ris_fast.health.watch.records import LoopRecord, StepRecord, TensorRecord
 from ris_fast.health.watch.rules import find_mistakes
 from ris_fast.health.watch.samples import held_tensors
@@ -35,6 +36,7 @@ class Watcher:
         check_every(every, len(self.optimizers))
         check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
         self.hooks = [OptimizerHooks(model, each, every) for each in self.optimizers]
+        self.ranks = RankObserver(model, self.optimizers, every)
         self.frozen_at_start = {id(p) for p in model.parameters() if not p.requires_grad}
 
     @property
@@ -51,12 +53,17 @@ class Watcher:
         """Takes every hook away."""
         for hooks in self.hooks:
             hooks.close()
+        self.ranks.close()
 
-    def report(self) -> list[Finding]:
-        """Findings on the steps so far, most certain first. Reads the device."""
-        return find_mistakes(self._record())
+    def report(self, wait_s: float | None = None) -> list[Finding]:
+        """Findings on the steps so far, most certain first. Reads the device.
 
-    def _record(self) -> LoopRecord:
+        Args: wait_s: with several ranks, seconds to wait for the others to report too; by default 5, and half a second
+            once they have not come. Nothing else waits for them: a single rank may report.
+        """
+        return find_mistakes(self._record(wait_s))
+
+    def _record(self, wait_s: float | None = None) -> LoopRecord:
         parameters = {id(p): _record_of(p, plain_name(name)) for name, p in self.model.named_parameters()}
         others = {
             id(p): _record_of(p) for each in self.optimizers for p in held_tensors(each) if id(p) not in parameters
@@ -67,6 +74,7 @@ class Watcher:
             steps=self.steps,
             frozen=self.frozen,
             frozen_at_start={parameters[key] for key in self.frozen_at_start & parameters.keys()},
+            ranks=self.ranks.record(wait_s),
         )
 
 
