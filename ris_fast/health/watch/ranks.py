@@ -14,6 +14,7 @@ import gc
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 from weakref import ref
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ris_fast.health.watch.clock import Clock
 from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.records import RankOptimizer, RankRecord, RanksRecord, RankStep, Wrapper
 from ris_fast.health.watch.samples import has_norm, held_tensors
@@ -41,8 +43,8 @@ def several_ranks() -> bool:
 class RankHooks:
     """Hooks around one optimizer's steps and on the gradients of some of its tensors; idle in a single process."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, every: int) -> None:
-        self.model, self.optimizer, self.every = model, optimizer, every
+    def __init__(self, model: nn.Module, optimizer: Optimizer, every: int, clock: Clock) -> None:
+        self.model, self.optimizer, self.every, self.clock = model, optimizer, every, clock
         self.steps = 0
         self.records: list[RankStep] = []
         self.arrived: dict[int, Tensor] = {}  # since the last step: a few numbers of the gradient
@@ -94,8 +96,10 @@ class RankHooks:
         return self.steps < DENSE or self.steps % self.every == 0
 
     def _hook_gradients(self) -> None:
+        """Hooks on gradients for the next step: on all that are looked at, or on the small one alone."""
         if not several_ranks():
             return
+        self.clock.start()
         if self._due():
             chosen = list(self.chosen().values())
             self.probe = min(chosen, key=lambda p: (p.numel() < NUMBERS, p.numel()), default=None)
@@ -182,16 +186,28 @@ def _gradient_hook(hooks: RankHooks) -> Callable[[Tensor], None]:
     return arrived
 
 
-class RankObserver:
-    """All optimizers of a watched loop, and the meeting of ranks at a report."""
+def _count_steps(observer: ref[RankObserver]) -> int:
+    return sum(hooks.steps for hooks in found.hooks) if (found := observer()) is not None else 0
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], every: int) -> None:
+
+class RankObserver:
+    """All optimizers of a watched loop, the clock that tells where ranks stand, and their meeting at a report."""
+
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], every: int, stall_s: float | None = None
+    ) -> None:
         self.model, self.number = model, next(_numbers)
-        self.hooks = [RankHooks(model, each, every) for each in optimizers]
+        self.hooks: list[RankHooks] = []
+        self.clock = Clock(partial(_count_steps, ref(self)), stall_s)
+        self.hooks += [RankHooks(model, each, every, self.clock) for each in optimizers]
+        if stall_s is not None:
+            self.clock.start()
         self.left: list[str] = []  # keys of this rank in the store
         self.reports, self.alone = 0, False
 
     def close(self) -> None:
+        """Takes every hook away, and ends the clock."""
+        self.clock.close()
         for hooks in self.hooks:
             hooks.close()
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from ris_fast.health.finding import Finding
+from ris_fast.health.finding import Finding, ranked
 from ris_fast.health.names import check_beginnings
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.ranks import RankObserver
@@ -26,7 +26,12 @@ class Watcher:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], every: int, frozen: Sequence[str]
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        every: int,
+        frozen: Sequence[str],
+        stall_s: float | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(
@@ -36,7 +41,8 @@ class Watcher:
         check_every(every, len(self.optimizers))
         check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
         self.hooks = [OptimizerHooks(model, each, every) for each in self.optimizers]
-        self.ranks = RankObserver(model, self.optimizers, every)
+        check_stall(stall_s)
+        self.ranks = RankObserver(model, self.optimizers, every, stall_s)
         self.frozen_at_start = {id(p) for p in model.parameters() if not p.requires_grad}
 
     @property
@@ -61,7 +67,7 @@ class Watcher:
         Args: wait_s: with several ranks, seconds to wait for the others to report too; by default 5, and half a second
             once they have not come. Nothing else waits for them: a single rank may report.
         """
-        return find_mistakes(self._record(wait_s))
+        return ranked([*find_mistakes(self._record(wait_s)), *self.ranks.clock.findings()])
 
     def _record(self, wait_s: float | None = None) -> LoopRecord:
         parameters = {id(p): _record_of(p, plain_name(name)) for name, p in self.model.named_parameters()}
@@ -102,6 +108,14 @@ def check_every(every: Any, optimizers: int) -> None:
         raise ValueError(
             f"watch: {optimizers} optimizers and every={every!r}. Give at least one optimizer, and a whole number of"
             " steps from 1 on."
+        )
+
+
+def check_stall(stall_s: Any) -> None:
+    """Raises: ValueError for what is no time."""
+    if stall_s is not None and (not isinstance(stall_s, (int, float)) or isinstance(stall_s, bool) or not stall_s > 0):
+        raise ValueError(
+            f"watch: stall_s={_shown(stall_s)}. Give seconds above zero, or math.inf for no clock, e.g. stall_s=600."
         )
 
 
