@@ -10,13 +10,14 @@ Legend: T tensors, those of the model that one optimizer holds and that have a n
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.records import OptimizerRecord, StepRecord, TensorRecord
 from ris_fast.health.watch.samples import (
     Origin,
@@ -48,6 +49,7 @@ class OptimizerHooks:
         self.with_grad: set[int] = set()  # at the last step
         self.hooked: list[Tensor] = []
         self.grad_hooks: list[Any] = []
+        self.gradient_hook = _gradient_hook(self)
         self.current: StepRecord | None = None
         self.sample: ParameterSample | None = None
         self.stale_probe: StaleGradientProbe | None = None
@@ -97,13 +99,8 @@ class OptimizerHooks:
             return
         for hook in self.grad_hooks:
             hook.remove()
-        me = weakref.ref(self)
-
-        def arrived(parameter: Tensor) -> None:
-            if (hooks := me()) is not None and parameter.grad is not None:
-                hooks._arrive(parameter)
-
-        self.hooked, self.grad_hooks = wanted, [p.register_post_accumulate_grad_hook(arrived) for p in wanted]
+        self.hooked = wanted
+        self.grad_hooks = [p.register_post_accumulate_grad_hook(self.gradient_hook) for p in wanted]
 
     def _arrive(self, parameter: Tensor) -> None:
         """After backward has added to a gradient."""
@@ -208,6 +205,19 @@ class OptimizerHooks:
             self.stale_probe = next((StaleGradientProbe(p) for p in plain if p.grad is local_values(p.grad)), None)
         self.records = [*self.records[:DENSE], *self.records[DENSE:][-KEPT:], record]
         self.current = None
+
+
+def _gradient_hook(hooks: OptimizerHooks) -> Callable[[Tensor], None]:
+    """Called after backward has added to a gradient. One function for all tensors and steps: compiled autograd would
+    take another for another graph."""
+    me = weakref.ref(hooks)
+
+    @eager_hook
+    def arrived(parameter: Tensor) -> None:
+        if (hooks := me()) is not None and parameter.grad is not None:
+            hooks._arrive(parameter)
+
+    return arrived
 
 
 def plain_name(name: str) -> str:

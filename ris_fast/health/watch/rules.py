@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from ris_fast.health.finding import Finding, ranked
-from ris_fast.health.watch import rules_forward, rules_gradients, rules_loss, rules_parameters
+from ris_fast.health.watch import rules_clip, rules_forward, rules_gradients, rules_loss, rules_parameters, rules_ranks
 from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
@@ -29,6 +29,7 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
             *rules_forward.forward_findings(loop),
             *rules_loss.loss_findings(loop),
             *by_optimizer,
+            *rules_ranks.rank_findings(loop),
         ]
     )
 
@@ -53,6 +54,7 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
         *rules_parameters.learning_rate_too_small(records),
         *rules_parameters.weight_decay_too_large(optimizer),
         *rules_parameters.nonfinite_weights(optimizer),
+        *(rules_clip.clipped_in_part(records) if loop.ranks is None else ()),
     ]
 
 
