@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.records import StepRecord
-from ris_fast.health.watch.samples import PLAIN, StaleGradientProbe, compare, few_numbers, local_values
+from ris_fast.health.watch.samples import PLAIN, ParameterSample, StaleGradientProbe, compare, few_numbers, local_values
 from ris_fast.training.telemetry.step_telemetry import norms
 
 
@@ -43,8 +43,8 @@ class GradientWatch:
     def _arrive(self, parameter: Tensor) -> None:
         """After backward has added to a gradient."""
         grad = parameter.grad
-        norm, few = _norm(grad), few_numbers([grad])
-        self.arrived[id(parameter)] = norm, few.detach()
+        norm, few = _norm(grad), few_numbers([grad.detach()])
+        self.arrived[id(parameter)] = norm, few
         if self.counts_passes:
             self._count_pass(parameter)
         if self.stale_probe is not None and self.stale_probe.parameter is parameter:
@@ -56,7 +56,7 @@ class GradientWatch:
         gone = last is not None and last() is not grad and not grad.requires_grad and grad.layout == torch.strided
         self.passes[id(parameter)] = passes + 1, cleared + gone, weakref.ref(grad)
 
-    def fill(self, record: StepRecord, parameters: dict[str, Tensor]) -> None:
+    def fill(self, record: StepRecord, parameters: dict[str, Tensor], sample: ParameterSample) -> None:
         """What came, and what the optimizer found: with a closure what came, or what is left of it, since the step may
         clear it."""
         hooked = {id(p) for p in self.hooked if p.requires_grad}
@@ -64,15 +64,17 @@ class GradientWatch:
         record.hooked = tuple(name for name, p in parameters.items() if id(p) in hooked)
         record.no_grad = tuple(name for name, p in parameters.items() if p.grad is None)
         record.none_grads = tuple(name for name in record.hooked if arrived[name] is None)
-        record.grad_change = None if record.closure else self._change(parameters)
+        record.grad_change = None if record.closure else self._change(parameters, sample)
         unheard = [None if id(p) in hooked else norm for p, norm in zip(parameters.values(), at_step)]
         record.grad_after_backward = _row(record, [a[0] if a else u for a, u in zip(arrived.values(), unheard)])
         record.grad_at_step = torch.maximum(record.grad_after_backward, at_step) if record.closure else at_step
 
-    def _change(self, parameters: dict[str, Tensor]) -> Tensor | None:
+    def _change(self, parameters: dict[str, Tensor], sample: ParameterSample) -> Tensor | None:
         """See `StepRecord.grad_change`; of the tensors that were hooked and have a gradient in the same layout."""
-        with_both = [p for p in parameters.values() if id(p) in self.arrived and p.grad is not None]
-        both = [(self.arrived[id(p)][1], few_numbers([p.grad])) for p in with_both]
+        if sum(sample.sizes) != len(sample.gradient):  # sparse ones among them
+            return None
+        found = zip(parameters.values(), sample.gradient.split(sample.sizes))
+        both = [(self.arrived[id(p)][1], few) for p, few in found if id(p) in self.arrived and p.grad is not None]
         both = [(arrived, at_step) for arrived, at_step in both if arrived.shape == at_step.shape]
         return compare(*zip(*both)) if both else None
 

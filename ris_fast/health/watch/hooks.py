@@ -54,6 +54,7 @@ class OptimizerHooks:
             optimizer.register_step_post_hook(self._after),
             optimizer.register_load_state_dict_post_hook(self._loaded),
         ]
+        self.found = self.parameters()  # at the last look
         self._hook_gradients()
 
     @property
@@ -109,7 +110,7 @@ class OptimizerHooks:
     def _hook_gradients(self) -> None:
         """Hooks on gradients for the next step, if it is one that is looked at."""
         due = self.schedule.due(self.steps)
-        wanted = [p for p in self.parameters().values() if p.requires_grad] if due else []
+        wanted = [p for p in self.found.values() if p.requires_grad] if due else []
         self.gradients.hook(wanted)
         if wanted and (not self.passes.heard or not self.passes.parameter.requires_grad):
             arrived = [p for p in wanted if id(p) in self.gradients.arrived]
@@ -140,7 +141,7 @@ class OptimizerHooks:
             self.cost_s += perf_counter() - began
 
     def _look_before(self) -> None:
-        parameters = self.parameters()
+        parameters = self.found = self.parameters()
         self.origin.note()
         self.current = self._begin(parameters)
         last, self.sample = self.sample, ParameterSample(self.steps, parameters, self.samples)
@@ -148,7 +149,7 @@ class OptimizerHooks:
         if self.closure:
             self.gradients.arrived.clear()
         else:
-            self.gradients.fill(self.current, parameters)
+            self.gradients.fill(self.current, parameters, self.sample)
             self.live = self.sample.add_live(self.live)
 
     def _begin(self, parameters: dict[str, Tensor]) -> StepRecord:
@@ -195,11 +196,10 @@ class OptimizerHooks:
             self._hook_gradients()
 
     def _finish(self, record: StepRecord, uncleared: Tensor | None) -> None:
-        now = self.parameters()
-        parameters = {name: now[name] for name in record.names if name in now}
+        parameters = self.found
         record.uncleared = uncleared
         if record.closure:
-            self.gradients.fill(record, parameters)
+            self.gradients.fill(record, parameters, self.sample)
         record.weights_after = _weight_norms(parameters)
         record.moved, record.update_ratio = self.sample.finish(parameters)
         record.sizes = list(self.samples.sizes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class ParameterSample:
         self.step, self.names, self.samples = step, list(parameters), samples
         self.before = self.first = samples.read(list(parameters.values()))
         self.gradient, self.after = few_numbers(grads), self.before[:0]
+        self.sizes = list(samples.sizes)
 
     def is_reset(self, last: ParameterSample) -> Tensor | None:
         """(), whether an earlier state is here again although the last step left another. None for other tensors.
@@ -107,12 +109,16 @@ def few_numbers(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _few(tensor: Tensor) -> Tensor:
-    """A view into it, where it has one."""
+    """A view into it, where it is contiguous."""
     values = local_values(tensor)
     values = torch.view_as_real(values) if values.is_complex() else values
-    return values.reshape(-1)[:: stride_of(values.shape)]
+    stride = stride_of(values.shape)
+    if values.is_contiguous():
+        return values.as_strided((-(-values.numel() // stride),), (stride,))
+    return values.reshape(-1)[::stride]
 
 
+@lru_cache(4096)
 def stride_of(shape: Sequence[int]) -> int:
     """Places from one number that is read to the next: odd, so that they are not all in one column."""
     return max(1, math.prod(shape) // FEW) | 1
