@@ -6,12 +6,13 @@ Legend: T tensors, those of the model that one optimizer holds and that have a n
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.records import StepRecord
 from ris_fast.health.watch.samples import PLAIN, ParameterSample, StaleGradientProbe, compare, few_numbers, local_values
 from ris_fast.training.telemetry.step_telemetry import norms
@@ -28,6 +29,7 @@ class GradientWatch:
         self.hooked: list[Tensor] = []
         self.hooks: list[Any] = []
         self.stale_probe: StaleGradientProbe | None = None
+        self.arrival = arrival_hook(self)
 
     def hook(self, wanted: Sequence[Tensor]) -> None:
         """Hooks these tensors, and no others."""
@@ -35,14 +37,8 @@ class GradientWatch:
             return
         for hook in self.hooks:
             hook.remove()
-        me = weakref.ref(self)
-
-        def arrived(parameter: Tensor) -> None:
-            if (gradients := me()) is not None and parameter.grad is not None:
-                gradients._arrive(parameter)
-
         self.hooked = list(wanted)
-        self.hooks = [p.register_post_accumulate_grad_hook(arrived) for p in wanted]
+        self.hooks = [p.register_post_accumulate_grad_hook(self.arrival) for p in wanted]
 
     def _arrive(self, parameter: Tensor) -> None:
         """After backward has added to a gradient."""
@@ -96,6 +92,25 @@ class GradientWatch:
         """Takes every hook away."""
         self.hook([])
         self.take_stale()
+
+
+class Listener(Protocol):
+    """Hears of gradients."""
+
+    def _arrive(self, parameter: Tensor) -> None: ...
+
+
+def arrival_hook(listener: Listener) -> Callable[[Tensor], None]:
+    """Called after backward has added to a gradient. One function for all tensors and steps: compiled autograd would
+    take another for another graph."""
+    me = weakref.ref(listener)
+
+    @eager_hook
+    def arrived(parameter: Tensor) -> None:
+        if (listener := me()) is not None and parameter.grad is not None:
+            listener._arrive(parameter)
+
+    return arrived
 
 
 def grad_norms(record: StepRecord, parameters: dict[str, Tensor]) -> Tensor:

@@ -237,6 +237,6 @@ def _loss_scale() -> float | Tensor | None:
         if frame is None:
             return None
         if frame.f_code is GradScaler.step.__code__:
-            scale = frame.f_locals["self"]._scale
+            scale = getattr(frame.f_locals["self"], "_scale", None)  # a scaler that is switched off has none
             return scale.clone() if isinstance(scale, Tensor) else scale
     return None

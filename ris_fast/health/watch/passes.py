@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ris_fast.health.watch.gradients import arrival_hook
 from ris_fast.health.watch.histories import Passes
 
 KINDS = 64  # of intervals that are told apart
@@ -37,13 +38,7 @@ class PassCounter:
         self.close()
         self.__init__()  # type: ignore[misc]
         if parameter is not None:
-            me = weakref.ref(self)
-
-            def arrived(tensor: Tensor) -> None:
-                if (counter := me()) is not None and tensor.grad is not None:
-                    counter._arrive(tensor)
-
-            self.parameter, self.hook = parameter, parameter.register_post_accumulate_grad_hook(arrived)
+            self.parameter, self.hook = parameter, parameter.register_post_accumulate_grad_hook(arrival_hook(self))
 
     def _arrive(self, parameter: Tensor) -> None:
         """Backward adds to the same tensor unless it was set to None or its graph is kept."""

@@ -5,6 +5,7 @@ Legend: T tensors, those of the model that one optimizer holds and that have a n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -139,9 +140,9 @@ class LoopRecord:
 
     Args: steps: made by the optimizer that has made most; frozen: beginnings of names of parameters that are not meant
         to be trained; frozen_at_start: those without requires_grad when the watch began; rival_tensors: those that an
-        optimizer which the watch was not given has stepped on; masters: the
-        optimizers' tensors that never were the model's; moved_frozen: those of `frozen_at_start` that have
-        changed.
+        optimizer which the watch was not given has stepped on; masters: the optimizers' tensors that never were the
+        model's; moved_frozen: those of `frozen_at_start` that have changed; forward: the model's passes; losses: those
+        that `seen.loss` was given; ranks: what is known of them, None for a loop of one process.
     """
 
     parameters: list[TensorRecord]
@@ -152,7 +153,240 @@ class LoopRecord:
     rival_tensors: set[TensorRecord]
     masters: set[TensorRecord]
     moved_frozen: set[TensorRecord]
+    forward: ForwardRecord | None = None
+    losses: Sequence[LossRecord] = ()
+    ranks: RanksRecord | None = None
+
+
+@dataclass
+class PassRecord:
+    """One forward pass of the model. Numbers stay on their device until `on_host`.
+
+    Args: number: of the pass, from 1; step, foreign_steps: made before it by the watched optimizers, all together, and
+        by those of other models; site, place: from where it was called; training, training_after: the model's mode
+        before and after it; grad: whether an output requires a gradient; reached: whether a backward pass came to one;
+        parts_training: parts whose mode matters that are in training mode, of `parts`; inputs: tensors given; shape,
+        output_shape: of the first; nodes: of its graph, 0 where it was not walked;
+        input, output: (R, F) a few numbers; nan_in, nan_out: (), whether there is a NaN in any;
+        rows: (B,) scenes with a gradient at the output.
+    """
+
+    number: int
+    step: int
+    foreign_steps: int
+    site: int
+    place: str
+    training: bool
+    training_after: bool
+    grad: bool
+    parts_training: int
+    parts: int
+    inputs: int
+    shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    reached: bool = False
+    nodes: int = 0
+    input: Tensor | None = None
+    output: Tensor | None = None
+    nan_in: Tensor | None = None
+    nan_out: Tensor | None = None
+    rows: Tensor | None = None
+
+    def on_host(self) -> PassRecord:
+        return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
+
+
+@dataclass(frozen=True)
+class LeafRecord:
+    """A tensor that outputs depend on and that the model's own list of parameters does not have.
+
+    Args: name: where it is kept, empty where that is not known; passes: that depend on it, of those that were walked;
+        alive: it is still there; held: by an optimizer; unchanged: its numbers are those that it had first; since:
+        steps made before that; among_trained: its operation has another operand that comes from parameters;
+        like_outputs: it may have a row for each scene; training: mode of the layer that has it; registered: it is a
+        parameter of one of the model's modules.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+    parameter: bool
+    passes: int
+    alive: bool
+    held: bool
+    unchanged: bool
+    since: int
+    among_trained: bool
+    like_outputs: bool
+    training: bool | None
+    registered: bool
+
+
+@dataclass(frozen=True)
+class ForwardRecord:
+    """The model's forward passes, at the report.
+
+    Args: passes: those that were looked at; first: as many were all looked at, from the beginning; made: all;
+        steps: of the watched optimizers, all together; together: they have made as many steps each; leaves: that are
+        nobody's; walked: passes whose graph was; outside_graph: parameters of parts that were called with gradients
+        enabled, which no output depends on.
+    """
+
+    passes: list[PassRecord]
+    first: int
+    made: int
+    steps: int
+    together: bool
+    leaves: list[LeafRecord]
+    walked: int
+    outside_graph: list[str]
+
+
+@dataclass
+class Numbers:
+    """Of outputs or targets. Numbers stay on their device until `on_host`.
+
+    Args: whole: classes or counts; least, most: (), of real and imaginary parts; imaginary: (), largest imaginary part;
+        nan: (), whether there is a NaN; few: (R, F) a few numbers.
+    """
+
+    shape: tuple[int, ...]
+    whole: bool
+    complex: bool
+    least: Tensor
+    most: Tensor
+    imaginary: Tensor
+    nan: Tensor | None
+    few: Tensor | None
+
+    def on_host(self) -> Numbers:
+        return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
+
+
+@dataclass
+class LossRecord:
+    """One loss that `seen.loss` was given in training.
+
+    Args: step: made before it by the watched optimizers, all together; tensor: it is one; made_anew: it requires a
+        gradient and has no history; chain, chain_shapes: operations from the root on while each has one operand with a
+        gradient, and shapes of what they give; direct: the chain ends at the operation that made the outputs; behind:
+        the chain from there on; of_model: it depends on the model's parameters, None where that was not looked at;
+        twice: a softmax or sigmoid that is applied to another, both names; value: (), its mean; rows: (B,) scenes with
+        a gradient at the first output.
+    """
+
+    step: int
+    tensor: bool
+    requires_grad: bool
+    made_anew: bool
+    chain: list[str]
+    chain_shapes: list[tuple[int, ...]]
+    direct: bool
+    behind: list[str]
+    outputs_require_grad: bool
+    outputs: Numbers | None
+    targets: Numbers | None
+    value: Tensor | None
+    of_model: bool | None = None
+    twice: tuple[str, ...] = ()
+    rows: Tensor | None = None
+
+    def on_host(self) -> LossRecord:
+        host = {name: each.cpu() for name, each in vars(self).items() if isinstance(each, Tensor)}
+        host |= {name: each.on_host() for name, each in vars(self).items() if isinstance(each, Numbers)}
+        return replace(self, **host)
 
 
 def is_finite(values: Tensor) -> bool:
     return bool(values.isfinite().all())
+
+
+# ---- several ranks ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RankStep:
+    """One optimizer step of one rank, of tensors whose gradient came from backward and is there at the step.
+
+    Args: sizes: how many numbers are of each tensor; arrived, at_step, weights: (S,) those numbers, one tensor after
+        the other, of gradients as backward left them on this rank and as the optimizer found them, and of the weights
+        before the step; held_back: the model's DistributedDataParallel was told not to reduce (`no_sync`).
+    """
+
+    step: int
+    names: list[str]
+    sizes: list[int]
+    arrived: Tensor
+    at_step: Tensor
+    weights: Tensor
+    rates: list[float | Tensor]
+    held_back: bool
+
+    def on_host(self) -> RankStep:
+        host = {name: getattr(self, name).cpu().double() for name in ("arrived", "at_step", "weights")}
+        return replace(self, rates=[float(rate) for rate in self.rates], **host)
+
+
+@dataclass(frozen=True)
+class RankOptimizer:
+    """One optimizer of one rank.
+
+    Args: zero_steps, full_steps: of the last 1024, those in which backward left one small tensor a gradient of zeros
+        only, and another one; written_outside: how many of the first 1024 steps found that tensor not as the step
+        before had left it.
+    """
+
+    kinds: frozenset[str]
+    steps: int
+    records: list[RankStep]
+    zero_steps: list[int]
+    full_steps: list[int]
+    written_outside: int
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A DistributedDataParallel.
+
+    Args: given: it is what is watched, or part of it; managed: names of the tensors whose gradients it reduces;
+        within: of those in the module that it wraps, but for those that it was told to leave alone; ranks: those it
+        reduces over; own_reduction: a communication hook of the user reduces.
+    """
+
+    given: bool
+    managed: list[str]
+    within: list[str]
+    ranks: list[int]
+    own_reduction: bool
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """One rank, at the report; of the tensors that it holds whole: names, shapes, whether they are trainable, and a
+    hash of all their bits."""
+
+    rank: int
+    device: str
+    names: list[str]
+    shapes: list[tuple[int, ...]]
+    trainable: list[bool]
+    hashes: list[int]
+    optimizers: list[RankOptimizer]
+    wrapper: Wrapper | None
+
+    @property
+    def steps(self) -> int:
+        return max(each.steps for each in self.optimizers)
+
+
+@dataclass(frozen=True)
+class RanksRecord:
+    """Ranks that reported at the same step, this one among them.
+
+    Args: size: how many there are; elsewhere: of ranks that reported at this time at another step, which.
+    """
+
+    mine: RankRecord
+    ranks: list[RankRecord]
+    size: int
+    elsewhere: dict[int, int]

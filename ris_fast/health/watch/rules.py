@@ -11,8 +11,12 @@ import torch
 from ris_fast.health.finding import Finding, ranked
 from ris_fast.health.watch import (
     rules_changes,
+    rules_clip,
+    rules_forward,
     rules_gradients,
+    rules_loss,
     rules_parameters,
+    rules_ranks,
     rules_rates,
     rules_scale,
     rules_zero,
@@ -30,7 +34,15 @@ OTHERS_STEP = "Another optimizer makes steps: this one's may come in a later pha
 def find_mistakes(loop: LoopRecord) -> list[Finding]:
     """All findings, most certain first."""
     by_optimizer = (each for optimizer in loop.optimizers for each in optimizer_findings(loop, optimizer))
-    return ranked([*rules_parameters.parameter_findings(loop), *by_optimizer])
+    return ranked(
+        [
+            *rules_parameters.parameter_findings(loop),
+            *rules_forward.forward_findings(loop),
+            *rules_loss.loss_findings(loop),
+            *by_optimizer,
+            *rules_ranks.rank_findings(loop),
+        ]
+    )
 
 
 def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Finding]:
@@ -56,6 +68,7 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
         *rules_rates.rate_findings(loop, optimizer),
         *rules_changes.change_findings(loop, optimizer),
         *rules_parameters.nonfinite_weights(optimizer),
+        *(rules_clip.clipped_in_part(records) if loop.ranks is None else ()),
     ]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.histories import NumbersRecord
 from ris_fast.training.telemetry.step_telemetry import norms
 
@@ -156,7 +157,7 @@ class StaleGradientProbe:
         self.parameter, self.arrivals = parameter, 0
         self.norm = norms([parameter.grad])[0]
         self.same = self.norm > 0
-        self.hook: Any = parameter.register_hook(self._found)
+        self.hook: Any = parameter.register_hook(eager_hook(self._found))
 
     @torch.no_grad()
     def _found(self, _: Tensor) -> None:
