@@ -81,8 +81,6 @@ def _loose(ranks: list[RankRecord], steps: list[RankedStep]) -> str:
             "`no_sync` was on in the last backward of these steps, as local SGD has it: where no weights are averaged,"
             " it was left on."
         )
-    if any(each.written_outside for each in optimizers):
-        return "Something other than the optimizer writes to weights between steps: they may be averaged there."
     return ""
 
 

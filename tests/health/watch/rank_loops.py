@@ -4,6 +4,7 @@ returns what is watched; the caller asks for the report."""
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -218,6 +219,49 @@ def right_empty_batches(rank: int) -> Watcher:
     return wrapped(rank, weight=lambda step: 0.0 if step % 4 == 2 * rank else 1.0)
 
 
+def right_uneven_data(rank: int) -> Watcher:
+    """One rank has batches left when the other has none."""
+    model = Wrapped(network())
+    optimizer = sgd(model)
+    seen = watch(model, optimizer, every=4)
+    with model.join():
+        train(model, optimizer, 10 + rank, steps=STEPS + rank)
+    seen.wait_s = 0.5
+    return seen
+
+
+def right_pair_of_networks(rank: int) -> Watcher:
+    """A generator and a critic in turn, each wrapped, with an optimizer each."""
+    pair = nn.ModuleDict({"makes": Wrapped(network(1)), "judges": Wrapped(network(2), broadcast_buffers=False)})
+    optimizers = [torch.optim.Adam(each.parameters(), lr=1e-3) for each in pair.values()]
+    seen = watch(pair, optimizers, every=4)
+    draws = torch.Generator().manual_seed(rank)
+    for _ in range(STEPS):
+        noise = torch.randn(16, 8, generator=draws)
+        fake, true = pair["makes"](noise), torch.randn(16, 4, generator=draws)
+        optimizers[1].zero_grad()
+        judged = pair["judges"](torch.cat([torch.cat([fake.detach(), true]), torch.zeros(32, 4)], 1))
+        (judged[:16].mean() - judged[16:].mean() + judged.square().mean()).backward()
+        optimizers[1].step()
+        optimizers[0].zero_grad()
+        (-pair["judges"](torch.cat([fake, torch.zeros(16, 4)], 1)).mean()).backward()
+        optimizers[0].step()
+    return seen
+
+
+def right_half_precision_and_dropout(rank: int) -> Watcher:
+    torch.manual_seed(rank)
+    model = Wrapped(nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.2), nn.Linear(16, 4)).bfloat16())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    seen = watch(model, optimizer, every=4)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(torch.randn(32, 8).bfloat16()).square().mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+        optimizer.step()
+    return seen
+
+
 def right_scaler(rank: int) -> Watcher:
     """A loss scale, taken out before the step."""
     scaled = lambda model, _: lambda step: [p.grad.div_(1024.0) for p in model.parameters()]  # noqa: E731
@@ -388,14 +432,15 @@ WRONG = {
 RIGHT = [value for name, value in globals().items() if name.startswith("right_")]
 
 
-def reports(names: list[str]) -> dict[str, list[tuple[str, bool, str]]]:
+def reports(names: list[str], method: str | None = None) -> dict[str, list[tuple[str, bool, str]]]:
     """On one rank: each loop's findings."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    ranks = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    dist.init_process_group("gloo", init_method=method, **ranks)
     found = {}
     for name in names:
         seen = globals()[name](dist.get_rank())
-        found[name] = [(each.cause, each.certain, each.evidence) for each in seen.report()]
+        found[name] = [(each.cause, each.certain, each.evidence) for each in seen.report(getattr(seen, "wait_s", None))]
         found[name] += [(f"alone: {cause}", certain, "") for cause, certain in getattr(seen, "alone_says", [])]
         seen.close()
     dist.barrier()
