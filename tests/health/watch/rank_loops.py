@@ -398,6 +398,104 @@ def wrong_frozen_on_one(rank: int) -> Watcher:
     return wrapped(rank, before=freeze)
 
 
+def layers_in_parts(rank: int) -> nn.ModuleDict:
+    """A layer whose columns are shared out, beside layers that all ranks have whole."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"scale": nn.Linear(8, 8), "out": nn.Linear(4, 4)})
+    torch.manual_seed(rank)
+    model["part"] = nn.Linear(8, 4, bias=False)
+    return model
+
+
+def train_in_parts(rank: int, before: Callable[[nn.Module, int], Any], lr: float = 0.05) -> Watcher:
+    class Sum(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            dist.all_reduce(x := x.clone())
+            return x
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad
+
+    class Copy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            dist.all_reduce(grad := grad.clone())
+            return grad
+
+    model, draws = layers_in_parts(rank), torch.Generator().manual_seed(3)
+    optimizer = sgd(model, lr)
+    seen = watch(model, optimizer, every=4)
+    for step in range(STEPS):
+        inputs = torch.randn(32, 8, generator=draws)
+        optimizer.zero_grad()
+        hidden = Sum.apply(model["part"](Copy.apply(model["scale"](inputs)).tanh()))
+        (model["out"](hidden) - inputs[:, :4]).square().mean().backward()
+        before(model, step)
+        optimizer.step()
+    return seen
+
+
+def right_layer_in_parts(rank: int) -> Watcher:
+    return train_in_parts(rank, lambda model, step: None)
+
+
+def wrong_clip_of_whole_layers_on_one(rank: int) -> Watcher:
+    """Layers that all ranks have whole are clipped on one of them: their copies drift apart."""
+
+    def clip(model: nn.Module, step: int) -> None:
+        if rank != ONE:
+            nn.utils.clip_grad_norm_([*model["scale"].parameters(), *model["out"].parameters()], 0.05)
+
+    return train_in_parts(rank, clip)
+
+
+def right_stages(rank: int) -> Watcher:
+    """Ranks have layers of their own, of the same names in part."""
+    torch.manual_seed(rank)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(2 + rank)))
+    optimizer = sgd(model)
+    seen = watch(model, optimizer, every=4)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(torch.randn(16, 8)).square().mean().backward()
+        optimizer.step()
+    return seen
+
+
+def right_members_of_an_ensemble(rank: int) -> Watcher:
+    """Independent critics; the gradient of the last offset is the same number in each step."""
+    model = network(rank)
+    optimizer = sgd(model)
+    seen = watch(model, optimizer, every=4)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(torch.randn(32, 8)).mean().backward()
+        optimizer.step()
+    return seen
+
+
+def wrong_tied_weights(rank: int) -> Watcher:
+    """First and last stage have one table of weights, whose gradients are not summed."""
+    torch.manual_seed(rank)
+    body = nn.Linear(8, 8 + 8 * rank)
+    torch.manual_seed(9)
+    model = nn.ModuleDict({"table": nn.Linear(8, 8), "body": body})
+    optimizer = sgd(model)
+    seen = watch(model, optimizer, every=4)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(rank))
+        model["body"](model["table"](x)).square().mean().backward()
+        optimizer.step()
+    return seen
+
+
 def wrong_lost_shard(rank: int) -> Watcher:
     """An optimizer whose moments are shared out, and one rank's weights are not sent to the others."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -418,10 +516,12 @@ WRONG = {
     wrong_no_sync_left_on: "rank_gradient_missing",
     wrong_layer_added_later: "rank_gradient_missing",
     wrong_part_by_hand: "rank_gradient_missing",
+    wrong_tied_weights: "rank_gradient_missing",
     wrong_zeros_in_the_sum: "rank_gradient_missing",
     wrong_zeros_in_one_step: "rank_gradient_missing",
     wrong_zeros_always: "rank_gradient_missing",
     wrong_clip_on_one: "clipped_apart",
+    wrong_clip_of_whole_layers_on_one: "clipped_apart",
     wrong_rate_on_one: "ranks_diverged",
     wrong_start: "ranks_diverged",
     wrong_bit: "ranks_diverged",
