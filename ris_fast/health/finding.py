@@ -15,7 +15,8 @@ class Finding:
 
     Args: cause: a name of `causes.CAUSES`; evidence: tensors, steps and numbers in one or two sentences;
         step: optimizer steps attempted when it was seen, 0 before the first; severity: the cause's level;
-        advice: the cause's fix, unless there is a better one.
+        advice: the cause's fix, unless there is a better one; harm: share of the weights that it leaves untrained, or
+        of the steps without effect, where it is not all of them.
     """
 
     cause: str
@@ -24,6 +25,7 @@ class Finding:
     severity: str = ""
     advice: str = ""
     certain: bool = field(default=True)
+    harm: float = 1.0
 
     def __post_init__(self) -> None:
         if self.cause not in CAUSES:
@@ -51,13 +53,14 @@ class Finding:
 
 
 def ranked(findings: Iterable[Finding], muted: Iterable[str] = ()) -> list[Finding]:
-    """Most certain first, each cause once (where it was seen first), muted ones left out."""
+    """Most certain first, of these what does most harm; each cause once (where it was seen first), without muted
+    ones."""
     first: dict[str, Finding] = {}
     left_out = set(muted)
     for finding in findings:
         if finding.cause not in left_out:
             first.setdefault(finding.cause, finding)
-    return sorted(first.values(), key=lambda finding: (not finding.certain, CAUSES[finding.cause].rank))
+    return sorted(first.values(), key=lambda finding: (not finding.certain, -finding.harm, CAUSES[finding.cause].rank))
 
 
 def explained(findings: Sequence[Finding], *, more: bool = False) -> str:

@@ -46,6 +46,7 @@ def fix(cause: str) -> str:
     return FIXES.get(cause) or CAUSES[cause].fix
 
 
-def finding(cause: str, evidence: str, step: int = 0, doubt: str = "", advice: str = "") -> Finding:
+def finding(cause: str, evidence: str, step: int = 0, doubt: str = "", advice: str = "", harm: float = 1.0) -> Finding:
     """`doubt`: what else it may be; with it the finding is not certain. `advice`: where it is not the usual one."""
-    return Finding(cause, f"{evidence} {doubt}".strip(), step, advice=advice or fix(cause), certain=not doubt)
+    text = f"{evidence} {doubt}".strip()
+    return Finding(cause, text, step, advice=advice or fix(cause), certain=not doubt, harm=harm)

@@ -5,11 +5,18 @@ Legend: T tensors, those of the model that one optimizer holds and that have a n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ris_fast.health.watch.histories import NumbersRecord, Passes, PlainSteps, TensorHistory
+
+if TYPE_CHECKING:
+    from ris_fast.health.watch.changes import OutsideChange
+    from ris_fast.health.watch.rivals import Rival
 
 EARLY = 8  # steps after which a gradient that has not come yet is no longer waited for
 
@@ -31,7 +38,9 @@ class StepRecord:
         reset: (), whether the weights are bit for bit those of an earlier step, and were others in between;
         uncleared: (), whether one gradient of the step before was added to;
         hooked: tensors with a hook on their gradient; none_grads: those of them that no gradient came to;
-        no_grad: tensors whose gradient is None at the step.
+        no_grad: tensors whose gradient is None at the step;
+        loss_scale: of the torch.amp.GradScaler that called the step; moved: (T,) how many of the sampled numbers of
+            each tensor the step changed, of `sizes`.
     """
 
     step: int
@@ -52,10 +61,14 @@ class StepRecord:
     hooked: tuple[str, ...] = ()
     none_grads: tuple[str, ...] = ()
     no_grad: tuple[str, ...] = ()
+    loss_scale: float | Tensor | None = None
+    moved: Tensor | None = None
+    sizes: list[int] = field(default_factory=list)
 
     def on_host(self) -> StepRecord:
         host = {name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, rates=[float(rate) for rate in self.rates], **host)
+        scale = None if self.loss_scale is None else float(self.loss_scale)
+        return replace(self, **host | {"rates": [float(rate) for rate in self.rates], "loss_scale": scale})
 
     def gradient_norms(self) -> tuple[float, float]:
         """Of all tensors: as backward left the gradients, and as the optimizer found them."""
@@ -85,7 +98,12 @@ class OptimizerRecord:
         that are the model's and have a norm; trained: tensors that differ from what they were before the first step;
         frozen: those without requires_grad, and with_grad: those with a gradient, at the last step;
         arrived: norms of the gradients that came since the last step; passes: backward passes before the first step;
-        cleared: those that found the gradients of the pass before gone.
+        cleared: those that found the gradients of the pass before gone; histories: of its tensors over all steps;
+        plain: what is known of every step; between: backward passes between two steps; numbers: of the tensors that
+        have been in a step that was looked at, by name; outside: changes of weights between two steps, of `pairs` that
+        were compared; denominators: see `denominators`; rivals: optimizers that the watch was not given, which step on
+        tensors of this one; loads: how often its state was loaded;
+        span: its first and last step, counted in those of all optimizers.
     """
 
     kinds: frozenset[str]
@@ -99,6 +117,16 @@ class OptimizerRecord:
     arrived: list[float]
     passes: int
     cleared: int
+    histories: dict[TensorRecord, TensorHistory]
+    plain: PlainSteps
+    between: Passes
+    numbers: dict[str, NumbersRecord]
+    outside: list[OutsideChange]
+    pairs: int
+    denominators: dict[str, tuple[float, float]]
+    rivals: list[Rival]
+    loads: int
+    span: tuple[int, int] | None
 
     @property
     def tensors(self) -> list[TensorRecord]:
@@ -111,7 +139,10 @@ class LoopRecord:
     """A model and its optimizers, at the report.
 
     Args: steps: made by the optimizer that has made most; frozen: beginnings of names of parameters that are not meant
-        to be trained; frozen_at_start: those without requires_grad when the watch began.
+        to be trained; frozen_at_start: those without requires_grad when the watch began; rival_tensors: those that an
+        optimizer which the watch was not given has stepped on; masters: the optimizers' tensors that never were the
+        model's; moved_frozen: those of `frozen_at_start` that have changed; forward: the model's passes; losses: those
+        that `seen.loss` was given; ranks: what is known of them, None for a loop of one process.
     """
 
     parameters: list[TensorRecord]
@@ -119,7 +150,151 @@ class LoopRecord:
     steps: int
     frozen: tuple[str, ...]
     frozen_at_start: set[TensorRecord]
+    rival_tensors: set[TensorRecord]
+    masters: set[TensorRecord]
+    moved_frozen: set[TensorRecord]
+    forward: ForwardRecord | None = None
+    losses: Sequence[LossRecord] = ()
     ranks: RanksRecord | None = None
+
+
+@dataclass
+class PassRecord:
+    """One forward pass of the model. Numbers stay on their device until `on_host`.
+
+    Args: number: of the pass, from 1; step, foreign_steps: made before it by the watched optimizers, all together, and
+        by those of other models; site, place: from where it was called; training, training_after: the model's mode
+        before and after it; grad: whether an output requires a gradient; reached: whether a backward pass came to one;
+        parts_training: parts whose mode matters that are in training mode, of `parts`; inputs: tensors given; shape,
+        output_shape: of the first; nodes: of its graph, 0 where it was not walked;
+        input, output: (R, F) a few numbers; nan_in, nan_out: (), whether there is a NaN in any;
+        rows: (B,) scenes with a gradient at the output.
+    """
+
+    number: int
+    step: int
+    foreign_steps: int
+    site: int
+    place: str
+    training: bool
+    training_after: bool
+    grad: bool
+    parts_training: int
+    parts: int
+    inputs: int
+    shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    reached: bool = False
+    nodes: int = 0
+    input: Tensor | None = None
+    output: Tensor | None = None
+    nan_in: Tensor | None = None
+    nan_out: Tensor | None = None
+    rows: Tensor | None = None
+
+    def on_host(self) -> PassRecord:
+        return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
+
+
+@dataclass(frozen=True)
+class LeafRecord:
+    """A tensor that outputs depend on and that the model's own list of parameters does not have.
+
+    Args: name: where it is kept, empty where that is not known; passes: that depend on it, of those that were walked;
+        alive: it is still there; held: by an optimizer; unchanged: its numbers are those that it had first; since:
+        steps made before that; among_trained: its operation has another operand that comes from parameters;
+        like_outputs: it may have a row for each scene; training: mode of the layer that has it; registered: it is a
+        parameter of one of the model's modules.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+    parameter: bool
+    passes: int
+    alive: bool
+    held: bool
+    unchanged: bool
+    since: int
+    among_trained: bool
+    like_outputs: bool
+    training: bool | None
+    registered: bool
+
+
+@dataclass(frozen=True)
+class ForwardRecord:
+    """The model's forward passes, at the report.
+
+    Args: passes: those that were looked at; first: as many were all looked at, from the beginning; made: all;
+        steps: of the watched optimizers, all together; together: they have made as many steps each; leaves: that are
+        nobody's; walked: passes whose graph was; outside_graph: parameters of parts that were called with gradients
+        enabled, which no output depends on.
+    """
+
+    passes: list[PassRecord]
+    first: int
+    made: int
+    steps: int
+    together: bool
+    leaves: list[LeafRecord]
+    walked: int
+    outside_graph: list[str]
+
+
+@dataclass
+class Numbers:
+    """Of outputs or targets. Numbers stay on their device until `on_host`.
+
+    Args: whole: classes or counts; least, most: (), of real and imaginary parts; imaginary: (), largest imaginary part;
+        nan: (), whether there is a NaN; few: (R, F) a few numbers.
+    """
+
+    shape: tuple[int, ...]
+    whole: bool
+    complex: bool
+    least: Tensor
+    most: Tensor
+    imaginary: Tensor
+    nan: Tensor | None
+    few: Tensor | None
+
+    def on_host(self) -> Numbers:
+        return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
+
+
+@dataclass
+class LossRecord:
+    """One loss that `seen.loss` was given in training.
+
+    Args: step: made before it by the watched optimizers, all together; tensor: it is one; made_anew: it requires a
+        gradient and has no history; chain, chain_shapes: operations from the root on while each has one operand with a
+        gradient, and shapes of what they give; direct: the chain ends at the operation that made the outputs; behind:
+        the chain from there on; of_model: it depends on the model's parameters, None where that was not looked at;
+        twice: a softmax or sigmoid that is applied to another, both names; value: (), its mean; rows: (B,) scenes with
+        a gradient at the first output.
+    """
+
+    step: int
+    tensor: bool
+    requires_grad: bool
+    made_anew: bool
+    chain: list[str]
+    chain_shapes: list[tuple[int, ...]]
+    direct: bool
+    behind: list[str]
+    outputs_require_grad: bool
+    outputs: Numbers | None
+    targets: Numbers | None
+    value: Tensor | None
+    of_model: bool | None = None
+    twice: tuple[str, ...] = ()
+    rows: Tensor | None = None
+
+    def on_host(self) -> LossRecord:
+        host = {name: each.cpu() for name, each in vars(self).items() if isinstance(each, Tensor)}
+        host |= {name: each.on_host() for name, each in vars(self).items() if isinstance(each, Numbers)}
+        return replace(self, **host)
 
 
 def is_finite(values: Tensor) -> bool:

@@ -45,9 +45,11 @@ def _split(record: StepRecord) -> tuple[frozenset[str], float, frozenset[str]] |
         if name in record.hooked and 0 < float(before) < math.inf
     }
     scale = max(ratios.values(), default=0.0)
+    if not _power_of_two(scale):
+        return None
     untouched = frozenset(name for name, ratio in ratios.items() if ratio > (1 - 1e-6) * scale)
     factors = [ratio / scale for name, ratio in ratios.items() if name not in untouched]
-    if len(factors) < 2 or not _power_of_two(scale) or min(factors) <= 0 or max(factors) > 1 - 1e-3:
+    if len(factors) < 2 or min(factors) <= 0 or max(factors) > 1 - 1e-3:
         return None
     alike = max(factors) <= (1 + 1e-3) * min(factors)
     return (frozenset(ratios.keys() - untouched), factors[0], untouched) if alike else None

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ris_fast.health.finding import Finding, ranked
 from ris_fast.health.names import check_beginnings
+from ris_fast.health.watch.forward import ForwardHooks
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
+from ris_fast.health.watch.loss import LossHook
 from ris_fast.health.watch.ranks import RankObserver
 from ris_fast.health.watch.records import LoopRecord, StepRecord, TensorRecord
+from ris_fast.health.watch.rivals import Rivals
 from ris_fast.health.watch.rules import find_mistakes
-from ris_fast.health.watch.samples import held_tensors
+from ris_fast.health.watch.samples import few_numbers, has_norm, held_tensors
 
 
 class Watcher:
@@ -39,11 +43,18 @@ class Watcher:
             )
         self.model, self.optimizers, self.frozen = model, list_optimizers(optimizer), list_beginnings(frozen)
         check_every(every, len(self.optimizers))
-        check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
-        self.hooks = [OptimizerHooks(model, each, every) for each in self.optimizers]
         check_stall(stall_s)
+        check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
+        self.rivals = Rivals(self.optimizers, lambda: {id(p) for p in model.parameters()})
+        self.hooks = [OptimizerHooks(model, each, every, self.rivals) for each in self.optimizers]
+        self.at_start = {id(p) for p in model.parameters()}
+        frozen_now = [p for p in model.parameters() if not p.requires_grad]
+        self.frozen_at_start = {id(p): few_numbers([p.detach()]).clone() for p in frozen_now if has_norm(p)} | {
+            id(p): None for p in frozen_now if not has_norm(p)
+        }
+        self.forward = ForwardHooks(model, self.hooks, every)
+        self.losses = LossHook(self.forward.leaves, lambda: (self.forward.steps, self.steps), every)
         self.ranks = RankObserver(model, self.optimizers, every, stall_s)
-        self.frozen_at_start = {id(p) for p in model.parameters() if not p.requires_grad}
 
     @property
     def steps(self) -> int:
@@ -55,10 +66,22 @@ class Watcher:
         """Steps that were looked at, one optimizer after the other."""
         return [record for hooks in self.hooks for record in hooks.records]
 
+    def loss(self, value: Any, outputs: Any = None, targets: Any = None) -> Any:
+        """Looks at a loss in training, on request; reads nothing from the device.
+
+        Args: value: the tensor that `backward()` starts from; outputs, targets: what it was made of, as tensors or in
+            tuples, dicts or other objects; the first tensor in each is looked at.
+        Returns: value.
+        """
+        self.losses.note(value, outputs, targets, self.model.training)
+        return value
+
     def close(self) -> None:
         """Takes every hook away."""
+        self.rivals.close()
         for hooks in self.hooks:
             hooks.close()
+        self.forward.close()
         self.ranks.close()
 
     def report(self, wait_s: float | None = None) -> list[Finding]:
@@ -79,9 +102,21 @@ class Watcher:
             optimizers=[hooks.record(parameters | others) for hooks in self.hooks],
             steps=self.steps,
             frozen=self.frozen,
-            frozen_at_start={parameters[key] for key in self.frozen_at_start & parameters.keys()},
+            frozen_at_start={parameters[key] for key in self.frozen_at_start.keys() & parameters.keys()},
+            masters={record for key, record in others.items() if key not in self.at_start},
+            moved_frozen={parameters[id(p)] for p in self.model.parameters() if self._moved_although_frozen(p)},
+            rival_tensors={parameters[key] for each in self.rivals.rivals for key in each.shared & parameters.keys()},
+            forward=self.forward.record(),
+            losses=[each.on_host() for each in self.losses.records],
             ranks=self.ranks.record(wait_s),
         )
+
+    def _moved_although_frozen(self, parameter: Tensor) -> bool:
+        before = self.frozen_at_start.get(id(parameter))
+        if before is None or not has_norm(parameter):
+            return False
+        now = few_numbers([parameter.detach()])
+        return now.shape != before.shape or not bool(torch.equal(now, before.to(now.device)))
 
 
 def _record_of(tensor: Tensor, name: str = "") -> TensorRecord:

@@ -1,0 +1,221 @@
+"""Which tensors a model's outputs depend on through autograd, and which of these nobody trains."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ris_fast.health.watch.hooks import plain_name
+from ris_fast.health.watch.records import LeafRecord
+from ris_fast.health.watch.samples import few_numbers, has_norm
+
+NODES = 20_000  # of a graph that are looked at
+LEAVES = 256  # that are kept
+DEPTH = 3  # of lists in lists that are searched for a name
+
+
+@dataclass
+class _Leaf:
+    """A tensor that requires a gradient and that is none of the model's parameters."""
+
+    tensor: weakref.ref[Tensor]
+    shape: tuple[int, ...]
+    parameter: bool
+    numbers: Tensor | None
+    step: int
+    among_trained: bool
+    of_outputs: bool
+    passes: int = 1
+
+
+class GraphLeaves:
+    """The leaves of the graphs of some forward passes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.walked = 0
+        self.cut = False  # a graph was larger than is looked at
+        self.reached: set[int] = set()  # ids of the model's parameters
+        self.unknown: list[_Leaf] = []
+
+    def own_parameters(self) -> dict[int, str]:
+        """Names of all parameters by id, whatever a model's own `parameters` says; of what `functional_call` puts in
+        their place too."""
+        return {
+            id(value): plain_name(f"{path}{name}")
+            for path, module in modules_of(self.model)
+            for name, value in module._parameters.items()
+            if value is not None
+        }
+
+    def walk(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], step: int) -> int:
+        """Looks at the graph of a pass, up to its inputs. Returns: its number of nodes."""
+        own, given = self.own_parameters(), {id(each) for each in inputs}
+        ends = {each.grad_fn for each in inputs if each.grad_fn is not None}
+        leaves, users, nodes = graph_of([each.grad_fn for each in outputs if each.grad_fn is not None], ends)
+        self.walked, self.cut = self.walked + 1, self.cut or nodes >= NODES
+        self.reached |= {id(leaf.variable) for leaf in leaves} & own.keys()
+        sizes = {each.shape[0] for each in outputs if each.ndim}
+        for leaf in leaves:
+            if id(leaf.variable) not in own and id(leaf.variable) not in given:
+                self._keep(leaf, step, own, users, not sizes or tuple(leaf.variable.shape)[:1] in {(n,) for n in sizes})
+        return nodes
+
+    def _keep(self, leaf: Any, step: int, own: Mapping[int, str], users: Mapping[Any, Any], of_outputs: bool) -> None:
+        tensor = leaf.variable
+        for known in self.unknown:
+            if known.tensor() is tensor:
+                known.passes += 1
+                return
+        if len(self.unknown) < LEAVES:
+            numbers = few_numbers([tensor.detach()]) if has_norm(tensor) else None
+            parameter, among = isinstance(tensor, nn.Parameter), _among_trained(leaf, own, users)
+            shape = tuple(tensor.shape)
+            self.unknown.append(_Leaf(weakref.ref(tensor), shape, parameter, numbers, step, among, of_outputs))
+
+    def outside(self, called: Mapping[int, bool]) -> list[str]:
+        """Names of the parameters of parts that were called with gradients enabled, and that no output depends on."""
+        if self.cut or not self.walked:
+            return []
+        own = self.own_parameters()
+        return [
+            own[id(value)]
+            for _, module in modules_of(self.model)
+            if called.get(id(module))
+            for value in module._parameters.values()
+            if value is not None and value.requires_grad and id(value) not in self.reached
+        ]
+
+    def records(self) -> list[LeafRecord]:
+        """What is nobody's, and what the model's own list leaves out. Reads the device."""
+        visible, own = {id(p) for p in self.model.parameters()}, self.own_parameters()
+        tensors = {id(value): value for _, module in modules_of(self.model) for value in module._parameters.values()}
+        hidden = [tensors[key] for key in self.reached if key in tensors and key not in visible]
+        if not self.unknown and not hidden:
+            return []
+        held = {id(p) for optimizer in _optimizers() for group in optimizer.param_groups for p in group["params"]}
+        return [
+            *(self._record(leaf, held) for leaf in self.unknown),
+            *(_left_out(own[id(each)], each, id(each) in held, self.walked) for each in hidden),
+        ]
+
+    def _record(self, leaf: _Leaf, held: set[int]) -> LeafRecord:
+        tensor, same = leaf.tensor(), False
+        if tensor is not None and leaf.numbers is not None:
+            now = few_numbers([tensor.detach()])
+            same = torch.equal(now, leaf.numbers) if now.device == leaf.numbers.device else False
+        name, training = find_name(self.model, tensor) if tensor is not None else ("", None)
+        return LeafRecord(
+            name=name,
+            shape=leaf.shape,
+            size=torch.Size(leaf.shape).numel(),
+            parameter=leaf.parameter,
+            passes=leaf.passes,
+            alive=tensor is not None,
+            held=tensor is not None and id(tensor) in held,
+            unchanged=same,
+            since=leaf.step,
+            among_trained=leaf.among_trained,
+            like_outputs=leaf.of_outputs,
+            training=training,
+            registered=False,
+        )
+
+
+def _left_out(name: str, tensor: Tensor, held: bool, passes: int) -> LeafRecord:
+    """A parameter of a module that the model's `parameters` does not give."""
+    return LeafRecord(
+        name=name,
+        shape=tuple(tensor.shape),
+        size=tensor.numel(),
+        parameter=True,
+        passes=passes,
+        alive=True,
+        held=held,
+        unchanged=not held,
+        since=0,
+        among_trained=True,
+        like_outputs=False,
+        training=None,
+        registered=True,
+    )
+
+
+def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its path, which ends in a point; whatever a model's own `modules` says."""
+    seen, stack = set(), [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
+            stack += [(f"{path}{name}.", part) for name, part in reversed(module._modules.items()) if part is not None]
+
+
+def graph_of(roots: Sequence[Any], ends: set[Any]) -> tuple[list[Any], dict[Any, Any], int]:
+    """Leaves of a graph, which node uses each node (one of them), and how many nodes it has, without those behind
+    `ends`."""
+    users: dict[Any, Any] = dict.fromkeys(roots)
+    stack, leaves = list(users), []
+    while stack and len(users) < NODES:
+        node = stack.pop()
+        if node in ends:
+            continue
+        if type(node).__name__ == "AccumulateGrad":
+            leaves.append(node)
+        for after, _ in node.next_functions:
+            if after is not None and after not in users:
+                users[after] = node
+                stack.append(after)
+    return leaves, users, len(users)
+
+
+def _among_trained(leaf: Any, own: Mapping[int, str], users: Mapping[Any, Any]) -> bool:
+    """Whether the operation that uses it has another operand that comes from parameters of the model."""
+    node = users.get(leaf)
+    while node is not None:
+        branches = [after for after, _ in node.next_functions if after is not None]
+        if len(branches) > 1:
+            found = [id(each.variable) for each in graph_of(branches, set())[0]]
+            return any(key in own for key in found)
+        node = users.get(node)
+    return False
+
+
+def _optimizers() -> list[Optimizer]:
+    """All there are, those that have not stepped yet too."""
+    return [each for each in gc.get_objects() if issubclass(type(each), Optimizer) and hasattr(each, "param_groups")]
+
+
+def find_name(model: nn.Module, tensor: Tensor) -> tuple[str, bool | None]:
+    """Where a tensor is kept that is no parameter of the model, e.g. 'layers[0].weight', and the mode of its layer."""
+    for path, module in modules_of(model):
+        for name, value in vars(module).items():
+            if not name.startswith(("_modules", "_parameters")):
+                if (found := _within(value, tensor, DEPTH)) is not None:
+                    return f"{path}{name}{found[0]}", found[1]
+    return "", None
+
+
+def _within(value: Any, tensor: Tensor, depth: int) -> tuple[str, bool | None] | None:
+    if value is tensor:
+        return "", None
+    if isinstance(value, nn.Module):
+        for path, module in modules_of(value):
+            for name, each in module._parameters.items():
+                if each is tensor:
+                    return f".{path}{name}", module.training
+        return None
+    if depth and isinstance(value, (list, tuple, dict)):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in parts:
+            if (found := _within(part, tensor, depth - 1)) is not None:
+                return f"[{key!r}]{found[0]}", found[1]
+    return None

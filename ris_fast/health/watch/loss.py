@@ -1,0 +1,130 @@
+"""What `seen.loss(value, outputs, targets)` notes of a loss: its graph near the root, shapes and ranges.
+
+The first calls are noted, then those of one step in `every`. Nothing is read from the device until the report.
+
+Legend: R rows, a few scenes; F numbers, a few of each; B scenes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ris_fast.health.watch.graph import GraphLeaves, graph_of
+from ris_fast.health.watch.records import LossRecord, Numbers
+from ris_fast.health.watch.tensors import few_rows, has_nan, is_plain, rows_with_gradient, tensors_of
+
+FIRST, LATE, WALKED, CHAIN = 32, 64, 4, 16  # calls noted, of later steps, with a walk; operations from the root
+
+# Operations that take a loss from its outputs to one number, or leave the numbers as they are.
+REDUCING = {"Mean", "Sum", "Div", "Mul", "Sqrt", "Pow", "Abs", "MseLoss", "SmoothL1Loss", "HuberLoss", "Neg", "Expand"}
+MOVING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Transpose", "Permute", "T", "ToCopy", "Clone"}
+MOVING |= {"Select", "Slice", "Index"}
+# What takes raw outputs, and what must not have been applied to them before.
+RAW = {"LogSoftmax": ("Softmax", "Sigmoid"), "BinaryCrossEntropyWithLogits": ("Sigmoid", "Softmax")}
+
+
+class LossHook:
+    """Notes losses that it is given."""
+
+    def __init__(self, leaves: GraphLeaves, step: Callable[[], tuple[int, int]], every: int) -> None:
+        """`step`: steps of all watched optimizers together, and of the one that has made most."""
+        self.leaves, self.step, self.every = leaves, step, every
+        self.records: list[LossRecord] = []
+        self.count = self.late = 0
+
+    def note(self, value: Any, outputs: Any, targets: Any, training: bool) -> None:
+        """One loss, if it is one that is looked at. Evaluation is not."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not training:
+            return
+        self.count += 1
+        steps, most = self.step()
+        if self.count > FIRST:
+            if self.late >= LATE or most % self.every:
+                return
+            self.late += 1
+        with torch.no_grad():
+            self._look(value, tensors_of(outputs), tensors_of(targets), steps)
+
+    def _look(self, value: Any, outputs: list[Tensor], targets: list[Tensor], step: int) -> None:
+        tensor = next(iter(tensors_of(value)), None)
+        node = None if tensor is None else tensor.grad_fn
+        ends = {each.grad_fn for each in outputs if each.grad_fn is not None}
+        chain = chain_of(node, ends)
+        now = LossRecord(
+            step=step,
+            tensor=tensor is not None,
+            requires_grad=tensor is not None and tensor.requires_grad,
+            made_anew=tensor is not None and tensor.requires_grad and node is None,
+            chain=[name for name, _, _ in chain],
+            chain_shapes=[shape for _, shape, _ in chain],
+            direct=bool(chain) and chain[-1][2],
+            behind=[name for each in ends for name, _, _ in chain_of(each, set())][:CHAIN],
+            outputs_require_grad=any(each.requires_grad for each in outputs),
+            outputs=numbers_of(outputs),
+            targets=numbers_of(targets),
+            value=tensor.detach().float().mean() if tensor is not None and is_plain(tensor) else None,
+        )
+        if node is not None and self.count <= WALKED:
+            leaves, users, _ = graph_of([node], set())
+            own = self.leaves.own_parameters()
+            now.of_model = any(id(leaf.variable) in own for leaf in leaves)
+            now.twice = next(filter(None, map(_applied_twice, users)), ())
+        self.records.append(now)
+        if self.count <= FIRST and outputs and outputs[0].requires_grad and outputs[0].grad_fn is not None:
+            rows = outputs[0].shape[0] if outputs[0].ndim else 0
+
+            def reached(grad: Tensor) -> None:
+                now.rows = rows_with_gradient(grad, rows)
+
+            outputs[0].register_hook(reached)
+
+
+def numbers_of(tensors: Sequence[Tensor]) -> Numbers | None:
+    """Of the first tensor. Numbers stay on its device."""
+    if not tensors or not is_plain(tensors[0]) or not tensors[0].numel():
+        return None
+    tensor = tensors[0].detach()
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    ends = real.float().aminmax()
+    imaginary = real[..., 1].abs().max() if tensor.is_complex() else torch.zeros_like(ends.max)
+    return Numbers(
+        shape=tuple(tensor.shape),
+        whole=not tensor.is_floating_point() and not tensor.is_complex(),
+        complex=tensor.is_complex(),
+        least=ends.min,
+        most=ends.max,
+        imaginary=imaginary,
+        nan=has_nan([real]),
+        few=few_rows([tensor]),
+    )
+
+
+def chain_of(node: Any, ends: set[Any]) -> list[tuple[str, tuple[int, ...], bool]]:
+    """Operations from the root on while each has one operand with a gradient: the name, the shape of what it gives, and
+    whether it is the one that made the outputs."""
+    found: list[tuple[str, tuple[int, ...], bool]] = []
+    while node is not None and len(found) < CHAIN:
+        made = getattr(node, "_input_metadata", None)
+        shape = tuple(made[0].shape) if made else ()
+        found.append((operation(node), shape, node in ends))
+        after = [each for each, _ in node.next_functions if each is not None]
+        node = after[0] if len(after) == 1 and node not in ends else None
+    return found
+
+
+def operation(node: Any) -> str:
+    """'MseLoss' of MseLossBackward0."""
+    return type(node).__name__.rpartition("Backward")[0].removeprefix("_") or type(node).__name__
+
+
+def _applied_twice(node: Any) -> tuple[str, ...]:
+    """What applies a softmax or sigmoid of its own, and the one that came before it; with nothing but a new shape in
+    between."""
+    if (name := operation(node)) not in RAW:
+        return ()
+    before = next((each for each, *_ in chain_of(node, set())[1:] if each not in MOVING), "")
+    return (name, before) if before in RAW[name] else ()

@@ -1,0 +1,232 @@
+"""Rules of `watch` on the losses that `seen.loss` was given: where they come from, shapes, ranges, scenes left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ris_fast.health.finding import Finding
+from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
+from ris_fast.health.watch.loss import MOVING, REDUCING
+from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord, Numbers
+
+LOOKS = 2  # as many losses show it
+ENDS = {"Relu": (0.0, math.inf), "Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
+SCENES = 8  # of a batch, from which on a single one with a gradient is no small share
+
+
+def loss_findings(loop: LoopRecord) -> list[Finding]:
+    """What the losses show."""
+    losses = loop.losses
+    if not losses:
+        return []
+    return [
+        *without_history(loop, losses),
+        *shapes_broadcast(losses),
+        *softmax_twice(losses),
+        *nan_loss(losses),
+        *limited_output(losses),
+        *scenes_left_out(losses),
+        *constant_targets(losses),
+        *ignored_input(losses),
+        *negated_loss(losses),
+    ]
+
+
+def without_history(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """Losses that do not depend on the model, where no backward pass reaches an output of it."""
+    if loop.forward is not None and any(each.reached for each in loop.forward.passes):
+        return
+    step, count = losses[0].step + 1, len(losses)
+    if all(each.made_anew for each in losses):
+        yield finding(
+            "loss_rebuilt",
+            f"all {count} losses are new tensors without a history, made from numbers: no gradient reaches the model.",
+            step,
+        )
+    elif not any(each.requires_grad for each in losses) and any(each.outputs_require_grad for each in losses):
+        what = "tensors without a gradient" if losses[0].tensor else "plain numbers"
+        yield finding("detached_loss", f"all {count} losses are {what}, though the outputs have one.", step)
+    elif {each.of_model for each in losses} <= {False, None} and losses[0].of_model is False:
+        yield finding(
+            "detached_loss",
+            f"{count} losses have a history, and no parameter of the model is in it.",
+            step,
+            advice="Look for `detach()`, `.data`, `.item()` or numpy between the outputs and the loss.",
+        )
+
+
+def shapes_broadcast(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """Outputs and targets of different shapes, and between outputs and loss a tensor that has both.
+
+    A matrix of all pairs may be meant where the loss is no plain mean of a difference.
+    """
+    found = [(each, made) for each in losses if (made := _broadcast(each)) is not None]
+    if len(found) >= min(LOOKS, len(losses)) and found:
+        each, made = found[0]
+        plain = all(one.direct and set(one.chain[:-1]) <= REDUCING | MOVING | {"Sub"} for one, _ in found)
+        yield finding(
+            "shapes_broadcast",
+            f"outputs of shape {each.outputs.shape} and targets of shape {each.targets.shape} make a difference of"
+            f" shape {made}: every output is compared with every target.",
+            each.step + 1,
+            "" if plain else "A loss over all pairs looks like that.",
+        )
+
+
+def _broadcast(loss: LossRecord) -> tuple[int, ...] | None:
+    """The shape, if the loss has it on its way and it is larger than both."""
+    if loss.outputs is None or loss.targets is None or loss.targets.whole:
+        return None
+    shapes = loss.outputs.shape, loss.targets.shape
+    try:
+        made = tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError:
+        return None
+    larger = math.prod(made) > max(map(math.prod, shapes))
+    return made if larger and made in loss.chain_shapes else None
+
+
+def softmax_twice(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """A softmax or sigmoid whose numbers go into another one within the loss."""
+    if found := [each for each in losses if each.twice]:
+        within, before = found[0].twice
+        loss = "a cross-entropy" if within == "LogSoftmax" else "a binary cross-entropy with logits"
+        yield finding(
+            "softmax_twice",
+            f"a {before.lower()} comes before {loss}, which applies its own, in the graph of the loss.",
+            found[0].step + 1,
+        )
+
+
+def nan_loss(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """Losses that are NaN to the end, and where the NaN is first."""
+    values = [float("nan") if each.value is None else float(each.value) for each in losses]
+    bad = [number for number, each in enumerate(losses) if each.value is not None and math.isnan(values[number])]
+    if len(bad) < LOOKS or bad != [*range(bad[0], len(losses))]:
+        return
+    first = losses[bad[0]]
+    if _has_nan(first.targets):
+        yield finding(
+            "nonfinite_data", "there are NaN among the targets of the first loss that is NaN.", first.step + 1
+        )
+        return
+    where = (
+        "the outputs that it is made of have NaN too"
+        if _has_nan(first.outputs)
+        else "the outputs and targets that it is made of are finite: a root, division or logarithm in the loss makes it"
+        if first.outputs is not None
+        else "what it is made of was not given"
+    )
+    evidence = f"the loss is NaN since step {first.step + 1}; {where}."
+    yield finding("nonfinite_gradients", evidence, first.step + 1, harm=len(bad) / len(losses))
+
+
+def _has_nan(numbers: Numbers | None) -> bool:
+    return numbers is not None and numbers.nan is not None and bool(numbers.nan)
+
+
+def limited_output(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """Targets that the last operation of the outputs cannot give; an imaginary part that is zero and should not be.
+
+    The loss may change either before it compares them."""
+    pairs = [(each, each.outputs, each.targets) for each in losses if each.outputs and each.targets]
+    pairs = [(each, made, asked) for each, made, asked in pairs if not asked.whole and made.shape == asked.shape]
+    if len(pairs) < LOOKS:
+        return
+    doubt = "Unless the loss compares something else than these outputs and targets, it cannot get to zero."
+    first, step = pairs[0][0], pairs[0][0].step + 1
+    low, high = (min(float(asked.least) for *_, asked in pairs), max(float(asked.most) for *_, asked in pairs))
+    last = next((name for name in first.behind if name not in MOVING), "")
+    least, most = ENDS.get(last, (-math.inf, math.inf))
+    edge = 0.05 * (high - low)
+    if low < least - edge or high > most + edge:
+        yield finding(
+            "limited_output",
+            f"outputs end in a {last.lower()}, which gives {_range(least, most)}, and targets lie in [{low:.3g},"
+            f" {high:.3g}].",
+            step,
+            doubt,
+        )
+    elif all(made.complex and asked.complex for _, made, asked in pairs):
+        real = all(float(made.imaginary) == 0 for _, made, _ in pairs)
+        if real and all(float(asked.imaginary) > 0 for *_, asked in pairs):
+            evidence = "the imaginary part of all outputs is exactly zero, and that of the targets is not."
+            yield finding("limited_output", evidence, step, doubt)
+
+
+def _range(least: float, most: float) -> str:
+    return f"nothing below {least:g}" if most == math.inf else f"numbers from {least:g} to {most:g}"
+
+
+def scenes_left_out(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """One and the same scene of each batch has a gradient at the output, or the same half or fewer of them.
+
+    Targets that are given have a row for each scene; masks of nodes and of unknown labels leave rows out for good.
+    """
+    found = [each for each in losses if each.rows is not None and len(each.rows) >= SCENES and bool(each.rows.any())]
+    alike = [each for each in found if torch.equal(each.rows, found[0].rows)]
+    if len(found) < 4 or len(alike) < len(found):
+        return
+    count, rows = int(found[0].rows.sum()), len(found[0].rows)
+    per_scene = all(each.targets is not None and each.targets.shape[:1] == (rows,) for each in found)
+    if 2 * count <= rows:
+        yield finding(
+            "scenes_left_out",
+            f"{count} of {rows} scenes of a batch have a gradient at the output, the same places in all {len(found)}"
+            " batches that were looked at.",
+            found[0].step + 1,
+            "" if per_scene and count == 1 else "A mask of scenes, or of time steps, looks like that.",
+        )
+
+
+def constant_targets(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """The same target for all scenes of all batches. Zeros and ones are labels of a critic, or a residual's."""
+    few = [each.targets.few for each in losses if each.targets is not None and each.targets.few is not None]
+    if len(few) < EARLY or len(few[0]) < 2 or any(each.shape[1] != few[0].shape[1] for each in few):
+        return
+    rows = torch.cat(few)
+    if bool((rows == rows[0]).all()) and not set(rows[0].tolist()) <= {0.0, 1.0}:
+        yield finding(
+            "constant_targets",
+            f"all scenes of {len(few)} batches have the same target.",
+            losses[0].step + 1,
+            "A loss against a constant looks like that.",
+        )
+
+
+def ignored_input(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """Outputs that are the same for all scenes of each batch, while targets are not."""
+    both = [(each.outputs.few, each.targets.few) for each in losses if each.outputs and each.targets]
+    both = [(made, asked) for made, asked in both if made is not None and asked is not None and len(made) > 1]
+    same = [bool((made == made[0]).all()) and bool((asked != asked[0]).any()) for made, asked in both]
+    if len(same) >= EARLY and all(same):
+        yield finding(
+            "ignored_input",
+            f"all scenes of a batch get the same output, bit for bit, in {len(same)} batches, and targets differ.",
+            losses[0].step + 1,
+            "Dead units before the last layer do that too: look whether the layers before it are zero.",
+        )
+
+
+def negated_loss(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """A distance with its sign turned, which the step makes larger; unlearning and adversaries do so on purpose."""
+    turned = [each for each in losses if _is_negated(each.chain)]
+    if len(turned) == len(losses) >= LOOKS:
+        yield finding(
+            "loss_sign",
+            f"all {len(turned)} losses are the negative of a {_spaced(turned[0].chain)}, which training makes larger.",
+            turned[0].step + 1,
+            MAY_BE_MEANT,
+        )
+
+
+def _is_negated(chain: Sequence[str]) -> bool:
+    distance = next((name for name in chain if name.endswith(("Loss", "Nd")) or name.startswith(("Nll", "Binary"))), "")
+    return bool(distance) and chain[: chain.index(distance)].count("Neg") % 2 == 1
+
+
+def _spaced(chain: Sequence[str]) -> str:
+    return next(name for name in chain if name.endswith(("Loss", "Nd")) or name.startswith(("Nll", "Binary")))

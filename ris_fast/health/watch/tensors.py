@@ -1,0 +1,79 @@
+"""What a model is given and gives: the tensors in it, and a few of their numbers.
+
+Legend: R rows, of the first axis; F numbers of each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS, NUMBERS, LARGE, MANY = 8, 64, 2**24, 64  # kept rows, numbers of a row, size not searched for NaN, tensors
+
+
+def tensors_of(value: Any, depth: int = 4) -> list[Tensor]:
+    """The tensors in tuples, dicts, data classes and other objects, in their order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if depth == 0 or value is None or isinstance(value, (str, bytes, int, float, torch.nn.Module)):
+        return []
+    if isinstance(value, Mapping):
+        parts: Any = value.values()
+    elif isinstance(value, Sequence):
+        parts = value
+    elif dataclasses.is_dataclass(value) or type(value).__module__.partition(".")[0] not in ("torch", "builtins"):
+        parts = getattr(value, "__dict__", {}).values()
+    else:
+        return []
+    found: list[Tensor] = []
+    for part in list(parts)[:MANY]:
+        found += tensors_of(part, depth - 1)
+    return found[:MANY]
+
+
+def few_rows(tensors: Sequence[Tensor]) -> Tensor | None:
+    """(R, F) float32 of the first tensor of real or complex numbers; of the first of whole numbers if there is none."""
+    plain = [each for each in tensors if is_plain(each) and each.numel()]
+    chosen = next(
+        (each for each in plain if each.is_floating_point() or each.is_complex()), plain[0] if plain else None
+    )
+    if chosen is None:
+        return None
+    values = chosen.detach()
+    values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+    values = values.reshape(1) if values.ndim == 0 else values
+    each = max(1, round(NUMBERS ** (1 / max(1, values.ndim - 1))))  # numbers along each further axis
+    steps = [math.ceil(size / (ROWS if axis == 0 else each)) for axis, size in enumerate(values.shape)]
+    some = values[tuple(slice(None, None, step) for step in steps)]
+    return some.reshape(some.shape[0], -1).to(torch.float32, copy=True)
+
+
+def has_nan(tensors: Sequence[Tensor]) -> Tensor | None:
+    """(), whether there is a NaN in any; None without tensors that can have one. Very large ones are not searched."""
+    real = [
+        each.detach() for each in tensors if is_plain(each) and each.is_floating_point() and 0 < each.numel() < LARGE
+    ]
+    flags = [each.isnan().any() for each in real]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).any() if flags else None
+
+
+def rows_with_gradient(grad: Tensor, rows: int) -> Tensor | None:
+    """(B,), which rows have a gradient that is not zero; None where rows are not the batch's."""
+    if grad.layout != torch.strided or grad.ndim == 0 or grad.shape[0] != rows or not is_plain(grad):
+        return None
+    return (grad.detach().reshape(rows, -1) != 0).any(1)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Of numbers in memory, with strides; no tensor of another class, such as one sharded over ranks."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type != "meta"
+        and not tensor.is_quantized
+    )
