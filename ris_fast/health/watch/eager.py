@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch._dynamo.eval_frame import skip_code
+from torch.utils.hooks import unserializable_hook
 
 
 def eager_hook(function: Callable[..., None]) -> Callable[..., None]:
@@ -24,4 +25,4 @@ def eager_hook(function: Callable[..., None]) -> Callable[..., None]:
 
     # `torch.compiler.disable` would break the graphs that call it.
     skip_code(hook.__code__)
-    return hook
+    return unserializable_hook(hook)

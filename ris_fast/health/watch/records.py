@@ -332,8 +332,7 @@ class RankOptimizer:
     """One optimizer of one rank.
 
     Args: zero_steps, full_steps: of the last 1024, those in which backward left one small tensor a gradient of zeros
-        only, and another one; written_outside: how many of the first 1024 steps found that tensor not as the step
-        before had left it.
+        only, and another one.
     """
 
     kinds: frozenset[str]
@@ -341,7 +340,6 @@ class RankOptimizer:
     records: list[RankStep]
     zero_steps: list[int]
     full_steps: list[int]
-    written_outside: int
 
 
 @dataclass(frozen=True)
@@ -383,7 +381,8 @@ class RankRecord:
 class RanksRecord:
     """Ranks that reported at the same step, this one among them.
 
-    Args: size: how many there are; elsewhere: of ranks that reported at this time at another step, which.
+    Args: size: how many there are; elsewhere: of ranks that reported at this time at another step, with other weights,
+        which step.
     """
 
     mine: RankRecord
