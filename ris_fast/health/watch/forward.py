@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ris_fast.health.watch.call_site import call_site
-from ris_fast.health.watch.graph import GraphLeaves
-from ris_fast.health.watch.hooks import OptimizerHooks
+from ris_fast.health.watch.fingerprints import fingerprint_of
+from ris_fast.health.watch.graph import GraphLeaves, modules_of
+from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.records import ForwardRecord, PassRecord
 from ris_fast.health.watch.samples import held_tensors
 from ris_fast.health.watch.tensors import few_rows, has_nan, rows_with_gradient, tensors_of
@@ -32,6 +34,7 @@ FIRST, LONGEST = 256, 4096  # passes that are all looked at; where most of them 
 NUMBERS = 48  # passes in training, and as many in evaluation, of which a few numbers are kept
 WALKED = 12  # training passes whose graph is walked
 PARTS = 4  # training passes in which the hooks on parts stay
+MARKED = 12  # training passes whose gradient at the output is compared with those of mistakes
 LATE = 64  # passes that are looked at after the first
 
 
@@ -68,6 +71,11 @@ class ForwardHooks:
         self.optimizers: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()  # whether foreign
         self.modal = [part for part in model.modules() if is_modal(part)]
         self.was_training = model.training
+        self.last_input: weakref.ref[Tensor] | None = None
+        self.marked = 0
+        self.names = {id(part): plain_name(path.removesuffix(".")) for path, part in modules_of(model)}
+        self.inside: list[tuple[str, int]] = []  # layers of the pass that runs, and the rows that they are given
+        self.rows_inside: list[tuple[int, int, list[tuple[str, int]]]] = []
         before, after = _Hook(self._before), _Hook(self._after)
         self.hooks = [
             model.register_forward_pre_hook(before, with_kwargs=True),
@@ -100,11 +108,14 @@ class ForwardHooks:
             leaves=self.leaves.records(),
             walked=self.leaves.walked,
             outside_graph=self.leaves.outside(self.called),
+            unsettled=self._unsettled(),
+            spectral=self._spectral(),
+            rows_inside=self.rows_inside,
         )
 
     def _before(self, module: nn.Module, *_: Any) -> None:
         if module is self.model:
-            self.was_training = module.training
+            self.was_training, self.inside = module.training, []
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if module is not self.model:
@@ -123,6 +134,7 @@ class ForwardHooks:
     def _look(self, inputs: list[Tensor], outputs: list[Tensor], grad: bool) -> None:
         """One pass. `grad`: whether gradients were enabled in it."""
         site, place = call_site(sys._getframe(2))
+        last, self.last_input = self.last_input and self.last_input(), weakref.ref(inputs[0]) if inputs else None
         now = PassRecord(
             number=self.count,
             step=self.steps,
@@ -137,6 +149,7 @@ class ForwardHooks:
             shape=tuple(inputs[0].shape) if inputs else (),
             output_shape=tuple(outputs[0].shape) if outputs else (),
             inputs=len(inputs),
+            given_again=last is not None and last is inputs[0] if inputs else False,
         )
         self.passes.append(now)
         if now.grad:
@@ -148,25 +161,53 @@ class ForwardHooks:
 
     def _follow(self, now: PassRecord, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Whether a backward pass reaches the outputs, and what they depend on."""
-        rows = now.shape[0] if now.shape else 0
+        with_grad = [each for each in outputs if each.requires_grad and each.grad_fn is not None]
+        rows, mark = now.shape[0] if now.shape else 0, None
+        if with_grad and self.marked < MARKED:
+            self.marked, mark = self.marked + 1, fingerprint_of(with_grad[0])
 
-        def reached(grad: Tensor) -> None:
+        def first(grad: Tensor) -> None:
             if not now.reached and now.number <= NUMBERS:
                 now.rows = rows_with_gradient(grad, rows)
+            if mark is not None and (found := mark(grad)) is not None:
+                now.mark_kind, now.mark = found
             now.reached = True
 
-        for each in outputs:
-            if each.requires_grad and each.grad_fn is not None:
-                each.register_hook(reached)
+        def another(_: Tensor) -> None:
+            now.reached = True
+
+        for number, each in enumerate(with_grad):
+            each.register_hook(another if number else first)
         if self.leaves.walked < WALKED or self.count > self.first:
             now.nodes = self.leaves.walk(inputs, outputs, self.steps)
+            if self.inside and now.output_shape:
+                self.rows_inside.append((rows, now.output_shape[0], self.inside))
         if self.leaves.walked >= PARTS and self.part_hooks:
             for hook in self.part_hooks:
                 hook.remove()
             self.part_hooks = []
 
-    def _part(self, module: nn.Module, *_: Any) -> None:
+    def _part(self, module: nn.Module, args: tuple[Any, ...], _: Any) -> None:
         self.called[id(module)] = self.called.get(id(module), False) or torch.is_grad_enabled()
+        if args and isinstance(args[0], Tensor) and args[0].ndim > 1 and not module._modules:
+            self.inside.append((self.names.get(id(module), "?"), args[0].shape[0]))
+
+    def _unsettled(self) -> list[str]:
+        """Reads the device."""
+        return [
+            plain_name(path.removesuffix("."))
+            for path, part in modules_of(self.model)
+            if isinstance(part, nn.modules.batchnorm._NormBase) and not part.training and self.called.get(id(part))
+            if part.running_mean is not None and not part.running_mean.any() and bool((part.running_var == 1).all())
+        ]
+
+    def _spectral(self) -> list[str]:
+        """The old kind: that of `nn.utils.parametrizations` settles when it is made."""
+        return [
+            plain_name(path.removesuffix("."))
+            for path, part in modules_of(self.model)
+            if any(isinstance(hook, SpectralNorm) for hook in part._forward_pre_hooks.values())
+        ]
 
     def stepped(self, optimizer: Optimizer) -> None:
         """After a step of any optimizer: one that holds tensors of other models is foreign."""

@@ -135,7 +135,8 @@ class PassRecord:
         parts_training: parts whose mode matters that are in training mode, of `parts`; inputs: tensors given; shape,
         output_shape: of the first; nodes: of its graph, 0 where it was not walked;
         input, output: (R, F) a few numbers; nan_in, nan_out: (), whether there is a NaN in any;
-        rows: (B,) scenes with a gradient at the output.
+        rows: (B,) scenes with a gradient at the output; given_again: the first input is the tensor that the pass before
+        was given; mark_kind, mark: which mistake the gradient at the output looks like, and how far it is from that.
     """
 
     number: int
@@ -158,6 +159,9 @@ class PassRecord:
     nan_in: Tensor | None = None
     nan_out: Tensor | None = None
     rows: Tensor | None = None
+    given_again: bool = False
+    mark_kind: str = ""
+    mark: Tensor | None = None
 
     def on_host(self) -> PassRecord:
         return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
@@ -196,7 +200,9 @@ class ForwardRecord:
     Args: passes: those that were looked at; first: as many were all looked at, from the beginning; made: all;
         steps: of the watched optimizers, all together; together: they have made as many steps each; leaves: that are
         nobody's; walked: passes whose graph was; outside_graph: parameters of parts that were called with gradients
-        enabled, which no output depends on.
+        enabled, which no output depends on; unsettled: running statistics of a new layer, used in evaluation mode;
+        spectral: layers with a spectral norm that is settled in training; rows_inside: of a pass, scenes that the model
+        is given and gives, and those that each of its layers is given.
     """
 
     passes: list[PassRecord]
@@ -207,6 +213,9 @@ class ForwardRecord:
     leaves: list[LeafRecord]
     walked: int
     outside_graph: list[str]
+    unsettled: list[str]
+    spectral: list[str]
+    rows_inside: list[tuple[int, int, list[tuple[str, int]]]]
 
 
 @dataclass

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from ris_fast.health.finding import Finding, ranked
-from ris_fast.health.watch import rules_forward, rules_gradients, rules_loss, rules_parameters
+from ris_fast.health.watch import rules_batches, rules_forward, rules_gradients, rules_loss, rules_parameters
 from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
@@ -28,6 +28,7 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
             *rules_parameters.parameter_findings(loop),
             *rules_forward.forward_findings(loop),
             *rules_loss.loss_findings(loop),
+            *rules_batches.batch_findings(loop),
             *by_optimizer,
         ]
     )
