@@ -24,7 +24,7 @@ def batch_findings(loop: LoopRecord) -> list[Finding]:
     if loop.forward is None or not loop.forward.passes:
         return []
     trained = [each for each in loop.forward.passes if each.training and each.reached]
-    evaluated = [each for each in loop.forward.passes if not each.training and not each.grad and _both(each)]
+    evaluated = [each for each in loop.forward.passes if not each.training and not each.reached and _both(each)]
     return [
         *nonfinite_inputs(loop.forward.passes),
         *softmax_twice(trained),
