@@ -10,6 +10,7 @@ import torch
 
 from ris_fast.health.finding import Finding, ranked
 from ris_fast.health.watch import (
+    rules_batches,
     rules_changes,
     rules_clip,
     rules_forward,
@@ -39,6 +40,7 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
             *rules_parameters.parameter_findings(loop),
             *rules_forward.forward_findings(loop),
             *rules_loss.loss_findings(loop),
+            *rules_batches.batch_findings(loop),
             *by_optimizer,
             *rules_ranks.rank_findings(loop),
         ]

@@ -56,7 +56,7 @@ def forwards_without_backward(forward: ForwardRecord) -> Iterator[Finding]:
     each step since the first has as many passes, only the last of them reaches a backward, no other model is trained in
     between, and no pass goes on with the graph of the one before.
     """
-    trained = [each for each in forward.passes if each.training and each.grad and each.number <= forward.first]
+    trained = [each for each in forward.passes if each.training and each.grad and each.of_kind <= forward.first]
     for site in dict.fromkeys(each.site for each in trained if each.reached):
         passes = [each for each in trained if each.site == site]
         rounds = [list(each) for step, each in groupby(passes, lambda each: each.step) if step < forward.steps]
@@ -219,7 +219,7 @@ def train_mode_in_validation(forward: ForwardRecord) -> Iterator[Finding]:
     """Evaluation with parts in training mode; or passes in runs, without gradients, in training mode, where the model
     is never in evaluation mode. Averages over dropout, and statistics gathered anew, look so."""
     quiet = [each for each in forward.passes if not each.grad and each.parts]
-    evaluated = [each for each in quiet if not each.training]
+    evaluated = [each for each in forward.passes if not each.training and not each.reached and each.parts]
     if len(evaluated) > 1 and all(each.parts_training for each in evaluated):
         yield finding(
             "train_mode_in_validation",
