@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, StoppedValues, by_hand, graph_of, via
+from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.finite_difference import Along, Gap, gap_of, pooled
 from ris_fast.health.preflight.measures import listed, rms
 from ris_fast.health.preflight.probe import PreflightContext
@@ -149,9 +150,7 @@ def parts(context: PreflightContext, held: StoppedValues | None = None, *, by_lo
     outputs = {name: value for name, value in prediction._asdict().items() if value is not None and value.requires_grad}
     if not live or not outputs or not total.requires_grad or not bool(total.isfinite()):
         return {}
-    cotangents = dict(
-        zip(outputs, torch.autograd.grad(total, list(outputs.values()), retain_graph=True, allow_unused=True))
-    )
+    cotangents = dict(zip(outputs, derivatives(total, list(outputs.values()), retain_graph=True)))
     cotangents = {
         name: cotangent
         for name, cotangent in cotangents.items()
@@ -159,9 +158,7 @@ def parts(context: PreflightContext, held: StoppedValues | None = None, *, by_lo
     }
     if not cotangents:
         return {}
-    found = torch.autograd.grad(
-        [outputs[name] for name in cotangents], list(live.values()), list(cotangents.values()), allow_unused=True
-    )
+    found = derivatives([outputs[name] for name in cotangents], list(live.values()), list(cotangents.values()))
     gradients = {
         name: gradient
         for name, gradient in zip(live, found)

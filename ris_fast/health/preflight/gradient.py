@@ -13,6 +13,7 @@ from torch import Tensor
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, Graph, by_hand, graph_of, via
 from ris_fast.health.preflight.derivative import NOISE, right_derivative
+from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, listed, rms
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.truth import COVARIANCE
@@ -53,7 +54,7 @@ def _cut(context: PreflightContext, total: Tensor, terms: dict[str, Tensor], fac
     it alone can tell where the terms are numbers without a history."""
 
     def leads(value: Tensor) -> bool:
-        found = torch.autograd.grad(value, factor, retain_graph=True, allow_unused=True) if value.requires_grad else ()
+        found = derivatives(value, [factor], retain_graph=True) if value.requires_grad else ()
         return any(each is not None for each in found)
 
     weighted = [terms[name] for name in COVARIANCE if context.loss.weights.get(name, 0) > 0 and name in terms]
@@ -72,9 +73,7 @@ def every_tensor(context: PreflightContext) -> Iterator[Finding]:
         if not total.requires_grad or total.grad_fn is None or not live or not bool(total.isfinite()):
             return
         graph = graph_of(total)
-        gradients = dict(
-            zip(live, torch.autograd.grad(total, list(live.values()), retain_graph=True, allow_unused=True))
-        )
+        gradients = dict(zip(live, derivatives(total, list(live.values()), retain_graph=True)))
         bad = [
             name for name, gradient in gradients.items() if gradient is not None and not bool(gradient.isfinite().all())
         ]
@@ -93,7 +92,7 @@ def _source(context: PreflightContext, total: Tensor, terms: dict[str, Tensor]) 
     """Which term the non-finite gradient comes from; one outside of the table shows as a difference of sums."""
     live = [parameter for parameter in context.parameters.values() if parameter.requires_grad]
     for name, value in terms.items():
-        parts = torch.autograd.grad(value, live, retain_graph=True, allow_unused=True) if value.requires_grad else ()
+        parts = derivatives(value, live, retain_graph=True) if value.requires_grad else ()
         if not all_finite(parts):
             return f"; they come from the term {name}"
     rest = float(
@@ -146,7 +145,7 @@ def _silent(
 def _flat(context: PreflightContext, tensors: int) -> Finding:
     """Why no tensor changes the loss: the loss is flat at the factors, or the network behind them is."""
     total, _, prediction = context.run()
-    factor = torch.autograd.grad(total, prediction.factor, allow_unused=True)[0]
+    factor = derivatives(total, [prediction.factor])[0]
     seen = (
         f"the loss is {float(total.detach()):.4g}, and the gradients of all {tensors} trainable tensors are exactly"
         " zero"
@@ -160,7 +159,7 @@ def _stopped(context: PreflightContext, names: list[str], graph: Graph) -> Findi
     """Tensors that the loss depends on and autograd reaches, with a gradient of exactly zero."""
     what = f"{len(names)} tensors change the loss and have a gradient of exactly zero: {listed(names)}"
     live = [context.parameters[name] for name in names]
-    larger = torch.autograd.grad(context.run()[0] * UNDERFLOW, live, allow_unused=True)
+    larger = derivatives(context.run()[0] * UNDERFLOW, live)
     if any(part is not None and bool(part.any()) for part in larger):
         return Finding("gradient_underflow", f"{what}; with a loss a million times larger it is not.")
     if graph.written_by_hand:

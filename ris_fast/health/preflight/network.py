@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import graph_of
+from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import CLOSE, SAME, listed, relative_change, rms
 from ris_fast.health.preflight.probe import PreflightContext, layer_calls
 from ris_fast.physics.real_complex import adjoint_matmul, to_complex
@@ -211,7 +212,7 @@ def _dead(context: PreflightContext, total: Tensor, outputs: dict[str, Tensor], 
     """Layers whose output receives no gradient for any unit and scene, although it is there and autograd reaches it."""
     if not total.requires_grad or total.grad_fn is None or not outputs:
         return
-    gradients = torch.autograd.grad(total, list(outputs.values()), retain_graph=True, allow_unused=True)
+    gradients = derivatives(total, list(outputs.values()), retain_graph=True)
     silent = [
         name
         for (name, value), gradient in zip(outputs.items(), gradients)
@@ -245,7 +246,7 @@ def _never_reached(context: PreflightContext) -> list[str]:
     with ExitStack() as stack:
         while len(stuck) > 1:
             total = context.run()[0]
-            parts = dict(zip(live, torch.autograd.grad(total, list(live.values()), allow_unused=True)))
+            parts = dict(zip(live, derivatives(total, list(live.values()))))
             reached = {name for name, part in parts.items() if part is not None and bool(part.any())} - moved
             stuck = [name for name in stuck if name not in reached]
             if not reached:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, listed, rounded_to_16_bits, total_norm
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.step_probe import StepTrace, few_scenes, take_step
@@ -132,7 +133,7 @@ def parts_of(context: PreflightContext, group: Sequence[Scenes]) -> list[list[Te
         total = context.loss(context.step.predict(scenes), scenes)[0]
         if not total.requires_grad or not live:
             return []
-        found.append(list(torch.autograd.grad(total, live, allow_unused=True)))
+        found.append(derivatives(total, live))
     return found
 
 

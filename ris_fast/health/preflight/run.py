@@ -13,6 +13,7 @@ from typing import Any
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight import (
     calls,
+    distributions,
     gradient,
     information,
     inputs,
@@ -22,6 +23,7 @@ from ris_fast.health.preflight import (
     one_step,
     overfit,
     parameters,
+    scene_gradients,
     scene_parts,
     scenes,
     schedule,
@@ -41,6 +43,7 @@ SMALL_BATCH = {
     **targets.CHECKS,
     **scenes.CHECKS,
     **scene_parts.CHECKS,
+    **distributions.CHECKS,
     **parameters.CHECKS,
     **loss.CHECKS,
     **truth.CHECKS,
@@ -49,11 +52,18 @@ SMALL_BATCH = {
     **inputs.CHECKS,
     **information.CHECKS,
     **gradient.CHECKS,
+    **scene_gradients.SMALL_BATCH,
     **terms.CHECKS,
     **kernels.CHECKS,
     **schedule.CHECKS,
 }
-WHOLE_STEP = {**calls.WHOLE_STEP, **validation.CHECKS, **one_step.CHECKS, **several_steps.CHECKS}
+WHOLE_STEP = {
+    **calls.WHOLE_STEP,
+    **validation.CHECKS,
+    **one_step.CHECKS,
+    **scene_gradients.WHOLE_STEP,
+    **several_steps.CHECKS,
+}
 LEARNING = overfit.CHECKS
 
 
