@@ -23,6 +23,7 @@ from ris_fast.health.preflight import (
     one_step,
     overfit,
     parameters,
+    rereads,
     scene_gradients,
     scene_parts,
     scenes,
@@ -42,6 +43,7 @@ Check = Callable[[PreflightContext], Iterator[Finding]]
 SMALL_BATCH = {
     **targets.CHECKS,
     **scenes.CHECKS,
+    **rereads.CHECKS,
     **scene_parts.CHECKS,
     **distributions.CHECKS,
     **parameters.CHECKS,
