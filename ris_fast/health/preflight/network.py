@@ -141,7 +141,7 @@ def layers(context: PreflightContext) -> Iterator[Finding]:
 
     def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
         if isinstance(output, Tensor) and inputs and isinstance(inputs[0], Tensor):
-            signals.setdefault(name, (rms(inputs[0]), rms(output), bool(inputs[0].isfinite().all())))
+            signals.setdefault(name, (rms(inputs[0]), rms(output), bool(inputs[0].detach().isfinite().all())))
             if output.requires_grad:
                 outputs.setdefault(name, output)
 

@@ -35,6 +35,7 @@ class PreflightContext:
         self.config, self.optimizer, self.step = trainer.config, trainer.optimizer, trainer.step
         self.note = ""  # what the running check measured, for people
         self.reached = True  # whether the running check reached its goal
+        self.known: dict[str, Any] = {}  # what several checks ask for, by name
 
     @cached_property
     def groups(self) -> list[list[Scenes]]:
