@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.preflight import recomputed
+from ris_fast.health.preflight import recomputed, scales
 from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, StoppedValues, by_hand, graph_of, via
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.finite_difference import Along, Gap, gap_of, pooled
@@ -52,9 +52,13 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
             whole = parts(context, by_loss=True)
             errors = {name: error for name, error in errors.items() if pooled([whole[name]]) > DISAGREES}
         if not errors:
+            yield from scales.single_parts(context)
             return
         if recomputed.difference(context) is not None:
             return  # which has a check of its own
+        if (scaled := scales.of_parts(context, list(errors))) is not None:
+            yield scaled
+            return
         exits = Exits()
         with exits:
             graph = graph_of(context.run()[0])
@@ -141,18 +145,15 @@ def _loss_error(context: PreflightContext, guess: Prediction, scenes: Scenes, na
 # ------------------------------------------------------------------------------------------------------
 
 
-def parts(context: PreflightContext, held: StoppedValues | None = None, *, by_loss: bool = False) -> dict[str, Gap]:
-    """How far the derivative along random directions of each child of the network is off, and how large it is.
-
-    Model: s(w) = sum_k <c_k, out_k(w)>, c_k the loss's gradient at output k for the weights as they are. There s has
-        the loss's gradient. Args: held: what leaves the graph stays as it is while weights move; by_loss: of the loss
-        itself, whose rounding is larger and is not allowed for: an agreement is one.
-    """
+def projection(
+    context: PreflightContext, held: StoppedValues | None = None, *, by_loss: bool = False
+) -> tuple[ProjectedOutputs, dict[str, Tensor]] | None:
+    """s(w) of `parts`, and its gradient by autograd at each tensor that it reaches; None where there is none."""
     live = context.trainable
     total, _, prediction = context.run(context.scenes[:FEW])
     outputs = {name: value for name, value in prediction._asdict().items() if value is not None and value.requires_grad}
     if not live or not outputs or not total.requires_grad or not bool(total.isfinite()):
-        return {}
+        return None
     cotangents = dict(zip(outputs, derivatives(total, list(outputs.values()), retain_graph=True)))
     cotangents = {
         name: cotangent
@@ -160,20 +161,35 @@ def parts(context: PreflightContext, held: StoppedValues | None = None, *, by_lo
         if cotangent is not None and _says_something(cotangent)
     }
     if not cotangents:
-        return {}
+        return None
     found = derivatives([outputs[name] for name in cotangents], list(live.values()), list(cotangents.values()))
     gradients = {
         name: gradient
         for name, gradient in zip(live, found)
         if gradient is not None and bool(gradient.isfinite().all())
     }
-    kind, generator = LossItself if by_loss else ProjectedOutputs, torch.Generator().manual_seed(7)
-    projected = kind(context, cotangents, held)
+    return (LossItself if by_loss else ProjectedOutputs)(context, cotangents, held), gradients
+
+
+def parts(context: PreflightContext, held: StoppedValues | None = None, *, by_loss: bool = False) -> dict[str, Gap]:
+    """How far the derivative along random directions of each child of the network is off, and how large it is.
+
+    Model: s(w) = sum_k <c_k, out_k(w)>, c_k the loss's gradient at output k for the weights as they are. There s has
+        the loss's gradient. Args: held: what leaves the graph stays as it is while weights move; by_loss: of the loss
+        itself, whose rounding is larger and is not allowed for: an agreement is one.
+    """
+    found = projection(context, held, by_loss=by_loss)
+    if found is None:
+        return {}
+    projected, gradients, live = *found, context.trainable
+    generator = torch.Generator().manual_seed(7)
     members: dict[str, list[str]] = {}
     for name in gradients:
         members.setdefault(name.partition(".")[0], []).append(name)
     return {
-        part: _part_gap(projected, [live[name] for name in names], [gradients[name] for name in names], generator)
+        part: gap_of(
+            lines(projected, [live[name] for name in names], [gradients[name] for name in names], generator), STEPS
+        )
         for part, names in members.items()
     }
 
@@ -235,22 +251,18 @@ class LossItself(ProjectedOutputs):
             return [self.context.loss(prediction.apply(Tensor.double), self.scenes)[0].double()]
 
 
-def _part_gap(
+def lines(
     projected: ProjectedOutputs, tensors: list[Tensor], gradients: list[Tensor], generator: torch.Generator
-) -> Gap:
+) -> Iterator[Along]:
+    """Some weights along random directions, each as large as they are."""
     sizes = [rms(tensor) for tensor in tensors]
     first = min([0.02, *filter(None, sizes)])  # of a tensor that starts at zero
-    return gap_of(
-        (
-            projected.line(
-                tensors,
-                gradients,
-                [
-                    torch.randn(tensor.shape, generator=generator).to(tensor) * (size or first)
-                    for tensor, size in zip(tensors, sizes)
-                ],
-            )
-            for _ in range(DIRECTIONS)
-        ),
-        STEPS,
-    )
+    for _ in range(DIRECTIONS):
+        yield projected.line(
+            tensors,
+            gradients,
+            [
+                torch.randn(tensor.shape, generator=generator).to(tensor) * (size or first)
+                for tensor, size in zip(tensors, sizes)
+            ],
+        )
