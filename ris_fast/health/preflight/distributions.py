@@ -184,7 +184,7 @@ def _statistics(context: PreflightContext, scenes: Scenes) -> dict[str, Tensor]:
         measured = measure_snr(believed, context.config.task.symbols == "static")
         found["measured SNR in dB"] = measured.measured_db.clamp_max(CAP_DB)
     for number, values in enumerate(_features(context, scenes)):
-        flat = values.detach().float().flatten(1)
+        flat = values.detach().float().reshape(scenes.batch, -1)
         found[f"mean square of feature tensor {number} (log10)"] = flat.square().mean(1).clamp_min(1e-30).log10()
         found[f"mean of feature tensor {number}"] = flat.mean(1)
     return found

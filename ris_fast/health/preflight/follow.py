@@ -13,12 +13,18 @@ from ris_fast.health.preflight.measures import SAME, relative_change
 Seen = list[tuple[str, list[Tensor], list[Tensor]]]  # name of a module, what it was given, what it answered
 
 
-def parting(model: nn.Module, one: Callable[[], Any], other: Callable[[], Any], rows: slice = slice(None)) -> str:
+def parting(
+    model: nn.Module,
+    one: Callable[[], Any],
+    other: Callable[[], Any],
+    rows: slice = slice(None),
+    others: slice = slice(None),
+) -> str:
     """Name of the innermost module where two passes begin to differ in some rows of the batch; '' where none is.
 
-    Args: one, other: make a pass through `model` each; rows: of the batch, that are compared.
+    Args: one, other: make a pass through `model` each; rows, others: of their batches, that are compared.
     """
-    first, second = (_followed(model, each, rows) for each in (one, other))
+    first, second = _followed(model, one, rows), _followed(model, other, others)
     for (name, given, made), (same, given_then, made_then) in zip(first, second):
         if name != same:
             break

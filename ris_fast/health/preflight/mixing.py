@@ -39,12 +39,12 @@ def mixed(context: PreflightContext) -> Iterator[Finding]:
 def _in_evaluation(context: PreflightContext, scenes: Scenes, change: float, allowed: float) -> Iterator[Finding]:
     """Why answers of evaluation mode mix: not by modules that eval() leaves in training mode, which have a name of
     their own."""
-    half = scenes.batch // 2
-
+    halves = (slice(0, scenes.batch // 2), slice(scenes.batch // 2, scenes.batch))
     with eval_mode(context.model):
         for module in context.model.modules():
             module.training = False
-        quiet = relative_change(_trained(context, scenes)[:half], _trained(context, scenes[:half]))
+        whole = _trained(context, scenes)
+        quiet = max(relative_change(whole[part], _trained(context, scenes[part])) for part in halves)
     if quiet <= allowed:
         return
     without = [
@@ -52,8 +52,9 @@ def _in_evaluation(context: PreflightContext, scenes: Scenes, change: float, all
         for name, module in context.model.named_modules()
         if isinstance(module, BATCH_NORM) and module.running_mean is None
     ]
-    first, second = (lambda: context.answer(scenes)), (lambda: context.answer(scenes[:half]))
-    where = parting(context.model, first, second, slice(0, half))
+    last = halves[1]
+    first, second = (lambda: context.answer(scenes)), (lambda: context.answer(scenes[last]))
+    where = parting(context.model, first, second, last, slice(None))
     yield Finding(
         "scenes_mixed",
         f"answers change by {change:.2g} when other scenes of the batch are left out"
@@ -90,7 +91,7 @@ def _in_training(context: PreflightContext, one: Scenes, other: Scenes, half: in
     if not rest > allowed:
         return  # a normalisation over the batch, as it is meant
     first, second = (lambda: _trained(context, one)), (lambda: _trained(context, other))
-    where = parting(context.model, first, second, slice(0, half))
+    where = parting(context.model, first, second, slice(0, half), slice(0, half))
     yield Finding(
         "scenes_mixed",
         f"in training mode the answers to {half} scenes change by {change:.2g} when the others of their batch are"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ris_fast.health.preflight.measures import write
 from ris_fast.models.modes import eval_mode
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
@@ -152,13 +153,13 @@ class PreflightContext:
         kept = [tensor.detach().clone() for tensor in tensors]
         with torch.no_grad():
             for tensor, direction in zip(tensors, directions):
-                tensor.add_(direction, alpha=step)
+                write(tensor, tensor.add(direction, alpha=step))
         try:
             yield
         finally:
             with torch.no_grad():
                 for tensor, value in zip(tensors, kept):
-                    tensor.copy_(value)
+                    write(tensor, value)
 
 
 @contextmanager

@@ -176,8 +176,8 @@ def _tensors(made: object, batch: int) -> list[Tensor]:
 def _other_rows(right: list[Tensor], found: list[Tensor]) -> Tensor:
     """Scenes whose features differ by more than rounding, (B,)."""
     parts = [
-        ((a - b).flatten(1).norm(dim=1) > CLOSE * a.flatten(1).norm(dim=1).clamp_min(1e-30))
-        & a.flatten(1).isfinite().all(1)
+        ((a - b).reshape(len(a), -1).norm(dim=1) > CLOSE * a.reshape(len(a), -1).norm(dim=1).clamp_min(1e-30))
+        & a.reshape(len(a), -1).isfinite().all(1)
         for a, b in zip(right, found)
         if a.shape == b.shape
     ]
