@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, Graph, by_hand, graph_of, via
 from ris_fast.health.preflight.derivative import NOISE, right_derivative
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, listed, rms
-from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.probe import PreflightContext, layer_calls
 from ris_fast.health.preflight.truth import COVARIANCE
 
 UNDERFLOW = 2.0**20
@@ -33,12 +33,8 @@ def connected(context: PreflightContext) -> Iterator[Finding]:
             "loss_rebuilt", f"the loss is a leaf with no history: it was made anew from a number{via(exits.rebuilt)}."
         )
     elif not prediction.factor.requires_grad:
-        if any(parameter.requires_grad for parameter in context.parameters.values()):
-            yield Finding(
-                "detached_backbone",
-                "the factors that the network returns require no gradient: it runs under "
-                f"no_grad or detaches its answer{via(exits.detached)}.",
-            )
+        if context.trainable:
+            yield _without_history(context, exits)
     elif not total.requires_grad or _cut(context, total, terms, prediction.factor):
         loose = [name for name in COVARIANCE if name in terms and not terms[name].requires_grad]
         cause = "loss_rebuilt" if exits.rebuilt and not exits.detached else "detached_loss"
@@ -47,6 +43,34 @@ def connected(context: PreflightContext) -> Iterator[Finding]:
             f"no gradient flows from the loss to the factors ({listed(loose) or 'the total'} has no "
             f"history){via(exits.rebuilt if cause == 'loss_rebuilt' else exits.detached)}.",
         )
+
+
+def _without_history(context: PreflightContext, exits: Exits) -> Finding:
+    """The factors know no gradient: which layer is the last whose answer does, or that none is."""
+    known: dict[str, bool] = {}
+
+    def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        if isinstance(output, Tensor):
+            known[name] = output.requires_grad
+
+    with layer_calls(context.model, keep):
+        context.run()
+    last = [name for name, requires in known.items() if requires][-1:]
+    after = [name for name in known if not known[name]][:1]
+    seen = "the factors that the network returns require no gradient"
+    if known and not last:
+        return Finding(
+            "detached_backbone",
+            f"{seen}, and neither does the answer of any of its {len(known)} layers, of which the first is {after[0]}:"
+            f" the whole forward runs under no_grad or inference_mode{via(exits.detached)}.",
+            advice="Remove torch.no_grad() or torch.inference_mode() from around the network's forward, as a decorator"
+            " or a `with`, and any torch.set_grad_enabled(False) before it.",
+        )
+    where = f"; the last layer whose answer requires one is {last[0]}" if last else ""
+    then = f", and {after[0]} is without" if last and after else ""
+    return Finding(
+        "detached_backbone", f"{seen}{where}{then}: it is detached, or made under no_grad{via(exits.detached)}."
+    )
 
 
 def _cut(context: PreflightContext, total: Tensor, terms: dict[str, Tensor], factor: Tensor) -> bool:

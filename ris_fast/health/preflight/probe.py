@@ -95,9 +95,16 @@ class PreflightContext:
         finally:
             self.step.network = network
 
-    def small(self) -> AbstractContextManager[None]:
-        """For small batches: a network that torch compiled runs as written, so that nothing is compiled anew."""
-        return self.as_written() if self.by_torch else nullcontext()
+    @contextmanager
+    def small(self) -> Iterator[None]:
+        """For small batches: what torch compiled, the trainer or a layer of the user's own, runs as written, so that
+        nothing is compiled anew for them."""
+        with torch.compiler.set_stance("force_eager"), self.as_written() if self.by_torch else nullcontext():
+            yield
+
+    def whole(self) -> AbstractContextManager[None]:
+        """For whole steps: what training will call where the trainer compiles; else nothing is compiled for a check."""
+        return nullcontext() if self.by_torch else self.small()
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:

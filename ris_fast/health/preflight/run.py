@@ -141,10 +141,7 @@ def _run(context: PreflightContext, numbers: TensorCopies, name: str, check: Che
         warnings.simplefilter("ignore")
         context.model.train()
         try:
-            if small:
-                with context.small():
-                    findings.extend(check(context))
-            else:
+            with context.small() if small else context.whole():
                 findings.extend(check(context))
         except Exception as error:
             # A check calls whatever the trainer is made of, which may raise anything: the check ends, not the run.
