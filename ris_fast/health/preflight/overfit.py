@@ -16,13 +16,15 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, total_norm
 from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.truth import COVARIANCE
 from ris_fast.training.validation import scene_nmse
 
 STEPS, GOAL = 60, 0.05
 FEWEST, SECONDS = 6, 0.5  # steps at least, and after that time at most; the note says how far it came
 RATES = (1e-3, 1e-2, 1e-4)  # of plain Adam
 TRIED, LONGEST = 25, 4.0  # steps at each rate at least, or nothing is said; seconds for all of them
-FALLS, FLAT = 0.05, 0.01  # share of the loss: that a network which can learn takes off, and that counts as none
+ZERO = 1.0  # NMSE of an answer of zeros: what falls to that has learned nothing of its scenes
+FALLS, FLAT = 0.05, 0.01  # share of the NMSE: that a network which can learn takes off, and that counts as none
 NOISY = 0.3  # cosine of two gradients of the same scenes, below which chance makes most of them
 LEARNED, LEFT = 0.3, 0.7  # of a scene's own first NMSE, where scenes split
 
@@ -50,7 +52,7 @@ def overfit_batch(context: PreflightContext) -> Iterator[Finding]:
         if score < GOAL
         else f"; the goal of {GOAL:g} was not reached in {'the time for it' if taken < STEPS else f'{STEPS} steps'}"
     )
-    if score < (1 - FALLS) * start or not start > GOAL:
+    if score < (1 - FALLS) * min(start, ZERO) or not start > GOAL:
         return
     own = (
         f"the NMSE of {context.scenes.batch} scenes goes from {start:.3f} to {score:.3f} in {taken} of the run's steps"
@@ -86,7 +88,7 @@ def _reason(
         elif score > (1 - FLAT) * start and any(gains[rate] >= 2 * FALLS for rate in alike):
             yield Finding(
                 "cannot_memorise",
-                f"{own}; plain Adam on a copy takes off {tried} of the loss, and the run's rate is {usual:g}: the"
+                f"{own}; plain Adam on a copy takes off {tried} of the NMSE, and the run's rate is {usual:g}: the"
                 " network can learn them, and the run's own step does not.",
                 advice="Look between backward and the weights: what hooks, clipping, decay or the schedule make of the"
                 " gradient. Compare the change of a weight in one step with minus the rate times the gradient's sign.",
@@ -97,7 +99,7 @@ def _reason(
     if cosine < NOISY:
         yield Finding(
             "cannot_memorise",
-            f"{own}, and plain Adam takes off {tried} of the loss. Two gradients of the same scenes have a cosine of"
+            f"{own}, and plain Adam takes off {tried} of the NMSE. Two gradients of the same scenes have a cosine of"
             f" {cosine:.2f}: chance makes most of the gradient.",
             advice="Find what is random in training mode: dropout, noise that is added to inputs, targets or gradients."
             " Two calls with the same random numbers tell where it comes from.",
@@ -107,7 +109,7 @@ def _reason(
     split = _split(*scenes)
     yield Finding(
         "cannot_memorise",
-        f"{own}, and plain Adam on a copy takes off {tried} of the loss{split}. The two likeliest reasons: the output"
+        f"{own}, and plain Adam on a copy takes off {tried} of the NMSE{split}. The two likeliest reasons: the output"
         " cannot be what the targets are, or the gradient does not lead there.",
         advice="Replace the network by one tensor of factors, the parameters themselves, and train it on these scenes:"
         " if that learns, the network is at fault, and the loss or the targets otherwise.",
@@ -123,24 +125,28 @@ def _split(before: Tensor, after: Tensor) -> str:
 
 
 def _plain_adam(context: PreflightContext, first: list[Tensor]) -> dict[float, float] | None:
-    """Rate -> share of the loss that plain Adam takes off, from the first weights; None where time does not allow."""
+    """Rate -> share of the NMSE (of the loss, where it has no covariance) that plain Adam takes off, from the first
+    weights; None where time does not allow."""
+    by_nmse = any(context.loss.weights.get(name, 0.0) > 0 for name in COVARIANCE)
     live, began, gains = list(context.trainable.values()), time.perf_counter(), {}
     if not live:
         return None
     for rate in RATES:
         _set(live, first)
         adam = torch.optim.Adam(live, rate, foreach=False)
-        losses = []
+        before = (
+            min(ZERO, float(_scene_nmse(context).mean())) if by_nmse else float(context.run(seed=TRIED)[0].detach())
+        )
+        context.model.train()
         for number in range(TRIED):
             total = context.run(seed=number)[0]
             if not total.requires_grad or time.perf_counter() - began > LONGEST:
                 return gains if max(gains.values(), default=0.0) >= FALLS else None
-            losses.append(float(total.detach()))
             for parameter, part in zip(live, derivatives(total, live)):
                 parameter.grad = part
             adam.step()
-        losses.append(float(context.run(seed=TRIED)[0].detach()))
-        gains[rate] = max(0.0, 1 - min(losses[-5:]) / max(losses[0], 1e-30)) if losses[0] > 0 else 0.0
+        after = _score(context) if by_nmse else _loss(context)
+        gains[rate] = max(0.0, 1 - after / max(before, 1e-30))
         if gains[rate] >= 2 * FALLS and rate != RATES[0]:
             break
     return gains
@@ -161,6 +167,14 @@ def _agreement(context: PreflightContext, first: list[Tensor]) -> float:
         return 1.0
     product = sum(float((a.double() * b.double()).sum()) for a, b in zip(one, other) if a is not None and b is not None)
     return product / max(total_norm(one) * total_norm(other), 1e-300)
+
+
+def _score(context: PreflightContext) -> float:
+    return float(_scene_nmse(context).mean())
+
+
+def _loss(context: PreflightContext) -> float:
+    return float(context.run(seed=TRIED)[0].detach())
 
 
 @torch.no_grad()
