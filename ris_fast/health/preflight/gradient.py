@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, Graph, by_hand, graph_of, via
-from ris_fast.health.preflight.derivative import NOISE, right_derivative
+from ris_fast.health.preflight.derivative import right_derivative
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, listed, rms
 from ris_fast.health.preflight.probe import PreflightContext, layer_calls
+from ris_fast.health.preflight.projected import NOISE
 from ris_fast.health.preflight.truth import COVARIANCE
 
 UNDERFLOW = 2.0**20

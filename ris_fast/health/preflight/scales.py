@@ -16,6 +16,7 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.finite_difference import Along
 from ris_fast.health.preflight.measures import listed
 from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.projected import lines, projection
 
 STEP = 1e-3  # relative to the size of the weights; both sides, so that curvature leaves a millionth
 SPREAD = 0.05  # relative, of the ratios of several directions that are called one
@@ -68,9 +69,7 @@ def _lines(
     context: PreflightContext, names: Sequence[str], *, exact: bool = False
 ) -> Iterator[tuple[str, Iterable[Along]]]:
     """Name of each part and lines along its weights. Args: exact: weights of the module itself, not of its children."""
-    from ris_fast.health.preflight import derivative
-
-    found = derivative.projection(context)
+    found = projection(context)
     if found is None:
         return
     projected, gradients = found
@@ -82,7 +81,7 @@ def _lines(
         if own:
             yield (
                 name,
-                derivative.lines(projected, [live[each] for each in own], [gradients[each] for each in own], generator),
+                lines(projected, [live[each] for each in own], [gradients[each] for each in own], generator),
             )
 
 
