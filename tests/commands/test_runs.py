@@ -253,6 +253,18 @@ def test_train_that_never_began_leaves_no_folder(tmp_path, capsys) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_folder_of_a_refused_run_can_be_used_again(tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    asked = ["train", *SMALL, "--epochs", "1", "--out", str(out)]
+    for _ in range(2):
+        assert main([*asked, *settings("optimizer.backbone_lr=0", "optimizer.head_lr=0")]) == 4
+        assert "zero_learning_rate" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == ["config.toml", "env.json", "summary.json"]
+    assert main([*asked, *QUICK]) == STALLED
+    assert json.loads((out / "summary.json").read_text())["optimizer_steps"] > 0
+    assert main([*asked, *QUICK]) == 2 and "already holds a run" in capsys.readouterr().err
+
+
 def test_env_json_has_versions_and_kernel_backends(capsys) -> None:
     from ris_fast.kernels.registry import operators
 
