@@ -48,6 +48,7 @@ from ris_fast.training.step_result import StepResult
 from ris_fast.training.step_seed import seed_step
 from ris_fast.training.summary import info, summary
 from ris_fast.training.telemetry.async_copy import Clock, DeviceTimestamp, own_stream
+from ris_fast.training.telemetry.settings import RunSettings, describe_settings
 from ris_fast.training.telemetry.step_telemetry import WeightDriftMonitor, weight_norms
 from ris_fast.training.validation import Score, ValidationShare, validate
 
@@ -174,12 +175,15 @@ class Trainer(Built):
         """What comes before the clock of the run starts: scenes to validate, baselines, compiling."""
         self.validation = self.validation or self._validation_scenes()  # the network knows them by their identity
         self.comparisons = self.ranks.by_first(self._compare)
+        self.step.telemetry.know_validation(self.validation)
         self._compile()
         self._capture()
 
     def _fit(self) -> dict[str, Any]:
+        self.reporter.settings = RunSettings(self.model, self.loss, self.optimizer, self.config, self._announced())
         with self.agreement.held():
             self._notify("on_train_start", self._info())
+        self.reporter.settings.begin()  # with what a callback has set
         self._ends(now=True)
         self.reporter.read_counters()  # steps that somebody made before are not the loop's
         findings, verdict, ended_by, begun = [], None, {}, self.state.step
@@ -220,6 +224,7 @@ class Trainer(Built):
         meters = self.meters = self._begun_meters(before)
         self.optimizer_batches, self.replanned_at, self.epoch_left = 0, None, self._steps_left()
         self.weight_drift_between_epochs = self.weight_drift.check()
+        self.step.telemetry.begin_epoch()
         self.model.train()
         self.clock.start()
         # A captured step makes its scenes itself, from their numbers.
@@ -365,6 +370,7 @@ class Trainer(Built):
                 "epoch_steps": self.epoch_left,  # without those before a resumption
                 "cut_short": self.agreement.over,
                 "weight_drift_between_epochs": self.weight_drift_between_epochs,
+                **self.reporter.settings_changed(),
                 **validation_reading({"raw": raw} | ({"ema": ema} if ema else {}), self.weight_drift),
             },
         }
@@ -463,7 +469,14 @@ class Trainer(Built):
             ema_decay=self.optimizer.ema_decay,
             preflight=self.preflight,
             optimizer_backend=self.optimizer.backend,
+            settings=describe_settings(self.reporter.settings),
+            step_callbacks=[type(each).__name__ for each in step_callbacks(self.callbacks)],
         )
+
+    def _announced(self) -> tuple[str, ...]:
+        """Beginnings of the names of settings that callbacks change on purpose."""
+        named = [each.changes for each in self.callbacks]
+        return tuple(name for each in named for name in ((each,) if isinstance(each, str) else each))
 
     def _summary(self, verdict: str | None, findings: list[str]) -> dict[str, Any]:
         return summary(
