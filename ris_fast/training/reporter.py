@@ -191,9 +191,12 @@ def validation_reading(scores: Mapping[str, Score], drift: WeightDriftMonitor) -
                 "in_eval_mode": score.in_eval_mode,
                 "loss": score.loss,
                 "distance": drift.distance(score.weights),
+                "scenes_hash": score.scenes_hash,
+                **({"in_training_mode": score.in_training_mode} if score.in_training_mode else {}),
             }
             for name, score in scores.items()
         },
         "distance": drift.distance(drift.last),
         "first_norm": drift.size,
+        "scenes": min(scores.values(), key=lambda score: score.nmse).scenes,
     }

@@ -41,6 +41,7 @@ from ris_fast.training.ranks.rank_telemetry import RankTelemetry
 from ris_fast.training.ranks.reduction import GradientReduction
 from ris_fast.training.reporter import MetricsReporter, validation_reading
 from ris_fast.training.resume import Found, changed_sources, find, finished, restore, run_facts, start_from, tensors_of
+from ris_fast.training.scene_scores import Division, divisions
 from ris_fast.training.schedule import Plan, steps_in_epoch
 from ris_fast.training.state import EpochMeters, Meter, RunState, RunStopped, trainable
 from ris_fast.training.step import Group, Step, build_optimizer, network_inputs
@@ -139,6 +140,7 @@ class Trainer(Built):
         self.last_scenes = 0  # of the last step
         self.agreement = Agreement(self.ranks)
         self.validation: list[Scenes] = []  # this and what follows: from the start of `fit`
+        self.validation_divisions: dict[str, Division] = {}  # ways to divide them
         self.comparisons = Comparisons()
         self.first_norms: Tensor | None = None  # of the weights that a resumed run began with
         self.weight_drift: WeightDriftMonitor | None = None
@@ -176,6 +178,7 @@ class Trainer(Built):
         self.validation = self.validation or self._validation_scenes()  # the network knows them by their identity
         self.comparisons = self.ranks.by_first(self._compare)
         self.step.telemetry.know_validation(self.validation)
+        self.validation_divisions = divisions(self.validation) if self.ranks.alone else {}
         self._compile()
         self._capture()
 
@@ -390,7 +393,8 @@ class Trainer(Built):
     def _score(self, averaged: bool = False) -> Score:
         def score() -> Score:
             share = None if self.ranks.alone else self._validation_share()
-            return validate(self.model, self.step.predict, self.loss, self.validation, self.validation_runner, share)
+            runner, ways = self.validation_runner, self.validation_divisions
+            return validate(self.model, self.step.predict, self.loss, self.validation, runner, share, ways)
 
         if not averaged:
             return score()
