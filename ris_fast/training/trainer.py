@@ -20,7 +20,7 @@ from ris_fast.data.prefetch import reads_ahead, scene_groups
 from ris_fast.data.source import SceneSource, epoch_batches
 from ris_fast.environment import keep_freed_memory
 from ris_fast.files import BEST, CHECKPOINTS, LAST
-from ris_fast.models.modes import has_dropout
+from ris_fast.models.modes import eval_mode, has_dropout
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.callback import Callback, callback_list, check_callbacks, from_observer, step_callbacks
 from ris_fast.training.capture import CapturedCall, CapturedStep
@@ -51,9 +51,10 @@ from ris_fast.training.summary import info, summary
 from ris_fast.training.telemetry.async_copy import Clock, DeviceTimestamp, own_stream
 from ris_fast.training.telemetry.settings import RunSettings, describe_settings
 from ris_fast.training.telemetry.step_telemetry import WeightDriftMonitor, weight_norms
-from ris_fast.training.validation import Score, ValidationShare, validate
+from ris_fast.training.validation import Score, ValidationShare, scene_nmse, validate
 
 REPLAN_EVERY = 50  # steps between two looks at the device's clock
+APART, LOOKS, FEW_SCENES = 2.0, 3, 64  # times training: validation is far above it; epochs and scenes to see why
 
 
 class Trainer(Built):
@@ -141,6 +142,7 @@ class Trainer(Built):
         self.agreement = Agreement(self.ranks)
         self.validation: list[Scenes] = []  # this and what follows: from the start of `fit`
         self.validation_divisions: dict[str, Division] = {}  # ways to divide them
+        self.looked_apart = 0  # epochs in which training scenes were scored in evaluation mode
         self.comparisons = Comparisons()
         self.first_norms: Tensor | None = None  # of the weights that a resumed run began with
         self.weight_drift: WeightDriftMonitor | None = None
@@ -374,6 +376,7 @@ class Trainer(Built):
                 "cut_short": self.agreement.over,
                 "weight_drift_between_epochs": self.weight_drift_between_epochs,
                 **self.reporter.settings_changed(),
+                **self._training_in_eval_mode(row["terms"], raw.nmse),
                 **validation_reading({"raw": raw} | ({"ema": ema} if ema else {}), self.weight_drift),
             },
         }
@@ -389,6 +392,20 @@ class Trainer(Built):
                 self._save(BEST)
             with self.agreement.held():
                 self._notify("on_epoch_end", row)
+
+    def _training_in_eval_mode(self, trained: dict[str, dict[str, float]], validated: float) -> dict[str, Any]:
+        """Where validation is far above training: what the raw weights score on scenes of this epoch as validation
+        scores its own, which tells another mode or other weights from other scenes. In the first such epochs alone."""
+        term = trained.get("cov_pred") or (trained.get("cov") if self.config.loss.beta == 0.0 else None)
+        if term is None or not APART * term["raw"] < validated or self.looked_apart >= LOOKS or not self.ranks.alone:
+            return {}
+        self.looked_apart += 1
+        settings, fixed = self.config.training, self.config.data.fixed
+        order = epoch_batches(self.source, "train", self.state.epoch, FEW_SCENES, settings.seed, fixed)
+        scenes = self.source.batch("train", next(order))
+        with torch.no_grad(), eval_mode(self.model):
+            nmse = scene_nmse(self.step.predict(scenes), scenes).mean().item()
+        return {"training_in_eval_mode": {"scenes": scenes.batch, "nmse": nmse, "trained": term["raw"]}}
 
     def _score(self, averaged: bool = False) -> Score:
         def score() -> Score:
@@ -475,6 +492,10 @@ class Trainer(Built):
             optimizer_backend=self.optimizer.backend,
             settings=describe_settings(self.reporter.settings),
             step_callbacks=[type(each).__name__ for each in step_callbacks(self.callbacks)],
+            own_callbacks=[
+                type(each).__name__ for each in self.callbacks if not type(each).__module__.startswith("ris_fast.")
+            ],
+            own_source=not type(self.source).__module__.startswith("ris_fast."),
         )
 
     def _announced(self) -> tuple[str, ...]:

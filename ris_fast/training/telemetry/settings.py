@@ -55,7 +55,10 @@ class RunSettings:
             for name in GROUP_OPTIONS:
                 if name in group:
                     found[f"optimizer.{name} of {where}"] = plain(group[name])
-        found["frozen"] = [name for name, each in self.model.named_parameters() if not each.requires_grad]
+        held = {id(each) for group in self.optimizer.param_groups for each in group["params"]}
+        named = list(self.model.named_parameters())
+        found["frozen"] = [name for name, each in named if not each.requires_grad]
+        found["in no group"] = [name for name, each in named if each.requires_grad and id(each) not in held]
         for name, module in self.model.named_modules():
             for key in ("p", "dropout") if "ropout" in type(module).__name__ or hasattr(module, "dropout") else ():
                 if isinstance(share := getattr(module, key, None), float):
@@ -66,10 +69,11 @@ class RunSettings:
         return found | {"training.batch_size": training.batch_size, "training.accumulate": training.accumulate}
 
     def changes(self) -> dict[str, list[Any]]:
-        """Name -> value at the start and value now, of the settings that are not what they were."""
+        """Name -> value at the start and value now, of the settings that are not what they were; of lists of names those
+        that have gone and those that have come."""
         now = self.read()
         return {
-            name: [_shown(self.start.get(name)), _shown(now.get(name))]
+            name: _compared(self.start.get(name), now.get(name))
             for name in (*self.start, *(each for each in now if each not in self.start))
             if now.get(name) != self.start.get(name) and not name.startswith(self.announced)
         }
@@ -125,8 +129,12 @@ def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _shown(value: Any) -> Any:
-    return listed(value) if isinstance(value, list) and value and isinstance(value[0], str) else value
+def _compared(before: Any, now: Any) -> list[Any]:
+    """Both; of names those that have gone and those that have come."""
+    if isinstance(before, list) and isinstance(now, list) and all(isinstance(each, str) for each in (*before, *now)):
+        gone, come = [each for each in before if each not in set(now)], [each for each in now if each not in set(before)]
+        return [listed(gone), listed(come)]
+    return [before, now]
 
 
 def describe_settings(settings: RunSettings) -> Mapping[str, Any]:

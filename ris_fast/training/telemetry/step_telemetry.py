@@ -100,6 +100,7 @@ class StepTelemetry:
         self.calls, self.sampled, self.enabled, self.fresh = 0, False, True, True
         self.first: Tensor | None = None  # weight norms before the first step
         self.kept: tuple[int, Tensor] | None = None  # call and weight norms after the last step that was read
+        self.earlier: set[bytes] = set()  # norms after sampled steps
         self.window: Window | None = None  # what the last report brought
         self.last_reported, self.reported_calls = 0, 0  # number of the last step in a window; calls until then
         self.last_record: tuple[int, Tensor] | None = None  # of that step
@@ -295,6 +296,7 @@ class StepTelemetry:
             "moved": changed(before, after),
             "moved_before": self._moved_before(sample.call, before),
             "back_to_first": sample.call > 1 and changed(before, seen["first"]) == 0,
+            "back_to_earlier": _bytes(before) in self.earlier and _bytes(before) != _bytes(self.kept[1]),
             "batch": f"{sum(hashes) & (2**64 - 1):016x}",
             "scenes": len(hashes),
             "distinct": len(set(hashes)),
@@ -316,6 +318,7 @@ class StepTelemetry:
             "weight_norm": float(after.norm()),
         }
         self.kept = (sample.call, after)
+        self.earlier = {*([] if len(self.earlier) >= REMEMBERED else self.earlier), _bytes(after)}
         return reading | ({"ranks": read_ranks(seen["ranks"])} if "ranks" in seen else {})
 
     def _moved_before(self, call: int, before: Tensor) -> int:
@@ -350,13 +353,17 @@ class WeightDriftMonitor:
     def __init__(self, model: nn.Module, first: Tensor | None = None) -> None:
         self.model = model
         self.first, self.last = weight_norms(model) if first is None else first, None
+        self.earlier: dict[bytes, int] = {}  # norms of earlier calls -> number of the call
 
     def check(self) -> dict[str, Any]:
-        """Tensors that changed since the last call, and whether all are as they were at the very beginning."""
+        """Tensors that changed since the last call, whether all are as they were at the very beginning, and whether they
+        are as an earlier call saw them."""
         now, before = weight_norms(self.model), self.last
         self.last = now
         moved = 0 if before is None else changed(before, now)
-        return {"moved": moved, "back_to_first": moved > 0 and changed(self.first, now) == 0}
+        back, number = moved > 0 and changed(self.first, now) == 0, len(self.earlier)
+        seen_at = self.earlier.setdefault(_bytes(now), number)
+        return {"moved": moved, "back_to_first": back, "back_to_earlier": moved > 0 and seen_at < number}
 
     @property
     def size(self) -> float:
@@ -373,6 +380,10 @@ def changed(before: Tensor, after: Tensor) -> int:
     if len(before) != len(after):
         return max(len(before), len(after))
     return int(((before != after) & ~(before.isnan() & after.isnan())).sum())
+
+
+def _bytes(norms: Tensor) -> bytes:
+    return norms.cpu().numpy().tobytes()
 
 
 def _number(value: Tensor | None) -> float | None:
