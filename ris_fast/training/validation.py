@@ -143,7 +143,8 @@ def validate(
     """Scores the model's present weights; the mode of each of its modules is put back afterwards.
 
     `run`: calls the work, or stands in for it with a captured graph of the same. `share`: where `batches` are a part of
-    the set, and the other ranks score the rest. `divisions`: ways to divide the whole set for the summary of its scenes.
+    the set, and the other ranks score the rest. `divisions`: ways to divide the whole set, for the summary of its
+    scenes.
     """
     with eval_mode(model):
         found = run(lambda: measure(model, predict, loss, batches))

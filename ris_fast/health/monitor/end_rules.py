@@ -35,17 +35,23 @@ def how_it_ended(run: RunHistory) -> Iterator[Finding]:
             yield Finding("nonfinite_data", "the steps that were skipped had scenes that are not finite.", step)
         else:
             seen = f"{run.summary.get('skipped_steps')} of {step} steps were skipped for gradients that are not finite"
-            by_scale = scale > 1.0 and math.isfinite(float(row.get("train_loss", 0.0)))
+            finite = math.isfinite(float(row.get("train_loss", 0.0)))
+            by_scale = scale > 1.0 and finite
             if scale != 1.0:
-                seen += (
-                    f"; the loss scale is {scale:g} and the loss is {row.get('train_loss', math.nan):.3g}: "
+                seen += f"; the loss scale is {scale:g} and the loss is {row.get('train_loss', math.nan):.3g}: " + (
+                    "the scale overflows, or the network does in float16. Which of the two: training.precision=fp32"
+                    if by_scale
+                    else "no scale makes that finite, so the scale is not the cause"
                     + (
-                        "the scale overflows, or the network does in float16. Which of the two: training.precision=fp32"
-                        if by_scale
-                        else "no scale makes that finite, so the scale is not the cause"
+                        ""
+                        if finite
+                        else ": the network leaves float16, or a term of the loss is not finite. Which of"
+                        " the two: training.precision=fp32"
                     )
                 )
-            yield Finding("scaler_skips_all" if by_scale else "nonfinite_gradients", f"{seen}.", step)
+            in_half = run.info.get("precision") == "fp16" and not finite
+            cause = "scaler_skips_all" if by_scale else "fp16_overflow" if in_half else "nonfinite_gradients"
+            yield Finding(cause, f"{seen}.", step, certain=not in_half)
 
 
 def stalled_at_baseline(run: RunHistory) -> Iterator[Finding]:

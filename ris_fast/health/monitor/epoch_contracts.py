@@ -102,8 +102,8 @@ def _same_for_all(run: RunHistory, raw: Row) -> Finding | None:
     if scenes.get("exactly_one") == 1.0:
         return run.finding(
             "dead_units",
-            "the output is exactly zero for every validation scene, whatever the weights are: units that are off for"
-            " every input, or a product whose factors are both zero. Which of the two: print the factors of the output.",
+            "the output is exactly zero for every validation scene, whatever the weights are: units are off for every"
+            " input, or both factors of a product are zero. Which of the two: print what the output is made of.",
         )
     spread = run.reading.get("spread")
     if spread is not None and spread <= CONSTANT:

@@ -1,4 +1,4 @@
-"""Rules over gradients scene by scene, micro-batch by micro-batch and step by step, and over what steps do with them."""
+"""Rules over gradients by scene, by micro-batch and by step, and over what steps do with them."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def no_gradient_arrives(run: RunHistory) -> Iterator[Finding]:
         behind = lacking.get("from_the_first") and lacking["share"] < 1.0
         yield run.finding(
             "detached_backbone" if behind else "unused_head",
-            f"{lacking['tensors']} tensors ({lacking['share']:.0%} of the weights) have had no gradient in any step, the"
-            f" first {', '.join(lacking['names'][:3])}: "
+            f"{lacking['tensors']} tensors ({lacking['share']:.0%} of the weights) have had no gradient in any step,"
+            f" the first {', '.join(lacking['names'][:3])}: "
             + (
                 "the first layers are among them, so gradients stop inside the network, or nothing calls these layers."
                 if behind
@@ -90,7 +90,8 @@ def always_zero(run: RunHistory) -> Iterator[Finding]:
         names &= set((each.get("without_gradient") or {}).get("names", ()))
     lacking = (_sampled(run)[-1].get("without_path") or {}) if _sampled(run) else {}
     names -= set(lacking.get("names", ()))
-    silent = seen["tensors"] - lacking.get("tensors", 0)
+    frozen = ((settings_of(run).get("membership") or {}).get("frozen") or {}).get("count", 0)
+    silent = seen["tensors"] - lacking.get("tensors", 0) - frozen
     if names and silent >= MANY * max(each.get("tensors", 1) for each in _sampled(run)) and _has_gradient(run):
         yield run.finding(
             "vanishing_gradient",
@@ -129,7 +130,8 @@ def micro_batches(run: RunHistory) -> Iterator[Finding]:
     share = run.reading.get("share_of_losses")
     if share is not None and "ranks" not in run.reading and abs(share - 1.0) > WHOLE:
         yield run.finding(
-            "accumulation_not_divided", f"the losses of a step's micro-batches are summed with shares that make {share:.4g}."
+            "accumulation_not_divided",
+            f"the losses of a step's micro-batches are summed with shares that make {share:.4g}.",
         )
     if len(seen) < LOOKS or not run.reading.get("micro_batches"):
         return
@@ -143,17 +145,21 @@ def micro_batches(run: RunHistory) -> Iterator[Finding]:
         places = {tuple(bool(count) for count in each["without"]) for each in seen}
         now = seen[-1]
         which = [str(place + 1) for place, count in enumerate(now["without"]) if count]
-        yield run.finding(
-            "micro_batches_differ",
-            f"{max(now['without'])} of {now['tensors']} tensors receive no gradient from micro-batch"
-            f" {', '.join(which[:4])} of {len(now['without'])}, the first {', '.join(now['names'][:3])}.",
-            certain=False,
-        ) if len(places) == 1 else run.finding(
-            "micro_batches_differ",
-            f"in each of {LOOKS} steps some of {now['tensors']} tensors receive no gradient from some micro-batch, the"
-            f" first {', '.join(now['names'][:3])}, not always from the same one: a layer that only some inputs reach"
-            " does that too.",
-            certain=False,
+        yield (
+            run.finding(
+                "micro_batches_differ",
+                f"{max(now['without'])} of {now['tensors']} tensors receive no gradient from micro-batch"
+                f" {', '.join(which[:4])} of {len(now['without'])}, the first {', '.join(now['names'][:3])}.",
+                certain=False,
+            )
+            if len(places) == 1
+            else run.finding(
+                "micro_batches_differ",
+                f"in each of {LOOKS} steps some of {now['tensors']} tensors receive no gradient from some micro-batch,"
+                f" the first {', '.join(now['names'][:3])}, not always from the same one: a layer that only some inputs"
+                " reach does that too.",
+                certain=False,
+            )
         )
 
 
@@ -233,6 +239,8 @@ def weights_stay_where_the_step_left_them(run: RunHistory) -> Iterator[Finding]:
         return
     callbacks: Sequence[str] = run.info.get("step_callbacks") or ()
     whose = f" Callbacks that may: {', '.join(callbacks)}." if callbacks else ""
+    if _seen_at_an_epoch(run):
+        return
     if seen := window.get("changed_outside"):
         yield run.finding(
             "weights_changed_outside",
@@ -246,6 +254,12 @@ def weights_stay_where_the_step_left_them(run: RunHistory) -> Iterator[Finding]:
             f"{reading['touched_after']} tensors have another norm than the optimizer's step left them with.{whose}",
             certain=False,
         )
+
+
+def _seen_at_an_epoch(run: RunHistory) -> bool:
+    """Whether the change is one that an epoch's row names: in validation, or between epochs."""
+    seams = ("weight_drift_in_validation", "weight_drift_between_epochs")
+    return any(((row.get("health") or {}).get(seam) or {}).get("moved") for row in run.epochs for seam in seams)
 
 
 GRADIENT_RULES: tuple[Rule, ...] = (

@@ -107,8 +107,8 @@ def part_not_learned(run: RunHistory) -> Iterator[Finding]:
     if FEW < now["exactly_one"] < 1.0 - FEW and all(FEW < each["exactly_one"] < 1 - FEW for each in seen):
         yield run.finding(
             "part_not_learned",
-            f"{now['exactly_one']:.0%} of {now['scenes']} validation scenes have an NMSE of exactly 1, which an output of"
-            f" zero has, and the others {_others(now):.3g}.{_told(now)}",
+            f"{now['exactly_one']:.0%} of {now['scenes']} validation scenes have an NMSE of exactly 1, which an output"
+            f" of zero has, and the others {_others(now):.3g}.{_told(now)}",
         )
         return
     for name in BY_ORDER:
@@ -128,7 +128,8 @@ def part_not_learned(run: RunHistory) -> Iterator[Finding]:
     yield run.finding(
         "part_not_learned",
         f"{split['share_high']:.0%} of {now['scenes']} validation scenes have an NMSE of {split['high']:.3g}, the"
-        f" constant answer {level:.3g}, and the others {split['low']:.3g}; {split['between']:.0%} lie between.{_told(now)}",
+        f" constant answer {level:.3g}, and the others {split['low']:.3g}; {split['between']:.0%} lie between."
+        f"{_told(now)}",
         certain=False,
     )
 

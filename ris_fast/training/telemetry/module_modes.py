@@ -1,4 +1,4 @@
-"""Which modules of a network are in a mode that they should not be in, and for which of them that makes a difference."""
+"""Which modules of a network are in a mode that they should not be in, and for which of them it matters."""
 
 from __future__ import annotations
 

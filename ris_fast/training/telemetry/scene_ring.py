@@ -1,5 +1,5 @@
-"""The scenes of every step as it was served: eight bytes each, in a ring on the device, so that a scene that comes again
-is seen also between two steps that are looked at closely.
+"""The scenes of every step as it was served: eight bytes each, in a ring on the device, so that a scene that comes
+again is seen also between two steps that are looked at closely.
 
 Legend: B batch, S scenes of a step, R records.
 """

@@ -69,8 +69,8 @@ class RunSettings:
         return found | {"training.batch_size": training.batch_size, "training.accumulate": training.accumulate}
 
     def changes(self) -> dict[str, list[Any]]:
-        """Name -> value at the start and value now, of the settings that are not what they were; of lists of names those
-        that have gone and those that have come."""
+        """Name -> value at the start and value now, of the settings that are not what they were; of lists of names
+        those that have gone and those that have come."""
         now = self.read()
         return {
             name: _compared(self.start.get(name), now.get(name))
@@ -86,7 +86,7 @@ class RunSettings:
         }
         planned["optimizer.max_grad_norm"] = optimizer.max_grad_norm or None
         planned["optimizer.ema_decay"] = optimizer.ema_decay or None
-        for name, value in self.start.items():
+        for name in self.start:
             key, _, group = name.removeprefix("optimizer.").partition(" of ")
             if not group:
                 continue
@@ -132,7 +132,10 @@ def plain(value: Any) -> Any:
 def _compared(before: Any, now: Any) -> list[Any]:
     """Both; of names those that have gone and those that have come."""
     if isinstance(before, list) and isinstance(now, list) and all(isinstance(each, str) for each in (*before, *now)):
-        gone, come = [each for each in before if each not in set(now)], [each for each in now if each not in set(before)]
+        gone, come = (
+            [each for each in before if each not in set(now)],
+            [each for each in now if each not in set(before)],
+        )
         return [listed(gone), listed(come)]
     return [before, now]
 

@@ -259,7 +259,11 @@ class StepTelemetry:
             return {}
         seen = {name: value.cpu() for name, value in sample.tensors.items()}
         read = self._read_window(sample.call, seen)
-        if self.ring is not None and "served" in seen and (served := self.ring.read(seen["served"], seen["served_steps"])):
+        if (
+            self.ring is not None
+            and "served" in seen
+            and (served := self.ring.read(seen["served"], seen["served_steps"]))
+        ):
             read["served"] = served
         return read | (self._read_step(sample, seen, epoch) if "table" in seen else {})
 
@@ -356,8 +360,8 @@ class WeightDriftMonitor:
         self.earlier: dict[bytes, int] = {}  # norms of earlier calls -> number of the call
 
     def check(self) -> dict[str, Any]:
-        """Tensors that changed since the last call, whether all are as they were at the very beginning, and whether they
-        are as an earlier call saw them."""
+        """Tensors that changed since the last call, whether all are as they were at the very beginning, and whether
+        they are as an earlier call saw them."""
         now, before = weight_norms(self.model), self.last
         self.last = now
         moved = 0 if before is None else changed(before, now)

@@ -130,7 +130,11 @@ class Window:
 def _when(steps: Sequence[int]) -> dict[str, Any]:
     """How many steps there are, the first of them, and how far they are apart where that is always the same."""
     apart = {b - a for a, b in zip(steps, steps[1:])}
-    return {"steps": len(steps), "first": steps[0], "every": apart.pop() if len(apart) == 1 and len(steps) > 2 else None}
+    return {
+        "steps": len(steps),
+        "first": steps[0],
+        "every": apart.pop() if len(apart) == 1 and len(steps) > 2 else None,
+    }
 
 
 def _listed(names: Sequence[str]) -> dict[str, Any]:
