@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 LISTED = 8  # names or scenes in one entry
+FEW_NUMBERS = 4096  # of the largest tensor, which show what all were rounded to
 COARSE = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -115,5 +116,7 @@ def read_micro_batches(names: Sequence[str], seen: dict[str, Tensor]) -> dict[st
 
 @torch.no_grad()
 def coarse_formats(weights: Tensor) -> Tensor:
-    """(2,) bool: whether every number of a float32 tensor is one of bfloat16, or of float16, and not all are zero."""
+    """(2,) bool: whether every number of the beginning of a float32 tensor is one of bfloat16, or of float16, and not
+    all are zero."""
+    weights = weights.flatten()[:FEW_NUMBERS]
     return torch.stack([(weights == weights.to(kind)).all() & weights.any() for kind in COARSE.values()])

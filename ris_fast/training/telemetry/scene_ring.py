@@ -15,14 +15,17 @@ from torch import Tensor
 from ris_fast.physics.scenes import Scenes
 
 MOST_SCENES = 2**16  # of one step, beyond which none is recorded
-READ = 4096  # scenes of one report that the host compares; of more, the same share of all, chosen by their bytes
+READ = 1024  # scenes of one report that the host compares; of more, the same share of all, chosen by their bytes
 REMEMBERED = 2**17  # scenes of an epoch that are kept to compare with
 MIXER = 0x9E3779B97F4A7C15 - 2**64  # odd, as a signed number of 64 bits
 
 
 def fingerprints(snapshots: Tensor) -> Tensor:
     """(B,) int64: the bytes of each scene's first number, which noise makes its own. Snapshots (B, L, M, 2)."""
-    return snapshots.detach().flatten(1)[:, :2].float().contiguous().view(torch.int64)[:, 0]
+    snapshots = snapshots.detach()
+    if snapshots.dtype != torch.float32 or not snapshots.is_contiguous():
+        snapshots = snapshots[:, :1, :1].float().contiguous()
+    return snapshots.view(torch.int64)[:, 0, 0, 0]
 
 
 class SceneRing:

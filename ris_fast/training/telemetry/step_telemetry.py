@@ -24,6 +24,8 @@ from ris_fast.training.telemetry.scene_ring import SceneRing
 from ris_fast.training.telemetry.step_window import Window, median
 
 DENSE = 8  # the contracts of the loop show in the first steps
+FEW_SCENES = 64  # whose answers are compared with one another
+FEW_NUMBERS = 64  # of a target, which tell it from others
 TOUCHED = 1e-4  # of a tensor's norm: more than the rounding of two sums of squares
 REMEMBERED = 64  # sampled steps whose scenes are kept, to see one of them again
 
@@ -172,12 +174,13 @@ class StepTelemetry:
             return
         self.micro_batches.shown(factor)
         self.row_hashes.append(row_hashes(scenes.snapshots))
-        self.target_hashes.append(row_hashes(scenes.factor if scenes.covariance is None else scenes.covariance[:, :1]))
+        target = scenes.factor if scenes.covariance is None else scenes.covariance
+        self.target_hashes.append(row_hashes(target.flatten(1)[:, :FEW_NUMBERS]))
         self.invalid_rows.append(count_invalid_rows(scenes.snapshots))
         if self._ranks_read:
             self.ranks.shown(scenes, self.row_hashes[-1], self.invalid_rows[-1])
         if len(factor) > 1:
-            self.spread = spread(factor.detach().float())
+            self.spread = spread(factor[:FEW_SCENES].detach().float())
 
     def weighted(self, share: float) -> None:
         """A micro-batch whose loss counts for this share of the step's."""
@@ -331,9 +334,13 @@ class StepTelemetry:
 
     def _touched_after(self, after: Tensor, table: Tensor) -> int:
         """Tensors whose norm is not the one that the optimizer left."""
-        norms = {name: norm for (name, each), norm in zip(self.model.named_parameters(), after)}
-        left = [(norms[name], row) for name, row in zip(self.optimizer.tensor_names, table) if name in norms]
-        return sum(bool(row[2] > 0 and (norm - row[1]).abs() > TOUCHED * row[1]) for norm, row in left)
+        place = {name: index for index, (name, _) in enumerate(self.model.named_parameters())}
+        both = [(place[name], row) for row, name in enumerate(self.optimizer.tensor_names) if name in place]
+        if not both:
+            return 0
+        own, rows = (torch.tensor(column) for column in zip(*both))
+        left = table[rows]
+        return int(((left[:, 2] > 0) & ((after[own].float() - left[:, 1]).abs() > TOUCHED * left[:, 1])).sum())
 
     def _repeated(self, hashes: list[int], targets: list[int], epoch: int) -> dict[str, int]:
         """Scenes of this step that it has twice, or that another sampled step of the same epoch had; and how many of
