@@ -1,4 +1,4 @@
-"""What a loop under `watch` is: one function with the mistake in an `if`, so that its healthy twin differs by that alone.
+"""What a loop under `watch` is: one function with the mistake in an `if`; its healthy twin differs by that alone.
 
 A function that is called with `wrong=False` is a right loop of an unusual kind, or the twin of a mistake.
 """

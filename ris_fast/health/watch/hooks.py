@@ -1,61 +1,65 @@
 """Hooks around one optimizer's steps, which record what `watch` reports on.
 
-They run on a few steps: on a tensor's gradient after it was accumulated, and around the optimizer's step; in the others
-they only note which tensors are frozen and which have a gradient. They read nothing from the device, and are not part
-of a compiled model; a compiled `optimizer.step` is parted at them.
+Of every step they note what costs nothing: who has a gradient, who is frozen, rates, version counters. In steps that
+are looked at they read tensors' norms and a few of their numbers, on both sides of the step. They read nothing from the
+device, and are not part of a compiled model; a compiled `optimizer.step` is parted at them.
 
 Legend: T tensors, those of the model that one optimizer holds and that have a norm.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from ris_fast.health.watch.changes import OutsideWatch
+from ris_fast.health.watch.every_step import EveryStep
+from ris_fast.health.watch.gradients import GradientWatch, grad_norms
+from ris_fast.health.watch.passes import PassCounter
 from ris_fast.health.watch.records import OptimizerRecord, StepRecord, TensorRecord
-from ris_fast.health.watch.samples import (
-    Origin,
-    ParameterSample,
-    StaleGradientProbe,
-    compare,
-    few_numbers,
-    has_norm,
-    held_tensors,
-    local_values,
-)
+from ris_fast.health.watch.rivals import Rivals
+from ris_fast.health.watch.samples import Origin, ParameterSample, WeightSamples, has_norm, held_tensors, local_values
+from ris_fast.health.watch.schedule import DENSE, LookSchedule
+from ris_fast.health.watch.state import denominators
 from ris_fast.training.telemetry.step_telemetry import norms
 
-DENSE, KEPT = 8, 64
+KEPT = 64
 
 
 class OptimizerHooks:
     """Hooks around one optimizer's steps and on the gradients of the tensors that it holds."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, every: int) -> None:
-        self.model, self.optimizer, self.every = model, optimizer, every
-        self.steps = 0
+    def __init__(self, model: nn.Module, optimizer: Optimizer, every: int, rivals: Rivals) -> None:
+        self.model, self.optimizer, self.rivals = model, optimizer, rivals
+        self.schedule = LookSchedule(every)
         self.records: list[StepRecord] = []
-        self.arrived: dict[int, tuple[Tensor, Tensor]] = {}  # since the last step: norm and a few numbers
-        # Before the first step: arrivals at each tensor, those that found the gradient before gone, the last gradient.
-        self.passes: dict[int, tuple[int, int, weakref.ref[Tensor] | None]] = {}
         self.origin = Origin(optimizer)
-        self.frozen: set[int] = set()  # at the last step
-        self.with_grad: set[int] = set()  # at the last step
-        self.hooked: list[Tensor] = []
-        self.grad_hooks: list[Any] = []
+        self.every_step, self.gradients = EveryStep(optimizer), GradientWatch()
+        self.passes, self.outside = PassCounter(), OutsideWatch()
+        self.live: Tensor | None = None  # which of the sampled numbers have had a gradient other than zero
+        self.samples = WeightSamples()
         self.current: StepRecord | None = None
         self.sample: ParameterSample | None = None
-        self.stale_probe: StaleGradientProbe | None = None
-        self.step_hooks = [
+        self.depth, self.closure = 0, False
+        self.cost_s, self.rival_steps, self.loads, self.loads_before, self.resets = 0.0, 0, 0, 0, 0
+        self.handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
+            optimizer.register_load_state_dict_post_hook(self._loaded),
         ]
+        self.found = self.parameters()  # at the last look
         self._hook_gradients()
+
+    @property
+    def steps(self) -> int:
+        return self.every_step.steps
 
     def parameters(self) -> dict[str, Tensor]:
         """The model's parameters that the optimizer holds now; without those that have no norm (lazy, meta,
@@ -65,7 +69,10 @@ class OptimizerHooks:
 
     def record(self, tensors: Mapping[int, TensorRecord]) -> OptimizerRecord:
         """All that was seen; `tensors`: a record of each tensor, by id. Reads the device."""
-        parameters = self.parameters()
+        parameters, plain = self.parameters(), self.every_step.record()
+        frozen = {key for key, free in zip(self.every_step.ids, self.every_step.free) if not free}
+        ids = {id(p) for p in held_tensors(self.optimizer)}
+        with_grad = {key for key, present in zip(self.every_step.ids, self.every_step.present) if present}
         return OptimizerRecord(
             kinds=frozenset(kind.__name__ for kind in type(self.optimizer).__mro__),
             groups=[g | {"params": [tensors[id(p)] for p in g["params"]]} for g in self.optimizer.param_groups],
@@ -73,73 +80,82 @@ class OptimizerHooks:
             records=[record.on_host() for record in self.records],
             weight_norms=dict(zip(parameters, _weight_norms(parameters).tolist())),
             trained={tensors[key] for key in self.origin.trained()},
-            frozen={tensors[key] for key in self.frozen & tensors.keys()},
-            with_grad={tensors[key] for key in self.with_grad & tensors.keys()},
-            arrived=[float(norm) for norm, _ in self.arrived.values()],
-            passes=max((count for count, _, _ in self.passes.values()), default=0),
-            cleared=max((count for _, count, _ in self.passes.values()), default=0),
+            frozen={tensors[key] for key in frozen & tensors.keys()},
+            with_grad={tensors[key] for key in with_grad & tensors.keys()},
+            arrived=[float(norm) for norm, _ in self.gradients.arrived.values()],
+            passes=max((count for count, _, _ in self.gradients.passes.values()), default=0),
+            cleared=max((count for _, count, _ in self.gradients.passes.values()), default=0),
+            histories={tensors[key]: each for key, each in plain.tensors.items() if key in tensors},
+            plain=plain,
+            between=self.passes.record(),
+            numbers=self.origin.numbers(parameters, self.live, self.sample),
+            outside=[each.on_host() for each in self.outside.changes],
+            pairs=self.outside.pairs,
+            denominators=denominators(self.optimizer, parameters),
+            rivals=[each for each in self.rivals.rivals if each.shared & ids],
+            loads=self.loads,
+            span=self.rivals.span(self.optimizer),
         )
 
     def close(self) -> None:
         """Takes every hook away."""
-        for hook in (*self.step_hooks, *self.grad_hooks, *([self.stale_probe.hook] if self.stale_probe else [])):
-            hook.remove()
-        self.hooked, self.grad_hooks, self.stale_probe = [], [], None
+        for handle in self.handles:
+            handle.remove()
+        self.gradients.close()
+        self.passes.close()
 
-    def _due(self) -> bool:
-        """Whether the next step is looked at."""
-        return self.steps < DENSE or self.steps % self.every == 0
+    def _loaded(self, *_: Any) -> None:
+        self.loads += 1
 
     def _hook_gradients(self) -> None:
         """Hooks on gradients for the next step, if it is one that is looked at."""
-        wanted = [p for p in self.parameters().values() if p.requires_grad] if self._due() else []
-        if [id(p) for p in wanted] == [id(p) for p in self.hooked]:
-            return
-        for hook in self.grad_hooks:
-            hook.remove()
-        me = weakref.ref(self)
-
-        def arrived(parameter: Tensor) -> None:
-            if (hooks := me()) is not None and parameter.grad is not None:
-                hooks._arrive(parameter)
-
-        self.hooked, self.grad_hooks = wanted, [p.register_post_accumulate_grad_hook(arrived) for p in wanted]
-
-    def _arrive(self, parameter: Tensor) -> None:
-        """After backward has added to a gradient."""
-        norm = norms([local_values(parameter.grad)])[0]
-        self.arrived[id(parameter)] = norm, few_numbers([parameter.grad])
-        if not self.steps:
-            self._count_pass(parameter)
-        if self.stale_probe is not None and self.stale_probe.parameter is parameter:
-            self.stale_probe.arrive(norm)
-
-    def _count_pass(self, parameter: Tensor) -> None:
-        """Before the first step: backward adds to the same tensor unless it was set to None or its graph is kept."""
-        (passes, cleared, last), grad = self.passes.get(id(parameter), (0, 0, None)), parameter.grad
-        gone = last is not None and last() is not grad and not grad.requires_grad and grad.layout == torch.strided
-        self.passes[id(parameter)] = passes + 1, cleared + gone, weakref.ref(grad)
+        due = self.schedule.due(self.steps)
+        wanted = [p for p in self.found.values() if p.requires_grad] if due else []
+        self.gradients.hook(wanted)
+        if wanted and (not self.passes.heard or not self.passes.parameter.requires_grad):
+            arrived = [p for p in wanted if id(p) in self.gradients.arrived]
+            self.passes.follow(arrived[-1] if arrived else wanted[-1])
 
     @torch.compiler.disable
-    @torch.no_grad()
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = held_tensors(self.optimizer)
-        self.frozen = {id(p) for p in tensors if not p.requires_grad}
-        self.with_grad = {id(p) for p in tensors if p.grad is not None}
-        if not self._due():
+        """A step within a step, of a class that calls its base's, is part of it; what raised an error is forgotten."""
+        if self.depth and not self.passes.passes:
+            self.depth += 1
             return
-        self.origin.note()
-        parameters = self.parameters()
-        closure = any(callable(each) and not isinstance(each, Optimizer) for each in (*args, *kwargs.values()))
-        self.current = self._begin(parameters, closure)
-        last, self.sample = self.sample, ParameterSample(self.steps, parameters)
-        self.current.reset = last and self.sample.is_reset(last)
-        if closure:
-            self.arrived.clear()
+        self.depth, self.rivals.inside = 1, self.optimizer
+        self.closure = (len(args) > 1 or bool(kwargs)) and _has_closure(*args, *kwargs.values())
+        self.every_step.before(held_tensors(self.optimizer), self.closure)
+        self.passes.before()
+        self._compare_outside()
+        if self.schedule.due(self.steps):
+            began = perf_counter()
+            self._look_before()
+            self.cost_s += perf_counter() - began
         else:
-            self._record_gradients(parameters)
+            self.outside.begin_light(self.steps, self.schedule.step_s)
 
-    def _begin(self, parameters: dict[str, Tensor], closure: bool) -> StepRecord:
+    def _compare_outside(self) -> None:
+        """With what the step before left, if that was looked at or something has been written to since."""
+        if self.outside.wants_to_compare(self.every_step.written):
+            began, rival_steps = perf_counter(), self.rivals.steps_on(self.optimizer, self.every_step.ids)
+            state_reset = self.loads > self.loads_before or self.every_step.state_is_lost
+            self.outside.compare(self.steps, rival_steps > self.rival_steps, state_reset)
+            self.cost_s += perf_counter() - began
+
+    @torch.no_grad()
+    def _look_before(self) -> None:
+        parameters = self.found = self.parameters()
+        self.origin.note()
+        self.current = self._begin(parameters)
+        last, self.sample = self.sample, ParameterSample(self.steps, parameters, self.samples)
+        self.current.reset = None if last is None or self._state_was_reset() else self.sample.is_reset(last)
+        if self.closure:
+            self.gradients.arrived.clear()
+        else:
+            self.gradients.fill(self.current, parameters, self.sample)
+            self.live = self.sample.add_live(self.live)
+
+    def _begin(self, parameters: dict[str, Tensor]) -> StepRecord:
         rates = [group.get("lr", 1.0) for group in self.optimizer.param_groups]
         return StepRecord(
             step=self.steps,
@@ -147,67 +163,56 @@ class OptimizerHooks:
             usual_norms=[p.shape[0] ** 0.5 if p.ndim > 1 else 1.0 for p in parameters.values()],
             rates=[rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates],
             weights_before=_weight_norms(parameters),
-            closure=closure,
+            closure=self.closure,
             scaled=getattr(self.optimizer, "found_inf", None) is not None
             or getattr(self.optimizer, "loss_scale", None) == "dynamic",
+            loss_scale=_loss_scale(),
         )
 
-    def _record_gradients(self, parameters: dict[str, Tensor]) -> None:
-        """What came, and what the optimizer found: with a closure what came, or what is left of it, since the step may
-        clear it."""
-        record, hooked = self.current, {id(p) for p in self.hooked if p.requires_grad}
-        at_step, arrived = self._grad_norms(parameters), {n: self.arrived.get(id(p)) for n, p in parameters.items()}
-        record.hooked = tuple(name for name, p in parameters.items() if id(p) in hooked)
-        record.no_grad = tuple(name for name, p in parameters.items() if p.grad is None)
-        record.none_grads = tuple(name for name in record.hooked if arrived[name] is None)
-        record.grad_change = None if record.closure else self._grad_change(parameters)
-        unheard = [None if id(p) in hooked else norm for p, norm in zip(parameters.values(), at_step)]
-        record.grad_after_backward = self._row([a[0] if a else u for a, u in zip(arrived.values(), unheard)])
-        record.grad_at_step = torch.maximum(record.grad_after_backward, at_step) if record.closure else at_step
-
-    def _grad_change(self, parameters: dict[str, Tensor]) -> Tensor | None:
-        """See `StepRecord.grad_change`; of the tensors that were hooked and have a gradient in the same layout."""
-        with_both = [p for p in parameters.values() if id(p) in self.arrived and p.grad is not None]
-        both = [(self.arrived[id(p)][1], few_numbers([p.grad])) for p in with_both]
-        both = [(arrived, at_step) for arrived, at_step in both if arrived.shape == at_step.shape]
-        return compare(*zip(*both)) if both else None
-
-    def _grad_norms(self, parameters: dict[str, Tensor]) -> Tensor:
-        """(T,) norms of the gradients as they are; zero for none."""
-        present = iter(norms([local_values(p.grad) for p in parameters.values() if p.grad is not None]))
-        return self._row([None if p.grad is None else next(present) for p in parameters.values()])
-
-    def _row(self, values: Sequence[Tensor | None]) -> Tensor:
-        """(T,) on the device of the record's weights; zero for None."""
-        zero = torch.zeros((), device=self.current.weights_before.device)
-        moved = [zero if value is None else value.to(zero.device, non_blocking=zero.is_cuda) for value in values]
-        return torch.stack(moved) if moved else zero[None][:0]
+    def _state_was_reset(self) -> bool:
+        """Whether the optimizer's state was loaded or emptied since the last look: weights are meant to be reset."""
+        before, self.resets = self.resets, self.loads + self.every_step.state_lost
+        return self.resets > before
 
     @torch.compiler.disable
-    @torch.no_grad()
     def _after(self, *_: Any) -> None:
-        uncleared, self.stale_probe = self.stale_probe and self.stale_probe.close(), None
-        self.steps += 1
-        # With a closure gradients come within the step.
-        self.with_grad = self.with_grad or {id(p) for p in held_tensors(self.optimizer) if p.grad is not None}
-        if self.current is not None:
+        self.depth = max(0, self.depth - 1)
+        if self.depth or self.rivals.inside is not self.optimizer:
+            return
+        self.rivals.inside, began = None, perf_counter()
+        uncleared = self.gradients.take_stale()
+        self.every_step.after(held_tensors(self.optimizer), self.closure)
+        self.passes.restart()
+        looked = self.current is not None
+        if looked:
             self._finish(self.current, uncleared)
-        self.arrived.clear()
-        self._hook_gradients()
+        else:
+            self.outside.finish_light()
+        if self.outside.waiting is not None:
+            self.rival_steps, self.loads_before = self.rivals.steps_on(self.optimizer, self.every_step.ids), self.loads
+        self.gradients.arrived.clear()
+        self.gradients.counts_passes = False
+        if looked:
+            self.schedule.finish_look(self.steps - 1, self.cost_s + perf_counter() - began)
+            self.cost_s = 0.0
+        if looked or self.schedule.due(self.steps):
+            self._hook_gradients()
 
+    @torch.no_grad()
     def _finish(self, record: StepRecord, uncleared: Tensor | None) -> None:
-        now = self.parameters()
-        parameters = {name: now[name] for name in record.names if name in now}
+        parameters = self.found
         record.uncleared = uncleared
         if record.closure:
-            self._record_gradients(parameters)
-        record.weights_after, record.update_ratio = _weight_norms(parameters), self.sample.finish(parameters)
-        if self.steps < DENSE:
-            record.grad_after_step = self._grad_norms(parameters)
-            plain = (p for p in parameters.values() if p.requires_grad and p.grad is not None)
-            self.stale_probe = next((StaleGradientProbe(p) for p in plain if p.grad is local_values(p.grad)), None)
+            self.gradients.fill(record, parameters, self.sample)
+        record.weights_after = _weight_norms(parameters)
+        record.moved, record.update_ratio = self.sample.finish(parameters)
+        record.sizes = list(self.samples.sizes)
+        if self.steps <= DENSE:
+            record.grad_after_step = grad_norms(record, parameters)
+            self.gradients.probe_stale(parameters)
         self.records = [*self.records[:DENSE], *self.records[DENSE:][-KEPT:], record]
         self.current = None
+        self.outside.wait(self.sample, list(parameters.values()))
 
 
 def plain_name(name: str) -> str:
@@ -218,3 +223,20 @@ def plain_name(name: str) -> str:
 def _weight_norms(parameters: dict[str, Tensor]) -> Tensor:
     """(T,)"""
     return norms([local_values(tensor) for tensor in parameters.values()])
+
+
+def _has_closure(*args: Any) -> bool:
+    return any(callable(each) and not isinstance(each, Optimizer) for each in args)
+
+
+def _loss_scale() -> float | Tensor | None:
+    """The scale of the torch.amp.GradScaler that calls the optimizer's step; None where none does."""
+    frame = sys._getframe(1)
+    for _ in range(12):
+        frame = frame.f_back
+        if frame is None:
+            return None
+        if frame.f_code is GradScaler.step.__code__:
+            scale = getattr(frame.f_locals["self"], "_scale", None)  # a scaler that is switched off has none
+            return scale.clone() if isinstance(scale, Tensor) else scale
+    return None

@@ -6,11 +6,17 @@ Legend: T tensors, those of the model that one optimizer holds and that have a n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ris_fast.health.watch.histories import NumbersRecord, Passes, PlainSteps, TensorHistory
+
+if TYPE_CHECKING:
+    from ris_fast.health.watch.changes import OutsideChange
+    from ris_fast.health.watch.rivals import Rival
 
 EARLY = 8  # steps after which a gradient that has not come yet is no longer waited for
 
@@ -32,7 +38,9 @@ class StepRecord:
         reset: (), whether the weights are bit for bit those of an earlier step, and were others in between;
         uncleared: (), whether one gradient of the step before was added to;
         hooked: tensors with a hook on their gradient; none_grads: those of them that no gradient came to;
-        no_grad: tensors whose gradient is None at the step.
+        no_grad: tensors whose gradient is None at the step;
+        loss_scale: of the torch.amp.GradScaler that called the step; moved: (T,) how many of the sampled numbers of
+            each tensor the step changed, of `sizes`.
     """
 
     step: int
@@ -53,10 +61,14 @@ class StepRecord:
     hooked: tuple[str, ...] = ()
     none_grads: tuple[str, ...] = ()
     no_grad: tuple[str, ...] = ()
+    loss_scale: float | Tensor | None = None
+    moved: Tensor | None = None
+    sizes: list[int] = field(default_factory=list)
 
     def on_host(self) -> StepRecord:
         host = {name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, rates=[float(rate) for rate in self.rates], **host)
+        scale = None if self.loss_scale is None else float(self.loss_scale)
+        return replace(self, **host | {"rates": [float(rate) for rate in self.rates], "loss_scale": scale})
 
     def gradient_norms(self) -> tuple[float, float]:
         """Of all tensors: as backward left the gradients, and as the optimizer found them."""
@@ -86,7 +98,12 @@ class OptimizerRecord:
         that are the model's and have a norm; trained: tensors that differ from what they were before the first step;
         frozen: those without requires_grad, and with_grad: those with a gradient, at the last step;
         arrived: norms of the gradients that came since the last step; passes: backward passes before the first step;
-        cleared: those that found the gradients of the pass before gone.
+        cleared: those that found the gradients of the pass before gone; histories: of its tensors over all steps;
+        plain: what is known of every step; between: backward passes between two steps; numbers: of the tensors that
+        have been in a step that was looked at, by name; outside: changes of weights between two steps, of `pairs` that
+        were compared; denominators: see `denominators`; rivals: optimizers that the watch was not given, which step on
+        tensors of this one; loads: how often its state was loaded;
+        span: its first and last step, counted in those of all optimizers.
     """
 
     kinds: frozenset[str]
@@ -100,6 +117,16 @@ class OptimizerRecord:
     arrived: list[float]
     passes: int
     cleared: int
+    histories: dict[TensorRecord, TensorHistory]
+    plain: PlainSteps
+    between: Passes
+    numbers: dict[str, NumbersRecord]
+    outside: list[OutsideChange]
+    pairs: int
+    denominators: dict[str, tuple[float, float]]
+    rivals: list[Rival]
+    loads: int
+    span: tuple[int, int] | None
 
     @property
     def tensors(self) -> list[TensorRecord]:
@@ -112,8 +139,10 @@ class LoopRecord:
     """A model and its optimizers, at the report.
 
     Args: steps: made by the optimizer that has made most; frozen: beginnings of names of parameters that are not meant
-        to be trained; frozen_at_start: those without requires_grad when the watch began; forward: the model's passes;
-        losses: those that `seen.loss` was given.
+        to be trained; frozen_at_start: those without requires_grad when the watch began; rival_tensors: those that an
+        optimizer which the watch was not given has stepped on; masters: the optimizers' tensors that never were the
+        model's; moved_frozen: those of `frozen_at_start` that have changed; forward: the model's passes; losses: those
+        that `seen.loss` was given; ranks: what is known of them, None for a loop of one process.
     """
 
     parameters: list[TensorRecord]
@@ -121,8 +150,12 @@ class LoopRecord:
     steps: int
     frozen: tuple[str, ...]
     frozen_at_start: set[TensorRecord]
+    rival_tensors: set[TensorRecord]
+    masters: set[TensorRecord]
+    moved_frozen: set[TensorRecord]
     forward: ForwardRecord | None = None
     losses: Sequence[LossRecord] = ()
+    ranks: RanksRecord | None = None
 
 
 @dataclass
@@ -277,3 +310,93 @@ class LossRecord:
 
 def is_finite(values: Tensor) -> bool:
     return bool(values.isfinite().all())
+
+
+# ---- several ranks ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RankStep:
+    """One optimizer step of one rank, of tensors whose gradient came from backward and is there at the step.
+
+    Args: sizes: how many numbers are of each tensor; arrived, at_step, weights: (S,) those numbers, one tensor after
+        the other, of gradients as backward left them on this rank and as the optimizer found them, and of the weights
+        before the step; held_back: the model's DistributedDataParallel was told not to reduce (`no_sync`).
+    """
+
+    step: int
+    names: list[str]
+    sizes: list[int]
+    arrived: Tensor
+    at_step: Tensor
+    weights: Tensor
+    rates: list[float | Tensor]
+    held_back: bool
+
+    def on_host(self) -> RankStep:
+        host = {name: getattr(self, name).cpu().double() for name in ("arrived", "at_step", "weights")}
+        return replace(self, rates=[float(rate) for rate in self.rates], **host)
+
+
+@dataclass(frozen=True)
+class RankOptimizer:
+    """One optimizer of one rank.
+
+    Args: zero_steps, full_steps: of the last 1024, those in which backward left one small tensor a gradient of zeros
+        only, and another one.
+    """
+
+    kinds: frozenset[str]
+    steps: int
+    records: list[RankStep]
+    zero_steps: list[int]
+    full_steps: list[int]
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A DistributedDataParallel.
+
+    Args: given: it is what is watched, or part of it; managed: names of the tensors whose gradients it reduces;
+        within: of those in the module that it wraps, but for those that it was told to leave alone; ranks: those it
+        reduces over; own_reduction: a communication hook of the user reduces.
+    """
+
+    given: bool
+    managed: list[str]
+    within: list[str]
+    ranks: list[int]
+    own_reduction: bool
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """One rank, at the report; of the tensors that it holds whole: names, shapes, whether they are trainable, and a
+    hash of all their bits."""
+
+    rank: int
+    device: str
+    names: list[str]
+    shapes: list[tuple[int, ...]]
+    trainable: list[bool]
+    hashes: list[int]
+    optimizers: list[RankOptimizer]
+    wrapper: Wrapper | None
+
+    @property
+    def steps(self) -> int:
+        return max(each.steps for each in self.optimizers)
+
+
+@dataclass(frozen=True)
+class RanksRecord:
+    """Ranks that reported at the same step, this one among them.
+
+    Args: size: how many there are; elsewhere: of ranks that reported at this time at another step, with other weights,
+        which step.
+    """
+
+    mine: RankRecord
+    ranks: list[RankRecord]
+    size: int
+    elsewhere: dict[int, int]

@@ -9,7 +9,19 @@ from itertools import pairwise
 import torch
 
 from ris_fast.health.finding import Finding, ranked
-from ris_fast.health.watch import rules_batches, rules_forward, rules_gradients, rules_loss, rules_parameters
+from ris_fast.health.watch import (
+    rules_batches,
+    rules_changes,
+    rules_clip,
+    rules_forward,
+    rules_gradients,
+    rules_loss,
+    rules_parameters,
+    rules_ranks,
+    rules_rates,
+    rules_scale,
+    rules_zero,
+)
 from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
@@ -30,6 +42,7 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
             *rules_loss.loss_findings(loop),
             *rules_batches.batch_findings(loop),
             *by_optimizer,
+            *rules_ranks.rank_findings(loop),
         ]
     )
 
@@ -45,16 +58,25 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
         *(each for record in records for each in single_step(record, records)),
         *rules_gradients.reversed_gradients(records),
         *rules_gradients.unused_head(optimizer, loop.frozen),
+        *rules_gradients.last_micro_batch_only(optimizer),
+        *rules_gradients.steps_stopped(loop, optimizer),
         *scaler_skips_all(records),
-        *rules_parameters.zero_learning_rate(optimizer, loop.frozen),
-        *rules_gradients.clip_too_small(records),
+        *scale_or_clip(optimizer),
         *rules_gradients.gradients_never_cleared(records),
         *step_called_twice(records),
         *rules_gradients.zeroed_gradients(records, loop.frozen),
-        *rules_parameters.learning_rate_too_small(records),
-        *rules_parameters.weight_decay_too_large(optimizer),
+        *rules_zero.zero_findings(loop, optimizer),
+        *rules_zero.dead_units(loop, optimizer),
+        *rules_rates.rate_findings(loop, optimizer),
+        *rules_changes.change_findings(loop, optimizer),
         *rules_parameters.nonfinite_weights(optimizer),
+        *(rules_clip.clipped_in_part(records) if loop.ranks is None else ()),
     ]
+
+
+def scale_or_clip(optimizer: OptimizerRecord) -> list[Finding]:
+    """A known loss scale explains small gradients better than a threshold."""
+    return list(rules_scale.scale_findings(optimizer)) or list(rules_gradients.clip_too_small(optimizer.records))
 
 
 def step_never_called(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
@@ -151,9 +173,6 @@ def _gradients(record: StepRecord) -> Iterator[Finding]:
 
 def _weights(record: StepRecord, first: StepRecord) -> Iterator[Finding]:
     """Where the weights are; `first`: the first step of the same tensors."""
-    if record.reset is not None and bool(record.reset):
-        evidence = "the weights are again, bit for bit, those of an earlier step; others came in between."
-        yield finding("weights_reset", evidence, record.step + 1)
     if (grown := _growth(record, first)) > GROWN:
         evidence = f"the weights' norm has grown by a factor of {grown:.3g}."
         yield finding("learning_rate_too_large", evidence, record.step + 1, "Large targets ask for that.")

@@ -3,39 +3,93 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
-from ris_fast.health.watch.records import EARLY, OptimizerRecord, StepRecord, is_finite
+from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
+from ris_fast.health.watch.rules_scale import is_square_of_scale
+
+LONG = 1000  # steps without a gradient after which a tensor is no longer waited for
 
 
 def unused_head(optimizer: OptimizerRecord, frozen: tuple[str, ...]) -> Iterator[Finding]:
-    """Tensors that no gradient came to, neither from backward nor put there by hand, and that no step has changed.
+    """Tensors that have had no gradient in any step, neither from backward nor put there by hand, and that no step has
+    changed.
 
-    Where some came after others, or by turns, more may come.
+    Where some came after others, or by turns, more may come; and a later phase may be the first to use them.
     """
-    hooked = Counter(name for record in optimizer.records for name in record.hooked)
-    missing = Counter(
-        name
-        for record in optimizer.records
-        for name, norm in zip(record.names, record.grad_at_step.tolist())
-        if norm == 0 and name in record.none_grads
+    histories = {tensor: each for tensor, each in optimizer.histories.items() if tensor.name in optimizer.weight_norms}
+    free = {tensor: each for tensor, each in histories.items() if each.free and tensor.trainable}
+    came = {name for record in optimizer.records for name in record.hooked if name not in record.none_grads}
+    silent = [
+        tensor
+        for tensor, each in free.items()
+        if not each.with_grad and tensor not in optimizer.trained and tensor.name not in came
+    ]
+    unused = sorted((each for each in silent if not each.name.startswith(frozen)), key=lambda each: -each.size)
+    turns = any(0 < each.with_grad < each.steps for each in histories.values())
+    peers = {_peer(tensor.name) for tensor, each in histories.items() if 0 < each.with_grad < each.steps}
+    unused = [tensor for tensor in unused if _peer(tensor.name) not in peers]
+    if not unused:
+        return
+    share = sum(each.size for each in unused) / max(1, sum(each.size for each in histories))
+    yield finding(
+        "unused_head",
+        f"{len(unused)} of {len(free)} trainable tensors, with {share:.0%} of the weights, have received no gradient "
+        "in any"
+        f" of {optimizer.steps} steps: {', '.join(each.name for each in unused[:3])}.",
+        optimizer.steps,
+        "Others are trained in turn or came later: these may be to come."
+        if turns
+        else ""
+        if optimizer.steps >= LONG
+        else "A later phase may be the first to use them.",
     )
-    silent = [name for name, count in missing.items() if count == hooked[name]]
-    trained = {tensor.name for tensor in optimizer.trained}
-    unchanged = [name for name in silent if name in optimizer.weight_norms and name not in trained]
-    turns = len(unchanged) < len(silent) or any(0 < missing[name] < hooked[name] for name in hooked)
-    doubt = "Others are trained in turn or came later: these may be to come."
-    if unused := [name for name in unchanged if not name.startswith(frozen)]:
-        certain = not turns and optimizer.steps >= EARLY and max(hooked[name] for name in unused) > 1
+
+
+def _peer(name: str) -> str:
+    """The same name for all experts of a list: those of them that a batch does not choose have no gradient."""
+    return re.sub(r"\d+", "#", name)
+
+
+def last_micro_batch_only(optimizer: OptimizerRecord) -> Iterator[Finding]:
+    """Most backward passes of every step find the gradient of the pass before gone. Attacks on the inputs and ascents
+    of the weights come from other lines, or move them."""
+    between = optimizer.between
+    steps = sum(between.intervals.values())
+    thrown = [
+        (passes, cleared)
+        for passes, cleared, alike in between.intervals
+        if alike and cleared == passes - 1 and passes >= 3
+    ]
+    if steps >= 4 and len(thrown) == len(between.intervals) and not between.replaced:
+        passes, cleared = max(thrown)
         yield finding(
-            "unused_head",
-            f"{len(unused)} of {len(hooked)} trainable tensors have received no gradient so far, and no step has "
-            f"changed them: {', '.join(unused[:3])}.",
-            optimizer.records[-1].step,
-            "" if certain else doubt if turns else "Few steps have been made so far.",
+            "last_micro_batch_only",
+            f"each of {steps} steps came after {passes} backward passes, {cleared} of which were thrown away: each "
+            "found the"
+            " gradient of the one before gone.",
+            optimizer.steps,
+            "A search that repeats a pass until it is good enough looks the same.",
+            "Clear gradients after the step only, so that micro-batches add up.",
+        )
+
+
+def steps_stopped(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
+    """Backward passes go on, and no step has come for far longer than ever before."""
+    usual = max((passes for passes, *_ in optimizer.between.intervals), default=0)
+    alone = len(loop.optimizers) == 1 and not optimizer.rivals
+    if alone and usual and optimizer.between.since > max(64, 16 * usual):
+        yield finding(
+            "step_never_called",
+            f"{optimizer.between.since} backward passes since step {optimizer.steps} and no step; before, there were "
+            "at most"
+            f" {usual} for each.",
+            optimizer.steps,
+            "The loop may have come to a phase that only reads gradients.",
         )
 
 
@@ -57,7 +111,11 @@ def clip_too_small(records: list[StepRecord]) -> Iterator[Finding]:
     norms = [norm for _, norm in small]
     fixed = len(small) > 1 and max(norms) < (1 + 1e-4) * min(norms)  # as a threshold makes it
     evidence = f"norm {arrived:.3g} arrives and {at_step:.3g} reaches the optimizer."
-    if all(_hardly_moves(each, norm) for each, norm in small):
+    if not fixed and all(is_square_of_scale(each) for each, _ in small):
+        doubt = f"A scale of {(arrived / at_step):.3g} that is taken out once looks the same."
+        evidence = f"{evidence} Its square root is a power of two, {(arrived / at_step) ** 0.5:g}, as loss scales are."
+        yield finding("unscaled_twice", evidence, record.step + 1, doubt)
+    elif all(_hardly_moves(each, norm) for each, norm in small):
         doubt = "" if fixed else "It may be a loss scale taken out, late in a run."
         yield finding("clip_too_small", evidence, record.step + 1, doubt)
     elif fixed and len(small) > 3 and max(norms) < 1e-3:
@@ -91,7 +149,7 @@ def reversed_gradients(records: list[StepRecord]) -> Iterator[Finding]:
             step,
         )
     elif any(cosine >= -0.999 for cosine, *_ in changes):
-        return
+        yield from _reversed_at_times(steps)
     elif all(abs(after - before) <= 1e-3 * before for before, after in norms):
         yield finding(
             "loss_sign",
@@ -105,6 +163,20 @@ def reversed_gradients(records: list[StepRecord]) -> Iterator[Finding]:
             f"gradients of norm {arrived:.3g} arrive and reach the optimizer turned round, at norm {at_step:.3g}: a "
             "threshold below zero in `clip_grad_norm_` does that.",
             step,
+        )
+
+
+def _reversed_at_times(steps: list[StepRecord]) -> Iterator[Finding]:
+    """Some steps only, at the same norm."""
+    turned = [each for each in steps if float(each.grad_change[0]) < -0.999]
+    if len(turned) > 1:
+        yield finding(
+            "loss_sign",
+            f"gradients are turned round between backward and the step in {len(turned)} of {len(steps)} steps that "
+            "were "
+            "looked at.",
+            turned[0].step + 1,
+            MAY_BE_MEANT,
         )
 
 

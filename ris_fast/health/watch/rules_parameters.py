@@ -1,19 +1,17 @@
-"""Rules of `watch` on parameters: which the optimizers hold and train, what steps make of them, and the options for
-that: rates, decay, eps."""
+"""Rules of `watch` on parameters: which the optimizers hold and train, and steps that make them numbers no more."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
-from ris_fast.health.watch.records import EARLY, LoopRecord, OptimizerRecord, StepRecord, TensorRecord, is_finite
-
-DECOUPLED = {"SGD", "AdamW", "FusedAdamW"}  # they and their kin take rate times decay of the weights off in each step
+from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, TensorRecord, is_finite
 
 
 def parameter_findings(loop: LoopRecord) -> list[Finding]:
@@ -25,54 +23,91 @@ def parameter_findings(loop: LoopRecord) -> list[Finding]:
     return [
         *_frozen(loop, meant, held, trained),
         *_stale(loop, missing, trained),
-        *_listed("missing_from_optimizer", missing, loop.steps),
-        *_listed("duplicate_parameters", [tensor for tensor, count in held.items() if count > 1], loop.steps),
+        *_missing(loop, missing),
+        *_twice(loop, held),
     ]
 
 
-def _listed(cause: str, tensors: list[TensorRecord], step: int, doubt: str = "") -> Iterator[Finding]:
-    if tensors:
-        names = ", ".join(tensor.name or "?" for tensor in tensors[:3])
-        yield finding(cause, f"{len(tensors)}: {names}.", step, doubt)
+def _missing(loop: LoopRecord, missing: list[TensorRecord]) -> Iterator[Finding]:
+    """Not those that another optimizer steps on, or that have copies which are trained: masters in another precision.
+    The larger part of a network may be meant to stand still."""
+    served = {each for by in loop.optimizers for each, history in by.histories.items() if history.with_grad}
+    copies = {each.shape for each in loop.masters & served}
+    missing = [each for each in missing if each not in loop.rival_tensors and each.shape not in copies]
+    share = sum(each.size for each in missing) / max(1, sum(each.size for each in loop.parameters))
+    largest = sorted(missing, key=lambda tensor: -tensor.size)
+    if missing:
+        yield finding(
+            "missing_from_optimizer",
+            f"{len(missing)}, with {share:.0%} of the weights: {', '.join(each.name for each in largest[:3])}.",
+            loop.steps,
+            ""
+            if share <= 0.5
+            else "An optimizer that is not built yet may hold them, or they are meant to stand still.",
+        )
+
+
+def _twice(loop: LoopRecord, held: Counter[TensorRecord]) -> Iterator[Finding]:
+    """In two groups of one optimizer, which cannot be meant, or in two optimizers, which may step in turn."""
+    spans = sorted(by.span for by in loop.optimizers if by.span)
+    in_phases = len(spans) > 1 and all(last < first for (_, last), (first, _) in pairwise(spans))
+    twice = [] if in_phases else [tensor for tensor, count in held.items() if count > 1]
+    within = [tensor for by in loop.optimizers for tensor, count in Counter(by.tensors).items() if count > 1]
+    doubt = "" if within else "Two optimizers hold them: they may be meant to step in turn."
+    if within or twice:
+        names = ", ".join(tensor.name or "?" for tensor in (within or twice)[:3])
+        yield finding("duplicate_parameters", f"{len(within or twice)}: {names}.", loop.steps, doubt)
 
 
 def _frozen(
     loop: LoopRecord, meant: set[TensorRecord], held: Counter[TensorRecord], trained: set[TensorRecord]
 ) -> Iterator[Finding]:
-    """Not those that were free in the last step of their optimizer: what is frozen afterwards trains all the same.
+    """Frozen now and in the last step of their optimizer: what is frozen afterwards trains all the same.
 
-    Uncertain where all have been trained, were frozen since the watch began and no step shows it, or have stood still
-    from the beginning and no optimizer holds them or they are most of the model.
+    Nothing tells a base that is kept from a layer that was forgotten, so it is never certain. Left alone are, if frozen
+    from the start, tensors of no layer, a base that is most of the network and in no optimizer, and what something else
+    moves, such as a teacher.
     """
     free = {each for by in loop.optimizers if by.steps for each in by.tensors if each not in by.frozen}
-    still = [each for each in loop.parameters if not each.trainable and each not in free and each not in meant]
-    frozen = [each for each in still if each not in trained] or still
-    doubt = "They were trained before. " + MAY_BE_MEANT if trained.issuperset(frozen) else MAY_BE_MEANT
-    yield from _listed("frozen_parameters", frozen, loop.steps, "" if _certain(loop, frozen, held, trained) else doubt)
-
-
-def _certain(
-    loop: LoopRecord, frozen: list[TensorRecord], held: Counter[TensorRecord], trained: set[TensorRecord]
-) -> bool:
-    most = 2 * sum(each.size for each in frozen) > sum(each.size for each in loop.parameters)
-    meant = loop.frozen_at_start.issuperset(frozen) and (most or held.keys().isdisjoint(frozen))
-    at_steps = {each for optimizer in loop.optimizers for each in optimizer.frozen}
-    return not meant and not trained.issuperset(frozen) and (loop.frozen_at_start | at_steps).issuperset(frozen)
+    in_turn = {each for by in loop.optimizers for each, history in by.histories.items() if history.turns > 1}
+    still = [
+        each
+        for each in loop.parameters
+        if not each.trainable and each not in free | meant | in_turn | loop.rival_tensors
+    ]
+    tables = {each for each in loop.frozen_at_start if each.name.rpartition(".")[2] not in ("weight", "bias")}
+    apart = [each for each in loop.frozen_at_start if each not in held]
+    most = 2 * sum(each.size for each in apart) > sum(each.size for each in loop.parameters)
+    meant_so = tables | loop.moved_frozen | (set(apart) if most else set())
+    frozen = [each for each in still if each not in trained and each not in meant_so]
+    if frozen or (since := [each for each in still if each in trained]):
+        ends = [
+            by.histories[each].last_free for by in loop.optimizers for each in frozen or since if each in by.histories
+        ]
+        when = f", since step {max(ends) + 2}" if ends and max(ends) >= 0 else ""
+        names = ", ".join(each.name for each in (frozen or since)[:3])
+        yield finding(
+            "frozen_parameters",
+            f"{len(frozen or since)}{when}: {names}.",
+            loop.steps,
+            MAY_BE_MEANT if frozen else "They were trained before. " + MAY_BE_MEANT,
+        )
 
 
 def _stale(loop: LoopRecord, missing: list[TensorRecord], trained: set[TensorRecord]) -> Iterator[Finding]:
-    """Tensors that are not the model's. A criterion may have its own, which receive gradients.
+    """Tensors that are not the model's. A criterion may have its own, which receive gradients, if not in every step.
 
-    Certain where such a tensor receives none and the model has one of its shape that no optimizer holds, or after some
-    steps.
+    Certain where such a tensor has had none in any step and the model has one of its shape that no optimizer holds.
     """
     shapes = {tensor.shape for tensor in missing if tensor.size}
     owner = {each: optimizer for optimizer in loop.optimizers for each in optimizer.tensors if not each.name}
-    idle = [(each, by) for each, by in owner.items() if each not in trained or each not in by.with_grad]
-    certain = all(
-        each not in by.with_grad and (each.shape in shapes or (by.steps >= EARLY and each not in trained))
-        for each, by in idle
-    )
+    served = {each for by in loop.optimizers for each, history in by.histories.items() if history.with_grad}
+    idle = [
+        (each, by)
+        for each, by in owner.items()
+        if (each not in trained and each not in served) or (each not in by.with_grad and each.shape in shapes)
+    ]
+    certain = all(each not in by.with_grad and each.shape in shapes for each, by in idle)
     if idle:
         yield finding(
             "stale_optimizer_parameters",
@@ -119,44 +154,3 @@ def _how_lost(optimizer: OptimizerRecord, record: StepRecord, lost: list[str]) -
             zero = f"eps of {eps:.3g} is zero in {name}, whose smallest number is {least:.2g}" if eps else "eps is zero"
             return f"The optimizer's {zero}: where the mean square of a gradient is zero too, the step divides by zero."
     return f"The rate is {max(record.rates):.3g}: look at the optimizer's options and at the weights' number format."
-
-
-def zero_learning_rate(optimizer: OptimizerRecord, frozen: tuple[str, ...]) -> Iterator[Finding]:
-    """Groups whose rate was zero in every step that was looked at. A schedule may end there; one group of several may
-    be meant to stand still."""
-    records, groups = optimizer.records, optimizer.groups
-    rates = [[record.rates[n] for record in records if n < len(record.rates)] for n in range(len(groups))]
-    zero = [n for n, of_group in enumerate(rates) if len(of_group) > 1 and not any(rate > 0 for rate in of_group)]
-    if names := [f"group {n}" for n in zero if not all(t.name.startswith(frozen) for t in groups[n]["params"])]:
-        yield finding(
-            "zero_learning_rate",
-            f"{len(names)}: {', '.join(names[:3])}, in all {len(records)} steps that were looked at.",
-            records[-1].step + 1,
-            "" if len(zero) == len(groups) else MAY_BE_MEANT,
-        )
-
-
-def learning_rate_too_small(records: list[StepRecord]) -> Iterator[Finding]:
-    """Updates that float32 does not see, at a rate that explains them and does not rise."""
-    steps = [
-        (max(record.rates), float(record.update_ratio))
-        for record in records
-        if record.update_ratio is not None and not bool(record.update_ratio.isnan()) and max(record.rates) > 0
-    ]
-    if len(steps) > 1 and steps[0][0] >= steps[-1][0] and all(rate < 1e-6 and ratio < 1e-8 for rate, ratio in steps):
-        yield finding(
-            "learning_rate_too_small",
-            f"a step at a rate of {steps[-1][0]:.3g} moves the weights by no more than "
-            f"{max(ratio for _, ratio in steps):.2g} of their size.",
-            records[-1].step + 1,
-        )
-
-
-def weight_decay_too_large(optimizer: OptimizerRecord) -> Iterator[Finding]:
-    """Where every group takes rate times decay of the weights off in each step."""
-    decoupled = optimizer.kinds & DECOUPLED or all(each.get("decoupled_weight_decay") for each in optimizer.groups)
-    decay = max((float(each.get("weight_decay") or 0.0) for each in optimizer.groups if decoupled), default=0.0)
-    share = min(max(record.rates) for record in optimizer.records) * decay
-    if share >= 0.1:
-        evidence = f"a decay of {decay:.3g} takes {share:.0%} off the weights in each step."
-        yield finding("weight_decay_too_large", evidence, optimizer.records[-1].step + 1)

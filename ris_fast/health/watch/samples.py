@@ -6,7 +6,9 @@ Legend: S numbers, a few of every tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,23 +16,61 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from ris_fast.health.watch.eager import eager_hook
+from ris_fast.health.watch.histories import NumbersRecord
 from ris_fast.training.telemetry.step_telemetry import norms
 
 FEW = 256  # numbers of a tensor, about, that are compared one by one
 
 
-class ParameterSample:
-    """A few numbers of every tensor, one after the other (S,), around the steps that are looked at."""
+class WeightSamples:
+    """Reads a few numbers of every tensor, one after the other (S,), through views that are kept.
 
-    def __init__(self, step: int, parameters: dict[str, Tensor]) -> None:
-        values = [local_values(p.detach()) for p in parameters.values()]
+    Views are made anew where a tensor is another one or lies elsewhere. Those that are not plain (sharded, or
+    not contiguous) are read without.
+    """
+
+    def __init__(self) -> None:
+        self.places: list[tuple[int, int]] = []
+        self.views: list[Tensor] = []
+        self.sizes: list[int] = []
+        self.owner: Tensor | None = None  # (S,) the number of the tensor that each comes from
+
+    def read(self, tensors: Sequence[Tensor]) -> Tensor:
+        """A copy of the numbers as they are now."""
+        plain = all(type(p) in PLAIN and p.layout == torch.strided and p.is_contiguous() for p in tensors)
+        places = [(id(each), each.data_ptr()) for each in tensors] if plain else []
+        if not places or places != self.places:
+            # Views of detached tensors: what autograd knows of a parameter stays as it is.
+            self.views = [_few(each.detach()) for each in tensors]
+            self.places, sizes = places, [len(each) for each in self.views]
+            if sizes != self.sizes or self.owner is None:
+                self.sizes, self.owner = sizes, torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes).int())
+        return _joined(self.views)
+
+    def count(self, flags: Tensor) -> Tensor:
+        """(T,) how many of each tensor's numbers are flagged."""
+        if self.owner.device != flags.device:
+            self.owner = self.owner.to(flags.device)
+        return torch.zeros(len(self.sizes), device=flags.device).index_add_(0, self.owner, flags.float())
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class ParameterSample:
+    """A few numbers of every tensor, one after the other (S,), around a step that is looked at."""
+
+    def __init__(self, step: int, parameters: dict[str, Tensor], samples: WeightSamples) -> None:
+        values = [local_values(p) for p in parameters.values()]
         grads = [
             v.new_zeros(()).expand(v.shape) if p.grad is None or p.grad.layout != p.layout else p.grad
             for p, v in zip(parameters.values(), values)
         ]
-        self.step, self.names = step, list(parameters)
-        self.before = self.first = few_numbers(values)
+        self.step, self.names, self.samples = step, list(parameters), samples
+        self.before = self.first = samples.read(list(parameters.values()))
         self.gradient, self.after = few_numbers(grads), self.before[:0]
+        self.sizes = list(samples.sizes)
 
     def is_reset(self, last: ParameterSample) -> Tensor | None:
         """(), whether an earlier state is here again although the last step left another. None for other tensors.
@@ -45,23 +85,53 @@ class ParameterSample:
             return (again | (self.before == last.before).all()) & (away > 0)
         return again & (away > 1e-4 * self.before.norm())
 
-    def finish(self, parameters: dict[str, Tensor]) -> Tensor | None:
-        """After the step: (), norm of the update over that of the weights. None for formats of 16 bits, whose weights
-        may be copies, and where shapes have changed."""
-        self.after = few_numbers(list(parameters.values()))
-        same_shapes = self.after.shape == self.before.shape == self.gradient.shape
-        if not same_shapes or any(p.element_size() < 4 for p in parameters.values()):
-            return None
-        moved = self.gradient != 0
-        return ((self.after - self.before) * moved).norm() / (self.before * moved).norm()
+    def add_live(self, live: Tensor | None) -> Tensor:
+        """(S,), which numbers have had a gradient other than zero, `live` or now."""
+        now = self.gradient != 0
+        return live | now if live is not None and live.shape == now.shape else now
+
+    def finish(self, parameters: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """After the step: (T,) how many of each tensor's numbers it changed, and (), the norm of the update over that
+        of the weights. None where shapes have changed; no norm for formats of 16 bits, whose weights may be copies."""
+        self.after = self.samples.read(list(parameters.values()))
+        if not self.after.shape == self.before.shape == self.gradient.shape or len(parameters) != len(self.names):
+            return None, None
+        moved = self.samples.count(self.after != self.before)
+        if any(p.element_size() < 4 for p in parameters.values()):
+            return moved, None
+        used = self.gradient != 0
+        return moved, ((self.after - self.before) * used).norm() / (self.before * used).norm()
 
 
-def few_numbers(tensors: list[Tensor]) -> Tensor:
+def few_numbers(tensors: Sequence[Tensor]) -> Tensor:
     """(S,) of all tensors, on one device."""
-    flat = [torch.view_as_real(each) if each.is_complex() else each for each in map(local_values, tensors)]
-    some = [each.reshape(-1)[:: max(1, each.numel() // FEW) | 1] for each in flat]
-    device = next((each.device for each in some if each.device.type != "cpu"), torch.device("cpu"))
-    return torch.cat([each.to(device, non_blocking=True) for each in some]) if some else torch.zeros(0)
+    return _joined([_few(each) for each in tensors])
+
+
+def _few(tensor: Tensor) -> Tensor:
+    """A view into it, where it is contiguous."""
+    values = local_values(tensor)
+    values = torch.view_as_real(values) if values.is_complex() else values
+    stride = stride_of(values.shape)
+    if values.is_contiguous():
+        return values.as_strided((-(-values.numel() // stride),), (stride,))
+    return values.reshape(-1)[::stride]
+
+
+@lru_cache(4096)
+def stride_of(shape: Sequence[int]) -> int:
+    """Places from one number that is read to the next: odd, so that they are not all in one column."""
+    return max(1, math.prod(shape) // FEW) | 1
+
+
+def _joined(some: Sequence[Tensor]) -> Tensor:
+    if not some:
+        return torch.zeros(0)
+    devices = {each.device for each in some}
+    if len(devices) > 1:
+        device = next(each for each in devices if each.type != "cpu")
+        some = [each.to(device, non_blocking=True) for each in some]
+    return torch.cat(list(some))
 
 
 def compare(arrived: Sequence[Tensor], at_step: Sequence[Tensor]) -> Tensor:
@@ -87,7 +157,7 @@ class StaleGradientProbe:
         self.parameter, self.arrivals = parameter, 0
         self.norm = norms([parameter.grad])[0]
         self.same = self.norm > 0
-        self.hook: Any = parameter.register_hook(self._found)
+        self.hook: Any = parameter.register_hook(eager_hook(self._found))
 
     @torch.no_grad()
     def _found(self, _: Tensor) -> None:
@@ -109,6 +179,8 @@ def local_values(tensor: Tensor) -> Tensor:
     """The stored numbers of a sparse tensor, this rank's of a sharded one; any other tensor as it is."""
     if tensor.layout != torch.strided:
         return tensor._values() if tensor.is_sparse else tensor.values()
+    if type(tensor) in PLAIN:
+        return tensor
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # DTensor, whose import takes half a second
 
 
@@ -160,3 +232,33 @@ class Origin:
             return (moments - before).abs() > 1e-6 * before  # another place in memory may be added up in another order
         now = few_numbers([tensor.detach()])
         return (now != was.to(now.device)).any() if now.shape == was.shape else torch.ones((), dtype=torch.bool)
+
+    def numbers(
+        self, parameters: dict[str, Tensor], live: Tensor | None, last: ParameterSample | None
+    ) -> dict[str, NumbersRecord]:
+        """Of the tensors in the last step that was looked at; `live`: which of its numbers have had a gradient. Reads
+        the device."""
+        if live is None or last is None:
+            return {}
+        found, flags = {}, live.cpu().split(last.samples.sizes) if sum(last.samples.sizes) == len(live) else ()
+        for name, alive in zip(last.names, flags):
+            parameter = parameters.get(name)
+            was = self.kept.get(id(parameter), (torch.zeros(0), None))[0].cpu()
+            now = few_numbers([parameter.detach()]).cpu() if parameter is not None else was
+            if parameter is not None and len(now) == len(was) == len(alive):
+                found[name] = _numbers(was, now, alive)
+        return found
+
+
+def _numbers(was: Tensor, now: Tensor, live: Tensor) -> NumbersRecord:
+    held = now == was
+    narrow = now.float().contiguous().view(torch.int32)
+    return NumbersRecord(
+        sampled=len(now),
+        changed=int((~held).sum()),
+        live=int(live.sum()),
+        held=int((held & live).sum()),
+        short=int(((narrow & 0x1FFF == 0) & now.isfinite()).sum()),
+        distinct=len(now.unique()),
+        size=float(now.float().abs().mean()) if len(now) else 0.0,
+    )

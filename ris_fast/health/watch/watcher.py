@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from ris_fast.health.finding import Finding
+from ris_fast.health.finding import Finding, ranked
 from ris_fast.health.names import check_beginnings
 from ris_fast.health.watch.forward import ForwardHooks
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.loss import LossHook
+from ris_fast.health.watch.ranks import RankObserver
 from ris_fast.health.watch.records import LoopRecord, StepRecord, TensorRecord
+from ris_fast.health.watch.rivals import Rivals
 from ris_fast.health.watch.rules import find_mistakes
-from ris_fast.health.watch.samples import held_tensors
+from ris_fast.health.watch.samples import few_numbers, has_norm, held_tensors
 
 
 class Watcher:
@@ -27,7 +30,12 @@ class Watcher:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], every: int, frozen: Sequence[str]
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        every: int,
+        frozen: Sequence[str],
+        stall_s: float | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(
@@ -35,11 +43,18 @@ class Watcher:
             )
         self.model, self.optimizers, self.frozen = model, list_optimizers(optimizer), list_beginnings(frozen)
         check_every(every, len(self.optimizers))
+        check_stall(stall_s)
         check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
-        self.hooks = [OptimizerHooks(model, each, every) for each in self.optimizers]
+        self.rivals = Rivals(self.optimizers, lambda: {id(p) for p in model.parameters()})
+        self.hooks = [OptimizerHooks(model, each, every, self.rivals) for each in self.optimizers]
+        self.at_start = {id(p) for p in model.parameters()}
+        frozen_now = [p for p in model.parameters() if not p.requires_grad]
+        self.frozen_at_start = {id(p): few_numbers([p.detach()]).clone() for p in frozen_now if has_norm(p)} | {
+            id(p): None for p in frozen_now if not has_norm(p)
+        }
         self.forward = ForwardHooks(model, self.hooks, every)
         self.losses = LossHook(self.forward.leaves, lambda: (self.forward.steps, self.steps), every)
-        self.frozen_at_start = {id(p) for p in model.parameters() if not p.requires_grad}
+        self.ranks = RankObserver(model, self.optimizers, every, stall_s)
 
     @property
     def steps(self) -> int:
@@ -63,15 +78,21 @@ class Watcher:
 
     def close(self) -> None:
         """Takes every hook away."""
+        self.rivals.close()
         for hooks in self.hooks:
             hooks.close()
         self.forward.close()
+        self.ranks.close()
 
-    def report(self) -> list[Finding]:
-        """Findings on the steps so far, most certain first. Reads the device."""
-        return find_mistakes(self._record())
+    def report(self, wait_s: float | None = None) -> list[Finding]:
+        """Findings on the steps so far, most certain first. Reads the device.
 
-    def _record(self) -> LoopRecord:
+        Args: wait_s: with several ranks, seconds to wait for the others to report too; by default 5, and half a second
+            once they have not come. Nothing else waits for them: a single rank may report.
+        """
+        return ranked([*find_mistakes(self._record(wait_s)), *self.ranks.clock.findings()])
+
+    def _record(self, wait_s: float | None = None) -> LoopRecord:
         parameters = {id(p): _record_of(p, plain_name(name)) for name, p in self.model.named_parameters()}
         others = {
             id(p): _record_of(p) for each in self.optimizers for p in held_tensors(each) if id(p) not in parameters
@@ -81,10 +102,21 @@ class Watcher:
             optimizers=[hooks.record(parameters | others) for hooks in self.hooks],
             steps=self.steps,
             frozen=self.frozen,
-            frozen_at_start={parameters[key] for key in self.frozen_at_start & parameters.keys()},
+            frozen_at_start={parameters[key] for key in self.frozen_at_start.keys() & parameters.keys()},
+            masters={record for key, record in others.items() if key not in self.at_start},
+            moved_frozen={parameters[id(p)] for p in self.model.parameters() if self._moved_although_frozen(p)},
+            rival_tensors={parameters[key] for each in self.rivals.rivals for key in each.shared & parameters.keys()},
             forward=self.forward.record(),
             losses=[each.on_host() for each in self.losses.records],
+            ranks=self.ranks.record(wait_s),
         )
+
+    def _moved_although_frozen(self, parameter: Tensor) -> bool:
+        before = self.frozen_at_start.get(id(parameter))
+        if before is None or not has_norm(parameter):
+            return False
+        now = few_numbers([parameter.detach()])
+        return now.shape != before.shape or not bool(torch.equal(now, before.to(now.device)))
 
 
 def _record_of(tensor: Tensor, name: str = "") -> TensorRecord:
@@ -111,6 +143,14 @@ def check_every(every: Any, optimizers: int) -> None:
         raise ValueError(
             f"watch: {optimizers} optimizers and every={every!r}. Give at least one optimizer, and a whole number of"
             " steps from 1 on."
+        )
+
+
+def check_stall(stall_s: Any) -> None:
+    """Raises: ValueError for what is no time."""
+    if stall_s is not None and (not isinstance(stall_s, (int, float)) or isinstance(stall_s, bool) or not stall_s > 0):
+        raise ValueError(
+            f"watch: stall_s={_shown(stall_s)}. Give seconds above zero, or math.inf for no clock, e.g. stall_s=600."
         )
 
 

@@ -124,11 +124,12 @@ def test_watch_doubts_frozen_layers_unless_declared() -> None:
     def part(_: Any) -> torch.optim.Optimizer:
         return sgd(model[2].parameters())
 
-    assert causes(run(part, model)) == [] and causes(run(part, model), False) == ["frozen_parameters"]
+    assert run(part, model) == []  # a base that is most of the network, and in no optimizer
     assert run(part, model, frozen=("0.",)) == [] == run(part, model, frozen="0.")
     model[0].weight.requires_grad_(True)
     model[2].requires_grad_(False)  # in the optimizer, and the smaller part
-    assert causes(run(sgd, model)) == ["frozen_parameters"]
+    found = run(sgd, model)
+    assert causes(found) == [] and causes(found, False) == ["frozen_parameters"]
 
 
 def unit_rows(model: nn.Module, _: Any) -> None:
@@ -149,10 +150,10 @@ def test_watch_allows_weights_that_something_else_moves(habit: Callable[..., Any
 
 
 def test_watch_names_weights_put_back_now_and_then() -> None:
-    first, count = network().state_dict(), iter(range(100))
-    assert causes(run(sgd, after=lambda model, _: model.load_state_dict(first) if next(count) % 10 == 9 else None)) == [
-        "weights_reset"
-    ]
+    """Not with certainty: episodes begin so."""
+    first, count = network().state_dict(), iter(range(200))
+    found = run(sgd, None, 150, after=lambda model, _: model.load_state_dict(first) if next(count) % 10 == 9 else None)
+    assert causes(found) == [] and "weights_reset" in causes(found, False)
 
 
 def test_watch_allows_weights_that_repeat_by_rounding() -> None:
@@ -219,7 +220,7 @@ def test_watch_allows_experts_trained_in_turn(make: Callable[..., Any]) -> None:
     for number in range(240):
         fit(optimizer, experts[number % 30](batch()))
         if number == 10:  # two thirds have not had their turn
-            assert causes(seen.report()) == [] and causes(seen.report(), False) == ["unused_head"]
+            assert seen.report() == []
     assert seen.report() == []
 
 
@@ -232,7 +233,8 @@ def test_watch_names_a_head_that_never_joins(joins: int, make: Callable[..., Any
     for number in range(99):
         output = model["body"](batch())
         fit(optimizer, output if number < joins else torch.cat([output, model["head"](output)], 1))
-    assert causes(seen.report(), False) == causes(seen.report()) == ([] if joins == 11 else ["unused_head"])
+    found = seen.report()
+    assert causes(found) == [] and causes(found, False) == ([] if joins == 11 else ["unused_head"])
 
 
 def test_watch_ignores_moments_from_an_earlier_run() -> None:
@@ -243,7 +245,7 @@ def test_watch_ignores_moments_from_an_earlier_run() -> None:
     new.load_state_dict(old.state_dict())
     for _ in range(12):
         fit(new, model["body"](batch()))
-    assert causes(seen.report()) == ["unused_head"]
+    assert causes(seen.report(), False) == ["unused_head"]
 
 
 def test_watch_allows_declared_layers_in_no_optimizer() -> None:
@@ -318,7 +320,7 @@ def test_watch_names_stale_tensors_of_a_replaced_layer() -> None:
 def test_watch_names_stale_tensors_of_no_module() -> None:
     model, forgotten = network(), nn.Linear(3, 3)
     found = run(lambda p: sgd([*p, *forgotten.parameters()]), model)
-    assert causes(found) == ["stale_optimizer_parameters"]
+    assert causes(found) == [] and causes(found, False) == ["stale_optimizer_parameters"]
 
 
 # ---- a step that is yet to come ----

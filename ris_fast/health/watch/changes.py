@@ -1,0 +1,125 @@
+"""Weights that are not at the start of a step what the step before left: a few numbers of both sides.
+
+After a step that was looked at they are compared at any rate. After others, where that costs next to nothing beside the
+step or such changes have been seen, they are kept, and compared if a version counter says that something was written.
+
+Legend: T tensors of one optimizer; S numbers, a few of each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from ris_fast.health.watch.samples import ParameterSample, WeightSamples
+
+FIRST, LAST = 4, 8  # changes that are kept
+LIGHT, ARMED = 0.004, 0.02  # shares of a step that keeping may take: before a change was seen, and after
+
+
+@dataclass
+class OutsideChange:
+    """Between two steps.
+
+    Args: step: the one that left the weights; names, sizes: (T,) of the tensors; before, after: (S,) around that step;
+        later: (S,) at the start of the next; gradient: (S,) at that step, empty where it was not looked at;
+        explained: another optimizer stepped on the same tensors in between; state_reset: the optimizer's state was
+        loaded or emptied there too; first: (S,) before the first step that was looked at.
+    """
+
+    step: int
+    names: list[str]
+    sizes: list[int]
+    before: Tensor
+    after: Tensor
+    later: Tensor
+    gradient: Tensor
+    explained: bool
+    state_reset: bool
+    first: Tensor
+
+    def on_host(self) -> OutsideChange:
+        return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
+
+
+@dataclass
+class Sides:
+    """What a step found and left."""
+
+    step: int
+    before: Tensor
+    after: Tensor
+    gradient: Tensor
+
+
+class OutsideWatch:
+    """Compares what a step left with what the next one finds."""
+
+    def __init__(self) -> None:
+        self.waiting: Sides | None = None
+        self.looked = False  # whether that was a look
+        self.names: list[str] = []
+        self.tensors: list[Tensor] = []  # of the last look
+        self.samples: WeightSamples | None = None
+        self.light: tuple[int, Tensor] | None = None
+        self.light_s = 0.0  # what one light sample takes
+        self.armed = 0  # changes that the version counters have told
+        self.changes: list[OutsideChange] = []
+        self.pairs, self.changed = 0, 0
+        self.first = torch.zeros(0)
+
+    def wait(self, sample: ParameterSample, tensors: list[Tensor]) -> None:
+        """After a step that was looked at."""
+        self.waiting = Sides(sample.step, sample.before, sample.after, sample.gradient)
+        self.first = self.first if sample.names == self.names else sample.before
+        self.names, self.tensors, self.samples, self.looked = sample.names, tensors, sample.samples, True
+
+    def begin_light(self, step: int, step_s: float) -> None:
+        """Before a step that is not looked at."""
+        share = (LIGHT if not self.armed else ARMED) * step_s
+        if self.samples is not None and self.tensors and 2 * self.light_s < share:
+            began = perf_counter()
+            self.light = step, self.samples.read(self.tensors)
+            self.light_s = perf_counter() - began
+
+    def finish_light(self) -> None:
+        """After it."""
+        if self.light is not None:
+            (step, before), self.light, self.looked = self.light, None, False
+            self.waiting = Sides(step, before, self.samples.read(self.tensors), before[:0])
+
+    def wants_to_compare(self, written: bool) -> bool:
+        """At the start of a step; `written`: a version counter has changed since the step before."""
+        self.armed += written
+        if self.waiting is not None and not self.looked and not written:
+            self.waiting, self.pairs = None, self.pairs + 1
+        return self.waiting is not None
+
+    def compare(self, step: int, explained: bool, state_reset: bool) -> None:
+        """At the start of `step`; keeps the change, if there is one or the device would have to be asked."""
+        last, self.waiting = self.waiting, None
+        if last.step != step - 1:
+            return
+        later = self.samples.read(self.tensors)
+        if not later.shape == last.after.shape == last.before.shape or len(self.names) != len(self.samples.sizes):
+            return
+        self.pairs += 1
+        if later.device.type == "cpu" and torch.equal(later, last.after):
+            return
+        self.changed += 1
+        change = OutsideChange(
+            step - 1,
+            self.names,
+            list(self.samples.sizes),
+            last.before,
+            last.after,
+            later,
+            last.gradient,
+            explained,
+            state_reset,
+            self.first if self.first.shape == later.shape else later[:0],
+        )
+        self.changes = [*self.changes[:FIRST], *self.changes[FIRST:][-(LAST - 1) :], change]

@@ -1,0 +1,142 @@
+"""Rules of `watch` on gradients that arrive and are exactly zero: all of them, those of some tensors, of some units.
+
+Certain is only that they are zero; what makes them so is told from which tensors they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+
+from ris_fast.health.finding import Finding
+from ris_fast.health.watch.fixes import finding
+from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord
+
+LOOKS = 8  # of which none has another gradient
+SEVERAL = 4
+WHOLE = (
+    "A rounding, a sign or an argmax in front of the loss does that (non_differentiable), an output unit that is off "
+    "for "
+    "every input (dead_units), or a clamp; print the outputs and their `grad_fn`."
+)
+PARTLY = "A rounding, a comparison or a factor of zero on the way does that, and so does a branch that is off for now."
+
+
+def zero_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
+    looks = [each for each in optimizer.records if each.hooked]
+    heard = _heard(looks)
+    zero = [name for name, norms in heard.items() if len(norms) >= SEVERAL and not any(norms)]
+    zero = [name for name in zero if not name.startswith(loop.frozen)]
+    if not zero or not all(_always_zero(name, looks) for name in zero):
+        return
+    at = looks[-1].step + 1
+    others = [name for name, norms in heard.items() if name not in zero and any(norms)]
+    nothing = _at_zero(zero, looks)
+    if len(nothing) >= 2:
+        yield _product(nothing, len(zero), at, certain=min(len(heard[name]) for name in nothing) >= LOOKS)
+    elif not others:
+        certain = min(map(len, heard.values())) >= LOOKS and looks[0].step == 0 and len(heard) == len(looks[-1].hooked)
+        yield finding(
+            "vanishing_gradient",
+            f"the gradients of all {len(zero)} tensors arrive in each of {len(looks)} steps that were looked at, and "
+            "every"
+            f" number is zero.{'' if not certain else ' ' + WHOLE}",
+            at,
+            "" if certain else WHOLE,
+        )
+    else:
+        yield from _partly(zero, others, at)
+
+
+def _heard(looks: list[StepRecord]) -> dict[str, list[float]]:
+    """By name: the norms of the gradients that came."""
+    heard: dict[str, list[float]] = defaultdict(list)
+    for look in looks:
+        came = set(look.hooked) - set(look.none_grads)
+        for name, norm in zip(look.names, look.grad_after_backward.tolist()):
+            if name in came:
+                heard[name].append(norm)
+    return heard
+
+
+def _always_zero(name: str, looks: list[StepRecord]) -> bool:
+    """Also as the optimizer finds it: something else may give gradients by hand."""
+    return all(float(look.grad_at_step[look.names.index(name)]) == 0 for look in looks if name in look.names)
+
+
+def _at_zero(zero: list[str], looks: list[StepRecord]) -> list[str]:
+    """Those whose weights are all zero at every look, and are no biases: as a LoRA pair that both start there."""
+    weights = {
+        name: max(float(each.weights_before[each.names.index(name)]) for each in looks if name in each.names)
+        for name in zero
+    }
+    return [name for name, norm in weights.items() if norm == 0 and not name.endswith("bias")]
+
+
+def _product(names: list[str], count: int, step: int, *, certain: bool) -> Finding:
+    return finding(
+        "zero_product_init",
+        f"{len(names)} tensors are all zeros and their gradients arrive and are all zeros: {', '.join(names[:3])}. "
+        "Each is"
+        " a factor of the other's "
+        f"gradient.{f' {count - len(names)} more tensors are cut off.' if count > len(names) else ''}",
+        step,
+        "" if certain else "Few steps have been looked at so far.",
+    )
+
+
+def _partly(zero: list[str], others: list[str], step: int) -> Iterator[Finding]:
+    """Some tensors. A weight whose gradient is zero while its layer's bias has one has inputs that are all zero: units
+    before it are off. A whole layer lies before something that has no derivative."""
+    layers = defaultdict(set)
+    for name in (*zero, *others):
+        layers[name.rpartition(".")[0]].add(name)
+    whole = [layer for layer, names in layers.items() if names <= set(zero)]
+    fed_zeros = [f"{layer}.weight" for layer in layers if f"{layer}.weight" in zero and f"{layer}.bias" in others]
+    said = f"the gradients of {len(zero)} of {len(zero) + len(others)} tensors arrive and are all zeros, at every look"
+    if fed_zeros and whole:
+        yield finding(
+            "dead_units",
+            f"{said}: {', '.join(zero[:3])}. The bias of {fed_zeros[0].removesuffix('.weight')} has a gradient and its"
+            " weight has none, so that its inputs are all zero: the units before it are off for every input.",
+            step,
+            "A mask that is zero for now would look so, too.",
+        )
+    elif whole:
+        yield finding("vanishing_gradient", f"{said}: {', '.join(zero[:3])}.", step, PARTLY)
+    elif weights := [name for name in fed_zeros if _others_before(name, [*zero, *others], others)]:
+        yield finding(
+            "zeroed_gradients",
+            f"{said}: {', '.join(weights[:3])}, while the bias of the same layer has one: a hook sets it to zero, or "
+            "the"
+            " layer's inputs are zeros (constant_input).",
+            step,
+            "A forward hook that prints the layer's input tells the two apart.",
+        )
+
+
+def _others_before(name: str, names: list[str], others: list[str]) -> bool:
+    return name in names and bool(others)
+
+
+def dead_units(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
+    """Layers of which next to all units have had no gradient at any look."""
+    if len(optimizer.records) < 2 * LOOKS:
+        return
+    for name, numbers in optimizer.numbers.items():
+        layer, _, kind = name.rpartition(".")
+        weight = optimizer.numbers.get(f"{layer}.weight")
+        if kind != "bias" or weight is None or numbers.sampled < 8 or name.startswith(loop.frozen):
+            continue
+        shares = [each.live / each.sampled for each in (numbers, weight)]
+        if 0 < max(shares) <= 0.05 and math.isfinite(numbers.size):
+            yield finding(
+                "dead_units",
+                f"{1 - shares[0]:.0%} of the units of {layer} have had no gradient in any of "
+                f"{len(optimizer.records)} steps"
+                " that were looked at.",
+                optimizer.records[-1].step + 1,
+                "A layer of which each input uses a small part, as an expert or a table, looks so, too.",
+            )
+            return
