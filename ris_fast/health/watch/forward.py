@@ -85,7 +85,6 @@ class ForwardHooks:
             model.register_forward_hook(after, with_kwargs=True),
             register_optimizer_step_post_hook(_StepHook(self)),
         ]
-        weakref.finalize(self, self.hooks[-1].remove)  # which is of no model
         of_part = _Hook(self._part)
         parts = [] if _compiled(model) else [part for part in model.modules() if part is not model]
         self.part_hooks = [part.register_forward_hook(of_part) for part in parts]
@@ -235,7 +234,8 @@ class ForwardHooks:
 
 
 class _StepHook:
-    """After a step of any optimizer; nothing once the watch is gone."""
+    """After a step of any optimizer; nothing once the watch is gone, whose end may come while such hooks run: only
+    `close` takes it away."""
 
     def __init__(self, forward: ForwardHooks) -> None:
         self.forward = weakref.ref(forward)
