@@ -28,7 +28,9 @@ EPISODES = "Episodic adaptation and learning-rate range tests do that; they put 
 def change_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
     kinds = [(change, _kinds(change, optimizer.tensors)) for change in optimizer.outside if not change.explained]
     yield from weights_reset(optimizer, kinds)
-    yield from weights_changed_outside(optimizer, kinds)
+    if loop.ranks is None:  # ranks average weights between steps, and step on shards
+        yield from weights_changed_outside(optimizer, kinds)
+        yield from tensors_without_effect(optimizer)
     yield from second_optimizer(optimizer)
     yield from low_precision_weights(optimizer, kinds)
     yield from step_without_effect(optimizer)
@@ -166,7 +168,11 @@ def step_without_effect(optimizer: OptimizerRecord) -> Iterator[Finding]:
             idle[0].step + 1,
             "" if len(idle) >= UPDATED and unmoved else "An optimizer that gathers several steps does that.",
         )
-        return
+
+
+def tensors_without_effect(optimizer: OptimizerRecord) -> Iterator[Finding]:
+    """Some tensors have gradients and never change."""
+    looks = [each for each in optimizer.records if each.moved is not None and _should_move(optimizer, each)]
     still = [name for name in (looks[-1].names if looks else []) if _never_moves(name, looks)]
     if still and len(still) < len(looks[-1].names):
         yield finding(
