@@ -21,6 +21,7 @@ from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.training.ranks.reduction import GradientReduction
 from ris_fast.training.schedule import learning_rate_factor
 from ris_fast.training.step_result import StepResult
+from ris_fast.training.telemetry.scene_ring import SceneRing
 from ris_fast.training.telemetry.step_telemetry import StepTelemetry
 from ris_fast.training.telemetry.step_window import ring_size
 
@@ -121,7 +122,10 @@ class Step:
     ) -> None:
         self.network, self.loss, self.optimizer = network, loss, optimizer
         self.config, self.device = config, device
-        self.telemetry = StepTelemetry(model, optimizer, config.report.every_steps)
+        ring = SceneRing(
+            ring_size(config.report.every_steps), config.training.batch_size * config.training.accumulate, device
+        )
+        self.telemetry = StepTelemetry(model, optimizer, config.report.every_steps, ring)
         self.rates: list[float | Tensor] = []
         self.reduction: GradientReduction | None = None
 

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, listed, rounded_to_16_bits, total_norm
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.step_probe import StepTrace, few_scenes, take_step
+from ris_fast.health.preflight.tensor_scales import one_by_one
 from ris_fast.physics.scenes import Scenes
 
 SCALER_STEPS = 24  # a dynamic loss scale halves its way to one that fits in fewer
+FOREIGN = 0.3  # share of the step's gradient that no sum of its parts explains, from which shares say nothing
 EXACT = 0.02  # of a norm: more than rounding and the order of sums
 
 
@@ -39,13 +42,18 @@ def one_step(context: PreflightContext) -> Iterator[Finding]:
     yield from _on_the_way(context, first, norm, expected)
     if first.skipped == 0 and 0 < norm < math.inf:
         yield from _shares(context, group, first, expected)
-    second = take_step(context, few_scenes(group), context.trainer.plan.planned)
+    few = few_scenes(group)
+    alone = parts_of(context, few) if 0 < norm < math.inf else []
+    second = take_step(context, few, context.trainer.plan.planned)
     if second.residual_grad_norm > 1e-3 * max(norm, 1e-30) and math.isfinite(second.residual_grad_norm):
         yield Finding(
             "gradients_never_cleared",
             "at the start of the second step the gradients still have norm "
             f"{second.residual_grad_norm:.3g} of the first one's {norm:.3g}.",
         )
+    elif first.skipped == second.skipped == 0:
+        shares = [scenes.batch / sum(each.batch for each in few) for scenes in few]
+        yield from one_by_one(context, second, alone, shares)
 
 
 def _no_step(reached: bool, raw: float) -> Iterator[Finding]:
@@ -132,7 +140,7 @@ def parts_of(context: PreflightContext, group: Sequence[Scenes]) -> list[list[Te
         total = context.loss(context.step.predict(scenes), scenes)[0]
         if not total.requires_grad or not live:
             return []
-        found.append(list(torch.autograd.grad(total, live, allow_unused=True)))
+        found.append(derivatives(total, live))
     return found
 
 
@@ -149,6 +157,8 @@ def _shares(
     )
     target = torch.cat([(g if g is not None else z).flatten().double() for g, z in zip(live, zero)]) / taken.scale
     found = torch.linalg.lstsq(columns.T.cpu(), target[:, None].cpu()).solution[:, 0]
+    if float((columns.T.cpu() @ found - target.cpu()).norm()) > FOREIGN * float(target.norm()):
+        return  # no sum of the parts: clipped entry by entry, or with something added
     total = sum(scenes.batch for scenes in group)
     right = torch.tensor([scenes.batch / total for scenes in group], dtype=torch.float64)
     if bool(((found - right).abs() < 0.1 * right).all()):

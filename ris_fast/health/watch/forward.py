@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ris_fast.health.watch.any_step import listen, stop_listening
 from ris_fast.health.watch.call_site import call_site
 from ris_fast.health.watch.fingerprints import fingerprint_of
 from ris_fast.health.watch.graph import GraphLeaves, modules_of
@@ -83,8 +83,8 @@ class ForwardHooks:
         self.hooks = [
             model.register_forward_pre_hook(before, with_kwargs=True),
             model.register_forward_hook(after, with_kwargs=True),
-            register_optimizer_step_post_hook(_StepHook(self)),
         ]
+        listen(self)
         of_part = _Hook(self._part)
         parts = [] if _compiled(model) else [part for part in model.modules() if part is not model]
         self.part_hooks = [part.register_forward_hook(of_part) for part in parts]
@@ -99,6 +99,7 @@ class ForwardHooks:
         for hook in (*self.hooks, *self.part_hooks):
             hook.remove()
         self.hooks, self.part_hooks = [], []
+        stop_listening(self)
 
     def record(self) -> ForwardRecord:
         """All that was seen. Reads the device."""
@@ -233,18 +234,6 @@ class ForwardHooks:
             own = self.leaves.own_parameters()
             self.foreign[optimizer] = any(id(p) not in own for p in held_tensors(optimizer))
         self.foreign_steps += self.foreign[optimizer]
-
-
-class _StepHook:
-    """After a step of any optimizer; nothing once the watch is gone, whose end may come while such hooks run: only
-    `close` takes it away."""
-
-    def __init__(self, forward: ForwardHooks) -> None:
-        self.forward = weakref.ref(forward)
-
-    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
-        if not torch.compiler.is_compiling() and (forward := self.forward()) is not None:
-            forward.stepped(optimizer)
 
 
 def compiles_backward() -> bool:
