@@ -27,14 +27,17 @@ FEWEST, TARGETS = 32, 64  # samples; scenes whose targets are looked at
 NONE = 1e-6  # relative: rounding of a product of real numbers
 BOTH = 0.1  # share of the targets that an entry is positive in, and negative
 MOST = 0.5  # share of the entries that are held
-OUT_OF_REACH, AT_THE_END = 0.1, 1e-2  # share of the targets; of the range, within which a draw is at its end
+OUT_OF_REACH, AT_THE_END = 0.1, 1e-2  # share of the targets; of their span, within which an answer is at its end
+PILED = 0.1  # share of the answers of large weights that are there
 
 
 class Reach(NamedTuple):
-    """Of all samples: factors (S, N, Q, 2), and the outputs with places in them, (S, K) each, by name."""
+    """Of all samples: factors (S, N, Q, 2), and the outputs with places in them, (S, K) each, by name; of these also
+    those of the largest weights, where what is bounded sits at its ends."""
 
     factor: Tensor
     places: dict[str, Tensor]
+    extremes: dict[str, Tensor]
 
 
 def output_reach(context: PreflightContext) -> Iterator[Finding]:
@@ -45,7 +48,7 @@ def output_reach(context: PreflightContext) -> Iterator[Finding]:
         return
     wanted = _target(scenes)
     yield from [Finding("limited_output", seen) for seen in (_covariance(found.factor, wanted),) if seen]
-    if seen := _places(found.places, scenes):
+    if seen := _places(found, scenes):
         yield Finding("limited_output", seen, certain=False)
 
 
@@ -67,10 +70,14 @@ def _reached(context: PreflightContext) -> Reach | None:
             outputs.append(context.step.predict(scenes).apply(lambda value: value.float().clone()))
     finite = [_finite_rows(each) for each in outputs]
     outputs = [each.apply(lambda value, rows=rows: value[rows]) for each, rows in zip(outputs, finite)]
+    if torch.equal(outputs[0].factor, outputs[1].factor):
+        return None  # which other weights do not change
     names = [name for name in ("azimuth", "elevation", "range_m") if getattr(outputs[0], name) is not None]
+    places = {name: [getattr(each, name) for each in outputs] for name in names}
     return Reach(
         torch.cat([each.factor for each in outputs]),
-        {name: torch.cat([getattr(each, name) for each in outputs]) for name in names},
+        {name: torch.cat(values) for name, values in places.items()},
+        {name: torch.cat(values[-2:]) for name, values in places.items()},
     )
 
 
@@ -136,25 +143,25 @@ def _half_plane(factor: Tensor, wanted: Tensor, many: str) -> str:
     return ""
 
 
-def _places(places: dict[str, Tensor], scenes: Scenes) -> str:
+def _places(found: Reach, scenes: Scenes) -> str:
     """Outputs that stop at an end before many of the targets do; empty where none does."""
     active = scenes.power > 0 if scenes.power is not None else None
-    for name, values in places.items():
+    for name, values in found.places.items():
         targets = getattr(scenes, name)
         if targets is None or active is None or not bool(active.any()):
             continue
         targets, ends = targets[active], torch.aminmax(values)
-        span = float(ends.max - ends.min)
+        span = float(targets.max() - targets.min())
         for end, beyond, what in (
-            (ends.max, (targets > ends.max).float().mean(), "above"),
-            (ends.min, (targets < ends.min).float().mean(), "below"),
+            (ends.max, float((targets > ends.max + AT_THE_END * span).float().mean()), "above"),
+            (ends.min, float((targets < ends.min - AT_THE_END * span).float().mean()), "below"),
         ):
-            piled = int(((values - end).abs() < AT_THE_END * span).any(1).sum())
-            if float(beyond) > OUT_OF_REACH and piled > FEWEST // 2:
+            piled = float(((found.extremes[name] - end).abs() < AT_THE_END * span).float().mean())
+            if beyond > OUT_OF_REACH and piled > PILED:
                 return (
                     f"with weights drawn at random, {name} goes from {float(ends.min):.3g} to {float(ends.max):.3g} and"
-                    f" stays there; {float(beyond):.0%} of the targets are {what} it, up to"
-                    f" {float(targets.abs().max()):.3g}."
+                    f" sits at that end with large ones; {beyond:.0%} of the targets are {what} it, which go from"
+                    f" {float(targets.min()):.3g} to {float(targets.max()):.3g}."
                 )
     return ""
 

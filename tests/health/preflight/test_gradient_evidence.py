@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.faults.patches import Backward, before_step, on_output, rebound, wrap
 from ris_fast.health.preflight.derivatives import derivatives
-from ris_fast.health.preflight.gradient import connected, right_derivative
+from ris_fast.health.preflight.gradient import connected, every_tensor, right_derivative
 from ris_fast.health.preflight.one_step import one_step
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.recomputed import recomputed
@@ -146,3 +146,30 @@ def test_connected_names_the_layer_behind_which_the_gradient_is_lost() -> None:
     on_output(trainer.model.head, Tensor.detach)
     (finding,) = connected(PreflightContext(trainer))
     assert "the last layer whose answer requires one is norm, and head is without" in finding.evidence
+
+
+# ---- networks that are unusual and right
+# ------------------------------------------------------------------------------
+
+
+def test_gradient_checks_allow_layers_left_out_by_chance() -> None:
+    trainer = Trainer(small("backprojection"))
+    wrap(
+        trainer.model.blocks[0],
+        "forward",
+        lambda forward: lambda x: forward(x) if torch.rand(()) < 0.3 else x,
+    )
+    torch.manual_seed(0)
+    assert torch.rand(()) > 0.3 and said(every_tensor, trainer) == []
+
+
+def test_gradient_checks_allow_running_statistics_in_the_forward_pass() -> None:
+    trainer = Trainer(small("backprojection"))
+    trainer.model.norm.register_buffer("variance", torch.ones(32))
+
+    def normalise(x: Tensor) -> Tensor:
+        trainer.model.norm.variance.lerp_(x.detach().square().mean(0), 0.2)
+        return x / trainer.model.norm.variance.sqrt()
+
+    on_output(trainer.model.norm, normalise)
+    assert said(right_derivative, trainer) == []
