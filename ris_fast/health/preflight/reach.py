@@ -28,6 +28,7 @@ NONE = 1e-6  # relative: rounding of a product of real numbers
 BOTH = 0.1  # share of the targets that an entry is positive in, and negative
 MOST = 0.5  # share of the entries that are held
 OUT_OF_REACH, AT_THE_END = 0.1, 1e-2  # share of the targets; of their span, within which an answer is at its end
+FIXED, APART = 1e-3, 0.3  # relative spread of a share that is fixed; relative difference of the targets' from it
 PILED = 0.1  # share of the answers of large weights that are there
 
 
@@ -47,8 +48,11 @@ def output_reach(context: PreflightContext) -> Iterator[Finding]:
     if found is None or found.factor.shape[0] < FEWEST or scenes.batch < 2 or not bool(found.factor.any()):
         return
     wanted = _target(scenes)
-    yield from [Finding("limited_output", seen) for seen in (_covariance(found.factor, wanted),) if seen]
-    if seen := _places(found, scenes):
+    if seen := _covariance(found.factor, wanted):
+        yield Finding("limited_output", seen)
+    elif seen := _fixed_powers(found.factor.square().sum((2, 3)), torch.diagonal(wanted.real, dim1=1, dim2=2)):
+        yield Finding("limited_output", seen, certain=False)
+    elif seen := _places(found, scenes):
         yield Finding("limited_output", seen, certain=False)
 
 
@@ -115,6 +119,21 @@ def _covariance(factor: Tensor, wanted: Tensor) -> str:
         if seen := _one_signed(part, target):
             return f"{many} the {name} part of the covariance {seen}"
     return _half_plane(factor, wanted, many)
+
+
+def _fixed_powers(made: Tensor, wanted: Tensor) -> str:
+    """Shares of the elements in the power that no weights change. Args: (S, N) and (B, N)."""
+    share, target = (each / each.sum(1, keepdim=True).clamp_min(1e-30) for each in (made, wanted))
+    fixed = share.mean(0)
+    if bool((share.std(0) > FIXED * fixed).any()):
+        return ""
+    off = float(((target / fixed.clamp_min(1e-30) - 1).abs() > APART).float().mean())
+    if not off > MOST:
+        return ""
+    return (
+        f"in {len(made)} answers with weights drawn at random every element has a fixed share of the power, and"
+        f" {off:.0%} of those in the targets are others."
+    )
 
 
 def _one_signed(made: Tensor, wanted: Tensor) -> str:
