@@ -173,3 +173,43 @@ def test_gradient_checks_allow_running_statistics_in_the_forward_pass() -> None:
 
     on_output(trainer.model.norm, normalise)
     assert said(right_derivative, trainer) == []
+
+
+# ---- the loss that is printed, and what a step makes of the weights
+# ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (lambda total: 0.031 * total + (1 - 0.031) * total.detach(), [("gradient_scale_differs", False)]),
+        (lambda total: Backward.apply(total, lambda grad: 20 * grad), [("gradient_scale_differs", False)]),
+        (torch.sqrt, []),
+        (lambda total: 1e-3 * total, []),
+    ],
+)
+def test_right_derivative_holds_the_gradient_to_the_printed_loss(change: Any, expected: list) -> None:
+    trainer = Trainer(small("backprojection"))
+    wrap(trainer.loss, "forward", lambda forward: lambda *given: (change((made := forward(*given))[0]), made[1]))
+    assert said(right_derivative, trainer) == expected
+
+
+def test_one_step_tells_who_else_moves_the_weights() -> None:
+    def stepped(action: Callable[[Trainer], Any]) -> list[tuple[str, bool]]:
+        trainer = Trainer(small("backprojection"))
+        acting = action(trainer)
+        trainer.optimizer.register_step_post_hook(lambda *_: acting())
+        return said(one_step, trainer)
+
+    def decayed(trainer: Trainer) -> Callable:
+        return torch.no_grad()(lambda: [each.mul_(0.9) for each in trainer.model.head.parameters()])
+
+    def broken(trainer: Trainer) -> Callable:
+        return torch.no_grad()(lambda: trainer.model.head.bias.fill_(torch.nan))
+
+    assert stepped(decayed) == [("weights_changed_outside", False)]
+    assert stepped(broken) == [("nonfinite_step", True)]
+    trainer = Trainer(small("backprojection"))
+    other = torch.optim.SGD(trainer.model.head.parameters(), 1e3)
+    trainer.optimizer.register_step_pre_hook(lambda *_: other.step() and None)
+    assert said(one_step, trainer) == [("duplicate_parameters", True)]
