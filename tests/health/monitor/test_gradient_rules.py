@@ -1,5 +1,5 @@
-"""Gradients scene by scene, micro-batch by micro-batch and step by step: mistakes made in short runs, each named from the
-rows that they leave."""
+"""Gradients by scene, by micro-batch and by step, and scenes as they are served: mistakes made in short runs, each named
+from the rows that they leave."""
 
 from __future__ import annotations
 
