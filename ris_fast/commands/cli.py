@@ -191,7 +191,7 @@ def check(
 
 
 @app.command
-def why(run: Path | None = None, /, *, explain: str | None = None, json: bool = False) -> int:
+def why(run: Path | None = None, /, *, explain: str | None = None, every: bool = False, json: bool = False) -> int:
     """Why a run did not learn: the ranked cause, from its folder or from a plain metrics.jsonl.
 
     Parameters
@@ -200,12 +200,14 @@ def why(run: Path | None = None, /, *, explain: str | None = None, json: bool = 
         Run folder, or a file of JSON rows with train_loss and val_loss.
     explain
         Print the page on this cause instead.
+    every
+        Of a stalled run print every explanation that was looked at, one a line.
     json
         Print JSON instead of text.
     """
     from ris_fast.commands.why import why_command
 
-    return why_command(run, explain=explain, json=json)
+    return why_command(run, explain=explain, json=json, every=every)
 
 
 @app.command

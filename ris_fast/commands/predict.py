@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,14 +20,16 @@ from ris_fast.config.schema import ConfigError, Task
 from ris_fast.data.errors import DataError
 from ris_fast.data.factors import FactorFile, open_factors
 from ris_fast.data.measurements import NEEDS_SNR, MeasurementFile, check_values, open_measurements, read_chunks
-from ris_fast.files import CHECKPOINTS
+from ris_fast.files import CHECKPOINTS, SUMMARY
 from ris_fast.inference.located import Located
 from ris_fast.inference.locating import choose_count, choose_method, locate_sources, with_snr
 from ris_fast.inference.opened_run import open_run
 from ris_fast.inference.output import check_output, predictions_file
 from ris_fast.inference.predictor import CHUNK, Predictor, load
+from ris_fast.physics.baseline_names import CONSTANT_BASELINES
 from ris_fast.report.console import counter
 from ris_fast.report.tensor_log import TABLE
+from ris_fast.report.verdict import stalled_because
 from ris_fast.streams import stage
 from ris_fast.training.checkpoint import checkpoint_of
 from ris_fast.training.compiled_model import choose_device
@@ -79,12 +84,34 @@ def predict_command(
             done, found = done + len(located.count), found + int(located.count.sum())
             show(done, total)
     seconds = time.monotonic() - began
+    if predictor is not None and run is not None:
+        print("\n".join(never_learned(checkpoint_of(run)[0])), end="", file=sys.stderr)
     print(
         f"{total:,} scene{'s' * (total != 1)} in {seconds:.1f} s ({total / seconds:,.0f} scenes/s): {found:,}"
         f" source{'s' * (found != 1)}, {found / total:.2f}"
         f" a scene, by {method}\nwritten: {out}"
     )
     return exit_codes.DONE
+
+
+def never_learned(folder: Path) -> list[str]:
+    """A line that warns of a network whose run ended without having learned; none of others, or where no summary says
+    how it ended."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    if not isinstance(summary, dict) or summary.get("verdict") not in ("stalled", "stopped"):
+        return []
+    best, baselines = summary.get("best_val_nmse"), summary.get("baselines") or {}
+    constants = [baselines[name] for name in CONSTANT_BASELINES if name in baselines]
+    if summary["verdict"] == "stopped" and best is not None and best < min(constants, default=1.0):
+        return []  # whatever ended it, it knows something of the scenes
+    return [
+        f"warning: the network of this run has not learned ({summary['verdict']}: best validation NMSE"
+        f" {stalled_because(summary)}); what it finds in a scene, or that it finds nothing there, says little."
+        f" ris-fast why {shlex.quote(str(folder))}\n"
+    ]
 
 
 def _located(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import shlex
 import time
@@ -21,6 +22,7 @@ from ris_fast.files import (
     CONFIG,
     LAST,
     METRICS,
+    SUMMARY,
     StorageError,
     locked,
     make_folder,
@@ -35,7 +37,7 @@ from ris_fast.report.eventlog import write_json
 from ris_fast.training.callback import Callback
 from ris_fast.training.checkpoint import read_settings
 
-RUNS = "runs"
+RUNS, ENVIRONMENT = "runs", "env.json"
 
 
 class RunFolder(Callback):
@@ -48,7 +50,7 @@ class RunFolder(Callback):
         from ris_fast.environment import environment
 
         write_text(self.folder / CONFIG, render_toml(self.config))
-        write_json(self.folder / "env.json", environment())
+        write_json(self.folder / ENVIRONMENT, environment())
 
 
 def new_folder(config: Config, out: Path | None) -> Path:
@@ -61,7 +63,7 @@ def new_folder(config: Config, out: Path | None) -> Path:
         what = "a link that leads nowhere" if out.is_symlink() else "a file"
         raise ConfigError(f"--out {out} is {what}; give the name of a folder.")
     with writing(out):
-        held = any((out / name).exists() for name in (METRICS, CONFIG))
+        held = any((out / name).exists() for name in (METRICS, CONFIG)) and not refused_only(out)
     if held:
         raise ConfigError(
             f"--out {out} already holds a run. Continue it with --resume {shlex.quote(str(out))}, or give another"
@@ -69,6 +71,25 @@ def new_folder(config: Config, out: Path | None) -> Path:
         )
     _made(out)
     return out
+
+
+def refused_only(folder: Path) -> bool:
+    """Whether nothing but a preflight that refused a run has happened in the folder: not a step, not a checkpoint."""
+    if (folder / METRICS).exists() or (folder / CHECKPOINTS).exists() or not (folder / SUMMARY).is_file():
+        return False
+    try:
+        summary = json.loads(read_text(folder / SUMMARY))
+        return summary["verdict"] == "stopped" and summary["optimizer_steps"] == 0 and bool(summary["findings"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def forget_refused(folder: Path) -> None:
+    """Removes what a refused preflight left, so that the run that begins now is the folder's only one."""
+    if refused_only(folder):
+        with writing(folder):
+            for name in (SUMMARY, CONFIG, ENVIRONMENT):
+                (folder / name).unlink(missing_ok=True)
 
 
 def _made(folder: Path) -> bool:

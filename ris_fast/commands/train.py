@@ -16,6 +16,7 @@ from ris_fast.commands.launch import outcome_of, restart_count, restarts_allowed
 from ris_fast.commands.run_folder import (
     RunFolder,
     drop_if_empty,
+    forget_refused,
     how_to_resume,
     new_folder,
     run_and_checkpoint,
@@ -87,6 +88,8 @@ def _run(config: Config, ranks: Ranks, out: Path | None, resume: Path | None, pr
     try:
         with ExitStack() as held:
             ranks.by_first(lambda: held.enter_context(run_lock(folder, wait=LOCK_WAIT if restarts_allowed() else 0.0)))
+            if resume is None:
+                ranks.by_first(lambda: forget_refused(folder))
             if (ended := ranks.by_first(lambda: _ended(folder))) is not None:
                 return ended
             summary = fit_in_folder(config, folder, console, checkpoint=checkpoint, profile=profile)

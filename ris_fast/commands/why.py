@@ -12,16 +12,17 @@ from ris_fast.config.spelling import did_you_mean
 from ris_fast.files import METRICS, SUMMARY
 from ris_fast.old_names import current_cause
 from ris_fast.report.eventlog import dumps
-from ris_fast.report.verdict import lost_again, ruled_out, stalled_because
+from ris_fast.report.verdict import explanation_lines, lost_again, stalled_because
 
 
-def why_command(run: Path | None, *, explain: str | None, json: bool) -> int:
+def why_command(run: Path | None, *, explain: str | None, json: bool, every: bool) -> int:
     """Prints the page on the cause `explain`, or else the ranked causes of a run."""
-    return explain_cause(explain) if explain is not None else say_why(run, json=json)
+    return explain_cause(explain) if explain is not None else say_why(run, json=json, every=every)
 
 
-def say_why(run: Path | None, *, json: bool = False) -> int:
-    """The ranked causes of a run. Raises ConfigError where there is no run to read."""
+def say_why(run: Path | None, *, json: bool = False, every: bool = False) -> int:
+    """The ranked causes of a run. `every`: with all explanations of a run that stalled, one a line. Raises ConfigError
+    where there is no run to read."""
     from ris_fast.health.diagnose.why import why
 
     if run is None:
@@ -29,7 +30,7 @@ def say_why(run: Path | None, *, json: bool = False) -> int:
     rows, summary = _read(run)
     try:
         answer = why(run, rows, summary)
-        reason = _reason(run, rows, summary, answer)
+        reason = _reason(run, rows, summary, answer, every)
     except ConfigError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # entries that no writer of rows leaves out
@@ -61,19 +62,16 @@ def _read(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         raise ConfigError(f"why: {error}") from error
 
 
-def _reason(run: Path, rows: list[dict[str, Any]], summary: Mapping[str, Any], answer: Any) -> str:
+def _reason(run: Path, rows: list[dict[str, Any]], summary: Mapping[str, Any], answer: Any, every: bool) -> str:
     """What the findings alone do not say: why the run is called stalled, or that it has not ended."""
     from ris_fast.commands.run_folder import how_to_resume
 
     if rows and not summary and not answer.plain and run.is_dir():
         return f"The run has not come to its end: it was killed, or is still training. {how_to_resume(run)}"
-    return stall_text(summary) if answer.verdict == "stalled" else " ".join(lost_again(summary))
-
-
-def stall_text(summary: Mapping[str, Any]) -> str:
-    """Why a run is called stalled, and, where no rule found a cause, what was looked for and not found."""
-    excluded = [] if summary.get("findings") else ruled_out(summary)
-    return "\n".join([f"stalled: best validation NMSE {stalled_because(summary)}", *excluded])
+    if answer.verdict != "stalled":
+        return " ".join(lost_again(summary))
+    looked = explanation_lines({**summary, "explanations": answer.explanations}, every=every)
+    return "\n".join([f"stalled: best validation NMSE {stalled_because(summary)}", *looked])
 
 
 def explain_cause(name: str) -> int:

@@ -94,7 +94,7 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "zero_loss_weight": "a term that should drive training has weight zero",
         "batchnorm_statistics": "a normalisation validates with running statistics unlike those it trains with",
         "eval_mode_in_training": "the network, or a part of it, trains in evaluation mode",
-        "train_mode_in_validation": "dropout is active while the network is validated",
+        "train_mode_in_validation": "modules are in training mode while the network is validated",
         "unsettled_buffers": "a layer is evaluated with buffers that no training pass has updated yet",
         "loss_rebuilt": "the loss that is differentiated is a new tensor made from a number or an array",
         "detached_loss": "the covariance loss does not depend on the factors through autograd",

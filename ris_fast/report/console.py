@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from ris_fast.report.baselines import baseline_lines, figure, judge, milestone_line
-from ris_fast.report.verdict import lost_again, ruled_out, stalled_because
+from ris_fast.report.verdict import explanation_lines, lost_again, stalled_because
 from ris_fast.training.callback import Callback
 
 BAR_WIDTH = 24
@@ -221,7 +221,7 @@ def outcome_lines(summary: Mapping[str, Any], *, milestones: bool = True, run: P
     if summary.get("findings"):
         lines.append("findings, most certain first: " + ", ".join(map(str, summary["findings"])))
         lines += certain_findings(summary)
-    lines += [] if summary.get("findings") else ruled_out(summary, names=False)
+    lines += explanation_lines(summary)
     if run and len(lines) > 2:
         lines.append(f"  more: ris-fast why {shlex.quote(str(run))}")
     return lines

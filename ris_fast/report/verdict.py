@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ris_fast.physics.baseline_names import CONSTANT_BASELINES
@@ -66,31 +66,34 @@ def lost_again(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def ruled_out(summary: Mapping[str, Any], *, names: bool = True) -> list[str]:
-    """What a stalled run that shows no cause was looked at for: the checks that passed and the rules that stayed
-    silent.
+def explanation_lines(summary: Mapping[str, Any], *, every: bool = False) -> list[str]:
+    """What a stalled run was looked at for, what is likely first: each explanation with the measurement that speaks for
+    it or against it, or why there is none; findings, which are shown by themselves, left out.
 
-    `names`: a line for each of the two with what they are called, else one line with how many there are. Empty for runs
-    that nobody watched.
+    `every`: a line for each; else seven lines at most. Empty where nothing was looked at.
     """
-    looked = summary.get("ruled_out")
-    if summary.get("verdict") != "stalled" or not isinstance(looked, Mapping):
+    entries = summary.get("explanations")
+    if summary.get("verdict") != "stalled" or not isinstance(entries, Sequence):
         return []
-    checks, rules = ([str(each) for each in looked.get(key) or ()] for key in ("checks", "rules"))
-    kinds = (
-        (
-            (
-                f"{len(checks)} preflight checks passed"
-                if checks
-                else "no preflight check ran (health.preflight=false, or a run resumed without its metrics.jsonl)"
-            ),
-            checks,
-        ),
-        (f"{len(rules)} rules looked at its reports and stayed silent", rules),
-    )
-    if not names:
-        return [f"ruled out: {'; '.join(said for said, _ in kinds)}"]
-    return [
-        f"ruled out: {said}{': ' if found else ''}{', '.join(each.replace('_', ' ') for each in found)}"
-        for said, found in kinds
-    ]
+    entries = [each for each in entries if not each.get("found")]
+    if every:
+        return [_explained(each) for each in entries]
+    by_status = {status: [each for each in entries if each["status"] == status] for status in _MOST}
+    lines = [_explained(each) for status, most in _MOST.items() for each in by_status[status][:most]]
+    left = {status: len(by_status[status]) - most for status, most in _MOST.items() if len(by_status[status]) > most}
+    if out := [each for each in entries if each["status"] == RULED_OUT]:
+        said = [f"{each['reason']} ({each['by']})" for each in out[:_SHOWN]]
+        left |= {RULED_OUT: len(out) - _SHOWN} if len(out) > _SHOWN else {}
+        lines.append(f"  ruled out: {'; '.join(said)}")
+    if left:
+        lines.append("  and " + ", ".join(f"{count} more {status}" for status, count in left.items()))
+    return lines
+
+
+def _explained(each: Mapping[str, Any]) -> str:
+    todo = f". try: {each['next']}" if each.get("next") else ""
+    return f"  {each['status']}: {each['reason']}: {each['by']}{todo}"
+
+
+RULED_OUT = "ruled out"
+_MOST, _SHOWN = {"likely": 3, "not looked at": 2}, 5

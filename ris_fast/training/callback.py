@@ -15,7 +15,13 @@ class Callback:
     The trainer calls the callbacks of its list `callbacks` in order, each with one dict of plain numbers, texts and
     further dicts. They all get the same dict: a key that one adds is seen by those behind it. An error that a callback
     raises ends the run.
+
+    `changes`: beginnings of the names of settings that it changes on purpose while the run goes on, such as
+    'loss.angle' or 'frozen': learning health says nothing of these. What it calls them is in its finding
+    `settings_changed`.
     """
+
+    changes: tuple[str, ...] = ()
 
     def on_train_start(self, info: dict[str, Any]) -> None:
         """Once, with the settings and the baselines, before the first validation and the first step."""

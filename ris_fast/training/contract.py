@@ -290,7 +290,8 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
         model.train(mode)
         with torch.no_grad():
             for each, copy in kept:
-                each.copy_(copy)
+                if not torch.equal(each, copy):  # an expanded one cannot be written, nor could it have changed
+                    each.copy_(copy)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -14,6 +14,7 @@ from ris_fast.training.schedule import Plan, learning_rate_factor
 from ris_fast.training.state import Meter, RunState, RunStopped
 from ris_fast.training.step import Step
 from ris_fast.training.telemetry.async_copy import Clock, DeviceTimestamp, HostCopy
+from ris_fast.training.telemetry.settings import RunSettings
 from ris_fast.training.telemetry.step_telemetry import DENSE, StepSample, WeightDriftMonitor
 from ris_fast.training.validation import Score
 
@@ -29,6 +30,7 @@ class PendingReport:
     sample: StepSample | None
     copies: HostCopy
     moment: DeviceTimestamp
+    settings: dict[str, Any]
 
 
 class MetricsReporter:
@@ -43,6 +45,7 @@ class MetricsReporter:
         self.clock, self.epoch_steps, self.device = clock, epoch_steps, clock.device
         self.counters: dict[str, Any] = dict.fromkeys(("attempted", "applied", "clipped", "skipped"), 0)
         self.pending: PendingReport | None = None
+        self.settings: RunSettings | None = None  # from the start of `fit`
 
     def due(self, step: int) -> bool:
         """Whether a report follows the step of this number, counted from 1."""
@@ -59,7 +62,14 @@ class MetricsReporter:
         tensors = {"counters": self.step.optimizer.counter_states(), "sums": window.sums}
         tensors |= sample.tensors if sample else {}
         self.pending = PendingReport(
-            self.position(), planned, replace(window), scenes, sample, HostCopy(tensors), self.clock.record()
+            self.position(),
+            planned,
+            replace(window),
+            scenes,
+            sample,
+            HostCopy(tensors),
+            self.clock.record(),
+            self.settings_changed(),
         )
         return self.flush() if self.device.type == "cpu" else row
 
@@ -79,8 +89,14 @@ class MetricsReporter:
             "attempted": self.counters["attempted"] - previous["attempted"],
             "skipped": self.counters["skipped"] - previous["skipped"],
             "applied": self.counters["applied"],
+            **report.settings,
         }
         return report.position | self.figures(window, previous, rate, report.planned) | {"health": health}
+
+    def settings_changed(self) -> dict[str, Any]:
+        """What is not as it was when the run began; empty where all is."""
+        changed = {} if self.settings is None else self.settings.changes()
+        return {"settings_changed": changed} if changed else {}
 
     def read_counters(self, copied: Tensor | None = None) -> None:
         """Waits for the optimizer's counters, or takes `copied`, a copy that is there already."""
@@ -175,9 +191,12 @@ def validation_reading(scores: Mapping[str, Score], drift: WeightDriftMonitor) -
                 "in_eval_mode": score.in_eval_mode,
                 "loss": score.loss,
                 "distance": drift.distance(score.weights),
+                "scenes_hash": score.scenes_hash,
+                **({"in_training_mode": score.in_training_mode} if score.in_training_mode else {}),
             }
             for name, score in scores.items()
         },
         "distance": drift.distance(drift.last),
         "first_norm": drift.size,
+        "scenes": min(scores.values(), key=lambda score: score.nmse).scenes,
     }

@@ -21,6 +21,7 @@ from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.training.ranks.reduction import GradientReduction
 from ris_fast.training.schedule import learning_rate_factor
 from ris_fast.training.step_result import StepResult
+from ris_fast.training.telemetry.scene_ring import SceneRing
 from ris_fast.training.telemetry.step_telemetry import StepTelemetry
 from ris_fast.training.telemetry.step_window import ring_size
 
@@ -121,7 +122,10 @@ class Step:
     ) -> None:
         self.network, self.loss, self.optimizer = network, loss, optimizer
         self.config, self.device = config, device
-        self.telemetry = StepTelemetry(model, optimizer, config.report.every_steps)
+        ring = SceneRing(
+            ring_size(config.report.every_steps), config.training.batch_size * config.training.accumulate, device
+        )
+        self.telemetry = StepTelemetry(model, optimizer, config.report.every_steps, ring)
         self.rates: list[float | Tensor] = []
         self.reduction: GradientReduction | None = None
 
@@ -130,6 +134,8 @@ class Step:
         with autocast(self.device, self.config.training.precision):
             prediction = self.network(*network_inputs(scenes))
         if torch.is_grad_enabled():
+            # An alias, of which only the loss's derivative is taken: the network may use its factor for other outputs.
+            prediction = prediction._replace(factor=prediction.factor.view_as(prediction.factor))
             self.telemetry.shown(scenes, prediction.factor)
         return prediction
 

@@ -70,5 +70,8 @@ def info(config: Config, source: SceneSource, **facts: Any) -> dict[str, Any]:
         "accumulate": training.accumulate,
         "epochs": training.epochs,
         "max_seconds": training.max_seconds,
+        "warmup": config.optimizer.warmup,
+        "from_weights": bool(training.init),
+        "frozen_on_purpose": config.health.frozen,
         **facts,
     }

@@ -20,7 +20,7 @@ from ris_fast.data.prefetch import reads_ahead, scene_groups
 from ris_fast.data.source import SceneSource, epoch_batches
 from ris_fast.environment import keep_freed_memory
 from ris_fast.files import BEST, CHECKPOINTS, LAST
-from ris_fast.models.modes import has_dropout
+from ris_fast.models.modes import eval_mode, has_dropout
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.callback import Callback, callback_list, check_callbacks, from_observer, step_callbacks
 from ris_fast.training.capture import CapturedCall, CapturedStep
@@ -41,6 +41,7 @@ from ris_fast.training.ranks.rank_telemetry import RankTelemetry
 from ris_fast.training.ranks.reduction import GradientReduction
 from ris_fast.training.reporter import MetricsReporter, validation_reading
 from ris_fast.training.resume import Found, changed_sources, find, finished, restore, run_facts, start_from, tensors_of
+from ris_fast.training.scene_scores import Division, divisions
 from ris_fast.training.schedule import Plan, steps_in_epoch
 from ris_fast.training.state import EpochMeters, Meter, RunState, RunStopped, trainable
 from ris_fast.training.step import Group, Step, build_optimizer, network_inputs
@@ -48,10 +49,12 @@ from ris_fast.training.step_result import StepResult
 from ris_fast.training.step_seed import seed_step
 from ris_fast.training.summary import info, summary
 from ris_fast.training.telemetry.async_copy import Clock, DeviceTimestamp, own_stream
+from ris_fast.training.telemetry.settings import RunSettings, describe_settings
 from ris_fast.training.telemetry.step_telemetry import WeightDriftMonitor, weight_norms
-from ris_fast.training.validation import Score, ValidationShare, validate
+from ris_fast.training.validation import Score, ValidationShare, scene_nmse, validate
 
 REPLAN_EVERY = 50  # steps between two looks at the device's clock
+APART, LOOKS, FEW_SCENES = 2.0, 3, 64  # times training: validation is far above it; epochs and scenes to see why
 
 
 class Trainer(Built):
@@ -138,6 +141,8 @@ class Trainer(Built):
         self.last_scenes = 0  # of the last step
         self.agreement = Agreement(self.ranks)
         self.validation: list[Scenes] = []  # this and what follows: from the start of `fit`
+        self.validation_divisions: dict[str, Division] = {}  # ways to divide them
+        self.looked_apart = 0  # epochs in which training scenes were scored in evaluation mode
         self.comparisons = Comparisons()
         self.first_norms: Tensor | None = None  # of the weights that a resumed run began with
         self.weight_drift: WeightDriftMonitor | None = None
@@ -174,12 +179,16 @@ class Trainer(Built):
         """What comes before the clock of the run starts: scenes to validate, baselines, compiling."""
         self.validation = self.validation or self._validation_scenes()  # the network knows them by their identity
         self.comparisons = self.ranks.by_first(self._compare)
+        self.step.telemetry.know_validation(self.validation)
+        self.validation_divisions = divisions(self.validation) if self.ranks.alone else {}
         self._compile()
         self._capture()
 
     def _fit(self) -> dict[str, Any]:
+        self.reporter.settings = RunSettings(self.model, self.loss, self.optimizer, self.config, self._announced())
         with self.agreement.held():
             self._notify("on_train_start", self._info())
+        self.reporter.settings.begin()  # with what a callback has set
         self._ends(now=True)
         self.reporter.read_counters()  # steps that somebody made before are not the loop's
         findings, verdict, ended_by, begun = [], None, {}, self.state.step
@@ -220,6 +229,7 @@ class Trainer(Built):
         meters = self.meters = self._begun_meters(before)
         self.optimizer_batches, self.replanned_at, self.epoch_left = 0, None, self._steps_left()
         self.weight_drift_between_epochs = self.weight_drift.check()
+        self.step.telemetry.begin_epoch()
         self.model.train()
         self.clock.start()
         # A captured step makes its scenes itself, from their numbers.
@@ -365,6 +375,8 @@ class Trainer(Built):
                 "epoch_steps": self.epoch_left,  # without those before a resumption
                 "cut_short": self.agreement.over,
                 "weight_drift_between_epochs": self.weight_drift_between_epochs,
+                **self.reporter.settings_changed(),
+                **self._training_in_eval_mode(row["terms"], raw.nmse),
                 **validation_reading({"raw": raw} | ({"ema": ema} if ema else {}), self.weight_drift),
             },
         }
@@ -381,10 +393,25 @@ class Trainer(Built):
             with self.agreement.held():
                 self._notify("on_epoch_end", row)
 
+    def _training_in_eval_mode(self, trained: dict[str, dict[str, float]], validated: float) -> dict[str, Any]:
+        """Where validation is far above training: what the raw weights score on scenes of this epoch as validation
+        scores its own, which tells another mode or other weights from other scenes. In the first such epochs alone."""
+        term = trained.get("cov_pred") or (trained.get("cov") if self.config.loss.beta == 0.0 else None)
+        if term is None or not APART * term["raw"] < validated or self.looked_apart >= LOOKS or not self.ranks.alone:
+            return {}
+        self.looked_apart += 1
+        settings, fixed = self.config.training, self.config.data.fixed
+        order = epoch_batches(self.source, "train", self.state.epoch, FEW_SCENES, settings.seed, fixed)
+        scenes = self.source.batch("train", next(order))
+        with torch.no_grad(), eval_mode(self.model):
+            nmse = scene_nmse(self.step.predict(scenes), scenes).mean().item()
+        return {"training_in_eval_mode": {"scenes": scenes.batch, "nmse": nmse, "trained": term["raw"]}}
+
     def _score(self, averaged: bool = False) -> Score:
         def score() -> Score:
             share = None if self.ranks.alone else self._validation_share()
-            return validate(self.model, self.step.predict, self.loss, self.validation, self.validation_runner, share)
+            runner, ways = self.validation_runner, self.validation_divisions
+            return validate(self.model, self.step.predict, self.loss, self.validation, runner, share, ways)
 
         if not averaged:
             return score()
@@ -463,7 +490,18 @@ class Trainer(Built):
             ema_decay=self.optimizer.ema_decay,
             preflight=self.preflight,
             optimizer_backend=self.optimizer.backend,
+            settings=describe_settings(self.reporter.settings),
+            step_callbacks=[type(each).__name__ for each in step_callbacks(self.callbacks)],
+            own_callbacks=[
+                type(each).__name__ for each in self.callbacks if not type(each).__module__.startswith("ris_fast.")
+            ],
+            own_source=not type(self.source).__module__.startswith("ris_fast."),
         )
+
+    def _announced(self) -> tuple[str, ...]:
+        """Beginnings of the names of settings that callbacks change on purpose."""
+        named = [each.changes for each in self.callbacks]
+        return tuple(name for each in named for name in ((each,) if isinstance(each, str) else each))
 
     def _summary(self, verdict: str | None, findings: list[str]) -> dict[str, Any]:
         return summary(

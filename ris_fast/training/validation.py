@@ -5,9 +5,9 @@ Legend: B batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from ris_fast.physics.scenes import Scenes
 from ris_fast.training.compiled_model import Network
 from ris_fast.training.loss import CovarianceLoss
 from ris_fast.training.ranks.group import Ranks
+from ris_fast.training.scene_scores import Division, scene_summary
 from ris_fast.training.step import network_inputs
+from ris_fast.training.telemetry.module_modes import ModuleModes
 from ris_fast.training.telemetry.step_telemetry import row_hashes, weight_norms
 
 
@@ -35,6 +37,9 @@ class Score:
     in_eval_mode: bool = True  # every module was in evaluation mode
     prediction_hash: str = ""  # hash of the factors: equal for equal answers, bit for bit
     weights: Tensor | None = None  # (T,) norms of the weights that were scored
+    scenes_hash: str = ""  # hash of the snapshots and targets
+    in_training_mode: dict[str, Any] = field(default_factory=dict)  # modules that were, by name; empty where none was
+    scenes: dict[str, Any] = field(default_factory=dict)  # what `scene_summary` says of them
 
 
 def target_of(scenes: Scenes) -> dict[str, Tensor]:
@@ -49,13 +54,14 @@ def scene_nmse(prediction: Prediction, scenes: Scenes) -> Tensor:
 
 class Measured(NamedTuple):
     """Scores on the device: loss of each batch times its scenes (C,) float64, NMSE (B,) float64, sum of the factors'
-    hashes (), norms of the weights (T,)."""
+    hashes (), norms of the weights (T,), sum of the hashes of snapshots and targets ()."""
 
     losses: Tensor
     nmse: Tensor
     prediction_hash: Tensor
     weights: Tensor
     modules_in_train_mode: int  # modules found in training mode
+    scenes_hash: Tensor
 
 
 @torch.no_grad()
@@ -64,7 +70,9 @@ def measure(
 ) -> Measured:
     """What `validate` scores, without a host read."""
     losses, scores, hashes, modules_in_train_mode, weights = [], [], [], 0, weight_norms(model)
+    given = []
     for scenes in batches:
+        given.append(scenes_hash(scenes))
         prediction = predict(scenes)
         modules_in_train_mode += _modules_in_train_mode(model)
         hashes.append(row_hashes(prediction.factor).sum())
@@ -72,9 +80,16 @@ def measure(
         scores.append(scene_nmse(prediction, scenes))
     if not losses:  # a rank without scenes
         none = weights.new_zeros(0, dtype=torch.float64)
-        return Measured(none, none, none.long().sum(), weights, 0)
+        return Measured(none, none, none.long().sum(), weights, 0, none.long().sum())
     nmse = torch.cat(scores).double()
-    return Measured(torch.stack(losses), nmse, torch.stack(hashes).sum(), weights, modules_in_train_mode)
+    answers, shown = torch.stack(hashes).sum(), torch.stack(given).sum()
+    return Measured(torch.stack(losses), nmse, answers, weights, modules_in_train_mode, shown)
+
+
+def scenes_hash(scenes: Scenes) -> Tensor:
+    """(): of the snapshots and, in another weight, of the targets."""
+    target = scenes.factor if scenes.factor is not None else scenes.covariance[:, :1]  # of a dense one the first row
+    return row_hashes(scenes.snapshots).sum() + 3 * row_hashes(target).sum()
 
 
 class ValidationShare:
@@ -104,9 +119,12 @@ class ValidationShare:
             row[: len(nmse)], row[-1] = nmse, loss
         self.ranks.sum_(table)
         nmse = table[:, :-1].flatten()[: self.scenes]
-        return found._replace(
-            losses=table[:, -1], nmse=nmse, prediction_hash=self.ranks.sum_(found.prediction_hash.clone())
-        )
+        answers, shown = (self.ranks.sum_(each.clone()) for each in (found.prediction_hash, found.scenes_hash))
+        return found._replace(losses=table[:, -1], nmse=nmse, prediction_hash=answers, scenes_hash=shown)
+
+
+def _hexadecimal(value: Tensor) -> str:
+    return f"{value.item() & (2**64 - 1):016x}"
 
 
 def _modules_in_train_mode(model: nn.Module) -> int:
@@ -120,23 +138,29 @@ def validate(
     batches: Iterable[Scenes],
     run: Callable[[Callable[[], Measured]], Measured] = lambda work: work(),
     share: ValidationShare | None = None,
+    divisions: Mapping[str, Division] | None = None,
 ) -> Score:
     """Scores the model's present weights; the mode of each of its modules is put back afterwards.
 
     `run`: calls the work, or stands in for it with a captured graph of the same. `share`: where `batches` are a part of
-    the set, and the other ranks score the rest.
+    the set, and the other ranks score the rest. `divisions`: ways to divide the whole set, for the summary of its
+    scenes.
     """
     with eval_mode(model):
         found = run(lambda: measure(model, predict, loss, batches))
         found = found if share is None else share.whole(found)
         modules_in_train_mode = found.modules_in_train_mode + _modules_in_train_mode(model)
+        modes = ModuleModes.of(model, training=True) if modules_in_train_mode else None
     return Score(
         (found.losses.sum() / found.nmse.numel()).item(),
         found.nmse.mean().item(),
         found.nmse.median().item(),
         modules_in_train_mode == 0,
-        f"{found.prediction_hash.item() & (2**64 - 1):016x}",
+        _hexadecimal(found.prediction_hash),
         found.weights.clone(),
+        _hexadecimal(found.scenes_hash),
+        {} if modes is None else modes.to_json(),
+        scene_summary(found.nmse.cpu(), divisions or {}),
     )
 
 

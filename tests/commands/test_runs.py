@@ -72,16 +72,19 @@ def test_train_writes_every_file_of_a_run_folder(trained: Path) -> None:
     assert summary["baselines"]["zero"] == 1.0 and json.loads((trained / "env.json").read_text())["versions"]["torch"]
 
 
-def test_why_says_what_a_stalled_run_ruled_out(trained: Path, capsys) -> None:
+def test_why_says_what_a_stalled_run_ruled_out_and_what_is_likely(trained: Path, capsys) -> None:
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["verdict"] == "stalled" and summary["findings"] == []
     assert len(summary["ruled_out"]["checks"]) > 30 and "one_update_a_step" in summary["ruled_out"]["rules"]
+    statuses = [each["status"] for each in summary["explanations"]]
+    order = ["likely", "not looked at", "ruled out"]
+    assert statuses == sorted(statuses, key=order.index) and {"likely", "ruled out"} <= set(statuses)
     assert main(["why", str(trained)]) == 0
+    short = capsys.readouterr().out
+    assert "likely: the run is too short: 8 steps" in short and len(short.splitlines()) <= 12
+    assert main(["why", str(trained), "--every"]) == 0
     said = capsys.readouterr().out
-    assert f"ruled out: {len(summary['ruled_out']['checks'])} preflight checks passed: " in said
-    assert all(
-        each.replace("_", " ") in said for each in (*summary["ruled_out"]["checks"], *summary["ruled_out"]["rules"])
-    )
+    assert all(each["reason"] in said and each["by"] in said for each in summary["explanations"])
 
 
 def test_metrics_have_a_row_per_report_with_weighted_terms(trained: Path) -> None:
@@ -251,6 +254,18 @@ def test_train_that_never_began_leaves_no_folder(tmp_path, capsys) -> None:
     assert "cannot be written" in capsys.readouterr().err
     assert main(["train", *SMALL, "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]) == 3
     assert not (tmp_path / "run").exists()
+
+
+def test_folder_of_a_refused_run_can_be_used_again(tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    asked = ["train", *SMALL, "--epochs", "1", "--out", str(out)]
+    for _ in range(2):
+        assert main([*asked, *settings("optimizer.backbone_lr=0", "optimizer.head_lr=0")]) == 4
+        assert "zero_learning_rate" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == ["config.toml", "env.json", "summary.json"]
+    assert main([*asked, *QUICK]) == STALLED
+    assert json.loads((out / "summary.json").read_text())["optimizer_steps"] > 0
+    assert main([*asked, *QUICK]) == 2 and "already holds a run" in capsys.readouterr().err
 
 
 def test_env_json_has_versions_and_kernel_backends(capsys) -> None:

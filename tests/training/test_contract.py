@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ris_fast import Callback, CovarianceLoss, Scenes, Trainer, build_model, load_config
 from ris_fast.config.schema import Config, ConfigError
 from ris_fast.config.user_code import load_reference
-from ris_fast.health.preflight import derivative, network, parameters
+from ris_fast.health.preflight import derivative, modes, parameters
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.restore import preserve_state
 from ris_fast.inference.predictor import load
@@ -199,7 +199,7 @@ def test_a_file_that_ends_the_program_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["Tied", "Parametrized", "Singular", "InputGradient", "Normalised"])
 def test_no_check_is_certain_about_a_network_that_is_right(name: str) -> None:
     context = PreflightContext(Trainer(config(name, "task.max_sources=2")))
-    for check in (parameters.tied, parameters.unregistered, network.randomness, derivative.right_derivative):
+    for check in (parameters.tied, parameters.unregistered, modes.randomness, derivative.right_derivative):
         with preserve_state(context.trainer):
             assert not [each for each in check(context) if each.certain], check.__name__
 
@@ -207,7 +207,7 @@ def test_no_check_is_certain_about_a_network_that_is_right(name: str) -> None:
 def test_running_statistics_that_stay_behind_are_named() -> None:
     context = PreflightContext(Trainer(config("NeverUpdated", "task.max_sources=2")))
     with preserve_state(context.trainer):
-        assert [each.cause for each in network.randomness(context)] == ["batchnorm_statistics"]
+        assert [each.cause for each in modes.randomness(context)] == ["batchnorm_statistics"]
 
 
 def test_mfu_of_batch_normalisation_is_measured_on_one_scene() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from ris_fast.files import CONFIG, METRICS, SUMMARY
 from ris_fast.health.diagnose.other_trainers import symptoms
 from ris_fast.health.finding import Finding, explained, ranked
+from ris_fast.health.monitor.explanations import explanations
 from ris_fast.health.monitor.history import RunHistory
 from ris_fast.health.monitor.rules import replay
 from ris_fast.old_names import current_names
@@ -27,6 +28,7 @@ class Diagnosis:
     verdict: str
     figures: str
     plain: bool = False  # rows of another trainer, which have losses and little else
+    explanations: tuple[dict[str, str], ...] = ()  # of a run that stalled: `Explanation.to_json` of each
 
     @property
     def text(self) -> str:
@@ -58,6 +60,7 @@ class Diagnosis:
             "verdict": self.verdict,
             "figures": self.figures,
             "findings": [finding.to_json() for finding in self.findings],
+            "explanations": list(self.explanations),
         }
 
 
@@ -88,7 +91,16 @@ def why(
         str(history.summary.get("verdict", "another trainer's rows" if plain else "unfinished")),
         _figures(history),
         plain,
+        _explanations(history, findings),
     )
+
+
+def _explanations(run: RunHistory, findings: Sequence[Finding]) -> tuple[dict[str, str], ...]:
+    """Those that the run itself ended with, which knew more, or else what its rows say."""
+    if run.summary.get("verdict") != "stalled":
+        return ()
+    written = run.summary.get("explanations")
+    return tuple(written if written else (each.to_json() for each in explanations(run, findings)))
 
 
 def sort_rows(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> RunHistory:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.epoch_rules import AT_ITS_END
 from ris_fast.health.monitor.history import Rule, RunHistory, validated
+from ris_fast.health.monitor.settings_rules import settings_off_plan
 from ris_fast.physics.baseline_names import CONSTANT_BASELINES
 
 NO_BETTER, UNMOVED = 0.95, 0.01  # of the lowest constant answer; relative, between the first and the last third
@@ -28,15 +30,28 @@ def how_it_ended(run: RunHistory) -> Iterator[Finding]:
         )
     if "steps_skipped" in stopped:
         row = run.steps[-1] if run.steps else {}
-        scaled = (row.get("loss_scale") or 1.0) != 1.0
+        scale = row.get("loss_scale") or 1.0
         if run.reading.get("nonfinite_scenes"):
             yield Finding("nonfinite_data", "the steps that were skipped had scenes that are not finite.", step)
         else:
-            yield Finding(
-                "scaler_skips_all" if scaled else "nonfinite_gradients",
-                f"{run.summary.get('skipped_steps')} of {step} steps were skipped for gradients that are not finite.",
-                step,
-            )
+            seen = f"{run.summary.get('skipped_steps')} of {step} steps were skipped for gradients that are not finite"
+            finite = math.isfinite(float(row.get("train_loss", 0.0)))
+            by_scale = scale > 1.0 and finite
+            if scale != 1.0:
+                seen += f"; the loss scale is {scale:g} and the loss is {row.get('train_loss', math.nan):.3g}: " + (
+                    "the scale overflows, or the network does in float16. Which of the two: training.precision=fp32"
+                    if by_scale
+                    else "no scale makes that finite, so the scale is not the cause"
+                    + (
+                        ""
+                        if finite
+                        else ": the network leaves float16, or a term of the loss is not finite. Which of"
+                        " the two: training.precision=fp32"
+                    )
+                )
+            in_half = run.info.get("precision") == "fp16" and not finite
+            cause = "scaler_skips_all" if by_scale else "fp16_overflow" if in_half else "nonfinite_gradients"
+            yield Finding(cause, f"{seen}.", step, certain=not in_half)
 
 
 def stalled_at_baseline(run: RunHistory) -> Iterator[Finding]:
@@ -74,4 +89,4 @@ def _moved(values: list[float]) -> float:
     return abs(last - first) / max(abs(first), 1e-30)
 
 
-END_RULES: tuple[Rule, ...] = (how_it_ended, stalled_at_baseline, *AT_ITS_END)
+END_RULES: tuple[Rule, ...] = (how_it_ended, stalled_at_baseline, *AT_ITS_END, settings_off_plan)

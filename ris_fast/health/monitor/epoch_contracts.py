@@ -9,6 +9,8 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.history import Row, Rule, RunHistory
 
 MIN_MOVE = 1e-5  # of the first weights' norm: a move that the rounding of a prediction in float32 cannot hide
+CONSTANT = 1e-12  # of the mean square of a batch's answers: their variance
+UNMOVED = 1e-4  # of the raw weights' way: less than any decay that averages leaves after an epoch
 COLD = 0.2  # of the raw weights' way, below which the averaged weights are mostly the first ones
 
 
@@ -41,8 +43,15 @@ def weights_at_the_seams(run: RunHistory) -> Iterator[Finding]:
             f"validation left {around['moved']} tensors changed: the averaged weights stayed in the network.",
         )
     if between.get("moved"):
-        where = "the first ones" if between.get("back_to_first") else "others"
-        yield run.finding("weights_reset", f"{between['moved']} tensors were replaced by {where} between two epochs.")
+        back = between.get("back_to_first") or between.get("back_to_earlier")
+        where = "the first ones" if between.get("back_to_first") else "those of an earlier epoch" if back else "others"
+        callbacks = run.info.get("own_callbacks") or ()
+        whose = f" Callbacks that may have done it: {', '.join(callbacks)}." if callbacks else ""
+        yield run.finding(
+            "weights_reset" if back else "weights_changed_outside",
+            f"{between['moved']} tensors were replaced by {where} between two epochs.{whose}",
+            certain=bool(back) or not callbacks,
+        )
 
 
 def validated_weights(run: RunHistory) -> Iterator[Finding]:
@@ -53,7 +62,7 @@ def validated_weights(run: RunHistory) -> Iterator[Finding]:
     if raw is None:
         return
     if not all(score["in_eval_mode"] for score in scores.values()):
-        yield run.finding("train_mode_in_validation", "modules are in training mode while the network is validated.")
+        yield _in_training_mode(run, raw.get("in_training_mode") or {})
     if mean is not None:
         yield from _averages(run, raw, mean, reading.get("distance") or 0.0, least)
     before = ((run.epochs[-2].get("health") or {}).get("scores") or {}).get("raw") if len(run.epochs) > 1 else None
@@ -62,23 +71,63 @@ def validated_weights(run: RunHistory) -> Iterator[Finding]:
         and before["prediction_hash"] == raw["prediction_hash"]
         and abs(before["distance"] - raw["distance"]) > least
     ):
-        yield run.finding(
+        yield _same_for_all(run, raw) or run.finding(
             "cached_validation",
             "the network's answers to the validation scenes are those of the epoch before, bit for bit "
             f"(validation loss {raw['loss']:.6f} twice), and its weights have moved.",
         )
 
 
+def _in_training_mode(run: RunHistory, seen: Row) -> Finding:
+    """Which modules stay in training mode, and what that changes."""
+    if not seen:
+        return run.finding("train_mode_in_validation", "modules are in training mode while the network is validated.")
+    names = [name or "the network" for name in seen["names"]]
+    parts = [
+        f"{', '.join(each[:3])} {verb}"
+        for each, verb in ((seen["dropout"], "drop outputs"), (seen["statistics"], "normalise by each batch"))
+        if each
+    ]
+    effect = "; ".join(parts) or "none of those that are named drops outputs or keeps statistics"
+    how = "its eval() or train() does nothing" if names[0] == "the network" else "their mode is set apart"
+    return run.finding(
+        "train_mode_in_validation",
+        f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''} of {seen['modules']} modules stay in training"
+        f" mode while the network is validated ({how}); {effect}.",
+    )
+
+
+def _same_for_all(run: RunHistory, raw: Row) -> Finding | None:
+    """An answer that is the same for all scenes is no cached one: it stays as it is whatever the weights are."""
+    scenes = run.validation.get("scenes") or {}
+    if scenes.get("exactly_one") == 1.0:
+        return run.finding(
+            "dead_units",
+            "the output is exactly zero for every validation scene, whatever the weights are: units are off for every"
+            " input, or both factors of a product are zero. Which of the two: print what the output is made of.",
+        )
+    spread = run.reading.get("spread")
+    if spread is not None and spread <= CONSTANT:
+        return run.finding(
+            "ignored_input",
+            f"the answers to the validation scenes are those of the epoch before (validation loss {raw['loss']:.6f}),"
+            " and the answer to every scene of a training batch is the same: the output does not depend on the input.",
+        )
+    return None
+
+
 def _averages(run: RunHistory, raw: Row, mean: Row, distance: float, least: float) -> Iterator[Finding]:
     if raw["distance"] == mean["distance"] != distance:
         yield run.finding("raw_not_validated", "the raw weights were scored with the averaged ones in place.")
     elif raw["prediction_hash"] == mean["prediction_hash"] and abs(raw["distance"] - mean["distance"]) > least:
-        yield run.finding(
+        yield _same_for_all(run, raw) or run.finding(
             "cached_validation", "raw and averaged weights differ and give the same answers, bit for bit."
         )
-    elif distance > least and mean["distance"] == 0:
+    elif distance > least and mean["distance"] <= UNMOVED * distance:
         yield run.finding(
-            "ema_frozen", "the averaged weights are the first ones, bit for bit; the raw ones have moved."
+            "ema_frozen",
+            f"the averaged weights are the first ones, {'bit for bit' if mean['distance'] == 0 else 'to rounding'}; the"
+            " raw ones have moved.",
         )
     elif distance > 0 and mean["distance"] < COLD * distance:
         yield run.finding(

@@ -6,17 +6,31 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.end_rules import END_RULES
 from ris_fast.health.monitor.epoch_contracts import CONTRACT_RULES
 from ris_fast.health.monitor.epoch_rules import WHILE_IT_RUNS
+from ris_fast.health.monitor.figure_rules import apart_by_mode, impossible_figures
+from ris_fast.health.monitor.gradient_rules import GRADIENT_RULES
 from ris_fast.health.monitor.history import Rule, RunHistory
 from ris_fast.health.monitor.rank_rules import RANK_RULES
+from ris_fast.health.monitor.scene_rules import SCENE_RULES, SERVED_RULES
+from ris_fast.health.monitor.settings_rules import SETTINGS_RULES, settings_changed
 from ris_fast.health.monitor.standstill import stalled_above_inputs
 from ris_fast.health.monitor.step_rules import STEP_RULES
 
-EPOCH_RULES: tuple[Rule, ...] = (*CONTRACT_RULES, *WHILE_IT_RUNS)
+EPOCH_RULES: tuple[Rule, ...] = (*CONTRACT_RULES, *WHILE_IT_RUNS, apart_by_mode, *SCENE_RULES, settings_changed)
+
+STEP_ROWS: tuple[Rule, ...] = (
+    *RANK_RULES,
+    *STEP_RULES,
+    *SETTINGS_RULES,
+    *GRADIENT_RULES,
+    *SERVED_RULES,
+    impossible_figures,
+    stalled_above_inputs,
+)
 
 
 def rules_of(event: str) -> tuple[Rule, ...]:
     """The rules that a row of this kind can set off: "step", "epoch" or "finish"."""
-    return {"step": (*RANK_RULES, *STEP_RULES, stalled_above_inputs), "epoch": EPOCH_RULES, "finish": END_RULES}[event]
+    return {"step": STEP_ROWS, "epoch": EPOCH_RULES, "finish": END_RULES}[event]
 
 
 def replay(run: RunHistory) -> list[Finding]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.monitor.history import Rule, RunHistory, named
+from ris_fast.health.monitor.history import Row, Rule, RunHistory, named
 
 TOUCHED = 0.02  # relative: more than rounding in a sum
 ENOUGH_SCENES = 8  # of one step, or of several together, of which more than half were served before
@@ -23,6 +23,11 @@ def one_update_a_step(run: RunHistory) -> Iterator[Finding]:
     if attempted <= 0:
         yield run.finding(
             "step_never_called", f"{calls} calls of the step up to step {run.step} made no optimizer step."
+        )
+    elif attempted < calls and len(run.steps) > 1:
+        yield run.finding(
+            "step_never_called",
+            f"{calls} calls of the step up to step {run.step} made {attempted} optimizer steps: the others made none.",
         )
     elif attempted >= 2 * calls:
         yield run.finding("step_called_twice", f"{calls} calls of the step made {attempted} optimizer steps.")
@@ -67,6 +72,16 @@ def untouched_gradient(run: RunHistory) -> Iterator[Finding]:
                 "zeroed_gradients",
                 f"between backward and the optimizer the gradient's norm falls from {raw:.3g} to {seen:.3g}.",
             )
+    elif math.isfinite(raw) and raw > 0 and math.isfinite(seen) and not reading["skipped"]:
+        # The scale may have grown or fallen behind the step.
+        seen = min((seen, 2 * seen, seen / 2), key=lambda each: abs(each - raw))
+        if seen < 0.4 * raw:
+            yield run.finding(
+                "clip_before_unscale",
+                f"between backward and the optimizer the norm of a gradient that carries the loss scale {scale:g} falls"
+                f" from {raw:.3g} to {seen:.3g}: it is clipped before it is unscaled, or something else shrinks it.",
+                certain=False,
+            )
     if (reading.get("residual_grad_norm") or 0.0) > 1e-3 * max(raw if math.isfinite(raw) else 0.0, 1e-30):
         yield run.finding(
             "gradients_never_cleared",
@@ -104,6 +119,8 @@ def served_scenes(run: RunHistory) -> Iterator[Finding]:
         where = _on_ranks(run, "zero_scenes")
         yield run.finding("empty_cache_slot", f"{count} of {scenes} scenes of a step are all zeros{where}.")
     repeated, scenes = _repeated(run)
+    if 2 * (reading.get("repeated_with_other_target") or 0) > (reading.get("scenes") or 0):
+        return  # an earlier batch's snapshots with the targets of this one: another rule names it
     if reading.get("repeated") and repeated > max(1, scenes // 2):
         where = "a step" if scenes == reading["scenes"] else "the last steps that were read"
         yield run.finding(
@@ -139,13 +156,24 @@ def _repeated(run: RunHistory) -> tuple[int, int]:
 
 
 def training_mode(run: RunHistory) -> Iterator[Finding]:
-    """Every module is in training mode while it trains."""
-    if run.reading.get("modules_in_eval_mode"):
-        yield run.finding(
-            "eval_mode_in_training",
-            f"{run.reading['modules_in_eval_mode']} modules train in evaluation mode, first "
-            f"{run.reading['first_module_in_eval_mode'] or 'the network'}.",
-        )
+    """Every module is in training mode while it trains, but for those that are frozen."""
+    count, seen = run.reading.get("modules_in_eval_mode") or 0, run.reading.get("eval_mode") or {}
+    if not count or seen and seen["frozen"] == count:
+        return
+    matter = [*seen.get("dropout", ()), *seen.get("statistics", ())]
+    partly = bool(seen) and count < seen["modules"]
+    yield run.finding(
+        "eval_mode_in_training",
+        f"{count} modules train in evaluation mode, first {run.reading['first_module_in_eval_mode'] or 'the network'}"
+        + (f"; of these {', '.join(matter[:3])} work otherwise than in training mode." if matter else ".")
+        + (" It is no mistake where their statistics are to stay as they are." if _only_statistics(seen) else ""),
+        certain=not (partly and _only_statistics(seen)),
+    )
+
+
+def _only_statistics(seen: Row) -> bool:
+    """Whether all modules in evaluation mode are layers that keep statistics, which fine-tuning leaves alone."""
+    return bool(seen) and len(seen["statistics"]) == len(seen["names"]) and not seen["dropout"]
 
 
 def planned_rate(run: RunHistory) -> Iterator[Finding]:
@@ -187,11 +215,18 @@ def _same_rate(one: float, other: float) -> bool:
 
 def only_the_optimizer_moves_weights(run: RunHistory) -> Iterator[Finding]:
     """Between two updates no weight changes."""
-    if run.reading.get("moved_before"):
-        where = "to their first values" if run.reading["back_to_first"] else "by something else than the optimizer"
-        yield run.finding(
-            "weights_reset", f"{run.reading['moved_before']} tensors were changed {where} between two steps."
-        )
+    reading, callbacks = run.reading, run.info.get("step_callbacks") or ()
+    if not reading.get("moved_before"):
+        return
+    back = reading["back_to_first"] or reading.get("back_to_earlier")
+    where = "to their first values" if reading["back_to_first"] else "to those of an earlier step"
+    whose = f" Callbacks that may: {', '.join(callbacks)}." if callbacks else ""
+    yield run.finding(
+        "weights_reset" if back else "weights_changed_outside",
+        f"{reading['moved_before']} tensors were changed {where if back else 'by something else than the optimizer'}"
+        f" between two steps.{whose}",
+        certain=bool(back) or not callbacks,
+    )
 
 
 def movement(run: RunHistory) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ris_fast.config.spelling import words
 from ris_fast.health.finding import Finding, ranked
+from ris_fast.health.monitor.explanations import explanations
 from ris_fast.health.monitor.history import RunHistory
 from ris_fast.health.monitor.rules import rules_of
 from ris_fast.health.names import check_beginnings, known_causes
@@ -89,13 +90,16 @@ class Watchdog(Callback):
         self.add_findings(summary)
 
     def add_findings(self, summary: dict[str, Any]) -> None:
-        """Adds the causes that were found, most certain first, their evidence, and what was ruled out."""
+        """Adds the causes that were found, most certain first, their evidence, what was ruled out, and for a run that
+        stalled each explanation with what speaks for it or against it."""
         found = self.findings
         names = [finding.cause for finding in found]
         rest = [name for name in summary.get("findings", ()) if name not in names]
         summary["findings"] = names + rest
         summary["evidence"] = [finding.to_json() for finding in found]
         summary["ruled_out"] = self.ruled_out
+        if summary["verdict"] == "stalled":
+            summary["explanations"] = [each.to_json() for each in explanations(self.run, found, self.checks)]
 
     def _judge(self, event: str, *, stop: bool = True) -> None:
         new = []

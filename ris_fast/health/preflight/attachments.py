@@ -5,19 +5,24 @@ The trainer does not know of them. They are found by following functions to what
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 MOST = 5000  # objects that are looked at
 PLAIN = (int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device)
 CALLS = (FunctionType, MethodType, partial)
 PACKAGES = ("ris_fast.", "torch.", "numpy.", "builtins", "collections", "functools")
+GENERATORS = (torch.Generator, random.Random, numpy.random.Generator)
 SCHEDULERS = (torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
 
 
@@ -28,7 +33,7 @@ def attached(owners: Iterable[Any]) -> Iterator[Any]:
     networks = [owner for owner in owners if isinstance(owner, nn.Module)]
     modules = [part for each in networks for part in (*each.modules(), *each.parameters(), *each.buffers())]
     seen = {id(owner) for owner in (*owners, *modules)}
-    waiting = [call for owner in (*owners, *modules) for call in _calls(owner)]
+    waiting = [call for owner in (*owners, *modules) for call in (*_calls(owner), *_keeps(owner))]
     while waiting and len(seen) < MOST:
         value = waiting.pop()
         if id(value) in seen or isinstance(value, (*PLAIN, ModuleType, type, BuiltinFunctionType)):
@@ -50,6 +55,23 @@ def _calls(owner: Any) -> Iterator[Any]:
         yield from hooks.values() if isinstance(hooks, dict) else ()
 
 
+def _keeps(owner: Any) -> Iterator[Any]:
+    """Objects with a state of their own among an owner's attributes: generators, schedulers, helpers, and what a user's
+    own class or its lists hold of them."""
+    for name, value in getattr(owner, "__dict__", {}).items():
+        if isinstance(value, (*GENERATORS, *SCHEDULERS, Optimizer, DataLoader)) or _is_helper(value):
+            yield value
+        elif isinstance(value, (list, tuple, dict)) and not name.endswith("_hooks"):
+            inner = value.values() if isinstance(value, dict) else value
+            yield from (each for each in inner if isinstance(each, (*GENERATORS, *SCHEDULERS, Optimizer)))
+        elif isinstance(owner, nn.Module) and isinstance(value, Tensor):  # a cache that is no buffer
+            yield value
+
+
+def _is_helper(value: Any) -> bool:
+    return hasattr(value, "__dict__") and is_users(value) and not isinstance(value, (ModuleType, type))
+
+
 def _held(value: Any) -> Iterator[Any]:
     """What a function, a container or a user's own object leads to."""
     if isinstance(value, FunctionType):
@@ -67,6 +89,8 @@ def _held(value: Any) -> Iterator[Any]:
         yield from value
     elif isinstance(value, nn.Module):
         yield from (*value.parameters(), *value.buffers())
+    elif isinstance(value, DataLoader):
+        yield from (value.generator, value.sampler, getattr(value.sampler, "generator", None))
     elif isinstance(value, Optimizer):
         yield from (parameter for group in value.param_groups for parameter in group["params"])
         yield from (each for state in value.state.values() for each in state.values())
@@ -90,6 +114,9 @@ def contents(cell: CellType) -> tuple[Any, ...]:
 
 def is_users(value: Any) -> bool:
     """An instance of a class that somebody wrote around the trainer."""
-    return not f"{type(value).__module__}.".startswith(PACKAGES) and not isinstance(
+    module = type(value).__module__
+    if module.partition(".")[0] in sys.stdlib_module_names and not isinstance(value, SimpleNamespace):
+        return False  # a thread, a lock or a queue lives on
+    return not f"{module}.".startswith(PACKAGES) and not isinstance(
         value, (nn.Module, Optimizer, Tensor, *CALLS, CellType)
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import CLOSE, SAME, relative_change, rms, total_norm
 from ris_fast.health.preflight.probe import SMALL, PreflightContext
 from ris_fast.models.prediction import Prediction
@@ -154,7 +155,7 @@ def _gradients(
         return answer, {}
     generator = torch.Generator().manual_seed(29)
     sides = [torch.randn(value.shape, generator=generator).to(value) for value in outputs]
-    slopes = torch.autograd.grad(outputs, list(live.values()), sides, allow_unused=True)
+    slopes = derivatives(outputs, list(live.values()), sides)
     return answer, {name: torch.zeros_like(live[name]) if slope is None else slope for name, slope in zip(live, slopes)}
 
 

@@ -11,27 +11,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight import recomputed, scales, scene_gradients
 from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, StoppedValues, by_hand, graph_of, via
 from ris_fast.health.preflight.finite_difference import Along, Gap, gap_of, pooled
-from ris_fast.health.preflight.measures import listed, rms
+from ris_fast.health.preflight.measures import listed
 from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.projected import DIRECTIONS, STEPS, lines, projection, says_something
 from ris_fast.health.preflight.terms import ASIDE, direction_of, leaf, moved, sizes_of
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 
-NOISE, NOISE_WIDE = 2e-6, 1e-12  # of a loss of order one in float32, and in float64
-STEPS = (1e-2, 1e-3)
+NOISE_WIDE = 1e-12  # of a loss of order one in float64
 SMALL_STEPS = (1e-5, 1e-7, 1e-9)
-DIRECTIONS = 3  # along one the derivative may happen to be next to nothing; two that agree are enough
 DISAGREES = 0.2  # relative error of a directional derivative; a right one is below 0.03
-FEW = 4  # scenes for the network's half: an error that few have is a larger share of these, and it costs a pass each
 
 
 def right_derivative(context: PreflightContext) -> Iterator[Finding]:
@@ -39,6 +37,9 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
     with context.full_precision():
         wrong = [name for name, error in loss_inputs(context).items() if error > DISAGREES]
         if wrong:
+            if (scaled := scales.of_loss(loss_scales(context, wrong))) is not None:
+                yield scaled
+                return
             yield Finding(
                 "wrong_backward",
                 f"the loss has another derivative with respect to {listed(wrong)} than its backward says.",
@@ -50,6 +51,12 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
             whole = parts(context, by_loss=True)
             errors = {name: error for name, error in errors.items() if pooled([whole[name]]) > DISAGREES}
         if not errors:
+            yield from scales.single_parts(context)
+            return
+        if recomputed.difference(context) is not None:
+            return  # which has a check of its own
+        if (scaled := scales.of_parts(context, list(errors))) is not None:
+            yield scaled
             return
         exits = Exits()
         with exits:
@@ -61,7 +68,8 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
         f"(relative error {errors[worst]:.2g})"
     )
     if all(pooled([held[name]]) <= DISAGREES for name in errors):
-        if pooled(gaps.values()) > DISAGREES:  # else it is a side path, stopped on purpose
+        left_out = any(True for _ in scene_gradients.scenes_learned_from(context))  # a row may be what is stopped
+        if pooled(gaps.values()) > DISAGREES and not left_out:  # else it is a side path, stopped on purpose
             yield Finding(
                 "detached_backbone",
                 f"{seen}{via(exits.detached)}; where a gradient is stopped on purpose, that is meant.",
@@ -102,35 +110,40 @@ def _slopes(context: PreflightContext, guess: Prediction, scenes: Scenes) -> dic
         return {}
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {
-        name: gradient
-        for name, gradient in zip(leaves, gradients)
-        if gradient is not None and _says_something(gradient)
+        name: gradient for name, gradient in zip(leaves, gradients) if gradient is not None and says_something(gradient)
     }
 
 
-def _says_something(gradient: Tensor) -> bool:
-    """It is neither zero nor not finite, which other checks have names for."""
-    return bool(gradient.any()) and bool(gradient.isfinite().all())
+def loss_scales(context: PreflightContext, names: list[str]) -> dict[str, float | None]:
+    """The gradient at some outputs over the difference quotient, where that is one number along all directions."""
+    guess = context.guess.apply(Tensor.double)
+    guess, scenes = moved(guess, direction_of(guess, 19), ASIDE), context.scenes.double()
+    slopes = _slopes(context, guess, scenes)
+    return {
+        name: scales.ratio(_loss_lines(context, guess, scenes, name, slopes[name]), SMALL_STEPS[0])
+        for name in names
+        if name in slopes
+    }
 
 
 def _loss_error(context: PreflightContext, guess: Prediction, scenes: Scenes, name: str, gradient: Tensor) -> float:
+    return pooled([gap_of(_loss_lines(context, guess, scenes, name, gradient), (*STEPS, *SMALL_STEPS))])
+
+
+def _loss_lines(
+    context: PreflightContext, guess: Prediction, scenes: Scenes, name: str, gradient: Tensor
+) -> Iterator[Along]:
+    """The loss along random directions of one output."""
     generator, value, size = torch.Generator().manual_seed(11), getattr(guess, name), sizes_of(guess)[name]
+    for _ in range(DIRECTIONS):
+        direction = torch.randn(value.shape, generator=generator).to(value) * size
 
-    def lines() -> Iterator[Along]:
-        for _ in range(DIRECTIONS):
-            direction = torch.randn(value.shape, generator=generator).to(value) * size
+        @cache
+        def loss(step: float, direction: Tensor = direction) -> float:
+            there = guess._replace(**{name: (value + step * direction).requires_grad_()})
+            return float(context.loss(there, scenes)[0].detach())
 
-            @cache
-            def loss(step: float, direction: Tensor = direction) -> float:
-                return float(
-                    context.loss(guess._replace(**{name: (value + step * direction).requires_grad_()}), scenes)[
-                        0
-                    ].detach()
-                )
-
-            yield float((gradient * direction).sum()), loss, NOISE_WIDE * max(abs(loss(0.0)), 1e-3)
-
-    return pooled([gap_of(lines(), (*STEPS, *SMALL_STEPS))])
+        yield float((gradient * direction).sum()), loss, NOISE_WIDE * max(abs(loss(0.0)), 1e-3)
 
 
 # ---- the network
@@ -144,113 +157,17 @@ def parts(context: PreflightContext, held: StoppedValues | None = None, *, by_lo
         the loss's gradient. Args: held: what leaves the graph stays as it is while weights move; by_loss: of the loss
         itself, whose rounding is larger and is not allowed for: an agreement is one.
     """
-    live = context.trainable
-    total, _, prediction = context.run(context.scenes[:FEW])
-    outputs = {name: value for name, value in prediction._asdict().items() if value is not None and value.requires_grad}
-    if not live or not outputs or not total.requires_grad or not bool(total.isfinite()):
+    found = projection(context, held, by_loss=by_loss)
+    if found is None:
         return {}
-    cotangents = dict(
-        zip(outputs, torch.autograd.grad(total, list(outputs.values()), retain_graph=True, allow_unused=True))
-    )
-    cotangents = {
-        name: cotangent
-        for name, cotangent in cotangents.items()
-        if cotangent is not None and _says_something(cotangent)
-    }
-    if not cotangents:
-        return {}
-    found = torch.autograd.grad(
-        [outputs[name] for name in cotangents], list(live.values()), list(cotangents.values()), allow_unused=True
-    )
-    gradients = {
-        name: gradient
-        for name, gradient in zip(live, found)
-        if gradient is not None and bool(gradient.isfinite().all())
-    }
-    kind, generator = LossItself if by_loss else ProjectedOutputs, torch.Generator().manual_seed(7)
-    projected = kind(context, cotangents, held)
+    projected, gradients, live = *found, context.trainable
+    generator = torch.Generator().manual_seed(7)
     members: dict[str, list[str]] = {}
     for name in gradients:
         members.setdefault(name.partition(".")[0], []).append(name)
     return {
-        part: _part_gap(projected, [live[name] for name in names], [gradients[name] for name in names], generator)
+        part: gap_of(
+            lines(projected, [live[name] for name in names], [gradients[name] for name in names], generator), STEPS
+        )
         for part, names in members.items()
     }
-
-
-class ProjectedOutputs:
-    """The network's outputs around the weights as they are, each times the loss's gradient at it."""
-
-    noise = NOISE
-
-    def __init__(self, context: PreflightContext, cotangents: dict[str, Tensor], held: StoppedValues | None) -> None:
-        self.context, self.cotangents, self.held = context, cotangents, held
-        self.here = self._outputs()
-
-    def _outputs(self) -> list[Tensor]:
-        """In float64, with the random numbers of `PreflightContext.run`, and with gradients on: without them a network
-        may behave differently."""
-        torch.manual_seed(0)
-        with self.held or nullcontext():
-            prediction = self.context.step.predict(self.context.scenes[:FEW])
-        return [getattr(prediction, name).detach().double() for name in self.cotangents]
-
-    def line(self, tensors: list[Tensor], gradients: list[Tensor], directions: list[Tensor]) -> Along:
-        """Along one direction of some weights. Its rounding is that of the outputs that change at all, or where a
-        change is too small to show, of all."""
-
-        @cache
-        def gone(step: float) -> list[Tensor]:
-            with self.context.moved(tensors, directions, step):
-                return [
-                    (now - value) * cotangent
-                    for now, value, cotangent in zip(self._outputs(), self.here, self.cotangents.values())
-                ]
-
-        there = [
-            (bool(way.any()), float((value * cotangent).square().sum()))
-            for way, value, cotangent in zip(gone(STEPS[0]), self.here, self.cotangents.values())
-        ]
-        size = sum(own for moves, own in there if moves) or sum(own for _, own in there)
-        return (
-            float(sum((g * d).sum() for g, d in zip(gradients, directions))),
-            lambda step: float(sum(way.sum() for way in gone(step))) if step else 0.0,
-            self.noise * math.sqrt(size),
-        )
-
-
-class LossItself(ProjectedOutputs):
-    """The loss in the place of the outputs."""
-
-    noise = 0.0
-
-    def __init__(self, context: PreflightContext, cotangents: dict[str, Tensor], held: StoppedValues | None) -> None:
-        self.scenes = context.scenes[:FEW].double()
-        super().__init__(context, {"loss": torch.ones((), dtype=torch.float64)}, held)
-
-    def _outputs(self) -> list[Tensor]:
-        torch.manual_seed(0)
-        prediction = self.context.step.predict(self.context.scenes[:FEW])
-        with torch.no_grad():
-            return [self.context.loss(prediction.apply(Tensor.double), self.scenes)[0].double()]
-
-
-def _part_gap(
-    projected: ProjectedOutputs, tensors: list[Tensor], gradients: list[Tensor], generator: torch.Generator
-) -> Gap:
-    sizes = [rms(tensor) for tensor in tensors]
-    first = min([0.02, *filter(None, sizes)])  # of a tensor that starts at zero
-    return gap_of(
-        (
-            projected.line(
-                tensors,
-                gradients,
-                [
-                    torch.randn(tensor.shape, generator=generator).to(tensor) * (size or first)
-                    for tensor, size in zip(tensors, sizes)
-                ],
-            )
-            for _ in range(DIRECTIONS)
-        ),
-        STEPS,
-    )

@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, Graph, by_hand, graph_of, via
-from ris_fast.health.preflight.derivative import NOISE, right_derivative
+from ris_fast.health.preflight.derivative import right_derivative
+from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, listed, rms
-from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.probe import SMALL, PreflightContext, layer_calls
+from ris_fast.health.preflight.projected import NOISE
 from ris_fast.health.preflight.truth import COVARIANCE
 
 UNDERFLOW = 2.0**20
+OTHERS = 8  # draws of random numbers, each with other scenes
 
 
 def connected(context: PreflightContext) -> Iterator[Finding]:
@@ -32,12 +35,8 @@ def connected(context: PreflightContext) -> Iterator[Finding]:
             "loss_rebuilt", f"the loss is a leaf with no history: it was made anew from a number{via(exits.rebuilt)}."
         )
     elif not prediction.factor.requires_grad:
-        if any(parameter.requires_grad for parameter in context.parameters.values()):
-            yield Finding(
-                "detached_backbone",
-                "the factors that the network returns require no gradient: it runs under "
-                f"no_grad or detaches its answer{via(exits.detached)}.",
-            )
+        if context.trainable:
+            yield _without_history(context, exits)
     elif not total.requires_grad or _cut(context, total, terms, prediction.factor):
         loose = [name for name in COVARIANCE if name in terms and not terms[name].requires_grad]
         cause = "loss_rebuilt" if exits.rebuilt and not exits.detached else "detached_loss"
@@ -48,12 +47,40 @@ def connected(context: PreflightContext) -> Iterator[Finding]:
         )
 
 
+def _without_history(context: PreflightContext, exits: Exits) -> Finding:
+    """The factors know no gradient: which layer is the last whose answer does, or that none is."""
+    known: dict[str, bool] = {}
+
+    def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        if isinstance(output, Tensor):
+            known[name] = output.requires_grad
+
+    with layer_calls(context.model, keep):
+        context.run()
+    last = [name for name, requires in known.items() if requires][-1:]
+    after = [name for name in known if not known[name]][:1]
+    seen = "the factors that the network returns require no gradient"
+    if known and not last:
+        return Finding(
+            "detached_backbone",
+            f"{seen}, and neither does the answer of any of its {len(known)} layers, of which the first is {after[0]}:"
+            f" the whole forward runs under no_grad or inference_mode{via(exits.detached)}.",
+            advice="Remove torch.no_grad() or torch.inference_mode() from around the network's forward, as a decorator"
+            " or a `with`, and any torch.set_grad_enabled(False) before it.",
+        )
+    where = f"; the last layer whose answer requires one is {last[0]}" if last else ""
+    then = f", and {after[0]} is without" if last and after else ""
+    return Finding(
+        "detached_backbone", f"{seen}{where}{then}: it is detached, or made under no_grad{via(exits.detached)}."
+    )
+
+
 def _cut(context: PreflightContext, total: Tensor, terms: dict[str, Tensor], factor: Tensor) -> bool:
     """Whether no covariance term depends on the factors. The total may all the same, through heads that read them;
     it alone can tell where the terms are numbers without a history."""
 
     def leads(value: Tensor) -> bool:
-        found = torch.autograd.grad(value, factor, retain_graph=True, allow_unused=True) if value.requires_grad else ()
+        found = derivatives(value, [factor], retain_graph=True) if value.requires_grad else ()
         return any(each is not None for each in found)
 
     weighted = [terms[name] for name in COVARIANCE if context.loss.weights.get(name, 0) > 0 and name in terms]
@@ -72,9 +99,7 @@ def every_tensor(context: PreflightContext) -> Iterator[Finding]:
         if not total.requires_grad or total.grad_fn is None or not live or not bool(total.isfinite()):
             return
         graph = graph_of(total)
-        gradients = dict(
-            zip(live, torch.autograd.grad(total, list(live.values()), retain_graph=True, allow_unused=True))
-        )
+        gradients = dict(zip(live, derivatives(total, list(live.values()), retain_graph=True)))
         bad = [
             name for name, gradient in gradients.items() if gradient is not None and not bool(gradient.isfinite().all())
         ]
@@ -86,14 +111,28 @@ def every_tensor(context: PreflightContext) -> Iterator[Finding]:
             )
             return
         silent = [name for name, gradient in gradients.items() if gradient is None or not bool(gradient.any())]
+        silent = _always_silent(context, silent)
         yield from _silent(context, silent, gradients, graph)
+
+
+def _always_silent(context: PreflightContext, names: list[str]) -> list[str]:
+    """Of some tensors, those that other random numbers and other scenes give no gradient either: a layer may be left
+    out by chance, or be for some scenes only."""
+    batches = [scenes[:SMALL] for group in context.groups for scenes in group]
+    for number in range(1, OTHERS + 1):
+        if not names:
+            break
+        total = context.run(batches[number % len(batches)], seed=number)[0]
+        parts = derivatives(total, [context.parameters[name] for name in names]) if total.requires_grad else ()
+        names = [name for name, part in zip(names, parts) if part is None or not bool(part.any())] if parts else names
+    return names
 
 
 def _source(context: PreflightContext, total: Tensor, terms: dict[str, Tensor]) -> str:
     """Which term the non-finite gradient comes from; one outside of the table shows as a difference of sums."""
     live = [parameter for parameter in context.parameters.values() if parameter.requires_grad]
     for name, value in terms.items():
-        parts = torch.autograd.grad(value, live, retain_graph=True, allow_unused=True) if value.requires_grad else ()
+        parts = derivatives(value, live, retain_graph=True) if value.requires_grad else ()
         if not all_finite(parts):
             return f"; they come from the term {name}"
     rest = float(
@@ -146,7 +185,7 @@ def _silent(
 def _flat(context: PreflightContext, tensors: int) -> Finding:
     """Why no tensor changes the loss: the loss is flat at the factors, or the network behind them is."""
     total, _, prediction = context.run()
-    factor = torch.autograd.grad(total, prediction.factor, allow_unused=True)[0]
+    factor = derivatives(total, [prediction.factor])[0]
     seen = (
         f"the loss is {float(total.detach()):.4g}, and the gradients of all {tensors} trainable tensors are exactly"
         " zero"
@@ -160,7 +199,7 @@ def _stopped(context: PreflightContext, names: list[str], graph: Graph) -> Findi
     """Tensors that the loss depends on and autograd reaches, with a gradient of exactly zero."""
     what = f"{len(names)} tensors change the loss and have a gradient of exactly zero: {listed(names)}"
     live = [context.parameters[name] for name in names]
-    larger = torch.autograd.grad(context.run()[0] * UNDERFLOW, live, allow_unused=True)
+    larger = derivatives(context.run()[0] * UNDERFLOW, live)
     if any(part is not None and bool(part.any()) for part in larger):
         return Finding("gradient_underflow", f"{what}; with a loss a million times larger it is not.")
     if graph.written_by_hand:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight import mixing
 from ris_fast.health.preflight.measures import CLOSE, SAME, relative_change, rms
 from ris_fast.health.preflight.probe import PreflightContext, layer_calls
 from ris_fast.physics.real_complex import expi, multiply, to_complex, to_pairs
@@ -57,13 +58,7 @@ def reads_scenes(context: PreflightContext) -> Iterator[Finding]:
                 f"{'; the first layers see the same numbers for all of them' if same else ''}.",
             )
         return
-    half = scenes.batch // 2
-    mixed = max(
-        relative_change(answer[part], context.answer(scenes[part]))
-        for part in (slice(0, half), slice(half, scenes.batch))
-    )
-    if mixed > context.tolerance(CLOSE, 0.1):
-        yield Finding("scenes_mixed", f"answers change by {mixed:.2g} when other scenes of the batch are left out.")
+    yield from mixing.mixed(context)
 
 
 def _rows_alike(values: Tensor) -> bool:

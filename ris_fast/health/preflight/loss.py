@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import total_norm
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.terms import leaf, sizes_of
@@ -120,9 +121,7 @@ def shares(context: PreflightContext, scenes: Scenes) -> dict[str, float]:
         if not value.requires_grad:
             sizes[name] = 0.0
             continue
-        parts = torch.autograd.grad(
-            value * context.loss.weights.get(name, 0.0), live, retain_graph=True, allow_unused=True
-        )
+        parts = derivatives(value * context.loss.weights.get(name, 0.0), live, retain_graph=True)
         sizes[name] = total_norm(parts)
     return sizes
 

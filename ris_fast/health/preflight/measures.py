@@ -40,3 +40,11 @@ def rounded_to_16_bits(tensors: Iterable[Tensor]) -> bool:
     """The last 16 bits of every float32 tensor are zero, which does not happen by chance."""
     wide = [each.detach() for each in tensors if each.dtype == torch.float32 and each.numel() > 64]
     return bool(wide) and all(not bool((each.contiguous().view(torch.int32) & 0xFFFF).any()) for each in wide)
+
+
+@torch.no_grad()
+def write(tensor: Tensor, values: Tensor) -> None:
+    """Copies numbers into a tensor, also into one whose entries share memory, as those of an expanded one do."""
+    shared = [stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())]
+    once = tuple(slice(0, 1) if each else slice(None) for each in shared)
+    tensor[once].copy_(values[once])

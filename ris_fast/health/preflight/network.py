@@ -13,101 +13,20 @@ from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import graph_of
-from ris_fast.health.preflight.measures import CLOSE, SAME, listed, relative_change, rms
+from ris_fast.health.preflight.derivatives import derivatives
+from ris_fast.health.preflight.measures import listed, rms
 from ris_fast.health.preflight.probe import PreflightContext, layer_calls
 from ris_fast.physics.real_complex import adjoint_matmul, to_complex
-from ris_fast.physics.scenes import Scenes
-from ris_fast.training.telemetry.step_telemetry import modules_in_eval_mode
 
-NOISE_SHARE = 0.5  # of the answers' variance that dropout may make
 GAIN = 20.0  # growth of a signal in one layer
 AT_THE_ENDS = 0.9
 # of the energy: columns that differ by more than rounding are independent, however alike at the start
 DEPENDENT = 1e-12
-BATCH_NORM = nn.modules.batchnorm._BatchNorm
-SETTLING, SETTLING_SCENES = 40, 64  # batches, 0.9^40 = 1.5 % of the first statistics; scenes of each at most
-UNSETTLED = 0.5  # relative difference of the answers; a batch's own statistics make 0.03 to 0.2 with 16 to 64 scenes
-UNLIKE = 2.0  # times what dropout makes
 NUDGE = 0.01  # by which tensors move that a gradient reaches
 
 
 # ---- what comes out
 # ----------------------------------------------------------------------------------------------------
-
-
-def randomness(context: PreflightContext) -> Iterator[Finding]:
-    """Evaluation mode is not random, training mode not mostly so, and the two agree where there is no dropout."""
-    scenes = context.scenes
-    first, second = context.answer(scenes, 1), context.answer(scenes, 2)
-    if relative_change(first, second) > SAME:
-        yield Finding(
-            "train_mode_in_validation",
-            "in evaluation mode two answers to the same scenes differ by "
-            f"{relative_change(first, second):.2g}: dropout is at work, or something else that is random or that the"
-            " network keeps from one call to the next.",
-        )
-    context.model.train()
-    in_eval_mode = [name or "the network" for name in modules_in_eval_mode(context.model)]
-    if in_eval_mode:
-        yield Finding(
-            "eval_mode_in_training",
-            f"after train(), {len(in_eval_mode)} modules are still in evaluation mode: {listed(in_eval_mode)}.",
-        )
-    drops = [module for module in context.model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
-    answers = [_training_answer(context, scenes, seed) for seed in (1, 2)]
-    noise = relative_change(answers[0], answers[1])
-    spread = float(answers[0].std(0).norm() * len(answers[0]) ** 0.5 / answers[0].norm())
-    dropped = max(
-        [module.p for module in drops]
-        + [
-            value
-            for module in context.model.modules()
-            for name, value in vars(module).items()
-            if "dropout" in name and isinstance(value, float)
-        ],
-        default=0.0,
-    )
-    if noise**2 / 2 > NOISE_SHARE * max(spread, 1e-12) ** 2 or dropped >= 0.7:
-        yield Finding(
-            "heavy_dropout",
-            f"two answers to the same scenes differ by {noise:.0%}, different scenes by {spread:.0%}"
-            f"{f'; dropout {dropped:g}' if dropped else ''}.",
-        )
-    elif relative_change(first, answers[0]) > max(CLOSE, UNLIKE * noise) and not in_eval_mode:
-        yield from _running_statistics(context, noise)
-
-
-def _running_statistics(context: PreflightContext, noise: float) -> Iterator[Finding]:
-    """Training and evaluation mode still answer differently once running statistics, if there are any, had the time to
-    follow: those of an untrained network say nothing."""
-    before = [each.clone() for each in context.model.buffers()]
-    groups = [scenes[:SETTLING_SCENES] for group in context.groups for scenes in group if scenes.batch > 1]
-    groups = groups or [context.scenes]
-    for number in range(SETTLING):
-        with torch.no_grad():
-            context.step.predict(groups[number % len(groups)])
-    running = any(not torch.equal(old, new) for old, new in zip(before, context.model.buffers()))
-    scenes = groups[0]
-    apart = relative_change(context.answer(scenes, 1), _trained_again(context, scenes))
-    if apart > max(UNLIKE * noise, UNSETTLED if running else CLOSE):
-        norms = [name for name, each in context.model.named_modules() if isinstance(each, BATCH_NORM)]
-        settled = f" after {SETTLING} batches in training mode" if running else ""
-        yield Finding(
-            "batchnorm_statistics",
-            f"training and evaluation mode answer differently ({apart:.2g}{settled})"
-            f"{f': {listed(norms)}' if norms else ''}.",
-        )
-
-
-def _trained_again(context: PreflightContext, scenes: Scenes) -> Tensor:
-    context.model.train()
-    return _training_answer(context, scenes, 1)
-
-
-def _training_answer(context: PreflightContext, scenes: Scenes, seed: int) -> Tensor:
-    torch.manual_seed(seed)
-    with torch.enable_grad():
-        return context.step.predict(scenes).factor.detach().float().clone()
 
 
 def saturation(context: PreflightContext) -> Iterator[Finding]:
@@ -140,7 +59,7 @@ def layers(context: PreflightContext) -> Iterator[Finding]:
 
     def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
         if isinstance(output, Tensor) and inputs and isinstance(inputs[0], Tensor):
-            signals.setdefault(name, (rms(inputs[0]), rms(output), bool(inputs[0].isfinite().all())))
+            signals.setdefault(name, (rms(inputs[0]), rms(output), bool(inputs[0].detach().isfinite().all())))
             if output.requires_grad:
                 outputs.setdefault(name, output)
 
@@ -211,7 +130,7 @@ def _dead(context: PreflightContext, total: Tensor, outputs: dict[str, Tensor], 
     """Layers whose output receives no gradient for any unit and scene, although it is there and autograd reaches it."""
     if not total.requires_grad or total.grad_fn is None or not outputs:
         return
-    gradients = torch.autograd.grad(total, list(outputs.values()), retain_graph=True, allow_unused=True)
+    gradients = derivatives(total, list(outputs.values()), retain_graph=True)
     silent = [
         name
         for (name, value), gradient in zip(outputs.items(), gradients)
@@ -245,7 +164,7 @@ def _never_reached(context: PreflightContext) -> list[str]:
     with ExitStack() as stack:
         while len(stuck) > 1:
             total = context.run()[0]
-            parts = dict(zip(live, torch.autograd.grad(total, list(live.values()), allow_unused=True)))
+            parts = dict(zip(live, derivatives(total, list(live.values()))))
             reached = {name for name, part in parts.items() if part is not None and bool(part.any())} - moved
             stuck = [name for name in stuck if name not in reached]
             if not reached:
@@ -265,7 +184,6 @@ def _equal_units(context: PreflightContext) -> Iterator[Finding]:
 
 
 CHECKS = {
-    "dropout and modes": randomness,
     "answers are not at the ends of a range": saturation,
     "signals pass every layer": layers,
 }

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ris_fast.health.preflight.measures import write
 from ris_fast.models.modes import eval_mode
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
@@ -35,6 +36,7 @@ class PreflightContext:
         self.config, self.optimizer, self.step = trainer.config, trainer.optimizer, trainer.step
         self.note = ""  # what the running check measured, for people
         self.reached = True  # whether the running check reached its goal
+        self.known: dict[str, Any] = {}  # what several checks ask for, by name
 
     @cached_property
     def groups(self) -> list[list[Scenes]]:
@@ -93,9 +95,16 @@ class PreflightContext:
         finally:
             self.step.network = network
 
-    def small(self) -> AbstractContextManager[None]:
-        """For small batches: a network that torch compiled runs as written, so that nothing is compiled anew."""
-        return self.as_written() if self.by_torch else nullcontext()
+    @contextmanager
+    def small(self) -> Iterator[None]:
+        """For small batches: what torch compiled, the trainer or a layer of the user's own, runs as written, so that
+        nothing is compiled anew for them."""
+        with torch.compiler.set_stance("force_eager"), self.as_written() if self.by_torch else nullcontext():
+            yield
+
+    def whole(self) -> AbstractContextManager[None]:
+        """For whole steps: what training will call where the trainer compiles; else nothing is compiled for a check."""
+        return nullcontext() if self.by_torch else self.small()
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
@@ -109,11 +118,41 @@ class PreflightContext:
 
     def run(self, scenes: Scenes | None = None, *, seed: int = 0) -> tuple[Tensor, dict[str, Tensor], Prediction]:
         """Total, terms and prediction through the run's own path; the same dropout for the same seed."""
-        torch.manual_seed(seed)
         scenes = self.scenes if scenes is None else scenes
-        prediction = self.step.predict(scenes)
+        prediction = self.predict(scenes, seed)
         total, terms = self.loss(prediction, scenes)
         return total, terms, prediction
+
+    def predict(self, scenes: Scenes, seed: int = 0) -> Prediction:
+        """The network's prediction, each time from the same random numbers and the same buffers."""
+        self.rewind(seed)
+        return self.step.predict(scenes)
+
+    def rewind(self, seed: int = 0) -> None:
+        """Random numbers and moving buffers as they were before the first pass."""
+        for module, name, buffer, value in self._moving_buffers:
+            module._buffers[name] = buffer
+            write(buffer, value)
+        torch.manual_seed(seed)
+
+    @cached_property
+    def _moving_buffers(self) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+        """Buffers that a pass in training mode changes, as running statistics: whose, name, tensor and its numbers."""
+        found = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in self.model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        torch.manual_seed(0)
+        with torch.no_grad():
+            self.step.predict(self.scenes)
+        return [
+            each
+            for each in found
+            if each[0]._buffers[each[1]] is not each[2]
+            or not torch.allclose(each[2], each[3], 0.0, 0.0, equal_nan=True)
+        ]
 
     @property
     def guess(self) -> Prediction:
@@ -151,13 +190,13 @@ class PreflightContext:
         kept = [tensor.detach().clone() for tensor in tensors]
         with torch.no_grad():
             for tensor, direction in zip(tensors, directions):
-                tensor.add_(direction, alpha=step)
+                write(tensor, tensor.add(direction, alpha=step))
         try:
             yield
         finally:
             with torch.no_grad():
                 for tensor, value in zip(tensors, kept):
-                    tensor.copy_(value)
+                    write(tensor, value)
 
 
 @contextmanager

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ris_fast.health.preflight.attachments import PLAIN, SCHEDULERS, attached, contents, global_names, is_users
+from ris_fast.health.preflight.attachments import (
+    GENERATORS,
+    PLAIN,
+    SCHEDULERS,
+    attached,
+    contents,
+    global_names,
+    is_users,
+)
+from ris_fast.health.preflight.measures import write
 from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.training.trainer import Trainer
 
@@ -48,7 +57,7 @@ class TensorCopies:
         for tensor, copy, address in self.kept:
             with_owner = address and tensor.data_ptr() == address
             if tensor.dtype == copy.dtype and tensor.shape == copy.shape and not with_owner:
-                tensor.copy_(copy)
+                write(tensor, copy)
 
 
 def _held(optimizer: Any) -> list[Tensor]:
@@ -77,6 +86,12 @@ def modules_of(trainer: Trainer) -> list[nn.Module]:
     return [each for each in (trainer.model, trainer.loss) if isinstance(each, nn.Module)]
 
 
+def _all_modules(trainer: Trainer) -> list[nn.Module]:
+    """Each once, also the module of the user's own that an adapted network is made of, which is no part of it."""
+    parts = [part for each in modules_of(trainer) for part in (each.__dict__.get("net", each), *each.modules())]
+    return list(dict.fromkeys(parts))
+
+
 @contextmanager
 def preserve_state(trainer: Trainer, numbers: TensorCopies | None = None) -> Iterator[None]:
     """Whatever happens to the trainer's numbers inside the block is undone at its end, bit for bit; so is what happens
@@ -90,8 +105,9 @@ def preserve_state(trainer: Trainer, numbers: TensorCopies | None = None) -> Ite
         _optimizer(trainer.optimizer),
         numbers.write_back,
         _random(trainer.device),
-        *(_plain(module) for each in modules_of(trainer) for module in each.modules()),
-        *map(_attributes, (trainer.step.telemetry, trainer.step, trainer.state, trainer.plan)),
+        *map(_module, _all_modules(trainer)),
+        *map(_attributes, (trainer.step.telemetry, trainer.step, trainer.state, trainer.plan, trainer.source)),
+        _elements(trainer.network.known),
         _plain(trainer),
         *_attached(trainer),
     ]
@@ -158,6 +174,24 @@ def _plain(owner: Any) -> Undo:
     return lambda: owner.__dict__.update(kept)
 
 
+def _module(module: nn.Module) -> Undo:
+    """A module's own attributes: its mode, its counters and caches, its hooks, and which tensors are its buffers."""
+    kept = dict(module.__dict__)
+    inner = [_elements(value) for value in kept.values() if isinstance(value, (dict, list, set))]
+    flags = [(value, value.requires_grad) for value in module._parameters.values() if value is not None]
+
+    def back() -> None:
+        module.__dict__.clear()
+        module.__dict__.update(kept)
+        for each in inner:
+            each()
+        for value, required in flags:
+            if value.requires_grad is not required:
+                value.requires_grad_(required)
+
+    return back
+
+
 def _attributes(owner: Any) -> Undo:
     """The attributes of an object, and the elements of its lists, dictionaries and sets."""
     kept = dict(owner.__dict__)
@@ -190,11 +224,14 @@ def _attached(trainer: Trainer) -> Iterator[Undo]:
     """Of everything that hooks and replaced methods reach. Tensors as long as they are no more than a few copies of the
     model."""
     room = 2**20 + 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
-    for value in attached([trainer, trainer.step, trainer.optimizer, trainer.loss, trainer.source, trainer.model]):
+    owners = [trainer, trainer.step, trainer.optimizer, trainer.loss, trainer.source, *_all_modules(trainer)]
+    for value in attached(owners):
         if isinstance(value, Tensor):
             if value.layout == torch.strided and value.device.type != "meta" and value.numel() <= room:
                 room -= value.numel()
                 yield _numbers(value)
+        elif isinstance(value, GENERATORS):
+            yield _generator(value)
         elif isinstance(value, CellType):
             yield _cell(value)
         elif isinstance(value, FunctionType):
@@ -204,7 +241,7 @@ def _attached(trainer: Trainer) -> Iterator[Undo]:
         elif isinstance(value, Optimizer):
             yield _optimizer(value)
         elif isinstance(value, nn.Module):
-            yield _plain(value)
+            yield _module(value)
         elif hasattr(value, "__dict__") and (isinstance(value, SCHEDULERS) or is_users(value)):
             yield _attributes(value)
 
@@ -215,7 +252,23 @@ def _numbers(value: Tensor) -> Undo:
     @torch.no_grad()
     def back() -> None:
         if value.shape == kept.shape and not torch.equal(value, kept):
-            value.copy_(kept)
+            write(value, kept)
+
+    return back
+
+
+def _generator(value: Any) -> Undo:
+    """A generator of torch, of Python, or of numpy, whose state is a property."""
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return lambda: value.set_state(state) and None
+    if isinstance(value, random.Random):
+        kept = value.getstate()
+        return lambda: value.setstate(kept)
+    bits = value.bit_generator.state
+
+    def back() -> None:
+        value.bit_generator.state = bits
 
     return back
 

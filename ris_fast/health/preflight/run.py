@@ -13,15 +13,22 @@ from typing import Any
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight import (
     calls,
+    distributions,
     gradient,
     information,
     inputs,
     kernels,
     loss,
+    modes,
     network,
+    norms,
     one_step,
     overfit,
     parameters,
+    reach,
+    recomputed,
+    rereads,
+    scene_gradients,
     scene_parts,
     scenes,
     schedule,
@@ -40,20 +47,33 @@ Check = Callable[[PreflightContext], Iterator[Finding]]
 SMALL_BATCH = {
     **targets.CHECKS,
     **scenes.CHECKS,
+    **rereads.CHECKS,
     **scene_parts.CHECKS,
+    **distributions.CHECKS,
     **parameters.CHECKS,
     **loss.CHECKS,
     **truth.CHECKS,
     **calls.SMALL_BATCH,
+    **modes.CHECKS,
     **network.CHECKS,
+    **norms.CHECKS,
+    **reach.CHECKS,
     **inputs.CHECKS,
     **information.CHECKS,
+    **recomputed.CHECKS,
     **gradient.CHECKS,
+    **scene_gradients.SMALL_BATCH,
     **terms.CHECKS,
     **kernels.CHECKS,
     **schedule.CHECKS,
 }
-WHOLE_STEP = {**calls.WHOLE_STEP, **validation.CHECKS, **one_step.CHECKS, **several_steps.CHECKS}
+WHOLE_STEP = {
+    **calls.WHOLE_STEP,
+    **validation.CHECKS,
+    **one_step.CHECKS,
+    **scene_gradients.WHOLE_STEP,
+    **several_steps.CHECKS,
+}
 LEARNING = overfit.CHECKS
 
 
@@ -121,10 +141,7 @@ def _run(context: PreflightContext, numbers: TensorCopies, name: str, check: Che
         warnings.simplefilter("ignore")
         context.model.train()
         try:
-            if small:
-                with context.small():
-                    findings.extend(check(context))
-            else:
+            with context.small() if small else context.whole():
                 findings.extend(check(context))
         except Exception as error:
             # A check calls whatever the trainer is made of, which may raise anything: the check ends, not the run.

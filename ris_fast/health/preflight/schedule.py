@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import torch
-
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, listed, rms, total_norm
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.training.schedule import learning_rate_factor
@@ -102,7 +101,7 @@ def first_gradient(context: PreflightContext) -> Iterator[Finding]:
     total = context.run()[0]
     if not live or not total.requires_grad or not bool(total.isfinite()):
         return
-    parts = [g for g in torch.autograd.grad(total, live, allow_unused=True) if g is not None and bool(g.any())]
+    parts = [g for g in derivatives(total, live) if g is not None and bool(g.any())]
     if not parts or not all_finite(parts):
         return
     norm = total_norm(parts)

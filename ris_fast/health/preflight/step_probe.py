@@ -27,6 +27,7 @@ class StepTrace:
 
     residual_grad_norm: float = math.nan  # gradient norm after the gradients were cleared
     raw: list[Tensor | None] = field(default_factory=list)
+    given: list[Tensor | None] = field(default_factory=list)  # to the optimizer, whatever happened on the way
     scale: float = 1.0  # of the loss
     attempted: int = 0
     skipped: int = 0
@@ -52,7 +53,10 @@ class StepProbe(StepTelemetry):
 
     def differentiated(self) -> None:
         if self.gradients:
-            self.taken.raw = [None if p.grad is None else p.grad.detach().clone() for p in self.model.parameters()]
+            self.taken.raw = self.copies()
+
+    def copies(self) -> list[Tensor | None]:
+        return [None if p.grad is None else p.grad.detach().clone() for p in self.model.parameters()]
 
 
 def take_step(
@@ -68,6 +72,7 @@ def take_step(
     def reached(*_: Any) -> None:
         """The rates of this update: a scheduler of the user's may set those of the next behind it."""
         probe.taken.reached, probe.taken.rates = True, [float(group["lr"]) for group in context.optimizer.param_groups]
+        probe.taken.given = probe.copies() if gradients else []
 
     hook = context.optimizer.register_step_pre_hook(reached)
     try:

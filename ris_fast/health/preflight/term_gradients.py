@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.restore import preserve_state
 
@@ -36,7 +36,7 @@ def term_gradient_table(context: PreflightContext) -> dict[str, list[Any]]:
 def _gradients(value: Tensor, tensors: list[Tensor]) -> list[float | None]:
     if not value.requires_grad:
         return [None] * len(tensors)
-    parts = torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True)
+    parts = derivatives(value, tensors, retain_graph=True)
     return [None if part is None else float(part.norm()) for part in parts]
 
 

@@ -18,21 +18,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ris_fast.health.watch.any_step import listen, stop_listening
 from ris_fast.health.watch.call_site import call_site
-from ris_fast.health.watch.graph import GraphLeaves
-from ris_fast.health.watch.hooks import OptimizerHooks
+from ris_fast.health.watch.eager import eager_hook
+from ris_fast.health.watch.fingerprints import fingerprint_of
+from ris_fast.health.watch.graph import GraphLeaves, modules_of
+from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.records import ForwardRecord, PassRecord
 from ris_fast.health.watch.samples import held_tensors
 from ris_fast.health.watch.tensors import few_rows, has_nan, rows_with_gradient, tensors_of
 
-FIRST, LONGEST = 256, 4096  # passes that are all looked at; where most of them reach no backward
-NUMBERS = 48  # passes in training, and as many in evaluation, of which a few numbers are kept
-WALKED = 12  # training passes whose graph is walked
-PARTS = 4  # training passes in which the hooks on parts stay
-LATE = 64  # passes that are looked at after the first
+FIRST, LONGEST = 64, 4096  # training passes that are all looked at; where most of them reach no backward
+WALKED, PARTS = 6, 4  # training passes whose graph is walked, and in which the hooks on parts stay
+MARKED = 12  # training passes whose gradient at the output is compared with those of mistakes
+LATE = 64  # training passes that are looked at after the first
+ROUND, OTHERS = 8, 128  # passes of another kind between two steps that are looked at, and in all
+TRAINING = True, True  # in training mode, with gradients enabled
 
 
 class _Hook:
@@ -61,19 +65,27 @@ class ForwardHooks:
         self.model, self.by_optimizer, self.every = model, by_optimizer, every
         self.passes: list[PassRecord] = []
         self.first = FIRST
-        self.count = self.late = self.foreign_steps = 0
-        self.kept: Counter[tuple[bool, bool]] = Counter()  # passes with numbers, by mode and whether with gradients
+        self.count = self.late = self.foreign_steps = self.marked = 0
+        # By mode and whether gradients are enabled: passes, those looked at, and the step and passes since it.
+        self.made: Counter[tuple[bool, bool]] = Counter()
+        self.looked: Counter[tuple[bool, bool]] = Counter()
+        self.rounds: dict[tuple[bool, bool], tuple[int, int]] = {}
         self.leaves = GraphLeaves(model)
         self.called: dict[int, bool] = {}  # by id of a part: whether gradients were enabled in a call of it
-        self.optimizers: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()  # whether foreign
+        self.watched = {id(each.optimizer) for each in by_optimizer}
+        self.foreign: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()  # of another model
         self.modal = [part for part in model.modules() if is_modal(part)]
         self.was_training = model.training
+        self.last_input: weakref.ref[Tensor] | None = None
+        self.names = {id(part): plain_name(path.removesuffix(".")) for path, part in modules_of(model)}
+        self.inside: list[tuple[str, int]] = []  # layers of the pass that runs, and the rows that they are given
+        self.rows_inside: list[tuple[int, int, list[tuple[str, int]]]] = []
         before, after = _Hook(self._before), _Hook(self._after)
         self.hooks = [
             model.register_forward_pre_hook(before, with_kwargs=True),
             model.register_forward_hook(after, with_kwargs=True),
-            register_optimizer_step_post_hook(_StepHook(self)),
         ]
+        listen(self)
         of_part = _Hook(self._part)
         parts = [] if _compiled(model) else [part for part in model.modules() if part is not model]
         self.part_hooks = [part.register_forward_hook(of_part) for part in parts]
@@ -88,43 +100,62 @@ class ForwardHooks:
         for hook in (*self.hooks, *self.part_hooks):
             hook.remove()
         self.hooks, self.part_hooks = [], []
+        stop_listening(self)
 
     def record(self) -> ForwardRecord:
         """All that was seen. Reads the device."""
         return ForwardRecord(
             passes=[each.on_host() for each in self.passes],
             first=self.first,
-            made=self.count,
+            made=self.made[TRAINING],
             steps=self.steps,
             together=len({each.steps for each in self.by_optimizer}) == 1,
             leaves=self.leaves.records(),
             walked=self.leaves.walked,
             outside_graph=self.leaves.outside(self.called),
+            unsettled=self._unsettled(),
+            spectral=self._spectral(),
+            rows_inside=self.rows_inside,
         )
 
     def _before(self, module: nn.Module, *_: Any) -> None:
         if module is self.model:
-            self.was_training = module.training
+            self.was_training, self.inside = module.training, []
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if module is not self.model:
             return
         self.count += 1
-        if self.count == FIRST and 2 * sum(not each.reached for each in self.passes) > FIRST:
-            self.first = LONGEST
-        if self.count > self.first:
-            if self.late >= LATE or max(each.steps for each in self.by_optimizer) % self.every:
-                return
-            self.late += 1
-        grad = torch.is_grad_enabled()
-        with torch.no_grad():
-            self._look(tensors_of((args, kwargs)), tensors_of(output), grad)
+        kind = self.was_training, torch.is_grad_enabled()
+        self.made[kind] += 1
+        if self._due(kind):
+            self.looked[kind] += 1
+            with torch.no_grad():
+                self._look(tensors_of((args, kwargs)), tensors_of(output), kind[1])
+
+    def _due(self, kind: tuple[bool, bool]) -> bool:
+        """Whether a pass is looked at: the first in training, then those of some steps; of others some between two
+        steps."""
+        made = self.made[kind]
+        if kind == TRAINING:
+            if compiles_backward():  # which would compile anew for each pass's hooks
+                return False
+            if made == FIRST and 2 * sum(not each.reached for each in self.passes) > len(self.passes):
+                self.first = LONGEST
+            late = made > self.first
+            self.late += late
+            return not late or (self.late <= LATE and not max(each.steps for each in self.by_optimizer) % self.every)
+        step, since = self.rounds.get(kind, (-1, 0))
+        self.rounds[kind] = self.steps, since + 1 if step == self.steps else 1
+        return self.rounds[kind][1] <= ROUND and self.looked[kind] < OTHERS
 
     def _look(self, inputs: list[Tensor], outputs: list[Tensor], grad: bool) -> None:
         """One pass. `grad`: whether gradients were enabled in it."""
         site, place = call_site(sys._getframe(2))
+        last, self.last_input = self.last_input and self.last_input(), weakref.ref(inputs[0]) if inputs else None
         now = PassRecord(
             number=self.count,
+            of_kind=self.made[self.was_training, grad],
             step=self.steps,
             foreign_steps=self.foreign_steps,
             site=site,
@@ -137,55 +168,79 @@ class ForwardHooks:
             shape=tuple(inputs[0].shape) if inputs else (),
             output_shape=tuple(outputs[0].shape) if outputs else (),
             inputs=len(inputs),
+            given_again=last is not None and last is inputs[0] if inputs else False,
         )
         self.passes.append(now)
         if now.grad:
             self._follow(now, inputs, outputs)
-        if self.kept[now.training, now.grad] < NUMBERS or self.count > self.first:
-            self.kept[now.training, now.grad] += 1
+        if len(self.passes) <= FIRST or not now.grad or self.late:
             now.input, now.output = few_rows(inputs), few_rows(outputs)
             now.nan_in, now.nan_out = has_nan(inputs), has_nan(outputs)
 
     def _follow(self, now: PassRecord, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Whether a backward pass reaches the outputs, and what they depend on."""
-        rows = now.shape[0] if now.shape else 0
+        with_grad = [each for each in outputs if each.requires_grad and each.grad_fn is not None]
+        rows, mark = now.shape[0] if now.shape else 0, None
+        if with_grad and self.marked < MARKED:
+            self.marked, mark = self.marked + 1, fingerprint_of(with_grad[0])
 
-        def reached(grad: Tensor) -> None:
-            if not now.reached and now.number <= NUMBERS:
+        def first(grad: Tensor) -> None:
+            if not now.reached and now.of_kind <= FIRST:
                 now.rows = rows_with_gradient(grad, rows)
+            if mark is not None and (found := mark(grad)) is not None:
+                now.mark_kind, now.mark = found
             now.reached = True
 
-        for each in outputs:
-            if each.requires_grad and each.grad_fn is not None:
-                each.register_hook(reached)
-        if self.leaves.walked < WALKED or self.count > self.first:
+        def another(_: Tensor) -> None:
+            now.reached = True
+
+        for number, each in enumerate(with_grad):
+            each.register_hook(eager_hook(another if number else first))
+        if self.leaves.walked < WALKED or (self.late and self.leaves.walked < 2 * WALKED):
             now.nodes = self.leaves.walk(inputs, outputs, self.steps)
+            if self.inside and now.output_shape:
+                self.rows_inside.append((rows, now.output_shape[0], self.inside))
         if self.leaves.walked >= PARTS and self.part_hooks:
             for hook in self.part_hooks:
                 hook.remove()
             self.part_hooks = []
 
-    def _part(self, module: nn.Module, *_: Any) -> None:
+    def _part(self, module: nn.Module, args: tuple[Any, ...], _: Any) -> None:
         self.called[id(module)] = self.called.get(id(module), False) or torch.is_grad_enabled()
+        if args and isinstance(args[0], Tensor) and args[0].ndim > 1 and not module._modules:
+            self.inside.append((self.names.get(id(module), "?"), args[0].shape[0]))
+
+    def _unsettled(self) -> list[str]:
+        """Reads the device."""
+        return [
+            plain_name(path.removesuffix("."))
+            for path, part in modules_of(self.model)
+            if isinstance(part, nn.modules.batchnorm._NormBase) and not part.training and self.called.get(id(part))
+            if part.running_mean is not None and not part.running_mean.any() and bool((part.running_var == 1).all())
+        ]
+
+    def _spectral(self) -> list[str]:
+        """The old kind: that of `nn.utils.parametrizations` settles when it is made."""
+        return [
+            plain_name(path.removesuffix("."))
+            for path, part in modules_of(self.model)
+            if any(isinstance(hook, SpectralNorm) for hook in part._forward_pre_hooks.values())
+        ]
 
     def stepped(self, optimizer: Optimizer) -> None:
         """After a step of any optimizer: one that holds tensors of other models is foreign."""
-        if optimizer not in self.optimizers:
-            own, watched = self.leaves.own_parameters().keys(), [each.optimizer for each in self.by_optimizer]
-            others = any(id(p) not in own for p in held_tensors(optimizer))
-            self.optimizers[optimizer] = others and all(optimizer is not each for each in watched)
-        self.foreign_steps += self.optimizers[optimizer]
+        if id(optimizer) in self.watched:
+            return
+        if optimizer not in self.foreign:
+            own = self.leaves.own_parameters()
+            self.foreign[optimizer] = any(id(p) not in own for p in held_tensors(optimizer))
+        self.foreign_steps += self.foreign[optimizer]
 
 
-class _StepHook:
-    """After a step of any optimizer; nothing once the watch is gone."""
-
-    def __init__(self, forward: ForwardHooks) -> None:
-        self.forward = weakref.ref(forward)
-
-    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
-        if not torch.compiler.is_compiling() and (forward := self.forward()) is not None:
-            forward.stepped(optimizer)
+def compiles_backward() -> bool:
+    """Whether backward passes are compiled now, by torch's compiled autograd."""
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    return compiled is not None and bool(compiled.compiled_autograd_enabled)
 
 
 def is_modal(part: nn.Module) -> bool:

@@ -19,6 +19,10 @@ from ris_fast.health.watch.samples import few_numbers, has_norm
 NODES = 20_000  # of a graph that are looked at
 LEAVES = 256  # that are kept
 DEPTH = 3  # of lists in lists that are searched for a name
+CHAIN = 16  # operations from a root on
+# Operations that leave numbers as they are, or some of them.
+MOVING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Transpose", "Permute", "T", "ToCopy", "Clone"}
+MOVING |= {"Select", "Slice", "Index"}
 
 
 @dataclass
@@ -70,6 +74,8 @@ class GraphLeaves:
 
     def _keep(self, leaf: Any, step: int, own: Mapping[int, str], users: Mapping[Any, Any], of_outputs: bool) -> None:
         tensor = leaf.variable
+        if tensor.numel() and not tensor.untyped_storage().nbytes():  # gathered for the pass and freed: FSDP2's
+            return
         for known in self.unknown:
             if known.tensor() is tensor:
                 known.passes += 1
@@ -219,3 +225,21 @@ def _within(value: Any, tensor: Tensor, depth: int) -> tuple[str, bool | None] |
             if (found := _within(part, tensor, depth - 1)) is not None:
                 return f"[{key!r}]{found[0]}", found[1]
     return None
+
+
+def chain_of(node: Any, ends: set[Any]) -> list[tuple[str, tuple[int, ...], bool]]:
+    """Operations from the root on while each has one operand with a gradient: the name, the shape of what it gives, and
+    whether it is the one that made the outputs."""
+    found: list[tuple[str, tuple[int, ...], bool]] = []
+    while node is not None and len(found) < CHAIN:
+        made = getattr(node, "_input_metadata", None)
+        shape = tuple(made[0].shape) if made else ()
+        found.append((operation(node), shape, node in ends))
+        after = [each for each, _ in node.next_functions if each is not None]
+        node = after[0] if len(after) == 1 and node not in ends else None
+    return found
+
+
+def operation(node: Any) -> str:
+    """'MseLoss' of MseLossBackward0."""
+    return type(node).__name__.rpartition("Backward")[0].removeprefix("_") or type(node).__name__

@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ris_fast.health.watch.graph import GraphLeaves, graph_of
+from ris_fast.health.watch.eager import eager_hook
+from ris_fast.health.watch.graph import CHAIN, MOVING, GraphLeaves, chain_of, graph_of, operation
 from ris_fast.health.watch.records import LossRecord, Numbers
 from ris_fast.health.watch.tensors import few_rows, has_nan, is_plain, rows_with_gradient, tensors_of
 
-FIRST, LATE, WALKED, CHAIN = 32, 64, 4, 16  # calls noted, of later steps, with a walk; operations from the root
+FIRST, LATE, WALKED = 32, 64, 4  # calls that are noted, of later steps, and with a walk through the graph
 
-# Operations that take a loss from its outputs to one number, or leave the numbers as they are.
+# Operations that take a loss from its outputs to one number.
 REDUCING = {"Mean", "Sum", "Div", "Mul", "Sqrt", "Pow", "Abs", "MseLoss", "SmoothL1Loss", "HuberLoss", "Neg", "Expand"}
-MOVING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Transpose", "Permute", "T", "ToCopy", "Clone"}
-MOVING |= {"Select", "Slice", "Index"}
 # What takes raw outputs, and what must not have been applied to them before.
 RAW = {"LogSoftmax": ("Softmax", "Sigmoid"), "BinaryCrossEntropyWithLogits": ("Sigmoid", "Softmax")}
 
@@ -80,7 +79,7 @@ class LossHook:
             def reached(grad: Tensor) -> None:
                 now.rows = rows_with_gradient(grad, rows)
 
-            outputs[0].register_hook(reached)
+            outputs[0].register_hook(eager_hook(reached))
 
 
 def numbers_of(tensors: Sequence[Tensor]) -> Numbers | None:
@@ -101,24 +100,6 @@ def numbers_of(tensors: Sequence[Tensor]) -> Numbers | None:
         nan=has_nan([real]),
         few=few_rows([tensor]),
     )
-
-
-def chain_of(node: Any, ends: set[Any]) -> list[tuple[str, tuple[int, ...], bool]]:
-    """Operations from the root on while each has one operand with a gradient: the name, the shape of what it gives, and
-    whether it is the one that made the outputs."""
-    found: list[tuple[str, tuple[int, ...], bool]] = []
-    while node is not None and len(found) < CHAIN:
-        made = getattr(node, "_input_metadata", None)
-        shape = tuple(made[0].shape) if made else ()
-        found.append((operation(node), shape, node in ends))
-        after = [each for each, _ in node.next_functions if each is not None]
-        node = after[0] if len(after) == 1 and node not in ends else None
-    return found
-
-
-def operation(node: Any) -> str:
-    """'MseLoss' of MseLossBackward0."""
-    return type(node).__name__.rpartition("Backward")[0].removeprefix("_") or type(node).__name__
 
 
 def _applied_twice(node: Any) -> tuple[str, ...]:

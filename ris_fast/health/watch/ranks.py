@@ -1,5 +1,5 @@
 """What `watch` sees where torch.distributed has several ranks: gradients as backward left them on this rank and as the
-optimizer finds them, weights, and whether something else writes to them.
+optimizer finds them, and weights.
 
 Nothing is sent before a report. There each rank leaves what it saw in the store that the process group was made with,
 and reads what the others left. That is no collective: a report that one rank alone asks for ends, after a wait, with
@@ -13,8 +13,10 @@ from __future__ import annotations
 import gc
 import pickle
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from hashlib import blake2b
 from itertools import count
 from typing import Any
 from weakref import ref
@@ -26,10 +28,10 @@ from torch.optim import Optimizer
 
 from ris_fast.health.watch.clock import Clock
 from ris_fast.health.watch.eager import eager_hook
-from ris_fast.health.watch.records import RankOptimizer, RankRecord, RanksRecord, RankStep, Wrapper
+from ris_fast.health.watch.records import PassRecord, RankOptimizer, RankRecord, RanksRecord, RankStep, Wrapper
 from ris_fast.health.watch.samples import has_norm, held_tensors
 
-DENSE, KEPT, CHOSEN, NUMBERS, RING = 8, 16, 64, 16, 1024
+DENSE, KEPT, CHOSEN, NUMBERS, LAST, PASSES = 8, 16, 64, 16, 1024, 128
 WAIT_S, SHORT_WAIT_S, POLL_S, TOGETHER_S = 5.0, 0.5, 0.02, 60.0
 SHARDED = ("_is_flat_param", "ds_id", "tensor_model_parallel", "_is_sharded")  # FSDP1, DeepSpeed, Megatron, fairscale
 
@@ -50,10 +52,9 @@ class RankHooks:
         self.arrived: dict[int, Tensor] = {}  # since the last step: a few numbers of the gradient
         self.held_back = False  # DistributedDataParallel was told not to reduce at the last backward
         self.wrappers: list[nn.parallel.DistributedDataParallel] = []
-        self.probe: Tensor | None = None  # a small tensor that is looked at in every step
-        self.probe_numbers: Tensor | None = None  # after the last step
-        self.arrived_any: Tensor | None = None  # (RING,) of the last steps: -1 nothing came, 0 zeros, 1 a gradient
-        self.written_outside: Tensor | None = None  # (), steps before which something else had written to the probe
+        self.active = False  # several ranks were seen
+        self.probe: Tensor | None = None  # a small tensor whose gradient is looked at in every step
+        self.any: deque[tuple[int, Tensor]] = deque(maxlen=LAST)  # step, whether the probe's gradient is not all zeros
         self.hooked: list[Tensor] = []
         self.grad_hooks: list[Any] = []
         self.gradient_hook = _gradient_hook(self)
@@ -78,18 +79,14 @@ class RankHooks:
 
     def record(self) -> RankOptimizer:
         """All that was seen. Reads the device."""
-        ring = [] if self.arrived_any is None else self.arrived_any.tolist()
+        steps, flags = [step for step, _ in self.any], _joined([each[None] for _, each in self.any]).tolist()
         return RankOptimizer(
             kinds=frozenset(kind.__name__ for kind in type(self.optimizer).__mro__),
             steps=self.steps,
             records=[record.on_host() for record in self.records],
-            zero_steps=[step for step in self._ring_steps() if ring[step % RING] == 0],
-            full_steps=[step for step in self._ring_steps() if ring[step % RING] == 1],
-            written_outside=0 if self.written_outside is None else int(self.written_outside),
+            zero_steps=[step for step, flag in zip(steps, flags) if not flag],
+            full_steps=[step for step, flag in zip(steps, flags) if flag],
         )
-
-    def _ring_steps(self) -> range:
-        return range(max(0, self.steps - RING), self.steps if self.arrived_any is not None else 0)
 
     def _due(self) -> bool:
         """Whether the next step is looked at: the same steps on all ranks."""
@@ -97,10 +94,12 @@ class RankHooks:
 
     def _hook_gradients(self) -> None:
         """Hooks on gradients for the next step: on all that are looked at, or on the small one alone."""
-        if not several_ranks():
+        due = self._due()
+        self.active = self.active or (due and several_ranks())
+        if not self.active:
             return
         self.clock.start()
-        if self._due():
+        if due:
             chosen = list(self.chosen().values())
             self.probe = min(chosen, key=lambda p: (p.numel() < NUMBERS, p.numel()), default=None)
             self.wrappers = wrappers_in(self.model)
@@ -117,27 +116,24 @@ class RankHooks:
     def _arrive(self, parameter: Tensor) -> None:
         """After backward has added to a gradient, before DistributedDataParallel has reduced it."""
         grad = parameter.grad
-        if parameter is self.probe and grad.layout == torch.strided:
-            if self.arrived_any is None or self.arrived_any.device != grad.device:
-                self.arrived_any = torch.full((RING,), -1, dtype=torch.int8, device=grad.device)
-            self.arrived_any[self.steps % RING] = grad.any()
-        if self._due() and grad.layout == torch.strided:
+        if grad.layout != torch.strided:
+            return
+        if parameter is self.probe:
+            if self.any and self.any[-1][0] == self.steps:
+                self.any.pop()
+            self.any.append((self.steps, grad.any()))
+        if self._due():
             self.arrived[id(parameter)] = few_numbers([grad])
             self.held_back = any(not each.require_backward_grad_sync for each in self.wrappers)
 
     @torch.compiler.disable
-    @torch.no_grad()
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not several_ranks():
+        if not self.active or not self._due():
             return
-        if self.probe_numbers is not None and self.probe is not None:
-            now = few_numbers([self.probe])
-            if now.shape == self.probe_numbers.shape:
-                self.written_outside = self.written_outside + (now != self.probe_numbers).any()
-        closure = any(callable(each) and not isinstance(each, Optimizer) for each in (*args, *kwargs.values()))
-        if self._due() and not closure:
+        if not any(callable(each) and not isinstance(each, Optimizer) for each in (*args, *kwargs.values())):
             self._look()
 
+    @torch.no_grad()
     def _look(self) -> None:
         chosen = self.chosen()
         heard = [(self.arrived.get(id(p)), p) for p in chosen.values()]
@@ -147,7 +143,7 @@ class RankHooks:
         record = RankStep(
             step=self.steps,
             names=list(here),
-            sizes=[_count(p) for p in here.values()],
+            sizes=[count_numbers(p) for p in here.values()],
             arrived=_joined([self.arrived[id(p)] for p in here.values()]),
             at_step=few_numbers([p.grad for p in here.values()]),
             weights=few_numbers(list(here.values())),
@@ -157,21 +153,10 @@ class RankHooks:
         self.records = [*self.records[:DENSE], *self.records[DENSE:][-KEPT:], record]
 
     @torch.compiler.disable
-    @torch.no_grad()
     def _after(self, *_: Any) -> None:
         self.steps += 1
         self.arrived.clear()
-        if not several_ranks():
-            return
         self._hook_gradients()
-        if self.arrived_any is not None:
-            self.arrived_any[self.steps % RING] = -1
-        if self.probe is None or self.steps > RING:
-            self.probe_numbers = None
-        else:
-            self.probe_numbers = few_numbers([self.probe])
-            if self.written_outside is None:
-                self.written_outside = torch.zeros((), dtype=torch.int64, device=self.probe_numbers.device)
 
 
 def _gradient_hook(hooks: RankHooks) -> Callable[[Tensor], None]:
@@ -211,11 +196,12 @@ class RankObserver:
         for hooks in self.hooks:
             hooks.close()
 
-    def record(self, wait_s: float | None = None) -> RanksRecord | None:
-        """What this rank saw, and the others whose report at the same step comes in time. None in a single process."""
+    def record(self, passes: Sequence[PassRecord], wait_s: float | None = None) -> RanksRecord | None:
+        """What this rank saw, and the others whose report at the same step comes in time. None in a single process.
+        `passes`: the model's, on the host."""
         if not several_ranks():
             return None
-        mine = self._mine()
+        mine = self._mine(passes)
         wait_s = (SHORT_WAIT_S if self.alone else WAIT_S) if wait_s is None else wait_s
         try:
             others, elsewhere = self._meet(mine, wait_s)
@@ -224,7 +210,7 @@ class RankObserver:
         self.alone = not others
         return RanksRecord(mine, sorted([mine, *others], key=lambda each: each.rank), dist.get_world_size(), elsewhere)
 
-    def _mine(self) -> RankRecord:
+    def _mine(self, passes: Sequence[PassRecord]) -> RankRecord:
         held = {id(p) for hooks in self.hooks for p in held_tensors(hooks.optimizer)}
         tensors = {n: p for n, p in self.model.named_parameters() if id(p) in held and is_whole(p)}
         hashes = [bits_hash(p) for p in tensors.values()]
@@ -234,18 +220,22 @@ class RankObserver:
             names=list(tensors),
             shapes=[tuple(p.shape) for p in tensors.values()],
             trainable=[p.requires_grad for p in tensors.values()],
-            hashes=_joined([each[None] for each in hashes]).tolist() if hashes else [],
+            hashes=_joined([each[None] for each in hashes]).tolist(),
             optimizers=[hooks.record() for hooks in self.hooks],
             wrapper=find_wrapper(self.model, tensors),
+            inputs={
+                each.number: _input_hash(each.input) for each in passes if each.training and each.input is not None
+            },
         )
 
     def _meet(self, mine: RankRecord, wait_s: float) -> tuple[list[RankRecord], dict[int, int]]:
-        """Records of the other ranks, and of those that reported at about this time at another step, which."""
+        """Records of the other ranks, and of those that reported at about this time at another step, with other
+        weights, which step."""
         store, place = dist.distributed_c10d._get_default_store(), f"ris_fast/watch/{self.number}"
         self.reports += 1
         self.left.append(f"{place}/{mine.steps}/{mine.rank}")
         store.set(self.left[-1], pickle.dumps(mine))
-        store.set(f"{place}/at/{mine.rank}", pickle.dumps((self.reports, mine.steps, time.time())))
+        store.set(f"{place}/at/{mine.rank}", pickle.dumps((self.reports, mine.steps, time.time(), mine.hashes)))
         for key in self.left[:-2]:
             if key not in self.left[-2:]:
                 store.delete_key(key)
@@ -262,8 +252,8 @@ class RankObserver:
         ats = {r: pickle.loads(store.get(f"{place}/at/{r}")) for r in missing if store.check([f"{place}/at/{r}"])}
         return found, {
             rank: steps
-            for rank, (reports, steps, when) in ats.items()
-            if reports == self.reports and abs(time.time() - when) < TOGETHER_S + wait_s
+            for rank, (reports, steps, when, hashes) in ats.items()
+            if reports == self.reports and abs(time.time() - when) < TOGETHER_S + wait_s and hashes != mine.hashes
         }
 
 
@@ -305,23 +295,23 @@ def is_whole(tensor: Tensor) -> bool:
 def few_numbers(tensors: Sequence[Tensor]) -> Tensor:
     """(S,) of whole tensors, a copy."""
     flat = [torch.view_as_real(each) if each.is_complex() else each for each in tensors]
-    return _joined([each.detach().reshape(-1)[:: _stride(each)] for each in flat])
+    return _joined([each.detach().reshape(-1)[:: _stride(each.numel())] for each in flat])
 
 
-def _stride(tensor: Tensor) -> int:
-    return -(-tensor.numel() // NUMBERS) | 1 if tensor.numel() > NUMBERS else 1
-
-
-def _count(tensor: Tensor) -> int:
+def count_numbers(tensor: Tensor) -> int:
     """How many numbers `few_numbers` takes of it."""
     numbers = tensor.numel() * (2 if tensor.is_complex() else 1)
-    stride = (-(-numbers // NUMBERS) | 1) if numbers > NUMBERS else 1
-    return -(-numbers // stride)
+    return -(-numbers // _stride(numbers))
+
+
+def _stride(numbers: int) -> int:
+    return -(-numbers // NUMBERS) | 1 if numbers > NUMBERS else 1
 
 
 def _joined(some: Sequence[Tensor]) -> Tensor:
     device = next((each.device for each in some if each.device.type != "cpu"), torch.device("cpu"))
-    return torch.cat([each.to(device, non_blocking=device.type == "cuda") for each in some])
+    moved = [each.to(device, non_blocking=device.type == "cuda") for each in some]
+    return torch.cat(moved) if moved else torch.zeros(0)
 
 
 def _has_strided_grad(parameter: Tensor) -> bool:
@@ -346,8 +336,12 @@ def bits_hash(tensor: Tensor, chunk: int = 1 << 22) -> Tensor:
     return total
 
 
+def _hash(few: Tensor) -> str:
+    return blake2b(few.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+
+
 def _device_name(device: torch.device) -> str:
     """Ranks on unlike devices may round differently."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"

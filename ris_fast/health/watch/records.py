@@ -166,16 +166,18 @@ class LoopRecord:
 class PassRecord:
     """One forward pass of the model. Numbers stay on their device until `on_host`.
 
-    Args: number: of the pass, from 1; step, foreign_steps: made before it by the watched optimizers, all together, and
-        by those of other models; site, place: from where it was called; training, training_after: the model's mode
-        before and after it; grad: whether an output requires a gradient; reached: whether a backward pass came to one;
-        parts_training: parts whose mode matters that are in training mode, of `parts`; inputs: tensors given; shape,
-        output_shape: of the first; nodes: of its graph, 0 where it was not walked;
-        input, output: (R, F) a few numbers; nan_in, nan_out: (), whether there is a NaN in any;
-        rows: (B,) scenes with a gradient at the output.
+    Args: number, of_kind: of the pass, from 1, among all and among those of its mode; step, foreign_steps: made before
+        it by the watched optimizers, all together, and by those of other models; site, place: from where it was called;
+        training, training_after: the model's mode before and after it; grad: whether an output requires a gradient;
+        reached: whether a backward pass came to one; parts_training: parts whose mode matters that are in training
+        mode, of `parts`; inputs: tensors given; shape, output_shape: of the first; nodes: of its graph, 0 where it was
+        not walked; input, output: (R, F) a few numbers; nan_in, nan_out: (), whether there is a NaN in any;
+        rows: (B,) scenes with a gradient at the output; given_again: the first input is the tensor that the pass before
+        was given; mark_kind, mark: which mistake the gradient at the output looks like, and how far it is from that.
     """
 
     number: int
+    of_kind: int
     step: int
     foreign_steps: int
     site: int
@@ -195,6 +197,9 @@ class PassRecord:
     nan_in: Tensor | None = None
     nan_out: Tensor | None = None
     rows: Tensor | None = None
+    given_again: bool = False
+    mark_kind: str = ""
+    mark: Tensor | None = None
 
     def on_host(self) -> PassRecord:
         return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
@@ -230,10 +235,13 @@ class LeafRecord:
 class ForwardRecord:
     """The model's forward passes, at the report.
 
-    Args: passes: those that were looked at; first: as many were all looked at, from the beginning; made: all;
+    Args: passes: those that were looked at; first: as many in training were all looked at, from the
+        beginning; made: all in training;
         steps: of the watched optimizers, all together; together: they have made as many steps each; leaves: that are
         nobody's; walked: passes whose graph was; outside_graph: parameters of parts that were called with gradients
-        enabled, which no output depends on.
+        enabled, which no output depends on; unsettled: running statistics of a new layer, used in evaluation mode;
+        spectral: layers with a spectral norm that is settled in training; rows_inside: of a pass, scenes that the model
+        is given and gives, and those that each of its layers is given.
     """
 
     passes: list[PassRecord]
@@ -244,6 +252,9 @@ class ForwardRecord:
     leaves: list[LeafRecord]
     walked: int
     outside_graph: list[str]
+    unsettled: list[str]
+    spectral: list[str]
+    rows_inside: list[tuple[int, int, list[tuple[str, int]]]]
 
 
 @dataclass
@@ -336,8 +347,7 @@ class RankOptimizer:
     """One optimizer of one rank.
 
     Args: zero_steps, full_steps: of the last 1024, those in which backward left one small tensor a gradient of zeros
-        only, and another one; written_outside: how many of the first 1024 steps found that tensor not as the step
-        before had left it.
+        only, and another one.
     """
 
     kinds: frozenset[str]
@@ -345,7 +355,6 @@ class RankOptimizer:
     records: list[RankStep]
     zero_steps: list[int]
     full_steps: list[int]
-    written_outside: int
 
 
 @dataclass(frozen=True)
@@ -367,7 +376,10 @@ class Wrapper:
 @dataclass(frozen=True)
 class RankRecord:
     """One rank, at the report; of the tensors that it holds whole: names, shapes, whether they are trainable, and a
-    hash of all their bits."""
+    hash of all their bits.
+
+    Args: inputs: hashes of what the model was given in passes in training, by number of the pass.
+    """
 
     rank: int
     device: str
@@ -377,6 +389,7 @@ class RankRecord:
     hashes: list[int]
     optimizers: list[RankOptimizer]
     wrapper: Wrapper | None
+    inputs: dict[int, str]
 
     @property
     def steps(self) -> int:
@@ -387,7 +400,8 @@ class RankRecord:
 class RanksRecord:
     """Ranks that reported at the same step, this one among them.
 
-    Args: size: how many there are; elsewhere: of ranks that reported at this time at another step, which.
+    Args: size: how many there are; elsewhere: of ranks that reported at this time at another step, with other weights,
+        which step.
     """
 
     mine: RankRecord

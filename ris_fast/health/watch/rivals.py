@@ -8,11 +8,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ris_fast.health.watch.any_step import listen, stop_listening
 
 KEPT = 32
 
@@ -43,15 +42,10 @@ class Rivals:
         self.count = 0  # optimizers that were not given, and share tensors
         self.clock = 0
         self.inside: Optimizer | None = None  # the one whose step runs
-        me = weakref.ref(self)
+        listen(self)
 
-        def stepped(optimizer: Optimizer, *_: Any) -> None:
-            if not torch.compiler.is_compiling() and (rivals := me()) is not None:
-                rivals._note(optimizer)
-
-        self.hook = register_optimizer_step_post_hook(stepped)
-
-    def _note(self, optimizer: Optimizer) -> None:
+    def stepped(self, optimizer: Optimizer) -> None:
+        """After a step of any optimizer."""
         self.clock += 1
         known = self.known.get(id(optimizer))
         if known is None or known[0]() is not optimizer:
@@ -101,4 +95,4 @@ class Rivals:
         )
 
     def close(self) -> None:
-        self.hook.remove()
+        stop_listening(self)

@@ -9,7 +9,8 @@ import torch
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
-from ris_fast.health.watch.loss import MOVING, REDUCING
+from ris_fast.health.watch.graph import MOVING
+from ris_fast.health.watch.loss import REDUCING
 from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord, Numbers
 
 LOOKS = 2  # as many losses show it

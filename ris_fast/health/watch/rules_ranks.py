@@ -31,6 +31,10 @@ from ris_fast.health.watch.compare_ranks import (
 from ris_fast.health.watch.fixes import finding
 from ris_fast.health.watch.records import LoopRecord, RanksRecord
 
+OWN_BATCHES = (
+    "Give each rank batches of its own: `DistributedSampler(..., num_replicas=world_size, rank=rank)` with `set_epoch`,"
+    " or a generator seeded with the rank."
+)
 ENOUGH = 8  # steps that show the same thing on both ranks
 LOCAL_SGD = "Local SGD, DiLoCo and runs that are independent on purpose look so too: there weights are averaged, or not"
 
@@ -42,10 +46,10 @@ def rank_findings(loop: LoopRecord) -> list[Finding]:
     group = group_ranks(loop.ranks)
     if len(group.ranks) < 2:
         return list(_own_gradient(loop.ranks))
-    broken = [*_never_reduced(group), *_clipped_on_ranks(group), *_not_in_the_sum(group)]
+    broken = list(_clipped_on_ranks(group)) or [*_never_reduced(group), *_not_in_the_sum(group)]
     return [
         *broken,
-        *_same_data(group),
+        *(list(_same_data(group)) or _same_inputs(group)),
         *_vanished(group),
         *_diverged(group, explained=bool(broken)),
         *_other_steps(loop.ranks),
@@ -64,20 +68,19 @@ def _own(step: RankedStep, part: slice) -> frozenset[int]:
 def _never_reduced(group: Group) -> Iterator[Finding]:
     """Tensors with which ranks step alone, in the last two steps that were looked at at least.
 
-    Without DistributedDataParallel only where all ranks began with the same weights, as copies of one network do.
+    Without DistributedDataParallel only those that began with the same weights, as copies do.
     """
     own = [
         {name: ranks for name, part in judged_parts(step).items() if (ranks := _own(step, part))}
         for step in group.steps
     ]
-    judged = {name for step in group.steps for name in judged_parts(step)}
+    judged = dict.fromkeys(name for step in group.steps for name in judged_parts(step))
     seen = {
         name: [name in each for each, step in zip(own, group.steps) if name in judged_parts(step)] for name in judged
     }
-    alone = [name for name in (group.steps and judged_parts(group.steps[-1])) or () if _ends_so(seen[name])]
-    if group.within:
-        alone = [name for name in alone if name in group.within or name == ALL]
-    if not alone or _averaged(group) or not (group.within or all_alike(group.steps[0].weights)):
+    meant = group.within or group.copied()
+    alone = [n for n, those in seen.items() if _ends_so(those) and (n in meant or (n == ALL and meant))]
+    if not alone or _averaged(group):
         return
     since = next(step.step for step, each in zip(group.steps, own) if alone[0] in each)
     ranks = sorted(set.union(*(set(each.get(alone[0], ())) for each in own)))
@@ -100,8 +103,10 @@ def _never_reduced(group: Group) -> Iterator[Finding]:
 
 def _averaged(group: Group) -> bool:
     """Whether all ranks had the same weights again after they had different ones, as in local SGD."""
-    alike = [all_alike(step.weights) for step in group.steps]
-    return any(now and not all(alike[:n]) for n, now in enumerate(alike))
+    alike: dict[int, list[bool]] = {}
+    for step in group.steps:
+        alike.setdefault(step.optimizer, []).append(all_alike(step.weights))
+    return any(now and not all(each[:n]) for each in alike.values() for n, now in enumerate(each))
 
 
 def _ends_so(seen: list[bool]) -> bool:
@@ -109,28 +114,38 @@ def _ends_so(seen: list[bool]) -> bool:
 
 
 def _clipped_on_ranks(group: Group) -> Iterator[Finding]:
-    """Ranks step with multiples of one gradient, which is none of their own."""
+    """Ranks step with multiples of one gradient, in two steps at least."""
     found = [(step, factors) for step in group.steps if (factors := _factors(step))]
     if len(found) > 1:
-        step, factors = found[0]
+        step, by_tensor = found[0]
+        name, factors = next(iter(by_tensor.items()))
         usual = Counter(round(each, 4) for each in factors).most_common(1)[0][0]
         odd = [n for n, factor in enumerate(factors) if abs(factor - usual) > 1e-3 * usual] or [len(factors) - 1]
+        sizes = ", ".join(f"{each:.4g}" for each in factors[:8])
         yield finding(
             "clipped_apart",
-            f"in {len(found)} of {len(group.steps)} steps that were looked at ranks step with the same gradient at "
-            f"other sizes: in step {step.step + 1} {group.named(odd)} has {factors[odd[0]]:.4g} times that of rank "
-            f"{group.ranks[0].rank}." + (" That is rank 0 itself against others." if odd == [0] else ""),
+            f"in {len(found)} of {len(group.steps)} steps that were looked at ranks step with one gradient at different"
+            f" sizes, in {len(by_tensor)} of {len(judged_parts(step))} tensors: in step {step.step + 1} that of {name}"
+            f" is {sizes} times rank {group.ranks[0].rank}'s, and {group.named(odd)} differs.",
             step.step + 1,
             group.loose,
         )
 
 
-def _factors(step: RankedStep) -> list[float]:
-    """Of each rank's gradient against the first's, where they are multiples and one is not 1; else nothing."""
-    if not all_apart(step.arrived):
-        return []
-    factors = [multiple_of(step.at_step[0], row) for row in step.at_step]
-    return [f for f in factors if f] if all(factors) and any(abs(f - 1) > 1e-3 for f in factors if f) else []
+def _factors(step: RankedStep) -> dict[str, list[float]]:
+    """Of tensors, each rank's gradient at the step against the first's, where they are multiples and one is not 1.
+
+    What backward left was reduced, for it differed; or it was the same on all ranks, as for layers that ranks with
+    parts of others have whole.
+    """
+    found = {}
+    for name, part in judged_parts(step).items():
+        arrived, at_step = step.arrived[:, part], step.at_step[:, part]
+        factors = [multiple_of(at_step[0], row) for row in at_step]
+        if all(factors) and any(abs(each - 1) > 1e-3 for each in factors if each):
+            if all_apart(arrived) or (arrived.any() and all_alike(arrived)):
+                found[name] = [each for each in factors if each]
+    return found
 
 
 def _not_in_the_sum(group: Group) -> Iterator[Finding]:
@@ -189,10 +204,29 @@ def _same_data(group: Group) -> Iterator[Finding]:
             " were looked at: they are given the same batches.",
             steps[0].step + 1,
             "" if len(steps) >= ENOUGH else "Few steps have been looked at.",
-            advice=(
-                "Give each rank batches of its own: `DistributedSampler(..., num_replicas=world_size, rank=rank)` with"
-                " `set_epoch`, or a generator seeded with the rank."
-            ),
+            advice=OWN_BATCHES,
+        )
+
+
+def _same_inputs(group: Group) -> Iterator[Finding]:
+    """Two ranks' models are given the same inputs in every pass, and others in most of them."""
+    numbers = set.intersection(*(set(each.inputs) for each in group.ranks))
+    pairs = [
+        (a, b)
+        for a, b in combinations(range(len(group.ranks)), 2)
+        if all(group.ranks[a].inputs[number] == group.ranks[b].inputs[number] for number in numbers)
+    ]
+    if not pairs or len(numbers) < ENOUGH or not group.managed:
+        return
+    kinds = {group.ranks[pairs[0][0]].inputs[number] for number in numbers}
+    if 2 * len(kinds) > len(numbers):
+        yield finding(
+            "rank_sees_other_data",
+            f"the model is given the same inputs on {group.named(sorted({n for pair in pairs for n in pair}))} in all "
+            f"{len(numbers)} passes that were looked at, and backward leaves other gradients there.",
+            group.ranks[0].steps,
+            "Noise of one seed, with targets of its own on each rank, looks so too.",
+            advice=OWN_BATCHES,
         )
 
 
@@ -230,9 +264,12 @@ def _diverged(group: Group, explained: bool) -> Iterator[Finding]:
     They should be where DistributedDataParallel looks after them, and where all ranks step with the same gradient.
     """
     copies = group.managed or _stepped_alike(group)
-    rows = list(zip(*(each.hashes for each in group.ranks)))
-    unlike_rows = [(name, row) for name, row in zip(group.ranks[0].names, rows) if len(set(row)) > 1 and name in copies]
-    if not unlike_rows or _averaged(group) or (explained and all_alike(group.steps[0].weights)):
+    unlike_rows = [(name, row) for name, row in group.hashes.items() if len(set(row)) > 1 and name in copies]
+    if (
+        not unlike_rows
+        or _averaged(group)
+        or (explained and all(all_alike(step.weights) for step in group.first_steps()))
+    ):
         return
     name, row = unlike_rows[0]
     usual = Counter(row).most_common(1)[0][0]
@@ -242,7 +279,7 @@ def _diverged(group: Group, explained: bool) -> Iterator[Finding]:
     since = "" if step is None else f", before step {step + 1} already"
     yield finding(
         "ranks_diverged",
-        f"{len(unlike_rows)} of {len(rows)} tensors differ between ranks, {name} on {group.named(odd)}{since}."
+        f"{len(unlike_rows)} of {len(group.hashes)} tensors differ between ranks, {name} on {group.named(odd)}{since}."
         f"{_why(group)}",
         group.ranks[0].steps if step is None else step + 1,
         group.loose or ("Ranks on unlike devices may round differently." if devices else ""),
@@ -254,15 +291,28 @@ def _diverged(group: Group, explained: bool) -> Iterator[Finding]:
 
 
 def _stepped_alike(group: Group) -> set[str]:
-    """Tensors with which all ranks stepped alike, in each step that was looked at, although backward left others."""
-    steps = [step for step in group.steps if all_apart(step.arrived)]
-    names = set(steps[0].parts) if len(steps) > 1 else set()
+    """Tensors with which all ranks step alike in each step that was looked at, and not alike in all of them.
+
+    What backward left differs, so that something reduces it; else the weights began as copies, for ranks that have
+    parts of a layer may have the same gradient on purpose.
+    """
+    arrived, stepped = _by_name(group, "arrived"), _by_name(group, "at_step")
+    copied = group.copied()
     return {
         name
-        for name in names
-        if all(name in s.parts and all_alike(s.at_step[:, s.parts[name]]) for s in steps)
-        and any(s.at_step[:, s.parts[name]].any() for s in steps)
+        for name, steps in stepped.items()
+        if all(map(all_alike, steps)) and not all(torch.equal(rows, steps[0]) for rows in steps)
+        if name in copied or all(map(all_apart, arrived[name]))
     }
+
+
+def _by_name(group: Group, kind: str) -> dict[str, list[Tensor]]:
+    """(R, S) of each step, by tensor."""
+    found: dict[str, list[Tensor]] = {}
+    for step in group.steps:
+        for name, part in step.parts.items():
+            found.setdefault(name, []).append(getattr(step, kind)[:, part])
+    return found
 
 
 def _why(group: Group) -> str:
@@ -274,7 +324,8 @@ def _why(group: Group) -> str:
                 for each, rates in zip(group.ranks[:8], step.rates)
             )
             return f" Learning rates differ in step {step.step + 1}: {rates}."
-    if any(each.trainable != group.ranks[0].trainable for each in group.ranks):
+    trainable = [dict(zip(each.names, each.trainable)) for each in group.ranks]
+    if any(each[name] != trainable[0][name] for each in trainable for name in group.hashes):
         return " Ranks do not train the same tensors: requires_grad differs."
     counts = [each.steps for rank in group.ranks for each in rank.optimizers]
     return " The optimizers have not made the same number of steps." if _uneven(group, counts) else ""

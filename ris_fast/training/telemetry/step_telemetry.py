@@ -18,9 +18,15 @@ from torch import Tensor, nn
 
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.ranks.rank_telemetry import RankTelemetry, read_ranks
+from ris_fast.training.telemetry.micro_batches import COARSE, MicroBatches, coarse_formats, read_micro_batches
+from ris_fast.training.telemetry.module_modes import ModuleModes
+from ris_fast.training.telemetry.scene_ring import SceneRing
 from ris_fast.training.telemetry.step_window import Window, median
 
 DENSE = 8  # the contracts of the loop show in the first steps
+FEW_SCENES = 64  # whose answers are compared with one another
+FEW_NUMBERS = 64  # of a target, which tell it from others
+TOUCHED = 1e-4  # of a tensor's norm: more than the rounding of two sums of squares
 REMEMBERED = 64  # sampled steps whose scenes are kept, to see one of them again
 
 
@@ -69,32 +75,38 @@ def modules_in_eval_mode(model: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class StepSample:
-    """A step as it was seen: its number, the modules that were in evaluation mode, and tensors by name.
+    """A step as it was seen: its number, the modules that were in evaluation mode, tensors by name, and what the host
+    knew of it.
 
     Of every step of a report: "records" and "record_steps" of `FusedAdamW.records`; the rest only of a step that was
         read.
     """
 
     call: int
-    modules_in_eval_mode: list[str]
+    modes: ModuleModes
     tensors: dict[str, Tensor]
+    facts: dict[str, Any]
 
 
 class StepTelemetry:
     """Readings of one optimizer step at a time; `Step` calls the methods in their order.
 
     `every`: a step is read on the first eight and then each time this many steps have passed. `ranks`: reads what the
-    ranks of the run say of themselves, within `Trainer.fit`; None where there is one.
+    ranks of the run say of themselves, within `Trainer.fit`; None where there is one. `ring`: keeps the scenes of every
+    step; None: of none.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, every: int) -> None:
+    def __init__(self, model: nn.Module, optimizer: Any, every: int, ring: SceneRing | None = None) -> None:
+        self.ring = ring
         self.model, self.optimizer, self.every = model, optimizer, max(1, every)
         self.calls, self.sampled, self.enabled, self.fresh = 0, False, True, True
         self.first: Tensor | None = None  # weight norms before the first step
         self.kept: tuple[int, Tensor] | None = None  # call and weight norms after the last step that was read
+        self.earlier: set[bytes] = set()  # norms after sampled steps
         self.window: Window | None = None  # what the last report brought
         self.last_reported, self.reported_calls = 0, 0  # number of the last step in a window; calls until then
-        self.seen: list[tuple[int, frozenset[int]]] = []
+        self.last_record: tuple[int, Tensor] | None = None  # of that step
+        self.seen: list[tuple[int, frozenset[tuple[int, int]]]] = []  # (epoch, scenes with their targets)
         self.ranks: RankTelemetry | None = None
         self._clear()
 
@@ -105,7 +117,10 @@ class StepTelemetry:
         self.after: Tensor | None = None
         self.spread: Tensor | None = None
         self.row_hashes: list[Tensor] = []
+        self.target_hashes: list[Tensor] = []
         self.invalid_rows: list[Tensor] = []
+        self.coarse: Tensor | None = None
+        self.micro_batches: MicroBatches | None = None
 
     def next_due(self) -> bool:
         """Whether the step that comes is read."""
@@ -115,6 +130,16 @@ class StepTelemetry:
     def due(self, call: int) -> bool:
         """Whether the step of this number, counted from 1, is read."""
         return self.enabled and (call <= DENSE or call % self.every == 0)
+
+    def begin_epoch(self) -> None:
+        """The steps from here on belong to the next epoch."""
+        if self.ring is not None:
+            self.ring.begin_epoch()
+
+    def know_validation(self, batches: Sequence[Scenes]) -> None:
+        """The scenes that are validated, which no step should be shown."""
+        if self.ring is not None:
+            self.ring.know_validation(batches)
 
     # ---- called by the step ---------------------------------------------------------------------------------------
 
@@ -126,31 +151,43 @@ class StepTelemetry:
         self._clear()
         if self._ranks_read:
             self.ranks.begin()
+        if self.ring is not None and self.enabled:
+            self.ring.made += 1
         if self.sampled:
+            self.micro_batches = MicroBatches(self.model)
             self.before = weight_norms(self.model)
             self.first = self.before if self.first is None else self.first
 
     def cleared(self) -> None:
         """After the gradients were cleared."""
+        if self.ring is not None and self.enabled:
+            self.ring.begin()
         if self.sampled:
             self.residual_grad_norm = norms(self._gradients()).norm()
 
     @torch.no_grad()
     def shown(self, scenes: Scenes, factor: Tensor) -> None:
         """One micro-batch as the network received it, and what it answered, (B, N, Q, 2)."""
+        if self.ring is not None and self.enabled:
+            self.ring.add(scenes)
         if not self.sampled:
             return
+        self.micro_batches.shown(factor)
         self.row_hashes.append(row_hashes(scenes.snapshots))
+        target = scenes.factor if scenes.covariance is None else scenes.covariance
+        self.target_hashes.append(row_hashes(target.flatten(1)[:, :FEW_NUMBERS]))
         self.invalid_rows.append(count_invalid_rows(scenes.snapshots))
         if self._ranks_read:
             self.ranks.shown(scenes, self.row_hashes[-1], self.invalid_rows[-1])
         if len(factor) > 1:
-            self.spread = spread(factor.detach().float())
+            self.spread = spread(factor[:FEW_SCENES].detach().float())
 
     def weighted(self, share: float) -> None:
         """A micro-batch whose loss counts for this share of the step's."""
         if self._ranks_read:
             self.ranks.weighted(share)
+        if self.sampled:
+            self.micro_batches.weighted(share)
 
     def before_reduction(self, gradients: Sequence[Tensor]) -> None:
         """After backward, with this rank's own gradients, as flat buffers; where there are several ranks."""
@@ -166,11 +203,21 @@ class StepTelemetry:
         """After backward and the sum over ranks, before anything else has touched the gradients."""
         if self.sampled:
             self.raw = norms(self._gradients())
+            self.micro_batches.differentiated()
 
     def updated(self) -> None:
         """After the optimizer's step."""
         if self.sampled:
             self.after = weight_norms(self.model)
+            if (largest := self._largest()) is not None:
+                self.coarse = coarse_formats(largest.detach())
+        if self.ring is not None and self.enabled:
+            self.ring.close()
+
+    def _largest(self) -> Tensor | None:
+        """The largest float32 tensor that is trained."""
+        wide = [each for each in self.model.parameters() if each.requires_grad and each.dtype == torch.float32]
+        return max(wide, key=Tensor.numel, default=None)
 
     @property
     def _ranks_read(self) -> bool:
@@ -195,21 +242,33 @@ class StepTelemetry:
                 "residual_grad_norm": self.residual_grad_norm,
                 "spread": self.spread,
                 "row_hashes": torch.cat(self.row_hashes) if self.row_hashes else None,
+                "target_hashes": torch.cat(self.target_hashes) if self.target_hashes else None,
                 "invalid_rows": torch.stack(self.invalid_rows).sum(0) if self.invalid_rows else None,
+                "coarse": self.coarse,
+                **self.micro_batches.tensors(),
                 "ranks": self.ranks.gathered if self._ranks_read else None,
             }
         records, numbers = self.optimizer.records()
         if len(numbers):
             tensors |= {"records": records, "record_steps": numbers}
+        tensors |= {} if self.ring is None else self.ring.tensors()
         tensors = {name: value for name, value in tensors.items() if value is not None}
-        return StepSample(self.calls, modules_in_eval_mode(self.model), tensors) if tensors else None
+        facts = self.micro_batches.facts() if self.micro_batches is not None else {}
+        return StepSample(self.calls, ModuleModes.of(self.model, training=False), tensors, facts) if tensors else None
 
     def read(self, sample: StepSample | None, epoch: int) -> dict[str, Any]:
         """A sample in plain numbers; empty for None. Waits for the device where the tensors are still there."""
         if sample is None:
             return {}
         seen = {name: value.cpu() for name, value in sample.tensors.items()}
-        return self._read_window(sample.call, seen) | (self._read_step(sample, seen, epoch) if "table" in seen else {})
+        read = self._read_window(sample.call, seen)
+        if (
+            self.ring is not None
+            and "served" in seen
+            and (served := self.ring.read(seen["served"], seen["served_steps"]))
+        ):
+            read["served"] = served
+        return read | (self._read_step(sample, seen, epoch) if "table" in seen else {})
 
     def rest(self) -> Window:
         """The steps since the last report, at the end of a run, which comes without one. Waits for the device."""
@@ -221,10 +280,12 @@ class StepTelemetry:
         if "records" not in seen:
             return {}
         self.window = Window.after(
-            self.last_reported, seen["records"], seen["record_steps"], call - self.reported_calls
+            self.last_reported, seen["records"], seen["record_steps"], call - self.reported_calls, self.last_record
         )
         self.reported_calls = call
-        self.last_reported = self.window.numbers[-1] if self.window.numbers else self.last_reported
+        if self.window.numbers:
+            self.last_reported = self.window.numbers[-1]
+            self.last_record = self.last_reported, self.window.table[-1]
         return {"window": self.window.summary(self.optimizer.tensor_names)}
 
     def _read_step(self, sample: StepSample, seen: dict[str, Tensor], epoch: int) -> dict[str, Any]:
@@ -232,6 +293,7 @@ class StepTelemetry:
         before, after, raw, table = (seen[name] for name in ("before", "after", "raw", "table"))
         hashes = seen["row_hashes"].tolist() if "row_hashes" in seen else []
         zeros, nonfinite = seen["invalid_rows"].tolist() if "invalid_rows" in seen else (0, 0)
+        targets = seen["target_hashes"].tolist() if "target_hashes" in seen else []
         reading = {
             "call": sample.call,
             "residual_grad_norm": _number(seen.get("residual_grad_norm")),
@@ -241,30 +303,56 @@ class StepTelemetry:
             "moved": changed(before, after),
             "moved_before": self._moved_before(sample.call, before),
             "back_to_first": sample.call > 1 and changed(before, seen["first"]) == 0,
+            "back_to_earlier": _bytes(before) in self.earlier and _bytes(before) != _bytes(self.kept[1]),
             "batch": f"{sum(hashes) & (2**64 - 1):016x}",
             "scenes": len(hashes),
-            "repeated": self._repeated(hashes, epoch),
+            "distinct": len(set(hashes)),
+            "distinct_targets": len(set(targets)),
+            **self._repeated(hashes, targets, epoch),
             "zero_scenes": zeros,
             "nonfinite_scenes": nonfinite,
             "spread": _number(seen.get("spread")),
-            "modules_in_eval_mode": len(sample.modules_in_eval_mode),
-            "first_module_in_eval_mode": (sample.modules_in_eval_mode or [None])[0],
+            "modules_in_eval_mode": len(sample.modes.names),
+            "first_module_in_eval_mode": (sample.modes.names or [None])[0],
+            **({"eval_mode": sample.modes.to_json()} if sample.modes.names else {}),
+            "nonfinite_before": int((~before.isfinite()).sum()),
+            "nonfinite_after": int((~after.isfinite()).sum()),
+            "touched_after": self._touched_after(after, table),
+            "coarse_format": next((name for name, each in zip(COARSE, seen.get("coarse", ())) if each), None),
+            **read_micro_batches([name for name, each in self.model.named_parameters() if each.requires_grad], seen),
+            **sample.facts,
             "update_ratio": median((table[:, 2] / table[:, 1].clamp_min(1e-30)).tolist()),
             "weight_norm": float(after.norm()),
         }
         self.kept = (sample.call, after)
+        self.earlier = {*([] if len(self.earlier) >= REMEMBERED else self.earlier), _bytes(after)}
         return reading | ({"ranks": read_ranks(seen["ranks"])} if "ranks" in seen else {})
 
     def _moved_before(self, call: int, before: Tensor) -> int:
         """Tensors that changed between the update of the step before and this step: something else moved them."""
         return changed(self.kept[1], before) if self.kept and self.kept[0] == call - 1 else 0
 
-    def _repeated(self, hashes: list[int], epoch: int) -> int:
-        """Scenes of this step that it has twice, or that another sampled step of the same epoch had."""
-        here = frozenset(hashes)
-        earlier = frozenset().union(*(scenes for number, scenes in self.seen if number == epoch))
-        self.seen = [*self.seen[-REMEMBERED:], (epoch, here)]
-        return len(hashes) - len(here) + len(here & earlier)
+    def _touched_after(self, after: Tensor, table: Tensor) -> int:
+        """Tensors whose norm is not the one that the optimizer left."""
+        place = {name: index for index, (name, _) in enumerate(self.model.named_parameters())}
+        both = [(place[name], row) for row, name in enumerate(self.optimizer.tensor_names) if name in place]
+        if not both:
+            return 0
+        own, rows = (torch.tensor(column) for column in zip(*both))
+        left = table[rows]
+        return int(((left[:, 2] > 0) & ((after[own].float() - left[:, 1]).abs() > TOUCHED * left[:, 1])).sum())
+
+    def _repeated(self, hashes: list[int], targets: list[int], epoch: int) -> dict[str, int]:
+        """Scenes of this step that it has twice, or that another sampled step of the same epoch had; and how many of
+        these have another target now."""
+        here, pairs = frozenset(hashes), frozenset(zip(hashes, targets))
+        sampled = [scenes for number, scenes in self.seen if number == epoch]
+        known = frozenset().union(*sampled)
+        earlier = frozenset(scene for scene, _ in known)
+        other = len(pairs) - len(here) if targets else 0
+        other += sum(scene in earlier and (scene, target) not in known for scene, target in pairs)
+        self.seen = [*self.seen[-REMEMBERED:], (epoch, pairs or frozenset((each, 0) for each in here))]
+        return {"repeated": len(hashes) - len(here) + len(here & earlier), "repeated_with_other_target": other}
 
 
 class WeightDriftMonitor:
@@ -276,13 +364,17 @@ class WeightDriftMonitor:
     def __init__(self, model: nn.Module, first: Tensor | None = None) -> None:
         self.model = model
         self.first, self.last = weight_norms(model) if first is None else first, None
+        self.earlier: dict[bytes, int] = {}  # norms of earlier calls -> number of the call
 
     def check(self) -> dict[str, Any]:
-        """Tensors that changed since the last call, and whether all are as they were at the very beginning."""
+        """Tensors that changed since the last call, whether all are as they were at the very beginning, and whether
+        they are as an earlier call saw them."""
         now, before = weight_norms(self.model), self.last
         self.last = now
         moved = 0 if before is None else changed(before, now)
-        return {"moved": moved, "back_to_first": moved > 0 and changed(self.first, now) == 0}
+        back, number = moved > 0 and changed(self.first, now) == 0, len(self.earlier)
+        seen_at = self.earlier.setdefault(_bytes(now), number)
+        return {"moved": moved, "back_to_first": back, "back_to_earlier": moved > 0 and seen_at < number}
 
     @property
     def size(self) -> float:
@@ -299,6 +391,10 @@ def changed(before: Tensor, after: Tensor) -> int:
     if len(before) != len(after):
         return max(len(before), len(after))
     return int(((before != after) & ~(before.isnan() & after.isnan())).sum())
+
+
+def _bytes(norms: Tensor) -> bytes:
+    return norms.cpu().numpy().tobytes()
 
 
 def _number(value: Tensor | None) -> float | None:

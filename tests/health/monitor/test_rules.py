@@ -84,7 +84,8 @@ STEP_FAULTS = {
     "empty_cache_slot": {"zero_scenes": 8},
     "repeated_batch": {"repeated": 32},
     "eval_mode_in_training": {"modules_in_eval_mode": 2},
-    "weights_reset": {"moved_before": 5},
+    "weights_changed_outside": {"moved_before": 5},
+    "weights_reset": {"moved_before": 5, "back_to_first": True},
     "sanitised_gradients": {"raw_nonfinite": 4, "raw_norm": float("nan")},
     "optimizer_state_lost": {"applied": 0},
     "learning_rate_too_large": {"update_ratio": 0.9},
@@ -201,7 +202,8 @@ CHANGES = {
     "step_once_per_epoch": lambda now, before: now.update(steps=1),
     "batches_skipped": lambda now, before: now.update(steps=4, optimizer_batches=4),
     "ema_saved_over_raw": lambda now, before: now["weight_drift_in_validation"].update(moved=3),
-    "weights_reset": lambda now, before: now["weight_drift_between_epochs"].update(moved=3),
+    "weights_changed_outside": lambda now, before: now["weight_drift_between_epochs"].update(moved=3),
+    "weights_reset": lambda now, before: now["weight_drift_between_epochs"].update(moved=3, back_to_earlier=True),
     "train_mode_in_validation": lambda now, before: now["scores"]["raw"].update(in_eval_mode=False),
     "cached_validation": lambda now, before: now["scores"]["raw"].update(
         prediction_hash=before["scores"]["raw"]["prediction_hash"]

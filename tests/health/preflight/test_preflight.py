@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from bench.faults.catalogue import all_faults, faulty
 from bench.faults.healthy_twins import TWINS, changed
@@ -246,3 +247,69 @@ class Counted:
 
     def __init__(self) -> None:
         self.number, self.each = 0, {}
+
+
+class Keeping(torch.nn.Module):
+    """A network of the user's own that keeps what a network may keep, and has layers of every unusual kind."""
+
+    def __init__(self, task: Any) -> None:
+        super().__init__()
+        inputs, self.elements = 2 * task.bs_antennas * (task.snapshots + task.elements), task.elements
+        self.stem, self.middle = torch.nn.Linear(inputs, 32), torch.nn.utils.parametrizations.weight_norm(linear(32))
+        self.norm, self.out = torch.nn.BatchNorm1d(32), torch.nn.Linear(32, 4 * task.elements)
+        self.spectral = torch.nn.utils.parametrizations.spectral_norm(linear(32))
+        self.register_buffer("wide", torch.zeros(1, 4).expand(3, 4))
+        self.register_buffer("mean", torch.zeros(32))
+        self.calls, self.cache, self.seen, self.last = 0, {}, [], torch.zeros(3)
+        self.torch_draws, self.draws = torch.Generator().manual_seed(3), np.random.default_rng(1)
+        self.python_draws, self.helper = random.Random(1), Counted()
+
+    def forward(self, snapshots: Any, channel: Any, codes: Any, snr_db: Any) -> torch.Tensor:
+        self.calls, self.cache[self.calls % 5] = self.calls + 1, snapshots.shape
+        self.seen.append(1)
+        self.helper.number += 1
+        self.last.add_(1)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1
+            torch.rand(2, generator=self.torch_draws)
+            self.draws.random(), self.python_draws.random()
+        parts = [part.flatten(1) / part.flatten(1).norm(dim=1, keepdim=True) for part in (snapshots, channel)]
+        x = checkpoint(self.stem, torch.cat(parts, 1), use_reentrant=False).relu()
+        x = x + checkpoint(self.middle, x, use_reentrant=True) + self.spectral(x)
+        return self.out(self.norm(x)).view(-1, self.elements, 2, 2)
+
+    def kept(self) -> tuple:
+        return (
+            (self.calls, dict(self.cache), len(self.seen), self.last.tolist(), self.helper.number),
+            (self.torch_draws.get_state().tolist(), self.draws.bit_generator.state, self.python_draws.getstate()),
+            (self.mean.tolist(), self.norm.running_mean.tolist(), int(self.norm.num_batches_tracked)),
+            ([module.training for module in self.modules()], [each.requires_grad for each in self.parameters()]),
+        )
+
+
+def linear(width: int) -> torch.nn.Linear:
+    return torch.nn.Linear(width, width)
+
+
+def test_preflight_puts_back_what_a_users_network_and_source_keep() -> None:
+    config = changed(TWINS["backprojection"](), {"loss.cross": 0.0})
+    net = Keeping(config.task)
+    trainer = Trainer(config, model=net)
+    reads, draws = [], torch.Generator().manual_seed(5)
+    batch = trainer.source.batch
+
+    def read(split: str, index: torch.Tensor) -> Any:
+        reads.append(split)
+        torch.rand(1, generator=draws)
+        return batch(split, index)
+
+    trainer.source.batch, trainer.source.served = read, {}
+    net.norm.eval()  # a mode of its own
+    scheduler = net.scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 5)
+    net.stem.register_forward_hook(lambda *_: (scheduler.step(), trainer.source.served.update(n=net.calls)) and None)
+    before = net.kept(), draws.get_state().tolist(), scheduler.state_dict()
+    watchdog = Watchdog(trainer)
+    watchdog.preflight()
+    assert not [check.failed for check in watchdog.checks if check.failed]
+    assert (net.kept(), draws.get_state().tolist(), scheduler.state_dict()) == before
+    assert reads == [] and trainer.source.served == {} and scheduler is net.scheduler

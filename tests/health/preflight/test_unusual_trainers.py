@@ -12,7 +12,7 @@ import torch
 from bench.faults.patches import before_step, wrap
 from ris_fast.health.monitor.watchdog import Watchdog
 from ris_fast.health.preflight import derivative as check_derivative
-from ris_fast.health.preflight import finite_difference
+from ris_fast.health.preflight import finite_difference, projected
 from ris_fast.health.preflight import scenes as check_scenes
 from ris_fast.health.preflight import schedule as check_schedule
 from ris_fast.health.preflight.probe import PreflightContext
@@ -157,10 +157,10 @@ def test_line_gap_takes_a_second_side_only_if_needed() -> None:
 
     def error(slope: float, loss: Any) -> tuple[float, int]:
         line = cache(loss)
-        apart, size = finite_difference.line_gap((slope, line, 2e-6), check_derivative.STEPS)
+        apart, size = finite_difference.line_gap((slope, line, 2e-6), projected.STEPS)
         return apart / size, line.cache_info().currsize
 
-    wrong, steps = check_derivative.DISAGREES, len(check_derivative.STEPS)
+    wrong, steps = check_derivative.DISAGREES, len(projected.STEPS)
     assert error(2.0, lambda w: 1.0 + 2.0 * w) == (0.0, 2) and error(-1.0, lambda w: 1.0 + abs(w)) == (0.0, 3)
     assert error(0.5, lambda w: 1.0 + 2.0 * w)[0] > wrong and error(0.5, lambda w: 1.0 + 2.0 * w)[1] == 1 + 2 * steps
 

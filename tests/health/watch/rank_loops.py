@@ -4,6 +4,7 @@ returns what is watched; the caller asks for the report."""
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -201,6 +202,20 @@ def right_shards_of_weights(rank: int) -> Watcher:
     return seen
 
 
+def right_fixed_grid(rank: int) -> Watcher:
+    """A field that is fitted at the same places on all ranks, to other numbers."""
+    model = Wrapped(network())
+    optimizer = sgd(model)
+    seen = watch(model, optimizer, every=4)
+    grid = torch.linspace(-1, 1, 64 * 8).view(64, 8)
+    draws = torch.Generator().manual_seed(rank)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        (model(grid) - torch.randn(64, 4, generator=draws)).square().mean().backward()
+        optimizer.step()
+    return seen
+
+
 def right_head_of_its_own(rank: int) -> Watcher:
     """A layer of each rank that the wrapper is told to leave alone."""
     inner = nn.ModuleDict({"body": network(), "head": nn.Linear(4, 4)})
@@ -216,6 +231,49 @@ def right_head_of_its_own(rank: int) -> Watcher:
 def right_empty_batches(rank: int) -> Watcher:
     """Each rank has a batch without a loss now and then."""
     return wrapped(rank, weight=lambda step: 0.0 if step % 4 == 2 * rank else 1.0)
+
+
+def right_uneven_data(rank: int) -> Watcher:
+    """One rank has batches left when the other has none."""
+    model = Wrapped(network())
+    optimizer = sgd(model)
+    seen = watch(model, optimizer, every=4)
+    with model.join():
+        train(model, optimizer, 10 + rank, steps=STEPS + rank)
+    seen.wait_s = 0.5
+    return seen
+
+
+def right_pair_of_networks(rank: int) -> Watcher:
+    """A generator and a critic in turn, each wrapped, with an optimizer each."""
+    pair = nn.ModuleDict({"makes": Wrapped(network(1)), "judges": Wrapped(network(2), broadcast_buffers=False)})
+    optimizers = [torch.optim.Adam(each.parameters(), lr=1e-3) for each in pair.values()]
+    seen = watch(pair, optimizers, every=4)
+    draws = torch.Generator().manual_seed(rank)
+    for _ in range(STEPS):
+        noise = torch.randn(16, 8, generator=draws)
+        fake, true = pair["makes"](noise), torch.randn(16, 4, generator=draws)
+        optimizers[1].zero_grad()
+        judged = pair["judges"](torch.cat([torch.cat([fake.detach(), true]), torch.zeros(32, 4)], 1))
+        (judged[:16].mean() - judged[16:].mean() + judged.square().mean()).backward()
+        optimizers[1].step()
+        optimizers[0].zero_grad()
+        (-pair["judges"](torch.cat([fake, torch.zeros(16, 4)], 1)).mean()).backward()
+        optimizers[0].step()
+    return seen
+
+
+def right_half_precision_and_dropout(rank: int) -> Watcher:
+    torch.manual_seed(rank)
+    model = Wrapped(nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.2), nn.Linear(16, 4)).bfloat16())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    seen = watch(model, optimizer, every=4)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(torch.randn(32, 8).bfloat16()).square().mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+        optimizer.step()
+    return seen
 
 
 def right_scaler(rank: int) -> Watcher:
@@ -318,6 +376,15 @@ def wrong_same_batches(rank: int) -> Watcher:
     return wrapped(rank, seed=7)
 
 
+def wrong_same_batches_with_dropout(rank: int) -> Watcher:
+    model = Wrapped(nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 4)))
+    torch.manual_seed(rank)
+    optimizer = sgd(model)
+    seen = watch(model, optimizer, every=4)
+    train(model, optimizer, 7)
+    return seen
+
+
 def wrong_zeros_in_one_step(rank: int) -> Watcher:
     return wrapped(rank, weight=lambda step: 0.0 if (rank, step) == (ONE, 9) else 1.0, steps=20)
 
@@ -354,6 +421,104 @@ def wrong_frozen_on_one(rank: int) -> Watcher:
     return wrapped(rank, before=freeze)
 
 
+def layers_in_parts(rank: int) -> nn.ModuleDict:
+    """A layer whose columns are shared out, beside layers that all ranks have whole."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"scale": nn.Linear(8, 8), "out": nn.Linear(4, 4)})
+    torch.manual_seed(rank)
+    model["part"] = nn.Linear(8, 4, bias=False)
+    return model
+
+
+def train_in_parts(rank: int, before: Callable[[nn.Module, int], Any], lr: float = 0.05) -> Watcher:
+    class Sum(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            dist.all_reduce(x := x.clone())
+            return x
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad
+
+    class Copy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            dist.all_reduce(grad := grad.clone())
+            return grad
+
+    model, draws = layers_in_parts(rank), torch.Generator().manual_seed(3)
+    optimizer = sgd(model, lr)
+    seen = watch(model, optimizer, every=4)
+    for step in range(STEPS):
+        inputs = torch.randn(32, 8, generator=draws)
+        optimizer.zero_grad()
+        hidden = Sum.apply(model["part"](Copy.apply(model["scale"](inputs)).tanh()))
+        (model["out"](hidden) - inputs[:, :4]).square().mean().backward()
+        before(model, step)
+        optimizer.step()
+    return seen
+
+
+def right_layer_in_parts(rank: int) -> Watcher:
+    return train_in_parts(rank, lambda model, step: None)
+
+
+def wrong_clip_of_whole_layers_on_one(rank: int) -> Watcher:
+    """Layers that all ranks have whole are clipped on one of them: their copies drift apart."""
+
+    def clip(model: nn.Module, step: int) -> None:
+        if rank != ONE:
+            nn.utils.clip_grad_norm_([*model["scale"].parameters(), *model["out"].parameters()], 0.05)
+
+    return train_in_parts(rank, clip)
+
+
+def right_stages(rank: int) -> Watcher:
+    """Ranks have layers of their own, of the same names in part."""
+    torch.manual_seed(rank)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(2 + rank)))
+    optimizer = sgd(model)
+    seen = watch(model, optimizer, every=4)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(torch.randn(16, 8)).square().mean().backward()
+        optimizer.step()
+    return seen
+
+
+def right_members_of_an_ensemble(rank: int) -> Watcher:
+    """Independent critics; the gradient of the last offset is the same number in each step."""
+    model = network(rank)
+    optimizer = sgd(model)
+    seen = watch(model, optimizer, every=4)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(torch.randn(32, 8)).mean().backward()
+        optimizer.step()
+    return seen
+
+
+def wrong_tied_weights(rank: int) -> Watcher:
+    """First and last stage have one table of weights, whose gradients are not summed."""
+    torch.manual_seed(rank)
+    body = nn.Linear(8, 8 + 8 * rank)
+    torch.manual_seed(9)
+    model = nn.ModuleDict({"table": nn.Linear(8, 8), "body": body})
+    optimizer = sgd(model)
+    seen = watch(model, optimizer, every=4)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(rank))
+        model["body"](model["table"](x)).square().mean().backward()
+        optimizer.step()
+    return seen
+
+
 def wrong_lost_shard(rank: int) -> Watcher:
     """An optimizer whose moments are shared out, and one rank's weights are not sent to the others."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -374,28 +539,32 @@ WRONG = {
     wrong_no_sync_left_on: "rank_gradient_missing",
     wrong_layer_added_later: "rank_gradient_missing",
     wrong_part_by_hand: "rank_gradient_missing",
+    wrong_tied_weights: "rank_gradient_missing",
     wrong_zeros_in_the_sum: "rank_gradient_missing",
     wrong_zeros_in_one_step: "rank_gradient_missing",
     wrong_zeros_always: "rank_gradient_missing",
     wrong_clip_on_one: "clipped_apart",
+    wrong_clip_of_whole_layers_on_one: "clipped_apart",
     wrong_rate_on_one: "ranks_diverged",
     wrong_start: "ranks_diverged",
     wrong_bit: "ranks_diverged",
     wrong_frozen_on_one: "ranks_diverged",
     wrong_lost_shard: "ranks_diverged",
     wrong_same_batches: "rank_sees_other_data",
+    wrong_same_batches_with_dropout: "rank_sees_other_data",
 }
 RIGHT = [value for name, value in globals().items() if name.startswith("right_")]
 
 
-def reports(names: list[str]) -> dict[str, list[tuple[str, bool, str]]]:
+def reports(names: list[str], method: str | None = None) -> dict[str, list[tuple[str, bool, str]]]:
     """On one rank: each loop's findings."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    ranks = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    dist.init_process_group("gloo", init_method=method, **ranks)
     found = {}
     for name in names:
         seen = globals()[name](dist.get_rank())
-        found[name] = [(each.cause, each.certain, each.evidence) for each in seen.report()]
+        found[name] = [(each.cause, each.certain, each.evidence) for each in seen.report(getattr(seen, "wait_s", None))]
         found[name] += [(f"alone: {cause}", certain, "") for cause, certain in getattr(seen, "alone_says", [])]
         seen.close()
     dist.barrier()

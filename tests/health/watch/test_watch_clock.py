@@ -6,7 +6,6 @@ import gc
 import logging
 import math
 import sys
-import threading
 import time
 from collections.abc import Callable
 
@@ -33,18 +32,28 @@ def watched(**options):
     return watch(model, torch.optim.SGD(model.parameters(), lr=1e-2), **options)
 
 
-def test_watch_clock_names_the_line_where_the_loop_stands(caplog: pytest.LogCaptureFixture) -> None:
-    seen = watched(stall_s=0.1)
+def test_watch_clock_names_the_line_where_the_loop_stands_once(caplog: pytest.LogCaptureFixture) -> None:
+    seen = watched(stall_s=600)
+    clock, now = seen.ranks.clock, time.monotonic()
     with caplog.at_level(logging.WARNING, "ris_fast.health.watch"):
         train(seen.model, seen.optimizers[0], 3)
-        assert eventually(lambda: len(seen.ranks.clock.stalls) == 1)
-        time.sleep(0.3)
-    (found,) = seen.report()
+        for later in (0, 599, 601, 900):
+            clock.look(now + later)
+        (found,) = seen.report()
+        assert len(caplog.records) == 1 and "no_progress" in caplog.text
     assert found.cause == "no_progress" and not found.certain and found.step == 3
-    assert "test_watch_clock.py" in found.evidence and "(eventually)" in found.evidence
-    assert len(caplog.records) == 1 and "no_progress" in caplog.text  # once for each stall
+    assert "test_watch_clock.py" in found.evidence and "601 seconds after step 3" in found.evidence
     train(seen.model, seen.optimizers[0], 1)
-    assert eventually(lambda: len(seen.ranks.clock.stalls) == 2)
+    clock.look(now + 1000)
+    clock.look(now + 1601)
+    assert len(clock.stalls) == 2
+    seen.close()
+
+
+def test_watch_clock_looks_by_itself() -> None:
+    seen = watched(stall_s=0.05)
+    assert eventually(lambda: seen.ranks.clock.stalls)
+    assert "(eventually)" in seen.report()[0].evidence
     seen.close()
 
 
@@ -100,22 +109,19 @@ def test_find_place_names_backward_and_the_calling_line() -> None:
 
 
 def test_watch_clock_starts_and_ends_with_the_watch() -> None:
-    def running() -> bool:
-        return any(thread.name == "ris_fast.health.watch.clock" for thread in threading.enumerate())
-
-    seen = watched()
+    seen, never = watched(), watched(stall_s=math.inf)
     train(seen.model, seen.optimizers[0], 2)
-    assert not running() and seen.ranks.clock.thread is None
-    never = watched(stall_s=math.inf)
-    assert not running() and never.report() == []
+    assert seen.ranks.clock.thread is None and never.ranks.clock.thread is None
     seen = watched(stall_s=60.0)
-    assert running() and seen.ranks.clock.thread.daemon
+    thread = seen.ranks.clock.thread
+    assert thread.is_alive() and thread.daemon
     seen.close()
-    assert eventually(lambda: not running())
+    assert eventually(lambda: not thread.is_alive())
     seen = watched(stall_s=60.0)
+    thread = seen.ranks.clock.thread
     del seen
     gc.collect()
-    assert eventually(lambda: not running())
+    assert eventually(lambda: not thread.is_alive())
 
 
 @pytest.mark.parametrize("stall_s", [0, -1.0, "long", True, float("nan")])

@@ -125,6 +125,8 @@ def test_window_summary_of_norms_and_nonfinite_steps() -> None:
         "largest_step": 6,
         "largest_tensor": "c",
         "largest_tensor_norm": 8.0,
+        "partly_zero": {"tensors": 3, "names": ["a", "b", "c"]},
+        "partly_zero_steps": {"steps": 2, "first": 6, "every": None},
     }
     count_invalid_rows = Window([1], table((math.inf, 1.0, 1.0)), 1).summary(NAMES)
     assert (

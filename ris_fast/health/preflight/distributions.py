@@ -1,0 +1,203 @@
+"""Preflight of the distribution of the scenes: training beside validation, and both beside the task's settings.
+
+Statistics are one number a scene. Two samples are compared by the largest distance D of their distribution functions
+(Kolmogorov, Smirnov), whose significance is divided by the number of tests.
+Legend: B batch, K sources (padded).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.measures import listed
+from ris_fast.health.preflight.pairing import as_believed, measure_snr, with_factor
+from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.scenes import all_scenes
+from ris_fast.physics.scenes import Scenes
+from ris_fast.training.step import network_inputs
+
+SCENES, FEWEST = 256, 24
+SIGNIFICANCE = 1e-7  # of all tests together, were the two the same
+APART = 0.2  # of D, below which a difference is small however many scenes show it
+BEYOND_DB, BEYOND = 3.0, 0.02  # beyond a label's own error; share of the scenes that lie there
+CAP_DB = 30.0  # of a measured SNR: above it rounding and a slightly different array decide
+
+
+def distributions(context: PreflightContext) -> Iterator[Finding]:
+    """Scenes have the SNR, the number of sources and the places that the task says, and both splits have the same."""
+    sets = {"training": _training(context), "validation": context.validation}
+    sure, doubtful = [], []
+    for what, scenes in sets.items():
+        sure += _beyond(context, what, scenes)
+        if not sure and context.trainer.source.endless:  # files may be described loosely
+            doubtful += _unlike_settings(context, what, scenes)
+    apart = _unlike_each_other(context, *sets.values())
+    files = not context.trainer.source.endless
+    if files and sure and not apart:  # a task that describes its files loosely
+        context.note = sure[0]
+        return
+    if sure or apart or doubtful:
+        seen = [*sure, *apart, *doubtful]
+        yield Finding(
+            "distributions_differ",
+            f"{'; '.join(seen[:3])}{f'; and {len(seen) - 3} more' if len(seen) > 3 else ''}."
+            + ("" if sure and not files else " Where one of the two is shifted on purpose, that is meant."),
+            certain=bool(sure) and not files,
+        )
+
+
+def _training(context: PreflightContext) -> Scenes:
+    """As the loop serves them; of files from all over the split."""
+    source = context.trainer.source
+    served = all_scenes(context)
+    if source.endless and served.batch >= SCENES // 2:
+        return served[:SCENES]
+    size = source.size("train")
+    return source.batch("train", torch.linspace(0, size - 1, min(SCENES, size)).long().to(source.index_device))
+
+
+def _beyond(context: PreflightContext, what: str, scenes: Scenes) -> list[str]:
+    """Settings that scenes violate by more than any error of measurement."""
+    task, found = context.config.task, []
+    off = (scenes.snr_db > task.snr_max_db + BEYOND_DB) | (scenes.snr_db < task.snr_min_db - BEYOND_DB)
+    if int(off.sum()) > BEYOND * scenes.batch:
+        low, high = torch.aminmax(scenes.snr_db)
+        found.append(
+            f"the SNR of {what} scenes goes from {float(low):.3g} to {float(high):.3g} dB, and the task says"
+            f" {task.snr_min_db:g} to {task.snr_max_db:g} ({float(off.float().mean()):.0%} of the scenes lie beyond)"
+        )
+    most = int(scenes.count.max())
+    if most > task.max_sources:
+        found.append(f"{what} scenes have up to {most} sources, and the task says {task.max_sources}")
+    return found
+
+
+def _unlike_settings(context: PreflightContext, what: str, scenes: Scenes) -> list[str]:
+    """Statistics of simulated scenes that are not the uniform distributions which the task asks for."""
+    task, found = context.config.task, []
+    if scenes.batch < FEWEST:
+        return []
+    steps = torch.arange(task.max_sources + 1) / task.max_sources
+    wanted = {"number of sources": (scenes.count.float(), None)}
+    for name, values, low, high in (
+        ("SNR in dB", scenes.snr_db, task.snr_min_db, task.snr_max_db),
+        ("azimuth in rad", _first(scenes.azimuth), -math.radians(task.azimuth_deg), math.radians(task.azimuth_deg)),
+        ("elevation in rad", _first(scenes.elevation), *_ends(task.elevation_deg)),
+        ("range in m", _first(scenes.range_m), task.range_min_m, task.range_max_m),
+    ):
+        if values is not None and high > low:
+            wanted[name] = (values, (low, high))
+    for name, (values, ends) in wanted.items():
+        values = values.double().cpu().sort()[0]
+        if ends is None:
+            own = torch.stack([(values <= k).double().mean() for k in range(task.max_sources + 1)])
+            distance = float((own - steps).abs().max())
+        else:
+            expected = ((values - ends[0]) / (ends[1] - ends[0])).clamp(0, 1)
+            at = torch.arange(len(values) + 1, dtype=torch.float64) / len(values)
+            distance = float(torch.maximum(at[1:] - expected, expected - at[:-1]).max())
+        if distance > APART and _chance(distance, len(values)) * len(wanted) * 2 < SIGNIFICANCE:
+            found.append(f"the {name} of {what} scenes is not spread as the task says: {_shown(values)}")
+    return found
+
+
+def _ends(degrees: float) -> tuple[float, float]:
+    return -math.radians(degrees), math.radians(degrees)
+
+
+def _first(values: Tensor | None) -> Tensor | None:
+    """Of the first source, which every scene has."""
+    return None if values is None else values[:, 0]
+
+
+def _unlike_each_other(context: PreflightContext, training: Scenes, validation: Scenes) -> list[str]:
+    """Statistics in which training and validation scenes differ by more than chance, the largest difference first."""
+    if min(training.batch, validation.batch) < FEWEST:
+        return []
+    one, other = (_statistics(context, scenes) for scenes in (training, validation))
+    found: dict[str, tuple[float, str]] = {}
+    tests = len(one.keys() & other.keys())
+    for name in one.keys() & other.keys():
+        a, b = (each[each.isfinite()].double().cpu().sort()[0] for each in (one[name], other[name]))
+        if min(len(a), len(b)) < FEWEST:
+            continue
+        distance = two_sample_distance(a, b)
+        if distance > APART and _chance(distance, len(a) * len(b) / (len(a) + len(b))) * tests < SIGNIFICANCE:
+            found[name] = (distance, f"{name}: training {_shown(a)}, validation {_shown(b)}")
+    names = sorted(found, key=lambda name: -found[name][0])
+    if not names:
+        return []
+    return [
+        f"training and validation scenes differ in {listed(names)} (by more than chance, distance"
+        f" {found[names[0]][0]:.2f} of at most 1); {'; '.join(found[name][1] for name in names[:2])}"
+    ]
+
+
+def two_sample_distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference of two empirical distribution functions. Args: a, b: sorted, float64, (A,) and (B,)."""
+    at = torch.cat((a, b))
+    share = [torch.searchsorted(each, at, right=True).double() / len(each) for each in (a, b)]
+    return float((share[0] - share[1]).abs().max())
+
+
+def _chance(distance: float, scenes: float) -> float:
+    """The probability of so large a distance by chance, for so many scenes (of two samples n m / (n + m))."""
+    root = math.sqrt(scenes)
+    size = (root + 0.12 + 0.11 / root) * distance
+    return min(1.0, max(0.0, 2 * sum((-1) ** (k - 1) * math.exp(-2 * (k * size) ** 2) for k in range(1, 20))))
+
+
+def _shown(values: Tensor) -> str:
+    """Median and ends."""
+    low, middle, high = (float(each) for each in (values.min(), values.median(), values.max()))
+    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+
+
+@torch.no_grad()
+def _statistics(context: PreflightContext, scenes: Scenes) -> dict[str, Tensor]:
+    """Name -> (B,); of what is there. The SNR that snapshots have is measured in the scenes that allow it alone."""
+    found = {"labelled SNR in dB": scenes.snr_db, "number of sources": scenes.count.float()}
+    for name, values in (
+        ("azimuth", scenes.azimuth),
+        ("elevation", scenes.elevation),
+        ("range", scenes.range_m),
+        ("power", None if scenes.power is None else scenes.power.clamp_min(1e-30).log10()),
+    ):
+        if values is not None:
+            found[f"{name} of the first source"] = values[:, 0]
+    for name, values in (
+        ("snapshots", scenes.snapshots),
+        ("channel", scenes.channel),
+        ("target", scenes.factor if scenes.factor is not None else scenes.covariance),
+    ):
+        if values is not None:
+            flat = values.flatten(1)
+            found[f"mean square of the {name} (log10)"] = flat.square().mean(1).clamp_min(1e-30).log10()
+            found[f"mean of the {name} over its rms"] = flat.mean(1) / flat.square().mean(1).sqrt().clamp_min(1e-30)
+    believed = as_believed(with_factor(scenes), context.config.task)
+    if believed.channel is not None and believed.factor is not None:
+        measured = measure_snr(believed, context.config.task.symbols == "static")
+        found["measured SNR in dB"] = measured.measured_db.clamp_max(CAP_DB)
+    for number, values in enumerate(_features(context, scenes)):
+        flat = values.detach().float().reshape(scenes.batch, -1)
+        found[f"mean square of feature tensor {number} (log10)"] = flat.square().mean(1).clamp_min(1e-30).log10()
+        found[f"mean of feature tensor {number}"] = flat.mean(1)
+    return found
+
+
+def _features(context: PreflightContext, scenes: Scenes) -> list[Tensor]:
+    """What the network is shown of the scenes, as training asks for it: (B, ...) each."""
+    made = context.model.features(*network_inputs(scenes))
+    return [
+        value
+        for value in (made if isinstance(made, (tuple, list)) else [made])
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() and value.shape[0] == scenes.batch
+    ]
+
+
+CHECKS = {"training, validation and task agree in distribution": distributions}

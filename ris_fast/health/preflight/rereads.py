@@ -1,0 +1,190 @@
+"""Preflight of what is read twice: a scene, and the features that are made of it, are the same whenever they are asked
+for.
+
+Legend: B batch.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.measures import CLOSE, listed
+from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.physics.scenes import Scenes
+from ris_fast.training.compiled_model import Network
+from ris_fast.training.step import network_inputs
+
+SCENES = 48
+ROUNDING = 1e-4  # relative, of a scene that is made in another batch
+MEANT = " Where training scenes are augmented anew each time, that is meant."
+
+
+def scenes_again(context: PreflightContext) -> Iterator[Finding]:
+    """Scenes of the same numbers are the same: read again, in another order and with fewer beside them, and as the loop
+    had them."""
+    source = context.trainer.source
+    for split, what in (("val", "validation"), ("train", "training")):
+        index = torch.arange(min(SCENES, source.size(split)), device=source.index_device)
+        _reseed(1)
+        first = source.batch(split, index)
+        kept = first.apply(torch.clone, codes=True)
+        _reseed(2)
+        source.batch(split, (index + len(index)) % source.size(split))  # others in between, as many
+        changed = _differ(kept, first, 0.0)
+        again = source.batch(split, index)
+        _reseed(3)
+        rows = torch.arange(len(index), device=kept.index.device).flip(0)[: max(1, len(index) // 2)]
+        turned = source.batch(split, index[rows.to(index.device)])
+        for how, names in (
+            ("they are others once others have been read", changed),
+            ("read again, they are others", _differ(kept, again, 0.0)),
+            ("in another order, with fewer beside them, they are others", _differ(kept[rows], turned, ROUNDING)),
+        ):
+            if names:
+                yield _change(what, len(index), f"{how}: their {listed(names)}", certain=split == "val")
+                return
+    yield from _as_served(context)
+
+
+def _change(what: str, scenes: int, seen: str, *, certain: bool) -> Finding:
+    return Finding(
+        "scenes_change",
+        f"{scenes} {what} scenes are read by their numbers; {seen} change{'.' if certain else f'.{MEANT}'}",
+        certain=certain,
+    )
+
+
+def _as_served(context: PreflightContext) -> Iterator[Finding]:
+    """What the loop held of the first steps, beside the same numbers asked for by themselves."""
+    source = context.trainer.source
+    for scenes in (context.groups[0][0], context.groups[-1][-1]):
+        few = scenes[:SCENES]
+        names = _differ(few, source.batch("train", few.index.to(source.index_device)), ROUNDING)
+        if names:
+            yield _change(
+                "training",
+                few.batch,
+                f"beside what the loop was served under these numbers, their {listed(names)}",
+                certain=False,
+            )
+            return
+
+
+def _reseed(seed: int) -> None:
+    """Other random numbers for whatever draws from the common generators; they are put back behind the check."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+
+
+def _differ(one: Scenes, other: Scenes, allowed: float) -> list[str]:
+    """Fields that are not the same, for rounding below `allowed`; scenes that are not finite have a name of their
+    own."""
+    found = []
+    for item in fields(one):
+        a, b = getattr(one, item.name), getattr(other, item.name)
+        if a is None or b is None:
+            found += [item.name] if (a is None) != (b is None) else []
+        elif a.shape != b.shape or not _same(a, b, allowed):
+            found.append(item.name)
+    return found
+
+
+def _same(a: Tensor, b: Tensor, allowed: float) -> bool:
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    if allowed == 0.0:
+        return torch.allclose(a, b, 0.0, 0.0, equal_nan=True)
+    return torch.allclose(a, b, allowed, allowed * float(a.abs().amax() if a.numel() else 0.0), equal_nan=True)
+
+
+# ---- features
+# ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def features_again(context: PreflightContext) -> Iterator[Finding]:
+    """Scenes that are shown again have the features that they had, whatever was shown in between, and where they are
+    kept for validation. Random numbers are the same each time: noise in training mode is no mistake."""
+    network = context.step.network
+    if not isinstance(network, Network):
+        return
+    groups = [group[0][:SCENES] for group in context.groups[:3]]
+    groups.append(context.validation[: groups[0].batch])
+    first = [_asked(network, scenes) for scenes in groups]
+    for one, other in combinations(range(len(groups)), 2):
+        if _left_over(groups[one], groups[other], first[one], first[other]):
+            yield _stale(groups[other], groups[other].batch, "are those of another batch, bit for bit")
+            return
+    kept = dict(network.known)
+    try:
+        for scenes in groups:
+            torch.manual_seed(1)
+            network.remember(*network_inputs(scenes))
+        for turn, copy in (("when they are shown again behind others", True), ("when they are remembered", False)):
+            for scenes, right in zip(groups, first):
+                rows = _other_rows(right, _asked(network, scenes, copy=copy))
+                if bool(rows.any()):
+                    yield _stale(scenes, int(rows.sum()), f"are others {turn}")
+                    return
+    finally:
+        network.known.clear()
+        network.known.update(kept)
+
+
+def _stale(scenes: Scenes, rows: int, what: str) -> Finding:
+    return Finding(
+        "scenes_change",
+        f"the features that the network is given for {rows} of {scenes.batch} scenes {what}: something keeps features"
+        " from one call to the next, by a key that other scenes share.",
+    )
+
+
+def _asked(network: Network, scenes: Scenes, *, copy: bool = True) -> list[Tensor]:
+    """What the network takes for the features of these scenes, or of a copy that is gone behind the call."""
+    torch.manual_seed(1)
+    given = [value.clone() if copy else value for value in network_inputs(scenes)]
+    return [value.clone() for value in _tensors(network.inputs(*given), scenes.batch)]
+
+
+def _left_over(one: Scenes, other: Scenes, first: list[Tensor], second: list[Tensor]) -> bool:
+    """Whether different scenes have equal features, which differ within a batch."""
+    if one.batch != other.batch or one.batch < 2 or torch.equal(one.snapshots, other.snapshots):
+        return False
+    same = [a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second)]
+    differ = [bool((a != a[:1]).any()) for a in first]
+    return any(each and inside for each, inside in zip(same, differ))
+
+
+def _tensors(made: object, batch: int) -> list[Tensor]:
+    return [
+        value
+        for value in (made if isinstance(made, (tuple, list)) else [made])
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() and value.shape[0] == batch
+    ]
+
+
+def _other_rows(right: list[Tensor], found: list[Tensor]) -> Tensor:
+    """Scenes whose features differ by more than rounding, (B,)."""
+    parts = [
+        ((a - b).reshape(len(a), -1).norm(dim=1) > CLOSE * a.reshape(len(a), -1).norm(dim=1).clamp_min(1e-30))
+        & a.reshape(len(a), -1).isfinite().all(1)
+        for a, b in zip(right, found)
+        if a.shape == b.shape
+    ]
+    return torch.stack(parts).any(0) if parts else torch.zeros(0, dtype=torch.bool)
+
+
+CHECKS = {
+    "scenes are the same when they are read again": scenes_again,
+    "features are those of the scenes shown": features_again,
+}

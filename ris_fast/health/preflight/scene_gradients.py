@@ -1,0 +1,171 @@
+"""Preflight of which scenes and which micro-batches are learned from: the gradient apart for each.
+
+Legend: B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.derivatives import derivatives
+from ris_fast.health.preflight.measures import listed
+from ris_fast.health.preflight.probe import PreflightContext, layer_calls
+from ris_fast.health.preflight.terms import leaf
+from ris_fast.models.prediction import Prediction
+from ris_fast.physics.scenes import Scenes
+
+MOST = 256  # scenes of a micro-batch that are looked at
+RIGHT = 1e-4  # NMSE below which a scene may have nothing to say
+FEW_MISSED, HALF = 0.1, 0.5  # shares of the scenes from which something is said
+MICRO_BATCHES = 4
+
+
+def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
+    """Every scene of a micro-batch whose prediction is not right has a gradient at the output, and in each layer.
+
+    Two draws of random numbers: a layer or a scene that is dropped by chance comes back.
+    """
+    scenes = context.groups[0][0][:MOST]
+    if scenes.batch < 2:
+        return
+    total, prediction, layers = _forward(context, scenes, 1)
+    outputs = [value for value in prediction if value is not None and value.requires_grad]
+    if not total.requires_grad or not outputs or not bool(total.isfinite()):
+        return
+    at_output = [part for part in derivatives(total, outputs, retain_graph=True) if part is not None]
+    if not at_output or not all(bool(part.isfinite().all()) for part in at_output):
+        return
+    reached = _rows(at_output)
+    if not bool(reached.any()):
+        return  # no gradient at all has names of its own
+    if float(reached.float().mean()) < 1 - FEW_MISSED:
+        total, again, _ = _forward(context, scenes, 2)
+        outputs = [value for value in again if value is not None and value.requires_grad]
+        reached |= _rows([part for part in derivatives(total, outputs) if part is not None])
+        left_out = ~reached & _has_slope(context, prediction, scenes, ~reached)
+        if float(left_out.float().mean()) > FEW_MISSED:
+            share = float(left_out.float().mean())
+            own = getattr(context.loss, "own_name", "")
+            yield _left_out(scenes, left_out, "no gradient at the output", certain=share > HALF and not own)
+        return
+    lost = _lost_inside(layers, derivatives(total, list(layers.values())))
+    if lost:
+        total, _, layers = _forward(context, scenes, 2)
+        again = _lost_inside(layers, derivatives(total, list(layers.values())))
+        lost = {name: both for name in lost.keys() & again.keys() if _most(both := lost[name] & again[name])}
+    if lost:
+        name = max(lost, key=lambda each: int(lost[each].sum()))
+        more = f"a gradient at the output and none at {listed(list(lost))}"
+        yield _left_out(scenes, lost[name], more, certain=False)
+
+
+def _lost_inside(layers: dict[str, Tensor], parts: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """Name of each layer that is reached for some scenes and not for most -> the scenes that it is not, (B,)."""
+    rows = {name: ~_rows([part]) for name, part in zip(layers, parts) if part is not None}
+    return {name: lost for name, lost in rows.items() if _most(lost) and not bool(lost.all())}
+
+
+def _most(rows: Tensor) -> bool:
+    return float(rows.float().mean()) > HALF
+
+
+def _left_out(scenes: Scenes, rows: Tensor, what: str, *, certain: bool) -> Finding:
+    """Certain where more than half of the scenes are left out at the output, which no selection of hard ones does."""
+    first = ", ".join(str(int(each)) for each in scenes.index[rows][:3])
+    return Finding(
+        "scenes_left_out",
+        f"{int(rows.sum())} of {scenes.batch} scenes of a micro-batch have {what}, although their predictions are not"
+        f" right; first scenes {first}. The network learns from {1 - float(rows.float().mean()):.0%} of what it is"
+        " shown.",
+        certain=certain,
+    )
+
+
+def _forward(context: PreflightContext, scenes: Scenes, seed: int) -> tuple[Tensor, Prediction, dict[str, Tensor]]:
+    """Total and prediction in training mode, and what each layer answered that has a row a scene."""
+    layers: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        if isinstance(output, Tensor) and output.requires_grad and output.dim() and output.shape[0] == scenes.batch:
+            layers.setdefault(name, output)
+
+    with layer_calls(context.model, keep):
+        total, _, prediction = context.run(scenes, seed=seed)
+    return total, prediction, layers
+
+
+def _rows(parts: Sequence[Tensor]) -> Tensor:
+    """Scenes for which any of the gradients is not zero, (B,)."""
+    return torch.stack([part.flatten(1).bool().any(1) for part in parts]).any(0)
+
+
+def _has_slope(context: PreflightContext, prediction: Prediction, scenes: Scenes, rows: Tensor) -> Tensor:
+    """Of some scenes, whether the loss of each alone has a gradient at the output: (B,)."""
+    found = torch.zeros_like(rows)
+    for row in rows.nonzero()[:, 0].tolist():
+        one = slice(row, row + 1)
+        alone = prediction.apply(lambda value, one=one: leaf(value[one]))
+        total = context.loss(alone, scenes[one])[0]
+        outputs = [value for value in alone if value is not None]
+        if total.requires_grad and float(total.detach()) > RIGHT:
+            parts = derivatives(total, outputs)
+            found[row] = any(part is not None and bool(part.any()) for part in parts)
+    return found
+
+
+# ---- micro-batches
+# ----------------------------------------------------------------------------------------------------
+
+
+def micro_batches(context: PreflightContext) -> Iterator[Finding]:
+    """Every micro-batch of a step reaches the same tensors, whichever random numbers are drawn."""
+    group = list(context.groups[0][:MICRO_BATCHES])
+    live = list(context.trainable)
+    if len(group) < 2 or not live:
+        return
+    missing = _missing(context, group, 1)
+    if missing is None or all(each == missing[0] for each in missing):
+        return
+    again = _missing(context, group, 2)
+    if again is None or again != missing:
+        return  # it follows random numbers, as a layer that is dropped by chance does
+    turned = _missing(context, group[::-1], 1)
+    if turned is None:
+        return
+    shown = max(range(len(missing)), key=lambda number: len(missing[number]))
+    names = [live[number] for number in sorted(missing[shown] - frozenset.intersection(*missing))]
+    seen = (
+        f"{len(names)} of {len(live)} tensors receive no gradient from micro-batch {shown + 1} of a step and do from"
+        f" others: {listed(names)}"
+    )
+    by_number = turned == missing
+    if by_number:
+        seen += "; with the same micro-batches in another order it is the same number again that lacks it"
+    elif turned[::-1] == missing:
+        seen += (
+            "; in another order it is the same scenes again. Where parts of the network are for some scenes only, as"
+            " experts are, that is meant"
+        )
+    yield Finding("micro_batches_differ", f"{seen}.", certain=by_number)
+
+
+def _missing(context: PreflightContext, group: Sequence[Scenes], seed: int) -> list[frozenset[int]] | None:
+    """Numbers of the trainable tensors that each micro-batch gives no gradient to, one after the other."""
+    live, found = list(context.trainable.values()), []
+    context.model.train()
+    torch.manual_seed(seed)
+    for scenes in group:
+        total = context.loss(context.step.predict(scenes), scenes)[0]
+        if not total.requires_grad or not bool(total.isfinite()):
+            return None
+        parts = derivatives(total, live)
+        found.append(frozenset(n for n, part in enumerate(parts) if part is None or not bool(part.any())))
+    return found
+
+
+SMALL_BATCH = {"every scene is learned from": scenes_learned_from}
+WHOLE_STEP = {"every micro-batch reaches the same tensors": micro_batches}

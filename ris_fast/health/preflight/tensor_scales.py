@@ -1,0 +1,70 @@
+"""Preflight of each tensor's gradient on its way: by autograd, behind backward, and in the optimizer's hands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.measures import all_finite, listed
+from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.step_probe import StepTrace
+
+OTHER, RIGHT = 0.2, 0.02  # of a ratio away from 1: another scale, and none
+PURE = 0.02  # share of a gradient that is no multiple of the other one
+
+
+def one_by_one(
+    context: PreflightContext, taken: StepTrace, parts: Sequence[Sequence[Tensor | None]], shares: Sequence[float]
+) -> Iterator[Finding]:
+    """Tensors whose gradient is multiplied on its way while that of most others is left as it is.
+
+    Args: parts: each micro-batch's gradient by autograd, of the trainable tensors; shares: of the step's scenes.
+    """
+    live = [(name, number) for number, (name, p) in enumerate(context.parameters.items()) if p.requires_grad]
+    raw = [taken.raw[number] for _, number in live]
+    given = [taken.given[number] for _, number in live] if taken.given else raw
+    if not all(map(all_finite, (raw, given, *parts))):
+        return
+    wanted = [_sum([part[row] for part in parts], shares, taken.scale) for row in range(len(live))] if parts else raw
+    names = [name for name, _ in live]
+    for where, before, after in (
+        ("backward leaves", wanted, raw),
+        ("the optimizer is given", raw, given),
+    ):
+        scaled = _scaled(names, before, after)
+        if scaled:
+            worst = max(scaled, key=lambda name: abs(scaled[name] - 1))
+            yield Finding(
+                "gradient_scale_differs",
+                f"{where} {len(scaled)} of {len(names)} tensors another multiple of their gradient than the rest:"
+                f" {listed(list(scaled))}, {scaled[worst]:.3g} of it in {worst}. Where a gradient is scaled on purpose,"
+                " that is meant.",
+                certain=False,
+            )
+            return
+
+
+def _sum(parts: Sequence[Tensor | None], shares: Sequence[float], scale: float) -> Tensor | None:
+    found = [share * scale * part.double() for part, share in zip(parts, shares) if part is not None]
+    return torch.stack(found).sum(0) if found else None
+
+
+def _scaled(names: Sequence[str], before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> dict[str, float]:
+    """Tensors with another ratio than 1, where it is one number for all entries and most tensors have 1."""
+    ratios = {}
+    for name, old, new in zip(names, before, after):
+        if old is None or new is None or not bool(old.any()):
+            continue
+        old, new = old.double().flatten(), new.double().flatten()
+        value = float(new @ old / (old @ old))
+        if float((new - value * old).norm()) <= PURE * float(new.norm()):
+            ratios[name] = value
+    right = sum(abs(value - 1) < RIGHT for value in ratios.values())
+    return (
+        {name: value for name, value in ratios.items() if abs(value - 1) > OTHER and value}
+        if (2 * right > len(names))
+        else {}
+    )

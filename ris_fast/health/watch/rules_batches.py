@@ -1,0 +1,251 @@
+"""Rules of `watch` on what goes into the model and comes out: batches that repeat, inputs that are NaN or all the same,
+evaluations that differ or do not follow the weights, and what the gradient at the output says of the loss.
+
+None is certain but two: scenes may be alike on purpose, and a loss may leave some out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby, pairwise
+
+import torch
+from torch import Tensor
+
+from ris_fast.health.finding import Finding
+from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
+from ris_fast.health.watch.records import EARLY, ForwardRecord, LoopRecord, PassRecord
+
+SCENES, LOOKS = 8, 4
+
+
+def batch_findings(loop: LoopRecord) -> list[Finding]:
+    """What the numbers that go in and out show."""
+    if loop.forward is None or not loop.forward.passes:
+        return []
+    trained = [each for each in loop.forward.passes if each.training and each.reached]
+    evaluated = [each for each in loop.forward.passes if not each.training and not each.reached and _both(each)]
+    return [
+        *nonfinite_inputs(loop.forward.passes),
+        *softmax_twice(trained),
+        *constant_input(trained),
+        *repeated_batch(trained),
+        *cached_validation(loop, evaluated),
+        *random_evaluation(evaluated),
+        *scenes_left_out(trained),
+        *shapes_broadcast(trained),
+        *ignored_input(trained),
+        *unsettled_buffers(loop.forward),
+        *batch_shrinks(loop.forward),
+    ]
+
+
+def _both(each: PassRecord) -> bool:
+    return each.input is not None and each.output is not None
+
+
+def nonfinite_inputs(passes: list[PassRecord]) -> Iterator[Finding]:
+    """The first pass with NaN in its outputs has them in its inputs; later ones may be fed what came out before."""
+    first = next((each for each in passes if each.nan_out is not None and bool(each.nan_out)), None)
+    if first is not None and first.nan_in is not None and bool(first.nan_in):
+        yield finding(
+            "nonfinite_data",
+            f"inputs of forward pass {first.number} have NaN, and so have its outputs, the first to have any.",
+            first.step + 1,
+        )
+
+
+def softmax_twice(trained: list[PassRecord]) -> Iterator[Finding]:
+    """The model ends in a softmax or sigmoid, and the gradient that arrives is that of a cross-entropy which applies
+    its own: no other loss has it in batch after batch."""
+    for kind, loss in (("softmax", "a cross-entropy"), ("sigmoid", "a binary cross-entropy with logits")):
+        marks = [each.mark for each in trained if each.mark is not None and each.mark_kind == kind]
+        if len(marks) >= LOOKS and all(float(mark[0]) < 1e-3 for mark in marks):
+            yield finding(
+                "softmax_twice",
+                f"the model ends in a {kind}, and the gradient that arrives there is {kind}(output) minus the label, in"
+                f" all {len(marks)} passes that were looked at: that of {loss}, which applies its own {kind}.",
+                trained[0].step + 1,
+            )
+
+
+def shapes_broadcast(trained: list[PassRecord]) -> Iterator[Finding]:
+    """The gradient at an output (B, 1) is that of a mean square against one number, the same for all scenes of a batch
+    and another in the next: what the mean of all targets of a batch is, where shapes are broadcast."""
+    marks = [each.mark for each in trained if each.mark is not None and each.mark_kind == "broadcast"]
+    if len(marks) < LOOKS or any(float(mark[0]) > 1e-3 for mark in marks):
+        return
+    _, targets, means = torch.stack(marks).double().T
+    of_outputs = float(torch.corrcoef(torch.stack([targets, means]))[0, 1].abs()) > 0.99  # as with a variance
+    if float(targets.std()) > 1e-3 * float(targets.abs().mean()) and not of_outputs:
+        yield finding(
+            "shapes_broadcast",
+            f"outputs have shape {trained[0].output_shape}, and all scenes of a batch are drawn to one number, another"
+            f" in each batch ({', '.join(f'{float(each):.3g}' for each in targets[:3])}).",
+            trained[0].step + 1,
+            "Targets of shape (B,) do that, or targets that are the same within a batch: print both shapes.",
+        )
+
+
+def constant_input(trained: list[PassRecord]) -> Iterator[Finding]:
+    """All scenes of each batch are the same."""
+    inputs = [each.input for each in trained if each.input is not None and each.inputs == 1]
+    if len(inputs) >= EARLY and all(len(each) >= LOOKS and _alike(each) for each in inputs):
+        yield finding(
+            "constant_input",
+            f"all scenes of a batch are the same, in {len(inputs)} batches that were looked at.",
+            trained[0].step + 1,
+            MAY_BE_MEANT,
+        )
+
+
+def _alike(rows: Tensor) -> bool:
+    return bool((rows == rows[0]).all())
+
+
+def repeated_batch(trained: list[PassRecord]) -> Iterator[Finding]:
+    """Batches come as often in a row, made anew each time: as from workers that read the same scenes. A loop that makes
+    several steps with a batch gives the same tensor again."""
+    seen = [each for each in trained if each.input is not None]
+    steps = [each.step for each in seen]
+    runs: list[list[PassRecord]] = []
+    for each in seen:
+        if runs and _same(runs[-1][-1], each):
+            runs[-1].append(each)
+        else:
+            runs.append([each])
+    whole = runs[:-1]  # the last may go on
+    count = len(whole[0]) if whole else 0
+    apart = len(set(steps)) == len(steps) and not any(each.given_again for run in whole for each in run[1:])
+    if count > 1 and len(whole) >= LOOKS and apart and all(len(run) == count for run in whole):
+        yield finding(
+            "repeated_batch",
+            f"each batch comes {count} times in a row, at steps of their own, in {len(whole)} batches.",
+            whole[0][1].step + 1,
+            f"{count} workers that read the same scenes do that; so does a data set that repeats them on purpose.",
+        )
+
+
+def _same(one: PassRecord, other: PassRecord) -> bool:
+    return one.shape == other.shape and torch.equal(one.input, other.input)
+
+
+def cached_validation(loop: LoopRecord, evaluated: list[PassRecord]) -> Iterator[Finding]:
+    """The same input gives the same output, bit for bit, after steps that changed weights."""
+    pairs = [(one, other) for one, other in _again(evaluated) if one.step != other.step]
+    equal = [torch.equal(one.output, other.output) and len(one.output.unique()) > 2 for one, other in pairs]
+    if len(pairs) > 1 and all(equal) and any(each.trained for each in loop.optimizers):
+        yield finding(
+            "cached_validation",
+            f"{len(pairs)} inputs were evaluated again after more steps, and gave the same output, bit for bit.",
+            pairs[0][1].step,
+            "Outputs are kept from before, or a copy computes with old weights: compare the model's parameters with "
+            "those at the evaluation before.",
+        )
+
+
+def random_evaluation(evaluated: list[PassRecord]) -> Iterator[Finding]:
+    """The same input gives another output, with the same weights."""
+    pairs = [(one, other) for one, other in _again(evaluated) if one.step == other.step]
+    apart = [_distance(one.output, other.output) > 1e-3 for one, other in pairs]
+    if apart and all(apart):
+        yield finding(
+            "train_mode_in_validation",
+            f"{len(pairs)} inputs were evaluated twice with the same weights, in evaluation mode, with other outputs.",
+            pairs[0][0].step,
+            "A functional dropout without `training=self.training` does that; so does a model that samples on purpose.",
+        )
+
+
+def _again(passes: list[PassRecord]) -> list[tuple[PassRecord, PassRecord]]:
+    """Each pass with the last one before that had the same input."""
+    found = []
+    for number, each in enumerate(passes):
+        before = next((one for one in reversed(passes[:number]) if _same(one, each)), None)
+        if before is not None and before.output.shape == each.output.shape and before.inputs == each.inputs == 1:
+            found.append((before, each))
+    return found
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / one.norm().clamp_min(1e-12))
+
+
+def scenes_left_out(trained: list[PassRecord]) -> Iterator[Finding]:
+    """The same few places of each batch have a gradient at the output, whatever the batch.
+
+    The first or last of the first axis may be a place in time.
+    """
+    found = [each for each in trained if each.rows is not None and len(each.rows) >= SCENES and bool(each.rows.any())]
+    if len(found) < EARLY or any(not torch.equal(each.rows, found[0].rows) for each in found):
+        return
+    count, places = int(found[0].rows.sum()), found[0].rows.nonzero()[:, 0].tolist()
+    in_time = len(found[0].shape) > 2 and count == 1 and places[0] in (0, len(found[0].rows) - 1)
+    others = any(
+        not torch.equal(one.input, other.input) for one, other in pairwise(found) if _both(one) and _both(other)
+    )
+    if 4 * count <= len(found[0].rows) and others and not in_time:
+        yield finding(
+            "scenes_left_out",
+            f"{count} of {len(found[0].rows)} rows of the output have a gradient, the same places in all"
+            f" {len(found)} batches that were looked at.",
+            found[0].step + 1,
+            "A mask of scenes or time steps looks like that.",
+            harm=1 - count / len(found[0].rows),
+        )
+
+
+def ignored_input(trained: list[PassRecord]) -> Iterator[Finding]:
+    """Scenes differ and outputs do not, after the first steps."""
+    late = [each for each in trained if _both(each) and each.step >= EARLY and len(each.input) >= LOOKS]
+    late = [each for each in late if len(each.output) == len(each.input) and not _alike(each.input)]
+    if len(late) >= EARLY and all(_alike(each.output) for each in late):
+        yield finding(
+            "ignored_input",
+            f"scenes of a batch differ and all get the same output, bit for bit, in {len(late)} batches.",
+            late[0].step + 1,
+            "Dead units before the last layer do that too: look whether the layers before it are zero.",
+        )
+
+
+def unsettled_buffers(forward: ForwardRecord) -> Iterator[Finding]:
+    """Buffers that training passes should have settled are those of a new layer."""
+    if forward.unsettled and forward.steps >= EARLY:
+        yield finding(
+            "unsettled_buffers",
+            f"{len(forward.unsettled)}: {', '.join(forward.unsettled[:3])}: after {forward.steps} steps they are as"
+            " they were made, since the layers run in evaluation mode only.",
+            forward.steps,
+            MAY_BE_MEANT,
+        )
+    evaluated = next((each.number for each in forward.passes if not each.training), None)
+    trained = next((each.number for each in forward.passes if each.training), None)
+    if forward.spectral and evaluated is not None and (trained is None or evaluated < trained):
+        yield finding(
+            "unsettled_buffers",
+            f"{', '.join(forward.spectral[:3])}: the spectral norm is used in evaluation mode before its first update,"
+            " with a random vector for the largest singular one.",
+            0,
+            "An evaluation of untrained weights means little anyhow.",
+        )
+
+
+def batch_shrinks(forward: ForwardRecord) -> Iterator[Finding]:
+    """All parts from some place on get the same fraction of a batch, and the model gives all of it again."""
+    found = [_shrunk(*each) for each in forward.rows_inside]
+    if len(found) >= 2 and all(found) and len({(whole / part, name) for name, whole, part in found}) == 1:
+        name, whole, part = found[0]
+        yield finding(
+            "batch_shrinks",
+            f"the model is given {whole} scenes and gives {whole}, and from {name} on its layers see {part}.",
+            1,
+            "A part that works on groups of scenes looks like that.",
+        )
+
+
+def _shrunk(whole: int, given: int, rows: list[tuple[str, int]]) -> tuple[str, int, int] | None:
+    """The part from which on, the scenes given, and those that are left; `given`: of the model's output."""
+    kinds = [size for size, _ in groupby(size for _, size in rows)]
+    if given != whole or len(kinds) != 2 or kinds[0] != whole or not 1 < kinds[1] < whole or whole % kinds[1]:
+        return None
+    return next(name for name, size in rows if size == kinds[1]), whole, kinds[1]
