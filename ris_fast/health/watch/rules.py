@@ -28,7 +28,6 @@ from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecor
 
 EXPLAINS = {"dead_units": ["ignored_input"], "constant_input": ["ignored_input"]}  # what follows from a cause
 MANY_PASSES = 4096  # backward passes without a step, more than anybody adds up
-MANY_CLEARED = 64  # gradients thrown away before the first step, more than trials or a loss scaler take
 SCALER_STEPS = 24  # a loss scale halves its way to one that fits in fewer
 GROWN = 10.0  # factor on the weights' norm
 OTHERS_STEP = "Another optimizer makes steps: this one's may come in a later phase."
@@ -69,6 +68,7 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
         *rules_gradients.zeroed_gradients(records, loop.frozen),
         *rules_zero.zero_findings(loop, optimizer),
         *rules_zero.dead_units(loop, optimizer),
+        *rules_zero.gradient_underflow(optimizer),
         *rules_rates.rate_findings(loop, optimizer),
         *rules_changes.change_findings(loop, optimizer),
         *rules_parameters.nonfinite_weights(optimizer),
@@ -85,18 +85,20 @@ def step_never_called(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[
     """Before the first step all may be well: gradients may be added up over many passes, a scaler may skip, a later
     phase may be meant.
 
-    Gradients that are thrown away time after time betray a loop without a step, unless another optimizer steps in it.
+    Thousands of passes betray a loop without a step, unless another optimizer steps in it. Gradients that are thrown
+    away may be kept elsewhere first, one scene at a time.
     """
     bad = sum(not math.isfinite(norm) for norm in optimizer.arrived)
     skipped = f" {bad} of them are not finite: a loss scaler or a check may skip every step." if bad else ""
     doubt = "If gradients are added up over several passes, the first step is still to come."
-    certain = not loop.steps and (optimizer.passes > MANY_PASSES or optimizer.cleared > MANY_CLEARED)
+    others = loop.steps or optimizer.rivals
+    certain = not others and optimizer.passes > MANY_PASSES
     if optimizer.arrived:
         yield finding(
             "step_never_called",
             f"{len(optimizer.arrived)} tensors have received gradients in {optimizer.passes} backward passes, "
             f"{optimizer.cleared} of which found the gradients cleared, and the optimizer has made no step.{skipped}",
-            doubt="" if certain else OTHERS_STEP if loop.steps else doubt,
+            doubt="" if certain else OTHERS_STEP if others else doubt,
         )
 
 

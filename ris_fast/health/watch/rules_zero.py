@@ -9,6 +9,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 
+import torch
+
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.describe import describe_tensors, share_of
 from ris_fast.health.watch.fixes import finding
@@ -36,6 +38,9 @@ def zero_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Find
     nothing = _at_zero(zero, looks)
     if len(nothing) >= 2:
         yield _product(nothing, len(zero), at, certain=min(len(heard[name]) for name in nothing) >= LOOKS)
+    elif not others and any(tensor.dtype == torch.float16 for tensor in optimizer.tensors):
+        evidence = f"the gradients of all {len(zero)} tensors arrive and are zeros, in float16, which ends at 6e-08."
+        yield finding("gradient_underflow", evidence, at, f"In another format they may be zero, too. {WHOLE}")
     elif not others:
         certain = min(map(len, heard.values())) >= LOOKS and looks[0].step == 0 and len(heard) == len(looks[-1].hooked)
         yield finding(
@@ -143,3 +148,18 @@ def dead_units(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding
                 "A layer of which each input uses a small part, as an expert or a table, looks so, too.",
             )
             return
+
+
+def gradient_underflow(optimizer: OptimizerRecord) -> Iterator[Finding]:
+    """Many gradients are zero and the others lie on float16's grid, below its smallest normal number."""
+    some = optimizer.gradient
+    others = some.sampled - some.zero
+    if some.sampled >= 64 and 0.3 * some.sampled <= some.zero and others and some.narrow >= 0.9 * others:
+        yield finding(
+            "gradient_underflow",
+            f"{some.zero / some.sampled:.0%} of the gradients' numbers are zero, and most others are multiples of "
+            "6e-08 below 6e-05, where float16 ends.",
+            optimizer.records[-1].step + 1,
+            "Scale the loss and look again: gradients that are small in truth do not lie on that grid.",
+            "Multiply the loss with `torch.amp.GradScaler`, or use bfloat16.",
+        )
