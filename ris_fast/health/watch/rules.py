@@ -22,6 +22,7 @@ from ris_fast.health.watch import (
     rules_scale,
     rules_zero,
 )
+from ris_fast.health.watch.describe import describe_steps, describe_tensors
 from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
@@ -55,7 +56,7 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
         return lost  # whatever later steps show comes from that
     records = optimizer.records
     return [
-        *(each for record in records for each in single_step(record, records)),
+        *(each for record in records for each in single_step(record, optimizer)),
         *rules_gradients.reversed_gradients(records),
         *rules_gradients.unused_head(optimizer, loop.frozen),
         *rules_gradients.last_micro_batch_only(optimizer),
@@ -136,21 +137,28 @@ def _same_gradients(last: StepRecord, now: StepRecord) -> bool:
     )
 
 
-def single_step(record: StepRecord, records: list[StepRecord]) -> list[Finding]:
+def single_step(record: StepRecord, optimizer: OptimizerRecord) -> list[Finding]:
     """What one step shows: of the gradients, and of the weights unless something after backward broke the gradients."""
     heard = not record.closure and len(record.none_grads) < len(record.hooked)
     broken_there = is_finite(record.grad_after_backward) and not is_finite(record.grad_at_step)
     if heard and broken_there and not record.scaled:
-        evidence = f"{_broken(record)}, which backward leaves finite: something after backward breaks them."
+        evidence = f"{_broken(record, optimizer)}. Backward leaves them finite: something after backward breaks them."
         return [finding("nonfinite_gradients", evidence, record.step + 1, advice=LOOK_AFTER_BACKWARD)]
-    return [*_gradients(record), *_weights(record, next(each for each in records if each.names == record.names))]
+    first = next(each for each in optimizer.records if each.names == record.names)
+    return [*_gradients(record, optimizer), *_weights(record, first)]
 
 
-def _broken(record: StepRecord) -> str:
-    return f"{int((~record.grad_at_step.isfinite()).sum())} of {len(record.grad_at_step)} tensors"
+def _broken(record: StepRecord, optimizer: OptimizerRecord) -> str:
+    """Which tensors' gradients are not finite in a step, and in which others some are not."""
+    sizes = {tensor.name: tensor.size for tensor in optimizer.tensors}
+    broken = {
+        name: sizes.get(name, 0) for name, norm in zip(record.names, record.grad_at_step) if not bool(norm.isfinite())
+    }
+    steps = [each.step + 1 for each in optimizer.records if not is_finite(each.grad_at_step)]
+    return f"{describe_tensors(broken, sum(sizes.values()))}; {describe_steps(steps, len(optimizer.records))}"
 
 
-def _gradients(record: StepRecord) -> Iterator[Finding]:
+def _gradients(record: StepRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
     """What arrived against what the optimizer found. A product with zero leaves negative zeros behind, and clearing
     does not."""
     (arrived, reached), step = record.gradient_norms(), record.step + 1
@@ -160,7 +168,7 @@ def _gradients(record: StepRecord) -> Iterator[Finding]:
             "sanitised_gradients", f"{bad} tensors' gradients arrive non-finite and reach the optimizer finite.", step
         )
     elif not is_finite(record.grad_at_step) and not record.scaled:
-        yield finding("nonfinite_gradients", f"{_broken(record)}.", step)
+        yield finding("nonfinite_gradients", f"{_broken(record, optimizer)}.", step)
     elif arrived > 0 and reached == 0 and record.grad_change is not None and float(record.grad_change[1]) > 0:
         yield finding(
             "clip_too_small",

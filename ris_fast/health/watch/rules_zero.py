@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.watch.describe import describe_tensors, share_of
 from ris_fast.health.watch.fixes import finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord
 
@@ -51,7 +52,7 @@ def zero_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Find
             "" if certain else WHOLE,
         )
     else:
-        yield from _partly(zero, others, at)
+        yield from _partly(zero, others, at, {tensor.name: tensor.size for tensor in optimizer.tensors})
 
 
 def _heard(looks: list[StepRecord]) -> dict[str, list[float]]:
@@ -91,7 +92,7 @@ def _product(names: list[str], count: int, step: int, *, certain: bool) -> Findi
     )
 
 
-def _partly(zero: list[str], others: list[str], step: int) -> Iterator[Finding]:
+def _partly(zero: list[str], others: list[str], step: int, sizes: dict[str, int]) -> Iterator[Finding]:
     """Some tensors. A weight whose gradient is zero while its layer's bias has one has inputs that are all zero: units
     before it are off. A whole layer lies before something that has no derivative."""
     layers = defaultdict(set)
@@ -109,7 +110,9 @@ def _partly(zero: list[str], others: list[str], step: int) -> Iterator[Finding]:
             "A mask that is zero for now would look so, too.",
         )
     elif whole:
-        yield finding("vanishing_gradient", f"{said}: {', '.join(zero[:3])}.", step, PARTLY)
+        still, numbers = {name: sizes.get(name, 0) for name in zero}, sum(sizes.values())
+        evidence = f"{describe_tensors(still, numbers)}. Their gradients arrive and are all zeros, at every look."
+        yield finding("vanishing_gradient", evidence, step, PARTLY, harm=share_of(still, numbers))
     elif weights := [name for name in fed_zeros if _others_before(name, [*zero, *others], others)]:
         yield finding(
             "zeroed_gradients",
