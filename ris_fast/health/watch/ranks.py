@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import blake2b
-from itertools import count
+from itertools import count, islice
 from typing import Any
 from weakref import ref
 
@@ -223,9 +223,9 @@ class RankObserver:
             hashes=_joined([each[None] for each in hashes]).tolist(),
             optimizers=[hooks.record() for hooks in self.hooks],
             wrapper=find_wrapper(self.model, tensors),
-            inputs={
-                each.number: _input_hash(each.input) for each in passes if each.training and each.input is not None
-            },
+            inputs=dict(
+                islice(((p.number, _hash(p.input)) for p in passes if p.training and p.input is not None), PASSES)
+            ),
         )
 
     def _meet(self, mine: RankRecord, wait_s: float) -> tuple[list[RankRecord], dict[int, int]]:
