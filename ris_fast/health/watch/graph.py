@@ -132,6 +132,7 @@ class GraphLeaves:
             like_outputs=leaf.of_outputs,
             training=training,
             registered=False,
+            with_grad=tensor is not None and tensor.grad is not None,
         )
 
 
@@ -151,6 +152,7 @@ def _left_out(name: str, tensor: Tensor, held: bool, passes: int) -> LeafRecord:
         like_outputs=False,
         training=None,
         registered=True,
+        with_grad=tensor.grad is not None,
     )
 
 

@@ -173,7 +173,8 @@ class PassRecord:
         mode, of `parts`; inputs: tensors given; shape, output_shape: of the first; nodes: of its graph, 0 where it was
         not walked; input, output: (R, F) a few numbers; nonfinite_in, nonfinite_out: (2,), whether there are NaN, or
         infinities; rows: (B,) scenes with a gradient at the output; given_again: the first input is the tensor that the
-        pass before was given; mark_kind, mark: which mistake the gradient at the output looks like, and how far it is from that.
+        pass before was given; mark_kind, mark: which mistake the gradient at the output looks like, and how far it is
+        from that.
     """
 
     number: int
@@ -213,7 +214,7 @@ class LeafRecord:
         alive: it is still there; held: by an optimizer; unchanged: its numbers are those that it had first; since:
         steps made before that; among_trained: its operation has another operand that comes from parameters;
         like_outputs: it may have a row for each scene; training: mode of the layer that has it; registered: it is a
-        parameter of one of the model's modules.
+        parameter of one of the model's modules; with_grad: it has a gradient now.
     """
 
     name: str
@@ -229,6 +230,7 @@ class LeafRecord:
     like_outputs: bool
     training: bool | None
     registered: bool
+    with_grad: bool
 
 
 @dataclass(frozen=True)

@@ -139,14 +139,16 @@ def unregistered_parameters(loop: LoopRecord, forward: ForwardRecord) -> Iterato
 
 def _idle(cause: str, leaves: list[LeafRecord], whole: int, steps: int) -> Finding:
     sizes = {each.name or f"a tensor of shape {each.shape}": each.size for each in leaves}
-    points = all(not each.parameter and each.like_outputs and each.shape for each in leaves)
+    part = share_of(sizes, whole + sum(sizes.values()))
     doubt = (
         "Few steps have been made so far."
         if steps < EARLY
         else "Points of which a derivative is taken look like this."
-        if points
-        else "They are in evaluation mode: that may be meant."
+        if all(not each.parameter and each.like_outputs and each.shape for each in leaves)
+        else "They are in evaluation mode, so that they may be meant to stand still."
         if all(each.training is False for each in leaves)
+        else "They may be meant to stand still."
+        if part > 0.5 or not any(each.with_grad for each in leaves)
         else ""
     )
     whose = "`parameters()` does not give them" if cause == "shadowed_parameters" else "they are no module's parameters"
@@ -156,7 +158,7 @@ def _idle(cause: str, leaves: list[LeafRecord], whole: int, steps: int) -> Findi
         " holds them, and their numbers have not changed.",
         steps,
         doubt,
-        harm=share_of(sizes, whole + sum(sizes.values())),
+        harm=part,
     )
 
 
