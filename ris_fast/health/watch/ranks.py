@@ -112,7 +112,6 @@ class RankHooks:
             self.hooked = wanted
             self.grad_hooks = [p.register_post_accumulate_grad_hook(self.gradient_hook) for p in wanted]
 
-    @torch.no_grad()
     def _arrive(self, parameter: Tensor) -> None:
         """After backward has added to a gradient, before DistributedDataParallel has reduced it."""
         grad = parameter.grad
@@ -123,7 +122,8 @@ class RankHooks:
                 self.any.pop()
             self.any.append((self.steps, grad.any()))
         if self._due():
-            self.arrived[id(parameter)] = few_numbers([grad])
+            with torch.no_grad():
+                self.arrived[id(parameter)] = few_numbers([grad])
             self.held_back = any(not each.require_backward_grad_sync for each in self.wrappers)
 
     @torch.compiler.disable
@@ -155,8 +155,9 @@ class RankHooks:
     @torch.compiler.disable
     def _after(self, *_: Any) -> None:
         self.steps += 1
-        self.arrived.clear()
-        self._hook_gradients()
+        if self.arrived or self._due():
+            self.arrived.clear()
+            self._hook_gradients()
 
 
 def _gradient_hook(hooks: RankHooks) -> Callable[[Tensor], None]:
