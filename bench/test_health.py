@@ -15,16 +15,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from ris_fast import timing as measure
 from ris_fast.config.load import load_config
-from ris_fast.health.watch import EVERY, watch
-from ris_fast.health.watch.hooks import DENSE
+from ris_fast.health.watch import watch
 from ris_fast.training.trainer import Trainer
 
 ROUNDS = 40
+FIRST, LATER = 100, 900  # steps of a plain loop
 
 
 @pytest.fixture(autouse=True)
@@ -102,39 +103,50 @@ def test_a_step_that_is_read(benchmark: Any, device: torch.device, preset: str, 
     )
 
 
-def loop(device: torch.device, every: int | None) -> Callable[[], None]:
-    """A step of a plain loop, a perceptron of a million weights: without a watch, or with one that looks once in
-    `every`."""
+def loop(device: torch.device, width: int, depth: int) -> tuple[Callable[[], None], torch.nn.Module, Any]:
+    """A step of a plain loop, a perceptron; its model and optimizer."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(
-        *(layer for _ in range(4) for layer in (torch.nn.Linear(512, 512), torch.nn.GELU()))
-    ).to(device)
-    optimizer, data = torch.optim.AdamW(model.parameters(), lr=1e-4), torch.randn(256, 512, device=device)
+    layers = (layer for _ in range(depth) for layer in (torch.nn.Linear(width, width), torch.nn.GELU()))
+    model = torch.nn.Sequential(*layers).to(device)
+    optimizer, data = torch.optim.AdamW(model.parameters(), lr=1e-4), torch.randn(256, width, device=device)
 
     def step() -> None:
         optimizer.zero_grad()
         model(data).square().mean().backward()
         optimizer.step()
 
-    if every:
-        watch(model, optimizer, every)
-    for _ in range(DENSE + 2):
-        step()
-    return step
+    return step, model, optimizer
 
 
-def test_a_plain_loop_under_watch(benchmark: Any, device: torch.device) -> None:
-    """With the default sampling one step in a hundred is looked at; between those the hooks only count."""
-    looked_at = loop(device, 1)
-    plain, looking, counting = alternating(
-        device, loop(device, None), looked_at, loop(device, 10**9), rounds=3 * ROUNDS
-    )
-    benchmark.pedantic(looked_at, rounds=3)
+@pytest.mark.parametrize("width, depth", [(512, 4), (256, 50)], ids=["8_tensors", "100_tensors"])
+def test_a_plain_loop_under_watch(benchmark: Any, device: torch.device, width: int, depth: int) -> None:
+    """Two loops step by turns, one of them watched from the beginning: the first steps, which are looked at most, and
+    the later ones."""
+    plain, *_ = loop(device, width, depth)
+    watched, model, optimizer = loop(device, width, depth)
+    for step in (plain, watched):
+        step()  # what the first step alone does is nobody's
+    watch(model, optimizer)
+    seconds: list[tuple[float, float]] = []
+    for number in range(FIRST + LATER):
+        pair = [0.0, 0.0]
+        for which in (0, 1) if number % 2 else (1, 0):
+            began = clock(device)
+            (plain, watched)[which]()
+            pair[which] = clock(device) - began
+        seconds.append((pair[0], pair[1]))
+    early, late = (np.array(part) for part in (seconds[:FIRST], seconds[FIRST:]))
+    benchmark.pedantic(watched, rounds=3)
     benchmark.extra_info.update(
-        step_s=plain,
-        looking_s=looking,
-        counting_s=counting,
-        every=EVERY,
+        step_s=float(np.median(late[:, 0])),
+        steps=(FIRST, LATER),
         **load(),
-        share_of_training=(looking / EVERY + counting) / plain,
+        median_share=float(np.median(late[:, 1] - late[:, 0]) / np.median(late[:, 0])),
+        share_of_training=_excess(late),
+        share_of_first_steps=_excess(early),
     )
+
+
+def _excess(seconds: np.ndarray) -> float:
+    """What the second loop takes more, of the first."""
+    return float((seconds[:, 1] - seconds[:, 0]).sum() / seconds[:, 0].sum())
