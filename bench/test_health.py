@@ -22,6 +22,7 @@ import torch
 from ris_fast import timing as measure
 from ris_fast.config.load import load_config
 from ris_fast.health.watch import watch
+from ris_fast.training.telemetry.settings import RunSettings
 from ris_fast.training.trainer import Trainer
 
 ROUNDS = 40
@@ -70,6 +71,19 @@ def recording(device: torch.device, optimizer: Any, repeats: int = 200) -> float
     return alternating(device, lambda: None, record, rounds=5)[1] / repeats
 
 
+def noting_scenes(device: torch.device, ring: Any, group: Any, repeats: int = 50) -> float:
+    """Seconds to note the scenes of one step in their ring, as every step does."""
+
+    def note() -> None:
+        for _ in range(repeats):
+            ring.begin()
+            for scenes in group:
+                ring.add(scenes)
+            ring.close()
+
+    return alternating(device, lambda: None, note, rounds=5)[1] / repeats
+
+
 @pytest.mark.parametrize("preset, batch", [("laptop", 256), ("original", 64)])
 def test_a_step_that_is_read(benchmark: Any, device: torch.device, preset: str, batch: int) -> None:
     """A report's reading, its ring of records included, spread over the steps between two reports, and each step's
@@ -91,15 +105,20 @@ def test_a_step_that_is_read(benchmark: Any, device: torch.device, preset: str, 
     )
     benchmark.pedantic(lambda: step(True), rounds=3)
     every, record = config.report.every_steps, recording(device, trainer.optimizer)
+    settings = RunSettings(trainer.model, trainer.loss, trainer.optimizer, config)
+    again = alternating(device, lambda: None, settings.changes, rounds=15)[1]
+    noting = noting_scenes(device, telemetry.ring, group)
     benchmark.extra_info.update(
         preset=preset,
         batch=batch,
         step_s=plain,
         reading_s=reading,
         record_s=record,
+        settings_s=again,
+        scenes_s=noting,
         every_steps=every,
         **load(),
-        share_of_training=(reading / every + record) / plain,
+        share_of_training=((reading + again) / every + record + noting) / plain,
     )
 
 
