@@ -15,12 +15,11 @@ from bench.faults.catalogue import FIRST, Family
 from bench.faults.patches import (
     after_step,
     before_step,
-    model_with,
+    gradients,
     on_batches,
     on_loss,
     wrap,
 )
-from ris_fast.kernels.fused_step.layout import State
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.callback import Callback
@@ -93,43 +92,41 @@ def spike_guard_is_a_ratchet(trainer: Trainer, wrong: bool) -> None:
 
 
 @PRECISION.patch(
-    "unscales the gradients by hand before a step that unscales them itself",
-    "unscaled_twice gradient_underflow",
-    "steps:5",
-    twin="half",
+    "stores snapshots as small integers with one step for a whole file, below which weak scenes vanish",
+    "inputs_withhold_answer snr_labels_differ parts_unrelated input_scale",
+    "preflight",
+    twin="path_loss",
 )
-def unscaled_by_hand_too(trainer: Trainer) -> None:
-    @torch.no_grad()
-    def unscale() -> None:
-        scale = trainer.optimizer.buckets[0].state[State.SCALE].float()
-        for parameter in trainer.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.div_(scale)
-
-    before_step(trainer, unscale)
+def snapshots_in_few_bits(trainer: Trainer) -> None:
+    largest = trainer.source.batch("train", torch.arange(64)).snapshots.abs().amax()
+    step = largest / 3.0
+    on_batches(trainer, lambda scenes: replace(scenes, snapshots=(scenes.snapshots / step).round() * step))
 
 
 @PRECISION.patch(
-    "keeps Adam's second moments in bfloat16, where a thousandth is never added",
-    "low_precision_weights learning_rate_too_large nonfinite_step",
-    "share:0.01",
+    "compresses gradients to a few levels of the largest one, and drops what is lost",
+    "gradient_underflow zeroed_gradients vanishing_gradient",
+    "steps:5",
 )
-def second_moments_in_bfloat16(trainer: Trainer) -> None:
+def gradients_in_three_levels(trainer: Trainer) -> None:
     @torch.no_grad()
-    def rounded() -> None:
-        for state in trainer.optimizer.state.values():
-            state["exp_avg_sq"].copy_(state["exp_avg_sq"].bfloat16())
+    def compress() -> None:
+        found = gradients(trainer)
+        largest = torch.stack([grad.abs().amax() for grad in found]).amax().clamp_min(1e-30)
+        for grad in found:
+            grad.copy_((grad / largest).round() * largest)
 
-    after_step(trainer, rounded)
+    before_step(trainer, compress)
 
 
 @AVERAGING.patch(
-    "averages what is called weight; biases and norms of the average are those of the start",
+    "averages the backbone's group alone; the heads of the average are those of the start",
     "ema_frozen ema_cold",
     "share:0.01",
 )
-def average_of_matrices_alone(trainer: Trainer) -> None:
-    first = {f"ema.{name}": p.detach().clone() for name, p in trainer.model.named_parameters() if p.ndim < 2}
+def average_without_the_heads(trainer: Trainer) -> None:
+    heads = {id(parameter) for parameter in trainer.model.head_parameters()}
+    first = {f"ema.{name}": p.detach().clone() for name, p in trainer.model.named_parameters() if id(p) in heads}
 
     @torch.no_grad()
     def put_back() -> None:
@@ -144,7 +141,6 @@ def average_of_matrices_alone(trainer: Trainer) -> None:
     "loads the averaged weights into a copy of the network, and validates the network",
     "ema_equals_raw cached_validation",
     "share:0.01",
-    twin="backprojection",
 )
 def average_loaded_into_a_copy(trainer: Trainer) -> None:
     shadow = deepcopy(trainer.model)
@@ -160,32 +156,21 @@ def average_loaded_into_a_copy(trainer: Trainer) -> None:
     trainer.optimizer.ema = averaged
 
 
-class PathDropout(nn.Module):
-    """Drops whole features of a batch in training; `keep` is what is left of them."""
-
-    def __init__(self, keep: float, rescaled: bool) -> None:
-        super().__init__()
-        self.p, self.rescaled = 1.0 - keep, rescaled
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        kept = (torch.rand(x.shape, device=x.device) >= self.p).to(x.dtype)
-        return x * kept / (1.0 - self.p) if self.rescaled else x * kept
-
-
-@MODE.around_pair(
-    "drops features by hand in training and forgets to scale up what is left",
+@MODE.pair(
+    "draws a dropout mask in the constructor and keeps it, so that half of the features are never trained",
     "losses_differ validation_apart",
     "share:0.01",
-    twin="backprojection",
 )
-def dropped_without_rescaling(wrong: bool) -> Iterator[None]:
-    def change(model: nn.Module) -> None:
-        model.norm = nn.Sequential(model.norm, PathDropout(0.4, rescaled=not wrong))
+def mask_drawn_once(trainer: Trainer, wrong: bool) -> None:
+    width = trainer.model.fuse.out_features
+    first = torch.rand(1, width) < 0.5
 
-    with model_with(change):
-        yield
+    def drop(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        if not module.training:
+            return output
+        return output * (first if wrong else torch.rand(output.shape) < 0.5) * 2.0
+
+    trainer.model.fuse.register_forward_hook(drop)
 
 
 @MODE.patch(

@@ -12,13 +12,14 @@ from bench.faults.catalogue import FIRST, Family
 from bench.faults.patches import (
     Backward,
     after_step,
+    answer_through,
     before_step,
     layers,
     model_with,
     on_answer,
+    on_output,
     wrap,
 )
-from ris_fast.models.backprojection import ResidualBlock
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.real_complex import conj, matmul
 from ris_fast.physics.scenes import Scenes
@@ -32,26 +33,27 @@ COMPILED = Family("compiled", FIRST)
 ALL = (PARAMETERS, GRAPH, LOSS, MODEL, COMPILED)
 
 
-class GatedBlock(ResidualBlock):
-    """A residual block behind a gate that starts closed, as in ReZero."""
+class Gated(nn.Module):
+    """A learned prior, and what a network adds to it through a gate that starts closed, as in ReZero."""
 
-    def __init__(self, width: int, wrong: bool) -> None:
-        super().__init__(width)
+    def __init__(self, elements: int, columns: int, wrong: bool) -> None:
+        super().__init__()
+        self.prior = nn.Parameter(torch.randn(elements, columns, 2))
         self.gate = torch.zeros(1, requires_grad=True) if wrong else nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.gate * self.outer(fn.gelu(self.inner(self.norm(x)), approximate="tanh"))
+    def forward(self, factor: Tensor) -> Tensor:
+        return self.prior + self.gate * factor
 
 
 @PARAMETERS.around_pair(
-    "opens a residual block with a gate that is a tensor and no Parameter, so that it stays shut",
-    "unregistered_parameters unused_head vanishing_gradient",
+    "adds the network to a learned prior through a gate that is a tensor and no Parameter, so that it stays shut",
+    "unregistered_parameters ignored_input vanishing_gradient",
     "preflight",
     twin="backprojection",
 )
 def gate_is_a_plain_tensor(wrong: bool) -> Iterator[None]:
     def change(model: nn.Module) -> None:
-        model.blocks[0] = GatedBlock(model.stem.out_features, wrong)
+        answer_through(model, Gated(model.task.elements, model.columns, wrong))
 
     with model_with(change):
         yield
@@ -119,27 +121,32 @@ def every_answer_against_every_scene(trainer: Trainer) -> None:
     trainer.loss.nmse = nmse
 
 
-LOSS.setting(
-    "shrinkage_of_one",
-    "gave the shrinkage of both covariances in per cent, which turns both into the identity",
-    "dead_loss_term detached_loss vanishing_gradient",
-    "preflight",
-    {"loss.shrink": 1.0},
+@LOSS.patch(
+    "left a consolidation term of continual learning in, which holds a new network at its random start",
+    "dominating_term learning_rate_too_small",
+    "share:0.01",
 )
+def consolidated_at_the_start(trainer: Trainer) -> None:
+    first = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+
+    def make(forward: Callable) -> Callable:
+        def held(prediction: Prediction, scenes: Scenes) -> tuple[Tensor, dict[str, Tensor]]:
+            total, terms = forward(prediction, scenes)
+            gaps = [(now - then).square().sum() for now, then in zip(trainer.model.parameters(), first)]
+            return total + 1e4 * torch.stack(gaps).sum(), terms
+
+        return held
+
+    wrap(trainer.loss, "forward", make)
 
 
-@MODEL.around(
-    "normalises over an axis of length one, which leaves the bias",
+@MODEL.patch(
+    "normalises the fused features over an axis of length one, which leaves zeros",
     "ignored_input dead_units vanishing_gradient",
     "preflight",
-    twin="backprojection",
 )
-def normalised_over_one_number() -> Iterator[None]:
-    def change(model: nn.Module) -> None:
-        model.norm = nn.Sequential(nn.Unflatten(-1, (-1, 1)), nn.LayerNorm(1), nn.Flatten(-2))
-
-    with model_with(change):
-        yield
+def normalised_over_one_number(trainer: Trainer) -> None:
+    on_output(trainer.model.fuse, lambda x: fn.layer_norm(x[..., None], (1,))[..., 0])
 
 
 @MODEL.patch(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as fn
 
 from bench.faults.catalogue import SECOND, Family
 from bench.faults.patches import after_step, on_batches, on_loss, wrap
@@ -32,15 +33,6 @@ def warm_up_in_every_epoch(trainer: Trainer) -> None:
     wrap(trainer.optimizer, "applied_steps", lambda applied: lambda: trainer.state.epoch_step)
 
 
-@LOOP.patch(
-    "plans the schedule for the five epochs of the last experiment",
-    "learning_rate_off_plan learning_rate_too_small settings_changed",
-    "share:0.01",
-)
-def planned_for_five_epochs(trainer: Trainer) -> None:
-    wrap(trainer.step, "schedule", lambda schedule: lambda planned: schedule(5 * trainer.epoch_steps))
-
-
 class Freezing(Callback):
     """Freezes all but the heads after the first epoch."""
 
@@ -63,36 +55,20 @@ def frozen_after_an_epoch(trainer: Trainer) -> None:
     trainer.callbacks.append(Freezing(trainer.model))
 
 
-@LOOP.patch(
-    "adds noise to the weights after each step, to explore, and never anneals it",
-    "weights_changed_outside learning_rate_too_large",
-    "share:0.01",
-)
-def noise_added_to_the_weights(trainer: Trainer) -> None:
-    generator = torch.Generator().manual_seed(1)
-
-    @torch.no_grad()
-    def stir() -> None:
-        for parameter in trainer.model.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-
-    after_step(trainer, stir)
-
-
 @PRECISION.patch(
-    "means a term over the scenes of high SNR, of which some batches have none",
+    "divides the loss by its mean over the scenes of high SNR, of which some batches have none",
     "nonfinite_gradients",
     "share:0.01",
     twin="accumulate",
 )
 def mean_over_no_scenes(trainer: Trainer) -> None:
     def make(forward: Callable) -> Callable:
-        def with_clear(prediction: Prediction, scenes: Scenes) -> tuple[Tensor, dict[str, Tensor]]:
+        def relative(prediction: Prediction, scenes: Scenes) -> tuple[Tensor, dict[str, Tensor]]:
             total, terms = forward(prediction, scenes)
-            values = trainer.loss.nmse(prediction.factor.float(), scenes, blend=False)
-            return total + 0.1 * values[scenes.snr_db > 18.0].mean(), terms
+            values = trainer.loss.nmse(prediction.factor.float(), scenes, blend=False).detach()
+            return total / values[scenes.snr_db > 19.0].mean(), terms
 
-        return with_clear
+        return relative
 
     wrap(trainer.loss, "forward", make)
 
@@ -125,7 +101,6 @@ def trust_ratio_upside_down(trainer: Trainer) -> None:
     "starts the average at zero and forgets the correction for it",
     "ema_cold ema_frozen",
     "share:0.01",
-    twin="backprojection",
 )
 def average_starts_at_zero(trainer: Trainer, wrong: bool) -> None:
     decay, sums, made = 0.98, {}, 0
@@ -144,56 +119,20 @@ def average_starts_at_zero(trainer: Trainer, wrong: bool) -> None:
     after_step(trainer, follow)
 
 
-@AVERAGING.patch(
-    "averages all weights since the first step with equal shares, the random ones included",
-    "ema_cold",
-    "share:0.01",
-)
-def average_of_all_that_was(trainer: Trainer) -> None:
-    means = {f"ema.{name}": parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
-    made = 1
-
-    @torch.no_grad()
-    def follow() -> None:
-        nonlocal made
-        made += 1
-        raw = {f"ema.{name}": parameter for name, parameter in trainer.model.named_parameters()}
-        for name, value in trainer.optimizer.extra_state().items():
-            if name in raw:
-                means[name].lerp_(raw[name].detach(), 1.0 / made)
-                value.copy_(means[name].view_as(value))
-
-    after_step(trainer, follow)
-
-
-@MODE.patch(
-    "overrides train() and forgets to pass it on, so that eval() does not reach the dropout inside",
+@MODE.pair(
+    "overrides train() and forgets to pass it on, so that eval() does not reach the parts that drop features",
     "train_mode_in_validation shadowed_parameters",
     "share:0.01",
-    twin="dropout_half",
 )
-def eval_reaches_nobody(trainer: Trainer) -> None:
+def eval_reaches_nobody(trainer: Trainer, wrong: bool) -> None:
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         self.training = mode
         return self
 
     model = trainer.model
-    model.__class__ = type("Overridden", (type(model),), {"train": train})
-
-
-@MODE.patch(
-    "skips the attention in evaluation, as a faster path for inference that was never checked",
-    "losses_differ validation_apart",
-    "share:0.01",
-)
-def faster_path_in_evaluation(trainer: Trainer) -> None:
-    width = trainer.model.fuse.out_features
-
-    def skip(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        x = inputs[0]
-        return (x if module.training else torch.cat((torch.zeros_like(x[..., :width]), x[..., width:]), -1),)
-
-    trainer.model.fuse.register_forward_pre_hook(skip)
+    model.fuse.register_forward_pre_hook(lambda module, inputs: (fn.dropout(inputs[0], 0.5, module.training),))
+    if wrong:
+        model.__class__ = type("Overridden", (type(model),), {"train": train})
 
 
 @DATA.patch(
@@ -217,65 +156,13 @@ def scenes_of_one_source(trainer: Trainer) -> None:
 
 
 @DATA.patch(
-    "sorts the azimuths of a scene, and its elevations by themselves",
-    "parts_unrelated shuffled_labels wrong_layout",
-    "preflight",
-)
-def elevations_sorted_apart(trainer: Trainer) -> None:
-    def apart(scenes: Scenes) -> Scenes:
-        whole = (scenes.count == scenes.azimuth.shape[1])[:, None]
-        azimuth = torch.where(whole, scenes.azimuth.sort(1).values, scenes.azimuth)
-        elevation = torch.where(whole, scenes.elevation.sort(1).values, scenes.elevation)
-        return replace(scenes, azimuth=azimuth, elevation=elevation)
-
-    on_batches(trainer, apart)
-
-
-@DATA.patch(
-    "resets the generator for each validation scene, so that all are one scene",
-    "repeated_batch distributions_differ constant_input constant_targets",
-    "preflight",
-)
-def validation_of_one_scene(trainer: Trainer) -> None:
-    wrap(
-        trainer.source,
-        "batch",
-        lambda batch: lambda split, index: batch(split, torch.zeros_like(index) if split == "val" else index),
-    )
-
-
-@DATA.patch(
-    "takes the number of a scene modulo the rows of one file, so that the same sixteen scenes come for ever",
-    "repeated_batch overfitting",
-    "share:0.01",
-    twin="backprojection",
-)
-def sixteen_scenes_for_ever(trainer: Trainer) -> None:
-    wrap(
-        trainer.source,
-        "batch",
-        lambda batch: lambda split, index: batch(split, index % 16 if split == "train" else index),
-    )
-
-
-@DATA.patch(
     "writes the SNR as a ratio into a column that is read as decibels",
     "snr_labels_differ wrong_units",
     "preflight",
-    twin="path_loss",
+    twin="noisy",
 )
 def snr_is_a_ratio(trainer: Trainer) -> None:
     on_batches(trainer, lambda scenes: replace(scenes, snr_db=10.0 ** (scenes.snr_db / 10.0)))
-
-
-@DATA.patch(
-    "reads counts that start at zero, so that a scene has one source less than it was made with",
-    "parts_unrelated shuffled_labels dead_loss_term constant_targets",
-    "preflight",
-    twin="counting",
-)
-def counts_start_at_zero(trainer: Trainer) -> None:
-    on_batches(trainer, lambda scenes: replace(scenes, count=(scenes.count - 1).clamp_min(1)))
 
 
 @DATA.patch(
@@ -289,20 +176,6 @@ def target_changed_in_place(trainer: Trainer) -> None:
         return prediction, scenes
 
     on_loss(trainer, whitened)
-
-
-@DATA.patch(
-    "mirrors the antennas of half of the training scenes, as augmentation, and not their channel",
-    "parts_unrelated mismatched_channel wrong_layout distributions_differ",
-    "preflight",
-    twin="backprojection",
-)
-def antennas_mirrored(trainer: Trainer) -> None:
-    def mirrored(scenes: Scenes) -> Scenes:
-        turned = (scenes.index % 2 == 0)[:, None, None, None]
-        return replace(scenes, snapshots=torch.where(turned, scenes.snapshots.flip(2), scenes.snapshots))
-
-    on_batches(trainer, mirrored, "train")
 
 
 @DATA.patch(

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
-from torch.utils.checkpoint import checkpoint
 
 from bench.faults.catalogue import SECOND, Family
-from bench.faults.patches import model_with, on_factor, on_loss, wrap
+from bench.faults.patches import answer_through, model_with, on_loss, wrap
 from bench.faults.unseen_2026_11.first_network import covariance
 from ris_fast.models.linear import Linear
 from ris_fast.models.prediction import Prediction
@@ -24,16 +23,15 @@ ALL = (PARAMETERS, GRAPH, LOSS, MODEL, COMPILED)
 
 
 @PARAMETERS.around(
-    "lists its trainable parts in a method of its own; the blocks came later and are not in it",
+    "lists its trainable parts in a method of its own; the encoder's came later and are not in it",
     "shadowed_parameters missing_from_optimizer",
     "preflight",
-    twin="backprojection",
 )
 def own_list_of_parameters() -> Iterator[None]:
     def change(model: nn.Module) -> None:
         def named_parameters(self: nn.Module, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
             for name, parameter in nn.Module.named_parameters(self, *args, **options):
-                if not name.startswith(("blocks", "stem")):
+                if not name.startswith(("token", "blocks", "plane", "fine", "fuse")):
                     yield name, parameter
 
         model.__class__ = type("Listed", (type(model),), {"named_parameters": named_parameters})
@@ -75,38 +73,6 @@ def effective_weight_computed_once(wrong: bool) -> Iterator[None]:
         block = model.blocks[0]
         model.stem, model.head = Normalised(model.stem, wrong), Normalised(model.head, wrong)
         block.inner, block.outer = Normalised(block.inner, wrong), Normalised(block.outer, wrong)
-
-    with model_with(change):
-        yield
-
-
-class Recomputed(nn.Module):
-    """A layer between two dropouts, whose activations are computed again in the backward pass."""
-
-    def __init__(self, layer: nn.Module, same_mask: bool) -> None:
-        super().__init__()
-        self.layer, self.before, self.after = layer, nn.Dropout(0.5), nn.Dropout(0.5)
-        self.same_mask = same_mask
-
-    def whole(self, x: Tensor) -> Tensor:
-        return self.after(fn.gelu(self.layer(self.before(x))))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return self.whole(x)
-        return checkpoint(self.whole, x, use_reentrant=False, preserve_rng_state=self.same_mask)
-
-
-@GRAPH.around_pair(
-    "recomputes activations in the backward pass without the random state of the forward pass, so with other masks",
-    "recomputed_differently wrong_backward",
-    "preflight",
-    twin="backprojection",
-)
-def recomputed_with_other_masks(wrong: bool) -> Iterator[None]:
-    def change(model: nn.Module) -> None:
-        width = model.stem.out_features
-        model.norm = nn.Sequential(Recomputed(nn.Linear(width, width), not wrong), model.norm)
 
     with model_with(change):
         yield
@@ -163,25 +129,6 @@ def real_parts_compared(trainer: Trainer) -> None:
     trainer.loss.nmse = nmse
 
 
-@LOSS.patch(
-    "left a consolidation term of continual learning in, which holds a new network at its random start",
-    "dominating_term learning_rate_too_small",
-    "share:0.01",
-)
-def consolidated_at_the_start(trainer: Trainer) -> None:
-    first = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-
-    def make(forward: Callable) -> Callable:
-        def held(prediction: Prediction, scenes: Scenes) -> tuple[Tensor, dict[str, Tensor]]:
-            total, terms = forward(prediction, scenes)
-            gaps = [(now - then).square().sum() for now, then in zip(trainer.model.parameters(), first)]
-            return total + 1e4 * torch.stack(gaps).sum(), terms
-
-        return held
-
-    wrap(trainer.loss, "forward", make)
-
-
 @MODEL.patch(
     "ends the count head with a softmax, before an entropy that takes one itself",
     "softmax_twice saturated_output",
@@ -223,8 +170,7 @@ class Gate(nn.Module):
 )
 def faded_the_wrong_way(wrong: bool) -> Iterator[None]:
     def change(model: nn.Module) -> None:
-        model.gate = Gate(1.0 if wrong else 0.1, 0.85 if wrong else 1.2, model.task.elements, model.columns)
-        on_factor(model, model.gate)
+        answer_through(model, Gate(1.0 if wrong else 0.1, 0.85 if wrong else 1.2, model.task.elements, model.columns))
 
     with model_with(change):
         yield
