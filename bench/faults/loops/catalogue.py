@@ -1,4 +1,4 @@
-"""What a loop under `watch` is: one function with the mistake in an `if`, so that its healthy twin differs by that alone.
+"""What a loop under `watch` is: one function with the mistake in an `if`, so that its twin differs by that alone.
 
 A function that is called with `wrong=False` is a right loop of an unusual kind, or the twin of a mistake.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from ris_fast.health.causes import CAUSES
@@ -62,3 +63,18 @@ class Group:
             return function
 
         return keep
+
+
+# Modules of this package with a `Group` of loops each.
+GROUPS: tuple[str, ...] = ()
+
+
+def all_loops() -> dict[str, Loop]:
+    """Every loop of every group by name, in the order of the files."""
+    loops: dict[str, Loop] = {}
+    for module in GROUPS:
+        for group in vars(import_module(f"bench.faults.loops.{module}")).values():
+            for loop in group.loops if isinstance(group, Group) else ():
+                if loops.setdefault(loop.name, loop) is not loop:
+                    raise ValueError(f"loops: {loops[loop.name].group} and {loop.group} both have {loop.name}.")
+    return loops
