@@ -23,7 +23,8 @@ class Loop:
     Args:
         name: of the function; group: of its file.
         story: the mistake, or what is unusual about a loop that is right, in one line.
-        run: run(attach, wrong, seed): builds model and optimizer, attaches the watch and trains for some seconds.
+        run: run(attach, wrong, seed): builds model and optimizer, attaches the watch and trains for some seconds;
+            returns a loss that shows what the mistake costs, or nothing.
         expect: causes any one of which is a right first answer; empty for a loop that is right.
         ranks: processes that run it, in one gloo group, where torch.distributed is initialised before the call.
         source: where the mistake was published, if it was.
@@ -32,7 +33,7 @@ class Loop:
     name: str
     group: str
     story: str
-    run: Callable[[Attach, bool, int], None]
+    run: Callable[[Attach, bool, int], float | None]
     expect: tuple[str, ...] = ()
     ranks: int = 1
     source: str = ""
@@ -66,7 +67,12 @@ class Group:
 
 
 # Modules of this package with a `Group` of loops each.
-GROUPS: tuple[str, ...] = ()
+GROUPS: tuple[str, ...] = (
+    "unseen_2026_11_first",
+    "unseen_2026_11_first_more",
+    "unseen_2026_11_second",
+    "unseen_2026_11_second_more",
+)
 
 
 def all_loops() -> dict[str, Loop]:
