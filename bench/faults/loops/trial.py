@@ -171,7 +171,8 @@ def described(error: Exception) -> str:
 
 def watched_ranks(loop: Loop, wrong: bool, seed: int) -> tuple[list[Finding], str, float | None]:
     """What the watches of all ranks say together, what ended the first that did not reach its end, and the loss."""
-    context = get_context("spawn")
+    context = get_context("forkserver")  # which imports torch once, for all loops
+    context.set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         ranks = [

@@ -20,20 +20,20 @@ GROUP = Group("unseen_2026_11_second")
     "learning_rate_too_small learning_rate_off_plan no_progress",
 )
 def plateau_of_the_wrong_sign(attach: Attach, wrong: bool, seed: int) -> float:
-    inputs, targets = surface()
+    inputs, targets = surface(256)
     model = layers(8, 48, 48, 1, between=nn.SiLU)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max" if wrong else "min", 0.2, patience=6)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max" if wrong else "min", 0.2, patience=2)
     attach(model, optimizer)
     losses = []
-    for step, (data, target) in enumerate(batches(400, 32, inputs, targets), 1):
-        optimizer.zero_grad()
-        loss = F.mse_loss(model(data), target)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        if step % 4 == 0:
-            schedule.step(recent(losses, 4))
+    for _ in range(50):
+        for data, target in batches(8, 32, inputs, targets):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(data), target)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        schedule.step(recent(losses, 8))
     return recent(losses)
 
 
