@@ -171,8 +171,8 @@ def described(error: Exception) -> str:
 
 def watched_ranks(loop: Loop, wrong: bool, seed: int) -> tuple[list[Finding], str, float | None]:
     """What the watches of all ranks say together, what ended the first that did not reach its end, and the loss."""
-    context = get_context("forkserver")  # which imports torch once, for all loops
-    context.set_forkserver_preload([__name__])
+    context = get_context("forkserver")  # which imports once, for the ranks of all loops, what they need
+    context.set_forkserver_preload([__name__, "torch._dynamo"])
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         ranks = [

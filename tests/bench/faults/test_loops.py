@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from bench.faults.loops import __main__ as command
+from bench.faults.loops import trial
 from bench.faults.loops.catalogue import Attach, Group, all_loops
 from bench.faults.loops.trial import Judged, LoopOutcome, judge_loop, score_loop
 
@@ -56,7 +58,15 @@ def interrupted(attach: Attach, wrong: bool, seed: int) -> None:
     raise KeyError("no batch 7")
 
 
-HALF, IDLE, INTERRUPTED = GROUP.loops
+@GROUP.right("one rank never ends", ranks=2)
+def waits_for_ever(attach: Attach, wrong: bool, seed: int) -> None:
+    model = nn.Linear(4, 1)
+    attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    if dist.get_rank() == 0:
+        time.sleep(1000)
+
+
+HALF, IDLE, INTERRUPTED, WAITING = GROUP.loops
 
 
 @pytest.mark.parametrize("loop", [HALF, pytest.param(IDLE, marks=pytest.mark.slow)], ids=lambda loop: loop.name)
@@ -74,6 +84,12 @@ def test_an_exception_is_noted_and_leaves_torch_as_it_was() -> None:
     assert outcome.crashed.startswith("KeyError: 'no batch 7' (test_loops.py:")
     assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
     assert judge_loop(INTERRUPTED).mistake is None  # there is none to make
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "RANKS_LIMIT_S", 3.0)
+    assert score_loop(WAITING, False).crashed == "rank 0: was not through after 3 s"
 
 
 @pytest.mark.parametrize(
