@@ -71,7 +71,6 @@ TWINS: dict[str, Callable[[], Config]] = {
     "accumulate": lambda: hybrid(**{"training.batch_size": 8, "training.accumulate": 4}),
     "long_warmup": lambda: hybrid(**{"optimizer.warmup": 0.1}),
     "fixed": lambda: hybrid(**{"data.fixed": True}),
-    "noisy": lambda: backprojection(**{"task.snr_min_db": -10.0, "task.snr_max_db": 10.0}),
     "counting": lambda: hybrid(**{"loss.count": 0.3}),
     "gentle": lambda: hybrid(**{"optimizer.backbone_lr": 1e-4, "optimizer.head_lr": 1e-4}),
     "half": lambda: hybrid(**{"training.precision": "fp16"}),

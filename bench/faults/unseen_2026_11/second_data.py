@@ -156,13 +156,13 @@ def scenes_of_one_source(trainer: Trainer) -> None:
 
 
 @DATA.patch(
-    "writes the SNR as a ratio into a column that is read as decibels",
-    "snr_labels_differ wrong_units",
+    "reads counts that start at zero, so that a scene has one source less than it was made with",
+    "parts_unrelated shuffled_labels dead_loss_term constant_targets",
     "preflight",
-    twin="noisy",
+    twin="counting",
 )
-def snr_is_a_ratio(trainer: Trainer) -> None:
-    on_batches(trainer, lambda scenes: replace(scenes, snr_db=10.0 ** (scenes.snr_db / 10.0)))
+def counts_start_at_zero(trainer: Trainer) -> None:
+    on_batches(trainer, lambda scenes: replace(scenes, count=(scenes.count - 1).clamp_min(1)))
 
 
 @DATA.patch(
