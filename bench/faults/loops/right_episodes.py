@@ -24,7 +24,7 @@ def episodic_reset(attach: Attach, wrong: bool, seed: int) -> None:
     start, losses = copy.deepcopy(model.state_dict()), []
     for _ in range(draw.choice((10, 15))):
         model.load_state_dict(start)
-        losses.append(torch.stack(fit(model, optimizer, Task(6, 2), draw.choice((16, 24)))))
+        losses.append(torch.stack(fit(model, optimizer, Task(6, 2), draw.choice((5, 16, 24)))))
     falls(torch.stack([each[-1] - each[0] for each in losses]).cumsum(0))
 
 

@@ -14,21 +14,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.faults.loops.catalogue import Attach, Group
-from bench.faults.loops.small import Task, begin, falls, mlp
+from bench.faults.loops.small import Task, apart, begin, falls, mlp
 
 RIGHT = Group("right_ranks")
-
-
-def apart(seed: int) -> None:
-    """From here on each rank draws other samples; what was made before is the same on all."""
-    torch.manual_seed(1000 * seed + 31 + dist.get_rank())
-
-
-def overall(loss: Tensor) -> Tensor:
-    """The mean over ranks."""
-    loss = loss.detach().clone()
-    dist.all_reduce(loss)
-    return loss / dist.get_world_size()
 
 
 @RIGHT.right("DDP: each rank has its own samples; the watch is given the wrapped model", ranks=2)
@@ -41,14 +29,14 @@ def data_parallel(attach: Attach, wrong: bool, seed: int) -> None:
     attach(inner if seed % 2 else model, optimizer)
     apart(seed)
     losses = []
-    for _ in range(60):
+    for _ in range(50):
         x, y = task.batch(16)
         loss = F.mse_loss(model(x), y)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
-        losses.append(overall(loss))
+        losses.append(loss.detach())
     falls(losses)
 
 
@@ -69,7 +57,7 @@ def without_sync(attach: Attach, wrong: bool, seed: int) -> None:
                 loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(overall(loss))
+        losses.append(loss.detach())
     falls(losses)
 
 
@@ -92,18 +80,18 @@ def unused_parameters(attach: Attach, wrong: bool, seed: int) -> None:
     attach(model, optimizer)
     apart(seed)
     losses = []
-    for step in range(60):
+    for step in range(50):
         head = (step + dist.get_rank()) % 3
         x, y = tasks[head].batch(16)
         loss = F.mse_loss(model(x, head), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(overall(loss))
+        losses.append(loss.detach())
     falls(losses)
 
 
-@RIGHT.right("gradients averaged by hand: no wrapper, an all_reduce of each gradient before the step", ranks=2)
+@RIGHT.right("gradients averaged by hand: no wrapper, one all_reduce of all gradients before the step", ranks=2)
 def averaged_by_hand(attach: Attach, wrong: bool, seed: int) -> None:
     draw = begin(seed)
     task = Task(8, 3)
@@ -112,16 +100,18 @@ def averaged_by_hand(attach: Attach, wrong: bool, seed: int) -> None:
     attach(model, optimizer)
     apart(seed)
     losses = []
-    for _ in range(60):
+    for _ in range(50):
         x, y = task.batch(16)
         loss = F.mse_loss(model(x), y)
         optimizer.zero_grad()
         loss.backward()
-        for p in model.parameters():
-            dist.all_reduce(p.grad)
-            p.grad /= dist.get_world_size()
+        flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+        dist.all_reduce(flat)
+        pieces = (flat / dist.get_world_size()).split([p.numel() for p in model.parameters()])
+        for p, piece in zip(model.parameters(), pieces, strict=True):
+            p.grad.copy_(piece.view_as(p))
         optimizer.step()
-        losses.append(overall(loss))
+        losses.append(loss.detach())
     falls(losses)
 
 
@@ -134,13 +124,13 @@ def local_steps(attach: Attach, wrong: bool, seed: int) -> None:
     attach(model, optimizer)
     apart(seed)
     losses = []
-    for step in range(64):
+    for step in range(48):
         x, y = task.batch(16)
         loss = F.mse_loss(model(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(overall(loss))
+        losses.append(loss.detach())
         if step % often == often - 1:
             for p in model.parameters():
                 dist.all_reduce(p.data)
@@ -169,7 +159,7 @@ def fully_sharded(attach: Attach, wrong: bool, seed: int) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(overall(loss))
+        losses.append(loss.detach())
     falls(losses)
 
 
@@ -182,13 +172,13 @@ def sharded_optimizer(attach: Attach, wrong: bool, seed: int) -> None:
     attach(model, optimizer)
     apart(seed)
     losses = []
-    for _ in range(60):
+    for _ in range(50):
         x, y = task.batch(16)
         loss = F.mse_loss(model(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(overall(loss))
+        losses.append(loss.detach())
     falls(losses)
 
 
@@ -205,14 +195,14 @@ def evaluation_on_one_rank(attach: Attach, wrong: bool, seed: int) -> None:
     attach(model, optimizer)
     apart(seed)
     losses = []
-    for step in range(60):
+    for step in range(50):
         model.train()
         x, y = task.batch(16)
         loss = F.mse_loss(model(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(overall(loss))
+        losses.append(loss.detach())
         if step % 30 == 29 and dist.get_rank() == 0:
             model.eval()
             with torch.no_grad():

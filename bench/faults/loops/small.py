@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,6 +17,11 @@ def begin(seed: int) -> random.Random:
     """Seeds torch, and gives the generator that a loop draws its sizes and rates from."""
     torch.manual_seed(1000 * seed + 17)
     return random.Random(7919 * seed + 3)
+
+
+def apart(seed: int) -> None:
+    """From here on each rank draws other samples; what was made before is the same on all."""
+    torch.manual_seed(1000 * seed + 31 + dist.get_rank())
 
 
 class Task:
