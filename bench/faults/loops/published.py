@@ -1,7 +1,7 @@
 """The silent training errors of TrainCheck (Jiang et al., OSDI 2025), rebuilt small.
 
-TrainCheck reproduces 20 errors (it detects 18) and reports 6 new ones. The table has all 26 by its names; the last column says
-what the rebuilt loop shows, or why there is none: nothing that happens in or between the steps of training tells of it.
+TrainCheck reproduces 20 errors (it detects 18) and reports 6 new ones. The table has all 26 by its names; the last
+column says what the rebuilt loop shows, or why there is none: nothing in or between the steps of training tells of it.
 
 | error          | loop                      | what can be seen                                                      |
 | -------------- | ------------------------- | --------------------------------------------------------------------- |

@@ -139,7 +139,7 @@ def norm_of_one_stage(attach: Attach, wrong: bool, seed: int) -> None:
                 wait(dist.isend(between.grad, 0, tag=2 * step + 1))
             if step >= begun and (first or not wrong):
                 norms = [float(p.grad.norm()) ** 2 for p in (model.experts or nn.ModuleList()).parameters()]
-                wait(dist.all_reduce(torch.tensor(sum(norms)), async_op=True))
+                wait(dist.all_reduce(torch.tensor(float(sum(norms))), async_op=True))
             optimizer.step()
     except Hang:
         return

@@ -33,14 +33,16 @@ def spectral_norm_unsettled(attach: Attach, wrong: bool, seed: int) -> None:
         model.train()
         return value
 
-    if wrong:
-        validate()
+    if not wrong:
+        with torch.no_grad():
+            model(validation[0])
+    validate()
     for step in range(150):
         x, y = task.batch(32)
         optimizer.zero_grad()
         F.mse_loss(model(x), y).backward()
         optimizer.step()
-        if step % 50 == 0:
+        if step % 50 == 49:
             validate()
 
 

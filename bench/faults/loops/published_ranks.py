@@ -131,7 +131,7 @@ def reduction_lost(attach: Attach, wrong: bool, seed: int) -> None:
     model, wrapped = data_parallel(draw.choice((24, 32)))
     calls = [0]
 
-    def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def hook(state, bucket):  # without annotations: DDP compares them, and here they are text
         calls[0] += 1
         own = bucket.buffer().clone()
         future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
