@@ -66,7 +66,23 @@ class Group:
 
 
 # Modules of this package with a `Group` of loops each.
-GROUPS: tuple[str, ...] = ()
+GROUPS: tuple[str, ...] = (
+    "published",
+    "published_experts",
+    "published_modules",
+    "published_ranks",
+    "right_adversarial",
+    "right_episodes",
+    "right_losses",
+    "right_networks",
+    "right_parameters",
+    "right_precision",
+    "right_ranks",
+    "right_schedules",
+    "right_steps",
+    "right_teachers",
+    "right_weights",
+)
 
 
 def all_loops() -> dict[str, Loop]:

@@ -89,6 +89,7 @@ class TwoDevices(nn.Module):
 )
 def lost_activations(attach: Attach, wrong: bool, seed: int) -> None:
     draw, task = begin(seed), Task(8, 3)
+    Transfer.calls = 0
     model = TwoDevices(draw.choice((24, 32)), 13 if wrong else 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     attach(model, optimizer)

@@ -16,6 +16,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ class LoopOutcome:
     """What was said of one loop.
 
     `said`: causes in the report's order, `certain` beside each; `evidence`: of the first; `crashed`: the exception
-    that ended the loop or the report, or the time limit.
+    that ended the loop or the report, or the time limit; `ended_at`: the loss that the loop returns, the mean over
+    ranks, None where there is none.
     """
 
     name: str
@@ -45,6 +47,7 @@ class LoopOutcome:
     evidence: str
     seconds: float
     crashed: str = ""
+    ended_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def judge_loop(loop: Loop, seed: int = 0) -> Judged:
 def score_loop(loop: Loop, wrong: bool, seed: int = 0) -> LoopOutcome:
     """Runs a loop to its end under `watch` and asks for the report."""
     began = time.monotonic()
-    findings, crashed = watched(loop, wrong, seed) if loop.ranks == 1 else watched_ranks(loop, wrong, seed)
+    findings, crashed, ended_at = watched(loop, wrong, seed) if loop.ranks == 1 else watched_ranks(loop, wrong, seed)
     return LoopOutcome(
         loop.name,
         loop.group,
@@ -97,6 +100,7 @@ def score_loop(loop: Loop, wrong: bool, seed: int = 0) -> LoopOutcome:
         findings[0].evidence if findings else "",
         time.monotonic() - began,
         crashed,
+        ended_at,
     )
 
 
@@ -116,8 +120,8 @@ class WithoutLoss:
         return getattr(self.watcher, name)
 
 
-def watched(loop: Loop, wrong: bool, seed: int) -> tuple[list[Finding], str]:
-    """What all watches of the loop say together, and what ended it if that was an exception."""
+def watched(loop: Loop, wrong: bool, seed: int) -> tuple[list[Finding], str, float | None]:
+    """What all watches of the loop say together, what ended it if that was an exception, and its loss."""
     watchers: list[Any] = []
 
     def attach(model: Any, optimizer: Any, **options: Any) -> Any:
@@ -126,10 +130,10 @@ def watched(loop: Loop, wrong: bool, seed: int) -> tuple[list[Finding], str]:
         return watcher if hasattr(watcher, "loss") else WithoutLoss(watcher)
 
     findings: list[Finding] = []
-    crashed = ""
+    crashed, ended_at = "", None
     with as_before(seed):
         try:
-            loop.run(attach, wrong, seed)
+            ended_at = loop.run(attach, wrong, seed)
         except Exception as error:  # of the loop; what was seen until then is still reported
             crashed = described(error)
         try:
@@ -139,7 +143,7 @@ def watched(loop: Loop, wrong: bool, seed: int) -> tuple[list[Finding], str]:
         finally:
             for watcher in watchers:
                 watcher.close()
-    return findings, crashed or ("" if watchers else "no watch was attached")
+    return findings, crashed or ("" if watchers else "no watch was attached"), ended_at
 
 
 @contextmanager
@@ -165,9 +169,10 @@ def described(error: Exception) -> str:
 # ---- in several processes ------------------------------------------------------------------------------------------
 
 
-def watched_ranks(loop: Loop, wrong: bool, seed: int) -> tuple[list[Finding], str]:
-    """What the watches of all ranks say together, and what ended the first that did not reach its end."""
-    context = get_context("spawn")
+def watched_ranks(loop: Loop, wrong: bool, seed: int) -> tuple[list[Finding], str, float | None]:
+    """What the watches of all ranks say together, what ended the first that did not reach its end, and the loss."""
+    context = get_context("forkserver")  # which imports once, for the ranks of all loops, what they need
+    context.set_forkserver_preload([__name__, "torch._dynamo"])
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         ranks = [
@@ -179,15 +184,17 @@ def watched_ranks(loop: Loop, wrong: bool, seed: int) -> tuple[list[Finding], st
         ended = wait_for(ranks, RANKS_LIMIT_S)
         findings: list[Finding] = []
         crashes: list[str] = []
+        losses: list[float] = []
         for rank, in_time in enumerate(ended):
             path = place / f"{rank}.pickle"
             if path.exists():
-                found, crashed = pickle.loads(path.read_bytes())
+                found, crashed, ended_at = pickle.loads(path.read_bytes())
                 findings += found
+                losses += [] if ended_at is None else [ended_at]
             else:
                 crashed = "ended without a report" if in_time else f"was not through after {RANKS_LIMIT_S:.0f} s"
             crashes += [f"rank {rank}: {crashed}"] if crashed else []
-    return ranked(findings), crashes[0] if crashes else ""
+    return ranked(findings), crashes[0] if crashes else "", mean(losses) if losses else None
 
 
 def wait_for(processes: list[BaseProcess], limit_s: float) -> list[bool]:
