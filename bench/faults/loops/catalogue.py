@@ -70,6 +70,7 @@ GROUPS: tuple[str, ...] = (
     "published",
     "published_experts",
     "published_modules",
+    "published_optimizers",
     "published_ranks",
     "right_adversarial",
     "right_episodes",

@@ -21,22 +21,27 @@ class Hang(Exception):
     """A rank has waited for another for too long."""
 
 
-def wait(work: dist.Work) -> None:
-    """Waits for a collective that other ranks may never call.
+def impatient() -> dist.ProcessGroup:
+    """All ranks, in a group whose collectives give up after HANG_S."""
+    return dist.new_group(timeout=timedelta(seconds=HANG_S))
 
-    Raises: Hang after HANG_S.
+
+def wait(work: dist.Work) -> None:
+    """Waits for a collective of an impatient group, which other ranks may never call.
+
+    Raises: Hang when the group gives up.
     """
     try:
-        work.wait(timedelta(seconds=HANG_S))
+        work.wait()
     except RuntimeError as error:
         raise Hang from error
 
 
-def reduce_gradients(model: nn.Module) -> None:
+def reduce_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:
     """The mean of all gradients over ranks."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.cat([each.flatten() for each in grads])
-    wait(dist.all_reduce(flat, async_op=True))
+    wait(dist.all_reduce(flat, group=group, async_op=True))
     for each, piece in zip(grads, flat.split([each.numel() for each in grads]), strict=True):
         each.copy_(piece.view_as(each) / dist.get_world_size())
 
@@ -53,6 +58,7 @@ def expert_rank_left_out(attach: Attach, wrong: bool, seed: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     attach(model, optimizer)
     apart(seed)
+    group = impatient()
     try:
         for step in range(60):
             x, y = task.batch(16)
@@ -61,11 +67,12 @@ def expert_rank_left_out(attach: Attach, wrong: bool, seed: int) -> None:
             F.mse_loss(model(x), y).backward()
             if chosen or not wrong:
                 counts = torch.full((2,), chosen)
-                wait(dist.all_to_all_single(torch.empty_like(counts), counts, async_op=True))
-            reduce_gradients(model)
+                wait(dist.all_to_all_single(torch.empty_like(counts), counts, group=group, async_op=True))
+            reduce_gradients(model, group)
             optimizer.step()
     except Hang:
-        return
+        if not wrong:
+            raise
 
 
 @PUBLISHED.mistake(
@@ -80,20 +87,22 @@ def capacity_differs(attach: Attach, wrong: bool, seed: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     attach(model, optimizer)
     apart(seed)
+    group = impatient()
     try:
         for step in range(60):
             x, y = task.batch(16)
             capacity = torch.tensor(4 if step == late and dist.get_rank() == 1 else 3)
             if not wrong:
-                dist.all_reduce(capacity, dist.ReduceOp.MAX)
+                dist.all_reduce(capacity, dist.ReduceOp.MAX, group=group)
             for row in range(int(capacity)):
-                wait(dist.all_to_all_single(torch.empty(2), x[row, :2].contiguous(), async_op=True))
+                wait(dist.all_to_all_single(torch.empty(2), x[row, :2].contiguous(), group=group, async_op=True))
             optimizer.zero_grad()
             F.mse_loss(model(x), y).backward()
-            reduce_gradients(model)
+            reduce_gradients(model, group)
             optimizer.step()
     except Hang:
-        return
+        if not wrong:
+            raise
 
 
 class Stage(nn.Module):
@@ -122,27 +131,29 @@ def norm_of_one_stage(attach: Attach, wrong: bool, seed: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     attach(model, optimizer)
     begun = draw.randrange(5, 10)  # the experts' norm is asked for from this step on, as clipping begins
+    group = impatient()
     try:
         for step in range(40):
             x, y = task.batch(16)
             optimizer.zero_grad()
             between = model(x) if first else torch.empty(16, width)
             if first:
-                wait(dist.isend(between.detach(), 1, tag=2 * step))
+                wait(dist.isend(between.detach(), 1, group, tag=2 * step))
                 slope = torch.empty_like(between)
-                wait(dist.irecv(slope, 1, tag=2 * step + 1))
+                wait(dist.irecv(slope, 1, group, tag=2 * step + 1))
                 between.backward(slope)
             else:
-                wait(dist.irecv(between, 0, tag=2 * step))
+                wait(dist.irecv(between, 0, group, tag=2 * step))
                 between.requires_grad_()
                 F.mse_loss(model(between), y).backward()
-                wait(dist.isend(between.grad, 0, tag=2 * step + 1))
+                wait(dist.isend(between.grad, 0, group, tag=2 * step + 1))
             if step >= begun and (first or not wrong):
                 norms = [float(p.grad.norm()) ** 2 for p in (model.experts or nn.ModuleList()).parameters()]
-                wait(dist.all_reduce(torch.tensor(float(sum(norms))), async_op=True))
+                wait(dist.all_reduce(torch.tensor(float(sum(norms))), group=group, async_op=True))
             optimizer.step()
     except Hang:
-        return
+        if not wrong:
+            raise
 
 
 class Expert(nn.Module):
