@@ -1,10 +1,15 @@
-"""What a fault is, and the list of all: ten families, with a third of each that the author of the rules never reads."""
+"""What a fault is, and the list of all: ten families, in sets by who wrote them and when.
+
+The suite of 2026-07 has a third that the author of its rules never read; the sets of 2026-11 were written by another
+hand, and no author of rules has seen one of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,11 @@ from bench.faults.healthy_twins import TWINS, changed
 from ris_fast.config.schema import Config
 from ris_fast.health.causes import CAUSES
 from ris_fast.training.trainer import Trainer
+
+SUITE, HELD_OUT_SUITE = "2026-07 suite", "2026-07 suite, held out"
+FIRST, SECOND = "2026-11 first", "2026-11 second"
+SETS = (SUITE, HELD_OUT_SUITE, FIRST, SECOND)
+UNSEEN = ("first_network", "first_data", "second_network", "second_data")  # modules of unseen_2026_11/
 
 FAMILIES = ("parameters", "graph", "loss", "loop", "precision", "averaging", "mode", "data", "model", "compiled")
 
@@ -80,6 +90,8 @@ class Fault:
         patch: the mistake, made on a trainer between construction and `fit`.
         around: the mistake, made on classes or functions while the trainer is built and runs; undone afterwards.
         onset: optimizer steps before the mistake has its first effect.
+        right, right_around: the same unusual form without the mistake, where the twin is not the plain configuration.
+        written: the set that it belongs to, one of SETS.
     """
 
     name: str
@@ -92,15 +104,38 @@ class Fault:
     patch: Patch | None = None
     around: Callable[[], AbstractContextManager] | None = None
     onset: int = 0
+    right: Patch | None = None
+    right_around: Callable[[], AbstractContextManager] | None = None
+    written: str = SUITE
 
     def __post_init__(self) -> None:
         unknown = [cause for cause in self.expect if cause not in CAUSES]
-        if unknown or self.family not in FAMILIES or self.twin not in TWINS:
-            raise ValueError(f"fault {self.name}: cause, family or twin unknown: {unknown or self.family, self.twin}.")
+        if unknown or self.family not in FAMILIES or self.twin not in TWINS or self.written not in SETS:
+            found = unknown or self.family, self.twin, self.written
+            raise ValueError(f"fault {self.name}: cause, family, twin or set unknown: {found}.")
 
     @property
     def held_out(self) -> bool:
         return self.name in HELD_OUT
+
+    @property
+    def hidden(self) -> bool:
+        """A person who writes rules sees totals of its set only."""
+        return self.written != SUITE
+
+    @property
+    def own_twin(self) -> bool:
+        """Its twin is a form of its own, not the plain configuration."""
+        return bool(self.right or self.right_around)
+
+    @property
+    def twin_name(self) -> str:
+        """What its healthy twin is called: one of TWINS, or the fault's own name."""
+        return self.name if self.own_twin else self.twin
+
+    def healthy(self) -> Fault:
+        """Its twin as a record, without a mistake."""
+        return replace(self, settings={}, patch=self.right, around=self.right_around, right=None, right_around=None)
 
     def config(self, twin: Config | None = None) -> Config:
         """The configuration of the faulty run; that of the healthy twin with `settings` on top."""
@@ -118,10 +153,10 @@ def faulty(fault: Fault, twin: Config | None = None, folder: Path | None = None)
 
 
 class Family:
-    """Collects the faults of one family in one module."""
+    """Collects the faults of one family in one module, all of one set."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, written: str = SUITE) -> None:
+        self.name, self.written = name, written
         self.faults: list[Fault] = []
 
     def patch(self, mistake: str, expect: str, by: str, **more: Any) -> Callable[[Patch], Patch]:
@@ -142,20 +177,52 @@ class Family:
 
         return keep
 
+    def pair(self, mistake: str, expect: str, by: str, **more: Any) -> Callable[[Callable], Callable]:
+        """Decorator of a patch `name(trainer, wrong)`, which makes the mistake where `wrong`, else the same rightly."""
+
+        def keep(function: Callable) -> Callable:
+            forms = {"patch": partial(function, wrong=True), "right": partial(function, wrong=False)}
+            self._add(function.__name__, mistake, expect, by, **forms, **more)
+            return function
+
+        return keep
+
+    def around_pair(self, mistake: str, expect: str, by: str, **more: Any) -> Callable[[Callable], Callable]:
+        """Decorator of a generator `name(wrong)`, as `around`, which makes the mistake where `wrong`."""
+
+        def keep(function: Callable) -> Callable:
+            manager = contextmanager(function)
+            forms = {"around": partial(manager, wrong=True), "right_around": partial(manager, wrong=False)}
+            self._add(function.__name__, mistake, expect, by, **forms, **more)
+            return function
+
+        return keep
+
     def setting(self, name: str, mistake: str, expect: str, by: str, settings: Mapping[str, Any], **more: Any) -> None:
         """A fault that is a setting."""
         self._add(name, mistake, expect, by, settings=settings, **more)
 
     def _add(self, name: str, mistake: str, expect: str, by: str, **more: Any) -> None:
-        self.faults.append(Fault(name, self.name, mistake, tuple(expect.split()), by, **more))
+        self.faults.append(Fault(name, self.name, mistake, tuple(expect.split()), by, written=self.written, **more))
 
 
 def all_faults() -> dict[str, Fault]:
-    """Every fault by name, in the order of the families, the held-out third of each last."""
+    """Every fault by name: the suite in the order of its families, then the later sets."""
     tuned = [fault for family in FAMILIES for fault in import_module(f"{__package__}.{family}").FAMILY.faults]
-    unseen = [fault for family in FAMILIES for fault in import_module(f"{__package__}.held_out.{family}").FAMILY.faults]
-    ordered = sorted(tuned + unseen, key=lambda fault: FAMILIES.index(fault.family))
+    held_out = [
+        replace(fault, written=HELD_OUT_SUITE)
+        for family in FAMILIES
+        for fault in import_module(f"{__package__}.held_out.{family}").FAMILY.faults
+    ]
+    unseen = [
+        fault
+        for module in UNSEEN
+        for family in import_module(f"{__package__}.unseen_2026_11.{module}").ALL
+        for fault in family.faults
+    ]
+    ordered = sorted(tuned + held_out, key=lambda fault: FAMILIES.index(fault.family))
+    ordered += sorted(unseen, key=lambda fault: (SETS.index(fault.written), FAMILIES.index(fault.family)))
     faults = {fault.name: fault for fault in ordered}
-    if len(faults) != len(ordered) or {fault.name for fault in unseen} != HELD_OUT:
+    if len(faults) != len(ordered) or {fault.name for fault in held_out} != HELD_OUT:
         raise ValueError("faults: a name is used twice, or held_out/ and HELD_OUT differ.")
     return faults

@@ -61,6 +61,18 @@ def on_factor(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     )
 
 
+def answer_through(model: nn.Module, part: nn.Module) -> None:
+    """The network's factor goes through `part`, which is a part of the network from then on."""
+    whole = type(model)
+
+    def trunk(self: nn.Module, features: Any) -> Prediction:
+        prediction = whole.trunk(self, features)
+        return prediction._replace(factor=self.last(prediction.factor))
+
+    model.last = part
+    model.__class__ = type(whole.__name__, (whole,), {"trunk": trunk})
+
+
 def on_answer(trainer: Trainer, change: Callable[[Tensor], Tensor]) -> None:
     """The factor of a trainer's network goes through `change`."""
     on_factor(trainer.model, change)

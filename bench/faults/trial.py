@@ -10,13 +10,12 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from bench.faults.catalogue import FAMILIES, Fault, faulty
-from bench.faults.healthy import from_shards, healthy_config, with_shards
+from bench.faults.catalogue import FAMILIES, Fault, all_faults, faulty
+from bench.faults.healthy import healthy_config, with_files
 from ris_fast.config.schema import Config
 from ris_fast.training.callback import Callback
 from ris_fast.training.state import RunStopped
@@ -158,9 +157,17 @@ def score_fault(fault: Fault, build: Build = default_watchdog) -> Outcome:
     return Outcome(fault.name, fault.family, fault.held_out, fault.expect, limit=limit, **heard)
 
 
-def twin_fault(twin: str) -> Fault:
-    """The healthy twin, watched as long as any fault."""
-    return Fault(f"twin {twin}", FAMILIES[0], "nothing", (), "share:0.01", twin, onset=8)
+def twin_fault(name: str) -> Fault:
+    """A healthy twin by its name, watched as long as the fault of it that takes longest."""
+    faults = [fault for fault in all_faults().values() if fault.twin_name == name]
+    longest = max(faults, key=lambda fault: fault.onset + _steps(fault))
+    return replace(longest.healthy(), name=f"twin {name}", family=FAMILIES[0], mistake="nothing", expect=())
+
+
+def _steps(fault: Fault) -> float:
+    """How long a fault is watched, to compare by: a share of a run is more than a few steps."""
+    kind, _, amount = fault.by.partition(":")
+    return {"preflight": 0.0, "steps": float(amount or 0), "share": 40.0}[kind]
 
 
 def score_healthy(number: int, build: Build = default_watchdog, config: Config | None = None) -> Outcome:
@@ -168,8 +175,8 @@ def score_healthy(number: int, build: Build = default_watchdog, config: Config |
 
     def run() -> tuple[Listener, str]:
         chosen = config or healthy_config(number)
-        with tempfile.TemporaryDirectory() if from_shards(number) else nullcontext() as place:
-            trainer = Trainer(with_shards(chosen, Path(place) / "scenes") if place else chosen)
+        with tempfile.TemporaryDirectory() as place:
+            trainer = Trainer(with_files(number, chosen, Path(place) / "scenes"))
             return watch(trainer, build, float("inf"))
 
     return Outcome(f"healthy {number}", "healthy", False, (), limit=0, **observed(run))

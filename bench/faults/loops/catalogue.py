@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from ris_fast.health.causes import CAUSES
@@ -22,7 +23,8 @@ class Loop:
     Args:
         name: of the function; group: of its file.
         story: the mistake, or what is unusual about a loop that is right, in one line.
-        run: run(attach, wrong, seed): builds model and optimizer, attaches the watch and trains for some seconds.
+        run: run(attach, wrong, seed): builds model and optimizer, attaches the watch and trains for some seconds;
+            returns a loss that shows what the mistake costs, or nothing.
         expect: causes any one of which is a right first answer; empty for a loop that is right.
         ranks: processes that run it, in one gloo group, where torch.distributed is initialised before the call.
         source: where the mistake was published, if it was.
@@ -31,7 +33,7 @@ class Loop:
     name: str
     group: str
     story: str
-    run: Callable[[Attach, bool, int], None]
+    run: Callable[[Attach, bool, int], float | None]
     expect: tuple[str, ...] = ()
     ranks: int = 1
     source: str = ""
@@ -62,3 +64,23 @@ class Group:
             return function
 
         return keep
+
+
+# Modules of this package with a `Group` of loops each.
+GROUPS: tuple[str, ...] = (
+    "unseen_2026_11_first",
+    "unseen_2026_11_first_more",
+    "unseen_2026_11_second",
+    "unseen_2026_11_second_more",
+)
+
+
+def all_loops() -> dict[str, Loop]:
+    """Every loop of every group by name, in the order of the files."""
+    loops: dict[str, Loop] = {}
+    for module in GROUPS:
+        for group in vars(import_module(f"bench.faults.loops.{module}")).values():
+            for loop in group.loops if isinstance(group, Group) else ():
+                if loops.setdefault(loop.name, loop) is not loop:
+                    raise ValueError(f"loops: {loops[loop.name].group} and {loop.group} both have {loop.name}.")
+    return loops

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from bench.faults.catalogue import FAMILIES, HELD_OUT, Fault, all_faults, faulty
+from bench.faults.catalogue import (
+    FAMILIES,
+    FIRST,
+    HELD_OUT,
+    HELD_OUT_SUITE,
+    SECOND,
+    SUITE,
+    Fault,
+    all_faults,
+    faulty,
+)
 from bench.faults.healthy_twins import TWINS
 from ris_fast.health.causes import CAUSES
 from ris_fast.training.callback import Callback
@@ -82,7 +92,7 @@ def test_fault_changes_its_twin_and_is_undone(name: str) -> None:
     fault = FAULTS[name]
     twin = healthy(fault.twin)[0]
     with faulty(fault) as trainer:
-        assert behaviour(trainer, twin=twin)[0] != twin
+        assert behaviour(trainer, twin=twin)[0] != twin or fault.own_twin
     if fault.around is not None:  # an epoch, its validation and a step after it, as if nothing had been
         assert behaviour(Trainer(TWINS[fault.twin]()), FEW_STEPS)[0] == healthy(fault.twin, FEW_STEPS)[0]
 
@@ -92,10 +102,31 @@ def test_healthy_twin_repeats_bitwise() -> None:
     assert behaviour(Trainer(TWINS["hybrid"]()))[0] == healthy("hybrid")[0]
 
 
-def test_fault_families_hold_out_a_third_each() -> None:
-    total, held = Counter(f.family for f in FAULTS.values()), Counter(f.family for f in FAULTS.values() if f.held_out)
-    assert set(total) == set(FAMILIES) and len(FAULTS) >= 66 and HELD_OUT <= FAULTS.keys()
+def test_suite_families_hold_out_a_third_each() -> None:
+    suite = [fault for fault in FAULTS.values() if fault.written in (SUITE, HELD_OUT_SUITE)]
+    total, held = Counter(f.family for f in suite), Counter(f.family for f in suite if f.held_out)
+    assert set(total) == set(FAMILIES) and len(suite) >= 66 and HELD_OUT <= FAULTS.keys()
     assert all(0.3 <= held[family] / total[family] <= 0.4 for family in FAMILIES)
+
+
+def test_later_sets_have_twenty_faults_of_all_families_each() -> None:
+    for name in (FIRST, SECOND):
+        faults = [fault for fault in FAULTS.values() if fault.written == name]
+        assert len(faults) == 20 and {fault.family for fault in faults} == set(FAMILIES)
+        assert all(fault.hidden and not fault.held_out for fault in faults)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if fault.own_twin])
+def test_twin_of_its_own_is_right(name: str) -> None:
+    """It learns, and what it does is not what the mistake does."""
+    fault = FAULTS[name]
+    steps = fault.onset + STEPS
+    with faulty(fault.healthy()) as trainer:
+        rows, losses = behaviour(trainer, steps)
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    with faulty(fault) as trainer:
+        assert behaviour(trainer, steps, rows)[0] != rows
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=list(FAULTS))

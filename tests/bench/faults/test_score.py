@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 
 from bench.faults import score, trial
 from bench.faults.afterwards import score_afterwards
-from bench.faults.catalogue import HELD_OUT, all_faults
-from bench.faults.healthy import from_shards, healthy_config
+from bench.faults.catalogue import FIRST, HELD_OUT_SUITE, SETS, SUITE, all_faults
+from bench.faults.healthy import from_npz, from_shards, healthy_config
 from bench.faults.healthy_twins import EPOCH_STEPS, changed
+from bench.faults.loops.catalogue import all_loops
+from bench.faults.loops.trial import Judged, LoopOutcome
 from ris_fast.training.callback import Callback
 from ris_fast.training.state import RunStopped
 from ris_fast.training.trainer import Trainer
@@ -112,9 +115,9 @@ def small(number: int) -> Any:
     )
 
 
-@pytest.mark.parametrize("number", [0, 1, 6, 7])
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 6, 7])
 def test_score_healthy_is_silent_without_findings(number: int) -> None:
-    assert from_shards(number) == (number in (6, 7))
+    assert from_shards(number) == (number in (6, 7)) and from_npz(number) == (number in (2, 3))
     outcome = trial.score_healthy(number, told(None), small(number))
     assert not (outcome.said or outcome.stopped or outcome.crashed)
 
@@ -135,6 +138,12 @@ def test_healthy_config_covers_models_and_sizes() -> None:
     assert {c.training.precision for c in configs} == {"fp32", "bf16"}
     sizes, counts = {c.training.batch_size for c in configs}, {c.training.accumulate for c in configs}
     assert {16, 1024} <= sizes and {1, 8} <= counts and len({c.training.seed for c in configs}) == 200
+    assert {c.loss.cov for c in configs} == {0.2, 1.0, 5.0} and {"fresnel", "spherical"} == {
+        c.task.wavefront for c in configs
+    }
+    assert {"static", "per_snapshot"} == {c.task.symbols for c in configs} and 20 <= sum(
+        map(from_npz, range(200))
+    ) <= 30
     assert 40 <= sum(from_shards(number) for number in range(200)) <= 60
 
 
@@ -146,17 +155,72 @@ def test_score_summary_keeps_tuned_and_held_out_apart() -> None:
     assert result["all"]["loop"]["detected"] == 0.5
 
 
+def tell_nothing(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """The command scores these faults, by a watchdog without an answer."""
+    monkeypatch.setattr(trial.score_fault, "__defaults__", (told(None),))
+    monkeypatch.setattr(score, "chosen", lambda arguments: [FAULTS[name] for name in names])
+
+
 @pytest.mark.slow
-def test_score_command_prints_held_out_faults_as_totals(
+def test_score_command_prints_hidden_sets_as_totals(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chosen = [FAULTS["rate_zero"], FAULTS["loss_clamped"]]
-    monkeypatch.setattr(trial.score_fault, "__defaults__", (told(None),))
-    monkeypatch.setattr(score, "chosen", lambda arguments: chosen)
-    assert score.main(["--all", "--json", str(tmp_path / "score.json")]) == 0
-    printed = capsys.readouterr().out
-    assert "rate_zero" in printed and not any(name in printed for name in HELD_OUT) and "held_out" in printed
-    assert len(json.loads((tmp_path / "score.json").read_text())["outcomes"]) == 3
+    tell_nothing(monkeypatch, "rate_zero", "loss_clamped", "answer_behind_a_relu")
+    unseen = {name for name, fault in FAULTS.items() if fault.hidden}
+    assert score.main(["--no-loops", "--json", str(tmp_path / "score.json")]) == 0
+    printed, written = capsys.readouterr().out, json.loads((tmp_path / "score.json").read_text())
+    assert "rate_zero" in printed and not any(name in printed for name in unseen)
+    assert "held_out" in printed and FIRST in printed
+    assert {o["name"] for o in written["outcomes"]} >= {"rate_zero", "loss_clamped"}
+    assert "answer_behind_a_relu" not in str(written) and list(written["summary"][FIRST]) == ["total"]
+    assert written["summary"]["all"]["total"]["faults"] == 2 and written["summary"][FIRST]["total"]["faults"] == 1
+    tell_nothing(monkeypatch, "answer_behind_a_relu")
+    assert score.main(["--no-loops", "--show"]) == 0 and "answer_behind_a_relu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("found, of, low, high", [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (40, 40, 0.9124, 1.0)])
+def test_wilson_interval_is_that_of_the_tables(found: int, of: int, low: float, high: float) -> None:
+    assert score.wilson(found, of) == pytest.approx([low, high], abs=1e-4)
+
+
+def test_score_chooses_sets_by_a_part_of_their_names() -> None:
+    parse = score.parser().parse_args
+    written = lambda *given: {fault.written for fault in score.chosen(parse(given))}  # noqa: E731
+    assert written() == set(SETS) and written("--all") == {SUITE, HELD_OUT_SUITE}
+    assert written("--set", "tuned") == {SUITE} and written("--set", "2026-11", "held_out") == {*SETS} - {SUITE}
+    assert not score.chosen(parse(["--set", "loops"])) and len(score.chosen_loops(parse(["--set", "loops"]))) >= 40
+    assert not score.chosen_loops(parse(["--set", "2026-11 first"])) and score.chosen_loops(parse([]))
+    with pytest.raises(SystemExit, match="2026-11 second"):
+        score.sets_of(["2026-12"])
+
+
+def test_score_everything_runs_all_kinds_of_cases() -> None:
+    kinds = Counter(kind for kind, _ in score.cases_of(score.parser().parse_args(["--everything"])))
+    assert kinds["fault"] == kinds["fault afterwards"] == len(FAULTS) and kinds["healthy"] == 500
+    assert kinds["loop"] == len(all_loops())
+    assert kinds["twin"] == kinds["twin afterwards"] == len({fault.twin_name for fault in FAULTS.values()})
+
+
+def test_score_totals_of_loops_count_mistakes_and_accusations() -> None:
+    right = LoopOutcome("x", "g", False, ("dead_units",), (), (), "", 0.0)
+    wrong = replace(right, wrong=True, said=("dead_units",), certain=(True,))
+    judged = [
+        Judged(right, wrong),
+        Judged(replace(right, said=("dead_units",), certain=(False,)), wrong),
+        Judged(right),
+    ]
+    totals = score.loop_totals(judged)["all"]
+    assert totals["mistakes"] == 2 and totals["detected"] == totals["named_first"] == 0.5
+    assert totals["right"] == 3 and totals["accused"] == pytest.approx(1 / 3) and totals["accused_certainly"] == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["half", "rows_in_a_small_ball"])
+def test_twin_is_watched_as_long_as_any_fault_of_it(name: str) -> None:
+    twin = trial.twin_fault(name)
+    longest = trial.score_fault(twin, told(None)).limit
+    faults = [fault for fault in FAULTS.values() if fault.twin_name == name]
+    assert not twin.expect and longest == max(trial.score_fault(fault, told("dead_units")).limit for fault in faults)
 
 
 def test_score_command_lists_faults_for_an_unknown_one() -> None:
@@ -182,11 +246,11 @@ def test_score_afterwards_misses_a_fault_without_a_trace() -> None:
 
 
 @pytest.mark.slow
-def test_score_command_afterwards_reads_rows_only(
+def test_score_command_afterwards_reads_rows_beside(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trial.score_fault, "__defaults__", (told(None),))
-    monkeypatch.setattr(score, "chosen", lambda arguments: [FAULTS["never_cleared"]])
-    assert score.main(["--afterwards"]) == 0
-    printed = capsys.readouterr().out
-    assert "named" in printed and "gradients_never_cleared" in printed and "by step" not in printed
+    tell_nothing(monkeypatch, "never_cleared")
+    assert score.main(["--afterwards", "--no-loops"]) == 0
+    watched, afterwards = (line for line in capsys.readouterr().out.splitlines() if " never_cleared " in line)
+    assert "by step" in watched and "MISSED" in watched
+    assert afterwards.startswith("named") and "gradients_never_cleared" in afterwards and "by step" not in afterwards
