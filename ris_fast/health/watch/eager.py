@@ -10,6 +10,11 @@ from torch._dynamo.eval_frame import skip_code
 from torch.utils.hooks import unserializable_hook
 
 
+@torch.compiler.disable
+def _run(function: Callable[..., None], *args: Any) -> None:
+    function(*args)
+
+
 def eager_hook(function: Callable[..., None]) -> Callable[..., None]:
     """A hook for tensors or modules, which changes nothing and returns nothing.
 
@@ -17,11 +22,10 @@ def eager_hook(function: Callable[..., None]) -> Callable[..., None]:
     each step. Where it would become part of a graph, as under compiled autograd and in an exported module, it is left
     out: a break would be an error under `fullgraph=True`.
     """
-    run = torch.compiler.disable(function)
 
     def hook(*args: Any) -> None:
         if not torch.compiler.is_compiling():
-            run(*args)
+            _run(function, *args)
 
     # `torch.compiler.disable` would break the graphs that call it.
     skip_code(hook.__code__)

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from ris_fast.health.watch.any_step import listen, stop_listening
 from ris_fast.health.watch.call_site import call_site
+from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.fingerprints import fingerprint_of
 from ris_fast.health.watch.graph import GraphLeaves, modules_of
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
@@ -192,7 +193,7 @@ class ForwardHooks:
             now.reached = True
 
         for number, each in enumerate(with_grad):
-            each.register_hook(another if number else first)
+            each.register_hook(eager_hook(another if number else first))
         if self.leaves.walked < WALKED or (self.late and self.leaves.walked < 2 * WALKED):
             now.nodes = self.leaves.walk(inputs, outputs, self.steps)
             if self.inside and now.output_shape:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.graph import CHAIN, MOVING, GraphLeaves, chain_of, graph_of, operation
 from ris_fast.health.watch.records import LossRecord, Numbers
 from ris_fast.health.watch.tensors import few_rows, has_nan, is_plain, rows_with_gradient, tensors_of
@@ -78,7 +79,7 @@ class LossHook:
             def reached(grad: Tensor) -> None:
                 now.rows = rows_with_gradient(grad, rows)
 
-            outputs[0].register_hook(reached)
+            outputs[0].register_hook(eager_hook(reached))
 
 
 def numbers_of(tensors: Sequence[Tensor]) -> Numbers | None:
