@@ -138,6 +138,8 @@ class ForwardHooks:
         steps."""
         made = self.made[kind]
         if kind == TRAINING:
+            if compiles_backward():  # which would compile anew for each pass's hooks
+                return False
             if made == FIRST and 2 * sum(not each.reached for each in self.passes) > len(self.passes):
                 self.first = LONGEST
             late = made > self.first
@@ -233,6 +235,12 @@ class ForwardHooks:
             own = self.leaves.own_parameters()
             self.foreign[optimizer] = any(id(p) not in own for p in held_tensors(optimizer))
         self.foreign_steps += self.foreign[optimizer]
+
+
+def compiles_backward() -> bool:
+    """Whether backward passes are compiled now, by torch's compiled autograd."""
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    return compiled is not None and bool(compiled.compiled_autograd_enabled)
 
 
 def is_modal(part: nn.Module) -> bool:
