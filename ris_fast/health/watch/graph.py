@@ -74,6 +74,8 @@ class GraphLeaves:
 
     def _keep(self, leaf: Any, step: int, own: Mapping[int, str], users: Mapping[Any, Any], of_outputs: bool) -> None:
         tensor = leaf.variable
+        if tensor.numel() and not tensor.untyped_storage().nbytes():  # gathered for the pass and freed: FSDP2's
+            return
         for known in self.unknown:
             if known.tensor() is tensor:
                 known.passes += 1
