@@ -134,6 +134,8 @@ class Step:
         with autocast(self.device, self.config.training.precision):
             prediction = self.network(*network_inputs(scenes))
         if torch.is_grad_enabled():
+            # An alias, of which only the loss's derivative is taken: the network may use its factor for other outputs.
+            prediction = prediction._replace(factor=prediction.factor.view_as(prediction.factor))
             self.telemetry.shown(scenes, prediction.factor)
         return prediction
 

@@ -10,6 +10,7 @@ from ris_fast.health.monitor.history import Row, Rule, RunHistory
 
 MIN_MOVE = 1e-5  # of the first weights' norm: a move that the rounding of a prediction in float32 cannot hide
 CONSTANT = 1e-12  # of the mean square of a batch's answers: their variance
+UNMOVED = 1e-4  # of the raw weights' way: less than any decay that averages leaves after an epoch
 COLD = 0.2  # of the raw weights' way, below which the averaged weights are mostly the first ones
 
 
@@ -122,9 +123,11 @@ def _averages(run: RunHistory, raw: Row, mean: Row, distance: float, least: floa
         yield _same_for_all(run, raw) or run.finding(
             "cached_validation", "raw and averaged weights differ and give the same answers, bit for bit."
         )
-    elif distance > least and mean["distance"] == 0:
+    elif distance > least and mean["distance"] <= UNMOVED * distance:
         yield run.finding(
-            "ema_frozen", "the averaged weights are the first ones, bit for bit; the raw ones have moved."
+            "ema_frozen",
+            f"the averaged weights are the first ones, {'bit for bit' if mean['distance'] == 0 else 'to rounding'}; the"
+            " raw ones have moved.",
         )
     elif distance > 0 and mean["distance"] < COLD * distance:
         yield run.finding(

@@ -6,6 +6,7 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.end_rules import END_RULES
 from ris_fast.health.monitor.epoch_contracts import CONTRACT_RULES
 from ris_fast.health.monitor.epoch_rules import WHILE_IT_RUNS
+from ris_fast.health.monitor.figure_rules import apart_by_mode, impossible_figures
 from ris_fast.health.monitor.gradient_rules import GRADIENT_RULES
 from ris_fast.health.monitor.history import Rule, RunHistory
 from ris_fast.health.monitor.rank_rules import RANK_RULES
@@ -14,7 +15,7 @@ from ris_fast.health.monitor.settings_rules import SETTINGS_RULES, settings_chan
 from ris_fast.health.monitor.standstill import stalled_above_inputs
 from ris_fast.health.monitor.step_rules import STEP_RULES
 
-EPOCH_RULES: tuple[Rule, ...] = (*CONTRACT_RULES, *WHILE_IT_RUNS, *SCENE_RULES, settings_changed)
+EPOCH_RULES: tuple[Rule, ...] = (*CONTRACT_RULES, *WHILE_IT_RUNS, apart_by_mode, *SCENE_RULES, settings_changed)
 
 STEP_ROWS: tuple[Rule, ...] = (
     *RANK_RULES,
@@ -22,6 +23,7 @@ STEP_ROWS: tuple[Rule, ...] = (
     *SETTINGS_RULES,
     *GRADIENT_RULES,
     *SERVED_RULES,
+    impossible_figures,
     stalled_above_inputs,
 )
 

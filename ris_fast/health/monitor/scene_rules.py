@@ -15,6 +15,7 @@ ENOUGH, SHARED = 4, 0.01  # scenes of training that are validated too, and their
 COMPARED = 32  # scenes of two epochs
 LEARNED, UNLEARNED = 0.25, 0.8  # of the constant answer: two groups of scenes, one learned and one not
 BETWEEN, FEW = 0.1, 0.03  # share of scenes in the middle of the way; least share of either group
+BEGUN = 0.98  # of the constant answer, below which something has been learned
 TOLD = 0.6  # of which group a scene is in, which a division explains
 APART = 6.0  # standard errors between groups that differ by nothing but their place
 EPOCHS = 2  # that show the same
@@ -32,7 +33,15 @@ def served_scenes_of_every_step(run: RunHistory) -> Iterator[Finding]:
         )
     total = [each for row in run.steps if (each := (row.get("health") or {}).get("served"))]
     again = [each for each in total if each.get("again_steps")]
-    if seen.get("again_steps") and seen["scenes"] >= COMPARED and sum(each["again_steps"] for each in again) > 1:
+    stale = any(
+        2 * (_health(row, "repeated_with_other_target") or 0) > (_health(row, "scenes") or 1) for row in run.steps
+    )
+    if (
+        not stale
+        and seen.get("again_steps")
+        and seen["scenes"] >= COMPARED
+        and sum(each["again_steps"] for each in again) > 1
+    ):
         yield run.finding(
             "repeated_batch",
             f"{seen['again']} of {seen['scenes']} scenes of the last steps were served before in the same epoch, in"
@@ -56,6 +65,10 @@ def served_scenes_of_every_step(run: RunHistory) -> Iterator[Finding]:
             " scenes are made or changed anew at every reading.",
             certain=not own and share == 0.0,
         )
+
+
+def _health(row: Row, key: str) -> Any:
+    return (row.get("health") or {}).get(key)
 
 
 def one_scene_for_all(run: RunHistory) -> Iterator[Finding]:
@@ -101,7 +114,7 @@ def validation_scenes_stay(run: RunHistory) -> Iterator[Finding]:
 def part_not_learned(run: RunHistory) -> Iterator[Finding]:
     """Scenes are learned all alike, as far as they are alike."""
     baseline, seen = constant(run), [each for row in run.epochs[-EPOCHS:] if (each := _scenes(row))]
-    if baseline is None or len(seen) < EPOCHS or not validated(run.epochs[-1]) < 0.98 * baseline[1]:
+    if baseline is None or len(seen) < EPOCHS:
         return
     now, level = seen[-1], baseline[1]
     if FEW < now["exactly_one"] < 1.0 - FEW and all(FEW < each["exactly_one"] < 1 - FEW for each in seen):
@@ -110,6 +123,8 @@ def part_not_learned(run: RunHistory) -> Iterator[Finding]:
             f"{now['exactly_one']:.0%} of {now['scenes']} validation scenes have an NMSE of exactly 1, which an output"
             f" of zero has, and the others {_others(now):.3g}.{_told(now)}",
         )
+        return
+    if not validated(run.epochs[-1]) < BEGUN * level:
         return
     for name in BY_ORDER:
         worst = [_by_place(each, name) for each in seen]

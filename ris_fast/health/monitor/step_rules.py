@@ -119,6 +119,8 @@ def served_scenes(run: RunHistory) -> Iterator[Finding]:
         where = _on_ranks(run, "zero_scenes")
         yield run.finding("empty_cache_slot", f"{count} of {scenes} scenes of a step are all zeros{where}.")
     repeated, scenes = _repeated(run)
+    if 2 * (reading.get("repeated_with_other_target") or 0) > (reading.get("scenes") or 0):
+        return  # an earlier batch's snapshots with the targets of this one: another rule names it
     if reading.get("repeated") and repeated > max(1, scenes // 2):
         where = "a step" if scenes == reading["scenes"] else "the last steps that were read"
         yield run.finding(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.preflight import recomputed, scales
+from ris_fast.health.preflight import recomputed, scales, scene_gradients
 from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, StoppedValues, by_hand, graph_of, via
 from ris_fast.health.preflight.finite_difference import Along, Gap, gap_of, pooled
 from ris_fast.health.preflight.measures import listed
@@ -37,6 +37,9 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
     with context.full_precision():
         wrong = [name for name, error in loss_inputs(context).items() if error > DISAGREES]
         if wrong:
+            if (scaled := scales.of_loss(loss_scales(context, wrong))) is not None:
+                yield scaled
+                return
             yield Finding(
                 "wrong_backward",
                 f"the loss has another derivative with respect to {listed(wrong)} than its backward says.",
@@ -65,7 +68,8 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
         f"(relative error {errors[worst]:.2g})"
     )
     if all(pooled([held[name]]) <= DISAGREES for name in errors):
-        if pooled(gaps.values()) > DISAGREES:  # else it is a side path, stopped on purpose
+        left_out = any(True for _ in scene_gradients.scenes_learned_from(context))  # a row may be what is stopped
+        if pooled(gaps.values()) > DISAGREES and not left_out:  # else it is a side path, stopped on purpose
             yield Finding(
                 "detached_backbone",
                 f"{seen}{via(exits.detached)}; where a gradient is stopped on purpose, that is meant.",
@@ -110,24 +114,36 @@ def _slopes(context: PreflightContext, guess: Prediction, scenes: Scenes) -> dic
     }
 
 
+def loss_scales(context: PreflightContext, names: list[str]) -> dict[str, float | None]:
+    """The gradient at some outputs over the difference quotient, where that is one number along all directions."""
+    guess = context.guess.apply(Tensor.double)
+    guess, scenes = moved(guess, direction_of(guess, 19), ASIDE), context.scenes.double()
+    slopes = _slopes(context, guess, scenes)
+    return {
+        name: scales.ratio(_loss_lines(context, guess, scenes, name, slopes[name]), SMALL_STEPS[0])
+        for name in names
+        if name in slopes
+    }
+
+
 def _loss_error(context: PreflightContext, guess: Prediction, scenes: Scenes, name: str, gradient: Tensor) -> float:
+    return pooled([gap_of(_loss_lines(context, guess, scenes, name, gradient), (*STEPS, *SMALL_STEPS))])
+
+
+def _loss_lines(
+    context: PreflightContext, guess: Prediction, scenes: Scenes, name: str, gradient: Tensor
+) -> Iterator[Along]:
+    """The loss along random directions of one output."""
     generator, value, size = torch.Generator().manual_seed(11), getattr(guess, name), sizes_of(guess)[name]
+    for _ in range(DIRECTIONS):
+        direction = torch.randn(value.shape, generator=generator).to(value) * size
 
-    def directions() -> Iterator[Along]:
-        for _ in range(DIRECTIONS):
-            direction = torch.randn(value.shape, generator=generator).to(value) * size
+        @cache
+        def loss(step: float, direction: Tensor = direction) -> float:
+            there = guess._replace(**{name: (value + step * direction).requires_grad_()})
+            return float(context.loss(there, scenes)[0].detach())
 
-            @cache
-            def loss(step: float, direction: Tensor = direction) -> float:
-                return float(
-                    context.loss(guess._replace(**{name: (value + step * direction).requires_grad_()}), scenes)[
-                        0
-                    ].detach()
-                )
-
-            yield float((gradient * direction).sum()), loss, NOISE_WIDE * max(abs(loss(0.0)), 1e-3)
-
-    return pooled([gap_of(directions(), (*STEPS, *SMALL_STEPS))])
+        yield float((gradient * direction).sum()), loss, NOISE_WIDE * max(abs(loss(0.0)), 1e-3)
 
 
 # ---- the network

@@ -15,11 +15,12 @@ from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, Graph, by
 from ris_fast.health.preflight.derivative import right_derivative
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, listed, rms
-from ris_fast.health.preflight.probe import PreflightContext, layer_calls
+from ris_fast.health.preflight.probe import SMALL, PreflightContext, layer_calls
 from ris_fast.health.preflight.projected import NOISE
 from ris_fast.health.preflight.truth import COVARIANCE
 
 UNDERFLOW = 2.0**20
+OTHERS = 8  # draws of random numbers, each with other scenes
 
 
 def connected(context: PreflightContext) -> Iterator[Finding]:
@@ -110,7 +111,21 @@ def every_tensor(context: PreflightContext) -> Iterator[Finding]:
             )
             return
         silent = [name for name, gradient in gradients.items() if gradient is None or not bool(gradient.any())]
+        silent = _always_silent(context, silent)
         yield from _silent(context, silent, gradients, graph)
+
+
+def _always_silent(context: PreflightContext, names: list[str]) -> list[str]:
+    """Of some tensors, those that other random numbers and other scenes give no gradient either: a layer may be left
+    out by chance, or be for some scenes only."""
+    batches = [scenes[:SMALL] for group in context.groups for scenes in group]
+    for number in range(1, OTHERS + 1):
+        if not names:
+            break
+        total = context.run(batches[number % len(batches)], seed=number)[0]
+        parts = derivatives(total, [context.parameters[name] for name in names]) if total.requires_grad else ()
+        names = [name for name, part in zip(names, parts) if part is None or not bool(part.any())] if parts else names
+    return names
 
 
 def _source(context: PreflightContext, total: Tensor, terms: dict[str, Tensor]) -> str:

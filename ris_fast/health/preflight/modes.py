@@ -21,6 +21,7 @@ from ris_fast.physics.scenes import Scenes
 from ris_fast.training.telemetry.step_telemetry import modules_in_eval_mode
 
 NOISE_SHARE = 0.5  # of the answers' variance that dropout may make
+MOSTLY = 0.7  # dropout, or the relative difference of two answers, that leaves next to nothing of a signal
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 SETTLING, SETTLING_SCENES = 40, 64  # batches, 0.9^40 = 1.5 % of the first statistics; scenes of each at most
 UNSETTLED = 0.5  # relative difference of the answers; a batch's own statistics make 0.03 to 0.2 with 16 to 64 scenes
@@ -57,11 +58,12 @@ def randomness(context: PreflightContext) -> Iterator[Finding]:
         ],
         default=0.0,
     )
-    if noise**2 / 2 > NOISE_SHARE * max(spread, 1e-12) ** 2 or dropped >= 0.7:
+    if noise**2 / 2 > NOISE_SHARE * max(spread, 1e-12) ** 2 or dropped >= MOSTLY:
         yield Finding(
             "heavy_dropout",
             f"two answers to the same scenes differ by {noise:.0%}, different scenes by {spread:.0%}"
             f"{f'; dropout {dropped:g}' if dropped else ''}.",
+            certain=dropped >= MOSTLY or noise > MOSTLY,  # answers of an untrained network may be much alike
         )
     elif relative_change(first, answers[0]) > max(CLOSE, UNLIKE * noise) and not in_eval_mode and not evaluation:
         yield from _modes_apart(context, noise)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.measures import listed, relative_change, rms
-from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.probe import PreflightContext, layer_calls
 
 NAMES = ("eps", "epsilon", "variance_epsilon")  # attributes of a module; torch's and others' layers
 SMALLER = 1e-6  # of the epsilon, with which a layer is asked again
 SWALLOWED, DROWNED = 1.0, 9.0  # relative change: an epsilon three times the variance, and a hundred times
+LOUDER, AUDIBLE, FAINT = 2.0**26, 0.05, 1e-2  # times; rms of a signal of order one; of it, that is next to nothing
 LARGE = 1e-2  # no epsilon that only keeps a division finite is as large
 
 
@@ -82,4 +83,51 @@ def _change(module: nn.Module, attribute: str, value: float, inputs: tuple, outp
     return change if change < float("inf") else 0.0
 
 
-CHECKS = {"no epsilon is larger than the signal beside it": epsilons}
+def between_layers(context: PreflightContext) -> Iterator[Finding]:
+    """No signal of order one is next to nothing at the following layer and of order one when it is much louder.
+
+    What a network computes between its layers has no attribute to look at: it is asked with a louder signal.
+    """
+    order: list[tuple[str, float, float]] = []
+
+    def keep(name: str, module: nn.Module, inputs: tuple, output: Any) -> None:
+        if isinstance(output, Tensor) and inputs and isinstance(inputs[0], Tensor):
+            order.append((name, rms(inputs[0]), rms(output)))
+
+    context.model.train()
+    with layer_calls(context.model, keep), torch.no_grad():
+        context.run()
+    for (before, _, sent), (after, received, _) in zip(order, order[1:]):
+        if sent > AUDIBLE and 0 < received < FAINT * sent:
+            louder = _received(context, before, after)
+            if AUDIBLE < louder < 1 / AUDIBLE and louder < LOUDER * received / 100:
+                yield Finding(
+                    "epsilon_swallows_signal",
+                    f"{before} answers with rms {sent:.2g}, of which {received:.2g} reach {after}; of an answer"
+                    f" {LOUDER:g} times larger {louder:.2g} do. What lies between divides by a size with a constant"
+                    " added that is larger than the signal.",
+                    certain=False,
+                )
+                return
+
+
+@torch.no_grad()
+def _received(context: PreflightContext, before: str, after: str) -> float:
+    """Rms of what a layer is given when the answer of another one is much louder."""
+    modules, found = dict(context.model.named_modules()), []
+    handles = [
+        modules[before].register_forward_hook(lambda module, inputs, output: LOUDER * output),
+        modules[after].register_forward_pre_hook(lambda module, inputs: found.append(rms(inputs[0]))),
+    ]
+    try:
+        context.run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else 0.0
+
+
+CHECKS = {
+    "no constant swallows a signal between layers": between_layers,
+    "no epsilon is larger than the signal beside it": epsilons,
+}

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.attachments import attached
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, listed, rounded_to_16_bits, total_norm
 from ris_fast.health.preflight.probe import PreflightContext
@@ -18,6 +20,7 @@ from ris_fast.physics.scenes import Scenes
 
 SCALER_STEPS = 24  # a dynamic loss scale halves its way to one that fits in fewer
 FOREIGN = 0.3  # share of the step's gradient that no sum of its parts explains, from which shares say nothing
+VISIBLE = 1e-6  # of a weight: a step that rounding does not swallow
 EXACT = 0.02  # of a norm: more than rounding and the order of sums
 
 
@@ -28,7 +31,7 @@ def one_step(context: PreflightContext) -> Iterator[Finding]:
     before = [parameter.detach().clone() for parameter in context.model.parameters()]
     first = take_step(context, group, context.trainer.plan.planned)
     if first.attempted == 1 and first.skipped == 0:
-        yield from _moved_otherwise(context, before)
+        yield from _moved_otherwise(context, before, first)
     own = {id(p) for g in context.optimizer.param_groups for p in g["params"]}
     raw = [g for p, g in zip(context.model.parameters(), first.raw) if g is not None and id(p) in own]
     norm = total_norm(raw)
@@ -110,21 +113,58 @@ def _never_applies(context: PreflightContext) -> bool:
     )
 
 
-def _moved_otherwise(context: PreflightContext, before: list[Tensor]) -> Iterator[Finding]:
-    """Weights have moved by as much as the optimizer reports."""
+def _moved_otherwise(context: PreflightContext, before: list[Tensor], taken: StepTrace) -> Iterator[Finding]:
+    """Weights are finite where the gradients were, and have moved by as much as the optimizer reports."""
     names = {id(p): name for name, p in context.parameters.items()}
     reported = dict(zip(context.optimizer.tensor_names, context.optimizer.telemetry()[:, 2].tolist()))
-    wrong = []
+    broken, wrong, still, moving = [], [], [], False
     for parameter, kept in zip(context.model.parameters(), before):
         name, way = names[id(parameter)], total_norm([parameter - kept])
-        if name in reported and way > 1.05 * reported[name] + 1e-5 * float(kept.norm()):
-            wrong.append(f"{name} by {way:.3g} instead of {reported[name]:.3g}")
-    if wrong and not rounded_to_16_bits(context.model.parameters()):
+        if not math.isfinite(way):
+            broken += [name] if all_finite([kept]) else []
+        elif name in reported and way > 1.05 * reported[name] + 1e-5 * float(kept.norm()):
+            wrong.append((name, parameter, f"{name} by {way:.3g} instead of {reported[name]:.3g}"))
+        elif name in reported and reported[name] > VISIBLE * float(kept.norm()) > 0:
+            still += [name] if way == 0.0 else []
+            moving = moving or way > 0.0
+    if broken and all_finite(taken.given or taken.raw):
+        eps = min(group.get("eps", 0.0) for group in context.optimizer.param_groups)
         yield Finding(
-            "duplicate_parameters",
-            f"in one step {len(wrong)} tensors moved further than the optimizer moved them: "
-            f"{listed(wrong)}; something else updates them too.",
+            "nonfinite_step",
+            f"one step makes {len(broken)} of {len(before)} tensors NaN or infinite, first {broken[0]}, from gradients"
+            f" that are finite (Adam's epsilon is {eps:.2g}).",
         )
+    elif still and not moving:
+        yield Finding(
+            "step_without_effect",
+            f"the optimizer reports that it moved {len(still)} tensors, first {still[0]} by {reported[still[0]]:.2g},"
+            " and none of the network's weights has changed.",
+        )
+    elif wrong and not rounded_to_16_bits(context.model.parameters()):
+        yield _moved_twice(context, [each for _, each, _ in wrong], [said for _, _, said in wrong])
+
+
+def _moved_twice(context: PreflightContext, tensors: list[Tensor], said: list[str]) -> Finding:
+    """Tensors that moved further than the optimizer moved them: by another optimizer that holds them, or by what else
+    reaches them."""
+    mine = {id(each) for each in tensors}
+    seen = f"in one step {len(said)} tensors moved further than the optimizer moved them: {listed(said)}"
+    trainer = context.trainer
+    owners = [trainer, trainer.step, trainer.optimizer, trainer.loss, trainer.source, trainer.model]
+    for other in attached(owners):
+        if isinstance(other, Optimizer) and other is not context.optimizer:
+            shared = [each for group in other.param_groups for each in group["params"] if id(each) in mine]
+            if shared:
+                kind = type(other).__name__
+                return Finding("duplicate_parameters", f"{seen}; {len(shared)} of them are in another {kind} too.")
+    return Finding(
+        "weights_changed_outside",
+        f"{seen}; something else changes them in the same step. The two likeliest: a second optimizer that holds the"
+        " same tensors, and code in a hook that writes into them, as an average or a constraint does.",
+        advice="Print p._version before and after each call in the step to find who writes. Where a second optimizer"
+        " does, give each tensor to one of them; where a constraint does, write it as a parametrization.",
+        certain=len(said) == len(context.parameters),
+    )
 
 
 # ---- what the step's gradient is made of ---------------------------------------------------------------------------

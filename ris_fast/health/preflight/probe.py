@@ -118,11 +118,41 @@ class PreflightContext:
 
     def run(self, scenes: Scenes | None = None, *, seed: int = 0) -> tuple[Tensor, dict[str, Tensor], Prediction]:
         """Total, terms and prediction through the run's own path; the same dropout for the same seed."""
-        torch.manual_seed(seed)
         scenes = self.scenes if scenes is None else scenes
-        prediction = self.step.predict(scenes)
+        prediction = self.predict(scenes, seed)
         total, terms = self.loss(prediction, scenes)
         return total, terms, prediction
+
+    def predict(self, scenes: Scenes, seed: int = 0) -> Prediction:
+        """The network's prediction, each time from the same random numbers and the same buffers."""
+        self.rewind(seed)
+        return self.step.predict(scenes)
+
+    def rewind(self, seed: int = 0) -> None:
+        """Random numbers and moving buffers as they were before the first pass."""
+        for module, name, buffer, value in self._moving_buffers:
+            module._buffers[name] = buffer
+            write(buffer, value)
+        torch.manual_seed(seed)
+
+    @cached_property
+    def _moving_buffers(self) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+        """Buffers that a pass in training mode changes, as running statistics: whose, name, tensor and its numbers."""
+        found = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in self.model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        torch.manual_seed(0)
+        with torch.no_grad():
+            self.step.predict(self.scenes)
+        return [
+            each
+            for each in found
+            if each[0]._buffers[each[1]] is not each[2]
+            or not torch.allclose(each[2], each[3], 0.0, 0.0, equal_nan=True)
+        ]
 
     @property
     def guess(self) -> Prediction:

@@ -67,7 +67,7 @@ class ProjectedOutputs:
     def _outputs(self) -> list[Tensor]:
         """In float64, with the random numbers of `PreflightContext.run`, and with gradients on: without them a network
         may behave differently."""
-        torch.manual_seed(0)
+        self.context.rewind()
         with self.held or nullcontext():
             prediction = self.context.step.predict(self.context.scenes[:FEW])
         return [getattr(prediction, name).detach().double() for name in self.cotangents]
@@ -106,8 +106,7 @@ class LossItself(ProjectedOutputs):
         super().__init__(context, {"loss": torch.ones((), dtype=torch.float64)}, held)
 
     def _outputs(self) -> list[Tensor]:
-        torch.manual_seed(0)
-        prediction = self.context.step.predict(self.context.scenes[:FEW])
+        prediction = self.context.predict(self.context.scenes[:FEW])
         with torch.no_grad():
             return [self.context.loss(prediction.apply(Tensor.double), self.scenes)[0].double()]
 

@@ -27,14 +27,18 @@ FEWEST, TARGETS = 32, 64  # samples; scenes whose targets are looked at
 NONE = 1e-6  # relative: rounding of a product of real numbers
 BOTH = 0.1  # share of the targets that an entry is positive in, and negative
 MOST = 0.5  # share of the entries that are held
-OUT_OF_REACH, AT_THE_END = 0.1, 1e-2  # share of the targets; of the range, within which a draw is at its end
+OUT_OF_REACH, AT_THE_END = 0.1, 1e-2  # share of the targets; of their span, within which an answer is at its end
+FIXED, APART = 1e-3, 0.3  # relative spread of a share that is fixed; relative difference of the targets' from it
+PILED = 0.1  # share of the answers of large weights that are there
 
 
 class Reach(NamedTuple):
-    """Of all samples: factors (S, N, Q, 2), and the outputs with places in them, (S, K) each, by name."""
+    """Of all samples: factors (S, N, Q, 2), and the outputs with places in them, (S, K) each, by name; of these also
+    those of the largest weights, where what is bounded sits at its ends."""
 
     factor: Tensor
     places: dict[str, Tensor]
+    extremes: dict[str, Tensor]
 
 
 def output_reach(context: PreflightContext) -> Iterator[Finding]:
@@ -44,8 +48,11 @@ def output_reach(context: PreflightContext) -> Iterator[Finding]:
     if found is None or found.factor.shape[0] < FEWEST or scenes.batch < 2 or not bool(found.factor.any()):
         return
     wanted = _target(scenes)
-    yield from [Finding("limited_output", seen) for seen in (_covariance(found.factor, wanted),) if seen]
-    if seen := _places(found.places, scenes):
+    if seen := _covariance(found.factor, wanted):
+        yield Finding("limited_output", seen)
+    elif seen := _fixed_powers(found.factor.square().sum((2, 3)), torch.diagonal(wanted.real, dim1=1, dim2=2)):
+        yield Finding("limited_output", seen, certain=False)
+    elif seen := _places(found, scenes):
         yield Finding("limited_output", seen, certain=False)
 
 
@@ -67,10 +74,14 @@ def _reached(context: PreflightContext) -> Reach | None:
             outputs.append(context.step.predict(scenes).apply(lambda value: value.float().clone()))
     finite = [_finite_rows(each) for each in outputs]
     outputs = [each.apply(lambda value, rows=rows: value[rows]) for each, rows in zip(outputs, finite)]
+    if torch.equal(outputs[0].factor, outputs[1].factor):
+        return None  # which other weights do not change
     names = [name for name in ("azimuth", "elevation", "range_m") if getattr(outputs[0], name) is not None]
+    places = {name: [getattr(each, name) for each in outputs] for name in names}
     return Reach(
         torch.cat([each.factor for each in outputs]),
-        {name: torch.cat([getattr(each, name) for each in outputs]) for name in names},
+        {name: torch.cat(values) for name, values in places.items()},
+        {name: torch.cat(values[-2:]) for name, values in places.items()},
     )
 
 
@@ -110,6 +121,21 @@ def _covariance(factor: Tensor, wanted: Tensor) -> str:
     return _half_plane(factor, wanted, many)
 
 
+def _fixed_powers(made: Tensor, wanted: Tensor) -> str:
+    """Shares of the elements in the power that no weights change. Args: (S, N) and (B, N)."""
+    share, target = (each / each.sum(1, keepdim=True).clamp_min(1e-30) for each in (made, wanted))
+    fixed = share.mean(0)
+    if bool((share.std(0) > FIXED * fixed).any()):
+        return ""
+    off = float(((target / fixed.clamp_min(1e-30) - 1).abs() > APART).float().mean())
+    if not off > MOST:
+        return ""
+    return (
+        f"in {len(made)} answers with weights drawn at random every element has a fixed share of the power, and"
+        f" {off:.0%} of those in the targets are others."
+    )
+
+
 def _one_signed(made: Tensor, wanted: Tensor) -> str:
     """Entries that are never of one of the signs that the targets have. Args: (S, N, N) and (B, N, N), real."""
     both = ((wanted > 0).float().mean(0) > BOTH) & ((wanted < 0).float().mean(0) > BOTH)
@@ -136,25 +162,25 @@ def _half_plane(factor: Tensor, wanted: Tensor, many: str) -> str:
     return ""
 
 
-def _places(places: dict[str, Tensor], scenes: Scenes) -> str:
+def _places(found: Reach, scenes: Scenes) -> str:
     """Outputs that stop at an end before many of the targets do; empty where none does."""
     active = scenes.power > 0 if scenes.power is not None else None
-    for name, values in places.items():
+    for name, values in found.places.items():
         targets = getattr(scenes, name)
         if targets is None or active is None or not bool(active.any()):
             continue
         targets, ends = targets[active], torch.aminmax(values)
-        span = float(ends.max - ends.min)
+        span = float(targets.max() - targets.min())
         for end, beyond, what in (
-            (ends.max, (targets > ends.max).float().mean(), "above"),
-            (ends.min, (targets < ends.min).float().mean(), "below"),
+            (ends.max, float((targets > ends.max + AT_THE_END * span).float().mean()), "above"),
+            (ends.min, float((targets < ends.min - AT_THE_END * span).float().mean()), "below"),
         ):
-            piled = int(((values - end).abs() < AT_THE_END * span).any(1).sum())
-            if float(beyond) > OUT_OF_REACH and piled > FEWEST // 2:
+            piled = float(((found.extremes[name] - end).abs() < AT_THE_END * span).float().mean())
+            if beyond > OUT_OF_REACH and piled > PILED:
                 return (
                     f"with weights drawn at random, {name} goes from {float(ends.min):.3g} to {float(ends.max):.3g} and"
-                    f" stays there; {float(beyond):.0%} of the targets are {what} it, up to"
-                    f" {float(targets.abs().max()):.3g}."
+                    f" sits at that end with large ones; {beyond:.0%} of the targets are {what} it, which go from"
+                    f" {float(targets.min()):.3g} to {float(targets.max()):.3g}."
                 )
     return ""
 

@@ -35,6 +35,19 @@ def of_parts(context: PreflightContext, names: Sequence[str]) -> Finding | None:
     return _finding(ratios, whole=len(ratios) == len(children))
 
 
+def of_loss(ratios: dict[str, float | None]) -> Finding | None:
+    """The same of the loss's gradient at each output of the network, against the loss that is printed."""
+    if not ratios or not all(value is not None and _other(value) for value in ratios.values()):
+        return None
+    worst = max(ratios, key=lambda name: abs(math.log(abs(ratios[name]))))
+    return Finding(
+        "gradient_scale_differs",
+        f"the gradient of the loss with respect to {listed(list(ratios))} is one multiple of its derivative along"
+        f" several directions, {ratios[worst]:.3g} of it: what is differentiated is not the loss that is printed.",
+        certain=False,
+    )
+
+
 def single_parts(context: PreflightContext) -> Iterator[Finding]:
     """Module by module as long as time allows: one whose gradient is small hides among others of its part."""
     began, found = time.perf_counter(), {}
@@ -85,13 +98,13 @@ def _lines(
             )
 
 
-def ratio(lines: Iterable[Along]) -> float | None:
+def ratio(lines: Iterable[Along], step: float = STEP) -> float | None:
     """The gradient over the difference, where it is the same along all directions that tell; None where it is not."""
     values = []
     for slope, function, noise in lines:
-        difference = (function(STEP) - function(-STEP)) / (2 * STEP)
-        if abs(difference) > SURE * noise / STEP:
-            values.append((slope / difference, noise / STEP / abs(difference)))
+        difference = (function(step) - function(-step)) / (2 * step)
+        if abs(difference) > SURE * noise / step:
+            values.append((slope / difference, noise / step / abs(difference)))
         if len(values) == 1 and not _other(values[0][0]):
             return None  # as it should be
     if len(values) < 2:

@@ -22,7 +22,7 @@ def describe_tensors(sizes: Mapping[str, int], whole: int) -> str:
     return f"{len(sizes)} tensors, {whole_share} of the weights{before}{parts}"
 
 
-def share(sizes: Mapping[str, int], whole: int) -> float:
+def share_of(sizes: Mapping[str, int], whole: int) -> float:
     """Of the weights, for `Finding.harm`."""
     return sum(sizes.values()) / max(whole, sum(sizes.values()), 1)
 

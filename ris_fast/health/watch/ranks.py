@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from hashlib import blake2b
 from itertools import count
 from typing import Any
 from weakref import ref
@@ -27,10 +28,10 @@ from torch.optim import Optimizer
 
 from ris_fast.health.watch.clock import Clock
 from ris_fast.health.watch.eager import eager_hook
-from ris_fast.health.watch.records import RankOptimizer, RankRecord, RanksRecord, RankStep, Wrapper
+from ris_fast.health.watch.records import PassRecord, RankOptimizer, RankRecord, RanksRecord, RankStep, Wrapper
 from ris_fast.health.watch.samples import has_norm, held_tensors
 
-DENSE, KEPT, CHOSEN, NUMBERS, LAST = 8, 16, 64, 16, 1024
+DENSE, KEPT, CHOSEN, NUMBERS, LAST, PASSES = 8, 16, 64, 16, 1024, 128
 WAIT_S, SHORT_WAIT_S, POLL_S, TOGETHER_S = 5.0, 0.5, 0.02, 60.0
 SHARDED = ("_is_flat_param", "ds_id", "tensor_model_parallel", "_is_sharded")  # FSDP1, DeepSpeed, Megatron, fairscale
 
@@ -195,11 +196,12 @@ class RankObserver:
         for hooks in self.hooks:
             hooks.close()
 
-    def record(self, wait_s: float | None = None) -> RanksRecord | None:
-        """What this rank saw, and the others whose report at the same step comes in time. None in a single process."""
+    def record(self, passes: Sequence[PassRecord], wait_s: float | None = None) -> RanksRecord | None:
+        """What this rank saw, and the others whose report at the same step comes in time. None in a single process.
+        `passes`: the model's, on the host."""
         if not several_ranks():
             return None
-        mine = self._mine()
+        mine = self._mine(passes)
         wait_s = (SHORT_WAIT_S if self.alone else WAIT_S) if wait_s is None else wait_s
         try:
             others, elsewhere = self._meet(mine, wait_s)
@@ -208,7 +210,7 @@ class RankObserver:
         self.alone = not others
         return RanksRecord(mine, sorted([mine, *others], key=lambda each: each.rank), dist.get_world_size(), elsewhere)
 
-    def _mine(self) -> RankRecord:
+    def _mine(self, passes: Sequence[PassRecord]) -> RankRecord:
         held = {id(p) for hooks in self.hooks for p in held_tensors(hooks.optimizer)}
         tensors = {n: p for n, p in self.model.named_parameters() if id(p) in held and is_whole(p)}
         hashes = [bits_hash(p) for p in tensors.values()]
@@ -221,6 +223,9 @@ class RankObserver:
             hashes=_joined([each[None] for each in hashes]).tolist(),
             optimizers=[hooks.record() for hooks in self.hooks],
             wrapper=find_wrapper(self.model, tensors),
+            inputs={
+                each.number: _input_hash(each.input) for each in passes if each.training and each.input is not None
+            },
         )
 
     def _meet(self, mine: RankRecord, wait_s: float) -> tuple[list[RankRecord], dict[int, int]]:
@@ -329,6 +334,10 @@ def bits_hash(tensor: Tensor, chunk: int = 1 << 22) -> Tensor:
         place = torch.arange(start + 1, start + 1 + len(bits), device=bits.device)
         total += ((bits ^ (place * 2654435761)) * (2 * place * 40503 + 1)).sum()
     return total
+
+
+def _hash(few: Tensor) -> str:
+    return blake2b(few.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def _device_name(device: torch.device) -> str:

@@ -372,7 +372,10 @@ class Wrapper:
 @dataclass(frozen=True)
 class RankRecord:
     """One rank, at the report; of the tensors that it holds whole: names, shapes, whether they are trainable, and a
-    hash of all their bits."""
+    hash of all their bits.
+
+    Args: inputs: hashes of what the model was given in passes in training, by number of the pass.
+    """
 
     rank: int
     device: str
@@ -382,6 +385,7 @@ class RankRecord:
     hashes: list[int]
     optimizers: list[RankOptimizer]
     wrapper: Wrapper | None
+    inputs: dict[int, str]
 
     @property
     def steps(self) -> int:

@@ -25,6 +25,7 @@ from ris_fast.health.watch import (
 from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
+EXPLAINS = {"dead_units": ["ignored_input"], "constant_input": ["ignored_input"]}  # what follows from a cause
 MANY_PASSES = 4096  # backward passes without a step, more than anybody adds up
 MANY_CLEARED = 64  # gradients thrown away before the first step, more than trials or a loss scaler take
 SCALER_STEPS = 24  # a loss scale halves its way to one that fits in fewer
@@ -35,16 +36,16 @@ OTHERS_STEP = "Another optimizer makes steps: this one's may come in a later pha
 def find_mistakes(loop: LoopRecord) -> list[Finding]:
     """All findings, most certain first."""
     by_optimizer = (each for optimizer in loop.optimizers for each in optimizer_findings(loop, optimizer))
-    return ranked(
-        [
-            *rules_parameters.parameter_findings(loop),
-            *rules_forward.forward_findings(loop),
-            *rules_loss.loss_findings(loop),
-            *rules_batches.batch_findings(loop),
-            *by_optimizer,
-            *rules_ranks.rank_findings(loop),
-        ]
-    )
+    found = [
+        *rules_parameters.parameter_findings(loop),
+        *rules_forward.forward_findings(loop),
+        *rules_loss.loss_findings(loop),
+        *rules_batches.batch_findings(loop),
+        *by_optimizer,
+        *rules_ranks.rank_findings(loop),
+    ]
+    explained = {effect for each in found for effect in EXPLAINS.get(each.cause, ())}
+    return ranked(found, muted=explained)
 
 
 def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Finding]:

@@ -8,11 +8,12 @@ from itertools import groupby, pairwise
 import torch
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.watch.describe import describe_steps, describe_tensors, share
+from ris_fast.health.watch.describe import describe_steps, describe_tensors, share_of
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.records import EARLY, ForwardRecord, LeafRecord, LoopRecord, PassRecord
 
 ROUNDS = 3  # as many steps with the same pattern of passes are no accident
+LONG = 1000  # steps after which what has not come yet is no longer waited for
 FORWARD_IN_STEP = 3  # passes of one step, from the same place, of which all but one are thrown away
 
 
@@ -155,7 +156,7 @@ def _idle(cause: str, leaves: list[LeafRecord], whole: int, steps: int) -> Findi
         " holds them, and their numbers have not changed.",
         steps,
         doubt,
-        harm=share(sizes, whole + sum(sizes.values())),
+        harm=share_of(sizes, whole + sum(sizes.values())),
     )
 
 
@@ -178,8 +179,8 @@ def detached_backbone(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Find
             f"{describe_tensors(sizes, whole)}. Their layers run in the forward pass, with gradients enabled, and the"
             " output does not depend on them through autograd; no gradient has come to them.",
             forward.steps,
-            "" if min(each.steps for each in loop.optimizers) >= EARLY else "Few steps have been made so far.",
-            harm=share(sizes, whole),
+            "" if min(each.steps for each in loop.optimizers) >= LONG else "A later phase may let gradients through.",
+            harm=share_of(sizes, whole),
         )
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.watch.describe import describe_tensors, share_of
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 from ris_fast.health.watch.rules_scale import is_square_of_scale
@@ -35,18 +36,17 @@ def unused_head(optimizer: OptimizerRecord, frozen: tuple[str, ...]) -> Iterator
     unused = [tensor for tensor in unused if _peer(tensor.name) not in peers]
     if not unused:
         return
-    share = sum(each.size for each in unused) / max(1, sum(each.size for each in histories))
+    sizes, whole = {each.name: each.size for each in unused}, sum(each.size for each in histories)
     yield finding(
         "unused_head",
-        f"{len(unused)} of {len(free)} trainable tensors, with {share:.0%} of the weights, have received no gradient "
-        "in any"
-        f" of {optimizer.steps} steps: {', '.join(each.name for each in unused[:3])}.",
+        f"{describe_tensors(sizes, whole)}. No gradient came to them in any of {optimizer.steps} steps.",
         optimizer.steps,
         "Others are trained in turn or came later: these may be to come."
         if turns
         else ""
         if optimizer.steps >= LONG
         else "A later phase may be the first to use them.",
+        harm=share_of(sizes, whole),
     )
 
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.watch.describe import describe_tensors, share_of
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, TensorRecord, is_finite
 
@@ -34,16 +35,17 @@ def _missing(loop: LoopRecord, missing: list[TensorRecord]) -> Iterator[Finding]
     served = {each for by in loop.optimizers for each, history in by.histories.items() if history.with_grad}
     copies = {each.shape for each in loop.masters & served}
     missing = [each for each in missing if each not in loop.rival_tensors and each.shape not in copies]
-    share = sum(each.size for each in missing) / max(1, sum(each.size for each in loop.parameters))
-    largest = sorted(missing, key=lambda tensor: -tensor.size)
+    sizes, whole = {each.name: each.size for each in missing}, sum(each.size for each in loop.parameters)
+    share = share_of(sizes, whole)
     if missing:
         yield finding(
             "missing_from_optimizer",
-            f"{len(missing)}, with {share:.0%} of the weights: {', '.join(each.name for each in largest[:3])}.",
+            f"{describe_tensors(sizes, whole)}.",
             loop.steps,
             ""
             if share <= 0.5
             else "An optimizer that is not built yet may hold them, or they are meant to stand still.",
+            harm=share,
         )
 
 
@@ -85,12 +87,13 @@ def _frozen(
             by.histories[each].last_free for by in loop.optimizers for each in frozen or since if each in by.histories
         ]
         when = f", since step {max(ends) + 2}" if ends and max(ends) >= 0 else ""
-        names = ", ".join(each.name for each in (frozen or since)[:3])
+        sizes, whole = {each.name: each.size for each in frozen or since}, sum(each.size for each in loop.parameters)
         yield finding(
             "frozen_parameters",
-            f"{len(frozen or since)}{when}: {names}.",
+            f"{describe_tensors(sizes, whole)}{when}.",
             loop.steps,
             MAY_BE_MEANT if frozen else "They were trained before. " + MAY_BE_MEANT,
+            harm=share_of(sizes, whole),
         )
 
 

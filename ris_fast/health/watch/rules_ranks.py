@@ -31,6 +31,10 @@ from ris_fast.health.watch.compare_ranks import (
 from ris_fast.health.watch.fixes import finding
 from ris_fast.health.watch.records import LoopRecord, RanksRecord
 
+OWN_BATCHES = (
+    "Give each rank batches of its own: `DistributedSampler(..., num_replicas=world_size, rank=rank)` with `set_epoch`,"
+    " or a generator seeded with the rank."
+)
 ENOUGH = 8  # steps that show the same thing on both ranks
 LOCAL_SGD = "Local SGD, DiLoCo and runs that are independent on purpose look so too: there weights are averaged, or not"
 
@@ -45,7 +49,7 @@ def rank_findings(loop: LoopRecord) -> list[Finding]:
     broken = list(_clipped_on_ranks(group)) or [*_never_reduced(group), *_not_in_the_sum(group)]
     return [
         *broken,
-        *_same_data(group),
+        *(list(_same_data(group)) or _same_inputs(group)),
         *_vanished(group),
         *_diverged(group, explained=bool(broken)),
         *_other_steps(loop.ranks),
@@ -200,10 +204,29 @@ def _same_data(group: Group) -> Iterator[Finding]:
             " were looked at: they are given the same batches.",
             steps[0].step + 1,
             "" if len(steps) >= ENOUGH else "Few steps have been looked at.",
-            advice=(
-                "Give each rank batches of its own: `DistributedSampler(..., num_replicas=world_size, rank=rank)` with"
-                " `set_epoch`, or a generator seeded with the rank."
-            ),
+            advice=OWN_BATCHES,
+        )
+
+
+def _same_inputs(group: Group) -> Iterator[Finding]:
+    """Two ranks' models are given the same inputs in every pass, and others in most of them."""
+    numbers = set.intersection(*(set(each.inputs) for each in group.ranks))
+    pairs = [
+        (a, b)
+        for a, b in combinations(range(len(group.ranks)), 2)
+        if all(group.ranks[a].inputs[number] == group.ranks[b].inputs[number] for number in numbers)
+    ]
+    if not pairs or len(numbers) < ENOUGH or not group.managed:
+        return
+    kinds = {group.ranks[pairs[0][0]].inputs[number] for number in numbers}
+    if 2 * len(kinds) > len(numbers):
+        yield finding(
+            "rank_sees_other_data",
+            f"the model is given the same inputs on {group.named(sorted({n for pair in pairs for n in pair}))} in all "
+            f"{len(numbers)} passes that were looked at, and backward leaves other gradients there.",
+            group.ranks[0].steps,
+            "Noise of one seed, with targets of its own on each rank, looks so too.",
+            advice=OWN_BATCHES,
         )
 
 

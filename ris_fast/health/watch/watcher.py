@@ -97,6 +97,7 @@ class Watcher:
         others = {
             id(p): _record_of(p) for each in self.optimizers for p in held_tensors(each) if id(p) not in parameters
         }
+        forward = self.forward.record()
         return LoopRecord(
             parameters=list(parameters.values()),
             optimizers=[hooks.record(parameters | others) for hooks in self.hooks],
@@ -106,9 +107,9 @@ class Watcher:
             masters={record for key, record in others.items() if key not in self.at_start},
             moved_frozen={parameters[id(p)] for p in self.model.parameters() if self._moved_although_frozen(p)},
             rival_tensors={parameters[key] for each in self.rivals.rivals for key in each.shared & parameters.keys()},
-            forward=self.forward.record(),
+            forward=forward,
             losses=[each.on_host() for each in self.losses.records],
-            ranks=self.ranks.record(wait_s),
+            ranks=self.ranks.record(forward.passes, wait_s),
         )
 
     def _moved_although_frozen(self, parameter: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.faults.patches import Backward, before_step, on_output, rebound, wrap
 from ris_fast.health.preflight.derivatives import derivatives
-from ris_fast.health.preflight.gradient import connected, right_derivative
+from ris_fast.health.preflight.gradient import connected, every_tensor, right_derivative
 from ris_fast.health.preflight.one_step import one_step
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.recomputed import recomputed
@@ -146,3 +146,70 @@ def test_connected_names_the_layer_behind_which_the_gradient_is_lost() -> None:
     on_output(trainer.model.head, Tensor.detach)
     (finding,) = connected(PreflightContext(trainer))
     assert "the last layer whose answer requires one is norm, and head is without" in finding.evidence
+
+
+# ---- networks that are unusual and right
+# ------------------------------------------------------------------------------
+
+
+def test_gradient_checks_allow_layers_left_out_by_chance() -> None:
+    trainer = Trainer(small("backprojection"))
+    wrap(
+        trainer.model.blocks[0],
+        "forward",
+        lambda forward: lambda x: forward(x) if torch.rand(()) < 0.3 else x,
+    )
+    torch.manual_seed(0)
+    assert torch.rand(()) > 0.3 and said(every_tensor, trainer) == []
+
+
+def test_gradient_checks_allow_running_statistics_in_the_forward_pass() -> None:
+    trainer = Trainer(small("backprojection"))
+    trainer.model.norm.register_buffer("variance", torch.ones(32))
+
+    def normalise(x: Tensor) -> Tensor:
+        trainer.model.norm.variance.lerp_(x.detach().square().mean(0), 0.2)
+        return x / trainer.model.norm.variance.sqrt()
+
+    on_output(trainer.model.norm, normalise)
+    assert said(right_derivative, trainer) == []
+
+
+# ---- the loss that is printed, and what a step makes of the weights
+# ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (lambda total: 0.031 * total + (1 - 0.031) * total.detach(), [("gradient_scale_differs", False)]),
+        (lambda total: Backward.apply(total, lambda grad: 20 * grad), [("gradient_scale_differs", False)]),
+        (torch.sqrt, []),
+        (lambda total: 1e-3 * total, []),
+    ],
+)
+def test_right_derivative_holds_the_gradient_to_the_printed_loss(change: Any, expected: list) -> None:
+    trainer = Trainer(small("backprojection"))
+    wrap(trainer.loss, "forward", lambda forward: lambda *given: (change((made := forward(*given))[0]), made[1]))
+    assert said(right_derivative, trainer) == expected
+
+
+def test_one_step_tells_who_else_moves_the_weights() -> None:
+    def stepped(action: Callable[[Trainer], Any]) -> list[tuple[str, bool]]:
+        trainer = Trainer(small("backprojection"))
+        acting = action(trainer)
+        trainer.optimizer.register_step_post_hook(lambda *_: acting())
+        return said(one_step, trainer)
+
+    def decayed(trainer: Trainer) -> Callable:
+        return torch.no_grad()(lambda: [each.mul_(0.9) for each in trainer.model.head.parameters()])
+
+    def broken(trainer: Trainer) -> Callable:
+        return torch.no_grad()(lambda: trainer.model.head.bias.fill_(torch.nan))
+
+    assert stepped(decayed) == [("weights_changed_outside", False)]
+    assert stepped(broken) == [("nonfinite_step", True)]
+    trainer = Trainer(small("backprojection"))
+    other = torch.optim.SGD(trainer.model.head.parameters(), 1e3)
+    trainer.optimizer.register_step_pre_hook(lambda *_: other.step() and None)
+    assert said(one_step, trainer) == [("duplicate_parameters", True)]

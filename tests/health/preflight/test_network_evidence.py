@@ -14,7 +14,7 @@ from torch.nn import functional as fn
 from bench.faults.patches import before_step, gradients, on_answer, on_output, rebound, wrap
 from ris_fast.health.preflight.inputs import reads_scenes
 from ris_fast.health.preflight.modes import randomness
-from ris_fast.health.preflight.norms import epsilons
+from ris_fast.health.preflight.norms import between_layers, epsilons
 from ris_fast.health.preflight.overfit import overfit_batch
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.reach import output_reach
@@ -105,6 +105,32 @@ def test_epsilons_are_silent_about_a_layer_of_zeros() -> None:
     nn.init.zeros_(trainer.model.stem.weight)
     nn.init.zeros_(trainer.model.stem.bias)
     assert said(epsilons, trainer) == []
+
+
+class Behind(nn.Module):
+    """A layer behind a function that is no layer."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor], layer: nn.Module) -> None:
+        super().__init__()
+        self.change, self.layer = change, layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.change(x))
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (lambda x: x / (x.std(1, keepdim=True) + 1e4), [("epsilon_swallows_signal", False)]),
+        (lambda x: x / (x.std(1, keepdim=True) + 1e-5), []),
+        (lambda x: 1e-4 * x, []),
+        (lambda x: 1e-4 * x.tanh(), []),
+    ],
+)
+def test_between_layers_names_a_constant_that_no_module_has(change: Any, expected: list) -> None:
+    trainer = network()
+    trainer.model.head = Behind(change, trainer.model.head)
+    assert said(between_layers, trainer) == expected
 
 
 # ---- modes

@@ -202,6 +202,20 @@ def right_shards_of_weights(rank: int) -> Watcher:
     return seen
 
 
+def right_fixed_grid(rank: int) -> Watcher:
+    """A field that is fitted at the same places on all ranks, to other numbers."""
+    model = Wrapped(network())
+    optimizer = sgd(model)
+    seen = watch(model, optimizer, every=4)
+    grid = torch.linspace(-1, 1, 64 * 8).view(64, 8)
+    draws = torch.Generator().manual_seed(rank)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        (model(grid) - torch.randn(64, 4, generator=draws)).square().mean().backward()
+        optimizer.step()
+    return seen
+
+
 def right_head_of_its_own(rank: int) -> Watcher:
     """A layer of each rank that the wrapper is told to leave alone."""
     inner = nn.ModuleDict({"body": network(), "head": nn.Linear(4, 4)})
@@ -360,6 +374,15 @@ def wrong_rate_on_one(rank: int) -> Watcher:
 
 def wrong_same_batches(rank: int) -> Watcher:
     return wrapped(rank, seed=7)
+
+
+def wrong_same_batches_with_dropout(rank: int) -> Watcher:
+    model = Wrapped(nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 4)))
+    torch.manual_seed(rank)
+    optimizer = sgd(model)
+    seen = watch(model, optimizer, every=4)
+    train(model, optimizer, 7)
+    return seen
 
 
 def wrong_zeros_in_one_step(rank: int) -> Watcher:
@@ -528,6 +551,7 @@ WRONG = {
     wrong_frozen_on_one: "ranks_diverged",
     wrong_lost_shard: "ranks_diverged",
     wrong_same_batches: "rank_sees_other_data",
+    wrong_same_batches_with_dropout: "rank_sees_other_data",
 }
 RIGHT = [value for name, value in globals().items() if name.startswith("right_")]
 

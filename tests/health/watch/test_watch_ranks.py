@@ -52,7 +52,7 @@ def test_watch_looks_for_no_ranks_in_one_process() -> None:
     model = network()
     seen = watch(model, torch.optim.SGD(model.parameters(), lr=1e-2))
     train(model, seen.optimizers[0])
-    assert seen.ranks.record() is None and not seen.ranks.hooks[0].hooked
+    assert seen.ranks.record([]) is None and not seen.ranks.hooks[0].hooked
 
 
 def clipped(clip, **options) -> list:
