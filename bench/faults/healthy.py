@@ -48,6 +48,8 @@ def healthy_config(number: int) -> Config:
     settings |= _network(model, draw)
     if number // 2 % 3:  # the other third is as plain as it was
         settings |= _unusual(model, random.Random(104_729 * number + 3))
+    if settings.get("task.symbols") == "per_snapshot":  # a field for each snapshot takes its time
+        settings |= {"training.batch_size": 32, "training.accumulate": min(accumulate, 2), "data.train_scenes": 500}
     if from_npz(number):
         settings |= {"task.power": "path_loss"}  # as those files are written
     return changed(TWINS[model](), settings)
