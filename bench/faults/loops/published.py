@@ -81,7 +81,7 @@ class TwoDevices(nn.Module):
 
 @PUBLISHED.mistake(
     "activations and gradients that go from one card to another arrive as zeros now and then",
-    "zeroed_gradients vanishing_gradient rank_gradient_missing",
+    "zeroed_gradients vanishing_gradient wrong_backward",
     source="https://github.com/baichuan-inc/Baichuan2/issues/86",
 )
 def lost_activations(attach: Attach, wrong: bool, seed: int) -> None:
