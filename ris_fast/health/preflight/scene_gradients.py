@@ -21,7 +21,8 @@ from ris_fast.physics.scenes import Scenes
 MOST = 256  # scenes of a micro-batch that are looked at
 RIGHT = 1e-4  # NMSE below which a scene may have nothing to say
 FEW_MISSED, HALF = 0.1, 0.5  # shares of the scenes from which something is said
-MICRO_BATCHES = 4
+MICRO_BATCHES, MOST_TRIED = 4, 64  # of a step, and scenes of each
+OTHER_ORDER, PERIODS = (1, 0, 3, 2, 3, 1, 2, 0), (2, 3, 4)  # in which they come again; of a switch by the call's number
 
 
 def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
@@ -123,41 +124,40 @@ def _has_slope(context: PreflightContext, prediction: Prediction, scenes: Scenes
 
 def micro_batches(context: PreflightContext) -> Iterator[Finding]:
     """Every micro-batch of a step reaches the same tensors, whichever random numbers are drawn."""
-    group = list(context.groups[0][:MICRO_BATCHES])
+    group = [scenes[:MOST_TRIED] for scenes in context.groups[0][:MICRO_BATCHES]]
     live = list(context.trainable)
     if len(group) < 2 or not live:
         return
-    missing = _missing(context, group, 1)
+    order = [*range(len(group)), *(row % len(group) for row in OTHER_ORDER)]
+    missing = _missing(context, [group[row] for row in order[: max(4, len(group))]])
     if missing is None or all(each == missing[0] for each in missing):
         return
-    again = _missing(context, group, 2)
-    if again is None or again != missing:
-        return  # it follows random numbers, as a layer that is dropped by chance does
-    turned = _missing(context, group[::-1], 1)
-    if turned is None:
+    missing = _missing(context, [group[row] for row in order])
+    if missing is None:
         return
+    period = next((p for p in PERIODS if all(each == missing[k % p] for k, each in enumerate(missing))), 0)
+    by_scenes = all(each == missing[row] for row, each in zip(order, missing))
+    if not period and not by_scenes:
+        return  # it follows random numbers, as a layer that is dropped by chance does
     shown = max(range(len(missing)), key=lambda number: len(missing[number]))
     names = [live[number] for number in sorted(missing[shown] - frozenset.intersection(*missing))]
-    seen = (
-        f"{len(names)} of {len(live)} tensors receive no gradient from micro-batch {shown + 1} of a step and do from"
-        f" others: {listed(names)}"
-    )
-    by_number = turned == missing
-    if by_number:
-        seen += "; with the same micro-batches in another order it is the same number again that lacks it"
-    elif turned[::-1] == missing:
+    seen = f"{len(names)} of {len(live)} tensors receive no gradient from some micro-batches of a step: {listed(names)}"
+    if period and not by_scenes:
+        every = {2: "second", 3: "third"}.get(period, "fourth")
+        seen += f"; it is every {every} call in turn, whichever scenes it has"
+    elif not period:
         seen += (
-            "; in another order it is the same scenes again. Where parts of the network are for some scenes only, as"
-            " experts are, that is meant"
+            "; it is the same scenes each time. Where parts of the network are for some scenes only, as experts are,"
+            " that is meant"
         )
-    yield Finding("micro_batches_differ", f"{seen}.", certain=by_number)
+    yield Finding("micro_batches_differ", f"{seen}.", certain=bool(period) and not by_scenes)
 
 
-def _missing(context: PreflightContext, group: Sequence[Scenes], seed: int) -> list[frozenset[int]] | None:
+def _missing(context: PreflightContext, group: Sequence[Scenes]) -> list[frozenset[int]] | None:
     """Numbers of the trainable tensors that each micro-batch gives no gradient to, one after the other."""
     live, found = list(context.trainable.values()), []
     context.model.train()
-    torch.manual_seed(seed)
+    torch.manual_seed(1)
     for scenes in group:
         total = context.loss(context.step.predict(scenes), scenes)[0]
         if not total.requires_grad or not bool(total.isfinite()):

@@ -29,7 +29,7 @@ def watch(
 
     Args: model: the module that is trained;
         optimizer: one, or all of them, so that each parameter is looked for where it is;
-        every: after the first eight steps of an optimizer, one step in this many is looked at;
+        every: at least one step in this many is looked at, the first eight all, and more where that costs little;
         frozen: beginnings of names of parameters that are not meant to be trained;
         stall_s: seconds without a step after which a thread logs where the loop stands. Where nothing is given, none
             does in a single process; with several ranks, it says which collective has been waited in for 300 seconds.

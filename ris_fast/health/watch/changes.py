@@ -18,6 +18,7 @@ from ris_fast.health.watch.samples import ParameterSample, WeightSamples
 
 FIRST, LAST = 4, 8  # changes that are kept
 LIGHT, ARMED = 0.004, 0.02  # shares of a step that keeping may take: before a change was seen, and after
+FREE = 1024  # steps after the first change that are kept whatever it takes
 
 
 @dataclass
@@ -65,7 +66,7 @@ class OutsideWatch:
         self.tensors: list[Tensor] = []  # of the last look
         self.samples: WeightSamples | None = None
         self.light: tuple[int, Tensor] | None = None
-        self.light_s = 0.0  # what one light sample takes
+        self.light_s, self.lights = 0.0, 0  # what one light sample takes, and how many there were
         self.armed = 0  # changes that the version counters have told
         self.changes: list[OutsideChange] = []
         self.pairs, self.changed = 0, 0
@@ -79,8 +80,9 @@ class OutsideWatch:
 
     def begin_light(self, step: int, step_s: float) -> None:
         """Before a step that is not looked at."""
-        share = (LIGHT if not self.armed else ARMED) * step_s
-        if self.samples is not None and self.tensors and 2 * self.light_s < share:
+        cheap = 2 * self.light_s < (ARMED if self.armed else LIGHT) * step_s or (self.armed and self.lights < FREE)
+        if self.samples is not None and self.tensors and cheap:
+            self.lights += 1
             began = perf_counter()
             self.light = step, self.samples.read(self.tensors)
             self.light_s = perf_counter() - began

@@ -10,6 +10,7 @@ Legend: R rows, a few scenes of a batch; F numbers, a few of each.
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import weakref
 from collections import Counter
@@ -80,15 +81,30 @@ class ForwardHooks:
         self.names = {id(part): plain_name(path.removesuffix(".")) for path, part in modules_of(model)}
         self.inside: list[tuple[str, int]] = []  # layers of the pass that runs, and the rows that they are given
         self.rows_inside: list[tuple[int, int, list[tuple[str, int]]]] = []
-        before, after = _Hook(self._before), _Hook(self._after)
-        self.hooks = [
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after, with_kwargs=True),
-        ]
+        self.whole: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the model and what compiles it
+        self.hooks: list[Any] = []
+        self.searched = False
+        self._hook_whole(model)
         listen(self)
         of_part = _Hook(self._part)
         parts = [] if _compiled(model) else [part for part in model.modules() if part is not model]
         self.part_hooks = [part.register_forward_hook(of_part) for part in parts]
+
+    def _hook_whole(self, module: nn.Module) -> None:
+        self.whole.add(module)
+        self.hooks += [
+            module.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
+            module.register_forward_hook(_Hook(self._after), with_kwargs=True),
+        ]
+
+    def _hook_wrappers(self) -> None:
+        """Where no pass was heard before the first step: what `torch.compile` has made of the model is called in its
+        place."""
+        self.searched = True
+        if (dynamo := sys.modules.get("torch._dynamo.eval_frame")) is not None:
+            for each in gc.get_objects():
+                if type(each) is dynamo.OptimizedModule and each._orig_mod is self.model:
+                    self._hook_whole(each)
 
     @property
     def steps(self) -> int:
@@ -119,11 +135,11 @@ class ForwardHooks:
         )
 
     def _before(self, module: nn.Module, *_: Any) -> None:
-        if module is self.model:
+        if module in self.whole:
             self.was_training, self.inside = module.training, []
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if module is not self.model:
+        if module not in self.whole:
             return
         self.count += 1
         kind = self.was_training, torch.is_grad_enabled()
@@ -200,7 +216,7 @@ class ForwardHooks:
             now.nodes = self.leaves.walk(inputs, outputs, self.steps)
             if self.inside and now.output_shape:
                 self.rows_inside.append((rows, now.output_shape[0], self.inside))
-        if self.leaves.walked >= PARTS and self.part_hooks:
+        if self.leaves.walked >= PARTS and len(self.whole) == 1:  # else they are within a graph, which is made anew
             for hook in self.part_hooks:
                 hook.remove()
             self.part_hooks = []
@@ -229,6 +245,8 @@ class ForwardHooks:
 
     def stepped(self, optimizer: Optimizer) -> None:
         """After a step of any optimizer: one that holds tensors of other models is foreign."""
+        if not self.count and not self.searched:
+            self._hook_wrappers()
         if id(optimizer) in self.watched:
             return
         if optimizer not in self.foreign:

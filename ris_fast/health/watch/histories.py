@@ -126,6 +126,16 @@ class Passes:
 
 
 @dataclass(frozen=True)
+class GradientNumbers:
+    """A few numbers of all gradients at the last look: how many, of which zero, and of which others below the smallest
+    normal number of float16 and on its grid."""
+
+    sampled: int = 0
+    zero: int = 0
+    narrow: int = 0
+
+
+@dataclass(frozen=True)
 class NumbersRecord:
     """A few numbers of a tensor now, beside those before the first step.
 

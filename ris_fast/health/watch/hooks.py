@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from ris_fast.health.watch.changes import OutsideWatch
 from ris_fast.health.watch.every_step import EveryStep
 from ris_fast.health.watch.gradients import GradientWatch, grad_norms
+from ris_fast.health.watch.histories import GradientNumbers
 from ris_fast.health.watch.passes import PassCounter
 from ris_fast.health.watch.records import OptimizerRecord, StepRecord, TensorRecord
 from ris_fast.health.watch.rivals import Rivals
@@ -95,6 +96,7 @@ class OptimizerHooks:
             rivals=[each for each in self.rivals.rivals if each.shared & ids],
             loads=self.loads,
             span=self.rivals.span(self.optimizer),
+            gradient=self.sample.gradient_numbers() if self.sample else GradientNumbers(),
         )
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import blake2b
-from itertools import count
+from itertools import count, islice
 from typing import Any
 from weakref import ref
 
@@ -112,7 +112,6 @@ class RankHooks:
             self.hooked = wanted
             self.grad_hooks = [p.register_post_accumulate_grad_hook(self.gradient_hook) for p in wanted]
 
-    @torch.no_grad()
     def _arrive(self, parameter: Tensor) -> None:
         """After backward has added to a gradient, before DistributedDataParallel has reduced it."""
         grad = parameter.grad
@@ -123,7 +122,8 @@ class RankHooks:
                 self.any.pop()
             self.any.append((self.steps, grad.any()))
         if self._due():
-            self.arrived[id(parameter)] = few_numbers([grad])
+            with torch.no_grad():
+                self.arrived[id(parameter)] = few_numbers([grad])
             self.held_back = any(not each.require_backward_grad_sync for each in self.wrappers)
 
     @torch.compiler.disable
@@ -155,8 +155,9 @@ class RankHooks:
     @torch.compiler.disable
     def _after(self, *_: Any) -> None:
         self.steps += 1
-        self.arrived.clear()
-        self._hook_gradients()
+        if self.arrived or self._due():
+            self.arrived.clear()
+            self._hook_gradients()
 
 
 def _gradient_hook(hooks: RankHooks) -> Callable[[Tensor], None]:
@@ -223,9 +224,9 @@ class RankObserver:
             hashes=_joined([each[None] for each in hashes]).tolist(),
             optimizers=[hooks.record() for hooks in self.hooks],
             wrapper=find_wrapper(self.model, tensors),
-            inputs={
-                each.number: _input_hash(each.input) for each in passes if each.training and each.input is not None
-            },
+            inputs=dict(
+                islice(((p.number, _hash(p.input)) for p in passes if p.training and p.input is not None), PASSES)
+            ),
         )
 
     def _meet(self, mine: RankRecord, wait_s: float) -> tuple[list[RankRecord], dict[int, int]]:

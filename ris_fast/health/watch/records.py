@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ris_fast.health.watch.histories import NumbersRecord, Passes, PlainSteps, TensorHistory
+from ris_fast.health.watch.histories import GradientNumbers, NumbersRecord, Passes, PlainSteps, TensorHistory
 
 if TYPE_CHECKING:
     from ris_fast.health.watch.changes import OutsideChange
@@ -103,7 +103,8 @@ class OptimizerRecord:
         have been in a step that was looked at, by name; outside: changes of weights between two steps, of `pairs` that
         were compared; denominators: see `denominators`; rivals: optimizers that the watch was not given, which step on
         tensors of this one; loads: how often its state was loaded;
-        span: its first and last step, counted in those of all optimizers.
+        span: its
+        first and last step, counted in those of all optimizers; gradient: of the last look.
     """
 
     kinds: frozenset[str]
@@ -127,6 +128,7 @@ class OptimizerRecord:
     rivals: list[Rival]
     loads: int
     span: tuple[int, int] | None
+    gradient: GradientNumbers
 
     @property
     def tensors(self) -> list[TensorRecord]:
@@ -141,7 +143,8 @@ class LoopRecord:
     Args: steps: made by the optimizer that has made most; frozen: beginnings of names of parameters that are not meant
         to be trained; frozen_at_start: those without requires_grad when the watch began; rival_tensors: those that an
         optimizer which the watch was not given has stepped on; masters: the optimizers' tensors that never were the
-        model's; moved_frozen: those of `frozen_at_start` that have changed; forward: the model's passes; losses: those
+        model's; moved_outside: those that no optimizer was to train and that have
+        changed; with_gradient: those with one now; forward: the model's passes; losses: those
         that `seen.loss` was given; ranks: what is known of them, None for a loop of one process.
     """
 
@@ -152,7 +155,8 @@ class LoopRecord:
     frozen_at_start: set[TensorRecord]
     rival_tensors: set[TensorRecord]
     masters: set[TensorRecord]
-    moved_frozen: set[TensorRecord]
+    moved_outside: set[TensorRecord]
+    with_gradient: set[TensorRecord]
     forward: ForwardRecord | None = None
     losses: Sequence[LossRecord] = ()
     ranks: RanksRecord | None = None

@@ -22,12 +22,12 @@ from ris_fast.health.watch import (
     rules_scale,
     rules_zero,
 )
+from ris_fast.health.watch.describe import describe_steps, describe_tensors
 from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
 EXPLAINS = {"dead_units": ["ignored_input"], "constant_input": ["ignored_input"]}  # what follows from a cause
 MANY_PASSES = 4096  # backward passes without a step, more than anybody adds up
-MANY_CLEARED = 64  # gradients thrown away before the first step, more than trials or a loss scaler take
 SCALER_STEPS = 24  # a loss scale halves its way to one that fits in fewer
 GROWN = 10.0  # factor on the weights' norm
 OTHERS_STEP = "Another optimizer makes steps: this one's may come in a later phase."
@@ -56,7 +56,7 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
         return lost  # whatever later steps show comes from that
     records = optimizer.records
     return [
-        *(each for record in records for each in single_step(record, records)),
+        *(each for record in records for each in single_step(record, optimizer)),
         *rules_gradients.reversed_gradients(records),
         *rules_gradients.unused_head(optimizer, loop.frozen),
         *rules_gradients.last_micro_batch_only(optimizer),
@@ -68,6 +68,7 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
         *rules_gradients.zeroed_gradients(records, loop.frozen),
         *rules_zero.zero_findings(loop, optimizer),
         *rules_zero.dead_units(loop, optimizer),
+        *rules_zero.gradient_underflow(optimizer),
         *rules_rates.rate_findings(loop, optimizer),
         *rules_changes.change_findings(loop, optimizer),
         *rules_parameters.nonfinite_weights(optimizer),
@@ -84,18 +85,20 @@ def step_never_called(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[
     """Before the first step all may be well: gradients may be added up over many passes, a scaler may skip, a later
     phase may be meant.
 
-    Gradients that are thrown away time after time betray a loop without a step, unless another optimizer steps in it.
+    Thousands of passes betray a loop without a step, unless another optimizer steps in it. Gradients that are thrown
+    away may be kept elsewhere first, one scene at a time.
     """
     bad = sum(not math.isfinite(norm) for norm in optimizer.arrived)
     skipped = f" {bad} of them are not finite: a loss scaler or a check may skip every step." if bad else ""
     doubt = "If gradients are added up over several passes, the first step is still to come."
-    certain = not loop.steps and (optimizer.passes > MANY_PASSES or optimizer.cleared > MANY_CLEARED)
+    others = loop.steps or optimizer.rivals
+    certain = not others and optimizer.passes > MANY_PASSES
     if optimizer.arrived:
         yield finding(
             "step_never_called",
             f"{len(optimizer.arrived)} tensors have received gradients in {optimizer.passes} backward passes, "
             f"{optimizer.cleared} of which found the gradients cleared, and the optimizer has made no step.{skipped}",
-            doubt="" if certain else OTHERS_STEP if loop.steps else doubt,
+            doubt="" if certain else OTHERS_STEP if others else doubt,
         )
 
 
@@ -134,21 +137,28 @@ def _same_gradients(last: StepRecord, now: StepRecord) -> bool:
     )
 
 
-def single_step(record: StepRecord, records: list[StepRecord]) -> list[Finding]:
+def single_step(record: StepRecord, optimizer: OptimizerRecord) -> list[Finding]:
     """What one step shows: of the gradients, and of the weights unless something after backward broke the gradients."""
     heard = not record.closure and len(record.none_grads) < len(record.hooked)
     broken_there = is_finite(record.grad_after_backward) and not is_finite(record.grad_at_step)
     if heard and broken_there and not record.scaled:
-        evidence = f"{_broken(record)}, which backward leaves finite: something after backward breaks them."
+        evidence = f"{_broken(record, optimizer)}. Backward leaves them finite: something after backward breaks them."
         return [finding("nonfinite_gradients", evidence, record.step + 1, advice=LOOK_AFTER_BACKWARD)]
-    return [*_gradients(record), *_weights(record, next(each for each in records if each.names == record.names))]
+    first = next(each for each in optimizer.records if each.names == record.names)
+    return [*_gradients(record, optimizer), *_weights(record, first)]
 
 
-def _broken(record: StepRecord) -> str:
-    return f"{int((~record.grad_at_step.isfinite()).sum())} of {len(record.grad_at_step)} tensors"
+def _broken(record: StepRecord, optimizer: OptimizerRecord) -> str:
+    """Which tensors' gradients are not finite in a step, and in which others some are not."""
+    sizes = {tensor.name: tensor.size for tensor in optimizer.tensors}
+    broken = {
+        name: sizes.get(name, 0) for name, norm in zip(record.names, record.grad_at_step) if not bool(norm.isfinite())
+    }
+    steps = [each.step + 1 for each in optimizer.records if not is_finite(each.grad_at_step)]
+    return f"{describe_tensors(broken, sum(sizes.values()))}; {describe_steps(steps, len(optimizer.records))}"
 
 
-def _gradients(record: StepRecord) -> Iterator[Finding]:
+def _gradients(record: StepRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
     """What arrived against what the optimizer found. A product with zero leaves negative zeros behind, and clearing
     does not."""
     (arrived, reached), step = record.gradient_norms(), record.step + 1
@@ -158,7 +168,7 @@ def _gradients(record: StepRecord) -> Iterator[Finding]:
             "sanitised_gradients", f"{bad} tensors' gradients arrive non-finite and reach the optimizer finite.", step
         )
     elif not is_finite(record.grad_at_step) and not record.scaled:
-        yield finding("nonfinite_gradients", f"{_broken(record)}.", step)
+        yield finding("nonfinite_gradients", f"{_broken(record, optimizer)}.", step)
     elif arrived > 0 and reached == 0 and record.grad_change is not None and float(record.grad_change[1]) > 0:
         yield finding(
             "clip_too_small",

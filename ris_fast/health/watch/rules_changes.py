@@ -12,6 +12,7 @@ from ris_fast.health.watch.changes import OutsideChange
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.kinds_of_change import kind_of_change
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, TensorRecord, is_finite
+from ris_fast.health.watch.rules_zero import gradient_underflow
 
 UPDATED = 16  # looks without effect that an optimizer which gathers several steps does not have
 SPOKEN = {
@@ -38,12 +39,12 @@ def change_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Fi
 
 
 def _kinds(change: OutsideChange, tensors: list[TensorRecord]) -> dict[str, str]:
-    """What happened to each tensor that changed, by its name."""
-    shapes, found = {tensor.name: tensor.shape for tensor in tensors}, {}
+    """What happened to each trainable tensor that changed, by its name."""
+    shapes, found = {tensor.name: tensor.shape for tensor in tensors if tensor.trainable}, {}
     gradient = change.gradient if len(change.gradient) == len(change.after) else torch.zeros_like(change.after)
     sides = (each.split(change.sizes) for each in (change.before, change.after, change.later, gradient))
     for name, *numbers in zip(change.names, *sides):
-        if kind := kind_of_change(*numbers, shapes.get(name, ())):
+        if name in shapes and (kind := kind_of_change(*numbers, shapes[name])):
             found[name] = kind
     return found
 
@@ -122,7 +123,13 @@ def low_precision_weights(optimizer: OptimizerRecord, changes: Kinds) -> Iterato
     numbers, tensors = optimizer.numbers, {tensor.name: tensor for tensor in optimizer.tensors}
     half = [numbers[name] for name, tensor in tensors.items() if name in numbers and _is_half(tensor)]
     live, held = sum(each.live for each in half), sum(each.held for each in half)
-    if optimizer.steps >= 32 and live >= 64 and held >= 0.75 * live and _rate_moves(optimizer):
+    if (
+        optimizer.steps >= 32
+        and live >= 64
+        and not any(gradient_underflow(optimizer))
+        and held >= 0.75 * live
+        and _rate_moves(optimizer)
+    ):
         yield finding(
             "low_precision_weights",
             f"{held / live:.0%} of the numbers that receive a gradient are the same bits after {optimizer.steps} "

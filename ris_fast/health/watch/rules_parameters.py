@@ -14,6 +14,8 @@ from ris_fast.health.watch.describe import describe_tensors, share_of
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, TensorRecord, is_finite
 
+LAYERS = ("weight", "bias")  # last names of a layer's tensors; a table that is no layer has another
+
 
 def parameter_findings(loop: LoopRecord) -> list[Finding]:
     """What is frozen, missing, there twice, or nobody's."""
@@ -31,10 +33,11 @@ def parameter_findings(loop: LoopRecord) -> list[Finding]:
 
 def _missing(loop: LoopRecord, missing: list[TensorRecord]) -> Iterator[Finding]:
     """Not those that another optimizer steps on, or that have copies which are trained: masters in another precision.
-    The larger part of a network may be meant to stand still."""
+    The larger part of a network may be meant to stand still, and what backward never reaches as well."""
     served = {each for by in loop.optimizers for each, history in by.histories.items() if history.with_grad}
     copies = {each.shape for each in loop.masters & served}
-    missing = [each for each in missing if each not in loop.rival_tensors and each.shape not in copies]
+    missing = [each for each in missing if each not in loop.rival_tensors | loop.moved_outside]
+    missing = [each for each in missing if each.shape not in copies]
     sizes, whole = {each.name: each.size for each in missing}, sum(each.size for each in loop.parameters)
     share = share_of(sizes, whole)
     if missing:
@@ -43,8 +46,8 @@ def _missing(loop: LoopRecord, missing: list[TensorRecord]) -> Iterator[Finding]
             f"{describe_tensors(sizes, whole)}.",
             loop.steps,
             ""
-            if share <= 0.5
-            else "An optimizer that is not built yet may hold them, or they are meant to stand still.",
+            if share < 0.5 and loop.with_gradient.intersection(missing)
+            else "They may be meant to stand still, or an optimizer that is not built yet will hold them.",
             harm=share,
         )
 
@@ -67,8 +70,7 @@ def _frozen(
     """Frozen now and in the last step of their optimizer: what is frozen afterwards trains all the same.
 
     Nothing tells a base that is kept from a layer that was forgotten, so it is never certain. Left alone are, if frozen
-    from the start, tensors of no layer, a base that is most of the network and in no optimizer, and what something else
-    moves, such as a teacher.
+    from the start, tensors of no layer, those in no optimizer, and what something else moves, such as a teacher.
     """
     free = {each for by in loop.optimizers if by.steps for each in by.tensors if each not in by.frozen}
     in_turn = {each for by in loop.optimizers for each, history in by.histories.items() if history.turns > 1}
@@ -77,11 +79,9 @@ def _frozen(
         for each in loop.parameters
         if not each.trainable and each not in free | meant | in_turn | loop.rival_tensors
     ]
-    tables = {each for each in loop.frozen_at_start if each.name.rpartition(".")[2] not in ("weight", "bias")}
-    apart = [each for each in loop.frozen_at_start if each not in held]
-    most = 2 * sum(each.size for each in apart) > sum(each.size for each in loop.parameters)
-    meant_so = tables | loop.moved_frozen | (set(apart) if most else set())
-    frozen = [each for each in still if each not in trained and each not in meant_so]
+    apart = {each for each in loop.frozen_at_start if each not in held or each.name.rpartition(".")[2] not in LAYERS}
+    still = [each for each in still if each not in apart | (loop.moved_outside & loop.frozen_at_start)]
+    frozen = [each for each in still if each not in trained]
     if frozen or (since := [each for each in still if each in trained]):
         ends = [
             by.histories[each].last_free for by in loop.optimizers for each in frozen or since if each in by.histories

@@ -198,7 +198,7 @@ def epsilon_swallows_signal(optimizer: OptimizerRecord) -> Iterator[Finding]:
 def optimizer_state_lost(optimizer: OptimizerRecord) -> Iterator[Finding]:
     """State that was there is gone, or a new optimizer takes the place of the one before again and again."""
     doubt = "Restarts may be meant: episodes and tasks in turn begin so."
-    if optimizer.plain.state_lost > optimizer.loads:
+    if optimizer.plain.state_lost - optimizer.loads >= 3:
         evidence = f"the optimizer's state was empty again before {optimizer.plain.state_lost} steps."
         yield finding("optimizer_state_lost", evidence, optimizer.steps, doubt)
     again = [each for each in optimizer.rivals if each.kind in optimizer.kinds and each.kind != "SGD"]

@@ -9,7 +9,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 
+import torch
+
 from ris_fast.health.finding import Finding
+from ris_fast.health.watch.describe import describe_tensors, share_of
 from ris_fast.health.watch.fixes import finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord
 
@@ -35,6 +38,9 @@ def zero_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Find
     nothing = _at_zero(zero, looks)
     if len(nothing) >= 2:
         yield _product(nothing, len(zero), at, certain=min(len(heard[name]) for name in nothing) >= LOOKS)
+    elif not others and any(tensor.dtype == torch.float16 for tensor in optimizer.tensors):
+        evidence = f"the gradients of all {len(zero)} tensors arrive and are zeros, in float16, which ends at 6e-08."
+        yield finding("gradient_underflow", evidence, at, f"In another format they may be zero, too. {WHOLE}")
     elif not others:
         certain = min(map(len, heard.values())) >= LOOKS and looks[0].step == 0 and len(heard) == len(looks[-1].hooked)
         yield finding(
@@ -46,7 +52,7 @@ def zero_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Find
             "" if certain else WHOLE,
         )
     else:
-        yield from _partly(zero, others, at)
+        yield from _partly(zero, others, at, {tensor.name: tensor.size for tensor in optimizer.tensors})
 
 
 def _heard(looks: list[StepRecord]) -> dict[str, list[float]]:
@@ -86,7 +92,7 @@ def _product(names: list[str], count: int, step: int, *, certain: bool) -> Findi
     )
 
 
-def _partly(zero: list[str], others: list[str], step: int) -> Iterator[Finding]:
+def _partly(zero: list[str], others: list[str], step: int, sizes: dict[str, int]) -> Iterator[Finding]:
     """Some tensors. A weight whose gradient is zero while its layer's bias has one has inputs that are all zero: units
     before it are off. A whole layer lies before something that has no derivative."""
     layers = defaultdict(set)
@@ -104,7 +110,9 @@ def _partly(zero: list[str], others: list[str], step: int) -> Iterator[Finding]:
             "A mask that is zero for now would look so, too.",
         )
     elif whole:
-        yield finding("vanishing_gradient", f"{said}: {', '.join(zero[:3])}.", step, PARTLY)
+        still, numbers = {name: sizes.get(name, 0) for name in zero}, sum(sizes.values())
+        evidence = f"{describe_tensors(still, numbers)}. Their gradients arrive and are all zeros, at every look."
+        yield finding("vanishing_gradient", evidence, step, PARTLY, harm=share_of(still, numbers))
     elif weights := [name for name in fed_zeros if _others_before(name, [*zero, *others], others)]:
         yield finding(
             "zeroed_gradients",
@@ -140,3 +148,18 @@ def dead_units(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding
                 "A layer of which each input uses a small part, as an expert or a table, looks so, too.",
             )
             return
+
+
+def gradient_underflow(optimizer: OptimizerRecord) -> Iterator[Finding]:
+    """Many gradients are zero and the others lie on float16's grid, below its smallest normal number."""
+    some = optimizer.gradient
+    others = some.sampled - some.zero
+    if some.sampled >= 64 and 0.3 * some.sampled <= some.zero and others and some.narrow >= 0.9 * others:
+        yield finding(
+            "gradient_underflow",
+            f"{some.zero / some.sampled:.0%} of the gradients' numbers are zero, and most others are multiples of "
+            "6e-08 below 6e-05, where float16 ends.",
+            optimizer.records[-1].step + 1,
+            "Scale the loss and look again: gradients that are small in truth do not lie on that grid.",
+            "Multiply the loss with `torch.amp.GradScaler`, or use bfloat16.",
+        )

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ris_fast.health.watch.eager import eager_hook
-from ris_fast.health.watch.histories import NumbersRecord
+from ris_fast.health.watch.histories import GradientNumbers, NumbersRecord
 from ris_fast.training.telemetry.step_telemetry import norms
 
 FEW = 256  # numbers of a tensor, about, that are compared one by one
@@ -89,6 +89,12 @@ class ParameterSample:
         """(S,), which numbers have had a gradient other than zero, `live` or now."""
         now = self.gradient != 0
         return live | now if live is not None and live.shape == now.shape else now
+
+    def gradient_numbers(self) -> GradientNumbers:
+        """Reads the device."""
+        values = self.gradient.float().abs()
+        narrow = (values > 0) & (values < 2.0**-14) & ((values * 2.0**24).frac() == 0)
+        return GradientNumbers(len(values), int((values == 0).sum()), int(narrow.sum()))
 
     def finish(self, parameters: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """After the step: (T,) how many of each tensor's numbers it changed, and (), the norm of the update over that

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -19,7 +18,8 @@ from ris_fast.health.watch.ranks import RankObserver
 from ris_fast.health.watch.records import LoopRecord, StepRecord, TensorRecord
 from ris_fast.health.watch.rivals import Rivals
 from ris_fast.health.watch.rules import find_mistakes
-from ris_fast.health.watch.samples import few_numbers, has_norm, held_tensors
+from ris_fast.health.watch.samples import held_tensors
+from ris_fast.health.watch.start import Start
 
 
 class Watcher:
@@ -47,11 +47,7 @@ class Watcher:
         check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
         self.rivals = Rivals(self.optimizers, lambda: {id(p) for p in model.parameters()})
         self.hooks = [OptimizerHooks(model, each, every, self.rivals) for each in self.optimizers]
-        self.at_start = {id(p) for p in model.parameters()}
-        frozen_now = [p for p in model.parameters() if not p.requires_grad]
-        self.frozen_at_start = {id(p): few_numbers([p.detach()]).clone() for p in frozen_now if has_norm(p)} | {
-            id(p): None for p in frozen_now if not has_norm(p)
-        }
+        self.start = Start(model, self.optimizers)
         self.forward = ForwardHooks(model, self.hooks, every)
         self.losses = LossHook(self.forward.leaves, lambda: (self.forward.steps, self.steps), every)
         self.ranks = RankObserver(model, self.optimizers, every, stall_s)
@@ -103,21 +99,15 @@ class Watcher:
             optimizers=[hooks.record(parameters | others) for hooks in self.hooks],
             steps=self.steps,
             frozen=self.frozen,
-            frozen_at_start={parameters[key] for key in self.frozen_at_start.keys() & parameters.keys()},
-            masters={record for key, record in others.items() if key not in self.at_start},
-            moved_frozen={parameters[id(p)] for p in self.model.parameters() if self._moved_although_frozen(p)},
+            frozen_at_start={parameters[key] for key in self.start.frozen & parameters.keys()},
+            masters={record for key, record in others.items() if key not in self.start.ids},
+            moved_outside={parameters[id(p)] for p in self.model.parameters() if self.start.is_moved(p)},
+            with_gradient={parameters[id(p)] for p in self.model.parameters() if p.grad is not None},
             rival_tensors={parameters[key] for each in self.rivals.rivals for key in each.shared & parameters.keys()},
             forward=forward,
             losses=[each.on_host() for each in self.losses.records],
             ranks=self.ranks.record(forward.passes, wait_s),
         )
-
-    def _moved_although_frozen(self, parameter: Tensor) -> bool:
-        before = self.frozen_at_start.get(id(parameter))
-        if before is None or not has_norm(parameter):
-            return False
-        now = few_numbers([parameter.detach()])
-        return now.shape != before.shape or not bool(torch.equal(now, before.to(now.device)))
 
 
 def _record_of(tensor: Tensor, name: str = "") -> TensorRecord:

@@ -1,5 +1,5 @@
-"""Gradients by scene, by micro-batch and by step, and scenes as they are served: mistakes made in short runs, each named
-from the rows that they leave."""
+"""Gradients by scene, micro-batch and step, and scenes as they are served: mistakes in short runs, each named from the
+rows that they leave."""
 
 from __future__ import annotations
 

@@ -425,3 +425,32 @@ def test_watch_hooks_on_parts_go_after_the_first_passes() -> None:
     for _ in range(4):
         update(optimizer, loss_of(model(batch())))
     assert not model[0]._forward_hooks and seen.report() == []
+
+
+# ---- the order of a report ----
+
+
+def test_watch_report_begins_with_what_does_most_harm() -> None:
+    """Gradients that are NaN at every step come before a head that no loss reads, which is named with its share."""
+
+    class Headed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.small, self.large = network(), nn.Linear(8, 1), nn.Linear(8, 100)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    model = Headed()
+    model.small.requires_grad_(False)
+    model.body[0].weight.register_hook(lambda grad: grad * float("nan"))
+    optimizer = sgd(model.parameters())
+    seen = watch(model, optimizer)
+    for _ in range(1001):
+        update(optimizer, loss_of(model(batch(2))))
+        model.body[0].weight.data.nan_to_num_()
+    found = seen.report()
+    assert [finding.cause for finding in found][:2] == ["nonfinite_gradients", "unused_head"]
+    assert found[0].evidence.startswith("body.0.weight, ") and "at all" in found[0].evidence
+    assert found[1].evidence.startswith("2 tensors, 80 % of the weights: large.weight 71 %, large.bias 9 %")
+    assert found[0].certain and found[1].certain and found[-1].cause == "frozen_parameters"  # the smallest part

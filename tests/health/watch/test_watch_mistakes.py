@@ -253,23 +253,19 @@ def test_watch_reports_at_any_moment_of_an_accumulation() -> None:
             assert seen.report() == []
 
 
-@pytest.mark.parametrize("cleared", [True, False])
-def test_watch_is_certain_of_no_step_after_many_backwards(cleared: bool) -> None:
+@pytest.mark.parametrize("cleared, passes", [(True, 300), (False, 4100)])
+def test_watch_is_certain_of_no_step_after_thousands_of_backwards(cleared: bool, passes: int) -> None:
+    """Gradients of one scene at a time are cleared hundreds of times before a step."""
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = watch(model, optimizer)
-    for number in range(300 if cleared else 4100):
+    for _ in range(passes):
         if cleared:
             optimizer.zero_grad()
         model(torch.ones(1, 2)).sum().backward()
-        if number == 32:
-            assert not seen.report()[0].certain
     (finding,) = seen.report()
-    assert finding.cause == "step_never_called" and finding.certain
-    assert (
-        f"{300 if cleared else 4100} backward passes, {299 if cleared else 0} of which found the gradients cleared"
-        in finding.evidence
-    )
+    assert (finding.cause, finding.certain) == ("step_never_called", not cleared)
+    assert f"{passes} backward passes, {299 if cleared else 0} of which found the gradients cleared" in finding.evidence
 
 
 def test_watch_is_never_certain_of_parts_trained_in_turn() -> None:
