@@ -331,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for (kind, _), outcome in zip(cases, run_cases(cases, given.jobs)):
         found.setdefault(kind, []).append(outcome)
         if show or not hidden(outcome):
-            print(loop_line(outcome) if isinstance(outcome, Judged) else line(outcome), flush=True)
+            print(loop_line(outcome) if isinstance(outcome, Judged) else line(called(kind, outcome)), flush=True)
     result, outcomes = results(found)
     print(table(result))
     if given.json:
@@ -352,8 +352,13 @@ def results(found: Mapping[str, list[Any]]) -> tuple[dict[str, Any], list[Outcom
         result["afterwards"] = quiet
     if loops := found.get("loop", []):
         result["loops"] = loop_totals(loops)
-    later = [replace(outcome, name=f"{outcome.name} afterwards") for outcome in afterwards]
+    later = [called("fault afterwards", outcome) for outcome in afterwards]
     return result, [*scored, *later, *twins, *loops, *healthy]
+
+
+def called(kind: str, outcome: Outcome) -> Outcome:
+    """With ' afterwards' behind the name of a run that nobody watched."""
+    return replace(outcome, name=f"{outcome.name} afterwards") if kind.endswith(" afterwards") else outcome
 
 
 def _scored(found: Mapping[str, list[Any]], when: str) -> tuple[list[Outcome], list[Outcome]]:
