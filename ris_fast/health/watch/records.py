@@ -102,9 +102,8 @@ class OptimizerRecord:
         plain: what is known of every step; between: backward passes between two steps; numbers: of the tensors that
         have been in a step that was looked at, by name; outside: changes of weights between two steps, of `pairs` that
         were compared; denominators: see `denominators`; rivals: optimizers that the watch was not given, which step on
-        tensors of this one; loads: how often its state was loaded;
-        span: its
-        first and last step, counted in those of all optimizers; gradient: of the last look.
+        tensors of this one; loads: how often its state was loaded; reloads: with as many steps behind it as that
+        loaded before, although steps were made since; span: its first and last step, counted in those of all optimizers; gradient: of the last look.
     """
 
     kinds: frozenset[str]
@@ -127,6 +126,7 @@ class OptimizerRecord:
     denominators: dict[str, tuple[float, float]]
     rivals: list[Rival]
     loads: int
+    reloads: int
     span: tuple[int, int] | None
     gradient: GradientNumbers
 

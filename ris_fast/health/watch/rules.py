@@ -69,6 +69,8 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
         *rules_gradients.zeroed_gradients(records, loop.frozen),
         *rules_zero.zero_findings(loop, optimizer),
         *rules_zero.dead_units(loop, optimizer),
+        *rules_zero.zeros_now_and_then(loop, optimizer),
+        *rules_zero.symmetric_init(optimizer),
         *rules_zero.gradient_underflow(optimizer),
         *rules_rates.rate_findings(loop, optimizer),
         *rules_changes.change_findings(loop, optimizer),
