@@ -15,6 +15,7 @@ from ris_fast.health.watch import (
     rules_clip,
     rules_forward,
     rules_gradients,
+    rules_inside,
     rules_loss,
     rules_parameters,
     rules_ranks,
@@ -40,6 +41,7 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
     found = [
         *rules_parameters.parameter_findings(loop),
         *rules_forward.forward_findings(loop),
+        *rules_inside.inside_findings(loop),
         *rules_loss.loss_findings(loop),
         *rules_batches.batch_findings(loop),
         *by_optimizer,

@@ -52,7 +52,7 @@ def unused_head(optimizer: OptimizerRecord, frozen: tuple[str, ...]) -> Iterator
 
 
 def _filled_with_zeros(optimizer: OptimizerRecord) -> set[str]:
-    """Tensors to which no backward brings a gradient, and that have zeros at every look: a sum over ranks needs them."""
+    """Tensors to which no backward brings a gradient, and that have zeros at every look, as sums over ranks need."""
     looks = [each for each in optimizer.records if not each.closure]
     names = {name for each in looks for name in each.none_grads}
     for each in looks:

@@ -226,8 +226,8 @@ def class_left_out(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[F
     if len(silent) == 1 and others and all(others):
         yield finding(
             "scenes_left_out",
-            f"none of {counts[silent[0]][0]} scenes with label {silent[0]} has a gradient at the output, and scenes with"
-            f" {len(others)} other labels have one: `ignore_index={silent[0]}` does that, or a weight of zero.",
+            f"none of {counts[silent[0]][0]} scenes with label {silent[0]} has a gradient at the output, and scenes"
+            f" with {len(others)} other labels have one: `ignore_index={silent[0]}` does that, or a weight of zero.",
             losses[0].step + 1,
             MAY_BE_MEANT,
         )
