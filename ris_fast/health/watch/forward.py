@@ -153,7 +153,8 @@ class ForwardHooks:
             return
         self.was_training, self.inside, self.part_calls.sequences = module.training, [], []
         self.random = random_state() if self._is_evaluation() and len(self.drawn) < EVALUATIONS else []
-        self.writes.begin(tensors_of(given))
+        if self.writes.listens:
+            self.writes.begin(tensors_of(given))
 
     def _is_evaluation(self) -> bool:
         return not self.was_training and not torch.is_grad_enabled()

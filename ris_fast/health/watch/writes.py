@@ -26,11 +26,16 @@ class InputWrites:
         self.version = 0
         self.before: Tensor | None = None
 
+    @property
+    def listens(self) -> bool:
+        """Whether a pass is looked at: the first ones, and all where one has been written to."""
+        return self.passes < PASSES or bool(self.left)
+
     def begin(self, inputs: Sequence[Tensor]) -> None:
         """Before a pass."""
         self.input = self.before = None
         given = next((each for each in inputs if is_plain(each) and each.is_floating_point() and each.numel()), None)
-        if given is None or given.is_inference() or (self.passes >= PASSES and not self.left):
+        if given is None or given.is_inference():
             return
         self.input, self.version, self.passes = given, given._version, self.passes + 1
         if _place(given) in self.left and len(self.found) < FOUND:
