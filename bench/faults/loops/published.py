@@ -33,7 +33,7 @@ column says what the rebuilt loop shows, or why there is none: nothing in or bet
 | DS-6772        | expert_ids_overwritten    | experts that no rank computes receive no gradient                     |
 
 The loops are in the files `published*`. A hang ends here after some seconds, since a report can be
-asked for only when the loop gives control back.
+asked for only when the loop gives control back; the watch is asked to speak after 3 seconds, not minutes.
 """
 
 from __future__ import annotations

@@ -24,19 +24,23 @@ from torch.optim import Optimizer
 
 from ris_fast.health.watch.any_step import listen, stop_listening
 from ris_fast.health.watch.call_site import call_site
+from ris_fast.health.watch.draws import has_moved, own_dropouts, random_state
 from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.fingerprints import fingerprint_of
 from ris_fast.health.watch.graph import GraphLeaves, modules_of
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
+from ris_fast.health.watch.parts import PartCalls
 from ris_fast.health.watch.records import ForwardRecord, PassRecord
 from ris_fast.health.watch.samples import held_tensors
 from ris_fast.health.watch.tensors import few_rows, nonfinite, rows_with_gradient, tensors_of
+from ris_fast.health.watch.writes import InputWrites
 
 FIRST, LONGEST = 64, 4096  # training passes that are all looked at; where most of them reach no backward
 WALKED, PARTS = 6, 4  # training passes whose graph is walked, and in which the hooks on parts stay
 MARKED = 12  # training passes whose gradient at the output is compared with those of mistakes
 LATE = 64  # training passes that are looked at after the first
 ROUND, OTHERS = 8, 128  # passes of another kind between two steps that are looked at, and in all
+EVALUATIONS, CALLS = 32, 4096  # whose random numbers are looked at; of parts within a pass
 TRAINING = True, True  # in training mode, with gradients enabled
 
 
@@ -81,6 +85,10 @@ class ForwardHooks:
         self.names = {id(part): plain_name(path.removesuffix(".")) for path, part in modules_of(model)}
         self.inside: list[tuple[str, int]] = []  # layers of the pass that runs, and the rows that they are given
         self.rows_inside: list[tuple[int, int, list[tuple[str, int]]]] = []
+        self.part_calls, self.writes = PartCalls(), InputWrites()
+        self.sequences: list[tuple[tuple[int, ...], tuple[int, ...], list[tuple[str, int, int]]]] = []
+        self.drawn: list[bool] = []  # whether an evaluation drew random numbers
+        self.random: list[Any] = []
         self.whole: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the model and what compiles it
         self.hooks: list[Any] = []
         self.searched = False
@@ -132,16 +140,32 @@ class ForwardHooks:
             unsettled=self._unsettled(),
             spectral=self._spectral(),
             rows_inside=self.rows_inside,
+            sequences=self.sequences,
+            formats=self.part_calls.by_format(),
+            passes_heard=self.count,
+            written=self.writes.record(),
+            drawn=self.drawn,
+            own_dropouts=own_dropouts(self.model) if all(self.drawn) and self.drawn else [],
         )
 
-    def _before(self, module: nn.Module, *_: Any) -> None:
-        if module in self.whole:
-            self.was_training, self.inside = module.training, []
+    def _before(self, module: nn.Module, *given: Any) -> None:
+        if module not in self.whole:
+            return
+        self.was_training, self.inside, self.part_calls.sequences = module.training, [], []
+        self.random = random_state() if self._is_evaluation() and len(self.drawn) < EVALUATIONS else []
+        if self.writes.listens:
+            self.writes.begin(tensors_of(given))
+
+    def _is_evaluation(self) -> bool:
+        return not self.was_training and not torch.is_grad_enabled()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if module not in self.whole:
             return
         self.count += 1
+        self.writes.finish()
+        if self.random and self._is_evaluation():
+            self.drawn.append(has_moved(self.random, random_state()))
         kind = self.was_training, torch.is_grad_enabled()
         self.made[kind] += 1
         if self._due(kind):
@@ -216,15 +240,23 @@ class ForwardHooks:
             now.nodes = self.leaves.walk(inputs, outputs, self.steps)
             if self.inside and now.output_shape:
                 self.rows_inside.append((rows, now.output_shape[0], self.inside))
+            if self.part_calls.sequences:
+                self.sequences.append((now.shape, now.output_shape, self.part_calls.sequences))
         if self.leaves.walked >= PARTS and len(self.whole) == 1:  # else they are within a graph, which is made anew
-            for hook in self.part_hooks:
-                hook.remove()
-            self.part_hooks = []
+            self._unhook_parts()
 
-    def _part(self, module: nn.Module, args: tuple[Any, ...], _: Any) -> None:
+    def _unhook_parts(self) -> None:
+        for hook in self.part_hooks:
+            hook.remove()
+        self.part_hooks = []
+
+    def _part(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.called.add(id(module))
-        if args and isinstance(args[0], Tensor) and args[0].ndim > 1 and not module._modules:
-            self.inside.append((self.names.get(id(module), "?"), args[0].shape[0]))
+        if args and isinstance(args[0], Tensor) and args[0].ndim > 1:
+            name = self.names.get(id(module), "?")
+            self.part_calls.note(name, module, args[0], output)
+            if not module._modules and len(self.inside) < CALLS:
+                self.inside.append((name, args[0].shape[0]))
 
     def _unsettled(self) -> list[str]:
         """Reads the device."""
@@ -248,6 +280,8 @@ class ForwardHooks:
         if not self.count and not self.searched:
             self._hook_wrappers()
         if id(optimizer) in self.watched:
+            if self.part_hooks and not self.count and len(self.whole) == 1 and self.steps >= 2 * PARTS:
+                self._unhook_parts()  # something else calls the parts
             return
         if optimizer not in self.foreign:
             own = self.leaves.own_parameters()

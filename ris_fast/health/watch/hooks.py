@@ -28,7 +28,7 @@ from ris_fast.health.watch.records import OptimizerRecord, StepRecord, TensorRec
 from ris_fast.health.watch.rivals import Rivals
 from ris_fast.health.watch.samples import Origin, ParameterSample, WeightSamples, has_norm, held_tensors, local_values
 from ris_fast.health.watch.schedule import DENSE, LookSchedule
-from ris_fast.health.watch.state import denominators
+from ris_fast.health.watch.state import denominators, steps_of
 from ris_fast.training.telemetry.step_telemetry import norms
 
 KEPT = 64
@@ -50,6 +50,7 @@ class OptimizerHooks:
         self.sample: ParameterSample | None = None
         self.depth, self.closure = 0, False
         self.cost_s, self.rival_steps, self.loads, self.loads_before, self.resets = 0.0, 0, 0, 0, 0
+        self.reloads, self.loaded = 0, (-1, -1)  # loads that went back, and the last: how far its state was, and when
         self.handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -95,6 +96,7 @@ class OptimizerHooks:
             denominators=denominators(self.optimizer, parameters),
             rivals=[each for each in self.rivals.rivals if each.shared & ids],
             loads=self.loads,
+            reloads=self.reloads,
             span=self.rivals.span(self.optimizer),
             gradient=self.sample.gradient_numbers() if self.sample else GradientNumbers(),
         )
@@ -107,7 +109,11 @@ class OptimizerHooks:
         self.passes.close()
 
     def _loaded(self, *_: Any) -> None:
+        """A state that has made as many steps as the one loaded before, although steps were made since, is the same."""
         self.loads += 1
+        made = steps_of(self.optimizer)
+        self.reloads += made is not None and made == self.loaded[0] and self.steps > self.loaded[1]
+        self.loaded = -1 if made is None else made, self.steps
 
     def _hook_gradients(self) -> None:
         """Hooks on gradients for the next step, if it is one that is looked at."""

@@ -102,9 +102,9 @@ class OptimizerRecord:
         plain: what is known of every step; between: backward passes between two steps; numbers: of the tensors that
         have been in a step that was looked at, by name; outside: changes of weights between two steps, of `pairs` that
         were compared; denominators: see `denominators`; rivals: optimizers that the watch was not given, which step on
-        tensors of this one; loads: how often its state was loaded;
-        span: its
-        first and last step, counted in those of all optimizers; gradient: of the last look.
+        tensors of this one; loads: how often its state was loaded; reloads: with as many steps behind it as that
+        loaded before, although steps were made since; span: its first and last step, counted in those of all
+        optimizers; gradient: of the last look.
     """
 
     kinds: frozenset[str]
@@ -127,6 +127,7 @@ class OptimizerRecord:
     denominators: dict[str, tuple[float, float]]
     rivals: list[Rival]
     loads: int
+    reloads: int
     span: tuple[int, int] | None
     gradient: GradientNumbers
 
@@ -241,9 +242,13 @@ class ForwardRecord:
         beginning; made: all in training;
         steps: of the watched optimizers, all together; together: they have made as many steps each; leaves: that are
         nobody's; walked: passes whose graph was; outside_graph: parameters of parts that were called, which no output
-        depends on; unsettled: running statistics of a new layer, used in evaluation mode; spectral: layers with a
-        spectral norm that is settled in training; rows_inside: of a pass, scenes that the model is given and gives, and
-        those that each of its layers is given.
+        depends on; unsettled: running statistics of a new layer, used in evaluation mode;
+        spectral: layers with a spectral norm that is settled in training; rows_inside: of a pass, scenes that the model
+        is given and gives, and those that each of its layers is given; sequences: of a pass, shapes that the model is
+        given and gives, and the first two axes that each of its layers with time first is given; formats: calls of
+        layers by what became of autocast in them; passes_heard: of the model itself; written: of inputs that come again
+        where the model wrote into one, whether they are what it left, and whether it writes there again; drawn: of
+        evaluations, whether they drew random numbers; own_dropouts: parts that call a dropout by themselves.
     """
 
     passes: list[PassRecord]
@@ -257,6 +262,12 @@ class ForwardRecord:
     unsettled: list[str]
     spectral: list[str]
     rows_inside: list[tuple[int, int, list[tuple[str, int]]]]
+    sequences: list[tuple[tuple[int, ...], tuple[int, ...], list[tuple[str, int, int]]]]
+    formats: dict[str, int]
+    passes_heard: int
+    written: list[tuple[bool, bool]]
+    drawn: list[bool]
+    own_dropouts: list[str]
 
 
 @dataclass

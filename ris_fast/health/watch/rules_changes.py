@@ -14,6 +14,7 @@ from ris_fast.health.watch.kinds_of_change import kind_of_change
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, TensorRecord, is_finite
 from ris_fast.health.watch.rules_zero import gradient_underflow
 
+STOPPED = 8  # looks in a row without effect, at the end
 UPDATED = 16  # looks without effect that an optimizer which gathers several steps does not have
 SPOKEN = {
     "other": "to other numbers",
@@ -174,6 +175,18 @@ def step_without_effect(optimizer: OptimizerRecord) -> Iterator[Finding]:
             f" rate of {max(idle[-1].rates):.3g} have changed no number of {len(idle[-1].names)} tensors.",
             idle[0].step + 1,
             "" if len(idle) >= UPDATED and unmoved else "An optimizer that gathers several steps does that.",
+        )
+        return
+    since = max((number + 1 for number, each in enumerate(looks) if float(each.moved.sum())), default=0)
+    if (at_rest := looks[since:]) and len(at_rest) >= STOPPED:
+        yield finding(
+            "step_without_effect",
+            f"since step {at_rest[0].step + 1} no number of {len(at_rest[-1].names)} tensors has changed in any of "
+            f"{len(at_rest)} steps that were looked at, with gradients of norm"
+            f" {float(at_rest[-1].grad_at_step.norm()):.3g} at a rate of {max(at_rest[-1].rates):.3g}; steps before"
+            " moved them.",
+            at_rest[0].step + 1,
+            "A compiled or captured step that no longer fits does that; so does an optimizer that stops by itself.",
         )
 
 

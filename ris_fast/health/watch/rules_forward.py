@@ -174,7 +174,16 @@ def detached_backbone(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Find
         if all(tensor.name in record.none_grads for record in optimizer.records if tensor.name in record.hooked)
     }
     sizes = {each.name: each.size for each in silent if not each.name.startswith(loop.frozen)}
-    if sizes:
+    heard = {
+        name for by in loop.optimizers for each in by.records for name in each.hooked if name not in each.none_grads
+    }
+    never = [
+        each
+        for by in loop.optimizers
+        for each in by.tensors
+        if each.trainable and each not in silent and each not in by.trained and each.name not in heard
+    ]
+    if sizes and sum(each.size for each in never) <= sum(sizes.values()):  # else parts that do not run are the cause
         whole = sum(each.size for each in loop.parameters)
         yield finding(
             "detached_backbone",

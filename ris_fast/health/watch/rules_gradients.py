@@ -25,10 +25,11 @@ def unused_head(optimizer: OptimizerRecord, frozen: tuple[str, ...]) -> Iterator
     histories = {tensor: each for tensor, each in optimizer.histories.items() if tensor.name in optimizer.weight_norms}
     free = {tensor: each for tensor, each in histories.items() if each.free and tensor.trainable}
     came = {name for record in optimizer.records for name in record.hooked if name not in record.none_grads}
+    filled = _filled_with_zeros(optimizer)
     silent = [
         tensor
         for tensor, each in free.items()
-        if not each.with_grad and tensor not in optimizer.trained and tensor.name not in came
+        if (not each.with_grad or tensor.name in filled) and tensor not in optimizer.trained and tensor.name not in came
     ]
     unused = sorted((each for each in silent if not each.name.startswith(frozen)), key=lambda each: -each.size)
     turns = any(0 < each.with_grad < each.steps for each in histories.values())
@@ -48,6 +49,15 @@ def unused_head(optimizer: OptimizerRecord, frozen: tuple[str, ...]) -> Iterator
         else "A later phase may be the first to use them.",
         harm=share_of(sizes, whole),
     )
+
+
+def _filled_with_zeros(optimizer: OptimizerRecord) -> set[str]:
+    """Tensors to which no backward brings a gradient, and that have zeros at every look, as sums over ranks need."""
+    looks = [each for each in optimizer.records if not each.closure]
+    names = {name for each in looks for name in each.none_grads}
+    for each in looks:
+        names -= {name for name, norm in zip(each.names, each.grad_at_step.tolist()) if norm != 0}
+    return names if len(looks) >= EARLY else set()
 
 
 def _peer(name: str) -> str:
@@ -182,7 +192,8 @@ def _reversed_at_times(steps: list[StepRecord]) -> Iterator[Finding]:
 
 def gradients_never_cleared(records: list[StepRecord]) -> Iterator[Finding]:
     """A gradient is still there at the backward after a step, and added to, in all of the first steps."""
-    uncleared = [bool(record.uncleared) for record in records if record.uncleared is not None]
+    finite = [record for record in records if is_finite(record.grad_at_step)]  # a sum that grows may end in NaN
+    uncleared = [bool(record.uncleared) for record in finite if record.uncleared is not None]
     if len(uncleared) > 1 and all(uncleared):
         yield finding(
             "gradients_never_cleared",

@@ -26,10 +26,12 @@ def loss_findings(loop: LoopRecord) -> list[Finding]:
     return [
         *without_history(loop, losses),
         *shapes_broadcast(losses),
+        *one_row_for_all(loop, losses),
         *softmax_twice(losses),
         *nan_loss(losses),
         *limited_output(losses),
         *scenes_left_out(losses),
+        *class_left_out(loop, losses),
         *constant_targets(losses),
         *ignored_input(losses),
         *negated_loss(losses),
@@ -88,6 +90,28 @@ def _broadcast(loss: LossRecord) -> tuple[int, ...] | None:
         return None
     larger = math.prod(made) > max(map(math.prod, shapes))
     return made if larger and made in loss.chain_shapes else None
+
+
+def one_row_for_all(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """The model is given a batch and gives one row, which the loss spreads over the targets of all scenes."""
+    pairs = [(each, each.outputs.shape, each.targets.shape) for each in losses if each.outputs and each.targets]
+    found = [
+        (each, made, asked)
+        for each, made, asked in pairs
+        if len(made) == len(asked) > 1 and made[:1] == (1,) and asked[0] > 1 and asked in each.chain_shapes
+    ]
+    if len(found) < LOOKS or len(found) < len(pairs):
+        return
+    loss, made, asked = found[0]
+    batches = loop.forward is not None and any(each.shape[:1] == asked[:1] for each in loop.forward.passes)
+    if batches:
+        yield finding(
+            "batch_shrinks",
+            f"the model is given {asked[0]} scenes and gives outputs of shape {made}, which are compared with targets"
+            f" of shape {asked}: one row for all of them.",
+            loss.step + 1,
+            "An answer that is meant to be the same for all scenes looks like that.",
+        )
 
 
 def softmax_twice(losses: Sequence[LossRecord]) -> Iterator[Finding]:
@@ -180,6 +204,32 @@ def scenes_left_out(losses: Sequence[LossRecord]) -> Iterator[Finding]:
             " batches that were looked at.",
             found[0].step + 1,
             "" if per_scene and count == 1 else "A mask of scenes, or of time steps, looks like that.",
+        )
+
+
+def class_left_out(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """One of the classes that the outputs have never has a gradient, and all others have: with one label a scene, so
+    that it is no padding of sequences."""
+    scenes = {each.shape[0] for each in loop.forward.passes if each.shape} if loop.forward else set()
+    counts: dict[int, list[int]] = {}
+    for each in losses:
+        made, asked = each.outputs, each.targets
+        if each.rows is None or made is None or asked is None or not asked.whole or asked.few is None:
+            continue
+        rows = len(each.rows)
+        if len(made.shape) == 2 and asked.shape == (rows,) and rows in scenes and float(asked.most) < made.shape[1]:
+            some = each.rows[:: math.ceil(rows / len(asked.few))] if rows > len(asked.few) else each.rows
+            for label, reached in zip(asked.few[:, 0].int().tolist(), some.tolist()):
+                counts.setdefault(label, [0, 0])[reached] += 1
+    silent = [label for label, (without, reached) in counts.items() if label >= 0 and not reached and without >= SCENES]
+    others = [reached > 9 * without for label, (without, reached) in counts.items() if label not in silent]
+    if len(silent) == 1 and others and all(others):
+        yield finding(
+            "scenes_left_out",
+            f"none of {counts[silent[0]][0]} scenes with label {silent[0]} has a gradient at the output, and scenes"
+            f" with {len(others)} other labels have one: `ignore_index={silent[0]}` does that, or a weight of zero.",
+            losses[0].step + 1,
+            MAY_BE_MEANT,
         )
 
 

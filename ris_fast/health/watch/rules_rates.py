@@ -201,6 +201,15 @@ def optimizer_state_lost(optimizer: OptimizerRecord) -> Iterator[Finding]:
     if optimizer.plain.state_lost - optimizer.loads >= 3:
         evidence = f"the optimizer's state was empty again before {optimizer.plain.state_lost} steps."
         yield finding("optimizer_state_lost", evidence, optimizer.steps, doubt)
+    elif optimizer.reloads >= 3 and optimizer.plain.outside < optimizer.reloads:  # an episode resets weights too
+        yield finding(
+            "optimizer_state_lost",
+            f"one and the same state was loaded into the optimizer {optimizer.reloads + 1} times, with steps between"
+            " that it does not have; the weights went on.",
+            optimizer.steps,
+            doubt,
+            "Load the optimizer's part of a checkpoint once, before the loop.",
+        )
     again = [each for each in optimizer.rivals if each.kind in optimizer.kinds and each.kind != "SGD"]
     if len(again) >= 3:
         steps = median(each.steps for each in again)

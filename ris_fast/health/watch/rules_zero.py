@@ -6,17 +6,19 @@ Certain is only that they are zero; what makes them so is told from which tensor
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.watch.describe import describe_tensors, share_of
+from ris_fast.health.watch.describe import describe_steps, describe_tensors, share_of
 from ris_fast.health.watch.fixes import finding
-from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord
+from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
 LOOKS = 8  # of which none has another gradient
+MANY, USUAL, RARE, OFTEN = 16, 0.75, 0.25, 3  # looks in all; shares of them with a gradient and without; how often
 WHOLE = (
     "A rounding, a sign or an argmax in front of the loss does that (non_differentiable), an output unit that is off "
     "for "
@@ -160,4 +162,71 @@ def gradient_underflow(optimizer: OptimizerRecord) -> Iterator[Finding]:
             optimizer.records[-1].step + 1,
             "Scale the loss and look again: gradients that are small in truth do not lie on that grid.",
             "Multiply the loss with `torch.amp.GradScaler`, or use bfloat16.",
+        )
+
+
+def zeros_now_and_then(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
+    """In single steps all tensors up to one place of the network have a gradient of zeros, or one layer has inputs of
+    zeros, always at that place: what passes there is lost now and then. Blocks that are dropped at random change."""
+    looks = [each for each in optimizer.records if each.hooked and not each.closure]
+    norms = [_norms_of(each) for each in looks]
+    count = Counter(name for each in norms for name, norm in each.items() if norm > 0)
+    usual = [name for name in (norms[-1] if norms else ()) if count[name] >= USUAL * len(looks)]
+    lost = [tuple(name for name in usual if each.get(name) == 0) for each in norms]
+    odd = [number for number, names in enumerate(lost) if names and len(names) < len(usual)]
+    places = {_place(lost[number], usual) for number in odd}
+    apart = all(later > number + 1 for number, later in pairwise(odd))
+    if len(looks) < MANY or not OFTEN <= len(odd) <= RARE * len(looks) or not apart or len(places) != 1 or "" in places:
+        return
+    if any(name.startswith(loop.frozen) for number in odd for name in lost[number]):
+        return
+    steps = describe_steps([looks[number].step + 1 for number in odd], len(looks))
+    yield finding(
+        "zeroed_gradients",
+        f"now and then, {steps}, nothing passes in front of {places.pop()}: gradients of all tensors before it are"
+        " exactly zero, or those of its weight while its bias has one. In other steps they are not.",
+        looks[odd[0]].step + 1,
+        "A copy between devices that loses its numbers, or is read before it is there, does that; so does an input"
+        " that is masked for whole batches. A check for `(x == 0).all()` on both sides of that place tells.",
+    )
+
+
+def _norms_of(look: StepRecord) -> dict[str, float]:
+    """Of the gradients that came."""
+    came = set(look.hooked) - set(look.none_grads)
+    return {name: norm for name, norm in zip(look.names, look.grad_after_backward.tolist()) if name in came}
+
+
+def _place(lost: tuple[str, ...], usual: list[str]) -> str:
+    """The layer in front of which it happens; empty where tensors are lost in another way."""
+    layer, _, kind = lost[0].rpartition(".")
+    if len(lost) == 1 and kind == "weight" and f"{layer}.bias" in usual and lost[0] != usual[0]:
+        return layer
+    return usual[len(lost)].rpartition(".")[0] if len(lost) > 1 and list(lost) == usual[: len(lost)] else ""
+
+
+def symmetric_init(optimizer: OptimizerRecord) -> Iterator[Finding]:
+    """Matrices of one shape whose weights and gradients have the same norms to the last bit at every look: copies that
+    nothing tells apart. What is copied on purpose, such as a second critic, has gradients of its own."""
+    looks = [each for each in optimizer.records if each.hooked and not each.closure and is_finite(each.grad_at_step)]
+    looks = [each for each in looks if each.names == looks[-1].names and each.weights_after is not None]
+    if len(looks) < LOOKS:
+        return
+    shapes = {each.name: each.shape for each in optimizer.tensors if each.trainable and each.size >= LOOKS}
+    grads = torch.stack([each.grad_after_backward for each in looks]).T.tolist()
+    weights = torch.stack([each.weights_after for each in looks]).T.tolist()
+    alike = defaultdict(list)
+    for name, gradient, weight in zip(looks[-1].names, grads, weights):
+        if len(shapes.get(name, ())) > 1 and all(gradient) and all(weight) and len(set(weight)) > 1:
+            alike[shapes[name], tuple(gradient), tuple(weight)].append(name)
+    groups = [names for names in alike.values() if len(names) > 1]
+    if groups:
+        names = max(groups, key=len)
+        yield finding(
+            "symmetric_init",
+            f"{len(names)} tensors ({', '.join(names[:3])}) have the same norms, and so have their gradients, bit for"
+            f" bit, at each of {len(looks)} looks: they started as copies and stay so.",
+            looks[-1].step + 1,
+            "Copies that are trained side by side to be compared look the same.",
+            "Draw the weights of each copy anew, e.g. build the layer again where it is copied with `deepcopy`.",
         )

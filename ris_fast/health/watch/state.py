@@ -37,3 +37,13 @@ def _denominator(group: dict[str, Any], state: dict[str, Any]) -> tuple[float, f
     decay = betas[1] if "exp_avg_sq" in state and betas else 0.0
     correction = 1.0 - float(decay) ** float(step) if step is not None and decay else 1.0
     return eps, math.sqrt(float(values.median()) / max(correction, 1e-12))
+
+
+def steps_of(optimizer: Optimizer) -> int | None:
+    """How many steps the state has behind it: 0 for an empty one, None where it does not say, or on a device."""
+    if not optimizer.state:
+        return 0
+    step = next(iter(optimizer.state.values())).get("step")
+    if isinstance(step, Tensor):
+        return int(step) if step.device.type == "cpu" and step.numel() == 1 else None
+    return int(step) if isinstance(step, (int, float)) else None
