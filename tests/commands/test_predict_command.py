@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from ris_fast import Predictor, SceneGenerator, build_model, load, load_config, simulate
 from ris_fast.commands.cli import main
+from ris_fast.commands.predict import never_learned
 from ris_fast.commands.run_folder import RunFolder
 from ris_fast.data.write import write_shards
 from ris_fast.inference import predictor as module
@@ -66,6 +68,18 @@ def test_predict_writes_what_the_predictor_finds(
     close(opened(tmp_path / "new" / "a.npz"), expected)
     said = capsys.readouterr().out
     assert f"{expected['count'].sum()} sources" in said and f"by {method}" in said and "a.npz" in said
+
+
+@pytest.mark.parametrize(
+    "verdict, best, warned", [("stalled", 0.9, True), ("stopped", 0.1, False), ("learned", 0.1, False)]
+)
+def test_predict_warns_of_a_run_that_never_learned(verdict: str, best: float, warned: bool, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"verdict": verdict, "best_val_nmse": best, "baselines": {"zero": 1.0, "mean": 0.8}})
+    )
+    lines = never_learned(tmp_path)
+    assert len(lines) == warned and all("has not learned (stalled: best validation NMSE 0.9" in line for line in lines)
+    assert never_learned(tmp_path / "nowhere") == []
 
 
 def test_predict_streams_many_chunks_to_every_ending(

@@ -11,7 +11,7 @@ from ris_fast.health.monitor.history import Row, Rule, RunHistory
 from ris_fast.health.monitor.settings_rules import TRUTH, settings_of
 
 LOOKS = 3  # rows that must show the same
-MANY = 0.25  # of all tensors: a head with one answer to give has no gradient either
+MANY = 0.25  # of all tensors
 SEEN_STEPS = 16  # in which a gradient was always zero
 LEFT_OUT = 0.05  # of the scenes
 WHOLE = 1e-3  # relative: of the sum of shares
@@ -90,6 +90,8 @@ def always_zero(run: RunHistory) -> Iterator[Finding]:
         names &= set((each.get("without_gradient") or {}).get("names", ()))
     lacking = (_sampled(run)[-1].get("without_path") or {}) if _sampled(run) else {}
     names -= set(lacking.get("names", ()))
+    quiet = tuple(name for name, term in (run.steps[-1].get("terms") or {}).items() if term["raw"] == 0)
+    names = {name for name in names if not name.startswith(quiet)}  # a head that has one answer to give
     frozen = ((settings_of(run).get("membership") or {}).get("frozen") or {}).get("count", 0)
     silent = seen["tensors"] - lacking.get("tensors", 0) - frozen
     if names and silent >= MANY * max(each.get("tensors", 1) for each in _sampled(run)) and _has_gradient(run):

@@ -63,7 +63,8 @@ def _keeps(owner: Any) -> Iterator[Any]:
             yield value
         elif isinstance(value, (list, tuple, dict)) and not name.endswith("_hooks"):
             inner = value.values() if isinstance(value, dict) else value
-            yield from (each for each in inner if isinstance(each, (*GENERATORS, *SCHEDULERS, Optimizer)))
+            kinds = (*GENERATORS, *SCHEDULERS, Optimizer, *((Tensor,) if isinstance(owner, nn.Module) else ()))
+            yield from (each for each in inner if isinstance(each, kinds))
         elif isinstance(owner, nn.Module) and isinstance(value, Tensor):  # a cache that is no buffer
             yield value
 

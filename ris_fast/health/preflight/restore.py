@@ -206,12 +206,17 @@ def _attributes(owner: Any) -> Undo:
     return back
 
 
-def _elements(value: Any) -> Undo:
+def _elements(value: Any, depth: int = 3) -> Undo:
+    """The elements of a list, a dictionary or a set, and those of such elements in turn."""
     kept = list(value) if isinstance(value, list) else dict(value) if isinstance(value, dict) else set(value)
+    held = kept.values() if isinstance(kept, dict) else kept
+    inner = [_elements(each, depth - 1) for each in held if depth > 1 and isinstance(each, (dict, list, set))]
 
     def back() -> None:
         value.clear()
         (value.extend if isinstance(value, list) else value.update)(kept)
+        for each in inner:
+            each()
 
     return back
 

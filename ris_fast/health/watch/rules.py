@@ -27,6 +27,7 @@ from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
 EXPLAINS = {"dead_units": ["ignored_input"], "constant_input": ["ignored_input"]}  # what follows from a cause
+FEW_PASSES = 64  # backward passes that an optimizer waits while others step
 MANY_PASSES = 4096  # backward passes without a step, more than anybody adds up
 SCALER_STEPS = 24  # a loss scale halves its way to one that fits in fewer
 GROWN = 10.0  # factor on the weights' norm
@@ -93,7 +94,7 @@ def step_never_called(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[
     doubt = "If gradients are added up over several passes, the first step is still to come."
     others = loop.steps or optimizer.rivals
     certain = not others and optimizer.passes > MANY_PASSES
-    if optimizer.arrived:
+    if optimizer.arrived and not (loop.steps and optimizer.passes <= FEW_PASSES):
         yield finding(
             "step_never_called",
             f"{len(optimizer.arrived)} tensors have received gradients in {optimizer.passes} backward passes, "

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.describe import describe_tensors, share_of
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
-from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
+from ris_fast.health.watch.records import EARLY, LoopRecord, OptimizerRecord, StepRecord, is_finite
 from ris_fast.health.watch.rules_scale import is_square_of_scale
 
 LONG = 1000  # steps without a gradient after which a tensor is no longer waited for
@@ -34,7 +34,7 @@ def unused_head(optimizer: OptimizerRecord, frozen: tuple[str, ...]) -> Iterator
     turns = any(0 < each.with_grad < each.steps for each in histories.values())
     peers = {_peer(tensor.name) for tensor, each in histories.items() if 0 < each.with_grad < each.steps}
     unused = [tensor for tensor in unused if _peer(tensor.name) not in peers]
-    if not unused:
+    if not unused or optimizer.steps < EARLY:
         return
     sizes, whole = {each.name: each.size for each in unused}, sum(each.size for each in histories)
     yield finding(

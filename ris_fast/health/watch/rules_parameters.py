@@ -55,7 +55,7 @@ def _missing(loop: LoopRecord, missing: list[TensorRecord]) -> Iterator[Finding]
 def _twice(loop: LoopRecord, held: Counter[TensorRecord]) -> Iterator[Finding]:
     """In two groups of one optimizer, which cannot be meant, or in two optimizers, which may step in turn."""
     spans = sorted(by.span for by in loop.optimizers if by.span)
-    in_phases = len(spans) > 1 and all(last < first for (_, last), (first, _) in pairwise(spans))
+    in_phases = bool(spans) and all(last < first for (_, last), (first, _) in pairwise(spans))
     twice = [] if in_phases else [tensor for tensor, count in held.items() if count > 1]
     within = [tensor for by in loop.optimizers for tensor, count in Counter(by.tensors).items() if count > 1]
     doubt = "" if within else "Two optimizers hold them: they may be meant to step in turn."
@@ -108,7 +108,8 @@ def _stale(loop: LoopRecord, missing: list[TensorRecord], trained: set[TensorRec
     idle = [
         (each, by)
         for each, by in owner.items()
-        if (each not in trained and each not in served) or (each not in by.with_grad and each.shape in shapes)
+        if (each not in trained and each not in served and by.steps)
+        or (each not in by.with_grad and each.shape in shapes)
     ]
     certain = all(each not in by.with_grad and each.shape in shapes for each, by in idle)
     if idle:

@@ -17,7 +17,6 @@ from ris_fast.health.watch.fixes import finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord
 
 LOOKS = 8  # of which none has another gradient
-SEVERAL = 4
 WHOLE = (
     "A rounding, a sign or an argmax in front of the loss does that (non_differentiable), an output unit that is off "
     "for "
@@ -29,7 +28,7 @@ PARTLY = "A rounding, a comparison or a factor of zero on the way does that, and
 def zero_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
     looks = [each for each in optimizer.records if each.hooked]
     heard = _heard(looks)
-    zero = [name for name, norms in heard.items() if len(norms) >= SEVERAL and not any(norms)]
+    zero = [name for name, norms in heard.items() if len(norms) >= LOOKS and not any(norms)]
     zero = [name for name in zero if not name.startswith(loop.frozen)]
     if not zero or not all(_always_zero(name, looks) for name in zero):
         return
@@ -37,7 +36,7 @@ def zero_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Find
     others = [name for name, norms in heard.items() if name not in zero and any(norms)]
     nothing = _at_zero(zero, looks)
     if len(nothing) >= 2:
-        yield _product(nothing, len(zero), at, certain=min(len(heard[name]) for name in nothing) >= LOOKS)
+        yield _product(nothing, len(zero), at)
     elif not others and any(tensor.dtype == torch.float16 for tensor in optimizer.tensors):
         evidence = f"the gradients of all {len(zero)} tensors arrive and are zeros, in float16, which ends at 6e-08."
         yield finding("gradient_underflow", evidence, at, f"In another format they may be zero, too. {WHOLE}")
@@ -80,7 +79,7 @@ def _at_zero(zero: list[str], looks: list[StepRecord]) -> list[str]:
     return [name for name, norm in weights.items() if norm == 0 and not name.endswith("bias")]
 
 
-def _product(names: list[str], count: int, step: int, *, certain: bool) -> Finding:
+def _product(names: list[str], count: int, step: int) -> Finding:
     return finding(
         "zero_product_init",
         f"{len(names)} tensors are all zeros and their gradients arrive and are all zeros: {', '.join(names[:3])}. "
@@ -88,7 +87,6 @@ def _product(names: list[str], count: int, step: int, *, certain: bool) -> Findi
         " a factor of the other's "
         f"gradient.{f' {count - len(names)} more tensors are cut off.' if count > len(names) else ''}",
         step,
-        "" if certain else "Few steps have been looked at so far.",
     )
 
 

@@ -260,13 +260,14 @@ class Keeping(torch.nn.Module):
         self.spectral = torch.nn.utils.parametrizations.spectral_norm(linear(32))
         self.register_buffer("wide", torch.zeros(1, 4).expand(3, 4))
         self.register_buffer("mean", torch.zeros(32))
-        self.calls, self.cache, self.seen, self.last = 0, {}, [], torch.zeros(3)
+        self.calls, self.cache, self.seen, self.last = 0, {"rows": []}, [torch.zeros(2)], torch.zeros(3)
         self.torch_draws, self.draws = torch.Generator().manual_seed(3), np.random.default_rng(1)
         self.python_draws, self.helper = random.Random(1), Counted()
 
     def forward(self, snapshots: Any, channel: Any, codes: Any, snr_db: Any) -> torch.Tensor:
         self.calls, self.cache[self.calls % 5] = self.calls + 1, snapshots.shape
-        self.seen.append(1)
+        self.cache["rows"].append(len(snapshots))
+        self.seen.append(self.seen[0].add_(1))
         self.helper.number += 1
         self.last.add_(1)
         if self.training:
@@ -280,7 +281,14 @@ class Keeping(torch.nn.Module):
 
     def kept(self) -> tuple:
         return (
-            (self.calls, dict(self.cache), len(self.seen), self.last.tolist(), self.helper.number),
+            (
+                self.calls,
+                deepcopy(self.cache),
+                len(self.seen),
+                self.seen[0].tolist(),
+                self.last.tolist(),
+                self.helper.number,
+            ),
             (self.torch_draws.get_state().tolist(), self.draws.bit_generator.state, self.python_draws.getstate()),
             (self.mean.tolist(), self.norm.running_mean.tolist(), int(self.norm.num_batches_tracked)),
             ([module.training for module in self.modules()], [each.requires_grad for each in self.parameters()]),
