@@ -243,7 +243,10 @@ def weights_stay_where_the_step_left_them(run: RunHistory) -> Iterator[Finding]:
     whose = f" Callbacks that may: {', '.join(callbacks)}." if callbacks else ""
     if _seen_at_an_epoch(run):
         return
-    if seen := window.get("changed_outside"):
+    seen = window.get("changed_outside")
+    if seen and seen["first"] in {int(row.get("step", 0)) + 1 for row in run.epochs}:
+        return  # between two epochs, which the row of the second says more of
+    if seen:
         yield run.finding(
             "weights_changed_outside",
             f"between two steps the norm of {seen['tensors']} tensors changes by more than the optimizer moves them, at"

@@ -134,7 +134,7 @@ def _moved_otherwise(context: PreflightContext, before: list[Tensor], taken: Ste
             f"one step makes {len(broken)} of {len(before)} tensors NaN or infinite, first {broken[0]}, from gradients"
             f" that are finite (Adam's epsilon is {eps:.2g}).",
         )
-    elif still and not moving:
+    elif still and not moving and not rounded_to_16_bits(context.model.parameters()):
         yield Finding(
             "step_without_effect",
             f"the optimizer reports that it moved {len(still)} tensors, first {still[0]} by {reported[still[0]]:.2g},"

@@ -18,6 +18,7 @@ from ris_fast.health.watch.samples import ParameterSample, WeightSamples
 
 FIRST, LAST = 4, 8  # changes that are kept
 LIGHT, ARMED = 0.004, 0.02  # shares of a step that keeping may take: before a change was seen, and after
+LONG_S = 0.01  # of a step beside which that is small
 FREE = 1024  # steps after the first change that are kept whatever it takes
 
 
@@ -80,7 +81,8 @@ class OutsideWatch:
 
     def begin_light(self, step: int, step_s: float) -> None:
         """Before a step that is not looked at."""
-        cheap = 2 * self.light_s < (ARMED if self.armed else LIGHT) * step_s or (self.armed and self.lights < FREE)
+        cheap = step_s > LONG_S and 2 * self.light_s < (ARMED if self.armed else LIGHT) * step_s
+        cheap = cheap or (self.armed > 0 and self.lights < FREE)
         if self.samples is not None and self.tensors and cheap:
             self.lights += 1
             began = perf_counter()

@@ -30,7 +30,7 @@ from ris_fast.health.watch.graph import GraphLeaves, modules_of
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.records import ForwardRecord, PassRecord
 from ris_fast.health.watch.samples import held_tensors
-from ris_fast.health.watch.tensors import few_rows, has_nan, rows_with_gradient, tensors_of
+from ris_fast.health.watch.tensors import few_rows, nonfinite, rows_with_gradient, tensors_of
 
 FIRST, LONGEST = 64, 4096  # training passes that are all looked at; where most of them reach no backward
 WALKED, PARTS = 6, 4  # training passes whose graph is walked, and in which the hooks on parts stay
@@ -72,7 +72,7 @@ class ForwardHooks:
         self.looked: Counter[tuple[bool, bool]] = Counter()
         self.rounds: dict[tuple[bool, bool], tuple[int, int]] = {}
         self.leaves = GraphLeaves(model)
-        self.called: dict[int, bool] = {}  # by id of a part: whether gradients were enabled in a call of it
+        self.called: set[int] = set()  # ids of parts
         self.watched = {id(each.optimizer) for each in by_optimizer}
         self.foreign: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()  # of another model
         self.modal = [part for part in model.modules() if is_modal(part)]
@@ -191,7 +191,7 @@ class ForwardHooks:
             self._follow(now, inputs, outputs)
         if len(self.passes) <= FIRST or not now.grad or self.late:
             now.input, now.output = few_rows(inputs), few_rows(outputs)
-            now.nan_in, now.nan_out = has_nan(inputs), has_nan(outputs)
+            now.nonfinite_in, now.nonfinite_out = nonfinite(inputs), nonfinite(outputs)
 
     def _follow(self, now: PassRecord, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Whether a backward pass reaches the outputs, and what they depend on."""
@@ -222,7 +222,7 @@ class ForwardHooks:
             self.part_hooks = []
 
     def _part(self, module: nn.Module, args: tuple[Any, ...], _: Any) -> None:
-        self.called[id(module)] = self.called.get(id(module), False) or torch.is_grad_enabled()
+        self.called.add(id(module))
         if args and isinstance(args[0], Tensor) and args[0].ndim > 1 and not module._modules:
             self.inside.append((self.names.get(id(module), "?"), args[0].shape[0]))
 
@@ -231,7 +231,7 @@ class ForwardHooks:
         return [
             plain_name(path.removesuffix("."))
             for path, part in modules_of(self.model)
-            if isinstance(part, nn.modules.batchnorm._NormBase) and not part.training and self.called.get(id(part))
+            if isinstance(part, nn.modules.batchnorm._NormBase) and not part.training and id(part) in self.called
             if part.running_mean is not None and not part.running_mean.any() and bool((part.running_var == 1).all())
         ]
 

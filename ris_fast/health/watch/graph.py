@@ -86,15 +86,15 @@ class GraphLeaves:
             shape = tuple(tensor.shape)
             self.unknown.append(_Leaf(weakref.ref(tensor), shape, parameter, numbers, step, among, of_outputs))
 
-    def outside(self, called: Mapping[int, bool]) -> list[str]:
-        """Names of the parameters of parts that were called with gradients enabled, and that no output depends on."""
+    def outside(self, called: set[int]) -> list[str]:
+        """Names of the parameters of parts that were called, and that no output depends on."""
         if self.cut or not self.walked:
             return []
         own = self.own_parameters()
         return [
             own[id(value)]
             for _, module in modules_of(self.model)
-            if called.get(id(module))
+            if id(module) in called
             for value in module._parameters.values()
             if value is not None and value.requires_grad and id(value) not in self.reached
         ]
@@ -132,6 +132,7 @@ class GraphLeaves:
             like_outputs=leaf.of_outputs,
             training=training,
             registered=False,
+            with_grad=tensor is not None and tensor.grad is not None,
         )
 
 
@@ -151,6 +152,7 @@ def _left_out(name: str, tensor: Tensor, held: bool, passes: int) -> LeafRecord:
         like_outputs=False,
         training=None,
         registered=True,
+        with_grad=tensor.grad is not None,
     )
 
 

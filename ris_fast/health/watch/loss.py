@@ -16,7 +16,7 @@ from torch import Tensor
 from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.graph import CHAIN, MOVING, GraphLeaves, chain_of, graph_of, operation
 from ris_fast.health.watch.records import LossRecord, Numbers
-from ris_fast.health.watch.tensors import few_rows, has_nan, is_plain, rows_with_gradient, tensors_of
+from ris_fast.health.watch.tensors import few_rows, is_plain, nonfinite, rows_with_gradient, tensors_of
 
 FIRST, LATE, WALKED = 32, 64, 4  # calls that are noted, of later steps, and with a walk through the graph
 
@@ -97,7 +97,7 @@ def numbers_of(tensors: Sequence[Tensor]) -> Numbers | None:
         least=ends.min,
         most=ends.max,
         imaginary=imaginary,
-        nan=has_nan([real]),
+        nonfinite=nonfinite([real]),
         few=few_rows([tensor]),
     )
 

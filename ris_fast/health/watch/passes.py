@@ -27,7 +27,7 @@ class PassCounter:
         self.last: weakref.ref[Tensor] | None = None
         self.version = 0  # of the weights, at the last pass
         self.passes, self.cleared, self.moved = 0, 0, False  # since the last step
-        self.site, self.one_site = 0, True  # where the last pass was called, and whether all were
+        self.site, self.one_site = 0, True  # where the last pass was called, and whether all but the first were
         self.intervals: Counter[tuple[int, int, bool]] = Counter()
         self.unused, self.replaced, self.heard = 0, 0, False
 
@@ -42,12 +42,14 @@ class PassCounter:
 
     def _arrive(self, parameter: Tensor) -> None:
         """Backward adds to the same tensor unless it was set to None or its graph is kept."""
-        grad, last, site = parameter.grad, self.last, _call_site()
+        grad, last = parameter.grad, self.last
         if last is not None:
+            site = _call_site()
             self.cleared += last() is not grad and not grad.requires_grad and grad.layout == torch.strided
             self.moved |= parameter._version != self.version
-            self.one_site &= site == self.site != 0
-        self.heard, self.site = True, site
+            self.one_site &= site == (self.site or site) != 0
+            self.site = site
+        self.heard = True
         self.passes, self.last, self.version = self.passes + 1, weakref.ref(grad), parameter._version
 
     def before(self) -> None:
@@ -63,7 +65,8 @@ class PassCounter:
 
     def restart(self) -> None:
         """After a step: what a closure did within it is not counted."""
-        self.passes, self.cleared, self.moved, self.last, self.one_site = 0, 0, False, None, True
+        self.passes, self.cleared, self.moved, self.last = 0, 0, False, None
+        self.site, self.one_site = 0, True
 
     def record(self) -> Passes:
         return Passes(dict(self.intervals), self.unused, self.replaced, self.passes)

@@ -171,9 +171,10 @@ class PassRecord:
         training, training_after: the model's mode before and after it; grad: whether an output requires a gradient;
         reached: whether a backward pass came to one; parts_training: parts whose mode matters that are in training
         mode, of `parts`; inputs: tensors given; shape, output_shape: of the first; nodes: of its graph, 0 where it was
-        not walked; input, output: (R, F) a few numbers; nan_in, nan_out: (), whether there is a NaN in any;
-        rows: (B,) scenes with a gradient at the output; given_again: the first input is the tensor that the pass before
-        was given; mark_kind, mark: which mistake the gradient at the output looks like, and how far it is from that.
+        not walked; input, output: (R, F) a few numbers; nonfinite_in, nonfinite_out: (2,), whether there are NaN, or
+        infinities; rows: (B,) scenes with a gradient at the output; given_again: the first input is the tensor that the
+        pass before was given; mark_kind, mark: which mistake the gradient at the output looks like, and how far it is
+        from that.
     """
 
     number: int
@@ -194,8 +195,8 @@ class PassRecord:
     nodes: int = 0
     input: Tensor | None = None
     output: Tensor | None = None
-    nan_in: Tensor | None = None
-    nan_out: Tensor | None = None
+    nonfinite_in: Tensor | None = None
+    nonfinite_out: Tensor | None = None
     rows: Tensor | None = None
     given_again: bool = False
     mark_kind: str = ""
@@ -213,7 +214,7 @@ class LeafRecord:
         alive: it is still there; held: by an optimizer; unchanged: its numbers are those that it had first; since:
         steps made before that; among_trained: its operation has another operand that comes from parameters;
         like_outputs: it may have a row for each scene; training: mode of the layer that has it; registered: it is a
-        parameter of one of the model's modules.
+        parameter of one of the model's modules; with_grad: it has a gradient now.
     """
 
     name: str
@@ -229,6 +230,7 @@ class LeafRecord:
     like_outputs: bool
     training: bool | None
     registered: bool
+    with_grad: bool
 
 
 @dataclass(frozen=True)
@@ -238,10 +240,10 @@ class ForwardRecord:
     Args: passes: those that were looked at; first: as many in training were all looked at, from the
         beginning; made: all in training;
         steps: of the watched optimizers, all together; together: they have made as many steps each; leaves: that are
-        nobody's; walked: passes whose graph was; outside_graph: parameters of parts that were called with gradients
-        enabled, which no output depends on; unsettled: running statistics of a new layer, used in evaluation mode;
-        spectral: layers with a spectral norm that is settled in training; rows_inside: of a pass, scenes that the model
-        is given and gives, and those that each of its layers is given.
+        nobody's; walked: passes whose graph was; outside_graph: parameters of parts that were called, which no output
+        depends on; unsettled: running statistics of a new layer, used in evaluation mode; spectral: layers with a
+        spectral norm that is settled in training; rows_inside: of a pass, scenes that the model is given and gives, and
+        those that each of its layers is given.
     """
 
     passes: list[PassRecord]
@@ -262,7 +264,7 @@ class Numbers:
     """Of outputs or targets. Numbers stay on their device until `on_host`.
 
     Args: whole: classes or counts; least, most: (), of real and imaginary parts; imaginary: (), largest imaginary part;
-        nan: (), whether there is a NaN; few: (R, F) a few numbers.
+        nonfinite: (2,), whether there are NaN, infinities; few: (R, F) a few numbers.
     """
 
     shape: tuple[int, ...]
@@ -271,7 +273,7 @@ class Numbers:
     least: Tensor
     most: Tensor
     imaginary: Tensor
-    nan: Tensor | None
+    nonfinite: Tensor | None
     few: Tensor | None
 
     def on_host(self) -> Numbers:

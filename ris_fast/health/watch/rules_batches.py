@@ -29,7 +29,7 @@ def batch_findings(loop: LoopRecord) -> list[Finding]:
         *nonfinite_inputs(loop.forward.passes),
         *softmax_twice(trained),
         *constant_input(trained),
-        *repeated_batch(trained),
+        *(repeated_batch(trained) or one_batch(trained, evaluated)),
         *cached_validation(loop, evaluated),
         *random_evaluation(evaluated),
         *scenes_left_out(trained),
@@ -45,13 +45,15 @@ def _both(each: PassRecord) -> bool:
 
 
 def nonfinite_inputs(passes: list[PassRecord]) -> Iterator[Finding]:
-    """The first pass with NaN in its outputs has them in its inputs; later ones may be fed what came out before."""
-    first = next((each for each in passes if each.nan_out is not None and bool(each.nan_out)), None)
-    if first is not None and first.nan_in is not None and bool(first.nan_in):
+    """The first pass whose outputs are not finite has such inputs; later ones may be fed what came out before."""
+    first = next((each for each in passes if each.nonfinite_out is not None and bool(each.nonfinite_out.any())), None)
+    if first is not None and first.nonfinite_in is not None and bool(first.nonfinite_in.any()):
+        what = "NaN" if bool(first.nonfinite_in[0]) else "infinities"
         yield finding(
             "nonfinite_data",
-            f"inputs of forward pass {first.number} have NaN, and so have its outputs, the first to have any.",
+            f"inputs of forward pass {first.number} have {what}, and its outputs are the first that are not finite.",
             first.step + 1,
+            "" if bool(first.nonfinite_out[0]) else "Masks hold infinities on purpose.",
         )
 
 
@@ -103,7 +105,29 @@ def _alike(rows: Tensor) -> bool:
     return bool((rows == rows[0]).all())
 
 
-def repeated_batch(trained: list[PassRecord]) -> Iterator[Finding]:
+def one_batch(trained: list[PassRecord], evaluated: list[PassRecord]) -> list[Finding]:
+    """Training reads one batch, made anew each time, and evaluation has several others of its size, as data have that
+    do not fit into one."""
+    seen = [each for each in trained if each.input is not None]
+    alike = len(seen) >= EARLY and all(_same(seen[0], each) and not each.given_again for each in seen)
+    others: list[PassRecord] = []
+    for each in evaluated if alike else ():
+        if each.shape == seen[0].shape and not any(_same(each, other) for other in (seen[0], *others)):
+            others.append(each)
+    if len(others) < LOOKS:
+        return []
+    return [
+        finding(
+            "repeated_batch",
+            f"all {len(seen)} steps that were looked at read the same batch, made anew each time; evaluation has"
+            f" {len(others)} others of its size.",
+            seen[1].step + 1,
+            "An iterator that is made for each step, `next(iter(loader))`, does that; so does one batch on purpose.",
+        )
+    ]
+
+
+def repeated_batch(trained: list[PassRecord]) -> list[Finding]:
     """Batches come as often in a row, made anew each time: as from workers that read the same scenes. A loop that makes
     several steps with a batch gives the same tensor again."""
     seen = [each for each in trained if each.input is not None]
@@ -117,13 +141,16 @@ def repeated_batch(trained: list[PassRecord]) -> Iterator[Finding]:
     whole = runs[:-1]  # the last may go on
     count = len(whole[0]) if whole else 0
     apart = len(set(steps)) == len(steps) and not any(each.given_again for run in whole for each in run[1:])
-    if count > 1 and len(whole) >= LOOKS and apart and all(len(run) == count for run in whole):
-        yield finding(
+    if count < 2 or len(whole) < LOOKS or not apart or any(len(run) != count for run in whole):
+        return []
+    return [
+        finding(
             "repeated_batch",
             f"each batch comes {count} times in a row, at steps of their own, in {len(whole)} batches.",
             whole[0][1].step + 1,
             f"{count} workers that read the same scenes do that; so does a data set that repeats them on purpose.",
         )
+    ]
 
 
 def _same(one: PassRecord, other: PassRecord) -> bool:

@@ -139,14 +139,16 @@ def unregistered_parameters(loop: LoopRecord, forward: ForwardRecord) -> Iterato
 
 def _idle(cause: str, leaves: list[LeafRecord], whole: int, steps: int) -> Finding:
     sizes = {each.name or f"a tensor of shape {each.shape}": each.size for each in leaves}
-    points = all(not each.parameter and each.like_outputs and each.shape for each in leaves)
+    part = share_of(sizes, whole + sum(sizes.values()))
     doubt = (
         "Few steps have been made so far."
         if steps < EARLY
         else "Points of which a derivative is taken look like this."
-        if points
-        else "They are in evaluation mode: that may be meant."
+        if all(not each.parameter and each.like_outputs and each.shape for each in leaves)
+        else "They are in evaluation mode, so that they may be meant to stand still."
         if all(each.training is False for each in leaves)
+        else "They may be meant to stand still."
+        if part > 0.5 or not any(each.with_grad for each in leaves)
         else ""
     )
     whose = "`parameters()` does not give them" if cause == "shadowed_parameters" else "they are no module's parameters"
@@ -156,13 +158,13 @@ def _idle(cause: str, leaves: list[LeafRecord], whole: int, steps: int) -> Findi
         " holds them, and their numbers have not changed.",
         steps,
         doubt,
-        harm=share_of(sizes, whole + sum(sizes.values())),
+        harm=part,
     )
 
 
 def detached_backbone(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:
-    """Parameters of parts that run in each pass, with gradients enabled, and that no output depends on: their gradients
-    stop inside the model. Where such a part has an auxiliary loss of its own, a gradient comes."""
+    """Parameters of parts that run in each pass and that no output depends on: their gradients stop inside the model.
+    Where such a part has an auxiliary loss of its own, a gradient comes."""
     names = set(forward.outside_graph)
     silent = {
         tensor
@@ -176,8 +178,8 @@ def detached_backbone(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Find
         whole = sum(each.size for each in loop.parameters)
         yield finding(
             "detached_backbone",
-            f"{describe_tensors(sizes, whole)}. Their layers run in the forward pass, with gradients enabled, and the"
-            " output does not depend on them through autograd; no gradient has come to them.",
+            f"{describe_tensors(sizes, whole)}. Their layers run in the forward pass, and the output does not depend on"
+            " them through autograd; no gradient has come to them.",
             forward.steps,
             "" if min(each.steps for each in loop.optimizers) >= LONG else "A later phase may let gradients through.",
             harm=share_of(sizes, whole),
@@ -219,7 +221,9 @@ def eval_mode_in_training(forward: ForwardRecord) -> Iterator[Finding]:
 def train_mode_in_validation(forward: ForwardRecord) -> Iterator[Finding]:
     """Evaluation with parts in training mode; or passes in runs, without gradients, in training mode, where the model
     is never in evaluation mode. Averages over dropout, and statistics gathered anew, look so."""
-    quiet = [each for each in forward.passes if not each.grad and each.parts]
+    used = {each.site for each in forward.passes if each.reached}
+    idle = [each for each in forward.passes if each.parts and not each.reached]
+    quiet = [each for each in idle if not each.grad or each.site not in used]
     evaluated = [each for each in forward.passes if not each.training and not each.reached and each.parts]
     if len(evaluated) > 1 and all(each.parts_training for each in evaluated):
         yield finding(
@@ -232,12 +236,12 @@ def train_mode_in_validation(forward: ForwardRecord) -> Iterator[Finding]:
         return
     trained = {each.step for each in forward.passes if each.reached}
     runs = [list(each) for _, each in groupby(quiet, lambda each: each.step)]
-    rounds = [each for each in runs if len(each) > 1 and all(one.training and one.parts_training for one in each)]
+    rounds = [each for each in runs if all(one.training and one.parts_training for one in each)]
     rounds = [each for each in rounds if not _same_inputs(each)]  # samples of dropout
-    if len(rounds) > 1 and not evaluated and 2 * len(rounds) <= len(trained):
+    if len(rounds) > 1 and not evaluated and 4 * len(rounds) <= len(trained):
         yield finding(
             "train_mode_in_validation",
-            f"{sum(map(len, rounds))} forward passes without gradients, after {len(rounds)} of the steps, ran in"
+            f"{sum(map(len, rounds))} forward passes that no backward reached, after {len(rounds)} of the steps, ran in"
             " training mode, and none in evaluation mode.",
             rounds[0][0].step,
             "Statistics that are gathered anew, or averages over dropout, look the same.",

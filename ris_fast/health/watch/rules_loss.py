@@ -126,7 +126,7 @@ def nan_loss(losses: Sequence[LossRecord]) -> Iterator[Finding]:
 
 
 def _has_nan(numbers: Numbers | None) -> bool:
-    return numbers is not None and numbers.nan is not None and bool(numbers.nan)
+    return numbers is not None and numbers.nonfinite is not None and bool(numbers.nonfinite[0])
 
 
 def limited_output(losses: Sequence[LossRecord]) -> Iterator[Finding]:

@@ -53,13 +53,12 @@ def few_rows(tensors: Sequence[Tensor]) -> Tensor | None:
     return some.reshape(some.shape[0], -1).to(torch.float32, copy=True)
 
 
-def has_nan(tensors: Sequence[Tensor]) -> Tensor | None:
-    """(), whether there is a NaN in any; None without tensors that can have one. Very large ones are not searched."""
-    real = [
-        each.detach() for each in tensors if is_plain(each) and each.is_floating_point() and 0 < each.numel() < LARGE
-    ]
-    flags = [each.isnan().any() for each in real]
-    return torch.stack([flag.to(flags[0].device) for flag in flags]).any() if flags else None
+def nonfinite(tensors: Sequence[Tensor]) -> Tensor | None:
+    """(2,), whether there is a NaN in any, and an infinity; None without tensors that can have one. Very large ones are
+    not searched."""
+    real = [each.detach() for each in tensors if is_plain(each) and each.is_floating_point()]
+    flags = [torch.stack([each.isnan().any(), each.isinf().any()]) for each in real if 0 < each.numel() < LARGE]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).any(0) if flags else None
 
 
 def rows_with_gradient(grad: Tensor, rows: int) -> Tensor | None:

@@ -74,6 +74,10 @@ def test_watch_names_inputs_with_nan() -> None:
     found = run(batches)
     assert "nonfinite_data" in causes(found) and next(f for f in found if f.cause == "nonfinite_data").step == 4
 
+    infinite = others()
+    infinite[3][2, 5] = float("inf")
+    assert causes(run(infinite))[0] == "nonfinite_data"
+
     class Imputing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -95,6 +99,15 @@ def test_watch_doubts_batches_that_come_twice() -> None:
     assert run([x for x in others(12) for _ in range(2)]) == []
     assert run(others(1) * 24) == [] == run([x.clone() for x in others(1) * 24])
     assert run(others(4) * 6) == []
+
+
+@pytest.mark.parametrize("others_of_its_size", [True, False])
+def test_watch_doubts_one_batch_where_evaluation_has_more(others_of_its_size: bool) -> None:
+    kept = torch.randn(16, 8)
+    look = in_evaluation(lambda: others(6, 16 if others_of_its_size else 8))
+    found = run([kept.clone() for _ in range(24)], evaluate=look)
+    assert causes(found) == [] and causes(found, False) == (["repeated_batch"] if others_of_its_size else [])
+    assert run([kept] * 24, evaluate=look) == []
 
 
 def test_watch_doubts_scenes_that_are_all_the_same() -> None:

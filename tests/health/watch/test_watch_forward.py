@@ -220,13 +220,13 @@ class Hidden(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind, self.first = kind, nn.Linear(8, 8)
-        self.last = nn.Linear(8, 4)
+        self.last = nn.Linear(8, 16)
         if kind == "list":
             self.layers = [nn.Linear(8, 8), {"deep": nn.Linear(8, 8)}]
         if kind == "plain":
             self.scale = torch.ones(8, requires_grad=True)
         if kind == "shadowed":
-            self.parameters = lambda recurse=True: iter([*self.first.parameters()])
+            self.parameters = lambda recurse=True: iter([*self.last.parameters()])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x).tanh()
@@ -246,7 +246,7 @@ class Hidden(nn.Module):
     [
         ("list", "unregistered_parameters", "layers[0].weight"),
         ("plain", "unregistered_parameters", "scale"),
-        ("shadowed", "shadowed_parameters", "last.weight"),
+        ("shadowed", "shadowed_parameters", "first.weight"),
         ("anew", "unregistered_parameters", "(8, 8), (8,)"),
     ],
 )
@@ -258,6 +258,26 @@ def test_watch_names_tensors_that_nobody_trains(kind: str, cause: str, said: str
         update(optimizer, loss_of(model(batch())))
     finding = next(finding for finding in seen.report() if finding.cause == cause)
     assert finding.certain and said in finding.evidence
+
+
+def test_watch_doubts_a_hidden_teacher() -> None:
+    """In a list on purpose, so that no optimizer and no checkpoint has it; its answers are detached by the loss."""
+
+    class Taught(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.teacher = network(), [nn.Linear(8, 4)]
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.body(x), self.teacher[0](x)
+
+    model = Taught()
+    optimizer = sgd(model.parameters())
+    seen = watch(model, optimizer)
+    for _ in range(10):
+        output, target = model(batch())
+        update(optimizer, (output - target.detach()).square().mean())
+    assert causes(seen.report()) == [] and causes(seen.report(), False) == ["unregistered_parameters"]
 
 
 def of_another_optimizer(model: nn.Module) -> None:
