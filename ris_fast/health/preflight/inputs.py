@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight import mixing
 from ris_fast.health.preflight.measures import CLOSE, SAME, relative_change, rms
+from ris_fast.health.preflight.persistent import persistent
 from ris_fast.health.preflight.probe import PreflightContext, layer_calls
 from ris_fast.physics.real_complex import expi, multiply, to_complex, to_pairs
 from ris_fast.physics.scenes import Scenes
@@ -51,14 +52,38 @@ def reads_scenes(context: PreflightContext) -> Iterator[Finding]:
         same = seen and all(map(_rows_alike, seen.values()))
         if _rows_alike(scenes.snapshots.flatten(1)):
             yield Finding("constant_input", f"all of {scenes.batch} scenes have the same snapshots.")
-        elif same or bool(answer.any()):  # an answer of zeros to scenes that were seen is a dead network
-            yield Finding(
-                "ignored_input",
-                f"{scenes.batch} different scenes get the same factor"
-                f"{'; the first layers see the same numbers for all of them' if same else ''}.",
-            )
+            return
+        where, zero = ("", False) if same else _lost(context, scenes)
+        seen = f"{scenes.batch} different scenes get the same factor"
+        if same or bool(answer.any()):
+            first = "; the first layers see the same numbers for all of them" if same else where
+            yield Finding("ignored_input", f"{seen}{first}.")
+        elif where:  # an answer of zeros to scenes that were seen is a dead network
+            yield Finding("dead_units" if zero else "ignored_input", f"{seen}, zero{where}.")
         return
     yield from mixing.mixed(context)
+
+
+def _lost(context: PreflightContext, scenes: Scenes) -> tuple[str, bool]:
+    """Where scenes become one: behind which layer, and whether as zeros; '' where it is behind the last one."""
+    places: list[tuple[str, Tensor]] = []
+
+    def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        first = next((each for each in inputs if isinstance(each, Tensor)), None)
+        for what, value in (("the input of", first), ("the output of", output)):
+            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == scenes.batch:
+                places.append((f"{what} {name}", value.detach().float().flatten(1)))
+
+    with layer_calls(context.model, keep):
+        context.answer(scenes)
+    alike = [_rows_alike(value) for _, value in places]
+    if all(alike) or not any(alike):
+        return "", False
+    last = max(number for number, each in enumerate(alike) if not each)
+    if last + 1 == len(places):
+        return "", False
+    name, value = places[last + 1]
+    return f": {places[last][0]} differs between them, and {name} no longer", not bool(value.any())
 
 
 def _rows_alike(values: Tensor) -> bool:
@@ -237,7 +262,7 @@ def _usual_change(a: Tensor, b: Tensor) -> float:
 
 
 CHECKS = {
-    "answers depend on the scene, and on no other": reads_scenes,
+    "answers depend on the scene, and on no other": persistent(reads_scenes, "ignored_input", "dead_units"),
     "inputs are of order one in any unit": scale,
-    "inputs can carry the answer": information,
+    "inputs can carry the answer": persistent(information, "inputs_withhold_answer"),
 }
