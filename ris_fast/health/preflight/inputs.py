@@ -22,6 +22,7 @@ from ris_fast.physics.scenes import Scenes
 LARGE, SMALL_RMS = 1e3, 1e-3
 LOUD_DB = 20.0
 LOUDER = 2.0**13  # a power of two, by which numbers change exactly: no rounding enters the comparison
+DIFFERENT = 1e-2  # relative, between the rows of an input: more than what a sum may hide
 UNITS = (128.0, 8.0)  # of every second scene, and of the others
 OTHER_UNIT = 0.01  # change of the median scene's factors; where every input is normalised it is exactly zero
 
@@ -61,7 +62,35 @@ def reads_scenes(context: PreflightContext) -> Iterator[Finding]:
         elif where:  # an answer of zeros to scenes that were seen is a dead network
             yield Finding("dead_units" if zero else "ignored_input", f"{seen}, zero{where}.")
         return
+    yield from _constant_layers(context, scenes)
     yield from mixing.mixed(context)
+
+
+def _constant_layers(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:
+    """No layer says the same of all scenes when what it is given differs between them."""
+    constant: list[tuple[str, bool]] = []
+
+    def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        first = next((each for each in inputs if isinstance(each, Tensor)), None)
+        if not isinstance(output, Tensor) or first is None or min(first.dim(), output.dim()) < 2:
+            return
+        if first.shape[0] == output.shape[0] == scenes.batch:
+            before, after = (each.detach().float().flatten(1) for each in (first, output))
+            if _rows_alike(after) and relative_change(before, before[:1].expand_as(before)) > DIFFERENT:
+                constant.append((name, not bool(after.any())))
+
+    with layer_calls(context.model, keep):
+        context.answer(scenes)
+    if constant:
+        name, zero = constant[0]
+        what = "zeros" if zero else "the same numbers"
+        yield Finding(
+            "dead_units" if zero else "ignored_input",
+            f"{name} answers {scenes.batch} scenes with {what} though its inputs differ between them, also with other"
+            " weights: a normalisation or a softmax over a single number leaves nothing, nor do units that are off for"
+            " every input. Which of the two: print its output and the axis that is normalised.",
+            certain=False,
+        )
 
 
 def _lost(context: PreflightContext, scenes: Scenes) -> tuple[str, bool]:
