@@ -1,31 +1,42 @@
 """Findings that hold for the weights as they start are held to weights beside them.
 
 What enters a network through a factor that starts at zero, a gate, a last layer or a residual's scale, has no part in
-the answer at the start, and the first step opens it. What is a mistake is one for the weights beside these too.
+the answer at the start, and the first step opens it. What is a mistake is one for the weights beside these too, where
+only those have moved that receive a gradient: a start that no step leaves stays one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import rms
 from ris_fast.health.preflight.probe import PreflightContext
 
-NUDGE, FROM_ZERO = 0.05, 0.05  # of a tensor's size; where it is zero
+NUDGE, FROM_ZERO, ROUNDS = 0.05, 0.05, 2  # of a tensor's size; where it is zero; steps
 
 
-def nudged(context: PreflightContext) -> AbstractContextManager[None]:
-    """Inside, every trainable tensor has moved a little in a random direction."""
-    weights, generator = list(context.trainable.values()), torch.Generator().manual_seed(41)
-    directions = [
-        (NUDGE * rms(weight) or FROM_ZERO) * torch.randn(weight.shape, generator=generator).to(weight)
-        for weight in weights
-    ]
-    return context.moved(weights, directions, 1.0)
+@contextmanager
+def nudged(context: PreflightContext) -> Iterator[None]:
+    """Inside, the tensors that a first step moves, and those that a second one moves then, have moved a little."""
+    live, generator, moved = context.trainable, torch.Generator().manual_seed(41), set[str]()
+    with ExitStack() as stack:
+        for _ in range(ROUNDS):
+            total = context.run()[0]
+            parts = derivatives(total, list(live.values())) if total.requires_grad and live else []
+            reached = [name for name, part in zip(live, parts) if part is not None and bool(part.any())]
+            weights = [live[name] for name in reached if name not in moved]
+            moved |= set(reached)
+            directions = [
+                (NUDGE * rms(weight) or FROM_ZERO) * torch.randn(weight.shape, generator=generator).to(weight)
+                for weight in weights
+            ]
+            stack.enter_context(context.moved(weights, directions, 1.0))
+        yield
 
 
 def persistent(

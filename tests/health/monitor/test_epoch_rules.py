@@ -76,6 +76,7 @@ def test_dominating_term_names_the_terms_of_the_loss() -> None:
     for row, loss in zip(run.epochs, (0.129, 0.125, 0.12, 0.118, 0.115)):
         row |= {
             "val_loss": loss,
+            "train_loss": 0.101,
             "terms": {"cov": {"raw": 1.1, "weighted": 0.001}, "cross": {"raw": 0.4, "weighted": 0.1}},
         }
     (finding,) = replay(run)
