@@ -42,7 +42,7 @@ def nudged(context: PreflightContext) -> Iterator[None]:
 def persistent(
     check: Callable[[PreflightContext], Iterator[Finding]], *causes: str
 ) -> Callable[[PreflightContext], Iterator[Finding]]:
-    """The check, whose findings of these causes, names of one kind, are left out where with weights moved a little none is."""
+    """The check, whose findings of these causes, names of one kind, are left out where moved weights have none."""
 
     def held(context: PreflightContext) -> Iterator[Finding]:
         found = list(check(context))

@@ -83,6 +83,19 @@ def test_dominating_term_names_the_terms_of_the_loss() -> None:
     assert finding.cause == "dominating_term" and not finding.certain and "cross (99% of the loss)" in finding.evidence
 
 
+def test_dominating_term_sees_what_is_beside_the_terms() -> None:
+    """A penalty that outweighs them while nothing is learned; not one beside terms that are learned, nor a small one."""
+    for values, outside, expected in (
+        ([1.0, 0.99, 0.98], 20.0, ["dominating_term"]),
+        ([1.0, 0.4, 0.1], 20.0, []),
+        ([1.0, 0.99, 0.98], 1.0, []),
+    ):
+        run = history(values, values)
+        for row in run.epochs:
+            row["train_loss"] += outside
+        assert list(dict.fromkeys(finding.cause for finding in replay(run))) == expected
+
+
 def test_collapsed_does_not_end_the_run() -> None:
     from ris_fast.health.monitor.attach import attach_health
 

@@ -223,6 +223,18 @@ def test_epoch_rules_name_a_broken_contract(cause: str, healthy: RunHistory) -> 
     assert {finding.cause for finding in replay(run)} == {cause}
 
 
+def test_averages_that_stay_in_part_or_go_back(healthy: RunHistory) -> None:
+    """Some tensors of the average stay at the start; and an average that had gone further is not cold."""
+    run = deepcopy(healthy)
+    run.epochs[1]["health"]["scores"]["ema"]["held"] = 4
+    (finding,) = replay(run)
+    assert finding.cause == "ema_frozen" and "4 tensors" in finding.evidence
+    run = deepcopy(healthy)
+    now = run.epochs[1]["health"]
+    now["scores"]["ema"]["distance"] = 0.01 * now["distance"]
+    assert replay(run) == []
+
+
 def test_cached_validation_allows_moves_that_rounding_hides(healthy: RunHistory) -> None:
     run = deepcopy(healthy)
     now, before = run.epochs[1]["health"], run.epochs[0]["health"]

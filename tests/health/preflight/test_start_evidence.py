@@ -1,5 +1,5 @@
-"""What holds at the start alone and what does not: gates that open, layers that say nothing, losses that ask all scenes,
-gradients and averages on their way."""
+"""What holds at the start alone and what does not: gates that open, layers and losses that mix scenes up, gradients and
+averages on their way."""
 
 from __future__ import annotations
 
