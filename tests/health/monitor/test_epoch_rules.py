@@ -84,7 +84,7 @@ def test_dominating_term_names_the_terms_of_the_loss() -> None:
 
 
 def test_dominating_term_sees_what_is_beside_the_terms() -> None:
-    """A penalty that outweighs them while nothing is learned; not one beside terms that are learned, nor a small one."""
+    """A penalty that outweighs them while nothing is learned; no small one, nor one beside what is learned."""
     for values, outside, expected in (
         ([1.0, 0.99, 0.98], 20.0, ["dominating_term"]),
         ([1.0, 0.4, 0.1], 20.0, []),
