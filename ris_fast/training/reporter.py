@@ -191,6 +191,7 @@ def validation_reading(scores: Mapping[str, Score], drift: WeightDriftMonitor) -
                 "in_eval_mode": score.in_eval_mode,
                 "loss": score.loss,
                 "distance": drift.distance(score.weights),
+                "held": drift.held(score.weights, drift.last),
                 "scenes_hash": score.scenes_hash,
                 **({"in_training_mode": score.in_training_mode} if score.in_training_mode else {}),
             }

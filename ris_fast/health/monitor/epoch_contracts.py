@@ -11,6 +11,7 @@ from ris_fast.health.monitor.history import Row, Rule, RunHistory
 MIN_MOVE = 1e-5  # of the first weights' norm: a move that the rounding of a prediction in float32 cannot hide
 CONSTANT = 1e-12  # of the mean square of a batch's answers: their variance
 UNMOVED = 1e-4  # of the raw weights' way: less than any decay that averages leaves after an epoch
+FURTHER = 1.5  # times the share of the way
 COLD = 0.2  # of the raw weights' way, below which the averaged weights are mostly the first ones
 
 
@@ -129,7 +130,13 @@ def _averages(run: RunHistory, raw: Row, mean: Row, distance: float, least: floa
             f"the averaged weights are the first ones, {'bit for bit' if mean['distance'] == 0 else 'to rounding'}; the"
             " raw ones have moved.",
         )
-    elif distance > 0 and mean["distance"] < COLD * distance:
+    elif mean.get("held") and distance > least and mean["distance"] > UNMOVED * distance:
+        yield run.finding(
+            "ema_frozen",
+            f"the average of {mean['held']} tensors is their first value while the raw ones have moved; that of the"
+            " others follows them.",
+        )
+    elif distance > 0 and mean["distance"] < COLD * distance and not _went_further(run, mean["distance"] / distance):
         yield run.finding(
             "ema_cold",
             f"the averaged weights have gone {mean['distance'] / distance:.1%} of the way of the raw ones when "
@@ -139,6 +146,19 @@ def _averages(run: RunHistory, raw: Row, mean: Row, distance: float, least: floa
         yield run.finding("ema_equals_raw", "averaged and raw weights are the same, bit for bit.")
     if not math.isfinite(mean["distance"]) and math.isfinite(raw["distance"]):
         yield run.finding("ema_nonfinite", "the averaged weights are not finite; the raw ones are.")
+
+
+def _went_further(run: RunHistory, share: float) -> bool:
+    """Whether an earlier epoch's average had gone a larger share of the way.
+
+    One that is cold gets warmer: where the share falls, the raw weights sway around the first ones, as of a penalty.
+    """
+    for row in run.epochs[:-1]:
+        reading = row.get("health") or {}
+        mean = (reading.get("scores") or {}).get("ema") or {}
+        if mean and reading.get("distance") and mean["distance"] > FURTHER * share * reading["distance"]:
+            return True
+    return False
 
 
 CONTRACT_RULES: tuple[Rule, ...] = (every_batch_is_a_step, weights_at_the_seams, validated_weights)

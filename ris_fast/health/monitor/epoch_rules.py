@@ -12,6 +12,7 @@ from ris_fast.physics.baseline_names import CONSTANT_BASELINES
 FALLEN = 3.0  # times the best validation: what was learned is gone
 IN_A_ROW, LONG = 2, 3  # epochs that show a collapse; epochs that show training and validation apart
 LOW, STILL_LOW = 0.5, 1.5  # training: of the lowest constant answer; of its own lowest
+OUTWEIGHS = 4.0  # times the sum of the terms
 MEMORISED, NO_BETTER = 3.0, 0.97  # validation over training; of the best before, in the last third
 
 
@@ -134,9 +135,28 @@ def loss_without_the_truth(run: RunHistory) -> Iterator[Finding]:
         )
 
 
+def outside_the_terms(run: RunHistory) -> Iterator[Finding]:
+    """The loss is the sum of its terms: what is added beside them does not outweigh them while nothing is learned."""
+    rows = run.epochs[-IN_A_ROW:]
+    if len(rows) < IN_A_ROW:
+        return
+    sums = [sum(abs(term["weighted"]) for term in (row.get("terms") or {}).values()) for row in rows]
+    losses = [float(row.get("train_loss", math.nan)) for row in rows]
+    first, last = trained(run, run.epochs[0]), trained(run, rows[-1])
+    if not all(part > 0 and loss > OUTWEIGHS * part for part, loss in zip(sums, losses)) or last < LOW * first:
+        return
+    yield run.finding(
+        "dominating_term",
+        f"the loss of the last {IN_A_ROW} epochs is {losses[0]:.3g} and {losses[-1]:.3g}, and its terms sum to"
+        f" {sums[0]:.3g} and {sums[-1]:.3g}: something beside them, as a penalty on the weights, supplies"
+        f" {1 - sums[-1] / losses[-1]:.0%} of it, and the covariance is not learned.",
+        certain=False,
+    )
+
+
 def _scenes(run: RunHistory) -> str:
     return f"{run.info['train_scenes']:,} training scenes" if "train_scenes" in run.info else "training scenes"
 
 
-WHILE_IT_RUNS: tuple[Rule, ...] = (collapsed, validation_apart)
+WHILE_IT_RUNS: tuple[Rule, ...] = (collapsed, validation_apart, outside_the_terms)
 AT_ITS_END: tuple[Rule, ...] = (overfitting, loss_without_the_truth)

@@ -41,6 +41,16 @@ def no_gradient_arrives(run: RunHistory) -> Iterator[Finding]:
         return
     told = any(value for name, value in settings_of(run).items() if name in TRUTH)
     if told and all(reading.get("output_detached") for reading in last):
+        sampled = _sampled(run)
+        without = sum(bool(reading.get("output_detached")) for reading in sampled)
+        if without < len(sampled):  # a graph was there: what is done with it changed
+            yield run.finding(
+                "forwards_without_backward",
+                f"{without} of the {len(sampled)} steps that were read had no backward, the last {LOOKS} among them,"
+                " and the others had one: something leaves steps out, as a guard against spikes does.",
+                certain=False,
+            )
+            return
         yield run.finding(
             "detached_loss",
             "backward never reaches the factors, though terms of the loss compare them with the truth.",

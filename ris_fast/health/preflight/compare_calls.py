@@ -51,6 +51,12 @@ def compare(context: PreflightContext, scenes: Scenes, *, grad: bool) -> Finding
     return finding
 
 
+def compare_once(context: PreflightContext, scenes: Scenes) -> Finding | None:
+    """Factors of many scenes, in evaluation mode with the weights as they are."""
+    answer, written = step_factor(context, scenes), model_factor(context, scenes)
+    return _difference(context, f"in batches of {scenes.batch}", answer, written, answer, written)
+
+
 def _difference(
     context: PreflightContext, how: str, answer: Tensor, written: Tensor, moved: Tensor, wanted: Tensor
 ) -> Finding | None:

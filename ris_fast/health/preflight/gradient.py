@@ -15,6 +15,7 @@ from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, Graph, by
 from ris_fast.health.preflight.derivative import right_derivative
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, listed, rms
+from ris_fast.health.preflight.persistent import persistent
 from ris_fast.health.preflight.probe import SMALL, PreflightContext, layer_calls
 from ris_fast.health.preflight.projected import NOISE
 from ris_fast.health.preflight.truth import COVARIANCE
@@ -231,6 +232,6 @@ def _after(context: PreflightContext, parameter: Tensor, direction: Tensor, step
 
 CHECKS = {
     "the loss depends on the factors": connected,
-    "every tensor gets a gradient": every_tensor,
+    "every tensor gets a gradient": persistent(every_tensor, "zeroed_gradients", "clamped_loss", "unused_head"),
     "the gradient is the derivative": right_derivative,
 }

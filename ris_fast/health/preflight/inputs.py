@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight import mixing
 from ris_fast.health.preflight.measures import CLOSE, SAME, relative_change, rms
+from ris_fast.health.preflight.persistent import persistent
 from ris_fast.health.preflight.probe import PreflightContext, layer_calls
 from ris_fast.physics.real_complex import expi, multiply, to_complex, to_pairs
 from ris_fast.physics.scenes import Scenes
@@ -21,6 +22,7 @@ from ris_fast.physics.scenes import Scenes
 LARGE, SMALL_RMS = 1e3, 1e-3
 LOUD_DB = 20.0
 LOUDER = 2.0**13  # a power of two, by which numbers change exactly: no rounding enters the comparison
+DIFFERENT = 1e-2  # relative, between the rows of an input: more than what a sum may hide
 UNITS = (128.0, 8.0)  # of every second scene, and of the others
 OTHER_UNIT = 0.01  # change of the median scene's factors; where every input is normalised it is exactly zero
 
@@ -51,14 +53,66 @@ def reads_scenes(context: PreflightContext) -> Iterator[Finding]:
         same = seen and all(map(_rows_alike, seen.values()))
         if _rows_alike(scenes.snapshots.flatten(1)):
             yield Finding("constant_input", f"all of {scenes.batch} scenes have the same snapshots.")
-        elif same or bool(answer.any()):  # an answer of zeros to scenes that were seen is a dead network
-            yield Finding(
-                "ignored_input",
-                f"{scenes.batch} different scenes get the same factor"
-                f"{'; the first layers see the same numbers for all of them' if same else ''}.",
-            )
+            return
+        where, zero = ("", False) if same else _lost(context, scenes)
+        seen = f"{scenes.batch} different scenes get the same factor"
+        if same or bool(answer.any()):
+            first = "; the first layers see the same numbers for all of them" if same else where
+            yield Finding("ignored_input", f"{seen}{first}.")
+        elif where:  # an answer of zeros to scenes that were seen is a dead network
+            yield Finding("dead_units" if zero else "ignored_input", f"{seen}, zero{where}.")
         return
+    yield from _constant_layers(context, scenes)
     yield from mixing.mixed(context)
+
+
+def _constant_layers(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:
+    """No layer says the same of all scenes when what it is given differs between them."""
+    constant: list[tuple[str, bool]] = []
+
+    def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        first = next((each for each in inputs if isinstance(each, Tensor)), None)
+        if not isinstance(output, Tensor) or first is None or min(first.dim(), output.dim()) < 2:
+            return
+        if first.shape[0] == output.shape[0] == scenes.batch:
+            before, after = (each.detach().float().flatten(1) for each in (first, output))
+            if _rows_alike(after) and relative_change(before, before[:1].expand_as(before)) > DIFFERENT:
+                constant.append((name, not bool(after.any())))
+
+    with layer_calls(context.model, keep):
+        context.answer(scenes)
+    if constant:
+        name, zero = constant[0]
+        what = "zeros" if zero else "the same numbers"
+        yield Finding(
+            "dead_units" if zero else "ignored_input",
+            f"{name} answers {scenes.batch} scenes with {what} though its inputs differ between them, also with other"
+            " weights: a normalisation or a softmax over a single number leaves nothing, nor do units that are off for"
+            " every input. Which of the two: print its output and the axis that is normalised.",
+            certain=False,
+        )
+
+
+def _lost(context: PreflightContext, scenes: Scenes) -> tuple[str, bool]:
+    """Where scenes become one: behind which layer, and whether as zeros; '' where it is behind the last one."""
+    places: list[tuple[str, Tensor]] = []
+
+    def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        first = next((each for each in inputs if isinstance(each, Tensor)), None)
+        for what, value in (("the input of", first), ("the output of", output)):
+            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == scenes.batch:
+                places.append((f"{what} {name}", value.detach().float().flatten(1)))
+
+    with layer_calls(context.model, keep):
+        context.answer(scenes)
+    alike = [_rows_alike(value) for _, value in places]
+    if all(alike) or not any(alike):
+        return "", False
+    last = max(number for number, each in enumerate(alike) if not each)
+    if last + 1 == len(places):
+        return "", False
+    name, value = places[last + 1]
+    return f": {places[last][0]} differs between them, and {name} no longer", not bool(value.any())
 
 
 def _rows_alike(values: Tensor) -> bool:
@@ -237,7 +291,7 @@ def _usual_change(a: Tensor, b: Tensor) -> float:
 
 
 CHECKS = {
-    "answers depend on the scene, and on no other": reads_scenes,
+    "answers depend on the scene, and on no other": persistent(reads_scenes, "ignored_input", "dead_units"),
     "inputs are of order one in any unit": scale,
-    "inputs can carry the answer": information,
+    "inputs can carry the answer": persistent(information, "inputs_withhold_answer"),
 }

@@ -15,6 +15,7 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import graph_of
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import listed, rms
+from ris_fast.health.preflight.persistent import persistent
 from ris_fast.health.preflight.probe import PreflightContext, layer_calls
 from ris_fast.physics.real_complex import adjoint_matmul, to_complex
 
@@ -184,6 +185,6 @@ def _equal_units(context: PreflightContext) -> Iterator[Finding]:
 
 
 CHECKS = {
-    "answers are not at the ends of a range": saturation,
-    "signals pass every layer": layers,
+    "answers are not at the ends of a range": persistent(saturation, "saturated_output", "output_rank_too_low"),
+    "signals pass every layer": persistent(layers, "dead_units"),
 }

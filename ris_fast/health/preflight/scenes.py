@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ris_fast.data.fingerprints import Overlap, find_overlap, scene_hashes
 from ris_fast.data.shards import verify_manifest
@@ -15,6 +16,7 @@ from ris_fast.physics.scenes import Scenes
 from ris_fast.training.telemetry.step_telemetry import row_hashes
 
 HASHED = 4096
+BITS, ENOUGH = 256, 4096  # values of a byte; numbers that would have more
 FEW = 4  # of the first scenes, one in so many may be copies of others in the data; a batch that comes again is more
 
 
@@ -53,7 +55,16 @@ def _filled(what: str, scenes: Scenes) -> Iterator[Finding]:
     empty = (scenes.snapshots.flatten(1) == 0).all(1)
     if scenes.channel is not None:
         empty |= (scenes.channel.flatten(1) == 0).all(1)
-    if bool(empty.any()) and not bool(empty.all()):
+    distinct = _few_values(scenes.snapshots)
+    if bool(empty.any()) and not bool(empty.all()) and distinct:
+        yield Finding(
+            "inputs_withhold_answer",
+            f"the snapshots of {scenes.batch} {what} scenes, {scenes.snapshots.numel()} numbers, have {distinct}"
+            f" different values, and {int(empty.sum())} scenes are zeros, first scene {int(scenes.index[empty][0])}:"
+            " they are rounded to steps that are larger than the signal.",
+            advice="Round each scene in steps of its own size, or store snapshots in float32.",
+        )
+    elif bool(empty.any()) and not bool(empty.all()):
         yield Finding(
             "empty_cache_slot",
             f"{int(empty.sum())} of the first {scenes.batch} {what} scenes have snapshots or a channel "
@@ -62,6 +73,14 @@ def _filled(what: str, scenes: Scenes) -> Iterator[Finding]:
     target = scenes.factor if scenes.factor is not None else scenes.covariance
     if scenes.batch > 2 and bool((target == target[:1]).all()):
         yield Finding("constant_targets", f"all of the first {scenes.batch} {what} scenes have the same target.")
+
+
+def _few_values(values: Tensor) -> int:
+    """How many different numbers there are, where they are as few as a handful of bits has; else 0."""
+    if values.numel() < ENOUGH or not bool(values.isfinite().all()):
+        return 0
+    count = len(values[: max(1, ENOUGH // max(1, values[0].numel()))].unique())
+    return len(values.unique()) if 1 < count <= BITS else 0
 
 
 def _repeats(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:

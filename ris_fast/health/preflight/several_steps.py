@@ -87,8 +87,23 @@ def _average(context: PreflightContext, first: dict[str, Tensor]) -> Iterator[Fi
             f"after {STEPS} steps the averaged weights have gone {mean_way / raw_way:.1e} of the "
             f"way of the raw ones, which moved in {len(moved)} tensors: {listed(moved)}.",
         )
+    elif held := [name for name in moved if _held(raw[name], mean[name], first[name], mean_way / raw_way)]:
+        yield Finding(
+            "ema_frozen",
+            f"after {STEPS} steps the average of {len(held)} of {len(moved)} tensors that moved is their first value,"
+            f" bit for bit: {listed(held)}; that of the others follows them.",
+        )
     elif raw_way > ROUNDING * total_norm(first.values()) and all(torch.equal(mean[name], raw[name]) for name in moved):
         yield Finding("ema_equals_raw", f"after {STEPS} steps all averaged weights are the raw ones, bit for bit.")
+
+
+def _held(raw: Tensor, mean: Tensor, first: Tensor, share: float) -> bool:
+    """Whether an average stayed at the start though its share of the way is more than rounding.
+
+    Args: share: of the raw weights' way, that the averages of all tensors together have gone.
+    """
+    way = share / STEPS * (raw - first).abs()
+    return torch.equal(mean, first) and bool((way > ROUNDING * first.abs()).any()) and bool(way.any())
 
 
 def _way(weights: dict[str, Tensor], first: dict[str, Tensor]) -> float:

@@ -13,6 +13,7 @@ from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.step_probe import StepTrace
 
 OTHER, RIGHT = 0.2, 0.02  # of a ratio away from 1: another scale, and none
+EXACT = 1e-4  # relative, between the sorted numbers of two gradients
 PURE = 0.02  # share of a gradient that is no multiple of the other one
 
 
@@ -45,6 +46,38 @@ def one_by_one(
                 certain=False,
             )
             return
+        if seen := _rearranged(names, before, after):
+            yield Finding("wrong_backward", f"{where} {seen}")
+            return
+
+
+def _rearranged(names: Sequence[str], before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> str:
+    """Gradients whose numbers are those that they were, in other places or with other signs; '' where none are.
+
+    A clip, a projection or a compression makes other numbers; one factor for all tensors is none of it.
+    """
+    pairs = [(name, a, b) for name, a, b in zip(names, before, after) if a is not None and b is not None]
+    if not pairs:
+        return ""
+    old, new = (torch.cat([pair[side].double().flatten() for pair in pairs]) for side in (1, 2))
+    size = float(old.norm())
+    if not size > 0 or not float(new.norm()) > 0:
+        return ""
+    factor = float(new.norm()) / size
+    apart = float((new - factor * old).norm()) / float(new.norm())
+    ranked = float((new.abs().sort()[0] - factor * old.abs().sort()[0]).norm()) / float(new.norm())
+    if not apart > OTHER or not ranked < EXACT:
+        return ""
+    turned = [
+        name
+        for name, a, b in pairs
+        if float((b.double() - factor * a.double()).norm()) > OTHER * factor * float(a.norm())
+    ]
+    along = float(old @ new) / (size * float(new.norm()))
+    return (
+        f"the numbers of the gradient in other places or with other signs, in {len(turned)} of {len(names)} tensors:"
+        f" {listed(turned)}. The cosine of the two is {along:.2f}."
+    )
 
 
 def _sum(parts: Sequence[Tensor | None], shares: Sequence[float], scale: float) -> Tensor | None:

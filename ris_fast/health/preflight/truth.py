@@ -21,6 +21,7 @@ from ris_fast.physics.scenes import Scenes
 from ris_fast.training.loss_terms import ANGLE_DELTA, active_sources
 
 ZERO = 1e-3  # of the truth's loss, where the zero predictor's is 1
+OTHERS = 1e-3  # relative change of a direction that rounding does not make
 SHIFT_RAD, SHIFT_LOG = 0.02, 0.05
 COVARIANCE = ("cov", "cov_pred")
 LOCATED = {"angle": "azimuth", "range": "range_m", "chamfer": "azimuth"}
@@ -79,6 +80,8 @@ def truth(context: PreflightContext) -> Iterator[Finding]:
 def _misjudged(context: PreflightContext, term: str, right: Prediction, guess: Prediction, score: float) -> Finding:
     """Why the truth does not score zero."""
     scenes = context.scenes
+    if others := _asks_others(context, term, guess):
+        return Finding("shapes_broadcast", others)
     turned = term_values(context, right._replace(factor=conj(right.factor)), scenes)[term]
     random = term_values(context, guess, scenes)[term]
     if abs(turned) < ZERO:
@@ -97,6 +100,37 @@ def _misjudged(context: PreflightContext, term: str, right: Prediction, guess: P
         "target_scale_differs",
         f"the true factors score {score:.4g} in {term} instead of 0 (an untrained "
         f"network: {random:.3g}): prediction and target are not treated alike.",
+    )
+
+
+def _asks_others(context: PreflightContext, term: str, guess: Prediction) -> str:
+    """How many answers are told by a term where the targets of other scenes lie, by the direction of its gradient.
+
+    A loss that is divided by a sum over its batch changes in size with the other scenes, and not in direction.
+    """
+    scenes = context.scenes
+    half = scenes.batch // 2
+    if half < 2:
+        return ""
+    numbers = torch.arange(scenes.batch)
+    others = torch.where(numbers % 2 == 0, numbers, 1)
+    slopes = []
+    for asked in (scenes, scenes[others.to(scenes.snapshots.device)]):
+        factor = guess.factor.detach().clone().requires_grad_()
+        value = context.loss(guess._replace(factor=factor), asked)[1][term]
+        found = torch.autograd.grad(value, factor, allow_unused=True)[0] if value.requires_grad else None
+        if found is None or not bool(found.isfinite().all()):
+            return ""
+        slopes.append(found[: 2 * half : 2].flatten(1).double())
+    along = (slopes[0] * slopes[1]).sum(1) / slopes[0].square().sum(1).clamp_min(1e-300)
+    gap = (slopes[1] - along[:, None] * slopes[0]).norm(dim=1) / slopes[1].norm(dim=1).clamp_min(1e-300)
+    many = int((gap > OTHERS).sum())
+    if not many > half // 2:
+        return ""
+    return (
+        f"the gradient of {term} at the answers to {many} of {half} scenes turns by {float(gap.median()):.2g} when the"
+        " targets of the other scenes of the batch are replaced: answers are compared with the targets of all"
+        " scenes, as shapes (B, 1, ...) and (B, ...) that are broadcast do, or with another scene's."
     )
 
 

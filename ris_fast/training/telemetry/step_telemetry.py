@@ -27,6 +27,7 @@ DENSE = 8  # the contracts of the loop show in the first steps
 FEW_SCENES = 64  # whose answers are compared with one another
 FEW_NUMBERS = 64  # of a target, which tell it from others
 TOUCHED = 1e-4  # of a tensor's norm: more than the rounding of two sums of squares
+VISIBLE = 1e-5  # of a norm: a way that float32 does not hide
 REMEMBERED = 64  # sampled steps whose scenes are kept, to see one of them again
 
 
@@ -384,6 +385,16 @@ class WeightDriftMonitor:
     def distance(self, weights: Tensor) -> float:
         """How far norms (T,) have come from the first ones, summed over tensors."""
         return float((weights - self.first).abs().sum()) if len(weights) == len(self.first) else math.nan
+
+    def held(self, mean: Tensor, raw: Tensor) -> int:
+        """How many norms of averages are the first ones while the raw ones have gone further than rounding hides.
+
+        Args: mean, raw: norms, (T,) each.
+        """
+        if not len(mean) == len(raw) == len(self.first):
+            return 0
+        share = float((mean - self.first).abs().sum() / (raw - self.first).abs().sum().clamp_min(1e-30))
+        return int(((mean == self.first) & (share * (raw - self.first).abs() > VISIBLE * self.first)).sum())
 
 
 def changed(before: Tensor, after: Tensor) -> int:

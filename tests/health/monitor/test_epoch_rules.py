@@ -76,10 +76,24 @@ def test_dominating_term_names_the_terms_of_the_loss() -> None:
     for row, loss in zip(run.epochs, (0.129, 0.125, 0.12, 0.118, 0.115)):
         row |= {
             "val_loss": loss,
+            "train_loss": 0.101,
             "terms": {"cov": {"raw": 1.1, "weighted": 0.001}, "cross": {"raw": 0.4, "weighted": 0.1}},
         }
     (finding,) = replay(run)
     assert finding.cause == "dominating_term" and not finding.certain and "cross (99% of the loss)" in finding.evidence
+
+
+def test_dominating_term_sees_what_is_beside_the_terms() -> None:
+    """A penalty that outweighs them while nothing is learned; no small one, nor one beside what is learned."""
+    for values, outside, expected in (
+        ([1.0, 0.99, 0.98], 20.0, ["dominating_term"]),
+        ([1.0, 0.4, 0.1], 20.0, []),
+        ([1.0, 0.99, 0.98], 1.0, []),
+    ):
+        run = history(values, values)
+        for row in run.epochs:
+            row["train_loss"] += outside
+        assert list(dict.fromkeys(finding.cause for finding in replay(run))) == expected
 
 
 def test_collapsed_does_not_end_the_run() -> None:

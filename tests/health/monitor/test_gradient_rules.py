@@ -14,6 +14,8 @@ from torch import Tensor
 from bench.faults.healthy_twins import TWINS, changed
 from bench.faults.patches import after_step, before_step, gradients, on_answer, on_loss, wrap
 from ris_fast.health.finding import Finding, ranked
+from ris_fast.health.monitor.gradient_rules import no_gradient_arrives
+from ris_fast.health.monitor.history import RunHistory
 from ris_fast.health.monitor.rules import replay
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
@@ -99,6 +101,16 @@ def test_gradient_rules_name_a_mistake_from_its_rows(cause: str) -> None:
     change, twin, certain, said = MISTAKES[cause]
     first = found(change, twin)[0]
     assert (first.cause, first.certain) == (cause, certain) and said in first.evidence
+
+
+@pytest.mark.parametrize("earlier, cause", [(False, "forwards_without_backward"), (True, "detached_loss")])
+def test_steps_without_backward_are_told_from_a_loss_without_one(earlier: bool, cause: str) -> None:
+    steps = [
+        {"event": "step", "step": number, "health": {"raw_norm": 0.0 if detached else 1.0, "output_detached": detached}}
+        for number, detached in enumerate((earlier, True, True, True), 1)
+    ]
+    run = RunHistory(info={"settings": {"loss.cov": 1.0}}, steps=steps)
+    assert [finding.cause for finding in no_gradient_arrives(run)] == [cause]
 
 
 def test_weights_changed_outside_is_not_certain_where_a_callback_may_mean_it() -> None:

@@ -210,7 +210,9 @@ CHANGES = {
     ),
     "raw_not_validated": lambda now, before: now["scores"]["raw"].update(distance=now["scores"]["ema"]["distance"]),
     "ema_frozen": lambda now, before: now["scores"]["ema"].update(distance=0.0),
-    "ema_cold": lambda now, before: now["scores"]["ema"].update(distance=0.01 * now["distance"]),
+    "ema_cold": lambda now, before: [
+        each["scores"]["ema"].update(distance=0.01 * each["distance"]) for each in (now, before)
+    ],
 }
 
 
@@ -218,7 +220,19 @@ CHANGES = {
 def test_epoch_rules_name_a_broken_contract(cause: str, healthy: RunHistory) -> None:
     run = deepcopy(healthy)
     CHANGES[cause](run.epochs[1]["health"], run.epochs[0]["health"])
-    assert [finding.cause for finding in replay(run)] == [cause]
+    assert {finding.cause for finding in replay(run)} == {cause}
+
+
+def test_averages_that_stay_in_part_or_go_back(healthy: RunHistory) -> None:
+    """Some tensors of the average stay at the start; and an average that had gone further is not cold."""
+    run = deepcopy(healthy)
+    run.epochs[1]["health"]["scores"]["ema"]["held"] = 4
+    (finding,) = replay(run)
+    assert finding.cause == "ema_frozen" and "4 tensors" in finding.evidence
+    run = deepcopy(healthy)
+    now = run.epochs[1]["health"]
+    now["scores"]["ema"]["distance"] = 0.01 * now["distance"]
+    assert replay(run) == []
 
 
 def test_cached_validation_allows_moves_that_rounding_hides(healthy: RunHistory) -> None:
