@@ -32,6 +32,7 @@ FEW_PASSES = 64  # backward passes that an optimizer waits while others step
 MANY_PASSES = 4096  # backward passes without a step, more than anybody adds up
 SCALER_STEPS = 24  # a loss scale halves its way to one that fits in fewer
 GROWN = 10.0  # factor on the weights' norm
+PUT_BACK = "Later steps are finite: a search for the largest learning rate that puts the weights back looks the same."
 OTHERS_STEP = "Another optimizer makes steps: this one's may come in a later phase."
 
 
@@ -173,7 +174,8 @@ def _gradients(record: StepRecord, optimizer: OptimizerRecord) -> Iterator[Findi
             "sanitised_gradients", f"{bad} tensors' gradients arrive non-finite and reach the optimizer finite.", step
         )
     elif not is_finite(record.grad_at_step) and not record.scaled:
-        yield finding("nonfinite_gradients", f"{_broken(record, optimizer)}.", step)
+        doubt = PUT_BACK if _recovers(record, optimizer.records[-1]) else ""
+        yield finding("nonfinite_gradients", f"{_broken(record, optimizer)}.", step, doubt)
     elif arrived > 0 and reached == 0 and record.grad_change is not None and float(record.grad_change[1]) > 0:
         yield finding(
             "clip_too_small",
@@ -185,6 +187,11 @@ def _gradients(record: StepRecord, optimizer: OptimizerRecord) -> Iterator[Findi
         yield finding(
             "gradients_cleared_before_step", f"norm {arrived:.3g} arrives and the optimizer finds zero.", step
         )
+
+
+def _recovers(record: StepRecord, last: StepRecord) -> bool:
+    """Whether weights and gradients are finite in the end: a step that such gradients take would have left NaN."""
+    return last is not record and is_finite(last.grad_at_step) and is_finite(last.weights_after)
 
 
 def _weights(record: StepRecord, first: StepRecord) -> Iterator[Finding]:
