@@ -33,7 +33,7 @@ def half_an_optimizer(attach: Attach, wrong: bool, seed: int) -> None:
         optimizer.step()
 
 
-@GROUP.mistake("the second rank's optimizer has no rate", "zero_learning_rate", ranks=2)
+@GROUP.mistake("the second rank's optimizer has no rate", "ranks_diverged zero_learning_rate", ranks=2)
 def idle_rank(attach: Attach, wrong: bool, seed: int) -> None:
     assert dist.get_world_size() == 2
     model = nn.Linear(4, 1)
