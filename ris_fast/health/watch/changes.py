@@ -17,7 +17,7 @@ from torch import Tensor
 from ris_fast.health.watch.samples import ParameterSample, WeightSamples
 
 FIRST, LAST = 4, 8  # changes that are kept
-LIGHT, ARMED = 0.004, 0.02  # shares of a step that keeping may take: before a change was seen, and after
+LIGHT, ARMED = 0.0, 0.02  # shares of a step that keeping may take: before a change was seen, and after
 LONG_S = 0.01  # of a step beside which that is small
 FREE = 1024  # steps after the first change that are kept whatever it takes
 
