@@ -60,6 +60,8 @@ def overfit_batch(context: PreflightContext) -> Iterator[Finding]:
     gains = _plain_adam(context, first)
     if gains is None:
         return  # too slow to be tried
+    if taken < TRIED and max(gains.values()) >= FALLS and score <= 1.05 * start:
+        return  # a busy or slow machine: the run's own steps were too few to be compared with those
     yield from _reason(context, first, own, start, score, gains, (start_scenes, last_scenes))
 
 
