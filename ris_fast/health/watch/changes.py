@@ -1,7 +1,7 @@
 """Weights that are not at the start of a step what the step before left: a few numbers of both sides.
 
-After a step that was looked at they are compared at any rate. After others, where that costs next to nothing beside the
-step or such changes have been seen, they are kept, and compared if a version counter says that something was written.
+After a step that was looked at they are compared at any rate. After others they are kept once a version counter has
+told of such a change, and compared if it tells of another.
 
 Legend: T tensors of one optimizer; S numbers, a few of each.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from ris_fast.health.watch.samples import ParameterSample, WeightSamples
 
 FIRST, LAST = 4, 8  # changes that are kept
-LIGHT, ARMED = 0.0, 0.02  # shares of a step that keeping may take: before a change was seen, and after
+ARMED = 0.02  # share of a step that keeping may take
 LONG_S = 0.01  # of a step beside which that is small
 FREE = 1024  # steps after the first change that are kept whatever it takes
 
@@ -81,9 +81,8 @@ class OutsideWatch:
 
     def begin_light(self, step: int, step_s: float) -> None:
         """Before a step that is not looked at."""
-        cheap = step_s > LONG_S and 2 * self.light_s < (ARMED if self.armed else LIGHT) * step_s
-        cheap = cheap or (self.armed > 0 and self.lights < FREE)
-        if self.samples is not None and self.tensors and cheap:
+        cheap = self.lights < FREE or (step_s > LONG_S and 2 * self.light_s < ARMED * step_s)
+        if self.armed and cheap and self.samples is not None and self.tensors:
             self.lights += 1
             began = perf_counter()
             self.light = step, self.samples.read(self.tensors)
