@@ -9,7 +9,8 @@ from typing import Any
 
 from ris_fast import exit_codes
 
-GATHERING = 2.0  # seconds in which ranks that still live say so
+GATHERING = 10.0  # seconds in which ranks that still live say so: each hears of the end only when its own step waits
+OF_TWO = 2.0  # seconds of it where there is one other rank, whose name is known
 
 
 class RankLost(RuntimeError):
@@ -42,14 +43,14 @@ class EndedByFirst(RuntimeError):
 
 
 def name_the_lost(store: Any, rank: int, size: int) -> list[int]:
-    """The ranks that do not answer: each one that has lost another says in the store that it lives, and after two
-    seconds who has not said so has ended. Empty where nobody can know."""
+    """The ranks that do not answer: each one that has lost another says in the store that it lives. The last one that
+    has not said so has ended, and so have all who have not when the time is over. Empty where nobody can know."""
     if store is None:
         return []
     try:
         store.set(f"alive/{rank}", "")
         others = [other for other in range(size) if other != rank]
-        deadline = time.monotonic() + GATHERING
+        deadline = time.monotonic() + (GATHERING if size > 2 else OF_TWO)
         while True:
             silent = [other for other in others if not store.check([f"alive/{other}"])]
             if len(silent) <= 1 and size > 2 or time.monotonic() > deadline:

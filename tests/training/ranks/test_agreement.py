@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class OnOneRank(Callback):
         self.trainer: Any = None
 
     def on_step_end(self) -> None:
+        if (self.trainer.ranks.rank, self.trainer.state.step, self.what) == (2, self.at, "SIGKILL"):
+            time.sleep(3.0)  # it lives, and is busy when the others hear of the end
         if (self.trainer.ranks.rank, self.trainer.state.step) == (self.rank, self.at):
             match self.what:
                 case "SIGTERM":
@@ -80,7 +83,7 @@ def test_a_rank_that_ends_ends_the_others(what: str, tmp_path: Path) -> None:
     assert ended[1].error.startswith("killed" if what == "SIGKILL" else "ZeroDivisionError: a bug of rank 1")
     for each in (ended[0], ended[2]):
         assert each.value[0] == "RankLost" and each.value[1].startswith("rank 1 ended; its own message"), each
-        assert each.seconds - ended[1].seconds < 10.0
+        assert each.seconds - ended[1].seconds < 60.0  # not the half hour for a rank that lives
     assert load_checkpoint(tmp_path / "checkpoints", "last")[1]["state"]["step"] == ended[0].value[2] == 13
 
 
