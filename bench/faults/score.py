@@ -4,12 +4,12 @@
     [--healthy N] [--everything] [--show] [--json FILE] [--jobs N]
 
 With nothing chosen it scores every set of trainer faults and every group of plain loops; with --everything beside
-that what `why` says of the rows alone, and 500 healthy runs. A fault counts as detected if anything is reported by the
-time that its record allows, unless the same is reported of its healthy twin; as named if the first cause reported is
-one that its record expects. With --afterwards each fault is run a second time with nothing checked or watched, and
-`why` answers from the rows that it leaves. Of sets that a person who writes rules should not see only totals are
-printed and kept in the file, unless --show is given; so that person can run everything. Behind a share stands its
-95 % Wilson interval.
+that what `why` says of the rows alone, 500 healthy runs, and right loops from a second seed. A fault counts as
+detected if anything is reported by the time that its record allows, unless the same is reported of its healthy twin;
+as named if the first cause reported is one that its record expects. With --afterwards each fault is run a second time
+with nothing checked or watched, and `why` answers from the rows that it leaves. Of sets that a person who writes
+rules should not see only totals are printed and kept in the file, unless --show is given; so that person can run
+everything. Behind a share stands its 95 % Wilson interval.
 """
 
 from __future__ import annotations
@@ -34,16 +34,21 @@ from bench.faults.loops.trial import Judged, judge_loop
 from bench.faults.trial import Outcome, score_fault, score_healthy, twin_fault
 
 HEALTHY_RUNS = 500  # of --everything
+SEEDS_OF_RIGHT_LOOPS = 2  # of --everything
 LOOPS = "loops"  # what --set calls all of them
 KEYS = {SUITE: "tuned", HELD_OUT_SUITE: "held_out"}  # what results call the sets of the suite
+RIGHT = "right loop "
 LATE = 2**31  # a limit in steps that nothing reaches
 
 Case = tuple[str, str | int]
 
 
 def run_case(case: Case) -> Outcome | Judged:
-    """`case`: "healthy", "loop", "twin" or "fault", the last two also with " afterwards"; and its number or name."""
+    """`case`: "healthy", "loop", "twin" or "fault", the last two also with " afterwards"; and its number or name. Of a
+    right loop from another seed the kind is "right loop SEED"."""
     kind, name = case
+    if kind.startswith(RIGHT):
+        return judge_loop(all_loops()[str(name)], int(kind.removeprefix(RIGHT)))
     if kind == "healthy":
         return score_healthy(int(name))
     if kind == "loop":
@@ -134,6 +139,7 @@ def summary(faults: Sequence[Outcome], healthy: Sequence[Outcome]) -> dict[str, 
             "runs": len(healthy),
             "false_alarms": sum(alarms),
             "false_alarms_95": wilson(sum(alarms), len(alarms)),
+            **share("accused_certainly", (any(o.certain) or bool(o.stopped) for o in healthy)),
             "stopped": sum(bool(o.stopped) for o in healthy),
             "crashed": sum(bool(o.crashed) for o in healthy),
         },
@@ -147,6 +153,17 @@ def loop_totals(judged: Sequence[Judged]) -> dict[str, Any]:
         for group in dict.fromkeys(each.twin.group for each in judged)
     }
     return {name: _loops(each) for name, each in groups.items() if each}
+
+
+def right_loop_totals(judged: Sequence[Judged]) -> dict[str, Any]:
+    """Of loops that have no mistake: their kinds, runs from all seeds, and how many are accused."""
+    return {
+        "kinds": len({each.twin.name for each in judged}),
+        "runs": len(judged),
+        **share("accused", (each.accused for each in judged)),
+        **share("accused_certainly", (each.accused_certainly for each in judged)),
+        "crashed": sum(bool(each.twin.crashed) for each in judged),
+    }
 
 
 def _loops(judged: Sequence[Judged]) -> dict[str, Any]:
@@ -234,7 +251,13 @@ def table(result: Mapping[str, Any]) -> str:
         low, high = healthy["false_alarms_95"]
         lines.append(
             f"healthy   {healthy['runs']} runs, {healthy['false_alarms']} false alarms "
-            f"({healthy['false_alarms'] / healthy['runs']:.2%}, {low:.2%} to {high:.2%}), {healthy['stopped']} stopped"
+            f"({healthy['false_alarms'] / healthy['runs']:.2%}, {low:.2%} to {high:.2%}), {healthy['stopped']} stopped, accused "
+            f"with certainty{percent(healthy, 'accused_certainly')}"
+        )
+    if right := result.get("right_loops"):
+        lines.append(
+            f"right     {right['runs']} loops of {right['kinds']} kinds, accused{percent(right, 'accused')}, with "
+            f"certainty{percent(right, 'accused_certainly')}, {right['crashed']} crashed"
         )
     return "\n".join(lines)
 
@@ -302,7 +325,9 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--healthy", type=int, default=None, metavar="N", help="healthy runs to watch as well")
     parse.add_argument("--healthy-only", action="store_true", help="healthy runs alone")
     parse.add_argument(
-        "--everything", action="store_true", help=f"every set, --afterwards and --healthy {HEALTHY_RUNS}"
+        "--everything",
+        action="store_true",
+        help=f"every set, --afterwards, --healthy {HEALTHY_RUNS}, right loops from {SEEDS_OF_RIGHT_LOOPS} seeds",
     )
     parse.add_argument("--show", action="store_true", help="every outcome, also of sets not to be seen yet")
     parse.add_argument("--json", type=Path, metavar="FILE", help="write the totals, and every outcome that may be seen")
@@ -311,7 +336,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def cases_of(given: argparse.Namespace) -> list[Case]:
-    """Twins, then faults; both again for what is said afterwards; loops; healthy runs."""
+    """Twins, then faults; both again for what is said afterwards; loops, right ones again; healthy runs."""
     faults = [] if given.healthy_only else chosen(given)
     loops = [] if given.healthy_only else chosen_loops(given)
     runs = given.healthy if given.healthy is not None else HEALTHY_RUNS if given.everything or given.healthy_only else 0
@@ -320,6 +345,8 @@ def cases_of(given: argparse.Namespace) -> list[Case]:
         cases += [(f"twin{when}", name) for name in dict.fromkeys(fault.twin_name for fault in faults)]
         cases += [(f"fault{when}", fault.name) for fault in faults]
     cases += [("loop", loop.name) for loop in loops]
+    for seed in range(1, SEEDS_OF_RIGHT_LOOPS if given.everything else 1):
+        cases += [(f"{RIGHT}{seed}", loop.name) for loop in loops if not loop.expect]
     return cases + [("healthy", number) for number in range(runs)]
 
 
@@ -352,8 +379,11 @@ def results(found: Mapping[str, list[Any]]) -> tuple[dict[str, Any], list[Outcom
         result["afterwards"] = quiet
     if loops := found.get("loop", []):
         result["loops"] = loop_totals(loops)
+    again = [each for kind, outcomes in found.items() if kind.startswith(RIGHT) for each in outcomes]
+    if right := [*(each for each in loops if not each.mistake), *again]:
+        result["right_loops"] = right_loop_totals(right)
     later = [called("fault afterwards", outcome) for outcome in afterwards]
-    return result, [*scored, *later, *twins, *loops, *healthy]
+    return result, [*scored, *later, *twins, *loops, *again, *healthy]
 
 
 def called(kind: str, outcome: Outcome) -> Outcome:

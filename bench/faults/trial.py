@@ -40,9 +40,9 @@ Build = Callable[[Trainer], Watching]
 class Outcome:
     """What was said about one run.
 
-    `said`: causes at the moment when the first was given, most certain first. `step`: optimizer steps attempted until
-    then, 0 for preflight, None if nothing was said. `limit`: the step until which it should be said. `crashed`: an
-    exception that no rule foresaw. `stopped`: what ended the run by name.
+    `said`: causes at the moment when the first was given, most certain first, `certain` beside each. `step`:
+    optimizer steps attempted until then, 0 for preflight, None if nothing was said. `limit`: the step until which
+    it should be said. `crashed`: an exception that no rule foresaw. `stopped`: what ended the run by name.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Outcome:
     crashed: str
     seconds: float
     twin_said: tuple[str, ...] = ()
+    certain: tuple[bool, ...] = ()
 
     @property
     def detected(self) -> bool:
@@ -83,12 +84,14 @@ class Listener(Callback):
         self.trainer, self.watchdog, self.last_step = trainer, watchdog, last_step
         self.step_said: int | None = None
         self.said: tuple[str, ...] = ()
+        self.certain: tuple[bool, ...] = ()
         self.evidence = ""
 
     def listen(self, findings: Iterable[Any], step: int) -> None:
         findings = list(findings)
         if findings and self.step_said is None:
             self.step_said, self.said = step, tuple(finding.cause for finding in findings)
+            self.certain = tuple(finding.certain for finding in findings)
             self.evidence = findings[0].evidence
 
     def on_train_start(self, info: dict[str, Any]) -> None:
@@ -190,7 +193,8 @@ def observed(run: Callable[[], tuple[Listener, str]]) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             listener, stopped = run()
-        kept |= {"said": listener.said, "evidence": listener.evidence, "step": listener.step_said, "stopped": stopped}
+        kept |= {"said": listener.said, "certain": listener.certain, "evidence": listener.evidence}
+        kept |= {"step": listener.step_said, "stopped": stopped}
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         kept["crashed"] = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"

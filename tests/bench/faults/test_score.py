@@ -27,6 +27,7 @@ FAULTS = all_faults()
 class Finding:
     cause: str
     evidence: str = "seen"
+    certain: bool = True
 
 
 class Told(Callback):
@@ -197,7 +198,8 @@ def test_score_chooses_sets_by_a_part_of_their_names() -> None:
 def test_score_everything_runs_all_kinds_of_cases() -> None:
     kinds = Counter(kind for kind, _ in score.cases_of(score.parser().parse_args(["--everything"])))
     assert kinds["fault"] == kinds["fault afterwards"] == len(FAULTS) and kinds["healthy"] == 500
-    assert kinds["loop"] == len(all_loops())
+    right = [loop for loop in all_loops().values() if not loop.expect]
+    assert kinds["loop"] == len(all_loops()) and kinds["right loop 1"] == len(right) >= 100
     assert kinds["twin"] == kinds["twin afterwards"] == len({fault.twin_name for fault in FAULTS.values()})
 
 
@@ -212,6 +214,19 @@ def test_score_totals_of_loops_count_mistakes_and_accusations() -> None:
     totals = score.loop_totals(judged)["all"]
     assert totals["mistakes"] == 2 and totals["detected"] == totals["named_first"] == 0.5
     assert totals["right"] == 3 and totals["accused"] == pytest.approx(1 / 3) and totals["accused_certainly"] == 0.0
+
+
+def test_score_totals_tell_certain_accusations_of_what_is_right() -> None:
+    right = Judged(LoopOutcome("x", "g", False, (), (), (), "", 0.0))
+    doubted = Judged(replace(right.twin, said=("dead_units",), certain=(False,)))
+    accused = Judged(replace(doubted.twin, certain=(True,)))
+    run = trial.Outcome("healthy 0", "healthy", False, (), ("dead_units",), "", 3, 0, "", "", 1.0, certain=(False,))
+    found = {"loop": [right, doubted], "right loop 1": [right, accused]}
+    result, _ = score.results({**found, "healthy": [run, replace(run, certain=(True,)), replace(run, stopped="x")]})
+    assert result["right_loops"]["kinds"] == 1 and result["right_loops"]["runs"] == 4
+    assert result["right_loops"]["accused"] == 0.5 and result["right_loops"]["accused_certainly"] == 0.25
+    assert result["healthy"]["false_alarms"] == 3 and result["healthy"]["accused_certainly"] == pytest.approx(2 / 3)
+    assert "4 loops of 1 kinds" in score.table(result)
 
 
 @pytest.mark.slow
