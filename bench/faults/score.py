@@ -251,8 +251,8 @@ def table(result: Mapping[str, Any]) -> str:
         low, high = healthy["false_alarms_95"]
         lines.append(
             f"healthy   {healthy['runs']} runs, {healthy['false_alarms']} false alarms "
-            f"({healthy['false_alarms'] / healthy['runs']:.2%}, {low:.2%} to {high:.2%}), {healthy['stopped']} stopped, "
-            f"with certainty{percent(healthy, 'accused_certainly')}"
+            f"({healthy['false_alarms'] / healthy['runs']:.2%}, {low:.2%} to {high:.2%}), {healthy['stopped']} stopped,"
+            f" with certainty{percent(healthy, 'accused_certainly')}"
         )
     if right := result.get("right_loops"):
         lines.append(
