@@ -20,6 +20,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ris_fast.health.watch.changes import OutsideWatch
+from ris_fast.health.watch.eager import eager
 from ris_fast.health.watch.every_step import EveryStep
 from ris_fast.health.watch.gradients import GradientWatch, grad_norms
 from ris_fast.health.watch.histories import GradientNumbers
@@ -124,7 +125,7 @@ class OptimizerHooks:
             arrived = [p for p in wanted if id(p) in self.gradients.arrived]
             self.passes.follow(arrived[-1] if arrived else wanted[-1])
 
-    @torch.compiler.disable
+    @eager
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A step within a step, of a class that calls its base's, is part of it; what raised an error is forgotten."""
         if self.depth and not self.passes.passes:
@@ -182,7 +183,7 @@ class OptimizerHooks:
         before, self.resets = self.resets, self.loads + self.every_step.state_lost
         return self.resets > before
 
-    @torch.compiler.disable
+    @eager
     def _after(self, *_: Any) -> None:
         self.depth = max(0, self.depth - 1)
         if self.depth or self.rivals.inside is not self.optimizer:
