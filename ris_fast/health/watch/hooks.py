@@ -133,14 +133,15 @@ class OptimizerHooks:
             return
         self.depth, self.rivals.inside = 1, self.optimizer
         self.closure = (len(args) > 1 or bool(kwargs)) and _has_closure(*args, *kwargs.values())
-        self.every_step.before(held_tensors(self.optimizer), self.closure)
+        self.every_step.before(self.closure)
         self.passes.before()
-        self._compare_outside()
+        if self.every_step.written or self.outside.waiting is not None:
+            self._compare_outside()
         if self.schedule.due(self.steps):
             began = perf_counter()
             self._look_before()
             self.cost_s += perf_counter() - began
-        else:
+        elif self.outside.armed:
             self.outside.begin_light(self.steps, self.schedule.step_s)
 
     def _compare_outside(self) -> None:
@@ -188,40 +189,45 @@ class OptimizerHooks:
         self.depth = max(0, self.depth - 1)
         if self.depth or self.rivals.inside is not self.optimizer:
             return
-        self.rivals.inside, began = None, perf_counter()
-        uncleared = self.gradients.take_stale()
-        self.every_step.after(held_tensors(self.optimizer), self.closure)
-        self.passes.restart()
-        looked = self.current is not None
-        if looked:
-            self._finish(self.current, uncleared)
-        else:
-            self.outside.finish_light()
-        if self.outside.waiting is not None:
-            self.rival_steps, self.loads_before = self.rivals.steps_on(self.optimizer, self.every_step.ids), self.loads
-        self.gradients.arrived.clear()
-        self.gradients.counts_passes = False
-        if looked:
+        self.rivals.inside = None
+        self.every_step.after(self.closure)
+        if self.passes.passes:
+            self.passes.restart()
+        if self.current is not None:
+            began = perf_counter()
+            self._finish(self.current)
             self.schedule.finish_look(self.steps - 1, self.cost_s + perf_counter() - began)
             self.cost_s = 0.0
-        if looked or self.schedule.due(self.steps):
+            self._hook_gradients()
+            return
+        self.outside.finish_light()
+        if self.outside.waiting is not None:
+            self._note_others()
+        if self.schedule.due(self.steps):
             self._hook_gradients()
 
+    def _note_others(self) -> None:
+        """What others have done so far: more, at the start of the next step, was done in between."""
+        self.rival_steps, self.loads_before = self.rivals.steps_on(self.optimizer, self.every_step.ids), self.loads
+
     @torch.no_grad()
-    def _finish(self, record: StepRecord, uncleared: Tensor | None) -> None:
+    def _finish(self, record: StepRecord) -> None:
         parameters = self.found
-        record.uncleared = uncleared
+        record.uncleared = self.gradients.take_stale()
         if record.closure:
             self.gradients.fill(record, parameters, self.sample)
         record.weights_after = _weight_norms(parameters)
         record.moved, record.update_ratio = self.sample.finish(parameters)
         record.sizes = list(self.samples.sizes)
-        if self.steps <= DENSE:
+        if self.steps < DENSE:
             record.grad_after_step = grad_norms(record, parameters)
             self.gradients.probe_stale(parameters)
         self.records = [*self.records[:DENSE], *self.records[DENSE:][-KEPT:], record]
         self.current = None
         self.outside.wait(self.sample, list(parameters.values()))
+        self._note_others()
+        self.gradients.arrived.clear()
+        self.gradients.counts_passes = False
 
 
 def plain_name(name: str) -> str:
