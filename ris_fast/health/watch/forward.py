@@ -149,7 +149,7 @@ class ForwardHooks:
             own_dropouts=own_dropouts(self.model) if all(self.drawn) and self.drawn else [],
         )
 
-    def _before(self, module: nn.Module, *given: Any) -> None:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not self.model and module not in self.whole:
             return
         self.was_training = module.training
@@ -157,7 +157,7 @@ class ForwardHooks:
             self.inside, self.part_calls.sequences = [], []
         self.random = random_state() if self._is_evaluation() and len(self.drawn) < EVALUATIONS else []
         if self.writes.listens:
-            self.writes.begin(tensors_of(given))
+            self.writes.begin(args, kwargs)
 
     def _is_evaluation(self) -> bool:
         return not self.was_training and not torch.is_grad_enabled()
