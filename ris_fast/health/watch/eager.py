@@ -52,6 +52,14 @@ def eager_hook(function: Callable[..., None]) -> Callable[..., None]:
     return unserializable_hook(hook)
 
 
+def is_eager_hook(function: Any) -> bool:
+    """Whether `eager_hook` made it."""
+    return getattr(function, "__code__", None) is _CODE
+
+
 @torch.compiler.disable
 def _run(function: Callable[..., None], *args: Any) -> None:
     function(*args)
+
+
+_CODE = eager_hook(_run).__code__
