@@ -44,13 +44,18 @@ class EveryStep:
 
     def before(self, closure: bool) -> None:
         """Before a step; with a closure gradients come within it."""
-        groups = self.optimizer.param_groups
-        if len(groups) != len(self.groups) or not all(map(_is_same, groups, self.groups)):
-            self._note_settings()
-        size = len(self.optimizer.state)
-        self.state_is_lost = size == 0 and self.state_size > 0
+        optimizer = self.optimizer
+        groups = optimizer.param_groups
+        for group, last in zip(groups, self.groups):
+            if len(group) != len(last) or not all(map(is_, group.values(), last.values())):
+                self._note_settings()
+                break
+        else:
+            if len(groups) != len(self.groups):
+                self._note_settings()
+        self.state_is_lost = self.state_size > 0 and not optimizer.state
         self.state_lost += self.state_is_lost
-        tensors = self._tensors()
+        tensors = groups[0]["params"] if len(groups) == 1 else held_tensors(optimizer)
         versions = list(map(VERSION, tensors))
         if len(tensors) == len(self.held) and all(map(is_, tensors, self.held)):
             self.written = versions != self.versions and self.steps > 0
@@ -68,7 +73,8 @@ class EveryStep:
 
     def after(self, closure: bool) -> None:
         """After a step."""
-        tensors = self._tensors()
+        groups = self.optimizer.param_groups
+        tensors = groups[0]["params"] if len(groups) == 1 else held_tensors(self.optimizer)
         if closure:
             self._note_pattern(tensors)
         versions = list(map(VERSION, tensors))
@@ -76,10 +82,6 @@ class EveryStep:
             self.unwritten += 1
         self.versions, self.state_size = versions, len(self.optimizer.state)
         self.steps += 1
-
-    def _tensors(self) -> list[Tensor]:
-        groups = self.optimizer.param_groups
-        return groups[0]["params"] if len(groups) == 1 else held_tensors(self.optimizer)
 
     def _note_pattern(self, tensors: list[Tensor]) -> None:
         present, free = [p.grad is not None for p in tensors], list(map(FREE, tensors))
@@ -129,7 +131,3 @@ class EveryStep:
         elif record.now is not value and record.now != value:
             record.change(self.steps, value)
 
-
-def _is_same(group: dict[str, Any], last: dict[str, Any]) -> bool:
-    """Whether all values are the same objects."""
-    return len(group) == len(last) and all(map(is_, group.values(), last.values()))

@@ -41,6 +41,12 @@ MARKED = 12  # training passes whose gradient at the output is compared with tho
 LATE = 64  # training passes that are looked at after the first
 ROUND, OTHERS = 8, 128  # passes of another kind between two steps that are looked at, and in all
 EVALUATIONS, CALLS = 32, 4096  # whose random numbers are looked at; of parts within a pass
+is_compiling, is_tracing, peek_interpreter_stack, current_graph_task = (
+    torch.compiler.is_compiling,
+    torch._C._is_tracing,
+    torch._C._functorch.peek_interpreter_stack,
+    torch._C._current_graph_task_id,
+)
 TRAINING = True, True  # in training mode, with gradients enabled
 
 
@@ -55,9 +61,9 @@ class _Hook:
         self.owner, self.function = weakref.ref(call.__self__), call.__func__
 
     def __call__(self, module: nn.Module, *given: Any) -> None:
-        if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._functorch.peek_interpreter_stack():
+        if is_compiling() or is_tracing() or peek_interpreter_stack():
             return
-        if torch._C._current_graph_task_id() == -1 and (owner := self.owner()) is not None:  # no recomputation
+        if current_graph_task() == -1 and (owner := self.owner()) is not None:  # no recomputation
             self.function(owner, module, *given)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -155,7 +161,8 @@ class ForwardHooks:
         self.was_training = module.training
         if self.inside or self.part_calls.sequences:
             self.inside, self.part_calls.sequences = [], []
-        self.random = random_state() if self._is_evaluation() and len(self.drawn) < EVALUATIONS else []
+        if not self.was_training:
+            self.random = random_state() if self._is_evaluation() and len(self.drawn) < EVALUATIONS else []
         if self.writes.listens:
             self.writes.begin(args, kwargs)
 
@@ -166,8 +173,9 @@ class ForwardHooks:
         if module is not self.model and module not in self.whole:
             return
         self.count += 1
-        self.writes.finish()
-        if self.random and self._is_evaluation():
+        if self.writes.input is not None:
+            self.writes.finish()
+        if not self.was_training and self.random and self._is_evaluation():
             self.drawn.append(has_moved(self.random, random_state()))
         kind = self.was_training, torch.is_grad_enabled()
         self.made[kind] += 1

@@ -138,11 +138,12 @@ class OptimizerHooks:
             return
         self.depth, self.rivals.inside = 1, self.optimizer
         self.closure = (len(args) > 1 or bool(kwargs)) and _has_closure(*args, *kwargs.values())
-        self.every_step.before(self.closure)
+        every_step = self.every_step
+        every_step.before(self.closure)
         self.passes.before()
-        if self.every_step.written or self.outside.waiting is not None:
+        if every_step.written or self.outside.waiting is not None:
             self._compare_outside()
-        if self.schedule.due(self.steps):
+        if every_step.steps >= self.schedule.next:
             began = perf_counter()
             self._look_before()
             self.cost_s += perf_counter() - began
@@ -209,7 +210,7 @@ class OptimizerHooks:
 
     @eager
     def _after(self, *_: Any) -> None:
-        self.depth = max(0, self.depth - 1)
+        self.depth -= self.depth > 0
         if self.depth or self.rivals.inside is not self.optimizer:
             return
         self.rivals.inside = None
@@ -225,10 +226,10 @@ class OptimizerHooks:
             self.gradients.forget()
             self.gradients.counts_passes = False
             return
-        self.outside.finish_light()
-        if self.outside.waiting is not None:
+        if self.outside.light is not None:
+            self.outside.finish_light()
             self._note_others()
-        if self.schedule.due(self.steps):
+        if self.every_step.steps >= self.schedule.next:
             self._hook_gradients()
 
     def _note_others(self) -> None:
