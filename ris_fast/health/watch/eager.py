@@ -27,7 +27,7 @@ def eager(function: Callable[..., None]) -> Callable[..., None]:
         else:
             disabled(*args)
 
-    skip_code(call.__code__)
+    skip_code(call.__code__)  # one for all
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return call
 
@@ -47,8 +47,6 @@ def eager_hook(function: Callable[..., None]) -> Callable[..., None]:
             else:
                 _run(function, *args)
 
-    # `torch.compiler.disable` would break the graphs that call it.
-    skip_code(hook.__code__)
     return unserializable_hook(hook)
 
 
@@ -62,4 +60,5 @@ def _run(function: Callable[..., None], *args: Any) -> None:
     function(*args)
 
 
-_CODE = eager_hook(_run).__code__
+_CODE = eager_hook(_run).__code__  # of all these hooks
+skip_code(_CODE)  # `torch.compiler.disable` would break the graphs that call it

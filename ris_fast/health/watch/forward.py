@@ -38,6 +38,7 @@ from ris_fast.health.watch.writes import InputWrites
 FIRST, LONGEST = 64, 4096  # training passes that are all looked at; where most of them reach no backward
 WALKED, PARTS = 6, 4  # training passes whose graph is walked, and in which the hooks on parts stay
 MARKED = 12  # training passes whose gradient at the output is compared with those of mistakes
+ROWS_EVERY = 4  # passes after those, of which one is searched for rows without a gradient
 LATE = 64  # training passes that are looked at after the first
 ROUND, OTHERS = 8, 128  # passes of another kind between two steps that are looked at, and in all
 EVALUATIONS, CALLS = 32, 4096  # whose random numbers are looked at; of parts within a pass
@@ -182,7 +183,7 @@ class ForwardHooks:
         if self._due(kind):
             self.looked[kind] += 1
             with torch.no_grad():
-                self._look(tensors_of((args, kwargs)), tensors_of(output), kind[1])
+                self._look(tensors_of((args, kwargs) if kwargs else args), tensors_of(output), kind[1])
 
     def _due(self, kind: tuple[bool, bool]) -> bool:
         """Whether a pass is looked at: the first in training, then those of some steps; of others some between two
@@ -226,17 +227,20 @@ class ForwardHooks:
             self._follow(now, inputs, outputs)
         if len(self.passes) <= FIRST or not now.grad or self.late:
             now.input, now.output = few_rows(inputs), few_rows(outputs)
-            now.nonfinite_in, now.nonfinite_out = nonfinite(inputs), nonfinite(outputs)
+            now.nonfinite_out = nonfinite(outputs)
+            if now.nonfinite_out is not None and (now.nonfinite_out.device.type != "cpu" or now.nonfinite_out.any()):
+                now.nonfinite_in = nonfinite(inputs)
 
     def _follow(self, now: PassRecord, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Whether a backward pass reaches the outputs, and what they depend on."""
         with_grad = [each for each in outputs if each.requires_grad and each.grad_fn is not None]
         rows, mark = now.shape[0] if now.shape else 0, None
+        reads_rows = now.of_kind <= MARKED or now.of_kind % ROWS_EVERY == 0
         if with_grad and self.marked < MARKED:
             self.marked, mark = self.marked + 1, fingerprint_of(with_grad[0])
 
         def first(grad: Tensor) -> None:
-            if not now.reached and now.of_kind <= FIRST:
+            if not now.reached and reads_rows and now.of_kind <= FIRST:
                 now.rows = rows_with_gradient(grad, rows)
             if mark is not None and (found := mark(grad)) is not None:
                 now.mark_kind, now.mark = found

@@ -19,10 +19,11 @@ from torch import Tensor
 from ris_fast.health.watch.eager import eager, eager_hook, is_eager_hook
 from ris_fast.health.watch.records import StepRecord
 from ris_fast.health.watch.samples import ParameterSample, StaleGradientProbe, compare, few_of, joined, local_values
-from ris_fast.health.watch.schedule import DENSE
 from ris_fast.training.telemetry.step_telemetry import norms
 
 
+LARGE = 2**17  # numbers of a gradient
+WHOLE = 3  # steps in which gradients are read again at the step although their version counters tell of no write
 UNCHANGED = torch.tensor([1.0, 0.0, 1.0, 1.0])  # see `StepRecord.grad_change`
 
 
@@ -57,7 +58,8 @@ class GradientWatch:
         self.hooks: list[Any] = []
         self.stale_probe: StaleGradientProbe | None = None
         self.arrival = arrival_hook(self)
-        self.waiting: dict[int, Tensor] = {}  # whose gradient came in the backward pass that runs
+        # Of gradients that came in the backward pass that runs: the norm, where it is read at once.
+        self.waiting: dict[int, Tensor | None] = {}
         self.task, self.alone = -1, True
 
     def hook(self, wanted: Sequence[Tensor]) -> None:
@@ -71,7 +73,7 @@ class GradientWatch:
 
     def _arrive(self, parameter: Tensor) -> None:
         """After backward has added to a gradient."""
-        self.waiting[id(parameter)] = parameter
+        self.waiting[id(parameter)] = _norm_in_cache(parameter.grad)
         task = torch._C._current_graph_task_id()
         if not self.alone or task == -1 or _is_shared(parameter):
             self.take()
@@ -94,7 +96,7 @@ class GradientWatch:
             batch = Arrivals(
                 ids=list(map(id, came)),
                 states=[(id(grad), grad._version) for grad in grads],
-                norms=norms([local_values(grad) for grad in grads]),
+                norms=_norms_of(grads, [waiting[id(p)] for p in came]),
                 few=joined(some),
                 sizes=list(map(len, some)),
             )
@@ -144,10 +146,17 @@ class GradientWatch:
         if whole is not None and whole.ids == list(map(id, parameters.values())) and self._holds(whole, sample):
             record.hooked, record.grad_change = tuple(parameters), UNCHANGED
             record.grad_after_backward = whole.norms
-            same = record.step >= DENSE and not record.no_grad and _is_same(whole, parameters)
+            same = record.step >= WHOLE and self.are_as_left(parameters)
             record.grad_at_step = whole.norms if same else grad_norms(record, parameters)
         else:
             self._fill_apart(record, parameters, sample)
+
+    def are_as_left(self, parameters: dict[str, Tensor]) -> bool:
+        """Whether one backward pass came to all, and left the gradients as they are, finite; known on the CPU alone."""
+        if len(self.batches) != 1 or self.batches[0].norms.device.type != "cpu":
+            return False
+        states = [(id(p.grad), -1 if p.grad is None else p.grad._version) for p in parameters.values()]
+        return states == self.batches[0].states and math.isfinite(self.batches[0].norms.sum().item())
 
     def _holds(self, batch: Arrivals, sample: ParameterSample) -> bool:
         """Whether a few numbers of each gradient are what they were, where reading is free."""
@@ -193,17 +202,26 @@ class GradientWatch:
         self.take_stale()
 
 
+def _norm_in_cache(grad: Tensor) -> Tensor | None:
+    """() float32, of a large one, which is read faster right after it was written than later; else None."""
+    if grad.numel() < LARGE or grad.dtype != torch.float32 or grad.device.type != "cpu" or type(grad) is not Tensor:
+        return None
+    return torch.linalg.vector_norm(grad.detach()) if grad.layout == torch.strided else None
+
+
+def _norms_of(grads: Sequence[Tensor], known: Sequence[Tensor | None]) -> Tensor:
+    """(T,) float32, some of which are known."""
+    others = norms([local_values(grad) for grad, norm in zip(grads, known) if norm is None])
+    if len(others) == len(known):
+        return others
+    rest = iter(others.unbind())
+    return torch.stack([next(rest) if norm is None else norm for norm in known])
+
+
 def _is_shared(parameter: Tensor) -> bool:
     """Whether hooks of others, which may change the gradient, are on the tensor."""
     hooks = parameter._post_accumulate_grad_hooks
     return len(hooks) > 1 and not all(map(is_eager_hook, hooks.values()))
-
-
-def _is_same(batch: Arrivals, parameters: dict[str, Tensor]) -> bool:
-    """Whether the gradients are the tensors that backward left, unwritten, and finite."""
-    if [(id(p.grad), p.grad._version) for p in parameters.values()] != batch.states:
-        return False
-    return math.isfinite(batch.norms.sum().item())
 
 
 class Listener(Protocol):

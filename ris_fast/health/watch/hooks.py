@@ -9,6 +9,7 @@ Legend: T tensors, those of the model that one optimizer holds and that have a n
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from time import perf_counter
@@ -33,6 +34,7 @@ from ris_fast.health.watch.state import denominators, steps_of
 from ris_fast.training.telemetry.step_telemetry import norms
 
 KEPT = 64
+READ_EVERY = 4  # looks after the first, of which one reads the weights' norms
 AGAIN = 8  # looks from one search through the model to the next
 
 
@@ -60,6 +62,7 @@ class OptimizerHooks:
         ]
         self.found = self.parameters()  # at the last look
         self.names: list[str] = []  # of these
+        self.weights: tuple[list[str], Tensor] | None = None  # names and norms, as they were read last
         self.usual_norms: list[float] = []
         self.held: list[Tensor] = []
         self.missing: set[int] = set()  # ids of those to which no gradient came
@@ -86,7 +89,7 @@ class OptimizerHooks:
             groups=[g | {"params": [tensors[id(p)] for p in g["params"]]} for g in self.optimizer.param_groups],
             steps=self.steps,
             records=[record.on_host() for record in self.records],
-            weight_norms=dict(zip(parameters, _weight_norms(parameters).tolist())),
+            weight_norms=dict(zip(parameters, norms(list(map(local_values, parameters.values()))).tolist())),
             trained={tensors[key] for key in self.origin.trained()},
             frozen={tensors[key] for key in frozen & tensors.keys()},
             with_grad={tensors[key] for key in with_grad & tensors.keys()},
@@ -162,8 +165,8 @@ class OptimizerHooks:
     def _look_before(self) -> None:
         parameters = self._find_parameters()
         self.origin.note(self.every_step.held)
-        self.current = self._begin(parameters)
         last, self.sample = self.sample, ParameterSample(self.steps, parameters, self.samples)
+        self.current = self._begin(parameters)
         self.current.reset = None if last is None or self._state_was_reset() else self.sample.is_reset(last)
         if self.closure:
             self.gradients.forget()
@@ -181,13 +184,13 @@ class OptimizerHooks:
             self.usual_norms = [p.shape[0] ** 0.5 if p.ndim > 1 else 1.0 for p in self.found.values()]
         return self.found
 
-    def _weights_before(self, parameters: dict[str, Tensor]) -> Tensor:
-        """(T,), those after the step before if it was looked at and nothing has written to them since."""
-        last = self.records[-1] if self.records else None
-        changed = self.every_step.written or self.outside.changed_before(self.steps)
-        if last is None or last.step != self.steps - 1 or last.names is not self.names or changed:
-            return _weight_norms(parameters)
-        return last.weights_after
+    def _weight_norms(self, parameters: dict[str, Tensor], numbers: Tensor, due: bool) -> Tensor:
+        """(T,), read if it is due. Else, on the CPU, those that were read last, as long as the few numbers (S,) that
+        are known now are finite."""
+        known = not due and self.weights is not None and self.weights[0] is self.names and numbers.device.type == "cpu"
+        if not known or not math.isfinite(numbers.sum().item()):
+            self.weights = self.names, norms([local_values(tensor) for tensor in parameters.values()])
+        return self.weights[1]
 
     def _begin(self, parameters: dict[str, Tensor]) -> StepRecord:
         rates = [group.get("lr", 1.0) for group in self.optimizer.param_groups]
@@ -196,7 +199,7 @@ class OptimizerHooks:
             names=self.names,
             usual_norms=self.usual_norms,
             rates=[rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates],
-            weights_before=self._weights_before(parameters),
+            weights_before=self._weight_norms(parameters, self.sample.before, self.steps == 0),
             closure=self.closure,
             scaled=getattr(self.optimizer, "found_inf", None) is not None
             or getattr(self.optimizer, "loss_scale", None) == "dynamic",
@@ -242,11 +245,13 @@ class OptimizerHooks:
         record.uncleared = self.gradients.take_stale()
         if record.closure:
             self.gradients.fill(record, parameters, self.sample)
-        record.weights_after = _weight_norms(parameters)
         record.moved, record.update_ratio = self.sample.finish(parameters)
+        due = self.steps <= DENSE or self.schedule.looks % READ_EVERY == 0
+        record.weights_after = self._weight_norms(parameters, self.sample.after, due)
         record.sizes = list(self.samples.sizes)
         if self.steps < DENSE:
-            record.grad_after_step = grad_norms(record, parameters)
+            as_left = self.gradients.are_as_left(parameters)
+            record.grad_after_step = record.grad_at_step if as_left else grad_norms(record, parameters)
             self.gradients.probe_stale(parameters)
         self.records = [*self.records[:DENSE], *self.records[DENSE:][-KEPT:], record]
         self.current = None
@@ -257,11 +262,6 @@ class OptimizerHooks:
 def plain_name(name: str) -> str:
     """A parameter's name without what torch.compile puts into it."""
     return name.replace("_orig_mod.", "")
-
-
-def _weight_norms(parameters: dict[str, Tensor]) -> Tensor:
-    """(T,)"""
-    return norms([local_values(tensor) for tensor in parameters.values()])
 
 
 def _has_closure(*args: Any) -> bool:
