@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
+from time import perf_counter
 from typing import Any, Protocol
 
 import torch
@@ -61,6 +62,7 @@ class GradientWatch:
         # Of gradients that came in the backward pass that runs: the norm, where it is read at once.
         self.waiting: dict[int, Tensor | None] = {}
         self.task, self.alone = -1, True
+        self.cost_s = 0.0  # of all reading
 
     def hook(self, wanted: Sequence[Tensor]) -> None:
         """Hooks these tensors, and no others."""
@@ -73,7 +75,9 @@ class GradientWatch:
 
     def _arrive(self, parameter: Tensor) -> None:
         """After backward has added to a gradient."""
+        began = perf_counter()
         self.waiting[id(parameter)] = _norm_in_cache(parameter.grad)
+        self.cost_s += perf_counter() - began
         task = torch._C._current_graph_task_id()
         if not self.alone or task == -1 or _is_shared(parameter):
             self.take()
@@ -86,6 +90,11 @@ class GradientWatch:
         """Reads what came."""
         if not self.waiting:
             return
+        began = perf_counter()
+        self._take()
+        self.cost_s += perf_counter() - began
+
+    def _take(self) -> None:
         waiting, self.waiting, self.task = self.waiting, {}, -1
         came = [p for p in self.hooked if id(p) in waiting and p.grad is not None]
         if not came:

@@ -223,8 +223,9 @@ class OptimizerHooks:
         if self.current is not None:
             began = perf_counter()
             self._finish(self.current)
+            self.cost_s += self.gradients.cost_s
             self.schedule.finish_look(self.steps - 1, self.cost_s + perf_counter() - began)
-            self.cost_s = 0.0
+            self.cost_s = self.gradients.cost_s = 0.0
             self._hook_gradients()
             self.gradients.forget()
             self.gradients.counts_passes = False

@@ -122,7 +122,8 @@ class ParameterSample:
         if any(p.element_size() < 4 for p in parameters.values()):
             return moved, None
         used = self.gradient != 0
-        return moved, ((self.after - self.before) * used).norm() / (self.before * used).norm()
+        sizes = torch._foreach_norm([(self.after - self.before) * used, self.before * used])
+        return moved, sizes[0] / sizes[1]
 
 
 def few_numbers(tensors: Sequence[Tensor]) -> Tensor:
