@@ -130,4 +130,3 @@ class EveryStep:
             self.settings[number, name] = SettingHistory(number, name, value, value)
         elif record.now is not value and record.now != value:
             record.change(self.steps, value)
-

@@ -14,7 +14,7 @@ import gc
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from ris_fast.health.watch.samples import held_tensors
 from ris_fast.health.watch.tensors import few_rows, nonfinite, rows_with_gradient, tensors_of
 from ris_fast.health.watch.writes import InputWrites
 
-FIRST, LONGEST = 64, 4096  # training passes that are all looked at; where most of them reach no backward
+FIRST, LONGEST = 32, 4096  # training passes that are all looked at; where most of them reach no backward
 WALKED, PARTS = 6, 4  # training passes whose graph is walked, and in which the hooks on parts stay
 MARKED = 12  # training passes whose gradient at the output is compared with those of mistakes
 READ, PAIR_EVERY = 24, 8  # training passes whose numbers are read, and how often two in a row are after those

@@ -174,8 +174,9 @@ class PassRecord:
         reached: whether a backward pass came to one; parts_training: parts whose mode matters that are in training
         mode, of `parts`; inputs: tensors given; shape, output_shape: of the first; nodes: of its graph, 0 where it was
         not walked; input, output: (R, F) a few numbers; nonfinite_in, nonfinite_out: (2,), whether there are NaN, or
-        infinities, the former not where outputs are known to be finite; rows: (B,) scenes with a gradient at the output; given_again: the first input is the tensor that the
-        pass before was given; mark_kind, mark: which mistake the gradient at the output looks like, and how far it is
+        infinities, the former not where outputs are known to be finite; rows: (B,) scenes with a gradient at the
+        output; given_again: the first input is the tensor that the pass before was given; mark_kind, mark: which
+        mistake the gradient at the output looks like, and how far it is
         from that.
     """
 
