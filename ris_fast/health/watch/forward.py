@@ -38,7 +38,7 @@ from ris_fast.health.watch.writes import InputWrites
 FIRST, LONGEST = 32, 4096  # training passes that are all looked at; where most of them reach no backward
 WALKED, PARTS = 6, 4  # training passes whose graph is walked, and in which the hooks on parts stay
 MARKED = 12  # training passes whose gradient at the output is compared with those of mistakes
-READ, PAIR_EVERY = 24, 8  # training passes whose numbers are read, and how often two in a row are after those
+READ, PAIR_EVERY = 24, 8  # training passes whose outputs are read, and how often two in a row are after those
 ROWS_EVERY = 4  # passes after those, of which one is searched for rows without a gradient
 LATE = 64  # training passes that are looked at after the first
 ROUND, OTHERS = 8, 128  # passes of another kind between two steps that are looked at, and in all
@@ -226,8 +226,11 @@ class ForwardHooks:
         self.passes.append(now)
         if now.grad:
             self._follow(now, inputs, outputs)
-        if not now.grad or self.late or (len(self.passes) <= FIRST and _reads_numbers(now.of_kind)):
-            now.input, now.output = few_rows(inputs), few_rows(outputs)
+        first = len(self.passes) <= FIRST
+        if first or not now.grad or self.late:
+            now.input = few_rows(inputs)
+        if not now.grad or self.late or (first and _reads_outputs(now.of_kind)):
+            now.output = few_rows(outputs)
             now.nonfinite_out = nonfinite(outputs)
             if now.nonfinite_out is not None and (now.nonfinite_out.device.type != "cpu" or now.nonfinite_out.any()):
                 now.nonfinite_in = nonfinite(inputs)
@@ -305,8 +308,8 @@ class ForwardHooks:
         self.foreign_steps += self.foreign[optimizer]
 
 
-def _reads_numbers(number: int) -> bool:
-    """Whether numbers of a training pass are read: of the first, then of two in a row now and then."""
+def _reads_outputs(number: int) -> bool:
+    """Whether the outputs of a training pass are read: of the first, then of two in a row now and then."""
     return number <= READ or number % PAIR_EVERY < 2
 
 
