@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import basename
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +23,6 @@ def call_site(frame: FrameType | None) -> tuple[int, str]:
             library = _IN_LIBRARY[code.co_filename] = code.co_filename.startswith(_LIBRARIES)
         if not library:
             key += id(code), frame.f_lasti
-            place = place or f"{Path(code.co_filename).name}:{frame.f_lineno}"
+            place = place or f"{basename(code.co_filename)}:{frame.f_lineno}"
         frame = frame.f_back
     return hash(tuple(key)), place

@@ -89,10 +89,9 @@ class OutsideWatch:
             self.light_s = perf_counter() - began
 
     def finish_light(self) -> None:
-        """After it."""
-        if self.light is not None:
-            (step, before), self.light, self.looked = self.light, None, False
-            self.waiting = Sides(step, before, self.samples.read(self.tensors), before[:0])
+        """After it, where numbers were kept."""
+        (step, before), self.light, self.looked = self.light, None, False
+        self.waiting = Sides(step, before, self.samples.read(self.tensors), before[:0])
 
     def wants_to_compare(self, written: bool) -> bool:
         """At the start of a step; `written`: a version counter has changed since the step before."""

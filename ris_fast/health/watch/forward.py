@@ -14,7 +14,7 @@ import gc
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,12 +35,20 @@ from ris_fast.health.watch.samples import held_tensors
 from ris_fast.health.watch.tensors import few_rows, nonfinite, rows_with_gradient, tensors_of
 from ris_fast.health.watch.writes import InputWrites
 
-FIRST, LONGEST = 64, 4096  # training passes that are all looked at; where most of them reach no backward
+FIRST, LONGEST = 32, 4096  # training passes that are all looked at; where most of them reach no backward
 WALKED, PARTS = 6, 4  # training passes whose graph is walked, and in which the hooks on parts stay
 MARKED = 12  # training passes whose gradient at the output is compared with those of mistakes
+READ, PAIR_EVERY = 24, 8  # training passes whose outputs are read, and how often two in a row are after those
+ROWS_EVERY = 4  # passes after those, of which one is searched for rows without a gradient
 LATE = 64  # training passes that are looked at after the first
 ROUND, OTHERS = 8, 128  # passes of another kind between two steps that are looked at, and in all
 EVALUATIONS, CALLS = 32, 4096  # whose random numbers are looked at; of parts within a pass
+is_compiling, is_tracing, peek_interpreter_stack, current_graph_task = (
+    torch.compiler.is_compiling,
+    torch._C._is_tracing,
+    torch._C._functorch.peek_interpreter_stack,
+    torch._C._current_graph_task_id,
+)
 TRAINING = True, True  # in training mode, with gradients enabled
 
 
@@ -50,14 +58,15 @@ class _Hook:
     What is called for a copy takes any arguments and returns None.
     """
 
-    def __init__(self, call: Callable[..., None]) -> None:
-        self.call: Any = weakref.WeakMethod(call)
+    def __init__(self, call: Any) -> None:
+        """`call`: a method."""
+        self.owner, self.function = weakref.ref(call.__self__), call.__func__
 
     def __call__(self, module: nn.Module, *given: Any) -> None:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():
+        if is_compiling() or is_tracing() or peek_interpreter_stack():
             return
-        if torch._C._current_graph_task_id() == -1 and (call := self.call()) is not None:  # no recomputation
-            call(module, *given)
+        if current_graph_task() == -1 and (owner := self.owner()) is not None:  # no recomputation
+            self.function(owner, module, *given)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
@@ -148,37 +157,41 @@ class ForwardHooks:
             own_dropouts=own_dropouts(self.model) if all(self.drawn) and self.drawn else [],
         )
 
-    def _before(self, module: nn.Module, *given: Any) -> None:
-        if module not in self.whole:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not self.model and module not in self.whole:
             return
-        self.was_training, self.inside, self.part_calls.sequences = module.training, [], []
-        self.random = random_state() if self._is_evaluation() and len(self.drawn) < EVALUATIONS else []
+        self.was_training = module.training
+        if self.inside or self.part_calls.sequences:
+            self.inside, self.part_calls.sequences = [], []
+        if not self.was_training:
+            self.random = random_state() if self._is_evaluation() and len(self.drawn) < EVALUATIONS else []
         if self.writes.listens:
-            self.writes.begin(tensors_of(given))
+            self.writes.begin(args, kwargs)
 
     def _is_evaluation(self) -> bool:
         return not self.was_training and not torch.is_grad_enabled()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if module not in self.whole:
+        if module is not self.model and module not in self.whole:
             return
         self.count += 1
-        self.writes.finish()
-        if self.random and self._is_evaluation():
+        if self.writes.input is not None:
+            self.writes.finish()
+        if not self.was_training and self.random and self._is_evaluation():
             self.drawn.append(has_moved(self.random, random_state()))
         kind = self.was_training, torch.is_grad_enabled()
         self.made[kind] += 1
         if self._due(kind):
             self.looked[kind] += 1
             with torch.no_grad():
-                self._look(tensors_of((args, kwargs)), tensors_of(output), kind[1])
+                self._look(tensors_of((args, kwargs) if kwargs else args), tensors_of(output), kind[1])
 
     def _due(self, kind: tuple[bool, bool]) -> bool:
         """Whether a pass is looked at: the first in training, then those of some steps; of others some between two
         steps."""
         made = self.made[kind]
         if kind == TRAINING:
-            if compiles_backward():  # which would compile anew for each pass's hooks
+            if self.late > LATE or compiles_backward():  # which would compile anew for each pass's hooks
                 return False
             if made == FIRST and 2 * sum(not each.reached for each in self.passes) > len(self.passes):
                 self.first = LONGEST
@@ -213,19 +226,25 @@ class ForwardHooks:
         self.passes.append(now)
         if now.grad:
             self._follow(now, inputs, outputs)
-        if len(self.passes) <= FIRST or not now.grad or self.late:
-            now.input, now.output = few_rows(inputs), few_rows(outputs)
-            now.nonfinite_in, now.nonfinite_out = nonfinite(inputs), nonfinite(outputs)
+        first = len(self.passes) <= FIRST
+        if first or not now.grad or self.late:
+            now.input = few_rows(inputs)
+        if not now.grad or self.late or (first and _reads_outputs(now.of_kind)):
+            now.output = few_rows(outputs)
+            now.nonfinite_out = nonfinite(outputs)
+            if now.nonfinite_out is not None and (now.nonfinite_out.device.type != "cpu" or now.nonfinite_out.any()):
+                now.nonfinite_in = nonfinite(inputs)
 
     def _follow(self, now: PassRecord, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Whether a backward pass reaches the outputs, and what they depend on."""
         with_grad = [each for each in outputs if each.requires_grad and each.grad_fn is not None]
         rows, mark = now.shape[0] if now.shape else 0, None
+        reads_rows = now.of_kind <= MARKED or now.of_kind % ROWS_EVERY == 0
         if with_grad and self.marked < MARKED:
             self.marked, mark = self.marked + 1, fingerprint_of(with_grad[0])
 
         def first(grad: Tensor) -> None:
-            if not now.reached and now.of_kind <= FIRST:
+            if not now.reached and reads_rows and now.of_kind <= FIRST:
                 now.rows = rows_with_gradient(grad, rows)
             if mark is not None and (found := mark(grad)) is not None:
                 now.mark_kind, now.mark = found
@@ -287,6 +306,11 @@ class ForwardHooks:
             own = self.leaves.own_parameters()
             self.foreign[optimizer] = any(id(p) not in own for p in held_tensors(optimizer))
         self.foreign_steps += self.foreign[optimizer]
+
+
+def _reads_outputs(number: int) -> bool:
+    """Whether the outputs of a training pass are read: of the first, then of two in a row now and then."""
+    return number <= READ or number % PAIR_EVERY < 2
 
 
 def compiles_backward() -> bool:

@@ -54,7 +54,9 @@ class PassCounter:
 
     def before(self) -> None:
         """Before a step: closes the interval."""
-        if self.passes and self.parameter is not None:
+        if not self.passes:
+            return
+        if self.parameter is not None:
             key = self.passes, self.cleared, not self.moved and self.one_site
             if key in self.intervals or len(self.intervals) < KINDS:
                 self.intervals[key] += 1

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ris_fast.health.watch.clock import Clock
-from ris_fast.health.watch.eager import eager_hook
+from ris_fast.health.watch.eager import eager, eager_hook
 from ris_fast.health.watch.records import PassRecord, RankOptimizer, RankRecord, RanksRecord, RankStep, Wrapper
 from ris_fast.health.watch.samples import has_norm, held_tensors
 
@@ -58,10 +58,7 @@ class RankHooks:
         self.hooked: list[Tensor] = []
         self.grad_hooks: list[Any] = []
         self.gradient_hook = _gradient_hook(self)
-        self.step_hooks = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        ]
+        self.step_hooks = [optimizer.register_step_post_hook(self._after)]
         self._hook_gradients()
 
     def close(self) -> None:
@@ -95,9 +92,11 @@ class RankHooks:
     def _hook_gradients(self) -> None:
         """Hooks on gradients for the next step: on all that are looked at, or on the small one alone."""
         due = self._due()
-        self.active = self.active or (due and several_ranks())
         if not self.active:
-            return
+            if not due or not several_ranks():
+                return
+            self.active = True
+            self.step_hooks.append(self.optimizer.register_step_pre_hook(self._before))
         self.clock.start()
         if due:
             chosen = list(self.chosen().values())
@@ -126,9 +125,9 @@ class RankHooks:
                 self.arrived[id(parameter)] = few_numbers([grad])
             self.held_back = any(not each.require_backward_grad_sync for each in self.wrappers)
 
-    @torch.compiler.disable
+    @eager
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.active or not self._due():
+        if not self._due():
             return
         if not any(callable(each) and not isinstance(each, Optimizer) for each in (*args, *kwargs.values())):
             self._look()
@@ -152,7 +151,7 @@ class RankHooks:
         )
         self.records = [*self.records[:DENSE], *self.records[DENSE:][-KEPT:], record]
 
-    @torch.compiler.disable
+    @eager
     def _after(self, *_: Any) -> None:
         self.steps += 1
         if self.arrived or self._due():

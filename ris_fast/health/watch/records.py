@@ -26,13 +26,14 @@ class StepRecord:
     """One optimizer step. Norms stay on their device until `on_host`.
 
     Args: names: (T,) of the tensors; usual_norms: (T,) what a layer's initial norm is, about; rates: learning rates of
-        the groups; weights_before, weights_after: (T,) float32 norms;
+        the groups; weights_before, weights_after: (T,) float32 norms,
+        as they were read last: on the CPU not in each look after the first, while the weights seem finite;
         closure: gradients came within the step; scaled: a loss scaler takes care of gradients that are not finite;
         grad_after_backward, grad_at_step: (T,) float32 norms of the gradients as backward left them and as the
             optimizer found them; grad_after_step: (T,) as they are after the step, in the first steps;
         grad_change: (4,) of a few numbers of each gradient, as backward left them against what the optimizer found: the
             cosine of both, the share of negative zeros at the step, and the spread over the size of each. None where no
-            hooked tensor had a gradient;
+            hooked tensor had a gradient; 1, 0, 1, 1 where they are known to be the same;
         update_ratio: (), norm of the update over that of the weights, of a few numbers of each tensor, where there was
             a gradient;
         reset: (), whether the weights are bit for bit those of an earlier step, and were others in between;
@@ -173,8 +174,9 @@ class PassRecord:
         reached: whether a backward pass came to one; parts_training: parts whose mode matters that are in training
         mode, of `parts`; inputs: tensors given; shape, output_shape: of the first; nodes: of its graph, 0 where it was
         not walked; input, output: (R, F) a few numbers; nonfinite_in, nonfinite_out: (2,), whether there are NaN, or
-        infinities; rows: (B,) scenes with a gradient at the output; given_again: the first input is the tensor that the
-        pass before was given; mark_kind, mark: which mistake the gradient at the output looks like, and how far it is
+        infinities, the former not where outputs are known to be finite; rows: (B,) scenes with a gradient at the
+        output; given_again: the first input is the tensor that the pass before was given; mark_kind, mark: which
+        mistake the gradient at the output looks like, and how far it is
         from that.
     """
 
