@@ -46,6 +46,7 @@ def physics(context: PreflightContext) -> Iterator[Finding]:
             return
         finding, said = _together(context, what, scenes)
         seen.setdefault(said.partition(" are ")[0], said)
+        context.known["parts apart"] = finding is not None and finding.cause != "snr_labels_differ"
         if finding is not None:
             # Rows of files are not left over from an earlier batch: there it is the order that is wrong.
             yield (
@@ -193,9 +194,24 @@ def _alternatives(scenes: Scenes, static: bool, array: RISArray) -> Iterator[tup
     if array.elements == scenes.channel.shape[2]:
         for order, rows in element_orders(array):
             moved = rows.to(scenes.channel.device)
-            yield "wrong_layout", f"with the target's elements {order}", replace(scenes, factor=scenes.factor[:, moved]), static
-            yield "wrong_layout", f"with the channel's elements {order}", replace(scenes, channel=scenes.channel[:, :, moved]), static
-            yield "wrong_layout", f"with the codes' elements {order}", replace(scenes, codes=scenes.codes[..., moved, :]), static
+            yield (
+                "wrong_layout",
+                f"with the target's elements {order}",
+                replace(scenes, factor=scenes.factor[:, moved]),
+                static,
+            )
+            yield (
+                "wrong_layout",
+                f"with the channel's elements {order}",
+                replace(scenes, channel=scenes.channel[:, :, moved]),
+                static,
+            )
+            yield (
+                "wrong_layout",
+                f"with the codes' elements {order}",
+                replace(scenes, codes=scenes.codes[..., moved, :]),
+                static,
+            )
     for step in (1, -1):
         for cause, name in PARTS:
             yield (
