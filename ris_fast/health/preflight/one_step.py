@@ -72,17 +72,19 @@ def _of_both(first: StepTrace, second: StepTrace) -> Finding | None:
         for a, b, c in zip(first.raw, second.raw, second.given)
         if a is not None and b is not None and c is not None
     ]
-    if not pairs or not all(map(all_finite, (first.raw, second.raw, second.given))):
+    if all(torch.equal(now, given) for _, now, given in pairs):
         return None
-    before, now, given = (torch.cat([pair[side].double().flatten() for pair in pairs]).cpu() for side in range(3))
-    size = float(before.norm() * now.norm())
-    if not size > 0 or abs(float(before @ now)) > ALIKE * size:
+    if not all(map(all_finite, (first.raw, second.raw, second.given))):
         return None
-    columns = torch.stack((before / first.scale, now / second.scale), 1)
-    solution = torch.linalg.lstsq(columns, given[:, None] / second.scale).solution[:, 0]
-    left = float((columns @ solution - given / second.scale).norm())
-    old, new = solution.tolist()
-    if left > OF_BOTH * float(given.norm()) / second.scale or not abs(old) > LEAST_OLD:
+    before, now, given = (torch.cat([pair[side].double().flatten() for pair in pairs]) for side in range(3))
+    before, now, given = before / first.scale, now / second.scale, given / second.scale
+    sizes, product = (float(before @ before), float(now @ now)), float(before @ now)
+    if not min(sizes) > 0 or abs(product) > ALIKE * math.sqrt(sizes[0] * sizes[1]):
+        return None
+    sides, rest = (float(before @ given), float(now @ given)), sizes[0] * sizes[1] - product**2
+    old, new = ((sizes[1 - k] * sides[k] - product * sides[1 - k]) / rest for k in (0, 1))
+    left = float((given - old * before - new * now).norm())
+    if left > OF_BOTH * float(given.norm()) or not abs(old) > LEAST_OLD:
         return None
     seen = (
         f"the gradient that the second step is given is {old:.2f} times that of the first step and {new:.2f} times its"
