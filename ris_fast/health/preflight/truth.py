@@ -97,6 +97,8 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
             certain=False,
         )
         return
+    if not _outweighs(context, name, guess):
+        return
     right = oracle(scenes, guess).factor
     size = (right.flatten(1).norm(dim=1) / guess.factor.flatten(1).norm(dim=1).clamp_min(1e-30)).view(-1, 1, 1, 1)
     way = [
@@ -112,6 +114,22 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
             " grows as the answer gets better. Where it holds the network back on purpose, that is meant.",
             certain=False,
         )
+
+
+def _outweighs(context: PreflightContext, name: str, guess: Prediction) -> bool:
+    """Whether a term's gradient at the factors is larger than that of what compares them with the truth."""
+    factor = guess.factor.detach().clone().requires_grad_()
+    values = context.loss(guess._replace(factor=factor), context.scenes)[1]
+    slopes = {}
+    for each in (name, *COVARIANCE):
+        if each in values and values[each].requires_grad:
+            (slope,) = torch.autograd.grad(values[each], factor, retain_graph=True, allow_unused=True)
+            if slope is not None:
+                slopes[each] = context.loss.weights[each] * slope.double()
+    own, others = slopes.pop(name, None), sum(slopes.values(), torch.zeros_like(factor, dtype=torch.float64))
+    if own is None:
+        return False
+    return float(own.norm()) > float(others.norm())
 
 
 def _deaf(context: PreflightContext, right: Prediction) -> Iterator[Finding]:

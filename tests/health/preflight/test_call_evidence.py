@@ -250,11 +250,13 @@ def test_a_list_of_parameters_that_leaves_some_out_is_named() -> None:
     assert causes(unregistered, trainer) == ["shadowed_parameters"]
 
 
-@pytest.mark.parametrize("sign, cause", [(1.0, ["loss_sign"]), (-1.0, [])])
-def test_an_own_term_that_grows_towards_the_truth_is_named(sign: float, cause: list[str]) -> None:
+@pytest.mark.parametrize("sign, weight, cause", [(1.0, 10.0, ["loss_sign"]), (1.0, 1e-3, []), (-1.0, 10.0, [])])
+def test_an_own_term_that_grows_towards_the_truth_and_outweighs_the_rest_is_named(
+    sign: float, weight: float, cause: list[str]
+) -> None:
     def similarity(prediction: Prediction, scenes: Scenes) -> Tensor:
         found, true = (each.flatten(1) for each in (prediction.factor[:, :, : scenes.factor.shape[2]], scenes.factor))
         return sign * (found * true).sum(1) / (found.norm(dim=1) * true.norm(dim=1))
 
-    trainer = Trainer(small("backprojection", **{"loss.own_weight": 1.0}), loss=similarity)
+    trainer = Trainer(small("backprojection", **{"loss.own_weight": weight}), loss=similarity)
     assert causes(own_term, trainer) == cause
