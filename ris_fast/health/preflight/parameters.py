@@ -87,17 +87,46 @@ def unregistered(context: PreflightContext) -> Iterator[Finding]:
     if plain:
         yield Finding("unregistered_parameters", f"{listed(plain)} is a buffer or a plain attribute, not a parameter.")
     own = {id(parameter) for parameter in context.parameters.values()}
+    own |= {id(parameter) for group in context.optimizer.param_groups for parameter in group["params"]}
     found = eager_leaves(context)  # held, so that no other tensor gets the identity of one of them
     strangers = [leaf for key, leaf in found.items() if key not in own]
     if strangers and not any(isinstance(leaf, nn.Parameter) for leaf in strangers):
         again = eager_leaves(context)  # an activation is a new one in each call, a weight is the same
         strangers = [leaf for leaf in strangers if id(leaf) in again]
+    registered = {id(p): name for name, p in nn.Module.named_parameters(context.model)}
+    hidden = [registered[id(leaf)] for leaf in strangers if id(leaf) in registered]
+    strangers = [leaf for leaf in strangers if id(leaf) not in registered]
+    if hidden:
+        kind = type(context.model).__name__
+        yield Finding(
+            "shadowed_parameters",
+            f"{len(hidden)} tensors are parameters of modules of the network that the loss reaches, and"
+            f" {kind}.parameters()"
+            f" or named_parameters() leaves them out: {listed(hidden)}. No optimizer is given them.",
+            advice="Remove the method of your own that lists parameters, or let it end in super().named_parameters().",
+        )
     if strangers:
         yield Finding(
             "unregistered_parameters",
             f"the loss reaches {len(strangers)} tensors that are parameters of no module "
             f"of the network, the first of shape {tuple(strangers[0].shape)}.",
         )
+        return
+    if not hidden and (alone := _in_total_alone(context, own)):
+        yield Finding(
+            "unregistered_parameters",
+            f"the total that is minimised depends on {len(alone)} tensors that ask for a gradient, the first of shape"
+            f" {tuple(alone[0].shape)}, and neither network nor optimizer holds them: what weighs the loss is never"
+            " trained. Where another optimizer has them, that is meant.",
+            certain=False,
+        )
+
+
+def _in_total_alone(context: PreflightContext, own: set[int]) -> list[torch.Tensor]:
+    """Leaves that the total reaches beside prediction and terms, the same ones in two calls."""
+    with context.as_written():
+        found = [graph_of(total).leaves if (total := context.run()[0]).requires_grad else {} for _ in range(2)]
+    return [leaf for key, leaf in found[0].items() if key in found[1] and key not in own and leaf.requires_grad]
 
 
 def _made_of_others(module: nn.Module) -> bool:

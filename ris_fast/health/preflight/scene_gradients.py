@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.derivatives import derivatives
-from ris_fast.health.preflight.measures import listed
+from ris_fast.health.preflight.measures import all_finite, listed
 from ris_fast.health.preflight.probe import PreflightContext, layer_calls
 from ris_fast.health.preflight.terms import leaf
+from ris_fast.health.preflight.truth import COVARIANCE
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
+from ris_fast.training.validation import scene_nmse
 
 MOST = 256  # scenes of a micro-batch that are looked at
 RIGHT = 1e-4  # NMSE below which a scene may have nothing to say
@@ -33,7 +35,7 @@ def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
     scenes = context.groups[0][0][:MOST]
     if scenes.batch < 2:
         return
-    total, prediction, layers = _forward(context, scenes, 1)
+    total, terms, prediction, layers = _forward(context, scenes, 1)
     outputs = [value for value in prediction if value is not None and value.requires_grad]
     if not total.requires_grad or not outputs or not bool(total.isfinite()):
         return
@@ -44,7 +46,7 @@ def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
     if not bool(reached.any()):
         return  # no gradient at all has names of its own
     if float(reached.float().mean()) < 1 - FEW_MISSED:
-        total, again, _ = _forward(context, scenes, 2)
+        total, _, again, _ = _forward(context, scenes, 2)
         outputs = [value for value in again if value is not None and value.requires_grad]
         reached |= _rows([part for part in derivatives(total, outputs) if part is not None])
         left_out = ~reached & _has_slope(context, prediction, scenes, ~reached)
@@ -53,15 +55,66 @@ def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
             own = getattr(context.loss, "own_name", "")
             yield _left_out(scenes, left_out, "no gradient at the output", certain=share > HALF and not own)
         return
+    if (finding := _without_factor(context, prediction, scenes, terms)) is not None:
+        yield finding
+        return
     lost = _lost_inside(layers, derivatives(total, list(layers.values())))
     if lost:
-        total, _, layers = _forward(context, scenes, 2)
+        total, _, _, layers = _forward(context, scenes, 2)
         again = _lost_inside(layers, derivatives(total, list(layers.values())))
-        lost = {name: both for name in lost.keys() & again.keys() if _most(both := lost[name] & again[name])}
+        lost = {name: both for name in lost if name in again and _most(both := lost[name] & again[name])}
     if lost:
         name = max(lost, key=lambda each: int(lost[each].sum()))
         more = f"a gradient at the output and none at {listed(list(lost))}"
         yield _left_out(scenes, lost[name], more, certain=False)
+
+
+def _without_factor(
+    context: PreflightContext, prediction: Prediction, scenes: Scenes, terms: dict[str, Tensor]
+) -> Finding | None:
+    """Scenes of whose covariance the loss says nothing, whatever other terms say of them. A loss that leaves those out
+    which are right already is no mistake."""
+    without = _not_told(context, prediction, terms)
+    if without is None or float(without.float().mean()) <= FEW_MISSED:
+        return None
+    _, terms, again, _ = _forward(context, scenes, 2)
+    other = _not_told(context, again, terms)
+    without &= without if other is None else other
+    share = float(without.float().mean())
+    with torch.no_grad():
+        score = scene_nmse(prediction, scenes)
+    if share <= FEW_MISSED or not bool(score.isfinite().all()):
+        return None
+    left, kept = score[without], score[~without]
+    if float(left.max()) <= float(kept.min()) * (1 + RIGHT):
+        return None
+    easiest = float(kept.max()) <= float(left.min()) * (1 + RIGHT)
+    which = (
+        f" They are those with the highest NMSE, {float(left.min()):.3g} and more: the loss keeps the easiest scenes."
+        if easiest
+        else ""
+    )
+    return _left_out(
+        scenes,
+        without,
+        "no gradient of what compares them with the truth",
+        certain=easiest and share > HALF,
+        more=which,
+    )
+
+
+def _not_told(context: PreflightContext, prediction: Prediction, terms: dict[str, Tensor]) -> Tensor | None:
+    """Scenes at whose factor the covariance terms have no gradient, (B,); None where they have none anywhere."""
+    weights, own = context.loss.weights, getattr(context.loss, "own_name", "")
+    kinds = [[name for name in names if weights.get(name, 0.0) > 0 and name in terms] for names in (COVARIANCE, (own,))]
+    told: dict[float, Tensor] = {}
+    for names in kinds:
+        parts = [weights[name] * terms[name] for name in names if terms[name].requires_grad]
+        if parts and prediction.factor.requires_grad:
+            (found,) = derivatives(parts, [prediction.factor], retain_graph=True)
+            if found is not None and bool(found.any()) and all_finite([found]):
+                told[float(found.norm())] = ~_rows([found])
+    return told[max(told)] if told else None  # of a term of the user's own, where that is the main one
 
 
 def _lost_inside(layers: dict[str, Tensor], parts: Sequence[Tensor | None]) -> dict[str, Tensor]:
@@ -74,20 +127,22 @@ def _most(rows: Tensor) -> bool:
     return float(rows.float().mean()) > HALF
 
 
-def _left_out(scenes: Scenes, rows: Tensor, what: str, *, certain: bool) -> Finding:
+def _left_out(scenes: Scenes, rows: Tensor, what: str, *, certain: bool, more: str = "") -> Finding:
     """Certain where more than half of the scenes are left out at the output, which no selection of hard ones does."""
     first = ", ".join(str(int(each)) for each in scenes.index[rows][:3])
     return Finding(
         "scenes_left_out",
         f"{int(rows.sum())} of {scenes.batch} scenes of a micro-batch have {what}, although their predictions are not"
         f" right; first scenes {first}. The network learns from {1 - float(rows.float().mean()):.0%} of what it is"
-        " shown.",
+        f" shown.{more}",
         certain=certain,
     )
 
 
-def _forward(context: PreflightContext, scenes: Scenes, seed: int) -> tuple[Tensor, Prediction, dict[str, Tensor]]:
-    """Total and prediction in training mode, and what each layer answered that has a row a scene."""
+def _forward(
+    context: PreflightContext, scenes: Scenes, seed: int
+) -> tuple[Tensor, dict[str, Tensor], Prediction, dict[str, Tensor]]:
+    """Total, terms and prediction in training mode, and what each layer answered that has a row a scene."""
     layers: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
@@ -95,8 +150,8 @@ def _forward(context: PreflightContext, scenes: Scenes, seed: int) -> tuple[Tens
             layers.setdefault(name, output)
 
     with layer_calls(context.model, keep):
-        total, _, prediction = context.run(scenes, seed=seed)
-    return total, prediction, layers
+        total, terms, prediction = context.run(scenes, seed=seed)
+    return total, terms, prediction, layers
 
 
 def _rows(parts: Sequence[Tensor]) -> Tensor:

@@ -15,6 +15,8 @@ from ris_fast.training.schedule import learning_rate_factor
 
 STEPS = 5
 FROZEN = 1e-5  # of the raw weights' way; an average over ten thousand steps has gone more
+# times the way of the weights, that no average of them goes; of the weights, more than steps that were taken back
+BEYOND, FAR = 1.5, 0.01
 ROUNDING = 1e-6  # of the weights: a shorter way is lost in an average's rounding
 
 
@@ -23,13 +25,25 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
     first = {name: value.detach().clone() for name, value in context.parameters.items()}
     rates, applied, planned = [], [], context.trainer.plan.planned
     before = context.optimizer.counters()
+    furthest = last = 0.0
+    idle = 0
     for number in range(STEPS):
         applied.append(context.optimizer.counters()["applied"])
         group = few_scenes(context.groups[number % len(context.groups)])
         taken = take_step(context, group, planned, number, gradients=False)
         rates.append(taken.rates)
+        way = _way(context.parameters, first)
+        idle += taken.attempted == 0 and way == last
+        furthest, last = max(furthest, way), way
     after = context.optimizer.counters()
-    if after["attempted"] - before["attempted"] < STEPS - 1 and after["attempted"] != before["attempted"]:
+    if 0 < idle < STEPS:  # where all are, the gradient of one step says why
+        yield Finding(
+            "step_never_called",
+            f"{idle} of {STEPS} calls of the step in a row made no optimizer step and moved no weight: what calls the"
+            " optimizer does so in some steps only.",
+            certain=idle > 1,
+        )
+    elif after["attempted"] - before["attempted"] < STEPS - 1 and after["attempted"] != before["attempted"]:
         yield Finding(
             "optimizer_state_lost",
             f"{STEPS} calls of the step made {after['attempted'] - before['attempted']} optimizer "
@@ -39,12 +53,13 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
     if rounded_to_16_bits(context.model.parameters()) and not rounded_to_16_bits(first.values()):
         yield Finding(
             "low_precision_weights",
-            "after a few steps the last 16 bits of every weight are zero: they are rounded to "
-            "bfloat16, and updates below its spacing are lost.",
+            "after a few steps every weight is a number of 16 bits, kept in 32: they are rounded to bfloat16 or"
+            " float16,"
+            " and updates below its spacing are lost.",
         )
     moved = any(not torch.equal(value, first[name]) for name, value in context.parameters.items())
-    if moved and context.optimizer.ema_decay:
-        yield from _average(context, first)
+    if moved and context.optimizer.ema_decay and all_finite(context.parameters.values()):
+        yield from _average(context, first, furthest)
 
 
 def _rates(context: PreflightContext, rates: list[list[float]], applied: list[int], planned: int) -> Iterator[Finding]:
@@ -70,8 +85,11 @@ def _rates(context: PreflightContext, rates: list[list[float]], applied: list[in
                 return
 
 
-def _average(context: PreflightContext, first: dict[str, Tensor]) -> Iterator[Finding]:
-    """The averaged weights lie between the first ones and the present ones, and do not stay in the network."""
+def _average(context: PreflightContext, first: dict[str, Tensor], furthest: float) -> Iterator[Finding]:
+    """The averaged weights lie between the first ones and the present ones, and do not stay in the network.
+
+    Args: furthest: the largest distance of the weights from the first ones behind any step; an average goes no further.
+    """
     raw = {name: value.detach().clone() for name, value in context.parameters.items()}
     with context.optimizer.ema():
         mean = {name: value.detach().clone() for name, value in context.parameters.items()}
@@ -86,6 +104,21 @@ def _average(context: PreflightContext, first: dict[str, Tensor]) -> Iterator[Fi
             "ema_frozen",
             f"after {STEPS} steps the averaged weights have gone {mean_way / raw_way:.1e} of the "
             f"way of the raw ones, which moved in {len(moved)} tensors: {listed(moved)}.",
+        )
+    elif mean_way > BEYOND * furthest + FAR * total_norm(first.values()):
+        sizes = [total_norm(values.values()) for values in (mean, first)]
+        yield Finding(
+            "ema_cold" if sizes[0] < sizes[1] else "ema_frozen",
+            f"after {STEPS} steps the averaged weights are {mean_way:.3g} away from the first ones, and the weights"
+            f" themselves were never further than {furthest:.3g} (norm of the average {sizes[0]:.3g}, of the first"
+            " weights"
+            f" {sizes[1]:.3g}): an average of weights lies between them. "
+            + (
+                "It is too small, as one that starts at zero and is not divided by 1 - decay^steps."
+                if sizes[0] < sizes[1]
+                else "It is made of something else than the weights, or of parts that do not sum to one."
+            ),
+            advice="Start the average at the weights, or divide it by 1 - decay^steps where it starts at zero.",
         )
     elif held := [name for name in moved if _held(raw[name], mean[name], first[name], mean_way / raw_way)]:
         yield Finding(
