@@ -86,6 +86,7 @@ def truth(context: PreflightContext) -> Iterator[Finding]:
 def _deaf(context: PreflightContext, right: Prediction) -> Iterator[Finding]:
     """Answers that are wrong by the definition do not score as the truth does."""
     scenes = context.scenes
+    first, plain = term_values(context, context.guess, scenes), float(scene_nmse(context.guess, scenes).mean())
     for cause, what, why, factor in (
         (
             "conjugation_error",
@@ -110,7 +111,8 @@ def _deaf(context: PreflightContext, right: Prediction) -> Iterator[Finding]:
         error = float(scene_nmse(given, scenes).mean())
         scores = term_values(context, given, scenes)
         for name in COVARIANCE:
-            if name in scores and error > 10 * ZERO and abs(scores[name]) < 0.1 * min(ZERO, error):
+            deaf = name in scores and first[name] < ZERO < plain  # to all answers, which has another name
+            if name in scores and not deaf and error > 10 * ZERO and abs(scores[name]) < 0.1 * min(ZERO, error):
                 yield Finding(
                     cause,
                     f"{what}, whose NMSE is {error:.3g} by its definition, score {scores[name]:.1e} in {name}, as the truth"
@@ -165,6 +167,14 @@ def _misjudged(context: PreflightContext, term: str, right: Prediction, guess: P
         return Finding("shapes_broadcast", others)
     turned = term_values(context, right._replace(factor=conj(right.factor)), scenes)[term]
     random = term_values(context, guess, scenes)[term]
+    phase = multiply(right.factor, expi(torch.full(right.factor.shape[:3], 0.7).to(right.factor)))
+    other = term_values(context, right._replace(factor=phase), scenes)[term]
+    if abs(other - score) > 0.01 * max(abs(score), abs(other)) and abs(turned) >= ZERO:
+        return Finding(
+            "conjugation_error",
+            f"the true factors score {score:.3g} in {term}, and {other:.3g} when all are turned by one phase, which"
+            " leaves R = F F^H as it is: a transpose stands where the conjugate transpose belongs.",
+        )
     if abs(turned) < ZERO:
         return Finding(
             "conjugation_error",
