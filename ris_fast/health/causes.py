@@ -55,7 +55,6 @@ _MEANINGS: dict[str, dict[str, str]] = {
             "a rank trains on other scenes than its own: on another rank's, or on others than their numbers stand for"
         ),
         "repeated_batch": "the same scenes are served again and again",
-        "scenes_change": "a scene that is read twice is not the same scene",
         "stale_cache": "part of a batch comes from an earlier one",
         "task_differs": (
             "the task is not the one that the data were made with: its array, wavelength or symbols are others"
@@ -67,6 +66,7 @@ _MEANINGS: dict[str, dict[str, str]] = {
             "snapshots, channel and target of a scene do not belong together, in no order that was tried"
         ),
         "snr_labels_differ": "the SNR that scenes are labelled with is not the one that their snapshots have",
+        "scenes_change": "a scene that is read twice is not the same scene",
         "distributions_differ": (
             "training scenes, validation scenes and the task's settings do not have the same distribution"
         ),
@@ -202,3 +202,49 @@ _MEANINGS: dict[str, dict[str, str]] = {
 }
 _ROWS = [(name, level, meaning) for level, causes in _MEANINGS.items() for name, meaning in causes.items()]
 CAUSES = {name: Cause(name, level, rank, meaning) for rank, (name, level, meaning) in enumerate(_ROWS)}
+
+# What is seen of a cause elsewhere: a finding on the left follows from one on the right, and is reported behind it.
+_FOLLOWS: dict[str, str] = {
+    "scenes_change": "scenes_altered stale_cache repeated_batch constant_input empty_cache_slot",
+    "distributions_differ": (
+        "task_differs mismatched_channel wrong_layout shuffled_labels parts_unrelated snr_labels_differ stale_cache"
+        " wrong_units nonfinite_data"
+    ),
+    "split_overlap": "stale_cache",
+    "compiled_differs": "train_mode_in_validation eval_mode_in_training shadowed_parameters stale_cache scenes_altered",
+    "missing_from_optimizer": "stale_optimizer_parameters shadowed_parameters",
+    "step_without_effect": "zero_learning_rate low_precision_weights nonfinite_step",
+    "weights_changed_outside": "duplicate_parameters low_precision_weights nonfinite_step",
+    "wrong_units": "wrong_layout",
+    "target_scale_differs": "scenes_altered stale_cache shapes_broadcast conjugation_error",
+    "scenes_mixed": "stale_cache scenes_change train_mode_in_validation",
+    "inputs_withhold_answer": (
+        "constant_input stale_cache scenes_change wrong_layout shuffled_labels mismatched_channel parts_unrelated"
+        " ignored_input input_scale"
+    ),
+    "losses_differ": (
+        "scenes_altered stale_cache train_mode_in_validation eval_mode_in_training batchnorm_statistics shadowed_parameters"
+        " unsettled_buffers"
+    ),
+    "output_rank_too_low": "ignored_input dead_units zero_product_init saturated_output",
+    "dead_units": "bad_initialisation input_scale",
+    "saturated_output": "bad_initialisation input_scale",
+    "zeroed_gradients": "dead_units clamped_loss zero_product_init ignored_input saturated_output",
+    "vanishing_gradient": "dead_units clamped_loss zero_product_init ignored_input saturated_output",
+    "wrong_backward": (
+        "scenes_altered stale_cache recomputed_differently bad_initialisation losses_differ detached_backbone"
+        " scenes_left_out stale_compiled_graph"
+    ),
+    "unused_head": "stale_compiled_graph detached_loss loss_rebuilt unregistered_parameters shadowed_parameters",
+    "kernel_differs": (
+        "conjugation_error loss_sign target_scale_differs shapes_broadcast clamped_loss scenes_left_out wrong_units"
+        " wrong_backward detached_loss fp16_overflow"
+    ),
+    "gradients_never_cleared": "missing_from_optimizer stale_optimizer_parameters",
+    "nonfinite_gradients": "nonfinite_data fp16_overflow bad_initialisation input_scale",
+    "ema_saved_over_raw": "nonfinite_step",
+    "ema_nonfinite": "nonfinite_step",
+    "ema_frozen": "nonfinite_step step_without_effect weights_reset",
+    "raw_not_validated": "step_once_per_epoch",
+}
+FOLLOWS = {name: frozenset(causes.split()) for name, causes in _FOLLOWS.items()}

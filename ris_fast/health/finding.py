@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ris_fast.health.causes import CAUSES
+from ris_fast.health.causes import CAUSES, FOLLOWS
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,29 @@ class Finding:
 
 
 def ranked(findings: Iterable[Finding], muted: Iterable[str] = ()) -> list[Finding]:
-    """Most certain first, of these what does most harm; each cause once (where it was seen first), without muted
-    ones."""
+    """Most certain first, of these what does most harm, and what follows from another behind it; each cause once (where
+    it was seen first), without muted ones."""
     first: dict[str, Finding] = {}
     left_out = set(muted)
     for finding in findings:
         if finding.cause not in left_out:
             first.setdefault(finding.cause, finding)
-    return sorted(first.values(), key=lambda finding: (not finding.certain, -finding.harm, CAUSES[finding.cause].rank))
+    order = sorted(first.values(), key=lambda finding: (not finding.certain, -finding.harm, CAUSES[finding.cause].rank))
+    return _behind_their_causes(order)
+
+
+def _behind_their_causes(order: Sequence[Finding]) -> list[Finding]:
+    """The same findings; one that follows from others, which are no less certain, comes behind the first of these."""
+    waiting, found = list(order), list[Finding]()
+    while waiting:
+        ready = next((each for each in waiting if not any(_follows(each, other) for other in waiting)), waiting[0])
+        waiting.remove(ready)
+        found.append(ready)
+    return found
+
+
+def _follows(finding: Finding, other: Finding) -> bool:
+    return other.cause in FOLLOWS.get(finding.cause, ()) and other.certain >= finding.certain
 
 
 def explained(findings: Sequence[Finding], *, more: bool = False) -> str:

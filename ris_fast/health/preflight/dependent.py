@@ -23,6 +23,7 @@ from ris_fast.physics.scenes import Scenes
 LOOKED_AT = 32  # scenes of each split
 NOISY_DB = 50.0  # below it noise is far above the rounding of float32, of float16 too
 NOTHING = 1e-3  # of the noise's amplitude; rounding to 16 bits leaves more
+REMOVED = "something was taken out"  # which explains what else does not fit: in `known` of the context
 AXES = {"snapshots": ((1, "snapshots"), (2, "antennas")), "channel": ((1, "antennas"), (2, "elements"))}
 
 
@@ -34,6 +35,7 @@ def removed(context: PreflightContext) -> Iterator[Finding]:
         if scenes.batch < FEWEST or not bool(scenes.snapshots.isfinite().all()):
             return
         if seen := _twice_or_zero(scenes) or _dimensions(scenes):
+            context.known[REMOVED] = True
             yield Finding(
                 "inputs_withhold_answer",
                 f"in all of {scenes.batch} {what} scenes {seen}, although their noise makes all numbers different.",
@@ -43,6 +45,7 @@ def removed(context: PreflightContext) -> Iterator[Finding]:
             return
         if scenes.channel is not None and bool(scenes.channel.isfinite().all()):
             if seen := _mean(scenes.channel, "channel"):
+                context.known[REMOVED] = True
                 yield Finding(
                     "mismatched_channel",
                     f"in all of {scenes.batch} {what} scenes {seen}: it was subtracted, and the snapshots were made with"
@@ -93,7 +96,7 @@ def _mean(values: Tensor, name: str, size: Tensor | None = None) -> str:
     scale = given.abs().square().mean((1, 2)).sqrt() if size is None else size
     for axes, over in (((1,), AXES[name][0][1]), ((2,), AXES[name][1][1]), ((1, 2), "all numbers")):
         if given[0].numel() > 1 and all(given.shape[axis] > 1 for axis in axes):
-            largest = given.mean(axes).abs().flatten(1).amax(1)
+            largest = given.mean(axes).abs().reshape(len(given), -1).amax(1)
             if bool((largest < NOTHING * scale / 10).all()):
                 return f"the mean of the {name} over the {over.removeprefix('all ')} is exactly zero"
     return ""

@@ -20,6 +20,7 @@ from ris_fast.health.preflight.probe import SMALL, PreflightContext, layer_calls
 from ris_fast.health.preflight.projected import NOISE
 from ris_fast.health.preflight.truth import COVARIANCE
 
+BOUNDED = ("Clamp", "Hardtanh", "Hardsigmoid", "Hardswish")
 UNDERFLOW = 2.0**20
 OTHERS = 8  # draws of random numbers, each with other scenes
 
@@ -211,6 +212,14 @@ def _stopped(context: PreflightContext, names: list[str], graph: Graph) -> Findi
         return Finding("wrong_backward", f"{what}; backward runs through {', '.join(graph.written_by_hand)}.")
     if graph.named(*ZERO_DERIVATIVE):
         return Finding("non_differentiable", f"{what}; the path has {listed(graph.named(*ZERO_DERIVATIVE))}.")
+    bounds = graph_of(context.run()[2].factor).named(*BOUNDED)
+    if bounds:
+        return Finding(
+            "saturated_output",
+            f"{what}; between them and the output the path has {listed(bounds)}, which has no derivative beyond its bounds:"
+            " all that arrives there lies beyond.",
+            advice="Print what is clamped, before and after. Widen the bounds, or bring the signal between them.",
+        )
     return Finding(
         "zeroed_gradients", f"{what}; every operator on the path has a derivative, so something clears it on the way."
     )

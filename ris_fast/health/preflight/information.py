@@ -65,7 +65,7 @@ def input_information(context: PreflightContext) -> Iterator[Finding]:
     scenes = with_factor(scenes)
     constant, found = mean_covariance([scenes]), estimate(context, scenes)
     name, factor = found.name.replace("_", " "), found.factor
-    if not found.field:
+    if not found.field and not context.known.get("parts apart"):  # which is seen in the scenes themselves
         yield from _worse_than_zero(name, factor, scenes)
     shown, alone = gains(factor, scenes, constant)
     known, _ = gains(

@@ -20,6 +20,7 @@ from ris_fast.physics.real_complex import conj, expi, multiply, to_complex, to_p
 from ris_fast.physics.scenes import Scenes
 
 LARGE, SMALL_RMS = 1e3, 1e-3
+FAINT, MOSTLY = 1e-6, 0.5  # of the largest input; share of them
 LOUD_DB = 20.0
 LOUDER = 2.0**13  # a power of two, by which numbers change exactly: no rounding enters the comparison
 DIFFERENT = 1e-2  # relative, between the rows of an input: more than what a sum may hide
@@ -155,6 +156,15 @@ def scale(context: PreflightContext) -> Iterator[Finding]:
                 f"{float(each.max()):.2g} between scenes.",
             )
             return
+    for name, value in seen.items():
+        if (share := _drowned(value)) > MOSTLY:
+            yield Finding(
+                "input_scale",
+                f"{share:.0%} of the {value.shape[1]} numbers that {name} is given are below {FAINT:g} of the largest of them"
+                f" (rms {sizes[name]:.2g}): a sum in float32 does not see them. Bring each input to order one before they"
+                " are put together.",
+            )
+            return
     if uneven := next((seen for name, value in seen.items() if (seen := _one_outweighs(name, value))), ""):
         yield Finding("input_scale", uneven, certain=False)
         return
@@ -172,6 +182,14 @@ def _one_outweighs(name: str, value: Tensor) -> str:
         f"number {int(each.argmax())} of the {value.shape[1]} that {name} is given has rms {high:.2g}, the median one"
         f" {usual:.2g}: the others are lost beside it."
     )
+
+
+def _drowned(value: Tensor) -> float:
+    """Share of the inputs, not counting those that are always zero, beside others that are larger than any weight
+    mends. Args: (B, F)."""
+    size = value.square().mean(0).sqrt()
+    size = size[size > 0]
+    return float((size < FAINT * size.max()).float().mean()) if len(size) > 1 else 0.0
 
 
 def _units(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:

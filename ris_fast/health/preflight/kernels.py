@@ -30,6 +30,7 @@ FEATURES, FEW = 1e-2, 8  # of the median scene: two positions of nearly equal sc
 FIELD_STEPS = 3  # of conjugate gradients: many magnify rounding
 FAINT = 1e-3  # noise of 60 dB: with less, rounding alone chooses what a pursuit finds beyond the sources
 ROUNDING = 1e-6  # of the weights: a few roundings of float32, however short the way
+FEW_COUNT = 0.3  # of the scenes, that make the gradient
 WEIGHTS = 2048  # of each tensor, in the copy that the optimizer steps on
 
 
@@ -50,12 +51,34 @@ def loss_kernel(context: PreflightContext) -> Iterator[Finding]:
         gap = float(((value - wanted).abs() / wanted.abs().clamp_min(1.0)).max())
         turn = float((slope - right).norm() / right.norm().clamp_min(1e-30))
         if not (gap <= VALUE and turn <= GRADIENT):
+            weighted = _reweighted(slope, right)
+            if weighted is not None and weighted < FEW_COUNT:
+                yield Finding(
+                    "scenes_left_out",
+                    f"scene by scene the gradient of the loss is a multiple of that of its definition, and another multiple in"
+                    f" each: as many count as {weighted * len(slope):.1f} of {len(slope)} scenes would with one weight for"
+                    " all. Where scenes are weighted on purpose, look at how steep the weights are.",
+                    certain=False,
+                )
             yield Finding(
                 "kernel_differs",
                 f"the loss{' with the blend' if blend else ''} differs from its definition by {gap:.2g}, its "
                 f"gradient by {turn:.2g} (relative; {VALUE:g} and {GRADIENT:g} are allowed).",
+                certain=weighted is None,
             )
             return
+
+
+def _reweighted(slope: Tensor, right: Tensor) -> float | None:
+    """The share of scenes that count where each scene's gradient is a multiple, not below zero, of the right one; None
+    where it is not. Args: both (B, N, Q, 2)."""
+    found, wanted = slope.flatten(1), right.flatten(1)
+    weight = (found * wanted).sum(1) / wanted.square().sum(1).clamp_min(1e-300)
+    if float((found - weight[:, None] * wanted).norm()) > 10 * GRADIENT * float(found.norm()):
+        return None
+    if bool((weight < 0).any()) or not bool(weight.any()):
+        return None
+    return float(weight.sum().square() / weight.square().sum()) / len(weight)
 
 
 def _with_gradient(call: object, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -56,12 +56,16 @@ def _counts(context: PreflightContext, what: str, scenes: Scenes) -> Finding | N
     off = scenes.count != columns
     if not float(off.float().mean()) > OTHER_COUNTS:
         return None
-    seen = f"in {int(off.sum())} of {scenes.batch} {what} scenes the count of sources is not that of the target's columns"
+    seen = (
+        f"in {int(off.sum())} of {scenes.batch} {what} scenes the count of sources is not that of the target's columns"
+    )
     used = any(context.loss.weights.get(name, 0.0) > 0 for name in COUNTED)
     apart = (scenes.count - columns)[off]
     if torch.equal(scenes.count.sort()[0], columns.sort()[0]):
         return Finding(
-            "shuffled_labels", f"{seen}; as often as in the targets, but in other scenes: it is another scene's.", certain=used
+            "shuffled_labels",
+            f"{seen}; as often as in the targets, but in other scenes: it is another scene's.",
+            certain=used,
         )
     how = (
         f"it is {abs(int(apart[0]))} too {'high' if int(apart[0]) > 0 else 'low'} in each of them, as where counting starts"
@@ -84,7 +88,9 @@ def likeness(array: RISArray, scenes: Scenes) -> Tensor:
     """Of each source of each scene, how much of its wave the column that is most like it is made of: (S,) in [0, 1]."""
     active = _columns(scenes)
     reach = torch.where(active, scenes.range_m, 1.0).clamp_min(1e-3)
-    waves = to_complex(steering(array, *(torch.where(active, each, 0.0) for each in (scenes.azimuth, scenes.elevation)), reach))
+    waves = to_complex(
+        steering(array, *(torch.where(active, each, 0.0) for each in (scenes.azimuth, scenes.elevation)), reach)
+    )
     target = to_complex(scenes.factor)
     target = target / target.norm(dim=1, keepdim=True).clamp_min(1e-30)
     return torch.einsum("bkn,bnq->bkq", waves.conj(), target).abs().square().amax(2)[active]
@@ -94,8 +100,20 @@ def _places(context: PreflightContext, what: str, scenes: Scenes) -> Finding | N
     """Each source's place is that of a column."""
     if scenes.azimuth is None or scenes.elevation is None or scenes.range_m is None:
         return None
-    if scenes.azimuth.shape[1] != scenes.factor.shape[2] or not bool((scenes.range_m[_columns(scenes)] > 0).all()):
+    active = _columns(scenes)
+    if scenes.azimuth.shape[1] != scenes.factor.shape[2]:
         return None
+    if bool((bare := (active & ~(scenes.range_m > 0)).any(1)).any()):
+        return (
+            Finding(
+                "parts_unrelated",
+                f"in {int(bare.sum())} of {scenes.batch} {what} scenes a column of the target has a source without a range:"
+                " the ranges are another scene's, or in another order than the columns.",
+                certain=_used(context),
+            )
+            if context.trainer.source.endless
+            else None
+        )
     array = RISArray.of(context.config.task)
     if array.elements != scenes.factor.shape[1]:
         return None
@@ -107,16 +125,26 @@ def _places(context: PreflightContext, what: str, scenes: Scenes) -> Finding | N
         f"{int(wrong.sum())} of {len(found)} sources of {what} scenes are not where the columns of the target say: a"
         f" column is {float(found[wrong].median()):.0%} of the wave from there at the median"
     )
-    used = any(context.loss.weights.get(name, 0.0) > 0 for name in LOCATED) and context.trainer.source.endless
-    for cause, how, change in _alternatives(array):
+    used = _used(context)
+    if (apart := context.known.get("parts apart")) is True:
+        return None  # the target itself is not that of its snapshots
+    for cause, how, change in _alternatives(array, of_target=apart is None):
         other = likeness(array, change(scenes))
         if float((other[wrong] > FITS).float().mean()) > EXPLAINED and float(other.mean()) > float(found.mean()):
             return Finding(cause, f"{seen}, and {float(other.median()):.0%} {how}.", certain=used)
-    return Finding("parts_unrelated", f"{seen}; in no other order, unit or sign that was tried it is more.", certain=False)
+    return Finding(
+        "parts_unrelated", f"{seen}; in no other order, unit or sign that was tried it is more.", certain=False
+    )
 
 
-def _alternatives(array: RISArray) -> Iterator[tuple[str, str, Callable[[Scenes], Scenes]]]:
-    """Mistakes that would explain it, each undone: cause, in words, how to undo it."""
+def _used(context: PreflightContext) -> bool:
+    """Whether a term reads the places, of scenes that are made of them."""
+    return any(context.loss.weights.get(name, 0.0) > 0 for name in LOCATED) and context.trainer.source.endless
+
+
+def _alternatives(array: RISArray, *, of_target: bool) -> Iterator[tuple[str, str, Callable[[Scenes], Scenes]]]:
+    """Mistakes that would explain it, each undone: cause, in words, how to undo it. Args: of_target: the target may be
+    what is wrong; else it is known to be that of its snapshots."""
     names = ("azimuth", "elevation")
 
     def both(change: Callable[[Tensor], Tensor]) -> Callable[[Scenes], Scenes]:
@@ -129,29 +157,31 @@ def _alternatives(array: RISArray) -> Iterator[tuple[str, str, Callable[[Scenes]
         "with azimuth and elevation exchanged",
         lambda scenes: replace(scenes, azimuth=scenes.elevation, elevation=scenes.azimuth),
     )
-    for order in element_orders(array):
-        yield (
-            "wrong_layout",
-            f"with the target's elements {order[0]}",
-            lambda scenes, rows=order[1]: replace(scenes, factor=scenes.factor[:, rows]),
-        )
     for negated in (("azimuth",), ("elevation",), names):
         yield (
             "wrong_layout",
             f"with the {' and '.join(negated)} negated",
             lambda scenes, each=negated: replace(scenes, **{name: -getattr(scenes, name) for name in each}),
         )
-    yield (
-        "conjugation_error",
-        "with the conjugate of the target",
-        lambda scenes: replace(scenes, factor=conj(scenes.factor)),
-    )
-    for step, where in ((-1, "after"), (1, "before")):
+    if of_target:
         yield (
-            "shuffled_labels",
-            f"with the target of the scene {where} it",
-            lambda scenes, step=step: replace(scenes, factor=scenes.factor.roll(step, 0)),
+            "conjugation_error",
+            "with the conjugate of the target",
+            lambda scenes: replace(scenes, factor=conj(scenes.factor)),
         )
+        for order in element_orders(array):
+            yield (
+                "wrong_layout",
+                f"with the target's elements {order[0]}",
+                lambda scenes, rows=order[1]: replace(scenes, factor=scenes.factor[:, rows]),
+            )
+    for step, where in ((-1, "after"), (1, "before")):
+        if of_target:
+            yield (
+                "shuffled_labels",
+                f"with the target of the scene {where} it",
+                lambda scenes, step=step: replace(scenes, factor=scenes.factor.roll(step, 0)),
+            )
         yield (
             "shuffled_labels",
             f"with the angles of the scene {where} it",
@@ -190,7 +220,11 @@ def _powers(what: str, scenes: Scenes) -> Finding | None:
     if apart[0] <= PROPORTIONAL:
         return None
     how = next(
-        (f" They go with {name} of the powers." for value, name in zip(apart[1:], ("the square", "the root")) if value <= PROPORTIONAL),
+        (
+            f" They go with {name} of the powers."
+            for value, name in zip(apart[1:], ("the square", "the root"))
+            if value <= PROPORTIONAL
+        ),
         "",
     )
     return Finding(

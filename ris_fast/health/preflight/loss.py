@@ -22,6 +22,7 @@ DOMINATES = 0.95  # share of the gradient's norm
 FEW, SUSPECT = 4, 0.8  # scenes that are looked at first; the share there from which all are: four times as many scenes
 # at most halve the gradient of the truth
 REMEMBERS = 1e-2  # sine of the angle by which a gradient turns
+ASIDE = 0.5  # cosine below which most of a longer gradient is something else
 AGAINST = -0.5  # cosine of two gradients; what is added to a total turns it by less
 
 
@@ -45,7 +46,7 @@ def _shown(given: Mapping[str, float]) -> str:
 def total(context: PreflightContext) -> Iterator[Finding]:
     """What is differentiated leads where the weighted sum of the terms leads, by its gradient at the network's
     outputs."""
-    leaves = context.guess.apply(Tensor.float).apply(leaf)
+    leaves = _jolted(context.guess.apply(Tensor.float), 0.1).apply(leaf)
     made, terms = context.loss(leaves, context.scenes)
     parts = [context.loss.weights.get(name, 0.0) * value for name, value in terms.items() if value.requires_grad]
     if not parts or made.grad_fn is None:
@@ -61,6 +62,14 @@ def total(context: PreflightContext) -> Iterator[Finding]:
             "clamped_loss" if bool(made.detach()) else "zero_loss_weight",
             f"{seen}; the sum has a gradient at the factors and the total, which is differentiated, has none: it is"
             f" {'held at a bound' if bool(made.detach()) else 'multiplied by zero'}.",
+        )
+    elif abs(along) < ASIDE and float(found.norm()) > float(wanted.norm()):
+        yield Finding(
+            "dominating_term",
+            f"{seen}; at the network's outputs the gradient of the total has a norm of {float(found.norm()):.3g} and that of"
+            f" the sum {float(wanted.norm()):.3g}, and they point elsewhere (cosine {along:.2f}): what is added beside the"
+            " terms outweighs them.",
+            certain=False,
         )
     elif along < AGAINST:
         yield Finding(
@@ -155,6 +164,16 @@ def keeps_nothing(context: PreflightContext) -> Iterator[Finding]:
     if other.batch != one.batch or torch.equal(other.snapshots, one.snapshots):
         return
     guess = context.guess.apply(Tensor.float)
+    values = [term_values(context, guess, scenes) for scenes in (one, other)]
+    same = [name for name in TRUTH_TERMS if name in values[0] and values[0][name] == values[1][name] != 0.0]
+    if same and other.factor is not None and not torch.equal(one.factor, other.factor):
+        yield Finding(
+            "stale_cache",
+            f"for the same answers {' and '.join(same)} has the same value, bit for bit, whichever of two sets of"
+            f" {one.batch} scenes it is asked for: it compares with targets that it was given before.",
+            advice="Compute everything that the loss compares from the scenes of its own call.",
+        )
+        return
     first, again = _gradient_of(context, guess, one), _gradient_of(context, guess, one)
     if first is None or again is None or _turn(first, again) > REMEMBERS:
         return  # it draws random numbers, or changes by itself

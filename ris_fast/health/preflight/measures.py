@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 SAME = 1e-5  # relative change of a factor that rounding explains
+LEVELS = 2**12  # steps at most, of weights that were rounded to a grid
 CLOSE = 1e-3  # between two ways of computing the same
 
 
@@ -37,9 +38,21 @@ def all_finite(parts: Iterable[Tensor | None]) -> bool:
 
 
 def rounded_to_16_bits(tensors: Iterable[Tensor]) -> bool:
-    """The last 16 bits of every float32 tensor are zero, which does not happen by chance."""
-    wide = [each.detach() for each in tensors if each.dtype == torch.float32 and each.numel() > 64]
-    return bool(wide) and all(not bool((each.contiguous().view(torch.int32) & 0xFFFF).any()) for each in wide)
+    """Every number of every float32 tensor is one of bfloat16, or of float16, which does not happen by chance."""
+    wide = [each.detach() for each in tensors if each.dtype == torch.float32 and each.numel() > 64 and bool(each.any())]
+    return any(
+        bool(wide) and all(torch.equal(each, each.to(narrow).float()) for each in wide)
+        for narrow in (torch.bfloat16, torch.float16)
+    )
+
+
+def on_a_grid(tensor: Tensor) -> bool:
+    """All numbers are whole multiples of one step, as rounding to a few levels leaves."""
+    values = tensor.detach().double().flatten().unique()
+    if tensor.numel() < 64 or len(values) < 3:
+        return False
+    multiples = values / values.diff().min()
+    return float(multiples.abs().max()) < LEVELS and float((multiples - multiples.round()).abs().max()) < 0.02
 
 
 @torch.no_grad()

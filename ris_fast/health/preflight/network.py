@@ -79,8 +79,8 @@ def layers(context: PreflightContext) -> Iterator[Finding]:
             context, float(total.detach()), [name for name, (_, _, finite) in signals.items() if not finite]
         )
         return
-    yield from _exploding(signals)
-    yield from _dead(context, total, outputs, signals)
+    exploding = list(_exploding(signals))
+    yield from exploding or _dead(context, total, outputs, signals)  # units that a loud signal drives to their ends
     yield from _equal_units(context)
 
 
@@ -137,7 +137,8 @@ def _dead(context: PreflightContext, total: Tensor, outputs: dict[str, Tensor], 
         for (name, value), gradient in zip(outputs.items(), gradients)
         if gradient is not None and not bool(gradient.any())
     ]
-    stuck = _never_reached(context) if silent else []
+    zero = sum(p.dim() > 1 and not bool(p.any()) for p in context.trainable.values())
+    stuck = _never_reached(context) if zero > 1 else []
     if len(stuck) > 1:
         yield Finding("zero_product_init", f"{listed(stuck)} start at zero, and each stops the gradient of the other.")
         return

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.attachments import attached
 from ris_fast.health.preflight.derivatives import derivatives
-from ris_fast.health.preflight.measures import all_finite, listed, rounded_to_16_bits, total_norm
+from ris_fast.health.preflight.measures import all_finite, listed, on_a_grid, rounded_to_16_bits, total_norm
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.step_probe import StepTrace, few_scenes, take_step
 from ris_fast.health.preflight.tensor_scales import one_by_one
@@ -21,6 +21,9 @@ from ris_fast.physics.scenes import Scenes
 SCALER_STEPS = 24  # a dynamic loss scale halves its way to one that fits in fewer
 FOREIGN = 0.3  # share of the step's gradient that no sum of its parts explains, from which shares say nothing
 VISIBLE = 1e-6  # of a weight: a step that rounding does not swallow
+OF_BOTH, LEAST_OLD = 1e-3, 0.05  # of a gradient: what two do not explain; share of an earlier one in it
+TINY = 1e-20  # below which a norm is lost in float32
+SHORT = 0.1  # of the way that the optimizer reports
 EXACT = 0.02  # of a norm: more than rounding and the order of sums
 
 
@@ -54,9 +57,40 @@ def one_step(context: PreflightContext) -> Iterator[Finding]:
             "at the start of the second step the gradients still have norm "
             f"{second.residual_grad_norm:.3g} of the first one's {norm:.3g}.",
         )
+    elif first.skipped == second.skipped == 0 and (found := _of_both(first, second)) is not None:
+        yield found
     elif first.skipped == second.skipped == 0:
         shares = [scenes.batch / sum(each.batch for each in few) for scenes in few]
         yield from one_by_one(context, second, alone, shares)
+
+
+def _of_both(first: StepTrace, second: StepTrace) -> Finding | None:
+    """How much of the first step's gradient is in what the second was given, where it is made of the two."""
+    pairs = [
+        (a, b, c)
+        for a, b, c in zip(first.raw, second.raw, second.given)
+        if a is not None and b is not None and c is not None
+    ]
+    if not pairs or not all(map(all_finite, (first.raw, second.raw, second.given))):
+        return None
+    before, now, given = (torch.cat([pair[side].double().flatten() for pair in pairs]).cpu() for side in range(3))
+    if not bool(before.any()) or not bool(now.any()):
+        return None
+    columns = torch.stack((before / first.scale, now / second.scale), 1)
+    solution = torch.linalg.lstsq(columns, given[:, None] / second.scale).solution[:, 0]
+    left = float((columns @ solution - given / second.scale).norm())
+    old, new = solution.tolist()
+    if left > OF_BOTH * float(given.norm()) / second.scale or not abs(old) > LEAST_OLD:
+        return None
+    seen = f"the gradient that the second step is given is {old:.2f} times that of the first step and {new:.2f} times its own"
+    if abs(old - 1) < LEAST_OLD and abs(new - 1) < LEAST_OLD:
+        return Finding("gradients_never_cleared", f"{seen}: those of earlier steps are added up outside of .grad.")
+    late = " It steps one batch late, or again and again on one gradient." if abs(new) < LEAST_OLD else ""
+    return Finding(
+        "wrong_backward",
+        f"{seen}.{late} Where gradients are exchanged with a delay, or smoothed over steps, that is meant.",
+        certain=False,
+    )
 
 
 def _no_step(reached: bool, raw: float) -> Iterator[Finding]:
@@ -118,15 +152,17 @@ def _moved_otherwise(context: PreflightContext, before: list[Tensor], taken: Ste
     names = {id(p): name for name, p in context.parameters.items()}
     reported = dict(zip(context.optimizer.tensor_names, context.optimizer.telemetry()[:, 2].tolist()))
     broken, wrong, still, moving = [], [], [], False
+    shares: dict[str, float] = {}
     for parameter, kept in zip(context.model.parameters(), before):
         name, way = names[id(parameter)], total_norm([parameter - kept])
         if not math.isfinite(way):
             broken += [name] if all_finite([kept]) else []
-        elif name in reported and way > 1.05 * reported[name] + 1e-5 * float(kept.norm()):
+        elif name in reported and way > 1.05 * reported[name] + 1e-5 * float(kept.norm()) + TINY:
             wrong.append((name, parameter, f"{name} by {way:.3g} instead of {reported[name]:.3g}"))
         elif name in reported and reported[name] > VISIBLE * float(kept.norm()) > 0:
             still += [name] if way == 0.0 else []
             moving = moving or way > 0.0
+            shares[name] = way / reported[name]
     if broken and all_finite(taken.given or taken.raw):
         eps = min(group.get("eps", 0.0) for group in context.optimizer.param_groups)
         yield Finding(
@@ -139,6 +175,22 @@ def _moved_otherwise(context: PreflightContext, before: list[Tensor], taken: Ste
             "step_without_effect",
             f"the optimizer reports that it moved {len(still)} tensors, first {still[0]} by {reported[still[0]]:.2g},"
             " and none of the network's weights has changed.",
+        )
+    elif len(shares) > 1 and not wrong and max(shares.values()) < SHORT:
+        most = max(shares, key=shares.__getitem__)
+        yield Finding(
+            "step_without_effect",
+            f"weights move by at most {shares[most]:.1%} of what the optimizer reports, in {most}: something puts them back,"
+            " or another rule than the optimizer's makes the step. Where slow weights follow fast ones, that is meant.",
+            certain=False,
+        )
+    elif wrong and (grids := [name for name, each, _ in wrong if on_a_grid(each)]) and 2 * len(grids) > len(wrong):
+        tensor = context.parameters[grids[0]]
+        yield Finding(
+            "low_precision_weights",
+            f"after one step the {tensor.numel()} numbers of {grids[0]} have {len(tensor.detach().unique())} different"
+            f" values, and so it is in {len(grids)} tensors: something rounds the weights to a few levels, and updates below"
+            " their spacing are lost.",
         )
     elif wrong and not rounded_to_16_bits(context.model.parameters()):
         yield _moved_twice(context, [each for _, each, _ in wrong], [said for _, _, said in wrong])
@@ -206,7 +258,15 @@ def _shares(
     shown = ", ".join(f"{value:.2f}" for value in found.tolist())
     seen = f"the parts of a step enter its gradient with weights {shown}; their shares are {right[0]:.2f}"
     gone = found.abs() < 0.1 * right
-    if bool(gone[:-1].all()) and not bool(gone[-1]):
+    if bool(gone.all()):
+        left = float(found.sum())
+        yield Finding(
+            "clip_too_small" if abs(left) < 1e-3 else "zeroed_gradients",
+            f"the parts of a step enter its gradient with weights that sum to {left:.2g} in place of 1: something makes the"
+            " gradient of each smaller before they are added, as a clip of every micro-batch does.",
+            certain=False,
+        )
+    elif bool(gone[:-1].all()) and not bool(gone[-1]):
         yield Finding("last_micro_batch_only", f"{seen}.")
     elif bool(gone.any()):
         yield Finding("rank_gradient_missing", f"{seen}.")

@@ -87,6 +87,7 @@ def unregistered(context: PreflightContext) -> Iterator[Finding]:
     if plain:
         yield Finding("unregistered_parameters", f"{listed(plain)} is a buffer or a plain attribute, not a parameter.")
     own = {id(parameter) for parameter in context.parameters.values()}
+    own |= {id(parameter) for group in context.optimizer.param_groups for parameter in group["params"]}
     found = eager_leaves(context)  # held, so that no other tensor gets the identity of one of them
     strangers = [leaf for key, leaf in found.items() if key not in own]
     if strangers and not any(isinstance(leaf, nn.Parameter) for leaf in strangers):
@@ -109,6 +110,22 @@ def unregistered(context: PreflightContext) -> Iterator[Finding]:
             f"the loss reaches {len(strangers)} tensors that are parameters of no module "
             f"of the network, the first of shape {tuple(strangers[0].shape)}.",
         )
+        return
+    if not hidden and (alone := _in_total_alone(context, own)):
+        yield Finding(
+            "unregistered_parameters",
+            f"the total that is minimised depends on {len(alone)} tensors that ask for a gradient, the first of shape"
+            f" {tuple(alone[0].shape)}, and neither network nor optimizer holds them: what weighs the loss is never"
+            " trained. Where another optimizer has them, that is meant.",
+            certain=False,
+        )
+
+
+def _in_total_alone(context: PreflightContext, own: set[int]) -> list[torch.Tensor]:
+    """Leaves that the total reaches beside prediction and terms, the same ones in two calls."""
+    with context.as_written():
+        found = [graph_of(total).leaves if (total := context.run()[0]).requires_grad else {} for _ in range(2)]
+    return [leaf for key, leaf in found[0].items() if key in found[1] and key not in own and leaf.requires_grad]
 
 
 def _made_of_others(module: nn.Module) -> bool:

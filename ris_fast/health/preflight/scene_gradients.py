@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.derivatives import derivatives
-from ris_fast.health.preflight.measures import listed
+from ris_fast.health.preflight.measures import all_finite, listed
 from ris_fast.health.preflight.probe import PreflightContext, layer_calls
 from ris_fast.health.preflight.terms import leaf
 from ris_fast.health.preflight.truth import COVARIANCE
@@ -35,7 +35,7 @@ def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
     scenes = context.groups[0][0][:MOST]
     if scenes.batch < 2:
         return
-    total, prediction, layers = _forward(context, scenes, 1)
+    total, terms, prediction, layers = _forward(context, scenes, 1)
     outputs = [value for value in prediction if value is not None and value.requires_grad]
     if not total.requires_grad or not outputs or not bool(total.isfinite()):
         return
@@ -46,7 +46,7 @@ def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
     if not bool(reached.any()):
         return  # no gradient at all has names of its own
     if float(reached.float().mean()) < 1 - FEW_MISSED:
-        total, again, _ = _forward(context, scenes, 2)
+        total, _, again, _ = _forward(context, scenes, 2)
         outputs = [value for value in again if value is not None and value.requires_grad]
         reached |= _rows([part for part in derivatives(total, outputs) if part is not None])
         left_out = ~reached & _has_slope(context, prediction, scenes, ~reached)
@@ -55,12 +55,12 @@ def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
             own = getattr(context.loss, "own_name", "")
             yield _left_out(scenes, left_out, "no gradient at the output", certain=share > HALF and not own)
         return
-    if (finding := _without_factor(context, prediction, scenes, total)) is not None:
+    if (finding := _without_factor(context, prediction, scenes, terms)) is not None:
         yield finding
         return
     lost = _lost_inside(layers, derivatives(total, list(layers.values())))
     if lost:
-        total, _, layers = _forward(context, scenes, 2)
+        total, _, _, layers = _forward(context, scenes, 2)
         again = _lost_inside(layers, derivatives(total, list(layers.values())))
         lost = {name: both for name in lost.keys() & again.keys() if _most(both := lost[name] & again[name])}
     if lost:
@@ -69,33 +69,52 @@ def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
         yield _left_out(scenes, lost[name], more, certain=False)
 
 
-def _without_factor(context: PreflightContext, prediction: Prediction, scenes: Scenes, total: Tensor) -> Finding | None:
-    """Scenes whose other outputs are told something, and their factor nothing. A loss that leaves those out which are
-    right already is no mistake."""
-    if not prediction.factor.requires_grad or not any(context.loss.weights.get(name, 0.0) > 0 for name in COVARIANCE):
+def _without_factor(
+    context: PreflightContext, prediction: Prediction, scenes: Scenes, terms: dict[str, Tensor]
+) -> Finding | None:
+    """Scenes of whose covariance the loss says nothing, whatever other terms say of them. A loss that leaves those out
+    which are right already is no mistake."""
+    without = _not_told(context, prediction, terms)
+    if without is None or float(without.float().mean()) <= FEW_MISSED:
         return None
-    (part,) = derivatives(total, [prediction.factor], retain_graph=True)
-    if part is None or not bool(part.any()):
-        return None
-    without = ~_rows([part])
-    if float(without.float().mean()) <= FEW_MISSED:
-        return None
-    total, again, _ = _forward(context, scenes, 2)
-    (part,) = derivatives(total, [again.factor])
-    without &= ~_rows([part]) if part is not None else True
+    _, terms, again, _ = _forward(context, scenes, 2)
+    other = _not_told(context, again, terms)
+    without &= without if other is None else other
     share = float(without.float().mean())
     with torch.no_grad():
         score = scene_nmse(prediction, scenes)
-    left, kept = score[without], score[~without]
-    if share <= FEW_MISSED or not bool(score.isfinite().all()) or float(left.max()) <= float(kept.min()):
+    if share <= FEW_MISSED or not bool(score.isfinite().all()):
         return None
-    easiest = float(kept.max()) <= float(left.min())
+    left, kept = score[without], score[~without]
+    if float(left.max()) <= float(kept.min()) * (1 + RIGHT):
+        return None
+    easiest = float(kept.max()) <= float(left.min()) * (1 + RIGHT)
     which = (
-        f" They are those with the highest NMSE ({float(left.min()):.3g} and more): the loss keeps the easiest scenes."
+        f" They are those with the highest NMSE, {float(left.min()):.3g} and more: the loss keeps the easiest scenes."
         if easiest
         else ""
     )
-    return _left_out(scenes, without, "no gradient at their factor", certain=easiest and share > HALF, more=which)
+    return _left_out(
+        scenes,
+        without,
+        "no gradient of what compares them with the truth",
+        certain=easiest and share > HALF,
+        more=which,
+    )
+
+
+def _not_told(context: PreflightContext, prediction: Prediction, terms: dict[str, Tensor]) -> Tensor | None:
+    """Scenes at whose factor the covariance terms have no gradient, (B,); None where they have none anywhere."""
+    weights, own = context.loss.weights, getattr(context.loss, "own_name", "")
+    kinds = [[name for name in names if weights.get(name, 0.0) > 0 and name in terms] for names in (COVARIANCE, (own,))]
+    told: dict[float, Tensor] = {}
+    for names in kinds:
+        parts = [weights[name] * terms[name] for name in names if terms[name].requires_grad]
+        if parts and prediction.factor.requires_grad:
+            (found,) = derivatives(parts, [prediction.factor], retain_graph=True)
+            if found is not None and bool(found.any()) and all_finite([found]):
+                told[float(found.norm())] = ~_rows([found])
+    return told[max(told)] if told else None  # of a term of the user's own, where that is the main one
 
 
 def _lost_inside(layers: dict[str, Tensor], parts: Sequence[Tensor | None]) -> dict[str, Tensor]:
@@ -120,8 +139,10 @@ def _left_out(scenes: Scenes, rows: Tensor, what: str, *, certain: bool, more: s
     )
 
 
-def _forward(context: PreflightContext, scenes: Scenes, seed: int) -> tuple[Tensor, Prediction, dict[str, Tensor]]:
-    """Total and prediction in training mode, and what each layer answered that has a row a scene."""
+def _forward(
+    context: PreflightContext, scenes: Scenes, seed: int
+) -> tuple[Tensor, dict[str, Tensor], Prediction, dict[str, Tensor]]:
+    """Total, terms and prediction in training mode, and what each layer answered that has a row a scene."""
     layers: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
@@ -129,8 +150,8 @@ def _forward(context: PreflightContext, scenes: Scenes, seed: int) -> tuple[Tens
             layers.setdefault(name, output)
 
     with layer_calls(context.model, keep):
-        total, _, prediction = context.run(scenes, seed=seed)
-    return total, prediction, layers
+        total, terms, prediction = context.run(scenes, seed=seed)
+    return total, terms, prediction, layers
 
 
 def _rows(parts: Sequence[Tensor]) -> Tensor:

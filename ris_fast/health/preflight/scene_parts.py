@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.dependent import REMOVED
 from ris_fast.health.preflight.labels import element_orders
 from ris_fast.health.preflight.pairing import DEVIATIONS, HALF, WHOLE, Belonging, as_believed, belonging, with_factor
 from ris_fast.health.preflight.probe import FEWEST, PreflightContext
@@ -38,6 +39,9 @@ PARTS = (("shuffled_labels", "factor"), ("mismatched_channel", "channel"), ("sta
 
 def physics(context: PreflightContext) -> Iterator[Finding]:
     """Snapshots, channel and target of one scene belong together, where the run trains and where it validates."""
+    if context.known.get(REMOVED):
+        context.note = "not checked: something was taken out of the scenes, which explains what does not fit"
+        return
     seen: dict[str, str] = {}  # what is said once of a kind of scenes, not of the files and of the loop
     for what, whole, of_files in _looked_at(context):
         scenes = as_believed(with_factor(whole), context.config.task)
@@ -46,6 +50,7 @@ def physics(context: PreflightContext) -> Iterator[Finding]:
             return
         finding, said = _together(context, what, scenes)
         seen.setdefault(said.partition(" are ")[0], said)
+        context.known["parts apart"] = finding is not None and finding.cause != "snr_labels_differ"
         if finding is not None:
             # Rows of files are not left over from an earlier batch: there it is the order that is wrong.
             yield (
@@ -193,9 +198,24 @@ def _alternatives(scenes: Scenes, static: bool, array: RISArray) -> Iterator[tup
     if array.elements == scenes.channel.shape[2]:
         for order, rows in element_orders(array):
             moved = rows.to(scenes.channel.device)
-            yield "wrong_layout", f"with the target's elements {order}", replace(scenes, factor=scenes.factor[:, moved]), static
-            yield "wrong_layout", f"with the channel's elements {order}", replace(scenes, channel=scenes.channel[:, :, moved]), static
-            yield "wrong_layout", f"with the codes' elements {order}", replace(scenes, codes=scenes.codes[..., moved, :]), static
+            yield (
+                "wrong_layout",
+                f"with the target's elements {order}",
+                replace(scenes, factor=scenes.factor[:, moved]),
+                static,
+            )
+            yield (
+                "wrong_layout",
+                f"with the channel's elements {order}",
+                replace(scenes, channel=scenes.channel[:, :, moved]),
+                static,
+            )
+            yield (
+                "wrong_layout",
+                f"with the codes' elements {order}",
+                replace(scenes, codes=scenes.codes[..., moved, :]),
+                static,
+            )
     for step in (1, -1):
         for cause, name in PARTS:
             yield (

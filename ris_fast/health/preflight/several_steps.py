@@ -15,7 +15,8 @@ from ris_fast.training.schedule import learning_rate_factor
 
 STEPS = 5
 FROZEN = 1e-5  # of the raw weights' way; an average over ten thousand steps has gone more
-BEYOND = 1.5  # times the way of the weights, that no average of them goes
+# times the way of the weights, that no average of them goes; of the weights, more than steps that were taken back
+BEYOND, FAR = 1.5, 0.01
 ROUNDING = 1e-6  # of the weights: a shorter way is lost in an average's rounding
 
 
@@ -24,15 +25,25 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
     first = {name: value.detach().clone() for name, value in context.parameters.items()}
     rates, applied, planned = [], [], context.trainer.plan.planned
     before = context.optimizer.counters()
-    furthest = 0.0
+    furthest = last = 0.0
+    idle = 0
     for number in range(STEPS):
         applied.append(context.optimizer.counters()["applied"])
         group = few_scenes(context.groups[number % len(context.groups)])
         taken = take_step(context, group, planned, number, gradients=False)
         rates.append(taken.rates)
-        furthest = max(furthest, _way(context.parameters, first))
+        way = _way(context.parameters, first)
+        idle += taken.attempted == 0 and way == last
+        furthest, last = max(furthest, way), way
     after = context.optimizer.counters()
-    if after["attempted"] - before["attempted"] < STEPS - 1 and after["attempted"] != before["attempted"]:
+    if idle:
+        yield Finding(
+            "step_never_called",
+            f"{idle} of {STEPS} calls of the step in a row made no optimizer step and moved no weight: what calls the"
+            " optimizer does so in some steps only.",
+            certain=idle > 1,
+        )
+    elif after["attempted"] - before["attempted"] < STEPS - 1 and after["attempted"] != before["attempted"]:
         yield Finding(
             "optimizer_state_lost",
             f"{STEPS} calls of the step made {after['attempted'] - before['attempted']} optimizer "
@@ -42,8 +53,8 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
     if rounded_to_16_bits(context.model.parameters()) and not rounded_to_16_bits(first.values()):
         yield Finding(
             "low_precision_weights",
-            "after a few steps the last 16 bits of every weight are zero: they are rounded to "
-            "bfloat16, and updates below its spacing are lost.",
+            "after a few steps every weight is a number of 16 bits, kept in 32: they are rounded to bfloat16 or float16,"
+            " and updates below its spacing are lost.",
         )
     moved = any(not torch.equal(value, first[name]) for name, value in context.parameters.items())
     if moved and context.optimizer.ema_decay and all_finite(context.parameters.values()):
@@ -93,7 +104,7 @@ def _average(context: PreflightContext, first: dict[str, Tensor], furthest: floa
             f"after {STEPS} steps the averaged weights have gone {mean_way / raw_way:.1e} of the "
             f"way of the raw ones, which moved in {len(moved)} tensors: {listed(moved)}.",
         )
-    elif mean_way > BEYOND * furthest + ROUNDING * total_norm(first.values()):
+    elif mean_way > BEYOND * furthest + FAR * total_norm(first.values()):
         sizes = [total_norm(values.values()) for values in (mean, first)]
         yield Finding(
             "ema_cold" if sizes[0] < sizes[1] else "ema_frozen",

@@ -24,6 +24,7 @@ from ris_fast.training.validation import scene_nmse
 ZERO = 1e-3  # of the truth's loss, where the zero predictor's is 1
 OTHERS = 1e-3  # relative change of a direction that rounding does not make
 SHIFT_RAD, SHIFT_LOG = 0.02, 0.05
+GROWS = 1e-3  # relative, from one point of the way to the truth to the next
 NOISY = 0.1  # of the size of the true factors
 COVARIANCE = ("cov", "cov_pred")
 LOCATED = {"angle": "azimuth", "range": "range_m", "chamfer": "azimuth"}
@@ -81,6 +82,35 @@ def truth(context: PreflightContext) -> Iterator[Finding]:
         yield from _deaf(context, right)
     if guess.count_logits is not None and "count" in scores:
         yield from _counted(context, right, scores["count"])
+
+
+def own_term(context: PreflightContext) -> Iterator[Finding]:
+    """A term of the user's own falls towards the truth, and compares each answer with its own scene."""
+    name, scenes = getattr(context.loss, "own_name", ""), context.scenes
+    if not name or scenes.factor is None or not context.loss.weights.get(name, 0.0) > 0:
+        return
+    guess = context.guess
+    if others := _asks_others(context, name, guess):
+        yield Finding(
+            "shapes_broadcast",
+            f"{others} Where scenes are told apart by each other on purpose, that is meant.",
+            certain=False,
+        )
+        return
+    right = oracle(scenes, guess).factor
+    size = (right.flatten(1).norm(dim=1) / guess.factor.flatten(1).norm(dim=1).clamp_min(1e-30)).view(-1, 1, 1, 1)
+    way = [
+        term_values(context, guess._replace(factor=(1 - share) * size * guess.factor + share * right), scenes)[name]
+        for share in (0.0, 0.5, 0.8, 1.0)
+    ]
+    if all(math.isfinite(value) for value in way) and all(b > a + GROWS * abs(a) for a, b in zip(way, way[1:])):
+        values = ", ".join(f"{value:.3g}" for value in way)
+        yield Finding(
+            "loss_sign",
+            f"on the way from the answers of an untrained network to the truth the term {name} takes the values {values}: it"
+            " grows as the answer gets better. Where it holds the network back on purpose, that is meant.",
+            certain=False,
+        )
 
 
 def _deaf(context: PreflightContext, right: Prediction) -> Iterator[Finding]:
@@ -279,4 +309,8 @@ def _beyond(whose: str, seen: Reach, allowed: Reach, says: str) -> Iterator[Find
             return
 
 
-CHECKS = {"the truth scores zero": truth, "labels are in radians and metres": labels}
+CHECKS = {
+    "the truth scores zero": truth,
+    "a term of one's own falls towards the truth": own_term,
+    "labels are in radians and metres": labels,
+}
