@@ -21,6 +21,7 @@ from ris_fast.training.loss import TRUTH_TERMS
 DOMINATES = 0.95  # share of the gradient's norm
 FEW, SUSPECT = 4, 0.8  # scenes that are looked at first; the share there from which all are: four times as many scenes
 # at most halve the gradient of the truth
+FORGOTTEN = 0.003  # share of the gradient's norm that all terms of the covariance have
 REMEMBERS = 1e-2  # sine of the angle by which a gradient turns
 ASIDE = 0.5  # cosine below which most of a longer gradient is something else
 AGAINST = -0.5  # cosine of two gradients; what is added to a total turns it by less
@@ -152,6 +153,14 @@ def balance(context: PreflightContext) -> Iterator[Finding]:
             f"{name} (weight {context.loss.weights[name]:g}) supplies {largest / total:.1%} of "
             "the gradient at the start.",
             certain=context.loss.weights[name] > truth and name != getattr(context.loss, "own_name", ""),
+        )
+    elif (told := sum(sizes.get(each, 0.0) for each in COVARIANCE)) < FORGOTTEN * total:
+        given = ", ".join(f"{each} {sizes[each] / total:.1%}" for each in sorted(sizes, key=sizes.__getitem__)[:-4:-1])
+        yield Finding(
+            "dominating_term",
+            f"the covariance supplies {told / total:.2%} of the gradient at the start, with a weight of"
+            f" {context.loss.weights.get('cov', 0.0):g}; most come from {given}.",
+            certain=False,
         )
 
 

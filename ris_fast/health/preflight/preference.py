@@ -26,7 +26,7 @@ SCALES = tuple(10.0 ** (step / 2) for step in range(-8, 9))  # of a factor of tr
 DIFFERENT = 0.3  # NMSE between the truths of two scenes, on average, above which a loss should tell them apart
 DEAF = 1e-3  # of the larger score: what rounding makes of equal ones
 SWALLOWED = 0.02  # of the difference that the plain NMSE makes between right and wrong answers
-FAR_BELOW, LOW = 0.2, 0.3  # of the other scores
+FAR_BELOW, LOW = 0.5, 0.3  # of the score of an untrained network
 
 
 def own_term(context: PreflightContext) -> Iterator[Finding]:
@@ -52,13 +52,13 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
         f" {other:.4g}, an untrained network {random:.4g}"
     )
     size = max(abs(score), abs(other), abs(random), 1e-30)
-    low = FAR_BELOW * min(score, random)
-    if conjugate < min(low, FAR_BELOW * other):
+    if _lowest(conjugate, (score, other, random), random):
         cause, why = (
             "conjugation_error",
-            f", and their complex conjugates {conjugate:.4g}: one side is conjugated, or transposed, and the other is not",
+            f", and their complex conjugates {conjugate:.4g}: one side is conjugated, or transposed, and the other is"
+            " not",
         )
-    elif other < min(low, FAR_BELOW * max(others)):
+    elif _lowest(other, (score, max(others), random), random):
         cause, why = "shuffled_labels", ": an answer is compared with another scene's target, as after a roll or a sort"
     elif score > LOW * random and _knows_phases(context, name, right, scenes):
         cause, why = (
@@ -99,6 +99,11 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
     else:
         return
     yield Finding(cause, f"{seen}{why}.", certain=False)
+
+
+def _lowest(value: float, others: tuple[float, ...], random: float) -> bool:
+    """Whether it is below all the others by most of what an untrained network is above it."""
+    return min(others) - value > FAR_BELOW * max(random - value, 1e-30)
 
 
 @torch.no_grad()
