@@ -223,7 +223,8 @@ _FOLLOWS: dict[str, str] = {
         " ignored_input input_scale"
     ),
     "losses_differ": (
-        "scenes_altered stale_cache train_mode_in_validation eval_mode_in_training batchnorm_statistics shadowed_parameters"
+        "scenes_altered stale_cache train_mode_in_validation eval_mode_in_training batchnorm_statistics"
+        " shadowed_parameters"
         " unsettled_buffers"
     ),
     "output_rank_too_low": "ignored_input dead_units zero_product_init saturated_output",

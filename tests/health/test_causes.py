@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import ris_fast.health.causes
-from ris_fast.health.causes import CAUSES
+from ris_fast.health.causes import CAUSES, FOLLOWS
 from ris_fast.health.finding import Finding, ranked
 
 
@@ -51,3 +51,22 @@ def test_ranked_puts_certain_first_and_causes_first() -> None:
     assert ranked(order)[0].evidence == ""
     with pytest.raises(ValueError, match="no cause is called"):
         Finding("nonsense", "")
+
+
+def test_ranked_puts_what_follows_behind_its_cause() -> None:
+    assert {*FOLLOWS, *(cause for causes in FOLLOWS.values() for cause in causes)} <= CAUSES.keys()
+    certain = [Finding("ema_saved_over_raw", ""), Finding("nonfinite_step", ""), Finding("step_called_twice", "")]
+    assert [each.cause for each in ranked(certain)] == ["step_called_twice", "nonfinite_step", "ema_saved_over_raw"]
+    doubtful = [Finding("ema_saved_over_raw", ""), Finding("nonfinite_step", "", certain=False)]
+    assert [each.cause for each in ranked(doubtful)] == ["ema_saved_over_raw", "nonfinite_step"]
+
+
+def test_no_two_causes_follow_from_each_other() -> None:
+    def before(name: str) -> set[str]:
+        found, waiting = set[str](), [name]
+        while waiting:
+            new = FOLLOWS.get(waiting.pop(), frozenset()) - found
+            found, waiting = found | new, [*waiting, *new]
+        return found
+
+    assert not [name for name in FOLLOWS if name in before(name)]

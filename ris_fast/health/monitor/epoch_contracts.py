@@ -135,10 +135,12 @@ def _averages(run: RunHistory, raw: Row, mean: Row, distance: float, least: floa
         from_zero = mean["distance"] <= (run.validation.get("first_norm") or 0.0)
         yield run.finding(
             "ema_cold" if from_zero else "ema_frozen",
-            f"the averaged weights are {mean['distance']:.3g} away from the first ones, and the raw ones were no further"
+            f"the averaged weights are {mean['distance']:.3g} away from the first ones, and the raw ones were no"
+            " further"
             f" than {max(_furthest(run), distance):.3g} at any epoch's end: an average of weights lies between them. "
             + (
-                "It starts at zero and is not divided by 1 - decay^steps, or it is made of something else than the weights."
+                "It starts at zero and is not divided by 1 - decay^steps, or it is made of something else than the"
+                " weights."
                 " Which of the two: whether it comes nearer with each epoch."
                 if from_zero
                 else "It is made of something else than the weights, or its shares do not sum to one."

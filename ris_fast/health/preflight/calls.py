@@ -48,7 +48,8 @@ def inputs_kept(context: PreflightContext) -> Iterator[Finding]:
     if names:
         yield Finding(
             "scenes_altered",
-            f"after a call of the loss the {' and the '.join(names)} of its scenes are not what they were: it writes into"
+            f"after a call of the loss the {' and the '.join(names)} of its scenes are not what they were: it writes"
+            " into"
             " them, and whoever reads them next, as validation does with scenes that it keeps, sees others.",
             advice="Write x = x + y in place of x += y or x.add_(y) in the loss, or clone what is changed.",
         )

@@ -64,7 +64,8 @@ def compare_others(context: PreflightContext, scenes: Scenes) -> Finding | None:
     if relative_change(first, answer) < SAME:
         return Finding(
             "stale_cache",
-            f"while training, what the step calls gives {others.batch} scenes the answers to {scenes.batch} others that it"
+            f"while training, what the step calls gives {others.batch} scenes the answers to {scenes.batch} others"
+            " that it"
             " was shown before: something keeps inputs or answers from one call to the next, by their shape.",
             advice="Copy the inputs of every call into the static tensors that a captured graph reads, before it is"
             " replayed; or key what is kept by the scenes' numbers and their split.",

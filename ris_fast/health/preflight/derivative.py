@@ -58,7 +58,8 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
             yield Finding(
                 "stale_compiled_graph",
                 f"{len(stale)} tensors receive a gradient, and the network's outputs stay as they are when these are"
-                f" replaced by others of their size: {listed(stale)}. It computes with a copy of them that was made before,"
+                f" replaced by others of their size: {listed(stale)}. It computes with a copy of them that was made"
+                " before,"
                 " and backward is told otherwise.",
                 advice="Make the copy in every forward, or again behind every step of the optimizer.",
             )

@@ -46,18 +46,21 @@ def changes_by_itself(context: PreflightContext) -> Iterator[Finding]:
         if name in before and before[name].shape == value.shape and not torch.equal(before[name], value)
     ]
     seen = (
-        f"the network changes by being called in training: {listed(moved) or 'something that is no buffer, as a counter'};"
+        "the network changes by being called in training:"
+        f" {listed(moved) or 'something that is no buffer, as a counter'};"
         f" {PASSES} passes later"
     )
     spreads, slopes = (_apart(first[0]), _apart(last[0])), (first[1], last[1])
     advice = (
-        "Look at the direction of the schedule inside the network, what it counts (passes, steps or epochs), and where it"
+        "Look at the direction of the schedule inside the network, what it counts (passes, steps or epochs), and"
+        " where it"
         " ends."
     )
     if spreads[1] <= LEFT * spreads[0]:
         yield Finding(
             "ignored_input",
-            f"{seen}, with the same weights, its answers to different scenes differ by {spreads[1]:.1e} of themselves, where"
+            f"{seen}, with the same weights, its answers to different scenes differ by {spreads[1]:.1e} of"
+            " themselves, where"
             f" they differed by {spreads[0]:.1e}: it fades out what depends on the input.",
             advice=advice,
             certain=False,
@@ -73,7 +76,8 @@ def changes_by_itself(context: PreflightContext) -> Iterator[Finding]:
     elif slopes[1] <= LEFT * slopes[0]:
         yield Finding(
             "vanishing_gradient",
-            f"{seen}, with the same weights, the gradient of the loss has norm {slopes[1]:.2g}, and had {slopes[0]:.2g}.",
+            f"{seen}, with the same weights, the gradient of the loss has norm {slopes[1]:.2g}, and had"
+            f" {slopes[0]:.2g}.",
             advice=advice,
             certain=False,
         )

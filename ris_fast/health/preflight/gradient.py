@@ -216,7 +216,8 @@ def _stopped(context: PreflightContext, names: list[str], graph: Graph) -> Findi
     if bounds:
         return Finding(
             "saturated_output",
-            f"{what}; between them and the output the path has {listed(bounds)}, which has no derivative beyond its bounds:"
+            f"{what}; between them and the output the path has {listed(bounds)}, which has no derivative beyond its"
+            " bounds:"
             " all that arrives there lies beyond.",
             advice="Print what is clamped, before and after. Widen the bounds, or bring the signal between them.",
         )

@@ -160,8 +160,10 @@ def scale(context: PreflightContext) -> Iterator[Finding]:
         if (share := _drowned(value)) > MOSTLY:
             yield Finding(
                 "input_scale",
-                f"{share:.0%} of the {value.shape[1]} numbers that {name} is given are below {FAINT:g} of the largest of them"
-                f" (rms {sizes[name]:.2g}): a sum in float32 does not see them. Bring each input to order one before they"
+                f"{share:.0%} of the {value.shape[1]} numbers that {name} is given are below {FAINT:g} of the largest"
+                " of them"
+                f" (rms {sizes[name]:.2g}): a sum in float32 does not see them. Bring each input to order one before"
+                " they"
                 " are put together.",
             )
             return

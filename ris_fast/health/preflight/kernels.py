@@ -55,8 +55,10 @@ def loss_kernel(context: PreflightContext) -> Iterator[Finding]:
             if weighted is not None and weighted < FEW_COUNT:
                 yield Finding(
                     "scenes_left_out",
-                    f"scene by scene the gradient of the loss is a multiple of that of its definition, and another multiple in"
-                    f" each: as many count as {weighted * len(slope):.1f} of {len(slope)} scenes would with one weight for"
+                    "scene by scene the gradient of the loss is a multiple of that of its definition, and another"
+                    " multiple in"
+                    f" each: as many count as {weighted * len(slope):.1f} of {len(slope)} scenes would with one"
+                    " weight for"
                     " all. Where scenes are weighted on purpose, look at how steep the weights are.",
                     certain=False,
                 )

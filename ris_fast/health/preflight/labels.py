@@ -1,5 +1,5 @@
-"""Preflight of the labels of a scene against its target: as many sources as columns, where the columns say they are, and
-as strong.
+"""Preflight of the labels of a scene against its target: as many sources as columns, where the columns say they are,
+and as strong.
 
 Model: column k of the factor is sqrt(p_k) a(azimuth_k, elevation_k, range_k). Sources are a set: columns and labels may
     come in different orders.
@@ -32,7 +32,8 @@ LOCATED = ("angle", "range", "chamfer")
 
 
 def labels_of_targets(context: PreflightContext) -> Iterator[Finding]:
-    """Counts, places and powers of the sources are those that the target is made of, where it is kept by its columns."""
+    """Counts, places and powers of the sources are those that the target is made of, where it is kept by its"
+    " columns."""
     for what, scenes in (("training", all_scenes(context)[:LOOKED_AT]), ("validation", context.validation[:LOOKED_AT])):
         if scenes.factor is None or scenes.batch < FEWEST or not bool(scenes.factor.isfinite().all()):
             return
@@ -68,7 +69,8 @@ def _counts(context: PreflightContext, what: str, scenes: Scenes) -> Finding | N
             certain=used,
         )
     how = (
-        f"it is {abs(int(apart[0]))} too {'high' if int(apart[0]) > 0 else 'low'} in each of them, as where counting starts"
+        f"it is {abs(int(apart[0]))} too {'high' if int(apart[0]) > 0 else 'low'} in each of them, as where counting"
+        " starts"
         " at another number"
         if bool((apart == apart[0]).all())
         else f"it is off by {int(apart.min())} to {int(apart.max())}"
@@ -107,7 +109,8 @@ def _places(context: PreflightContext, what: str, scenes: Scenes) -> Finding | N
         return (
             Finding(
                 "parts_unrelated",
-                f"in {int(bare.sum())} of {scenes.batch} {what} scenes a column of the target has a source without a range:"
+                f"in {int(bare.sum())} of {scenes.batch} {what} scenes a column of the target has a source without a"
+                " range:"
                 " the ranges are another scene's, or in another order than the columns.",
                 certain=_used(context),
             )
@@ -229,7 +232,8 @@ def _powers(what: str, scenes: Scenes) -> Finding | None:
     )
     return Finding(
         "parts_unrelated",
-        f"within {what} scenes the squared norms of the target's columns are not to each other as the powers of the sources"
+        f"within {what} scenes the squared norms of the target's columns are not to each other as the powers of the"
+        " sources"
         f" (they are off by {math.expm1(apart[0]):.0%} at the median).{how}",
         advice="A column of the target is sqrt(p) a: the root of the source's power, once, times its steering vector.",
         certain=False,

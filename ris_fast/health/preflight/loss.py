@@ -67,8 +67,10 @@ def total(context: PreflightContext) -> Iterator[Finding]:
     elif abs(along) < ASIDE and float(found.norm()) > float(wanted.norm()):
         yield Finding(
             "dominating_term",
-            f"{seen}; at the network's outputs the gradient of the total has a norm of {float(found.norm()):.3g} and that of"
-            f" the sum {float(wanted.norm()):.3g}, and they point elsewhere (cosine {along:.2f}): what is added beside the"
+            f"{seen}; at the network's outputs the gradient of the total has a norm of {float(found.norm()):.3g} and"
+            " that of"
+            f" the sum {float(wanted.norm()):.3g}, and they point elsewhere (cosine {along:.2f}): what is added"
+            " beside the"
             " terms outweighs them.",
             certain=False,
         )
@@ -192,7 +194,8 @@ def keeps_nothing(context: PreflightContext) -> Iterator[Finding]:
         yield Finding(
             "stale_cache",
             f"asked twice for the same answers and scenes the loss has the same gradient, and another (turned by"
-            f" {_turn(first, later):.2g}) once it has been asked for other scenes in between: it keeps targets, or what it"
+            f" {_turn(first, later):.2g}) once it has been asked for other scenes in between: it keeps targets, or"
+            " what it"
             " makes of them, from the batch before.",
             advice="Compute everything that the loss compares from the scenes of its own call.",
         )

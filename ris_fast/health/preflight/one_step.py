@@ -21,6 +21,7 @@ from ris_fast.physics.scenes import Scenes
 SCALER_STEPS = 24  # a dynamic loss scale halves its way to one that fits in fewer
 FOREIGN = 0.3  # share of the step's gradient that no sum of its parts explains, from which shares say nothing
 VISIBLE = 1e-6  # of a weight: a step that rounding does not swallow
+ALIKE = 0.999  # cosine of two gradients, above which no sum tells them apart
 OF_BOTH, LEAST_OLD = 1e-3, 0.05  # of a gradient: what two do not explain; share of an earlier one in it
 TINY = 1e-20  # below which a norm is lost in float32
 SHORT = 0.1  # of the way that the optimizer reports
@@ -74,7 +75,8 @@ def _of_both(first: StepTrace, second: StepTrace) -> Finding | None:
     if not pairs or not all(map(all_finite, (first.raw, second.raw, second.given))):
         return None
     before, now, given = (torch.cat([pair[side].double().flatten() for pair in pairs]).cpu() for side in range(3))
-    if not bool(before.any()) or not bool(now.any()):
+    size = float(before.norm() * now.norm())
+    if not size > 0 or abs(float(before @ now)) > ALIKE * size:
         return None
     columns = torch.stack((before / first.scale, now / second.scale), 1)
     solution = torch.linalg.lstsq(columns, given[:, None] / second.scale).solution[:, 0]
@@ -82,7 +84,10 @@ def _of_both(first: StepTrace, second: StepTrace) -> Finding | None:
     old, new = solution.tolist()
     if left > OF_BOTH * float(given.norm()) / second.scale or not abs(old) > LEAST_OLD:
         return None
-    seen = f"the gradient that the second step is given is {old:.2f} times that of the first step and {new:.2f} times its own"
+    seen = (
+        f"the gradient that the second step is given is {old:.2f} times that of the first step and {new:.2f} times its"
+        " own"
+    )
     if abs(old - 1) < LEAST_OLD and abs(new - 1) < LEAST_OLD:
         return Finding("gradients_never_cleared", f"{seen}: those of earlier steps are added up outside of .grad.")
     late = " It steps one batch late, or again and again on one gradient." if abs(new) < LEAST_OLD else ""
@@ -180,7 +185,8 @@ def _moved_otherwise(context: PreflightContext, before: list[Tensor], taken: Ste
         most = max(shares, key=shares.__getitem__)
         yield Finding(
             "step_without_effect",
-            f"weights move by at most {shares[most]:.1%} of what the optimizer reports, in {most}: something puts them back,"
+            f"weights move by at most {shares[most]:.1%} of what the optimizer reports, in {most}: something puts"
+            " them back,"
             " or another rule than the optimizer's makes the step. Where slow weights follow fast ones, that is meant.",
             certain=False,
         )
@@ -189,7 +195,8 @@ def _moved_otherwise(context: PreflightContext, before: list[Tensor], taken: Ste
         yield Finding(
             "low_precision_weights",
             f"after one step the {tensor.numel()} numbers of {grids[0]} have {len(tensor.detach().unique())} different"
-            f" values, and so it is in {len(grids)} tensors: something rounds the weights to a few levels, and updates below"
+            f" values, and so it is in {len(grids)} tensors: something rounds the weights to a few levels, and"
+            " updates below"
             " their spacing are lost.",
         )
     elif wrong and not rounded_to_16_bits(context.model.parameters()):
@@ -262,7 +269,8 @@ def _shares(
         left = float(found.sum())
         yield Finding(
             "clip_too_small" if abs(left) < 1e-3 else "zeroed_gradients",
-            f"the parts of a step enter its gradient with weights that sum to {left:.2g} in place of 1: something makes the"
+            f"the parts of a step enter its gradient with weights that sum to {left:.2g} in place of 1: something"
+            " makes the"
             " gradient of each smaller before they are added, as a clip of every micro-batch does.",
             certain=False,
         )

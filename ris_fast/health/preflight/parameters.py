@@ -100,7 +100,8 @@ def unregistered(context: PreflightContext) -> Iterator[Finding]:
         kind = type(context.model).__name__
         yield Finding(
             "shadowed_parameters",
-            f"{len(hidden)} tensors are parameters of modules of the network that the loss reaches, and {kind}.parameters()"
+            f"{len(hidden)} tensors are parameters of modules of the network that the loss reaches, and"
+            f" {kind}.parameters()"
             f" or named_parameters() leaves them out: {listed(hidden)}. No optimizer is given them.",
             advice="Remove the method of your own that lists parameters, or let it end in super().named_parameters().",
         )

@@ -98,8 +98,10 @@ def _squashed(logits: Tensor) -> str:
     sums = logits.sum(1)
     kind = "a softmax" if float((sums - 1.0).abs().max()) < 1e-4 else "a sigmoid"
     return (
-        f"in {len(logits)} answers with weights drawn at random the logits of the count lie between {float(logits.min()):.3g}"
-        f" and {float(logits.max()):.3g}{', and sum to 1' if kind == 'a softmax' else ''}: {kind} is taken of them before the"
+        f"in {len(logits)} answers with weights drawn at random the logits of the count lie between"
+        f" {float(logits.min()):.3g}"
+        f" and {float(logits.max()):.3g}{', and sum to 1' if kind == 'a softmax' else ''}: {kind} is taken of them"
+        " before the"
         " cross-entropy, which takes one itself."
     )
 

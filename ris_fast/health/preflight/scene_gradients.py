@@ -62,7 +62,7 @@ def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
     if lost:
         total, _, _, layers = _forward(context, scenes, 2)
         again = _lost_inside(layers, derivatives(total, list(layers.values())))
-        lost = {name: both for name in lost.keys() & again.keys() if _most(both := lost[name] & again[name])}
+        lost = {name: both for name in lost if name in again and _most(both := lost[name] & again[name])}
     if lost:
         name = max(lost, key=lambda each: int(lost[each].sum()))
         more = f"a gradient at the output and none at {listed(list(lost))}"

@@ -158,8 +158,10 @@ def _other_targets(source: Any) -> Finding | None:
         return None
     return Finding(
         "stale_cache",
-        f"{len(differ)} of {len(validated)} validation scenes have the snapshots of a training scene, by their bytes, and"
-        f" another target, first scene {differ[0][0]} those of training scene {differ[0][1]}: something keeps inputs by a"
+        f"{len(differ)} of {len(validated)} validation scenes have the snapshots of a training scene, by their bytes,"
+        " and"
+        f" another target, first scene {differ[0][0]} those of training scene {differ[0][1]}: something keeps inputs"
+        " by a"
         " key that scenes of both splits share, such as their number.",
         advice="Key what is kept by the split and the number, or keep the whole scene with its target.",
     )

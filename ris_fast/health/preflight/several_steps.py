@@ -55,7 +55,8 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
     if rounded_to_16_bits(context.model.parameters()) and not rounded_to_16_bits(first.values()):
         yield Finding(
             "low_precision_weights",
-            "after a few steps every weight is a number of 16 bits, kept in 32: they are rounded to bfloat16 or float16,"
+            "after a few steps every weight is a number of 16 bits, kept in 32: they are rounded to bfloat16 or"
+            " float16,"
             " and updates below its spacing are lost.",
         )
     moved = any(not torch.equal(value, first[name]) for name, value in context.parameters.items())
@@ -123,7 +124,8 @@ def _average(
         yield Finding(
             "ema_cold" if sizes[0] < sizes[1] else "ema_frozen",
             f"after {STEPS} steps the averaged weights are {mean_way:.3g} away from the first ones, and the weights"
-            f" themselves were never further than {furthest:.3g} (norm of the average {sizes[0]:.3g}, of the first weights"
+            f" themselves were never further than {furthest:.3g} (norm of the average {sizes[0]:.3g}, of the first"
+            " weights"
             f" {sizes[1]:.3g}): an average of weights lies between them. "
             + (
                 "It is too small, as one that starts at zero and is not divided by 1 - decay^steps."

@@ -68,7 +68,8 @@ def _replaced(before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -
     if not abs(along) < ELSEWHERE:
         return ""
     return (
-        f"a gradient of norm {sizes[1]:.3g} where it was {sizes[0]:.3g}, at a cosine of {along:.2f} to it: what was added"
+        f"a gradient of norm {sizes[1]:.3g} where it was {sizes[0]:.3g}, at a cosine of {along:.2f} to it: what was"
+        " added"
         " on the way, as noise or a decay, outweighs it. Which of the two: whether it is the same for the same scenes."
     )
 

@@ -107,7 +107,8 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
         values = ", ".join(f"{value:.3g}" for value in way)
         yield Finding(
             "loss_sign",
-            f"on the way from the answers of an untrained network to the truth the term {name} takes the values {values}: it"
+            f"on the way from the answers of an untrained network to the truth the term {name} takes the values"
+            f" {values}: it"
             " grows as the answer gets better. Where it holds the network back on purpose, that is meant.",
             certain=False,
         )
@@ -145,7 +146,8 @@ def _deaf(context: PreflightContext, right: Prediction) -> Iterator[Finding]:
             if name in scores and not deaf and error > 10 * ZERO and abs(scores[name]) < 0.1 * min(ZERO, error):
                 yield Finding(
                     cause,
-                    f"{what}, whose NMSE is {error:.3g} by its definition, score {scores[name]:.1e} in {name}, as the truth"
+                    f"{what}, whose NMSE is {error:.3g} by its definition, score {scores[name]:.1e} in {name}, as the"
+                    " truth"
                     f" does: {why}.",
                 )
                 return
@@ -173,7 +175,8 @@ def _counted(context: PreflightContext, right: Prediction, score: float) -> Iter
     if abs(surer - score) < ZERO * score:
         yield Finding(
             "softmax_twice",
-            f"logits that are sure of the true count have an entropy of {score:.4g}, and logits 20 times larger the same"
+            f"logits that are sure of the true count have an entropy of {score:.4g}, and logits 20 times larger the"
+            " same"
             f" ({twice:.4g} is what a softmax before the cross-entropy leaves of {logits.shape[1]} classes): they are"
             " squashed before the loss squashes them itself.",
             certain=abs(score - twice) < 0.01 * twice,
