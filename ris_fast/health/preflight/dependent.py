@@ -44,12 +44,12 @@ def removed(context: PreflightContext) -> Iterator[Finding]:
             )
             return
         if scenes.channel is not None and bool(scenes.channel.isfinite().all()):
-            if seen := _mean(scenes.channel, "channel"):
+            if seen := _mean(scenes.channel, "channel") or _one_part(scenes.channel, "channel"):
                 context.known[REMOVED] = True
                 yield Finding(
                     "mismatched_channel",
-                    f"in all of {scenes.batch} {what} scenes {seen}: it was subtracted, and the snapshots were made with"
-                    " the whole channel.",
+                    f"in all of {scenes.batch} {what} scenes {seen}: something took it away, and the snapshots were"
+                    " made with the whole channel.",
                     certain=not context.config.task.channel,
                 )
                 return
@@ -62,7 +62,9 @@ def _noise(scenes: Scenes) -> Tensor:
 
 
 def _twice_or_zero(scenes: Scenes) -> str:
-    """Snapshots or antennas without a signal, or with another one's."""
+    """Snapshots or antennas without a signal, or with another one's; real numbers where complex ones were received."""
+    if seen := _one_part(scenes.snapshots, "snapshots"):
+        return seen
     for axis, name in AXES["snapshots"]:
         rows = scenes.snapshots.transpose(1, axis).flatten(2)
         zero = (rows == 0).all(2).all(0)
@@ -88,6 +90,12 @@ def _dimensions(scenes: Scenes) -> str:
         return ""
     rank = values.shape[1]
     return f"the snapshots, a matrix {tuple(y.shape[1:])}, have rank {rank - count} where noise gives them {rank}"
+
+
+def _one_part(values: Tensor, name: str) -> str:
+    """Which part of all numbers is exactly zero. Args: (B, ., ., 2)."""
+    parts = [part for part, each in zip(("real", "imaginary"), values.unbind(-1)) if not bool(each.any())]
+    return f"the {parts[0]} parts of the {name} are exactly zero" if len(parts) == 1 else ""
 
 
 def _mean(values: Tensor, name: str, size: Tensor | None = None) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import total_norm
+from ris_fast.health.preflight.misjudged import uses_targets
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.terms import leaf, sizes_of
 from ris_fast.health.preflight.truth import COVARIANCE, oracle, term_values
@@ -177,6 +178,7 @@ def keeps_nothing(context: PreflightContext) -> Iterator[Finding]:
     guess = context.guess.apply(Tensor.float)
     values = [term_values(context, guess, scenes) for scenes in (one, other)]
     same = [name for name in TRUTH_TERMS if name in values[0] and values[0][name] == values[1][name] != 0.0]
+    same = [name for name in same if one.factor is None or not uses_targets(context, name, guess)]
     if same and other.factor is not None and not torch.equal(one.factor, other.factor):
         yield Finding(
             "stale_cache",
