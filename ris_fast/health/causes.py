@@ -241,6 +241,7 @@ _FOLLOWS: dict[str, str] = {
         "conjugation_error loss_sign target_scale_differs shapes_broadcast clamped_loss scenes_left_out wrong_units"
         " wrong_backward detached_loss fp16_overflow"
     ),
+    "step_never_called": "gradients_cleared_before_step",
     "gradients_never_cleared": "missing_from_optimizer stale_optimizer_parameters",
     "nonfinite_gradients": "nonfinite_data fp16_overflow bad_initialisation input_scale",
     "ema_saved_over_raw": "nonfinite_step",
