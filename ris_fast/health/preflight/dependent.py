@@ -1,8 +1,8 @@
-"""Preflight of what preparation took out of the scenes: numbers that depend on each other exactly, where noise or fading
-makes all of them different.
+"""Preflight of what preparation took out of the scenes: numbers that depend on each other exactly, where noise
+or fading makes all of them different.
 
-A mean that was subtracted, a snapshot or an antenna that is zero or there twice, a projection on fewer dimensions: of each
-something is exactly zero in every scene. White noise in L snapshots and M antennas leaves nothing so.
+A mean that was subtracted, a snapshot or an antenna that is zero or there twice, a projection on fewer dimensions: of
+each something is exactly zero in every scene. White noise in L snapshots and M antennas leaves nothing so.
 Legend: B batch, L snapshots, M base-station antennas, N RIS elements.
 """
 
@@ -39,8 +39,8 @@ def removed(context: PreflightContext) -> Iterator[Finding]:
             yield Finding(
                 "inputs_withhold_answer",
                 f"in all of {scenes.batch} {what} scenes {seen}, although their noise makes all numbers different.",
-                advice="Look at what prepares snapshots between their source and the network: what it subtracts, projects,"
-                " pads or copies. Give the network all L snapshots of all M antennas as they were received.",
+                advice="Look at what prepares snapshots between their source and the network: what it subtracts,"
+                " projects, pads or copies. Give the network all L snapshots of all M antennas as they were received.",
             )
             return
         if scenes.channel is not None and bool(scenes.channel.isfinite().all()):

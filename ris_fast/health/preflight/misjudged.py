@@ -1,4 +1,4 @@
-"""Why a covariance term of the loss does not score the truth as it should: by what changes the score, and what does not.
+"""Why a covariance term of the loss does not score the truth as it should: by what changes the score.
 
 Legend: B batch, N RIS elements, Q factor columns.
 """
@@ -39,8 +39,8 @@ def reason(context: PreflightContext, term: str, right: Prediction, guess: Predi
     if all(abs(value - score) < SAME * abs(score) for value in near) and abs(random - score) > LITTLE * abs(score):
         return Finding(
             "clamped_loss",
-            f"{seen}, and factors near the truth exactly the same: the loss is held at that value, and errors below it are"
-            " free.",
+            f"{seen}, and factors near the truth exactly the same: the loss is held at that value, and errors"
+            " below it are free.",
         )
     unit = right.factor / _sizes(right.factor) * math.sqrt(right.factor.shape[1])
     best = min(SCALES, key=lambda scale: _or_infinite(value_of(context, term, right._replace(factor=scale * unit))))
@@ -48,16 +48,16 @@ def reason(context: PreflightContext, term: str, right: Prediction, guess: Predi
     if scaled < LITTLE * min(score, random):
         return Finding(
             "target_scale_differs",
-            f"{seen}, and {scaled:.2g} at {best:.3g} times the scale of trace N: the term compares sizes, and prediction and"
-            " target do not have the same.",
+            f"{seen}, and {scaled:.2g} at {best:.3g} times the scale of trace N: the term compares sizes, and"
+            " prediction and target do not have the same.",
         )
     turned = multiply(unit, expi(torch.full(unit.shape[:3], 0.7).to(unit)))
     before, after = (value_of(context, term, right._replace(factor=each)) for each in (unit, turned))
     if abs(after - before) > 1e-3 * max(abs(after), abs(before)):
         return Finding(
             "conjugation_error",
-            f"{seen}, and its score changes from {before:.4g} to {after:.4g} when all factors are turned by one phase, which"
-            " leaves R = F F^H as it is: a transpose stands where the conjugate transpose belongs.",
+            f"{seen}, and its score changes from {before:.4g} to {after:.4g} when all factors are turned by one"
+            " phase, which leaves R = F F^H as it is: a transpose stands where the conjugate transpose belongs.",
         )
     return None
 
@@ -78,7 +78,8 @@ def which_scene(context: PreflightContext, term: str, right: Prediction) -> Find
     if abs(swapped - alone) > LITTLE * random:
         return Finding(
             "scenes_mixed",
-            f"{seen}, and for one scene by itself {swapped:.3g}: a mean over the scenes is taken before answers are compared.",
+            f"{seen}, and for one scene by itself {swapped:.3g}: a mean over the scenes is taken before"
+            " answers are compared.",
         )
     return Finding(
         "dead_loss_term",
@@ -106,8 +107,8 @@ def _not_finite(context: PreflightContext, term: str, score: float, random: floa
         return None  # for every answer, of which others say more
     return Finding(
         "nonfinite_gradients",
-        f"the true factors score {score} in {term}, and an untrained network {random:.3g}: the better the answer, the nearer"
-        " to a division by zero or a logarithm of zero.",
+        f"the true factors score {score} in {term}, and an untrained network {random:.3g}: the better the answer,"
+        " the nearer to a division by zero or a logarithm of zero.",
     )
 
 

@@ -1,5 +1,5 @@
-"""Preflight of what the loss prefers: the truth to other answers, where no term has a definition that it can be held to,
-as one of the user's own, a blend, a loading or a shrinkage has none.
+"""Preflight of what the loss prefers: the truth to other answers, where no term has a definition that it can be held
+to, as one of the user's own, a blend, a loading or a shrinkage has none.
 
 Legend: B batch, N RIS elements, Q factor columns.
 """
@@ -48,8 +48,8 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
     conjugate = _scored(context, name, right, conj(right.factor), scenes)
     turned = _scored(context, name, right, _turned(right.factor), scenes)
     seen = (
-        f"the best that the true factors score in {name}, at any scale, is {score:.4g}; the true factors of other scenes"
-        f" {other:.4g}, an untrained network {random:.4g}"
+        f"the best that the true factors score in {name}, at any scale, is {score:.4g}; the true factors of other"
+        f" scenes {other:.4g}, an untrained network {random:.4g}"
     )
     size = max(abs(score), abs(other), abs(random), 1e-30)
     if _lowest(conjugate, (score, other, random), random):
@@ -63,8 +63,8 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
     elif score > LOW * random and _knows_phases(context, name, right, scenes):
         cause, why = (
             "conjugation_error",
-            "; and it changes when a factor is turned by one phase, which leaves F F^H as it is: a transpose stands where the"
-            " conjugate transpose belongs",
+            "; and it changes when a factor is turned by one phase, which leaves F F^H as it is: a transpose stands where"
+            " the conjugate transpose belongs",
         )
     elif max(abs(other - score), abs(random - score)) < DEAF * size:
         cause, why = "dead_loss_term", ": it does not tell right from wrong"
@@ -80,21 +80,21 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
         cause, why = (
             (
                 "scenes_mixed",
-                ": it does not matter which scene an answer is for, and of a scene by itself it does: a mean over the scenes is"
-                " taken before answers are compared",
+                ": it does not matter which scene an answer is for, and of a scene by itself it does: a mean over the"
+                " scenes is taken before answers are compared",
             )
             if batch
             else (
                 "dead_loss_term",
-                ": what it compares, as a diagonal or a trace, is the same in all scenes, so it does not tell one scene's"
-                " truth from another's",
+                ": what it compares, as a diagonal or a trace, is the same in all scenes, so it does not tell one"
+                " scene's truth from another's",
             )
         )
     elif min(abs(conjugate - score), abs(turned - score)) < DEAF * size:
         cause, why = (
             "conjugation_error",
-            f", their conjugates {conjugate:.4g} and the same with elements turned by phases of their own {turned:.4g}: it"
-            " compares sizes, or real parts, and no phases",
+            f", their conjugates {conjugate:.4g} and the same with elements turned by phases of their own {turned:.4g}:"
+            " it compares sizes, or real parts, and no phases",
         )
     else:
         return
@@ -168,8 +168,8 @@ def settings(context: PreflightContext) -> Iterator[Finding]:
     yield Finding(
         {"loading": "epsilon_swallows_signal", "shrink": "dead_loss_term", "beta": "dead_loss_term"}[name],
         f"loss.cov tells the truth from wrong answers by {found:.2g}, where the plain NMSE of the best of these is"
-        f" {plain:.2g}; with loss.{name} = 0 instead of {getattr(given, name):g} by {tried[name]:.2g}: what is added to both"
-        " sides is so large that the prediction hardly matters.",
+        f" {plain:.2g}; with loss.{name} = 0 instead of {getattr(given, name):g} by {tried[name]:.2g}: what is added to"
+        " both sides is so large that the prediction hardly matters.",
         advice=f"Give --set loss.{name}=0, or a tenth of the smallest part of the covariance that should count.",
         certain=found < DEAF * plain,
     )
