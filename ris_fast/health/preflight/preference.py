@@ -63,7 +63,8 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
     elif score > LOW * random and _knows_phases(context, name, right, scenes):
         cause, why = (
             "conjugation_error",
-            "; and it changes when a factor is turned by one phase, which leaves F F^H as it is: a transpose stands where"
+            "; and it changes when a factor is turned by one phase, which leaves F F^H as it is: a transpose"
+            " stands where"
             " the conjugate transpose belongs",
         )
     elif max(abs(other - score), abs(random - score)) < DEAF * size:
