@@ -20,6 +20,14 @@ def one_update_a_step(run: RunHistory) -> Iterator[Finding]:
     calls, attempted = run.reading.get("steps", 0), run.reading.get("attempted")
     if not calls or attempted is None:
         return
+    earlier = [row["health"]["applied"] for row in run.steps[:-1] if "applied" in (row.get("health") or {})]
+    if earlier and run.reading.get("applied", 0) < max(earlier):
+        yield run.finding(
+            "optimizer_state_lost",
+            f"the optimizer's count of updates falls from {max(earlier)} to "
+            f"{run.reading['applied']}: it was built anew.",
+        )
+        return  # the count says nothing of the steps then
     if attempted <= 0:
         yield run.finding(
             "step_never_called", f"{calls} calls of the step up to step {run.step} made no optimizer step."
@@ -31,13 +39,6 @@ def one_update_a_step(run: RunHistory) -> Iterator[Finding]:
         )
     elif attempted >= 2 * calls:
         yield run.finding("step_called_twice", f"{calls} calls of the step made {attempted} optimizer steps.")
-    earlier = [row["health"]["applied"] for row in run.steps[:-1] if "applied" in (row.get("health") or {})]
-    if earlier and run.reading["applied"] < max(earlier):
-        yield run.finding(
-            "optimizer_state_lost",
-            f"the optimizer's count of updates falls from {max(earlier)} to "
-            f"{run.reading['applied']}: it was built anew.",
-        )
 
 
 def untouched_gradient(run: RunHistory) -> Iterator[Finding]:

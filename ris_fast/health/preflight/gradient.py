@@ -204,6 +204,10 @@ def _stopped(context: PreflightContext, names: list[str], graph: Graph) -> Findi
     larger = derivatives(context.run()[0] * UNDERFLOW, live)
     if any(part is not None and bool(part.any()) for part in larger):
         return Finding("gradient_underflow", f"{what}; with a loss a million times larger it is not.")
+    total, _, prediction = context.run()
+    factor = derivatives(total, [prediction.factor])[0]
+    if factor is not None and not bool(factor.any()):
+        return Finding("clamped_loss", f"{what}; it is zero at the factors already: there the loss is flat.")
     if graph.written_by_hand:
         return Finding("wrong_backward", f"{what}; backward runs through {', '.join(graph.written_by_hand)}.")
     if graph.named(*ZERO_DERIVATIVE):

@@ -16,7 +16,7 @@ from ris_fast.health.preflight import mixing
 from ris_fast.health.preflight.measures import CLOSE, SAME, relative_change, rms
 from ris_fast.health.preflight.persistent import persistent
 from ris_fast.health.preflight.probe import PreflightContext, layer_calls
-from ris_fast.physics.real_complex import expi, multiply, to_complex, to_pairs
+from ris_fast.physics.real_complex import conj, expi, multiply, to_complex, to_pairs
 from ris_fast.physics.scenes import Scenes
 
 LARGE, SMALL_RMS = 1e3, 1e-3
@@ -25,6 +25,8 @@ LOUD_DB = 20.0
 LOUDER = 2.0**13  # a power of two, by which numbers change exactly: no rounding enters the comparison
 DIFFERENT = 1e-2  # relative, between the rows of an input: more than what a sum may hide
 UNITS = (128.0, 8.0)  # of every second scene, and of the others
+TOO_LARGE, OUTWEIGHS = 100.0, 300.0  # rms of one number of an input; times the median one
+FEW = 4  # scenes that are enough where an answer is asked for often
 OTHER_UNIT = 0.01  # change of the median scene's factors; where every input is normalised it is exactly zero
 
 
@@ -166,8 +168,23 @@ def scale(context: PreflightContext) -> Iterator[Finding]:
                 " are put together.",
             )
             return
+    if uneven := next((seen for name, value in seen.items() if (seen := _one_outweighs(name, value))), ""):
+        yield Finding("input_scale", uneven, certain=False)
+        return
     with context.full_precision():
         yield from _units(context, scenes)
+
+
+def _one_outweighs(name: str, value: Tensor) -> str:
+    """A number of a layer's input that is far larger than all the others; empty where there is none. Args: (B, F)."""
+    each = value.square().mean(0).sqrt()
+    high, usual = float(each.max()), float(each[each > 0].median()) if bool((each > 0).any()) else 0.0
+    if value.shape[1] < 4 or not high > max(TOO_LARGE, OUTWEIGHS * usual):
+        return ""
+    return (
+        f"number {int(each.argmax())} of the {value.shape[1]} that {name} is given has rms {high:.2g}, the median one"
+        f" {usual:.2g}: the others are lost beside it."
+    )
 
 
 def _drowned(value: Tensor) -> float:
@@ -237,14 +254,20 @@ def information(context: PreflightContext) -> Iterator[Finding]:
             "the scenes carry no channel H, only H c_l, and the network cannot see what the surface did to the field.",
         )
         return
-    for what, other in _without(context, scenes):
-        if other is not None and relative_change(base, context.answer(other)) < SAME:
-            yield Finding(
-                "inputs_withhold_answer",
-                f"{what} and the factors stay the same to {SAME:g}: the network does not see "
-                "what the target is made of.",
-            )
-            return
+    few = scenes[:FEW]
+    for certain, known, changed in (
+        (True, base, _without(context, scenes)),
+        (False, context.answer(few), _other_parts(few)),
+    ):
+        for what, other in changed:
+            if other is not None and relative_change(known, context.answer(other)) < SAME:
+                yield Finding(
+                    "inputs_withhold_answer",
+                    f"{what} and the factors stay the same to {SAME:g}: the network does not see "
+                    "what the target is made of.",
+                    certain=certain,
+                )
+                return
     yield from _pairing(context, scenes)
 
 
@@ -262,6 +285,32 @@ def _without(context: PreflightContext, scenes: Scenes) -> Iterator[tuple[str, S
     )
     yield "the phases of the channel are drawn anew", replace(scenes, channel=phases(scenes.channel))
     yield "the channel is changed where H c_l cannot show it", hidden_change(scenes)
+
+
+def _other_parts(scenes: Scenes) -> Iterator[tuple[str, Scenes | None]]:
+    """A part of the snapshots is another scene's, or all is mirrored: so is the target then."""
+    other, (length, antennas) = scenes.snapshots.roll(1, 0), scenes.snapshots.shape[1:3]
+    for size, name, mask in (
+        (length, "snapshots", torch.arange(length)[:, None, None]),
+        (antennas, "antennas", torch.arange(antennas)[:, None]),
+    ):
+        if size < 2:
+            continue
+        for which, part in (
+            (f"all {name} but the first are", mask > 0),
+            (f"the first half of the {name} is", mask < size // 2),
+        ):
+            change = torch.where(part.to(scenes.snapshots.device), other, scenes.snapshots)
+            yield f"{which} another scene's", replace(scenes, snapshots=change)
+        order = scenes.snapshots.roll(1, 1 if name == "snapshots" else 2)
+        yield f"the {name} come in another order", replace(scenes, snapshots=order)
+    conjugates = {name: conj(getattr(scenes, name)) for name in ("snapshots", "channel", "codes")}
+    yield "snapshots, channel and codes are conjugated", replace(scenes, **conjugates, effective_channel=None)
+    mirrored = {"channel": scenes.channel.flip(2), "codes": scenes.codes.flip(-2)}
+    yield (
+        "the elements of channel and codes come in reversed order",
+        replace(scenes, **mirrored, effective_channel=None),
+    )
 
 
 def hidden_change(scenes: Scenes) -> Scenes | None:

@@ -135,6 +135,12 @@ def _places(context: PreflightContext, what: str, scenes: Scenes) -> Finding | N
         other = likeness(array, change(scenes))
         if float((other[wrong] > FITS).float().mean()) > EXPLAINED and float(other.mean()) > float(found.mean()):
             return Finding(cause, f"{seen}, and {float(other.median()):.0%} {how}.", certain=used)
+    for setting, tried in _other_tasks(array):
+        other = likeness(tried, scenes)
+        if float((other[wrong] > FITS).float().mean()) > EXPLAINED and float(other.mean()) > float(found.mean()):
+            return Finding(
+                "task_differs", f"{seen}, and {float(other.median()):.0%} with {setting}.", certain=False
+            )
     return Finding(
         "parts_unrelated", f"{seen}; in no other order, unit or sign that was tried it is more.", certain=False
     )
@@ -143,6 +149,16 @@ def _places(context: PreflightContext, what: str, scenes: Scenes) -> Finding | N
 def _used(context: PreflightContext) -> bool:
     """Whether a term reads the places, of scenes that are made of them."""
     return any(context.loss.weights.get(name, 0.0) > 0 for name in LOCATED) and context.trainer.source.endless
+
+
+def _other_tasks(array: RISArray) -> Iterator[tuple[str, RISArray]]:
+    """Arrays that the scenes may have been made with, by the setting that is another."""
+    for factor in (0.5, 2.0):
+        if array.grid:
+            yield f"task.spacing_wavelengths {factor:g} times as large", replace(array, spacing_m=factor * array.spacing_m)
+        yield f"task.wavelength_m {factor:g} times as large", replace(array, wavelength_m=factor * array.wavelength_m)
+    other = "spherical" if array.wavefront == "fresnel" else "fresnel"
+    yield f"task.wavefront = {other}", replace(array, wavefront=other)
 
 
 def _alternatives(array: RISArray, *, of_target: bool) -> Iterator[tuple[str, str, Callable[[Scenes], Scenes]]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import total_norm
+from ris_fast.health.preflight.misjudged import uses_targets
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.terms import leaf, sizes_of
 from ris_fast.health.preflight.truth import COVARIANCE, oracle, term_values
@@ -21,6 +22,7 @@ from ris_fast.training.loss import TRUTH_TERMS
 DOMINATES = 0.95  # share of the gradient's norm
 FEW, SUSPECT = 4, 0.8  # scenes that are looked at first; the share there from which all are: four times as many scenes
 # at most halve the gradient of the truth
+FORGOTTEN = 0.003  # share of the gradient's norm that all terms of the covariance have
 REMEMBERS = 1e-2  # sine of the angle by which a gradient turns
 ASIDE = 0.5  # cosine below which most of a longer gradient is something else
 AGAINST = -0.5  # cosine of two gradients; what is added to a total turns it by less
@@ -155,6 +157,14 @@ def balance(context: PreflightContext) -> Iterator[Finding]:
             "the gradient at the start.",
             certain=context.loss.weights[name] > truth and name != getattr(context.loss, "own_name", ""),
         )
+    elif (told := sum(sizes.get(each, 0.0) for each in COVARIANCE)) < FORGOTTEN * total:
+        given = ", ".join(f"{each} {sizes[each] / total:.1%}" for each in sorted(sizes, key=sizes.__getitem__)[:-4:-1])
+        yield Finding(
+            "dominating_term",
+            f"the covariance supplies {told / total:.2%} of the gradient at the start, with a weight of"
+            f" {context.loss.weights.get('cov', 0.0):g}; most come from {given}.",
+            certain=False,
+        )
 
 
 def keeps_nothing(context: PreflightContext) -> Iterator[Finding]:
@@ -168,6 +178,7 @@ def keeps_nothing(context: PreflightContext) -> Iterator[Finding]:
     guess = _jolted(context.guess.apply(Tensor.float), 0.5)  # an answer of zeros has an NMSE of 1 for any target
     values = [term_values(context, guess, scenes) for scenes in (one, other)]
     same = [name for name in TRUTH_TERMS if name in values[0] and values[0][name] == values[1][name] != 0.0]
+    same = [name for name in same if one.factor is None or not uses_targets(context, name, guess)]
     if same and other.factor is not None and not torch.equal(one.factor, other.factor):
         yield Finding(
             "stale_cache",

@@ -12,8 +12,18 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.dependent import REMOVED
 from ris_fast.health.preflight.labels import element_orders
-from ris_fast.health.preflight.pairing import DEVIATIONS, HALF, WHOLE, Belonging, as_believed, belonging, with_factor
+from ris_fast.health.preflight.pairing import (
+    DEVIATIONS,
+    HALF,
+    WHOLE,
+    Belonging,
+    as_believed,
+    belonging,
+    measure_snr,
+    with_factor,
+)
 from ris_fast.health.preflight.probe import FEWEST, PreflightContext
 from ris_fast.health.preflight.scenes import all_scenes
 from ris_fast.health.preflight.snr import labels_differ
@@ -24,6 +34,7 @@ from ris_fast.physics.scenes import Scenes
 COMPARED = 64  # scenes of the loop whose parts are compared
 SPREAD, RUN = 256, 8  # scenes of files, in runs of consecutive ones
 TRIED, PAIR_BUDGET = 8, 4e9  # scenes that are tried with the parts of others; numbers (y times factor) of all pairs
+CLOSE_DB = 2.0  # of an SNR at the median
 MATCH = 0.9  # of the belonging of a loud scene, from which its parts are of one scene
 NO_SIGNAL = (
     "Look at how y is made: noise in place of signal, a channel that was drawn again, or rows of scenes far from each"
@@ -38,6 +49,9 @@ PARTS = (("shuffled_labels", "factor"), ("mismatched_channel", "channel"), ("sta
 
 def physics(context: PreflightContext) -> Iterator[Finding]:
     """Snapshots, channel and target of one scene belong together, where the run trains and where it validates."""
+    if context.known.get(REMOVED):
+        context.note = "not checked: something was taken out of the scenes, which explains what does not fit"
+        return
     seen: dict[str, str] = {}  # what is said once of a kind of scenes, not of the files and of the loop
     for what, whole, of_files in _looked_at(context):
         scenes = as_believed(with_factor(whole), context.config.task)
@@ -88,6 +102,8 @@ def _together(context: PreflightContext, what: str, scenes: Scenes) -> tuple[Fin
     if not found.mixed_up and not partly:
         other = _other_symbols(context, what, scenes)
         labels, said = labels_differ(what, scenes, model == "static") if other is None else (other, "")
+        if other is None and labels is not None and (target := _inexact_target(what, scenes, model == "static")):
+            labels = target
         return labels, (
             said if found.group()[1] * DEVIATIONS < 1 else f"not checked: too few {what} scenes are loud enough"
         )
@@ -146,6 +162,28 @@ def _of_some_field(scenes: Scenes, rows: Tensor, static: bool) -> bool:
     is not theirs, and the label is right."""
     mean, deviation = _any_field(scenes, rows, static)
     return deviation * DEVIATIONS < HALF and mean > WHOLE
+
+
+def _inexact_target(what: str, scenes: Scenes, static: bool) -> Finding | None:
+    """A target that leaves more of the snapshots unexplained than noise is, where some field on the surface does not: it
+    is not exactly what they were made of, and the SNR labels are right."""
+    whole = torch.eye(scenes.channel.shape[2])[None].expand(scenes.batch, -1, -1)
+    anything = replace(scenes, factor=torch.stack((whole, 0 * whole), -1).to(scenes.channel))
+    if labels_differ(what, anything, static)[0] is not None:
+        return None
+    own, free = measure_snr(scenes, static), measure_snr(anything, static)
+    if min(len(own.labels_db), len(free.labels_db)) < 2 * FEWEST or not float(free.deviation_db.median()) < CLOSE_DB:
+        return None
+    if not float(free.away_db.median().abs()) < CLOSE_DB < float(own.away_db.median()):
+        return None
+    return Finding(
+        "parts_unrelated",
+        f"the targets of {what} scenes explain their snapshots no better than to {float(own.measured_db.median()):.3g} dB at"
+        f" the median, and some field on the surface to {float(free.measured_db.median()):.3g} dB, as their SNR labels say"
+        f" ({float(own.labels_db.median()):.3g} dB): something was added to the targets, or a source is missing in them.",
+        advice=NO_SOURCES,
+        certain=False,
+    )
 
 
 def _alternatives(scenes: Scenes, static: bool, array: RISArray) -> Iterator[tuple[str, str, Scenes, bool]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ STEPS = 5
 FROZEN = 1e-5  # of the raw weights' way; an average over ten thousand steps has gone more
 # times the way of the weights, that no average of them goes; of the weights, more than steps that were taken back
 BEYOND, FAR = 1.5, 0.01
+NEARLY, SEARCHED = 0.03, 512  # of the last step; updates
 ROUNDING = 1e-6  # of the weights: a shorter way is lost in an average's rounding
 
 
@@ -30,6 +31,7 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
     for number in range(STEPS):
         applied.append(context.optimizer.counters()["applied"])
         group = few_scenes(context.groups[number % len(context.groups)])
+        previous = {name: value.detach().clone() for name, value in context.parameters.items()}
         taken = take_step(context, group, planned, number, gradients=False)
         rates.append(taken.rates)
         way = _way(context.parameters, first)
@@ -59,7 +61,7 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
         )
     moved = any(not torch.equal(value, first[name]) for name, value in context.parameters.items())
     if moved and context.optimizer.ema_decay and all_finite(context.parameters.values()):
-        yield from _average(context, first, furthest)
+        yield from _average(context, first, furthest, previous)
 
 
 def _rates(context: PreflightContext, rates: list[list[float]], applied: list[int], planned: int) -> Iterator[Finding]:
@@ -70,13 +72,17 @@ def _rates(context: PreflightContext, rates: list[list[float]], applied: list[in
         return learning_rate_factor(step, planned, settings.warmup, settings.final_lr)
 
     for step, values in zip(applied, rates):
-        for group, rate in zip(context.optimizer.param_groups, values):
+        for number, (group, rate) in enumerate(zip(context.optimizer.param_groups, values)):
             peak = group.get("peak_lr", 0.0)
             if peak > 0 and abs(rate / peak - factor(step)) > 1e-6:
-                fits = [k for k in range(64) if abs(rate / peak - factor(k)) < 1e-6 * max(rate / peak, 1e-9)]
+                fits = _updates(rate / peak, factor)
+                found = [_updates(each[number] / peak, factor) for each in rates]
                 cause = "learning_rate_off_plan"
-                if fits:
-                    cause = "schedule_per_batch" if min(fits) > step else "schedule_per_epoch"
+                if all(found):
+                    least = [min(each) for each in found]
+                    late = all(k <= at for k, at in zip(least, applied))
+                    ahead = all(k > at for k, at in zip(least[1:], applied[1:])) and least[0] < least[1] < least[-1]
+                    cause = "schedule_per_epoch" if late else "schedule_per_batch" if ahead else cause
                 yield Finding(
                     cause,
                     f"after {step} updates the rate of {group.get('name', 'a group')} is {rate:.3g} instead of "
@@ -85,10 +91,18 @@ def _rates(context: PreflightContext, rates: list[list[float]], applied: list[in
                 return
 
 
-def _average(context: PreflightContext, first: dict[str, Tensor], furthest: float) -> Iterator[Finding]:
+def _updates(share: float, factor: Callable[[int], float]) -> list[int]:
+    """The updates, of the first ones, that have this share of the peak rate by the plan."""
+    return [k for k in range(SEARCHED) if abs(share - factor(k)) < 1e-6 * max(share, 1e-9)]
+
+
+def _average(
+    context: PreflightContext, first: dict[str, Tensor], furthest: float, previous: dict[str, Tensor]
+) -> Iterator[Finding]:
     """The averaged weights lie between the first ones and the present ones, and do not stay in the network.
 
-    Args: furthest: the largest distance of the weights from the first ones behind any step; an average goes no further.
+    Args: furthest: the largest distance of the weights from the first ones behind any step; an average goes no further;
+        previous: the weights before the last step.
     """
     raw = {name: value.detach().clone() for name, value in context.parameters.items()}
     with context.optimizer.ema():
@@ -128,6 +142,13 @@ def _average(context: PreflightContext, first: dict[str, Tensor], furthest: floa
         )
     elif raw_way > ROUNDING * total_norm(first.values()) and all(torch.equal(mean[name], raw[name]) for name in moved):
         yield Finding("ema_equals_raw", f"after {STEPS} steps all averaged weights are the raw ones, bit for bit.")
+    elif (behind := _way(raw, mean)) < NEARLY * (last := _way(raw, previous)) and last > ROUNDING * total_norm(first.values()):
+        yield Finding(
+            "ema_equals_raw",
+            f"after {STEPS} steps the averaged weights are {behind / last:.1%} of the last step behind the raw ones: what is"
+            " kept of the average and what is taken of the weights are exchanged, or the decay is far too small.",
+            certain=False,
+        )
 
 
 def _held(raw: Tensor, mean: Tensor, first: Tensor, share: float) -> bool:

@@ -14,6 +14,7 @@ from torch.nn import functional as fn
 
 from ris_fast.data.geometry import Reach
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.misjudged import reason, which_scene
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.real_complex import conj, expi, multiply
@@ -22,6 +23,7 @@ from ris_fast.training.loss_terms import ANGLE_DELTA, active_sources
 from ris_fast.training.validation import scene_nmse
 
 ZERO = 1e-3  # of the truth's loss, where the zero predictor's is 1
+LEANS = 0.1  # a turn by less is that of a number, such as a mean over the batch, and not of a comparison
 OTHERS = 1e-3  # relative change of a direction that rounding does not make
 SHIFT_RAD, SHIFT_LOG = 0.02, 0.05
 GROWS = 1e-3  # relative, from one point of the way to the truth to the next
@@ -68,7 +70,8 @@ def truth(context: PreflightContext) -> Iterator[Finding]:
     scores = term_values(context, right, scenes)
     wrong = next((name for name in COVARIANCE if name in scores and not scores[name] < ZERO), None)
     if wrong and context.config.loss.beta == 0.0:
-        yield _misjudged(context, wrong, right, guess, scores[wrong])
+        if math.isfinite(scores[wrong]) or math.isfinite(term_values(context, guess, scenes)[wrong]):
+            yield _misjudged(context, wrong, right, guess, scores[wrong])
     for name in LOCATED:
         if name in scores and scores[name] > ZERO:
             yield Finding(
@@ -79,6 +82,10 @@ def truth(context: PreflightContext) -> Iterator[Finding]:
             return
     yield from _shifted(context, right, scenes)
     if not wrong and context.config.loss.beta == 0.0:
+        named = next((name for name in COVARIANCE if name in scores), "")
+        if named and scenes.batch > 2 and (same := which_scene(context, named, right)) is not None:
+            yield same
+            return
         yield from _deaf(context, right)
     if guess.count_logits is not None and "count" in scores:
         yield from _counted(context, right, scores["count"])
@@ -135,6 +142,7 @@ def _outweighs(context: PreflightContext, name: str, guess: Prediction) -> bool:
 def _deaf(context: PreflightContext, right: Prediction) -> Iterator[Finding]:
     """Answers that are wrong by the definition do not score as the truth does."""
     scenes = context.scenes
+    first, plain = term_values(context, context.guess, scenes), float(scene_nmse(context.guess, scenes).mean())
     for cause, what, why, factor in (
         (
             "conjugation_error",
@@ -159,7 +167,8 @@ def _deaf(context: PreflightContext, right: Prediction) -> Iterator[Finding]:
         error = float(scene_nmse(given, scenes).mean())
         scores = term_values(context, given, scenes)
         for name in COVARIANCE:
-            if name in scores and error > 10 * ZERO and abs(scores[name]) < 0.1 * min(ZERO, error):
+            deaf = name in scores and first[name] < ZERO < plain  # to all answers, which has another name
+            if name in scores and not deaf and error > 10 * ZERO and abs(scores[name]) < 0.1 * min(ZERO, error):
                 yield Finding(
                     cause,
                     f"{what}, whose NMSE is {error:.3g} by its definition, score {scores[name]:.1e} in {name}, as the"
@@ -222,6 +231,8 @@ def _misjudged(context: PreflightContext, term: str, right: Prediction, guess: P
             f"the true factors score {score:.3g} in {term} and their complex conjugates "
             f"{turned:.1e}: one side has the other sign of the exponent.",
         )
+    if (found := reason(context, term, right, guess, score)) is not None:
+        return found
     if score > random:
         return Finding(
             "loss_sign",
@@ -257,7 +268,7 @@ def _asks_others(context: PreflightContext, term: str, guess: Prediction) -> str
     along = (slopes[0] * slopes[1]).sum(1) / slopes[0].square().sum(1).clamp_min(1e-300)
     gap = (slopes[1] - along[:, None] * slopes[0]).norm(dim=1) / slopes[1].norm(dim=1).clamp_min(1e-300)
     many = int((gap > OTHERS).sum())
-    if not many > half // 2:
+    if not many > half // 2 or float(gap.median()) < LEANS:
         return ""
     return (
         f"the gradient of {term} at the answers to {many} of {half} scenes turns by {float(gap.median()):.2g} when the"

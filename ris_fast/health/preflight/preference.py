@@ -1,0 +1,194 @@
+"""Preflight of what the loss prefers: the truth to other answers, where no term has a definition that it can be held
+to, as one of the user's own, a blend, a loading or a shrinkage has none.
+
+Legend: B batch, N RIS elements, Q factor columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.truth import COVARIANCE, _turned, oracle
+from ris_fast.models.prediction import Prediction
+from ris_fast.physics.real_complex import conj, multiply
+from ris_fast.physics.scenes import Scenes
+from ris_fast.training.loss import CovarianceLoss
+from ris_fast.training.validation import scene_nmse
+
+SCALES = tuple(10.0 ** (step / 2) for step in range(-8, 9))  # of a factor of trace N; a term may have its own
+DIFFERENT = 0.3  # NMSE between the truths of two scenes, on average, above which a loss should tell them apart
+DEAF = 1e-3  # of the larger score: what rounding makes of equal ones
+SWALLOWED = 0.02  # of the difference that the plain NMSE makes between right and wrong answers
+FAR_BELOW, LOW = 0.5, 0.3  # of the score of an untrained network
+
+
+def own_term(context: PreflightContext) -> Iterator[Finding]:
+    """A term of the user's own that is to teach the factors prefers a scene's truth to the truth of another scene."""
+    name, scenes = getattr(context.loss, "own_name", ""), context.scenes
+    if not name or context.loss.weights.get(name, 0.0) <= 0 or scenes.factor is None or scenes.batch < 4:
+        return
+    if any(context.loss.weights.get(each, 0.0) > 0 for each in COVARIANCE):
+        return  # the main term is another one
+    right = oracle(scenes, context.guess)
+    apart = float(scene_nmse(right._replace(factor=right.factor.roll(1, 0)), scenes).mean())
+    if not apart > DIFFERENT:
+        return
+    score = _scored(context, name, right, right.factor, scenes)
+    others = [_scored(context, name, right, right.factor.roll(step, 0), scenes) for step in (1, -1)]
+    other, random = min(others), _scored(context, name, right, context.guess.factor.float(), scenes)
+    if not all(map(math.isfinite, (score, other, random))):
+        return
+    conjugate = _scored(context, name, right, conj(right.factor), scenes)
+    turned = _scored(context, name, right, _turned(right.factor), scenes)
+    seen = (
+        f"the best that the true factors score in {name}, at any scale, is {score:.4g}; the true factors of other"
+        f" scenes {other:.4g}, an untrained network {random:.4g}"
+    )
+    size = max(abs(score), abs(other), abs(random), 1e-30)
+    if _lowest(conjugate, (score, other, random), random):
+        cause, why = (
+            "conjugation_error",
+            f", and their complex conjugates {conjugate:.4g}: one side is conjugated, or transposed, and the other is"
+            " not",
+        )
+    elif _lowest(other, (score, max(others), random), random):
+        cause, why = "shuffled_labels", ": an answer is compared with another scene's target, as after a roll or a sort"
+    elif score > LOW * random and _knows_phases(context, name, right, scenes):
+        cause, why = (
+            "conjugation_error",
+            "; and it changes when a factor is turned by one phase, which leaves F F^H as it is: a transpose"
+            " stands where"
+            " the conjugate transpose belongs",
+        )
+    elif max(abs(other - score), abs(random - score)) < DEAF * size:
+        cause, why = "dead_loss_term", ": it does not tell right from wrong"
+    elif score > random + DEAF * size and abs(other - score) < DEAF * size:
+        cause, why = (
+            "target_scale_differs",
+            ": whose target it is does not matter, and the truth is not best: beside one side the other is nothing",
+        )
+    elif score > max(random, other) + DEAF * size:
+        cause, why = "loss_sign", ": it is largest for the right answer, as a similarity that is minimised"
+    elif abs(other - score) < DEAF * size:
+        batch = _of_the_batch(context, name, right, scenes, size)
+        cause, why = (
+            (
+                "scenes_mixed",
+                ": it does not matter which scene an answer is for, and of a scene by itself it does: a mean over the"
+                " scenes is taken before answers are compared",
+            )
+            if batch
+            else (
+                "dead_loss_term",
+                ": what it compares, as a diagonal or a trace, is the same in all scenes, so it does not tell one"
+                " scene's truth from another's",
+            )
+        )
+    elif min(abs(conjugate - score), abs(turned - score)) < DEAF * size:
+        cause, why = (
+            "conjugation_error",
+            f", their conjugates {conjugate:.4g} and the same with elements turned by phases of their own {turned:.4g}:"
+            " it compares sizes, or real parts, and no phases",
+        )
+    else:
+        return
+    yield Finding(cause, f"{seen}{why}.", certain=False)
+
+
+def _lowest(value: float, others: tuple[float, ...], random: float) -> bool:
+    """Whether it is below all the others by most of what an untrained network is above it."""
+    return min(others) - value > FAR_BELOW * max(random - value, 1e-30)
+
+
+@torch.no_grad()
+def _knows_phases(context: PreflightContext, name: str, right: Prediction, scenes: Scenes) -> bool:
+    """Whether the term changes when the factor of a scene is multiplied by i^(1/2)."""
+    half = math.sqrt(0.5)
+    size = right.factor.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+    unit = right.factor / size * math.sqrt(right.factor.shape[1])
+    turned = multiply(unit, torch.tensor((half, half)).to(unit).expand_as(unit))
+    score, other = (float(context.loss(right._replace(factor=factor), scenes)[1][name]) for factor in (unit, turned))
+    return abs(score - other) > 10 * DEAF * max(abs(score), abs(other))
+
+
+@torch.no_grad()
+def _scored(context: PreflightContext, name: str, like: Prediction, factor: Tensor, scenes: Scenes) -> float:
+    """The lowest that the term says of these factors, at any scale that serves all scenes."""
+    size = factor.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+    unit = factor / size * math.sqrt(factor.shape[1])
+    values = [
+        float(context.loss(like._replace(factor=given), scenes)[1][name])
+        for given in (factor, *(scale * unit for scale in SCALES))
+    ]
+    return min((value for value in values if math.isfinite(value)), default=math.nan)
+
+
+def _of_the_batch(context: PreflightContext, name: str, right: Prediction, scenes: Scenes, size: float) -> bool:
+    """Whether single scenes do matter to the term: then it is the mean over them that loses which is which."""
+    one = scenes[:1]
+    alone = Prediction(*(None if value is None else value[:1] for value in right))
+    score = _scored(context, name, alone, alone.factor, one)
+    other = _scored(context, name, alone, right.factor[1:2], one)
+    return abs(other - score) > DEAF * size
+
+
+def settings(context: PreflightContext) -> Iterator[Finding]:
+    """Blend, loading and shrinkage leave the covariance's term something to tell right from wrong by."""
+    given, scenes = context.config.loss, context.scenes
+    if (
+        scenes.factor is None
+        or context.loss.weights.get("cov", 0.0) <= 0
+        or not (given.beta or given.loading or given.shrink)
+    ):
+        return
+    if type(context.loss) is not CovarianceLoss:
+        return
+    right = oracle(scenes, context.guess)
+    wrong = [context.guess, right._replace(factor=right.factor.roll(1, 0))]
+    plain = min(float(scene_nmse(each, scenes).mean()) for each in wrong)
+    if not plain > DIFFERENT:
+        return
+    found = _told(context, context.loss, right, wrong, scenes)
+    if found > SWALLOWED * plain:
+        return
+    tried = {
+        name: _told(
+            context, CovarianceLoss(replace(given, own="", **{name: 0.0}), context.config.task), right, wrong, scenes
+        )
+        for name in ("loading", "shrink", "beta")
+        if getattr(given, name) > 0
+    }
+    name = max(tried, key=tried.__getitem__)
+    yield Finding(
+        {"loading": "epsilon_swallows_signal", "shrink": "dead_loss_term", "beta": "dead_loss_term"}[name],
+        f"loss.cov tells the truth from wrong answers by {found:.2g}, where the plain NMSE of the best of these is"
+        f" {plain:.2g}; with loss.{name} = 0 instead of {getattr(given, name):g} by {tried[name]:.2g}: what is added to"
+        " both sides is so large that the prediction hardly matters.",
+        advice=f"Give --set loss.{name}=0, or a tenth of the smallest part of the covariance that should count.",
+        certain=found < DEAF * plain,
+    )
+
+
+@torch.no_grad()
+def _told(
+    context: PreflightContext, loss: CovarianceLoss, right: Prediction, wrong: list[Prediction], scenes: Scenes
+) -> float:
+    """By how much the covariance's term is larger for the best of the wrong answers than for the right one."""
+    loss = loss.to(scenes.snapshots.device)
+    score, *others = (
+        float(loss.nmse(each.factor.float(), scenes, blend=loss.settings.beta > 0).mean()) for each in (right, *wrong)
+    )
+    return min(others) - score
+
+
+CHECKS = {
+    "a loss of one's own prefers the truth": own_term,
+    "blend, loading and shrinkage leave the truth the best answer": settings,
+}
