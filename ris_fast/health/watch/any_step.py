@@ -19,7 +19,7 @@ class StepListener(Protocol):
         """After a step of any optimizer."""
 
 
-_LISTENERS: weakref.WeakSet[Any] = weakref.WeakSet()
+_LISTENERS: list[weakref.ref[StepListener]] = []
 _HOOKS: list[Any] = []  # one, once somebody listens
 
 
@@ -27,14 +27,15 @@ def listen(listener: StepListener) -> None:
     """It hears of every step until it is gone, or `stop_listening`; within a compiled step of none."""
     if not _HOOKS:
         _HOOKS.append(register_optimizer_step_post_hook(_stepped))
-    _LISTENERS.add(listener)
+    _LISTENERS.append(weakref.ref(listener, _LISTENERS.remove))
 
 
 def stop_listening(listener: StepListener) -> None:
-    _LISTENERS.discard(listener)
+    _LISTENERS[:] = [each for each in _LISTENERS if each() is not listener]
 
 
 def _stepped(optimizer: Optimizer, *_: Any) -> None:
     if not torch.compiler.is_compiling():
-        for listener in list(_LISTENERS):
-            listener.stepped(optimizer)
+        for each in tuple(_LISTENERS):
+            if (listener := each()) is not None:
+                listener.stepped(optimizer)

@@ -101,6 +101,10 @@ class OutsideWatch:
             self.waiting, self.pairs = None, self.pairs + 1
         return self.waiting is not None
 
+    def changed_before(self, step: int) -> bool:
+        """Whether a change was found right before this step."""
+        return bool(self.changes) and self.changes[-1].step == step - 1
+
     def compare(self, step: int, explained: bool, state_reset: bool) -> None:
         """At the start of `step`; keeps the change, if there is one or the device would have to be asked."""
         last, self.waiting = self.waiting, None

@@ -1,18 +1,35 @@
-"""Hooks that run eagerly wherever they are called from, and that dynamo leaves out of what it compiles."""
+"""Hooks that run eagerly wherever they are called from, and that dynamo leaves out of what it compiles.
+
+`torch.compiler.disable` does so by two changes of the interpreter's state in each call, compiled or not. Here only a
+call that dynamo would look at pays for them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.eval_frame import skip_code
 from torch.utils.hooks import unserializable_hook
 
 
-@torch.compiler.disable
-def _run(function: Callable[..., None], *args: Any) -> None:
-    function(*args)
+def eager(function: Callable[..., None]) -> Callable[..., None]:
+    """As `torch.compiler.disable`: parts what is compiled around a call."""
+    disabled = torch.compiler.disable(function)
+
+    @wraps(function)
+    def call(*args: Any) -> None:
+        if get_eval_frame_callback() is None:
+            function(*args)
+        else:
+            disabled(*args)
+
+    skip_code(call.__code__)
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return call
 
 
 def eager_hook(function: Callable[..., None]) -> Callable[..., None]:
@@ -25,8 +42,24 @@ def eager_hook(function: Callable[..., None]) -> Callable[..., None]:
 
     def hook(*args: Any) -> None:
         if not torch.compiler.is_compiling():
-            _run(function, *args)
+            if get_eval_frame_callback() is None:
+                function(*args)
+            else:
+                _run(function, *args)
 
     # `torch.compiler.disable` would break the graphs that call it.
     skip_code(hook.__code__)
     return unserializable_hook(hook)
+
+
+def is_eager_hook(function: Any) -> bool:
+    """Whether `eager_hook` made it."""
+    return getattr(function, "__code__", None) is _CODE
+
+
+@torch.compiler.disable
+def _run(function: Callable[..., None], *args: Any) -> None:
+    function(*args)
+
+
+_CODE = eager_hook(_run).__code__

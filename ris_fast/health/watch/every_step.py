@@ -8,13 +8,16 @@ Legend: T tensors of one optimizer's groups.
 from __future__ import annotations
 
 from dataclasses import replace
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ris_fast.health.watch.histories import PlainSteps, RateHistory, SettingHistory, TensorHistory
+from ris_fast.health.watch.samples import held_tensors
+
+VERSION, FREE = attrgetter("_version"), attrgetter("requires_grad")
 
 
 class EveryStep:
@@ -23,52 +26,63 @@ class EveryStep:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.steps = 0
+        self.held: list[Tensor] = []  # (T,) at the last step
         self.ids: list[int] = []
         self.present: list[bool] = []
         self.free: list[bool] = []
-        self.since = 0  # the step from which on the three lists are what they are
+        self.since = 0  # the step from which on the lists are what they are
         self.tensors: dict[int, TensorHistory] = {}
-        self.values: list[Any] = []  # of all settings of all groups
+        self.groups: list[dict[str, Any]] = []  # copies, with all settings
         self.settings: dict[tuple[int, str], SettingHistory] = {}
         self.rates: dict[int, RateHistory] = {}
         self.versions: list[int] = []
         self.outside: list[int] = []  # steps before which a tensor was written to
-        self.outside_count, self.written, self.last_ids = 0, False, self.ids
+        self.outside_count, self.written = 0, False
         self.unwritten = 0  # steps that wrote to no tensor, although one had a gradient
         self.memberships = 0  # changes of the list of tensors
         self.state_size, self.state_lost, self.state_is_lost = 0, 0, False
 
-    def before(self, tensors: list[Tensor], closure: bool) -> None:
+    def before(self, closure: bool) -> None:
         """Before a step; with a closure gradients come within it."""
-        self._note_settings()
+        groups = self.optimizer.param_groups
+        if len(groups) != len(self.groups) or not all(map(_is_same, groups, self.groups)):
+            self._note_settings()
         size = len(self.optimizer.state)
         self.state_is_lost = size == 0 and self.state_size > 0
         self.state_lost += self.state_is_lost
-        ids, versions = list(map(id, tensors)), [p._version for p in tensors]
-        if ids != self.ids:
+        tensors = self._tensors()
+        versions = list(map(VERSION, tensors))
+        if len(tensors) == len(self.held) and all(map(is_, tensors, self.held)):
+            self.written = versions != self.versions and self.steps > 0
+            if self.written:
+                self.outside_count += 1
+                self.outside = [*self.outside[:16], *self.outside[16:][-15:], self.steps]
+        else:
             self.flush()
             self.memberships += bool(self.ids)
-            self.ids, self.present, self.free = ids, [], []
-        self.written = self.versions != versions and ids == self.last_ids and self.steps > 0
-        self.last_ids = ids
-        if self.written:
-            self.outside_count += 1
-            self.outside = [*self.outside[:16], *self.outside[16:][-15:], self.steps]
+            self.held, self.ids = list(tensors), list(map(id, tensors))
+            self.present, self.free, self.written = [], [], False
         self.versions = versions
         if not closure:
             self._note_pattern(tensors)
 
-    def after(self, tensors: list[Tensor], closure: bool) -> None:
+    def after(self, closure: bool) -> None:
         """After a step."""
+        tensors = self._tensors()
         if closure:
             self._note_pattern(tensors)
-        versions = [p._version for p in tensors]
-        self.unwritten += versions == self.versions and any(self.present)
+        versions = list(map(VERSION, tensors))
+        if versions == self.versions and True in self.present:
+            self.unwritten += 1
         self.versions, self.state_size = versions, len(self.optimizer.state)
         self.steps += 1
 
+    def _tensors(self) -> list[Tensor]:
+        groups = self.optimizer.param_groups
+        return groups[0]["params"] if len(groups) == 1 else held_tensors(self.optimizer)
+
     def _note_pattern(self, tensors: list[Tensor]) -> None:
-        present, free = [p.grad is not None for p in tensors], [p.requires_grad for p in tensors]
+        present, free = [p.grad is not None for p in tensors], list(map(FREE, tensors))
         if present != self.present or free != self.free:
             self.flush()
             self.present, self.free = present, free
@@ -96,16 +110,16 @@ class EveryStep:
         self.since = self.steps
 
     def _note_settings(self) -> None:
-        groups = self.optimizer.param_groups
-        values = [value for group in groups for name, value in group.items() if name != "params"]
-        if len(values) == len(self.values) and all(map(is_, values, self.values)):
-            return
-        self.values = values
-        for number, group in enumerate(groups):
+        """Those that are not the objects that they were."""
+        before, self.groups = self.groups, [dict(group) for group in self.optimizer.param_groups]
+        for number, group in enumerate(self.groups):
+            last = before[number] if number < len(before) else {}
             for name, value in group.items():
-                if name == "lr" and not isinstance(value, Tensor):
+                if name in ("params", "initial_lr") or isinstance(value, Tensor) or last.get(name, last) is value:
+                    continue
+                if name == "lr":
                     self.rates.setdefault(number, RateHistory()).note(self.steps, float(value))
-                elif name not in ("params", "lr", "initial_lr") and not isinstance(value, Tensor):
+                else:
                     self._note(number, name, value)
 
     def _note(self, number: int, name: str, value: Any) -> None:
@@ -114,3 +128,8 @@ class EveryStep:
             self.settings[number, name] = SettingHistory(number, name, value, value)
         elif record.now is not value and record.now != value:
             record.change(self.steps, value)
+
+
+def _is_same(group: dict[str, Any], last: dict[str, Any]) -> bool:
+    """Whether all values are the same objects."""
+    return len(group) == len(last) and all(map(is_, group.values(), last.values()))

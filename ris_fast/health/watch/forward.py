@@ -50,14 +50,15 @@ class _Hook:
     What is called for a copy takes any arguments and returns None.
     """
 
-    def __init__(self, call: Callable[..., None]) -> None:
-        self.call: Any = weakref.WeakMethod(call)
+    def __init__(self, call: Any) -> None:
+        """`call`: a method."""
+        self.owner, self.function = weakref.ref(call.__self__), call.__func__
 
     def __call__(self, module: nn.Module, *given: Any) -> None:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():
+        if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._functorch.peek_interpreter_stack():
             return
-        if torch._C._current_graph_task_id() == -1 and (call := self.call()) is not None:  # no recomputation
-            call(module, *given)
+        if torch._C._current_graph_task_id() == -1 and (owner := self.owner()) is not None:  # no recomputation
+            self.function(owner, module, *given)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
@@ -148,19 +149,21 @@ class ForwardHooks:
             own_dropouts=own_dropouts(self.model) if all(self.drawn) and self.drawn else [],
         )
 
-    def _before(self, module: nn.Module, *given: Any) -> None:
-        if module not in self.whole:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not self.model and module not in self.whole:
             return
-        self.was_training, self.inside, self.part_calls.sequences = module.training, [], []
+        self.was_training = module.training
+        if self.inside or self.part_calls.sequences:
+            self.inside, self.part_calls.sequences = [], []
         self.random = random_state() if self._is_evaluation() and len(self.drawn) < EVALUATIONS else []
         if self.writes.listens:
-            self.writes.begin(tensors_of(given))
+            self.writes.begin(args, kwargs)
 
     def _is_evaluation(self) -> bool:
         return not self.was_training and not torch.is_grad_enabled()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if module not in self.whole:
+        if module is not self.model and module not in self.whole:
             return
         self.count += 1
         self.writes.finish()
@@ -178,7 +181,7 @@ class ForwardHooks:
         steps."""
         made = self.made[kind]
         if kind == TRAINING:
-            if compiles_backward():  # which would compile anew for each pass's hooks
+            if self.late > LATE or compiles_backward():  # which would compile anew for each pass's hooks
                 return False
             if made == FIRST and 2 * sum(not each.reached for each in self.passes) > len(self.passes):
                 self.first = LONGEST

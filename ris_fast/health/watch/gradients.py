@@ -5,24 +5,51 @@ Legend: T tensors, those of the model that one optimizer holds and that have a n
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import is_
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ris_fast.health.watch.eager import eager_hook
+from ris_fast.health.watch.eager import eager, eager_hook, is_eager_hook
 from ris_fast.health.watch.records import StepRecord
-from ris_fast.health.watch.samples import PLAIN, ParameterSample, StaleGradientProbe, compare, few_numbers, local_values
+from ris_fast.health.watch.samples import ParameterSample, StaleGradientProbe, compare, few_of, joined, local_values
+from ris_fast.health.watch.schedule import DENSE
 from ris_fast.training.telemetry.step_telemetry import norms
 
 
+UNCHANGED = torch.tensor([1.0, 0.0, 1.0, 1.0])  # see `StepRecord.grad_change`
+
+
+@dataclass
+class Arrivals:
+    """Gradients as one backward pass left them.
+
+    Args: ids: (T,) of the tensors; states: (T,) id and version of each gradient; norms: (T,) float32; few: a few
+        numbers of each, one after the other, of `sizes`.
+    """
+
+    ids: list[int]
+    states: list[tuple[int, int]]
+    norms: Tensor
+    few: Tensor
+    sizes: list[int]
+
+
 class GradientWatch:
-    """Hooks on the gradients of the tensors of a step that is looked at."""
+    """Hooks on the gradients of the tensors of a step that is looked at.
+
+    They only tell that a gradient is there; all that came are read at the end of the backward pass. Each is read at
+    once where something else may change it by then: hooks of others, or a reduction between ranks.
+    """
 
     def __init__(self) -> None:
-        self.arrived: dict[int, tuple[Tensor, Tensor]] = {}  # since the last step: norm and a few numbers
+        self.batches: list[Arrivals] = []  # since the last step
         # Before the first step: arrivals at each tensor, those that found the gradient before gone, the last gradient.
         self.passes: dict[int, tuple[int, int, weakref.ref[Tensor] | None]] = {}
         self.counts_passes = True
@@ -30,25 +57,77 @@ class GradientWatch:
         self.hooks: list[Any] = []
         self.stale_probe: StaleGradientProbe | None = None
         self.arrival = arrival_hook(self)
+        self.waiting: dict[int, Tensor] = {}  # whose gradient came in the backward pass that runs
+        self.task, self.alone = -1, True
 
     def hook(self, wanted: Sequence[Tensor]) -> None:
         """Hooks these tensors, and no others."""
-        if list(map(id, wanted)) == list(map(id, self.hooked)):
+        if len(wanted) == len(self.hooked) and all(map(is_, wanted, self.hooked)):
             return
         for hook in self.hooks:
             hook.remove()
-        self.hooked = list(wanted)
+        self.hooked, self.alone = list(wanted), not (dist.is_available() and dist.is_initialized())
         self.hooks = [p.register_post_accumulate_grad_hook(self.arrival) for p in wanted]
 
     def _arrive(self, parameter: Tensor) -> None:
         """After backward has added to a gradient."""
-        grad = parameter.grad
-        norm, few = _norm(grad), few_numbers([grad.detach()])
-        self.arrived[id(parameter)] = norm, few
+        self.waiting[id(parameter)] = parameter
+        task = torch._C._current_graph_task_id()
+        if not self.alone or task == -1 or _is_shared(parameter):
+            self.take()
+        elif task != self.task:
+            self.task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self.take)
+
+    @eager
+    def take(self) -> None:
+        """Reads what came."""
+        if not self.waiting:
+            return
+        waiting, self.waiting, self.task = self.waiting, {}, -1
+        came = [p for p in self.hooked if id(p) in waiting and p.grad is not None]
+        if not came:
+            return
+        with torch.no_grad():
+            grads = [p.grad for p in came]
+            some = [few_of(grad.detach()) for grad in grads]
+            batch = Arrivals(
+                ids=list(map(id, came)),
+                states=[(id(grad), grad._version) for grad in grads],
+                norms=norms([local_values(grad) for grad in grads]),
+                few=joined(some),
+                sizes=list(map(len, some)),
+            )
+        self._keep(batch)
         if self.counts_passes:
-            self._count_pass(parameter)
-        if self.stale_probe is not None and self.stale_probe.parameter is parameter:
-            self.stale_probe.arrive(norm)
+            for each in came:
+                self._count_pass(each)
+        probe = self.stale_probe
+        if probe is not None and id(probe.parameter) in batch.ids:
+            probe.arrive(batch.norms[batch.ids.index(id(probe.parameter))])
+
+    def _keep(self, batch: Arrivals) -> None:
+        """And those before it in which some tensor came for the last time."""
+        kept, later = [batch], set(batch.ids)
+        for each in reversed(self.batches):
+            if not later.issuperset(each.ids):
+                kept.append(each)
+                later.update(each.ids)
+        self.batches = kept[::-1]
+
+    def forget(self) -> None:
+        """What came before is not of the next step."""
+        self.batches, self.waiting, self.task = [], {}, -1
+
+    def norms_of_arrived(self) -> dict[int, Tensor]:
+        """() each, by id of the tensor."""
+        self.take()
+        return {key: norm for batch in self.batches for key, norm in zip(batch.ids, batch.norms.unbind())}
+
+    def missing(self) -> set[int]:
+        """Ids of hooked tensors that no gradient came to."""
+        self.take()
+        return set(map(id, self.hooked)).difference(*(batch.ids for batch in self.batches))
 
     def _count_pass(self, parameter: Tensor) -> None:
         """Before the first step: backward adds to the same tensor unless it was set to None or its graph is kept."""
@@ -59,22 +138,42 @@ class GradientWatch:
     def fill(self, record: StepRecord, parameters: dict[str, Tensor], sample: ParameterSample) -> None:
         """What came, and what the optimizer found: with a closure what came, or what is left of it, since the step may
         clear it."""
-        hooked = {id(p) for p in self.hooked if p.requires_grad}
-        at_step, arrived = grad_norms(record, parameters), {n: self.arrived.get(id(p)) for n, p in parameters.items()}
-        record.hooked = tuple(name for name, p in parameters.items() if id(p) in hooked)
+        self.take()
         record.no_grad = tuple(name for name, p in parameters.items() if p.grad is None)
+        whole = self.batches[0] if len(self.batches) == 1 and not record.closure else None
+        if whole is not None and whole.ids == list(map(id, parameters.values())) and self._holds(whole, sample):
+            record.hooked, record.grad_change = tuple(parameters), UNCHANGED
+            record.grad_after_backward = whole.norms
+            same = record.step >= DENSE and not record.no_grad and _is_same(whole, parameters)
+            record.grad_at_step = whole.norms if same else grad_norms(record, parameters)
+        else:
+            self._fill_apart(record, parameters, sample)
+
+    def _holds(self, batch: Arrivals, sample: ParameterSample) -> bool:
+        """Whether a few numbers of each gradient are what they were, where reading is free."""
+        return batch.few.device.type == "cpu" and batch.sizes == sample.sizes and torch.equal(batch.few, sample.gradient)
+
+    def _fill_apart(self, record: StepRecord, parameters: dict[str, Tensor], sample: ParameterSample) -> None:
+        """Where several passes came, not all tensors had a gradient, or something changed it."""
+        hooked = {id(p) for p in self.hooked if p.requires_grad}
+        came = self.norms_of_arrived()
+        at_step, arrived = grad_norms(record, parameters), {n: came.get(id(p)) for n, p in parameters.items()}
+        record.hooked = tuple(name for name, p in parameters.items() if id(p) in hooked)
         record.none_grads = tuple(name for name in record.hooked if arrived[name] is None)
         record.grad_change = None if record.closure else self._change(parameters, sample)
         unheard = [None if id(p) in hooked else norm for p, norm in zip(parameters.values(), at_step)]
-        record.grad_after_backward = _row(record, [a[0] if a else u for a, u in zip(arrived.values(), unheard)])
+        record.grad_after_backward = _row(
+            record, [u if a is None else a for a, u in zip(arrived.values(), unheard)]
+        )
         record.grad_at_step = torch.maximum(record.grad_after_backward, at_step) if record.closure else at_step
 
     def _change(self, parameters: dict[str, Tensor], sample: ParameterSample) -> Tensor | None:
         """See `StepRecord.grad_change`; of the tensors that were hooked and have a gradient in the same layout."""
         if sum(sample.sizes) != len(sample.gradient):  # sparse ones among them
             return None
+        came = {key: few for batch in self.batches for key, few in zip(batch.ids, batch.few.split(batch.sizes))}
         found = zip(parameters.values(), sample.gradient.split(sample.sizes))
-        both = [(self.arrived[id(p)][1], few) for p, few in found if id(p) in self.arrived and p.grad is not None]
+        both = [(came[id(p)], few) for p, few in found if id(p) in came and p.grad is not None]
         both = [(arrived, at_step) for arrived, at_step in both if arrived.shape == at_step.shape]
         return compare(*zip(*both)) if both else None
 
@@ -92,6 +191,19 @@ class GradientWatch:
         """Takes every hook away."""
         self.hook([])
         self.take_stale()
+
+
+def _is_shared(parameter: Tensor) -> bool:
+    """Whether hooks of others, which may change the gradient, are on the tensor."""
+    hooks = parameter._post_accumulate_grad_hooks
+    return len(hooks) > 1 and not all(map(is_eager_hook, hooks.values()))
+
+
+def _is_same(batch: Arrivals, parameters: dict[str, Tensor]) -> bool:
+    """Whether the gradients are the tensors that backward left, unwritten, and finite."""
+    if [(id(p.grad), p.grad._version) for p in parameters.values()] != batch.states:
+        return False
+    return math.isfinite(batch.norms.sum().item())
 
 
 class Listener(Protocol):
@@ -117,13 +229,6 @@ def grad_norms(record: StepRecord, parameters: dict[str, Tensor]) -> Tensor:
     """(T,) norms of the gradients as they are; zero for none."""
     present = iter(norms([local_values(p.grad) for p in parameters.values() if p.grad is not None]))
     return _row(record, [None if p.grad is None else next(present) for p in parameters.values()])
-
-
-def _norm(grad: Tensor) -> Tensor:
-    """(), float32."""
-    if type(grad) in PLAIN and grad.layout == torch.strided and grad.dtype == torch.float32:
-        return torch.linalg.vector_norm(grad.detach())
-    return norms([local_values(grad)])[0]
 
 
 def _row(record: StepRecord, values: Sequence[Tensor | None]) -> Tensor:

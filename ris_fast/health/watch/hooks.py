@@ -20,6 +20,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ris_fast.health.watch.changes import OutsideWatch
+from ris_fast.health.watch.eager import eager
 from ris_fast.health.watch.every_step import EveryStep
 from ris_fast.health.watch.gradients import GradientWatch, grad_norms
 from ris_fast.health.watch.histories import GradientNumbers
@@ -32,6 +33,7 @@ from ris_fast.health.watch.state import denominators, steps_of
 from ris_fast.training.telemetry.step_telemetry import norms
 
 KEPT = 64
+AGAIN = 8  # looks from one search through the model to the next
 
 
 class OptimizerHooks:
@@ -57,6 +59,10 @@ class OptimizerHooks:
             optimizer.register_load_state_dict_post_hook(self._loaded),
         ]
         self.found = self.parameters()  # at the last look
+        self.names: list[str] = []  # of these
+        self.usual_norms: list[float] = []
+        self.held: list[Tensor] = []
+        self.missing: set[int] = set()  # ids of those to which no gradient came
         self._hook_gradients()
 
     @property
@@ -84,7 +90,7 @@ class OptimizerHooks:
             trained={tensors[key] for key in self.origin.trained()},
             frozen={tensors[key] for key in frozen & tensors.keys()},
             with_grad={tensors[key] for key in with_grad & tensors.keys()},
-            arrived=[float(norm) for norm, _ in self.gradients.arrived.values()],
+            arrived=[float(norm) for norm in self.gradients.norms_of_arrived().values()],
             passes=max((count for count, _, _ in self.gradients.passes.values()), default=0),
             cleared=max((count for _, count, _ in self.gradients.passes.values()), default=0),
             histories={tensors[key]: each for key, each in plain.tensors.items() if key in tensors},
@@ -121,10 +127,10 @@ class OptimizerHooks:
         wanted = [p for p in self.found.values() if p.requires_grad] if due else []
         self.gradients.hook(wanted)
         if wanted and (not self.passes.heard or not self.passes.parameter.requires_grad):
-            arrived = [p for p in wanted if id(p) in self.gradients.arrived]
-            self.passes.follow(arrived[-1] if arrived else wanted[-1])
+            came = self.gradients.norms_of_arrived()
+            self.passes.follow(next((p for p in reversed(wanted) if id(p) in came), wanted[-1]))
 
-    @torch.compiler.disable
+    @eager
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A step within a step, of a class that calls its base's, is part of it; what raised an error is forgotten."""
         if self.depth and not self.passes.passes:
@@ -132,14 +138,15 @@ class OptimizerHooks:
             return
         self.depth, self.rivals.inside = 1, self.optimizer
         self.closure = (len(args) > 1 or bool(kwargs)) and _has_closure(*args, *kwargs.values())
-        self.every_step.before(held_tensors(self.optimizer), self.closure)
+        self.every_step.before(self.closure)
         self.passes.before()
-        self._compare_outside()
+        if self.every_step.written or self.outside.waiting is not None:
+            self._compare_outside()
         if self.schedule.due(self.steps):
             began = perf_counter()
             self._look_before()
             self.cost_s += perf_counter() - began
-        else:
+        elif self.outside.armed:
             self.outside.begin_light(self.steps, self.schedule.step_s)
 
     def _compare_outside(self) -> None:
@@ -152,25 +159,43 @@ class OptimizerHooks:
 
     @torch.no_grad()
     def _look_before(self) -> None:
-        parameters = self.found = self.parameters()
-        self.origin.note()
+        parameters = self._find_parameters()
+        self.origin.note(self.every_step.held)
         self.current = self._begin(parameters)
         last, self.sample = self.sample, ParameterSample(self.steps, parameters, self.samples)
         self.current.reset = None if last is None or self._state_was_reset() else self.sample.is_reset(last)
         if self.closure:
-            self.gradients.arrived.clear()
+            self.gradients.forget()
         else:
             self.gradients.fill(self.current, parameters, self.sample)
             self.live = self.sample.add_live(self.live)
+
+    def _find_parameters(self) -> dict[str, Tensor]:
+        """As at the last look, if the optimizer holds the same tensors and gradients came to the same: to one that has
+        left the model none comes. Searched for in some looks at any rate."""
+        held, missing = self.every_step.held, self.gradients.missing()
+        if self.schedule.looks % AGAIN == 0 or held is not self.held or missing != self.missing:
+            self.held, self.missing, self.found = held, missing, self.parameters()
+            self.names = list(self.found)
+            self.usual_norms = [p.shape[0] ** 0.5 if p.ndim > 1 else 1.0 for p in self.found.values()]
+        return self.found
+
+    def _weights_before(self, parameters: dict[str, Tensor]) -> Tensor:
+        """(T,), those after the step before if it was looked at and nothing has written to them since."""
+        last = self.records[-1] if self.records else None
+        changed = self.every_step.written or self.outside.changed_before(self.steps)
+        if last is None or last.step != self.steps - 1 or last.names is not self.names or changed:
+            return _weight_norms(parameters)
+        return last.weights_after
 
     def _begin(self, parameters: dict[str, Tensor]) -> StepRecord:
         rates = [group.get("lr", 1.0) for group in self.optimizer.param_groups]
         return StepRecord(
             step=self.steps,
-            names=list(parameters),
-            usual_norms=[p.shape[0] ** 0.5 if p.ndim > 1 else 1.0 for p in parameters.values()],
+            names=self.names,
+            usual_norms=self.usual_norms,
             rates=[rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates],
-            weights_before=_weight_norms(parameters),
+            weights_before=self._weights_before(parameters),
             closure=self.closure,
             scaled=getattr(self.optimizer, "found_inf", None) is not None
             or getattr(self.optimizer, "loss_scale", None) == "dynamic",
@@ -182,45 +207,50 @@ class OptimizerHooks:
         before, self.resets = self.resets, self.loads + self.every_step.state_lost
         return self.resets > before
 
-    @torch.compiler.disable
+    @eager
     def _after(self, *_: Any) -> None:
         self.depth = max(0, self.depth - 1)
         if self.depth or self.rivals.inside is not self.optimizer:
             return
-        self.rivals.inside, began = None, perf_counter()
-        uncleared = self.gradients.take_stale()
-        self.every_step.after(held_tensors(self.optimizer), self.closure)
-        self.passes.restart()
-        looked = self.current is not None
-        if looked:
-            self._finish(self.current, uncleared)
-        else:
-            self.outside.finish_light()
-        if self.outside.waiting is not None:
-            self.rival_steps, self.loads_before = self.rivals.steps_on(self.optimizer, self.every_step.ids), self.loads
-        self.gradients.arrived.clear()
-        self.gradients.counts_passes = False
-        if looked:
+        self.rivals.inside = None
+        self.every_step.after(self.closure)
+        if self.passes.passes:
+            self.passes.restart()
+        if self.current is not None:
+            began = perf_counter()
+            self._finish(self.current)
             self.schedule.finish_look(self.steps - 1, self.cost_s + perf_counter() - began)
             self.cost_s = 0.0
-        if looked or self.schedule.due(self.steps):
+            self._hook_gradients()
+            self.gradients.forget()
+            self.gradients.counts_passes = False
+            return
+        self.outside.finish_light()
+        if self.outside.waiting is not None:
+            self._note_others()
+        if self.schedule.due(self.steps):
             self._hook_gradients()
 
+    def _note_others(self) -> None:
+        """What others have done so far: more, at the start of the next step, was done in between."""
+        self.rival_steps, self.loads_before = self.rivals.steps_on(self.optimizer, self.every_step.ids), self.loads
+
     @torch.no_grad()
-    def _finish(self, record: StepRecord, uncleared: Tensor | None) -> None:
+    def _finish(self, record: StepRecord) -> None:
         parameters = self.found
-        record.uncleared = uncleared
+        record.uncleared = self.gradients.take_stale()
         if record.closure:
             self.gradients.fill(record, parameters, self.sample)
         record.weights_after = _weight_norms(parameters)
         record.moved, record.update_ratio = self.sample.finish(parameters)
         record.sizes = list(self.samples.sizes)
-        if self.steps <= DENSE:
+        if self.steps < DENSE:
             record.grad_after_step = grad_norms(record, parameters)
             self.gradients.probe_stale(parameters)
         self.records = [*self.records[:DENSE], *self.records[DENSE:][-KEPT:], record]
         self.current = None
         self.outside.wait(self.sample, list(parameters.values()))
+        self._note_others()
 
 
 def plain_name(name: str) -> str:

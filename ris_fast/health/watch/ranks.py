@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ris_fast.health.watch.clock import Clock
-from ris_fast.health.watch.eager import eager_hook
+from ris_fast.health.watch.eager import eager, eager_hook
 from ris_fast.health.watch.records import PassRecord, RankOptimizer, RankRecord, RanksRecord, RankStep, Wrapper
 from ris_fast.health.watch.samples import has_norm, held_tensors
 
@@ -126,7 +126,7 @@ class RankHooks:
                 self.arrived[id(parameter)] = few_numbers([grad])
             self.held_back = any(not each.require_backward_grad_sync for each in self.wrappers)
 
-    @torch.compiler.disable
+    @eager
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.active or not self._due():
             return
@@ -152,7 +152,7 @@ class RankHooks:
         )
         self.records = [*self.records[:DENSE], *self.records[DENSE:][-KEPT:], record]
 
-    @torch.compiler.disable
+    @eager
     def _after(self, *_: Any) -> None:
         self.steps += 1
         if self.arrived or self._due():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import is_
 from typing import Any
 
 import torch
@@ -31,22 +32,30 @@ class WeightSamples:
     """
 
     def __init__(self) -> None:
-        self.places: list[tuple[int, int]] = []
+        self.tensors: list[Tensor] = []  # whose views are kept
+        self.places: list[int] = []
         self.views: list[Tensor] = []
         self.sizes: list[int] = []
         self.owner: Tensor | None = None  # (S,) the number of the tensor that each comes from
 
     def read(self, tensors: Sequence[Tensor]) -> Tensor:
         """A copy of the numbers as they are now."""
-        plain = all(type(p) in PLAIN and p.layout == torch.strided and p.is_contiguous() for p in tensors)
-        places = [(id(each), each.data_ptr()) for each in tensors] if plain else []
-        if not places or places != self.places:
+        if not self._are_known(tensors):
+            plain = all(type(p) in PLAIN and p.layout == torch.strided and p.is_contiguous() for p in tensors)
+            self.tensors = list(tensors) if plain else []
+            self.places = [each.data_ptr() for each in self.tensors]
             # Views of detached tensors: what autograd knows of a parameter stays as it is.
-            self.views = [_few(each.detach()) for each in tensors]
-            self.places, sizes = places, [len(each) for each in self.views]
+            self.views = [few_of(each.detach()) for each in tensors]
+            sizes = [len(each) for each in self.views]
             if sizes != self.sizes or self.owner is None:
                 self.sizes, self.owner = sizes, torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes).int())
-        return _joined(self.views)
+        return joined(self.views)
+
+    def _are_known(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether there are views of these, where they lie now."""
+        known = self.tensors
+        same = len(tensors) == len(known) > 0 and all(map(is_, tensors, known))
+        return same and list(map(Tensor.data_ptr, known)) == self.places
 
     def count(self, flags: Tensor) -> Tensor:
         """(T,) how many of each tensor's numbers are flagged."""
@@ -56,6 +65,7 @@ class WeightSamples:
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
+NOT = torch.zeros((), dtype=torch.bool)
 
 
 class ParameterSample:
@@ -80,10 +90,16 @@ class ParameterSample:
         if last.names != self.names or last.after.shape != self.before.shape:
             return None
         self.first = last.first
+        if self.before.device.type == "cpu" and not self._is_again(last):  # known at once
+            return NOT
         again, away = (self.before == self.first).all(), (self.before - last.after).norm()
         if last.step == self.step - 1:
             return (again | (self.before == last.before).all()) & (away > 0)
         return again & (away > 1e-4 * self.before.norm())
+
+    def _is_again(self, last: ParameterSample) -> bool:
+        adjacent = last.step == self.step - 1
+        return torch.equal(self.before, self.first) or (adjacent and torch.equal(self.before, last.before))
 
     def add_live(self, live: Tensor | None) -> Tensor:
         """(S,), which numbers have had a gradient other than zero, `live` or now."""
@@ -111,10 +127,10 @@ class ParameterSample:
 
 def few_numbers(tensors: Sequence[Tensor]) -> Tensor:
     """(S,) of all tensors, on one device."""
-    return _joined([_few(each) for each in tensors])
+    return joined([few_of(each) for each in tensors])
 
 
-def _few(tensor: Tensor) -> Tensor:
+def few_of(tensor: Tensor) -> Tensor:
     """A view into it, where it is contiguous."""
     values = local_values(tensor)
     values = torch.view_as_real(values) if values.is_complex() else values
@@ -130,7 +146,7 @@ def stride_of(shape: Sequence[int]) -> int:
     return max(1, math.prod(shape) // FEW) | 1
 
 
-def _joined(some: Sequence[Tensor]) -> Tensor:
+def joined(some: Sequence[Tensor]) -> Tensor:
     if not some:
         return torch.zeros(0)
     devices = {each.device for each in some}
@@ -210,10 +226,15 @@ class Origin:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.kept: dict[int, tuple[Tensor, Tensor | None]] = {}  # a few weights, norm of the moments
+        self.noted: list[Tensor] = []
 
-    def note(self) -> None:
-        """Keeps tensors that are new, before a step; forgets those that are gone, whose id another may take."""
-        now = {id(p): p for p in held_tensors(self.optimizer) if has_norm(p)}
+    def note(self, held: list[Tensor]) -> None:
+        """Keeps tensors that are new, before a step; forgets those that are gone, whose id another may take. `held`:
+        all of the optimizer's."""
+        if held is self.noted and len(self.kept) == len(held):
+            return
+        self.noted = held
+        now = {id(p): p for p in held if has_norm(p)}
         self.kept = {key: self.kept.get(key) or (few_numbers([p]), self._moments(p)) for key, p in now.items()}
 
     def _moments(self, tensor: Tensor) -> Tensor | None:

@@ -48,24 +48,35 @@ def few_rows(tensors: Sequence[Tensor]) -> Tensor | None:
     values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
     values = values.reshape(1) if values.ndim == 0 else values
     each = max(1, round(NUMBERS ** (1 / max(1, values.ndim - 1))))  # numbers along each further axis
-    steps = [math.ceil(size / (ROWS if axis == 0 else each)) for axis, size in enumerate(values.shape)]
-    some = values[tuple(slice(None, None, step) for step in steps)]
-    return some.reshape(some.shape[0], -1).to(torch.float32, copy=True)
+    steps = [-(-size // (ROWS if axis == 0 else each)) for axis, size in enumerate(values.shape)]
+    some = values.as_strided(
+        [-(-size // step) for size, step in zip(values.shape, steps)],
+        [stride * step for stride, step in zip(values.stride(), steps)],
+    )
+    return some.flatten(1).to(torch.float32, copy=True) if some.ndim > 1 else some[:, None].to(torch.float32, copy=True)
 
 
 def nonfinite(tensors: Sequence[Tensor]) -> Tensor | None:
     """(2,), whether there is a NaN in any, and an infinity; None without tensors that can have one. Very large ones are
     not searched."""
     real = [each.detach() for each in tensors if is_plain(each) and each.is_floating_point()]
-    flags = [torch.stack([each.isnan().any(), each.isinf().any()]) for each in real if 0 < each.numel() < LARGE]
+    flags = [_flags(each) for each in real if 0 < each.numel() < LARGE]
     return torch.stack([flag.to(flags[0].device) for flag in flags]).any(0) if flags else None
+
+
+def _flags(tensor: Tensor) -> Tensor:
+    """(2,); where reading is free, a sum that is finite says it at once."""
+    if tensor.device.type == "cpu" and math.isfinite(tensor.sum(dtype=torch.float32).item()):
+        return torch.zeros(2, dtype=torch.bool)
+    return torch.stack([tensor.isnan().any(), tensor.isinf().any()])
 
 
 def rows_with_gradient(grad: Tensor, rows: int) -> Tensor | None:
     """(B,), which rows have a gradient that is not zero; None where rows are not the batch's."""
     if grad.layout != torch.strided or grad.ndim == 0 or grad.shape[0] != rows or not is_plain(grad):
         return None
-    return (grad.detach().reshape(rows, -1) != 0).any(1)
+    values = grad.detach().reshape(rows, -1)
+    return values.abs().amax(1) != 0 if values.numel() else values.any(1)
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ris_fast.health.watch.samples import few_numbers
-from ris_fast.health.watch.tensors import is_plain
+from ris_fast.health.watch.tensors import is_plain, tensors_of
 
 PLACES, FOUND, PASSES = 64, 64, 512  # that are kept; after as many passes without a write, no more are looked at
 
@@ -31,14 +31,15 @@ class InputWrites:
         """Whether a pass is looked at: the first ones, and all where one has been written to."""
         return self.passes < PASSES or bool(self.left)
 
-    def begin(self, inputs: Sequence[Tensor]) -> None:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a pass."""
-        self.input = self.before = None
-        given = next((each for each in inputs if is_plain(each) and each.is_floating_point() and each.numel()), None)
-        if given is None or given.is_inference():
+        self.before = None
+        given = args[0] if args and _can_be_looked_at(args[0]) else _first(args, kwargs)
+        self.input = given
+        if given is None:
             return
-        self.input, self.version, self.passes = given, given._version, self.passes + 1
-        if _place(given) in self.left and len(self.found) < FOUND:
+        self.version, self.passes = given._version, self.passes + 1
+        if self.left and _place(given) in self.left and len(self.found) < FOUND:
             self.before = few_numbers([given.detach()]).clone()
 
     def finish(self) -> None:
@@ -56,6 +57,16 @@ class InputWrites:
     def record(self) -> list[tuple[bool, bool]]:
         """Reads the device."""
         return [(bool(same), bool(again)) for same, again in self.found]
+
+
+def _can_be_looked_at(value: Any) -> bool:
+    if not isinstance(value, Tensor) or not is_plain(value):
+        return False
+    return value.is_floating_point() and value.numel() > 0 and not value.is_inference()
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return next(filter(_can_be_looked_at, tensors_of((args, kwargs))), None)
 
 
 def _place(tensor: Tensor) -> Place:
