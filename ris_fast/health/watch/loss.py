@@ -78,7 +78,7 @@ class LossHook:
             now.of_model = any(id(leaf.variable) in own for leaf in leaves)
             now.twice = next(filter(None, map(applied_twice, users)), ())
             rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 0
-            now.over_scenes = over_scenes(graph_of([node], ends)[1], rows) if ends else []
+            now.over_scenes = over_scenes(graph_of([node], ends)[1], rows, True) if ends else []
             now.factors = [factor for each in users if (factor := _factor(each)) is not None]
         self.records.append(now)
         if self.count <= FIRST and outputs and outputs[0].requires_grad and outputs[0].grad_fn is not None:

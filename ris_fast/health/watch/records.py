@@ -187,7 +187,8 @@ class PassRecord:
         infinities; rows: (B,) scenes with a gradient at the output; given_again: the first input is the tensor that the
         pass before was given; mark_kind, mark: which mistake the gradient at the output looks like, and how far it is
         from that; keys: a few numbers of more rows of the input, by which scenes are known again; others: (R, F) of
-        each input, where there are several; grad_finite: (), whether the gradient at the output is.
+        each input, where there are several; grad_finite: (), whether the gradient at the output is; source: of an
+        input that is a view, the id of what it is a view of, its place in it, and how often that was written to.
     """
 
     number: int
@@ -216,6 +217,7 @@ class PassRecord:
     mark: Tensor | None = None
     keys: Tensor | None = None
     others: list[Tensor | None] = field(default_factory=list)
+    source: tuple[int, int, int] | None = None
     grad_finite: Tensor | None = None
 
     def on_host(self) -> PassRecord:
@@ -275,7 +277,7 @@ class ForwardRecord:
         layers by what became of autocast in them; passes_heard: of the model itself; written: of inputs that come again
         where the model wrote into one, whether they are what it left, and whether it writes there again; drawn: of
         evaluations, whether they drew random numbers; own_dropouts: parts that call a dropout by themselves; shapes, layers, functions,
-        modules: see there.
+        modules: see there; foreign_steps: of optimizers of other models; uniform: matrices that began as one number.
     """
 
     passes: list[PassRecord]
@@ -299,6 +301,8 @@ class ForwardRecord:
     layers: LayersRecord
     functions: list[FunctionCheck]
     modules: ModulesRecord
+    foreign_steps: int
+    uniform: list[str]
 
 
 @dataclass

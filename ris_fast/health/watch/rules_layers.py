@@ -332,14 +332,15 @@ def tied_parameters(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Findin
 
 
 def symmetric_init(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:
-    """Units of a layer that have the same weights after training."""
+    """Layers that began with the same weights for all units: what tells them apart is the bias alone."""
     trained = {each.name for by in loop.optimizers for each in by.trained}
-    names = [name for name in forward.modules.uniform if name in trained]
+    names = [name for name in forward.uniform if name in trained]
     if names and loop.steps >= EARLY:
         yield finding(
             "symmetric_init",
-            f"all units of {names[0].rpartition('.')[0] or 'the layer'} have the same weights after {loop.steps} steps:"
-            " they started equal and have received equal gradients.",
-            loop.steps,
+            f"all units of {names[0].rpartition('.')[0] or 'the layer'} had the same weights when the watch began"
+            f"{f', and so had those of {len(names) - 1} more layers' if len(names) > 1 else ''}: but for their biases they"
+            " receive equal gradients and stay equal.",
+            1,
             MAY_BE_MEANT,
         )
