@@ -24,15 +24,19 @@ from torch.optim import Optimizer
 
 from ris_fast.health.watch.any_step import listen, stop_listening
 from ris_fast.health.watch.call_site import call_site
+from ris_fast.health.watch.copies import CopyRecord, copies_of
 from ris_fast.health.watch.draws import has_moved, own_dropouts, random_state
 from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.fingerprints import fingerprint_of
+from ris_fast.health.watch.functions import FunctionChecks
 from ris_fast.health.watch.graph import GraphLeaves, modules_of
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
+from ris_fast.health.watch.layers import Layers
+from ris_fast.health.watch.modules import modules_record, uniform_matrices
 from ris_fast.health.watch.parts import PartCalls
 from ris_fast.health.watch.records import ForwardRecord, PassRecord
 from ris_fast.health.watch.samples import held_tensors
-from ris_fast.health.watch.tensors import few_rows, nonfinite, rows_with_gradient, tensors_of
+from ris_fast.health.watch.tensors import KEY_NUMBERS, KEYS, few_rows, nonfinite, is_plain, rows_with_gradient, source_of, tensors_of
 from ris_fast.health.watch.writes import InputWrites
 
 FIRST, LONGEST = 64, 4096  # training passes that are all looked at; where most of them reach no backward
@@ -40,6 +44,7 @@ WALKED, PARTS = 6, 4  # training passes whose graph is walked, and in which the 
 MARKED = 12  # training passes whose gradient at the output is compared with those of mistakes
 LATE = 64  # training passes that are looked at after the first
 ROUND, OTHERS = 8, 128  # passes of another kind between two steps that are looked at, and in all
+INPUTS = 4  # of several, that are looked at
 EVALUATIONS, CALLS = 32, 4096  # whose random numbers are looked at; of parts within a pass
 TRAINING = True, True  # in training mode, with gradients enabled
 
@@ -50,15 +55,18 @@ class _Hook:
     What is called for a copy takes any arguments and returns None.
     """
 
-    def __init__(self, call: Any) -> None:
-        """`call`: a method."""
+    def __init__(self, call: Any, again: Any = None) -> None:
+        """`call`: a method; `again`: the one of the same object that is called instead where a backward pass computes a
+        part once more."""
         self.owner, self.function = weakref.ref(call.__self__), call.__func__
+        self.again = again.__func__ if again is not None else None
 
     def __call__(self, module: nn.Module, *given: Any) -> None:
         if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._functorch.peek_interpreter_stack():
             return
-        if torch._C._current_graph_task_id() == -1 and (owner := self.owner()) is not None:  # no recomputation
-            self.function(owner, module, *given)
+        function = self.function if torch._C._current_graph_task_id() == -1 else self.again
+        if function is not None and (owner := self.owner()) is not None:
+            function(owner, module, *given)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
@@ -87,15 +95,19 @@ class ForwardHooks:
         self.inside: list[tuple[str, int]] = []  # layers of the pass that runs, and the rows that they are given
         self.rows_inside: list[tuple[int, int, list[tuple[str, int]]]] = []
         self.part_calls, self.writes = PartCalls(), InputWrites()
+        self.layers, self.functions = Layers(), FunctionChecks()
+        self.last_outputs: list[Tensor] = []  # of the last pass in training, until the step
+        self.uniform = uniform_matrices(model)
         self.sequences: list[tuple[tuple[int, ...], tuple[int, ...], list[tuple[str, int, int]]]] = []
         self.drawn: list[bool] = []  # whether an evaluation drew random numbers
         self.random: list[Any] = []
         self.whole: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the model and what compiles it
         self.hooks: list[Any] = []
         self.searched = False
+        self.copies: list[CopyRecord] = []  # at the first step, where no pass was heard before it
         self._hook_whole(model)
         listen(self)
-        of_part = _Hook(self._part)
+        of_part = _Hook(self._part, self._part_again)
         parts = [] if _compiled(model) else [part for part in model.modules() if part is not model]
         self.part_hooks = [part.register_forward_hook(of_part) for part in parts]
 
@@ -114,6 +126,8 @@ class ForwardHooks:
             for each in gc.get_objects():
                 if type(each) is dynamo.OptimizedModule and each._orig_mod is self.model:
                     self._hook_whole(each)
+        if not self.layers.count:
+            self.copies = copies_of(self.model)
 
     @property
     def steps(self) -> int:
@@ -147,6 +161,13 @@ class ForwardHooks:
             written=self.writes.record(),
             drawn=self.drawn,
             own_dropouts=own_dropouts(self.model) if all(self.drawn) and self.drawn else [],
+            shapes=self.leaves.shapes,
+            layers=self.layers.record(),
+            functions=self.functions.found,
+            modules=modules_record(self.model, self.called),
+            foreign_steps=self.foreign_steps,
+            copies=self.copies,
+            uniform=[name for name, flag in self.uniform.items() if bool(flag)],
         )
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -155,6 +176,9 @@ class ForwardHooks:
         self.was_training = module.training
         if self.inside or self.part_calls.sequences:
             self.inside, self.part_calls.sequences = [], []
+        self.layers.begin()
+        if self.part_hooks and self.leaves.functions and module.training and torch.is_grad_enabled():
+            self.functions.begin(self.leaves.functions)
         self.random = random_state() if self._is_evaluation() and len(self.drawn) < EVALUATIONS else []
         if self.writes.listens:
             self.writes.begin(args, kwargs)
@@ -167,8 +191,12 @@ class ForwardHooks:
             return
         self.count += 1
         self.writes.finish()
+        if self.functions.wrapped:
+            self.functions.finish()
         if self.random and self._is_evaluation():
             self.drawn.append(has_moved(self.random, random_state()))
+        if self.was_training and torch.is_grad_enabled() and any(e.schedule.due(e.steps) for e in self.by_optimizer):
+            self.last_outputs = [each for each in tensors_of(output)[:4] if each.requires_grad]
         kind = self.was_training, torch.is_grad_enabled()
         self.made[kind] += 1
         if self._due(kind):
@@ -213,11 +241,14 @@ class ForwardHooks:
             inputs=len(inputs),
             given_again=last is not None and last is inputs[0] if inputs else False,
         )
+        now.source = source_of(inputs)
         self.passes.append(now)
         if now.grad:
             self._follow(now, inputs, outputs)
         if len(self.passes) <= FIRST or not now.grad or self.late:
             now.input, now.output = few_rows(inputs), few_rows(outputs)
+            now.keys = few_rows(inputs, KEYS, KEY_NUMBERS)
+            now.others = [few_rows([each]) for each in inputs[:INPUTS]] if 1 < len(inputs) else []
             now.nonfinite_in, now.nonfinite_out = nonfinite(inputs), nonfinite(outputs)
 
     def _follow(self, now: PassRecord, inputs: list[Tensor], outputs: list[Tensor]) -> None:
@@ -230,6 +261,7 @@ class ForwardHooks:
         def first(grad: Tensor) -> None:
             if not now.reached and now.of_kind <= FIRST:
                 now.rows = rows_with_gradient(grad, rows)
+                now.grad_finite = grad.detach().isfinite().all() if is_plain(grad) else None
             if mark is not None and (found := mark(grad)) is not None:
                 now.mark_kind, now.mark = found
             now.reached = True
@@ -252,14 +284,23 @@ class ForwardHooks:
         for hook in self.part_hooks:
             hook.remove()
         self.part_hooks = []
+        self.layers.begin()
 
     def _part(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.called.add(id(module))
+        name = self.names.get(id(module), "?")
+        self.layers.note(name, module, args, output, self.steps, module.training and torch.is_grad_enabled())
         if args and isinstance(args[0], Tensor) and args[0].ndim > 1:
-            name = self.names.get(id(module), "?")
             self.part_calls.note(name, module, args[0], output)
             if not module._modules and len(self.inside) < CALLS:
                 self.inside.append((name, args[0].shape[0]))
+
+    def _part_again(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.layers.note_again(self.names.get(id(module), "?"), args, output)
+
+    def outputs(self) -> tuple[int, list[Tensor]]:
+        """The number of the last pass, and those of its outputs with a gradient."""
+        return self.count, self.last_outputs
 
     def _unsettled(self) -> list[str]:
         """Reads the device."""
@@ -283,6 +324,9 @@ class ForwardHooks:
         if not self.count and not self.searched:
             self._hook_wrappers()
         if id(optimizer) in self.watched:
+            self.last_outputs = []
+            if self.part_hooks and not self.count:
+                self.layers.begin()
             if self.part_hooks and not self.count and len(self.whole) == 1 and self.steps >= 2 * PARTS:
                 self._unhook_parts()  # something else calls the parts
             return

@@ -59,6 +59,7 @@ class GradientWatch:
         self.arrival = arrival_hook(self)
         self.waiting: dict[int, Tensor] = {}  # whose gradient came in the backward pass that runs
         self.task, self.alone = -1, True
+        self.first_arrival: Callable[[], None] | None = None  # called once for each step that is looked at
 
     def hook(self, wanted: Sequence[Tensor]) -> None:
         """Hooks these tensors, and no others."""
@@ -71,6 +72,8 @@ class GradientWatch:
 
     def _arrive(self, parameter: Tensor) -> None:
         """After backward has added to a gradient."""
+        if not self.waiting and not self.batches and self.first_arrival is not None:
+            self.first_arrival()
         self.waiting[id(parameter)] = parameter
         task = torch._C._current_graph_task_id()
         if not self.alone or task == -1 or _is_shared(parameter):

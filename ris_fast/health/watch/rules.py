@@ -13,21 +13,35 @@ from ris_fast.health.watch import (
     rules_batches,
     rules_changes,
     rules_clip,
+    rules_data,
     rules_forward,
     rules_gradients,
     rules_inside,
+    rules_layers,
     rules_loss,
+    rules_objective,
     rules_parameters,
     rules_ranks,
     rules_rates,
     rules_scale,
+    rules_schedules,
+    rules_state,
     rules_zero,
 )
 from ris_fast.health.watch.describe import describe_steps, describe_tensors
 from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
-EXPLAINS = {"dead_units": ["ignored_input"], "constant_input": ["ignored_input"]}  # what follows from a cause
+EXPLAINS = {  # what follows from a cause
+    "dead_units": ["ignored_input"],
+    "constant_input": ["ignored_input", "zeroed_gradients"],
+    "non_differentiable": ["vanishing_gradient"],
+    "clamped_loss": ["vanishing_gradient", "scenes_left_out"],
+    "zero_loss_weight": ["vanishing_gradient"],
+    "sanitised_gradients": ["vanishing_gradient", "zeroed_gradients"],
+    "stale_compiled_graph": ["unused_head", "loss_rebuilt", "detached_backbone"],
+    "stale_optimizer_parameters": ["unused_head", "loss_rebuilt"],
+}
 FEW_PASSES = 64  # backward passes that an optimizer waits while others step
 MANY_PASSES = 4096  # backward passes without a step, more than anybody adds up
 SCALER_STEPS = 24  # a loss scale halves its way to one that fits in fewer
@@ -43,7 +57,12 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
         *rules_parameters.parameter_findings(loop),
         *rules_forward.forward_findings(loop),
         *rules_inside.inside_findings(loop),
+        *rules_layers.layer_findings(loop),
         *rules_loss.loss_findings(loop),
+        *rules_objective.objective_findings(loop),
+        *rules_data.data_findings(loop),
+        *rules_schedules.schedule_findings(loop),
+        *rules_state.state_findings(loop),
         *rules_batches.batch_findings(loop),
         *by_optimizer,
         *rules_ranks.rank_findings(loop),

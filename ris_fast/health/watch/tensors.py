@@ -36,7 +36,10 @@ def tensors_of(value: Any, depth: int = 4) -> list[Tensor]:
     return found[:MANY]
 
 
-def few_rows(tensors: Sequence[Tensor]) -> Tensor | None:
+KEYS, KEY_NUMBERS = 64, 32  # rows by which scenes are known again
+
+
+def few_rows(tensors: Sequence[Tensor], rows: int = ROWS, numbers: int = NUMBERS) -> Tensor | None:
     """(R, F) float32 of the first tensor of real or complex numbers; of the first of whole numbers if there is none."""
     plain = [each for each in tensors if is_plain(each) and each.numel()]
     chosen = next(
@@ -47,8 +50,8 @@ def few_rows(tensors: Sequence[Tensor]) -> Tensor | None:
     values = chosen.detach()
     values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
     values = values.reshape(1) if values.ndim == 0 else values
-    each = max(1, round(NUMBERS ** (1 / max(1, values.ndim - 1))))  # numbers along each further axis
-    steps = [-(-size // (ROWS if axis == 0 else each)) for axis, size in enumerate(values.shape)]
+    each = max(1, round(numbers ** (1 / max(1, values.ndim - 1))))  # numbers along each further axis
+    steps = [-(-size // (rows if axis == 0 else each)) for axis, size in enumerate(values.shape)]
     some = values.as_strided(
         [-(-size // step) for size, step in zip(values.shape, steps)],
         [stride * step for stride, step in zip(values.stride(), steps)],
@@ -69,6 +72,14 @@ def _flags(tensor: Tensor) -> Tensor:
     if tensor.device.type == "cpu" and math.isfinite(tensor.sum(dtype=torch.float32).item()):
         return torch.zeros(2, dtype=torch.bool)
     return torch.stack([tensor.isnan().any(), tensor.isinf().any()])
+
+
+def source_of(tensors: Sequence[Tensor]) -> tuple[int, int, int] | None:
+    """Of a first tensor that is a view of part of another: that one's id, the place in it, and its version."""
+    if not tensors or not is_plain(tensors[0]) or tensors[0].is_inference() or (base := tensors[0]._base) is None:
+        return None
+    part = base.numel() > tensors[0].numel()
+    return (id(base), tensors[0].storage_offset(), base._version) if part else None
 
 
 def rows_with_gradient(grad: Tensor, rows: int) -> Tensor | None:
