@@ -146,6 +146,7 @@ class ForwardHooks:
             written=self.writes.record(),
             drawn=self.drawn,
             own_dropouts=own_dropouts(self.model) if all(self.drawn) and self.drawn else [],
+            normalised=begins_normalised(self.model),
         )
 
     def _before(self, module: nn.Module, *given: Any) -> None:
@@ -213,6 +214,8 @@ class ForwardHooks:
         self.passes.append(now)
         if now.grad:
             self._follow(now, inputs, outputs)
+        if now.training and len(self.passes) <= FIRST:
+            now.draws = hash(torch.get_rng_state().numpy().tobytes())
         if len(self.passes) <= FIRST or not now.grad or self.late:
             now.input, now.output = few_rows(inputs), few_rows(outputs)
             now.nonfinite_in, now.nonfinite_out = nonfinite(inputs), nonfinite(outputs)
@@ -300,6 +303,13 @@ def is_modal(part: nn.Module) -> bool:
     dropout = getattr(part, "p" if isinstance(part, nn.modules.dropout._DropoutNd) else "dropout", None)
     running = isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats
     return running or (isinstance(dropout, float) and dropout > 0)
+
+
+def begins_normalised(model: nn.Module) -> bool:
+    """Whether the first part without parts of its own is a normalisation, and what is called once is no list of
+    parts."""
+    first = next((part for part in model.modules() if not part._modules and not isinstance(part, nn.Flatten)), None)
+    return first is not None and ("Norm" in type(first).__name__ or "Embedding" in type(first).__name__)
 
 
 def _compiled(model: nn.Module) -> bool:

@@ -175,7 +175,7 @@ class PassRecord:
         not walked; input, output: (R, F) a few numbers; nonfinite_in, nonfinite_out: (2,), whether there are NaN, or
         infinities; rows: (B,) scenes with a gradient at the output; given_again: the first input is the tensor that the
         pass before was given; mark_kind, mark: which mistake the gradient at the output looks like, and how far it is
-        from that.
+        from that; draws: a hash of where the generator of random numbers stands, of the first passes in training.
     """
 
     number: int
@@ -202,6 +202,7 @@ class PassRecord:
     given_again: bool = False
     mark_kind: str = ""
     mark: Tensor | None = None
+    draws: int | None = None
 
     def on_host(self) -> PassRecord:
         return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
@@ -248,7 +249,8 @@ class ForwardRecord:
         given and gives, and the first two axes that each of its layers with time first is given; formats: calls of
         layers by what became of autocast in them; passes_heard: of the model itself; written: of inputs that come again
         where the model wrote into one, whether they are what it left, and whether it writes there again; drawn: of
-        evaluations, whether they drew random numbers; own_dropouts: parts that call a dropout by themselves.
+        evaluations, whether they drew random numbers; own_dropouts: parts that call a dropout by themselves;
+        normalised: the first part of the model normalises.
     """
 
     passes: list[PassRecord]
@@ -268,6 +270,7 @@ class ForwardRecord:
     written: list[tuple[bool, bool]]
     drawn: list[bool]
     own_dropouts: list[str]
+    normalised: bool = False
 
 
 @dataclass
@@ -292,6 +295,33 @@ class Numbers:
 
 
 @dataclass
+class LossSigns:
+    """Of one loss. Numbers stay on their device until `on_host`.
+
+    Args: across: an operation over the first axis, that of scenes, in place of the classes; unlogged: a loss that
+        expects logarithms and the operation that gives it something else; most_logged: (), the largest number that it
+        was given; asked: (2,), least and most of the targets of a binary cross-entropy; no_weight: terms that are
+        multiplied by zero, of `terms`; pull: (), from -1 to 1, how well a small step against the gradient at the
+        outputs brings them nearer to the targets; given: (), the gradient that the loss itself was given;
+        plain_mean: it is a mean over the batch, multiplied with nothing.
+    """
+
+    across: str = ""
+    unlogged: tuple[str, ...] = ()
+    most_logged: Tensor | None = None
+    asked: Tensor | None = None
+    no_weight: tuple[Tensor, ...] = ()
+    terms: int = 1
+    pull: Tensor | None = None
+    given: Tensor | None = None
+    plain_mean: bool = False
+
+    def on_host(self) -> LossSigns:
+        host = {name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **host, no_weight=tuple(each.cpu() for each in self.no_weight))
+
+
+@dataclass
 class LossRecord:
     """One loss that `seen.loss` was given in training.
 
@@ -300,7 +330,7 @@ class LossRecord:
         gradient, and shapes of what they give; direct: the chain ends at the operation that made the outputs; behind:
         the chain from there on; of_model: it depends on the model's parameters, None where that was not looked at;
         twice: a softmax or sigmoid that is applied to another, both names; value: (), its mean; rows: (B,) scenes with
-        a gradient at the first output.
+        a gradient at the first output; signs: see there.
     """
 
     step: int
@@ -318,10 +348,11 @@ class LossRecord:
     of_model: bool | None = None
     twice: tuple[str, ...] = ()
     rows: Tensor | None = None
+    signs: LossSigns = field(default_factory=LossSigns)
 
     def on_host(self) -> LossRecord:
         host = {name: each.cpu() for name, each in vars(self).items() if isinstance(each, Tensor)}
-        host |= {name: each.on_host() for name, each in vars(self).items() if isinstance(each, Numbers)}
+        host |= {name: each.on_host() for name, each in vars(self).items() if isinstance(each, (Numbers, LossSigns))}
         return replace(self, **host)
 
 

@@ -13,6 +13,7 @@ from ris_fast.health.watch import (
     rules_batches,
     rules_changes,
     rules_clip,
+    rules_data,
     rules_forward,
     rules_gradients,
     rules_inside,
@@ -21,6 +22,7 @@ from ris_fast.health.watch import (
     rules_ranks,
     rules_rates,
     rules_scale,
+    rules_told,
     rules_zero,
 )
 from ris_fast.health.watch.describe import describe_steps, describe_tensors
@@ -44,7 +46,9 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
         *rules_forward.forward_findings(loop),
         *rules_inside.inside_findings(loop),
         *rules_loss.loss_findings(loop),
+        *rules_told.told_findings(loop),
         *rules_batches.batch_findings(loop),
+        *rules_data.data_findings(loop),
         *by_optimizer,
         *rules_ranks.rank_findings(loop),
     ]

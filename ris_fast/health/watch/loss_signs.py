@@ -1,0 +1,129 @@
+"""What the graph of a told loss and the gradient at its outputs show: which way it pulls them, what its operations were
+given, and whether something divides it after it was told.
+
+Legend: B scenes, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ris_fast.health.watch.eager import eager_hook
+from ris_fast.health.watch.graph import MOVING, operation
+from ris_fast.health.watch.records import LossSigns
+from ris_fast.health.watch.tensors import is_plain
+
+SEEN = 256  # operations of a loss that are looked at
+LOGARITHMIC = {"NllLoss": "nll_loss", "NllLoss2D": "nll_loss", "KlDiv": "kl_div"}  # that expect logarithms
+RAW = {"Addmm", "Mm", "Add", "Convolution", "Relu", "Bmm"}  # what gives no logarithm of probabilities
+ENDS = {"Softmax": "softmax", "Sigmoid": "sigmoid"}
+ADDING = {"Add", "Sub", "Sum", "Stack", "Cat", "Mean", "Squeeze", "Unsqueeze", "Div", "Neg"}
+
+
+def signs_of(loss: Any, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> LossSigns:
+    """Of a loss with a history. Reads nothing from the device."""
+    signs = LossSigns()
+    ends = {each.grad_fn for each in outputs if each.grad_fn is not None}
+    classes = {each.shape[1] for each in outputs if each.ndim == 2} - {each.shape[0] for each in outputs if each.ndim}
+    stack, seen = [loss.grad_fn], {loss.grad_fn}
+    while stack and len(seen) < SEEN:
+        node = stack.pop()
+        _look(node, signs, classes)
+        for after, _ in () if node in ends else node.next_functions:
+            if after is not None and after not in seen:
+                seen.add(after)
+                stack.append(after)
+    signs.terms, zeros = _terms(loss.grad_fn)
+    signs.no_weight = tuple(zeros)
+    last = operation(loss.grad_fn)
+    signs.plain_mean = last == "Mean" or getattr(loss.grad_fn, "_saved_reduction", 0) == 1
+    if is_plain(loss) and loss.ndim == 0:
+
+        def given(grad: Tensor) -> None:
+            signs.given = grad.detach().clone()
+
+        loss.register_hook(eager_hook(given))
+    if outputs and targets and outputs[0].requires_grad and (pull := pull_towards(outputs[0], targets[0])) is not None:
+
+        def pulled(grad: Tensor) -> None:
+            signs.pull = pull(grad)
+
+        outputs[0].register_hook(eager_hook(pulled))
+    return signs
+
+
+def _look(node: Any, signs: LossSigns, classes: set[int]) -> None:
+    name = operation(node)
+    if name in ("LogSoftmax", "Softmax") and node._saved_dim == 0 and not signs.across:
+        shape = node._saved_result.shape
+        if len(shape) == 2 and shape[1] in classes:
+            signs.across = f"a {'log-' if name == 'LogSoftmax' else ''}softmax"
+    elif name in LOGARITHMIC and not signs.unlogged:
+        before = _before(node)
+        if before in RAW or before in ENDS:
+            signs.unlogged = (LOGARITHMIC[name], before)
+            signs.most_logged = node._saved_self.detach().float().amax() if name != "KlDiv" else None
+    elif name.startswith("BinaryCrossEntropy") and signs.asked is None:
+        signs.asked = torch.stack(node._saved_target.detach().float().aminmax())
+
+
+def _before(node: Any) -> str:
+    """The operation that makes its first operand, behind those that move numbers only."""
+    for _ in range(8):
+        node = node.next_functions[0][0] if node is not None and node.next_functions else None
+        if node is None or operation(node) not in MOVING:
+            break
+    return "" if node is None else operation(node)
+
+
+def _terms(root: Any) -> tuple[int, list[Tensor]]:
+    """How many terms a loss has, and of those that are multiplied by a number, these numbers."""
+    stack, terms, weights = [root], 0, []
+    while stack and terms < SEEN:
+        node = stack.pop()
+        branches = [after for after, _ in node.next_functions if after is not None]
+        name = operation(node)
+        if name == "Mul" and len(branches) == 1 and _is_single(node):
+            weight = node._saved_other if node.next_functions[0][0] is not None else node._saved_self
+            if isinstance(weight, Tensor) and weight.ndim == 0:
+                weights.append(weight.detach().float().clone())
+                terms += 1
+                continue
+        if name in ("Add", "Sub") and _is_single(node) and branches:
+            stack += branches
+        else:
+            terms += 1
+    return terms, weights
+
+
+def _is_single(node: Any) -> bool:
+    made = getattr(node, "_input_metadata", None)
+    return bool(made) and tuple(made[0].shape) in ((), (1,))
+
+
+def pull_towards(outputs: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """For the gradient at these outputs: () from 1, straight towards the targets, to -1, away from them; None where
+    they cannot be compared."""
+    if not is_plain(outputs) or not is_plain(targets) or outputs.is_complex() or targets.is_complex():
+        return None
+    made, asked = outputs.detach(), targets.detach()
+    if asked.is_floating_point() and made.shape == asked.shape:
+        apart = (made - asked).flatten().float()
+
+        def of_numbers(grad: Tensor) -> Tensor:
+            slope = grad.detach().flatten().float()
+            return torch.nn.functional.cosine_similarity(slope, torch.where(slope != 0, apart, 0.0), dim=0)
+
+        return of_numbers
+    if not asked.is_floating_point() and made.ndim == 2 and asked.shape == made.shape[:1] and made.shape[1] > 1:
+
+        def of_classes(grad: Tensor) -> Tensor:
+            own = grad.detach().gather(1, asked.long().clamp(0, made.shape[1] - 1)[:, None])
+            return -2 * own.sum() / grad.detach().abs().sum().clamp_min(1e-30)
+
+        return of_classes
+    return None
