@@ -301,7 +301,7 @@ class LossSigns:
     Args: across: an operation over the first axis, that of scenes, in place of the classes; unlogged: a loss that
         expects logarithms and the operation that gives it something else; most_logged: (), the largest number that it
         was given; asked: (2,), least and most of the targets of a binary cross-entropy; no_weight: terms that are
-        multiplied by zero, of `terms`; pull: (), from -1 to 1, how well a small step against the gradient at the
+        multiplied by a number, of `terms`, which are 0 where the loss was not looked at; pull: (), from -1 to 1, how well a small step against the gradient at the
         outputs brings them nearer to the targets; given: (), the gradient that the loss itself was given;
         plain_mean: it is a mean over the batch, multiplied with nothing.
     """
@@ -311,7 +311,7 @@ class LossSigns:
     most_logged: Tensor | None = None
     asked: Tensor | None = None
     no_weight: tuple[Tensor, ...] = ()
-    terms: int = 1
+    terms: int = 0
     pull: Tensor | None = None
     given: Tensor | None = None
     plain_mean: bool = False
