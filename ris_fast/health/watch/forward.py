@@ -27,12 +27,15 @@ from ris_fast.health.watch.call_site import call_site
 from ris_fast.health.watch.draws import has_moved, own_dropouts, random_state
 from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.fingerprints import fingerprint_of
+from ris_fast.health.watch.functions import FunctionChecks
 from ris_fast.health.watch.graph import GraphLeaves, modules_of
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
+from ris_fast.health.watch.layers import Layers
+from ris_fast.health.watch.modules import modules_record
 from ris_fast.health.watch.parts import PartCalls
 from ris_fast.health.watch.records import ForwardRecord, PassRecord
 from ris_fast.health.watch.samples import held_tensors
-from ris_fast.health.watch.tensors import few_rows, nonfinite, rows_with_gradient, tensors_of
+from ris_fast.health.watch.tensors import KEY_NUMBERS, KEYS, few_rows, nonfinite, is_plain, rows_with_gradient, tensors_of
 from ris_fast.health.watch.writes import InputWrites
 
 FIRST, LONGEST = 64, 4096  # training passes that are all looked at; where most of them reach no backward
@@ -40,6 +43,7 @@ WALKED, PARTS = 6, 4  # training passes whose graph is walked, and in which the 
 MARKED = 12  # training passes whose gradient at the output is compared with those of mistakes
 LATE = 64  # training passes that are looked at after the first
 ROUND, OTHERS = 8, 128  # passes of another kind between two steps that are looked at, and in all
+INPUTS = 4  # of several, that are looked at
 EVALUATIONS, CALLS = 32, 4096  # whose random numbers are looked at; of parts within a pass
 TRAINING = True, True  # in training mode, with gradients enabled
 
@@ -50,13 +54,16 @@ class _Hook:
     What is called for a copy takes any arguments and returns None.
     """
 
-    def __init__(self, call: Callable[..., None]) -> None:
+    def __init__(self, call: Callable[..., None], again: Callable[..., None] | None = None) -> None:
+        """`again`: what is called instead where a backward pass computes a part once more."""
         self.call: Any = weakref.WeakMethod(call)
+        self.again: Any = weakref.WeakMethod(again) if again is not None else None
 
     def __call__(self, module: nn.Module, *given: Any) -> None:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():
             return
-        if torch._C._current_graph_task_id() == -1 and (call := self.call()) is not None:  # no recomputation
+        wanted = self.call if torch._C._current_graph_task_id() == -1 else self.again
+        if wanted is not None and (call := wanted()) is not None:
             call(module, *given)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -86,6 +93,8 @@ class ForwardHooks:
         self.inside: list[tuple[str, int]] = []  # layers of the pass that runs, and the rows that they are given
         self.rows_inside: list[tuple[int, int, list[tuple[str, int]]]] = []
         self.part_calls, self.writes = PartCalls(), InputWrites()
+        self.layers, self.functions = Layers(), FunctionChecks()
+        self.last_outputs: list[weakref.ref[Tensor]] = []
         self.sequences: list[tuple[tuple[int, ...], tuple[int, ...], list[tuple[str, int, int]]]] = []
         self.drawn: list[bool] = []  # whether an evaluation drew random numbers
         self.random: list[Any] = []
@@ -94,7 +103,7 @@ class ForwardHooks:
         self.searched = False
         self._hook_whole(model)
         listen(self)
-        of_part = _Hook(self._part)
+        of_part = _Hook(self._part, self._part_again)
         parts = [] if _compiled(model) else [part for part in model.modules() if part is not model]
         self.part_hooks = [part.register_forward_hook(of_part) for part in parts]
 
@@ -146,13 +155,19 @@ class ForwardHooks:
             written=self.writes.record(),
             drawn=self.drawn,
             own_dropouts=own_dropouts(self.model) if all(self.drawn) and self.drawn else [],
-            normalised=begins_normalised(self.model),
+            shapes=self.leaves.shapes,
+            layers=self.layers.record(),
+            functions=self.functions.found,
+            modules=modules_record(self.model, self.called),
         )
 
     def _before(self, module: nn.Module, *given: Any) -> None:
         if module not in self.whole:
             return
         self.was_training, self.inside, self.part_calls.sequences = module.training, [], []
+        self.layers.begin()
+        if self.part_hooks and self.leaves.functions and module.training and torch.is_grad_enabled():
+            self.functions.begin(self.leaves.functions)
         self.random = random_state() if self._is_evaluation() and len(self.drawn) < EVALUATIONS else []
         if self.writes.listens:
             self.writes.begin(tensors_of(given))
@@ -165,6 +180,8 @@ class ForwardHooks:
             return
         self.count += 1
         self.writes.finish()
+        if self.functions.wrapped:
+            self.functions.finish()
         if self.random and self._is_evaluation():
             self.drawn.append(has_moved(self.random, random_state()))
         kind = self.was_training, torch.is_grad_enabled()
@@ -218,11 +235,14 @@ class ForwardHooks:
             now.draws = hash(torch.get_rng_state().numpy().tobytes())
         if len(self.passes) <= FIRST or not now.grad or self.late:
             now.input, now.output = few_rows(inputs), few_rows(outputs)
+            now.keys = few_rows(inputs, KEYS, KEY_NUMBERS)
+            now.others = [few_rows([each]) for each in inputs[:INPUTS]] if 1 < len(inputs) else []
             now.nonfinite_in, now.nonfinite_out = nonfinite(inputs), nonfinite(outputs)
 
     def _follow(self, now: PassRecord, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Whether a backward pass reaches the outputs, and what they depend on."""
         with_grad = [each for each in outputs if each.requires_grad and each.grad_fn is not None]
+        self.last_outputs = [weakref.ref(each) for each in with_grad[:4]]
         rows, mark = now.shape[0] if now.shape else 0, None
         if with_grad and self.marked < MARKED:
             self.marked, mark = self.marked + 1, fingerprint_of(with_grad[0])
@@ -230,6 +250,7 @@ class ForwardHooks:
         def first(grad: Tensor) -> None:
             if not now.reached and now.of_kind <= FIRST:
                 now.rows = rows_with_gradient(grad, rows)
+                now.grad_finite = grad.detach().isfinite().all() if is_plain(grad) else None
             if mark is not None and (found := mark(grad)) is not None:
                 now.mark_kind, now.mark = found
             now.reached = True
@@ -252,14 +273,23 @@ class ForwardHooks:
         for hook in self.part_hooks:
             hook.remove()
         self.part_hooks = []
+        self.layers.begin()
 
     def _part(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.called.add(id(module))
+        name = self.names.get(id(module), "?")
+        self.layers.note(name, module, args, output, self.steps, module.training and torch.is_grad_enabled())
         if args and isinstance(args[0], Tensor) and args[0].ndim > 1:
-            name = self.names.get(id(module), "?")
             self.part_calls.note(name, module, args[0], output)
             if not module._modules and len(self.inside) < CALLS:
                 self.inside.append((name, args[0].shape[0]))
+
+    def _part_again(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.layers.note_again(self.names.get(id(module), "?"), args, output)
+
+    def outputs(self) -> tuple[int, list[Tensor]]:
+        """The number of the last pass, and those of its outputs with a gradient that are still there."""
+        return self.count, [each for ref in self.last_outputs if (each := ref()) is not None]
 
     def _unsettled(self) -> list[str]:
         """Reads the device."""
@@ -283,6 +313,8 @@ class ForwardHooks:
         if not self.count and not self.searched:
             self._hook_wrappers()
         if id(optimizer) in self.watched:
+            if self.part_hooks and not self.count:
+                self.layers.begin()
             if self.part_hooks and not self.count and len(self.whole) == 1 and self.steps >= 2 * PARTS:
                 self._unhook_parts()  # something else calls the parts
             return
@@ -303,13 +335,6 @@ def is_modal(part: nn.Module) -> bool:
     dropout = getattr(part, "p" if isinstance(part, nn.modules.dropout._DropoutNd) else "dropout", None)
     running = isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats
     return running or (isinstance(dropout, float) and dropout > 0)
-
-
-def begins_normalised(model: nn.Module) -> bool:
-    """Whether the first part without parts of its own is a normalisation, and what is called once is no list of
-    parts."""
-    first = next((part for part in model.modules() if not part._modules and not isinstance(part, nn.Flatten)), None)
-    return first is not None and ("Norm" in type(first).__name__ or "Embedding" in type(first).__name__)
 
 
 def _compiled(model: nn.Module) -> bool:

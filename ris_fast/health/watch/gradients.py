@@ -30,6 +30,7 @@ class GradientWatch:
         self.hooks: list[Any] = []
         self.stale_probe: StaleGradientProbe | None = None
         self.arrival = arrival_hook(self)
+        self.first_arrival: Callable[[], None] | None = None  # called once for each step that is looked at
 
     def hook(self, wanted: Sequence[Tensor]) -> None:
         """Hooks these tensors, and no others."""
@@ -43,6 +44,8 @@ class GradientWatch:
     def _arrive(self, parameter: Tensor) -> None:
         """After backward has added to a gradient."""
         grad = parameter.grad
+        if not self.arrived and self.first_arrival is not None:
+            self.first_arrival()
         norm, few = _norm(grad), few_numbers([grad.detach()])
         self.arrived[id(parameter)] = norm, few
         if self.counts_passes:

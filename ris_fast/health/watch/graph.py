@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ris_fast.health.watch.hooks import plain_name
-from ris_fast.health.watch.records import LeafRecord
+from ris_fast.health.watch.operations import operation, over_scenes, reshaped_apart, reshaped_as_transposed
+from ris_fast.health.watch.records import LeafRecord, PassShapes
 from ris_fast.health.watch.samples import few_numbers, has_norm
 
 NODES = 20_000  # of a graph that are looked at
@@ -46,8 +47,10 @@ class GraphLeaves:
         self.model = model
         self.walked = 0
         self.cut = False  # a graph was larger than is looked at
+        self.functions: set[type] = set()  # torch.autograd.Functions that are not torch's
         self.reached: set[int] = set()  # ids of the model's parameters
         self.unknown: list[_Leaf] = []
+        self.shapes: list[PassShapes] = []
 
     def own_parameters(self) -> dict[int, str]:
         """Names of all parameters by id, whatever a model's own `parameters` says; of what `functional_call` puts in
@@ -65,6 +68,12 @@ class GraphLeaves:
         ends = {each.grad_fn for each in inputs if each.grad_fn is not None}
         leaves, users, nodes = graph_of([each.grad_fn for each in outputs if each.grad_fn is not None], ends)
         self.walked, self.cut = self.walked + 1, self.cut or nodes >= NODES
+        rows = inputs[0].shape[0] if inputs and inputs[0].ndim else 0
+        same = rows if outputs and outputs[0].shape[:1] == (rows,) else 0
+        self.shapes.append(
+            PassShapes(over_scenes(users, same), reshaped_apart(users, rows), reshaped_as_transposed(users))
+        )
+        self.functions |= {each for node in users if (each := own_function(node)) is not None}
         self.reached |= {id(leaf.variable) for leaf in leaves} & own.keys()
         sizes = {each.shape[0] for each in outputs if each.ndim}
         for leaf in leaves:
@@ -156,6 +165,13 @@ def _left_out(name: str, tensor: Tensor, held: bool, passes: int) -> LeafRecord:
     )
 
 
+def own_function(node: Any) -> type | None:
+    """The user's torch.autograd.Function that a node of the graph comes from."""
+    function = getattr(node, "_forward_cls", None)
+    own = isinstance(function, type) and function.__module__.partition(".")[0] != "torch"
+    return function if own else None
+
+
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module with its path, which ends in a point; whatever a model's own `modules` says."""
     seen, stack = set(), [("", model)]
@@ -240,8 +256,3 @@ def chain_of(node: Any, ends: set[Any]) -> list[tuple[str, tuple[int, ...], bool
         after = [each for each, _ in node.next_functions if each is not None]
         node = after[0] if len(after) == 1 and node not in ends else None
     return found
-
-
-def operation(node: Any) -> str:
-    """'MseLoss' of MseLossBackward0."""
-    return type(node).__name__.rpartition("Backward")[0].removeprefix("_") or type(node).__name__

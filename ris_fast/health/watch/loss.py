@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.watch.eager import eager_hook
-from ris_fast.health.watch.graph import CHAIN, MOVING, GraphLeaves, chain_of, graph_of, operation
+from ris_fast.health.watch.graph import CHAIN, MOVING, GraphLeaves, chain_of, graph_of
 from ris_fast.health.watch.loss_signs import signs_of
+from ris_fast.health.watch.operations import made_shape, operation, over_scenes
 from ris_fast.health.watch.records import LossRecord, Numbers
-from ris_fast.health.watch.tensors import few_rows, is_plain, nonfinite, rows_with_gradient, tensors_of
+from ris_fast.health.watch.tensors import KEY_NUMBERS, KEYS, few_rows, is_plain, nonfinite, rows_with_gradient, tensors_of
 
 FIRST, LATE, WALKED = 32, 64, 4  # calls that are noted, of later steps, and with a walk through the graph
 SIGNED = 12  # first calls whose operations and gradient are looked at; and the late ones
@@ -32,9 +33,12 @@ RAW = {"LogSoftmax": ("Softmax", "Sigmoid"), "BinaryCrossEntropyWithLogits": ("S
 class LossHook:
     """Notes losses that it is given."""
 
-    def __init__(self, leaves: GraphLeaves, step: Callable[[], tuple[int, int]], every: int) -> None:
-        """`step`: steps of all watched optimizers together, and of the one that has made most."""
-        self.leaves, self.step, self.every = leaves, step, every
+    def __init__(
+        self, leaves: GraphLeaves, step: Callable[[], tuple[int, int]], number: Callable[[], int], every: int
+    ) -> None:
+        """`step`: steps of all watched optimizers together, and of the one that has made most; `number`: of the
+        model's last pass."""
+        self.leaves, self.step, self.number, self.every = leaves, step, number, every
         self.records: list[LossRecord] = []
         self.count = self.late = 0
         self.next = FIRST + 1
@@ -71,12 +75,16 @@ class LossHook:
             outputs=numbers_of(outputs),
             targets=numbers_of(targets),
             value=tensor.detach().float().mean() if tensor is not None and is_plain(tensor) else None,
+            number=self.number(),
         )
         if node is not None and self.count <= WALKED:
             leaves, users, _ = graph_of([node], set())
             own = self.leaves.own_parameters()
             now.of_model = any(id(leaf.variable) in own for leaf in leaves)
-            now.twice = next(filter(None, map(_applied_twice, users)), ())
+            now.twice = next(filter(None, map(applied_twice, users)), ())
+            rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 0
+            now.over_scenes = over_scenes(graph_of([node], ends)[1], rows) if ends else []
+            now.factors = [factor for each in users if (factor := _factor(each)) is not None]
         if node is not None and (self.count <= SIGNED or self.late):
             now.signs = signs_of(tensor, outputs, targets)
         self.records.append(now)
@@ -87,6 +95,19 @@ class LossHook:
                 now.rows = rows_with_gradient(grad, rows)
 
             outputs[0].register_hook(eager_hook(reached))
+
+
+def _factor(node: Any) -> Tensor | None:
+    """(), the number that a product of one number by a term of the loss has as the other factor, before it is freed."""
+    terms = [each for each, _ in node.next_functions if each is not None]
+    if operation(node) != "Mul" or len(terms) != 1 or made_shape(node) != ():
+        return None
+    try:
+        factors = [getattr(node, name) for name in ("_saved_self", "_saved_other")]
+    except RuntimeError:
+        return None
+    some = [each for each in factors if isinstance(each, Tensor) and each.numel() == 1 and is_plain(each)]
+    return some[0].detach().float().reshape(()) if len(some) == 1 else None
 
 
 def numbers_of(tensors: Sequence[Tensor]) -> Numbers | None:
@@ -106,10 +127,11 @@ def numbers_of(tensors: Sequence[Tensor]) -> Numbers | None:
         imaginary=imaginary,
         nonfinite=nonfinite([real]),
         few=few_rows([tensor]),
+        keys=few_rows([tensor], KEYS, KEY_NUMBERS),
     )
 
 
-def _applied_twice(node: Any) -> tuple[str, ...]:
+def applied_twice(node: Any) -> tuple[str, ...]:
     """What applies a softmax or sigmoid of its own, and the one that came before it; with nothing but a new shape in
     between."""
     if (name := operation(node)) not in RAW:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.watch.eager import eager_hook
-from ris_fast.health.watch.graph import MOVING, operation
+from ris_fast.health.watch.graph import MOVING
+from ris_fast.health.watch.operations import operation
 from ris_fast.health.watch.records import LossSigns
 from ris_fast.health.watch.tensors import is_plain
 

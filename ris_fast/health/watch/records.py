@@ -16,7 +16,12 @@ from ris_fast.health.watch.histories import GradientNumbers, NumbersRecord, Pass
 
 if TYPE_CHECKING:
     from ris_fast.health.watch.changes import OutsideChange
+    from ris_fast.health.watch.copies import CopyRecord
+    from ris_fast.health.watch.functions import FunctionCheck
+    from ris_fast.health.watch.layers import LayersRecord
+    from ris_fast.health.watch.modules import ModulesRecord
     from ris_fast.health.watch.rivals import Rival
+    from ris_fast.health.watch.schedulers import SchedulerRecord
 
 EARLY = 8  # steps after which a gradient that has not come yet is no longer waited for
 
@@ -146,7 +151,9 @@ class LoopRecord:
         optimizer which the watch was not given has stepped on; masters: the optimizers' tensors that never were the
         model's; moved_outside: those that no optimizer was to train and that have
         changed; with_gradient: those with one now; forward: the model's passes; losses: those
-        that `seen.loss` was given; ranks: what is known of them, None for a loop of one process.
+        that `seen.loss` was given; met: those that backward passes began from in steps that were looked at;
+        schedulers: of its optimizers; kept: of states that were loaded into the model, whether all their tensors were
+        its own; copies: other modules of its class; ranks: what is known of them, None for a loop of one process.
     """
 
     parameters: list[TensorRecord]
@@ -160,6 +167,10 @@ class LoopRecord:
     with_gradient: set[TensorRecord]
     forward: ForwardRecord | None = None
     losses: Sequence[LossRecord] = ()
+    met: Sequence[LossRecord] = ()
+    schedulers: Sequence[SchedulerRecord] = ()
+    kept: Sequence[bool] = ()
+    copies: Sequence[CopyRecord] = ()
     ranks: RanksRecord | None = None
 
 
@@ -175,7 +186,9 @@ class PassRecord:
         not walked; input, output: (R, F) a few numbers; nonfinite_in, nonfinite_out: (2,), whether there are NaN, or
         infinities; rows: (B,) scenes with a gradient at the output; given_again: the first input is the tensor that the
         pass before was given; mark_kind, mark: which mistake the gradient at the output looks like, and how far it is
-        from that; draws: a hash of where the generator of random numbers stands, of the first passes in training.
+        from that; keys: a few numbers of more rows of the input, by which scenes are known again; others: (R, F) of
+        each input, where there are several; grad_finite: (), whether the gradient at the output is; draws:
+        a hash of where the generator of random numbers stands, of the first passes in training.
     """
 
     number: int
@@ -202,10 +215,24 @@ class PassRecord:
     given_again: bool = False
     mark_kind: str = ""
     mark: Tensor | None = None
+    keys: Tensor | None = None
+    others: list[Tensor | None] = field(default_factory=list)
+    grad_finite: Tensor | None = None
     draws: int | None = None
 
     def on_host(self) -> PassRecord:
-        return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
+        host: dict[str, Any] = {"others": [None if each is None else each.cpu() for each in self.others]}
+        host |= {name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **host)
+
+
+@dataclass(frozen=True)
+class PassShapes:
+    """Of one pass: see `operations`."""
+
+    over_scenes: list[str]
+    apart: list[str]
+    transposed: list[str]
 
 
 @dataclass(frozen=True)
@@ -249,8 +276,8 @@ class ForwardRecord:
         given and gives, and the first two axes that each of its layers with time first is given; formats: calls of
         layers by what became of autocast in them; passes_heard: of the model itself; written: of inputs that come again
         where the model wrote into one, whether they are what it left, and whether it writes there again; drawn: of
-        evaluations, whether they drew random numbers; own_dropouts: parts that call a dropout by themselves;
-        normalised: the first part of the model normalises.
+        evaluations, whether they drew random numbers; own_dropouts: parts that call a dropout by themselves; shapes, layers, functions,
+        modules: see there.
     """
 
     passes: list[PassRecord]
@@ -270,7 +297,10 @@ class ForwardRecord:
     written: list[tuple[bool, bool]]
     drawn: list[bool]
     own_dropouts: list[str]
-    normalised: bool = False
+    shapes: list[PassShapes]
+    layers: LayersRecord
+    functions: list[FunctionCheck]
+    modules: ModulesRecord
 
 
 @dataclass
@@ -278,7 +308,8 @@ class Numbers:
     """Of outputs or targets. Numbers stay on their device until `on_host`.
 
     Args: whole: classes or counts; least, most: (), of real and imaginary parts; imaginary: (), largest imaginary part;
-        nonfinite: (2,), whether there are NaN, infinities; few: (R, F) a few numbers.
+        nonfinite: (2,), whether there are NaN, infinities; few: (R, F) a few numbers; keys: a
+        few of more rows, by which scenes are known again.
     """
 
     shape: tuple[int, ...]
@@ -289,6 +320,7 @@ class Numbers:
     imaginary: Tensor
     nonfinite: Tensor | None
     few: Tensor | None
+    keys: Tensor | None = None
 
     def on_host(self) -> Numbers:
         return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
@@ -330,7 +362,8 @@ class LossRecord:
         gradient, and shapes of what they give; direct: the chain ends at the operation that made the outputs; behind:
         the chain from there on; of_model: it depends on the model's parameters, None where that was not looked at;
         twice: a softmax or sigmoid that is applied to another, both names; value: (), its mean; rows: (B,) scenes with
-        a gradient at the first output; signs: see there.
+        a gradient at the first output; over_scenes: see `operations`; factors: () numbers that terms are multiplied
+        by; number: of the model's last pass; told: by `seen.loss`, else met in a backward pass; signs: see there.
     """
 
     step: int
@@ -348,10 +381,15 @@ class LossRecord:
     of_model: bool | None = None
     twice: tuple[str, ...] = ()
     rows: Tensor | None = None
+    over_scenes: list[str] = field(default_factory=list)
+    factors: list[Tensor] = field(default_factory=list)
+    number: int = 0
+    told: bool = True
     signs: LossSigns = field(default_factory=LossSigns)
 
     def on_host(self) -> LossRecord:
-        host = {name: each.cpu() for name, each in vars(self).items() if isinstance(each, Tensor)}
+        host: dict[str, Any] = {"factors": [each.cpu() for each in self.factors]}
+        host |= {name: each.cpu() for name, each in vars(self).items() if isinstance(each, Tensor)}
         host |= {name: each.on_host() for name, each in vars(self).items() if isinstance(each, (Numbers, LossSigns))}
         return replace(self, **host)
 

@@ -17,11 +17,13 @@ from ris_fast.health.watch import (
     rules_forward,
     rules_gradients,
     rules_inside,
+    rules_layers,
     rules_loss,
     rules_parameters,
     rules_ranks,
     rules_rates,
     rules_scale,
+    rules_scenes,
     rules_told,
     rules_zero,
 )
@@ -29,7 +31,10 @@ from ris_fast.health.watch.describe import describe_steps, describe_tensors
 from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
-EXPLAINS = {"dead_units": ["ignored_input"], "constant_input": ["ignored_input"]}  # what follows from a cause
+EXPLAINS = {  # what follows from a cause
+    "dead_units": ["ignored_input"],
+    "constant_input": ["ignored_input", "zeroed_gradients"],
+}
 FEW_PASSES = 64  # backward passes that an optimizer waits while others step
 MANY_PASSES = 4096  # backward passes without a step, more than anybody adds up
 SCALER_STEPS = 24  # a loss scale halves its way to one that fits in fewer
@@ -45,10 +50,12 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
         *rules_parameters.parameter_findings(loop),
         *rules_forward.forward_findings(loop),
         *rules_inside.inside_findings(loop),
+        *rules_layers.layer_findings(loop),
         *rules_loss.loss_findings(loop),
         *rules_told.told_findings(loop),
-        *rules_batches.batch_findings(loop),
         *rules_data.data_findings(loop),
+        *rules_batches.batch_findings(loop),
+        *rules_scenes.scene_findings(loop),
         *by_optimizer,
         *rules_ranks.rank_findings(loop),
     ]

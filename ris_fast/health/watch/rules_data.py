@@ -1,336 +1,208 @@
-"""Rules of `watch` on data: distributions in training and evaluation, scenes that come again, rows that are empty or of
-an earlier batch, inputs out of scale, and targets that do not follow the inputs.
+"""Rules of `watch` on scenes that are known again: with another target, in another batch, in validation; and on the
+size of inputs.
 
-None is certain: what is meant by data is not known here.
+None is certain: scenes may be alike, and targets may change on purpose.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.records import EARLY, ForwardRecord, LoopRecord, LossRecord, PassRecord
 
-ROWS = 32  # rows of inputs, from which on a spread says something
-APART = 5.0  # usual deviations of training inputs
-SMALL, LARGE, UNEQUAL = 1e-3, 3e3, 1e4  # of inputs' sizes
-AGAIN = 16  # scenes that came again
-LIKE_NOISE = 0.3  # correlation of two targets of one scene, below which they have nothing to do with each other
+AGAIN = 16  # scenes that are met again
+LEAKED, SHARE = 8, 0.1  # scenes of validation that were trained on, and their share
+RATIO, SHIFT = 6.0, 6.0  # of spreads, and of means over a spread, from which on two sets are apart
+SMALL, LARGE, UNEQUAL = 3e-4, 3e3, 1e5  # spreads of inputs
+RICH = 4  # different numbers of a scene, by which it is known
 
 
 def data_findings(loop: LoopRecord) -> list[Finding]:
-    """What inputs and targets show."""
+    """What the scenes show."""
     if loop.forward is None:
         return []
-    known = [each for each in loop.forward.passes if each.input is not None]
-    trained = [each for each in known if each.training and each.reached]
-    evaluated = [each for each in known if not each.training and not each.reached]
-    pairs = told_pairs(loop, trained)
+    trained = [each for each in loop.forward.passes if each.training and each.reached and each.keys is not None]
+    evaluated = [each for each in loop.forward.passes if not each.training and not each.reached]
+    evaluated = [each for each in evaluated if each.keys is not None]
     return [
-        *other_distribution(trained, evaluated),
-        *seed_set_again(trained),
-        *other_targets(pairs),
-        *kept_targets(pairs),
-        *told_one_batch(pairs),
-        *one_class_a_batch(loop.losses),
-        *rows_of_before(trained),
-        *empty_rows(trained),
-        *input_scale(loop.forward, trained),
+        *other_targets(loop.losses, {each.number: each for each in loop.forward.passes}),
+        *target_is_input(loop.losses, {each.number: each for each in loop.forward.passes}),
+        *stale_rows(trained),
+        *zero_batches(trained),
         *split_overlap(trained, evaluated),
+        *distributions_differ(trained, evaluated),
+        *input_scale(loop.forward, trained),
     ]
 
 
-Pair = tuple[PassRecord, LossRecord, Tensor, Tensor]  # rows (R, F) of inputs and (R, G) of their targets
+def _rows(keys: Tensor) -> list[bytes]:
+    """Of scenes that have numbers enough to be known by; empty for others."""
+    return [row.numpy().tobytes() if len(row.unique()) >= RICH else b"" for row in keys]
 
 
-def told_pairs(loop: LoopRecord, trained: list[PassRecord]) -> list[Pair]:
-    """Passes with the targets that `seen.loss` was told, where a step has one of each and as many rows."""
-    passes, losses = Counter(each.step for each in trained), Counter(each.step for each in loop.losses)
-    by_step = {each.step: each for each in loop.losses if losses[each.step] == 1}
-    found = []
-    for each in trained:
-        loss = by_step.get(each.step)
-        if loss is None or passes[each.step] != 1 or loss.targets is None or loss.targets.few is None:
-            continue
-        asked, given = loss.targets.few, each.input
-        if given is not None and loss.targets.shape[:1] == each.shape[:1] and len(given) == len(asked) > 1:
-            found.append((each, loss, given, asked))
-    return found
-
-
-def _key(row: Tensor) -> bytes:
-    return row.contiguous().numpy().tobytes()
-
-
-# ---- training and evaluation ---------------------------------------------------------------------------------------
-
-
-def other_distribution(trained: list[PassRecord], evaluated: list[PassRecord]) -> Iterator[Finding]:
-    """Inputs of evaluation that lie far outside of those of training, or have next to none of their spread."""
-    shapes = Counter(each.shape[1:] for each in trained)
-    if not shapes or not evaluated or len(shapes) > 1:
-        return
-    alike = [each for each in evaluated if each.shape[1:] == trained[0].shape[1:]]
-    read, asked = [_distinct([each.input for each in side]) for side in (trained, alike)]
-    if min(len(read), len(asked)) < ROWS // 4 or len(read) < ROWS or read.shape[1] != asked.shape[1]:
-        return
-    some = read.std(0) > 0
-    if int(some.sum()) * 2 < read.shape[1] or not read.isfinite().all() or not asked.isfinite().all():
-        return
-    mean, spread = read[:, some].mean(0), read[:, some].std(0)
-    off = (asked[:, some] - mean).square().mean(0).sqrt() / spread
-    narrow = asked[:, some].std(0) / spread
-    far, flat = float(off.median()), float(narrow.median())
-    if far > APART or 0 < flat < 1 / APART:
+def other_targets(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -> Iterator[Finding]:
+    """Scenes that come again with the target of another."""
+    told = [each for each in losses if each.targets is not None and each.targets.keys is not None]
+    both = [(passes[each.number], each.targets.keys) for each in told if each.number in passes]  # type: ignore[union-attr]
+    both = [(one, asked) for one, asked in both if one.keys is not None and len(one.keys) == len(asked)]
+    known: dict[bytes, tuple[bytes, int]] = {}
+    met: dict[bytes, set[bytes]] = defaultdict(set)
+    again = other = in_a_row = 0
+    swapped = 0
+    for number, (one, asked) in enumerate(both):
+        for scene, target in zip(_rows(one.keys), asked):  # type: ignore[arg-type]
+            value = target.numpy().tobytes()
+            if scene and scene in known:
+                again += 1
+                before, when = known[scene]
+                other += before != value
+                in_a_row += before != value and number - when == 1
+                swapped += before != value and bool(met[value] - {scene})
+            if scene:
+                known[scene] = value, number
+                met[value].add(scene)
+    if again >= AGAIN and 4 * other > again and 2 * swapped > other:
+        late = 2 * in_a_row > other
         yield finding(
-            "distributions_differ",
-            f"inputs of evaluation have mean {float(asked.mean()):.3g} and deviation {float(asked.std()):.3g}, those of"
-            f" training {float(read.mean()):.3g} and {float(read.std()):.3g}: feature by feature {far:.2g} and"
-            f" {flat:.2g} times the deviation in training, where one is usual.",
-            alike[0].step,
-            "Another domain may be meant; else one side is normalised otherwise: look at the transforms of both.",
-            "Give training and evaluation the same transforms, with statistics of the training data.",
+            "stale_cache" if late else "shuffled_labels",
+            f"{other} of {again} scenes that came again had another target, which other scenes had had before"
+            f"{'; most in the very next batch, as from a buffer that is filled before it is used' if late else ''}.",
+            both[0][0].step + 1,
+            "Targets that are drawn anew on purpose look like that; so do inputs and targets that are shuffled apart.",
+            "Keep inputs and targets of a batch together: one permutation for both, and a copy of what a buffer gives.",
         )
 
 
-def _distinct(rows: list[Tensor]) -> Tensor:
-    """(R, F), each row once."""
-    found = {_key(row): row for each in rows if each.ndim == 2 and each.shape[1] == rows[0].shape[1] for row in each}
-    return torch.stack(list(found.values())) if found else torch.zeros(0, 0)
+def target_is_input(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -> Iterator[Finding]:
+    """Symbols that a model is given and asked for, at the same places."""
+    told = [each for each in losses if each.targets is not None and each.targets.whole and each.number in passes]
+    pairs = [(passes[each.number], each) for each in told]
+    same = [
+        one.keys is not None
+        and len(one.shape) == 2
+        and each.targets is not None
+        and each.targets.shape == one.shape
+        and each.targets.keys is not None
+        and torch.equal(one.keys, each.targets.keys)
+        and len(one.keys.unique()) > 2
+        for one, each in pairs
+    ]
+    if len(same) >= EARLY and all(same) and not any("Slice" in each.chain for each in told):
+        yield finding(
+            "shuffled_labels",
+            f"targets are the symbols that the model is given, place by place, in all {len(same)} batches that were"
+            " looked at: it can copy them.",
+            pairs[0][0].step + 1,
+            "Where the loss shifts them by itself, or some inputs are masked, that is right.",
+            "Shift targets by one place: inputs `tokens[:, :-1]`, targets `tokens[:, 1:]`.",
+        )
+
+
+def stale_rows(trained: list[PassRecord]) -> Iterator[Finding]:
+    """A part of each batch is, place by place, that of the batch before, and the rest is new."""
+    pairs = [(one, other) for one, other in pairwise(trained) if one.shape == other.shape and one.step != other.step]
+    shares = []
+    for one, other in pairs:
+        rich = [len(row.unique()) >= RICH for row in other.keys]  # type: ignore[union-attr]
+        same = (one.keys == other.keys).all(1) & torch.tensor(rich)  # type: ignore[union-attr]
+        shares.append(float(same.double().mean()))
+    if len(shares) >= EARLY and all(0.05 <= share <= 0.95 for share in shares):
+        yield finding(
+            "stale_cache",
+            f"{sum(shares) / len(shares):.0%} of the scenes of each batch are those of the batch before, at the same"
+            f" places, in {len(shares)} batches.",
+            trained[0].step + 2,
+            "A buffer that is filled in part does that; so do queues of past scenes.",
+        )
+
+
+def zero_batches(trained: list[PassRecord]) -> Iterator[Finding]:
+    """Some batches are all zeros, and others are not."""
+    zero = [each for each in trained if not bool(each.keys.any())]  # type: ignore[union-attr]
+    if len(zero) >= 3 and 2 * len(zero) <= len(trained):
+        yield finding(
+            "empty_cache_slot",
+            f"the inputs of {len(zero)} of {len(trained)} passes that were looked at are all zeros, first in step"
+            f" {zero[0].step + 1}; those of the others are not.",
+            zero[0].step + 1,
+            "Inputs that are masked for whole batches look so: a condition that is left out now and then.",
+        )
 
 
 def split_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Iterator[Finding]:
-    """Some scenes of evaluation, not all, were trained on."""
-    whole = {_key(each.input) for each in trained}
-    apart = [each for each in evaluated if each.inputs == 1 and _key(each.input) not in whole]  # no training batch
-    read = {_key(row) for each in trained for row in each.input if _is_rich(row)}
-    asked = {_key(row) for each in apart for row in each.input if _is_rich(row)}
-    shared, rounds = len(asked & read), {each.step for each in apart}
-    if len(rounds) > 1 and shared >= 4 and shared < len(asked):
+    """Scenes of every evaluation are scenes of training."""
+    rounds = {each.step for each in evaluated}
+    seen = {row for each in trained for row in _rows(each.keys) if row}  # type: ignore[arg-type]
+    asked = {row for each in evaluated for row in _rows(each.keys) if row}  # type: ignore[arg-type]
+    found = len(asked & seen)
+    if len(rounds) >= 3 and found >= LEAKED and found >= SHARE * len(asked):
         yield finding(
             "split_overlap",
-            f"{shared} of {len(asked)} scenes that were looked at in evaluation are, bit for bit, scenes of training.",
+            f"{found} of {len(asked)} different scenes that are evaluated, of those that were looked at, are scenes that"
+            " training reads.",
             evaluated[0].step,
-            "Where training scenes are evaluated too, that is right: count the scenes that both sets have.",
-            harm=0.2,
+            "The loss on the training set may be measured on purpose.",
         )
 
 
-def _is_rich(row: Tensor) -> bool:
-    """Whether no two scenes are the same by chance."""
-    return len(row) >= 4 and len(row.unique()) >= 4
+def _pooled(passes: Sequence[PassRecord]) -> Tensor:
+    return torch.cat([each.keys for each in passes if each.keys is not None]).double()
 
 
-# ---- batches -------------------------------------------------------------------------------------------------------
-
-
-def seed_set_again(trained: list[PassRecord]) -> Iterator[Finding]:
-    """The generator of random numbers stands again where it stood steps before, and stood elsewhere in between."""
-    states = [(each.draws, each.step) for each in trained if each.draws is not None]
-    last: dict[int, int] = {}
-    again = []
-    for number, (state, step) in enumerate(states):
-        before = last.get(state)
-        if before is not None and states[before][1] != step and states[number - 1][0] != state:
-            again.append((before, number))
-        last[state] = number
-    period = {number - before for before, number in again}
-    if len(again) < EARLY:
+def distributions_differ(trained: list[PassRecord], evaluated: list[PassRecord]) -> Iterator[Finding]:
+    """Inputs of evaluation are far from those of training."""
+    shapes = {each.shape[1:] for each in trained} | {each.shape[1:] for each in evaluated}
+    widths = {each.keys.shape[1] for each in (*trained, *evaluated) if each.keys is not None}
+    if not trained or not evaluated or len(shapes) > 1 or len(widths) > 1:
         return
-    one, other = (trained[number] for number in again[0])
-    same = sum(_same(trained[before], trained[number]) for before, number in again)
-    yield finding(
-        "repeated_batch",
-        f"random numbers repeat: at {len(again)} of {len(states)} steps the generator stands where it stood"
-        f" {f'{min(period)} steps' if len(period) == 1 else 'some steps'} before (step {one.step + 1} and"
-        f" {other.step + 1}); {same} of these steps read the batch that they read then.",
-        other.step + 1,
-        "A seed that is set in each epoch does that: batches, masks of dropout and noise come again. " + MAY_BE_MEANT,
-        "Set the seed once, before the first epoch; an evaluation that needs one draws from a generator of its own.",
-        harm=1.0 if 2 * same > len(again) else 0.5,
-    )
-
-
-def _same(one: PassRecord, other: PassRecord) -> bool:
-    return one.shape == other.shape and torch.equal(one.input, other.input)
-
-
-def other_targets(pairs: list[Pair]) -> Iterator[Finding]:
-    """Scenes that come again come with targets that have nothing to do with those before."""
-    first: dict[bytes, Tensor] = {}
-    twice: list[tuple[Tensor, Tensor]] = []
-    for _, _, given, asked in pairs:
-        for row, target in zip(given, asked):
-            if not _is_rich(row):
-                continue
-            before = first.setdefault(_key(row), target)
-            if before is not target and before.shape == target.shape:
-                twice.append((before, target))
-    if len(twice) < AGAIN:
+    one, other = _pooled(trained), _pooled(evaluated)
+    if len(one) < 64 or len(other) < 16 or not bool(one.isfinite().all()) or not bool(other.isfinite().all()):
         return
-    one, other = (torch.stack([pair[side] for pair in twice]).double() for side in (0, 1))
-    whole = all(loss.targets.whole for _, loss, *_ in pairs if loss.targets is not None)
-    changed = float((one != other).any(1).double().mean())
-    if whole:
-        chance = _chance(torch.cat([one, other]))
-        unrelated = changed > 0.5 and changed > 0.7 * chance
-    else:
-        centred = [each - torch.cat([one, other]).mean(0) for each in (one, other)]
-        size = centred[0].norm() * centred[1].norm()
-        unrelated = changed > 0.5 and float(size) > 0 and float((centred[0] * centred[1]).sum() / size) < LIKE_NOISE
-    if unrelated:
-        yield finding(
-            "shuffled_labels",
-            f"of {len(twice)} scenes that came again, bit for bit, {changed:.0%} had another target than before, no"
-            " more like it than that of any other scene.",
-            pairs[-1][0].step + 1,
-            "Tasks in turn, and targets that are drawn anew, do that; else inputs and targets are shuffled apart.",
-            "Shuffle inputs and targets by one and the same order, and index both in one place of the data set.",
-        )
-
-
-def _chance(labels: Tensor) -> float:
-    """How often two rows differ that have nothing to do with each other."""
-    counts = Counter(_key(row) for row in labels)
-    return 1 - sum((count / len(labels)) ** 2 for count in counts.values())
-
-
-def kept_targets(pairs: list[Pair]) -> Iterator[Finding]:
-    """Inputs go on from batch to batch and the targets of the first stay, or the other way round. Labels may have a
-    fixed order in each batch."""
-    if len(pairs) < EARLY:
-        return
-    for kept, moving, names in ((3, 2, ("targets", "inputs")), (2, 3, ("inputs", "targets"))):
-        rows = [pair[kept] for pair in pairs]
-        others = [pair[moving] for pair in pairs]
-        alike = all(torch.equal(rows[0], each) for each in rows)
-        moves = all(a.shape == b.shape and not torch.equal(a, b) for a, b in pairwise(others))
-        if alike and moves and len(rows[0].unique(dim=0)) == len(rows[0]) and not _is_regular(rows[0]):
-            yield finding(
-                "stale_cache",
-                f"the {names[0]} of all {len(pairs)} batches that were looked at are those of the first, row by row,"
-                f" while the {names[1]} are others each time.",
-                pairs[1][0].step + 1,
-                f"A buffer that is not filled anew does that, and a seed that is set before {names[0]} are drawn; so do"
-                " fixed points in space, on purpose.",
-                f"Make the {names[0]} of a batch where its {names[1]} are made, from the same indices, as a copy.",
-            )
-
-
-def _is_regular(rows: Tensor) -> bool:
-    """Numbers in order, as those of a grid or a count."""
-    first = rows[:, 0]
-    return any(bool((each.diff() >= 0).all() or (each.diff() <= 0).all()) for each in (first, rows.flatten()))
-
-
-def told_one_batch(pairs: list[Pair]) -> Iterator[Finding]:
-    """All steps read the same batch and targets, which are made anew each time."""
-    if len(pairs) < 2 * AGAIN or any(each.given_again for each, *_ in pairs[1:]) or len(pairs[0][2]) < 2:
-        return
-    (_, _, given, asked), *rest = pairs
-    if all(torch.equal(given, one) and torch.equal(asked, other) for _, _, one, other in rest):
-        yield finding(
-            "repeated_batch",
-            f"all {len(pairs)} steps that were looked at read the same batch with the same targets, made anew each"
-            " time.",
-            pairs[1][0].step + 1,
-            "An iterator that is made for each step, `next(iter(loader))`, does that; so do one batch on purpose, and"
-            " data that are a single batch.",
-        )
-
-
-def one_class_a_batch(losses: object) -> Iterator[Finding]:
-    """Each batch has labels of one class, and the next ones of another: data in the order of their labels."""
-    few = [
-        (each.step, each.targets.few)
-        for each in losses  # type: ignore[attr-defined]
-        if each.targets is not None and each.targets.few is not None and each.targets.whole
-        if len(each.targets.shape) == 1 and len(each.targets.few) >= 4
-    ]
-    alone = [(step, int(rows[0, 0])) for step, rows in few if bool((rows == rows[0]).all())]
-    kinds = {label for _, label in alone}
-    if len(few) >= 2 * EARLY and 4 * len(alone) >= 3 * len(few) and len(kinds) > 1:
+    spread, spread_there = float(one.std()), float(other.std())
+    shift = abs(float(other.mean()) - float(one.mean()))
+    if spread > 0 and (
+        spread_there > RATIO * spread or spread > RATIO * spread_there > 0 or shift > SHIFT * spread
+    ):
         yield finding(
             "distributions_differ",
-            f"{len(alone)} of {len(few)} batches that were looked at have labels of a single class each, of"
-            f" {len(kinds)} classes: scenes come in the order of their labels.",
-            alone[0][0] + 1,
-            "Tasks in turn look the same.",
-            "Shuffle the scenes before each epoch: `DataLoader(..., shuffle=True)`.",
+            f"inputs of training are {one.mean():.3g} +- {spread:.3g}, those of evaluation {other.mean():.3g} +-"
+            f" {spread_there:.3g}: one of both is not prepared as the other.",
+            evaluated[0].step,
+            "Data of another kind may be evaluated on purpose.",
         )
-
-
-def rows_of_before(trained: list[PassRecord]) -> Iterator[Finding]:
-    """A part of each batch is, at the same places, a part of the batch before."""
-    pairs = [(one, other) for one, other in pairwise(trained) if one.shape == other.shape and one.step != other.step]
-    if len(pairs) < 2 * EARLY or len(trained[0].shape) < 2:
-        return
-    found = []
-    for one, other in pairs:
-        before = {_key(row): place for place, row in enumerate(one.input) if _is_rich(row)}
-        met = [(place, before[key]) for place, row in enumerate(other.input) if (key := _key(row)) in before]
-        found.append(tuple(met) if len(met) < len(other.input) else ())
-    usual, count = Counter(found).most_common(1)[0]
-    moved = [place for place, earlier in usual if place != earlier]
-    if usual and 4 * count >= 3 * len(pairs):
-        yield finding(
-            "stale_cache",
-            f"{len(usual)} of {len(pairs[0][1].input)} rows that were looked at are, bit for bit, rows of the batch"
-            f" before, at the same places in {count} of {len(pairs)} batches.",
-            pairs[0][1].step + 1,
-            "Windows that overlap and memories of samples look the same."
-            if moved
-            else "Places of a batch that are kept on purpose look the same.",
-        )
-
-
-def empty_rows(trained: list[PassRecord]) -> Iterator[Finding]:
-    """Rows of zeros among rows that have none."""
-    rows = torch.cat([each.input for each in trained if each.input.shape[1] == trained[0].input.shape[1]] or [_NONE])
-    if len(rows) < ROWS or rows.shape[1] < 4:
-        return
-    empty = (rows == 0).all(1)
-    others = rows[~empty]
-    share = float(empty.double().mean())
-    if int(empty.sum()) >= 4 and 0.02 < share < 0.98 and float((others == 0).double().mean()) < 0.02:
-        yield finding(
-            "empty_cache_slot",
-            f"{int(empty.sum())} of {len(rows)} scenes that were looked at are zeros only, and the others have next to"
-            " none.",
-            trained[0].step + 1,
-            "Scenes that are masked on purpose look the same.",
-            "Look where these scenes are written: a slot of a cache that is read before, or a file that failed to load.",
-        )
-
-
-_NONE = torch.zeros(0, 0)
 
 
 def input_scale(forward: ForwardRecord, trained: list[PassRecord]) -> Iterator[Finding]:
-    """Inputs that are tiny, huge, or whose features differ by orders of magnitude. Whole numbers are indices."""
-    if forward.normalised or len(trained) < 4:
+    """Inputs of a size that no initialisation is made for, unless a normalisation comes first."""
+    first = next(iter(forward.layers.kinds.values()), None)
+    norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.EmbeddingBag)
+    calls = next(iter(forward.layers.calls.values()), [])
+    if len(trained) < EARLY or first is None or isinstance(first, norms) or calls[0].whole or "Norm" in str(type(first)):
         return
-    rows = torch.cat([each.input for each in trained if each.input.shape[1] == trained[0].input.shape[1]])
-    if len(rows) < ROWS or not rows.isfinite().all() or bool((rows == rows.round()).all()):
+    numbers = _pooled([each for each in trained if each.shape == trained[0].shape])
+    spread = float(numbers.std())
+    columns = numbers.std(0) if len(trained[0].shape) == 2 else numbers[0, :0]
+    live = columns[columns > 0]
+    if not bool(numbers.isfinite().all()) or spread == 0:
         return
-    sizes = rows.square().mean(0).sqrt()
-    sizes = sizes[sizes > 0]
-    if not len(sizes):
-        return
-    low, mid, high = float(sizes.min()), float(sizes.median()), float(sizes.max())
-    few = len(trained[0].shape) == 2 and high > UNEQUAL * low
-    if high < SMALL or mid > LARGE or few:
-        what = f"between {low:.2g} and {high:.2g}, feature by feature" if few else f"of {mid:.2g}"
+    if not SMALL <= spread <= LARGE:
         yield finding(
             "input_scale",
-            f"inputs have sizes {what}, and no normalisation comes before the first weights.",
+            f"inputs have a spread of {spread:.3g}, in {len(trained)} batches that were looked at.",
             trained[0].step + 1,
-            "Layers with weights of a usual size want inputs near one.",
-            "Normalise each feature by its mean and deviation over the training data, once.",
+            f"Initial weights are made for inputs near one. {MAY_BE_MEANT}",
+        )
+    elif len(live) > 1 and float(live.max()) > UNEQUAL * float(live.min()):
+        yield finding(
+            "input_scale",
+            f"columns of the inputs have spreads from {float(live.min()):.3g} to {float(live.max()):.3g}.",
+            trained[0].step + 1,
+            MAY_BE_MEANT,
         )

@@ -36,7 +36,10 @@ def tensors_of(value: Any, depth: int = 4) -> list[Tensor]:
     return found[:MANY]
 
 
-def few_rows(tensors: Sequence[Tensor]) -> Tensor | None:
+KEYS, KEY_NUMBERS = 64, 32  # rows by which scenes are known again
+
+
+def few_rows(tensors: Sequence[Tensor], rows: int = ROWS, numbers: int = NUMBERS) -> Tensor | None:
     """(R, F) float32 of the first tensor of real or complex numbers; of the first of whole numbers if there is none."""
     plain = [each for each in tensors if is_plain(each) and each.numel()]
     chosen = next(
@@ -47,8 +50,8 @@ def few_rows(tensors: Sequence[Tensor]) -> Tensor | None:
     values = chosen.detach()
     values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
     values = values.reshape(1) if values.ndim == 0 else values
-    each = max(1, round(NUMBERS ** (1 / max(1, values.ndim - 1))))  # numbers along each further axis
-    steps = [math.ceil(size / (ROWS if axis == 0 else each)) for axis, size in enumerate(values.shape)]
+    each = max(1, round(numbers ** (1 / max(1, values.ndim - 1))))  # numbers along each further axis
+    steps = [math.ceil(size / (rows if axis == 0 else each)) for axis, size in enumerate(values.shape)]
     some = values[tuple(slice(None, None, step) for step in steps)]
     return some.reshape(some.shape[0], -1).to(torch.float32, copy=True)
 

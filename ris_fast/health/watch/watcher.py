@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from ris_fast.health.finding import Finding, ranked
 from ris_fast.health.names import check_beginnings
+from ris_fast.health.watch.backward import BackwardLosses
+from ris_fast.health.watch.copies import ModelLoads, copies_of
 from ris_fast.health.watch.forward import ForwardHooks
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.loss import LossHook
@@ -19,6 +21,7 @@ from ris_fast.health.watch.records import LoopRecord, StepRecord, TensorRecord
 from ris_fast.health.watch.rivals import Rivals
 from ris_fast.health.watch.rules import find_mistakes
 from ris_fast.health.watch.samples import held_tensors
+from ris_fast.health.watch.schedulers import schedulers_of
 from ris_fast.health.watch.start import Start
 
 
@@ -47,9 +50,13 @@ class Watcher:
         check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
         self.rivals = Rivals(self.optimizers, lambda: {id(p) for p in model.parameters()})
         self.hooks = [OptimizerHooks(model, each, every, self.rivals) for each in self.optimizers]
-        self.start = Start(model, self.optimizers)
+        self.start, self.loads = Start(model, self.optimizers), ModelLoads(model)
         self.forward = ForwardHooks(model, self.hooks, every)
-        self.losses = LossHook(self.forward.leaves, lambda: (self.forward.steps, self.steps), every)
+        steps = lambda: (self.forward.steps, self.steps)  # noqa: E731
+        self.losses = LossHook(self.forward.leaves, steps, lambda: self.forward.count, every)
+        self.backwards = BackwardLosses(steps, self.forward.outputs)
+        for each in self.hooks:
+            each.gradients.first_arrival = self.backwards.note
         self.ranks = RankObserver(model, self.optimizers, every, stall_s)
 
     @property
@@ -78,6 +85,7 @@ class Watcher:
         for hooks in self.hooks:
             hooks.close()
         self.forward.close()
+        self.loads.close()
         self.ranks.close()
 
     def report(self, wait_s: float | None = None) -> list[Finding]:
@@ -106,6 +114,10 @@ class Watcher:
             rival_tensors={parameters[key] for each in self.rivals.rivals for key in each.shared & parameters.keys()},
             forward=forward,
             losses=[each.on_host() for each in self.losses.records],
+            met=[each.on_host() for each in self.backwards.records],
+            schedulers=schedulers_of(self.optimizers),
+            kept=self.loads.record(),
+            copies=copies_of(self.model),
             ranks=self.ranks.record(forward.passes, wait_s),
         )
 

@@ -1,0 +1,108 @@
+"""Other modules of the model's class, and states that are loaded into the model."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+KEPT = 64
+SIMILAR = 64  # modules that are looked at
+
+
+@dataclass(frozen=True)
+class CopyRecord:
+    """A module of the same class with tensors of the same names and shapes, outside the model.
+
+    Args: with_grad: how many of its parameters have a gradient; held: by an optimizer; averaged: of a
+        torch.optim.swa_utils.AveragedModel around such a module, how many averages it has made; -1 for others.
+    """
+
+    tensors: int
+    with_grad: int
+    held: bool
+    averaged: int = -1
+
+
+def copies_of(model: nn.Module) -> list[CopyRecord]:
+    """Looks through the objects of the process. Reads nothing from a device but counts of averages."""
+    own = {id(module) for module in model.modules()}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if not shapes:
+        return []
+    found: list[CopyRecord] = []
+    modules = [each for each in gc.get_objects() if type(each) is type(model) and id(each) not in own][:SIMILAR]
+    averages = [each for each in gc.get_objects() if type(each) is torch.optim.swa_utils.AveragedModel]
+    held: set[int] | None = None
+    for each in modules:
+        try:
+            parameters = dict(each.named_parameters())
+        except AttributeError:  # is being made, or taken apart
+            continue
+        if {name: tuple(p.shape) for name, p in parameters.items()} != shapes:
+            continue
+        if any(p is q for p, q in zip(parameters.values(), model.parameters())):
+            continue
+        held = _held() if held is None else held
+        average = next((whole for whole in averages if whole.module is each), None)
+        found.append(
+            CopyRecord(
+                len(parameters),
+                sum(p.grad is not None for p in parameters.values()),
+                any(id(p) in held for p in parameters.values()),
+                -1 if average is None else int(average.n_averaged),
+            )
+        )
+    return found
+
+
+def _held() -> set[int]:
+    optimizers = [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]
+    groups = [group for each in optimizers if hasattr(each, "param_groups") for group in each.param_groups]
+    return {id(p) for group in groups for p in group["params"]}
+
+
+class ModelLoads:
+    """Notes states that are loaded into the model: whether they are its own tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.found: list[bool] = []
+        self.hook = model.register_load_state_dict_pre_hook(_LoadHook(self))
+
+    def note(self, module: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
+        """A state that is to be loaded."""
+        own = {id(each): each for each in module.parameters()}
+        places = {each.data_ptr() for each in own.values() if each.numel() and each.device.type != "meta"}
+        given = [
+            value
+            for name, value in state.items()
+            if name.startswith(prefix) and isinstance(value, Tensor) and value.is_floating_point() and value.numel()
+        ]
+        if given and places and len(self.found) < KEPT and all(each.device.type != "meta" for each in given):
+            kept = {each.data_ptr() for each in given}
+            self.found.append(places <= kept)
+
+    def record(self) -> list[bool]:
+        return list(self.found)
+
+    def close(self) -> None:
+        self.hook.remove()
+
+
+class _LoadHook:
+    """Nothing of ours goes into a copy of the model."""
+
+    def __init__(self, loads: ModelLoads | None) -> None:
+        self.loads = loads
+
+    def __call__(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        if self.loads is not None:
+            self.loads.note(module, state, prefix)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _LoadHook, (None,)

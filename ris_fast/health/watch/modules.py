@@ -1,0 +1,81 @@
+"""What the modules of a model are set to, and how they are put together, at the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ris_fast.health.watch.graph import modules_of
+from ris_fast.health.watch.tensors import is_plain
+
+
+@dataclass(frozen=True)
+class NormRecord:
+    """A normalisation with running statistics. `share`: of the first statistics that is left in them."""
+
+    name: str
+    momentum: float
+    batches: int
+    share: float
+    training: bool
+
+
+@dataclass
+class ModulesRecord:
+    """Args: dropouts: rates of those that were called; norms: called ones with running statistics; untracked: called
+    ones that never keep any; repeated: a container's name, the first name of a part that it has several times, and how
+    often; uniform: matrices whose rows are all the same."""
+
+    dropouts: dict[str, float] = field(default_factory=dict)
+    norms: list[NormRecord] = field(default_factory=list)
+    untracked: list[str] = field(default_factory=list)
+    repeated: list[tuple[str, str, int]] = field(default_factory=list)
+    uniform: list[str] = field(default_factory=list)
+
+
+def modules_record(model: nn.Module, called: set[int]) -> ModulesRecord:
+    """`called`: ids of the parts that were called. Reads the device."""
+    found = ModulesRecord()
+    for path, module in modules_of(model):
+        name = path.removesuffix(".")
+        if id(module) in called or module is model:
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                found.dropouts[name] = module.p
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+                _note_norm(found, name, module)
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            _note_repeated(found, name, module)
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and _is_uniform(module):
+            found.uniform.append(f"{path}weight")
+    return found
+
+
+def _note_norm(found: ModulesRecord, name: str, module: nn.modules.batchnorm._BatchNorm) -> None:
+    if not module.track_running_stats:
+        found.untracked.append(name)
+    elif module.momentum is not None and module.num_batches_tracked is not None:
+        batches = int(module.num_batches_tracked)
+        share = max(0.0, 1.0 - module.momentum) ** batches
+        found.norms.append(NormRecord(name, module.momentum, batches, share, module.training))
+
+
+def _note_repeated(found: ModulesRecord, name: str, container: nn.Module) -> None:
+    parts = [(key, part) for key, part in container._modules.items() if part is not None]
+    for key, part in parts:
+        count = sum(other is part for _, other in parts)
+        first = next(other for other, each in parts if each is part)
+        if count > 1 and key == first and any(p.requires_grad for p in part.parameters()):
+            found.repeated.append((name, key, count))
+
+
+@torch.no_grad()
+def _is_uniform(module: nn.Module) -> bool:
+    """Whether several units with several inputs each have the same weights, which are not zero."""
+    weight = module._parameters.get("weight")
+    if not isinstance(weight, Tensor) or not is_plain(weight) or weight.ndim < 2 or min(weight.shape[:2]) < 2:
+        return False
+    rows = weight.detach().flatten(1)
+    near = (rows - rows[:1]).abs().max() <= 1e-6 * rows[:1].abs().max()
+    return bool(near) and bool(rows[0].any())

@@ -1,0 +1,51 @@
+"""Schedulers of the watched optimizers, found among the objects of the process."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+LENGTHS = ("total_steps", "T_max", "total_iters")
+
+
+@dataclass(frozen=True)
+class SchedulerRecord:
+    """Args: kind: its class; optimizer: which of the watched ones it is of, None for one that was not given and that
+    holds tensors of theirs; advanced: how often; length: steps that it is planned for, 0 where it does not say;
+    mode: of a ReduceLROnPlateau, "min" or "max"."""
+
+    kind: str
+    optimizer: int | None
+    advanced: int
+    length: int
+    mode: str = ""
+
+
+def schedulers_of(optimizers: Sequence[Optimizer]) -> list[SchedulerRecord]:
+    """Those that are not part of another."""
+    found = [each for each in gc.get_objects() if issubclass(type(each), LRScheduler) and hasattr(each, "optimizer")]
+    inner = {id(part) for each in found for part in getattr(each, "_schedulers", ())}
+    records = [_record(each, optimizers) for each in found if id(each) not in inner]
+    return [each for each in records if each is not None]
+
+
+def _record(scheduler: Any, optimizers: Sequence[Optimizer]) -> SchedulerRecord | None:
+    number = next((n for n, each in enumerate(optimizers) if _is_of(scheduler.optimizer, each)), None)
+    own = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+    shared = any(id(p) in own for group in scheduler.optimizer.param_groups for p in group["params"])
+    if number is None and not shared:
+        return None
+    lengths = [getattr(scheduler, name, None) for name in LENGTHS]
+    length = next((each for each in lengths if isinstance(each, int)), 0)
+    mode = scheduler.mode if isinstance(scheduler, ReduceLROnPlateau) else ""
+    return SchedulerRecord(type(scheduler).__name__, number, int(scheduler.last_epoch), length, mode)
+
+
+def _is_of(one: Optimizer, other: Optimizer) -> bool:
+    """Whether they are one, or one wraps the other."""
+    return one is other or one.param_groups is other.param_groups
