@@ -62,7 +62,7 @@ class BackwardLosses:
             _, users, _ = graph_of([node], ends)
             now.twice = next(filter(None, map(applied_twice, users)), ())
             rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 0
-            now.over_scenes = over_scenes(users, rows)
+            now.over_scenes = over_scenes(users, rows, True)
         self.records.append(now)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +21,15 @@ class CopyRecord:
     """A module of the same class with tensors of the same names and shapes, outside the model.
 
     Args: with_grad: how many of its parameters have a gradient; held: by an optimizer; averaged: of a
-        torch.optim.swa_utils.AveragedModel around such a module, how many averages it has made; -1 for others.
+        torch.optim.swa_utils.AveragedModel around such a module, how many averages it has made; -1 for others;
+        compiled: something compiles it.
     """
 
     tensors: int
     with_grad: int
     held: bool
     averaged: int = -1
+    compiled: bool = False
 
 
 def copies_of(model: nn.Module) -> list[CopyRecord]:
@@ -56,9 +59,16 @@ def copies_of(model: nn.Module) -> list[CopyRecord]:
                 sum(p.grad is not None for p in parameters.values()),
                 any(id(p) in held for p in parameters.values()),
                 -1 if average is None else int(average.n_averaged),
+                _is_compiled(each),
             )
         )
     return found
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    wrappers = [each for each in gc.get_objects() if dynamo is not None and type(each) is dynamo.OptimizedModule]
+    return module._compiled_call_impl is not None or any(each._orig_mod is module for each in wrappers)
 
 
 def _held() -> set[int]:

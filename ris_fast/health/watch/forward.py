@@ -31,11 +31,20 @@ from ris_fast.health.watch.functions import FunctionChecks
 from ris_fast.health.watch.graph import GraphLeaves, modules_of
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.layers import Layers
-from ris_fast.health.watch.modules import modules_record
+from ris_fast.health.watch.modules import modules_record, uniform_matrices
 from ris_fast.health.watch.parts import PartCalls
 from ris_fast.health.watch.records import ForwardRecord, PassRecord
 from ris_fast.health.watch.samples import held_tensors
-from ris_fast.health.watch.tensors import KEY_NUMBERS, KEYS, few_rows, nonfinite, is_plain, rows_with_gradient, tensors_of
+from ris_fast.health.watch.tensors import (
+    KEY_NUMBERS,
+    KEYS,
+    few_rows,
+    nonfinite,
+    is_plain,
+    rows_with_gradient,
+    source_of,
+    tensors_of,
+)
 from ris_fast.health.watch.writes import InputWrites
 
 FIRST, LONGEST = 64, 4096  # training passes that are all looked at; where most of them reach no backward
@@ -95,6 +104,7 @@ class ForwardHooks:
         self.part_calls, self.writes = PartCalls(), InputWrites()
         self.layers, self.functions = Layers(), FunctionChecks()
         self.last_outputs: list[weakref.ref[Tensor]] = []
+        self.uniform = uniform_matrices(model)
         self.sequences: list[tuple[tuple[int, ...], tuple[int, ...], list[tuple[str, int, int]]]] = []
         self.drawn: list[bool] = []  # whether an evaluation drew random numbers
         self.random: list[Any] = []
@@ -159,6 +169,8 @@ class ForwardHooks:
             layers=self.layers.record(),
             functions=self.functions.found,
             modules=modules_record(self.model, self.called),
+            foreign_steps=self.foreign_steps,
+            uniform=[name for name, flag in self.uniform.items() if bool(flag)],
         )
 
     def _before(self, module: nn.Module, *given: Any) -> None:
@@ -228,6 +240,7 @@ class ForwardHooks:
             inputs=len(inputs),
             given_again=last is not None and last is inputs[0] if inputs else False,
         )
+        now.source = source_of(inputs)
         self.passes.append(now)
         if now.grad:
             self._follow(now, inputs, outputs)

@@ -27,7 +27,8 @@ class LayerCall:
 
     Args: given, gives: (6,) least, most, spread of all numbers, mean spread between rows, and mean square of a few
         numbers of its first input and output; how many are not finite; whole: inputs are whole numbers; one_axis: the
-        input has one axis; rows: of the input.
+        input has one axis; rows: of the input; with_grad: it requires a gradient; enabled: gradients are; training:
+        the layer's mode.
     """
 
     name: str
@@ -37,6 +38,8 @@ class LayerCall:
     one_axis: bool
     rows: int
     with_grad: bool
+    enabled: bool
+    training: bool
 
 
 @dataclass
@@ -85,7 +88,6 @@ class Layers:
         self.made.clear()
         self.samples.clear()
 
-    @torch.no_grad()
     def note(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any, step: int, grad: bool) -> None:
         """One call in a forward pass; `grad`: with gradients enabled."""
         if module._modules or self.count >= CALLS:
@@ -105,6 +107,8 @@ class Layers:
                 given[0].ndim == 1,
                 given[0].shape[0] if given[0].ndim else 0,
                 given[0].requires_grad,
+                torch.is_grad_enabled(),
+                module.training,
             )
         )
         if grad:

@@ -18,7 +18,15 @@ from ris_fast.health.watch.graph import CHAIN, MOVING, GraphLeaves, chain_of, gr
 from ris_fast.health.watch.loss_signs import signs_of
 from ris_fast.health.watch.operations import made_shape, operation, over_scenes
 from ris_fast.health.watch.records import LossRecord, Numbers
-from ris_fast.health.watch.tensors import KEY_NUMBERS, KEYS, few_rows, is_plain, nonfinite, rows_with_gradient, tensors_of
+from ris_fast.health.watch.tensors import (
+    KEY_NUMBERS,
+    KEYS,
+    few_rows,
+    is_plain,
+    nonfinite,
+    rows_with_gradient,
+    tensors_of,
+)
 
 FIRST, LATE, WALKED = 32, 64, 4  # calls that are noted, of later steps, and with a walk through the graph
 SIGNED = 12  # first calls whose operations and gradient are looked at; and the late ones
@@ -83,7 +91,7 @@ class LossHook:
             now.of_model = any(id(leaf.variable) in own for leaf in leaves)
             now.twice = next(filter(None, map(applied_twice, users)), ())
             rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 0
-            now.over_scenes = over_scenes(graph_of([node], ends)[1], rows) if ends else []
+            now.over_scenes = over_scenes(graph_of([node], ends)[1], rows, True) if ends else []
             now.factors = [factor for each in users if (factor := _factor(each)) is not None]
         if node is not None and (self.count <= SIGNED or self.late):
             now.signs = signs_of(tensor, outputs, targets)

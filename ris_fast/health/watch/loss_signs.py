@@ -30,28 +30,17 @@ OF_VARIANCE = {"Exp", "Log", "Softplus"}
 
 def signs_of(loss: Any, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> LossSigns:
     """Of a loss with a history. Reads nothing from the device."""
-    signs = LossSigns()
+    signs = LossSigns(looked=True)
     ends = {each.grad_fn for each in outputs if each.grad_fn is not None}
-    classes = {each.shape[1] for each in outputs if each.ndim == 2} - {each.shape[0] for each in outputs if each.ndim}
     stack, seen, names = [loss.grad_fn], {loss.grad_fn}, set()
     while stack and len(seen) < SEEN:
         node = stack.pop()
-        _look(node, signs, classes)
+        _look(node, signs)
         names |= set() if node in ends else {operation(node)}
         for after, _ in () if node in ends else node.next_functions:
             if after is not None and after not in seen:
                 seen.add(after)
                 stack.append(after)
-    signs.terms, zeros = _terms(loss.grad_fn)
-    signs.no_weight = tuple(zeros)
-    last = operation(loss.grad_fn)
-    signs.plain_mean = last == "Mean" or getattr(loss.grad_fn, "_saved_reduction", 0) == 1
-    if is_plain(loss) and loss.ndim == 0:
-
-        def given(grad: Tensor) -> None:
-            signs.given = grad.detach().clone()
-
-        loss.register_hook(eager_hook(given))
     pull = pull_towards(outputs[0], targets[0], names & BENT) if outputs and targets else None
     if pull is not None and outputs[0].requires_grad:
 
@@ -62,13 +51,9 @@ def signs_of(loss: Any, outputs: Sequence[Tensor], targets: Sequence[Tensor]) ->
     return signs
 
 
-def _look(node: Any, signs: LossSigns, classes: set[int]) -> None:
+def _look(node: Any, signs: LossSigns) -> None:
     name = operation(node)
-    if name in ("LogSoftmax", "Softmax") and node._saved_dim == 0 and not signs.across:
-        shape = node._saved_result.shape
-        if len(shape) == 2 and shape[1] in classes:
-            signs.across = f"a {'log-' if name == 'LogSoftmax' else ''}softmax"
-    elif name in LOGARITHMIC and not signs.unlogged:
+    if name in LOGARITHMIC and not signs.unlogged:
         before = _before(node)
         if before in RAW or before in ENDS:
             signs.unlogged = (LOGARITHMIC[name], before)
@@ -99,31 +84,6 @@ def _before(node: Any) -> str:
     return "" if node is None else operation(node)
 
 
-def _terms(root: Any) -> tuple[int, list[Tensor]]:
-    """How many terms a loss has, and of those that are multiplied by a number, these numbers."""
-    stack, terms, weights = [root], 0, []
-    while stack and terms < SEEN:
-        node = stack.pop()
-        branches = [after for after, _ in node.next_functions if after is not None]
-        name = operation(node)
-        if name == "Mul" and len(branches) == 1 and _is_single(node):
-            weight = node._saved_other if node.next_functions[0][0] is not None else node._saved_self
-            if isinstance(weight, Tensor) and weight.ndim == 0:
-                weights.append(weight.detach().float().clone())
-                terms += 1
-                continue
-        if name in ("Add", "Sub") and _is_single(node) and branches:
-            stack += branches
-        else:
-            terms += 1
-    return terms, weights
-
-
-def _is_single(node: Any) -> bool:
-    made = getattr(node, "_input_metadata", None)
-    return bool(made) and tuple(made[0].shape) in ((), (1,))
-
-
 def pull_towards(outputs: Tensor, targets: Tensor, bent: set[str]) -> Callable[[Tensor], Tensor] | None:
     """For the gradient at these outputs: () from 1, straight towards the targets, to -1, away from them; None where
     they cannot be compared. `bent`: operations of the loss that take outputs to other numbers."""
@@ -141,7 +101,13 @@ def pull_towards(outputs: Tensor, targets: Tensor, bent: set[str]) -> Callable[[
             return torch.where((slope != 0).any(), near, torch.nan)
 
         return of_numbers
-    if "LogSoftmax" in bent and not asked.is_floating_point() and made.ndim == 2 and asked.shape == made.shape[:1] and made.shape[1] > 1:
+    if (
+        "LogSoftmax" in bent
+        and not asked.is_floating_point()
+        and made.ndim == 2
+        and asked.shape == made.shape[:1]
+        and made.shape[1] > 1
+    ):
 
         def of_classes(grad: Tensor) -> Tensor:
             own = grad.detach().gather(1, asked.long().clamp(0, made.shape[1] - 1)[:, None])

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ris_fast.health.watch.graph import modules_of
+from ris_fast.health.watch.hooks import plain_name
 from ris_fast.health.watch.tensors import is_plain
 
 
@@ -26,13 +28,12 @@ class NormRecord:
 class ModulesRecord:
     """Args: dropouts: rates of those that were called; norms: called ones with running statistics; untracked: called
     ones that never keep any; repeated: a container's name, the first name of a part that it has several times, and how
-    often; uniform: matrices whose rows are all the same."""
+    often."""
 
     dropouts: dict[str, float] = field(default_factory=dict)
     norms: list[NormRecord] = field(default_factory=list)
     untracked: list[str] = field(default_factory=list)
     repeated: list[tuple[str, str, int]] = field(default_factory=list)
-    uniform: list[str] = field(default_factory=list)
 
 
 def modules_record(model: nn.Module, called: set[int]) -> ModulesRecord:
@@ -47,8 +48,6 @@ def modules_record(model: nn.Module, called: set[int]) -> ModulesRecord:
                 _note_norm(found, name, module)
         if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             _note_repeated(found, name, module)
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and _is_uniform(module):
-            found.uniform.append(f"{path}weight")
     return found
 
 
@@ -71,11 +70,13 @@ def _note_repeated(found: ModulesRecord, name: str, container: nn.Module) -> Non
 
 
 @torch.no_grad()
-def _is_uniform(module: nn.Module) -> bool:
-    """Whether several units with several inputs each have the same weights, which are not zero."""
-    weight = module._parameters.get("weight")
-    if not isinstance(weight, Tensor) or not is_plain(weight) or weight.ndim < 2 or min(weight.shape[:2]) < 2:
-        return False
-    rows = weight.detach().flatten(1)
-    near = (rows - rows[:1]).abs().max() <= 1e-6 * rows[:1].abs().max()
-    return bool(near) and bool(rows[0].any())
+def uniform_matrices(model: nn.Module) -> dict[str, Tensor]:
+    """By name of a layer's matrix, (): whether all of its units have the same weights, which are not zero."""
+    found = {}
+    for path, module in modules_of(model):
+        weight = module._parameters.get("weight") if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) else None
+        if isinstance(weight, Tensor) and not is_lazy(weight) and is_plain(weight) and weight.ndim > 1:
+            if min(weight.shape[:2]) > 1 and weight.requires_grad:
+                rows = weight.detach().flatten(1)
+                found[plain_name(f"{path}weight")] = (rows == rows[:1]).all() & rows.any()
+    return found

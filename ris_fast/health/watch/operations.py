@@ -14,14 +14,15 @@ STEPWISE = {"Round", "Floor", "Ceil", "Trunc", "Sign", "Sgn", "Heaviside"}  # wh
 CUTTING = {"Clamp", "ClampMin", "ClampMax", "Hardtanh"}  # zero derivative beyond a bound
 
 
-def over_scenes(nodes: Iterable[Any], rows: int) -> list[str]:
-    """What runs over the first axis of tensors with a row for each scene: 'softmax over axis 0 of (64, 8, 8)'."""
+def over_scenes(nodes: Iterable[Any], rows: int, pairs: bool = False) -> list[str]:
+    """What runs over the first axis of tensors with a row for each scene: 'softmax over axis 0 of (64, 8, 8)'. `pairs`: a
+    square of all pairs of a batch is left alone."""
     found = []
     for node in nodes:
         name = operation(node)
         if name in OVER_AN_AXIS:
             shape = made_shape(node) if name != "LinalgVectorNorm" and name != "Norm" else _operand_shape(node)
-            square = len(shape) == 2 and shape[0] == shape[1]  # all pairs of a batch
+            square = pairs and len(shape) == 2 and shape[0] == shape[1]
             if len(shape) > 1 and shape[0] == rows > 1 and not square and _axes(node, len(shape)) == {0}:
                 found.append(f"{_SPOKEN.get(name, name.lower())} over axis 0 of {shape}")
     return found

@@ -187,8 +187,9 @@ class PassRecord:
         infinities; rows: (B,) scenes with a gradient at the output; given_again: the first input is the tensor that the
         pass before was given; mark_kind, mark: which mistake the gradient at the output looks like, and how far it is
         from that; keys: a few numbers of more rows of the input, by which scenes are known again; others: (R, F) of
-        each input, where there are several; grad_finite: (), whether the gradient at the output is; draws:
-        a hash of where the generator of random numbers stands, of the first passes in training.
+        each input, where there are several; grad_finite: (), whether the gradient at the output is; source: of an
+        input that is a view, the id of what it is a view of, its place in it, and how often that was written to; draws: a hash
+        of where the generator of random numbers stands, of the first passes in training.
     """
 
     number: int
@@ -217,6 +218,7 @@ class PassRecord:
     mark: Tensor | None = None
     keys: Tensor | None = None
     others: list[Tensor | None] = field(default_factory=list)
+    source: tuple[int, int, int] | None = None
     grad_finite: Tensor | None = None
     draws: int | None = None
 
@@ -277,7 +279,7 @@ class ForwardRecord:
         layers by what became of autocast in them; passes_heard: of the model itself; written: of inputs that come again
         where the model wrote into one, whether they are what it left, and whether it writes there again; drawn: of
         evaluations, whether they drew random numbers; own_dropouts: parts that call a dropout by themselves; shapes, layers, functions,
-        modules: see there.
+        modules: see there; foreign_steps: of optimizers of other models; uniform: matrices that began as one number.
     """
 
     passes: list[PassRecord]
@@ -301,6 +303,8 @@ class ForwardRecord:
     layers: LayersRecord
     functions: list[FunctionCheck]
     modules: ModulesRecord
+    foreign_steps: int
+    uniform: list[str]
 
 
 @dataclass
@@ -330,27 +334,20 @@ class Numbers:
 class LossSigns:
     """Of one loss. Numbers stay on their device until `on_host`.
 
-    Args: across: an operation over the first axis, that of scenes, in place of the classes; unlogged: a loss that
-        expects logarithms and the operation that gives it something else; most_logged: (), the largest number that it
-        was given; asked: (2,), least and most of the targets of a binary cross-entropy; no_weight: terms that are
-        multiplied by a number, of `terms`, which are 0 where the loss was not looked at; pull: (), from -1 to 1, how well a small step against the gradient at the
-        outputs brings them nearer to the targets; given: (), the gradient that the loss itself was given;
-        plain_mean: it is a mean over the batch, multiplied with nothing.
+    Args: looked: these are known; unlogged: a loss that expects logarithms and the operation that gives it something
+        else; most_logged: (), the largest number that it was given; asked: (2,), least and most of the targets of a
+        binary cross-entropy; pull: (), from -1 to 1, how well a small step against the gradient at the outputs brings
+        them nearer to the targets.
     """
 
-    across: str = ""
+    looked: bool = False
     unlogged: tuple[str, ...] = ()
     most_logged: Tensor | None = None
     asked: Tensor | None = None
-    no_weight: tuple[Tensor, ...] = ()
-    terms: int = 0
     pull: Tensor | None = None
-    given: Tensor | None = None
-    plain_mean: bool = False
 
     def on_host(self) -> LossSigns:
-        host = {name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **host, no_weight=tuple(each.cpu() for each in self.no_weight))
+        return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
 
 
 @dataclass

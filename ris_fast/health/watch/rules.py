@@ -19,12 +19,15 @@ from ris_fast.health.watch import (
     rules_inside,
     rules_layers,
     rules_loss,
+    rules_objective,
     rules_parameters,
     rules_ranks,
     rules_rates,
     rules_scale,
     rules_scenes,
     rules_told,
+    rules_schedules,
+    rules_state,
     rules_zero,
 )
 from ris_fast.health.watch.describe import describe_steps, describe_tensors
@@ -34,6 +37,12 @@ from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecor
 EXPLAINS = {  # what follows from a cause
     "dead_units": ["ignored_input"],
     "constant_input": ["ignored_input", "zeroed_gradients"],
+    "non_differentiable": ["vanishing_gradient"],
+    "clamped_loss": ["vanishing_gradient", "scenes_left_out"],
+    "zero_loss_weight": ["vanishing_gradient"],
+    "sanitised_gradients": ["vanishing_gradient", "zeroed_gradients"],
+    "stale_compiled_graph": ["unused_head", "loss_rebuilt", "detached_backbone"],
+    "stale_optimizer_parameters": ["unused_head", "loss_rebuilt"],
 }
 FEW_PASSES = 64  # backward passes that an optimizer waits while others step
 MANY_PASSES = 4096  # backward passes without a step, more than anybody adds up
@@ -53,7 +62,10 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
         *rules_layers.layer_findings(loop),
         *rules_loss.loss_findings(loop),
         *rules_told.told_findings(loop),
+        *rules_objective.objective_findings(loop),
         *rules_data.data_findings(loop),
+        *rules_schedules.schedule_findings(loop),
+        *rules_state.state_findings(loop),
         *rules_batches.batch_findings(loop),
         *rules_scenes.scene_findings(loop),
         *by_optimizer,

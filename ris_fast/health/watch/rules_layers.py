@@ -53,7 +53,12 @@ def constant_input(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding
             continue
         ends = [(float(each.given[0]), float(each.given[1])) for each in calls if each.given is not None]
         narrow = isinstance(module, nn.Linear) or all(each.one_axis for each in calls)
-        if narrow and len(ends) == len(calls) and len({end for both in ends for end in both}) == 1 and calls[0].rows > 1:
+        if (
+            narrow
+            and len(ends) == len(calls)
+            and len({end for both in ends for end in both}) == 1
+            and calls[0].rows > 1
+        ):
             yield finding(
                 "constant_input",
                 f"{name or type(module).__name__} is given the number {ends[0][0]:g} alone, in all {len(calls)} calls"
@@ -332,14 +337,15 @@ def tied_parameters(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Findin
 
 
 def symmetric_init(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:
-    """Units of a layer that have the same weights after training."""
+    """Layers that began with the same weights for all units: what tells them apart is the bias alone."""
     trained = {each.name for by in loop.optimizers for each in by.trained}
-    names = [name for name in forward.modules.uniform if name in trained]
+    names = [name for name in forward.uniform if name in trained]
     if names and loop.steps >= EARLY:
         yield finding(
             "symmetric_init",
-            f"all units of {names[0].rpartition('.')[0] or 'the layer'} have the same weights after {loop.steps} steps:"
-            " they started equal and have received equal gradients.",
-            loop.steps,
+            f"all units of {names[0].rpartition('.')[0] or 'the layer'} had the same weights when the watch began"
+            f"{f', and so had those of {len(names) - 1} more layers' if len(names) > 1 else ''}: but for their biases they"
+            " receive equal gradients and stay equal.",
+            1,
             MAY_BE_MEANT,
         )

@@ -1,5 +1,5 @@
-"""Rules of `watch` on data: distributions in training and evaluation, scenes that come again, rows that are empty or of
-an earlier batch, inputs out of scale, and targets that do not follow the inputs.
+"""Rules of `watch` on batches: random numbers that repeat, buffers that are kept, scenes in the order of their labels,
+rows that are empty or of an earlier batch.
 
 None is certain: what is meant by data is not known here.
 """
@@ -15,13 +15,10 @@ from torch import Tensor
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
-from ris_fast.health.watch.records import EARLY, ForwardRecord, LoopRecord, LossRecord, PassRecord
+from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord, PassRecord
 
-ROWS = 32  # rows of inputs, from which on a spread says something
-APART = 5.0  # usual deviations of training inputs
-SMALL, LARGE, UNEQUAL = 1e-3, 3e3, 1e4  # of inputs' sizes
-AGAIN = 16  # scenes that came again
-LIKE_NOISE = 0.3  # correlation of two targets of one scene, below which they have nothing to do with each other
+ROWS = 32  # that are looked at
+STEPS = 32  # of one batch, which are no accident
 
 
 def scene_findings(loop: LoopRecord) -> list[Finding]:
@@ -62,9 +59,6 @@ def told_pairs(loop: LoopRecord, trained: list[PassRecord]) -> list[Pair]:
 
 def _key(row: Tensor) -> bytes:
     return row.contiguous().numpy().tobytes()
-
-
-# ---- training and evaluation ---------------------------------------------------------------------------------------
 
 
 def _is_rich(row: Tensor) -> bool:
@@ -136,7 +130,7 @@ def _is_regular(rows: Tensor) -> bool:
 
 def told_one_batch(pairs: list[Pair]) -> Iterator[Finding]:
     """All steps read the same batch and targets, which are made anew each time."""
-    if len(pairs) < 2 * AGAIN or any(each.given_again for each, *_ in pairs[1:]) or len(pairs[0][2]) < 2:
+    if len(pairs) < STEPS or any(each.given_again for each, *_ in pairs[1:]) or len(pairs[0][2]) < 2:
         return
     (_, _, given, asked), *rest = pairs
     if all(torch.equal(given, one) and torch.equal(asked, other) for _, _, one, other in rest):

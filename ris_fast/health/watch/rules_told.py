@@ -21,34 +21,17 @@ FEW = 4.0  # targets, in units of their own deviation, between the means of outp
 
 def told_findings(loop: LoopRecord) -> list[Finding]:
     """What the graphs of told losses show, and the gradients at their outputs."""
-    losses = [each for each in loop.losses if each.signs.terms]
+    losses = [each for each in loop.losses if each.signs.looked]
     if not losses:
         return []
     return [
-        *softmax_over_scenes(losses),
         *logarithm_missing(losses),
         *targets_of_binary(losses),
         *pulled_away(losses),
-        *zero_weights(losses),
         *one_label_without_gradient(loop.losses),
         *constant_labels(loop.losses),
         *targets_out_of_scale(loop, loop.losses),
-        *not_divided(loop, losses),
     ]
-
-
-def softmax_over_scenes(losses: Sequence[LossRecord]) -> Iterator[Finding]:
-    """A softmax over the first axis of (scenes, classes), in the loss or at the end of the model."""
-    if found := [each for each in losses if each.signs.across]:
-        labels = all(each.targets is not None and each.targets.whole for each in found)
-        yield finding(
-            "scenes_mixed",
-            f"{found[0].signs.across} of the loss runs over the first axis, that of the scenes, in place of the classes"
-            f" (`dim=0`), in {len(found)} losses that were looked at.",
-            found[0].step + 1,
-            "" if labels else "A weight for each scene of a bag is made so on purpose.",
-            "Let it run over the classes: `dim=1`, or `dim=-1`.",
-        )
 
 
 def logarithm_missing(losses: Sequence[LossRecord]) -> Iterator[Finding]:
@@ -109,20 +92,6 @@ def pulled_away(losses: Sequence[LossRecord]) -> Iterator[Finding]:
             seen[0][0].step + 1,
             "A `detach()` in that term does this, and so do targets of other scenes; else these outputs are not what"
             " the loss compares.",
-        )
-
-
-def zero_weights(losses: Sequence[LossRecord]) -> Iterator[Finding]:
-    """Terms that are multiplied by zero in every loss."""
-    counts = [sum(float(weight) == 0 for weight in each.signs.no_weight) for each in losses]
-    if len(losses) >= EARLY and min(counts) > 0:
-        yield finding(
-            "zero_loss_weight",
-            f"{min(counts)} of {losses[0].signs.terms} terms of the loss are multiplied by zero in all"
-            f" {len(losses)} losses that were looked at.",
-            losses[0].step + 1,
-            "A schedule may raise the weight later, and a switch may be off on purpose.",
-            "Look where the weight comes from: `1 // 10` is zero, and so is a setting that is never read.",
         )
 
 
@@ -208,24 +177,3 @@ def number_pairs(losses: Sequence[LossRecord]) -> list[tuple[Tensor, Tensor]]:
         if each.outputs.few is not None and each.targets.few is not None
         if bool(each.outputs.few.isfinite().all()) and bool(each.targets.few.isfinite().all())
     ]
-
-
-def not_divided(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Finding]:
-    """Several backward passes a step, of a mean over each batch that nothing divides."""
-    given = [each for each in losses if each.signs.given is not None]
-    whole = [each for each in given if each.signs.plain_mean and float(each.signs.given.float()) == 1.0]
-    for optimizer in loop.optimizers:
-        (key, count), *_ = sorted(optimizer.between.intervals.items(), key=lambda each: -each[1]) or [((1, 0, False), 0)]
-        passes, cleared, alike = key
-        scaled = any(each.scaled for each in optimizer.records)
-        if passes > 1 and not cleared and alike and count >= 4 and len(whole) == len(given) >= EARLY and not scaled:
-            yield finding(
-                "accumulation_not_divided",
-                f"gradients of {passes} backward passes are added up in each step, of losses that are means of their"
-                f" batches and that nothing divides: a step is {passes} times as large as that of their mean.",
-                losses[0].step + 1,
-                "The rate may be chosen for that, and Adam does not see it.",
-                f"Divide each loss by {passes}, or the rate.",
-                harm=0.5,
-            )
-            return

@@ -64,6 +64,14 @@ def nonfinite(tensors: Sequence[Tensor]) -> Tensor | None:
     return torch.stack([flag.to(flags[0].device) for flag in flags]).any(0) if flags else None
 
 
+def source_of(tensors: Sequence[Tensor]) -> tuple[int, int, int] | None:
+    """Of a first tensor that is a view of part of another: that one's id, the place in it, and its version."""
+    if not tensors or not is_plain(tensors[0]) or tensors[0].is_inference() or (base := tensors[0]._base) is None:
+        return None
+    part = base.numel() > tensors[0].numel()
+    return (id(base), tensors[0].storage_offset(), base._version) if part else None
+
+
 def rows_with_gradient(grad: Tensor, rows: int) -> Tensor | None:
     """(B,), which rows have a gradient that is not zero; None where rows are not the batch's."""
     if grad.layout != torch.strided or grad.ndim == 0 or grad.shape[0] != rows or not is_plain(grad):
