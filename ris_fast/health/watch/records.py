@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ris_fast.health.watch.changes import OutsideChange
     from ris_fast.health.watch.copies import CopyRecord
     from ris_fast.health.watch.functions import FunctionCheck
+    from ris_fast.health.watch.helpers import HelperRecord
     from ris_fast.health.watch.layers import LayersRecord
     from ris_fast.health.watch.modules import ModulesRecord
     from ris_fast.health.watch.rivals import Rival
@@ -153,7 +154,7 @@ class LoopRecord:
         changed; with_gradient: those with one now; forward: the model's passes; losses: those
         that `seen.loss` was given; met: those that backward passes began from in steps that were looked at;
         schedulers: of its optimizers; kept: of states that were loaded into the model, whether all their tensors were
-        its own; copies: other modules of its class; ranks: what is known of them, None for a loop of one process.
+        its own; copies: other modules of its class; helpers: modules beside it; ranks: what is known of them, None for a loop of one process.
     """
 
     parameters: list[TensorRecord]
@@ -171,6 +172,7 @@ class LoopRecord:
     schedulers: Sequence[SchedulerRecord] = ()
     kept: Sequence[bool] = ()
     copies: Sequence[CopyRecord] = ()
+    helpers: Sequence[HelperRecord] = ()
     ranks: RanksRecord | None = None
 
 

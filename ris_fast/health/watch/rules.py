@@ -16,6 +16,7 @@ from ris_fast.health.watch import (
     rules_data,
     rules_forward,
     rules_gradients,
+    rules_helpers,
     rules_inside,
     rules_layers,
     rules_loss,
@@ -35,6 +36,7 @@ from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
 EXPLAINS = {  # what follows from a cause
+    "softmax_twice": ["wrong_units"],
     "dead_units": ["ignored_input"],
     "constant_input": ["ignored_input", "zeroed_gradients"],
     "non_differentiable": ["vanishing_gradient"],
@@ -68,6 +70,7 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
         *rules_state.state_findings(loop),
         *rules_batches.batch_findings(loop),
         *rules_scenes.scene_findings(loop),
+        *rules_helpers.helper_findings(loop),
         *by_optimizer,
         *rules_ranks.rank_findings(loop),
     ]

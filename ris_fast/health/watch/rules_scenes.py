@@ -27,7 +27,6 @@ def scene_findings(loop: LoopRecord) -> list[Finding]:
         return []
     known = [each for each in loop.forward.passes if each.input is not None]
     trained = [each for each in known if each.training and each.reached]
-    evaluated = [each for each in known if not each.training and not each.reached]
     pairs = told_pairs(loop, trained)
     return [
         *seed_set_again(trained),
@@ -209,27 +208,3 @@ def empty_rows(trained: list[PassRecord]) -> Iterator[Finding]:
 
 
 _NONE = torch.zeros(0, 0)
-
-
-def input_scale(forward: ForwardRecord, trained: list[PassRecord]) -> Iterator[Finding]:
-    """Inputs that are tiny, huge, or whose features differ by orders of magnitude. Whole numbers are indices."""
-    if forward.normalised or len(trained) < 4:
-        return
-    rows = torch.cat([each.input for each in trained if each.input.shape[1] == trained[0].input.shape[1]])
-    if len(rows) < ROWS or not rows.isfinite().all() or bool((rows == rows.round()).all()):
-        return
-    sizes = rows.square().mean(0).sqrt()
-    sizes = sizes[sizes > 0]
-    if not len(sizes):
-        return
-    low, mid, high = float(sizes.min()), float(sizes.median()), float(sizes.max())
-    few = len(trained[0].shape) == 2 and high > UNEQUAL * low
-    if high < SMALL or mid > LARGE or few:
-        what = f"between {low:.2g} and {high:.2g}, feature by feature" if few else f"of {mid:.2g}"
-        yield finding(
-            "input_scale",
-            f"inputs have sizes {what}, and no normalisation comes before the first weights.",
-            trained[0].step + 1,
-            "Layers with weights of a usual size want inputs near one.",
-            "Normalise each feature by its mean and deviation over the training data, once.",
-        )

@@ -42,7 +42,7 @@ def logarithm_missing(losses: Sequence[LossRecord]) -> Iterator[Finding]:
         loss, before = found[0].signs.unlogged
         made = {"Softmax": "a softmax", "Sigmoid": "a sigmoid"}.get(before, "a layer")
         yield finding(
-            "softmax_twice",
+            "softmax_twice" if before in ("Softmax", "Sigmoid") else "wrong_units",
             f"{LOSSES[loss]} expects logarithms of probabilities, which are never above zero, and is given what"
             f" {made} makes, up to {max(float(each.signs.most_logged) for each in found):.3g}: the `log_softmax` before"
             " it is missing.",
@@ -83,7 +83,7 @@ def pulled_away(losses: Sequence[LossRecord]) -> Iterator[Finding]:
             "Unlearning and adversaries do so on purpose. " + MAY_BE_MEANT,
             "Give `backward()` what is to become small: a minus too much, or one that is missing, turns it.",
         )
-    elif numbers and abs(mean(pulls)) < APART and max(map(abs, pulls)) < 2.5 * APART:
+    elif numbers and abs(mean(pulls)) < APART and 8 * sum(abs(each) > 0.5 for each in pulls) < len(pulls):
         yield finding(
             "dead_loss_term",
             f"the gradient at the outputs has nothing to do with the difference from the targets (a cosine of"
