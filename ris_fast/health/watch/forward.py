@@ -36,7 +36,16 @@ from ris_fast.health.watch.modules import modules_record, uniform_matrices
 from ris_fast.health.watch.parts import PartCalls
 from ris_fast.health.watch.records import ForwardRecord, PassRecord
 from ris_fast.health.watch.samples import held_tensors
-from ris_fast.health.watch.tensors import KEY_NUMBERS, KEYS, few_rows, nonfinite, is_plain, rows_with_gradient, source_of, tensors_of
+from ris_fast.health.watch.tensors import (
+    KEY_NUMBERS,
+    KEYS,
+    few_rows,
+    nonfinite,
+    is_plain,
+    rows_with_gradient,
+    source_of,
+    tensors_of,
+)
 from ris_fast.health.watch.writes import InputWrites
 
 FIRST, LONGEST = 64, 4096  # training passes that are all looked at; where most of them reach no backward
@@ -245,6 +254,8 @@ class ForwardHooks:
         self.passes.append(now)
         if now.grad:
             self._follow(now, inputs, outputs)
+        if now.training and len(self.passes) <= FIRST:
+            now.draws = hash(torch.get_rng_state().numpy().tobytes())
         if len(self.passes) <= FIRST or not now.grad or self.late:
             now.input, now.output = few_rows(inputs), few_rows(outputs)
             now.keys = few_rows(inputs, KEYS, KEY_NUMBERS)

@@ -154,7 +154,9 @@ class GradientWatch:
 
     def _holds(self, batch: Arrivals, sample: ParameterSample) -> bool:
         """Whether a few numbers of each gradient are what they were, where reading is free."""
-        return batch.few.device.type == "cpu" and batch.sizes == sample.sizes and torch.equal(batch.few, sample.gradient)
+        return (
+            batch.few.device.type == "cpu" and batch.sizes == sample.sizes and torch.equal(batch.few, sample.gradient)
+        )
 
     def _fill_apart(self, record: StepRecord, parameters: dict[str, Tensor], sample: ParameterSample) -> None:
         """Where several passes came, not all tensors had a gradient, or something changed it."""
@@ -165,9 +167,7 @@ class GradientWatch:
         record.none_grads = tuple(name for name in record.hooked if arrived[name] is None)
         record.grad_change = None if record.closure else self._change(parameters, sample)
         unheard = [None if id(p) in hooked else norm for p, norm in zip(parameters.values(), at_step)]
-        record.grad_after_backward = _row(
-            record, [u if a is None else a for a, u in zip(arrived.values(), unheard)]
-        )
+        record.grad_after_backward = _row(record, [u if a is None else a for a, u in zip(arrived.values(), unheard)])
         record.grad_at_step = torch.maximum(record.grad_after_backward, at_step) if record.closure else at_step
 
     def _change(self, parameters: dict[str, Tensor], sample: ParameterSample) -> Tensor | None:

@@ -1,6 +1,6 @@
 """What `seen.loss(value, outputs, targets)` notes of a loss: its graph near the root, shapes and ranges.
 
-The first calls are noted, then those of one step in `every`. Nothing is read from the device until the report.
+The first calls are noted, then others that lie further and further apart, one step in `every` among them. Nothing is read from the device until the report.
 
 Legend: R rows, a few scenes; F numbers, a few of each; B scenes.
 """
@@ -15,11 +15,22 @@ from torch import Tensor
 
 from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.graph import CHAIN, MOVING, GraphLeaves, chain_of, graph_of
+from ris_fast.health.watch.loss_signs import signs_of
 from ris_fast.health.watch.operations import made_shape, operation, over_scenes
 from ris_fast.health.watch.records import LossRecord, Numbers
-from ris_fast.health.watch.tensors import KEY_NUMBERS, KEYS, few_rows, is_plain, nonfinite, rows_with_gradient, tensors_of
+from ris_fast.health.watch.tensors import (
+    KEY_NUMBERS,
+    KEYS,
+    few_rows,
+    is_plain,
+    nonfinite,
+    rows_with_gradient,
+    tensors_of,
+)
 
 FIRST, LATE, WALKED = 32, 64, 4  # calls that are noted, of later steps, and with a walk through the graph
+SIGNED = 12  # first calls whose operations and gradient are looked at; and the late ones
+GROWING = 8  # later calls lie further and further apart, by this part of their number
 
 # Operations that take a loss from its outputs to one number.
 REDUCING = {"Mean", "Sum", "Div", "Mul", "Sqrt", "Pow", "Abs", "MseLoss", "SmoothL1Loss", "HuberLoss", "Neg", "Expand"}
@@ -38,6 +49,7 @@ class LossHook:
         self.leaves, self.step, self.number, self.every = leaves, step, number, every
         self.records: list[LossRecord] = []
         self.count = self.late = 0
+        self.next = FIRST + 1
 
     def note(self, value: Any, outputs: Any, targets: Any, training: bool) -> None:
         """One loss, if it is one that is looked at. Evaluation is not."""
@@ -46,9 +58,10 @@ class LossHook:
         self.count += 1
         steps, most = self.step()
         if self.count > FIRST:
-            if self.late >= LATE or most % self.every:
+            if self.late >= LATE or (most % self.every and self.count < self.next):
                 return
             self.late += 1
+            self.next = self.count + max(1, self.count // GROWING)
         with torch.no_grad():
             self._look(value, tensors_of(outputs), tensors_of(targets), steps)
 
@@ -80,6 +93,8 @@ class LossHook:
             rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 0
             now.over_scenes = over_scenes(graph_of([node], ends)[1], rows, True) if ends else []
             now.factors = [factor for each in users if (factor := _factor(each)) is not None]
+        if node is not None and (self.count <= SIGNED or self.late):
+            now.signs = signs_of(tensor, outputs, targets)
         self.records.append(now)
         if self.count <= FIRST and outputs and outputs[0].requires_grad and outputs[0].grad_fn is not None:
             rows = outputs[0].shape[0] if outputs[0].ndim else 0

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ris_fast.health.watch.changes import OutsideChange
     from ris_fast.health.watch.copies import CopyRecord
     from ris_fast.health.watch.functions import FunctionCheck
+    from ris_fast.health.watch.helpers import HelperRecord
     from ris_fast.health.watch.layers import LayersRecord
     from ris_fast.health.watch.modules import ModulesRecord
     from ris_fast.health.watch.rivals import Rival
@@ -153,7 +154,7 @@ class LoopRecord:
         changed; with_gradient: those with one now; forward: the model's passes; losses: those
         that `seen.loss` was given; met: those that backward passes began from in steps that were looked at;
         schedulers: of its optimizers; kept: of states that were loaded into the model, whether all their tensors were
-        its own; ranks: what is known of them, None for a loop of one process.
+        its own; helpers: modules beside it; ranks: what is known of them, None for a loop of one process.
     """
 
     parameters: list[TensorRecord]
@@ -170,6 +171,7 @@ class LoopRecord:
     met: Sequence[LossRecord] = ()
     schedulers: Sequence[SchedulerRecord] = ()
     kept: Sequence[bool] = ()
+    helpers: Sequence[HelperRecord] = ()
     ranks: RanksRecord | None = None
 
 
@@ -187,7 +189,8 @@ class PassRecord:
         pass before was given; mark_kind, mark: which mistake the gradient at the output looks like, and how far it is
         from that; keys: a few numbers of more rows of the input, by which scenes are known again; others: (R, F) of
         each input, where there are several; grad_finite: (), whether the gradient at the output is; source: of an
-        input that is a view, the id of what it is a view of, its place in it, and how often that was written to.
+        input that is a view, the id of what it is a view of, its place in it, and how often that was written to; draws: a hash
+        of where the generator of random numbers stands, of the first passes in training.
     """
 
     number: int
@@ -218,6 +221,7 @@ class PassRecord:
     others: list[Tensor | None] = field(default_factory=list)
     source: tuple[int, int, int] | None = None
     grad_finite: Tensor | None = None
+    draws: int | None = None
 
     def on_host(self) -> PassRecord:
         host: dict[str, Any] = {"others": [None if each is None else each.cpu() for each in self.others]}
@@ -330,6 +334,26 @@ class Numbers:
 
 
 @dataclass
+class LossSigns:
+    """Of one loss. Numbers stay on their device until `on_host`.
+
+    Args: looked: these are known; unlogged: a loss that expects logarithms and the operation that gives it something
+        else; most_logged: (), the largest number that it was given; asked: (2,), least and most of the targets of a
+        binary cross-entropy; pull: (), from -1 to 1, how well a small step against the gradient at the outputs brings
+        them nearer to the targets.
+    """
+
+    looked: bool = False
+    unlogged: tuple[str, ...] = ()
+    most_logged: Tensor | None = None
+    asked: Tensor | None = None
+    pull: Tensor | None = None
+
+    def on_host(self) -> LossSigns:
+        return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
+
+
+@dataclass
 class LossRecord:
     """One loss that `seen.loss` was given in training.
 
@@ -339,7 +363,7 @@ class LossRecord:
         the chain from there on; of_model: it depends on the model's parameters, None where that was not looked at;
         twice: a softmax or sigmoid that is applied to another, both names; value: (), its mean; rows: (B,) scenes with
         a gradient at the first output; over_scenes: see `operations`; factors: () numbers that terms are multiplied
-        by; number: of the model's last pass; told: by `seen.loss`, else met in a backward pass.
+        by; number: of the model's last pass; told: by `seen.loss`, else met in a backward pass; signs: see there.
     """
 
     step: int
@@ -361,11 +385,12 @@ class LossRecord:
     factors: list[Tensor] = field(default_factory=list)
     number: int = 0
     told: bool = True
+    signs: LossSigns = field(default_factory=LossSigns)
 
     def on_host(self) -> LossRecord:
         host: dict[str, Any] = {"factors": [each.cpu() for each in self.factors]}
         host |= {name: each.cpu() for name, each in vars(self).items() if isinstance(each, Tensor)}
-        host |= {name: each.on_host() for name, each in vars(self).items() if isinstance(each, Numbers)}
+        host |= {name: each.on_host() for name, each in vars(self).items() if isinstance(each, (Numbers, LossSigns))}
         return replace(self, **host)
 
 

@@ -16,6 +16,7 @@ from ris_fast.health.watch import (
     rules_data,
     rules_forward,
     rules_gradients,
+    rules_helpers,
     rules_inside,
     rules_layers,
     rules_loss,
@@ -24,6 +25,8 @@ from ris_fast.health.watch import (
     rules_ranks,
     rules_rates,
     rules_scale,
+    rules_scenes,
+    rules_told,
     rules_schedules,
     rules_state,
     rules_zero,
@@ -33,6 +36,7 @@ from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
 EXPLAINS = {  # what follows from a cause
+    "softmax_twice": ["wrong_units"],
     "dead_units": ["ignored_input"],
     "constant_input": ["ignored_input", "zeroed_gradients"],
     "non_differentiable": ["vanishing_gradient"],
@@ -59,11 +63,14 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
         *rules_inside.inside_findings(loop),
         *rules_layers.layer_findings(loop),
         *rules_loss.loss_findings(loop),
+        *rules_told.told_findings(loop),
         *rules_objective.objective_findings(loop),
         *rules_data.data_findings(loop),
         *rules_schedules.schedule_findings(loop),
         *rules_state.state_findings(loop),
         *rules_batches.batch_findings(loop),
+        *rules_scenes.scene_findings(loop),
+        *rules_helpers.helper_findings(loop),
         *by_optimizer,
         *rules_ranks.rank_findings(loop),
     ]

@@ -172,9 +172,7 @@ def distributions_differ(trained: list[PassRecord], evaluated: list[PassRecord])
         return
     spread, spread_there = float(one.std()), float(other.std())
     shift = abs(float(other.mean()) - float(one.mean()))
-    if spread > 0 and (
-        spread_there > RATIO * spread or spread > RATIO * spread_there > 0 or shift > SHIFT * spread
-    ):
+    if spread > 0 and (spread_there > RATIO * spread or spread > RATIO * spread_there > 0 or shift > SHIFT * spread):
         yield finding(
             "distributions_differ",
             f"inputs of training are {one.mean():.3g} +- {spread:.3g}, those of evaluation {other.mean():.3g} +-"
@@ -189,7 +187,13 @@ def input_scale(forward: ForwardRecord, trained: list[PassRecord]) -> Iterator[F
     first = next(iter(forward.layers.kinds.values()), None)
     norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.EmbeddingBag)
     calls = next(iter(forward.layers.calls.values()), [])
-    if len(trained) < EARLY or first is None or isinstance(first, norms) or calls[0].whole or "Norm" in str(type(first)):
+    if (
+        len(trained) < EARLY
+        or first is None
+        or isinstance(first, norms)
+        or calls[0].whole
+        or "Norm" in str(type(first))
+    ):
         return
     numbers = _pooled([each for each in trained if each.shape == trained[0].shape])
     spread = float(numbers.std())

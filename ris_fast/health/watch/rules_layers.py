@@ -53,7 +53,12 @@ def constant_input(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding
             continue
         ends = [(float(each.given[0]), float(each.given[1])) for each in calls if each.given is not None]
         narrow = isinstance(module, nn.Linear) or all(each.one_axis for each in calls)
-        if narrow and len(ends) == len(calls) and len({end for both in ends for end in both}) == 1 and calls[0].rows > 1:
+        if (
+            narrow
+            and len(ends) == len(calls)
+            and len({end for both in ends for end in both}) == 1
+            and calls[0].rows > 1
+        ):
             yield finding(
                 "constant_input",
                 f"{name or type(module).__name__} is given the number {ends[0][0]:g} alone, in all {len(calls)} calls"

@@ -147,11 +147,15 @@ def no_derivative(loop: LoopRecord, met: Sequence[LossRecord]) -> Iterator[Findi
             met[0].step + 1,
         )
     elif len(cutting) == len(met) and all(cutting):
-        shares = [] if loop.forward is None else [
-            float(each.rows.double().mean())
-            for each in loop.forward.passes
-            if each.training and each.reached and each.rows is not None and len(each.rows) >= EARLY
-        ][:16]
+        shares = (
+            []
+            if loop.forward is None
+            else [
+                float(each.rows.double().mean())
+                for each in loop.forward.passes
+                if each.training and each.reached and each.rows is not None and len(each.rows) >= EARLY
+            ][:16]
+        )
         if silent or (len(shares) >= EARLY and mean(shares) < FEW):
             share = "no scene has" if silent else f"{mean(shares):.0%} of the scenes have"
             yield finding(
@@ -185,7 +189,9 @@ def accumulation_not_divided(loop: LoopRecord) -> Iterator[Finding]:
     """Passes add up whole means, and nothing divides them."""
     for by in loop.optimizers:
         kinds = by.between.intervals
-        several = sum(count for (passes, cleared, alike), count in kinds.items() if passes >= 3 and alike and not cleared)
+        several = sum(
+            count for (passes, cleared, alike), count in kinds.items() if passes >= 3 and alike and not cleared
+        )
         met = [each for each in loop.met if each.chain]
         means = [each for each in met if _whole_mean(each)]
         plain = [each for each in by.records if not each.closure and all(map(isfinite, each.gradient_norms()))]
@@ -241,7 +247,9 @@ def stalled(loop: LoopRecord) -> Iterator[Finding]:
     wrong where nothing else does, and what it is not."""
     losses = [each for each in loop.met if each.value is not None and _distance(each.chain) is not None]
     by = loop.optimizers[0]
-    alone = len(loop.optimizers) == 1 and len(losses) == len(loop.met) and not (by.rivals or by.loads or by.plain.outside)
+    alone = (
+        len(loop.optimizers) == 1 and len(losses) == len(loop.met) and not (by.rivals or by.loads or by.plain.outside)
+    )
     if not alone or len(losses) < VALUES or loop.steps < STEPS or (loop.forward and loop.forward.foreign_steps):
         return
     values = [float(each.value) for each in losses]  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from ris_fast.health.names import check_beginnings
 from ris_fast.health.watch.backward import BackwardLosses
 from ris_fast.health.watch.copies import ModelLoads
 from ris_fast.health.watch.forward import ForwardHooks
+from ris_fast.health.watch.helpers import Helpers
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.loss import LossHook
 from ris_fast.health.watch.ranks import RankObserver
@@ -57,6 +58,7 @@ class Watcher:
         self.backwards = BackwardLosses(steps, self.forward.outputs)
         for each in self.hooks:
             each.gradients.first_arrival = self.backwards.note
+        self.helpers = Helpers(model, self.hooks)
         self.ranks = RankObserver(model, self.optimizers, every, stall_s)
 
     @property
@@ -85,6 +87,7 @@ class Watcher:
         for hooks in self.hooks:
             hooks.close()
         self.forward.close()
+        self.helpers.close()
         self.loads.close()
         self.ranks.close()
 
@@ -117,6 +120,7 @@ class Watcher:
             met=[each.on_host() for each in self.backwards.records],
             schedulers=self.schedulers.records(),
             kept=self.loads.record(),
+            helpers=self.helpers.record(),
             ranks=self.ranks.record(forward.passes, wait_s),
         )
 
