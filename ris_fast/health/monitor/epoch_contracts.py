@@ -11,6 +11,7 @@ from ris_fast.health.monitor.history import Row, Rule, RunHistory
 MIN_MOVE = 1e-5  # of the first weights' norm: a move that the rounding of a prediction in float32 cannot hide
 CONSTANT = 1e-12  # of the mean square of a batch's answers: their variance
 UNMOVED = 1e-4  # of the raw weights' way: less than any decay that averages leaves after an epoch
+BEYOND = 3.0  # times the way of the raw weights, that no average of them goes even if they come back between epochs
 FURTHER = 1.5  # times the share of the way
 COLD = 0.2  # of the raw weights' way, below which the averaged weights are mostly the first ones
 
@@ -130,6 +131,20 @@ def _averages(run: RunHistory, raw: Row, mean: Row, distance: float, least: floa
             f"the averaged weights are the first ones, {'bit for bit' if mean['distance'] == 0 else 'to rounding'}; the"
             " raw ones have moved.",
         )
+    elif math.isfinite(mean["distance"]) and mean["distance"] > BEYOND * max(_furthest(run), distance, least):
+        from_zero = mean["distance"] <= (run.validation.get("first_norm") or 0.0)
+        yield run.finding(
+            "ema_cold" if from_zero else "ema_frozen",
+            f"the averaged weights are {mean['distance']:.3g} away from the first ones, and the raw ones were no further"
+            f" than {max(_furthest(run), distance):.3g} at any epoch's end: an average of weights lies between them. "
+            + (
+                "It starts at zero and is not divided by 1 - decay^steps, or it is made of something else than the weights."
+                " Which of the two: whether it comes nearer with each epoch."
+                if from_zero
+                else "It is made of something else than the weights, or its shares do not sum to one."
+            ),
+            certain=False,
+        )
     elif mean.get("held") and distance > least and mean["distance"] > UNMOVED * distance:
         yield run.finding(
             "ema_frozen",
@@ -146,6 +161,12 @@ def _averages(run: RunHistory, raw: Row, mean: Row, distance: float, least: floa
         yield run.finding("ema_equals_raw", "averaged and raw weights are the same, bit for bit.")
     if not math.isfinite(mean["distance"]) and math.isfinite(raw["distance"]):
         yield run.finding("ema_nonfinite", "the averaged weights are not finite; the raw ones are.")
+
+
+def _furthest(run: RunHistory) -> float:
+    """The largest distance of the raw weights from the first ones at the end of an epoch."""
+    ways = [(row.get("health") or {}).get("distance") or 0.0 for row in run.epochs]
+    return max((way for way in ways if math.isfinite(way)), default=0.0)
 
 
 def _went_further(run: RunHistory, share: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 import torch
 
@@ -12,6 +13,7 @@ from ris_fast.health.preflight.compare_calls import (
     compare,
     compare_compiled,
     compare_once,
+    compare_others,
     compare_random,
     model_factor,
     noise,
@@ -25,12 +27,30 @@ FEW = 8  # scenes on which a network that torch did not compile is compared
 
 
 def inputs_kept(context: PreflightContext) -> Iterator[Finding]:
-    """The network reads its scenes and does not write into them."""
+    """Network and loss read their scenes and do not write into them."""
     names = altered(context, context.scenes)
     if names:
         yield Finding(
             "scenes_altered",
             f"after one call of the network the {' and the '.join(names)} of its scenes are not what they were.",
+        )
+        return
+    copy = context.scenes.apply(torch.clone, codes=True)
+    prediction = context.guess
+    for _ in range(2):  # one that writes what is there already is seen the second time
+        context.loss(prediction, copy)
+    names = [
+        item.name
+        for item in fields(copy)
+        if (kept := getattr(context.scenes, item.name)) is not None
+        and not torch.allclose(getattr(copy, item.name), kept, 0.0, 0.0, equal_nan=True)
+    ]
+    if names:
+        yield Finding(
+            "scenes_altered",
+            f"after a call of the loss the {' and the '.join(names)} of its scenes are not what they were: it writes into"
+            " them, and whoever reads them next, as validation does with scenes that it keeps, sees others.",
+            advice="Write x = x + y in place of x += y or x.add_(y) in the loss, or clone what is changed.",
         )
 
 
@@ -57,6 +77,7 @@ def same_network(context: PreflightContext) -> Iterator[Finding]:
         finding = (compare_random if random else compare_compiled)(context, scenes)
     else:
         finding = compare(context, scenes, grad=True)
+    finding = finding or (None if random else compare_others(context, scenes))
     context.model.eval()
     with torch.no_grad():
         finding = finding or compare(context, few, grad=False)
@@ -81,6 +102,6 @@ def _compare_modes(context: PreflightContext, scenes: Scenes) -> Finding | None:
     return None
 
 
-SMALL_BATCH = {"the network leaves its scenes alone": inputs_kept}
+SMALL_BATCH = {"network and loss leave their scenes alone": inputs_kept}
 COMPILING = {"the network is compiled": compiles}
 WHOLE_STEP = {"the step calls the network itself": same_network}

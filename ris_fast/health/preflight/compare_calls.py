@@ -51,6 +51,26 @@ def compare(context: PreflightContext, scenes: Scenes, *, grad: bool) -> Finding
     return finding
 
 
+def compare_others(context: PreflightContext, scenes: Scenes) -> Finding | None:
+    """Factors of other scenes than those before, as many: what the step calls is shown these, not those that it was
+    shown first."""
+    others = context.groups[-1][0][: scenes.batch]
+    if others.batch != scenes.batch or torch.equal(others.snapshots, scenes.snapshots):
+        return None
+    first, answer, written = step_factor(context, scenes), step_factor(context, others), model_factor(context, others)
+    if relative_change(written, answer) <= context.tolerance(CLOSE, 0.05):
+        return None
+    if relative_change(first, answer) < SAME:
+        return Finding(
+            "stale_cache",
+            f"while training, what the step calls gives {others.batch} scenes the answers to {scenes.batch} others that it"
+            " was shown before: something keeps inputs or answers from one call to the next, by their shape.",
+            advice="Copy the inputs of every call into the static tensors that a captured graph reads, before it is"
+            " replayed; or key what is kept by the scenes' numbers and their split.",
+        )
+    return _difference(context, "while training, on scenes that were not shown before,", answer, written, answer, written)
+
+
 def compare_once(context: PreflightContext, scenes: Scenes) -> Finding | None:
     """Factors of many scenes, in evaluation mode with the weights as they are."""
     answer, written = step_factor(context, scenes), model_factor(context, scenes)

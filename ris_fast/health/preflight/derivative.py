@@ -20,7 +20,7 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.preflight import recomputed, scales, scene_gradients
 from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, StoppedValues, by_hand, graph_of, via
 from ris_fast.health.preflight.finite_difference import Along, Gap, gap_of, pooled
-from ris_fast.health.preflight.measures import listed
+from ris_fast.health.preflight.measures import listed, rms
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.projected import DIRECTIONS, STEPS, lines, projection, says_something
 from ris_fast.health.preflight.terms import ASIDE, direction_of, leaf, moved, sizes_of
@@ -29,6 +29,7 @@ from ris_fast.physics.scenes import Scenes
 
 NOISE_WIDE = 1e-12  # of a loss of order one in float64
 SMALL_STEPS = (1e-5, 1e-7, 1e-9)
+UNFOLLOWED = 1e-5  # relative: rounding of a copy beside its source
 DISAGREES = 0.2  # relative error of a directional derivative; a right one is below 0.03
 
 
@@ -52,6 +53,15 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
             errors = {name: error for name, error in errors.items() if pooled([whole[name]]) > DISAGREES}
         if not errors:
             yield from scales.single_parts(context)
+            return
+        if stale := unfollowed(context):
+            yield Finding(
+                "stale_compiled_graph",
+                f"{len(stale)} tensors receive a gradient, and the network's outputs stay as they are when these are"
+                f" replaced by others of their size: {listed(stale)}. It computes with a copy of them that was made before,"
+                " and backward is told otherwise.",
+                advice="Make the copy in every forward, or again behind every step of the optimizer.",
+            )
             return
         if recomputed.difference(context) is not None:
             return  # which has a check of its own
@@ -79,6 +89,22 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
         yield Finding("wrong_backward", f"{seen}{by_hand(graph)}.")
     else:
         yield Finding("non_differentiable", f"{seen}; the path has {listed(graph.named(*ZERO_DERIVATIVE))}.")
+
+
+def unfollowed(context: PreflightContext) -> list[str]:
+    """Names of tensors with a gradient at the outputs that the outputs do not follow, however far they are moved."""
+    found = projection(context)
+    if found is None:
+        return []
+    projected, gradients = found
+    generator, stale = torch.Generator().manual_seed(47), []
+    for name, gradient in gradients.items():
+        weight = context.trainable[name]
+        if weight.dim() > 1 and bool(gradient.any()):
+            direction = torch.randn(weight.shape, generator=generator).to(weight) * (rms(weight) or 0.1) - weight
+            if projected.change([weight], [direction]) < UNFOLLOWED:
+                stale.append(name)
+    return stale
 
 
 # ---- the loss

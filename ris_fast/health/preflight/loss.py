@@ -21,6 +21,7 @@ from ris_fast.training.loss import TRUTH_TERMS
 DOMINATES = 0.95  # share of the gradient's norm
 FEW, SUSPECT = 4, 0.8  # scenes that are looked at first; the share there from which all are: four times as many scenes
 # at most halve the gradient of the truth
+REMEMBERS = 1e-2  # sine of the angle by which a gradient turns
 AGAINST = -0.5  # cosine of two gradients; what is added to a total turns it by less
 
 
@@ -145,9 +146,51 @@ def balance(context: PreflightContext) -> Iterator[Finding]:
         )
 
 
+def keeps_nothing(context: PreflightContext) -> Iterator[Finding]:
+    """The gradient of the loss for some scenes is the same once the loss has seen others: nothing of them stays in it.
+
+    A loss may follow its own running size, which changes the length of the gradient and not where it points.
+    """
+    one, other = context.scenes, context.groups[-1][0][: context.scenes.batch]
+    if other.batch != one.batch or torch.equal(other.snapshots, one.snapshots):
+        return
+    guess = context.guess.apply(Tensor.float)
+    first, again = _gradient_of(context, guess, one), _gradient_of(context, guess, one)
+    if first is None or again is None or _turn(first, again) > REMEMBERS:
+        return  # it draws random numbers, or changes by itself
+    _gradient_of(context, guess, other)
+    later = _gradient_of(context, guess, one)
+    if later is not None and _turn(first, later) > REMEMBERS:
+        yield Finding(
+            "stale_cache",
+            f"asked twice for the same answers and scenes the loss has the same gradient, and another (turned by"
+            f" {_turn(first, later):.2g}) once it has been asked for other scenes in between: it keeps targets, or what it"
+            " makes of them, from the batch before.",
+            advice="Compute everything that the loss compares from the scenes of its own call.",
+        )
+
+
+def _gradient_of(context: PreflightContext, guess: Prediction, scenes: Scenes) -> Tensor | None:
+    """At every output, in one row; None where there is none."""
+    torch.manual_seed(0)
+    leaves = guess.apply(leaf)
+    made = context.loss(leaves, scenes)[0]
+    if made.grad_fn is None:
+        return None
+    slope = _slope(made, leaves)
+    return slope if bool(slope.isfinite().all()) and bool(slope.any()) else None
+
+
+def _turn(one: Tensor, other: Tensor) -> float:
+    """The sine of the angle between two gradients."""
+    along = float(one @ other / (one.norm() * other.norm()))
+    return math.sqrt(max(0.0, 1.0 - along * along))
+
+
 CHECKS = {
     "the weights of the loss": weights,
     "the total is made of its terms": total,
     "every term of the loss is alive": dead_terms,
+    "the loss keeps nothing of earlier scenes": keeps_nothing,
     "no auxiliary term dominates": balance,
 }

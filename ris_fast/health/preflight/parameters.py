@@ -92,6 +92,17 @@ def unregistered(context: PreflightContext) -> Iterator[Finding]:
     if strangers and not any(isinstance(leaf, nn.Parameter) for leaf in strangers):
         again = eager_leaves(context)  # an activation is a new one in each call, a weight is the same
         strangers = [leaf for leaf in strangers if id(leaf) in again]
+    registered = {id(p): name for name, p in nn.Module.named_parameters(context.model)}
+    hidden = [registered[id(leaf)] for leaf in strangers if id(leaf) in registered]
+    strangers = [leaf for leaf in strangers if id(leaf) not in registered]
+    if hidden:
+        kind = type(context.model).__name__
+        yield Finding(
+            "shadowed_parameters",
+            f"{len(hidden)} tensors are parameters of modules of the network that the loss reaches, and {kind}.parameters()"
+            f" or named_parameters() leaves them out: {listed(hidden)}. No optimizer is given them.",
+            advice="Remove the method of your own that lists parameters, or let it end in super().named_parameters().",
+        )
     if strangers:
         yield Finding(
             "unregistered_parameters",

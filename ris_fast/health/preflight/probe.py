@@ -145,7 +145,7 @@ class PreflightContext:
             if buffer is not None
         ]
         torch.manual_seed(0)
-        with torch.no_grad():
+        with torch.enable_grad():  # a buffer may move in passes that are differentiated alone
             self.step.predict(self.scenes)
         return [
             each

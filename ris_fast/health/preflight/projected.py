@@ -72,6 +72,12 @@ class ProjectedOutputs:
             prediction = self.context.step.predict(self.context.scenes[:FEW])
         return [getattr(prediction, name).detach().double() for name in self.cotangents]
 
+    def change(self, tensors: list[Tensor], directions: list[Tensor]) -> float:
+        """The largest relative change of an output when weights go the whole way along directions."""
+        with self.context.moved(tensors, directions, 1.0):
+            now = self._outputs()
+        return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(now, self.here))
+
     def line(self, tensors: list[Tensor], gradients: list[Tensor], directions: list[Tensor]) -> Along:
         """Along one direction of some weights. Its rounding is that of the outputs that change at all, or where a
         change is too small to show, of all."""

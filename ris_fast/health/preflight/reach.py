@@ -39,12 +39,15 @@ class Reach(NamedTuple):
     factor: Tensor
     places: dict[str, Tensor]
     extremes: dict[str, Tensor]
+    counts: Tensor | None  # logits of the count, (S, K)
 
 
 def output_reach(context: PreflightContext) -> Iterator[Finding]:
     """With any weights, the covariance takes the signs and elements that the targets have, and places theirs."""
     scenes = all_scenes(context)[:TARGETS]
     found = _reached(context)
+    if found is not None and found.counts is not None and (seen := _squashed(found.counts)):
+        yield Finding("softmax_twice", seen)
     if found is None or found.factor.shape[0] < FEWEST or scenes.batch < 2 or not bool(found.factor.any()):
         return
     wanted = _target(scenes)
@@ -82,6 +85,22 @@ def _reached(context: PreflightContext) -> Reach | None:
         torch.cat([each.factor for each in outputs]),
         {name: torch.cat(values) for name, values in places.items()},
         {name: torch.cat(values[-2:]) for name, values in places.items()},
+        None if outputs[0].count_logits is None else torch.cat([each.count_logits for each in outputs]),
+    )
+
+
+def _squashed(logits: Tensor) -> str:
+    """What says that logits are no logits; empty where they may be. Args: (S, K), with weights drawn at random."""
+    if len(logits) < FEWEST or logits.shape[1] < 2 or float(logits.min()) < 0.0 or float(logits.max()) > 1.0:
+        return ""
+    if float(logits.std()) < AT_THE_END:
+        return ""
+    sums = logits.sum(1)
+    kind = "a softmax" if float((sums - 1.0).abs().max()) < 1e-4 else "a sigmoid"
+    return (
+        f"in {len(logits)} answers with weights drawn at random the logits of the count lie between {float(logits.min()):.3g}"
+        f" and {float(logits.max()):.3g}{', and sum to 1' if kind == 'a softmax' else ''}: {kind} is taken of them before the"
+        " cross-entropy, which takes one itself."
     )
 
 

@@ -15,8 +15,10 @@ from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import listed
 from ris_fast.health.preflight.probe import PreflightContext, layer_calls
 from ris_fast.health.preflight.terms import leaf
+from ris_fast.health.preflight.truth import COVARIANCE
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
+from ris_fast.training.validation import scene_nmse
 
 MOST = 256  # scenes of a micro-batch that are looked at
 RIGHT = 1e-4  # NMSE below which a scene may have nothing to say
@@ -53,6 +55,9 @@ def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
             own = getattr(context.loss, "own_name", "")
             yield _left_out(scenes, left_out, "no gradient at the output", certain=share > HALF and not own)
         return
+    if (finding := _without_factor(context, prediction, scenes, total)) is not None:
+        yield finding
+        return
     lost = _lost_inside(layers, derivatives(total, list(layers.values())))
     if lost:
         total, _, layers = _forward(context, scenes, 2)
@@ -62,6 +67,35 @@ def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
         name = max(lost, key=lambda each: int(lost[each].sum()))
         more = f"a gradient at the output and none at {listed(list(lost))}"
         yield _left_out(scenes, lost[name], more, certain=False)
+
+
+def _without_factor(context: PreflightContext, prediction: Prediction, scenes: Scenes, total: Tensor) -> Finding | None:
+    """Scenes whose other outputs are told something, and their factor nothing. A loss that leaves those out which are
+    right already is no mistake."""
+    if not prediction.factor.requires_grad or not any(context.loss.weights.get(name, 0.0) > 0 for name in COVARIANCE):
+        return None
+    (part,) = derivatives(total, [prediction.factor], retain_graph=True)
+    if part is None or not bool(part.any()):
+        return None
+    without = ~_rows([part])
+    if float(without.float().mean()) <= FEW_MISSED:
+        return None
+    total, again, _ = _forward(context, scenes, 2)
+    (part,) = derivatives(total, [again.factor])
+    without &= ~_rows([part]) if part is not None else True
+    share = float(without.float().mean())
+    with torch.no_grad():
+        score = scene_nmse(prediction, scenes)
+    left, kept = score[without], score[~without]
+    if share <= FEW_MISSED or not bool(score.isfinite().all()) or float(left.max()) <= float(kept.min()):
+        return None
+    easiest = float(kept.max()) <= float(left.min())
+    which = (
+        f" They are those with the highest NMSE ({float(left.min()):.3g} and more): the loss keeps the easiest scenes."
+        if easiest
+        else ""
+    )
+    return _left_out(scenes, without, "no gradient at their factor", certain=easiest and share > HALF, more=which)
 
 
 def _lost_inside(layers: dict[str, Tensor], parts: Sequence[Tensor | None]) -> dict[str, Tensor]:
@@ -74,14 +108,14 @@ def _most(rows: Tensor) -> bool:
     return float(rows.float().mean()) > HALF
 
 
-def _left_out(scenes: Scenes, rows: Tensor, what: str, *, certain: bool) -> Finding:
+def _left_out(scenes: Scenes, rows: Tensor, what: str, *, certain: bool, more: str = "") -> Finding:
     """Certain where more than half of the scenes are left out at the output, which no selection of hard ones does."""
     first = ", ".join(str(int(each)) for each in scenes.index[rows][:3])
     return Finding(
         "scenes_left_out",
         f"{int(rows.sum())} of {scenes.batch} scenes of a micro-batch have {what}, although their predictions are not"
         f" right; first scenes {first}. The network learns from {1 - float(rows.float().mean()):.0%} of what it is"
-        " shown.",
+        f" shown.{more}",
         certain=certain,
     )
 

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.labels import element_orders
 from ris_fast.health.preflight.pairing import DEVIATIONS, HALF, WHOLE, Belonging, as_believed, belonging, with_factor
 from ris_fast.health.preflight.probe import FEWEST, PreflightContext
 from ris_fast.health.preflight.scenes import all_scenes
 from ris_fast.health.preflight.snr import labels_differ
+from ris_fast.physics.array import RISArray
 from ris_fast.physics.real_complex import conj
 from ris_fast.physics.scenes import Scenes
 
@@ -98,14 +100,15 @@ def _together(context: PreflightContext, what: str, scenes: Scenes) -> tuple[Fin
         f" {max(found.group()[0], 0):.0%} of it)"
     )
     rows = found.broken if partly else torch.ones_like(found.broken)
-    for cause, how, other, static in _alternatives(scenes, model == "static"):
+    for cause, how, other, static in _alternatives(scenes, model == "static", RISArray.of(context.config.task)):
         share = _mean(belonging(other, static), rows)
         if share > max(WHOLE - 0.1, 1.5 * _mean(found, rows)):
             advice = "Give --set task.symbols=per_snapshot." if cause == "task_differs" else ""
             return Finding(cause, f"{seen}; {how} they explain {share:.0%}.", advice=advice), ""
-    labels, _ = labels_differ(what, scenes, model == "static")
-    if labels is not None:
-        return labels, ""
+    if not _of_some_field(scenes, rows, model == "static"):
+        labels, _ = labels_differ(what, scenes, model == "static")
+        if labels is not None:
+            return labels, ""
     cause, how, advice = _unpaired(scenes, rows, found, model == "static")
     return Finding(cause, f"{seen}: {how}.", advice=advice), ""
 
@@ -130,7 +133,21 @@ def _other_symbols(context: PreflightContext, what: str, scenes: Scenes) -> Find
     )
 
 
-def _alternatives(scenes: Scenes, static: bool) -> Iterator[tuple[str, str, Scenes, bool]]:
+def _any_field(scenes: Scenes, rows: Tensor, static: bool) -> tuple[float, float]:
+    """How much of what the SNR promises any field on the surface explains, and its standard deviation."""
+    whole = torch.eye(scenes.channel.shape[2])[None].expand(scenes.batch, -1, -1)
+    alone = belonging(replace(scenes, factor=torch.stack((whole, 0 * whole), -1).to(scenes.channel)), static)
+    return Belonging(*(each[rows] for each in alone)).group()
+
+
+def _of_some_field(scenes: Scenes, rows: Tensor, static: bool) -> bool:
+    """Whether snapshots are, through their channel, of some field at the SNR of their label: then it is the target that
+    is not theirs, and the label is right."""
+    mean, deviation = _any_field(scenes, rows, static)
+    return deviation * DEVIATIONS < HALF and mean > WHOLE
+
+
+def _alternatives(scenes: Scenes, static: bool, array: RISArray) -> Iterator[tuple[str, str, Scenes, bool]]:
     """Mistakes that would explain the mismatch, each undone, and whether the symbols are static then."""
 
     def snapshots(change: Callable[[Tensor], Tensor]) -> Scenes:
@@ -166,6 +183,19 @@ def _alternatives(scenes: Scenes, static: bool) -> Iterator[tuple[str, str, Scen
         ),
     ):
         yield cause, how, other, static
+    yield (
+        "wrong_layout",
+        "with the antennas in reversed order",
+        snapshots(lambda y: y.flip(2)),
+        static,
+    )
+    yield "wrong_layout", "with the codes in reversed order", replace(scenes, codes=scenes.codes.flip(-3)), static
+    if array.elements == scenes.channel.shape[2]:
+        for order, rows in element_orders(array):
+            moved = rows.to(scenes.channel.device)
+            yield "wrong_layout", f"with the target's elements {order}", replace(scenes, factor=scenes.factor[:, moved]), static
+            yield "wrong_layout", f"with the channel's elements {order}", replace(scenes, channel=scenes.channel[:, :, moved]), static
+            yield "wrong_layout", f"with the codes' elements {order}", replace(scenes, codes=scenes.codes[..., moved, :]), static
     for step in (1, -1):
         for cause, name in PARTS:
             yield (
@@ -195,9 +225,7 @@ def _unpaired(scenes: Scenes, rows: Tensor, read: Belonging, static: bool) -> tu
     others = (
         "; the others are in order" if not bool(rows.all()) and int(rows.sum()) < int(read.decided.sum()) // 2 else ""
     )
-    whole = torch.eye(scenes.channel.shape[2])[None].expand(scenes.batch, -1, -1)
-    alone = belonging(replace(scenes, factor=torch.stack((whole, 0 * whole), -1).to(scenes.channel)), static)
-    mean, deviation = Belonging(*(each[rows] for each in alone)).group()
+    mean, deviation = _any_field(scenes, rows, static)
     if deviation * DEVIATIONS > HALF:
         return (
             "parts_unrelated",

@@ -15,7 +15,7 @@ from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.telemetry.step_telemetry import row_hashes
 
-HASHED = 4096
+HASHED, VALIDATED = 4096, 256  # scenes of training and of validation
 BITS, ENOUGH = 256, 4096  # values of a byte; numbers that would have more
 FEW = 4  # of the first scenes, one in so many may be copies of others in the data; a batch that comes again is more
 
@@ -140,8 +140,40 @@ def splits(context: PreflightContext) -> Iterator[Finding]:
     read = [each for each in getattr(source, "overlaps", ()) if (each.first, each.second) == ("train", "val")]
     for overlap in (*read, _overlap(source)):
         if overlap.count:
+            if (other := _other_targets(source)) is not None:
+                yield other
+                return
             yield Finding("split_overlap", f"{overlap}.", advice=_fresh_split(source))
             return
+
+
+def _other_targets(source: Any) -> Finding | None:
+    """Scenes of two splits with the same snapshots and different targets: they are not the same scenes, and inputs are
+    served that are another's."""
+    known = {shown: (target, index) for shown, target, index in _hashed(source, "train", HASHED)}
+    validated = _hashed(source, "val", VALIDATED)
+    pairs = [(target, index, *known[shown]) for shown, target, index in validated if shown in known]
+    differ = [(index, other) for target, index, wanted, other in pairs if target != wanted]
+    if not 2 * len(differ) > len(pairs):
+        return None
+    return Finding(
+        "stale_cache",
+        f"{len(differ)} of {len(validated)} validation scenes have the snapshots of a training scene, by their bytes, and"
+        f" another target, first scene {differ[0][0]} those of training scene {differ[0][1]}: something keeps inputs by a"
+        " key that scenes of both splits share, such as their number.",
+        advice="Key what is kept by the split and the number, or keep the whole scene with its target.",
+    )
+
+
+def _hashed(source: Any, split: str, most: int) -> list[tuple[int, int, int]]:
+    """Of the first scenes of a split: hash of the snapshots, hash of the target, number."""
+    found = []
+    for part in torch.arange(min(most, source.size(split))).split(512):
+        scenes = source.batch(split, part)
+        target = scenes.factor if scenes.factor is not None else scenes.covariance
+        columns = (row_hashes(scenes.snapshots), row_hashes(target), scenes.index)
+        found += zip(*(column.tolist() for column in columns))
+    return found
 
 
 def _fresh_split(source: Any) -> str:
@@ -164,7 +196,7 @@ def _overlap(source: Any) -> Overlap:
         index = torch.arange(min(most, source.size(split)))
         return [value for part in index.split(512) for value in scene_hashes(source.batch(split, part).snapshots)]
 
-    return find_overlap("train", hashes("train", HASHED), "val", hashes("val", 256))
+    return find_overlap("train", hashes("train", HASHED), "val", hashes("val", VALIDATED))
 
 
 def manifest(context: PreflightContext) -> Iterator[Finding]:

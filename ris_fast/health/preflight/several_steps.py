@@ -15,6 +15,7 @@ from ris_fast.training.schedule import learning_rate_factor
 
 STEPS = 5
 FROZEN = 1e-5  # of the raw weights' way; an average over ten thousand steps has gone more
+BEYOND = 1.5  # times the way of the weights, that no average of them goes
 ROUNDING = 1e-6  # of the weights: a shorter way is lost in an average's rounding
 
 
@@ -23,11 +24,13 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
     first = {name: value.detach().clone() for name, value in context.parameters.items()}
     rates, applied, planned = [], [], context.trainer.plan.planned
     before = context.optimizer.counters()
+    furthest = 0.0
     for number in range(STEPS):
         applied.append(context.optimizer.counters()["applied"])
         group = few_scenes(context.groups[number % len(context.groups)])
         taken = take_step(context, group, planned, number, gradients=False)
         rates.append(taken.rates)
+        furthest = max(furthest, _way(context.parameters, first))
     after = context.optimizer.counters()
     if after["attempted"] - before["attempted"] < STEPS - 1 and after["attempted"] != before["attempted"]:
         yield Finding(
@@ -43,8 +46,8 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
             "bfloat16, and updates below its spacing are lost.",
         )
     moved = any(not torch.equal(value, first[name]) for name, value in context.parameters.items())
-    if moved and context.optimizer.ema_decay:
-        yield from _average(context, first)
+    if moved and context.optimizer.ema_decay and all_finite(context.parameters.values()):
+        yield from _average(context, first, furthest)
 
 
 def _rates(context: PreflightContext, rates: list[list[float]], applied: list[int], planned: int) -> Iterator[Finding]:
@@ -70,8 +73,11 @@ def _rates(context: PreflightContext, rates: list[list[float]], applied: list[in
                 return
 
 
-def _average(context: PreflightContext, first: dict[str, Tensor]) -> Iterator[Finding]:
-    """The averaged weights lie between the first ones and the present ones, and do not stay in the network."""
+def _average(context: PreflightContext, first: dict[str, Tensor], furthest: float) -> Iterator[Finding]:
+    """The averaged weights lie between the first ones and the present ones, and do not stay in the network.
+
+    Args: furthest: the largest distance of the weights from the first ones behind any step; an average goes no further.
+    """
     raw = {name: value.detach().clone() for name, value in context.parameters.items()}
     with context.optimizer.ema():
         mean = {name: value.detach().clone() for name, value in context.parameters.items()}
@@ -86,6 +92,20 @@ def _average(context: PreflightContext, first: dict[str, Tensor]) -> Iterator[Fi
             "ema_frozen",
             f"after {STEPS} steps the averaged weights have gone {mean_way / raw_way:.1e} of the "
             f"way of the raw ones, which moved in {len(moved)} tensors: {listed(moved)}.",
+        )
+    elif mean_way > BEYOND * furthest + ROUNDING * total_norm(first.values()):
+        sizes = [total_norm(values.values()) for values in (mean, first)]
+        yield Finding(
+            "ema_cold" if sizes[0] < sizes[1] else "ema_frozen",
+            f"after {STEPS} steps the averaged weights are {mean_way:.3g} away from the first ones, and the weights"
+            f" themselves were never further than {furthest:.3g} (norm of the average {sizes[0]:.3g}, of the first weights"
+            f" {sizes[1]:.3g}): an average of weights lies between them. "
+            + (
+                "It is too small, as one that starts at zero and is not divided by 1 - decay^steps."
+                if sizes[0] < sizes[1]
+                else "It is made of something else than the weights, or of parts that do not sum to one."
+            ),
+            advice="Start the average at the weights, or divide it by 1 - decay^steps where it starts at zero.",
         )
     elif held := [name for name in moved if _held(raw[name], mean[name], first[name], mean_way / raw_way)]:
         yield Finding(

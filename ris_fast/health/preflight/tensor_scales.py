@@ -14,6 +14,7 @@ from ris_fast.health.preflight.step_probe import StepTrace
 
 OTHER, RIGHT = 0.2, 0.02  # of a ratio away from 1: another scale, and none
 EXACT = 1e-4  # relative, between the sorted numbers of two gradients
+LONGER, ELSEWHERE = 1.2, 0.5  # times the gradient; cosine, below which most of it is something else
 PURE = 0.02  # share of a gradient that is no multiple of the other one
 
 
@@ -49,6 +50,27 @@ def one_by_one(
         if seen := _rearranged(names, before, after):
             yield Finding("wrong_backward", f"{where} {seen}")
             return
+        if seen := _replaced(before, after):
+            yield Finding("wrong_backward", f"{where} {seen}", certain=False)
+            return
+
+
+def _replaced(before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> str:
+    """A gradient that points elsewhere than the one it was, and is no shorter: something was added to it."""
+    pairs = [(a, b) for a, b in zip(before, after) if a is not None and b is not None]
+    if not pairs:
+        return ""
+    old, new = (torch.cat([pair[side].double().flatten() for pair in pairs]) for side in (0, 1))
+    sizes = float(old.norm()), float(new.norm())
+    if not min(sizes) > 0 or not sizes[1] > LONGER * sizes[0]:
+        return ""
+    along = float(old @ new) / (sizes[0] * sizes[1])
+    if not abs(along) < ELSEWHERE:
+        return ""
+    return (
+        f"a gradient of norm {sizes[1]:.3g} where it was {sizes[0]:.3g}, at a cosine of {along:.2f} to it: what was added"
+        " on the way, as noise or a decay, outweighs it. Which of the two: whether it is the same for the same scenes."
+    )
 
 
 def _rearranged(names: Sequence[str], before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> str:

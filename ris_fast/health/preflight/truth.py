@@ -16,13 +16,15 @@ from ris_fast.data.geometry import Reach
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.models.prediction import Prediction
-from ris_fast.physics.real_complex import conj
+from ris_fast.physics.real_complex import conj, expi, multiply
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.loss_terms import ANGLE_DELTA, active_sources
+from ris_fast.training.validation import scene_nmse
 
 ZERO = 1e-3  # of the truth's loss, where the zero predictor's is 1
 OTHERS = 1e-3  # relative change of a direction that rounding does not make
 SHIFT_RAD, SHIFT_LOG = 0.02, 0.05
+NOISY = 0.1  # of the size of the true factors
 COVARIANCE = ("cov", "cov_pred")
 LOCATED = {"angle": "azimuth", "range": "range_m", "chamfer": "azimuth"}
 
@@ -75,6 +77,85 @@ def truth(context: PreflightContext) -> Iterator[Finding]:
             )
             return
     yield from _shifted(context, right, scenes)
+    if not wrong and context.config.loss.beta == 0.0:
+        yield from _deaf(context, right)
+    if guess.count_logits is not None and "count" in scores:
+        yield from _counted(context, right, scores["count"])
+
+
+def _deaf(context: PreflightContext, right: Prediction) -> Iterator[Finding]:
+    """Answers that are wrong by the definition do not score as the truth does."""
+    scenes = context.scenes
+    for cause, what, why, factor in (
+        (
+            "conjugation_error",
+            "the complex conjugates of the true factors",
+            "imaginary parts, or their signs, do not enter the loss",
+            conj(right.factor),
+        ),
+        (
+            "conjugation_error",
+            "true factors whose elements are turned by phases of their own",
+            "the loss compares sizes and no phases",
+            _turned(right.factor),
+        ),
+        (
+            "clamped_loss",
+            f"true factors with noise of {NOISY:.0%} of their size",
+            "the loss is flat around the truth: errors below a threshold are free",
+            _noisy(right.factor),
+        ),
+    ):
+        given = right._replace(factor=factor)
+        error = float(scene_nmse(given, scenes).mean())
+        scores = term_values(context, given, scenes)
+        for name in COVARIANCE:
+            if name in scores and error > 10 * ZERO and abs(scores[name]) < 0.1 * min(ZERO, error):
+                yield Finding(
+                    cause,
+                    f"{what}, whose NMSE is {error:.3g} by its definition, score {scores[name]:.1e} in {name}, as the truth"
+                    f" does: {why}.",
+                )
+                return
+
+
+def _turned(factor: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(43)
+    phases = 2 * math.pi * torch.rand(factor.shape[:2], generator=generator)
+    return multiply(factor, expi(phases).to(factor)[:, :, None])
+
+
+def _noisy(factor: Tensor) -> Tensor:
+    noise = torch.randn(factor.shape, generator=torch.Generator().manual_seed(44)).to(factor)
+    size = factor.flatten(1).square().mean(1).sqrt().view(-1, 1, 1, 1)
+    return factor + NOISY * size * noise
+
+
+def _counted(context: PreflightContext, right: Prediction, score: float) -> Iterator[Finding]:
+    """Sure and right logits have no entropy to speak of, and surer ones less of it."""
+    if not score > ZERO:
+        return
+    scenes, logits = context.scenes, right.count_logits
+    surer = term_values(context, right._replace(count_logits=20.0 * logits), scenes)["count"]
+    twice = math.log1p((logits.shape[1] - 1) / math.e)
+    if abs(surer - score) < ZERO * score:
+        yield Finding(
+            "softmax_twice",
+            f"logits that are sure of the true count have an entropy of {score:.4g}, and logits 20 times larger the same"
+            f" ({twice:.4g} is what a softmax before the cross-entropy leaves of {logits.shape[1]} classes): they are"
+            " squashed before the loss squashes them itself.",
+            certain=abs(score - twice) < 0.01 * twice,
+        )
+        return
+    for step in (1, -1):
+        other = term_values(context, right._replace(count_logits=logits.roll(step, 1)), scenes)["count"]
+        if other < ZERO:
+            yield Finding(
+                "parts_unrelated",
+                f"logits that are sure of the true count have an entropy of {score:.3g}, and those of one source"
+                f" {'more' if step == 1 else 'less'} {other:.1e}: the loss counts from another number than the scenes.",
+            )
+            return
 
 
 def _misjudged(context: PreflightContext, term: str, right: Prediction, guess: Prediction, score: float) -> Finding:
