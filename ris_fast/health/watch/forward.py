@@ -57,7 +57,7 @@ EVALUATIONS, CALLS = 32, 4096  # whose random numbers are looked at; of parts wi
 TRAINING = True, True  # in training mode, with gradients enabled
 
 
-class _Hook:
+class CopiedHook:
     """A hook that does nothing within a compiled function, and nothing of ours in a copy of the model, pickled or not.
 
     What is called for a copy takes any arguments and returns None.
@@ -113,15 +113,15 @@ class ForwardHooks:
         self.searched = False
         self._hook_whole(model)
         listen(self)
-        of_part = _Hook(self._part, self._part_again)
+        of_part = CopiedHook(self._part, self._part_again)
         parts = [] if _compiled(model) else [part for part in model.modules() if part is not model]
         self.part_hooks = [part.register_forward_hook(of_part) for part in parts]
 
     def _hook_whole(self, module: nn.Module) -> None:
         self.whole.add(module)
         self.hooks += [
-            module.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
-            module.register_forward_hook(_Hook(self._after), with_kwargs=True),
+            module.register_forward_pre_hook(CopiedHook(self._before), with_kwargs=True),
+            module.register_forward_hook(CopiedHook(self._after), with_kwargs=True),
         ]
 
     def _hook_wrappers(self) -> None:
