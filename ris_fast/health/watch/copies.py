@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,27 +19,24 @@ SIMILAR = 64  # modules that are looked at
 class CopyRecord:
     """A module of the same class with tensors of the same names and shapes, outside the model.
 
-    Args: with_grad: how many of its parameters have a gradient; held: by an optimizer; averaged: of a
-        torch.optim.swa_utils.AveragedModel around such a module, how many averages it has made; -1 for others;
+    Args: tensors: how many parameters it has; with_grad: those with a gradient; held: by an optimizer;
         compiled: something compiles it.
     """
 
     tensors: int
     with_grad: int
     held: bool
-    averaged: int = -1
-    compiled: bool = False
+    compiled: bool
 
 
 def copies_of(model: nn.Module) -> list[CopyRecord]:
-    """Looks through the objects of the process. Reads nothing from a device but counts of averages."""
+    """Looks through the objects of the process. Reads nothing from a device."""
     own = {id(module) for module in model.modules()}
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if not shapes:
         return []
     found: list[CopyRecord] = []
     modules = [each for each in gc.get_objects() if type(each) is type(model) and id(each) not in own][:SIMILAR]
-    averages = [each for each in gc.get_objects() if type(each) is torch.optim.swa_utils.AveragedModel]
     held: set[int] | None = None
     for each in modules:
         try:
@@ -52,13 +48,11 @@ def copies_of(model: nn.Module) -> list[CopyRecord]:
         if any(p is q for p, q in zip(parameters.values(), model.parameters())):
             continue
         held = _held() if held is None else held
-        average = next((whole for whole in averages if whole.module is each), None)
         found.append(
             CopyRecord(
                 len(parameters),
                 sum(p.grad is not None for p in parameters.values()),
                 any(id(p) in held for p in parameters.values()),
-                -1 if average is None else int(average.n_averaged),
                 _is_compiled(each),
             )
         )

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from ris_fast.health.watch.any_step import listen, stop_listening
 from ris_fast.health.watch.call_site import call_site
+from ris_fast.health.watch.copies import CopyRecord, copies_of
 from ris_fast.health.watch.draws import has_moved, own_dropouts, random_state
 from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.fingerprints import fingerprint_of
@@ -39,8 +40,8 @@ from ris_fast.health.watch.tensors import (
     KEY_NUMBERS,
     KEYS,
     few_rows,
-    nonfinite,
     is_plain,
+    nonfinite,
     rows_with_gradient,
     source_of,
     tensors_of,
@@ -103,7 +104,7 @@ class ForwardHooks:
         self.rows_inside: list[tuple[int, int, list[tuple[str, int]]]] = []
         self.part_calls, self.writes = PartCalls(), InputWrites()
         self.layers, self.functions = Layers(), FunctionChecks()
-        self.last_outputs: list[weakref.ref[Tensor]] = []
+        self.last_outputs: list[Tensor] = []  # of the last pass in training, until the step
         self.uniform = uniform_matrices(model)
         self.sequences: list[tuple[tuple[int, ...], tuple[int, ...], list[tuple[str, int, int]]]] = []
         self.drawn: list[bool] = []  # whether an evaluation drew random numbers
@@ -111,6 +112,7 @@ class ForwardHooks:
         self.whole: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the model and what compiles it
         self.hooks: list[Any] = []
         self.searched = False
+        self.copies: list[CopyRecord] = []  # at the first step, where no pass was heard before it
         self._hook_whole(model)
         listen(self)
         of_part = CopiedHook(self._part, self._part_again)
@@ -132,6 +134,8 @@ class ForwardHooks:
             for each in gc.get_objects():
                 if type(each) is dynamo.OptimizedModule and each._orig_mod is self.model:
                     self._hook_whole(each)
+        if not self.layers.count:
+            self.copies = copies_of(self.model)
 
     @property
     def steps(self) -> int:
@@ -170,6 +174,7 @@ class ForwardHooks:
             functions=self.functions.found,
             modules=modules_record(self.model, self.called),
             foreign_steps=self.foreign_steps,
+            copies=self.copies,
             uniform=[name for name, flag in self.uniform.items() if bool(flag)],
         )
 
@@ -196,6 +201,8 @@ class ForwardHooks:
             self.functions.finish()
         if self.random and self._is_evaluation():
             self.drawn.append(has_moved(self.random, random_state()))
+        if self.was_training and torch.is_grad_enabled() and any(e.schedule.due(e.steps) for e in self.by_optimizer):
+            self.last_outputs = [each for each in tensors_of(output)[:4] if each.requires_grad]
         kind = self.was_training, torch.is_grad_enabled()
         self.made[kind] += 1
         if self._due(kind):
@@ -255,7 +262,6 @@ class ForwardHooks:
     def _follow(self, now: PassRecord, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Whether a backward pass reaches the outputs, and what they depend on."""
         with_grad = [each for each in outputs if each.requires_grad and each.grad_fn is not None]
-        self.last_outputs = [weakref.ref(each) for each in with_grad[:4]]
         rows, mark = now.shape[0] if now.shape else 0, None
         if with_grad and self.marked < MARKED:
             self.marked, mark = self.marked + 1, fingerprint_of(with_grad[0])
@@ -301,8 +307,8 @@ class ForwardHooks:
         self.layers.note_again(self.names.get(id(module), "?"), args, output)
 
     def outputs(self) -> tuple[int, list[Tensor]]:
-        """The number of the last pass, and those of its outputs with a gradient that are still there."""
-        return self.count, [each for ref in self.last_outputs if (each := ref()) is not None]
+        """The number of the last pass, and those of its outputs with a gradient."""
+        return self.count, self.last_outputs
 
     def _unsettled(self) -> list[str]:
         """Reads the device."""
@@ -326,6 +332,7 @@ class ForwardHooks:
         if not self.count and not self.searched:
             self._hook_wrappers()
         if id(optimizer) in self.watched:
+            self.last_outputs = []
             if self.part_hooks and not self.count:
                 self.layers.begin()
             if self.part_hooks and not self.count and len(self.whole) == 1 and self.steps >= 2 * PARTS:

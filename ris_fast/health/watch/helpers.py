@@ -187,7 +187,7 @@ class Helpers:
 def _compiles() -> bool:
     """Whether anything has been compiled in this process."""
     frames = sys.modules.get("torch._dynamo.convert_frame")
-    return frames is not None and bool(getattr(sys.modules["torch._dynamo.utils"], "counters")["frames"]["total"])
+    return frames is not None and bool(sys.modules["torch._dynamo.utils"].counters["frames"]["total"])
 
 
 def _modules_near(frame: FrameType | None) -> Iterator[tuple[str, nn.Module]]:

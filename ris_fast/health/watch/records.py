@@ -154,7 +154,7 @@ class LoopRecord:
         changed; with_gradient: those with one now; forward: the model's passes; losses: those
         that `seen.loss` was given; met: those that backward passes began from in steps that were looked at;
         schedulers: of its optimizers; kept: of states that were loaded into the model, whether all their tensors were
-        its own; copies: other modules of its class; helpers: modules beside it; ranks: what is known of them, None for a loop of one process.
+        its own; helpers: modules beside it; ranks: what is known of them, None for a loop of one process.
     """
 
     parameters: list[TensorRecord]
@@ -171,7 +171,6 @@ class LoopRecord:
     met: Sequence[LossRecord] = ()
     schedulers: Sequence[SchedulerRecord] = ()
     kept: Sequence[bool] = ()
-    copies: Sequence[CopyRecord] = ()
     helpers: Sequence[HelperRecord] = ()
     ranks: RanksRecord | None = None
 
@@ -281,7 +280,8 @@ class ForwardRecord:
         layers by what became of autocast in them; passes_heard: of the model itself; written: of inputs that come again
         where the model wrote into one, whether they are what it left, and whether it writes there again; drawn: of
         evaluations, whether they drew random numbers; own_dropouts: parts that call a dropout by themselves; shapes, layers, functions,
-        modules: see there; foreign_steps: of optimizers of other models; uniform: matrices that began as one number.
+        modules: see there; foreign_steps: of optimizers of other models; copies: other
+        modules of its class, where the model was not called before the first step; uniform: matrices that began as one number.
     """
 
     passes: list[PassRecord]
@@ -306,6 +306,7 @@ class ForwardRecord:
     functions: list[FunctionCheck]
     modules: ModulesRecord
     foreign_steps: int
+    copies: list[CopyRecord]
     uniform: list[str]
 
 

@@ -26,9 +26,9 @@ from ris_fast.health.watch import (
     rules_rates,
     rules_scale,
     rules_scenes,
-    rules_told,
     rules_schedules,
     rules_state,
+    rules_told,
     rules_zero,
 )
 from ris_fast.health.watch.describe import describe_steps, describe_tensors
@@ -36,7 +36,6 @@ from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
 EXPLAINS = {  # what follows from a cause
-    "softmax_twice": ["wrong_units"],
     "dead_units": ["ignored_input"],
     "constant_input": ["ignored_input", "zeroed_gradients"],
     "non_differentiable": ["vanishing_gradient"],

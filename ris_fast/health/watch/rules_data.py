@@ -63,17 +63,18 @@ def other_targets(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -
                 again += 1
                 before, when = known[scene]
                 other += before != value
-                in_a_row += before != value and number - when == 1
+                in_a_row += before != value and number - when == 1 and both[number - 1][0].step < one.step
                 swapped += before != value and bool(met[value] - {scene})
             if scene:
                 known[scene] = value, number
                 met[value].add(scene)
-    if again >= AGAIN and 4 * other > again and 2 * swapped > other:
-        late = 2 * in_a_row > other
+    late = 2 * in_a_row > other
+    if again >= AGAIN and 4 * other > again and (2 * swapped > other or late):
         yield finding(
             "stale_cache" if late else "shuffled_labels",
-            f"{other} of {again} scenes that came again had another target, which other scenes had had before"
-            f"{'; most in the very next batch, as from a buffer that is filled before it is used' if late else ''}.",
+            f"{other} of {again} scenes that came again had another target"
+            f"{', most in the very next batch, as from a buffer that is filled before it is used' if late else ', which'}"
+            f"{'' if late else ' other scenes had had before'}.",
             both[0][0].step + 1,
             "Targets that are drawn anew on purpose look like that; so do inputs and targets that are shuffled apart.",
             "Keep inputs and targets of a batch together: one permutation for both, and a copy of what a buffer gives.",
@@ -107,7 +108,11 @@ def target_is_input(losses: Sequence[LossRecord], passes: dict[int, PassRecord])
 
 def stale_rows(trained: list[PassRecord]) -> Iterator[Finding]:
     """A part of each batch is, place by place, that of the batch before, and the rest is new."""
-    pairs = [(one, other) for one, other in pairwise(trained) if one.shape == other.shape and one.step != other.step]
+    pairs = [
+        (one, other)
+        for one, other in pairwise(trained)
+        if one.shape == other.shape and one.keys.shape == other.keys.shape and one.step != other.step  # type: ignore[union-attr]
+    ]
     shares = []
     for one, other in pairs:
         rich = [len(row.unique()) >= RICH for row in other.keys]  # type: ignore[union-attr]

@@ -41,11 +41,17 @@ def no_backward(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:
     if loop.losses or len(passes) < EARLY or len(heard) < EARLY or not silent or any(each.reached for each in passes):
         return
     if not any(each.trained for each in loop.optimizers):
+        others = bool(forward.foreign_steps) or len(loop.optimizers) > 1
         yield finding(
-            "loss_rebuilt",
+            "detached_loss" if others else "loss_rebuilt",
             f"{forward.steps} steps were made, and of {len(passes)} forward passes in training none was reached by a"
-            " backward pass, nor was any parameter: the loss is a new tensor made of numbers, or `backward()` is not"
-            " called. `loss.grad_fn` is None in the first case.",
+            " backward pass, nor was any parameter: "
+            + (
+                "other networks are trained in between, and what they are given of this one's outputs is detached."
+                if others
+                else "the loss is a new tensor made of numbers, or `backward()` is not called. `loss.grad_fn` is None in"
+                " the first case."
+            ),
             passes[0].step + 1,
         )
 

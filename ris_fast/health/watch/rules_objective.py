@@ -6,6 +6,7 @@ The graph between a loss and the outputs says which distance it is, in which uni
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import isfinite
 from statistics import mean
 
 from ris_fast.health.finding import Finding
@@ -19,6 +20,7 @@ LOOKS = 4
 DISTANCES = ("MseLoss", "SmoothL1Loss", "HuberLoss", "NllLoss", "BinaryCrossEntropy", "KlDiv", "CrossEntropy")
 KEEPING = {"Mean", "Sum", "Div", "Mul", "Neg", "Sqrt", *MOVING}  # a number's sign, but for factors below zero
 LOGARITHMS = {"LogSoftmax", "Log", "Logsumexp", "LogSigmoid", "Log1P", "Sub"}
+PRODUCT = ["Sub", "Mul"]  # of targets with what should be a logarithm, in a divergence
 FEW = 0.3  # share of scenes with a gradient beyond a clamp
 STALLED, STEPS, VALUES = 0.97, 120, 16  # of the first losses; steps and losses that show it
 
@@ -60,6 +62,10 @@ def wrong_units(losses: Sequence[LossRecord]) -> Iterator[Finding]:
         if at is not None:
             before = next((name for name in each.chain[at + 1 :] if name not in MOVING), "")
             found.append((each.chain[at], before))
+    products = [each.chain for each in losses if "Softmax" in each.chain and each.value is not None]
+    divergence = [chain for chain in products if chain[chain.index("Softmax") - 2 : chain.index("Softmax")] == PRODUCT]
+    if len(divergence) == len(losses) >= LOOKS and all(float(each.value) < 0 for each in losses):  # type: ignore[arg-type]
+        found = [("KlDiv", "Softmax")] * len(losses)
     bad = [each for each in found if each[1] and each[1] not in LOGARITHMS]
     if len(found) >= LOOKS and len(bad) == len(found) == len(losses) and bad[0][1] in ("Softmax", "Sigmoid", "Addmm"):
         name, before = bad[0]
@@ -188,7 +194,7 @@ def accumulation_not_divided(loop: LoopRecord) -> Iterator[Finding]:
         )
         met = [each for each in loop.met if each.chain]
         means = [each for each in met if _whole_mean(each)]
-        plain = [each for each in by.records if not each.closure and each.grad_change is not None]
+        plain = [each for each in by.records if not each.closure and all(map(isfinite, each.gradient_norms()))]
         kept = [each for each in plain if _as_it_came(*each.gradient_norms())]
         if several >= LOOKS and several == sum(kinds.values()) and len(means) == len(met) >= LOOKS and kept == plain:
             count = max(passes for passes, *_ in kinds)
@@ -240,7 +246,8 @@ def stalled(loop: LoopRecord) -> Iterator[Finding]:
     """The loss of a single optimizer, which is a distance, is at the end what it was at first. Says that something is
     wrong where nothing else does, and what it is not."""
     losses = [each for each in loop.met if each.value is not None and _distance(each.chain) is not None]
-    alone = len(loop.optimizers) == 1 and len(losses) == len(loop.met) and not loop.optimizers[0].rivals
+    by = loop.optimizers[0]
+    alone = len(loop.optimizers) == 1 and len(losses) == len(loop.met) and not (by.rivals or by.loads or by.plain.outside)
     if not alone or len(losses) < VALUES or loop.steps < STEPS or (loop.forward and loop.forward.foreign_steps):
         return
     values = [float(each.value) for each in losses]  # type: ignore[arg-type]

@@ -12,7 +12,6 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.records import EARLY, LoopRecord, PassRecord
 
-AVERAGES = 64  # steps without one
 PLACES = 3
 
 
@@ -20,7 +19,6 @@ def state_findings(loop: LoopRecord) -> list[Finding]:
     return [
         *copy_is_trained(loop),
         *loads_its_own(loop),
-        *average_never_updated(loop),
         *data_written_to(loop),
         *dropout_without_gradient(loop),
     ]
@@ -30,7 +28,7 @@ def copy_is_trained(loop: LoopRecord) -> Iterator[Finding]:
     """The model is never called and no gradient comes to it; one to a copy, which no optimizer holds."""
     called = loop.forward is not None and (loop.forward.passes_heard or loop.forward.layers.calls)
     came = any(each.with_grad for by in loop.optimizers for each in by.histories.values())
-    copies = [each for each in loop.copies if each.with_grad and not each.held]
+    copies = [each for each in loop.forward.copies if each.with_grad and not each.held] if loop.forward else []
     if copies and not called and not came and loop.steps >= EARLY:
         compiled = copies[0].compiled
         yield finding(
@@ -53,18 +51,6 @@ def loads_its_own(loop: LoopRecord) -> Iterator[Finding]:
             loop.steps,
             MAY_BE_MEANT,
             "Keep a copy: `copy.deepcopy(model.state_dict())`.",
-        )
-
-
-def average_never_updated(loop: LoopRecord) -> Iterator[Finding]:
-    """An AveragedModel around a copy that has made no average."""
-    idle = [each for each in loop.copies if each.averaged == 0]
-    if idle and loop.steps >= AVERAGES:
-        yield finding(
-            "ema_frozen",
-            f"an AveragedModel of the model has made no average in {loop.steps} steps.",
-            loop.steps,
-            "Averages may begin later.",
         )
 
 
@@ -107,7 +93,9 @@ def dropout_without_gradient(loop: LoopRecord) -> Iterator[Finding]:
         module = loop.forward.layers.kinds[name]
         if not isinstance(module, nn.modules.dropout._DropoutNd) or not module.p or len(calls) < 4:
             continue
-        if all(each.training and not each.enabled for each in calls) and not loop.forward.passes_heard:
+        of_part = [each for each in loop.parameters if each.name.startswith(name.partition(".")[0] + ".")]
+        still = of_part and not any(each.trainable or each in loop.moved_outside for each in of_part)
+        if still and all(each.training and not each.enabled for each in calls) and not loop.forward.passes_heard:
             yield finding(
                 "train_mode_in_validation",
                 f"the dropout {name} is on in all {len(calls)} calls that were looked at, and gradients are off in all"

@@ -26,12 +26,26 @@ class SchedulerRecord:
     mode: str = ""
 
 
-def schedulers_of(optimizers: Sequence[Optimizer]) -> list[SchedulerRecord]:
-    """Those that are not part of another."""
-    found = [each for each in gc.get_objects() if issubclass(type(each), LRScheduler) and hasattr(each, "optimizer")]
-    inner = {id(part) for each in found for part in getattr(each, "_schedulers", ())}
-    records = [_record(each, optimizers) for each in found if id(each) not in inner]
-    return [each for each in records if each is not None]
+class Schedulers:
+    """Those of the optimizers, or of others with tensors of theirs, that are there when the watch begins, and later."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self.optimizers = optimizers
+        self.found: list[Any] = []
+        self._search()
+
+    def _search(self) -> None:
+        known = {id(each) for each in self.found}
+        some = [each for each in gc.get_objects() if issubclass(type(each), LRScheduler) and hasattr(each, "optimizer")]
+        some = [each for each in some if id(each) not in known and _record(each, self.optimizers) is not None]
+        self.found += some
+
+    def records(self) -> list[SchedulerRecord]:
+        """Those that are not part of another."""
+        self._search()
+        inner = {id(part) for each in self.found for part in getattr(each, "_schedulers", ())}
+        records = [_record(each, self.optimizers) for each in self.found if id(each) not in inner]
+        return [each for each in records if each is not None]
 
 
 def _record(scheduler: Any, optimizers: Sequence[Optimizer]) -> SchedulerRecord | None:

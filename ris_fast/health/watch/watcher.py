@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ris_fast.health.finding import Finding, ranked
 from ris_fast.health.names import check_beginnings
 from ris_fast.health.watch.backward import BackwardLosses
-from ris_fast.health.watch.copies import ModelLoads, copies_of
+from ris_fast.health.watch.copies import ModelLoads
 from ris_fast.health.watch.forward import ForwardHooks
 from ris_fast.health.watch.helpers import Helpers
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
@@ -22,7 +22,7 @@ from ris_fast.health.watch.records import LoopRecord, StepRecord, TensorRecord
 from ris_fast.health.watch.rivals import Rivals
 from ris_fast.health.watch.rules import find_mistakes
 from ris_fast.health.watch.samples import held_tensors
-from ris_fast.health.watch.schedulers import schedulers_of
+from ris_fast.health.watch.schedulers import Schedulers
 from ris_fast.health.watch.start import Start
 
 
@@ -51,7 +51,7 @@ class Watcher:
         check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
         self.rivals = Rivals(self.optimizers, lambda: {id(p) for p in model.parameters()})
         self.hooks = [OptimizerHooks(model, each, every, self.rivals) for each in self.optimizers]
-        self.start, self.loads = Start(model, self.optimizers), ModelLoads(model)
+        self.start, self.loads, self.schedulers = Start(model, self.optimizers), ModelLoads(model), Schedulers(self.optimizers)
         self.forward = ForwardHooks(model, self.hooks, every)
         steps = lambda: (self.forward.steps, self.steps)  # noqa: E731
         self.losses = LossHook(self.forward.leaves, steps, lambda: self.forward.count, every)
@@ -118,9 +118,8 @@ class Watcher:
             forward=forward,
             losses=[each.on_host() for each in self.losses.records],
             met=[each.on_host() for each in self.backwards.records],
-            schedulers=schedulers_of(self.optimizers),
+            schedulers=self.schedulers.records(),
             kept=self.loads.record(),
-            copies=copies_of(self.model),
             helpers=self.helpers.record(),
             ranks=self.ranks.record(forward.passes, wait_s),
         )
