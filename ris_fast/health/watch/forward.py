@@ -248,6 +248,10 @@ class ForwardHooks:
             given_again=last is not None and last is inputs[0] if inputs else False,
         )
         now.source = source_of(inputs)
+        places = {each.data_ptr() for each in outputs[1:] if is_plain(each) and each.numel()}
+        now.carried = any(is_plain(each) and each.data_ptr() in self.state_places for each in inputs[1:])
+        now.open_before = bool(self.passes) and self.passes[-1].grad and not self.passes[-1].reached
+        self.state_places = places
         self.passes.append(now)
         if now.grad:
             self._follow(now, inputs, outputs)

@@ -20,6 +20,8 @@ from ris_fast.health.watch import (
     rules_inside,
     rules_layers,
     rules_loss,
+    rules_modes,
+    rules_outcome,
     rules_objective,
     rules_parameters,
     rules_ranks,
@@ -69,10 +71,12 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
         *rules_state.state_findings(loop),
         *rules_batches.batch_findings(loop),
         *rules_scenes.scene_findings(loop),
+        *rules_modes.mode_findings(loop),
         *rules_helpers.helper_findings(loop),
         *by_optimizer,
         *rules_ranks.rank_findings(loop),
     ]
+    found += rules_outcome.outcome_findings(loop, found)
     explained = {effect for each in found for effect in EXPLAINS.get(each.cause, ())}
     return ranked(found, muted=explained)
 
@@ -80,7 +84,7 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
 def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Finding]:
     """What one optimizer's steps show."""
     if not optimizer.steps:
-        return list(step_never_called(loop, optimizer))
+        return list(rules_rates.built_anew(optimizer)) or list(step_never_called(loop, optimizer))
     if lost := list(rules_parameters.nonfinite_step(optimizer)):
         return lost  # whatever later steps show comes from that
     records = optimizer.records
