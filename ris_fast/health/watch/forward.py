@@ -40,8 +40,8 @@ from ris_fast.health.watch.tensors import (
     KEY_NUMBERS,
     KEYS,
     few_rows,
-    nonfinite,
     is_plain,
+    nonfinite,
     rows_with_gradient,
     source_of,
     tensors_of,
@@ -58,7 +58,7 @@ EVALUATIONS, CALLS = 32, 4096  # whose random numbers are looked at; of parts wi
 TRAINING = True, True  # in training mode, with gradients enabled
 
 
-class _Hook:
+class CopiedHook:
     """A hook that does nothing within a compiled function, and nothing of ours in a copy of the model, pickled or not.
 
     What is called for a copy takes any arguments and returns None.
@@ -116,15 +116,15 @@ class ForwardHooks:
         self.copies: list[CopyRecord] = []  # at the first step, where no pass was heard before it
         self._hook_whole(model)
         listen(self)
-        of_part = _Hook(self._part, self._part_again)
+        of_part = CopiedHook(self._part, self._part_again)
         parts = [] if _compiled(model) else [part for part in model.modules() if part is not model]
         self.part_hooks = [part.register_forward_hook(of_part) for part in parts]
 
     def _hook_whole(self, module: nn.Module) -> None:
         self.whole.add(module)
         self.hooks += [
-            module.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
-            module.register_forward_hook(_Hook(self._after), with_kwargs=True),
+            module.register_forward_pre_hook(CopiedHook(self._before), with_kwargs=True),
+            module.register_forward_hook(CopiedHook(self._after), with_kwargs=True),
         ]
 
     def _hook_wrappers(self) -> None:
@@ -251,6 +251,10 @@ class ForwardHooks:
             given_again=last is not None and last is inputs[0] if inputs else False,
         )
         now.source = source_of(inputs)
+        places = {each.data_ptr() for each in outputs[1:] if is_plain(each) and each.numel()}
+        now.carried = any(is_plain(each) and each.data_ptr() in self.state_places for each in inputs[1:])
+        now.open_before = bool(self.passes) and self.passes[-1].grad and not self.passes[-1].reached
+        self.state_places = places
         self.passes.append(now)
         if now.grad:
             self._follow(now, inputs, outputs)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ris_fast.health.watch.hooks import plain_name
+from ris_fast.health.watch.masks import masks_of
 from ris_fast.health.watch.operations import operation, over_scenes, reshaped_apart, reshaped_as_transposed
 from ris_fast.health.watch.records import LeafRecord, PassShapes
 from ris_fast.health.watch.samples import few_numbers, has_norm
@@ -71,7 +72,9 @@ class GraphLeaves:
         rows = inputs[0].shape[0] if inputs and inputs[0].ndim else 0
         same = rows if outputs and outputs[0].shape[:1] == (rows,) else 0
         self.shapes.append(
-            PassShapes(over_scenes(users, same), reshaped_apart(users, rows), reshaped_as_transposed(users))
+            PassShapes(
+                over_scenes(users, same), reshaped_apart(users, rows), reshaped_as_transposed(users), masks_of(users)
+            )
         )
         self.functions |= {each for node in users if (each := own_function(node)) is not None}
         self.reached |= {id(leaf.variable) for leaf in leaves} & own.keys()

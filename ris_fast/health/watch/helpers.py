@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ris_fast.health.watch.any_step import listen, stop_listening
-from ris_fast.health.watch.forward import is_modal
+from ris_fast.health.watch.forward import CopiedHook, is_modal
 from ris_fast.health.watch.hooks import OptimizerHooks
 from ris_fast.health.watch.samples import few_numbers, has_norm
 
@@ -38,7 +38,7 @@ class HelperRecord:
 
     Args: name: of the variable; of: the part of the model that it has the shapes of, None where there is none;
         as_begun: it had, about, the numbers that this part began with; training: the mode it was in, and dropouts: those of it
-        that are on; trained: it has had a gradient; steps: made when it was last looked at; looks: how often it was;
+        that are on; trained: it has had a gradient; called: since it was found; steps: made when it was last looked at; looks: how often it was;
         still: looks at which it was what it was first; distances: after steps of which the one before was looked at
         too, how far it was from the part, now or before the step, in units of that step; moved: the part has moved;
         buffers_still: running statistics are what they were first, though its weights moved and the part's statistics
@@ -51,6 +51,7 @@ class HelperRecord:
     training: bool
     dropouts: int
     trained: bool
+    called: bool
     steps: int
     looks: int
     still: int
@@ -72,6 +73,8 @@ class _Helper:
     first_part: Tensor | None
     first_buffers: tuple[Tensor, Tensor] | None
     trained: bool = False
+    called: bool = False
+    hook: Any = None
     last_step: int = 0
     last_part: Tensor | None = None
     flags: list[Tensor] = field(default_factory=list)  # () whether it is as it was
@@ -106,10 +109,21 @@ class Helpers:
 
     def close(self) -> None:
         stop_listening(self)
+        for helper in self.found:
+            helper.hook.remove()
+
+    def _called(self, module: nn.Module, *_: Any) -> None:
+        """Its first call is all that is asked for."""
+        for helper in self.found:
+            if helper.module() is module and not helper.called:
+                helper.called = True
+                helper.hook.remove()
 
     # ---- where they are -----------------------------------------------------------------------------------------
 
     def _search(self, frame: FrameType | None) -> None:
+        if _compiles():
+            return  # hooks and what they keep would make it compile again
         own = {id(part) for part in self.model.modules()}
         held = {id(p) for hooks in self.by_optimizer for p in hooks.found.values()}
         known = {id(each.module()) for each in self.found}
@@ -124,6 +138,7 @@ class Helpers:
                 known.add(id(module))
                 if (helper := self._begin(name, module, held)) is not None:
                     self.found.append(helper)
+                    helper.hook = module.register_forward_pre_hook(CopiedHook(self._called))
 
     def _begin(self, name: str, module: nn.Module, held: set[int]) -> _Helper | None:
         tensors = _tensors(module)
@@ -167,6 +182,12 @@ class Helpers:
     def record(self) -> list[HelperRecord]:
         """Reads the device."""
         return [_record(each) for each in self.found]
+
+
+def _compiles() -> bool:
+    """Whether anything has been compiled in this process."""
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    return frames is not None and bool(sys.modules["torch._dynamo.utils"].counters["frames"]["total"])
 
 
 def _modules_near(frame: FrameType | None) -> Iterator[tuple[str, nn.Module]]:
@@ -261,6 +282,7 @@ def _record(helper: _Helper) -> HelperRecord:
         training=helper.training,
         dropouts=helper.dropouts,
         trained=helper.trained,
+        called=helper.called,
         steps=helper.last_step,
         looks=len(flags),
         still=sum(flags),

@@ -190,7 +190,8 @@ class PassRecord:
         from that; keys: a few numbers of more rows of the input, by which scenes are known again; others: (R, F) of
         each input, where there are several; grad_finite: (), whether the gradient at the output is; source: of an
         input that is a view, the id of what it is a view of, its place in it, and how often that was written to; draws: a hash
-        of where the generator of random numbers stands, of the first passes in training.
+        of where the generator of random numbers stands, of the first passes in training; carried: an input is what the
+        pass before gave; open_before: no backward pass had come to the pass before yet.
     """
 
     number: int
@@ -222,6 +223,8 @@ class PassRecord:
     source: tuple[int, int, int] | None = None
     grad_finite: Tensor | None = None
     draws: int | None = None
+    carried: bool = False
+    open_before: bool = False
 
     def on_host(self) -> PassRecord:
         host: dict[str, Any] = {"others": [None if each is None else each.cpu() for each in self.others]}
@@ -231,11 +234,12 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class PassShapes:
-    """Of one pass: see `operations`."""
+    """Of one pass: see `operations` and `masks`."""
 
     over_scenes: list[str]
     apart: list[str]
     transposed: list[str]
+    masks: list[Tensor]
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,17 @@ from ris_fast.health.watch import (
     rules_inside,
     rules_layers,
     rules_loss,
+    rules_modes,
+    rules_outcome,
     rules_objective,
     rules_parameters,
     rules_ranks,
     rules_rates,
     rules_scale,
     rules_scenes,
-    rules_told,
     rules_schedules,
     rules_state,
+    rules_told,
     rules_zero,
 )
 from ris_fast.health.watch.describe import describe_steps, describe_tensors
@@ -36,7 +38,6 @@ from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
 EXPLAINS = {  # what follows from a cause
-    "softmax_twice": ["wrong_units"],
     "dead_units": ["ignored_input"],
     "constant_input": ["ignored_input", "zeroed_gradients"],
     "non_differentiable": ["vanishing_gradient"],
@@ -70,10 +71,12 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
         *rules_state.state_findings(loop),
         *rules_batches.batch_findings(loop),
         *rules_scenes.scene_findings(loop),
+        *rules_modes.mode_findings(loop),
         *rules_helpers.helper_findings(loop),
         *by_optimizer,
         *rules_ranks.rank_findings(loop),
     ]
+    found += rules_outcome.outcome_findings(loop, found)
     explained = {effect for each in found for effect in EXPLAINS.get(each.cause, ())}
     return ranked(found, muted=explained)
 
@@ -81,7 +84,7 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
 def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Finding]:
     """What one optimizer's steps show."""
     if not optimizer.steps:
-        return list(step_never_called(loop, optimizer))
+        return list(rules_rates.built_anew(optimizer)) or list(step_never_called(loop, optimizer))
     if lost := list(rules_parameters.nonfinite_step(optimizer)):
         return lost  # whatever later steps show comes from that
     records = optimizer.records

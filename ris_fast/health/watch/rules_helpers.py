@@ -35,7 +35,8 @@ def _whole(each: HelperRecord) -> str:
 def copy_that_stays(loop: LoopRecord, each: HelperRecord) -> Iterator[Finding]:
     """A copy of what the model began with, which is the same after many steps."""
     declared = bool(loop.frozen) and each.name.startswith(loop.frozen)
-    if each.as_begun and each.moved and each.still == each.looks and each.steps >= LONG and not declared:
+    waits = each.moved and each.still == each.looks and each.steps >= LONG
+    if each.called and each.as_begun and waits and not declared:
         yield finding(
             "ema_frozen",
             f"`{each.name}` has, about, the weights that {_whole(each)} began with, and has not changed in {each.steps}"
@@ -76,13 +77,13 @@ def statistics_left_behind(each: HelperRecord) -> Iterator[Finding]:
 
 def teacher_draws(loop: LoopRecord, each: HelperRecord) -> Iterator[Finding]:
     """A network of another kind that nothing trains, in training mode, with dropouts."""
-    alone = each.of is None and not each.trained and each.still == each.looks and each.steps >= 32
+    alone = each.of is None and each.called and not each.trained and each.still == each.looks and each.steps >= 32
     if alone and each.training and each.dropouts:
         yield finding(
             "train_mode_in_validation",
             f"nothing trains `{each.name}`, and it is in training mode: {each.dropouts} dropouts are on in what it"
             " answers.",
             each.steps,
-            "A network that is not used yet looks the same.",
+            "A teacher that is noisy on purpose looks the same.",
             "Call `eval()` on a teacher or a feature extractor.",
         )
