@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -255,6 +256,7 @@ class ForwardHooks:
         now.carried = any(is_plain(each) and each.data_ptr() in self.state_places for each in inputs[1:])
         now.open_before = bool(self.passes) and self.passes[-1].grad and not self.passes[-1].reached
         self.state_places = places
+        now.thread = threading.get_ident()
         self.passes.append(now)
         if now.grad:
             self._follow(now, inputs, outputs)

@@ -174,6 +174,13 @@ class LoopRecord:
     helpers: Sequence[HelperRecord] = ()
     ranks: RanksRecord | None = None
 
+    @property
+    def uphill(self) -> bool | None:
+        """Whether the optimizers make the loss larger (`maximize=True`); None where some groups do and others do
+        not."""
+        ways = {bool(group.get("maximize")) for each in self.optimizers for group in each.groups}
+        return ways.pop() if len(ways) == 1 else None
+
 
 @dataclass
 class PassRecord:
@@ -191,7 +198,8 @@ class PassRecord:
         each input, where there are several; grad_finite: (), whether the gradient at the output is; source: of an
         input that is a view, the id of what it is a view of, its place in it, and how often that was written to; draws: a hash
         of where the generator of random numbers stands, of the first passes in training; carried: an input is what the
-        pass before gave; open_before: no backward pass had come to the pass before yet.
+        pass before gave; open_before: no backward pass had come to the pass before yet;
+        thread: that made it.
     """
 
     number: int
@@ -225,6 +233,7 @@ class PassRecord:
     draws: int | None = None
     carried: bool = False
     open_before: bool = False
+    thread: int = 0
 
     def on_host(self) -> PassRecord:
         host: dict[str, Any] = {"others": [None if each is None else each.cpu() for each in self.others]}

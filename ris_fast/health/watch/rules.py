@@ -16,6 +16,7 @@ from ris_fast.health.watch import (
     rules_data,
     rules_forward,
     rules_gradients,
+    rules_guards,
     rules_helpers,
     rules_inside,
     rules_layers,
@@ -90,6 +91,7 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
     records = optimizer.records
     return [
         *(each for record in records for each in single_step(record, optimizer)),
+        *rules_guards.guard_findings(records),
         *rules_gradients.reversed_gradients(records),
         *rules_gradients.unused_head(optimizer, loop.frozen),
         *rules_gradients.last_micro_batch_only(optimizer),
@@ -194,15 +196,9 @@ def _broken(record: StepRecord, optimizer: OptimizerRecord) -> str:
 
 
 def _gradients(record: StepRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
-    """What arrived against what the optimizer found. A product with zero leaves negative zeros behind, and clearing
-    does not."""
+    """What the optimizer found. A product with zero leaves negative zeros behind, and clearing does not."""
     (arrived, reached), step = record.gradient_norms(), record.step + 1
-    if not is_finite(record.grad_after_backward) and is_finite(record.grad_at_step):
-        bad = int((~record.grad_after_backward.isfinite()).sum())
-        yield finding(
-            "sanitised_gradients", f"{bad} tensors' gradients arrive non-finite and reach the optimizer finite.", step
-        )
-    elif not is_finite(record.grad_at_step) and not record.scaled:
+    if not is_finite(record.grad_at_step) and not record.scaled:
         doubt = PUT_BACK if _recovers(record, optimizer.records[-1]) else ""
         yield finding("nonfinite_gradients", f"{_broken(record, optimizer)}.", step, doubt)
     elif arrived > 0 and reached == 0 and record.grad_change is not None and float(record.grad_change[1]) > 0:
@@ -211,10 +207,6 @@ def _gradients(record: StepRecord, optimizer: OptimizerRecord) -> Iterator[Findi
             f"norm {arrived:.3g} arrives and the optimizer finds zeros, some of them negative, which a product with"
             " zero leaves behind: a clip threshold of zero does that.",
             step,
-        )
-    elif arrived > 0 and reached == 0:
-        yield finding(
-            "gradients_cleared_before_step", f"norm {arrived:.3g} arrives and the optimizer finds zero.", step
         )
 
 

@@ -35,7 +35,7 @@ def batch_findings(loop: LoopRecord) -> list[Finding]:
         *scenes_left_out(trained),
         *shapes_broadcast(trained),
         *ignored_input(trained),
-        *unsettled_buffers(loop.forward),
+        *unsettled_buffers(loop.forward, loop.frozen),
         *batch_shrinks(loop.forward),
     ]
 
@@ -235,12 +235,13 @@ def ignored_input(trained: list[PassRecord]) -> Iterator[Finding]:
         )
 
 
-def unsettled_buffers(forward: ForwardRecord) -> Iterator[Finding]:
-    """Buffers that training passes should have settled are those of a new layer."""
-    if forward.unsettled and forward.steps >= EARLY:
+def unsettled_buffers(forward: ForwardRecord, frozen: tuple[str, ...] = ()) -> Iterator[Finding]:
+    """Buffers that training passes should have settled are those of a new layer, which is not meant to stand still."""
+    unsettled = [name for name in forward.unsettled if not f"{name}.".startswith(frozen)]
+    if unsettled and forward.steps >= EARLY:
         yield finding(
             "unsettled_buffers",
-            f"{len(forward.unsettled)}: {', '.join(forward.unsettled[:3])}: after {forward.steps} steps they are as"
+            f"{len(unsettled)}: {', '.join(unsettled[:3])}: after {forward.steps} steps they are as"
             " they were made, since the layers run in evaluation mode only.",
             forward.steps,
             MAY_BE_MEANT,

@@ -24,7 +24,10 @@ SPOKEN = {
     "nonfinite": "to numbers that are not finite",
     "constant": "to one number",
 }
-EPISODES = "Episodic adaptation and learning-rate range tests do that; they put the optimizer's state back too."
+EPISODES = (
+    "Episodic adaptation and learning-rate range tests do that, which put the optimizer's state back too; so do the"
+    " half steps of an extragradient, and rounds of federated averaging that begin from the server's weights."
+)
 
 
 def change_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:

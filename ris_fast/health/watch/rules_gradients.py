@@ -34,7 +34,7 @@ def unused_head(optimizer: OptimizerRecord, frozen: tuple[str, ...]) -> Iterator
     unused = sorted((each for each in silent if not each.name.startswith(frozen)), key=lambda each: -each.size)
     turns = any(0 < each.with_grad < each.steps for each in histories.values())
     peers = {_peer(tensor.name) for tensor, each in histories.items() if 0 < each.with_grad < each.steps}
-    unused = [tensor for tensor in unused if _peer(tensor.name) not in peers]
+    unused = [tensor for tensor in unused if _peer(tensor.name) not in peers and tensor.size]
     if not unused or optimizer.steps < EARLY:
         return
     sizes, whole = {each.name: each.size for each in unused}, sum(each.size for each in histories)

@@ -34,7 +34,7 @@ def loss_findings(loop: LoopRecord) -> list[Finding]:
         *class_left_out(loop, losses),
         *constant_targets(losses),
         *ignored_input(losses),
-        *negated_loss(losses),
+        *(negated_loss(losses) if loop.uphill is False else ()),
     ]
 
 

@@ -91,7 +91,7 @@ def loss_sign(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Findin
         for each, at in plain
         if each.chain[at].startswith(("NllLoss", "KlDiv")) and not LOGARITHMS.intersection(each.chain[at + 1 : at + 4])
     ]
-    if len(values) == len(plain) and all(value < 0 for value in values) and not of_probabilities:
+    if len(values) == len(plain) and all(value < 0 for value in values) and not of_probabilities and loop.uphill is False:
         yield finding(
             "loss_sign",
             f"all {len(values)} losses are below zero ({values[0]:.3g} at first, {values[-1]:.3g} at last), and are made"
@@ -101,12 +101,11 @@ def loss_sign(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Findin
             MAY_BE_MEANT,
         )
     elif len(values) == len(plain) and all(value >= 0 for value in values):
-        larger = [by for by in loop.optimizers if by.groups and all(group.get("maximize") for group in by.groups)]
-        if larger and len(loop.optimizers) == 1:
+        if loop.uphill and len(loop.optimizers) == 1:
             yield finding(
                 "loss_sign",
                 f"the optimizer has maximize=True, and the loss is a distance, {losses[0].chain[plain[0][1]]}"
-                f" ({values[0]:.3g} at first, {values[-1]:.3g} at last).",
+                f" ({values[0]:.3g} at first, {values[-1]:.3g} at last), which its steps make larger.",
                 losses[0].step + 1,
                 MAY_BE_MEANT,
             )

@@ -27,7 +27,7 @@ def told_findings(loop: LoopRecord) -> list[Finding]:
     return [
         *logarithm_missing(losses),
         *targets_of_binary(losses),
-        *pulled_away(losses),
+        *pulled_away(losses, loop.uphill),
         *one_label_without_gradient(loop.losses),
         *constant_labels(loop.losses),
         *targets_out_of_scale(loop, loop.losses),
@@ -66,17 +66,18 @@ def targets_of_binary(losses: Sequence[LossRecord]) -> Iterator[Finding]:
         )
 
 
-def pulled_away(losses: Sequence[LossRecord]) -> Iterator[Finding]:
-    """The gradient at the outputs leads away from the targets, or has nothing to do with them."""
+def pulled_away(losses: Sequence[LossRecord], uphill: bool | None = False) -> Iterator[Finding]:
+    """The gradient at the outputs leads away from the targets, or has nothing to do with them. `uphill`: steps go along
+    the gradient; None where only some do."""
     seen = [(each, float(each.signs.pull)) for each in losses if each.signs.pull is not None]
     seen = [(each, pull) for each, pull in seen if math.isfinite(pull)]
     if len(seen) < EARLY:
         return
-    pulls, numbers = [pull for _, pull in seen], not seen[0][0].targets.whole
-    if mean(pulls) < AWAY and 4 * sum(pull < 0 for pull in pulls) >= 3 * len(pulls):
+    pulls, numbers = [-pull if uphill else pull for _, pull in seen], not seen[0][0].targets.whole
+    if uphill is not None and mean(pulls) < AWAY and 4 * sum(pull < 0 for pull in pulls) >= 3 * len(pulls):
         yield finding(
             "loss_sign",
-            f"a step against the gradient takes the outputs away from their targets, in"
+            f"a step {'along the gradient, as maximize=True makes it,' if uphill else 'against the gradient'} takes the outputs away from their targets, in"
             f" {sum(pull < 0 for pull in pulls)} of {len(pulls)} losses that were looked at: the sign of the loss is"
             " turned.",
             seen[0][0].step + 1,

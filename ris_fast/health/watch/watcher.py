@@ -131,16 +131,33 @@ def _record_of(tensor: Tensor, name: str = "") -> TensorRecord:
 
 
 def list_optimizers(optimizer: Any) -> list[Optimizer]:
-    """One, or all of them, as a list. Raises: ValueError for anything else."""
-    optimizers = _all_of(optimizer, Optimizer)
+    """One, or all of them, each once, as a list; of a wrapper the one within. Raises: ValueError for anything else."""
+    optimizers = [_innermost(each) for each in _all_of(optimizer, Optimizer)]
     wrong = [each for each in optimizers if not isinstance(each, Optimizer)]
     if wrong:
         within = "" if isinstance(optimizer, str) or wrong == [optimizer] else f", with {_shown(wrong[0])} in it"
         raise ValueError(
             f"watch: optimizer is {_shown(optimizer)}{within}. Give a torch.optim.Optimizer, or a list of them, e.g. "
-            "watch(model, optimizer)."
+            "watch(model, optimizer); of a wrapper that is none, the torch optimizer within it."
         )
-    return optimizers
+    for each in optimizers:
+        if not hasattr(each, "_optimizer_step_pre_hooks"):
+            raise ValueError(
+                f"watch: optimizer is {_shown(each)}, a wrapper that takes no hooks, since it was made without"
+                " Optimizer.__init__. Give the torch optimizer within it, the one whose `step` it calls."
+            )
+    return list({id(each): each for each in optimizers}.values())
+
+
+def _innermost(optimizer: Any) -> Any:
+    """What a wrapper that was made without `Optimizer.__init__`, as accelerate's, has as its `optimizer`."""
+    for _ in range(8):
+        if not isinstance(optimizer, Optimizer) or hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            break
+        if not isinstance(within := getattr(optimizer, "optimizer", None), Optimizer):
+            break
+        optimizer = within
+    return optimizer
 
 
 def check_every(every: Any, optimizers: int) -> None:
