@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ris_fast.health.watch.eager import takes_hooks
+
 KEPT = 64
 SIMILAR = 64  # modules that are looked at
 
@@ -76,7 +78,8 @@ class ModelLoads:
 
     def __init__(self, model: nn.Module) -> None:
         self.found: list[bool] = []
-        self.hook = model.register_load_state_dict_pre_hook(_LoadHook(self))
+        hooked = takes_hooks(model)
+        self.hook: Any = model.register_load_state_dict_pre_hook(_LoadHook(self)) if hooked else None
 
     def note(self, module: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
         """A state that is to be loaded."""
@@ -95,7 +98,8 @@ class ModelLoads:
         return list(self.found)
 
     def close(self) -> None:
-        self.hook.remove()
+        if self.hook is not None:
+            self.hook.remove()
 
 
 class _LoadHook:

@@ -27,10 +27,10 @@ from ris_fast.health.watch.any_step import listen, stop_listening
 from ris_fast.health.watch.call_site import call_site
 from ris_fast.health.watch.copies import CopyRecord, copies_of
 from ris_fast.health.watch.draws import has_moved, own_dropouts, random_state
-from ris_fast.health.watch.eager import eager_hook
+from ris_fast.health.watch.eager import eager_hook, takes_hooks
 from ris_fast.health.watch.fingerprints import fingerprint_of
 from ris_fast.health.watch.functions import FunctionChecks
-from ris_fast.health.watch.graph import GraphLeaves, modules_of
+from ris_fast.health.watch.graph import GraphLeaves, comes_of_parameters_only, modules_of
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.layers import Layers
 from ris_fast.health.watch.modules import modules_record, uniform_matrices
@@ -118,10 +118,12 @@ class ForwardHooks:
         self._hook_whole(model)
         listen(self)
         of_part = CopiedHook(self._part, self._part_again)
-        parts = [] if _compiled(model) else [part for part in model.modules() if part is not model]
+        parts = [] if _compiled(model) else [part for part in model.modules() if part is not model and takes_hooks(part)]
         self.part_hooks = [part.register_forward_hook(of_part) for part in parts]
 
     def _hook_whole(self, module: nn.Module) -> None:
+        if not takes_hooks(module):
+            return
         self.whole.add(module)
         self.hooks += [
             module.register_forward_pre_hook(CopiedHook(self._before), with_kwargs=True),
@@ -309,8 +311,16 @@ class ForwardHooks:
         self.layers.note(name, module, args, output, self.steps, module.training and torch.is_grad_enabled())
         if args and isinstance(args[0], Tensor) and args[0].ndim > 1:
             self.part_calls.note(name, module, args[0], output)
-            if not module._modules and len(self.inside) < CALLS:
+            if not module._modules and len(self.inside) < CALLS and not self._of_parameters_only(args[0]):
                 self.inside.append((name, args[0].shape[0]))
+
+    def _of_parameters_only(self, given: Tensor) -> bool:
+        """Whether what a part is given has other rows than the part before it, and is made of parameters, as learned
+        tokens and the weights that a parametrization makes."""
+        if self.inside and self.inside[-1][1] == given.shape[0]:
+            return False
+        own = self.leaves.own_parameters()
+        return id(given) in own or (given.grad_fn is not None and comes_of_parameters_only(given.grad_fn, own.keys()))
 
     def _part_again(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.layers.note_again(self.names.get(id(module), "?"), args, output)

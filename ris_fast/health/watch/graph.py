@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ NODES = 20_000  # of a graph that are looked at
 LEAVES = 256  # that are kept
 DEPTH = 3  # of lists in lists that are searched for a name
 CHAIN = 16  # operations from a root on
+SMALL = 64  # nodes of the graph of what comes of parameters
+CHOOSING = ("Embedding", "Index", "Gather", "Take", "Scatter", "MaskedFill", "MaskedSelect")
 # Operations that leave numbers as they are, or some of them.
 MOVING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Transpose", "Permute", "T", "ToCopy", "Clone"}
 MOVING |= {"Select", "Slice", "Index"}
@@ -202,6 +204,27 @@ def graph_of(roots: Sequence[Any], ends: set[Any]) -> tuple[list[Any], dict[Any,
                 users[after] = node
                 stack.append(after)
     return leaves, users, len(users)
+
+
+def comes_of_parameters_only(root: Any, own: Container[int]) -> bool:
+    """Whether no other tensor is in a small graph. `own`: ids of parameters. What is chosen by an index comes of the
+    index too."""
+    seen, stack = {root}, [root]
+    while stack:
+        node = stack.pop()
+        if type(node).__name__ == "AccumulateGrad":
+            if id(node.variable) not in own:
+                return False
+            continue
+        if len(seen) > SMALL or operation(node).startswith(CHOOSING) or not node.next_functions:
+            return False
+        for after, _ in node.next_functions:
+            if after is None:
+                return False
+            if after not in seen:
+                seen.add(after)
+                stack.append(after)
+    return True
 
 
 def _among_trained(leaf: Any, own: Mapping[int, str], users: Mapping[Any, Any]) -> bool:

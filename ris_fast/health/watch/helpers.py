@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ris_fast.health.watch.any_step import listen, stop_listening
+from ris_fast.health.watch.eager import takes_hooks
 from ris_fast.health.watch.forward import CopiedHook, is_modal
 from ris_fast.health.watch.hooks import OptimizerHooks
 from ris_fast.health.watch.samples import few_numbers, has_norm
@@ -136,7 +137,7 @@ class Helpers:
         for name, module in [*idle, *outside]:
             if len(self.found) < KEPT and id(module) not in known and not _within(module, self.found):
                 known.add(id(module))
-                if (helper := self._begin(name, module, held)) is not None:
+                if takes_hooks(module) and (helper := self._begin(name, module, held)) is not None:
                     self.found.append(helper)
                     helper.hook = module.register_forward_pre_hook(CopiedHook(self._called))
 

@@ -154,7 +154,8 @@ class LoopRecord:
         changed; with_gradient: those with one now; forward: the model's passes; losses: those
         that `seen.loss` was given; met: those that backward passes began from in steps that were looked at;
         schedulers: of its optimizers; kept: of states that were loaded into the model, whether all their tensors were
-        its own; helpers: modules beside it; ranks: what is known of them, None for a loop of one process.
+        its own; helpers: modules beside it; ranks: what is known of them, None for a loop of one process;
+        scales: of torch.amp.GradScalers that are at work in the process.
     """
 
     parameters: list[TensorRecord]
@@ -173,6 +174,7 @@ class LoopRecord:
     kept: Sequence[bool] = ()
     helpers: Sequence[HelperRecord] = ()
     ranks: RanksRecord | None = None
+    scales: Sequence[float] = ()
 
     @property
     def uphill(self) -> bool | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -53,6 +54,7 @@ MANY_PASSES = 4096  # backward passes without a step, more than anybody adds up
 SCALER_STEPS = 24  # a loss scale halves its way to one that fits in fewer
 GROWN = 10.0  # factor on the weights' norm
 PUT_BACK = "Later steps are finite: a search for the largest learning rate that puts the weights back looks the same."
+SCALER = "GradScaler"
 OTHERS_STEP = "Another optimizer makes steps: this one's may come in a later phase."
 
 
@@ -77,9 +79,17 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
         *by_optimizer,
         *rules_ranks.rank_findings(loop),
     ]
+    left_in = next((each for each in found if each.cause == "gradient_scale_differs" and SCALER in each.evidence), None)
+    if left_in is not None:
+        found = [_after_scale(each, left_in) if each.cause == "nonfinite_gradients" else each for each in found]
     found += rules_outcome.outcome_findings(loop, found)
     explained = {effect for each in found for effect in EXPLAINS.get(each.cause, ())}
     return ranked(found, muted=explained)
+
+
+def _after_scale(found: Finding, left_in: Finding) -> Finding:
+    """What follows from a loss scale that is still in the gradients, where it may."""
+    return replace(found, evidence=f"Look at the scale first: {left_in.evidence} Then: {found.evidence}", advice=left_in.advice)
 
 
 def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Finding]:
@@ -98,6 +108,7 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
         *rules_gradients.steps_stopped(loop, optimizer),
         *scaler_skips_all(records),
         *scale_or_clip(optimizer),
+        *rules_scale.scale_left_in(loop, optimizer),
         *rules_gradients.gradients_never_cleared(records),
         *step_called_twice(records),
         *rules_gradients.zeroed_gradients(records, loop.frozen),

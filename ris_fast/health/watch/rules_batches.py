@@ -260,7 +260,8 @@ def unsettled_buffers(forward: ForwardRecord, frozen: tuple[str, ...] = ()) -> I
 
 def batch_shrinks(forward: ForwardRecord) -> Iterator[Finding]:
     """All parts from some place on get the same fraction of a batch, and the model gives all of it again."""
-    found = [_shrunk(*each) for each in forward.rows_inside]
+    axes = {size for each in forward.passes for size in each.shape[1:]}
+    found = [_shrunk(*each, axes) for each in forward.rows_inside]
     if len(found) >= 2 and all(found) and len({(whole / part, name) for name, whole, part in found}) == 1:
         name, whole, part = found[0]
         yield finding(
@@ -271,9 +272,13 @@ def batch_shrinks(forward: ForwardRecord) -> Iterator[Finding]:
         )
 
 
-def _shrunk(whole: int, given: int, rows: list[tuple[str, int]]) -> tuple[str, int, int] | None:
-    """The part from which on, the scenes given, and those that are left; `given`: of the model's output."""
+def _shrunk(whole: int, given: int, rows: list[tuple[str, int]], axes: set[int]) -> tuple[str, int, int] | None:
+    """The part from which on, the scenes given, and those that are left; `given`: of the model's output; `axes`: sizes
+    of the input's other axes, one of which may have become the first. A part that is called again may be given chunks.
+    """
     kinds = [size for size, _ in groupby(size for _, size in rows)]
+    if len(kinds) == 1 and kinds[0] not in axes and len({name for name, _ in rows}) == len(rows):
+        kinds = [whole, *kinds]  # before the first part
     if given != whole or len(kinds) != 2 or kinds[0] != whole or not 1 < kinds[1] < whole or whole % kinds[1]:
         return None
     return next(name for name, size in rows if size == kinds[1]), whole, kinds[1]

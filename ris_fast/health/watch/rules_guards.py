@@ -6,7 +6,9 @@ nearly all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from statistics import median
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.describe import describe_steps
@@ -14,6 +16,7 @@ from ris_fast.health.watch.fixes import finding
 from ris_fast.health.watch.records import StepRecord, is_finite
 
 SEVERAL, NEARLY_ALL, MANY = 4, 0.9, 0.25  # steps, and shares of those that were looked at
+AGAIN, ORDINARY = 2, 1.5  # how often, and in units of the median norm, without a spike
 GUARD = "A guard that leaves such steps out on purpose looks so."
 
 
@@ -59,15 +62,24 @@ def _is_cleared(record: StepRecord) -> bool:
 
 
 def _cleared(cleared: list[StepRecord], looks: list[StepRecord]) -> Iterator[Finding]:
-    if cleared and (len(cleared) >= MANY * len(looks)):
+    if cleared and (len(cleared) >= MANY * len(looks) or _without_spike(cleared, looks)):
         found = "none" if cleared[0].no_grad else "zeros"
         yield finding(
             "gradients_cleared_before_step",
             f"gradients of norm {cleared[0].gradient_norms()[0]:.3g} arrive and the optimizer finds {found},"
             f" {describe_steps([each.step + 1 for each in cleared], len(looks))}.",
             cleared[0].step + 1,
-            "" if _nearly_all(cleared, looks) else GUARD,
+            "" if _nearly_all(cleared, looks) else f"{GUARD} These gradients are no larger than others." if _without_spike(cleared, looks) else GUARD,
         )
+
+
+def _without_spike(cleared: list[StepRecord], looks: list[StepRecord]) -> bool:
+    """Whether it happens again and again to gradients that are no larger than others, as no guard asks for."""
+    left = {each.step for each in cleared}
+    others = [each.gradient_norms()[0] for each in looks if each.step not in left]
+    others = [each for each in others if math.isfinite(each)]
+    usual = median(others) if others else 0.0
+    return len(cleared) >= AGAIN and all(each.gradient_norms()[0] <= ORDINARY * usual for each in cleared)
 
 
 def _nearly_all(some: Sequence[StepRecord], looks: Sequence[StepRecord]) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -46,6 +47,13 @@ class Schedulers:
         inner = {id(part) for each in self.found for part in getattr(each, "_schedulers", ())}
         records = [_record(each, self.optimizers) for each in self.found if id(each) not in inner]
         return [each for each in records if each is not None]
+
+
+def loss_scales() -> list[float]:
+    """Of the torch.amp.GradScalers that have scaled a loss. Reads the device."""
+    scalers = [each for each in gc.get_objects() if issubclass(type(each), GradScaler) and hasattr(each, "_enabled")]
+    scales = [getattr(each, "_scale", None) for each in scalers if each._enabled]
+    return [float(each) for each in scales if each is not None]
 
 
 def _record(scheduler: Any, optimizers: Sequence[Optimizer]) -> SchedulerRecord | None:

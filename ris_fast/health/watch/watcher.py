@@ -22,7 +22,7 @@ from ris_fast.health.watch.records import LoopRecord, StepRecord, TensorRecord
 from ris_fast.health.watch.rivals import Rivals
 from ris_fast.health.watch.rules import find_mistakes
 from ris_fast.health.watch.samples import held_tensors
-from ris_fast.health.watch.schedulers import Schedulers
+from ris_fast.health.watch.schedulers import Schedulers, loss_scales
 from ris_fast.health.watch.start import Start
 
 
@@ -49,6 +49,9 @@ class Watcher:
         check_every(every, len(self.optimizers))
         check_stall(stall_s)
         check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
+        self.left: list[Finding] | None = None  # of a watch that is closed
+        self.steps_made = 0  # by it
+        self.last_report: tuple[int, list[Finding]] = -1, []  # steps made before it
         self.rivals = Rivals(self.optimizers, lambda: {id(p) for p in model.parameters()})
         self.hooks = [OptimizerHooks(model, each, every, self.rivals) for each in self.optimizers]
         self.start, self.loads, self.schedulers = Start(model, self.optimizers), ModelLoads(model), Schedulers(self.optimizers)
@@ -64,12 +67,12 @@ class Watcher:
     @property
     def steps(self) -> int:
         """Steps made, by the optimizer that has made most."""
-        return max(hooks.steps for hooks in self.hooks)
+        return self.steps_made if self.left is not None else max(hooks.steps for hooks in self.hooks)
 
     @property
     def records(self) -> list[StepRecord]:
-        """Steps that were looked at, one optimizer after the other."""
-        return [record for hooks in self.hooks for record in hooks.records]
+        """Steps that were looked at, one optimizer after the other; none once it is closed."""
+        return [] if self.left is not None else [record for hooks in self.hooks for record in hooks.records]
 
     def loss(self, value: Any, outputs: Any = None, targets: Any = None) -> Any:
         """Looks at a loss in training, on request; reads nothing from the device.
@@ -78,11 +81,34 @@ class Watcher:
             tuples, dicts or other objects; the first tensor in each is looked at.
         Returns: value.
         """
-        self.losses.note(value, outputs, targets, self.model.training)
+        if self.left is None:
+            self.losses.note(value, outputs, targets, self.model.training)
         return value
 
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, pickled or not, watches nothing: it is closed, with what this one has left if it is closed too."""
+        return _closed, (self.steps, self.left or [])
+
     def close(self) -> None:
-        """Takes every hook away."""
+        """Ends the watch: takes every hook away and lets go of model and optimizers. `report()` goes on to give what
+        was seen. Reads the device."""
+        if self.left is not None:
+            return
+        steps, (reported, left) = self.steps, self.last_report
+        try:
+            left = left if reported == steps else self.report()
+        finally:
+            self._take_hooks_away()
+        vars(self).clear()
+        self.left, self.steps_made = left, steps
+
+    def _take_hooks_away(self) -> None:
         self.rivals.close()
         for hooks in self.hooks:
             hooks.close()
@@ -96,8 +122,14 @@ class Watcher:
 
         Args: wait_s: with several ranks, seconds to wait for the others to report too; by default 5, and half a second
             once they have not come. Nothing else waits for them: a single rank may report.
+        Raises: ValueError for what is no time.
         """
-        return ranked([*find_mistakes(self._record(wait_s)), *self.ranks.clock.findings()])
+        check_wait(wait_s)
+        if self.left is not None:
+            return list(self.left)
+        found = ranked([*find_mistakes(self._record(wait_s)), *self.ranks.clock.findings()])
+        self.last_report = self.steps, list(found)
+        return found
 
     def _record(self, wait_s: float | None = None) -> LoopRecord:
         parameters = {id(p): _record_of(p, plain_name(name)) for name, p in self.model.named_parameters()}
@@ -121,8 +153,16 @@ class Watcher:
             schedulers=self.schedulers.records(),
             kept=self.loads.record(),
             helpers=self.helpers.record(),
+            scales=loss_scales(),
             ranks=self.ranks.record(forward.passes, wait_s),
         )
+
+
+def _closed(steps: int, left: list[Finding]) -> Watcher:
+    """A watch that has ended."""
+    watcher = Watcher.__new__(Watcher)
+    watcher.left, watcher.steps_made = left, steps
+    return watcher
 
 
 def _record_of(tensor: Tensor, name: str = "") -> TensorRecord:
@@ -177,10 +217,16 @@ def check_stall(stall_s: Any) -> None:
         )
 
 
+def check_wait(wait_s: Any) -> None:
+    """Raises: ValueError for what is no time."""
+    if wait_s is not None and (not isinstance(wait_s, (int, float)) or isinstance(wait_s, bool) or not wait_s >= 0):
+        raise ValueError(f"report: wait_s={_shown(wait_s)}. Give seconds from 0 on, e.g. wait_s=0 for no wait.")
+
+
 def list_beginnings(frozen: Any) -> tuple[str, ...]:
     """Beginnings of names. Raises: ValueError for anything but texts."""
     names = tuple(_all_of(frozen, str))
-    if any(not isinstance(name, str) for name in names):
+    if any(not isinstance(name, str) or not name for name in names):
         raise ValueError(
             f'watch: frozen={_shown(frozen)}. Give beginnings of parameters\' names, e.g. frozen=("encoder.",).'
         )
