@@ -118,7 +118,9 @@ class ForwardHooks:
         self._hook_whole(model)
         listen(self)
         of_part = CopiedHook(self._part, self._part_again)
-        parts = [] if _compiled(model) else [part for part in model.modules() if part is not model and takes_hooks(part)]
+        parts = (
+            [] if _compiled(model) else [part for part in model.modules() if part is not model and takes_hooks(part)]
+        )
         self.part_hooks = [part.register_forward_hook(of_part) for part in parts]
 
     def _hook_whole(self, module: nn.Module) -> None:

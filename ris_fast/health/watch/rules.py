@@ -89,7 +89,8 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
 
 def _after_scale(found: Finding, left_in: Finding) -> Finding:
     """What follows from a loss scale that is still in the gradients, where it may."""
-    return replace(found, evidence=f"Look at the scale first: {left_in.evidence} Then: {found.evidence}", advice=left_in.advice)
+    first = left_in.evidence.partition(". ")[0]
+    return replace(found, evidence=f"{first}: look there first. Then: {found.evidence}", advice=left_in.advice)
 
 
 def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Finding]:

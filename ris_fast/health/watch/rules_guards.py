@@ -69,7 +69,11 @@ def _cleared(cleared: list[StepRecord], looks: list[StepRecord]) -> Iterator[Fin
             f"gradients of norm {cleared[0].gradient_norms()[0]:.3g} arrive and the optimizer finds {found},"
             f" {describe_steps([each.step + 1 for each in cleared], len(looks))}.",
             cleared[0].step + 1,
-            "" if _nearly_all(cleared, looks) else f"{GUARD} These gradients are no larger than others." if _without_spike(cleared, looks) else GUARD,
+            ""
+            if _nearly_all(cleared, looks)
+            else f"{GUARD} These gradients are no larger than others."
+            if _without_spike(cleared, looks)
+            else GUARD,
         )
 
 

@@ -42,9 +42,7 @@ def part_left_in_evaluation(passes: list[PassRecord]) -> Iterator[Finding]:
         return
     if len({each.parts_training for each in late}) == 1 and late[-1].parts_training < most:
         since = next(
-            each
-            for each in trained
-            if all(one.parts_training < most for one in trained if one.number >= each.number)
+            each for each in trained if all(one.parts_training < most for one in trained if one.number >= each.number)
         )
         yield finding(
             "eval_mode_in_training",

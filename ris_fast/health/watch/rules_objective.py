@@ -91,7 +91,12 @@ def loss_sign(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Findin
         for each, at in plain
         if each.chain[at].startswith(("NllLoss", "KlDiv")) and not LOGARITHMS.intersection(each.chain[at + 1 : at + 4])
     ]
-    if len(values) == len(plain) and all(value < 0 for value in values) and not of_probabilities and loop.uphill is False:
+    if (
+        len(values) == len(plain)
+        and all(value < 0 for value in values)
+        and not of_probabilities
+        and loop.uphill is False
+    ):
         yield finding(
             "loss_sign",
             f"all {len(values)} losses are below zero ({values[0]:.3g} at first, {values[-1]:.3g} at last), and are made"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from statistics import median
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import finding
@@ -56,7 +57,8 @@ def scale_left_in(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Find
         return
     told = {each.step: float(each.value) for each in loop.losses if each.value is not None}
     both = [(met[step], value) for step, value in told.items() if step in met and math.isfinite(value)]
-    if all(abs(scaled - scale * value) <= CLOSE * abs(scaled) for scaled, value in both):
+    large = both or median(map(abs, met.values())) > scale / 100  # a scaler of another loop may be left
+    if large and all(abs(scaled - scale * value) <= CLOSE * abs(scaled) for scaled, value in both):
         yield finding(
             "gradient_scale_differs",
             f"a GradScaler with a scale of {scale:g} is at work, backward passes begin from a product, and gradients"

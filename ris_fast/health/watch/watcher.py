@@ -54,7 +54,11 @@ class Watcher:
         self.last_report: tuple[int, list[Finding]] = -1, []  # steps made before it
         self.rivals = Rivals(self.optimizers, lambda: {id(p) for p in model.parameters()})
         self.hooks = [OptimizerHooks(model, each, every, self.rivals) for each in self.optimizers]
-        self.start, self.loads, self.schedulers = Start(model, self.optimizers), ModelLoads(model), Schedulers(self.optimizers)
+        self.start, self.loads, self.schedulers = (
+            Start(model, self.optimizers),
+            ModelLoads(model),
+            Schedulers(self.optimizers),
+        )
         self.forward = ForwardHooks(model, self.hooks, every)
         steps = lambda: (self.forward.steps, self.steps)  # noqa: E731
         self.losses = LossHook(self.forward.leaves, steps, lambda: self.forward.count, every)
@@ -183,7 +187,7 @@ def list_optimizers(optimizer: Any) -> list[Optimizer]:
     for each in optimizers:
         if not hasattr(each, "_optimizer_step_pre_hooks"):
             raise ValueError(
-                f"watch: optimizer is {_shown(each)}, a wrapper that takes no hooks, since it was made without"
+                f"watch: optimizer is a {type(each).__name__}, a wrapper that takes no hooks, since it was made without"
                 " Optimizer.__init__. Give the torch optimizer within it, the one whose `step` it calls."
             )
     return list({id(each): each for each in optimizers}.values())
