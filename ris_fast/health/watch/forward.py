@@ -103,6 +103,7 @@ class ForwardHooks:
         self.inside: list[tuple[str, int]] = []  # layers of the pass that runs, and the rows that they are given
         self.rows_inside: list[tuple[int, int, list[tuple[str, int]]]] = []
         self.part_calls, self.writes = PartCalls(), InputWrites()
+        self.state_places: set[int] = set()  # where further outputs of the last pass lie
         self.layers, self.functions = Layers(), FunctionChecks()
         self.last_outputs: list[Tensor] = []  # of the last pass in training, until the step
         self.uniform = uniform_matrices(model)
