@@ -321,6 +321,7 @@ class ForwardHooks:
             plain_name(path.removesuffix("."))
             for path, part in modules_of(self.model)
             if isinstance(part, nn.modules.batchnorm._NormBase) and not part.training and id(part) in self.called
+            if part.weight is None or part.weight.requires_grad  # else a backbone that is kept as it is
             if part.running_mean is not None and not part.running_mean.any() and bool((part.running_var == 1).all())
         ]
 

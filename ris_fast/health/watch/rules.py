@@ -128,7 +128,8 @@ def step_never_called(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[
     doubt = "If gradients are added up over several passes, the first step is still to come."
     others = loop.steps or optimizer.rivals
     certain = not others and optimizer.passes > MANY_PASSES
-    if optimizer.arrived and not (loop.steps and optimizer.passes <= FEW_PASSES):
+    adds_up = not optimizer.cleared and optimizer.passes <= FEW_PASSES
+    if optimizer.arrived and not (loop.steps and optimizer.passes <= FEW_PASSES) and not adds_up:
         yield finding(
             "step_never_called",
             f"{len(optimizer.arrived)} tensors have received gradients in {optimizer.passes} backward passes, "
@@ -199,8 +200,12 @@ def _gradients(record: StepRecord, optimizer: OptimizerRecord) -> Iterator[Findi
     (arrived, reached), step = record.gradient_norms(), record.step + 1
     if not is_finite(record.grad_after_backward) and is_finite(record.grad_at_step):
         bad = int((~record.grad_after_backward.isfinite()).sum())
+        looks = [each for each in optimizer.records if not is_finite(each.grad_after_backward)]
+        steps = describe_steps([each.step + 1 for each in looks if is_finite(each.grad_at_step)], len(optimizer.records))
         yield finding(
-            "sanitised_gradients", f"{bad} tensors' gradients arrive non-finite and reach the optimizer finite.", step
+            "sanitised_gradients",
+            f"{bad} tensors' gradients arrive non-finite and reach the optimizer finite, {steps}.",
+            step,
         )
     elif not is_finite(record.grad_at_step) and not record.scaled:
         doubt = PUT_BACK if _recovers(record, optimizer.records[-1]) else ""

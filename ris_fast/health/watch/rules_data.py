@@ -143,6 +143,8 @@ def zero_batches(trained: list[PassRecord]) -> Iterator[Finding]:
 
 def split_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Iterator[Finding]:
     """Scenes of every evaluation are scenes of training."""
+    batches = {each.keys.numpy().tobytes() for each in trained}  # type: ignore[union-attr]
+    evaluated = [each for each in evaluated if each.keys.numpy().tobytes() not in batches]  # type: ignore[union-attr]
     rounds = {each.step for each in evaluated}
     seen = {row for each in trained for row in _rows(each.keys) if row}  # type: ignore[arg-type]
     asked = {row for each in evaluated for row in _rows(each.keys) if row}  # type: ignore[arg-type]
