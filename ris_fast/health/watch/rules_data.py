@@ -50,6 +50,7 @@ def _rows(keys: Tensor) -> list[bytes]:
 def other_targets(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -> Iterator[Finding]:
     """Scenes that come again with the target of another."""
     told = [each for each in losses if each.targets is not None and each.targets.keys is not None]
+    told = [each for each in told if each.outputs is None or each.outputs.shape[1:] != each.targets.shape]  # type: ignore[union-attr]
     both = [(passes[each.number], each.targets.keys) for each in told if each.number in passes]  # type: ignore[union-attr]
     both = [(one, asked) for one, asked in both if one.keys is not None and len(one.keys) == len(asked)]
     known: dict[bytes, tuple[bytes, int]] = {}
@@ -131,6 +132,8 @@ def stale_rows(trained: list[PassRecord]) -> Iterator[Finding]:
 def zero_batches(trained: list[PassRecord]) -> Iterator[Finding]:
     """Some batches are all zeros, and others are not."""
     zero = [each for each in trained if not bool(each.keys.any())]  # type: ignore[union-attr]
+    if {each.shape for each in zero} - {each.shape for each in trained if bool(each.keys.any())}:  # type: ignore[union-attr]
+        return  # a point of its own
     if len(zero) >= 3 and 2 * len(zero) <= len(trained):
         yield finding(
             "empty_cache_slot",

@@ -140,6 +140,7 @@ def told_one_batch(pairs: list[Pair]) -> Iterator[Finding]:
             pairs[1][0].step + 1,
             "An iterator that is made for each step, `next(iter(loader))`, does that; so do one batch on purpose, and"
             " data that are a single batch.",
+            harm=0.5,
         )
 
 
