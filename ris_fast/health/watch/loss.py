@@ -17,7 +17,15 @@ from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.graph import CHAIN, MOVING, GraphLeaves, chain_of, graph_of
 from ris_fast.health.watch.operations import made_shape, operation, over_scenes
 from ris_fast.health.watch.records import LossRecord, Numbers
-from ris_fast.health.watch.tensors import KEY_NUMBERS, KEYS, few_rows, is_plain, nonfinite, rows_with_gradient, tensors_of
+from ris_fast.health.watch.tensors import (
+    KEY_NUMBERS,
+    KEYS,
+    few_rows,
+    is_plain,
+    nonfinite,
+    rows_with_gradient,
+    tensors_of,
+)
 
 FIRST, LATE, WALKED = 32, 64, 4  # calls that are noted, of later steps, and with a walk through the graph
 

@@ -35,8 +35,9 @@ class StepRecord:
         closure: gradients came within the step; scaled: a loss scaler takes care of gradients that are not finite;
         grad_after_backward, grad_at_step: (T,) float32 norms of the gradients as backward left them and as the
             optimizer found them; grad_after_step: (T,) as they are after the step, in the first steps;
-        grad_change: (4,) of a few numbers of each gradient, as backward left them against what the optimizer found: the
-            cosine of both, the share of negative zeros at the step, and the spread over the size of each. None where no
+        grad_change: (6,) of a few numbers of each gradient, as backward left them against what the optimizer found: the
+            cosine of both, the share of negative zeros at the step, the spread over the size of each, and that of magnitudes. None where
+            no
             hooked tensor had a gradient;
         update_ratio: (), norm of the update over that of the weights, of a few numbers of each tensor, where there was
             a gradient;
@@ -275,9 +276,10 @@ class ForwardRecord:
         given and gives, and the first two axes that each of its layers with time first is given; formats: calls of
         layers by what became of autocast in them; passes_heard: of the model itself; written: of inputs that come again
         where the model wrote into one, whether they are what it left, and whether it writes there again; drawn: of
-        evaluations, whether they drew random numbers; own_dropouts: parts that call a dropout by themselves; shapes, layers, functions,
-        modules: see there; foreign_steps: of optimizers of other models; copies: other
-        modules of its class, where the model was not called before the first step; uniform: matrices that began as one number.
+        evaluations, whether they drew random numbers; own_dropouts: parts that call a dropout by themselves; shapes,
+        layers, functions, modules: see there; foreign_steps: of optimizers of other models; copies: other
+        modules of its class, where the model was not called before the first step;
+        uniform: matrices that began as one number.
     """
 
     passes: list[PassRecord]

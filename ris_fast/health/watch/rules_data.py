@@ -73,8 +73,8 @@ def other_targets(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -
         yield finding(
             "stale_cache" if late else "shuffled_labels",
             f"{other} of {again} scenes that came again had another target"
-            f"{', most in the very next batch, as from a buffer that is filled before it is used' if late else ', which'}"
-            f"{'' if late else ' other scenes had had before'}.",
+            f"{', most in the very next batch, as from a buffer that is filled early' if late else ''}"
+            f"{'' if late else ', which other scenes had had before'}.",
             both[0][0].step + 1,
             "Targets that are drawn anew on purpose look like that; so do inputs and targets that are shuffled apart.",
             "Keep inputs and targets of a batch together: one permutation for both, and a copy of what a buffer gives.",
@@ -152,8 +152,8 @@ def split_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Ite
     if len(rounds) >= 3 and found >= LEAKED and found >= SHARE * len(asked):
         yield finding(
             "split_overlap",
-            f"{found} of {len(asked)} different scenes that are evaluated, of those that were looked at, are scenes that"
-            " training reads.",
+            f"{found} of {len(asked)} different scenes that are evaluated, of those that were looked at, are scenes"
+            " that training reads.",
             evaluated[0].step,
             "The loss on the training set may be measured on purpose.",
         )
@@ -174,9 +174,7 @@ def distributions_differ(trained: list[PassRecord], evaluated: list[PassRecord])
         return
     spread, spread_there = float(one.std()), float(other.std())
     shift = abs(float(other.mean()) - float(one.mean()))
-    if spread > 0 and (
-        spread_there > RATIO * spread or spread > RATIO * spread_there > 0 or shift > SHIFT * spread
-    ):
+    if spread > 0 and (spread_there > RATIO * spread or spread > RATIO * spread_there > 0 or shift > SHIFT * spread):
         yield finding(
             "distributions_differ",
             f"inputs of training are {one.mean():.3g} +- {spread:.3g}, those of evaluation {other.mean():.3g} +-"
@@ -191,7 +189,13 @@ def input_scale(forward: ForwardRecord, trained: list[PassRecord]) -> Iterator[F
     first = next(iter(forward.layers.kinds.values()), None)
     norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.EmbeddingBag)
     calls = next(iter(forward.layers.calls.values()), [])
-    if len(trained) < EARLY or first is None or isinstance(first, norms) or calls[0].whole or "Norm" in str(type(first)):
+    if (
+        len(trained) < EARLY
+        or first is None
+        or isinstance(first, norms)
+        or calls[0].whole
+        or "Norm" in str(type(first))
+    ):
         return
     numbers = _pooled([each for each in trained if each.shape == trained[0].shape])
     spread = float(numbers.std())

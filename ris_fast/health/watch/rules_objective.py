@@ -94,8 +94,8 @@ def loss_sign(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Findin
     if len(values) == len(plain) and all(value < 0 for value in values) and not of_probabilities:
         yield finding(
             "loss_sign",
-            f"all {len(values)} losses are below zero ({values[0]:.3g} at first, {values[-1]:.3g} at last), and are made"
-            f" of a distance, {losses[0].chain[plain[0][1]]}, which is not: its sign is turned, and steps make it"
+            f"all {len(values)} losses are below zero ({values[0]:.3g} at first, {values[-1]:.3g} at last), and are"
+            f" made of a distance, {losses[0].chain[plain[0][1]]}, which is not: its sign is turned, and steps make it"
             " larger.",
             losses[0].step + 1,
             MAY_BE_MEANT,
@@ -147,11 +147,15 @@ def no_derivative(loop: LoopRecord, met: Sequence[LossRecord]) -> Iterator[Findi
             met[0].step + 1,
         )
     elif len(cutting) == len(met) and all(cutting):
-        shares = [] if loop.forward is None else [
-            float(each.rows.double().mean())
-            for each in loop.forward.passes
-            if each.training and each.reached and each.rows is not None and len(each.rows) >= EARLY
-        ][:16]
+        shares = (
+            []
+            if loop.forward is None
+            else [
+                float(each.rows.double().mean())
+                for each in loop.forward.passes
+                if each.training and each.reached and each.rows is not None and len(each.rows) >= EARLY
+            ][:16]
+        )
         if silent or (len(shares) >= EARLY and mean(shares) < FEW):
             share = "no scene has" if silent else f"{mean(shares):.0%} of the scenes have"
             yield finding(
@@ -185,7 +189,9 @@ def accumulation_not_divided(loop: LoopRecord) -> Iterator[Finding]:
     """Passes add up whole means, and nothing divides them."""
     for by in loop.optimizers:
         kinds = by.between.intervals
-        several = sum(count for (passes, cleared, alike), count in kinds.items() if passes >= 3 and alike and not cleared)
+        several = sum(
+            count for (passes, cleared, alike), count in kinds.items() if passes >= 3 and alike and not cleared
+        )
         met = [each for each in loop.met if each.chain]
         means = [each for each in met if _whole_mean(each)]
         plain = [each for each in by.records if not each.closure and all(map(isfinite, each.gradient_norms()))]
@@ -229,8 +235,8 @@ def sanitised_on_the_way(loop: LoopRecord) -> Iterator[Finding]:
             yield finding(
                 "sanitised_gradients",
                 f"the gradient at the output has NaN or infinities in {len(bad)} of the steps that were looked at, and"
-                f" those of all tensors are finite{f', and zero in {count}' if count else ''}: a hook or an own function"
-                " replaces them on the way.",
+                f" those of all tensors are finite{f', and zero in {count}' if count else ''}: a hook or an own"
+                " function replaces them on the way.",
                 clean[0].step + 1,
                 "Rows that a mask leaves out afterwards may have them.",
             )
@@ -241,7 +247,9 @@ def stalled(loop: LoopRecord) -> Iterator[Finding]:
     wrong where nothing else does, and what it is not."""
     losses = [each for each in loop.met if each.value is not None and _distance(each.chain) is not None]
     by = loop.optimizers[0]
-    alone = len(loop.optimizers) == 1 and len(losses) == len(loop.met) and not (by.rivals or by.loads or by.plain.outside)
+    alone = (
+        len(loop.optimizers) == 1 and len(losses) == len(loop.met) and not (by.rivals or by.loads or by.plain.outside)
+    )
     if not alone or len(losses) < VALUES or loop.steps < STEPS or (loop.forward and loop.forward.foreign_steps):
         return
     values = [float(each.value) for each in losses]  # type: ignore[arg-type]

@@ -173,7 +173,9 @@ def weight_decay_too_large(by: OptimizerRecord) -> Iterator[Finding]:
         yield finding(
             "weight_decay_too_large",
             f"a decay of {decay:.3g} has taken the matrices to {kept:.2g} of their first norm in {by.steps} steps"
-            + ("." if decoupled else f"; at first it pulls with {pulls[0]:.3g}, and the gradient with {pushes[0]:.3g}."),
+            + (
+                "." if decoupled else f"; at first it pulls with {pulls[0]:.3g}, and the gradient with {pushes[0]:.3g}."
+            ),
             by.steps,
             MAY_BE_MEANT,
         )
