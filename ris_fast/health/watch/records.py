@@ -36,9 +36,8 @@ class StepRecord:
         grad_after_backward, grad_at_step: (T,) float32 norms of the gradients as backward left them and as the
             optimizer found them; grad_after_step: (T,) as they are after the step, in the first steps;
         grad_change: (6,) of a few numbers of each gradient, as backward left them against what the optimizer found: the
-            cosine of both, the share of negative zeros at the step, the spread over the size of each, and that of magnitudes. None where
-            no
-            hooked tensor had a gradient;
+            cosine of both, the share of negative zeros at the step, the spread over the size of each, and that of
+            magnitudes. None where no hooked tensor had a gradient;
         update_ratio: (), norm of the update over that of the weights, of a few numbers of each tensor, where there was
             a gradient;
         reset: (), whether the weights are bit for bit those of an earlier step, and were others in between;

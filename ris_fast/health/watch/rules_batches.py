@@ -95,7 +95,7 @@ def shapes_broadcast(trained: list[PassRecord]) -> Iterator[Finding]:
 def _elementwise(loop: LoopRecord) -> bool:
     """Whether the losses' own graph says that outputs are compared one by one."""
     told = [each for each in (*loop.losses, *loop.met) if each.direct and each.outputs is not None]
-    sizes = [(math.prod(each.outputs.shape), map(math.prod, each.chain_shapes)) for each in told]  # type: ignore[union-attr]
+    sizes = [(math.prod(each.outputs.shape), map(math.prod, each.chain_shapes)) for each in told]
     return len(sizes) >= LOOKS and all(max(made, default=0) <= size for size, made in sizes)
 
 

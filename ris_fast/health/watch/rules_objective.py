@@ -64,7 +64,7 @@ def wrong_units(losses: Sequence[LossRecord]) -> Iterator[Finding]:
             found.append((each.chain[at], before))
     products = [each.chain for each in losses if "Softmax" in each.chain and each.value is not None]
     divergence = [chain for chain in products if chain[chain.index("Softmax") - 2 : chain.index("Softmax")] == PRODUCT]
-    if len(divergence) == len(losses) >= LOOKS and all(float(each.value) < 0 for each in losses):  # type: ignore[arg-type]
+    if len(divergence) == len(losses) >= LOOKS and all(float(each.value) < 0 for each in losses):
         found = [("KlDiv", "Softmax")] * len(losses)
     bad = [each for each in found if each[1] and each[1] not in LOGARITHMS]
     if len(found) >= LOOKS and len(bad) == len(found) == len(losses) and bad[0][1] in ("Softmax", "Sigmoid", "Addmm"):
@@ -229,7 +229,7 @@ def sanitised_on_the_way(loop: LoopRecord) -> Iterator[Finding]:
     }
     for by in loop.optimizers if len(loop.optimizers) == 1 else ():
         looks = [each for each in by.records if each.step in bad and each.hooked]
-        clean = [each for each in looks if bool(each.grad_after_backward.isfinite().all())]  # type: ignore[union-attr]
+        clean = [each for each in looks if bool(each.grad_after_backward.isfinite().all())]
         if len(clean) >= 2 and clean == looks:
             count = sum(sum(each.gradient_norms()) == 0 for each in clean)
             yield finding(
@@ -252,7 +252,7 @@ def stalled(loop: LoopRecord) -> Iterator[Finding]:
     )
     if not alone or len(losses) < VALUES or loop.steps < STEPS or (loop.forward and loop.forward.foreign_steps):
         return
-    values = [float(each.value) for each in losses]  # type: ignore[arg-type]
+    values = [float(each.value) for each in losses]
     first, last = mean(values[:4]), mean(values[-8:])
     if all(value > 0 for value in values) and last > STALLED * first:
         yield finding(
