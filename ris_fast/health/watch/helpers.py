@@ -38,12 +38,12 @@ class HelperRecord:
     """A module beside the model.
 
     Args: name: of the variable; of: the part of the model that it has the shapes of, None where there is none;
-        as_begun: it had, about, the numbers that this part began with; training: the mode it was in, and dropouts: those of it
-        that are on; trained: it has had a gradient; called: since it was found; steps: made when it was last looked at; looks: how often it was;
-        still: looks at which it was what it was first; distances: after steps of which the one before was looked at
-        too, how far it was from the part, now or before the step, in units of that step; moved: the part has moved;
-        buffers_still: running statistics are what they were first, though its weights moved and the part's statistics
-        did.
+        as_begun: it had, about, the numbers that this part began with; training: the mode it was in, and dropouts:
+        those of it that are on; trained: it has had a gradient; called: since it was found; steps: made when it was
+        last looked at; looks: how often it was; still: looks at which it was what it was first; distances: after steps
+        of which the one before was looked at too, how far it was from the part, now or before the step, in units of
+        that step; moved: the part has moved; buffers_still: running statistics are what they were first, though its
+        weights moved and the part's statistics did.
     """
 
     name: str

@@ -106,7 +106,9 @@ class RankHooks:
             self.wrappers = wrappers_in(self.model)
             if self.steps == DENSE // 2 and several_ranks():
                 held = {id(p) for p in held_tensors(self.optimizer)}
-                self.wrapper = find_wrapper(self.model, {n: p for n, p in self.model.named_parameters() if id(p) in held})
+                self.wrapper = find_wrapper(
+                    self.model, {n: p for n, p in self.model.named_parameters() if id(p) in held}
+                )
             wanted = chosen
         else:
             wanted = [] if self.probe is None else [self.probe]

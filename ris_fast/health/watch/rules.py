@@ -21,8 +21,8 @@ from ris_fast.health.watch import (
     rules_layers,
     rules_loss,
     rules_modes,
-    rules_outcome,
     rules_objective,
+    rules_outcome,
     rules_parameters,
     rules_ranks,
     rules_rates,
@@ -128,7 +128,7 @@ def step_never_called(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[
     doubt = "If gradients are added up over several passes, the first step is still to come."
     others = loop.steps or optimizer.rivals
     certain = not others and optimizer.passes > MANY_PASSES
-    adds_up = not optimizer.cleared and optimizer.passes <= FEW_PASSES
+    adds_up = not optimizer.cleared and 1 < optimizer.passes <= FEW_PASSES
     if optimizer.arrived and not (loop.steps and optimizer.passes <= FEW_PASSES) and not adds_up:
         yield finding(
             "step_never_called",
@@ -201,7 +201,9 @@ def _gradients(record: StepRecord, optimizer: OptimizerRecord) -> Iterator[Findi
     if not is_finite(record.grad_after_backward) and is_finite(record.grad_at_step):
         bad = int((~record.grad_after_backward.isfinite()).sum())
         looks = [each for each in optimizer.records if not is_finite(each.grad_after_backward)]
-        steps = describe_steps([each.step + 1 for each in looks if is_finite(each.grad_at_step)], len(optimizer.records))
+        steps = describe_steps(
+            [each.step + 1 for each in looks if is_finite(each.grad_at_step)], len(optimizer.records)
+        )
         yield finding(
             "sanitised_gradients",
             f"{bad} tensors' gradients arrive non-finite and reach the optimizer finite, {steps}.",

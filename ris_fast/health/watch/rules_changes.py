@@ -15,6 +15,7 @@ from ris_fast.health.watch.kinds_of_change import kind_of_change
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, TensorRecord, is_finite
 from ris_fast.health.watch.rules_zero import gradient_underflow
 
+EPISODE = 4  # steps, at least
 STOPPED = 8  # looks in a row without effect, at the end
 UPDATED = 16  # looks without effect that an optimizer which gathers several steps does not have
 SPOKEN = {
@@ -30,7 +31,7 @@ EPISODES = "Episodic adaptation and learning-rate range tests do that; they put 
 
 def change_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
     kinds = [(change, _kinds(change, optimizer.tensors)) for change in optimizer.outside if not change.explained]
-    yield from weights_reset(optimizer, kinds)
+    yield from weights_reset(loop, optimizer, kinds)
     if loop.ranks is None:  # ranks average weights between steps, and step on shards
         yield from weights_changed_outside(optimizer, kinds)
         yield from tensors_without_effect(optimizer)
@@ -54,15 +55,17 @@ def _kinds(change: OutsideChange, tensors: list[TensorRecord]) -> dict[str, str]
 Kinds = list[tuple[OutsideChange, dict[str, str]]]
 
 
-def weights_reset(optimizer: OptimizerRecord, changes: Kinds) -> Iterator[Finding]:
+def weights_reset(loop: LoopRecord, optimizer: OptimizerRecord, changes: Kinds) -> Iterator[Finding]:
     """Weights are again what they were before, bit for bit, while the optimizer's state goes on."""
     undone = [
         change.step + 1 for change, kinds in changes if not change.state_reset and _is_reset(change, kinds, changes)
     ]
     again = [record.step for record in optimizer.records if record.reset is not None and bool(record.reset)]
     steps = sorted({*undone, *again})
-    if steps and optimizer.kinds & {"SGD"} and not any(group.get("momentum") for group in optimizer.groups):
-        return  # no state goes on: an episode
+    stateless = "SGD" in optimizer.kinds and not any(group.get("momentum") for group in optimizer.groups)
+    long = all(later - step >= EPISODE for step, later in pairwise(steps))
+    if steps and stateless and long and len(loop.kept) >= len(steps):
+        return  # no state goes on, and a state was loaded each time: episodes
     if steps and any(0 < each.changes == optimizer.plain.outside for each in optimizer.plain.rates.values()):
         return  # each time with another rate: back to the best, on purpose
     if steps:

@@ -49,8 +49,8 @@ def no_backward(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:
             + (
                 "other networks are trained in between, and what they are given of this one's outputs is detached."
                 if others
-                else "the loss is a new tensor made of numbers, or `backward()` is not called. `loss.grad_fn` is None in"
-                " the first case."
+                else "the loss is a new tensor made of numbers, or `backward()` is not called. `loss.grad_fn` is None"
+                " in the first case."
             ),
             passes[0].step + 1,
         )

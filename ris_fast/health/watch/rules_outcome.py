@@ -1,5 +1,5 @@
-"""Rules of `watch` on what came of a loop whose losses were told: outputs that have become one, and targets that they do
-not follow although nothing else is wrong. Neither is certain."""
+"""Rules of `watch` on what came of a loop whose losses were told: outputs that have become one, and targets that they
+do not follow although nothing else is wrong. Neither is certain."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def outputs_become_one(losses: Sequence[LossRecord]) -> Iterator[Finding]:
 def targets_not_followed(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Finding]:
     """Outputs say of the targets what a constant says, though gradients arrive and steps move the weights."""
     known = _of_numbers(losses) or _of_labels(losses)
-    if known and all(each.chain and each.chain[-1] in ("Add", "Sub") and each.chain_shapes[-1] == () for each in losses):
+    if known and all(
+        each.chain and each.chain[-1] in ("Add", "Sub") and each.chain_shapes[-1] == () for each in losses
+    ):
         yield finding(
             "dominating_term",
             f"after {loop.steps} steps {known}; the loss is a sum of terms, and others than the one that compares them"
@@ -118,5 +120,7 @@ def _of_labels(losses: Sequence[LossRecord]) -> str:
 
 def _differ(losses: Sequence[LossRecord]) -> bool:
     """Whether outputs of the scenes differ at all."""
-    some: list[Tensor] = [each.outputs.few for each in losses[-4:] if each.outputs is not None and each.outputs.few is not None]
+    some: list[Tensor] = [
+        each.outputs.few for each in losses[-4:] if each.outputs is not None and each.outputs.few is not None
+    ]
     return any(len(each) > 1 and float(each.std(0).mean()) > 0 for each in some)

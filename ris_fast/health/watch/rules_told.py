@@ -103,7 +103,10 @@ def targets_of_outputs(losses: Sequence[LossRecord]) -> Iterator[Finding]:
     pairs = number_pairs(losses)
     if len(pairs) < EARLY:
         return
-    for kind, made_of in (("the outputs themselves", lambda x: x), ("a softmax of the outputs", lambda x: x.softmax(1))):
+    for kind, made_of in (
+        ("the outputs themselves", lambda x: x),
+        ("a softmax of the outputs", lambda x: x.softmax(1)),
+    ):
         same = [torch.allclose(made_of(made), asked, rtol=1e-4, atol=1e-6) for made, asked in pairs]
         wide = all(len(made) > 1 and float(made.std(0).mean()) > 1e-6 for made, _ in pairs)
         if all(same) and wide:

@@ -51,7 +51,11 @@ class Watcher:
         check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
         self.rivals = Rivals(self.optimizers, lambda: {id(p) for p in model.parameters()})
         self.hooks = [OptimizerHooks(model, each, every, self.rivals) for each in self.optimizers]
-        self.start, self.loads, self.schedulers = Start(model, self.optimizers), ModelLoads(model), Schedulers(self.optimizers)
+        self.start, self.loads, self.schedulers = (
+            Start(model, self.optimizers),
+            ModelLoads(model),
+            Schedulers(self.optimizers),
+        )
         self.forward = ForwardHooks(model, self.hooks, every)
         steps = lambda: (self.forward.steps, self.steps)  # noqa: E731
         self.losses = LossHook(self.forward.leaves, steps, lambda: self.forward.count, every)
