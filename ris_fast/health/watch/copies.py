@@ -63,7 +63,7 @@ def copies_of(model: nn.Module) -> list[CopyRecord]:
 
 def _is_compiled(module: nn.Module) -> bool:
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    wrappers = [each for each in gc.get_objects() if dynamo is not None and type(each) is dynamo.OptimizedModule]
+    wrappers = [each for each in gc.get_objects() if type(each) is dynamo.OptimizedModule] if dynamo is not None else []
     return module._compiled_call_impl is not None or any(each._orig_mod is module for each in wrappers)
 
 

@@ -15,7 +15,7 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ from ris_fast.health.watch.writes import InputWrites
 FIRST, LONGEST = 64, 4096  # training passes that are all looked at; where most of them reach no backward
 WALKED, PARTS = 6, 4  # training passes whose graph is walked, and in which the hooks on parts stay
 MARKED = 12  # training passes whose gradient at the output is compared with those of mistakes
-LATE = 64  # training passes that are looked at after the first
+LATE, WITH_STEP = 64, 32  # training passes that are looked at after the first: now and then, and with a step
 ROUND, OTHERS = 8, 128  # passes of another kind between two steps that are looked at, and in all
 INPUTS = 4  # of several, that are looked at
 EVALUATIONS, CALLS = 32, 4096  # whose random numbers are looked at; of parts within a pass
@@ -89,7 +89,7 @@ class ForwardHooks:
         self.model, self.by_optimizer, self.every = model, by_optimizer, every
         self.passes: list[PassRecord] = []
         self.first = FIRST
-        self.count = self.late = self.foreign_steps = self.marked = 0
+        self.count = self.late = self.with_step = self.foreign_steps = self.marked = 0
         # By mode and whether gradients are enabled: passes, those looked at, and the step and passes since it.
         self.made: Counter[tuple[bool, bool]] = Counter()
         self.looked: Counter[tuple[bool, bool]] = Counter()
@@ -105,6 +105,7 @@ class ForwardHooks:
         self.inside: list[tuple[str, int]] = []  # layers of the pass that runs, and the rows that they are given
         self.rows_inside: list[tuple[int, int, list[tuple[str, int]]]] = []
         self.part_calls, self.writes = PartCalls(), InputWrites()
+        self.state_places: set[int] = set()  # where further outputs of the last pass lie
         self.layers, self.functions = Layers(), FunctionChecks()
         self.last_outputs: list[Tensor] = []  # of the last pass in training, until the step
         self.uniform = uniform_matrices(model)
@@ -227,9 +228,12 @@ class ForwardHooks:
                 return False
             if made == FIRST and 2 * sum(not each.reached for each in self.passes) > len(self.passes):
                 self.first = LONGEST
-            late = made > self.first
-            self.late += late
-            return not late or (self.late <= LATE and not max(each.steps for each in self.by_optimizer) % self.every)
+            if made <= self.first:
+                return True
+            regular = self.late < LATE and not max(each.steps for each in self.by_optimizer) % self.every
+            early = self.with_step < WITH_STEP and any(each.schedule.due(each.steps) for each in self.by_optimizer)
+            self.late, self.with_step = self.late + (regular or early), self.with_step + early
+            return regular or early
         step, since = self.rounds.get(kind, (-1, 0))
         self.rounds[kind] = self.steps, since + 1 if step == self.steps else 1
         return self.rounds[kind][1] <= ROUND and self.looked[kind] < OTHERS
@@ -337,6 +341,7 @@ class ForwardHooks:
             plain_name(path.removesuffix("."))
             for path, part in modules_of(self.model)
             if isinstance(part, nn.modules.batchnorm._NormBase) and not part.training and id(part) in self.called
+            if part.weight is None or part.weight.requires_grad  # else a backbone that is kept as it is
             if part.running_mean is not None and not part.running_mean.any() and bool((part.running_var == 1).all())
         ]
 

@@ -30,6 +30,7 @@ SEARCHES = (4, 48)  # steps after which helpers are looked for
 FRAMES, VALUES, KEPT = 24, 512, 8  # of a search; helpers
 NEAR = 0.05  # of a part's first weights, within which a copy lies
 SAMPLES, GROWING = 64, 8  # pairs of steps, which lie apart by this part of the steps made
+CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # that nobody calls
 TORCH = str(Path(torch.__file__).parent)
 
 
@@ -38,12 +39,12 @@ class HelperRecord:
     """A module beside the model.
 
     Args: name: of the variable; of: the part of the model that it has the shapes of, None where there is none;
-        as_begun: it had, about, the numbers that this part began with; training: the mode it was in, and dropouts: those of it
-        that are on; trained: it has had a gradient; called: since it was found; steps: made when it was last looked at; looks: how often it was;
-        still: looks at which it was what it was first; distances: after steps of which the one before was looked at
-        too, how far it was from the part, now or before the step, in units of that step; moved: the part has moved;
-        buffers_still: running statistics are what they were first, though its weights moved and the part's statistics
-        did.
+        as_begun: it had, about, the numbers that this part began with; training: the mode it was in, and dropouts:
+        those of it that are on; trained: it has had a gradient; called: since it was found; steps: made when it was
+        last looked at; looks: how often it was; still: looks at which it was what it was first; distances: after steps
+        of which the one before was looked at too, how far it was from the part, now or before the step, in units of
+        that step; moved: the part has moved; buffers_still: running statistics are what they were first, though its
+        weights moved and the part's statistics did.
     """
 
     name: str
@@ -75,13 +76,18 @@ class _Helper:
     first_buffers: tuple[Tensor, Tensor] | None
     trained: bool = False
     called: bool = False
-    hook: Any = None
+    hooks: list[Any] = field(default_factory=list)
     last_step: int = 0
     last_part: Tensor | None = None
     flags: list[Tensor] = field(default_factory=list)  # () whether it is as it was
     distances: list[Tensor] = field(default_factory=list)
     moved: Tensor | None = None
     buffers: list[Tensor] = field(default_factory=list)  # (2,) whether its statistics, and the part's, have moved
+
+    def unhook(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
 
 
 class Helpers:
@@ -111,14 +117,15 @@ class Helpers:
     def close(self) -> None:
         stop_listening(self)
         for helper in self.found:
-            helper.hook.remove()
+            helper.unhook()
 
     def _called(self, module: nn.Module, *_: Any) -> None:
         """Its first call is all that is asked for."""
         for helper in self.found:
-            if helper.module() is module and not helper.called:
+            whole = helper.module()
+            if not helper.called and whole is not None and any(part is module for part in whole.modules()):
                 helper.called = True
-                helper.hook.remove()
+                helper.unhook()
 
     # ---- where they are -----------------------------------------------------------------------------------------
 
@@ -139,7 +146,8 @@ class Helpers:
                 known.add(id(module))
                 if takes_hooks(module) and (helper := self._begin(name, module, held)) is not None:
                     self.found.append(helper)
-                    helper.hook = module.register_forward_pre_hook(CopiedHook(self._called))
+                    called = [module, *module.children()] if type(module) in CONTAINERS else [module]
+                    helper.hooks = [each.register_forward_pre_hook(CopiedHook(self._called)) for each in called]
 
     def _begin(self, name: str, module: nn.Module, held: set[int]) -> _Helper | None:
         tensors = _tensors(module)

@@ -1,6 +1,7 @@
 """What `seen.loss(value, outputs, targets)` notes of a loss: its graph near the root, shapes and ranges.
 
-The first calls are noted, then others that lie further and further apart, one step in `every` among them. Nothing is read from the device until the report.
+The first calls are noted, then others that lie further and further apart, one step in `every` among them. Nothing is
+read from the device until the report.
 
 Legend: R rows, a few scenes; F numbers, a few of each; B scenes.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+SPREADS = {"Std", "Var", "StdMean", "VarMean"}  # by which a normalisation divides
 OVER_AN_AXIS = {"Softmax", "LogSoftmax", "Cumsum", "Cumprod", "Logcumsumexp", "LinalgVectorNorm", "Norm"}
 RESHAPING = {"View", "UnsafeView", "ReshapeAlias"}
 STEPWISE = {"Round", "Floor", "Ceil", "Trunc", "Sign", "Sgn", "Heaviside"}  # whose derivative is zero everywhere
@@ -15,13 +16,15 @@ CUTTING = {"Clamp", "ClampMin", "ClampMax", "Hardtanh"}  # zero derivative beyon
 
 
 def over_scenes(nodes: Iterable[Any], rows: int, pairs: bool = False) -> list[str]:
-    """What runs over the first axis of tensors with a row for each scene: 'softmax over axis 0 of (64, 8, 8)'. `pairs`: a
-    square of all pairs of a batch is left alone."""
+    """What runs over the first axis of tensors with a row for each scene: 'softmax over axis 0 of (64, 8, 8)'.
+
+    `pairs`: within a loss, where squares of all pairs of a batch and the spread of a batch are usual.
+    """
     found = []
     for node in nodes:
         name = operation(node)
-        if name in OVER_AN_AXIS:
-            shape = made_shape(node) if name != "LinalgVectorNorm" and name != "Norm" else _operand_shape(node)
+        if name in OVER_AN_AXIS or (name in SPREADS and not pairs):
+            shape = _operand_shape(node) if name in SPREADS | {"LinalgVectorNorm", "Norm"} else made_shape(node)
             square = pairs and len(shape) == 2 and shape[0] == shape[1]
             if len(shape) > 1 and shape[0] == rows > 1 and not square and _axes(node, len(shape)) == {0}:
                 found.append(f"{_SPOKEN.get(name, name.lower())} over axis 0 of {shape}")

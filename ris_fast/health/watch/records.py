@@ -36,9 +36,9 @@ class StepRecord:
         closure: gradients came within the step; scaled: a loss scaler takes care of gradients that are not finite;
         grad_after_backward, grad_at_step: (T,) float32 norms of the gradients as backward left them and as the
             optimizer found them; grad_after_step: (T,) as they are after the step, in the first steps;
-        grad_change: (4,) of a few numbers of each gradient, as backward left them against what the optimizer found: the
-            cosine of both, the share of negative zeros at the step, and the spread over the size of each. None where no
-            hooked tensor had a gradient;
+        grad_change: (6,) of a few numbers of each gradient, as backward left them against what the optimizer found: the
+            cosine of both, the share of negative zeros at the step, the spread over the size of each, and that of
+            magnitudes. None where no hooked tensor had a gradient;
         update_ratio: (), norm of the update over that of the weights, of a few numbers of each tensor, where there was
             a gradient;
         reset: (), whether the weights are bit for bit those of an earlier step, and were others in between;
@@ -198,9 +198,9 @@ class PassRecord:
         pass before was given; mark_kind, mark: which mistake the gradient at the output looks like, and how far it is
         from that; keys: a few numbers of more rows of the input, by which scenes are known again; others: (R, F) of
         each input, where there are several; grad_finite: (), whether the gradient at the output is; source: of an
-        input that is a view, the id of what it is a view of, its place in it, and how often that was written to; draws: a hash
-        of where the generator of random numbers stands, of the first passes in training; carried: an input is what the
-        pass before gave; open_before: no backward pass had come to the pass before yet;
+        input that is a view, the id of what it is a view of, its place in it, and how often that was written to; draws:
+        a hash of where the generator of random numbers stands, of the first passes in training; carried: an input is
+        what the pass before gave; open_before: no backward pass had come to the pass before yet;
         thread: that made it.
     """
 
@@ -294,9 +294,10 @@ class ForwardRecord:
         given and gives, and the first two axes that each of its layers with time first is given; formats: calls of
         layers by what became of autocast in them; passes_heard: of the model itself; written: of inputs that come again
         where the model wrote into one, whether they are what it left, and whether it writes there again; drawn: of
-        evaluations, whether they drew random numbers; own_dropouts: parts that call a dropout by themselves; shapes, layers, functions,
-        modules: see there; foreign_steps: of optimizers of other models; copies: other
-        modules of its class, where the model was not called before the first step; uniform: matrices that began as one number.
+        evaluations, whether they drew random numbers; own_dropouts: parts that call a dropout by themselves; shapes,
+        layers, functions, modules: see there; foreign_steps: of optimizers of other models; copies: other
+        modules of its class, where the model was not called before the first step;
+        uniform: matrices that began as one number.
     """
 
     passes: list[PassRecord]

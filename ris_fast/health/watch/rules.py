@@ -23,8 +23,8 @@ from ris_fast.health.watch import (
     rules_layers,
     rules_loss,
     rules_modes,
-    rules_outcome,
     rules_objective,
+    rules_outcome,
     rules_parameters,
     rules_ranks,
     rules_rates,
@@ -142,7 +142,8 @@ def step_never_called(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[
     doubt = "If gradients are added up over several passes, the first step is still to come."
     others = loop.steps or optimizer.rivals
     certain = not others and optimizer.passes > MANY_PASSES
-    if optimizer.arrived and not (loop.steps and optimizer.passes <= FEW_PASSES):
+    adds_up = not optimizer.cleared and 1 < optimizer.passes <= FEW_PASSES
+    if optimizer.arrived and not (loop.steps and optimizer.passes <= FEW_PASSES) and not adds_up:
         yield finding(
             "step_never_called",
             f"{len(optimizer.arrived)} tensors have received gradients in {optimizer.passes} backward passes, "

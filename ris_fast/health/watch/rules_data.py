@@ -50,14 +50,16 @@ def _rows(keys: Tensor) -> list[bytes]:
 def other_targets(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -> Iterator[Finding]:
     """Scenes that come again with the target of another."""
     told = [each for each in losses if each.targets is not None and each.targets.keys is not None]
-    both = [(passes[each.number], each.targets.keys) for each in told if each.number in passes]  # type: ignore[union-attr]
+    # Of scores of all pairs the target is a place in the batch.
+    told = [each for each in told if each.outputs is None or each.outputs.shape[1:] != each.targets.shape]
+    both = [(passes[each.number], each.targets.keys) for each in told if each.number in passes]
     both = [(one, asked) for one, asked in both if one.keys is not None and len(one.keys) == len(asked)]
     known: dict[bytes, tuple[bytes, int]] = {}
     met: dict[bytes, set[bytes]] = defaultdict(set)
     again = other = in_a_row = 0
     swapped = 0
     for number, (one, asked) in enumerate(both):
-        for scene, target in zip(_rows(one.keys), asked):  # type: ignore[arg-type]
+        for scene, target in zip(_rows(one.keys), asked):
             value = target.numpy().tobytes()
             if scene and scene in known:
                 again += 1
@@ -73,8 +75,8 @@ def other_targets(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -
         yield finding(
             "stale_cache" if late else "shuffled_labels",
             f"{other} of {again} scenes that came again had another target"
-            f"{', most in the very next batch, as from a buffer that is filled before it is used' if late else ', which'}"
-            f"{'' if late else ' other scenes had had before'}.",
+            f"{', most in the very next batch, as from a buffer that is filled early' if late else ''}"
+            f"{'' if late else ', which other scenes had had before'}.",
             both[0][0].step + 1,
             "Targets that are drawn anew on purpose look like that; so do inputs and targets that are shuffled apart.",
             "Keep inputs and targets of a batch together: one permutation for both, and a copy of what a buffer gives.",
@@ -111,12 +113,12 @@ def stale_rows(trained: list[PassRecord]) -> Iterator[Finding]:
     pairs = [
         (one, other)
         for one, other in pairwise(trained)
-        if one.shape == other.shape and one.keys.shape == other.keys.shape and one.step != other.step  # type: ignore[union-attr]
+        if one.shape == other.shape and one.keys.shape == other.keys.shape and one.step != other.step
     ]
     shares = []
     for one, other in pairs:
-        rich = [len(row.unique()) >= RICH for row in other.keys]  # type: ignore[union-attr]
-        same = (one.keys == other.keys).all(1) & torch.tensor(rich)  # type: ignore[union-attr]
+        rich = [len(row.unique()) >= RICH for row in other.keys]
+        same = (one.keys == other.keys).all(1) & torch.tensor(rich)
         shares.append(float(same.double().mean()))
     if len(shares) >= EARLY and all(0.05 <= share <= 0.95 for share in shares):
         yield finding(
@@ -130,7 +132,9 @@ def stale_rows(trained: list[PassRecord]) -> Iterator[Finding]:
 
 def zero_batches(trained: list[PassRecord]) -> Iterator[Finding]:
     """Some batches are all zeros, and others are not."""
-    zero = [each for each in trained if not bool(each.keys.any())]  # type: ignore[union-attr]
+    zero = [each for each in trained if not bool(each.keys.any())]
+    if {each.shape for each in zero} - {each.shape for each in trained if bool(each.keys.any())}:
+        return  # a point of its own
     if len(zero) >= 3 and 2 * len(zero) <= len(trained):
         yield finding(
             "empty_cache_slot",
@@ -143,15 +147,17 @@ def zero_batches(trained: list[PassRecord]) -> Iterator[Finding]:
 
 def split_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Iterator[Finding]:
     """Scenes of every evaluation are scenes of training."""
+    batches = {each.keys.numpy().tobytes() for each in trained}
+    evaluated = [each for each in evaluated if each.keys.numpy().tobytes() not in batches]
     rounds = {each.step for each in evaluated}
-    seen = {row for each in trained for row in _rows(each.keys) if row}  # type: ignore[arg-type]
-    asked = {row for each in evaluated for row in _rows(each.keys) if row}  # type: ignore[arg-type]
+    seen = {row for each in trained for row in _rows(each.keys) if row}
+    asked = {row for each in evaluated for row in _rows(each.keys) if row}
     found = len(asked & seen)
     if len(rounds) >= 3 and found >= LEAKED and found >= SHARE * len(asked):
         yield finding(
             "split_overlap",
-            f"{found} of {len(asked)} different scenes that are evaluated, of those that were looked at, are scenes that"
-            " training reads.",
+            f"{found} of {len(asked)} different scenes that are evaluated, of those that were looked at, are scenes"
+            " that training reads.",
             evaluated[0].step,
             "The loss on the training set may be measured on purpose.",
         )

@@ -49,8 +49,8 @@ def no_backward(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:
             + (
                 "other networks are trained in between, and what they are given of this one's outputs is detached."
                 if others
-                else "the loss is a new tensor made of numbers, or `backward()` is not called. `loss.grad_fn` is None in"
-                " the first case."
+                else "the loss is a new tensor made of numbers, or `backward()` is not called. `loss.grad_fn` is None"
+                " in the first case."
             ),
             passes[0].step + 1,
         )
@@ -259,8 +259,8 @@ def train_mode_in_validation(forward: ForwardRecord) -> Iterator[Finding]:
         since = f", first {f'after step {first}' if first else 'before the first step'}"
         yield finding(
             "train_mode_in_validation",
-            f"{sum(map(len, rounds))} forward passes that no backward reached, in {len(rounds)} of the intervals between"
-            f" steps, ran in training mode{since}, and none in evaluation mode.",
+            f"{sum(map(len, rounds))} forward passes that no backward reached, in {len(rounds)} of the intervals"
+            f" between steps, ran in training mode{since}, and none in evaluation mode.",
             rounds[-1][0].step,
             "Statistics that are gathered anew, or averages over dropout, look the same.",
         )

@@ -155,8 +155,8 @@ def detached_between(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Findi
     if len(steps) >= 2 and len(own) >= 2 * len(steps) and not any(each.reached for each in own):
         yield finding(
             "detached_backbone",
-            f"{own[0].after} is given what it gave in the call before, detached, {len(own) // len(steps)} times for each"
-            " step, and no backward pass comes to those calls: the gradient knows of the last one only.",
+            f"{own[0].after} is given what it gave in the call before, detached, {len(own) // len(steps)} times for"
+            " each step, and no backward pass comes to those calls: the gradient knows of the last one only.",
             own[0].step + 1,
             "A state that is cut on purpose, as to save memory, looks so.",
             "Detach the state once for each window that is trained on, not at each time within it.",
@@ -309,14 +309,14 @@ def norm_statistics(forward: ForwardRecord) -> Iterator[Finding]:
             else f"at a momentum of {each.momentum:g} the running statistics of {each.name or 'the model'} are those of"
             " the last batch or two.",
             forward.steps,
-            "Evaluation uses them. Torch's momentum is the share of the new batch; elsewhere it is that of the old ones.",
+            "Evaluation uses them. Torch's momentum is the share of the new batch; elsewhere that of the old ones.",
             "Set `momentum` to 0.1, or to 0.01 for long runs.",
         )
     elif forward.modules.untracked:
         yield finding(
             "batchnorm_statistics",
-            f"{', '.join(forward.modules.untracked[:3])}: track_running_stats is off, so that evaluation normalises with"
-            " the statistics of each batch that it is given, and a scene's answer depends on the others.",
+            f"{', '.join(forward.modules.untracked[:3])}: track_running_stats is off, so that evaluation normalises"
+            " with the statistics of each batch that it is given, and a scene's answer depends on the others.",
             forward.steps,
             MAY_BE_MEANT,
         )
@@ -344,8 +344,8 @@ def symmetric_init(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding
         yield finding(
             "symmetric_init",
             f"all units of {names[0].rpartition('.')[0] or 'the layer'} had the same weights when the watch began"
-            f"{f', and so had those of {len(names) - 1} more layers' if len(names) > 1 else ''}: but for their biases they"
-            " receive equal gradients and stay equal.",
+            f"{f', and so had those of {len(names) - 1} more layers' if len(names) > 1 else ''}: but for their biases"
+            " they receive equal gradients and stay equal.",
             1,
             MAY_BE_MEANT,
         )

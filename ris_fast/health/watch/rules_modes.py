@@ -79,7 +79,7 @@ def state_of_other_scenes(trained: list[PassRecord]) -> Iterator[Finding]:
             " follow.",
             carried[0].step + 1,
             MAY_BE_MEANT,
-            "Begin each sequence with a new state, or serve the windows of one sequence in their order, each in its row.",
+            "Begin each sequence with a new state, or serve the windows of a sequence in their order, each in its row.",
         )
 
 
@@ -144,8 +144,8 @@ def mask_too_heavy(loop: LoopRecord) -> Iterator[Finding]:
     if len(passes) >= 2 and all(passes):
         yield finding(
             "heavy_dropout",
-            f"in each pass that was looked at something is multiplied by a mask that is zero at {passes[0][0]:.0%} of its"
-            " places and one and the same number at the others, as a dropout does.",
+            f"in each pass that was looked at something is multiplied by a mask that is zero at {passes[0][0]:.0%} of"
+            " its places and one and the same number at the others, as a dropout does.",
             1,
             "The rate of torch's dropout is the share that is removed, not the share that is kept. " + MAY_BE_MEANT,
         )

@@ -64,7 +64,7 @@ def wrong_units(losses: Sequence[LossRecord]) -> Iterator[Finding]:
             found.append((each.chain[at], before))
     products = [each.chain for each in losses if "Softmax" in each.chain and each.value is not None]
     divergence = [chain for chain in products if chain[chain.index("Softmax") - 2 : chain.index("Softmax")] == PRODUCT]
-    if len(divergence) == len(losses) >= LOOKS and all(float(each.value) < 0 for each in losses):  # type: ignore[arg-type]
+    if len(divergence) == len(losses) >= LOOKS and all(float(each.value) < 0 for each in losses):
         found = [("KlDiv", "Softmax")] * len(losses)
     bad = [each for each in found if each[1] and each[1] not in LOGARITHMS]
     if len(found) >= LOOKS and len(bad) == len(found) == len(losses) and bad[0][1] in ("Softmax", "Sigmoid", "Addmm"):
@@ -99,8 +99,8 @@ def loss_sign(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Findin
     ):
         yield finding(
             "loss_sign",
-            f"all {len(values)} losses are below zero ({values[0]:.3g} at first, {values[-1]:.3g} at last), and are made"
-            f" of a distance, {losses[0].chain[plain[0][1]]}, which is not: its sign is turned, and steps make it"
+            f"all {len(values)} losses are below zero ({values[0]:.3g} at first, {values[-1]:.3g} at last), and are"
+            f" made of a distance, {losses[0].chain[plain[0][1]]}, which is not: its sign is turned, and steps make it"
             " larger.",
             losses[0].step + 1,
             MAY_BE_MEANT,
@@ -233,14 +233,14 @@ def sanitised_on_the_way(loop: LoopRecord) -> Iterator[Finding]:
     }
     for by in loop.optimizers if len(loop.optimizers) == 1 else ():
         looks = [each for each in by.records if each.step in bad and each.hooked]
-        clean = [each for each in looks if bool(each.grad_after_backward.isfinite().all())]  # type: ignore[union-attr]
+        clean = [each for each in looks if bool(each.grad_after_backward.isfinite().all())]
         if len(clean) >= 2 and clean == looks:
             count = sum(sum(each.gradient_norms()) == 0 for each in clean)
             yield finding(
                 "sanitised_gradients",
                 f"the gradient at the output has NaN or infinities in {len(bad)} of the steps that were looked at, and"
-                f" those of all tensors are finite{f', and zero in {count}' if count else ''}: a hook or an own function"
-                " replaces them on the way.",
+                f" those of all tensors are finite{f', and zero in {count}' if count else ''}: a hook or an own"
+                " function replaces them on the way.",
                 clean[0].step + 1,
                 "Rows that a mask leaves out afterwards may have them.",
             )
@@ -256,7 +256,7 @@ def stalled(loop: LoopRecord) -> Iterator[Finding]:
     )
     if not alone or len(losses) < VALUES or loop.steps < STEPS or (loop.forward and loop.forward.foreign_steps):
         return
-    values = [float(each.value) for each in losses]  # type: ignore[arg-type]
+    values = [float(each.value) for each in losses]
     first, last = mean(values[:4]), mean(values[-8:])
     if all(value > 0 for value in values) and last > STALLED * first:
         yield finding(

@@ -1,5 +1,5 @@
-"""Rules of `watch` on what came of a loop whose losses were told: outputs that have become one, and targets that they do
-not follow although nothing else is wrong. Neither is certain."""
+"""Rules of `watch` on what came of a loop whose losses were told: outputs that have become one, and targets that they
+do not follow although nothing else is wrong. Neither is certain."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ def outputs_become_one(losses: Sequence[LossRecord]) -> Iterator[Finding]:
     asked = [each.targets.few for each in losses[-4:] if each.targets is not None and each.targets.few is not None]
     same = asked and not any(float(each.std(0).mean()) > 0 for each in asked if len(each) > 1)
     if last < FLAT * first and not same:
+        terms = all(each.chain and each.chain[-1] in ("Add", "Sub") and each.targets for each in losses)
+        numbers = all(each.targets is not None and not each.targets.whole for each in losses)
         yield finding(
-            "collapsed",
+            "dominating_term" if terms and numbers and number_pairs(losses) else "collapsed",
             f"outputs of the scenes of a batch differed by {first:.3g} at first and differ by {last:.3g} after"
             f" {losses[-1].step} steps: the same answer for all lowers this loss as well.",
             losses[-1].step,

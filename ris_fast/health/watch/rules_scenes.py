@@ -31,7 +31,7 @@ def scene_findings(loop: LoopRecord) -> list[Finding]:
     return [
         *seed_set_again(trained),
         *kept_targets(pairs),
-        *told_one_batch(pairs),
+        *(told_one_batch(pairs) if pairs else one_input(trained)),
         *one_class_a_batch(loop.losses),
         *rows_of_before(trained),
         *empty_rows(trained),
@@ -140,6 +140,24 @@ def told_one_batch(pairs: list[Pair]) -> Iterator[Finding]:
             pairs[1][0].step + 1,
             "An iterator that is made for each step, `next(iter(loader))`, does that; so do one batch on purpose, and"
             " data that are a single batch.",
+            harm=0.5,
+        )
+
+
+def one_input(trained: list[PassRecord]) -> Iterator[Finding]:
+    """All passes are given the same numbers without any order, made anew each time."""
+    rows = [each.input for each in trained]
+    alone = all(each.inputs == 1 and not each.given_again and each.source is None for each in trained[1:])
+    if len(rows) < STEPS or not alone or len(rows[0]) < 4 or len(rows[0].unique()) < STEPS or _is_regular(rows[0]):
+        return
+    if all(each.shape == rows[0].shape and torch.equal(each, rows[0]) for each in rows):
+        yield finding(
+            "repeated_batch",
+            f"all {len(rows)} passes that were looked at are given the same numbers, made anew each time.",
+            trained[1].step + 1,
+            "Data that are a single batch look the same, and so do fixed points in space.",
+            "Draw noise, or take the next batch, within the loop.",
+            harm=0.5,
         )
 
 
@@ -203,7 +221,7 @@ def empty_rows(trained: list[PassRecord]) -> Iterator[Finding]:
             " none.",
             trained[0].step + 1,
             "Scenes that are masked on purpose look the same.",
-            "Look where these scenes are written: a slot of a cache that is read before, or a file that failed to load.",
+            "Look where these scenes are written: a slot of a cache that is read before that, or a file that is missing.",
         )
 
 

@@ -96,7 +96,7 @@ def _read_again(loop: LoopRecord) -> bool:
     """Whether scenes were met in two epochs."""
     passes = loop.forward.passes if loop.forward is not None else []
     trained = [each for each in passes if each.training and each.reached and each.keys is not None]
-    rows = [row.numpy().tobytes() for each in trained for row in each.keys]  # type: ignore[union-attr]
+    rows = [row.numpy().tobytes() for each in trained for row in each.keys]
     return len(rows) - len(set(rows)) > len(rows) / 4
 
 
@@ -163,10 +163,10 @@ def weight_decay_too_large(by: OptimizerRecord) -> Iterator[Finding]:
     wide = torch.tensor([size > 1.0 for size in first.usual_norms]) & (first.weights_before > 0)
     if not wide.any():
         return
-    kept = float(last.weights_after[wide].norm()) / float(first.weights_before[wide].norm())  # type: ignore[index]
+    kept = float(last.weights_after[wide].norm()) / float(first.weights_before[wide].norm())
     early = looks[:16]
     pulls = [float((decay * each.weights_before[wide]).norm()) for each in early]
-    pushes = [float(each.grad_at_step[wide].norm()) for each in early]  # type: ignore[index]
+    pushes = [float(each.grad_at_step[wide].norm()) for each in early]
     decoupled = by.kinds & {"AdamW", "FusedAdamW"} or all(each.get("decoupled_weight_decay") for each in by.groups)
     dominated = all(pull > 2 * push for pull, push in zip(pulls[:4], pushes[:4])) or bool(decoupled)
     if kept < SHRUNK and dominated:

@@ -23,10 +23,11 @@ def told_findings(loop: LoopRecord) -> list[Finding]:
     """What the graphs of told losses show, and the gradients at their outputs."""
     losses = [each for each in loop.losses if each.signs.looked]
     if not losses:
-        return []
+        return list(binary_below_zero(loop.met))
     return [
         *logarithm_missing(losses),
         *targets_of_binary(losses),
+        *targets_of_outputs(losses),
         *pulled_away(losses, loop.uphill),
         *one_label_without_gradient(loop.losses),
         *constant_labels(loop.losses),
@@ -37,7 +38,7 @@ def told_findings(loop: LoopRecord) -> list[Finding]:
 def logarithm_missing(losses: Sequence[LossRecord]) -> Iterator[Finding]:
     """A loss that expects logarithms of probabilities and is given probabilities or raw outputs."""
     found = [each for each in losses if each.signs.unlogged and each.signs.most_logged is not None]
-    found = [each for each in found if float(each.signs.most_logged) > 1e-3]
+    found = [each for each in found if float(each.signs.most_logged) > 1e-3 and _alone(each)]
     if len(found) >= 2:
         loss, before = found[0].signs.unlogged
         made = {"Softmax": "a softmax", "Sigmoid": "a sigmoid"}.get(before, "a layer")
@@ -51,6 +52,15 @@ def logarithm_missing(losses: Sequence[LossRecord]) -> Iterator[Finding]:
         )
 
 
+def _alone(loss: LossRecord) -> bool:
+    """Whether it is the loss itself: `nll_loss` also picks scores of a structured one. A divergence from probabilities
+    to which it is given probabilities is always below zero."""
+    if loss.signs.unlogged[0] == "kl_div":
+        return loss.value is not None and float(loss.value) < 0
+    before = next((n for n, name in enumerate(loss.chain) if name.startswith("NllLoss")), None)
+    return before is not None and set(loss.chain[:before]) <= {"Mean", "Sum", "Div", "Mul"}
+
+
 def targets_of_binary(losses: Sequence[LossRecord]) -> Iterator[Finding]:
     """A binary cross-entropy whose targets are not from 0 to 1, so that it falls without end."""
     asked = [(each, each.signs.asked) for each in losses if each.signs.asked is not None]
@@ -62,8 +72,52 @@ def targets_of_binary(losses: Sequence[LossRecord]) -> Iterator[Finding]:
             f"a binary cross-entropy is given targets from {low:.3g} to {high:.3g}; it expects 0 to 1, and falls below"
             " zero without end where they lie beyond.",
             beyond[0][0].step + 1,
+            "" if high > 1.5 or low < -0.5 else "Labels of a critic are sometimes drawn around one on purpose.",
             advice="Give it labels of 0 and 1: `(labels + 1) / 2` of -1 and 1, or images divided by their maximum.",
         )
+
+
+def binary_below_zero(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """A binary cross-entropy that nobody told of, and that is below zero: with targets from 0 to 1 it cannot be."""
+    plain = [each for each in losses if each.chain and set(each.chain[: _binary_at(each)]) <= {"Mean", "Sum", "Div"}]
+    below = [each for each in plain if each.value is not None and float(each.value) < 0]
+    if len(plain) == len(losses) and len(below) >= 4:
+        yield finding(
+            "target_scale_differs",
+            f"a binary cross-entropy is below zero in {len(below)} of {len(losses)} losses that were looked at, down to"
+            f" {min(float(each.value) for each in below if each.value is not None):.3g}, which it is with targets"
+            " outside of 0 to 1 only.",
+            below[0].step + 1,
+            "A weight below zero would do that too.",
+            "Give it labels of 0 and 1: `(labels + 1) / 2` of -1 and 1, or images divided by their maximum.",
+        )
+
+
+def _binary_at(loss: LossRecord) -> int:
+    """Where in the chain a binary cross-entropy is; behind its end, where there is none."""
+    return next((n for n, name in enumerate(loss.chain) if name.startswith("BinaryCrossEntropy")), len(loss.chain) + 1)
+
+
+def targets_of_outputs(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """Targets that are what the outputs are, or what a softmax or sigmoid makes of them: the loss asks for nothing."""
+    pairs = number_pairs(losses)
+    if len(pairs) < EARLY:
+        return
+    for kind, made_of in (
+        ("the outputs themselves", lambda x: x),
+        ("a softmax of the outputs", lambda x: x.softmax(1)),
+    ):
+        same = [torch.allclose(made_of(made), asked, rtol=1e-4, atol=1e-6) for made, asked in pairs]
+        wide = all(len(made) > 1 and float(made.std(0).mean()) > 1e-6 for made, _ in pairs)
+        if all(same) and wide:
+            yield finding(
+                "dead_loss_term",
+                f"targets are {kind}, in all {len(pairs)} losses that were looked at: nothing is left to be learned.",
+                losses[0].step + 1,
+                "A copy of the model that is still what the model is gives such targets.",
+                "Let the teacher, the average or the data give the targets, not the network that is trained.",
+            )
+            return
 
 
 def pulled_away(losses: Sequence[LossRecord], uphill: bool | None = False) -> Iterator[Finding]:
@@ -77,7 +131,8 @@ def pulled_away(losses: Sequence[LossRecord], uphill: bool | None = False) -> It
     if uphill is not None and mean(pulls) < AWAY and 4 * sum(pull < 0 for pull in pulls) >= 3 * len(pulls):
         yield finding(
             "loss_sign",
-            f"a step {'along the gradient, as maximize=True makes it,' if uphill else 'against the gradient'} takes the outputs away from their targets, in"
+            f"a step {'along the gradient, as maximize=True makes it,' if uphill else 'against the gradient'} takes the"
+            f" outputs away from their targets, in"
             f" {sum(pull < 0 for pull in pulls)} of {len(pulls)} losses that were looked at: the sign of the loss is"
             " turned.",
             seen[0][0].step + 1,

@@ -1,5 +1,5 @@
-"""Loops with a guard between backward and step, a loss of zero, `maximize`, a loss scale; and what `watch` is given, kept
-and closed."""
+"""Loops with a guard between backward and step, a loss of zero, `maximize`, a loss scale; and what `watch` is given,
+keeps and closes."""
 
 from __future__ import annotations
 
