@@ -22,7 +22,7 @@ from ris_fast.health.watch.samples import ParameterSample, StaleGradientProbe, c
 from ris_fast.health.watch.schedule import DENSE
 from ris_fast.training.telemetry.step_telemetry import norms
 
-UNCHANGED = torch.tensor([1.0, 0.0, 1.0, 1.0])  # see `StepRecord.grad_change`
+UNCHANGED = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 1.0])  # see `StepRecord.grad_change`
 
 
 @dataclass
