@@ -24,6 +24,7 @@ from ris_fast.health.watch.any_step import listen, stop_listening
 from ris_fast.health.watch.eager import takes_hooks
 from ris_fast.health.watch.forward import CopiedHook, is_modal
 from ris_fast.health.watch.hooks import OptimizerHooks
+from ris_fast.health.watch.records import HelperRecord
 from ris_fast.health.watch.samples import few_numbers, has_norm
 
 SEARCHES = (4, 48)  # steps after which helpers are looked for
@@ -32,34 +33,6 @@ NEAR = 0.05  # of a part's first weights, within which a copy lies
 SAMPLES, GROWING = 64, 8  # pairs of steps, which lie apart by this part of the steps made
 CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # that nobody calls
 TORCH = str(Path(torch.__file__).parent)
-
-
-@dataclass(frozen=True)
-class HelperRecord:
-    """A module beside the model.
-
-    Args: name: of the variable; of: the part of the model that it has the shapes of, None where there is none;
-        as_begun: it had, about, the numbers that this part began with; training: the mode it was in, and dropouts:
-        those of it that are on; trained: it has had a gradient; called: since it was found; steps: made when it was
-        last looked at; looks: how often it was; still: looks at which it was what it was first; distances: after steps
-        of which the one before was looked at too, how far it was from the part, now or before the step, in units of
-        that step; moved: the part has moved; buffers_still: running statistics are what they were first, though its
-        weights moved and the part's statistics did.
-    """
-
-    name: str
-    of: str | None
-    as_begun: bool
-    training: bool
-    dropouts: int
-    trained: bool
-    called: bool
-    steps: int
-    looks: int
-    still: int
-    distances: list[float]
-    moved: bool
-    buffers_still: bool
 
 
 @dataclass

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from ris_fast.health.watch.changes import OutsideChange
     from ris_fast.health.watch.copies import CopyRecord
     from ris_fast.health.watch.functions import FunctionCheck
-    from ris_fast.health.watch.helpers import HelperRecord
     from ris_fast.health.watch.layers import LayersRecord
-    from ris_fast.health.watch.modules import ModulesRecord
+    from ris_fast.health.watch.module_records import ModulesRecord
     from ris_fast.health.watch.rivals import Rival
     from ris_fast.health.watch.schedulers import SchedulerRecord
 
@@ -347,6 +346,34 @@ class Numbers:
 
     def on_host(self) -> Numbers:
         return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
+
+
+@dataclass(frozen=True)
+class HelperRecord:
+    """A module beside the model.
+
+    Args: name: of the variable; of: the part of the model that it has the shapes of, None where there is none;
+        as_begun: it had, about, the numbers that this part began with; training: the mode it was in, and dropouts:
+        those of it that are on; trained: it has had a gradient; called: since it was found; steps: made when it was
+        last looked at; looks: how often it was; still: looks at which it was what it was first; distances: after steps
+        of which the one before was looked at too, how far it was from the part, now or before the step, in units of
+        that step; moved: the part has moved; buffers_still: running statistics are what they were first, though its
+        weights moved and the part's statistics did.
+    """
+
+    name: str
+    of: str | None
+    as_begun: bool
+    training: bool
+    dropouts: int
+    trained: bool
+    called: bool
+    steps: int
+    looks: int
+    still: int
+    distances: list[float]
+    moved: bool
+    buffers_still: bool
 
 
 @dataclass

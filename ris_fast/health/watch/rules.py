@@ -49,6 +49,7 @@ EXPLAINS = {  # what follows from a cause
     "stale_compiled_graph": ["unused_head", "loss_rebuilt", "detached_backbone"],
     "stale_optimizer_parameters": ["unused_head", "loss_rebuilt"],
 }
+DIVERGED = {"learning_rate_too_large", "nonfinite_gradients"}
 FEW_PASSES = 64  # backward passes that an optimizer waits while others step
 MANY_PASSES = 4096  # backward passes without a step, more than anybody adds up
 SCALER_STEPS = 24  # a loss scale halves its way to one that fits in fewer
@@ -84,6 +85,8 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
         found = [_after_scale(each, left_in) if each.cause == "nonfinite_gradients" else each for each in found]
     found += rules_outcome.outcome_findings(loop, found)
     explained = {effect for each in found for effect in EXPLAINS.get(each.cause, ())}
+    if not DIVERGED.intersection(each.cause for each in found):
+        explained.add("accumulation_not_divided")  # a rate may allow for it
     return ranked(found, muted=explained)
 
 

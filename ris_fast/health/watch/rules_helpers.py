@@ -11,8 +11,7 @@ from statistics import median
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import finding
-from ris_fast.health.watch.helpers import HelperRecord
-from ris_fast.health.watch.records import EARLY, LoopRecord
+from ris_fast.health.watch.records import EARLY, HelperRecord, LoopRecord
 
 LONG = 96  # steps that a copy may wait for its first update
 NEXT = 0.05  # steps that a copy lies behind, below which it keeps nothing

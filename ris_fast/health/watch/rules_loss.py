@@ -238,9 +238,8 @@ def constant_targets(losses: Sequence[LossRecord]) -> Iterator[Finding]:
     few = [each.targets.few for each in losses if each.targets is not None and each.targets.few is not None]
     if len(few) < EARLY or len(few[0]) < 2 or any(each.shape[1] != few[0].shape[1] for each in few):
         return
-    rows, classes = torch.cat(few), [each.outputs.shape for each in losses if each.outputs is not None]
-    labels = losses[0].targets is not None and losses[0].targets.whole and all(len(s) > 1 < s[1] for s in classes)
-    if bool((rows == rows[0]).all()) and (labels or not set(rows[0].tolist()) <= {0.0, 1.0}):
+    rows = torch.cat(few)
+    if bool((rows == rows[0]).all()) and not set(rows[0].tolist()) <= {0.0, 1.0}:
         yield finding(
             "constant_targets",
             f"all scenes of {len(few)} batches have the same target.",

@@ -221,7 +221,7 @@ def empty_rows(trained: list[PassRecord]) -> Iterator[Finding]:
             " none.",
             trained[0].step + 1,
             "Scenes that are masked on purpose look the same.",
-            "Look where these scenes are written: a slot of a cache that is read before that, or a file that is missing.",
+            "Look where these scenes are written: a cache slot that is read before that, or a file that is missing.",
         )
 
 
