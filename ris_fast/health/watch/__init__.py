@@ -34,7 +34,8 @@ def watch(
         stall_s: seconds without a step after which a thread logs where the loop stands. Where nothing is given, none
             does in a single process; with several ranks, it says which collective has been waited in for 300 seconds.
             `math.inf` for never.
-    Returns: a `Watcher`, whose `report()` gives the findings.
+    Returns: a `Watcher`, whose `report()` gives the findings; `close()`, or the end of `with watch(...) as seen:`,
+        takes its hooks away.
     Raises: ValueError for an argument of another kind; ConfigError, which is one, for the beginning of no parameter's
         name.
     """

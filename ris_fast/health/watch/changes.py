@@ -29,7 +29,8 @@ class OutsideChange:
     Args: step: the one that left the weights; names, sizes: (T,) of the tensors; before, after: (S,) around that step;
         later: (S,) at the start of the next; gradient: (S,) at that step, empty where it was not looked at;
         explained: another optimizer stepped on the same tensors in between; state_reset: the optimizer's state was
-        loaded or emptied there too; first: (S,) before the first step that was looked at.
+        loaded or emptied there too; first: (S,) before the first step that was looked at; settled: (S,) after the next
+        step, where that was kept.
     """
 
     step: int
@@ -42,6 +43,7 @@ class OutsideChange:
     explained: bool
     state_reset: bool
     first: Tensor
+    settled: Tensor | None = None
 
     def on_host(self) -> OutsideChange:
         return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
@@ -76,6 +78,7 @@ class OutsideWatch:
     def wait(self, sample: ParameterSample, tensors: list[Tensor]) -> None:
         """After a step that was looked at."""
         self.waiting = Sides(sample.step, sample.before, sample.after, sample.gradient)
+        self._settle()
         self.first = self.first if sample.names == self.names else sample.before
         self.names, self.tensors, self.samples, self.looked = sample.names, tensors, sample.samples, True
 
@@ -92,6 +95,12 @@ class OutsideWatch:
         """After it, where numbers were kept."""
         (step, before), self.light, self.looked = self.light, None, False
         self.waiting = Sides(step, before, self.samples.read(self.tensors), before[:0])
+        self._settle()
+
+    def _settle(self) -> None:
+        """What the step left that began with the last change."""
+        if self.changes and self.changes[-1].step == self.waiting.step - 1:
+            self.changes[-1].settled = self.waiting.after
 
     def wants_to_compare(self, written: bool) -> bool:
         """At the start of a step; `written`: a version counter has changed since the step before."""

@@ -50,6 +50,11 @@ def eager_hook(function: Callable[..., None]) -> Callable[..., None]:
     return unserializable_hook(hook)
 
 
+def takes_hooks(module: Any) -> bool:
+    """Whether a module has hooks: one that `torch.jit.script` has compiled has none, a traced one has."""
+    return not isinstance(module, torch.jit.ScriptModule) or isinstance(module, torch.jit.TracedModule)
+
+
 def is_eager_hook(function: Any) -> bool:
     """Whether `eager_hook` made it."""
     return getattr(function, "__code__", None) is _CODE

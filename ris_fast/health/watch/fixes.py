@@ -34,6 +34,10 @@ FIXES = {
     "nonfinite_gradients": (
         "Find the operation with `torch.autograd.detect_anomaly()`: roots, divisions and logarithms at zero are usual."
     ),
+    "settings_changed": (
+        "Give it to the optimizer where that is built, and look for what writes to `optimizer.param_groups` at this"
+        " step."
+    ),
     "loss_sign": "Give the optimizer the gradients as backward leaves them, and leave `maximize` off.",
     "unused_head": (
         "Let the loss read what these parameters make, look for a `detach()` on the way, or take them out of the model."

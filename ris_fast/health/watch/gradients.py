@@ -24,7 +24,7 @@ from ris_fast.training.telemetry.step_telemetry import norms
 
 LARGE = 2**17  # numbers of a gradient
 WHOLE = 3  # steps in which gradients are read again at the step although their version counters tell of no write
-UNCHANGED = torch.tensor([1.0, 0.0, 1.0, 1.0])  # see `StepRecord.grad_change`
+UNCHANGED = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 1.0])  # see `StepRecord.grad_change`
 
 
 @dataclass
@@ -62,6 +62,7 @@ class GradientWatch:
         self.waiting: dict[int, Tensor | None] = {}
         self.task, self.alone = -1, True
         self.cost_s = 0.0  # of all reading
+        self.first_arrival: Callable[[], None] | None = None  # called once for each step that is looked at
 
     def hook(self, wanted: Sequence[Tensor]) -> None:
         """Hooks these tensors, and no others."""
@@ -75,6 +76,8 @@ class GradientWatch:
     def _arrive(self, parameter: Tensor) -> None:
         """After backward has added to a gradient."""
         began = perf_counter()
+        if not self.waiting and not self.batches and self.first_arrival is not None:
+            self.first_arrival()
         self.waiting[id(parameter)] = _norm_in_cache(parameter.grad)
         self.cost_s += perf_counter() - began
         task = torch._C._current_graph_task_id()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ris_fast.health.watch.hooks import plain_name
-from ris_fast.health.watch.records import LeafRecord
+from ris_fast.health.watch.masks import masks_of
+from ris_fast.health.watch.operations import operation, over_scenes, reshaped_apart, reshaped_as_transposed
+from ris_fast.health.watch.records import LeafRecord, PassShapes
 from ris_fast.health.watch.samples import few_numbers, has_norm
 
 NODES = 20_000  # of a graph that are looked at
 LEAVES = 256  # that are kept
 DEPTH = 3  # of lists in lists that are searched for a name
 CHAIN = 16  # operations from a root on
+SMALL = 64  # nodes of the graph of what comes of parameters
+CHOOSING = ("Embedding", "Index", "Gather", "Take", "Scatter", "MaskedFill", "MaskedSelect")
 # Operations that leave numbers as they are, or some of them.
 MOVING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Transpose", "Permute", "T", "ToCopy", "Clone"}
 MOVING |= {"Select", "Slice", "Index"}
@@ -46,8 +50,10 @@ class GraphLeaves:
         self.model = model
         self.walked = 0
         self.cut = False  # a graph was larger than is looked at
+        self.functions: set[type] = set()  # torch.autograd.Functions that are not torch's
         self.reached: set[int] = set()  # ids of the model's parameters
         self.unknown: list[_Leaf] = []
+        self.shapes: list[PassShapes] = []
 
     def own_parameters(self) -> dict[int, str]:
         """Names of all parameters by id, whatever a model's own `parameters` says; of what `functional_call` puts in
@@ -65,6 +71,14 @@ class GraphLeaves:
         ends = {each.grad_fn for each in inputs if each.grad_fn is not None}
         leaves, users, nodes = graph_of([each.grad_fn for each in outputs if each.grad_fn is not None], ends)
         self.walked, self.cut = self.walked + 1, self.cut or nodes >= NODES
+        rows = inputs[0].shape[0] if inputs and inputs[0].ndim else 0
+        same = rows if outputs and outputs[0].shape[:1] == (rows,) else 0
+        self.shapes.append(
+            PassShapes(
+                over_scenes(users, same), reshaped_apart(users, rows), reshaped_as_transposed(users), masks_of(users)
+            )
+        )
+        self.functions |= {each for node in users if (each := own_function(node)) is not None}
         self.reached |= {id(leaf.variable) for leaf in leaves} & own.keys()
         sizes = {each.shape[0] for each in outputs if each.ndim}
         for leaf in leaves:
@@ -156,6 +170,13 @@ def _left_out(name: str, tensor: Tensor, held: bool, passes: int) -> LeafRecord:
     )
 
 
+def own_function(node: Any) -> type | None:
+    """The user's torch.autograd.Function that a node of the graph comes from."""
+    function = getattr(node, "_forward_cls", None)
+    own = isinstance(function, type) and function.__module__.partition(".")[0] != "torch"
+    return function if own else None
+
+
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module with its path, which ends in a point; whatever a model's own `modules` says."""
     seen, stack = set(), [("", model)]
@@ -183,6 +204,27 @@ def graph_of(roots: Sequence[Any], ends: set[Any]) -> tuple[list[Any], dict[Any,
                 users[after] = node
                 stack.append(after)
     return leaves, users, len(users)
+
+
+def comes_of_parameters_only(root: Any, own: Container[int]) -> bool:
+    """Whether no other tensor is in a small graph. `own`: ids of parameters. What is chosen by an index comes of the
+    index too."""
+    seen, stack = {root}, [root]
+    while stack:
+        node = stack.pop()
+        if type(node).__name__ == "AccumulateGrad":
+            if id(node.variable) not in own:
+                return False
+            continue
+        if len(seen) > SMALL or operation(node).startswith(CHOOSING) or not node.next_functions:
+            return False
+        for after, _ in node.next_functions:
+            if after is None:
+                return False
+            if after not in seen:
+                seen.add(after)
+                stack.append(after)
+    return True
 
 
 def _among_trained(leaf: Any, own: Mapping[int, str], users: Mapping[Any, Any]) -> bool:
@@ -240,8 +282,3 @@ def chain_of(node: Any, ends: set[Any]) -> list[tuple[str, tuple[int, ...], bool
         after = [each for each, _ in node.next_functions if each is not None]
         node = after[0] if len(after) == 1 and node not in ends else None
     return found
-
-
-def operation(node: Any) -> str:
-    """'MseLoss' of MseLossBackward0."""
-    return type(node).__name__.rpartition("Backward")[0].removeprefix("_") or type(node).__name__

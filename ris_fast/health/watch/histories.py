@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+LOW = 1e-3  # of it: next to nothing moves
 STILL = 1e-6  # of the largest rate that a group had: below it nothing moves that moved before
 
 
@@ -39,7 +40,8 @@ class RateHistory:
     """The learning rate of a group.
 
     Args: still, negative: steps at a rate of next to nothing of the largest before, and below zero;
-        still_since, negative_since: where the last step is one of those, the first of the steps in a row.
+        still_since, negative_since: where the last step is one of those, the first of the steps in a row; low_since: of
+        those below a thousandth of the largest.
     """
 
     first: float = math.nan
@@ -51,6 +53,7 @@ class RateHistory:
     negative: int = 0
     still_since: int | None = None
     negative_since: int | None = None
+    low_since: int | None = None
 
     def note(self, step: int, rate: float) -> None:
         """From `step` on it is `rate`."""
@@ -61,6 +64,7 @@ class RateHistory:
         self.last, self.largest, self.changes = rate, max(self.largest, rate), self.changes + 1
         still, negative = 0 <= rate <= STILL * self.largest, rate < 0
         self.still_since = (step if self.still_since is None else self.still_since) if still else None
+        self.low_since = (step if self.low_since is None else self.low_since) if rate <= LOW * self.largest else None
         self.negative_since = (step if self.negative_since is None else self.negative_since) if negative else None
 
     def _close(self, step: int) -> None:

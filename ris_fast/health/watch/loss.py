@@ -1,6 +1,7 @@
 """What `seen.loss(value, outputs, targets)` notes of a loss: its graph near the root, shapes and ranges.
 
-The first calls are noted, then those of one step in `every`. Nothing is read from the device until the report.
+The first calls are noted, then others that lie further and further apart, one step in `every` among them. Nothing is
+read from the device until the report.
 
 Legend: R rows, a few scenes; F numbers, a few of each; B scenes.
 """
@@ -14,11 +15,23 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.watch.eager import eager_hook
-from ris_fast.health.watch.graph import CHAIN, MOVING, GraphLeaves, chain_of, graph_of, operation
+from ris_fast.health.watch.graph import CHAIN, MOVING, GraphLeaves, chain_of, graph_of
+from ris_fast.health.watch.loss_signs import signs_of
+from ris_fast.health.watch.operations import made_shape, operation, over_scenes
 from ris_fast.health.watch.records import LossRecord, Numbers
-from ris_fast.health.watch.tensors import few_rows, is_plain, nonfinite, rows_with_gradient, tensors_of
+from ris_fast.health.watch.tensors import (
+    KEY_NUMBERS,
+    KEYS,
+    few_rows,
+    is_plain,
+    nonfinite,
+    rows_with_gradient,
+    tensors_of,
+)
 
 FIRST, LATE, WALKED = 32, 64, 4  # calls that are noted, of later steps, and with a walk through the graph
+SIGNED = 12  # first calls whose operations and gradient are looked at; and the late ones
+GROWING = 8  # later calls lie further and further apart, by this part of their number
 
 # Operations that take a loss from its outputs to one number.
 REDUCING = {"Mean", "Sum", "Div", "Mul", "Sqrt", "Pow", "Abs", "MseLoss", "SmoothL1Loss", "HuberLoss", "Neg", "Expand"}
@@ -29,11 +42,15 @@ RAW = {"LogSoftmax": ("Softmax", "Sigmoid"), "BinaryCrossEntropyWithLogits": ("S
 class LossHook:
     """Notes losses that it is given."""
 
-    def __init__(self, leaves: GraphLeaves, step: Callable[[], tuple[int, int]], every: int) -> None:
-        """`step`: steps of all watched optimizers together, and of the one that has made most."""
-        self.leaves, self.step, self.every = leaves, step, every
+    def __init__(
+        self, leaves: GraphLeaves, step: Callable[[], tuple[int, int]], number: Callable[[], int], every: int
+    ) -> None:
+        """`step`: steps of all watched optimizers together, and of the one that has made most; `number`: of the
+        model's last pass."""
+        self.leaves, self.step, self.number, self.every = leaves, step, number, every
         self.records: list[LossRecord] = []
         self.count = self.late = 0
+        self.next = FIRST + 1
 
     def note(self, value: Any, outputs: Any, targets: Any, training: bool) -> None:
         """One loss, if it is one that is looked at. Evaluation is not."""
@@ -42,9 +59,10 @@ class LossHook:
         self.count += 1
         steps, most = self.step()
         if self.count > FIRST:
-            if self.late >= LATE or most % self.every:
+            if self.late >= LATE or (most % self.every and self.count < self.next):
                 return
             self.late += 1
+            self.next = self.count + max(1, self.count // GROWING)
         with torch.no_grad():
             self._look(value, tensors_of(outputs), tensors_of(targets), steps)
 
@@ -66,12 +84,18 @@ class LossHook:
             outputs=numbers_of(outputs),
             targets=numbers_of(targets),
             value=tensor.detach().float().mean() if tensor is not None and is_plain(tensor) else None,
+            number=self.number(),
         )
         if node is not None and self.count <= WALKED:
             leaves, users, _ = graph_of([node], set())
             own = self.leaves.own_parameters()
             now.of_model = any(id(leaf.variable) in own for leaf in leaves)
-            now.twice = next(filter(None, map(_applied_twice, users)), ())
+            now.twice = next(filter(None, map(applied_twice, users)), ())
+            rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 0
+            now.over_scenes = over_scenes(graph_of([node], ends)[1], rows, True) if ends else []
+            now.factors = [factor for each in users if (factor := _factor(each)) is not None]
+        if node is not None and (self.count <= SIGNED or self.late):
+            now.signs = signs_of(tensor, outputs, targets)
         self.records.append(now)
         if self.count <= FIRST and outputs and outputs[0].requires_grad and outputs[0].grad_fn is not None:
             rows = outputs[0].shape[0] if outputs[0].ndim else 0
@@ -80,6 +104,19 @@ class LossHook:
                 now.rows = rows_with_gradient(grad, rows)
 
             outputs[0].register_hook(eager_hook(reached))
+
+
+def _factor(node: Any) -> Tensor | None:
+    """(), the number that a product of one number by a term of the loss has as the other factor, before it is freed."""
+    terms = [each for each, _ in node.next_functions if each is not None]
+    if operation(node) != "Mul" or len(terms) != 1 or made_shape(node) != ():
+        return None
+    try:
+        factors = [getattr(node, name) for name in ("_saved_self", "_saved_other")]
+    except RuntimeError:
+        return None
+    some = [each for each in factors if isinstance(each, Tensor) and each.numel() == 1 and is_plain(each)]
+    return some[0].detach().float().reshape(()) if len(some) == 1 else None
 
 
 def numbers_of(tensors: Sequence[Tensor]) -> Numbers | None:
@@ -99,10 +136,11 @@ def numbers_of(tensors: Sequence[Tensor]) -> Numbers | None:
         imaginary=imaginary,
         nonfinite=nonfinite([real]),
         few=few_rows([tensor]),
+        keys=few_rows([tensor], KEYS, KEY_NUMBERS),
     )
 
 
-def _applied_twice(node: Any) -> tuple[str, ...]:
+def applied_twice(node: Any) -> tuple[str, ...]:
     """What applies a softmax or sigmoid of its own, and the one that came before it; with nothing but a new shape in
     between."""
     if (name := operation(node)) not in RAW:

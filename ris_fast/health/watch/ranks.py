@@ -58,6 +58,7 @@ class RankHooks:
         self.hooked: list[Tensor] = []
         self.grad_hooks: list[Any] = []
         self.gradient_hook = _gradient_hook(self)
+        self.wrapper: Wrapper | None = None  # which may be gone when the report comes
         self.step_hooks = [optimizer.register_step_post_hook(self._after)]
         self._hook_gradients()
 
@@ -102,6 +103,11 @@ class RankHooks:
             chosen = list(self.chosen().values())
             self.probe = min(chosen, key=lambda p: (p.numel() < NUMBERS, p.numel()), default=None)
             self.wrappers = wrappers_in(self.model)
+            if self.steps == DENSE // 2 and several_ranks():
+                held = {id(p) for p in held_tensors(self.optimizer)}
+                self.wrapper = find_wrapper(
+                    self.model, {n: p for n, p in self.model.named_parameters() if id(p) in held}
+                )
             wanted = chosen
         else:
             wanted = [] if self.probe is None else [self.probe]
@@ -222,7 +228,8 @@ class RankObserver:
             trainable=[p.requires_grad for p in tensors.values()],
             hashes=_joined([each[None] for each in hashes]).tolist(),
             optimizers=[hooks.record() for hooks in self.hooks],
-            wrapper=find_wrapper(self.model, tensors),
+            wrapper=find_wrapper(self.model, tensors)
+            or next((hooks.wrapper for hooks in self.hooks if hooks.wrapper is not None), None),
             inputs=dict(
                 islice(((p.number, _hash(p.input)) for p in passes if p.training and p.input is not None), PASSES)
             ),

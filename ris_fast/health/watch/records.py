@@ -16,7 +16,12 @@ from ris_fast.health.watch.histories import GradientNumbers, NumbersRecord, Pass
 
 if TYPE_CHECKING:
     from ris_fast.health.watch.changes import OutsideChange
+    from ris_fast.health.watch.copies import CopyRecord
+    from ris_fast.health.watch.functions import FunctionCheck
+    from ris_fast.health.watch.layers import LayersRecord
+    from ris_fast.health.watch.module_records import ModulesRecord
     from ris_fast.health.watch.rivals import Rival
+    from ris_fast.health.watch.schedulers import SchedulerRecord
 
 EARLY = 8  # steps after which a gradient that has not come yet is no longer waited for
 
@@ -31,9 +36,10 @@ class StepRecord:
         closure: gradients came within the step; scaled: a loss scaler takes care of gradients that are not finite;
         grad_after_backward, grad_at_step: (T,) float32 norms of the gradients as backward left them and as the
             optimizer found them; grad_after_step: (T,) as they are after the step, in the first steps;
-        grad_change: (4,) of a few numbers of each gradient, as backward left them against what the optimizer found: the
-            cosine of both, the share of negative zeros at the step, and the spread over the size of each. None where no
-            hooked tensor had a gradient; 1, 0, 1, 1 where they are known to be the same;
+        grad_change: (6,) of a few numbers of each gradient, as backward left them against what the optimizer found: the
+            cosine of both, the share of negative zeros at the step, the spread over the size of each, and that of
+            magnitudes. None where no hooked tensor had a gradient; 1, 0, 1, 1, 1, 1 where they are known to be the
+            same;
         update_ratio: (), norm of the update over that of the weights, of a few numbers of each tensor, where there was
             a gradient;
         reset: (), whether the weights are bit for bit those of an earlier step, and were others in between;
@@ -147,7 +153,10 @@ class LoopRecord:
         optimizer which the watch was not given has stepped on; masters: the optimizers' tensors that never were the
         model's; moved_outside: those that no optimizer was to train and that have
         changed; with_gradient: those with one now; forward: the model's passes; losses: those
-        that `seen.loss` was given; ranks: what is known of them, None for a loop of one process.
+        that `seen.loss` was given; met: those that backward passes began from in steps that were looked at;
+        schedulers: of its optimizers; kept: of states that were loaded into the model, whether all their tensors were
+        its own; helpers: modules beside it; ranks: what is known of them, None for a loop of one process;
+        scales: of torch.amp.GradScalers that are at work in the process.
     """
 
     parameters: list[TensorRecord]
@@ -161,7 +170,19 @@ class LoopRecord:
     with_gradient: set[TensorRecord]
     forward: ForwardRecord | None = None
     losses: Sequence[LossRecord] = ()
+    met: Sequence[LossRecord] = ()
+    schedulers: Sequence[SchedulerRecord] = ()
+    kept: Sequence[bool] = ()
+    helpers: Sequence[HelperRecord] = ()
     ranks: RanksRecord | None = None
+    scales: Sequence[float] = ()
+
+    @property
+    def uphill(self) -> bool | None:
+        """Whether the optimizers make the loss larger (`maximize=True`); None where some groups do and others do
+        not."""
+        ways = {bool(group.get("maximize")) for each in self.optimizers for group in each.groups}
+        return ways.pop() if len(ways) == 1 else None
 
 
 @dataclass
@@ -176,8 +197,12 @@ class PassRecord:
         not walked; input, output: (R, F) a few numbers; nonfinite_in, nonfinite_out: (2,), whether there are NaN, or
         infinities, the former not where outputs are known to be finite; rows: (B,) scenes with a gradient at the
         output; given_again: the first input is the tensor that the pass before was given; mark_kind, mark: which
-        mistake the gradient at the output looks like, and how far it is
-        from that.
+        mistake the gradient at the output looks like, and how far it is from that; keys: a few numbers of more rows of
+        the input, by which scenes are known again; others: (R, F) of each input, where there are several; grad_finite:
+        (), whether the gradient at the output is; source: of an input that is a view, the id of what it is a view of,
+        its place in it, and how often that was written to; draws: a hash of where the generator of random numbers
+        stands, of the first passes in training; carried: an input is what the pass before gave; open_before: no
+        backward pass had come to the pass before yet; thread: that made it.
     """
 
     number: int
@@ -204,9 +229,29 @@ class PassRecord:
     given_again: bool = False
     mark_kind: str = ""
     mark: Tensor | None = None
+    keys: Tensor | None = None
+    others: list[Tensor | None] = field(default_factory=list)
+    source: tuple[int, int, int] | None = None
+    grad_finite: Tensor | None = None
+    draws: int | None = None
+    carried: bool = False
+    open_before: bool = False
+    thread: int = 0
 
     def on_host(self) -> PassRecord:
-        return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
+        host: dict[str, Any] = {"others": [None if each is None else each.cpu() for each in self.others]}
+        host |= {name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **host)
+
+
+@dataclass(frozen=True)
+class PassShapes:
+    """Of one pass: see `operations` and `masks`."""
+
+    over_scenes: list[str]
+    apart: list[str]
+    transposed: list[str]
+    masks: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -250,7 +295,10 @@ class ForwardRecord:
         given and gives, and the first two axes that each of its layers with time first is given; formats: calls of
         layers by what became of autocast in them; passes_heard: of the model itself; written: of inputs that come again
         where the model wrote into one, whether they are what it left, and whether it writes there again; drawn: of
-        evaluations, whether they drew random numbers; own_dropouts: parts that call a dropout by themselves.
+        evaluations, whether they drew random numbers; own_dropouts: parts that call a dropout by themselves; shapes,
+        layers, functions, modules: see there; foreign_steps: of optimizers of other models; copies: other
+        modules of its class, where the model was not called before the first step;
+        uniform: matrices that began as one number.
     """
 
     passes: list[PassRecord]
@@ -270,6 +318,13 @@ class ForwardRecord:
     written: list[tuple[bool, bool]]
     drawn: list[bool]
     own_dropouts: list[str]
+    shapes: list[PassShapes]
+    layers: LayersRecord
+    functions: list[FunctionCheck]
+    modules: ModulesRecord
+    foreign_steps: int
+    copies: list[CopyRecord]
+    uniform: list[str]
 
 
 @dataclass
@@ -277,7 +332,8 @@ class Numbers:
     """Of outputs or targets. Numbers stay on their device until `on_host`.
 
     Args: whole: classes or counts; least, most: (), of real and imaginary parts; imaginary: (), largest imaginary part;
-        nonfinite: (2,), whether there are NaN, infinities; few: (R, F) a few numbers.
+        nonfinite: (2,), whether there are NaN, infinities; few: (R, F) a few numbers; keys: a
+        few of more rows, by which scenes are known again.
     """
 
     shape: tuple[int, ...]
@@ -288,8 +344,57 @@ class Numbers:
     imaginary: Tensor
     nonfinite: Tensor | None
     few: Tensor | None
+    keys: Tensor | None = None
 
     def on_host(self) -> Numbers:
+        return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
+
+
+@dataclass(frozen=True)
+class HelperRecord:
+    """A module beside the model.
+
+    Args: name: of the variable; of: the part of the model that it has the shapes of, None where there is none;
+        as_begun: it had, about, the numbers that this part began with; training: the mode it was in, and dropouts:
+        those of it that are on; trained: it has had a gradient; called: since it was found; steps: made when it was
+        last looked at; looks: how often it was; still: looks at which it was what it was first; distances: after steps
+        of which the one before was looked at too, how far it was from the part, now or before the step, in units of
+        that step; moved: the part has moved; buffers_still: running statistics are what they were first, though its
+        weights moved and the part's statistics did.
+    """
+
+    name: str
+    of: str | None
+    as_begun: bool
+    training: bool
+    dropouts: int
+    trained: bool
+    called: bool
+    steps: int
+    looks: int
+    still: int
+    distances: list[float]
+    moved: bool
+    buffers_still: bool
+
+
+@dataclass
+class LossSigns:
+    """Of one loss. Numbers stay on their device until `on_host`.
+
+    Args: looked: these are known; unlogged: a loss that expects logarithms and the operation that gives it something
+        else; most_logged: (), the largest number that it was given; asked: (2,), least and most of the targets of a
+        binary cross-entropy; pull: (), from -1 to 1, how well a small step against the gradient at the outputs brings
+        them nearer to the targets.
+    """
+
+    looked: bool = False
+    unlogged: tuple[str, ...] = ()
+    most_logged: Tensor | None = None
+    asked: Tensor | None = None
+    pull: Tensor | None = None
+
+    def on_host(self) -> LossSigns:
         return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
 
 
@@ -302,7 +407,8 @@ class LossRecord:
         gradient, and shapes of what they give; direct: the chain ends at the operation that made the outputs; behind:
         the chain from there on; of_model: it depends on the model's parameters, None where that was not looked at;
         twice: a softmax or sigmoid that is applied to another, both names; value: (), its mean; rows: (B,) scenes with
-        a gradient at the first output.
+        a gradient at the first output; over_scenes: see `operations`; factors: () numbers that terms are multiplied
+        by; number: of the model's last pass; told: by `seen.loss`, else met in a backward pass; signs: see there.
     """
 
     step: int
@@ -320,10 +426,16 @@ class LossRecord:
     of_model: bool | None = None
     twice: tuple[str, ...] = ()
     rows: Tensor | None = None
+    over_scenes: list[str] = field(default_factory=list)
+    factors: list[Tensor] = field(default_factory=list)
+    number: int = 0
+    told: bool = True
+    signs: LossSigns = field(default_factory=LossSigns)
 
     def on_host(self) -> LossRecord:
-        host = {name: each.cpu() for name, each in vars(self).items() if isinstance(each, Tensor)}
-        host |= {name: each.on_host() for name, each in vars(self).items() if isinstance(each, Numbers)}
+        host: dict[str, Any] = {"factors": [each.cpu() for each in self.factors]}
+        host |= {name: each.cpu() for name, each in vars(self).items() if isinstance(each, Tensor)}
+        host |= {name: each.on_host() for name, each in vars(self).items() if isinstance(each, (Numbers, LossSigns))}
         return replace(self, **host)
 
 

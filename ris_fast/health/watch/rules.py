@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -13,26 +14,48 @@ from ris_fast.health.watch import (
     rules_batches,
     rules_changes,
     rules_clip,
+    rules_data,
     rules_forward,
     rules_gradients,
+    rules_guards,
+    rules_helpers,
     rules_inside,
+    rules_layers,
     rules_loss,
+    rules_modes,
+    rules_objective,
+    rules_outcome,
     rules_parameters,
     rules_ranks,
     rules_rates,
     rules_scale,
+    rules_scenes,
+    rules_schedules,
+    rules_state,
+    rules_told,
     rules_zero,
 )
 from ris_fast.health.watch.describe import describe_steps, describe_tensors
 from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
-EXPLAINS = {"dead_units": ["ignored_input"], "constant_input": ["ignored_input"]}  # what follows from a cause
+EXPLAINS = {  # what follows from a cause
+    "dead_units": ["ignored_input"],
+    "constant_input": ["ignored_input", "zeroed_gradients"],
+    "non_differentiable": ["vanishing_gradient"],
+    "clamped_loss": ["vanishing_gradient", "scenes_left_out"],
+    "zero_loss_weight": ["vanishing_gradient"],
+    "sanitised_gradients": ["vanishing_gradient", "zeroed_gradients"],
+    "stale_compiled_graph": ["unused_head", "loss_rebuilt", "detached_backbone"],
+    "stale_optimizer_parameters": ["unused_head", "loss_rebuilt"],
+}
+DIVERGED = {"learning_rate_too_large", "nonfinite_gradients"}
 FEW_PASSES = 64  # backward passes that an optimizer waits while others step
 MANY_PASSES = 4096  # backward passes without a step, more than anybody adds up
 SCALER_STEPS = 24  # a loss scale halves its way to one that fits in fewer
 GROWN = 10.0  # factor on the weights' norm
 PUT_BACK = "Later steps are finite: a search for the largest learning rate that puts the weights back looks the same."
+SCALER = "GradScaler"
 OTHERS_STEP = "Another optimizer makes steps: this one's may come in a later phase."
 
 
@@ -43,30 +66,53 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
         *rules_parameters.parameter_findings(loop),
         *rules_forward.forward_findings(loop),
         *rules_inside.inside_findings(loop),
+        *rules_layers.layer_findings(loop),
         *rules_loss.loss_findings(loop),
+        *rules_told.told_findings(loop),
+        *rules_objective.objective_findings(loop),
+        *rules_data.data_findings(loop),
+        *rules_schedules.schedule_findings(loop),
+        *rules_state.state_findings(loop),
         *rules_batches.batch_findings(loop),
+        *rules_scenes.scene_findings(loop),
+        *rules_modes.mode_findings(loop),
+        *rules_helpers.helper_findings(loop),
         *by_optimizer,
         *rules_ranks.rank_findings(loop),
     ]
+    left_in = next((each for each in found if each.cause == "gradient_scale_differs" and SCALER in each.evidence), None)
+    if left_in is not None:
+        found = [_after_scale(each, left_in) if each.cause == "nonfinite_gradients" else each for each in found]
+    found += rules_outcome.outcome_findings(loop, found)
     explained = {effect for each in found for effect in EXPLAINS.get(each.cause, ())}
+    if not DIVERGED.intersection(each.cause for each in found):
+        explained.add("accumulation_not_divided")  # a rate may allow for it
     return ranked(found, muted=explained)
+
+
+def _after_scale(found: Finding, left_in: Finding) -> Finding:
+    """What follows from a loss scale that is still in the gradients, where it may."""
+    first = left_in.evidence.partition(". ")[0]
+    return replace(found, evidence=f"{first}: look there first. Then: {found.evidence}", advice=left_in.advice)
 
 
 def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Finding]:
     """What one optimizer's steps show."""
     if not optimizer.steps:
-        return list(step_never_called(loop, optimizer))
+        return list(rules_rates.built_anew(optimizer)) or list(step_never_called(loop, optimizer))
     if lost := list(rules_parameters.nonfinite_step(optimizer)):
         return lost  # whatever later steps show comes from that
     records = optimizer.records
     return [
         *(each for record in records for each in single_step(record, optimizer)),
+        *rules_guards.guard_findings(records),
         *rules_gradients.reversed_gradients(records),
         *rules_gradients.unused_head(optimizer, loop.frozen),
         *rules_gradients.last_micro_batch_only(optimizer),
         *rules_gradients.steps_stopped(loop, optimizer),
         *scaler_skips_all(records),
         *scale_or_clip(optimizer),
+        *rules_scale.scale_left_in(loop, optimizer),
         *rules_gradients.gradients_never_cleared(records),
         *step_called_twice(records),
         *rules_gradients.zeroed_gradients(records, loop.frozen),
@@ -99,7 +145,8 @@ def step_never_called(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[
     doubt = "If gradients are added up over several passes, the first step is still to come."
     others = loop.steps or optimizer.rivals
     certain = not others and optimizer.passes > MANY_PASSES
-    if optimizer.arrived and not (loop.steps and optimizer.passes <= FEW_PASSES):
+    adds_up = not optimizer.cleared and 1 < optimizer.passes <= FEW_PASSES
+    if optimizer.arrived and not (loop.steps and optimizer.passes <= FEW_PASSES) and not adds_up:
         yield finding(
             "step_never_called",
             f"{len(optimizer.arrived)} tensors have received gradients in {optimizer.passes} backward passes, "
@@ -165,15 +212,9 @@ def _broken(record: StepRecord, optimizer: OptimizerRecord) -> str:
 
 
 def _gradients(record: StepRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
-    """What arrived against what the optimizer found. A product with zero leaves negative zeros behind, and clearing
-    does not."""
+    """What the optimizer found. A product with zero leaves negative zeros behind, and clearing does not."""
     (arrived, reached), step = record.gradient_norms(), record.step + 1
-    if not is_finite(record.grad_after_backward) and is_finite(record.grad_at_step):
-        bad = int((~record.grad_after_backward.isfinite()).sum())
-        yield finding(
-            "sanitised_gradients", f"{bad} tensors' gradients arrive non-finite and reach the optimizer finite.", step
-        )
-    elif not is_finite(record.grad_at_step) and not record.scaled:
+    if not is_finite(record.grad_at_step) and not record.scaled:
         doubt = PUT_BACK if _recovers(record, optimizer.records[-1]) else ""
         yield finding("nonfinite_gradients", f"{_broken(record, optimizer)}.", step, doubt)
     elif arrived > 0 and reached == 0 and record.grad_change is not None and float(record.grad_change[1]) > 0:
@@ -182,10 +223,6 @@ def _gradients(record: StepRecord, optimizer: OptimizerRecord) -> Iterator[Findi
             f"norm {arrived:.3g} arrives and the optimizer finds zeros, some of them negative, which a product with"
             " zero leaves behind: a clip threshold of zero does that.",
             step,
-        )
-    elif arrived > 0 and reached == 0:
-        yield finding(
-            "gradients_cleared_before_step", f"norm {arrived:.3g} arrives and the optimizer finds zero.", step
         )
 
 

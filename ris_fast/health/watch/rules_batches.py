@@ -6,6 +6,7 @@ None is certain but two: scenes may be alike on purpose, and a loss may leave so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import groupby, pairwise
 
@@ -33,9 +34,11 @@ def batch_findings(loop: LoopRecord) -> list[Finding]:
         *cached_validation(loop, evaluated),
         *random_evaluation(evaluated),
         *scenes_left_out(trained),
-        *shapes_broadcast(trained),
+        *(shapes_broadcast(trained) if not _elementwise(loop) else ()),
+        *collapsed_outputs(trained),
+        *trained_on_evaluation(loop.forward),
         *ignored_input(trained),
-        *unsettled_buffers(loop.forward),
+        *unsettled_buffers(loop.forward, loop.frozen),
         *batch_shrinks(loop.forward),
     ]
 
@@ -86,6 +89,56 @@ def shapes_broadcast(trained: list[PassRecord]) -> Iterator[Finding]:
             f" in each batch ({', '.join(f'{float(each):.3g}' for each in targets[:3])}).",
             trained[0].step + 1,
             "Targets of shape (B,) do that, or targets that are the same within a batch: print both shapes.",
+        )
+
+
+def _elementwise(loop: LoopRecord) -> bool:
+    """Whether the losses' own graph says that outputs are compared one by one."""
+    told = [each for each in (*loop.losses, *loop.met) if each.direct and each.outputs is not None]
+    sizes = [(math.prod(each.outputs.shape), map(math.prod, each.chain_shapes)) for each in told]
+    return len(sizes) >= LOOKS and all(max(made, default=0) <= size for size, made in sizes)
+
+
+def collapsed_outputs(trained: list[PassRecord]) -> Iterator[Finding]:
+    """Outputs of several numbers that had all directions at first and have one at last, while inputs differ."""
+    both = [each for each in trained if _both(each) and each.output.shape[1] > 1 and len(each.output) >= LOOKS]
+    if len(both) < 2 * EARLY or both[0].step > EARLY or len({each.output_shape[1:] for each in both}) > 1:
+        return
+    spreads = [_spread_of_directions(each.output) for each in both]
+    first, last = min(spreads[:4]), max(spreads[-EARLY:])
+    if first > 0.05 and last < 1e-3 * first and not any(_alike(each.input) for each in both[-EARLY:]):
+        yield finding(
+            "ignored_input",
+            f"outputs of different scenes pointed in different directions at first (spread {first:.2g}), and in one at"
+            f" last ({last:.2g}): they no longer depend on the input.",
+            both[-1].step + 1,
+            "Targets that are nearly the same for all scenes lead there; so does a loss that nothing keeps from a"
+            " constant answer.",
+        )
+
+
+def _spread_of_directions(rows: Tensor) -> float:
+    unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return float((unit - unit.mean(0)).square().sum(1).mean())
+
+
+def trained_on_evaluation(forward: ForwardRecord) -> Iterator[Finding]:
+    """Steps that follow passes in evaluation mode alone, among others that follow passes in training mode, from places
+    of their own."""
+    end = max((each.step for each in forward.passes if each.training and each.of_kind <= forward.first), default=0)
+    reached = [each for each in forward.passes if each.reached and each.step <= end]
+    by_step = {step: list(passes) for step, passes in groupby(reached, lambda each: each.step)}
+    odd = [passes for passes in by_step.values() if not any(each.training for each in passes)]
+    usual = {each.site for passes in by_step.values() for each in passes if each.training}
+    apart = not usual & {each.site for passes in odd for each in passes}
+    if len(odd) >= LOOKS and len(by_step) >= 2 * len(odd) and apart and len(by_step) - len(odd) >= EARLY:
+        yield finding(
+            "split_overlap",
+            f"{len(odd)} steps that were looked at follow backward passes from outputs in evaluation mode alone, made"
+            f" at {odd[0][0].place}: what is evaluated there is trained on.",
+            odd[0][0].step + 1,
+            "A part of training may run in evaluation mode on purpose.",
+            "Evaluate within `torch.no_grad()`, and step in training only.",
         )
 
 
@@ -235,12 +288,13 @@ def ignored_input(trained: list[PassRecord]) -> Iterator[Finding]:
         )
 
 
-def unsettled_buffers(forward: ForwardRecord) -> Iterator[Finding]:
-    """Buffers that training passes should have settled are those of a new layer."""
-    if forward.unsettled and forward.steps >= EARLY:
+def unsettled_buffers(forward: ForwardRecord, frozen: tuple[str, ...] = ()) -> Iterator[Finding]:
+    """Buffers that training passes should have settled are those of a new layer, which is not meant to stand still."""
+    unsettled = [name for name in forward.unsettled if not f"{name}.".startswith(frozen)]
+    if unsettled and forward.steps >= EARLY:
         yield finding(
             "unsettled_buffers",
-            f"{len(forward.unsettled)}: {', '.join(forward.unsettled[:3])}: after {forward.steps} steps they are as"
+            f"{len(unsettled)}: {', '.join(unsettled[:3])}: after {forward.steps} steps they are as"
             " they were made, since the layers run in evaluation mode only.",
             forward.steps,
             MAY_BE_MEANT,
@@ -259,7 +313,8 @@ def unsettled_buffers(forward: ForwardRecord) -> Iterator[Finding]:
 
 def batch_shrinks(forward: ForwardRecord) -> Iterator[Finding]:
     """All parts from some place on get the same fraction of a batch, and the model gives all of it again."""
-    found = [_shrunk(*each) for each in forward.rows_inside]
+    axes = {size for each in forward.passes for size in each.shape[1:]}
+    found = [_shrunk(*each, axes) for each in forward.rows_inside]
     if len(found) >= 2 and all(found) and len({(whole / part, name) for name, whole, part in found}) == 1:
         name, whole, part = found[0]
         yield finding(
@@ -270,9 +325,13 @@ def batch_shrinks(forward: ForwardRecord) -> Iterator[Finding]:
         )
 
 
-def _shrunk(whole: int, given: int, rows: list[tuple[str, int]]) -> tuple[str, int, int] | None:
-    """The part from which on, the scenes given, and those that are left; `given`: of the model's output."""
+def _shrunk(whole: int, given: int, rows: list[tuple[str, int]], axes: set[int]) -> tuple[str, int, int] | None:
+    """The part from which on, the scenes given, and those that are left; `given`: of the model's output; `axes`: sizes
+    of the input's other axes, one of which may have become the first. A part that is called again may be given chunks.
+    """
     kinds = [size for size, _ in groupby(size for _, size in rows)]
+    if len(kinds) == 1 and kinds[0] not in axes and len({name for name, _ in rows}) == len(rows):
+        kinds = [whole, *kinds]  # before the first part
     if given != whole or len(kinds) != 2 or kinds[0] != whole or not 1 < kinds[1] < whole or whole % kinds[1]:
         return None
     return next(name for name, size in rows if size == kinds[1]), whole, kinds[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 
@@ -14,6 +15,7 @@ from ris_fast.health.watch.kinds_of_change import kind_of_change
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, TensorRecord, is_finite
 from ris_fast.health.watch.rules_zero import gradient_underflow
 
+EPISODE = 4  # steps, at least
 STOPPED = 8  # looks in a row without effect, at the end
 UPDATED = 16  # looks without effect that an optimizer which gathers several steps does not have
 SPOKEN = {
@@ -24,12 +26,15 @@ SPOKEN = {
     "nonfinite": "to numbers that are not finite",
     "constant": "to one number",
 }
-EPISODES = "Episodic adaptation and learning-rate range tests do that; they put the optimizer's state back too."
+EPISODES = (
+    "Episodic adaptation and learning-rate range tests do that, which put the optimizer's state back too; so do the"
+    " half steps of an extragradient, and rounds of federated averaging that begin from the server's weights."
+)
 
 
 def change_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
     kinds = [(change, _kinds(change, optimizer.tensors)) for change in optimizer.outside if not change.explained]
-    yield from weights_reset(optimizer, kinds)
+    yield from weights_reset(loop, optimizer, kinds)
     if loop.ranks is None:  # ranks average weights between steps, and step on shards
         yield from weights_changed_outside(optimizer, kinds)
         yield from tensors_without_effect(optimizer)
@@ -53,13 +58,20 @@ def _kinds(change: OutsideChange, tensors: list[TensorRecord]) -> dict[str, str]
 Kinds = list[tuple[OutsideChange, dict[str, str]]]
 
 
-def weights_reset(optimizer: OptimizerRecord, changes: Kinds) -> Iterator[Finding]:
+def weights_reset(loop: LoopRecord, optimizer: OptimizerRecord, changes: Kinds) -> Iterator[Finding]:
     """Weights are again what they were before, bit for bit, while the optimizer's state goes on."""
     undone = [
         change.step + 1 for change, kinds in changes if not change.state_reset and _is_reset(change, kinds, changes)
     ]
     again = [record.step for record in optimizer.records if record.reset is not None and bool(record.reset)]
-    if steps := sorted({*undone, *again}):
+    steps = sorted({*undone, *again})
+    stateless = "SGD" in optimizer.kinds and not any(group.get("momentum") for group in optimizer.groups)
+    long = all(later - step >= EPISODE for step, later in pairwise(steps))
+    if steps and stateless and long and len(loop.kept) >= len(steps):
+        return  # no state goes on, and a state was loaded each time: episodes
+    if steps and any(0 < each.changes == optimizer.plain.outside for each in optimizer.plain.rates.values()):
+        return  # each time with another rate: back to the best, on purpose
+    if steps:
         yield finding(
             "weights_reset",
             f"before {_steps(steps)} the weights are again, bit for bit, those of an earlier step; others came in"
@@ -86,6 +98,11 @@ def weights_changed_outside(optimizer: OptimizerRecord, changes: Kinds) -> Itera
     free = [(c, kinds) for c, kinds in changes if not c.state_reset and not _is_reset(c, kinds, changes)]
     seen = [(c, {n: k for n, k in kinds.items() if k in SPOKEN}) for c, kinds in free]
     seen = [(change, kinds) for change, kinds in seen if kinds]
+    if any(0 < each.changes == optimizer.plain.outside for each in optimizer.plain.rates.values()):
+        return
+    climbs = not optimizer.kinds - {"object"} <= set(vars(torch.optim))  # its step may be one that climbs first
+    if seen and ((climbs and all(_undone_within(c) for c, _ in seen)) or _interpolated([c for c, _ in changes])):
+        return
     if not seen or (len(seen) == 1 and set(seen[0][1].values()) == {"scaled"}):  # a constraint, for the first time
         return
     change, kinds = max(seen, key=lambda each: len(each[1]))
@@ -102,6 +119,33 @@ def weights_changed_outside(optimizer: OptimizerRecord, changes: Kinds) -> Itera
         "between"
         " these two steps. " + MAY_BE_MEANT,
     )
+
+
+def _undone_within(change: OutsideChange) -> bool:
+    """Whether the next step takes the change back, as a step that climbs first does."""
+    if change.settled is None or change.settled.shape != change.later.shape:
+        return False
+    back, went = (change.after - change.later).double(), (change.settled - change.later).double()
+    return float((back * went).sum()) > 0.8 * float(back.square().sum())
+
+
+def _interpolated(changes: list[OutsideChange]) -> bool:
+    """Whether changes, some steps apart, go a part of the way back to a state known before: of the beginning, or of
+    another change. Lookahead and Reptile do that."""
+    steps = [each.step for each in changes]
+    if len(changes) < 2 or any(later - step < 3 for step, later in pairwise(steps)):
+        return False
+    found = 0
+    for number, each in enumerate(changes):
+        known = [each.first, *(other.later for other in changes[:number])]
+        found += any(_between(each, state) for state in known if state.shape == each.later.shape)
+    return 2 * found > len(changes)
+
+
+def _between(change: OutsideChange, state: torch.Tensor) -> bool:
+    whole, part = (change.after - state).double(), (change.later - state).double()
+    share = float((whole * part).sum()) / max(float(whole.square().sum()), 1e-30)
+    return 0.02 < share < 0.98 and float((part - share * whole).norm()) <= 1e-3 * float(part.norm())
 
 
 def second_optimizer(optimizer: OptimizerRecord) -> Iterator[Finding]:

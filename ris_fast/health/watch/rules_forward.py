@@ -41,11 +41,17 @@ def no_backward(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:
     if loop.losses or len(passes) < EARLY or len(heard) < EARLY or not silent or any(each.reached for each in passes):
         return
     if not any(each.trained for each in loop.optimizers):
+        others = bool(forward.foreign_steps) or len(loop.optimizers) > 1
         yield finding(
-            "loss_rebuilt",
+            "detached_loss" if others else "loss_rebuilt",
             f"{forward.steps} steps were made, and of {len(passes)} forward passes in training none was reached by a"
-            " backward pass, nor was any parameter: the loss is a new tensor made of numbers, or `backward()` is not"
-            " called. `loss.grad_fn` is None in the first case.",
+            " backward pass, nor was any parameter: "
+            + (
+                "other networks are trained in between, and what they are given of this one's outputs is detached."
+                if others
+                else "the loss is a new tensor made of numbers, or `backward()` is not called. `loss.grad_fn` is None"
+                " in the first case."
+            ),
             passes[0].step + 1,
         )
 
@@ -232,7 +238,8 @@ def train_mode_in_validation(forward: ForwardRecord) -> Iterator[Finding]:
     is never in evaluation mode. Averages over dropout, and statistics gathered anew, look so."""
     used = {each.site for each in forward.passes if each.reached}
     idle = [each for each in forward.passes if each.parts and not each.reached]
-    quiet = [each for each in idle if not each.grad or each.site not in used]
+    threads = {each.thread for each in forward.passes if each.reached}  # an actor's passes are no validation
+    quiet = [each for each in idle if (not each.grad or each.site not in used) and each.thread in threads]
     evaluated = [each for each in forward.passes if not each.training and not each.reached and each.parts]
     if len(evaluated) > 1 and all(each.parts_training for each in evaluated):
         yield finding(
@@ -248,11 +255,13 @@ def train_mode_in_validation(forward: ForwardRecord) -> Iterator[Finding]:
     rounds = [each for each in runs if all(one.training and one.parts_training for one in each)]
     rounds = [each for each in rounds if not _same_inputs(each)]  # samples of dropout
     if len(rounds) > 1 and not evaluated and 4 * len(rounds) <= len(trained):
+        first = rounds[0][0].step
+        since = f", first {f'after step {first}' if first else 'before the first step'}"
         yield finding(
             "train_mode_in_validation",
-            f"{sum(map(len, rounds))} forward passes that no backward reached, after {len(rounds)} of the steps, ran in"
-            " training mode, and none in evaluation mode.",
-            rounds[0][0].step,
+            f"{sum(map(len, rounds))} forward passes that no backward reached, in {len(rounds)} of the intervals"
+            f" between steps, ran in training mode{since}, and none in evaluation mode.",
+            rounds[-1][0].step,
             "Statistics that are gathered anew, or averages over dropout, look the same.",
         )
 

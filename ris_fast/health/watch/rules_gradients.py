@@ -34,7 +34,7 @@ def unused_head(optimizer: OptimizerRecord, frozen: tuple[str, ...]) -> Iterator
     unused = sorted((each for each in silent if not each.name.startswith(frozen)), key=lambda each: -each.size)
     turns = any(0 < each.with_grad < each.steps for each in histories.values())
     peers = {_peer(tensor.name) for tensor, each in histories.items() if 0 < each.with_grad < each.steps}
-    unused = [tensor for tensor in unused if _peer(tensor.name) not in peers]
+    unused = [tensor for tensor in unused if _peer(tensor.name) not in peers and tensor.size]
     if not unused or optimizer.steps < EARLY:
         return
     sizes, whole = {each.name: each.size for each in unused}, sum(each.size for each in histories)
@@ -151,12 +151,20 @@ def reversed_gradients(records: list[StepRecord]) -> Iterator[Finding]:
         return
     changes, norms = [each.grad_change.tolist() for each in steps], [each.gradient_norms() for each in steps]
     (arrived, at_step), step = norms[0], steps[0].step + 1
-    if all(spread > 1e-3 and spread_at_step < 1e-6 for _, _, spread, spread_at_step in changes):
+    if all(each[2] > 1e-3 and each[3] < 1e-6 for each in changes):
         yield finding(
             "clip_too_small",
             "all entries of the gradient are the same number when they reach the optimizer: a threshold "
             "below zero in `clip_grad_value_` does that.",
             step,
+        )
+    elif len(changes) >= 4 and all(each[4] > 0.3 and each[5] < 0.1 and each[0] > 0 for each in changes):
+        yield finding(
+            "clip_too_small",
+            f"nearly all entries of the gradient have one magnitude when they reach the optimizer, at norm"
+            f" {at_step:.3g} where {arrived:.3g} arrives: a threshold of `clip_grad_value_` below them does that.",
+            step,
+            "Signs of gradients may be meant.",
         )
     elif any(cosine >= -0.999 for cosine, *_ in changes):
         yield from _reversed_at_times(steps)

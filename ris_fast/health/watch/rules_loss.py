@@ -22,7 +22,7 @@ def loss_findings(loop: LoopRecord) -> list[Finding]:
     """What the losses show."""
     losses = loop.losses
     if not losses:
-        return []
+        return [*softmax_twice(loop.met), *nan_loss(loop.met)]
     return [
         *without_history(loop, losses),
         *shapes_broadcast(losses),
@@ -34,7 +34,7 @@ def loss_findings(loop: LoopRecord) -> list[Finding]:
         *class_left_out(loop, losses),
         *constant_targets(losses),
         *ignored_input(losses),
-        *negated_loss(losses),
+        *(negated_loss(losses) if loop.uphill is False else ()),
     ]
 
 

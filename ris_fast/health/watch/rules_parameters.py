@@ -23,6 +23,7 @@ def parameter_findings(loop: LoopRecord) -> list[Finding]:
     trained = {tensor for optimizer in loop.optimizers for tensor in optimizer.trained}
     meant = {each for each in loop.parameters if each.name.startswith(loop.frozen)}
     missing = [each for each in loop.parameters if each.trainable and each not in held and each not in meant]
+    missing = [each for each in missing if 0 not in each.shape]
     return [
         *_frozen(loop, meant, held, trained),
         *_stale(loop, missing, trained),
@@ -56,12 +57,25 @@ def _twice(loop: LoopRecord, held: Counter[TensorRecord]) -> Iterator[Finding]:
     """In two groups of one optimizer, which cannot be meant, or in two optimizers, which may step in turn."""
     spans = sorted(by.span for by in loop.optimizers if by.span)
     in_phases = bool(spans) and all(last < first for (_, last), (first, _) in pairwise(spans))
-    twice = [] if in_phases else [tensor for tensor, count in held.items() if count > 1]
+    twice = [] if in_phases else [tensor for tensor, count in held.items() if count > 1 and not _in_turn(tensor, loop)]
     within = [tensor for by in loop.optimizers for tensor, count in Counter(by.tensors).items() if count > 1]
     doubt = "" if within else "Two optimizers hold them: they may be meant to step in turn."
     if within or twice:
         names = ", ".join(tensor.name or "?" for tensor in (within or twice)[:3])
         yield finding("duplicate_parameters", f"{len(within or twice)}: {names}.", loop.steps, doubt)
+
+
+def _in_turn(tensor: TensorRecord, loop: LoopRecord) -> bool:
+    """Whether each of its optimizers has stepped, with gradients of its own: never one that another stepped with."""
+    seen: set[float] = set()
+    for by in loop.optimizers:
+        if tensor in by.tensors:
+            looks = [each for each in by.records if tensor.name in each.names]
+            norms = {float(each.grad_at_step[each.names.index(tensor.name)]) for each in looks} - {0.0}
+            if not norms or norms & seen:
+                return False
+            seen |= norms
+    return True
 
 
 def _frozen(

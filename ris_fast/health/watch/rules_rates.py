@@ -14,6 +14,7 @@ DECOUPLED = {"SGD", "AdamW", "FusedAdamW"}  # they and their kin take rate times
 LONG, VERY_LONG = 32, 64  # steps in a row without a rate: of doubt, and of certainty
 MEANT_SETTINGS = {"weight_decay", "momentum", "betas", "eps", "maximize", "dampening", "nesterov", "amsgrad", "alpha"}
 GRADUAL = 16  # steps for each change: more changes than that are a schedule
+RESTARTS = "Restarts may be meant: episodes and tasks in turn begin so."
 WAITING = 100  # steps at a small share of its base rate after which a group is not warming up
 
 
@@ -197,19 +198,23 @@ def epsilon_swallows_signal(optimizer: OptimizerRecord) -> Iterator[Finding]:
 
 def optimizer_state_lost(optimizer: OptimizerRecord) -> Iterator[Finding]:
     """State that was there is gone, or a new optimizer takes the place of the one before again and again."""
-    doubt = "Restarts may be meant: episodes and tasks in turn begin so."
     if optimizer.plain.state_lost - optimizer.loads >= 3:
         evidence = f"the optimizer's state was empty again before {optimizer.plain.state_lost} steps."
-        yield finding("optimizer_state_lost", evidence, optimizer.steps, doubt)
+        yield finding("optimizer_state_lost", evidence, optimizer.steps, RESTARTS)
     elif optimizer.reloads >= 3 and optimizer.plain.outside < optimizer.reloads:  # an episode resets weights too
         yield finding(
             "optimizer_state_lost",
             f"one and the same state was loaded into the optimizer {optimizer.reloads + 1} times, with steps between"
             " that it does not have; the weights went on.",
             optimizer.steps,
-            doubt,
+            RESTARTS,
             "Load the optimizer's part of a checkpoint once, before the loop.",
         )
+    yield from built_anew(optimizer)
+
+
+def built_anew(optimizer: OptimizerRecord) -> Iterator[Finding]:
+    """New optimizers of the same class take the tensors over, again and again."""
     again = [each for each in optimizer.rivals if each.kind in optimizer.kinds and each.kind != "SGD"]
     if len(again) >= 3:
         steps = median(each.steps for each in again)
@@ -218,6 +223,6 @@ def optimizer_state_lost(optimizer: OptimizerRecord) -> Iterator[Finding]:
             f"{len(again)} more optimizers of its class ({again[0].kind}) have stepped on its tensors, with {steps:g} "
             "steps each: it is built anew, and forgets its moments.",
             optimizer.steps,
-            doubt,
+            RESTARTS,
             "Build the optimizer once, before the loop.",
         )

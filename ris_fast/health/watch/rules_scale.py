@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from statistics import median
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import finding
-from ris_fast.health.watch.records import OptimizerRecord, StepRecord, is_finite
+from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
 CLOSE = 1e-3
 
@@ -42,6 +43,30 @@ def scale_findings(optimizer: OptimizerRecord) -> Iterator[Finding]:
                 f"{clipped[0]:.3g}, a threshold, over the loss scale of {norms[0][2]:g}.",
                 looks[0][0].step + 1,
             )
+
+
+def scale_left_in(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
+    """A loss is multiplied by the scale of a GradScaler, which does not make the step: the gradients have it still.
+    Where the loss was told too, the one that backward began from is that many times it."""
+    looks = [each for each in optimizer.records if not each.closure and _usable(each)]
+    as_they_came = all(ratio(each) is not None and abs(ratio(each) - 1) < CLOSE for each in looks)  # type: ignore[operator]
+    alone = len(loop.optimizers) == 1 and not any(each.scaled or each.loss_scale for each in optimizer.records)
+    met = {each.step: float(each.value) for each in loop.met if each.value is not None and each.chain[:1] == ["Mul"]}
+    scale = next((each for each in loop.scales if each >= 4), 0.0)
+    if not scale or not alone or len(looks) < 2 or not as_they_came or not 2 <= len(met) == len(loop.met):
+        return
+    told = {each.step: float(each.value) for each in loop.losses if each.value is not None}
+    both = [(met[step], value) for step, value in told.items() if step in met and math.isfinite(value)]
+    large = both or median(map(abs, met.values())) > scale / 100  # a scaler of another loop may be left
+    if large and all(abs(scaled - scale * value) <= CLOSE * abs(scaled) for scaled, value in both):
+        yield finding(
+            "gradient_scale_differs",
+            f"a GradScaler with a scale of {scale:g} is at work, backward passes begin from a product, and gradients"
+            f" (norm {looks[0].gradient_norms()[1]:.3g}) reach the step as they come, which the scaler does not make.",
+            looks[0].step + 1,
+            "A scaler of another network, and a loss with a weight, look so.",
+            "Call `scaler.step(optimizer)` and `scaler.update()` instead of `optimizer.step()`.",
+        )
 
 
 def _usable(record: StepRecord) -> bool:

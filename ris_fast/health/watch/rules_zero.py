@@ -44,6 +44,17 @@ def zero_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Find
         yield finding("gradient_underflow", evidence, at, f"In another format they may be zero, too. {WHOLE}")
     elif not others:
         certain = min(map(len, heard.values())) >= LOOKS and looks[0].step == 0 and len(heard) == len(looks[-1].hooked)
+        losses = [float(each.value) for each in (*loop.losses, *loop.met) if each.value is not None]
+        if losses and not any(losses):
+            yield finding(
+                "vanishing_gradient",
+                f"the loss is exactly 0 in all {len(losses)} steps in which it was seen, and so are all gradients: no"
+                " scene violates the margin, so that there is nothing left to learn, or negatives are too easy.",
+                at,
+                "A factor of zero in front of the loss, or outputs that are the targets themselves, look so.",
+                "Take harder negatives or a larger margin; if weights were trained before, this loss is done.",
+            )
+            return
         yield finding(
             "vanishing_gradient",
             f"the gradients of all {len(zero)} tensors arrive in each of {len(looks)} steps that were looked at, and "

@@ -158,8 +158,8 @@ def joined(some: Sequence[Tensor]) -> Tensor:
 
 
 def compare(arrived: Sequence[Tensor], at_step: Sequence[Tensor]) -> Tensor:
-    """(4,) of gradients as backward left them against what the optimizer finds: the cosine, the share of negative zeros
-    in the latter, and the spread over the size of each."""
+    """(6,) of gradients as backward left them against what the optimizer finds: the cosine, the share of negative zeros
+    in the latter, the spread over the size of each, and that of the magnitudes that are not zero."""
     device = arrived[0].device
     before, now = (
         torch.cat([each.to(device, torch.float32, non_blocking=device.type == "cuda") for each in side])
@@ -167,6 +167,9 @@ def compare(arrived: Sequence[Tensor], at_step: Sequence[Tensor]) -> Tensor:
     )
     cosine = torch.nn.functional.cosine_similarity(before, now, dim=0)
     spreads = [(each - each.mean()).norm() / each.norm() for each in (before, now)]
+    for each in (before.abs(), now.abs()):
+        some = each > 0
+        spreads.append(((each - each.sum() / some.sum()) * some).norm() / each.norm())
     return torch.stack([cosine, (now.signbit() & (now == 0)).float().mean(), *spreads])
 
 

@@ -39,7 +39,10 @@ def tensors_of(value: Any, depth: int = 4) -> list[Tensor]:
     return found[:MANY]
 
 
-def few_rows(tensors: Sequence[Tensor]) -> Tensor | None:
+KEYS, KEY_NUMBERS = 64, 32  # rows by which scenes are known again
+
+
+def few_rows(tensors: Sequence[Tensor], rows: int = ROWS, numbers: int = NUMBERS) -> Tensor | None:
     """(R, F) float32 of the first tensor of real or complex numbers; of the first of whole numbers if there is none."""
     plain = [each for each in tensors if is_plain(each) and each.numel()]
     chosen = next(
@@ -50,15 +53,17 @@ def few_rows(tensors: Sequence[Tensor]) -> Tensor | None:
     values = chosen.detach()
     values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
     values = values.reshape(1) if values.ndim == 0 else values
-    some = values.as_strided(*_grid(tuple(values.shape), values.stride()))
+    some = values.as_strided(*_grid(tuple(values.shape), values.stride(), rows, numbers))
     return (some.flatten(1) if some.ndim > 1 else some[:, None]).to(torch.float32, copy=True)
 
 
 @lru_cache(1024)
-def _grid(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _grid(
+    shape: tuple[int, ...], strides: tuple[int, ...], rows: int, numbers: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape and strides of a few numbers, evenly spread."""
-    each = max(1, round(NUMBERS ** (1 / max(1, len(shape) - 1))))  # numbers along each further axis
-    steps = [-(-size // (ROWS if axis == 0 else each)) for axis, size in enumerate(shape)]
+    each = max(1, round(numbers ** (1 / max(1, len(shape) - 1))))  # numbers along each further axis
+    steps = [-(-size // (rows if axis == 0 else each)) for axis, size in enumerate(shape)]
     return (
         tuple(-(-size // step) for size, step in zip(shape, steps)),
         tuple(stride * step for stride, step in zip(strides, steps)),
@@ -78,6 +83,14 @@ def _flags(tensor: Tensor) -> Tensor:
     if tensor.device.type == "cpu" and math.isfinite(tensor.sum(dtype=torch.float32).item()):
         return torch.zeros(2, dtype=torch.bool)
     return torch.stack([tensor.isnan().any(), tensor.isinf().any()])
+
+
+def source_of(tensors: Sequence[Tensor]) -> tuple[int, int, int] | None:
+    """Of a first tensor that is a view of part of another: that one's id, the place in it, and its version."""
+    if not tensors or not is_plain(tensors[0]) or tensors[0].is_inference() or (base := tensors[0]._base) is None:
+        return None
+    part = base.numel() > tensors[0].numel()
+    return (id(base), tensors[0].storage_offset(), base._version) if part else None
 
 
 def rows_with_gradient(grad: Tensor, rows: int) -> Tensor | None:

@@ -11,7 +11,10 @@ from torch.optim import Optimizer
 
 from ris_fast.health.finding import Finding, ranked
 from ris_fast.health.names import check_beginnings
+from ris_fast.health.watch.backward import BackwardLosses
+from ris_fast.health.watch.copies import ModelLoads
 from ris_fast.health.watch.forward import ForwardHooks
+from ris_fast.health.watch.helpers import Helpers
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.loss import LossHook
 from ris_fast.health.watch.ranks import RankObserver
@@ -19,6 +22,7 @@ from ris_fast.health.watch.records import LoopRecord, StepRecord, TensorRecord
 from ris_fast.health.watch.rivals import Rivals
 from ris_fast.health.watch.rules import find_mistakes
 from ris_fast.health.watch.samples import held_tensors
+from ris_fast.health.watch.schedulers import Schedulers, loss_scales
 from ris_fast.health.watch.start import Start
 
 
@@ -45,22 +49,34 @@ class Watcher:
         check_every(every, len(self.optimizers))
         check_stall(stall_s)
         check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
+        self.left: list[Finding] | None = None  # of a watch that is closed
+        self.steps_made = 0  # by it
+        self.last_report: tuple[int, list[Finding]] = -1, []  # steps made before it
         self.rivals = Rivals(self.optimizers, lambda: {id(p) for p in model.parameters()})
         self.hooks = [OptimizerHooks(model, each, every, self.rivals) for each in self.optimizers]
-        self.start = Start(model, self.optimizers)
+        self.start, self.loads, self.schedulers = (
+            Start(model, self.optimizers),
+            ModelLoads(model),
+            Schedulers(self.optimizers),
+        )
         self.forward = ForwardHooks(model, self.hooks, every)
-        self.losses = LossHook(self.forward.leaves, lambda: (self.forward.steps, self.steps), every)
+        steps = lambda: (self.forward.steps, self.steps)  # noqa: E731
+        self.losses = LossHook(self.forward.leaves, steps, lambda: self.forward.count, every)
+        self.backwards = BackwardLosses(steps, self.forward.outputs)
+        for each in self.hooks:
+            each.gradients.first_arrival = self.backwards.note
+        self.helpers = Helpers(model, self.hooks)
         self.ranks = RankObserver(model, self.optimizers, every, stall_s)
 
     @property
     def steps(self) -> int:
         """Steps made, by the optimizer that has made most."""
-        return max(hooks.steps for hooks in self.hooks)
+        return self.steps_made if self.left is not None else max(hooks.steps for hooks in self.hooks)
 
     @property
     def records(self) -> list[StepRecord]:
-        """Steps that were looked at, one optimizer after the other."""
-        return [record for hooks in self.hooks for record in hooks.records]
+        """Steps that were looked at, one optimizer after the other; none once it is closed."""
+        return [] if self.left is not None else [record for hooks in self.hooks for record in hooks.records]
 
     def loss(self, value: Any, outputs: Any = None, targets: Any = None) -> Any:
         """Looks at a loss in training, on request; reads nothing from the device.
@@ -69,15 +85,40 @@ class Watcher:
             tuples, dicts or other objects; the first tensor in each is looked at.
         Returns: value.
         """
-        self.losses.note(value, outputs, targets, self.model.training)
+        if self.left is None:
+            self.losses.note(value, outputs, targets, self.model.training)
         return value
 
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, pickled or not, watches nothing: it is closed, with what this one has left if it is closed too."""
+        return _closed, (self.steps, self.left or [])
+
     def close(self) -> None:
-        """Takes every hook away."""
+        """Ends the watch: takes every hook away and lets go of model and optimizers. `report()` goes on to give what
+        was seen. Reads the device."""
+        if self.left is not None:
+            return
+        steps, (reported, left) = self.steps, self.last_report
+        try:
+            left = left if reported == steps else self.report()
+        finally:
+            self._take_hooks_away()
+        vars(self).clear()
+        self.left, self.steps_made = left, steps
+
+    def _take_hooks_away(self) -> None:
         self.rivals.close()
         for hooks in self.hooks:
             hooks.close()
         self.forward.close()
+        self.helpers.close()
+        self.loads.close()
         self.ranks.close()
 
     def report(self, wait_s: float | None = None) -> list[Finding]:
@@ -85,8 +126,14 @@ class Watcher:
 
         Args: wait_s: with several ranks, seconds to wait for the others to report too; by default 5, and half a second
             once they have not come. Nothing else waits for them: a single rank may report.
+        Raises: ValueError for what is no time.
         """
-        return ranked([*find_mistakes(self._record(wait_s)), *self.ranks.clock.findings()])
+        check_wait(wait_s)
+        if self.left is not None:
+            return list(self.left)
+        found = ranked([*find_mistakes(self._record(wait_s)), *self.ranks.clock.findings()])
+        self.last_report = self.steps, list(found)
+        return found
 
     def _record(self, wait_s: float | None = None) -> LoopRecord:
         parameters = {id(p): _record_of(p, plain_name(name)) for name, p in self.model.named_parameters()}
@@ -106,8 +153,20 @@ class Watcher:
             rival_tensors={parameters[key] for each in self.rivals.rivals for key in each.shared & parameters.keys()},
             forward=forward,
             losses=[each.on_host() for each in self.losses.records],
+            met=[each.on_host() for each in self.backwards.records],
+            schedulers=self.schedulers.records(),
+            kept=self.loads.record(),
+            helpers=self.helpers.record(),
+            scales=loss_scales(),
             ranks=self.ranks.record(forward.passes, wait_s),
         )
+
+
+def _closed(steps: int, left: list[Finding]) -> Watcher:
+    """A watch that has ended."""
+    watcher = Watcher.__new__(Watcher)
+    watcher.left, watcher.steps_made = left, steps
+    return watcher
 
 
 def _record_of(tensor: Tensor, name: str = "") -> TensorRecord:
@@ -116,16 +175,33 @@ def _record_of(tensor: Tensor, name: str = "") -> TensorRecord:
 
 
 def list_optimizers(optimizer: Any) -> list[Optimizer]:
-    """One, or all of them, as a list. Raises: ValueError for anything else."""
-    optimizers = _all_of(optimizer, Optimizer)
+    """One, or all of them, each once, as a list; of a wrapper the one within. Raises: ValueError for anything else."""
+    optimizers = [_innermost(each) for each in _all_of(optimizer, Optimizer)]
     wrong = [each for each in optimizers if not isinstance(each, Optimizer)]
     if wrong:
         within = "" if isinstance(optimizer, str) or wrong == [optimizer] else f", with {_shown(wrong[0])} in it"
         raise ValueError(
             f"watch: optimizer is {_shown(optimizer)}{within}. Give a torch.optim.Optimizer, or a list of them, e.g. "
-            "watch(model, optimizer)."
+            "watch(model, optimizer); of a wrapper that is none, the torch optimizer within it."
         )
-    return optimizers
+    for each in optimizers:
+        if not hasattr(each, "_optimizer_step_pre_hooks"):
+            raise ValueError(
+                f"watch: optimizer is a {type(each).__name__}, a wrapper that takes no hooks, since it was made without"
+                " Optimizer.__init__. Give the torch optimizer within it, the one whose `step` it calls."
+            )
+    return list({id(each): each for each in optimizers}.values())
+
+
+def _innermost(optimizer: Any) -> Any:
+    """What a wrapper that was made without `Optimizer.__init__`, as accelerate's, has as its `optimizer`."""
+    for _ in range(8):
+        if not isinstance(optimizer, Optimizer) or hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            break
+        if not isinstance(within := getattr(optimizer, "optimizer", None), Optimizer):
+            break
+        optimizer = within
+    return optimizer
 
 
 def check_every(every: Any, optimizers: int) -> None:
@@ -145,10 +221,16 @@ def check_stall(stall_s: Any) -> None:
         )
 
 
+def check_wait(wait_s: Any) -> None:
+    """Raises: ValueError for what is no time."""
+    if wait_s is not None and (not isinstance(wait_s, (int, float)) or isinstance(wait_s, bool) or not wait_s >= 0):
+        raise ValueError(f"report: wait_s={_shown(wait_s)}. Give seconds from 0 on, e.g. wait_s=0 for no wait.")
+
+
 def list_beginnings(frozen: Any) -> tuple[str, ...]:
     """Beginnings of names. Raises: ValueError for anything but texts."""
     names = tuple(_all_of(frozen, str))
-    if any(not isinstance(name, str) for name in names):
+    if any(not isinstance(name, str) or not name for name in names):
         raise ValueError(
             f'watch: frozen={_shown(frozen)}. Give beginnings of parameters\' names, e.g. frozen=("encoder.",).'
         )

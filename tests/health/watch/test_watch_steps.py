@@ -30,7 +30,7 @@ EXPECTED = {
     "wrong_dead_layer": ("dead_units", False),
     "wrong_both_factors_zero": ("zero_product_init", True),
     "wrong_hook_zeroes": ("zeroed_gradients", False),
-    "wrong_cleared_every_16th_step": ("gradients_cleared_before_step", True),
+    "wrong_cleared_every_16th_step": ("gradients_cleared_before_step", False),
     "wrong_turned_round_at_times": ("loss_sign", False),
     "wrong_micro_batches_cleared": ("last_micro_batch_only", False),
     "wrong_steps_end": ("step_never_called", False),

@@ -1,0 +1,274 @@
+"""Other modules that the loop has at hand, such as averages, targets and teachers: how they follow the model.
+
+They are looked for by name, in the functions that have led to a step, twice in a run; then a few of their numbers are
+read beside the model's own, in pairs of steps that lie further and further apart.
+
+Legend: S numbers, a few of every tensor.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ris_fast.health.watch.any_step import listen, stop_listening
+from ris_fast.health.watch.eager import takes_hooks
+from ris_fast.health.watch.forward import CopiedHook, is_modal
+from ris_fast.health.watch.hooks import OptimizerHooks
+from ris_fast.health.watch.records import HelperRecord
+from ris_fast.health.watch.samples import few_numbers, has_norm
+
+SEARCHES = (4, 48)  # steps after which helpers are looked for
+FRAMES, VALUES, KEPT = 24, 512, 8  # of a search; helpers
+NEAR = 0.05  # of a part's first weights, within which a copy lies
+SAMPLES, GROWING = 64, 8  # pairs of steps, which lie apart by this part of the steps made
+CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # that nobody calls
+TORCH = str(Path(torch.__file__).parent)
+
+
+@dataclass
+class _Helper:
+    name: str
+    module: weakref.ref[nn.Module]
+    of: str | None
+    part: weakref.ref[nn.Module] | None
+    as_begun: bool
+    training: bool
+    dropouts: int
+    first: Tensor
+    first_part: Tensor | None
+    first_buffers: tuple[Tensor, Tensor] | None
+    trained: bool = False
+    called: bool = False
+    hooks: list[Any] = field(default_factory=list)
+    last_step: int = 0
+    last_part: Tensor | None = None
+    flags: list[Tensor] = field(default_factory=list)  # () whether it is as it was
+    distances: list[Tensor] = field(default_factory=list)
+    moved: Tensor | None = None
+    buffers: list[Tensor] = field(default_factory=list)  # (2,) whether its statistics, and the part's, have moved
+
+    def unhook(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+
+
+class Helpers:
+    """Modules beside the model and frozen parts of it."""
+
+    def __init__(self, model: nn.Module, by_optimizer: Sequence[OptimizerHooks]) -> None:
+        self.model, self.by_optimizer = model, by_optimizer
+        self.found: list[_Helper] = []
+        self.next = SEARCHES[0]
+        self.samples = 0
+        listen(self)
+
+    def stepped(self, optimizer: Optimizer) -> None:
+        """After a step of any optimizer."""
+        if optimizer is not self.by_optimizer[0].optimizer:
+            return
+        step = self.by_optimizer[0].steps
+        if step in SEARCHES:
+            self._search(sys._getframe(1))
+        if self.found and self.samples < 2 * SAMPLES and step >= self.next:
+            self.samples += 1
+            with torch.no_grad():
+                for helper in self.found:
+                    _sample(helper, step)
+            self.next = step + 1 if self.samples % 2 else step + max(2, step // GROWING)
+
+    def close(self) -> None:
+        stop_listening(self)
+        for helper in self.found:
+            helper.unhook()
+
+    def _called(self, module: nn.Module, *_: Any) -> None:
+        """Its first call is all that is asked for."""
+        for helper in self.found:
+            whole = helper.module()
+            if not helper.called and whole is not None and any(part is module for part in whole.modules()):
+                helper.called = True
+                helper.unhook()
+
+    # ---- where they are -----------------------------------------------------------------------------------------
+
+    def _search(self, frame: FrameType | None) -> None:
+        if _compiles():
+            return  # hooks and what they keep would make it compile again
+        own = {id(part) for part in self.model.modules()}
+        held = {id(p) for hooks in self.by_optimizer for p in hooks.found.values()}
+        known = {id(each.module()) for each in self.found}
+        idle = [
+            (name, part)
+            for name, part in self.model.named_modules()
+            if name and (numbers := [p for p in part.parameters()]) and not any(id(p) in held for p in numbers)
+        ]
+        outside = [(name, each) for name, each in _modules_near(frame) if id(each) not in own]
+        for name, module in [*idle, *outside]:
+            if len(self.found) < KEPT and id(module) not in known and not _within(module, self.found):
+                known.add(id(module))
+                if takes_hooks(module) and (helper := self._begin(name, module, held)) is not None:
+                    self.found.append(helper)
+                    called = [module, *module.children()] if type(module) in CONTAINERS else [module]
+                    helper.hooks = [each.register_forward_pre_hook(CopiedHook(self._called)) for each in called]
+
+    def _begin(self, name: str, module: nn.Module, held: set[int]) -> _Helper | None:
+        tensors = _tensors(module)
+        if not tensors or any(p is q for p in tensors for q in self.model.parameters() if id(q) in held):
+            return None
+        shapes = [tuple(each.shape) for each in tensors]
+        path, part = next(
+            (
+                (path, part)
+                for path, part in self.model.named_modules()
+                if [tuple(p.shape) for p in part.parameters()] == shapes
+                and part is not module
+                and all(id(p) in held for p in part.parameters())
+            ),
+            (None, None),
+        )
+        begun = [by.origin.kept for by in self.by_optimizer]
+        first = few_numbers(tensors)
+        was = None
+        if part is not None:
+            kept = [next((each[id(p)][0] for each in begun if id(p) in each), None) for p in part.parameters()]
+            was = torch.cat([each.float() for each in kept]) if all(each is not None for each in kept) else None
+        as_begun = False
+        if was is not None and was.shape == first.shape:
+            was = was.to(first.device)
+            as_begun = bool((was - first).norm() <= NEAR * was.norm())
+        buffers = _buffers(module), _buffers(part) if part is not None else None
+        return _Helper(
+            name,
+            weakref.ref(module),
+            path,
+            None if part is None else weakref.ref(part),
+            as_begun,
+            module.training,
+            sum(is_modal(each) and each.training and hasattr(each, "p") for each in module.modules()),
+            first,
+            was,
+            buffers if buffers[0] is not None and buffers[1] is not None else None,  # type: ignore[arg-type]
+        )
+
+    def record(self) -> list[HelperRecord]:
+        """Reads the device."""
+        return [_record(each) for each in self.found]
+
+
+def _compiles() -> bool:
+    """Whether anything has been compiled in this process."""
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    return frames is not None and bool(sys.modules["torch._dynamo.utils"].counters["frames"]["total"])
+
+
+def _modules_near(frame: FrameType | None) -> Iterator[tuple[str, nn.Module]]:
+    """Of the variables of the functions that led here, and of the objects that they hold, the modules."""
+    seen, count = set(), 0
+    for _ in range(FRAMES):
+        if frame is None:
+            return
+        if not frame.f_code.co_filename.startswith(TORCH):
+            spaces = [frame.f_locals, frame.f_globals] if frame.f_code.co_name == "<module>" else [frame.f_locals]
+            for name, value in [item for space in spaces for item in list(space.items())]:
+                count += 1
+                if count > VALUES or name.startswith("__"):
+                    continue
+                for path, each in _inside(name, value):
+                    if isinstance(each, nn.Module) and id(each) not in seen:
+                        seen.add(id(each))
+                        yield path, each
+        frame = frame.f_back
+
+
+def _inside(name: str, value: Any) -> list[tuple[str, Any]]:
+    """The value, or what an object of the user's holds."""
+    if isinstance(value, nn.Module):
+        return [(name, value), *((f"{name}.{part}", each) for part, each in value._modules.items() if each is not None)]
+    if isinstance(value, (list, tuple)) and len(value) <= 16:
+        return [(f"{name}[{n}]", each) for n, each in enumerate(value)]
+    if isinstance(value, dict) and len(value) <= 16:
+        return [(f"{name}[{key!r}]", each) for key, each in value.items()]
+    kept = getattr(value, "__dict__", None) if type(value).__module__.partition(".")[0] not in OTHERS else None
+    return [(f"{name}.{key}", each) for key, each in list(kept.items())[:64]] if isinstance(kept, dict) else []
+
+
+OTHERS = {"builtins", "torch", "numpy", "ris_fast", "types", "functools", "typing", "collections", "importlib"}
+
+
+def _within(module: nn.Module, helpers: Sequence[_Helper]) -> bool:
+    """Whether it is part of one that is known, or has one as its part."""
+    return any(
+        whole is not None and (any(part is module for part in whole.modules()))
+        for whole in (each.module() for each in helpers)
+    )
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [p for p in module.parameters() if has_norm(p) and p.layout == torch.strided]
+
+
+def _buffers(module: nn.Module) -> Tensor | None:
+    """Running statistics."""
+    kept = [each for name, each in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    return few_numbers(kept) if kept else None
+
+
+# ---- what becomes of them -------------------------------------------------------------------------------------------
+
+
+def _sample(helper: _Helper, step: int) -> None:
+    module, part = helper.module(), None if helper.part is None else helper.part()
+    if module is None:
+        return
+    tensors = _tensors(module)
+    helper.trained |= any(p.grad is not None for p in tensors)
+    now = few_numbers(tensors)
+    if now.shape != helper.first.shape or now.device != helper.first.device:
+        return
+    helper.flags.append((now == helper.first).all())
+    if part is None:
+        helper.last_step = step
+        return
+    of_part = few_numbers(list(part.parameters()))
+    if helper.last_part is not None and step == helper.last_step + 1 and of_part.shape == now.shape:
+        moved = (of_part - helper.last_part).norm().clamp_min(1e-30)
+        helper.distances.append(torch.minimum((now - of_part).norm(), (now - helper.last_part).norm()) / moved)
+    if helper.first_part is not None:
+        helper.moved = (of_part != helper.first_part.to(of_part.device)).any()
+    if helper.first_buffers is not None:
+        both = _buffers(module), _buffers(part)
+        if all(each is not None and each.shape == old.shape for each, old in zip(both, helper.first_buffers)):
+            pairs = zip(both, helper.first_buffers)
+            helper.buffers.append(torch.stack([(each != old).any() for each, old in pairs]))  # type: ignore[operator]
+    helper.last_part, helper.last_step = of_part, step
+
+
+def _record(helper: _Helper) -> HelperRecord:
+    flags = [bool(each) for each in helper.flags]
+    buffers = [each.tolist() for each in helper.buffers]
+    return HelperRecord(
+        name=helper.name,
+        of=helper.of,
+        as_begun=helper.as_begun,
+        training=helper.training,
+        dropouts=helper.dropouts,
+        trained=helper.trained,
+        called=helper.called,
+        steps=helper.last_step,
+        looks=len(flags),
+        still=sum(flags),
+        distances=[float(each) for each in helper.distances],
+        moved=helper.moved is not None and bool(helper.moved),
+        buffers_still=bool(buffers) and not any(own for own, _ in buffers) and buffers[-1][1],
+    )

@@ -1,0 +1,33 @@
+"""Masks that a forward pass multiplies by: how much of them is zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ris_fast.health.watch.operations import operation
+from ris_fast.health.watch.tensors import is_plain
+
+LEAST, MOST, KEPT = 64, 2**20, 16  # sizes of masks; how many are looked at
+
+
+def masks_of(nodes: Iterable[Any]) -> list[Tensor]:
+    """() of each factor without a gradient that has as many numbers as what it multiplies: its share of zeros, or -1
+    where the others are not one number above one, as a dropout's are."""
+    found: list[Tensor] = []
+    for node in nodes:
+        if operation(node) != "Mul" or len(found) >= KEPT:
+            continue
+        (first, _), (second, _) = node.next_functions
+        if (first is None) == (second is None):
+            continue
+        mask = node._saved_self if first is None else node._saved_other
+        if not isinstance(mask, Tensor) or not is_plain(mask) or not LEAST <= mask.numel() <= MOST:
+            continue
+        most = mask.detach().float().amax()
+        zero, full = (mask == 0).float().mean(), (mask == most).float().mean()
+        found.append(torch.where((zero + full > 1 - 1e-6) & (most > 1), zero, -torch.ones_like(zero)))
+    return found

@@ -1,0 +1,88 @@
+"""Rules of `watch` on modules beside the model: copies that never follow it, or always are the same; teachers that draw
+random numbers.
+
+None is certain: what a copy is for is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import median
+
+from ris_fast.health.finding import Finding
+from ris_fast.health.watch.fixes import finding
+from ris_fast.health.watch.records import EARLY, HelperRecord, LoopRecord
+
+LONG = 96  # steps that a copy may wait for its first update
+NEXT = 0.05  # steps that a copy lies behind, below which it keeps nothing
+
+
+def helper_findings(loop: LoopRecord) -> Iterator[Finding]:
+    """What the helpers show."""
+    for each in loop.helpers:
+        if each.looks >= EARLY:
+            yield from copy_that_stays(loop, each)
+            yield from copy_without_delay(each)
+            yield from statistics_left_behind(each)
+            yield from teacher_draws(loop, each)
+
+
+def _whole(each: HelperRecord) -> str:
+    return f"`{each.of}`" if each.of else "the model"
+
+
+def copy_that_stays(loop: LoopRecord, each: HelperRecord) -> Iterator[Finding]:
+    """A copy of what the model began with, which is the same after many steps."""
+    declared = bool(loop.frozen) and each.name.startswith(loop.frozen)
+    waits = each.moved and each.still == each.looks and each.steps >= LONG
+    if each.called and each.as_begun and waits and not declared:
+        yield finding(
+            "ema_frozen",
+            f"`{each.name}` has, about, the weights that {_whole(each)} began with, and has not changed in {each.steps}"
+            " steps: an average or a target network that nothing updates.",
+            each.steps,
+            "A reference that is meant to stay, as of a penalty on the distance from it, looks the same; so does a copy"
+            " whose first update is still to come.",
+            "Update it after each step, in place: `for a, b in zip(average.parameters(), model.parameters()):"
+            " a.lerp_(b, 1 - decay)` under `torch.no_grad()`.",
+        )
+
+
+def copy_without_delay(each: HelperRecord) -> Iterator[Finding]:
+    """A copy that is, after each step, what the model is."""
+    if len(each.distances) >= EARLY and each.moved and not each.trained and median(each.distances) < NEXT:
+        yield finding(
+            "ema_equals_raw",
+            f"`{each.name}` is what {_whole(each)} was one step before, at {len(each.distances)} looks over"
+            f" {each.steps} steps: it follows without delay, as a decay near zero makes it, or a copy in every step.",
+            each.steps,
+            "A copy for another device or for reading looks the same.",
+            "Keep most of it: a decay of 0.99 or more of the old average, or a copy every few hundred steps.",
+        )
+
+
+def statistics_left_behind(each: HelperRecord) -> Iterator[Finding]:
+    """Weights follow and running statistics stay."""
+    if each.buffers_still and each.still < each.looks // 2:
+        yield finding(
+            "batchnorm_statistics",
+            f"the weights of `{each.name}` follow {_whole(each)}, and its running statistics are what they were at"
+            f" first, after {each.steps} steps.",
+            each.steps,
+            "Statistics that are gathered anew before it is evaluated make up for that.",
+            "Copy the buffers too, or use `torch.optim.swa_utils.update_bn`, before it is evaluated.",
+        )
+
+
+def teacher_draws(loop: LoopRecord, each: HelperRecord) -> Iterator[Finding]:
+    """A network of another kind that nothing trains, in training mode, with dropouts."""
+    alone = each.of is None and each.called and not each.trained and each.still == each.looks and each.steps >= 32
+    if alone and each.training and each.dropouts:
+        yield finding(
+            "train_mode_in_validation",
+            f"nothing trains `{each.name}`, and it is in training mode: {each.dropouts} dropouts are on in what it"
+            " answers.",
+            each.steps,
+            "A teacher that is noisy on purpose looks the same.",
+            "Call `eval()` on a teacher or a feature extractor.",
+        )

@@ -1,0 +1,195 @@
+"""Rules of `watch` on schedulers of torch beside the steps that were made, and on how far weights have come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ris_fast.health.finding import Finding
+from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
+from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, is_finite
+
+STEPS = 100
+SHORT = 1.5  # times its length, that a schedule has been advanced
+LOW = 3  # a third of the steps
+FAR = 1e-4  # of the weights' size, that they have moved in all
+SHRUNK = 0.3
+
+
+def schedule_findings(loop: LoopRecord) -> list[Finding]:
+    found = [*stale_scheduler(loop)]
+    for number, by in enumerate(loop.optimizers):
+        if by.steps:
+            found += [
+                *off_plan(loop, by, number),
+                *warmup_too_long(by),
+                *rate_has_fallen(by),
+                *hardly_moved(by),
+                *weight_decay_too_large(by),
+                *momentum_too_large(by),
+            ]
+    return found
+
+
+def stale_scheduler(loop: LoopRecord) -> Iterator[Finding]:
+    """A scheduler is advanced, and its optimizer is another than the one that steps on the same tensors."""
+    stale = [each for each in loop.schedulers if each.optimizer is None and each.advanced >= 2]
+    if stale and not any(by.rivals for by in loop.optimizers):
+        yield finding(
+            "learning_rate_off_plan",
+            f"a {stale[0].kind} has been advanced {stale[0].advanced} times, and it sets the rates of another optimizer"
+            " than the one that steps: the optimizer was built again after the scheduler.",
+            loop.steps,
+            "A watch that was given a wrapper of the scheduler's optimizer sees the same.",
+            "Build the scheduler after the optimizer, of the optimizer that steps.",
+        )
+
+
+def off_plan(loop: LoopRecord, by: OptimizerRecord, number: int) -> Iterator[Finding]:
+    """How often a scheduler was advanced, beside the steps and the length that it is planned for."""
+    for each in loop.schedulers:
+        if each.optimizer != number or by.steps < STEPS:
+            continue
+        runs_on = each.length and each.advanced > SHORT * each.length and each.kind == "CosineAnnealingLR"
+        if each.advanced >= 2 * by.steps and each.advanced % by.steps <= 0.1 * by.steps:
+            yield finding(
+                "schedule_per_batch",
+                f"a {each.kind} has been advanced {each.advanced} times in {by.steps} steps: once for each"
+                " micro-batch, or twice for each step.",
+                by.steps,
+                MAY_BE_MEANT,
+            )
+        elif runs_on and 2 * each.advanced >= by.steps:
+            yield finding(
+                "schedule_per_batch",
+                f"a {each.kind} that is planned for {each.length} advances has been advanced {each.advanced} times in"
+                f" {by.steps} steps, so that the rate goes up and down again: it is planned in epochs and advanced in"
+                " steps.",
+                by.steps,
+                "A rate that swings on purpose looks so.",
+                "Advance it once an epoch, or plan it in steps.",
+            )
+        elif each.length and 8 * each.advanced < by.steps and by.steps >= each.length / 2 and each.kind == "OneCycleLR":
+            yield finding(
+                "schedule_per_epoch",
+                f"a {each.kind} that is planned for {each.length} steps has been advanced {each.advanced} times in"
+                f" {by.steps} steps.",
+                by.steps,
+                MAY_BE_MEANT,
+            )
+        elif each.advanced == 0 and _read_again(loop):
+            yield finding(
+                "schedule_per_epoch",
+                f"a {each.kind} has not been advanced in any of {by.steps} steps, although scenes have been read again:"
+                " the rate stays what it was.",
+                by.steps,
+                MAY_BE_MEANT,
+                "Call `scheduler.step()` after each epoch or step, as it is planned.",
+            )
+        else:
+            continue
+        return
+
+
+def _read_again(loop: LoopRecord) -> bool:
+    """Whether scenes were met in two epochs."""
+    passes = loop.forward.passes if loop.forward is not None else []
+    trained = [each for each in passes if each.training and each.reached and each.keys is not None]
+    rows = [row.numpy().tobytes() for each in trained for row in each.keys]
+    return len(rows) - len(set(rows)) > len(rows) / 4
+
+
+def warmup_too_long(by: OptimizerRecord) -> Iterator[Finding]:
+    """The rate has risen in every step so far, and is far from its base."""
+    for number, history in by.plain.rates.items():
+        base = by.groups[number].get("max_lr", by.groups[number].get("initial_lr"))
+        rising = history.first < history.last == history.largest and history.changes >= 0.9 * (by.steps - 2)
+        if isinstance(base, float) and by.steps >= STEPS and rising and 0 < history.last <= 0.25 * base:
+            yield finding(
+                "warmup_too_long",
+                f"the rate of group {number} has risen in all {by.steps} steps and is {history.last:.3g},"
+                f" {history.last / base:.2g} of its base.",
+                by.steps,
+                "A long run may be at its beginning.",
+            )
+            return
+
+
+def rate_has_fallen(by: OptimizerRecord) -> Iterator[Finding]:
+    """A rate at less than a thousandth of what it was, for a good part of the run."""
+    for number, history in by.plain.rates.items():
+        since = history.low_since
+        if since is None or history.still_since is not None or LOW * (by.steps - since) < by.steps or by.steps < STEPS:
+            continue
+        yield finding(
+            "learning_rate_too_small",
+            f"the rate of group {number} is {history.last:.3g}; it was {history.largest:.3g}, and has been below a"
+            f" thousandth of that since step {since + 1}, for {by.steps - since} of {by.steps} steps.",
+            since + 1,
+            "A schedule that cuts the rate when a score stops rising does that where the score is a loss (mode='max');"
+            " so does one that is advanced too often.",
+        )
+        return
+
+
+def hardly_moved(by: OptimizerRecord) -> Iterator[Finding]:
+    """All steps together have moved the weights by next to nothing of their size."""
+    steps = [
+        (max(each.rates), float(each.update_ratio))
+        for each in by.records
+        if each.update_ratio is not None and each.rates and not bool(each.update_ratio.isnan())
+    ]
+    if len(steps) < 16 or by.steps < STEPS or by.steps > 100 * STEPS or min(rate for rate, _ in steps) <= 0:
+        return
+    largest, rates = max(ratio for _, ratio in steps), [rate for rate, _ in steps]
+    if max(rates) <= 1.01 * min(rates) and largest * by.steps < 10 * FAR and max(rates) < 1e-5:
+        yield finding(
+            "learning_rate_too_small",
+            f"a step at a rate of {rates[-1]:.3g} moves the weights by no more than {largest:.2g} of their size: in"
+            f" {by.steps} steps by no more than {largest * by.steps:.2g}.",
+            by.steps,
+            "Weights that are to be tuned a little move little.",
+        )
+
+
+def weight_decay_too_large(by: OptimizerRecord) -> Iterator[Finding]:
+    """Matrices shrink to a part of what they were, under a decay that is large beside the gradient."""
+    decay = max((float(each.get("weight_decay") or 0.0) for each in by.groups), default=0.0)
+    looks = [each for each in by.records if each.weights_after is not None and is_finite(each.weights_after)]
+    if decay < 0.05 or len(looks) < 16 or looks[0].names != looks[-1].names:
+        return
+    first, last = looks[0], looks[-1]
+    wide = torch.tensor([size > 1.0 for size in first.usual_norms]) & (first.weights_before > 0)
+    if not wide.any():
+        return
+    kept = float(last.weights_after[wide].norm()) / float(first.weights_before[wide].norm())
+    early = looks[:16]
+    pulls = [float((decay * each.weights_before[wide]).norm()) for each in early]
+    pushes = [float(each.grad_at_step[wide].norm()) for each in early]
+    decoupled = by.kinds & {"AdamW", "FusedAdamW"} or all(each.get("decoupled_weight_decay") for each in by.groups)
+    dominated = all(pull > 2 * push for pull, push in zip(pulls[:4], pushes[:4])) or bool(decoupled)
+    if kept < SHRUNK and dominated:
+        yield finding(
+            "weight_decay_too_large",
+            f"a decay of {decay:.3g} has taken the matrices to {kept:.2g} of their first norm in {by.steps} steps"
+            + (
+                "." if decoupled else f"; at first it pulls with {pulls[0]:.3g}, and the gradient with {pushes[0]:.3g}."
+            ),
+            by.steps,
+            MAY_BE_MEANT,
+        )
+
+
+def momentum_too_large(by: OptimizerRecord) -> Iterator[Finding]:
+    """A momentum that forgets nothing."""
+    momentum = max((float(each.get("momentum") or 0.0) for each in by.groups), default=0.0)
+    betas = [each["betas"][0] for each in by.groups if isinstance(each.get("betas"), tuple)]
+    if momentum >= 1.0 or any(isinstance(beta, float) and beta >= 0.9999 for beta in betas):
+        yield finding(
+            "learning_rate_too_large",
+            f"the momentum is {momentum or betas[0]:g}: past gradients are never forgotten, and steps grow.",
+            by.steps,
+            MAY_BE_MEANT,
+            "Use a momentum below one, such as 0.9.",
+        )

@@ -1,0 +1,81 @@
+"""Schedulers of the watched optimizers, found among the objects of the process."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+LENGTHS = ("total_steps", "T_max", "total_iters")
+
+
+@dataclass(frozen=True)
+class SchedulerRecord:
+    """Args: kind: its class; optimizer: which of the watched ones it is of, None for one that was not given and that
+    holds tensors of theirs; advanced: how often; length: steps that it is planned for, 0 where it does not say;
+    mode: of a ReduceLROnPlateau, "min" or "max"."""
+
+    kind: str
+    optimizer: int | None
+    advanced: int
+    length: int
+    mode: str = ""
+
+
+class Schedulers:
+    """Those of the optimizers, or of others with tensors of theirs, that are there when the watch begins, and later."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self.optimizers = optimizers
+        self.found: list[Any] = []
+        self._search()
+
+    def _search(self) -> None:
+        known = {id(each) for each in self.found}
+        kinds = _kinds(LRScheduler)
+        some = [each for each in gc.get_objects() if type(each) in kinds and id(each) not in known]
+        self.found += [
+            each for each in some if hasattr(each, "optimizer") and _record(each, self.optimizers) is not None
+        ]
+
+    def records(self) -> list[SchedulerRecord]:
+        """Those that are not part of another."""
+        self._search()
+        inner = {id(part) for each in self.found for part in getattr(each, "_schedulers", ())}
+        records = [_record(each, self.optimizers) for each in self.found if id(each) not in inner]
+        return [each for each in records if each is not None]
+
+
+def loss_scales() -> list[float]:
+    """Of the torch.amp.GradScalers that have scaled a loss. Reads the device."""
+    kinds = _kinds(GradScaler)
+    scalers = [each for each in gc.get_objects() if type(each) in kinds and hasattr(each, "_enabled")]
+    scales = [getattr(each, "_scale", None) for each in scalers if each._enabled]
+    return [float(each) for each in scales if each is not None]
+
+
+def _kinds(kind: type) -> set[type]:
+    """A class and all that derive from it: a look at a class is much faster than `isinstance`."""
+    return {kind}.union(*map(_kinds, kind.__subclasses__()))
+
+
+def _record(scheduler: Any, optimizers: Sequence[Optimizer]) -> SchedulerRecord | None:
+    number = next((n for n, each in enumerate(optimizers) if _is_of(scheduler.optimizer, each)), None)
+    own = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+    shared = any(id(p) in own for group in scheduler.optimizer.param_groups for p in group["params"])
+    if number is None and not shared:
+        return None
+    lengths = [getattr(scheduler, name, None) for name in LENGTHS]
+    length = next((each for each in lengths if isinstance(each, int)), 0)
+    mode = scheduler.mode if isinstance(scheduler, ReduceLROnPlateau) else ""
+    return SchedulerRecord(type(scheduler).__name__, number, int(scheduler.last_epoch), length, mode)
+
+
+def _is_of(one: Optimizer, other: Optimizer) -> bool:
+    """Whether they are one, or one wraps the other."""
+    return one is other or one.param_groups is other.param_groups
