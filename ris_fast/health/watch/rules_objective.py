@@ -124,8 +124,8 @@ def broadcast_in_backward(loop: LoopRecord) -> Iterator[Finding]:
     if len(found) >= LOOKS and all(found):
         yield finding(
             "shapes_broadcast",
-            f"outputs have shape {shape}, and the loss has a matrix of all pairs of scenes right behind them: targets have"
-            " one axis, and every output is compared with every target.",
+            f"outputs have shape {shape}, and the loss has a matrix of all pairs of scenes right behind them: targets"
+            " have one axis, and every output is compared with every target.",
             1,
             "A loss over all pairs looks like that.",
         )
