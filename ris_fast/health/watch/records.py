@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ris_fast.health.watch.copies import CopyRecord
     from ris_fast.health.watch.functions import FunctionCheck
     from ris_fast.health.watch.layers import LayersRecord
-    from ris_fast.health.watch.modules import ModulesRecord
+    from ris_fast.health.watch.module_records import ModulesRecord
     from ris_fast.health.watch.rivals import Rival
     from ris_fast.health.watch.schedulers import SchedulerRecord
 
