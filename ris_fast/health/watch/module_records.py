@@ -1,4 +1,4 @@
-"""What is known of the modules of a model, as plain data."""
+"""What a model's modules are set to, as plain data."""
 
 from __future__ import annotations
 

@@ -118,18 +118,18 @@ def loss_sign(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Findin
 
 def broadcast_in_backward(loop: LoopRecord) -> Iterator[Finding]:
     """One column of outputs, and a difference of all pairs right behind it."""
-    found = []
+    found, shape = [], ()
     for each in () if loop.losses else loop.met:
         made = each.outputs.shape if each.outputs is not None else ()
         plain = each.direct and set(each.chain[:-1]) <= REDUCING | {"Sub", "Rsub", "Pow", "Where"}
         if plain and len(made) == 2 and made[1] == 1 < made[0]:
-            rows = made[0]
+            rows, shape = made[0], made
             found.append(any(shape == (rows, rows) for shape in each.chain_shapes))
     if len(found) >= LOOKS and all(found):
         yield finding(
             "shapes_broadcast",
-            "outputs have one column, and the loss has a matrix of all pairs of scenes right behind them: targets have"
-            " one axis, and every output is compared with every target.",
+            f"outputs have shape {shape}, and the loss has a matrix of all pairs of scenes right behind them: targets"
+            " have one axis, and every output is compared with every target.",
             1,
             "A loss over all pairs looks like that.",
         )
