@@ -138,9 +138,7 @@ def _places(context: PreflightContext, what: str, scenes: Scenes) -> Finding | N
     for setting, tried in _other_tasks(array):
         other = likeness(tried, scenes)
         if float((other[wrong] > FITS).float().mean()) > EXPLAINED and float(other.mean()) > float(found.mean()):
-            return Finding(
-                "task_differs", f"{seen}, and {float(other.median()):.0%} with {setting}.", certain=False
-            )
+            return Finding("task_differs", f"{seen}, and {float(other.median()):.0%} with {setting}.", certain=False)
     return Finding(
         "parts_unrelated", f"{seen}; in no other order, unit or sign that was tried it is more.", certain=False
     )
@@ -155,7 +153,10 @@ def _other_tasks(array: RISArray) -> Iterator[tuple[str, RISArray]]:
     """Arrays that the scenes may have been made with, by the setting that is another."""
     for factor in (0.5, 2.0):
         if array.grid:
-            yield f"task.spacing_wavelengths {factor:g} times as large", replace(array, spacing_m=factor * array.spacing_m)
+            yield (
+                f"task.spacing_wavelengths {factor:g} times as large",
+                replace(array, spacing_m=factor * array.spacing_m),
+            )
         yield f"task.wavelength_m {factor:g} times as large", replace(array, wavelength_m=factor * array.wavelength_m)
     other = "spherical" if array.wavefront == "fresnel" else "fresnel"
     yield f"task.wavefront = {other}", replace(array, wavefront=other)

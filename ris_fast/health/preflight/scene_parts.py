@@ -165,8 +165,8 @@ def _of_some_field(scenes: Scenes, rows: Tensor, static: bool) -> bool:
 
 
 def _inexact_target(what: str, scenes: Scenes, static: bool) -> Finding | None:
-    """A target that leaves more of the snapshots unexplained than noise is, where some field on the surface does not: it
-    is not exactly what they were made of, and the SNR labels are right."""
+    """A target that leaves more of the snapshots unexplained than noise is, where some field on the surface does not:
+    it is not exactly what they were made of, and the SNR labels are right."""
     whole = torch.eye(scenes.channel.shape[2])[None].expand(scenes.batch, -1, -1)
     anything = replace(scenes, factor=torch.stack((whole, 0 * whole), -1).to(scenes.channel))
     if labels_differ(what, anything, static)[0] is not None:
@@ -178,9 +178,10 @@ def _inexact_target(what: str, scenes: Scenes, static: bool) -> Finding | None:
         return None
     return Finding(
         "parts_unrelated",
-        f"the targets of {what} scenes explain their snapshots no better than to {float(own.measured_db.median()):.3g} dB at"
-        f" the median, and some field on the surface to {float(free.measured_db.median()):.3g} dB, as their SNR labels say"
-        f" ({float(own.labels_db.median()):.3g} dB): something was added to the targets, or a source is missing in them.",
+        f"the targets of {what} scenes explain their snapshots no better than to"
+        f" {float(own.measured_db.median()):.3g} dB at the median, and some field on the surface to"
+        f" {float(free.measured_db.median()):.3g} dB, as their SNR labels say ({float(own.labels_db.median()):.3g} dB):"
+        " something was added to the targets, or a source is missing in them.",
         advice=NO_SOURCES,
         certain=False,
     )

@@ -142,11 +142,14 @@ def _average(
         )
     elif raw_way > ROUNDING * total_norm(first.values()) and all(torch.equal(mean[name], raw[name]) for name in moved):
         yield Finding("ema_equals_raw", f"after {STEPS} steps all averaged weights are the raw ones, bit for bit.")
-    elif (behind := _way(raw, mean)) < NEARLY * (last := _way(raw, previous)) and last > ROUNDING * total_norm(first.values()):
+    elif (behind := _way(raw, mean)) < NEARLY * (last := _way(raw, previous)) and last > ROUNDING * total_norm(
+        first.values()
+    ):
         yield Finding(
             "ema_equals_raw",
-            f"after {STEPS} steps the averaged weights are {behind / last:.1%} of the last step behind the raw ones: what is"
-            " kept of the average and what is taken of the weights are exchanged, or the decay is far too small.",
+            f"after {STEPS} steps the averaged weights are {behind / last:.1%} of the last step behind the raw ones:"
+            " what is kept of the average and what is taken of the weights are exchanged, or the decay is far too"
+            " small.",
             certain=False,
         )
 
