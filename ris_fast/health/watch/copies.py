@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 from collections.abc import Mapping
@@ -103,14 +104,13 @@ class ModelLoads:
 
 
 class _LoadHook:
-    """Nothing of ours goes into a copy of the model."""
+    """Leaves nothing of ours in a copy of the model, pickled or not: there it takes any arguments and returns None."""
 
-    def __init__(self, loads: ModelLoads | None) -> None:
+    def __init__(self, loads: ModelLoads) -> None:
         self.loads = loads
 
     def __call__(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-        if self.loads is not None:
-            self.loads.note(module, state, prefix)
+        self.loads.note(module, state, prefix)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _LoadHook, (None,)
+        return getattr, (contextlib.nullcontext(), "__exit__")

@@ -17,7 +17,7 @@ from torch import Tensor
 from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.graph import CHAIN, MOVING, GraphLeaves, chain_of, graph_of
 from ris_fast.health.watch.loss_signs import signs_of
-from ris_fast.health.watch.operations import made_shape, operation, over_scenes
+from ris_fast.health.watch.operations import made_shape, operation, over_scenes, saved_tensor
 from ris_fast.health.watch.records import LossRecord, Numbers
 from ris_fast.health.watch.tensors import (
     KEY_NUMBERS,
@@ -111,11 +111,8 @@ def _factor(node: Any) -> Tensor | None:
     terms = [each for each, _ in node.next_functions if each is not None]
     if operation(node) != "Mul" or len(terms) != 1 or made_shape(node) != ():
         return None
-    try:
-        factors = [getattr(node, name) for name in ("_saved_self", "_saved_other")]
-    except RuntimeError:
-        return None
-    some = [each for each in factors if isinstance(each, Tensor) and each.numel() == 1 and is_plain(each)]
+    factors = [saved_tensor(node, name) for name in ("self", "other")]
+    some = [each for each in factors if each is not None and each.numel() == 1 and is_plain(each)]
     return some[0].detach().float().reshape(()) if len(some) == 1 else None
 
 

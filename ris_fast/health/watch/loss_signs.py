@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.graph import MOVING
-from ris_fast.health.watch.operations import operation
+from ris_fast.health.watch.operations import operation, saved_tensor
 from ris_fast.health.watch.records import LossSigns
 from ris_fast.health.watch.tensors import is_plain
 
@@ -57,12 +57,17 @@ def _look(node: Any, signs: LossSigns) -> None:
         before = _before(node)
         if before in RAW or before in ENDS:
             signs.unlogged = (LOGARITHMIC[name], before)
-            signs.most_logged = node._saved_self.detach().float().amax()
+            signs.most_logged = _most(saved_tensor(node, "self"))
     elif name == "Sub" and not signs.unlogged and (given := _in_divergence(node)) is not None:
         signs.unlogged = ("kl_div", operation(given))
-        signs.most_logged = given._saved_result.detach().float().amax()
+        signs.most_logged = _most(saved_tensor(given, "result"))
     elif name.startswith("BinaryCrossEntropy") and signs.asked is None:
-        signs.asked = torch.stack(node._saved_target.detach().float().aminmax())
+        if (target := saved_tensor(node, "target")) is not None:
+            signs.asked = torch.stack(target.detach().float().aminmax())
+
+
+def _most(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.detach().float().amax()
 
 
 def _in_divergence(node: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ris_fast.health.watch.operations import operation
+from ris_fast.health.watch.operations import operation, saved_tensor
 from ris_fast.health.watch.tensors import is_plain
 
 LEAST, MOST, KEPT = 64, 2**20, 16  # sizes of masks; how many are looked at
@@ -24,8 +24,8 @@ def masks_of(nodes: Iterable[Any]) -> list[Tensor]:
         (first, _), (second, _) = node.next_functions
         if (first is None) == (second is None):
             continue
-        mask = node._saved_self if first is None else node._saved_other
-        if not isinstance(mask, Tensor) or not is_plain(mask) or not LEAST <= mask.numel() <= MOST:
+        mask = saved_tensor(node, "self" if first is None else "other")
+        if mask is None or not is_plain(mask) or not LEAST <= mask.numel() <= MOST:
             continue
         most = mask.detach().float().amax()
         zero, full = (mask == 0).float().mean(), (mask == most).float().mean()

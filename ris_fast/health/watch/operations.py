@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 SPREADS = {"Std", "Var", "StdMean", "VarMean"}  # by which a normalisation divides
 OVER_AN_AXIS = {"Softmax", "LogSoftmax", "Cumsum", "Cumprod", "Logcumsumexp", "LinalgVectorNorm", "Norm"}
 RESHAPING = {"View", "UnsafeView", "ReshapeAlias"}
@@ -92,3 +94,16 @@ _SPOKEN = {
     "LinalgVectorNorm": "a norm",
     "Norm": "a norm",
 }
+
+
+def saved_tensor(node: Any, name: str) -> Tensor | None:
+    """What an operation keeps for its backward pass; None where hooks pack it, as a checkpoint does, whose unpacking
+    computes the part again, and where it is freed."""
+    kept = getattr(node, f"_raw_saved_{name}", None)
+    if kept is None or getattr(kept, "unpack_hook", None) is not None:
+        return None
+    try:
+        value = getattr(kept, "data", None)
+    except RuntimeError:
+        return None
+    return value if isinstance(value, Tensor) else None

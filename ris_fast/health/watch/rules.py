@@ -145,7 +145,7 @@ def step_never_called(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[
     doubt = "If gradients are added up over several passes, the first step is still to come."
     others = loop.steps or optimizer.rivals
     certain = not others and optimizer.passes > MANY_PASSES
-    adds_up = not optimizer.cleared and 1 < optimizer.passes <= FEW_PASSES
+    adds_up = not optimizer.cleared and optimizer.passes <= FEW_PASSES
     if optimizer.arrived and not (loop.steps and optimizer.passes <= FEW_PASSES) and not adds_up:
         yield finding(
             "step_never_called",

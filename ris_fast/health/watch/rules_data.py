@@ -117,9 +117,9 @@ def stale_rows(trained: list[PassRecord]) -> Iterator[Finding]:
     ]
     shares = []
     for one, other in pairs:
-        rich = [len(row.unique()) >= RICH for row in other.keys]
-        same = (one.keys == other.keys).all(1) & torch.tensor(rich)
-        shares.append(float(same.double().mean()))
+        rich = torch.tensor([len(row.unique()) >= RICH for row in other.keys])
+        same = (one.keys == other.keys).all(1)[rich]
+        shares.append(float(same.double().mean()) if len(same) else 0.0)
     if len(shares) >= EARLY and all(0.05 <= share <= 0.95 for share in shares):
         yield finding(
             "stale_cache",

@@ -133,6 +133,8 @@ def nan_loss(losses: Sequence[LossRecord]) -> Iterator[Finding]:
     if len(bad) < LOOKS or bad != [*range(bad[0], len(losses))]:
         return
     first = losses[bad[0]]
+    if first.step and _has_nan(first.outputs) and not _has_nan(first.targets):
+        return  # it follows from what the steps before have done, or from the inputs
     if _has_nan(first.targets):
         yield finding(
             "nonfinite_data", "there are NaN among the targets of the first loss that is NaN.", first.step + 1

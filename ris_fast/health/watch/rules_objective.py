@@ -254,6 +254,8 @@ def stalled(loop: LoopRecord) -> Iterator[Finding]:
     alone = (
         len(loop.optimizers) == 1 and len(losses) == len(loop.met) and not (by.rivals or by.loads or by.plain.outside)
     )
+    if any(each.none_grads for each in by.records):
+        return  # parts take turns, each with a loss of its own
     if not alone or len(losses) < VALUES or loop.steps < STEPS or (loop.forward and loop.forward.foreign_steps):
         return
     values = [float(each.value) for each in losses]

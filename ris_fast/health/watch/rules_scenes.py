@@ -191,7 +191,7 @@ def rows_of_before(trained: list[PassRecord]) -> Iterator[Finding]:
     for one, other in pairs:
         before = {_key(row): place for place, row in enumerate(one.input) if _is_rich(row)}
         met = [(place, before[key]) for place, row in enumerate(other.input) if (key := _key(row)) in before]
-        found.append(tuple(met) if len(met) < len(other.input) else ())
+        found.append(tuple(met) if len(met) < sum(map(_is_rich, other.input)) else ())
     usual, count = Counter(found).most_common(1)[0]
     moved = [place for place, earlier in usual if place != earlier]
     if usual and 4 * count >= 3 * len(pairs):

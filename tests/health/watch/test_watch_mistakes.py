@@ -243,9 +243,7 @@ def test_watch_reports_at_any_moment_of_an_accumulation() -> None:
     assert seen.report() == []
     for number in range(12):
         (model(torch.randn(32, 8)) - 1.0).square().mean().backward()
-        assert [(finding.cause, finding.certain) for finding in seen.report()] == (
-            [] if seen.steps else [("step_never_called", False)]
-        )
+        assert seen.report() == []
         if number % 4 == 3:
             optimizer.step()
             assert seen.report() == []

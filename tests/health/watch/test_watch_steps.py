@@ -26,7 +26,7 @@ EXPECTED = {
     "wrong_weights_rounded": ("low_precision_weights", False),
     "wrong_epsilon": ("epsilon_swallows_signal", False),
     "wrong_declared_frozen": ("settings_changed", True),
-    "wrong_rounded_outputs": ("vanishing_gradient", True),
+    "wrong_rounded_outputs": ("non_differentiable", True),
     "wrong_dead_layer": ("dead_units", False),
     "wrong_both_factors_zero": ("zero_product_init", True),
     "wrong_hook_zeroes": ("zeroed_gradients", False),
