@@ -194,7 +194,16 @@ def _flat(context: PreflightContext, tensors: int) -> Finding:
     )
     if factor is not None and bool(factor.any()):
         return Finding("zeroed_gradients", f"{seen}; at the factors there is one of norm {float(factor.norm()):.2g}.")
-    return Finding("clamped_loss", f"{seen}, as it is at the factors: there the loss is flat.")
+    return _flat_at_factors(f"{seen}, as it is at the factors", prediction.factor)
+
+
+def _flat_at_factors(what: str, factor: Tensor) -> Finding:
+    """The loss has no slope at the factors, which it bounds, or which are zero."""
+    if not bool(factor.any()):
+        return Finding(
+            "zeroed_gradients", f"{what}: all factors F are zero, and F F^H has no slope there. Start from others."
+        )
+    return Finding("clamped_loss", f"{what}: there the loss is flat.")
 
 
 def _stopped(context: PreflightContext, names: list[str], graph: Graph) -> Finding:
@@ -207,7 +216,7 @@ def _stopped(context: PreflightContext, names: list[str], graph: Graph) -> Findi
     total, _, prediction = context.run()
     factor = derivatives(total, [prediction.factor])[0]
     if factor is not None and not bool(factor.any()):
-        return Finding("clamped_loss", f"{what}; it is zero at the factors already: there the loss is flat.")
+        return _flat_at_factors(f"{what}; it is zero at the factors already", prediction.factor)
     if graph.written_by_hand:
         return Finding("wrong_backward", f"{what}; backward runs through {', '.join(graph.written_by_hand)}.")
     if graph.named(*ZERO_DERIVATIVE):
