@@ -25,6 +25,7 @@ import torch.distributed as dist
 from bench.faults.loops.catalogue import Loop
 from ris_fast.health import watch
 from ris_fast.health.finding import Finding, ranked
+from ris_fast.health.watch.guard import FAILURES
 
 ROOT = Path(__file__).parents[3]
 
@@ -132,7 +133,7 @@ def watched(loop: Loop, wrong: bool, seed: int) -> tuple[list[Finding], str, flo
         return watcher if hasattr(watcher, "loss") else WithoutLoss(watcher)
 
     findings: list[Finding] = []
-    crashed, ended_at = "", None
+    crashed, ended_at, before = "", None, len(FAILURES)
     with as_before(seed):
         try:
             ended_at = loop.run(attach, wrong, seed)
@@ -145,6 +146,7 @@ def watched(loop: Loop, wrong: bool, seed: int) -> tuple[list[Finding], str, flo
         finally:
             for watcher in watchers:
                 watcher.close()
+    crashed = crashed or next(iter(FAILURES[before:]), "")
     return findings, crashed or ("" if watchers else "no watch was attached"), ended_at
 
 

@@ -13,6 +13,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ris_fast.health.watch.guard import guarded
+
 
 class StepListener(Protocol):
     def stepped(self, optimizer: Optimizer) -> None:
@@ -38,4 +40,4 @@ def _stepped(optimizer: Optimizer, *_: Any) -> None:
     if not torch.compiler.is_compiling():
         for each in tuple(_LISTENERS):
             if (listener := each()) is not None:
-                listener.stepped(optimizer)
+                guarded(listener.stepped, optimizer)

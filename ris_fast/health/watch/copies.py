@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ris_fast.health.watch.eager import takes_hooks
+from ris_fast.health.watch.guard import guarded
 
 KEPT = 64
 SIMILAR = 64  # modules that are looked at
@@ -110,7 +111,7 @@ class _LoadHook:
         self.loads = loads
 
     def __call__(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-        self.loads.note(module, state, prefix)
+        guarded(self.loads.note, module, state, prefix)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")

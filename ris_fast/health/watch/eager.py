@@ -15,17 +15,19 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.eval_frame import skip_code
 from torch.utils.hooks import unserializable_hook
 
+from ris_fast.health.watch.guard import guarded
+
 
 def eager(function: Callable[..., None]) -> Callable[..., None]:
     """As `torch.compiler.disable`: parts what is compiled around a call."""
-    disabled = torch.compiler.disable(function)
+    disabled = torch.compiler.disable(guarded)
 
     @wraps(function)
     def call(*args: Any) -> None:
         if get_eval_frame_callback() is None:
-            function(*args)
+            guarded(function, *args)
         else:
-            disabled(*args)
+            disabled(function, *args)
 
     skip_code(call.__code__)  # one for all
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
@@ -43,7 +45,7 @@ def eager_hook(function: Callable[..., None]) -> Callable[..., None]:
     def hook(*args: Any) -> None:
         if not torch.compiler.is_compiling():
             if get_eval_frame_callback() is None:
-                function(*args)
+                guarded(function, *args)
             else:
                 _run(function, *args)
 
@@ -62,7 +64,7 @@ def is_eager_hook(function: Any) -> bool:
 
 @torch.compiler.disable
 def _run(function: Callable[..., None], *args: Any) -> None:
-    function(*args)
+    guarded(function, *args)
 
 
 _CODE = eager_hook(_run).__code__  # of all these hooks

@@ -31,6 +31,7 @@ from ris_fast.health.watch.eager import eager_hook, takes_hooks
 from ris_fast.health.watch.fingerprints import fingerprint_of
 from ris_fast.health.watch.functions import FunctionChecks
 from ris_fast.health.watch.graph import GraphLeaves, comes_of_parameters_only, modules_of
+from ris_fast.health.watch.guard import guarded
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.layers import Layers
 from ris_fast.health.watch.modules import modules_record, uniform_matrices
@@ -84,7 +85,7 @@ class CopiedHook:
             return
         function = self.function if current_graph_task() == -1 else self.again
         if function is not None and (owner := self.owner()) is not None:
-            function(owner, module, *given)
+            guarded(function, owner, module, *given)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")

@@ -73,6 +73,8 @@ def _most(values: Tensor | None) -> Tensor | None:
 def _in_divergence(node: Any) -> Any:
     """The softmax or sigmoid that `kl_div` is given: it takes its product with the targets from a number that has no
     gradient."""
+    if len(node.next_functions) != 2:
+        return None  # a number taken off
     (first, _), (second, _) = node.next_functions
     if first is not None or second is None or operation(second) != "Mul":
         return None

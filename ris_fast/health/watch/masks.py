@@ -19,11 +19,10 @@ def masks_of(nodes: Iterable[Any]) -> list[Tensor]:
     where the others are not one number above one, as a dropout's are."""
     found: list[Tensor] = []
     for node in nodes:
-        if operation(node) != "Mul" or len(found) >= KEPT:
+        sides = [each for each, _ in node.next_functions]
+        if operation(node) != "Mul" or len(found) >= KEPT or [each is None for each in sides].count(True) != 1:
             continue
-        (first, _), (second, _) = node.next_functions
-        if (first is None) == (second is None):
-            continue
+        first, _ = sides
         mask = saved_tensor(node, "self" if first is None else "other")
         if mask is None or not is_plain(mask) or not LEAST <= mask.numel() <= MOST:
             continue

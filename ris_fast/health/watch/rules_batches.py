@@ -182,8 +182,8 @@ def one_batch(trained: list[PassRecord], evaluated: list[PassRecord]) -> list[Fi
 
 def repeated_batch(trained: list[PassRecord]) -> list[Finding]:
     """Batches come as often in a row, made anew each time: as from workers that read the same scenes. A loop that makes
-    several steps with a batch gives the same tensor again."""
-    seen = [each for each in trained if each.input is not None]
+    several steps with a batch gives the same tensor again. Later passes are not all looked at."""
+    seen = [each for number, each in enumerate(trained, 1) if each.of_kind == number and each.input is not None]
     steps = [each.step for each in seen]
     runs: list[list[PassRecord]] = []
     for each in seen:

@@ -14,6 +14,7 @@ from ris_fast.health.names import check_beginnings
 from ris_fast.health.watch.backward import BackwardLosses
 from ris_fast.health.watch.copies import ModelLoads
 from ris_fast.health.watch.forward import ForwardHooks
+from ris_fast.health.watch.guard import FAILURES, guarded, say_failure, warn
 from ris_fast.health.watch.helpers import Helpers
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.loss import LossHook
@@ -51,6 +52,7 @@ class Watcher:
         check_beginnings(self.frozen, [name for name, _ in model.named_parameters()], "watch: frozen")
         self.left: list[Finding] | None = None  # of a watch that is closed
         self.steps_made = 0  # by it
+        self.failures = len(FAILURES)
         self.last_report: tuple[int, list[Finding]] = -1, []  # steps made before it
         self.rivals = Rivals(self.optimizers, lambda: {id(p) for p in model.parameters()})
         self.hooks = [OptimizerHooks(model, each, every, self.rivals) for each in self.optimizers]
@@ -86,7 +88,7 @@ class Watcher:
         Returns: value.
         """
         if self.left is None:
-            self.losses.note(value, outputs, targets, self.model.training)
+            guarded(self.losses.note, value, outputs, targets, self.model.training)
         return value
 
     def __enter__(self) -> Watcher:
@@ -122,7 +124,8 @@ class Watcher:
         self.ranks.close()
 
     def report(self, wait_s: float | None = None) -> list[Finding]:
-        """Findings on the steps so far, most certain first. Reads the device.
+        """Findings on the steps so far, most certain first. Reads the device. None after an error of the watch itself,
+        which it says in a RuntimeWarning.
 
         Args: wait_s: with several ranks, seconds to wait for the others to report too; by default 5, and half a second
             once they have not come. Nothing else waits for them: a single rank may report.
@@ -131,7 +134,14 @@ class Watcher:
         check_wait(wait_s)
         if self.left is not None:
             return list(self.left)
-        found = ranked([*find_mistakes(self._record(wait_s)), *self.ranks.clock.findings()])
+        found: list[Finding] = []
+        try:
+            found = ranked([*find_mistakes(self._record(wait_s)), *self.ranks.clock.findings()])
+        except Exception as error:
+            say_failure(error)
+        if len(FAILURES) > self.failures:
+            found = []
+            warn(FAILURES[self.failures])
         self.last_report = self.steps, list(found)
         return found
 

@@ -71,7 +71,9 @@ def test_watch_names_a_missing_step_and_an_unused_head() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = watch(model, optimizer)
-    model(torch.randn(2, 8)).sum().backward()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(2, 8)).sum().backward()
     assert first(seen) == "step_never_called"
 
     model = nn.ModuleDict({"body": network(), "head": nn.Linear(4, 2)})

@@ -474,3 +474,29 @@ def test_watch_report_begins_with_what_does_most_harm() -> None:
     assert found[0].evidence.startswith("body.0.weight, ") and "at all" in found[0].evidence
     assert found[1].evidence.startswith("2 tensors, 80 % of the weights: large.weight 71 %, large.bias 9 %")
     assert found[0].certain and found[1].certain and found[-1].cause == "frozen_parameters"  # the smallest part
+
+
+# ---- errors of its own ----
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "step", "loss", "report"])
+def test_watch_ends_no_loop_by_an_error_of_its_own(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise IndexError("of the watch")
+
+    model = network()
+    optimizer = sgd(model.parameters())
+    seen = watch(model, optimizer)
+    place = {
+        "forward": (seen.forward, "_look"),
+        "backward": (seen.hooks[0].gradients, "_keep"),
+        "step": (seen.hooks[0].schedule, "due"),
+        "loss": (seen.losses, "_look"),
+        "report": (seen.schedulers, "records"),
+    }
+    monkeypatch.setattr(*place[where], fails)
+    before = model[0].weight.detach().clone()
+    with pytest.warns(RuntimeWarning, match="error of its own, IndexError: of the watch"):
+        update(optimizer, seen.loss(loss_of(model(batch()))))
+        assert seen.report() == []
+    assert not torch.equal(model[0].weight, before)
