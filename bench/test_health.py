@@ -26,7 +26,7 @@ from ris_fast.training.telemetry.settings import RunSettings
 from ris_fast.training.trainer import Trainer
 
 ROUNDS = 40
-FIRST, LATER = 100, 900  # steps of a plain loop
+FIRST, LATER = 100, 300  # steps of a plain loop
 
 
 @pytest.fixture(autouse=True)
@@ -137,33 +137,46 @@ def loop(device: torch.device, width: int, depth: int) -> tuple[Callable[[], Non
     return step, model, optimizer
 
 
-@pytest.mark.parametrize("width, depth", [(512, 4), (256, 50)], ids=["8_tensors", "100_tensors"])
-def test_a_plain_loop_under_watch(benchmark: Any, device: torch.device, width: int, depth: int) -> None:
+@pytest.mark.parametrize("width, depth, repeats", [(512, 4, 5), (128, 50, 1)], ids=["8_tensors", "100_tensors"])
+def test_a_plain_loop_under_watch(benchmark: Any, device: torch.device, width: int, depth: int, repeats: int) -> None:
     """Two loops step by turns, one of them watched from the beginning: the first steps, which are looked at most, and
-    the later ones."""
-    plain, *_ = loop(device, width, depth)
-    watched, model, optimizer = loop(device, width, depth)
-    for step in (plain, watched):
-        step()  # what the first step alone does is nobody's
+    the later ones. Each pair is made anew `repeats` times, since where its tensors lie in memory counts as much as a
+    watch; and as often without a watch, which says how exact the figures are."""
+    shares: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        for name in ("alone", "watched"):
+            early, late = by_turns(device, width, depth, name == "watched")
+            shares.setdefault(f"{name}_first", []).append(_excess(early))
+            shares.setdefault(f"{name}_later", []).append(_excess(late))
+    step, model, optimizer = loop(device, width, depth)
     watch(model, optimizer)
-    seconds: list[tuple[float, float]] = []
-    for number in range(FIRST + LATER):
-        pair = [0.0, 0.0]
-        for which in (0, 1) if number % 2 else (1, 0):
-            began = clock(device)
-            (plain, watched)[which]()
-            pair[which] = clock(device) - began
-        seconds.append((pair[0], pair[1]))
-    early, late = (np.array(part) for part in (seconds[:FIRST], seconds[FIRST:]))
-    benchmark.pedantic(watched, rounds=3)
+    benchmark.pedantic(step, rounds=3)
     benchmark.extra_info.update(
         step_s=float(np.median(late[:, 0])),
         steps=(FIRST, LATER),
         **load(),
-        median_share=float(np.median(late[:, 1] - late[:, 0]) / np.median(late[:, 0])),
-        share_of_training=_excess(late),
-        share_of_first_steps=_excess(early),
+        repeats=repeats,
+        share_of_training=float(np.median(shares["watched_later"])),
+        share_of_first_steps=float(np.median(shares["watched_first"])),
+        shares=shares,
     )
+
+
+def by_turns(device: torch.device, width: int, depth: int, watched: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(FIRST, 2) and (LATER, 2) seconds of the steps of two loops, the second of which may be watched."""
+    loops = [loop(device, width, depth) for _ in range(2)]
+    for step, *_ in loops:
+        step()  # what the first step alone does is nobody's
+    seen = watch(*loops[1][1:]) if watched else None
+    seconds = np.zeros((FIRST + LATER, 2))
+    for number, pair in enumerate(seconds):
+        for which in (0, 1) if number % 2 else (1, 0):
+            began = clock(device)
+            loops[which][0]()
+            pair[which] = clock(device) - began
+    if seen is not None:
+        seen.close()
+    return seconds[:FIRST], seconds[FIRST:]
 
 
 def _excess(seconds: np.ndarray) -> float:
