@@ -72,6 +72,8 @@ GROUPS: tuple[str, ...] = (
     "unseen_2026_11_first_more",
     "unseen_2026_11_second",
     "unseen_2026_11_second_more",
+    "unseen_2026_11_third",
+    "unseen_2026_11_third_more",
     "published",
     "published_experts",
     "published_modules",
