@@ -1,7 +1,7 @@
 """What a fault is, and the list of all: ten families, in sets by who wrote them and when.
 
-The suite of 2026-07 has a third that the author of its rules never read; the sets of 2026-11 were written by another
-hand, and no author of rules has seen one of them.
+The suite of 2026-07 has a third that the author of its rules never read. The sets of 2026-11 were written by other
+hands, one after the other: each was scored once on rules whose authors had not seen it, and read by them afterwards.
 """
 
 from __future__ import annotations
