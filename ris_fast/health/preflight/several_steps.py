@@ -17,6 +17,7 @@ STEPS = 5
 FROZEN = 1e-5  # of the raw weights' way; an average over ten thousand steps has gone more
 # times the way of the weights, that no average of them goes; of the weights, more than steps that were taken back
 BEYOND, FAR = 1.5, 0.01
+SMALLER = 0.9  # times the first weights' norm, which an average that starts at zero does not reach in a few steps
 NEARLY, SEARCHED = 0.03, 512  # of the last step; updates
 ROUNDING = 1e-6  # of the weights: a shorter way is lost in an average's rounding
 
@@ -122,17 +123,20 @@ def _average(
     elif mean_way > BEYOND * furthest + FAR * total_norm(first.values()):
         sizes = [total_norm(values.values()) for values in (mean, first)]
         yield Finding(
-            "ema_cold" if sizes[0] < sizes[1] else "ema_frozen",
+            "ema_cold" if sizes[0] < SMALLER * sizes[1] else "ema_frozen",
             f"after {STEPS} steps the averaged weights are {mean_way:.3g} away from the first ones, and the weights"
             f" themselves were never further than {furthest:.3g} (norm of the average {sizes[0]:.3g}, of the first"
             " weights"
             f" {sizes[1]:.3g}): an average of weights lies between them. "
             + (
                 "It is too small, as one that starts at zero and is not divided by 1 - decay^steps."
-                if sizes[0] < sizes[1]
-                else "It is made of something else than the weights, or of parts that do not sum to one."
+                if sizes[0] < SMALLER * sizes[1]
+                else "It is made of something else than the weights, as of another layer's, or of parts that do not sum"
+                " to one."
             ),
-            advice="Start the average at the weights, or divide it by 1 - decay^steps where it starts at zero.",
+            advice="Start the average at the weights, or divide it by 1 - decay^steps where it starts at zero."
+            if sizes[0] < SMALLER * sizes[1]
+            else "Pair averages and weights by their full names, and look whether decay and 1 - decay sum to one.",
         )
     elif held := [name for name in moved if _held(raw[name], mean[name], first[name], mean_way / raw_way)]:
         yield Finding(
