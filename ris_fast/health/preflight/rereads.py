@@ -26,6 +26,7 @@ SCENES = 48
 ROUNDING = 1e-4  # relative, of a scene that is made in another batch
 # of what kind of scenes, in `known` of the context: masked anew in each reading; these parts change in each reading
 MASKED, REDRAWN = "masked", "redrawn"
+MASKED_ANEW = "numbers of the training scenes are zero in one reading and not in another: a mask is drawn anew"
 MEANT = " Where training scenes are augmented anew each time, that is meant."
 
 
@@ -53,7 +54,7 @@ def scenes_again(context: PreflightContext) -> Iterator[Finding]:
             ("in another order, with fewer beside them, they are others", _differ(kept[rows], turned, ROUNDING)),
         ):
             if masked and split == "train":
-                context.note = "numbers of the training scenes are zero in one reading and not in another: masked anew"
+                context.note = MASKED_ANEW
                 continue
             if names:
                 context.known[REDRAWN, what] = names
