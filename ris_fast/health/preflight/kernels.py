@@ -86,7 +86,10 @@ def loss_kernel(context: PreflightContext) -> Iterator[Finding]:
 
 
 def _weights(slope: Tensor, right: Tensor) -> Tensor | None:
-    """What each scene's gradient is times the right one, (B,); None where it is no multiple. Args: both (B, N, Q, 2)."""
+    """What each scene's gradient is times the right one, (B,); None where it is no multiple.
+
+    Args: both (B, N, Q, 2).
+    """
     found, wanted = slope.flatten(1), right.flatten(1)
     weight = (found * wanted).sum(1) / wanted.square().sum(1).clamp_min(1e-300)
     if float((found - weight[:, None] * wanted).norm()) > 10 * GRADIENT * float(found.norm()):
