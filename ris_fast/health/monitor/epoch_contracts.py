@@ -13,6 +13,7 @@ CONSTANT = 1e-12  # of the mean square of a batch's answers: their variance
 UNMOVED = 1e-4  # of the raw weights' way: less than any decay that averages leaves after an epoch
 BEYOND = 3.0  # times the way of the raw weights, that no average of them goes even if they come back between epochs
 FURTHER = 1.5  # times the share of the way
+SHORT = 0.25  # of the run: an average over fewer steps is soon warm
 COLD = 0.2  # of the raw weights' way, below which the averaged weights are mostly the first ones
 
 
@@ -154,15 +155,30 @@ def _averages(run: RunHistory, raw: Row, mean: Row, distance: float, least: floa
             " others follows them.",
         )
     elif distance > 0 and mean["distance"] < COLD * distance and not _went_further(run, mean["distance"] / distance):
-        yield run.finding(
-            "ema_cold",
-            f"the averaged weights have gone {mean['distance'] / distance:.1%} of the way of the raw ones when "
-            "they are validated.",
-        )
+        memory, planned = _memory(run, mean["distance"] / distance), _planned(run)
+        if memory is None or planned is None or memory > SHORT * planned:
+            spans = "" if memory is None else f", as of an average over about {memory:,.0f} steps"
+            of = "" if planned is None else f"; the run has {planned:,}"
+            yield run.finding(
+                "ema_cold",
+                f"the averaged weights have gone {mean['distance'] / distance:.1%} of the way of the raw ones when "
+                f"they are validated{spans}{of}.",
+                certain=memory is None or planned is None or memory > planned,
+            )
     elif distance > 0 and raw["distance"] == mean["distance"] and raw["prediction_hash"] == mean["prediction_hash"]:
         yield run.finding("ema_equals_raw", "averaged and raw weights are the same, bit for bit.")
     if not math.isfinite(mean["distance"]) and math.isfinite(raw["distance"]):
         yield run.finding("ema_nonfinite", "the averaged weights are not finite; the raw ones are.")
+
+
+def _memory(run: RunHistory, share: float) -> float | None:
+    """The steps that an average is taken over, which has gone this share of the way of weights that go straight on:
+    (1 - decay) n / 2 of it behind n steps, while that is little. None where it does not move."""
+    return run.step / (2.0 * share) if share > 0 and run.step > 0 else None
+
+
+def _planned(run: RunHistory) -> int | None:
+    return run.steps[-1].get("planned_steps") if run.steps else None
 
 
 def _furthest(run: RunHistory) -> float:

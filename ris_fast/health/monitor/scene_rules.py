@@ -11,6 +11,7 @@ from ris_fast.health.monitor.epoch_rules import constant
 from ris_fast.health.monitor.history import Row, Rule, RunHistory, validated
 from ris_fast.training.scene_scores import BY_ORDER
 
+SHARE = 0.75  # of a step's scenes: fewer different targets are several scenes' each
 ENOUGH, SHARED = 4, 0.01  # scenes of training that are validated too, and their share
 COMPARED = 32  # scenes of two epochs
 LEARNED, UNLEARNED = 0.25, 0.8  # of the constant answer: two groups of scenes, one learned and one not
@@ -32,6 +33,8 @@ def served_scenes_of_every_step(run: RunHistory) -> Iterator[Finding]:
             "split_overlap",
             f"{seen['of_validation']} of {seen['scenes']} scenes of the last steps are validated too, by their bytes.",
         )
+    if run.info.get("masked_anew"):
+        return  # bytes say nothing of which scene it is then
     total = [each for row in run.steps if (each := (row.get("health") or {}).get("served"))]
     again = [each for each in total if each.get("again_steps")]
     stale = any(
@@ -82,12 +85,33 @@ def one_scene_for_all(run: RunHistory) -> Iterator[Finding]:
         yield run.finding("constant_input", f"all {scenes} scenes of a step have the same snapshots, bit for bit.")
     elif reading.get("distinct_targets") == 1:
         yield run.finding("constant_targets", f"all {scenes} scenes of a step have the same target, bit for bit.")
+    elif _targets_became_one(run, scenes, distinct):
+        yield run.finding(
+            "shuffled_labels",
+            f"{scenes} scenes of a step have {distinct} different snapshots and {reading['distinct_targets']} different"
+            " targets, and in the first reports every scene had a target of its own: several scenes are given one"
+            " scene's. The two likeliest: scene numbers are rounded on the way to the labels, as in 16 bits, or an"
+            " index into the labels stops at an end.",
+            certain=False,
+        )
     elif 2 * (reading.get("repeated_with_other_target") or 0) > scenes and not reading.get("zero_scenes"):
         yield run.finding(
             "stale_cache",
             f"the snapshots of {reading['repeated_with_other_target']} of {scenes} scenes were served before, with"
             " another target: they belong to an earlier batch.",
         )
+
+
+def _targets_became_one(run: RunHistory, scenes: int, distinct: int) -> bool:
+    """Whether many scenes of a step share targets, and none did when the run began."""
+    first = (run.steps[0].get("health") or {}) if run.steps else {}
+    targets = run.reading.get("distinct_targets")
+    return (
+        bool(targets)
+        and distinct == scenes
+        and targets < SHARE * scenes
+        and first.get("scenes") == first.get("distinct") == first.get("distinct_targets")
+    )
 
 
 def validation_scenes_stay(run: RunHistory) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.history import Row, Rule, RunHistory, named
 
+SOME = 0.1  # of a step's scenes: fewer may be zeros by chance, of a mask
 TOUCHED = 0.02  # relative: more than rounding in a sum
 ENOUGH_SCENES = 8  # of one step, or of several together, of which more than half were served before
 JUMP, STILL = 0.5, 1e-8  # of a weight in one step
@@ -116,9 +117,16 @@ def served_scenes(run: RunHistory) -> Iterator[Finding]:
     if count := _of_all_ranks(run, "nonfinite_scenes"):
         where = _on_ranks(run, "nonfinite_scenes")
         yield run.finding("nonfinite_data", f"{count} of {scenes} scenes of a step are not finite{where}.")
-    if count := _of_all_ranks(run, "zero_scenes"):
+    count = _of_all_ranks(run, "zero_scenes")
+    if count and not run.info.get("masked_anew"):  # a mask may take out all of a scene
         where = _on_ranks(run, "zero_scenes")
-        yield run.finding("empty_cache_slot", f"{count} of {scenes} scenes of a step are all zeros{where}.")
+        yield run.finding(
+            "empty_cache_slot",
+            f"{count} of {scenes} scenes of a step are all zeros{where}.",
+            certain=count > SOME * scenes,
+        )
+    if run.info.get("masked_anew"):
+        return  # bytes say nothing of which scene it is then
     repeated, scenes = _repeated(run)
     if 2 * (reading.get("repeated_with_other_target") or 0) > (reading.get("scenes") or 0):
         return  # an earlier batch's snapshots with the targets of this one: another rule names it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 ZERO_DERIVATIVE = ("Round", "Floor", "Ceil", "Trunc", "Sign", "Sgn", "Heaviside")
+DISCRETE = ("round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "heaviside", "argmin", "argmax", "bernoulli")
 NUMBERS = ("item", "tolist", "__float__")
 OWN_OPERATORS = "ris_fast.kernels"
 
@@ -59,12 +61,22 @@ def graph_of(value: Tensor) -> Graph:
 
 
 class Exits(TorchFunctionMode):
-    """Notes the calls through which a tensor that needs a gradient becomes a number, an array or a copy without one."""
+    """Notes the calls through which a tensor that needs a gradient becomes a number, an array or a copy without one.
+
+    `straight_through`: what is stopped is a rounding or a choice, as of a straight-through estimator.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.detached: list[str] = []
         self.rebuilt: list[str] = []
+        self.rounds = False  # in what was detached
+        self.discrete: set[tuple[str, str]] = set()  # functions that round or choose
+        self.stopping: set[tuple[str, str]] = set()  # functions that detach, or compute without grad
+
+    @property
+    def straight_through(self) -> bool:
+        return self.rounds or bool(self.discrete & self.stopping)
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = getattr(function, "__name__", str(function))
@@ -73,6 +85,12 @@ class Exits(TorchFunctionMode):
             self.rebuilt.append(f"{name} at {_location()}")
         elif tracked and name in ("detach", "detach_") or tracked and name == "__get__" and _is_data(function):
             self.detached.append(f"{name} at {_location()}")
+            self.stopping.add(_function())
+            self.rounds |= bool(graph_of(args[0]).named(*ZERO_DERIVATIVE))
+        elif name.rstrip("_") in DISCRETE:
+            self.discrete.add(_function())
+        if tracked and not torch.is_grad_enabled():
+            self.stopping.add(_function())
         elif name in ("tensor", "as_tensor", "from_numpy"):
             self.rebuilt.append(f"torch.{name} at {_location()}")
         return function(*args, **(kwargs or {}))
@@ -139,11 +157,22 @@ def _location() -> str:
     return f"{file.rpartition('/')[2]}:{line}" if file else "an unknown line"
 
 
+def _function() -> tuple[str, str]:
+    """File and name of the innermost function outside of torch and of this file."""
+    frame = _outside()
+    return (frame.f_code.co_filename, frame.f_code.co_name) if frame is not None else ("", "")
+
+
 def _frame() -> tuple[str, int]:
-    frame = sys._getframe(1)
+    frame = _outside()
+    return (frame.f_code.co_filename, frame.f_lineno) if frame is not None else ("", 0)
+
+
+def _outside() -> FrameType | None:
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
         frame = frame.f_back
-    return (frame.f_code.co_filename, frame.f_lineno) if frame is not None else ("", 0)
+    return frame
 
 
 def via(locations: list[str]) -> str:

@@ -41,9 +41,14 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
             if (scaled := scales.of_loss(loss_scales(context, wrong))) is not None:
                 yield scaled
                 return
+            with Exits() as exits:
+                context.run()
+            meant = f"{via(exits.detached)}; where a weight is detached on purpose, that is meant"
             yield Finding(
                 "wrong_backward",
-                f"the loss has another derivative with respect to {listed(wrong)} than its backward says.",
+                f"the loss has another derivative with respect to {listed(wrong)} than its backward says"
+                f"{meant if exits.detached else ''}.",
+                certain=not exits.detached,
             )
             return
         gaps = parts(context)
@@ -80,7 +85,9 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
     )
     if all(pooled([held[name]]) <= DISAGREES for name in errors):
         left_out = any(True for _ in scene_gradients.scenes_learned_from(context))  # a row may be what is stopped
-        if pooled(gaps.values()) > DISAGREES and not left_out:  # else it is a side path, stopped on purpose
+        if exits.straight_through:
+            context.note = f"gradients pass a rounding straight through{via(exits.detached)}"
+        elif pooled(gaps.values()) > DISAGREES and not left_out:  # else it is a side path, stopped on purpose
             yield Finding(
                 "detached_backbone",
                 f"{seen}{via(exits.detached)}; where a gradient is stopped on purpose, that is meant.",

@@ -30,6 +30,7 @@ FEATURES, FEW = 1e-2, 8  # of the median scene: two positions of nearly equal sc
 FIELD_STEPS = 3  # of conjugate gradients: many magnify rounding
 FAINT = 1e-3  # noise of 60 dB: with less, rounding alone chooses what a pursuit finds beyond the sources
 ROUNDING = 1e-6  # of the weights: a few roundings of float32, however short the way
+UNLIKE = 0.01  # of their mean: the spread of weights that are meant
 FEW_COUNT = 0.3  # of the scenes, that make the gradient
 WEIGHTS = 2048  # of each tensor, in the copy that the optimizer steps on
 
@@ -51,7 +52,20 @@ def loss_kernel(context: PreflightContext) -> Iterator[Finding]:
         gap = float(((value - wanted).abs() / wanted.abs().clamp_min(1.0)).max())
         turn = float((slope - right).norm() / right.norm().clamp_min(1e-30))
         if not (gap <= VALUE and turn <= GRADIENT):
-            weighted = _reweighted(slope, right)
+            weights = _weights(slope, right)
+            if weights is not None and (against := int((weights < -GRADIENT * weights.abs().max()).sum())):
+                yield Finding(
+                    "loss_sign",
+                    f"scene by scene the gradient of the loss{' with the blend' if blend else ''} is a multiple of that"
+                    f" of its definition, and in {against} of {len(weights)} scenes a negative one: they are driven"
+                    " away from their target. Weights of scenes must not be below zero.",
+                    certain=False,
+                )
+                return
+            weighted = None if weights is None else _counting(weights)
+            if weights is not None and weighted >= FEW_COUNT and float(weights.std()) > UNLIKE * float(weights.mean()):
+                context.note = "scenes are weighted: the gradient of each is its own multiple of its definition's"
+                return
             if weighted is not None and weighted < FEW_COUNT:
                 yield Finding(
                     "scenes_left_out",
@@ -71,16 +85,21 @@ def loss_kernel(context: PreflightContext) -> Iterator[Finding]:
             return
 
 
-def _reweighted(slope: Tensor, right: Tensor) -> float | None:
-    """The share of scenes that count where each scene's gradient is a multiple, not below zero, of the right one; None
-    where it is not. Args: both (B, N, Q, 2)."""
+def _weights(slope: Tensor, right: Tensor) -> Tensor | None:
+    """What each scene's gradient is times the right one, (B,); None where it is no multiple.
+
+    Args: both (B, N, Q, 2).
+    """
     found, wanted = slope.flatten(1), right.flatten(1)
     weight = (found * wanted).sum(1) / wanted.square().sum(1).clamp_min(1e-300)
     if float((found - weight[:, None] * wanted).norm()) > 10 * GRADIENT * float(found.norm()):
         return None
-    if bool((weight < 0).any()) or not bool(weight.any()):
-        return None
-    return float(weight.sum().square() / weight.square().sum()) / len(weight)
+    return weight if bool(weight.any()) else None
+
+
+def _counting(weights: Tensor) -> float:
+    """The share of scenes that count, with these weights."""
+    return float(weights.sum().square() / weights.square().sum()) / len(weights)
 
 
 def _with_gradient(call: object, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

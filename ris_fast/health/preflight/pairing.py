@@ -52,6 +52,8 @@ def explained(snapshots: Tensor, channel: Tensor, codes: Tensor, factor: Tensor,
     """
     columns = torch.stack([to_complex(sense(channel, codes, factor[:, :, k])) for k in range(factor.shape[2])], -1)
     y = to_complex(snapshots)
+    measured = y != 0  # exactly zero is no measurement: a mask took it out
+    columns = columns * measured[..., None]
     if static:
         columns, y = columns.flatten(1, 2)[:, None], y.flatten(1)[:, None]
     used = columns.abs().square().sum(-2, keepdim=True)
@@ -59,7 +61,7 @@ def explained(snapshots: Tensor, channel: Tensor, codes: Tensor, factor: Tensor,
     keep = torch.diagonal(r, dim1=-2, dim2=-1).abs() > 1e-4
     part = (q.conj().transpose(-1, -2) @ y[..., None]).squeeze(-1)
     share = (part.abs().square() * keep).sum((1, 2)) / y.abs().square().sum((1, 2)).clamp_min(1e-30)
-    return share, keep.sum((1, 2)) / y[0].numel()
+    return share, keep.sum((1, 2)) / measured.flatten(1).sum(1).clamp_min(1)
 
 
 class Belonging(NamedTuple):
@@ -91,11 +93,16 @@ class Belonging(NamedTuple):
         return mean < WHOLE and mean + DEVIATIONS * deviation < 1.0
 
 
+def _measurements(scenes: Scenes) -> Tensor:
+    """The complex numbers that were received of each scene, (B,)."""
+    return (scenes.snapshots != 0).any(-1).flatten(1).sum(1).clamp_min(1).float()
+
+
 def belonging(scenes: Scenes, static: bool) -> Belonging:
     """See the model above. The scenes have a channel and a factor."""
     share, chance = explained(scenes.snapshots, scenes.channel, scenes.codes, scenes.factor, static)
     ratio = 10.0 ** (scenes.snr_db / 10.0)
-    signal, size = ratio / (1.0 + ratio), scenes.snapshots[0, ..., 0].numel()
+    signal, size = ratio / (1.0 + ratio), _measurements(scenes)
     free = (1.0 - chance).clamp_min(1e-6)
     together = 2.0 * (1.0 - signal) / (signal * (size * free).sqrt())
     apart = (chance * free / (size + 1)).sqrt() / (signal * free)
@@ -129,7 +136,7 @@ def measure_snr(scenes: Scenes, static: bool) -> SnrLabels:
         squared.
     """
     share, chance = explained(scenes.snapshots, scenes.channel, scenes.codes, scenes.factor, static)
-    size, free = scenes.snapshots[0, ..., 0].numel(), (1.0 - chance).clamp_min(1e-6)
+    size, free = _measurements(scenes), (1.0 - chance).clamp_min(1e-6)
     signal = ((share - chance) / free).clamp(1e-6, 1.0 - 1e-6)
     least = (DEVIATIONS * (chance / (free * (size + 1))).sqrt()).clamp_min(MIN_SIGNAL)
     plain, promised = signal > least, 10.0 ** (scenes.snr_db / 10.0)

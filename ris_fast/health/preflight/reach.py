@@ -29,6 +29,7 @@ BOTH = 0.1  # share of the targets that an entry is positive in, and negative
 MOST = 0.5  # share of the entries that are held
 OUT_OF_REACH, AT_THE_END = 0.1, 1e-2  # share of the targets; of their span, within which an answer is at its end
 FIXED, APART = 1e-3, 0.3  # relative spread of a share that is fixed; relative difference of the targets' from it
+NEAR, FOLDED = 0.05, 0.02  # of the span of the targets, from zero; share of the answers there
 PILED = 0.1  # share of the answers of large weights that are there
 
 
@@ -192,6 +193,8 @@ def _places(found: Reach, scenes: Scenes) -> str:
             continue
         targets, ends = targets[active], torch.aminmax(values)
         span = float(targets.max() - targets.min())
+        if seen := _folded(name, values, targets, span):
+            return seen
         for end, beyond, what in (
             (ends.max, float((targets > ends.max + AT_THE_END * span).float().mean()), "above"),
             (ends.min, float((targets < ends.min - AT_THE_END * span).float().mean()), "below"),
@@ -203,6 +206,20 @@ def _places(found: Reach, scenes: Scenes) -> str:
                     f" sits at that end with large ones; {beyond:.0%} of the targets are {what} it, which go from"
                     f" {float(targets.min()):.3g} to {float(targets.max()):.3g}."
                 )
+    return ""
+
+
+def _folded(name: str, values: Tensor, targets: Tensor, span: float) -> str:
+    """An output that comes as near zero as it likes and never past it, where targets lie on both sides."""
+    for sign, side in ((1.0, "negative"), (-1.0, "positive")):
+        off, missed = sign * values, float((sign * targets < 0).float().mean())
+        near = float((off < NEAR * span).float().mean())
+        if float(off.min()) >= 0.0 and missed > OUT_OF_REACH and near > FOLDED and float(off.max()) > NEAR * span:
+            return (
+                f"with weights drawn at random none of {values.numel()} values of {name} is {side}, and {near:.0%} of"
+                f" them are nearly zero; {missed:.0%} of the targets are {side}. An arc cosine, a root or an absolute"
+                " value has no sign."
+            )
     return ""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import combinations
 
 import torch
@@ -24,6 +24,9 @@ from ris_fast.training.step import network_inputs
 
 SCENES = 48
 ROUNDING = 1e-4  # relative, of a scene that is made in another batch
+# of what kind of scenes, in `known` of the context: masked anew in each reading; these parts change in each reading
+MASKED, REDRAWN = "masked", "redrawn"
+MASKED_ANEW = "numbers of the training scenes are zero in one reading and not in another: a mask is drawn anew"
 MEANT = " Where training scenes are augmented anew each time, that is meant."
 
 
@@ -40,6 +43,8 @@ def scenes_again(context: PreflightContext) -> Iterator[Finding]:
         source.batch(split, (index + len(index)) % source.size(split))  # others in between, as many
         changed = _differ(kept, first, 0.0)
         again = source.batch(split, index)
+        masked = _by_a_mask(kept, again)
+        context.known[MASKED, what] = masked
         _reseed(3)
         rows = torch.arange(len(index), device=kept.index.device).flip(0)[: max(1, len(index) // 2)]
         turned = source.batch(split, index[rows.to(index.device)])
@@ -48,10 +53,25 @@ def scenes_again(context: PreflightContext) -> Iterator[Finding]:
             ("read again, they are others", _differ(kept, again, 0.0)),
             ("in another order, with fewer beside them, they are others", _differ(kept[rows], turned, ROUNDING)),
         ):
+            if masked and split == "train":
+                context.note = MASKED_ANEW
+                continue
             if names:
-                yield _change(what, len(index), f"{how}: their {listed(names)}", certain=split == "val")
+                context.known[REDRAWN, what] = names
+                how += f": their {listed(names)}{', by zeros in other places,' if masked else ''}"
+                yield _change(what, len(index), how, certain=split == "val")
                 return
-    yield from _as_served(context)
+    if not context.known[MASKED, "training"]:
+        yield from _as_served(context)
+
+
+def _by_a_mask(one: Scenes, other: Scenes) -> bool:
+    """Whether two readings differ in numbers of the snapshots that are exactly zero in one of them, and in no other:
+    they were taken out by a mask, which is drawn anew."""
+    if one.snapshots.shape != other.snapshots.shape or _differ(replace(one, snapshots=other.snapshots), other, 0.0):
+        return False
+    off = one.snapshots != other.snapshots
+    return bool(off.any()) and not bool((off & (one.snapshots != 0) & (other.snapshots != 0)).any())
 
 
 def _change(what: str, scenes: int, seen: str, *, certain: bool) -> Finding:

@@ -50,8 +50,8 @@ from ris_fast.training.trainer import Trainer
 Check = Callable[[PreflightContext], Iterator[Finding]]
 SMALL_BATCH = {
     **targets.CHECKS,
-    **scenes.CHECKS,
     **rereads.CHECKS,
+    **scenes.CHECKS,
     **dependent.CHECKS,
     **scene_parts.CHECKS,
     **labels.CHECKS,

@@ -25,6 +25,7 @@ from ris_fast.health.preflight.pairing import (
     with_factor,
 )
 from ris_fast.health.preflight.probe import FEWEST, PreflightContext
+from ris_fast.health.preflight.rereads import REDRAWN
 from ris_fast.health.preflight.scenes import all_scenes
 from ris_fast.health.preflight.snr import labels_differ
 from ris_fast.physics.array import RISArray
@@ -62,6 +63,8 @@ def physics(context: PreflightContext) -> Iterator[Finding]:
         seen.setdefault(said.partition(" are ")[0], said)
         context.known["parts apart"] = finding is not None and finding.cause != "snr_labels_differ"
         if finding is not None:
+            if context.known.get((REDRAWN, what)):  # as of an augmentation, which may change what belongs together
+                finding = replace(finding, certain=False)
             # Rows of files are not left over from an earlier batch: there it is the order that is wrong.
             yield (
                 replace(finding, cause="mismatched_channel", advice="")

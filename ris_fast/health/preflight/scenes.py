@@ -12,6 +12,7 @@ from ris_fast.data.fingerprints import Overlap, find_overlap, scene_hashes
 from ris_fast.data.shards import verify_manifest
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.rereads import MASKED
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.telemetry.step_telemetry import row_hashes
 
@@ -45,8 +46,9 @@ def finite(context: PreflightContext) -> Iterator[Finding]:
 
 def distinct(context: PreflightContext) -> Iterator[Finding]:
     """No scene of the first steps is there twice, none is empty, and inputs and targets differ between scenes."""
-    yield from _filled("training", all_scenes(context))
-    yield from _filled("validation", context.validation)
+    for what, scenes in (("training", all_scenes(context)), ("validation", context.validation)):
+        if not context.known.get((MASKED, what)):  # a mask may take out all of a scene
+            yield from _filled(what, scenes)
     yield from _repeats(context, all_scenes(context))
 
 

@@ -17,14 +17,16 @@ STEPS = 5
 FROZEN = 1e-5  # of the raw weights' way; an average over ten thousand steps has gone more
 # times the way of the weights, that no average of them goes; of the weights, more than steps that were taken back
 BEYOND, FAR = 1.5, 0.01
+SMALLER = 0.9  # times the first weights' norm, which an average that starts at zero does not reach in a few steps
 NEARLY, SEARCHED = 0.03, 512  # of the last step; updates
+SQUARED, LOST = 1e-15, 0.01  # a first moment whose square float32 can hold; share of the numbers
 ROUNDING = 1e-6  # of the weights: a shorter way is lost in an average's rounding
 
 
 def several_steps(context: PreflightContext) -> Iterator[Finding]:
     """Over a few steps the rate follows its plan, weights move and keep their bits, and the average follows them."""
     first = {name: value.detach().clone() for name, value in context.parameters.items()}
-    rates, applied, planned = [], [], context.trainer.plan.planned
+    rates, held, applied, planned = [], [], [], context.trainer.plan.planned
     before = context.optimizer.counters()
     furthest = last = 0.0
     idle = 0
@@ -34,6 +36,7 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
         previous = {name: value.detach().clone() for name, value in context.parameters.items()}
         taken = take_step(context, group, planned, number, gradients=False)
         rates.append(taken.rates)
+        held.append([float(each["lr"]) for each in context.optimizer.param_groups])
         way = _way(context.parameters, first)
         idle += taken.attempted == 0 and way == last
         furthest, last = max(furthest, way), way
@@ -51,7 +54,8 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
             f"{STEPS} calls of the step made {after['attempted'] - before['attempted']} optimizer "
             "steps: its count starts over.",
         )
-    yield from _rates(context, rates, applied, planned)
+    yield from _rates(context, rates, held, applied, planned)
+    yield from _second_moments(context)
     if rounded_to_16_bits(context.model.parameters()) and not rounded_to_16_bits(first.values()):
         yield Finding(
             "low_precision_weights",
@@ -64,14 +68,37 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
         yield from _average(context, first, furthest, previous)
 
 
-def _rates(context: PreflightContext, rates: list[list[float]], applied: list[int], planned: int) -> Iterator[Finding]:
-    """Each step's rate against the planned one of its number among the applied steps."""
+def _second_moments(context: PreflightContext) -> Iterator[Finding]:
+    """Where an Adam's first moment is not zero its second is neither, unless the format has no number for it."""
+    numbers, lost = 0, 0
+    for state in context.optimizer.state.values():
+        mean, square = state.get("exp_avg"), state.get("exp_avg_sq")
+        if isinstance(mean, Tensor) and isinstance(square, Tensor) and mean.shape == square.shape:
+            there = mean.abs() > SQUARED
+            numbers, lost = numbers + int(there.sum()), lost + int((there & (square == 0)).sum())
+    if lost > LOST * numbers:
+        yield Finding(
+            "gradient_underflow",
+            f"after {STEPS} steps the second moments of {lost / numbers:.0%} of the optimizer's numbers are exactly"
+            " zero, and their first moments are not: the squares of their gradients are below the smallest number of"
+            " the format in which they are kept, and the step divides by eps alone.",
+            advice="Keep the optimizer's second moments in float32 or bfloat16.",
+        )
+
+
+def _rates(
+    context: PreflightContext, rates: list[list[float]], held: list[list[float]], applied: list[int], planned: int
+) -> Iterator[Finding]:
+    """Each step's rate against the planned one of its number among the applied steps.
+
+    Args: held: what the groups say behind each step.
+    """
     settings = context.config.optimizer
 
     def factor(step: int) -> float:
         return learning_rate_factor(step, planned, settings.warmup, settings.final_lr)
 
-    for step, values in zip(applied, rates):
+    for step, values, said in zip(applied, rates, held):
         for number, (group, rate) in enumerate(zip(context.optimizer.param_groups, values)):
             peak = group.get("peak_lr", 0.0)
             if peak > 0 and abs(rate / peak - factor(step)) > 1e-6:
@@ -83,6 +110,16 @@ def _rates(context: PreflightContext, rates: list[list[float]], applied: list[in
                     late = all(k <= at for k, at in zip(least, applied))
                     ahead = all(k > at for k, at in zip(least[1:], applied[1:])) and least[0] < least[1] < least[-1]
                     cause = "schedule_per_epoch" if late else "schedule_per_batch" if ahead else cause
+                if abs(said[number] / peak - factor(step)) <= 1e-6 and said[number] != rate:
+                    yield Finding(
+                        "learning_rate_off_plan",
+                        f"after {step} updates {group.get('name', 'a group')} has the planned rate {said[number]:.3g},"
+                        f" and the optimizer makes its step with {rate:.3g}: what calls it has kept a rate of its own,"
+                        " as a step that was captured or compiled with the rate as a constant.",
+                        advice="Give the rate as a tensor to what is captured, or capture the step anew when it"
+                        " changes.",
+                    )
+                    return
                 yield Finding(
                     cause,
                     f"after {step} updates the rate of {group.get('name', 'a group')} is {rate:.3g} instead of "
@@ -122,17 +159,20 @@ def _average(
     elif mean_way > BEYOND * furthest + FAR * total_norm(first.values()):
         sizes = [total_norm(values.values()) for values in (mean, first)]
         yield Finding(
-            "ema_cold" if sizes[0] < sizes[1] else "ema_frozen",
+            "ema_cold" if sizes[0] < SMALLER * sizes[1] else "ema_frozen",
             f"after {STEPS} steps the averaged weights are {mean_way:.3g} away from the first ones, and the weights"
             f" themselves were never further than {furthest:.3g} (norm of the average {sizes[0]:.3g}, of the first"
             " weights"
             f" {sizes[1]:.3g}): an average of weights lies between them. "
             + (
                 "It is too small, as one that starts at zero and is not divided by 1 - decay^steps."
-                if sizes[0] < sizes[1]
-                else "It is made of something else than the weights, or of parts that do not sum to one."
+                if sizes[0] < SMALLER * sizes[1]
+                else "It is made of something else than the weights, as of another layer's, or of parts that do not sum"
+                " to one."
             ),
-            advice="Start the average at the weights, or divide it by 1 - decay^steps where it starts at zero.",
+            advice="Start the average at the weights, or divide it by 1 - decay^steps where it starts at zero."
+            if sizes[0] < SMALLER * sizes[1]
+            else "Pair averages and weights by their full names, and look whether decay and 1 - decay sum to one.",
         )
     elif held := [name for name in moved if _held(raw[name], mean[name], first[name], mean_way / raw_way)]:
         yield Finding(
