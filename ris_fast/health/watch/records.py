@@ -414,8 +414,8 @@ class LossRecord:
         the chain from there on; of_model: it depends on the model's parameters, None where that was not looked at;
         twice: a softmax or sigmoid that is applied to another, both names; value: (), its mean; rows: (B,) scenes with
         a gradient at the first output; over_scenes: see `operations`; factors: () numbers that terms are multiplied
-        by; summed: a sum over scenes is added to a mean over them; number: of the model's last pass; told: by
-            `seen.loss`, else met in a backward pass; signs: see there.
+        by; summed: a sum over scenes is added to a mean over them; ungraphed: a number without a gradient is added;
+        number: of the model's last pass; told: by `seen.loss`, else met in a backward pass; signs: see there.
     """
 
     step: int
@@ -436,6 +436,7 @@ class LossRecord:
     over_scenes: list[str] = field(default_factory=list)
     factors: list[Tensor] = field(default_factory=list)
     summed: bool = False
+    ungraphed: bool = False
     number: int = 0
     told: bool = True
     signs: LossSigns = field(default_factory=LossSigns)

@@ -37,6 +37,7 @@ def objective_findings(loop: LoopRecord) -> list[Finding]:
         *no_derivative(loop, loop.met),
         *zero_loss_weight(loop.losses),
         *summed_beside_mean(losses),
+        *derivative_without_graph(loop, losses),
         *accumulation_not_divided(loop),
         *sanitised_on_the_way(loop),
         *stalled(loop),
@@ -202,6 +203,23 @@ def summed_beside_mean(losses: Sequence[LossRecord]) -> Iterator[Finding]:
             found[0].step + 1,
             MAY_BE_MEANT,
             "Reduce both terms in the same way, then weigh them.",
+        )
+
+
+def derivative_without_graph(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """Derivatives of inputs are taken, and a number that has no gradient is added to the loss."""
+    calls = [each for of_layer in loop.forward.layers.calls.values() for each in of_layer] if loop.forward else []
+    asked = {each.name for each in calls if each.leaf and each.enabled and each.training}
+    found = [each for each in losses[:WALKED] if each.ungraphed]
+    if asked and len(found) >= LOOKS // 2:
+        yield finding(
+            "dead_loss_term",
+            f"`{min(asked)}` is given inputs of which a derivative is asked for, and {len(found)} of"
+            f" {len(losses[:WALKED])} losses add a number that has no graph: a term made of that derivative trains"
+            " nothing.",
+            found[0].step + 1,
+            "A constant that is added looks the same.",
+            "Take the derivative with `torch.autograd.grad(..., create_graph=True)`.",
         )
 
 

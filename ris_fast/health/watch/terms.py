@@ -24,6 +24,27 @@ def sum_beside_mean(root: Any, ends: set[Any], scenes: int) -> bool:
     return kinds == {"sum", "mean"}
 
 
+def term_without_graph(root: Any) -> bool:
+    """Whether one number that has no gradient is added to one that has."""
+    return any(
+        operation(node) in ("Add", "Sub")
+        and len(node.next_functions) == 2
+        and None in [each for each, _ in node.next_functions]
+        for node in _sums(root)
+    )
+
+
+def _sums(root: Any) -> list[Any]:
+    """Additions of one number to another, from the root on."""
+    found, waiting = [], [root]
+    while waiting and len(found) < TERMS:
+        node = waiting.pop()
+        if operation(node) in ("Add", "Sub") and made_shape(node) == ():
+            found.append(node)
+            waiting += [each for each, _ in node.next_functions if each is not None]
+    return found
+
+
 def _terms(root: Any) -> Iterator[Any]:
     """What is added up to one number."""
     waiting, count = [root], 0

@@ -266,3 +266,18 @@ def test_sequences_of_which_no_label_counts(labels, expected: list[str]) -> None
         seen.loss(F.cross_entropy(made, asked), made, asked).backward()
         optimizer.step()
     assert [each.cause for each in seen.report()] == expected
+
+
+@pytest.mark.parametrize(("term", "expected"), [("number", ["dead_loss_term"]), ("graph", []), ("attack", [])])
+def test_a_penalty_on_a_derivative_that_is_a_number(term: str, expected: list[str]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.SiLU(), nn.Linear(16, 1))
+
+    def lossf(x: Tensor) -> Tensor:
+        points = x.clone().requires_grad_(True)
+        (slope,) = torch.autograd.grad(model(points).sum(), points, create_graph=term == "graph")
+        if term == "attack":
+            return F.mse_loss(model(x + 0.01 * slope.sign()), x[:, :1])
+        return F.mse_loss(model(x), x[:, :1]) + slope.square().mean()
+
+    assert [each for each in loop(model, lossf, lambda: torch.randn(16, 6)) if each == "dead_loss_term"] == expected
