@@ -19,6 +19,7 @@ from ris_fast.health.watch.loss import FIRST, WALKED, applied_twice, numbers_of
 from ris_fast.health.watch.operations import over_scenes
 from ris_fast.health.watch.records import LossRecord
 from ris_fast.health.watch.tensors import is_plain
+from ris_fast.health.watch.terms import sum_beside_mean, term_without_graph
 
 KEPT = 256
 FRAMES = 24
@@ -63,6 +64,7 @@ class BackwardLosses:
             now.twice = next(filter(None, map(applied_twice, users)), ())
             rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 0
             now.over_scenes = over_scenes(users, rows, True)
+            now.summed, now.ungraphed = sum_beside_mean(node, ends, rows), term_without_graph(node)
         self.records.append(now)
 
 

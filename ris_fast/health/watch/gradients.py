@@ -179,6 +179,8 @@ class GradientWatch:
         """Where several passes came, not all tensors had a gradient, or something changed it."""
         hooked = {id(p) for p in self.hooked if p.requires_grad}
         came = self.norms_of_arrived()
+        last = set(self.batches[-1].ids) if self.batches else set()
+        record.earlier = tuple(name for name, p in parameters.items() if id(p) in came and id(p) not in last)
         at_step, arrived = grad_norms(record, parameters), {n: came.get(id(p)) for n, p in parameters.items()}
         record.hooked = tuple(name for name, p in parameters.items() if id(p) in hooked)
         record.none_grads = tuple(name for name in record.hooked if arrived[name] is None)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ris_fast.health.watch.hooks import plain_name
 from ris_fast.health.watch.masks import masks_of
+from ris_fast.health.watch.numbers_kept import overflows_of, reaches_of
 from ris_fast.health.watch.operations import operation, over_scenes, reshaped_apart, reshaped_as_transposed
 from ris_fast.health.watch.records import LeafRecord, PassShapes
 from ris_fast.health.watch.samples import few_numbers, has_norm
@@ -75,7 +76,12 @@ class GraphLeaves:
         same = rows if outputs and outputs[0].shape[:1] == (rows,) else 0
         self.shapes.append(
             PassShapes(
-                over_scenes(users, same), reshaped_apart(users, rows), reshaped_as_transposed(users), masks_of(users)
+                over_scenes(users, same),
+                reshaped_apart(users, rows),
+                reshaped_as_transposed(users),
+                masks_of(users),
+                overflows_of(users),
+                reaches_of(users, rows, outputs[0].shape[0] if outputs and outputs[0].ndim else 0),
             )
         )
         self.functions |= {each for node in users if (each := own_function(node)) is not None}

@@ -31,6 +31,7 @@ SEARCHES = (4, 48)  # steps after which helpers are looked for
 FRAMES, VALUES, KEPT = 24, 512, 8  # of a search; helpers
 NEAR = 0.05  # of a part's first weights, within which a copy lies
 SAMPLES, GROWING = 64, 8  # pairs of steps, which lie apart by this part of the steps made
+SHORT = (torch.float16, torch.bfloat16)
 CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # that nobody calls
 TORCH = str(Path(torch.__file__).parent)
 
@@ -55,6 +56,8 @@ class _Helper:
     flags: list[Tensor] = field(default_factory=list)  # () whether it is as it was
     distances: list[Tensor] = field(default_factory=list)
     moved: Tensor | None = None
+    last_own: tuple[Tensor, int] | None = None  # numbers, and how often they were written to
+    written: list[Tensor] = field(default_factory=list)  # (2,), of steps that wrote: see `HelperRecord`
     buffers: list[Tensor] = field(default_factory=list)  # (2,) whether its statistics, and the part's, have moved
 
     def unhook(self) -> None:
@@ -251,7 +254,19 @@ def _sample(helper: _Helper, step: int) -> None:
         if all(each is not None and each.shape == old.shape for each, old in zip(both, helper.first_buffers)):
             pairs = zip(both, helper.first_buffers)
             helper.buffers.append(torch.stack([(each != old).any() for each, old in pairs]))  # type: ignore[operator]
+    _note_rounding(helper, tensors, now, of_part, step)
     helper.last_part, helper.last_step = of_part, step
+
+
+def _note_rounding(helper: _Helper, tensors: list[Tensor], now: Tensor, of_part: Tensor, step: int) -> None:
+    """Of a copy in 16 bits of a part in more."""
+    if now.dtype not in SHORT or of_part.dtype in SHORT or now.shape != of_part.shape:
+        return
+    written = sum(each._version for each in tensors if not each.is_inference())
+    last, helper.last_own = helper.last_own, (now.clone(), written)
+    if last is not None and step == helper.last_step + 1 and written != last[1]:
+        changed, cast = (now != last[0]).float().mean(), (now == of_part.to(now.dtype)).float().mean()
+        helper.written.append(torch.stack([changed, cast]))
 
 
 def _record(helper: _Helper) -> HelperRecord:
@@ -269,6 +284,7 @@ def _record(helper: _Helper) -> HelperRecord:
         looks=len(flags),
         still=sum(flags),
         distances=[float(each) for each in helper.distances],
+        rounded=[(float(changed), float(cast)) for changed, cast in helper.written],
         moved=helper.moved is not None and bool(helper.moved),
         buffers_still=bool(buffers) and not any(own for own, _ in buffers) and buffers[-1][1],
     )

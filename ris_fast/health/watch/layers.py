@@ -28,7 +28,7 @@ class LayerCall:
     Args: given, gives: (6,) least, most, spread of all numbers, mean spread between rows, and mean square of a few
         numbers of its first input and output; how many are not finite; whole: inputs are whole numbers; one_axis: the
         input has one axis; rows: of the input; with_grad: it requires a gradient; enabled: gradients are; training:
-        the layer's mode.
+        the layer's mode; leaf: a derivative of the input is asked for, and nothing has made it.
     """
 
     name: str
@@ -40,6 +40,7 @@ class LayerCall:
     with_grad: bool
     enabled: bool
     training: bool
+    leaf: bool = False
 
 
 @dataclass
@@ -109,6 +110,7 @@ class Layers:
                 given[0].requires_grad,
                 torch.is_grad_enabled(),
                 module.training,
+                given[0].requires_grad and given[0].is_leaf and type(given[0]) is Tensor,
             )
         )
         if grad:

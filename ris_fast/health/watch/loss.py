@@ -28,6 +28,7 @@ from ris_fast.health.watch.tensors import (
     rows_with_gradient,
     tensors_of,
 )
+from ris_fast.health.watch.terms import sum_beside_mean, term_without_graph
 
 FIRST, LATE, WALKED = 32, 64, 4  # calls that are noted, of later steps, and with a walk through the graph
 SIGNED = 12  # first calls whose operations and gradient are looked at; and the late ones
@@ -93,6 +94,7 @@ class LossHook:
             now.twice = next(filter(None, map(applied_twice, users)), ())
             rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 0
             now.over_scenes = over_scenes(graph_of([node], ends)[1], rows, True) if ends else []
+            now.summed, now.ungraphed = sum_beside_mean(node, ends, rows), term_without_graph(node)
             now.factors = [factor for each in users if (factor := _factor(each)) is not None]
         if node is not None and (self.count <= SIGNED or self.late):
             now.signs = signs_of(tensor, outputs, targets)

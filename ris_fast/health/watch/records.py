@@ -45,7 +45,8 @@ class StepRecord:
         reset: (), whether the weights are bit for bit those of an earlier step, and were others in between;
         uncleared: (), whether one gradient of the step before was added to;
         hooked: tensors with a hook on their gradient; none_grads: those of them that no gradient came to;
-        no_grad: tensors whose gradient is None at the step;
+        no_grad: tensors whose gradient is None at the step; earlier: those to which a backward pass came that was not
+            the last;
         loss_scale: of the torch.amp.GradScaler that called the step; moved: (T,) how many of the sampled numbers of
             each tensor the step changed, of `sizes`.
     """
@@ -68,6 +69,7 @@ class StepRecord:
     hooked: tuple[str, ...] = ()
     none_grads: tuple[str, ...] = ()
     no_grad: tuple[str, ...] = ()
+    earlier: tuple[str, ...] = ()
     loss_scale: float | Tensor | None = None
     moved: Tensor | None = None
     sizes: list[int] = field(default_factory=list)
@@ -246,12 +248,14 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class PassShapes:
-    """Of one pass: see `operations` and `masks`."""
+    """Of one pass: see `operations`, `masks` and `numbers_kept`."""
 
     over_scenes: list[str]
     apart: list[str]
     transposed: list[str]
     masks: list[Tensor]
+    overflows: list[tuple[str, Tensor]]
+    reaches: list[tuple[int, int, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -359,8 +363,9 @@ class HelperRecord:
         those of it that are on; trained: it has had a gradient; called: since it was found; steps: made when it was
         last looked at; looks: how often it was; still: looks at which it was what it was first; distances: after steps
         of which the one before was looked at too, how far it was from the part, now or before the step, in units of
-        that step; moved: the part has moved; buffers_still: running statistics are what they were first, though its
-        weights moved and the part's statistics did.
+        that step; rounded: of a copy in 16 bits, after each step that wrote to it, the shares of numbers that have
+        changed, and that are the part's in its format; moved: the part has moved; buffers_still: running statistics
+        are what they were first, though its weights moved and the part's statistics did.
     """
 
     name: str
@@ -376,6 +381,7 @@ class HelperRecord:
     distances: list[float]
     moved: bool
     buffers_still: bool
+    rounded: list[tuple[float, float]]
 
 
 @dataclass
@@ -408,7 +414,8 @@ class LossRecord:
         the chain from there on; of_model: it depends on the model's parameters, None where that was not looked at;
         twice: a softmax or sigmoid that is applied to another, both names; value: (), its mean; rows: (B,) scenes with
         a gradient at the first output; over_scenes: see `operations`; factors: () numbers that terms are multiplied
-        by; number: of the model's last pass; told: by `seen.loss`, else met in a backward pass; signs: see there.
+        by; summed: a sum over scenes is added to a mean over them; ungraphed: a number without a gradient is added;
+        number: of the model's last pass; told: by `seen.loss`, else met in a backward pass; signs: see there.
     """
 
     step: int
@@ -428,6 +435,8 @@ class LossRecord:
     rows: Tensor | None = None
     over_scenes: list[str] = field(default_factory=list)
     factors: list[Tensor] = field(default_factory=list)
+    summed: bool = False
+    ungraphed: bool = False
     number: int = 0
     told: bool = True
     signs: LossSigns = field(default_factory=LossSigns)

@@ -41,6 +41,8 @@ from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecor
 
 EXPLAINS = {  # what follows from a cause
     "dead_units": ["ignored_input"],
+    "constant_targets": ["target_scale_differs"],
+    "fp16_overflow": ["dead_units", "ignored_input"],
     "constant_input": ["ignored_input", "zeroed_gradients"],
     "non_differentiable": ["vanishing_gradient"],
     "clamped_loss": ["vanishing_gradient", "scenes_left_out"],

@@ -213,7 +213,7 @@ def gradients_never_cleared(records: list[StepRecord]) -> Iterator[Finding]:
 
 def zeroed_gradients(records: list[StepRecord], frozen: tuple[str, ...]) -> Iterator[Finding]:
     """Some tensors' gradients arrive and are zero at every step; those that are None there may be meant to stand
-    still."""
+    still, unless they are those of a backward pass before the last."""
     seen = [
         (name, bool(at_step == 0), name in record.no_grad)
         for record in records
@@ -223,7 +223,18 @@ def zeroed_gradients(records: list[StepRecord], frozen: tuple[str, ...]) -> Iter
     ]
     arrived, zero = Counter(name for name, *_ in seen), Counter(name for name, zero, _ in seen if zero)
     zeroed = [name for name, count in arrived.items() if count > 1 and zero[name] == count]
-    if names := [name for name in zeroed if not name.startswith(frozen)]:
+    names = [name for name in zeroed if not name.startswith(frozen)]
+    before = all(name in each.earlier for each in records for name in names if name in each.hooked)
+    if names and before and len(records) >= 4:
+        yield finding(
+            "gradients_cleared_before_step",
+            f"the gradients of {len(names)} of {len(arrived)} tensors arrive and reach no step: {', '.join(names[:3])}."
+            " They come in a backward pass before the last one of each step, and are gone after that.",
+            records[-1].step + 1,
+            MAY_BE_MEANT,
+            "Clear gradients once for each step, before the first of its backward passes.",
+        )
+    elif names:
         yield finding(
             "zeroed_gradients",
             f"{len(names)} of {len(arrived)} tensors' gradients arrive and are zero at every step: "

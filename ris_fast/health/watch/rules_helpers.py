@@ -14,6 +14,7 @@ from ris_fast.health.watch.fixes import finding
 from ris_fast.health.watch.records import EARLY, HelperRecord, LoopRecord
 
 LONG = 96  # steps that a copy may wait for its first update
+HELD, CAST = 0.5, 0.5  # shares of numbers: that change in a step, and that are a plain cast of the part's
 NEXT = 0.05  # steps that a copy lies behind, below which it keeps nothing
 
 
@@ -23,6 +24,7 @@ def helper_findings(loop: LoopRecord) -> Iterator[Finding]:
         if each.looks >= EARLY:
             yield from copy_that_stays(loop, each)
             yield from copy_without_delay(each)
+            yield from copy_held_by_rounding(each)
             yield from statistics_left_behind(each)
             yield from teacher_draws(loop, each)
 
@@ -58,6 +60,20 @@ def copy_without_delay(each: HelperRecord) -> Iterator[Finding]:
             each.steps,
             "A copy for another device or for reading looks the same.",
             "Keep most of it: a decay of 0.99 or more of the old average, or a copy every few hundred steps.",
+        )
+
+
+def copy_held_by_rounding(each: HelperRecord) -> Iterator[Finding]:
+    """A copy in 16 bits that is written to step after step, of which few numbers change, and which is no cast."""
+    follows = [changed for changed, cast in each.rounded if cast < CAST]
+    if each.moved and len(follows) == len(each.rounded) >= EARLY and median(follows) < HELD:
+        yield finding(
+            "low_precision_weights",
+            f"`{each.name}` has 16-bit numbers and {_whole(each)} has not; at {len(follows)} looks a step wrote to it,"
+            f" and {median(follows):.0%} of its numbers changed: rounding takes away what a step adds.",
+            each.steps,
+            f"Where {_whole(each)} hardly moves, its average need not either.",
+            "Keep the average in float32, and cast it where it is used.",
         )
 
 

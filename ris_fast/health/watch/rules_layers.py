@@ -35,6 +35,8 @@ def layer_findings(loop: LoopRecord) -> list[Finding]:
         *detached_between(loop, forward),
         *recomputed_differently(forward),
         *wrong_backward(forward),
+        *float16_overflow(forward),
+        *indices_without_offsets(forward),
         *scenes_mixed(loop, forward),
         *wrong_layout(forward),
         *heavy_dropout(forward),
@@ -228,6 +230,39 @@ def _judge(check: FunctionCheck) -> str | None:
     if cosine < -0.999:
         return None  # turned round on purpose, for an adversary
     return "gradient_scale_differs" if cosine > 0.9999 else "wrong_backward"
+
+
+def float16_overflow(forward: ForwardRecord) -> Iterator[Finding]:
+    """Numbers of the pass are beyond the largest of float16, although the outputs may be finite."""
+    passes = [[(name, int(count)) for name, count in each.overflows if int(count)] for each in forward.shapes]
+    if sum(map(bool, passes)) >= 2 and 2 * sum(map(bool, passes)) >= len(passes):
+        first = next(each for each in passes if each)
+        name, count = first[0]
+        yield finding(
+            "fp16_overflow",
+            f"{count} float16 numbers of a `{name}` within the model {'are zero, as' if name == 'rsqrt' else 'are'}"
+            f" {'of an infinity' if name == 'rsqrt' else 'infinite'}, in {sum(map(bool, passes))} of {len(passes)}"
+            " passes that were looked at: what was squared or summed before is beyond 65504.",
+            1,
+            "Scenes that a mask leaves out afterwards may have them.",
+            "Square, sum and normalise in float32, and go back to half precision after that.",
+        )
+
+
+def indices_without_offsets(forward: ForwardRecord) -> Iterator[Finding]:
+    """Places that are looked up in the rows of all scenes together lie all in those of the first scene."""
+    passes = [each.reaches for each in forward.shapes]
+    short = [[int(most) < each for _, each, most in reaches] for reaches in passes]
+    if len(passes) >= 2 and all(each and all(each) for each in short):
+        rows, each, most = passes[0][0]
+        yield finding(
+            "scenes_mixed",
+            f"the model is given {rows} rows, {each} for each output, and looks up places up to {int(most)} only: the"
+            " places of every scene are counted from the first row of all.",
+            1,
+            "Where only the first rows are to be read, that is right.",
+            "Add to the indices of each scene, such as the ends of edges, the number of rows before it.",
+        )
 
 
 def scenes_mixed(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:

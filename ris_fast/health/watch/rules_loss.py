@@ -15,6 +15,7 @@ from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord, Numbers
 
 LOOKS = 2  # as many losses show it
 ENDS = {"Relu": (0.0, math.inf), "Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
+IGNORED, LEFT_OUT = -100, 0.05  # label that a cross-entropy leaves out; share of sequences
 SCENES = 8  # of a batch, from which on a single one with a gradient is no small share
 
 
@@ -31,8 +32,9 @@ def loss_findings(loop: LoopRecord) -> list[Finding]:
         *nan_loss(losses),
         *limited_output(losses),
         *scenes_left_out(losses),
+        *labels_cut_off(losses),
         *class_left_out(loop, losses),
-        *constant_targets(losses),
+        *constant_targets(losses, len(loop.optimizers) == 1),
         *ignored_input(losses),
         *(negated_loss(losses) if loop.uphill is False else ()),
     ]
@@ -209,6 +211,32 @@ def scenes_left_out(losses: Sequence[LossRecord]) -> Iterator[Finding]:
         )
 
 
+def labels_cut_off(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """Sequences of which no label counts, while in all others those that count follow each other, as in an answer.
+    Labels that are drawn, as of masked tokens, lie apart."""
+    both = [
+        (each.rows, each.targets)
+        for each in losses
+        if each.rows is not None and each.targets is not None and each.targets.whole and each.targets.keys is not None
+        if len(each.targets.shape) == 2 and each.targets.shape[0] == len(each.rows) and bool(each.rows.any())
+    ]
+    counts = [row != IGNORED for _, asked in both for row in asked.keys]
+    counts = [each for each in counts if bool(each.any())]
+    answers = [each.nonzero()[:, 0].tolist() for each in counts if not bool(each.all())]
+    in_a_row = bool(answers) and all(places[-1] - places[0] == len(places) - 1 for places in answers)
+    silent, scenes = sum(int((~rows).sum()) for rows, _ in both), sum(len(rows) for rows, _ in both)
+    several = any(len(places) > 1 for places in answers)
+    if len(both) >= EARLY and in_a_row and several and 2 * len(answers) > len(counts) and silent >= LEFT_OUT * scenes:
+        yield finding(
+            "scenes_left_out",
+            f"{silent} of {scenes} sequences have no gradient at the output: none of their labels counts, and those of"
+            " the others' answers do.",
+            losses[0].step + 1,
+            "Sequences without an answer may be among the data on purpose.",
+            "Truncate questions, not answers, and count the labels that are left of each sequence.",
+        )
+
+
 def class_left_out(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Finding]:
     """One of the classes that the outputs have never has a gradient, and all others have: with one label a scene, so
     that it is no padding of sequences."""
@@ -235,13 +263,15 @@ def class_left_out(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[F
         )
 
 
-def constant_targets(losses: Sequence[LossRecord]) -> Iterator[Finding]:
-    """The same target for all scenes of all batches. Zeros and ones are labels of a critic, or a residual's."""
+def constant_targets(losses: Sequence[LossRecord], alone: bool) -> Iterator[Finding]:
+    """The same target for all scenes of all batches. Zeros and ones are labels of a critic, or a residual's, unless
+    there is one optimizer and a binary cross-entropy."""
     few = [each.targets.few for each in losses if each.targets is not None and each.targets.few is not None]
     if len(few) < EARLY or len(few[0]) < 2 or any(each.shape[1] != few[0].shape[1] for each in few):
         return
     rows = torch.cat(few)
-    if bool((rows == rows[0]).all()) and not set(rows[0].tolist()) <= {0.0, 1.0}:
+    labels = len(few) >= 2 * EARLY and alone and all("BinaryCrossEntropy" in " ".join(each.chain) for each in losses)
+    if bool((rows == rows[0]).all()) and (labels or not set(rows[0].tolist()) <= {0.0, 1.0}):
         yield finding(
             "constant_targets",
             f"all scenes of {len(few)} batches have the same target.",

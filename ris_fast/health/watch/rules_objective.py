@@ -12,7 +12,7 @@ from statistics import mean
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.graph import MOVING
-from ris_fast.health.watch.loss import REDUCING
+from ris_fast.health.watch.loss import REDUCING, WALKED
 from ris_fast.health.watch.operations import CUTTING, STEPWISE
 from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord, OptimizerRecord
 
@@ -36,6 +36,8 @@ def objective_findings(loop: LoopRecord) -> list[Finding]:
         *broadcast_in_backward(loop),
         *no_derivative(loop, loop.met),
         *zero_loss_weight(loop.losses),
+        *summed_beside_mean(losses),
+        *derivative_without_graph(loop, losses),
         *accumulation_not_divided(loop),
         *sanitised_on_the_way(loop),
         *stalled(loop),
@@ -186,6 +188,38 @@ def zero_loss_weight(losses: Sequence[LossRecord]) -> Iterator[Finding]:
             f"a term of the loss is multiplied by exactly zero in all {len(found)} losses whose terms were looked at.",
             losses[0].step + 1,
             "A weight that a schedule raises later begins so.",
+        )
+
+
+def summed_beside_mean(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """A sum over scenes beside a mean over them, in all losses whose graph was walked."""
+    found = [each for each in losses[:WALKED] if each.summed]
+    if len(found) == len(losses[:WALKED]) >= LOOKS:
+        scenes = found[0].outputs.shape[0] if found[0].outputs is not None and found[0].outputs.shape else 0
+        yield finding(
+            "dominating_term",
+            f"the loss adds a sum over the {scenes} scenes of the batch, without a factor, to a mean over them: the"
+            f" gradient of the one is {scenes} times as large as it is beside the other for one scene.",
+            found[0].step + 1,
+            MAY_BE_MEANT,
+            "Reduce both terms in the same way, then weigh them.",
+        )
+
+
+def derivative_without_graph(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """Derivatives of inputs are taken, and a number that has no gradient is added to the loss."""
+    calls = [each for of_layer in loop.forward.layers.calls.values() for each in of_layer] if loop.forward else []
+    asked = {each.name for each in calls if each.leaf and each.enabled and each.training}
+    found = [each for each in losses[:WALKED] if each.ungraphed]
+    if asked and len(found) >= LOOKS // 2:
+        yield finding(
+            "dead_loss_term",
+            f"`{min(asked)}` is given inputs of which a derivative is asked for, and {len(found)} of"
+            f" {len(losses[:WALKED])} losses add a number that has no graph: a term made of that derivative trains"
+            " nothing.",
+            found[0].step + 1,
+            "A constant that is added looks the same.",
+            "Take the derivative with `torch.autograd.grad(..., create_graph=True)`.",
         )
 
 

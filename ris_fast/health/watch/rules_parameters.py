@@ -12,7 +12,7 @@ import torch
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.describe import describe_tensors, share_of
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
-from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, TensorRecord, is_finite
+from ris_fast.health.watch.records import EARLY, LoopRecord, OptimizerRecord, StepRecord, TensorRecord, is_finite
 
 LAYERS = ("weight", "bias")  # last names of a layer's tensors; a table that is no layer has another
 
@@ -59,10 +59,28 @@ def _twice(loop: LoopRecord, held: Counter[TensorRecord]) -> Iterator[Finding]:
     in_phases = bool(spans) and all(last < first for (_, last), (first, _) in pairwise(spans))
     twice = [] if in_phases else [tensor for tensor, count in held.items() if count > 1 and not _in_turn(tensor, loop)]
     within = [tensor for by in loop.optimizers for tensor, count in Counter(by.tensors).items() if count > 1]
+    twice = twice or ([] if in_phases else _wholly_within(loop))
     doubt = "" if within else "Two optimizers hold them: they may be meant to step in turn."
     if within or twice:
         names = ", ".join(tensor.name or "?" for tensor in (within or twice)[:3])
         yield finding("duplicate_parameters", f"{len(within or twice)}: {names}.", loop.steps, doubt)
+
+
+def _wholly_within(loop: LoopRecord) -> list[TensorRecord]:
+    """All that one optimizer holds, where another that holds more steps on it as often, as one that holds a judge and
+    those whom it judges."""
+    for by in loop.optimizers:
+        for other in loop.optimizers:
+            inner, outer = set(by.tensors), set(other.tensors)
+            often = 2 * min(by.steps, other.steps) > max(by.steps, other.steps)
+            served = all(
+                tensor in each.histories and 2 * each.histories[tensor].with_grad > each.steps
+                for tensor in inner
+                for each in (by, other)
+            )
+            if inner and inner < outer and often and min(by.steps, other.steps) >= EARLY and served:
+                return by.tensors
+    return []
 
 
 def _in_turn(tensor: TensorRecord, loop: LoopRecord) -> bool:
@@ -84,7 +102,8 @@ def _frozen(
     """Frozen now and in the last step of their optimizer: what is frozen afterwards trains all the same.
 
     Nothing tells a base that is kept from a layer that was forgotten, so it is never certain. Left alone are, if frozen
-    from the start, tensors of no layer, those in no optimizer, and what something else moves, such as a teacher.
+    from the start, tensors of no layer, those in no optimizer unless others are declared, and what something else
+    moves, such as a teacher.
     """
     free = {each for by in loop.optimizers if by.steps for each in by.tensors if each not in by.frozen}
     in_turn = {each for by in loop.optimizers for each, history in by.histories.items() if history.turns > 1}
@@ -93,7 +112,8 @@ def _frozen(
         for each in loop.parameters
         if not each.trainable and each not in free | meant | in_turn | loop.rival_tensors
     ]
-    apart = {each for each in loop.frozen_at_start if each not in held or each.name.rpartition(".")[2] not in LAYERS}
+    loose = [each for each in loop.frozen_at_start if each not in held and not loop.frozen]
+    apart = {*loose, *(each for each in loop.frozen_at_start if each.name.rpartition(".")[2] not in LAYERS)}
     still = [each for each in still if each not in apart | (loop.moved_outside & loop.frozen_at_start)]
     frozen = [each for each in still if each not in trained]
     if frozen or (since := [each for each in still if each in trained]):

@@ -15,6 +15,7 @@ LONG, VERY_LONG = 32, 64  # steps in a row without a rate: of doubt, and of cert
 MEANT_SETTINGS = {"weight_decay", "momentum", "betas", "eps", "maximize", "dampening", "nesterov", "amsgrad", "alpha"}
 GRADUAL = 16  # steps for each change: more changes than that are a schedule
 RESTARTS = "Restarts may be meant: episodes and tasks in turn begin so."
+SMALL, PASSED = 0.05, 0.9  # shares: of its base, of a rate at its peak; of its peak, of a rate that has passed it
 WAITING = 100  # steps at a small share of its base rate after which a group is not warming up
 
 
@@ -24,6 +25,7 @@ def rate_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Find
     yield from negative_rate(optimizer)
     yield from learning_rate_too_small(optimizer.records)
     yield from rate_that_waits(optimizer)
+    yield from rate_squared(optimizer)
     yield from weight_decay_too_large(optimizer)
     yield from settings_changed(optimizer)
     yield from epsilon_swallows_signal(optimizer)
@@ -132,6 +134,29 @@ def rate_that_waits(optimizer: OptimizerRecord) -> Iterator[Finding]:
                 f"base, for all {optimizer.steps} steps.",
                 optimizer.steps,
                 "An epoch of a warm-up in epochs may be that long.",
+            )
+            return
+
+
+def rate_squared(optimizer: OptimizerRecord) -> Iterator[Finding]:
+    """The rate has risen and fallen again, and its peak was a small share of its base, which is its square."""
+    for number, history in optimizer.plain.rates.items():
+        group = optimizer.groups[number]
+        base = group.get("max_lr", group.get("initial_lr"))
+        if not isinstance(base, float) or not 0 < history.largest <= SMALL * base or optimizer.steps < WAITING:
+            continue
+        if (
+            history.changes
+            and history.last < PASSED * history.largest
+            and 0.1 * base**2 < history.largest < 2 * base**2
+        ):
+            yield finding(
+                "learning_rate_too_small",
+                f"the rate of group {number} was at most {history.largest:.3g} and is falling:"
+                f" {history.largest / base:.2g} of its base of {base:.3g}, and near the square of that.",
+                optimizer.steps,
+                "A cycle whose low end is the base would rise above it; a schedule of another size looks the same.",
+                "Give `LambdaLR` a factor: a function that returns the rate itself makes the rate its square.",
             )
             return
 

@@ -1,0 +1,74 @@
+"""Terms of a loss: which are sums over the scenes of a batch and which are means, by their operations and shapes.
+
+Nothing is read from a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ris_fast.health.watch.graph import graph_of
+from ris_fast.health.watch.operations import made_shape, operation
+
+TERMS, MEAN = 16, 1  # that are looked at; as losses keep their reduction
+LOSSES = ("MseLoss", "SmoothL1Loss", "HuberLoss", "NllLoss", "BinaryCrossEntropy", "KlDiv")
+SCALING = {"Mul", "Div", "Neg"}
+
+
+def sum_beside_mean(root: Any, ends: set[Any], scenes: int) -> bool:
+    """Whether a loss adds a plain sum over all scenes, without any factor, to a mean over them, both of outputs."""
+    if operation(root) not in ("Add", "Sub") or scenes < 2 or not ends:
+        return False
+    kinds = {kind for term in _terms(root) if (kind := _kind(term, scenes)) and _of_outputs(term, ends)}
+    return kinds == {"sum", "mean"}
+
+
+def term_without_graph(root: Any) -> bool:
+    """Whether one number that has no gradient is added to one that has."""
+    return any(
+        operation(node) in ("Add", "Sub")
+        and len(node.next_functions) == 2
+        and None in [each for each, _ in node.next_functions]
+        for node in _sums(root)
+    )
+
+
+def _sums(root: Any) -> list[Any]:
+    """Additions of one number to another, from the root on."""
+    found, waiting = [], [root]
+    while waiting and len(found) < TERMS:
+        node = waiting.pop()
+        if operation(node) in ("Add", "Sub") and made_shape(node) == ():
+            found.append(node)
+            waiting += [each for each, _ in node.next_functions if each is not None]
+    return found
+
+
+def _terms(root: Any) -> Iterator[Any]:
+    """What is added up to one number."""
+    waiting, count = [root], 0
+    while waiting and count < TERMS:
+        node, count = waiting.pop(), count + 1
+        if operation(node) in ("Add", "Sub") and made_shape(node) == ():
+            waiting += [each for each, _ in node.next_functions if each is not None]
+        else:
+            yield node
+
+
+def _kind(term: Any, scenes: int) -> str:
+    name, plain = operation(term), True
+    while name in SCALING and made_shape(term) == ():
+        after = [each for each, _ in term.next_functions if each is not None]
+        if len(after) != 1:
+            return ""
+        term, plain = after[0], False
+        name = operation(term)
+    sizes = tuple(getattr(term, "_saved_self_sym_sizes", ()))
+    if name in ("Sum", "Mean") and made_shape(term) == () and sizes[:1] == (scenes,):
+        return "mean" if name == "Mean" else "sum" if plain else ""
+    return "mean" if name.startswith(LOSSES) and getattr(term, "_saved_reduction", 0) == MEAN else ""
+
+
+def _of_outputs(term: Any, ends: set[Any]) -> bool:
+    return not ends.isdisjoint(graph_of([term], ends)[1])
