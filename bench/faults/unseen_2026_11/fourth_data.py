@@ -39,8 +39,6 @@ def decay_of_an_epoch_at_every_step(trainer: Trainer, wrong: bool) -> None:
 class Pruning(Callback):
     """Keeps, of each layer's weights, the larger share, after every epoch or after the first one alone."""
 
-    changes = ("weights",)
-
     def __init__(self, model: nn.Module, again: bool) -> None:
         self.model, self.again, self.left = model, again, 1.0
 

@@ -166,7 +166,7 @@ def weights_from_zero_to_one() -> Iterator[None]:
 )
 def traced_in_training_mode(trainer: Trainer, wrong: bool) -> None:
     model = trainer.model
-    model.fuse.register_forward_hook(lambda layer, inputs, output: nn.functional.dropout(output, 0.4, layer.training))
+    model.fuse.register_forward_hook(lambda layer, inputs, output: nn.functional.dropout(output, 0.6, layer.training))
 
     def make(network: Callable[..., Prediction]) -> Callable[..., Prediction]:
         def called(*inputs: Tensor) -> Prediction:
