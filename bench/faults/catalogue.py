@@ -20,10 +20,19 @@ from ris_fast.health.causes import CAUSES
 from ris_fast.training.trainer import Trainer
 
 SUITE, HELD_OUT_SUITE = "2026-07 suite", "2026-07 suite, held out"
-FIRST, SECOND, THIRD = "2026-11 first", "2026-11 second", "2026-11 third"
-SETS = (SUITE, HELD_OUT_SUITE, FIRST, SECOND, THIRD)
+FIRST, SECOND, THIRD, FOURTH = "2026-11 first", "2026-11 second", "2026-11 third", "2026-11 fourth"
+SETS = (SUITE, HELD_OUT_SUITE, FIRST, SECOND, THIRD, FOURTH)
 # modules of unseen_2026_11/
-UNSEEN = ("first_network", "first_data", "second_network", "second_data", "third_network", "third_data")
+UNSEEN = (
+    "first_network",
+    "first_data",
+    "second_network",
+    "second_data",
+    "third_network",
+    "third_data",
+    "fourth_network",
+    "fourth_data",
+)
 
 FAMILIES = ("parameters", "graph", "loss", "loop", "precision", "averaging", "mode", "data", "model", "compiled")
 

@@ -74,6 +74,8 @@ GROUPS: tuple[str, ...] = (
     "unseen_2026_11_second_more",
     "unseen_2026_11_third",
     "unseen_2026_11_third_more",
+    "unseen_2026_11_fourth",
+    "unseen_2026_11_fourth_more",
     "published",
     "published_experts",
     "published_modules",

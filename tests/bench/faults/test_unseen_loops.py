@@ -21,6 +21,9 @@ class Unwatched:
     def loss(self, value: Any, *_: Any) -> Any:
         return value
 
+    def close(self) -> None:
+        pass
+
 
 def ended_at(loop: Loop, wrong: bool) -> float:
     with as_before(0):
@@ -29,8 +32,8 @@ def ended_at(loop: Loop, wrong: bool) -> float:
     return loss
 
 
-def test_there_are_three_sets_of_twenty() -> None:
-    sets = ("unseen_2026_11_first", "unseen_2026_11_second", "unseen_2026_11_third")
+def test_there_are_four_sets_of_twenty() -> None:
+    sets = [f"unseen_2026_11_{which}" for which in ("first", "second", "third", "fourth")]
     assert Counter(loop.group for loop in UNSEEN) == dict.fromkeys(sets, 20)
     assert all(1 <= len(loop.expect) <= 3 for loop in UNSEEN)
 
