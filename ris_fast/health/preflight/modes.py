@@ -72,7 +72,7 @@ def randomness(context: PreflightContext) -> Iterator[Finding]:
             "heavy_dropout",
             f"two answers to the same scenes differ by {noise:.0%}, different scenes by {spread:.0%}"
             f"{f'; dropout {dropped:g}' if dropped else ''}.",
-            certain=dropped >= MOSTLY or noise > MOSTLY,  # answers of an untrained network may be much alike
+            certain=dropped >= MOSTLY,  # answers of an untrained network may be much alike, and small beside the noise
         )
     elif relative_change(first, answers[0]) > max(CLOSE, UNLIKE * noise) and not in_eval_mode and not evaluation:
         yield from _modes_apart(context, noise)

@@ -185,6 +185,7 @@ def test_watch_takes_each_optimizer_once_and_two_in_turn() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     seen = watch(model, [optimizer, optimizer])
     assert seen.optimizers == [optimizer] and seen.report() == []
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4))
     parts = [torch.optim.SGD([*model[0].parameters(), *each.parameters()], lr=1e-2) for each in (model[2], model[1])]
     assert "duplicate_parameters" not in [each.cause for each in fit(model, parts)]
 
