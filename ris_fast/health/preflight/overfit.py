@@ -99,6 +99,8 @@ def _reason(
                 certain=False,
             )
         return
+    if few:
+        return  # it may take more steps than any of these were
     cosine = _agreement(context, first)
     if cosine < NOISY:
         yield Finding(
