@@ -57,7 +57,6 @@ class BackwardLosses:
             targets=None,
             value=root.detach().float().mean() if is_plain(root) else None,
             number=number,
-            told=False,
         )
         if node is not None and len(self.records) < WALKED:
             _, users, _ = graph_of([node], ends)

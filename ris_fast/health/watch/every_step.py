@@ -36,8 +36,7 @@ class EveryStep:
         self.settings: dict[tuple[int, str], SettingHistory] = {}
         self.rates: dict[int, RateHistory] = {}
         self.versions: list[int] = []
-        self.outside: list[int] = []  # steps before which a tensor was written to
-        self.outside_count, self.written = 0, False
+        self.outside, self.written = 0, False  # steps before which a tensor was written to
         self.unwritten = 0  # steps that wrote to no tensor, although one had a gradient
         self.memberships = 0  # changes of the list of tensors
         self.state_size, self.state_lost, self.state_is_lost = 0, 0, False
@@ -60,8 +59,7 @@ class EveryStep:
         if len(tensors) == len(self.held) and all(map(is_, tensors, self.held)):
             self.written = versions != self.versions and self.steps > 0
             if self.written:
-                self.outside_count += 1
-                self.outside = [*self.outside[:16], *self.outside[16:][-15:], self.steps]
+                self.outside += 1
         else:
             self.flush()
             self.memberships += bool(self.ids)
@@ -96,8 +94,7 @@ class EveryStep:
             tensors={key: replace(each) for key, each in self.tensors.items()},
             rates={number: each.closed(self.steps) for number, each in self.rates.items()},
             settings=[replace(each) for each in self.settings.values()],
-            outside=self.outside_count,
-            outside_steps=tuple(self.outside),
+            outside=self.outside,
             unwritten=self.unwritten,
             memberships=self.memberships,
             state_lost=self.state_lost,

@@ -99,7 +99,7 @@ class PlainSteps:
     """What is known of every step.
 
     Args: tensors: histories by id of the tensor; rates: by group, where they are numbers; outside: steps before which
-        a tensor had been written to, with the first and last of them; unwritten: steps that wrote to no tensor although
+        a tensor had been written to; unwritten: steps that wrote to no tensor although
         one had a gradient; memberships: changes of the lists of tensors; state_lost: how often its state was gone.
     """
 
@@ -107,7 +107,6 @@ class PlainSteps:
     rates: dict[int, RateHistory] = field(default_factory=dict)
     settings: list[SettingHistory] = field(default_factory=list)
     outside: int = 0
-    outside_steps: tuple[int, ...] = ()
     unwritten: int = 0
     memberships: int = 0
     state_lost: int = 0

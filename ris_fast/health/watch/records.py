@@ -415,7 +415,7 @@ class LossRecord:
         twice: a softmax or sigmoid that is applied to another, both names; value: (), its mean; rows: (B,) scenes with
         a gradient at the first output; over_scenes: see `operations`; factors: () numbers that terms are multiplied
         by; summed: a sum over scenes is added to a mean over them; ungraphed: a number without a gradient is added;
-        number: of the model's last pass; told: by `seen.loss`, else met in a backward pass; signs: see there.
+        number: of the model's last pass; signs: see there.
     """
 
     step: int
@@ -438,7 +438,6 @@ class LossRecord:
     summed: bool = False
     ungraphed: bool = False
     number: int = 0
-    told: bool = True
     signs: LossSigns = field(default_factory=LossSigns)
 
     def on_host(self) -> LossRecord:
