@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,6 @@ def data_findings(loop: LoopRecord) -> list[Finding]:
     return [
         *other_targets(loop.losses, {each.number: each for each in loop.forward.passes}),
         *target_is_input(loop.losses, {each.number: each for each in loop.forward.passes}),
-        *stale_rows(trained),
         *zero_batches(trained),
         *split_overlap(trained, evaluated),
         *distributions_differ(trained, evaluated),
@@ -105,28 +103,6 @@ def target_is_input(losses: Sequence[LossRecord], passes: dict[int, PassRecord])
             pairs[0][0].step + 1,
             "Where the loss shifts them by itself, or some inputs are masked, that is right.",
             "Shift targets by one place: inputs `tokens[:, :-1]`, targets `tokens[:, 1:]`.",
-        )
-
-
-def stale_rows(trained: list[PassRecord]) -> Iterator[Finding]:
-    """A part of each batch is, place by place, that of the batch before, and the rest is new."""
-    pairs = [
-        (one, other)
-        for one, other in pairwise(trained)
-        if one.shape == other.shape and one.keys.shape == other.keys.shape and one.step != other.step
-    ]
-    shares = []
-    for one, other in pairs:
-        rich = torch.tensor([len(row.unique()) >= RICH for row in other.keys])
-        same = (one.keys == other.keys).all(1)[rich]
-        shares.append(float(same.double().mean()) if len(same) else 0.0)
-    if len(shares) >= EARLY and all(0.05 <= share <= 0.95 for share in shares):
-        yield finding(
-            "stale_cache",
-            f"{sum(shares) / len(shares):.0%} of the scenes of each batch are those of the batch before, at the same"
-            f" places, in {len(shares)} batches.",
-            trained[0].step + 2,
-            "A buffer that is filled in part does that; so do queues of past scenes.",
         )
 
 

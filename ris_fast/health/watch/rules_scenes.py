@@ -183,26 +183,36 @@ def one_class_a_batch(losses: object) -> Iterator[Finding]:
 
 
 def rows_of_before(trained: list[PassRecord]) -> Iterator[Finding]:
-    """A part of each batch is, at the same places, a part of the batch before."""
-    pairs = [(one, other) for one, other in pairwise(trained) if one.shape == other.shape and one.step != other.step]
-    if len(pairs) < 2 * EARLY or len(trained[0].shape) < 2:
+    """A part of each batch is a part of the batch before: any rows, each at its own place, or rows that come to the
+    same places from one batch to the next."""
+    known = [each for each in trained if each.keys is not None and len(each.shape) > 1]
+    pairs = [
+        (one, other)
+        for one, other in pairwise(known)
+        if one.shape == other.shape and one.keys.shape == other.keys.shape and one.step != other.step
+    ]
+    if len(pairs) < EARLY:
         return
-    found = []
+    found, shares = [], []
     for one, other in pairs:
-        before = {_key(row): place for place, row in enumerate(one.input) if _is_rich(row)}
-        met = [(place, before[key]) for place, row in enumerate(other.input) if (key := _key(row)) in before]
-        found.append(tuple(met) if len(met) < sum(map(_is_rich, other.input)) else ())
+        before = {_key(row): place for place, row in enumerate(one.keys) if _is_rich(row)}
+        met = [(place, before[key]) for place, row in enumerate(other.keys) if (key := _key(row)) in before]
+        rich = sum(map(_is_rich, other.keys))
+        found.append(tuple(met) if len(met) < rich else ())
+        shares.append(sum(place == earlier for place, earlier in met) / max(1, rich))
     usual, count = Counter(found).most_common(1)[0]
-    moved = [place for place, earlier in usual if place != earlier]
-    if usual and 4 * count >= 3 * len(pairs):
+    moved = any(place != earlier for place, earlier in usual)
+    in_place = all(0.05 <= share <= 0.95 for share in shares)
+    if in_place or (usual and len(pairs) >= 2 * EARLY and 4 * count >= 3 * len(pairs)):
+        share = sum(shares) / len(pairs) if in_place else len(usual) / len(pairs[0][1].keys)
         yield finding(
             "stale_cache",
-            f"{len(usual)} of {len(pairs[0][1].input)} rows that were looked at are, bit for bit, rows of the batch"
-            f" before, at the same places in {count} of {len(pairs)} batches.",
+            f"{share:.0%} of the scenes of each batch are, bit for bit, scenes of the batch before, at the same places"
+            f" in {len(pairs) if in_place else count} of {len(pairs)} batches.",
             pairs[0][1].step + 1,
             "Windows that overlap and memories of samples look the same."
             if moved
-            else "Places of a batch that are kept on purpose look the same.",
+            else "A buffer that is filled in part does that; so do queues of past scenes.",
         )
 
 
