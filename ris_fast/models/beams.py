@@ -28,7 +28,9 @@ class Beams(Constants):
     """`count` focal planes, evenly spaced in 1/sqrt(range) over the task's ranges, of across x down beams each.
 
     Model: beam (p, q) of plane w is a_n = exp(j k (u_p x_n + v_q y_n - w (x_n^2 + y_n^2) / 2)) / sqrt(N), u and v
-        evenly spaced over the task's sector, w = 1/range. A Fresnel wavefront also where the task's is spherical:
+        evenly spaced over the task's sector, w = 1/range. Elements that are far apart cannot tell directions whose
+        sines differ by wavelength/spacing: of a sector that reaches so far one such period is covered, and no two of
+        an axis' beams are the same. A Fresnel wavefront also where the task's is spherical:
         beams are coordinates, and what is said in them need not be exact.
     """
 
@@ -38,10 +40,11 @@ class Beams(Constants):
         self.shape = (task.ris_vertical, task.ris_horizontal)
         array = RISArray.of(task)
         distance_squared = sum(place.double().square() for place in array.positions())
+        period = task.wavelength_m / array.spacing_m  # of the sine of a direction
         curved = 0.5 * array.wavenumber * _curvatures(task, planes)[:, None]
         focus = curved * distance_squared
         steer = [
-            _phases(-array.wavenumber * torch.outer(place, _spread(end, count))) / math.sqrt(len(place))
+            _phases(-array.wavenumber * torch.outer(place, _spread(end, count, period))) / math.sqrt(len(place))
             for (place, end), count in zip(_axes(task), self.size, strict=True)
         ]
         self._constant("focus_2QN", torch.stack((focus.cos(), focus.sin())))
@@ -112,7 +115,9 @@ def _curvatures(task: Task, planes: int) -> Tensor:
     return (torch.linspace(*ends, planes, dtype=torch.float64) if planes > 1 else middle).square()
 
 
-def _spread(end: float, count: int) -> Tensor:
+def _spread(end: float, count: int, period: float) -> Tensor:
+    """`count` sines evenly over +- `end`, at most period/count apart: the last and the first differ there too."""
+    end = min(end, period / 2 * (1 - 1 / count))
     return torch.linspace(-end, end, count, dtype=torch.float64) if count > 1 else torch.zeros(1, dtype=torch.float64)
 
 

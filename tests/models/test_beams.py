@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,10 +18,10 @@ TASK = Task(bs_antennas=4, azimuth_deg=55.0, ris_horizontal=5, ris_vertical=3, s
 
 
 def dense_beams(beams: Beams, planes: int) -> Tensor:
-    """(Q, across, down, N) complex128: every beam by the physics' steering vectors."""
+    """(Q, across, down, N) complex128: every beam by the physics' steering vectors, half a wavelength apart."""
     curvature = torch.linspace(TASK.range_max_m**-0.5, TASK.range_min_m**-0.5, planes).double().square()
     u, v = (
-        torch.linspace(-1, 1, count, dtype=torch.float64) * math.sin(math.radians(end))
+        torch.linspace(-1, 1, count, dtype=torch.float64) * min(math.sin(math.radians(end)), 1 - 1 / count)
         for count, end in zip(beams.size, (TASK.azimuth_deg, TASK.elevation_deg))
     )
     w, u, v = (each.flatten() for each in torch.meshgrid(curvature, u, v, indexing="ij"))
@@ -42,6 +43,17 @@ def test_beams_are_steering_vectors(size: dict[str, int], fields: int) -> None:
     expected = torch.einsum("qadn,bnp->bpqad", dense.conj(), to_complex(x.double()))
     re, im = beams(x)
     torch.testing.assert_close(torch.complex(re, im), expected.to(torch.complex64), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("azimuth_deg", [0.5, 60.0, 90.0])
+@pytest.mark.parametrize("spacing", [0.25, 0.5, 1.0])
+def test_every_field_is_made_of_the_beams(azimuth_deg: float, spacing: float) -> None:
+    """As many independent beams as elements, also where the sector ends in one direction, or wraps around."""
+    task = replace(TASK, azimuth_deg=azimuth_deg, elevation_deg=90.0, spacing_wavelengths=spacing)
+    beams = Beams(task, 1)
+    columns = torch.eye(math.prod(beams.size)).unflatten(1, (1, *beams.size))
+    fields = to_complex(beams.field(columns, torch.zeros_like(columns)))[..., 0].to(torch.complex128)
+    assert torch.linalg.matrix_rank(fields, rtol=1e-12) == task.elements
 
 
 def test_beams_field_is_the_adjoint() -> None:
