@@ -113,37 +113,37 @@ def weights_of_other_names(wrong: bool) -> Iterator[None]:
         yield
 
 
-class EncoderInFeatures(Own):
-    """Makes a few numbers of a scene, of which the rest is made; it does so in `features` or, rightly, in `trunk`."""
+class Gated(Own):
+    """Weighs its columns by SNR; all that comes before is in `features` or, rightly, in `trunk`."""
 
     def __init__(self, config: Config, wrong: bool) -> None:
         super().__init__(config, wrong)
-        self.narrow, self.head = nn.Linear(WIDTH, 8), nn.Linear(8, self.head.out_features)
+        self.gate = nn.Linear(1, self.columns)
 
     @torch.no_grad()
     def features(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         beams, snr_db, field = super().features(*inputs)
-        return (beams, self.encoded(beams, snr_db), field) if self.wrong else (beams, snr_db, field)
+        return (beams, snr_db, field, self.weighed(beams, snr_db)) if self.wrong else (beams, snr_db, field)
 
-    def encoded(self, beams: Tensor, snr_db: Tensor) -> Tensor:
+    def weighed(self, beams: Tensor, snr_db: Tensor) -> Tensor:
         real, imag = beams.chunk(2, 1)
-        x = self.stem(torch.cat(((real.square() + imag.square()).log1p(), snr_db[:, None] / 20.0), 1))
-        for block in self.blocks:
-            x = x + block(x)
-        return self.narrow(x)
+        return self.gains((real.square() + imag.square()).log1p(), snr_db[:, None] / 20.0)
 
     def trunk(self, features: tuple[Tensor, ...]) -> Prediction:
-        return self.answer(features[0], self.head(features[1] if self.wrong else self.encoded(*features[:2])))
+        beams, snr_db = features[:2]
+        gains = features[3] if self.wrong else self.weighed(beams, snr_db)
+        gate = torch.sigmoid(self.gate(snr_db[:, None] / 20.0))[:, None, :, None]
+        return self.answer(beams, (gate * gains.unflatten(1, (2, self.columns, -1))).flatten(1))
 
 
 @GRAPH.around_pair(
-    "puts the encoder into features(), which the template has under no_grad, since it is slow",
+    "puts all but its last layer into features(), which the template has under no_grad, since it is slow",
     "detached_backbone unused_head",
     "preflight",
     twin="backprojection",
 )
-def encoder_in_features(wrong: bool) -> Iterator[None]:
-    with built_with(SCENES, lambda config: {"model": EncoderInFeatures(config, wrong)}):
+def layers_in_features(wrong: bool) -> Iterator[None]:
+    with built_with(SCENES, lambda config: {"model": Gated(config, wrong)}):
         yield
 
 
