@@ -87,7 +87,9 @@ def layer_of_the_loss_in_no_optimizer(wrong: bool) -> Iterator[None]:
 
 @cache
 def weights_of_an_earlier_run(seed: int) -> dict[str, Tensor]:
-    config = changed(TWINS["backprojection"](), SCENES | {"training.seed": seed, "training.epochs": 25})
+    """Of 25 epochs of scenes with more noise."""
+    noisy = {"task.snr_min_db": -15.0, "task.snr_max_db": -5.0}
+    config = changed(TWINS["backprojection"](), SCENES | noisy | {"training.seed": seed, "training.epochs": 25})
     trainer = Trainer(config, model=Own(config, False))
     trainer.fit()
     return snapshot(trainer.model)
