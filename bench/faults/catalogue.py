@@ -20,8 +20,9 @@ from ris_fast.health.causes import CAUSES
 from ris_fast.training.trainer import Trainer
 
 SUITE, HELD_OUT_SUITE = "2026-07 suite", "2026-07 suite, held out"
-FIRST, SECOND, THIRD, FOURTH = "2026-11 first", "2026-11 second", "2026-11 third", "2026-11 fourth"
-SETS = (SUITE, HELD_OUT_SUITE, FIRST, SECOND, THIRD, FOURTH)
+FIRST, SECOND, THIRD = "2026-11 first", "2026-11 second", "2026-11 third"
+FOURTH, FIFTH = "2026-11 fourth", "2026-11 fifth"
+SETS = (SUITE, HELD_OUT_SUITE, FIRST, SECOND, THIRD, FOURTH, FIFTH)
 # modules of unseen_2026_11/
 UNSEEN = (
     "first_network",
@@ -32,6 +33,8 @@ UNSEEN = (
     "third_data",
     "fourth_network",
     "fourth_data",
+    "fifth_network",
+    "fifth_data",
 )
 
 FAMILIES = ("parameters", "graph", "loss", "loop", "precision", "averaging", "mode", "data", "model", "compiled")

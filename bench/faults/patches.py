@@ -3,14 +3,18 @@ calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.faults import catalogue
+from bench.faults.healthy_twins import changed
+from ris_fast.config.schema import Config
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training import parts, step
@@ -156,6 +160,27 @@ def model_with(change: Callable[[nn.Module], Any]) -> AbstractContextManager:
         return model
 
     return replaced(parts, "build_model", build_and_change)
+
+
+def built_with(
+    settings: Mapping[str, Any] | None = None,
+    handed: Callable[[Config], dict[str, Any]] = lambda config: {},
+    after: Callable[[Trainer], Any] = lambda trainer: None,
+) -> AbstractContextManager:
+    """Trainers are built as a script of one's own builds them.
+
+    Args: settings: 'section.key' -> value, on top of the twin's; handed: the network and the term of the loss that the
+        script hands over, as `model` and `loss`; after: what it does with the trainer.
+    """
+
+    def build(config: Config, folder: Path | None = None) -> Trainer:
+        config = changed(config, settings or {})
+        torch.manual_seed(config.training.seed)
+        trainer = Trainer(config, folder, **handed(config))
+        after(trainer)
+        return trainer
+
+    return replaced(catalogue, "Trainer", build)
 
 
 def layers(model: nn.Module) -> list[nn.Module]:

@@ -12,6 +12,7 @@ import pytest
 
 from bench.faults.catalogue import (
     FAMILIES,
+    FIFTH,
     FIRST,
     FOURTH,
     HELD_OUT,
@@ -112,7 +113,7 @@ def test_suite_families_hold_out_a_third_each() -> None:
 
 
 def test_later_sets_have_twenty_faults_of_all_families_each() -> None:
-    for name in (FIRST, SECOND, THIRD, FOURTH):
+    for name in (FIRST, SECOND, THIRD, FOURTH, FIFTH):
         faults = [fault for fault in FAULTS.values() if fault.written == name]
         assert len(faults) == 20 and {fault.family for fault in faults} == set(FAMILIES)
         assert all(fault.hidden and not fault.held_out for fault in faults)
