@@ -18,6 +18,7 @@ from ris_fast.health.preflight.measures import all_finite, listed, rms
 from ris_fast.health.preflight.persistent import persistent
 from ris_fast.health.preflight.probe import SMALL, PreflightContext, layer_calls
 from ris_fast.health.preflight.projected import NOISE
+from ris_fast.health.preflight.staircase import JUMPS, at_an_end, in_jumps
 from ris_fast.health.preflight.truth import COVARIANCE
 
 BOUNDED = ("Clamp", "Hardtanh", "Hardsigmoid", "Hardswish")
@@ -62,6 +63,8 @@ def _without_history(context: PreflightContext, exits: Exits) -> Finding:
     last = [name for name, requires in known.items() if requires][-1:]
     after = [name for name in known if not known[name]][:1]
     seen = "the factors that the network returns require no gradient"
+    if in_jumps(context, list(context.trainable.values())):
+        return Finding("non_differentiable", f"{seen}; with all weights, {JUMPS}.")
     if known and not last:
         return Finding(
             "detached_backbone",
@@ -165,7 +168,12 @@ def _silent(
         )
     if stopped:
         yield _stopped(context, stopped, graph)
-    if cut:
+    if cut and in_jumps(context, [context.parameters[name] for name in cut]):
+        yield Finding(
+            "non_differentiable",
+            f"{len(cut)} of {len(gradients)} tensors change the loss and receive no gradient: {listed(cut)}; {JUMPS}.",
+        )
+    elif cut:
         rounded = graph.named(*ZERO_DERIVATIVE)
         yield Finding(
             "detached_backbone",
@@ -229,6 +237,13 @@ def _stopped(context: PreflightContext, names: list[str], graph: Graph) -> Findi
             " bounds:"
             " all that arrives there lies beyond.",
             advice="Print what is clamped, before and after. Widen the bounds, or bring the signal between them.",
+        )
+    if at_an_end(context, live):
+        return Finding(
+            "bad_initialisation",
+            f"{what}; with all weights drawn anew at a usual size it is not: as they are they drive a softmax or"
+            " another unit on the path to its end, where it is flat.",
+            certain=False,
         )
     return Finding(
         "zeroed_gradients", f"{what}; every operator on the path has a derivative, so something clears it on the way."
