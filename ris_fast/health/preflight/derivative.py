@@ -145,7 +145,7 @@ def _slopes(context: PreflightContext, guess: Prediction, scenes: Scenes) -> dic
     """The gradient at each output that has one."""
     leaves = {name: leaf(value) for name, value in guess._asdict().items() if value is not None}
     total = context.loss(Prediction(**leaves), scenes)[0]
-    if not total.requires_grad:
+    if not total.requires_grad or not bool(total.isfinite()):
         return {}
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {

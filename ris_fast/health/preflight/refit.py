@@ -1,5 +1,5 @@
-"""Codes and antennas fitted to the snapshots: whether others, the same for all scenes, explain what those that are given
-do not.
+"""Codes and antennas fitted to the snapshots: whether others, the same for all scenes, explain what the given ones do
+not.
 
 Model: y_bl = G H_b (c_l o A_b s_bl) + n_bl with c_l and G the same for all scenes b. Each of the two is fitted on every
     second scene, in turn with s, and judged on the others: what is not in the snapshots does not help there.

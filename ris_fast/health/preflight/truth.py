@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -104,6 +105,16 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
             certain=False,
         )
         return
+    if _reads_padding(context, name, guess):
+        yield Finding(
+            "parts_unrelated",
+            f"the term {name} changes with the places and powers of sources that its scenes do not have: it compares"
+            " answers with the padding of the labels.",
+            advice="Multiply by (scenes.power > 0), or by the first scenes.count slots, and divide by how many these"
+            " are.",
+            certain=False,
+        )
+        return
     if not _outweighs(context, name, guess):
         return
     right = oracle(scenes, guess).factor
@@ -121,6 +132,21 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
             " grows as the answer gets better. Where it holds the network back on purpose, that is meant.",
             certain=False,
         )
+
+
+def _reads_padding(context: PreflightContext, name: str, guess: Prediction) -> bool:
+    """Whether the term changes with labels of sources that are not there."""
+    scenes = context.scenes
+    if scenes.azimuth is None or scenes.power is None or scenes.power.shape != scenes.azimuth.shape:
+        return False
+    there = active_sources(scenes.count, scenes.power.shape[1])
+    if bool(there.all()):
+        return False
+    names = [each for each in ("azimuth", "elevation", "range_m") if getattr(scenes, each) is not None]
+    other = {each: torch.where(there, getattr(scenes, each), getattr(scenes, each) + 0.37) for each in names}
+    torch.manual_seed(0)
+    first, again = (term_values(context, guess, scenes)[name] for _ in range(2))
+    return first == again and term_values(context, guess, replace(scenes, **other))[name] != first
 
 
 def _outweighs(context: PreflightContext, name: str, guess: Prediction) -> bool:
