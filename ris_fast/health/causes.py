@@ -230,8 +230,12 @@ _FOLLOWS: dict[str, str] = {
     "output_rank_too_low": "ignored_input dead_units zero_product_init saturated_output",
     "dead_units": "bad_initialisation input_scale",
     "saturated_output": "bad_initialisation input_scale",
-    "zeroed_gradients": "dead_units clamped_loss zero_product_init ignored_input saturated_output",
-    "vanishing_gradient": "dead_units clamped_loss zero_product_init ignored_input saturated_output",
+    "zeroed_gradients": (
+        "dead_units clamped_loss zero_product_init ignored_input saturated_output bad_initialisation input_scale"
+    ),
+    "vanishing_gradient": (
+        "dead_units clamped_loss zero_product_init ignored_input saturated_output bad_initialisation input_scale"
+    ),
     "wrong_backward": (
         "scenes_altered stale_cache recomputed_differently bad_initialisation losses_differ detached_backbone"
         " scenes_left_out stale_compiled_graph"

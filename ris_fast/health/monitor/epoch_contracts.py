@@ -49,12 +49,20 @@ def weights_at_the_seams(run: RunHistory) -> Iterator[Finding]:
         back = between.get("back_to_first") or between.get("back_to_earlier")
         where = "the first ones" if between.get("back_to_first") else "those of an earlier epoch" if back else "others"
         callbacks = run.info.get("own_callbacks") or ()
+        if callbacks and not back and not _again(run):
+            return  # a callback may do it once on purpose, as one that prunes or grows a network
         whose = f" Callbacks that may have done it: {', '.join(callbacks)}." if callbacks else ""
         yield run.finding(
             "weights_reset" if back else "weights_changed_outside",
             f"{between['moved']} tensors were replaced by {where} between two epochs.{whose}",
             certain=bool(back) or not callbacks,
         )
+
+
+def _again(run: RunHistory) -> bool:
+    """Whether weights were changed between earlier epochs too."""
+    seams = [(row.get("health") or {}).get("weight_drift_between_epochs") or {} for row in run.epochs[:-1]]
+    return any(seam.get("moved") for seam in seams)
 
 
 def validated_weights(run: RunHistory) -> Iterator[Finding]:

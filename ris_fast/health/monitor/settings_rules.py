@@ -9,6 +9,7 @@ from typing import Any
 from ris_fast.config.spelling import words
 from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.history import Row, Rule, RunHistory
+from ris_fast.training.loss import TERMS
 
 TRUTH = ("loss.cov", "loss.cov_pred", "loss.subspace", "loss.contrast")  # weights of what tells the factors the truth
 MOSTLY_FROZEN = 0.5  # of all numbers
@@ -180,7 +181,9 @@ def gradient_beside_its_options(run: RunHistory) -> Iterator[Finding]:
         return
     weighted = {name: abs(term["weighted"]) for name, term in (row.get("terms") or {}).items()}
     total = sum(weighted.values())
+    # A term of the user's own may be the main one.
     others = {name: value for name, value in weighted.items() if f"loss.{name}" not in TRUTH and total > 0}
+    others = {name: value for name, value in others.items() if name in TERMS}
     if others and any(f"loss.{name}" in TRUTH for name in weighted) and sum(others.values()) > DOMINATES * total:
         name = max(others, key=others.__getitem__)
         if math.isfinite(total):

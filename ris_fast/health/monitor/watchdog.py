@@ -11,7 +11,7 @@ from ris_fast.health.monitor.explanations import explanations
 from ris_fast.health.monitor.history import RunHistory
 from ris_fast.health.monitor.rules import rules_of
 from ris_fast.health.names import check_beginnings, known_causes
-from ris_fast.health.preflight.rereads import MASKED_ANEW
+from ris_fast.health.preflight.rereads import AUGMENTED, MASKED_ANEW
 from ris_fast.health.preflight.run import Result, run_checks
 from ris_fast.training.callback import Callback
 from ris_fast.training.state import RunStopped
@@ -75,7 +75,7 @@ class Watchdog(Callback):
     # ---- callback -----------------------------------------------------------------------------------------------
 
     def on_train_start(self, info: dict[str, Any]) -> None:
-        self.run.info = info | {"masked_anew": any(check.note == MASKED_ANEW for check in self.checks)}
+        self.run.info = info | {"masked_anew": any(check.note in (AUGMENTED, MASKED_ANEW) for check in self.checks)}
 
     def on_log(self, row: dict[str, Any]) -> None:
         self.run.steps.append(row)

@@ -63,6 +63,35 @@ def graph_of(value: Tensor) -> Graph:
     return Graph(leaves, operators)
 
 
+SATURATING = ("Softmax", "LogSoftmax", "Sigmoid", "Tanh", "Hardtanh", "Hardsigmoid", "Gelu", "Silu", "Erf", "Clamp")
+
+
+def flattened_at(
+    value: Tensor, names: tuple[str, ...] = SATURATING, before: float = 0.5, after: float = 0.1
+) -> list[str]:
+    """Operators that have ends behind `value` at which most of the gradient's numbers become exactly zero, first those
+    nearest to the output. Args: before, after: shares of numbers that are not zero, at least and at most."""
+    found: list[str] = []
+
+    def look(node: Any, given: tuple, arrived: tuple) -> None:
+        shares = [
+            float((each != 0).float().mean()) if isinstance(each, Tensor) and each.numel() else 0.0
+            for each in (arrived[0], next((one for one in given if one is not None), None))
+        ]
+        if shares[0] > before and shares[1] < after * shares[0]:
+            found.append(node.name().removesuffix("Backward0"))
+
+    nodes = [node for node in graph_of(value).operators if node.name().startswith(SATURATING)]
+    handles = [node.register_hook(lambda given, arrived, node=node: look(node, given, arrived)) for node in nodes]
+    try:
+        leaves = [each for each in graph_of(value).leaves.values() if each.requires_grad]
+        torch.autograd.grad(value, leaves, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 class Exits(TorchFunctionMode):
     """Notes the calls through which a tensor that needs a gradient becomes a number, an array or a copy without one.
 

@@ -29,7 +29,7 @@ from ris_fast.physics.scenes import Scenes
 
 NOISE_WIDE = 1e-12  # of a loss of order one in float64
 SMALL_STEPS = (1e-5, 1e-7, 1e-9)
-UNFOLLOWED = 1e-5  # relative: rounding of a copy beside its source
+PLAIN = 10.0  # times the rounding, by which a gradient that is right would show
 DISAGREES = 0.2  # relative error of a directional derivative; a right one is below 0.03
 
 
@@ -59,6 +59,8 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
         if not errors:
             yield from scales.single_parts(context)
             return
+        with Exits() as exits:
+            graph = graph_of(context.run()[0])
         if stale := unfollowed(context):
             yield Finding(
                 "stale_compiled_graph",
@@ -67,6 +69,7 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
                 " before,"
                 " and backward is told otherwise.",
                 advice="Make the copy in every forward, or again behind every step of the optimizer.",
+                certain=not exits.detached,
             )
             return
         if recomputed.difference(context) is not None:
@@ -74,9 +77,6 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
         if (scaled := scales.of_parts(context, list(errors))) is not None:
             yield scaled
             return
-        exits = Exits()
-        with exits:
-            graph = graph_of(context.run()[0])
         held = parts(context, StoppedValues())
     worst = max(errors, key=errors.__getitem__)
     seen = (
@@ -100,7 +100,8 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
 
 
 def unfollowed(context: PreflightContext) -> list[str]:
-    """Names of tensors with a gradient at the outputs that the outputs do not follow, however far they are moved."""
+    """Names of tensors with a gradient at the outputs that the outputs do not follow: not by a bit, along the gradient
+    by a step that it says would show, nor when others are put in their place."""
     found = projection(context)
     if found is None:
         return []
@@ -109,9 +110,13 @@ def unfollowed(context: PreflightContext) -> list[str]:
     for name, gradient in gradients.items():
         weight = context.trainable[name]
         if weight.dim() > 1 and bool(gradient.any()):
-            direction = torch.randn(weight.shape, generator=generator).to(weight) * (rms(weight) or 0.1) - weight
-            if projected.change([weight], [direction]) < UNFOLLOWED:
-                stale.append(name)
+            size = rms(weight) or 0.1
+            others = torch.randn(weight.shape, generator=generator).to(weight) * size - weight
+            if projected.change([weight], [others]) == 0.0:
+                ahead = gradient * (size * weight.numel() ** 0.5 / gradient.norm())
+                slope, gone, noise = projected.line([weight], [gradient], [ahead])
+                if gone(STEPS[0]) == 0.0 and slope * STEPS[0] > PLAIN * noise:
+                    stale.append(name)
     return stale
 
 
@@ -140,7 +145,7 @@ def _slopes(context: PreflightContext, guess: Prediction, scenes: Scenes) -> dic
     """The gradient at each output that has one."""
     leaves = {name: leaf(value) for name, value in guess._asdict().items() if value is not None}
     total = context.loss(Prediction(**leaves), scenes)[0]
-    if not total.requires_grad:
+    if not total.requires_grad or not bool(total.isfinite()):
         return {}
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {

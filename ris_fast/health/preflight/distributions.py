@@ -25,6 +25,17 @@ SCENES, FEWEST = 256, 24
 SIGNIFICANCE = 1e-7  # of all tests together, were the two the same
 APART = 0.2  # of D, below which a difference is small however many scenes show it
 BEYOND_DB, BEYOND = 3.0, 0.02  # beyond a label's own error; share of the scenes that lie there
+WIDE = 0.5  # of the span that the task says, between the outer tenths of the values
+UNITS = (  # in which a place may be written: times what gives radians, and metres
+    {
+        "degrees": math.pi / 180,
+        "turns": 2 * math.pi,
+        "parts of pi": math.pi,
+        "parts of the task's limit": 1.0,
+        "milliradians": 1e-3,
+    },
+    {"kilometres": 1e3, "centimetres": 1e-2, "millimetres": 1e-3, "feet": 0.3048},
+)
 CAP_DB = 30.0  # of a measured SNR: above it rounding and a slightly different array decide
 
 
@@ -36,6 +47,10 @@ def distributions(context: PreflightContext) -> Iterator[Finding]:
         sure += _beyond(context, what, scenes)
         if not sure and context.trainer.source.endless:  # files may be described loosely
             doubtful += _unlike_settings(context, what, scenes)
+    for what, scenes in sets.items():
+        if other := _other_unit(context, scenes):
+            yield Finding("wrong_units", f"of {what} scenes {other}.", certain=False)
+            return
     apart = _unlike_each_other(context, *sets.values())
     files = not context.trainer.source.endless
     if files and sure and not apart:  # a task that describes its files loosely
@@ -104,6 +119,35 @@ def _unlike_settings(context: PreflightContext, what: str, scenes: Scenes) -> li
         if distance > APART and _chance(distance, len(values)) * len(wanted) * 2 < SIGNIFICANCE:
             found.append(f"the {name} of {what} scenes is not spread as the task says: {_shown(values)}")
     return found
+
+
+def _other_unit(context: PreflightContext, scenes: Scenes) -> str:
+    """A place of the first source that is as the task says in another unit, and not in its own; '' where none is."""
+    task = context.config.task
+    for name, values, low, high in (
+        ("azimuth", scenes.azimuth, *_ends(task.azimuth_deg)),
+        ("elevation", scenes.elevation, *_ends(task.elevation_deg)),
+        ("range", scenes.range_m, task.range_min_m, task.range_max_m),
+    ):
+        values = _first(values)
+        if values is None or scenes.batch < FEWEST or not high > low:
+            continue
+        slack = 0.01 * (high - low)
+        for unit, factor in UNITS[name == "range"].items():
+            fits = [
+                float(((each > low - slack) & (each < high + slack)).float().mean())
+                for each in (values, factor * values)
+            ]
+            spread = [float((factor * values).quantile(q)) for q in (0.1, 0.9)]
+            if spread[1] - spread[0] < WIDE * (high - low) or fits[1] < 1 - BEYOND:
+                continue
+            inside = float((values.quantile(0.9) - values.quantile(0.1)).abs()) / (high - low)
+            if fits[0] < BEYOND or factor > 1 and inside < WIDE / 4:
+                return (
+                    f"the {name} goes from {float(values.min()):.3g} to {float(values.max()):.3g} where the task says"
+                    f" {low:.3g} to {high:.3g} {'m' if name == 'range' else 'rad'}; in {unit} it would fit"
+                )
+    return ""
 
 
 def _ends(degrees: float) -> tuple[float, float]:

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, Graph, by_hand, graph_of, via
+from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, Graph, by_hand, flattened_at, graph_of, via
 from ris_fast.health.preflight.derivative import right_derivative
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, listed, rms
 from ris_fast.health.preflight.persistent import persistent
 from ris_fast.health.preflight.probe import SMALL, PreflightContext, layer_calls
 from ris_fast.health.preflight.projected import NOISE
-from ris_fast.health.preflight.truth import COVARIANCE
+from ris_fast.health.preflight.staircase import JUMPS, at_an_end, in_jumps
+from ris_fast.health.preflight.terms import direction_of, moved
+from ris_fast.health.preflight.truth import COVARIANCE, term_values
 
 BOUNDED = ("Clamp", "Hardtanh", "Hardsigmoid", "Hardswish")
 UNDERFLOW = 2.0**20
@@ -47,6 +49,23 @@ def connected(context: PreflightContext) -> Iterator[Finding]:
             f"no gradient flows from the loss to the factors ({listed(loose) or 'the total'} has no "
             f"history){via(exits.rebuilt if cause == 'loss_rebuilt' else exits.detached)}.",
         )
+    elif loose := [name for name in _without_slope(context, terms) if name != "count"]:
+        yield Finding(
+            "detached_loss",
+            f"the terms {listed(loose)} change with the answers and no gradient flows from them: they are printed, and"
+            f" nothing is learned from them{via(exits.detached or exits.rebuilt)}.",
+            certain=False,
+        )
+
+
+def _without_slope(context: PreflightContext, terms: dict[str, Tensor]) -> list[str]:
+    """Terms without a history that other answers have another value of."""
+    names = [name for name, value in terms.items() if not value.requires_grad and context.loss.weights.get(name, 0) > 0]
+    if not names:
+        return []
+    others = moved(context.guess, direction_of(context.guess, 19), 0.3)
+    now, then = (term_values(context, guess, context.scenes) for guess in (context.guess, others))
+    return [name for name in names if now[name] != then[name]]
 
 
 def _without_history(context: PreflightContext, exits: Exits) -> Finding:
@@ -62,6 +81,8 @@ def _without_history(context: PreflightContext, exits: Exits) -> Finding:
     last = [name for name, requires in known.items() if requires][-1:]
     after = [name for name in known if not known[name]][:1]
     seen = "the factors that the network returns require no gradient"
+    if in_jumps(context, list(context.trainable.values())):
+        return Finding("non_differentiable", f"{seen}; with all weights, {JUMPS}.")
     if known and not last:
         return Finding(
             "detached_backbone",
@@ -165,7 +186,12 @@ def _silent(
         )
     if stopped:
         yield _stopped(context, stopped, graph)
-    if cut:
+    if cut and in_jumps(context, [context.parameters[name] for name in cut]):
+        yield Finding(
+            "non_differentiable",
+            f"{len(cut)} of {len(gradients)} tensors change the loss and receive no gradient: {listed(cut)}; {JUMPS}.",
+        )
+    elif cut:
         rounded = graph.named(*ZERO_DERIVATIVE)
         yield Finding(
             "detached_backbone",
@@ -229,6 +255,33 @@ def _stopped(context: PreflightContext, names: list[str], graph: Graph) -> Findi
             " bounds:"
             " all that arrives there lies beyond.",
             advice="Print what is clamped, before and after. Widen the bounds, or bring the signal between them.",
+        )
+    exits = Exits()
+    with exits:
+        total = context.run()[0]
+    if flat := flattened_at(total):
+        by_weights = at_an_end(context, live)
+        return Finding(
+            "bad_initialisation" if by_weights else "saturated_output",
+            f"{what}; a gradient arrives at {listed(list(dict.fromkeys(flat)))} on the path and leaves as zero: all"
+            f" that is given there lies where it is flat{', which it does not with all weights drawn anew' * by_weights}.",
+            advice="Print what the softmax, sigmoid or tanh is given. Bring it to numbers of order one, by a"
+            " normalisation before it or a larger temperature.",
+            certain=False,
+        )
+    if exits.detached:
+        return Finding(
+            "detached_backbone",
+            f"{what}; a value leaves the graph{via(exits.detached)} and what is left of the path"
+            " is multiplied by zero, or something clears the gradient on it.",
+            certain=False,
+        )
+    if at_an_end(context, live):
+        return Finding(
+            "bad_initialisation",
+            f"{what}; with all weights drawn anew at a usual size it is not: as they are they drive a unit on the path"
+            " to its end, where it is flat.",
+            certain=False,
         )
     return Finding(
         "zeroed_gradients", f"{what}; every operator on the path has a derivative, so something clears it on the way."

@@ -230,7 +230,17 @@ def element_orders(array: RISArray) -> Iterator[tuple[str, Tensor]]:
 def _powers(what: str, scenes: Scenes) -> Finding | None:
     """Within a scene, powers are to each other as the squared norms of their columns."""
     active = _columns(scenes)
-    if scenes.power is None or scenes.power.shape != active.shape or not torch.equal(scenes.power > 0, active):
+    if scenes.power is None or scenes.power.shape != active.shape:
+        return None
+    if bool((negative := (scenes.power < 0) & active).any()):
+        return Finding(
+            "wrong_units",
+            f"{int(negative.sum())} of {int(active.sum())} sources of {what} scenes have a power below zero, down to"
+            f" {float(scenes.power.min()):.3g}: powers are linear, and these may be in dB.",
+            advice="Write power as 10^(dB / 10); what has a power above zero is taken for a source.",
+            certain=False,
+        )
+    if not torch.equal(scenes.power > 0, active):
         return None
     several = active.sum(1) > 1
     if int(several.sum()) < FEWEST:

@@ -103,6 +103,8 @@ def dead_terms(context: PreflightContext) -> Iterator[Finding]:
     alone = ("cross", "count") if context.config.task.max_sources == 1 else ()
     for name in table[0].keys() - set(alone):
         values = [row[name] for row in table]
+        if not all(map(math.isfinite, values[:3])):
+            continue  # which has names of its own
         if len(set(values)) == 1:
             yield Finding("dead_loss_term", f"{name} is {values[0]:g} for every prediction that was tried.")
         elif name in COVARIANCE and len(set(values[:3])) == 1:
@@ -177,7 +179,8 @@ def keeps_nothing(context: PreflightContext) -> Iterator[Finding]:
         return
     guess = _jolted(context.guess.apply(Tensor.float), 0.5)  # an answer of zeros has an NMSE of 1 for any target
     values = [term_values(context, guess, scenes) for scenes in (one, other)]
-    same = [name for name in TRUTH_TERMS if name in values[0] and values[0][name] == values[1][name] != 0.0]
+    known = [name for name in TRUTH_TERMS if name in values[0] and math.isfinite(values[0][name])]
+    same = [name for name in known if values[0][name] == values[1][name] != 0.0]
     same = [name for name in same if one.factor is None or not uses_targets(context, name, guess)]
     if same and other.factor is not None and not torch.equal(one.factor, other.factor):
         yield Finding(

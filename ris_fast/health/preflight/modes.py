@@ -20,7 +20,7 @@ from ris_fast.models.modes import eval_mode
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.telemetry.step_telemetry import modules_in_eval_mode
 
-NOISE_SHARE = 0.5  # of the answers' variance that dropout may make
+NOISE_SHARE = 0.7  # of the answers' variance that dropout may make
 MOSTLY = 0.7  # dropout, or the relative difference of two answers, that leaves next to nothing of a signal
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 SETTLING, SETTLING_SCENES = 40, 64  # batches, 0.9^40 = 1.5 % of the first statistics; scenes of each at most

@@ -14,15 +14,20 @@ from torch import Tensor, nn
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import graph_of
 from ris_fast.health.preflight.derivatives import derivatives
+from ris_fast.health.preflight.labels import element_orders
 from ris_fast.health.preflight.measures import listed, rms
 from ris_fast.health.preflight.persistent import persistent
 from ris_fast.health.preflight.probe import PreflightContext, layer_calls
-from ris_fast.physics.real_complex import adjoint_matmul, to_complex
+from ris_fast.models.prediction import Prediction
+from ris_fast.physics.array import RISArray
+from ris_fast.physics.real_complex import adjoint_matmul, conj, to_complex
+from ris_fast.training.validation import scene_nmse
 
 GAIN = 20.0  # growth of a signal in one layer
 AT_THE_ENDS = 0.9
 # of the energy: columns that differ by more than rounding are independent, however alike at the start
 DEPENDENT = 1e-12
+NEARER, ASKED = 0.75, 0.8  # of the NMSE as it is; an NMSE that says something of the scenes
 NUDGE = 0.01  # by which tensors move that a gradient reaches
 
 
@@ -50,6 +55,40 @@ def saturation(context: PreflightContext) -> Iterator[Finding]:
         yield Finding(
             "output_rank_too_low",
             f"factors have {rank} independent columns of {answer.shape[2]}; scenes have up to {needed} sources.",
+        )
+
+
+@torch.no_grad()
+def layout(context: PreflightContext) -> Iterator[Finding]:
+    """Answers are no nearer to the targets in another order of their elements or parts than as they are.
+
+    It shows in a network that answers with something of its inputs from the start; one that does not is as far in all.
+    """
+    scenes, guess = context.scenes, context.guess
+    if scenes.factor is None and scenes.covariance is None:
+        return
+    factor = guess.factor.float()
+    size, elements, columns, _ = factor.shape
+    others = {
+        "conjugated": conj(factor),
+        "read as columns of elements": factor.transpose(1, 2).reshape(size, elements, columns, 2),
+        "with real and imaginary parts in planes": factor.reshape(size, 2, elements, columns).permute(0, 2, 3, 1),
+        "with real and imaginary parts one behind the other": factor.reshape(size, elements, 2, columns).transpose(
+            2, 3
+        ),
+    }
+    array = RISArray.of(context.config.task)
+    if array.elements == elements:
+        others |= {f"with its elements {order}": factor[:, rows] for order, rows in element_orders(array)}
+    score = float(scene_nmse(guess, scenes).mean())
+    scores = {how: float(scene_nmse(Prediction(other.contiguous()), scenes).mean()) for how, other in others.items()}
+    how = min(scores, key=scores.__getitem__)
+    if scores[how] < NEARER * score and scores[how] < ASKED:
+        yield Finding(
+            "conjugation_error" if how == "conjugated" else "wrong_layout",
+            f"the factors that the network answers with at the start have an NMSE of {score:.3g}, and {how}"
+            f" {scores[how]:.3g}: the output is taken in another order than it is made.",
+            certain=False,
         )
 
 
@@ -187,5 +226,6 @@ def _equal_units(context: PreflightContext) -> Iterator[Finding]:
 
 CHECKS = {
     "answers are not at the ends of a range": persistent(saturation, "saturated_output", "output_rank_too_low"),
+    "answers are laid out as the targets": layout,
     "signals pass every layer": persistent(layers, "dead_units"),
 }

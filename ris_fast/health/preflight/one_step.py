@@ -14,9 +14,11 @@ from ris_fast.health.preflight.attachments import attached
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, listed, on_a_grid, rounded_to_16_bits, total_norm
 from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.schedule import DECAY_PER_STEP
 from ris_fast.health.preflight.step_probe import StepTrace, few_scenes, take_step
 from ris_fast.health.preflight.tensor_scales import one_by_one
 from ris_fast.physics.scenes import Scenes
+from ris_fast.training.telemetry.step_window import median
 
 SCALER_STEPS = 24  # a dynamic loss scale halves its way to one that fits in fewer
 FOREIGN = 0.3  # share of the step's gradient that no sum of its parts explains, from which shares say nothing
@@ -201,8 +203,32 @@ def _moved_otherwise(context: PreflightContext, before: list[Tensor], taken: Ste
             " updates below"
             " their spacing are lost.",
         )
+    elif wrong and (share := _shrunk(wrong, dict(zip(map(id, context.model.parameters()), before)), reported)):
+        yield Finding(
+            "weight_decay_too_large",
+            f"beside what the optimizer reports, one step takes {share:.1%} of the weights of {len(wrong)} tensors:"
+            f" {listed([name for name, _, _ in wrong])}. A decay or a shrinkage of its own does, in every step.",
+            certain=False,
+        )
     elif wrong and not rounded_to_16_bits(context.model.parameters()):
         yield _moved_twice(context, [each for _, each, _ in wrong], [said for _, _, said in wrong])
+
+
+def _shrunk(
+    moved: Sequence[tuple[str, Tensor, str]], before: dict[int, Tensor], reported: dict[str, float]
+) -> float | None:
+    """The share of the weights that one step took away from all of these tensors alike, beside what the optimizer
+    reports; None where it did something else, or little."""
+    shares = []
+    for name, parameter, _ in moved:
+        kept, way = (each.detach().double() for each in (before[id(parameter)], parameter - before[id(parameter)]))
+        share = -float((way * kept).sum() / kept.square().sum().clamp_min(1e-300))
+        if float((way + share * kept).norm()) <= 1.05 * reported[name] + 1e-5 * float(kept.norm()):
+            shares.append(share)
+    usual = median(shares) if 2 * len(shares) > len(moved) else 0.0
+    return (
+        usual if DECAY_PER_STEP < usual < 1.0 and median([abs(each - usual) for each in shares]) < usual / 4 else None
+    )
 
 
 def _moved_twice(context: PreflightContext, tensors: list[Tensor], said: list[str]) -> Finding:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.probe import PreflightContext
-from ris_fast.health.preflight.truth import COVARIANCE, _turned, oracle
+from ris_fast.health.preflight.truth import COVARIANCE, _outweighs, _turned, oracle
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.real_complex import conj, multiply
 from ris_fast.physics.scenes import Scenes
@@ -34,8 +34,9 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
     name, scenes = getattr(context.loss, "own_name", ""), context.scenes
     if not name or context.loss.weights.get(name, 0.0) <= 0 or scenes.factor is None or scenes.batch < 4:
         return
-    if any(context.loss.weights.get(each, 0.0) > 0 for each in COVARIANCE):
-        return  # the main term is another one
+    beside = any(context.loss.weights.get(each, 0.0) > 0 for each in COVARIANCE)  # terms that do know what is right
+    if beside and not _outweighs(context, name, context.guess):
+        return
     right = oracle(scenes, context.guess)
     apart = float(scene_nmse(right._replace(factor=right.factor.roll(1, 0)), scenes).mean())
     if not apart > DIFFERENT:
@@ -99,6 +100,8 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
         )
     else:
         return
+    if beside and not score > LOW * random:
+        return  # it may say what the others do not
     yield Finding(cause, f"{seen}{why}.", certain=False)
 
 

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.measures import CLOSE, listed
+from ris_fast.health.preflight.pairing import as_believed, belonging, with_factor
 from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.snr import labels_differ
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.compiled_model import Network
 from ris_fast.training.step import network_inputs
@@ -27,6 +29,8 @@ ROUNDING = 1e-4  # relative, of a scene that is made in another batch
 # of what kind of scenes, in `known` of the context: masked anew in each reading; these parts change in each reading
 MASKED, REDRAWN = "masked", "redrawn"
 MASKED_ANEW = "numbers of the training scenes are zero in one reading and not in another: a mask is drawn anew"
+AUGMENTED = "training scenes have other snapshots in each reading, and theirs by their channel and targets each time"
+SNAPSHOTS = frozenset(("snapshots", "snr_db", "channel", "codes", "effective_channel"))  # and nothing of the answer
 MEANT = " Where training scenes are augmented anew each time, that is meant."
 
 
@@ -58,11 +62,29 @@ def scenes_again(context: PreflightContext) -> Iterator[Finding]:
                 continue
             if names:
                 context.known[REDRAWN, what] = names
+                if split == "train" and names is not changed and _still_theirs(context, names, kept, again):
+                    context.note = AUGMENTED
+                    return
                 how += f": their {listed(names)}{', by zeros in other places,' if masked else ''}"
                 yield _change(what, len(index), how, certain=split == "val")
                 return
     if not context.known[MASKED, "training"]:
         yield from _as_served(context)
+
+
+def _still_theirs(context: PreflightContext, names: list[str], *readings: Scenes) -> bool:
+    """Whether what is drawn anew is not of the answer, and belongs to it in each reading at the SNR that is said, as
+    noise or a phase that augments training leaves it."""
+    if not SNAPSHOTS.issuperset(names):
+        return False
+    task = context.config.task
+    for scenes in readings:
+        scenes = as_believed(with_factor(scenes), task)
+        if scenes.channel is None or scenes.factor is None or belonging(scenes, task.symbols == "static").mixed_up:
+            return False
+        if labels_differ("training", scenes, task.symbols == "static")[0] is not None:
+            return False
+    return True
 
 
 def _by_a_mask(one: Scenes, other: Scenes) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.autograd import flattened_at
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, listed
 from ris_fast.health.preflight.probe import PreflightContext, layer_calls
@@ -63,6 +64,16 @@ def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
         total, _, _, layers = _forward(context, scenes, 2)
         again = _lost_inside(layers, derivatives(total, list(layers.values())))
         lost = {name: both for name in lost if name in again and _most(both := lost[name] & again[name])}
+    if lost and (flat := flattened_at(_forward(context, scenes, 1)[0])):
+        yield Finding(
+            "saturated_output",
+            f"most of the gradient's numbers arrive at {listed(list(dict.fromkeys(flat)))} and leave as zero: what is"
+            f" given there lies where it is flat, and {max(int(each.sum()) for each in lost.values())} of"
+            f" {scenes.batch} scenes have no gradient at {listed(list(lost))}.",
+            advice="Print what the sigmoid, softmax or tanh is given. Bring it to numbers of order one.",
+            certain=False,
+        )
+        return
     if lost:
         name = max(lost, key=lambda each: int(lost[each].sum()))
         more = f"a gradient at the output and none at {listed(list(lost))}"

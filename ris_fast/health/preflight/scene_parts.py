@@ -25,6 +25,7 @@ from ris_fast.health.preflight.pairing import (
     with_factor,
 )
 from ris_fast.health.preflight.probe import FEWEST, PreflightContext
+from ris_fast.health.preflight.refit import explains
 from ris_fast.health.preflight.rereads import REDRAWN
 from ris_fast.health.preflight.scenes import all_scenes
 from ris_fast.health.preflight.snr import labels_differ
@@ -44,6 +45,10 @@ NO_SIGNAL = (
 NO_SOURCES = (
     "Look at how R is made: the order of its elements, the array and the wavelength; then whether its rows are those"
     " of y."
+)
+NO_CODES = (
+    "Compare codes, channel and snapshots with what made the data, number by number: rounding to whole numbers or to"
+    " too few phases, another code book, and for antennas their order, gains and any transform of one of the two."
 )
 PARTS = (("shuffled_labels", "factor"), ("mismatched_channel", "channel"), ("stale_cache", "snapshots"))
 
@@ -107,6 +112,8 @@ def _together(context: PreflightContext, what: str, scenes: Scenes) -> tuple[Fin
         labels, said = labels_differ(what, scenes, model == "static") if other is None else (other, "")
         if other is None and labels is not None and (target := _inexact_target(what, scenes, model == "static")):
             labels = target
+        elif other is None and labels is not None and (fitted := explains(scenes, model == "static")):
+            labels = Finding("parts_unrelated", f"{labels.evidence.partition(';')[0]}; {fitted}.", advice=NO_CODES)
         return labels, (
             said if found.group()[1] * DEVIATIONS < 1 else f"not checked: too few {what} scenes are loud enough"
         )
@@ -125,6 +132,8 @@ def _together(context: PreflightContext, what: str, scenes: Scenes) -> tuple[Fin
         if share > max(WHOLE - 0.1, 1.5 * _mean(found, rows)):
             advice = "Give --set task.symbols=per_snapshot." if cause == "task_differs" else ""
             return Finding(cause, f"{seen}; {how} they explain {share:.0%}.", advice=advice), ""
+    if fitted := explains(scenes, model == "static"):
+        return Finding("parts_unrelated", f"{seen}; {fitted}.", advice=NO_CODES), ""
     if not _of_some_field(scenes, rows, model == "static"):
         labels, _ = labels_differ(what, scenes, model == "static")
         if labels is not None:

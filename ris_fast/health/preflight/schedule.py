@@ -17,6 +17,7 @@ SHORTEST_PATH = 0.01  # all rates added up, beside the size of the weights: Adam
 DECAY_PER_STEP = 0.01  # share of a weight that decay takes in one step; a hundred steps then forget it
 WILD = 20.0  # times the size of a weight in one step
 FLIPPED = 2.0  # share from which a weight that decays grows, with the other sign each time
+TINY = 1e-3  # numbers of a tensor
 CLIPPED_TO = 1e-3  # of the first gradient's norm
 
 
@@ -108,6 +109,9 @@ def first_gradient(context: PreflightContext) -> Iterator[Finding]:
     limit = context.optimizer.max_grad_norm or math.inf
     sizes = [rms(part) * min(1.0, limit / norm) for part in parts]
     size, largest = median(sizes), max(sizes)
+    if (loud := _loud(context, limit)) is not None:
+        yield loud
+        return
     eps = max(group.get("eps", 0.0) for group in context.optimizer.param_groups)
     if limit < CLIPPED_TO * norm and eps > size:
         yield Finding(
@@ -123,6 +127,27 @@ def first_gradient(context: PreflightContext) -> Iterator[Finding]:
             "smaller than the learning rate says.",
             certain=eps > largest,
         )
+
+
+def _loud(context: PreflightContext, limit: float) -> Finding | None:
+    """A tensor of tiny numbers that alone makes the gradient as large, where a clip cuts all of it to nothing."""
+    live = context.trainable
+    for name, tensor in live.items():
+        if not 0 < (tiny := rms(tensor)) < TINY:
+            continue
+        norms = []
+        for larger in (0.0, 1.0 / tiny - 1.0):
+            with context.moved([tensor], [tensor.detach().clone()], larger):
+                norms.append(total_norm(derivatives(context.run()[0], list(live.values()))))
+        if norms[1] * CLIPPED_TO < limit < norms[0] * CLIPPED_TO:
+            return Finding(
+                "bad_initialisation",
+                f"the numbers of {name} are {tiny:.1e} at the start, and the gradient of all has norm {norms[0]:.2g}"
+                f" with them and {norms[1]:.2g} with numbers of order one: what they multiply is next to nothing, a"
+                f" normalisation behind makes up for that, and the clip to {limit:g} leaves nothing of the gradient.",
+                certain=False,
+            )
+    return None
 
 
 CHECKS = {"the schedule of the whole run": rates, "clipping and epsilon beside the first gradient": first_gradient}

@@ -21,6 +21,8 @@ SMALLER = 0.9  # times the first weights' norm, which an average that starts at 
 NEARLY, SEARCHED = 0.03, 512  # of the last step; updates
 SQUARED, LOST = 1e-15, 0.01  # a first moment whose square float32 can hold; share of the numbers
 ROUNDING = 1e-6  # of the weights: a shorter way is lost in an average's rounding
+ALIKE = 1e-3  # of the way: between an average and the mean of all weights so far
+PIECE, LONGEST, BEYOND_WARMUP = 256, 400, 2.0  # numbers of a tensor; updates; times the memory of the planned average
 
 
 def several_steps(context: PreflightContext) -> Iterator[Finding]:
@@ -30,6 +32,7 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
     before = context.optimizer.counters()
     furthest = last = 0.0
     idle = 0
+    trail = [_pieces(context)]
     for number in range(STEPS):
         applied.append(context.optimizer.counters()["applied"])
         group = few_scenes(context.groups[number % len(context.groups)])
@@ -37,6 +40,7 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
         taken = take_step(context, group, planned, number, gradients=False)
         rates.append(taken.rates)
         held.append([float(each["lr"]) for each in context.optimizer.param_groups])
+        trail.append(_pieces(context))
         way = _way(context.parameters, first)
         idle += taken.attempted == 0 and way == last
         furthest, last = max(furthest, way), way
@@ -65,7 +69,51 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
         )
     moved = any(not torch.equal(value, first[name]) for name, value in context.parameters.items())
     if moved and context.optimizer.ema_decay and all_finite(context.parameters.values()):
-        yield from _average(context, first, furthest, previous)
+        found = list(_average(context, first, furthest, previous))
+        yield from found or _mean_of_all(context, trail)
+
+
+def _pieces(context: PreflightContext) -> Tensor:
+    """The first numbers of each tensor, in one row of float64."""
+    return torch.cat([each.detach().flatten()[:PIECE].double() for each in context.parameters.values()])
+
+
+def _mean_of_all(context: PreflightContext, trail: list[Tensor]) -> Iterator[Finding]:
+    """The averaged weights forget: they are not the mean of all weights since the start, each as much as the last.
+
+    An average that warms up is that mean at first. So where it is, the optimizer goes on by itself until a planned
+    average would have forgotten.
+    """
+    weights, decay = trail[1:], context.optimizer.ema_decay or 0.0
+    memory = 1.0 / (1.0 - decay) if decay < 1.0 else LONGEST
+    updates = int(BEYOND_WARMUP * memory)
+    if not STEPS < updates <= LONGEST or not _is_mean_of(context, weights):
+        return
+    generator = torch.Generator().manual_seed(61)
+    while len(weights) < updates:
+        for parameter in context.trainable.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
+        context.optimizer.step()
+        weights.append(_pieces(context))
+    if _is_mean_of(context, weights):
+        yield Finding(
+            "ema_cold",
+            f"after {updates} updates the averaged weights are the mean of all weights since the first, each as much as"
+            f" the last, though the run's average has a decay of {decay:g}, which is one over some {memory:.0f} steps:"
+            " it forgets nothing, and the longer the run, the further it stays behind. Where all weights are to be"
+            " averaged alike, that is meant.",
+            advice="Average with a decay, as optimizer.ema_decay says; a mean over all weights is for the end of a run,"
+            " from a step on at which they are good already.",
+            certain=False,
+        )
+
+
+def _is_mean_of(context: PreflightContext, weights: list[Tensor]) -> bool:
+    rows = torch.stack(weights)
+    with context.optimizer.ema():
+        mean = _pieces(context)
+    way = float((rows[-1] - rows[0]).norm())
+    return way > 0 and float((mean - rows.mean(0)).norm()) < ALIKE * way
 
 
 def _second_moments(context: PreflightContext) -> Iterator[Finding]:

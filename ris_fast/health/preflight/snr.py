@@ -3,6 +3,8 @@ no less."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ MANY, FEW_SCENES = 0.25, 16  # of the scenes that are measured, how many disagre
 # of all scenes, and of those loud enough by their labels, how many must be measured: a few fit by chance
 MEASURED, EXPECTED = 0.1, 1 / 3
 FAR_DB, OFFSET_DB = 3.0, 1.5  # beyond the measurement's own deviation; of the median that is noted
+LOOSE = 0.4  # of what is unexplained beyond the labels: its usual distance from the median, where it is one floor
 ALIKE_DB = 1.5  # from the median, within which labels that are fixed agree
 
 
@@ -38,7 +41,25 @@ def labels_differ(what: str, scenes: Scenes, static: bool) -> tuple[Finding | No
         f" {_ends(found.measured_db)} dB"
     )
     how, advice = _how(found, middle)
+    if not advice and (floor_db := _floor_db(found)) is not None:
+        how = (
+            f"beside what the labels say there is about as much unexplained in each, {floor_db:.1f} dB below the signal"
+            " whatever the label. The two likeliest: noise of one strength was added and not labelled, or the channel"
+            " or the codes are not exactly those of the snapshots, as of an estimate. Which: whether codes and channel"
+            " are those that made the snapshots, bit for bit; for an estimated channel give task.channel_snr_db"
+        )
+        return Finding("snr_labels_differ", f"{seen}; {how}.", certain=False), ""
     return Finding("snr_labels_differ", f"{seen}; {how}.", advice=advice), ""
+
+
+def _floor_db(found: SnrLabels) -> float | None:
+    """What is unexplained beyond the labels, below the signal in dB, where it is about the same in all scenes."""
+    beyond = 10.0 ** (-found.measured_db / 10.0) - 10.0 ** (-found.labels_db / 10.0)
+    middle = float(beyond.median())
+    labels_vary = float(found.labels_db.max() - found.labels_db.min()) > FAR_DB
+    if not labels_vary or not middle > 0 or float((beyond - middle).abs().median()) > LOOSE * middle:
+        return None
+    return -10.0 * math.log10(middle)
 
 
 def _how(found: SnrLabels, middle: float) -> tuple[str, str]:

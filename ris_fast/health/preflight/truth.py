@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ LEANS = 0.1  # a turn by less is that of a number, such as a mean over the batch
 OTHERS = 1e-3  # relative change of a direction that rounding does not make
 SHIFT_RAD, SHIFT_LOG = 0.02, 0.05
 GROWS = 1e-3  # relative, from one point of the way to the truth to the next
+STEEP = 0.5  # of the slope at an untrained network's answers
 NOISY = 0.1  # of the size of the true factors
 COVARIANCE = ("cov", "cov_pred")
 LOCATED = {"angle": "azimuth", "range": "range_m", "chamfer": "azimuth"}
@@ -104,6 +106,25 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
             certain=False,
         )
         return
+    if _reads_padding(context, name, guess):
+        yield Finding(
+            "parts_unrelated",
+            f"the term {name} changes with the places and powers of sources that its scenes do not have: it compares"
+            " answers with the padding of the labels.",
+            advice="Multiply by (scenes.power > 0), or by the first scenes.count slots, and divide by how many these"
+            " are.",
+            certain=False,
+        )
+        return
+    if where := _slope_at_truth(context, name, guess):
+        yield Finding(
+            "loss_sign",
+            f"at the true places the term {name} still has a slope in {where}, about as steep as at the answers of an"
+            " untrained network: it is not lowest there, as where answers are matched with the farthest source, or"
+            " with another scene's.",
+            certain=False,
+        )
+        return
     if not _outweighs(context, name, guess):
         return
     right = oracle(scenes, guess).factor
@@ -121,6 +142,45 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
             " grows as the answer gets better. Where it holds the network back on purpose, that is meant.",
             certain=False,
         )
+
+
+def _slope_at_truth(context: PreflightContext, name: str, guess: Prediction) -> str:
+    """A place in which a term that reads its labels is as steep at the truth as elsewhere; '' where none is."""
+    scenes, places = context.scenes, ("azimuth", "elevation", "range_m")
+    if scenes.azimuth is None or guess.azimuth is None:
+        return ""
+    rolled = replace(scenes, **{each: getattr(scenes, each).roll(1, 0) for each in places})
+    for place in places:
+        sizes = []
+        for answer, asked in ((guess, scenes), (oracle(scenes, guess), scenes), (guess, rolled)):
+            value = getattr(answer, place).detach().float().clone().requires_grad_()
+            term = context.loss(answer._replace(**{place: value}), asked)[1][name]
+            slope = torch.autograd.grad(term, value, allow_unused=True)[0] if term.requires_grad else None
+            if slope is None or not bool(slope.isfinite().all()) or not bool(slope.any()) and not sizes:
+                break
+            sizes.append(slope)
+        if (
+            len(sizes) == 3
+            and not torch.equal(sizes[0], sizes[2])
+            and float(sizes[1].norm()) > STEEP * float(sizes[0].norm())
+        ):
+            return place.removesuffix("_m")
+    return ""
+
+
+def _reads_padding(context: PreflightContext, name: str, guess: Prediction) -> bool:
+    """Whether the term changes with labels of sources that are not there."""
+    scenes = context.scenes
+    if scenes.azimuth is None or scenes.power is None or scenes.power.shape != scenes.azimuth.shape:
+        return False
+    there = active_sources(scenes.count, scenes.power.shape[1])
+    if bool(there.all()):
+        return False
+    names = [each for each in ("azimuth", "elevation", "range_m") if getattr(scenes, each) is not None]
+    other = {each: torch.where(there, getattr(scenes, each), getattr(scenes, each) + 0.37) for each in names}
+    torch.manual_seed(0)
+    first, again = (term_values(context, guess, scenes)[name] for _ in range(2))
+    return first == again and term_values(context, guess, replace(scenes, **other))[name] != first
 
 
 def _outweighs(context: PreflightContext, name: str, guess: Prediction) -> bool:
@@ -285,7 +345,7 @@ def _shifted(context: PreflightContext, right: Prediction, scenes: Scenes) -> It
     scores = term_values(context, moved, scenes)
     expected = {"angle": ANGLE_DELTA * (SHIFT_RAD - ANGLE_DELTA / 2), "chamfer": 2 * SHIFT_RAD**2}
     for name, value in expected.items():
-        if scores.get(name) and not 0.3 * value < scores[name] < 3.0 * value:
+        if scores.get(name) and math.isfinite(scores[name]) and not 0.3 * value < scores[name] < 3.0 * value:
             yield Finding(
                 "wrong_units",
                 f"azimuths that are wrong by {SHIFT_RAD} rad have a {name} loss of "
@@ -295,7 +355,7 @@ def _shifted(context: PreflightContext, right: Prediction, scenes: Scenes) -> It
     if right.range_m is not None and "range" in scores:
         value = SHIFT_LOG**2 / 2
         found = term_values(context, right._replace(range_m=right.range_m * math.exp(SHIFT_LOG)), scenes)["range"]
-        if not 0.3 * value < found < 3.0 * value:
+        if math.isfinite(found) and not 0.3 * value < found < 3.0 * value:
             yield Finding(
                 "wrong_units", f"ranges that are 5 % too long have a range loss of {found:.3g}; {value:.3g} is right."
             )
