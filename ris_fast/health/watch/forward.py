@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.optim import Optimizer
 
-from ris_fast.health.watch.any_step import listen, stop_listening
 from ris_fast.health.watch.call_site import call_site
 from ris_fast.health.watch.copies import CopyRecord, copies_of
 from ris_fast.health.watch.draws import has_moved, own_dropouts, random_state
@@ -124,9 +123,9 @@ class ForwardHooks:
         self.whole: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the model and what compiles it
         self.hooks: list[Any] = []
         self.searched = False
+        self.settled = False  # a training pass before a step that is not looked at is only counted
         self.copies: list[CopyRecord] = []  # at the first step, where no pass was heard before it
         self._hook_whole(model)
-        listen(self)
         of_part = CopiedHook(self._part, self._part_again)
         parts = (
             [] if _compiled(model) else [part for part in model.modules() if part is not model and takes_hooks(part)]
@@ -163,7 +162,6 @@ class ForwardHooks:
         for hook in (*self.hooks, *self.part_hooks):
             hook.remove()
         self.hooks, self.part_hooks = [], []
-        stop_listening(self)
 
     def record(self) -> ForwardRecord:
         """All that was seen. Reads the device."""
@@ -198,6 +196,8 @@ class ForwardHooks:
         if module is not self.model and module not in self.whole:
             return
         self.was_training = module.training
+        if self.settled and self.was_training:
+            return
         if self.inside or self.part_calls.sequences:
             self.inside, self.part_calls.sequences = [], []
         self.layers.begin()
@@ -215,20 +215,33 @@ class ForwardHooks:
         if module is not self.model and module not in self.whole:
             return
         self.count += 1
+        grad = torch.is_grad_enabled()
+        kind = self.was_training, grad
+        self.made[kind] += 1
+        if self.settled and kind == TRAINING and not self._before_a_look():
+            return
         if self.writes.input is not None:
             self.writes.finish()
         if self.functions.wrapped:
             self.functions.finish()
         if not self.was_training and self.random and self._is_evaluation():
             self.drawn.append(has_moved(self.random, random_state()))
-        if self.was_training and torch.is_grad_enabled() and any(e.schedule.due(e.steps) for e in self.by_optimizer):
+        if kind == TRAINING and any(each.schedule.due(each.steps) for each in self.by_optimizer):
             self.last_outputs = [each for each in tensors_of(output)[:4] if each.requires_grad]
-        kind = self.was_training, torch.is_grad_enabled()
-        self.made[kind] += 1
         if self._due(kind):
             self.looked[kind] += 1
             with torch.no_grad():
-                self._look(tensors_of((args, kwargs) if kwargs else args), tensors_of(output), kind[1])
+                self._look(tensors_of((args, kwargs) if kwargs else args), tensors_of(output), grad)
+        if kind == TRAINING:
+            self.settled = self.made[kind] > self.first and not (self.part_hooks or self.writes.listens)
+
+    def _before_a_look(self) -> bool:
+        """Whether some optimizer's next step is looked at, or is one in `every`."""
+        for each in self.by_optimizer:
+            steps = each.every_step.steps
+            if steps >= each.schedule.next or not steps % self.every:
+                return True
+        return False
 
     def _due(self, kind: tuple[bool, bool]) -> bool:
         """Whether a pass is looked at: the first in training, then those of some steps; of others some between two

@@ -73,12 +73,12 @@ class GradientWatch:
         self.hooked, self.alone = list(wanted), not (dist.is_available() and dist.is_initialized())
         self.hooks = [p.register_post_accumulate_grad_hook(self.arrival) for p in wanted]
 
-    def _arrive(self, parameter: Tensor) -> None:
+    def _arrive(self, parameter: Tensor, grad: Tensor) -> None:
         """After backward has added to a gradient."""
         began = perf_counter()
         if not self.waiting and not self.batches and self.first_arrival is not None:
             self.first_arrival()
-        self.waiting[id(parameter)] = _norm_in_cache(parameter.grad)
+        self.waiting[id(parameter)] = _norm_in_cache(grad)
         self.cost_s += perf_counter() - began
         task = torch._C._current_graph_task_id()
         if not self.alone or task == -1 or _is_shared(parameter):
@@ -240,7 +240,7 @@ def _is_shared(parameter: Tensor) -> bool:
 class Listener(Protocol):
     """Hears of gradients."""
 
-    def _arrive(self, parameter: Tensor) -> None: ...
+    def _arrive(self, parameter: Tensor, grad: Tensor) -> None: ...
 
 
 def arrival_hook(listener: Listener) -> Callable[[Tensor], None]:
@@ -250,8 +250,8 @@ def arrival_hook(listener: Listener) -> Callable[[Tensor], None]:
 
     @eager_hook
     def arrived(parameter: Tensor) -> None:
-        if (listener := me()) is not None and parameter.grad is not None:
-            listener._arrive(parameter)
+        if (listener := me()) is not None and (grad := parameter.grad) is not None:
+            listener._arrive(parameter, grad)
 
     return arrived
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ris_fast.health.watch.any_step import listen, stop_listening
 from ris_fast.health.watch.eager import takes_hooks
 from ris_fast.health.watch.forward import CopiedHook, is_modal
 from ris_fast.health.watch.hooks import OptimizerHooks
@@ -74,7 +73,6 @@ class Helpers:
         self.found: list[_Helper] = []
         self.next = SEARCHES[0]
         self.samples = 0
-        listen(self)
 
     def stepped(self, optimizer: Optimizer) -> None:
         """After a step of any optimizer."""
@@ -91,7 +89,6 @@ class Helpers:
             self.next = step + 1 if self.samples % 2 else step + max(2, step // GROWING)
 
     def close(self) -> None:
-        stop_listening(self)
         for helper in self.found:
             helper.unhook()
 

@@ -101,7 +101,6 @@ class OptimizerHooks:
             between=self.passes.record(),
             numbers=self.origin.numbers(parameters, self.live, self.sample),
             outside=[each.on_host() for each in self.outside.changes],
-            pairs=self.outside.pairs,
             denominators=denominators(self.optimizer, parameters),
             rivals=[each for each in self.rivals.rivals if each.shared & ids],
             loads=self.loads,

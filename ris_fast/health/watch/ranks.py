@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from ris_fast.health.watch.clock import Clock
 from ris_fast.health.watch.eager import eager, eager_hook
+from ris_fast.health.watch.hooks import OptimizerHooks
 from ris_fast.health.watch.records import PassRecord, RankOptimizer, RankRecord, RanksRecord, RankStep, Wrapper
 from ris_fast.health.watch.samples import has_norm, held_tensors
 
@@ -45,21 +46,30 @@ def several_ranks() -> bool:
 class RankHooks:
     """Hooks around one optimizer's steps and on the gradients of some of its tensors; idle in a single process."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, every: int, clock: Clock) -> None:
-        self.model, self.optimizer, self.every, self.clock = model, optimizer, every, clock
-        self.steps = 0
+    def __init__(self, model: nn.Module, by: OptimizerHooks, every: int) -> None:
+        self.model, self.by, self.optimizer, self.every = model, by, by.optimizer, every
         self.records: list[RankStep] = []
         self.arrived: dict[int, Tensor] = {}  # since the last step: a few numbers of the gradient
         self.held_back = False  # DistributedDataParallel was told not to reduce at the last backward
         self.wrappers: list[nn.parallel.DistributedDataParallel] = []
-        self.active = False  # several ranks were seen
         self.probe: Tensor | None = None  # a small tensor whose gradient is looked at in every step
         self.any: deque[tuple[int, Tensor]] = deque(maxlen=LAST)  # step, whether the probe's gradient is not all zeros
         self.hooked: list[Tensor] = []
         self.grad_hooks: list[Any] = []
         self.gradient_hook = _gradient_hook(self)
         self.wrapper: Wrapper | None = None  # which may be gone when the report comes
-        self.step_hooks = [optimizer.register_step_post_hook(self._after)]
+        self.step_hooks: list[Any] = []
+
+    @property
+    def steps(self) -> int:
+        return self.by.steps
+
+    def begin(self) -> None:
+        """Several ranks were seen."""
+        self.step_hooks = [
+            self.optimizer.register_step_pre_hook(self._before),
+            self.optimizer.register_step_post_hook(self._after),
+        ]
         self._hook_gradients()
 
     def close(self) -> None:
@@ -86,20 +96,13 @@ class RankHooks:
             full_steps=[step for step, flag in zip(steps, flags) if flag],
         )
 
-    def _due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether the next step is looked at: the same steps on all ranks."""
         return self.steps < DENSE or self.steps % self.every == 0
 
     def _hook_gradients(self) -> None:
         """Hooks on gradients for the next step: on all that are looked at, or on the small one alone."""
-        due = self._due()
-        if not self.active:
-            if not due or not several_ranks():
-                return
-            self.active = True
-            self.step_hooks.append(self.optimizer.register_step_pre_hook(self._before))
-        self.clock.start()
-        if due:
+        if self.is_due():
             chosen = list(self.chosen().values())
             self.probe = min(chosen, key=lambda p: (p.numel() < NUMBERS, p.numel()), default=None)
             self.wrappers = wrappers_in(self.model)
@@ -126,14 +129,14 @@ class RankHooks:
             if self.any and self.any[-1][0] == self.steps:
                 self.any.pop()
             self.any.append((self.steps, grad.any()))
-        if self._due():
+        if self.is_due():
             with torch.no_grad():
                 self.arrived[id(parameter)] = few_numbers([grad])
             self.held_back = any(not each.require_backward_grad_sync for each in self.wrappers)
 
     @eager
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._due():
+        if not self.is_due():
             return
         if not any(callable(each) and not isinstance(each, Optimizer) for each in (*args, *kwargs.values())):
             self._look()
@@ -159,8 +162,7 @@ class RankHooks:
 
     @eager
     def _after(self, *_: Any) -> None:
-        self.steps += 1
-        if self.arrived or self._due():
+        if self.arrived or self.is_due():
             self.arrived.clear()
             self._hook_gradients()
 
@@ -178,23 +180,32 @@ def _gradient_hook(hooks: RankHooks) -> Callable[[Tensor], None]:
 
 
 def _count_steps(observer: ref[RankObserver]) -> int:
-    return sum(hooks.steps for hooks in found.hooks) if (found := observer()) is not None else 0
+    return sum(each.steps for each in found.hooks) if (found := observer()) is not None else 0
 
 
 class RankObserver:
     """All optimizers of a watched loop, the clock that tells where ranks stand, and their meeting at a report."""
 
     def __init__(
-        self, model: nn.Module, optimizers: Sequence[Optimizer], every: int, stall_s: float | None = None
+        self, model: nn.Module, by_optimizer: Sequence[OptimizerHooks], every: int, stall_s: float | None = None
     ) -> None:
         self.model, self.number = model, next(_numbers)
-        self.hooks: list[RankHooks] = []
+        self.active = False  # several ranks were seen
+        self.hooks = [RankHooks(model, each, every) for each in by_optimizer]
         self.clock = Clock(partial(_count_steps, ref(self)), stall_s)
-        self.hooks += [RankHooks(model, each, every, self.clock) for each in optimizers]
         if stall_s is not None:
             self.clock.start()
+        self.begin()
         self.left: list[str] = []  # keys of this rank in the store
         self.reports, self.alone = 0, False
+
+    def begin(self) -> None:
+        """Once there are several ranks, before a step that all of them look at."""
+        if not self.active and all(each.is_due() for each in self.hooks) and several_ranks():
+            self.active = True
+            self.clock.start()
+            for each in self.hooks:
+                each.begin()
 
     def close(self) -> None:
         """Takes every hook away, and ends the clock."""

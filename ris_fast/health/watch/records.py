@@ -109,8 +109,8 @@ class OptimizerRecord:
         arrived: norms of the gradients that came since the last step; passes: backward passes before the first step;
         cleared: those that found the gradients of the pass before gone; histories: of its tensors over all steps;
         plain: what is known of every step; between: backward passes between two steps; numbers: of the tensors that
-        have been in a step that was looked at, by name; outside: changes of weights between two steps, of `pairs` that
-        were compared; denominators: see `denominators`; rivals: optimizers that the watch was not given, which step on
+        have been in a step that was looked at, by name; outside: changes of weights between two steps; denominators:
+        see there; rivals: optimizers that the watch was not given, which step on
         tensors of this one; loads: how often its state was loaded; reloads: with as many steps behind it as that
         loaded before, although steps were made since; span: its first and last step, counted in those of all
         optimizers; gradient: of the last look.
@@ -132,7 +132,6 @@ class OptimizerRecord:
     between: Passes
     numbers: dict[str, NumbersRecord]
     outside: list[OutsideChange]
-    pairs: int
     denominators: dict[str, tuple[float, float]]
     rivals: list[Rival]
     loads: int

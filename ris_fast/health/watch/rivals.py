@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
-from ris_fast.health.watch.any_step import listen, stop_listening
-
 KEPT = 32
 
 
@@ -42,7 +40,6 @@ class Rivals:
         self.count = 0  # optimizers that were not given, and share tensors
         self.clock = 0
         self.inside: Optimizer | None = None  # the one whose step runs
-        listen(self)
 
     def stepped(self, optimizer: Optimizer) -> None:
         """After a step of any optimizer."""
@@ -93,6 +90,3 @@ class Rivals:
             for ref, rival in self.known.values()
             if ref() is not optimizer and not rival.shared.isdisjoint(tensors)
         )
-
-    def close(self) -> None:
-        stop_listening(self)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ris_fast.health.finding import Finding, ranked
 from ris_fast.health.names import check_beginnings
+from ris_fast.health.watch.any_step import listen, stop_listening
 from ris_fast.health.watch.backward import BackwardLosses
 from ris_fast.health.watch.copies import ModelLoads
 from ris_fast.health.watch.forward import ForwardHooks
@@ -68,7 +69,8 @@ class Watcher:
         for each in self.hooks:
             each.gradients.first_arrival = self.backwards.note
         self.helpers = Helpers(model, self.hooks)
-        self.ranks = RankObserver(model, self.optimizers, every, stall_s)
+        self.ranks = RankObserver(model, self.hooks, every, stall_s)
+        listen(self)
 
     @property
     def steps(self) -> int:
@@ -90,6 +92,13 @@ class Watcher:
         if self.left is None:
             guarded(self.losses.note, value, outputs, targets, self.model.training)
         return value
+
+    def stepped(self, optimizer: Optimizer) -> None:
+        """After a step of any optimizer of the process."""
+        self.rivals.stepped(optimizer)
+        self.forward.stepped(optimizer)
+        self.helpers.stepped(optimizer)
+        self.ranks.begin()
 
     def __enter__(self) -> Watcher:
         return self
@@ -115,7 +124,7 @@ class Watcher:
         self.left, self.steps_made = left, steps
 
     def _take_hooks_away(self) -> None:
-        self.rivals.close()
+        stop_listening(self)
         for hooks in self.hooks:
             hooks.close()
         self.forward.close()
