@@ -103,7 +103,7 @@ class GradientWatch:
             return
         with torch.no_grad():
             grads = [p.grad for p in came]
-            some = [few_of(grad.detach()) for grad in grads]
+            some = list(map(few_of, grads))
             batch = Arrivals(
                 ids=list(map(id, came)),
                 states=[(id(grad), grad._version) for grad in grads],

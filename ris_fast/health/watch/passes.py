@@ -53,9 +53,7 @@ class PassCounter:
         self.passes, self.last, self.version = self.passes + 1, weakref.ref(grad), parameter._version
 
     def before(self) -> None:
-        """Before a step: closes the interval."""
-        if not self.passes:
-            return
+        """Before a step after some passes: closes the interval."""
         if self.parameter is not None:
             key = self.passes, self.cleared, not self.moved and self.one_site
             if key in self.intervals or len(self.intervals) < KINDS:

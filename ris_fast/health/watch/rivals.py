@@ -37,7 +37,6 @@ class Rivals:
         self.given, self.watched = [weakref.ref(each) for each in given], watched
         self.known: dict[int, tuple[weakref.ref[Optimizer], Rival]] = {}
         self.rivals: list[Rival] = []
-        self.count = 0  # optimizers that were not given, and share tensors
         self.clock = 0
         self.inside: Optimizer | None = None  # the one whose step runs
 
@@ -63,7 +62,6 @@ class Rivals:
             self.clock,
         )
         if rival.shared and not given:
-            self.count += 1
             self.rivals = [*self.rivals[: KEPT // 2], *self.rivals[KEPT // 2 :][-KEPT // 2 :], rival]
         return rival
 

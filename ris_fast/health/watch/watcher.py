@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from ris_fast.health.watch.guard import FAILURES, guarded, say_failure, warn
 from ris_fast.health.watch.helpers import Helpers
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.loss import LossHook
-from ris_fast.health.watch.ranks import RankObserver
+from ris_fast.health.watch.ranks import DENSE, RankObserver
 from ris_fast.health.watch.records import LoopRecord, StepRecord, TensorRecord
 from ris_fast.health.watch.rivals import Rivals
 from ris_fast.health.watch.rules import find_mistakes
@@ -97,8 +98,12 @@ class Watcher:
         """After a step of any optimizer of the process."""
         self.rivals.stepped(optimizer)
         self.forward.stepped(optimizer)
-        self.helpers.stepped(optimizer)
-        self.ranks.begin()
+        first = self.hooks[0]
+        steps = first.every_step.steps
+        if steps >= self.helpers.next and optimizer is first.optimizer:
+            self.helpers.look(steps, sys._getframe(1))
+        if steps <= DENSE and not self.ranks.active:
+            self.ranks.begin()
 
     def __enter__(self) -> Watcher:
         return self
