@@ -38,6 +38,7 @@ from ris_fast.health.watch.samples import held_tensors
 from ris_fast.health.watch.tensors import (
     KEY_NUMBERS,
     KEYS,
+    NEITHER,
     few_rows,
     is_plain,
     largest_in_rows,
@@ -86,8 +87,9 @@ class ForwardHooks:
         self.random: list[Any] = []
         self.whole: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the model and what compiles it
         self.hooks: list[Any] = []
+        self.after_hooks: list[Any] = []
         self.searched = False
-        self.settled = False  # a training pass before a step that is not looked at is only counted
+        self.settled = False  # before a step that is not looked at, training passes are only counted, without `_after`
         self.copies: list[CopyRecord] = []  # at the first step, where no pass was heard before it
         self._hook_whole(model)
 
@@ -95,10 +97,16 @@ class ForwardHooks:
         if not takes_hooks(module):
             return
         self.whole.add(module)
-        self.hooks += [
-            module.register_forward_pre_hook(CopiedHook(self._before), with_kwargs=True),
-            module.register_forward_hook(CopiedHook(self._after), with_kwargs=True),
-        ]
+        self.hooks += [module.register_forward_pre_hook(CopiedHook(self._before), with_kwargs=True)]
+        self._hook_after(module)
+
+    def _hook_after(self, module: nn.Module) -> None:
+        self.after_hooks.append(module.register_forward_hook(CopiedHook(self._after), with_kwargs=True))
+
+    def _unhook_after(self) -> None:
+        for hook in self.after_hooks:
+            hook.remove()
+        self.after_hooks = []
 
     def _hook_wrappers(self) -> None:
         """Where no pass was heard before the first step: what `torch.compile` has made of the model is called in its
@@ -121,6 +129,7 @@ class ForwardHooks:
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
+        self._unhook_after()
         self.parts.unhook()
 
     def record(self) -> ForwardRecord:
@@ -156,8 +165,14 @@ class ForwardHooks:
         if module is not self.model and module not in self.whole:
             return
         self.was_training = module.training
-        if self.settled and self.was_training:
-            return
+        if self.settled:
+            if self.was_training and torch.is_grad_enabled() and not self._before_a_look():
+                if self.after_hooks:  # which a pass that raised an error has left
+                    self._unhook_after()
+                self._count(TRAINING)
+                return
+            if not self.after_hooks:
+                self._hook_after(module)
         self.parts.begin()
         if self.parts.hooks and self.leaves.functions and module.training and torch.is_grad_enabled():
             self.functions.begin(self.leaves.functions)
@@ -172,12 +187,8 @@ class ForwardHooks:
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if module is not self.model and module not in self.whole:
             return
-        self.count += 1
-        grad = torch.is_grad_enabled()
-        kind = self.was_training, grad
-        self.made[kind] += 1
-        if self.settled and kind == TRAINING and not self._before_a_look():
-            return
+        kind = self.was_training, torch.is_grad_enabled()
+        self._count(kind)
         if self.writes.input is not None:
             self.writes.finish()
         if self.functions.wrapped:
@@ -189,9 +200,15 @@ class ForwardHooks:
         if self._due(kind):
             self.looked[kind] += 1
             with torch.no_grad():
-                self._look(tensors_of((args, kwargs) if kwargs else args), tensors_of(output), grad)
-        if kind == TRAINING:
+                self._look(tensors_of((args, kwargs) if kwargs else args), tensors_of(output), kind[1])
+        if kind == TRAINING and len(self.whole) == 1:  # else the hooks are part of what is compiled
             self.settled = self.made[kind] > self.first and not (self.parts.hooks or self.writes.listens)
+        if self.settled:
+            self._unhook_after()
+
+    def _count(self, kind: tuple[bool, bool]) -> None:
+        self.count += 1
+        self.made[kind] += 1
 
     def _before_a_look(self) -> bool:
         """Whether some optimizer's next step is looked at, or is one in `every`."""
@@ -259,7 +276,7 @@ class ForwardHooks:
         if not now.grad or self.late or (first and _reads_outputs(now.of_kind)):
             now.output = few_rows(outputs)
             now.nonfinite_out = nonfinite(outputs)
-            if now.nonfinite_out is not None and (now.nonfinite_out.device.type != "cpu" or now.nonfinite_out.any()):
+            if now.nonfinite_out is not None and now.nonfinite_out is not NEITHER:
                 now.nonfinite_in = nonfinite(inputs)
 
     def _follow(self, now: PassRecord, inputs: list[Tensor], outputs: list[Tensor]) -> None:
