@@ -28,8 +28,9 @@ from ris_fast.health.watch.histories import GradientNumbers
 from ris_fast.health.watch.passes import PassCounter
 from ris_fast.health.watch.records import OptimizerRecord, StepRecord, TensorRecord
 from ris_fast.health.watch.rivals import Rivals
-from ris_fast.health.watch.samples import Origin, ParameterSample, WeightSamples, has_norm, held_tensors, local_values
+from ris_fast.health.watch.samples import ParameterSample, WeightSamples, has_norm, held_tensors, local_values
 from ris_fast.health.watch.schedule import DENSE, LookSchedule
+from ris_fast.health.watch.start import Origin
 from ris_fast.health.watch.state import denominators, steps_of
 from ris_fast.training.telemetry.step_telemetry import norms
 
