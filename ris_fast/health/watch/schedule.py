@@ -10,9 +10,9 @@ from random import Random
 from time import perf_counter
 
 DENSE = 8  # steps that are all looked at
-SHARE = 0.005  # of the loop's time that looks may take
+SHARE = 0.003  # of the loop's time that looks may take
 ALLOWANCE_S = 0.025  # which looks in the first steps may take beyond it
-EARLY_GAPS = ((64, 1, 5), (256, 4, 12))  # up to a step: from how many steps to how many lie between two looks
+EARLY_GAPS = ((64, 3, 9), (256, 6, 18))  # up to a step: from how many steps to how many lie between two looks
 LEAST = 8  # mean number of steps between two looks after those
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -76,3 +77,53 @@ def test_looks_stay_within_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
             spent += look_s * (step >= 1000)
             schedule.finish_look(step, look_s)
     assert 0 < spent < 1.2 * SHARE * 5000 * step_s
+
+
+def loop() -> tuple[nn.Module, Callable[[], None], Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    seen = watch(model, optimizer)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.randn(16, 8)).square().mean().backward()
+        optimizer.step()
+
+    return model, step, seen
+
+
+def test_a_step_that_is_not_looked_at_runs_few_functions() -> None:
+    """Of the package's own, after the first hundred steps."""
+    _, step, seen = loop()
+    counts: list[int] = []
+
+    def count(frame: FrameType, event: str, _: Any) -> None:
+        counts[-1] += event == "call" and "ris_fast" in frame.f_code.co_filename
+
+    for number in range(140):
+        looks = seen.hooks[0].schedule.looks
+        counts.append(0)
+        sys.setprofile(count if number >= 100 else None)
+        step()
+        sys.setprofile(None)
+        counts = counts if seen.hooks[0].schedule.looks == looks and number >= 100 else counts[:-1]
+    assert len(counts) >= 10 and sorted(counts)[len(counts) // 2] <= 32
+
+
+def test_every_pass_is_counted_and_late_evaluations_are_looked_at() -> None:
+    model, step, seen = loop()
+    for _ in range(99):
+        step()
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 3))  # leaves no hook behind
+    step()
+    model.eval()
+    with torch.no_grad():
+        model(torch.randn(16, 8))
+    model.train()
+    step()
+    passes = seen.forward.passes
+    assert seen.forward.count in (102, 103)  # with the one that raised an error, where only those to come are counted
+    assert [each.training for each in passes].count(False) == 1 and seen.forward.drawn == [False]
+    assert len(model._forward_hooks) == 0 and len(model._forward_pre_hooks) == 1
