@@ -192,6 +192,8 @@ class ForwardHooks:
             foreign_steps=self.foreign_steps,
             copies=self.copies,
             uniform=[name for name, flag in self.uniform.items() if bool(flag)],
+            of_losses=self.leaves.loss_records(),
+            beside_first=self.leaves.beside_first(),
         )
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -303,6 +305,8 @@ class ForwardHooks:
             if not now.reached and reads_rows and now.of_kind <= FIRST:
                 now.rows = rows_with_gradient(grad, rows)
                 now.grad_finite = grad.detach().isfinite().all() if is_plain(grad) else None
+            if now.output is not None and with_grad[0] is outputs[0] and is_plain(grad):
+                now.slope = few_rows([grad])
             if mark is not None and (found := mark(grad)) is not None:
                 now.mark_kind, now.mark = found
             now.reached = True

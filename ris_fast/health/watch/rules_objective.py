@@ -33,6 +33,7 @@ def objective_findings(loop: LoopRecord) -> list[Finding]:
     return [
         *wrong_units(losses),
         *loss_sign(loop, losses),
+        *surrogate_raised(loop),
         *broadcast_in_backward(loop),
         *no_derivative(loop, loop.met),
         *zero_loss_weight(loop.losses),
@@ -116,6 +117,20 @@ def loss_sign(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Findin
                 losses[0].step + 1,
                 MAY_BE_MEANT,
             )
+
+
+def surrogate_raised(loop: LoopRecord) -> Iterator[Finding]:
+    """A clipped objective of a policy, which is a bound from below of what is to grow, and which steps make smaller."""
+    signs = [each.surrogate for each in loop.met[:WALKED]]
+    if loop.uphill is False and len(signs) >= 2 and all(sign > 0 for sign in signs):
+        yield finding(
+            "loss_sign",
+            "the loss is the smaller of two products of a ratio of probabilities, one of them clipped, which bounds from"
+            " below what a policy is to gain: without a minus in front steps make it smaller.",
+            loop.met[0].step + 1,
+            "With costs in place of rewards it would be the larger one. " + MAY_BE_MEANT,
+            "Give `backward()` the negative of it: `-torch.min(ratio * gain, clipped * gain).mean()`.",
+        )
 
 
 def broadcast_in_backward(loop: LoopRecord) -> Iterator[Finding]:
