@@ -16,11 +16,13 @@ from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord
 from ris_fast.health.watch.rules_told import number_pairs
 from ris_fast.health.watch.suspects import Suspect, odd_inputs, odd_weights, shrunk_weights, suspect
 
-STEPS = 120  # that are enough to learn something
+STEPS, UNTOLD = 120, 240  # that are enough to learn something, as was told, and as follows from gradients
 FLAT = 0.02  # of the spread between scenes at first
 CLOSE, ENTROPY = 0.1, 0.93  # share of the variance, and of the entropy of labels, that are as good as nothing
+CHANCE = 16.0  # squares of a correlation, times the numbers it is of, that are no accident
 FAR = 10.0  # times the variance of targets, that outputs are from them
 ENDS = {"saturated_output", "dead_units"}  # of activations, where large inputs or weights lead to
+BEHIND_ENDS = {"ignored_input", "vanishing_gradient", "zeroed_gradients", "scenes_left_out"}
 UNSAID = {"stalled_at_baseline"}  # findings that leave the cause open
 PAIRS = Suspect(
     "shuffled_labels",
@@ -42,13 +44,21 @@ TERMS = Suspect(
 def outcome_findings(loop: LoopRecord, found: Sequence[Finding]) -> Iterator[Finding]:
     """What came of it; `found`: what was found else."""
     causes = {each.cause for each in found}
-    if causes & ENDS and (why := odd_inputs(loop) or odd_weights(loop)) is not None:
+    if (
+        causes & ENDS
+        and causes <= ENDS | UNSAID | BEHIND_ENDS
+        and (why := odd_inputs(loop) or odd_weights(loop)) is not None
+    ):
         yield finding(why.cause, f"{why.evidence}.", 1, why.doubt, why.advice)
     if causes - UNSAID:
         return
     stalled = next((each.evidence.partition(". ")[0] for each in found), "")
     losses = told_losses(loop)
-    if loop.steps < STEPS or len(losses) < 2 * EARLY or len(loop.optimizers) > 1:
+    if (
+        loop.steps < (STEPS if loop.losses or stalled else UNTOLD)
+        or len(losses) < 2 * EARLY
+        or len(loop.optimizers) > 1
+    ):
         return
     known = _of_numbers(losses) or _of_labels(losses) or stalled
     if known:
@@ -102,7 +112,7 @@ def _of_numbers(losses: Sequence[LossRecord]) -> str:
     return (
         f"outputs and targets have a correlation of {followed:.2g}, and the difference is {left:.2g} of the targets'"
         " variance"
-        if (followed**2 < CLOSE and left > 1 - CLOSE) or (left > FAR and squared)
+        if (followed**2 < min(CLOSE, CHANCE / made.numel()) and left > 1 - CLOSE) or (left > FAR and squared)
         else ""
     )
 
