@@ -56,6 +56,7 @@ class GraphLeaves:
         self.by_first: set[int] = set()  # of those, by the first output, where there are several
         self.several = 0  # passes with several
         self.unknown: list[_Leaf] = []
+        self.given: set[int] = set()  # ids of inputs of the model
         self.of_losses: list[_Leaf] = []
         self.kept: list[tuple[_Leaf, Tensor]] = []
         self.owners: dict[int, tuple[str, bool, bool]] = {}
@@ -74,6 +75,7 @@ class GraphLeaves:
     def walk(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], step: int) -> int:
         """Looks at the graph of a pass, up to its inputs. Returns: its number of nodes."""
         own, given = self.own_parameters(), {id(each) for each in inputs}
+        self.given |= given
         ends = {each.grad_fn for each in inputs if each.grad_fn is not None}
         leaves, users, nodes = graph_of([each.grad_fn for each in outputs if each.grad_fn is not None], ends)
         self.walked, self.cut = self.walked + 1, self.cut or nodes >= NODES
@@ -105,7 +107,7 @@ class GraphLeaves:
         """Leaves of a loss that are behind no output. `rows`: of the outputs."""
         own = self.own_parameters()
         for leaf in leaves:
-            if id(leaf.variable) not in own:
+            if id(leaf.variable) not in own and id(leaf.variable) not in self.given:
                 _keep(self.of_losses, leaf, step, tuple(leaf.variable.shape)[:1] == (rows,), lambda: False)
 
     def outside(self, called: set[int]) -> list[str]:
@@ -142,8 +144,8 @@ class GraphLeaves:
         ]
 
     def settle_losses(self) -> None:
-        """After the last loss whose leaves are noted: keeps those that have come again and that no optimizer holds, with
-        who has them, as both may be gone at the report."""
+        """After the last loss whose leaves are noted: keeps those that came again and that no optimizer holds, with who
+        has them, as both may be gone at the report."""
         again = [(leaf, tensor) for leaf in self.of_losses if leaf.passes > 1 and (tensor := leaf.tensor()) is not None]
         held = _held() if again else set()
         self.kept = [(leaf, tensor) for leaf, tensor in again if id(tensor) not in held]

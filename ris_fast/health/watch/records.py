@@ -151,8 +151,8 @@ class LoopRecord:
     """A model and its optimizers, at the report.
 
     Args: steps: made by the optimizer that has made most; frozen: beginnings of names of parameters that are not meant
-        to be trained; added: parameters that came after the watch began; frozen_at_start: those without requires_grad when the watch began; rival_tensors: those that an
-        optimizer which the watch was not given has stepped on; masters: the optimizers' tensors that never were the
+        to be trained; added: parameters that came after the watch began; frozen_at_start: those without
+        requires_grad when the watch began; rival_tensors: those that an optimizer which the watch was not given has stepped on; masters: the optimizers' tensors that never were the
         model's; moved_outside: those that no optimizer was to train and that have
         changed; with_gradient: those with one now; forward: the model's passes; losses: those
         that `seen.loss` was given; met: those that backward passes began from in steps that were looked at;
@@ -204,8 +204,8 @@ class PassRecord:
         the input, by which scenes are known again; others: (R, F) of each input, where there are several; grad_finite:
         (), whether the gradient at the output is; source: of an input that is a view, the id of what it is a view of,
         its place in it, and how often that was written to; draws: a hash of where the generator of random numbers
-        stands, of the first passes in training; slope: (R, F) of the gradient at the first output, those numbers that `output`
-        has; carried: an input is what the pass before gave; open_before: no
+        stands, of the first passes in training; slope: (R, F) of the gradient at the first output, those numbers
+        that `output` has; carried: an input is what the pass before gave; open_before: no
         backward pass had come to the pass before yet; thread: that made it.
     """
 
@@ -370,9 +370,8 @@ class HelperRecord:
         last looked at; looks: how often it was; still: looks at which it was what it was first; distances: after steps
         of which the one before was looked at too, how far it was from the part, now or before the step, in units of
         that step; rounded: of a copy in 16 bits, after each step that wrote to it, the shares of numbers that have
-        changed, and that are the part's in its format; moved: the part has moved; way: share of its way from the first weights that the helper has come;
-        buffers_still: running statistics
-        are what they were first, though its weights moved and the part's statistics did.
+        changed, and that are the part's in its format; moved: the part has moved; way: share
+        of its way from the first weights that the helper has come; buffers_still: running statistics are what they were first, though its weights moved and the part's statistics did.
     """
 
     name: str
@@ -424,7 +423,8 @@ class LossRecord:
         a gradient at the first output; over_scenes: see `operations`; factors: () numbers that terms are multiplied
         by; summed: a sum over scenes is added to a mean over them; ungraphed: a number without a gradient is added;
         number: of the model's last pass; signs: see there; through: the chain of the one term that depends on outputs;
-        of_weights: another depends on the model's parameters alone; transposed: see `operations`; surrogate: see `terms`.
+        of_weights: another depends on the model's parameters alone; transposed: see `operations`; surrogate: see
+        `terms`.
     """
 
     step: int

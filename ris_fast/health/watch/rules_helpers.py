@@ -15,7 +15,7 @@ from ris_fast.health.watch.records import EARLY, HelperRecord, LoopRecord
 
 LONG = 96  # steps that a copy may wait for its first update
 HELD, CAST = 0.5, 0.5  # shares of numbers: that change in a step, and that are a plain cast of the part's
-COLD = 0.2  # of the way from the first weights, within which an average is cold
+COLD = 0.12  # of the way from the first weights, within which an average is cold
 NEXT = 0.05  # steps that a copy lies behind, below which it keeps nothing
 
 
@@ -75,7 +75,7 @@ def copy_left_behind(each: HelperRecord) -> Iterator[Finding]:
             f" {each.steps} steps: an average that is this slow is, for the most part, the first weights.",
             each.steps,
             "In a run that goes on for long it gets there.",
-            "Take a decay that forgets within a tenth of the run, or warm it up: `min(decay, (1 + step) / (10 + step))`.",
+            "Take a decay that forgets within a tenth of the run, or let it rise: `min(decay, (1 + n) / (10 + n))`.",
         )
 
 

@@ -12,6 +12,7 @@ from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.graph import MOVING
 from ris_fast.health.watch.inferred import told_losses
 from ris_fast.health.watch.loss import RAW, REDUCING
+from ris_fast.health.watch.operations import CUTTING
 from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord, Numbers
 
 LOOKS = 2  # as many losses show it
@@ -178,7 +179,7 @@ def limited_output(losses: Sequence[LossRecord]) -> Iterator[Finding]:
     first, step = pairs[0][0], pairs[0][0].step + 1
     low, high = (min(float(asked.least) for *_, asked in pairs), max(float(asked.most) for *_, asked in pairs))
     last = next((name for name in first.behind if name not in MOVING), "")
-    least, most = ENDS.get(last, (-math.inf, math.inf))
+    least, most = ENDS.get(last, (-math.inf, math.inf)) if last not in CUTTING else _cut([made for _, made, _ in pairs])
     edge = 0.05 * (high - low)
     if low < least - edge or high > most + edge:
         yield finding(
@@ -203,15 +204,25 @@ def scores_cut_off(losses: Sequence[LossRecord]) -> Iterator[Finding]:
         lost = "no class can get less than another's zero" if cut[0] == "LogSoftmax" else "none is below one half"
         yield finding(
             "limited_output",
-            f"outputs end in a ReLU, and {_SPOKEN[cut[0]]} makes probabilities of them, in all {len(cut)} losses: {lost},"
-            " and scores below zero have no gradient.",
+            f"outputs end in a ReLU, and {_SPOKEN[cut[0]]} makes probabilities of them, in all {len(cut)} losses:"
+            f" {lost}, and scores below zero have no gradient.",
             losses[0].step + 1,
             MAY_BE_MEANT,
             "Leave out the activation behind the last layer: these losses take scores of any sign.",
         )
 
 
+def _cut(outputs: Sequence[Numbers]) -> tuple[float, float]:
+    """Where a clamp cuts: numbers that several outputs have at an end, bit for bit."""
+    rows = torch.cat([each.few.flatten() for each in outputs if each.few is not None])
+    ends = [(each, int((rows == each).sum())) for each in rows.aminmax()]
+    (low, lows), (high, highs) = [(float(end), count) for end, count in ends]
+    return low if lows >= 2 * EARLY else -math.inf, high if highs >= 2 * EARLY else math.inf
+
+
 def _range(least: float, most: float) -> str:
+    if least == -math.inf:
+        return f"nothing above {most:g}"
     return f"nothing below {least:g}" if most == math.inf else f"numbers from {least:g} to {most:g}"
 
 

@@ -19,10 +19,11 @@ from ris_fast.health.watch.suspects import Suspect, odd_inputs, odd_weights, shr
 STEPS, UNTOLD = 120, 240  # that are enough to learn something, as was told, and as follows from gradients
 FLAT = 0.02  # of the spread between scenes at first
 CLOSE, ENTROPY = 0.1, 0.93  # share of the variance, and of the entropy of labels, that are as good as nothing
-CHANCE = 16.0  # squares of a correlation, times the numbers it is of, that are no accident
+CHANCE = 8.0  # squares of a correlation, times the numbers it is of, that are no accident
 FAR = 10.0  # times the variance of targets, that outputs are from them
 ENDS = {"saturated_output", "dead_units"}  # of activations, where large inputs or weights lead to
 BEHIND_ENDS = {"ignored_input", "vanishing_gradient", "zeroed_gradients", "scenes_left_out"}
+BENT = {"Sigmoid", "Softmax", "LogSoftmax", "BinaryCrossEntropyWithLogits"}  # numbers that are no answers yet
 UNSAID = {"stalled_at_baseline"}  # findings that leave the cause open
 PAIRS = Suspect(
     "shuffled_labels",
@@ -104,7 +105,8 @@ def _of_numbers(losses: Sequence[LossRecord]) -> str:
     centred = [each - each.mean(0) for each in (made, asked)]
     variance = float(centred[1].square().sum())
     sizes = float(centred[0].norm() * centred[1].norm())
-    if len(made) < 4 * EARLY or not variance:
+    labels = {*asked.unique().tolist()} <= {0.0, 1.0} and any(BENT.intersection(each.chain) for each in losses)
+    if len(made) < 4 * EARLY or not variance or labels:
         return ""
     squared = any({"MseLoss", "SmoothL1Loss", "HuberLoss", "Pow", "Abs"}.intersection(each.chain) for each in losses)
     followed = float((centred[0] * centred[1]).sum()) / sizes if sizes else 0.0
@@ -118,11 +120,15 @@ def _of_numbers(losses: Sequence[LossRecord]) -> str:
 
 
 def _of_labels(losses: Sequence[LossRecord]) -> str:
-    """Where the loss is a cross-entropy alone."""
-    if any(not each.chain or each.chain[0] != "NllLoss" or each.targets is None for each in losses):
+    """Where the loss is a cross-entropy alone, of classes or of zeros and ones."""
+    entropies = ("NllLoss", "BinaryCrossEntropy")
+    losses = [each for each in losses if each.targets is not None]
+    if not losses or any(not each.chain or not each.chain[0].startswith(entropies) for each in losses):
         return ""
     labels = [each.targets.few for each in losses if each.targets is not None and each.targets.few is not None]
     counts = Counter(int(label) for few in labels for label in few.flatten())
+    if losses[0].chain[0] != "NllLoss" and not counts.keys() <= {0, 1}:
+        return ""
     entropy = -sum(count / counts.total() * math.log(count / counts.total()) for count in counts.values())
     values = [float(each.value) for each in losses if each.value is not None][-EARLY:]
     mean = sum(values) / max(1, len(values))

@@ -173,8 +173,8 @@ def rate_without_end(optimizer: OptimizerRecord) -> Iterator[Finding]:
         if history.first < 0.9 * base and history.last > 2 * base:
             yield finding(
                 "learning_rate_off_plan",
-                f"the rate of group {number} began at {history.first:.3g}, has risen in all {optimizer.steps} steps, and"
-                f" is {history.last / base:.2g} times its base of {base:.3g}: nothing ends the warm-up.",
+                f"the rate of group {number} began at {history.first:.3g}, has risen in all {optimizer.steps} steps,"
+                f" and is {history.last / base:.2g} times its base of {base:.3g}: nothing ends the warm-up.",
                 optimizer.steps,
                 MAY_BE_MEANT,
                 "End a warm-up at its base, e.g. `min(1.0, (step + 1) / warmup)`.",

@@ -45,7 +45,7 @@ def logarithm_missing(losses: Sequence[LossRecord]) -> Iterator[Finding]:
         loss, before = found[0].signs.unlogged
         made = {"Softmax": "a softmax", "Sigmoid": "a sigmoid"}.get(before, "a layer")
         yield finding(
-            "wrong_units",
+            "target_scale_differs" if loss == "kl_div" else "wrong_units",
             f"{LOSSES[loss]} expects logarithms of probabilities, which are never above zero, and is given what"
             f" {made} makes, up to {max(float(each.signs.most_logged) for each in found):.3g}: the `log_softmax` before"
             " it is missing.",
