@@ -11,7 +11,7 @@ import torch
 
 from ris_fast.config.schema import Task
 from ris_fast.health.preflight.pairing import as_believed, belonging
-from ris_fast.health.preflight.snr import labels_differ
+from ris_fast.health.preflight.snr import as_measured, labels_differ
 from ris_fast.physics.miscalibration import phase_errors, true_codes
 from ris_fast.physics.random import SceneGenerator
 from ris_fast.physics.real_complex import expi, multiply, power
@@ -92,3 +92,13 @@ def test_believed_snr_is_what_nominal_codes_and_channel_explain(symbols: str) ->
     assert belonging(scenes, symbols == "static").group()[0] < 0.85
     assert labels_differ("test", as_believed(scenes, task), symbols == "static")[0] is None
     assert labels_differ("test", scenes, symbols == "static")[0] is not None
+
+
+def test_labels_of_scenes_without_the_errors_of_the_task_are_right() -> None:
+    """As of files that were made with exact codes, described by a task with phase errors."""
+    exact = replace(SMALL, snr_min_db=10.0, snr_max_db=30.0)
+    task, scenes = replace(exact, phase_error_deg=10.0), simulate(exact, 200, TRAIN)
+    assert labels_differ("test", as_believed(scenes, task), True)[0] is not None
+    assert labels_differ("test", as_measured("test", scenes, task), True)[0] is None
+    wrong = replace(scenes, snr_db=scenes.snr_db.flip(0))
+    assert labels_differ("test", as_measured("test", wrong, task), True)[0] is not None

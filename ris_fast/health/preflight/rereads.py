@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.measures import CLOSE, listed
-from ris_fast.health.preflight.pairing import as_believed, belonging, with_factor
+from ris_fast.health.preflight.pairing import belonging, with_factor
 from ris_fast.health.preflight.probe import PreflightContext
-from ris_fast.health.preflight.snr import labels_differ
+from ris_fast.health.preflight.snr import as_measured, labels_differ
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.compiled_model import Network
 from ris_fast.training.step import network_inputs
@@ -79,7 +79,7 @@ def _still_theirs(context: PreflightContext, names: list[str], *readings: Scenes
         return False
     task = context.config.task
     for scenes in readings:
-        scenes = as_believed(with_factor(scenes), task)
+        scenes = as_measured("training", with_factor(scenes), task)
         if scenes.channel is None or scenes.factor is None or belonging(scenes, task.symbols == "static").mixed_up:
             return False
         if labels_differ("training", scenes, task.symbols == "static")[0] is not None:

@@ -19,7 +19,6 @@ from ris_fast.health.preflight.pairing import (
     HALF,
     WHOLE,
     Belonging,
-    as_believed,
     belonging,
     measure_snr,
     with_factor,
@@ -28,7 +27,7 @@ from ris_fast.health.preflight.probe import FEWEST, PreflightContext
 from ris_fast.health.preflight.refit import explains
 from ris_fast.health.preflight.rereads import REDRAWN
 from ris_fast.health.preflight.scenes import all_scenes
-from ris_fast.health.preflight.snr import labels_differ
+from ris_fast.health.preflight.snr import as_measured, labels_differ
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.real_complex import conj
 from ris_fast.physics.scenes import Scenes
@@ -60,7 +59,7 @@ def physics(context: PreflightContext) -> Iterator[Finding]:
         return
     seen: dict[str, str] = {}  # what is said once of a kind of scenes, not of the files and of the loop
     for what, whole, of_files in _looked_at(context):
-        scenes = as_believed(with_factor(whole), context.config.task)
+        scenes = as_measured(what, with_factor(whole), context.config.task)
         if scenes.channel is None or scenes.factor is None:
             context.note = f"not checked: the scenes have no {'channel' if scenes.channel is None else 'target'}"
             return

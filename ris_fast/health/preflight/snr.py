@@ -8,8 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+from ris_fast.config.schema import Task
 from ris_fast.health.finding import Finding
-from ris_fast.health.preflight.pairing import CLEAR, SnrLabels, measure_snr
+from ris_fast.health.preflight.pairing import CLEAR, SnrLabels, as_believed, measure_snr
 from ris_fast.physics.scenes import Scenes
 
 MANY, FEW_SCENES = 0.25, 16  # of the scenes that are measured, how many disagree; measured scenes
@@ -18,6 +19,17 @@ MEASURED, EXPECTED = 0.1, 1 / 3
 FAR_DB, OFFSET_DB = 3.0, 1.5  # beyond the measurement's own deviation; of the median that is noted
 LOOSE = 0.4  # of what is unexplained beyond the labels: its usual distance from the median, where it is one floor
 ALIKE_DB = 1.5  # from the median, within which labels that are fixed agree
+
+
+def as_measured(what: str, scenes: Scenes, task: Task) -> Scenes:
+    """The scenes with the SNR that is left to whoever trusts codes and channel; with their own where these are exact
+    after all, as in files of a task that speaks of errors."""
+    believed = as_believed(scenes, task)
+    if torch.equal(believed.snr_db, scenes.snr_db) or scenes.channel is None or scenes.factor is None:
+        return believed
+    static = task.symbols == "static"
+    told = [labels_differ(what, each, static)[0] for each in (believed, scenes)]
+    return scenes if told[0] is not None and told[1] is None else believed
 
 
 def labels_differ(what: str, scenes: Scenes, static: bool) -> tuple[Finding | None, str]:

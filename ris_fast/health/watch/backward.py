@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
-from ris_fast.health.watch.graph import CHAIN, chain_of, graph_of
+from ris_fast.health.watch.graph import CHAIN, GraphLeaves, chain_of, graph_of
 from ris_fast.health.watch.loss import FIRST, WALKED, applied_twice, numbers_of
-from ris_fast.health.watch.operations import over_scenes
+from ris_fast.health.watch.operations import over_scenes, reshaped_as_transposed
 from ris_fast.health.watch.records import LossRecord
 from ris_fast.health.watch.tensors import is_plain
-from ris_fast.health.watch.terms import sum_beside_mean, term_without_graph
+from ris_fast.health.watch.terms import sum_beside_mean, surrogate_sign, term_of_outputs, term_without_graph
 
 KEPT = 256
 FRAMES = 24
@@ -28,9 +28,14 @@ FRAMES = 24
 class BackwardLosses:
     """Notes the losses of steps that are looked at."""
 
-    def __init__(self, step: Callable[[], tuple[int, int]], outputs: Callable[[], tuple[int, list[Tensor]]]) -> None:
+    def __init__(
+        self,
+        leaves: GraphLeaves,
+        step: Callable[[], tuple[int, int]],
+        outputs: Callable[[], tuple[int, list[Tensor]]],
+    ) -> None:
         """`step`: as of `LossHook`; `outputs`: number of the model's last pass, and what it gave."""
-        self.step, self.outputs = step, outputs
+        self.leaves, self.step, self.outputs = leaves, step, outputs
         self.records: list[LossRecord] = []
 
     @torch.no_grad()
@@ -59,12 +64,17 @@ class BackwardLosses:
             number=number,
         )
         if node is not None and len(self.records) < WALKED:
-            _, users, _ = graph_of([node], ends)
+            leaves, users, _ = graph_of([node], ends)
+            now.through, now.of_weights = term_of_outputs(node, ends, self.leaves.own_parameters())
             now.twice = next(filter(None, map(applied_twice, users)), ())
             rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 0
-            now.over_scenes = over_scenes(users, rows, True)
+            self.leaves.note_loss(leaves, rows, steps)
+            now.over_scenes, now.transposed = over_scenes(users, rows, True), reshaped_as_transposed(users)
+            now.surrogate = surrogate_sign(node)
             now.summed, now.ungraphed = sum_beside_mean(node, ends, rows), term_without_graph(node)
         self.records.append(now)
+        if len(self.records) == WALKED:
+            self.leaves.settle_losses()
 
 
 def root_of_backward() -> Tensor | None:

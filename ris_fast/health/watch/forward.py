@@ -159,6 +159,8 @@ class ForwardHooks:
             foreign_steps=self.foreign_steps,
             copies=self.copies,
             uniform=[name for name, flag in self.uniform.items() if bool(flag)],
+            of_losses=self.leaves.loss_records(),
+            beside_first=self.leaves.beside_first(),
         )
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -293,6 +295,8 @@ class ForwardHooks:
                     now.rows, now.grad_finite = largest != 0, largest.isfinite().all()
                 elif (flags := nonfinite([grad])) is not None:
                     now.grad_finite = ~flags.any()
+            if now.output is not None and with_grad[0] is outputs[0] and is_plain(grad):
+                now.slope = few_rows([grad])
             if mark is not None and (found := mark(grad)) is not None:
                 now.mark_kind, now.mark = found
             now.reached = True

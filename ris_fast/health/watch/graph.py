@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,7 +53,13 @@ class GraphLeaves:
         self.cut = False  # a graph was larger than is looked at
         self.functions: set[type] = set()  # torch.autograd.Functions that are not torch's
         self.reached: set[int] = set()  # ids of the model's parameters
+        self.by_first: set[int] = set()  # of those, by the first output, where there are several
+        self.several = 0  # passes with several
         self.unknown: list[_Leaf] = []
+        self.given: set[int] = set()  # ids of inputs of the model
+        self.of_losses: list[_Leaf] = []
+        self.kept: list[tuple[_Leaf, Tensor]] = []
+        self.owners: dict[int, tuple[str, bool, bool]] = {}
         self.shapes: list[PassShapes] = []
 
     def own_parameters(self) -> dict[int, str]:
@@ -69,6 +75,7 @@ class GraphLeaves:
     def walk(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], step: int) -> int:
         """Looks at the graph of a pass, up to its inputs. Returns: its number of nodes."""
         own, given = self.own_parameters(), {id(each) for each in inputs}
+        self.given |= given
         ends = {each.grad_fn for each in inputs if each.grad_fn is not None}
         leaves, users, nodes = graph_of([each.grad_fn for each in outputs if each.grad_fn is not None], ends)
         self.walked, self.cut = self.walked + 1, self.cut or nodes >= NODES
@@ -86,25 +93,22 @@ class GraphLeaves:
         )
         self.functions |= {each for node in users if (each := own_function(node)) is not None}
         self.reached |= {id(leaf.variable) for leaf in leaves} & own.keys()
+        if len(outputs) > 1 and outputs[0].grad_fn is not None:
+            self.several += 1
+            self.by_first |= {id(leaf.variable) for leaf in graph_of([outputs[0].grad_fn], ends)[0]} & own.keys()
         sizes = {each.shape[0] for each in outputs if each.ndim}
         for leaf in leaves:
             if id(leaf.variable) not in own and id(leaf.variable) not in given:
-                self._keep(leaf, step, own, users, not sizes or tuple(leaf.variable.shape)[:1] in {(n,) for n in sizes})
+                like = not sizes or tuple(leaf.variable.shape)[:1] in {(n,) for n in sizes}
+                _keep(self.unknown, leaf, step, like, lambda leaf=leaf: _among_trained(leaf, own, users))
         return nodes
 
-    def _keep(self, leaf: Any, step: int, own: Mapping[int, str], users: Mapping[Any, Any], of_outputs: bool) -> None:
-        tensor = leaf.variable
-        if tensor.numel() and not tensor.untyped_storage().nbytes():  # gathered for the pass and freed: FSDP2's
-            return
-        for known in self.unknown:
-            if known.tensor() is tensor:
-                known.passes += 1
-                return
-        if len(self.unknown) < LEAVES:
-            numbers = few_numbers([tensor.detach()]) if has_norm(tensor) else None
-            parameter, among = isinstance(tensor, nn.Parameter), _among_trained(leaf, own, users)
-            shape = tuple(tensor.shape)
-            self.unknown.append(_Leaf(weakref.ref(tensor), shape, parameter, numbers, step, among, of_outputs))
+    def note_loss(self, leaves: Sequence[Any], rows: int, step: int) -> None:
+        """Leaves of a loss that are behind no output. `rows`: of the outputs."""
+        own = self.own_parameters()
+        for leaf in leaves:
+            if id(leaf.variable) not in own and id(leaf.variable) not in self.given:
+                _keep(self.of_losses, leaf, step, tuple(leaf.variable.shape)[:1] == (rows,), lambda: False)
 
     def outside(self, called: set[int]) -> list[str]:
         """Names of the parameters of parts that were called, and that no output depends on."""
@@ -119,6 +123,13 @@ class GraphLeaves:
             if value is not None and value.requires_grad and id(value) not in self.reached
         ]
 
+    def beside_first(self) -> tuple[list[str], list[str]]:
+        """Names of the parameters that the first of several outputs depends on, and of those that only others do."""
+        if self.cut or not self.several or self.several < self.walked:
+            return [], []
+        own = self.own_parameters()
+        return [own[key] for key in self.by_first & own.keys()], [own[key] for key in self.reached - self.by_first]
+
     def records(self) -> list[LeafRecord]:
         """What is nobody's, and what the model's own list leaves out. Reads the device."""
         visible, own = {id(p) for p in self.model.parameters()}, self.own_parameters()
@@ -126,17 +137,31 @@ class GraphLeaves:
         hidden = [tensors[key] for key in self.reached if key in tensors and key not in visible]
         if not self.unknown and not hidden:
             return []
-        held = {id(p) for optimizer in _optimizers() for group in optimizer.param_groups for p in group["params"]}
+        held = _held()
         return [
             *(self._record(leaf, held) for leaf in self.unknown),
             *(_left_out(own[id(each)], each, id(each) in held, self.walked) for each in hidden),
         ]
 
+    def settle_losses(self) -> None:
+        """After the last loss whose leaves are noted: keeps those that came again and that no optimizer holds, with who
+        has them, as both may be gone at the report."""
+        again = [(leaf, tensor) for leaf in self.of_losses if leaf.passes > 1 and (tensor := leaf.tensor()) is not None]
+        held = _held() if again else set()
+        self.kept = [(leaf, tensor) for leaf, tensor in again if id(tensor) not in held]
+        self.owners = _owners({id(tensor) for _, tensor in self.kept}) if self.kept else {}
+
+    def loss_records(self) -> list[LeafRecord]:
+        """Of losses. Reads the device."""
+        held = _held() if self.kept else set()
+        found = []
+        for leaf, tensor in self.kept:
+            name, training, registered = self.owners.get(id(tensor), ("", None, False))
+            found.append(replace(self._record(leaf, held), name=name, training=training, registered=registered))
+        return found
+
     def _record(self, leaf: _Leaf, held: set[int]) -> LeafRecord:
-        tensor, same = leaf.tensor(), False
-        if tensor is not None and leaf.numbers is not None:
-            now = few_numbers([tensor.detach()])
-            same = torch.equal(now, leaf.numbers) if now.device == leaf.numbers.device else False
+        tensor = leaf.tensor()
         name, training = find_name(self.model, tensor) if tensor is not None else ("", None)
         return LeafRecord(
             name=name,
@@ -146,7 +171,7 @@ class GraphLeaves:
             passes=leaf.passes,
             alive=tensor is not None,
             held=tensor is not None and id(tensor) in held,
-            unchanged=same,
+            unchanged=_is_same(leaf),
             since=leaf.step,
             among_trained=leaf.among_trained,
             like_outputs=leaf.of_outputs,
@@ -245,9 +270,46 @@ def _among_trained(leaf: Any, own: Mapping[int, str], users: Mapping[Any, Any]) 
     return False
 
 
-def _optimizers() -> list[Optimizer]:
-    """All there are, those that have not stepped yet too."""
-    return [each for each in gc.get_objects() if issubclass(type(each), Optimizer) and hasattr(each, "param_groups")]
+def _keep(kept: list[_Leaf], leaf: Any, step: int, of_outputs: bool, among: Callable[[], bool]) -> None:
+    tensor = leaf.variable
+    if tensor.numel() and not tensor.untyped_storage().nbytes():  # gathered for the pass and freed: FSDP2's
+        return
+    for known in kept:
+        if known.tensor() is tensor:
+            known.passes += 1
+            return
+    if len(kept) < LEAVES:
+        numbers = few_numbers([tensor.detach()]) if has_norm(tensor) else None
+        parameter, shape = isinstance(tensor, nn.Parameter), tuple(tensor.shape)
+        kept.append(_Leaf(weakref.ref(tensor), shape, parameter, numbers, step, among(), of_outputs))
+
+
+def _is_same(leaf: _Leaf) -> bool:
+    """Whether its numbers are those that it had first."""
+    tensor = leaf.tensor()
+    if tensor is None or leaf.numbers is None:
+        return False
+    now = few_numbers([tensor.detach()])
+    return torch.equal(now, leaf.numbers) if now.device == leaf.numbers.device else False
+
+
+def _held() -> set[int]:
+    """Ids of what optimizers hold, those that have not stepped yet too."""
+    found = [each for each in gc.get_objects() if issubclass(type(each), Optimizer) and hasattr(each, "param_groups")]
+    return {id(p) for optimizer in found for group in optimizer.param_groups for p in group["params"]}
+
+
+def _owners(wanted: set[int]) -> dict[int, tuple[str, bool, bool]]:
+    """Of tensors that modules have as parameters: 'Proxies.directions', the mode, and whether it is a layer of
+    torch."""
+    found = {}
+    for each in gc.get_objects():
+        if issubclass(type(each), nn.Module) and (own := each.__dict__.get("_parameters")):
+            for name, value in own.items():
+                if id(value) in wanted:
+                    of_torch = type(each).__module__.startswith("torch.")
+                    found[id(value)] = f"{type(each).__name__}.{name}", each.training, of_torch
+    return found
 
 
 def find_name(model: nn.Module, tensor: Tensor) -> tuple[str, bool | None]:

@@ -56,6 +56,7 @@ class _Helper:
     flags: list[Tensor] = field(default_factory=list)  # () whether it is as it was
     distances: list[Tensor] = field(default_factory=list)
     moved: Tensor | None = None
+    way: Tensor | None = None  # (), share of the part's way from its first weights that it has come
     last_own: tuple[Tensor, int] | None = None  # numbers, and how often they were written to
     written: list[Tensor] = field(default_factory=list)  # (2,), of steps that wrote: see `HelperRecord`
     buffers: list[Tensor] = field(default_factory=list)  # (2,) whether its statistics, and the part's, have moved
@@ -246,7 +247,8 @@ def _sample(helper: _Helper, step: int) -> None:
         moved = (of_part - helper.last_part).norm().clamp_min(1e-30)
         helper.distances.append(torch.minimum((now - of_part).norm(), (now - helper.last_part).norm()) / moved)
     if helper.first_part is not None:
-        helper.moved = (of_part != helper.first_part.to(of_part.device)).any()
+        gone, come = (each - helper.first_part.to(of_part.device) for each in (of_part, now))
+        helper.moved, helper.way = gone.any(), (come * gone).sum() / gone.square().sum().clamp_min(1e-30)
     if helper.first_buffers is not None:
         both = _buffers(module), _buffers(part)
         if all(each is not None and each.shape == old.shape for each, old in zip(both, helper.first_buffers)):
@@ -284,5 +286,6 @@ def _record(helper: _Helper) -> HelperRecord:
         distances=[float(each) for each in helper.distances],
         rounded=[(float(changed), float(cast)) for changed, cast in helper.written],
         moved=helper.moved is not None and bool(helper.moved),
+        way=None if helper.way is None else float(helper.way),
         buffers_still=bool(buffers) and not any(own for own, _ in buffers) and buffers[-1][1],
     )

@@ -25,6 +25,8 @@ ENDS = {"Softmax": "softmax", "Sigmoid": "sigmoid"}
 # What takes outputs to other numbers than those that targets are compared with.
 BENT = {"LogSoftmax", "BinaryCrossEntropyWithLogits", "Softplus", "LogSigmoidForward", "Softmax", "Sigmoid", "Tanh"}
 BENT |= {"Exp", "Log", "Log1p", "Expm1", "Cos", "Sin", "Fft", "FftR2C", "FftC2C", "Convolution", "Mm", "Bmm", "Addmm"}
+# What keeps the order of numbers: a gradient towards labels of 0 and 1 has the same sign on both sides.
+MONOTONE = {"BinaryCrossEntropyWithLogits", "Sigmoid", "Softplus", "LogSigmoidForward", "Tanh", "Exp", "Log"}
 OF_VARIANCE = {"Exp", "Log", "Softplus"}
 
 
@@ -41,6 +43,7 @@ def signs_of(loss: Any, outputs: Sequence[Tensor], targets: Sequence[Tensor]) ->
             if after is not None and after not in seen:
                 seen.add(after)
                 stack.append(after)
+    names |= {operation(node) for node in ends} & {"LogSoftmax"}
     pull = pull_towards(outputs[0], targets[0], names & BENT) if outputs and targets else None
     if pull is not None and outputs[0].requires_grad:
 
@@ -108,8 +111,17 @@ def pull_towards(outputs: Tensor, targets: Tensor, bent: set[str]) -> Callable[[
             return torch.where((slope != 0).any(), near, torch.nan)
 
         return of_numbers
+    if asked.is_floating_point() and made.shape == asked.shape and bent <= MONOTONE:
+        whole = ((asked == 0) | (asked == 1)).all()
+
+        def of_labels(grad: Tensor) -> Tensor:
+            slope = grad.detach().float()
+            pull = (slope * (1 - 2 * asked)).sum() / slope.abs().sum()
+            return torch.where(whole, pull, torch.nan)
+
+        return of_labels
     if (
-        "LogSoftmax" in bent
+        {"LogSoftmax", "Softmax"} & bent
         and not asked.is_floating_point()
         and made.ndim == 2
         and asked.shape == made.shape[:1]

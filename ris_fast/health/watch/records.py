@@ -151,8 +151,8 @@ class LoopRecord:
     """A model and its optimizers, at the report.
 
     Args: steps: made by the optimizer that has made most; frozen: beginnings of names of parameters that are not meant
-        to be trained; frozen_at_start: those without requires_grad when the watch began; rival_tensors: those that an
-        optimizer which the watch was not given has stepped on; masters: the optimizers' tensors that never were the
+        to be trained; added: parameters that came after the watch began; frozen_at_start: those without
+        requires_grad when the watch began; rival_tensors: those that an optimizer which the watch was not given has stepped on; masters: the optimizers' tensors that never were the
         model's; moved_outside: those that no optimizer was to train and that have
         changed; with_gradient: those with one now; forward: the model's passes; losses: those
         that `seen.loss` was given; met: those that backward passes began from in steps that were looked at;
@@ -165,6 +165,7 @@ class LoopRecord:
     optimizers: list[OptimizerRecord]
     steps: int
     frozen: tuple[str, ...]
+    added: set[TensorRecord]
     frozen_at_start: set[TensorRecord]
     rival_tensors: set[TensorRecord]
     masters: set[TensorRecord]
@@ -203,7 +204,8 @@ class PassRecord:
         the input, by which scenes are known again; others: (R, F) of each input, where there are several; grad_finite:
         (), whether the gradient at the output is; source: of an input that is a view, the id of what it is a view of,
         its place in it, and how often that was written to; draws: a hash of where the generator of random numbers
-        stands, of the first passes in training; carried: an input is what the pass before gave; open_before: no
+        stands, of the first passes in training; slope: (R, F) of the gradient at the first output, those numbers
+        that `output` has; carried: an input is what the pass before gave; open_before: no
         backward pass had come to the pass before yet; thread: that made it.
     """
 
@@ -236,6 +238,7 @@ class PassRecord:
     source: tuple[int, int, int] | None = None
     grad_finite: Tensor | None = None
     draws: int | None = None
+    slope: Tensor | None = None
     carried: bool = False
     open_before: bool = False
     thread: int = 0
@@ -302,7 +305,8 @@ class ForwardRecord:
         evaluations, whether they drew random numbers; own_dropouts: parts that call a dropout by themselves; shapes,
         layers, functions, modules: see there; foreign_steps: of optimizers of other models; copies: other
         modules of its class, where the model was not called before the first step;
-        uniform: matrices that began as one number.
+        uniform: matrices that began as one number; of_losses: leaves that losses depend on and outputs do not;
+        beside_first: see `graph`.
     """
 
     passes: list[PassRecord]
@@ -329,6 +333,8 @@ class ForwardRecord:
     foreign_steps: int
     copies: list[CopyRecord]
     uniform: list[str]
+    of_losses: list[LeafRecord]
+    beside_first: tuple[list[str], list[str]]
 
 
 @dataclass
@@ -364,8 +370,8 @@ class HelperRecord:
         last looked at; looks: how often it was; still: looks at which it was what it was first; distances: after steps
         of which the one before was looked at too, how far it was from the part, now or before the step, in units of
         that step; rounded: of a copy in 16 bits, after each step that wrote to it, the shares of numbers that have
-        changed, and that are the part's in its format; moved: the part has moved; buffers_still: running statistics
-        are what they were first, though its weights moved and the part's statistics did.
+        changed, and that are the part's in its format; moved: the part has moved; way: share
+        of its way from the first weights that the helper has come; buffers_still: running statistics are what they were first, though its weights moved and the part's statistics did.
     """
 
     name: str
@@ -380,6 +386,7 @@ class HelperRecord:
     still: int
     distances: list[float]
     moved: bool
+    way: float | None
     buffers_still: bool
     rounded: list[tuple[float, float]]
 
@@ -415,7 +422,9 @@ class LossRecord:
         twice: a softmax or sigmoid that is applied to another, both names; value: (), its mean; rows: (B,) scenes with
         a gradient at the first output; over_scenes: see `operations`; factors: () numbers that terms are multiplied
         by; summed: a sum over scenes is added to a mean over them; ungraphed: a number without a gradient is added;
-        number: of the model's last pass; signs: see there.
+        number: of the model's last pass; signs: see there; through: the chain of the one term that depends on outputs;
+        of_weights: another depends on the model's parameters alone; transposed: see `operations`; surrogate: see
+        `terms`.
     """
 
     step: int
@@ -439,6 +448,10 @@ class LossRecord:
     ungraphed: bool = False
     number: int = 0
     signs: LossSigns = field(default_factory=LossSigns)
+    through: list[str] = field(default_factory=list)
+    of_weights: bool = False
+    transposed: list[str] = field(default_factory=list)
+    surrogate: int = 0
 
     def on_host(self) -> LossRecord:
         host: dict[str, Any] = {"factors": [each.cpu() for each in self.factors]}

@@ -25,6 +25,7 @@ def forward_findings(loop: LoopRecord) -> list[Finding]:
         *no_backward(loop, loop.forward),
         *forwards_without_backward(loop.forward),
         *unregistered_parameters(loop, loop.forward),
+        *parameters_of_losses(loop, loop.forward),
         *detached_backbone(loop, loop.forward),
         *switched_to_evaluation(loop.forward),
         *eval_mode_in_training(loop.forward),
@@ -143,6 +144,27 @@ def unregistered_parameters(loop: LoopRecord, forward: ForwardRecord) -> Iterato
             yield _idle(cause, leaves, whole, forward.steps)
 
 
+def parameters_of_losses(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:
+    """Tensors of a loss that receive gradients, that no optimizer holds and nothing changes. Layers in evaluation mode,
+    or many, are another network that judges the outputs."""
+    idle = [each for each in forward.of_losses if each.with_grad and each.unchanged and not each.held]
+    layers = [each for each in idle if each.registered]
+    own = [each for each in idle if not each.registered and (each.parameter or not each.like_outputs)]
+    found = own or [each for each in layers if each.training and len(layers) <= 2]
+    if found and loop.steps >= EARLY:
+        sizes = {each.name or f"a tensor of shape {each.shape}": each.size for each in found}
+        whole = sum(each.size for each in loop.parameters) + sum(sizes.values())
+        yield finding(
+            "missing_from_optimizer",
+            f"{describe_tensors(sizes, whole)}. The loss depends on them beside the model's outputs, gradients come to"
+            " them, no optimizer holds them, and their numbers have not changed.",
+            loop.steps,
+            MAY_BE_MEANT,
+            "Give them to the optimizer too: `[*model.parameters(), *criterion.parameters()]`.",
+            share_of(sizes, whole),
+        )
+
+
 def _idle(cause: str, leaves: list[LeafRecord], whole: int, steps: int) -> Finding:
     sizes = {each.name or f"a tensor of shape {each.shape}": each.size for each in leaves}
     part = share_of(sizes, whole + sum(sizes.values()))
@@ -254,7 +276,8 @@ def train_mode_in_validation(forward: ForwardRecord) -> Iterator[Finding]:
     runs = [list(each) for _, each in groupby(quiet, lambda each: each.step)]
     rounds = [each for each in runs if all(one.training and one.parts_training for one in each)]
     rounds = [each for each in rounds if not _same_inputs(each)]  # samples of dropout
-    if len(rounds) > 1 and not evaluated and 4 * len(rounds) <= len(trained):
+    steps = max(len(trained), rounds[-1][0].step) if rounds else 0
+    if len(rounds) > 1 and not evaluated and 4 * len(rounds) <= steps:
         first = rounds[0][0].step
         since = f", first {f'after step {first}' if first else 'before the first step'}"
         yield finding(

@@ -15,6 +15,7 @@ from ris_fast.health.watch.records import EARLY, HelperRecord, LoopRecord
 
 LONG = 96  # steps that a copy may wait for its first update
 HELD, CAST = 0.5, 0.5  # shares of numbers: that change in a step, and that are a plain cast of the part's
+COLD = 0.12  # of the way from the first weights, within which an average is cold
 NEXT = 0.05  # steps that a copy lies behind, below which it keeps nothing
 
 
@@ -24,6 +25,7 @@ def helper_findings(loop: LoopRecord) -> Iterator[Finding]:
         if each.looks >= EARLY:
             yield from copy_that_stays(loop, each)
             yield from copy_without_delay(each)
+            yield from copy_left_behind(each)
             yield from copy_held_by_rounding(each)
             yield from statistics_left_behind(each)
             yield from teacher_draws(loop, each)
@@ -60,6 +62,20 @@ def copy_without_delay(each: HelperRecord) -> Iterator[Finding]:
             each.steps,
             "A copy for another device or for reading looks the same.",
             "Keep most of it: a decay of 0.99 or more of the old average, or a copy every few hundred steps.",
+        )
+
+
+def copy_left_behind(each: HelperRecord) -> Iterator[Finding]:
+    """A copy that is written to in every step, and still is, for the most part, what the model began with."""
+    follows = each.as_begun and each.moved and 2 * each.still < each.looks and not each.trained
+    if each.called and follows and each.steps >= LONG and each.way is not None and each.way < COLD:
+        yield finding(
+            "ema_cold",
+            f"`{each.name}` has come {each.way:.0%} of the way that {_whole(each)} has gone since the beginning, in"
+            f" {each.steps} steps: an average that is this slow is, for the most part, the first weights.",
+            each.steps,
+            "In a run that goes on for long it gets there.",
+            "Take a decay that forgets within a tenth of the run, or let it rise: `min(decay, (1 + n) / (10 + n))`.",
         )
 
 

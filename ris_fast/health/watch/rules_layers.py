@@ -12,6 +12,7 @@ from torch import nn
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.functions import FunctionCheck
+from ris_fast.health.watch.loss import WALKED
 from ris_fast.health.watch.records import EARLY, ForwardRecord, LoopRecord
 
 CALLS = 4  # of a layer that show it
@@ -33,12 +34,13 @@ def layer_findings(loop: LoopRecord) -> list[Finding]:
         *lost_on_the_way(forward),
         *epsilon_of_norms(forward),
         *detached_between(loop, forward),
+        *sampled_between(forward),
         *recomputed_differently(forward),
         *wrong_backward(forward),
         *float16_overflow(forward),
         *indices_without_offsets(forward),
         *scenes_mixed(loop, forward),
-        *wrong_layout(forward),
+        *wrong_layout(loop, forward),
         *heavy_dropout(forward),
         *norm_statistics(forward),
         *tied_parameters(loop, forward),
@@ -181,6 +183,26 @@ def detached_between(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Findi
             return
 
 
+def sampled_between(forward: ForwardRecord) -> Iterator[Finding]:
+    """The first of several outputs depends on no layer that reads the model's input, and others do."""
+    of_first, beside = ({name.rpartition(".")[0] for name in names} for names in forward.beside_first)
+    calls = {name: each[0] for name, each in forward.layers.calls.items() if each[0].given is not None}
+    reader = next((name for name in calls if isinstance(forward.layers.kinds[name], WEIGHTED)), "")
+    later = [name for name in calls if name in of_first]
+    if reader not in beside or reader in of_first or not later or calls[later[0]].with_grad:
+        return
+    if not any(torch.equal(calls[name].given, calls[reader].given) for name in later):
+        yield finding(
+            "detached_backbone",
+            f"the first output does not depend on {reader}, which reads the model's input, through autograd, and other"
+            f" outputs do: {later[0]} goes on from a tensor that has no gradient.",
+            1,
+            "A head that learns beside a network, from its features, looks so.",
+            "Draw with `rsample()`, or as `mean + deviation * torch.randn_like(mean)`: `sample()` has no gradient, nor"
+            " has anything behind `detach()` or `no_grad()`.",
+        )
+
+
 def recomputed_differently(forward: ForwardRecord) -> Iterator[Finding]:
     """What backward computes once more is not what the forward pass had."""
     again = forward.layers.recomputed
@@ -299,14 +321,16 @@ def scenes_mixed(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:
         )
 
 
-def wrong_layout(forward: ForwardRecord) -> Iterator[Finding]:
+def wrong_layout(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:
     """A reshape that should be a transpose."""
-    found = [each.transposed for each in forward.shapes]
-    if len(found) >= 2 and all(found):
+    within, in_loss = [each.transposed for each in forward.shapes], [each.transposed for each in loop.met[:WALKED]]
+    found = next((each for each in (within, in_loss) if len(each) >= 2 and all(each)), None)
+    if found is not None:
         yield finding(
             "wrong_layout",
-            f"a tensor is reshaped to the same sizes in another order, {found[0][0]}: that moves no axis, it reads the"
-            " numbers in their old order.",
+            f"{'within the model' if found is within else 'between the outputs and the loss'} a tensor is reshaped in a"
+            f" way that neither parts nor joins axes, {found[0][0]}: numbers keep their old order and come under other"
+            " places.",
             1,
             MAY_BE_MEANT,
             "Use `transpose` or `permute` where axes change places.",

@@ -10,11 +10,14 @@ import torch
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.graph import MOVING
-from ris_fast.health.watch.loss import REDUCING
+from ris_fast.health.watch.inferred import told_losses
+from ris_fast.health.watch.loss import RAW, REDUCING
+from ris_fast.health.watch.operations import CUTTING
 from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord, Numbers
 
 LOOKS = 2  # as many losses show it
 ENDS = {"Relu": (0.0, math.inf), "Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
+_SPOKEN = {"LogSoftmax": "a cross-entropy", "BinaryCrossEntropyWithLogits": "a binary cross-entropy with logits"}
 IGNORED, LEFT_OUT = -100, 0.05  # label that a cross-entropy leaves out; share of sequences
 SCENES = 8  # of a batch, from which on a single one with a gradient is no small share
 
@@ -23,8 +26,16 @@ def loss_findings(loop: LoopRecord) -> list[Finding]:
     """What the losses show."""
     losses = loop.losses
     if not losses:
-        return [*softmax_twice(loop.met), *nan_loss(loop.met)]
+        known = told_losses(loop)
+        return [
+            *softmax_twice(loop.met),
+            *nan_loss(loop.met),
+            *scores_cut_off(loop.met),
+            *limited_output(known),
+            *constant_targets(known, len(loop.optimizers) == 1),
+        ]
     return [
+        *scores_cut_off(losses),
         *without_history(loop, losses),
         *shapes_broadcast(losses),
         *one_row_for_all(loop, losses),
@@ -120,10 +131,9 @@ def softmax_twice(losses: Sequence[LossRecord]) -> Iterator[Finding]:
     """A softmax or sigmoid whose numbers go into another one within the loss."""
     if found := [each for each in losses if each.twice]:
         within, before = found[0].twice
-        loss = "a cross-entropy" if within == "LogSoftmax" else "a binary cross-entropy with logits"
         yield finding(
             "softmax_twice",
-            f"a {before.lower()} comes before {loss}, which applies its own, in the graph of the loss.",
+            f"a {before.lower()} comes before {_SPOKEN[within]}, which applies its own, in the graph of the loss.",
             found[0].step + 1,
         )
 
@@ -169,7 +179,7 @@ def limited_output(losses: Sequence[LossRecord]) -> Iterator[Finding]:
     first, step = pairs[0][0], pairs[0][0].step + 1
     low, high = (min(float(asked.least) for *_, asked in pairs), max(float(asked.most) for *_, asked in pairs))
     last = next((name for name in first.behind if name not in MOVING), "")
-    least, most = ENDS.get(last, (-math.inf, math.inf))
+    least, most = ENDS.get(last, (-math.inf, math.inf)) if last not in CUTTING else _cut([made for _, made, _ in pairs])
     edge = 0.05 * (high - low)
     if low < least - edge or high > most + edge:
         yield finding(
@@ -186,7 +196,33 @@ def limited_output(losses: Sequence[LossRecord]) -> Iterator[Finding]:
             yield finding("limited_output", evidence, step, doubt)
 
 
+def scores_cut_off(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """Scores that end in a ReLU, right before a loss that makes probabilities of them."""
+    chains = [[name for name in each.chain if name not in MOVING] for each in losses if each.direct]
+    cut = [chain[-2] for chain in chains if chain[-1:] == ["Relu"] and chain[-2:-1] and chain[-2] in RAW]
+    if len(cut) == len(losses) >= LOOKS:
+        lost = "no class can get less than another's zero" if cut[0] == "LogSoftmax" else "none is below one half"
+        yield finding(
+            "limited_output",
+            f"outputs end in a ReLU, and {_SPOKEN[cut[0]]} makes probabilities of them, in all {len(cut)} losses:"
+            f" {lost}, and scores below zero have no gradient.",
+            losses[0].step + 1,
+            MAY_BE_MEANT,
+            "Leave out the activation behind the last layer: these losses take scores of any sign.",
+        )
+
+
+def _cut(outputs: Sequence[Numbers]) -> tuple[float, float]:
+    """Where a clamp cuts: numbers that several outputs have at an end, bit for bit."""
+    rows = torch.cat([each.few.flatten() for each in outputs if each.few is not None])
+    ends = [(each, int((rows == each).sum())) for each in rows.aminmax()]
+    (low, lows), (high, highs) = [(float(end), count) for end, count in ends]
+    return low if lows >= 2 * EARLY else -math.inf, high if highs >= 2 * EARLY else math.inf
+
+
 def _range(least: float, most: float) -> str:
+    if least == -math.inf:
+        return f"nothing above {most:g}"
     return f"nothing below {least:g}" if most == math.inf else f"numbers from {least:g} to {most:g}"
 
 

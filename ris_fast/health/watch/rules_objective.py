@@ -21,6 +21,7 @@ DISTANCES = ("MseLoss", "SmoothL1Loss", "HuberLoss", "NllLoss", "BinaryCrossEntr
 KEEPING = {"Mean", "Sum", "Div", "Mul", "Neg", "Sqrt", *MOVING}  # a number's sign, but for factors below zero
 LOGARITHMS = {"LogSoftmax", "Log", "Logsumexp", "LogSigmoid", "Log1P", "Sub"}
 PRODUCT = ["Sub", "Mul"]  # of targets with what should be a logarithm, in a divergence
+ENDLESS = 20.0  # times its first size, below zero
 FEW = 0.3  # share of scenes with a gradient beyond a clamp
 STALLED, STEPS, VALUES = 0.97, 120, 16  # of the first losses; steps and losses that show it
 
@@ -33,6 +34,8 @@ def objective_findings(loop: LoopRecord) -> list[Finding]:
     return [
         *wrong_units(losses),
         *loss_sign(loop, losses),
+        *surrogate_raised(loop),
+        *loss_without_end(loop, losses),
         *broadcast_in_backward(loop),
         *no_derivative(loop, loop.met),
         *zero_loss_weight(loop.losses),
@@ -73,7 +76,7 @@ def wrong_units(losses: Sequence[LossRecord]) -> Iterator[Finding]:
         name, before = bad[0]
         what = "outputs of a layer" if before == "Addmm" else f"a {before.lower()}"
         yield finding(
-            "wrong_units",
+            "wrong_units" if name.startswith("Nll") else "target_scale_differs",
             f"a {'negative log-likelihood' if name.startswith('Nll') else 'divergence'} is given {what}, in all"
             f" {len(found)} losses: it asks for logarithms of probabilities.",
             losses[0].step + 1,
@@ -116,6 +119,44 @@ def loss_sign(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Findin
                 losses[0].step + 1,
                 MAY_BE_MEANT,
             )
+
+
+def loss_without_end(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """The loss of a single optimizer falls below zero further and further, to many times what it was at first."""
+    values = [float(each.value) for each in losses if each.value is not None]
+    if (
+        loop.uphill is not False
+        or len(loop.optimizers) > 1
+        or len(values) < 2 * EARLY
+        or not all(map(isfinite, values))
+    ):
+        return
+    quarter = len(values) // 4
+    first, third, last = mean(map(abs, values[:4])), mean(values[-2 * quarter : -quarter]), mean(values[-quarter:])
+    if last < -ENDLESS * max(1.0, first) and last < 1.2 * third:
+        yield finding(
+            "loss_sign",
+            f"the loss was {values[0]:.3g} at first and is {values[-1]:.3g}, and falls faster and faster: it has no"
+            " least value, as a distance or a likelihood whose sign is turned has none.",
+            losses[0].step + 1,
+            "A term that rewards without limit, such as a variance or a distance from negatives, does that too. "
+            + MAY_BE_MEANT,
+            "Look for a minus that is missing or too much, in the loss or in one of its terms.",
+        )
+
+
+def surrogate_raised(loop: LoopRecord) -> Iterator[Finding]:
+    """A clipped objective of a policy, which is a bound from below of what is to grow, and which steps make smaller."""
+    signs = [each.surrogate for each in loop.met[:WALKED]]
+    if loop.uphill is False and len(signs) >= 2 and all(sign > 0 for sign in signs):
+        yield finding(
+            "loss_sign",
+            "the loss is the smaller of two products of a ratio of probabilities, one of them clipped, which bounds"
+            " from below what a policy is to gain: without a minus in front steps make it smaller.",
+            loop.met[0].step + 1,
+            "With costs in place of rewards it would be the larger one. " + MAY_BE_MEANT,
+            "Give `backward()` the negative of it: `-torch.min(ratio * gain, clipped * gain).mean()`.",
+        )
 
 
 def broadcast_in_backward(loop: LoopRecord) -> Iterator[Finding]:

@@ -1,5 +1,5 @@
-"""Rules of `watch` on what came of a loop whose losses were told: outputs that have become one, and targets that they
-do not follow although nothing else is wrong. Neither is certain."""
+"""Rules of `watch` on what came of a loop: outputs that have become one, targets that they do not follow although
+nothing else is wrong, and what is most likely behind that. None is certain."""
 
 from __future__ import annotations
 
@@ -8,77 +8,92 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import finding
+from ris_fast.health.watch.inferred import told_losses
 from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord
 from ris_fast.health.watch.rules_told import number_pairs
+from ris_fast.health.watch.suspects import Suspect, odd_inputs, odd_weights, shrunk_weights, suspect
 
-STEPS = 120  # that are enough to learn something
+STEPS, UNTOLD = 120, 240  # that are enough to learn something, as was told, and as follows from gradients
 FLAT = 0.02  # of the spread between scenes at first
 CLOSE, ENTROPY = 0.1, 0.93  # share of the variance, and of the entropy of labels, that are as good as nothing
+CHANCE = 8.0  # squares of a correlation, times the numbers it is of, that are no accident
+FAR = 10.0  # times the variance of targets, that outputs are from them
+ENDS = {"saturated_output", "dead_units"}  # of activations, where large inputs or weights lead to
+BEHIND_ENDS = {"ignored_input", "vanishing_gradient", "zeroed_gradients", "scenes_left_out"}
+BENT = {"Sigmoid", "Softmax", "LogSoftmax", "BinaryCrossEntropyWithLogits"}  # numbers that are no answers yet
 UNSAID = {"stalled_at_baseline"}  # findings that leave the cause open
+PAIRS = Suspect(
+    "shuffled_labels",
+    "neither gradients, steps, modes nor batches show a mistake: what is left first is that targets do not belong to"
+    " their inputs",
+    "A task that cannot be solved from these inputs, a rate that does not fit and noise look the same: let the model"
+    " learn a single batch by heart, then print ten inputs with their targets.",
+    "Index inputs and targets with one and the same order, and look at some pairs by eye.",
+)
+TERMS = Suspect(
+    "dominating_term",
+    "the loss is a sum of terms, and others than the one that compares them train",
+    "Targets that do not belong to their inputs look the same: train once with that term alone.",
+    "Print each term and its gradient at the outputs, and bring them to a like size: a sum beside a mean is as many"
+    " times larger as it has numbers.",
+)
 
 
 def outcome_findings(loop: LoopRecord, found: Sequence[Finding]) -> Iterator[Finding]:
     """What came of it; `found`: what was found else."""
-    losses = list(loop.losses)
-    if loop.steps < STEPS or len(losses) < 3 * EARLY or len(loop.optimizers) > 1:
+    causes = {each.cause for each in found}
+    if (
+        causes & ENDS
+        and causes <= ENDS | UNSAID | BEHIND_ENDS
+        and (why := odd_inputs(loop) or odd_weights(loop)) is not None
+    ):
+        yield finding(why.cause, f"{why.evidence}.", 1, why.doubt, why.advice)
+    if causes - UNSAID:
         return
-    if {each.cause for each in found} - UNSAID:
+    stalled = next((each.evidence.partition(". ")[0] for each in found), "")
+    losses = told_losses(loop)
+    if (
+        loop.steps < (STEPS if loop.losses or stalled else UNTOLD)
+        or len(losses) < 2 * EARLY
+        or len(loop.optimizers) > 1
+    ):
         return
-    yield from (list(outputs_become_one(losses)) or list(targets_not_followed(loop, losses)))
+    known = _of_numbers(losses) or _of_labels(losses) or stalled
+    if known:
+        added = all(each.chain and each.chain[-1] in ("Add", "Sub") and each.chain_shapes[-1] == () for each in losses)
+        why = suspect(loop) or (TERMS if added else None) or (None if stalled == known else PAIRS)
+        if why is not None:
+            yield finding(
+                why.cause, f"after {loop.steps} steps {known}; {why.evidence}.", loop.steps, why.doubt, why.advice
+            )
+    elif (why := shrunk_weights(loop)) is not None:
+        yield finding(why.cause, f"{why.evidence}.", loop.steps, why.doubt, why.advice)
+    else:
+        yield from outputs_become_one(losses)
 
 
 def outputs_become_one(losses: Sequence[LossRecord]) -> Iterator[Finding]:
     """Outputs of different scenes were different, and are next to the same."""
     rows = [each.outputs.few for each in losses if each.outputs is not None and each.outputs.few is not None]
     rows = [each for each in rows if len(each) >= 4 and bool(each.isfinite().all())]
-    if len(rows) < 3 * EARLY or any(each.shape[1] != rows[0].shape[1] for each in rows):
+    if len(rows) < 2 * EARLY or any(each.shape[1] != rows[0].shape[1] for each in rows):
         return
     spreads = [float(each.std(0).mean()) for each in rows]
     first, last = sum(spreads[:4]) / 4, sum(spreads[-4:]) / 4
     asked = [each.targets.few for each in losses[-4:] if each.targets is not None and each.targets.few is not None]
     same = asked and not any(float(each.std(0).mean()) > 0 for each in asked if len(each) > 1)
     if last < FLAT * first and not same:
-        terms = all(each.chain and each.chain[-1] in ("Add", "Sub") and each.targets for each in losses)
-        numbers = all(each.targets is not None and not each.targets.whole for each in losses)
         yield finding(
-            "dominating_term" if terms and numbers and number_pairs(losses) else "collapsed",
+            "collapsed",
             f"outputs of the scenes of a batch differed by {first:.3g} at first and differ by {last:.3g} after"
             f" {losses[-1].step} steps: the same answer for all lowers this loss as well.",
             losses[-1].step,
             "Weights that decay too fast, and a term that outweighs the others, do that too.",
             "Metric losses need negatives, a stop of the gradient on one side or a term that keeps outputs apart; with"
             " several terms print each and its gradient at the outputs.",
-        )
-
-
-def targets_not_followed(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Finding]:
-    """Outputs say of the targets what a constant says, though gradients arrive and steps move the weights."""
-    known = _of_numbers(losses) or _of_labels(losses)
-    if known and all(
-        each.chain and each.chain[-1] in ("Add", "Sub") and each.chain_shapes[-1] == () for each in losses
-    ):
-        yield finding(
-            "dominating_term",
-            f"after {loop.steps} steps {known}; the loss is a sum of terms, and others than the one that compares them"
-            " train.",
-            loop.steps,
-            "Targets that do not belong to their inputs look the same: train once with that term alone.",
-            "Print each term and its gradient at the outputs, and bring them to a like size: a sum beside a mean is as"
-            " many times larger as it has numbers.",
-        )
-    elif known:
-        yield finding(
-            "shuffled_labels",
-            f"after {loop.steps} steps {known}, and neither gradients, steps, modes nor batches show a mistake: what is"
-            " left first is that targets do not belong to their inputs.",
-            loop.steps,
-            "A task that cannot be solved from these inputs, a rate that does not fit and noise look the same: let the"
-            " model learn a single batch by heart, then print ten inputs with their targets.",
-            "Index inputs and targets with one and the same order, and look at some pairs by eye.",
         )
 
 
@@ -90,37 +105,35 @@ def _of_numbers(losses: Sequence[LossRecord]) -> str:
     centred = [each - each.mean(0) for each in (made, asked)]
     variance = float(centred[1].square().sum())
     sizes = float(centred[0].norm() * centred[1].norm())
-    if len(made) < 4 * EARLY or not variance or not sizes:
+    labels = {*asked.unique().tolist()} <= {0.0, 1.0} and any(BENT.intersection(each.chain) for each in losses)
+    if len(made) < 4 * EARLY or not variance or labels:
         return ""
-    followed = float((centred[0] * centred[1]).sum()) / sizes
+    squared = any({"MseLoss", "SmoothL1Loss", "HuberLoss", "Pow", "Abs"}.intersection(each.chain) for each in losses)
+    followed = float((centred[0] * centred[1]).sum()) / sizes if sizes else 0.0
     left = float((made - asked).square().sum()) / variance
     return (
         f"outputs and targets have a correlation of {followed:.2g}, and the difference is {left:.2g} of the targets'"
         " variance"
-        if followed**2 < CLOSE and left > 1 - CLOSE
+        if (followed**2 < min(CLOSE, CHANCE / made.numel()) and left > 1 - CLOSE) or (left > FAR and squared)
         else ""
     )
 
 
 def _of_labels(losses: Sequence[LossRecord]) -> str:
-    """Where the loss is a cross-entropy alone."""
-    if any(not each.chain or each.chain[0] != "NllLoss" or each.targets is None for each in losses):
+    """Where the loss is a cross-entropy alone, of classes or of zeros and ones."""
+    entropies = ("NllLoss", "BinaryCrossEntropy")
+    losses = [each for each in losses if each.targets is not None]
+    if not losses or any(not each.chain or not each.chain[0].startswith(entropies) for each in losses):
         return ""
     labels = [each.targets.few for each in losses if each.targets is not None and each.targets.few is not None]
     counts = Counter(int(label) for few in labels for label in few.flatten())
+    if losses[0].chain[0] != "NllLoss" and not counts.keys() <= {0, 1}:
+        return ""
     entropy = -sum(count / counts.total() * math.log(count / counts.total()) for count in counts.values())
     values = [float(each.value) for each in losses if each.value is not None][-EARLY:]
     mean = sum(values) / max(1, len(values))
     return (
         f"the loss is {mean:.3g}, and a guess by the frequency of the labels alone has {entropy:.3g}"
-        if len(values) == EARLY and entropy > 0.1 and mean > ENTROPY * entropy and _differ(losses)
+        if len(values) == EARLY and entropy > 0.1 and mean > ENTROPY * entropy
         else ""
     )
-
-
-def _differ(losses: Sequence[LossRecord]) -> bool:
-    """Whether outputs of the scenes differ at all."""
-    some: list[Tensor] = [
-        each.outputs.few for each in losses[-4:] if each.outputs is not None and each.outputs.few is not None
-    ]
-    return any(len(each) > 1 and float(each.std(0).mean()) > 0 for each in some)

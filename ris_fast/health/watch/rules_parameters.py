@@ -23,7 +23,7 @@ def parameter_findings(loop: LoopRecord) -> list[Finding]:
     trained = {tensor for optimizer in loop.optimizers for tensor in optimizer.trained}
     meant = {each for each in loop.parameters if each.name.startswith(loop.frozen)}
     missing = [each for each in loop.parameters if each.trainable and each not in held and each not in meant]
-    missing = [each for each in missing if 0 not in each.shape]
+    missing = [each for each in missing if 0 not in each.shape and each not in loop.added - loop.with_gradient]
     return [
         *_frozen(loop, meant, held, trained),
         *_stale(loop, missing, trained),

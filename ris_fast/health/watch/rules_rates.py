@@ -26,6 +26,7 @@ def rate_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Find
     yield from learning_rate_too_small(optimizer.records)
     yield from rate_that_waits(optimizer)
     yield from rate_squared(optimizer)
+    yield from rate_without_end(optimizer)
     yield from weight_decay_too_large(optimizer)
     yield from settings_changed(optimizer)
     yield from epsilon_swallows_signal(optimizer)
@@ -157,6 +158,26 @@ def rate_squared(optimizer: OptimizerRecord) -> Iterator[Finding]:
                 optimizer.steps,
                 "A cycle whose low end is the base would rise above it; a schedule of another size looks the same.",
                 "Give `LambdaLR` a factor: a function that returns the rate itself makes the rate its square.",
+            )
+            return
+
+
+def rate_without_end(optimizer: OptimizerRecord) -> Iterator[Finding]:
+    """A warm-up that has risen past its base in every step, and goes on. A search for the largest rate begins at its
+    base."""
+    for number, history in optimizer.plain.rates.items():
+        base = optimizer.groups[number].get("max_lr", optimizer.groups[number].get("initial_lr"))
+        rising = history.last == history.largest and history.changes >= 0.9 * (optimizer.steps - 2)
+        if not isinstance(base, float) or optimizer.steps < WAITING or not rising:
+            continue
+        if history.first < 0.9 * base and history.last > 2 * base:
+            yield finding(
+                "learning_rate_off_plan",
+                f"the rate of group {number} began at {history.first:.3g}, has risen in all {optimizer.steps} steps,"
+                f" and is {history.last / base:.2g} times its base of {base:.3g}: nothing ends the warm-up.",
+                optimizer.steps,
+                MAY_BE_MEANT,
+                "End a warm-up at its base, e.g. `min(1.0, (step + 1) / warmup)`.",
             )
             return
 

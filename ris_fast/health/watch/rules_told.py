@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
+from ris_fast.health.watch.inferred import told_losses
+from ris_fast.health.watch.loss import WALKED
 from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord
 
 AWAY, APART = -0.3, 0.2  # mean pull of a loss that goes away from its targets, and of one that does not know them
@@ -23,12 +25,12 @@ def told_findings(loop: LoopRecord) -> list[Finding]:
     """What the graphs of told losses show, and the gradients at their outputs."""
     losses = [each for each in loop.losses if each.signs.looked]
     if not losses:
-        return list(binary_below_zero(loop.met))
+        return [*binary_below_zero(loop.met), *targets_out_of_scale(loop, told_losses(loop))]
     return [
         *logarithm_missing(losses),
         *targets_of_binary(losses),
         *targets_of_outputs(losses),
-        *pulled_away(losses, loop.uphill),
+        *pulled_away(losses, loop.uphill, any(each.chain and not each.through for each in loop.met[:WALKED])),
         *one_label_without_gradient(loop.losses),
         *constant_labels(loop.losses),
         *targets_out_of_scale(loop, loop.losses),
@@ -43,7 +45,7 @@ def logarithm_missing(losses: Sequence[LossRecord]) -> Iterator[Finding]:
         loss, before = found[0].signs.unlogged
         made = {"Softmax": "a softmax", "Sigmoid": "a sigmoid"}.get(before, "a layer")
         yield finding(
-            "wrong_units",
+            "target_scale_differs" if loss == "kl_div" else "wrong_units",
             f"{LOSSES[loss]} expects logarithms of probabilities, which are never above zero, and is given what"
             f" {made} makes, up to {max(float(each.signs.most_logged) for each in found):.3g}: the `log_softmax` before"
             " it is missing.",
@@ -120,14 +122,15 @@ def targets_of_outputs(losses: Sequence[LossRecord]) -> Iterator[Finding]:
             return
 
 
-def pulled_away(losses: Sequence[LossRecord], uphill: bool | None = False) -> Iterator[Finding]:
+def pulled_away(losses: Sequence[LossRecord], uphill: bool | None = False, several: bool = False) -> Iterator[Finding]:
     """The gradient at the outputs leads away from the targets, or has nothing to do with them. `uphill`: steps go along
-    the gradient; None where only some do."""
+    the gradient; None where only some do; `several`: terms of the loss depend on the outputs."""
     seen = [(each, float(each.signs.pull)) for each in losses if each.signs.pull is not None]
     seen = [(each, pull) for each, pull in seen if math.isfinite(pull)]
     if len(seen) < EARLY:
         return
     pulls, numbers = [-pull if uphill else pull for _, pull in seen], not seen[0][0].targets.whole
+    labels = all({float(each.targets.least), float(each.targets.most)} <= {0.0, 1.0} for each, _ in seen)
     if uphill is not None and mean(pulls) < AWAY and 4 * sum(pull < 0 for pull in pulls) >= 3 * len(pulls):
         yield finding(
             "loss_sign",
@@ -139,15 +142,18 @@ def pulled_away(losses: Sequence[LossRecord], uphill: bool | None = False) -> It
             "Unlearning and adversaries do so on purpose. " + MAY_BE_MEANT,
             "Give `backward()` what is to become small: a minus too much, or one that is missing, turns it.",
         )
-    elif numbers and abs(mean(pulls)) < APART and 8 * sum(abs(each) > 0.5 for each in pulls) < len(pulls):
+    elif (
+        numbers and not labels and abs(mean(pulls)) < APART and 8 * sum(abs(each) > 0.5 for each in pulls) < len(pulls)
+    ):
+        why = "another of its terms outweighs" if several else "others train, and no gradient comes of"
         yield finding(
-            "dead_loss_term",
+            "dominating_term" if several else "dead_loss_term",
             f"the gradient at the outputs has nothing to do with the difference from the targets (a cosine of"
-            f" {mean(pulls):.2g} in the mean of {len(pulls)} losses that were looked at): the term that compares them"
-            " has no gradient, and others train.",
+            f" {mean(pulls):.2g} in the mean of {len(pulls)} losses that were looked at): {why} the term that compares"
+            " them.",
             seen[0][0].step + 1,
-            "A `detach()` in that term does this, and so do targets of other scenes; else these outputs are not what"
-            " the loss compares.",
+            f"A {'`detach()` in' if several else 'term that outweighs'} that term does this too, and so do targets of"
+            " other scenes; else these outputs are not what the loss compares.",
         )
 
 

@@ -5,14 +5,15 @@ Nothing is read from a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ris_fast.health.watch.graph import graph_of
+from ris_fast.health.watch.graph import chain_of, graph_of
 from ris_fast.health.watch.operations import made_shape, operation
 
 TERMS, MEAN = 16, 1  # that are looked at; as losses keep their reduction
 LOSSES = ("MseLoss", "SmoothL1Loss", "HuberLoss", "NllLoss", "BinaryCrossEntropy", "KlDiv")
+BOUNDS = {"Minimum": 1, "Maximum": -1}
 SCALING = {"Mul", "Div", "Neg"}
 
 
@@ -72,3 +73,44 @@ def _kind(term: Any, scenes: int) -> str:
 
 def _of_outputs(term: Any, ends: set[Any]) -> bool:
     return not ends.isdisjoint(graph_of([term], ends)[1])
+
+
+def term_of_outputs(root: Any, ends: set[Any], own: Mapping[int, str]) -> tuple[list[str], bool]:
+    """Operations of the one term that depends on outputs, from its root on, empty where several do; and whether another
+    depends on parameters of the model alone. `own`: names of these by id."""
+    through: list[list[str]] = []
+    of_weights = False
+    for term in _terms(root):
+        leaves, nodes, _ = graph_of([term], ends)
+        if not ends.isdisjoint(nodes):
+            through.append([name for name, _, _ in chain_of(term, ends)])
+        else:
+            of_weights |= bool(leaves) and all(id(leaf.variable) in own for leaf in leaves)
+    return through[0] if len(through) == 1 else [], of_weights
+
+
+def surrogate_sign(root: Any) -> int:
+    """Of a policy's clipped objective, the smaller of two products with a ratio of probabilities: 1 where the loss adds
+    it, -1 where it takes it off, 0 where there is none or factors hide its sign. Of the larger one the other way
+    round."""
+    waiting, count = [(root, 1)], 0
+    while waiting and count < TERMS:
+        node, sign = waiting.pop()
+        name, count = operation(node), count + 1
+        after = [each for each, _ in node.next_functions if each is not None]
+        if name in BOUNDS and len(after) == 2 and sum(map(_of_ratio, after)) == 2:
+            return sign * BOUNDS[name]
+        if name in ("Neg", "Mean", "Add", "View") or (name == "Sub" and len(after) == 2):
+            signs = [sign, -sign] if name == "Sub" else [-sign if name == "Neg" else sign] * len(after)
+            waiting += zip(after, signs)
+    return 0
+
+
+def _of_ratio(product: Any) -> bool:
+    """Whether it is a product with an exponential, clamped or not."""
+    node = next((each for each, _ in product.next_functions if each is not None), None)
+    if operation(product) != "Mul" or node is None:
+        return False
+    if operation(node).startswith("Clamp"):
+        node = node.next_functions[0][0]
+    return node is not None and operation(node) == "Exp"

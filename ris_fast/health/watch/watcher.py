@@ -66,7 +66,7 @@ class Watcher:
         self.forward = ForwardHooks(model, self.hooks, every)
         steps = lambda: (self.forward.steps, self.steps)  # noqa: E731
         self.losses = LossHook(self.forward.leaves, steps, lambda: self.forward.count, every)
-        self.backwards = BackwardLosses(steps, self.forward.outputs)
+        self.backwards = BackwardLosses(self.forward.leaves, steps, self.forward.outputs)
         for each in self.hooks:
             each.gradients.first_arrival = self.backwards.note
         self.helpers = Helpers(model, self.hooks)
@@ -170,6 +170,7 @@ class Watcher:
             optimizers=[hooks.record(parameters | others) for hooks in self.hooks],
             steps=self.steps,
             frozen=self.frozen,
+            added={parameters[key] for key in parameters.keys() - self.start.ids},
             frozen_at_start={parameters[key] for key in self.start.frozen & parameters.keys()},
             masters={record for key, record in others.items() if key not in self.start.ids},
             moved_outside={parameters[id(p)] for p in self.model.parameters() if self.start.is_moved(p)},

@@ -312,7 +312,7 @@ def test_watch_names_stale_tensors_of_a_replaced_layer() -> None:
         for number in range(24):
             if number == steps:
                 model[2] = nn.Linear(16, 4)
-                assert "missing_from_optimizer" in causes(seen.report(), False)
+                assert "missing_from_optimizer" not in causes(seen.report(), False)  # a new optimizer may come
             fit(optimizer, model(batch()))
         assert causes(seen.report()) == ["stale_optimizer_parameters", "missing_from_optimizer"]
         assert "(4, 16)" in seen.report()[0].evidence

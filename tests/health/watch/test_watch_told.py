@@ -54,7 +54,7 @@ def signs(x: Tensor) -> Tensor:
             lambda o, y: F.kl_div(o.softmax(1), y, reduction="batchmean"),
             3,
             lambda x: x[:, :3].softmax(1),
-            "wrong_units",
+            "target_scale_differs",
         ),
     ],
 )
