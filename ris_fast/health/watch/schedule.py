@@ -13,7 +13,7 @@ from time import perf_counter
 DENSE = 8  # steps that are all looked at
 SHARE = 0.003  # of the loop's time that looks may take
 ALLOWANCE_S = 0.02  # which looks in the first steps may take beyond it
-EARLY_GAPS = ((64, 2, 6), (256, 5, 13))  # up to a step: from how many steps to how many lie between two looks
+EARLY_GAPS = ((64, 2, 6), (256, 4, 12))  # up to a step: from how many steps to how many lie between two looks
 PERIODS = (16, 12, 10)  # of steps, and their divisors, in which something may happen
 LEAST = 8  # mean number of steps between two looks after those
 
