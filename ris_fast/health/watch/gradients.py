@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
-from time import perf_counter
+from time import thread_time
 from typing import Any, Protocol
 
 import torch
@@ -89,7 +89,7 @@ class GradientWatch:
         # Of gradients that came in the backward pass that runs: the norm, where it is read at once.
         self.waiting: dict[int, Tensor | None] = {}
         self.task, self.alone = -1, True
-        self.cost_s = 0.0  # of all reading
+        self.cost_s = 0.0  # of all reading, of this thread's own time: a busy machine does not count
         self.first_arrival: Callable[[], None] | None = None  # called once for each step that is looked at
 
     def hook(self, wanted: Sequence[Tensor]) -> None:
@@ -103,11 +103,14 @@ class GradientWatch:
 
     def _arrive(self, parameter: Tensor, grad: Tensor) -> None:
         """After backward has added to a gradient."""
-        began = perf_counter()
-        if not self.waiting and not self.batches and self.first_arrival is not None:
-            self.first_arrival()
-        self.waiting[id(parameter)] = _norm_in_cache(grad)
-        self.cost_s += perf_counter() - began
+        norm, first = None, not self.waiting and not self.batches and self.first_arrival is not None
+        if first or grad.numel() >= LARGE:
+            began = thread_time()
+            if first:
+                self.first_arrival()
+            norm = _norm_in_cache(grad)
+            self.cost_s += thread_time() - began
+        self.waiting[id(parameter)] = norm
         task = torch._C._current_graph_task_id()
         if not self.alone or task == -1 or _is_shared(parameter):
             self.take()
@@ -120,9 +123,9 @@ class GradientWatch:
         """Reads what came."""
         if not self.waiting:
             return
-        began = perf_counter()
+        began = thread_time()
         self._take()
-        self.cost_s += perf_counter() - began
+        self.cost_s += thread_time() - began
 
     def _take(self) -> None:
         waiting, self.waiting, self.task = self.waiting, {}, -1

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from time import perf_counter
+from time import thread_time
 from typing import Any
 
 import torch
@@ -148,19 +148,19 @@ class OptimizerHooks:
         if every_step.written or self.outside.waiting is not None:
             self._compare_outside()
         if every_step.steps >= self.schedule.next:
-            began = perf_counter()
+            began = thread_time()
             self._look_before()
-            self.cost_s += perf_counter() - began
+            self.cost_s += thread_time() - began
         elif self.outside.armed:
             self.outside.begin_light(self.steps, self.schedule.step_s)
 
     def _compare_outside(self) -> None:
         """With what the step before left, if that was looked at or something has been written to since."""
         if self.outside.wants_to_compare(self.every_step.written):
-            began, rival_steps = perf_counter(), self.rivals.steps_on(self.optimizer, self.every_step.ids)
+            began, rival_steps = thread_time(), self.rivals.steps_on(self.optimizer, self.every_step.ids)
             state_reset = self.loads > self.loads_before or self.every_step.state_is_lost
             self.outside.compare(self.steps, rival_steps > self.rival_steps, state_reset)
-            self.cost_s += perf_counter() - began
+            self.cost_s += thread_time() - began
 
     @torch.no_grad()
     def _look_before(self) -> None:
@@ -221,10 +221,10 @@ class OptimizerHooks:
         if self.passes.passes:
             self.passes.restart()
         if self.current is not None:
-            began = perf_counter()
+            began = thread_time()
             self._finish(self.current)
             self.cost_s += self.gradients.cost_s
-            self.schedule.finish_look(self.steps - 1, self.cost_s + perf_counter() - began)
+            self.schedule.finish_look(self.steps - 1, self.cost_s + thread_time() - began)
             self.cost_s = self.gradients.cost_s = 0.0
             self._hook_gradients()
             self.gradients.forget()

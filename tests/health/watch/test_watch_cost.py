@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ris_fast.health import watch
+from ris_fast.health.watch import any_step
 from ris_fast.health.watch.gradients import LARGE, UNCHANGED
 from ris_fast.health.watch.records import StepRecord
 from ris_fast.health.watch.schedule import SHARE, LookSchedule
@@ -65,6 +66,20 @@ def test_norms_of_large_gradients_are_those_of_the_gradients() -> None:
     assert torch.allclose(seen.records[0].grad_after_backward, norms, rtol=1e-5)
 
 
+@pytest.mark.parametrize("period", [8, 10, 16])
+def test_what_happens_now_and_then_is_met(period: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of the steps it is, in a loop that is long enough to pay for looks."""
+    now = [0.0]
+    monkeypatch.setattr(sys.modules[LookSchedule.__module__], "perf_counter", lambda: now[0])
+    schedule, met = LookSchedule(100), set()
+    for step in range(200):
+        now[0] += 0.01
+        if schedule.due(step):
+            met.add(step % period)
+            schedule.finish_look(step, 0.001)
+    assert met == set(range(period)) and schedule.looks < 50
+
+
 def test_looks_stay_within_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a loop whose looks cost a third of a step, after the first steps."""
     now = [0.0]
@@ -93,8 +108,9 @@ def loop() -> tuple[nn.Module, Callable[[], None], Any]:
     return model, step, seen
 
 
-def test_a_step_that_is_not_looked_at_runs_few_functions() -> None:
+def test_a_step_that_is_not_looked_at_runs_few_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the package's own, after the first hundred steps."""
+    monkeypatch.setattr(any_step, "_LISTENERS", [])  # watches of other tests, which nobody has closed
     _, step, seen = loop()
     counts: list[int] = []
 
