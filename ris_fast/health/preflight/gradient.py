@@ -81,7 +81,7 @@ def _without_history(context: PreflightContext, exits: Exits) -> Finding:
     last = [name for name, requires in known.items() if requires][-1:]
     after = [name for name in known if not known[name]][:1]
     seen = "the factors that the network returns require no gradient"
-    if in_jumps(context, list(context.trainable.values())):
+    if in_jumps(context, list(context.trainable.values()), factor=True):
         return Finding("non_differentiable", f"{seen}; with all weights, {JUMPS}.")
     if known and not last:
         return Finding(
