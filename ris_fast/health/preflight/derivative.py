@@ -29,6 +29,7 @@ from ris_fast.physics.scenes import Scenes
 
 NOISE_WIDE = 1e-12  # of a loss of order one in float64
 SMALL_STEPS = (1e-5, 1e-7, 1e-9)
+UNFOLLOWED, NEXT_TO_NOTHING = 1e-5, 0.02  # relative: rounding of a copy beside its source; of what a gradient says
 PLAIN = 10.0  # times the rounding, by which a gradient that is right would show
 DISAGREES = 0.2  # relative error of a directional derivative; a right one is below 0.03
 
@@ -100,8 +101,8 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
 
 
 def unfollowed(context: PreflightContext) -> list[str]:
-    """Names of tensors with a gradient at the outputs that the outputs do not follow: not by a bit, along the gradient
-    by a step that it says would show, nor when others are put in their place."""
+    """Names of tensors with a gradient at the outputs that the outputs do not follow: not along the gradient, by a
+    step that it says would show, nor when others are put in their place."""
     found = projection(context)
     if found is None:
         return []
@@ -112,10 +113,11 @@ def unfollowed(context: PreflightContext) -> list[str]:
         if weight.dim() > 1 and bool(gradient.any()):
             size = rms(weight) or 0.1
             others = torch.randn(weight.shape, generator=generator).to(weight) * size - weight
-            if projected.change([weight], [others]) == 0.0:
+            if projected.change([weight], [others]) < UNFOLLOWED:
                 ahead = gradient * (size * weight.numel() ** 0.5 / gradient.norm())
                 slope, gone, noise = projected.line([weight], [gradient], [ahead])
-                if gone(STEPS[0]) == 0.0 and slope * STEPS[0] > PLAIN * noise:
+                promised = slope * STEPS[0]
+                if promised > PLAIN * noise and abs(gone(STEPS[0])) < NEXT_TO_NOTHING * promised:
                     stale.append(name)
     return stale
 

@@ -61,8 +61,8 @@ def connected(context: PreflightContext) -> Iterator[Finding]:
 def _without_slope(context: PreflightContext, terms: dict[str, Tensor]) -> list[str]:
     """Terms without a history that other answers have another value of."""
     names = [name for name, value in terms.items() if not value.requires_grad and context.loss.weights.get(name, 0) > 0]
-    if not names:
-        return []
+    if not names or not any(value.requires_grad for value in terms.values()):
+        return []  # where all are numbers, they are printed, and the total has the history
     others = moved(context.guess, direction_of(context.guess, 19), 0.3)
     now, then = (term_values(context, guess, context.scenes) for guess in (context.guess, others))
     return [name for name in names if now[name] != then[name]]
@@ -81,7 +81,7 @@ def _without_history(context: PreflightContext, exits: Exits) -> Finding:
     last = [name for name, requires in known.items() if requires][-1:]
     after = [name for name in known if not known[name]][:1]
     seen = "the factors that the network returns require no gradient"
-    if in_jumps(context, list(context.trainable.values())):
+    if in_jumps(context, list(context.trainable.values()), factor=True):
         return Finding("non_differentiable", f"{seen}; with all weights, {JUMPS}.")
     if known and not last:
         return Finding(
@@ -264,7 +264,8 @@ def _stopped(context: PreflightContext, names: list[str], graph: Graph) -> Findi
         return Finding(
             "bad_initialisation" if by_weights else "saturated_output",
             f"{what}; a gradient arrives at {listed(list(dict.fromkeys(flat)))} on the path and leaves as zero: all"
-            f" that is given there lies where it is flat{', which it does not with all weights drawn anew' * by_weights}.",
+            " that is given there lies where it is flat"
+            f"{', which it does not with all weights drawn anew' * by_weights}.",
             advice="Print what the softmax, sigmoid or tanh is given. Bring it to numbers of order one, by a"
             " normalisation before it or a larger temperature.",
             certain=False,

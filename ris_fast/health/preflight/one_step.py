@@ -217,7 +217,7 @@ def _moved_otherwise(context: PreflightContext, before: list[Tensor], taken: Ste
 def _shrunk(
     moved: Sequence[tuple[str, Tensor, str]], before: dict[int, Tensor], reported: dict[str, float]
 ) -> float | None:
-    """The share of the weights that one step took away from all of these tensors alike, beside what the optimizer
+    """The share of the weights that one step took away from most of all tensors alike, beside what the optimizer
     reports; None where it did something else, or little."""
     shares = []
     for name, parameter, _ in moved:
@@ -225,7 +225,7 @@ def _shrunk(
         share = -float((way * kept).sum() / kept.square().sum().clamp_min(1e-300))
         if float((way + share * kept).norm()) <= 1.05 * reported[name] + 1e-5 * float(kept.norm()):
             shares.append(share)
-    usual = median(shares) if 2 * len(shares) > len(moved) else 0.0
+    usual = median(shares) if 2 * len(shares) > len(before) else 0.0
     return (
         usual if DECAY_PER_STEP < usual < 1.0 and median([abs(each - usual) for each in shares]) < usual / 4 else None
     )

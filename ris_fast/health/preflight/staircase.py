@@ -19,26 +19,28 @@ JUMPS += " one does. An argmax, a rounding, a comparison or whole numbers are in
 
 
 @torch.no_grad()
-def in_jumps(context: PreflightContext, tensors: Sequence[Tensor]) -> bool:
+def in_jumps(context: PreflightContext, tensors: Sequence[Tensor], *, factor: bool = False) -> bool:
     """Whether hardly any number of the outputs moves with a small move of these tensors, and many do with a large
-    one."""
+    one. Args: factor: of the factor alone."""
     generator = torch.Generator().manual_seed(53)
     directions = [
         torch.randn(each.shape, generator=generator).to(each.device, each.dtype) * (rms(each) or 0.1)
         for each in tensors
     ]
     with context.full_precision():
-        here = _outputs(context)
+        here = _outputs(context, factor)
         shares = []
         for step in (*SMALL_STEPS, LARGE_STEP):
             with context.moved(tensors, directions, step):
-                shares.append(float((_outputs(context) != here).float().mean()))
+                shares.append(float((_outputs(context, factor) != here).float().mean()))
     return shares[-1] > 0 and max(shares[:-1]) < FEW * shares[-1]
 
 
-def _outputs(context: PreflightContext) -> Tensor:
+def _outputs(context: PreflightContext, factor: bool) -> Tensor:
     with torch.enable_grad():  # a network may behave differently without
         prediction = context.predict(context.scenes)
+    if factor:
+        return prediction.factor.detach().float().clone()
     return torch.cat([value.detach().float().flatten() for value in prediction if value is not None])
 
 
