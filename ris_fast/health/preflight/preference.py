@@ -92,7 +92,7 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
                 " scene's truth from another's",
             )
         )
-    elif min(abs(conjugate - score), abs(turned - score)) < DEAF * size:
+    elif not beside and min(abs(conjugate - score), abs(turned - score)) < DEAF * size:
         cause, why = (
             "conjugation_error",
             f", their conjugates {conjugate:.4g} and the same with elements turned by phases of their own {turned:.4g}:"

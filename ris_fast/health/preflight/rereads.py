@@ -62,11 +62,12 @@ def scenes_again(context: PreflightContext) -> Iterator[Finding]:
                 continue
             if names:
                 context.known[REDRAWN, what] = names
-                if split == "train" and names is not changed and _still_theirs(context, names, kept, again):
+                theirs = names is not changed and _still_theirs(context, names, kept, again)
+                if split == "train" and theirs:
                     context.note = AUGMENTED
                     return
                 how += f": their {listed(names)}{', by zeros in other places,' if masked else ''}"
-                yield _change(what, len(index), how, certain=split == "val")
+                yield _change(what, len(index), how, certain=split == "val" and not theirs)
                 return
     if not context.known[MASKED, "training"]:
         yield from _as_served(context)

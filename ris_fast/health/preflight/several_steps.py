@@ -172,6 +172,7 @@ def _rates(
                     cause,
                     f"after {step} updates the rate of {group.get('name', 'a group')} is {rate:.3g} instead of "
                     f"{peak * factor(step):.3g}{f', that of update {min(fits)}' if fits else ''}.",
+                    certain=bool(fits) or not 0 < rate <= peak,  # else it may be a schedule of one's own
                 )
                 return
 

@@ -153,9 +153,10 @@ class LoopRecord:
     Args: steps: made by the optimizer that has made most; frozen: beginnings of names of parameters that are not meant
         to be trained; added: parameters that came after the watch began; frozen_at_start: those without
         requires_grad when the watch began; rival_tensors: those that an optimizer which the watch was not given has
-        stepped on; masters: the optimizers' tensors that never were the model's; moved_outside: those that no optimizer was to train and that have
-        changed; with_gradient: those with one now; forward: the model's passes; losses: those
-        that `seen.loss` was given; met: those that backward passes began from in steps that were looked at;
+        stepped on; masters: the optimizers' tensors that never were the model's; moved_outside:
+        those that no optimizer was to train and that have changed; with_gradient: those with one now; forward: the
+        model's passes; losses: those that `seen.loss` was given; met: those that backward passes began from in steps
+        that were looked at;
         schedulers: of its optimizers; kept: of states that were loaded into the model, whether all their tensors were
         its own; helpers: modules beside it; ranks: what is known of them, None for a loop of one process;
         scales: of torch.amp.GradScalers that are at work in the process.
