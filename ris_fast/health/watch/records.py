@@ -152,7 +152,8 @@ class LoopRecord:
 
     Args: steps: made by the optimizer that has made most; frozen: beginnings of names of parameters that are not meant
         to be trained; added: parameters that came after the watch began; frozen_at_start: those without
-        requires_grad when the watch began; rival_tensors: those that an optimizer which the watch was not given has stepped on; masters: the optimizers' tensors that never were the
+        requires_grad when the watch began; rival_tensors: those that an optimizer which the watch was not given
+        has stepped on; masters: the optimizers' tensors that never were the
         model's; moved_outside: those that no optimizer was to train and that have
         changed; with_gradient: those with one now; forward: the model's passes; losses: those
         that `seen.loss` was given; met: those that backward passes began from in steps that were looked at;
@@ -371,7 +372,8 @@ class HelperRecord:
         of which the one before was looked at too, how far it was from the part, now or before the step, in units of
         that step; rounded: of a copy in 16 bits, after each step that wrote to it, the shares of numbers that have
         changed, and that are the part's in its format; moved: the part has moved; way: share
-        of its way from the first weights that the helper has come; buffers_still: running statistics are what they were first, though its weights moved and the part's statistics did.
+        of its way from the first weights that the helper has come; buffers_still: running statistics are what
+        they were first, though its weights moved and the part's statistics did.
     """
 
     name: str

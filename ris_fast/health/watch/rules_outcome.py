@@ -19,7 +19,7 @@ from ris_fast.health.watch.suspects import Suspect, odd_inputs, odd_weights, shr
 STEPS, UNTOLD = 120, 240  # that are enough to learn something, as was told, and as follows from gradients
 FLAT = 0.02  # of the spread between scenes at first
 CLOSE, ENTROPY = 0.1, 0.93  # share of the variance, and of the entropy of labels, that are as good as nothing
-CHANCE = 8.0  # squares of a correlation, times the numbers it is of, that are no accident
+CHANCE = 16.0  # squares of a correlation, times the numbers it is of, that are no accident
 FAR = 10.0  # times the variance of targets, that outputs are from them
 ENDS = {"saturated_output", "dead_units"}  # of activations, where large inputs or weights lead to
 BEHIND_ENDS = {"ignored_input", "vanishing_gradient", "zeroed_gradients", "scenes_left_out"}
