@@ -123,8 +123,8 @@ def _of_numbers(losses: Sequence[LossRecord]) -> str:
 
 
 def _of_labels(losses: Sequence[LossRecord], above: float) -> str:
-    """Where the loss is a cross-entropy alone, of classes or of zeros and ones, and no more than `above` times that of a
-    guess: of scenes that are chosen as the hardest it is more."""
+    """Where the loss is a cross-entropy alone, of classes or of zeros and ones, and no more than `above` times that
+    of a guess: of scenes that are chosen as the hardest it is more."""
     entropies = ("NllLoss", "BinaryCrossEntropy")
     losses = [each for each in losses if each.targets is not None]
     if not losses or any(not each.chain or not each.chain[0].startswith(entropies) for each in losses):
