@@ -25,7 +25,7 @@ ENDS = {"saturated_output", "dead_units"}  # of activations, where large inputs 
 BEHIND_ENDS = {"ignored_input", "vanishing_gradient", "zeroed_gradients", "scenes_left_out"}
 BENT = {"Sigmoid", "Softmax", "LogSoftmax", "BinaryCrossEntropyWithLogits"}  # numbers that are no answers yet
 CHOOSING = {"Index", "IndexSelect", "Gather", "Select", "MaskedSelect", "Topk", "Slice"}
-ABOVE = 1.2  # times the entropy of labels
+ABOVE = 1.1  # times the entropy of labels
 UNSAID = {"stalled_at_baseline"}  # findings that leave the cause open
 PAIRS = Suspect(
     "shuffled_labels",
