@@ -64,6 +64,8 @@ def outcome_findings(loop: LoopRecord, found: Sequence[Finding]) -> Iterator[Fin
     ):
         return
     odd = suspect(loop)
+    if not loop.losses and _chooses(loop):
+        return
     known = _of_numbers(losses) or _of_labels(losses, ABOVE if odd is None else math.inf) or stalled
     if known:
         added = all(each.chain and each.chain[-1] in ("Add", "Sub") and each.chain_shapes[-1] == () for each in losses)
@@ -76,6 +78,15 @@ def outcome_findings(loop: LoopRecord, found: Sequence[Finding]) -> Iterator[Fin
         yield finding(why.cause, f"{why.evidence}.", loop.steps, why.doubt, why.advice)
     else:
         yield from outputs_become_one(losses)
+
+
+def _chooses(loop: LoopRecord) -> bool:
+    """Whether passes without gradients, in training mode, see more scenes than those that train in the same steps: the
+    hardest are chosen, of which the loss says little."""
+    passes = loop.forward.passes if loop.forward is not None else []
+    rows = {each.step: each.shape[0] for each in passes if each.reached and each.shape}
+    quiet = [each for each in passes if each.training and not each.grad and each.shape and each.step in rows]
+    return sum(each.shape[0] > rows[each.step] for each in quiet) >= EARLY
 
 
 def outputs_become_one(losses: Sequence[LossRecord]) -> Iterator[Finding]:
