@@ -72,7 +72,6 @@ class OutsideWatch:
         self.light_s, self.lights = 0.0, 0  # what one light sample takes, and how many there were
         self.armed = 0  # changes that the version counters have told
         self.changes: list[OutsideChange] = []
-        self.pairs, self.changed = 0, 0
         self.first = torch.zeros(0)
 
     def wait(self, sample: ParameterSample, tensors: list[Tensor]) -> None:
@@ -106,7 +105,7 @@ class OutsideWatch:
         """At the start of a step; `written`: a version counter has changed since the step before."""
         self.armed += written
         if self.waiting is not None and not self.looked and not written:
-            self.waiting, self.pairs = None, self.pairs + 1
+            self.waiting = None
         return self.waiting is not None
 
     def compare(self, step: int, explained: bool, state_reset: bool) -> None:
@@ -117,10 +116,8 @@ class OutsideWatch:
         later = self.samples.read(self.tensors)
         if not later.shape == last.after.shape == last.before.shape or len(self.names) != len(self.samples.sizes):
             return
-        self.pairs += 1
         if later.device.type == "cpu" and torch.equal(later, last.after):
             return
-        self.changed += 1
         change = OutsideChange(
             step - 1,
             self.names,

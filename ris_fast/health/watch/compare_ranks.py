@@ -12,7 +12,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ris_fast.health.watch.records import RankOptimizer, RankRecord, RanksRecord, RankStep
+from ris_fast.health.watch.rank_records import RankOptimizer, RankRecord, RanksRecord, RankStep
 
 NEAR, FAR = 5e-3, 5e-2  # share of a gradient by which it is not another one's multiple: rounding in 16 bits; other data
 FEW_NUMBERS = 4  # of fewer, any two are nearly multiples

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import sys
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ris_fast.health.watch.copied_hook import LeftBehind
 from ris_fast.health.watch.eager import takes_hooks
 from ris_fast.health.watch.guard import guarded
 
@@ -104,14 +104,11 @@ class ModelLoads:
             self.hook.remove()
 
 
-class _LoadHook:
-    """Leaves nothing of ours in a copy of the model, pickled or not: there it takes any arguments and returns None."""
+class _LoadHook(LeftBehind):
+    """Called before a state is loaded."""
 
     def __init__(self, loads: ModelLoads) -> None:
         self.loads = loads
 
     def __call__(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
         guarded(self.loads.note, module, state, prefix)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (contextlib.nullcontext(), "__exit__")

@@ -37,8 +37,6 @@ class EveryStep:
         self.rates: dict[int, RateHistory] = {}
         self.versions: list[int] = []
         self.outside, self.written = 0, False  # steps before which a tensor was written to
-        self.unwritten = 0  # steps that wrote to no tensor, although one had a gradient
-        self.memberships = 0  # changes of the list of tensors
         self.state_size, self.state_lost, self.state_is_lost = 0, 0, False
 
     def before(self, closure: bool) -> None:
@@ -62,10 +60,8 @@ class EveryStep:
                 self.outside += 1
         else:
             self.flush()
-            self.memberships += bool(self.ids)
             self.held, self.ids = list(tensors), list(map(id, tensors))
             self.present, self.free, self.written = [], [], False
-        self.versions = versions
         if not closure:
             self._note_pattern(tensors)
 
@@ -75,10 +71,7 @@ class EveryStep:
         tensors = groups[0]["params"] if len(groups) == 1 else held_tensors(self.optimizer)
         if closure:
             self._note_pattern(tensors)
-        versions = list(map(VERSION, tensors))
-        if versions == self.versions and True in self.present:
-            self.unwritten += 1
-        self.versions, self.state_size = versions, len(self.optimizer.state)
+        self.versions, self.state_size = list(map(VERSION, tensors)), len(self.optimizer.state)
         self.steps += 1
 
     def _note_pattern(self, tensors: list[Tensor]) -> None:
@@ -95,8 +88,6 @@ class EveryStep:
             rates={number: each.closed(self.steps) for number, each in self.rates.items()},
             settings=[replace(each) for each in self.settings.values()],
             outside=self.outside,
-            unwritten=self.unwritten,
-            memberships=self.memberships,
             state_lost=self.state_lost,
         )
 

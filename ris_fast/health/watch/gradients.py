@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
-from time import perf_counter
+from time import thread_time
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ris_fast.health.watch.eager import eager, eager_hook, is_eager_hook
 from ris_fast.health.watch.records import StepRecord
-from ris_fast.health.watch.samples import ParameterSample, StaleGradientProbe, compare, few_of, joined, local_values
+from ris_fast.health.watch.samples import ParameterSample, few_of, joined, local_values
 from ris_fast.training.telemetry.step_telemetry import norms
 
 LARGE = 2**17  # numbers of a gradient
@@ -42,6 +42,34 @@ class Arrivals:
     sizes: list[int]
 
 
+class StaleGradientProbe:
+    """Whether one tensor's gradient is still there at the next backward, and all that comes is added to it.
+
+    Its norm after a step must be what backward finds, and that after one backward what the next one finds.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter, self.arrivals = parameter, 0
+        self.norm = norms([parameter.grad])[0]
+        self.same = self.norm > 0
+        self.hook: Any = parameter.register_hook(eager_hook(self._found))
+
+    @torch.no_grad()
+    def _found(self, _: Tensor) -> None:
+        """Before backward adds what came."""
+        grad = self.parameter.grad
+        self.same = self.same & (norms([grad])[0] == self.norm) if grad is not None else torch.zeros_like(self.same)
+
+    def arrive(self, norm: Tensor) -> None:
+        """After backward has added what came."""
+        self.norm, self.arrivals = norm, self.arrivals + 1
+
+    def close(self) -> Tensor | None:
+        """(), or None where nothing came."""
+        self.hook.remove()
+        return self.same if self.arrivals else None
+
+
 class GradientWatch:
     """Hooks on the gradients of the tensors of a step that is looked at.
 
@@ -61,7 +89,7 @@ class GradientWatch:
         # Of gradients that came in the backward pass that runs: the norm, where it is read at once.
         self.waiting: dict[int, Tensor | None] = {}
         self.task, self.alone = -1, True
-        self.cost_s = 0.0  # of all reading
+        self.cost_s = 0.0  # of all reading, of this thread's own time: a busy machine does not count
         self.first_arrival: Callable[[], None] | None = None  # called once for each step that is looked at
 
     def hook(self, wanted: Sequence[Tensor]) -> None:
@@ -73,13 +101,16 @@ class GradientWatch:
         self.hooked, self.alone = list(wanted), not (dist.is_available() and dist.is_initialized())
         self.hooks = [p.register_post_accumulate_grad_hook(self.arrival) for p in wanted]
 
-    def _arrive(self, parameter: Tensor) -> None:
+    def _arrive(self, parameter: Tensor, grad: Tensor) -> None:
         """After backward has added to a gradient."""
-        began = perf_counter()
-        if not self.waiting and not self.batches and self.first_arrival is not None:
-            self.first_arrival()
-        self.waiting[id(parameter)] = _norm_in_cache(parameter.grad)
-        self.cost_s += perf_counter() - began
+        norm, first = None, not self.waiting and not self.batches and self.first_arrival is not None
+        if first or grad.numel() >= LARGE:
+            began = thread_time()
+            if first:
+                self.first_arrival()
+            norm = _norm_in_cache(grad)
+            self.cost_s += thread_time() - began
+        self.waiting[id(parameter)] = norm
         task = torch._C._current_graph_task_id()
         if not self.alone or task == -1 or _is_shared(parameter):
             self.take()
@@ -92,9 +123,9 @@ class GradientWatch:
         """Reads what came."""
         if not self.waiting:
             return
-        began = perf_counter()
+        began = thread_time()
         self._take()
-        self.cost_s += perf_counter() - began
+        self.cost_s += thread_time() - began
 
     def _take(self) -> None:
         waiting, self.waiting, self.task = self.waiting, {}, -1
@@ -103,7 +134,7 @@ class GradientWatch:
             return
         with torch.no_grad():
             grads = [p.grad for p in came]
-            some = [few_of(grad.detach()) for grad in grads]
+            some = list(map(few_of, grads))
             batch = Arrivals(
                 ids=list(map(id, came)),
                 states=[(id(grad), grad._version) for grad in grads],
@@ -215,6 +246,22 @@ class GradientWatch:
         self.take_stale()
 
 
+def compare(arrived: Sequence[Tensor], at_step: Sequence[Tensor]) -> Tensor:
+    """(6,) of gradients as backward left them against what the optimizer finds: the cosine, the share of negative zeros
+    in the latter, the spread over the size of each, and that of the magnitudes that are not zero."""
+    device = arrived[0].device
+    before, now = (
+        torch.cat([each.to(device, torch.float32, non_blocking=device.type == "cuda") for each in side])
+        for side in (arrived, at_step)
+    )
+    cosine = torch.nn.functional.cosine_similarity(before, now, dim=0)
+    spreads = [(each - each.mean()).norm() / each.norm() for each in (before, now)]
+    for each in (before.abs(), now.abs()):
+        some = each > 0
+        spreads.append(((each - each.sum() / some.sum()) * some).norm() / each.norm())
+    return torch.stack([cosine, (now.signbit() & (now == 0)).float().mean(), *spreads])
+
+
 def _norm_in_cache(grad: Tensor) -> Tensor | None:
     """() float32, of a large one, which is read faster right after it was written than later; else None."""
     if grad.numel() < LARGE or grad.dtype != torch.float32 or grad.device.type != "cpu" or type(grad) is not Tensor:
@@ -240,7 +287,7 @@ def _is_shared(parameter: Tensor) -> bool:
 class Listener(Protocol):
     """Hears of gradients."""
 
-    def _arrive(self, parameter: Tensor) -> None: ...
+    def _arrive(self, parameter: Tensor, grad: Tensor) -> None: ...
 
 
 def arrival_hook(listener: Listener) -> Callable[[Tensor], None]:
@@ -250,8 +297,8 @@ def arrival_hook(listener: Listener) -> Callable[[Tensor], None]:
 
     @eager_hook
     def arrived(parameter: Tensor) -> None:
-        if (listener := me()) is not None and parameter.grad is not None:
-            listener._arrive(parameter)
+        if (listener := me()) is not None and (grad := parameter.grad) is not None:
+            listener._arrive(parameter, grad)
 
     return arrived
 

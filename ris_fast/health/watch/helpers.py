@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from ris_fast.health.watch.any_step import listen, stop_listening
+from ris_fast.health.watch.copied_hook import CopiedHook
 from ris_fast.health.watch.eager import takes_hooks
-from ris_fast.health.watch.forward import CopiedHook, is_modal
+from ris_fast.health.watch.forward import is_modal
 from ris_fast.health.watch.hooks import OptimizerHooks
 from ris_fast.health.watch.records import HelperRecord
 from ris_fast.health.watch.samples import few_numbers, has_norm
@@ -30,6 +29,7 @@ from ris_fast.health.watch.samples import few_numbers, has_norm
 SEARCHES = (4, 48)  # steps after which helpers are looked for
 FRAMES, VALUES, KEPT = 24, 512, 8  # of a search; helpers
 NEAR = 0.05  # of a part's first weights, within which a copy lies
+NEVER = 2**62  # a step that no loop makes
 SAMPLES, GROWING = 64, 8  # pairs of steps, which lie apart by this part of the steps made
 SHORT = (torch.float16, torch.bfloat16)
 CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # that nobody calls
@@ -73,26 +73,24 @@ class Helpers:
     def __init__(self, model: nn.Module, by_optimizer: Sequence[OptimizerHooks]) -> None:
         self.model, self.by_optimizer = model, by_optimizer
         self.found: list[_Helper] = []
-        self.next = SEARCHES[0]
+        self.next = self.next_sample = SEARCHES[0]  # steps after which it wants to look, and to read numbers
         self.samples = 0
-        listen(self)
 
-    def stepped(self, optimizer: Optimizer) -> None:
-        """After a step of any optimizer."""
-        if optimizer is not self.by_optimizer[0].optimizer:
-            return
-        step = self.by_optimizer[0].steps
+    def look(self, step: int, frame: FrameType) -> None:
+        """After a step of the first optimizer, which `frame` has led to."""
         if step in SEARCHES:
-            self._search(sys._getframe(1))
-        if self.found and self.samples < 2 * SAMPLES and step >= self.next:
+            self._search(frame)
+        if self.found and self.samples < 2 * SAMPLES and step >= self.next_sample:
             self.samples += 1
             with torch.no_grad():
                 for helper in self.found:
                     _sample(helper, step)
-            self.next = step + 1 if self.samples % 2 else step + max(2, step // GROWING)
+            self.next_sample = step + 1 if self.samples % 2 else step + max(2, step // GROWING)
+        wanted = [each for each in SEARCHES if each > step]
+        wanted += [self.next_sample] if self.found and self.samples < 2 * SAMPLES else []
+        self.next = min(wanted, default=NEVER)
 
     def close(self) -> None:
-        stop_listening(self)
         for helper in self.found:
             helper.unhook()
 

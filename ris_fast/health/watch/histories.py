@@ -99,16 +99,13 @@ class PlainSteps:
     """What is known of every step.
 
     Args: tensors: histories by id of the tensor; rates: by group, where they are numbers; outside: steps before which
-        a tensor had been written to; unwritten: steps that wrote to no tensor although
-        one had a gradient; memberships: changes of the lists of tensors; state_lost: how often its state was gone.
+        a tensor had been written to; state_lost: how often its state was gone.
     """
 
     tensors: dict[int, TensorHistory] = field(default_factory=dict)
     rates: dict[int, RateHistory] = field(default_factory=dict)
     settings: list[SettingHistory] = field(default_factory=list)
     outside: int = 0
-    unwritten: int = 0
-    memberships: int = 0
     state_lost: int = 0
 
 
@@ -117,13 +114,11 @@ class Passes:
     """Backward passes that reached one tensor, counted between two steps.
 
     Args: intervals: how often a step came after so many passes, of which so many found the gradient before them gone,
-        and whether all came from one line, with the weights at rest; unused: steps that found none although a pass had
-        left one; replaced: steps that found another gradient than the last pass left; since: passes since the last
-        step.
+        and whether all came from one line, with the weights at rest; replaced: steps that found another gradient than
+        the last pass left; since: passes since the last step.
     """
 
     intervals: dict[tuple[int, int, bool], int] = field(default_factory=dict)
-    unused: int = 0
     replaced: int = 0
     since: int = 0
 

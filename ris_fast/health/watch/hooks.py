@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from time import perf_counter
+from time import thread_time
 from typing import Any
 
 import torch
@@ -28,8 +28,9 @@ from ris_fast.health.watch.histories import GradientNumbers
 from ris_fast.health.watch.passes import PassCounter
 from ris_fast.health.watch.records import OptimizerRecord, StepRecord, TensorRecord
 from ris_fast.health.watch.rivals import Rivals
-from ris_fast.health.watch.samples import Origin, ParameterSample, WeightSamples, has_norm, held_tensors, local_values
+from ris_fast.health.watch.samples import ParameterSample, WeightSamples, has_norm, held_tensors, local_values
 from ris_fast.health.watch.schedule import DENSE, LookSchedule
+from ris_fast.health.watch.start import Origin
 from ris_fast.health.watch.state import denominators, steps_of
 from ris_fast.training.telemetry.step_telemetry import norms
 
@@ -101,7 +102,6 @@ class OptimizerHooks:
             between=self.passes.record(),
             numbers=self.origin.numbers(parameters, self.live, self.sample),
             outside=[each.on_host() for each in self.outside.changes],
-            pairs=self.outside.pairs,
             denominators=denominators(self.optimizer, parameters),
             rivals=[each for each in self.rivals.rivals if each.shared & ids],
             loads=self.loads,
@@ -140,26 +140,27 @@ class OptimizerHooks:
             self.depth += 1
             return
         self.depth, self.rivals.inside = 1, self.optimizer
-        self.closure = (len(args) > 1 or bool(kwargs)) and _has_closure(*args, *kwargs.values())
+        self.closure = (len(args) > 1 or bool(kwargs)) and has_closure(*args, *kwargs.values())
         every_step = self.every_step
         every_step.before(self.closure)
-        self.passes.before()
+        if self.passes.passes:
+            self.passes.before()
         if every_step.written or self.outside.waiting is not None:
             self._compare_outside()
         if every_step.steps >= self.schedule.next:
-            began = perf_counter()
+            began = thread_time()
             self._look_before()
-            self.cost_s += perf_counter() - began
+            self.cost_s += thread_time() - began
         elif self.outside.armed:
             self.outside.begin_light(self.steps, self.schedule.step_s)
 
     def _compare_outside(self) -> None:
         """With what the step before left, if that was looked at or something has been written to since."""
         if self.outside.wants_to_compare(self.every_step.written):
-            began, rival_steps = perf_counter(), self.rivals.steps_on(self.optimizer, self.every_step.ids)
+            began, rival_steps = thread_time(), self.rivals.steps_on(self.optimizer, self.every_step.ids)
             state_reset = self.loads > self.loads_before or self.every_step.state_is_lost
             self.outside.compare(self.steps, rival_steps > self.rival_steps, state_reset)
-            self.cost_s += perf_counter() - began
+            self.cost_s += thread_time() - began
 
     @torch.no_grad()
     def _look_before(self) -> None:
@@ -193,12 +194,11 @@ class OptimizerHooks:
         return self.weights[1]
 
     def _begin(self, parameters: dict[str, Tensor]) -> StepRecord:
-        rates = [group.get("lr", 1.0) for group in self.optimizer.param_groups]
         return StepRecord(
             step=self.steps,
             names=self.names,
             usual_norms=self.usual_norms,
-            rates=[rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates],
+            rates=rates_of(self.optimizer),
             weights_before=self._weight_norms(parameters, self.sample.before, self.steps == 0),
             closure=self.closure,
             scaled=getattr(self.optimizer, "found_inf", None) is not None
@@ -221,10 +221,10 @@ class OptimizerHooks:
         if self.passes.passes:
             self.passes.restart()
         if self.current is not None:
-            began = perf_counter()
+            began = thread_time()
             self._finish(self.current)
             self.cost_s += self.gradients.cost_s
-            self.schedule.finish_look(self.steps - 1, self.cost_s + perf_counter() - began)
+            self.schedule.finish_look(self.steps - 1, self.cost_s + thread_time() - began)
             self.cost_s = self.gradients.cost_s = 0.0
             self._hook_gradients()
             self.gradients.forget()
@@ -265,7 +265,14 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def _has_closure(*args: Any) -> bool:
+def rates_of(optimizer: Optimizer) -> list[float | Tensor]:
+    """Learning rates of the groups, as they are now."""
+    rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
+    return [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
+
+
+def has_closure(*args: Any) -> bool:
+    """Whether a step is given a function that computes the loss."""
     return any(callable(each) and not isinstance(each, Optimizer) for each in args)
 
 

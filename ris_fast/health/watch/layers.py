@@ -9,7 +9,8 @@ Legend: R rows, a few scenes; F numbers of each.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ class LayerCall:
     """One call of a layer without parts.
 
     Args: given, gives: (6,) least, most, spread of all numbers, mean spread between rows, and mean square of a few
-        numbers of its first input and output; how many are not finite; whole: inputs are whole numbers; one_axis: the
-        input has one axis; rows: of the input; with_grad: it requires a gradient; enabled: gradients are; training:
-        the layer's mode; leaf: a derivative of the input is asked for, and nothing has made it.
+        numbers of its first input and output, and how many are not finite; until the first report those numbers, (R,
+        F); whole: inputs are whole numbers; one_axis: the input has one axis; rows: of the input; with_grad: it
+        requires a gradient; enabled: gradients are; training: the layer's mode; leaf: a derivative of the input is
+        asked for, and nothing has made it.
     """
 
     name: str
@@ -102,8 +104,7 @@ class Layers:
         self.calls[name].append(
             LayerCall(
                 name,
-                _summary(some[0]),
-                _summary(some[1]),
+                *some,
                 not given[0].is_floating_point() and not given[0].is_complex(),
                 given[0].ndim == 1,
                 given[0].shape[0] if given[0].ndim else 0,
@@ -140,19 +141,10 @@ class Layers:
 
     def record(self) -> LayersRecord:
         """All that was seen. Reads the device."""
-        host = {
-            name: [
-                replace(
-                    each,
-                    given=None if each.given is None else each.given.cpu(),
-                    gives=None if each.gives is None else each.gives.cpu(),
-                )
-                for each in calls
-            ]
-            for name, calls in self.calls.items()
-        }
+        for each in chain.from_iterable(self.calls.values()):
+            each.given, each.gives = _summary(each.given), _summary(each.gives)
         again = [Recomputed(name, float(given), float(gives)) for name, given, gives in self.again]
-        return LayersRecord(host, dict(self.modules), list(self.cuts), again)
+        return LayersRecord(dict(self.calls), dict(self.modules), list(self.cuts), again)
 
 
 def _marker(cut: Cut) -> Any:
@@ -163,9 +155,10 @@ def _marker(cut: Cut) -> Any:
 
 
 def _summary(some: Tensor | None) -> Tensor | None:
-    """(6,) of (R, F)."""
-    if some is None:
-        return None
+    """(6,) of (R, F); as it is where it has been made."""
+    if some is None or some.ndim == 1:
+        return some
+    some = some.cpu()
     between = some.std(0, correction=0).mean() if len(some) > 1 else some.new_zeros(())
     least, most = some.aminmax()
     return torch.stack(

@@ -24,8 +24,8 @@ from ris_fast.health.watch.tensors import (
     KEYS,
     few_rows,
     is_plain,
+    largest_in_rows,
     nonfinite,
-    rows_with_gradient,
     tensors_of,
 )
 from ris_fast.health.watch.terms import sum_beside_mean, term_without_graph
@@ -83,7 +83,7 @@ class LossHook:
             behind=[name for each in ends for name, _, _ in chain_of(each, set())][:CHAIN],
             outputs_require_grad=any(each.requires_grad for each in outputs),
             outputs=numbers_of(outputs),
-            targets=numbers_of(targets),
+            targets=numbers_of(targets, keys=True),
             value=tensor.detach().float().mean() if tensor is not None and is_plain(tensor) else None,
             number=self.number(),
         )
@@ -103,7 +103,8 @@ class LossHook:
             rows = outputs[0].shape[0] if outputs[0].ndim else 0
 
             def reached(grad: Tensor) -> None:
-                now.rows = rows_with_gradient(grad, rows)
+                largest = largest_in_rows(grad, rows)
+                now.rows = None if largest is None else largest != 0
 
             outputs[0].register_hook(eager_hook(reached))
 
@@ -118,8 +119,8 @@ def _factor(node: Any) -> Tensor | None:
     return some[0].detach().float().reshape(()) if len(some) == 1 else None
 
 
-def numbers_of(tensors: Sequence[Tensor]) -> Numbers | None:
-    """Of the first tensor. Numbers stay on its device."""
+def numbers_of(tensors: Sequence[Tensor], keys: bool = False) -> Numbers | None:
+    """Of the first tensor; `keys`: also those by which scenes are known again. Numbers stay on its device."""
     if not tensors or not is_plain(tensors[0]) or not tensors[0].numel():
         return None
     tensor = tensors[0].detach()
@@ -135,7 +136,7 @@ def numbers_of(tensors: Sequence[Tensor]) -> Numbers | None:
         imaginary=imaginary,
         nonfinite=nonfinite([real]),
         few=few_rows([tensor]),
-        keys=few_rows([tensor], KEYS, KEY_NUMBERS),
+        keys=few_rows([tensor], KEYS, KEY_NUMBERS) if keys else None,
     )
 
 

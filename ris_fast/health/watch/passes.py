@@ -29,7 +29,7 @@ class PassCounter:
         self.passes, self.cleared, self.moved = 0, 0, False  # since the last step
         self.site, self.one_site = 0, True  # where the last pass was called, and whether all but the first were
         self.intervals: Counter[tuple[int, int, bool]] = Counter()
-        self.unused, self.replaced, self.heard = 0, 0, False
+        self.replaced, self.heard = 0, False
 
     def follow(self, parameter: Tensor | None) -> None:
         """Counts at this tensor from now on."""
@@ -40,9 +40,9 @@ class PassCounter:
         if parameter is not None:
             self.parameter, self.hook = parameter, parameter.register_post_accumulate_grad_hook(arrival_hook(self))
 
-    def _arrive(self, parameter: Tensor) -> None:
+    def _arrive(self, parameter: Tensor, grad: Tensor) -> None:
         """Backward adds to the same tensor unless it was set to None or its graph is kept."""
-        grad, last = parameter.grad, self.last
+        last = self.last
         if last is not None:
             site = _call_site()
             self.cleared += last() is not grad and not grad.requires_grad and grad.layout == torch.strided
@@ -53,15 +53,12 @@ class PassCounter:
         self.passes, self.last, self.version = self.passes + 1, weakref.ref(grad), parameter._version
 
     def before(self) -> None:
-        """Before a step: closes the interval."""
-        if not self.passes:
-            return
+        """Before a step after some passes: closes the interval."""
         if self.parameter is not None:
             key = self.passes, self.cleared, not self.moved and self.one_site
             if key in self.intervals or len(self.intervals) < KINDS:
                 self.intervals[key] += 1
             grad = self.parameter.grad
-            self.unused += grad is None
             self.replaced += grad is not None and self.last is not None and self.last() is not grad
         self.restart()
 
@@ -71,7 +68,7 @@ class PassCounter:
         self.site, self.one_site = 0, True
 
     def record(self) -> Passes:
-        return Passes(dict(self.intervals), self.unused, self.replaced, self.passes)
+        return Passes(dict(self.intervals), self.replaced, self.passes)
 
     def close(self) -> None:
         if self.hook is not None:

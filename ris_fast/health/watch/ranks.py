@@ -14,7 +14,7 @@ import gc
 import pickle
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from hashlib import blake2b
 from itertools import count, islice
@@ -27,9 +27,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ris_fast.health.watch.clock import Clock
-from ris_fast.health.watch.eager import eager, eager_hook
-from ris_fast.health.watch.records import PassRecord, RankOptimizer, RankRecord, RanksRecord, RankStep, Wrapper
-from ris_fast.health.watch.samples import has_norm, held_tensors
+from ris_fast.health.watch.eager import eager
+from ris_fast.health.watch.gradients import arrival_hook
+from ris_fast.health.watch.hooks import OptimizerHooks, has_closure, rates_of
+from ris_fast.health.watch.rank_records import RankOptimizer, RankRecord, RanksRecord, RankStep, Wrapper
+from ris_fast.health.watch.records import PassRecord
+from ris_fast.health.watch.samples import has_norm, held_tensors, joined
 
 DENSE, KEPT, CHOSEN, NUMBERS, LAST, PASSES = 8, 16, 64, 16, 1024, 128
 WAIT_S, SHORT_WAIT_S, POLL_S, TOGETHER_S = 5.0, 0.5, 0.02, 60.0
@@ -45,21 +48,30 @@ def several_ranks() -> bool:
 class RankHooks:
     """Hooks around one optimizer's steps and on the gradients of some of its tensors; idle in a single process."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, every: int, clock: Clock) -> None:
-        self.model, self.optimizer, self.every, self.clock = model, optimizer, every, clock
-        self.steps = 0
+    def __init__(self, model: nn.Module, by: OptimizerHooks, every: int) -> None:
+        self.model, self.by, self.optimizer, self.every = model, by, by.optimizer, every
         self.records: list[RankStep] = []
         self.arrived: dict[int, Tensor] = {}  # since the last step: a few numbers of the gradient
         self.held_back = False  # DistributedDataParallel was told not to reduce at the last backward
         self.wrappers: list[nn.parallel.DistributedDataParallel] = []
-        self.active = False  # several ranks were seen
         self.probe: Tensor | None = None  # a small tensor whose gradient is looked at in every step
         self.any: deque[tuple[int, Tensor]] = deque(maxlen=LAST)  # step, whether the probe's gradient is not all zeros
         self.hooked: list[Tensor] = []
         self.grad_hooks: list[Any] = []
-        self.gradient_hook = _gradient_hook(self)
+        self.arrival = arrival_hook(self)
         self.wrapper: Wrapper | None = None  # which may be gone when the report comes
-        self.step_hooks = [optimizer.register_step_post_hook(self._after)]
+        self.step_hooks: list[Any] = []
+
+    @property
+    def steps(self) -> int:
+        return self.by.steps
+
+    def begin(self) -> None:
+        """Several ranks were seen."""
+        self.step_hooks = [
+            self.optimizer.register_step_pre_hook(self._before),
+            self.optimizer.register_step_post_hook(self._after),
+        ]
         self._hook_gradients()
 
     def close(self) -> None:
@@ -77,7 +89,7 @@ class RankHooks:
 
     def record(self) -> RankOptimizer:
         """All that was seen. Reads the device."""
-        steps, flags = [step for step, _ in self.any], _joined([each[None] for _, each in self.any]).tolist()
+        steps, flags = [step for step, _ in self.any], joined([each[None] for _, each in self.any]).tolist()
         return RankOptimizer(
             kinds=frozenset(kind.__name__ for kind in type(self.optimizer).__mro__),
             steps=self.steps,
@@ -86,20 +98,13 @@ class RankHooks:
             full_steps=[step for step, flag in zip(steps, flags) if flag],
         )
 
-    def _due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether the next step is looked at: the same steps on all ranks."""
         return self.steps < DENSE or self.steps % self.every == 0
 
     def _hook_gradients(self) -> None:
         """Hooks on gradients for the next step: on all that are looked at, or on the small one alone."""
-        due = self._due()
-        if not self.active:
-            if not due or not several_ranks():
-                return
-            self.active = True
-            self.step_hooks.append(self.optimizer.register_step_pre_hook(self._before))
-        self.clock.start()
-        if due:
+        if self.is_due():
             chosen = list(self.chosen().values())
             self.probe = min(chosen, key=lambda p: (p.numel() < NUMBERS, p.numel()), default=None)
             self.wrappers = wrappers_in(self.model)
@@ -115,27 +120,24 @@ class RankHooks:
             for hook in self.grad_hooks:
                 hook.remove()
             self.hooked = wanted
-            self.grad_hooks = [p.register_post_accumulate_grad_hook(self.gradient_hook) for p in wanted]
+            self.grad_hooks = [p.register_post_accumulate_grad_hook(self.arrival) for p in wanted]
 
-    def _arrive(self, parameter: Tensor) -> None:
+    def _arrive(self, parameter: Tensor, grad: Tensor) -> None:
         """After backward has added to a gradient, before DistributedDataParallel has reduced it."""
-        grad = parameter.grad
         if grad.layout != torch.strided:
             return
         if parameter is self.probe:
             if self.any and self.any[-1][0] == self.steps:
                 self.any.pop()
             self.any.append((self.steps, grad.any()))
-        if self._due():
+        if self.is_due():
             with torch.no_grad():
                 self.arrived[id(parameter)] = few_numbers([grad])
             self.held_back = any(not each.require_backward_grad_sync for each in self.wrappers)
 
     @eager
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._due():
-            return
-        if not any(callable(each) and not isinstance(each, Optimizer) for each in (*args, *kwargs.values())):
+        if self.is_due() and not has_closure(*args, *kwargs.values()):
             self._look()
 
     @torch.no_grad()
@@ -149,52 +151,48 @@ class RankHooks:
             step=self.steps,
             names=list(here),
             sizes=[count_numbers(p) for p in here.values()],
-            arrived=_joined([self.arrived[id(p)] for p in here.values()]),
+            arrived=joined([self.arrived[id(p)] for p in here.values()]),
             at_step=few_numbers([p.grad for p in here.values()]),
             weights=few_numbers(list(here.values())),
-            rates=[_kept(group.get("lr", 1.0)) for group in self.optimizer.param_groups],
+            rates=rates_of(self.optimizer),
             held_back=self.held_back,
         )
         self.records = [*self.records[:DENSE], *self.records[DENSE:][-KEPT:], record]
 
     @eager
     def _after(self, *_: Any) -> None:
-        self.steps += 1
-        if self.arrived or self._due():
+        if self.arrived or self.is_due():
             self.arrived.clear()
             self._hook_gradients()
 
 
-def _gradient_hook(hooks: RankHooks) -> Callable[[Tensor], None]:
-    """One function for all tensors and steps: compiled autograd would take another for another graph."""
-    me = ref(hooks)
-
-    @eager_hook
-    def arrived(parameter: Tensor) -> None:
-        if (hooks := me()) is not None and parameter.grad is not None:
-            hooks._arrive(parameter)
-
-    return arrived
-
-
 def _count_steps(observer: ref[RankObserver]) -> int:
-    return sum(hooks.steps for hooks in found.hooks) if (found := observer()) is not None else 0
+    return sum(each.steps for each in found.hooks) if (found := observer()) is not None else 0
 
 
 class RankObserver:
     """All optimizers of a watched loop, the clock that tells where ranks stand, and their meeting at a report."""
 
     def __init__(
-        self, model: nn.Module, optimizers: Sequence[Optimizer], every: int, stall_s: float | None = None
+        self, model: nn.Module, by_optimizer: Sequence[OptimizerHooks], every: int, stall_s: float | None = None
     ) -> None:
         self.model, self.number = model, next(_numbers)
-        self.hooks: list[RankHooks] = []
+        self.active = False  # several ranks were seen
+        self.hooks = [RankHooks(model, each, every) for each in by_optimizer]
         self.clock = Clock(partial(_count_steps, ref(self)), stall_s)
-        self.hooks += [RankHooks(model, each, every, self.clock) for each in optimizers]
         if stall_s is not None:
             self.clock.start()
+        self.begin()
         self.left: list[str] = []  # keys of this rank in the store
         self.reports, self.alone = 0, False
+
+    def begin(self) -> None:
+        """Once there are several ranks, before a step that all of them look at."""
+        if all(each.is_due() for each in self.hooks) and several_ranks():
+            self.active = True
+            self.clock.start()
+            for each in self.hooks:
+                each.begin()
 
     def close(self) -> None:
         """Takes every hook away, and ends the clock."""
@@ -226,7 +224,7 @@ class RankObserver:
             names=list(tensors),
             shapes=[tuple(p.shape) for p in tensors.values()],
             trainable=[p.requires_grad for p in tensors.values()],
-            hashes=_joined([each[None] for each in hashes]).tolist(),
+            hashes=joined([each[None] for each in hashes]).tolist(),
             optimizers=[hooks.record() for hooks in self.hooks],
             wrapper=find_wrapper(self.model, tensors)
             or next((hooks.wrapper for hooks in self.hooks if hooks.wrapper is not None), None),
@@ -302,7 +300,7 @@ def is_whole(tensor: Tensor) -> bool:
 def few_numbers(tensors: Sequence[Tensor]) -> Tensor:
     """(S,) of whole tensors, a copy."""
     flat = [torch.view_as_real(each) if each.is_complex() else each for each in tensors]
-    return _joined([each.detach().reshape(-1)[:: _stride(each.numel())] for each in flat])
+    return joined([each.detach().reshape(-1)[:: _stride(each.numel())] for each in flat])
 
 
 def count_numbers(tensor: Tensor) -> int:
@@ -315,18 +313,8 @@ def _stride(numbers: int) -> int:
     return -(-numbers // NUMBERS) | 1 if numbers > NUMBERS else 1
 
 
-def _joined(some: Sequence[Tensor]) -> Tensor:
-    device = next((each.device for each in some if each.device.type != "cpu"), torch.device("cpu"))
-    moved = [each.to(device, non_blocking=device.type == "cuda") for each in some]
-    return torch.cat(moved) if moved else torch.zeros(0)
-
-
 def _has_strided_grad(parameter: Tensor) -> bool:
     return parameter.grad is not None and parameter.grad.layout == torch.strided
-
-
-def _kept(rate: Any) -> Any:
-    return rate.detach().clone() if isinstance(rate, Tensor) else rate
 
 
 @torch.no_grad()

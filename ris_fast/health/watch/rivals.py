@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
-from ris_fast.health.watch.any_step import listen, stop_listening
-
 KEPT = 32
 
 
@@ -39,10 +37,8 @@ class Rivals:
         self.given, self.watched = [weakref.ref(each) for each in given], watched
         self.known: dict[int, tuple[weakref.ref[Optimizer], Rival]] = {}
         self.rivals: list[Rival] = []
-        self.count = 0  # optimizers that were not given, and share tensors
         self.clock = 0
         self.inside: Optimizer | None = None  # the one whose step runs
-        listen(self)
 
     def stepped(self, optimizer: Optimizer) -> None:
         """After a step of any optimizer."""
@@ -66,7 +62,6 @@ class Rivals:
             self.clock,
         )
         if rival.shared and not given:
-            self.count += 1
             self.rivals = [*self.rivals[: KEPT // 2], *self.rivals[KEPT // 2 :][-KEPT // 2 :], rival]
         return rival
 
@@ -93,6 +88,3 @@ class Rivals:
             for ref, rival in self.known.values()
             if ref() is not optimizer and not rival.shared.isdisjoint(tensors)
         )
-
-    def close(self) -> None:
-        stop_listening(self)

@@ -29,7 +29,8 @@ from ris_fast.health.watch.compare_ranks import (
     multiple_of,
 )
 from ris_fast.health.watch.fixes import finding
-from ris_fast.health.watch.records import LoopRecord, RanksRecord
+from ris_fast.health.watch.rank_records import RanksRecord
+from ris_fast.health.watch.records import LoopRecord
 
 OWN_BATCHES = (
     "Give each rank batches of its own: `DistributedSampler(..., num_replicas=world_size, rank=rank)` with `set_epoch`,"

@@ -1,5 +1,4 @@
-"""What `watch` keeps of tensors from one step to the next: a few of their numbers, whether a gradient stays, and what
-tensors were before the first step.
+"""What `watch` keeps of tensors from one step to the next: a few of their numbers.
 
 Legend: S numbers, a few of every tensor.
 """
@@ -10,16 +9,13 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from operator import is_
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from ris_fast.health.watch.eager import eager_hook
-from ris_fast.health.watch.histories import GradientNumbers, NumbersRecord
-from ris_fast.training.telemetry.step_telemetry import norms
+from ris_fast.health.watch.histories import GradientNumbers
 
 FEW = 256  # numbers of a tensor, about, that are compared one by one
 
@@ -157,50 +153,6 @@ def joined(some: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(some))
 
 
-def compare(arrived: Sequence[Tensor], at_step: Sequence[Tensor]) -> Tensor:
-    """(6,) of gradients as backward left them against what the optimizer finds: the cosine, the share of negative zeros
-    in the latter, the spread over the size of each, and that of the magnitudes that are not zero."""
-    device = arrived[0].device
-    before, now = (
-        torch.cat([each.to(device, torch.float32, non_blocking=device.type == "cuda") for each in side])
-        for side in (arrived, at_step)
-    )
-    cosine = torch.nn.functional.cosine_similarity(before, now, dim=0)
-    spreads = [(each - each.mean()).norm() / each.norm() for each in (before, now)]
-    for each in (before.abs(), now.abs()):
-        some = each > 0
-        spreads.append(((each - each.sum() / some.sum()) * some).norm() / each.norm())
-    return torch.stack([cosine, (now.signbit() & (now == 0)).float().mean(), *spreads])
-
-
-class StaleGradientProbe:
-    """Whether one tensor's gradient is still there at the next backward, and all that comes is added to it.
-
-    Its norm after a step must be what backward finds, and that after one backward what the next one finds.
-    """
-
-    def __init__(self, parameter: Tensor) -> None:
-        self.parameter, self.arrivals = parameter, 0
-        self.norm = norms([parameter.grad])[0]
-        self.same = self.norm > 0
-        self.hook: Any = parameter.register_hook(eager_hook(self._found))
-
-    @torch.no_grad()
-    def _found(self, _: Tensor) -> None:
-        """Before backward adds what came."""
-        grad = self.parameter.grad
-        self.same = self.same & (norms([grad])[0] == self.norm) if grad is not None else torch.zeros_like(self.same)
-
-    def arrive(self, norm: Tensor) -> None:
-        """After backward has added what came."""
-        self.norm, self.arrivals = norm, self.arrivals + 1
-
-    def close(self) -> Tensor | None:
-        """(), or None where nothing came."""
-        self.hook.remove()
-        return self.same if self.arrivals else None
-
-
 def local_values(tensor: Tensor) -> Tensor:
     """The stored numbers of a sparse tensor, this rank's of a sharded one; any other tensor as it is."""
     if tensor.layout != torch.strided:
@@ -218,78 +170,3 @@ def has_norm(tensor: Tensor) -> bool:
 def held_tensors(optimizer: Optimizer) -> list[Tensor]:
     """All tensors of an optimizer's groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-class Origin:
-    """What an optimizer's tensors and their moments were before the first step that saw them: those that differ later
-    were trained.
-
-    So training shows without a look at each step, whatever was frozen, freed or used in between.
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self.kept: dict[int, tuple[Tensor, Tensor | None]] = {}  # a few weights, norm of the moments
-        self.noted: list[Tensor] = []
-
-    def note(self, held: list[Tensor]) -> None:
-        """Keeps tensors that are new, before a step; forgets those that are gone, whose id another may take. `held`:
-        all of the optimizer's."""
-        if held is self.noted and len(self.kept) == len(held):
-            return
-        self.noted = held
-        now = {id(p): p for p in held if has_norm(p)}
-        self.kept = {key: self.kept.get(key) or (few_numbers([p]), self._moments(p)) for key, p in now.items()}
-
-    def _moments(self, tensor: Tensor) -> Tensor | None:
-        """(), norm of what the optimizer keeps of it, without its count of steps, which zeros advance too."""
-        kept = [
-            local_values(value)
-            for name, value in self.optimizer.state.get(tensor, {}).items()
-            if name != "step" and isinstance(value, Tensor) and has_norm(value)
-        ]
-        return norms(kept).norm() if kept else None
-
-    def trained(self) -> set[int]:
-        """Ids of tensors whose moments differ; of those without moments whose weights do. Reads the device once."""
-        flags = {id(p): self._differs(p) for p in held_tensors(self.optimizer) if id(p) in self.kept}
-        return {key for key, flag in zip(flags, few_numbers(list(flags.values())).tolist()) if flag}
-
-    def _differs(self, tensor: Tensor) -> Tensor:
-        """(), whether a step has changed it."""
-        (was, moments_before), moments = self.kept[id(tensor)], self._moments(tensor)
-        if moments is not None:
-            before = torch.zeros_like(moments) if moments_before is None else moments_before.to(moments.device)
-            return (moments - before).abs() > 1e-6 * before  # another place in memory may be added up in another order
-        now = few_numbers([tensor.detach()])
-        return (now != was.to(now.device)).any() if now.shape == was.shape else torch.ones((), dtype=torch.bool)
-
-    def numbers(
-        self, parameters: dict[str, Tensor], live: Tensor | None, last: ParameterSample | None
-    ) -> dict[str, NumbersRecord]:
-        """Of the tensors in the last step that was looked at; `live`: which of its numbers have had a gradient. Reads
-        the device."""
-        if live is None or last is None:
-            return {}
-        found, flags = {}, live.cpu().split(last.samples.sizes) if sum(last.samples.sizes) == len(live) else ()
-        for name, alive in zip(last.names, flags):
-            parameter = parameters.get(name)
-            was = self.kept.get(id(parameter), (torch.zeros(0), None))[0].cpu()
-            now = few_numbers([parameter.detach()]).cpu() if parameter is not None else was
-            if parameter is not None and len(now) == len(was) == len(alive):
-                found[name] = _numbers(was, now, alive)
-        return found
-
-
-def _numbers(was: Tensor, now: Tensor, live: Tensor) -> NumbersRecord:
-    held = now == was
-    narrow = now.float().contiguous().view(torch.int32)
-    return NumbersRecord(
-        sampled=len(now),
-        changed=int((~held).sum()),
-        live=int(live.sum()),
-        held=int((held & live).sum()),
-        short=int(((narrow & 0x1FFF == 0) & now.isfinite()).sum()),
-        distinct=len(now.unique()),
-        size=float(now.float().abs().mean()) if len(now) else 0.0,
-    )

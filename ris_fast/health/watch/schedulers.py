@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 LENGTHS = ("total_steps", "T_max", "total_iters")
 
@@ -17,14 +17,12 @@ LENGTHS = ("total_steps", "T_max", "total_iters")
 @dataclass(frozen=True)
 class SchedulerRecord:
     """Args: kind: its class; optimizer: which of the watched ones it is of, None for one that was not given and that
-    holds tensors of theirs; advanced: how often; length: steps that it is planned for, 0 where it does not say;
-    mode: of a ReduceLROnPlateau, "min" or "max"."""
+    holds tensors of theirs; advanced: how often; length: steps that it is planned for, 0 where it does not say."""
 
     kind: str
     optimizer: int | None
     advanced: int
     length: int
-    mode: str = ""
 
 
 class Schedulers:
@@ -72,8 +70,7 @@ def _record(scheduler: Any, optimizers: Sequence[Optimizer]) -> SchedulerRecord 
         return None
     lengths = [getattr(scheduler, name, None) for name in LENGTHS]
     length = next((each for each in lengths if isinstance(each, int)), 0)
-    mode = scheduler.mode if isinstance(scheduler, ReduceLROnPlateau) else ""
-    return SchedulerRecord(type(scheduler).__name__, number, int(scheduler.last_epoch), length, mode)
+    return SchedulerRecord(type(scheduler).__name__, number, int(scheduler.last_epoch), length)
 
 
 def _is_of(one: Optimizer, other: Optimizer) -> bool:

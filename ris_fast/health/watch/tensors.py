@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NEITHER = torch.zeros(2, dtype=torch.bool)
 ROWS, NUMBERS, LARGE, MANY = 8, 64, 2**24, 64  # kept rows, numbers of a row, size not searched for NaN, tensors
 
 
@@ -73,16 +74,19 @@ def _grid(
 def nonfinite(tensors: Sequence[Tensor]) -> Tensor | None:
     """(2,), whether there is a NaN in any, and an infinity; None without tensors that can have one. Very large ones are
     not searched."""
-    real = [each.detach() for each in tensors if is_plain(each) and each.is_floating_point()]
-    flags = [_flags(each) for each in real if 0 < each.numel() < LARGE]
-    return torch.stack([flag.to(flags[0].device) for flag in flags]).any(0) if flags else None
+    real = [each for each in tensors if is_plain(each) and each.is_floating_point() and 0 < each.numel() < LARGE]
+    if not real:
+        return None
+    with torch.no_grad():
+        if all(map(_is_surely_finite, real)):
+            return NEITHER
+        flags = [torch.stack([each.isnan().any(), each.isinf().any()]) for each in real]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).any(0)
 
 
-def _flags(tensor: Tensor) -> Tensor:
-    """(2,); where reading is free, a sum that is finite says it at once."""
-    if tensor.device.type == "cpu" and math.isfinite(tensor.sum(dtype=torch.float32).item()):
-        return torch.zeros(2, dtype=torch.bool)
-    return torch.stack([tensor.isnan().any(), tensor.isinf().any()])
+def _is_surely_finite(tensor: Tensor) -> bool:
+    """Where reading is free, a sum that is finite says it at once."""
+    return tensor.device.type == "cpu" and math.isfinite(tensor.sum(dtype=torch.float32).item())
 
 
 def source_of(tensors: Sequence[Tensor]) -> tuple[int, int, int] | None:
@@ -93,12 +97,12 @@ def source_of(tensors: Sequence[Tensor]) -> tuple[int, int, int] | None:
     return (id(base), tensors[0].storage_offset(), base._version) if part else None
 
 
-def rows_with_gradient(grad: Tensor, rows: int) -> Tensor | None:
-    """(B,), which rows have a gradient that is not zero; None where rows are not the batch's."""
-    if grad.layout != torch.strided or grad.ndim == 0 or grad.shape[0] != rows or not is_plain(grad):
+@torch.no_grad()
+def largest_in_rows(grad: Tensor, rows: int) -> Tensor | None:
+    """(B,), the largest magnitude in each row of a gradient; None where rows are not the batch's."""
+    if not is_plain(grad) or grad.ndim == 0 or grad.shape[0] != rows or not grad.numel():
         return None
-    values = grad.detach().reshape(rows, -1)
-    return torch.linalg.vector_norm(values, 1, dim=1) != 0 if values.is_floating_point() else values.any(1)
+    return grad.abs().reshape(rows, -1).amax(1)
 
 
 def is_plain(tensor: Tensor) -> bool:

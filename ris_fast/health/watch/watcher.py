@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from ris_fast.health.finding import Finding, ranked
 from ris_fast.health.names import check_beginnings
+from ris_fast.health.watch.any_step import listen, stop_listening
 from ris_fast.health.watch.backward import BackwardLosses
 from ris_fast.health.watch.copies import ModelLoads
 from ris_fast.health.watch.forward import ForwardHooks
@@ -18,7 +20,7 @@ from ris_fast.health.watch.guard import FAILURES, guarded, say_failure, warn
 from ris_fast.health.watch.helpers import Helpers
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.loss import LossHook
-from ris_fast.health.watch.ranks import RankObserver
+from ris_fast.health.watch.ranks import DENSE, RankObserver
 from ris_fast.health.watch.records import LoopRecord, StepRecord, TensorRecord
 from ris_fast.health.watch.rivals import Rivals
 from ris_fast.health.watch.rules import find_mistakes
@@ -68,7 +70,8 @@ class Watcher:
         for each in self.hooks:
             each.gradients.first_arrival = self.backwards.note
         self.helpers = Helpers(model, self.hooks)
-        self.ranks = RankObserver(model, self.optimizers, every, stall_s)
+        self.ranks = RankObserver(model, self.hooks, every, stall_s)
+        listen(self)
 
     @property
     def steps(self) -> int:
@@ -90,6 +93,17 @@ class Watcher:
         if self.left is None:
             guarded(self.losses.note, value, outputs, targets, self.model.training)
         return value
+
+    def stepped(self, optimizer: Optimizer) -> None:
+        """After a step of any optimizer of the process."""
+        self.rivals.stepped(optimizer)
+        self.forward.stepped(optimizer)
+        first = self.hooks[0]
+        steps = first.every_step.steps
+        if steps >= self.helpers.next and optimizer is first.optimizer:
+            self.helpers.look(steps, sys._getframe(1))
+        if steps <= DENSE and not self.ranks.active:
+            self.ranks.begin()
 
     def __enter__(self) -> Watcher:
         return self
@@ -115,7 +129,7 @@ class Watcher:
         self.left, self.steps_made = left, steps
 
     def _take_hooks_away(self) -> None:
-        self.rivals.close()
+        stop_listening(self)
         for hooks in self.hooks:
             hooks.close()
         self.forward.close()

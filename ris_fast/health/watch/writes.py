@@ -10,7 +10,7 @@ from torch import Tensor
 from ris_fast.health.watch.samples import few_numbers
 from ris_fast.health.watch.tensors import is_plain, tensors_of
 
-PLACES, FOUND, PASSES = 64, 64, 64  # that are kept; after as many passes without a write, no more are looked at
+PLACES, FOUND, PASSES = 64, 64, 32  # that are kept; after as many passes without a write, no more are looked at
 
 Place = tuple[int, tuple[int, ...], torch.dtype]
 
