@@ -55,7 +55,7 @@ DIVERGED = {"learning_rate_too_large", "nonfinite_gradients"}
 FEW_PASSES = 64  # backward passes that an optimizer waits while others step
 MANY_PASSES = 4096  # backward passes without a step, more than anybody adds up
 SCALER_STEPS = 24  # a loss scale halves its way to one that fits in fewer
-GROWN = 10.0  # factor on the weights' norm
+GROWN, FALLEN = 10.0, 0.25  # factors on the weights' norm, and on the loss
 PUT_BACK = "Later steps are finite: a search for the largest learning rate that puts the weights back looks the same."
 SCALER = "GradScaler"
 OTHERS_STEP = "Another optimizer makes steps: this one's may come in a later phase."
@@ -106,7 +106,7 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
         return lost  # whatever later steps show comes from that
     records = optimizer.records
     return [
-        *(each for record in records for each in single_step(record, optimizer)),
+        *(each for record in records for each in single_step(record, optimizer, has_learned(loop))),
         *rules_guards.guard_findings(records),
         *rules_gradients.reversed_gradients(records),
         *rules_gradients.unused_head(optimizer, loop.frozen),
@@ -192,15 +192,23 @@ def _same_gradients(last: StepRecord, now: StepRecord) -> bool:
     )
 
 
-def single_step(record: StepRecord, optimizer: OptimizerRecord) -> list[Finding]:
-    """What one step shows: of the gradients, and of the weights unless something after backward broke the gradients."""
+def has_learned(loop: LoopRecord) -> bool:
+    """Whether the loss has come to a part of what it was."""
+    values = [float(each.value) for each in loop.met if each.value is not None]
+    positive = len(values) >= 8 and all(0 < value < math.inf for value in values)
+    return positive and sum(values[-4:]) / 4 < FALLEN * values[0]
+
+
+def single_step(record: StepRecord, optimizer: OptimizerRecord, learned: bool = False) -> list[Finding]:
+    """What one step shows: of the gradients, and of the weights unless something after backward broke the gradients.
+    `learned`: the loss has fallen, so that weights have grown for it."""
     heard = not record.closure and len(record.none_grads) < len(record.hooked)
     broken_there = is_finite(record.grad_after_backward) and not is_finite(record.grad_at_step)
     if heard and broken_there and not record.scaled:
         evidence = f"{_broken(record, optimizer)}. Backward leaves them finite: something after backward breaks them."
         return [finding("nonfinite_gradients", evidence, record.step + 1, advice=LOOK_AFTER_BACKWARD)]
     first = next(each for each in optimizer.records if each.names == record.names)
-    return [*_gradients(record, optimizer), *_weights(record, first)]
+    return [*_gradients(record, optimizer), *(() if learned else _weights(record, first))]
 
 
 def _broken(record: StepRecord, optimizer: OptimizerRecord) -> str:

@@ -161,7 +161,6 @@ def parameters_of_losses(loop: LoopRecord, forward: ForwardRecord) -> Iterator[F
             loop.steps,
             MAY_BE_MEANT,
             "Give them to the optimizer too: `[*model.parameters(), *criterion.parameters()]`.",
-            share_of(sizes, whole),
         )
 
 

@@ -343,4 +343,5 @@ def stalled(loop: LoopRecord) -> Iterator[Finding]:
             " fit, or a run that began where it ends.",
             loop.steps,
             "Weights that were trained before begin so.",
+            harm=0.0,  # what names a cause comes before it
         )

@@ -19,11 +19,13 @@ from ris_fast.health.watch.suspects import Suspect, odd_inputs, odd_weights, shr
 STEPS, UNTOLD = 120, 240  # that are enough to learn something, as was told, and as follows from gradients
 FLAT = 0.02  # of the spread between scenes at first
 CLOSE, ENTROPY = 0.1, 0.93  # share of the variance, and of the entropy of labels, that are as good as nothing
-CHANCE = 8.0  # squares of a correlation, times the numbers it is of, that are no accident
+CHANCE = 16.0  # squares of a correlation, times the numbers it is of, that are no accident
 FAR = 10.0  # times the variance of targets, that outputs are from them
 ENDS = {"saturated_output", "dead_units"}  # of activations, where large inputs or weights lead to
 BEHIND_ENDS = {"ignored_input", "vanishing_gradient", "zeroed_gradients", "scenes_left_out"}
 BENT = {"Sigmoid", "Softmax", "LogSoftmax", "BinaryCrossEntropyWithLogits"}  # numbers that are no answers yet
+CHOOSING = {"Index", "IndexSelect", "Gather", "Select", "MaskedSelect", "Topk", "Slice"}
+ABOVE = 1.1  # times the entropy of labels
 UNSAID = {"stalled_at_baseline"}  # findings that leave the cause open
 PAIRS = Suspect(
     "shuffled_labels",
@@ -61,10 +63,13 @@ def outcome_findings(loop: LoopRecord, found: Sequence[Finding]) -> Iterator[Fin
         or len(loop.optimizers) > 1
     ):
         return
-    known = _of_numbers(losses) or _of_labels(losses) or stalled
+    odd = suspect(loop)
+    if not loop.losses and _chooses(loop):
+        return
+    known = _of_numbers(losses) or _of_labels(losses, ABOVE if odd is None else math.inf) or stalled
     if known:
         added = all(each.chain and each.chain[-1] in ("Add", "Sub") and each.chain_shapes[-1] == () for each in losses)
-        why = suspect(loop) or (TERMS if added else None) or (None if stalled == known else PAIRS)
+        why = odd or (TERMS if added else None) or (None if stalled == known else PAIRS)
         if why is not None:
             yield finding(
                 why.cause, f"after {loop.steps} steps {known}; {why.evidence}.", loop.steps, why.doubt, why.advice
@@ -73,6 +78,15 @@ def outcome_findings(loop: LoopRecord, found: Sequence[Finding]) -> Iterator[Fin
         yield finding(why.cause, f"{why.evidence}.", loop.steps, why.doubt, why.advice)
     else:
         yield from outputs_become_one(losses)
+
+
+def _chooses(loop: LoopRecord) -> bool:
+    """Whether passes without gradients, in training mode, see more scenes than those that train in the same steps: the
+    hardest are chosen, of which the loss says little."""
+    passes = loop.forward.passes if loop.forward is not None else []
+    rows = {each.step: each.shape[0] for each in passes if each.reached and each.shape}
+    quiet = [each for each in passes if each.training and not each.grad and each.shape and each.step in rows]
+    return sum(each.shape[0] > rows[each.step] for each in quiet) >= EARLY
 
 
 def outputs_become_one(losses: Sequence[LossRecord]) -> Iterator[Finding]:
@@ -119,14 +133,17 @@ def _of_numbers(losses: Sequence[LossRecord]) -> str:
     )
 
 
-def _of_labels(losses: Sequence[LossRecord]) -> str:
-    """Where the loss is a cross-entropy alone, of classes or of zeros and ones."""
+def _of_labels(losses: Sequence[LossRecord], above: float) -> str:
+    """Where the loss is a cross-entropy alone, of classes or of zeros and ones, and no more than `above` times that
+    of a guess: of scenes that are chosen as the hardest it is more."""
     entropies = ("NllLoss", "BinaryCrossEntropy")
     losses = [each for each in losses if each.targets is not None]
     if not losses or any(not each.chain or not each.chain[0].startswith(entropies) for each in losses):
         return ""
     labels = [each.targets.few for each in losses if each.targets is not None and each.targets.few is not None]
     counts = Counter(int(label) for few in labels for label in few.flatten())
+    if min(counts) < 0 or any(CHOOSING.intersection(each.chain) for each in losses):
+        return ""  # a loss of some scenes, such as the hardest
     if losses[0].chain[0] != "NllLoss" and not counts.keys() <= {0, 1}:
         return ""
     entropy = -sum(count / counts.total() * math.log(count / counts.total()) for count in counts.values())
@@ -134,6 +151,6 @@ def _of_labels(losses: Sequence[LossRecord]) -> str:
     mean = sum(values) / max(1, len(values))
     return (
         f"the loss is {mean:.3g}, and a guess by the frequency of the labels alone has {entropy:.3g}"
-        if len(values) == EARLY and entropy > 0.1 and mean > ENTROPY * entropy
+        if len(values) == EARLY and entropy > 0.1 and ENTROPY * entropy < mean < above * entropy
         else ""
     )
