@@ -67,7 +67,7 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_it_had_not(
     os.kill(rank_1_after(folder, 15, process), signal.SIGKILL)
     output, errors = process.communicate(timeout=300)
     assert "rank 1 ended" in errors and "resumed from checkpoint 'last'" in output, output + errors
-    assert process.returncode == 0 and output.count("verdict") >= 1  # it has not learned, which is no failure
+    assert process.returncode == 0, output + errors
     weights, manifest = load_checkpoint(folder / "checkpoints", "last")
     expected, reference = load_checkpoint(whole[0] / "checkpoints", "last")
     assert manifest["state"]["step"] == reference["state"]["step"] == 63

@@ -202,7 +202,9 @@ CHANGES = {
     "step_once_per_epoch": lambda now, before: now.update(steps=1),
     "batches_skipped": lambda now, before: now.update(steps=4, optimizer_batches=4),
     "ema_saved_over_raw": lambda now, before: now["weight_drift_in_validation"].update(moved=3),
-    "weights_changed_outside": lambda now, before: now["weight_drift_between_epochs"].update(moved=3),
+    "weights_changed_outside": lambda now, before: [  # once it may be a callback's, on purpose
+        each["weight_drift_between_epochs"].update(moved=3) for each in (now, before)
+    ],
     "weights_reset": lambda now, before: now["weight_drift_between_epochs"].update(moved=3, back_to_earlier=True),
     "train_mode_in_validation": lambda now, before: now["scores"]["raw"].update(in_eval_mode=False),
     "cached_validation": lambda now, before: now["scores"]["raw"].update(

@@ -48,7 +48,7 @@ def loop(
     after: Callable[[], object] = lambda: None,
 ) -> Watcher:
     optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=3e-3)
-    seen = watch(model, optimizer)
+    seen = watch(model, optimizer, every=16)  # looks at least so often, however busy the machine
     torch.manual_seed(1)
     for _ in range(steps):
         x = torch.randn(32, 8)
@@ -80,7 +80,7 @@ def causes(seen: Watcher) -> list[str]:
 def test_targets_follow_from_the_gradient_at_the_outputs(lossf: Loss, outputs: int, targets: Loss) -> None:
     model, asked = network(outputs), []
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    seen = watch(model, optimizer)
+    seen = watch(model, optimizer, every=16)  # looks at least so often, however busy the machine
     for _ in range(8):
         x = torch.randn(16, 8)
         asked.append(targets(x))
