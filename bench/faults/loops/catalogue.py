@@ -78,6 +78,8 @@ GROUPS: tuple[str, ...] = (
     "unseen_2026_11_fourth_more",
     "unseen_2026_11_fifth",
     "unseen_2026_11_fifth_more",
+    "unseen_2026_11_sixth",
+    "unseen_2026_11_sixth_more",
     "published",
     "published_experts",
     "published_modules",

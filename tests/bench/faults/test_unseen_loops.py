@@ -32,8 +32,8 @@ def ended_at(loop: Loop, wrong: bool) -> float:
     return loss
 
 
-def test_there_are_five_sets_of_twenty() -> None:
-    sets = [f"unseen_2026_11_{which}" for which in ("first", "second", "third", "fourth", "fifth")]
+def test_there_are_six_sets_of_twenty() -> None:
+    sets = [f"unseen_2026_11_{which}" for which in ("first", "second", "third", "fourth", "fifth", "sixth")]
     assert Counter(loop.group for loop in UNSEEN) == dict.fromkeys(sets, 20)
     assert all(1 <= len(loop.expect) <= 3 for loop in UNSEEN)
 
