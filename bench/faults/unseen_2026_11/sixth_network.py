@@ -31,10 +31,10 @@ class Columns(Own):
         super().__init__(config, wrong)
         numbers = 2 * config.task.elements
         if wrong:
-            layers = [nn.Linear(WIDTH, numbers)] * self.columns
+            heads = [nn.Linear(WIDTH, numbers)] * self.columns
         else:
-            layers = [nn.Linear(WIDTH, numbers) for _ in range(self.columns)]
-        self.head = nn.ModuleList(layers)
+            heads = [nn.Linear(WIDTH, numbers) for _ in range(self.columns)]
+        self.head = nn.ModuleList(heads)
 
     def gains(self, powers: Tensor, snr: Tensor) -> Tensor:
         x = self.stem(torch.cat((powers, snr), 1))
