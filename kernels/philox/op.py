@@ -43,7 +43,8 @@ def philox_uniform(index_B: Tensor, seed: int, stream: int, count: int) -> Tenso
 def philox_normal(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor:
     """Standard normal numbers, Box-Muller on pairs of the uniforms u of `philox_uniform`.
 
-    Formula: z[2p] = sqrt(-2 ln u[2p]) cos(2 pi u[2p+1]), z[2p+1] = sqrt(-2 ln u[2p]) sin(2 pi u[2p+1]).
+    Formula: z[2p] = sqrt(-2 ln u[2p]) cos(2 pi u[2p+1]), z[2p+1] = sqrt(-2 ln u[2p]) sin(2 pi u[2p+1]); u[2p] at most
+        1 - 2^-24, so that no pair is exactly zero.
     Args, Returns, Raises: as `philox_uniform`.
     Numerics: float32 polynomials, within 4 ulp of the exact value on every device; |z| <= sqrt(48 ln 2) = 5.77 (the
         normal law puts 8e-9 beyond that).

@@ -91,9 +91,10 @@ inline Pair turn(int tick) {
     return direction(quarter, float(tick - (quarter << 22)) * 0x1p-22f);
 }
 
-// Box-Muller: two words to two normals.
+// Box-Muller: two words to two normals. A uniform of 1 counts as the one before it, so that no pair is exactly zero.
 inline Pair normals(uint32_t first, uint32_t second) {
-    const float r = radius(ticks(first));
+    const int tick = ticks(first);
+    const float r = radius(tick < 1 << 24 ? tick : (1 << 24) - 1);
     const Pair unit = turn(ticks(second));
     return {r * unit.first, r * unit.second};
 }

@@ -54,10 +54,12 @@ def uniform(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor:
 def normal(index_B: Tensor, seed: int, stream: int, count: int) -> Tensor:
     """(B, count) float64 N(0, 1): Box-Muller on each pair of uniforms.
 
-    Formula: z[2p] = sqrt(-2 ln u[2p]) cos(2 pi u[2p + 1]), z[2p + 1] = sqrt(-2 ln u[2p]) sin(2 pi u[2p + 1]).
+    Formula: z[2p] = sqrt(-2 ln u[2p]) cos(2 pi u[2p + 1]), z[2p + 1] = sqrt(-2 ln u[2p]) sin(2 pi u[2p + 1]). Where
+        u[2p] is 1, once in 2**24 pairs, it counts as 1 - 2**-24: a source whose amplitude is such a pair would not
+        be there.
     Source: Box and Muller, Annals of Mathematical Statistics 29 (1958) 610-611.
     """
     pair_BP2 = uniform(index_B, seed, stream, count + count % 2).unflatten(1, (-1, 2))
-    radius_BP = (-2 * pair_BP2[..., 0].log()).sqrt()
+    radius_BP = (-2 * pair_BP2[..., 0].clamp_max(1 - 2.0**-24).log()).sqrt()
     angle_BP = 2 * math.pi * pair_BP2[..., 1]
     return torch.stack((radius_BP * angle_BP.cos(), radius_BP * angle_BP.sin()), -1).flatten(1)[:, :count]

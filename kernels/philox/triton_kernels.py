@@ -85,8 +85,8 @@ def turn(tick):
 
 @triton.jit
 def normal_pair(first, second):
-    """Box-Muller: two words to two normals."""
-    r = radius(ticks(first))
+    """Box-Muller: two words to two normals. A uniform of 1 counts as the one before it: no pair is exactly zero."""
+    r = radius(tl.minimum(ticks(first), 16777215))
     cosine, sine = turn(ticks(second))
     return r * cosine, r * sine
 

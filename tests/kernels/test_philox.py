@@ -58,6 +58,15 @@ def test_philox_maps_counter_and_key_to_words() -> None:
         assert float(row[i]) == ((word >> 8) + 1) / 2**24
 
 
+def test_no_pair_of_normals_is_exactly_zero() -> None:
+    """Where the uniform is 1, as in this scene, whose only source would have no amplitude."""
+    index, seed, stream = torch.tensor([35432]), 298, 1
+    assert float(op.philox_uniform(index, seed, stream, 2)[0, 0]) == 1.0
+    exact = reference.normal(index, seed, stream, 2)
+    assert float(exact.norm()) == pytest.approx(2.0**-11.5)
+    assert ulps(op.philox_normal(index, seed, stream, 2), exact) <= ULP
+
+
 @needs_cpp
 @pytest.mark.parametrize("simd", loader.supported_levels())
 @pytest.mark.parametrize("rows, count", [(1, 1), (3, 2), (5, 4099), (300, 20), (0, 4), (4, 0)])
@@ -101,6 +110,8 @@ for seed, count in ((2, 512), (-5, 512), (2**62, 1023), (1, 1)):
     assert torch.equal(uniform.double(), reference.uniform(index, seed, 3, count))
     exact = reference.normal(index, seed, 3, count)
     assert bool(((normal - exact).abs() <= 4 * 2.0**-23 * exact.abs() + 1e-15).all())
+one = torch.tensor([35432])  # whose first uniform is 1
+assert torch.allclose(op._triton_normal(one, 298, 1, 2).double(), reference.normal(one, 298, 1, 2), rtol=1e-6, atol=0)
 print("agrees")
 """
     env = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -115,6 +126,8 @@ def test_philox_gpu_agrees() -> None:
         exact = reference.normal(index, 2**64 - 1, 4, count)
         assert torch.equal(op.philox_uniform(index.cuda(), 9, 4, count).cpu(), op.philox_uniform(index, 9, 4, count))
         assert ulps(op.philox_normal(index.cuda(), 2**64 - 1, 4, count).cpu(), exact) <= ULP
+    one = torch.tensor([35432])  # whose first uniform is 1
+    assert ulps(op.philox_normal(one.cuda(), 298, 1, 2).cpu(), reference.normal(one, 298, 1, 2)) <= ULP
 
 
 def test_philox_normal_is_exact_at_the_ends_of_the_range() -> None:
