@@ -156,7 +156,7 @@ def _averages(run: RunHistory, raw: Row, mean: Row, distance: float, least: floa
             ),
             certain=False,
         )
-    elif mean.get("held") and distance > least and mean["distance"] > UNMOVED * distance:
+    elif _held_before(run) and mean.get("held") and distance > least and mean["distance"] > UNMOVED * distance:
         yield run.finding(
             "ema_frozen",
             f"the average of {mean['held']} tensors is their first value while the raw ones have moved; that of the"
@@ -193,6 +193,12 @@ def _furthest(run: RunHistory) -> float:
     """The largest distance of the raw weights from the first ones at the end of an epoch."""
     ways = [(row.get("health") or {}).get("distance") or 0.0 for row in run.epochs]
     return max((way for way in ways if math.isfinite(way)), default=0.0)
+
+
+def _held_before(run: RunHistory) -> bool:
+    """Whether an average of a tensor was its first value an epoch before too: two norms may be equal by chance."""
+    reading = (run.epochs[-2].get("health") or {}) if len(run.epochs) > 1 else {}
+    return bool(((reading.get("scores") or {}).get("ema") or {}).get("held"))
 
 
 def _went_further(run: RunHistory, share: float) -> bool:
