@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ris_fast.health import watch
+from ris_fast.health.watch import helpers
 from ris_fast.health.watch.inferred import told_losses
 from ris_fast.health.watch.tensors import few_rows
 from ris_fast.health.watch.watcher import Watcher
@@ -48,7 +49,7 @@ def loop(
     after: Callable[[], object] = lambda: None,
 ) -> Watcher:
     optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=3e-3)
-    seen = watch(model, optimizer, every=16)  # looks at least so often, however busy the machine
+    seen = watch(model, optimizer, every=8)  # looks at least so often, however busy the machine
     torch.manual_seed(1)
     for _ in range(steps):
         x = torch.randn(32, 8)
@@ -80,7 +81,7 @@ def causes(seen: Watcher) -> list[str]:
 def test_targets_follow_from_the_gradient_at_the_outputs(lossf: Loss, outputs: int, targets: Loss) -> None:
     model, asked = network(outputs), []
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    seen = watch(model, optimizer, every=16)  # looks at least so often, however busy the machine
+    seen = watch(model, optimizer, every=8)  # looks at least so often, however busy the machine
     for _ in range(8):
         x = torch.randn(16, 8)
         asked.append(targets(x))
@@ -157,7 +158,10 @@ def test_a_penalty_on_weights_that_outweighs_the_rest(factor: float, expected: l
 
 
 @pytest.mark.parametrize(("decay", "expected"), [(0.9999, ["ema_cold"]), (0.98, [])])
-def test_an_average_that_is_too_slow_for_the_run(decay: float, expected: list[str]) -> None:
+def test_an_average_that_is_too_slow_for_the_run(
+    decay: float, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(helpers, "_compiles", lambda: False)  # other tests of this process compile
     model = network()
     average = copy.deepcopy(model).requires_grad_(False)
 
@@ -167,7 +171,7 @@ def test_an_average_that_is_too_slow_for_the_run(decay: float, expected: list[st
                 mean.lerp_(weight, 1 - decay)
             average(torch.zeros(1, 8))
 
-    assert causes(loop(model, steps=160, after=after)) == expected
+    assert causes(loop(model, steps=320, after=after)) == expected
 
 
 def dice(o: Tensor, y: Tensor) -> Tensor:
