@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ris_fast.health.watch.copied_hook import LeftBehind
 from ris_fast.health.watch.eager import takes_hooks
 from ris_fast.health.watch.guard import guarded
+from ris_fast.health.watch.rivals import held_by_optimizers
 
 KEPT = 64
 SIMILAR = 64  # modules that are looked at
@@ -51,7 +51,7 @@ def copies_of(model: nn.Module) -> list[CopyRecord]:
             continue
         if any(p is q for p, q in zip(parameters.values(), model.parameters())):
             continue
-        held = _held() if held is None else held
+        held = held_by_optimizers() if held is None else held
         found.append(
             CopyRecord(
                 len(parameters),
@@ -67,12 +67,6 @@ def _is_compiled(module: nn.Module) -> bool:
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     wrappers = [each for each in gc.get_objects() if type(each) is dynamo.OptimizedModule] if dynamo is not None else []
     return module._compiled_call_impl is not None or any(each._orig_mod is module for each in wrappers)
-
-
-def _held() -> set[int]:
-    optimizers = [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]
-    groups = [group for each in optimizers if hasattr(each, "param_groups") for group in each.param_groups]
-    return {id(p) for group in groups for p in group["params"]}
 
 
 class ModelLoads:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ris_fast.health.watch.hooks import plain_name
 from ris_fast.health.watch.masks import masks_of
 from ris_fast.health.watch.numbers_kept import overflows_of, reaches_of
 from ris_fast.health.watch.operations import operation, over_scenes, reshaped_apart, reshaped_as_transposed
 from ris_fast.health.watch.records import LeafRecord, PassShapes
+from ris_fast.health.watch.rivals import held_by_optimizers
 from ris_fast.health.watch.samples import few_numbers, has_norm
 
 NODES = 20_000  # of a graph that are looked at
@@ -137,7 +137,7 @@ class GraphLeaves:
         hidden = [tensors[key] for key in self.reached if key in tensors and key not in visible]
         if not self.unknown and not hidden:
             return []
-        held = _held()
+        held = held_by_optimizers()
         return [
             *(self._record(leaf, held) for leaf in self.unknown),
             *(_left_out(own[id(each)], each, id(each) in held, self.walked) for each in hidden),
@@ -147,13 +147,13 @@ class GraphLeaves:
         """After the last loss whose leaves are noted: keeps those that came again and that no optimizer holds, with who
         has them, as both may be gone at the report."""
         again = [(leaf, tensor) for leaf in self.of_losses if leaf.passes > 1 and (tensor := leaf.tensor()) is not None]
-        held = _held() if again else set()
+        held = held_by_optimizers() if again else set()
         self.kept = [(leaf, tensor) for leaf, tensor in again if id(tensor) not in held]
         self.owners = _owners({id(tensor) for _, tensor in self.kept}) if self.kept else {}
 
     def loss_records(self) -> list[LeafRecord]:
         """Of losses. Reads the device."""
-        held = _held() if self.kept else set()
+        held = held_by_optimizers() if self.kept else set()
         found = []
         for leaf, tensor in self.kept:
             name, training, registered = self.owners.get(id(tensor), ("", None, False))
@@ -291,12 +291,6 @@ def _is_same(leaf: _Leaf) -> bool:
         return False
     now = few_numbers([tensor.detach()])
     return torch.equal(now, leaf.numbers) if now.device == leaf.numbers.device else False
-
-
-def _held() -> set[int]:
-    """Ids of what optimizers hold, those that have not stepped yet too."""
-    found = [each for each in gc.get_objects() if issubclass(type(each), Optimizer) and hasattr(each, "param_groups")]
-    return {id(p) for optimizer in found for group in optimizer.param_groups for p in group["params"]}
 
 
 def _owners(wanted: set[int]) -> dict[int, tuple[str, bool, bool]]:

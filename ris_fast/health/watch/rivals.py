@@ -5,6 +5,7 @@ A hook that torch calls at every optimizer's step tells of them. Within a compil
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,3 +89,9 @@ class Rivals:
             for ref, rival in self.known.values()
             if ref() is not optimizer and not rival.shared.isdisjoint(tensors)
         )
+
+
+def held_by_optimizers() -> set[int]:
+    """Ids of what any optimizer of the process holds, those that have not stepped yet too."""
+    found = [each for each in gc.get_objects() if issubclass(type(each), Optimizer) and hasattr(each, "param_groups")]
+    return {id(p) for optimizer in found for group in optimizer.param_groups for p in group["params"]}
