@@ -80,6 +80,8 @@ GROUPS: tuple[str, ...] = (
     "unseen_2026_11_fifth_more",
     "unseen_2026_11_sixth",
     "unseen_2026_11_sixth_more",
+    "unseen_2026_11_eighth",
+    "unseen_2026_11_eighth_more",
     "published",
     "published_experts",
     "published_modules",
