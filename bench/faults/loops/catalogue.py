@@ -82,6 +82,8 @@ GROUPS: tuple[str, ...] = (
     "unseen_2026_11_sixth_more",
     "unseen_2026_11_seventh",
     "unseen_2026_11_seventh_more",
+    "unseen_2026_11_eighth",
+    "unseen_2026_11_eighth_more",
     "published",
     "published_experts",
     "published_modules",
