@@ -45,6 +45,7 @@ from ris_fast.health.watch.tensors import (
     nonfinite,
     source_of,
     tensors_of,
+    viewed_as,
 )
 from ris_fast.health.watch.writes import InputWrites
 
@@ -260,7 +261,7 @@ class ForwardHooks:
             inputs=len(inputs),
             given_again=last is not None and last is inputs[0] if inputs else False,
         )
-        now.source = source_of(inputs)
+        now.source, now.viewed = source_of(inputs), viewed_as(inputs)
         places = {each.data_ptr() for each in outputs[1:] if is_plain(each) and each.numel()}
         now.carried = any(is_plain(each) and each.data_ptr() in self.state_places for each in inputs[1:])
         now.open_before = bool(self.passes) and self.passes[-1].grad and not self.passes[-1].reached
@@ -270,7 +271,7 @@ class ForwardHooks:
         if now.grad:
             self._follow(now, inputs, outputs)
         first = len(self.passes) <= FIRST
-        if now.training and first:
+        if now.training and now.grad:
             now.draws = hash(torch.get_rng_state().numpy().tobytes())
         if first or not now.grad or self.late:
             now.input, now.keys = few_rows(inputs), few_rows(inputs, KEYS, KEY_NUMBERS)

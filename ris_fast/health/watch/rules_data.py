@@ -33,6 +33,7 @@ def data_findings(loop: LoopRecord) -> list[Finding]:
     return [
         *other_targets(loop.losses, {each.number: each for each in loop.forward.passes}),
         *target_is_input(loop.losses, {each.number: each for each in loop.forward.passes}),
+        *viewed_in_another_order(trained, loop.losses),
         *zero_batches(trained),
         *split_overlap(trained, evaluated),
         *distributions_differ(trained, evaluated),
@@ -104,6 +105,21 @@ def target_is_input(losses: Sequence[LossRecord], passes: dict[int, PassRecord])
             "Where the loss shifts them by itself, or some inputs are masked, that is right.",
             "Shift targets by one place: inputs `tokens[:, :-1]`, targets `tokens[:, 1:]`.",
         )
+
+
+def viewed_in_another_order(trained: Sequence[PassRecord], losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """Inputs or targets are views of tensors whose axes change places without a transpose."""
+    asked = [each.targets.viewed for each in losses if each.targets is not None]
+    for what, views in (("inputs", [each.viewed for each in trained]), ("targets", asked)):
+        if len(views) >= 2 and all(views):
+            yield finding(
+                "wrong_layout",
+                f"{what} are views of {views[0]}, in all {len(views)} batches that were looked at: neither parts nor"
+                " joins axes, so numbers keep their old order and come under other places.",
+                1,
+                MAY_BE_MEANT,
+                "Use `permute` or `transpose` where axes change places, as from channels last to channels first.",
+            )
 
 
 def zero_batches(trained: list[PassRecord]) -> Iterator[Finding]:

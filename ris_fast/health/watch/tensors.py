@@ -9,6 +9,8 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate, pairwise
+from operator import mul
 from typing import Any
 
 import torch
@@ -95,6 +97,28 @@ def source_of(tensors: Sequence[Tensor]) -> tuple[int, int, int] | None:
         return None
     part = base.numel() > tensors[0].numel()
     return (id(base), tensors[0].storage_offset(), base._version) if part else None
+
+
+def viewed_as(tensors: Sequence[Tensor]) -> str:
+    """Of a first tensor that is another one, or scenes of it, in a shape that takes its axes for others, both shapes:
+    '(32, 12, 12, 3) as (32, 3, 12, 12)', as a transpose does that is written as a view. Empty for any other."""
+    if not tensors or not is_plain(tensors[0]) or tensors[0].is_inference() or (base := tensors[0]._base) is None:
+        return ""
+    shape, before = tuple(tensors[0].shape), tuple(base.shape)
+    if not shape or not before or not (tensors[0].is_contiguous() and base.is_contiguous()):
+        return ""
+    if base.numel() != tensors[0].numel():
+        before = (shape[0], *before[1:])
+    same = math.prod(before) == math.prod(shape)
+    return f"{before} as {shape}" if same and crosses(before, shape) else ""
+
+
+def crosses(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether axes are cut where no parting and joining of whole axes cuts them, or are the same in another order."""
+    ends = sorted({*accumulate(reversed(before), mul), *accumulate(reversed(after), mul)} - {0})
+    large = [[size for size in shape if size > 1] for shape in (before, after)]
+    permuted = large[0] != large[1] and sorted(large[0]) == sorted(large[1])
+    return permuted or any(high % low for low, high in pairwise(ends))
 
 
 @torch.no_grad()

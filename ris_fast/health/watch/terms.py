@@ -5,10 +5,10 @@ Nothing is read from a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ris_fast.health.watch.graph import chain_of, graph_of
+from ris_fast.health.watch.graph import MOVING, chain_of, graph_of
 from ris_fast.health.watch.operations import made_shape, operation
 
 TERMS, MEAN = 16, 1  # that are looked at; as losses keep their reduction
@@ -104,6 +104,21 @@ def surrogate_sign(root: Any) -> int:
             signs = [sign, -sign] if name == "Sub" else [-sign if name == "Neg" else sign] * len(after)
             waiting += zip(after, signs)
     return 0
+
+
+def takes_extremes(nodes: Iterable[Any], ends: set[Any]) -> bool:
+    """Whether the smaller and the larger ones are taken of outputs as they are and of something else: as where boxes
+    overlap, between their corners."""
+    return {operation(node) for node in nodes if operation(node) in BOUNDS and _operand(node) in ends} == {*BOUNDS}
+
+
+def _operand(node: Any) -> Any:
+    """What made the first of its operands with a gradient, before some of it was chosen."""
+    for _ in range(8):
+        node = next((each for each, _ in node.next_functions if each is not None), None)
+        if node is None or operation(node) not in MOVING:
+            break
+    return node
 
 
 def _of_ratio(product: Any) -> bool:
