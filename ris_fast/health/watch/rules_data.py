@@ -6,8 +6,10 @@ None is certain: scenes may be alike, and targets may change on purpose.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ AGAIN = 16  # scenes that are met again
 LEAKED, SHARE = 8, 0.1  # scenes of validation that were trained on, and their share
 RATIO, SHIFT = 6.0, 6.0  # of spreads, and of means over a spread, from which on two sets are apart
 SMALL, LARGE, UNEQUAL = 3e-4, 3e3, 1e5  # spreads of inputs
+TOGETHER, UNLIKE = 0.02, 0.3  # mean square of correlations within a scene; share of it that two sets have in common
+WINDOW, SHARED, NO_ORDER = 6, 0.3, 0.05  # least length of a window; share of windows; correlation of neighbours
 RICH = 4  # different numbers of a scene, by which it is known
 
 
@@ -28,15 +32,18 @@ def data_findings(loop: LoopRecord) -> list[Finding]:
     if loop.forward is None:
         return []
     trained = [each for each in loop.forward.passes if each.training and each.reached and each.keys is not None]
-    evaluated = [each for each in loop.forward.passes if not each.training and not each.reached]
-    evaluated = [each for each in evaluated if each.keys is not None]
+    # A model whose parts do the same in both modes is often evaluated in training mode.
+    evaluated = [each for each in loop.forward.passes if not each.grad and not (each.training and each.parts)]
+    evaluated = [each for each in evaluated if not each.reached and each.keys is not None]
     return [
         *other_targets(loop.losses, {each.number: each for each in loop.forward.passes}),
         *target_is_input(loop.losses, {each.number: each for each in loop.forward.passes}),
         *viewed_in_another_order(trained, loop.losses),
         *zero_batches(trained),
-        *split_overlap(trained, evaluated),
-        *distributions_differ(trained, evaluated),
+        *split_overlap(trained, [each for each in evaluated if not each.training]),
+        *(distributions_differ(trained, evaluated) or inner_order_differs(trained, evaluated)),
+        *windows_overlap(trained, evaluated),
+        *windows_without_order(trained),
         *input_scale(loop.forward, trained),
     ]
 
@@ -159,24 +166,138 @@ def _pooled(passes: Sequence[PassRecord]) -> Tensor:
     return torch.cat([each.keys for each in passes if each.keys is not None]).double()
 
 
-def distributions_differ(trained: list[PassRecord], evaluated: list[PassRecord]) -> Iterator[Finding]:
-    """Inputs of evaluation are far from those of training."""
+def _both_pooled(trained: list[PassRecord], evaluated: list[PassRecord], least: int) -> tuple[Tensor, Tensor] | None:
+    """(N, F), (M, F) numbers of scenes of one shape, `least` of evaluation at least; None where outputs of one pass
+    lead to inputs of the next, as in sampling."""
     shapes = {each.shape[1:] for each in trained} | {each.shape[1:] for each in evaluated}
     widths = {each.keys.shape[1] for each in (*trained, *evaluated) if each.keys is not None}
-    if not trained or not evaluated or len(shapes) > 1 or len(widths) > 1:
-        return
+    if not trained or not evaluated or len(shapes) > 1 or len(widths) > 1 or _is_sampling(evaluated):
+        return None
     one, other = _pooled(trained), _pooled(evaluated)
-    if len(one) < 64 or len(other) < 16 or not bool(one.isfinite().all()) or not bool(other.isfinite().all()):
-        return
+    if len(one) < 64 or len(other) < least or not bool(one.isfinite().all()) or not bool(other.isfinite().all()):
+        return None
+    return one, other
+
+
+def _is_sampling(evaluated: Sequence[PassRecord]) -> bool:
+    """Whether scenes at one place of two passes, at the same step, are alike and not the same."""
+    pairs = [
+        (one.keys, other.keys)
+        for one, other in pairwise(evaluated)
+        if one.step == other.step and one.shape == other.shape and not torch.equal(one.keys, other.keys)
+    ]
+    near = [float((a - b).norm()) < 0.7 * float((a - b.roll(1, 0)).norm()) for a, b in pairs if len(a) > 1]
+    return 2 * sum(near) > len(near) > 0
+
+
+def distributions_differ(trained: list[PassRecord], evaluated: list[PassRecord]) -> list[Finding]:
+    """Inputs of evaluation are far from those of training."""
+    if (both := _both_pooled(trained, evaluated, 16)) is None:
+        return []
+    one, other = both
     spread, spread_there = float(one.std()), float(other.std())
     shift = abs(float(other.mean()) - float(one.mean()))
-    if spread > 0 and (spread_there > RATIO * spread or spread > RATIO * spread_there > 0 or shift > SHIFT * spread):
-        yield finding(
+    if not (
+        spread > 0 and (spread_there > RATIO * spread or spread > RATIO * spread_there > 0 or shift > SHIFT * spread)
+    ):
+        return []
+    return [
+        finding(
             "distributions_differ",
             f"inputs of training are {one.mean():.3g} +- {spread:.3g}, those of evaluation {other.mean():.3g} +-"
             f" {spread_there:.3g}: one of both is not prepared as the other.",
             evaluated[0].step,
             "Data of another kind may be evaluated on purpose.",
+        )
+    ]
+
+
+def inner_order_differs(trained: list[PassRecord], evaluated: list[PassRecord]) -> list[Finding]:
+    """Numbers of a scene that go together in evaluation do not in training, or the other way round: they come in
+    another order there."""
+    if (both := _both_pooled(trained, evaluated, 48)) is None or both[0].shape[1] < RICH:
+        return []
+    one, other = (each[:, (both[0].std(0) > 0) & (both[1].std(0) > 0)] for each in both)
+    width = one.shape[1]
+    if width < RICH:
+        return []
+    of_one, of_other = (torch.corrcoef(each.T) - torch.eye(width) for each in (one, other))
+    pairs = width * (width - 1)
+    sizes = [
+        float(each.square().sum()) / pairs - 1 / len(rows) for each, rows in ((of_one, one), (of_other, other))
+    ]  # without what is by chance
+    alike = float((of_one * of_other).sum()) / pairs
+    if max(sizes) < TOGETHER or alike > UNLIKE * max(sizes):
+        return []
+    return [
+        finding(
+            "distributions_differ",
+            f"of a scene's numbers two have a correlation of {max(0.0, sizes[0]) ** 0.5:.2g} in training and of"
+            f" {max(0.0, sizes[1]) ** 0.5:.2g} in evaluation, in the mean of squares, and between other numbers: in one"
+            " of both they come in another order, or are not of the same kind.",
+            evaluated[0].step,
+            "Data of another kind may be evaluated on purpose.",
+            "Prepare both with one function: the same order of columns, channels and times. A series is split by time,"
+            " and never shuffled before windows are cut from it.",
+        )
+    ]
+
+
+def _triples(rows: Tensor) -> list[list[bytes]]:
+    """Of each row all three numbers in a row that differ, as 12 bytes."""
+    found = []
+    for row in rows:
+        kept, varied = row.numpy().tobytes(), ((row[:-2] != row[1:-1]) & (row[1:-1] != row[2:])).tolist()
+        found.append([kept[4 * n : 4 * n + 12] for n, each in enumerate(varied) if each])
+    return found
+
+
+def _series(passes: Sequence[PassRecord]) -> Tensor:
+    """(N, F) different windows of a series; without any where inputs are none, or have few different numbers."""
+    windows = [each for each in passes if each.keys is not None and max(each.shape[1:], default=0) >= WINDOW]
+    windows = [each for each in windows if math.prod(each.shape[1:]) == max(each.shape[1:]) <= each.keys.shape[1]]
+    windows = [each for each in windows if each.shape[1:] == windows[0].shape[1:]]
+    rows = torch.cat([each.keys for each in windows]).unique(dim=0) if windows else torch.zeros(0, 0)
+    return rows if len(rows) and len(rows.unique()) > 64 else rows[:0]
+
+
+def windows_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Iterator[Finding]:
+    """Windows of evaluation are made of numbers that windows of training have at other places."""
+    one, other = _series(trained), _series(evaluated)
+    if len(one) < 64 or len(other) < 16:
+        return
+    known = {each for row in _triples(one) for each in row}
+    rows = [row for row in _triples(other) if row]
+    within = sum(2 * sum(each in known for each in row) > len(row) for row in rows)
+    if rows and within > SHARED * len(rows):
+        yield finding(
+            "split_overlap",
+            f"{within} of {len(rows)} windows that are evaluated, of those that were looked at, have most of their"
+            " numbers in common with windows that are trained on.",
+            evaluated[0].step,
+            "The training set may be evaluated on purpose.",
+            "Windows that overlap are no scenes of their own: split the series by time first, then cut each part.",
+        )
+
+
+def windows_without_order(trained: list[PassRecord]) -> Iterator[Finding]:
+    """Windows overlap, as they do that are cut from one series, and neighbours in them have nothing to do with each
+    other."""
+    rows = _series(trained)
+    if len(rows) < 4 * 64:
+        return
+    first = Counter(each for row in _triples(rows) for each in set(row))
+    again = sum(count > 1 for count in first.values())
+    numbers = (rows - rows.mean()).double()
+    near = [float((numbers[:, lag:] * numbers[:, :-lag]).mean() / numbers.square().mean()) for lag in (1, 2, 3)]
+    if 2 * again > len(first) and max(map(abs, near)) < NO_ORDER:
+        yield finding(
+            "inputs_withhold_answer",
+            f"inputs are windows of one series, which overlap, and neighbours in it have a correlation of"
+            f" {near[0]:.2g}: what comes next does not follow from what was before.",
+            trained[0].step + 1,
+            "A series of increments, or of noise, is like that; one that was shuffled before windows were cut, too.",
+            "Cut windows from the series in its order of time, and shuffle the windows.",
         )
 
 

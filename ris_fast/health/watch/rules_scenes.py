@@ -7,7 +7,7 @@ None is certain: what is meant by data is not known here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -19,6 +19,7 @@ from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord, PassRec
 
 ROWS = 32  # that are looked at
 STEPS = 32  # of one batch, which are no accident
+ALIKE = 0.3  # correlation of a scene with itself, altered
 
 
 def scene_findings(loop: LoopRecord) -> list[Finding]:
@@ -32,6 +33,7 @@ def scene_findings(loop: LoopRecord) -> list[Finding]:
         *seed_set_again(trained),
         *kept_targets(pairs),
         *(told_one_batch(pairs) if pairs else one_input(trained)),
+        *same_scenes_altered(trained, loop.forward.passes, pairs),
         *one_class_a_batch(loop.losses),
         *rows_of_before(trained),
         *empty_rows(trained),
@@ -109,7 +111,13 @@ def kept_targets(pairs: list[Pair]) -> Iterator[Finding]:
         others = [pair[moving] for pair in pairs]
         alike = all(torch.equal(rows[0], each) for each in rows)
         moves = all(a.shape == b.shape and not torch.equal(a, b) for a, b in pairwise(others))
-        if alike and moves and len(rows[0].unique(dim=0)) == len(rows[0]) and not _is_regular(rows[0]):
+        if (
+            alike
+            and moves
+            and not _stay(others)
+            and len(rows[0].unique(dim=0)) == len(rows[0])
+            and not _is_regular(rows[0])
+        ):
             yield finding(
                 "stale_cache",
                 f"the {names[0]} of all {len(pairs)} batches that were looked at are those of the first, row by row,"
@@ -139,7 +147,7 @@ def told_one_batch(pairs: list[Pair]) -> Iterator[Finding]:
             " time.",
             pairs[1][0].step + 1,
             "An iterator that is made for each step, `next(iter(loader))`, does that; so do one batch on purpose, and"
-            " data that are a single batch.",
+            " data of one batch.",
             harm=0.5,
         )
 
@@ -159,6 +167,53 @@ def one_input(trained: list[PassRecord]) -> Iterator[Finding]:
             "Draw noise, or take the next batch, within the loop.",
             harm=0.5,
         )
+
+
+def same_scenes_altered(
+    trained: list[PassRecord], passes: Sequence[PassRecord], pairs: list[Pair]
+) -> Iterator[Finding]:
+    """At each place of all batches there is the same scene, with other noise or in another view each time; and other
+    scenes are evaluated, or the targets stay too."""
+    rows = [each.input for each in trained if each.input is not None]
+    alone = len({each.shape for each in trained}) == 1 and not any(each.given_again for each in trained)
+    if not alone or len({each.step for each in trained}) < 2 * EARLY or not _stay(rows):
+        return
+    others: list[Tensor] = []
+    for each in passes:
+        if not each.grad and each.shape == trained[0].shape and each.input is not None:
+            if not any(_place_apart(each.input, other) > ALIKE for other in (rows[0], *others)):
+                others.append(each.input)
+    kept = len(pairs) >= 2 * EARLY and all(torch.equal(asked, pairs[0][3]) for *_, asked in pairs)
+    if len(others) >= 4 or kept:
+        yield finding(
+            "repeated_batch",
+            f"at each place of a batch all {len(rows)} passes that were looked at have the same scene, altered each"
+            f" time (a correlation of {_place_apart(rows[0], rows[-1]):.2g} from the first to the last)"
+            f"{f'; {len(others)} batches of other scenes are evaluated' if len(others) >= 4 else ''}.",
+            trained[1].step + 1,
+            "An iterator that is made for each step, `next(iter(loader))`, does that; so do data of one batch.",
+            "Make the iterator once an epoch: `for batch in loader`.",
+            harm=1.0 if len(others) >= 4 else 0.5,
+        )
+
+
+def _stay(rows: list[Tensor]) -> bool:
+    """Whether rows at one place are alike, early and late, and no two at the same place are the same."""
+    if len(rows) < 2 * EARLY or len(rows[0]) < 4 or len(rows[0].unique()) < STEPS or _is_regular(rows[0]):
+        return False
+    if any(torch.equal(rows[0], each) for each in rows[1:]):
+        return False
+    return min(_place_apart(rows[0], each) for each in rows[1:]) > ALIKE
+
+
+def _place_apart(one: Tensor, other: Tensor) -> float:
+    """Mean correlation of scenes at the same place, without that of scenes at other places."""
+    unit = [(each - one.mean(0)) / one.std(0).clamp_min(1e-12) for each in (one, other)]
+    first, second = (each / each.norm(dim=1, keepdim=True).clamp_min(1e-12) for each in unit)
+    both = first @ second.T
+    count = len(both)
+    same = float(both.diagonal().mean())
+    return same - (float(both.sum()) - same * count) / (count * (count - 1))
 
 
 def one_class_a_batch(losses: object) -> Iterator[Finding]:
