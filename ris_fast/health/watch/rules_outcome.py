@@ -6,10 +6,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.watch.dependence import distinct, explained_share, scenes_with_targets
 from ris_fast.health.watch.fixes import finding
 from ris_fast.health.watch.inferred import told_losses
 from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord
@@ -34,6 +37,12 @@ PAIRS = Suspect(
     "A task that cannot be solved from these inputs, a rate that does not fit and noise look the same: let the model"
     " learn a single batch by heart, then print ten inputs with their targets.",
     "Index inputs and targets with one and the same order, and look at some pairs by eye.",
+)
+SILENT, TELLING = 0.035, 0.15  # shares of the targets' variance that follow from the inputs of other scenes
+ENOUGH, FITTED = 128, 0.85  # scenes; times the loss of the first epochs, and the targets' variance
+BY_HEART = (
+    "Targets of other scenes look like that, and so do targets that are noise: the loss of scenes that were never"
+    " trained on decides."
 )
 TERMS = Suspect(
     "dominating_term",
@@ -66,18 +75,64 @@ def outcome_findings(loop: LoopRecord, found: Sequence[Finding]) -> Iterator[Fin
     odd = suspect(loop)
     if not loop.losses and _chooses(loop):
         return
+    both = scenes_with_targets(loop, losses)
     known = _of_numbers(losses) or _of_labels(losses, ABOVE if odd is None else math.inf) or stalled
     if known:
         added = all(each.chain and each.chain[-1] in ("Add", "Sub") and each.chain_shapes[-1] == () for each in losses)
-        why = odd or (TERMS if added else None) or (None if stalled == known else PAIRS)
+        why = odd or (TERMS if added else None) or (None if stalled == known else _unrelated(both))
         if why is not None:
             yield finding(
                 why.cause, f"after {loop.steps} steps {known}; {why.evidence}.", loop.steps, why.doubt, why.advice
             )
     elif (why := shrunk_weights(loop)) is not None:
         yield finding(why.cause, f"{why.evidence}.", loop.steps, why.doubt, why.advice)
+    elif both is not None and (heart := learned_by_heart(both, losses)):
+        yield finding("shuffled_labels", heart, loop.steps, BY_HEART, PAIRS.advice)
     else:
         yield from outputs_become_one(losses)
+
+
+def _unrelated(both: tuple[Tensor, Tensor] | None) -> Suspect:
+    """What is left where nothing shows a mistake, after a look at whether targets follow from inputs at all."""
+    share = None if both is None else explained_share(*both)
+    if share is None or SILENT <= share < TELLING:
+        return PAIRS
+    if share < SILENT:
+        what = "nor does a kernel regression predict any of the targets from the inputs of other scenes"
+        return replace(PAIRS, evidence=f"{PAIRS.evidence}; {what}")
+    return Suspect(
+        "stalled_above_inputs",
+        f"a kernel regression that sees the same inputs predicts {share:.0%} of the targets' variance, of scenes that"
+        " it was not fitted to, so that inputs and targets belong together",
+        "What is left is between them: the rate, weights that begin badly, an activation or a loss that stops the"
+        " gradient.",
+        "Let the model learn a single batch by heart, with ten times and a tenth of the rate; where neither does it,"
+        " print the gradient's norm of every tensor.",
+    )
+
+
+def learned_by_heart(both: tuple[Tensor, Tensor], losses: Sequence[LossRecord]) -> str:
+    """Scenes that come again and again are fitted, and of others nothing can be predicted. Empty where that is not
+    so."""
+    scenes = len(distinct(both[0])[0])
+    if not ENOUGH <= scenes < len(both[0]) / 2:
+        return ""
+    pairs = number_pairs(losses)[-EARLY:]
+    values = [float(each.value) for each in losses if each.value is not None]
+    if len(values) < 4 * EARLY or not sum(values[-EARLY:]) < FITTED * sum(values[EARLY : 2 * EARLY]):
+        return ""
+    if pairs and float(torch.cat([asked for _, asked in pairs]).var()) * FITTED < float(
+        torch.cat([made - asked for made, asked in pairs]).square().mean()
+    ):
+        return ""
+    share = explained_share(*both)
+    if share is None or share >= SILENT:
+        return ""
+    return (
+        f"the {scenes} scenes that were looked at come again and again and are fitted (a loss of"
+        f" {sum(values[-EARLY:]) / EARLY:.3g}), and a kernel regression predicts nothing of a target from other scenes"
+        f" ({max(0.0, share):.1%} of the variance)."
+    )
 
 
 def _chooses(loop: LoopRecord) -> bool:

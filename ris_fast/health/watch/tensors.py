@@ -65,7 +65,9 @@ def _grid(
     shape: tuple[int, ...], strides: tuple[int, ...], rows: int, numbers: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape and strides of a few numbers, evenly spread."""
-    each = max(1, round(numbers ** (1 / max(1, len(shape) - 1))))  # numbers along each further axis
+    each = max(
+        1, round(numbers ** (1 / max(1, sum(size > 1 for size in shape[1:]))))
+    )  # numbers along each further axis
     steps = [-(-size // (rows if axis == 0 else each)) for axis, size in enumerate(shape)]
     return (
         tuple(-(-size // step) for size, step in zip(shape, steps)),
