@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
+from ris_fast.health.watch.inferred import told_losses
 from ris_fast.health.watch.records import EARLY, ForwardRecord, LoopRecord, LossRecord, PassRecord
 
 AGAIN = 16  # scenes that are met again
 LEAKED, SHARE = 8, 0.1  # scenes of validation that were trained on, and their share
 RATIO, SHIFT = 6.0, 6.0  # of spreads, and of means over a spread, from which on two sets are apart
+MANY_RATIO, MANY_SHIFT, BOTH_RATIO, BOTH_SHIFT = 2.5, 3.0, 1.6, 0.5  # of many scenes; each alone, and both
 SMALL, LARGE, UNEQUAL = 3e-4, 3e3, 1e5  # spreads of inputs
 TOGETHER, UNLIKE = 0.02, 0.3  # mean square of correlations within a scene; share of it that two sets have in common
 WINDOW, SHARED, NO_ORDER = 6, 0.3, 0.05  # least length of a window; share of windows; correlation of neighbours
@@ -38,6 +40,7 @@ def data_findings(loop: LoopRecord) -> list[Finding]:
     return [
         *other_targets(loop.losses, {each.number: each for each in loop.forward.passes}),
         *target_is_input(loop.losses, {each.number: each for each in loop.forward.passes}),
+        *target_among_inputs(told_losses(loop), {each.number: each for each in loop.forward.passes}),
         *viewed_in_another_order(trained, loop.losses),
         *zero_batches(trained),
         *split_overlap(trained, [each for each in evaluated if not each.training]),
@@ -111,6 +114,32 @@ def target_is_input(losses: Sequence[LossRecord], passes: dict[int, PassRecord])
             pairs[0][0].step + 1,
             "Where the loss shifts them by itself, or some inputs are masked, that is right.",
             "Shift targets by one place: inputs `tokens[:, :-1]`, targets `tokens[:, 1:]`.",
+        )
+
+
+def target_among_inputs(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -> Iterator[Finding]:
+    """The one number that is asked for is one of those that the model is given, always the same."""
+    found: set[int] | None = None
+    count = 0
+    for each in losses:
+        one, asked = passes.get(each.number), each.targets
+        if one is None or asked is None or asked.whole or asked.few is None or one.input is None:
+            continue
+        given, wanted = one.input, asked.few
+        if wanted.shape[1] != 1 or len(given) != len(wanted) or len(wanted.unique()) < min(RICH, len(wanted)):
+            continue
+        near = (given - wanted).abs() <= 1e-3 * wanted.abs().amax()
+        same = set(near.all(0).nonzero()[:, 0].tolist())
+        found, count = same if found is None else found & same, count + 1
+    if found and count >= EARLY and len(next(iter(passes.values())).shape) > 1:
+        yield finding(
+            "shuffled_labels",
+            f"the target of each scene is one of the numbers that the model is given, at place {min(found)} of those"
+            f" that were looked at, in all {count} batches: it can copy it.",
+            1,
+            "A model that is to pass a number on looks like that.",
+            "Ask for what comes after the inputs: of a window of n numbers from t on the number at t + n; of a"
+            " table leave the target's column out.",
         )
 
 
@@ -196,10 +225,11 @@ def distributions_differ(trained: list[PassRecord], evaluated: list[PassRecord])
         return []
     one, other = both
     spread, spread_there = float(one.std()), float(other.std())
-    shift = abs(float(other.mean()) - float(one.mean()))
-    if not (
-        spread > 0 and (spread_there > RATIO * spread or spread > RATIO * spread_there > 0 or shift > SHIFT * spread)
-    ):
+    shift, many = abs(float(other.mean()) - float(one.mean())), len(other) >= 48
+    least, most = sorted((spread, spread_there))
+    apart = most > (MANY_RATIO if many else RATIO) * least or shift > (MANY_SHIFT if many else SHIFT) * spread
+    both = most > BOTH_RATIO * least and shift > BOTH_SHIFT * most  # as one scaling does
+    if not least or not (apart or (many and both)):
         return []
     return [
         finding(

@@ -19,6 +19,7 @@ from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord, PassRec
 
 ROWS = 32  # that are looked at
 STEPS = 32  # of one batch, which are no accident
+BETWEEN = 9.0  # times the variance within a batch
 ALIKE = 0.3  # correlation of a scene with itself, altered
 
 
@@ -35,6 +36,7 @@ def scene_findings(loop: LoopRecord) -> list[Finding]:
         *(told_one_batch(pairs) if pairs else one_input(trained)),
         *same_scenes_altered(trained, loop.forward.passes, pairs),
         *one_class_a_batch(loop.losses),
+        *targets_in_order(loop.losses),
         *rows_of_before(trained),
         *empty_rows(trained),
     ]
@@ -216,11 +218,11 @@ def _place_apart(one: Tensor, other: Tensor) -> float:
     return same - (float(both.sum()) - same * count) / (count * (count - 1))
 
 
-def one_class_a_batch(losses: object) -> Iterator[Finding]:
+def one_class_a_batch(losses: Sequence[LossRecord]) -> Iterator[Finding]:
     """Each batch has labels of one class, and the next ones of another: data in the order of their labels."""
     few = [
         (each.step, each.targets.few)
-        for each in losses  # type: ignore[attr-defined]
+        for each in losses
         if each.targets is not None and each.targets.few is not None and each.targets.whole
         if len(each.targets.shape) == 1 and len(each.targets.few) >= 4
     ]
@@ -233,6 +235,25 @@ def one_class_a_batch(losses: object) -> Iterator[Finding]:
             f" {len(kinds)} classes: scenes come in the order of their labels.",
             alone[0][0] + 1,
             "Tasks in turn look the same.",
+            "Shuffle the scenes before each epoch: `DataLoader(..., shuffle=True)`.",
+        )
+
+
+def targets_in_order(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """Of numbers that are asked for those of one batch are next to the same, and those of the next are others."""
+    few = [each.targets.few for each in losses if each.targets is not None and each.targets.few is not None]
+    few = [each for each in few if each.shape[1] == 1 and len(each) >= 4 and bool(each.isfinite().all())]
+    if len(few) < 2 * EARLY or any(each.targets is not None and each.targets.whole for each in losses):
+        return
+    within = sum(float(each.var()) for each in few) / len(few)
+    between = float(torch.stack([each.mean() for each in few]).var())
+    if len(torch.cat(few).unique()) > 4 * EARLY and between > BETWEEN * within > 0:
+        yield finding(
+            "distributions_differ",
+            f"targets of one batch spread by {within**0.5:.3g}, and their means from batch to batch by"
+            f" {between**0.5:.3g}: scenes come in the order of their targets.",
+            losses[0].step + 1,
+            "Tasks in turn look the same, and so does a series that is read in its order.",
             "Shuffle the scenes before each epoch: `DataLoader(..., shuffle=True)`.",
         )
 
