@@ -29,6 +29,7 @@ from ris_fast.health.watch.tensors import (
     KEY_NUMBERS,
     KEYS,
     few_rows,
+    from_transposes,
     is_plain,
     largest_in_rows,
     nonfinite,
@@ -176,13 +177,18 @@ def numbers_of(tensors: Sequence[Tensor], keys: bool = False) -> Numbers | None:
         few=few_rows([tensor]),
         keys=few_rows([tensor], KEYS, KEY_NUMBERS) if keys else None,
         viewed=viewed_as(tensors) if keys else "",
+        matrices=from_transposes(tensors),
     )
 
 
 def applied_twice(node: Any) -> tuple[str, ...]:
     """What applies a softmax or sigmoid of its own, and the one that came before it; with nothing but a new shape in
     between."""
-    if (name := operation(node)) not in RAW:
+    if (name := operation(node)) == "Sub":  # as `Categorical(logits=...)` takes off what scores add up to
+        first, second = ([each for each, _ in node.next_functions] + [None, None])[:2]
+        own = second is not None and operation(second) == "Logsumexp" and second.next_functions[0][0] is first
+        return ("Logsumexp", "Softmax") if own and operation(first) == "Softmax" else ()
+    if name not in RAW:
         return ()
     before = next((each for each, *_ in chain_of(node, set())[1:] if each not in MOVING), "")
     return (name, before) if before in RAW[name] else ()

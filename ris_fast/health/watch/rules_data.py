@@ -24,6 +24,9 @@ LEAKED, SHARE = 8, 0.1  # scenes of validation that were trained on, and their s
 RATIO, SHIFT = 6.0, 6.0  # of spreads, and of means over a spread, from which on two sets are apart
 MANY_RATIO, MANY_SHIFT, BOTH_RATIO, BOTH_SHIFT = 2.5, 3.0, 1.6, 0.5  # of many scenes; each alone, and both
 SMALL, LARGE, UNEQUAL = 3e-4, 3e3, 1e5  # spreads of inputs
+LEAST_UNEQUAL = 30.0  # of the largest of unequal ones: beside smaller ones others are what rounding leaves
+GROUPS, GROWN = 6, 1.3  # parts of a run, from one to the next of which inputs spread further; factor on it in all
+SYMMETRIC, NOT = 1e-4, 1e-2  # relative distances of a matrix from its transpose
 TOGETHER, UNLIKE = 0.02, 0.3  # mean square of correlations within a scene; share of it that two sets have in common
 WINDOW, SHARED, NO_ORDER = 6, 0.3, 0.05  # least length of a window; share of windows; correlation of neighbours
 RICH = 4  # different numbers of a scene, by which it is known
@@ -45,6 +48,9 @@ def data_findings(loop: LoopRecord) -> list[Finding]:
         *zero_batches(trained),
         *split_overlap(trained, [each for each in evaluated if not each.training]),
         *(distributions_differ(trained, evaluated) or inner_order_differs(trained, evaluated)),
+        *scenes_drift(trained),
+        *few_scenes(trained),
+        *not_hermitian(loop, trained),
         *windows_overlap(trained, evaluated),
         *windows_without_order(trained),
         *input_scale(loop.forward, trained),
@@ -247,7 +253,10 @@ def inner_order_differs(trained: list[PassRecord], evaluated: list[PassRecord]) 
     another order there."""
     if (both := _both_pooled(trained, evaluated, 48)) is None or both[0].shape[1] < RICH:
         return []
-    one, other = (each[:, (both[0].std(0) > 0) & (both[1].std(0) > 0)] for each in both)
+    one, other = (each.unique(dim=0) for each in both)
+    if min(len(one), len(other)) < 48:
+        return []
+    one, other = (each[:, (one.std(0) > 0) & (other.std(0) > 0)] for each in (one, other))
     width = one.shape[1]
     if width < RICH:
         return []
@@ -271,6 +280,79 @@ def inner_order_differs(trained: list[PassRecord], evaluated: list[PassRecord]) 
             " and never shuffled before windows are cut from it.",
         )
     ]
+
+
+def scenes_drift(trained: list[PassRecord]) -> Iterator[Finding]:
+    """Inputs spread further from one part of the run to the next, as what noise is added to again and again."""
+    alike = [each for each in trained if each.shape[1:] == trained[0].shape[1:]]
+    dense = [each for each in alike if each.of_kind <= EARLY] + [each for each in alike if each.of_kind > 4 * EARLY]
+    if len(dense) < 4 * GROUPS or any(not bool(each.keys.isfinite().all()) for each in dense):
+        return
+    size = len(dense) // GROUPS
+    parts = [torch.cat([each.keys for each in dense[n * size : (n + 1) * size]]).double() for n in range(GROUPS)]
+    spreads = [float((each - each.mean(0)).square().mean().sqrt()) for each in parts]
+    if all(one < other for one, other in pairwise(spreads)) and spreads[-1] > GROWN * spreads[0] > 0:
+        yield finding(
+            "scenes_change",
+            f"the spread of the inputs grows all the time, from {spreads[0]:.3g} in the first part of the run to"
+            f" {spreads[-1]:.3g} in the last of {GROUPS}: as noise does that is added in place to what is kept.",
+            dense[0].step + 1,
+            "Tasks that get harder, and inputs that another network makes, do that too.",
+            "Augment a copy: `x = x + noise`, not `x += noise`, of what the data set keeps in memory.",
+        )
+
+
+def few_scenes(trained: list[PassRecord]) -> Iterator[Finding]:
+    """Batches are made of a few scenes only, each of which is in them several times."""
+    rows = [_rows(each.keys) for each in trained]
+    rows = [each for each in rows if len(each) >= 2 * EARLY and all(each)]
+    if len(rows) < 2 * EARLY or len(rows) < len(trained):
+        return
+    scenes = {each for batch in rows for each in batch}
+    if 2 < len(scenes) and 2 * len(scenes) <= min(map(len, rows)):
+        yield finding(
+            "repeated_batch",
+            f"the {len(rows)} batches that were looked at are made of {len(scenes)} different scenes, each of which is"
+            f" in a batch of {len(rows[0])} several times.",
+            trained[0].step + 1,
+            "Data that are so few look the same.",
+            "Look at the indices that the sampler draws: a `WeightedRandomSampler` takes one weight a scene, not one a"
+            " class.",
+        )
+
+
+def not_hermitian(loop: LoopRecord, trained: list[PassRecord]) -> Iterator[Finding]:
+    """Complex matrices that are equal to their transpose, where others, or covariances, are equal to its conjugate."""
+    told = [each for each in loop.losses if each.outputs is not None and each.targets is not None]
+    pairs = [(each.outputs.matrices, each.targets.matrices) for each in told]
+    both = [(made.tolist(), asked.tolist()) for made, asked in pairs if made is not None and asked is not None]
+    advice = "Use `.mH`, the conjugate transpose, where the second factor is `.mT` or `.transpose(-1, -2)`."
+    for one, other, what in ((0, 1, ("outputs", "targets")), (1, 0, ("targets", "outputs"))):
+        wrong = [pair for pair in both if _is_symmetric(*pair[one]) and _is_symmetric(*reversed(pair[other]))]
+        if len(wrong) == len(both) >= EARLY:
+            yield finding(
+                "conjugation_error",
+                f"{what[0]} are complex matrices that are equal to their transpose, and {what[1]} are equal to their"
+                f" conjugate transpose, in all {len(both)} losses that were looked at.",
+                1,
+                MAY_BE_MEANT,
+                advice,
+            )
+    given = [each.matrices.tolist() for each in trained if each.matrices is not None]
+    if len(given) >= EARLY and all(_is_symmetric(*each) for each in given):
+        yield finding(
+            "conjugation_error",
+            "inputs are complex matrices that are equal to their transpose and not to its conjugate, in all"
+            f" {len(given)} batches that were looked at: products of snapshots with their transpose are, in which their"
+            " phases remain.",
+            trained[0].step + 1,
+            "Matrices of a reciprocal network are symmetric, too.",
+            advice,
+        )
+
+
+def _is_symmetric(from_transpose: float, from_conjugate: float) -> bool:
+    return from_transpose < SYMMETRIC and from_conjugate > NOT
 
 
 def _triples(rows: Tensor) -> list[list[bytes]]:
@@ -357,7 +439,7 @@ def input_scale(forward: ForwardRecord, trained: list[PassRecord]) -> Iterator[F
             trained[0].step + 1,
             f"Initial weights are made for inputs near one. {MAY_BE_MEANT}",
         )
-    elif len(live) > 1 and float(live.max()) > UNEQUAL * float(live.min()):
+    elif len(live) > 1 and float(live.max()) > max(UNEQUAL * float(live.min()), LEAST_UNEQUAL):
         yield finding(
             "input_scale",
             f"columns of the inputs have spreads from {float(live.min()):.3g} to {float(live.max()):.3g}.",

@@ -19,6 +19,7 @@ from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord
 AWAY, APART = -0.3, 0.2  # mean pull of a loss that goes away from its targets, and of one that does not know them
 LOSSES = {"nll_loss": "`nll_loss`", "kl_div": "`kl_div`"}
 MANY, UNLEARNED = 100.0, 0.1  # times the outputs at first; share of the targets' variance at last
+KEPT = 0.95  # share of outputs with a gradient
 CROSSED = 0.02  # share of boxes
 FEW = 4.0  # targets, in units of their own deviation, between the means of outputs and targets that are far apart
 
@@ -37,6 +38,7 @@ def told_findings(loop: LoopRecord) -> list[Finding]:
         *constant_labels(loop.losses),
         *targets_out_of_scale(loop, loop.losses),
         *corners_in_another_order(loop.losses),
+        *easiest_kept(losses),
     ]
 
 
@@ -233,6 +235,21 @@ def targets_out_of_scale(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iter
             loop.steps,
             "A rate that is too small would need long for that way, too.",
             "Train on targets of mean 0 and deviation 1, and turn outputs back where they are used.",
+        )
+
+
+def easiest_kept(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """Some outputs have a gradient, and none of them is further from its target than any of those without."""
+    seen = [each.signs.easiest.tolist() for each in losses if each.signs.easiest is not None]
+    kept = [(share, far, near) for share, far, near in seen if 0 < share < KEPT]
+    if len(kept) >= EARLY and len(kept) == len(seen) and all(far <= near for _, far, near in kept):
+        yield finding(
+            "scenes_left_out",
+            f"{mean(share for share, *_ in kept):.0%} of the outputs have a gradient, and in all {len(kept)} losses"
+            " that were looked at they are those that are nearest to their targets: what is hard is left out.",
+            losses[0].step + 1,
+            "Where labels are wrong now and then, that may be meant.",
+            "To learn from the hardest take the largest losses: `losses.topk(count)`, whose `largest` is true.",
         )
 
 

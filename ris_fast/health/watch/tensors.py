@@ -101,6 +101,21 @@ def source_of(tensors: Sequence[Tensor]) -> tuple[int, int, int] | None:
     return (id(base), tensors[0].storage_offset(), base._version) if part else None
 
 
+def from_transposes(tensors: Sequence[Tensor]) -> Tensor | None:
+    """(2,) of a first tensor that is, or is a view of real numbers of, complex square matrices: how far a few of them
+    are from their transpose, and from its conjugate, relative to their size. None for any other."""
+    tensor = tensors[0].detach() if tensors and is_plain(tensors[0]) else None
+    base = None if tensor is None or tensor.is_complex() or tensor.is_inference() else tensors[0]._base
+    tensor = base.detach() if base is not None and is_plain(base) and base.is_complex() else tensor
+    if tensor is not None and tensor.is_floating_point() and tensor.ndim == 4 and tensor.shape[1] == 2:
+        tensor = torch.complex(tensor[:ROWS, 0].float(), tensor[:ROWS, 1].float())
+    if tensor is None or not tensor.is_complex() or tensor.ndim < 3 or not 1 < tensor.shape[-1] == tensor.shape[-2]:
+        return None
+    some = tensor[:ROWS]
+    size = some.abs().square().sum().sqrt().clamp_min(1e-30)
+    return torch.stack([(some - some.mT).abs().square().sum(), (some - some.mH).abs().square().sum()]).sqrt() / size
+
+
 def viewed_as(tensors: Sequence[Tensor]) -> str:
     """Of a first tensor that is another one, or scenes of it, in a shape that takes its axes for others, both shapes:
     '(32, 12, 12, 3) as (32, 3, 12, 12)', as a transpose does that is written as a view. Empty for any other."""
