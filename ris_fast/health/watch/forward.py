@@ -43,6 +43,7 @@ from ris_fast.health.watch.tensors import (
     from_transposes,
     is_plain,
     largest_in_rows,
+    likeness,
     nonfinite,
     source_of,
     tensors_of,
@@ -276,7 +277,7 @@ class ForwardHooks:
             now.draws = hash(torch.get_rng_state().numpy().tobytes())
         if first or not now.grad or self.late:
             now.input, now.keys = few_rows(inputs), few_rows(inputs, KEYS, KEY_NUMBERS)
-            now.matrices = from_transposes(inputs)
+            now.matrices, now.likeness = from_transposes(inputs), likeness(inputs)
             now.others = [few_rows([each]) for each in inputs[:INPUTS]] if 1 < len(inputs) else []
         if not now.grad or self.late or (first and _reads_outputs(now.of_kind)):
             now.output = few_rows(outputs)

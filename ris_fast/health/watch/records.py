@@ -204,9 +204,9 @@ class PassRecord:
         mistake the gradient at the output looks like, and how far it is from that; keys: a few numbers of more rows of
         the input, by which scenes are known again; others: (R, F) of each input, where there are several; grad_finite:
         (), whether the gradient at the output is; source: of an input that is a view, the id of what it is a view of,
-        its place in it, and how often that was written to; viewed, matrices: see `tensors`; draws: a hash of where
-        the generator of random numbers stands, of passes in training; slope: (R, F) of the gradient at the first
-        output, those numbers that `output` has; carried: an input is what the pass before gave; open_before: no
+        its place in it, and how often that was written to; viewed, matrices, likeness: see `tensors`; draws: a hash
+        of where the generator of random numbers stands, of passes in training; slope: (R, F) of the gradient at the
+        first output, those numbers that `output` has; carried: an input is what the pass before gave; open_before: no
         backward pass had come to the pass before yet; thread: that made it.
     """
 
@@ -239,6 +239,7 @@ class PassRecord:
     source: tuple[int, int, int] | None = None
     viewed: str = ""
     matrices: Tensor | None = None
+    likeness: Tensor | None = None
     grad_finite: Tensor | None = None
     draws: int | None = None
     slope: Tensor | None = None

@@ -95,6 +95,9 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
         "Adam" in kind for by in loop.optimizers for kind in by.kinds
     ):
         explained |= UNLEARNED  # follow from steps that are too large
+        found = [
+            replace(each, certain=each.certain and each.step < 2) if each.cause in DIVERGED else each for each in found
+        ]
     return ranked(found, muted=explained)
 
 

@@ -27,8 +27,9 @@ SMALL, LARGE, UNEQUAL = 3e-4, 3e3, 1e5  # spreads of inputs
 LEAST_UNEQUAL = 30.0  # of the largest of unequal ones: beside smaller ones others are what rounding leaves
 GROUPS, GROWN = 6, 1.3  # parts of a run, from one to the next of which inputs spread further; factor on it in all
 SYMMETRIC, NOT = 1e-4, 1e-2  # relative distances of a matrix from its transpose
-TOGETHER, UNLIKE = 0.02, 0.3  # mean square of correlations within a scene; share of it that two sets have in common
+TOGETHER, UNLIKE = 0.02, 0.5  # mean square of correlations within a scene; share of it that two sets have in common
 WINDOW, SHARED, NO_ORDER = 6, 0.3, 0.05  # least length of a window; share of windows; correlation of neighbours
+PEAK = 0.02  # that one correlation is above others
 RICH = 4  # different numbers of a scene, by which it is known
 
 
@@ -44,7 +45,7 @@ def data_findings(loop: LoopRecord) -> list[Finding]:
         *other_targets(loop.losses, {each.number: each for each in loop.forward.passes}),
         *target_is_input(loop.losses, {each.number: each for each in loop.forward.passes}),
         *target_among_inputs(told_losses(loop), {each.number: each for each in loop.forward.passes}),
-        *viewed_in_another_order(trained, loop.losses),
+        *(viewed_in_another_order(trained, loop.losses) or channels_last(trained)),
         *zero_batches(trained),
         *split_overlap(trained, [each for each in evaluated if not each.training]),
         *(distributions_differ(trained, evaluated) or inner_order_differs(trained, evaluated)),
@@ -149,19 +150,44 @@ def target_among_inputs(losses: Sequence[LossRecord], passes: dict[int, PassReco
         )
 
 
-def viewed_in_another_order(trained: Sequence[PassRecord], losses: Sequence[LossRecord]) -> Iterator[Finding]:
+def channels_last(trained: Sequence[PassRecord]) -> list[Finding]:
+    """Numbers of a scene (C, ...) are most alike C places apart, and not side by side: channels come last in them."""
+    known = [each.likeness for each in trained if each.likeness is not None]
+    if len(known) < 2 * EARLY:
+        return []
+    beside, before, apart, behind = torch.stack(known).double().mean(0).tolist()
+    if apart - max(beside, before, behind) < PEAK:
+        return []
+    shape = trained[0].shape
+    return [
+        finding(
+            "wrong_layout",
+            f"inputs have shape {shape}, and numbers of a scene are most alike {shape[1]} places apart (a correlation"
+            f" of {apart:.2g}; {beside:.2g} side by side, {before:.2g} and {behind:.2g} one place nearer or further):"
+            f" the {shape[1]} channels lie last in memory, and were reshaped to come first.",
+            1,
+            f"A pattern that comes again every {shape[1]} places looks like that.",
+            "Use `permute` or `transpose` where axes change places, as from channels last to channels first.",
+        )
+    ]
+
+
+def viewed_in_another_order(trained: Sequence[PassRecord], losses: Sequence[LossRecord]) -> list[Finding]:
     """Inputs or targets are views of tensors whose axes change places without a transpose."""
     asked = [each.targets.viewed for each in losses if each.targets is not None]
     for what, views in (("inputs", [each.viewed for each in trained]), ("targets", asked)):
         if len(views) >= 2 and all(views):
-            yield finding(
-                "wrong_layout",
-                f"{what} are views of {views[0]}, in all {len(views)} batches that were looked at: neither parts nor"
-                " joins axes, so numbers keep their old order and come under other places.",
-                1,
-                MAY_BE_MEANT,
-                "Use `permute` or `transpose` where axes change places, as from channels last to channels first.",
-            )
+            return [
+                finding(
+                    "wrong_layout",
+                    f"{what} are views of {views[0]}, in all {len(views)} batches that were looked at: that neither"
+                    " parts nor joins axes, so numbers keep their old order and come under other places.",
+                    1,
+                    MAY_BE_MEANT,
+                    "Use `permute` or `transpose` where axes change places, as from channels last to channels first.",
+                )
+            ]
+    return []
 
 
 def zero_batches(trained: list[PassRecord]) -> Iterator[Finding]:
@@ -198,7 +224,9 @@ def split_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Ite
 
 
 def _pooled(passes: Sequence[PassRecord]) -> Tensor:
-    return torch.cat([each.keys for each in passes if each.keys is not None]).double()
+    """Of as many numbers of each scene as are known of the first."""
+    known = [each.keys for each in passes if each.keys is not None]
+    return torch.cat([each for each in known if each.shape[1] == known[0].shape[1]]).double()
 
 
 def _both_pooled(trained: list[PassRecord], evaluated: list[PassRecord], least: int) -> tuple[Tensor, Tensor] | None:
@@ -235,7 +263,7 @@ def distributions_differ(trained: list[PassRecord], evaluated: list[PassRecord])
     least, most = sorted((spread, spread_there))
     apart = most > (MANY_RATIO if many else RATIO) * least or shift > (MANY_SHIFT if many else SHIFT) * spread
     both = most > BOTH_RATIO * least and shift > BOTH_SHIFT * most  # as one scaling does
-    if not least or not (apart or (many and both)):
+    if not least or not (apart or (many and both and not _overlap_within(_series(evaluated)))):
         return []
     return [
         finding(
@@ -284,7 +312,7 @@ def inner_order_differs(trained: list[PassRecord], evaluated: list[PassRecord]) 
 
 def scenes_drift(trained: list[PassRecord]) -> Iterator[Finding]:
     """Inputs spread further from one part of the run to the next, as what noise is added to again and again."""
-    alike = [each for each in trained if each.shape[1:] == trained[0].shape[1:]]
+    alike = [each for each in trained if each.keys.shape[1] == trained[0].keys.shape[1]]
     dense = [each for each in alike if each.of_kind <= EARLY] + [each for each in alike if each.of_kind > 4 * EARLY]
     if len(dense) < 4 * GROUPS or any(not bool(each.keys.isfinite().all()) for each in dense):
         return
@@ -373,15 +401,22 @@ def _series(passes: Sequence[PassRecord]) -> Tensor:
     return rows if len(rows) and len(rows.unique()) > 64 else rows[:0]
 
 
+def _overlap_within(rows: Tensor) -> bool:
+    """Whether most numbers are in several windows."""
+    met = Counter(each for row in _triples(rows) for each in set(row))
+    return 2 * sum(count > 1 for count in met.values()) > len(met)
+
+
 def windows_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Iterator[Finding]:
     """Windows of evaluation are made of numbers that windows of training have at other places."""
     one, other = _series(trained), _series(evaluated)
     if len(one) < 64 or len(other) < 16:
         return
     known = {each for row in _triples(one) for each in row}
-    rows = [row for row in _triples(other) if row]
+    whole = set(_rows(one))
+    rows = [row for row, own in zip(_triples(other), _rows(other)) if row and own not in whole]
     within = sum(2 * sum(each in known for each in row) > len(row) for row in rows)
-    if rows and within > SHARED * len(rows):
+    if len(rows) >= 16 and within > SHARED * len(rows):
         yield finding(
             "split_overlap",
             f"{within} of {len(rows)} windows that are evaluated, of those that were looked at, have most of their"
@@ -398,11 +433,9 @@ def windows_without_order(trained: list[PassRecord]) -> Iterator[Finding]:
     rows = _series(trained)
     if len(rows) < 4 * 64:
         return
-    first = Counter(each for row in _triples(rows) for each in set(row))
-    again = sum(count > 1 for count in first.values())
     numbers = (rows - rows.mean()).double()
     near = [float((numbers[:, lag:] * numbers[:, :-lag]).mean() / numbers.square().mean()) for lag in (1, 2, 3)]
-    if 2 * again > len(first) and max(map(abs, near)) < NO_ORDER:
+    if _overlap_within(rows) and max(map(abs, near)) < NO_ORDER:
         yield finding(
             "inputs_withhold_answer",
             f"inputs are windows of one series, which overlap, and neighbours in it have a correlation of"

@@ -39,7 +39,7 @@ PAIRS = Suspect(
     "Index inputs and targets with one and the same order, and look at some pairs by eye.",
 )
 SILENT, TELLING = 0.035, 0.15  # shares of the targets' variance that follow from the inputs of other scenes
-ENOUGH = 128  # scenes
+ENOUGH, AGAIN = 128, 48  # scenes; times that one is met again
 BY_HEART = (
     "Targets of other scenes look like that, and so do targets that are noise: the loss of scenes that were never"
     " trained on decides."
@@ -84,11 +84,12 @@ def outcome_findings(loop: LoopRecord, found: Sequence[Finding]) -> Iterator[Fin
             yield finding(
                 why.cause, f"after {loop.steps} steps {known}; {why.evidence}.", loop.steps, why.doubt, why.advice
             )
-    elif (why := shrunk_weights(loop)) is not None:
+            return
+    if (why := shrunk_weights(loop)) is not None:
         yield finding(why.cause, f"{why.evidence}.", loop.steps, why.doubt, why.advice)
     elif both is not None and (heart := list(known_by_heart(loop, both, losses))):
         yield from heart
-    else:
+    elif not known:
         yield from outputs_become_one(losses)
 
 
@@ -114,7 +115,7 @@ def _unrelated(both: tuple[Tensor, Tensor] | None) -> Suspect:
 def known_by_heart(loop: LoopRecord, both: tuple[Tensor, Tensor], losses: Sequence[LossRecord]) -> Iterator[Finding]:
     """Scenes come again and again, and of others nothing can be predicted: what is learned of them is no rule."""
     scenes = len(distinct(both[0])[0])
-    if not ENOUGH <= scenes < 0.7 * len(both[0]):
+    if scenes < ENOUGH or len(both[0]) - scenes < AGAIN:
         return
     share = explained_share(*both)
     if share is None or share >= SILENT:

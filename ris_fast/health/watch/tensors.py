@@ -42,6 +42,7 @@ def tensors_of(value: Any, depth: int = 4) -> list[Tensor]:
     return found[:MANY]
 
 
+CHANNELS, ALL_ROWS = 32, 64  # of scenes whose numbers are compared with those beside them; rows
 KEYS, KEY_NUMBERS = 64, 32  # rows by which scenes are known again
 
 
@@ -114,6 +115,22 @@ def from_transposes(tensors: Sequence[Tensor]) -> Tensor | None:
     some = tensor[:ROWS]
     size = some.abs().square().sum().sqrt().clamp_min(1e-30)
     return torch.stack([(some - some.mT).abs().square().sum(), (some - some.mH).abs().square().sum()]).sqrt() / size
+
+
+def likeness(tensors: Sequence[Tensor]) -> Tensor | None:
+    """(4,) of a first tensor (B, C, ...) with few channels C and many places each: how alike numbers are that lie 1,
+    C - 1, C and C + 1 places apart in a scene, as correlations. None for any other."""
+    tensor = tensors[0] if tensors and is_plain(tensors[0]) else None
+    if tensor is None or tensor.ndim not in (3, 4) or not tensor.is_floating_point():
+        return None
+    channels, places = tensor.shape[1], math.prod(tensor.shape[2:])
+    if not 3 <= channels <= CHANNELS or not 4 * channels <= places or not tensor.shape[0] * channels * places < LARGE:
+        return None
+    rows = tensor.detach()[:ALL_ROWS].reshape(min(ALL_ROWS, tensor.shape[0]), -1).float()
+    rows = rows - rows.mean()
+    size = rows.square().mean().clamp_min(1e-30)
+    lags = (1, channels - 1, channels, channels + 1)
+    return torch.stack([(rows[:, lag:] * rows[:, :-lag]).mean() / size for lag in lags])
 
 
 def viewed_as(tensors: Sequence[Tensor]) -> str:
