@@ -396,7 +396,7 @@ def _series(passes: Sequence[PassRecord]) -> Tensor:
     """(N, F) different windows of a series; without any where inputs are none, or have few different numbers."""
     windows = [each for each in passes if each.keys is not None and max(each.shape[1:], default=0) >= WINDOW]
     windows = [each for each in windows if math.prod(each.shape[1:]) == max(each.shape[1:]) <= each.keys.shape[1]]
-    windows = [each for each in windows if each.shape[1:] == windows[0].shape[1:]]
+    windows = [each for each in windows if each.keys.shape[1] == windows[0].keys.shape[1]]
     rows = torch.cat([each.keys for each in windows]).unique(dim=0) if windows else torch.zeros(0, 0)
     return rows if len(rows) and len(rows.unique()) > 64 else rows[:0]
 
