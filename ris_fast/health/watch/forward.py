@@ -45,6 +45,7 @@ from ris_fast.health.watch.tensors import (
     largest_in_rows,
     likeness,
     nonfinite,
+    paired_rows,
     source_of,
     tensors_of,
     viewed_as,
@@ -283,6 +284,7 @@ class ForwardHooks:
         if first or not now.grad or self.late:
             now.input, now.keys = few_rows(inputs), few_rows(inputs, KEYS, KEY_NUMBERS)
             now.matrices, now.likeness = from_transposes(inputs), likeness(inputs)
+            now.pairs = paired_rows(inputs) if first else None
             now.others = [few_rows([each]) for each in inputs[:INPUTS]] if 1 < len(inputs) else []
         if not now.grad or self.late or (first and _reads_outputs(now.of_kind)):
             now.output = few_rows(outputs)

@@ -144,7 +144,7 @@ def known_by_heart(loop: LoopRecord, both: tuple[Tensor, Tensor], losses: Sequen
 def _several(loop: LoopRecord) -> bool:
     """Whether parts of the model are called one by one, which a loss may all depend on."""
     passes = loop.forward.passes if loop.forward is not None else []
-    return len({each.output_shape[1:] for each in passes if each.training and each.reached}) > 1
+    return len({each.output_shape[1:] for each in passes if each.training}) > 1
 
 
 def _chooses(loop: LoopRecord) -> bool:
