@@ -37,6 +37,7 @@ from ris_fast.health.watch.tensors import (
     viewed_as,
 )
 from ris_fast.health.watch.terms import (
+    axis_apart,
     pairing,
     sum_beside_mean,
     surrogate_sign,
@@ -141,6 +142,7 @@ def walk(now: LossRecord, node: Any, outputs: list[Tensor], leaves: GraphLeaves,
     now.over_scenes = over_scenes(near, rows, True) if ends or not told else []
     now.transposed, now.surrogate = reshaped_as_transposed(near), surrogate_sign(node)
     now.extremes, now.pairing = takes_extremes(near, ends), pairing(near, rows)
+    now.axis_apart = axis_apart(users)
     now.summed, now.ungraphed = sum_beside_mean(node, ends, rows), term_without_graph(node)
 
 

@@ -435,7 +435,7 @@ class LossRecord:
         by; summed: a sum over scenes is added to a mean over them; ungraphed: a number without a gradient is added;
         number: of the model's last pass; signs: see there; through: the chain of the one term that depends on outputs;
         of_weights: another depends on the model's parameters alone; transposed: see `operations`; surrogate, extremes,
-        pairing:        see `terms`.
+        pairing, axis_apart:        see `terms`.
     """
 
     step: int
@@ -465,6 +465,7 @@ class LossRecord:
     surrogate: int = 0
     extremes: bool = False
     pairing: str = ""
+    axis_apart: str = ""
 
     def on_host(self) -> LossRecord:
         host: dict[str, Any] = {"factors": [each.cpu() for each in self.factors]}
