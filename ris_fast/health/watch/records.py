@@ -204,10 +204,10 @@ class PassRecord:
         mistake the gradient at the output looks like, and how far it is from that; keys: a few numbers of more rows of
         the input, by which scenes are known again; others: (R, F) of each input, where there are several; grad_finite:
         (), whether the gradient at the output is; source: of an input that is a view, the id of what it is a view of,
-        its place in it, and how often that was written to; draws: a hash of where the generator of random numbers
-        stands, of the first passes in training; slope: (R, F) of the gradient at the first output, those numbers
-        that `output` has; carried: an input is what the pass before gave; open_before: no
-        backward pass had come to the pass before yet; thread: that made it.
+        its place in it, and how often that was written to; viewed, matrices, likeness, pairs: see `tensors`;
+        draws: a hash of where the generator of random numbers stands, of passes in training; slope: (R, F) of the
+        gradient at the first output, those numbers that `output` has; carried: an input is what the pass before gave;
+        open_before: no backward pass had come to the pass before yet; thread: that made it.
     """
 
     number: int
@@ -237,6 +237,10 @@ class PassRecord:
     keys: Tensor | None = None
     others: list[Tensor | None] = field(default_factory=list)
     source: tuple[int, int, int] | None = None
+    viewed: str = ""
+    matrices: Tensor | None = None
+    likeness: Tensor | None = None
+    pairs: Tensor | None = None
     grad_finite: Tensor | None = None
     draws: int | None = None
     slope: Tensor | None = None
@@ -344,7 +348,8 @@ class Numbers:
 
     Args: whole: classes or counts; least, most: (), of real and imaginary parts; imaginary: (), largest imaginary part;
         nonfinite: (2,), whether there are NaN, infinities; few: (R, F) a few numbers; keys: a
-        few of more rows, by which scenes are known again.
+        few of more rows, by which scenes are known again; viewed, matrices: see
+        `tensors`.
     """
 
     shape: tuple[int, ...]
@@ -356,6 +361,8 @@ class Numbers:
     nonfinite: Tensor | None
     few: Tensor | None
     keys: Tensor | None = None
+    viewed: str = ""
+    matrices: Tensor | None = None
 
     def on_host(self) -> Numbers:
         return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
@@ -400,7 +407,8 @@ class LossSigns:
     Args: looked: these are known; unlogged: a loss that expects logarithms and the operation that gives it something
         else; most_logged: (), the largest number that it was given; asked: (2,), least and most of the targets of a
         binary cross-entropy; pull: (), from -1 to 1, how well a small step against the gradient at the outputs brings
-        them nearer to the targets.
+        them nearer to the targets; easiest: (3,), share of the numbers with a gradient, and how far these are from
+        their targets at most, and others at least.
     """
 
     looked: bool = False
@@ -408,6 +416,7 @@ class LossSigns:
     most_logged: Tensor | None = None
     asked: Tensor | None = None
     pull: Tensor | None = None
+    easiest: Tensor | None = None
 
     def on_host(self) -> LossSigns:
         return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
@@ -425,8 +434,8 @@ class LossRecord:
         a gradient at the first output; over_scenes: see `operations`; factors: () numbers that terms are multiplied
         by; summed: a sum over scenes is added to a mean over them; ungraphed: a number without a gradient is added;
         number: of the model's last pass; signs: see there; through: the chain of the one term that depends on outputs;
-        of_weights: another depends on the model's parameters alone; transposed: see `operations`; surrogate: see
-        `terms`.
+        of_weights: another depends on the model's parameters alone; transposed: see `operations`; surrogate, extremes,
+        pairing, axis_apart:        see `terms`.
     """
 
     step: int
@@ -454,6 +463,9 @@ class LossRecord:
     of_weights: bool = False
     transposed: list[str] = field(default_factory=list)
     surrogate: int = 0
+    extremes: bool = False
+    pairing: str = ""
+    axis_apart: str = ""
 
     def on_host(self) -> LossRecord:
         host: dict[str, Any] = {"factors": [each.cpu() for each in self.factors]}

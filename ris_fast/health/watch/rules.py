@@ -52,6 +52,7 @@ EXPLAINS = {  # what follows from a cause
     "stale_optimizer_parameters": ["unused_head", "loss_rebuilt"],
 }
 DIVERGED = {"learning_rate_too_large", "nonfinite_gradients"}
+UNLEARNED = {"ignored_input", "stalled_at_baseline", "dead_units", "saturated_output", "collapsed", "shuffled_labels"}
 FEW_PASSES = 64  # backward passes that an optimizer waits while others step
 MANY_PASSES = 4096  # backward passes without a step, more than anybody adds up
 SCALER_STEPS = 24  # a loss scale halves its way to one that fits in fewer
@@ -87,8 +88,16 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
         found = [_after_scale(each, left_in) if each.cause == "nonfinite_gradients" else each for each in found]
     found += rules_outcome.outcome_findings(loop, found)
     explained = {effect for each in found for effect in EXPLAINS.get(each.cause, ())}
-    if not DIVERGED.intersection(each.cause for each in found):
+    causes = {each.cause for each in found}
+    if not causes & (DIVERGED | UNLEARNED):
         explained.add("accumulation_not_divided")  # a rate may allow for it
+    elif "accumulation_not_divided" in causes and not any(
+        "Adam" in kind for by in loop.optimizers for kind in by.kinds
+    ):
+        explained |= UNLEARNED  # follow from steps that are too large
+        found = [
+            replace(each, certain=each.certain and each.step < 2) if each.cause in DIVERGED else each for each in found
+        ]
     return ranked(found, muted=explained)
 
 

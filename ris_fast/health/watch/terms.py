@@ -5,11 +5,11 @@ Nothing is read from a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ris_fast.health.watch.graph import chain_of, graph_of
-from ris_fast.health.watch.operations import made_shape, operation
+from ris_fast.health.watch.graph import MOVING, chain_of, graph_of
+from ris_fast.health.watch.operations import axes_of, made_shape, operation
 
 TERMS, MEAN = 16, 1  # that are looked at; as losses keep their reduction
 LOSSES = ("MseLoss", "SmoothL1Loss", "HuberLoss", "NllLoss", "BinaryCrossEntropy", "KlDiv")
@@ -104,6 +104,57 @@ def surrogate_sign(root: Any) -> int:
             signs = [sign, -sign] if name == "Sub" else [-sign if name == "Neg" else sign] * len(after)
             waiting += zip(after, signs)
     return 0
+
+
+def takes_extremes(nodes: Iterable[Any], ends: set[Any]) -> bool:
+    """Whether the smaller and the larger ones are taken of outputs as they are and of something else: as where boxes
+    overlap, between their corners."""
+    return {operation(node) for node in nodes if operation(node) in BOUNDS and _operand(node) in ends} == {*BOUNDS}
+
+
+def axis_apart(nodes: Iterable[Any]) -> str:
+    """Where a likelihood picks one of as many classes as another axis has than the one that a softmax adds up to one:
+    'a logarithm of a softmax over axis 1 of (32, 12, 5), and one of 5 classes'."""
+    for node in nodes:
+        if not operation(node).startswith("NllLoss"):
+            continue
+        before = node.next_functions[0][0] if node.next_functions else None
+        classes = made_shape(before)[1:2] if before is not None else ()
+        for _ in range(8):
+            if before is None or operation(before) not in MOVING:
+                break
+            before = before.next_functions[0][0]
+        if before is None or operation(before) != "LogSoftmax" or not classes:
+            continue
+        shape = made_shape(before)
+        axis = axes_of(before, len(shape))
+        if len(axis) == 1 and shape[min(axis)] != classes[0] and classes[0] in shape:
+            return f"a logarithm of a softmax over axis {min(axis)} of {shape}, and one of {classes[0]} classes"
+    return ""
+
+
+def pairing(nodes: Iterable[Any], scenes: int) -> str:
+    """How a loss parts a batch into two views of as many scenes: its "halves", or "neighbours", every other row."""
+    for node in nodes:
+        name, before, made = operation(node), tuple(getattr(node, "_saved_self_sym_sizes", ())), made_shape(node)
+        if scenes < 8 or scenes % 2 or before[:1] != (scenes,) or len(before) < 2:
+            continue
+        half = scenes // 2
+        if name in ("Split", "Slice") and getattr(node, "_saved_dim", None) == 0 and made == (half, *before[1:]):
+            step = getattr(node, "_saved_step", 1)
+            return "halves" if step == 1 else "neighbours" if step == 2 else ""
+        if name in ("View", "UnsafeView", "ReshapeAlias") and made in ((2, half, *before[1:]), (half, 2, *before[1:])):
+            return "halves" if made[0] == 2 else "neighbours"
+    return ""
+
+
+def _operand(node: Any) -> Any:
+    """What made the first of its operands with a gradient, before some of it was chosen."""
+    for _ in range(8):
+        node = next((each for each, _ in node.next_functions if each is not None), None)
+        if node is None or operation(node) not in MOVING:
+            break
+    return node
 
 
 def _of_ratio(product: Any) -> bool:
