@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ris_fast.health.watch.rank_records import RanksRecord
     from ris_fast.health.watch.rivals import Rival
     from ris_fast.health.watch.schedulers import SchedulerRecord
+    from ris_fast.health.watch.units import AlikeUnits
 
 EARLY = 8  # steps after which a gradient that has not come yet is no longer waited for
 
@@ -306,7 +307,7 @@ class ForwardRecord:
         evaluations, whether they drew random numbers; own_dropouts: parts that call a dropout by themselves; shapes,
         layers, functions, modules: see there; foreign_steps: of optimizers of other models; copies: other
         modules of its class, where the model was not called before the first step;
-        uniform: matrices that began as one number; of_losses: leaves that losses depend on and outputs do not;
+        units: of matrices that began with equal ones; of_losses: leaves that losses depend on and outputs do not;
         beside_first: see `graph`.
     """
 
@@ -333,7 +334,7 @@ class ForwardRecord:
     modules: ModulesRecord
     foreign_steps: int
     copies: list[CopyRecord]
-    uniform: list[str]
+    units: list[AlikeUnits]
     of_losses: list[LeafRecord]
     beside_first: tuple[list[str], list[str]]
 

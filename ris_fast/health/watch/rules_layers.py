@@ -396,15 +396,18 @@ def tied_parameters(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Findin
 
 
 def symmetric_init(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:
-    """Layers that began with the same weights for all units: what tells them apart is the bias alone."""
+    """Rows or columns of a matrix that began equal, and of which training has made few different ones or none."""
     trained = {each.name for by in loop.optimizers for each in by.trained}
-    names = [name for name in forward.uniform if name in trained]
-    if names and loop.steps >= EARLY:
+    alike = [each for each in forward.units if each.name in trained and each.stay]
+    if alike and loop.steps >= EARLY:
+        first = alike[0]
+        which = "rows" if first.axis == 0 else "columns"
         yield finding(
             "symmetric_init",
-            f"all units of {names[0].rpartition('.')[0] or 'the layer'} had the same weights when the watch began"
-            f"{f', and so had those of {len(names) - 1} more layers' if len(names) > 1 else ''}: but for their biases"
-            " they receive equal gradients and stay equal.",
+            f"all {which} of {first.name} were equal when the watch began, and of {sum(first.later)} that were looked at"
+            f" {len(first.later)} {'is' if len(first.later) == 1 else 'are'} different after {loop.steps} steps"
+            f"{f'; so it is in {len(alike) - 1} more' if len(alike) > 1 else ''}: they receive equal gradients and stay"
+            " equal, so that they do the work of one.",
             1,
             MAY_BE_MEANT,
         )

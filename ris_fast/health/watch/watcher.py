@@ -102,6 +102,8 @@ class Watcher:
         steps = first.every_step.steps
         if steps >= self.helpers.next and optimizer is first.optimizer:
             self.helpers.look(steps, sys._getframe(1))
+        if optimizer is first.optimizer:
+            self.forward.units.look(steps)
         if steps <= DENSE and not self.ranks.active:
             self.ranks.begin()
 
