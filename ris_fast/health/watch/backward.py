@@ -19,7 +19,15 @@ from ris_fast.health.watch.loss import FIRST, WALKED, applied_twice, numbers_of
 from ris_fast.health.watch.operations import over_scenes, reshaped_as_transposed
 from ris_fast.health.watch.records import LossRecord
 from ris_fast.health.watch.tensors import is_plain
-from ris_fast.health.watch.terms import sum_beside_mean, surrogate_sign, term_of_outputs, term_without_graph
+from ris_fast.health.watch.terms import (
+    compares_leaves,
+    sum_beside_mean,
+    surrogate_sign,
+    term_of_outputs,
+    term_without_graph,
+    weight_terms,
+    zero_differences,
+)
 
 KEPT = 256
 FRAMES = 24
@@ -65,7 +73,10 @@ class BackwardLosses:
         )
         if node is not None and len(self.records) < WALKED:
             leaves, users, _ = graph_of([node], ends)
-            now.through, now.of_weights = term_of_outputs(node, ends, self.leaves.own_parameters())
+            now.through, of_weights = term_of_outputs(node, ends), weight_terms(node, ends, self.leaves.own_parameters())
+            users_of_weights = graph_of(of_weights, ends)[1]
+            now.of_weights, now.still = bool(of_weights), zero_differences(users_of_weights)
+            now.compares_weights = compares_leaves(users_of_weights)
             now.twice = next(filter(None, map(applied_twice, users)), ())
             rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 0
             self.leaves.note_loss(leaves, rows, steps)

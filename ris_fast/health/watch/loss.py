@@ -28,7 +28,7 @@ from ris_fast.health.watch.tensors import (
     nonfinite,
     tensors_of,
 )
-from ris_fast.health.watch.terms import sum_beside_mean, term_without_graph
+from ris_fast.health.watch.terms import sum_beside_mean, term_without_graph, zero_differences
 
 FIRST, LATE, WALKED = 32, 64, 4  # calls that are noted, of later steps, and with a walk through the graph
 SIGNED = 12  # first calls whose operations and gradient are looked at; and the late ones
@@ -95,6 +95,7 @@ class LossHook:
             rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 0
             now.over_scenes = over_scenes(graph_of([node], ends)[1], rows, True) if ends else []
             now.summed, now.ungraphed = sum_beside_mean(node, ends, rows), term_without_graph(node)
+            now.still = zero_differences(users)
             now.factors = [factor for each in users if (factor := _factor(each)) is not None]
         if node is not None and (self.count <= SIGNED or self.late):
             now.signs = signs_of(tensor, outputs, targets)

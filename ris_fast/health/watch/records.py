@@ -5,7 +5,7 @@ Legend: T tensors, those of the model that one optimizer holds and that have a n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +159,8 @@ class LoopRecord:
         model's passes; losses: those that `seen.loss` was given; met: those that backward passes began from in steps
         that were looked at;
         schedulers: of its optimizers; kept: of states that were loaded into the model, whether all their tensors were
-        its own; helpers: modules beside it; ranks: what is known of them, None for a loop of one process;
+        its own; helpers: modules beside it; aliases: dicts and lists of its own
+        numbers, with how many searches met them; ranks: what is known of them, None for a loop of one process;
         scales: of torch.amp.GradScalers that are at work in the process.
     """
 
@@ -179,6 +180,7 @@ class LoopRecord:
     schedulers: Sequence[SchedulerRecord] = ()
     kept: Sequence[bool] = ()
     helpers: Sequence[HelperRecord] = ()
+    aliases: Mapping[str, int] = field(default_factory=dict)
     ranks: RanksRecord | None = None
     scales: Sequence[float] = ()
 
@@ -364,7 +366,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class HelperRecord:
-    """A module beside the model.
+    """A module beside the model, or weights in a dict or a list.
 
     Args: name: of the variable; of: the part of the model that it has the shapes of, None where there is none;
         as_begun: it had, about, the numbers that this part began with; training: the mode it was in, and dropouts:
@@ -374,7 +376,7 @@ class HelperRecord:
         that step; rounded: of a copy in 16 bits, after each step that wrote to it, the shares of numbers that have
         changed, and that are the part's in its format; moved: the part has moved; way: share
         of its way from the first weights that the helper has come; buffers_still: running statistics are what they
-        were first, though its weights moved and the part's statistics did.
+        were first, though its weights moved and the part's statistics did; kept: it is no module.
     """
 
     name: str
@@ -392,6 +394,7 @@ class HelperRecord:
     way: float | None
     buffers_still: bool
     rounded: list[tuple[float, float]]
+    kept: bool = False
 
 
 @dataclass
@@ -427,7 +430,8 @@ class LossRecord:
         by; summed: a sum over scenes is added to a mean over them; ungraphed: a number without a gradient is added;
         number: of the model's last pass; signs: see there; through: the chain of the one term that depends on outputs;
         of_weights: another depends on the model's parameters alone; transposed: see `operations`; surrogate: see
-        `terms`.
+        `terms`; compares_weights: in that other term they are compared with what has no gradient; still: of differences that it is made of, of weights alone where nobody told of the loss, whether they
+        are exactly zero.
     """
 
     step: int
@@ -455,9 +459,11 @@ class LossRecord:
     of_weights: bool = False
     transposed: list[str] = field(default_factory=list)
     surrogate: int = 0
+    still: list[Tensor] = field(default_factory=list)
+    compares_weights: bool = False
 
     def on_host(self) -> LossRecord:
-        host: dict[str, Any] = {"factors": [each.cpu() for each in self.factors]}
+        host: dict[str, Any] = {name: [each.cpu() for each in getattr(self, name)] for name in ("factors", "still")}
         host |= {name: each.cpu() for name, each in vars(self).items() if isinstance(each, Tensor)}
         host |= {name: each.on_host() for name, each in vars(self).items() if isinstance(each, (Numbers, LossSigns))}
         return replace(self, **host)

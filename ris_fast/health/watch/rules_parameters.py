@@ -14,6 +14,11 @@ from ris_fast.health.watch.describe import describe_tensors, share_of
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.records import EARLY, LoopRecord, OptimizerRecord, StepRecord, TensorRecord, is_finite
 
+SEVERAL = 3  # losses that were looked at
+COPY = (
+    "Keep a copy: `[p.detach().clone() for p in model.parameters()]`, or `copy.deepcopy(model)` for a teacher;"
+    " `detach()`, `data` and `state_dict()` go on with the same memory."
+)
 LAYERS = ("weight", "bias")  # last names of a layer's tensors; a table that is no layer has another
 
 
@@ -29,7 +34,40 @@ def parameter_findings(loop: LoopRecord) -> list[Finding]:
         *_stale(loop, missing, trained),
         *_missing(loop, missing),
         *_twice(loop, held),
+        *_differs_from_itself(loop),
     ]
+
+
+def _differs_from_itself(loop: LoopRecord) -> Iterator[Finding]:
+    """A distance between weights and those that they are to stay near, or between two outputs, is exactly zero in each
+    step: both are one. Or what is at hand to compare weights with has the model's own numbers."""
+    kept = [name for name, searches in loop.aliases.items() if searches > 1]
+    if kept and any(each.compares_weights for each in loop.met):
+        yield finding(
+            "dead_loss_term",
+            f"a term of the loss compares weights with something that has no gradient, and `{kept[0]}` has the model's"
+            " own numbers, no copies of them: what is compared is one and the same.",
+            loop.steps,
+            MAY_BE_MEANT,
+            COPY,
+        )
+        return
+    for losses, what in ((loop.met, "weights and what they are compared with"), (loop.losses, "the two sides of it")):
+        looks = [each.still for each in losses if each.still and each.step]
+        if len(looks) < SEVERAL or len({len(each) for each in looks}) > 1 or loop.steps < EARLY:
+            continue
+        zero = [all(map(bool, each)) for each in zip(*looks)]
+        if all(zero) if losses is loop.met else 0 < sum(zero) < len(zero):
+            yield finding(
+                "dead_loss_term",
+                f"{sum(zero)} of {len(zero)} differences in the loss are exactly zero in all {len(looks)} steps that"
+                f" were looked at, while the weights move: {what} are one and the same, so that the term has no"
+                " gradient.",
+                loop.steps,
+                MAY_BE_MEANT,
+                COPY,
+            )
+            return
 
 
 def _missing(loop: LoopRecord, missing: list[TensorRecord]) -> Iterator[Finding]:

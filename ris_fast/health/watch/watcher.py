@@ -70,6 +70,8 @@ class Watcher:
         for each in self.hooks:
             each.gradients.first_arrival = self.backwards.note
         self.helpers = Helpers(model, self.hooks)
+        for each in self.hooks:
+            each.helpers_like = self.helpers.like
         self.ranks = RankObserver(model, self.hooks, every, stall_s)
         listen(self)
 
@@ -184,6 +186,7 @@ class Watcher:
             schedulers=self.schedulers.records(),
             kept=self.loads.record(),
             helpers=self.helpers.record(),
+            aliases=dict(self.helpers.aliases),
             scales=loss_scales(),
             ranks=self.ranks.record(forward.passes, wait_s),
         )
