@@ -50,8 +50,10 @@ EXPLAINS = {  # what follows from a cause
     "sanitised_gradients": ["vanishing_gradient", "zeroed_gradients"],
     "stale_compiled_graph": ["unused_head", "loss_rebuilt", "detached_backbone"],
     "stale_optimizer_parameters": ["unused_head", "loss_rebuilt"],
+    "learning_rate_too_large": ["ignored_input"],  # units that were driven off
+    "accumulation_not_divided": ["ignored_input", "stalled_at_baseline"],
 }
-DIVERGED = {"learning_rate_too_large", "nonfinite_gradients"}
+DIVERGED = {"learning_rate_too_large", "nonfinite_gradients", "ignored_input", "dead_units", "stalled_at_baseline"}
 FEW_PASSES = 64  # backward passes that an optimizer waits while others step
 MANY_PASSES = 4096  # backward passes without a step, more than anybody adds up
 SCALER_STEPS = 24  # a loss scale halves its way to one that fits in fewer
@@ -86,10 +88,9 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
     if left_in is not None:
         found = [_after_scale(each, left_in) if each.cause == "nonfinite_gradients" else each for each in found]
     found += rules_outcome.outcome_findings(loop, found)
-    explained = {effect for each in found for effect in EXPLAINS.get(each.cause, ())}
-    if not DIVERGED.intersection(each.cause for each in found):
-        explained.add("accumulation_not_divided")  # a rate may allow for it
-    return ranked(found, muted=explained)
+    if not DIVERGED.intersection(each.cause for each in found):  # a rate may allow for it
+        found = [each for each in found if each.cause != "accumulation_not_divided"]
+    return ranked(found, muted={effect for each in found for effect in EXPLAINS.get(each.cause, ())})
 
 
 def _after_scale(found: Finding, left_in: Finding) -> Finding:
