@@ -36,7 +36,7 @@ from ris_fast.health.watch import (
     rules_zero,
 )
 from ris_fast.health.watch.describe import describe_steps, describe_tensors
-from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, finding
+from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, MAY_BE_MEANT, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
 EXPLAINS = {  # what follows from a cause
@@ -90,7 +90,19 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
     found += rules_outcome.outcome_findings(loop, found)
     if not DIVERGED.intersection(each.cause for each in found):  # a rate may allow for it
         found = [each for each in found if each.cause != "accumulation_not_divided"]
+    found = [warmup_instead(each, loop) if each.cause == "learning_rate_too_small" else each for each in found]
     return ranked(found, muted={effect for each in found for effect in EXPLAINS.get(each.cause, ())})
+
+
+def warmup_instead(found: Finding, loop: LoopRecord) -> Finding:
+    """Steps that are too small at a rate that rises all the time: a warm-up that the run does not get through."""
+    for by in loop.optimizers:
+        for history in by.plain.rates.values():
+            rises = history.last == history.largest > 4 * history.first > 0
+            if rises and by.steps >= 100 and history.changes >= 0.9 * (by.steps - 2) and not found.certain:
+                evidence = f"the rate has risen in all {by.steps} steps, from {history.first:.3g} to {history.last:.3g}"
+                return finding("warmup_too_long", f"{evidence}; {found.evidence}", found.step, MAY_BE_MEANT)
+    return found
 
 
 def _after_scale(found: Finding, left_in: Finding) -> Finding:

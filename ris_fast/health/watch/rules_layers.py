@@ -19,6 +19,7 @@ CALLS = 4  # of a layer that show it
 GROWTH, DECAY = 1e4, 1e-6  # of the spread between scenes from the first layer to the last
 EPSILON = 30.0  # times the mean square beside it
 HEAVY = 0.85
+APART = 1.3  # factor between the spreads of two places
 STALE, BATCHES, LAST = 0.3, 100, 0.5  # share of the first statistics after so many batches; momentum
 WEIGHTED = (nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
@@ -43,7 +44,9 @@ def layer_findings(loop: LoopRecord) -> list[Finding]:
         *wrong_layout(loop, forward),
         *heavy_dropout(forward),
         *norm_statistics(forward),
+        *dropout_at_the_end(loop, forward),
         *tied_parameters(loop, forward),
+        *shared_norm(loop, forward),
         *symmetric_init(loop, forward),
     ]
 
@@ -351,6 +354,28 @@ def heavy_dropout(forward: ForwardRecord) -> Iterator[Finding]:
         )
 
 
+def dropout_at_the_end(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:
+    """What the model gives has gone through a dropout, and is compared with targets as it is."""
+    name, module = next(reversed(forward.layers.kinds.items()), ("", None))
+    first = next((each for each in forward.passes if each.training and each.reached and each.input is not None), None)
+    calls = forward.layers.calls.get(name, [])
+    direct = [each for each in (*loop.losses, *loop.met) if each.direct]
+    if not isinstance(module, nn.modules.dropout._DropoutNd) or not module.p or first is None or not direct:
+        return
+    given = [each for each in calls if each.training and each.gives is not None]
+    zeros = [each.output for each in forward.passes if each.training and each.reached and each.output is not None]
+    share = sum(float((each == 0).float().mean()) for each in zeros) / max(1, len(zeros))
+    if len(given) >= CALLS and len(zeros) >= CALLS and 0.5 * module.p < share < 1.5 * module.p:
+        yield finding(
+            "heavy_dropout",
+            f"the last layer, {name or type(module).__name__}, is a dropout: {share:.0%} of the outputs that are"
+            " compared with targets are zero in training, at random.",
+            1,
+            "Features for another network may be dropped so.",
+            "Put the dropout before the last layer with weights.",
+        )
+
+
 def norm_statistics(forward: ForwardRecord) -> Iterator[Finding]:
     """Running statistics that hardly follow, or that are those of the last batch; or none, where evaluation uses
     them."""
@@ -393,6 +418,32 @@ def tied_parameters(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Findin
             "Layers are sometimes shared on purpose; `[layer] * n` does it by accident.",
             "Build each part: `nn.ModuleList(make() for _ in range(n))`.",
         )
+
+
+def shared_norm(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:
+    """A normalisation with running statistics that is called in several places of each pass, which see other numbers.
+    Where all layers are called as often, the whole network is."""
+    counts = {name: len(calls) for name, calls in forward.layers.calls.items()}
+    weighted = [n for name, n in counts.items() if isinstance(forward.layers.kinds[name], WEIGHTED)]
+    for name, calls in forward.layers.calls.items():
+        module, given = forward.layers.kinds[name], [each.given for each in calls if each.training]
+        if not isinstance(module, nn.modules.batchnorm._NormBase) or not module.track_running_stats or not weighted:
+            continue
+        times = counts[name] // max(1, max(weighted))
+        if times < 2 or len(given) < 2 * times or any(each is None for each in given):
+            continue
+        spreads = [[float(each[2]) for each in given[place::times]] for place in range(times)]  # type: ignore[index]
+        low, high = min(map(max, spreads)), max(map(min, spreads))
+        if high > APART * low > 0:
+            yield finding(
+                "tied_parameters",
+                f"{name} normalises in {times} places of each pass, at spreads of {high:.2g} and {low:.2g}: its running"
+                " statistics, with which evaluation normalises, are those of neither.",
+                loop.steps,
+                MAY_BE_MEANT,
+                "Give each place a normalisation of its own.",
+            )
+            return
 
 
 def symmetric_init(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:

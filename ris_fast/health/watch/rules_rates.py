@@ -261,7 +261,8 @@ def optimizer_state_lost(optimizer: OptimizerRecord) -> Iterator[Finding]:
 
 def built_anew(optimizer: OptimizerRecord) -> Iterator[Finding]:
     """New optimizers of the same class take the tensors over, again and again."""
-    again = [each for each in optimizer.rivals if each.kind in optimizer.kinds and each.kind != "SGD"]
+    keeps = any(group.get("momentum") for group in optimizer.groups) or "SGD" not in optimizer.kinds
+    again = [each for each in optimizer.rivals if each.kind in optimizer.kinds and keeps]
     if len(again) >= 3:
         steps = median(each.steps for each in again)
         yield finding(

@@ -15,6 +15,8 @@ SHORT = 1.5  # times its length, that a schedule has been advanced
 LOW = 3  # a third of the steps
 FAR = 1e-4  # of the weights' size, that they have moved in all
 SHRUNK = 0.3
+LONG_MEMORY = 0.995  # a momentum
+CUTS = 3  # of a rate that follow one another as fast as a scheduler may
 
 
 def schedule_findings(loop: LoopRecord) -> list[Finding]:
@@ -23,6 +25,7 @@ def schedule_findings(loop: LoopRecord) -> list[Finding]:
         if by.steps:
             found += [
                 *off_plan(loop, by, number),
+                *rate_cut_in_a_row(loop, by, number),
                 *warmup_too_long(by),
                 *rate_has_fallen(by),
                 *hardly_moved(by),
@@ -90,6 +93,29 @@ def off_plan(loop: LoopRecord, by: OptimizerRecord, number: int) -> Iterator[Fin
         else:
             continue
         return
+
+
+def rate_cut_in_a_row(loop: LoopRecord, by: OptimizerRecord, number: int) -> Iterator[Finding]:
+    """A scheduler that waits for a score has cut the rate as often as it can: no score since the first counts as
+    better, although the loss falls."""
+    for each in loop.schedulers:
+        history = next(iter(by.plain.rates.values()), None)
+        if each.optimizer != number or each.patience is None or history is None or not history.largest > 0:
+            continue
+        cuts = history.changes
+        losses = [float(one.value) for one in loop.met if one.value is not None]
+        falls = len(losses) >= 16 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
+        if cuts >= CUTS and cuts * each.patience >= each.advanced - each.patience - 1 and (falls or each.mode == "max"):
+            yield finding(
+                "learning_rate_off_plan",
+                f"a {each.kind} with mode={each.mode!r} has cut the rate {cuts} times in {each.advanced} advances, as"
+                f" often as it can: no score since the first counted as better. The rate is {history.last:.3g}, and was"
+                f" {history.largest:.3g}.",
+                by.steps,
+                "A score that has been at its best since the beginning does that.",
+                "Give a loss with mode='min' and an accuracy with mode='max'.",
+            )
+            return
 
 
 def _read_again(loop: LoopRecord) -> bool:
@@ -185,13 +211,25 @@ def weight_decay_too_large(by: OptimizerRecord) -> Iterator[Finding]:
 
 
 def momentum_too_large(by: OptimizerRecord) -> Iterator[Finding]:
-    """A momentum that forgets nothing."""
-    momentum = max((float(each.get("momentum") or 0.0) for each in by.groups), default=0.0)
-    betas = [each["betas"][0] for each in by.groups if isinstance(each.get("betas"), tuple)]
-    if momentum >= 1.0 or any(isinstance(beta, float) and beta >= 0.9999 for beta in betas):
+    """A momentum that forgets nothing, or that remembers hundreds of steps; betas that have changed places."""
+    momentum = max((float(each.get("momentum") or 0.0) for each in by.groups if not each.get("dampening")), default=0.0)
+    pairs = [each["betas"] for each in by.groups if isinstance(each.get("betas"), tuple) and len(each["betas"]) == 2]
+    pairs = [each for each in pairs if all(isinstance(beta, float) for beta in each)]
+    first = max([momentum, *(beta for beta, _ in pairs)])
+    swapped = [each for each in pairs if each[0] >= LONG_MEMORY > each[1]]
+    if first >= LONG_MEMORY:
         yield finding(
             "learning_rate_too_large",
-            f"the momentum is {momentum or betas[0]:g}: past gradients are never forgotten, and steps grow.",
+            f"the momentum is {first:g}: "
+            + (
+                f"betas are {swapped[0]}, which are usual in the other order, so that a step is the mean of"
+                f" {1 / (1 - first):.0f} gradients over the size of the last ones."
+                if swapped
+                else "past gradients are never forgotten, and steps grow."
+                if first >= 1.0
+                else f"a step adds up the gradients of {1 / (1 - first):.0f} steps, and is that many times larger than"
+                " its rate says."
+            ),
             by.steps,
             MAY_BE_MEANT,
             "Use a momentum below one, such as 0.9.",

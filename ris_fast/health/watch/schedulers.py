@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 LENGTHS = ("total_steps", "T_max", "total_iters")
 
@@ -17,12 +17,15 @@ LENGTHS = ("total_steps", "T_max", "total_iters")
 @dataclass(frozen=True)
 class SchedulerRecord:
     """Args: kind: its class; optimizer: which of the watched ones it is of, None for one that was not given and that
-    holds tensors of theirs; advanced: how often; length: steps that it is planned for, 0 where it does not say."""
+    holds tensors of theirs; advanced: how often; length: steps that it is planned for, 0 where it does not say; mode,
+    patience: of one that waits for a score, and the least number of advances between two of its cuts."""
 
     kind: str
     optimizer: int | None
     advanced: int
     length: int
+    mode: str = ""
+    patience: int | None = None
 
 
 class Schedulers:
@@ -70,7 +73,15 @@ def _record(scheduler: Any, optimizers: Sequence[Optimizer]) -> SchedulerRecord 
         return None
     lengths = [getattr(scheduler, name, None) for name in LENGTHS]
     length = next((each for each in lengths if isinstance(each, int)), 0)
-    return SchedulerRecord(type(scheduler).__name__, number, int(scheduler.last_epoch), length)
+    waits = isinstance(scheduler, ReduceLROnPlateau)
+    return SchedulerRecord(
+        type(scheduler).__name__,
+        number,
+        int(scheduler.last_epoch),
+        length,
+        scheduler.mode if waits else "",
+        int(scheduler.patience + scheduler.cooldown) + 1 if waits else None,
+    )
 
 
 def _is_of(one: Optimizer, other: Optimizer) -> bool:
