@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -432,8 +433,8 @@ def shared_norm(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:
         times = counts[name] // max(1, max(weighted))
         if times < 2 or len(given) < 2 * times or any(each is None for each in given):
             continue
-        spreads = [[float(each[2]) for each in given[place::times]] for place in range(times)]  # type: ignore[index]
-        low, high = min(map(max, spreads)), max(map(min, spreads))
+        spreads = [fmean(float(each[2]) for each in given[place::times]) for place in range(times)]  # type: ignore[index]
+        low, high = min(spreads), max(spreads)
         if high > APART * low > 0:
             yield finding(
                 "tied_parameters",

@@ -34,9 +34,9 @@ class Schedulers:
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.optimizers = optimizers
         self.found: list[Any] = []
-        self._search()
+        self.search()
 
-    def _search(self) -> None:
+    def search(self) -> None:
         known = {id(each) for each in self.found}
         kinds = _kinds(LRScheduler)
         some = [each for each in gc.get_objects() if type(each) in kinds and id(each) not in known]
@@ -46,7 +46,7 @@ class Schedulers:
 
     def records(self) -> list[SchedulerRecord]:
         """Those that are not part of another."""
-        self._search()
+        self.search()
         inner = {id(part) for each in self.found for part in getattr(each, "_schedulers", ())}
         records = [_record(each, self.optimizers) for each in self.found if id(each) not in inner]
         return [each for each in records if each is not None]
