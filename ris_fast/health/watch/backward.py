@@ -21,6 +21,7 @@ from ris_fast.health.watch.records import LossRecord
 from ris_fast.health.watch.tensors import is_plain
 from ris_fast.health.watch.terms import (
     compares_leaves,
+    of_inputs_alone,
     sum_beside_mean,
     surrogate_sign,
     term_of_outputs,
@@ -76,6 +77,7 @@ class BackwardLosses:
             now.through, of_weights = term_of_outputs(node, ends), weight_terms(node, ends, self.leaves.own_parameters())
             users_of_weights = graph_of(of_weights, ends)[1]
             now.of_weights, now.still = bool(of_weights), zero_differences(users_of_weights)
+            now.of_inputs = of_inputs_alone(node, self.leaves.given)
             now.compares_weights = compares_leaves(users_of_weights)
             now.twice = next(filter(None, map(applied_twice, users)), ())
             rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 0

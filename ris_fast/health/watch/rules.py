@@ -50,6 +50,7 @@ EXPLAINS = {  # what follows from a cause
     "sanitised_gradients": ["vanishing_gradient", "zeroed_gradients"],
     "stale_compiled_graph": ["unused_head", "loss_rebuilt", "detached_backbone"],
     "stale_optimizer_parameters": ["unused_head", "loss_rebuilt"],
+    "duplicate_parameters": ["gradients_cleared_before_step"],  # which another's step has used
     "learning_rate_too_large": ["ignored_input"],  # units that were driven off
     "accumulation_not_divided": ["ignored_input", "stalled_at_baseline"],
 }
@@ -161,6 +162,15 @@ def step_never_called(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[
     others = loop.steps or optimizer.rivals
     certain = not others and optimizer.passes > MANY_PASSES
     adds_up = not optimizer.cleared and optimizer.passes <= FEW_PASSES
+    if bad == len(optimizer.arrived) > 0 and optimizer.passes > SCALER_STEPS and not others:
+        yield finding(
+            "scaler_skips_all" if loop.scales else "nonfinite_gradients",
+            f"none of the gradients of {bad} tensors is finite after {optimizer.passes} backward passes, and the"
+            " optimizer has made no step: a loss scaler skips them all.",
+            doubt="A scaler that is made anew begins at its first scale again; so does one that is never updated.",
+            advice="Make one `torch.amp.GradScaler` before the first epoch, and call `update()` after each step.",
+        )
+        return
     if optimizer.arrived and not (loop.steps and optimizer.passes <= FEW_PASSES) and not adds_up:
         yield finding(
             "step_never_called",

@@ -12,6 +12,7 @@ import torch
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.describe import describe_tensors, share_of
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
+from ris_fast.health.watch.loss import WALKED
 from ris_fast.health.watch.records import EARLY, LoopRecord, OptimizerRecord, StepRecord, TensorRecord, is_finite
 
 SEVERAL = 3  # losses that were looked at
@@ -35,7 +36,23 @@ def parameter_findings(loop: LoopRecord) -> list[Finding]:
         *_missing(loop, missing),
         *_twice(loop, held),
         *_differs_from_itself(loop),
+        *_of_inputs_alone(loop),
     ]
+
+
+def _of_inputs_alone(loop: LoopRecord) -> Iterator[Finding]:
+    """A term of the loss that has a gradient at the inputs and at no weight."""
+    looks = loop.met[:WALKED]
+    if len(looks) >= SEVERAL and all(each.of_inputs for each in looks) and loop.steps >= EARLY:
+        yield finding(
+            "dead_loss_term",
+            f"in all {len(looks)} steps that were looked at a term of the loss depends on the model's inputs and on no"
+            " weight: it is the same whatever is trained.",
+            loop.steps,
+            MAY_BE_MEANT,
+            "Print the derivatives that it is made of: the second derivative of a network of ReLUs is zero everywhere,"
+            " and one that is taken of something detached is None. A tanh, a SiLU or a sine has all derivatives.",
+        )
 
 
 def _differs_from_itself(loop: LoopRecord) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 
 import torch
 
@@ -15,6 +16,9 @@ SHORT = 1.5  # times its length, that a schedule has been advanced
 LOW = 3  # a third of the steps
 FAR = 1e-4  # of the weights' size, that they have moved in all
 SHRUNK = 0.3
+DECOUPLED = {"AdamW", "FusedAdamW"}
+COUPLED, PULLS = 0.02, 0.4  # a decay that is added to the gradient, and how hard it pulls beside that
+BESIDE = 1e-3  # of the largest rate of a group, below which another stands still
 LONG_MEMORY = 0.995  # a momentum
 CUTS = 3  # of a rate that follow one another as fast as a scheduler may
 
@@ -30,7 +34,9 @@ def schedule_findings(loop: LoopRecord) -> list[Finding]:
                 *rate_has_fallen(by),
                 *hardly_moved(by),
                 *weight_decay_too_large(by),
+                *decay_in_the_gradient(by),
                 *momentum_too_large(by),
+                *rates_far_apart(by),
             ]
     return found
 
@@ -210,6 +216,33 @@ def weight_decay_too_large(by: OptimizerRecord) -> Iterator[Finding]:
         )
 
 
+def decay_in_the_gradient(by: OptimizerRecord) -> Iterator[Finding]:
+    """A decay that is added to the gradient, as large as one that is taken off the weights: in the end it pulls as
+    hard as the loss does."""
+    coupled = [each for each in by.groups if not by.kinds & DECOUPLED and not each.get("decoupled_weight_decay")]
+    decay = min((float(each.get("weight_decay") or 0.0) for each in coupled), default=0.0)
+    looks = [each for each in by.records if not each.closure and is_finite(each.grad_at_step)]
+    late = [each for each in looks[len(looks) // 2 :] if len(each.usual_norms) == len(each.weights_before)]
+    if decay < COUPLED or len(looks) < 16 or by.steps < STEPS:
+        return
+    wide = [torch.tensor([size > 1.0 for size in each.usual_norms]) for each in late]
+    shares = [
+        decay * float(each.weights_before[some].norm()) / max(float(each.grad_at_step[some].norm()), 1e-30)
+        for each, some in zip(late, wide)
+        if some.any()
+    ]
+    if shares and median(shares) > PULLS:
+        yield finding(
+            "weight_decay_too_large",
+            f"a decay of {decay:.3g} is added to the gradient, and pulls {median(shares):.2g} times as hard as the loss"
+            f" does at {len(shares)} looks.",
+            by.steps,
+            MAY_BE_MEANT,
+            "A decay for AdamW, which takes it off the weights, is far too large for Adam, which divides it by the"
+            " gradient's size as well: use AdamW, or 1e-4 and less.",
+        )
+
+
 def momentum_too_large(by: OptimizerRecord) -> Iterator[Finding]:
     """A momentum that forgets nothing, or that remembers hundreds of steps; betas that have changed places."""
     momentum = max((float(each.get("momentum") or 0.0) for each in by.groups if not each.get("dampening")), default=0.0)
@@ -233,4 +266,23 @@ def momentum_too_large(by: OptimizerRecord) -> Iterator[Finding]:
             by.steps,
             MAY_BE_MEANT,
             "Use a momentum below one, such as 0.9.",
+        )
+
+
+def rates_far_apart(by: OptimizerRecord) -> Iterator[Finding]:
+    """Groups with a good part of the weights have a rate of next to nothing beside that of others."""
+    largest = {n: each.largest for n, each in by.plain.rates.items() if each.largest > 0 and n < len(by.groups)}
+    if len(largest) < 3 or by.steps < STEPS:
+        return
+    sizes = {n: sum(tensor.size for tensor in by.groups[n]["params"] if tensor.trainable) for n in largest}
+    low = [n for n, rate in largest.items() if rate < BESIDE * max(largest.values())]
+    share = sum(sizes[n] for n in low) / max(1, sum(sizes.values()))
+    if low and share > 0.25:
+        yield finding(
+            "learning_rate_too_small",
+            f"{len(low)} of {len(largest)} groups, with {share:.0%} of the weights, have a rate of at most"
+            f" {max(largest[n] for n in low):.3g}, where others have {max(largest.values()):.3g}.",
+            by.steps,
+            "A rate that falls from layer to layer may be meant to fall so far.",
+            "Let it fall once for each layer, not for each tensor or group.",
         )

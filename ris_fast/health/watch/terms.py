@@ -5,7 +5,7 @@ Nothing is read from a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -79,6 +79,15 @@ def _kind(term: Any, scenes: int) -> str:
 
 def _of_outputs(term: Any, ends: set[Any]) -> bool:
     return not ends.isdisjoint(graph_of([term], ends)[1])
+
+
+def of_inputs_alone(root: Any, given: Container[int]) -> bool:
+    """Whether a term depends on inputs of the model, and on nothing else that has a gradient."""
+    for term in _terms(root):
+        leaves, _, _ = graph_of([term], set())
+        if leaves and all(id(leaf.variable) in given for leaf in leaves):
+            return True
+    return False
 
 
 def weight_terms(root: Any, ends: set[Any], own: Mapping[int, str]) -> list[Any]:
