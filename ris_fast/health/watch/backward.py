@@ -74,7 +74,10 @@ class BackwardLosses:
         )
         if node is not None and len(self.records) < WALKED:
             leaves, users, _ = graph_of([node], ends)
-            now.through, of_weights = term_of_outputs(node, ends), weight_terms(node, ends, self.leaves.own_parameters())
+            now.through, of_weights = (
+                term_of_outputs(node, ends),
+                weight_terms(node, ends, self.leaves.own_parameters()),
+            )
             users_of_weights = graph_of(of_weights, ends)[1]
             now.of_weights, now.still = bool(of_weights), zero_differences(users_of_weights)
             now.of_inputs = of_inputs_alone(node, self.leaves.given)

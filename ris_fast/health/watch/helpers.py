@@ -301,8 +301,7 @@ OTHERS = {"builtins", "torch", "numpy", "ris_fast", "types", "functools", "typin
 def _within(module: nn.Module, helpers: Sequence[_Helper]) -> bool:
     """Whether it is part of one that is known, or has one as its part."""
     return any(
-        whole is not None and (any(part is module for part in whole.modules()))
-        for whole in map(_module_of, helpers)
+        whole is not None and (any(part is module for part in whole.modules())) for whole in map(_module_of, helpers)
     )
 
 

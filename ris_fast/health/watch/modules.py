@@ -20,7 +20,18 @@ def modules_record(model: nn.Module, called: set[int]) -> ModulesRecord:
                 _note_norm(found, name, module)
         if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             _note_repeated(found, name, module)
+        else:
+            _note_names(found, name, module)
     return found
+
+
+def _note_names(found: ModulesRecord, name: str, module: nn.Module) -> None:
+    """One part as two attributes."""
+    for key, part in module._modules.items():
+        other = next((each for each, same in module._modules.items() if same is part and part is not None), key)
+        if other != key and part is not None and any(p.requires_grad for p in part.parameters()):
+            paths = [f"{name}.{each}".removeprefix(".") for each in (other, key)]
+            found.named_twice.append((paths[0], paths[1]))
 
 
 def _note_norm(found: ModulesRecord, name: str, module: nn.modules.batchnorm._BatchNorm) -> None:

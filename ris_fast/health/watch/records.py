@@ -263,6 +263,7 @@ class PassShapes:
     masks: list[Tensor]
     overflows: list[tuple[str, Tensor]]
     reaches: list[tuple[int, int, Tensor]]
+    straight: int
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.records import EARLY, LoopRecord, OptimizerRecord, StepRecord, is_finite
 from ris_fast.health.watch.rules_scale import is_square_of_scale
 
+MANY, STILL = 100, 0.1  # steps, and the share of the weights that all of them move
 LONG = 1000  # steps without a gradient after which a tensor is no longer waited for
 
 
@@ -116,6 +117,7 @@ def clip_too_small(records: list[StepRecord]) -> Iterator[Finding]:
     ]
     small = [(record, at_step) for record, arrived, at_step in steps if 0 < at_step < 1e-4 * arrived]
     if not small or len(small) < len(steps):
+        yield from _held_at_threshold(steps)
         return
     record, arrived, at_step = steps[0]
     norms = [norm for _, norm in small]
@@ -131,6 +133,25 @@ def clip_too_small(records: list[StepRecord]) -> Iterator[Finding]:
     elif fixed and len(small) > 3 and max(norms) < 1e-3:
         evidence = f"{evidence} It is the same norm in {len(small)} steps."
         yield finding("clip_too_small", evidence, record.step + 1, "Adam hardly minds.")
+
+
+def _held_at_threshold(steps: list[tuple[StepRecord, float, float]]) -> Iterator[Finding]:
+    """The same norm reaches the optimizer at each look, and so small a one that all steps together hardly move the
+    weights: none but plain descent steps in proportion to it."""
+    if len(steps) < EARLY or any(at_step <= 0 or at_step > 0.1 * arrived for _, arrived, at_step in steps):
+        return
+    norms, last = [at_step for *_, at_step in steps], steps[-1][0]
+    ratios = [float(each.update_ratio) for each, *_ in steps if each.update_ratio is not None]
+    moved = max(ratios, default=1.0) * (last.step + 1)
+    if max(norms) < (1 + 1e-4) * min(norms) and last.step >= MANY and moved < STILL:
+        arrived = sorted(arrived for _, arrived, _ in steps)[len(steps) // 2]
+        yield finding(
+            "clip_too_small",
+            f"norms of about {arrived:.3g} arrive, and {norms[0]:.3g} reaches the optimizer at each of {len(steps)}"
+            f" looks: in {last.step + 1} steps the weights have moved by no more than {moved:.2g} of their size.",
+            steps[0][0].step + 1,
+            MAY_BE_MEANT,
+        )
 
 
 def _hardly_moves(record: StepRecord, at_step: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from statistics import fmean
 
 import torch
@@ -45,6 +46,7 @@ def layer_findings(loop: LoopRecord) -> list[Finding]:
         *wrong_layout(loop, forward),
         *heavy_dropout(forward),
         *norm_statistics(forward),
+        *norm_of_few(forward),
         *dropout_at_the_end(loop, forward),
         *tied_parameters(loop, forward),
         *shared_norm(loop, forward),
@@ -377,6 +379,24 @@ def dropout_at_the_end(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Fin
         )
 
 
+def norm_of_few(forward: ForwardRecord) -> Iterator[Finding]:
+    """A normalisation over the batch is given batches of one or two scenes in training."""
+    if not any(not each.training and not each.reached for each in forward.passes):
+        return
+    for name, calls in forward.layers.calls.items():
+        rows = [each.rows for each in calls if each.training and each.enabled]
+        if isinstance(forward.layers.kinds[name], nn.BatchNorm1d) and len(rows) >= CALLS and max(rows) <= 2:
+            yield finding(
+                "batchnorm_statistics",
+                f"{name or 'the model'} normalises batches of {max(rows)} scenes in training, of which nothing but signs"
+                " is left, and evaluates with statistics of many.",
+                forward.steps,
+                "Where each scene has a long axis of its own, that may do.",
+                "Take larger batches, or a LayerNorm or GroupNorm, which do not look at other scenes.",
+            )
+            return
+
+
 def norm_statistics(forward: ForwardRecord) -> Iterator[Finding]:
     """Running statistics that hardly follow, or that are those of the last batch; or none, where evaluation uses
     them."""
@@ -419,6 +439,25 @@ def tied_parameters(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Findin
             "Layers are sometimes shared on purpose; `[layer] * n` does it by accident.",
             "Build each part: `nn.ModuleList(make() for _ in range(n))`.",
         )
+        return
+    for first, other in forward.modules.named_twice:
+        inside = [
+            calls for name, calls in forward.layers.calls.items() if f"{name}.".startswith((f"{first}.", f"{other}."))
+        ]
+        pairs = [(one, now) for calls in inside[:1] for one, now in pairwise(calls)]
+        same = [
+            one.given is not None and now.given is not None and torch.equal(one.given, now.given) for one, now in pairs
+        ]
+        if sum(same) >= 2 and 2 * sum(same) >= len(same):
+            yield finding(
+                "tied_parameters",
+                f"{first} and {other} are one and the same part, and are given the same numbers in {sum(same)} passes:"
+                " both give the same.",
+                loop.steps,
+                MAY_BE_MEANT,
+                "Build each part by itself, or copy it with `copy.deepcopy`.",
+            )
+            return
 
 
 def shared_norm(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:

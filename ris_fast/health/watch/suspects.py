@@ -38,6 +38,7 @@ def suspect(loop: LoopRecord) -> Suspect | None:
     """The likeliest, or None."""
     ways: tuple[Callable[[LoopRecord], Suspect | None], ...] = (
         odd_inputs,
+        straight_network,
         small_steps,
         odd_weights,
         wild_steps,
@@ -84,6 +85,20 @@ def raw_inputs(loop: LoopRecord) -> Tensor | None:
     keys = [each.double() for each in keys if each.shape[1] == keys[0].shape[1]]
     numbers = torch.cat(keys) if keys else torch.zeros(0)
     return numbers if len(numbers) > 1 and bool(numbers.isfinite().all()) and bool(numbers.std() > 0) else None
+
+
+def straight_network(loop: LoopRecord) -> Suspect | None:
+    """Several layers in a row, and nothing between them that bends."""
+    shapes = loop.forward.shapes if loop.forward is not None else []
+    if not shapes or any(each.straight < 2 for each in shapes):
+        return None
+    return Suspect(
+        "limited_output",
+        f"{shapes[0].straight} layers with weights follow one another, and no operation between them bends: together"
+        " they can do what one of them can",
+        "A linear model may be what is meant, and then the task asks for more.",
+        "Put an activation between each two of them: `nn.Linear` and `nn.Conv2d` have none.",
+    )
 
 
 def small_steps(loop: LoopRecord) -> Suspect | None:
