@@ -1,5 +1,5 @@
-"""Other modules that the loop has at hand, such as averages, targets and teachers, and weights that it keeps in a dict or
-a list: how they follow the model.
+"""Other modules that the loop has at hand, such as averages, targets and teachers, and weights that it keeps in a dict
+or a list: how they follow the model.
 
 They are looked for by name, in the functions that have led to a step, a few times in a run; then a few of their numbers
 are read beside the model's own, in pairs of steps that lie further and further apart.

@@ -388,8 +388,8 @@ def norm_of_few(forward: ForwardRecord) -> Iterator[Finding]:
         if isinstance(forward.layers.kinds[name], nn.BatchNorm1d) and len(rows) >= CALLS and max(rows) <= 2:
             yield finding(
                 "batchnorm_statistics",
-                f"{name or 'the model'} normalises batches of {max(rows)} scenes in training, of which nothing but signs"
-                " is left, and evaluates with statistics of many.",
+                f"{name or 'the model'} normalises batches of {max(rows)} scenes in training, of which nothing but"
+                " signs is left, and evaluates with statistics of many.",
                 forward.steps,
                 "Where each scene has a long axis of its own, that may do.",
                 "Take larger batches, or a LayerNorm or GroupNorm, which do not look at other scenes.",
@@ -495,8 +495,8 @@ def symmetric_init(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding
         which = "rows" if first.axis == 0 else "columns"
         yield finding(
             "symmetric_init",
-            f"all {which} of {first.name} were equal when the watch began, and of {sum(first.later)} that were looked at"
-            f" {len(first.later)} {'is' if len(first.later) == 1 else 'are'} different after {loop.steps} steps"
+            f"all {which} of {first.name} were equal when the watch began, and of {sum(first.later)} that were looked"
+            f" at {len(first.later)} {'is' if len(first.later) == 1 else 'are'} different after {loop.steps} steps"
             f"{f'; so it is in {len(alike) - 1} more' if len(alike) > 1 else ''}: they receive equal gradients and stay"
             " equal, so that they do the work of one.",
             1,
