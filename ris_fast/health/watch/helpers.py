@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ris_fast.health.watch.copied_hook import CopiedHook
 from ris_fast.health.watch.eager import takes_hooks
@@ -75,6 +76,7 @@ class _Helper:
     last_part: Tensor | None = None
     flags: list[Tensor] = field(default_factory=list)  # () whether it is as it was
     distances: list[Tensor] = field(default_factory=list)
+    averaged: Tensor | None = None  # (), states that it is the mean of, in equal shares
     moved: Tensor | None = None
     way: Tensor | None = None  # (), share of the part's way from its first weights that it has come
     last_own: tuple[Tensor, int] | None = None  # numbers, and how often they were written to
@@ -326,6 +328,8 @@ def _sample(helper: _Helper, step: int, tensors: list[Tensor]) -> None:
     now = few_numbers([p.detach() for p in tensors])
     if now.shape != helper.first.shape or now.device != helper.first.device:
         return
+    if isinstance(module, AveragedModel) and module.avg_fn is None and module.multi_avg_fn is None:
+        helper.averaged = module.n_averaged.clone()
     helper.flags.append((now == helper.first).all())
     if part is None:
         helper.last_step = step
@@ -376,5 +380,6 @@ def _record(helper: _Helper) -> HelperRecord:
         moved=helper.moved is not None and bool(helper.moved),
         way=None if helper.way is None else float(helper.way),
         kept=isinstance(helper.module, _Place),
+        equal_shares=0 if helper.averaged is None else int(helper.averaged),
         buffers_still=bool(buffers) and not any(own for own, _ in buffers) and buffers[-1][1],
     )

@@ -377,7 +377,8 @@ class HelperRecord:
         that step; rounded: of a copy in 16 bits, after each step that wrote to it, the shares of numbers that have
         changed, and that are the part's in its format; moved: the part has moved; way: share
         of its way from the first weights that the helper has come; buffers_still: running statistics are what they
-        were first, though its weights moved and the part's statistics did; kept: it is no module.
+        were first, though its weights moved and the part's statistics did; kept: it is no module;
+        equal_shares: of a mean of equal shares, how many states it is of.
     """
 
     name: str
@@ -396,6 +397,7 @@ class HelperRecord:
     buffers_still: bool
     rounded: list[tuple[float, float]]
     kept: bool = False
+    equal_shares: int = 0
 
 
 @dataclass

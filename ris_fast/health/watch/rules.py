@@ -124,6 +124,7 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
         *(each for record in records for each in single_step(record, optimizer, has_learned(loop))),
         *rules_guards.guard_findings(records),
         *rules_gradients.reversed_gradients(records),
+        *rules_gradients.scaled_on_the_way(optimizer),
         *rules_gradients.unused_head(optimizer, loop.frozen),
         *rules_gradients.last_micro_batch_only(optimizer),
         *rules_gradients.steps_stopped(loop, optimizer),

@@ -14,6 +14,7 @@ from ris_fast.health.watch.records import EARLY, LoopRecord, OptimizerRecord, St
 from ris_fast.health.watch.rules_scale import is_square_of_scale
 
 MANY, STILL = 100, 0.1  # steps, and the share of the weights that all of them move
+FALL = 2e-3  # of a gradient, from one layer to the one before
 LONG = 1000  # steps without a gradient after which a tensor is no longer waited for
 
 
@@ -161,6 +162,31 @@ def _hardly_moves(record: StepRecord, at_step: float) -> bool:
         and record.update_ratio is not None
         and float(record.update_ratio) < 1e-5 * max(record.rates)
     )
+
+
+def scaled_on_the_way(optimizer: OptimizerRecord) -> Iterator[Finding]:
+    """From one layer to the one before, gradients fall by orders of magnitude, at every look by about the same."""
+    looks = [each for each in optimizer.records if not each.closure and len(each.none_grads) == 0 and each.hooked]
+    looks = [each for each in looks if each.names == looks[-1].names and is_finite(each.grad_after_backward)]
+    if len(looks) < 2 * EARLY or set(looks[-1].names) != set(looks[-1].hooked):
+        return
+    sizes = {tensor.name: tensor.size for tensor in optimizer.tensors}
+    wide = [n for n, usual in enumerate(looks[-1].usual_norms) if usual > 1 and sizes.get(looks[-1].names[n])]
+    rows = [[float(each.grad_after_backward[n]) / sizes[each.names[n]] ** 0.5 for n in wide] for each in looks]
+    for at in range(1, len(wide)):
+        falls = [max(row[:at]) / min(row[at:]) if min(row[at:]) > 0 else 1.0 for row in rows]
+        if 0 < max(falls) < FALL and max(falls) < 30 * min(falls):
+            before, after = (looks[-1].names[wide[n]] for n in (at - 1, at))
+            yield finding(
+                "gradient_scale_differs",
+                f"between {after} and {before} gradients fall to {sorted(falls)[len(falls) // 2]:.2g} of what they are,"
+                f" at each of {len(looks)} looks.",
+                looks[-1].step + 1,
+                "A factor that is learned, and begins next to zero, does that at first; so do activations that"
+                " saturate.",
+                "Look between the two for a hook, a factor, a division or an own function that scales the gradient.",
+            )
+            return
 
 
 def reversed_gradients(records: list[StepRecord]) -> Iterator[Finding]:

@@ -16,9 +16,10 @@ from ris_fast.health.watch.records import EARLY, HelperRecord, LoopRecord
 
 LONG = 96  # steps that a copy may wait for its first update
 HELD, CAST = 0.5, 0.5  # shares of numbers: that change in a step, and that are a plain cast of the part's
-COLD = 0.12  # of the way from the first weights, within which an average is cold
+COLD = 0.2  # of the way from the first weights, within which an average is cold
 NEXT = 0.05  # steps that a copy lies behind, below which it keeps nothing
 SNAPSHOT = re.compile(r"best|backup|saved|snapshot|previous|shadow|ema|average", re.IGNORECASE)  # what is to stay
+ALL = 0.9  # share of the steps
 COPIED = 1e-3  # below which weights in a dict are those of a step, kept for a comparison
 NAMED = re.compile(r"ema|average|avg|shadow|swa|polyak|slow|target", re.IGNORECASE)  # what is to follow the model
 
@@ -31,6 +32,7 @@ def helper_findings(loop: LoopRecord) -> Iterator[Finding]:
             yield from copy_that_stays(loop, each)
             yield from copy_without_delay(each)
             yield from copy_left_behind(each)
+            yield from average_of_all(each)
             yield from copy_held_by_rounding(each)
             yield from statistics_left_behind(each)
             yield from teacher_draws(loop, each)
@@ -98,6 +100,20 @@ def copy_left_behind(each: HelperRecord) -> Iterator[Finding]:
             each.steps,
             "In a run that goes on for long it gets there.",
             "Take a decay that forgets within a tenth of the run, or let it rise: `min(decay, (1 + n) / (10 + n))`.",
+        )
+
+
+def average_of_all(each: HelperRecord) -> Iterator[Finding]:
+    """An average that gives the first steps the share of the last, and begins with them."""
+    if each.equal_shares and each.as_begun and each.moved and each.equal_shares >= ALL * each.steps >= ALL * LONG:
+        yield finding(
+            "ema_cold",
+            f"`{each.name}` is the mean of the weights after all {each.equal_shares} steps, those of the very first"
+            " with the same share as the last.",
+            each.steps,
+            "A convex problem may be averaged so.",
+            "Begin to average in the last quarter of the run, or give `AveragedModel` a `multi_avg_fn` that forgets:"
+            " `get_ema_multi_avg_fn(0.99)`.",
         )
 
 

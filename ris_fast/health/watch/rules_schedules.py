@@ -17,6 +17,7 @@ LOW = 3  # a third of the steps
 FAR = 1e-4  # of the weights' size, that they have moved in all
 SHRUNK = 0.3
 DECOUPLED = {"AdamW", "FusedAdamW"}
+LARGE = 0.05
 COUPLED, PULLS = 0.02, 0.4  # a decay that is added to the gradient, and how hard it pulls beside that
 BESIDE = 1e-3  # of the largest rate of a group, below which another stands still
 LONG_MEMORY = 0.995  # a momentum
@@ -231,7 +232,7 @@ def decay_in_the_gradient(by: OptimizerRecord) -> Iterator[Finding]:
         for each, some in zip(late, wide)
         if some.any()
     ]
-    if shares and median(shares) > PULLS:
+    if shares and median(shares) > (PULLS if decay < LARGE else PULLS / 2):
         yield finding(
             "weight_decay_too_large",
             f"a decay of {decay:.3g} is added to the gradient, and pulls {median(shares):.2g} times as hard as the loss"

@@ -121,11 +121,11 @@ def small_steps(loop: LoopRecord) -> Suspect | None:
 def wild_steps(loop: LoopRecord) -> Suspect | None:
     """Each step moves the weights by a good part of their size."""
     ratios = _ratios(loop.optimizers[0])
-    if len(ratios) < 8 or median(ratios[:16]) < WILD:
+    if len(ratios) < 8 or median(ratios[:8]) < WILD:
         return None
     return Suspect(
         "learning_rate_too_large",
-        f"a step moves the weights by {median(ratios[:16]):.2g} of their size",
+        f"a step moves the weights by {median(ratios[:8]):.2g} of their size",
         "Weights that begin very small look the same.",
         fix("learning_rate_too_large"),
     )
