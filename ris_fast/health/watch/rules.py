@@ -51,6 +51,7 @@ EXPLAINS = {  # what follows from a cause
     "stale_compiled_graph": ["unused_head", "loss_rebuilt", "detached_backbone"],
     "stale_optimizer_parameters": ["unused_head", "loss_rebuilt"],
     "duplicate_parameters": ["gradients_cleared_before_step"],  # which another's step has used
+    "bad_initialisation": ["ignored_input"],
     "gradient_underflow": ["dead_units"],
     "learning_rate_too_large": ["ignored_input"],  # units that were driven off
     "accumulation_not_divided": ["ignored_input", "stalled_at_baseline"],
@@ -92,6 +93,8 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
     found += rules_outcome.outcome_findings(loop, found)
     if not DIVERGED.intersection(each.cause for each in found):  # a rate may allow for it
         found = [each for each in found if each.cause != "accumulation_not_divided"]
+    if any(each.cause == "learning_rate_off_plan" and rules_rates.UPHILL in each.evidence for each in found):
+        found = [each for each in found if each.cause not in ("nonfinite_gradients", "learning_rate_too_large")]
     found = [warmup_instead(each, loop) if each.cause == "learning_rate_too_small" else each for each in found]
     return ranked(found, muted={effect for each in found for effect in EXPLAINS.get(each.cause, ())})
 

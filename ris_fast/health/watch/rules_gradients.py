@@ -72,16 +72,16 @@ def last_micro_batch_only(optimizer: OptimizerRecord) -> Iterator[Finding]:
     of the weights come from other lines, or move them."""
     between = optimizer.between
     steps = sum(between.intervals.values())
-    thrown = [
-        (passes, cleared)
-        for passes, cleared, alike in between.intervals
+    thrown = {
+        (passes, cleared): count
+        for (passes, cleared, alike), count in between.intervals.items()
         if alike and cleared == passes - 1 and passes >= 3
-    ]
-    if steps >= 4 and len(thrown) == len(between.intervals) and not between.replaced:
+    }
+    if steps >= 4 and sum(thrown.values()) >= steps - 1 and not between.replaced:
         passes, cleared = max(thrown)
         yield finding(
             "last_micro_batch_only",
-            f"each of {steps} steps came after {passes} backward passes, {cleared} of which were thrown away: each "
+            f"each of {sum(thrown.values())} steps came after {passes} backward passes, {cleared} of which were thrown away: each "
             "found the"
             " gradient of the one before gone.",
             optimizer.steps,

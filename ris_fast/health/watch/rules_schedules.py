@@ -16,6 +16,8 @@ SHORT = 1.5  # times its length, that a schedule has been advanced
 LOW = 3  # a third of the steps
 FAR = 1e-4  # of the weights' size, that they have moved in all
 SHRUNK = 0.3
+JUMPS, SHORT_CYCLE = 12, 64  # restarts, and steps between two
+SOON, CUT = 0.15, 0.02  # share of the run, and of a rate
 DECOUPLED = {"AdamW", "FusedAdamW"}
 LARGE = 0.05
 COUPLED, PULLS = 0.02, 0.4  # a decay that is added to the gradient, and how hard it pulls beside that
@@ -33,6 +35,7 @@ def schedule_findings(loop: LoopRecord) -> list[Finding]:
                 *rate_cut_in_a_row(loop, by, number),
                 *warmup_too_long(by),
                 *rate_has_fallen(by),
+                *rate_cut_early(by),
                 *hardly_moved(by),
                 *weight_decay_too_large(by),
                 *decay_in_the_gradient(by),
@@ -62,6 +65,8 @@ def off_plan(loop: LoopRecord, by: OptimizerRecord, number: int) -> Iterator[Fin
         if each.optimizer != number or by.steps < STEPS:
             continue
         runs_on = each.length and each.advanced > SHORT * each.length and each.kind == "CosineAnnealingLR"
+        restarts = each.kind == "CosineAnnealingWarmRestarts" and by.plain.rates.get(0)
+        jumps = by.steps / each.length if restarts and each.length and restarts.changes > 0.9 * by.steps else 0.0
         if each.advanced >= 2 * by.steps and each.advanced % by.steps <= 0.1 * by.steps:
             yield finding(
                 "schedule_per_batch",
@@ -69,6 +74,15 @@ def off_plan(loop: LoopRecord, by: OptimizerRecord, number: int) -> Iterator[Fin
                 " micro-batch, or twice for each step.",
                 by.steps,
                 MAY_BE_MEANT,
+            )
+        elif jumps > JUMPS and each.length < SHORT_CYCLE:
+            yield finding(
+                "schedule_per_batch",
+                f"a {each.kind} that begins again every {each.length} advances is advanced at each of {by.steps} steps:"
+                f" the rate has jumped up {jumps:.0f} times, as if its length were one in epochs.",
+                by.steps,
+                "Short cycles may be meant.",
+                "Give `T_0` in steps where it is advanced in steps.",
             )
         elif runs_on and 2 * each.advanced >= by.steps:
             yield finding(
@@ -167,6 +181,22 @@ def rate_has_fallen(by: OptimizerRecord) -> Iterator[Finding]:
             " so does one that is advanced too often.",
         )
         return
+
+
+def rate_cut_early(by: OptimizerRecord) -> Iterator[Finding]:
+    """The last change of a rate came early in the run, and left a small part of it."""
+    for number, history in by.plain.rates.items():
+        early = history.changes > 0 and history.since <= SOON * by.steps and by.steps >= STEPS
+        if early and 0 < history.last < CUT * history.largest and history.still_since is None and not by.loads:
+            yield finding(
+                "learning_rate_too_small",
+                f"the rate of group {number} was {history.largest:.3g} and is {history.last:.3g} since step"
+                f" {history.since + 1}, for {by.steps - history.since} of {by.steps} steps: its schedule was over soon.",
+                history.since + 1,
+                MAY_BE_MEANT,
+                "Give milestones in the unit in which the scheduler is advanced: in epochs, or in steps.",
+            )
+            return
 
 
 def hardly_moved(by: OptimizerRecord) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-LENGTHS = ("total_steps", "T_max", "total_iters")
+LENGTHS = ("total_steps", "T_max", "total_iters", "T_0")
 
 
 @dataclass(frozen=True)
