@@ -167,7 +167,7 @@ def _has_lost(loop: LoopRecord) -> bool:
     """Whether the loss has been far lower than it is."""
     values = [float(each.value) for each in loop.met if each.value is not None]
     means = [sum(values[n : n + 4]) / 4 for n in range(0, len(values) - 3, 4)]
-    return len(means) >= 4 and not means[-1] < 2 * min(means)
+    return len(means) >= 4 and not sum(values[-2:]) / 2 < 2 * min(means)
 
 
 def rate_without_end(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
