@@ -14,21 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
-from ris_fast.health.watch.graph import CHAIN, GraphLeaves, chain_of, graph_of
-from ris_fast.health.watch.loss import FIRST, WALKED, applied_twice, numbers_of
-from ris_fast.health.watch.operations import over_scenes, reshaped_as_transposed
+from ris_fast.health.watch.graph import GraphLeaves
+from ris_fast.health.watch.loss import FIRST, WALKED, record_of, walk
 from ris_fast.health.watch.records import LossRecord
-from ris_fast.health.watch.tensors import is_plain
-from ris_fast.health.watch.terms import (
-    compares_leaves,
-    of_inputs_alone,
-    sum_beside_mean,
-    surrogate_sign,
-    term_of_outputs,
-    term_without_graph,
-    weight_terms,
-    zero_differences,
-)
 
 KEPT = 256
 FRAMES = 24
@@ -54,40 +42,9 @@ class BackwardLosses:
             return
         (steps, _), (number, outputs) = self.step(), self.outputs()
         outputs = [each for each in outputs if each.grad_fn is not None]
-        node, ends = root.grad_fn, {each.grad_fn for each in outputs}
-        chain = chain_of(node, ends)
-        early = len(self.records) < FIRST
-        now = LossRecord(
-            step=steps,
-            tensor=True,
-            requires_grad=True,
-            made_anew=node is None,
-            chain=[name for name, _, _ in chain],
-            chain_shapes=[shape for _, shape, _ in chain],
-            direct=bool(chain) and chain[-1][2],
-            behind=[name for each in ends for name, _, _ in chain_of(each, set())][:CHAIN] if early else [],
-            outputs_require_grad=bool(outputs),
-            outputs=numbers_of(outputs) if early else None,
-            targets=None,
-            value=root.detach().float().mean() if is_plain(root) else None,
-            number=number,
-        )
-        if node is not None and len(self.records) < WALKED:
-            leaves, users, _ = graph_of([node], ends)
-            now.through, of_weights = (
-                term_of_outputs(node, ends),
-                weight_terms(node, ends, self.leaves.own_parameters()),
-            )
-            users_of_weights = graph_of(of_weights, ends)[1]
-            now.of_weights, now.still = bool(of_weights), zero_differences(users_of_weights)
-            now.of_inputs = of_inputs_alone(node, self.leaves.given)
-            now.compares_weights = compares_leaves(users_of_weights)
-            now.twice = next(filter(None, map(applied_twice, users)), ())
-            rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 0
-            self.leaves.note_loss(leaves, rows, steps)
-            now.over_scenes, now.transposed = over_scenes(users, rows, True), reshaped_as_transposed(users)
-            now.surrogate = surrogate_sign(node)
-            now.summed, now.ungraphed = sum_beside_mean(node, ends, rows), term_without_graph(node)
+        now = record_of(root, outputs, [], steps, number, early=len(self.records) < FIRST)
+        if root.grad_fn is not None and len(self.records) < WALKED:
+            walk(now, root.grad_fn, outputs, self.leaves, told=False)
         self.records.append(now)
         if len(self.records) == WALKED:
             self.leaves.settle_losses()

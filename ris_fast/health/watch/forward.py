@@ -40,11 +40,14 @@ from ris_fast.health.watch.tensors import (
     KEYS,
     NEITHER,
     few_rows,
+    from_transposes,
     is_plain,
     largest_in_rows,
+    likeness,
     nonfinite,
     source_of,
     tensors_of,
+    viewed_as,
 )
 from ris_fast.health.watch.units import Units
 from ris_fast.health.watch.writes import InputWrites
@@ -261,7 +264,7 @@ class ForwardHooks:
             inputs=len(inputs),
             given_again=last is not None and last is inputs[0] if inputs else False,
         )
-        now.source = source_of(inputs)
+        now.source, now.viewed = source_of(inputs), viewed_as(inputs)
         places = {each.data_ptr() for each in outputs[1:] if is_plain(each) and each.numel()}
         now.carried = any(is_plain(each) and each.data_ptr() in self.state_places for each in inputs[1:])
         now.open_before = bool(self.passes) and self.passes[-1].grad and not self.passes[-1].reached
@@ -271,10 +274,11 @@ class ForwardHooks:
         if now.grad:
             self._follow(now, inputs, outputs)
         first = len(self.passes) <= FIRST
-        if now.training and first:
+        if now.training and now.grad:
             now.draws = hash(torch.get_rng_state().numpy().tobytes())
         if first or not now.grad or self.late:
             now.input, now.keys = few_rows(inputs), few_rows(inputs, KEYS, KEY_NUMBERS)
+            now.matrices, now.likeness = from_transposes(inputs), likeness(inputs)
             now.others = [few_rows([each]) for each in inputs[:INPUTS]] if 1 < len(inputs) else []
         if not now.grad or self.late or (first and _reads_outputs(now.of_kind)):
             now.output = few_rows(outputs)

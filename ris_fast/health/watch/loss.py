@@ -17,18 +17,36 @@ from torch import Tensor
 from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.graph import CHAIN, MOVING, GraphLeaves, chain_of, graph_of
 from ris_fast.health.watch.loss_signs import signs_of
-from ris_fast.health.watch.operations import made_shape, operation, over_scenes, saved_tensor
+from ris_fast.health.watch.operations import (
+    made_shape,
+    operation,
+    over_scenes,
+    reshaped_as_transposed,
+    saved_tensor,
+)
 from ris_fast.health.watch.records import LossRecord, Numbers
 from ris_fast.health.watch.tensors import (
     KEY_NUMBERS,
     KEYS,
     few_rows,
+    from_transposes,
     is_plain,
     largest_in_rows,
     nonfinite,
     tensors_of,
+    viewed_as,
 )
-from ris_fast.health.watch.terms import sum_beside_mean, term_without_graph, zero_differences
+from ris_fast.health.watch.terms import (
+    compares_leaves,
+    of_inputs_alone,
+    sum_beside_mean,
+    surrogate_sign,
+    takes_extremes,
+    term_of_outputs,
+    term_without_graph,
+    weight_terms,
+    zero_differences,
+)
 
 FIRST, LATE, WALKED = 32, 64, 4  # calls that are noted, of later steps, and with a walk through the graph
 SIGNED = 12  # first calls whose operations and gradient are looked at; and the late ones
@@ -69,36 +87,12 @@ class LossHook:
 
     def _look(self, value: Any, outputs: list[Tensor], targets: list[Tensor], step: int) -> None:
         tensor = next(iter(tensors_of(value)), None)
-        node = None if tensor is None else tensor.grad_fn
-        ends = {each.grad_fn for each in outputs if each.grad_fn is not None}
-        chain = chain_of(node, ends)
-        now = LossRecord(
-            step=step,
-            tensor=tensor is not None,
-            requires_grad=tensor is not None and tensor.requires_grad,
-            made_anew=tensor is not None and tensor.requires_grad and node is None,
-            chain=[name for name, _, _ in chain],
-            chain_shapes=[shape for _, shape, _ in chain],
-            direct=bool(chain) and chain[-1][2],
-            behind=[name for each in ends for name, _, _ in chain_of(each, set())][:CHAIN],
-            outputs_require_grad=any(each.requires_grad for each in outputs),
-            outputs=numbers_of(outputs),
-            targets=numbers_of(targets, keys=True),
-            value=tensor.detach().float().mean() if tensor is not None and is_plain(tensor) else None,
-            number=self.number(),
-        )
-        if node is not None and self.count <= WALKED:
-            leaves, users, _ = graph_of([node], set())
-            own = self.leaves.own_parameters()
-            now.of_model = any(id(leaf.variable) in own for leaf in leaves)
-            now.twice = next(filter(None, map(applied_twice, users)), ())
-            rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 0
-            now.over_scenes = over_scenes(graph_of([node], ends)[1], rows, True) if ends else []
-            now.summed, now.ungraphed = sum_beside_mean(node, ends, rows), term_without_graph(node)
-            now.still = zero_differences(users)
-            now.factors = [factor for each in users if (factor := _factor(each)) is not None]
-        if node is not None and (self.count <= SIGNED or self.late):
-            now.signs = signs_of(tensor, outputs, targets)
+        now = record_of(tensor, outputs, targets, step, self.number())
+        if tensor is not None and tensor.grad_fn is not None:
+            if self.count <= WALKED:
+                walk(now, tensor.grad_fn, outputs, self.leaves)
+            if self.count <= SIGNED or self.late:
+                now.signs = signs_of(tensor, outputs, targets)
         self.records.append(now)
         if self.count <= FIRST and outputs and outputs[0].requires_grad and outputs[0].grad_fn is not None:
             rows = outputs[0].shape[0] if outputs[0].ndim else 0
@@ -108,6 +102,58 @@ class LossHook:
                 now.rows = None if largest is None else largest != 0
 
             outputs[0].register_hook(eager_hook(reached))
+
+
+def record_of(
+    root: Tensor | None, outputs: list[Tensor], targets: list[Tensor], step: int, number: int, early: bool = True
+) -> LossRecord:
+    """What a loss shows near its root. `early`: numbers of outputs, and what is behind them, are looked at too."""
+    node = None if root is None else root.grad_fn
+    ends = ends_of(outputs)
+    chain = chain_of(node, ends)
+    return LossRecord(
+        step=step,
+        tensor=root is not None,
+        requires_grad=root is not None and root.requires_grad,
+        made_anew=root is not None and root.requires_grad and node is None,
+        chain=[name for name, _, _ in chain],
+        chain_shapes=[shape for _, shape, _ in chain],
+        direct=bool(chain) and chain[-1][2],
+        behind=[name for each in ends for name, _, _ in chain_of(each, set())][:CHAIN] if early else [],
+        outputs_require_grad=any(each.requires_grad for each in outputs),
+        outputs=numbers_of(outputs) if early else None,
+        targets=numbers_of(targets, keys=True),
+        value=root.detach().float().mean() if root is not None and is_plain(root) else None,
+        number=number,
+    )
+
+
+def walk(now: LossRecord, node: Any, outputs: list[Tensor], leaves: GraphLeaves, told: bool = True) -> None:
+    """Looks at the whole graph of a loss; where it was not told of, at what lies before the outputs only."""
+    ends, own = ends_of(outputs), leaves.own_parameters()
+    found, users, _ = graph_of([node], set() if told else ends)
+    rows = outputs[0].shape[0] if outputs and outputs[0].ndim else 0
+    near = graph_of([node], ends)[1] if told else users
+    if told:
+        now.of_model = any(id(leaf.variable) in own for leaf in found)
+        now.factors = [factor for each in users if (factor := _factor(each)) is not None]
+    else:
+        leaves.note_loss(found, rows, now.step)
+    of_weights = weight_terms(node, ends, own)
+    apart = graph_of(of_weights, ends)[1]
+    now.through, now.of_weights = term_of_outputs(node, ends), bool(of_weights)
+    now.still, now.compares_weights = zero_differences(users if told else apart), compares_leaves(apart)
+    now.of_inputs = of_inputs_alone(node, leaves.given)
+    now.twice = next(filter(None, map(applied_twice, users)), ())
+    now.over_scenes = over_scenes(near, rows, True) if ends or not told else []
+    now.transposed, now.surrogate = reshaped_as_transposed(near), surrogate_sign(node)
+    now.extremes = takes_extremes(near, ends)
+    now.summed, now.ungraphed = sum_beside_mean(node, ends, rows), term_without_graph(node)
+
+
+def ends_of(outputs: Sequence[Tensor]) -> set[Any]:
+    """Nodes of the graph that made them."""
+    return {each.grad_fn for each in outputs if each.grad_fn is not None}
 
 
 def _factor(node: Any) -> Tensor | None:
@@ -138,13 +184,19 @@ def numbers_of(tensors: Sequence[Tensor], keys: bool = False) -> Numbers | None:
         nonfinite=nonfinite([real]),
         few=few_rows([tensor]),
         keys=few_rows([tensor], KEYS, KEY_NUMBERS) if keys else None,
+        viewed=viewed_as(tensors) if keys else "",
+        matrices=from_transposes(tensors),
     )
 
 
 def applied_twice(node: Any) -> tuple[str, ...]:
     """What applies a softmax or sigmoid of its own, and the one that came before it; with nothing but a new shape in
     between."""
-    if (name := operation(node)) not in RAW:
+    if (name := operation(node)) == "Sub":  # as `Categorical(logits=...)` takes off what scores add up to
+        first, second = ([each for each, _ in node.next_functions] + [None, None])[:2]
+        own = second is not None and operation(second) == "Logsumexp" and second.next_functions[0][0] is first
+        return ("Logsumexp", "Softmax") if own and operation(first) == "Softmax" else ()
+    if name not in RAW:
         return ()
     before = next((each for each, *_ in chain_of(node, set())[1:] if each not in MOVING), "")
     return (name, before) if before in RAW[name] else ()

@@ -45,13 +45,34 @@ def signs_of(loss: Any, outputs: Sequence[Tensor], targets: Sequence[Tensor]) ->
                 stack.append(after)
     names |= {operation(node) for node in ends} & {"LogSoftmax"}
     pull = pull_towards(outputs[0], targets[0], names & BENT) if outputs and targets else None
-    if pull is not None and outputs[0].requires_grad:
+    apart = distances(outputs[0], targets[0]) if outputs and targets else None
+    if (pull is not None or apart is not None) and outputs[0].requires_grad:
 
         def pulled(grad: Tensor) -> None:
-            signs.pull = pull(grad)
+            signs.pull = None if pull is None else pull(grad)
+            if apart is not None and len(reached := grad.detach() != 0) == len(apart):
+                reached = reached if reached.ndim == apart.ndim else reached.any(1)
+                far = torch.where(reached, apart, -torch.inf).amax()
+                near = torch.where(reached, torch.inf, apart).amin()
+                signs.easiest = torch.stack([reached.float().mean(), far, near])
 
         outputs[0].register_hook(eager_hook(pulled))
     return signs
+
+
+def distances(outputs: Tensor, targets: Tensor) -> Tensor | None:
+    """How wrong each output is, in an order that losses have too: of numbers, of labels of 0 and 1, and of classes
+    (scores on the second axis)."""
+    if not is_plain(outputs) or not is_plain(targets) or outputs.is_complex() or targets.is_complex():
+        return None
+    made, asked = outputs.detach(), targets.detach()
+    if made.shape == asked.shape and asked.is_floating_point():
+        whole = ((asked == 0) | (asked == 1)).all()
+        return torch.where(whole, (1 - 2 * asked) * made, (made - asked).abs()).float()
+    if made.ndim > 1 and asked.shape == made.shape[:1] + made.shape[2:] and not asked.is_floating_point():
+        own = made.gather(1, asked.long().clamp(0, made.shape[1] - 1)[:, None])[:, 0]
+        return (made.float().logsumexp(1) - own).float()
+    return None
 
 
 def _look(node: Any, signs: LossSigns) -> None:

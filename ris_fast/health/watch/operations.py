@@ -6,11 +6,11 @@ Nothing is read from a tensor: which axis an operation runs over stays known whe
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import accumulate, pairwise
-from operator import mul
 from typing import Any
 
 from torch import Tensor
+
+from ris_fast.health.watch.tensors import crosses
 
 SPREADS = {"Std", "Var", "StdMean", "VarMean"}  # by which a normalisation divides
 OVER_AN_AXIS = {"Softmax", "LogSoftmax", "Cumsum", "Cumprod", "Logcumsumexp", "LinalgVectorNorm", "Norm"}
@@ -61,15 +61,7 @@ def reshaped_apart(nodes: Iterable[Any], rows: int) -> list[str]:
 def reshaped_as_transposed(nodes: Iterable[Any]) -> list[str]:
     """Reshapes that neither part an axis nor join some, as a transpose does that is written as a reshape."""
     shapes = [(_sizes(node), made_shape(node)) for node in nodes if operation(node) in RESHAPING]
-    return [f"{before} as {after}" for before, after in shapes if before and after and _crosses(before, after)]
-
-
-def _crosses(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
-    """Whether axes are cut where no parting and joining of whole axes cuts them, or are the same in another order."""
-    ends = sorted({*accumulate(reversed(before), mul), *accumulate(reversed(after), mul)} - {0})
-    large = [[size for size in shape if size > 1] for shape in (before, after)]
-    permuted = large[0] != large[1] and sorted(large[0]) == sorted(large[1])
-    return permuted or any(high % low for low, high in pairwise(ends))
+    return [f"{before} as {after}" for before, after in shapes if before and after and crosses(before, after)]
 
 
 def operation(node: Any) -> str:

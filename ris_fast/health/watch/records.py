@@ -207,9 +207,9 @@ class PassRecord:
         mistake the gradient at the output looks like, and how far it is from that; keys: a few numbers of more rows of
         the input, by which scenes are known again; others: (R, F) of each input, where there are several; grad_finite:
         (), whether the gradient at the output is; source: of an input that is a view, the id of what it is a view of,
-        its place in it, and how often that was written to; draws: a hash of where the generator of random numbers
-        stands, of the first passes in training; slope: (R, F) of the gradient at the first output, those numbers
-        that `output` has; carried: an input is what the pass before gave; open_before: no
+        its place in it, and how often that was written to; viewed, matrices, likeness: see `tensors`; draws: a hash
+        of where the generator of random numbers stands, of passes in training; slope: (R, F) of the gradient at the
+        first output, those numbers that `output` has; carried: an input is what the pass before gave; open_before: no
         backward pass had come to the pass before yet; thread: that made it.
     """
 
@@ -240,6 +240,9 @@ class PassRecord:
     keys: Tensor | None = None
     others: list[Tensor | None] = field(default_factory=list)
     source: tuple[int, int, int] | None = None
+    viewed: str = ""
+    matrices: Tensor | None = None
+    likeness: Tensor | None = None
     grad_finite: Tensor | None = None
     draws: int | None = None
     slope: Tensor | None = None
@@ -348,7 +351,8 @@ class Numbers:
 
     Args: whole: classes or counts; least, most: (), of real and imaginary parts; imaginary: (), largest imaginary part;
         nonfinite: (2,), whether there are NaN, infinities; few: (R, F) a few numbers; keys: a
-        few of more rows, by which scenes are known again.
+        few of more rows, by which scenes are known again; viewed, matrices: see
+        `tensors`.
     """
 
     shape: tuple[int, ...]
@@ -360,6 +364,8 @@ class Numbers:
     nonfinite: Tensor | None
     few: Tensor | None
     keys: Tensor | None = None
+    viewed: str = ""
+    matrices: Tensor | None = None
 
     def on_host(self) -> Numbers:
         return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
@@ -407,7 +413,8 @@ class LossSigns:
     Args: looked: these are known; unlogged: a loss that expects logarithms and the operation that gives it something
         else; most_logged: (), the largest number that it was given; asked: (2,), least and most of the targets of a
         binary cross-entropy; pull: (), from -1 to 1, how well a small step against the gradient at the outputs brings
-        them nearer to the targets.
+        them nearer to the targets; easiest: (3,), share of the numbers with a gradient, and how far these are from
+        their targets at most, and others at least.
     """
 
     looked: bool = False
@@ -415,6 +422,7 @@ class LossSigns:
     most_logged: Tensor | None = None
     asked: Tensor | None = None
     pull: Tensor | None = None
+    easiest: Tensor | None = None
 
     def on_host(self) -> LossSigns:
         return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
@@ -432,8 +440,8 @@ class LossRecord:
         a gradient at the first output; over_scenes: see `operations`; factors: () numbers that terms are multiplied
         by; summed: a sum over scenes is added to a mean over them; ungraphed: a number without a gradient is added;
         number: of the model's last pass; signs: see there; through: the chain of the one term that depends on outputs;
-        of_weights: another depends on the model's parameters alone; transposed: see `operations`; surrogate: see
-        `terms`; compares_weights: in that other term they are compared with what has no gradient;
+        of_weights: another depends on the model's parameters alone; transposed: see `operations`; surrogate, extremes:
+        see `terms`; compares_weights: in that other term they are compared with what has no gradient;
         of_inputs: one depends on the model's inputs alone; still: of differences that it is made of, of weights alone
         where nobody told of the loss, whether they are exactly zero.
     """
@@ -466,6 +474,7 @@ class LossRecord:
     still: list[Tensor] = field(default_factory=list)
     compares_weights: bool = False
     of_inputs: bool = False
+    extremes: bool = False
 
     def on_host(self) -> LossRecord:
         host: dict[str, Any] = {name: [each.cpu() for each in getattr(self, name)] for name in ("factors", "still")}

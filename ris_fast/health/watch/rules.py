@@ -54,9 +54,9 @@ EXPLAINS = {  # what follows from a cause
     "bad_initialisation": ["ignored_input"],
     "gradient_underflow": ["dead_units"],
     "learning_rate_too_large": ["ignored_input"],  # units that were driven off
-    "accumulation_not_divided": ["ignored_input", "stalled_at_baseline"],
 }
-DIVERGED = {"learning_rate_too_large", "nonfinite_gradients", "ignored_input", "dead_units", "stalled_at_baseline"}
+DIVERGED = {"learning_rate_too_large", "nonfinite_gradients"}
+UNLEARNED = {"ignored_input", "stalled_at_baseline", "dead_units", "saturated_output", "collapsed", "shuffled_labels"}
 FEW_PASSES = 64  # backward passes that an optimizer waits while others step
 MANY_PASSES = 4096  # backward passes without a step, more than anybody adds up
 SCALER_STEPS = 24  # a loss scale halves its way to one that fits in fewer
@@ -91,12 +91,21 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
     if left_in is not None:
         found = [_after_scale(each, left_in) if each.cause == "nonfinite_gradients" else each for each in found]
     found += rules_outcome.outcome_findings(loop, found)
-    if not DIVERGED.intersection(each.cause for each in found):  # a rate may allow for it
-        found = [each for each in found if each.cause != "accumulation_not_divided"]
     if any(each.cause == "learning_rate_off_plan" and rules_rates.UPHILL in each.evidence for each in found):
-        found = [each for each in found if each.cause not in ("nonfinite_gradients", "learning_rate_too_large")]
+        found = [each for each in found if each.cause not in DIVERGED]
     found = [warmup_instead(each, loop) if each.cause == "learning_rate_too_small" else each for each in found]
-    return ranked(found, muted={effect for each in found for effect in EXPLAINS.get(each.cause, ())})
+    explained = {effect for each in found for effect in EXPLAINS.get(each.cause, ())}
+    causes = {each.cause for each in found}
+    if not causes & (DIVERGED | UNLEARNED):
+        explained.add("accumulation_not_divided")  # a rate may allow for it
+    elif "accumulation_not_divided" in causes and not any(
+        "Adam" in kind for by in loop.optimizers for kind in by.kinds
+    ):
+        explained |= UNLEARNED  # follow from steps that are too large
+        found = [
+            replace(each, certain=each.certain and each.step < 2) if each.cause in DIVERGED else each for each in found
+        ]
+    return ranked(found, muted=explained)
 
 
 def warmup_instead(found: Finding, loop: LoopRecord) -> Finding:

@@ -6,20 +6,30 @@ None is certain: scenes may be alike, and targets may change on purpose.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
+from ris_fast.health.watch.inferred import told_losses
 from ris_fast.health.watch.records import EARLY, ForwardRecord, LoopRecord, LossRecord, PassRecord
 
 AGAIN = 16  # scenes that are met again
 LEAKED, SHARE = 8, 0.1  # scenes of validation that were trained on, and their share
 RATIO, SHIFT = 6.0, 6.0  # of spreads, and of means over a spread, from which on two sets are apart
+MANY_RATIO, MANY_SHIFT, BOTH_RATIO, BOTH_SHIFT = 2.5, 3.0, 1.6, 0.5  # of many scenes; each alone, and both
 SMALL, LARGE, UNEQUAL = 3e-4, 3e3, 1e5  # spreads of inputs
+LEAST_UNEQUAL = 30.0  # of the largest of unequal ones: beside smaller ones others are what rounding leaves
+GROUPS, GROWN = 6, 1.3  # parts of a run, from one to the next of which inputs spread further; factor on it in all
+SYMMETRIC, NOT = 1e-4, 1e-2  # relative distances of a matrix from its transpose
+TOGETHER, UNLIKE = 0.02, 0.5  # mean square of correlations within a scene; share of it that two sets have in common
+WINDOW, SHARED, NO_ORDER = 6, 0.3, 0.05  # least length of a window; share of windows; correlation of neighbours
+PEAK = 0.02  # that one correlation is above others
 RICH = 4  # different numbers of a scene, by which it is known
 
 
@@ -28,14 +38,22 @@ def data_findings(loop: LoopRecord) -> list[Finding]:
     if loop.forward is None:
         return []
     trained = [each for each in loop.forward.passes if each.training and each.reached and each.keys is not None]
-    evaluated = [each for each in loop.forward.passes if not each.training and not each.reached]
-    evaluated = [each for each in evaluated if each.keys is not None]
+    # A model whose parts do the same in both modes is often evaluated in training mode.
+    evaluated = [each for each in loop.forward.passes if not each.grad and not (each.training and each.parts)]
+    evaluated = [each for each in evaluated if not each.reached and each.keys is not None]
     return [
         *other_targets(loop.losses, {each.number: each for each in loop.forward.passes}),
         *target_is_input(loop.losses, {each.number: each for each in loop.forward.passes}),
+        *target_among_inputs(told_losses(loop), {each.number: each for each in loop.forward.passes}),
+        *(viewed_in_another_order(trained, loop.losses) or channels_last(trained)),
         *zero_batches(trained),
-        *split_overlap(trained, evaluated),
-        *distributions_differ(trained, evaluated),
+        *split_overlap(trained, [each for each in evaluated if not each.training]),
+        *(distributions_differ(trained, evaluated) or inner_order_differs(trained, evaluated)),
+        *scenes_drift(trained),
+        *few_scenes(trained),
+        *not_hermitian(loop, trained),
+        *windows_overlap(trained, evaluated),
+        *windows_without_order(trained),
         *input_scale(loop.forward, trained),
     ]
 
@@ -106,6 +124,72 @@ def target_is_input(losses: Sequence[LossRecord], passes: dict[int, PassRecord])
         )
 
 
+def target_among_inputs(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -> Iterator[Finding]:
+    """The one number that is asked for is one of those that the model is given, always the same."""
+    found: set[int] | None = None
+    count = 0
+    for each in losses:
+        one, asked = passes.get(each.number), each.targets
+        if one is None or asked is None or asked.whole or asked.few is None or one.input is None:
+            continue
+        given, wanted = one.input, asked.few
+        if wanted.shape[1] != 1 or len(given) != len(wanted) or len(wanted.unique()) < min(RICH, len(wanted)):
+            continue
+        near = (given - wanted).abs() <= 1e-3 * wanted.abs().amax()
+        same = set(near.all(0).nonzero()[:, 0].tolist())
+        found, count = same if found is None else found & same, count + 1
+    if found and count >= EARLY and len(next(iter(passes.values())).shape) > 1:
+        yield finding(
+            "shuffled_labels",
+            f"the target of each scene is one of the numbers that the model is given, at place {min(found)} of those"
+            f" that were looked at, in all {count} batches: it can copy it.",
+            1,
+            "A model that is to pass a number on looks like that.",
+            "Ask for what comes after the inputs: of a window of n numbers from t on the number at t + n; of a"
+            " table leave the target's column out.",
+        )
+
+
+def channels_last(trained: Sequence[PassRecord]) -> list[Finding]:
+    """Numbers of a scene (C, ...) are most alike C places apart, and not side by side: channels come last in them."""
+    known = [each.likeness for each in trained if each.likeness is not None]
+    if len(known) < 2 * EARLY:
+        return []
+    beside, before, apart, behind = torch.stack(known).double().mean(0).tolist()
+    if apart - max(beside, before, behind) < PEAK:
+        return []
+    shape = trained[0].shape
+    return [
+        finding(
+            "wrong_layout",
+            f"inputs have shape {shape}, and numbers of a scene are most alike {shape[1]} places apart (a correlation"
+            f" of {apart:.2g}; {beside:.2g} side by side, {before:.2g} and {behind:.2g} one place nearer or further):"
+            f" the {shape[1]} channels lie last in memory, and were reshaped to come first.",
+            1,
+            f"A pattern that comes again every {shape[1]} places looks like that.",
+            "Use `permute` or `transpose` where axes change places, as from channels last to channels first.",
+        )
+    ]
+
+
+def viewed_in_another_order(trained: Sequence[PassRecord], losses: Sequence[LossRecord]) -> list[Finding]:
+    """Inputs or targets are views of tensors whose axes change places without a transpose."""
+    asked = [each.targets.viewed for each in losses if each.targets is not None]
+    for what, views in (("inputs", [each.viewed for each in trained]), ("targets", asked)):
+        if len(views) >= 2 and all(views):
+            return [
+                finding(
+                    "wrong_layout",
+                    f"{what} are views of {views[0]}, in all {len(views)} batches that were looked at: that neither"
+                    " parts nor joins axes, so numbers keep their old order and come under other places.",
+                    1,
+                    MAY_BE_MEANT,
+                    "Use `permute` or `transpose` where axes change places, as from channels last to channels first.",
+                )
+            ]
+    return []
+
+
 def zero_batches(trained: list[PassRecord]) -> Iterator[Finding]:
     """Some batches are all zeros, and others are not."""
     zero = [each for each in trained if not bool(each.keys.any())]
@@ -140,27 +224,225 @@ def split_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Ite
 
 
 def _pooled(passes: Sequence[PassRecord]) -> Tensor:
-    return torch.cat([each.keys for each in passes if each.keys is not None]).double()
+    """Of as many numbers of each scene as are known of the first."""
+    known = [each.keys for each in passes if each.keys is not None]
+    return torch.cat([each for each in known if each.shape[1] == known[0].shape[1]]).double()
 
 
-def distributions_differ(trained: list[PassRecord], evaluated: list[PassRecord]) -> Iterator[Finding]:
-    """Inputs of evaluation are far from those of training."""
+def _both_pooled(trained: list[PassRecord], evaluated: list[PassRecord], least: int) -> tuple[Tensor, Tensor] | None:
+    """(N, F), (M, F) numbers of scenes of one shape, `least` of evaluation at least; None where outputs of one pass
+    lead to inputs of the next, as in sampling."""
     shapes = {each.shape[1:] for each in trained} | {each.shape[1:] for each in evaluated}
     widths = {each.keys.shape[1] for each in (*trained, *evaluated) if each.keys is not None}
-    if not trained or not evaluated or len(shapes) > 1 or len(widths) > 1:
-        return
+    if not trained or not evaluated or len(shapes) > 1 or len(widths) > 1 or _is_sampling(evaluated):
+        return None
     one, other = _pooled(trained), _pooled(evaluated)
-    if len(one) < 64 or len(other) < 16 or not bool(one.isfinite().all()) or not bool(other.isfinite().all()):
-        return
+    if len(one) < 64 or len(other) < least or not bool(one.isfinite().all()) or not bool(other.isfinite().all()):
+        return None
+    return one, other
+
+
+def _is_sampling(evaluated: Sequence[PassRecord]) -> bool:
+    """Whether scenes at one place of two passes, at the same step, are alike and not the same."""
+    pairs = [
+        (one.keys, other.keys)
+        for one, other in pairwise(evaluated)
+        if one.step == other.step and one.shape == other.shape and not torch.equal(one.keys, other.keys)
+    ]
+    near = [float((a - b).norm()) < 0.7 * float((a - b.roll(1, 0)).norm()) for a, b in pairs if len(a) > 1]
+    return 2 * sum(near) > len(near) > 0
+
+
+def distributions_differ(trained: list[PassRecord], evaluated: list[PassRecord]) -> list[Finding]:
+    """Inputs of evaluation are far from those of training."""
+    if (both := _both_pooled(trained, evaluated, 16)) is None:
+        return []
+    one, other = both
     spread, spread_there = float(one.std()), float(other.std())
-    shift = abs(float(other.mean()) - float(one.mean()))
-    if spread > 0 and (spread_there > RATIO * spread or spread > RATIO * spread_there > 0 or shift > SHIFT * spread):
-        yield finding(
+    shift, many = abs(float(other.mean()) - float(one.mean())), len(other) >= 48
+    least, most = sorted((spread, spread_there))
+    apart = most > (MANY_RATIO if many else RATIO) * least or shift > (MANY_SHIFT if many else SHIFT) * spread
+    both = most > BOTH_RATIO * least and shift > BOTH_SHIFT * most  # as one scaling does
+    if not least or not (apart or (many and both and not _overlap_within(_series(evaluated)))):
+        return []
+    return [
+        finding(
             "distributions_differ",
             f"inputs of training are {one.mean():.3g} +- {spread:.3g}, those of evaluation {other.mean():.3g} +-"
             f" {spread_there:.3g}: one of both is not prepared as the other.",
             evaluated[0].step,
             "Data of another kind may be evaluated on purpose.",
+        )
+    ]
+
+
+def inner_order_differs(trained: list[PassRecord], evaluated: list[PassRecord]) -> list[Finding]:
+    """Numbers of a scene that go together in evaluation do not in training, or the other way round: they come in
+    another order there."""
+    if (both := _both_pooled(trained, evaluated, 48)) is None or both[0].shape[1] < RICH:
+        return []
+    one, other = (each.unique(dim=0) for each in both)
+    if min(len(one), len(other)) < 48:
+        return []
+    one, other = (each[:, (one.std(0) > 0) & (other.std(0) > 0)] for each in (one, other))
+    width = one.shape[1]
+    if width < RICH:
+        return []
+    of_one, of_other = (torch.corrcoef(each.T) - torch.eye(width) for each in (one, other))
+    pairs = width * (width - 1)
+    sizes = [
+        float(each.square().sum()) / pairs - 1 / len(rows) for each, rows in ((of_one, one), (of_other, other))
+    ]  # without what is by chance
+    alike = float((of_one * of_other).sum()) / pairs
+    if max(sizes) < TOGETHER or alike > UNLIKE * max(sizes):
+        return []
+    return [
+        finding(
+            "distributions_differ",
+            f"of a scene's numbers two have a correlation of {max(0.0, sizes[0]) ** 0.5:.2g} in training and of"
+            f" {max(0.0, sizes[1]) ** 0.5:.2g} in evaluation, in the mean of squares, and between other numbers: in one"
+            " of both they come in another order, or are not of the same kind.",
+            evaluated[0].step,
+            "Data of another kind may be evaluated on purpose.",
+            "Prepare both with one function: the same order of columns, channels and times. A series is split by time,"
+            " and never shuffled before windows are cut from it.",
+        )
+    ]
+
+
+def scenes_drift(trained: list[PassRecord]) -> Iterator[Finding]:
+    """Inputs spread further from one part of the run to the next, as what noise is added to again and again."""
+    alike = [each for each in trained if each.keys.shape[1] == trained[0].keys.shape[1]]
+    dense = [each for each in alike if each.of_kind <= EARLY] + [each for each in alike if each.of_kind > 4 * EARLY]
+    if len(dense) < 4 * GROUPS or any(not bool(each.keys.isfinite().all()) for each in dense):
+        return
+    size = len(dense) // GROUPS
+    parts = [torch.cat([each.keys for each in dense[n * size : (n + 1) * size]]).double() for n in range(GROUPS)]
+    spreads = [float((each - each.mean(0)).square().mean().sqrt()) for each in parts]
+    if all(one < other for one, other in pairwise(spreads)) and spreads[-1] > GROWN * spreads[0] > 0:
+        yield finding(
+            "scenes_change",
+            f"the spread of the inputs grows all the time, from {spreads[0]:.3g} in the first part of the run to"
+            f" {spreads[-1]:.3g} in the last of {GROUPS}: as noise does that is added in place to what is kept.",
+            dense[0].step + 1,
+            "Tasks that get harder, and inputs that another network makes, do that too.",
+            "Augment a copy: `x = x + noise`, not `x += noise`, of what the data set keeps in memory.",
+        )
+
+
+def few_scenes(trained: list[PassRecord]) -> Iterator[Finding]:
+    """Batches are made of a few scenes only, each of which is in them several times."""
+    rows = [_rows(each.keys) for each in trained]
+    rows = [each for each in rows if len(each) >= 2 * EARLY and all(each)]
+    if len(rows) < 2 * EARLY or len(rows) < len(trained):
+        return
+    scenes = {each for batch in rows for each in batch}
+    if 2 < len(scenes) and 2 * len(scenes) <= min(map(len, rows)):
+        yield finding(
+            "repeated_batch",
+            f"the {len(rows)} batches that were looked at are made of {len(scenes)} different scenes, each of which is"
+            f" in a batch of {len(rows[0])} several times.",
+            trained[0].step + 1,
+            "Data that are so few look the same.",
+            "Look at the indices that the sampler draws: a `WeightedRandomSampler` takes one weight a scene, not one a"
+            " class.",
+        )
+
+
+def not_hermitian(loop: LoopRecord, trained: list[PassRecord]) -> Iterator[Finding]:
+    """Complex matrices that are equal to their transpose, where others, or covariances, are equal to its conjugate."""
+    told = [each for each in loop.losses if each.outputs is not None and each.targets is not None]
+    pairs = [(each.outputs.matrices, each.targets.matrices) for each in told]
+    both = [(made.tolist(), asked.tolist()) for made, asked in pairs if made is not None and asked is not None]
+    advice = "Use `.mH`, the conjugate transpose, where the second factor is `.mT` or `.transpose(-1, -2)`."
+    for one, other, what in ((0, 1, ("outputs", "targets")), (1, 0, ("targets", "outputs"))):
+        wrong = [pair for pair in both if _is_symmetric(*pair[one]) and _is_symmetric(*reversed(pair[other]))]
+        if len(wrong) == len(both) >= EARLY:
+            yield finding(
+                "conjugation_error",
+                f"{what[0]} are complex matrices that are equal to their transpose, and {what[1]} are equal to their"
+                f" conjugate transpose, in all {len(both)} losses that were looked at.",
+                1,
+                MAY_BE_MEANT,
+                advice,
+            )
+    given = [each.matrices.tolist() for each in trained if each.matrices is not None]
+    if len(given) >= EARLY and all(_is_symmetric(*each) for each in given):
+        yield finding(
+            "conjugation_error",
+            "inputs are complex matrices that are equal to their transpose and not to its conjugate, in all"
+            f" {len(given)} batches that were looked at: products of snapshots with their transpose are, in which their"
+            " phases remain.",
+            trained[0].step + 1,
+            "Matrices of a reciprocal network are symmetric, too.",
+            advice,
+        )
+
+
+def _is_symmetric(from_transpose: float, from_conjugate: float) -> bool:
+    return from_transpose < SYMMETRIC and from_conjugate > NOT
+
+
+def _triples(rows: Tensor) -> list[list[bytes]]:
+    """Of each row all three numbers in a row that differ, as 12 bytes."""
+    found = []
+    for row in rows:
+        kept, varied = row.numpy().tobytes(), ((row[:-2] != row[1:-1]) & (row[1:-1] != row[2:])).tolist()
+        found.append([kept[4 * n : 4 * n + 12] for n, each in enumerate(varied) if each])
+    return found
+
+
+def _series(passes: Sequence[PassRecord]) -> Tensor:
+    """(N, F) different windows of a series; without any where inputs are none, or have few different numbers."""
+    windows = [each for each in passes if each.keys is not None and max(each.shape[1:], default=0) >= WINDOW]
+    windows = [each for each in windows if math.prod(each.shape[1:]) == max(each.shape[1:]) <= each.keys.shape[1]]
+    windows = [each for each in windows if each.keys.shape[1] == windows[0].keys.shape[1]]
+    rows = torch.cat([each.keys for each in windows]).unique(dim=0) if windows else torch.zeros(0, 0)
+    return rows if len(rows) and len(rows.unique()) > 64 else rows[:0]
+
+
+def _overlap_within(rows: Tensor) -> bool:
+    """Whether most numbers are in several windows."""
+    met = Counter(each for row in _triples(rows) for each in set(row))
+    return 2 * sum(count > 1 for count in met.values()) > len(met)
+
+
+def windows_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Iterator[Finding]:
+    """Windows of evaluation are made of numbers that windows of training have at other places."""
+    one, other = _series(trained), _series(evaluated)
+    if len(one) < 64 or len(other) < 16:
+        return
+    known = {each for row in _triples(one) for each in row}
+    whole = set(_rows(one))
+    rows = [row for row, own in zip(_triples(other), _rows(other)) if row and own not in whole]
+    within = sum(2 * sum(each in known for each in row) > len(row) for row in rows)
+    if len(rows) >= 16 and within > SHARED * len(rows):
+        yield finding(
+            "split_overlap",
+            f"{within} of {len(rows)} windows that are evaluated, of those that were looked at, have most of their"
+            " numbers in common with windows that are trained on.",
+            evaluated[0].step,
+            "The training set may be evaluated on purpose.",
+            "Windows that overlap are no scenes of their own: split the series by time first, then cut each part.",
+        )
+
+
+def windows_without_order(trained: list[PassRecord]) -> Iterator[Finding]:
+    """Windows overlap, as they do that are cut from one series, and neighbours in them have nothing to do with each
+    other."""
+    rows = _series(trained)
+    if len(rows) < 4 * 64:
+        return
+    numbers = (rows - rows.mean()).double()
+    near = [float((numbers[:, lag:] * numbers[:, :-lag]).mean() / numbers.square().mean()) for lag in (1, 2, 3)]
+    if _overlap_within(rows) and max(map(abs, near)) < NO_ORDER:
+        yield finding(
+            "inputs_withhold_answer",
+            f"inputs are windows of one series, which overlap, and neighbours in it have a correlation of"
+            f" {near[0]:.2g}: what comes next does not follow from what was before.",
+            trained[0].step + 1,
+            "A series of increments, or of noise, is like that; one that was shuffled before windows were cut, too.",
+            "Cut windows from the series in its order of time, and shuffle the windows.",
         )
 
 
@@ -190,7 +472,7 @@ def input_scale(forward: ForwardRecord, trained: list[PassRecord]) -> Iterator[F
             trained[0].step + 1,
             f"Initial weights are made for inputs near one. {MAY_BE_MEANT}",
         )
-    elif len(live) > 1 and float(live.max()) > UNEQUAL * float(live.min()):
+    elif len(live) > 1 and float(live.max()) > max(UNEQUAL * float(live.min()), LEAST_UNEQUAL):
         yield finding(
             "input_scale",
             f"columns of the inputs have spreads from {float(live.min()):.3g} to {float(live.max()):.3g}.",

@@ -81,9 +81,8 @@ def last_micro_batch_only(optimizer: OptimizerRecord) -> Iterator[Finding]:
         passes, cleared = max(thrown)
         yield finding(
             "last_micro_batch_only",
-            f"each of {sum(thrown.values())} steps came after {passes} backward passes, {cleared} of which were thrown away: each "
-            "found the"
-            " gradient of the one before gone.",
+            f"each of {sum(thrown.values())} steps came after {passes} backward passes, {cleared} of which were thrown"
+            " away: each found the gradient of the one before gone.",
             optimizer.steps,
             "A search that repeats a pass until it is good enough looks the same.",
             "Clear gradients after the step only, so that micro-batches add up.",

@@ -17,7 +17,11 @@ from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord, Numbers
 
 LOOKS = 2  # as many losses show it
 ENDS = {"Relu": (0.0, math.inf), "Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
-_SPOKEN = {"LogSoftmax": "a cross-entropy", "BinaryCrossEntropyWithLogits": "a binary cross-entropy with logits"}
+_SPOKEN = {
+    "LogSoftmax": "a cross-entropy",
+    "BinaryCrossEntropyWithLogits": "a binary cross-entropy with logits",
+    "Logsumexp": "a distribution that is given `logits`",
+}
 IGNORED, LEFT_OUT = -100, 0.05  # label that a cross-entropy leaves out; share of sequences
 SCENES = 8  # of a batch, from which on a single one with a gradient is no small share
 

@@ -6,10 +6,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.watch.dependence import distinct, explained_share, scenes_with_targets
 from ris_fast.health.watch.fixes import finding
 from ris_fast.health.watch.inferred import told_losses
 from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord
@@ -34,6 +37,12 @@ PAIRS = Suspect(
     "A task that cannot be solved from these inputs, a rate that does not fit and noise look the same: let the model"
     " learn a single batch by heart, then print ten inputs with their targets.",
     "Index inputs and targets with one and the same order, and look at some pairs by eye.",
+)
+SILENT, TELLING = 0.035, 0.15  # shares of the targets' variance that follow from the inputs of other scenes
+ENOUGH, AGAIN = 128, 48  # scenes; times that one is met again
+BY_HEART = (
+    "Targets of other scenes look like that, and so do targets that are noise: the loss of scenes that were never"
+    " trained on decides."
 )
 TERMS = Suspect(
     "dominating_term",
@@ -66,18 +75,70 @@ def outcome_findings(loop: LoopRecord, found: Sequence[Finding]) -> Iterator[Fin
     odd = suspect(loop)
     if not loop.losses and _chooses(loop):
         return
+    both = scenes_with_targets(loop, losses)
     known = _of_numbers(losses) or _of_labels(losses, ABOVE if odd is None else math.inf) or stalled
     if known:
         added = all(each.chain and each.chain[-1] in ("Add", "Sub") and each.chain_shapes[-1] == () for each in losses)
-        why = odd or (TERMS if added else None) or (None if stalled == known else PAIRS)
+        why = odd or (TERMS if added else None) or (None if stalled == known else _unrelated(both))
         if why is not None:
             yield finding(
                 why.cause, f"after {loop.steps} steps {known}; {why.evidence}.", loop.steps, why.doubt, why.advice
             )
-    elif (why := shrunk_weights(loop)) is not None:
+            return
+    if (why := shrunk_weights(loop)) is not None:
         yield finding(why.cause, f"{why.evidence}.", loop.steps, why.doubt, why.advice)
-    else:
+    elif both is not None and (heart := list(known_by_heart(loop, both, losses))):
+        yield from heart
+    elif not known:
         yield from outputs_become_one(losses)
+
+
+def _unrelated(both: tuple[Tensor, Tensor] | None) -> Suspect:
+    """What is left where nothing shows a mistake, after a look at whether targets follow from inputs at all."""
+    share = None if both is None else explained_share(*both)
+    if share is None or SILENT <= share < TELLING:
+        return PAIRS
+    if share < SILENT:
+        what = "nor does a kernel regression predict any of the targets from the inputs of other scenes"
+        return replace(PAIRS, evidence=f"{PAIRS.evidence}; {what}")
+    return Suspect(
+        "stalled_above_inputs",
+        f"a kernel regression that sees the same inputs predicts {share:.0%} of the targets' variance, of scenes that"
+        " it was not fitted to, so that inputs and targets belong together",
+        "What is left is between them: the rate, weights that begin badly, an activation or a loss that stops the"
+        " gradient.",
+        "Let the model learn a single batch by heart, with ten times and a tenth of the rate; where neither does it,"
+        " print the gradient's norm of every tensor.",
+    )
+
+
+def known_by_heart(loop: LoopRecord, both: tuple[Tensor, Tensor], losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """Scenes come again and again, and of others nothing can be predicted: what is learned of them is no rule."""
+    scenes = len(distinct(both[0])[0])
+    if scenes < ENOUGH or len(both[0]) - scenes < AGAIN:
+        return
+    share = explained_share(*both)
+    if share is None or share >= SILENT:
+        return
+    values = [float(each.value) for each in losses if each.value is not None][-EARLY:]
+    evidence = (
+        f"the {scenes} scenes that were looked at come again and again (with a loss of"
+        f" {sum(values) / max(1, len(values)):.3g} in the end), and a kernel regression predicts nothing of a target"
+        f" from other scenes ({max(0.0, share):.1%} of the variance)"
+    )
+    asked = both[1]
+    circle = asked.shape[1] == 2 and bool(((asked.square().sum(1) - 1).abs() < 1e-3).all())
+    if circle and not bool((asked.frac() == 0).all()):
+        yield finding(
+            "wrong_units",
+            f"{evidence}. Targets are the sine and cosine of an angle: one in degrees that is taken for radians goes"
+            " round many times, and looks like an accident.",
+            loop.steps,
+            BY_HEART,
+            "Turn angles to radians before their sine is taken, `torch.deg2rad`; then look at some pairs by eye.",
+        )
+    else:
+        yield finding("shuffled_labels", f"{evidence}.", loop.steps, BY_HEART, PAIRS.advice)
 
 
 def _chooses(loop: LoopRecord) -> bool:

@@ -7,7 +7,7 @@ None is certain: what is meant by data is not known here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -19,6 +19,8 @@ from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord, PassRec
 
 ROWS = 32  # that are looked at
 STEPS = 32  # of one batch, which are no accident
+BETWEEN = 9.0  # times the variance within a batch
+ALIKE = 0.3  # correlation of a scene with itself, altered
 
 
 def scene_findings(loop: LoopRecord) -> list[Finding]:
@@ -32,7 +34,9 @@ def scene_findings(loop: LoopRecord) -> list[Finding]:
         *seed_set_again(trained),
         *kept_targets(pairs),
         *(told_one_batch(pairs) if pairs else one_input(trained)),
+        *same_scenes_altered(trained, loop.forward.passes, pairs),
         *one_class_a_batch(loop.losses),
+        *targets_in_order(loop.losses),
         *rows_of_before(trained),
         *empty_rows(trained),
     ]
@@ -109,7 +113,13 @@ def kept_targets(pairs: list[Pair]) -> Iterator[Finding]:
         others = [pair[moving] for pair in pairs]
         alike = all(torch.equal(rows[0], each) for each in rows)
         moves = all(a.shape == b.shape and not torch.equal(a, b) for a, b in pairwise(others))
-        if alike and moves and len(rows[0].unique(dim=0)) == len(rows[0]) and not _is_regular(rows[0]):
+        if (
+            alike
+            and moves
+            and not _stay(others)
+            and len(rows[0].unique(dim=0)) == len(rows[0])
+            and not _is_regular(rows[0])
+        ):
             yield finding(
                 "stale_cache",
                 f"the {names[0]} of all {len(pairs)} batches that were looked at are those of the first, row by row,"
@@ -139,7 +149,7 @@ def told_one_batch(pairs: list[Pair]) -> Iterator[Finding]:
             " time.",
             pairs[1][0].step + 1,
             "An iterator that is made for each step, `next(iter(loader))`, does that; so do one batch on purpose, and"
-            " data that are a single batch.",
+            " data of one batch.",
             harm=0.5,
         )
 
@@ -161,11 +171,58 @@ def one_input(trained: list[PassRecord]) -> Iterator[Finding]:
         )
 
 
-def one_class_a_batch(losses: object) -> Iterator[Finding]:
+def same_scenes_altered(
+    trained: list[PassRecord], passes: Sequence[PassRecord], pairs: list[Pair]
+) -> Iterator[Finding]:
+    """At each place of all batches there is the same scene, with other noise or in another view each time; and other
+    scenes are evaluated, or the targets stay too."""
+    rows = [each.input for each in trained if each.input is not None]
+    alone = len({each.shape for each in trained}) == 1 and not any(each.given_again for each in trained)
+    if not alone or len({each.step for each in trained}) < 2 * EARLY or not _stay(rows):
+        return
+    others: list[Tensor] = []
+    for each in passes:
+        if not each.grad and each.shape == trained[0].shape and each.input is not None:
+            if not any(_place_apart(each.input, other) > ALIKE for other in (rows[0], *others)):
+                others.append(each.input)
+    kept = len(pairs) >= 2 * EARLY and all(torch.equal(asked, pairs[0][3]) for *_, asked in pairs)
+    if len(others) >= 4 or kept:
+        yield finding(
+            "repeated_batch",
+            f"at each place of a batch all {len(rows)} passes that were looked at have the same scene, altered each"
+            f" time (a correlation of {_place_apart(rows[0], rows[-1]):.2g} from the first to the last)"
+            f"{f'; {len(others)} batches of other scenes are evaluated' if len(others) >= 4 else ''}.",
+            trained[1].step + 1,
+            "An iterator that is made for each step, `next(iter(loader))`, does that; so do data of one batch.",
+            "Make the iterator once an epoch: `for batch in loader`.",
+            harm=1.0 if len(others) >= 4 else 0.5,
+        )
+
+
+def _stay(rows: list[Tensor]) -> bool:
+    """Whether rows at one place are alike, early and late, and no two at the same place are the same."""
+    if len(rows) < 2 * EARLY or len(rows[0]) < 4 or len(rows[0].unique()) < STEPS or _is_regular(rows[0]):
+        return False
+    if any(torch.equal(rows[0], each) for each in rows[1:]):
+        return False
+    return min(_place_apart(rows[0], each) for each in rows[1:]) > ALIKE
+
+
+def _place_apart(one: Tensor, other: Tensor) -> float:
+    """Mean correlation of scenes at the same place, without that of scenes at other places."""
+    unit = [(each - one.mean(0)) / one.std(0).clamp_min(1e-12) for each in (one, other)]
+    first, second = (each / each.norm(dim=1, keepdim=True).clamp_min(1e-12) for each in unit)
+    both = first @ second.T
+    count = len(both)
+    same = float(both.diagonal().mean())
+    return same - (float(both.sum()) - same * count) / (count * (count - 1))
+
+
+def one_class_a_batch(losses: Sequence[LossRecord]) -> Iterator[Finding]:
     """Each batch has labels of one class, and the next ones of another: data in the order of their labels."""
     few = [
         (each.step, each.targets.few)
-        for each in losses  # type: ignore[attr-defined]
+        for each in losses
         if each.targets is not None and each.targets.few is not None and each.targets.whole
         if len(each.targets.shape) == 1 and len(each.targets.few) >= 4
     ]
@@ -178,6 +235,25 @@ def one_class_a_batch(losses: object) -> Iterator[Finding]:
             f" {len(kinds)} classes: scenes come in the order of their labels.",
             alone[0][0] + 1,
             "Tasks in turn look the same.",
+            "Shuffle the scenes before each epoch: `DataLoader(..., shuffle=True)`.",
+        )
+
+
+def targets_in_order(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """Of numbers that are asked for those of one batch are next to the same, and those of the next are others."""
+    few = [each.targets.few for each in losses if each.targets is not None and each.targets.few is not None]
+    few = [each for each in few if each.shape[1] == 1 and len(each) >= 4 and bool(each.isfinite().all())]
+    if len(few) < 2 * EARLY or any(each.targets is not None and each.targets.whole for each in losses):
+        return
+    within = sum(float(each.var()) for each in few) / len(few)
+    between = float(torch.stack([each.mean() for each in few]).var())
+    if len(torch.cat(few).unique()) > 4 * EARLY and between > BETWEEN * within > 0:
+        yield finding(
+            "distributions_differ",
+            f"targets of one batch spread by {within**0.5:.3g}, and their means from batch to batch by"
+            f" {between**0.5:.3g}: scenes come in the order of their targets.",
+            losses[0].step + 1,
+            "Tasks in turn look the same, and so does a series that is read in its order.",
             "Shuffle the scenes before each epoch: `DataLoader(..., shuffle=True)`.",
         )
 

@@ -18,6 +18,9 @@ from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord
 
 AWAY, APART = -0.3, 0.2  # mean pull of a loss that goes away from its targets, and of one that does not know them
 LOSSES = {"nll_loss": "`nll_loss`", "kl_div": "`kl_div`"}
+MANY, UNLEARNED = 100.0, 0.1  # times the outputs at first; share of the targets' variance at last
+KEPT = 0.95  # share of outputs with a gradient
+CROSSED = 0.02  # share of boxes
 FEW = 4.0  # targets, in units of their own deviation, between the means of outputs and targets that are far apart
 
 
@@ -34,6 +37,8 @@ def told_findings(loop: LoopRecord) -> list[Finding]:
         *one_label_without_gradient(loop.losses),
         *constant_labels(loop.losses),
         *targets_out_of_scale(loop, loop.losses),
+        *corners_in_another_order(loop.losses),
+        *easiest_kept(losses),
     ]
 
 
@@ -218,15 +223,60 @@ def targets_out_of_scale(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iter
     large = float(asked.abs().max()) > 30 or float(asked.abs().max()) < 1e-3
     sizes = float(made.square().mean().sqrt()), float(asked.square().mean().sqrt())
     unlike = not 0.1 < sizes[0] / max(sizes[1], 1e-30) < 10
-    if large and (unlike or float((away / spread).median()) > FEW):
+    first = [torch.cat([pair[side] for pair in pairs[:4]]) for side in (0, 1)]
+    begun = [float(each.square().mean().sqrt()) for each in first]
+    left = float((made - asked).square().mean() / asked.var().clamp_min(1e-30))
+    unlearned = begun[1] > MANY * max(begun[0], 1.0) and left > UNLEARNED
+    if large and (unlike or unlearned or float((away / spread).median()) > FEW):
         yield finding(
             "target_scale_differs",
             f"after {loop.steps} steps outputs are {float(made.mean()):.3g} +- {float(made.std()):.2g}, and targets"
-            f" {float(asked.mean()):.3g} +- {float(asked.std()):.2g}.",
+            f" {float(asked.mean()):.3g} +- {float(asked.std()):.2g}; the network began at {begun[0]:.2g}.",
             loop.steps,
             "A rate that is too small would need long for that way, too.",
             "Train on targets of mean 0 and deviation 1, and turn outputs back where they are used.",
         )
+
+
+def easiest_kept(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """Some outputs have a gradient, and none of them is further from its target than any of those without."""
+    seen = [each.signs.easiest.tolist() for each in losses if each.signs.easiest is not None]
+    kept = [(share, far, near) for share, far, near in seen if 0 < share < KEPT]
+    if len(kept) >= EARLY and len(kept) == len(seen) and all(far <= near for _, far, near in kept):
+        yield finding(
+            "scenes_left_out",
+            f"{mean(share for share, *_ in kept):.0%} of the outputs have a gradient, and in all {len(kept)} losses"
+            " that were looked at they are those that are nearest to their targets: what is hard is left out.",
+            losses[0].step + 1,
+            "Where labels are wrong now and then, that may be meant.",
+            "To learn from the hardest take the largest losses: `losses.topk(count)`, whose `largest` is true.",
+        )
+
+
+def corners_in_another_order(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """Boxes, of which the loss takes the larger first two and the smaller last two numbers as they are, as of corners;
+    and targets, or outputs to the end, whose last two are smaller than the first."""
+    both = [each for each in losses if each.outputs is not None and each.targets is not None]
+    boxes = [each for each in both if each.outputs.shape[-1:] == each.targets.shape[-1:] == (4,)]
+    if len(boxes) < EARLY or len(boxes) < len(losses) or not all(each.extremes for each in losses[:WALKED]):
+        return
+    for what, few in (
+        ("targets", [each.targets.few for each in boxes]),
+        ("outputs", [each.outputs.few for each in boxes[-EARLY:]]),
+    ):
+        rows = torch.cat([each.reshape(-1, 4) for each in few if each is not None and each.shape[1] % 4 == 0])
+        turned = int((rows[:, 2:] < rows[:, :2]).any(1).sum())
+        if turned >= 4 and turned > CROSSED * len(rows):
+            yield finding(
+                "wrong_layout",
+                f"the loss compares boxes by their corners, and of {turned} of {len(rows)} {what} that were looked at"
+                " the second corner lies before the first: they are given in another way, as by corner or centre and"
+                " size.",
+                losses[0].step + 1,
+                "Boxes that are wrong in the data look the same.",
+                "Bring boxes to corners (x1, y1, x2, y2) before their overlap is taken: `torchvision.ops.box_convert`.",
+            )
+            return
 
 
 def number_pairs(losses: Sequence[LossRecord]) -> list[tuple[Tensor, Tensor]]:

@@ -9,6 +9,8 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate, pairwise
+from operator import mul
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ def tensors_of(value: Any, depth: int = 4) -> list[Tensor]:
     return found[:MANY]
 
 
+CHANNELS, ALL_ROWS = 32, 64  # of scenes whose numbers are compared with those beside them; rows
 KEYS, KEY_NUMBERS = 64, 32  # rows by which scenes are known again
 
 
@@ -63,7 +66,9 @@ def _grid(
     shape: tuple[int, ...], strides: tuple[int, ...], rows: int, numbers: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape and strides of a few numbers, evenly spread."""
-    each = max(1, round(numbers ** (1 / max(1, len(shape) - 1))))  # numbers along each further axis
+    each = max(
+        1, round(numbers ** (1 / max(1, sum(size > 1 for size in shape[1:]))))
+    )  # numbers along each further axis
     steps = [-(-size // (rows if axis == 0 else each)) for axis, size in enumerate(shape)]
     return (
         tuple(-(-size // step) for size, step in zip(shape, steps)),
@@ -95,6 +100,59 @@ def source_of(tensors: Sequence[Tensor]) -> tuple[int, int, int] | None:
         return None
     part = base.numel() > tensors[0].numel()
     return (id(base), tensors[0].storage_offset(), base._version) if part else None
+
+
+def from_transposes(tensors: Sequence[Tensor]) -> Tensor | None:
+    """(2,) of a first tensor that is, or is a view of real numbers of, complex square matrices: how far a few of them
+    are from their transpose, and from its conjugate, relative to their size. None for any other."""
+    tensor = tensors[0].detach() if tensors and is_plain(tensors[0]) else None
+    base = None if tensor is None or tensor.is_complex() or tensor.is_inference() else tensors[0]._base
+    tensor = base.detach() if base is not None and is_plain(base) and base.is_complex() else tensor
+    if tensor is not None and tensor.is_floating_point() and tensor.ndim == 4 and tensor.shape[1] == 2:
+        tensor = torch.complex(tensor[:ROWS, 0].float(), tensor[:ROWS, 1].float())
+    if tensor is None or not tensor.is_complex() or tensor.ndim < 3 or not 1 < tensor.shape[-1] == tensor.shape[-2]:
+        return None
+    some = tensor[:ROWS]
+    size = some.abs().square().sum().sqrt().clamp_min(1e-30)
+    return torch.stack([(some - some.mT).abs().square().sum(), (some - some.mH).abs().square().sum()]).sqrt() / size
+
+
+def likeness(tensors: Sequence[Tensor]) -> Tensor | None:
+    """(4,) of a first tensor (B, C, ...) with few channels C and many places each: how alike numbers are that lie 1,
+    C - 1, C and C + 1 places apart in a scene, as correlations. None for any other."""
+    tensor = tensors[0] if tensors and is_plain(tensors[0]) else None
+    if tensor is None or tensor.ndim not in (3, 4) or not tensor.is_floating_point():
+        return None
+    channels, places = tensor.shape[1], math.prod(tensor.shape[2:])
+    if not 3 <= channels <= CHANNELS or not 4 * channels <= places or not tensor.shape[0] * channels * places < LARGE:
+        return None
+    rows = tensor.detach()[:ALL_ROWS].reshape(min(ALL_ROWS, tensor.shape[0]), -1).float()
+    rows = rows - rows.mean()
+    size = rows.square().mean().clamp_min(1e-30)
+    lags = (1, channels - 1, channels, channels + 1)
+    return torch.stack([(rows[:, lag:] * rows[:, :-lag]).mean() / size for lag in lags])
+
+
+def viewed_as(tensors: Sequence[Tensor]) -> str:
+    """Of a first tensor that is another one, or scenes of it, in a shape that takes its axes for others, both shapes:
+    '(32, 12, 12, 3) as (32, 3, 12, 12)', as a transpose does that is written as a view. Empty for any other."""
+    if not tensors or not is_plain(tensors[0]) or tensors[0].is_inference() or (base := tensors[0]._base) is None:
+        return ""
+    shape, before = tuple(tensors[0].shape), tuple(base.shape)
+    if not shape or not before or not (tensors[0].is_contiguous() and base.is_contiguous()):
+        return ""
+    if base.numel() != tensors[0].numel():
+        before = (shape[0], *before[1:])
+    same = math.prod(before) == math.prod(shape)
+    return f"{before} as {shape}" if same and crosses(before, shape) else ""
+
+
+def crosses(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether axes are cut where no parting and joining of whole axes cuts them, or are the same in another order."""
+    ends = sorted({*accumulate(reversed(before), mul), *accumulate(reversed(after), mul)} - {0})
+    large = [[size for size in shape if size > 1] for shape in (before, after)]
+    permuted = large[0] != large[1] and sorted(large[0]) == sorted(large[1])
+    return permuted or any(high % low for low, high in pairwise(ends))
 
 
 @torch.no_grad()

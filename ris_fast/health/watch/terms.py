@@ -161,6 +161,21 @@ def surrogate_sign(root: Any) -> int:
     return 0
 
 
+def takes_extremes(nodes: Iterable[Any], ends: set[Any]) -> bool:
+    """Whether the smaller and the larger ones are taken of outputs as they are and of something else: as where boxes
+    overlap, between their corners."""
+    return {operation(node) for node in nodes if operation(node) in BOUNDS and _operand(node) in ends} == {*BOUNDS}
+
+
+def _operand(node: Any) -> Any:
+    """What made the first of its operands with a gradient, before some of it was chosen."""
+    for _ in range(8):
+        node = next((each for each, _ in node.next_functions if each is not None), None)
+        if node is None or operation(node) not in MOVING:
+            break
+    return node
+
+
 def _of_ratio(product: Any) -> bool:
     """Whether it is a product with an exponential, clamped or not."""
     node = next((each for each, _ in product.next_functions if each is not None), None)

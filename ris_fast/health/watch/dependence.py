@@ -1,0 +1,92 @@
+"""How much of the targets follows from the inputs, by means of a regression that knows nothing of the network.
+
+Legend: N scenes; F numbers of each; G numbers of a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ris_fast.health.watch.records import LoopRecord, LossRecord
+
+CLASSES = 256
+SCENES, LEAST = 256, 96  # that are used at most, and without which nothing is said
+RIDGES = (0.03, 0.3, 3.0)  # times the mean of a kernel's diagonal
+WIDTHS = (0.25, 1.0)  # of a Gaussian kernel, in units of the median of squared distances; and a linear one
+
+
+def scenes_with_targets(loop: LoopRecord, losses: Sequence[LossRecord]) -> tuple[Tensor, Tensor] | None:
+    """(N, F) a few numbers of scenes, and (N, G) of their targets, labels as zeros and ones; None where they are not
+    known, for inputs of symbols, and for pictures, in which the same is seen at any place."""
+    passes = {each.number: each for each in loop.forward.passes} if loop.forward is not None else {}
+    inputs, targets = [], []
+    for each in losses:
+        one, asked = passes.get(each.number), each.targets
+        if one is None or asked is None or one.inputs != 1 or len(one.shape) > 3 or asked.shape[:1] != one.shape[:1]:
+            continue
+        rows = next(
+            (
+                (given, wanted)
+                for given, wanted in ((one.keys, asked.keys), (one.input, asked.few))
+                if given is not None and wanted is not None and len(given) == len(wanted)
+            ),
+            None,
+        )
+        if rows is None or (asked.whole and len(asked.shape) > 1):
+            continue
+        labels = rows[1][:, 0].long() if asked.whole else None
+        if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < CLASSES:
+            continue
+        inputs.append(rows[0])
+        targets.append(rows[1] if labels is None else torch.nn.functional.one_hot(labels, CLASSES).float())
+    alike = len({each.shape[1] for each in inputs}) == 1 and len({each.shape[1] for each in targets}) == 1
+    if not alike or bool((torch.cat(inputs).frac() == 0).all()):
+        return None
+    return torch.cat(inputs), torch.cat(targets)
+
+
+def explained_share(inputs_NF: Tensor, targets_NG: Tensor) -> float | None:
+    """The largest share of the targets' variance that a kernel regression predicts for scenes that it was not fitted
+    to; None for too few scenes. The inputs are taken as they are, in order of size and by their spectrum: what depends
+    on a place, on none, or on a period."""
+    inputs, first = distinct(inputs_NF)
+    targets = targets_NG[first].double()
+    if len(inputs) < LEAST or inputs.shape[1] < 1:
+        return None
+    some = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:SCENES]
+    inputs, targets = inputs[some].double(), targets[some]
+    targets = targets - targets.mean(0)
+    if not bool(inputs.isfinite().all() and targets.isfinite().all()) or not bool(targets.any()):
+        return None
+    views = [inputs, torch.fft.rfft(inputs - inputs.mean(1, keepdim=True)).abs(), inputs.sort(1).values]
+    return max(_predicted(kernel, targets) for view in views for kernel in _kernels(view))
+
+
+def distinct(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Different scenes, and where each is first."""
+    rows, where = inputs.unique(dim=0, return_inverse=True)
+    first = torch.full((len(rows),), len(inputs)).scatter_reduce(0, where, torch.arange(len(inputs)), "amin")
+    return inputs[first], first
+
+
+def _kernels(view: Tensor) -> list[Tensor]:
+    spread = view.std(0)
+    unit = ((view - view.mean(0)) / torch.where(spread > 0, spread, torch.inf)).nan_to_num()
+    apart = torch.cdist(unit, unit).square()
+    middle = apart.flatten()[:: 1 + apart.numel() // 10_000].median().clamp_min(1e-12)
+    return [unit @ unit.T, *((-apart / (width * middle)).exp() for width in WIDTHS)]
+
+
+def _predicted(kernel: Tensor, targets: Tensor) -> float:
+    """Each scene from all others."""
+    values, vectors = torch.linalg.eigh(kernel)
+    given, whole = vectors.T @ targets, targets.square().sum() * (len(targets) / (len(targets) - 1)) ** 2
+    shares = []
+    for ridge in RIDGES:
+        inverse = 1 / (values.clamp_min(0) + ridge * kernel.diagonal().mean())
+        left = vectors @ (given * inverse[:, None]) / (vectors.square() @ inverse)[:, None]
+        shares.append(1 - float(left.square().sum() / whole))
+    return max(shares)
