@@ -18,6 +18,7 @@ from ris_fast.health.watch.loss import WALKED
 from ris_fast.health.watch.records import EARLY, ForwardRecord, LoopRecord
 
 CALLS = 4  # of a layer that show it
+CUT_OFF = 1e-6  # of the spread, from one layer to the next
 GROWTH, DECAY = 1e4, 1e-6  # of the spread between scenes from the first layer to the last
 EPSILON = 30.0  # times the mean square beside it
 HEAVY = 0.85
@@ -127,6 +128,8 @@ def lost_on_the_way(forward: ForwardRecord) -> Iterator[Finding]:
     if len(spreads) < 3:
         return
     (_, first), (name, last) = spreads[0], spreads[-1]
+    if any(after < CUT_OFF * before for (_, before), (_, after) in pairwise(spreads)):
+        return  # at one place: what comes through is rounding, and nothing of the input
     if last > GROWTH * max(first, 1.0) or last < DECAY * first:
         yield finding(
             "bad_initialisation",
