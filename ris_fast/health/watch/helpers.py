@@ -94,6 +94,7 @@ class Helpers:
 
     def __init__(self, model: nn.Module, by_optimizer: Sequence[OptimizerHooks]) -> None:
         self.model, self.by_optimizer = model, by_optimizer
+        self.compiled = _compiled()  # before the watch began
         self.found: list[_Helper] = []
         self.aliases: dict[str, int] = {}  # dicts and lists of the model's own numbers, and searches that met them
         self.next = self.next_sample = SEARCHES[0]  # steps after which it wants to look, and to read numbers
@@ -142,8 +143,8 @@ class Helpers:
     # ---- where they are -----------------------------------------------------------------------------------------
 
     def _search(self, frame: FrameType | None) -> None:
-        if _compiles():
-            return  # hooks and what they keep would make it compile again
+        if _compiled() != self.compiled:
+            return  # hooks and what they keep would make the loop compile again
         own = {id(part) for part in self.model.modules()}
         held = {id(p) for hooks in self.by_optimizer for p in hooks.found.values()}
         known = {id(_module_of(each)) for each in self.found}
@@ -224,10 +225,10 @@ class Helpers:
         return [_record(each) for each in self.found]
 
 
-def _compiles() -> bool:
-    """Whether anything has been compiled in this process."""
+def _compiled() -> int:
+    """Functions that have been compiled in this process."""
     frames = sys.modules.get("torch._dynamo.convert_frame")
-    return frames is not None and bool(sys.modules["torch._dynamo.utils"].counters["frames"]["total"])
+    return sys.modules["torch._dynamo.utils"].counters["frames"]["total"] if frames is not None else 0
 
 
 def _module_of(helper: _Helper) -> nn.Module | None:
