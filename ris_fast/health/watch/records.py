@@ -160,7 +160,8 @@ class LoopRecord:
         that were looked at;
         schedulers: of its optimizers; kept: of states that were loaded into the model, whether all their tensors were
         its own; helpers: modules beside it; aliases: dicts and lists of its own
-        numbers, with how many searches met them; ranks: what is known of them, None for a loop of one process;
+        numbers, with how many searches met them; as_drawn: weights of layers without requires_grad that lie as torch draws them
+        for a new one; ranks: what is known of them, None for a loop of one process;
         scales: of torch.amp.GradScalers that are at work in the process.
     """
 
@@ -181,6 +182,7 @@ class LoopRecord:
     kept: Sequence[bool] = ()
     helpers: Sequence[HelperRecord] = ()
     aliases: Mapping[str, int] = field(default_factory=dict)
+    as_drawn: frozenset[TensorRecord] = frozenset()
     ranks: RanksRecord | None = None
     scales: Sequence[float] = ()
 

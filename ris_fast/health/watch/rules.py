@@ -135,6 +135,7 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
     return [
         *(each for record in records for each in single_step(record, optimizer, has_learned(loop))),
         *rules_guards.guard_findings(records),
+        *(rules_guards.loss_not_finite(loop, records) if len(loop.optimizers) == 1 else ()),
         *rules_gradients.reversed_gradients(records),
         *rules_gradients.scaled_on_the_way(optimizer),
         *rules_gradients.unused_head(optimizer, loop.frozen),

@@ -169,6 +169,7 @@ def _frozen(
     ]
     loose = [each for each in loop.frozen_at_start if each not in held and not loop.frozen]
     apart = {*loose, *(each for each in loop.frozen_at_start if each.name.rpartition(".")[2] not in LAYERS)}
+    yield from _never_trained(loop)
     still = [each for each in still if each not in apart | (loop.moved_outside & loop.frozen_at_start)]
     frozen = [each for each in still if each not in trained]
     if frozen or (since := [each for each in still if each in trained]):
@@ -182,6 +183,23 @@ def _frozen(
             f"{describe_tensors(sizes, whole)}{when}.",
             loop.steps,
             MAY_BE_MEANT if frozen else "They were trained before. " + MAY_BE_MEANT,
+            harm=share_of(sizes, whole),
+        )
+
+
+def _never_trained(loop: LoopRecord) -> Iterator[Finding]:
+    """A part that is frozen from the beginning, and whose numbers are still those that torch draws for a new layer."""
+    drawn = loop.as_drawn - loop.moved_outside
+    sizes, whole = {each.name: each.size for each in drawn}, sum(each.size for each in loop.parameters)
+    if loop.steps >= EARLY and 10 * sum(sizes.values()) > whole:
+        yield finding(
+            "frozen_parameters",
+            f"{describe_tensors(sizes, whole)}, from the beginning, and their numbers lie as torch draws them for a new"
+            " layer: nothing has trained them before, nor were other weights loaded.",
+            loop.steps,
+            "Random features may be meant.",
+            "Look at what `load_state_dict` returns: with strict=False it leaves out names that do not fit, as those"
+            " that begin with 'module.'. What is new has to be trained.",
             harm=share_of(sizes, whole),
         )
 

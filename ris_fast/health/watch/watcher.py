@@ -26,7 +26,7 @@ from ris_fast.health.watch.rivals import Rivals
 from ris_fast.health.watch.rules import find_mistakes
 from ris_fast.health.watch.samples import held_tensors
 from ris_fast.health.watch.schedulers import Schedulers, loss_scales
-from ris_fast.health.watch.start import Start
+from ris_fast.health.watch.start import Start, as_drawn
 
 SETTLED = 4  # steps after which all that the loop uses is there
 
@@ -191,6 +191,7 @@ class Watcher:
             kept=self.loads.record(),
             helpers=self.helpers.record(),
             aliases=dict(self.helpers.aliases),
+            as_drawn=frozenset(parameters[key] for key in as_drawn(self.model) & self.start.frozen & parameters.keys()),
             scales=loss_scales(),
             ranks=self.ranks.record(forward.passes, wait_s),
         )
