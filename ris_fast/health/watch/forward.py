@@ -45,6 +45,7 @@ from ris_fast.health.watch.tensors import (
     largest_in_rows,
     likeness,
     nonfinite,
+    paired_rows,
     source_of,
     tensors_of,
     viewed_as,
@@ -61,6 +62,7 @@ LATE, WITH_STEP = 64, 32  # training passes that are looked at after the first: 
 ROUND, OTHERS = 8, 128  # passes of another kind between two steps that are looked at, and in all
 INPUTS = 4  # of several, that are looked at
 EVALUATIONS = 32  # whose random numbers are looked at
+CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # that nobody calls
 TRAINING = True, True  # in training mode, with gradients enabled
 
 
@@ -95,7 +97,10 @@ class ForwardHooks:
         self.searched = False
         self.settled = False  # before a step that is not looked at, training passes are only counted, without `_after`
         self.copies: list[CopyRecord] = []  # at the first step, where no pass was heard before it
+        self.compiled = False  # something that compiles the model is hooked
         self._hook_whole(model)
+        for part in model.children() if type(model) in CONTAINERS else ():  # which are called in its place
+            self._hook_whole(part)
 
     def _hook_whole(self, module: nn.Module) -> None:
         if not takes_hooks(module):
@@ -119,6 +124,7 @@ class ForwardHooks:
         if (dynamo := sys.modules.get("torch._dynamo.eval_frame")) is not None:
             for each in gc.get_objects():
                 if type(each) is dynamo.OptimizedModule and each._orig_mod is self.model:
+                    self.compiled = True
                     self._hook_whole(each)
         if not self.parts.layers.count:
             self.copies = copies_of(self.model)
@@ -207,7 +213,7 @@ class ForwardHooks:
             self.looked[kind] += 1
             with torch.no_grad():
                 self._look(tensors_of((args, kwargs) if kwargs else args), tensors_of(output), kind[1])
-        if kind == TRAINING and len(self.whole) == 1:  # else the hooks are part of what is compiled
+        if kind == TRAINING and not self.compiled:  # else the hooks are part of what is compiled
             self.settled = self.made[kind] > self.first and not (self.parts.hooks or self.writes.listens)
         if self.settled:
             self._unhook_after()
@@ -279,6 +285,7 @@ class ForwardHooks:
         if first or not now.grad or self.late:
             now.input, now.keys = few_rows(inputs), few_rows(inputs, KEYS, KEY_NUMBERS)
             now.matrices, now.likeness = from_transposes(inputs), likeness(inputs)
+            now.pairs = paired_rows(inputs) if first else None
             now.others = [few_rows([each]) for each in inputs[:INPUTS]] if 1 < len(inputs) else []
         if not now.grad or self.late or (first and _reads_outputs(now.of_kind)):
             now.output = few_rows(outputs)
@@ -314,7 +321,7 @@ class ForwardHooks:
         if self.leaves.walked < WALKED or (self.late and self.leaves.walked < 2 * WALKED):
             now.nodes = self.leaves.walk(inputs, outputs, self.steps)
             self.parts.keep(now.shape, now.output_shape)
-        if self.leaves.walked >= PARTS and len(self.whole) == 1:  # else they are within a graph, which is made anew
+        if self.leaves.walked >= PARTS and not self.compiled:  # else they are within a graph, which is made anew
             self.parts.unhook()
 
     def outputs(self) -> tuple[int, list[Tensor]]:
@@ -349,7 +356,7 @@ class ForwardHooks:
                 return
             if self.parts.hooks and not self.count:  # something else calls the parts
                 self.parts.begin()
-                if len(self.whole) == 1 and self.steps >= 2 * PARTS:
+                if not self.compiled and self.steps >= 2 * PARTS:
                     self.parts.unhook()
             return
         if optimizer not in self.foreign:

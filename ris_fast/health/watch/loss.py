@@ -39,6 +39,7 @@ from ris_fast.health.watch.tensors import (
 from ris_fast.health.watch.terms import (
     compares_leaves,
     of_inputs_alone,
+    pairing,
     sum_beside_mean,
     surrogate_sign,
     takes_extremes,
@@ -147,7 +148,7 @@ def walk(now: LossRecord, node: Any, outputs: list[Tensor], leaves: GraphLeaves,
     now.twice = next(filter(None, map(applied_twice, users)), ())
     now.over_scenes = over_scenes(near, rows, True) if ends or not told else []
     now.transposed, now.surrogate = reshaped_as_transposed(near), surrogate_sign(node)
-    now.extremes = takes_extremes(near, ends)
+    now.extremes, now.pairing = takes_extremes(near, ends), pairing(near, rows)
     now.summed, now.ungraphed = sum_beside_mean(node, ends, rows), term_without_graph(node)
 
 

@@ -209,10 +209,10 @@ class PassRecord:
         mistake the gradient at the output looks like, and how far it is from that; keys: a few numbers of more rows of
         the input, by which scenes are known again; others: (R, F) of each input, where there are several; grad_finite:
         (), whether the gradient at the output is; source: of an input that is a view, the id of what it is a view of,
-        its place in it, and how often that was written to; viewed, matrices, likeness: see `tensors`; draws: a hash
-        of where the generator of random numbers stands, of passes in training; slope: (R, F) of the gradient at the
-        first output, those numbers that `output` has; carried: an input is what the pass before gave; open_before: no
-        backward pass had come to the pass before yet; thread: that made it.
+        its place in it, and how often that was written to; viewed, matrices, likeness, pairs: see `tensors`;
+        draws: a hash of where the generator of random numbers stands, of passes in training; slope: (R, F) of the
+        gradient at the first output, those numbers that `output` has; carried: an input is what the pass before gave;
+        open_before: no backward pass had come to the pass before yet; thread: that made it.
     """
 
     number: int
@@ -245,6 +245,7 @@ class PassRecord:
     viewed: str = ""
     matrices: Tensor | None = None
     likeness: Tensor | None = None
+    pairs: Tensor | None = None
     grad_finite: Tensor | None = None
     draws: int | None = None
     slope: Tensor | None = None
@@ -442,8 +443,8 @@ class LossRecord:
         a gradient at the first output; over_scenes: see `operations`; factors: () numbers that terms are multiplied
         by; summed: a sum over scenes is added to a mean over them; ungraphed: a number without a gradient is added;
         number: of the model's last pass; signs: see there; through: the chain of the one term that depends on outputs;
-        of_weights: another depends on the model's parameters alone; transposed: see `operations`; surrogate, extremes:
-        see `terms`; compares_weights: in that other term they are compared with what has no gradient;
+        of_weights: another depends on the model's parameters alone; transposed: see `operations`; surrogate, extremes,
+        pairing: see `terms`; compares_weights: in that other term they are compared with what has no gradient;
         of_inputs: one depends on the model's inputs alone; still: of differences that it is made of, of weights alone
         where nobody told of the loss, whether they are exactly zero.
     """
@@ -477,6 +478,7 @@ class LossRecord:
     compares_weights: bool = False
     of_inputs: bool = False
     extremes: bool = False
+    pairing: str = ""
 
     def on_host(self) -> LossRecord:
         host: dict[str, Any] = {name: [each.cpu() for each in getattr(self, name)] for name in ("factors", "still")}

@@ -101,12 +101,17 @@ def _elementwise(loop: LoopRecord) -> bool:
 
 def collapsed_outputs(trained: list[PassRecord]) -> Iterator[Finding]:
     """Outputs of several numbers that had all directions at first and have one at last, while inputs differ."""
-    both = [each for each in trained if _both(each) and each.output.shape[1] > 1 and len(each.output) >= LOOKS]
-    if len(both) < 2 * EARLY or both[0].step > EARLY or len({each.output_shape[1:] for each in both}) > 1:
+    wide = [each for each in trained if _both(each) and each.output.shape[1] > 1 and len(each.output) >= LOOKS]
+    for shape in dict.fromkeys(each.output_shape[1:] for each in wide):  # of parts that are called one by one, too
+        yield from _collapsed([each for each in wide if each.output_shape[1:] == shape])
+
+
+def _collapsed(both: list[PassRecord]) -> Iterator[Finding]:
+    if len(both) < 2 * EARLY or both[0].step > EARLY:
         return
     spreads = [_spread_of_directions(each.output) for each in both]
     first, last = min(spreads[:4]), max(spreads[-EARLY:])
-    if first > 0.05 and last < 1e-3 * first and not any(_alike(each.input) for each in both[-EARLY:]):
+    if first > 0.05 and last < min(0.01 * first, 2e-3) and not any(_alike(each.input) for each in both[-EARLY:]):
         yield finding(
             "ignored_input",
             f"outputs of different scenes pointed in different directions at first (spread {first:.2g}), and in one at"

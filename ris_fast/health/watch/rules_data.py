@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.inferred import told_losses
+from ris_fast.health.watch.loss import WALKED
 from ris_fast.health.watch.records import EARLY, ForwardRecord, LoopRecord, LossRecord, PassRecord
 
 AGAIN = 16  # scenes that are met again
@@ -29,6 +30,7 @@ GROUPS, GROWN = 6, 1.3  # parts of a run, from one to the next of which inputs s
 SYMMETRIC, NOT = 1e-4, 1e-2  # relative distances of a matrix from its transpose
 TOGETHER, UNLIKE = 0.02, 0.5  # mean square of correlations within a scene; share of it that two sets have in common
 WINDOW, SHARED, NO_ORDER = 6, 0.3, 0.05  # least length of a window; share of windows; correlation of neighbours
+PAIRED = 0.2  # that scenes of a pair are more alike than others
 PEAK = 0.02  # that one correlation is above others
 RICH = 4  # different numbers of a scene, by which it is known
 
@@ -45,10 +47,12 @@ def data_findings(loop: LoopRecord) -> list[Finding]:
         *other_targets(loop.losses, {each.number: each for each in loop.forward.passes}),
         *target_is_input(loop.losses, {each.number: each for each in loop.forward.passes}),
         *target_among_inputs(told_losses(loop), {each.number: each for each in loop.forward.passes}),
+        *pairs_apart(trained, loop.losses or loop.met),
         *(viewed_in_another_order(trained, loop.losses) or channels_last(trained)),
         *zero_batches(trained),
         *split_overlap(trained, [each for each in evaluated if not each.training]),
-        *(distributions_differ(trained, evaluated) or inner_order_differs(trained, evaluated)),
+        *distributions_differ(trained, evaluated),
+        *(inner_order_differs(trained, evaluated) if loop.ranks is None else ()),  # else each has a part of the data
         *scenes_drift(trained),
         *few_scenes(trained),
         *not_hermitian(loop, trained),
@@ -147,6 +151,27 @@ def target_among_inputs(losses: Sequence[LossRecord], passes: dict[int, PassReco
             "A model that is to pass a number on looks like that.",
             "Ask for what comes after the inputs: of a window of n numbers from t on the number at t + n; of a"
             " table leave the target's column out.",
+        )
+
+
+def pairs_apart(trained: Sequence[PassRecord], losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """Scenes are alike in pairs that lie in one order in the batch, and the loss parts the batch in the other."""
+    known = [each.pairs for each in trained if each.pairs is not None]
+    parted = {each.pairing for each in losses[:WALKED]}
+    if len(known) < EARLY or len(parted) != 1:
+        return
+    next_to, behind, halves = torch.stack(known).double().mean(0).tolist()
+    lie = "neighbours" if next_to - max(behind, halves) > PAIRED else "halves" if halves - next_to > PAIRED else ""
+    if lie and {lie, *parted} == {"neighbours", "halves"}:
+        apart = {"neighbours": "one after the other", "halves": "in the two halves of the batch"}
+        yield finding(
+            "wrong_layout",
+            f"pairs of scenes that are alike lie {apart[lie]} (a correlation of {max(next_to, halves):.2g}, and of"
+            f" {min(next_to, halves):.2g} {apart[parted.pop()]}), and the loss takes them from where they do not.",
+            1,
+            MAY_BE_MEANT,
+            "Stack both views along an axis of their own, and look at the shape where the loss parts them:"
+            " `(scenes, 2, ...)` and `(2, scenes, ...)` are not the same order.",
         )
 
 

@@ -43,6 +43,7 @@ def tensors_of(value: Any, depth: int = 4) -> list[Tensor]:
 
 
 CHANNELS, ALL_ROWS = 32, 64  # of scenes whose numbers are compared with those beside them; rows
+MOST_ROWS = 4096  # of scenes that are compared with each other, and numbers of each
 KEYS, KEY_NUMBERS = 64, 32  # rows by which scenes are known again
 
 
@@ -131,6 +132,21 @@ def likeness(tensors: Sequence[Tensor]) -> Tensor | None:
     size = rows.square().mean().clamp_min(1e-30)
     lags = (1, channels - 1, channels, channels + 1)
     return torch.stack([(rows[:, lag:] * rows[:, :-lag]).mean() / size for lag in lags])
+
+
+def paired_rows(tensors: Sequence[Tensor]) -> Tensor | None:
+    """(3,) correlations of scenes of a first tensor: of each even row with the next, of that with the one after it, and
+    of each row of the first half with that of the second. None for any other than an even number of some rows."""
+    tensor = tensors[0] if tensors and is_plain(tensors[0]) else None
+    if tensor is None or tensor.ndim < 2 or not tensor.is_floating_point() or tensor.shape[0] % 2:
+        return None
+    if not 8 <= tensor.shape[0] <= MOST_ROWS or not 4 <= tensor[0].numel() <= MOST_ROWS:
+        return None
+    rows = tensor.detach().flatten(1).float()
+    rows = (rows - rows.mean(0)) / rows.std(0).clamp_min(1e-12)
+    rows, half = torch.nn.functional.normalize(rows, dim=1), len(rows) // 2
+    both = ((rows[::2], rows[1::2]), (rows[1:-1:2], rows[2::2]), (rows[:half], rows[half:]))
+    return torch.stack([(one * other).sum(1).mean() for one, other in both])
 
 
 def viewed_as(tensors: Sequence[Tensor]) -> str:

@@ -167,6 +167,21 @@ def takes_extremes(nodes: Iterable[Any], ends: set[Any]) -> bool:
     return {operation(node) for node in nodes if operation(node) in BOUNDS and _operand(node) in ends} == {*BOUNDS}
 
 
+def pairing(nodes: Iterable[Any], scenes: int) -> str:
+    """How a loss parts a batch into two views of as many scenes: its "halves", or "neighbours", every other row."""
+    for node in nodes:
+        name, before, made = operation(node), tuple(getattr(node, "_saved_self_sym_sizes", ())), made_shape(node)
+        if scenes < 8 or scenes % 2 or before[:1] != (scenes,) or len(before) < 2:
+            continue
+        half = scenes // 2
+        if name in ("Split", "Slice") and getattr(node, "_saved_dim", None) == 0 and made == (half, *before[1:]):
+            step = getattr(node, "_saved_step", 1)
+            return "halves" if step == 1 else "neighbours" if step == 2 else ""
+        if name in ("View", "UnsafeView", "ReshapeAlias") and made in ((2, half, *before[1:]), (half, 2, *before[1:])):
+            return "halves" if made[0] == 2 else "neighbours"
+    return ""
+
+
 def _operand(node: Any) -> Any:
     """What made the first of its operands with a gradient, before some of it was chosen."""
     for _ in range(8):
