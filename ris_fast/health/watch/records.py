@@ -159,9 +159,9 @@ class LoopRecord:
         model's passes; losses: those that `seen.loss` was given; met: those that backward passes began from in steps
         that were looked at;
         schedulers: of its optimizers; kept: of states that were loaded into the model, whether all their tensors were
-        its own; helpers: modules beside it; aliases: dicts and lists of its own
-        numbers, with how many searches met them; as_drawn: weights of layers without requires_grad that lie as torch draws them
-        for a new one; ranks: what is known of them, None for a loop of one process;
+        its own; helpers: modules beside it; aliases: dicts and lists of its own numbers, with how many searches met
+        them; as_drawn: weights of layers without requires_grad that lie as torch draws them for a new one; ranks: what
+        is known of them, None for a loop of one process;
         scales: of torch.amp.GradScalers that are at work in the process.
     """
 
