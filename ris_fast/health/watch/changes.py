@@ -8,8 +8,9 @@ Legend: T tensors of one optimizer; S numbers, a few of each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class OutsideChange:
         later: (S,) at the start of the next; gradient: (S,) at that step, empty where it was not looked at;
         explained: another optimizer stepped on the same tensors in between; state_reset: the optimizer's state was
         loaded or emptied there too; first: (S,) before the first step that was looked at; settled: (S,) after the next
-        step, where that was kept.
+        step, where that was kept; like: by name of a helper, (), whether it has these numbers.
     """
 
     step: int
@@ -44,9 +45,11 @@ class OutsideChange:
     state_reset: bool
     first: Tensor
     settled: Tensor | None = None
+    like: dict[str, Tensor] = field(default_factory=dict)
 
     def on_host(self) -> OutsideChange:
-        return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
+        host: dict[str, Any] = {name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, like={name: flag.cpu() for name, flag in self.like.items()}, **host)
 
 
 @dataclass
@@ -108,16 +111,16 @@ class OutsideWatch:
             self.waiting = None
         return self.waiting is not None
 
-    def compare(self, step: int, explained: bool, state_reset: bool) -> None:
+    def compare(self, step: int, explained: bool, state_reset: bool) -> OutsideChange | None:
         """At the start of `step`; keeps the change, if there is one or the device would have to be asked."""
         last, self.waiting = self.waiting, None
         if last.step != step - 1:
-            return
+            return None
         later = self.samples.read(self.tensors)
         if not later.shape == last.after.shape == last.before.shape or len(self.names) != len(self.samples.sizes):
-            return
+            return None
         if later.device.type == "cpu" and torch.equal(later, last.after):
-            return
+            return None
         change = OutsideChange(
             step - 1,
             self.names,
@@ -131,3 +134,4 @@ class OutsideWatch:
             self.first if self.first.shape == later.shape else later[:0],
         )
         self.changes = [*self.changes[:FIRST], *self.changes[FIRST:][-(LAST - 1) :], change]
+        return change

@@ -31,7 +31,7 @@ from ris_fast.health.watch.fingerprints import fingerprint_of
 from ris_fast.health.watch.functions import FunctionChecks
 from ris_fast.health.watch.graph import GraphLeaves, modules_of
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
-from ris_fast.health.watch.modules import modules_record, uniform_matrices
+from ris_fast.health.watch.modules import modules_record
 from ris_fast.health.watch.parts import PartHooks
 from ris_fast.health.watch.records import ForwardRecord, PassRecord
 from ris_fast.health.watch.samples import held_tensors
@@ -50,6 +50,7 @@ from ris_fast.health.watch.tensors import (
     tensors_of,
     viewed_as,
 )
+from ris_fast.health.watch.units import Units
 from ris_fast.health.watch.writes import InputWrites
 
 FIRST, LONGEST = 32, 4096  # training passes that are all looked at; where most of them reach no backward
@@ -87,7 +88,7 @@ class ForwardHooks:
         self.functions, self.writes = FunctionChecks(), InputWrites()
         self.state_places: set[int] = set()  # where further outputs of the last pass lie
         self.last_outputs: list[Tensor] = []  # of the last pass in training, until the step
-        self.uniform = uniform_matrices(model)
+        self.units = Units(model)
         self.drawn: list[bool] = []  # whether an evaluation drew random numbers
         self.random: list[Any] = []
         self.whole: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the model and what compiles it
@@ -167,7 +168,7 @@ class ForwardHooks:
             modules=modules_record(self.model, self.parts.called),
             foreign_steps=self.foreign_steps,
             copies=self.copies,
-            uniform=[name for name, flag in self.uniform.items() if bool(flag)],
+            units=self.units.record(),
             of_losses=self.leaves.loss_records(),
             beside_first=self.leaves.beside_first(),
         )

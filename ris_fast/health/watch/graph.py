@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from ris_fast.health.watch.hooks import plain_name
 from ris_fast.health.watch.masks import masks_of
 from ris_fast.health.watch.numbers_kept import overflows_of, reaches_of
-from ris_fast.health.watch.operations import operation, over_scenes, reshaped_apart, reshaped_as_transposed
+from ris_fast.health.watch.operations import (
+    operation,
+    over_scenes,
+    reshaped_apart,
+    reshaped_as_transposed,
+    straight_products,
+)
 from ris_fast.health.watch.records import LeafRecord, PassShapes
 from ris_fast.health.watch.rivals import held_by_optimizers
 from ris_fast.health.watch.samples import few_numbers, has_norm
@@ -89,6 +95,7 @@ class GraphLeaves:
                 masks_of(users),
                 overflows_of(users),
                 reaches_of(users, rows, outputs[0].shape[0] if outputs and outputs[0].ndim else 0),
+                straight_products(users),
             )
         )
         self.functions |= {each for node in users if (each := own_function(node)) is not None}

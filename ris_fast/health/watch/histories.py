@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-LOW = 1e-3  # of it: next to nothing moves
+LOW = 1.01e-3  # of it: next to nothing moves
 STILL = 1e-6  # of the largest rate that a group had: below it nothing moves that moved before
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import thread_time
 from typing import Any
 
@@ -54,6 +54,7 @@ class OptimizerHooks:
         self.current: StepRecord | None = None
         self.sample: ParameterSample | None = None
         self.depth, self.closure = 0, False
+        self.helpers_like: Callable[[Tensor], dict[str, Tensor]] | None = None  # who has these numbers
         self.cost_s, self.rival_steps, self.loads, self.loads_before, self.resets = 0.0, 0, 0, 0, 0
         self.reloads, self.loaded = 0, (-1, -1)  # loads that went back, and the last: how far its state was, and when
         self.handles = [
@@ -159,7 +160,9 @@ class OptimizerHooks:
         if self.outside.wants_to_compare(self.every_step.written):
             began, rival_steps = thread_time(), self.rivals.steps_on(self.optimizer, self.every_step.ids)
             state_reset = self.loads > self.loads_before or self.every_step.state_is_lost
-            self.outside.compare(self.steps, rival_steps > self.rival_steps, state_reset)
+            change = self.outside.compare(self.steps, rival_steps > self.rival_steps, state_reset)
+            if change is not None and self.helpers_like is not None:
+                change.like = self.helpers_like(change.later)
             self.cost_s += thread_time() - began
 
     @torch.no_grad()

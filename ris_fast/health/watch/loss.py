@@ -38,12 +38,16 @@ from ris_fast.health.watch.tensors import (
 )
 from ris_fast.health.watch.terms import (
     axis_apart,
+    compares_leaves,
+    of_inputs_alone,
     pairing,
     sum_beside_mean,
     surrogate_sign,
     takes_extremes,
     term_of_outputs,
     term_without_graph,
+    weight_terms,
+    zero_differences,
 )
 
 FIRST, LATE, WALKED = 32, 64, 4  # calls that are noted, of later steps, and with a walk through the graph
@@ -137,7 +141,11 @@ def walk(now: LossRecord, node: Any, outputs: list[Tensor], leaves: GraphLeaves,
         now.factors = [factor for each in users if (factor := _factor(each)) is not None]
     else:
         leaves.note_loss(found, rows, now.step)
-    now.through, now.of_weights = term_of_outputs(node, ends, own)
+    of_weights = weight_terms(node, ends, own)
+    apart = graph_of(of_weights, ends)[1]
+    now.through, now.of_weights = term_of_outputs(node, ends), bool(of_weights)
+    now.still, now.compares_weights = zero_differences(users if told else apart), compares_leaves(apart)
+    now.of_inputs = of_inputs_alone(node, leaves.given)
     now.twice = next(filter(None, map(applied_twice, users)), ())
     now.over_scenes = over_scenes(near, rows, True) if ends or not told else []
     now.transposed, now.surrogate = reshaped_as_transposed(near), surrogate_sign(node)

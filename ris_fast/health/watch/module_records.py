@@ -20,9 +20,10 @@ class NormRecord:
 class ModulesRecord:
     """Args: dropouts: rates of those that were called; norms: called ones with running statistics; untracked: called
     ones that never keep any; repeated: a container's name, the first name of a part that it has several times, and how
-    often."""
+    often; named_twice: both names of a part that a module has as two attributes."""
 
     dropouts: dict[str, float] = field(default_factory=dict)
     norms: list[NormRecord] = field(default_factory=list)
     untracked: list[str] = field(default_factory=list)
     repeated: list[tuple[str, str, int]] = field(default_factory=list)
+    named_twice: list[tuple[str, str]] = field(default_factory=list)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 
 from ris_fast.health.watch.graph import modules_of
-from ris_fast.health.watch.hooks import plain_name
 from ris_fast.health.watch.module_records import ModulesRecord, NormRecord
-from ris_fast.health.watch.tensors import is_plain
 
 
 def modules_record(model: nn.Module, called: set[int]) -> ModulesRecord:
@@ -24,7 +20,18 @@ def modules_record(model: nn.Module, called: set[int]) -> ModulesRecord:
                 _note_norm(found, name, module)
         if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             _note_repeated(found, name, module)
+        else:
+            _note_names(found, name, module)
     return found
+
+
+def _note_names(found: ModulesRecord, name: str, module: nn.Module) -> None:
+    """One part as two attributes."""
+    for key, part in module._modules.items():
+        other = next((each for each, same in module._modules.items() if same is part and part is not None), key)
+        if other != key and part is not None and any(p.requires_grad for p in part.parameters()):
+            paths = [f"{name}.{each}".removeprefix(".") for each in (other, key)]
+            found.named_twice.append((paths[0], paths[1]))
 
 
 def _note_norm(found: ModulesRecord, name: str, module: nn.modules.batchnorm._BatchNorm) -> None:
@@ -43,16 +50,3 @@ def _note_repeated(found: ModulesRecord, name: str, container: nn.Module) -> Non
         first = next(other for other, each in parts if each is part)
         if count > 1 and key == first and any(p.requires_grad for p in part.parameters()):
             found.repeated.append((name, key, count))
-
-
-@torch.no_grad()
-def uniform_matrices(model: nn.Module) -> dict[str, Tensor]:
-    """By name of a layer's matrix, (): whether all of its units have the same weights, which are not zero."""
-    found = {}
-    for path, module in modules_of(model):
-        weight = module._parameters.get("weight") if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) else None
-        if isinstance(weight, Tensor) and not is_lazy(weight) and is_plain(weight) and weight.ndim > 1:
-            if min(weight.shape[:2]) > 1 and weight.requires_grad:
-                rows = weight.detach().flatten(1)
-                found[plain_name(f"{path}weight")] = (rows == rows[:1]).all() & rows.any()
-    return found

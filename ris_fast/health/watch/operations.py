@@ -35,6 +35,17 @@ def over_scenes(nodes: Iterable[Any], rows: int, pairs: bool = False) -> list[st
     return found
 
 
+PRODUCTS = {"Addmm", "Mm", "Bmm", "Baddbmm", "Convolution"}
+STRAIGHT = {*PRODUCTS, *RESHAPING, "T", "Transpose", "Permute", "Expand", "Squeeze", "Unsqueeze", "AccumulateGrad"}
+STRAIGHT |= {"Add", "Sub", "Neg", "Sum", "Mean", "Cat", "Slice", "Select", "Split", "Clone", "ToCopy"}
+
+
+def straight_products(nodes: Iterable[Any]) -> int:
+    """Products with weights, where nothing between them bends; 0 where something does."""
+    names = [operation(each) for each in nodes]
+    return sum(name in PRODUCTS for name in names) if STRAIGHT.issuperset(names) else 0
+
+
 def reshaped_apart(nodes: Iterable[Any], rows: int) -> list[str]:
     """Reshapes of a tensor with scenes on its second axis into one with scenes on its first."""
     found = []

@@ -5,7 +5,7 @@ Legend: T tensors, those of the model that one optimizer holds and that have a n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ris_fast.health.watch.rank_records import RanksRecord
     from ris_fast.health.watch.rivals import Rival
     from ris_fast.health.watch.schedulers import SchedulerRecord
+    from ris_fast.health.watch.units import AlikeUnits
 
 EARLY = 8  # steps after which a gradient that has not come yet is no longer waited for
 
@@ -158,7 +159,9 @@ class LoopRecord:
         model's passes; losses: those that `seen.loss` was given; met: those that backward passes began from in steps
         that were looked at;
         schedulers: of its optimizers; kept: of states that were loaded into the model, whether all their tensors were
-        its own; helpers: modules beside it; ranks: what is known of them, None for a loop of one process;
+        its own; helpers: modules beside it; aliases: dicts and lists of its own numbers, with how many searches met
+        them; as_drawn: weights of layers without requires_grad that lie as torch draws them for a new one; ranks: what
+        is known of them, None for a loop of one process;
         scales: of torch.amp.GradScalers that are at work in the process.
     """
 
@@ -178,6 +181,8 @@ class LoopRecord:
     schedulers: Sequence[SchedulerRecord] = ()
     kept: Sequence[bool] = ()
     helpers: Sequence[HelperRecord] = ()
+    aliases: Mapping[str, int] = field(default_factory=dict)
+    as_drawn: frozenset[TensorRecord] = frozenset()
     ranks: RanksRecord | None = None
     scales: Sequence[float] = ()
 
@@ -264,6 +269,7 @@ class PassShapes:
     masks: list[Tensor]
     overflows: list[tuple[str, Tensor]]
     reaches: list[tuple[int, int, Tensor]]
+    straight: int
 
 
 @dataclass(frozen=True)
@@ -310,7 +316,7 @@ class ForwardRecord:
         evaluations, whether they drew random numbers; own_dropouts: parts that call a dropout by themselves; shapes,
         layers, functions, modules: see there; foreign_steps: of optimizers of other models; copies: other
         modules of its class, where the model was not called before the first step;
-        uniform: matrices that began as one number; of_losses: leaves that losses depend on and outputs do not;
+        units: of matrices that began with equal ones; of_losses: leaves that losses depend on and outputs do not;
         beside_first: see `graph`.
     """
 
@@ -337,7 +343,7 @@ class ForwardRecord:
     modules: ModulesRecord
     foreign_steps: int
     copies: list[CopyRecord]
-    uniform: list[str]
+    units: list[AlikeUnits]
     of_losses: list[LeafRecord]
     beside_first: tuple[list[str], list[str]]
 
@@ -370,7 +376,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class HelperRecord:
-    """A module beside the model.
+    """A module beside the model, or weights in a dict or a list.
 
     Args: name: of the variable; of: the part of the model that it has the shapes of, None where there is none;
         as_begun: it had, about, the numbers that this part began with; training: the mode it was in, and dropouts:
@@ -380,7 +386,8 @@ class HelperRecord:
         that step; rounded: of a copy in 16 bits, after each step that wrote to it, the shares of numbers that have
         changed, and that are the part's in its format; moved: the part has moved; way: share
         of its way from the first weights that the helper has come; buffers_still: running statistics are what they
-        were first, though its weights moved and the part's statistics did.
+        were first, though its weights moved and the part's statistics did; kept: it is no module;
+        equal_shares: of a mean of equal shares, how many states it is of.
     """
 
     name: str
@@ -398,6 +405,8 @@ class HelperRecord:
     way: float | None
     buffers_still: bool
     rounded: list[tuple[float, float]]
+    kept: bool = False
+    equal_shares: int = 0
 
 
 @dataclass
@@ -435,7 +444,9 @@ class LossRecord:
         by; summed: a sum over scenes is added to a mean over them; ungraphed: a number without a gradient is added;
         number: of the model's last pass; signs: see there; through: the chain of the one term that depends on outputs;
         of_weights: another depends on the model's parameters alone; transposed: see `operations`; surrogate, extremes,
-        pairing, axis_apart:        see `terms`.
+        pairing, axis_apart: see `terms`; compares_weights: in that other term they are compared with what has no gradient;
+        of_inputs: one depends on the model's inputs alone; still: of differences that it is made of, of weights alone
+        where nobody told of the loss, whether they are exactly zero.
     """
 
     step: int
@@ -463,12 +474,15 @@ class LossRecord:
     of_weights: bool = False
     transposed: list[str] = field(default_factory=list)
     surrogate: int = 0
+    still: list[Tensor] = field(default_factory=list)
+    compares_weights: bool = False
+    of_inputs: bool = False
     extremes: bool = False
     pairing: str = ""
     axis_apart: str = ""
 
     def on_host(self) -> LossRecord:
-        host: dict[str, Any] = {"factors": [each.cpu() for each in self.factors]}
+        host: dict[str, Any] = {name: [each.cpu() for each in getattr(self, name)] for name in ("factors", "still")}
         host |= {name: each.cpu() for name, each in vars(self).items() if isinstance(each, Tensor)}
         host |= {name: each.on_host() for name, each in vars(self).items() if isinstance(each, (Numbers, LossSigns))}
         return replace(self, **host)

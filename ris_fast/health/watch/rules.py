@@ -36,7 +36,7 @@ from ris_fast.health.watch import (
     rules_zero,
 )
 from ris_fast.health.watch.describe import describe_steps, describe_tensors
-from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, finding
+from ris_fast.health.watch.fixes import LOOK_AFTER_BACKWARD, MAY_BE_MEANT, finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
 EXPLAINS = {  # what follows from a cause
@@ -50,6 +50,10 @@ EXPLAINS = {  # what follows from a cause
     "sanitised_gradients": ["vanishing_gradient", "zeroed_gradients"],
     "stale_compiled_graph": ["unused_head", "loss_rebuilt", "detached_backbone"],
     "stale_optimizer_parameters": ["unused_head", "loss_rebuilt"],
+    "duplicate_parameters": ["gradients_cleared_before_step"],  # which another's step has used
+    "bad_initialisation": ["ignored_input"],
+    "gradient_underflow": ["dead_units"],
+    "learning_rate_too_large": ["ignored_input"],  # units that were driven off
 }
 DIVERGED = {"learning_rate_too_large", "nonfinite_gradients"}
 UNLEARNED = {"ignored_input", "stalled_at_baseline", "dead_units", "saturated_output", "collapsed", "shuffled_labels"}
@@ -87,6 +91,9 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
     if left_in is not None:
         found = [_after_scale(each, left_in) if each.cause == "nonfinite_gradients" else each for each in found]
     found += rules_outcome.outcome_findings(loop, found)
+    if any(each.cause == "learning_rate_off_plan" and rules_rates.UPHILL in each.evidence for each in found):
+        found = [each for each in found if each.cause not in DIVERGED]
+    found = [warmup_instead(each, loop) if each.cause == "learning_rate_too_small" else each for each in found]
     explained = {effect for each in found for effect in EXPLAINS.get(each.cause, ())}
     causes = {each.cause for each in found}
     if not causes & (DIVERGED | UNLEARNED):
@@ -99,6 +106,17 @@ def find_mistakes(loop: LoopRecord) -> list[Finding]:
             replace(each, certain=each.certain and each.step < 2) if each.cause in DIVERGED else each for each in found
         ]
     return ranked(found, muted=explained)
+
+
+def warmup_instead(found: Finding, loop: LoopRecord) -> Finding:
+    """Steps that are too small at a rate that rises all the time: a warm-up that the run does not get through."""
+    for by in loop.optimizers:
+        for history in by.plain.rates.values():
+            rises = history.last == history.largest > 4 * history.first > 0
+            if rises and by.steps >= 100 and history.changes >= 0.9 * (by.steps - 2) and not found.certain:
+                evidence = f"the rate has risen in all {by.steps} steps, from {history.first:.3g} to {history.last:.3g}"
+                return finding("warmup_too_long", f"{evidence}; {found.evidence}", found.step, MAY_BE_MEANT)
+    return found
 
 
 def _after_scale(found: Finding, left_in: Finding) -> Finding:
@@ -117,7 +135,9 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
     return [
         *(each for record in records for each in single_step(record, optimizer, has_learned(loop))),
         *rules_guards.guard_findings(records),
+        *(rules_guards.loss_not_finite(loop, records) if len(loop.optimizers) == 1 else ()),
         *rules_gradients.reversed_gradients(records),
+        *rules_gradients.scaled_on_the_way(optimizer),
         *rules_gradients.unused_head(optimizer, loop.frozen),
         *rules_gradients.last_micro_batch_only(optimizer),
         *rules_gradients.steps_stopped(loop, optimizer),
@@ -157,6 +177,15 @@ def step_never_called(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[
     others = loop.steps or optimizer.rivals
     certain = not others and optimizer.passes > MANY_PASSES
     adds_up = not optimizer.cleared and optimizer.passes <= FEW_PASSES
+    if bad == len(optimizer.arrived) > 0 and optimizer.passes > SCALER_STEPS and not others:
+        yield finding(
+            "scaler_skips_all" if loop.scales else "nonfinite_gradients",
+            f"none of the gradients of {bad} tensors is finite after {optimizer.passes} backward passes, and the"
+            " optimizer has made no step: a loss scaler skips them all.",
+            doubt="A scaler that is made anew begins at its first scale again; so does one that is never updated.",
+            advice="Make one `torch.amp.GradScaler` before the first epoch, and call `update()` after each step.",
+        )
+        return
     if optimizer.arrived and not (loop.steps and optimizer.passes <= FEW_PASSES) and not adds_up:
         yield finding(
             "step_never_called",

@@ -110,6 +110,19 @@ def weights_changed_outside(optimizer: OptimizerRecord, changes: Kinds) -> Itera
     writes = (
         f" Version counters tell of writes before {optimizer.plain.outside} steps." if optimizer.plain.outside else ""
     )
+    of = Counter(name for each, _ in seen for name, flag in each.like.items() if bool(flag))
+    if of and max(of.values()) > 1:
+        name, count = of.most_common(1)[0]
+        yield finding(
+            "ema_saved_over_raw",
+            f"before {_steps([each.step + 1 for each, _ in seen])} the weights are not what the step before left, and"
+            f" {count} times they are, bit for bit, those of `{name}`: training goes on from there.",
+            seen[0][0].step + 2,
+            "Lookahead, rounds of averaging and a teacher that is put back on purpose do that.",
+            "Evaluate the average in a model of its own, or keep the weights and put them back before training goes"
+            " on.",
+        )
+        return
     yield finding(
         "weights_changed_outside",
         f"{len(kinds)} of {len(change.names)} tensors are not what the step before left, before "

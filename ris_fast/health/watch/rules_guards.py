@@ -13,7 +13,7 @@ from statistics import median
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.describe import describe_steps
 from ris_fast.health.watch.fixes import finding
-from ris_fast.health.watch.records import StepRecord, is_finite
+from ris_fast.health.watch.records import LoopRecord, StepRecord, is_finite
 
 SEVERAL, NEARLY_ALL, MANY = 4, 0.9, 0.25  # steps, and shares of those that were looked at
 AGAIN, ORDINARY = 2, 1.5  # how often, and in units of the median norm, without a spike
@@ -27,6 +27,22 @@ def guard_findings(records: list[StepRecord]) -> Iterator[Finding]:
     yield from _not_finite(bad, looks)
     finite = [each for each in looks if is_finite(each.grad_after_backward)]
     yield from _cleared([each for each in finite if _is_cleared(each)], looks)
+
+
+def loss_not_finite(loop: LoopRecord, records: Sequence[StepRecord]) -> Iterator[Finding]:
+    """Losses that are not finite, of which finite gradients come."""
+    finite = {each.step for each in records if is_finite(each.grad_after_backward)}
+    values = [float(each.value) for each in (*loop.met, *loop.losses) if each.value is not None and each.step in finite]
+    bad = [each for each in values if not math.isfinite(each)]
+    if len(bad) >= SEVERAL and len(bad) >= MANY * len(values):
+        yield finding(
+            "nonfinite_gradients",
+            f"{len(bad)} of {len(values)} losses that were looked at are {bad[0]}, and gradients are finite: a number"
+            " on the way has left the range of its format (fp16_overflow), or is divided by zero.",
+            0,
+            "Where the loss is printed only, steps are right.",
+            "Take sums, squares and logarithms in float32.",
+        )
 
 
 def _not_finite(bad: list[StepRecord], looks: list[StepRecord]) -> Iterator[Finding]:

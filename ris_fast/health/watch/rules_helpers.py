@@ -6,6 +6,7 @@ None is certain: what a copy is for is not known here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from statistics import median
 
@@ -15,20 +16,40 @@ from ris_fast.health.watch.records import EARLY, HelperRecord, LoopRecord
 
 LONG = 96  # steps that a copy may wait for its first update
 HELD, CAST = 0.5, 0.5  # shares of numbers: that change in a step, and that are a plain cast of the part's
-COLD = 0.12  # of the way from the first weights, within which an average is cold
+COLD = 0.2  # of the way from the first weights, within which an average is cold
 NEXT = 0.05  # steps that a copy lies behind, below which it keeps nothing
+SNAPSHOT = re.compile(r"best|backup|saved|snapshot|previous|shadow|ema|average", re.IGNORECASE)  # what is to stay
+ALL = 0.9  # share of the steps
+COPIED = 1e-3  # below which weights in a dict are those of a step, kept for a comparison
+NAMED = re.compile(r"ema|average|avg|shadow|swa|polyak|slow|target", re.IGNORECASE)  # what is to follow the model
 
 
 def helper_findings(loop: LoopRecord) -> Iterator[Finding]:
     """What the helpers show."""
+    yield from copy_that_is_none(loop)
     for each in loop.helpers:
         if each.looks >= EARLY:
             yield from copy_that_stays(loop, each)
             yield from copy_without_delay(each)
             yield from copy_left_behind(each)
+            yield from average_of_all(each)
             yield from copy_held_by_rounding(each)
             yield from statistics_left_behind(each)
             yield from teacher_draws(loop, each)
+
+
+def copy_that_is_none(loop: LoopRecord) -> Iterator[Finding]:
+    """Weights that are kept as the best, or as those of before, are the model's own."""
+    kept = [name for name, searches in loop.aliases.items() if searches > 1 and SNAPSHOT.search(name)]
+    if kept:
+        yield finding(
+            "ema_equals_raw",
+            f"`{kept[0]}` has the model's own numbers, no copies of them, and follows every step: what it is to keep is"
+            " gone.",
+            loop.steps,
+            "Where it is read before the next step, that is right.",
+            "Keep a copy: `copy.deepcopy(model.state_dict())`.",
+        )
 
 
 def _whole(each: HelperRecord) -> str:
@@ -39,7 +60,8 @@ def copy_that_stays(loop: LoopRecord, each: HelperRecord) -> Iterator[Finding]:
     """A copy of what the model began with, which is the same after many steps."""
     declared = bool(loop.frozen) and each.name.startswith(loop.frozen)
     waits = each.moved and each.still == each.looks and each.steps >= LONG
-    if each.called and each.as_begun and waits and not declared:
+    used = each.called or (each.kept and bool(NAMED.search(each.name)))
+    if used and each.as_begun and waits and not declared:
         yield finding(
             "ema_frozen",
             f"`{each.name}` has, about, the weights that {_whole(each)} began with, and has not changed in {each.steps}"
@@ -54,7 +76,9 @@ def copy_that_stays(loop: LoopRecord, each: HelperRecord) -> Iterator[Finding]:
 
 def copy_without_delay(each: HelperRecord) -> Iterator[Finding]:
     """A copy that is, after each step, what the model is."""
-    if len(each.distances) >= EARLY and each.moved and not each.trained and median(each.distances) < NEXT:
+    copied = each.kept and bool(each.distances) and median(each.distances) < COPIED
+    near = len(each.distances) >= EARLY and median(each.distances) < NEXT and not copied
+    if near and each.moved and not each.trained:
         yield finding(
             "ema_equals_raw",
             f"`{each.name}` is what {_whole(each)} was one step before, at {len(each.distances)} looks over"
@@ -68,7 +92,7 @@ def copy_without_delay(each: HelperRecord) -> Iterator[Finding]:
 def copy_left_behind(each: HelperRecord) -> Iterator[Finding]:
     """A copy that is written to in every step, and still is, for the most part, what the model began with."""
     follows = each.as_begun and each.moved and 2 * each.still < each.looks and not each.trained
-    if each.called and follows and each.steps >= LONG and each.way is not None and each.way < COLD:
+    if (each.called or each.kept) and follows and each.steps >= LONG and each.way is not None and each.way < COLD:
         yield finding(
             "ema_cold",
             f"`{each.name}` has come {each.way:.0%} of the way that {_whole(each)} has gone since the beginning, in"
@@ -76,6 +100,20 @@ def copy_left_behind(each: HelperRecord) -> Iterator[Finding]:
             each.steps,
             "In a run that goes on for long it gets there.",
             "Take a decay that forgets within a tenth of the run, or let it rise: `min(decay, (1 + n) / (10 + n))`.",
+        )
+
+
+def average_of_all(each: HelperRecord) -> Iterator[Finding]:
+    """An average that gives the first steps the share of the last, and begins with them."""
+    if each.equal_shares and each.as_begun and each.moved and each.equal_shares >= ALL * each.steps >= ALL * LONG:
+        yield finding(
+            "ema_cold",
+            f"`{each.name}` is the mean of the weights after all {each.equal_shares} steps, those of the very first"
+            " with the same share as the last.",
+            each.steps,
+            "A convex problem may be averaged so.",
+            "Begin to average in the last quarter of the run, or give `AveragedModel` a `multi_avg_fn` that forgets:"
+            " `get_ema_multi_avg_fn(0.99)`.",
         )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -16,9 +18,11 @@ from ris_fast.health.watch.loss import WALKED
 from ris_fast.health.watch.records import EARLY, ForwardRecord, LoopRecord
 
 CALLS = 4  # of a layer that show it
+CUT_OFF = 1e-6  # of the spread, from one layer to the next
 GROWTH, DECAY = 1e4, 1e-6  # of the spread between scenes from the first layer to the last
 EPSILON = 30.0  # times the mean square beside it
-HEAVY = 0.85
+HEAVY = 0.75
+APART = 1.3  # factor between the spreads of two places
 STALE, BATCHES, LAST = 0.3, 100, 0.5  # share of the first statistics after so many batches; momentum
 WEIGHTED = (nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
@@ -43,7 +47,10 @@ def layer_findings(loop: LoopRecord) -> list[Finding]:
         *wrong_layout(loop, forward),
         *heavy_dropout(forward),
         *norm_statistics(forward),
+        *norm_of_few(forward),
+        *dropout_at_the_end(loop, forward),
         *tied_parameters(loop, forward),
+        *shared_norm(loop, forward),
         *symmetric_init(loop, forward),
     ]
 
@@ -121,6 +128,8 @@ def lost_on_the_way(forward: ForwardRecord) -> Iterator[Finding]:
     if len(spreads) < 3:
         return
     (_, first), (name, last) = spreads[0], spreads[-1]
+    if any(after < CUT_OFF * before for (_, before), (_, after) in pairwise(spreads)):
+        return  # at one place: what comes through is rounding, and nothing of the input
     if last > GROWTH * max(first, 1.0) or last < DECAY * first:
         yield finding(
             "bad_initialisation",
@@ -351,6 +360,46 @@ def heavy_dropout(forward: ForwardRecord) -> Iterator[Finding]:
         )
 
 
+def dropout_at_the_end(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:
+    """What the model gives has gone through a dropout, and is compared with targets as it is."""
+    name, module = next(reversed(forward.layers.kinds.items()), ("", None))
+    first = next((each for each in forward.passes if each.training and each.reached and each.input is not None), None)
+    calls = forward.layers.calls.get(name, [])
+    direct = [each for each in (*loop.losses, *loop.met) if each.direct]
+    if not isinstance(module, nn.modules.dropout._DropoutNd) or not module.p or first is None or not direct:
+        return
+    given = [each for each in calls if each.training and each.gives is not None]
+    zeros = [each.output for each in forward.passes if each.training and each.reached and each.output is not None]
+    share = sum(float((each == 0).float().mean()) for each in zeros) / max(1, len(zeros))
+    if len(given) >= CALLS and len(zeros) >= CALLS and 0.5 * module.p < share < 1.5 * module.p:
+        yield finding(
+            "heavy_dropout",
+            f"the last layer, {name or type(module).__name__}, is a dropout: {share:.0%} of the outputs that are"
+            " compared with targets are zero in training, at random.",
+            1,
+            "Features for another network may be dropped so.",
+            "Put the dropout before the last layer with weights.",
+        )
+
+
+def norm_of_few(forward: ForwardRecord) -> Iterator[Finding]:
+    """A normalisation over the batch is given batches of one or two scenes in training."""
+    if not any(not each.training and not each.reached for each in forward.passes):
+        return
+    for name, calls in forward.layers.calls.items():
+        rows = [each.rows for each in calls if each.training and each.enabled]
+        if isinstance(forward.layers.kinds[name], nn.BatchNorm1d) and len(rows) >= CALLS and max(rows) <= 2:
+            yield finding(
+                "batchnorm_statistics",
+                f"{name or 'the model'} normalises batches of {max(rows)} scenes in training, of which nothing but"
+                " signs is left, and evaluates with statistics of many.",
+                forward.steps,
+                "Where each scene has a long axis of its own, that may do.",
+                "Take larger batches, or a LayerNorm or GroupNorm, which do not look at other scenes.",
+            )
+            return
+
+
 def norm_statistics(forward: ForwardRecord) -> Iterator[Finding]:
     """Running statistics that hardly follow, or that are those of the last batch; or none, where evaluation uses
     them."""
@@ -393,18 +442,66 @@ def tied_parameters(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Findin
             "Layers are sometimes shared on purpose; `[layer] * n` does it by accident.",
             "Build each part: `nn.ModuleList(make() for _ in range(n))`.",
         )
+        return
+    for first, other in forward.modules.named_twice:
+        inside = [
+            calls for name, calls in forward.layers.calls.items() if f"{name}.".startswith((f"{first}.", f"{other}."))
+        ]
+        pairs = [(one, now) for calls in inside[:1] for one, now in pairwise(calls)]
+        same = [
+            one.given is not None and now.given is not None and torch.equal(one.given, now.given) for one, now in pairs
+        ]
+        if sum(same) >= 2 and 2 * sum(same) >= len(same):
+            yield finding(
+                "tied_parameters",
+                f"{first} and {other} are one and the same part, and are given the same numbers in {sum(same)} passes:"
+                " both give the same.",
+                loop.steps,
+                MAY_BE_MEANT,
+                "Build each part by itself, or copy it with `copy.deepcopy`.",
+            )
+            return
+
+
+def shared_norm(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:
+    """A normalisation with running statistics that is called in several places of each pass, which see other numbers.
+    Where all layers are called as often, the whole network is."""
+    counts = {name: len(calls) for name, calls in forward.layers.calls.items()}
+    weighted = [n for name, n in counts.items() if isinstance(forward.layers.kinds[name], WEIGHTED)]
+    for name, calls in forward.layers.calls.items():
+        module, given = forward.layers.kinds[name], [each.given for each in calls if each.training]
+        if not isinstance(module, nn.modules.batchnorm._NormBase) or not module.track_running_stats or not weighted:
+            continue
+        times = counts[name] // max(1, max(weighted))
+        if times < 2 or len(given) < 2 * times or any(each is None for each in given):
+            continue
+        spreads = [fmean(float(each[2]) for each in given[place::times]) for place in range(times)]  # type: ignore[index]
+        low, high = min(spreads), max(spreads)
+        if high > APART * low > 0:
+            yield finding(
+                "tied_parameters",
+                f"{name} normalises in {times} places of each pass, at spreads of {high:.2g} and {low:.2g}: its running"
+                " statistics, with which evaluation normalises, are those of neither.",
+                loop.steps,
+                MAY_BE_MEANT,
+                "Give each place a normalisation of its own.",
+            )
+            return
 
 
 def symmetric_init(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Finding]:
-    """Layers that began with the same weights for all units: what tells them apart is the bias alone."""
+    """Rows or columns of a matrix that began equal, and of which training has made few different ones or none."""
     trained = {each.name for by in loop.optimizers for each in by.trained}
-    names = [name for name in forward.uniform if name in trained]
-    if names and loop.steps >= EARLY:
+    alike = [each for each in forward.units if each.name in trained and each.stay]
+    if alike and loop.steps >= EARLY:
+        first = alike[0]
+        which = "rows" if first.axis == 0 else "columns"
         yield finding(
             "symmetric_init",
-            f"all units of {names[0].rpartition('.')[0] or 'the layer'} had the same weights when the watch began"
-            f"{f', and so had those of {len(names) - 1} more layers' if len(names) > 1 else ''}: but for their biases"
-            " they receive equal gradients and stay equal.",
+            f"all {which} of {first.name} were equal when the watch began, and of {sum(first.later)} that were looked"
+            f" at {len(first.later)} {'is' if len(first.later) == 1 else 'are'} different after {loop.steps} steps"
+            f"{f'; so it is in {len(alike) - 1} more' if len(alike) > 1 else ''}: they receive equal gradients and stay"
+            " equal, so that they do the work of one.",
             1,
             MAY_BE_MEANT,
         )

@@ -12,8 +12,14 @@ import torch
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.describe import describe_tensors, share_of
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
+from ris_fast.health.watch.loss import WALKED
 from ris_fast.health.watch.records import EARLY, LoopRecord, OptimizerRecord, StepRecord, TensorRecord, is_finite
 
+SEVERAL = 3  # losses that were looked at
+COPY = (
+    "Keep a copy: `[p.detach().clone() for p in model.parameters()]`, or `copy.deepcopy(model)` for a teacher;"
+    " `detach()`, `data` and `state_dict()` go on with the same memory."
+)
 LAYERS = ("weight", "bias")  # last names of a layer's tensors; a table that is no layer has another
 
 
@@ -29,7 +35,56 @@ def parameter_findings(loop: LoopRecord) -> list[Finding]:
         *_stale(loop, missing, trained),
         *_missing(loop, missing),
         *_twice(loop, held),
+        *_differs_from_itself(loop),
+        *_of_inputs_alone(loop),
     ]
+
+
+def _of_inputs_alone(loop: LoopRecord) -> Iterator[Finding]:
+    """A term of the loss that has a gradient at the inputs and at no weight."""
+    looks = loop.met[:WALKED]
+    if len(looks) >= SEVERAL and all(each.of_inputs for each in looks) and loop.steps >= EARLY:
+        yield finding(
+            "dead_loss_term",
+            f"in all {len(looks)} steps that were looked at a term of the loss depends on the model's inputs and on no"
+            " weight: it is the same whatever is trained.",
+            loop.steps,
+            MAY_BE_MEANT,
+            "Print the derivatives that it is made of: the second derivative of a network of ReLUs is zero everywhere,"
+            " and one that is taken of something detached is None. A tanh, a SiLU or a sine has all derivatives.",
+        )
+
+
+def _differs_from_itself(loop: LoopRecord) -> Iterator[Finding]:
+    """A distance between weights and those that they are to stay near, or between two outputs, is exactly zero in each
+    step: both are one. Or what is at hand to compare weights with has the model's own numbers."""
+    kept = [name for name, searches in loop.aliases.items() if searches > 1]
+    if kept and any(each.compares_weights for each in loop.met):
+        yield finding(
+            "dead_loss_term",
+            f"a term of the loss compares weights with something that has no gradient, and `{kept[0]}` has the model's"
+            " own numbers, no copies of them: what is compared is one and the same.",
+            loop.steps,
+            MAY_BE_MEANT,
+            COPY,
+        )
+        return
+    for losses, what in ((loop.met, "weights and what they are compared with"), (loop.losses, "the two sides of it")):
+        looks = [each.still for each in losses if each.still and each.step]
+        if len(looks) < SEVERAL or len({len(each) for each in looks}) > 1 or loop.steps < EARLY:
+            continue
+        zero = [all(map(bool, each)) for each in zip(*looks)]
+        if all(zero) if losses is loop.met else 0 < sum(zero) < len(zero):
+            yield finding(
+                "dead_loss_term",
+                f"{sum(zero)} of {len(zero)} differences in the loss are exactly zero in all {len(looks)} steps that"
+                f" were looked at, while the weights move: {what} are one and the same, so that the term has no"
+                " gradient.",
+                loop.steps,
+                MAY_BE_MEANT,
+                COPY,
+            )
+            return
 
 
 def _missing(loop: LoopRecord, missing: list[TensorRecord]) -> Iterator[Finding]:
@@ -114,6 +169,7 @@ def _frozen(
     ]
     loose = [each for each in loop.frozen_at_start if each not in held and not loop.frozen]
     apart = {*loose, *(each for each in loop.frozen_at_start if each.name.rpartition(".")[2] not in LAYERS)}
+    yield from _never_trained(loop)
     still = [each for each in still if each not in apart | (loop.moved_outside & loop.frozen_at_start)]
     frozen = [each for each in still if each not in trained]
     if frozen or (since := [each for each in still if each in trained]):
@@ -127,6 +183,23 @@ def _frozen(
             f"{describe_tensors(sizes, whole)}{when}.",
             loop.steps,
             MAY_BE_MEANT if frozen else "They were trained before. " + MAY_BE_MEANT,
+            harm=share_of(sizes, whole),
+        )
+
+
+def _never_trained(loop: LoopRecord) -> Iterator[Finding]:
+    """A part that is frozen from the beginning, and whose numbers are still those that torch draws for a new layer."""
+    drawn = loop.as_drawn - loop.moved_outside
+    sizes, whole = {each.name: each.size for each in drawn}, sum(each.size for each in loop.parameters)
+    if loop.steps >= EARLY and 10 * sum(sizes.values()) > whole:
+        yield finding(
+            "frozen_parameters",
+            f"{describe_tensors(sizes, whole)}, from the beginning, and their numbers lie as torch draws them for a new"
+            " layer: nothing has trained them before, nor were other weights loaded.",
+            loop.steps,
+            "Random features may be meant.",
+            "Look at what `load_state_dict` returns: with strict=False it leaves out names that do not fit, as those"
+            " that begin with 'module.'. What is new has to be trained.",
             harm=share_of(sizes, whole),
         )
 

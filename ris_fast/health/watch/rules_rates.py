@@ -16,6 +16,8 @@ MEANT_SETTINGS = {"weight_decay", "momentum", "betas", "eps", "maximize", "dampe
 GRADUAL = 16  # steps for each change: more changes than that are a schedule
 RESTARTS = "Restarts may be meant: episodes and tasks in turn begin so."
 SMALL, PASSED = 0.05, 0.9  # shares: of its base, of a rate at its peak; of its peak, of a rate that has passed it
+UPHILL = "each step goes uphill"
+RISEN = 30.0  # times its base, that a rate has risen
 WAITING = 100  # steps at a small share of its base rate after which a group is not warming up
 
 
@@ -26,7 +28,7 @@ def rate_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Find
     yield from learning_rate_too_small(optimizer.records)
     yield from rate_that_waits(optimizer)
     yield from rate_squared(optimizer)
-    yield from rate_without_end(optimizer)
+    yield from rate_without_end(loop, optimizer)
     yield from weight_decay_too_large(optimizer)
     yield from settings_changed(optimizer)
     yield from epsilon_swallows_signal(optimizer)
@@ -96,9 +98,8 @@ def negative_rate(optimizer: OptimizerRecord) -> Iterator[Finding]:
             before = f"; it was {history.largest:.3g} before" if history.largest > 0 else ""
             yield finding(
                 "learning_rate_off_plan",
-                f"the rate of group {number} is {history.last:.3g}, below zero, since step {since + 1}{before}: each "
-                "step"
-                " goes uphill.",
+                f"the rate of group {number} is {history.last:.3g}, below zero, since step {since + 1}{before}: "
+                f"{UPHILL}.",
                 since + 1,
                 "A linear schedule that runs on after its end does that; a sign in front of the loss would be "
                 "loss_sign. " + MAY_BE_MEANT,
@@ -162,7 +163,14 @@ def rate_squared(optimizer: OptimizerRecord) -> Iterator[Finding]:
             return
 
 
-def rate_without_end(optimizer: OptimizerRecord) -> Iterator[Finding]:
+def _has_lost(loop: LoopRecord) -> bool:
+    """Whether the loss has been far lower than it is."""
+    values = [float(each.value) for each in loop.met if each.value is not None]
+    means = [sum(values[n : n + 4]) / 4 for n in range(0, len(values) - 3, 4)]
+    return len(means) >= 4 and not sum(values[-2:]) / 2 < 2 * min(means)
+
+
+def rate_without_end(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
     """A warm-up that has risen past its base in every step, and goes on. A search for the largest rate begins at its
     base."""
     for number, history in optimizer.plain.rates.items():
@@ -178,6 +186,17 @@ def rate_without_end(optimizer: OptimizerRecord) -> Iterator[Finding]:
                 optimizer.steps,
                 MAY_BE_MEANT,
                 "End a warm-up at its base, e.g. `min(1.0, (step + 1) / warmup)`.",
+            )
+            return
+        put_back = optimizer.loads or loop.kept  # as a search for the largest rate does
+        if history.last > RISEN * base and history.first >= 0.9 * base and _has_lost(loop) and not put_back:
+            yield finding(
+                "learning_rate_too_large",
+                f"the rate of group {number} has risen in all {optimizer.steps} steps, from {history.first:.3g} to"
+                f" {history.last:.3g}, and the loss has risen again.",
+                optimizer.steps,
+                "A search for the largest rate does that.",
+                "A factor of a schedule that is above one, as gamma=1.01, makes the rate grow for ever.",
             )
             return
 
@@ -261,7 +280,8 @@ def optimizer_state_lost(optimizer: OptimizerRecord) -> Iterator[Finding]:
 
 def built_anew(optimizer: OptimizerRecord) -> Iterator[Finding]:
     """New optimizers of the same class take the tensors over, again and again."""
-    again = [each for each in optimizer.rivals if each.kind in optimizer.kinds and each.kind != "SGD"]
+    keeps = any(group.get("momentum") for group in optimizer.groups) or "SGD" not in optimizer.kinds
+    again = [each for each in optimizer.rivals if each.kind in optimizer.kinds and keeps]
     if len(again) >= 3:
         steps = median(each.steps for each in again)
         yield finding(

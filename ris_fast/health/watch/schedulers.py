@@ -9,20 +9,23 @@ from typing import Any
 
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-LENGTHS = ("total_steps", "T_max", "total_iters")
+LENGTHS = ("total_steps", "T_max", "total_iters", "T_0")
 
 
 @dataclass(frozen=True)
 class SchedulerRecord:
     """Args: kind: its class; optimizer: which of the watched ones it is of, None for one that was not given and that
-    holds tensors of theirs; advanced: how often; length: steps that it is planned for, 0 where it does not say."""
+    holds tensors of theirs; advanced: how often; length: steps that it is planned for, 0 where it does not say; mode,
+    patience: of one that waits for a score, and the least number of advances between two of its cuts."""
 
     kind: str
     optimizer: int | None
     advanced: int
     length: int
+    mode: str = ""
+    patience: int | None = None
 
 
 class Schedulers:
@@ -31,9 +34,9 @@ class Schedulers:
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.optimizers = optimizers
         self.found: list[Any] = []
-        self._search()
+        self.search()
 
-    def _search(self) -> None:
+    def search(self) -> None:
         known = {id(each) for each in self.found}
         kinds = _kinds(LRScheduler)
         some = [each for each in gc.get_objects() if type(each) in kinds and id(each) not in known]
@@ -43,7 +46,7 @@ class Schedulers:
 
     def records(self) -> list[SchedulerRecord]:
         """Those that are not part of another."""
-        self._search()
+        self.search()
         inner = {id(part) for each in self.found for part in getattr(each, "_schedulers", ())}
         records = [_record(each, self.optimizers) for each in self.found if id(each) not in inner]
         return [each for each in records if each is not None]
@@ -70,7 +73,15 @@ def _record(scheduler: Any, optimizers: Sequence[Optimizer]) -> SchedulerRecord 
         return None
     lengths = [getattr(scheduler, name, None) for name in LENGTHS]
     length = next((each for each in lengths if isinstance(each, int)), 0)
-    return SchedulerRecord(type(scheduler).__name__, number, int(scheduler.last_epoch), length)
+    waits = isinstance(scheduler, ReduceLROnPlateau)
+    return SchedulerRecord(
+        type(scheduler).__name__,
+        number,
+        int(scheduler.last_epoch),
+        length,
+        scheduler.mode if waits else "",
+        int(scheduler.patience + scheduler.cooldown) + 1 if waits else None,
+    )
 
 
 def _is_of(one: Optimizer, other: Optimizer) -> bool:

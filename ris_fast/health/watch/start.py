@@ -12,6 +12,8 @@ from ris_fast.health.watch.histories import NumbersRecord
 from ris_fast.health.watch.samples import ParameterSample, few_numbers, has_norm, held_tensors, local_values
 from ris_fast.training.telemetry.step_telemetry import norms
 
+LEAST, MOST = 128, 2**24  # numbers of a matrix that is compared with how torch draws them
+
 
 class Start:
     """Tensors by id: all of the model, those without requires_grad, and a few numbers of these and of all that no
@@ -34,6 +36,25 @@ class Start:
             return False
         now = few_numbers([parameter.detach()])
         return now.shape != before.shape or not torch.equal(now, before.to(now.device))
+
+
+@torch.no_grad()
+def as_drawn(model: nn.Module) -> set[int]:
+    """Ids of frozen weights of layers that are even between the bounds within which torch draws those of a new layer,
+    and reach them: what was trained has left them. Reads the device."""
+    found = set()
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or not isinstance(weight, Tensor):
+            continue
+        if weight.requires_grad or not has_norm(weight) or not LEAST <= weight.numel() <= MOST:
+            continue
+        bound = weight[0].numel() ** -0.5  # kaiming_uniform_ with a=sqrt(5)
+        values = local_values(weight).float()
+        ends, spread = float(values.abs().max()) / bound, float(values.square().mean().sqrt()) * 3**0.5 / bound
+        if 1 - 16 / weight.numel() < ends <= 1 + 1e-6 and abs(spread - 1) < 2 * weight.numel() ** -0.5:
+            found.add(id(weight))
+    return found
 
 
 class Origin:

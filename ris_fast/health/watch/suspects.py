@@ -39,6 +39,7 @@ def suspect(loop: LoopRecord) -> Suspect | None:
     """The likeliest, or None."""
     ways: tuple[Callable[[LoopRecord], Suspect | None], ...] = (
         odd_inputs,
+        straight_network,
         small_steps,
         odd_weights,
         wild_steps,
@@ -87,6 +88,20 @@ def raw_inputs(loop: LoopRecord) -> Tensor | None:
     return numbers if len(numbers) > 1 and bool(numbers.isfinite().all()) and bool(numbers.std() > 0) else None
 
 
+def straight_network(loop: LoopRecord) -> Suspect | None:
+    """Several layers in a row, and nothing between them that bends."""
+    shapes = loop.forward.shapes if loop.forward is not None else []
+    if not shapes or any(each.straight < 2 for each in shapes):
+        return None
+    return Suspect(
+        "limited_output",
+        f"{shapes[0].straight} layers with weights follow one another, and no operation between them bends: together"
+        " they can do what one of them can",
+        "A linear model may be what is meant, and then the task asks for more.",
+        "Put an activation between each two of them: `nn.Linear` and `nn.Conv2d` have none.",
+    )
+
+
 def small_steps(loop: LoopRecord) -> Suspect | None:
     """All steps together have moved the weights by next to nothing of their size."""
     by = loop.optimizers[0]
@@ -107,11 +122,11 @@ def small_steps(loop: LoopRecord) -> Suspect | None:
 def wild_steps(loop: LoopRecord) -> Suspect | None:
     """Each step moves the weights by a good part of their size."""
     ratios = _ratios(loop.optimizers[0])
-    if len(ratios) < 8 or median(ratios[:16]) < WILD:
+    if len(ratios) < 8 or median(ratios[:8]) < WILD:
         return None
     return Suspect(
         "learning_rate_too_large",
-        f"a step moves the weights by {median(ratios[:16]):.2g} of their size",
+        f"a step moves the weights by {median(ratios[:8]):.2g} of their size",
         "Weights that begin very small look the same.",
         fix("learning_rate_too_large"),
     )

@@ -5,16 +5,22 @@ Nothing is read from a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from ris_fast.health.watch.graph import MOVING, chain_of, graph_of
-from ris_fast.health.watch.operations import axes_of, made_shape, operation
+from ris_fast.health.watch.operations import axes_of, made_shape, operation, saved_tensor
+from ris_fast.health.watch.tensors import is_plain
 
 TERMS, MEAN = 16, 1  # that are looked at; as losses keep their reduction
 LOSSES = ("MseLoss", "SmoothL1Loss", "HuberLoss", "NllLoss", "BinaryCrossEntropy", "KlDiv")
 BOUNDS = {"Minimum": 1, "Maximum": -1}
 SCALING = {"Mul", "Div", "Neg"}
+PAIRED = ("MseLoss", "SmoothL1Loss", "HuberLoss")
+EVEN = {"Pow", "Abs", "LinalgVectorNorm", "Norm", "Mul"}  # of a difference; without a gradient where that is zero
+DIFFERENCES = 64  # that are looked at
 
 
 def sum_beside_mean(root: Any, ends: set[Any], scenes: int) -> bool:
@@ -75,18 +81,67 @@ def _of_outputs(term: Any, ends: set[Any]) -> bool:
     return not ends.isdisjoint(graph_of([term], ends)[1])
 
 
-def term_of_outputs(root: Any, ends: set[Any], own: Mapping[int, str]) -> tuple[list[str], bool]:
-    """Operations of the one term that depends on outputs, from its root on, empty where several do; and whether another
-    depends on parameters of the model alone. `own`: names of these by id."""
-    through: list[list[str]] = []
-    of_weights = False
+def of_inputs_alone(root: Any, given: Container[int]) -> bool:
+    """Whether a term depends on inputs of the model, and on nothing else that has a gradient."""
+    for term in _terms(root):
+        leaves, _, _ = graph_of([term], set())
+        if leaves and all(id(leaf.variable) in given for leaf in leaves):
+            return True
+    return False
+
+
+def weight_terms(root: Any, ends: set[Any], own: Mapping[int, str]) -> list[Any]:
+    """Terms that depend on parameters of the model alone."""
+    found = []
     for term in _terms(root):
         leaves, nodes, _ = graph_of([term], ends)
-        if not ends.isdisjoint(nodes):
-            through.append([name for name, _, _ in chain_of(term, ends)])
-        else:
-            of_weights |= bool(leaves) and all(id(leaf.variable) in own for leaf in leaves)
-    return through[0] if len(through) == 1 else [], of_weights
+        if leaves and ends.isdisjoint(nodes) and all(id(leaf.variable) in own for leaf in leaves):
+            found.append(term)
+    return found
+
+
+def zero_differences(nodes: Iterable[Any]) -> list[Tensor]:
+    """Of distances in a graph whose numbers are still there, (): whether both sides are the same, bit for bit."""
+    found: list[Tensor] = []
+    for node in nodes:
+        name = operation(node)
+        if name.startswith(PAIRED):
+            pair = saved_tensor(node, "self"), saved_tensor(node, "target")
+            if all(each is not None and is_plain(each) for each in pair):
+                found.append((pair[0] == pair[1]).all())  # type: ignore[operator, union-attr]
+        elif name in EVEN and (value := saved_tensor(node, "self")) is not None and is_plain(value):
+            before = [each for each, *_ in chain_of(node, set())[1:] if each not in MOVING] or _factors(node)
+            if before[:1] == ["Sub"]:
+                found.append(~value.detach().any())
+        if len(found) >= DIFFERENCES:
+            break
+    return found
+
+
+def compares_leaves(nodes: Iterable[Any]) -> bool:
+    """Whether a leaf is compared with a tensor that has no gradient."""
+    for node in nodes:
+        sides = [each for each, _ in node.next_functions]
+        leaf = [type(each).__name__ == "AccumulateGrad" for each in sides if each is not None]
+        if leaf == [True] and (operation(node).startswith(PAIRED) or (operation(node) == "Sub" and len(sides) == 2)):
+            return True
+    return False
+
+
+def _factors(node: Any) -> list[str]:
+    """The one operation that gives both factors of a product."""
+    made = {each for each, _ in node.next_functions if each is not None}
+    return [operation(each) for each in made] if len(made) == 1 else []
+
+
+def term_of_outputs(root: Any, ends: set[Any]) -> list[str]:
+    """Operations of the one term that depends on outputs, from its root on; empty where several do."""
+    through = [
+        [name for name, _, _ in chain_of(term, ends)]
+        for term in _terms(root)
+        if not ends.isdisjoint(graph_of([term], ends)[1])
+    ]
+    return through[0] if len(through) == 1 else []
 
 
 def surrogate_sign(root: Any) -> int:

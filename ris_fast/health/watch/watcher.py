@@ -26,7 +26,9 @@ from ris_fast.health.watch.rivals import Rivals
 from ris_fast.health.watch.rules import find_mistakes
 from ris_fast.health.watch.samples import held_tensors
 from ris_fast.health.watch.schedulers import Schedulers, loss_scales
-from ris_fast.health.watch.start import Start
+from ris_fast.health.watch.start import Start, as_drawn
+
+SETTLED = 4  # steps after which all that the loop uses is there
 
 
 class Watcher:
@@ -70,6 +72,8 @@ class Watcher:
         for each in self.hooks:
             each.gradients.first_arrival = self.backwards.note
         self.helpers = Helpers(model, self.hooks)
+        for each in self.hooks:
+            each.helpers_like = self.helpers.like
         self.ranks = RankObserver(model, self.hooks, every, stall_s)
         listen(self)
 
@@ -102,6 +106,10 @@ class Watcher:
         steps = first.every_step.steps
         if steps >= self.helpers.next and optimizer is first.optimizer:
             self.helpers.look(steps, sys._getframe(1))
+        if optimizer is first.optimizer:
+            self.forward.units.look(steps)
+            if steps == SETTLED:
+                self.schedulers.search()  # those that were made after the watch began
         if steps <= DENSE and not self.ranks.active:
             self.ranks.begin()
 
@@ -182,6 +190,8 @@ class Watcher:
             schedulers=self.schedulers.records(),
             kept=self.loads.record(),
             helpers=self.helpers.record(),
+            aliases=dict(self.helpers.aliases),
+            as_drawn=frozenset(parameters[key] for key in as_drawn(self.model) & self.start.frozen & parameters.keys()),
             scales=loss_scales(),
             ranks=self.ranks.record(forward.passes, wait_s),
         )

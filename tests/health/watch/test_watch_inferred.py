@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ris_fast.health import watch
-from ris_fast.health.watch import helpers
 from ris_fast.health.watch.inferred import told_losses
 from ris_fast.health.watch.tensors import few_rows
 from ris_fast.health.watch.watcher import Watcher
@@ -158,10 +157,7 @@ def test_a_penalty_on_weights_that_outweighs_the_rest(factor: float, expected: l
 
 
 @pytest.mark.parametrize(("decay", "expected"), [(0.9999, ["ema_cold"]), (0.98, [])])
-def test_an_average_that_is_too_slow_for_the_run(
-    decay: float, expected: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(helpers, "_compiles", lambda: False)  # other tests of this process compile
+def test_an_average_that_is_too_slow_for_the_run(decay: float, expected: list[str]) -> None:
     model = network()
     average = copy.deepcopy(model).requires_grad_(False)
 

@@ -15,7 +15,7 @@ EXPECTED = {
     "wrong_decay_jumps": ("settings_changed", False),
     "wrong_noise_every_16th_step": ("weights_changed_outside", False),
     "wrong_from_step_20_on": ("weights_changed_outside", False),
-    "wrong_average_over_raw": ("weights_changed_outside", False),
+    "wrong_average_over_raw": ("ema_saved_over_raw", False),
     "wrong_update_by_hand_too": ("weights_changed_outside", False),
     "wrong_put_back": ("weights_reset", False),
     "wrong_second_optimizer": ("duplicate_parameters", False),
