@@ -116,7 +116,7 @@ def _unlike_settings(context: PreflightContext, what: str, scenes: Scenes) -> li
             expected = ((values - ends[0]) / (ends[1] - ends[0])).clamp(0, 1)
             at = torch.arange(len(values) + 1, dtype=torch.float64) / len(values)
             distance = float(torch.maximum(at[1:] - expected, expected - at[:-1]).max())
-        if distance > APART and _chance(distance, len(values)) * len(wanted) * 2 < SIGNIFICANCE:
+        if distance > APART and chance(distance, len(values)) * len(wanted) * 2 < SIGNIFICANCE:
             found.append(f"the {name} of {what} scenes is not spread as the task says: {_shown(values)}")
     return found
 
@@ -174,7 +174,7 @@ def _unlike_each_other(context: PreflightContext, training: Scenes, validation: 
         if min(len(a), len(b)) < FEWEST:
             continue
         distance = two_sample_distance(a, b)
-        if distance > APART and _chance(distance, len(a) * len(b) / (len(a) + len(b))) * tests < SIGNIFICANCE:
+        if distance > APART and chance(distance, len(a) * len(b) / (len(a) + len(b))) * tests < SIGNIFICANCE:
             found[name] = (distance, f"{name}: training {_shown(a)}, validation {_shown(b)}")
     names = sorted(found, key=lambda name: -found[name][0])
     if not names:
@@ -199,11 +199,17 @@ def two_sample_distance(a: Tensor, b: Tensor) -> float:
     return float((share[0] - share[1]).abs().max())
 
 
-def _chance(distance: float, scenes: float) -> float:
+def chance(distance: float, scenes: float) -> float:
     """The probability of so large a distance by chance, for so many scenes (of two samples n m / (n + m))."""
     root = math.sqrt(scenes)
     size = (root + 0.12 + 0.11 / root) * distance
     return min(1.0, max(0.0, 2 * sum((-1) ** (k - 1) * math.exp(-2 * (k * size) ** 2) for k in range(1, 20))))
+
+
+def ranks(values: Tensor) -> Tensor:
+    """The rank of each number; equal ones share theirs."""
+    _, group, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - counts / 2)[group].double()
 
 
 def _shown(values: Tensor) -> str:
@@ -212,9 +218,8 @@ def _shown(values: Tensor) -> str:
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
-@torch.no_grad()
-def _statistics(context: PreflightContext, scenes: Scenes) -> dict[str, Tensor]:
-    """Name -> (B,); of what is there. The SNR that snapshots have is measured in the scenes that allow it alone."""
+def labels_and_sizes(scenes: Scenes) -> dict[str, Tensor]:
+    """Name -> (B,); of what is there: what scenes are labelled with, and how large their parts are."""
     found = {"labelled SNR in dB": scenes.snr_db, "number of sources": scenes.count.float()}
     for name, values in (
         ("azimuth", scenes.azimuth),
@@ -233,6 +238,13 @@ def _statistics(context: PreflightContext, scenes: Scenes) -> dict[str, Tensor]:
             flat = values.flatten(1)
             found[f"mean square of the {name} (log10)"] = flat.square().mean(1).clamp_min(1e-30).log10()
             found[f"mean of the {name} over its rms"] = flat.mean(1) / flat.square().mean(1).sqrt().clamp_min(1e-30)
+    return found
+
+
+@torch.no_grad()
+def _statistics(context: PreflightContext, scenes: Scenes) -> dict[str, Tensor]:
+    """Name -> (B,). The SNR that snapshots have is measured in the scenes that allow it alone."""
+    found = labels_and_sizes(scenes)
     believed = as_believed(with_factor(scenes), context.config.task)
     if believed.channel is not None and believed.factor is not None:
         measured = measure_snr(believed, context.config.task.symbols == "static")

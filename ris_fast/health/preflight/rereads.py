@@ -62,10 +62,12 @@ def scenes_again(context: PreflightContext) -> Iterator[Finding]:
                 continue
             if names:
                 context.known[REDRAWN, what] = names
-                theirs = names is not changed and _still_theirs(context, names, kept, again)
+                theirs = names is not changed and _still_theirs(context, names, kept, again, turned)
                 if split == "train" and theirs:
                     context.note = AUGMENTED
                     return
+                if theirs and not _differ(kept, again, 0.0):
+                    break  # of validation, whose batches are the same each time
                 how += f": their {listed(names)}{', by zeros in other places,' if masked else ''}"
                 yield _change(what, len(index), how, certain=split == "val" and not theirs)
                 return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,16 @@ from ris_fast.data.shards import verify_manifest
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.rereads import MASKED
+from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.telemetry.step_telemetry import row_hashes
 
 HASHED, VALIDATED = 4096, 256  # scenes of training and of validation
 BITS, ENOUGH = 256, 4096  # values of a byte; numbers that would have more
+COMPARED = 2048  # scenes of training, with each of validation
+LARGE = 32  # numbers of a channel or of snapshots, below which many are alike by chance
+# of two that are copies up to noise; share of pairs within training, and of validation scenes, that are
+ALIKE, SPARSE, FEW_ALIKE = 0.9, 0.02, 0.1
 FEW = 4  # of the first scenes, one in so many may be copies of others in the data; a batch that comes again is more
 
 
@@ -147,6 +152,58 @@ def splits(context: PreflightContext) -> Iterator[Finding]:
                 return
             yield Finding("split_overlap", f"{overlap}.", advice=_fresh_split(source))
             return
+    yield from _same_places(source)
+
+
+def _same_places(source: Any) -> Iterator[Finding]:
+    """No validation scene is a training scene by its snapshots, up to noise, a phase and a scale, nor by its channel and
+    its target."""
+    training = Scenes.concatenate([source.batch("train", part) for part in _first(source, "train", COMPARED)])
+    validation = source.batch("val", _first(source, "val", VALIDATED)[0])
+    within, across = _copies_by_part(training, training), _copies_by_part(validation, training)
+    for name, found in across.items():
+        within[name].fill_diagonal_(False)
+        many = found.any(1)
+        # Scenes of one split that are alike in general, as through a channel that is fixed, say nothing.
+        if float(within[name].float().mean()) > SPARSE or int(many.sum()) <= FEW_ALIKE * len(many):
+            continue
+        first = int(many.nonzero()[0, 0])
+        whose = int(training.index[int(found[first].nonzero()[0, 0])])
+        yield Finding(
+            "split_overlap",
+            f"{int(many.sum())} of {validation.batch} validation scenes have the {name} of a training scene, and other"
+            f" bytes: first scene {int(validation.index[first])}, which is like training scene {whose}. Windows of one"
+            " recording, or augmented copies of one scene, are in both splits, or one set of places is meant to be"
+            " known.",
+            advice="Split by recording, or by place, before scenes are cut or augmented. To test it: validate on"
+            " recordings that training has nothing of, and compare.",
+            certain=False,
+        )
+        return
+
+
+def _copies_by_part(some: Scenes, others: Scenes) -> dict[str, Tensor]:
+    """Which of some scenes are which of others, up to noise, by what: (A, B) bool each."""
+    found = {}
+    if some.snapshots[0].numel() >= LARGE:
+        found["snapshots, up to noise, a phase and a scale,"] = _likeness(some.snapshots, others.snapshots) > ALIKE
+    if some.channel is not None and some.channel[0].numel() >= LARGE:
+        targets = [scenes.covariance if scenes.factor is None else scenes.factor for scenes in (some, others)]
+        same = row_hashes(targets[0])[:, None] == row_hashes(targets[1])
+        found["channel and the target"] = same & (_likeness(some.channel, others.channel) > ALIKE)
+    return found
+
+
+def _first(source: Any, split: str, most: int) -> Sequence[Tensor]:
+    """The numbers of the first scenes."""
+    return torch.arange(min(most, source.size(split))).to(source.index_device).split(256)
+
+
+def _likeness(one: Tensor, other: Tensor) -> Tensor:
+    """Of each of some with each of others, the size of the cosine between their complex numbers, (A, B) in [0, 1]."""
+    a, b = (to_complex(each).flatten(1) for each in (one, other))
+    a, b = (each / each.abs().square().sum(1, keepdim=True).sqrt().clamp_min(1e-30) for each in (a, b))
+    return (a @ b.mH).abs()
 
 
 def _other_targets(source: Any) -> Finding | None:
