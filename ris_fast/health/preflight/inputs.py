@@ -74,13 +74,14 @@ def _constant_layers(context: PreflightContext, scenes: Scenes) -> Iterator[Find
     constant: list[tuple[str, bool]] = []
 
     def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
-        first = next((each for each in inputs if isinstance(each, Tensor)), None)
-        if not isinstance(output, Tensor) or first is None or min(first.dim(), output.dim()) < 2:
+        made = output[0] if isinstance(output, tuple) and output else output  # of attention, before its weights
+        if not isinstance(made, Tensor) or made.dim() < 2 or made.shape[0] != scenes.batch:
             return
-        if first.shape[0] == output.shape[0] == scenes.batch:
-            before, after = (each.detach().float().flatten(1) for each in (first, output))
-            if _rows_alike(after) and relative_change(before, before[:1].expand_as(before)) > DIFFERENT:
-                constant.append((name, not bool(after.any())))
+        given = [each.detach().float().flatten(1) for each in inputs if _a_row_each(each, scenes.batch)]
+        differs = any(relative_change(each, each[:1].expand_as(each)) > DIFFERENT for each in given)
+        after = made.detach().float().flatten(1)
+        if differs and _rows_alike(after):
+            constant.append((name, not bool(after.any())))
 
     with layer_calls(context.model, keep):
         context.answer(scenes)
@@ -91,9 +92,14 @@ def _constant_layers(context: PreflightContext, scenes: Scenes) -> Iterator[Find
             "dead_units" if zero else "ignored_input",
             f"{name} answers {scenes.batch} scenes with {what} though its inputs differ between them, also with other"
             " weights: a normalisation or a softmax over a single number leaves nothing, nor do units that are off for"
-            " every input. Which of the two: print its output and the axis that is normalised.",
+            " every input, nor a mask that is true where there is something. Which of them: print its output, the axis"
+            " that is normalised, and the mask.",
             certain=False,
         )
+
+
+def _a_row_each(value: object, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1 and value.shape[0] == batch
 
 
 def _lost(context: PreflightContext, scenes: Scenes) -> tuple[str, bool]:

@@ -156,11 +156,17 @@ def splits(context: PreflightContext) -> Iterator[Finding]:
 
 
 def _same_places(source: Any) -> Iterator[Finding]:
-    """No validation scene is a training scene by its snapshots, up to noise, a phase and a scale, nor by its channel and
-    its target."""
-    training = Scenes.concatenate([source.batch("train", part) for part in _first(source, "train", COMPARED)])
+    """No validation scene is a training scene by its snapshots, up to noise, a phase and a scale, nor by its channel
+    and its target."""
     validation = source.batch("val", _first(source, "val", VALIDATED)[0])
-    within, across = _copies_by_part(training, training), _copies_by_part(validation, training)
+    within: dict[str, Tensor] = {}
+    parts, numbers = [], []
+    for index in _first(source, "train", COMPARED):
+        training = source.batch("train", index)
+        within = within or _copies_by_part(training, training)
+        parts.append(_copies_by_part(validation, training))
+        numbers.append(training.index)
+    across = {name: torch.cat([part[name] for part in parts], 1) for name in within}
     for name, found in across.items():
         within[name].fill_diagonal_(False)
         many = found.any(1)
@@ -168,7 +174,7 @@ def _same_places(source: Any) -> Iterator[Finding]:
         if float(within[name].float().mean()) > SPARSE or int(many.sum()) <= FEW_ALIKE * len(many):
             continue
         first = int(many.nonzero()[0, 0])
-        whose = int(training.index[int(found[first].nonzero()[0, 0])])
+        whose = int(torch.cat(numbers)[int(found[first].nonzero()[0, 0])])
         yield Finding(
             "split_overlap",
             f"{int(many.sum())} of {validation.batch} validation scenes have the {name} of a training scene, and other"
