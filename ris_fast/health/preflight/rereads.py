@@ -23,6 +23,7 @@ from ris_fast.health.preflight.snr import as_measured, labels_differ
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.compiled_model import Network
 from ris_fast.training.step import network_inputs
+from ris_fast.training.telemetry.step_telemetry import row_hashes
 
 SCENES = 48
 ROUNDING = 1e-4  # relative, of a scene that is made in another batch
@@ -31,6 +32,13 @@ MASKED, REDRAWN = "masked", "redrawn"
 MASKED_ANEW = "numbers of the training scenes are zero in one reading and not in another: a mask is drawn anew"
 AUGMENTED = "training scenes have other snapshots in each reading, and theirs by their channel and targets each time"
 SNAPSHOTS = frozenset(("snapshots", "snr_db", "channel", "codes", "effective_channel"))  # and nothing of the answer
+LABELS = ("factor", "covariance", "azimuth", "elevation", "range_m", "power", "count")
+# which parts may be another scene's, and what that is
+OF_OTHERS = (
+    ("shuffled_labels", LABELS),
+    ("mismatched_channel", ("channel", "effective_channel", "codes")),
+    ("stale_cache", ("snapshots", "snr_db")),
+)
 MEANT = " Where training scenes are augmented anew each time, that is meant."
 
 
@@ -60,6 +68,11 @@ def scenes_again(context: PreflightContext) -> Iterator[Finding]:
             if masked and split == "train":
                 context.note = MASKED_ANEW
                 continue
+            if names and (
+                moved := _of_others(names, kept, rows if how.startswith("in another") else None, again, turned)
+            ):
+                yield _change(what, len(index), f"{how}: {moved[1]}", certain=split == "val", cause=moved[0])
+                return
             if names:
                 context.known[REDRAWN, what] = names
                 theirs = names is not changed and _still_theirs(context, names, kept, again, turned)
@@ -99,9 +112,24 @@ def _by_a_mask(one: Scenes, other: Scenes) -> bool:
     return bool(off.any()) and not bool((off & (one.snapshots != 0) & (other.snapshots != 0)).any())
 
 
-def _change(what: str, scenes: int, seen: str, *, certain: bool) -> Finding:
+def _of_others(
+    names: list[str], kept: Scenes, rows: Tensor | None, again: Scenes, turned: Scenes
+) -> tuple[str, str] | None:
+    """What of a scene is another scene's in the second reading, bit for bit: cause, and in words; None if nothing.
+    Args: rows: of the first reading, that the second one has."""
+    first, second = (kept, again) if rows is None else (kept[rows], turned)
+    for cause, parts in OF_OTHERS:
+        if any(part in names for part in parts) and set(names) <= set(parts):
+            name = next(part for part in parts if part in names)
+            before, then = (row_hashes(getattr(each, name)) for each in (first, second))
+            if bool(torch.isin(then[then != before], row_hashes(getattr(kept, name))).any()):
+                return cause, f"some of them have the {listed(names)} of another one of them, bit for bit: these"
+    return None
+
+
+def _change(what: str, scenes: int, seen: str, *, certain: bool, cause: str = "scenes_change") -> Finding:
     return Finding(
-        "scenes_change",
+        cause,
         f"{scenes} {what} scenes are read by their numbers; {seen} change{'.' if certain else f'.{MEANT}'}",
         certain=certain,
     )

@@ -23,6 +23,7 @@ COMPARED = 2048  # scenes of training, with each of validation
 LARGE = 32  # numbers of a channel or of snapshots, below which many are alike by chance
 # of two that are copies up to noise; share of pairs within training, and of validation scenes, that are
 ALIKE, SPARSE, FEW_ALIKE = 0.9, 0.02, 0.1
+LIKE_CHANCE = 0.8  # of the different scenes that drawing with replacement finds
 FEW = 4  # of the first scenes, one in so many may be copies of others in the data; a batch that comes again is more
 
 
@@ -112,7 +113,8 @@ def _repeats(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:
         return
     if len(batch[0]) > 1 and all(len(each.unique()) == 1 for each in batch if len(each) > 1):
         yield Finding("constant_input", f"{seen}: every scene of a batch shows the same snapshots.")
-    elif len(first) > 1 and all(
+        return
+    if len(first) > 1 and all(
         torch.equal(each.sort()[0], batch[0].sort()[0]) for each in batch if len(each) == len(batch[0])
     ):
         yield Finding(
@@ -123,8 +125,25 @@ def _repeats(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:
             ),
             f"{seen}: all {len(first)} parts of a step have the same scenes.",
         )
-    else:
-        yield Finding("repeated_batch", f"{seen}: batches come again.")
+        return
+    size = context.trainer.source.size("train")
+    drawn = len(scenes.index.unique()) <= different  # numbers come again, and not scenes under numbers of their own
+    if drawn and different > LIKE_CHANCE * size * (1 - (1 - 1 / size) ** len(hashes)):
+        context.note = f"scenes are drawn with replacement: {seen}"
+        return
+    whole = len(
+        {tuple(sorted(torch.cat([row_hashes(each.snapshots) for each in group]).tolist())) for group in context.groups}
+    )
+    if drawn and whole == len(context.groups):
+        yield Finding(
+            "repeated_batch",
+            f"{seen}, and no step is like another: numbers of scenes are drawn again and again from a part of the"
+            f" {size} that there are, as of a subset that is left from a test, or with weights of a sampler that favour"
+            " few. Which of the two: how often each number comes in an epoch.",
+            certain=False,
+        )
+        return
+    yield Finding("repeated_batch", f"{seen}: batches come again.")
 
 
 def _copies(scenes: Scenes) -> bool:
