@@ -25,6 +25,7 @@ from ris_fast.physics.scenes import Scenes
 LOOKED_AT = 128  # scenes of each split
 OTHER_COUNTS = 0.05  # share of the scenes
 FITS, MANY = 0.95, 0.2  # likeness of a column and its source's wave; share of the sources below it
+EXACT, MANY_VALUES = 0.9999, 4  # likeness of a wave to its own column; sources for each value of a place
 EXPLAINED = 0.5  # of the sources that do not fit, which an explanation makes fit
 PROPORTIONAL = 0.05  # relative spread of power over squared column norm within a scene
 COUNTED = ("count", "angle", "range", "chamfer", "contrast")  # terms that read the count
@@ -122,6 +123,8 @@ def _places(context: PreflightContext, what: str, scenes: Scenes) -> Finding | N
         return None
     found = likeness(array, scenes)
     wrong = found < FITS
+    if (rounded := _rounded(what, scenes, active, found)) is not None and context.trainer.source.endless:
+        return rounded
     if not float(wrong.float().mean()) > MANY:
         return None
     seen = (
@@ -142,6 +145,25 @@ def _places(context: PreflightContext, what: str, scenes: Scenes) -> Finding | N
     return Finding(
         "parts_unrelated", f"{seen}; in no other order, unit or sign that was tried it is more.", certain=False
     )
+
+
+def _rounded(what: str, scenes: Scenes, active: Tensor, found: Tensor) -> Finding | None:
+    """Places of few values, which the target is made between."""
+    if not float(found.median()) < EXACT:
+        return None
+    for name in ("azimuth", "elevation", "range_m"):
+        values = getattr(scenes, name)[active]
+        count = len(values.unique())
+        if MANY_VALUES * count < len(values) and count > 1:
+            return Finding(
+                "parts_unrelated",
+                f"the {name.removesuffix('_m')} of {len(values)} sources of {what} scenes has {count} different values,"
+                f" and the columns of the target are {float(found.median()):.2%} of the waves from there at the median:"
+                " labels are rounded, to a grid or to a whole number, and the target is made of what was not.",
+                advice="Keep places as numbers with a fraction, in float32; or make the target of the rounded ones.",
+                certain=False,
+            )
+    return None
 
 
 def _used(context: PreflightContext) -> bool:

@@ -55,6 +55,7 @@ def scenes_again(context: PreflightContext) -> Iterator[Finding]:
         source.batch(split, (index + len(index)) % source.size(split))  # others in between, as many
         changed = _differ(kept, first, 0.0)
         again = source.batch(split, index)
+        names_again = _differ(kept, again, 0.0)
         masked = _by_a_mask(kept, again)
         context.known[MASKED, what] = masked
         _reseed(3)
@@ -62,7 +63,7 @@ def scenes_again(context: PreflightContext) -> Iterator[Finding]:
         turned = source.batch(split, index[rows.to(index.device)])
         for how, names in (
             ("they are others once others have been read", changed),
-            ("read again, they are others", _differ(kept, again, 0.0)),
+            ("read again, they are others", names_again),
             ("in another order, with fewer beside them, they are others", _differ(kept[rows], turned, ROUNDING)),
         ):
             if masked and split == "train":
@@ -79,10 +80,11 @@ def scenes_again(context: PreflightContext) -> Iterator[Finding]:
                 if split == "train" and theirs:
                     context.note = AUGMENTED
                     return
-                if theirs and not _differ(kept, again, 0.0):
-                    break  # of validation, whose batches are the same each time
+                alone = not names_again  # what stands beside them decides, which is the same in each epoch
+                if theirs and alone:
+                    break
                 how += f": their {listed(names)}{', by zeros in other places,' if masked else ''}"
-                yield _change(what, len(index), how, certain=split == "val" and not theirs)
+                yield _change(what, len(index), how, certain=split == "val" and not theirs and not alone)
                 return
     if not context.known[MASKED, "training"]:
         yield from _as_served(context)
@@ -177,7 +179,9 @@ def _same(a: Tensor, b: Tensor, allowed: float) -> bool:
         return torch.equal(a, b)
     if allowed == 0.0:
         return torch.allclose(a, b, 0.0, 0.0, equal_nan=True)
-    return torch.allclose(a, b, allowed, allowed * float(a.abs().amax() if a.numel() else 0.0), equal_nan=True)
+    return torch.allclose(
+        a, b, allowed, allowed * float(a.nan_to_num(0.0, 0.0, 0.0).abs().amax() if a.numel() else 0.0), equal_nan=True
+    )
 
 
 # ---- features

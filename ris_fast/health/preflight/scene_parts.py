@@ -15,6 +15,7 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.dependent import REMOVED
 from ris_fast.health.preflight.labels import element_orders
 from ris_fast.health.preflight.pairing import (
+    CLEAR,
     DEVIATIONS,
     HALF,
     WHOLE,
@@ -36,6 +37,7 @@ COMPARED = 64  # scenes of the loop whose parts are compared
 SPREAD, RUN = 256, 8  # scenes of files, in runs of consecutive ones
 TRIED, PAIR_BUDGET = 8, 4e9  # scenes that are tried with the parts of others; numbers (y times factor) of all pairs
 CLOSE_DB = 2.0  # of an SNR at the median
+MISSING_DB, SOME = 3.0, 0.08  # of an SNR label above the measured one; share of the scenes
 MATCH = 0.9  # of the belonging of a loud scene, from which its parts are of one scene
 NO_SIGNAL = (
     "Look at how y is made: noise in place of signal, a channel that was drawn again, or rows of scenes far from each"
@@ -110,6 +112,8 @@ def _together(context: PreflightContext, what: str, scenes: Scenes) -> tuple[Fin
         other = _other_symbols(context, what, scenes)
         labels, said = labels_differ(what, scenes, model == "static") if other is None else (other, "")
         if other is None and labels is not None and (target := _inexact_target(what, scenes, model == "static")):
+            labels = target
+        elif other is None and labels is None and (target := _sources_missing(what, scenes, model == "static")):
             labels = target
         elif other is None and labels is not None and (fitted := explains(scenes, model == "static")):
             labels = Finding("parts_unrelated", f"{labels.evidence.partition(';')[0]}; {fitted}.", advice=NO_CODES)
@@ -196,6 +200,16 @@ def _inexact_target(what: str, scenes: Scenes, static: bool) -> Finding | None:
         advice=NO_SOURCES,
         certain=False,
     )
+
+
+def _sources_missing(what: str, scenes: Scenes, static: bool) -> Finding | None:
+    """Some scenes whose target leaves much of the snapshots unexplained that some field on the surface explains."""
+    found = measure_snr(scenes, static)
+    few = found.rows[found.away_db > MISSING_DB + CLEAR * found.deviation_db]
+    if len(few) < max(2 * FEWEST, SOME * len(found.rows)):
+        return None
+    target = _inexact_target(what, scenes[few], static)
+    return target and replace(target, evidence=f"in {len(few)} of {len(found.rows)} scenes {target.evidence}")
 
 
 def _alternatives(scenes: Scenes, static: bool, array: RISArray) -> Iterator[tuple[str, str, Scenes, bool]]:

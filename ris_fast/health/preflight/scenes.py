@@ -17,13 +17,14 @@ from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.telemetry.step_telemetry import row_hashes
 
+PLACES = ("azimuth", "elevation", "range_m")
 HASHED, VALIDATED = 4096, 256  # scenes of training and of validation
 BITS, ENOUGH = 256, 4096  # values of a byte; numbers that would have more
 COMPARED = 2048  # scenes of training, with each of validation
 LARGE = 32  # numbers of a channel or of snapshots, below which many are alike by chance
 # of two that are copies up to noise; share of pairs within training, and of validation scenes, that are
 ALIKE, SPARSE, FEW_ALIKE = 0.9, 0.02, 0.1
-LIKE_CHANCE = 0.8  # of the different scenes that drawing with replacement finds
+DRAWN = "drawn again"  # what is seen of scenes whose numbers come again in one epoch: in `known` of the context
 FEW = 4  # of the first scenes, one in so many may be copies of others in the data; a batch that comes again is more
 
 
@@ -35,10 +36,12 @@ def all_scenes(context: PreflightContext) -> Scenes:
 def finite(context: PreflightContext) -> Iterator[Finding]:
     """No scene carries NaN or infinity."""
     for split, scenes in (("train", all_scenes(context)), ("val", context.validation)):
-        for name in ("snapshots", "channel", "factor", "covariance", "snr_db"):
+        for name in ("snapshots", "channel", "factor", "covariance", "snr_db", *PLACES):
             value = getattr(scenes, name)
             if value is None:
                 continue
+            if name in PLACES and scenes.power is not None:  # what stands where no source is, is another matter
+                value = torch.where(scenes.power > 0, value, 0.0)
             bad = (~value.flatten(1).isfinite()).any(1) if value.dim() > 1 else ~value.isfinite()
             if bool(bad.any()):
                 first = int(scenes.index[bad][0])
@@ -126,22 +129,12 @@ def _repeats(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:
             f"{seen}: all {len(first)} parts of a step have the same scenes.",
         )
         return
-    size = context.trainer.source.size("train")
-    drawn = len(scenes.index.unique()) <= different  # numbers come again, and not scenes under numbers of their own
-    if drawn and different > LIKE_CHANCE * size * (1 - (1 - 1 / size) ** len(hashes)):
-        context.note = f"scenes are drawn with replacement: {seen}"
-        return
-    whole = len(
-        {tuple(sorted(torch.cat([row_hashes(each.snapshots) for each in group]).tolist())) for group in context.groups}
-    )
-    if drawn and whole == len(context.groups):
-        yield Finding(
-            "repeated_batch",
-            f"{seen}, and no step is like another: numbers of scenes are drawn again and again from a part of the"
-            f" {size} that there are, as of a subset that is left from a test, or with weights of a sampler that favour"
-            " few. Which of the two: how often each number comes in an epoch.",
-            certain=False,
-        )
+    whole = {
+        tuple(sorted(torch.cat([row_hashes(each.snapshots) for each in group]).tolist())) for group in context.groups
+    }
+    # Numbers come again, and not scenes under numbers of their own, and no step is like another.
+    if len(scenes.index.unique()) <= different and len(whole) == len(context.groups):
+        context.known[DRAWN] = seen
         return
     yield Finding("repeated_batch", f"{seen}: batches come again.")
 
