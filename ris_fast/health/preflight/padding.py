@@ -26,7 +26,7 @@ def reads_no_padding(context: PreflightContext) -> Iterator[Finding]:
 
     def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
         if isinstance(output, Tensor) and output.requires_grad and output.dim() > 2 and len(output) == scenes.batch:
-            layers.setdefault(name, output)
+            layers[name] = output
 
     with layer_calls(context.model, keep):
         total = context.run()[0]

@@ -80,7 +80,8 @@ def scenes_again(context: PreflightContext) -> Iterator[Finding]:
                 if split == "train" and theirs:
                     context.note = AUGMENTED
                     return
-                alone = not names_again  # what stands beside them decides, which is the same in each epoch
+                # What stands beside them decides, which is the same in each epoch.
+                alone = not changed and not names_again
                 if theirs and alone:
                     break
                 how += f": their {listed(names)}{', by zeros in other places,' if masked else ''}"

@@ -22,8 +22,10 @@ HASHED, VALIDATED = 4096, 256  # scenes of training and of validation
 BITS, ENOUGH = 256, 4096  # values of a byte; numbers that would have more
 COMPARED = 2048  # scenes of training, with each of validation
 LARGE = 32  # numbers of a channel or of snapshots, below which many are alike by chance
-# of two that are copies up to noise; share of pairs within training, and of validation scenes, that are
-ALIKE, SPARSE, FEW_ALIKE = 0.9, 0.02, 0.1
+ALIKE, NEAR = 0.9, 0.7  # of two that are copies up to noise; of two that are alike
+# share of pairs within training that are copies, at most, and where it is seen whether all are alike more or less: beside
+# that of pairs that are alike and no copies; share of validation scenes
+SPARSE, FEW_PAIRS, BETWEEN, FEW_ALIKE = 0.1, 0.02, 0.4, 0.1
 DRAWN = "drawn again"  # what is seen of scenes whose numbers come again in one epoch: in `known` of the context
 FEW = 4  # of the first scenes, one in so many may be copies of others in the data; a batch that comes again is more
 
@@ -40,7 +42,9 @@ def finite(context: PreflightContext) -> Iterator[Finding]:
             value = getattr(scenes, name)
             if value is None:
                 continue
-            if name in PLACES and scenes.power is not None:  # what stands where no source is, is another matter
+            if (
+                name in PLACES and scenes.power is not None and scenes.power.shape == value.shape
+            ):  # what stands where no source is, is another matter
                 value = torch.where(scenes.power > 0, value, 0.0)
             bad = (~value.flatten(1).isfinite()).any(1) if value.dim() > 1 else ~value.isfinite()
             if bool(bad.any()):
@@ -132,8 +136,9 @@ def _repeats(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:
     whole = {
         tuple(sorted(torch.cat([row_hashes(each.snapshots) for each in group]).tolist())) for group in context.groups
     }
+    fresh = context.trainer.source.endless and not context.config.data.fixed
     # Numbers come again, and not scenes under numbers of their own, and no step is like another.
-    if len(scenes.index.unique()) <= different and len(whole) == len(context.groups):
+    if not fresh and len(scenes.index.unique()) <= different and len(whole) == len(context.groups):
         context.known[DRAWN] = seen
         return
     yield Finding("repeated_batch", f"{seen}: batches come again.")
@@ -175,15 +180,16 @@ def _same_places(source: Any) -> Iterator[Finding]:
     parts, numbers = [], []
     for index in _first(source, "train", COMPARED):
         training = source.batch("train", index)
-        within = within or _copies_by_part(training, training)
-        parts.append(_copies_by_part(validation, training))
+        within = within or _likeness_by_part(training, training)
+        parts.append(_likeness_by_part(validation, training))
         numbers.append(training.index)
-    across = {name: torch.cat([part[name] for part in parts], 1) for name in within}
-    for name, found in across.items():
-        within[name].fill_diagonal_(False)
+    for name, values in within.items():
+        found = torch.cat([part[name] for part in parts], 1) > ALIKE
         many = found.any(1)
-        # Scenes of one split that are alike in general, as through a channel that is fixed, say nothing.
-        if float(within[name].float().mean()) > SPARSE or int(many.sum()) <= FEW_ALIKE * len(many):
+        # Scenes of one split that are alike more or less, as through a channel that is fixed, say nothing.
+        copies, near = (float((values.fill_diagonal_(0.0) > least).float().mean()) for least in (ALIKE, NEAR))
+        usual = copies > FEW_PAIRS and near - copies > BETWEEN * copies
+        if copies > SPARSE or usual or int(many.sum()) <= FEW_ALIKE * len(many):
             continue
         first = int(many.nonzero()[0, 0])
         whose = int(torch.cat(numbers)[int(found[first].nonzero()[0, 0])])
@@ -200,15 +206,15 @@ def _same_places(source: Any) -> Iterator[Finding]:
         return
 
 
-def _copies_by_part(some: Scenes, others: Scenes) -> dict[str, Tensor]:
-    """Which of some scenes are which of others, up to noise, by what: (A, B) bool each."""
+def _likeness_by_part(some: Scenes, others: Scenes) -> dict[str, Tensor]:
+    """How much some scenes are like others, by what: (A, B) in [0, 1] each."""
     found = {}
     if some.snapshots[0].numel() >= LARGE:
-        found["snapshots, up to noise, a phase and a scale,"] = _likeness(some.snapshots, others.snapshots) > ALIKE
+        found["snapshots, up to noise, a phase and a scale,"] = _likeness(some.snapshots, others.snapshots)
     if some.channel is not None and some.channel[0].numel() >= LARGE:
         targets = [scenes.covariance if scenes.factor is None else scenes.factor for scenes in (some, others)]
         same = row_hashes(targets[0])[:, None] == row_hashes(targets[1])
-        found["channel and the target"] = same & (_likeness(some.channel, others.channel) > ALIKE)
+        found["channel and the target"] = same * _likeness(some.channel, others.channel)
     return found
 
 
