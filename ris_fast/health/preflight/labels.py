@@ -25,6 +25,7 @@ from ris_fast.physics.scenes import Scenes
 LOOKED_AT = 128  # scenes of each split
 OTHER_COUNTS = 0.05  # share of the scenes
 FITS, MANY = 0.95, 0.2  # likeness of a column and its source's wave; share of the sources below it
+SOME = 0.04  # share of the sources below it, where all others fit exactly
 EXACT, MANY_VALUES = 0.9999, 4  # likeness of a wave to its own column; sources for each value of a place
 EXPLAINED = 0.5  # of the sources that do not fit, which an explanation makes fit
 PROPORTIONAL = 0.05  # relative spread of power over squared column norm within a scene
@@ -125,11 +126,13 @@ def _places(context: PreflightContext, what: str, scenes: Scenes) -> Finding | N
     wrong = found < FITS
     if (rounded := _rounded(what, scenes, active, found)) is not None and context.trainer.source.endless:
         return rounded
-    if not float(wrong.float().mean()) > MANY:
+    share = float(wrong.float().mean())
+    if not (share > MANY or share > SOME and float(found[~wrong].median()) > EXACT):
         return None
     seen = (
         f"{int(wrong.sum())} of {len(found)} sources of {what} scenes are not where the columns of the target say: a"
         f" column is {float(found[wrong].median()):.0%} of the wave from there at the median"
+        f"{_default(scenes, active, wrong)}"
     )
     used = _used(context)
     if (apart := context.known.get("parts apart")) is True:
@@ -145,6 +148,16 @@ def _places(context: PreflightContext, what: str, scenes: Scenes) -> Finding | N
     return Finding(
         "parts_unrelated", f"{seen}; in no other order, unit or sign that was tried it is more.", certain=False
     )
+
+
+def _default(scenes: Scenes, active: Tensor, wrong: Tensor) -> str:
+    """One value that most of the wrong places have, as where they were missing and were filled in."""
+    for name in ("azimuth", "elevation", "range_m"):
+        values = getattr(scenes, name)[active][wrong]
+        value = values.mode()[0]
+        if float((values == value).float().mean()) > EXPLAINED:
+            return f", and most of these have the {name.removesuffix('_m')} {float(value):.4g}, as what is missing does"
+    return ""
 
 
 def _rounded(what: str, scenes: Scenes, active: Tensor, found: Tensor) -> Finding | None:

@@ -70,6 +70,8 @@ def _filled(what: str, scenes: Scenes) -> Iterator[Finding]:
     empty = (scenes.snapshots.flatten(1) == 0).all(1)
     if scenes.channel is not None:
         empty |= (scenes.channel.flatten(1) == 0).all(1)
+    target = scenes.factor if scenes.factor is not None else scenes.covariance
+    empty |= (target.flatten(1) == 0).all(1) & (scenes.count > 0)
     distinct = _few_values(scenes.snapshots)
     if bool(empty.any()) and not bool(empty.all()) and distinct:
         yield Finding(
@@ -82,10 +84,9 @@ def _filled(what: str, scenes: Scenes) -> Iterator[Finding]:
     elif bool(empty.any()) and not bool(empty.all()):
         yield Finding(
             "empty_cache_slot",
-            f"{int(empty.sum())} of the first {scenes.batch} {what} scenes have snapshots or a channel "
-            f"of zeros, first scene {int(scenes.index[empty][0])}.",
+            f"{int(empty.sum())} of the first {scenes.batch} {what} scenes have snapshots, a channel or"
+            f" a target of zeros, first scene {int(scenes.index[empty][0])}.",
         )
-    target = scenes.factor if scenes.factor is not None else scenes.covariance
     if scenes.batch > 2 and bool((target == target[:1]).all()):
         yield Finding("constant_targets", f"all of the first {scenes.batch} {what} scenes have the same target.")
 
