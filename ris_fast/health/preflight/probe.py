@@ -59,8 +59,23 @@ class PreflightContext:
     @cached_property
     def validation(self) -> Scenes:
         """The first of the scenes that the trainer validates, from where it gets them."""
-        source = self.trainer.source
+        source, batches = self.trainer.source, self.trainer.validation
+        if not batches and "_validation_scenes" in vars(self.trainer):  # a script's own
+            with self._nothing_remembered():
+                batches = self.trainer._validation_scenes()
+        if batches:
+            return Scenes.concatenate(list(batches))[:VALIDATED]
         return source.batch("val", torch.arange(min(VALIDATED, self.config.data.val_limit, source.size("val"))))
+
+    @contextmanager
+    def _nothing_remembered(self) -> Iterator[None]:
+        """Features of validation scenes are kept as they were."""
+        kept = dict(self.trainer.network.known)
+        try:
+            yield
+        finally:
+            self.trainer.network.known.clear()
+            self.trainer.network.known.update(kept)
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
