@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.preflight.probe import FEWEST, PreflightContext
+from ris_fast.health.preflight.probe import AFTERWARDS, FEWEST, PreflightContext
 from ris_fast.health.preflight.scenes import all_scenes
 from ris_fast.physics.array import RISArray, steering
 from ris_fast.physics.real_complex import conj, to_complex
@@ -36,7 +36,9 @@ LOCATED = ("angle", "range", "chamfer")
 def labels_of_targets(context: PreflightContext) -> Iterator[Finding]:
     """Counts, places and powers of the sources are those that the target is made of, where it is kept by its"
     " columns."""
-    for what, scenes in (("training", all_scenes(context)[:LOOKED_AT]), ("validation", context.validation[:LOOKED_AT])):
+    sets = {"training": all_scenes(context), "validation": context.validation, AFTERWARDS: context.later}
+    for what, whole in sets.items():
+        scenes = context.scenes[:0] if whole is None else whole[:LOOKED_AT]
         if scenes.factor is None or scenes.batch < FEWEST or not bool(scenes.factor.isfinite().all()):
             return
         finding = _counts(context, what, scenes) or _places(context, what, scenes) or _powers(what, scenes)

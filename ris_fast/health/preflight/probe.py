@@ -26,6 +26,8 @@ FEWEST = 4  # of a micro-batch by itself
 VALIDATED = 256  # validation scenes that are looked at
 GROUPS = 8  # optimizer steps whose scenes are looked at
 MOST_SCENES = 2048
+LATER = 3  # epochs that are over
+AFTERWARDS = f"training (epoch {LATER + 1})"
 
 
 class PreflightContext:
@@ -46,6 +48,21 @@ class PreflightContext:
         try:
             return list(islice(groups, count))
         finally:
+            getattr(groups, "close", lambda: None)()
+
+    @cached_property
+    def later(self) -> Scenes | None:
+        """Scenes of the first step of a later epoch, as the trainer's own loop would serve them then; None in a run
+        that has none, or that goes on."""
+        state = self.trainer.state
+        if state.step or self.config.training.epochs <= LATER:
+            return None
+        now, state.epoch = state.epoch, LATER
+        groups = self.trainer._groups()
+        try:
+            return Scenes.concatenate(list(next(groups)))[:MOST_SCENES]
+        finally:
+            state.epoch = now
             getattr(groups, "close", lambda: None)()
 
     @cached_property

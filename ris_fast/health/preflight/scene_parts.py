@@ -24,7 +24,7 @@ from ris_fast.health.preflight.pairing import (
     measure_snr,
     with_factor,
 )
-from ris_fast.health.preflight.probe import FEWEST, PreflightContext
+from ris_fast.health.preflight.probe import AFTERWARDS, FEWEST, PreflightContext
 from ris_fast.health.preflight.refit import explains
 from ris_fast.health.preflight.rereads import REDRAWN
 from ris_fast.health.preflight.scenes import all_scenes
@@ -66,10 +66,12 @@ def physics(context: PreflightContext) -> Iterator[Finding]:
             context.note = f"not checked: the scenes have no {'channel' if scenes.channel is None else 'target'}"
             return
         finding, said = _together(context, what, scenes)
-        seen.setdefault(said.partition(" are ")[0], said)
+        kind = what.partition(" (")[0]
+        if kind == what:
+            seen.setdefault(said.partition(" are ")[0], said)
         context.known["parts apart"] = finding is not None and finding.cause != "snr_labels_differ"
         if finding is not None:
-            if context.known.get((REDRAWN, what)):  # as of an augmentation, which may change what belongs together
+            if context.known.get((REDRAWN, kind)):  # as of an augmentation, which may change what belongs together
                 finding = replace(finding, certain=False)
             # Rows of files are not left over from an earlier batch: there it is the order that is wrong.
             yield (
@@ -91,6 +93,8 @@ def _looked_at(context: PreflightContext) -> Iterator[tuple[str, Scenes, bool]]:
     last = context.groups[-1][0]
     yield "training", last[:COMPARED] if last.batch >= FEWEST else all_scenes(context)[:COMPARED], False
     yield "validation", context.validation[:COMPARED], False
+    if context.later is not None and context.later.batch >= FEWEST:
+        yield AFTERWARDS, context.later[:COMPARED], False
 
 
 def _spread(size: int) -> Tensor:
