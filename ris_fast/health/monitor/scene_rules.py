@@ -13,7 +13,7 @@ from ris_fast.training.scene_scores import BY_ORDER
 
 SHARE = 0.75  # of a step's scenes: fewer different targets are several scenes' each
 ENOUGH, SHARED = 4, 0.01  # scenes of training that are validated too, and their share
-MORE_THAN_DRAWN = 0.7  # of a step's scenes: 1 - 1/e is the most that drawing with replacement brings in an epoch
+
 COMPARED = 32  # scenes of two epochs
 LEARNED, UNLEARNED = 0.25, 0.8  # of the constant answer: two groups of scenes, one learned and one not
 BETWEEN, FEW = 0.1, 0.03  # share of scenes in the middle of the way; least share of either group
@@ -45,14 +45,13 @@ def served_scenes_of_every_step(run: RunHistory) -> Iterator[Finding]:
         not stale
         and seen.get("again_steps")
         and seen["scenes"] >= COMPARED
-        and seen["again"] > MORE_THAN_DRAWN * seen["scenes"]
         and sum(each["again_steps"] for each in again) > 1
     ):
         yield run.finding(
             "repeated_batch",
             f"{seen['again']} of {seen['scenes']} scenes of the last steps were served before in the same epoch, in"
             f" {seen['again_steps']} steps most of them, the first step {seen['first_again'][0]} of this process.",
-            certain=not own and seen["again"] > 0.9 * seen["scenes"],
+            certain=bool(fresh) and not own and seen["again"] > 0.9 * seen["scenes"],
         )
     if seen["compared"] < COMPARED:
         return

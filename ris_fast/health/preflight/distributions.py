@@ -25,6 +25,7 @@ SCENES, FEWEST = 256, 24
 SIGNIFICANCE = 1e-7  # of all tests together, were the two the same
 APART = 0.2  # of D, below which a difference is small however many scenes show it
 BEYOND_DB, BEYOND = 3.0, 0.02  # beyond a label's own error; share of the scenes that lie there
+NEARER = 0.8  # times D, in a later epoch
 WIDE = 0.5  # of the span that the task says, between the outer tenths of the values
 UNITS = (  # in which a place may be written: times what gives radians, and metres
     {
@@ -46,12 +47,18 @@ def distributions(context: PreflightContext) -> Iterator[Finding]:
     for what, scenes in sets.items():
         sure += _beyond(context, what, scenes)
         if not sure and context.trainer.source.endless:  # files may be described loosely
-            doubtful += _unlike_settings(context, what, scenes)
+            later = context.later if what == "training" else None  # where a curriculum may have the rest
+            if later is None or later.batch < FEWEST or _unlike_settings(context, what, later):
+                doubtful += _unlike_settings(context, what, scenes)
     for what, scenes in sets.items():
         if other := _other_unit(context, scenes):
             yield Finding("wrong_units", f"of {what} scenes {other}.", certain=False)
             return
     apart = _unlike_each_other(context, *sets.values())
+    if apart and context.later is not None and context.later.batch >= FEWEST:
+        apart = _unlike_each_other(context, *sets.values(), later=context.later)
+        if not apart:
+            context.note = "training comes nearer to validation in a later epoch, as in a curriculum"
     files = not context.trainer.source.endless
     if files and sure and not apart:  # a task that describes its files loosely
         context.note = sure[0]
@@ -159,11 +166,15 @@ def _first(values: Tensor | None) -> Tensor | None:
     return None if values is None else values[:, 0]
 
 
-def _unlike_each_other(context: PreflightContext, training: Scenes, validation: Scenes) -> list[str]:
-    """Statistics in which training and validation scenes differ by more than chance, the largest difference first."""
+def _unlike_each_other(
+    context: PreflightContext, training: Scenes, validation: Scenes, later: Scenes | None = None
+) -> list[str]:
+    """Statistics in which training and validation scenes differ by more than chance, the largest difference first.
+    Args: later: scenes of training that count as well: what differs less in them is left out."""
     if min(training.batch, validation.batch) < FEWEST:
         return []
     one, other = (_statistics(context, scenes) for scenes in (training, validation))
+    then = {} if later is None else _statistics(context, later)
     if _masked(training) and not _masked(validation):  # an augmentation, which is seen in all that is made of them
         kept = [name for name in one if not any(each in name for each in ("snapshots", "feature", "measured"))]
         one = {name: one[name] for name in kept}
@@ -174,6 +185,8 @@ def _unlike_each_other(context: PreflightContext, training: Scenes, validation: 
         if min(len(a), len(b)) < FEWEST:
             continue
         distance = two_sample_distance(a, b)
+        if name in then and two_sample_distance(then[name].double().cpu().sort()[0], b) < NEARER * distance:
+            continue
         if distance > APART and chance(distance, len(a) * len(b) / (len(a) + len(b))) * tests < SIGNIFICANCE:
             found[name] = (distance, f"{name}: training {_shown(a)}, validation {_shown(b)}")
     names = sorted(found, key=lambda name: -found[name][0])

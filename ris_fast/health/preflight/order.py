@@ -68,6 +68,9 @@ def order(context: PreflightContext) -> Iterator[Finding]:
             certain=False,
         )
     elif (found := max(_unlike_the_split(context, steps, statistics), default=None)) is not None:
+        if _changes(context, found.name, statistics):
+            context.note = "a later epoch serves scenes of other kinds, as in a curriculum"
+            return
         yield Finding(
             "distributions_differ",
             f"{found.words}: scenes are served in an order of what they hold, or those of one kind alone. Which of the"
@@ -78,6 +81,17 @@ def order(context: PreflightContext) -> Iterator[Finding]:
         )
     elif seen := context.known.get(DRAWN):
         yield from _drawn_again(context, steps, seen)
+
+
+def _changes(context: PreflightContext, name: str, statistics: list[dict[str, Tensor]]) -> bool:
+    """Whether a quantity has another distribution in a later epoch."""
+    if context.later is None or context.later.batch < FEWEST:
+        return False
+    sets = torch.cat([each[name] for each in statistics]), labels_and_sizes(context.later)[name]
+    first, later = (each.double().cpu().sort()[0] for each in sets)
+    count = len(first) * len(later) / (len(first) + len(later))
+    distance = two_sample_distance(first, later)
+    return distance > AWAY / 2 and chance(distance, count) < SIGNIFICANCE
 
 
 def _drawn_again(context: PreflightContext, steps: list[Scenes], seen: str) -> Iterator[Finding]:

@@ -26,8 +26,8 @@ FEWEST = 4  # of a micro-batch by itself
 VALIDATED = 256  # validation scenes that are looked at
 GROUPS = 8  # optimizer steps whose scenes are looked at
 MOST_SCENES = 2048
-LATER = 3  # epochs that are over
-AFTERWARDS = f"training (epoch {LATER + 1})"
+LONG, LATER = 3, 128  # epochs; scenes of a later one
+AFTERWARDS = "training (a later epoch)"
 
 
 class PreflightContext:
@@ -52,15 +52,17 @@ class PreflightContext:
 
     @cached_property
     def later(self) -> Scenes | None:
-        """Scenes of the first step of a later epoch, as the trainer's own loop would serve them then; None in a run
-        that has none, or that goes on."""
-        state = self.trainer.state
-        if state.step or self.config.training.epochs <= LATER:
+        """Scenes of the first steps of an epoch in the middle of the run, as the trainer's own loop would serve them
+        then; None in a short run, or one that goes on."""
+        state, epochs = self.trainer.state, self.config.training.epochs
+        if state.step or epochs <= LONG:
             return None
-        now, state.epoch = state.epoch, LATER
-        groups = self.trainer._groups()
+        now, state.epoch = state.epoch, max(LONG, epochs // 2)
+        groups, found = self.trainer._groups(), []
         try:
-            return Scenes.concatenate(list(next(groups)))[:MOST_SCENES]
+            while sum(scenes.batch for scenes in found) < LATER and (group := next(groups, None)) is not None:
+                found += group
+            return Scenes.concatenate(found)[:MOST_SCENES]
         finally:
             state.epoch = now
             getattr(groups, "close", lambda: None)()

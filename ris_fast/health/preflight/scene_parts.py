@@ -36,6 +36,7 @@ from ris_fast.physics.scenes import Scenes
 COMPARED = 64  # scenes of the loop whose parts are compared
 SPREAD, RUN = 256, 8  # scenes of files, in runs of consecutive ones
 TRIED, PAIR_BUDGET = 8, 4e9  # scenes that are tried with the parts of others; numbers (y times factor) of all pairs
+UNDONE = 0.88  # of the belonging, from which a mistake that was undone explains it: small arrays fit much by chance
 CLOSE_DB = 2.0  # of an SNR at the median
 MISSING_DB, SOME = 3.0, 0.08  # of an SNR label above the measured one; share of the scenes
 MATCH = 0.9  # of the belonging of a loud scene, from which its parts are of one scene
@@ -136,7 +137,7 @@ def _together(context: PreflightContext, what: str, scenes: Scenes) -> tuple[Fin
     rows = found.broken if partly else torch.ones_like(found.broken)
     for cause, how, other, static in _alternatives(scenes, model == "static", RISArray.of(context.config.task)):
         share = _mean(belonging(other, static), rows)
-        if share > max(WHOLE - 0.1, 1.5 * _mean(found, rows)):
+        if share > max(UNDONE, 1.5 * _mean(found, rows)):
             advice = "Give --set task.symbols=per_snapshot." if cause == "task_differs" else ""
             return Finding(cause, f"{seen}; {how} they explain {share:.0%}.", advice=advice), ""
     if fitted := explains(scenes, model == "static"):
@@ -183,7 +184,7 @@ def _of_some_field(scenes: Scenes, rows: Tensor, static: bool) -> bool:
     return deviation * DEVIATIONS < HALF and mean > WHOLE
 
 
-def _inexact_target(what: str, scenes: Scenes, static: bool) -> Finding | None:
+def _inexact_target(what: str, scenes: Scenes, static: bool, *, least: int = 2 * FEWEST) -> Finding | None:
     """A target that leaves more of the snapshots unexplained than noise is, where some field on the surface does not:
     it is not exactly what they were made of, and the SNR labels are right."""
     whole = torch.eye(scenes.channel.shape[2])[None].expand(scenes.batch, -1, -1)
@@ -191,7 +192,7 @@ def _inexact_target(what: str, scenes: Scenes, static: bool) -> Finding | None:
     if labels_differ(what, anything, static)[0] is not None:
         return None
     own, free = measure_snr(scenes, static), measure_snr(anything, static)
-    if min(len(own.labels_db), len(free.labels_db)) < 2 * FEWEST or not float(free.deviation_db.median()) < CLOSE_DB:
+    if min(len(own.labels_db), len(free.labels_db)) < least or not float(free.deviation_db.median()) < CLOSE_DB:
         return None
     if not float(free.away_db.median().abs()) < CLOSE_DB < float(own.away_db.median()):
         return None
@@ -210,9 +211,9 @@ def _sources_missing(what: str, scenes: Scenes, static: bool) -> Finding | None:
     """Some scenes whose target leaves much of the snapshots unexplained that some field on the surface explains."""
     found = measure_snr(scenes, static)
     few = found.rows[found.away_db > MISSING_DB + CLEAR * found.deviation_db]
-    if len(few) < max(2 * FEWEST, SOME * len(found.rows)):
+    if len(few) < max(FEWEST + 1, SOME * len(found.rows)):
         return None
-    target = _inexact_target(what, scenes[few], static)
+    target = _inexact_target(what, scenes[few], static, least=FEWEST)
     return target and replace(target, evidence=f"in {len(few)} of {len(found.rows)} scenes {target.evidence}")
 
 

@@ -63,24 +63,6 @@ def distinct(context: PreflightContext) -> Iterator[Finding]:
         if not context.known.get((MASKED, what)):  # a mask may take out all of a scene
             yield from _filled(what, scenes)
     yield from _repeats(context, all_scenes(context))
-    yield from _served_before(context)
-
-
-def _served_before(context: PreflightContext) -> Iterator[Finding]:
-    """A later epoch has fresh scenes, where every epoch should."""
-    source = context.trainer.source
-    if context.later is None or not source.endless or context.config.data.fixed:
-        return
-    first, later = (row_hashes(scenes.snapshots) for scenes in (all_scenes(context), context.later))
-    known = later[torch.isin(later, first)]
-    whole = len(first) >= source.size("train")
-    if len(known) > len(later) // 2 or not whole and len(known) > 2:
-        yield Finding(
-            "repeated_batch",
-            f"{len(known)} of {len(later)} scenes of a later epoch are those of the first, by their bytes, though every"
-            " epoch should have fresh ones (data.fixed=false).",
-            certain=type(source).__module__.startswith("ris_fast."),
-        )
 
 
 def _filled(what: str, scenes: Scenes) -> Iterator[Finding]:
@@ -155,9 +137,8 @@ def _repeats(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:
     whole = {
         tuple(sorted(torch.cat([row_hashes(each.snapshots) for each in group]).tolist())) for group in context.groups
     }
-    fresh = context.trainer.source.endless and not context.config.data.fixed
     # Numbers come again, and not scenes under numbers of their own, and no step is like another.
-    if not fresh and len(scenes.index.unique()) <= different and len(whole) == len(context.groups):
+    if len(scenes.index.unique()) <= different and len(whole) == len(context.groups):
         context.known[DRAWN] = seen
         return
     yield Finding("repeated_batch", f"{seen}: batches come again.")
