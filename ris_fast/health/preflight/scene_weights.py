@@ -22,6 +22,7 @@ from ris_fast.physics.scenes import Scenes
 SCENES, FEWEST = 256, 16
 ALONG = 0.9  # cosine of the two gradients of a scene: the loss is its NMSE, times a weight
 HALF = 0.05  # share of all weight that half of the scenes have together: 0.5 where weights are equal
+OTHER_HALF = 0.01  # the same of a loss that is no NMSE, times a weight
 TELLS = 0.7  # rank correlation of the weights with a quantity
 
 
@@ -32,13 +33,13 @@ def scene_weights(context: PreflightContext) -> Iterator[Finding]:
         return
     with torch.no_grad():
         guess = context.predict(scenes)
-    weights = _weights(context, guess, scenes)
+    weights, least = _weights(context, guess, scenes)
     if weights is None:
         return
     order = weights.sort()[0]
     half = float(order[: len(order) // 2].sum() / order.sum())
     context.note = f"half of the scenes have {half:.0%} of the weight"
-    if half > HALF:
+    if half > least:
         return
     largest = float(order[-max(1, len(order) // 10) :].sum() / order.sum())
     yield Finding(
@@ -53,13 +54,13 @@ def scene_weights(context: PreflightContext) -> Iterator[Finding]:
     )
 
 
-def _weights(context: PreflightContext, guess: Prediction, scenes: Scenes) -> Tensor | None:
-    """The weight of each scene in the covariance terms, (B,), of mean 1; None where these are not an NMSE."""
-    settings = context.config.loss
-    names = [name for name in COVARIANCE if context.loss.weights.get(name, 0.0) > 0]
-    if not names or "cov" in names and settings.beta > 0.0:
-        return None
-    given = guess.factor.float().clone().requires_grad_()
+def _weights(context: PreflightContext, guess: Prediction, scenes: Scenes) -> tuple[Tensor | None, float]:
+    """The weight of each scene in the loss of its factor, (B,), of mean 1, and the least share of all that half of them
+    should have; None where the loss says nothing of some, or blends what it compares.
+    """
+    settings, given = context.config.loss, guess.factor.float().clone().requires_grad_()
+    if settings.beta > 0.0 and context.loss.weights.get("cov", 0.0) > 0:
+        return None, 0.0
     known = {"target_cov": scenes.covariance} if scenes.factor is None else {"target_factor": scenes.factor}
     plain = cov_nmse(
         given,
@@ -70,22 +71,22 @@ def _weights(context: PreflightContext, guess: Prediction, scenes: Scenes) -> Te
         reduction="none",
         validate=False,
     )
-    (own,) = torch.autograd.grad(plain.sum(), given)
     terms = context.loss(guess._replace(factor=given), scenes)[1]
-    total = sum(context.loss.weights[name] * terms[name] for name in names)
-    if not isinstance(total, Tensor) or not total.requires_grad:
-        return None
-    (found,) = torch.autograd.grad(total, given, allow_unused=True)
+    names = (*COVARIANCE, getattr(context.loss, "own_name", ""))
+    told = [context.loss.weights[name] * terms[name] for name in names if name in terms and terms[name].requires_grad]
+    if not told:
+        return None, 0.0
+    (found,) = torch.autograd.grad(sum(told), given, allow_unused=True)
+    (own,) = torch.autograd.grad(plain.sum(), given)
     if found is None or not bool(found.isfinite().all()) or not bool(own.isfinite().all()):
-        return None
+        return None, 0.0
     a, b = own.flatten(1).double(), found.flatten(1).double()
     sizes = a.norm(dim=1), b.norm(dim=1)
-    alike = (a * b).sum(1) / (sizes[0] * sizes[1]).clamp_min(1e-300)
-    known_rows = sizes[0] > 1e-6 * sizes[0].max()
-    if int(known_rows.sum()) < FEWEST or float((alike > ALONG)[known_rows].float().mean()) < ALONG:
-        return None
-    weights = (sizes[1] / sizes[0].clamp_min(1e-300))[known_rows]
-    return None if len(weights) < scenes.batch else weights / weights.mean()
+    if not float(sizes[0].min()) > 1e-6 * float(sizes[0].max()) or not bool(sizes[1].all()):
+        return None, 0.0
+    alike = (a * b).sum(1) / (sizes[0] * sizes[1])
+    weights = sizes[1] / sizes[0]
+    return weights / weights.mean(), HALF if float((alike > ALONG).float().mean()) >= ALONG else OTHER_HALF
 
 
 def _goes_with(weights: Tensor, scenes: Scenes) -> str:
