@@ -136,6 +136,8 @@ def _together(context: PreflightContext, what: str, scenes: Scenes) -> tuple[Fin
     )
     rows = found.broken if partly else torch.ones_like(found.broken)
     for cause, how, other, static in _alternatives(scenes, model == "static", RISArray.of(context.config.task)):
+        if cause == "task_differs" and partly and broken < MATCH * decided:
+            continue  # a task is that of all scenes
         share = _mean(belonging(other, static), rows)
         if share > max(UNDONE, 1.5 * _mean(found, rows)):
             advice = "Give --set task.symbols=per_snapshot." if cause == "task_differs" else ""
