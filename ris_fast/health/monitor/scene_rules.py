@@ -13,6 +13,7 @@ from ris_fast.training.scene_scores import BY_ORDER
 
 SHARE = 0.75  # of a step's scenes: fewer different targets are several scenes' each
 ENOUGH, SHARED = 4, 0.01  # scenes of training that are validated too, and their share
+
 COMPARED = 32  # scenes of two epochs
 LEARNED, UNLEARNED = 0.25, 0.8  # of the constant answer: two groups of scenes, one learned and one not
 BETWEEN, FEW = 0.1, 0.03  # share of scenes in the middle of the way; least share of either group
@@ -50,7 +51,7 @@ def served_scenes_of_every_step(run: RunHistory) -> Iterator[Finding]:
             "repeated_batch",
             f"{seen['again']} of {seen['scenes']} scenes of the last steps were served before in the same epoch, in"
             f" {seen['again_steps']} steps most of them, the first step {seen['first_again'][0]} of this process.",
-            certain=not own and seen["again"] > 0.9 * seen["scenes"],
+            certain=bool(fresh) and not own and seen["again"] > 0.9 * seen["scenes"],
         )
     if seen["compared"] < COMPARED:
         return

@@ -10,6 +10,7 @@ from ris_fast.health.monitor.history import Row, Rule, RunHistory, named
 
 SOME = 0.1  # of a step's scenes: fewer may be zeros by chance, of a mask
 TOUCHED = 0.02  # relative: more than rounding in a sum
+MORE_THAN_DRAWN, NEARLY_ALL = 0.7, 0.9  # of a step's scenes: 1 - 1/e come again in an epoch of draws with replacement
 ENOUGH_SCENES = 8  # of one step, or of several together, of which more than half were served before
 JUMP, STILL = 0.5, 1e-8  # of a weight in one step
 GROWN, SHRUNK = 10.0, 0.2  # of the first weights' norm
@@ -130,11 +131,13 @@ def served_scenes(run: RunHistory) -> Iterator[Finding]:
     repeated, scenes = _repeated(run)
     if 2 * (reading.get("repeated_with_other_target") or 0) > (reading.get("scenes") or 0):
         return  # an earlier batch's snapshots with the targets of this one: another rule names it
-    if reading.get("repeated") and repeated > max(1, scenes // 2):
+    if reading.get("repeated") and repeated > max(1, scenes * MORE_THAN_DRAWN):
         where = "a step" if scenes == reading["scenes"] else "the last steps that were read"
         yield run.finding(
             "repeated_batch",
             f"{repeated} of {scenes} scenes of {where} were in it twice or in another step of the same epoch.",
+            # A sampler may draw with replacement, and an epoch be several passes over few scenes.
+            certain=bool(run.info.get("fresh", True)) and repeated > NEARLY_ALL * scenes,
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.measures import on_a_grid
 from ris_fast.health.preflight.pairing import as_believed
 from ris_fast.health.preflight.probe import FEWEST, PreflightContext
 from ris_fast.health.preflight.scenes import all_scenes
@@ -23,6 +24,7 @@ from ris_fast.physics.scenes import Scenes
 LOOKED_AT = 32  # scenes of each split
 NOISY_DB = 50.0  # below it noise is far above the rounding of float32, of float16 too
 NOTHING = 1e-3  # of the noise's amplitude; rounding to 16 bits leaves more
+CUT_OFF = 0.04  # share of the numbers of a scene that are the largest one exactly
 REMOVED = "something was taken out"  # which explains what else does not fit: in `known` of the context
 AXES = {"snapshots": ((1, "snapshots"), (2, "antennas")), "channel": ((1, "antennas"), (2, "elements"))}
 
@@ -34,7 +36,7 @@ def removed(context: PreflightContext) -> Iterator[Finding]:
         scenes = scenes[(scenes.snr_db < NOISY_DB) & (scenes.snapshots.flatten(1) != 0).any(1)]
         if scenes.batch < FEWEST or not bool(scenes.snapshots.isfinite().all()):
             return
-        if seen := _twice_or_zero(scenes) or _dimensions(scenes):
+        if seen := _twice_or_zero(scenes) or _dimensions(scenes) or _sizes(scenes) or _ends(scenes) or _steps(scenes):
             context.known[REMOVED] = True
             yield Finding(
                 "inputs_withhold_answer",
@@ -90,6 +92,44 @@ def _dimensions(scenes: Scenes) -> str:
         return ""
     rank = values.shape[1]
     return f"the snapshots, a matrix {tuple(y.shape[1:])}, have rank {rank - count} where noise gives them {rank}"
+
+
+def _sizes(scenes: Scenes) -> str:
+    """Antennas, snapshots or numbers that all have one size, as where each was divided by its own."""
+    power = to_complex(scenes.snapshots.double()).abs().square()
+    for axes, name in (((), "numbers of the snapshots"), ((1,), "antennas"), ((2,), "snapshots")):
+        sizes = power.mean(axes, keepdim=True) if axes else power
+        if sizes[0].numel() > 1 and bool(((sizes / sizes.mean((1, 2), keepdim=True) - 1).abs() < NOTHING).all()):
+            return f"all {name} have exactly the same size: each was divided by its own, and how they compare is lost"
+    return ""
+
+
+def _ends(scenes: Scenes) -> str:
+    """Numbers that were cut off at the largest one."""
+    size = scenes.snapshots.flatten(1).abs()
+    share = (size >= size.amax(1, keepdim=True) * (1 - 1e-6)).float().mean(1)
+    cut = share > CUT_OFF
+    if not float(cut.float().mean()) > 0.5:
+        return ""
+    return (
+        f"numbers of the snapshots go to a largest one, at which they are cut off: {float(share[cut].median()):.0%} of"
+        f" them are it exactly in {int(cut.sum())} scenes"
+    )
+
+
+def _steps(scenes: Scenes) -> str:
+    """Numbers that were rounded to steps larger than the noise."""
+    noise = _noise(scenes)
+    values = [each.flatten().unique() for each in scenes.snapshots.double()]
+    if not all(1 < len(each) < 4 or on_a_grid(scene) for each, scene in zip(values, scenes.snapshots)):
+        return ""
+    ratio = torch.stack([each.diff().min() for each in values]) / noise
+    if not float(ratio.median()) > 1.0:
+        return ""
+    return (
+        f"the numbers of the snapshots are whole multiples of one step, {float(ratio.median()):.3g} times the noise at"
+        " the median: they were rounded, as to few bits or in a format that is too narrow for their size"
+    )
 
 
 def _one_part(values: Tensor, name: str) -> str:

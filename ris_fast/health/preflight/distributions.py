@@ -25,6 +25,7 @@ SCENES, FEWEST = 256, 24
 SIGNIFICANCE = 1e-7  # of all tests together, were the two the same
 APART = 0.2  # of D, below which a difference is small however many scenes show it
 BEYOND_DB, BEYOND = 3.0, 0.02  # beyond a label's own error; share of the scenes that lie there
+NEARER = 0.8  # times D, in a later epoch
 WIDE = 0.5  # of the span that the task says, between the outer tenths of the values
 UNITS = (  # in which a place may be written: times what gives radians, and metres
     {
@@ -46,12 +47,18 @@ def distributions(context: PreflightContext) -> Iterator[Finding]:
     for what, scenes in sets.items():
         sure += _beyond(context, what, scenes)
         if not sure and context.trainer.source.endless:  # files may be described loosely
-            doubtful += _unlike_settings(context, what, scenes)
+            later = context.later if what == "training" else None  # where a curriculum may have the rest
+            if later is None or later.batch < FEWEST or _unlike_settings(context, what, later):
+                doubtful += _unlike_settings(context, what, scenes)
     for what, scenes in sets.items():
         if other := _other_unit(context, scenes):
             yield Finding("wrong_units", f"of {what} scenes {other}.", certain=False)
             return
     apart = _unlike_each_other(context, *sets.values())
+    if apart and context.later is not None and context.later.batch >= FEWEST:
+        apart = _unlike_each_other(context, *sets.values(), later=context.later)
+        if not apart:
+            context.note = "training comes nearer to validation in a later epoch, as in a curriculum"
     files = not context.trainer.source.endless
     if files and sure and not apart:  # a task that describes its files loosely
         context.note = sure[0]
@@ -116,7 +123,7 @@ def _unlike_settings(context: PreflightContext, what: str, scenes: Scenes) -> li
             expected = ((values - ends[0]) / (ends[1] - ends[0])).clamp(0, 1)
             at = torch.arange(len(values) + 1, dtype=torch.float64) / len(values)
             distance = float(torch.maximum(at[1:] - expected, expected - at[:-1]).max())
-        if distance > APART and _chance(distance, len(values)) * len(wanted) * 2 < SIGNIFICANCE:
+        if distance > APART and chance(distance, len(values)) * len(wanted) * 2 < SIGNIFICANCE:
             found.append(f"the {name} of {what} scenes is not spread as the task says: {_shown(values)}")
     return found
 
@@ -159,11 +166,15 @@ def _first(values: Tensor | None) -> Tensor | None:
     return None if values is None else values[:, 0]
 
 
-def _unlike_each_other(context: PreflightContext, training: Scenes, validation: Scenes) -> list[str]:
-    """Statistics in which training and validation scenes differ by more than chance, the largest difference first."""
+def _unlike_each_other(
+    context: PreflightContext, training: Scenes, validation: Scenes, later: Scenes | None = None
+) -> list[str]:
+    """Statistics in which training and validation scenes differ by more than chance, the largest difference first.
+    Args: later: scenes of training that count as well: what differs less in them is left out."""
     if min(training.batch, validation.batch) < FEWEST:
         return []
     one, other = (_statistics(context, scenes) for scenes in (training, validation))
+    then = {} if later is None else _statistics(context, later)
     if _masked(training) and not _masked(validation):  # an augmentation, which is seen in all that is made of them
         kept = [name for name in one if not any(each in name for each in ("snapshots", "feature", "measured"))]
         one = {name: one[name] for name in kept}
@@ -174,7 +185,9 @@ def _unlike_each_other(context: PreflightContext, training: Scenes, validation: 
         if min(len(a), len(b)) < FEWEST:
             continue
         distance = two_sample_distance(a, b)
-        if distance > APART and _chance(distance, len(a) * len(b) / (len(a) + len(b))) * tests < SIGNIFICANCE:
+        if name in then and two_sample_distance(then[name].double().cpu().sort()[0], b) < NEARER * distance:
+            continue
+        if distance > APART and chance(distance, len(a) * len(b) / (len(a) + len(b))) * tests < SIGNIFICANCE:
             found[name] = (distance, f"{name}: training {_shown(a)}, validation {_shown(b)}")
     names = sorted(found, key=lambda name: -found[name][0])
     if not names:
@@ -199,11 +212,17 @@ def two_sample_distance(a: Tensor, b: Tensor) -> float:
     return float((share[0] - share[1]).abs().max())
 
 
-def _chance(distance: float, scenes: float) -> float:
+def chance(distance: float, scenes: float) -> float:
     """The probability of so large a distance by chance, for so many scenes (of two samples n m / (n + m))."""
     root = math.sqrt(scenes)
     size = (root + 0.12 + 0.11 / root) * distance
     return min(1.0, max(0.0, 2 * sum((-1) ** (k - 1) * math.exp(-2 * (k * size) ** 2) for k in range(1, 20))))
+
+
+def ranks(values: Tensor) -> Tensor:
+    """The rank of each number; equal ones share theirs."""
+    _, group, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - counts / 2)[group].double()
 
 
 def _shown(values: Tensor) -> str:
@@ -212,9 +231,8 @@ def _shown(values: Tensor) -> str:
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
-@torch.no_grad()
-def _statistics(context: PreflightContext, scenes: Scenes) -> dict[str, Tensor]:
-    """Name -> (B,); of what is there. The SNR that snapshots have is measured in the scenes that allow it alone."""
+def labels_and_sizes(scenes: Scenes) -> dict[str, Tensor]:
+    """Name -> (B,); of what is there: what scenes are labelled with, and how large their parts are."""
     found = {"labelled SNR in dB": scenes.snr_db, "number of sources": scenes.count.float()}
     for name, values in (
         ("azimuth", scenes.azimuth),
@@ -233,6 +251,13 @@ def _statistics(context: PreflightContext, scenes: Scenes) -> dict[str, Tensor]:
             flat = values.flatten(1)
             found[f"mean square of the {name} (log10)"] = flat.square().mean(1).clamp_min(1e-30).log10()
             found[f"mean of the {name} over its rms"] = flat.mean(1) / flat.square().mean(1).sqrt().clamp_min(1e-30)
+    return found
+
+
+@torch.no_grad()
+def _statistics(context: PreflightContext, scenes: Scenes) -> dict[str, Tensor]:
+    """Name -> (B,). The SNR that snapshots have is measured in the scenes that allow it alone."""
+    found = labels_and_sizes(scenes)
     believed = as_believed(with_factor(scenes), context.config.task)
     if believed.channel is not None and believed.factor is not None:
         measured = measure_snr(believed, context.config.task.symbols == "static")

@@ -20,7 +20,9 @@ from ris_fast.physics.real_complex import conj, expi, multiply, to_complex, to_p
 from ris_fast.physics.scenes import Scenes
 
 LARGE, SMALL_RMS = 1e3, 1e-3
-FAINT, MOSTLY = 1e-6, 0.5  # of the largest input; share of them
+FAINT, SLOW, MOSTLY = 1e-6, 1e-4, 0.5  # of the largest input, twice; share of them
+MANY_SCENES, MANY_NUMBERS, FEW_LEVELS = 8, 8, 3  # of an input that is looked at for its values; of one that has few
+CUT_OFF = 0.3  # share of the numbers that are one and the same
 LOUD_DB = 20.0
 LOUDER = 2.0**13  # a power of two, by which numbers change exactly: no rounding enters the comparison
 DIFFERENT = 1e-2  # relative, between the rows of an input: more than what a sum may hide
@@ -74,13 +76,14 @@ def _constant_layers(context: PreflightContext, scenes: Scenes) -> Iterator[Find
     constant: list[tuple[str, bool]] = []
 
     def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
-        first = next((each for each in inputs if isinstance(each, Tensor)), None)
-        if not isinstance(output, Tensor) or first is None or min(first.dim(), output.dim()) < 2:
+        made = output[0] if isinstance(output, tuple) and output else output  # of attention, before its weights
+        if not isinstance(made, Tensor) or made.dim() < 2 or made.shape[0] != scenes.batch:
             return
-        if first.shape[0] == output.shape[0] == scenes.batch:
-            before, after = (each.detach().float().flatten(1) for each in (first, output))
-            if _rows_alike(after) and relative_change(before, before[:1].expand_as(before)) > DIFFERENT:
-                constant.append((name, not bool(after.any())))
+        given = [each.detach().float().flatten(1) for each in inputs if _a_row_each(each, scenes.batch)]
+        differs = any(relative_change(each, each[:1].expand_as(each)) > DIFFERENT for each in given)
+        after = made.detach().float().flatten(1)
+        if differs and _rows_alike(after):
+            constant.append((name, not bool(after.any())))
 
     with layer_calls(context.model, keep):
         context.answer(scenes)
@@ -91,9 +94,14 @@ def _constant_layers(context: PreflightContext, scenes: Scenes) -> Iterator[Find
             "dead_units" if zero else "ignored_input",
             f"{name} answers {scenes.batch} scenes with {what} though its inputs differ between them, also with other"
             " weights: a normalisation or a softmax over a single number leaves nothing, nor do units that are off for"
-            " every input. Which of the two: print its output and the axis that is normalised.",
+            " every input, nor a mask that is true where there is something. Which of them: print its output, the axis"
+            " that is normalised, and the mask.",
             certain=False,
         )
+
+
+def _a_row_each(value: object, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1 and value.shape[0] == batch
 
 
 def _lost(context: PreflightContext, scenes: Scenes) -> tuple[str, bool]:
@@ -158,16 +166,28 @@ def scale(context: PreflightContext) -> Iterator[Finding]:
             )
             return
     for name, value in seen.items():
-        if (share := _drowned(value)) > MOSTLY:
-            yield Finding(
-                "input_scale",
-                f"{share:.0%} of the {value.shape[1]} numbers that {name} is given are below {FAINT:g} of the largest"
-                " of them"
-                f" (rms {sizes[name]:.2g}): a sum in float32 does not see them. Bring each input to order one before"
-                " they"
-                " are put together.",
-            )
-            return
+        for least, effect in (
+            (FAINT, "a sum in float32 does not see them"),
+            (SLOW, "weights that are as large as others see next to nothing of them, and take very long to grow"),
+        ):
+            if (share := _drowned(value, least)) > MOSTLY:
+                yield Finding(
+                    "input_scale",
+                    f"{share:.0%} of the {value.shape[1]} numbers that {name} is given are below {least:g} of the"
+                    f" largest of them (rms {sizes[name]:.2g}): {effect}. Bring each input to order one before they are"
+                    " put together.",
+                    certain=least == FAINT,
+                )
+                return
+    if coarse := next(filter(None, (_coarse(name, value) for name, value in seen.items())), ""):
+        yield Finding(
+            "inputs_withhold_answer",
+            coarse,
+            advice="Look at what rounds, compares, clamps or takes an argmax before the first layer: give it the"
+            " numbers themselves, in a unit in which they are of order one.",
+            certain=False,
+        )
+        return
     if uneven := next((seen for name, value in seen.items() if (seen := _one_outweighs(name, value))), ""):
         yield Finding("input_scale", uneven, certain=False)
         return
@@ -187,12 +207,35 @@ def _one_outweighs(name: str, value: Tensor) -> str:
     )
 
 
-def _drowned(value: Tensor) -> float:
-    """Share of the inputs, not counting those that are always zero, beside others that are larger than any weight
-    mends. Args: (B, F)."""
+def _drowned(value: Tensor, least: float) -> float:
+    """Share of the inputs, not counting those that are always zero, that are smaller than `least` of the largest.
+    Args: (B, F)."""
     size = value.square().mean(0).sqrt()
     size = size[size > 0]
-    return float((size < FAINT * size.max()).float().mean()) if len(size) > 1 else 0.0
+    return float((size < least * size.max()).float().mean()) if len(size) > 1 else 0.0
+
+
+def _coarse(name: str, value: Tensor) -> str:
+    """Numbers of a layer's input that have hardly more than one value; empty where most have many. Args: (B, F)."""
+    varying = value[:, (value != value[:1]).any(0)]
+    batch, count = varying.shape
+    if batch < MANY_SCENES or count < MANY_NUMBERS:
+        return ""
+    few = torch.tensor([len(column.unique()) <= FEW_LEVELS for column in varying.T])
+    share = float(few.float().mean())
+    if share > MOSTLY and len(varying[:, few].unique()) <= MANY_NUMBERS:
+        return (
+            f"{share:.0%} of the {count} numbers that {name} is given and that differ between {batch} scenes have"
+            f" {FEW_LEVELS} values or fewer: they were rounded, compared or made one of a few."
+        )
+    values, counts = varying[varying != 0].unique(return_counts=True)
+    often = counts.argmax()
+    if float(counts[often]) > CUT_OFF * varying.numel():
+        return (
+            f"{float(counts[often]) / varying.numel():.0%} of the numbers that {name} is given and that differ between"
+            f" scenes are {float(values[often]):.3g} exactly: they are cut off there."
+        )
+    return ""
 
 
 def _units(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.preflight.probe import FEWEST, PreflightContext
+from ris_fast.health.preflight.probe import AFTERWARDS, FEWEST, PreflightContext
 from ris_fast.health.preflight.scenes import all_scenes
 from ris_fast.physics.array import RISArray, steering
 from ris_fast.physics.real_complex import conj, to_complex
@@ -25,6 +25,8 @@ from ris_fast.physics.scenes import Scenes
 LOOKED_AT = 128  # scenes of each split
 OTHER_COUNTS = 0.05  # share of the scenes
 FITS, MANY = 0.95, 0.2  # likeness of a column and its source's wave; share of the sources below it
+SOME = 0.04  # share of the sources below it, where all others fit exactly
+EXACT, MANY_VALUES = 0.9999, 4  # likeness of a wave to its own column; sources for each value of a place
 EXPLAINED = 0.5  # of the sources that do not fit, which an explanation makes fit
 PROPORTIONAL = 0.05  # relative spread of power over squared column norm within a scene
 COUNTED = ("count", "angle", "range", "chamfer", "contrast")  # terms that read the count
@@ -34,7 +36,9 @@ LOCATED = ("angle", "range", "chamfer")
 def labels_of_targets(context: PreflightContext) -> Iterator[Finding]:
     """Counts, places and powers of the sources are those that the target is made of, where it is kept by its"
     " columns."""
-    for what, scenes in (("training", all_scenes(context)[:LOOKED_AT]), ("validation", context.validation[:LOOKED_AT])):
+    sets = {"training": all_scenes(context), "validation": context.validation, AFTERWARDS: context.later}
+    for what, whole in sets.items():
+        scenes = context.scenes[:0] if whole is None else whole[:LOOKED_AT]
         if scenes.factor is None or scenes.batch < FEWEST or not bool(scenes.factor.isfinite().all()):
             return
         finding = _counts(context, what, scenes) or _places(context, what, scenes) or _powers(what, scenes)
@@ -122,11 +126,15 @@ def _places(context: PreflightContext, what: str, scenes: Scenes) -> Finding | N
         return None
     found = likeness(array, scenes)
     wrong = found < FITS
-    if not float(wrong.float().mean()) > MANY:
+    if (rounded := _rounded(what, scenes, active, found)) is not None and context.trainer.source.endless:
+        return rounded
+    share = float(wrong.float().mean())
+    if not (share > MANY or share > SOME and float(found[~wrong].median()) > EXACT):
         return None
     seen = (
         f"{int(wrong.sum())} of {len(found)} sources of {what} scenes are not where the columns of the target say: a"
         f" column is {float(found[wrong].median()):.0%} of the wave from there at the median"
+        f"{_default(scenes, active, wrong)}"
     )
     used = _used(context)
     if (apart := context.known.get("parts apart")) is True:
@@ -142,6 +150,35 @@ def _places(context: PreflightContext, what: str, scenes: Scenes) -> Finding | N
     return Finding(
         "parts_unrelated", f"{seen}; in no other order, unit or sign that was tried it is more.", certain=False
     )
+
+
+def _default(scenes: Scenes, active: Tensor, wrong: Tensor) -> str:
+    """One value that most of the wrong places have, as where they were missing and were filled in."""
+    for name in ("azimuth", "elevation", "range_m"):
+        values = getattr(scenes, name)[active][wrong]
+        value = values.mode()[0]
+        if float((values == value).float().mean()) > EXPLAINED:
+            return f", and most of these have the {name.removesuffix('_m')} {float(value):.4g}, as what is missing does"
+    return ""
+
+
+def _rounded(what: str, scenes: Scenes, active: Tensor, found: Tensor) -> Finding | None:
+    """Places of few values, which the target is made between."""
+    if not float(found.median()) < EXACT:
+        return None
+    for name in ("azimuth", "elevation", "range_m"):
+        values = getattr(scenes, name)[active]
+        count = len(values.unique())
+        if MANY_VALUES * count < len(values) and count > 1:
+            return Finding(
+                "parts_unrelated",
+                f"the {name.removesuffix('_m')} of {len(values)} sources of {what} scenes has {count} different values,"
+                f" and the columns of the target are {float(found.median()):.2%} of the waves from there at the median:"
+                " labels are rounded, to a grid or to a whole number, and the target is made of what was not.",
+                advice="Keep places as numbers with a fraction, in float32; or make the target of the rounded ones.",
+                certain=False,
+            )
+    return None
 
 
 def _used(context: PreflightContext) -> bool:

@@ -121,6 +121,7 @@ class SnrLabels(NamedTuple):
     deviation_db: Tensor  # of the measurement
     scenes: int  # looked at
     loud: int  # of these, by their labels
+    rows: Tensor  # numbers of those that are measured
 
     @property
     def away_db(self) -> Tensor:
@@ -148,4 +149,5 @@ def measure_snr(scenes: Scenes, static: bool) -> SnrLabels:
         *(each[plain] for each in (scenes.snr_db, 10.0 * ratio.log10(), deviation)),
         len(signal),
         int((promised / (1.0 + promised) > least).sum()),
+        plain.nonzero()[:, 0],
     )

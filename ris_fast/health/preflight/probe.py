@@ -26,6 +26,8 @@ FEWEST = 4  # of a micro-batch by itself
 VALIDATED = 256  # validation scenes that are looked at
 GROUPS = 8  # optimizer steps whose scenes are looked at
 MOST_SCENES = 2048
+LONG, LATER = 3, 128  # epochs; scenes of a later one
+AFTERWARDS = "training (a later epoch)"
 
 
 class PreflightContext:
@@ -49,6 +51,23 @@ class PreflightContext:
             getattr(groups, "close", lambda: None)()
 
     @cached_property
+    def later(self) -> Scenes | None:
+        """Scenes of the first steps of an epoch in the middle of the run, as the trainer's own loop would serve them
+        then; None in a short run, or one that goes on."""
+        state, epochs = self.trainer.state, self.config.training.epochs
+        if state.step or epochs <= LONG:
+            return None
+        now, state.epoch = state.epoch, max(LONG, epochs // 2)
+        groups, found = self.trainer._groups(), []
+        try:
+            while sum(scenes.batch for scenes in found) < LATER and (group := next(groups, None)) is not None:
+                found += group
+            return Scenes.concatenate(found)[:MOST_SCENES]
+        finally:
+            state.epoch = now
+            getattr(groups, "close", lambda: None)()
+
+    @cached_property
     def scenes(self) -> Scenes:
         """A few scenes of the first micro-batch, or of the first ones where one has too few to compare."""
         first = self.groups[0][0]
@@ -59,8 +78,23 @@ class PreflightContext:
     @cached_property
     def validation(self) -> Scenes:
         """The first of the scenes that the trainer validates, from where it gets them."""
-        source = self.trainer.source
+        source, batches = self.trainer.source, self.trainer.validation
+        if not batches and "_validation_scenes" in vars(self.trainer):  # a script's own
+            with self._nothing_remembered():
+                batches = self.trainer._validation_scenes()
+        if batches:
+            return Scenes.concatenate(list(batches))[:VALIDATED]
         return source.batch("val", torch.arange(min(VALIDATED, self.config.data.val_limit, source.size("val"))))
+
+    @contextmanager
+    def _nothing_remembered(self) -> Iterator[None]:
+        """Features of validation scenes are kept as they were."""
+        kept = dict(self.trainer.network.known)
+        try:
+            yield
+        finally:
+            self.trainer.network.known.clear()
+            self.trainer.network.known.update(kept)
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:

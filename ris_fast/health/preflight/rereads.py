@@ -23,6 +23,7 @@ from ris_fast.health.preflight.snr import as_measured, labels_differ
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.compiled_model import Network
 from ris_fast.training.step import network_inputs
+from ris_fast.training.telemetry.step_telemetry import row_hashes
 
 SCENES = 48
 ROUNDING = 1e-4  # relative, of a scene that is made in another batch
@@ -31,6 +32,13 @@ MASKED, REDRAWN = "masked", "redrawn"
 MASKED_ANEW = "numbers of the training scenes are zero in one reading and not in another: a mask is drawn anew"
 AUGMENTED = "training scenes have other snapshots in each reading, and theirs by their channel and targets each time"
 SNAPSHOTS = frozenset(("snapshots", "snr_db", "channel", "codes", "effective_channel"))  # and nothing of the answer
+LABELS = ("factor", "covariance", "azimuth", "elevation", "range_m", "power", "count")
+# which parts may be another scene's, and what that is
+OF_OTHERS = (
+    ("shuffled_labels", LABELS),
+    ("mismatched_channel", ("channel", "effective_channel", "codes")),
+    ("stale_cache", ("snapshots", "snr_db")),
+)
 MEANT = " Where training scenes are augmented anew each time, that is meant."
 
 
@@ -47,6 +55,7 @@ def scenes_again(context: PreflightContext) -> Iterator[Finding]:
         source.batch(split, (index + len(index)) % source.size(split))  # others in between, as many
         changed = _differ(kept, first, 0.0)
         again = source.batch(split, index)
+        names_again = _differ(kept, again, 0.0)
         masked = _by_a_mask(kept, again)
         context.known[MASKED, what] = masked
         _reseed(3)
@@ -54,20 +63,29 @@ def scenes_again(context: PreflightContext) -> Iterator[Finding]:
         turned = source.batch(split, index[rows.to(index.device)])
         for how, names in (
             ("they are others once others have been read", changed),
-            ("read again, they are others", _differ(kept, again, 0.0)),
+            ("read again, they are others", names_again),
             ("in another order, with fewer beside them, they are others", _differ(kept[rows], turned, ROUNDING)),
         ):
             if masked and split == "train":
                 context.note = MASKED_ANEW
                 continue
+            if names and (
+                moved := _of_others(names, kept, rows if how.startswith("in another") else None, again, turned)
+            ):
+                yield _change(what, len(index), f"{how}: {moved[1]}", certain=split == "val", cause=moved[0])
+                return
             if names:
                 context.known[REDRAWN, what] = names
-                theirs = names is not changed and _still_theirs(context, names, kept, again)
+                theirs = names is not changed and _still_theirs(context, names, kept, again, turned)
                 if split == "train" and theirs:
                     context.note = AUGMENTED
                     return
+                # What stands beside them decides, which is the same in each epoch.
+                alone = not changed and not names_again
+                if theirs and alone:
+                    break
                 how += f": their {listed(names)}{', by zeros in other places,' if masked else ''}"
-                yield _change(what, len(index), how, certain=split == "val" and not theirs)
+                yield _change(what, len(index), how, certain=split == "val" and not theirs and not alone)
                 return
     if not context.known[MASKED, "training"]:
         yield from _as_served(context)
@@ -97,9 +115,24 @@ def _by_a_mask(one: Scenes, other: Scenes) -> bool:
     return bool(off.any()) and not bool((off & (one.snapshots != 0) & (other.snapshots != 0)).any())
 
 
-def _change(what: str, scenes: int, seen: str, *, certain: bool) -> Finding:
+def _of_others(
+    names: list[str], kept: Scenes, rows: Tensor | None, again: Scenes, turned: Scenes
+) -> tuple[str, str] | None:
+    """What of a scene is another scene's in the second reading, bit for bit: cause, and in words; None if nothing.
+    Args: rows: of the first reading, that the second one has."""
+    first, second = (kept, again) if rows is None else (kept[rows], turned)
+    for cause, parts in OF_OTHERS:
+        if any(part in names for part in parts) and set(names) <= set(parts):
+            name = next(part for part in parts if part in names)
+            before, then = (row_hashes(getattr(each, name)) for each in (first, second))
+            if bool(torch.isin(then[then != before], row_hashes(getattr(kept, name))).any()):
+                return cause, f"some of them have the {listed(names)} of another one of them, bit for bit: these"
+    return None
+
+
+def _change(what: str, scenes: int, seen: str, *, certain: bool, cause: str = "scenes_change") -> Finding:
     return Finding(
-        "scenes_change",
+        cause,
         f"{scenes} {what} scenes are read by their numbers; {seen} change{'.' if certain else f'.{MEANT}'}",
         certain=certain,
     )
@@ -147,7 +180,9 @@ def _same(a: Tensor, b: Tensor, allowed: float) -> bool:
         return torch.equal(a, b)
     if allowed == 0.0:
         return torch.allclose(a, b, 0.0, 0.0, equal_nan=True)
-    return torch.allclose(a, b, allowed, allowed * float(a.abs().amax() if a.numel() else 0.0), equal_nan=True)
+    return torch.allclose(
+        a, b, allowed, allowed * float(a.nan_to_num(0.0, 0.0, 0.0).abs().amax() if a.numel() else 0.0), equal_nan=True
+    )
 
 
 # ---- features

@@ -15,6 +15,7 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.dependent import REMOVED
 from ris_fast.health.preflight.labels import element_orders
 from ris_fast.health.preflight.pairing import (
+    CLEAR,
     DEVIATIONS,
     HALF,
     WHOLE,
@@ -23,7 +24,7 @@ from ris_fast.health.preflight.pairing import (
     measure_snr,
     with_factor,
 )
-from ris_fast.health.preflight.probe import FEWEST, PreflightContext
+from ris_fast.health.preflight.probe import AFTERWARDS, FEWEST, PreflightContext
 from ris_fast.health.preflight.refit import explains
 from ris_fast.health.preflight.rereads import REDRAWN
 from ris_fast.health.preflight.scenes import all_scenes
@@ -35,7 +36,9 @@ from ris_fast.physics.scenes import Scenes
 COMPARED = 64  # scenes of the loop whose parts are compared
 SPREAD, RUN = 256, 8  # scenes of files, in runs of consecutive ones
 TRIED, PAIR_BUDGET = 8, 4e9  # scenes that are tried with the parts of others; numbers (y times factor) of all pairs
+UNDONE = 0.88  # of the belonging, from which a mistake that was undone explains it: small arrays fit much by chance
 CLOSE_DB = 2.0  # of an SNR at the median
+MISSING_DB, SOME = 3.0, 0.08  # of an SNR label above the measured one; share of the scenes
 MATCH = 0.9  # of the belonging of a loud scene, from which its parts are of one scene
 NO_SIGNAL = (
     "Look at how y is made: noise in place of signal, a channel that was drawn again, or rows of scenes far from each"
@@ -64,10 +67,12 @@ def physics(context: PreflightContext) -> Iterator[Finding]:
             context.note = f"not checked: the scenes have no {'channel' if scenes.channel is None else 'target'}"
             return
         finding, said = _together(context, what, scenes)
-        seen.setdefault(said.partition(" are ")[0], said)
+        kind = what.partition(" (")[0]
+        if kind == what:
+            seen.setdefault(said.partition(" are ")[0], said)
         context.known["parts apart"] = finding is not None and finding.cause != "snr_labels_differ"
         if finding is not None:
-            if context.known.get((REDRAWN, what)):  # as of an augmentation, which may change what belongs together
+            if context.known.get((REDRAWN, kind)):  # as of an augmentation, which may change what belongs together
                 finding = replace(finding, certain=False)
             # Rows of files are not left over from an earlier batch: there it is the order that is wrong.
             yield (
@@ -89,6 +94,8 @@ def _looked_at(context: PreflightContext) -> Iterator[tuple[str, Scenes, bool]]:
     last = context.groups[-1][0]
     yield "training", last[:COMPARED] if last.batch >= FEWEST else all_scenes(context)[:COMPARED], False
     yield "validation", context.validation[:COMPARED], False
+    if context.later is not None and context.later.batch >= FEWEST:
+        yield AFTERWARDS, context.later[:COMPARED], False
 
 
 def _spread(size: int) -> Tensor:
@@ -111,6 +118,8 @@ def _together(context: PreflightContext, what: str, scenes: Scenes) -> tuple[Fin
         labels, said = labels_differ(what, scenes, model == "static") if other is None else (other, "")
         if other is None and labels is not None and (target := _inexact_target(what, scenes, model == "static")):
             labels = target
+        elif other is None and labels is None and (target := _sources_missing(what, scenes, model == "static")):
+            labels = target
         elif other is None and labels is not None and (fitted := explains(scenes, model == "static")):
             labels = Finding("parts_unrelated", f"{labels.evidence.partition(';')[0]}; {fitted}.", advice=NO_CODES)
         return labels, (
@@ -127,8 +136,10 @@ def _together(context: PreflightContext, what: str, scenes: Scenes) -> tuple[Fin
     )
     rows = found.broken if partly else torch.ones_like(found.broken)
     for cause, how, other, static in _alternatives(scenes, model == "static", RISArray.of(context.config.task)):
+        if cause == "task_differs" and partly and broken < MATCH * decided:
+            continue  # a task is that of all scenes
         share = _mean(belonging(other, static), rows)
-        if share > max(WHOLE - 0.1, 1.5 * _mean(found, rows)):
+        if share > max(UNDONE, 1.5 * _mean(found, rows)):
             advice = "Give --set task.symbols=per_snapshot." if cause == "task_differs" else ""
             return Finding(cause, f"{seen}; {how} they explain {share:.0%}.", advice=advice), ""
     if fitted := explains(scenes, model == "static"):
@@ -175,7 +186,7 @@ def _of_some_field(scenes: Scenes, rows: Tensor, static: bool) -> bool:
     return deviation * DEVIATIONS < HALF and mean > WHOLE
 
 
-def _inexact_target(what: str, scenes: Scenes, static: bool) -> Finding | None:
+def _inexact_target(what: str, scenes: Scenes, static: bool, *, least: int = 2 * FEWEST) -> Finding | None:
     """A target that leaves more of the snapshots unexplained than noise is, where some field on the surface does not:
     it is not exactly what they were made of, and the SNR labels are right."""
     whole = torch.eye(scenes.channel.shape[2])[None].expand(scenes.batch, -1, -1)
@@ -183,7 +194,7 @@ def _inexact_target(what: str, scenes: Scenes, static: bool) -> Finding | None:
     if labels_differ(what, anything, static)[0] is not None:
         return None
     own, free = measure_snr(scenes, static), measure_snr(anything, static)
-    if min(len(own.labels_db), len(free.labels_db)) < 2 * FEWEST or not float(free.deviation_db.median()) < CLOSE_DB:
+    if min(len(own.labels_db), len(free.labels_db)) < least or not float(free.deviation_db.median()) < CLOSE_DB:
         return None
     if not float(free.away_db.median().abs()) < CLOSE_DB < float(own.away_db.median()):
         return None
@@ -196,6 +207,16 @@ def _inexact_target(what: str, scenes: Scenes, static: bool) -> Finding | None:
         advice=NO_SOURCES,
         certain=False,
     )
+
+
+def _sources_missing(what: str, scenes: Scenes, static: bool) -> Finding | None:
+    """Some scenes whose target leaves much of the snapshots unexplained that some field on the surface explains."""
+    found = measure_snr(scenes, static)
+    few = found.rows[found.away_db > MISSING_DB + CLEAR * found.deviation_db]
+    if len(few) < max(FEWEST + 1, SOME * len(found.rows)):
+        return None
+    target = _inexact_target(what, scenes[few], static, least=FEWEST)
+    return target and replace(target, evidence=f"in {len(few)} of {len(found.rows)} scenes {target.evidence}")
 
 
 def _alternatives(scenes: Scenes, static: bool, array: RISArray) -> Iterator[tuple[str, str, Scenes, bool]]:

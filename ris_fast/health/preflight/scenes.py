@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,20 @@ from ris_fast.data.shards import verify_manifest
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.rereads import MASKED
+from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.telemetry.step_telemetry import row_hashes
 
+PLACES = ("azimuth", "elevation", "range_m")
 HASHED, VALIDATED = 4096, 256  # scenes of training and of validation
 BITS, ENOUGH = 256, 4096  # values of a byte; numbers that would have more
+COMPARED = 2048  # scenes of training, with each of validation
+LARGE = 32  # numbers of a channel or of snapshots, below which many are alike by chance
+ALIKE, NEAR = 0.9, 0.7  # of two that are copies up to noise; of two that are alike
+# share of pairs within training that are copies, at most; share from which these are held to that of pairs that are
+# alike and no copies; share of validation scenes
+SPARSE, FEW_PAIRS, BETWEEN, FEW_ALIKE = 0.1, 0.02, 0.4, 0.1
+DRAWN = "drawn again"  # what is seen of scenes whose numbers come again in one epoch: in `known` of the context
 FEW = 4  # of the first scenes, one in so many may be copies of others in the data; a batch that comes again is more
 
 
@@ -29,10 +38,14 @@ def all_scenes(context: PreflightContext) -> Scenes:
 def finite(context: PreflightContext) -> Iterator[Finding]:
     """No scene carries NaN or infinity."""
     for split, scenes in (("train", all_scenes(context)), ("val", context.validation)):
-        for name in ("snapshots", "channel", "factor", "covariance", "snr_db"):
+        for name in ("snapshots", "channel", "factor", "covariance", "snr_db", *PLACES):
             value = getattr(scenes, name)
             if value is None:
                 continue
+            if (
+                name in PLACES and scenes.power is not None and scenes.power.shape == value.shape
+            ):  # what stands where no source is, is another matter
+                value = torch.where(scenes.power > 0, value, 0.0)
             bad = (~value.flatten(1).isfinite()).any(1) if value.dim() > 1 else ~value.isfinite()
             if bool(bad.any()):
                 first = int(scenes.index[bad][0])
@@ -57,6 +70,8 @@ def _filled(what: str, scenes: Scenes) -> Iterator[Finding]:
     empty = (scenes.snapshots.flatten(1) == 0).all(1)
     if scenes.channel is not None:
         empty |= (scenes.channel.flatten(1) == 0).all(1)
+    target = scenes.factor if scenes.factor is not None else scenes.covariance
+    empty |= (target.flatten(1) == 0).all(1) & (scenes.count > 0)
     distinct = _few_values(scenes.snapshots)
     if bool(empty.any()) and not bool(empty.all()) and distinct:
         yield Finding(
@@ -69,10 +84,9 @@ def _filled(what: str, scenes: Scenes) -> Iterator[Finding]:
     elif bool(empty.any()) and not bool(empty.all()):
         yield Finding(
             "empty_cache_slot",
-            f"{int(empty.sum())} of the first {scenes.batch} {what} scenes have snapshots or a channel "
-            f"of zeros, first scene {int(scenes.index[empty][0])}.",
+            f"{int(empty.sum())} of the first {scenes.batch} {what} scenes have snapshots, a channel or"
+            f" a target of zeros, first scene {int(scenes.index[empty][0])}.",
         )
-    target = scenes.factor if scenes.factor is not None else scenes.covariance
     if scenes.batch > 2 and bool((target == target[:1]).all()):
         yield Finding("constant_targets", f"all of the first {scenes.batch} {what} scenes have the same target.")
 
@@ -107,7 +121,8 @@ def _repeats(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:
         return
     if len(batch[0]) > 1 and all(len(each.unique()) == 1 for each in batch if len(each) > 1):
         yield Finding("constant_input", f"{seen}: every scene of a batch shows the same snapshots.")
-    elif len(first) > 1 and all(
+        return
+    if len(first) > 1 and all(
         torch.equal(each.sort()[0], batch[0].sort()[0]) for each in batch if len(each) == len(batch[0])
     ):
         yield Finding(
@@ -118,8 +133,15 @@ def _repeats(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:
             ),
             f"{seen}: all {len(first)} parts of a step have the same scenes.",
         )
-    else:
-        yield Finding("repeated_batch", f"{seen}: batches come again.")
+        return
+    whole = {
+        tuple(sorted(torch.cat([row_hashes(each.snapshots) for each in group]).tolist())) for group in context.groups
+    }
+    # Numbers come again, and not scenes under numbers of their own, and no step is like another.
+    if len(scenes.index.unique()) <= different and len(whole) == len(context.groups):
+        context.known[DRAWN] = seen
+        return
+    yield Finding("repeated_batch", f"{seen}: batches come again.")
 
 
 def _copies(scenes: Scenes) -> bool:
@@ -147,6 +169,65 @@ def splits(context: PreflightContext) -> Iterator[Finding]:
                 return
             yield Finding("split_overlap", f"{overlap}.", advice=_fresh_split(source))
             return
+    yield from _same_places(source)
+
+
+def _same_places(source: Any) -> Iterator[Finding]:
+    """No validation scene is a training scene by its snapshots, up to noise, a phase and a scale, nor by its channel
+    and its target."""
+    validation = source.batch("val", _first(source, "val", VALIDATED)[0])
+    within: dict[str, Tensor] = {}
+    parts, numbers = [], []
+    for index in _first(source, "train", COMPARED):
+        training = source.batch("train", index)
+        within = within or _likeness_by_part(training, training)
+        parts.append(_likeness_by_part(validation, training))
+        numbers.append(training.index)
+    for name, values in within.items():
+        found = torch.cat([part[name] for part in parts], 1) > ALIKE
+        many = found.any(1)
+        # Scenes of one split that are alike more or less, as through a channel that is fixed, say nothing.
+        copies, near = (float((values.fill_diagonal_(0.0) > least).float().mean()) for least in (ALIKE, NEAR))
+        usual = copies > FEW_PAIRS and near - copies > BETWEEN * copies
+        if copies > SPARSE or usual or int(many.sum()) <= FEW_ALIKE * len(many):
+            continue
+        first = int(many.nonzero()[0, 0])
+        whose = int(torch.cat(numbers)[int(found[first].nonzero()[0, 0])])
+        yield Finding(
+            "split_overlap",
+            f"{int(many.sum())} of {validation.batch} validation scenes have the {name} of a training scene, and other"
+            f" bytes: first scene {int(validation.index[first])}, which is like training scene {whose}. Windows of one"
+            " recording, or augmented copies of one scene, are in both splits, or one set of places is meant to be"
+            " known.",
+            advice="Split by recording, or by place, before scenes are cut or augmented. To test it: validate on"
+            " recordings that training has nothing of, and compare.",
+            certain=False,
+        )
+        return
+
+
+def _likeness_by_part(some: Scenes, others: Scenes) -> dict[str, Tensor]:
+    """How much some scenes are like others, by what: (A, B) in [0, 1] each."""
+    found = {}
+    if some.snapshots[0].numel() >= LARGE:
+        found["snapshots, up to noise, a phase and a scale,"] = _likeness(some.snapshots, others.snapshots)
+    if some.channel is not None and some.channel[0].numel() >= LARGE:
+        targets = [scenes.covariance if scenes.factor is None else scenes.factor for scenes in (some, others)]
+        same = row_hashes(targets[0])[:, None] == row_hashes(targets[1])
+        found["channel and the target"] = same * _likeness(some.channel, others.channel)
+    return found
+
+
+def _first(source: Any, split: str, most: int) -> Sequence[Tensor]:
+    """The numbers of the first scenes."""
+    return torch.arange(min(most, source.size(split))).to(source.index_device).split(256)
+
+
+def _likeness(one: Tensor, other: Tensor) -> Tensor:
+    """Of each of some with each of others, the size of the cosine between their complex numbers, (A, B) in [0, 1]."""
+    a, b = (to_complex(each).flatten(1) for each in (one, other))
+    a, b = (each / each.abs().square().sum(1, keepdim=True).sqrt().clamp_min(1e-30) for each in (a, b))
+    return (a @ b.mH).abs()
 
 
 def _other_targets(source: Any) -> Finding | None:

@@ -17,6 +17,7 @@ from ris_fast.physics.scenes import Scenes
 MOST_SCENES = 2**16  # of one step, beyond which none is recorded
 READ = 1024  # scenes of one report that the host compares; of more, the same share of all, chosen by their bytes
 REMEMBERED = 2**17  # scenes of an epoch that are kept to compare with
+FEW, NEARLY_ALL = 2, 0.9  # of a step's scenes that came again: a sampler that draws with replacement repeats fewer
 MIXER = 0x9E3779B97F4A7C15 - 2**64  # odd, as a signed number of 64 bits
 
 
@@ -104,7 +105,7 @@ class SceneRing:
             if self.last_complete:
                 found["compared"] += len(distinct)
                 found["of_last_epoch"] += len(distinct & self.last)
-            if 2 * again > max(2, len(served)):
+            if again > max(FEW, NEARLY_ALL * len(served)):
                 again_at.append(number)
             if len(self.now) < REMEMBERED:
                 self.now |= distinct

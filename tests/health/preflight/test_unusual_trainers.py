@@ -15,6 +15,7 @@ from ris_fast.health.preflight import derivative as check_derivative
 from ris_fast.health.preflight import finite_difference, projected
 from ris_fast.health.preflight import scenes as check_scenes
 from ris_fast.health.preflight import schedule as check_schedule
+from ris_fast.health.preflight.order import order
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.training.trainer import Trainer
 from tests.health.preflight.checking import preflight_of, small
@@ -207,15 +208,14 @@ def test_distinct_check_only_notes_copies_in_the_data(every: int, shown: str) ->
     )
 
 
-def test_distinct_check_names_a_repeated_batch() -> None:
+@pytest.mark.parametrize("every, found", [(20, False), (1, True)])
+def test_distinct_check_names_a_repeated_batch(every: int, found: bool) -> None:
     trainer = Trainer(small("backprojection"))
-    wrap(
-        trainer.source,
-        "batch",
-        lambda batch: lambda split, index: batch(split, torch.where(index % 20 == 19, index - 1, index)),
-    )
-    (finding,) = check_scenes.distinct(PreflightContext(trainer))
-    assert finding.cause == "repeated_batch" and finding.certain
+    part = lambda index: torch.where(index % 20 == 19, index - 1, index) if every > 1 else index % 32  # noqa: E731
+    wrap(trainer.source, "batch", lambda batch: lambda split, index: batch(split, part(index)))
+    context = PreflightContext(trainer)
+    seen = [*check_scenes.distinct(context), *order(context)]
+    assert [each.cause for each in seen] == ["repeated_batch"] * found
 
 
 @pytest.mark.parametrize("batch", [2, 16])
