@@ -40,6 +40,7 @@ from ris_fast.health.preflight import (
     targets,
     terms,
     truth,
+    unread,
     validation,
 )
 from ris_fast.health.preflight.probe import PreflightContext
@@ -63,6 +64,7 @@ SMALL_BATCH = {
     **calls.SMALL_BATCH,
     **modes.CHECKS,
     **network.CHECKS,
+    **unread.CHECKS,
     **norms.CHECKS,
     **reach.CHECKS,
     **inputs.CHECKS,
