@@ -141,7 +141,7 @@ def options_at_the_start(run: RunHistory) -> Iterator[Finding]:
     rates, planned = run.steps[-1].get("lr") or {}, run.steps[-1].get("lr_planned") or {}
     if rates and not any(rates.values()) and not any(planned.values()):
         yield run.finding("zero_learning_rate", f"the learning rates of all {len(rates)} groups are zero, as planned.")
-    decays = {name: settings.get(f"optimizer.weight_decay of {name}", 0.0) * peak for name, peak in _peaks(settings)}
+    decays = {name: settings.get(f"optimizer.weight_decay of {name}", 0.0) * peak for name, peak in peaks(settings)}
     if steep := [name for name, share in decays.items() if share >= STEEP_DECAY]:
         yield run.finding(
             "weight_decay_too_large",
@@ -168,7 +168,8 @@ def options_at_the_start(run: RunHistory) -> Iterator[Finding]:
         )
 
 
-def _peaks(settings: Mapping[str, Any]) -> list[tuple[str, float]]:
+def peaks(settings: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The name of each group of the optimizer, and its peak rate."""
     start = "optimizer.peak_lr of "
     return [(name[len(start) :], value) for name, value in settings.items() if name.startswith(start)]
 

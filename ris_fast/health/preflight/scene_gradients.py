@@ -24,6 +24,7 @@ from ris_fast.training.validation import scene_nmse
 MOST = 256  # scenes of a micro-batch that are looked at
 RIGHT = 1e-4  # NMSE below which a scene may have nothing to say
 FEW_MISSED, HALF = 0.1, 0.5  # shares of the scenes from which something is said
+FEWEST = 3  # scenes that have one value
 MICRO_BATCHES, MOST_TRIED = 4, 64  # of a step, and scenes of each
 OTHER_ORDER, PERIODS = (1, 0, 3, 2, 3, 1, 2, 0), (2, 3, 4)  # in which they come again; of a switch by the call's number
 
@@ -100,6 +101,15 @@ def _without_factor(
     if float(left.max()) <= float(kept.min()) * (1 + RIGHT):
         return None
     easiest = float(kept.max()) <= float(left.min()) * (1 + RIGHT)
+    if easiest and (bound := _one_value(context, prediction, scenes, without)) is not None:
+        return Finding(
+            "clamped_loss",
+            f"{int(without.sum())} of {scenes.batch} scenes of a micro-batch, those with the highest NMSE"
+            f" ({float(left.min()):.3g} and more), have no gradient of what compares them with the truth, and each by"
+            f" itself has the same loss, {bound:.3g}: it is held at a bound, and what is furthest from the truth is not"
+            " learned from.",
+            certain=share > HALF,
+        )
     which = (
         f" They are those with the highest NMSE, {float(left.min()):.3g} and more: the loss keeps the easiest scenes."
         if easiest
@@ -112,6 +122,17 @@ def _without_factor(
         certain=easiest and share > HALF,
         more=which,
     )
+
+
+@torch.no_grad()
+def _one_value(context: PreflightContext, prediction: Prediction, scenes: Scenes, rows: Tensor) -> float | None:
+    """The value that the covariance terms have for each of these scenes by itself; None where it is not one."""
+    values = set()
+    for row in rows.nonzero()[:FEWEST, 0].tolist():
+        one = slice(row, row + 1)
+        terms = context.loss(prediction.apply(lambda value, one=one: value[one]), scenes[one])[1]
+        values.add(tuple(float(terms[name]) for name in COVARIANCE if name in terms))
+    return next(iter(values))[0] if len(values) == 1 and int(rows.sum()) >= FEWEST else None
 
 
 def _not_told(context: PreflightContext, prediction: Prediction, terms: dict[str, Tensor]) -> Tensor | None:
