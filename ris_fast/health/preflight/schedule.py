@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
+
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, listed, rms, total_norm
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.training.schedule import learning_rate_factor
 from ris_fast.training.telemetry.step_window import median
+from ris_fast.training.validation import scene_nmse
 
 LONGEST_WARMUP = 0.5  # of the run
 SHORTEST_PATH = 0.01  # all rates added up, beside the size of the weights: Adam moves about one rate a step
@@ -18,6 +21,8 @@ DECAY_PER_STEP = 0.01  # share of a weight that decay takes in one step; a hundr
 WILD = 20.0  # times the size of a weight in one step
 FLIPPED = 2.0  # share from which a weight that decays grows, with the other sign each time
 TINY = 1e-3  # numbers of a tensor
+FINE, FINE_STEP, LONG_PATH = 5e-5, 1e-3, 2.0  # a rate; beside the size of a weight; all rates added up, beside it
+UNTRAINED, SHUFFLES = 0.9, 3  # of the NMSE with shuffled weights; networks of these
 CLIPPED_TO = 1e-3  # of the first gradient's norm
 
 
@@ -80,6 +85,15 @@ def _sizes(context: PreflightContext, path: float) -> Iterator[Finding]:
                 certain=decay >= FLIPPED,
             )
     moving = [group for group in groups if any(p.dim() > 1 for p in group["params"])]
+    if not slow and (seen := _gentle(context, path)):
+        yield Finding(
+            "learning_rate_too_small",
+            seen,
+            advice="Where weights were to be loaded, print what load_state_dict(..., strict=False) returns: with names"
+            " that begin otherwise, as with 'module.' or '_orig_mod.', it loads none and says so there alone. To train"
+            " from scratch, take rates of 1e-4 or more.",
+            certain=False,
+        )
     if slow:
         yield Finding(
             "learning_rate_too_small",
@@ -90,6 +104,44 @@ def _sizes(context: PreflightContext, path: float) -> Iterator[Finding]:
         yield Finding(
             "learning_rate_too_large", f"one step moves weights by more than their size: {listed(fast)}.", certain=wild
         )
+
+
+def _gentle(context: PreflightContext, path: float) -> str:
+    """What says that all rates are of a fine-tuning and the weights are those of no training; empty where not."""
+    moving = [
+        (group.get("peak_lr", group["lr"]), median([rms(p) for p in matrices]))
+        for group in context.optimizer.param_groups
+        if (matrices := [p.detach() for p in group["params"] if p.dim() > 1 and bool(p.any())])
+    ]
+    if not moving or any(
+        not 0 < peak < FINE or peak > FINE_STEP * size or peak * path > LONG_PATH * size for peak, size in moving
+    ):
+        return ""
+    score, drawn = _beside_shuffled(context)
+    if not score > UNTRAINED * drawn:
+        return ""
+    peak = max(peak for peak, _ in moving)
+    return (
+        f"rates are {peak:.2g} at most, as to refine weights that have learned, and the network knows no more than one"
+        f" whose numbers are shuffled within each tensor (an NMSE of {score:.3g} beside {drawn:.3g}): it starts"
+        " untrained. Either the rates are too small for that, or weights that were to be loaded are not in it."
+    )
+
+
+@torch.no_grad()
+def _beside_shuffled(context: PreflightContext) -> tuple[float, float]:
+    """The NMSE of the small batch, and the lowest of networks with the same numbers in other places."""
+    live = [each for each in context.trainable.values() if each.dim() > 1]
+    generator, drawn = torch.Generator().manual_seed(71), []
+    score = float(scene_nmse(context.guess, context.scenes).mean())
+    for _ in range(SHUFFLES):
+        ways = [
+            each.detach().flatten()[torch.randperm(each.numel(), generator=generator)].view_as(each) - each
+            for each in live
+        ]
+        with context.moved(live, ways, 1.0):
+            drawn.append(float(scene_nmse(context.predict(context.scenes), context.scenes).mean()))
+    return score, min(drawn)
 
 
 def first_gradient(context: PreflightContext) -> Iterator[Finding]:
