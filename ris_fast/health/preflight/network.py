@@ -15,7 +15,7 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import graph_of
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.labels import element_orders
-from ris_fast.health.preflight.measures import listed, rms
+from ris_fast.health.preflight.measures import SAME, listed, relative_change, rms
 from ris_fast.health.preflight.persistent import persistent
 from ris_fast.health.preflight.probe import PreflightContext, layer_calls
 from ris_fast.models.prediction import Prediction
@@ -218,10 +218,31 @@ def _never_reached(context: PreflightContext) -> list[str]:
 
 def _equal_units(context: PreflightContext) -> Iterator[Finding]:
     """No weight matrix has equal rows that receive equal gradients."""
-    live = {name: p for name, p in context.parameters.items() if p.requires_grad and p.dim() > 1 and p.shape[0] > 1}
-    alike = [name for name, p in live.items() if bool((p == p[:1]).all()) and bool(p.any())]
+    live = {name: p for name, p in context.parameters.items() if p.requires_grad and p.dim() > 1}
+    alike = [name for name, p in live.items() if p.shape[0] > 1 and bool((p == p[:1]).all()) and bool(p.any())]
     if alike:
         yield Finding("symmetric_init", f"all units of {listed(alike)} start with the same weights.")
+        return
+    total = context.run()[0]
+    parts = derivatives(total, list(live.values())) if live and total.requires_grad else ()
+    pairs = [(name, weight.detach(), part) for (name, weight), part in zip(live.items(), parts) if part is not None]
+    if twins := [name for name, weight, part in pairs if _stay_equal(weight, part)]:
+        yield Finding(
+            "symmetric_init",
+            f"{listed(twins)} starts with rows that are equal and receive equal gradients, so that they stay equal: as"
+            " many as there are do the work of one.",
+            advice="Draw them at random, as torch.nn.init.normal_(x, std=0.02) does.",
+            certain=False,
+        )
+
+
+def _stay_equal(weight: Tensor, slope: Tensor) -> bool:
+    """Whether all slices along some axis are equal, and so are their gradients, which are not zero."""
+    for axis, size in enumerate(weight.shape):
+        if size > 1 and bool((weight == weight.narrow(axis, 0, 1)).all()) and bool(slope.any()):
+            if relative_change(slope, slope.narrow(axis, 0, 1).expand_as(slope)) < SAME:
+                return True
+    return False
 
 
 CHECKS = {

@@ -18,8 +18,9 @@ from ris_fast.training.validation import scene_nmse
 LONGEST_WARMUP = 0.5  # of the run
 SHORTEST_PATH = 0.01  # all rates added up, beside the size of the weights: Adam moves about one rate a step
 DECAY_PER_STEP = 0.01  # share of a weight that decay takes in one step; a hundred steps then forget it
-WILD = 20.0  # times the size of a weight in one step
+LARGE, WILD = 0.5, 20.0  # times the size of a weight in one step
 FLIPPED = 2.0  # share from which a weight that decays grows, with the other sign each time
+EXCHANGED = 0.95  # a beta1 that no recipe is above with a smaller beta2
 TINY = 1e-3  # numbers of a tensor
 FINE, FINE_STEP, LONG_PATH = 5e-5, 1e-3, 2.0  # a rate; beside the size of a weight; all rates added up, beside it
 UNTRAINED, SHUFFLES = 0.9, 3  # of the NMSE with shuffled weights; networks of these
@@ -47,6 +48,17 @@ def rates(context: PreflightContext) -> Iterator[Finding]:
         yield Finding("zero_learning_rate", f"the learning rate of {listed(zero)} is zero.")
     if any(group.get("maximize") for group in groups):
         yield Finding("loss_sign", "the optimizer maximises the loss (maximize=True).")
+    exchanged = [each for group in groups if (each := group.get("betas")) and each[0] > max(each[1], EXCHANGED)]
+    if exchanged:
+        mean, square = (1 / (1 - beta) for beta in exchanged[0])
+        yield Finding(
+            "learning_rate_too_large",
+            f"betas are {exchanged[0]}: the gradient is averaged over {mean:.0f} steps and its square over"
+            f" {square:.0f}, so that steps have another size than the rate and go on where the gradient has turned long ago. The two"
+            " are exchanged.",
+            advice="Set optimizer.beta1=0.9 and optimizer.beta2=0.999.",
+            certain=False,
+        )
     shape, stride = factors(context)
     planned = context.trainer.plan.planned
     top = shape.index(max(shape)) * stride
@@ -74,7 +86,7 @@ def _sizes(context: PreflightContext, path: float) -> Iterator[Finding]:
         )  # small first weights grow to this in no time
         if peak * path < SHORTEST_PATH * size and context.trainer.plan.planned > 20:
             slow.append(f"{name}: {peak * path:.2g} beside weights of {size:.2g}")
-        if peak > usual:
+        if peak > LARGE * usual:
             fast.append(f"{name}: {peak:.2g} a step beside weights of {usual:.2g}")
             wild = wild or peak > WILD * usual
         decay = peak * group.get("weight_decay", 0.0)
@@ -102,7 +114,10 @@ def _sizes(context: PreflightContext, path: float) -> Iterator[Finding]:
         )
     if fast:
         yield Finding(
-            "learning_rate_too_large", f"one step moves weights by more than their size: {listed(fast)}.", certain=wild
+            "learning_rate_too_large",
+            f"one step moves weights by more than {LARGE:g} of their size, since Adam's are of the rate's size whatever"
+            f" the gradient: {listed(fast)}.",
+            certain=wild,
         )
 
 
