@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 

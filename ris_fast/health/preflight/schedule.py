@@ -54,8 +54,8 @@ def rates(context: PreflightContext) -> Iterator[Finding]:
         yield Finding(
             "learning_rate_too_large",
             f"betas are {exchanged[0]}: the gradient is averaged over {mean:.0f} steps and its square over"
-            f" {square:.0f}, so that steps have another size than the rate and go on where the gradient has turned long ago. The two"
-            " are exchanged.",
+            f" {square:.0f}, so that steps have another size than the rate and go on where the gradient has turned long"
+            " ago. The two are exchanged.",
             advice="Set optimizer.beta1=0.9 and optimizer.beta2=0.999.",
             certain=False,
         )
