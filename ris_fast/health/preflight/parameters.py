@@ -96,6 +96,16 @@ def unregistered(context: PreflightContext) -> Iterator[Finding]:
     registered = {id(p): name for name, p in nn.Module.named_parameters(context.model)}
     hidden = [registered[id(leaf)] for leaf in strangers if id(leaf) in registered]
     strangers = [leaf for leaf in strangers if id(leaf) not in registered]
+    anew = [name for name in hidden if name in context.parameters]  # the name is known, and held another tensor
+    if anew:
+        yield Finding(
+            "missing_from_optimizer",
+            f"a forward pass puts other tensors in the place of {len(anew)} parameters of the network: {listed(anew)}."
+            " The optimizer holds those of before, which nothing uses any more, and no step moves the new ones.",
+            advice="Compute what forward needs in a local variable, as weight = self.layer.weight.clamp(-1, 1), or with"
+            " torch.nn.utils.parametrize; assign nn.Parameter(...) in the constructor alone.",
+        )
+        return
     if hidden:
         kind = type(context.model).__name__
         yield Finding(

@@ -60,7 +60,10 @@ def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
     if (finding := _without_factor(context, prediction, scenes, terms)) is not None:
         yield finding
         return
-    lost = _lost_inside(layers, derivatives(total, list(layers.values())))
+    if (finding := _without_count(context, prediction, scenes, terms)) is not None:
+        yield finding
+        return
+    lost = _lost_inside(layers, derivatives(total, list(layers.values()), retain_graph=True))
     if lost:
         total, _, _, layers = _forward(context, scenes, 2)
         again = _lost_inside(layers, derivatives(total, list(layers.values())))
@@ -121,6 +124,30 @@ def _without_factor(
         "no gradient of what compares them with the truth",
         certain=easiest and share > HALF,
         more=which,
+    )
+
+
+def _without_count(
+    context: PreflightContext, prediction: Prediction, scenes: Scenes, terms: dict[str, Tensor]
+) -> Finding | None:
+    """Scenes whose count of sources the count's term says nothing of: a cross-entropy always has a slope."""
+    term, logits = terms.get("count"), prediction.count_logits
+    if term is None or logits is None or not term.requires_grad or not logits.requires_grad or logits.shape[1] < 2:
+        return None
+    (part,) = derivatives([term], [logits], retain_graph=True)
+    if part is None or not bool(part.any()):
+        return None
+    without = ~_rows([part])
+    if float(without.float().mean()) <= FEW_MISSED:
+        return None
+    counts = sorted({int(each) for each in scenes.count[without]} - {int(each) for each in scenes.count[~without]})
+    which = f" They are those with {listed([str(each) for each in counts])} sources." if counts else ""
+    return _left_out(
+        scenes,
+        without,
+        "no gradient of the term of their count of sources",
+        certain=False,
+        more=f"{which} A label that is ignored (ignore_index), a weight of a class that is zero, or a mask does that.",
     )
 
 

@@ -21,6 +21,7 @@ DECAY_PER_STEP = 0.01  # share of a weight that decay takes in one step; a hundr
 LARGE, WILD = 0.5, 20.0  # times the size of a weight in one step
 FLIPPED = 2.0  # share from which a weight that decays grows, with the other sign each time
 EXCHANGED = 0.95  # a beta1 that no recipe is above with a smaller beta2
+FAR_OFF = 10.0  # times the rate of the configuration
 TINY = 1e-3  # numbers of a tensor
 FINE, FINE_STEP, LONG_PATH = 5e-5, 1e-3, 2.0  # a rate; beside the size of a weight; all rates added up, beside it
 UNTRAINED, SHUFFLES = 0.9, 3  # of the NMSE with shuffled weights; networks of these
@@ -59,12 +60,29 @@ def rates(context: PreflightContext) -> Iterator[Finding]:
             advice="Set optimizer.beta1=0.9 and optimizer.beta2=0.999.",
             certain=False,
         )
+    yield from _peaks(context)
     shape, stride = factors(context)
     planned = context.trainer.plan.planned
     top = shape.index(max(shape)) * stride
     if planned > 10 and top >= LONGEST_WARMUP * planned:
         yield Finding("warmup_too_long", f"the learning rate rises until step {top} of {planned}.", certain=False)
     yield from _sizes(context, sum(shape) * stride)
+
+
+def _peaks(context: PreflightContext) -> Iterator[Finding]:
+    """The peak rates of all groups together are not far from those of the configuration."""
+    settings = context.config.optimizer
+    wanted = max(settings.backbone_lr, settings.head_lr)
+    peak = max((group.get("peak_lr", group["lr"]) for group in context.optimizer.param_groups), default=0.0)
+    if 0 < peak < wanted / FAR_OFF or peak > FAR_OFF * wanted > 0:
+        yield Finding(
+            "learning_rate_too_small" if peak < wanted else "learning_rate_too_large",
+            f"the highest peak rate of the optimizer's groups is {peak:.2g}, and the configuration has {wanted:.2g}."
+            " Something has set it, as an optimizer's state that was loaded from another run brings its rates along.",
+            advice="After optimizer.load_state_dict(...) set group['lr'] and group['peak_lr'] again, or give the rate"
+            " that is meant in optimizer.backbone_lr and optimizer.head_lr.",
+            certain=False,
+        )
 
 
 def _sizes(context: PreflightContext, path: float) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ SMALLER = 0.9  # times the first weights' norm, which an average that starts at 
 NEARLY, SEARCHED = 0.03, 512  # of the last step; updates
 SQUARED, LOST = 1e-15, 0.01  # a first moment whose square float32 can hold; share of the numbers
 ROUNDING = 1e-6  # of the weights: a shorter way is lost in an average's rounding
+LATE, LEAST_SHARE = 3, 2e-3  # weights of the last steps; of them in an average, more than rounding makes
 ALIKE = 1e-3  # of the way: between an average and the mean of all weights so far
 AHEAD_EPOCHS, MOST_AHEAD, SECONDS_AHEAD = 2, 48, 2.0  # of a schedule of the user's own: epochs, updates, seconds
 PIECE, LONGEST, BEYOND_WARMUP = 256, 400, 2.0  # numbers of a tensor; updates; times the memory of the planned average
@@ -38,6 +40,8 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
     furthest = last = 0.0
     idle = 0
     trail = [_pieces(context)]
+    with context.optimizer.ema() if context.optimizer.ema_decay else nullcontext():
+        start = _pieces(context)
     for number in range(STEPS):
         applied.append(context.optimizer.counters()["applied"])
         group = few_scenes(context.groups[number % len(context.groups)])
@@ -76,7 +80,7 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
     moved = any(not torch.equal(value, first[name]) for name, value in context.parameters.items())
     if moved and context.optimizer.ema_decay and all_finite(context.parameters.values()):
         found = list(_average(context, first, furthest, previous)) or list(_statistics(context, buffers))
-        yield from found or _mean_of_all(context, trail)
+        yield from found or list(_outside(context, [start, *trail])) or _mean_of_all(context, trail)
     if own_schedule(context.step):  # last, since it goes on
         yield from _own_rates(context, rates, applied, planned)
 
@@ -112,6 +116,28 @@ def _mean_of_all(context: PreflightContext, trail: list[Tensor]) -> Iterator[Fin
             " averaged alike, that is meant.",
             advice="Average with a decay, as optimizer.ema_decay says; a mean over all weights is for the end of a run,"
             " from a step on at which they are good already.",
+            certain=False,
+        )
+
+
+def _outside(context: PreflightContext, trail: list[Tensor]) -> Iterator[Finding]:
+    """The averaged weights are made of what they began with and of the weights since then, each with a share that is
+    not below zero: least squares find the shares."""
+    rows = torch.stack(trail).cpu()
+    with context.optimizer.ema():
+        mean = _pieces(context).cpu()
+    way = float((rows[-1] - rows[0]).norm())
+    shares = torch.linalg.lstsq(rows.T, mean[:, None], driver="gelsd").solution[:, 0]
+    if not way > 0 or float((rows.T @ shares - mean).norm()) > ALIKE * way:
+        return  # it is made of something else, or began elsewhere
+    early, late = float(shares[:-LATE].sum()), float(shares[-LATE:].sum())
+    if late < -LEAST_SHARE:
+        yield Finding(
+            "ema_frozen",
+            f"after {STEPS} steps the averaged weights are {early:.3f} times the first weights and"
+            f" {late:.3f} times the last {LATE}: they go the other way than the weights. The difference of the two is"
+            " added with the wrong sign.",
+            advice="It is torch.lerp(average, weights, 1 - decay): average + (1 - decay) * (weights - average).",
             certain=False,
         )
 

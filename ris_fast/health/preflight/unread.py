@@ -8,7 +8,7 @@ Legend: B batch, T positions along an axis.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,10 @@ from ris_fast.health.preflight.measures import SAME, relative_change
 from ris_fast.health.preflight.persistent import persistent
 from ris_fast.health.preflight.probe import PreflightContext, layer_calls
 from ris_fast.models.modes import eval_mode
+from ris_fast.models.own import OwnNetwork
 
 DIFFERS = 1e-2  # relative, between scenes: what a layer answers to them
+NO_PLACE = 1e-3  # of the change that another scene makes
 MOST = 0.5  # of the positions of a sequence that nothing reads
 ADVICE = (
     "Print what the layer behind it is given for two scenes. A mask of attention may be the wrong way round (true means"
@@ -127,4 +129,93 @@ def _has_no_part(context: PreflightContext, name: str, unread: Tensor) -> bool:
     return relative_change(here, there) < SAME
 
 
-CHECKS = {"what the first layers make of scenes is read": persistent(read_by_something, "ignored_input")}
+# ---- where on the surface
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def knows_places(context: PreflightContext) -> Iterator[Finding]:
+    """What a network of the user's own learns of a picture or a sequence of the surface's elements or directions
+    depends on which number is where."""
+    if not isinstance(context.model, OwnNetwork) or context.scenes.batch < 2:
+        return
+    first, last = _ends(context)
+    for name, given in first.items():
+        axes = _places(context, given)
+        if not axes or _says_where(given, axes):
+            continue
+        here = _last_answer(context, last, name, lambda value: value)
+        there = _last_answer(context, last, name, lambda value, axes=axes: value.roll([1] * len(axes), axes))
+        others = _last_answer(context, last, name, lambda value: value.roll(1, 0))
+        if here is None or there is None or others is None:
+            continue
+        moved, other = relative_change(here, there), relative_change(here, others)
+        if other > DIFFERS and moved < NO_PLACE * other:
+            size = " x ".join(str(given.shape[axis]) for axis in axes)
+            yield Finding(
+                "inputs_withhold_answer",
+                f"{name} is given numbers for {size} places of each scene, and {last}, the last layer, answers the"
+                f" same when they are moved by one place (a change of {moved:.1g}, beside {other:.2g} for another"
+                " scene): what lies between takes a mean or a sum over the places, or a layer that treats all alike,"
+                " so that the network does not know where on the surface, or in which direction, something is.",
+                advice="Flatten the places in place of a mean over them, or add an embedding of the place to each"
+                " before the first layer that mixes them. Where the answer is the same for all places, that is meant.",
+                certain=False,
+            )
+            return
+
+
+def _ends(context: PreflightContext) -> tuple[dict[str, Tensor], str]:
+    """What the layers are given that see no weight before them, by name; and the name of the last layer."""
+    first: dict[str, Tensor] = {}
+    order: list[str] = []
+
+    def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        order.append(name)
+        if inputs and isinstance(inputs[0], Tensor) and not inputs[0].requires_grad:
+            first.setdefault(name, inputs[0].detach())
+
+    with eval_mode(context.model), layer_calls(context.model, keep), torch.enable_grad():
+        context.predict(context.scenes)
+    return first, order[-1] if order else ""
+
+
+def _places(context: PreflightContext, given: Tensor) -> list[int]:
+    """The axes along which an input goes over the elements of the surface, or as many directions; none of a row."""
+    task = context.config.task
+    if given.dim() < 3 or len(given) != context.scenes.batch:
+        return []
+    sizes = list(given.shape)
+    if given.dim() == 4 and set(sizes[2:]) <= {task.ris_vertical, task.ris_horizontal}:
+        return [2, 3]
+    return [
+        axis for axis in (1, 2) if given.dim() == 3 and sizes[axis] == task.elements and sizes[3 - axis] != sizes[axis]
+    ]
+
+
+def _says_where(given: Tensor, axes: list[int]) -> bool:
+    """Whether some of the numbers are the same for all scenes and differ from place to place: they tell which it is."""
+    fixed = (given == given[:1]).all(0)
+    apart = (given[0] != given[0].roll([1] * len(axes), [axis - 1 for axis in axes])) & fixed
+    return bool(apart.any())
+
+
+def _last_answer(context: PreflightContext, last: str, first: str, change: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """What the last layer answers when what a first one is given has gone through `change`."""
+    modules, found = dict(context.model.named_modules()), []
+    handles = [
+        modules[first].register_forward_pre_hook(lambda layer, inputs: (change(inputs[0]), *inputs[1:])),
+        modules[last].register_forward_hook(lambda layer, inputs, output: found.append(output)),
+    ]
+    try:
+        context.answer(context.scenes)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[-1].detach().float() if found and isinstance(found[-1], Tensor) else None
+
+
+CHECKS = {
+    "what the first layers make of scenes is read": persistent(read_by_something, "ignored_input"),
+    "the network knows which place is which": knows_places,
+}
