@@ -29,6 +29,7 @@ AT_THE_ENDS = 0.9
 # of the energy: columns that differ by more than rounding are independent, however alike at the start
 DEPENDENT = 1e-12
 FADED, CLEAR = 1e-3, 0.05  # shares of a signal that differ between scenes
+DROWNED = 0.01  # of such a share, from the answer of a layer to what the next is given
 NEARER, ASKED = 0.75, 0.8  # of the NMSE as it is; an NMSE that says something of the scenes
 NUDGE = 0.01  # by which tensors move that a gradient reaches
 
@@ -192,7 +193,27 @@ def _faded(told: list[tuple[str, float, float]]) -> Iterator[Finding]:
     if not known or not 0 < known[-1][1] < FADED:
         return
     first = max(known, key=lambda each: each[1])
-    if first[1] > CLEAR:
+    drowned = next(
+        (
+            (before, after)
+            for before, after in zip(known[known.index(first) :], known[known.index(first) + 1 :])
+            if after[1] < DROWNED * before[2]
+        ),
+        None,
+    )
+    if first[1] > CLEAR and drowned is not None:
+        before, after = drowned
+        yield Finding(
+            "input_scale",
+            f"{before[2]:.1%} of what {before[0]} answers differs between scenes, and {after[1]:.1e} of what"
+            f" {after[0]}, the next layer, is given: what is added in between, as an embedding of places or a bias, is"
+            " the"
+            " same for all scenes and so much larger that scenes are lost beside it.",
+            advice="Print the two that are added. Bring both to order one: an embedding of places starts with a"
+            " standard deviation of 0.02 to 1.",
+            certain=False,
+        )
+    elif first[1] > CLEAR:
         steps = [f"{name} {after:.1e}" for name, _, after in known[known.index(first) :] if after > 0]
         shown = ", ".join(steps[:: max(1, len(steps) // 4)][:5])
         yield Finding(

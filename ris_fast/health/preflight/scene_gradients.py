@@ -130,25 +130,27 @@ def _without_factor(
 def _without_count(
     context: PreflightContext, prediction: Prediction, scenes: Scenes, terms: dict[str, Tensor]
 ) -> Finding | None:
-    """Scenes whose count of sources the count's term says nothing of: a cross-entropy always has a slope."""
-    term, logits = terms.get("count"), prediction.count_logits
-    if term is None or logits is None or not term.requires_grad or not logits.requires_grad or logits.shape[1] < 2:
-        return None
-    (part,) = derivatives([term], [logits], retain_graph=True)
-    if part is None or not bool(part.any()):
-        return None
-    without = ~_rows([part])
-    if float(without.float().mean()) <= FEW_MISSED:
-        return None
-    counts = sorted({int(each) for each in scenes.count[without]} - {int(each) for each in scenes.count[~without]})
-    which = f" They are those with {listed([str(each) for each in counts])} sources." if counts else ""
-    return _left_out(
-        scenes,
-        without,
-        "no gradient of the term of their count of sources",
-        certain=False,
-        more=f"{which} A label that is ignored (ignore_index), a weight of a class that is zero, or a mask does that.",
-    )
+    """Scenes of some counts of sources that the count's term, or one of the user's own, says nothing of: a
+    cross-entropy always has a slope."""
+    outputs = [value for value in prediction if value is not None and value.requires_grad]
+    logits, own = prediction.count_logits, getattr(context.loss, "own_name", "")
+    for name in ("count", own):
+        if name not in terms or not terms[name].requires_grad or logits is None or logits.shape[1] < 2:
+            continue
+        parts = [part for part in derivatives([terms[name]], outputs, retain_graph=True) if part is not None]
+        without = ~_rows(parts) if parts and all_finite(parts) else torch.ones(0, dtype=torch.bool)
+        kept = {int(each) for each in scenes.count[~without]} if len(without) else set()
+        counts = sorted({int(each) for each in scenes.count[without]} - kept) if kept else []
+        if counts and float(without.float().mean()) > FEW_MISSED:
+            return _left_out(
+                scenes,
+                without,
+                f"no gradient of the term {name}",
+                certain=False,
+                more=f" They are those with {listed([str(each) for each in counts])} sources: a label that is ignored"
+                " (ignore_index), a weight of a class that is zero, or a mask does that.",
+            )
+    return None
 
 
 @torch.no_grad()
