@@ -48,10 +48,10 @@ def one_by_one(
                 certain=False,
             )
             return
-        gone = [
-            n for n, a, b in zip(names, before, after) if a is not None and b is not None and a.any() and not b.any()
-        ]
-        if gone and len(gone) < len(names):
+        if seen := _rearranged(names, before, after):
+            yield Finding("wrong_backward", f"{where} {seen}")
+            return
+        if gone := _cleared(names, before, after):
             yield Finding(
                 "zeroed_gradients",
                 f"{where} a gradient of exactly zero in {len(gone)} of {len(names)} tensors, which have one by"
@@ -59,9 +59,6 @@ def one_by_one(
                 " in health.frozen and give them no gradient.",
                 certain=False,
             )
-            return
-        if seen := _rearranged(names, before, after):
-            yield Finding("wrong_backward", f"{where} {seen}")
             return
         if seen := _replaced(before, after):
             yield Finding("wrong_backward", f"{where} {seen}", certain=False)
@@ -81,6 +78,14 @@ def clipped_apart(names: Sequence[str], taken: StepTrace) -> dict[str, float]:
             factors[name], norms = factor, [*norms, float(after)]
     one_norm = len(norms) >= FEWEST and max(norms) < (1 + PURE) * min(norms)
     return factors if one_norm and max(factors.values()) > APART * min(factors.values()) else {}
+
+
+def _cleared(names: Sequence[str], before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> list[str]:
+    """Tensors whose gradient is exactly zero behind a place that leaves that of the others as it is."""
+    pairs = [(name, a, b) for name, a, b in zip(names, before, after) if a is not None and b is not None and a.any()]
+    gone = [name for name, _, new in pairs if not bool(new.any())]
+    kept = all(float((b - a).norm()) <= RIGHT * float(a.norm()) for name, a, b in pairs if name not in gone)
+    return gone if kept and len(gone) < len(pairs) else []
 
 
 def _replaced(before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> str:
