@@ -197,3 +197,8 @@ class Step:
         groups = self.optimizer.param_groups
         rates = self.rates if len(self.rates) == len(groups) else [group["lr"] for group in groups]
         return {group["name"]: float(rate) for group, rate in zip(groups, rates)}
+
+
+def own_schedule(step: Step) -> bool:
+    """Whether something of the user's own sets the learning rates in place of `Step.schedule`."""
+    return "schedule" in vars(step) or type(step).schedule is not Step.schedule

@@ -44,7 +44,7 @@ from ris_fast.training.resume import Found, changed_sources, find, finished, res
 from ris_fast.training.scene_scores import Division, divisions
 from ris_fast.training.schedule import Plan, steps_in_epoch
 from ris_fast.training.state import EpochMeters, Meter, RunState, RunStopped, trainable
-from ris_fast.training.step import Group, Step, build_optimizer, network_inputs
+from ris_fast.training.step import Group, Step, build_optimizer, network_inputs, own_schedule
 from ris_fast.training.step_result import StepResult
 from ris_fast.training.step_seed import seed_step
 from ris_fast.training.summary import info, summary
@@ -495,6 +495,7 @@ class Trainer(Built):
             own_callbacks=[
                 type(each).__name__ for each in self.callbacks if not type(each).__module__.startswith("ris_fast.")
             ],
+            own_schedule=own_schedule(self.step),
             own_source=not type(self.source).__module__.startswith("ris_fast."),
         )
 

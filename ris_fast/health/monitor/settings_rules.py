@@ -19,6 +19,7 @@ DOMINATES = 0.95  # of the loss, taken by what is not the covariance
 NEXT_TO_NOTHING = 1e-6  # of a gradient, which clipping leaves
 FAR_ABOVE, LARGE_EPSILON = 100.0, 1e-5  # epsilon over the gradient's root mean square; and at least
 NEARLY_ALL = 0.9  # dropout
+HALF = 0.5  # of the run
 
 
 def settings_of(run: RunHistory) -> Mapping[str, Any]:
@@ -55,7 +56,9 @@ def settings_changed(run: RunHistory) -> Iterator[Finding]:
         )
     elif negative := {name: value for name, value in weights.items() if value[1] < 0}:
         yield run.finding("loss_sign", f"a weight of the covariance loss is negative now: {_listed(negative)}.")
-    rest = {name: value for name, value in changed.items() if name != "in no group"}
+    if decay := changed.get("optimizer.ema_decay"):
+        yield from _decay(run, decay[1])
+    rest = {name: value for name, value in changed.items() if name not in ("in no group", "optimizer.ema_decay")}
     if rest:
         yield Finding(
             "settings_changed",
@@ -66,6 +69,21 @@ def settings_changed(run: RunHistory) -> Iterator[Finding]:
                 f"({next(iter(rest))!r},)` in its class. If not, look for what writes to the loss, the optimizer or"
                 " the network between two steps."
             ),
+            certain=False,
+        )
+
+
+def _decay(run: RunHistory, decay: Any) -> Iterator[Finding]:
+    """The decay of the average may grow during the run; early in it an average does not stand still."""
+    planned = run.steps[-1].get("planned_steps") if run.steps else None
+    if not _is_number(decay) or not planned or run.step > HALF * planned:
+        return
+    memory = 1.0 / (1.0 - decay) if decay < 1.0 else math.inf
+    if not 0.0 <= decay <= 1.0 or memory > planned:
+        yield run.finding(
+            "ema_frozen",
+            f"the decay of the average is {decay:.9g} at step {run.step:,} of {planned:,}, that of an average over"
+            f" {memory:.3g} steps: from here on it hardly follows the weights, or not at all.{_by_whom(run)}",
             certain=False,
         )
 
@@ -141,7 +159,7 @@ def options_at_the_start(run: RunHistory) -> Iterator[Finding]:
     rates, planned = run.steps[-1].get("lr") or {}, run.steps[-1].get("lr_planned") or {}
     if rates and not any(rates.values()) and not any(planned.values()):
         yield run.finding("zero_learning_rate", f"the learning rates of all {len(rates)} groups are zero, as planned.")
-    decays = {name: settings.get(f"optimizer.weight_decay of {name}", 0.0) * peak for name, peak in _peaks(settings)}
+    decays = {name: settings.get(f"optimizer.weight_decay of {name}", 0.0) * peak for name, peak in peaks(settings)}
     if steep := [name for name, share in decays.items() if share >= STEEP_DECAY]:
         yield run.finding(
             "weight_decay_too_large",
@@ -168,7 +186,8 @@ def options_at_the_start(run: RunHistory) -> Iterator[Finding]:
         )
 
 
-def _peaks(settings: Mapping[str, Any]) -> list[tuple[str, float]]:
+def peaks(settings: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The name of each group of the optimizer, and its peak rate."""
     start = "optimizer.peak_lr of "
     return [(name[len(start) :], value) for name, value in settings.items() if name.startswith(start)]
 

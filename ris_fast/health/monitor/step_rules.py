@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.history import Row, Rule, RunHistory, named
+from ris_fast.health.monitor.own_schedule import out_of_plan
+from ris_fast.health.monitor.settings_rules import peaks, settings_of
 
 SOME = 0.1  # of a step's scenes: fewer may be zeros by chance, of a mask
 TOUCHED = 0.02  # relative: more than rounding in a sum
@@ -198,12 +200,31 @@ def planned_rate(run: RunHistory) -> Iterator[Finding]:
     reading, planned, made = run.reading, row.get("lr_planned") or {}, run.reading.get("steps")
     if not made or reading.get("attempted") != made or reading.get("skipped") or before.get("skipped"):
         return
+    if run.info.get("own_schedule"):
+        yield from _own_rates(run)
+        return
     for name, rate in planned.items():
         if not _same_rate(row["lr"][name], rate):
             yield run.finding(
                 _off_plan(run, name),
                 f"the learning rate of {name} is {row['lr'][name]:.3g} and should be {rate:.3g} "
                 f"after {reading['applied']} updates.",
+            )
+            return
+
+
+def _own_rates(run: RunHistory) -> Iterator[Finding]:
+    """Rates that a schedule of the user's own sets are no plan's, and do nothing that none is meant to do."""
+    epoch, total = run.info.get("epoch_steps") or 0, run.steps[-1].get("planned_steps") or 0
+    for name, peak in peaks(settings_of(run)):
+        rows = [row for row in run.steps if name in (row.get("lr") or {})]
+        shares = [(int(row["step"]) - 1, row["lr"][name] / peak) for row in rows if peak > 0]
+        if epoch and shares and (seen := out_of_plan(shares, epoch, total)):
+            yield run.finding(
+                "zero_learning_rate" if shares[-1][1] == 0 else "learning_rate_off_plan",
+                f"a schedule of your own sets the rates: that of {name} {seen}, of a run of {total:,} updates with a"
+                f" peak rate of {peak:.3g}.",
+                certain=False,
             )
             return
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,7 @@ ZERO_DERIVATIVE = ("Round", "Floor", "Ceil", "Trunc", "Sign", "Sgn", "Heaviside"
 DISCRETE = ("round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "heaviside", "argmin", "argmax", "bernoulli")
 NUMBERS = ("item", "tolist", "__float__")
 OWN_OPERATORS = "ris_fast.kernels"
+HERE = str(Path(__file__).parent)
 KERNELS = ris_fast.kernels.__path__[0]
 
 
@@ -116,9 +118,9 @@ class Exits(TorchFunctionMode):
         if _function()[0].startswith(KERNELS):
             return function(*args, **(kwargs or {}))  # the product's own operators have backwards of their own
         if tracked and name in ("item", "tolist", "numpy", "__float__", "__array__"):
-            self.rebuilt.append(f"{name} at {_location()}")
+            self.rebuilt.append(f"{name} at {location()}")
         elif tracked and name in ("detach", "detach_") or tracked and name == "__get__" and _is_data(function):
-            self.detached.append(f"{name} at {_location()}")
+            self.detached.append(f"{name} at {location()}")
             self.stopping.add(_function())
             self.rounds |= bool(graph_of(args[0]).named(*ZERO_DERIVATIVE))
         elif name.rstrip("_") in DISCRETE:
@@ -126,7 +128,7 @@ class Exits(TorchFunctionMode):
         if tracked and not torch.is_grad_enabled():
             self.stopping.add(_function())
         elif name in ("tensor", "as_tensor", "from_numpy"):
-            self.rebuilt.append(f"torch.{name} at {_location()}")
+            self.rebuilt.append(f"torch.{name} at {location()}")
         return function(*args, **(kwargs or {}))
 
 
@@ -185,14 +187,14 @@ def _is_data(function: Any) -> bool:
     return getattr(function, "__self__", None) is Tensor.__dict__.get("data", Tensor.data)
 
 
-def _location() -> str:
-    """The innermost line outside of torch and of this file."""
+def location() -> str:
+    """The innermost line outside of torch and of the checks."""
     file, line = _frame()
     return f"{file.rpartition('/')[2]}:{line}" if file else "an unknown line"
 
 
 def _function() -> tuple[str, str]:
-    """File and name of the innermost function outside of torch and of this file."""
+    """File and name of the innermost function outside of torch and of the checks."""
     frame = _outside()
     return (frame.f_code.co_filename, frame.f_code.co_name) if frame is not None else ("", "")
 
@@ -204,7 +206,7 @@ def _frame() -> tuple[str, int]:
 
 def _outside() -> FrameType | None:
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
+    while frame is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename.startswith(HERE)):
         frame = frame.f_back
     return frame
 

@@ -19,9 +19,11 @@ from ris_fast.health.preflight.compare_calls import (
     noise,
     step_factor,
 )
-from ris_fast.health.preflight.measures import SAME
+from ris_fast.health.preflight.measures import SAME, listed
 from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.models.modes import eval_mode
 from ris_fast.physics.scenes import Scenes
+from ris_fast.training.step import autocast, network_inputs
 
 FEW = 8  # scenes on which a network that torch did not compile is compared
 
@@ -33,6 +35,14 @@ def inputs_kept(context: PreflightContext) -> Iterator[Finding]:
         yield Finding(
             "scenes_altered",
             f"after one call of the network the {' and the '.join(names)} of its scenes are not what they were.",
+        )
+        return
+    if places := _features_altered(context):
+        yield Finding(
+            "scenes_altered",
+            f"the network writes into what its features() returned, tensor {listed(places)} of them: those of"
+            " validation scenes are kept, so that each validation sees what the one before has made of them.",
+            advice="Write x = x * y in place of x *= y, x.mul_(y) or x[...] = y in trunk(), or clone what is changed.",
         )
         return
     copy = context.scenes.apply(torch.clone, codes=True)
@@ -53,6 +63,22 @@ def inputs_kept(context: PreflightContext) -> Iterator[Finding]:
             " them, and whoever reads them next, as validation does with scenes that it keeps, sees others.",
             advice="Write x = x + y in place of x += y or x.add_(y) in the loss, or clone what is changed.",
         )
+
+
+@torch.no_grad()
+def _features_altered(context: PreflightContext) -> list[str]:
+    """Numbers of the tensors among a network's features that its trunk changes; empty where it has none."""
+    if not getattr(context.model, "in_two", True):
+        return []
+    features = context.model.features(*network_inputs(context.scenes))
+    kept = [each.clone() if isinstance(each, torch.Tensor) else None for each in features]
+    with eval_mode(context.model), autocast(context.trainer.device, context.config.training.precision):
+        context.model.trunk(features)
+    return [
+        str(number)
+        for number, (now, before) in enumerate(zip(features, kept))
+        if before is not None and not torch.allclose(now, before, 0.0, 0.0, equal_nan=True)
+    ]
 
 
 def compiles(context: PreflightContext) -> Iterator[Finding]:

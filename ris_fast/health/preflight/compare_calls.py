@@ -36,7 +36,10 @@ def compare(context: PreflightContext, scenes: Scenes, *, grad: bool) -> Finding
     with context.moved(weights, directions, 0.3):
         wanted = model_factor(context, scenes)  # calls may take turns between several copies
         moved = max((step_factor(context, scenes) for _ in range(2)), key=lambda each: relative_change(wanted, each))
+        again = model_factor(context, scenes)
     finding = _difference(context, "while training" if grad else "in validation", answers[0], written, moved, wanted)
+    if finding is not None and relative_change(wanted, again) > CLOSE:
+        return None  # the network keeps something from one call to the next, which has names of its own
     if (
         finding is not None
         and finding.cause == "stale_compiled_graph"
@@ -190,12 +193,16 @@ def _gradients(
 
 
 def _calls_differ(context: PreflightContext, scenes: Scenes, spread: float) -> Finding | None:
-    """Calls on the same scenes differ: ranks, or copies in one process; None for a network that is random or writes
-    into its scenes."""
+    """Calls on the same scenes differ: ranks, or copies in one process; None for a network that is random, writes
+    into its scenes or keeps something of the scenes that it was shown before."""
     if (
         altered(context, scenes)
         or relative_change(model_factor(context, scenes), model_factor(context, scenes)) > CLOSE
     ):
+        return None
+    before = model_factor(context, scenes)
+    model_factor(context, replace(scenes, snapshots=scenes.snapshots.roll(1, 0)))
+    if relative_change(before, model_factor(context, scenes)) > CLOSE:
         return None
     ranks = (
         torch.distributed.is_available()

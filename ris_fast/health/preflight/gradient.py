@@ -200,6 +200,16 @@ def _silent(
         )
     if flat and len(flat) == len(gradients):
         yield _flat(context, len(flat))
+    elif matrices := _in_no_output(context, [name for name in flat if context.parameters[name].dim() > 1]):
+        yield Finding(
+            "vanishing_gradient",
+            f"{len(flat)} of {len(gradients)} tensors have a gradient of exactly zero and do not change the loss, with"
+            f" other scenes and other weights too: {listed(matrices)}. What they compute is multiplied by zero, or a"
+            " unit, a mask or a normalisation over a single number behind them is off for every scene.",
+            advice="Print what the branch that they are in answers, and what that is multiplied by: a gate, a mask, a"
+            " dropout of everything.",
+            certain=False,
+        )
     if unused:
         share = sum(context.parameters[name].numel() for name in unused) / sum(
             p.numel() for p in context.parameters.values()
@@ -208,6 +218,16 @@ def _silent(
             "unused_head",
             f"{len(unused)} tensors ({share:.0%} of the weights) reach no term of the loss: {listed(unused)}.",
         )
+
+
+def _in_no_output(context: PreflightContext, names: list[str]) -> list[str]:
+    """Of some tensors those that no output has a derivative by: an output may be one that the loss says nothing of, as
+    the count where there is one source in every scene."""
+    outputs = [value for value in context.run()[2] if value is not None and value.requires_grad]
+    generator = torch.Generator().manual_seed(79)
+    sides = [torch.randn(value.shape, generator=generator).to(value) for value in outputs]
+    parts = derivatives(outputs, [context.parameters[name] for name in names], sides) if names and outputs else ()
+    return [name for name, part in zip(names, parts) if part is None or not bool(part.any())]
 
 
 def _flat(context: PreflightContext, tensors: int) -> Finding:
@@ -309,6 +329,8 @@ def _after(context: PreflightContext, parameter: Tensor, direction: Tensor, step
 
 CHECKS = {
     "the loss depends on the factors": connected,
-    "every tensor gets a gradient": persistent(every_tensor, "zeroed_gradients", "clamped_loss", "unused_head"),
+    "every tensor gets a gradient": persistent(
+        every_tensor, "zeroed_gradients", "clamped_loss", "unused_head", "vanishing_gradient"
+    ),
     "the gradient is the derivative": right_derivative,
 }

@@ -5,6 +5,7 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, Q factor 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -15,7 +16,7 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import graph_of
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.labels import element_orders
-from ris_fast.health.preflight.measures import listed, rms
+from ris_fast.health.preflight.measures import SAME, listed, relative_change, rms
 from ris_fast.health.preflight.persistent import persistent
 from ris_fast.health.preflight.probe import PreflightContext, layer_calls
 from ris_fast.models.prediction import Prediction
@@ -27,6 +28,8 @@ GAIN = 20.0  # growth of a signal in one layer
 AT_THE_ENDS = 0.9
 # of the energy: columns that differ by more than rounding are independent, however alike at the start
 DEPENDENT = 1e-12
+FADED, CLEAR = 1e-3, 0.05  # shares of a signal that differ between scenes
+DROWNED = 0.01  # of such a share, from the answer of a layer to what the next is given
 NEARER, ASKED = 0.75, 0.8  # of the NMSE as it is; an NMSE that says something of the scenes
 NUDGE = 0.01  # by which tensors move that a gradient reaches
 
@@ -96,9 +99,11 @@ def layers(context: PreflightContext) -> Iterator[Finding]:
     """Signals neither explode nor stop on their way; units differ from each other."""
     signals: dict[str, tuple[float, float, bool]] = {}
     outputs: dict[str, Tensor] = {}
+    told: list[tuple[str, float, float]] = []
 
     def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
         if isinstance(output, Tensor) and inputs and isinstance(inputs[0], Tensor):
+            told.append((name, _told(context, inputs[0]), _told(context, output)))
             signals.setdefault(name, (rms(inputs[0]), rms(output), bool(inputs[0].detach().isfinite().all())))
             if output.requires_grad:
                 outputs.setdefault(name, output)
@@ -119,7 +124,10 @@ def layers(context: PreflightContext) -> Iterator[Finding]:
         )
         return
     exploding = list(_exploding(signals))
-    yield from exploding or _dead(context, total, outputs, signals)  # units that a loud signal drives to their ends
+    if exploding or (exploding := list(_faded(told))):
+        yield from exploding
+    else:
+        yield from _dead(context, total, outputs, signals)  # units that a loud signal drives to their ends
     yield from _equal_units(context)
 
 
@@ -163,6 +171,60 @@ def _exploding(signals: dict[str, tuple[float, float, bool]]) -> Iterator[Findin
         yield Finding(
             "bad_initialisation",
             f"{worst} turns a signal of rms {signals[worst][0]:.2g} into one of {signals[worst][1]:.2g}.",
+        )
+
+
+def _told(context: PreflightContext, value: Tensor) -> float:
+    """How much of a signal differs between the scenes of a batch, as a share of it; not-a-number where it has no row
+    for each."""
+    value, batch = value.detach().float(), context.scenes.batch
+    if batch < 2 or value.dim() < 2 or len(value) != batch:
+        return math.nan
+    return float((value - value.mean(0)).norm() / value.norm().clamp_min(1e-30))
+
+
+def _faded(told: list[tuple[str, float, float]]) -> Iterator[Finding]:
+    """What tells scenes apart at the first layers is not lost on the way to the last one.
+
+    Args: told: of every call of a layer, in order: its name, and what share of its input and of its answer differs
+        between scenes.
+    """
+    known = [each for each in told if math.isfinite(each[1]) and math.isfinite(each[2])]
+    if not known or not 0 < known[-1][1] < FADED:
+        return
+    first = max(known, key=lambda each: each[1])
+    drowned = next(
+        (
+            (before, after)
+            for before, after in zip(known[known.index(first) :], known[known.index(first) + 1 :])
+            if after[1] < DROWNED * before[2]
+        ),
+        None,
+    )
+    if first[1] > CLEAR and drowned is not None:
+        before, after = drowned
+        yield Finding(
+            "input_scale",
+            f"{before[2]:.1%} of what {before[0]} answers differs between scenes, and {after[1]:.1e} of what"
+            f" {after[0]}, the next layer, is given: what is added in between, as an embedding of places or a bias, is"
+            " the"
+            " same for all scenes and so much larger that scenes are lost beside it.",
+            advice="Print the two that are added. Bring both to order one: an embedding of places starts with a"
+            " standard deviation of 0.02 to 1.",
+            certain=False,
+        )
+    elif first[1] > CLEAR:
+        steps = [f"{name} {after:.1e}" for name, _, after in known[known.index(first) :] if after > 0]
+        shown = ", ".join(steps[:: max(1, len(steps) // 4)][:5])
+        yield Finding(
+            "vanishing_gradient",
+            f"{first[1]:.0%} of what {first[0]} is given differs between scenes, and {known[-1][1]:.1e} of what the"
+            f" last layer, {known[-1][0]}, is given: what tells scenes apart fades on the way ({shown}), and the"
+            " gradient fades as much on its way back. Many layers with sigmoid or tanh and no way round them do that,"
+            " or initial weights that are too small.",
+            advice="Add what a block is given to what it answers (x + block(x)), normalise between layers, or take ReLU"
+            " or GELU with initial weights for it.",
+            certain=False,
         )
 
 
@@ -218,10 +280,31 @@ def _never_reached(context: PreflightContext) -> list[str]:
 
 def _equal_units(context: PreflightContext) -> Iterator[Finding]:
     """No weight matrix has equal rows that receive equal gradients."""
-    live = {name: p for name, p in context.parameters.items() if p.requires_grad and p.dim() > 1 and p.shape[0] > 1}
-    alike = [name for name, p in live.items() if bool((p == p[:1]).all()) and bool(p.any())]
+    live = {name: p for name, p in context.parameters.items() if p.requires_grad and p.dim() > 1}
+    alike = [name for name, p in live.items() if p.shape[0] > 1 and bool((p == p[:1]).all()) and bool(p.any())]
     if alike:
         yield Finding("symmetric_init", f"all units of {listed(alike)} start with the same weights.")
+        return
+    total = context.run()[0]
+    parts = derivatives(total, list(live.values())) if live and total.requires_grad else ()
+    pairs = [(name, weight.detach(), part) for (name, weight), part in zip(live.items(), parts) if part is not None]
+    if twins := [name for name, weight, part in pairs if _stay_equal(weight, part)]:
+        yield Finding(
+            "symmetric_init",
+            f"{listed(twins)} starts with rows that are equal and receive equal gradients, so that they stay equal: as"
+            " many as there are do the work of one.",
+            advice="Draw them at random, as torch.nn.init.normal_(x, std=0.02) does.",
+            certain=False,
+        )
+
+
+def _stay_equal(weight: Tensor, slope: Tensor) -> bool:
+    """Whether all slices along some axis are equal, and so are their gradients, which are not zero."""
+    for axis, size in enumerate(weight.shape):
+        if size > 1 and bool((weight == weight.narrow(axis, 0, 1)).all()) and bool(slope.any()):
+            if relative_change(slope, slope.narrow(axis, 0, 1).expand_as(slope)) < SAME:
+                return True
+    return False
 
 
 CHECKS = {

@@ -16,7 +16,7 @@ from ris_fast.health.preflight.measures import all_finite, listed, on_a_grid, ro
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.schedule import DECAY_PER_STEP
 from ris_fast.health.preflight.step_probe import StepTrace, few_scenes, take_step
-from ris_fast.health.preflight.tensor_scales import one_by_one
+from ris_fast.health.preflight.tensor_scales import clipped_apart, one_by_one
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.telemetry.step_window import median
 
@@ -137,6 +137,15 @@ def _on_the_way(
         yield Finding(
             "gradients_cleared_before_step",
             f"backward leaves a gradient of norm {raw:.3g} and the optimizer finds zero.",
+        )
+    elif raw > 0 and seen < (1 - EXACT) * raw and (factors := clipped_apart(list(context.parameters), taken)):
+        yield Finding(
+            "clipped_apart",
+            f"between backward and the optimizer the gradients of {len(factors)} tensors are multiplied by factors of"
+            f" their own, from {min(factors.values()):.2g} to {max(factors.values()):.2g}, and have one norm then:"
+            f" {listed(list(factors))}. Each is clipped by itself, which turns the whole gradient.",
+            advice="Clip all together: clip_grad_norm_(model.parameters(), limit), once before the step.",
+            certain=False,
         )
     elif raw > 0 and seen < (1 - EXACT) * raw:
         cause = (

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ris_fast.config.spelling import words
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import graph_of
-from ris_fast.health.preflight.measures import listed
+from ris_fast.health.preflight.measures import listed, rms
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.models.own import OwnNetwork
 
@@ -96,6 +96,16 @@ def unregistered(context: PreflightContext) -> Iterator[Finding]:
     registered = {id(p): name for name, p in nn.Module.named_parameters(context.model)}
     hidden = [registered[id(leaf)] for leaf in strangers if id(leaf) in registered]
     strangers = [leaf for leaf in strangers if id(leaf) not in registered]
+    anew = [name for name in hidden if name in context.parameters]  # the name is known, and held another tensor
+    if anew:
+        yield Finding(
+            "missing_from_optimizer",
+            f"a forward pass puts other tensors in the place of {len(anew)} parameters of the network: {listed(anew)}."
+            " The optimizer holds those of before, which nothing uses any more, and no step moves the new ones.",
+            advice="Compute what forward needs in a local variable, as weight = self.layer.weight.clamp(-1, 1), or with"
+            " torch.nn.utils.parametrize; assign nn.Parameter(...) in the constructor alone.",
+        )
+        return
     if hidden:
         kind = type(context.model).__name__
         yield Finding(
@@ -145,6 +155,37 @@ def eager_leaves(context: PreflightContext) -> dict[int, torch.Tensor]:
     return leaves
 
 
+def changed_by_a_pass(context: PreflightContext) -> list[str]:
+    """Trainable tensors whose numbers a training pass changes."""
+    if "changed by a pass" not in context.known:
+        live, generator = context.trainable, torch.Generator().manual_seed(73)
+        ways = [
+            0.1 * (rms(each) or 0.1) * torch.randn(each.shape, generator=generator).to(each) for each in live.values()
+        ]  # what an earlier pass has bounded would be left as it is
+        context.model.train()
+        with context.moved(list(live.values()), ways, 1.0):
+            kept = {name: value.detach().clone() for name, value in live.items()}
+            context.run()
+            context.known["changed by a pass"] = [
+                name for name, value in live.items() if not torch.allclose(value, kept[name], 0.0, 0.0, equal_nan=True)
+            ]
+    return context.known["changed by a pass"]
+
+
+def left_alone(context: PreflightContext) -> Iterator[Finding]:
+    """A forward pass reads the weights and does not change them."""
+    if names := changed_by_a_pass(context):
+        yield Finding(
+            "weights_changed_outside",
+            f"a forward pass of network and loss changes {len(names)} of {len(context.trainable)} trainable tensors:"
+            f" {listed(names)}. It writes into them, as a clamp, a renormalisation or an average by .data or under"
+            " no_grad does, and undoes what the optimizer has done.",
+            advice="Compute another tensor from the weight, as torch.nn.utils.parametrize does, and leave the weight"
+            " itself to the optimizer. Where weights are projected on purpose, that belongs behind the step.",
+            certain=False,
+        )
+
+
 def precision(context: PreflightContext) -> Iterator[Finding]:
     """Weights have a format that small updates survive in."""
     low = [name for name, parameter in context.parameters.items() if parameter.dtype in (torch.float16, torch.bfloat16)]
@@ -158,4 +199,5 @@ CHECKS = {
     "no two layers share a tensor": tied,
     "every weight is a parameter of the network": unregistered,
     "weights are kept in 32 bits": precision,
+    "a forward pass leaves the weights alone": left_alone,
 }

@@ -26,6 +26,7 @@ SCALES = tuple(10.0 ** (step / 2) for step in range(-8, 9))  # of a factor of tr
 DIFFERENT = 0.3  # NMSE between the truths of two scenes, on average, above which a loss should tell them apart
 DEAF = 1e-3  # of the larger score: what rounding makes of equal ones
 SWALLOWED = 0.02  # of the difference that the plain NMSE makes between right and wrong answers
+DOWN, STRIDE = 24, 0.1  # steps down a gradient, of the size of the factors each
 FAR_BELOW, LOW = 0.5, 0.3  # of the score of an untrained network
 
 
@@ -98,6 +99,18 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
             f", their conjugates {conjugate:.4g} and the same with elements turned by phases of their own {turned:.4g}:"
             " it compares sizes, or real parts, and no phases",
         )
+    elif (lower := _below(context, name, right, scenes)) < score - FAR_BELOW * max(random - score, DEAF * size):
+        yield Finding(
+            "target_scale_differs",
+            f"{seen}; down its own gradient from the true factors {name} reaches {lower:.4g}: its lowest value is not"
+            " at the truth. The two likeliest reasons: one side has another form, as probabilities where logarithms"
+            " are"
+            " meant, decibels or a square; and a reward for what is only a part of the target.",
+            advice="Print the term for the truth itself, and for the truth a little sharper, smaller and larger: it"
+            " should be lowest for the truth. kl_div takes logarithms first, and cross_entropy no softmax.",
+            certain=False,
+        )
+        return
     else:
         return
     if beside and not score > LOW * random:
@@ -131,6 +144,25 @@ def _scored(context: PreflightContext, name: str, like: Prediction, factor: Tens
         for given in (factor, *(scale * unit for scale in SCALES))
     ]
     return min((value for value in values if math.isfinite(value)), default=math.nan)
+
+
+def _below(context: PreflightContext, name: str, right: Prediction, scenes: Scenes) -> float:
+    """The lowest value of the term on the way down its gradient from the true factors."""
+    size = right.factor.flatten(1).square().mean(1).sqrt().view(-1, 1, 1, 1).clamp_min(1e-30)
+    factor, lowest = right.factor.detach().clone(), math.inf
+    for _ in range(DOWN):
+        leaf = factor.clone().requires_grad_()
+        torch.manual_seed(0)
+        value = context.loss(right._replace(factor=leaf), scenes)[1][name]
+        if not value.requires_grad or not bool(value.isfinite()):
+            break
+        lowest = min(lowest, float(value.detach()))
+        (slope,) = torch.autograd.grad(value, leaf, allow_unused=True)
+        if slope is None or not bool(slope.isfinite().all()):
+            break
+        each = slope.flatten(1).square().mean(1).sqrt().view(-1, 1, 1, 1).clamp_min(1e-30)
+        factor = factor - STRIDE * size * slope / each
+    return lowest
 
 
 def _of_the_batch(context: PreflightContext, name: str, right: Prediction, scenes: Scenes, size: float) -> bool:

@@ -19,6 +19,7 @@ from ris_fast.health.preflight import (
     gradient,
     information,
     inputs,
+    inside,
     kernels,
     labels,
     loss,
@@ -43,6 +44,7 @@ from ris_fast.health.preflight import (
     targets,
     terms,
     truth,
+    unread,
     validation,
 )
 from ris_fast.health.preflight.probe import PreflightContext
@@ -67,6 +69,8 @@ SMALL_BATCH = {
     **calls.SMALL_BATCH,
     **modes.CHECKS,
     **network.CHECKS,
+    **unread.CHECKS,
+    **inside.CHECKS,
     **norms.CHECKS,
     **reach.CHECKS,
     **inputs.CHECKS,

@@ -24,6 +24,7 @@ from ris_fast.training.validation import scene_nmse
 MOST = 256  # scenes of a micro-batch that are looked at
 RIGHT = 1e-4  # NMSE below which a scene may have nothing to say
 FEW_MISSED, HALF = 0.1, 0.5  # shares of the scenes from which something is said
+FEWEST = 3  # scenes that have one value
 MICRO_BATCHES, MOST_TRIED = 4, 64  # of a step, and scenes of each
 OTHER_ORDER, PERIODS = (1, 0, 3, 2, 3, 1, 2, 0), (2, 3, 4)  # in which they come again; of a switch by the call's number
 
@@ -59,7 +60,10 @@ def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
     if (finding := _without_factor(context, prediction, scenes, terms)) is not None:
         yield finding
         return
-    lost = _lost_inside(layers, derivatives(total, list(layers.values())))
+    if (finding := _without_count(context, prediction, scenes, terms)) is not None:
+        yield finding
+        return
+    lost = _lost_inside(layers, derivatives(total, list(layers.values()), retain_graph=True))
     if lost:
         total, _, _, layers = _forward(context, scenes, 2)
         again = _lost_inside(layers, derivatives(total, list(layers.values())))
@@ -100,6 +104,15 @@ def _without_factor(
     if float(left.max()) <= float(kept.min()) * (1 + RIGHT):
         return None
     easiest = float(kept.max()) <= float(left.min()) * (1 + RIGHT)
+    if easiest and (bound := _one_value(context, prediction, scenes, without)) is not None:
+        return Finding(
+            "clamped_loss",
+            f"{int(without.sum())} of {scenes.batch} scenes of a micro-batch, those with the highest NMSE"
+            f" ({float(left.min()):.3g} and more), have no gradient of what compares them with the truth, and each by"
+            f" itself has the same loss, {bound:.3g}: it is held at a bound, and what is furthest from the truth is not"
+            " learned from.",
+            certain=share > HALF,
+        )
     which = (
         f" They are those with the highest NMSE, {float(left.min()):.3g} and more: the loss keeps the easiest scenes."
         if easiest
@@ -112,6 +125,43 @@ def _without_factor(
         certain=easiest and share > HALF,
         more=which,
     )
+
+
+def _without_count(
+    context: PreflightContext, prediction: Prediction, scenes: Scenes, terms: dict[str, Tensor]
+) -> Finding | None:
+    """Scenes of some counts of sources that the count's term, or one of the user's own, says nothing of: a
+    cross-entropy always has a slope."""
+    outputs = [value for value in prediction if value is not None and value.requires_grad]
+    logits, own = prediction.count_logits, getattr(context.loss, "own_name", "")
+    for name in ("count", own):
+        if name not in terms or not terms[name].requires_grad or logits is None or logits.shape[1] < 2:
+            continue
+        parts = [part for part in derivatives([terms[name]], outputs, retain_graph=True) if part is not None]
+        without = ~_rows(parts) if parts and all_finite(parts) else torch.ones(0, dtype=torch.bool)
+        kept = {int(each) for each in scenes.count[~without]} if len(without) else set()
+        counts = sorted({int(each) for each in scenes.count[without]} - kept) if kept else []
+        if counts and float(without.float().mean()) > FEW_MISSED:
+            return _left_out(
+                scenes,
+                without,
+                f"no gradient of the term {name}",
+                certain=False,
+                more=f" They are those with {listed([str(each) for each in counts])} sources: a label that is ignored"
+                " (ignore_index), a weight of a class that is zero, or a mask does that.",
+            )
+    return None
+
+
+@torch.no_grad()
+def _one_value(context: PreflightContext, prediction: Prediction, scenes: Scenes, rows: Tensor) -> float | None:
+    """The value that the covariance terms have for each of these scenes by itself; None where it is not one."""
+    values = set()
+    for row in rows.nonzero()[:FEWEST, 0].tolist():
+        one = slice(row, row + 1)
+        terms = context.loss(prediction.apply(lambda value, one=one: value[one]), scenes[one])[1]
+        values.add(tuple(float(terms[name]) for name in COVARIANCE if name in terms))
+    return next(iter(values))[0] if len(values) == 1 and int(rows.sum()) >= FEWEST else None
 
 
 def _not_told(context: PreflightContext, prediction: Prediction, terms: dict[str, Tensor]) -> Tensor | None:

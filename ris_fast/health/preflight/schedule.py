@@ -5,19 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
+
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, listed, rms, total_norm
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.training.schedule import learning_rate_factor
 from ris_fast.training.telemetry.step_window import median
+from ris_fast.training.validation import scene_nmse
 
 LONGEST_WARMUP = 0.5  # of the run
 SHORTEST_PATH = 0.01  # all rates added up, beside the size of the weights: Adam moves about one rate a step
 DECAY_PER_STEP = 0.01  # share of a weight that decay takes in one step; a hundred steps then forget it
-WILD = 20.0  # times the size of a weight in one step
+LARGE, WILD = 0.5, 20.0  # times the size of a weight in one step
 FLIPPED = 2.0  # share from which a weight that decays grows, with the other sign each time
+EXCHANGED = 0.95  # a beta1 that no recipe is above with a smaller beta2
+FAR_OFF = 10.0  # times the rate of the configuration
 TINY = 1e-3  # numbers of a tensor
+FINE, FINE_STEP, LONG_PATH = 5e-5, 1e-3, 2.0  # a rate; beside the size of a weight; all rates added up, beside it
+UNTRAINED, SHUFFLES = 0.9, 3  # of the NMSE with shuffled weights; networks of these
 CLIPPED_TO = 1e-3  # of the first gradient's norm
 
 
@@ -42,12 +49,40 @@ def rates(context: PreflightContext) -> Iterator[Finding]:
         yield Finding("zero_learning_rate", f"the learning rate of {listed(zero)} is zero.")
     if any(group.get("maximize") for group in groups):
         yield Finding("loss_sign", "the optimizer maximises the loss (maximize=True).")
+    exchanged = [each for group in groups if (each := group.get("betas")) and each[0] > max(each[1], EXCHANGED)]
+    if exchanged:
+        mean, square = (1 / (1 - beta) for beta in exchanged[0])
+        yield Finding(
+            "learning_rate_too_large",
+            f"betas are {exchanged[0]}: the gradient is averaged over {mean:.0f} steps and its square over"
+            f" {square:.0f}, so that steps have another size than the rate and go on where the gradient has turned long"
+            " ago. The two are exchanged.",
+            advice="Set optimizer.beta1=0.9 and optimizer.beta2=0.999.",
+            certain=False,
+        )
+    yield from _peaks(context)
     shape, stride = factors(context)
     planned = context.trainer.plan.planned
     top = shape.index(max(shape)) * stride
     if planned > 10 and top >= LONGEST_WARMUP * planned:
         yield Finding("warmup_too_long", f"the learning rate rises until step {top} of {planned}.", certain=False)
     yield from _sizes(context, sum(shape) * stride)
+
+
+def _peaks(context: PreflightContext) -> Iterator[Finding]:
+    """The peak rates of all groups together are not far from those of the configuration."""
+    settings = context.config.optimizer
+    wanted = max(settings.backbone_lr, settings.head_lr)
+    peak = max((group.get("peak_lr", group["lr"]) for group in context.optimizer.param_groups), default=0.0)
+    if 0 < peak < wanted / FAR_OFF or peak > FAR_OFF * wanted > 0:
+        yield Finding(
+            "learning_rate_too_small" if peak < wanted else "learning_rate_too_large",
+            f"the highest peak rate of the optimizer's groups is {peak:.2g}, and the configuration has {wanted:.2g}."
+            " Something has set it, as an optimizer's state that was loaded from another run brings its rates along.",
+            advice="After optimizer.load_state_dict(...) set group['lr'] and group['peak_lr'] again, or give the rate"
+            " that is meant in optimizer.backbone_lr and optimizer.head_lr.",
+            certain=False,
+        )
 
 
 def _sizes(context: PreflightContext, path: float) -> Iterator[Finding]:
@@ -69,7 +104,7 @@ def _sizes(context: PreflightContext, path: float) -> Iterator[Finding]:
         )  # small first weights grow to this in no time
         if peak * path < SHORTEST_PATH * size and context.trainer.plan.planned > 20:
             slow.append(f"{name}: {peak * path:.2g} beside weights of {size:.2g}")
-        if peak > usual:
+        if peak > LARGE * usual:
             fast.append(f"{name}: {peak:.2g} a step beside weights of {usual:.2g}")
             wild = wild or peak > WILD * usual
         decay = peak * group.get("weight_decay", 0.0)
@@ -80,6 +115,15 @@ def _sizes(context: PreflightContext, path: float) -> Iterator[Finding]:
                 certain=decay >= FLIPPED,
             )
     moving = [group for group in groups if any(p.dim() > 1 for p in group["params"])]
+    if not slow and (seen := _gentle(context, path)):
+        yield Finding(
+            "learning_rate_too_small",
+            seen,
+            advice="Where weights were to be loaded, print what load_state_dict(..., strict=False) returns: with names"
+            " that begin otherwise, as with 'module.' or '_orig_mod.', it loads none and says so there alone. To train"
+            " from scratch, take rates of 1e-4 or more.",
+            certain=False,
+        )
     if slow:
         yield Finding(
             "learning_rate_too_small",
@@ -88,8 +132,49 @@ def _sizes(context: PreflightContext, path: float) -> Iterator[Finding]:
         )
     if fast:
         yield Finding(
-            "learning_rate_too_large", f"one step moves weights by more than their size: {listed(fast)}.", certain=wild
+            "learning_rate_too_large",
+            f"one step moves weights by more than {LARGE:g} of their size, since Adam's are of the rate's size whatever"
+            f" the gradient: {listed(fast)}.",
+            certain=wild,
         )
+
+
+def _gentle(context: PreflightContext, path: float) -> str:
+    """What says that all rates are of a fine-tuning and the weights are those of no training; empty where not."""
+    moving = [
+        (group.get("peak_lr", group["lr"]), median([rms(p) for p in matrices]))
+        for group in context.optimizer.param_groups
+        if (matrices := [p.detach() for p in group["params"] if p.dim() > 1 and bool(p.any())])
+    ]
+    if not moving or any(
+        not 0 < peak < FINE or peak > FINE_STEP * size or peak * path > LONG_PATH * size for peak, size in moving
+    ):
+        return ""
+    score, drawn = _beside_shuffled(context)
+    if not score > UNTRAINED * drawn:
+        return ""
+    peak = max(peak for peak, _ in moving)
+    return (
+        f"rates are {peak:.2g} at most, as to refine weights that have learned, and the network knows no more than one"
+        f" whose numbers are shuffled within each tensor (an NMSE of {score:.3g} beside {drawn:.3g}): it starts"
+        " untrained. Either the rates are too small for that, or weights that were to be loaded are not in it."
+    )
+
+
+@torch.no_grad()
+def _beside_shuffled(context: PreflightContext) -> tuple[float, float]:
+    """The NMSE of the small batch, and the lowest of networks with the same numbers in other places."""
+    live = [each for each in context.trainable.values() if each.dim() > 1]
+    generator, drawn = torch.Generator().manual_seed(71), []
+    score = float(scene_nmse(context.guess, context.scenes).mean())
+    for _ in range(SHUFFLES):
+        ways = [
+            each.detach().flatten()[torch.randperm(each.numel(), generator=generator)].view_as(each) - each
+            for each in live
+        ]
+        with context.moved(live, ways, 1.0):
+            drawn.append(float(scene_nmse(context.predict(context.scenes), context.scenes).mean()))
+    return score, min(drawn)
 
 
 def first_gradient(context: PreflightContext) -> Iterator[Finding]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.monitor.own_schedule import out_of_plan
 from ris_fast.health.preflight.measures import all_finite, listed, rounded_to_16_bits, total_norm
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.step_probe import few_scenes, take_step
 from ris_fast.training.schedule import learning_rate_factor
+from ris_fast.training.step import own_schedule
 
 STEPS = 5
 FROZEN = 1e-5  # of the raw weights' way; an average over ten thousand steps has gone more
@@ -21,18 +25,23 @@ SMALLER = 0.9  # times the first weights' norm, which an average that starts at 
 NEARLY, SEARCHED = 0.03, 512  # of the last step; updates
 SQUARED, LOST = 1e-15, 0.01  # a first moment whose square float32 can hold; share of the numbers
 ROUNDING = 1e-6  # of the weights: a shorter way is lost in an average's rounding
+LATE, LEAST_SHARE = 3, 2e-3  # weights of the last steps; of them in an average, more than rounding makes
 ALIKE = 1e-3  # of the way: between an average and the mean of all weights so far
+AHEAD_EPOCHS, MOST_AHEAD, SECONDS_AHEAD = 2, 48, 2.0  # of a schedule of the user's own: epochs, updates, seconds
 PIECE, LONGEST, BEYOND_WARMUP = 256, 400, 2.0  # numbers of a tensor; updates; times the memory of the planned average
 
 
 def several_steps(context: PreflightContext) -> Iterator[Finding]:
     """Over a few steps the rate follows its plan, weights move and keep their bits, and the average follows them."""
     first = {name: value.detach().clone() for name, value in context.parameters.items()}
+    buffers = {name: value.detach().clone() for name, value in context.model.named_buffers()}
     rates, held, applied, planned = [], [], [], context.trainer.plan.planned
     before = context.optimizer.counters()
     furthest = last = 0.0
     idle = 0
     trail = [_pieces(context)]
+    with context.optimizer.ema() if context.optimizer.ema_decay else nullcontext():
+        start = _pieces(context)
     for number in range(STEPS):
         applied.append(context.optimizer.counters()["applied"])
         group = few_scenes(context.groups[number % len(context.groups)])
@@ -58,7 +67,8 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
             f"{STEPS} calls of the step made {after['attempted'] - before['attempted']} optimizer "
             "steps: its count starts over.",
         )
-    yield from _rates(context, rates, held, applied, planned)
+    if not own_schedule(context.step):
+        yield from _rates(context, rates, held, applied, planned)
     yield from _second_moments(context)
     if rounded_to_16_bits(context.model.parameters()) and not rounded_to_16_bits(first.values()):
         yield Finding(
@@ -69,8 +79,10 @@ def several_steps(context: PreflightContext) -> Iterator[Finding]:
         )
     moved = any(not torch.equal(value, first[name]) for name, value in context.parameters.items())
     if moved and context.optimizer.ema_decay and all_finite(context.parameters.values()):
-        found = list(_average(context, first, furthest, previous))
-        yield from found or _mean_of_all(context, trail)
+        found = list(_average(context, first, furthest, previous)) or list(_statistics(context, buffers))
+        yield from found or list(_outside(context, [start, *trail])) or _mean_of_all(context, trail)
+    if own_schedule(context.step):  # last, since it goes on
+        yield from _own_rates(context, rates, applied, planned)
 
 
 def _pieces(context: PreflightContext) -> Tensor:
@@ -104,6 +116,28 @@ def _mean_of_all(context: PreflightContext, trail: list[Tensor]) -> Iterator[Fin
             " averaged alike, that is meant.",
             advice="Average with a decay, as optimizer.ema_decay says; a mean over all weights is for the end of a run,"
             " from a step on at which they are good already.",
+            certain=False,
+        )
+
+
+def _outside(context: PreflightContext, trail: list[Tensor]) -> Iterator[Finding]:
+    """The averaged weights are made of what they began with and of the weights since then, each with a share that is
+    not below zero: least squares find the shares."""
+    rows = torch.stack(trail).cpu()
+    with context.optimizer.ema():
+        mean = _pieces(context).cpu()
+    way = float((rows[-1] - rows[0]).norm())
+    shares = torch.linalg.lstsq(rows.T, mean[:, None], driver="gelsd").solution[:, 0]
+    if not way > 0 or float((rows.T @ shares - mean).norm()) > ALIKE * way:
+        return  # it is made of something else, or began elsewhere
+    early, late = float(shares[:-LATE].sum()), float(shares[-LATE:].sum())
+    if late < -LEAST_SHARE:
+        yield Finding(
+            "ema_frozen",
+            f"after {STEPS} steps the averaged weights are {early:.3f} times the first weights and"
+            f" {late:.3f} times the last {LATE}: they go the other way than the weights. The difference of the two is"
+            " added with the wrong sign.",
+            advice="It is torch.lerp(average, weights, 1 - decay): average + (1 - decay) * (weights - average).",
             certain=False,
         )
 
@@ -177,6 +211,32 @@ def _rates(
                 return
 
 
+def _own_rates(
+    context: PreflightContext, rates: list[list[float]], applied: list[int], planned: int
+) -> Iterator[Finding]:
+    """Each step's rate where a schedule of the user's own sets it: what that does in the first epochs."""
+    wanted, number, began = AHEAD_EPOCHS * context.trainer.epoch_steps + 1, len(rates), time.thread_time()
+    rates, applied = list(rates), list(applied)
+    while number < min(wanted, MOST_AHEAD, planned) and time.thread_time() - began < SECONDS_AHEAD:
+        applied.append(context.optimizer.counters()["applied"])
+        group = few_scenes(context.groups[number % len(context.groups)])
+        rates.append(take_step(context, group, planned, number, gradients=False).rates)
+        number += 1
+    for place, group in enumerate(context.optimizer.param_groups):
+        peak = group.get("peak_lr", 0.0)
+        shares = [(update, each[place] / peak) for update, each in zip(applied, rates) if peak > 0]
+        if seen := out_of_plan(shares, context.trainer.epoch_steps, planned):
+            yield Finding(
+                "learning_rate_off_plan",
+                f"a schedule of your own sets the rates: that of {group.get('name', 'a group')} {seen}, of a run of"
+                f" {planned} updates with a peak rate of {peak:.3g}.",
+                advice="Print the rate of each update beside what is meant. A schedule counts either updates or epochs:"
+                " its lengths are in the same unit as what it is given, and min(1, ...) ends a warm-up.",
+                certain=False,
+            )
+            return
+
+
 def _updates(share: float, factor: Callable[[int], float]) -> list[int]:
     """The updates, of the first ones, that have this share of the peak rate by the plan."""
     return [k for k in range(SEARCHED) if abs(share - factor(k)) < 1e-6 * max(share, 1e-9)]
@@ -239,6 +299,30 @@ def _average(
             f"after {STEPS} steps the averaged weights are {behind / last:.1%} of the last step behind the raw ones:"
             " what is kept of the average and what is taken of the weights are exchanged, or the decay is far too"
             " small.",
+            certain=False,
+        )
+
+
+def _statistics(context: PreflightContext, first: dict[str, Tensor]) -> Iterator[Finding]:
+    """With the averaged weights in place, buffers that training has moved are not those of before the first step."""
+    names = {
+        name: value.detach().clone()
+        for name, value in context.model.named_buffers()
+        if name in first and value.is_floating_point() and not torch.equal(value, first[name])
+    }
+    with context.optimizer.ema():
+        there = dict(context.model.named_buffers())
+        left = [name for name in names if name in there and torch.equal(there[name], first[name])]
+    if left:
+        running = any("running" in name for name in left)
+        yield Finding(
+            "batchnorm_statistics" if running else "ema_frozen",
+            f"after {STEPS} steps {len(left)} buffers have moved, and where the averaged weights are in place they are"
+            f" as before the first step, bit for bit: {listed(left)}. The average is of parameters alone, and is"
+            " validated with"
+            f" {'statistics' if running else 'buffers'} of untrained weights.",
+            advice="Let the average take over the buffers of the network, or average them too (use_buffers=True of"
+            " torch.optim.swa_utils.AveragedModel), or compute them anew with update_bn before each validation.",
             certain=False,
         )
 

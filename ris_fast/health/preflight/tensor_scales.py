@@ -15,6 +15,7 @@ from ris_fast.health.preflight.step_probe import StepTrace
 OTHER, RIGHT = 0.2, 0.02  # of a ratio away from 1: another scale, and none
 EXACT = 1e-4  # relative, between the sorted numbers of two gradients
 LONGER, ELSEWHERE = 1.2, 0.5  # times the gradient; cosine, below which most of it is something else
+FEWEST, APART = 3, 1.5  # tensors of one norm; between the largest and the smallest of their factors
 PURE = 0.02  # share of a gradient that is no multiple of the other one
 
 
@@ -50,9 +51,41 @@ def one_by_one(
         if seen := _rearranged(names, before, after):
             yield Finding("wrong_backward", f"{where} {seen}")
             return
+        if gone := _cleared(names, before, after):
+            yield Finding(
+                "zeroed_gradients",
+                f"{where} a gradient of exactly zero in {len(gone)} of {len(names)} tensors, which have one by"
+                f" autograd: {listed(gone)}. Something clears it on its way. Where they are held on purpose, name them"
+                " in health.frozen and give them no gradient.",
+                certain=False,
+            )
+            return
         if seen := _replaced(before, after):
             yield Finding("wrong_backward", f"{where} {seen}", certain=False)
             return
+
+
+def clipped_apart(names: Sequence[str], taken: StepTrace) -> dict[str, float]:
+    """Tensors whose gradient is on its way brought to one norm for all of them, each by a factor of its own: name ->
+    factor; empty where that is not so."""
+    factors, norms = {}, []
+    for name, old, new in zip(names, taken.raw, taken.given):
+        if old is None or new is None or not bool(old.any()) or not bool(new.any()):
+            continue
+        before, after = old.double().norm(), new.double().norm()
+        factor = float(after / before)
+        if factor < 1 - RIGHT and float((new.double() - factor * old.double()).norm()) < PURE * float(after):
+            factors[name], norms = factor, [*norms, float(after)]
+    one_norm = len(norms) >= FEWEST and max(norms) < (1 + PURE) * min(norms)
+    return factors if one_norm and max(factors.values()) > APART * min(factors.values()) else {}
+
+
+def _cleared(names: Sequence[str], before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> list[str]:
+    """Tensors whose gradient is exactly zero behind a place that leaves that of the others as it is."""
+    pairs = [(name, a, b) for name, a, b in zip(names, before, after) if a is not None and b is not None and a.any()]
+    gone = [name for name, _, new in pairs if not bool(new.any())]
+    kept = all(float((b - a).norm()) <= RIGHT * float(a.norm()) for name, a, b in pairs if name not in gone)
+    return gone if kept and len(gone) < len(pairs) else []
 
 
 def _replaced(before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> str:

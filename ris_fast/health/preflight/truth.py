@@ -125,6 +125,14 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
             certain=False,
         )
         return
+    if (places := _grows_to_places(context, name, guess)) is not None:
+        yield Finding(
+            "loss_sign",
+            f"on the way from the places that an untrained network answers with to the true ones the term {name} takes"
+            f" the values {places}: it grows as the answer gets better. A similarity is maximised: subtract it.",
+            certain=False,
+        )
+        return
     if not _outweighs(context, name, guess):
         return
     right = oracle(scenes, guess).factor
@@ -142,6 +150,26 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
             " grows as the answer gets better. Where it holds the network back on purpose, that is meant.",
             certain=False,
         )
+
+
+@torch.no_grad()
+def _grows_to_places(context: PreflightContext, name: str, guess: Prediction) -> str | None:
+    """The values of a term that reads the labels of places, on the way to them, where it grows on all of it."""
+    scenes = context.scenes
+    names = [each for each in ("azimuth", "elevation", "range_m") if getattr(guess, each) is not None]
+    if not names or any(getattr(scenes, each) is None for each in names):
+        return None
+    rolled = replace(scenes, **{each: getattr(scenes, each).roll(1, 0) for each in names})
+    torch.manual_seed(0)
+    if term_values(context, guess, scenes)[name] == term_values(context, guess, rolled)[name]:
+        return None
+    right, way = oracle(scenes, guess), []
+    for share in (0.0, 0.5, 0.8, 1.0):
+        there = {each: (1 - share) * getattr(guess, each) + share * getattr(right, each) for each in names}
+        torch.manual_seed(0)
+        way.append(term_values(context, guess._replace(**there), scenes)[name])
+    grows = all(math.isfinite(value) for value in way) and all(b > a + GROWS * abs(a) for a, b in zip(way, way[1:]))
+    return ", ".join(f"{value:.3g}" for value in way) if grows else None
 
 
 def _slope_at_truth(context: PreflightContext, name: str, guess: Prediction) -> str:
