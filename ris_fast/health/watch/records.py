@@ -445,8 +445,8 @@ class LossRecord:
         number: of the model's last pass; signs: see there; through: the chain of the one term that depends on outputs;
         of_weights: another depends on the model's parameters alone; transposed: see `operations`; surrogate, extremes,
         pairing, axis_apart: see `terms`; compares_weights: in that other term they are compared with what has
-        no gradient; of_inputs: one depends on the model's inputs alone; still: of differences that it is made of, of weights alone
-        where nobody told of the loss, whether they are exactly zero.
+        no gradient; of_inputs: one depends on the model's inputs alone; still: of differences that it is made of, of
+        weights alone where nobody told of the loss, whether they are exactly zero.
     """
 
     step: int
