@@ -13,6 +13,7 @@ FALLEN = 3.0  # times the best validation: what was learned is gone
 IN_A_ROW, LONG = 2, 3  # epochs that show a collapse; epochs that show training and validation apart
 LOW, STILL_LOW = 0.5, 1.5  # training: of the lowest constant answer; of its own lowest
 OUTWEIGHS = 4.0  # times the sum of the terms
+MANY, WORSE = 24, 1.3  # epochs; times the best validation
 MEMORISED, NO_BETTER = 3.0, 0.97  # validation over training; of the best before, in the last third
 
 
@@ -75,6 +76,27 @@ def validation_apart(run: RunHistory) -> Iterator[Finding]:
             "validation_apart",
             f"{seen}: the validation scenes, their targets, or the weights that are validated are not those of"
             f" training, or the network has memorised its {_scenes(run)}.",
+            certain=False,
+        )
+
+
+def overfitting_by_far(run: RunHistory) -> Iterator[Finding]:
+    """While it runs: validation has long been getting worse, and is far above training."""
+    values, train = [validated(row) for row in run.epochs], [trained(run, row) for row in run.epochs]
+    if run.info.get("fresh", True) or len(values) < MANY or not all(map(math.isfinite, (*values, *train))):
+        return
+    best = min(values)
+    at = values.index(best)
+    if (
+        2 * at < len(values)
+        and train[-1] <= train[at]
+        and min(values[-LONG:]) > max(WORSE * best, MEMORISED * train[-1])
+    ):
+        yield run.finding(
+            "overfitting",
+            f"training scores {train[-1]:.3g} and validation {values[-1]:.3g}, which was best, {best:.3g}, in epoch"
+            f" {at + 1} of {len(values)} so far: the network memorises its {_scenes(run)}. Where their number is left"
+            " from a test, give all there are.",
             certain=False,
         )
 
@@ -158,5 +180,5 @@ def _scenes(run: RunHistory) -> str:
     return f"{run.info['train_scenes']:,} training scenes" if "train_scenes" in run.info else "training scenes"
 
 
-WHILE_IT_RUNS: tuple[Rule, ...] = (collapsed, validation_apart, outside_the_terms)
+WHILE_IT_RUNS: tuple[Rule, ...] = (collapsed, validation_apart, outside_the_terms, overfitting_by_far)
 AT_ITS_END: tuple[Rule, ...] = (overfitting, loss_without_the_truth)

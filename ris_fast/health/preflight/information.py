@@ -32,6 +32,7 @@ SCENES, FEWEST = 256, 64
 MIN_GAIN = 0.05  # gain over the constant answer from which an estimate with the channel says something of the sources
 NOTHING, MIN_SNR_DB = 0.01, -10.0  # gain of an estimate that knows nothing; dB of all snapshots and antennas together
 LOUD = 20.0  # dB of all snapshots and antennas together from which an estimator finds most sources
+EXAMINED, NONE = 16, 1e-3  # scenes; of the largest singular value
 PART = 0.25  # of that gain; the inputs that RIS-12x12 is meant for keep all of it, H c_l a twentieth
 
 
@@ -61,6 +62,9 @@ def input_information(context: PreflightContext) -> Iterator[Finding]:
         why = "the scenes have no channel" if scenes.channel is None else f"it takes {FEWEST} scenes"
         finite = bool(scenes.snapshots.isfinite().all())
         context.note = f"not checked: {why if finite else 'snapshots are not finite'}"
+        return
+    if seen := _few_equations(scenes):
+        yield Finding("inputs_withhold_answer", seen, certain=False)
         return
     scenes = with_factor(scenes)
     constant, found = mean_covariance([scenes]), estimate(context, scenes)
@@ -92,6 +96,26 @@ def input_information(context: PreflightContext) -> Iterator[Finding]:
             f"{alone:.3f}, and the matched filter with the channel {known:.3f}.",
             certain=False,
         )
+
+
+def _few_equations(scenes: Scenes) -> str:
+    """Snapshots that say less of the field on the surface than as many of as many antennas would."""
+    few = scenes[:EXAMINED]
+    channel, codes = to_complex(few.channel), to_complex(few.codes)
+    length, (antennas, elements) = codes.shape[-2], channel.shape[1:]
+    seen = channel[:, None] * (codes if few.own_codes else codes[None])[:, :, None]  # y_l = (H diag(c_l)) x
+    values = torch.linalg.svdvals(seen.flatten(1, 2).to(torch.complex64))
+    rank = int((values > NONE * values[:, :1]).sum(1).median())
+    most = min(length * antennas, elements)
+    if 2 * rank > most:
+        return ""
+    alone = int((torch.linalg.svdvals(channel) > NONE * torch.linalg.matrix_norm(channel, 2)[:, None]).sum(1).median())
+    return (
+        f"{length} snapshots of {antennas} antennas give {rank} independent equations for the field on {elements}"
+        f" elements, where they could give {most}: the channel has rank {alone} and there are"
+        f" {int(torch.linalg.matrix_rank(codes.reshape(-1, length, elements)[0]))} independent codes. Antennas that all"
+        " see the same, or codes that repeat, say nothing more."
+    )
 
 
 def _worse_than_zero(name: str, factor: Tensor, scenes: Scenes) -> Iterator[Finding]:

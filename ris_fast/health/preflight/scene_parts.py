@@ -116,12 +116,13 @@ def _together(context: PreflightContext, what: str, scenes: Scenes) -> tuple[Fin
     if not found.mixed_up and not partly:
         other = _other_symbols(context, what, scenes)
         labels, said = labels_differ(what, scenes, model == "static") if other is None else (other, "")
-        if other is None and labels is not None and (target := _inexact_target(what, scenes, model == "static")):
-            labels = target
-        elif other is None and labels is None and (target := _sources_missing(what, scenes, model == "static")):
-            labels = target
-        elif other is None and labels is not None and (fitted := explains(scenes, model == "static")):
-            labels = Finding("parts_unrelated", f"{labels.evidence.partition(';')[0]}; {fitted}.", advice=NO_CODES)
+        if other is None:
+            target = labels and _inexact_target(what, scenes, model == "static")
+            target = target or _sources_missing(what, scenes, model == "static")
+            if target is not None:
+                labels = target
+            elif labels is not None and (fitted := explains(scenes, model == "static")):
+                labels = Finding("parts_unrelated", f"{labels.evidence.partition(';')[0]}; {fitted}.", advice=NO_CODES)
         return labels, (
             said if found.group()[1] * DEVIATIONS < 1 else f"not checked: too few {what} scenes are loud enough"
         )
@@ -203,7 +204,7 @@ def _inexact_target(what: str, scenes: Scenes, static: bool, *, least: int = 2 *
         f"the targets of {what} scenes explain their snapshots no better than to"
         f" {float(own.measured_db.median()):.3g} dB at the median, and some field on the surface to"
         f" {float(free.measured_db.median()):.3g} dB, as their SNR labels say ({float(own.labels_db.median()):.3g} dB):"
-        " something was added to the targets, or a source is missing in them.",
+        " something was added to the targets, a source is missing in them, or they are in another order or sign.",
         advice=NO_SOURCES,
         certain=False,
     )

@@ -46,6 +46,12 @@ STORIES = {
         False,
         300,
     ),
+    "few scenes, memorised for long": (
+        history([0.5 / n for n in range(1, 41)], [0.2 + 0.003 * abs(n - 6) for n in range(40)], fresh=False),
+        "overfitting",
+        False,
+        1500,
+    ),
 }
 
 

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from bench.faults.patches import LABELS, on_batches, on_factor, rebound, wrap
-from ris_fast.health.preflight import dependent, labels, padding, scene_parts, scene_weights, scenes
+from ris_fast.health.preflight import (
+    dependent,
+    distributions,
+    information,
+    inputs,
+    labels,
+    padding,
+    scene_parts,
+    scene_weights,
+    scenes,
+)
 from ris_fast.health.preflight.order import order
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.rereads import scenes_again
@@ -211,3 +221,83 @@ def test_padding_that_is_read_in_place_of_scenes_is_named(wrong: bool) -> None:
     trainer.model.part = part
     rebound(trainer)
     assert causes(padding.reads_no_padding, trainer) == ["ignored_input"] * wrong
+
+
+# ---- what the network is given
+
+
+class Seen(nn.Module):
+    """Adds to a factor what a layer makes of a change of it, which depends on no weight."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change, self.layer = change, nn.Linear(32, 32)
+
+    def forward(self, factor: Tensor) -> Tensor:
+        return factor + self.layer(self.change(factor.detach().flatten(1))).view_as(factor)
+
+
+@pytest.mark.parametrize(
+    "change, cause",
+    [
+        (lambda x: (x / x.abs().amax(1, keepdim=True)).round(), "inputs_withhold_answer"),
+        (lambda x: nn.functional.one_hot(x.argmax(1), 32).float(), "inputs_withhold_answer"),
+        (lambda x: x.abs().clamp(0, 0.3 * float(x.abs().mean())), "inputs_withhold_answer"),
+        (lambda x: torch.cat((1e-5 * x[:, :31], x[:, 31:]), 1), "input_scale"),
+        (lambda x: x, ""),
+        (lambda x: x * (x.abs() >= x.abs().sort(1).values[:, 20:21]), ""),
+    ],
+    ids=["rounded", "argmax", "cut off", "one of another unit", "as it is", "the largest ones"],
+)
+def test_scale_names_inputs_that_lost_their_numbers(change: Callable[[Tensor], Tensor], cause: str) -> None:
+    trainer = Trainer(small("hybrid"))
+    part = Seen(change)
+    on_factor(trainer.model, part)
+    trainer.model.part = part
+    rebound(trainer)
+    assert causes(inputs.scale, trainer) == [cause] * bool(cause)
+
+
+@pytest.mark.parametrize("rank_one", [True, False])
+def test_input_information_names_antennas_that_see_the_same(rank_one: bool) -> None:
+    trainer = Trainer(small("few_codes"))
+    if rank_one:
+        on_batches(trainer, lambda scenes: replace(scenes, channel=scenes.channel[:, :1].expand_as(scenes.channel)))
+    assert causes(information.input_information, trainer) == ["inputs_withhold_answer"] * rank_one
+
+
+# ---- a later epoch
+
+
+def test_physics_and_distributions_look_at_a_later_epoch() -> None:
+    trainer = Trainer(small("hybrid", **FIXED))
+
+    def shuffled_at_its_end(batch: Callable[..., Scenes]) -> Callable[..., Scenes]:
+        def read(split: str, index: Tensor) -> Scenes:
+            epoch = trainer.state.epoch
+            others = batch(split, (index + 7 * epoch * (split == "train")) % trainer.source.size(split))
+            return replace(batch(split, index), **{name: getattr(others, name) for name in LABELS})
+
+        return read
+
+    assert causes(scene_parts.physics, trainer) == []
+    wrap(trainer.source, "batch", shuffled_at_its_end)
+    assert causes(scene_parts.physics, trainer) == ["parts_unrelated"] and trainer.state.epoch == 0
+
+
+@pytest.mark.parametrize("widens", [True, False])
+def test_distributions_allow_a_curriculum_that_ends(widens: bool) -> None:
+    trainer = Trainer(small("hybrid"))
+    pool = torch.arange(2048)
+    narrow = pool[trainer.source.batch("train", pool).azimuth.abs().amax(1) < 0.3]
+
+    def make(groups: Callable[[], Iterator[Group]]) -> Callable[[], Iterator[Group]]:
+        def chosen() -> Iterator[Group]:
+            some = pool if widens and trainer.state.epoch else narrow
+            for group in groups():
+                yield Group([some[part % len(some)] for part in group], group.scenes, group.neighbour)
+
+        return chosen
+
+    wrap(trainer, "_index_groups", make)
+    assert causes(distributions.distributions, trainer) == ["distributions_differ"] * (not widens)
