@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ris_fast.health.monitor.own_schedule import out_of_plan
+from ris_fast.health.own_schedule import out_of_plan
 
 EPOCH, PLANNED = 8, 4000
 
