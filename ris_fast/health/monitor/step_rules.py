@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.history import Row, Rule, RunHistory, named
-from ris_fast.health.monitor.own_schedule import out_of_plan
 from ris_fast.health.monitor.settings_rules import peaks, settings_of
+from ris_fast.health.own_schedule import out_of_plan
 
 SOME = 0.1  # of a step's scenes: fewer may be zeros by chance, of a mask
 TOUCHED = 0.02  # relative: more than rounding in a sum

@@ -109,6 +109,7 @@ def layers(context: PreflightContext) -> Iterator[Finding]:
                 outputs.setdefault(name, output)
 
     context.model.train()
+    context.rewind()  # which makes a pass of its own when it is called first
     with layer_calls(context.model, keep):
         total = context.run()[0]
     for name, (_, after, finite) in signals.items():

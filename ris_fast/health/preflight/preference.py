@@ -99,7 +99,9 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
             f", their conjugates {conjugate:.4g} and the same with elements turned by phases of their own {turned:.4g}:"
             " it compares sizes, or real parts, and no phases",
         )
-    elif (lower := _below(context, name, right, scenes)) < score - FAR_BELOW * max(random - score, DEAF * size):
+    elif _reads_factors(context, name, right, scenes) and (
+        lower := _below(context, name, right, scenes)
+    ) < score - FAR_BELOW * max(random - score, DEAF * size):
         yield Finding(
             "target_scale_differs",
             f"{seen}; down its own gradient from the true factors {name} reaches {lower:.4g}: its lowest value is not"
@@ -144,6 +146,16 @@ def _scored(context: PreflightContext, name: str, like: Prediction, factor: Tens
         for given in (factor, *(scale * unit for scale in SCALES))
     ]
     return min((value for value in values if math.isfinite(value)), default=math.nan)
+
+
+@torch.no_grad()
+def _reads_factors(context: PreflightContext, name: str, right: Prediction, scenes: Scenes) -> bool:
+    """Whether the term of the true answers is another one where the scenes have each other's true factors."""
+    values = []
+    for given in (scenes, scenes, replace(scenes, factor=scenes.factor.roll(1, 0))):
+        torch.manual_seed(0)
+        values.append(float(context.loss(right, given)[1][name]))
+    return values[0] == values[1] != values[2]
 
 
 def _below(context: PreflightContext, name: str, right: Prediction, scenes: Scenes) -> float:

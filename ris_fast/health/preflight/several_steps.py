@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.monitor.own_schedule import out_of_plan
+from ris_fast.health.own_schedule import out_of_plan
 from ris_fast.health.preflight.measures import all_finite, listed, rounded_to_16_bits, total_norm
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.step_probe import few_scenes, take_step

@@ -79,6 +79,7 @@ def _first_layers(context: PreflightContext) -> dict[str, tuple[Tensor, Tensor |
             if output.dim() > 1 and len(output) == context.scenes.batch:
                 found.setdefault(name, output)
 
+    context.rewind()  # which makes a pass of its own when it is called first
     with eval_mode(context.model), context.full_precision(), layer_calls(context.model, keep):
         prediction = context.predict(context.scenes)
     outputs = [each for each in prediction if each is not None and each.requires_grad]
@@ -175,6 +176,7 @@ def _ends(context: PreflightContext) -> tuple[dict[str, Tensor], str]:
         if inputs and isinstance(inputs[0], Tensor) and not inputs[0].requires_grad:
             first.setdefault(name, inputs[0].detach())
 
+    context.rewind()
     with eval_mode(context.model), layer_calls(context.model, keep), torch.enable_grad():
         context.predict(context.scenes)
     return first, order[-1] if order else ""

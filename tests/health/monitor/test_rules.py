@@ -128,8 +128,9 @@ def test_step_rules_name_a_rate_off_the_plan(cause: str, steps: int, healthy: Ru
     assert [finding.cause for finding in found] == [cause] and found[0].step == row["step"]
 
 
-@pytest.mark.parametrize("factor, cause", [(0.0, "zero_learning_rate"), (0.5, "learning_rate_off_plan")])
-def test_step_rules_name_a_rate_lost_late(factor: float, cause: str) -> None:
+@pytest.mark.parametrize("factor, expected", [(0.0, [("zero_learning_rate", 20)]), (0.5, [])])
+def test_step_rules_name_a_rate_lost_late(factor: float, expected: list[tuple[str, int]]) -> None:
+    """A schedule of one's own may halve the rate."""
     trainer = Trainer(
         changed(TWINS["backprojection"](), {"training.epochs": 5, "report.every_steps": 4}),
         callbacks=[recorder := Recorder()],
@@ -143,8 +144,7 @@ def test_step_rules_name_a_rate_lost_late(factor: float, cause: str) -> None:
 
     trainer.step.schedule = lost
     trainer.fit()
-    found = replay(recorder.run)
-    assert [finding.cause for finding in found][0] == cause and found[0].step == 20
+    assert [(finding.cause, finding.step) for finding in replay(recorder.run)][:1] == expected
 
 
 def test_preflight_names_a_rate_off_the_plan() -> None:

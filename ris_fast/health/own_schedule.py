@@ -10,7 +10,8 @@ ABOVE = 1e-6  # relative
 VARIES, SAME = 0.1, 1e-6  # relative, of the rates within an epoch; between two epochs
 THOUSANDTH, EARLY, ENDS = 1e-3, 0.1, 0.75  # of its highest rate, reached in this share of the run; zero before
 SWINGS, SHORT = 4, 0.02  # turns of its way; share of the run between two of them
-FEW, LOW = 4, 0.05  # updates in which a rate falls; of its peak rate, that a group is given a fraction of
+FEW, DROPS = 4, 2  # updates in which a rate falls, in so many steps at least
+LOW = 0.05  # of its peak rate, that a group is given a fraction of
 
 
 def out_of_plan(shares: Sequence[tuple[int, float]], epoch_steps: int, planned: int) -> str:
@@ -33,10 +34,12 @@ def out_of_plan(shares: Sequence[tuple[int, float]], epoch_steps: int, planned: 
         return f"rises and falls, and turns {turns} times in {last - shares[0][0]} updates"
     if highest < LOW and last - shares[0][0] >= FEW and now <= shares[-2][1]:
         return f"is {highest:.2g} of its peak rate at most in {len(shares)} updates, and does not rise"
-    if last - top < FEW or not now < highest:
+    if not now < highest:
         return ""
     if now <= 0:
         return f"is zero after {last} updates" if last < ENDS * planned else ""
+    if last - top < FEW or sum(way < 0 for way in ways) < DROPS:
+        return ""  # it may be halved at some time
     pace = math.log(highest / now) / (last - top)
     reached = top + math.log(1 / THOUSANDTH) / pace
     if reached < EARLY * planned:
