@@ -507,7 +507,7 @@ def windows_without_order(trained: list[PassRecord]) -> Iterator[Finding]:
         return
     numbers = (rows - rows.mean()).double()
     near = [float((numbers[:, lag:] * numbers[:, :-lag]).mean() / numbers.square().mean()) for lag in (1, 2, 3)]
-    if _overlap_within(rows) and max(map(abs, near)) < NO_ORDER:
+    if _overlap_within(rows) and max(map(abs, near)) < max(NO_ORDER, 3 / len(rows.unique()) ** 0.5):
         yield finding(
             "inputs_withhold_answer",
             f"inputs are windows of one series, which overlap, and neighbours in it have a correlation of"
