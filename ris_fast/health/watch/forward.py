@@ -171,6 +171,7 @@ class ForwardHooks:
             uniform=[name for name, flag in self.uniform.items() if bool(flag)],
             of_losses=self.leaves.loss_records(),
             beside_first=self.leaves.beside_first(),
+            in_parts=type(self.model) in CONTAINERS,
         )
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -313,7 +313,8 @@ class ForwardRecord:
         layers, functions, modules: see there; foreign_steps: of optimizers of other models; copies: other
         modules of its class, where the model was not called before the first step;
         uniform: matrices that began as one number; of_losses: leaves that losses depend on and outputs do not;
-        beside_first: see `graph`.
+        beside_first: see `graph`; in_parts: the model is a container
+        that nobody calls, and passes are those of its parts.
     """
 
     passes: list[PassRecord]
@@ -342,6 +343,7 @@ class ForwardRecord:
     uniform: list[str]
     of_losses: list[LeafRecord]
     beside_first: tuple[list[str], list[str]]
+    in_parts: bool
 
 
 @dataclass

@@ -73,7 +73,7 @@ def outcome_findings(loop: LoopRecord, found: Sequence[Finding]) -> Iterator[Fin
     ):
         return
     odd = suspect(loop)
-    if not loop.losses and (_chooses(loop) or _several(loop)):
+    if not loop.losses and (_chooses(loop) or (loop.forward is not None and loop.forward.in_parts)):
         return
     both = scenes_with_targets(loop, losses)
     known = _of_numbers(losses) or _of_labels(losses, ABOVE if odd is None else math.inf) or stalled
@@ -140,12 +140,6 @@ def known_by_heart(loop: LoopRecord, both: tuple[Tensor, Tensor], losses: Sequen
         )
     else:
         yield finding("shuffled_labels", f"{evidence}.", loop.steps, BY_HEART, PAIRS.advice)
-
-
-def _several(loop: LoopRecord) -> bool:
-    """Whether parts of the model are called one by one, which a loss may all depend on."""
-    passes = loop.forward.passes if loop.forward is not None else []
-    return len({each.output_shape[1:] for each in passes if each.training}) > 1
 
 
 def _chooses(loop: LoopRecord) -> bool:
