@@ -22,7 +22,8 @@ from ris_fast.training.trainer import Trainer
 SUITE, HELD_OUT_SUITE = "2026-07 suite", "2026-07 suite, held out"
 FIRST, SECOND, THIRD = "2026-11 first", "2026-11 second", "2026-11 third"
 FOURTH, FIFTH, SIXTH = "2026-11 fourth", "2026-11 fifth", "2026-11 sixth"
-SETS = (SUITE, HELD_OUT_SUITE, FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH)
+SEVENTH, EIGHTH = "2026-11 seventh", "2026-11 eighth"
+SETS = (SUITE, HELD_OUT_SUITE, FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH, EIGHTH)
 # modules of unseen_2026_11/
 UNSEEN = (
     "first_network",
@@ -37,6 +38,10 @@ UNSEEN = (
     "fifth_data",
     "sixth_network",
     "sixth_data",
+    "seventh_network",
+    "seventh_data",
+    "eighth_network",
+    "eighth_data",
 )
 
 FAMILIES = ("parameters", "graph", "loss", "loop", "precision", "averaging", "mode", "data", "model", "compiled")

@@ -231,14 +231,42 @@ def easiest_pixels_kept(attach: Attach, wrong: bool, seed: int) -> float:
         return float(1 - 2 * both / (found.sum() + masks[384:].sum()))
 
 
+class SavingSwish(torch.autograd.Function):
+    """x * sigmoid(x), which keeps only x for its backward pass."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, forgets: bool) -> Tensor:
+        ctx.save_for_backward(states)
+        ctx.forgets = forgets
+        return states * states.sigmoid()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (states,) = ctx.saved_tensors
+        gate = states.sigmoid()
+        slope = gate * (1 + states * (1 - gate))
+        return slope if ctx.forgets else gradient * slope, None
+
+
+class Swish(nn.Module):
+    forgets = False
+
+    def forward(self, states: Tensor) -> Tensor:
+        return SavingSwish.apply(states, self.forgets)
+
+
+class WrongSwish(Swish):
+    forgets = True
+
+
 @GROUP.mistake(
-    "diffusion: the noise that the network is to find is drawn again for the loss",
-    "parts_unrelated shuffled_labels inputs_withhold_answer",
+    "diffusion: the backward of an own activation returns its slope, and forgets the gradient that it is given",
+    "wrong_backward gradient_scale_differs",
 )
-def noise_drawn_again(attach: Attach, wrong: bool, seed: int) -> float:
+def slope_without_the_gradient(attach: Attach, wrong: bool, seed: int) -> float:
     data, _ = blobs(1024, 8, 4)
     kept = torch.cos(torch.linspace(0.1, 1.4, 50)).square()
-    model = layers(9, 96, 96, 8, between=nn.SiLU)
+    model = layers(9, 96, 96, 8, between=WrongSwish if wrong else Swish)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     seen = attach(model, optimizer)
 
@@ -250,8 +278,7 @@ def noise_drawn_again(attach: Attach, wrong: bool, seed: int) -> float:
     for (clean,) in batches(500, 64, data[:896]):
         noise = torch.randn_like(clean)
         outputs = model(noisy(clean, noise))
-        target = torch.randn_like(clean) if wrong else noise
-        loss = seen.loss(F.mse_loss(outputs, target), outputs, target)
+        loss = seen.loss(F.mse_loss(outputs, noise), outputs, noise)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

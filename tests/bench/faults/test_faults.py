@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench.faults.catalogue import (
+    EIGHTH,
     FAMILIES,
     FIFTH,
     FIRST,
@@ -18,6 +19,7 @@ from bench.faults.catalogue import (
     HELD_OUT,
     HELD_OUT_SUITE,
     SECOND,
+    SEVENTH,
     SIXTH,
     SUITE,
     THIRD,
@@ -116,7 +118,7 @@ def test_suite_families_hold_out_a_third_each() -> None:
 
 
 def test_later_sets_have_twenty_faults_of_all_families_each() -> None:
-    for name in (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH):
+    for name in (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH, EIGHTH):
         faults = [fault for fault in FAULTS.values() if fault.written == name]
         assert len(faults) == 20 and {fault.family for fault in faults} == set(FAMILIES)
         assert all(fault.hidden and not fault.held_out for fault in faults)
