@@ -46,6 +46,7 @@ from ris_fast.health.watch.tensors import (
     likeness,
     nonfinite,
     paired_rows,
+    plane_of,
     source_of,
     tensors_of,
     viewed_as,
@@ -171,6 +172,7 @@ class ForwardHooks:
             units=self.units.record(),
             of_losses=self.leaves.loss_records(),
             beside_first=self.leaves.beside_first(),
+            in_parts=type(self.model) in CONTAINERS,
         )
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -284,8 +286,9 @@ class ForwardHooks:
             now.draws = hash(torch.get_rng_state().numpy().tobytes())
         if first or not now.grad or self.late:
             now.input, now.keys = few_rows(inputs), few_rows(inputs, KEYS, KEY_NUMBERS)
-            now.matrices, now.likeness = from_transposes(inputs), likeness(inputs)
-            now.pairs = paired_rows(inputs) if first else None
+            now.matrices, now.plane = from_transposes(inputs), plane_of(inputs)
+            if now.of_kind <= MARKED:
+                now.likeness, now.pairs = likeness(inputs), paired_rows(inputs)
             now.others = [few_rows([each]) for each in inputs[:INPUTS]] if 1 < len(inputs) else []
         if not now.grad or self.late or (first and _reads_outputs(now.of_kind)):
             now.output = few_rows(outputs)
@@ -308,7 +311,8 @@ class ForwardHooks:
                 elif (flags := nonfinite([grad])) is not None:
                     now.grad_finite = ~flags.any()
             if now.output is not None and with_grad[0] is outputs[0] and is_plain(grad):
-                now.slope = few_rows([grad])
+                slope = few_rows([grad])
+                now.slope = slope if now.slope is None or slope is None else now.slope + slope  # of several backwards
             if mark is not None and (found := mark(grad)) is not None:
                 now.mark_kind, now.mark = found
             now.reached = True

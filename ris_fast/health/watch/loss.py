@@ -33,6 +33,7 @@ from ris_fast.health.watch.tensors import (
     is_plain,
     largest_in_rows,
     nonfinite,
+    plane_of,
     tensors_of,
     viewed_as,
 )
@@ -189,6 +190,7 @@ def numbers_of(tensors: Sequence[Tensor], keys: bool = False) -> Numbers | None:
         keys=few_rows([tensor], KEYS, KEY_NUMBERS) if keys else None,
         viewed=viewed_as(tensors) if keys else "",
         matrices=from_transposes(tensors),
+        plane=plane_of(tensors) if keys else None,
     )
 
 

@@ -209,7 +209,8 @@ class PassRecord:
         mistake the gradient at the output looks like, and how far it is from that; keys: a few numbers of more rows of
         the input, by which scenes are known again; others: (R, F) of each input, where there are several; grad_finite:
         (), whether the gradient at the output is; source: of an input that is a view, the id of what it is a view of,
-        its place in it, and how often that was written to; viewed, matrices, likeness, pairs: see `tensors`;
+        its place in it, and how often that was written to; viewed, matrices, likeness, pairs, plane: see
+        `tensors`;
         draws: a hash of where the generator of random numbers stands, of passes in training; slope: (R, F) of the
         gradient at the first output, those numbers that `output` has; carried: an input is what the pass before gave;
         open_before: no backward pass had come to the pass before yet; thread: that made it.
@@ -246,6 +247,7 @@ class PassRecord:
     matrices: Tensor | None = None
     likeness: Tensor | None = None
     pairs: Tensor | None = None
+    plane: Tensor | None = None
     grad_finite: Tensor | None = None
     draws: int | None = None
     slope: Tensor | None = None
@@ -317,7 +319,7 @@ class ForwardRecord:
         layers, functions, modules: see there; foreign_steps: of optimizers of other models; copies: other
         modules of its class, where the model was not called before the first step;
         units: of matrices that began with equal ones; of_losses: leaves that losses depend on and outputs do not;
-        beside_first: see `graph`.
+        beside_first: see `graph`; in_parts: the model is a container that nobody calls, and passes are its parts'.
     """
 
     passes: list[PassRecord]
@@ -346,6 +348,7 @@ class ForwardRecord:
     units: list[AlikeUnits]
     of_losses: list[LeafRecord]
     beside_first: tuple[list[str], list[str]]
+    in_parts: bool
 
 
 @dataclass
@@ -354,8 +357,8 @@ class Numbers:
 
     Args: whole: classes or counts; least, most: (), of real and imaginary parts; imaginary: (), largest imaginary part;
         nonfinite: (2,), whether there are NaN, infinities; few: (R, F) a few numbers; keys: a
-        few of more rows, by which scenes are known again; viewed, matrices: see
-        `tensors`.
+        few of more rows, by which scenes are known again; viewed, matrices, plane:
+        see `tensors`.
     """
 
     shape: tuple[int, ...]
@@ -369,6 +372,7 @@ class Numbers:
     keys: Tensor | None = None
     viewed: str = ""
     matrices: Tensor | None = None
+    plane: Tensor | None = None
 
     def on_host(self) -> Numbers:
         return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})

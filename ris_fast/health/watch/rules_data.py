@@ -6,8 +6,7 @@ None is certain: scenes may be alike, and targets may change on purpose.
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -17,8 +16,15 @@ from torch import Tensor, nn
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.inferred import told_losses
-from ris_fast.health.watch.loss import WALKED
 from ris_fast.health.watch.records import EARLY, ForwardRecord, LoopRecord, LossRecord, PassRecord
+from ris_fast.health.watch.rules_windows import (
+    overlap_within,
+    series_of,
+    target_among_inputs,
+    windows_overlap,
+    windows_without_order,
+)
+from ris_fast.health.watch.scenes import RICH, rows_of
 
 AGAIN = 16  # scenes that are met again
 LEAKED, SHARE = 8, 0.1  # scenes of validation that were trained on, and their share
@@ -27,12 +33,7 @@ MANY_RATIO, MANY_SHIFT, BOTH_RATIO, BOTH_SHIFT = 2.5, 3.0, 1.6, 0.5  # of many s
 SMALL, LARGE, UNEQUAL = 3e-4, 3e3, 1e5  # spreads of inputs
 LEAST_UNEQUAL = 30.0  # of the largest of unequal ones: beside smaller ones others are what rounding leaves
 GROUPS, GROWN = 6, 1.3  # parts of a run, from one to the next of which inputs spread further; factor on it in all
-SYMMETRIC, NOT = 1e-4, 1e-2  # relative distances of a matrix from its transpose
 TOGETHER, UNLIKE = 0.02, 0.5  # mean square of correlations within a scene; share of it that two sets have in common
-WINDOW, SHARED, NO_ORDER = 6, 0.3, 0.05  # least length of a window; share of windows; correlation of neighbours
-PAIRED = 0.2  # that scenes of a pair are more alike than others
-PEAK = 0.02  # that one correlation is above others
-RICH = 4  # different numbers of a scene, by which it is known
 
 
 def data_findings(loop: LoopRecord) -> list[Finding]:
@@ -46,25 +47,24 @@ def data_findings(loop: LoopRecord) -> list[Finding]:
     return [
         *other_targets(loop.losses, {each.number: each for each in loop.forward.passes}),
         *target_is_input(loop.losses, {each.number: each for each in loop.forward.passes}),
-        *target_among_inputs(told_losses(loop), {each.number: each for each in loop.forward.passes}),
-        *pairs_apart(trained, loop.losses or loop.met),
-        *(viewed_in_another_order(trained, loop.losses) or channels_last(trained)),
+        *target_among_inputs(told_losses(loop), {each.number: each for each in loop.forward.passes}, trained),
         *zero_batches(trained),
         *split_overlap(trained, [each for each in evaluated if not each.training]),
-        *distributions_differ(trained, evaluated),
-        *(inner_order_differs(trained, evaluated) if loop.ranks is None else ()),  # else each has a part of the data
-        *scenes_drift(trained),
         *few_scenes(trained),
-        *not_hermitian(loop, trained),
         *windows_overlap(trained, evaluated),
         *windows_without_order(trained),
-        *input_scale(loop.forward, trained),
+        *(prepared_apart(loop, trained, evaluated) if not loop.forward.in_parts else ()),  # else one part feeds another
     ]
 
 
-def _rows(keys: Tensor) -> list[bytes]:
-    """Of scenes that have numbers enough to be known by; empty for others."""
-    return [row.numpy().tobytes() if len(row.unique()) >= RICH else b"" for row in keys]
+def prepared_apart(loop: LoopRecord, trained: list[PassRecord], evaluated: list[PassRecord]) -> Iterator[Finding]:
+    """What the sizes of inputs show, and how they go together."""
+    yield from distributions_differ(trained, evaluated)
+    if loop.ranks is None:  # else each has a part of the data
+        yield from inner_order_differs(trained, evaluated)
+    yield from scenes_drift(trained)
+    if loop.forward is not None:
+        yield from input_scale(loop.forward, trained)
 
 
 def other_targets(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -> Iterator[Finding]:
@@ -79,7 +79,7 @@ def other_targets(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -
     again = other = in_a_row = 0
     swapped = 0
     for number, (one, asked) in enumerate(both):
-        for scene, target in zip(_rows(one.keys), asked):
+        for scene, target in zip(rows_of(one.keys), asked):
             value = target.numpy().tobytes()
             if scene and scene in known:
                 again += 1
@@ -128,93 +128,6 @@ def target_is_input(losses: Sequence[LossRecord], passes: dict[int, PassRecord])
         )
 
 
-def target_among_inputs(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -> Iterator[Finding]:
-    """The one number that is asked for is one of those that the model is given, always the same."""
-    found: set[int] | None = None
-    count = 0
-    for each in losses:
-        one, asked = passes.get(each.number), each.targets
-        if one is None or asked is None or asked.whole or asked.few is None or one.input is None:
-            continue
-        given, wanted = one.input, asked.few
-        if wanted.shape[1] != 1 or len(given) != len(wanted) or len(wanted.unique()) < min(RICH, len(wanted)):
-            continue
-        near = (given - wanted).abs() <= 1e-3 * wanted.abs().amax()
-        same = set(near.all(0).nonzero()[:, 0].tolist())
-        found, count = same if found is None else found & same, count + 1
-    if found and count >= EARLY and len(next(iter(passes.values())).shape) > 1:
-        yield finding(
-            "shuffled_labels",
-            f"the target of each scene is one of the numbers that the model is given, at place {min(found)} of those"
-            f" that were looked at, in all {count} batches: it can copy it.",
-            1,
-            "A model that is to pass a number on looks like that.",
-            "Ask for what comes after the inputs: of a window of n numbers from t on the number at t + n; of a"
-            " table leave the target's column out.",
-        )
-
-
-def pairs_apart(trained: Sequence[PassRecord], losses: Sequence[LossRecord]) -> Iterator[Finding]:
-    """Scenes are alike in pairs that lie in one order in the batch, and the loss parts the batch in the other."""
-    known = [each.pairs for each in trained if each.pairs is not None]
-    parted = {each.pairing for each in losses[:WALKED]}
-    if len(known) < EARLY or len(parted) != 1:
-        return
-    next_to, behind, halves = torch.stack(known).double().mean(0).tolist()
-    lie = "neighbours" if next_to - max(behind, halves) > PAIRED else "halves" if halves - next_to > PAIRED else ""
-    if lie and {lie, *parted} == {"neighbours", "halves"}:
-        apart = {"neighbours": "one after the other", "halves": "in the two halves of the batch"}
-        yield finding(
-            "wrong_layout",
-            f"pairs of scenes that are alike lie {apart[lie]} (a correlation of {max(next_to, halves):.2g}, and of"
-            f" {min(next_to, halves):.2g} {apart[parted.pop()]}), and the loss takes them from where they do not.",
-            1,
-            MAY_BE_MEANT,
-            "Stack both views along an axis of their own, and look at the shape where the loss parts them:"
-            " `(scenes, 2, ...)` and `(2, scenes, ...)` are not the same order.",
-        )
-
-
-def channels_last(trained: Sequence[PassRecord]) -> list[Finding]:
-    """Numbers of a scene (C, ...) are most alike C places apart, and not side by side: channels come last in them."""
-    known = [each.likeness for each in trained if each.likeness is not None]
-    if len(known) < 2 * EARLY:
-        return []
-    beside, before, apart, behind = torch.stack(known).double().mean(0).tolist()
-    if apart - max(beside, before, behind) < PEAK:
-        return []
-    shape = trained[0].shape
-    return [
-        finding(
-            "wrong_layout",
-            f"inputs have shape {shape}, and numbers of a scene are most alike {shape[1]} places apart (a correlation"
-            f" of {apart:.2g}; {beside:.2g} side by side, {before:.2g} and {behind:.2g} one place nearer or further):"
-            f" the {shape[1]} channels lie last in memory, and were reshaped to come first.",
-            1,
-            f"A pattern that comes again every {shape[1]} places looks like that.",
-            "Use `permute` or `transpose` where axes change places, as from channels last to channels first.",
-        )
-    ]
-
-
-def viewed_in_another_order(trained: Sequence[PassRecord], losses: Sequence[LossRecord]) -> list[Finding]:
-    """Inputs or targets are views of tensors whose axes change places without a transpose."""
-    asked = [each.targets.viewed for each in losses if each.targets is not None]
-    for what, views in (("inputs", [each.viewed for each in trained]), ("targets", asked)):
-        if len(views) >= 2 and all(views):
-            return [
-                finding(
-                    "wrong_layout",
-                    f"{what} are views of {views[0]}, in all {len(views)} batches that were looked at: that neither"
-                    " parts nor joins axes, so numbers keep their old order and come under other places.",
-                    1,
-                    MAY_BE_MEANT,
-                    "Use `permute` or `transpose` where axes change places, as from channels last to channels first.",
-                )
-            ]
-    return []
-
-
 def zero_batches(trained: list[PassRecord]) -> Iterator[Finding]:
     """Some batches are all zeros, and others are not."""
     zero = [each for each in trained if not bool(each.keys.any())]
@@ -235,8 +148,8 @@ def split_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Ite
     batches = {each.keys.numpy().tobytes() for each in trained}
     evaluated = [each for each in evaluated if each.keys.numpy().tobytes() not in batches]
     rounds = {each.step for each in evaluated}
-    seen = {row for each in trained for row in _rows(each.keys) if row}
-    asked = {row for each in evaluated for row in _rows(each.keys) if row}
+    seen = {row for each in trained for row in rows_of(each.keys) if row}
+    asked = {row for each in evaluated for row in rows_of(each.keys) if row}
     found = len(asked & seen)
     if len(rounds) >= 3 and found >= LEAKED and found >= SHARE * len(asked):
         yield finding(
@@ -288,7 +201,7 @@ def distributions_differ(trained: list[PassRecord], evaluated: list[PassRecord])
     least, most = sorted((spread, spread_there))
     apart = most > (MANY_RATIO if many else RATIO) * least or shift > (MANY_SHIFT if many else SHIFT) * spread
     both = most > BOTH_RATIO * least and shift > BOTH_SHIFT * most  # as one scaling does
-    if not least or not (apart or (many and both and not _overlap_within(_series(evaluated)))):
+    if not least or not (apart or (many and both and not overlap_within(series_of(evaluated)))):
         return []
     return [
         finding(
@@ -357,7 +270,7 @@ def scenes_drift(trained: list[PassRecord]) -> Iterator[Finding]:
 
 def few_scenes(trained: list[PassRecord]) -> Iterator[Finding]:
     """Batches are made of a few scenes only, each of which is in them several times."""
-    rows = [_rows(each.keys) for each in trained]
+    rows = [rows_of(each.keys) for each in trained]
     rows = [each for each in rows if len(each) >= 2 * EARLY and all(each)]
     if len(rows) < 2 * EARLY or len(rows) < len(trained):
         return
@@ -371,103 +284,6 @@ def few_scenes(trained: list[PassRecord]) -> Iterator[Finding]:
             "Data that are so few look the same.",
             "Look at the indices that the sampler draws: a `WeightedRandomSampler` takes one weight a scene, not one a"
             " class.",
-        )
-
-
-def not_hermitian(loop: LoopRecord, trained: list[PassRecord]) -> Iterator[Finding]:
-    """Complex matrices that are equal to their transpose, where others, or covariances, are equal to its conjugate."""
-    told = [each for each in loop.losses if each.outputs is not None and each.targets is not None]
-    pairs = [(each.outputs.matrices, each.targets.matrices) for each in told]
-    both = [(made.tolist(), asked.tolist()) for made, asked in pairs if made is not None and asked is not None]
-    advice = "Use `.mH`, the conjugate transpose, where the second factor is `.mT` or `.transpose(-1, -2)`."
-    for one, other, what in ((0, 1, ("outputs", "targets")), (1, 0, ("targets", "outputs"))):
-        wrong = [pair for pair in both if _is_symmetric(*pair[one]) and _is_symmetric(*reversed(pair[other]))]
-        if len(wrong) == len(both) >= EARLY:
-            yield finding(
-                "conjugation_error",
-                f"{what[0]} are complex matrices that are equal to their transpose, and {what[1]} are equal to their"
-                f" conjugate transpose, in all {len(both)} losses that were looked at.",
-                1,
-                MAY_BE_MEANT,
-                advice,
-            )
-    given = [each.matrices.tolist() for each in trained if each.matrices is not None]
-    if len(given) >= EARLY and all(_is_symmetric(*each) for each in given):
-        yield finding(
-            "conjugation_error",
-            "inputs are complex matrices that are equal to their transpose and not to its conjugate, in all"
-            f" {len(given)} batches that were looked at: products of snapshots with their transpose are, in which their"
-            " phases remain.",
-            trained[0].step + 1,
-            "Matrices of a reciprocal network are symmetric, too.",
-            advice,
-        )
-
-
-def _is_symmetric(from_transpose: float, from_conjugate: float) -> bool:
-    return from_transpose < SYMMETRIC and from_conjugate > NOT
-
-
-def _triples(rows: Tensor) -> list[list[bytes]]:
-    """Of each row all three numbers in a row that differ, as 12 bytes."""
-    found = []
-    for row in rows:
-        kept, varied = row.numpy().tobytes(), ((row[:-2] != row[1:-1]) & (row[1:-1] != row[2:])).tolist()
-        found.append([kept[4 * n : 4 * n + 12] for n, each in enumerate(varied) if each])
-    return found
-
-
-def _series(passes: Sequence[PassRecord]) -> Tensor:
-    """(N, F) different windows of a series; without any where inputs are none, or have few different numbers."""
-    windows = [each for each in passes if each.keys is not None and max(each.shape[1:], default=0) >= WINDOW]
-    windows = [each for each in windows if math.prod(each.shape[1:]) == max(each.shape[1:]) <= each.keys.shape[1]]
-    windows = [each for each in windows if each.keys.shape[1] == windows[0].keys.shape[1]]
-    rows = torch.cat([each.keys for each in windows]).unique(dim=0) if windows else torch.zeros(0, 0)
-    return rows if len(rows) and len(rows.unique()) > 64 else rows[:0]
-
-
-def _overlap_within(rows: Tensor) -> bool:
-    """Whether most numbers are in several windows."""
-    met = Counter(each for row in _triples(rows) for each in set(row))
-    return 2 * sum(count > 1 for count in met.values()) > len(met)
-
-
-def windows_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Iterator[Finding]:
-    """Windows of evaluation are made of numbers that windows of training have at other places."""
-    one, other = _series(trained), _series(evaluated)
-    if len(one) < 64 or len(other) < 16:
-        return
-    known = {each for row in _triples(one) for each in row}
-    whole = set(_rows(one))
-    rows = [row for row, own in zip(_triples(other), _rows(other)) if row and own not in whole]
-    within = sum(2 * sum(each in known for each in row) > len(row) for row in rows)
-    if len(rows) >= 16 and within > SHARED * len(rows):
-        yield finding(
-            "split_overlap",
-            f"{within} of {len(rows)} windows that are evaluated, of those that were looked at, have most of their"
-            " numbers in common with windows that are trained on.",
-            evaluated[0].step,
-            "The training set may be evaluated on purpose.",
-            "Windows that overlap are no scenes of their own: split the series by time first, then cut each part.",
-        )
-
-
-def windows_without_order(trained: list[PassRecord]) -> Iterator[Finding]:
-    """Windows overlap, as they do that are cut from one series, and neighbours in them have nothing to do with each
-    other."""
-    rows = _series(trained)
-    if len(rows) < 4 * 64:
-        return
-    numbers = (rows - rows.mean()).double()
-    near = [float((numbers[:, lag:] * numbers[:, :-lag]).mean() / numbers.square().mean()) for lag in (1, 2, 3)]
-    if _overlap_within(rows) and max(map(abs, near)) < NO_ORDER:
-        yield finding(
-            "inputs_withhold_answer",
-            f"inputs are windows of one series, which overlap, and neighbours in it have a correlation of"
-            f" {near[0]:.2g}: what comes next does not follow from what was before.",
-            trained[0].step + 1,
-            "A series of increments, or of noise, is like that; one that was shuffled before windows were cut, too.",
-            "Cut windows from the series in its order of time, and shuffle the windows.",
         )
 
 
