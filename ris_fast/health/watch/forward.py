@@ -46,6 +46,7 @@ from ris_fast.health.watch.tensors import (
     likeness,
     nonfinite,
     paired_rows,
+    plane_of,
     source_of,
     tensors_of,
     viewed_as,
@@ -284,8 +285,9 @@ class ForwardHooks:
             now.draws = hash(torch.get_rng_state().numpy().tobytes())
         if first or not now.grad or self.late:
             now.input, now.keys = few_rows(inputs), few_rows(inputs, KEYS, KEY_NUMBERS)
-            now.matrices, now.likeness = from_transposes(inputs), likeness(inputs)
-            now.pairs = paired_rows(inputs) if first else None
+            now.matrices, now.plane = from_transposes(inputs), plane_of(inputs)
+            if now.of_kind <= MARKED:
+                now.likeness, now.pairs = likeness(inputs), paired_rows(inputs)
             now.others = [few_rows([each]) for each in inputs[:INPUTS]] if 1 < len(inputs) else []
         if not now.grad or self.late or (first and _reads_outputs(now.of_kind)):
             now.output = few_rows(outputs)

@@ -33,10 +33,12 @@ from ris_fast.health.watch.tensors import (
     is_plain,
     largest_in_rows,
     nonfinite,
+    plane_of,
     tensors_of,
     viewed_as,
 )
 from ris_fast.health.watch.terms import (
+    axis_apart,
     compares_leaves,
     of_inputs_alone,
     pairing,
@@ -149,6 +151,7 @@ def walk(now: LossRecord, node: Any, outputs: list[Tensor], leaves: GraphLeaves,
     now.over_scenes = over_scenes(near, rows, True) if ends or not told else []
     now.transposed, now.surrogate = reshaped_as_transposed(near), surrogate_sign(node)
     now.extremes, now.pairing = takes_extremes(near, ends), pairing(near, rows)
+    now.axis_apart = axis_apart(users)
     now.summed, now.ungraphed = sum_beside_mean(node, ends, rows), term_without_graph(node)
 
 
@@ -187,6 +190,7 @@ def numbers_of(tensors: Sequence[Tensor], keys: bool = False) -> Numbers | None:
         keys=few_rows([tensor], KEYS, KEY_NUMBERS) if keys else None,
         viewed=viewed_as(tensors) if keys else "",
         matrices=from_transposes(tensors),
+        plane=plane_of(tensors) if keys else None,
     )
 
 

@@ -30,7 +30,7 @@ def over_scenes(nodes: Iterable[Any], rows: int, pairs: bool = False) -> list[st
         if name in OVER_AN_AXIS or (name in SPREADS and not pairs):
             shape = _operand_shape(node) if name in SPREADS | {"LinalgVectorNorm", "Norm"} else made_shape(node)
             square = pairs and len(shape) == 2 and shape[0] == shape[1]
-            if len(shape) > 1 and shape[0] == rows > 1 and not square and _axes(node, len(shape)) == {0}:
+            if len(shape) > 1 and shape[0] == rows > 1 and not square and axes_of(node, len(shape)) == {0}:
                 found.append(f"{_SPOKEN.get(name, name.lower())} over axis 0 of {shape}")
     return found
 
@@ -80,7 +80,7 @@ def _operand_shape(node: Any) -> tuple[int, ...]:
     return made_shape(before) if before is not None else ()
 
 
-def _axes(node: Any, count: int) -> set[int]:
+def axes_of(node: Any, count: int) -> set[int]:
     """Counted from the first; as saved, those from the last on may be unsigned numbers of 64 bits."""
     axes = getattr(node, "_saved_dim", None)
     if axes is None:

@@ -209,7 +209,8 @@ class PassRecord:
         mistake the gradient at the output looks like, and how far it is from that; keys: a few numbers of more rows of
         the input, by which scenes are known again; others: (R, F) of each input, where there are several; grad_finite:
         (), whether the gradient at the output is; source: of an input that is a view, the id of what it is a view of,
-        its place in it, and how often that was written to; viewed, matrices, likeness, pairs: see `tensors`;
+        its place in it, and how often that was written to; viewed, matrices, likeness, pairs, plane: see
+        `tensors`;
         draws: a hash of where the generator of random numbers stands, of passes in training; slope: (R, F) of the
         gradient at the first output, those numbers that `output` has; carried: an input is what the pass before gave;
         open_before: no backward pass had come to the pass before yet; thread: that made it.
@@ -246,6 +247,7 @@ class PassRecord:
     matrices: Tensor | None = None
     likeness: Tensor | None = None
     pairs: Tensor | None = None
+    plane: Tensor | None = None
     grad_finite: Tensor | None = None
     draws: int | None = None
     slope: Tensor | None = None
@@ -354,8 +356,8 @@ class Numbers:
 
     Args: whole: classes or counts; least, most: (), of real and imaginary parts; imaginary: (), largest imaginary part;
         nonfinite: (2,), whether there are NaN, infinities; few: (R, F) a few numbers; keys: a
-        few of more rows, by which scenes are known again; viewed, matrices: see
-        `tensors`.
+        few of more rows, by which scenes are known again; viewed, matrices, plane:
+        see `tensors`.
     """
 
     shape: tuple[int, ...]
@@ -369,6 +371,7 @@ class Numbers:
     keys: Tensor | None = None
     viewed: str = ""
     matrices: Tensor | None = None
+    plane: Tensor | None = None
 
     def on_host(self) -> Numbers:
         return replace(self, **{name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)})
@@ -444,9 +447,9 @@ class LossRecord:
         by; summed: a sum over scenes is added to a mean over them; ungraphed: a number without a gradient is added;
         number: of the model's last pass; signs: see there; through: the chain of the one term that depends on outputs;
         of_weights: another depends on the model's parameters alone; transposed: see `operations`; surrogate, extremes,
-        pairing: see `terms`; compares_weights: in that other term they are compared with what has no gradient;
-        of_inputs: one depends on the model's inputs alone; still: of differences that it is made of, of weights alone
-        where nobody told of the loss, whether they are exactly zero.
+        pairing, axis_apart: see `terms`; compares_weights: in that other term they are compared with what has no
+        gradient; of_inputs: one depends on the model's inputs alone; still: of differences that it is made of, of
+        weights alone where nobody told of the loss, whether they are exactly zero.
     """
 
     step: int
@@ -479,6 +482,7 @@ class LossRecord:
     of_inputs: bool = False
     extremes: bool = False
     pairing: str = ""
+    axis_apart: str = ""
 
     def on_host(self) -> LossRecord:
         host: dict[str, Any] = {name: [each.cpu() for each in getattr(self, name)] for name in ("factors", "still")}

@@ -36,6 +36,7 @@ def batch_findings(loop: LoopRecord) -> list[Finding]:
         *scenes_left_out(trained),
         *(shapes_broadcast(trained) if not _elementwise(loop) else ()),
         *collapsed_outputs(trained),
+        *outputs_unused(loop, trained),
         *trained_on_evaluation(loop.forward),
         *ignored_input(trained),
         *unsettled_buffers(loop.forward, loop.frozen),
@@ -125,6 +126,30 @@ def _collapsed(both: list[PassRecord]) -> Iterator[Finding]:
 def _spread_of_directions(rows: Tensor) -> float:
     unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
     return float((unit - unit.mean(0)).square().sum(1).mean())
+
+
+def outputs_unused(loop: LoopRecord, trained: list[PassRecord]) -> Iterator[Finding]:
+    """Some of the numbers that the model answers with never have a gradient, and the others always have."""
+    known = [each for each in trained if each.slope is not None and len(each.output_shape) == 2]
+    known = [each for each in known if each.slope.shape[1] == each.output_shape[1] == known[0].output_shape[1]]
+    if len(known) < 2 * EARLY or len(known) < sum(each.slope is not None for each in trained):
+        return
+    silent = torch.stack([(each.slope == 0).all(0) for each in known])
+    never, now_and_then = silent.all(0), silent.any(0)
+    if not never.any() or not torch.equal(never, now_and_then) or bool(never.all()):
+        return
+    several = bool(loop.met) and not loop.met[0].through
+    why = "Other terms of the loss read them, with a weight of zero, or none does" if several else "No term reads them"
+    places = ", ".join(str(each) for each in never.nonzero()[:3, 0].tolist())
+    yield finding(
+        "zero_loss_weight" if several else "unused_head",
+        f"{int(never.sum())} of the {len(never)} numbers of each output, at place {places}, have a gradient of exactly"
+        f" zero in all {len(known)} passes that were looked at, and the others have one.",
+        known[0].step + 1,
+        f"{why}; a mask does this, too. {MAY_BE_MEANT}",
+        "Print the weight of each term as it is used, and which columns of the output each term reads.",
+        harm=float(never.double().mean()),
+    )
 
 
 def trained_on_evaluation(forward: ForwardRecord) -> Iterator[Finding]:

@@ -19,6 +19,7 @@ from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.inferred import told_losses
 from ris_fast.health.watch.loss import WALKED
 from ris_fast.health.watch.records import EARLY, ForwardRecord, LoopRecord, LossRecord, PassRecord
+from ris_fast.health.watch.tensors import GRID
 
 AGAIN = 16  # scenes that are met again
 LEAKED, SHARE = 8, 0.1  # scenes of validation that were trained on, and their share
@@ -31,6 +32,7 @@ SYMMETRIC, NOT = 1e-4, 1e-2  # relative distances of a matrix from its transpose
 TOGETHER, UNLIKE = 0.02, 0.5  # mean square of correlations within a scene; share of it that two sets have in common
 WINDOW, SHARED, NO_ORDER = 6, 0.3, 0.05  # least length of a window; share of windows; correlation of neighbours
 PAIRED = 0.2  # that scenes of a pair are more alike than others
+TURNED = 0.15  # correlation of pictures
 PEAK = 0.02  # that one correlation is above others
 RICH = 4  # different numbers of a scene, by which it is known
 
@@ -47,6 +49,7 @@ def data_findings(loop: LoopRecord) -> list[Finding]:
         *other_targets(loop.losses, {each.number: each for each in loop.forward.passes}),
         *target_is_input(loop.losses, {each.number: each for each in loop.forward.passes}),
         *target_among_inputs(told_losses(loop), {each.number: each for each in loop.forward.passes}),
+        *turned_pictures(loop.losses, {each.number: each for each in loop.forward.passes}),
         *pairs_apart(trained, loop.losses or loop.met),
         *(viewed_in_another_order(trained, loop.losses) or channels_last(trained)),
         *zero_batches(trained),
@@ -175,10 +178,54 @@ def pairs_apart(trained: Sequence[PassRecord], losses: Sequence[LossRecord]) -> 
         )
 
 
+def turned_pictures(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -> Iterator[Finding]:
+    """Pictures that are asked for go with those that are given once they are turned, and not as they are."""
+    both = [
+        (one.plane, each.targets.plane)
+        for each in losses
+        if (one := passes.get(each.number)) is not None and each.targets is not None
+        if one.plane is not None and each.targets.plane is not None and len(one.plane) == len(each.targets.plane)
+        if one.shape[-2:] == each.targets.shape[-2:]
+    ]
+    if len(both) < EARLY:
+        return
+    given, asked = (torch.cat([pair[side] for pair in both]).double().unflatten(1, (GRID, GRID)) for side in (0, 1))
+    shape = passes[losses[0].number].shape
+    ways = {
+        "as they are": asked,
+        "left and right exchanged": asked.flip(2),
+        "top and bottom exchanged": asked.flip(1),
+        "turned upside down": asked.flip(1, 2),
+    }
+    if shape[-1] == shape[-2]:
+        ways |= {"rows and columns exchanged": asked.mT, "turned by a quarter": asked.rot90(1, (1, 2))}
+        ways |= {"turned by a quarter the other way": asked.rot90(-1, (1, 2))}
+    centred = given - given.mean(0)
+    alike = {name: max(_correlation(centred, way), _correlation(centred.abs(), way)) for name, way in ways.items()}
+    best = max(alike, key=lambda name: alike[name])
+    own = alike["as they are"]
+    if alike[best] > TURNED and own < 0.3 * alike[best] and bool(asked.std(0).any()):
+        yield finding(
+            "wrong_layout",
+            f"pictures that are given and asked for have a correlation of {own:.2g} place by place, and of"
+            f" {alike[best]:.2g} with {best}: one of both is laid out in another way.",
+            1,
+            "A network that is to turn pictures is asked for that.",
+            "Load and augment both in the same way, and look at some pairs, one laid over the other; sizes of libraries"
+            " for pictures are (width, height), those of arrays (rows, columns).",
+        )
+
+
+def _correlation(one: Tensor, other: Tensor) -> float:
+    """Its magnitude, of numbers less their mean at each place."""
+    a, b = one - one.mean(0), other - other.mean(0)
+    return abs(float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-30)))
+
+
 def channels_last(trained: Sequence[PassRecord]) -> list[Finding]:
     """Numbers of a scene (C, ...) are most alike C places apart, and not side by side: channels come last in them."""
     known = [each.likeness for each in trained if each.likeness is not None]
-    if len(known) < 2 * EARLY:
+    if len(known) < EARLY:
         return []
     beside, before, apart, behind = torch.stack(known).double().mean(0).tolist()
     if apart - max(beside, before, behind) < PEAK:

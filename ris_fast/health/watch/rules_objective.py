@@ -23,7 +23,7 @@ LOGARITHMS = {"LogSoftmax", "Log", "Logsumexp", "LogSigmoid", "Log1P", "Sub"}
 PRODUCT = ["Sub", "Mul"]  # of targets with what should be a logarithm, in a divergence
 ENDLESS = 20.0  # times its first size, below zero
 FEW = 0.3  # share of scenes with a gradient beyond a clamp
-STALLED, STEPS, VALUES = 0.97, 120, 16  # of the first losses; steps and losses that show it
+STALLED, HARDLY, STEPS, VALUES = 0.97, 0.85, 120, 16  # of the first losses; steps and losses that show it
 
 
 def objective_findings(loop: LoopRecord) -> list[Finding]:
@@ -41,6 +41,8 @@ def objective_findings(loop: LoopRecord) -> list[Finding]:
         *zero_loss_weight(loop.losses),
         *summed_beside_mean(losses),
         *derivative_without_graph(loop, losses),
+        *number_beside(loop, losses),
+        *classes_on_another_axis(losses),
         *accumulation_not_divided(loop),
         *sanitised_on_the_way(loop),
         *stalled(loop),
@@ -261,6 +263,39 @@ def derivative_without_graph(loop: LoopRecord, losses: Sequence[LossRecord]) -> 
             found[0].step + 1,
             "A constant that is added looks the same.",
             "Take the derivative with `torch.autograd.grad(..., create_graph=True)`.",
+        )
+
+
+def number_beside(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """A number without a gradient is added to what has one, and the loss stays what it was: the term that makes most of
+    it trains nothing."""
+    values = [float(each.value) for each in losses if each.value is not None]
+    walked = losses[:WALKED]
+    if len(loop.optimizers) > 1 or len(values) < VALUES or loop.steps < STEPS or not all(map(isfinite, values)):
+        return
+    first, last = mean(values[:4]), mean(values[-8:])
+    if all(each.ungraphed for each in walked) and first > 0 and last > HARDLY * first:
+        yield finding(
+            "dead_loss_term",
+            f"the loss adds a number that has no graph to one that has, in all {len(walked)} losses whose graph was"
+            f" looked at, and was {first:.3g} in the first steps and {last:.3g} in the last: what makes most of it"
+            " trains nothing.",
+            losses[0].step + 1,
+            "A constant that is added looks the same.",
+            "Look for a `detach()`, `.item()`, `.data` or `no_grad` on the way of each term.",
+        )
+
+
+def classes_on_another_axis(losses: Sequence[LossRecord]) -> Iterator[Finding]:
+    """A softmax over one axis, and a likelihood that takes its classes from another."""
+    walked = [each.axis_apart for each in losses[:WALKED]]
+    if len(walked) >= LOOKS // 2 and all(walked):
+        yield finding(
+            "wrong_layout",
+            f"the loss has {walked[0]}: what adds up to one are not the chances of the classes.",
+            losses[0].step + 1,
+            MAY_BE_MEANT,
+            "Take the softmax over the axis of the classes, or give `cross_entropy` scores (B, C, ...).",
         )
 
 

@@ -57,7 +57,7 @@ def outcome_findings(loop: LoopRecord, found: Sequence[Finding]) -> Iterator[Fin
     """What came of it; `found`: what was found else."""
     causes = {each.cause for each in found}
     if (
-        causes & ENDS
+        causes & (ENDS | {"ignored_input"})
         and causes <= ENDS | UNSAID | BEHIND_ENDS
         and (why := odd_inputs(loop) or odd_weights(loop)) is not None
     ):

@@ -191,8 +191,8 @@ def rate_cut_early(by: OptimizerRecord) -> Iterator[Finding]:
             yield finding(
                 "learning_rate_too_small",
                 f"the rate of group {number} was {history.largest:.3g} and is {history.last:.3g} since step"
-                f" {history.changed_at + 1}, for {by.steps - history.changed_at} of {by.steps} steps: its schedule was over"
-                " soon.",
+                f" {history.changed_at + 1}, for {by.steps - history.changed_at} of {by.steps} steps: its schedule was"
+                " over soon.",
                 history.changed_at + 1,
                 MAY_BE_MEANT,
                 "Give milestones in the unit in which the scheduler is advanced: in epochs, or in steps.",

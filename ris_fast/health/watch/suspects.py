@@ -5,6 +5,7 @@ Each of these alone is no mistake: networks with normalisations take inputs and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ris_fast.health.watch.fixes import fix
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, is_finite
 
-SMALL, LARGE = 0.03, 20.0  # spreads of inputs
+SMALL, LARGE = 0.03, 20.0  # spreads of inputs, and the root of their mean square
 OFFSET, OUTLYING, RARE = 20.0, 60.0, 0.25  # means over spreads; outliers over the middle half, and their share
 STILL, WILD = 0.02, 0.1  # of the weights, that all steps together move, and that one does
 USUAL = 0.577  # of a matrix' norm over the root of its rows, as torch draws it
@@ -58,7 +59,7 @@ def odd_inputs(loop: LoopRecord) -> Suspect | None:
     if high > low and bool((away > OUTLYING).any()) and float((away > OUTLYING / 2).double().mean()) < RARE:
         outlier = float(middle[away.argmax()])
         what = f"half of the numbers that go in lie from {low:.3g} to {high:.3g}, and some are {outlier:.3g}"
-    elif not SMALL <= spread <= LARGE or abs(mean) > OFFSET * spread:
+    elif spread < SMALL or math.hypot(spread, mean) > LARGE or abs(mean) > OFFSET * spread:
         what = f"what goes in is {mean:.3g} +- {spread:.2g}"
     else:
         return None

@@ -42,8 +42,9 @@ def tensors_of(value: Any, depth: int = 4) -> list[Tensor]:
     return found[:MANY]
 
 
-CHANNELS, ALL_ROWS = 32, 64  # of scenes whose numbers are compared with those beside them; rows
-MOST_ROWS = 4096  # of scenes that are compared with each other, and numbers of each
+CHANNELS = 32  # of scenes whose numbers are compared with those beside them
+MOST_NUMBERS = 2**16  # of scenes that are compared with each other, or with those beside them
+GRID = 8  # places along each side of a picture
 KEYS, KEY_NUMBERS = 64, 32  # rows by which scenes are known again
 
 
@@ -125,9 +126,9 @@ def likeness(tensors: Sequence[Tensor]) -> Tensor | None:
     if tensor is None or tensor.ndim not in (3, 4) or not tensor.is_floating_point():
         return None
     channels, places = tensor.shape[1], math.prod(tensor.shape[2:])
-    if not 3 <= channels <= CHANNELS or not 4 * channels <= places or not tensor.shape[0] * channels * places < LARGE:
+    if not 3 <= channels <= CHANNELS or not 4 * channels <= places or not tensor.shape[0]:
         return None
-    rows = tensor.detach()[:ALL_ROWS].reshape(min(ALL_ROWS, tensor.shape[0]), -1).float()
+    rows = tensor.detach()[: max(1, MOST_NUMBERS // (channels * places))].flatten(1)[:, :MOST_NUMBERS].float()
     rows = rows - rows.mean()
     size = rows.square().mean().clamp_min(1e-30)
     lags = (1, channels - 1, channels, channels + 1)
@@ -140,13 +141,25 @@ def paired_rows(tensors: Sequence[Tensor]) -> Tensor | None:
     tensor = tensors[0] if tensors and is_plain(tensors[0]) else None
     if tensor is None or tensor.ndim < 2 or not tensor.is_floating_point() or tensor.shape[0] % 2:
         return None
-    if not 8 <= tensor.shape[0] <= MOST_ROWS or not 4 <= tensor[0].numel() <= MOST_ROWS:
+    if tensor.shape[0] < 8 or tensor[0].numel() < 4 or tensor.numel() > MOST_NUMBERS:
         return None
     rows = tensor.detach().flatten(1).float()
     rows = (rows - rows.mean(0)) / rows.std(0).clamp_min(1e-12)
     rows, half = torch.nn.functional.normalize(rows, dim=1), len(rows) // 2
     both = ((rows[::2], rows[1::2]), (rows[1:-1:2], rows[2::2]), (rows[:half], rows[half:]))
     return torch.stack([(one * other).sum(1).mean() for one, other in both])
+
+
+def plane_of(tensors: Sequence[Tensor]) -> Tensor | None:
+    """(R, 64), of a first tensor of pictures (B, C, H, W) numbers on a grid of 8 x 8 places, the mean of all channels;
+    of (B, H, W) too. None for any other."""
+    tensor = tensors[0].detach() if tensors and is_plain(tensors[0]) else None
+    if tensor is None or tensor.is_complex() or tensor.ndim not in (3, 4) or min(tensor.shape[-2:]) < GRID:
+        return None
+    rows, columns = (size // GRID for size in tensor.shape[-2:])
+    first = [(size - (GRID - 1) * step) // 2 for size, step in zip(tensor.shape[-2:], (rows, columns))]
+    some = tensor[:ROWS, ..., first[0] :: rows, first[1] :: columns][..., :GRID, :GRID].float()
+    return (some.mean(1) if some.ndim == 4 else some).flatten(1)
 
 
 def viewed_as(tensors: Sequence[Tensor]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ris_fast.health.watch.graph import MOVING, chain_of, graph_of
-from ris_fast.health.watch.operations import made_shape, operation, saved_tensor
+from ris_fast.health.watch.operations import axes_of, made_shape, operation, saved_tensor
 from ris_fast.health.watch.tensors import is_plain
 
 TERMS, MEAN = 16, 1  # that are looked at; as losses keep their reduction
@@ -165,6 +165,27 @@ def takes_extremes(nodes: Iterable[Any], ends: set[Any]) -> bool:
     """Whether the smaller and the larger ones are taken of outputs as they are and of something else: as where boxes
     overlap, between their corners."""
     return {operation(node) for node in nodes if operation(node) in BOUNDS and _operand(node) in ends} == {*BOUNDS}
+
+
+def axis_apart(nodes: Iterable[Any]) -> str:
+    """Where a likelihood picks one of as many classes as another axis has than the one that a softmax adds up to one:
+    'a logarithm of a softmax over axis 1 of (32, 12, 5), and one of 5 classes'."""
+    for node in nodes:
+        if not operation(node).startswith("NllLoss"):
+            continue
+        before = node.next_functions[0][0] if node.next_functions else None
+        classes = made_shape(before)[1:2] if before is not None else ()
+        for _ in range(8):
+            if before is None or operation(before) not in MOVING:
+                break
+            before = before.next_functions[0][0]
+        if before is None or operation(before) != "LogSoftmax" or not classes:
+            continue
+        shape = made_shape(before)
+        axis = axes_of(before, len(shape))
+        if len(axis) == 1 and shape[min(axis)] != classes[0] and classes[0] in shape:
+            return f"a logarithm of a softmax over axis {min(axis)} of {shape}, and one of {classes[0]} classes"
+    return ""
 
 
 def pairing(nodes: Iterable[Any], scenes: int) -> str:
