@@ -51,6 +51,7 @@ EXPLAINS = {  # what follows from a cause
     "stale_compiled_graph": ["unused_head", "loss_rebuilt", "detached_backbone"],
     "stale_optimizer_parameters": ["unused_head", "loss_rebuilt"],
     "duplicate_parameters": ["gradients_cleared_before_step"],  # which another's step has used
+    "loss_sign": ["nonfinite_gradients"],
     "bad_initialisation": ["ignored_input"],
     "gradient_underflow": ["dead_units"],
     "learning_rate_too_large": ["ignored_input"],  # units that were driven off

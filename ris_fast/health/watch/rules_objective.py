@@ -89,6 +89,7 @@ def wrong_units(losses: Sequence[LossRecord]) -> Iterator[Finding]:
 
 def loss_sign(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Finding]:
     """A distance that is below zero, or one that the optimizer is told to make larger."""
+    losses = [each for each in losses if each.value is None or isfinite(float(each.value))]  # it may end in NaN
     plain = [(each, at) for each in losses if (at := _distance(each.chain)) is not None]
     if len(plain) < LOOKS or len(plain) < len(losses):
         return
