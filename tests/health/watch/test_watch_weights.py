@@ -293,8 +293,9 @@ PARTS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "two normalisations": (lambda: Normed(False), []),
     "dropout at the end": (lambda: nn.Sequential(mlp(8, 16, 1), nn.Dropout(0.5)), ["heavy_dropout"]),
     "dropout before the end": (lambda: nn.Sequential(mlp(8, 16), nn.Dropout(0.1), nn.Linear(16, 1)), []),
-    "frozen as new": (lambda: Twins(_frozen(mlp(8, 32, 1)), mlp(8, 8, 1)), ["frozen_parameters"]),
-    "frozen as trained": (lambda: Twins(_frozen(_trained(mlp(8, 32, 1))), mlp(8, 8, 1)), []),
+    "frozen as new": (lambda: Twins(_frozen(mlp(8, 32, 1)), nn.Linear(8, 1)), ["frozen_parameters"]),
+    "frozen under adapters": (lambda: Twins(_frozen(mlp(8, 32, 1)), mlp(8, 8, 1)), []),
+    "frozen as trained": (lambda: Twins(_frozen(_trained(mlp(8, 32, 1))), nn.Linear(8, 1)), []),
     "gradient scaled away": (lambda: _scaled(mlp(8, 16, 16, 1), 1e-4), ["gradient_scale_differs"]),
     "gradient as it is": (lambda: _scaled(mlp(8, 16, 16, 1), 1.0), []),
 }
