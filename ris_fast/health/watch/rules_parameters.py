@@ -197,6 +197,7 @@ def _never_trained(loop: LoopRecord) -> Iterator[Finding]:
     if len({name.rpartition(".")[0] for name in free}) != 1 or any(n.rpartition(".")[2] not in LAYERS for n in free):
         return
     drawn = {each for each in loop.as_drawn - loop.moved_outside if not AT_RANDOM.search(each.name)}
+    drawn = {each for each in drawn if not (loop.frozen and each.name.startswith(loop.frozen))}
     sizes, whole = {each.name: each.size for each in drawn}, sum(each.size for each in loop.parameters)
     if loop.steps >= EARLY and 10 * sum(sizes.values()) > whole:
         yield finding(
