@@ -13,6 +13,7 @@ from torch import Tensor
 from ris_fast.health.watch.records import LoopRecord, LossRecord
 
 CLASSES = 256
+SILENT = 0.035  # share that is found of `SCENES` by chance
 SCENES, LEAST = 256, 96  # that are used at most, and without which nothing is said
 RIDGES = (0.03, 0.3, 3.0)  # times the mean of a kernel's diagonal
 WIDTHS = (0.25, 1.0)  # of a Gaussian kernel, in units of the median of squared distances; and a linear one
@@ -46,6 +47,11 @@ def scenes_with_targets(loop: LoopRecord, losses: Sequence[LossRecord]) -> tuple
     if not alike or bool((torch.cat(inputs).frac() == 0).all()):
         return None
     return torch.cat(inputs), torch.cat(targets)
+
+
+def by_chance(scenes: int) -> float:
+    """A share that is no more than what is found of targets that have nothing to do with as many scenes."""
+    return SILENT * SCENES / min(scenes, SCENES)
 
 
 def explained_share(inputs_NF: Tensor, targets_NG: Tensor) -> float | None:

@@ -172,6 +172,7 @@ class ForwardHooks:
             units=self.units.record(),
             of_losses=self.leaves.loss_records(),
             beside_first=self.leaves.beside_first(),
+            in_parts=type(self.model) in CONTAINERS,
         )
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -311,7 +312,8 @@ class ForwardHooks:
                 elif (flags := nonfinite([grad])) is not None:
                     now.grad_finite = ~flags.any()
             if now.output is not None and with_grad[0] is outputs[0] and is_plain(grad):
-                now.slope = few_rows([grad])
+                slope = few_rows([grad])
+                now.slope = slope if now.slope is None or slope is None else now.slope + slope  # of several backwards
             if mark is not None and (found := mark(grad)) is not None:
                 now.mark_kind, now.mark = found
             now.reached = True

@@ -48,7 +48,7 @@ def data_findings(loop: LoopRecord) -> list[Finding]:
     return [
         *other_targets(loop.losses, {each.number: each for each in loop.forward.passes}),
         *target_is_input(loop.losses, {each.number: each for each in loop.forward.passes}),
-        *target_among_inputs(told_losses(loop), {each.number: each for each in loop.forward.passes}),
+        *target_among_inputs(told_losses(loop), {each.number: each for each in loop.forward.passes}, trained),
         *turned_pictures(loop.losses, {each.number: each for each in loop.forward.passes}),
         *pairs_apart(trained, loop.losses or loop.met),
         *(viewed_in_another_order(trained, loop.losses) or channels_last(trained)),
@@ -131,8 +131,11 @@ def target_is_input(losses: Sequence[LossRecord], passes: dict[int, PassRecord])
         )
 
 
-def target_among_inputs(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -> Iterator[Finding]:
-    """The one number that is asked for is one of those that the model is given, always the same."""
+def target_among_inputs(
+    losses: Sequence[LossRecord], passes: dict[int, PassRecord], trained: Sequence[PassRecord]
+) -> Iterator[Finding]:
+    """Of windows of a series the one number that is asked for is one of those that the model is given, always the
+    same."""
     found: set[int] | None = None
     count = 0
     for each in losses:
@@ -145,15 +148,14 @@ def target_among_inputs(losses: Sequence[LossRecord], passes: dict[int, PassReco
         near = (given - wanted).abs() <= 1e-3 * wanted.abs().amax()
         same = set(near.all(0).nonzero()[:, 0].tolist())
         found, count = same if found is None else found & same, count + 1
-    if found and count >= EARLY and len(next(iter(passes.values())).shape) > 1:
+    if found and count >= EARLY and _overlap_within(_series(trained)):
         yield finding(
             "shuffled_labels",
-            f"the target of each scene is one of the numbers that the model is given, at place {min(found)} of those"
-            f" that were looked at, in all {count} batches: it can copy it.",
+            f"inputs are windows of a series, and the target of each is number {min(found) + 1} of the window itself,"
+            f" in all {count} batches that were looked at: the model can copy it.",
             1,
             "A model that is to pass a number on looks like that.",
-            "Ask for what comes after the inputs: of a window of n numbers from t on the number at t + n; of a"
-            " table leave the target's column out.",
+            "Ask for what comes after the inputs: of a window of n numbers from t on the number at t + n.",
         )
 
 
@@ -507,7 +509,7 @@ def windows_without_order(trained: list[PassRecord]) -> Iterator[Finding]:
         return
     numbers = (rows - rows.mean()).double()
     near = [float((numbers[:, lag:] * numbers[:, :-lag]).mean() / numbers.square().mean()) for lag in (1, 2, 3)]
-    if _overlap_within(rows) and max(map(abs, near)) < NO_ORDER:
+    if _overlap_within(rows) and max(map(abs, near)) < max(NO_ORDER, 3 / len(rows.unique()) ** 0.5):
         yield finding(
             "inputs_withhold_answer",
             f"inputs are windows of one series, which overlap, and neighbours in it have a correlation of"

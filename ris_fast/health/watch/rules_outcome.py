@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.watch.dependence import distinct, explained_share, scenes_with_targets
+from ris_fast.health.watch.dependence import by_chance, distinct, explained_share, scenes_with_targets
 from ris_fast.health.watch.fixes import finding
 from ris_fast.health.watch.inferred import told_losses
 from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord
@@ -38,7 +38,7 @@ PAIRS = Suspect(
     " learn a single batch by heart, then print ten inputs with their targets.",
     "Index inputs and targets with one and the same order, and look at some pairs by eye.",
 )
-SILENT, TELLING = 0.035, 0.15  # shares of the targets' variance that follow from the inputs of other scenes
+TELLING = 0.15  # share of the targets' variance that follows from the inputs of other scenes
 ENOUGH, AGAIN = 128, 48  # scenes; times that one is met again
 BY_HEART = (
     "Targets of other scenes look like that, and so do targets that are noise: the loss of scenes that were never"
@@ -73,7 +73,7 @@ def outcome_findings(loop: LoopRecord, found: Sequence[Finding]) -> Iterator[Fin
     ):
         return
     odd = suspect(loop)
-    if not loop.losses and (_chooses(loop) or _several(loop)):
+    if not loop.losses and (_chooses(loop) or (loop.forward is not None and loop.forward.in_parts)):
         return
     both = scenes_with_targets(loop, losses)
     known = _of_numbers(losses) or _of_labels(losses, ABOVE if odd is None else math.inf) or stalled
@@ -96,9 +96,10 @@ def outcome_findings(loop: LoopRecord, found: Sequence[Finding]) -> Iterator[Fin
 def _unrelated(both: tuple[Tensor, Tensor] | None) -> Suspect:
     """What is left where nothing shows a mistake, after a look at whether targets follow from inputs at all."""
     share = None if both is None else explained_share(*both)
-    if share is None or SILENT <= share < TELLING:
+    silent = 0.0 if both is None else by_chance(len(distinct(both[0])[0]))
+    if share is None or silent <= share < TELLING:
         return PAIRS
-    if share < SILENT:
+    if share < silent:
         what = "nor does a kernel regression predict any of the targets from the inputs of other scenes"
         return replace(PAIRS, evidence=f"{PAIRS.evidence}; {what}")
     return Suspect(
@@ -118,7 +119,7 @@ def known_by_heart(loop: LoopRecord, both: tuple[Tensor, Tensor], losses: Sequen
     if scenes < ENOUGH or len(both[0]) - scenes < AGAIN:
         return
     share = explained_share(*both)
-    if share is None or share >= SILENT:
+    if share is None or share >= by_chance(scenes):
         return
     values = [float(each.value) for each in losses if each.value is not None][-EARLY:]
     evidence = (
@@ -139,12 +140,6 @@ def known_by_heart(loop: LoopRecord, both: tuple[Tensor, Tensor], losses: Sequen
         )
     else:
         yield finding("shuffled_labels", f"{evidence}.", loop.steps, BY_HEART, PAIRS.advice)
-
-
-def _several(loop: LoopRecord) -> bool:
-    """Whether parts of the model are called one by one, which a loss may all depend on."""
-    passes = loop.forward.passes if loop.forward is not None else []
-    return len({each.output_shape[1:] for each in passes if each.training}) > 1
 
 
 def _chooses(loop: LoopRecord) -> bool:

@@ -20,6 +20,7 @@ AWAY, APART = -0.3, 0.2  # mean pull of a loss that goes away from its targets, 
 LOSSES = {"nll_loss": "`nll_loss`", "kl_div": "`kl_div`"}
 MANY, UNLEARNED = 100.0, 0.1  # times the outputs at first; share of the targets' variance at last
 KEPT = 0.95  # share of outputs with a gradient
+TRAINED = 100  # steps after which outputs are boxes
 CROSSED = 0.02  # share of boxes
 FEW = 4.0  # targets, in units of their own deviation, between the means of outputs and targets that are far apart
 
@@ -262,8 +263,10 @@ def corners_in_another_order(losses: Sequence[LossRecord]) -> Iterator[Finding]:
         return
     for what, few in (
         ("targets", [each.targets.few for each in boxes]),
-        ("outputs", [each.outputs.few for each in boxes[-EARLY:]]),
+        ("outputs", [each.outputs.few for each in (boxes[-EARLY:] if losses[-1].step > TRAINED else ())]),
     ):
+        if not few:
+            continue
         rows = torch.cat([each.reshape(-1, 4) for each in few if each is not None and each.shape[1] % 4 == 0])
         turned = int((rows[:, 2:] < rows[:, :2]).any(1).sum())
         if turned >= 4 and turned > CROSSED * len(rows):
