@@ -178,9 +178,10 @@ def step_never_called(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[
     others = loop.steps or optimizer.rivals
     certain = not others and optimizer.passes > MANY_PASSES
     adds_up = not optimizer.cleared and optimizer.passes <= FEW_PASSES
+    scaled = loop.scales or any(each.chain[:1] == ["Mul"] for each in loop.met)  # by a scale
     if bad == len(optimizer.arrived) > 0 and optimizer.passes > SCALER_STEPS and not others:
         yield finding(
-            "scaler_skips_all" if loop.scales else "nonfinite_gradients",
+            "scaler_skips_all" if scaled else "nonfinite_gradients",
             f"none of the gradients of {bad} tensors is finite after {optimizer.passes} backward passes, and the"
             " optimizer has made no step: a loss scaler skips them all.",
             doubt="A scaler that is made anew begins at its first scale again; so does one that is never updated.",

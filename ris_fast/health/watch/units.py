@@ -62,7 +62,10 @@ class Units:
                     if min(value.shape[:2]) > 1 and value.numel():
                         rows = value.detach().movedim(axis, 0).flatten(1)
                         matrix = _Matrix(plain_name(f"{path}{name}"), axis, weakref.ref(value), rows[0].clone())
-                        found.append((matrix, (rows == rows[:1]).all()))
+                        alike = (rows == rows[:1]).all()
+                        # A last layer that begins at zero follows its targets, which may be equal.
+                        last = axis == 0 and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+                        found.append((matrix, alike & rows.any() if last else alike))
         flags = torch.stack([flag.to(found[0][1].device) for _, flag in found]).tolist() if found else []
         self.matrices = [matrix for (matrix, _), flag in zip(found, flags) if flag]
 
