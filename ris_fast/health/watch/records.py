@@ -19,11 +19,10 @@ if TYPE_CHECKING:
     from ris_fast.health.watch.copies import CopyRecord
     from ris_fast.health.watch.functions import FunctionCheck
     from ris_fast.health.watch.layers import LayersRecord
-    from ris_fast.health.watch.module_records import ModulesRecord
+    from ris_fast.health.watch.module_records import AlikeUnits, ModulesRecord
     from ris_fast.health.watch.rank_records import RanksRecord
     from ris_fast.health.watch.rivals import Rival
     from ris_fast.health.watch.schedulers import SchedulerRecord
-    from ris_fast.health.watch.units import AlikeUnits
 
 EARLY = 8  # steps after which a gradient that has not come yet is no longer waited for
 
