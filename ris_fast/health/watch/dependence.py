@@ -5,14 +5,15 @@ Legend: N scenes; F numbers of each; G numbers of a target.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ris_fast.health.watch.records import LoopRecord, LossRecord
+from ris_fast.health.watch.records import LoopRecord, LossRecord, Numbers, PassRecord
 
-CLASSES = 256
+CLASSES, WIDE = 256, 32  # labels; numbers of one of several inputs, from which on they may not be all
 SILENT = 0.035  # share that is found of `SCENES` by chance
 SCENES, LEAST = 256, 96  # that are used at most, and without which nothing is said
 RIDGES = (0.03, 0.3, 3.0)  # times the mean of a kernel's diagonal
@@ -20,23 +21,15 @@ WIDTHS = (0.25, 1.0)  # of a Gaussian kernel, in units of the median of squared 
 
 
 def scenes_with_targets(loop: LoopRecord, losses: Sequence[LossRecord]) -> tuple[Tensor, Tensor] | None:
-    """(N, F) a few numbers of scenes, and (N, G) of their targets, labels as zeros and ones; None where they are not
-    known, for inputs of symbols, and for pictures, in which the same is seen at any place."""
+    """(N, F) numbers of scenes, and (N, G) of their targets, labels as zeros and ones; None where they are not known,
+    for inputs of symbols, and for pictures and sequences of several numbers, in which the same is seen at any place."""
     passes = {each.number: each for each in loop.forward.passes} if loop.forward is not None else {}
     inputs, targets = [], []
     for each in losses:
         one, asked = passes.get(each.number), each.targets
-        if one is None or asked is None or one.inputs != 1 or len(one.shape) > 3 or asked.shape[:1] != one.shape[:1]:
+        if one is None or asked is None or asked.shape[:1] != one.shape[:1] or (asked.whole and len(asked.shape) > 1):
             continue
-        rows = next(
-            (
-                (given, wanted)
-                for given, wanted in ((one.keys, asked.keys), (one.input, asked.few))
-                if given is not None and wanted is not None and len(given) == len(wanted)
-            ),
-            None,
-        )
-        if rows is None or (asked.whole and len(asked.shape) > 1):
+        if (rows := _rows(one, asked)) is None:
             continue
         labels = rows[1][:, 0].long() if asked.whole else None
         if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < CLASSES:
@@ -47,6 +40,27 @@ def scenes_with_targets(loop: LoopRecord, losses: Sequence[LossRecord]) -> tuple
     if not alike or bool((torch.cat(inputs).frac() == 0).all()):
         return None
     return torch.cat(inputs), torch.cat(targets)
+
+
+def _rows(one: PassRecord, asked: Numbers) -> tuple[Tensor, Tensor] | None:
+    """Of one pass: all that its scenes are made of, and what is asked of them, row by row."""
+    wanted = asked.few if asked.keys is None else asked.keys
+    if one.inputs == 1 and sum(size > 1 for size in one.shape[1:]) <= 1 and one.keys is not None:
+        given = one.keys if math.prod(one.shape[1:]) <= 2 * one.keys.shape[1] else None
+    elif 1 < one.inputs == len(one.others) and all(each is not None for each in one.others):
+        some = [each for each in one.others if each is not None]
+        whole = any(bool((each.frac() == 0).all()) or each.shape[1] > WIDE for each in some)
+        whole |= len({len(each) for each in some}) > 1
+        given, wanted = None if whole else torch.cat(some, 1), asked.few
+    else:
+        return None
+    if given is None or wanted is None or not len(wanted):
+        return None
+    step = -(-len(given) // len(wanted))
+    scenes = one.shape[0]
+    kept = [-(-scenes // len(each)) for each in (given, wanted)]  # one in so many scenes
+    given = given[::step] if kept[1] == step * kept[0] else given
+    return (given, wanted) if len(given) == len(wanted) else None
 
 
 def by_chance(scenes: int) -> float:

@@ -6,8 +6,7 @@ None is certain: scenes may be alike, and targets may change on purpose.
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -17,9 +16,15 @@ from torch import Tensor, nn
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.inferred import told_losses
-from ris_fast.health.watch.loss import WALKED
 from ris_fast.health.watch.records import EARLY, ForwardRecord, LoopRecord, LossRecord, PassRecord
-from ris_fast.health.watch.tensors import GRID
+from ris_fast.health.watch.rules_windows import (
+    overlap_within,
+    series_of,
+    target_among_inputs,
+    windows_overlap,
+    windows_without_order,
+)
+from ris_fast.health.watch.scenes import RICH, rows_of
 
 AGAIN = 16  # scenes that are met again
 LEAKED, SHARE = 8, 0.1  # scenes of validation that were trained on, and their share
@@ -28,13 +33,7 @@ MANY_RATIO, MANY_SHIFT, BOTH_RATIO, BOTH_SHIFT = 2.5, 3.0, 1.6, 0.5  # of many s
 SMALL, LARGE, UNEQUAL = 3e-4, 3e3, 1e5  # spreads of inputs
 LEAST_UNEQUAL = 30.0  # of the largest of unequal ones: beside smaller ones others are what rounding leaves
 GROUPS, GROWN = 6, 1.3  # parts of a run, from one to the next of which inputs spread further; factor on it in all
-SYMMETRIC, NOT = 1e-4, 1e-2  # relative distances of a matrix from its transpose
 TOGETHER, UNLIKE = 0.02, 0.5  # mean square of correlations within a scene; share of it that two sets have in common
-WINDOW, SHARED, NO_ORDER = 6, 0.3, 0.05  # least length of a window; share of windows; correlation of neighbours
-PAIRED = 0.2  # that scenes of a pair are more alike than others
-TURNED = 0.15  # correlation of pictures
-PEAK = 0.02  # that one correlation is above others
-RICH = 4  # different numbers of a scene, by which it is known
 
 
 def data_findings(loop: LoopRecord) -> list[Finding]:
@@ -49,25 +48,16 @@ def data_findings(loop: LoopRecord) -> list[Finding]:
         *other_targets(loop.losses, {each.number: each for each in loop.forward.passes}),
         *target_is_input(loop.losses, {each.number: each for each in loop.forward.passes}),
         *target_among_inputs(told_losses(loop), {each.number: each for each in loop.forward.passes}, trained),
-        *turned_pictures(loop.losses, {each.number: each for each in loop.forward.passes}),
-        *pairs_apart(trained, loop.losses or loop.met),
-        *(viewed_in_another_order(trained, loop.losses) or channels_last(trained)),
         *zero_batches(trained),
         *split_overlap(trained, [each for each in evaluated if not each.training]),
         *distributions_differ(trained, evaluated),
         *(inner_order_differs(trained, evaluated) if loop.ranks is None else ()),  # else each has a part of the data
         *scenes_drift(trained),
         *few_scenes(trained),
-        *not_hermitian(loop, trained),
         *windows_overlap(trained, evaluated),
         *windows_without_order(trained),
         *input_scale(loop.forward, trained),
     ]
-
-
-def _rows(keys: Tensor) -> list[bytes]:
-    """Of scenes that have numbers enough to be known by; empty for others."""
-    return [row.numpy().tobytes() if len(row.unique()) >= RICH else b"" for row in keys]
 
 
 def other_targets(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -> Iterator[Finding]:
@@ -82,7 +72,7 @@ def other_targets(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -
     again = other = in_a_row = 0
     swapped = 0
     for number, (one, asked) in enumerate(both):
-        for scene, target in zip(_rows(one.keys), asked):
+        for scene, target in zip(rows_of(one.keys), asked):
             value = target.numpy().tobytes()
             if scene and scene in known:
                 again += 1
@@ -131,139 +121,6 @@ def target_is_input(losses: Sequence[LossRecord], passes: dict[int, PassRecord])
         )
 
 
-def target_among_inputs(
-    losses: Sequence[LossRecord], passes: dict[int, PassRecord], trained: Sequence[PassRecord]
-) -> Iterator[Finding]:
-    """Of windows of a series the one number that is asked for is one of those that the model is given, always the
-    same."""
-    found: set[int] | None = None
-    count = 0
-    for each in losses:
-        one, asked = passes.get(each.number), each.targets
-        if one is None or asked is None or asked.whole or asked.few is None or one.input is None:
-            continue
-        given, wanted = one.input, asked.few
-        if wanted.shape[1] != 1 or len(given) != len(wanted) or len(wanted.unique()) < min(RICH, len(wanted)):
-            continue
-        near = (given - wanted).abs() <= 1e-3 * wanted.abs().amax()
-        same = set(near.all(0).nonzero()[:, 0].tolist())
-        found, count = same if found is None else found & same, count + 1
-    if found and count >= EARLY and _overlap_within(_series(trained)):
-        yield finding(
-            "shuffled_labels",
-            f"inputs are windows of a series, and the target of each is number {min(found) + 1} of the window itself,"
-            f" in all {count} batches that were looked at: the model can copy it.",
-            1,
-            "A model that is to pass a number on looks like that.",
-            "Ask for what comes after the inputs: of a window of n numbers from t on the number at t + n.",
-        )
-
-
-def pairs_apart(trained: Sequence[PassRecord], losses: Sequence[LossRecord]) -> Iterator[Finding]:
-    """Scenes are alike in pairs that lie in one order in the batch, and the loss parts the batch in the other."""
-    known = [each.pairs for each in trained if each.pairs is not None]
-    parted = {each.pairing for each in losses[:WALKED]}
-    if len(known) < EARLY or len(parted) != 1:
-        return
-    next_to, behind, halves = torch.stack(known).double().mean(0).tolist()
-    lie = "neighbours" if next_to - max(behind, halves) > PAIRED else "halves" if halves - next_to > PAIRED else ""
-    if lie and {lie, *parted} == {"neighbours", "halves"}:
-        apart = {"neighbours": "one after the other", "halves": "in the two halves of the batch"}
-        yield finding(
-            "wrong_layout",
-            f"pairs of scenes that are alike lie {apart[lie]} (a correlation of {max(next_to, halves):.2g}, and of"
-            f" {min(next_to, halves):.2g} {apart[parted.pop()]}), and the loss takes them from where they do not.",
-            1,
-            MAY_BE_MEANT,
-            "Stack both views along an axis of their own, and look at the shape where the loss parts them:"
-            " `(scenes, 2, ...)` and `(2, scenes, ...)` are not the same order.",
-        )
-
-
-def turned_pictures(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -> Iterator[Finding]:
-    """Pictures that are asked for go with those that are given once they are turned, and not as they are."""
-    both = [
-        (one.plane, each.targets.plane)
-        for each in losses
-        if (one := passes.get(each.number)) is not None and each.targets is not None
-        if one.plane is not None and each.targets.plane is not None and len(one.plane) == len(each.targets.plane)
-        if one.shape[-2:] == each.targets.shape[-2:]
-    ]
-    if len(both) < EARLY:
-        return
-    given, asked = (torch.cat([pair[side] for pair in both]).double().unflatten(1, (GRID, GRID)) for side in (0, 1))
-    shape = passes[losses[0].number].shape
-    ways = {
-        "as they are": asked,
-        "left and right exchanged": asked.flip(2),
-        "top and bottom exchanged": asked.flip(1),
-        "turned upside down": asked.flip(1, 2),
-    }
-    if shape[-1] == shape[-2]:
-        ways |= {"rows and columns exchanged": asked.mT, "turned by a quarter": asked.rot90(1, (1, 2))}
-        ways |= {"turned by a quarter the other way": asked.rot90(-1, (1, 2))}
-    centred = given - given.mean(0)
-    alike = {name: max(_correlation(centred, way), _correlation(centred.abs(), way)) for name, way in ways.items()}
-    best = max(alike, key=lambda name: alike[name])
-    own = alike["as they are"]
-    if alike[best] > TURNED and own < 0.3 * alike[best] and bool(asked.std(0).any()):
-        yield finding(
-            "wrong_layout",
-            f"pictures that are given and asked for have a correlation of {own:.2g} place by place, and of"
-            f" {alike[best]:.2g} with {best}: one of both is laid out in another way.",
-            1,
-            "A network that is to turn pictures is asked for that.",
-            "Load and augment both in the same way, and look at some pairs, one laid over the other; sizes of libraries"
-            " for pictures are (width, height), those of arrays (rows, columns).",
-        )
-
-
-def _correlation(one: Tensor, other: Tensor) -> float:
-    """Its magnitude, of numbers less their mean at each place."""
-    a, b = one - one.mean(0), other - other.mean(0)
-    return abs(float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-30)))
-
-
-def channels_last(trained: Sequence[PassRecord]) -> list[Finding]:
-    """Numbers of a scene (C, ...) are most alike C places apart, and not side by side: channels come last in them."""
-    known = [each.likeness for each in trained if each.likeness is not None]
-    if len(known) < EARLY:
-        return []
-    beside, before, apart, behind = torch.stack(known).double().mean(0).tolist()
-    if apart - max(beside, before, behind) < PEAK:
-        return []
-    shape = trained[0].shape
-    return [
-        finding(
-            "wrong_layout",
-            f"inputs have shape {shape}, and numbers of a scene are most alike {shape[1]} places apart (a correlation"
-            f" of {apart:.2g}; {beside:.2g} side by side, {before:.2g} and {behind:.2g} one place nearer or further):"
-            f" the {shape[1]} channels lie last in memory, and were reshaped to come first.",
-            1,
-            f"A pattern that comes again every {shape[1]} places looks like that.",
-            "Use `permute` or `transpose` where axes change places, as from channels last to channels first.",
-        )
-    ]
-
-
-def viewed_in_another_order(trained: Sequence[PassRecord], losses: Sequence[LossRecord]) -> list[Finding]:
-    """Inputs or targets are views of tensors whose axes change places without a transpose."""
-    asked = [each.targets.viewed for each in losses if each.targets is not None]
-    for what, views in (("inputs", [each.viewed for each in trained]), ("targets", asked)):
-        if len(views) >= 2 and all(views):
-            return [
-                finding(
-                    "wrong_layout",
-                    f"{what} are views of {views[0]}, in all {len(views)} batches that were looked at: that neither"
-                    " parts nor joins axes, so numbers keep their old order and come under other places.",
-                    1,
-                    MAY_BE_MEANT,
-                    "Use `permute` or `transpose` where axes change places, as from channels last to channels first.",
-                )
-            ]
-    return []
-
-
 def zero_batches(trained: list[PassRecord]) -> Iterator[Finding]:
     """Some batches are all zeros, and others are not."""
     zero = [each for each in trained if not bool(each.keys.any())]
@@ -284,8 +141,8 @@ def split_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Ite
     batches = {each.keys.numpy().tobytes() for each in trained}
     evaluated = [each for each in evaluated if each.keys.numpy().tobytes() not in batches]
     rounds = {each.step for each in evaluated}
-    seen = {row for each in trained for row in _rows(each.keys) if row}
-    asked = {row for each in evaluated for row in _rows(each.keys) if row}
+    seen = {row for each in trained for row in rows_of(each.keys) if row}
+    asked = {row for each in evaluated for row in rows_of(each.keys) if row}
     found = len(asked & seen)
     if len(rounds) >= 3 and found >= LEAKED and found >= SHARE * len(asked):
         yield finding(
@@ -337,7 +194,7 @@ def distributions_differ(trained: list[PassRecord], evaluated: list[PassRecord])
     least, most = sorted((spread, spread_there))
     apart = most > (MANY_RATIO if many else RATIO) * least or shift > (MANY_SHIFT if many else SHIFT) * spread
     both = most > BOTH_RATIO * least and shift > BOTH_SHIFT * most  # as one scaling does
-    if not least or not (apart or (many and both and not _overlap_within(_series(evaluated)))):
+    if not least or not (apart or (many and both and not overlap_within(series_of(evaluated)))):
         return []
     return [
         finding(
@@ -406,7 +263,7 @@ def scenes_drift(trained: list[PassRecord]) -> Iterator[Finding]:
 
 def few_scenes(trained: list[PassRecord]) -> Iterator[Finding]:
     """Batches are made of a few scenes only, each of which is in them several times."""
-    rows = [_rows(each.keys) for each in trained]
+    rows = [rows_of(each.keys) for each in trained]
     rows = [each for each in rows if len(each) >= 2 * EARLY and all(each)]
     if len(rows) < 2 * EARLY or len(rows) < len(trained):
         return
@@ -420,103 +277,6 @@ def few_scenes(trained: list[PassRecord]) -> Iterator[Finding]:
             "Data that are so few look the same.",
             "Look at the indices that the sampler draws: a `WeightedRandomSampler` takes one weight a scene, not one a"
             " class.",
-        )
-
-
-def not_hermitian(loop: LoopRecord, trained: list[PassRecord]) -> Iterator[Finding]:
-    """Complex matrices that are equal to their transpose, where others, or covariances, are equal to its conjugate."""
-    told = [each for each in loop.losses if each.outputs is not None and each.targets is not None]
-    pairs = [(each.outputs.matrices, each.targets.matrices) for each in told]
-    both = [(made.tolist(), asked.tolist()) for made, asked in pairs if made is not None and asked is not None]
-    advice = "Use `.mH`, the conjugate transpose, where the second factor is `.mT` or `.transpose(-1, -2)`."
-    for one, other, what in ((0, 1, ("outputs", "targets")), (1, 0, ("targets", "outputs"))):
-        wrong = [pair for pair in both if _is_symmetric(*pair[one]) and _is_symmetric(*reversed(pair[other]))]
-        if len(wrong) == len(both) >= EARLY:
-            yield finding(
-                "conjugation_error",
-                f"{what[0]} are complex matrices that are equal to their transpose, and {what[1]} are equal to their"
-                f" conjugate transpose, in all {len(both)} losses that were looked at.",
-                1,
-                MAY_BE_MEANT,
-                advice,
-            )
-    given = [each.matrices.tolist() for each in trained if each.matrices is not None]
-    if len(given) >= EARLY and all(_is_symmetric(*each) for each in given):
-        yield finding(
-            "conjugation_error",
-            "inputs are complex matrices that are equal to their transpose and not to its conjugate, in all"
-            f" {len(given)} batches that were looked at: products of snapshots with their transpose are, in which their"
-            " phases remain.",
-            trained[0].step + 1,
-            "Matrices of a reciprocal network are symmetric, too.",
-            advice,
-        )
-
-
-def _is_symmetric(from_transpose: float, from_conjugate: float) -> bool:
-    return from_transpose < SYMMETRIC and from_conjugate > NOT
-
-
-def _triples(rows: Tensor) -> list[list[bytes]]:
-    """Of each row all three numbers in a row that differ, as 12 bytes."""
-    found = []
-    for row in rows:
-        kept, varied = row.numpy().tobytes(), ((row[:-2] != row[1:-1]) & (row[1:-1] != row[2:])).tolist()
-        found.append([kept[4 * n : 4 * n + 12] for n, each in enumerate(varied) if each])
-    return found
-
-
-def _series(passes: Sequence[PassRecord]) -> Tensor:
-    """(N, F) different windows of a series; without any where inputs are none, or have few different numbers."""
-    windows = [each for each in passes if each.keys is not None and max(each.shape[1:], default=0) >= WINDOW]
-    windows = [each for each in windows if math.prod(each.shape[1:]) == max(each.shape[1:]) <= each.keys.shape[1]]
-    windows = [each for each in windows if each.keys.shape[1] == windows[0].keys.shape[1]]
-    rows = torch.cat([each.keys for each in windows]).unique(dim=0) if windows else torch.zeros(0, 0)
-    return rows if len(rows) and len(rows.unique()) > 64 else rows[:0]
-
-
-def _overlap_within(rows: Tensor) -> bool:
-    """Whether most numbers are in several windows."""
-    met = Counter(each for row in _triples(rows) for each in set(row))
-    return 2 * sum(count > 1 for count in met.values()) > len(met)
-
-
-def windows_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Iterator[Finding]:
-    """Windows of evaluation are made of numbers that windows of training have at other places."""
-    one, other = _series(trained), _series(evaluated)
-    if len(one) < 64 or len(other) < 16:
-        return
-    known = {each for row in _triples(one) for each in row}
-    whole = set(_rows(one))
-    rows = [row for row, own in zip(_triples(other), _rows(other)) if row and own not in whole]
-    within = sum(2 * sum(each in known for each in row) > len(row) for row in rows)
-    if len(rows) >= 16 and within > SHARED * len(rows):
-        yield finding(
-            "split_overlap",
-            f"{within} of {len(rows)} windows that are evaluated, of those that were looked at, have most of their"
-            " numbers in common with windows that are trained on.",
-            evaluated[0].step,
-            "The training set may be evaluated on purpose.",
-            "Windows that overlap are no scenes of their own: split the series by time first, then cut each part.",
-        )
-
-
-def windows_without_order(trained: list[PassRecord]) -> Iterator[Finding]:
-    """Windows overlap, as they do that are cut from one series, and neighbours in them have nothing to do with each
-    other."""
-    rows = _series(trained)
-    if len(rows) < 4 * 64:
-        return
-    numbers = (rows - rows.mean()).double()
-    near = [float((numbers[:, lag:] * numbers[:, :-lag]).mean() / numbers.square().mean()) for lag in (1, 2, 3)]
-    if _overlap_within(rows) and max(map(abs, near)) < max(NO_ORDER, 3 / len(rows.unique()) ** 0.5):
-        yield finding(
-            "inputs_withhold_answer",
-            f"inputs are windows of one series, which overlap, and neighbours in it have a correlation of"
-            f" {near[0]:.2g}: what comes next does not follow from what was before.",
-            trained[0].step + 1,
-            "A series of increments, or of noise, is like that; one that was shuffled before windows were cut, too.",
-            "Cut windows from the series in its order of time, and shuffle the windows.",
         )
 
 

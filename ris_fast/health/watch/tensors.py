@@ -45,7 +45,7 @@ def tensors_of(value: Any, depth: int = 4) -> list[Tensor]:
 CHANNELS = 32  # of scenes whose numbers are compared with those beside them
 MOST_NUMBERS = 2**16  # of scenes that are compared with each other, or with those beside them
 GRID = 8  # places along each side of a picture
-KEYS, KEY_NUMBERS = 64, 32  # rows by which scenes are known again
+KEYS, KEY_NUMBERS = 64, 128  # rows by which scenes are known again
 
 
 def few_rows(tensors: Sequence[Tensor], rows: int = ROWS, numbers: int = NUMBERS) -> Tensor | None:

@@ -183,7 +183,7 @@ def axis_apart(nodes: Iterable[Any]) -> str:
             continue
         shape = made_shape(before)
         axis = axes_of(before, len(shape))
-        if len(axis) == 1 and shape[min(axis)] != classes[0] and classes[0] in shape:
+        if len(axis) == 1 and axis != {0} and shape[min(axis)] != classes[0] and classes[0] in shape:
             return f"a logarithm of a softmax over axis {min(axis)} of {shape}, and one of {classes[0]} classes"
     return ""
 
