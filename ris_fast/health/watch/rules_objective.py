@@ -274,6 +274,8 @@ def number_beside(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Fi
     walked = losses[:WALKED]
     if len(loop.optimizers) > 1 or len(values) < VALUES or loop.steps < STEPS or not all(map(isfinite, values)):
         return
+    if any(0 < each.with_grad < each.steps for by in loop.optimizers for each in by.histories.values()):
+        return  # a term that has its turn now and then is a plain zero in between
     first, last = mean(values[:4]), mean(values[-8:])
     if all(each.ungraphed for each in walked) and first > 0 and last > HARDLY * first:
         yield finding(
