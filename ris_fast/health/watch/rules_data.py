@@ -50,14 +50,21 @@ def data_findings(loop: LoopRecord) -> list[Finding]:
         *target_among_inputs(told_losses(loop), {each.number: each for each in loop.forward.passes}, trained),
         *zero_batches(trained),
         *split_overlap(trained, [each for each in evaluated if not each.training]),
-        *distributions_differ(trained, evaluated),
-        *(inner_order_differs(trained, evaluated) if loop.ranks is None else ()),  # else each has a part of the data
-        *scenes_drift(trained),
         *few_scenes(trained),
         *windows_overlap(trained, evaluated),
         *windows_without_order(trained),
-        *input_scale(loop.forward, trained),
+        *(prepared_apart(loop, trained, evaluated) if not loop.forward.in_parts else ()),  # else one part feeds another
     ]
+
+
+def prepared_apart(loop: LoopRecord, trained: list[PassRecord], evaluated: list[PassRecord]) -> Iterator[Finding]:
+    """What the sizes of inputs show, and how they go together."""
+    yield from distributions_differ(trained, evaluated)
+    if loop.ranks is None:  # else each has a part of the data
+        yield from inner_order_differs(trained, evaluated)
+    yield from scenes_drift(trained)
+    if loop.forward is not None:
+        yield from input_scale(loop.forward, trained)
 
 
 def other_targets(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -> Iterator[Finding]:
