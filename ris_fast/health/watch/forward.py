@@ -275,6 +275,7 @@ class ForwardHooks:
         now.source, now.viewed = source_of(inputs), viewed_as(inputs)
         places = {each.data_ptr() for each in outputs[1:] if is_plain(each) and each.numel()}
         now.carried = any(is_plain(each) and each.data_ptr() in self.state_places for each in inputs[1:])
+        now.carried |= self.parts.carried > 1 and now.training
         now.open_before = bool(self.passes) and self.passes[-1].grad and not self.passes[-1].reached
         self.state_places = places
         now.thread = threading.get_ident()

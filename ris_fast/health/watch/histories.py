@@ -41,7 +41,7 @@ class RateHistory:
 
     Args: still, negative: steps at a rate of next to nothing of the largest before, and below zero;
         still_since, negative_since: where the last step is one of those, the first of the steps in a row; low_since: of
-        those below a thousandth of the largest.
+        those below a thousandth of the largest; changed_at: the first step at the last rate.
     """
 
     first: float = math.nan
@@ -54,6 +54,7 @@ class RateHistory:
     still_since: int | None = None
     negative_since: int | None = None
     low_since: int | None = None
+    changed_at: int = 0
 
     def note(self, step: int, rate: float) -> None:
         """From `step` on it is `rate`."""
@@ -61,6 +62,7 @@ class RateHistory:
             return
         self._close(step)
         self.first = rate if self.changes < 0 else self.first
+        self.changed_at = step
         self.last, self.largest, self.changes = rate, max(self.largest, rate), self.changes + 1
         still, negative = 0 <= rate <= STILL * self.largest, rate < 0
         self.still_since = (step if self.still_since is None else self.still_since) if still else None

@@ -16,6 +16,24 @@ class NormRecord:
     training: bool
 
 
+@dataclass(frozen=True)
+class AlikeUnits:
+    """`axis`: 0 for rows, 1 for columns; groups, later: how many of those that have moved are equal, of each kind of
+    them, after some steps and now."""
+
+    name: str
+    axis: int
+    groups: list[int]
+    later: list[int]
+
+    @property
+    def stay(self) -> bool:
+        """Whether all are equal after some steps, or all of some parts of one size, such as the gates of a cell; that
+        alone sets them apart from labels that never occur. Rounding may tell some apart later."""
+        parts = len(self.groups) == 1 or 4 <= max(self.groups) <= 2 * min(self.groups)
+        return parts and 2 * len(self.later) <= max(2, sum(self.later))
+
+
 @dataclass
 class ModulesRecord:
     """Args: dropouts: rates of those that were called; norms: called ones with running statistics; untracked: called

@@ -17,6 +17,7 @@ from ris_fast.health.watch.eager import takes_hooks
 from ris_fast.health.watch.graph import GraphLeaves, comes_of_parameters_only, modules_of
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.layers import Layers
+from ris_fast.health.watch.tensors import tensors_of
 
 CALLS, WITHIN = 256, 4096  # that are looked at for their format, and within a pass
 SEQUENTIAL = (nn.RNNBase, nn.MultiheadAttention)
@@ -37,6 +38,9 @@ class PartHooks:
         self.inside: list[tuple[str, int]] = []  # layers of the pass that runs, and the rows that they are given
         self.rows_inside: list[tuple[int, int, list[tuple[str, int]]]] = []
         self.sequences: list[tuple[tuple[int, ...], tuple[int, ...], list[tuple[str, int, int]]]] = []
+        self.states: list[Tensor] = []  # that recurrent layers gave in the pass before, and in this one
+        self.next_states: list[Tensor] = []
+        self.carried = 0  # calls that were given such a state again
         hook = CopiedHook(self._call, self._call_again)
         parts = (
             [] if _compiled(model) else [each for each in model.modules() if each is not model and takes_hooks(each)]
@@ -45,6 +49,7 @@ class PartHooks:
 
     def begin(self) -> None:
         """Before a pass of the model."""
+        self.states, self.next_states = self.next_states, []
         if self.inside or self.calls.sequences:
             self.inside, self.calls.sequences = [], []
         self.layers.begin()
@@ -59,13 +64,17 @@ class PartHooks:
     def unhook(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        self.hooks = []
+        self.hooks, self.states, self.next_states = [], [], []
         self.layers.begin()
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.called.add(id(module))
         name, steps = self.names.get(id(module), "?"), sum(each.steps for each in self.by_optimizer)
         self.layers.note(name, module, args, output, steps, module.training and torch.is_grad_enabled())
+        if isinstance(module, nn.RNNBase) and module.training and isinstance(output, tuple):
+            places = {each.data_ptr() for each in self.states}
+            self.carried += any(each.data_ptr() in places for each in tensors_of(args[1:]))
+            self.next_states = tensors_of(output[1:])
         if args and isinstance(args[0], Tensor) and args[0].ndim > 1:
             self.calls.note(name, module, args[0], output)
             if not module._modules and len(self.inside) < WITHIN and not self._of_parameters_only(args[0]):

@@ -19,11 +19,10 @@ if TYPE_CHECKING:
     from ris_fast.health.watch.copies import CopyRecord
     from ris_fast.health.watch.functions import FunctionCheck
     from ris_fast.health.watch.layers import LayersRecord
-    from ris_fast.health.watch.module_records import ModulesRecord
+    from ris_fast.health.watch.module_records import AlikeUnits, ModulesRecord
     from ris_fast.health.watch.rank_records import RanksRecord
     from ris_fast.health.watch.rivals import Rival
     from ris_fast.health.watch.schedulers import SchedulerRecord
-    from ris_fast.health.watch.units import AlikeUnits
 
 EARLY = 8  # steps after which a gradient that has not come yet is no longer waited for
 
@@ -319,7 +318,8 @@ class ForwardRecord:
         layers, functions, modules: see there; foreign_steps: of optimizers of other models; copies: other
         modules of its class, where the model was not called before the first step;
         units: of matrices that began with equal ones; of_losses: leaves that losses depend on and outputs do not;
-        beside_first: see `graph`; in_parts: the model is a container that nobody calls, and passes are its parts'.
+        beside_first: see `graph`; in_parts: the model is a container that nobody calls, and passes are those of its
+        parts.
     """
 
     passes: list[PassRecord]
@@ -448,8 +448,8 @@ class LossRecord:
         by; summed: a sum over scenes is added to a mean over them; ungraphed: a number without a gradient is added;
         number: of the model's last pass; signs: see there; through: the chain of the one term that depends on outputs;
         of_weights: another depends on the model's parameters alone; transposed: see `operations`; surrogate, extremes,
-        pairing, axis_apart: see `terms`; compares_weights: in that other term they are compared with what has
-        no gradient; of_inputs: one depends on the model's inputs alone; still: of differences that it is made of, of
+        pairing, axis_apart: see `terms`; compares_weights: in that other term they are compared with what has no
+        gradient; of_inputs: one depends on the model's inputs alone; still: of differences that it is made of, of
         weights alone where nobody told of the loss, whether they are exactly zero.
     """
 

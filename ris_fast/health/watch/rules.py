@@ -52,6 +52,7 @@ EXPLAINS = {  # what follows from a cause
     "stale_compiled_graph": ["unused_head", "loss_rebuilt", "detached_backbone"],
     "stale_optimizer_parameters": ["unused_head", "loss_rebuilt"],
     "duplicate_parameters": ["gradients_cleared_before_step"],  # which another's step has used
+    "loss_sign": ["nonfinite_gradients"],
     "bad_initialisation": ["ignored_input"],
     "gradient_underflow": ["dead_units"],
     "learning_rate_too_large": ["ignored_input"],  # units that were driven off
@@ -179,9 +180,10 @@ def step_never_called(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[
     others = loop.steps or optimizer.rivals
     certain = not others and optimizer.passes > MANY_PASSES
     adds_up = not optimizer.cleared and optimizer.passes <= FEW_PASSES
+    scaled = loop.scales or any(each.chain[:1] == ["Mul"] for each in loop.met)  # by a scale
     if bad == len(optimizer.arrived) > 0 and optimizer.passes > SCALER_STEPS and not others:
         yield finding(
-            "scaler_skips_all" if loop.scales else "nonfinite_gradients",
+            "scaler_skips_all" if scaled else "nonfinite_gradients",
             f"none of the gradients of {bad} tensors is finite after {optimizer.passes} backward passes, and the"
             " optimizer has made no step: a loss scaler skips them all.",
             doubt="A scaler that is made anew begins at its first scale again; so does one that is never updated.",

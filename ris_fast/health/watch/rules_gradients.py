@@ -169,9 +169,8 @@ def scaled_on_the_way(optimizer: OptimizerRecord) -> Iterator[Finding]:
     looks = [each for each in looks if each.names == looks[-1].names and is_finite(each.grad_after_backward)]
     if len(looks) < 2 * EARLY or set(looks[-1].names) != set(looks[-1].hooked):
         return
-    sizes = {tensor.name: tensor.size for tensor in optimizer.tensors}
-    wide = [n for n, usual in enumerate(looks[-1].usual_norms) if usual > 1 and sizes.get(looks[-1].names[n])]
-    rows = [[float(each.grad_after_backward[n]) / sizes[each.names[n]] ** 0.5 for n in wide] for each in looks]
+    wide = [n for n, usual in enumerate(looks[-1].usual_norms) if usual > 1]
+    rows = [[float(each.grad_after_backward[n]) for n in wide] for each in looks]  # type: ignore[index]
     for at in range(1, len(wide)):
         falls = [max(row[:at]) / min(row[at:]) if min(row[at:]) > 0 else 1.0 for row in rows]
         if 0 < max(falls) < FALL and max(falls) < 30 * min(falls):

@@ -63,7 +63,8 @@ def state_of_other_scenes(trained: list[PassRecord]) -> Iterator[Finding]:
     known: dict[bytes, bytes] = {}
     again = other = 0
     for one, now in pairwise(trained):
-        if not now.carried or one.keys is None or now.keys is None or one.keys.shape != now.keys.shape:
+        adjacent = now.carried and now.of_kind == one.of_kind + 1
+        if not adjacent or one.keys is None or now.keys is None or one.keys.shape != now.keys.shape:
             continue
         for before, after in zip(one.keys, now.keys):
             if len(after.unique()) < 4:

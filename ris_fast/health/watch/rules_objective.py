@@ -89,6 +89,7 @@ def wrong_units(losses: Sequence[LossRecord]) -> Iterator[Finding]:
 
 def loss_sign(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Finding]:
     """A distance that is below zero, or one that the optimizer is told to make larger."""
+    losses = [each for each in losses if each.value is None or isfinite(float(each.value))]  # it may end in NaN
     plain = [(each, at) for each in losses if (at := _distance(each.chain)) is not None]
     if len(plain) < LOOKS or len(plain) < len(losses):
         return
@@ -273,6 +274,8 @@ def number_beside(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Fi
     walked = losses[:WALKED]
     if len(loop.optimizers) > 1 or len(values) < VALUES or loop.steps < STEPS or not all(map(isfinite, values)):
         return
+    if any(0 < each.with_grad < each.steps for by in loop.optimizers for each in by.histories.values()):
+        return  # a term that has its turn now and then is a plain zero in between
     first, last = mean(values[:4]), mean(values[-8:])
     if all(each.ungraphed for each in walked) and first > 0 and last > HARDLY * first:
         yield finding(

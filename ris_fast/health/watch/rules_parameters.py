@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -20,6 +21,7 @@ COPY = (
     "Keep a copy: `[p.detach().clone() for p in model.parameters()]`, or `copy.deepcopy(model)` for a teacher;"
     " `detach()`, `data` and `state_dict()` go on with the same memory."
 )
+AT_RANDOM = re.compile(r"target|random|fixed|teacher|reservoir|project", re.IGNORECASE)  # parts that are meant to be
 LAYERS = ("weight", "bias")  # last names of a layer's tensors; a table that is no layer has another
 
 
@@ -59,7 +61,8 @@ def _differs_from_itself(loop: LoopRecord) -> Iterator[Finding]:
     """A distance between weights and those that they are to stay near, or between two outputs, is exactly zero in each
     step: both are one. Or what is at hand to compare weights with has the model's own numbers."""
     kept = [name for name, searches in loop.aliases.items() if searches > 1]
-    if kept and any(each.compares_weights for each in loop.met):
+    others = any(each.kept for each in loop.helpers) or any(not bool(zero) for each in loop.met for zero in each.still)
+    if kept and not others and any(each.compares_weights for each in loop.met):
         yield finding(
             "dead_loss_term",
             f"a term of the loss compares weights with something that has no gradient, and `{kept[0]}` has the model's"
@@ -188,8 +191,13 @@ def _frozen(
 
 
 def _never_trained(loop: LoopRecord) -> Iterator[Finding]:
-    """A part that is frozen from the beginning, and whose numbers are still those that torch draws for a new layer."""
-    drawn = loop.as_drawn - loop.moved_outside
+    """A part that is frozen from the beginning, whose numbers are still those that torch draws for a new layer, and
+    behind which one layer alone is trained. Adapters are trained on anything."""
+    free = [each.name for each in loop.parameters if each.trainable]
+    if len({name.rpartition(".")[0] for name in free}) != 1 or any(n.rpartition(".")[2] not in LAYERS for n in free):
+        return
+    drawn = {each for each in loop.as_drawn - loop.moved_outside if not AT_RANDOM.search(each.name)}
+    drawn = {each for each in drawn if not (loop.frozen and each.name.startswith(loop.frozen))}
     sizes, whole = {each.name: each.size for each in drawn}, sum(each.size for each in loop.parameters)
     if loop.steps >= EARLY and 10 * sum(sizes.values()) > whole:
         yield finding(

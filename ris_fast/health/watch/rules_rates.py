@@ -17,6 +17,8 @@ GRADUAL = 16  # steps for each change: more changes than that are a schedule
 RESTARTS = "Restarts may be meant: episodes and tasks in turn begin so."
 SMALL, PASSED = 0.05, 0.9  # shares: of its base, of a rate at its peak; of its peak, of a rate that has passed it
 UPHILL = "each step goes uphill"
+FORGETS = 0.01  # share of the weights that a decay takes off in a step
+BEYOND = 4.0  # times the weights' size
 RISEN = 30.0  # times its base, that a rate has risen
 WAITING = 100  # steps at a small share of its base rate after which a group is not warming up
 
@@ -29,6 +31,7 @@ def rate_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Find
     yield from rate_that_waits(optimizer)
     yield from rate_squared(optimizer)
     yield from rate_without_end(loop, optimizer)
+    yield from rate_beside_weights(optimizer)
     yield from weight_decay_too_large(optimizer)
     yield from settings_changed(optimizer)
     yield from epsilon_swallows_signal(optimizer)
@@ -201,6 +204,40 @@ def rate_without_end(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[F
             return
 
 
+def rate_beside_weights(optimizer: OptimizerRecord) -> Iterator[Finding]:
+    """Adam and its kin move each number by about the rate: one that is larger than most weights of its group takes
+    these anywhere in a few steps."""
+    first = optimizer.records[0]
+    if not optimizer.denominators or optimizer.steps < LONG or first.closure:
+        return
+    sizes = {tensor.name: tensor.size for tensor in optimizer.tensors if len(tensor.shape) > 1 and tensor.size >= 16}
+    begun = {
+        name: float(norm) / sizes[name] ** 0.5
+        for name, norm, usual in zip(first.names, first.weights_before, first.usual_norms)
+        if name in sizes and float(norm) > 0.1 * usual
+    }
+    for number, group in enumerate(optimizer.groups):
+        history = optimizer.plain.rates.get(number)
+        some = [begun[tensor.name] for tensor in group["params"] if tensor.name in begun]
+        rates = [record.rates[number] for record in optimizer.records if number < len(record.rates)]
+        if history is not None and some and rates and median(rates) > BEYOND * max(some):
+            yield finding(
+                "learning_rate_too_large",
+                f"the rate of group {number} is {median(rates):.3g}, and its weights began at a size of"
+                f" {max(some):.2g}: {group_kind(optimizer)} moves each number by about the rate, so that few steps take"
+                " them anywhere.",
+                optimizer.steps,
+                MAY_BE_MEANT,
+            )
+            return
+
+
+def group_kind(optimizer: OptimizerRecord) -> str:
+    """A name of its class that is torch's, where there is one."""
+    known = sorted(optimizer.kinds & {"Adam", "AdamW", "RMSprop", "NAdam", "RAdam", "Adagrad", "Adamax"})
+    return known[0] if known else "it"
+
+
 def weight_decay_too_large(optimizer: OptimizerRecord) -> Iterator[Finding]:
     """Where every group takes rate times decay of the weights off in each step."""
     decoupled = optimizer.kinds & DECOUPLED or all(each.get("decoupled_weight_decay") for each in optimizer.groups)
@@ -209,6 +246,11 @@ def weight_decay_too_large(optimizer: OptimizerRecord) -> Iterator[Finding]:
     if share >= 0.1:
         evidence = f"a decay of {decay:.3g} takes {share:.0%} off the weights in each step."
         yield finding("weight_decay_too_large", evidence, optimizer.records[-1].step + 1)
+    elif share >= FORGETS:
+        evidence = (
+            f"a decay of {decay:.3g} takes {share:.1%} off the weights in each step, all in {1 / share:.0f} steps."
+        )
+        yield finding("weight_decay_too_large", evidence, optimizer.records[-1].step + 1, MAY_BE_MEANT)
 
 
 def settings_changed(optimizer: OptimizerRecord) -> Iterator[Finding]:

@@ -186,14 +186,14 @@ def rate_has_fallen(by: OptimizerRecord) -> Iterator[Finding]:
 def rate_cut_early(by: OptimizerRecord) -> Iterator[Finding]:
     """The last change of a rate came early in the run, and left a small part of it."""
     for number, history in by.plain.rates.items():
-        early = history.changes > 0 and history.since <= SOON * by.steps and by.steps >= STEPS
+        early = history.changes > 0 and history.changed_at <= SOON * by.steps and by.steps >= STEPS
         if early and 0 < history.last < CUT * history.largest and history.still_since is None and not by.loads:
             yield finding(
                 "learning_rate_too_small",
                 f"the rate of group {number} was {history.largest:.3g} and is {history.last:.3g} since step"
-                f" {history.since + 1}, for {by.steps - history.since} of {by.steps} steps: its schedule was over"
-                " soon.",
-                history.since + 1,
+                f" {history.changed_at + 1}, for {by.steps - history.changed_at} of {by.steps} steps: its schedule was"
+                " over soon.",
+                history.changed_at + 1,
                 MAY_BE_MEANT,
                 "Give milestones in the unit in which the scheduler is advanced: in epochs, or in steps.",
             )

@@ -14,30 +14,13 @@ from torch.nn.parameter import is_lazy
 
 from ris_fast.health.watch.graph import modules_of
 from ris_fast.health.watch.hooks import plain_name
+from ris_fast.health.watch.module_records import AlikeUnits
 from ris_fast.health.watch.tensors import is_plain
 
 UNITS, NUMBERS = 64, 64  # that are compared
 SOON = 16  # steps
 APART = 1e-2  # of the largest change of a number, beyond which two are different
 TABLES = (nn.Embedding, nn.EmbeddingBag)  # whose rows are no units
-
-
-@dataclass(frozen=True)
-class AlikeUnits:
-    """`axis`: 0 for rows, 1 for columns; groups, later: how many of those that have moved are equal, of each kind of
-    them, after some steps and now."""
-
-    name: str
-    axis: int
-    groups: list[int]
-    later: list[int]
-
-    @property
-    def stay(self) -> bool:
-        """Whether all are equal after some steps, or all of some parts of one size, such as the gates of a cell; that
-        alone sets them apart from labels that never occur. Rounding may tell some apart later."""
-        parts = len(self.groups) == 1 or 4 <= max(self.groups) <= 2 * min(self.groups)
-        return parts and 2 * len(self.later) <= max(2, sum(self.later))
 
 
 @dataclass
@@ -62,7 +45,10 @@ class Units:
                     if min(value.shape[:2]) > 1 and value.numel():
                         rows = value.detach().movedim(axis, 0).flatten(1)
                         matrix = _Matrix(plain_name(f"{path}{name}"), axis, weakref.ref(value), rows[0].clone())
-                        found.append((matrix, (rows == rows[:1]).all()))
+                        alike = (rows == rows[:1]).all()
+                        # A last layer that begins at zero follows its targets, which may be equal.
+                        last = axis == 0 and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+                        found.append((matrix, alike & rows.any() if last else alike))
         flags = torch.stack([flag.to(found[0][1].device) for _, flag in found]).tolist() if found else []
         self.matrices = [matrix for (matrix, _), flag in zip(found, flags) if flag]
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ris_fast.health import watch
-from ris_fast.health.watch import helpers
 
 STEPS = 24
 
@@ -178,10 +177,7 @@ def test_a_judge_in_the_optimizer_of_those_whom_it_judges(both: bool, expected: 
         (torch.bfloat16, None, []),  # a reference that stays
     ],
 )
-def test_an_average_in_16_bits(
-    kind: torch.dtype, keep: float | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(helpers, "_compiles", lambda: False)  # other tests of this process compile
+def test_an_average_in_16_bits(kind: torch.dtype, keep: float | None, expected: list[str]) -> None:
     torch.manual_seed(0)
     student = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1))
     model = nn.ModuleDict({"student": student, "teacher": copy.deepcopy(student).requires_grad_(False).to(kind)})
