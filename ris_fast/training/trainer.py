@@ -497,6 +497,7 @@ class Trainer(Built):
             ],
             own_schedule=own_schedule(self.step),
             own_source=not type(self.source).__module__.startswith("ris_fast."),
+            own_order="_index_groups" in vars(self) or type(self)._index_groups is not Trainer._index_groups,
         )
 
     def _announced(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from ris_fast.training.scene_scores import BY_ORDER
 
 SHARE = 0.75  # of a step's scenes: fewer different targets are several scenes' each
 ENOUGH, SHARED = 4, 0.01  # scenes of training that are validated too, and their share
+AGAIN = 0.9  # of the scenes come again, where they are chosen on purpose
 
 COMPARED = 32  # scenes of two epochs
 LEARNED, UNLEARNED = 0.25, 0.8  # of the constant answer: two groups of scenes, one learned and one not
@@ -29,6 +30,7 @@ def served_scenes_of_every_step(run: RunHistory) -> Iterator[Finding]:
     seen, fresh, own = run.reading.get("served") or {}, run.info.get("fresh"), bool(run.info.get("own_source"))
     if not seen:
         return
+    chosen = own or bool(run.info.get("own_order"))  # as by a curriculum, which may serve a part of them again
     if seen["of_validation"] >= max(ENOUGH, SHARED * seen["scenes"]):
         yield run.finding(
             "split_overlap",
@@ -51,17 +53,17 @@ def served_scenes_of_every_step(run: RunHistory) -> Iterator[Finding]:
             "repeated_batch",
             f"{seen['again']} of {seen['scenes']} scenes of the last steps were served before in the same epoch, in"
             f" {seen['again_steps']} steps most of them, the first step {seen['first_again'][0]} of this process.",
-            certain=bool(fresh) and not own and seen["again"] > 0.9 * seen["scenes"],
+            certain=bool(fresh) and not chosen and seen["again"] > AGAIN * seen["scenes"],
         )
     if seen["compared"] < COMPARED:
         return
     share = seen["of_last_epoch"] / seen["compared"]
-    if fresh and share > 0.5:
+    if fresh and share > (AGAIN if chosen else 0.5):
         yield run.finding(
             "repeated_batch",
             f"{share:.0%} of the scenes are those of the epoch before, though every epoch should have fresh ones"
             " (data.fixed=false).",
-            certain=not own,
+            certain=not chosen,
         )
     elif not fresh and share < 0.5:
         yield run.finding(

@@ -21,7 +21,7 @@ from ris_fast.training.ranks.rank_telemetry import RankTelemetry, read_ranks
 from ris_fast.training.telemetry.micro_batches import COARSE, MicroBatches, coarse_formats, read_micro_batches
 from ris_fast.training.telemetry.module_modes import ModuleModes
 from ris_fast.training.telemetry.scene_ring import SceneRing
-from ris_fast.training.telemetry.step_window import Window, median
+from ris_fast.training.telemetry.step_window import DECAY, Window, median
 
 DENSE = 8  # the contracts of the loop show in the first steps
 FEW_SCENES = 64  # whose answers are compared with one another
@@ -334,14 +334,18 @@ class StepTelemetry:
         return changed(self.kept[1], before) if self.kept and self.kept[0] == call - 1 else 0
 
     def _touched_after(self, after: Tensor, table: Tensor) -> int:
-        """Tensors whose norm is not the one that the optimizer left."""
+        """Tensors whose norm is not the one that the optimizer left, unless all of them shrink by one small share, as a
+        weight decay of one's own makes them."""
         place = {name: index for index, (name, _) in enumerate(self.model.named_parameters())}
         both = [(place[name], row) for row, name in enumerate(self.optimizer.tensor_names) if name in place]
         if not both:
             return 0
         own, rows = (torch.tensor(column) for column in zip(*both))
         left = table[rows]
-        return int(((left[:, 2] > 0) & ((after[own].float() - left[:, 1]).abs() > TOUCHED * left[:, 1])).sum())
+        shares = (1 - after[own].float() / left[:, 1])[(left[:, 2] > 0) & (left[:, 1] > 0)]
+        shares = shares[shares.abs() > TOUCHED]
+        decayed = len(shares) > 1 and 0 < shares.min() and shares.max() < min(DECAY, shares.min() + TOUCHED)
+        return 0 if decayed else len(shares)
 
     def _repeated(self, hashes: list[int], targets: list[int], epoch: int) -> dict[str, int]:
         """Scenes of this step that it has twice, or that another sampled step of the same epoch had; and how many of

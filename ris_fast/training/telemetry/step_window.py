@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 LISTED = 8  # names in one entry
+DECAY = 0.01  # of a tensor in one step, at most, by a weight decay of one's own
 JUMP = 3e-5  # of a tensor's norm: more than rounding in a sum of squares
 RECORDS = 64  # steps in the ring at most: T * 16 bytes each, and all of them are copied with every report
 
@@ -107,14 +108,15 @@ class Window:
         return found
 
     def _moved_outside(self, names: Sequence[str]) -> dict[str, Any]:
-        """Steps between which a tensor's norm changed by more than the update of the second: something else moved it;
-        empty where there is none."""
+        """Steps between which a tensor's norm changed by more than the update of the second: something else moved it,
+        and not a weight decay of one's own; empty where there is none."""
         rows = self.table if self.before is None else torch.cat([self.before[None], self.table])
         numbers = self.numbers if self.before is None else [self.numbers[0] - 1, *self.numbers]
         if len(numbers) < 2:
             return {}
         weights, updates = rows[..., 1].double(), rows[1:, :, 2].double()
-        jump = weights.diff(dim=0).abs()
+        change = weights.diff(dim=0)
+        jump = change.abs() - torch.where(change < 0, DECAY * weights[:-1], 0.0)
         known = (weights[:-1] > 0) & (rows[1:, :, 0] > 0) & (updates > 0)  # other records keep what was there before
         outside = known & (jump > (1 + 1e-3) * updates + JUMP * weights[1:]) & jump.isfinite()
         follows = torch.tensor([b == a + 1 for a, b in zip(numbers, numbers[1:])])

@@ -4,6 +4,7 @@ rows that they leave."""
 from __future__ import annotations
 
 from collections.abc import Callable as Function
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from ris_fast.health.monitor.rules import replay
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.callback import Callback
+from ris_fast.training.step import Group
 from ris_fast.training.trainer import Trainer
 from tests.health.monitor.test_rules import Recorder
 
@@ -125,6 +127,35 @@ def test_weights_changed_outside_is_not_certain_where_a_callback_may_mean_it() -
     weight = torch.zeros(1)
     first = found(remember, "hybrid", Constraint())[0]
     assert (first.cause, first.certain) == ("weights_changed_outside", False) and "Constraint" in first.evidence
+
+
+@pytest.mark.parametrize("share, silent", [(1e-3, True), (0.05, False)])
+def test_a_small_decay_of_ones_own_is_no_change_from_outside(share: float, silent: bool) -> None:
+    def decayed(trainer: Trainer) -> None:
+        matrices = [each for each in trainer.model.parameters() if each.dim() > 1]
+        after_step(trainer, lambda: [each.data.mul_(1 - share) for each in matrices])
+
+    assert ("weights_changed_outside" in {each.cause for each in found(decayed)}) != silent
+
+
+@pytest.mark.parametrize("new, silent", [(1, True), (0, False)])
+def test_a_curriculum_may_serve_scenes_again_but_not_all_of_them(new: int, silent: bool) -> None:
+    """Of three batches `new` are of the epoch, the others are the first epoch's again."""
+
+    def chosen(trainer: Trainer) -> None:
+        def make(groups: Function) -> Function:
+            def of_the_first_epoch() -> Iterator[Group]:
+                for place, group in enumerate(groups()):
+                    again = place % 3 >= new
+                    numbers = [part % trainer.source.size("train") if again else part for part in group]
+                    yield Group(numbers, group.scenes, group.neighbour)
+
+            return of_the_first_epoch
+
+        wrap(trainer, "_index_groups", make)
+
+    said = [each for each in found(chosen, "hybrid", **{"data.fixed": False}) if each.cause == "repeated_batch"]
+    assert not any(each.certain for each in said) and (said == []) == silent
 
 
 def served_again(trainer: Trainer) -> None:

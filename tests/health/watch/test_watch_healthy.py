@@ -120,6 +120,7 @@ def test_watch_doubts_a_loss_scale_taken_out_too_far() -> None:
 def test_watch_doubts_frozen_layers_unless_declared() -> None:
     model = network()
     model[0].requires_grad_(False)
+    model[0].weight.normal_(std=0.1)  # as trained weights lie: fresh ones behind it would be named
 
     def part(_: Any) -> torch.optim.Optimizer:
         return sgd(model[2].parameters())

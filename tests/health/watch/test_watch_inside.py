@@ -109,8 +109,8 @@ def test_watch_sees_a_dropout_that_is_on_in_evaluation(model: Callable[[], nn.Mo
 @pytest.mark.parametrize(
     "model",
     [
-        lambda: Calls(lambda m, x: m.dropout(m.net(x)), dropout=nn.Dropout(0.1)),
-        lambda: Calls(lambda m, x: F.dropout(m.net(x), m.dropout, m.training), dropout=0.1),
+        lambda: Calls(lambda m, x: m.net(m.dropout(x)), dropout=nn.Dropout(0.1)),
+        lambda: Calls(lambda m, x: m.net(F.dropout(x, m.dropout, m.training)), dropout=0.1),
         lambda: Calls(lambda m, x: m.net(m.dropout(x)) + torch.randn(8, 4), dropout=nn.Dropout(0.1)),
         lambda: Calls(lambda m, x: m.net(m.attention(x, x, x)[0]), attention=nn.MultiheadAttention(8, 2, 0.1)),
         lambda: Calls(lambda m, x: m.net(x)),

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ris_fast.health import watch
-from ris_fast.health.watch import helpers
 
 
 def causes(lossf, outputs: int, targets, steps: int = 24) -> list[str]:
@@ -78,8 +77,7 @@ def test_unusual_told_losses_that_are_right(lossf, outputs: int, targets) -> Non
 
 
 @pytest.mark.parametrize(("follow", "expected"), [(0.0, ["ema_frozen"]), (1.0, ["ema_equals_raw"]), (0.1, [])])
-def test_a_copy_beside_the_model(follow: float, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(helpers, "_compiles", lambda: False)  # other tests of this process compile
+def test_a_copy_beside_the_model(follow: float, expected: list[str]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
     target = copy.deepcopy(model)
