@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as fn
 
 from bench.faults.patches import after_step, on_batches, on_output, wrap
 from ris_fast.health.preflight.derivative import right_derivative
@@ -18,6 +19,9 @@ from ris_fast.health.preflight.reach import output_reach
 from ris_fast.health.preflight.rereads import scenes_again
 from ris_fast.health.preflight.scene_parts import physics
 from ris_fast.health.preflight.several_steps import several_steps
+from ris_fast.health.preflight.truth import own_term
+from ris_fast.models.prediction import Prediction
+from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.trainer import Trainer
 from tests.health.preflight.checking import causes, small
@@ -101,3 +105,52 @@ def test_reach_names_an_output_without_a_sign() -> None:
         ),
     )
     assert causes(output_reach, trainer) == ["limited_output"]
+
+
+def _cosines(prediction: Prediction, scenes: Scenes) -> Tensor:
+    """Of the covariance of every answer with that of every scene, (B, B)."""
+    factors = (to_complex(each) for each in (prediction.factor, scenes.factor))
+    found, true = (fn.normalize(torch.view_as_real(each @ each.mH).flatten(1), dim=1) for each in factors)
+    return found @ true.mT
+
+
+def _distances(prediction: Prediction, scenes: Scenes) -> Tensor:
+    return 2.0 - 2.0 * _cosines(prediction, scenes)
+
+
+def _contrast(temperature: float) -> Callable[[Prediction, Scenes], Tensor]:
+    def term(prediction: Prediction, scenes: Scenes) -> Tensor:
+        logits = _cosines(prediction, scenes) / temperature
+        return fn.cross_entropy(logits, torch.arange(len(logits)), reduction="none")
+
+    return term
+
+
+def _overflowing(prediction: Prediction, scenes: Scenes) -> Tensor:
+    powers = (_cosines(prediction, scenes) / 0.01).exp()
+    return -(powers.diagonal() / powers.sum(1)).log()
+
+
+def _triplet(prediction: Prediction, scenes: Scenes) -> Tensor:
+    away = _distances(prediction, scenes)
+    return (0.1 + away.diagonal() - away.roll(1, 1).diagonal()).relu()
+
+
+@pytest.mark.parametrize(
+    "term, named",
+    [
+        (_contrast(1.0), []),
+        (_contrast(0.01), []),
+        (_triplet, []),
+        (_overflowing, ["nonfinite_gradients"]),
+        (lambda *given: _distances(*given).mean(1), ["shapes_broadcast"]),
+        (lambda *given: _distances(*given).roll(1, 1).diagonal(), ["shapes_broadcast"]),
+    ],
+)
+def test_a_term_that_tells_scenes_apart_is_meant_and_not_one_that_mixes_them_up(
+    term: Callable[[Prediction, Scenes], Tensor], named: list[str]
+) -> None:
+    def own(prediction: Prediction, scenes: Scenes) -> Tensor:
+        return term(prediction, scenes)
+
+    assert causes(own_term, Trainer(small("backprojection"), loss=own)) == named
