@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.trainer import Trainer
 from tests.health.preflight.checking import causes, small
+
+ANGLES = ("azimuth", "elevation")
 
 
 def _masked(scenes: Scenes) -> Scenes:
@@ -154,3 +157,35 @@ def test_a_term_that_tells_scenes_apart_is_meant_and_not_one_that_mixes_them_up(
         return term(prediction, scenes)
 
     assert causes(own_term, Trainer(small("backprojection"), loss=own)) == named
+
+
+def _turned(scenes: Scenes, *, draws: int, inputs_too: bool = True) -> Scenes:
+    """The surface turned round in half of the scenes, for the labels by the last draw."""
+    drawn = torch.rand(draws, scenes.batch) < 0.5
+
+    def some(which: Tensor, value: Tensor, axis: int) -> Tensor:
+        return torch.where(which.view(-1, *[1] * (value.dim() - 1)), value.flip(axis), value)
+
+    labels = {"factor": some(drawn[-1], scenes.factor, 1)}
+    labels |= {name: torch.where(drawn[-1][:, None], -getattr(scenes, name), getattr(scenes, name)) for name in ANGLES}
+    codes, channel = (some(drawn[0], each, 2) for each in (scenes.with_own_codes().codes, scenes.channel))
+    return replace(scenes, **labels, **({"codes": codes, "channel": channel} if inputs_too else {}))
+
+
+@pytest.mark.parametrize(
+    "change, split, named",
+    [
+        (partial(_turned, draws=1), "train", []),
+        (partial(_turned, draws=1), "val", ["scenes_change"]),
+        (partial(_turned, draws=2), "train", ["parts_unrelated"]),
+        (partial(_turned, draws=1, inputs_too=False), "train", ["scenes_change"]),
+        (lambda scenes: replace(scenes[torch.randperm(scenes.batch)], index=scenes.index), "train", ["scenes_change"]),
+    ],
+    ids=["one draw", "in validation", "two draws", "labels alone", "other scenes"],
+)
+def test_a_turn_of_whole_scenes_is_meant_in_training_alone(
+    change: Callable[[Scenes], Scenes], split: str, named: list[str]
+) -> None:
+    trainer = Trainer(small("backprojection"))
+    on_batches(trainer, change, split)
+    assert causes(scenes_again, trainer) == named
