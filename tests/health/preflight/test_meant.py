@@ -9,18 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as fn
 
-from bench.faults.patches import after_step, on_batches, on_output, wrap
+from bench.faults.patches import after_step, layers, on_batches, on_output, wrap
+from ris_fast.health.preflight.calls import same_network
 from ris_fast.health.preflight.derivative import right_derivative
 from ris_fast.health.preflight.distributions import distributions
 from ris_fast.health.preflight.kernels import loss_kernel
+from ris_fast.health.preflight.modes import randomness
+from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.reach import output_reach
 from ris_fast.health.preflight.rereads import scenes_again
 from ris_fast.health.preflight.scene_parts import physics
 from ris_fast.health.preflight.several_steps import several_steps
 from ris_fast.health.preflight.truth import own_term
+from ris_fast.health.preflight.validation import same_loss
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes
@@ -189,3 +193,60 @@ def test_a_turn_of_whole_scenes_is_meant_in_training_alone(
     trainer = Trainer(small("backprojection"))
     on_batches(trainer, change, split)
     assert causes(scenes_again, trainer) == named
+
+
+def _in_bytes(trainer: Trainer, *, once: bool) -> None:
+    """What evaluates has the outputs of its layers in 8 bits, with ranges that are measured in each call or once."""
+    ranges: dict[nn.Module, Tensor] = {}
+
+    def rounded(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        step = (ranges.setdefault(layer, output.abs().amax()) if once else output.abs().amax()) / 127.0
+        return (output / step).round().clamp(-127, 127) * step
+
+    def make(network: Callable[..., Prediction]) -> Callable[..., Prediction]:
+        def call(*inputs: Tensor) -> Prediction:
+            hooks = [] if torch.is_grad_enabled() else [each.register_forward_hook(rounded) for each in parts]
+            answer = network(*inputs)
+            for hook in hooks:
+                hook.remove()
+            return answer
+
+        return call
+
+    parts = layers(trainer.model)
+    wrap(trainer.step, "network", make)
+
+
+def _answering(change: Callable[[Tensor], Tensor]) -> Callable[[Trainer], None]:
+    """What evaluates changes the factors of the network."""
+
+    def make(network: Callable[..., Prediction]) -> Callable[..., Prediction]:
+        def call(*inputs: Tensor) -> Prediction:
+            answer = network(*inputs)
+            return answer if torch.is_grad_enabled() else answer._replace(factor=change(answer.factor))
+
+        return call
+
+    return lambda trainer: wrap(trainer.step, "network", make)
+
+
+@pytest.mark.parametrize(
+    "engine, named",
+    [
+        (partial(_in_bytes, once=False), []),
+        (_answering(lambda factor: factor.bfloat16().float()), []),
+        (partial(_in_bytes, once=True), ["stale_compiled_graph"]),
+        (_answering(lambda factor: torch.cat((factor[:-1], 0.9 * factor[-1:]))), ["compiled_differs"]),
+    ],
+    ids=["bytes", "bfloat16", "calibrated once", "last scene"],
+)
+def test_an_engine_that_rounds_in_evaluation_is_meant_and_not_one_that_departs(
+    engine: Callable[[Trainer], None], named: list[str]
+) -> None:
+    trainer = Trainer(small("hybrid"))
+    engine(trainer)
+    found = list(same_network(PreflightContext(trainer)))
+    assert [each.cause for each in found] == named
+    assert named != ["compiled_differs"] or found[0].certain
+    if not named:
+        assert causes(same_loss, trainer) == [] and causes(randomness, trainer) == []
